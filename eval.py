@@ -1,0 +1,8 @@
+"""Evaluates a model: `python eval.py --config configs/eval/NAME.yaml --checkpoint RUN` (see `--help`)."""
+
+import sys
+
+from vmoe.evaluation.run import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+import pytest
+
+from vmoe.data import AugmentationConfig, LoaderConfig, SourceConfig
+
+
+@pytest.mark.parametrize(
+    ("config_class", "settings", "named"),
+    [
+        (SourceConfig, {"type": "pairs"}, "path"),
+        (SourceConfig, {"type": "torchvision", "path": "x"}, "name"),
+        (SourceConfig, {"type": "emoji", "split": "test"}, "held_out"),
+        (SourceConfig, {"type": "emoji_groups", "split": "held_out"}, "val"),
+        (SourceConfig, {"image_size": 0}, "image_size"),
+        (LoaderConfig, {"batch_size": 0}, "batch_size"),
+        (LoaderConfig, {"num_workers": -1}, "num_workers"),
+        (LoaderConfig, {"max_bad_share": 2.0}, "max_bad_share"),
+        (AugmentationConfig, {"scale": (0.9, 0.5)}, "scale"),
+        (AugmentationConfig, {"ratio": (0.0, 1.0)}, "ratio"),
+        (AugmentationConfig, {"hflip": 1.5}, "hflip"),
+        (AugmentationConfig, {"mixup": -1.0}, "mixup"),
+        (AugmentationConfig, {"label_smoothing": 1.0}, "label_smoothing"),
+        (AugmentationConfig, {"re_count": 0}, "re_count"),
+    ],
+)
+def test_a_wrong_setting_is_named(config_class, settings, named):
+    with pytest.raises(ValueError, match=named):
+        config_class(**settings)

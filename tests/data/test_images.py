@@ -1,0 +1,132 @@
+import contextlib
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vmoe.data.images import MAX_PIXELS, BadSample, load_image
+
+
+def saved(path, image, **options):
+    image.save(path, **options)
+    return load_image(path)
+
+
+def test_rgb_is_kept(tmp_path, photo):
+    assert np.array_equal(saved(tmp_path / "a.png", photo), photo)
+
+
+def test_cmyk_gives_the_same_colours(tmp_path, photo):
+    loaded = saved(tmp_path / "a.jpg", photo.convert("CMYK"), quality=95)
+    assert loaded.mode == "RGB"
+    assert np.abs(np.asarray(loaded, int) - np.asarray(photo, int)).mean() < 8
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
+def test_16_bit_grey_keeps_its_range(tmp_path, suffix):
+    values = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    loaded = np.asarray(saved(tmp_path / f"a{suffix}", Image.fromarray(values)), int)
+    assert np.abs(loaded - (values >> 8)[..., None]).max() <= 1
+
+
+def test_a_picture_of_unknown_range_is_bad(tmp_path):
+    for number, pixels in enumerate([np.full((4, 4), 0.5, np.float32), np.full((4, 4), 10**6, np.int32)]):
+        with pytest.raises(BadSample, match="unknown range"):
+            saved(tmp_path / f"{number}.tif", Image.fromarray(pixels))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+def test_transparency_is_laid_on_white(tmp_path, mode):
+    clear = Image.new("RGBA", (6, 6), (255, 0, 0, 0))
+    clear.paste((0, 0, 255, 255), (0, 0, 3, 6))
+    if mode == "P":
+        image = clear.convert("RGB").convert("P")
+        loaded = saved(tmp_path / "a.png", image, transparency=image.getpixel((5, 5)))
+    else:
+        loaded = saved(
+            tmp_path / ("a.tif" if mode == "PA" else "a.png"), clear.convert("LA" if mode != "RGBA" else mode)
+        )
+    assert loaded.getpixel((5, 5)) == (255, 255, 255)
+    assert loaded.getpixel((0, 0)) != (255, 255, 255)
+
+
+def test_rgb_with_a_transparent_colour(tmp_path, photo):
+    photo.paste((9, 9, 9), (0, 0, 5, 10))
+    loaded = saved(tmp_path / "a.png", photo, transparency=(9, 9, 9))
+    assert loaded.getpixel((2, 2)) == (255, 255, 255)
+    assert loaded.getpixel((15, 2)) == photo.getpixel((15, 2))
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".png", ".webp"])
+def test_of_an_animation_the_first_frame(tmp_path, suffix):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    loaded = saved(tmp_path / f"a{suffix}", frames[0], save_all=True, append_images=frames[1:])
+    red, green, blue = loaded.getpixel((4, 4))
+    assert red > 240 > 20 > max(green, blue)
+
+
+def test_grey_one_bit_and_single_pixel(tmp_path):
+    for mode in ("L", "1"):
+        assert saved(tmp_path / f"{mode}.png", Image.new(mode, (1, 1), 1)).mode == "RGB"
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".gif", ".tif", ".webp", ".bmp"])
+def test_every_truncation_is_bad_or_a_picture(tmp_path, suffix, photo):
+    """Whatever the cut, BadSample is the only exception, and most cuts are noticed."""
+    buffer = io.BytesIO()
+    photo.resize((40, 40)).save(buffer, Image.registered_extensions()[suffix])
+    data, noticed = buffer.getvalue(), 0
+    cuts = sorted({int(share * len(data)) for share in np.linspace(0, 0.9, 25)})
+    for cut in cuts:
+        path = tmp_path / f"cut{suffix}"
+        path.write_bytes(data[:cut])
+        try:
+            load_image(path)
+        except BadSample:
+            noticed += 1
+    assert noticed > len(cuts) // 2
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_broken_bytes_raise_nothing_else(tmp_path, photo):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "a.png"
+    for suffix in (".jpg", ".png", ".gif", ".tif", ".webp"):
+        buffer = io.BytesIO()
+        photo.save(buffer, Image.registered_extensions()[suffix])
+        for _ in range(30):
+            data = bytearray(buffer.getvalue())
+            for place in rng.integers(0, len(data), 5):
+                data[place] = rng.integers(256)
+            path.write_bytes(data)
+            with contextlib.suppress(BadSample):
+                assert load_image(path).mode == "RGB"
+
+
+def test_what_is_no_picture(tmp_path):
+    (tmp_path / "text.jpg").write_text("this is text")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    for name, reason in [("text.jpg", "not a picture"), ("empty.jpg", "not a picture"), ("gone.jpg", "no such file")]:
+        with pytest.raises(BadSample, match=reason) as caught:
+            load_image(tmp_path / name)
+        assert caught.value.path == str(tmp_path / name)
+    with pytest.raises(BadSample):
+        load_image(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [int(MAX_PIXELS**0.5) + 1, 3 * int(MAX_PIXELS**0.5)])
+def test_a_decompression_bomb_is_not_decoded(tmp_path, side):
+    header = b"IHDR" + struct.pack(">2I5B", side, side, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT")
+    with pytest.raises(BadSample, match="pixels"):
+        load_image(tmp_path / "bomb.png")
+
+
+def test_a_strip_is_bad(tmp_path):
+    with pytest.raises(BadSample, match="sides"):
+        saved(tmp_path / "a.png", Image.new("RGB", (1, 5000)))

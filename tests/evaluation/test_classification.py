@@ -1,0 +1,60 @@
+import pytest
+import timm
+import torch
+
+import vmoe  # noqa: F401  (registers the models)
+from vmoe.evaluation import evaluate_classification
+
+
+class Shifted(torch.nn.Module):
+    """Classifier of 10 numbers that is right for even ones and off by one for odd ones."""
+
+    def forward(self, image):
+        number = image[:, 0, 0, 0].long()
+        logits = -(torch.arange(10)[None] - (number - number % 2)[:, None]).abs().float()
+        return logits + 0.25 * torch.arange(10) / 10  # no ties
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 10])
+def test_known_accuracy_whatever_the_batch_size(batch_size, make_batches):
+    loader = make_batches(list(range(10)), labels=list(range(10)), batch_size=batch_size)
+    result = evaluate_classification(Shifted(), loader, device="cpu", num_classes=10)
+    assert result == {"top1": 0.5, "top5": 1.0, "num_samples": 10, "num_skipped": 0}
+
+
+def test_wrong_number_of_classes_names_both(make_batches):
+    loader = make_batches([1, 2], labels=[1, 2])
+    with pytest.raises(ValueError, match="model has 10 classes and the data set 7"):
+        evaluate_classification(Shifted(), loader, device="cpu", num_classes=7)
+
+
+def test_nothing_to_evaluate(make_batches):
+    loader = make_batches([])
+    loader.num_skipped = 3
+    with pytest.raises(ValueError, match="3 were skipped"):
+        evaluate_classification(Shifted(), loader, device="cpu")
+
+
+def test_sparse_model_mode_is_restored_and_batches_do_not_matter():
+    model = timm.create_model("vmoe_tiny_patch8_48", num_classes=5, depth=2, embed_dim=32, num_heads=2)
+    model.blocks[0].eval()
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(12, 3, 48, 48, generator=generator), torch.arange(12) % 5
+    results = []
+    for batch_size in (1, 5, 12):
+        batches = [
+            {"image": image, "label": label} for image, label in zip(images.split(batch_size), labels.split(batch_size))
+        ]
+        results.append(evaluate_classification(model, batches, device="cpu"))
+    assert results[0] == results[1] == results[2]
+    assert model.training
+    assert model.blocks[1].training
+    assert not model.blocks[0].training
+
+
+def test_bf16():
+    model = timm.create_model("vmoe_tiny_patch8_48", num_classes=5, depth=2, embed_dim=32, num_heads=2)
+    batches = [{"image": torch.randn(4, 3, 48, 48), "label": torch.arange(4)}]
+    assert evaluate_classification(model, batches, device="cpu", precision="bf16")["num_samples"] == 4
+    with pytest.raises(ValueError, match="precision must be one of float32, bf16, fp16, got 'half'"):
+        evaluate_classification(model, batches, device="cpu", precision="half")

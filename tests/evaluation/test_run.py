@@ -1,0 +1,194 @@
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vmoe
+from vmoe.config_io import find_config, read_config, shipped_config_dirs
+from vmoe.evaluation.config import EvaluationConfig
+from vmoe.evaluation.run import main, output_file, weights_file
+from vmoe.models.factory import save_pretrained
+
+TINY = {"depth": 2, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """Two classes of three pictures each, and pairs of the same pictures with two captions each."""
+    root = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    with open(root / "pairs.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image", "caption"])
+        for name in ("cat", "dog"):
+            (root / "folder" / name).mkdir(parents=True)
+            for i in range(3):
+                pixels = generator.integers(0, 255, (50, 60, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / "folder" / name / f"{i}.png")
+                rows.writerow([f"folder/{name}/{i}.png", f"{name} number {i}"])
+                rows.writerow([f"./folder/{name}/{i}.png", f"a picture of {name} {i}"])
+    return root
+
+
+@pytest.fixture(scope="module")
+def limoe(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("limoe")
+    model = vmoe.create_model("limoe_tiny_patch8_48", width=32, embed_dim=16, **TINY)
+    save_pretrained(model, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("classifier")
+    model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=2, embed_dim=32, **TINY)
+    save_pretrained(model, folder / "model.safetensors", extra={"class_names": ["cat", "dog"]})
+    return folder
+
+
+def arguments(checkpoint, output, *others):
+    return ["--checkpoint", str(checkpoint), "--output", str(output), "--loader.num_workers", "0", *others]
+
+
+def folder_arguments(tree):
+    return ["--data.type", "image_folder", "--data.path", str(tree / "folder")]
+
+
+def test_classification_of_a_folder(tree, classifier, tmp_path, capsys):
+    results = []
+    for batch_size in (1, 6):
+        argv = arguments(classifier, tmp_path / "out.json", "--config", "imagenet", *folder_arguments(tree))
+        assert main([*argv, "--loader.num_workers=0", "--loader.batch_size", str(batch_size)]) == 0
+        report = json.loads((tmp_path / "out.json").read_text())
+        results.append(report["results"])
+    assert results[0] == results[1]
+    assert results[0]["num_samples"] == 6
+    assert results[0]["top5"] == 1
+    assert report["config"]["loader"]["batch_size"] == 6
+    assert report["model"]["name"] == "vmoe_tiny_patch8_48"
+    assert report["versions"]["torch"] == torch.__version__
+    assert "top1" in capsys.readouterr().out
+
+
+def test_zero_shot_of_a_folder(tree, limoe, tmp_path):
+    argv = arguments(limoe, tmp_path / "out.json", "--config", "zero_shot_folder", *folder_arguments(tree))
+    assert main([*argv, "--loader.num_workers=0"]) == 0
+    plain = json.loads((tmp_path / "out.json").read_text())
+    assert plain["results"]["num_samples"] == 6
+    # the same names from a file, one per line, in reverse: what was right is wrong
+    (tmp_path / "names.txt").write_text("dog\ncat\n")
+    assert main([*argv, "--loader.num_workers=0", "--class_names", str(tmp_path / "names.txt")]) == 0
+    swapped = json.loads((tmp_path / "out.json").read_text())
+    assert swapped["results"]["top1"] == pytest.approx(1 - plain["results"]["top1"])
+
+
+def test_retrieval_knows_one_image_by_its_path(tree, limoe, tmp_path):
+    argv = arguments(
+        limoe, tmp_path / "out.json", "--config", "retrieval_pairs", "--data.path", str(tree / "pairs.csv")
+    )
+    assert main([*argv, "--loader.num_workers=0", "--loader.batch_size=5"]) == 0
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert results["num_images"] == 6
+    assert results["num_samples"] == 12
+    assert results["text_to_image_recall@10"] == 1
+
+
+def test_unreadable_file_is_named_or_skipped(tree, classifier, tmp_path, capsys):
+    for name in ("cat", "dog"):
+        (tmp_path / "tree" / name).mkdir(parents=True)
+        (tmp_path / "tree" / name / "good.png").write_bytes((tree / "folder" / name / "0.png").read_bytes())
+    (tmp_path / "tree" / "cat" / "torn.png").write_bytes((tree / "folder" / "cat" / "1.png").read_bytes()[:300])
+    argv = ["--task", "classification", "--data.type", "image_folder", "--data.path", str(tmp_path / "tree")]
+    argv = arguments(classifier, tmp_path / "out.json", *argv)
+    assert main(argv) == 1
+    assert "torn.png" in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
+    assert main([*argv, "--loader.on_bad", "skip"]) == 0
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["results"]["num_samples"] == 2
+    assert report["results"]["num_skipped"] == 1
+    assert report["skipped"][0].endswith("torn.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--task", "zero_shot"], "holds a classifier: use classification"),
+        (["--class_names", "x.txt"], "class_names is for task 'zero_shot'"),
+        (["--loader.on_bad", "replace"], "loader.on_bad must be 'fail' or 'skip'"),
+        (["--loader.batchsize", "3"], "unknown key 'loader.batchsize'; the nearest known key is 'loader.batch_size'"),
+        (["--precision", "half"], "precision must be"),
+        (["--data.type", "pairs", "--data.path", "PAIRS"], "needs labels, and data of type 'pairs' has none"),
+    ],
+)
+def test_settings_that_do_not_fit(tree, classifier, tmp_path, capsys, change, message):
+    change = [str(tree / "pairs.csv") if word == "PAIRS" else word for word in change]
+    argv = arguments(classifier, tmp_path / "out.json", "--task", "classification", *folder_arguments(tree), *change)
+    try:
+        code = main(argv)
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_other_classes_than_trained_on(tree, classifier, tmp_path, capsys):
+    for name in ("cat", "horse"):
+        (tmp_path / "tree" / name).mkdir(parents=True)
+        (tmp_path / "tree" / name / "0.png").write_bytes((tree / "folder" / "cat" / "0.png").read_bytes())
+    argv = ["--task", "classification", "--data.type", "image_folder", "--data.path", str(tmp_path / "tree")]
+    assert main(arguments(classifier, tmp_path / "out.json", *argv)) == 2
+    assert "class 1 is 'dog'" in capsys.readouterr().err
+
+
+def test_missing_checkpoint(tree, tmp_path, capsys):
+    argv = ["--task", "classification", *folder_arguments(tree)]
+    assert main(arguments(tmp_path / "nowhere", tmp_path / "out.json", *argv)) == 1
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_folder_stands_for_its_moving_average(tmp_path):
+    for step in (9, 10):
+        folder = tmp_path / "checkpoints" / f"step_{step:06d}"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").touch()
+    last = tmp_path / "checkpoints" / "step_000010"
+    assert weights_file(str(tmp_path)) == last / "model.safetensors"
+    (last / "ema.safetensors").touch()
+    assert weights_file(str(tmp_path)) == last / "ema.safetensors"
+    assert weights_file(str(last)) == last / "ema.safetensors"
+    assert weights_file(str(last / "model.safetensors")) == last / "model.safetensors"
+
+
+def test_default_output_is_beside_the_checkpoint(tmp_path):
+    config = EvaluationConfig(checkpoint=str(tmp_path), task="zero_shot")
+    config.data.split = "held_out"
+    assert output_file(config) == tmp_path / "evaluation_zero_shot_emoji_held_out.json"
+    config.checkpoint = str(tmp_path / "model.safetensors")
+    assert output_file(config).parent == tmp_path
+
+
+@pytest.mark.parametrize("path", sorted((shipped_config_dirs()[0] / "eval").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_read(path):
+    assert find_config(path.stem, "eval").samefile(path)
+    needs_path = path.stem in ("imagenet", "zero_shot_folder", "retrieval_pairs")
+    more = ["--data.path", "somewhere"] if needs_path else []
+    config = read_config(EvaluationConfig, ["--config", path.stem, "--checkpoint", "run", *more], folder="eval")
+    assert config.checkpoint == "run"
+
+
+def test_the_script_lists_every_setting():
+    script = shipped_config_dirs()[-1].parent / "eval.py"
+    shown = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=True).stdout
+    for key in ("--checkpoint", "--data.path", "--loader.on_bad", "--templates", "--precision", "--output"):
+        assert key in shown
+    assert "openai_imagenet" in shown

@@ -1,0 +1,316 @@
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers import Mlp
+from torch.utils.checkpoint import checkpoint
+
+import vmoe
+from vmoe.moe import SparseMoE
+
+
+def by_hand(layer: SparseMoE, routing) -> torch.Tensor:
+    """(G, N, D): each kept token through its experts one by one, weighted."""
+    x, kept = layer.last_input, routing.kept
+    out = torch.zeros_like(x)
+    for g, n, k in kept.nonzero().tolist():
+        e = routing.expert_index[g, n, k]
+        fc1, fc2 = layer.experts.fc1, layer.experts.fc2
+        hidden = torch.nn.functional.gelu(fc1.weight[e] @ x[g, n] + fc1.bias[e])
+        out[g, n] += routing.combine_weights[g, n, k] * (fc2.weight[e] @ hidden + fc2.bias[e])
+    return out
+
+
+@given(
+    st.integers(1, 5),
+    st.sampled_from([None, 0.3, 1.0]),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([None, 5, 8]),
+    st.integers(0, 1000),
+)
+@settings(max_examples=40, deadline=None)
+def test_output_is_the_weighted_sum_of_the_kept_experts(num_experts, factor, priority, masked, group_size, seed):
+    torch.manual_seed(seed)
+    K = 1 + seed % num_experts
+    layer = SparseMoE(
+        6, 9, num_experts=num_experts, num_selected_experts=K, capacity_factor=factor, batch_priority=priority,
+        group_size=group_size,
+    ).double()  # fmt: skip
+    torch.nn.init.normal_(layer.experts.fc1.bias)
+    torch.nn.init.normal_(layer.experts.fc2.bias)
+    x = torch.randn(3, 8, 6, dtype=torch.float64)
+    mask = torch.rand(3, 8) < 0.7 if masked else None
+    with vmoe.record_routing(layer) as record:
+        y = layer(x, mask)
+    routing = record.layers[""]
+    layer.last_input = layer._into_groups(x, mask, None)[0]
+    torch.testing.assert_close(y, routing.tokens(by_hand(layer, routing)))
+    dropped = ~routing.tokens(routing.kept).any(-1)
+    assert (y[dropped] == 0).all()
+    assert routing.load.sum() == routing.kept.sum()
+
+
+def test_gradients_flow_to_gate_experts_and_input():
+    torch.manual_seed(0)
+    layer = SparseMoE(4, 5, num_experts=3, num_selected_experts=2, noise_std=0.0, capacity_factor=0.8).double()
+    x = torch.randn(2, 6, 4, dtype=torch.float64, requires_grad=True)
+    parameters = dict(layer.named_parameters())
+
+    def run(x, *values):
+        return torch.func.functional_call(layer, dict(zip(parameters, values)), x)
+
+    assert torch.autograd.gradcheck(run, (x, *parameters.values()))
+    layer(x).sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in parameters.values())
+    assert x.grad.abs().sum() > 0
+
+
+def test_is_a_drop_in_for_timms_mlp():
+    ours, theirs = SparseMoE(in_features=8, hidden_features=16), Mlp(in_features=8, hidden_features=16)
+    for shape in ((2, 5, 8), (7, 8), (2, 3, 4, 8)):
+        x = torch.randn(shape)
+        assert ours(x).shape == theirs(x).shape == shape
+    one = SparseMoE(8, 16, num_experts=1, capacity_factor=None)
+    for name in ("fc1", "fc2"):
+        getattr(one.experts, name).weight.data[0] = getattr(theirs, name).weight
+        getattr(one.experts, name).bias.data[0] = getattr(theirs, name).bias
+    torch.testing.assert_close(one(x), theirs(x))  # a single expert has weight 1
+
+
+@pytest.mark.parametrize("factor", [None, 0.5])
+def test_compiled_is_eager_without_recompiling_per_batch(factor):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    layer = SparseMoE(8, 16, num_experts=4, num_selected_experts=2, capacity_factor=factor, noise_std=0.0)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch._dynamo.utils.counters.clear()
+    for _ in range(4):
+        x = torch.randn(2, 13, 8)
+        results = []
+        for module in (layer, compiled):
+            layer.zero_grad()
+            leaf = x.clone().requires_grad_()
+            with vmoe.record_routing(module) as record:
+                y = module(leaf)
+                (y.square().sum() + record.auxiliary_loss()).backward()
+            results.append((y, leaf.grad, *(parameter.grad for parameter in layer.parameters())))
+        for eager, graph in zip(*results, strict=True):
+            torch.testing.assert_close(graph, eager, atol=1e-5, rtol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor():
+    torch.manual_seed(0)
+    layer = SparseMoE(8, 16, num_experts=4, capacity_factor=0.5, noise_std=0.0, batch_priority=True)
+    x = torch.randn(2, 12, 8)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x))
+
+
+def test_bfloat16_and_autocast_keep_the_gate_in_float32():
+    torch.manual_seed(0)
+    layer = SparseMoE(16, 32, num_experts=4, num_selected_experts=2, noise_std=0.0, capacity_factor=None)
+    x = torch.randn(3, 10, 16)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16), vmoe.record_routing(layer) as record:
+        y = layer(x)
+    assert y.dtype == torch.bfloat16  # like timm's Mlp
+    assert record.layers[""].gates.dtype == record.auxiliary_loss().dtype == torch.float32
+    assert (y.float() - expected).norm() < 0.02 * expected.norm()
+    y.float().sum().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in layer.parameters())
+    low = copy.deepcopy(layer).bfloat16()
+    with vmoe.record_routing(low) as record:
+        assert low(x.bfloat16()).dtype == torch.bfloat16
+    assert record.layers[""].gates.dtype == torch.float32
+
+
+def test_same_seed_same_bits():
+    layer = SparseMoE(16, 32, num_experts=4, capacity_factor=0.7, batch_priority=True)
+    x = torch.randn(4, 50, 16)
+
+    def run():
+        torch.manual_seed(3)
+        layer.zero_grad()
+        y = layer(x)
+        y.square().sum().backward()
+        return [y.detach(), *(parameter.grad.clone() for parameter in layer.parameters())]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run()))
+
+
+def test_permuting_the_tokens_permutes_the_outputs_under_batch_priority():
+    torch.manual_seed(0)
+    layer = SparseMoE(6, 8, num_experts=3, capacity_factor=0.5, batch_priority=True, noise_std=0.0).double()
+    x = torch.randn(1, 40, 6, dtype=torch.float64)
+    order = torch.randperm(40)
+    torch.testing.assert_close(layer(x)[:, order], layer(x[:, order]))
+
+
+def test_masked_tokens_change_nothing():
+    torch.manual_seed(0)
+    layer = SparseMoE(6, 8, num_experts=3, capacity_factor=0.6, noise_std=0.0, z_loss=0.1).double()
+    x = torch.randn(2, 9, 6, dtype=torch.float64)
+    padded = torch.cat([x, torch.full((2, 4, 6), 1e3, dtype=torch.float64)], dim=1)
+    mask = torch.arange(13).expand(2, 13) < 9
+    with vmoe.record_routing(layer) as plain:
+        y = layer(x)
+    with vmoe.record_routing(layer) as masked:
+        y_padded = layer(padded, mask)
+    torch.testing.assert_close(y_padded[:, :9], y)
+    assert (y_padded[:, 9:] == 0).all()
+    for name, value in plain.layers[""].metrics.items():
+        torch.testing.assert_close(masked.layers[""].metrics[name], value, msg=name)
+
+
+def test_nothing_is_dropped_in_eval_by_default():
+    torch.manual_seed(0)
+    layer = SparseMoE(6, 8, num_experts=4, capacity_factor=0.1, group_size=56)
+    x = torch.randn(16, 7, 6)
+    with vmoe.record_routing(layer) as record:
+        layer(x)
+    assert record.layers[""].metrics["share_dropped"] > 0.1
+    layer.eval()
+    with vmoe.record_routing(layer) as record:
+        together = layer(x)
+    assert record.layers[""].kept[record.layers[""].mask].all()
+    assert "load_loss" not in record.layers[""].losses  # no noise in eval
+    torch.testing.assert_close(together[3:4], layer(x[3:4]))
+
+
+def test_activation_checkpointing_counts_a_loss_once():
+    torch.manual_seed(0)
+    layer = SparseMoE(6, 8, num_experts=4, importance_loss=1.0)
+    x = torch.randn(2, 20, 6)
+    gradients, calls = [], []
+    for recompute in (False, True):
+        torch.manual_seed(1)
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        with vmoe.record_routing(layer) as record:
+            y = checkpoint(layer, leaf, use_reentrant=False) if recompute else layer(leaf)
+            (y.sum() + record.auxiliary_loss()).backward()
+        calls.append(len(record.calls))
+        gradients.append([leaf.grad, *(parameter.grad.clone() for parameter in layer.parameters())])
+    assert calls == [1, 1]
+    for plain, recomputed in zip(*gradients):
+        torch.testing.assert_close(recomputed, plain)
+
+
+def test_reentrant_checkpointing_is_refused_not_silently_without_gradient():
+    layer = SparseMoE(6, 8, num_experts=4)
+    with vmoe.record_routing(layer) as record:
+        checkpoint(layer, torch.randn(1, 8, 6, requires_grad=True), use_reentrant=True)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        record.auxiliary_loss()
+
+
+def attached_and_recorded(**kwargs):
+    torch.manual_seed(0)
+    recorded = SparseMoE(6, 8, num_experts=4, importance_loss=0.7, z_loss=0.3, **kwargs)
+    attached = copy.deepcopy(recorded)
+    attached.auxiliary_loss = "attach"
+    return recorded, attached
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, 1024.0])
+@pytest.mark.parametrize("recompute", [None, True, False])
+def test_attached_losses_have_the_gradient_of_recorded_ones(scale, recompute):
+    recorded, attached = attached_and_recorded()
+    batches = torch.randn(3, 2, 10, 6)
+    vmoe.set_auxiliary_loss_scale(scale)
+    try:
+        for step, x in enumerate(batches):  # accumulated over three backward passes
+            torch.manual_seed(step)
+            with vmoe.record_routing(recorded) as record:
+                loss = recorded(x).square().mean() + record.auxiliary_loss()
+            (scale * loss).backward()
+            torch.manual_seed(step)
+            leaf = x.clone().requires_grad_()
+            y = attached(leaf) if recompute is None else checkpoint(attached, leaf, use_reentrant=recompute)
+            (scale * y.square().mean()).backward()
+    finally:
+        vmoe.set_auxiliary_loss_scale(1.0)
+    for ours, theirs in zip(attached.parameters(), recorded.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_attaching_changes_no_output_and_nothing_in_eval():
+    recorded, attached = attached_and_recorded(noise_std=0.0)
+    x = torch.randn(2, 10, 6)
+    assert torch.equal(attached(x), recorded(x))
+    attached.eval()
+    attached(x).sum().backward()
+    recorded.eval()
+    recorded(x).sum().backward()
+    torch.testing.assert_close(attached.router.weight.grad, recorded.router.weight.grad)
+
+
+def test_the_attached_scale_reaches_compiled_code():
+    torch._dynamo.reset()
+    _, attached = attached_and_recorded(noise_std=0.0)
+    compiled = torch.compile(attached, fullgraph=True, backend="aot_eager")
+    gradients = []
+    try:
+        for scale in (1.0, 3.0):
+            vmoe.set_auxiliary_loss_scale(scale)
+            attached.zero_grad()
+            (compiled(torch.ones(1, 10, 6)) * 0).sum().backward()  # only the auxiliary losses have a gradient
+            gradients.append(attached.router.weight.grad.clone())
+    finally:
+        vmoe.set_auxiliary_loss_scale(1.0)
+    torch.testing.assert_close(gradients[1], 3 * gradients[0])
+
+
+def test_modalities_have_their_own_losses_and_statistics():
+    torch.manual_seed(0)
+    layer = SparseMoE(
+        6, 8, num_experts=4, capacity_factor=0.5, modalities=("image", "text"),
+        local_entropy_loss={"text": 0.1}, global_entropy_loss=0.2, global_entropy_min_experts={"image": 3},
+    )  # fmt: skip
+    x = torch.randn(2, 10, 6)
+    modality = (torch.arange(10) >= 7).long().expand(2, 10)
+    with vmoe.record_routing(layer) as record:
+        layer(x, None, modality)
+    routing = record.layers[""]
+    p_text = routing.tokens(routing.gates)[:, 7:].reshape(-1, 4)
+    entropy = -(p_text * p_text.log()).sum(-1).mean()
+    torch.testing.assert_close(routing.losses["text/local_entropy_loss"], entropy)
+    p_image = routing.tokens(routing.gates)[:, :7].reshape(-1, 4).mean(0)
+    threshold = (math.log(3) + (p_image * p_image.log()).sum()).clamp(min=0)
+    torch.testing.assert_close(routing.losses["image/global_entropy_loss"], threshold)
+    assert routing.losses["text/local_entropy_loss"].requires_grad
+    assert not routing.losses["image/local_entropy_loss"].requires_grad  # its weight is zero
+    assert torch.equal(routing.load, routing.load_by_modality["image"] + routing.load_by_modality["text"])
+    weighted = sum(layer.losses.weights[name] * loss for name, loss in routing.losses.items())
+    torch.testing.assert_close(routing.auxiliary_loss, weighted)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_experts": 0}, "num_experts must be >= 1, got 0"),
+        ({"num_selected_experts": 9}, "num_selected_experts must be 1..num_experts"),
+        ({"router": "tok_k"}, "router must be one of"),
+        ({"capacity_factor": -1}, "capacity_factor must be > 0, or None for no limit, got -1"),
+        ({"eval_capacity_factor": 0}, "eval_capacity_factor must be > 0"),
+        ({"group_size": 0}, "group_size must be >= 1"),
+        ({"noise_std": -1.0}, "noise_std must be >= 0"),
+        ({"importance_loss": -1.0}, "importance_loss must be >= 0"),
+        ({"auxiliary_loss": "yes"}, "auxiliary_loss must be 'record' or 'attach'"),
+        ({"local_entropy_loss": {"sound": 1.0}}, "names \\['sound'\\], but the modalities are \\['image'\\]"),
+        ({"global_entropy_min_experts": 99}, "must be 1..8"),
+    ],
+)
+def test_settings_out_of_range_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        SparseMoE(8, 16, **kwargs)
+
+
+def test_an_attached_scale_must_be_finite():
+    with pytest.raises(ValueError, match="finite"):
+        vmoe.set_auxiliary_loss_scale(math.inf)

@@ -1,0 +1,148 @@
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmoe.config_io import ConfigError, find_config, parse_config, read_config, shipped_config_dirs
+
+
+@dataclass
+class Optim:
+    """The optimizer.
+
+    Attributes:
+        lr: Learning rate.
+        betas: Two decays.
+        kwargs: Further arguments.
+    """
+
+    lr: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.lr < 0:
+            raise ValueError(f"lr must be >= 0, got {self.lr}")
+
+
+@dataclass
+class Settings:
+    """All of it.
+
+    Attributes:
+        output_dir: Folder.
+        optim: Optimizer.
+        second: Optional optimizer.
+        task: What to do.
+        names: Texts, or a file.
+    """
+
+    output_dir: str
+    optim: Optim = field(default_factory=Optim)
+    second: Optim | None = None
+    task: Literal["a", "b"] = "a"
+    names: list[str] | str | None = None
+
+
+def write(folder, text):
+    file = folder / "config.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+def test_file_then_overrides_wherever_they_stand(tmp_path):
+    file = write(tmp_path, "output_dir: here\noptim: {lr: 1e-3, kwargs: {a: 1, b: {c: [1, 2]}}}\n")
+    config = read_config(Settings, ["--optim.lr", "3e-4", "--config", file, "--optim.kwargs.num_experts", "8"])
+    assert config == Settings("here", Optim(lr=3e-4, kwargs={"a": 1, "b": {"c": [1, 2]}, "num_experts": 8}))
+    assert isinstance(config.optim, Optim)
+
+
+def test_later_files_win(tmp_path):
+    first = write(tmp_path, "output_dir: here\noptim: {lr: 1}\n")
+    second = tmp_path / "second.yaml"
+    second.write_text("optim: {lr: 2}\n")
+    config = read_config(Settings, ["--config", first, f"--config={second}"])
+    assert (config.output_dir, config.optim.lr) == ("here", 2)
+
+
+def test_optional_section_is_made_by_its_first_key():
+    assert read_config(Settings, ["--output_dir=x"]).second is None
+    assert read_config(Settings, ["--output_dir=x", "--second.lr=3"]).second == Optim(lr=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim: {lrr: 1}", "unknown key 'optim.lrr'; the nearest known key is 'optim.lr'"),
+        ("second: {betta: 1}", "unknown key 'second.betta'"),
+        ("lr: 1", "unknown key 'lr'; the nearest known key is 'optim.lr'"),
+        ("optim: {lr: fast}", "optim.lr must be float, got fast"),
+        ("second: {lr: fast}", "second.lr must be float, got fast"),
+        ("optim: 3", "optim must be a section with the keys lr, betas, kwargs, got 3"),
+        ("task: c", "task must be Literal['a', 'b'], got c"),
+        ("optim: {betas: [1, 2, 3]}", "optim.betas must be tuple[float, float], got [1, 2, 3]"),
+        ("optim: {lr: -1}", "lr must be >= 0, got -1"),
+        ("optim: [1", "config.yaml line 1: not valid YAML"),
+        ("- 1", "must hold settings as `key: value`, got a list"),
+    ],
+)
+def test_mistakes_in_a_file_are_one_sentence(tmp_path, text, message):
+    with pytest.raises(ConfigError) as caught:
+        read_config(Settings, ["--output_dir=x", "--config", write(tmp_path, text)])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "missing setting output_dir: give it in the config file or as --output_dir VALUE"),
+        (["--outputdir", "x"], "unknown key 'outputdir'; the nearest known key is 'output_dir'"),
+        (["--output_dir", "x", "--optim.lrr", "1"], "the nearest known key is 'optim.lr'"),
+        (["--output_dir", "x", "--task", "c"], "task must be Literal['a', 'b'], got c"),
+        (["--output_dir", "x", "--config", "limoe_tiny_emoij"], "limoe_tiny_emoij: no such file"),
+        (["--output_dir", "x", "--config"], "--config needs a file"),
+        (["--output_dir", "x", "more"], "unrecognized arguments: more"),
+    ],
+)
+def test_mistakes_on_the_command_line_exit_with_2(argv, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(Settings, argv, prog="tool", description="A tool.")
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("tool: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@given(
+    st.floats(0, 10),
+    st.sampled_from(["a", "b"]),
+    st.dictionaries(st.text("abc", min_size=1), st.integers() | st.booleans() | st.lists(st.floats(-1, 1))),
+)
+def test_what_is_written_is_read_back(tmp_path_factory, lr, task, kwargs):
+    config = Settings("x", Optim(lr=lr, kwargs=kwargs), task=task, names=["one", "two"])
+    plain = dataclasses.asdict(config)
+    plain["optim"]["betas"] = list(config.optim.betas)
+    file = tmp_path_factory.mktemp("config") / "config.yaml"
+    file.write_text(yaml.safe_dump(plain))
+    assert read_config(Settings, ["--config", str(file)]) == config
+
+
+def test_help_lists_settings_with_type_default_and_meaning(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(Settings, ["--help"], prog="tool", description="A tool.")
+    assert stopped.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--optim.lr LR Learning rate. (type: float, default: 0.1)" in shown
+
+
+def test_bare_names_of_shipped_configs():
+    assert shipped_config_dirs()
+    assert find_config("emoji_zero_shot", "eval") == find_config("emoji_zero_shot.yaml", "eval")
+    with pytest.raises(ConfigError, match=r"did you mean 'emoji_zero_shot'\? shipped configs: .*retrieval_pairs"):
+        find_config("emoji_zeroshot", "eval")

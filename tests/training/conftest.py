@@ -1,0 +1,73 @@
+"""A tiny world: coloured squares in class folders, the same as captioned pairs, and configs that train on them."""
+
+import copy
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vmoe.config_io import read_config
+from vmoe.training.config import Config
+
+COLOURS = {"blue": (30, 40, 220), "green": (40, 200, 60), "red": (220, 30, 40)}
+TINY_VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_experts": 4}
+TINY_LIMOE = {
+    "img_size": 16,
+    "patch_size": 8,
+    "width": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "embed_dim": 16,
+    "num_experts": 4,
+    "context_length": 8,
+}
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Folder with one folder per colour, 8 noisy squares each, and pairs.csv that captions them."""
+    root = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    lines = ["image,caption"]
+    for name, colour in COLOURS.items():
+        (root / "folders" / name).mkdir(parents=True)
+        for index in range(8):
+            pixels = np.clip(random.normal(colour, 40, (16, 16, 3)), 0, 255).astype(np.uint8)
+            file = f"folders/{name}/{index}.png"
+            Image.fromarray(pixels).save(root / file)
+            lines.append(f"{file},a {name} square number {index}")
+    (root / "pairs.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture
+def make_config(pictures, tmp_path):
+    """make_config(task, **{"train.steps": 3}) -> Config of a run in tmp_path/run."""
+
+    def make(task: str = "classification", **overrides) -> Config:
+        if task == "classification":
+            source = {"type": "image_folder", "path": str(pictures / "folders")}
+            model = {"name": "vmoe_tiny_patch8_48", "kwargs": copy.deepcopy(TINY_VIT)}
+        else:
+            source = {"type": "pairs", "path": str(pictures / "pairs.csv")}
+            model = {"name": "limoe_tiny_patch8_48", "kwargs": copy.deepcopy(TINY_LIMOE)}
+        settings = {
+            "output_dir": str(tmp_path / "run"),
+            "task": task,
+            "device": "cpu",
+            "model.name": model["name"],
+            **{f"model.kwargs.{key}": value for key, value in model["kwargs"].items()},
+            **{f"data.train.{key}": value for key, value in source.items()},
+            **{f"data.val.{key}": value for key, value in source.items()},
+            "data.loader.batch_size": 8,
+            "data.loader.num_workers": 0,
+            "train.steps": 6,
+            "train.num_threads": 1,
+            "train.log_every": 1,
+            "train.tensorboard": False,
+            "evaluate.examples": 0,
+            **overrides,
+        }
+        return read_config(Config, [f"--{key}={'null' if value is None else value}" for key, value in settings.items()])
+
+    return make

@@ -1,0 +1,96 @@
+"""What a user types, and what comes back."""
+
+import dataclasses
+
+import pytest
+
+from vmoe.config_io import ConfigError, read_config, shipped_config_dirs
+from vmoe.training.config import Config, changed_settings, flatten, load_config, to_yaml
+
+SHIPPED = sorted(path.stem for folder in shipped_config_dirs() for path in folder.glob("*.yaml"))
+REQUIRED = ["--output_dir=x", "--task=classification", "--model.name=vmoe_tiny_patch8_48"]
+
+
+def test_help_lists_every_setting_with_its_type_and_words(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        load_config(["--help"])
+    assert exit_.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for key in flatten(dataclasses.asdict(Config(output_dir="x", task="contrastive"))):
+        words, type_, _ = text.rpartition(f"--{key} ")[2].partition("type: ")
+        assert type_, key
+        assert len(words.split()) > 3, f"{key} has no description"
+        assert len(words) < 600, f"{key} has no type of its own"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_config_loads(name):
+    config = load_config(["--config", name])
+    assert config.output_dir == f"runs/{name}"
+
+
+def test_the_dense_twins_differ_in_their_experts_only():
+    for name in ("limoe_tiny_emoji", "vmoe_tiny_emoji_groups"):
+        sparse, dense = (flatten(dataclasses.asdict(load_config(["--config", n]))) for n in (name, f"{name}_dense"))
+        changed = {key for key in {**sparse, **dense} if sparse.get(key) != dense.get(key)}
+        routing = {key for key in changed if key.startswith("model.kwargs.")}
+        assert "model.kwargs.num_experts" in routing
+        assert changed - routing == {"output_dir"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--train.stpes", "3"], ["train.stpes", "train.steps"]),
+        (["--train.steps", "many"], ["train.steps", "int", "many"]),
+        (["--train.steps", "0"], ["train.steps", ">= 1", "0"]),
+        (["--train.precision", "fp8"], ["train.precision", "fp8", "bf16"]),
+        (["--config", "no_such_config"], ["no_such_config", "limoe_tiny_emoji"]),
+        (["--optim.warmup_steps", "1000"], ["optim.warmup_steps", "train.steps (1000)"]),
+        (["--optim.betas", "[0.9]"], ["optim.betas", "two numbers"]),
+        (["--model.kwargs.auxiliary_loss", "attach"], ["auxiliary_loss", "record"]),
+        (["--data.augmentation.mixup", "0.2", "--data.loader.batch_size", "7"], ["batch_size", "even", "7"]),
+        (["--task", "contrastive", "--data.augmentation.mixup", "0.2"], ["data.augmentation.mixup", "0"]),
+        (["--task", "contrastive", "--evaluate.task", "classification"], ["evaluate.task", "zero_shot"]),
+        (["--evaluate.task", "retrieval"], ["evaluate.task", "contrastive"]),
+        (["--model.name", "null"], ["model.name"]),
+    ],
+)
+def test_a_mistake_is_one_sentence_that_names_it(arguments, words, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        load_config(REQUIRED + arguments)
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err.strip()
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_an_unknown_key_in_a_file_is_named_with_the_nearest_known_one(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("output_dir: x\ntask: classification\ntrain:\n  precison: bf16\n")
+    with pytest.raises(ConfigError, match=r"train\.precison.*train\.precision"):
+        read_config(Config, ["--config", str(file)])
+
+
+def test_the_written_config_reads_back_the_same(tmp_path):
+    config = load_config([*REQUIRED, "--model.kwargs.moe_layers", "[1, 3]", "--optim.betas", "[0.9, 0.98]"])
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    again = load_config(["--config", str(file)])
+    assert again == config
+    assert changed_settings(file, again) == {}
+
+
+def test_only_settings_that_matter_count_as_changed(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(load_config([*REQUIRED, "--model.kwargs.num_experts", "4"])))
+    harmless = ["--train.log_every=3", "--train.steps=77", "--data.loader.num_workers=0", "--evaluate.batch_size=5"]
+    same = load_config([*REQUIRED, *harmless, "--model.kwargs.num_experts=4", "--data.val.split=val"])
+    assert changed_settings(file, same) == {}
+    other = load_config([*REQUIRED, "--model.kwargs.num_experts=8", "--optim.lr=0.5", "--seed=3"])
+    assert changed_settings(file, other) == {
+        "model.kwargs.num_experts": (4, 8),
+        "optim.lr": (0.001, 0.5),
+        "seed": (0, 3),
+    }

@@ -1,0 +1,140 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from vmoe.config_io import ConfigError
+from vmoe.data import build_transform, train_loader
+from vmoe.models.factory import preprocess_config
+from vmoe.training.tasks import create_task
+
+CPU = torch.device("cpu")
+
+
+def first_batch(task, model, config):
+    transform = build_transform(preprocess_config(model), config.data.augmentation)
+    return next(train_loader(task.train_data, transform, task.tokenizer, config.data.loader, config.seed))
+
+
+def similarities(model, batch):
+    images = F.normalize(model.encode_image(batch["image"]), dim=-1)
+    texts = F.normalize(model.encode_text(batch["text"]), dim=-1)
+    return model.logit_scale.exp() * images @ texts.T
+
+
+def test_softmax_loss_is_the_mean_of_both_cross_entropies(make_config):
+    config = make_config("contrastive")
+    task = create_task(config)
+    model = task.create_model(None).eval()
+    batch = first_batch(task, model, config)
+    logits, own = similarities(model, batch), torch.arange(8)
+    expected = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    torch.testing.assert_close(task.loss(model, batch, 0), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sigmoid_loss_is_siglips(make_config):
+    config = make_config("contrastive", **{"train.loss": "sigmoid", "model.kwargs.init_logit_bias": -10.0})
+    task = create_task(config)
+    model = task.create_model(None).eval()
+    batch = first_batch(task, model, config)
+    logits = similarities(model, batch) + model.logit_bias
+    expected = -F.logsigmoid(logits * (2 * torch.eye(8) - 1)).sum(dim=1).mean()
+    torch.testing.assert_close(task.loss(model, batch, 0), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sigmoid_loss_without_a_bias_says_what_to_set(make_config):
+    with pytest.raises(ConfigError, match="init_logit_bias"):
+        create_task(make_config("contrastive", **{"train.loss": "sigmoid"})).create_model(None)
+
+
+def test_the_logit_scale_stays_below_100(make_config):
+    task = create_task(make_config("contrastive"))
+    model = task.create_model(None)
+    with torch.no_grad():
+        model.logit_scale.fill_(9.0)
+    task.after_step(model)
+    assert task.figures(model)["logit_scale"] == pytest.approx(100)
+
+
+def test_mixup_is_a_function_of_the_batch_number_and_leaves_the_batch_alone(make_config):
+    config = make_config(**{"data.augmentation.mixup": 0.8, "data.augmentation.cutmix": 1.0})
+    task = create_task(config)
+    model = task.create_model(None).eval()
+    batch = first_batch(task, model, config)
+    before = batch["image"].clone()
+    losses = [task.loss(model, batch, number).item() for number in (3, 4, 3)]
+    assert torch.equal(batch["image"], before)
+    assert losses[0] == losses[2] != losses[1]
+
+
+def test_label_smoothing_is_applied(make_config):
+    config = make_config(**{"data.augmentation.label_smoothing": 0.3})
+    task = create_task(config)
+    model = task.create_model(None).eval()
+    batch = first_batch(task, model, config)
+    expected = F.cross_entropy(model(batch["image"]), batch["label"], label_smoothing=0.3)
+    torch.testing.assert_close(task.loss(model, batch, 0), expected)
+
+
+def test_the_head_has_the_classes_of_the_data(make_config):
+    assert create_task(make_config()).create_model(None).num_classes == 3
+    with pytest.raises(ConfigError, match=r"num_classes is 5, but data.train has 3 classes"):
+        create_task(make_config(**{"model.kwargs.num_classes": 5})).create_model(None)
+
+
+def test_other_classes_in_the_validation_data_are_named(make_config, tmp_path):
+    for name in ("blue", "red", "violet"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "val" / name / "0.png")
+    config = make_config(**{"train.eval_every": 1, "data.val.path": tmp_path / "val"})
+    with pytest.raises(ConfigError, match="class 1 is 'green' in data.train and 'red' in data.val"):
+        create_task(config)
+    (tmp_path / "val" / "violet" / "0.png").unlink()
+    (tmp_path / "val" / "violet").rmdir()
+    with pytest.raises(ConfigError, match="3 classes and data.val 2; only one of them has green"):
+        create_task(config)
+
+
+@pytest.mark.parametrize(
+    ("task", "overrides", "words"),
+    [
+        ("contrastive", {"model.name": "vmoe_tiny_patch8_48", "model.kwargs": "{}"}, "needs an image-text model"),
+        ("classification", {"model.name": "limoe_tiny_patch8_48", "model.kwargs": "{}"}, "needs a classifier"),
+    ],
+)
+def test_a_model_of_the_other_kind_is_refused(make_config, task, overrides, words):
+    with pytest.raises(ValueError, match=words):
+        config = make_config(task, **overrides)
+        config.model.kwargs = {}
+        create_task(config).create_model(None)
+
+
+def test_data_without_labels_or_captions_is_refused(make_config, pictures):
+    labels = {"data.train.type": "image_folder", "data.train.path": pictures / "folders"}
+    captions = {"data.train.type": "pairs", "data.train.path": pictures / "pairs.csv"}
+    with pytest.raises(ConfigError, match="needs captions, and data.train has none"):
+        create_task(make_config("contrastive", **labels))
+    with pytest.raises(ConfigError, match="needs labels"):
+        create_task(make_config("classification", **captions))
+
+
+def test_contrastive_evaluation_follows_the_data(make_config, pictures):
+    config = make_config("contrastive", **{"train.eval_every": 1})
+    task = create_task(config)
+    figures = task.evaluate(task.create_model(None), CPU)
+    assert figures["num_samples"] == 24
+    assert 0 <= figures["image_to_text_recall@1"] <= figures["image_to_text_recall@5"] <= 1
+    labels = {"data.val.type": "image_folder", "data.val.path": pictures / "folders"}
+    task = create_task(make_config("contrastive", **{"train.eval_every": 1, **labels}))
+    assert task.evaluate(task.create_model(None), CPU)["top5"] == 1.0
+    with pytest.raises(ConfigError, match="'zero_shot' needs class names"):
+        create_task(make_config("contrastive", **{"train.eval_every": 1, "evaluate.task": "zero_shot"}))
+
+
+def test_example_names_hold_the_captions_of_the_examples(make_config):
+    task = create_task(make_config("contrastive"))
+    samples = task.examples(5)
+    names = task.example_names(samples)
+    assert len(samples) == 5
+    assert len(set(names)) == len(names)
+    assert {sample.caption for sample in samples} <= set(names)

@@ -1,0 +1,45 @@
+"""vmoe: sparse mixture-of-experts vision and image-text models in PyTorch.
+
+Importing it registers the `vmoe_*` models with timm. What needs open_clip is imported when it is first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from vmoe.models import vision  # noqa: F401  (registers the models with timm)
+from vmoe.moe import LayerRouting, RoutingRecord, SparseMoE, record_routing, set_auxiliary_loss_scale
+
+if TYPE_CHECKING:
+    from vmoe.evaluation.zero_shot import zero_shot_classify
+    from vmoe.models.factory import create_model, create_model_and_transforms, get_tokenizer
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "create_model": "vmoe.models.factory",
+    "create_model_and_transforms": "vmoe.models.factory",
+    "get_tokenizer": "vmoe.models.factory",
+    "zero_shot_classify": "vmoe.evaluation.zero_shot",
+}
+
+__all__ = [
+    "LayerRouting",
+    "RoutingRecord",
+    "SparseMoE",
+    "create_model",
+    "create_model_and_transforms",
+    "get_tokenizer",
+    "record_routing",
+    "set_auxiliary_loss_scale",
+    "zero_shot_classify",
+]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'vmoe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

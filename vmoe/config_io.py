@@ -1,0 +1,264 @@
+"""Reads a configuration for `train.py` and `eval.py`: YAML file, then `--key.sub value` overrides, into a dataclass.
+
+jsonargparse does the work (types, nesting, `--help` from docstrings); this file adds what a user meets first: shipped
+configs by their bare name, an unknown key named together with the nearest known one, and errors of one sentence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+
+ConfigT = TypeVar("ConfigT")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one sentence for the user."""
+
+
+def shipped_config_dirs() -> list[Path]:
+    """Folders of the configs that come with vmoe: inside an installed wheel, or beside the package in a checkout."""
+    package = Path(__file__).resolve().parent
+    candidates = [package / "configs"]
+    if (package.parent / "pyproject.toml").is_file():  # a checkout; else this would be some site-packages/configs
+        candidates.append(package.parent / "configs")
+    return [folder for folder in candidates if folder.is_dir()]
+
+
+def find_config(name: str, folder: str = "") -> Path:
+    """Path of a config file.
+
+    Args:
+        name: a path, or the bare name of a shipped config, with or without `.yaml` ("limoe_tiny_emoji").
+        folder: subfolder of the shipped configs in which a bare name is looked up ("" or "eval").
+
+    Raises:
+        ConfigError: there is no such file; the message lists the shipped configs.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    shipped = {path.stem: path for root in shipped_config_dirs() for path in sorted((root / folder).glob("*.yaml"))}
+    bare = name.removesuffix(".yaml")
+    if bare in shipped:
+        return shipped[bare]
+    nearest = difflib.get_close_matches(Path(bare).name, shipped, n=1)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    raise ConfigError(f"--config {name}: no such file; {hint}shipped configs: {', '.join(sorted(shipped)) or 'none'}")
+
+
+def parse_config(
+    config_class: type[ConfigT], argv: Sequence[str] | None, prog: str, description: str, folder: str = ""
+) -> ConfigT:
+    """Reads the command line as :func:`read_config`; on a mistake prints one sentence and exits with code 2.
+
+    Args:
+        config_class: dataclass of the configuration (nested dataclasses are sections).
+        argv: arguments without the program's name; None: those of this process.
+        prog: the program's name, for messages.
+        description: first lines of `--help`.
+        folder: subfolder of the shipped configs in which a bare `--config NAME` is looked up.
+    """
+    try:
+        return read_config(config_class, argv, prog=prog, description=description, folder=folder)
+    except ConfigError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def read_config(
+    config_class: type[ConfigT],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str = "vmoe",
+    description: str = "",
+    folder: str = "",
+) -> ConfigT:
+    """Builds a configuration from `--config FILE` (repeatable, later files win) and `--key.sub value` overrides.
+
+    Overrides win over files wherever they stand. Free-form settings must be declared `dict[str, Any]`, not `dict`, so
+    that their values are read as YAML (`--model.kwargs.num_experts 4` gives an int).
+
+    Raises:
+        ConfigError: unknown key, wrong type, missing file or setting, or a ValueError of a dataclass's own checks.
+        SystemExit: code 0 after `--help` or `--print_config`.
+    """
+    files, overrides = _split_config_files(list(sys.argv[1:] if argv is None else argv))
+    files = [find_config(name, folder) for name in files]
+    for file in files:
+        _check_keys(_read_yaml(file), config_class, where=str(file))
+    known = ["config", "help", "print_config", *_known_keys(config_class)]
+    for argument in overrides:
+        if argument.startswith("--"):
+            _check_option(argument[2:].partition("=")[0].removesuffix("+").removesuffix(".help"), config_class, known)
+
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser.add_argument(
+        "--config", action=ActionConfigFile, help="YAML file with settings, or the bare name of a shipped config."
+    )
+    parser.add_class_arguments(config_class)
+    try:
+        parsed = parser.parse_args([f"--config={file}" for file in files] + overrides)
+        return _build(config_class, parsed.as_dict())
+    except ArgumentError as error:
+        raise ConfigError(_one_sentence(str(error), config_class)) from None
+    except ValueError as error:  # the dataclasses' own checks
+        raise ConfigError(str(error)) from None
+
+
+def _build(config_class: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
+    """The dataclass from nested, already checked settings."""
+    values = {}
+    for name, annotation in _fields(config_class).items():
+        section = _section(annotation)
+        value = settings[name]
+        values[name] = _build(section, value) if section is not None and value is not None else value
+    return config_class(**values)
+
+
+def _split_config_files(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Takes the `--config` arguments out of argv; returns (config names, the other arguments)."""
+    names, others = [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--config":
+            name = next(arguments, None)
+            if name is None or name.startswith("--"):
+                raise ConfigError("--config needs a file or the name of a shipped config")
+            names.append(name)
+        elif argument.startswith("--config="):
+            names.append(argument.removeprefix("--config="))
+        else:
+            others.append(argument)
+    return names, others
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{file}{place}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: must hold settings as `key: value`, got a {type(content).__name__}")
+    return content
+
+
+def _section(annotation: Any) -> type | None:
+    """The dataclass behind a field's type (`Sub`, `Sub | None`), else None."""
+    if dataclasses.is_dataclass(annotation):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return next((arg for arg in typing.get_args(annotation) if dataclasses.is_dataclass(arg)), None)
+    return None
+
+
+def _is_free_form(annotation: Any) -> bool:
+    """Whether a field takes any keys below it (`dict[str, Any]`, `dict[str, Any] | None`)."""
+    members = (annotation, *typing.get_args(annotation))
+    return any(member is dict or typing.get_origin(member) is dict for member in members)
+
+
+def _fields(config_class: type) -> dict[str, Any]:
+    """{name: type} of the settings of a dataclass."""
+    hints = typing.get_type_hints(config_class)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config_class) if field.init}
+
+
+def _known_keys(config_class: type, prefix: str = "") -> Iterator[str]:
+    """All dotted keys, sections included."""
+    for name, annotation in _fields(config_class).items():
+        yield prefix + name
+        section = _section(annotation)
+        if section is not None:
+            yield from _known_keys(section, f"{prefix}{name}.")
+
+
+def _unknown(key: str, known: list[str], where: str) -> ConfigError:
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not nearest:  # right name in the wrong section
+        nearest = [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]][:1]
+    hint = f"the nearest known key is {nearest[0]!r}" if nearest else "`--help` lists all keys"
+    return ConfigError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def _check_keys(settings: dict[str, Any], config_class: type, where: str) -> None:
+    """Raises ConfigError on the first key of a YAML tree that the dataclass does not have."""
+    known = list(_known_keys(config_class))
+
+    def walk(tree: dict[str, Any], section: type, prefix: str) -> None:
+        fields = _fields(section)
+        for name, value in tree.items():
+            if name not in fields:
+                raise _unknown(f"{prefix}{name}", known, where)
+            subsection = _section(fields[name])
+            if subsection is None:
+                continue
+            if isinstance(value, dict):
+                walk(value, subsection, f"{prefix}{name}.")
+            elif value is not None or fields[name] is subsection:
+                raise ConfigError(
+                    f"{where}: {prefix}{name} must be {_type_name(config_class, prefix + name)}, got {value}"
+                )
+
+    walk(settings, config_class, "")
+
+
+def _check_option(key: str, config_class: type, known: list[str]) -> None:
+    """Raises ConfigError if `--key` is not a setting (keys below a free-form one are not checked)."""
+    if key in known:
+        return
+    section: type | None = config_class
+    for name in key.split("."):
+        fields = _fields(section) if section is not None else {}
+        if name not in fields:
+            break
+        if _is_free_form(fields[name]):
+            return
+        section = _section(fields[name])
+    raise _unknown(key, known, "command line")
+
+
+def _one_sentence(message: str, config_class: type) -> str:
+    """Turns jsonargparse's multi-line message into `key: must be TYPE, got VALUE`."""
+    text = " ".join(message.split())
+    if "arguments are required:" in text:
+        names = text.partition("arguments are required:")[2].strip()
+        first = names.split(",")[0].strip()
+        return f"missing setting {names}: give it in the config file or as --{first} VALUE"
+    key = re.match(r'Parser key "([^"]+)":', text)
+    value = re.search(r"(?:Got|Given) value: (.*?)(?: - Expected|$)", text)
+    if key is None or value is None:
+        return text
+    name = key[1]
+    inner = re.search(r'(\w+)": Expected', text[key.end() :])  # a setting of an optional section
+    if inner is not None:
+        name = f"{name}.{inner[1]}"
+    return f"{name} must be {_type_name(config_class, name)}, got {value[1]}"
+
+
+def _type_name(config_class: type, key: str) -> str:
+    """The type of a setting as written in its dataclass."""
+    section: Any = config_class
+    *sections, last = key.split(".")
+    for name in sections:
+        section = _section(_fields(section)[name])
+    annotation = _fields(section)[last]
+    subsection = _section(annotation)
+    if subsection is not None:
+        return f"a section with the keys {', '.join(_fields(subsection))}"
+    if isinstance(annotation, type) and not typing.get_args(annotation):
+        return annotation.__name__
+    return str(annotation).replace("typing.", "")

@@ -1,0 +1,28 @@
+"""Pictures, captions and labels: data sets, transforms and loaders. Knows neither models nor training."""
+
+from vmoe.data.build import build_dataset
+from vmoe.data.config import AugmentationConfig, LoaderConfig, SourceConfig
+from vmoe.data.dataset import ImageDataset, Sample
+from vmoe.data.images import BadSample, load_image
+from vmoe.data.loaders import EvalLoader, TooManyBadSamples, TrainLoader, eval_loader, train_loader
+from vmoe.data.transforms import SeededMixup, Transform, build_mixup, build_transform
+
+__all__ = [
+    "AugmentationConfig",
+    "BadSample",
+    "EvalLoader",
+    "ImageDataset",
+    "LoaderConfig",
+    "Sample",
+    "SeededMixup",
+    "SourceConfig",
+    "TooManyBadSamples",
+    "TrainLoader",
+    "Transform",
+    "build_dataset",
+    "build_mixup",
+    "build_transform",
+    "eval_loader",
+    "load_image",
+    "train_loader",
+]

@@ -1,0 +1,128 @@
+"""Reads the samples of one batch; the part of a loader that runs in its worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from vmoe.data.dataset import ImageDataset, Sample
+from vmoe.data.images import BadSample
+from vmoe.data.seeding import derive_seed, isolated_randomness, seed_process
+from vmoe.data.transforms import Transform
+
+Tokenizer = Callable[[list[str]], torch.Tensor]
+
+# With a bad share of 0.9 all of these fail once in 37,000 samples; a data set worse than that is no data set.
+MAX_REPLACEMENTS = 100
+MAX_CACHED_CAPTIONS = 100_000
+
+
+class BatchKey(NamedTuple):
+    """Names a batch: all that is in it follows from this and the seed."""
+
+    epoch: int
+    indices: tuple[int, ...]
+
+
+class Batch(NamedTuple):
+    """What a worker hands over.
+
+    Attributes:
+        tensors: "image" (float32, or uint8 (B, H, W, 3) before `Transform.normalize`), "index", "label", "text".
+        bad: (path, reason) of every bad sample met.
+        num_read: samples read, the bad ones and their replacements included.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    bad: list[tuple[str, str]]
+    num_read: int
+
+
+class BatchReader(Dataset):
+    """Maps a BatchKey to its Batch; a pure function of key and seed, in whichever process it runs.
+
+    Args:
+        dataset: the samples.
+        transform: picture to float tensor; a vmoe Transform is taken apart, so that it runs on bytes up to the end.
+        tokenizer: list of captions to (B, L) long; None: no "text" in the batches.
+        seed: of augmentation and replacements.
+        replace_bad: whether another sample takes a bad one's place; else it is left out.
+
+    Raises:
+        ValueError: a tokenizer is given, but the data set has no captions.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        transform: Callable[[Image.Image], torch.Tensor],
+        tokenizer: Tokenizer | None,
+        seed: int,
+        replace_bad: bool,
+    ) -> None:
+        if tokenizer is not None and not dataset.has_captions:
+            raise ValueError(
+                f"{type(dataset).__name__} has no captions: training on text needs a data source of type emoji or pairs"
+            )
+        self.dataset = dataset
+        self.transform = transform
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.replace_bad = replace_bad
+        self.normalize_later = isinstance(transform, Transform) and transform.erase is None
+        self._tokens: dict[str, torch.Tensor] = {}
+
+    def __getitem__(self, key: BatchKey) -> Batch:
+        samples, bad = [], []
+        with isolated_randomness():
+            for index in key.indices:
+                sample = self._read(key.epoch, index, bad)
+                if sample is not None:
+                    samples.append((index, *sample))
+        num_read = len(key.indices) + (len(bad) if self.replace_bad else 0)
+        if not samples:
+            return Batch({}, bad, num_read)
+        indices, images, labels, captions = zip(*samples)
+        tensors = {"image": torch.stack(images), "index": torch.tensor(indices)}
+        if self.dataset.classes is not None:
+            tensors["label"] = torch.tensor(labels)
+        if self.tokenizer is not None:
+            tensors["text"] = torch.stack([self._tokenize(caption) for caption in captions])
+        return Batch(tensors, bad, num_read)
+
+    def _read(
+        self, epoch: int, index: int, bad: list[tuple[str, str]]
+    ) -> tuple[torch.Tensor, int | None, str | None] | None:
+        """(image, label, caption) of a sample or its replacement; None where it is left out."""
+        candidate = index
+        for attempt in range(1, MAX_REPLACEMENTS + 1):
+            try:
+                sample = self.dataset[candidate]
+            except BadSample as error:
+                bad.append((error.path, error.reason))
+            else:
+                seed_process(derive_seed(self.seed, epoch, index))
+                return self._image(sample), sample.label, sample.caption
+            if not self.replace_bad:
+                return None
+            candidate = derive_seed(self.seed, epoch, index, attempt) % len(self.dataset)
+        return None
+
+    def _image(self, sample: Sample) -> torch.Tensor:
+        if self.normalize_later:
+            return torch.from_numpy(np.array(self.transform.geometry(sample.image)))  # (H, W, 3) uint8
+        return self.transform(sample.image)
+
+    def _tokenize(self, caption: str) -> torch.Tensor:
+        """(L,) long; kept, since cleaning and splitting a caption takes longer than drawing its picture's crop."""
+        tokens = self._tokens.get(caption)
+        if tokens is None:
+            tokens = self.tokenizer([caption])[0]
+            if len(self._tokens) < MAX_CACHED_CAPTIONS:
+                self._tokens[caption] = tokens
+        return tokens

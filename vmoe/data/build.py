@@ -1,0 +1,34 @@
+"""From a setting to a data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vmoe.data.config import SourceConfig
+from vmoe.data.dataset import ImageDataset
+from vmoe.data.emoji import EmojiGroups, EmojiPairs
+from vmoe.data.labelled import ImageFolder, TorchvisionDataset
+from vmoe.data.pairs import PairsFile, PairsFolder
+
+
+def build_dataset(source: SourceConfig) -> ImageDataset:
+    """Opens the data set that the settings describe.
+
+    Raises:
+        ValueError: files, columns, names or splits are not there; the message says which.
+        ModuleNotFoundError: an emoji data set without the packages of the extra `demo`.
+    """
+    match source.type:
+        case "emoji":
+            return EmojiPairs(source.split, source.image_size)
+        case "emoji_groups":
+            return EmojiGroups(source.split, source.image_size)
+        case "pairs" if Path(source.path).is_dir():
+            return PairsFolder(source.path)
+        case "pairs":
+            return PairsFile(source.path, source.image_root, source.image_key, source.caption_key)
+        case "image_folder":
+            return ImageFolder(source.path, source.class_names)
+        case "torchvision":
+            return TorchvisionDataset(source.name, source.path, source.split)
+    raise ValueError(f"type of a data source must be one of those in SourceConfig, got {source.type!r}")

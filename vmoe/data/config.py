@@ -1,0 +1,143 @@
+"""Settings of the data: where it comes from, how it is augmented, how it is read. Every field is shown by `--help`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class SourceConfig:
+    """One data set.
+
+    Args:
+        type: "emoji" (pictures with their names), "emoji_groups" (emoji with their Unicode group as class), "pairs"
+            (images with captions), "image_folder" (one folder per class) or "torchvision" (a data set of torchvision).
+        path: "pairs": a .csv, .tsv or .jsonl file, or a folder of images with .txt files beside them. "image_folder":
+            the folder that holds one folder per class. "torchvision": the folder given to torchvision as `root`.
+            The emoji types need none.
+        split: "emoji": "train", "held_out" (400 compositions never seen in training) or "all". "emoji_groups":
+            "train" or "val". "torchvision": "train", "test" or what the data set itself offers. Else unused.
+        name: "torchvision" only: the class name in torchvision.datasets, for example "FashionMNIST".
+        image_size: emoji types only: side in pixels at which the pictures are drawn, once.
+        image_root: "pairs" file only: the folder that relative image paths start from (default: the file's folder).
+        image_key: "pairs" file only: the column or key of the image path (default: image, path, filepath, ...).
+        caption_key: "pairs" file only: the column or key of the caption (default: caption, title or text).
+        class_names: "image_folder" only: a .txt file with one class name per line, in the order of the sorted folder
+            names, or a .json file with a list of names or a dictionary from folder name to class name (default: the
+            folder names, or WordNet's words where every folder is an ImageNet synset such as n01440764).
+    """
+
+    type: Literal["emoji", "emoji_groups", "pairs", "image_folder", "torchvision"] = "emoji"
+    path: str | None = None
+    split: str = "train"
+    name: str | None = None
+    image_size: int = 48
+    image_root: str | None = None
+    image_key: str | None = None
+    caption_key: str | None = None
+    class_names: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.type in ("pairs", "image_folder", "torchvision") and not self.path:
+            raise ValueError(f"data source of type {self.type!r} needs a path: set `path` to its file or folder")
+        if self.type == "torchvision" and not self.name:
+            raise ValueError("data source of type 'torchvision' needs a name: set `name`, for example FashionMNIST")
+        splits = {"emoji": ("train", "held_out", "all"), "emoji_groups": ("train", "val")}.get(self.type)
+        if splits and self.split not in splits:
+            raise ValueError(
+                f"split of data source {self.type!r} must be one of {', '.join(splits)}, got {self.split!r}"
+            )
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be >= 1, got {self.image_size}: give the picture's side in pixels")
+
+
+@dataclass
+class AugmentationConfig:
+    """Augmentation of training pictures, in timm's words. The defaults are light, as is usual for image-text training.
+
+    Args:
+        scale: share of the picture's area that a random crop takes, smallest and largest.
+        ratio: width / height of that crop, smallest and largest.
+        hflip: probability of a left-right flip.
+        vflip: probability of an upside-down flip.
+        color_jitter: strength of random brightness, contrast and saturation (0: none; unused with auto_augment).
+        grayscale_prob: probability that a picture loses its colours.
+        auto_augment: timm's policy string, such as "rand-m9-mstd0.5-inc1" (RandAugment), or none.
+        re_prob: probability of random erasing.
+        re_mode: what fills an erased box: "const" (zero), "rand" (one random colour) or "pixel" (noise).
+        re_count: most boxes erased in one picture.
+        interpolation: "bicubic", "bilinear" or "random" (one of the two per picture), or none (the model's own).
+        mixup: alpha of mixup (0: off); classification only.
+        cutmix: alpha of cutmix (0: off); classification only.
+        mixup_prob: probability that a batch is mixed at all.
+        mixup_switch_prob: probability of cutmix where mixup and cutmix are both on.
+        label_smoothing: share of the target that is spread over all classes; classification only.
+    """
+
+    scale: tuple[float, float] = (0.8, 1.0)
+    ratio: tuple[float, float] = (0.9, 1.1)
+    hflip: float = 0.0
+    vflip: float = 0.0
+    color_jitter: float = 0.0
+    grayscale_prob: float = 0.0
+    auto_augment: str | None = None
+    re_prob: float = 0.0
+    re_mode: Literal["const", "rand", "pixel"] = "pixel"
+    re_count: int = 1
+    interpolation: Literal["bicubic", "bilinear", "random"] | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("hflip", "vflip", "grayscale_prob", "re_prob", "mixup_prob", "mixup_switch_prob"):
+            _check_share(name, getattr(self, name))
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        for name in ("color_jitter", "mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0 (0 turns it off), got {getattr(self, name)}")
+        if self.re_count < 1:
+            raise ValueError(f"re_count must be >= 1, got {self.re_count}: set re_prob to 0 to turn erasing off")
+        low, high = self.scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"scale must be two shares of the area, 0 < smallest <= largest <= 1, got {self.scale}")
+        low, high = self.ratio
+        if not 0 < low <= high:
+            raise ValueError(f"ratio must be two ratios of width to height, 0 < smallest <= largest, got {self.ratio}")
+
+
+@dataclass
+class LoaderConfig:
+    """How samples are read and put into batches.
+
+    Args:
+        batch_size: samples in a batch.
+        num_workers: processes that read in the background; 0 reads in the main process. The batches are the same.
+        on_bad: what happens to an unreadable image or an empty caption: "replace" (another sample takes its place; for
+            training), "skip" (left out and counted; for evaluation) or "fail". Default: replace in training, fail in
+            evaluation.
+        max_bad_share: training stops when more than this share of the samples read is bad.
+        pin_memory: keep batches in page-locked memory, for quicker copies to a GPU (unused without one).
+    """
+
+    batch_size: int = 256
+    num_workers: int = 1
+    on_bad: Literal["replace", "skip", "fail"] | None = None
+    max_bad_share: float = 0.01
+    pin_memory: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers must be >= 0 (0 reads in the main process), got {self.num_workers}")
+        _check_share("max_bad_share", self.max_bad_share)
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {value}")

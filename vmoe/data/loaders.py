@@ -1,0 +1,263 @@
+"""Batches for training (endless, at an exact position) and for evaluation (once, in order)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from vmoe.data.batches import Batch, BatchKey, BatchReader, Tokenizer
+from vmoe.data.config import LoaderConfig
+from vmoe.data.dataset import ImageDataset
+from vmoe.data.images import BadSample
+from vmoe.data.seeding import derive_seed
+
+logger = logging.getLogger("vmoe.data")
+
+# The share of bad samples means little before this many are read (or all of them, where there are fewer).
+MIN_READ_FOR_SHARE = 1000
+
+
+class TooManyBadSamples(RuntimeError):
+    """More of the samples are bad than `max_bad_share` allows."""
+
+
+class TrainLoader:
+    """Endless batches in a shuffled order, new in every epoch.
+
+    Order and augmentation follow from (seed, epoch, index) alone: they do not depend on `num_workers`, on the process's
+    random state, or on where a run was stopped. An epoch's last, incomplete batch is dropped. Made by `train_loader`.
+
+    Attributes:
+        step: batches handed out so far.
+        steps_per_epoch: whole batches in the data set.
+        num_read: samples read for them, bad ones and replacements included.
+        num_bad: bad samples among these (one that is met twice counts twice).
+        bad_paths: {path: reason} of the bad samples met by this object.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        transform: Callable[[Image.Image], torch.Tensor],
+        tokenizer: Tokenizer | None,
+        config: LoaderConfig,
+        seed: int,
+        device: torch.device | str | None = None,
+    ) -> None:
+        on_bad = config.on_bad or "replace"
+        if on_bad == "skip":
+            raise ValueError("on_bad must be replace or fail in training, got skip: batches must be whole")
+        if len(dataset) < config.batch_size:
+            raise ValueError(
+                f"batch_size {config.batch_size} is more than the data set's {len(dataset)} samples: make it smaller"
+            )
+        self.reader = BatchReader(dataset, transform, tokenizer, seed, replace_bad=on_bad == "replace")
+        self.config = config
+        self.seed = seed
+        self.device = device
+        self.fail = on_bad == "fail"
+        self.steps_per_epoch = len(dataset) // config.batch_size
+        self.step = 0
+        self.num_read = 0
+        self.num_bad = 0
+        self.bad_paths: dict[str, str] = {}
+        self._batches: Iterator[Batch] | None = None
+
+    def __iter__(self) -> TrainLoader:
+        return self
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        if self._batches is None:
+            self._batches = iter(_data_loader(self.reader, self._keys(self.step), self.config))
+        batch = next(self._batches)
+        self.step += 1
+        self._count(batch)
+        return _finish(batch.tensors, self.reader, self.device)
+
+    def _keys(self, step: int) -> Iterator[BatchKey]:
+        """Keys of the batches from `step` on, without end."""
+        size, order_epoch, order = self.config.batch_size, None, []
+        while True:
+            epoch, position = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
+                order, order_epoch = torch.randperm(len(self.reader.dataset), generator=generator), epoch
+            yield BatchKey(epoch, tuple(order[position * size : (position + 1) * size].tolist()))
+            step += 1
+
+    def _count(self, batch: Batch) -> None:
+        if batch.bad and self.fail:
+            raise BadSample(*batch.bad[0])
+        self.num_read += batch.num_read
+        self.num_bad += len(batch.bad)
+        for path, reason in batch.bad:
+            if path not in self.bad_paths:
+                self.bad_paths[path] = reason
+                logger.warning("bad sample replaced by another: %s: %s", path, reason)
+        whole = batch.tensors and len(batch.tensors["image"]) == self.config.batch_size
+        enough = self.num_read >= min(MIN_READ_FOR_SHARE, len(self.reader.dataset))
+        if not whole or (enough and self.num_bad > self.config.max_bad_share * self.num_read):
+            path, reason = batch.bad[-1] if batch.bad else next(reversed(self.bad_paths.items()))
+            raise TooManyBadSamples(
+                f"{self.num_bad} of {self.num_read} samples read are bad ({self.num_bad / self.num_read:.1%}), more "
+                f"than max_bad_share {self.config.max_bad_share} allows; the last is {path}: {reason}. "
+                "Repair or remove the files that the log names, or raise max_bad_share"
+            )
+
+    def state_dict(self) -> dict[str, int]:
+        """Position of the batches handed out so far, and what it is a position in; plain integers."""
+        return {
+            "step": self.step,
+            "num_read": self.num_read,
+            "num_bad": self.num_bad,
+            "seed": self.seed,
+            "batch_size": self.config.batch_size,
+            "num_samples": len(self.reader.dataset),
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continues exactly behind the batches that `state` counts.
+
+        Raises:
+            ValueError: the seed, the batch size or the data set's size is another, so there is no such position.
+        """
+        mine = self.state_dict()
+        for name in ("seed", "batch_size", "num_samples"):
+            if state[name] != mine[name]:
+                raise ValueError(
+                    f"the data position was saved with {name} {state[name]}, but it is now {mine[name]}: "
+                    "continue with the old setting, or start a new run in another folder"
+                )
+        self.close()
+        self.step, self.num_read, self.num_bad = state["step"], state["num_read"], state["num_bad"]
+
+    def close(self) -> None:
+        """Stops the worker processes; the next batch starts them again."""
+        self._batches = None
+
+
+class EvalLoader:
+    """All samples once, in order; the last batch may be smaller. Made by `eval_loader`.
+
+    A bad sample raises BadSample, which names it, or with `on_bad="skip"` is left out and counted.
+
+    Attributes:
+        num_samples: of the data set.
+        num_skipped: bad samples left out in the current or last pass.
+        skipped_paths: their paths.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        transform: Callable[[Image.Image], torch.Tensor],
+        tokenizer: Tokenizer | None,
+        config: LoaderConfig,
+        device: torch.device | str | None = None,
+    ) -> None:
+        on_bad = config.on_bad or "fail"
+        if on_bad == "replace":
+            raise ValueError("on_bad must be fail or skip in evaluation, got replace: figures must be of the samples")
+        self.reader = BatchReader(dataset, transform, tokenizer, seed=0, replace_bad=False)
+        self.config = config
+        self.device = device
+        self.fail = on_bad == "fail"
+        self.num_samples = len(dataset)
+        self.num_skipped = 0
+        self.skipped_paths: list[str] = []
+
+    def __len__(self) -> int:
+        """Number of batches (one fewer for each whose samples are all skipped)."""
+        return math.ceil(self.num_samples / self.config.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        self.num_skipped, self.skipped_paths = 0, []
+        size = self.config.batch_size
+        starts = range(0, self.num_samples, size)
+        keys = [BatchKey(0, tuple(range(start, min(start + size, self.num_samples)))) for start in starts]
+        for batch in _data_loader(self.reader, keys, self.config):
+            if batch.bad and self.fail:
+                raise BadSample(*batch.bad[0])
+            self.num_skipped += len(batch.bad)
+            for path, reason in batch.bad:
+                self.skipped_paths.append(path)
+                logger.warning("bad sample skipped: %s: %s", path, reason)
+            if batch.tensors:
+                yield _finish(batch.tensors, self.reader, self.device)
+
+
+def train_loader(
+    dataset: ImageDataset,
+    transform: Callable[[Image.Image], torch.Tensor],
+    tokenizer: Tokenizer | None,
+    loader: LoaderConfig,
+    seed: int,
+    device: torch.device | str | None = None,
+) -> TrainLoader:
+    """Endless training batches.
+
+    Args:
+        dataset: see `build_dataset`.
+        transform: see `build_transform`; any callable from PIL picture to (3, H, W) float tensor will do.
+        tokenizer: list of captions to (B, L) long; None: no text in the batches.
+        loader: batch size, workers, bad samples.
+        seed: with epoch and index, all that order and augmentation depend on.
+        device: where the batches go; pictures travel as bytes and are normalised there. None: they stay on the CPU.
+
+    Returns:
+        An iterator of {"image": (B, 3, H, W) float32, "index": (B,) long, "label": (B,) long where the data set has
+        classes, "text": (B, L) long where there is a tokenizer}. "index" is the position asked for, also where another
+        sample took a bad one's place.
+
+    Raises:
+        ValueError: the batch is larger than the data set, or text is asked for where there are no captions.
+        TooManyBadSamples: while iterating, see LoaderConfig.max_bad_share.
+    """
+    return TrainLoader(dataset, transform, tokenizer, loader, seed, device)
+
+
+def eval_loader(
+    dataset: ImageDataset,
+    transform: Callable[[Image.Image], torch.Tensor],
+    tokenizer: Tokenizer | None,
+    loader: LoaderConfig,
+    device: torch.device | str | None = None,
+) -> EvalLoader:
+    """Batches for evaluation; arguments and batches as for `train_loader`.
+
+    Raises:
+        BadSample: while iterating, at the first bad sample, unless `loader.on_bad` is "skip".
+    """
+    return EvalLoader(dataset, transform, tokenizer, loader, device)
+
+
+def _data_loader(reader: BatchReader, keys: Any, config: LoaderConfig) -> DataLoader:
+    return DataLoader(
+        reader,
+        sampler=keys,
+        batch_size=None,  # a key is a whole batch
+        collate_fn=_as_it_is,
+        num_workers=config.num_workers,
+        pin_memory=config.pin_memory and torch.cuda.is_available(),
+        generator=torch.Generator(),  # else every start would draw a number from the global generator
+    )
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _finish(
+    tensors: dict[str, torch.Tensor], reader: BatchReader, device: torch.device | str | None
+) -> dict[str, torch.Tensor]:
+    if device is not None:
+        tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    if reader.normalize_later:
+        tensors = {**tensors, "image": reader.transform.normalize(tensors["image"])}
+    return tensors

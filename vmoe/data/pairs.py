@@ -1,0 +1,174 @@
+"""Pictures with captions: from a CSV, TSV or JSONL file, or from a folder with a .txt file beside each picture."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vmoe.data.dataset import ImageDataset, Sample
+from vmoe.data.images import IMAGE_SUFFIXES, BadSample, load_image
+
+IMAGE_KEYS = ("image", "path", "filepath", "file_path", "image_path", "file_name", "filename", "file")
+CAPTION_KEYS = ("caption", "title", "text")
+
+
+class PairsFile(ImageDataset):
+    """Pairs listed in a file.
+
+    A .csv or .tsv file starts with a line of column names; without one it has exactly two columns, path and caption.
+    A .tsv file knows no quotation marks (each is part of its caption). A .jsonl file has one object per line.
+
+    Args:
+        path: the file, in UTF-8.
+        image_root: folder from which relative image paths start; None: the file's own.
+        image_key: column or key of the image path; None: the first of IMAGE_KEYS that the file has.
+        caption_key: column or key of the caption; None: the first of CAPTION_KEYS that the file has.
+
+    Raises:
+        ValueError: the file is missing, holds no pairs, is malformed, or has no such column.
+    """
+
+    has_captions = True
+
+    def __init__(
+        self,
+        path: str | Path,
+        image_root: str | Path | None = None,
+        image_key: str | None = None,
+        caption_key: str | None = None,
+    ) -> None:
+        path = Path(path)
+        self.root = Path(image_root) if image_root else path.parent
+        readers = {".csv": _read_table, ".tsv": _read_table, ".jsonl": _read_jsonl}
+        if path.suffix.lower() not in readers:
+            raise ValueError(f"{path}: a file of pairs must end in .csv, .tsv or .jsonl")
+        self.pairs: list[tuple[str, str]] = []
+        try:
+            for line, row in readers[path.suffix.lower()](path):
+                image = row[_key(row, image_key, IMAGE_KEYS, "image_key", f"{path} line {line}")]
+                caption = row[_key(row, caption_key, CAPTION_KEYS, "caption_key", f"{path} line {line}")]
+                self.pairs.append((_text(image), _text(caption)))
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror}); check the data source's path") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        if not self.pairs:
+            raise ValueError(f"{path}: holds no pairs; it needs an image path and a caption per line")
+
+    @property
+    def captions(self) -> list[str]:
+        return [caption for _, caption in self.pairs]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        image, caption = self.pairs[index]
+        if not image:
+            raise BadSample(f"pair {index}", "no image path")
+        path = self.root / image
+        if not caption:
+            raise BadSample(str(path), "empty caption")
+        return Sample(load_image(path), None, caption, str(path))
+
+
+class PairsFolder(ImageDataset):
+    """Pictures in a folder and its subfolders, each with its caption in a .txt file of the same name beside it.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        ValueError: the folder is missing or holds no pictures.
+    """
+
+    has_captions = True
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        if not path.is_dir():
+            raise ValueError(f"{path}: no such folder; check the data source's path")
+        self.paths = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        if not self.paths:
+            raise ValueError(f"{path}: holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
+
+    @property
+    def captions(self) -> list[str]:
+        def caption(path: Path) -> str:
+            try:
+                return _caption_beside(path)
+            except BadSample:
+                return ""
+
+        return [caption(path) for path in self.paths]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Sample:
+        path = self.paths[index]
+        return Sample(load_image(path), None, _caption_beside(path), str(path))
+
+
+def _caption_beside(path: Path) -> str:
+    file = path.with_suffix(".txt")
+    try:
+        caption = file.read_text(encoding="utf-8-sig").strip()
+    except OSError:
+        raise BadSample(str(path), f"no caption file {file.name} beside it") from None
+    except UnicodeDecodeError:
+        raise BadSample(str(path), f"its caption file {file.name} is not UTF-8") from None
+    if not caption:
+        raise BadSample(str(path), "empty caption")
+    return caption
+
+
+def _read_table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, {column: cell}) of each row of a .csv or .tsv file."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        if path.suffix.lower() == ".tsv":
+            rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        else:
+            # strict: else a stray quotation mark silently swallows the lines up to the next one
+            rows = csv.reader(file, strict=True)
+        try:
+            columns = next(rows, [])
+            if len(columns) == 2 and Path(columns[0]).suffix.lower() in IMAGE_SUFFIXES:  # no line of column names
+                first, columns = columns, [IMAGE_KEYS[0], CAPTION_KEYS[0]]
+                yield 1, dict(zip(columns, first))
+            for row in rows:
+                if row:  # not an empty line
+                    yield rows.line_num, dict.fromkeys(columns) | dict(zip(columns, row))
+        except csv.Error as error:
+            raise ValueError(f"{path} line {rows.line_num}: malformed ({error})") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of each line of a .jsonl file."""
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path} line {number}: not valid JSON ({error.msg})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path} line {number}: must be a JSON object with an image path and a caption")
+            yield number, row
+
+
+def _key(row: dict[str, Any], wanted: str | None, usual: tuple[str, ...], setting: str, where: str) -> str:
+    key = wanted if wanted is not None else next((key for key in usual if key in row), None)
+    if key not in row:
+        looked_for = repr(wanted) if wanted is not None else " or ".join(usual)
+        raise ValueError(f"{where}: has no {looked_for}, only {', '.join(map(str, row))}; set {setting}")
+    return key
+
+
+def _text(value: Any) -> str:
+    """A cell as text; "" where it is missing or of another kind, which makes the sample a bad one."""
+    return value.strip() if isinstance(value, str) else ""

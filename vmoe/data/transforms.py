@@ -1,0 +1,140 @@
+"""Pictures to tensors: timm's transforms and augmentation, and mixup over a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import Mixup, create_transform
+from timm.data.random_erasing import RandomErasing
+
+from vmoe.data.config import AugmentationConfig
+from vmoe.data.seeding import derive_seed, isolated_randomness, seed_process
+
+
+class Transform:
+    """From a picture to a model's input, in steps that a loader may spread out.
+
+    `transform(image)` is all of it: (3, H, W) float32. A loader keeps pictures as bytes for as long as it can, since
+    they are a quarter of the size and cheap to put together: `geometry` on each picture, `normalize` on the batch,
+    and `erase` (after it, as in timm) on each picture again where it is on.
+
+    Args:
+        geometry: timm's transforms up to the conversion to a tensor: PIL picture to PIL picture of the input size.
+        mean: of each channel, on a scale of 0 to 1.
+        std: likewise.
+        erase: timm's random erasing of a normalised (3, H, W) tensor, or None.
+    """
+
+    def __init__(
+        self,
+        geometry: Callable[[Image.Image], Image.Image],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        erase: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        self.geometry = geometry
+        self.mean = torch.tensor(mean).view(3, 1, 1)
+        self.std = torch.tensor(std).view(3, 1, 1)
+        self.erase = erase
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        pixels = torch.from_numpy(np.array(self.geometry(image)))
+        image = self.normalize(pixels)
+        return self.erase(image) if self.erase is not None else image
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(..., H, W, 3) uint8 to (..., 3, H, W) float32, (value / 255 - mean) / std, on the device of `pixels`."""
+        image = pixels.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
+        mean, std = self.mean.to(pixels.device), self.std.to(pixels.device)
+        return image.div_(255).sub_(mean).div_(std)
+
+    def __repr__(self) -> str:
+        mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
+        return f"Transform({self.geometry}, mean={mean}, std={std}, erase={self.erase})"
+
+
+def build_transform(preprocess: dict[str, Any], augmentation: AugmentationConfig | None) -> Transform:
+    """timm's transform for a model's input.
+
+    Args:
+        preprocess: "input_size" (3, H, W), "mean", "std", "interpolation", and for evaluation "crop_pct" and
+            "crop_mode"; see vmoe.models.factory.preprocess_config.
+        augmentation: of training; None gives the evaluation transform (resize, then crop the middle).
+    """
+    mean, std = tuple(preprocess["mean"]), tuple(preprocess["std"])
+    settings = {"input_size": tuple(preprocess["input_size"]), "interpolation": preprocess["interpolation"]}
+    erase = None
+    if augmentation is None:
+        settings |= {"crop_pct": preprocess.get("crop_pct"), "crop_mode": preprocess.get("crop_mode")}
+    else:
+        settings |= {
+            "is_training": True,
+            "scale": augmentation.scale,
+            "ratio": augmentation.ratio,
+            "hflip": augmentation.hflip,
+            "vflip": augmentation.vflip,
+            "color_jitter": augmentation.color_jitter or None,  # timm would apply a jitter of 0, at full cost
+            "grayscale_prob": augmentation.grayscale_prob,
+            "auto_augment": augmentation.auto_augment,
+            "interpolation": augmentation.interpolation or preprocess["interpolation"],
+        }
+        if augmentation.re_prob > 0:
+            erase = RandomErasing(
+                augmentation.re_prob, mode=augmentation.re_mode, max_count=augmentation.re_count, device="cpu"
+            )
+    composed = create_transform(mean=mean, std=std, use_prefetcher=True, **settings)
+    # timm's last step makes a tensor; Transform does that itself, which is several times quicker
+    composed.transforms = composed.transforms[:-1]
+    return Transform(composed, mean, std, erase)
+
+
+class SeededMixup:
+    """timm's mixup and cutmix of a batch, random by (seed, step) only.
+
+    Args:
+        mixup: timm's.
+        seed: of the run.
+    """
+
+    def __init__(self, mixup: Mixup, seed: int) -> None:
+        self.mixup = mixup
+        self.seed = seed
+
+    def __call__(self, image: torch.Tensor, label: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mixes a batch.
+
+        Args:
+            image: (B, 3, H, W) float; left as it is. B must be even.
+            label: (B,) long.
+            step: of the run; the same step mixes in the same way.
+
+        Returns:
+            (B, 3, H, W) mixed pictures, and (B, num_classes) float targets for timm's SoftTargetCrossEntropy.
+
+        Raises:
+            ValueError: B is odd.
+        """
+        if len(image) % 2:
+            raise ValueError(f"mixup and cutmix need an even batch_size, got {len(image)}")
+        with isolated_randomness():
+            seed_process(derive_seed(self.seed, step))
+            return self.mixup(image.clone(), label)  # a clone: timm mixes in place
+
+
+def build_mixup(augmentation: AugmentationConfig, num_classes: int, seed: int) -> SeededMixup | None:
+    """Mixup, cutmix or a random one of the two per batch, with label smoothing; None where both are off."""
+    if augmentation.mixup == 0 and augmentation.cutmix == 0:
+        return None
+    mixup = Mixup(
+        mixup_alpha=augmentation.mixup,
+        cutmix_alpha=augmentation.cutmix,
+        prob=augmentation.mixup_prob,
+        switch_prob=augmentation.mixup_switch_prob,
+        label_smoothing=augmentation.label_smoothing,
+        num_classes=num_classes,
+    )
+    return SeededMixup(mixup, seed)

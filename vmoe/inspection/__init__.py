@@ -1,0 +1,1 @@
+"""Looking into a model: its size and cost, and figures of what the experts do. Figures need matplotlib."""

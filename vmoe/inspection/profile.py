@@ -1,0 +1,79 @@
+"""Size and cost of a model: parameters, those that one token uses, and the products of a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vmoe.evaluation.inference import evaluating
+from vmoe.moe import SparseMoE
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile` and DDP."""
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inner
+    return model
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(all parameters, active ones).
+
+    Active are those that a token goes through: of each sparse layer K of its E experts, of everything else all. A
+    contrastive model counts with both its modalities.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters())
+    idle = 0
+    for layer in model.modules():
+        if isinstance(layer, SparseMoE):
+            one_expert = sum(parameter.numel() for parameter in layer.experts.parameters()) // layer.num_experts
+            idle += one_expert * (layer.num_experts - layer.num_selected_experts)
+    return total, total - idle
+
+
+def _grouped_mm_flops(a_shape, b_shape, *args, out_shape=None, **kwargs) -> int:
+    """Each row meets the matrix of its own expert only: 2 · R · I · O, whatever E."""
+    return 2 * a_shape[-2] * a_shape[-1] * b_shape[-1]
+
+
+def forward_flops(call: Callable[[], object]) -> int:
+    """Floating-point operations of a call, a multiply-add counted as two.
+
+    Counts products (linear layers, attention, convolutions, the gate, the experts), not element-wise work. An
+    expert's product counts the rows routed to it, once each.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flops})
+    with counter:
+        call()
+    return counter.get_total_flops()
+
+
+def model_profile(model: nn.Module) -> dict[str, int | float]:
+    """Parameters and cost of one picture (and one caption) in evaluation mode.
+
+    Args:
+        model: a classifier, or a contrastive model with `encode_image` and `encode_text`; runs where it is.
+
+    Returns:
+        "parameters_total" and "parameters_active" (see :func:`count_parameters`); "gflops_per_image" and, for a
+        contrastive model, "gflops_per_text": the forward pass of one, in 10^9 floating-point operations (see
+        :func:`forward_flops`). The caption fills the model's context length with words.
+    """
+    from vmoe.models.factory import is_contrastive, preprocess_config
+
+    model = unwrapped(model)
+    total, active = count_parameters(model)
+    parameter = next(model.parameters())
+    image: Tensor = parameter.new_zeros(1, *preprocess_config(model)["input_size"])
+    result: dict[str, int | float] = {"parameters_total": total, "parameters_active": active}
+    with evaluating(model, parameter.device):
+        if is_contrastive(model):
+            text = torch.ones(1, model.context_length, dtype=torch.long, device=parameter.device)
+            result["gflops_per_image"] = forward_flops(lambda: model.encode_image(image)) / 1e9
+            result["gflops_per_text"] = forward_flops(lambda: model.encode_text(text)) / 1e9
+        else:
+            result["gflops_per_image"] = forward_flops(lambda: model(image)) / 1e9
+    return result

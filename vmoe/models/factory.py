@@ -1,0 +1,285 @@
+"""Models by name, their files, their preprocessing and their tokenizer.
+
+A model's file is one safetensors file whose metadata says how to build the model again, so that a path is all that
+`create_model` needs. Names are those of this package's LIMoEs and all that timm knows (`import vmoe` adds `vmoe_*`).
+"""
+
+import difflib
+import inspect
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD, create_transform, resolve_model_data_config
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE
+
+METADATA_KEY = "vmoe"
+WEIGHTS_NAME = "model.safetensors"
+HEADS = ("head.weight", "head.bias")
+
+
+class WeightsError(ValueError):
+    """A file of weights that cannot be read or does not fit the model."""
+
+
+def create_model(name: str | None = None, pretrained: str | Path | None = None, **kwargs) -> nn.Module:
+    """Build a LIMoE or any timm model, with the weights of a file if one is given.
+
+    Args:
+        name: "limoe_..." or a timm name such as "vmoe_base_patch16_224"; None: the one in `pretrained`.
+        pretrained: a `.safetensors` file written by `save_pretrained`, or the folder of a run or checkpoint. The file's
+            own settings are the defaults then. Position embeddings are interpolated if the picture size differs, and a
+            classifier of another number of classes starts anew.
+        **kwargs: of the model; they go over the file's.
+
+    Raises:
+        ValueError: for an unknown name or setting.
+        WeightsError: if the file cannot be read or does not fit.
+    """
+    file = None
+    if pretrained is not None:
+        file = find_weights(pretrained)
+        metadata = read_pretrained_metadata(file)
+        if name is None or name == metadata["name"]:
+            name, kwargs = metadata["name"], {**metadata["kwargs"], **kwargs}
+    if name is None:
+        raise ValueError("create_model needs a name, or pretrained=FILE with one in it")
+    model = _build(name, kwargs)
+    model.vmoe_spec = {"name": name, "kwargs": kwargs}
+    if file is not None:
+        load_weights(model, file, new_head=True)
+    return model
+
+
+def _build(name: str, kwargs: dict) -> nn.Module:
+    try:
+        if name in LIMOE_CONFIGS:
+            return LIMoE(**{**LIMOE_CONFIGS[name], **kwargs})
+        if timm.is_model(name):
+            return timm.create_model(name, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"model {name!r} does not take these settings ({sorted(kwargs)}): {error}") from error
+    known = [*LIMOE_CONFIGS, *timm.list_models("vmoe_*"), *timm.list_models()]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; this package has {list_models()}"
+    raise ValueError(f"unknown model {name!r}{hint}")
+
+
+def list_models() -> list[str]:
+    """Names of this package's models."""
+    return [*LIMOE_CONFIGS, *timm.list_models("vmoe_*")]
+
+
+def model_spec(model: nn.Module) -> dict:
+    """{"name", "kwargs"}: what `create_model` was called with, enough to build the model again."""
+    spec = getattr(model, "vmoe_spec", None)
+    if spec is None:
+        raise ValueError("this model was not made by vmoe.create_model, so its settings are not known")
+    return spec
+
+
+def is_contrastive(model: nn.Module) -> bool:
+    """The model embeds pictures and text."""
+    return hasattr(model, "encode_image") and hasattr(model, "encode_text")
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def find_weights(path: str | Path) -> Path:
+    """The weights' file of a `.safetensors` path, of a checkpoint's folder, or of a run's folder (its last checkpoint).
+
+    Raises:
+        WeightsError: if there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if (path / WEIGHTS_NAME).is_file():
+        return path / WEIGHTS_NAME
+    checkpoints = path if path.name == "checkpoints" else path / "checkpoints"
+    steps = sorted(checkpoints.glob(f"step_*/{WEIGHTS_NAME}"), key=lambda file: int(file.parent.name.split("_")[1]))
+    if not steps:
+        reason = "it does not exist" if not path.exists() else f"it holds no {WEIGHTS_NAME} and no checkpoints"
+        raise WeightsError(f"no weights at {path}: {reason}; give a .safetensors file, a checkpoint or a run's folder")
+    return steps[-1]
+
+
+def save_pretrained(model: nn.Module, file: str | Path, extra: dict | None = None) -> None:
+    """Write a model's weights and settings as one safetensors file: whole or not at all.
+
+    Args:
+        model: made by `create_model`.
+        file: where to; replaced if it exists.
+        extra: JSON-able facts to keep beside the settings, such as class names.
+    """
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {**model_spec(model), "preprocess": preprocess_config(model), "extra": extra or {}}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    os.close(handle)
+    try:
+        # "pt" is what other libraries look for before they load a file into PyTorch.
+        save_file(tensors, temporary, metadata={"format": "pt", METADATA_KEY: json.dumps(metadata)})
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def read_pretrained_metadata(file: str | Path) -> dict:
+    """{"name", "kwargs", "preprocess", "extra"} of a file that `save_pretrained` wrote."""
+    with _open(file) as opened:
+        text = (opened.metadata() or {}).get(METADATA_KEY)
+    if text is None:
+        raise WeightsError(f"{file} holds weights but no settings of a vmoe model: it was not written by this package")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise WeightsError(f"the settings in {file} are damaged: {error}") from error
+
+
+def _open(file: str | Path):
+    if not Path(file).is_file():
+        raise WeightsError(f"no weights at {file}: it does not exist")
+    try:
+        return safe_open(str(file), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{file} is not a readable safetensors file: {error}") from error
+
+
+def load_weights(model: nn.Module, file: str | Path, new_head: bool = False) -> None:
+    """Load a file's weights into a model; every tensor must fit.
+
+    Args:
+        model: changed in place, or not at all if there is an error.
+        file: a safetensors file.
+        new_head: for fine-tuning: a classifier of another size keeps the model's fresh one, and position embeddings of
+            another picture size are interpolated.
+
+    Raises:
+        WeightsError: names the tensors that are missing, left over or of another shape.
+    """
+    with _open(file) as opened:
+        weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
+    own = model.state_dict()
+    if new_head:
+        _adapt(model, own, weights)
+    missing = sorted(own.keys() - weights.keys())
+    unexpected = sorted(weights.keys() - own.keys())
+    shapes = [
+        f"{name} is {tuple(weights[name].shape)} in the file, {tuple(own[name].shape)} in the model"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    problems = []
+    for kind, names in (("missing from the file", missing), ("not in the model", unexpected), ("other shape", shapes)):
+        if names:
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            problems.append(f"{kind}: {', '.join(names[:8])}{more}")
+    if problems:
+        raise WeightsError(f"{file} does not fit the model; " + "; ".join(problems))
+    model.load_state_dict(weights)
+
+
+def _adapt(model: nn.Module, own: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    """Give `weights` the model's own head, and position embeddings of the model's grid."""
+    heads = [name for name in HEADS if name in own or name in weights]
+    if any(name not in own or name not in weights or own[name].shape != weights[name].shape for name in heads):
+        for name in heads:
+            weights.pop(name, None)
+            if name in own:
+                weights[name] = own[name]
+    for name, prefix in (("pos_embed", None), ("image_pos_embed", 0)):
+        if name in own and name in weights and own[name].shape != weights[name].shape:
+            if prefix is None:
+                prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+            if own[name].shape[2] == weights[name].shape[2]:
+                weights[name] = resample_abs_pos_embed(
+                    weights[name], new_size=list(model.patch_embed.grid_size), num_prefix_tokens=prefix
+                )
+
+
+# --- preprocessing and text ------------------------------------------------------------------------------------------
+
+
+def preprocess_config(model: nn.Module) -> dict:
+    """How pictures reach the model: "input_size" (3, H, W), "mean", "std", "interpolation", "crop_pct"."""
+    if isinstance(model, LIMoE):
+        return {
+            "input_size": (3, *model.image_size),
+            "mean": IMAGENET_INCEPTION_MEAN,
+            "std": IMAGENET_INCEPTION_STD,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+        }
+    config = resolve_model_data_config(model)
+    input_size = config["input_size"]
+    patch_embed = getattr(model, "patch_embed", None)
+    if getattr(patch_embed, "img_size", None) is not None:  # the size it was built with, not its name's
+        input_size = (input_size[0], *patch_embed.img_size)
+    keys = ("mean", "std", "interpolation", "crop_pct")
+    return {"input_size": tuple(input_size), **{key: config[key] for key in keys}}
+
+
+def create_model_and_transforms(
+    model_name: str | None = None,
+    pretrained: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    **kwargs,
+) -> tuple[nn.Module, Callable, Callable]:
+    """A model with its transforms, as open_clip's function of this name.
+
+    Args:
+        model_name: see `create_model`.
+        pretrained: file or folder, see `create_model`.
+        device: where to put the model.
+        **kwargs: of the model.
+
+    Returns:
+        (model in eval mode, training transform, evaluation transform); the transforms turn a PIL picture into a
+        (3, H, W) float tensor. The training transform is a random crop; augment further in your own loop.
+    """
+    model = create_model(model_name, pretrained, **kwargs).to(device).eval()
+    config = preprocess_config(model)
+    common = {key: config[key] for key in ("input_size", "interpolation", "mean", "std")}
+    train = create_transform(
+        **common, is_training=True, scale=(0.9, 1.0), ratio=(0.75, 4 / 3), hflip=0.0, color_jitter=0.0
+    )
+    return model, train, create_transform(**common, crop_pct=config["crop_pct"])
+
+
+def get_tokenizer(model: str | nn.Module, context_length: int | None = None) -> Callable[[list[str] | str], Tensor]:
+    """open_clip's CLIP tokenizer at a model's context length.
+
+    Args:
+        model: a LIMoE's name, or the model itself (which knows a context length that differs from the name's).
+        context_length: tokens per text, instead of the model's.
+
+    Returns:
+        A function of a text or a list of texts that gives (B, context_length) token ids, zero after a text's end.
+    """
+    from open_clip.tokenizer import SimpleTokenizer
+
+    if isinstance(model, str):
+        if model not in LIMOE_CONFIGS:
+            raise ValueError(f"no tokenizer for {model!r}: models with text are {list(LIMOE_CONFIGS)}")
+        default = inspect.signature(LIMoE).parameters["context_length"].default
+        own = LIMOE_CONFIGS[model].get("context_length", default)
+    elif is_contrastive(model):
+        own = model.context_length
+    else:
+        raise ValueError(f"{type(model).__name__} has no text side, so it has no tokenizer")
+    return SimpleTokenizer(context_length=context_length or own)

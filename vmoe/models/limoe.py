@@ -1,0 +1,336 @@
+"""LIMoE: one tower for pictures and text, with experts shared by patches and words (arXiv 2206.02770).
+
+Read top to bottom, this file is the whole model: embed each modality, run both through the same blocks, pool and
+project each. Attention stays within a picture or a caption; at a sparse layer the tokens of both are routed together.
+
+Shapes, by suffix: B batch, P patches, L words (text length), T = P + L, D width, C embedding width.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import AttentionPoolLatent, Mlp, PatchEmbed, resample_abs_pos_embed, trunc_normal_
+from timm.models import checkpoint, named_apply
+from timm.models.vision_transformer import Block, get_init_weights_vit
+from torch import Tensor, nn
+
+from vmoe.models.vision import sparse_blocks
+from vmoe.moe import SparseMoE
+
+MODALITIES = ("image", "text")
+
+
+class LIMoEBlock(Block):
+    """timm's pre-norm block over patches and words at once: attention per modality, one MLP for both."""
+
+    def forward(self, x_BTD: Tensor, num_patches: int, mask_BT: Tensor, modality_BT: Tensor) -> Tensor:
+        """(B, T, D) tokens, the first `num_patches` of them patches, the others words -> (B, T, D)."""
+        h_BTD = self.norm1(x_BTD)
+        parts = []
+        if num_patches > 0:
+            parts.append(self.attn(h_BTD[:, :num_patches]))
+        if num_patches < x_BTD.shape[1]:
+            # Words attend to the real words of their caption.
+            parts.append(self.attn(h_BTD[:, num_patches:], attn_mask=mask_BT[:, None, None, num_patches:]))
+        x_BTD = x_BTD + self.drop_path1(self.ls1(torch.cat(parts, dim=1)))
+        h_BTD = self.norm2(x_BTD)
+        h_BTD = self.mlp(h_BTD, mask_BT, modality_BT) if isinstance(self.mlp, SparseMoE) else self.mlp(h_BTD)
+        return x_BTD + self.drop_path2(self.ls2(h_BTD))
+
+
+class LIMoE(nn.Module):
+    """One sparse tower for pictures and text, with open_clip's interface.
+
+    Args:
+        img_size: side of the (square) picture in pixels, or (height, width).
+        patch_size: side of a patch in pixels.
+        context_length: L, tokens of text.
+        vocab_size: of the tokenizer; the default is that of open_clip's CLIP tokenizer, whose `eot_token_id` is 49407.
+        eot_token_id: the token that ends a text; what comes after it is padding.
+        embed_dim: C, width of the common embedding.
+        width: D.
+        depth: number of blocks.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of an MLP or expert over D.
+        pool: "avg", over patches or real words; or "map", attention pooling, for each modality its own.
+        drop_path_rate: stochastic depth.
+        init_logit_scale: initial log of the logit scale.
+        init_logit_bias: initial logit bias, for the sigmoid loss; None: the model has none.
+        output_dict: `forward` returns a dictionary, as in open_clip.
+        moe_layers: blocks with experts, see `vmoe.models.vision.sparse_blocks`.
+        num_experts: E; 0 makes the dense twin.
+        local_entropy_loss: weight, for both modalities or {"image": ..., "text": ...}.
+        global_entropy_loss: likewise.
+        global_entropy_min_experts: threshold of the global entropy loss, likewise; by default half of the experts for
+            images and a quarter for text (our choice).
+        **routing: other settings of `vmoe.SparseMoE`.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        context_length: int = 64,
+        vocab_size: int = 49408,
+        eot_token_id: int = 49407,
+        embed_dim: int = 512,
+        width: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        pool: str = "avg",
+        drop_path_rate: float = 0.0,
+        init_logit_scale: float = math.log(1 / 0.07),
+        init_logit_bias: float | None = None,
+        output_dict: bool = False,
+        moe_layers: str | Sequence[int] = "every2",
+        num_experts: int = 32,
+        num_selected_experts: int = 1,
+        batch_priority: bool = True,
+        z_loss: float = 0.001,
+        local_entropy_loss: float | dict[str, float] | None = None,
+        global_entropy_loss: float | dict[str, float] | None = None,
+        global_entropy_min_experts: float | dict[str, float] | None = None,
+        **routing,
+    ) -> None:
+        super().__init__()
+        if pool not in ("avg", "map"):
+            raise ValueError(f"pool must be 'avg' or 'map', got {pool!r}")
+        self.context_length = context_length
+        self.vocab_size = vocab_size
+        self.eot_token_id = eot_token_id
+        self.output_dict = output_dict
+        self.embed_dim = embed_dim
+        self.grad_checkpointing = False
+        norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        act_layer = partial(nn.GELU, approximate="tanh")
+
+        self.patch_embed = PatchEmbed(img_size, patch_size, 3, width)
+        self.image_pos_embed = nn.Parameter(torch.empty(1, self.patch_embed.num_patches, width))
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.text_pos_embed = nn.Parameter(torch.empty(1, context_length, width))
+
+        if local_entropy_loss is None:
+            local_entropy_loss = {"text": 0.01}
+        if global_entropy_loss is None:
+            global_entropy_loss = 0.01
+        if global_entropy_min_experts is None:
+            global_entropy_min_experts = {"image": max(1, num_experts / 2), "text": max(1, num_experts / 4)}
+        sparse_mlp = partial(
+            SparseMoE,
+            modalities=MODALITIES,
+            num_experts=num_experts,
+            num_selected_experts=num_selected_experts,
+            batch_priority=batch_priority,
+            z_loss=z_loss,
+            local_entropy_loss=local_entropy_loss,
+            global_entropy_loss=global_entropy_loss,
+            global_entropy_min_experts=global_entropy_min_experts,
+            **routing,
+        )
+        chosen = sparse_blocks(moe_layers, depth) if num_experts else ()
+        self.blocks = nn.ModuleList(
+            LIMoEBlock(
+                dim=width,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=True,
+                drop_path=drop_path_rate * index / max(1, depth - 1),
+                norm_layer=norm_layer,
+                act_layer=act_layer,
+                mlp_layer=sparse_mlp if index in chosen else Mlp,
+            )
+            for index in range(depth)
+        )
+        self.norm = norm_layer(width)
+
+        def pooling() -> nn.Module | None:
+            if pool == "avg":
+                return None
+            return AttentionPoolLatent(width, num_heads=num_heads, norm_layer=norm_layer, act_layer=act_layer)
+
+        self.image_pool, self.text_pool = pooling(), pooling()
+        self.image_projection = nn.Linear(width, embed_dim, bias=False)
+        self.text_projection = nn.Linear(width, embed_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(float(init_logit_scale)))
+        self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.tensor(float(init_logit_bias)))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """The reference's ViT initialisation for the blocks; small normal embeddings."""
+        named_apply(get_init_weights_vit("jax", needs_reset=False), self)
+        trunc_normal_(self.image_pos_embed, std=0.02)
+        trunc_normal_(self.text_pos_embed, std=0.02)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        for projection in (self.image_projection, self.text_projection):
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.patch_embed.img_size
+
+    @property
+    def visual(self) -> "LIMoE":
+        """The tower itself: code written for open_clip asks for `model.visual.image_size`."""
+        return self
+
+    def embed_image(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) pixels in -1..1 -> (B, P, D)."""
+        return self.patch_embed(image) + self.image_pos_embed
+
+    def embed_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L) token ids -> (B, L, D) and (B, L) mask, True up to and including the end-of-text token."""
+        length = text.shape[1]
+        if length > self.context_length:
+            raise ValueError(
+                f"text has {length} tokens, the model takes {self.context_length}; tokenize with "
+                "vmoe.get_tokenizer(model)"
+            )
+        is_end_BL = (text == self.eot_token_id).int()
+        mask_BL = is_end_BL.cumsum(dim=1) - is_end_BL == 0
+        return self.token_embedding(text) + self.text_pos_embed[:, :length], mask_BL
+
+    def tower(self, x_BPD: Tensor | None, x_BLD: Tensor | None, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run the blocks over the tokens of one modality or of both.
+
+        Row b of the sequence is [patches of picture b | words of text b], so that routing groups hold both modalities.
+
+        Returns:
+            (B, P, D) and (B, L, D) after the final norm; P or L is 0 for a modality that is not there.
+        """
+        x_BTD = torch.cat([x for x in (x_BPD, x_BLD) if x is not None], dim=1)
+        B, T, _ = x_BTD.shape
+        P = 0 if x_BPD is None else x_BPD.shape[1]
+        modality_BT = (torch.arange(T, device=x_BTD.device) >= P).long().expand(B, T)
+        mask_BT = torch.ones(B, P, dtype=torch.bool, device=x_BTD.device)
+        if mask_BL is not None:
+            mask_BT = torch.cat([mask_BT, mask_BL], dim=1)
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x_BTD = checkpoint(block, x_BTD, P, mask_BT, modality_BT)
+            else:
+                x_BTD = block(x_BTD, P, mask_BT, modality_BT)
+        x_BTD = self.norm(x_BTD)
+        return x_BTD[:, :P], x_BTD[:, P:]
+
+    def image_head(self, x_BPD: Tensor) -> Tensor:
+        """Pool and project: (B, P, D) -> (B, C)."""
+        pooled_BD = x_BPD.mean(dim=1) if self.image_pool is None else self.image_pool(x_BPD)
+        return self.image_projection(pooled_BD)
+
+    def text_head(self, x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        """Pool the real words and project: (B, L, D), (B, L) -> (B, C)."""
+        if self.text_pool is None:
+            weight_BL1 = (mask_BL / mask_BL.sum(dim=1, keepdim=True)).to(x_BLD.dtype)[..., None]
+            pooled_BD = (x_BLD * weight_BL1).sum(dim=1)
+        else:
+            pooled_BD = self.text_pool(x_BLD, attn_mask=mask_BL[:, None, None, :])
+        return self.text_projection(pooled_BD)
+
+    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+        """(B, 3, H, W) -> (B, C); only the patches are routed."""
+        x_BPD, _ = self.tower(self.embed_image(image), None, None)
+        features_BC = self.image_head(x_BPD)
+        return F.normalize(features_BC, dim=-1) if normalize else features_BC
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """(B, L) token ids -> (B, C); only the words are routed."""
+        x_BLD, mask_BL = self.embed_text(text)
+        _, x_BLD = self.tower(None, x_BLD, mask_BL)
+        features_BC = self.text_head(x_BLD, mask_BL)
+        return F.normalize(features_BC, dim=-1) if normalize else features_BC
+
+    def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C)-normalised similarities, scaled: logits per image (B, B) and per text, its transpose."""
+        logits = self.logit_scale.exp() * self.encode_image(image, True) @ self.encode_text(text, True).T
+        if self.logit_bias is not None:
+            logits = logits + self.logit_bias
+        return logits, logits.T
+
+    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> tuple | dict[str, Tensor]:
+        """One pass over pictures and texts; at each sparse layer both compete for the same experts.
+
+        Args:
+            image: (B, 3, H, W), or None.
+            text: (B, L) token ids, or None.
+
+        Returns:
+            What open_clip's losses take: (image_features, text_features, logit scale[, logit bias]), features
+            normalised and (B, C); with `output_dict` a dictionary of these names.
+
+        Raises:
+            ValueError: in training, if the two batches differ in size: pairs are routed together.
+        """
+        image_features = text_features = None
+        if image is not None and text is not None and image.shape[0] == text.shape[0]:
+            x_BLD, mask_BL = self.embed_text(text)
+            x_BPD, x_BLD = self.tower(self.embed_image(image), x_BLD, mask_BL)
+            image_features = F.normalize(self.image_head(x_BPD), dim=-1)
+            text_features = F.normalize(self.text_head(x_BLD, mask_BL), dim=-1)
+        elif image is not None and text is not None and self.training:
+            raise ValueError(f"training takes pairs, got {image.shape[0]} images and {text.shape[0]} texts")
+        else:
+            if image is not None:
+                image_features = self.encode_image(image, normalize=True)
+            if text is not None:
+                text_features = self.encode_text(text, normalize=True)
+
+        outputs = {
+            "image_features": image_features,
+            "text_features": text_features,
+            "logit_scale": self.logit_scale.exp(),
+        }
+        if self.logit_bias is not None:
+            outputs["logit_bias"] = self.logit_bias
+        return outputs if self.output_dict else tuple(outputs.values())
+
+    def set_grad_checkpointing(self, enable: bool = True, **kwargs) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations."""
+        self.grad_checkpointing = enable
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Change the picture size; position embeddings are interpolated."""
+        old_size = self.patch_embed.grid_size
+        self.patch_embed.set_input_size(img_size=img_size)
+        resized = resample_abs_pos_embed(
+            self.image_pos_embed, new_size=self.patch_embed.grid_size, old_size=old_size, num_prefix_tokens=0
+        )
+        self.image_pos_embed = nn.Parameter(resized.detach(), requires_grad=self.image_pos_embed.requires_grad)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {"image_pos_embed", "text_pos_embed", "logit_scale", "logit_bias"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Parameter groups by depth, for layer decay."""
+        return {
+            "stem": r"^patch_embed|^token_embedding|^image_pos_embed|^text_pos_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+
+_SMALL = {"width": 512, "depth": 8, "num_heads": 8, "embed_dim": 512}
+_BASE = {"width": 768, "depth": 12, "num_heads": 12, "embed_dim": 512}
+LIMOE_CONFIGS: dict[str, dict] = {
+    "limoe_tiny_patch8_48": {
+        "img_size": 48,
+        "patch_size": 8,
+        "width": 128,
+        "depth": 6,
+        "num_heads": 4,
+        "embed_dim": 128,
+        "context_length": 16,
+        "num_experts": 8,
+    },
+    "limoe_small_patch32": {"patch_size": 32, **_SMALL},
+    "limoe_small_patch16": {"patch_size": 16, **_SMALL},
+    "limoe_base_patch32": {"patch_size": 32, **_BASE},
+    "limoe_base_patch16": {"patch_size": 16, **_BASE},
+    "limoe_large_patch16": {"patch_size": 16, "width": 1024, "depth": 24, "num_heads": 16, "embed_dim": 768},
+    "limoe_huge_patch14": {"patch_size": 14, "width": 1280, "depth": 32, "num_heads": 16, "embed_dim": 1024},
+}

@@ -1,0 +1,25 @@
+"""The sparse layer and its parts; knows only torch."""
+
+from vmoe.moe.dispatch import DispatchPlan, combine, dispatch, expert_capacity, plan_dispatch
+from vmoe.moe.experts import Experts, GroupedLinear
+from vmoe.moe.layer import SparseMoE
+from vmoe.moe.record import LayerRouting, RoutingRecord, record_routing, set_auxiliary_loss_scale
+from vmoe.moe.router import Routing, TopKRouter, top_k_experts
+
+__all__ = [
+    "DispatchPlan",
+    "Experts",
+    "GroupedLinear",
+    "LayerRouting",
+    "Routing",
+    "RoutingRecord",
+    "SparseMoE",
+    "TopKRouter",
+    "combine",
+    "dispatch",
+    "expert_capacity",
+    "plan_dispatch",
+    "record_routing",
+    "set_auxiliary_loss_scale",
+    "top_k_experts",
+]

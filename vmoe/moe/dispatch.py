@@ -1,0 +1,234 @@
+"""Who goes to which expert, in what order, and who is dropped: pure tensor functions without parameters.
+
+Shapes, by suffix: G groups, N tokens in a group, E experts, K choices per token, A = G*N*K assignments (a token and one
+of its choices), R rows handed to the experts, M any number of rows, D width.
+
+Everything rests on one stable sort of the assignments by expert, in priority order; no tensor of the size
+tokens x experts x capacity is ever made.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def expert_capacity(
+    num_tokens: int,
+    num_experts: int,
+    num_selected_experts: int,
+    capacity_factor: float,
+    rounding: str = "ceil",
+    multiple_of: int = 4,
+) -> int:
+    """Rows that each expert takes from one group: S·K·C/E, raised to a multiple of `multiple_of`.
+
+    Args:
+        num_tokens: S, tokens in the group.
+        num_experts: E.
+        num_selected_experts: K.
+        capacity_factor: C; 1.0 is just enough room if the tokens spread evenly.
+        rounding: "ceil" or "round", before it is raised to the multiple.
+        multiple_of: 1 leaves the number as it is.
+
+    Raises:
+        ValueError: if `capacity_factor` is not positive or `rounding` is unknown.
+
+    Source: V-MoE (arXiv 2106.05974), section 2.3, eq. 4.
+    """
+    if not capacity_factor > 0:
+        raise ValueError(f"capacity_factor must be > 0 (or None for no limit), got {capacity_factor}")
+    if rounding not in ("ceil", "round"):
+        raise ValueError(f"rounding must be 'ceil' or 'round', got {rounding!r}")
+    exact = num_tokens * num_selected_experts * capacity_factor / num_experts
+    capacity = math.ceil(exact) if rounding == "ceil" else round(exact)
+    return math.ceil(capacity / multiple_of) * multiple_of
+
+
+def masked_capacity(
+    mask_GN: Tensor,
+    num_experts: int,
+    num_selected_experts: int,
+    capacity_factor: float,
+    multiple_of: int = 4,
+) -> Tensor:
+    """`expert_capacity` of each group, counting only its real tokens.
+
+    Padding must not make room: otherwise the same caption would keep or lose words with the length of its neighbours.
+
+    Args:
+        mask_GN: True where the token is real.
+
+    Returns:
+        (G,) int64.
+    """
+    exact_G = mask_GN.sum(dim=1).double() * num_selected_experts * capacity_factor / num_experts
+    return (torch.ceil(torch.ceil(exact_G) / multiple_of) * multiple_of).long()
+
+
+@dataclass(frozen=True)
+class DispatchPlan:
+    """Where every assignment goes. Rows are sorted by expert, then by group, then by priority.
+
+    Attributes:
+        assignment_R: flat index into (G, N, K) of the assignment that fills each row; -1 for an unused row. Unused rows
+            come last, and only where the number of rows must not depend on the data (compiled code, GPUs).
+        row_A: row of each assignment, -1 if it was dropped or its token is padding.
+        count_E: kept rows of each expert.
+        position_A: place of each assignment in its expert's queue (0 first), whether there was room or not.
+        may_drop: False when every assignment surely has a row.
+        shape: (G, N, K).
+    """
+
+    assignment_R: Tensor
+    row_A: Tensor
+    count_E: Tensor
+    position_A: Tensor
+    may_drop: bool
+    shape: tuple[int, int, int]
+
+    @property
+    def kept_GNK(self) -> Tensor:
+        """(G, N, K) bool: the expert had room for this token and choice."""
+        return (self.row_A >= 0).view(self.shape)
+
+    @property
+    def position_GNK(self) -> Tensor:
+        """(G, N, K) place in the expert's queue; meaningless for padding."""
+        return self.position_A.view(self.shape)
+
+
+def plan_dispatch(
+    expert_index_GNK: Tensor,
+    combine_weights_GNK: Tensor,
+    num_experts: int,
+    capacity: int | Tensor | None = None,
+    batch_priority: bool = False,
+    mask_GN: Tensor | None = None,
+    max_capacity: int | None = None,
+) -> DispatchPlan:
+    """Queue the assignments before their experts and cut each queue at its capacity.
+
+    All first choices go before all second choices. Within a choice tokens go in their order or, with `batch_priority`,
+    by falling weight of their first choice, ties in token order (V-MoE, algorithms 1 and 2).
+
+    Args:
+        expert_index_GNK: chosen experts, best first.
+        combine_weights_GNK: their weights; read only with `batch_priority`.
+        num_experts: E.
+        capacity: rows that an expert takes from each group: a number, a (G,) tensor, or None for no limit.
+        batch_priority: batch-prioritized routing.
+        mask_GN: True where the token is real; padding takes no room.
+        max_capacity: upper bound of `capacity` where that is a tensor; bounds the number of rows.
+
+    Returns:
+        The plan; integers and booleans only, no gradient.
+    """
+    G, N, K = expert_index_GNK.shape
+    E, A = num_experts, expert_index_GNK.numel()
+    device = expert_index_GNK.device
+
+    token_GN = torch.arange(N, device=device).expand(G, N)
+    if batch_priority:
+        token_GN = combine_weights_GNK[..., 0].detach().argsort(dim=1, descending=True, stable=True)
+    # Assignments in the order in which they are served, (G, K, N): choice by choice, within a choice by priority.
+    expert_GKN = expert_index_GNK.transpose(1, 2).gather(2, token_GN[:, None].expand(G, K, N))
+    group_G11 = torch.arange(G, device=device)[:, None, None]
+    choice_K1 = torch.arange(K, device=device)[:, None]
+    assignment_GKN = (group_G11 * N + token_GN[:, None]) * K + choice_K1
+    # One queue per expert and group; experts outermost, so that an expert's rows lie together. Padding queues last.
+    queue_GKN = expert_GKN * G + group_G11
+    if mask_GN is not None:
+        queue_GKN = queue_GKN.masked_fill(~mask_GN.gather(1, token_GN)[:, None], E * G)
+
+    queue_A, order_A = queue_GKN.flatten().sort(stable=True)
+    assignment_A = assignment_GKN.flatten()[order_A]
+    length_Q = torch.zeros(E * G + 1, dtype=torch.long, device=device).scatter_add_(
+        0, queue_A, torch.ones_like(queue_A)
+    )
+    start_Q = length_Q.cumsum(0) - length_Q
+    served_A = torch.arange(A, device=device) - start_Q[queue_A]
+    position_A = torch.empty_like(served_A).scatter_(0, assignment_A, served_A)
+
+    real_A = queue_A < E * G
+    length_EG = length_Q[: E * G].view(E, G)
+    may_drop = capacity is not None or mask_GN is not None
+    if not may_drop:
+        row_A = torch.empty_like(order_A).scatter_(0, assignment_A, torch.arange(A, device=device))
+        return DispatchPlan(assignment_A, row_A, length_EG.sum(1), position_A, False, (G, N, K))
+
+    kept_A = real_A
+    if capacity is not None:
+        limit_G = capacity if isinstance(capacity, Tensor) else torch.full((G,), capacity, device=device)
+        kept_A = real_A & (served_A < limit_G[queue_A % G])
+        length_EG = length_EG.minimum(limit_G)
+    # Close the gaps that the dropped leave. Kept assignments are already sorted by expert, so a running count does.
+    row_of_kept_A = torch.where(kept_A, kept_A.cumsum(0) - 1, -1)
+    row_A = torch.empty_like(row_of_kept_A).scatter_(0, assignment_A, row_of_kept_A)
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        assignment_R = assignment_A[kept_A]
+    else:
+        # The number of rows must be known without asking the device: the most there can be.
+        bound = max_capacity if isinstance(capacity, Tensor) else capacity
+        R = A if bound is None else min(A, G * E * bound)
+        buffer = torch.full((R + 1,), -1, dtype=torch.long, device=device)
+        assignment_R = buffer.scatter_(0, torch.where(kept_A, row_of_kept_A, R), assignment_A)[:R]
+    return DispatchPlan(assignment_R, row_A, length_EG.sum(1), position_A, True, (G, N, K))
+
+
+class _GatherRows(torch.autograd.Function):
+    """Rows of `x` by index, with a backward pass that gathers too.
+
+    The plain backward of indexing adds rows into place with atomics on a GPU, so its result depends on their order;
+    here the inverse index is known, so each gradient row is a sum in a fixed order.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x_MD: Tensor, index_R: Tensor, inverse_MK: Tensor, index_holes: bool, inverse_holes: bool
+    ) -> Tensor:
+        ctx.save_for_backward(inverse_MK)
+        ctx.inverse_holes = inverse_holes
+        return _take(x_MD, index_R, index_holes)
+
+    @staticmethod
+    def backward(ctx, grad_RD: Tensor):
+        (inverse_MK,) = ctx.saved_tensors
+        M, K = inverse_MK.shape
+        grad_MKD = _take(grad_RD, inverse_MK.flatten(), ctx.inverse_holes).view(M, K, grad_RD.shape[-1])
+        return grad_MKD[:, 0] if K == 1 else grad_MKD.sum(1), None, None, None, None
+
+
+def _take(x_MD: Tensor, index_R: Tensor, holes: bool) -> Tensor:
+    """x[index], zero where the index is -1 (`holes`: such entries may occur)."""
+    if not holes:
+        return x_MD.index_select(0, index_R)
+    if x_MD.shape[0] == 0:
+        return x_MD.new_zeros(index_R.shape[0], x_MD.shape[1])
+    return x_MD.index_select(0, index_R.clamp(min=0)).masked_fill(index_R[:, None] < 0, 0)
+
+
+def dispatch(x_GND: Tensor, plan: DispatchPlan) -> Tensor:
+    """Copy each token to the rows of its experts.
+
+    Returns:
+        (R, D), sorted by expert; unused rows are zero. Differentiable in `x_GND`.
+    """
+    G, N, K = plan.shape
+    static = plan.may_drop and (plan.assignment_R.device.type != "cpu" or torch.compiler.is_compiling())
+    token_R = torch.div(plan.assignment_R, K, rounding_mode="floor")  # -1 stays -1
+    return _GatherRows.apply(x_GND.reshape(G * N, -1), token_R, plan.row_A.view(G * N, K), static, plan.may_drop)
+
+
+def combine(y_RD: Tensor, combine_weights_GNK: Tensor, plan: DispatchPlan) -> Tensor:
+    """Bring the experts' rows back to their tokens: y_n = sum_k w_nk · expert_k(x_n), zero where nothing was kept.
+
+    Returns:
+        (G, N, D) in the rows' dtype. Differentiable in `y_RD` and in the weights.
+    """
+    G, N, K = plan.shape
+    static = plan.may_drop and (plan.assignment_R.device.type != "cpu" or torch.compiler.is_compiling())
+    y_AD = _GatherRows.apply(y_RD, plan.row_A, plan.assignment_R[:, None], plan.may_drop, static)
+    y_GNKD = y_AD.view(G, N, K, -1) * combine_weights_GNK.to(y_RD.dtype)[..., None]
+    return y_GNKD[:, :, 0] if K == 1 else y_GNKD.sum(2)

@@ -1,0 +1,121 @@
+"""The experts: E independent MLPs, one stacked weight tensor per matrix.
+
+Shapes, by suffix: E experts, R rows sorted by expert, D model width, F hidden width, I and O a linear layer's widths.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GroupedLinear(nn.Module):
+    """E linear layers, each applied to its own run of rows.
+
+    Args:
+        num_experts: E.
+        in_features: I.
+        out_features: O.
+        bias: learn a bias per expert.
+
+    Attributes:
+        weight: (E, O, I); `weight[e]` is laid out as `nn.Linear.weight`.
+        bias: (E, O) or None.
+    """
+
+    def __init__(
+        self, num_experts: int, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_experts, out_features, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform weights (each expert's own fans, as in the reference), almost-zero biases."""
+        for weight_OI in self.weight:
+            nn.init.xavier_uniform_(weight_OI)
+        if self.bias is not None:
+            nn.init.normal_(self.bias, std=1e-6)
+
+    def forward(self, x_RI: Tensor, count_E: Tensor) -> Tensor:
+        """Rows through their expert's layer.
+
+        Args:
+            x_RI: rows sorted by expert.
+            count_E: rows of each expert; rows beyond their sum are unused and give zeros.
+
+        Returns:
+            (R, O).
+        """
+        weight_EOI, bias_EO = self.weight, self.bias
+        device_type = x_RI.device.type
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+            x_RI, weight_EOI = x_RI.to(dtype), weight_EOI.to(dtype)
+            bias_EO = None if bias_EO is None else bias_EO.to(dtype)
+        if device_type == "cpu" and not torch.compiler.is_compiling():
+            return self._forward_segments(x_RI, weight_EOI, bias_EO, count_E.tolist())
+        return self._forward_grouped(x_RI, weight_EOI, bias_EO, count_E)
+
+    @staticmethod
+    def _forward_segments(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, counts: list[int]) -> Tensor:
+        biases = [None] * len(counts) if bias_EO is None else bias_EO.unbind()
+        return torch.cat(
+            [F.linear(*args) for args in zip(x_RI.split(counts), weight_EOI.unbind(), biases, strict=True)]
+        )
+
+    @staticmethod
+    def _forward_grouped(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, count_E: Tensor) -> Tensor:
+        end_E = count_E.cumsum(0)
+        # The kernel wants rows of whole 16 bytes; widths that are not get zeros, which change no product.
+        multiple = 16 // x_RI.element_size()
+        _, O, I = weight_EOI.shape
+        if I % multiple or O % multiple:
+            x_RI = F.pad(x_RI, (0, -I % multiple))
+            weight_EOI = F.pad(weight_EOI, (0, -I % multiple, 0, -O % multiple))
+        y_RO = F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=end_E.to(torch.int32))[:, :O]
+        row_R = torch.arange(x_RI.shape[0], device=x_RI.device)
+        if bias_EO is not None:
+            expert_R = torch.searchsorted(end_E, row_R, right=True).clamp(max=weight_EOI.shape[0] - 1)
+            y_RO = y_RO + bias_EO[expert_R]
+        # The grouped product leaves unused rows uninitialised; `where` keeps them out of the backward pass as well.
+        return torch.where(row_R[:, None] < end_E[-1], y_RO, 0)
+
+
+class Experts(nn.Module):
+    """E MLPs: x -> fc2(act(fc1(x))), the stacked form of `timm.layers.Mlp`.
+
+    Args:
+        num_experts: E.
+        in_features: D.
+        hidden_features: F.
+        out_features: width of the result, by default D.
+        act_layer: makes the activation.
+        drop: dropout after the activation.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        hidden_features: int,
+        out_features: int | None = None,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        bias: bool = True,
+        drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.num_experts = num_experts
+        self.fc1 = GroupedLinear(num_experts, in_features, hidden_features, bias, **factory)
+        self.act = act_layer()
+        self.drop = nn.Dropout(drop)
+        self.fc2 = GroupedLinear(num_experts, hidden_features, out_features or in_features, bias, **factory)
+
+    def forward(self, x_RD: Tensor, count_E: Tensor) -> Tensor:
+        """(R, D) rows sorted by expert, (E,) rows of each -> (R, D)."""
+        return self.fc2(self.drop(self.act(self.fc1(x_RD, count_E))), count_E)

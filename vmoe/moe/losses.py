@@ -1,0 +1,240 @@
+"""Auxiliary losses of routing: pure functions of the gates, and their weighted sum.
+
+Each function takes (G, N, E) tensors and an optional mask (G, N), True where a token counts. It is computed for each
+group by itself; the result is the mean over the groups that have a token at all: a scalar, zero if none has. Variances
+are those of a population.
+
+Shapes, by suffix: G groups, N tokens in a group, E experts.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vmoe.moe.router import Routing
+
+PerModality = float | Mapping[str, float]
+
+
+def importance_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None) -> Tensor:
+    """Squared coefficient of variation of the experts' importance, the sum of their gates over the tokens.
+
+    Args:
+        gates_GNE: softmax of the logits without noise.
+
+    Source: V-MoE (arXiv 2106.05974), appendix A.2; Shazeer et al. (arXiv 1701.06538), eq. 6 and 7.
+    """
+    # A mean instead of the sum: the coefficient of variation is the same.
+    return _group_mean(_squared_variation(_token_mean(gates_GNE, mask_GN)), mask_GN)
+
+
+def load_loss(
+    logits_GNE: Tensor,
+    noisy_logits_GNE: Tensor,
+    noise_std: float,
+    num_selected_experts: int,
+    mask_GN: Tensor | None = None,
+) -> Tensor:
+    """Squared coefficient of variation of the experts' expected load.
+
+    The load is the probability that a token would choose the expert if the noise were drawn again: the chance to
+    get above the K-th largest noisy logit.
+
+    Args:
+        logits_GNE: without noise.
+        noisy_logits_GNE: with the noise of this step.
+        noise_std: standard deviation of that noise, > 0.
+        num_selected_experts: K.
+
+    Source: V-MoE (arXiv 2106.05974), appendix A.2.
+    """
+    # A stable sort, not topk: with equal logits the gradient must go where the reference's goes, to the later one.
+    sorted_GNE, _ = noisy_logits_GNE.sort(dim=-1, descending=True, stable=True)
+    threshold_GN1 = sorted_GNE[..., num_selected_experts - 1, None]
+    chosen_GNE = torch.special.ndtr((logits_GNE - threshold_GN1) / noise_std)
+    return _group_mean(_squared_variation(_token_mean(chosen_GNE, mask_GN)), mask_GN)
+
+
+def gshard_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None) -> Tensor:
+    """mean_e(share of tokens whose first choice is e · mean gate of e) · E²; 1 when balanced.
+
+    Args:
+        gates_GNE: softmax of the noisy logits.
+
+    Source: GShard (arXiv 2006.16668), algorithm 1.
+    """
+    E = gates_GNE.shape[-1]
+    # A comparison, not a one-hot: the same thing without a check of the indices, which would ask the device.
+    first_GNE = (gates_GNE.argmax(dim=-1, keepdim=True) == torch.arange(E, device=gates_GNE.device)).to(gates_GNE.dtype)
+    loss_G = (_token_mean(first_GNE, mask_GN) * _token_mean(gates_GNE, mask_GN)).mean(-1) * E**2
+    return _group_mean(loss_G, mask_GN)
+
+
+def z_loss(logits_GNE: Tensor, mask_GN: Tensor | None = None) -> Tensor:
+    """Mean squared log-partition of the logits: keeps them small, so that they stay exact.
+
+    Source: ST-MoE (arXiv 2202.08906), eq. 5.
+    """
+    square_GN1 = torch.logsumexp(logits_GNE, dim=-1, keepdim=True).square()
+    return _group_mean(_token_mean(square_GN1, mask_GN)[..., 0], mask_GN)
+
+
+def local_entropy_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None) -> Tensor:
+    """Mean entropy of the tokens' gates, in nats: low when each token is sure of its expert.
+
+    Args:
+        mask_GN: the real tokens of one modality.
+
+    Source: LIMoE (arXiv 2206.02770), section 2.2.
+    """
+    return _group_mean(_token_mean(_entropy(gates_GNE)[..., None], mask_GN)[..., 0], mask_GN)
+
+
+def global_entropy_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None, min_experts: float | None = None) -> Tensor:
+    """Negative entropy of the mean gate, in nats: low when the modality as a whole uses many experts.
+
+    Args:
+        mask_GN: the real tokens of one modality.
+        min_experts: S, the soft minimum number of experts that the modality should use: the loss becomes
+            max(0, log S - H), and vanishes once it does. None: no threshold.
+
+    Source: LIMoE (arXiv 2206.02770), section 2.2.
+    """
+    loss_G = -_entropy(_token_mean(gates_GNE, mask_GN))
+    if min_experts is not None:
+        loss_G = (math.log(min_experts) + loss_G).clamp(min=0)
+    return _group_mean(loss_G, mask_GN)
+
+
+@dataclass(frozen=True)
+class AuxiliaryLosses:
+    """All auxiliary losses of a layer, with their weights.
+
+    Attributes:
+        weights: {name of the loss: weight}. With several modalities the entropy losses are those of each, by names such
+            as "text/local_entropy_loss".
+        min_experts: {modality: threshold of its global entropy loss, or None}.
+        modalities: names, in the order of their indices.
+    """
+
+    weights: dict[str, float]
+    min_experts: dict[str, float | None]
+    modalities: tuple[str, ...]
+
+    @classmethod
+    def from_settings(
+        cls,
+        modalities: Sequence[str],
+        num_experts: int,
+        importance_loss: float,
+        load_loss: float,
+        gshard_loss: float,
+        z_loss: float,
+        local_entropy_loss: PerModality,
+        global_entropy_loss: PerModality,
+        global_entropy_min_experts: PerModality | None,
+    ) -> "AuxiliaryLosses":
+        """Check the settings of `vmoe.SparseMoE` (their meaning is told there).
+
+        Raises:
+            ValueError: names the setting that is out of range.
+        """
+        modalities = tuple(modalities)
+        weights = {
+            "importance_loss": importance_loss,
+            "load_loss": load_loss,
+            "gshard_loss": gshard_loss,
+            "z_loss": z_loss,
+        }
+        for loss, setting in (("local_entropy_loss", local_entropy_loss), ("global_entropy_loss", global_entropy_loss)):
+            for modality, weight in _per_modality(loss, setting, modalities, 0.0).items():
+                weights[_own_name(loss, modality, modalities)] = weight
+        for name, weight in weights.items():
+            if not weight >= 0:
+                raise ValueError(f"the weight {name} must be >= 0, got {weight}")
+        min_experts = _per_modality("global_entropy_min_experts", global_entropy_min_experts, modalities, None)
+        for modality, least in min_experts.items():
+            if least is not None and not 1 <= least <= num_experts:
+                raise ValueError(f"global_entropy_min_experts of {modality} must be 1..{num_experts}, got {least}")
+        return cls(weights, min_experts, modalities)
+
+    def __call__(
+        self, routing: Routing, mask_GN: Tensor | None, modality_GN: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """({name: unweighted loss}, their weighted sum); no graph for those that nobody weighs."""
+        r = routing
+        K = r.expert_index_GNK.shape[-1]
+        terms = {
+            "importance_loss": lambda: importance_loss(r.gates_GNE, mask_GN),
+            "gshard_loss": lambda: gshard_loss(r.noisy_gates_GNE, mask_GN),
+            "z_loss": lambda: z_loss(r.logits_GNE, mask_GN),
+        }
+        if r.noise_std > 0:  # without noise the load has no gradient, and the reference no such loss
+            terms["load_loss"] = lambda: load_loss(r.logits_GNE, r.noisy_logits_GNE, r.noise_std, K, mask_GN)
+        for name, member_GN in members(self.modalities, mask_GN, modality_GN).items():
+            local = _own_name("local_entropy_loss", name, self.modalities)
+            overall = _own_name("global_entropy_loss", name, self.modalities)
+            least = self.min_experts[name]
+            terms[local] = lambda member_GN=member_GN: local_entropy_loss(r.gates_GNE, member_GN)
+            terms[overall] = lambda member_GN=member_GN, least=least: global_entropy_loss(r.gates_GNE, member_GN, least)
+        losses = {}
+        for name, term in terms.items():
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.weights[name] > 0):
+                losses[name] = term()
+        weighted = [self.weights[name] * loss for name, loss in losses.items() if self.weights[name] > 0]
+        return losses, torch.stack(weighted).sum() if weighted else r.gates_GNE.new_zeros(())
+
+
+def members(
+    modalities: tuple[str, ...], mask_GN: Tensor | None, modality_GN: Tensor | None
+) -> dict[str, Tensor | None]:
+    """{modality: (G, N) its real tokens}; None for all tokens."""
+    if modality_GN is None:
+        return {modalities[0]: mask_GN}
+    own = {name: modality_GN == index for index, name in enumerate(modalities)}
+    return own if mask_GN is None else {name: member_GN & mask_GN for name, member_GN in own.items()}
+
+
+def _own_name(loss: str, modality: str, modalities: tuple[str, ...]) -> str:
+    """With a single modality there is nothing to tell apart, and names stay plain."""
+    return f"{modality}/{loss}" if len(modalities) > 1 else loss
+
+
+def _per_modality(name: str, value, modalities: tuple[str, ...], default) -> dict:
+    """{modality: value} from one value for all, or from a mapping that may leave some out."""
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(modalities, value)
+    unknown = set(value) - set(modalities)
+    if unknown:
+        raise ValueError(f"{name} names {sorted(unknown)}, but the modalities are {list(modalities)}")
+    return {modality: value.get(modality, default) for modality in modalities}
+
+
+def _entropy(p: Tensor) -> Tensor:
+    """Entropy along the last axis in nats; 0·log 0 = 0, with a finite gradient there."""
+    return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
+
+
+def _squared_variation(x_GE: Tensor) -> Tensor:
+    """(G,) variance over mean squared of each row, zero for a row of zeros."""
+    variance_G, mean_G = x_GE.var(-1, correction=0), x_GE.mean(-1)
+    return variance_G / mean_G.square().clamp(min=torch.finfo(x_GE.dtype).tiny)
+
+
+def _token_mean(x_GNE: Tensor, mask_GN: Tensor | None) -> Tensor:
+    """(G, E) mean over a group's tokens that count."""
+    if mask_GN is None:
+        return x_GNE.mean(1)
+    # `where`, not a product: what padding holds may be anything, even NaN.
+    return torch.where(mask_GN[..., None], x_GNE, 0).sum(1) / mask_GN.sum(1, keepdim=True).clamp(min=1)
+
+
+def _group_mean(loss_G: Tensor, mask_GN: Tensor | None) -> Tensor:
+    """Mean over the groups that have a token that counts."""
+    if mask_GN is None:
+        return loss_G.mean()
+    used_G = mask_GN.any(1)
+    return torch.where(used_G, loss_G, 0).sum() / used_G.sum().clamp(min=1)

@@ -1,0 +1,248 @@
+"""What the sparse layers of a model did, for those who ask: the auxiliary losses and the routing itself.
+
+Nothing is kept on the modules. A layer that runs inside `record_routing` hands its `LayerRouting` to the active record;
+outside, it computes none of this.
+
+Shapes, by suffix: G groups, N tokens in a group, E experts, K choices, B and T batch and length of the input.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from vmoe.moe.losses import AuxiliaryLosses, local_entropy_loss, members
+from vmoe.moe.router import Routing
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """The routing of one call of one sparse layer.
+
+    Losses and statistics are computed when they are first asked for. So the layer itself does the same whether or not
+    it is recorded, which activation checkpointing relies on: it runs the layer again when the record is long closed.
+
+    Attributes:
+        routing: the router's decisions.
+        kept: (G, N, K) bool, the expert had room.
+        mask: (G, N) bool, False for padding.
+        modality: (G, N) index into `modalities`, or None where there is only the first of them.
+        batch_shape: (B, T) of the layer's input; its tokens lie row by row in (G, N), padding last.
+        loss_function: the layer's weighted losses.
+    """
+
+    routing: Routing
+    kept: Tensor
+    mask: Tensor
+    modality: Tensor | None
+    batch_shape: tuple[int, int]
+    loss_function: AuxiliaryLosses
+
+    @property
+    def gates(self) -> Tensor:
+        """(G, N, E) softmax of the gate's logits, without noise."""
+        return self.routing.gates_GNE
+
+    @property
+    def expert_index(self) -> Tensor:
+        """(G, N, K) chosen experts, best first."""
+        return self.routing.expert_index_GNK
+
+    @property
+    def combine_weights(self) -> Tensor:
+        """(G, N, K) weights of the chosen experts (with the noise, in training)."""
+        return self.routing.combine_weights_GNK
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of the modalities, such as ("image", "text")."""
+        return self.loss_function.modalities
+
+    @cached_property
+    def _losses(self) -> tuple[dict[str, Tensor], Tensor]:
+        # With a graph wherever the forward pass had one, also if the first who asks does so under no_grad.
+        with torch.set_grad_enabled(self.routing.logits_GNE.requires_grad):
+            return self.loss_function(self.routing, self.mask, self.modality)
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """{name: scalar} unweighted and differentiable; those with a weight of zero carry no gradient."""
+        return self._losses[0]
+
+    @property
+    def auxiliary_loss(self) -> Tensor:
+        """Scalar, the weighted sum of the losses."""
+        return self._losses[1]
+
+    @cached_property
+    def load_by_modality(self) -> dict[str, Tensor]:
+        """{modality: (E,) kept rows of each expert}."""
+        return {name: self._load(own_GN) for name, own_GN in self._members().items()}
+
+    @cached_property
+    def load(self) -> Tensor:
+        """(E,) kept rows of each expert."""
+        return self._load(self.mask)
+
+    @cached_property
+    def metrics(self) -> dict[str, Tensor]:
+        """{name: scalar} without gradient: the losses, their weighted sum "auxiliary_loss", and statistics.
+
+        The statistics are "share_dropped" (of the assignments), "load_max_over_mean" (1 is perfect balance),
+        "experts_without_tokens" and "gate_entropy" (nats); with several modalities each also as "image/share_dropped"
+        and so on.
+        """
+        metrics = self._statistics(self.mask)
+        if self.modality is not None:
+            for name, own_GN in self._members().items():
+                metrics.update({f"{name}/{key}": value for key, value in self._statistics(own_GN).items()})
+        metrics.update({name: loss.detach() for name, loss in self.losses.items()})
+        metrics["auxiliary_loss"] = self.auxiliary_loss.detach()
+        return metrics
+
+    def tokens(self, grouped: Tensor) -> Tensor:
+        """Bring a (G, N, ...) tensor of this record back to the call's own order, (B, T, ...)."""
+        B, T = self.batch_shape
+        return grouped.flatten(0, 1)[: B * T].view(B, T, *grouped.shape[2:])
+
+    def _members(self) -> dict[str, Tensor]:
+        return members(self.modalities, self.mask, self.modality)
+
+    def _load(self, own_GN: Tensor) -> Tensor:
+        kept_GNK = self.kept & own_GN[..., None]
+        E = self.gates.shape[-1]
+        zeros_E = torch.zeros(E, dtype=torch.long, device=kept_GNK.device)
+        return zeros_E.scatter_add(0, self.expert_index.flatten(), kept_GNK.flatten().long())
+
+    @torch.no_grad()
+    def _statistics(self, own_GN: Tensor) -> dict[str, Tensor]:
+        load_E = self._load(own_GN)
+        E, K = self.gates.shape[-1], self.kept.shape[-1]
+        return {
+            "share_dropped": 1 - load_E.sum() / (own_GN.sum() * K).clamp(min=1),
+            "load_max_over_mean": load_E.max() / load_E.float().mean().clamp(min=1 / E),
+            "experts_without_tokens": (load_E == 0).sum(),
+            "gate_entropy": local_entropy_loss(self.gates, own_GN),
+        }
+
+
+class RoutingRecord:
+    """What `record_routing` yields.
+
+    Attributes:
+        calls: [(layer name, LayerRouting)] of every call inside the block, in order.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        # Wrappers (torch.compile, DDP) put themselves in front of the names that a user knows.
+        while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+            model = inner
+        self._names = {module: name for name, module in model.named_modules()}
+        self.calls: list[tuple[str, LayerRouting]] = []
+
+    def add(self, layer: nn.Module, call: LayerRouting) -> None:
+        """Called by a sparse layer of the model for each of its calls."""
+        self.calls.append((self._names[layer], call))
+
+    @property
+    def layers(self) -> dict[str, LayerRouting]:
+        """{layer name: its last call} in the order of the model."""
+        last = dict(self.calls)
+        return {name: last[name] for name in self._names.values() if name in last}
+
+    def auxiliary_loss(self) -> Tensor:
+        """Weighted auxiliary losses, summed over the layers (and over the calls, where a layer ran several times).
+
+        Returns:
+            A scalar, differentiable; zero if no sparse layer ran.
+
+        Raises:
+            RuntimeError: if the losses have no gradient though the router learns, because the forward pass ran in
+                re-entrant activation checkpointing.
+        """
+        if not self.calls:
+            return torch.zeros(())
+        loss = torch.stack([routing.auxiliary_loss for _, routing in self.calls]).sum()
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            recorded = {name for name, _ in self.calls}
+            for module, name in self._names.items():
+                if name in recorded and module.training and any(p.requires_grad for p in module.router.parameters()):
+                    raise RuntimeError(
+                        f"the auxiliary loss of {name} has no gradient: the forward pass ran without one. Use "
+                        "activation checkpointing with use_reentrant=False, or wrap the call in torch.no_grad()"
+                    )
+        return loss
+
+
+_ACTIVE: list[RoutingRecord] = []
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
+    """Record the routing of every sparse layer of `model` that runs inside the block.
+
+    Example:
+        with vmoe.record_routing(model) as record:
+            loss = criterion(model(images), labels) + record.auxiliary_loss()
+        record.layers["blocks.1.mlp"].load
+
+    Args:
+        model: any module; also one wrapped by `torch.compile` or DDP. Layer names are those of the inner module.
+
+    Yields:
+        A `RoutingRecord`. It stays readable after the block, and holds the graph of the losses until it is dropped.
+    """
+    record = RoutingRecord(model)
+    _ACTIVE.append(record)
+    try:
+        yield record
+    finally:
+        _ACTIVE.remove(record)
+
+
+def active_records(layer: nn.Module) -> list[RoutingRecord]:
+    """The records that want to hear of this call of `layer`."""
+    # Activation checkpointing runs a layer again inside the backward pass; that call is not a new one.
+    if not _ACTIVE or (not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1):
+        return []
+    return [record for record in _ACTIVE if layer in record._names]
+
+
+# In a tensor, so that compiled code reads its present value.
+_ATTACHED_SCALE = torch.ones(())
+
+
+def set_auxiliary_loss_scale(scale: float) -> None:
+    """Scale of the gradients that layers with `auxiliary_loss="attach"` add, from now on; 1 at the start.
+
+    Set it to whatever the training loop multiplies its own loss with before `backward`: 1 / accumulation steps if it
+    divides, times `scaler.get_scale()` under a gradient scaler. A loop that calls `loss.backward()` on the plain loss,
+    once or several times before a step, needs no call.
+
+    Raises:
+        ValueError: if `scale` is not a finite number.
+    """
+    if not torch.isfinite(torch.tensor(float(scale))):
+        raise ValueError(f"the auxiliary loss scale must be finite, got {scale}")
+    _ATTACHED_SCALE.fill_(scale)
+
+
+class _AttachLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        ctx.loss_dtype, ctx.loss_device = loss.dtype, loss.device
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad_y: Tensor):
+        (scale,) = ctx.saved_tensors
+        return grad_y, scale.to(ctx.loss_device, ctx.loss_dtype), None
+
+
+def attach_loss(y: Tensor, loss: Tensor) -> Tensor:
+    """`y` itself, whose backward pass also starts that of `loss`, with the gradient of `set_auxiliary_loss_scale`."""
+    return _AttachLoss.apply(y, loss, _ATTACHED_SCALE)

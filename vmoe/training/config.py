@@ -1,0 +1,319 @@
+"""All settings of a training run, as dataclasses: the YAML's sections, `--key.sub value`, and `--help`.
+
+Types, defaults and descriptions live here and nowhere else. What a whole run depends on is checked in `Config.check`,
+before anything slow starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from vmoe.config_io import ConfigError, parse_config
+from vmoe.data.config import AugmentationConfig, LoaderConfig, SourceConfig
+from vmoe.evaluation.inference import PRECISIONS
+
+# A stopped run continues only with the settings it was started with; these may change, because they leave what the
+# remaining steps compute as it is, or (train.steps) only say how far to go.
+CHANGEABLE = (
+    "output_dir",
+    "resume",
+    "device",
+    "data.val",
+    "data.loader.num_workers",
+    "data.loader.pin_memory",
+    "data.loader.max_bad_share",
+    "evaluate",
+    "train.steps",
+    "train.log_every",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "train.keep_last",
+    "train.collapse_after",
+    "train.compile",
+    "train.num_threads",
+    "train.tensorboard",
+)
+
+
+@dataclass
+class ModelConfig:
+    """The model.
+
+    Attributes:
+        name: A LIMoE ("limoe_tiny_patch8_48") or any timm name ("vmoe_tiny_patch8_48", "vit_small_patch16_224"); null
+            takes the name and kwargs stored in `pretrained`.
+        pretrained: Weights to start from: a .safetensors file of vmoe, or the folder of a run or a checkpoint. The head
+            is new if the number of classes differs; position embeddings are resized to the new picture size.
+        kwargs: Arguments of the model: routing settings (num_experts, num_selected_experts, moe_layers,
+            capacity_factor, ...), img_size, drop_path_rate, ... The number of classes is taken from the data.
+    """
+
+    name: str | None = None
+    pretrained: str | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DataConfig:
+    """Training and validation data.
+
+    Attributes:
+        train: Data to train on.
+        val: Data for the periodic and the final evaluation; unused if train.eval_every is 0.
+        loader: Batches and worker processes.
+        augmentation: Random changes of the training pictures.
+    """
+
+    train: SourceConfig = field(default_factory=SourceConfig)
+    val: SourceConfig = field(default_factory=SourceConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+
+
+@dataclass
+class TrainConfig:
+    """The training loop.
+
+    Attributes:
+        steps: Optimizer steps of the whole run.
+        precision: Arithmetic of the forward pass: float32, or autocast to bf16 or fp16 (with a gradient scaler); the
+            router always computes in float32.
+        accumulate_steps: Batches per optimizer step. Each has data.loader.batch_size pictures; a contrastive loss
+            compares within one batch, so this does not add negatives.
+        clip_grad_norm: Largest norm of the whole gradient; null does not clip.
+        loss: Contrastive loss, open_clip's softmax (CLIP) or sigmoid (SigLIP); classification uses cross-entropy.
+        freeze: Patterns (`*`, `?`) of parameter names to leave untrained, such as "patch_embed.*" or "*.router.*".
+        ema_decay: Decay of an exponential moving average of the weights (timm's ModelEmaV3 with warm-up), which is then
+            what gets evaluated; null keeps none.
+        compile: Run the model through torch.compile.
+        grad_checkpointing: Recompute activations in the backward pass to save memory.
+        log_every: Steps between two lines of metrics.jsonl (and points in TensorBoard).
+        eval_every: Steps between two evaluations on data.val; the last step always has one. 0 never evaluates.
+        checkpoint_every: Steps between two checkpoints; the last step always has one.
+        keep_last: Checkpoints to keep.
+        collapse_after: A layer whose routing stays collapsed (one expert is asked for by most tokens, or some by none)
+            for this many steps is reported by name. 0 never reports.
+        num_threads: CPU threads of PyTorch; null leaves its own choice.
+        tensorboard: Also write every figure for TensorBoard, to OUTPUT_DIR/tensorboard.
+    """
+
+    steps: int = 1000
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    accumulate_steps: int = 1
+    clip_grad_norm: float | None = 1.0
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    freeze: list[str] = field(default_factory=list)
+    ema_decay: float | None = None
+    compile: bool = False
+    grad_checkpointing: bool = False
+    log_every: int = 10
+    eval_every: int = 0
+    checkpoint_every: int = 100
+    keep_last: int = 2
+    collapse_after: int = 100
+    num_threads: int | None = None
+    tensorboard: bool = True
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer and schedule, both made by timm.
+
+    Attributes:
+        name: Any name of timm.optim.list_optimizers(): adamw, sgd, lamb, lion, muon, ...
+        lr: Largest learning rate.
+        weight_decay: Weight decay; not applied to biases, norms and what the model's no_weight_decay() lists.
+        betas: Betas of Adam-like optimizers; null takes the optimizer's own.
+        eps: Epsilon of Adam-like optimizers; null takes the optimizer's own.
+        momentum: Momentum, for optimizers that have one.
+        layer_decay: Factor on the learning rate from each layer to the one below it, as in BEiT; null: all the same.
+        kwargs: Further arguments of the optimizer.
+        schedule: Learning rate over the steps; all are timm's schedulers, "constant" stays at lr after the warm-up.
+        warmup_steps: Steps of linear warm-up, part of train.steps.
+        warmup_lr: Learning rate of the first warm-up step.
+        min_lr: Learning rate at the end of schedules that decay to one (cosine, tanh, poly).
+        schedule_kwargs: Further arguments of timm.scheduler.create_scheduler_v2, counted in steps: decay_epochs,
+            decay_rate, decay_milestones, cycle_limit, ...
+    """
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    betas: list[float] | None = None
+    eps: float | None = None
+    momentum: float = 0.9
+    layer_decay: float | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    schedule: Literal["cosine", "tanh", "poly", "step", "multistep", "constant"] = "cosine"
+    warmup_steps: int = 0
+    warmup_lr: float = 1e-6
+    min_lr: float = 0.0
+    schedule_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class EvaluateConfig:
+    """Evaluation during and at the end of training.
+
+    Attributes:
+        task: What data.val measures. null: "classification" when training classification; else "zero_shot" if data.val
+            has class names, or "retrieval" if it has only captions.
+        batch_size: Pictures per forward pass.
+        templates: Texts around a class name for zero-shot, such as "a photo of a {}".
+        on_bad: An unreadable picture or empty caption: "fail" stops and names it, "skip" leaves it out and counts it.
+        examples: Pictures in examples.png, the figure at the end of a run; 0 draws none.
+    """
+
+    task: Literal["classification", "zero_shot", "retrieval"] | None = None
+    batch_size: int = 256
+    templates: list[str] = field(default_factory=lambda: ["{}"])
+    on_bad: Literal["fail", "skip"] = "fail"
+    examples: int = 8
+
+
+@dataclass
+class Config:
+    """A training run.
+
+    Attributes:
+        output_dir: Folder of the run: config.yaml, metrics.jsonl, checkpoints/, tensorboard/, summary.json,
+            examples.png.
+        task: "contrastive" trains image-text models on pictures with captions, "classification" on labelled pictures.
+        resume: What to do if output_dir holds a run: "auto" continues it, "never" refuses to touch it.
+        seed: Seed of weights, data order, augmentation and router noise. A run is reproducible bit by bit on a CPU.
+        device: "auto" (CUDA, then MPS, then CPU) or a torch device such as "cuda:1".
+        model: The model.
+        data: Training and validation data.
+        train: The training loop.
+        optim: Optimizer and schedule.
+        evaluate: Evaluation during and at the end of training.
+    """
+
+    output_dir: str
+    task: Literal["contrastive", "classification"]
+    resume: Literal["auto", "never"] = "auto"
+    seed: int = 0
+    device: str = "auto"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def check(self) -> None:
+        """Raises ConfigError on the first setting that is out of range or does not go with another one."""
+        train, optim, augmentation = self.train, self.optim, self.data.augmentation
+        if self.model.name is None and self.model.pretrained is None:
+            raise ConfigError("model.name is missing: give a model's name, or model.pretrained to take it from a file")
+        if train.precision not in PRECISIONS:
+            raise ConfigError(f"train.precision must be one of {', '.join(PRECISIONS)}, got {train.precision!r}")
+        for key, value, least in [
+            ("seed", self.seed, 0),
+            ("train.steps", train.steps, 1),
+            ("train.accumulate_steps", train.accumulate_steps, 1),
+            ("train.log_every", train.log_every, 1),
+            ("train.eval_every", train.eval_every, 0),
+            ("train.checkpoint_every", train.checkpoint_every, 1),
+            ("train.keep_last", train.keep_last, 1),
+            ("train.collapse_after", train.collapse_after, 0),
+            ("train.num_threads", train.num_threads, 1),
+            ("optim.warmup_steps", optim.warmup_steps, 0),
+            ("optim.warmup_lr", optim.warmup_lr, 0),
+            ("optim.min_lr", optim.min_lr, 0),
+            ("optim.weight_decay", optim.weight_decay, 0),
+            ("evaluate.batch_size", self.evaluate.batch_size, 1),
+            ("evaluate.examples", self.evaluate.examples, 0),
+        ]:
+            if value is not None and not value >= least:
+                raise ConfigError(f"{key} must be >= {least}, got {value}")
+        for key, value in [("optim.lr", optim.lr), ("train.clip_grad_norm", train.clip_grad_norm)]:
+            if value is not None and not value > 0:
+                raise ConfigError(f"{key} must be > 0, got {value}")
+        for key, value in [("optim.layer_decay", optim.layer_decay), ("train.ema_decay", train.ema_decay)]:
+            if value is not None and not 0 < value <= 1:
+                raise ConfigError(f"{key} must be in (0, 1], got {value}")
+        if optim.betas is not None and (len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas)):
+            raise ConfigError(f"optim.betas must be two numbers in [0, 1), got {optim.betas}")
+        if optim.warmup_steps >= train.steps:
+            raise ConfigError(f"optim.warmup_steps must be < train.steps ({train.steps}), got {optim.warmup_steps}")
+        if self.model.kwargs.get("auxiliary_loss", "record") != "record":
+            raise ConfigError(
+                "model.kwargs.auxiliary_loss must be 'record' here: the loop adds the auxiliary losses itself; "
+                "'attach' would add them twice"
+            )
+        if self.task == "contrastive":
+            for key in ("mixup", "cutmix", "label_smoothing"):
+                if getattr(augmentation, key):
+                    raise ConfigError(
+                        f"data.augmentation.{key} mixes labels, and a contrastive run has none; set it to 0"
+                    )
+            if self.evaluate.task == "classification":
+                raise ConfigError("evaluate.task 'classification' needs task 'classification'; use 'zero_shot'")
+        else:
+            if self.evaluate.task not in (None, "classification"):
+                raise ConfigError(f"evaluate.task {self.evaluate.task!r} needs task 'contrastive'")
+            if (augmentation.mixup or augmentation.cutmix) and self.data.loader.batch_size % 2:
+                raise ConfigError(
+                    f"data.loader.batch_size must be even for mixup and cutmix, got {self.data.loader.batch_size}"
+                )
+
+
+def load_config(argv: Sequence[str] | None = None) -> Config:
+    """The configuration of a command line.
+
+    Args:
+        argv: arguments without the program's name; None: those of this process.
+
+    Raises:
+        SystemExit: after `--help`, or (code 2) with one sentence about a mistake.
+    """
+    config = parse_config(
+        Config, argv, prog="vmoe-train", description="Train a model; the same command again continues a stopped run."
+    )
+    try:
+        config.check()
+    except ConfigError as error:
+        print(f"vmoe-train: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as YAML, which `--config` reads back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; an empty dict counts as not there."""
+    flat = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def changed_settings(file: Path, config: Config) -> dict[str, tuple[Any, Any]]:
+    """{key: (value in file, value in config)} of the settings that a continued run may not change.
+
+    Args:
+        file: config.yaml of the run.
+        config: the new one.
+    """
+    before = flatten(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
+    now = flatten(yaml.safe_load(to_yaml(config)))  # through YAML, so that tuples and lists compare equal
+    unset = object()
+    changed = {}
+    for key in {**before, **now}:
+        fixed = not any(key == free or key.startswith(f"{free}.") for free in CHANGEABLE)
+        if fixed and before.get(key, unset) != now.get(key, unset):
+            changed[key] = (before.get(key, "not set"), now.get(key, "not set"))
+    return changed

@@ -1,0 +1,75 @@
+"""Where the first value that is not a number, or infinite, came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss or the gradient of a step is not finite; nothing of that step reached the weights."""
+
+
+def find_non_finite(model: nn.Module, compute_loss: Callable[[], Tensor], batch: dict[str, Tensor]) -> str | None:
+    """Repeats a forward and backward pass under observation and names the first thing that is not finite.
+
+    Args:
+        model: the plain module (not compiled), in the mode and state of the step. Gradients are overwritten.
+        compute_loss: repeats the forward pass with the same random numbers.
+        batch: its input.
+
+    Returns:
+        A phrase such as "the output of the layer blocks.1.mlp.router"; None if all is finite this time.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not _is_finite(tensor):
+            return f"the weights {name}"
+    for name, tensor in batch.items():
+        if not _is_finite(tensor):
+            return f"the input ({name})"
+
+    found: list[str] = []
+
+    def observer(name: str, module: nn.Module) -> Callable:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if not found and not all(_is_finite(tensor) for tensor in _tensors(output)):
+                found.append(f"the output of the layer {name} ({type(module).__name__})")
+
+        return hook
+
+    # A module's hook runs after those of its parts, so the first to report is the innermost.
+    hooks = [module.register_forward_hook(observer(name or "model", module)) for name, module in model.named_modules()]
+    try:
+        loss = compute_loss()
+    finally:
+        for handle in hooks:
+            handle.remove()
+    if found:
+        return found[0]
+    if not _is_finite(loss):
+        return "the loss itself (all layers' outputs are finite)"
+    model.zero_grad()
+    loss.backward()
+    # The gradient flows from the end of the model to its start.
+    for name, parameter in reversed(list(model.named_parameters())):
+        if parameter.grad is not None and not _is_finite(parameter.grad):
+            return f"the gradient of {name} (all layers' outputs are finite)"
+    return None
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.detach()).all())
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _tensors(value)

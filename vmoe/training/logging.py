@@ -1,0 +1,232 @@
+"""What a run tells: metrics.jsonl, TensorBoard, the progress bar, warnings about the routing, the final table."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from vmoe.moe import LayerRouting, RoutingRecord
+
+logger = logging.getLogger("vmoe.training")
+
+
+class MetricsLog:
+    """Writes each logged step as a line of metrics.jsonl, and to TensorBoard.
+
+    Args:
+        run: the run's folder.
+        step: the step a continued run starts from; what an earlier process wrote about later steps is dropped, so that
+            no step appears twice. 0 starts anew.
+        tensorboard: also write OUTPUT_DIR/tensorboard.
+    """
+
+    def __init__(self, run: Path, step: int, tensorboard: bool) -> None:
+        file = run / "metrics.jsonl"
+        lines = [json.dumps(entry) + "\n" for entry in read_metrics(file) if entry["step"] <= step]
+        draft = file.with_suffix(".unfinished")
+        draft.write_text("".join(lines), encoding="utf-8")
+        os.replace(draft, file)
+        self._file = file.open("a", encoding="utf-8")
+        self._writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        """One line; figures that are not finite become null (JSON has no NaN)."""
+        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in figures.items():
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that was cut off is left out, a missing file gives none."""
+    entries = []
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                entries.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return entries
+
+
+def largest_share(routing: LayerRouting) -> tuple[float, int]:
+    """(share of the assignments that ask for the busiest expert, experts that nobody asks for).
+
+    Counted before anyone is dropped: with limited room a collapsed router still shows even loads.
+    """
+    num_experts = routing.gates.shape[-1]
+    asked_E = torch.bincount(routing.expert_index[routing.mask].flatten(), minlength=num_experts)
+    return (asked_E.max() / asked_E.sum().clamp(min=1)).item(), int((asked_E == 0).sum())
+
+
+def routing_figures(record: RoutingRecord) -> dict[str, float]:
+    """The figures of a step's routing.
+
+    Returns:
+        Over all layers "routing/share_dropped" (mean), "routing/load_max_over_mean" (worst layer; 1 is even) and
+        "routing/experts_without_tokens" (sum); then every statistic of each layer as "routing/LAYER/NAME". Empty for a
+        dense model.
+    """
+    layers = {name: {k: float(v) for k, v in routing.metrics.items()} for name, routing in record.layers.items()}
+    if not layers:
+        return {}
+    figures = {
+        "routing/share_dropped": sum(m["share_dropped"] for m in layers.values()) / len(layers),
+        "routing/load_max_over_mean": max(m["load_max_over_mean"] for m in layers.values()),
+        "routing/experts_without_tokens": sum(m["experts_without_tokens"] for m in layers.values()),
+    }
+    for name, routing in record.layers.items():
+        layers[name]["largest_share"], _ = largest_share(routing)
+        figures.update({f"routing/{name}/{key}": value for key, value in layers[name].items()})
+    return figures
+
+
+class CollapseWatch:
+    """Warns, by name, when the routing of a layer stays collapsed.
+
+    Collapsed means that one expert is asked for by most assignments (over half of those that an even spread would not
+    give it), or that some expert is asked for by none.
+
+    Args:
+        after: steps of uninterrupted collapse before the warning; 0 never warns.
+    """
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+        self.since: dict[str, int] = {}
+        self.warned: set[str] = set()
+
+    def update(self, step: int, layers: dict[str, LayerRouting]) -> None:
+        """Looks at the routing of a step; call it at every logged one."""
+        if not self.after:
+            return
+        for name, routing in layers.items():
+            num_experts = routing.gates.shape[-1]
+            share, idle = largest_share(routing)
+            even = 1 / num_experts
+            crowded = num_experts > 1 and share > even + 0.5 * (1 - even)
+            if not crowded and not idle:
+                self.since.pop(name, None)
+                self.warned.discard(name)
+                continue
+            since = self.since.setdefault(name, step)
+            if step - since >= self.after and name not in self.warned:
+                self.warned.add(name)
+                what = f"{share:.0%} of its tokens ask for one expert" if crowded else f"{idle} experts get no token"
+                logger.warning(
+                    "the routing of %s has collapsed: %s of %d (steps %d to %d); raise the balancing losses "
+                    "(importance_loss, load_loss, global_entropy_loss), lower optim.lr, or train with more noise_std",
+                    name,
+                    what,
+                    num_experts,
+                    since,
+                    step,
+                )
+
+
+class ProgressDisplay:
+    """A progress bar on a terminal, plain lines elsewhere.
+
+    Args:
+        console: where to.
+        step: steps done before.
+        steps: steps of the whole run.
+        log_every: for the plain lines, at most one in so many steps.
+    """
+
+    def __init__(self, console: Console, step: int, steps: int) -> None:
+        self.console = console
+        self.steps = steps
+        self._seconds, self._counted = 0.0, 0
+        self._bar = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[figures]}"),
+                console=console,
+                expand=True,
+            )
+            self._task = self._bar.add_task("train", total=steps, completed=step, figures="")
+
+    def __enter__(self) -> ProgressDisplay:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, step: int, seconds: float) -> None:
+        """A step is done, and took that long."""
+        self._seconds += seconds
+        self._counted += 1
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def show(self, step: int, figures: dict[str, float]) -> None:
+        """The figures of a logged step."""
+        text = short_text(figures)
+        if self._bar is not None:
+            self._bar.update(self._task, figures=text)
+        else:
+            left = self._seconds / max(1, self._counted) * (self.steps - step)
+            self.message(f"step {step}/{self.steps} · {text} · {left // 60:.0f}:{left % 60:02.0f} left")
+
+    def message(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def short_text(figures: dict[str, float]) -> str:
+    """The few figures that a progress line shows."""
+    parts = [f"loss {figures['loss']:.4g}", f"{figures['images_per_second']:.0f} img/s"]
+    if figures["data_wait_share"] >= 0.05:
+        parts.append(f"waiting for data {figures['data_wait_share']:.0%}")
+    if "routing/share_dropped" in figures:
+        parts.append(f"dropped {figures['routing/share_dropped']:.1%}")
+        parts.append(f"max/mean load {figures['routing/load_max_over_mean']:.2f}")
+        parts.append(f"idle experts {figures['routing/experts_without_tokens']:.0f}")
+    return " · ".join(parts)
+
+
+def final_table(summary: dict[str, Any]) -> Table:
+    """The summary of a run as a table."""
+    table = Table(title=f"{summary['model']} · {summary['task']}", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_row("steps", f"{summary['steps']}")
+    table.add_row("parameters", f"{summary['parameters_total'] / 1e6:.2f} M")
+    table.add_row("  active per token", f"{summary['parameters_active'] / 1e6:.2f} M")
+    table.add_row("GFLOPs per picture", f"{summary['gflops_per_image']:.3f}")
+    if "gflops_per_text" in summary:
+        table.add_row("GFLOPs per caption", f"{summary['gflops_per_text']:.3f}")
+    table.add_row("training throughput", f"{summary['images_per_second']:.0f} pictures/s")
+    table.add_row("training time", f"{summary['train_seconds']:.0f} s")
+    table.add_row("final loss", f"{summary['loss']:.4f}")
+    for name, value in summary["evaluation"].items():
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    return table

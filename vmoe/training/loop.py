@@ -1,0 +1,357 @@
+"""The training loop: build, continue, train, log, evaluate, save, finish. Read `train` top to bottom.
+
+A step is a function of (config, step number, weights): its data is a function of the seed and the step, and its random
+numbers (router noise, drop path, mixup) are seeded anew from both. So nothing depends on how often a run was stopped,
+how often it evaluates, or how many workers read the data.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import vmoe
+from vmoe.config_io import ConfigError
+from vmoe.data import build_transform, train_loader
+from vmoe.data.seeding import derive_seed
+from vmoe.evaluation.inference import PRECISIONS, pick_device
+from vmoe.inspection.figure import example_figure
+from vmoe.inspection.profile import model_profile
+from vmoe.models.factory import preprocess_config
+from vmoe.training.checkpoint import (
+    MODEL,
+    list_checkpoints,
+    load_checkpoint,
+    remove_unfinished,
+    save_checkpoint,
+    step_of,
+)
+from vmoe.training.config import Config, changed_settings, to_yaml
+from vmoe.training.diagnosis import NonFiniteError, find_non_finite
+from vmoe.training.logging import CollapseWatch, MetricsLog, ProgressDisplay, final_table, routing_figures
+from vmoe.training.optim import create_optimizer, create_schedule, freeze
+from vmoe.training.tasks import Task, create_task
+
+logger = logging.getLogger("vmoe.training")
+
+# Steps in a row that the fp16 gradient scaler may skip; by then it has halved its scale to nothing.
+MAX_SKIPPED_STEPS = 30
+
+
+class Stopped(KeyboardInterrupt):
+    """Training was interrupted between two steps, after saving a checkpoint; the message says how to go on."""
+
+
+def train(config: Config, console: Console | None = None) -> dict[str, Any]:
+    """Trains a model, or continues a run that was stopped.
+
+    Args:
+        config: all settings.
+        console: where progress and the final table are printed; None: standard output.
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        ConfigError: settings that do not fit each other, the data, or the run in output_dir.
+        NonFiniteError: the loss or gradient of a step is not finite; the message names the step and the layer.
+        Stopped: Ctrl-C (or SIGTERM), after a checkpoint was saved.
+    """
+    config.check()
+    console = console or Console()
+    run = Path(config.output_dir)
+    checkpoint = find_checkpoint(run, config)
+    if checkpoint is not None and (summary := finished_summary(run, step_of(checkpoint), config.train.steps)):
+        console.print(
+            f"{run}: this run is finished ({summary['steps']} steps). A larger train.steps continues it; another "
+            "output_dir starts a new one.",
+            highlight=False,
+        )
+        return summary
+
+    # ---- build
+    device = pick_device(config.device)
+    if config.train.num_threads is not None:
+        torch.set_num_threads(config.train.num_threads)
+    seed_everything(config.seed)
+    task = create_task(config)
+    # A continued run finds its model in the checkpoint; the file it once started from need not exist any more.
+    pretrained = config.model.pretrained if checkpoint is None else str(checkpoint / MODEL)
+    model = task.create_model(pretrained).to(device).train()
+    if config.train.grad_checkpointing:
+        model.set_grad_checkpointing()
+    freeze(model, config.train.freeze)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ema = None if config.train.ema_decay is None else ModelEmaV3(model, config.train.ema_decay, use_warmup=True)
+    optimizer = create_optimizer(model, config.optim)
+    schedule = create_schedule(optimizer, config.optim, config.train.steps)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
+    transform = build_transform(preprocess_config(model), config.data.augmentation)
+    loader = train_loader(task.train_data, transform, task.tokenizer, config.data.loader, config.seed, device)
+    forward = torch.compile(model) if config.train.compile else model
+    dtype = PRECISIONS[config.train.precision]
+
+    # ---- continue
+    step, progress = 0, {"seconds": 0.0, "loss": math.nan, "evaluation": {}}
+    if checkpoint is not None:
+        state = load_checkpoint(checkpoint, model, ema and ema.module)
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        loader.load_state_dict(state["loader"])
+        step, progress = state["step"], state["progress"]
+        schedule.step_update(step)
+        console.print(f"{run}: continuing after step {step}", highlight=False)
+
+    run.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(run)
+    write_text(run / "config.yaml", to_yaml(config))
+    log = MetricsLog(run, step, config.train.tensorboard)
+    watch = CollapseWatch(config.train.collapse_after)
+    skipped = 0  # by the fp16 gradient scaler, in a row
+    interval = Interval()
+
+    def save() -> None:
+        trainer = {
+            "step": step,
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "loader": loader.state_dict(),
+            "rng": {"seed": config.seed, "next_step": step},  # all there is: see seed_everything
+            "progress": progress,
+        }
+        extra = {"class_names": task.class_names} if config.task == "classification" else {}
+        save_checkpoint(run, step, model, ema and ema.module, trainer, extra, config.train.keep_last)
+
+    def loss_of(batch: dict[str, torch.Tensor], part: int, module: nn.Module):
+        """(loss with the routing's own, loss of the task, routing record) of a batch of the present step."""
+        seed_everything(config.seed, step, part)
+        with (
+            vmoe.record_routing(model) as record,
+            nullcontext() if dtype is None else torch.autocast(device.type, dtype),
+        ):
+            loss = task.loss(module, batch, step * config.train.accumulate_steps + part)
+        return loss + record.auxiliary_loss().to(device), loss, record
+
+    # ---- train
+    display = ProgressDisplay(console, step, config.train.steps)
+    try:
+        with display, interruptible() as stop:
+            while step < config.train.steps:
+                # Data.
+                started = time.perf_counter()
+                batches = [next(loader) for _ in range(config.train.accumulate_steps)]
+                waited = time.perf_counter() - started
+
+                # Forward and backward; each batch gives its share of the gradient.
+                losses = []
+                for part, batch in enumerate(batches):
+                    total, loss, record = loss_of(batch, part, forward)
+                    scaler.scale(total / len(batches)).backward()
+                    losses.append(torch.stack([total.detach(), loss.detach()]))
+                scaler.unscale_(optimizer)
+                grad_norm = nn.utils.clip_grad_norm_(trainable, config.train.clip_grad_norm or math.inf)
+
+                # The one place where the CPU waits for the device: nothing that is not finite reaches the weights.
+                total, loss, norm = [*torch.stack(losses).mean(0).tolist(), grad_norm.item()]
+                skipped = skipped + 1 if scaler.is_enabled() and not math.isfinite(norm) else 0
+                if not math.isfinite(total) or (not math.isfinite(norm) and not 0 < skipped <= MAX_SKIPPED_STEPS):
+                    raise non_finite_error(model, loss_of, batches, step, total, run)
+
+                # Step. `lr` is the rate that this step used.
+                lr = max(group["lr"] for group in optimizer.param_groups)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                step += 1
+                schedule.step_update(step)
+                task.after_step(model)
+                if ema is not None:
+                    ema.update(model, step=step)
+                seconds = time.perf_counter() - started
+                progress["seconds"] += seconds
+                progress["loss"] = loss
+                interval.add(sum(len(batch["image"]) for batch in batches), seconds, waited)
+                display.advance(step, seconds)
+
+                # Log, evaluate, save.
+                last, figures = step == config.train.steps, {}
+                if last or step % config.train.log_every == 0:
+                    figures = {"loss": total, "task_loss": loss, "lr": lr, "grad_norm": norm, **interval.figures()}
+                    if scaler.is_enabled():
+                        figures["grad_scale"] = scaler.get_scale()
+                    figures |= {"bad_samples": loader.num_bad, **task.figures(model), **routing_figures(record)}
+                    watch.update(step, record.layers)
+                    display.show(step, figures)
+                if config.train.eval_every and (last or step % config.train.eval_every == 0):
+                    progress["evaluation"] = task.evaluate(model if ema is None else ema.module, device)
+                    figures |= {f"evaluation/{name}": value for name, value in progress["evaluation"].items()}
+                    values = (f"{k} {v:.4f}" for k, v in progress["evaluation"].items() if isinstance(v, float))
+                    display.message(f"step {step}: evaluation {', '.join(values)}")
+                if figures:
+                    log.write(step, figures)
+                del record  # it holds the graph of the auxiliary losses
+                if last or stop.is_set() or step % config.train.checkpoint_every == 0:
+                    save()
+                if stop.is_set() and not last:
+                    raise Stopped(
+                        f"stopped after step {step} of {config.train.steps}; the same command continues the run"
+                    )
+    finally:
+        log.close()
+
+    # ---- finish
+    model = model if ema is None else ema.module
+    summary = {
+        "model": config.model.name or config.model.pretrained,
+        "task": config.task,
+        "seed": config.seed,
+        "steps": step,
+        **model_profile(model),
+        "images_per_second": step * config.data.loader.batch_size * config.train.accumulate_steps / progress["seconds"],
+        "train_seconds": progress["seconds"],
+        "loss": progress["loss"],
+        "evaluation": progress["evaluation"],
+    }
+    if config.evaluate.examples:
+        draw_examples(task, model, run / "examples.png", config)
+    write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
+    console.print(final_table(summary))
+    console.print(f"all of it in {run}", highlight=False)
+    return summary
+
+
+def find_checkpoint(run: Path, config: Config) -> Path | None:
+    """The checkpoint to continue from; None starts anew.
+
+    Raises:
+        ConfigError: the folder holds a run that may not be touched (`resume: never`), was made with other settings, or
+            has lost its checkpoints.
+    """
+    checkpoints = list_checkpoints(run)
+    holds_run = bool(checkpoints) or any((run / name).exists() for name in ("metrics.jsonl", "summary.json"))
+    if holds_run and config.resume == "never":
+        raise ConfigError(
+            f"output_dir {run} already holds a run, and resume is 'never'; nothing was changed. Choose another "
+            "output_dir, or continue that run with --resume auto"
+        )
+    if not checkpoints:
+        if (run / "summary.json").exists():
+            raise ConfigError(
+                f"output_dir {run} holds a finished run without its checkpoints; choose another output_dir"
+            )
+        return None  # it stopped before its first checkpoint, so there is nothing to continue or to lose
+    changed = changed_settings(run / "config.yaml", config)
+    if changed:
+        listed = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
+        raise ConfigError(
+            f"output_dir {run} holds a run with other settings ({listed}); go back to those, or choose another "
+            "output_dir"
+        )
+    return checkpoints[-1]
+
+
+def finished_summary(run: Path, step: int, steps: int) -> dict[str, Any] | None:
+    """summary.json of a run that has done all `steps` already, else None."""
+    file = run / "summary.json"
+    if step < steps or not file.is_file():
+        return None
+    summary = json.loads(file.read_text(encoding="utf-8"))
+    return summary if summary["steps"] >= steps else None
+
+
+def seed_everything(*seed: int) -> None:
+    """Seeds torch, numpy and random from some integers; other integers give unrelated random numbers."""
+    number = derive_seed(*seed)
+    torch.manual_seed(number)
+    np.random.seed(number & 0xFFFFFFFF)
+    random.seed(number)
+
+
+class Interval:
+    """Throughput since the last time that it was asked for."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self.images, self.seconds, self.waited = 0, 0.0, 0.0
+
+    def add(self, images: int, seconds: float, waited: float) -> None:
+        """Counts a step: its pictures, the time it took, and how much of that went into waiting for data."""
+        self.images += images
+        self.seconds += seconds
+        self.waited += waited
+
+    def figures(self) -> dict[str, float]:
+        """{"images_per_second", "data_wait_share" (0..1)} of the steps counted since the last call."""
+        result = {"images_per_second": self.images / self.seconds, "data_wait_share": self.waited / self.seconds}
+        self._reset()
+        return result
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set, so that a step is never cut in two. A second Ctrl-C stops at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield stop
+        return
+
+    def handle(_number: int, _frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def non_finite_error(model: nn.Module, loss_of, batches, step: int, loss: float, run: Path) -> NonFiniteError:
+    """The error for a step whose loss or gradient is not finite: repeats its batches to find the first such value."""
+    place = None
+    for part, batch in enumerate(batches):
+        place = place or find_non_finite(model, lambda b=batch, p=part: loss_of(b, p, model)[0], batch)
+    what = "gradient" if math.isfinite(loss) else f"loss ({loss})"
+    checkpoints = list_checkpoints(run)
+    kept = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint was saved yet"
+    return NonFiniteError(
+        f"step {step + 1}: the {what} is not finite. The first such value is in {place or 'no layer when repeated'}. "
+        f"The weights were not changed by this step; {kept}. A lower optim.lr, a longer optim.warmup_steps, a smaller "
+        "train.clip_grad_norm, or train.precision bf16 or float32 usually help"
+    )
+
+
+def draw_examples(task: Task, model: nn.Module, file: Path, config: Config) -> None:
+    """The figure at the end of a run: pictures, their most probable names, and where their patches were routed."""
+    samples = task.examples(config.evaluate.examples)
+    names = task.example_names(samples)
+    if samples:
+        templates = config.evaluate.templates if task.tokenizer is not None else None
+        example_figure(model, samples, names, task.tokenizer, file, templates=templates)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    draft = file.with_name(file.name + ".unfinished")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, file)

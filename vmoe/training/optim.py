@@ -1,0 +1,99 @@
+"""What is trained and how fast: freezing, timm's optimizers, timm's schedules."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+from torch.optim import Optimizer
+
+from vmoe.config_io import ConfigError
+from vmoe.training.config import OptimConfig
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Leaves the parameters whose names match a pattern untrained.
+
+    Args:
+        model: its parameters get `requires_grad = False`; running statistics of normalisations still update.
+        patterns: shell patterns (`*`, `?`, `[...]`) of whole parameter names.
+
+    Returns:
+        The frozen names, in the model's order.
+
+    Raises:
+        ConfigError: a pattern matches no parameter, or nothing is left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            nearest = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
+            raise ConfigError(
+                f"train.freeze: the pattern {pattern!r} matches no parameter; the nearest name is {nearest[0]!r}"
+            )
+    frozen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"train.freeze {list(patterns)} leaves nothing to train")
+    return frozen
+
+
+def create_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """The optimizer of a config, over the model's trainable parameters (timm's groups for weight and layer decay).
+
+    Raises:
+        ConfigError: unknown name, or an argument the optimizer does not take.
+    """
+    base_name = config.name.lower().removeprefix("lookahead_")
+    if base_name not in list_optimizers():
+        nearest = difflib.get_close_matches(base_name, list_optimizers(), n=1, cutoff=0.0)
+        raise ConfigError(f"optim.name: timm has no optimizer {config.name!r}; the nearest is {nearest[0]!r}")
+    optional = {"betas": config.betas and tuple(config.betas), "eps": config.eps}
+    kwargs = {name: value for name, value in optional.items() if value is not None} | config.kwargs
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=config.name,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            layer_decay=config.layer_decay,
+            **kwargs,
+        )
+    except TypeError as error:
+        raise ConfigError(f"optim.kwargs do not suit the optimizer {config.name!r}: {error}") from error
+
+
+def create_schedule(optimizer: Optimizer, config: OptimConfig, steps: int) -> Scheduler:
+    """The learning rate over `steps` optimizer steps; call `.step_update(number of steps done)` after each.
+
+    The rate is a function of the step alone, so that a continued run only has to name its step.
+
+    Raises:
+        ConfigError: an argument the schedule does not take.
+    """
+    name, kwargs = config.schedule, dict(config.schedule_kwargs)
+    if name == "constant":  # timm has it under this name only in its newest versions
+        name, kwargs = "step", {**kwargs, "decay_rate": 1.0}
+    try:
+        schedule, _ = create_scheduler_v2(
+            optimizer,
+            sched=name,
+            num_epochs=steps,
+            warmup_epochs=config.warmup_steps,
+            warmup_lr=config.warmup_lr,
+            min_lr=config.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=1,  # "epochs" are steps
+            **kwargs,
+        )
+    except TypeError as error:
+        raise ConfigError(f"optim.schedule_kwargs do not suit the schedule {config.schedule!r}: {error}") from error
+    return schedule

@@ -1,0 +1,225 @@
+"""What a model is trained for: the loss of a batch, and the evaluation that goes with it.
+
+A task knows the data (both sets), the tokenizer and the loss; the loop knows steps, the optimizer and files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vmoe.config_io import ConfigError
+from vmoe.data import BadSample, EvalLoader, build_dataset, build_mixup, build_transform, eval_loader
+from vmoe.evaluation import evaluate_classification, evaluate_retrieval, evaluate_zero_shot
+from vmoe.models.factory import create_model, get_tokenizer, is_contrastive, preprocess_config
+from vmoe.training.config import Config
+
+Batch = dict[str, Tensor]
+MAX_LOGIT_SCALE = math.log(100)  # as in CLIP (arXiv 2103.00020, section 2.5)
+
+
+def create_task(config: Config) -> Classification | Contrastive:
+    """The task of a config, with its data sets opened.
+
+    Raises:
+        ConfigError: the data does not suit the task.
+    """
+    return Classification(config) if config.task == "classification" else Contrastive(config)
+
+
+class Task:
+    """What both tasks share.
+
+    Attributes:
+        train_data: raw samples to train on.
+        val_data: raw samples to evaluate on, None if the run never evaluates.
+        class_names: of the training data, None if it has none.
+        tokenizer: list of texts -> tokens (B, L); None for classification.
+    """
+
+    tokenizer: Callable[[list[str]], Tensor] | None = None
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.train_data = build_dataset(config.data.train)
+        self.val_data = build_dataset(config.data.val) if config.train.eval_every else None
+        self.class_names: list[str] | None = self.train_data.classes
+
+    def create_model(self, pretrained: str | None) -> nn.Module:
+        """The model of the config on the CPU, in training mode; its weights from the file `pretrained` if given."""
+        raise NotImplementedError
+
+    def loss(self, model: nn.Module, batch: Batch, number: int) -> Tensor:
+        """The loss of a batch, without the auxiliary losses of the routing.
+
+        Args:
+            model: in training mode.
+            batch: on the model's device; not changed.
+            number: of the batch in the run; whatever is random here follows from it.
+
+        Returns:
+            A float32 scalar.
+        """
+        raise NotImplementedError
+
+    def after_step(self, model: nn.Module) -> None:
+        """What has to hold for the weights after every optimizer step."""
+
+    def figures(self, model: nn.Module) -> dict[str, float]:
+        """Further figures for the log."""
+        return {}
+
+    def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        """Figures of the model on the validation data."""
+        raise NotImplementedError
+
+    def example_names(self, samples: list[Any]) -> list[str]:
+        """Names among which the example figure ranks the pictures of `samples`."""
+        raise NotImplementedError
+
+    def examples(self, number: int) -> list[Any]:
+        """Some raw samples of the validation data (or the training data), spread evenly; unreadable ones left out."""
+        data = self.val_data or self.train_data
+        samples = []
+        for index in torch.linspace(0, len(data) - 1, min(number, len(data))).round().long().tolist():
+            try:
+                samples.append(data[index])
+            except BadSample:
+                continue
+        return samples
+
+    def _val_loader(self, model: nn.Module, device: torch.device) -> EvalLoader:
+        evaluate = self.config.evaluate
+        loader = dataclasses.replace(self.config.data.loader, batch_size=evaluate.batch_size, on_bad=evaluate.on_bad)
+        return eval_loader(
+            self.val_data, build_transform(preprocess_config(model), None), self.tokenizer, loader, device
+        )
+
+
+class Classification(Task):
+    """Cross-entropy on labelled pictures, with timm's mixup and cutmix and label smoothing."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        if self.class_names is None:
+            raise ConfigError(f"task 'classification' needs labels, and data.train ({config.data.train.type}) has none")
+        if self.val_data is not None:
+            _check_same_classes(self.class_names, self.val_data.classes)
+        self.mixup = build_mixup(config.data.augmentation, len(self.class_names), config.seed)
+
+    def create_model(self, pretrained: str | None) -> nn.Module:
+        kwargs = dict(self.config.model.kwargs)
+        num_classes = kwargs.setdefault("num_classes", len(self.class_names))
+        if num_classes != len(self.class_names):
+            raise ConfigError(
+                f"model.kwargs.num_classes is {num_classes}, but data.train has {len(self.class_names)} classes; "
+                "leave num_classes out to take it from the data"
+            )
+        model = create_model(self.config.model.name, pretrained=pretrained, **kwargs)
+        if is_contrastive(model):
+            raise ConfigError(
+                f"task 'classification' needs a classifier, and {_name(self.config)} is an image-text model"
+            )
+        return model
+
+    def loss(self, model: nn.Module, batch: Batch, number: int) -> Tensor:
+        images, target = batch["image"], batch["label"]
+        if self.mixup is None:
+            logits = model(images).float()
+            return F.cross_entropy(logits, target, label_smoothing=self.config.data.augmentation.label_smoothing)
+        images, target = self.mixup(images, target, number)
+        return F.cross_entropy(model(images).float(), target)
+
+    def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        return evaluate_classification(
+            model,
+            self._val_loader(model, device),
+            device=device,
+            precision=self.config.train.precision,
+            num_classes=len(self.class_names),
+        )
+
+    def example_names(self, samples: list[Any]) -> list[str]:
+        return self.class_names
+
+
+class Contrastive(Task):
+    """open_clip's softmax (CLIP) or sigmoid (SigLIP, arXiv 2303.15343) loss on pictures with captions."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        from open_clip.loss import ClipLoss, SigLipLoss
+
+        for key, data in (("data.train", self.train_data), ("data.val", self.val_data)):
+            if data is not None and not data.has_captions and (key == "data.train" or data.classes is None):
+                raise ConfigError(f"task 'contrastive' needs captions, and {key} has none")
+        self.criterion = SigLipLoss() if config.train.loss == "sigmoid" else ClipLoss()
+        self.evaluation = config.evaluate.task
+        if self.val_data is not None:
+            if self.evaluation is None:
+                self.evaluation = "zero_shot" if self.val_data.classes else "retrieval"
+            if self.evaluation == "zero_shot" and not self.val_data.classes:
+                raise ConfigError("evaluate.task 'zero_shot' needs class names, and data.val has none; use 'retrieval'")
+            if self.evaluation == "retrieval" and not self.val_data.has_captions:
+                raise ConfigError("evaluate.task 'retrieval' needs captions, and data.val has none; use 'zero_shot'")
+
+    def create_model(self, pretrained: str | None) -> nn.Module:
+        model = create_model(self.config.model.name, pretrained=pretrained, **self.config.model.kwargs)
+        if not is_contrastive(model):
+            raise ConfigError(f"task 'contrastive' needs an image-text model, and {_name(self.config)} is none")
+        if self.config.train.loss == "sigmoid" and getattr(model, "logit_bias", None) is None:
+            raise ConfigError("train.loss 'sigmoid' needs a logit bias; set model.kwargs.init_logit_bias (SigLIP: -10)")
+        self.tokenizer = get_tokenizer(model)
+        return model
+
+    def loss(self, model: nn.Module, batch: Batch, number: int) -> Tensor:
+        output = model(batch["image"], batch["text"])
+        if not isinstance(output, dict):
+            output = dict(zip(("image_features", "text_features", "logit_scale", "logit_bias"), output))
+        with torch.autocast(batch["image"].device.type, enabled=False):  # similarities need more than 8 bits
+            return self.criterion(**{name: value.float() for name, value in output.items() if value is not None})
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module) -> None:
+        model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+    def figures(self, model: nn.Module) -> dict[str, float]:
+        return {"logit_scale": model.logit_scale.exp().item()}
+
+    def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        loader, precision = self._val_loader(model, device), self.config.train.precision
+        if self.evaluation == "retrieval":
+            return evaluate_retrieval(model, loader, device=device, precision=precision)
+        names, templates = self.val_data.classes, self.config.evaluate.templates
+        return evaluate_zero_shot(model, self.tokenizer, loader, names, templates, device=device, precision=precision)
+
+    def example_names(self, samples: list[Any]) -> list[str]:
+        data = self.val_data or self.train_data
+        if data.classes:
+            return data.classes
+        captions = [sample.caption for sample in samples] + data.captions[:1000]
+        return [caption for caption in dict.fromkeys(captions) if caption.strip()]
+
+
+def _name(config: Config) -> str:
+    return config.model.name or config.model.pretrained
+
+
+def _check_same_classes(train: list[str], val: list[str] | None) -> None:
+    """Labels are indices: both data sets must list the same classes in the same order."""
+    if val is None:
+        raise ConfigError("data.val has no labels; task 'classification' evaluates on labelled pictures")
+    if len(train) != len(val):
+        odd = sorted(set(train) ^ set(val))[:5]
+        raise ConfigError(
+            f"data.train has {len(train)} classes and data.val {len(val)}; only one of them has {', '.join(odd)}"
+        )
+    for index, (ours, theirs) in enumerate(zip(train, val)):
+        if ours != theirs:
+            raise ConfigError(f"class {index} is {ours!r} in data.train and {theirs!r} in data.val; they must agree")
