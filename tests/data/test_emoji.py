@@ -11,6 +11,8 @@ from vmoe.data.emoji import (
     EmojiPairs,
     choose_held_out,
     choose_val,
+    family,
+    find_alike,
     list_emoji,
     parse_name,
     read_held_out,
@@ -18,26 +20,29 @@ from vmoe.data.emoji import (
     write_held_out,
 )
 
-SIZE = 16
+SIZE = 48
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """Every test of this file draws into, and reads from, a fresh cache folder; only a twentieth is really drawn."""
-    drawn = {}
+    """The tests of this file share a fresh cache folder, so that the pictures are really drawn, once."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("VMOE_CACHE", str(folder))
-        draw = emoji_module.draw_emoji
-
-        def draw_some(code, image_size):
-            drawn[code] = True
-            if len(drawn) % 20 == 1:
-                return draw(code, image_size)
-            return np.full((image_size, image_size, 3), len(drawn) % 256, np.uint8)
-
-        patch.setattr(emoji_module, "draw_emoji", draw_some)
         yield folder
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Drawing is replaced by something quick; the list of codes that were drawn."""
+    codes = []
+
+    def draw(code, image_size):
+        codes.append(code)
+        return np.full((image_size, image_size, 3), len(codes) % 256, np.uint8)
+
+    monkeypatch.setattr(emoji_module, "draw_emoji", draw)
+    return codes
 
 
 @pytest.mark.parametrize(
@@ -100,12 +105,32 @@ def test_every_part_of_a_held_out_composition_is_in_training():
     assert {tone for one in held_out for tone in one.tones} <= {tone for one in composed for tone in one.tones}
 
 
+def test_no_held_out_picture_is_seen_in_training():
+    """Names differ, but OpenMoji draws some emoji alike: "man student" and "student"."""
+    train = {sample.image.tobytes() for sample in map(EmojiPairs("train", SIZE).__getitem__, range(3553))}
+    held_out = [sample.image.tobytes() for sample in map(EmojiPairs("held_out", SIZE).__getitem__, range(400))]
+    assert not train & set(held_out)
+    assert len(set(held_out)) == 400
+
+
 def test_the_choice_does_not_depend_on_the_order_and_knows_its_limits():
-    emoji = list_emoji()
-    assert choose_held_out(emoji[::-1]) == choose_held_out(emoji)
-    assert choose_held_out(emoji, seed=1) != choose_held_out(emoji)
+    emoji = [one for one in list_emoji() if one.tones][:200]
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 4, 4, 3), dtype=np.uint8)
+    chosen = choose_held_out(emoji, pixels, count=30)
+    assert choose_held_out(emoji[::-1], pixels[::-1], count=30) == chosen
+    assert choose_held_out(emoji, pixels, count=30, seed=1) != chosen
+    pixels[emoji.index(chosen[0])] = pixels[emoji.index(chosen[1])]
+    assert not set(chosen[:2]) & set(choose_held_out(emoji, pixels, count=30))
     with pytest.raises(ValueError, match="can be held out"):
-        choose_held_out(emoji, count=3000)
+        choose_held_out(emoji, pixels, count=200)
+
+
+def test_alike_means_a_small_difference_to_any_other():
+    pixels = np.full((4, 8, 8, 3), 100, np.uint8)
+    pixels[1] += 2
+    pixels[2] += 10
+    pixels[3] += 20
+    assert find_alike(pixels, [0, 2, 1]) == {0: True, 1: True, 2: False}
 
 
 def test_pairs_have_their_names_as_captions_and_classes():
@@ -121,11 +146,15 @@ def test_pairs_have_their_names_as_captions_and_classes():
         assert np.array_equal(everything[index].image, splits[split][100].image)
 
 
-def test_groups_split_keeps_the_tones_of_a_base_together():
+def test_groups_split_keeps_the_variants_of_an_emoji_together():
+    assert family("man student") == family("student") == "student"
+    assert family("person walking facing right") == family("woman walking")
+    assert family("man") == "man"
     train, val = EmojiGroups("train", SIZE), EmojiGroups("val", SIZE)
     assert len(train) + len(val) == 3953
     assert train.classes == val.classes
-    assert not {one.base for one in train.emoji} & {one.base for one in val.emoji}
+    for key in (lambda one: one.base, lambda one: family(one.base)):
+        assert not set(map(key, train.emoji)) & set(map(key, val.emoji))
     counts = [Counter(dataset.labels) for dataset in (train, val)]
     for label in range(10):
         share = counts[1][label] / (counts[0][label] + counts[1][label])
@@ -136,29 +165,36 @@ def test_groups_split_keeps_the_tones_of_a_base_together():
     assert choose_val(list_emoji()) != choose_val(list_emoji(), seed=1)
 
 
-def test_pictures_are_drawn_once_on_white(monkeypatch):
+def test_pictures_are_on_white_and_read_only():
     pixels = render_emoji(SIZE)
     assert pixels.shape == (3953, SIZE, SIZE, 3)
     assert pixels.dtype == np.uint8
     assert not pixels.flags.writeable
-    assert (pixels[0, 0, 0] == 255).all()
-    monkeypatch.setattr(emoji_module, "draw_emoji", None)
-    assert np.array_equal(render_emoji(SIZE), pixels)
+    assert (pixels[:, 0, 0] == 255).all(1).mean() > 0.99
+    assert pixels.std() > 50
 
 
-def test_a_cut_off_cache_file_is_drawn_again(cache):
-    pixels = np.array(render_emoji(SIZE))
-    (file,) = cache.glob(f"emoji_{SIZE}px_*.npy")
+def test_the_second_call_draws_nothing(drawn):
+    pixels = render_emoji(9)
+    assert drawn == [one.code for one in list_emoji()]
+    assert np.array_equal(render_emoji(9), pixels)
+    assert len(drawn) == 3953
+
+
+def test_a_cut_off_cache_file_is_drawn_again(cache, drawn):
+    pixels = np.array(render_emoji(8))
+    (file,) = cache.glob("emoji_8px_*.npy")
     file.write_bytes(file.read_bytes()[:5000])
-    assert render_emoji(SIZE).shape == pixels.shape
-    assert [path.name for path in cache.iterdir()] == [file.name]
+    assert render_emoji(8).shape == pixels.shape
+    assert len(drawn) == 2 * 3953
+    assert not [path for path in cache.iterdir() if path.name.startswith(".")]
 
 
-def test_an_unwritable_cache_is_explained(tmp_path, monkeypatch):
+def test_an_unwritable_cache_is_explained(tmp_path, monkeypatch, drawn):
     (tmp_path / "file").touch()
     monkeypatch.setenv("VMOE_CACHE", str(tmp_path / "file"))
     with pytest.raises(RuntimeError, match="VMOE_CACHE"):
-        render_emoji(SIZE)
+        render_emoji(8)
 
 
 def test_missing_packages_and_pictures_are_explained(monkeypatch, tmp_path):

@@ -86,7 +86,7 @@ def test_only_settings_that_matter_count_as_changed(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(load_config([*REQUIRED, "--model.kwargs.num_experts", "4"])))
     harmless = ["--train.log_every=3", "--train.steps=77", "--data.loader.num_workers=0", "--evaluate.batch_size=5"]
-    same = load_config([*REQUIRED, *harmless, "--model.kwargs.num_experts=4", "--data.val.split=val"])
+    same = load_config([*REQUIRED, *harmless, "--model.kwargs.num_experts=4", "--data.val.split=held_out"])
     assert changed_settings(file, same) == {}
     other = load_config([*REQUIRED, "--model.kwargs.num_experts=8", "--optim.lr=0.5", "--seed=3"])
     assert changed_settings(file, other) == {

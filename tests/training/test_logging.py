@@ -1,6 +1,7 @@
 import io
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,12 +23,11 @@ FIGURES = {"loss": 1.5, "images_per_second": 320.0, "data_wait_share": 0.2}
 
 
 def routed(expert_index, num_experts=4):
-    """The record of a layer that sends its tokens to these experts, whatever they are."""
-    layer = vmoe.SparseMoE(4, 4, num_experts=num_experts)
-    with vmoe.record_routing(layer) as record:
-        layer(torch.randn(1, len(expert_index), 4))
-    call = record.layers[""]
-    return type(call)(**{**vars(call), "expert_index": torch.tensor(expert_index).view(1, -1, 1)})
+    """What the log reads of a layer's record, for tokens that ask for these experts; the last token is padding."""
+    index = torch.tensor([*expert_index, 0]).view(1, -1, 1)
+    mask = torch.ones(1, index.shape[1], dtype=torch.bool)
+    mask[0, -1] = False
+    return SimpleNamespace(gates=torch.zeros(1, index.shape[1], num_experts), expert_index=index, mask=mask)
 
 
 @given(steps=st.lists(st.integers(1, 50), unique=True), resume=st.integers(0, 50))

@@ -316,17 +316,18 @@ class LIMoE(nn.Module):
 
 _SMALL = {"width": 512, "depth": 8, "num_heads": 8, "embed_dim": 512}
 _BASE = {"width": 768, "depth": 12, "num_heads": 12, "embed_dim": 512}
+_TINY = {
+    "img_size": 48,
+    "width": 128,
+    "depth": 6,
+    "num_heads": 4,
+    "embed_dim": 128,
+    "context_length": 16,
+    "num_experts": 8,
+}
 LIMOE_CONFIGS: dict[str, dict] = {
-    "limoe_tiny_patch8_48": {
-        "img_size": 48,
-        "patch_size": 8,
-        "width": 128,
-        "depth": 6,
-        "num_heads": 4,
-        "embed_dim": 128,
-        "context_length": 16,
-        "num_experts": 8,
-    },
+    "limoe_tiny_patch8_48": {"patch_size": 8, **_TINY},
+    "limoe_tiny_patch12_48": {"patch_size": 12, **_TINY},
     "limoe_small_patch32": {"patch_size": 32, **_SMALL},
     "limoe_small_patch16": {"patch_size": 16, **_SMALL},
     "limoe_base_patch32": {"patch_size": 32, **_BASE},

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from vmoe.moe import LayerRouting, RoutingRecord
 
@@ -151,7 +151,6 @@ class ProgressDisplay:
         console: where to.
         step: steps done before.
         steps: steps of the whole run.
-        log_every: for the plain lines, at most one in so many steps.
     """
 
     def __init__(self, console: Console, step: int, steps: int) -> None:
@@ -163,11 +162,10 @@ class ProgressDisplay:
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
-                BarColumn(bar_width=None),
+                BarColumn(bar_width=16),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[figures]}"),
+                TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=False)),  # two lines where narrow
                 console=console,
-                expand=True,
             )
             self._task = self._bar.add_task("train", total=steps, completed=step, figures="")
 

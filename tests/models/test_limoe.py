@@ -1,0 +1,201 @@
+import math
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss, SigLipLoss
+from timm.optim import create_optimizer_v2
+
+import vmoe
+from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE
+from vmoe.moe import SparseMoE
+
+
+def tiny(**kwargs) -> LIMoE:
+    torch.manual_seed(0)
+    return LIMoE(**{**LIMOE_CONFIGS["limoe_tiny_patch12_48"], **kwargs})
+
+
+def pairs(B: int = 6):
+    generator = torch.Generator().manual_seed(1)
+    words = ["cat", "a dog", "the sun over the sea", "one two three four five six", "x", "blue car"]
+    text = vmoe.get_tokenizer("limoe_tiny_patch12_48")([words[b % len(words)] for b in range(B)])
+    return torch.randn(B, 3, 48, 48, generator=generator), text
+
+
+def test_all_sizes_exist_and_build():
+    wanted = "tiny_patch8_48 small_patch32 small_patch16 base_patch32 base_patch16 large_patch16 huge_patch14"
+    assert {f"limoe_{size}" for size in wanted.split()} <= set(LIMOE_CONFIGS)
+    for name, config in LIMOE_CONFIGS.items():
+        with torch.device("meta"):
+            model = LIMoE(**config)
+        assert sum(isinstance(block.mlp, SparseMoE) for block in model.blocks) == config["depth"] // 2, name
+
+
+def test_open_clips_conventions():
+    image, text = pairs()
+    model = tiny().eval()
+    image_features, text_features, scale = model(image, text)
+    assert image_features.shape == text_features.shape == (6, 128)
+    torch.testing.assert_close(image_features.norm(dim=-1), torch.ones(6))
+    torch.testing.assert_close(image_features, F.normalize(model.encode_image(image), dim=-1))
+    torch.testing.assert_close(text_features, model.encode_text(text, normalize=True))
+    torch.testing.assert_close(scale, model.logit_scale.exp())
+    torch.testing.assert_close(model.logit_scale, torch.tensor(math.log(1 / 0.07)))
+    assert model.logit_bias is None
+    assert torch.isfinite(ClipLoss()(image_features, text_features, scale))
+
+    model = tiny(init_logit_scale=math.log(10), init_logit_bias=-10.0, output_dict=True)
+    outputs = model(image, text)
+    assert set(outputs) == {"image_features", "text_features", "logit_scale", "logit_bias"}
+    assert torch.isfinite(SigLipLoss()(**outputs))
+    assert model(image=image)["text_features"] is None
+    logits, transposed = model.eval().get_logits(image, text)
+    assert torch.equal(logits.T, transposed)
+    assert model.visual.image_size == (48, 48)
+
+
+def test_open_clips_zero_shot_classifier_works_as_it_stands():
+    model = tiny().eval()
+    tokenizer = vmoe.get_tokenizer(model)
+    weights = open_clip.build_zero_shot_classifier(model, tokenizer, ["cat", "dog", "car"], ["{}", "a {}"])
+    assert weights.shape == (128, 3)
+    expected = F.normalize(model.encode_text(tokenizer(["dog", "a dog"]), normalize=True).mean(0), dim=-1)
+    torch.testing.assert_close(weights[:, 1], expected)
+
+
+def test_training_routes_patches_and_words_together():
+    model = tiny()
+    image, text = pairs()
+    with vmoe.record_routing(model) as record:
+        model(image, text)
+    routing = record.layers["blocks.1.mlp"]
+    assert routing.batch_shape == (6, 16 + 16)
+    real = routing.tokens(routing.mask)
+    assert real[:, :16].all()
+    lengths = (text != 0).sum(1)
+    assert torch.equal(real[:, 16:].sum(1), lengths)
+    assert set(routing.load_by_modality) == {"image", "text"}
+    for name in ("image/share_dropped", "text/share_dropped", "text/local_entropy_loss", "image/global_entropy_loss"):
+        assert torch.isfinite(routing.metrics[name])
+    # Words compete with patches: with one place in four for them all, both lose some.
+    tight = tiny(capacity_factor=0.25)
+    with vmoe.record_routing(tight) as record:
+        tight(image, text)
+    metrics = record.layers["blocks.1.mlp"].metrics
+    assert metrics["share_dropped"] > 0.5
+
+
+def test_alone_only_its_own_tokens_are_routed():
+    model = tiny()
+    image, text = pairs()
+    with vmoe.record_routing(model) as record:
+        model.encode_text(text)
+    routing = record.layers["blocks.1.mlp"]
+    assert routing.load_by_modality["image"].sum() == 0
+    assert routing.mask.sum() == (text != 0).sum()
+    with vmoe.record_routing(model) as record:
+        model.encode_image(image)
+    assert record.layers["blocks.1.mlp"].load_by_modality["text"].sum() == 0
+
+
+def test_attention_stays_within_a_picture_and_a_caption():
+    image, text = pairs()
+    model = tiny(num_experts=0).double()  # without experts nothing else could mix them
+    image = image.double()
+    image_features, text_features, _ = model(image, text)
+    other = torch.randn_like(image)
+    assert torch.equal(model(other, text)[1], text_features)
+    assert torch.equal(model(image, text.flip(0))[0], image_features)
+
+
+@pytest.mark.parametrize("pool", ["avg", "map"])
+def test_padding_after_a_text_changes_nothing(pool):
+    model = tiny(pool=pool).eval()
+    tokenizer = vmoe.get_tokenizer(model)
+    text = tokenizer(["a cat", "two dogs run"])
+    features = model.encode_text(text)
+    torch.testing.assert_close(model.encode_text(text[:, :8]), features, atol=1e-5, rtol=1e-5)
+    noisy = text.clone()
+    noisy[noisy == 0] = 77  # whatever stands after the end of the text is not read
+    torch.testing.assert_close(model.encode_text(noisy), features)
+    exclaimed = tokenizer(["wow!!! cat"])  # "!" has token id 0 inside a word
+    changed = exclaimed.clone()
+    changed[0, 1] = 320
+    assert not torch.allclose(model.encode_text(exclaimed), model.encode_text(changed))
+
+
+def test_a_result_does_not_depend_on_the_batch():
+    model = tiny(capacity_factor=0.3).eval()
+    image, text = pairs(64)
+    with torch.no_grad():
+        image_features, text_features, _ = model(image, text)
+        for b in (0, 17, 63):
+            one = model(image[b : b + 1], text[b : b + 1])
+            torch.testing.assert_close(one[0][0], image_features[b], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(one[1][0], text_features[b], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(image, text[:5])[0], image_features, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_experts", [0, 4])
+def test_it_learns_pairs(num_experts):
+    model = tiny(num_experts=num_experts, depth=2, global_entropy_min_experts=2)
+    image, text = pairs()
+    optimizer = create_optimizer_v2(model, "adamw", lr=2e-3, weight_decay=0.0)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for _ in range(12):
+        with vmoe.record_routing(model) as record:
+            loss = ClipLoss()(*model(image, text)) + record.auxiliary_loss()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.5 * math.log(6)
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_gradient_checkpointing_and_autocast():
+    image, text = pairs()
+    gradients = []
+    for enable in (False, True):
+        model = tiny(noise_std=0.0)
+        model.set_grad_checkpointing(enable)
+        with vmoe.record_routing(model) as record:
+            loss = ClipLoss()(*model(image, text)) + record.auxiliary_loss()
+        loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for plain, recomputed in zip(*gradients):
+        torch.testing.assert_close(recomputed, plain, atol=1e-6, rtol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ClipLoss()(*model(image, text))
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.slow
+def test_compiles_as_one_graph():
+    torch._dynamo.reset()
+    model = tiny(noise_std=0.0)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    image, text = pairs()
+    for ours, theirs in zip(compiled(image, text), model(image, text)):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_another_picture_size():
+    model = tiny().eval()
+    model.set_input_size(72)
+    assert model.encode_image(torch.randn(1, 3, 72, 72)).shape == (1, 128)
+
+
+def test_mistakes_are_named():
+    model = tiny()
+    image, text = pairs()
+    with pytest.raises(ValueError, match="training takes pairs, got 6 images and 2 texts"):
+        model(image, text[:2])
+    with pytest.raises(ValueError, match="text has 20 tokens, the model takes 16"):
+        model.encode_text(torch.ones(1, 20, dtype=torch.long))
+    with pytest.raises(ValueError, match="pool must be"):
+        tiny(pool="token")
+    with pytest.raises(ValueError, match="names \\['sound'\\]"):
+        tiny(local_entropy_loss={"sound": 1.0})

@@ -1,0 +1,65 @@
+"""The command itself, in a process of its own where that matters."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vmoe.training import cli
+from vmoe.training.checkpoint import list_checkpoints
+from vmoe.training.config import to_yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(config, tmp_path, *arguments):
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    return [sys.executable, str(ROOT / "train.py"), "--config", str(file), *arguments]
+
+
+def test_train_py_trains_and_prints_a_table(make_config, tmp_path):
+    done = subprocess.run(command(make_config(), tmp_path, "--train.steps", "2"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "step 2/2" in done.stdout
+    assert "GFLOPs per picture" in done.stdout
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_a_clean_message(make_config, tmp_path):
+    config = make_config(**{"train.steps": 100_000, "data.loader.num_workers": 1})
+    process = subprocess.Popen(
+        command(config, tmp_path), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
+    )
+    try:
+        metrics = Path(config.output_dir) / "metrics.jsonl"
+        deadline = time.monotonic() + 90
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)  # the whole group, data workers too, as a terminal does
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "the same command continues" in errors
+    assert len(list_checkpoints(Path(config.output_dir))) == 1
+
+
+def test_errors_are_one_sentence_and_an_exit_code(make_config, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("VMOE_TRACEBACK", raising=False)
+    config = make_config()
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    arguments = ["--config", str(tmp_path / "config.yaml")]
+    assert cli.main([*arguments, "--model.name", "vmoe_tinny_patch8_48"]) == 1
+    message = capsys.readouterr().err
+    assert "vmoe_tiny_patch8_48" in message
+    assert "Traceback" not in message
+    assert cli.main([*arguments, "--train.freeze", "[nothing.*]"]) == 2
+    assert "nothing.*" in capsys.readouterr().err
+    monkeypatch.setenv("VMOE_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="vmoe_tinny"):
+        cli.main([*arguments, "--model.name", "vmoe_tinny_patch8_48"])
