@@ -11,8 +11,8 @@ from PIL import Image
 import vmoe
 from vmoe.config_io import find_config, read_config, shipped_config_dirs
 from vmoe.evaluation.config import EvaluationConfig
-from vmoe.evaluation.run import main, output_file, weights_file
-from vmoe.models.factory import save_pretrained
+from vmoe.evaluation.run import main, output_file
+from vmoe.models.factory import find_weights, save_pretrained
 
 TINY = {"depth": 2, "num_heads": 2}
 
@@ -162,11 +162,11 @@ def test_a_folder_stands_for_its_moving_average(tmp_path):
         folder.mkdir(parents=True)
         (folder / "model.safetensors").touch()
     last = tmp_path / "checkpoints" / "step_000010"
-    assert weights_file(str(tmp_path)) == last / "model.safetensors"
+    assert find_weights(str(tmp_path)) == last / "model.safetensors"
     (last / "ema.safetensors").touch()
-    assert weights_file(str(tmp_path)) == last / "ema.safetensors"
-    assert weights_file(str(last)) == last / "ema.safetensors"
-    assert weights_file(str(last / "model.safetensors")) == last / "model.safetensors"
+    assert find_weights(str(tmp_path)) == last / "ema.safetensors"
+    assert find_weights(str(last)) == last / "ema.safetensors"
+    assert find_weights(str(last / "model.safetensors")) == last / "model.safetensors"
 
 
 def test_default_output_is_beside_the_checkpoint(tmp_path):

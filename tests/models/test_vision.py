@@ -149,9 +149,10 @@ def test_compiles_as_one_graph():
     torch.testing.assert_close(compiled(x), model(x))
 
 
-def test_biases_of_experts_do_not_decay():
+@pytest.mark.parametrize("layer_decay", [None, 0.8])
+def test_biases_of_experts_do_not_decay(layer_decay):
     model = timm.create_model("vmoe_tiny_patch8_48")
-    optimizer = create_optimizer_v2(model, "adamw", weight_decay=0.1)
+    optimizer = create_optimizer_v2(model, "adamw", weight_decay=0.1, layer_decay=layer_decay)
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] > 0 for p in group["params"]}
     layer = model.blocks[1].mlp
     assert id(layer.experts.fc1.bias) not in decayed

@@ -1,4 +1,4 @@
-"""How every evaluation calls a model: evaluation mode, no gradients, one precision, one device."""
+"""Where and in which arithmetic a model runs; how every evaluation calls it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -18,6 +19,41 @@ def pick_device(name: str) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """The precision of a config: "auto" takes bf16 where `device` multiplies it faster than float32, else float32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    features = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+    return "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "float32"
+
+
+@contextmanager
+def arithmetic(precision: str, device: torch.device | str) -> Iterator[None]:
+    """Autocast to a precision; "float32" leaves all as it is.
+
+    Args:
+        precision: "float32", "bf16" or "fp16".
+        device: where the model runs.
+
+    Raises:
+        ValueError: unknown precision.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    device_type = torch.device(device).type
+    dtype = PRECISIONS[precision]
+    if dtype is None:
+        yield
+        return
+    # On a CPU the backward pass of PyTorch's fused attention is several times slower in bf16 than the plain products
+    # (measured at 36 tokens, 4 heads of 32: 100 ms against 22 ms).
+    attention = sdpa_kernel(SDPBackend.MATH) if device_type == "cpu" else nullcontext()
+    with torch.autocast(device_type, dtype), attention:
+        yield
 
 
 @contextmanager
@@ -32,14 +68,10 @@ def evaluating(model: nn.Module, device: torch.device | str, precision: str = "f
     Raises:
         ValueError: unknown precision.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    dtype = PRECISIONS[precision]
-    autocast = nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), arithmetic(precision, device):
             yield
     finally:
         for module in training:  # module by module: frozen parts may have been in eval mode

@@ -84,7 +84,7 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
     console = console or Console()
     device = pick_device(config.device)
     dataset = build_dataset(config.data)
-    file = weights_file(config.checkpoint)
+    file = find_weights(config.checkpoint)
     model = create_model(None, pretrained=file).to(device).eval()
     if is_contrastive(model) == (config.task == "classification"):
         kind = "an image-text model" if is_contrastive(model) else "a classifier"
@@ -138,17 +138,6 @@ def _evaluate(
                 f"class_names {config.class_names} has {len(names)} names, and the data {len(dataset.classes)} classes"
             )
     return evaluate_zero_shot(model, tokenizer, batches, names, config.templates, **where)
-
-
-def weights_file(checkpoint: str) -> Path:
-    """The weights that a checkpoint stands for: in a folder the moving average, if the run kept one; else the model.
-
-    Raises:
-        ValueError: there are no weights.
-    """
-    file = find_weights(checkpoint)
-    average = file.with_name("ema.safetensors")
-    return average if Path(checkpoint).is_dir() and average.is_file() else file
 
 
 def check_same_classes(trained: list[str] | None, data: list[str] | None, checkpoint: str) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE
 
 METADATA_KEY = "vmoe"
-WEIGHTS_NAME = "model.safetensors"
+WEIGHTS_NAME, AVERAGE_NAME = "model.safetensors", "ema.safetensors"
 HEADS = ("head.weight", "head.bias")
 
 
@@ -98,6 +98,8 @@ def is_contrastive(model: nn.Module) -> bool:
 def find_weights(path: str | Path) -> Path:
     """The weights' file of a `.safetensors` path, of a checkpoint's folder, or of a run's folder (its last checkpoint).
 
+    In a folder the moving average stands for the model, if the run kept one.
+
     Raises:
         WeightsError: if there is none.
     """
@@ -105,13 +107,14 @@ def find_weights(path: str | Path) -> Path:
     if path.is_file():
         return path
     if (path / WEIGHTS_NAME).is_file():
-        return path / WEIGHTS_NAME
+        average = path / AVERAGE_NAME
+        return average if average.is_file() else path / WEIGHTS_NAME
     checkpoints = path if path.name == "checkpoints" else path / "checkpoints"
     steps = sorted(checkpoints.glob(f"step_*/{WEIGHTS_NAME}"), key=lambda file: int(file.parent.name.split("_")[1]))
     if not steps:
         reason = "it does not exist" if not path.exists() else f"it holds no {WEIGHTS_NAME} and no checkpoints"
         raise WeightsError(f"no weights at {path}: {reason}; give a .safetensors file, a checkpoint or a run's folder")
-    return steps[-1]
+    return find_weights(steps[-1].parent)
 
 
 def save_pretrained(model: nn.Module, file: str | Path, extra: dict | None = None) -> None:

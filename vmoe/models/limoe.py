@@ -303,7 +303,9 @@ class LIMoE(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return {"image_pos_embed", "text_pos_embed", "logit_scale", "logit_bias"}
+        # timm's layer decay spares only parameters of one axis; the experts' biases have two.
+        biases = {name for name, _ in self.named_parameters() if name.endswith(".bias")}
+        return {"image_pos_embed", "text_pos_embed", "logit_scale", "logit_bias"} | biases
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:

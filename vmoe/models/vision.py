@@ -7,6 +7,7 @@ pooling variants, `features_only`, `reset_classifier`, `set_input_size`, `dynami
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import Mlp
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -103,6 +104,11 @@ class VisionMoE(VisionTransformer):
         chosen = sparse_blocks(moe_layers, depth) if num_experts else ()
         kwargs["block_fn"] = _block_maker(kwargs.get("block_fn", Block), sparse_mlp, chosen)
         super().__init__(*args, depth=depth, **kwargs)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        # timm's layer decay spares only parameters of one axis; the experts' biases have two.
+        return super().no_weight_decay() | {name for name, _ in self.named_parameters() if name.endswith(".bias")}
 
     def fix_init_weight(self) -> None:
         for index, block in enumerate(self.blocks):

@@ -84,7 +84,8 @@ class TrainConfig:
     Attributes:
         steps: Optimizer steps of the whole run.
         precision: Arithmetic of the forward pass: float32, or autocast to bf16 or fp16 (with a gradient scaler); the
-            router always computes in float32.
+            router always computes in float32. "auto" takes bf16 where the processor multiplies it faster (GPUs since
+            Ampere, CPUs with AVX512-BF16 or AMX), else float32.
         accumulate_steps: Batches per optimizer step. Each has data.loader.batch_size pictures; a contrastive loss
             compares within one batch, so this does not add negatives.
         clip_grad_norm: Largest norm of the whole gradient; null does not clip.
@@ -105,7 +106,7 @@ class TrainConfig:
     """
 
     steps: int = 1000
-    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    precision: Literal["auto", "float32", "bf16", "fp16"] = "float32"
     accumulate_steps: int = 1
     clip_grad_norm: float | None = 1.0
     loss: Literal["softmax", "sigmoid"] = "softmax"
@@ -136,7 +137,7 @@ class OptimConfig:
         layer_decay: Factor on the learning rate from each layer to the one below it, as in BEiT; null: all the same.
         kwargs: Further arguments of the optimizer.
         schedule: Learning rate over the steps; all are timm's schedulers, "constant" stays at lr after the warm-up.
-        warmup_steps: Steps of linear warm-up, part of train.steps.
+        warmup_steps: Steps of linear warm-up, part of train.steps; a number below 1 is their share of train.steps.
         warmup_lr: Learning rate of the first warm-up step.
         min_lr: Learning rate at the end of schedules that decay to one (cosine, tanh, poly).
         schedule_kwargs: Further arguments of timm.scheduler.create_scheduler_v2, counted in steps: decay_epochs,
@@ -152,7 +153,7 @@ class OptimConfig:
     layer_decay: float | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
     schedule: Literal["cosine", "tanh", "poly", "step", "multistep", "constant"] = "cosine"
-    warmup_steps: int = 0
+    warmup_steps: float = 0
     warmup_lr: float = 1e-6
     min_lr: float = 0.0
     schedule_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -212,8 +213,8 @@ class Config:
         train, optim, augmentation = self.train, self.optim, self.data.augmentation
         if self.model.name is None and self.model.pretrained is None:
             raise ConfigError("model.name is missing: give a model's name, or model.pretrained to take it from a file")
-        if train.precision not in PRECISIONS:
-            raise ConfigError(f"train.precision must be one of {', '.join(PRECISIONS)}, got {train.precision!r}")
+        if train.precision not in ("auto", *PRECISIONS):
+            raise ConfigError(f"train.precision must be auto, {', '.join(PRECISIONS)}, got {train.precision!r}")
         for key, value, least in [
             ("seed", self.seed, 0),
             ("train.steps", train.steps, 1),

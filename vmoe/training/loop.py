@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ import vmoe
 from vmoe.config_io import ConfigError
 from vmoe.data import build_transform, train_loader
 from vmoe.data.seeding import derive_seed
-from vmoe.evaluation.inference import PRECISIONS, pick_device
+from vmoe.evaluation.inference import arithmetic, pick_device, pick_precision
 from vmoe.inspection.figure import example_figure
 from vmoe.inspection.profile import model_profile
 from vmoe.models.factory import preprocess_config
@@ -87,6 +87,7 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
 
     # ---- build
     device = pick_device(config.device)
+    precision = pick_precision(config.train.precision, device)
     if config.train.num_threads is not None:
         torch.set_num_threads(config.train.num_threads)
     seed_everything(config.seed)
@@ -101,11 +102,10 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
     ema = None if config.train.ema_decay is None else ModelEmaV3(model, config.train.ema_decay, use_warmup=True)
     optimizer = create_optimizer(model, config.optim)
     schedule = create_schedule(optimizer, config.optim, config.train.steps)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     transform = build_transform(preprocess_config(model), config.data.augmentation)
     loader = train_loader(task.train_data, transform, task.tokenizer, config.data.loader, config.seed, device)
     forward = torch.compile(model) if config.train.compile else model
-    dtype = PRECISIONS[config.train.precision]
 
     # ---- continue
     step, progress = 0, {"seconds": 0.0, "loss": math.nan, "evaluation": {}}
@@ -141,10 +141,7 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
     def loss_of(batch: dict[str, torch.Tensor], part: int, module: nn.Module):
         """(loss with the routing's own, loss of the task, routing record) of a batch of the present step."""
         seed_everything(config.seed, step, part)
-        with (
-            vmoe.record_routing(model) as record,
-            nullcontext() if dtype is None else torch.autocast(device.type, dtype),
-        ):
+        with vmoe.record_routing(model) as record, arithmetic(precision, device):
             loss = task.loss(module, batch, step * config.train.accumulate_steps + part)
         return loss + record.auxiliary_loss().to(device), loss, record
 
@@ -222,6 +219,7 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
         "task": config.task,
         "seed": config.seed,
         "steps": step,
+        "precision": precision,
         **model_profile(model),
         "images_per_second": step * config.data.loader.batch_size * config.train.accumulate_steps / progress["seconds"],
         "train_seconds": progress["seconds"],

@@ -80,6 +80,7 @@ def create_schedule(optimizer: Optimizer, config: OptimConfig, steps: int) -> Sc
         ConfigError: an argument the schedule does not take.
     """
     name, kwargs = config.schedule, dict(config.schedule_kwargs)
+    warmup = int(config.warmup_steps if config.warmup_steps >= 1 else config.warmup_steps * steps)
     if name == "constant":  # timm has it under this name only in its newest versions
         name, kwargs = "step", {**kwargs, "decay_rate": 1.0}
     try:
@@ -87,7 +88,7 @@ def create_schedule(optimizer: Optimizer, config: OptimConfig, steps: int) -> Sc
             optimizer,
             sched=name,
             num_epochs=steps,
-            warmup_epochs=config.warmup_steps,
+            warmup_epochs=warmup,
             warmup_lr=config.warmup_lr,
             min_lr=config.min_lr,
             step_on_epochs=False,

@@ -77,7 +77,7 @@ class Task:
         return {}
 
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """Figures of the model on the validation data."""
+        """Figures of the model on the validation data, in float32 whatever training computes in, as by `eval.py`."""
         raise NotImplementedError
 
     def example_names(self, samples: list[Any]) -> list[str]:
@@ -141,7 +141,6 @@ class Classification(Task):
             model,
             self._val_loader(model, device),
             device=device,
-            precision=self.config.train.precision,
             num_classes=len(self.class_names),
         )
 
@@ -193,11 +192,11 @@ class Contrastive(Task):
         return {"logit_scale": model.logit_scale.exp().item()}
 
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        loader, precision = self._val_loader(model, device), self.config.train.precision
+        loader = self._val_loader(model, device)
         if self.evaluation == "retrieval":
-            return evaluate_retrieval(model, loader, device=device, precision=precision)
+            return evaluate_retrieval(model, loader, device=device)
         names, templates = self.val_data.classes, self.config.evaluate.templates
-        return evaluate_zero_shot(model, self.tokenizer, loader, names, templates, device=device, precision=precision)
+        return evaluate_zero_shot(model, self.tokenizer, loader, names, templates, device=device)
 
     def example_names(self, samples: list[Any]) -> list[str]:
         data = self.val_data or self.train_data
