@@ -1,7 +1,7 @@
 """The sparse layer against the dense MLP of the same active compute: `python -m benchmarks.layer --help`.
 
-Both run in turn in one process (A B A B ...), so that a drifting machine slows both. On Linux the allocator decides much
-on a CPU; the training command keeps freed memory (`vmoe.training.cli.keep_freed_memory`), and so does this.
+Both run in turn in one process (A B A B ...), so that a drifting machine slows both. On Linux the allocator decides
+much on a CPU; the training command keeps freed memory (`vmoe.training.cli.keep_freed_memory`), and so does this.
 """
 
 import argparse

@@ -12,7 +12,7 @@ from vmoe.models.factory import create_model, save_pretrained
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
 
 
-@pytest.fixture()
+@pytest.fixture
 def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (60, 40), "red").save("photo.png")
