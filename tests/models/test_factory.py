@@ -133,3 +133,43 @@ def test_import_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_head_and_a_size_changed_after_building_are_kept(tmp_path):
+    model = create_model("vmoe_tiny_patch8_48", depth=2, num_classes=3)
+    model.reset_classifier(7)
+    torch.nn.init.ones_(model.head.weight)
+    save_pretrained(model, tmp_path / "m.safetensors")
+    assert torch.equal(create_model(pretrained=tmp_path / "m.safetensors").head.weight, model.head.weight)
+    model = create_model("limoe_tiny_patch12_48", depth=2)
+    model.set_input_size(72)
+    save_pretrained(model, tmp_path / "l.safetensors")
+    again = create_model(pretrained=tmp_path / "l.safetensors")
+    assert again.image_size == (72, 72)
+    assert torch.equal(again.image_pos_embed, model.image_pos_embed)
+
+
+@pytest.mark.parametrize("name", ["vmoe_tiny_patch8_48", "limoe_tiny_patch12_48"])
+def test_positions_of_a_grid_that_is_not_square(name, tmp_path):
+    torch.manual_seed(0)
+    model = create_model(name, depth=2, img_size=(24, 48))
+    save_pretrained(model, tmp_path / "m.safetensors")
+    parameter = "pos_embed" if name.startswith("vmoe") else "image_pos_embed"
+    square = create_model(pretrained=tmp_path / "m.safetensors", img_size=48)
+    turned = create_model(pretrained=tmp_path / "m.safetensors", img_size=(48, 24))
+    model.set_input_size((48, 24))  # timm's own interpolation
+    torch.testing.assert_close(getattr(turned, parameter), getattr(model, parameter))
+    assert getattr(square, parameter).shape[1] > getattr(turned, parameter).shape[1]
+
+
+def test_other_timm_models_get_a_new_head_too(tmp_path):
+    save_pretrained(create_model("resnet10t", num_classes=3), tmp_path / "m.safetensors")
+    assert create_model(pretrained=tmp_path / "m.safetensors", num_classes=5).fc.weight.shape[0] == 5
+
+
+def test_settings_that_cannot_be_used_are_named(tmp_path):
+    with pytest.raises(ValueError, match="pretrained must be a file or folder, got True"):
+        create_model("limoe_tiny_patch8_48", pretrained=True)
+    model = create_model("vmoe_tiny_patch8_48", depth=2, norm_layer=torch.nn.LayerNorm)
+    with pytest.raises(ValueError, match="settings of vmoe_tiny_patch8_48 cannot be saved"):
+        save_pretrained(model, tmp_path / "m.safetensors")

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss, SigLipLoss
+from timm.layers import set_fused_attn
 from timm.optim import create_optimizer_v2
 
 import vmoe
@@ -110,9 +111,14 @@ def test_attention_stays_within_a_picture_and_a_caption():
     assert torch.equal(model(image, text.flip(0))[0], image_features)
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("pool", ["avg", "map"])
-def test_padding_after_a_text_changes_nothing(pool):
-    model = tiny(pool=pool).eval()
+def test_padding_after_a_text_changes_nothing(pool, fused):
+    set_fused_attn(fused)  # timm's own attention takes masks in another way than PyTorch's fused kernel
+    try:
+        model = tiny(pool=pool).eval()
+    finally:
+        set_fused_attn(True)
     tokenizer = vmoe.get_tokenizer(model)
     text = tokenizer(["a cat", "two dogs run"])
     features = model.encode_text(text)

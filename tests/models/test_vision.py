@@ -60,8 +60,9 @@ def test_sparse_blocks():
             sparse_blocks(wrong, 6)
     with pytest.raises(ValueError, match=r"must lie in 0\.\.5"):
         sparse_blocks([6], 6)
-    with pytest.raises(ValueError, match="chooses no block"):
-        sparse_blocks("every9", 6)
+    for wrong in ("every9", "last4"):
+        with pytest.raises(ValueError, match="asks for more than"):
+            sparse_blocks(wrong, 6)
 
 
 def test_routing_settings_reach_every_layer():

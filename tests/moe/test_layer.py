@@ -296,9 +296,12 @@ def test_modalities_have_their_own_losses_and_statistics():
         ({"num_experts": 0}, "num_experts must be >= 1, got 0"),
         ({"num_selected_experts": 9}, "num_selected_experts must be 1..num_experts"),
         ({"router": "tok_k"}, "router must be one of"),
-        ({"capacity_factor": -1}, "capacity_factor must be > 0, or None for no limit, got -1"),
+        ({"capacity_factor": -1}, "capacity_factor must be > 0 and finite, or None for no limit, got -1"),
         ({"eval_capacity_factor": 0}, "eval_capacity_factor must be > 0"),
-        ({"group_size": 0}, "group_size must be >= 1"),
+        ({"capacity_factor": math.inf}, "capacity_factor must be > 0 and finite"),
+        ({"group_size": 0}, "group_size must be a whole number >= 1"),
+        ({"group_size": 3.5}, "group_size must be a whole number >= 1"),
+        ({"noise_std": math.nan}, "noise_std must be >= 0"),
         ({"noise_std": -1.0}, "noise_std must be >= 0"),
         ({"importance_loss": -1.0}, "importance_loss must be >= 0"),
         ({"auxiliary_loss": "yes"}, "auxiliary_loss must be 'record' or 'attach'"),
@@ -314,3 +317,98 @@ def test_settings_out_of_range_are_named(kwargs, message):
 def test_an_attached_scale_must_be_finite():
     with pytest.raises(ValueError, match="finite"):
         vmoe.set_auxiliary_loss_scale(math.inf)
+
+
+def test_padding_may_be_nan():
+    torch.manual_seed(0)
+    layer = SparseMoE(6, 8, num_experts=3, z_loss=0.1, noise_std=0.0)
+    x = torch.randn(2, 5, 6)
+    x[:, 3:] = math.nan
+    mask = (torch.arange(5) < 3).expand(2, 5)
+    with vmoe.record_routing(layer) as record:
+        y = layer(x, mask)
+        (y[:, :3].sum() + record.auxiliary_loss()).backward()
+    assert (y[:, 3:] == 0).all()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("group_size", [None, 4])
+def test_an_empty_batch_gives_an_empty_result(group_size):
+    layer = SparseMoE(8, 16, out_features=3, group_size=group_size)
+    assert layer(torch.randn(0, 5, 8)).shape == (0, 5, 3)
+
+
+def test_a_group_size_above_the_call_costs_nothing():
+    layer = SparseMoE(8, 16, group_size=1000)
+    with vmoe.record_routing(layer) as record:
+        layer(torch.randn(2, 5, 8))
+    assert record.layers[""].gates.shape[:2] == (1, 10)
+
+
+def test_masks_and_modalities_that_do_not_fit_are_named():
+    layer = SparseMoE(8, 16)
+    x = torch.randn(2, 5, 8)
+    with pytest.raises(ValueError, match=r"mask must have the tokens' shape \(2, 5\), got \(5, 2\)"):
+        layer(x, torch.ones(5, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"mask must be a tensor of bool, got torch\.float32"):
+        layer(x, torch.ones(2, 5))
+    with pytest.raises(ValueError, match=r"modality must be a tensor of int, got torch\.bool"):
+        layer(x, None, torch.ones(2, 5, dtype=torch.bool))
+
+
+def test_the_scale_may_change_before_the_backward_pass():
+    recorded, attached = attached_and_recorded(noise_std=0.0)
+    x = torch.randn(2, 10, 6)
+    try:
+        y = attached(x).sum()
+        vmoe.set_auxiliary_loss_scale(7.0)  # for the next forward pass
+        y.backward()
+    finally:
+        vmoe.set_auxiliary_loss_scale(1.0)
+    with vmoe.record_routing(recorded) as record:
+        (recorded(x).sum() + record.auxiliary_loss()).backward()
+    torch.testing.assert_close(attached.router.weight.grad, recorded.router.weight.grad)
+
+
+def test_recording_an_attached_layer_does_not_count_twice():
+    recorded, attached = attached_and_recorded(noise_std=0.0)
+    x = torch.randn(2, 10, 6)
+    values = []
+    for layer in (recorded, attached):
+        with vmoe.record_routing(layer) as record:
+            (layer(x).sum() + record.auxiliary_loss()).backward()
+        values.append(record.auxiliary_loss().item())
+    assert values[0] == values[1]
+    torch.testing.assert_close(attached.router.weight.grad, recorded.router.weight.grad)
+
+
+def test_compiled_with_mask_groups_and_modalities():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    layer = SparseMoE(
+        8, 16, num_experts=4, capacity_factor=0.6, group_size=10, batch_priority=True, noise_std=0.0,
+        modalities=("image", "text"), local_entropy_loss=0.1,
+    )  # fmt: skip
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch._dynamo.utils.counters.clear()
+    modality = (torch.arange(9) >= 5).long().expand(3, 9)
+    for _ in range(3):
+        x, mask = torch.randn(3, 9, 8), torch.rand(3, 9) < 0.7
+        results = []
+        for module in (layer, compiled):
+            layer.zero_grad()
+            with vmoe.record_routing(module) as record:
+                y = module(x, mask, modality)
+                (y.square().sum() + record.auxiliary_loss()).backward()
+            results.append((y, *(parameter.grad for parameter in layer.parameters())))
+        for eager, graph in zip(*results, strict=True):
+            torch.testing.assert_close(graph, eager, atol=1e-5, rtol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_gradients_through_torch_func():
+    layer = SparseMoE(6, 8, num_experts=3, noise_std=0.0, capacity_factor=0.5)
+    x = torch.randn(2, 5, 6)
+    leaf = x.clone().requires_grad_()
+    layer(leaf).square().sum().backward()
+    torch.testing.assert_close(torch.func.grad(lambda x: layer(x).square().sum())(x), leaf.grad)

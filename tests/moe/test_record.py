@@ -1,7 +1,9 @@
 import copy
 
+import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import vmoe
 from vmoe.moe import SparseMoE
@@ -46,7 +48,6 @@ def test_a_record_hears_only_its_own_model():
         other(torch.randn(1, 5, 6))
     assert not record.calls
     assert len(second.calls) == 2
-    assert record.auxiliary_loss() == 0
 
 
 def test_several_calls_add_up():
@@ -93,3 +94,68 @@ def test_a_copy_is_another_model():
     with vmoe.record_routing(model) as record:
         clone(torch.randn(1, 5, 6))
     assert not record.calls
+
+
+def test_losses_of_no_weight_need_no_gradient():
+    layer = SparseMoE(6, 8, num_experts=4, importance_loss=0.0, load_loss=0.0)
+    with vmoe.record_routing(layer) as record:
+        loss = layer(torch.randn(1, 5, 6)).sum() + record.auxiliary_loss()
+    loss.backward()
+    only_load = SparseMoE(6, 8, num_experts=4, importance_loss=0.0, noise_std=0.0)  # no noise, so no load loss
+    with vmoe.record_routing(only_load) as record:
+        (only_load(torch.randn(1, 5, 6)).sum() + record.auxiliary_loss()).backward()
+
+
+def test_each_layer_without_a_gradient_is_named():
+    model = two_layers()
+    x = torch.randn(1, 5, 6, requires_grad=True)
+    with vmoe.record_routing(model) as record:
+        model[2](checkpoint(model[0], x, use_reentrant=True))
+    with pytest.raises(RuntimeError, match="auxiliary loss of 0 has no gradient"):
+        record.auxiliary_loss()
+
+
+def test_a_model_that_was_not_heard_is_an_error():
+    model = two_layers()
+    with vmoe.record_routing(model) as record:
+        copy.deepcopy(model)(torch.randn(1, 5, 6))
+    with pytest.raises(RuntimeError, match="no sparse layer of the recorded model ran"):
+        record.auxiliary_loss()
+    dense = nn.Linear(6, 6)
+    with vmoe.record_routing(dense) as record:
+        dense(torch.randn(1, 6))
+    assert record.auxiliary_loss() == 0
+
+
+def test_metrics_read_in_inference_mode_leave_the_loss_its_gradient():
+    model = two_layers()
+    with vmoe.record_routing(model) as record:
+        model(torch.randn(1, 5, 6))
+    with torch.inference_mode():
+        assert record.layers["0"].metrics["share_dropped"] >= 0
+    record.auxiliary_loss().backward()
+    assert model[0].router.weight.grad.abs().sum() > 0
+
+
+def test_regionally_compiled_layers_keep_their_names():
+    torch._dynamo.reset()
+    model = two_layers()
+    model[2] = torch.compile(model[2], fullgraph=True, backend="aot_eager")
+    with vmoe.record_routing(model) as record:
+        model(torch.randn(2, 5, 6))
+    assert list(record.layers) == ["0", "2"]
+
+
+def test_a_child_called_module_is_no_wrapper():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module, self.extra = SparseMoE(6, 8), SparseMoE(6, 8)
+
+        def forward(self, x):
+            return self.extra(self.module(x))
+
+    model = Pair()
+    with vmoe.record_routing(model) as record:
+        model(torch.randn(1, 5, 6))
+    assert list(record.layers) == ["module", "extra"]

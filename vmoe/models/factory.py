@@ -7,6 +7,8 @@ A model's file is one safetensors file whose metadata says how to build the mode
 import difflib
 import inspect
 import json
+import logging
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -22,9 +24,10 @@ from torch import Tensor, nn
 
 from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE
 
+logger = logging.getLogger("vmoe.models")
+
 METADATA_KEY = "vmoe"
 WEIGHTS_NAME, AVERAGE_NAME = "model.safetensors", "ema.safetensors"
-HEADS = ("head.weight", "head.bias")
 
 
 class WeightsError(ValueError):
@@ -46,6 +49,8 @@ def create_model(name: str | None = None, pretrained: str | Path | None = None, 
         WeightsError: if the file cannot be read or does not fit.
     """
     file = None
+    if isinstance(pretrained, bool):
+        raise ValueError(f"pretrained must be a file or folder, got {pretrained}: there are no weights to download yet")
     if pretrained is not None:
         file = find_weights(pretrained)
         metadata = read_pretrained_metadata(file)
@@ -55,6 +60,7 @@ def create_model(name: str | None = None, pretrained: str | Path | None = None, 
         raise ValueError("create_model needs a name, or pretrained=FILE with one in it")
     model = _build(name, kwargs)
     model.vmoe_spec = {"name": name, "kwargs": kwargs}
+    model.vmoe_built = _live_settings(model)
     if file is not None:
         load_weights(model, file, new_head=True)
     return model
@@ -80,11 +86,19 @@ def list_models() -> list[str]:
 
 
 def model_spec(model: nn.Module) -> dict:
-    """{"name", "kwargs"}: what `create_model` was called with, enough to build the model again."""
+    """{"name", "kwargs"}: enough to call `create_model` again, with a head or picture size that was changed since."""
     spec = getattr(model, "vmoe_spec", None)
     if spec is None:
         raise ValueError("this model was not made by vmoe.create_model, so its settings are not known")
-    return spec
+    changed = {key: value for key, value in _live_settings(model).items() if model.vmoe_built.get(key) != value}
+    return {"name": spec["name"], "kwargs": {**spec["kwargs"], **changed}}
+
+
+def _live_settings(model: nn.Module) -> dict:
+    """Settings that a model's own methods change after it was built (`reset_classifier`, `set_input_size`)."""
+    settings = {key: getattr(model, key) for key in ("num_classes", "global_pool") if hasattr(model, key)}
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return settings if size is None else {**settings, "img_size": list(size)}
 
 
 def is_contrastive(model: nn.Module) -> bool:
@@ -128,12 +142,18 @@ def save_pretrained(model: nn.Module, file: str | Path, extra: dict | None = Non
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     metadata = {**model_spec(model), "preprocess": preprocess_config(model), "extra": extra or {}}
+    try:
+        text = json.dumps(metadata)
+    except TypeError as error:
+        raise ValueError(
+            f"the settings of {metadata['name']} cannot be saved: {error}; use names and numbers"
+        ) from error
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     os.close(handle)
     try:
         # "pt" is what other libraries look for before they load a file into PyTorch.
-        save_file(tensors, temporary, metadata={"format": "pt", METADATA_KEY: json.dumps(metadata)})
+        save_file(tensors, temporary, metadata={"format": "pt", METADATA_KEY: text})
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.chmod(temporary, 0o644)
@@ -177,9 +197,11 @@ def load_weights(model: nn.Module, file: str | Path, new_head: bool = False) -> 
     """
     with _open(file) as opened:
         weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
+        metadata = json.loads((opened.metadata() or {}).get(METADATA_KEY, "{}"))
     own = model.state_dict()
     if new_head:
-        _adapt(model, own, weights)
+        _new_head(model, own, weights, file)
+        _resize_positions(model, own, weights, metadata.get("preprocess"))
     missing = sorted(own.keys() - weights.keys())
     unexpected = sorted(weights.keys() - own.keys())
     shapes = [
@@ -197,22 +219,37 @@ def load_weights(model: nn.Module, file: str | Path, new_head: bool = False) -> 
     model.load_state_dict(weights)
 
 
-def _adapt(model: nn.Module, own: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
-    """Give `weights` the model's own head, and position embeddings of the model's grid."""
-    heads = [name for name in HEADS if name in own or name in weights]
-    if any(name not in own or name not in weights or own[name].shape != weights[name].shape for name in heads):
-        for name in heads:
-            weights.pop(name, None)
-            if name in own:
-                weights[name] = own[name]
-    for name, prefix in (("pos_embed", None), ("image_pos_embed", 0)):
-        if name in own and name in weights and own[name].shape != weights[name].shape:
-            if prefix is None:
-                prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-            if own[name].shape[2] == weights[name].shape[2]:
-                weights[name] = resample_abs_pos_embed(
-                    weights[name], new_size=list(model.patch_embed.grid_size), num_prefix_tokens=prefix
-                )
+def _new_head(model: nn.Module, own: dict[str, Tensor], weights: dict[str, Tensor], file: str | Path) -> None:
+    """Replace a classifier of another shape in `weights` by the model's own."""
+    classifiers = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
+    heads = [f"{classifier}.{part}" for classifier in classifiers for part in ("weight", "bias")]
+    heads = [name for name in heads if name in own or name in weights]
+    if all(name in own and name in weights and own[name].shape == weights[name].shape for name in heads):
+        return
+    logger.info("%s has a classifier of another size: the model's own starts anew", file)
+    for name in heads:
+        weights.pop(name, None)
+        if name in own:
+            weights[name] = own[name]
+
+
+def _resize_positions(
+    model: nn.Module, own: dict[str, Tensor], weights: dict[str, Tensor], preprocess: dict | None
+) -> None:
+    """Interpolate the position embeddings in `weights` to the model's grid of patches."""
+    for name in ("pos_embed", "image_pos_embed"):
+        if name not in own or name not in weights or own[name].shape[2:] != weights[name].shape[2:]:
+            continue
+        prefix = 0 if name == "image_pos_embed" or model.no_embed_class else model.num_prefix_tokens
+        new_size, old_size = list(model.patch_embed.grid_size), None  # None: a square
+        if preprocess is not None:
+            patch = model.patch_embed.patch_size
+            old_size = [side // step for side, step in zip(preprocess["input_size"][1:], patch, strict=True)]
+            if math.prod(old_size) != weights[name].shape[1] - prefix:
+                continue  # another patch size: left to the comparison of shapes
+        if old_size != new_size:
+            weights[name] = resample_abs_pos_embed(weights[name], new_size, old_size, num_prefix_tokens=prefix)
 
 
 # --- preprocessing and text ------------------------------------------------------------------------------------------

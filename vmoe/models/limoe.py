@@ -23,18 +23,27 @@ from vmoe.moe import SparseMoE
 MODALITIES = ("image", "text")
 
 
+def attention_bias(mask_BL: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, L) True for real words -> (B, 1, 1, L) to be added to the scores.
+
+    Not a boolean mask: timm's attention adds what it is given where it does not use PyTorch's fused kernel.
+    """
+    return torch.zeros_like(mask_BL, dtype=dtype).masked_fill(~mask_BL, -math.inf)[:, None, None, :]
+
+
 class LIMoEBlock(Block):
     """timm's pre-norm block over patches and words at once: attention per modality, one MLP for both."""
 
     def forward(self, x_BTD: Tensor, num_patches: int, mask_BT: Tensor, modality_BT: Tensor) -> Tensor:
         """(B, T, D) tokens, the first `num_patches` of them patches, the others words -> (B, T, D)."""
+        mask_BL = mask_BT[:, num_patches:]
         h_BTD = self.norm1(x_BTD)
         parts = []
         if num_patches > 0:
             parts.append(self.attn(h_BTD[:, :num_patches]))
         if num_patches < x_BTD.shape[1]:
             # Words attend to the real words of their caption.
-            parts.append(self.attn(h_BTD[:, num_patches:], attn_mask=mask_BT[:, None, None, num_patches:]))
+            parts.append(self.attn(h_BTD[:, num_patches:], attn_mask=attention_bias(mask_BL, h_BTD.dtype)))
         x_BTD = x_BTD + self.drop_path1(self.ls1(torch.cat(parts, dim=1)))
         h_BTD = self.norm2(x_BTD)
         h_BTD = self.mlp(h_BTD, mask_BT, modality_BT) if isinstance(self.mlp, SparseMoE) else self.mlp(h_BTD)
@@ -197,7 +206,8 @@ class LIMoE(nn.Module):
     def tower(self, x_BPD: Tensor | None, x_BLD: Tensor | None, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run the blocks over the tokens of one modality or of both.
 
-        Row b of the sequence is [patches of picture b | words of text b], so that routing groups hold both modalities.
+        Row b of the sequence is [patches of picture b | words of text b], so that a routing group holds both
+        modalities (as long as `group_size` is not smaller than a row).
 
         Returns:
             (B, P, D) and (B, L, D) after the final norm; P or L is 0 for a modality that is not there.
@@ -228,7 +238,7 @@ class LIMoE(nn.Module):
             weight_BL1 = (mask_BL / mask_BL.sum(dim=1, keepdim=True)).to(x_BLD.dtype)[..., None]
             pooled_BD = (x_BLD * weight_BL1).sum(dim=1)
         else:
-            pooled_BD = self.text_pool(x_BLD, attn_mask=mask_BL[:, None, None, :])
+            pooled_BD = self.text_pool(x_BLD, attn_mask=attention_bias(mask_BL, x_BLD.dtype))
         return self.text_projection(pooled_BD)
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:

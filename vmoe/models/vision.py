@@ -35,13 +35,13 @@ def sparse_blocks(moe_layers: str | Sequence[int], depth: int) -> tuple[int, ...
             number = moe_layers.removeprefix(word)
             if number != moe_layers and number.isdecimal() and int(number) > 0:
                 count = int(number)
-                chosen = range(count - 1, depth, count) if word == "every" else range(1, depth, 2)[-count:]
-                if not chosen:
-                    raise ValueError(f"moe_layers={moe_layers!r} chooses no block of a model with {depth} blocks")
-                return tuple(chosen)
+                odd = range(1, depth, 2)
+                if count > (depth if word == "every" else len(odd)):
+                    raise ValueError(f"moe_layers={moe_layers!r} asks for more than a model with {depth} blocks has")
+                return tuple(range(count - 1, depth, count) if word == "every" else odd[-count:])
         raise ValueError(f"moe_layers must be 'everyN', 'lastN' or a list of block indices, got {moe_layers!r}")
-    blocks = tuple(sorted({int(index) for index in moe_layers}))
-    if any(index < 0 or index >= depth for index in blocks):
+    blocks = tuple(sorted(set(moe_layers)))
+    if any(index not in range(depth) for index in blocks):
         raise ValueError(
             f"moe_layers must lie in 0..{depth - 1} (the model has {depth} blocks), got {list(moe_layers)}"
         )
@@ -104,6 +104,8 @@ class VisionMoE(VisionTransformer):
         chosen = sparse_blocks(moe_layers, depth) if num_experts else ()
         kwargs["block_fn"] = _block_maker(kwargs.get("block_fn", Block), sparse_mlp, chosen)
         super().__init__(*args, depth=depth, **kwargs)
+        if sum(isinstance(module, SparseMoE) for module in self.modules()) != len(chosen):
+            raise ValueError("this block_fn has no MLP that experts could take the place of; use timm's Block")
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

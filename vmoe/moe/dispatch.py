@@ -185,12 +185,13 @@ class _GatherRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, x_MD: Tensor, index_R: Tensor, inverse_MK: Tensor, index_holes: bool, inverse_holes: bool
-    ) -> Tensor:
-        ctx.save_for_backward(inverse_MK)
-        ctx.inverse_holes = inverse_holes
+    def forward(x_MD: Tensor, index_R: Tensor, inverse_MK: Tensor, index_holes: bool, inverse_holes: bool) -> Tensor:
         return _take(x_MD, index_R, index_holes)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, _, inverse_MK, _, ctx.inverse_holes = inputs
+        ctx.save_for_backward(inverse_MK)
 
     @staticmethod
     def backward(ctx, grad_RD: Tensor):

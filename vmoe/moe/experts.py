@@ -68,6 +68,10 @@ class GroupedLinear(nn.Module):
 
     @staticmethod
     def _forward_grouped(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, count_E: Tensor) -> Tensor:
+        if x_RI.dtype == torch.float64:
+            raise TypeError(
+                "compiled code and GPUs have no grouped product in float64; use float32, bfloat16 or float16"
+            )
         end_E = count_E.cumsum(0)
         # The kernel wants rows of whole 16 bytes; widths that are not get zeros, which change no product.
         multiple = 16 // x_RI.element_size()

@@ -3,6 +3,7 @@
 Shapes, by suffix: B batch, T length, D width, G groups, N tokens in a group, E experts, K choices, R rows.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -89,12 +90,12 @@ class SparseMoE(nn.Module):
         if router not in ROUTERS:
             raise ValueError(f"router must be one of {ROUTERS}, got {router!r}")
         for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
-            if factor is not None and not factor > 0:
-                raise ValueError(f"{name} must be > 0, or None for no limit, got {factor}")
-        if group_size is not None and group_size < 1:
-            raise ValueError(f"group_size must be >= 1, or None for all tokens of a call, got {group_size}")
-        if noise_std < 0:
-            raise ValueError(f"noise_std must be >= 0, got {noise_std}")
+            if factor is not None and not 0 < factor < math.inf:
+                raise ValueError(f"{name} must be > 0 and finite, or None for no limit, got {factor}")
+        if group_size is not None and (group_size < 1 or group_size != int(group_size)):
+            raise ValueError(f"group_size must be a whole number >= 1, or None for all of a call, got {group_size}")
+        if not 0 <= noise_std < math.inf:
+            raise ValueError(f"noise_std must be >= 0 and finite, got {noise_std}")
         if auxiliary_loss not in ("record", "attach"):
             raise ValueError(f"auxiliary_loss must be 'record' or 'attach', got {auxiliary_loss!r}")
 
@@ -103,7 +104,8 @@ class SparseMoE(nn.Module):
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
         self.batch_priority = batch_priority
-        self.group_size = group_size
+        self.group_size = None if group_size is None else int(group_size)
+        self.out_features = out_features or in_features
         self.auxiliary_loss = auxiliary_loss
         self.losses = AuxiliaryLosses.from_settings(
             modalities,
@@ -120,7 +122,7 @@ class SparseMoE(nn.Module):
         self.router = TopKRouter(in_features, num_experts, num_selected_experts, noise_std, **factory)
         hidden_features = hidden_features or in_features
         self.experts = Experts(
-            num_experts, in_features, hidden_features, out_features, act_layer, bias, drop, **factory
+            num_experts, in_features, hidden_features, self.out_features, act_layer, bias, drop, **factory
         )
 
     def forward(self, x_BTD: Tensor, mask_BT: Tensor | None = None, modality_BT: Tensor | None = None) -> Tensor:
@@ -133,21 +135,29 @@ class SparseMoE(nn.Module):
 
         Returns:
             (B, T, D); zero for a token that every chosen expert dropped.
+
+        Raises:
+            ValueError: if the mask or the modality does not fit the tokens.
         """
         leading = x_BTD.shape[:-1]
+        if leading.numel() == 0:  # an empty batch has nothing to route
+            return x_BTD.new_zeros(*leading, self.out_features)
         x_GND, mask_GN, modality_GN = self._into_groups(x_BTD, mask_BT, modality_BT)
         routing = self.router(x_GND)
         plan = self._plan(routing, mask_GN)
         y_RD = self.experts(dispatch(x_GND, plan), plan.count_E)
         y_GND = combine(y_RD, routing.combine_weights_GNK, plan)
 
-        if self.auxiliary_loss == "attach" and self.training and torch.is_grad_enabled():
+        attached = self.auxiliary_loss == "attach" and self.training and torch.is_grad_enabled()
+        if attached:
             _, loss = self.losses(routing, mask_GN, modality_GN)
             y_GND = attach_loss(y_GND, loss)
         for record in active_records(self):
             mask_GN = torch.ones(plan.shape[:2], dtype=torch.bool, device=x_BTD.device) if mask_GN is None else mask_GN
             shape = (leading[:-1].numel(), leading[-1])
-            call = LayerRouting(routing, plan.kept_GNK, mask_GN, modality_GN, shape, self.losses)
+            learns = self.training and self.router.weight.requires_grad
+            kept_GNK = plan.kept_GNK
+            call = LayerRouting(routing, kept_GNK, mask_GN, modality_GN, shape, self.losses, learns, attached)
             record.add(self, call)
         return y_GND.flatten(0, 1)[: leading.numel()].view(*leading, -1)
 
@@ -155,8 +165,15 @@ class SparseMoE(nn.Module):
         self, x_BTD: Tensor, mask_BT: Tensor | None, modality_BT: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Flatten the tokens and cut them into groups; what the last group lacks is padding."""
+        for name, tensor, kind in (("mask", mask_BT, "bool"), ("modality", modality_BT, "int")):
+            if tensor is not None and tensor.shape != x_BTD.shape[:-1]:
+                raise ValueError(
+                    f"the {name} must have the tokens' shape {tuple(x_BTD.shape[:-1])}, got {tuple(tensor.shape)}"
+                )
+            if tensor is not None and (tensor.dtype == torch.bool) != (kind == "bool"):
+                raise ValueError(f"the {name} must be a tensor of {kind}, got {tensor.dtype}")
         num_tokens = x_BTD.shape[:-1].numel()
-        size = self.group_size or num_tokens
+        size = min(self.group_size or num_tokens, num_tokens)
         missing = -num_tokens % size
         x_SD = x_BTD.reshape(num_tokens, x_BTD.shape[-1])
         mask_S = None if mask_BT is None else mask_BT.reshape(num_tokens)
@@ -167,6 +184,9 @@ class SparseMoE(nn.Module):
             x_SD = F.pad(x_SD, (0, 0, 0, missing))
             mask_S = F.pad(mask_S, (0, missing))
             modality_S = None if modality_S is None else F.pad(modality_S, (0, missing))
+        if mask_S is not None:
+            # Padding may hold anything, NaN too; as zeros it reaches neither the gate's gradient nor the output.
+            x_SD = torch.where(mask_S[:, None], x_SD, 0)
         G = (num_tokens + missing) // size
         return (
             x_SD.view(G, size, -1),

@@ -153,8 +153,8 @@ class AuxiliaryLosses:
             for modality, weight in _per_modality(loss, setting, modalities, 0.0).items():
                 weights[_own_name(loss, modality, modalities)] = weight
         for name, weight in weights.items():
-            if not weight >= 0:
-                raise ValueError(f"the weight {name} must be >= 0, got {weight}")
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"the weight {name} must be >= 0 and finite, got {weight}")
         min_experts = _per_modality("global_entropy_min_experts", global_entropy_min_experts, modalities, None)
         for modality, least in min_experts.items():
             if least is not None and not 1 <= least <= num_experts:

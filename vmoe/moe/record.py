@@ -7,7 +7,7 @@ Shapes, by suffix: G groups, N tokens in a group, E experts, K choices, B and T 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,6 +32,8 @@ class LayerRouting:
         modality: (G, N) index into `modalities`, or None where there is only the first of them.
         batch_shape: (B, T) of the layer's input; its tokens lie row by row in (G, N), padding last.
         loss_function: the layer's weighted losses.
+        learns: the layer is in training and its gate is not frozen.
+        attached: the layer adds the gradients of its losses itself (`auxiliary_loss="attach"`).
     """
 
     routing: Routing
@@ -40,6 +42,8 @@ class LayerRouting:
     modality: Tensor | None
     batch_shape: tuple[int, int]
     loss_function: AuxiliaryLosses
+    learns: bool
+    attached: bool
 
     @property
     def gates(self) -> Tensor:
@@ -63,8 +67,11 @@ class LayerRouting:
 
     @cached_property
     def _losses(self) -> tuple[dict[str, Tensor], Tensor]:
-        # With a graph wherever the forward pass had one, also if the first who asks does so under no_grad.
-        with torch.set_grad_enabled(self.routing.logits_GNE.requires_grad):
+        # With a graph wherever the forward pass had one, also if the first who asks does so without gradients.
+        inference = nullcontext()
+        if torch.is_inference_mode_enabled() and not self.gates.is_inference():
+            inference = torch.inference_mode(False)
+        with inference, torch.set_grad_enabled(self.gates.requires_grad):
             return self.loss_function(self.routing, self.mask, self.modality)
 
     @property
@@ -137,10 +144,12 @@ class RoutingRecord:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        # Wrappers (torch.compile, DDP) put themselves in front of the names that a user knows.
-        while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
-            model = inner
-        self._names = {module: name for name, module in model.named_modules()}
+        model = unwrap(model)
+        self._names = {
+            module: ".".join(part for part in name.split(".") if part not in WRAPPERS)
+            for name, module in model.named_modules()
+            if isinstance(vars(module).get("losses"), AuxiliaryLosses)  # the sparse layers themselves
+        }
         self.calls: list[tuple[str, LayerRouting]] = []
 
     def add(self, layer: nn.Module, call: LayerRouting) -> None:
@@ -156,25 +165,49 @@ class RoutingRecord:
     def auxiliary_loss(self) -> Tensor:
         """Weighted auxiliary losses, summed over the layers (and over the calls, where a layer ran several times).
 
+        Layers with `auxiliary_loss="attach"` count without a gradient, since they add it themselves.
+
         Returns:
-            A scalar, differentiable; zero if no sparse layer ran.
+            A scalar, differentiable; zero for a model without sparse layers.
 
         Raises:
-            RuntimeError: if the losses have no gradient though the router learns, because the forward pass ran in
-                re-entrant activation checkpointing.
+            RuntimeError: if a gradient is expected and cannot be had: no sparse layer ran inside the block though the
+                model has some, or a layer whose gate learns ran without gradients.
         """
+        expected = torch.is_grad_enabled()
         if not self.calls:
+            if expected and any(layer.training for layer in self._names):
+                raise RuntimeError(
+                    "no sparse layer of the recorded model ran inside the block: call the model itself there "
+                    "(replicas of torch.nn.DataParallel are not heard, use DistributedDataParallel)"
+                )
             return torch.zeros(())
-        loss = torch.stack([routing.auxiliary_loss for _, routing in self.calls]).sum()
-        if torch.is_grad_enabled() and not loss.requires_grad:
-            recorded = {name for name, _ in self.calls}
-            for module, name in self._names.items():
-                if name in recorded and module.training and any(p.requires_grad for p in module.router.parameters()):
-                    raise RuntimeError(
-                        f"the auxiliary loss of {name} has no gradient: the forward pass ran without one. Use "
-                        "activation checkpointing with use_reentrant=False, or wrap the call in torch.no_grad()"
-                    )
-        return loss
+        losses = []
+        for name, routing in self.calls:
+            weighted = any(routing.loss_function.weights[loss] > 0 for loss in routing.losses)
+            if expected and weighted and routing.learns and not routing.gates.requires_grad:
+                raise RuntimeError(
+                    f"the auxiliary loss of {name} has no gradient, because its forward pass ran under torch.no_grad() "
+                    "or in re-entrant activation checkpointing: use checkpoint(..., use_reentrant=False), or read "
+                    "the loss under torch.no_grad() too"
+                )
+            losses.append(routing.auxiliary_loss.detach() if routing.attached else routing.auxiliary_loss)
+        return torch.stack(losses).sum()
+
+
+# Names that wrappers of PyTorch put into the path of a module.
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model that a user knows, inside torch.compile and data parallelism."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 _ACTIVE: list[RoutingRecord] = []
@@ -218,9 +251,9 @@ _ATTACHED_SCALE = torch.ones(())
 def set_auxiliary_loss_scale(scale: float) -> None:
     """Scale of the gradients that layers with `auxiliary_loss="attach"` add, from now on; 1 at the start.
 
-    Set it to whatever the training loop multiplies its own loss with before `backward`: 1 / accumulation steps if it
-    divides, times `scaler.get_scale()` under a gradient scaler. A loop that calls `loss.backward()` on the plain loss,
-    once or several times before a step, needs no call.
+    Set it, before the forward pass, to whatever the training loop will multiply its own loss with: 1 / accumulation
+    steps if it divides, times `scaler.get_scale()` under a gradient scaler. A loop that calls `loss.backward()` on the
+    plain loss, once or several times before a step, needs no call.
 
     Raises:
         ValueError: if `scale` is not a finite number.
@@ -232,10 +265,14 @@ def set_auxiliary_loss_scale(scale: float) -> None:
 
 class _AttachLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
+    def forward(y: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, loss, scale = inputs
         ctx.save_for_backward(scale)
         ctx.loss_dtype, ctx.loss_device = loss.dtype, loss.device
-        return y.view_as(y)
 
     @staticmethod
     def backward(ctx, grad_y: Tensor):
@@ -245,4 +282,5 @@ class _AttachLoss(torch.autograd.Function):
 
 def attach_loss(y: Tensor, loss: Tensor) -> Tensor:
     """`y` itself, whose backward pass also starts that of `loss`, with the gradient of `set_auxiliary_loss_scale`."""
-    return _AttachLoss.apply(y, loss, _ATTACHED_SCALE)
+    # A copy, so that the scale may be changed for the next forward pass before this one's backward.
+    return _AttachLoss.apply(y, loss, _ATTACHED_SCALE.clone())
