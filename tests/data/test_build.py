@@ -24,7 +24,7 @@ def test_every_setting_reaches_its_data_set(monkeypatch):
     calls = []
     for name in ("EmojiPairs", "EmojiGroups", "ImageFolder", "TorchvisionDataset", "PairsFile"):
         monkeypatch.setattr(build_module, name, lambda *arguments, name=name: calls.append((name, *arguments)))
-    build_dataset(SourceConfig(split="held_out", image_size=32))
+    build_dataset(SourceConfig("emoji", split="held_out", image_size=32))
     build_dataset(SourceConfig("emoji_groups", split="val", image_size=32))
     build_dataset(SourceConfig("image_folder", "x", class_names="names.txt"))
     build_dataset(SourceConfig("torchvision", "x", "test", name="MNIST"))

@@ -121,3 +121,9 @@ def test_a_folder_without_pictures_is_refused(tmp_path):
         PairsFolder(tmp_path)
     with pytest.raises(ValueError, match="no such folder"):
         PairsFolder(tmp_path / "gone")
+
+
+def test_a_caption_with_an_unquoted_comma_is_not_cut(tmp_path):
+    (tmp_path / "pairs.csv").write_text("image,caption\na.png,a cat, on a mat\n")
+    with pytest.raises(ValueError, match="line 2: 3 cells for 2 columns"):
+        PairsFile(tmp_path / "pairs.csv")

@@ -10,6 +10,7 @@ from PIL import Image
 
 import vmoe
 from vmoe.config_io import find_config, read_config, shipped_config_dirs
+from vmoe.data.config import SourceConfig
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.run import main, output_file
 from vmoe.models.factory import find_weights, save_pretrained
@@ -171,8 +172,10 @@ def test_a_folder_stands_for_its_moving_average(tmp_path):
 
 def test_default_output_is_beside_the_checkpoint(tmp_path):
     config = EvaluationConfig(checkpoint=str(tmp_path), task="zero_shot")
-    config.data.split = "held_out"
+    config.data = SourceConfig("emoji", split="held_out")
     assert output_file(config) == tmp_path / "evaluation_zero_shot_emoji_held_out.json"
+    config.data = SourceConfig("pairs", "somewhere/val.csv")
+    assert output_file(config) == tmp_path / "evaluation_zero_shot_pairs_val.json"
     config.checkpoint = str(tmp_path / "model.safetensors")
     assert output_file(config).parent == tmp_path
 

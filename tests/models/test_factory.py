@@ -84,6 +84,12 @@ def test_the_newest_checkpoint_of_a_run_is_found(tmp_path):
         save_pretrained(model, tmp_path / "checkpoints" / f"step_{step:06d}" / "model.safetensors")
     assert factory.find_weights(tmp_path).parent.name == "step_000100"
     assert factory.find_weights(tmp_path / "checkpoints" / "step_000020").parent.name == "step_000020"
+    # A process died while it saved this one.
+    save_pretrained(model, tmp_path / "checkpoints" / "step_000200.unfinished" / "model.safetensors")
+    assert factory.find_weights(tmp_path).parent.name == "step_000100"
+    (tmp_path / "checkpoints" / "step_000100" / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match="step_000100 has lost its model.safetensors"):
+        factory.find_weights(tmp_path)
 
 
 def test_names():
@@ -91,8 +97,9 @@ def test_names():
     assert "vmoe_base_patch16_224" in factory.list_models()
     with pytest.raises(ValueError, match="unknown model 'limoe_base_patch61'; did you mean 'limoe_base_patch16'"):
         create_model("limoe_base_patch61")
-    with pytest.raises(ValueError, match="does not take these settings"):
-        create_model("limoe_tiny_patch8_48", num_expert=3)
+    for name in ("limoe_tiny_patch8_48", "vmoe_tiny_patch8_48"):
+        with pytest.raises(ValueError, match=f"model '{name}' has no setting 'num_expert'; did you mean 'num_experts'"):
+            create_model(name, num_expert=3)
     with pytest.raises(ValueError, match="needs a name"):
         create_model()
     with pytest.raises(ValueError, match="not made by vmoe.create_model"):

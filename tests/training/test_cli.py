@@ -29,7 +29,8 @@ def test_train_py_trains_and_prints_a_table(make_config, tmp_path):
     assert "GFLOPs per picture" in done.stdout
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_a_clean_message(make_config, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_group_leaves_a_checkpoint_and_a_clean_message(number, make_config, tmp_path):
     config = make_config(**{"train.steps": 100_000, "data.loader.num_workers": 1})
     process = subprocess.Popen(
         command(config, tmp_path), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
@@ -39,7 +40,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_a_clean_message(make_config, tmp_path):
         deadline = time.monotonic() + 90
         while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGINT)  # the whole group, data workers too, as a terminal does
+        os.killpg(process.pid, number)  # the whole group, data workers too, as terminals and schedulers do
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import yaml
 
 from vmoe.config_io import ConfigError, read_config, shipped_config_dirs
 from vmoe.training.config import Config, changed_settings, flatten, load_config, to_yaml
@@ -94,3 +95,14 @@ def test_only_settings_that_matter_count_as_changed(tmp_path):
         "optim.lr": (0.001, 0.5),
         "seed": (0, 3),
     }
+
+
+@pytest.mark.parametrize("name", ["limoe_tiny_emoji", "vmoe_tiny_emoji_groups"])
+def test_a_dense_twin_differs_only_in_its_experts(name):
+    sparse, dense = (
+        yaml.safe_load((shipped_config_dirs()[0] / f"{name}{suffix}.yaml").read_text()) for suffix in ("", "_dense")
+    )
+    assert dense["model"].pop("kwargs")["num_experts"] == 0
+    sparse["model"].pop("kwargs", None)
+    assert dense.pop("output_dir") == sparse.pop("output_dir") + "_dense"
+    assert dense == sparse

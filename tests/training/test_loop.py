@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 
 import vmoe
 from vmoe.config_io import ConfigError
-from vmoe.training.checkpoint import list_checkpoints, step_of
+from vmoe.data import BadSample, SourceConfig
+from vmoe.training.checkpoint import CheckpointError, list_checkpoints, step_of
 from vmoe.training.diagnosis import NonFiniteError
 from vmoe.training.logging import CollapseWatch, read_metrics
-from vmoe.training.loop import Stopped, train
+from vmoe.training.loop import Stopped, lock_folder, train
 from vmoe.training.tasks import Classification
 
 TIMES = ("images_per_second", "data_wait_share")
@@ -320,3 +321,56 @@ def test_gradient_checkpointing_gives_the_same_step(make_config, tmp_path):
     for ours, theirs in zip(metrics_of(plain), metrics_of(saving)):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def test_bad_validation_data_does_not_cost_the_training(make_config, pictures, tmp_path):
+    lines = (pictures / "pairs.csv").read_text()
+    (tmp_path / "val.csv").write_text(lines + "nowhere.png,a picture that is not there\n")
+    overrides = {"data.val.path": str(tmp_path / "val.csv"), "data.val.image_root": str(pictures)}
+    config = make_config("contrastive", **overrides, **{"train.steps": 2, "train.eval_every": 2})
+    with pytest.raises(BadSample, match=r"nowhere\.png"):
+        train(config)
+    assert [step_of(folder) for folder in list_checkpoints(Path(config.output_dir))] == [2]
+    # Continued with good data, the run still gets its evaluation.
+    config.data.val = config.data.train
+    assert train(config)["evaluation"]["num_samples"] == 24
+
+
+def test_files_of_others_are_not_touched(make_config):
+    config = make_config()
+    run = Path(config.output_dir)
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"mine": 1}\n')
+    for notes in (None, "my notes: {keep: this}\n"):
+        if notes:
+            (run / "config.yaml").write_text(notes)
+        with pytest.raises(ConfigError, match="choose another"):
+            train(config)
+        assert (run / "metrics.jsonl").read_text() == '{"mine": 1}\n'
+    assert (run / "config.yaml").read_text() == notes
+
+
+def test_two_processes_do_not_share_a_folder(make_config):
+    config = make_config()
+    lock = lock_folder(Path(config.output_dir))
+    with pytest.raises(ConfigError, match="another process is training"):
+        train(config)
+    os.close(lock)
+    train(config)
+
+
+def test_data_that_is_left_out_is_named(make_config):
+    config = make_config(**{"train.eval_every": 1})
+    config.data.val = SourceConfig()
+    with pytest.raises(ConfigError, match=r"data\.val\.type is missing"):
+        train(config)
+
+
+def test_damaged_weights_name_the_way_out(make_config):
+    config = make_config(**{"train.steps": 2})
+    train(config)
+    (last,) = list_checkpoints(Path(config.output_dir))
+    (last / "model.safetensors").write_bytes(b"cut")
+    config.train.steps = 4
+    with pytest.raises(CheckpointError, match=r"remove .*step_000002 to continue from the one before"):
+        train(config)

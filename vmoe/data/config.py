@@ -28,7 +28,7 @@ class SourceConfig:
             folder names, or WordNet's words where every folder is an ImageNet synset such as n01440764).
     """
 
-    type: Literal["emoji", "emoji_groups", "pairs", "image_folder", "torchvision"] = "emoji"
+    type: Literal["emoji", "emoji_groups", "pairs", "image_folder", "torchvision"] | None = None
     path: str | None = None
     split: str = "train"
     name: str | None = None

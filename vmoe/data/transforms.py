@@ -86,7 +86,10 @@ def build_transform(preprocess: dict[str, Any], augmentation: AugmentationConfig
             erase = RandomErasing(
                 augmentation.re_prob, mode=augmentation.re_mode, max_count=augmentation.re_count, device="cpu"
             )
-    composed = create_transform(mean=mean, std=std, use_prefetcher=True, **settings)
+    try:
+        composed = create_transform(mean=mean, std=std, use_prefetcher=True, **settings)
+    except AssertionError as error:  # timm checks its policy strings by assertions
+        raise ValueError(f"auto_augment {settings.get('auto_augment')!r} is no policy of timm: {error}") from error
     # timm's last step makes a tensor; Transform does that itself, which is several times quicker
     composed.transforms = composed.transforms[:-1]
     return Transform(composed, mean, std, erase)

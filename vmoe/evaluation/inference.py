@@ -13,9 +13,17 @@ PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a config: "auto" takes CUDA, then MPS, then the CPU; anything else is torch's own name."""
+    """The device of a config: "auto" takes CUDA, then MPS, then the CPU; anything else is torch's own name.
+
+    Raises:
+        ValueError: no such device, or it cannot be used.
+    """
     if name != "auto":
-        return torch.device(name)
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"device {name!r} cannot be used ({reason}); 'auto' takes what there is") from error
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -82,6 +82,8 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
         ValueError: unreadable checkpoint, data, class names or templates.
     """
     console = console or Console()
+    if config.data.type is None:
+        raise ConfigError("data.type is missing: say what to evaluate on")
     device = pick_device(config.device)
     dataset = build_dataset(config.data)
     file = find_weights(config.checkpoint)
@@ -115,10 +117,10 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
         "model": model_spec(model),
         "versions": library_versions(),
     }
+    _print_table(results, config, console)  # first: the figures are there even if the file cannot be written
     target = output_file(config)
     _write_json(report, target)
-    _print_table(results, config, console)
-    console.print(f"written to {target}", style="dim", highlight=False, soft_wrap=True)
+    console.print(f"written to {target}", style="dim", highlight=False, markup=False, soft_wrap=True)
     return report
 
 
@@ -181,6 +183,8 @@ def output_file(config: EvaluationConfig) -> Path:
     parts = ["evaluation", config.task, config.data.type]
     if config.data.type in ("emoji", "emoji_groups", "torchvision"):
         parts.append(config.data.split)
+    elif config.data.path is not None:
+        parts.append(Path(config.data.path).stem)
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     return folder / f"{'_'.join(parts)}.json"
 
@@ -205,7 +209,7 @@ def _write_json(report: dict[str, Any], file: Path) -> None:
 
 
 def _print_table(results: dict[str, float | int], config: EvaluationConfig, console: Console) -> None:
-    console.print(f"{config.task} of {config.checkpoint}", highlight=False, soft_wrap=True)
+    console.print(f"{config.task} of {config.checkpoint}", highlight=False, markup=False, soft_wrap=True)
     table = Table()
     table.add_column("measure")
     table.add_column("value", justify="right")

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD, create_transform, resolve_model_data_config
 from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE
+from vmoe.models.vision import VisionMoE
+from vmoe.moe import SparseMoE
 
 logger = logging.getLogger("vmoe.models")
 
@@ -73,7 +77,14 @@ def _build(name: str, kwargs: dict) -> nn.Module:
         if timm.is_model(name):
             return timm.create_model(name, **kwargs)
     except TypeError as error:
-        raise ValueError(f"model {name!r} does not take these settings ({sorted(kwargs)}): {error}") from error
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None:
+            raise ValueError(f"model {name!r} does not take these settings ({sorted(kwargs)}): {error}") from error
+        classes = (LIMoE, VisionMoE, VisionTransformer, SparseMoE)
+        known = {key for owner in classes for key in inspect.signature(owner).parameters}
+        near = difflib.get_close_matches(unknown[1], known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"model {name!r} has no setting {unknown[1]!r}{hint}") from error
     known = [*LIMOE_CONFIGS, *timm.list_models("vmoe_*"), *timm.list_models()]
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else f"; this package has {list_models()}"
@@ -124,11 +135,15 @@ def find_weights(path: str | Path) -> Path:
         average = path / AVERAGE_NAME
         return average if average.is_file() else path / WEIGHTS_NAME
     checkpoints = path if path.name == "checkpoints" else path / "checkpoints"
-    steps = sorted(checkpoints.glob(f"step_*/{WEIGHTS_NAME}"), key=lambda file: int(file.parent.name.split("_")[1]))
+    # Not what a process that died while saving left behind ("step_000450.unfinished").
+    steps = [folder for folder in checkpoints.glob("step_*") if re.fullmatch(r"step_\d+", folder.name)]
     if not steps:
         reason = "it does not exist" if not path.exists() else f"it holds no {WEIGHTS_NAME} and no checkpoints"
         raise WeightsError(f"no weights at {path}: {reason}; give a .safetensors file, a checkpoint or a run's folder")
-    return find_weights(steps[-1].parent)
+    last = max(steps, key=lambda folder: int(folder.name.removeprefix("step_")))
+    if not (last / WEIGHTS_NAME).is_file():
+        raise WeightsError(f"{last} has lost its {WEIGHTS_NAME}; name another checkpoint of {checkpoints}")
+    return find_weights(last)
 
 
 def save_pretrained(model: nn.Module, file: str | Path, extra: dict | None = None) -> None:

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nvmoe-train: {text}", file=sys.stderr)
         return 130
     # What users can cause is one sentence; all else shows where it broke.
-    except (ValueError, OSError, NonFiniteError, BadSample, TooManyBadSamples) as error:
+    except (ValueError, OSError, ModuleNotFoundError, NonFiniteError, BadSample, TooManyBadSamples) as error:
         if os.environ.get("VMOE_TRACEBACK"):
             raise
         print(f"vmoe-train: error: {error}", file=sys.stderr)

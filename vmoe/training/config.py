@@ -311,10 +311,11 @@ def changed_settings(file: Path, config: Config) -> dict[str, tuple[Any, Any]]:
     """
     before = flatten(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
     now = flatten(yaml.safe_load(to_yaml(config)))  # through YAML, so that tuples and lists compare equal
-    unset = object()
+    # A setting that is younger than the run has the value that it did not yet know it had.
+    defaults = flatten(yaml.safe_load(to_yaml(Config(output_dir=config.output_dir, task=config.task))))
     changed = {}
     for key in {**before, **now}:
         fixed = not any(key == free or key.startswith(f"{free}.") for free in CHANGEABLE)
-        if fixed and before.get(key, unset) != now.get(key, unset):
+        if fixed and before.get(key, defaults.get(key)) != now.get(key, defaults.get(key)):
             changed[key] = (before.get(key, "not set"), now.get(key, "not set"))
     return changed

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
@@ -213,7 +214,7 @@ def short_text(figures: dict[str, float]) -> str:
 
 def final_table(summary: dict[str, Any]) -> Table:
     """The summary of a run as a table."""
-    table = Table(title=f"{summary['model']} · {summary['task']}", show_header=False)
+    table = Table(title=escape(f"{summary['model']} · {summary['task']}"), show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     table.add_row("steps", f"{summary['steps']}")

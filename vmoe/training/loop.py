@@ -33,9 +33,10 @@ from vmoe.data.seeding import derive_seed
 from vmoe.evaluation.inference import arithmetic, pick_device, pick_precision
 from vmoe.inspection.figure import example_figure
 from vmoe.inspection.profile import model_profile
-from vmoe.models.factory import preprocess_config
+from vmoe.models.factory import WeightsError, preprocess_config
 from vmoe.training.checkpoint import (
     MODEL,
+    CheckpointError,
     list_checkpoints,
     load_checkpoint,
     remove_unfinished,
@@ -47,6 +48,11 @@ from vmoe.training.diagnosis import NonFiniteError, find_non_finite
 from vmoe.training.logging import CollapseWatch, MetricsLog, ProgressDisplay, final_table, routing_figures
 from vmoe.training.optim import create_optimizer, create_schedule, freeze
 from vmoe.training.tasks import Task, create_task
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 logger = logging.getLogger("vmoe.training")
 
@@ -82,6 +88,7 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
             f"{run}: this run is finished ({summary['steps']} steps). A larger train.steps continues it; another "
             "output_dir starts a new one.",
             highlight=False,
+            markup=False,
         )
         return summary
 
@@ -94,7 +101,12 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
     task = create_task(config)
     # A continued run finds its model in the checkpoint; the file it once started from need not exist any more.
     pretrained = config.model.pretrained if checkpoint is None else str(checkpoint / MODEL)
-    model = task.create_model(pretrained).to(device).train()
+    try:
+        model = task.create_model(pretrained).to(device).train()
+    except WeightsError as error:
+        if checkpoint is None:
+            raise
+        raise CheckpointError(f"{error}; remove {checkpoint} to continue from the one before") from error
     if config.train.grad_checkpointing:
         model.set_grad_checkpointing()
     freeze(model, config.train.freeze)
@@ -108,7 +120,7 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
     forward = torch.compile(model) if config.train.compile else model
 
     # ---- continue
-    step, progress = 0, {"seconds": 0.0, "loss": math.nan, "evaluation": {}}
+    step, progress = 0, {"seconds": 0.0, "loss": math.nan, "evaluation": {}, "evaluated": 0}
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, model, ema and ema.module)
         optimizer.load_state_dict(state["optimizer"])
@@ -116,9 +128,9 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
         loader.load_state_dict(state["loader"])
         step, progress = state["step"], state["progress"]
         schedule.step_update(step)
-        console.print(f"{run}: continuing after step {step}", highlight=False)
+        console.print(f"{run}: continuing after step {step}", highlight=False, markup=False)
 
-    run.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(run)
     remove_unfinished(run)
     write_text(run / "config.yaml", to_yaml(config))
     log = MetricsLog(run, step, config.train.tensorboard)
@@ -137,6 +149,10 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
         }
         extra = {"class_names": task.class_names} if config.task == "classification" else {}
         save_checkpoint(run, step, model, ema and ema.module, trainer, extra, config.train.keep_last)
+
+    def evaluate() -> None:
+        progress["evaluation"] = task.evaluate(model if ema is None else ema.module, device)
+        progress["evaluated"] = step
 
     def loss_of(batch: dict[str, torch.Tensor], part: int, module: nn.Module):
         """(loss with the routing's own, loss of the task, routing record) of a batch of the present step."""
@@ -196,7 +212,11 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
                     watch.update(step, record.layers)
                     display.show(step, figures)
                 if config.train.eval_every and (last or step % config.train.eval_every == 0):
-                    progress["evaluation"] = task.evaluate(model if ema is None else ema.module, device)
+                    try:
+                        evaluate()
+                    except Exception:  # bad validation data must not cost the training up to here
+                        save()
+                        raise
                     figures |= {f"evaluation/{name}": value for name, value in progress["evaluation"].items()}
                     values = (f"{k} {v:.4f}" for k, v in progress["evaluation"].items() if isinstance(v, float))
                     display.message(f"step {step}: evaluation {', '.join(values)}")
@@ -211,8 +231,11 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
                     )
     finally:
         log.close()
+        os.close(lock)
 
     # ---- finish
+    if config.train.eval_every and progress["evaluated"] != step:  # the evaluation of the last step failed before
+        evaluate()
     model = model if ema is None else ema.module
     summary = {
         "model": config.model.name or config.model.pretrained,
@@ -230,7 +253,7 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
         draw_examples(task, model, run / "examples.png", config)
     write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
     console.print(final_table(summary))
-    console.print(f"all of it in {run}", highlight=False)
+    console.print(f"all of it in {run}", highlight=False, markup=False)
     return summary
 
 
@@ -253,7 +276,10 @@ def find_checkpoint(run: Path, config: Config) -> Path | None:
             raise ConfigError(
                 f"output_dir {run} holds a finished run without its checkpoints; choose another output_dir"
             )
-        return None  # it stopped before its first checkpoint, so there is nothing to continue or to lose
+        if not holds_run:
+            return None
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"output_dir {run} holds other files, and no config.yaml of a run; choose another output_dir")
     changed = changed_settings(run / "config.yaml", config)
     if changed:
         listed = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
@@ -261,7 +287,29 @@ def find_checkpoint(run: Path, config: Config) -> Path | None:
             f"output_dir {run} holds a run with other settings ({listed}); go back to those, or choose another "
             "output_dir"
         )
-    return checkpoints[-1]
+    return checkpoints[-1] if checkpoints else None  # it stopped before its first checkpoint
+
+
+def lock_folder(run: Path) -> int:
+    """Makes the run's folder and keeps other processes out of it until the returned descriptor is closed.
+
+    Raises:
+        ConfigError: the folder cannot be written to, or another process trains in it.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = os.open(run if fcntl else os.devnull, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(f"output_dir {run} cannot be written to ({error.strerror}); choose another") from error
+    if fcntl is not None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(lock)
+            raise ConfigError(
+                f"another process is training in output_dir {run}; wait for it or choose another"
+            ) from error
+    return lock
 
 
 def finished_summary(run: Path, step: int, steps: int) -> dict[str, Any] | None:

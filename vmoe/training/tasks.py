@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vmoe.config_io import ConfigError
 from vmoe.data import BadSample, EvalLoader, build_dataset, build_mixup, build_transform, eval_loader
 from vmoe.evaluation import evaluate_classification, evaluate_retrieval, evaluate_zero_shot
+from vmoe.evaluation.zero_shot import check_class_names, resolve_templates
 from vmoe.models.factory import create_model, get_tokenizer, is_contrastive, preprocess_config
 from vmoe.models.limoe import LIMOE_CONFIGS
 from vmoe.training.config import Config
@@ -48,6 +49,10 @@ class Task:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        if config.data.train.type is None:
+            raise ConfigError("data.train.type is missing: say what to train on")
+        if config.train.eval_every and config.data.val.type is None:
+            raise ConfigError("data.val.type is missing: say what to evaluate on, or set train.eval_every to 0")
         self.train_data = build_dataset(config.data.train)
         self.val_data = build_dataset(config.data.val) if config.train.eval_every else None
         self.class_names: list[str] | None = self.train_data.classes
@@ -163,6 +168,9 @@ class Contrastive(Task):
         if self.val_data is not None:
             if self.evaluation is None:
                 self.evaluation = "zero_shot" if self.val_data.classes else "retrieval"
+            if self.evaluation == "zero_shot" and self.val_data.classes:
+                check_class_names(self.val_data.classes)
+                resolve_templates(config.evaluate.templates)
             if self.evaluation == "zero_shot" and not self.val_data.classes:
                 raise ConfigError("evaluate.task 'zero_shot' needs class names, and data.val has none; use 'retrieval'")
             if self.evaluation == "retrieval" and not self.val_data.has_captions:
@@ -189,7 +197,9 @@ class Contrastive(Task):
         model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
     def figures(self, model: nn.Module) -> dict[str, float]:
-        return {"logit_scale": model.logit_scale.exp().item()}
+        figures = {"logit_scale": model.logit_scale.exp().item()}
+        bias = getattr(model, "logit_bias", None)
+        return figures if bias is None else {**figures, "logit_bias": bias.item()}
 
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         loader = self._val_loader(model, device)
