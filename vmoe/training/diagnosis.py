@@ -41,7 +41,11 @@ def find_non_finite(model: nn.Module, compute_loss: Callable[[], Tensor], batch:
         return hook
 
     # A module's hook runs after those of its parts, so the first to report is the innermost.
-    hooks = [module.register_forward_hook(observer(name or "model", module)) for name, module in model.named_modules()]
+    hooks = [
+        module.register_forward_hook(observer(name or "model", module))
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Identity)  # it makes nothing of its own, so it is not the first
+    ]
     try:
         loss = compute_loss()
     finally:
