@@ -334,6 +334,7 @@ def test_bad_validation_data_does_not_cost_the_training(make_config, pictures, t
     # Continued with good data, the run still gets its evaluation.
     config.data.val = config.data.train
     assert train(config)["evaluation"]["num_samples"] == 24
+    assert read_metrics(Path(config.output_dir) / "metrics.jsonl")[-1]["evaluation/num_samples"] == 24
 
 
 def test_files_of_others_are_not_touched(make_config):

@@ -78,6 +78,7 @@ class DispatchPlan:
         count_E: kept rows of each expert.
         position_A: place of each assignment in its expert's queue (0 first), whether there was room or not.
         may_drop: False when every assignment surely has a row.
+        may_pad: False when every row surely has an assignment.
         shape: (G, N, K).
     """
 
@@ -86,6 +87,7 @@ class DispatchPlan:
     count_E: Tensor
     position_A: Tensor
     may_drop: bool
+    may_pad: bool
     shape: tuple[int, int, int]
 
     @property
@@ -156,7 +158,7 @@ def plan_dispatch(
     may_drop = capacity is not None or mask_GN is not None
     if not may_drop:
         row_A = torch.empty_like(order_A).scatter_(0, assignment_A, torch.arange(A, device=device))
-        return DispatchPlan(assignment_A, row_A, length_EG.sum(1), position_A, False, (G, N, K))
+        return DispatchPlan(assignment_A, row_A, length_EG.sum(1), position_A, False, False, (G, N, K))
 
     kept_A = real_A
     if capacity is not None:
@@ -166,7 +168,8 @@ def plan_dispatch(
     # Close the gaps that the dropped leave. Kept assignments are already sorted by expert, so a running count does.
     row_of_kept_A = torch.where(kept_A, kept_A.cumsum(0) - 1, -1)
     row_A = torch.empty_like(row_of_kept_A).scatter_(0, assignment_A, row_of_kept_A)
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    may_pad = device.type != "cpu" or torch.compiler.is_compiling()
+    if not may_pad:
         assignment_R = assignment_A[kept_A]
     else:
         # The number of rows must be known without asking the device: the most there can be.
@@ -174,7 +177,7 @@ def plan_dispatch(
         R = A if bound is None else min(A, G * E * bound)
         buffer = torch.full((R + 1,), -1, dtype=torch.long, device=device)
         assignment_R = buffer.scatter_(0, torch.where(kept_A, row_of_kept_A, R), assignment_A)[:R]
-    return DispatchPlan(assignment_R, row_A, length_EG.sum(1), position_A, True, (G, N, K))
+    return DispatchPlan(assignment_R, row_A, length_EG.sum(1), position_A, True, may_pad, (G, N, K))
 
 
 class _GatherRows(torch.autograd.Function):
@@ -217,9 +220,8 @@ def dispatch(x_GND: Tensor, plan: DispatchPlan) -> Tensor:
         (R, D), sorted by expert; unused rows are zero. Differentiable in `x_GND`.
     """
     G, N, K = plan.shape
-    static = plan.may_drop and (plan.assignment_R.device.type != "cpu" or torch.compiler.is_compiling())
     token_R = torch.div(plan.assignment_R, K, rounding_mode="floor")  # -1 stays -1
-    return _GatherRows.apply(x_GND.reshape(G * N, -1), token_R, plan.row_A.view(G * N, K), static, plan.may_drop)
+    return _GatherRows.apply(x_GND.reshape(G * N, -1), token_R, plan.row_A.view(G * N, K), plan.may_pad, plan.may_drop)
 
 
 def combine(y_RD: Tensor, combine_weights_GNK: Tensor, plan: DispatchPlan) -> Tensor:
@@ -229,7 +231,6 @@ def combine(y_RD: Tensor, combine_weights_GNK: Tensor, plan: DispatchPlan) -> Te
         (G, N, D) in the rows' dtype. Differentiable in `y_RD` and in the weights.
     """
     G, N, K = plan.shape
-    static = plan.may_drop and (plan.assignment_R.device.type != "cpu" or torch.compiler.is_compiling())
-    y_AD = _GatherRows.apply(y_RD, plan.row_A, plan.assignment_R[:, None], plan.may_drop, static)
+    y_AD = _GatherRows.apply(y_RD, plan.row_A, plan.assignment_R[:, None], plan.may_drop, plan.may_pad)
     y_GNKD = y_AD.view(G, N, K, -1) * combine_weights_GNK.to(y_RD.dtype)[..., None]
     return y_GNKD[:, :, 0] if K == 1 else y_GNKD.sum(2)

@@ -229,13 +229,14 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
                     raise Stopped(
                         f"stopped after step {step} of {config.train.steps}; the same command continues the run"
                     )
+            if config.train.eval_every and progress["evaluated"] != step:  # it failed when this step was made
+                evaluate()
+                log.write(step, {f"evaluation/{name}": value for name, value in progress["evaluation"].items()})
     finally:
         log.close()
         os.close(lock)
 
     # ---- finish
-    if config.train.eval_every and progress["evaluated"] != step:  # the evaluation of the last step failed before
-        evaluate()
     model = model if ema is None else ema.module
     summary = {
         "model": config.model.name or config.model.pretrained,
