@@ -1,13 +1,21 @@
 """vmoe: sparse mixture-of-experts vision and image-text models in PyTorch.
 
-Importing it registers the `vmoe_*` models with timm. What needs open_clip is imported when it is first asked for.
+Importing it registers the `vmoe_*` and `softmoe_*` models with timm. What needs open_clip is imported when it is first
+asked for.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from vmoe.models import vision  # noqa: F401  (registers the models with timm)
-from vmoe.moe import LayerRouting, RoutingRecord, SparseMoE, record_routing, set_auxiliary_loss_scale
+from vmoe.models import registry  # noqa: F401  (registers the models with timm)
+from vmoe.moe import (
+    LayerRouting,
+    RoutingRecord,
+    SparseMoE,
+    record_routing,
+    set_auxiliary_loss_scale,
+    update_expert_bias,
+)
 
 if TYPE_CHECKING:
     from vmoe.evaluation.zero_shot import zero_shot_classify
@@ -31,6 +39,7 @@ __all__ = [
     "get_tokenizer",
     "record_routing",
     "set_auxiliary_loss_scale",
+    "update_expert_bias",
     "zero_shot_classify",
 ]
 

@@ -1,22 +1,24 @@
-"""V-MoE: a ViT whose MLPs are experts in some blocks (arXiv 2106.05974), in timm's registry.
+"""V-MoE (arXiv 2106.05974) and Soft MoE (arXiv 2308.00951): ViTs with experts in some blocks.
 
 The model is timm's `VisionTransformer` with another MLP in the sparse blocks, so all that timm does with a ViT works:
 pooling variants, `features_only`, `reset_classifier`, `set_input_size`, `dynamic_img_size`, layer decay, drop path.
+`vmoe.models.registry` gives the sizes their names.
+
+Shapes, by suffix: B batch, P patches, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import Mlp
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
-from torch import nn
+from timm.models.vision_transformer import Block, VisionTransformer, get_init_weights_vit
+from torch import Tensor, nn
 
 from vmoe.moe import SparseMoE
+from vmoe.moe.settings import SETTING_NAMES, with_preset
 
-ROUTING_DEFAULTS = {"num_experts": 8, "num_selected_experts": 2, "moe_layers": "every2"}
+ROUTING_DEFAULTS = {"num_experts": 8, "num_selected_experts": 2}
 
 
 def sparse_blocks(moe_layers: str | Sequence[int], depth: int) -> tuple[int, ...]:
@@ -24,12 +26,15 @@ def sparse_blocks(moe_layers: str | Sequence[int], depth: int) -> tuple[int, ...
 
     Args:
         moe_layers: "everyN": the last of each N blocks, so "every2" is 1, 3, 5, ...; "lastN": the last N of the blocks
-            of "every2", as in the V-MoE paper (so "last2" of 8 blocks is 5 and 7); or the indices themselves.
+            of "every2", as in the V-MoE paper (so "last2" of 8 blocks is 5 and 7); "second_half": the upper half of the
+            blocks, as in the Soft MoE paper; or the indices themselves.
         depth: number of blocks.
 
     Raises:
         ValueError: for an unknown word or an index outside the model.
     """
+    if moe_layers == "second_half":
+        return tuple(range(depth // 2, depth))
     if isinstance(moe_layers, str):
         for word in ("every", "last"):
             number = moe_layers.removeprefix(word)
@@ -39,7 +44,9 @@ def sparse_blocks(moe_layers: str | Sequence[int], depth: int) -> tuple[int, ...
                 if count > (depth if word == "every" else len(odd)):
                     raise ValueError(f"moe_layers={moe_layers!r} asks for more than a model with {depth} blocks has")
                 return tuple(range(count - 1, depth, count) if word == "every" else odd[-count:])
-        raise ValueError(f"moe_layers must be 'everyN', 'lastN' or a list of block indices, got {moe_layers!r}")
+        raise ValueError(
+            f"moe_layers must be 'everyN', 'lastN', 'second_half' or a list of block indices, got {moe_layers!r}"
+        )
     blocks = tuple(sorted(set(moe_layers)))
     if any(index not in range(depth) for index in blocks):
         raise ValueError(
@@ -48,185 +55,186 @@ def sparse_blocks(moe_layers: str | Sequence[int], depth: int) -> tuple[int, ...
     return blocks
 
 
+def sincos2d_positions(height: int, width: int, dim: int, temperature: float, device=None, dtype=None) -> Tensor:
+    """Fixed position embeddings of a grid of patches, (1, height·width, dim), row by row.
+
+    A quarter of the channels each holds sin(x·w), cos(x·w), sin(y·w) and cos(y·w), with the frequencies w falling
+    geometrically from 1 to 1/temperature (MoCo v3, arXiv 2104.02057).
+
+    Raises:
+        ValueError: if `dim` is not a multiple of four, or below eight.
+    """
+    if dim % 4 or dim < 8:
+        raise ValueError(f"pos_embed='sincos2d' needs a width that is a multiple of 4 and at least 8, got {dim}")
+    kind = {"device": device, "dtype": dtype}
+    frequency = temperature ** -torch.linspace(0, 1, dim // 4, **kind)
+    y, x = (place.reshape(-1, 1) for place in torch.meshgrid(
+        torch.arange(height, **kind), torch.arange(width, **kind), indexing="ij"
+    ))  # fmt: skip
+    angles_x, angles_y = x * frequency, y * frequency
+    return torch.cat([angles_x.sin(), angles_x.cos(), angles_y.sin(), angles_y.cos()], dim=1)[None]
+
+
+def norm_queries_and_keys(attention: nn.Module) -> None:
+    """QK norm of the reference (ViT-22B, arXiv 2302.05442): a LayerNorm without bias on each head's queries and keys.
+
+    Args:
+        attention: timm's `Attention` or `AttentionPoolLatent`; changed in place.
+    """
+    like = {"device": attention.proj.weight.device, "dtype": attention.proj.weight.dtype}
+    for name in ("q_norm", "k_norm"):
+        setattr(attention, name, nn.LayerNorm(attention.head_dim, eps=1e-6, bias=False, **like))
+
+
+def without_decay(model: nn.Module) -> set[str]:
+    """Parameters of sparse layers that weight decay must spare though they have several axes.
+
+    Biases and norms, because every expert has its own; and the slots of soft routing, of which only the direction counts.
+    """
+    return {
+        name
+        for name, _ in model.named_parameters()
+        if name.endswith((".bias", ".router.slots", ".experts.norm.weight"))
+    }
+
+
+def take_routing(kwargs: dict, defaults: dict) -> dict:
+    """Move the routing settings out of a model's arguments, completed by its preset and defaults."""
+    given = {name: kwargs.pop(name) for name in SETTING_NAMES & kwargs.keys()}
+    return with_preset(defaults, given)
+
+
 class VisionMoE(VisionTransformer):
     """A `timm` ViT with experts in some blocks.
 
     Args:
-        moe_layers: "everyN", "lastN", or block indices; see `sparse_blocks`.
-        num_experts: E; 0 makes the dense twin.
-        num_selected_experts: K.
+        moe_layers: "everyN", "lastN", "second_half", or block indices; see `sparse_blocks`.
         depth: number of blocks.
-        **kwargs: routing settings of `vmoe.SparseMoE`, and arguments of `timm.models.VisionTransformer`.
+        global_pool: timm's words; "token" without a class token pools the first patch.
+        class_token: whether there is one.
+        pos_embed: "learn", "sincos2d" (fixed, for patches only, no part of the state dict) or "none".
+        pos_temperature: of sincos2d.
+        qk_norm: a LayerNorm without bias on queries and keys, in the blocks and in `global_pool="map"`.
+        representation_size: width of a linear layer with tanh before the classifier, `pre_logits`; None: there is none.
+        **kwargs: routing settings (`vmoe.moe.settings.RoutingSettings`, `router_preset`; `num_experts=0` makes the
+            dense twin), and arguments of `timm.models.VisionTransformer`.
+
+    Raises:
+        ValueError: for a setting out of range.
+        TypeError: for an unknown setting.
     """
 
     def __init__(
         self,
         *args,
         moe_layers: str | Sequence[int] = "every2",
-        num_experts: int = 8,
-        num_selected_experts: int = 2,
         depth: int = 12,
-        router: str = "top_k",
-        capacity_factor: float | None = 1.05,
-        eval_capacity_factor: float | None = None,
-        batch_priority: bool = False,
-        group_size: int | None = None,
-        noise_std: float = 1.0,
-        importance_loss: float = 0.005,
-        load_loss: float = 0.005,
-        gshard_loss: float = 0.0,
-        z_loss: float = 0.0,
-        local_entropy_loss: float = 0.0,
-        global_entropy_loss: float = 0.0,
-        global_entropy_min_experts: float | None = None,
-        auxiliary_loss: str = "record",
+        global_pool: str = "token",
+        class_token: bool = True,
+        pos_embed: str = "learn",
+        pos_temperature: float = 10_000.0,
+        qk_norm: bool = False,
+        representation_size: int | None = None,
         **kwargs,
     ) -> None:
-        sparse_mlp = partial(
-            SparseMoE,
-            num_experts=num_experts,
-            num_selected_experts=num_selected_experts,
-            router=router,
-            capacity_factor=capacity_factor,
-            eval_capacity_factor=eval_capacity_factor,
-            batch_priority=batch_priority,
-            group_size=group_size,
-            noise_std=noise_std,
-            importance_loss=importance_loss,
-            load_loss=load_loss,
-            gshard_loss=gshard_loss,
-            z_loss=z_loss,
-            local_entropy_loss=local_entropy_loss,
-            global_entropy_loss=global_entropy_loss,
-            global_entropy_min_experts=global_entropy_min_experts,
-            auxiliary_loss=auxiliary_loss,
-        )
-        chosen = sparse_blocks(moe_layers, depth) if num_experts else ()
+        if pos_embed not in ("learn", "sincos2d", "none", ""):
+            raise ValueError(f"pos_embed must be 'learn', 'sincos2d' or 'none', got {pos_embed!r}")
+        routing = take_routing(kwargs, ROUTING_DEFAULTS)
+        chosen = sparse_blocks(moe_layers, depth) if routing["num_experts"] else ()
+
+        def sparse_mlp(*mlp_args, **mlp_kwargs) -> SparseMoE:
+            # Called while timm builds the blocks, when it has the patches and prefix tokens already.
+            num_tokens = self.patch_embed.num_patches + self.num_prefix_tokens
+            return SparseMoE(*mlp_args, num_tokens=num_tokens, **mlp_kwargs, **routing)
+
         kwargs["block_fn"] = _block_maker(kwargs.get("block_fn", Block), sparse_mlp, chosen)
-        super().__init__(*args, depth=depth, **kwargs)
+        first_patch = global_pool == "token" and not class_token
+        super().__init__(
+            *args,
+            depth=depth,
+            global_pool="" if first_patch else global_pool,  # timm asks for a class token there
+            class_token=class_token,
+            pos_embed="none" if pos_embed == "sincos2d" else pos_embed,
+            **kwargs,
+        )
+        self.global_pool = global_pool
         if sum(isinstance(module, SparseMoE) for module in self.modules()) != len(chosen):
             raise ValueError("this block_fn has no MLP that experts could take the place of; use timm's Block")
+        self.sincos2d_temperature = pos_temperature if pos_embed == "sincos2d" else None
+        if pos_embed == "sincos2d":
+            sincos2d_positions(1, 1, self.embed_dim, pos_temperature)  # names a width that does not suit
+        if qk_norm:
+            for attention in [block.attn for block in self.blocks] + [self.attn_pool] * (global_pool == "map"):
+                norm_queries_and_keys(attention)
+        self.pre_logits = nn.Identity()
+        if representation_size is not None:
+            like = {"device": self.patch_embed.proj.weight.device, "dtype": self.patch_embed.proj.weight.dtype}
+            self.pre_logits = nn.Linear(self.embed_dim, representation_size, **like)
+            self.head_hidden_size = representation_size
+            self._resize_head()
+            initialize = get_init_weights_vit(self.weight_init_mode, needs_reset=False)
+            initialize(self.pre_logits, "pre_logits")
+            initialize(self.head, "head")
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.patch_embed.img_size
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        if self.pos_embed is not None:
+            return super()._pos_embed(x)
+        if self.sincos2d_temperature is not None:
+            height, width = x.shape[1:3] if self.dynamic_img_size else self.patch_embed.grid_size
+            kind = {"device": x.device, "dtype": torch.promote_types(x.dtype, torch.float32)}
+            positions_1PD = sincos2d_positions(height, width, self.embed_dim, self.sincos2d_temperature, **kind)
+            x = x + positions_1PD.view(1, *x.shape[1:]).to(x.dtype)
+        return self.pos_drop(super()._pos_embed(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.fc_norm(self.pool(x))
+        if isinstance(self.pre_logits, nn.Linear):
+            x = self.pre_logits(x).tanh()
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        if global_pool == "token" and not self.has_class_token:  # the first patch, see `__init__`
+            super().reset_classifier(num_classes, "")
+            self.global_pool = global_pool
+        else:
+            super().reset_classifier(num_classes, global_pool)
+        self._resize_head()
+
+    def prune_intermediate_layers(self, indices=1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
+        if prune_head:
+            self.pre_logits = nn.Identity()
+            self.head_hidden_size = self.embed_dim
+        return super().prune_intermediate_layers(indices, prune_norm, prune_head)
+
+    def _resize_head(self) -> None:
+        """A classifier of the representation's width, where timm made one of the model's."""
+        if isinstance(self.head, nn.Linear) and self.head.in_features != self.head_hidden_size:
+            like = {"device": self.head.weight.device, "dtype": self.head.weight.dtype}
+            self.head = nn.Linear(self.head_hidden_size, self.num_classes, **like).train(self.training)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        # timm's layer decay spares only parameters of one axis; the experts' biases have two.
-        return super().no_weight_decay() | {name for name, _ in self.named_parameters() if name.endswith(".bias")}
+        return super().no_weight_decay() | without_decay(self)
 
     def fix_init_weight(self) -> None:
         for index, block in enumerate(self.blocks):
             scale = (2.0 * (index + 1)) ** 0.5
-            second = block.mlp.experts.fc2 if isinstance(block.mlp, SparseMoE) else block.mlp.fc2
             block.attn.proj.weight.data.div_(scale)
-            second.weight.data.div_(scale)
+            for name, parameter in block.mlp.named_parameters():  # of the MLP, or of experts and the shared expert
+                if name.endswith("fc2.weight"):
+                    parameter.data.div_(scale)
 
 
-def _block_maker(block_fn, sparse_mlp, chosen: tuple[int, ...]):
+def _block_maker(block_fn: Callable, sparse_mlp: Callable, chosen: tuple[int, ...]) -> Callable:
     """A `block_fn` for timm that puts experts into the blocks in `chosen`."""
 
     def make(*, depth: int, mlp_layer=Mlp, **kwargs) -> nn.Module:
         return block_fn(depth=depth, mlp_layer=sparse_mlp if depth in chosen else mlp_layer, **kwargs)
 
     return make
-
-
-def _cfg(**kwargs) -> dict:
-    """timm's description of a model's input; pixels are scaled to -1..1, as in the reference."""
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.875,
-        "interpolation": "bilinear",
-        "fixed_input_size": True,
-        "mean": IMAGENET_INCEPTION_MEAN,
-        "std": IMAGENET_INCEPTION_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-        "paper_ids": "arXiv:2106.05974",
-        "paper_name": "Scaling Vision with Sparse Mixture of Experts",
-        "origin_url": "https://github.com/google-research/vmoe",
-        **kwargs,
-    }
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        "vmoe_tiny_patch8_48": _cfg(input_size=(3, 48, 48), crop_pct=1.0, interpolation="bicubic"),
-        "vmoe_small_patch32_224": _cfg(),
-        "vmoe_base_patch32_224": _cfg(),
-        "vmoe_base_patch16_224": _cfg(),
-        "vmoe_large_patch32_224": _cfg(),
-        "vmoe_large_patch16_224": _cfg(),
-        "vmoe_huge_patch14_224": _cfg(),
-    }
-)
-
-
-def _create(variant: str, pretrained: bool, **kwargs) -> VisionMoE:
-    model_args = {
-        **ROUTING_DEFAULTS,
-        "act_layer": "gelu_tanh",
-        "norm_layer": partial(nn.LayerNorm, eps=1e-6),
-        "weight_init": "jax",
-        **kwargs,
-    }
-    out_indices = model_args.pop("out_indices", 3)
-    return build_model_with_cfg(
-        VisionMoE,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **model_args,
-    )
-
-
-@register_model
-def vmoe_tiny_patch8_48(pretrained: bool = False, **kwargs) -> VisionMoE:
-    """V-MoE of 6 blocks of width 128 for 48 px pictures in patches of 8 px: for tests and first steps."""
-    args = {"img_size": 48, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4, "num_selected_experts": 1}
-    return _create("vmoe_tiny_patch8_48", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def vmoe_small_patch32_224(pretrained: bool = False, **kwargs) -> VisionMoE:
-    """V-MoE S/32: 8 blocks of width 512 (the reference's S, not timm's), experts in the last two odd blocks."""
-    args = {"patch_size": 32, "embed_dim": 512, "depth": 8, "num_heads": 8, "moe_layers": "last2"}
-    return _create("vmoe_small_patch32_224", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def vmoe_base_patch32_224(pretrained: bool = False, **kwargs) -> VisionMoE:
-    """V-MoE B/32: 12 blocks of width 768, experts in every second."""
-    args = {"patch_size": 32, "embed_dim": 768, "depth": 12, "num_heads": 12}
-    return _create("vmoe_base_patch32_224", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def vmoe_base_patch16_224(pretrained: bool = False, **kwargs) -> VisionMoE:
-    """V-MoE B/16: 12 blocks of width 768, experts in every second."""
-    args = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
-    return _create("vmoe_base_patch16_224", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def vmoe_large_patch32_224(pretrained: bool = False, **kwargs) -> VisionMoE:
-    """V-MoE L/32: 24 blocks of width 1024, experts in every second."""
-    args = {"patch_size": 32, "embed_dim": 1024, "depth": 24, "num_heads": 16}
-    return _create("vmoe_large_patch32_224", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def vmoe_large_patch16_224(pretrained: bool = False, **kwargs) -> VisionMoE:
-    """V-MoE L/16: 24 blocks of width 1024, experts in every second."""
-    args = {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16}
-    return _create("vmoe_large_patch16_224", pretrained, **{**args, **kwargs})
-
-
-@register_model
-def vmoe_huge_patch14_224(pretrained: bool = False, **kwargs) -> VisionMoE:
-    """V-MoE H/14: 32 blocks of width 1280, experts in every second."""
-    args = {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16}
-    return _create("vmoe_huge_patch14_224", pretrained, **{**args, **kwargs})
