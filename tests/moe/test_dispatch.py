@@ -35,7 +35,7 @@ def routings(draw, ties: bool = True):
 def plan_of(gates, K, capacity, priority, mask):
     index = top_k_experts(gates, K)
     weights = gates.gather(-1, index)
-    return index, weights, plan_dispatch(index, weights, gates.shape[-1], capacity, priority, mask)
+    return index, weights, plan_dispatch(index, gates.shape[-1], capacity, weights[..., 0] if priority else None, mask)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["case"])
@@ -161,7 +161,7 @@ def test_capacity_is_enough_and_rounded_up(num_tokens, num_experts, num_selected
     assert capacity % multiple == 0
     assert exact <= capacity < math.ceil(exact) + multiple
     mask = torch.ones(1, num_tokens, dtype=torch.bool)
-    assert int(masked_capacity(mask, num_experts, num_selected, factor, multiple)) == capacity
+    assert int(masked_capacity(mask, num_experts, num_selected, factor, multiple_of=multiple)) == capacity
 
 
 @pytest.mark.parametrize(("factor", "rounding"), [(0, "ceil"), (-1.0, "ceil"), (float("nan"), "ceil"), (1.0, "floor")])

@@ -4,15 +4,19 @@ from vmoe.moe.dispatch import DispatchPlan, combine, dispatch, expert_capacity, 
 from vmoe.moe.experts import Experts, GroupedLinear
 from vmoe.moe.layer import SparseMoE
 from vmoe.moe.record import LayerRouting, RoutingRecord, record_routing, set_auxiliary_loss_scale
-from vmoe.moe.router import Routing, TopKRouter, top_k_experts
+from vmoe.moe.router import Routing, TopKRouter, top_k_experts, update_expert_bias
+from vmoe.moe.settings import PRESETS, SETTING_NAMES, RoutingSettings, with_preset
 
 __all__ = [
+    "PRESETS",
+    "SETTING_NAMES",
     "DispatchPlan",
     "Experts",
     "GroupedLinear",
     "LayerRouting",
     "Routing",
     "RoutingRecord",
+    "RoutingSettings",
     "SparseMoE",
     "TopKRouter",
     "combine",
@@ -22,4 +26,6 @@ __all__ = [
     "record_routing",
     "set_auxiliary_loss_scale",
     "top_k_experts",
+    "update_expert_bias",
+    "with_preset",
 ]

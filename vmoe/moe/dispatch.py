@@ -33,7 +33,7 @@ def expert_capacity(
         multiple_of: 1 leaves the number as it is.
 
     Raises:
-        ValueError: if `capacity_factor` is not positive or `rounding` is unknown.
+        ValueError: if `capacity_factor` is not positive or rounds to no room at all, or `rounding` is unknown.
 
     Source: V-MoE (arXiv 2106.05974), section 2.3, eq. 4.
     """
@@ -43,6 +43,11 @@ def expert_capacity(
         raise ValueError(f"rounding must be 'ceil' or 'round', got {rounding!r}")
     exact = num_tokens * num_selected_experts * capacity_factor / num_experts
     capacity = math.ceil(exact) if rounding == "ceil" else round(exact)
+    if capacity < 1:
+        raise ValueError(
+            f"capacity_factor={capacity_factor} leaves no room: {num_tokens} tokens for {num_experts} experts give a "
+            "capacity of 0; use a larger factor or capacity_rounding='ceil'"
+        )
     return math.ceil(capacity / multiple_of) * multiple_of
 
 
@@ -51,6 +56,7 @@ def masked_capacity(
     num_experts: int,
     num_selected_experts: int,
     capacity_factor: float,
+    rounding: str = "ceil",
     multiple_of: int = 4,
 ) -> Tensor:
     """`expert_capacity` of each group, counting only its real tokens.
@@ -58,13 +64,14 @@ def masked_capacity(
     Padding must not make room: otherwise the same caption would keep or lose words with the length of its neighbours.
 
     Args:
-        mask_GN: True where the token is real.
+        mask_GN: True where the token is real; further leading axes are groups too.
 
     Returns:
         (G,) int64.
     """
-    exact_G = mask_GN.sum(dim=1).double() * num_selected_experts * capacity_factor / num_experts
-    return (torch.ceil(torch.ceil(exact_G) / multiple_of) * multiple_of).long()
+    exact_G = mask_GN.sum(dim=-1).double() * num_selected_experts * capacity_factor / num_experts
+    capacity_G = exact_G.ceil() if rounding == "ceil" else exact_G.round()
+    return (torch.ceil(capacity_G / multiple_of) * multiple_of).long()
 
 
 @dataclass(frozen=True)
@@ -103,26 +110,26 @@ class DispatchPlan:
 
 def plan_dispatch(
     expert_index_GNK: Tensor,
-    combine_weights_GNK: Tensor,
     num_experts: int,
     capacity: int | Tensor | None = None,
-    batch_priority: bool = False,
+    priority_GN: Tensor | None = None,
     mask_GN: Tensor | None = None,
     max_capacity: int | None = None,
+    chosen_GNK: Tensor | None = None,
 ) -> DispatchPlan:
     """Queue the assignments before their experts and cut each queue at its capacity.
 
-    All first choices go before all second choices. Within a choice tokens go in their order or, with `batch_priority`,
-    by falling weight of their first choice, ties in token order (V-MoE, algorithms 1 and 2).
+    All first choices go before all second choices. Within a choice tokens go in their order or, given priorities, the
+    larger one first, ties in token order (V-MoE, algorithms 1 and 2).
 
     Args:
         expert_index_GNK: chosen experts, best first.
-        combine_weights_GNK: their weights; read only with `batch_priority`.
         num_experts: E.
         capacity: rows that an expert takes from each group: a number, a (G,) tensor, or None for no limit.
-        batch_priority: batch-prioritized routing.
+        priority_GN: for batch-prioritized routing, each token's: the gate of its first choice. None: token order.
         mask_GN: True where the token is real; padding takes no room.
         max_capacity: upper bound of `capacity` where that is a tensor; bounds the number of rows.
+        chosen_GNK: False for a choice that the router itself gave up; it takes no room.
 
     Returns:
         The plan; integers and booleans only, no gradient.
@@ -132,8 +139,8 @@ def plan_dispatch(
     device = expert_index_GNK.device
 
     token_GN = torch.arange(N, device=device).expand(G, N)
-    if batch_priority:
-        token_GN = combine_weights_GNK[..., 0].detach().argsort(dim=1, descending=True, stable=True)
+    if priority_GN is not None:
+        token_GN = priority_GN.detach().argsort(dim=1, descending=True, stable=True)
     # Assignments in the order in which they are served, (G, K, N): choice by choice, within a choice by priority.
     expert_GKN = expert_index_GNK.transpose(1, 2).gather(2, token_GN[:, None].expand(G, K, N))
     group_G11 = torch.arange(G, device=device)[:, None, None]
@@ -143,6 +150,9 @@ def plan_dispatch(
     queue_GKN = expert_GKN * G + group_G11
     if mask_GN is not None:
         queue_GKN = queue_GKN.masked_fill(~mask_GN.gather(1, token_GN)[:, None], E * G)
+    if chosen_GNK is not None:
+        chosen_GKN = chosen_GNK.transpose(1, 2).gather(2, token_GN[:, None].expand(G, K, N))
+        queue_GKN = queue_GKN.masked_fill(~chosen_GKN, E * G)
 
     queue_A, order_A = queue_GKN.flatten().sort(stable=True)
     assignment_A = assignment_GKN.flatten()[order_A]
@@ -155,7 +165,7 @@ def plan_dispatch(
 
     real_A = queue_A < E * G
     length_EG = length_Q[: E * G].view(E, G)
-    may_drop = capacity is not None or mask_GN is not None
+    may_drop = capacity is not None or mask_GN is not None or chosen_GNK is not None
     if not may_drop:
         row_A = torch.empty_like(order_A).scatter_(0, assignment_A, torch.arange(A, device=device))
         return DispatchPlan(assignment_A, row_A, length_EG.sum(1), position_A, False, False, (G, N, K))

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+GATED_ACTIVATIONS = {"swiglu": nn.SiLU, "geglu": nn.GELU}
+
 
 class GroupedLinear(nn.Module):
     """E linear layers, each applied to its own run of rows.
@@ -88,16 +90,54 @@ class GroupedLinear(nn.Module):
         return torch.where(row_R[:, None] < end_E[-1], y_RO, 0)
 
 
+class GroupedLayerNorm(nn.Module):
+    """A layer norm whose weight and bias are each expert's own.
+
+    Args:
+        like: the norm of one expert; its width, epsilon and kind of parameters are taken over.
+
+    Attributes:
+        weight: (E, F).
+        bias: (E, F) or None.
+
+    Raises:
+        TypeError: if `like` is not an `nn.LayerNorm` with a learned weight.
+    """
+
+    def __init__(self, num_experts: int, like: nn.Module, device=None, dtype=None) -> None:
+        super().__init__()
+        if not isinstance(like, nn.LayerNorm) or like.weight is None:
+            raise TypeError(f"a norm inside the experts must be an nn.LayerNorm with weights, got {like}")
+        self.eps = like.eps
+        shape = (num_experts, *like.normalized_shape)
+        self.weight = nn.Parameter(torch.ones(shape, device=device, dtype=dtype))
+        self.bias = None if like.bias is None else nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+
+    def forward(self, x_RF: Tensor, count_E: Tensor) -> Tensor:
+        """Rows sorted by expert -> the same shape."""
+        y_RF = F.layer_norm(x_RF, x_RF.shape[-1:], eps=self.eps)
+        row_R = torch.arange(x_RF.shape[0], device=x_RF.device)
+        expert_R = torch.searchsorted(count_E.cumsum(0), row_R, right=True).clamp(max=self.weight.shape[0] - 1)
+        y_RF = y_RF * self.weight[expert_R]
+        return (y_RF if self.bias is None else y_RF + self.bias[expert_R]).to(x_RF.dtype)
+
+
 class Experts(nn.Module):
-    """E MLPs: x -> fc2(act(fc1(x))), the stacked form of `timm.layers.Mlp`.
+    """E MLPs: x -> fc2(norm(drop(act(fc1(x))))), the stacked form of `timm.layers.Mlp`, or gated ones.
+
+    Gated experts (GLU variants, arXiv 2002.05202) have 2F outputs in `fc1`: the first F are the gate g, the second the
+    value v, and the hidden activations are act(g) * v. This is the layout of `timm.layers.GluMlp(gate_last=False)`.
 
     Args:
         num_experts: E.
         in_features: D.
         hidden_features: F.
         out_features: width of the result, by default D.
-        act_layer: makes the activation.
+        act_layer: makes the activation of plain experts.
+        norm_layer: makes a norm of the hidden activations, given their width; None: no norm.
+        bias: biases in both layers.
         drop: dropout after the activation.
+        kind: "mlp", "swiglu" (SiLU) or "geglu" (GELU).
     """
 
     def __init__(
@@ -107,19 +147,68 @@ class Experts(nn.Module):
         hidden_features: int,
         out_features: int | None = None,
         act_layer: Callable[[], nn.Module] = nn.GELU,
+        norm_layer: Callable[[int], nn.Module] | None = None,
         bias: bool = True,
         drop: float = 0.0,
+        kind: str = "mlp",
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         self.num_experts = num_experts
-        self.fc1 = GroupedLinear(num_experts, in_features, hidden_features, bias, **factory)
-        self.act = act_layer()
+        self.gated = kind in GATED_ACTIVATIONS
+        fc1_features = 2 * hidden_features if self.gated else hidden_features
+        self.fc1 = GroupedLinear(num_experts, in_features, fc1_features, bias, **factory)
+        self.act = GATED_ACTIVATIONS[kind]() if self.gated else act_layer()
         self.drop = nn.Dropout(drop)
+        self.norm = None
+        if norm_layer is not None:
+            self.norm = GroupedLayerNorm(num_experts, norm_layer(hidden_features), **factory)
         self.fc2 = GroupedLinear(num_experts, hidden_features, out_features or in_features, bias, **factory)
 
     def forward(self, x_RD: Tensor, count_E: Tensor) -> Tensor:
         """(R, D) rows sorted by expert, (E,) rows of each -> (R, D)."""
-        return self.fc2(self.drop(self.act(self.fc1(x_RD, count_E))), count_E)
+        h_RF = self.fc1(x_RD, count_E)
+        if self.gated:
+            gate_RF, value_RF = h_RF.chunk(2, dim=-1)
+            h_RF = self.act(gate_RF) * value_RF
+        else:
+            h_RF = self.act(h_RF)
+        h_RF = self.drop(h_RF)
+        if self.norm is not None:
+            h_RF = self.norm(h_RF, count_E)
+        return self.fc2(h_RF, count_E)
+
+
+class SharedExpert(nn.Module):
+    """The dense MLP that sees every token beside the experts; of their kind and, gated, of their layout."""
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        bias: bool = True,
+        drop: float = 0.0,
+        kind: str = "mlp",
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.gated = kind in GATED_ACTIVATIONS
+        fc1_features = 2 * hidden_features if self.gated else hidden_features
+        self.fc1 = nn.Linear(in_features, fc1_features, bias, **factory)
+        self.act = GATED_ACTIVATIONS[kind]() if self.gated else act_layer()
+        self.drop = nn.Dropout(drop)
+        self.fc2 = nn.Linear(hidden_features, out_features, bias, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        h = self.fc1(x)
+        if self.gated:
+            gate, value = h.chunk(2, dim=-1)
+            return self.fc2(self.drop(self.act(gate) * value))
+        return self.fc2(self.drop(self.act(h)))

@@ -1,22 +1,24 @@
 """The sparse layer: route -> dispatch -> experts -> combine, in place of a transformer block's MLP.
 
-Shapes, by suffix: B batch, T length, D width, G groups, N tokens in a group, E experts, K choices, R rows.
+Shapes, by suffix: B batch, T length, D width, G groups, N tokens in a group, E experts, K choices, M modalities,
+R rows.
 """
 
-import math
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmoe.moe.dispatch import DispatchPlan, combine, dispatch, expert_capacity, masked_capacity, plan_dispatch
-from vmoe.moe.experts import Experts
-from vmoe.moe.losses import AuxiliaryLosses, PerModality
-from vmoe.moe.record import LayerRouting, active_records, attach_loss
+from vmoe.moe.dispatch import combine, dispatch, expert_capacity, masked_capacity, plan_dispatch
+from vmoe.moe.expert_choice import ExpertChoiceRouter, choose_tokens, gather_tokens, return_rows
+from vmoe.moe.experts import Experts, SharedExpert
+from vmoe.moe.losses import AuxiliaryLosses, members
+from vmoe.moe.record import LayerRouting, active_records, attach_loss, is_recomputation
 from vmoe.moe.router import Routing, TopKRouter
-
-ROUTERS = ("top_k",)
+from vmoe.moe.settings import RoutingSettings, with_preset
+from vmoe.moe.soft import SoftRouter, fill_slots, mix_slots
 
 
 class SparseMoE(nn.Module):
@@ -27,27 +29,17 @@ class SparseMoE(nn.Module):
         hidden_features: hidden width of each expert, by default D.
         out_features: width of the result, by default D.
         act_layer: makes the experts' activation.
-        norm_layer: not supported inside experts; here because `timm.layers.Mlp` has it.
+        norm_layer: makes a norm of each expert's hidden activations, as in `timm.layers.Mlp`; None: no norm.
         bias: biases in the experts.
         drop: dropout after the activation.
-        num_experts: E.
-        num_selected_experts: K, experts per token.
-        router: "top_k", V-MoE's.
-        capacity_factor: room per expert in training, 1.0 is just enough for an even spread; None: nothing is dropped.
-        eval_capacity_factor: the same in `eval()`; None: nothing is dropped, so that an output never depends on the
-            rest of the batch.
-        batch_priority: batch-prioritized routing: when room is short, the most important tokens go first.
-        group_size: tokens routed together; None: all of the call's. The last group is filled up with padding.
-        noise_std: of the gate's noise in training, times 1/E.
-        importance_loss: weight; so are `load_loss`, `gshard_loss` and `z_loss`.
-        local_entropy_loss: weight for every modality, or {modality: weight}; so is `global_entropy_loss`.
-        global_entropy_min_experts: threshold S of the global entropy loss, for every modality or {modality: S}.
-        auxiliary_loss: "record": the losses leave through `record_routing`; "attach": their gradients are added in the
-            backward pass of the output, for training loops that know nothing of them.
+        router_preset: a router that a paper uses, by name (`vmoe.moe.settings.PRESETS`); settings given beside it win.
+        num_tokens: length of the model's sequences; for router="soft" without `num_slots` or `group_size`.
         modalities: names of the modalities of the input's tokens.
+        **settings: see `vmoe.moe.settings.RoutingSettings`.
 
     Raises:
         ValueError: for a setting out of range.
+        TypeError: for one that does not exist.
     """
 
     def __init__(
@@ -56,74 +48,59 @@ class SparseMoE(nn.Module):
         hidden_features: int | None = None,
         out_features: int | None = None,
         act_layer: Callable[[], nn.Module] = nn.GELU,
-        norm_layer: Callable | None = None,
+        norm_layer: Callable[[int], nn.Module] | None = None,
         bias: bool = True,
         drop: float = 0.0,
         *,
-        num_experts: int = 8,
-        num_selected_experts: int = 1,
-        router: str = "top_k",
-        capacity_factor: float | None = 1.05,
-        eval_capacity_factor: float | None = None,
-        batch_priority: bool = False,
-        group_size: int | None = None,
-        noise_std: float = 1.0,
-        importance_loss: float = 0.005,
-        load_loss: float = 0.005,
-        gshard_loss: float = 0.0,
-        z_loss: float = 0.0,
-        local_entropy_loss: PerModality = 0.0,
-        global_entropy_loss: PerModality = 0.0,
-        global_entropy_min_experts: PerModality | None = None,
-        auxiliary_loss: str = "record",
+        router_preset: str | None = None,
+        num_tokens: int | None = None,
         modalities: Sequence[str] = ("image",),
         device=None,
         dtype=None,
+        **settings,
     ) -> None:
         super().__init__()
-        if norm_layer is not None:
-            raise ValueError("norm_layer inside an expert (scale_mlp_norm=True) is not supported; leave it out")
-        if num_experts < 1:
-            raise ValueError(f"num_experts must be >= 1, got {num_experts}")
-        if not 1 <= num_selected_experts <= num_experts:
-            raise ValueError(f"num_selected_experts must be 1..num_experts ({num_experts}), got {num_selected_experts}")
-        if router not in ROUTERS:
-            raise ValueError(f"router must be one of {ROUTERS}, got {router!r}")
-        for name, factor in (("capacity_factor", capacity_factor), ("eval_capacity_factor", eval_capacity_factor)):
-            if factor is not None and not 0 < factor < math.inf:
-                raise ValueError(f"{name} must be > 0 and finite, or None for no limit, got {factor}")
-        if group_size is not None and (group_size < 1 or group_size != int(group_size)):
-            raise ValueError(f"group_size must be a whole number >= 1, or None for all of a call, got {group_size}")
-        if not 0 <= noise_std < math.inf:
-            raise ValueError(f"noise_std must be >= 0 and finite, got {noise_std}")
-        if auxiliary_loss not in ("record", "attach"):
-            raise ValueError(f"auxiliary_loss must be 'record' or 'attach', got {auxiliary_loss!r}")
-
-        self.num_experts = num_experts
-        self.num_selected_experts = num_selected_experts
-        self.capacity_factor = capacity_factor
-        self.eval_capacity_factor = eval_capacity_factor
-        self.batch_priority = batch_priority
-        self.group_size = None if group_size is None else int(group_size)
+        resolved = with_preset({}, {**settings, "router_preset": router_preset})
+        del resolved["router_preset"]
+        s = RoutingSettings(**resolved)
+        self.settings = s
+        self.router_type = s.router
+        self.num_experts = s.num_experts
+        self.num_selected_experts = s.num_selected_experts
+        self.capacity = s.capacity
+        self.capacity_factor = s.capacity_factor
+        self.eval_capacity_factor = s.eval_capacity_factor
+        self.capacity_rounding = s.capacity_rounding
+        self.capacity_multiple_of = s.capacity_multiple_of
+        self.batch_priority = s.batch_priority
+        self.group_size = s.group_size
+        self.normalize_weights = s.normalize_weights
+        self.bias_update_rate = s.bias_update_rate
+        self.auxiliary_loss = s.auxiliary_loss
         self.out_features = out_features or in_features
-        self.auxiliary_loss = auxiliary_loss
-        self.losses = AuxiliaryLosses.from_settings(
-            modalities,
-            num_experts,
-            importance_loss,
-            load_loss,
-            gshard_loss,
-            z_loss,
-            local_entropy_loss,
-            global_entropy_loss,
-            global_entropy_min_experts,
-        )
+        self.modalities = tuple(modalities)
+        self.losses = AuxiliaryLosses.from_settings(s, modalities)
         factory = {"device": device, "dtype": dtype}
-        self.router = TopKRouter(in_features, num_experts, num_selected_experts, noise_std, **factory)
+        self.router = _make_router(in_features, num_tokens, s, factory)
         hidden_features = hidden_features or in_features
+        kind = s.expert_mlp
+        drop = drop if s.expert_drop is None else s.expert_drop
         self.experts = Experts(
-            num_experts, in_features, hidden_features, self.out_features, act_layer, bias, drop, **factory
+            self.num_experts,
+            in_features,
+            hidden_features,
+            self.out_features,
+            act_layer,
+            norm_layer,
+            bias,
+            drop,
+            kind,
+            **factory,
         )
+        self.shared = None
+        if s.num_shared_experts:
+            width = s.num_shared_experts * hidden_features
+            self.shared = SharedExpert(in_features, width, self.out_features, act_layer, bias, drop, kind, **factory)
 
     def forward(self, x_BTD: Tensor, mask_BT: Tensor | None = None, modality_BT: Tensor | None = None) -> Tensor:
         """Each token through its experts.
@@ -134,7 +111,7 @@ class SparseMoE(nn.Module):
             modality_BT: index of each token's modality; None: all of the first.
 
         Returns:
-            (B, T, D); zero for a token that every chosen expert dropped.
+            (B, T, D); zero for a token that every chosen expert dropped (with shared experts, what they give).
 
         Raises:
             ValueError: if the mask or the modality does not fit the tokens.
@@ -143,37 +120,97 @@ class SparseMoE(nn.Module):
         if leading.numel() == 0:  # an empty batch has nothing to route
             return x_BTD.new_zeros(*leading, self.out_features)
         x_GND, mask_GN, modality_GN = self._into_groups(x_BTD, mask_BT, modality_BT)
-        routing = self.router(x_GND)
-        plan = self._plan(routing, mask_GN)
-        y_RD = self.experts(dispatch(x_GND, plan), plan.count_E)
-        y_GND = combine(y_RD, routing.combine_weights_GNK, plan)
+        route = {"top_k": self._top_k, "expert_choice": self._expert_choice, "soft": self._soft}[self.router_type]
+        y_GND, routing, describe = route(x_GND, mask_GN, modality_GN)
+        if self.shared is not None:
+            y_GND = y_GND + self._of_real(self.shared(x_GND), mask_GN)
 
         attached = self.auxiliary_loss == "attach" and self.training and torch.is_grad_enabled()
         if attached:
             _, loss = self.losses(routing, mask_GN, modality_GN)
             y_GND = attach_loss(y_GND, loss)
         for record in active_records(self):
-            mask_GN = torch.ones(plan.shape[:2], dtype=torch.bool, device=x_BTD.device) if mask_GN is None else mask_GN
+            kept_GNK, statistics = describe()
             shape = (leading[:-1].numel(), leading[-1])
-            learns = self.training and self.router.weight.requires_grad
-            kept_GNK = plan.kept_GNK
-            call = LayerRouting(routing, kept_GNK, mask_GN, modality_GN, shape, self.losses, learns, attached)
+            learns = self.training and any(parameter.requires_grad for parameter in self.router.parameters())
+            mask_GN = torch.ones_like(kept_GNK[..., 0]) if mask_GN is None else mask_GN
+            call = LayerRouting(
+                routing, kept_GNK, mask_GN, modality_GN, shape, self.losses, learns, attached, statistics
+            )
             record.add(self, call)
         return y_GND.flatten(0, 1)[: leading.numel()].view(*leading, -1)
+
+    # --- the three ways to route; each gives (G, N, D), the gates' decisions, and a function that describes them for a
+    # --- record: (kept (G, N, K), further statistics)
+
+    def _top_k(self, x_GND: Tensor, mask_GN: Tensor | None, modality_GN: Tensor | None):
+        routing = self.router(x_GND)
+        if self.bias_update_rate > 0 and self.training and not is_recomputation():
+            self._count(routing, mask_GN)
+        capacity, max_capacity = self._capacity(mask_GN, x_GND.shape[1])
+        plan = plan_dispatch(
+            routing.expert_index_GNK,
+            self.num_experts,
+            capacity,
+            routing.priority_GN if self.batch_priority else None,
+            mask_GN,
+            max_capacity,
+            routing.chosen_GNK,
+        )
+        y_RD = self.experts(dispatch(x_GND, plan), plan.count_E)
+        y_GND = combine(y_RD, routing.combine_weights_GNK, plan)
+        return y_GND, routing, lambda: (plan.kept_GNK, dict)
+
+    def _expert_choice(self, x_GND: Tensor, mask_GN: Tensor | None, modality_GN: Tensor | None):
+        G, N, _ = x_GND.shape
+        routing = self.router(x_GND)
+        members_GMN = self._members(mask_GN, modality_GN)
+        capacity, max_capacity = self._capacity(members_GMN, N)
+        gates_GNE = routing.noisy_gates_GNE
+        chosen = choose_tokens(gates_GNE, capacity, max_capacity, members_GMN, self.normalize_weights)
+        y_RD = self.experts(gather_tokens(x_GND, chosen), chosen.count_E)
+        y_GND = return_rows(y_RD, chosen, G, N)
+
+        def describe():
+            kept_GNK = chosen.taken_GNE.gather(-1, routing.expert_index_GNK)
+            number_GN = chosen.taken_GNE.sum(-1)
+            real_S = number_GN.flatten() if mask_GN is None else number_GN[mask_GN]
+            if real_S.numel() == 0:
+                return kept_GNK, dict
+            return kept_GNK, lambda: {"experts_per_token_min": real_S.min(), "experts_per_token_max": real_S.max()}
+
+        return y_GND, routing, describe
+
+    def _soft(self, x_GND: Tensor, mask_GN: Tensor | None, modality_GN: Tensor | None):
+        members_GMN = self._members(mask_GN, modality_GN)
+        soft = self.router(x_GND, members_GMN)
+        y_RD = self.experts(*fill_slots(x_GND, soft, self.num_experts))
+        y_GND = mix_slots(y_RD, soft, self.num_experts, members_GMN)
+
+        def describe():
+            kept_GNK = torch.ones_like(soft.routing.expert_index_GNK, dtype=torch.bool)
+            return self._of_real(kept_GNK, mask_GN), lambda: soft.statistics(members_GMN)
+
+        return y_GND, soft.routing, describe
+
+    # ---
 
     def _into_groups(
         self, x_BTD: Tensor, mask_BT: Tensor | None, modality_BT: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Flatten the tokens and cut them into groups; what the last group lacks is padding."""
+        leading = x_BTD.shape[:-1]
         for name, tensor, kind in (("mask", mask_BT, "bool"), ("modality", modality_BT, "int")):
-            if tensor is not None and tensor.shape != x_BTD.shape[:-1]:
-                raise ValueError(
-                    f"the {name} must have the tokens' shape {tuple(x_BTD.shape[:-1])}, got {tuple(tensor.shape)}"
-                )
+            if tensor is not None and tensor.shape != leading:
+                raise ValueError(f"the {name} must have the tokens' shape {tuple(leading)}, got {tuple(tensor.shape)}")
             if tensor is not None and (tensor.dtype == torch.bool) != (kind == "bool"):
                 raise ValueError(f"the {name} must be a tensor of {kind}, got {tensor.dtype}")
-        num_tokens = x_BTD.shape[:-1].numel()
-        size = min(self.group_size or num_tokens, num_tokens)
+        num_tokens = leading.numel()
+        size = self.group_size
+        if size is None:
+            by_sequence = self.router_type != "top_k" and len(leading) > 1
+            size = leading[1:].numel() if by_sequence else num_tokens
+        size = min(int(size), num_tokens)
         missing = -num_tokens % size
         x_SD = x_BTD.reshape(num_tokens, x_BTD.shape[-1])
         mask_S = None if mask_BT is None else mask_BT.reshape(num_tokens)
@@ -194,20 +231,71 @@ class SparseMoE(nn.Module):
             None if modality_S is None else modality_S.view(G, size),
         )
 
-    def _plan(self, routing: Routing, mask_GN: Tensor | None) -> DispatchPlan:
+    def _members(self, mask_GN: Tensor | None, modality_GN: Tensor | None) -> Tensor | None:
+        """(G, M, N) bool, the real tokens of each modality; None: all tokens, and of one modality."""
+        if modality_GN is None:
+            return None if mask_GN is None else mask_GN[:, None]
+        return torch.stack(list(members(self.modalities, mask_GN, modality_GN).values()), dim=1)
+
+    def _capacity(self, mask: Tensor | None, num_tokens: int) -> tuple[int | Tensor | None, int | None]:
+        """Rows that an expert takes from a group: (a number or one per group of the mask, the most it can be)."""
+        if self.capacity is not None:
+            return self.capacity, self.capacity
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
-        capacity, max_capacity = None, None
-        if factor is not None:
-            N, E, K = routing.gates_GNE.shape[1], self.num_experts, self.num_selected_experts
-            capacity = max_capacity = expert_capacity(N, E, K, factor)
-            if mask_GN is not None:
-                capacity = masked_capacity(mask_GN, E, K, factor)
-        return plan_dispatch(
-            routing.expert_index_GNK,
-            routing.combine_weights_GNK,
-            self.num_experts,
-            capacity,
-            self.batch_priority,
-            mask_GN,
-            max_capacity,
-        )
+        K = self.num_selected_experts
+        if self.router_type == "expert_choice":
+            factor, K = factor or self.capacity_factor, 1
+        if factor is None:
+            return None, None
+        rounding = {"rounding": self.capacity_rounding, "multiple_of": self.capacity_multiple_of}
+        most = expert_capacity(num_tokens, self.num_experts, K, factor, **rounding)
+        return (most if mask is None else masked_capacity(mask, self.num_experts, K, factor, **rounding)), most
+
+    def _count(self, routing: Routing, mask_GN: Tensor | None) -> None:
+        """Keep count for the balancing bias, and warn those who never update it."""
+        router = self.router
+        router.count(routing, mask_GN)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        router.calls_without_update += 1
+        if router.calls_without_update == router.CALLS_BEFORE_WARNING:
+            warnings.warn(
+                f"the expert bias of this router was not updated in {router.CALLS_BEFORE_WARNING} training steps: "
+                "call vmoe.update_expert_bias(model) after each optimizer.step()",
+                stacklevel=4,
+            )
+
+    @staticmethod
+    def _of_real(y_GND: Tensor, mask_GN: Tensor | None) -> Tensor:
+        """Zero for padding."""
+        return y_GND if mask_GN is None else torch.where(mask_GN[..., None], y_GND, torch.zeros_like(y_GND))
+
+
+def _make_router(dim: int, num_tokens: int | None, settings: RoutingSettings, factory: dict) -> nn.Module:
+    s = settings
+    if s.router == "expert_choice":
+        return ExpertChoiceRouter(dim, s.num_experts, s.noise_std, s.input_jitter, **factory)
+    if s.router == "soft":
+        num_slots = s.num_slots
+        if num_slots is None:
+            tokens = s.group_size or num_tokens
+            if tokens is None:
+                raise ValueError(
+                    "router='soft' needs num_slots, or the number of tokens to compute it from (group_size, num_tokens)"
+                )
+            args = (tokens, s.num_experts, 1, s.capacity_factor, s.capacity_rounding, s.capacity_multiple_of)
+            num_slots = expert_capacity(*args)
+        return SoftRouter(dim, s.num_experts, int(num_slots), s.noise_std, **factory)
+    return TopKRouter(
+        dim,
+        s.num_experts,
+        s.num_selected_experts,
+        s.noise_std,
+        s.input_jitter,
+        s.learned_noise,
+        s.gate,
+        s.normalize_weights,
+        s.random_threshold,
+        s.bias_update_rate,
+        **factory,
+    )

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from vmoe.moe.router import Routing
-
-PerModality = float | Mapping[str, float]
+from vmoe.moe.settings import RoutingSettings
 
 
 def importance_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None) -> Tensor:
@@ -34,27 +33,33 @@ def importance_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None) -> Tensor:
 def load_loss(
     logits_GNE: Tensor,
     noisy_logits_GNE: Tensor,
-    noise_std: float,
+    noise_std: float | Tensor,
     num_selected_experts: int,
     mask_GN: Tensor | None = None,
 ) -> Tensor:
     """Squared coefficient of variation of the experts' expected load.
 
     The load is the probability that a token would choose the expert if the noise were drawn again: the chance to
-    get above the K-th largest noisy logit.
+    get above the K-th largest noisy logit. With learned noise it is Shazeer's: the K-th largest of the *other* experts.
 
     Args:
         logits_GNE: without noise.
         noisy_logits_GNE: with the noise of this step.
-        noise_std: standard deviation of that noise, > 0.
+        noise_std: standard deviation of that noise, > 0; a (G, N, E) tensor where it is learned.
         num_selected_experts: K.
 
-    Source: V-MoE (arXiv 2106.05974), appendix A.2.
+    Source: V-MoE (arXiv 2106.05974), appendix A.2; Shazeer et al. (arXiv 1701.06538), eq. 8 to 11.
     """
+    K = num_selected_experts
     # A stable sort, not topk: with equal logits the gradient must go where the reference's goes, to the later one.
-    sorted_GNE, _ = noisy_logits_GNE.sort(dim=-1, descending=True, stable=True)
-    threshold_GN1 = sorted_GNE[..., num_selected_experts - 1, None]
-    chosen_GNE = torch.special.ndtr((logits_GNE - threshold_GN1) / noise_std)
+    sorted_GNE, order_GNE = noisy_logits_GNE.sort(dim=-1, descending=True, stable=True)
+    threshold_GNE = sorted_GNE[..., K - 1, None]
+    if isinstance(noise_std, Tensor):
+        if logits_GNE.shape[-1] == K:  # every expert is chosen whatever the noise: the load is even
+            return logits_GNE.sum() * 0
+        rank_GNE = order_GNE.argsort(dim=-1)
+        threshold_GNE = torch.where(rank_GNE < K, sorted_GNE[..., K, None], threshold_GNE)
+    chosen_GNE = torch.special.ndtr((logits_GNE - threshold_GNE) / noise_std)
     return _group_mean(_squared_variation(_token_mean(chosen_GNE, mask_GN)), mask_GN)
 
 
@@ -125,37 +130,22 @@ class AuxiliaryLosses:
     modalities: tuple[str, ...]
 
     @classmethod
-    def from_settings(
-        cls,
-        modalities: Sequence[str],
-        num_experts: int,
-        importance_loss: float,
-        load_loss: float,
-        gshard_loss: float,
-        z_loss: float,
-        local_entropy_loss: PerModality,
-        global_entropy_loss: PerModality,
-        global_entropy_min_experts: PerModality | None,
-    ) -> "AuxiliaryLosses":
-        """Check the settings of `vmoe.SparseMoE` (their meaning is told there).
+    def from_settings(cls, settings: RoutingSettings, modalities: Sequence[str]) -> "AuxiliaryLosses":
+        """The losses that the settings ask for.
 
         Raises:
             ValueError: names the setting that is out of range.
         """
-        modalities = tuple(modalities)
-        weights = {
-            "importance_loss": importance_loss,
-            "load_loss": load_loss,
-            "gshard_loss": gshard_loss,
-            "z_loss": z_loss,
-        }
-        for loss, setting in (("local_entropy_loss", local_entropy_loss), ("global_entropy_loss", global_entropy_loss)):
-            for modality, weight in _per_modality(loss, setting, modalities, 0.0).items():
+        modalities, num_experts = tuple(modalities), settings.num_experts
+        weights = {name: getattr(settings, name) for name in ("importance_loss", "load_loss", "gshard_loss", "z_loss")}
+        for loss in ("local_entropy_loss", "global_entropy_loss"):
+            for modality, weight in _per_modality(loss, getattr(settings, loss), modalities, 0.0).items():
                 weights[_own_name(loss, modality, modalities)] = weight
         for name, weight in weights.items():
             if not 0 <= weight < math.inf:
                 raise ValueError(f"the weight {name} must be >= 0 and finite, got {weight}")
-        min_experts = _per_modality("global_entropy_min_experts", global_entropy_min_experts, modalities, None)
+        name = "global_entropy_min_experts"
+        min_experts = _per_modality(name, settings.global_entropy_min_experts, modalities, None)
         for modality, least in min_experts.items():
             if least is not None and not 1 <= least <= num_experts:
                 raise ValueError(f"global_entropy_min_experts of {modality} must be 1..{num_experts}, got {least}")
@@ -168,11 +158,11 @@ class AuxiliaryLosses:
         r = routing
         K = r.expert_index_GNK.shape[-1]
         terms = {
-            "importance_loss": lambda: importance_loss(r.gates_GNE, mask_GN),
+            "importance_loss": lambda: importance_loss(r.importance_GNE, mask_GN),
             "gshard_loss": lambda: gshard_loss(r.noisy_gates_GNE, mask_GN),
             "z_loss": lambda: z_loss(r.logits_GNE, mask_GN),
         }
-        if r.noise_std > 0:  # without noise the load has no gradient, and the reference no such loss
+        if r.has_noise and r.per_token:  # without noise the load has no gradient, and the reference no such loss
             terms["load_loss"] = lambda: load_loss(r.logits_GNE, r.noisy_logits_GNE, r.noise_std, K, mask_GN)
         for name, member_GN in members(self.modalities, mask_GN, modality_GN).items():
             local = _own_name("local_entropy_loss", name, self.modalities)

@@ -6,7 +6,7 @@ outside, it computes none of this.
 Shapes, by suffix: G groups, N tokens in a group, E experts, K choices, B and T batch and length of the input.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +34,7 @@ class LayerRouting:
         loss_function: the layer's weighted losses.
         learns: the layer is in training and its gate is not frozen.
         attached: the layer adds the gradients of its losses itself (`auxiliary_loss="attach"`).
+        own_statistics: further metrics of this kind of router, computed when they are asked for.
     """
 
     routing: Routing
@@ -44,6 +45,7 @@ class LayerRouting:
     loss_function: AuxiliaryLosses
     learns: bool
     attached: bool
+    own_statistics: Callable[[], dict[str, Tensor]] = dict
 
     @property
     def gates(self) -> Tensor:
@@ -52,12 +54,12 @@ class LayerRouting:
 
     @property
     def expert_index(self) -> Tensor:
-        """(G, N, K) chosen experts, best first."""
+        """(G, N, K) chosen experts, best first; all of them (K = E) where experts or slots choose."""
         return self.routing.expert_index_GNK
 
     @property
     def combine_weights(self) -> Tensor:
-        """(G, N, K) weights of the chosen experts (with the noise, in training)."""
+        """(G, N, K) weights of the chosen experts (with the noise, in training); zero for those that passed it over."""
         return self.routing.combine_weights_GNK
 
     @property
@@ -98,11 +100,12 @@ class LayerRouting:
     def metrics(self) -> dict[str, Tensor]:
         """{name: scalar} without gradient: the losses, their weighted sum "auxiliary_loss", and statistics.
 
-        The statistics are "share_dropped" (of the assignments), "load_max_over_mean" (1 is perfect balance),
-        "experts_without_tokens" and "gate_entropy" (nats); with several modalities each also as "image/share_dropped"
-        and so on.
+        The statistics are "share_dropped" (of the assignments; where experts choose, of the tokens that none took),
+        "load_max_over_mean" (1 is perfect balance), "experts_without_tokens" and "gate_entropy" (nats); with several
+        modalities each also as "image/share_dropped" and so on. Expert choice adds "experts_per_token_min" and "_max",
+        soft routing the means of its weights' extremes.
         """
-        metrics = self._statistics(self.mask)
+        metrics = {**self._statistics(self.mask), **self.own_statistics()}
         if self.modality is not None:
             for name, own_GN in self._members().items():
                 metrics.update({f"{name}/{key}": value for key, value in self._statistics(own_GN).items()})
@@ -128,8 +131,11 @@ class LayerRouting:
     def _statistics(self, own_GN: Tensor) -> dict[str, Tensor]:
         load_E = self._load(own_GN)
         E, K = self.gates.shape[-1], self.kept.shape[-1]
+        asked, kept = own_GN.sum() * K, load_E.sum()
+        if not self.routing.per_token:
+            asked, kept = own_GN.sum(), (self.kept.any(-1) & own_GN).sum()
         return {
-            "share_dropped": 1 - load_E.sum() / (own_GN.sum() * K).clamp(min=1),
+            "share_dropped": 1 - kept / asked.clamp(min=1),
             "load_max_over_mean": load_E.max() / load_E.float().mean().clamp(min=1 / E),
             "experts_without_tokens": (load_E == 0).sum(),
             "gate_entropy": local_entropy_loss(self.gates, own_GN),
@@ -236,10 +242,14 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
         _ACTIVE.remove(record)
 
 
+def is_recomputation() -> bool:
+    """Activation checkpointing runs the layer again inside the backward pass: this call is not a new one."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def active_records(layer: nn.Module) -> list[RoutingRecord]:
     """The records that want to hear of this call of `layer`."""
-    # Activation checkpointing runs a layer again inside the backward pass; that call is not a new one.
-    if not _ACTIVE or (not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1):
+    if not _ACTIVE or is_recomputation():
         return []
     return [record for record in _ACTIVE if layer in record._names]
 

@@ -1,5 +1,8 @@
 """The learned part of routing: a linear gate, its noise, and the choice of K experts for each token.
 
+Expert choice and soft routing, which turn the choice around, are in `expert_choice.py` and `soft.py`; they share the
+gate and the `Routing` that it gives.
+
 Shapes, by suffix: G groups, N tokens in a group, D width, E experts, K choices.
 """
 
@@ -17,20 +20,45 @@ class Routing:
     Attributes:
         logits_GNE: the gate's own output, without noise.
         noisy_logits_GNE: what the choice was made from; the same tensor where there is no noise.
-        gates_GNE: softmax of `logits_GNE`.
-        noisy_gates_GNE: softmax of `noisy_logits_GNE`; the combine weights are its entries.
-        noise_std: standard deviation of the noise that was added to the logits; 0 for none.
-        expert_index_GNK: the K experts with the largest noisy gates, best first; equal gates: lower index first.
-        combine_weights_GNK: their noisy gates, not renormalised.
+        gates_GNE: the distribution of each token over the experts: softmax of `logits_GNE` (for a sigmoid gate, its
+            values divided by their sum).
+        noisy_gates_GNE: the same of `noisy_logits_GNE`.
+        noise_std: standard deviation of the noise that was added to the logits, a number or (G, N, E) where it is
+            learned; 0 for none.
+        expert_index_GNK: the K chosen experts, best first; equal ones: lower index first.
+        combine_weights_GNK: their weights.
+        chosen_GNK: bool, False where the router itself left out a choice; None: every choice stands.
+        per_token: each token chooses its experts. False: the experts or slots choose, and K = E lists them all.
+        sparse_importance: importance is the sum of the combine weights (Shazeer et al.), not of the gates.
     """
 
     logits_GNE: Tensor
     noisy_logits_GNE: Tensor
     gates_GNE: Tensor
     noisy_gates_GNE: Tensor
-    noise_std: float
+    noise_std: float | Tensor
     expert_index_GNK: Tensor
     combine_weights_GNK: Tensor
+    chosen_GNK: Tensor | None = None
+    per_token: bool = True
+    sparse_importance: bool = False
+
+    @property
+    def has_noise(self) -> bool:
+        """The choice was made from noisy logits."""
+        return isinstance(self.noise_std, Tensor) or self.noise_std > 0
+
+    @property
+    def priority_GN(self) -> Tensor:
+        """How sure each token is of its first choice: its gate, before any normalisation."""
+        return self.noisy_gates_GNE.gather(-1, self.expert_index_GNK[..., :1]).squeeze(-1)
+
+    @property
+    def importance_GNE(self) -> Tensor:
+        """What the importance loss sums over the tokens."""
+        if not self.sparse_importance:
+            return self.gates_GNE
+        return torch.zeros_like(self.gates_GNE).scatter(-1, self.expert_index_GNK, self.combine_weights_GNK)
 
 
 def top_k_experts(gates_GNE: Tensor, num_selected_experts: int) -> Tensor:
@@ -41,15 +69,81 @@ def top_k_experts(gates_GNE: Tensor, num_selected_experts: int) -> Tensor:
     return gates_GNE.argsort(dim=-1, descending=True, stable=True)[..., :num_selected_experts]
 
 
-class TopKRouter(nn.Module):
-    """V-MoE's noisy top-K router (arXiv 2106.05974, section 2.2): softmax over all experts first, then the choice.
+def normalized(weights: Tensor, dim: int = -1) -> Tensor:
+    """Weights divided by their sum; zero stays zero where all are."""
+    return weights / weights.sum(dim, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+def lecun_normal_(weight: Tensor, fan_in: int) -> None:
+    """Truncated normal of variance 1/fan_in, the initialisation of the reference's gate."""
+    std = fan_in**-0.5 / 0.87962566103423978  # truncation at two deviations shrinks the variance
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+class Gate(nn.Module):
+    """A linear layer without bias from tokens to experts, computed in float32 (float64 for float64 input).
+
+    Args:
+        dim: D.
+        num_experts: E.
+        noise_std: in training, normal noise of standard deviation `noise_std / E` is added to the logits.
+        input_jitter: in training, the input is multiplied by uniform numbers in 1 - jitter .. 1 + jitter.
+    """
+
+    def __init__(
+        self, dim: int, num_experts: int, noise_std: float = 1.0, input_jitter: float = 0.0, device=None, dtype=None
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.noise_std = noise_std
+        self.input_jitter = input_jitter
+        self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """LeCun normal, as in the reference."""
+        lecun_normal_(self.weight, fan_in=self.weight.shape[1])
+
+    def input(self, x_GND: Tensor) -> Tensor:
+        """The tokens in the gate's precision, with jitter in training."""
+        x_GND = x_GND.to(torch.promote_types(x_GND.dtype, torch.float32))
+        if self.training and self.input_jitter > 0:
+            x_GND = x_GND * torch.empty_like(x_GND).uniform_(1 - self.input_jitter, 1 + self.input_jitter)
+        return x_GND
+
+    def logits(self, x_GND: Tensor) -> tuple[Tensor, Tensor, float]:
+        """(logits (G, N, E), the same with noise, standard deviation of that noise); x from `input`."""
+        logits_GNE = F.linear(x_GND, self.weight.to(x_GND.dtype))
+        if not (self.training and self.noise_std > 0):
+            return logits_GNE, logits_GNE, 0.0
+        noise_std = self.noise_std / self.num_experts
+        return logits_GNE, logits_GNE + noise_std * torch.randn_like(logits_GNE), noise_std
+
+
+class TopKRouter(Gate):
+    """Each token takes its K best experts; V-MoE's router (arXiv 2106.05974, section 2.2) and its relatives.
 
     Args:
         dim: D.
         num_experts: E.
         num_selected_experts: K, 1 <= K <= E.
-        noise_std: in training, normal noise of standard deviation `noise_std / E` is added to the logits.
+        noise_std: see `Gate`; so is `input_jitter`.
+        learned_noise: noise of standard deviation softplus(x W_noise) instead (arXiv 1701.06538, eq. 4), with the
+            importance and load of that paper.
+        gate: "softmax" over all experts before the choice, or "sigmoid" of each.
+        normalize_weights: divide the combine weights by their sum. For a softmax gate this is the softmax over the
+            chosen K alone.
+        random_threshold: see `RoutingSettings`.
+        bias_update_rate: above 0: a bias, which the choice alone sees, balances the experts; see `update_bias`.
+
+    Attributes:
+        weight: (E, D).
+        noise_weight: (E, D), with `learned_noise`.
+        expert_bias: (E,) buffer, with `bias_update_rate`; `expert_load` counts the choices since its last update.
     """
+
+    # A user who forgets `update_expert_bias` gets an unbalanced model and no error; so say it once.
+    CALLS_BEFORE_WARNING = 1000
 
     def __init__(
         self,
@@ -57,34 +151,63 @@ class TopKRouter(nn.Module):
         num_experts: int,
         num_selected_experts: int = 1,
         noise_std: float = 1.0,
+        input_jitter: float = 0.0,
+        learned_noise: bool = False,
+        gate: str = "softmax",
+        normalize_weights: bool = False,
+        random_threshold: float | None = None,
+        bias_update_rate: float = 0.0,
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__()
-        self.num_experts = num_experts
+        self.learned_noise = learned_noise  # before the base class initialises
+        super().__init__(dim, num_experts, 0.0 if learned_noise else noise_std, input_jitter, device, dtype)
         self.num_selected_experts = num_selected_experts
-        self.noise_std = noise_std
-        self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
-        self.reset_parameters()
+        self.gate = gate
+        self.normalize_weights = normalize_weights
+        self.random_threshold = random_threshold
+        self.bias_update_rate = bias_update_rate
+        if learned_noise:
+            self.noise_weight = nn.Parameter(torch.zeros(num_experts, dim, device=device, dtype=dtype))
+        if bias_update_rate > 0:
+            self.register_buffer("expert_bias", torch.zeros(num_experts, device=device))
+            self.register_buffer("expert_load", torch.zeros(num_experts, device=device), persistent=False)
+            self.calls_without_update = 0
 
     def reset_parameters(self) -> None:
-        """Truncated normal of variance 1/D, the initialisation of the reference's gate (LeCun normal)."""
-        std = self.weight.shape[1] ** -0.5 / 0.87962566103423978  # truncation at two deviations shrinks the variance
-        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+        """LeCun normal; zeros with learned noise (arXiv 1701.06538, appendix A: no signal and some noise)."""
+        if self.learned_noise:
+            nn.init.zeros_(self.weight)
+            if hasattr(self, "noise_weight"):
+                nn.init.zeros_(self.noise_weight)
+        else:
+            super().reset_parameters()
 
     def forward(self, x_GND: Tensor) -> Routing:
         """Route the tokens. Computed in float32 (float64 for float64 input), under autocast too."""
-        dtype = torch.promote_types(x_GND.dtype, torch.float32)
         with torch.autocast(x_GND.device.type, enabled=False):
-            logits_GNE = F.linear(x_GND.to(dtype), self.weight.to(dtype))
-            gates_GNE = logits_GNE.softmax(dim=-1)
-            noisy_logits_GNE, noisy_gates_GNE, noise_std = logits_GNE, gates_GNE, 0.0
-            if self.training and self.noise_std > 0:
-                noise_std = self.noise_std / self.num_experts
+            x_GND = self.input(x_GND)
+            logits_GNE, noisy_logits_GNE, noise_std = self.logits(x_GND)
+            if self.learned_noise and self.training:
+                noise_std = F.softplus(F.linear(x_GND, self.noise_weight.to(x_GND.dtype)))
                 noisy_logits_GNE = logits_GNE + noise_std * torch.randn_like(logits_GNE)
-                noisy_gates_GNE = noisy_logits_GNE.softmax(dim=-1)
-            expert_index_GNK = top_k_experts(noisy_gates_GNE.detach(), self.num_selected_experts)
-            combine_weights_GNK = noisy_gates_GNE.gather(-1, expert_index_GNK)
+            scores_GNE, gates_GNE = self._scores(noisy_logits_GNE)
+            noisy_gates_GNE = gates_GNE
+            if noisy_logits_GNE is not logits_GNE:
+                _, gates_GNE = self._scores(logits_GNE)
+
+            choice_GNE = scores_GNE.detach()
+            if self.bias_update_rate > 0:
+                choice_GNE = choice_GNE + self.expert_bias
+            expert_index_GNK = top_k_experts(choice_GNE, self.num_selected_experts)
+            combine_weights_GNK = scores_GNE.gather(-1, expert_index_GNK)
+            if self.normalize_weights:
+                combine_weights_GNK = normalized(combine_weights_GNK)
+            chosen_GNK = None
+            if self.random_threshold is not None and self.training:
+                chosen_GNK = torch.rand_like(combine_weights_GNK) * self.random_threshold < combine_weights_GNK
+                first_K = torch.arange(self.num_selected_experts, device=x_GND.device) == 0
+                chosen_GNK = chosen_GNK | first_K
         return Routing(
             logits_GNE,
             noisy_logits_GNE,
@@ -93,4 +216,46 @@ class TopKRouter(nn.Module):
             noise_std,
             expert_index_GNK,
             combine_weights_GNK,
+            chosen_GNK,
+            sparse_importance=self.learned_noise,
         )
+
+    def _scores(self, logits_GNE: Tensor) -> tuple[Tensor, Tensor]:
+        """(what is chosen by and weighed with, the distribution over the experts)."""
+        if self.gate == "sigmoid":
+            scores_GNE = logits_GNE.sigmoid()
+            return scores_GNE, normalized(scores_GNE)
+        gates_GNE = logits_GNE.softmax(dim=-1)
+        return gates_GNE, gates_GNE
+
+    @torch.no_grad()
+    def count(self, routing: Routing, mask_GN: Tensor | None) -> None:
+        """Add the choices of real tokens to `expert_load`."""
+        ones_GNK = torch.ones_like(routing.expert_index_GNK, dtype=self.expert_load.dtype)
+        if mask_GN is not None:
+            ones_GNK = ones_GNK * mask_GN[..., None]
+        self.expert_load.scatter_add_(0, routing.expert_index_GNK.flatten(), ones_GNK.flatten())
+
+    @torch.no_grad()
+    def update_bias(self) -> None:
+        """Raise the bias of experts that were asked for less than the mean, lower that of the others.
+
+        b_e += rate · sign(mean load - load_e), over the choices since the last call and over all processes
+        (arXiv 2408.15664, algorithm 1).
+        """
+        load_E = self.expert_load
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(load_E)
+        self.expert_bias.add_((load_E.mean() - load_E).sign(), alpha=self.bias_update_rate)
+        load_E.zero_()
+        self.calls_without_update = 0
+
+
+def update_expert_bias(model: nn.Module) -> None:
+    """Move the balancing biases of a model's routers, once after each `optimizer.step()`.
+
+    Does nothing for models without such biases (`bias_update_rate`, `router_preset="deepseek"`). `train.py` calls it.
+    """
+    for module in model.modules():
+        if isinstance(module, TopKRouter) and module.bias_update_rate > 0:
+            module.update_bias()

@@ -1,0 +1,290 @@
+"""Every setting of a sparse layer in one place, and the routers that papers use by name.
+
+E experts, K choices per token, C capacity factor.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+ROUTERS = ("top_k", "expert_choice", "soft")
+GATES = ("softmax", "sigmoid")
+EXPERT_MLPS = ("mlp", "swiglu", "geglu")
+
+PerModality = float | Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class RoutingSettings:
+    """What a user can say about a sparse layer; the same words in model arguments, configs and docs.
+
+    Attributes:
+        num_experts: E.
+        num_selected_experts: K, experts per token; only for router="top_k".
+        router: "top_k": each token takes its K best experts (V-MoE, arXiv 2106.05974); "expert_choice": each expert
+            takes its best tokens (arXiv 2202.09368); "soft": experts see averages of tokens (arXiv 2308.00951).
+        capacity_factor: C, room per expert in training; 1.0 is just enough for an even spread. None or infinity:
+            nothing is dropped (top_k only). timm.create_model leaves out arguments that are None, infinity passes.
+        eval_capacity_factor: the same in `eval()`. None: nothing is dropped, so that an output never depends on the
+            rest of the batch; for expert_choice, which knows no such thing: as in training.
+        capacity: rows per expert and group, in place of both factors.
+        capacity_rounding: "ceil" or "round", of the capacity that a factor gives.
+        capacity_multiple_of: a capacity that a factor gives is raised to a multiple of this.
+        batch_priority: when room is short, the most important tokens go first (V-MoE, section 2.3).
+        group_size: tokens routed together. None: for top_k all of the call's; for expert_choice and soft each sequence
+            by itself, so that a picture's result never depends on its neighbours. The last group is padded.
+        noise_std: of the gate's normal noise in training: times 1/E for top_k and expert_choice, as it is for soft.
+        learned_noise: the noise has a learned standard deviation per token and expert in place of noise_std, and the
+            importance and load losses are those of its paper (arXiv 1701.06538).
+        input_jitter: in training the gate sees its input times a uniform number in 1 - jitter .. 1 + jitter
+            (Switch, arXiv 2101.03961).
+        gate: "softmax" over all experts, or "sigmoid" of each (DeepSeek-V3, arXiv 2412.19437).
+        normalize_weights: the combine weights of a token's chosen experts are divided by their sum.
+        random_threshold: in training each choice after the first is kept with probability
+            min(1, its weight / random_threshold) (GShard, arXiv 2006.16668: 0.5). None: always.
+        num_slots: slots per expert, only for soft; None: by capacity_factor from the number of tokens.
+        expert_mlp: "mlp" with the model's activation, or gated: "swiglu" (SiLU) or "geglu" (GELU) (arXiv 2002.05202).
+        num_shared_experts: a dense MLP of this many times an expert's width sees every token beside the experts
+            (DeepSeekMoE, arXiv 2401.06066).
+        bias_update_rate: balance by a bias on the gate that only the choice sees; `vmoe.update_expert_bias` moves it by
+            this much after each step (arXiv 2408.15664).
+        expert_drop: dropout inside the experts; None: the block's own.
+        importance_loss: weight; so are load_loss, gshard_loss and z_loss.
+        local_entropy_loss: weight for every modality, or {modality: weight}; so is global_entropy_loss (LIMoE,
+            arXiv 2206.02770).
+        global_entropy_min_experts: threshold S of the global entropy loss, for every modality or {modality: S}.
+        auxiliary_loss: "record": the losses leave through `record_routing`; "attach": their gradients are added in the
+            backward pass of the output, for training loops that know nothing of them.
+    """
+
+    num_experts: int = 8
+    num_selected_experts: int = 1
+    router: str = "top_k"
+    capacity_factor: float | None = 1.05
+    eval_capacity_factor: float | None = None
+    capacity: int | None = None
+    capacity_rounding: str = "ceil"
+    capacity_multiple_of: int = 4
+    batch_priority: bool = False
+    group_size: int | None = None
+    noise_std: float = 1.0
+    learned_noise: bool = False
+    input_jitter: float = 0.0
+    gate: str = "softmax"
+    normalize_weights: bool = False
+    random_threshold: float | None = None
+    num_slots: int | None = None
+    expert_mlp: str = "mlp"
+    num_shared_experts: int = 0
+    bias_update_rate: float = 0.0
+    expert_drop: float | None = None
+    importance_loss: float = 0.005
+    load_loss: float = 0.005
+    gshard_loss: float = 0.0
+    z_loss: float = 0.0
+    local_entropy_loss: PerModality = 0.0
+    global_entropy_loss: PerModality = 0.0
+    global_entropy_min_experts: PerModality | None = None
+    auxiliary_loss: str = "record"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a setting out of range, or one that its router has no use for."""
+        for name in ("num_experts", "capacity_multiple_of", "group_size", "num_slots", "capacity"):
+            value = getattr(self, name)
+            optional = name in ("group_size", "num_slots", "capacity")
+            if not (optional and value is None) and not (_is_number(value) and value >= 1 and value == int(value)):
+                raise ValueError(f"{name} must be a whole number >= 1{', or None' * optional}, got {value!r}")
+        E, K = self.num_experts, self.num_selected_experts
+        if not 1 <= K <= E and self.router == "top_k":
+            raise ValueError(f"num_selected_experts must be 1..num_experts ({E}), got {K}")
+        for name, allowed in (
+            ("router", ROUTERS),
+            ("gate", GATES),
+            ("expert_mlp", EXPERT_MLPS),
+            ("capacity_rounding", ("ceil", "round")),
+            ("auxiliary_loss", ("record", "attach")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            factor = getattr(self, name)
+            if factor is not None and not factor > 0:
+                raise ValueError(f"{name} must be > 0, or None (or infinity) for no limit, got {factor}")
+            if factor == math.inf:
+                object.__setattr__(self, name, None)
+        for name in ("noise_std", "num_shared_experts", "bias_update_rate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be >= 0 and finite, got {getattr(self, name)}")
+        for name in ("input_jitter", "expert_drop"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} must be >= 0 and < 1, got {value}")
+        if self.random_threshold is not None and not 0 < self.random_threshold <= 1:
+            raise ValueError(f"random_threshold must be in (0, 1], or None, got {self.random_threshold}")
+        self._check_router()
+
+    def _check_router(self) -> None:
+        """Settings that a router would silently ignore are errors."""
+        only_top_k = {
+            "batch_priority": False,
+            "learned_noise": False,
+            "random_threshold": None,
+            "bias_update_rate": 0.0,
+            "gate": "softmax",
+            "load_loss": 0.0,
+        }
+        if self.router != "top_k":
+            for name, off in only_top_k.items():
+                if getattr(self, name) != off:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} needs router='top_k', not {self.router!r}; "
+                        f"set it to {off!r} or leave it out"
+                    )
+        if self.router == "soft":
+            for name, off in (("normalize_weights", False), ("eval_capacity_factor", None), ("input_jitter", 0.0)):
+                if getattr(self, name) != off:
+                    raise ValueError(f"{name} has no meaning for router='soft', which drops nothing; leave it out")
+            if self.capacity is not None:
+                raise ValueError("capacity has no meaning for router='soft'; its name there is num_slots")
+        elif self.num_slots is not None:
+            raise ValueError(f"num_slots needs router='soft', not {self.router!r}")
+        by_room = (self.router == "expert_choice" and self.capacity is None) or self.router == "soft"
+        if by_room and self.num_slots is None and self.capacity_factor is None:
+            raise ValueError(f"router={self.router!r} needs a finite capacity_factor: it says how many tokens it takes")
+        if self.learned_noise and self.gate != "softmax":
+            raise ValueError("learned_noise needs gate='softmax'")
+
+
+SETTING_NAMES = frozenset(field.name for field in fields(RoutingSettings)) | {"router_preset"}
+
+# What a router other than top_k does without, whatever the model's own defaults say.
+_NO_LOSSES = {
+    "importance_loss": 0.0,
+    "load_loss": 0.0,
+    "gshard_loss": 0.0,
+    "z_loss": 0.0,
+    "local_entropy_loss": 0.0,
+    "global_entropy_loss": 0.0,
+}
+_ROUTER_DEFAULTS = {
+    "top_k": {},
+    "expert_choice": {**_NO_LOSSES, "batch_priority": False, "capacity_factor": 1.0},
+    "soft": {
+        **_NO_LOSSES,
+        "batch_priority": False,
+        "capacity_factor": 1.0,
+        "capacity_rounding": "round",
+        "capacity_multiple_of": 1,
+        "noise_std": 0.0,
+    },
+}
+# The plain top-K layer: no noise, no losses, no priority, nothing dropped. Presets say what they add to it.
+_PLAIN = {**_NO_LOSSES, "router": "top_k", "noise_std": 0.0, "batch_priority": False, "capacity_factor": None}
+
+# Numbers that a paper does not give are marked; docs/routers.md has the formulas.
+PRESETS: dict[str, dict] = {
+    "vmoe": {
+        **_PLAIN,
+        "num_selected_experts": 2,
+        "noise_std": 1.0,
+        "capacity_factor": 1.05,
+        "importance_loss": 0.005,
+        "load_loss": 0.005,
+    },
+    "switch": {
+        **_PLAIN,
+        "num_selected_experts": 1,
+        "input_jitter": 0.01,
+        "capacity_factor": 1.25,
+        "gshard_loss": 0.01,  # the two papers' losses are the same formula
+    },
+    # GShard's room is 2 S / E for two choices, our factor counts both.
+    "gshard": {
+        **_PLAIN,
+        "num_selected_experts": 2,
+        "normalize_weights": True,
+        "random_threshold": 0.5,
+        "capacity_factor": 1.0,
+        "gshard_loss": 0.01,
+    },
+    "noisy_topk": {
+        **_PLAIN,
+        "num_selected_experts": 4,
+        "learned_noise": True,
+        "normalize_weights": True,
+        "importance_loss": 0.1,
+        "load_loss": 0.1,
+    },
+    "mixtral": {
+        **_PLAIN,
+        "num_selected_experts": 2,
+        "normalize_weights": True,
+        "expert_mlp": "swiglu",
+        "gshard_loss": 0.01,  # ours: the paper (arXiv 2401.04088) does not tell its training
+    },
+    "dbrx": {
+        **_PLAIN,
+        "num_experts": 16,
+        "num_selected_experts": 4,
+        "normalize_weights": True,
+        "expert_mlp": "swiglu",
+        "gshard_loss": 0.01,
+    },
+    "deepseek": {
+        **_PLAIN,
+        "num_selected_experts": 2,  # ours: the paper has 8 of 256
+        "gate": "sigmoid",
+        "normalize_weights": True,
+        "num_shared_experts": 1,
+        "bias_update_rate": 0.001,
+        "expert_mlp": "swiglu",
+    },
+    # The paper (arXiv 2202.08906) counts the capacity 1.25 per token, not per choice.
+    "st_moe": {
+        **_PLAIN,
+        "num_selected_experts": 2,
+        "normalize_weights": True,
+        "random_threshold": 0.2,
+        "capacity_factor": 0.625,
+        "gshard_loss": 0.01,
+        "z_loss": 0.001,
+        "expert_mlp": "geglu",
+    },
+    "limoe": {
+        **_PLAIN,
+        "num_selected_experts": 1,
+        "noise_std": 1.0,
+        "batch_priority": True,
+        "capacity_factor": 1.05,
+        "importance_loss": 0.005,
+        "load_loss": 0.005,
+        "z_loss": 0.001,
+        "global_entropy_loss": 0.01,
+    },
+    "expert_choice": {**_ROUTER_DEFAULTS["expert_choice"], "router": "expert_choice", "capacity_factor": 2.0},
+    "soft": {**_ROUTER_DEFAULTS["soft"], "router": "soft"},
+}
+PRESETS["expert_choice"]["noise_std"] = 0.0
+PRESETS["glam"] = dict(PRESETS["gshard"])
+
+
+def with_preset(defaults: Mapping, given: Mapping) -> dict:
+    """Settings from a model's defaults, its router's needs, the preset, and what the user gave; later ones win.
+
+    Args:
+        defaults: of the model.
+        given: by the user; `given["router_preset"]`, if any, names the preset.
+
+    Raises:
+        ValueError: for an unknown preset.
+    """
+    name = given.get("router_preset")
+    if name is not None and name not in PRESETS:
+        raise ValueError(f"router_preset must be one of {sorted(PRESETS)}, got {name!r}")
+    preset = PRESETS[name] if name is not None else {}
+    router = {**defaults, **preset, **given}.get("router", "top_k")
+    return {**defaults, **_ROUTER_DEFAULTS.get(router, {}), **preset, **given}
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

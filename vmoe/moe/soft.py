@@ -1,0 +1,138 @@
+"""Soft MoE: each slot of an expert sees a weighted average of all tokens, each token gets one of all slots.
+
+Puigcerver et al., arXiv 2308.00951. Nothing is chosen, so nothing is dropped and all of it is differentiable. Tokens of
+different modalities are averaged by themselves, padding not at all.
+
+Shapes, by suffix: G groups, N tokens in a group, D width, E experts, P slots per expert, S = E*P slots, M modalities.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vmoe.moe.router import Routing, lecun_normal_
+
+
+def unit_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(sum x² + eps) along the last axis, the reference's normalisation."""
+    return x * (x.square().sum(-1, keepdim=True) + eps).rsqrt()
+
+
+@dataclass(frozen=True)
+class SoftRouting:
+    """Weights between tokens and slots.
+
+    Attributes:
+        dispatch_GMNS: share of each token in each slot's input: sums to 1 over the tokens of its modality.
+        combine_GNS: share of each slot's output in each token's: sums to 1 over the slots.
+        routing: the same per expert, for losses and records: its gates are the combine weights summed over slots.
+    """
+
+    dispatch_GMNS: Tensor
+    combine_GNS: Tensor
+    routing: Routing
+
+    def statistics(self, members_GMN: Tensor | None) -> dict[str, Tensor]:
+        """How sharp the weights are: means over tokens (combine) and slots (dispatch) of their extremes."""
+        combine_GNS, dispatch_GMNS = self.combine_GNS.detach(), self.dispatch_GMNS.detach()
+        largest_GMS, smallest_GMS = dispatch_GMNS.amax(2), dispatch_GMNS.amin(2)
+        if members_GMN is not None:
+            real_GN = members_GMN.any(1)
+            combine_GNS = combine_GNS[real_GN]
+            used_GM = members_GMN.any(-1)
+            least_GMNS = dispatch_GMNS.masked_fill(~members_GMN[..., None], 1.0)
+            largest_GMS, smallest_GMS = largest_GMS[used_GM], least_GMNS.amin(2)[used_GM]
+        return {
+            "combine_weights_max_mean": combine_GNS.amax(-1).mean(),
+            "combine_weights_min_mean": combine_GNS.amin(-1).mean(),
+            "dispatch_weights_max_mean": largest_GMS.mean(),
+            "dispatch_weights_min_mean": smallest_GMS.mean(),
+        }
+
+
+class SoftRouter(nn.Module):
+    """Cosine similarity between tokens and learned slots, times one learned scale.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        num_slots: P.
+        noise_std: of normal noise on the logits in training.
+
+    Attributes:
+        slots: (E, P, D).
+        scale: scalar.
+    """
+
+    def __init__(
+        self, dim: int, num_experts: int, num_slots: int, noise_std: float = 0.0, device=None, dtype=None
+    ) -> None:
+        super().__init__()
+        self.noise_std = noise_std
+        self.slots = nn.Parameter(torch.empty(num_experts, num_slots, dim, device=device, dtype=dtype))
+        self.scale = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """LeCun normal slots (fan-in D·E, as the reference's initialiser counts it), scale one."""
+        lecun_normal_(self.slots, fan_in=self.slots.shape[0] * self.slots.shape[2])
+        nn.init.ones_(self.scale)
+
+    def forward(self, x_GND: Tensor, members_GMN: Tensor | None = None) -> SoftRouting:
+        """Weights of all tokens and slots. In float32 (float64 for float64 input), under autocast too.
+
+        Args:
+            x_GND: tokens.
+            members_GMN: True for the real tokens of each modality; None: all tokens, one modality.
+        """
+        E, P, _ = self.slots.shape
+        dtype = torch.promote_types(x_GND.dtype, torch.float32)
+        with torch.autocast(x_GND.device.type, enabled=False):
+            slots_SD = unit_norm(self.slots.to(dtype)).flatten(0, 1) * self.scale.to(dtype)
+            logits_GNS = unit_norm(x_GND.to(dtype)) @ slots_SD.T
+            clean_GNE = logits_GNS.unflatten(-1, (E, P)).logsumexp(-1)
+            noisy_GNE, noise_std = clean_GNE, 0.0
+            if self.training and self.noise_std > 0:
+                noise_std = self.noise_std
+                logits_GNS = logits_GNS + noise_std * torch.randn_like(logits_GNS)
+                noisy_GNE = logits_GNS.unflatten(-1, (E, P)).logsumexp(-1)
+            combine_GNS = logits_GNS.softmax(-1)
+            scores_GMNS = logits_GNS[:, None]
+            if members_GMN is None:
+                dispatch_GMNS = scores_GMNS.softmax(2)
+            else:
+                # A finite minimum, and zero afterwards: a modality without a token must not give NaN.
+                outside = ~members_GMN[..., None]
+                dispatch_GMNS = scores_GMNS.masked_fill(outside, torch.finfo(dtype).min).softmax(2)
+                dispatch_GMNS = dispatch_GMNS.masked_fill(outside, 0)
+            gates_GNE = noisy_gates_GNE = noisy_GNE.softmax(-1)
+            if noisy_GNE is not clean_GNE:
+                gates_GNE = clean_GNE.softmax(-1)
+            order_GNE = noisy_gates_GNE.detach().argsort(dim=-1, descending=True, stable=True)
+        weights_GNE = noisy_gates_GNE.gather(-1, order_GNE)
+        routing = Routing(
+            clean_GNE, noisy_GNE, gates_GNE, noisy_gates_GNE, noise_std, order_GNE, weights_GNE, per_token=False
+        )
+        return SoftRouting(dispatch_GMNS, combine_GNS, routing)
+
+
+def fill_slots(x_GND: Tensor, soft: SoftRouting, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The slots' inputs as rows sorted by expert, (R, D) with R = E·G·M·P, and the rows of each expert (E,)."""
+    G, M, _, S = soft.dispatch_GMNS.shape
+    P = S // num_experts
+    # A batched product of (G, S, N) and (G, N, D), once per modality.
+    z_GMSD = soft.dispatch_GMNS.to(x_GND.dtype).transpose(2, 3) @ x_GND[:, None]
+    z_RD = z_GMSD.view(G, M, num_experts, P, -1).permute(2, 0, 1, 3, 4).flatten(0, 3)
+    count_E = torch.full((num_experts,), G * M * P, dtype=torch.long, device=x_GND.device)
+    return z_RD, count_E
+
+
+def mix_slots(y_RD: Tensor, soft: SoftRouting, num_experts: int, members_GMN: Tensor | None = None) -> Tensor:
+    """Each token's average of the slots' outputs: (G, N, D), zero for padding."""
+    G, M, _, S = soft.dispatch_GMNS.shape
+    y_GMSD = y_RD.view(num_experts, G, M, S // num_experts, -1).permute(1, 2, 0, 3, 4).flatten(2, 3)
+    y_GMND = soft.combine_GNS.to(y_RD.dtype)[:, None] @ y_GMSD
+    if members_GMN is None:
+        return y_GMND.squeeze(1)
+    return torch.where(members_GMN[..., None], y_GMND, 0).sum(1)
