@@ -6,7 +6,6 @@ project each. Attention stays within a picture or a caption; at a sparse layer t
 Shapes, by suffix: B batch, P patches, L words (text length), T = P + L, D width, C embedding width.
 """
 
-import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -14,24 +13,20 @@ import torch
 import torch.nn.functional as F
 from timm.layers import AttentionPoolLatent, Mlp, PatchEmbed, resample_abs_pos_embed, trunc_normal_
 from timm.models import checkpoint, named_apply
-from timm.models.vision_transformer import Block, get_init_weights_vit
+from timm.models.vision_transformer import get_init_weights_vit
 from torch import Tensor, nn
 
-from vmoe.models.vision import sparse_blocks
+from vmoe.models.contrastive import INIT_LOGIT_SCALE, ImageTextModel
+from vmoe.models.text import TextBlock, attention_bias, check_length, masked_mean, text_mask
+from vmoe.models.vision import sparse_blocks, take_routing, without_decay
 from vmoe.moe import SparseMoE
+from vmoe.moe.settings import PRESETS
 
 MODALITIES = ("image", "text")
+ROUTING_DEFAULTS = {**PRESETS["limoe"], "num_experts": 32, "local_entropy_loss": {"text": 0.01}}
 
 
-def attention_bias(mask_BL: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, L) True for real words -> (B, 1, 1, L) to be added to the scores.
-
-    Not a boolean mask: timm's attention adds what it is given where it does not use PyTorch's fused kernel.
-    """
-    return torch.zeros_like(mask_BL, dtype=dtype).masked_fill(~mask_BL, -math.inf)[:, None, None, :]
-
-
-class LIMoEBlock(Block):
+class LIMoEBlock(TextBlock):
     """timm's pre-norm block over patches and words at once: attention per modality, one MLP for both."""
 
     def forward(self, x_BTD: Tensor, num_patches: int, mask_BT: Tensor, modality_BT: Tensor) -> Tensor:
@@ -45,12 +40,10 @@ class LIMoEBlock(Block):
             # Words attend to the real words of their caption.
             parts.append(self.attn(h_BTD[:, num_patches:], attn_mask=attention_bias(mask_BL, h_BTD.dtype)))
         x_BTD = x_BTD + self.drop_path1(self.ls1(torch.cat(parts, dim=1)))
-        h_BTD = self.norm2(x_BTD)
-        h_BTD = self.mlp(h_BTD, mask_BT, modality_BT) if isinstance(self.mlp, SparseMoE) else self.mlp(h_BTD)
-        return x_BTD + self.drop_path2(self.ls2(h_BTD))
+        return self.add_mlp(x_BTD, mask_BT, modality_BT)
 
 
-class LIMoE(nn.Module):
+class LIMoE(ImageTextModel):
     """One sparse tower for pictures and text, with open_clip's interface.
 
     Args:
@@ -70,12 +63,13 @@ class LIMoE(nn.Module):
         init_logit_bias: initial logit bias, for the sigmoid loss; None: the model has none.
         output_dict: `forward` returns a dictionary, as in open_clip.
         moe_layers: blocks with experts, see `vmoe.models.vision.sparse_blocks`.
-        num_experts: E; 0 makes the dense twin.
-        local_entropy_loss: weight, for both modalities or {"image": ..., "text": ...}.
-        global_entropy_loss: likewise.
-        global_entropy_min_experts: threshold of the global entropy loss, likewise; by default half of the experts for
-            images and a quarter for text (our choice).
-        **routing: other settings of `vmoe.SparseMoE`.
+        **routing: routing settings (`vmoe.moe.settings.RoutingSettings`, `router_preset`); `num_experts=0` makes the
+            dense twin. The defaults are those of the preset "limoe" with 32 experts and a local entropy loss on text;
+            the global entropy loss asks for half of the experts for images and a quarter for text (our choice).
+
+    Raises:
+        ValueError: for a setting out of range.
+        TypeError: for an unknown setting.
     """
 
     def __init__(
@@ -92,26 +86,25 @@ class LIMoE(nn.Module):
         mlp_ratio: float = 4.0,
         pool: str = "avg",
         drop_path_rate: float = 0.0,
-        init_logit_scale: float = math.log(1 / 0.07),
+        init_logit_scale: float = INIT_LOGIT_SCALE,
         init_logit_bias: float | None = None,
         output_dict: bool = False,
         moe_layers: str | Sequence[int] = "every2",
-        num_experts: int = 32,
-        num_selected_experts: int = 1,
-        batch_priority: bool = True,
-        z_loss: float = 0.001,
-        local_entropy_loss: float | dict[str, float] | None = None,
-        global_entropy_loss: float | dict[str, float] | None = None,
-        global_entropy_min_experts: float | dict[str, float] | None = None,
         **routing,
     ) -> None:
-        super().__init__()
+        super().__init__(init_logit_scale, init_logit_bias, output_dict)
         if pool not in ("avg", "map"):
             raise ValueError(f"pool must be 'avg' or 'map', got {pool!r}")
+        settings = take_routing(routing, ROUTING_DEFAULTS)
+        if routing:
+            raise TypeError(f"LIMoE got an unexpected keyword argument {next(iter(routing))!r}")
+        num_experts = settings["num_experts"]
+        if settings.get("global_entropy_loss") and settings.get("global_entropy_min_experts") is None:
+            thresholds = {"image": max(1, num_experts / 2), "text": max(1, num_experts / 4)}
+            settings["global_entropy_min_experts"] = thresholds
         self.context_length = context_length
         self.vocab_size = vocab_size
         self.eot_token_id = eot_token_id
-        self.output_dict = output_dict
         self.embed_dim = embed_dim
         self.grad_checkpointing = False
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
@@ -122,24 +115,8 @@ class LIMoE(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.text_pos_embed = nn.Parameter(torch.empty(1, context_length, width))
 
-        if local_entropy_loss is None:
-            local_entropy_loss = {"text": 0.01}
-        if global_entropy_loss is None:
-            global_entropy_loss = 0.01
-        if global_entropy_min_experts is None:
-            global_entropy_min_experts = {"image": max(1, num_experts / 2), "text": max(1, num_experts / 4)}
-        sparse_mlp = partial(
-            SparseMoE,
-            modalities=MODALITIES,
-            num_experts=num_experts,
-            num_selected_experts=num_selected_experts,
-            batch_priority=batch_priority,
-            z_loss=z_loss,
-            local_entropy_loss=local_entropy_loss,
-            global_entropy_loss=global_entropy_loss,
-            global_entropy_min_experts=global_entropy_min_experts,
-            **routing,
-        )
+        num_tokens = max(self.patch_embed.num_patches, context_length)
+        sparse_mlp = partial(SparseMoE, modalities=MODALITIES, num_tokens=num_tokens, **settings)
         chosen = sparse_blocks(moe_layers, depth) if num_experts else ()
         self.blocks = nn.ModuleList(
             LIMoEBlock(
@@ -164,8 +141,6 @@ class LIMoE(nn.Module):
         self.image_pool, self.text_pool = pooling(), pooling()
         self.image_projection = nn.Linear(width, embed_dim, bias=False)
         self.text_projection = nn.Linear(width, embed_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(float(init_logit_scale)))
-        self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.tensor(float(init_logit_bias)))
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -193,15 +168,9 @@ class LIMoE(nn.Module):
 
     def embed_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L) token ids -> (B, L, D) and (B, L) mask, True up to and including the end-of-text token."""
-        length = text.shape[1]
-        if length > self.context_length:
-            raise ValueError(
-                f"text has {length} tokens, the model takes {self.context_length}; tokenize with "
-                "vmoe.get_tokenizer(model)"
-            )
-        is_end_BL = (text == self.eot_token_id).int()
-        mask_BL = is_end_BL.cumsum(dim=1) - is_end_BL == 0
-        return self.token_embedding(text) + self.text_pos_embed[:, :length], mask_BL
+        check_length(text, self.context_length)
+        mask_BL = text_mask(text, self.eot_token_id)
+        return self.token_embedding(text) + self.text_pos_embed[:, : text.shape[1]], mask_BL
 
     def tower(self, x_BPD: Tensor | None, x_BLD: Tensor | None, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run the blocks over the tokens of one modality or of both.
@@ -235,8 +204,7 @@ class LIMoE(nn.Module):
     def text_head(self, x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         """Pool the real words and project: (B, L, D), (B, L) -> (B, C)."""
         if self.text_pool is None:
-            weight_BL1 = (mask_BL / mask_BL.sum(dim=1, keepdim=True)).to(x_BLD.dtype)[..., None]
-            pooled_BD = (x_BLD * weight_BL1).sum(dim=1)
+            pooled_BD = masked_mean(x_BLD, mask_BL)
         else:
             pooled_BD = self.text_pool(x_BLD, attn_mask=attention_bias(mask_BL, x_BLD.dtype))
         return self.text_projection(pooled_BD)
@@ -253,13 +221,6 @@ class LIMoE(nn.Module):
         _, x_BLD = self.tower(None, x_BLD, mask_BL)
         features_BC = self.text_head(x_BLD, mask_BL)
         return F.normalize(features_BC, dim=-1) if normalize else features_BC
-
-    def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C)-normalised similarities, scaled: logits per image (B, B) and per text, its transpose."""
-        logits = self.logit_scale.exp() * self.encode_image(image, True) @ self.encode_text(text, True).T
-        if self.logit_bias is not None:
-            logits = logits + self.logit_bias
-        return logits, logits.T
 
     def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> tuple | dict[str, Tensor]:
         """One pass over pictures and texts; at each sparse layer both compete for the same experts.
@@ -288,15 +249,7 @@ class LIMoE(nn.Module):
                 image_features = self.encode_image(image, normalize=True)
             if text is not None:
                 text_features = self.encode_text(text, normalize=True)
-
-        outputs = {
-            "image_features": image_features,
-            "text_features": text_features,
-            "logit_scale": self.logit_scale.exp(),
-        }
-        if self.logit_bias is not None:
-            outputs["logit_bias"] = self.logit_bias
-        return outputs if self.output_dict else tuple(outputs.values())
+        return self.outputs(image_features, text_features)
 
     def set_grad_checkpointing(self, enable: bool = True, **kwargs) -> None:
         """Recompute the blocks in the backward pass instead of keeping their activations."""
@@ -313,9 +266,7 @@ class LIMoE(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        # timm's layer decay spares only parameters of one axis; the experts' biases have two.
-        biases = {name for name, _ in self.named_parameters() if name.endswith(".bias")}
-        return {"image_pos_embed", "text_pos_embed", "logit_scale", "logit_bias"} | biases
+        return {"image_pos_embed", "text_pos_embed", "logit_scale", "logit_bias"} | without_decay(self)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:

@@ -165,7 +165,7 @@ _SOFT_SMALL = {"embed_dim": 384, "depth": 12, "num_heads": 6}
 
 @register_model
 def softmoe_tiny_patch8_48(pretrained: bool = False, **kwargs) -> VisionMoE:
-    """Soft MoE of 6 blocks of width 128 for 48 px pictures in patches of 8 px, 32 experts: for tests and first steps."""
+    """Soft MoE of 6 blocks of width 128 for 48 px pictures in patches of 8 px, 32 experts: for first steps."""
     return _create("softmoe_tiny_patch8_48", pretrained, {**_SOFT, **_TINY, "num_experts": 32}, kwargs)
 
 

@@ -8,7 +8,6 @@ Shapes, by suffix: B batch, P patches, D width.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from timm.layers import Mlp
@@ -89,7 +88,7 @@ def norm_queries_and_keys(attention: nn.Module) -> None:
 def without_decay(model: nn.Module) -> set[str]:
     """Parameters of sparse layers that weight decay must spare though they have several axes.
 
-    Biases and norms, because every expert has its own; and the slots of soft routing, of which only the direction counts.
+    Biases and norms, because every expert has its own; and slots of soft routing, whose length means nothing.
     """
     return {
         name

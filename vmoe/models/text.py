@@ -1,0 +1,227 @@
+"""A transformer over texts, with experts in some blocks: the text tower of a two-tower model.
+
+Words attend to all words of their text, as in the reference (no causal mask).
+
+Shapes, by suffix: B batch, L words (text length), T = L, or patches and words, D width, C classes (or embedding width).
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from timm.layers import AttentionPoolLatent, Mlp, trunc_normal_
+from timm.models import checkpoint, named_apply
+from timm.models.vision_transformer import Block, get_init_weights_vit
+from torch import Tensor, nn
+
+from vmoe.models.vision import norm_queries_and_keys, sparse_blocks, take_routing, without_decay
+from vmoe.moe import SparseMoE
+
+ROUTING_DEFAULTS = {"num_experts": 8, "num_selected_experts": 1}
+POOLS = ("last", "first", "gap", "gmp", "map")
+
+
+def text_mask(text_BL: Tensor, eot_token_id: int) -> Tensor:
+    """(B, L) token ids -> (B, L), True up to and including the first end-of-text token."""
+    is_end_BL = (text_BL == eot_token_id).int()
+    return is_end_BL.cumsum(dim=1) - is_end_BL == 0
+
+
+def check_length(text_BL: Tensor, context_length: int) -> None:
+    """Raises ValueError if a text has more tokens than the model takes."""
+    if text_BL.shape[1] > context_length:
+        raise ValueError(
+            f"text has {text_BL.shape[1]} tokens, the model takes {context_length}; tokenize with "
+            "vmoe.get_tokenizer(model)"
+        )
+
+
+def attention_bias(mask_BL: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, L) True for real words -> (B, 1, 1, L) to be added to the scores.
+
+    Not a boolean mask: timm's attention adds what it is given where it does not use PyTorch's fused kernel.
+    """
+    return torch.zeros_like(mask_BL, dtype=dtype).masked_fill(~mask_BL, -math.inf)[:, None, None, :]
+
+
+def masked_mean(x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    """Mean over the real words: (B, L, D), (B, L) -> (B, D)."""
+    weight_BL1 = (mask_BL / mask_BL.sum(dim=1, keepdim=True)).to(x_BLD.dtype)[..., None]
+    return (x_BLD * weight_BL1).sum(dim=1)
+
+
+class TextBlock(Block):
+    """timm's pre-norm block, with a mask for attention and experts."""
+
+    def forward(self, x_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+        """(B, T, D), and a (B, T) mask that is True for real words (None: all) -> (B, T, D)."""
+        bias = None if mask_BT is None else attention_bias(mask_BT, x_BTD.dtype)
+        x_BTD = x_BTD + self.drop_path1(self.ls1(self.attn(self.norm1(x_BTD), attn_mask=bias)))
+        return self.add_mlp(x_BTD, mask_BT)
+
+    def add_mlp(self, x_BTD: Tensor, mask_BT: Tensor | None, modality_BT: Tensor | None = None) -> Tensor:
+        """The second half of the block: the MLP or the experts, with the residual connection."""
+        h_BTD = self.norm2(x_BTD)
+        h_BTD = self.mlp(h_BTD, mask_BT, modality_BT) if isinstance(self.mlp, SparseMoE) else self.mlp(h_BTD)
+        return x_BTD + self.drop_path2(self.ls2(h_BTD))
+
+
+class TextTransformer(nn.Module):
+    """Token ids -> classes or an embedding.
+
+    Args:
+        vocab_size: of the tokenizer; the default is that of open_clip's CLIP tokenizer, whose `eot_token_id` is 49407.
+        context_length: L, the most tokens of a text.
+        width: D.
+        depth: number of blocks.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of an MLP or expert over D.
+        num_classes: C, outputs of the last layer `head`; 0: there is none, the pooled features come out.
+        pool: "last" (the end-of-text token), "first", "gap" (mean), "gmp" (maximum) or "map" (attention pooling).
+        eot_token_id: what follows the first of these is padding, hidden from attention, experts and pooling; None:
+            every position is read, as in the reference.
+        pos_embed: "learn" or "none".
+        qk_norm: a LayerNorm without bias on queries and keys.
+        drop_path_rate: stochastic depth.
+        moe_layers: blocks with experts, see `vmoe.models.vision.sparse_blocks`.
+        **routing: routing settings (`vmoe.moe.settings.RoutingSettings`, `router_preset`); `num_experts=0`: no experts.
+
+    Raises:
+        ValueError: for a setting out of range.
+        TypeError: for an unknown setting.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 49408,
+        context_length: int = 64,
+        width: int = 512,
+        depth: int = 12,
+        num_heads: int = 8,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 512,
+        pool: str = "last",
+        eot_token_id: int | None = 49407,
+        pos_embed: str = "learn",
+        qk_norm: bool = False,
+        drop_path_rate: float = 0.0,
+        moe_layers: str | Sequence[int] = "every2",
+        **routing,
+    ) -> None:
+        super().__init__()
+        if pool not in POOLS:
+            raise ValueError(f"pool must be one of {POOLS}, got {pool!r}")
+        if pos_embed not in ("learn", "none"):
+            raise ValueError(f"pos_embed must be 'learn' or 'none' for text, got {pos_embed!r}")
+        settings = take_routing(routing, ROUTING_DEFAULTS)
+        if routing:
+            raise TypeError(f"TextTransformer got an unexpected keyword argument {next(iter(routing))!r}")
+        self.vocab_size = vocab_size
+        self.context_length = context_length
+        self.eot_token_id = eot_token_id
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = width
+        self.pool = pool
+        self.grad_checkpointing = False
+        norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        act_layer = partial(nn.GELU, approximate="tanh")
+
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.pos_embed = nn.Parameter(torch.empty(1, context_length, width)) if pos_embed == "learn" else None
+        sparse_mlp = partial(SparseMoE, modalities=("text",), num_tokens=context_length, **settings)
+        chosen = sparse_blocks(moe_layers, depth) if settings["num_experts"] else ()
+        self.blocks = nn.ModuleList(
+            TextBlock(
+                dim=width,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=True,
+                drop_path=drop_path_rate * index / max(1, depth - 1),
+                norm_layer=norm_layer,
+                act_layer=act_layer,
+                mlp_layer=sparse_mlp if index in chosen else Mlp,
+            )
+            for index in range(depth)
+        )
+        self.norm = norm_layer(width)
+        self.attn_pool = None
+        if pool == "map":
+            self.attn_pool = AttentionPoolLatent(
+                width, num_heads=num_heads, mlp_ratio=mlp_ratio, norm_layer=norm_layer, act_layer=act_layer
+            )
+        if qk_norm:
+            for attention in [block.attn for block in self.blocks] + [self.attn_pool] * (pool == "map"):
+                norm_queries_and_keys(attention)
+        self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """The reference's ViT initialisation for the blocks; small normal embeddings."""
+        named_apply(get_init_weights_vit("jax", needs_reset=False), self)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        if self.pos_embed is not None:
+            trunc_normal_(self.pos_embed, std=0.02)
+        if self.num_classes:  # zeros, timm's choice for classifiers, have no direction for a contrastive loss
+            nn.init.normal_(self.head.weight, std=self.head.in_features**-0.5)
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer."""
+        return self.head
+
+    def forward_features(self, text_BL: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Token ids -> (B, L, D) after the final norm, and the (B, L) mask of real words or None.
+
+        Raises:
+            ValueError: for a text longer than `context_length`.
+        """
+        check_length(text_BL, self.context_length)
+        mask_BL = None if self.eot_token_id is None else text_mask(text_BL, self.eot_token_id)
+        x_BLD = self.token_embedding(text_BL)
+        if self.pos_embed is not None:
+            x_BLD = x_BLD + self.pos_embed[:, : text_BL.shape[1]]
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x_BLD = checkpoint(block, x_BLD, mask_BL)
+            else:
+                x_BLD = block(x_BLD, mask_BL)
+        return self.norm(x_BLD), mask_BL
+
+    def forward_head(self, x_BLD: Tensor, mask_BL: Tensor | None = None, pre_logits: bool = False) -> Tensor:
+        """Pool the real words and project: (B, L, D), (B, L) -> (B, C), or (B, D) with `pre_logits`."""
+        pooled_BD = self._pooled(x_BLD, mask_BL)
+        return pooled_BD if pre_logits else self.head(pooled_BD)
+
+    def _pooled(self, x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
+        if self.pool == "first":
+            return x_BLD[:, 0]
+        if self.pool == "last":
+            if mask_BL is None:
+                return x_BLD[:, -1]
+            last_B = mask_BL.sum(dim=1) - 1
+            return x_BLD[torch.arange(len(last_B), device=last_B.device), last_B]
+        if self.pool == "gap":
+            return x_BLD.mean(dim=1) if mask_BL is None else masked_mean(x_BLD, mask_BL)
+        if self.pool == "gmp":
+            return (x_BLD if mask_BL is None else x_BLD.masked_fill(~mask_BL[..., None], -math.inf)).amax(dim=1)
+        return self.attn_pool(x_BLD, attn_mask=None if mask_BL is None else attention_bias(mask_BL, x_BLD.dtype))
+
+    def forward(self, text_BL: Tensor) -> Tensor:
+        """(B, L) token ids -> (B, C)."""
+        return self.forward_head(*self.forward_features(text_BL))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed"} | without_decay(self)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Parameter groups by depth, for layer decay."""
+        return {
+            "stem": r"^token_embedding|^pos_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }

@@ -1,0 +1,227 @@
+"""Two towers for pictures and texts, trained contrastively, with experts in either or in both.
+
+The image tower is a V-MoE or any other timm model, the text tower a `TextTransformer`. The last layer of each tower,
+its head, gives the embedding. The interface is open_clip's.
+
+Shapes, by suffix: B batch, L words, C embedding width.
+"""
+
+from collections.abc import Mapping
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import group_modules, group_parameters
+from torch import Tensor, nn
+
+from vmoe.models.contrastive import INIT_LOGIT_SCALE, ImageTextModel
+from vmoe.models.text import TextTransformer
+
+IMAGE_NAME = "vmoe_base_patch16_224"
+TOWERS = ("image", "text")
+
+
+class TwoTower(ImageTextModel):
+    """An image tower and a text tower with a common embedding.
+
+    Args:
+        image: settings of the image tower: "name" (of timm, `vmoe_*` and `softmoe_*` included) and that model's own
+            arguments. "num_classes": 0 leaves its head away, as in LiT (arXiv 2111.07991); `embed_dim` is its width
+            then.
+        text: settings of `TextTransformer`.
+        embed_dim: C, width of the common embedding.
+        init_logit_scale: initial log of the logit scale.
+        init_logit_bias: initial logit bias, for the sigmoid loss; None: the model has none.
+        output_dict: `forward` returns a dictionary, as in open_clip.
+
+    Attributes:
+        visual: the image tower.
+        text: the text tower.
+
+    A tower whose parameters are all frozen stays in evaluation mode: no router noise, no dropped tokens, fixed
+    statistics, so that training changes nothing that it gives.
+
+    Raises:
+        ValueError: for a setting out of range.
+        TypeError: for an unknown setting.
+    """
+
+    def __init__(
+        self,
+        image: Mapping | None = None,
+        text: Mapping | None = None,
+        embed_dim: int = 512,
+        init_logit_scale: float = INIT_LOGIT_SCALE,
+        init_logit_bias: float | None = None,
+        output_dict: bool = False,
+    ) -> None:
+        super().__init__(init_logit_scale, init_logit_bias, output_dict)
+        self.embed_dim = embed_dim
+        image = {"name": IMAGE_NAME, "num_classes": embed_dim, **(image or {})}
+        self.visual = timm.create_model(image.pop("name"), **image)
+        self.text = TextTransformer(**{"num_classes": embed_dim, **(text or {})})
+        for name, tower in (("image", self.visual), ("text", self.text)):
+            width = tower.num_classes or tower.head_hidden_size
+            if width != embed_dim:
+                raise ValueError(
+                    f"the {name} tower gives {width} features, embed_dim is {embed_dim}; "
+                    f"set embed_dim={width}, or leave {name}.num_classes out"
+                )
+        if isinstance(head := self.visual.get_classifier(), nn.Linear):
+            nn.init.normal_(head.weight, std=head.in_features**-0.5)  # zeros, a classifier's start, have no direction
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens of a text."""
+        return self.text.context_length
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the tokenizer."""
+        return self.text.vocab_size
+
+    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+        """(B, 3, H, W) -> (B, C)."""
+        features_BC = self.visual(image)
+        return F.normalize(features_BC, dim=-1) if normalize else features_BC
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """(B, L) token ids -> (B, C)."""
+        features_BC = self.text(text)
+        return F.normalize(features_BC, dim=-1) if normalize else features_BC
+
+    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> tuple | dict[str, Tensor]:
+        """Pictures and texts, each through its tower.
+
+        Args:
+            image: (B, 3, H, W), or None.
+            text: (B, L) token ids, or None.
+
+        Returns:
+            What open_clip's losses take: (image_features, text_features, logit scale[, logit bias]), features
+            normalised and (B, C); with `output_dict` a dictionary of these names.
+        """
+        return self.outputs(
+            None if image is None else self.encode_image(image, normalize=True),
+            None if text is None else self.encode_text(text, normalize=True),
+        )
+
+    def train(self, mode: bool = True) -> "TwoTower":
+        super().train(mode)
+        for tower in (self.visual, self.text):
+            if not any(parameter.requires_grad for parameter in tower.parameters()):
+                tower.eval()
+        return self
+
+    def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """Freeze the image tower but for its last layer groups, as in LiT (arXiv 2111.07991).
+
+        Args:
+            unlocked_groups: how many groups of `group_matcher`, from the top (the head), stay trainable.
+            freeze_bn_stats: batch norms of the frozen groups keep their statistics; those of a tower that is frozen
+                as a whole keep them anyway.
+        """
+        frozen = _lock(self.visual, unlocked_groups)
+        if freeze_bn_stats:
+            from open_clip.utils import freeze_batch_norm_2d
+
+            modules = group_modules(self.visual, self.visual.group_matcher(), reverse=True)
+            freeze_batch_norm_2d(self.visual, {name for name, layer in modules.items() if layer in frozen})
+        self.train(self.training)
+
+    def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
+        """Freeze the text tower but for its last layer groups (blocks; the head counts as one).
+
+        Raises:
+            ValueError: for `freeze_layer_norm=False`, which open_clip has for old models and does not support either.
+        """
+        if not freeze_layer_norm:
+            raise ValueError("freeze_layer_norm=False is not supported: norms are frozen with their blocks")
+        _lock(self.text, unlocked_layers)
+        self.train(self.training)
+
+    def set_grad_checkpointing(self, enable: bool = True, **kwargs) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations."""
+        for tower in (self.visual, self.text):
+            tower.set_grad_checkpointing(enable)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Change the picture size; position embeddings are interpolated."""
+        self.visual.set_input_size(img_size=img_size)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        names = {"logit_scale", "logit_bias"}
+        for prefix, tower in (("visual", self.visual), ("text", self.text)):
+            if hasattr(tower, "no_weight_decay"):
+                names |= {f"{prefix}.{name}" for name in tower.no_weight_decay()}
+        return names
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False):
+        """Parameter groups by depth, for layer decay: counted from the top, where the towers meet."""
+        depth_from_top = {}
+        for prefix, tower in (("visual", self.visual), ("text", self.text)):
+            groups = group_parameters(tower, tower.group_matcher(coarse=coarse), reverse=True)
+            top = max(groups.values())
+            depth_from_top |= {f"{prefix}.{name}": top - layer for name, layer in groups.items()}
+        return lambda name: -depth_from_top.get(name, 0)
+
+
+def _lock(tower: nn.Module, unlocked_groups: int) -> set[int]:
+    """Freeze all layer groups but the last ones; returns the frozen groups."""
+    if unlocked_groups < 0:
+        raise ValueError(f"the number of unlocked groups must be >= 0, got {unlocked_groups}")
+    groups = group_parameters(tower, tower.group_matcher())
+    frozen = {layer for layer in groups if unlocked_groups == 0 or layer <= max(groups) - unlocked_groups}
+    for layer in frozen:
+        for name in groups[layer]:
+            tower.get_parameter(name).requires_grad_(False)
+    return frozen
+
+
+def merge_settings(settings: Mapping, given: Mapping) -> dict:
+    """Settings of a two-tower model with the user's on top, tower by tower.
+
+    An image tower of another name, or from a file (`image.pretrained`), starts from that model's own settings.
+    """
+    merged = {**settings, **given}
+    for tower in TOWERS:
+        own, users = settings.get(tower) or {}, given.get(tower) or {}
+        if not isinstance(users, Mapping):
+            raise ValueError(f"{tower} must hold the {tower} tower's settings, got {users!r}")
+        other = users.get("name", own.get("name")) != own.get("name") or isinstance(users.get("pretrained"), str)
+        merged[tower] = {**({} if other else own), **users}
+    return merged
+
+
+_TINY_TEXT = {"width": 128, "depth": 6, "num_heads": 4, "context_length": 16}
+_SMALL_TEXT = {"width": 512, "depth": 8, "num_heads": 8}
+_BASE_TEXT = {"width": 768, "depth": 12, "num_heads": 12}
+_LARGE_TEXT = {"width": 1024, "depth": 24, "num_heads": 16}
+# The Soft MoE paper's contrastive models: a Soft MoE for 256 px pictures, without a head of its own, and a dense B for
+# texts of 16 tokens.
+_SOFT_TEXT = {**_BASE_TEXT, "context_length": 16, "qk_norm": True, "num_experts": 0}
+_SOFT_LOGITS = {"init_logit_scale": 2.302585092994046, "init_logit_bias": -10.0}  # log 10
+
+
+def _soft(image_name: str, embed_dim: int) -> dict:
+    image = {"name": image_name, "img_size": 256, "num_classes": 0}
+    return {"image": image, "text": _SOFT_TEXT, "embed_dim": embed_dim, **_SOFT_LOGITS}
+
+
+TWO_TOWER_CONFIGS: dict[str, dict] = {
+    "two_tower_tiny_patch8_48": {"image": {"name": "vmoe_tiny_patch8_48"}, "text": _TINY_TEXT, "embed_dim": 128},
+    "two_tower_tiny_patch12_48": {
+        "image": {"name": "vmoe_tiny_patch8_48", "patch_size": 12},
+        "text": _TINY_TEXT,
+        "embed_dim": 128,
+    },
+    "two_tower_small_patch32": {"image": {"name": "vmoe_small_patch32_224"}, "text": _SMALL_TEXT, "embed_dim": 512},
+    "two_tower_base_patch32": {"image": {"name": "vmoe_base_patch32_224"}, "text": _BASE_TEXT, "embed_dim": 512},
+    "two_tower_base_patch16": {"image": {"name": "vmoe_base_patch16_224"}, "text": _BASE_TEXT, "embed_dim": 512},
+    "two_tower_large_patch16": {"image": {"name": "vmoe_large_patch16_224"}, "text": _LARGE_TEXT, "embed_dim": 768},
+    "two_tower_soft_small_patch16_256": _soft("softmoe_small_patch16_224", 384),
+    "two_tower_soft_base_patch16_256": _soft("softmoe_base_patch16_224", 768),
+    "two_tower_soft_large_patch16_256": _soft("softmoe_large_patch16_224", 1024),
+}
