@@ -1,7 +1,8 @@
 """Models by name, their files, their preprocessing and their tokenizer.
 
 A model's file is one safetensors file whose metadata says how to build the model again, so that a path is all that
-`create_model` needs. Names are those of this package's LIMoEs and all that timm knows (`import vmoe` adds `vmoe_*`).
+`create_model` needs. Names are those of this package's LIMoEs and two-tower models, and all that timm knows
+(`import vmoe` adds `vmoe_*` and `softmoe_*`).
 """
 
 import difflib
@@ -25,13 +26,17 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE
+from vmoe.models.text import TextTransformer
+from vmoe.models.two_tower import TOWERS, TWO_TOWER_CONFIGS, TwoTower, merge_settings
 from vmoe.models.vision import VisionMoE
 from vmoe.moe import SparseMoE
+from vmoe.moe.settings import SETTING_NAMES
 
 logger = logging.getLogger("vmoe.models")
 
 METADATA_KEY = "vmoe"
 WEIGHTS_NAME, AVERAGE_NAME = "model.safetensors", "ema.safetensors"
+IMAGE_TEXT_NAMES = (*LIMOE_CONFIGS, *TWO_TOWER_CONFIGS)
 
 
 class WeightsError(ValueError):
@@ -39,53 +44,108 @@ class WeightsError(ValueError):
 
 
 def create_model(name: str | None = None, pretrained: str | Path | None = None, **kwargs) -> nn.Module:
-    """Build a LIMoE or any timm model, with the weights of a file if one is given.
+    """Build a LIMoE, a two-tower model or any timm model, with the weights of a file if one is given.
 
     Args:
-        name: "limoe_..." or a timm name such as "vmoe_base_patch16_224"; None: the one in `pretrained`.
+        name: "limoe_...", "two_tower_..." or a timm name such as "vmoe_base_patch16_224"; None: that in `pretrained`.
         pretrained: a `.safetensors` file written by `save_pretrained`, or the folder of a run or checkpoint. The file's
             own settings are the defaults then. Position embeddings are interpolated if the picture size differs, and a
             classifier of another number of classes starts anew.
-        **kwargs: of the model; they go over the file's.
+        **kwargs: of the model; they go over the file's. `image` and `text` of a two-tower model go over its own setting
+            by setting; `image={"pretrained": FILE}` gives the image tower that file's architecture and weights (as long
+            as there are no weights for the whole model).
 
     Raises:
         ValueError: for an unknown name or setting.
         WeightsError: if the file cannot be read or does not fit.
     """
-    file = None
+    file = upcycled = None
     if isinstance(pretrained, bool):
         raise ValueError(f"pretrained must be a file or folder, got {pretrained}: there are no weights to download yet")
     if pretrained is not None:
         file = find_weights(pretrained)
         metadata = read_pretrained_metadata(file)
         if name is None or name == metadata["name"]:
-            name, kwargs = metadata["name"], {**metadata["kwargs"], **kwargs}
+            upcycled = metadata.get("upcycle")
+            if upcycled is not None:  # a dense model by name, whose routing settings are `upcycle`'s
+                upcycled |= {key: kwargs.pop(key) for key in SETTING_NAMES & kwargs.keys()}
+            name = metadata["name"]
+            merge = merge_settings if name in TWO_TOWER_CONFIGS else dict.__or__
+            kwargs = merge(metadata["kwargs"], _without_image_weights(kwargs))
     if name is None:
         raise ValueError("create_model needs a name, or pretrained=FILE with one in it")
-    model = _build(name, kwargs)
-    model.vmoe_spec = {"name": name, "kwargs": kwargs}
+    image_weights = None
+    if name in TWO_TOWER_CONFIGS:
+        kwargs, image_weights = (_without_image_weights(kwargs), None) if file else _image_weights(kwargs)
+    model = _build(name, kwargs, image_weights is True)
+    model.vmoe_spec = {"name": name, "kwargs": _with_slots(model, kwargs)}
     model.vmoe_built = _live_settings(model)
+    if upcycled is not None:
+        from vmoe.models.upcycle import upcycle
+
+        model = upcycle(model, **upcycled)
     if file is not None:
         load_weights(model, file, new_head=True)
+    elif isinstance(image_weights, Path):
+        load_weights(model.visual, image_weights, new_head=True)
     return model
 
 
-def _build(name: str, kwargs: dict) -> nn.Module:
+def _without_image_weights(kwargs: dict) -> dict:
+    if "pretrained" not in (kwargs.get("image") or {}):
+        return kwargs
+    return {**kwargs, "image": {key: value for key, value in kwargs["image"].items() if key != "pretrained"}}
+
+
+def _image_weights(kwargs: dict) -> tuple[dict, Path | bool | None]:
+    """Take `image.pretrained` out of a two-tower model's settings; a file brings its model's name and settings in."""
+    weights = (kwargs.get("image") or {}).get("pretrained")
+    kwargs = _without_image_weights(kwargs)
+    if weights is None or isinstance(weights, bool):  # True: timm's own weights of that name
+        return kwargs, weights
+    weights = find_weights(weights)
+    metadata = read_pretrained_metadata(weights)
+    if not timm.is_model(metadata["name"]) or "upcycle" in metadata:
+        raise ValueError(
+            f"image.pretrained must hold an image model of timm's registry, {weights} holds {metadata['name']!r}"
+        )
+    own = {key: value for key, value in metadata["kwargs"].items() if key != "num_classes"}
+    return {**kwargs, "image": {"name": metadata["name"], **own, **kwargs["image"]}}, weights
+
+
+def _with_slots(model: nn.Module, kwargs: dict) -> dict:
+    """Settings with the slots of soft routers, which would else follow from a picture size that may change."""
+    if isinstance(model, TwoTower):
+        settings = {name: kwargs.get(name) or {} for name in TOWERS}
+        towers = {"image": model.visual, "text": model.text}
+        new = {name: _with_slots(towers[name], own) for name, own in settings.items()}
+        return kwargs | {name: own for name, own in new.items() if own != settings[name]}
+    for layer in model.modules():
+        if isinstance(layer, SparseMoE) and layer.router_type == "soft":
+            return {"num_slots": layer.router.slots.shape[1], **kwargs}
+    return kwargs
+
+
+def _build(name: str, kwargs: dict, timm_image_weights: bool = False) -> nn.Module:
     try:
         if name in LIMOE_CONFIGS:
             return LIMoE(**{**LIMOE_CONFIGS[name], **kwargs})
+        if name in TWO_TOWER_CONFIGS:
+            settings = merge_settings(TWO_TOWER_CONFIGS[name], kwargs)
+            settings["image"]["pretrained"] = timm_image_weights
+            return TwoTower(**settings)
         if timm.is_model(name):
             return timm.create_model(name, **kwargs)
     except TypeError as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown is None:
             raise ValueError(f"model {name!r} does not take these settings ({sorted(kwargs)}): {error}") from error
-        classes = (LIMoE, VisionMoE, VisionTransformer, SparseMoE)
-        known = {key for owner in classes for key in inspect.signature(owner).parameters}
+        classes = (LIMoE, TwoTower, TextTransformer, VisionMoE, VisionTransformer)
+        known = {key for owner in classes for key in inspect.signature(owner).parameters} | SETTING_NAMES
         near = difflib.get_close_matches(unknown[1], known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"model {name!r} has no setting {unknown[1]!r}{hint}") from error
-    known = [*LIMOE_CONFIGS, *timm.list_models("vmoe_*"), *timm.list_models()]
+    known = [*list_models(), *timm.list_models()]
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else f"; this package has {list_models()}"
     raise ValueError(f"unknown model {name!r}{hint}")
@@ -93,20 +153,32 @@ def _build(name: str, kwargs: dict) -> nn.Module:
 
 def list_models() -> list[str]:
     """Names of this package's models."""
-    return [*LIMOE_CONFIGS, *timm.list_models("vmoe_*")]
+    return [*IMAGE_TEXT_NAMES, *timm.list_models("vmoe_*"), *timm.list_models("softmoe_*")]
 
 
 def model_spec(model: nn.Module) -> dict:
-    """{"name", "kwargs"}: enough to call `create_model` again, with a head or picture size that was changed since."""
+    """{"name", "kwargs"}: enough to call `create_model` again, with a head or picture size that was changed since.
+
+    An upcycled model also has "upcycle", the settings that make the dense one sparse.
+    """
     spec = getattr(model, "vmoe_spec", None)
     if spec is None:
-        raise ValueError("this model was not made by vmoe.create_model, so its settings are not known")
+        raise ValueError(
+            "how to build this model again is not known: it was not made by vmoe.create_model (make the dense "
+            "model with that before you upcycle it)"
+        )
     changed = {key: value for key, value in _live_settings(model).items() if model.vmoe_built.get(key) != value}
-    return {"name": spec["name"], "kwargs": {**spec["kwargs"], **changed}}
+    if isinstance(model, TwoTower) and changed:
+        changed = {"image": {**(spec["kwargs"].get("image") or {}), **changed}}
+    return {**spec, "kwargs": {**spec["kwargs"], **changed}}
 
 
 def _live_settings(model: nn.Module) -> dict:
-    """Settings that a model's own methods change after it was built (`reset_classifier`, `set_input_size`)."""
+    """Settings that a model's own methods change after it was built (`reset_classifier`, `set_input_size`).
+
+    Of a two-tower model: those of its image tower.
+    """
+    model = model.visual if isinstance(model, TwoTower) else model
     settings = {key: getattr(model, key) for key in ("num_classes", "global_pool") if hasattr(model, key)}
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     return settings if size is None else {**settings, "img_size": list(size)}
@@ -253,7 +325,8 @@ def _resize_positions(
     model: nn.Module, own: dict[str, Tensor], weights: dict[str, Tensor], preprocess: dict | None
 ) -> None:
     """Interpolate the position embeddings in `weights` to the model's grid of patches."""
-    for name in ("pos_embed", "image_pos_embed"):
+    model = model.visual if isinstance(model, TwoTower) else model
+    for name in ("pos_embed", "visual.pos_embed", "image_pos_embed"):
         if name not in own or name not in weights or own[name].shape[2:] != weights[name].shape[2:]:
             continue
         prefix = 0 if name == "image_pos_embed" or model.no_embed_class else model.num_prefix_tokens
@@ -272,6 +345,8 @@ def _resize_positions(
 
 def preprocess_config(model: nn.Module) -> dict:
     """How pictures reach the model: "input_size" (3, H, W), "mean", "std", "interpolation", "crop_pct"."""
+    if isinstance(model, TwoTower):
+        model = model.visual
     if isinstance(model, LIMoE):
         return {
             "input_size": (3, *model.image_size),
@@ -320,7 +395,7 @@ def get_tokenizer(model: str | nn.Module, context_length: int | None = None) -> 
     """open_clip's CLIP tokenizer at a model's context length.
 
     Args:
-        model: a LIMoE's name, or the model itself (which knows a context length that differs from the name's).
+        model: an image-text model's name, or the model itself (whose context length may differ from the name's).
         context_length: tokens per text, instead of the model's.
 
     Returns:
@@ -329,10 +404,12 @@ def get_tokenizer(model: str | nn.Module, context_length: int | None = None) -> 
     from open_clip.tokenizer import SimpleTokenizer
 
     if isinstance(model, str):
-        if model not in LIMOE_CONFIGS:
-            raise ValueError(f"no tokenizer for {model!r}: models with text are {list(LIMOE_CONFIGS)}")
-        default = inspect.signature(LIMoE).parameters["context_length"].default
-        own = LIMOE_CONFIGS[model].get("context_length", default)
+        if model not in IMAGE_TEXT_NAMES:
+            raise ValueError(f"no tokenizer for {model!r}: models with text are {list(IMAGE_TEXT_NAMES)}")
+        owner, settings = LIMoE, LIMOE_CONFIGS.get(model)
+        if settings is None:
+            owner, settings = TextTransformer, TWO_TOWER_CONFIGS[model]["text"]
+        own = settings.get("context_length", inspect.signature(owner).parameters["context_length"].default)
     elif is_contrastive(model):
         own = model.context_length
     else:

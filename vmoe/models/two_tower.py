@@ -183,15 +183,14 @@ def _lock(tower: nn.Module, unlocked_groups: int) -> set[int]:
 def merge_settings(settings: Mapping, given: Mapping) -> dict:
     """Settings of a two-tower model with the user's on top, tower by tower.
 
-    An image tower of another name, or from a file (`image.pretrained`), starts from that model's own settings.
+    An image tower that is named starts from the settings of that name.
     """
     merged = {**settings, **given}
     for tower in TOWERS:
         own, users = settings.get(tower) or {}, given.get(tower) or {}
         if not isinstance(users, Mapping):
             raise ValueError(f"{tower} must hold the {tower} tower's settings, got {users!r}")
-        other = users.get("name", own.get("name")) != own.get("name") or isinstance(users.get("pretrained"), str)
-        merged[tower] = {**({} if other else own), **users}
+        merged[tower] = {**({} if "name" in users else own), **users}
     return merged
 
 

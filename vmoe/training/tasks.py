@@ -18,8 +18,7 @@ from vmoe.config_io import ConfigError
 from vmoe.data import BadSample, EvalLoader, build_dataset, build_mixup, build_transform, eval_loader
 from vmoe.evaluation import evaluate_classification, evaluate_retrieval, evaluate_zero_shot
 from vmoe.evaluation.zero_shot import check_class_names, resolve_templates
-from vmoe.models.factory import create_model, get_tokenizer, is_contrastive, preprocess_config
-from vmoe.models.limoe import LIMOE_CONFIGS
+from vmoe.models.factory import IMAGE_TEXT_NAMES, create_model, get_tokenizer, is_contrastive, preprocess_config
 from vmoe.training.config import Config
 
 Batch = dict[str, Tensor]
@@ -127,7 +126,7 @@ class Classification(Task):
                 f"model.kwargs.num_classes is {num_classes}, but data.train has {len(self.class_names)} classes; "
                 "leave num_classes out to take it from the data"
             )
-        if self.config.model.name in LIMOE_CONFIGS:
+        if self.config.model.name in IMAGE_TEXT_NAMES:
             raise ConfigError(
                 f"task 'classification' needs a classifier, and {_name(self.config)} is an image-text model"
             )
