@@ -47,12 +47,14 @@ class ModelConfig:
     """The model.
 
     Attributes:
-        name: A LIMoE ("limoe_tiny_patch8_48") or any timm name ("vmoe_tiny_patch8_48", "vit_small_patch16_224"); null
-            takes the name and kwargs stored in `pretrained`.
+        name: A LIMoE ("limoe_tiny_patch8_48"), a two-tower model ("two_tower_tiny_patch8_48") or any timm name
+            ("vmoe_tiny_patch8_48", "vit_small_patch16_224"); null takes the name and kwargs stored in `pretrained`.
         pretrained: Weights to start from: a .safetensors file of vmoe, or the folder of a run or a checkpoint. The head
             is new if the number of classes differs; position embeddings are resized to the new picture size.
         kwargs: Arguments of the model: routing settings (num_experts, num_selected_experts, moe_layers,
-            capacity_factor, ...), img_size, drop_path_rate, ... The number of classes is taken from the data.
+            capacity_factor, ...), img_size, drop_path_rate, ... The number of classes is taken from the data. A
+            two-tower model has those of its towers below image and text; image.pretrained names a file, or a run's
+            folder, with the image tower.
     """
 
     name: str | None = None
@@ -91,6 +93,7 @@ class TrainConfig:
         clip_grad_norm: Largest norm of the whole gradient; null does not clip.
         loss: Contrastive loss, open_clip's softmax (CLIP) or sigmoid (SigLIP); classification uses cross-entropy.
         freeze: Patterns (`*`, `?`) of parameter names to leave untrained, such as "patch_embed.*" or "*.router.*".
+            A tower that is frozen as a whole ("visual.*") is locked, as in LiT: nothing that it gives changes.
         ema_decay: Decay of an exponential moving average of the weights (timm's ModelEmaV3 with warm-up), which is then
             what gets evaluated; null keeps none.
         compile: Run the model through torch.compile.
@@ -244,11 +247,12 @@ class Config:
             raise ConfigError(f"optim.betas must be two numbers in [0, 1), got {optim.betas}")
         if optim.warmup_steps >= train.steps:
             raise ConfigError(f"optim.warmup_steps must be < train.steps ({train.steps}), got {optim.warmup_steps}")
-        if self.model.kwargs.get("auxiliary_loss", "record") != "record":
-            raise ConfigError(
-                "model.kwargs.auxiliary_loss must be 'record' here: the loop adds the auxiliary losses itself; "
-                "'attach' would add them twice"
-            )
+        for key, kwargs in (("", self.model.kwargs), *((f"{k}.", self.model.kwargs.get(k)) for k in ("image", "text"))):
+            if isinstance(kwargs, dict) and kwargs.get("auxiliary_loss", "record") != "record":
+                raise ConfigError(
+                    f"model.kwargs.{key}auxiliary_loss must be 'record' here: the loop adds the auxiliary losses "
+                    "itself; 'attach' would add them twice"
+                )
         if self.task == "contrastive":
             for key in ("mixup", "cutmix", "label_smoothing"):
                 if getattr(augmentation, key):

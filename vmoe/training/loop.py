@@ -110,6 +110,7 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
     if config.train.grad_checkpointing:
         model.set_grad_checkpointing()
     freeze(model, config.train.freeze)
+    model.train()  # now that it is known what is frozen: a locked tower stays in evaluation mode
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ema = None if config.train.ema_decay is None else ModelEmaV3(model, config.train.ema_decay, use_warmup=True)
     optimizer = create_optimizer(model, config.optim)
