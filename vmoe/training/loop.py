@@ -194,6 +194,7 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
                 optimizer.zero_grad()
                 step += 1
                 schedule.step_update(step)
+                vmoe.update_expert_bias(model)
                 task.after_step(model)
                 if ema is not None:
                     ema.update(model, step=step)
