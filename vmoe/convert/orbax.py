@@ -1,0 +1,136 @@
+"""Orbax checkpoints: a folder in which every array is a Zarr array, all in one OCDBT store or each in its own folder.
+
+Read with tensorstore (`pip install "vmoe[convert]"`), without JAX.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from vmoe.convert.arrays import CheckpointError, Slices
+
+_MARKS = ("manifest.ocdbt", "_METADATA", "checkpoint")
+
+
+def _tensorstore():
+    try:
+        import tensorstore
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'Orbax checkpoints are read with tensorstore: pip install "vmoe[convert]"', name="tensorstore"
+        ) from error
+    return tensorstore
+
+
+def find_orbax(folder: str | Path, step: int | None = None) -> Path | None:
+    """The folder of the arrays: `folder` itself, or inside a checkpoint manager's numbered folders; None if none."""
+    folder = Path(folder)
+    steps = {int(path.name): path for path in folder.glob("*") if path.name.isdecimal() and path.is_dir()}
+    if step is not None:
+        return find_orbax(steps[step]) if step in steps else None
+    if any((folder / mark).is_file() for mark in _MARKS):
+        return folder
+    if steps:
+        return find_orbax(steps[max(steps)])
+    inside = [path for path in folder.glob("*") if any((path / mark).is_file() for mark in _MARKS)]
+    return inside[0] if len(inside) == 1 else None
+
+
+class ZarrArray:
+    """A `StoredArray` that tensorstore reads.
+
+    Args:
+        store: the open tensorstore.
+        source: folder and name, for errors.
+    """
+
+    def __init__(self, store, source: str) -> None:
+        self.store, self.source = store, source
+        self.shape, self.dtype = tuple(store.shape), store.dtype.name
+        self.nbytes = math.prod(self.shape) * store.dtype.numpy_dtype.itemsize
+
+    def pieces(self) -> Iterator[tuple[Slices, np.ndarray]]:
+        chunk = self.store.chunk_layout.read_chunk.shape or ()
+        # A chunk is decoded as a whole, so asking for less than one would only decode it again.
+        for outer in _grid(self.shape, chunk):
+            try:
+                yield outer, np.asarray(self.store[outer].read().result())
+            except ValueError as error:
+                raise CheckpointError(f"{self.source} is damaged: {_short(error)}") from error
+
+
+def _grid(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Slices]:
+    if not shape:
+        yield ()
+        return
+    for corner in np.ndindex(*(math.ceil(size / step) for size, step in zip(shape, chunk, strict=True))):
+        yield tuple(
+            slice(index * step, min((index + 1) * step, size))
+            for index, step, size in zip(corner, chunk, shape, strict=True)
+        )
+
+
+def _short(error: Exception) -> str:
+    return str(error).splitlines()[0][:300]
+
+
+def open_orbax(folder: str | Path) -> dict[str, ZarrArray]:
+    """The arrays of an Orbax checkpoint by name, "params/Encoder/encoder_norm/scale".
+
+    Raises:
+        CheckpointError: for a file that is missing or damaged; names the folder and the tensor.
+        ModuleNotFoundError: if tensorstore is not installed; says how to get it.
+    """
+    ts = _tensorstore()
+    folder = Path(folder).resolve()
+    plain = {"driver": "file", "path": f"{folder}/"}
+    base = {"driver": "ocdbt", "base": plain} if (folder / "manifest.ocdbt").is_file() else plain
+    try:
+        keys = {key.decode() for key in ts.KvStore.open(base).result().list().result()}
+    except ValueError as error:
+        raise CheckpointError(f"{folder} is not a readable Orbax checkpoint: {_short(error)}") from error
+    formats = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
+    stored = {key.removesuffix(end): driver for key in keys for end, driver in formats.items() if key.endswith(end)}
+    names = _names(folder, stored)
+    arrays = {}
+    for name, key in names.items():
+        if key not in stored:
+            raise CheckpointError(f"{folder} has lost {name}: _METADATA names it, the store does not hold it")
+        inner = {**base, "path": f"{base['path']}{key}/" if base is plain else key}
+        try:
+            store = ts.open({"driver": stored[key], "kvstore": inner}, open=True, read=True).result()
+        except ValueError as error:
+            raise CheckpointError(f"{name} in {folder} cannot be opened: {_short(error)}") from error
+        arrays[name] = ZarrArray(store, f"{name} in {folder}")
+        if base is plain:
+            _check_chunks(arrays[name], key, keys)
+    return arrays
+
+
+def _names(folder: Path, stored: dict[str, str]) -> dict[str, str]:
+    """{name with slashes: key in the store}, in the order of the tree where the folder describes it."""
+    file = folder / "_METADATA"
+    if not file.is_file():
+        return {key.replace(".", "/"): key for key in sorted(stored)}
+    try:
+        tree = json.loads(file.read_text())["tree_metadata"].values()
+        paths = [
+            [str(part["key"]) for part in leaf["key_metadata"]]
+            for leaf in tree
+            if leaf["value_metadata"].get("value_type") not in ("None", "Dict", "List")
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is damaged: {_short(error)}") from error
+    return {"/".join(path): ".".join(path) for path in paths}
+
+
+def _check_chunks(array: ZarrArray, key: str, keys: set[str]) -> None:
+    """A chunk's file that is not there would be read as zeros. (In OCDBT a lost file is an error by itself.)"""
+    chunk = array.store.chunk_layout.read_chunk.shape or ()
+    wanted = math.prod(math.ceil(size / step) for size, step in zip(array.shape, chunk, strict=True))
+    own = sum(other.startswith(f"{key}/") for other in keys) - 1
+    if own < wanted:
+        raise CheckpointError(f"{array.source} has lost {wanted - own} of its {wanted} chunks")

@@ -1,0 +1,161 @@
+"""The reference's models as ours: from its config and weights, and back.
+
+Reference: https://github.com/google-research/vmoe. Its casts of dispatched rows to bfloat16 are left out: they save
+bandwidth on its hardware and are no part of the model.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vmoe.convert.arrays import ArrayInMemory, CheckpointError, StoredArray, copy_into, read_array, select_params
+from vmoe.convert.export import reference_config
+from vmoe.convert.layout import Place, reference_places, zoom_positions
+from vmoe.convert.settings import model_settings
+
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def from_reference(
+    config: Mapping[str, Any],
+    params: Mapping[str, Any],
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    context_length: int | None = None,
+) -> nn.Module:
+    """Build one of the reference's models and load its weights.
+
+    Args:
+        config: the reference's model config (`config.model` of its experiments): of VisionTransformerMoe, or of TwoTower
+            with "image" and "text". Keys that are absent have the reference's defaults.
+        params: {"Encoder/encoder_norm/scale": array, ...}, flat or nested, with or without "params/" in front.
+        image_size: in pixels; else "image_size" of the config, else that of the position embeddings. If it is another
+            than theirs they are zoomed, as the reference does when it fine-tunes.
+        context_length: words of a text tower without position embeddings.
+
+    Returns:
+        A `VisionMoE` or `TwoTower` in eval mode, which has the reference's capacity, groups and priority there too.
+        Pictures come as (B, 3, H, W). `vmoe.models.factory.save_pretrained` can write it.
+
+    Raises:
+        ConfigError: for a key or value that cannot be converted.
+        CheckpointError: if the weights do not fit the config; names the tensors.
+    """
+    from vmoe.models.factory import create_model
+
+    stored = {name: ArrayInMemory(array) for name, array in _flat(params).items()}
+    stored, _ = select_params(stored, "params")
+    shapes = {name: array.shape for name, array in stored.items()}
+    name, kwargs = model_settings(config, shapes, image_size, context_length)
+    model = create_model(name, **kwargs)
+    tensors = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+    fill(tensors, fit(model, stored, "params"), stored)
+    return model.eval()
+
+
+def to_reference(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> dict[str, np.ndarray]:
+    """A model's weights under the reference's names, in its layout.
+
+    Args:
+        model: a V-MoE, Soft MoE (or their dense twin), or a two-tower model of them, of what the reference can express;
+            `reference_config` raises for others.
+        tensors: other tensors to rename, such as gradients, by their names in the model; by default its parameters.
+
+    Returns:
+        {"Encoder/encoder_norm/scale": array, ...}; copies.
+
+    Raises:
+        ValueError: for a model that the reference does not have, such as a LIMoE.
+    """
+    reference_config(model, group_size=1)  # raises for what the reference does not have
+    if tensors is None:
+        tensors = model.state_dict()
+    return {
+        name: np.array(place.view(_numpy(tensors[place.tensor])), order="C")
+        for name, place in reference_places(model).items()
+        if place.tensor in tensors
+    }
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+# --- fitting weights into tensors ------------------------------------------------------------------------------------
+
+
+def fit(model: nn.Module, stored: Mapping[str, StoredArray], source: object) -> list[tuple[str, Place, tuple | None]]:
+    """Check that the weights are those of the model.
+
+    Returns:
+        (the reference's name, the place for it, the grid of patches to zoom position embeddings to or None).
+
+    Raises:
+        CheckpointError: names what is missing, left over, or of another shape or type.
+    """
+    places, rows, problems = reference_places(model), [], []
+    own = model.state_dict()
+    for name, place in places.items():
+        if name not in stored:
+            problems.append(f"{name} is missing")
+            continue
+        array, grid = stored[name], None
+        shape = place.view(np.empty(tuple(own[place.tensor].shape), np.float32)).shape  # never touched
+        if array.dtype not in _FLOATS:
+            problems.append(f"{name} is of type {array.dtype}")
+        elif array.shape != shape:
+            grid = _zoom_to(model, name, array.shape, shape)
+            if grid is None:
+                problems.append(f"{name} has shape {array.shape}, the model's is {shape}")
+        rows.append((name, place, grid))
+    problems += [f"{name} is not part of the model" for name in sorted(stored.keys() - places.keys())]
+    if problems:
+        more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise CheckpointError(f"{source} does not fit the config: " + "; ".join(problems[:6]) + more)
+    return rows
+
+
+def _zoom_to(model: nn.Module, name: str, old: tuple, new: tuple) -> tuple[int, int] | None:
+    if not name.endswith("Encoder/posembed_input/pos_embedding") or name.startswith("txt/"):
+        return None
+    tower = getattr(model, "visual", model)
+    return tuple(tower.patch_embed.grid_size) if len(old) == 3 and (old[0], old[2]) == (new[0], new[2]) else None
+
+
+def fill(
+    tensors: Mapping[str, np.ndarray],
+    rows: list[tuple[str, Place, tuple | None]],
+    stored: Mapping[str, StoredArray],
+) -> None:
+    """Read the weights into our tensors, which may be maps of a file.
+
+    Args:
+        tensors: our arrays by name, writable; changed in place.
+        rows: what `fit` returned.
+        stored: the weights.
+
+    Raises:
+        CheckpointError: for position embeddings that cannot be zoomed, or a file that cannot be read.
+    """
+    for name, place, grid in rows:
+        target = place.view(tensors[place.tensor])
+        if grid is None:
+            copy_into(target, stored[name])
+            continue
+        try:
+            has_prefix = math.prod(grid) != target.shape[1]
+            target[...] = zoom_positions(read_array(stored[name]), grid, has_prefix)
+        except ValueError as error:
+            raise CheckpointError(f"{name} cannot be resized: {error}") from error

@@ -1,0 +1,307 @@
+"""The reference's model config as arguments of `vmoe.create_model`.
+
+Nothing is guessed: a key without a meaning here, or a value that cannot be expressed, is an error that names it.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vmoe.convert.config import ConfigError, Section
+from vmoe.moe.dispatch import expert_capacity
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# A registered name for each known size, so that a file says what it is; every setting is given beside it.
+_NAMES = {
+    (512, 8, 32): "vmoe_small_patch32_224",
+    (768, 12, 32): "vmoe_base_patch32_224",
+    (768, 12, 16): "vmoe_base_patch16_224",
+    (1024, 24, 32): "vmoe_large_patch32_224",
+    (1024, 24, 16): "vmoe_large_patch16_224",
+    (1280, 32, 14): "vmoe_huge_patch14_224",
+}
+_ANY_SIZE = "vmoe_base_patch16_224"
+_TWO_TOWER = "two_tower_base_patch16"
+_ROUTERS = {
+    "NoisyTopExpertsPerItemRouter": "vmoe.nn.routing",
+    "NoisyTopItemsPerExpertRouter": "vmoe.nn.routing",
+    "SoftRouter": "vmoe.projects.soft_moe.router",
+}
+_POOLS = {"token": "token", "0": "token", "gap": "avg", "map": "map"}
+_TEXT_POOLS = ("last", "first", "gap", "gmp", "map")
+
+
+def model_settings(
+    config: Mapping[str, Any],
+    shapes: Shapes,
+    image_size: int | tuple[int, int] | None = None,
+    context_length: int | None = None,
+) -> tuple[str, dict[str, Any]]:
+    """A name and keyword arguments for `vmoe.create_model`.
+
+    Args:
+        config, image_size, context_length: see `vmoe.convert.from_reference`.
+        shapes: of the weights, by the reference's names.
+
+    Raises:
+        ConfigError: for a key or value that cannot be converted.
+    """
+    top = Section(config)
+    if "image" in top.values and "text" in top.values:
+        return _TWO_TOWER, _two_tower(top, shapes, image_size, context_length)
+    if context_length is not None:
+        raise ConfigError("context_length is for two-tower models, this config has no text tower")
+    kwargs = _image(top, shapes, image_size)
+    return kwargs.pop("name"), kwargs
+
+
+def _two_tower(top: Section, shapes: Shapes, image_size, context_length: int | None) -> dict[str, Any]:
+    top.call("name", "TwoTower", {"TwoTower": "vmoe.projects.contrastive.models"})
+    top.ignore("deterministic", "batch")
+    size = top.take("image_size", None)
+    towers = {"img": {}, "txt": {}}
+    for name, shape in shapes.items():
+        tower, _, rest = name.partition("/")
+        towers.get(tower, {})[rest] = shape
+    image = _image(top.section("image"), towers["img"], image_size or size)
+    text = _text(top.section("text"), towers["txt"], context_length)
+    widths = [image["num_classes"] or image.get("representation_size") or image["embed_dim"]]
+    widths.append(text["num_classes"] or text["width"])
+    if widths[0] != widths[1]:
+        raise ConfigError(f"the image tower gives {widths[0]} features, the text tower {widths[1]}: they must be equal")
+    scale, bias = top.number("scale_init", 1.0, float), top.number("bias_init", None, float, optional=True)
+    if not scale > 0:
+        raise top.wrong("scale_init", scale, "positive")
+    top.finish()
+    logits = {"init_logit_scale": math.log(scale)} | ({} if bias is None else {"init_logit_bias": bias})
+    return {"image": image, "text": text, "embed_dim": widths[0], **logits}
+
+
+def _image(config: Section, shapes: Shapes, image_size) -> dict[str, Any]:
+    config.call("name", "VisionTransformerMoe", {"VisionTransformerMoe": "vmoe.nn.vit_moe"})
+    # Initial values, and things that a forward pass in eval mode does not know.
+    config.ignore("head_bias_init", "head_kernel_zero_init", "deterministic", "batch", "image_size")
+    width = config.number("hidden_size")
+    patch = config.take("patch_size")
+    patch = tuple(patch) if isinstance(patch, (list, tuple)) else (patch, patch)
+    classifier = config.choice("classifier", "token", tuple(_POOLS))
+    representation = config.number("representation_size", None, optional=True)
+    classes = config.number("num_classes", optional=True)
+    encoder = config.section("encoder")
+    position = encoder.section("position_emb")
+    learned = position.choice("name", "learned", ("learned", "none", "sincos2d"))
+    temperature = position.number("temperature", 10_000.0, float)
+    position.ignore("h", "w")
+    position.finish()
+    tokens = shapes.get("Encoder/posembed_input/pos_embedding", (0, 0, 0))[1] if learned == "learned" else None
+    size = _image_size(image_size or config.values.get("image_size"), tokens, patch, classifier == "token")
+    depth, heads, mlp_dim, dropout = _encoder(encoder, width)
+    settings = {
+        "name": _NAMES.get((width, depth, patch[0]), _ANY_SIZE),
+        "img_size": size or [max(1, 224 // side) * side for side in patch],
+        "patch_size": list(patch),
+        "num_classes": classes or 0,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": heads,
+        "mlp_ratio": _ratio(mlp_dim, width),
+        "class_token": classifier == "token",
+        "global_pool": _POOLS[classifier],
+        "fc_norm": False,
+        "pos_embed": {"learned": "learn", "none": "none", "sincos2d": "sincos2d"}[learned],
+        "pos_temperature": temperature,
+        "qk_norm": bool(encoder.take("attention_qk_norm", False)),
+        "pos_drop_rate": dropout,
+        "proj_drop_rate": dropout,
+        "attn_drop_rate": encoder.number("attention_dropout_rate", 0.0, float),
+        **_experts(encoder, shapes, depth, mlp_dim, dropout),
+    }
+    if representation is not None:
+        settings["representation_size"] = representation
+    if size is None:  # such a model of the reference takes pictures of any size
+        settings["dynamic_img_size"] = True
+    encoder.finish()
+    config.finish()
+    return settings
+
+
+def _image_size(size, tokens: int | None, patch: tuple[int, int], has_class_token: bool) -> list[int] | None:
+    if size is not None:
+        return list(size) if isinstance(size, (list, tuple)) else [size, size]
+    if tokens is None:
+        return None
+    side = math.isqrt(tokens - has_class_token) if tokens else 0
+    if side == 0 or side * side != tokens - has_class_token:
+        raise ConfigError(
+            f"image_size is not in the config and cannot be told from {tokens} position embeddings, which are no square "
+            "grid of patches; add image_size"
+        )
+    return [side * step for step in patch]
+
+
+def _ratio(mlp_dim: int, width: int) -> float:
+    """What a library that computes int(width · ratio) must be given."""
+    ratio = mlp_dim / width
+    return ratio if int(width * ratio) == mlp_dim else (mlp_dim + 0.5) / width
+
+
+def _encoder(encoder: Section, width: int) -> tuple[int, int, int, float]:
+    depth, heads = encoder.number("num_layers"), encoder.number("num_heads")
+    if heads < 1 or width % heads:
+        raise encoder.wrong("num_heads", heads, f"a divisor of hidden_size = {width}")
+    dtype = encoder.take("dtype", None)
+    if dtype not in (None, "float32", np.float32):
+        raise encoder.wrong("dtype", dtype, "float32 or absent; use torch.autocast to compute in less")
+    encoder.ignore("deterministic")
+    return depth, heads, encoder.number("mlp_dim"), encoder.number("dropout_rate", 0.0, float)
+
+
+def _text(config: Section, shapes: Shapes, context_length: int | None) -> dict[str, Any]:
+    config.call("name", "TextTransformer", {"TextTransformer": "vmoe.projects.contrastive.models"})
+    config.ignore("head_bias_init", "head_kernel_zero_init", "deterministic")
+    width = config.number("hidden_size")
+    encoder = config.section("encoder")
+    position = encoder.section("position_emb")
+    learned = position.choice("name", "learned", ("learned", "none")) == "learned"
+    position.finish()
+    if learned:
+        length = shapes.get("Encoder/posembed_input/pos_embedding", (0, 0, 0))[1]
+        if context_length not in (None, length):
+            raise ConfigError(f"context_length is {context_length}, the text tower has {length} position embeddings")
+        context_length = length
+    if not context_length:
+        raise ConfigError(
+            "the length of texts cannot be told: the text tower has no position embeddings; give context_length"
+        )
+    depth, heads, mlp_dim, dropout = _encoder(encoder, width)
+    for name, rate in (("dropout_rate", dropout), ("attention_dropout_rate", None)):
+        rate = encoder.number(name, 0.0, float) if rate is None else rate
+        if rate:
+            raise encoder.wrong(name, rate, "0: text towers have no dropout here, and it acts in training only")
+    settings = {
+        "vocab_size": config.number("vocab_size"),
+        "context_length": context_length,
+        "width": width,
+        "depth": depth,
+        "num_heads": heads,
+        "mlp_ratio": _ratio(mlp_dim, width),
+        "num_classes": config.number("num_classes", optional=True) or 0,
+        "pool": config.choice("pool_type", "last", _TEXT_POOLS),
+        "eot_token_id": None,
+        "pos_embed": "learn" if learned else "none",
+        "qk_norm": bool(encoder.take("attention_qk_norm", False)),
+        **_experts(encoder, shapes, depth, mlp_dim, dropout),
+    }
+    encoder.finish()
+    config.finish()
+    return settings
+
+
+def _experts(encoder: Section, shapes: Shapes, depth: int, mlp_dim: int, dropout: float) -> dict[str, Any]:
+    moe = encoder.section("moe")
+    layers = moe.take("layers", ())
+    if not isinstance(layers, (list, tuple)):
+        raise moe.wrong("layers", layers, "a list of block numbers")
+    layers = [layer for layer in range(depth) if layer in layers]  # the reference overlooks others
+    if not layers:
+        return {"num_experts": 0}
+    E = moe.number("num_experts")
+    own_dim = moe.number("mlp_dim", mlp_dim)
+    if own_dim != mlp_dim:
+        raise moe.wrong("mlp_dim", own_dim, f"encoder.mlp_dim, {mlp_dim}")
+    moe.ignore("split_rngs", "deterministic")
+    size = moe.number("group_size")
+    router = moe.section("router")
+    kind = router.call("name", "NoisyTopExpertsPerItemRouter", _ROUTERS)
+    convert = {
+        "NoisyTopExpertsPerItemRouter": _top_k,
+        "NoisyTopItemsPerExpertRouter": _expert_choice,
+        "SoftRouter": _soft,
+    }[kind]
+    settings = {
+        "moe_layers": layers,
+        "num_experts": E,
+        "group_size": size,
+        "expert_drop": moe.number("dropout_rate", dropout, float),
+        **convert(router, E, size),
+    }
+    router.ignore("dtype")
+    router.finish()
+    moe.finish()
+    return settings
+
+
+def _noise(router: Section, default: float) -> float:
+    std, deterministic = router.number("noise_std", default, float), router.take("deterministic", None)
+    if deterministic is False and std > 0:
+        raise router.wrong("deterministic", False, "absent or true: there is no noise outside training here")
+    return 0.0 if deterministic else std
+
+
+def _weight(router: Section, name: str, default: float) -> float:
+    return max(0.0, router.number(name, default, float))  # the reference leaves losses of no positive weight out
+
+
+def _top_k(router: Section, E: int, size: int) -> dict[str, Any]:
+    K = router.number("num_selected_experts", 1)
+    if not 1 <= K <= E:
+        raise router.wrong("num_selected_experts", K, f"1..num_experts, {E}")
+    dispatcher = router.section("dispatcher")
+    capacity = _capacity(dispatcher, E, size * K, ("einsum", "indices"))
+    if "capacity_factor" in capacity:
+        capacity["eval_capacity_factor"] = capacity["capacity_factor"]
+    settings = {
+        "router": "top_k",
+        "num_selected_experts": K,
+        "noise_std": _noise(router, 1.0),
+        "batch_priority": bool(dispatcher.take("batch_priority")),
+        **capacity,
+        "importance_loss": _weight(router, "importance_loss_weight", 1.0),
+        "load_loss": _weight(router, "load_loss_weight", 1.0),
+        "gshard_loss": _weight(router, "gshard_loss_weight", 0.0),
+    }
+    dispatcher.finish()
+    return settings
+
+
+def _expert_choice(router: Section, E: int, size: int) -> dict[str, Any]:
+    dispatcher = router.section("dispatcher")
+    settings = {
+        "router": "expert_choice",
+        "noise_std": _noise(router, 1.0),
+        **_capacity(dispatcher, E, size, ("einsum",)),
+    }
+    dispatcher.finish()
+    return settings
+
+
+def _capacity(dispatcher: Section, E: int, tokens: int, names: tuple[str, ...]) -> dict[str, Any]:
+    dispatcher.choice("name", None, names)
+    dispatcher.ignore("bfloat16", "partition_spec", "einsum_precision")
+    factor = dispatcher.number("capacity_factor", None, float, optional=True)
+    capacity = dispatcher.number("capacity", None, optional=True)
+    rounding = dispatcher.choice("capacity_ceil_or_round", "ceil", ("ceil", "round"))
+    multiple = max(1, dispatcher.number("capacity_multiple_of", 4, optional=True) or 1)
+    if (factor is None) == (capacity is None):
+        raise ConfigError(
+            f"{dispatcher.key('')} must have either capacity_factor or capacity, got {factor!r} and {capacity!r}"
+        )
+    if capacity:
+        return {"capacity": capacity}
+    if factor is None or factor <= 0 or expert_capacity(tokens, E, 1, factor, rounding, 1) < 1:
+        raise dispatcher.wrong("capacity_factor", factor, "large enough for one token per expert and group")
+    return {"capacity_factor": factor, "capacity_rounding": rounding, "capacity_multiple_of": multiple}
+
+
+def _soft(router: Section, E: int, size: int) -> dict[str, Any]:
+    router.ignore("precision", "partition_spec", "compute_similarity_metrics", "mu_init", "scale_init")
+    slots = router.number("num_slots", None, optional=True)
+    factor = router.number("capacity_factor", 1.0, float, optional=True)
+    if slots is None:
+        slots = expert_capacity(size, E, 1, factor, "round", 1) if factor and factor > 0 else 0
+    if slots < 1:
+        raise router.wrong("num_slots" if factor is None else "capacity_factor", factor, "enough for one slot")
+    return {"router": "soft", "noise_std": _noise(router, 0.0), "num_slots": slots}

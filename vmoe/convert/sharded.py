@@ -1,0 +1,172 @@
+"""The reference's own checkpoints: PREFIX.index and PREFIX.data-i-of-n, or one flax MessagePack file.
+
+The index is a tree of arrays' shapes; each array is cut into chunks, each chunk lies in one of the n shards. In a shard
+the arrays have numbers, in the order in which JAX walks the tree: by sorted key at every level.
+"""
+
+import math
+import re
+from pathlib import Path
+
+from vmoe.convert.arrays import CheckpointError, Slices
+from vmoe.convert.messagepack import ArrayInFiles, IndexEntry, Piece, Reader, itemsize
+
+_CHUNKS, _FLAX_CHUNKS = "__msgpack_array_chunk_a87ca2__", "__msgpack_chunked_array__"
+_VERSIONS = (None, "20220622")  # None: from before the format had a version; the same but for that key
+
+
+def open_sharded(prefix: str | Path) -> dict[str, ArrayInFiles]:
+    """The arrays of a sharded checkpoint by name, "Encoder/encoder_norm/scale".
+
+    Args:
+        prefix: the common beginning of the files' names.
+
+    Raises:
+        CheckpointError: for a missing or truncated file, an unknown version or extension type, or chunks that do not
+            cover their array; names the file and the tensor.
+    """
+    index_file = Path(f"{prefix}.index")
+    entries, shard_count = _read_index(index_file)
+    names = {str(number): name for number, name in enumerate(entries)}
+    arrays: dict[str, list[tuple[Slices, list[Piece]]]] = {name: [] for name in entries}
+    for shard in sorted({shard for entry in entries.values() for shard in entry.shards}):
+        file = Path(f"{prefix}.data-{shard:05d}-of-{shard_count:05d}")
+        if not file.is_file():
+            needed = next(name for name, entry in entries.items() if shard in entry.shards)
+            raise CheckpointError(f"{file} is missing: {index_file.name} says that it holds part of {needed}")
+        for name, where, pieces in _read_shard(file, names):
+            entry = entries[name]
+            if (shard, _key(where)) in {(s, _key(w)) for s, w in zip(entry.shards, entry.slices, strict=False)}:
+                _check_chunk(file, name, entry, where, pieces)
+                arrays[name].append((where, pieces))
+    for name, entry in entries.items():
+        _check_cover(index_file, name, entry, [where for where, _ in arrays[name]])
+    return {name: ArrayInFiles(entry.shape, entry.dtype, arrays[name]) for name, entry in entries.items()}
+
+
+def _read_index(file: Path) -> tuple[dict[str, IndexEntry], int]:
+    index = Reader(file).read()
+    if not isinstance(index, dict) or not isinstance(index.get("index"), dict):
+        raise CheckpointError(f"{file} is not the index of a checkpoint: it has no tree named 'index'")
+    if index.get("version") not in _VERSIONS:
+        raise CheckpointError(f"{file} has version {index['version']!r}; this reader knows {_VERSIONS[1:]}")
+    count = index.get("shard_count")
+    if not isinstance(count, int) or count < 1:
+        raise CheckpointError(f"{file} has a shard_count of {count!r}")
+    entries = _flatten(index["index"])
+    for name, entry in entries.items():
+        if not isinstance(entry, IndexEntry):
+            raise CheckpointError(f"{file} describes {name} by {type(entry).__name__}, not by a shape and its chunks")
+        if len(entry.slices) != len(entry.shards) or any(shard >= count for shard in entry.shards):
+            raise CheckpointError(f"{file} places {name} in shards {entry.shards[:8]} of {count}")
+    return entries, count
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict:
+    """{"a/b": leaf} in JAX's order."""
+    flat = {}
+    for key in sorted(tree):
+        value = tree[key]
+        if isinstance(value, dict) and _FLAX_CHUNKS not in value:
+            flat |= _flatten(value, f"{prefix}{key}/")
+        elif value is not None:
+            flat[prefix + key] = value
+    return flat
+
+
+def _read_shard(file: Path, names: dict[str, str]):
+    """(array name, slices, pieces) of every chunk of a shard."""
+    shard = Reader(file, names).read()
+    if not isinstance(shard, dict) or _CHUNKS not in shard:
+        raise CheckpointError(f"{file} is not a shard of a checkpoint: it holds no chunks of arrays")
+    for number, chunks in shard.items():
+        if number == _CHUNKS:
+            continue
+        if number not in names:
+            raise CheckpointError(f"{file} holds array number {number}, of which the index knows nothing")
+        for chunk in chunks if isinstance(chunks, list) else [None]:
+            match chunk:
+                case [list(pieces), tuple(where)] if all(isinstance(piece, Piece) for piece in pieces):
+                    yield names[number], where, pieces
+                case _:
+                    raise CheckpointError(f"{file} has a damaged chunk of {names[number]}")
+
+
+def _key(where: Slices) -> tuple:
+    return tuple((part.start, part.stop) for part in where)
+
+
+def _check_chunk(file: Path, name: str, entry: IndexEntry, where: Slices, pieces: list[Piece]) -> None:
+    inside = len(where) == len(entry.shape) and all(
+        part.start <= part.stop <= size for part, size in zip(where, entry.shape, strict=True)
+    )
+    if not inside:
+        raise CheckpointError(f"{file} has a chunk of {name} at {_key(where)}, outside its shape {entry.shape}")
+    size, wanted = sum(piece.size for piece in pieces), math.prod(part.stop - part.start for part in where)
+    if size != wanted:
+        raise CheckpointError(f"{file} has {size} numbers for the chunk of {name} at {_key(where)}, which has {wanted}")
+    types = {piece.dtype for piece in pieces} - {entry.dtype}
+    if types:
+        raise CheckpointError(f"{file} has {name} in {types.pop()}, the index says {entry.dtype}")
+
+
+def _check_cover(index_file: Path, name: str, entry: IndexEntry, found: list[Slices]) -> None:
+    volume = sum(math.prod(part.stop - part.start for part in where) for where in found)
+    overlap = len({_key(where) for where in found}) != len(found) or any(
+        all(a.start < b.stop and b.start < a.stop for a, b in zip(one, other, strict=True))
+        for i, one in enumerate(found)
+        for other in found[i + 1 :]
+        if one
+    )
+    if volume != math.prod(entry.shape) or overlap:
+        how = "overlap in" if overlap else "do not cover"
+        raise CheckpointError(
+            f"the chunks in the shards of {index_file} {how} {name}: {volume} of {math.prod(entry.shape)} numbers "
+            f"in {len(found)} of {len(entry.slices)} chunks"
+        )
+
+
+def open_flax(file: str | Path) -> dict[str, ArrayInFiles]:
+    """The arrays of one file that flax wrote (`flax.serialization.to_bytes`), by name.
+
+    Raises:
+        CheckpointError: as `open_sharded`.
+    """
+    file = Path(file)
+    tree = Reader(file).read()
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{file} is not a checkpoint: it holds no dictionary of arrays")
+    return {name: array for name, leaf in _flatten(tree).items() if (array := _flax_array(file, name, leaf))}
+
+
+def _flax_array(file: Path, name: str, leaf) -> ArrayInFiles | None:
+    """The array of a leaf; None for plain numbers and words, which are not weights."""
+    if isinstance(leaf, Piece):
+        pieces, shape = [leaf], leaf.shape
+    elif isinstance(leaf, dict):
+        try:
+            shape = tuple(leaf["shape"][str(axis)] for axis in range(len(leaf["shape"])))
+            pieces = [leaf["chunks"][str(number)] for number in range(len(leaf["chunks"]))]
+            fits = sum(piece.size for piece in pieces) == math.prod(shape)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{file} has a damaged chunk of {name}") from error
+        if not fits or not pieces or len({piece.dtype for piece in pieces}) > 1:
+            raise CheckpointError(f"{file} has chunks of {name} that do not cover its shape {shape}")
+    else:
+        return None
+    itemsize(pieces[0].dtype)
+    return ArrayInFiles(shape, pieces[0].dtype, [(tuple(slice(0, size) for size in shape), pieces)])
+
+
+def find_sharded(prefix: str | Path, step: int | None = None) -> str | None:
+    """The prefix itself or, in training, where each step has its own, that of the last step or of `step`."""
+    prefix = str(prefix).removesuffix(".index")
+    if step is None and Path(f"{prefix}.index").is_file():
+        return prefix
+    path = Path(prefix)
+    found = {
+        int(match[1]): str(file).removesuffix(".index")
+        for file in path.parent.glob("*.index")
+        if (match := re.fullmatch(re.escape(path.name) + r"_(\d+)\.index", file.name))
+    }
+    return found.get(max(found) if found and step is None else step)
