@@ -19,14 +19,22 @@ from vmoe.moe import (
 
 if TYPE_CHECKING:
     from vmoe.evaluation.zero_shot import zero_shot_classify
+    from vmoe.models.densify import densify, measure_usage, prune_experts
     from vmoe.models.factory import create_model, create_model_and_transforms, get_tokenizer
+    from vmoe.models.upcycle import upcycle
+    from vmoe.models.upcycle_optimizer import upcycle_optimizer
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "create_model": "vmoe.models.factory",
     "create_model_and_transforms": "vmoe.models.factory",
+    "densify": "vmoe.models.densify",
     "get_tokenizer": "vmoe.models.factory",
+    "measure_usage": "vmoe.models.densify",
+    "prune_experts": "vmoe.models.densify",
+    "upcycle": "vmoe.models.upcycle",
+    "upcycle_optimizer": "vmoe.models.upcycle_optimizer",
     "zero_shot_classify": "vmoe.evaluation.zero_shot",
 }
 
@@ -36,9 +44,14 @@ __all__ = [
     "SparseMoE",
     "create_model",
     "create_model_and_transforms",
+    "densify",
     "get_tokenizer",
+    "measure_usage",
+    "prune_experts",
     "record_routing",
     "set_auxiliary_loss_scale",
+    "upcycle",
+    "upcycle_optimizer",
     "update_expert_bias",
     "zero_shot_classify",
 ]

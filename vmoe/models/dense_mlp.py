@@ -1,0 +1,188 @@
+"""The dense MLPs of timm and open_clip, and their weights as experts and back.
+
+Whatever an MLP calls its layers, its experts are `fc1` (of a gated MLP: gate first, then value), an optional `norm` of
+the hidden units, and `fc2`. The functions here only rearrange tensors, so they serve weights and an optimizer's moments
+alike.
+
+Shapes, by suffix: E experts, D model width, F hidden width, G virtual experts that a dense MLP is split into.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from timm.layers import GluMlp, Mlp, SwiGLU
+from torch import Tensor, nn
+
+
+class UpcycleError(ValueError):
+    """A model that cannot be made sparse or dense; one sentence that says why."""
+
+
+@dataclass(frozen=True)
+class MlpLayout:
+    """Where an MLP keeps its parts.
+
+    Attributes:
+        fc1: names of the first linear layer; two for a gated MLP with gate and value apart, the gate first.
+        fc2: name of the second linear layer.
+        act: name of the activation.
+        norm: name of the norm of the hidden units, which may be an identity.
+        drop: name of the dropout after the activation.
+        gated: hidden = act(gate) * value.
+        gate_last: one fc1 holds both, the value first.
+    """
+
+    fc1: tuple[str, ...] = ("fc1",)
+    fc2: str = "fc2"
+    act: str = "act"
+    norm: str | None = "norm"
+    drop: str | None = "drop1"
+    gated: bool = False
+    gate_last: bool = False
+
+    def hidden_features(self, mlp: nn.Module) -> int:
+        """F."""
+        return mlp.get_submodule(self.fc2).in_features
+
+    def has_norm(self, mlp: nn.Module) -> bool:
+        """The hidden units are normalised."""
+        return self.norm is not None and not isinstance(mlp.get_submodule(self.norm), nn.Identity)
+
+    def drop_rate(self, mlp: nn.Module) -> float:
+        """Dropout after the activation."""
+        return 0.0 if self.drop is None else mlp.get_submodule(self.drop).p
+
+
+@dataclass(frozen=True)
+class UpcycledFrom:
+    """What a sparse layer remembers of the MLP that it was made from.
+
+    Attributes:
+        layout: of the MLP.
+        skeleton: the MLP without weights.
+        granularity: G, the experts that one MLP was split into.
+    """
+
+    layout: MlpLayout
+    skeleton: nn.Module
+    granularity: int
+
+
+_OPEN_CLIP = MlpLayout(("c_fc",), "c_proj", "gelu", None, None)
+
+
+def mlp_layout(mlp: nn.Module) -> MlpLayout:
+    """The layout of timm's `Mlp`, `GluMlp` (SwiGLUPacked) or `SwiGLU`, or of open_clip's MLP.
+
+    Raises:
+        UpcycleError: for any other module; names its class.
+    """
+    layout = None
+    # The classes themselves: a subclass may compute something else.
+    if type(mlp) is Mlp:
+        layout = MlpLayout()
+    elif type(mlp) is GluMlp:
+        layout = MlpLayout(gated=True, gate_last=mlp.gate_last)
+    elif type(mlp) is SwiGLU:
+        layout = MlpLayout(("fc1_g", "fc1_x"), gated=True)
+    elif type(mlp) is nn.Sequential:
+        names = tuple(name for name, _ in mlp.named_children())
+        if names == ("c_fc", "gelu", "c_proj"):
+            layout = _OPEN_CLIP
+        elif names == ("c_fc", "gelu", "ln", "c_proj"):
+            layout = MlpLayout(("c_fc",), "c_proj", "gelu", "ln", None)
+    if layout is None:
+        raise UpcycleError(
+            f"an MLP of class {type(mlp).__name__} has no experts' form here; known are timm's Mlp, GluMlp and SwiGLU "
+            "and open_clip's c_fc-gelu-c_proj"
+        )
+    for name in (*layout.fc1, layout.fc2):
+        if type(mlp.get_submodule(name)) is not nn.Linear:
+            kind = type(mlp.get_submodule(name)).__name__
+            raise UpcycleError(f"the layer {name} of an MLP is a {kind}; only nn.Linear can be made into experts")
+    if layout.has_norm(mlp) and not isinstance(mlp.get_submodule(layout.norm), nn.LayerNorm):
+        kind = type(mlp.get_submodule(layout.norm)).__name__
+        raise UpcycleError(f"the norm inside an MLP is a {kind}; experts know only nn.LayerNorm there")
+    return layout
+
+
+def to_experts(
+    layout: MlpLayout, tensors: Mapping[str, Tensor], num_experts: int, granularity: int = 1, fc2_scale: float = 1.0
+) -> dict[str, Tensor]:
+    """Copies of an MLP's tensors for E experts.
+
+    Args:
+        layout: of the MLP.
+        tensors: its tensors by their names there, such as "fc1.weight"; biases and norms may be missing.
+        num_experts: E, a multiple of G.
+        granularity: G, expert e holds the hidden units of slice e % G; all keep the whole bias of fc2.
+        fc2_scale: factor on the second weight.
+
+    Returns:
+        {"fc1.weight": (E, F/G or 2F/G, D), "fc1.bias": (E, ...), "norm.weight": (E, F), "norm.bias": (E, F),
+        "fc2.weight": (E, D, F/G), "fc2.bias": (E, D)}, without those that the MLP lacks; freshly allocated.
+    """
+    G, copies = granularity, num_experts // granularity
+    experts = {}
+    for kind in ("weight", "bias"):
+        parts = [tensors[f"{name}.{kind}"] for name in layout.fc1 if f"{name}.{kind}" in tensors]
+        if parts:
+            if layout.gated and len(parts) == 1:
+                parts = list(parts[0].chunk(2))
+            if layout.gate_last:
+                parts.reverse()
+            experts[f"fc1.{kind}"] = torch.cat([part.unflatten(0, (G, -1)) for part in parts], dim=1)
+        norm = f"{layout.norm}.{kind}"
+        if norm in tensors:
+            experts[f"norm.{kind}"] = tensors[norm].unflatten(0, (G, -1))
+    experts["fc2.weight"] = tensors[f"{layout.fc2}.weight"].unflatten(1, (G, -1)).transpose(0, 1) * fc2_scale
+    if f"{layout.fc2}.bias" in tensors:
+        experts["fc2.bias"] = tensors[f"{layout.fc2}.bias"].expand(G, -1)
+    return {name: tensor.repeat(copies, *[1] * (tensor.ndim - 1)) for name, tensor in experts.items()}
+
+
+def from_experts(layout: MlpLayout, tensors: Mapping[str, Tensor], fc2_scale: float = 1.0) -> dict[str, Tensor]:
+    """The MLP whose G slices are the given experts: the inverse of `to_experts` for E = G.
+
+    Args:
+        layout: of the MLP.
+        tensors: as `to_experts` returns them, with G experts; G = 1 for whole MLPs.
+        fc2_scale: the factor that `to_experts` put on the second weight.
+
+    Returns:
+        The MLP's tensors by their own names; the slices' biases of fc2 are averaged.
+    """
+    dense = {}
+    for kind in ("weight", "bias"):
+        if f"fc1.{kind}" in tensors:
+            first = tensors[f"fc1.{kind}"]
+            parts = [part.flatten(0, 1) for part in (first.chunk(2, dim=1) if layout.gated else (first,))]
+            if layout.gate_last:
+                parts.reverse()
+            parts = parts if len(parts) == len(layout.fc1) else [torch.cat(parts)]
+            dense.update({f"{name}.{kind}": part for name, part in zip(layout.fc1, parts, strict=True)})
+        if f"norm.{kind}" in tensors:
+            dense[f"{layout.norm}.{kind}"] = tensors[f"norm.{kind}"].flatten(0, 1)
+    dense[f"{layout.fc2}.weight"] = (tensors["fc2.weight"] / fc2_scale).transpose(0, 1).flatten(1)
+    if "fc2.bias" in tensors:
+        bias_GD = tensors["fc2.bias"]
+        dense[f"{layout.fc2}.bias"] = bias_GD[0] if (bias_GD == bias_GD[0]).all() else bias_GD.mean(dim=0)
+    return dense
+
+
+def skeleton(mlp: nn.Module) -> nn.Module:
+    """A copy of a module without its weights (on the meta device), to be made real again by `revive`."""
+    memo = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        for parameter in mlp.parameters()
+    }
+    return copy.deepcopy(mlp, memo)
+
+
+def revive(bones: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A module from its skeleton and all its tensors, which must have their final device and type."""
+    mlp = copy.deepcopy(bones)
+    mlp.load_state_dict(tensors, strict=True, assign=True)
+    return mlp

@@ -1,0 +1,268 @@
+"""From experts back to one MLP, and fewer experts: the ways out of a sparse model.
+
+Shapes, by suffix: E experts, G virtual experts that a dense MLP was split into, F hidden width, D model width.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from timm.layers import GluMlp, Mlp
+from torch import Tensor, nn
+
+from vmoe.models.dense_mlp import UpcycledFrom, UpcycleError, from_experts, mlp_layout, revive, skeleton
+from vmoe.models.upcycle import layer_settings, sparse_kwargs
+from vmoe.moe import SparseMoE, record_routing
+
+Usage = Mapping[str, Tensor]
+
+
+@torch.no_grad()
+def measure_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
+    """How many tokens each expert works on, in eval mode.
+
+    Args:
+        model: sparse; its mode is as before afterwards.
+        batches: what the model is called with: a tensor, a tuple of arguments, or a dictionary with the keys "image"
+            and "text", as this package's loaders give.
+
+    Returns:
+        {name of a layer: (E,) float64 rows that the expert kept, on the CPU}; for soft routing, the sum over the tokens
+        of the weights of its slots.
+
+    Raises:
+        ValueError: if there is no batch, or the model has no sparse layer.
+    """
+    usage: dict[str, Tensor] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            if isinstance(batch, Mapping):
+                batch = tuple(batch[key] for key in ("image", "text") if key in batch)
+            with record_routing(model) as record:
+                model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+            for name, call in record.calls:
+                rows_E = call.load
+                if _layers(model)[name].router_type == "soft":
+                    rows_E = call.gates[call.mask].sum(0)
+                usage[name] = usage.get(name, 0) + rows_E.double().cpu()
+    finally:
+        model.train(was_training)
+    if not usage:
+        raise ValueError("no usage to measure: there was no batch, or the model has no sparse layer")
+    return usage
+
+
+def densify(model: nn.Module, how: str | int = "average", usage: Usage | None = None) -> nn.Module:
+    """A dense copy of a sparse model: one MLP in place of each layer's experts. Undoes `upcycle` exactly.
+
+    Combine weights that do not sum to one (V-MoE's own) scale what a sparse layer adds; a dense MLP has no such scale,
+    so that such a model needs some training afterwards.
+
+    Args:
+        model: not changed.
+        how: "average" of the experts, "weighted" by `usage`, or the index of the one that is kept.
+        usage: for "weighted": {name of a layer: (E,)}, see `measure_usage`.
+
+    Returns:
+        A new model of the same class, its layers of the class they had before `upcycle`, else timm's `Mlp` or `GluMlp`.
+
+    Raises:
+        UpcycleError: for layers that one MLP cannot stand for (shared experts), or usage that does not fit.
+        ValueError: for an unknown `how`.
+    """
+    layers = _layers(model)
+    dense = copy.deepcopy(model)
+    for name, layer in layers.items():
+        if layer.shared is not None:
+            raise UpcycleError(
+                f"{name} has a shared expert beside the others, which one MLP of their width cannot hold"
+            )
+        origin = getattr(layer, "upcycled_from", None) or _plain_origin(layer)
+        weight_E = _expert_weights(how, usage, name, layer.num_experts // origin.granularity)
+        tensors = {key: _mix(p, weight_E, origin.granularity) for key, p in layer.experts.named_parameters()}
+        mlp = revive(origin.skeleton, from_experts(origin.layout, tensors, float(origin.granularity)))
+        _replace(dense, name, mlp.train(layer.training))
+    spec = getattr(model, "vmoe_spec", None)
+    if spec is not None:
+        kwargs = spec["kwargs"] if "upcycle" in spec else sparse_kwargs(model, spec["kwargs"], {"num_experts": 0})
+        dense.vmoe_spec = {"name": spec["name"], "kwargs": kwargs}
+        gated = any(layer.experts.gated or layer.experts.norm is not None for layer in layers.values())
+        if kwargs is None or ("upcycle" not in spec and gated):
+            dense.vmoe_spec = None  # no name and settings build it
+    return dense
+
+
+def prune_experts(model: nn.Module, keep: int | float, usage: Usage) -> nn.Module:
+    """A copy with only the most used experts of each layer; the gate's softmax is then over those alone.
+
+    Args:
+        model: not changed.
+        keep: experts to keep in every layer, a number, or below 1.0 (a float) their share; at least K of them. Layers
+            made with `granularity` lose whole virtual groups.
+        usage: {name of a layer: (E,)}, see `measure_usage`; equal use: the lower index stays.
+
+    Returns:
+        A new model of the same class; `save_pretrained` and `create_model` work with it if they did before.
+
+    Raises:
+        ValueError: for a `keep` out of range.
+        UpcycleError: for usage that does not fit.
+    """
+    pruned = copy.deepcopy(model)
+    fewer: dict[str, int] = {}
+    for name, layer in _layers(model).items():
+        E, K, G = layer.num_experts, layer.num_selected_experts, _granularity(layer)
+        number = round(keep * E / G) * G if isinstance(keep, float) and keep < 1 else keep
+        least = K if layer.router_type == "top_k" else 1
+        if isinstance(number, float) or not least <= number <= E or number % G:
+            what = f"{number} experts" if number == keep else f"{keep}, that is {number} experts,"
+            raise ValueError(f"keep={what} does not suit {name}: it needs {least}..{E}, in steps of {G}")
+        used_G = _usage(usage, name, E).view(-1, G).sum(1)
+        groups = used_G.argsort(descending=True, stable=True)[: number // G].sort().values
+        kept = (groups[:, None] * G + torch.arange(G)).flatten()
+        smaller = _pruned_layer(layer, kept)
+        _replace(pruned, name, smaller)
+        fewer = {key: layer_settings(smaller)[key] for key in ("num_experts", "num_slots")}
+    spec = getattr(model, "vmoe_spec", None)
+    if spec is not None:
+        fewer = {key: value for key, value in fewer.items() if value is not None}
+        if "upcycle" in spec:
+            pruned.vmoe_spec = {**spec, "upcycle": {**spec["upcycle"], **fewer}}
+        else:
+            kwargs = sparse_kwargs(model, spec["kwargs"], fewer)
+            pruned.vmoe_spec = None if kwargs is None else {**spec, "kwargs": kwargs}
+    return pruned
+
+
+def _layers(model: nn.Module) -> dict[str, SparseMoE]:
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseMoE)}
+    if not layers:
+        raise UpcycleError(f"{type(model).__name__} has no sparse layer")
+    return layers
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def _granularity(layer: SparseMoE) -> int:
+    origin = getattr(layer, "upcycled_from", None)
+    return 1 if origin is None else origin.granularity
+
+
+def _usage(usage: Usage | None, name: str, num_experts: int) -> Tensor:
+    used_E = (usage or {}).get(name)
+    if used_E is None or tuple(used_E.shape) != (num_experts,):
+        has = "nothing" if used_E is None else f"shape {tuple(used_E.shape)}"
+        raise UpcycleError(f"usage of {name} must have shape ({num_experts},), got {has}; see vmoe.measure_usage")
+    return used_E.double().cpu()
+
+
+# --- dense -----------------------------------------------------------------------------------------------------------
+
+
+def _expert_weights(how: str | int, usage: Usage | None, name: str, num_copies: int) -> Tensor:
+    """(copies,) float64, summing to one: the share of each expert (or of each virtual group) in the dense MLP."""
+    if isinstance(how, int) and not isinstance(how, bool):
+        if not 0 <= how < num_copies:
+            raise ValueError(f"how must be 0..{num_copies - 1} for {name}, got {how}")
+        return torch.eye(num_copies, dtype=torch.float64)[how]
+    if how == "average":
+        return torch.full((num_copies,), 1 / num_copies, dtype=torch.float64)
+    if how == "weighted":
+        used = (usage or {}).get(name)
+        used = _usage(usage, name, num_copies if used is None else used.numel())
+        used = used.view(num_copies, -1).sum(1) if used.numel() % num_copies == 0 else used
+        if used.numel() != num_copies or not used.sum() > 0:
+            raise UpcycleError(f"usage of {name} must be positive for some of its experts, got {used.tolist()}")
+        return used / used.sum()
+    raise ValueError(f"how must be 'average', 'weighted' or the index of an expert, got {how!r}")
+
+
+def _mix(stacked: nn.Parameter, weight_E: Tensor, granularity: int) -> nn.Parameter:
+    """Weighted mean over the copies, (E, ...) -> (G, ...).
+
+    In float64, so that the mean of equal copies is the copy itself.
+    """
+    copies = stacked.detach().double().unflatten(0, (-1, granularity))
+    mixed = torch.tensordot(weight_E.to(copies.device), copies, dims=1)
+    return mixed.to(stacked.dtype)
+
+
+def _plain_origin(layer: SparseMoE) -> UpcycledFrom:
+    """What the experts of a model that was never dense would be as one MLP."""
+    experts = layer.experts
+    like = {"device": experts.fc1.weight.device, "dtype": experts.fc1.weight.dtype}
+    width, hidden = experts.fc1.weight.shape[2], experts.fc1.weight.shape[1]
+    norm = None
+    if experts.norm is not None:
+        bias = experts.norm.bias is not None
+        norm = lambda features, **kw: nn.LayerNorm(features, experts.norm.eps, bias=bias, **kw)  # noqa: E731
+    extra = {"gate_last": False} if experts.gated else {}
+    mlp = (GluMlp if experts.gated else Mlp)(
+        width,
+        hidden,
+        layer.out_features,
+        act_layer=lambda: copy.deepcopy(experts.act),
+        norm_layer=norm,
+        bias=(experts.fc1.bias is not None, experts.fc2.bias is not None),
+        drop=(experts.drop.p, 0.0),
+        **extra,
+        **like,
+    )
+    parameters = dict(experts.named_parameters())
+    for name, parameter in mlp.named_parameters():
+        parameter.requires_grad_(parameters[name].requires_grad)
+    return UpcycledFrom(mlp_layout(mlp), skeleton(mlp), 1)
+
+
+# --- fewer experts ---------------------------------------------------------------------------------------------------
+
+
+def _pruned_layer(layer: SparseMoE, kept: Tensor) -> SparseMoE:
+    """The layer with some of its experts, in the order of `kept`."""
+    experts, E = layer.experts, layer.num_experts
+    settings = {**layer_settings(layer), "num_experts": len(kept)}
+    settings["num_selected_experts"] = min(settings["num_selected_experts"], len(kept))
+    settings["global_entropy_min_experts"] = _at_most(settings["global_entropy_min_experts"], len(kept))
+    norm = experts.norm
+    pruned = type(layer)(
+        experts.fc1.weight.shape[2],
+        experts.fc2.weight.shape[2],
+        layer.out_features,
+        act_layer=lambda: copy.deepcopy(experts.act),
+        norm_layer=None if norm is None else lambda width: nn.LayerNorm(width, norm.eps, bias=norm.bias is not None),
+        drop=experts.drop.p,
+        modalities=layer.modalities,
+        device=experts.fc1.weight.device,
+        dtype=experts.fc1.weight.dtype,
+        **settings,
+    )
+    pruned.experts = copy.deepcopy(experts)
+    pruned.experts.num_experts = len(kept)
+    pruned.router = copy.deepcopy(layer.router)
+    if hasattr(pruned.router, "num_experts"):
+        pruned.router.num_experts = len(kept)
+    pruned.shared = copy.deepcopy(layer.shared)
+    if hasattr(layer, "upcycled_from"):
+        pruned.upcycled_from = layer.upcycled_from
+    for part in (pruned.experts, pruned.router):
+        for module in part.modules():
+            for key, tensor in list(module.named_parameters(recurse=False)) + list(module.named_buffers(recurse=False)):
+                if tensor.ndim == 0 or tensor.shape[0] != E:
+                    continue
+                rows = tensor.detach()[kept.to(tensor.device)].clone()
+                is_parameter = isinstance(tensor, nn.Parameter)
+                setattr(module, key, nn.Parameter(rows, tensor.requires_grad) if is_parameter else rows)
+    return pruned.train(layer.training)
+
+
+def _at_most(least: Any, num_experts: int) -> Any:
+    """A threshold of the global entropy loss that may not exceed the number of experts."""
+    if isinstance(least, Mapping):
+        return {name: _at_most(value, num_experts) for name, value in least.items()}
+    return least if least is None else min(least, num_experts)

@@ -1,0 +1,387 @@
+"""Sparse upcycling: a dense transformer whose MLPs become experts that start as copies of them (arXiv 2212.05055).
+
+With the weights of a token's experts divided by their sum, and room for every token, the sparse model computes at its
+start what the dense one does. `vmoe.models.densify` is the way back.
+
+Shapes, by suffix: E experts, D model width, F hidden width, G virtual experts that a dense MLP is split into.
+"""
+
+import copy
+import dataclasses
+import math
+import warnings
+from collections.abc import Sequence
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from vmoe.models import factory
+from vmoe.models.dense_mlp import MlpLayout, UpcycledFrom, UpcycleError, mlp_layout, skeleton, to_experts
+from vmoe.models.limoe import LIMoE
+from vmoe.models.two_tower import TwoTower
+from vmoe.models.vision import VisionMoE, sparse_blocks
+from vmoe.moe import SparseMoE
+from vmoe.moe.settings import SETTING_NAMES, with_preset
+
+TOWERS = ("image", "text", "both")
+# As in the upcycling paper, section A.1.1; small, so that at first all experts are nearly as probable.
+ROUTER_STD = 0.02
+# A fresh router is far from balanced; with less room, training would start by losing much of the dense model.
+CAPACITY_FACTOR = 2.0
+
+
+def upcycle(
+    model: nn.Module,
+    num_experts: int | None = None,
+    layers: str | Sequence[int] = "last2",
+    num_selected_experts: int | None = None,
+    *,
+    tower: str = "both",
+    granularity: int = 1,
+    expert_noise: float = 0.0,
+    reinit: float = 0.0,
+    **settings,
+) -> nn.Module:
+    """A sparse copy of a dense model: experts copied from the MLPs, router fresh, all else as it was.
+
+    In eval mode its outputs are those of the dense model up to rounding, if `normalize_weights` is left on, nothing is
+    dropped (the default in eval mode), and neither noise nor re-initialisation is asked for. That holds for
+    router="top_k"; other routers mix or choose tokens in ways that a dense MLP cannot.
+
+    Args:
+        model: any timm ViT or other model of blocks with an `.mlp`, an open_clip model, or a dense model of this
+            package (`num_experts=0`); not changed.
+        num_experts: E, by default the preset's or 8 (times `granularity`).
+        layers: which MLPs: "everyN", "lastN", "second_half" or indices, see `vmoe.models.vision.sparse_blocks`; with
+            two towers the same in each.
+        num_selected_experts: K, by default the preset's or 2 (times `granularity`). With K = 1 and normalised weights
+            the loss of the task gives the router no gradient, only the auxiliary losses do.
+        tower: of a model with two towers: "image", "text" or "both".
+        granularity: G, each MLP is split into G experts of F/G hidden units; the routers' rows are such that at first
+            all G of a copy are chosen together (virtual groups, arXiv 2410.07524). E and K must be multiples of G. The
+            default of `noise_std` is 0 then: noise would tear the groups apart.
+        expert_noise: standard deviation of the normal noise on the experts' weights, in standard deviations of each
+            weight.
+        reinit: share r of the hidden units that each expert draws anew, from normal distributions with the mean and
+            standard deviation of the weights that they replace (Drop-Upcycling, arXiv 2502.19261: 0.5).
+        **settings: of `vmoe.moe.settings.RoutingSettings`, and `router_preset`. The defaults here:
+            normalize_weights=True and capacity_factor=2.0 (no limit in open_clip's text towers, where padding would
+            take the words' room); a dense LIMoE or V-MoE has its class's own for the rest. A shared expert starts with
+            zero output. `expert_mlp` is that of the model.
+
+    Returns:
+        A new model of the same class, dtype, device, training mode and frozen parameters. If the dense model was made
+        by `vmoe.create_model`, `save_pretrained` and `create_model(pretrained=...)` work with it.
+
+    Raises:
+        UpcycleError: for a model without MLPs that are known, or one that is sparse already.
+        ValueError: for a setting out of range.
+    """
+    _check(tower, granularity, expert_noise, reinit, settings)
+    given = {"num_experts": num_experts, "num_selected_experts": num_selected_experts}
+    user = {**{name: value for name, value in given.items() if value is not None}, **settings}
+    settings = routing_settings(user, granularity)
+    if settings["router"] == "top_k" and settings["num_selected_experts"] == 1 and settings.get("normalize_weights"):
+        warnings.warn(
+            "upcycle: with num_selected_experts=1 and normalised weights only the auxiliary losses train the router; "
+            "choose 2 experts, or normalize_weights=False, which changes the outputs",
+            stacklevel=2,
+        )
+    places = mlp_places(model, tower, layers)
+    spec = dense_spec(model)
+    family = _family_layers(model, spec, settings, tower, layers)
+    if family is not None and granularity == 1:
+        spec = family[1]
+    elif spec is not None:
+        words = {"layers": layers if isinstance(layers, str) else list(layers), "tower": tower}
+        spec = {**spec, "upcycle": {**words, "granularity": granularity, **settings}}
+
+    sparse = copy.deepcopy(model)
+    for name, is_text in places:
+        mlp = sparse.get_submodule(name)
+        own = {**settings, "modalities": ("text" if is_text else "image",)} if family is None else family[0][name]
+        if is_text and isinstance(mlp, nn.Sequential) and "capacity_factor" not in user and own["router"] == "top_k":
+            own = {**own, "capacity_factor": None}
+        try:
+            layer = _sparse_layer(mlp, own, granularity, sparse, name)
+            _perturb(layer, mlp_layout(mlp), expert_noise, reinit)
+        except UpcycleError as error:
+            raise UpcycleError(f"{type(model).__name__}.{name}: {error}") from None
+        parent, _, child = name.rpartition(".")
+        setattr(sparse.get_submodule(parent), child, layer)
+    for attribute in ("vmoe_spec", "vmoe_built"):
+        vars(sparse).pop(attribute, None)
+    if spec is not None:
+        sparse.vmoe_spec, sparse.vmoe_built = spec, factory._live_settings(sparse)
+    return sparse
+
+
+def _check(tower: str, granularity: int, expert_noise: float, reinit: float, settings: dict) -> None:
+    if tower not in TOWERS:
+        raise ValueError(f"tower must be one of {TOWERS}, got {tower!r}")
+    if granularity != int(granularity) or granularity < 1:
+        raise ValueError(f"granularity must be a whole number >= 1, got {granularity}")
+    if not 0 <= expert_noise < math.inf:
+        raise ValueError(f"expert_noise must be >= 0 and finite, got {expert_noise}")
+    if not 0 <= reinit <= 1:
+        raise ValueError(f"reinit must be 0..1, got {reinit}")
+    for name in settings:
+        if name not in SETTING_NAMES:
+            raise ValueError(f"upcycle has no setting {name!r}; the routing settings are {sorted(SETTING_NAMES)}")
+
+
+def routing_settings(user: dict, granularity: int) -> dict:
+    """The settings of `upcycle`: its defaults, then the preset's, then the user's."""
+    G = granularity
+    defaults = {
+        "router": "top_k",
+        "num_experts": 8 * G,
+        "num_selected_experts": 2 * G,
+        "normalize_weights": True,
+        "capacity_factor": CAPACITY_FACTOR,
+    }
+    if G > 1:
+        defaults["noise_std"] = 0.0
+    settings = with_preset(defaults, user)
+    settings.pop("router_preset", None)
+    if settings["router"] == "soft" and "normalize_weights" not in user:
+        settings.pop("normalize_weights", None)  # its weights sum to one anyway
+    if "expert_mlp" not in user:
+        settings.pop("expert_mlp", None)  # a preset's word; here the dense model decides
+    if G > 1:
+        if settings["router"] != "top_k":
+            raise ValueError(f"granularity={G} needs router='top_k', not {settings['router']!r}")
+        for name in ("num_experts", "num_selected_experts"):
+            if settings[name] % G:
+                raise ValueError(f"{name} must be a multiple of granularity ({G}), got {settings[name]}")
+    return settings
+
+
+# --- where the MLPs are ----------------------------------------------------------------------------------------------
+
+
+def mlp_places(model: nn.Module, tower: str, layers: str | Sequence[int]) -> list[tuple[str, bool]]:
+    """[(name of an MLP, it is in a text tower of open_clip)] of the chosen blocks, in the model's order."""
+    places = []
+    for root, is_text in _towers(model, tower):
+        names = block_mlps(model.get_submodule(root), root)
+        if not names:
+            what = f"{type(model).__name__}.{root}" if root else type(model).__name__
+            hint = "; choose another tower" if len(_towers(model, "both")) > 1 else ""
+            raise UpcycleError(
+                f"{what} has no blocks with an `.mlp` of their own to make experts of (it is a "
+                f"{type(model.get_submodule(root)).__name__}){hint}"
+            )
+        if any(isinstance(model.get_submodule(name), SparseMoE) for name in names):
+            raise UpcycleError(f"{type(model).__name__} is sparse already; make it dense first with vmoe.densify")
+        try:
+            chosen = sparse_blocks(layers, len(names))
+        except ValueError as error:
+            raise ValueError(str(error).replace("moe_layers", "layers")) from None
+        places += [(names[index], is_text) for index in chosen]
+    if not places:
+        raise ValueError(f"layers chooses no block, got {layers!r}")
+    return places
+
+
+def _towers(model: nn.Module, tower: str) -> list[tuple[str, bool]]:
+    """[(name of a tower's module, it is text)]; ("", False) for a model that is one tower."""
+    if isinstance(model, LIMoE) or not (hasattr(model, "encode_text") and hasattr(model, "visual")):
+        if tower == "text":
+            raise ValueError(f"tower='text' needs a model with two towers, and {type(model).__name__} has one")
+        return [("", False)]
+    text = (
+        "text" if isinstance(getattr(model, "text", None), nn.Module) else "transformer"
+    )  # open_clip's CLIP unpacks it
+    return [(root, is_text) for root, is_text, word in (("visual", False, "image"), (text, True, "text"))
+            if tower in (word, "both")]  # fmt: skip
+
+
+def block_mlps(tower: nn.Module, prefix: str = "") -> list[str]:
+    """Names of the MLPs of a tower's blocks: of the members of its module lists that have an `.mlp`."""
+    blocks = getattr(tower, "blocks", None)
+    if isinstance(blocks, nn.Module):  # not the class-attention blocks of CaiT and XCiT, which see one token
+        tower, prefix = blocks, f"{prefix}.blocks".lstrip(".")
+    names = []
+    for name, module in tower.named_modules(prefix=prefix):
+        if isinstance(module, (nn.ModuleList, nn.Sequential)):
+            for child_name, child in module.named_children():
+                if isinstance(getattr(child, "mlp", None), nn.Module):
+                    names.append(".".join(part for part in (name, child_name, "mlp") if part))
+    return names
+
+
+# --- one layer -------------------------------------------------------------------------------------------------------
+
+
+class OpenClipMoE(SparseMoE):
+    """A sparse layer where open_clip expects its own MLP, whose `c_fc` tells it the type of the weights."""
+
+    @property
+    def c_fc(self) -> nn.Module:
+        """The experts' first layer."""
+        return self.experts.fc1
+
+
+def _sparse_layer(mlp: nn.Module, settings: dict, granularity: int, model: nn.Module, name: str) -> SparseMoE:
+    """The sparse layer in place of an MLP."""
+    layout = mlp_layout(mlp)
+    F, G = layout.hidden_features(mlp), granularity
+    if F % G:
+        raise UpcycleError(f"granularity={G} must divide the hidden width {F} of the MLP")
+    if G > 1 and layout.has_norm(mlp):
+        raise UpcycleError(f"granularity={G} cannot split an MLP that normalises its hidden units; use 1")
+    settings = dict(settings)
+    owners = [model.get_submodule(name.rsplit(".", n)[0]) for n in range(1, name.count(".") + 1)]
+    if settings["router"] != "top_k" and any(getattr(owner, "batch_first", True) is False for owner in owners):
+        raise ValueError(f"router={settings['router']!r} needs sequences first: this tower has batch_first=False")
+    act = mlp.get_submodule(layout.act)
+    own_mlp = "mlp" if not layout.gated else "geglu" if isinstance(act, nn.GELU) else "swiglu"
+    if settings.setdefault("expert_mlp", own_mlp) != own_mlp:
+        raise ValueError(
+            f"expert_mlp={settings['expert_mlp']!r} does not suit the model, whose MLPs are {own_mlp!r}; leave it out"
+        )
+    fc2 = mlp.get_submodule(layout.fc2)
+    norm = mlp.get_submodule(layout.norm) if layout.has_norm(mlp) else None
+    dense = dict(mlp.named_parameters())
+    kind = OpenClipMoE if layout.fc2 == "c_proj" else SparseMoE
+    layer = kind(
+        mlp.get_submodule(layout.fc1[0]).in_features,
+        F // G,
+        fc2.out_features,
+        act_layer=lambda: copy.deepcopy(act),
+        norm_layer=None if norm is None else lambda width, **kw: nn.LayerNorm(width, norm.eps, **kw),
+        drop=layout.drop_rate(mlp),
+        num_tokens=_num_tokens(model, name),
+        device=fc2.weight.device,
+        dtype=fc2.weight.dtype,
+        **settings,
+    )
+    layer.experts.act = copy.deepcopy(act)  # of gated MLPs too
+    _load_experts(layer, to_experts(layout, dense, layer.num_experts, G, float(G)))
+    learns = to_experts(layout, {key: torch.ones(p.shape) * p.requires_grad for key, p in dense.items()}, G, G)
+    for key, parameter in layer.experts.named_parameters():
+        parameter.requires_grad_(bool(learns[key].any()))
+    with torch.no_grad():
+        if hasattr(layer.router, "weight"):
+            nn.init.normal_(layer.router.weight, std=ROUTER_STD)
+            # One row for all experts of a virtual group: the top K then takes whole groups.
+            layer.router.weight.copy_(layer.router.weight[::G].repeat_interleave(G, dim=0))
+        shared = getattr(layer, "shared", None)
+        if isinstance(shared, nn.Module):
+            for parameter in shared.get_submodule("fc2").parameters():
+                parameter.zero_()
+    layer.upcycled_from = UpcycledFrom(layout, skeleton(mlp), G)
+    return layer.train(mlp.training)
+
+
+def _load_experts(layer: SparseMoE, experts: dict[str, Tensor]) -> None:
+    """Put the tensors of `to_experts` into a layer; biases that the MLP lacks are taken out of it."""
+    for name, parameter in list(layer.experts.named_parameters()):
+        if name in experts:
+            with torch.no_grad():
+                parameter.copy_(experts[name])
+        else:
+            owner, _, kind = name.rpartition(".")
+            setattr(layer.experts.get_submodule(owner), kind, None)
+
+
+def _num_tokens(model: nn.Module, name: str) -> int | None:
+    """Tokens per sequence of the tower that holds a layer; None where its attributes do not tell."""
+    if name.startswith(("text.", "transformer.")):
+        return getattr(model, "context_length", None)
+    tower = getattr(model, "visual", model)
+    tower = getattr(tower, "trunk", tower)
+    patches = getattr(getattr(tower, "patch_embed", None), "num_patches", None)
+    if patches is not None and hasattr(tower, "num_prefix_tokens"):
+        return patches + tower.num_prefix_tokens
+    positions = getattr(tower, "positional_embedding", None)
+    return positions.shape[0] if isinstance(positions, Tensor) else None
+
+
+@torch.no_grad()
+def _perturb(layer: SparseMoE, layout: MlpLayout, expert_noise: float, reinit: float) -> None:
+    """Noise and re-initialised hidden units, for every expert its own."""
+    if reinit > 0:
+        fc1, fc2 = layer.experts.fc1, layer.experts.fc2
+        F = fc2.weight.shape[2]
+        for expert in range(layer.num_experts):
+            units = torch.randperm(F, device=fc2.weight.device)[: round(reinit * F)]
+            for part in range(2 if layout.gated else 1):
+                rows = units + part * F
+                _redraw(fc1.weight[expert], rows, 0)
+                if fc1.bias is not None:
+                    _redraw(fc1.bias[expert], rows, 0)
+            _redraw(fc2.weight[expert], units, 1)
+    if expert_noise > 0:
+        for weight in (layer.experts.fc1.weight, layer.experts.fc2.weight):
+            spread_E11 = weight.float().flatten(1).std(dim=1)[:, None, None].to(weight.dtype)
+            weight.add_(torch.randn_like(weight) * spread_E11 * expert_noise)
+
+
+def _redraw(tensor: Tensor, index: Tensor, dim: int) -> None:
+    """Replace some rows (dim 0) or columns (dim 1) by normal numbers of the same mean and standard deviation."""
+    old = tensor.index_select(dim, index).float()
+    if old.numel() > 1:
+        tensor.index_copy_(dim, index, (torch.randn_like(old) * old.std() + old.mean()).to(tensor.dtype))
+
+
+# --- models of this package, and files -------------------------------------------------------------------------------
+
+
+def dense_spec(model: nn.Module) -> dict | None:
+    """{"name", "kwargs"} that build a model again, also for one that timm made; None if that is not known for sure."""
+    if getattr(model, "vmoe_spec", None) is not None:
+        return factory.model_spec(model)
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")
+    if not timm.is_model(name):
+        return None
+    kwargs = factory._live_settings(model)
+    if isinstance(model, VisionMoE):
+        kwargs["num_experts"] = 0
+    try:
+        with torch.device("meta"):
+            again = factory.create_model(name, **kwargs)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError):
+        return None
+    shapes = [{key: tensor.shape for key, tensor in each.state_dict().items()} for each in (model, again)]
+    # The text of the modules tells activations, epsilons and dropout rates, which no shape does.
+    same = shapes[0] == shapes[1] and repr(model) == repr(again)
+    return {"name": name, "kwargs": kwargs} if same else None
+
+
+def _family_layers(
+    model: nn.Module, spec: dict | None, settings: dict, tower: str, layers: str | Sequence[int]
+) -> tuple[dict[str, dict], dict] | None:
+    """For a dense model of this package: ({name: a sparse layer's settings}, the sparse model's spec); else None."""
+    kwargs = None if spec is None else sparse_kwargs(model, spec["kwargs"], {**settings, "moe_layers": layers}, tower)
+    if kwargs is None:
+        return None
+    spec = {"name": spec["name"], "kwargs": kwargs}
+    with torch.device("meta"):
+        twin = factory.create_model(**{"name": spec["name"], **kwargs})
+    found = {name: layer for name, layer in twin.named_modules() if isinstance(layer, SparseMoE)}
+    return {name: {**layer_settings(layer), "modalities": layer.modalities} for name, layer in found.items()}, spec
+
+
+def sparse_kwargs(model: nn.Module, kwargs: dict, settings: dict, tower: str = "both") -> dict | None:
+    """A model's arguments with other routing settings; None if the model's class has none."""
+    # timm.create_model leaves out None; infinity says the same. JSON has lists only.
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    settings = {k: math.inf if v is None and k.endswith("capacity_factor") else v for k, v in settings.items()}
+    if isinstance(model, (VisionMoE, LIMoE)):
+        return {**kwargs, **settings}
+    if isinstance(model, TwoTower):
+        towers = [each for each in ("image", "text") if tower in (each, "both")]
+        if "image" not in towers or isinstance(model.visual, VisionMoE):
+            return {**kwargs, **{each: {**(kwargs.get(each) or {}), **settings} for each in towers}}
+    return None
+
+
+def layer_settings(layer: SparseMoE) -> dict:
+    """The routing settings that a layer was made with."""
+    settings = {field.name: getattr(layer.settings, field.name) for field in dataclasses.fields(layer.settings)}
+    if layer.router_type == "soft":
+        settings["num_slots"] = layer.router.slots.shape[1]
+    return settings
