@@ -227,26 +227,40 @@ def save_pretrained(model: nn.Module, file: str | Path, extra: dict | None = Non
         extra: JSON-able facts to keep beside the settings, such as class names.
     """
     file = Path(file)
+    metadata = file_metadata(model, extra)
     file.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {**model_spec(model), "preprocess": preprocess_config(model), "extra": extra or {}}
-    try:
-        text = json.dumps(metadata)
-    except TypeError as error:
-        raise ValueError(
-            f"the settings of {metadata['name']} cannot be saved: {error}; use names and numbers"
-        ) from error
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     os.close(handle)
     try:
-        # "pt" is what other libraries look for before they load a file into PyTorch.
-        save_file(tensors, temporary, metadata={"format": "pt", METADATA_KEY: text})
+        save_file(tensors, temporary, metadata=metadata)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, file)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def file_metadata(model: nn.Module, extra: dict | None = None) -> dict[str, str]:
+    """The metadata of a model's safetensors file, from which the model can be built again.
+
+    Args:
+        model: made by `create_model`; may be on the meta device.
+        extra: as of `save_pretrained`.
+
+    Raises:
+        ValueError: if the settings are not JSON-able.
+    """
+    settings = {**model_spec(model), "preprocess": preprocess_config(model), "extra": extra or {}}
+    try:
+        text = json.dumps(settings)
+    except TypeError as error:
+        raise ValueError(
+            f"the settings of {settings['name']} cannot be saved: {error}; use names and numbers"
+        ) from error
+    # "pt" is what other libraries look for before they load a file into PyTorch.
+    return {"format": "pt", METADATA_KEY: text}
 
 
 def read_pretrained_metadata(file: str | Path) -> dict:
@@ -344,7 +358,7 @@ def _resize_positions(
 
 
 def preprocess_config(model: nn.Module) -> dict:
-    """How pictures reach the model: "input_size" (3, H, W), "mean", "std", "interpolation", "crop_pct"."""
+    """How pictures reach the model: "input_size" (3, H, W), "mean", "std", "interpolation", "crop_pct", "crop_mode"."""
     if isinstance(model, TwoTower):
         model = model.visual
     if isinstance(model, LIMoE):
@@ -354,13 +368,14 @@ def preprocess_config(model: nn.Module) -> dict:
             "std": IMAGENET_INCEPTION_STD,
             "interpolation": "bicubic",
             "crop_pct": 1.0,
+            "crop_mode": "center",
         }
     config = resolve_model_data_config(model)
     input_size = config["input_size"]
     patch_embed = getattr(model, "patch_embed", None)
     if getattr(patch_embed, "img_size", None) is not None:  # the size it was built with, not its name's
         input_size = (input_size[0], *patch_embed.img_size)
-    keys = ("mean", "std", "interpolation", "crop_pct")
+    keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
     return {"input_size": tuple(input_size), **{key: config[key] for key in keys}}
 
 
@@ -388,7 +403,7 @@ def create_model_and_transforms(
     train = create_transform(
         **common, is_training=True, scale=(0.9, 1.0), ratio=(0.75, 4 / 3), hflip=0.0, color_jitter=0.0
     )
-    return model, train, create_transform(**common, crop_pct=config["crop_pct"])
+    return model, train, create_transform(**common, crop_pct=config["crop_pct"], crop_mode=config["crop_mode"])
 
 
 def get_tokenizer(model: str | nn.Module, context_length: int | None = None) -> Callable[[list[str] | str], Tensor]:
