@@ -13,6 +13,11 @@ from torch.optim import Optimizer
 from vmoe.models.dense_mlp import UpcycledFrom, UpcycleError, to_experts
 from vmoe.moe import SparseMoE
 
+NOT_PER_WEIGHT = (
+    "this optimizer keeps state that is not one number per weight, which has no copy per expert; use Adam or a "
+    "relative, or start its state anew"
+)
+
 
 def upcycle_optimizer(
     dense_optimizer: Optimizer, dense_model: nn.Module, sparse_model: nn.Module, sparse_optimizer: Optimizer
@@ -69,7 +74,10 @@ def _expert_state(dense_state: dict, sparse_model: nn.Module) -> dict[str, dict]
         part = {key.removeprefix(f"{name}."): pair for key, pair in dense_state.items() if key.startswith(f"{name}.")}
         if f"{origin.layout.fc2}.weight" not in part:
             continue  # the MLP was frozen
-        for key in next(iter(part.values()))[1]:
+        keys = [set(state) for _, state in part.values()]
+        if any(each != keys[0] for each in keys):
+            raise UpcycleError(NOT_PER_WEIGHT)
+        for key in keys[0]:
             values = {own_name: (parameter, state[key]) for own_name, (parameter, state) in part.items()}
             for own_name, value in _copies(values, origin, layer.num_experts).items():
                 carried.setdefault(f"{name}.experts.{own_name}", {})[key] = value
@@ -80,10 +88,7 @@ def _copies(values: dict, origin: UpcycledFrom, num_experts: int) -> dict:
     """One entry of the state of an MLP's tensors, as its experts have it."""
     flat = all(not torch.is_tensor(value) or value.numel() == 1 for _, value in values.values())
     if not flat and any(value.shape != parameter.shape for parameter, value in values.values()):
-        raise UpcycleError(
-            "this optimizer keeps state that is not one number per weight, which has no copy per expert; use Adam or "
-            "a relative, or start its state anew"
-        )
+        raise UpcycleError(NOT_PER_WEIGHT)
     if not flat:
         tensors = {name: value for name, (_, value) in values.items()}
         return to_experts(origin.layout, tensors, num_experts, origin.granularity)

@@ -1,0 +1,388 @@
+"""Dense models made sparse: the same function at the start, on many architectures; options; files; the optimizer."""
+
+import copy
+
+import open_clip
+import pytest
+import timm
+import torch
+from torch import nn
+
+import vmoe
+from vmoe.models.dense_mlp import UpcycleError
+from vmoe.models.factory import create_model, save_pretrained
+
+pytestmark = pytest.mark.filterwarnings("ignore:Overwriting")
+
+SMALL = {"embed_dim": 64, "num_heads": 4, "depth": 2, "num_classes": 5}
+# timm name: (arguments for a small one, side of its pictures)
+TIMM = {
+    "vit_tiny_patch16_224": ({**SMALL, "img_size": 32}, 32),
+    "vit_base_patch16_siglip_224": ({**SMALL, "img_size": 32}, 32),
+    "vit_small_patch14_reg4_dinov2": ({**SMALL, "img_size": 28}, 28),  # registers, LayerScale
+    "vit_giant_patch14_reg4_dinov2": ({**SMALL, "img_size": 28, "mlp_ratio": 4}, 28),  # SwiGLU in one layer
+    "vit_small_patch16_dinov3": ({**SMALL, "img_size": 32}, 32),
+    "vit_small_plus_patch16_dinov3": ({**SMALL, "img_size": 32}, 32),  # SwiGLU in two layers
+    "eva02_tiny_patch14_224": ({**SMALL, "img_size": 28}, 28),
+    "eva02_base_patch14_224": ({**SMALL, "img_size": 28}, 28),  # SwiGLU with a norm
+    "deit_tiny_distilled_patch16_224": ({**SMALL, "img_size": 32}, 32),
+    "deit3_small_patch16_224": ({**SMALL, "img_size": 32}, 32),
+    "beit_base_patch16_224": ({**SMALL, "img_size": 32}, 32),
+    "beit3_base_patch16_224": ({**SMALL, "img_size": 32}, 32),  # Mlp with a norm
+    "aimv2_large_patch14_224": ({**SMALL, "img_size": 28}, 28),
+    "naflexvit_base_patch16_gap": (SMALL, 32),
+    "swin_tiny_patch4_window7_224": (
+        {"img_size": 56, "embed_dim": 32, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8), "num_classes": 5},
+        56,
+    ),
+}
+VISION = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16, "head_width": 32}
+TEXT = {"context_length": 16, "vocab_size": 49408, "width": 48, "heads": 4, "layers": 2}
+IMAGE_TEXT = {
+    "CLIP": lambda: open_clip.CLIP(32, VISION, TEXT),
+    "CLIP, QuickGELU": lambda: open_clip.CLIP(32, VISION, TEXT, quick_gelu=True),
+    "CustomTextCLIP": lambda: open_clip.CustomTextCLIP(
+        32, {**VISION, "ls_init_value": 0.1}, {**TEXT, "ls_init_value": 0.1}
+    ),
+    "CustomTextCLIP, norm in the MLP": lambda: open_clip.CustomTextCLIP(
+        32, {**VISION, "block_type": "custom", "scale_fc": True}, TEXT
+    ),
+    "CustomTextCLIP, timm trunk": lambda: open_clip.CustomTextCLIP(
+        32,
+        {"image_size": 32, "timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "timm_proj": None},
+        TEXT,
+    ),
+    "LIMoE": lambda: create_model("limoe_tiny_patch12_48", num_experts=0, depth=2, img_size=36),
+    "two towers": lambda: create_model(
+        "two_tower_tiny_patch12_48",
+        image={"num_experts": 0, "depth": 2, "img_size": 36},
+        text={"num_experts": 0, "depth": 2},
+    ),
+}
+TWINS = {
+    "vmoe_tiny_patch8_48": {"num_experts": 0, "depth": 2, "num_classes": 5},
+    "limoe_tiny_patch12_48": {"num_experts": 0, "depth": 2},
+    "two_tower_tiny_patch12_48": {"image": {"num_experts": 0, "depth": 2}, "text": {"num_experts": 0, "depth": 2}},
+    "vit_tiny_patch16_224": {**SMALL, "img_size": 48},
+}
+
+
+def trained(model):
+    """The model with weights that make a difference, as training leaves them, and not the zeros of fresh heads."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.numel() > 1:
+            std = 0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+            parameter.data = torch.randn(parameter.shape, generator=generator) * std
+    return model.eval()
+
+
+def pictures(side=32):
+    return torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def texts(length=16):
+    tokens = torch.randint(1, 49405, (3, length), generator=torch.Generator().manual_seed(0))
+    tokens[:, 9:] = 0
+    tokens[:, 9] = 49407
+    return tokens
+
+
+def tiny_vit(**kwargs):
+    return trained(timm.create_model("vit_tiny_patch16_224", **{**SMALL, "img_size": 32, **kwargs}))
+
+
+def routers(model):
+    return [name for name, module in model.named_modules() if isinstance(module, vmoe.SparseMoE)]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("name", TIMM)
+@torch.no_grad()
+def test_timm_models_compute_the_same_when_made_sparse_and_dense_again(name):
+    kwargs, side = TIMM[name]
+    dense = trained(timm.create_model(name, **kwargs))
+    before = {key: tensor.clone() for key, tensor in dense.state_dict().items()}
+    sparse = vmoe.upcycle(dense, num_experts=3, layers="every1")
+    assert type(sparse) is type(dense)
+    assert len(routers(sparse)) == (5 if "swin" in name else 2)
+    x = pictures(side)
+    expected = dense(x)
+    assert expected.std() > 0.01
+    torch.testing.assert_close(sparse(x), expected, rtol=0, atol=1e-5)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in dense.state_dict().items())
+    again = vmoe.densify(sparse)
+    assert repr(again) == repr(dense)
+    torch.testing.assert_close(again.state_dict(), dense.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(again(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", IMAGE_TEXT)
+@pytest.mark.parametrize("tower", ["image", "text", "both"])
+@torch.no_grad()
+def test_image_text_models_compute_the_same_in_either_tower(name, tower):
+    if "timm trunk" in name:
+        with pytest.MonkeyPatch.context() as patch:  # open_clip gives no way to make a small trunk
+            full = timm.create_model
+            patch.setattr(timm, "create_model", lambda *args, **kw: full(*args, **{**kw, "img_size": 32, "depth": 2}))
+            dense = trained(IMAGE_TEXT[name]())
+    else:
+        dense = trained(IMAGE_TEXT[name]())
+    if name == "LIMoE" and tower == "text":
+        with pytest.raises(ValueError, match="LIMoE has one"):
+            vmoe.upcycle(dense, tower=tower)
+        return
+    sparse = vmoe.upcycle(dense, num_experts=4, layers="every1", tower=tower)
+    assert len(routers(sparse)) == (4 if tower == "both" and name != "LIMoE" else 2)
+    x = pictures(36 if name in ("LIMoE", "two towers") else 32)
+    torch.testing.assert_close(sparse.encode_image(x), dense.encode_image(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(sparse.encode_text(texts()), dense.encode_text(texts()), rtol=0, atol=1e-5)
+    again = vmoe.densify(sparse)
+    assert repr(again) == repr(dense)
+    torch.testing.assert_close(again.state_dict(), dense.state_dict(), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_in_training_mode_too_with_room_for_all():
+    dense = tiny_vit().train()
+    sparse = vmoe.upcycle(dense, layers=[1], capacity_factor=None)
+    assert sparse.training
+    assert sparse.blocks[1].mlp.training
+    torch.testing.assert_close(sparse(pictures()), dense(pictures()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("granularity", "num_experts", "num_selected_experts"), [(2, 8, 4), (3, 9, 3), (4, 8, 8)])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+@torch.no_grad()
+def test_virtual_groups_compute_the_same(name, granularity, num_experts, num_selected_experts):
+    kwargs, side = TIMM[name]
+    dense = trained(timm.create_model(name, **{**kwargs, "embed_dim": 96, "mlp_ratio": 4})).train()
+    sparse = vmoe.upcycle(
+        dense, num_experts, "every1", num_selected_experts, granularity=granularity, capacity_factor=None
+    )
+    layer = sparse.blocks[1].mlp
+    assert layer.experts.fc2.weight.shape == (num_experts, 96, 384 // granularity)
+    with vmoe.record_routing(sparse) as record:
+        outputs = sparse(pictures(side))
+    torch.testing.assert_close(outputs, dense(pictures(side)), rtol=0, atol=1e-5)
+    chosen = record.layers["blocks.1.mlp"].expert_index.flatten(0, 1).sort(dim=1).values
+    groups = chosen.view(len(chosen), -1, granularity)  # whole groups are chosen
+    assert (groups // granularity == groups[..., :1] // granularity).all()
+    again = vmoe.densify(sparse).state_dict()
+    torch.testing.assert_close(again, dense.state_dict(), rtol=2e-7, atol=0)  # a third is no binary fraction
+
+
+def test_virtual_groups_that_cannot_be():
+    for kwargs, message in [
+        ({"granularity": 3}, "must divide the hidden width 256"),
+        ({"granularity": 2, "num_experts": 7}, "num_experts must be a multiple of granularity"),
+        ({"granularity": 2, "num_selected_experts": 3}, "num_selected_experts must be a multiple of granularity"),
+        ({"granularity": 2, "router": "soft"}, "needs router='top_k'"),
+        ({"granularity": 0}, "granularity must be a whole number >= 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            vmoe.upcycle(tiny_vit(), layers=[1], **kwargs)
+    normed = timm.create_model("eva02_base_patch14_224", **TIMM["eva02_base_patch14_224"][0])
+    with pytest.raises(UpcycleError, match="cannot split an MLP that normalises"):
+        vmoe.upcycle(normed, layers=[1], granularity=2)
+
+
+def test_what_was_frozen_typed_and_dropped_stays_so():
+    dense = tiny_vit(proj_drop_rate=0.3, drop_path_rate=0.2).to(torch.bfloat16)
+    for parameter in dense.blocks[1].mlp.parameters():
+        parameter.requires_grad_(False)
+    sparse = vmoe.upcycle(dense, layers="every1")
+    assert {tensor.dtype for tensor in sparse.state_dict().values()} == {torch.bfloat16}
+    frozen = {name for name, parameter in sparse.named_parameters() if not parameter.requires_grad}
+    assert frozen == {f"blocks.1.mlp.experts.{fc}.{kind}" for fc in ("fc1", "fc2") for kind in ("weight", "bias")}
+    assert sparse.blocks[0].mlp.experts.drop.p == 0.3
+    assert sparse.blocks[1].drop_path2.drop_prob == dense.blocks[1].drop_path2.drop_prob > 0
+    assert vmoe.upcycle(dense, layers=[0], expert_drop=0.1).blocks[0].mlp.experts.drop.p == 0.1
+    assert sparse(pictures().bfloat16()).isfinite().all()
+    assert {p.requires_grad for p in vmoe.densify(sparse).blocks[1].mlp.parameters()} == {False}
+
+
+def test_routing_settings_and_presets_reach_the_layers():
+    layer = vmoe.upcycle(tiny_vit(), layers=[1], router_preset="dbrx", z_loss=0.5).blocks[1].mlp
+    assert (layer.num_experts, layer.num_selected_experts, layer.normalize_weights) == (16, 4, True)
+    assert (layer.settings.z_loss, layer.settings.gshard_loss, layer.experts.gated) == (0.5, 0.01, False)
+    plain = vmoe.upcycle(tiny_vit(), layers=[1]).blocks[1].mlp.settings
+    assert (plain.num_experts, plain.num_selected_experts) == (8, 2)
+    assert (plain.capacity_factor, plain.eval_capacity_factor) == (2.0, None)
+    # Padding would take the words' room in open_clip's text tower.
+    clip = vmoe.upcycle(trained(IMAGE_TEXT["CLIP"]()), layers=[1])
+    assert clip.visual.transformer.resblocks[1].mlp.capacity_factor == 2.0
+    assert clip.transformer.resblocks[1].mlp.capacity_factor is None
+    assert clip.transformer.resblocks[1].mlp.modalities == ("text",)
+
+
+def test_a_dense_limoe_gets_the_losses_of_its_own_class():
+    dense = create_model("limoe_tiny_patch12_48", num_experts=0, depth=2)
+    layer = vmoe.upcycle(dense, num_experts=4, layers=[1], z_loss=0.2).blocks[1].mlp
+    real = create_model("limoe_tiny_patch12_48", num_experts=4, depth=2, moe_layers=[1]).blocks[1].mlp
+    assert layer.modalities == real.modalities == ("image", "text")
+    assert layer.losses.weights == {**real.losses.weights, "z_loss": 0.2}
+    assert layer.losses.min_experts == real.losses.min_experts
+    assert layer.batch_priority
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_expert_with_normalised_weights_is_warned_of():
+    with pytest.warns(UserWarning, match="only the auxiliary losses train the router"):
+        sparse = vmoe.upcycle(tiny_vit(), layers=[1], num_selected_experts=1)
+    sparse(pictures()).square().sum().backward()
+    assert sparse.blocks[1].mlp.router.weight.grad.abs().max() < 1e-6
+    vmoe.upcycle(tiny_vit(), layers=[1], num_selected_experts=1, normalize_weights=False)
+
+
+def test_noise_and_drop_upcycling_make_experts_differ_by_what_was_asked():
+    dense = tiny_vit()
+    weight = dense.blocks[1].mlp.fc1.weight.detach()
+    noisy = vmoe.upcycle(dense, layers=[1], expert_noise=0.1).blocks[1].mlp.experts.fc1.weight.detach()
+    difference = (noisy - weight).flatten(1)
+    torch.testing.assert_close(difference.std(dim=1) / weight.std(), torch.full((8,), 0.1), rtol=0.05, atol=0)
+    assert not torch.equal(noisy[0], noisy[1])
+
+    experts = vmoe.upcycle(dense, layers=[1], reinit=0.25).blocks[1].mlp.experts
+    fresh = (experts.fc1.weight != weight).all(dim=2)  # (E, F)
+    assert fresh.sum(dim=1).tolist() == [64] * 8
+    assert ((experts.fc1.weight != weight).any(dim=2) == fresh).all()
+    assert not torch.equal(fresh[0], fresh[1])
+    changed = (experts.fc2.weight != dense.blocks[1].mlp.fc2.weight).transpose(1, 2)  # (E, F, D)
+    assert (changed.all(dim=2) == fresh).all()
+    assert (changed.any(dim=2) == fresh).all()
+    for expert in range(8):
+        old, new = weight[fresh[expert]], experts.fc1.weight[expert][fresh[expert]]
+        torch.testing.assert_close(new.std(), old.std(), rtol=0.1, atol=0)
+    gated = timm.create_model("eva02_tiny_patch14_224", **TIMM["eva02_tiny_patch14_224"][0])
+    experts = vmoe.upcycle(gated, layers=[1], reinit=0.5).blocks[1].mlp.experts
+    original = vmoe.upcycle(gated, layers=[1]).blocks[1].mlp.experts
+    gate, value = (experts.fc1.weight != original.fc1.weight).all(dim=2).chunk(2, dim=1)
+    assert torch.equal(gate, value)  # gate and value of a unit are drawn anew together
+
+
+def test_models_without_known_mlps_are_named():
+    for make, message in [
+        (lambda: timm.create_model("resnet18"), "ResNet has no blocks with an `.mlp`"),
+        (lambda: timm.create_model("vit_base_patch16_xp_224", **SMALL), "VisionTransformer has no blocks"),
+        (
+            lambda: timm.create_model("convnext_atto"),
+            "ConvNeXt.stages.3.blocks.1.mlp: the layer fc1 of an MLP is a Conv",
+        ),
+        (lambda: vmoe.upcycle(tiny_vit(), layers=[1]), "is sparse already"),
+    ]:
+        with pytest.raises(UpcycleError, match=message):
+            vmoe.upcycle(make(), layers="last1")
+    odd = tiny_vit()
+    odd.blocks[1].mlp = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+    with pytest.raises(UpcycleError, match="blocks.1.mlp: an MLP of class Sequential"):
+        vmoe.upcycle(odd, layers=[1])
+    for kwargs, message in [
+        ({"layers": "last9"}, "layers='last9' asks for more"),
+        ({"layers": []}, "layers chooses no block"),
+        ({"layers": [1], "tower": "audio"}, "tower must be one of"),
+        ({"layers": [1], "num_expert": 4}, "upcycle has no setting 'num_expert'"),
+        ({"layers": [1], "reinit": 1.5}, "reinit must be 0..1"),
+        ({"layers": [1], "expert_noise": -1}, "expert_noise must be >= 0"),
+        ({"layers": [1], "expert_mlp": "swiglu"}, "does not suit the model, whose MLPs are 'mlp'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            vmoe.upcycle(tiny_vit(), **kwargs)
+
+
+@pytest.mark.parametrize("options", [{}, {"granularity": 2}, {"router": "expert_choice"}, {"router": "soft"}])
+@pytest.mark.parametrize("name", TWINS)
+@torch.no_grad()
+def test_files_of_upcycled_models_are_all_that_is_needed(name, options, tmp_path):
+    dense = trained(create_model(name, **TWINS[name]))
+    sparse = vmoe.upcycle(dense, num_experts=4, layers=(1,), reinit=0.5, **options)
+    save_pretrained(sparse, tmp_path / "m.safetensors")
+    again = create_model(pretrained=tmp_path / "m.safetensors").eval()
+    inputs = (pictures(48),) if "vmoe" in name or "vit" in name else (pictures(48), texts())
+    torch.testing.assert_close(again(*inputs), sparse(*inputs), rtol=0, atol=0)
+    # What is given in the call goes over the file's, for routing settings as for others.
+    if name == "vit_tiny_patch16_224" and not options:
+        other = create_model(pretrained=tmp_path / "m.safetensors", capacity_factor=5.0, num_classes=7)
+        assert other.blocks[1].mlp.capacity_factor == 5.0
+        assert other.head.out_features == 7
+
+
+def test_timm_models_by_timm_are_saved_if_their_name_says_all(tmp_path):
+    plain = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3)
+    save_pretrained(vmoe.upcycle(plain, num_experts=2, layers=[1]), tmp_path / "m.safetensors")
+    assert create_model(pretrained=tmp_path / "m.safetensors").blocks[1].mlp.num_experts == 2
+    other = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3, act_layer="relu")  # the same shapes
+    with pytest.raises(ValueError, match="not made by vmoe.create_model"):
+        save_pretrained(vmoe.upcycle(other, layers=[1]), tmp_path / "m.safetensors")
+
+
+# --- the optimizer ---------------------------------------------------------------------------------------------------
+
+
+def adam(model, **kwargs):
+    decay = [p for p in model.parameters() if p.ndim > 1 and p.requires_grad]
+    rest = [p for p in model.parameters() if p.ndim <= 1 and p.requires_grad]
+    groups = [{"params": rest, "weight_decay": 0.0}, {"params": decay}]
+    return torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1, **kwargs)
+
+
+def step(model, optimizer):
+    optimizer.zero_grad()
+    model(pictures()).square().mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_plus_patch16_dinov3"])
+def test_adam_goes_on_as_before(name):
+    dense = trained(timm.create_model(name, **TIMM[name][0]))
+    optimizer = adam(dense)
+    for _ in range(3):
+        step(dense, optimizer)
+    sparse = vmoe.upcycle(dense, num_experts=2, layers=[1], num_selected_experts=2)
+    new = adam(sparse)
+    vmoe.upcycle_optimizer(optimizer, dense, sparse, new)
+    experts, layout = sparse.blocks[1].mlp.experts, sparse.blocks[1].mlp.upcycled_from.layout
+    for key in ("exp_avg", "exp_avg_sq"):
+        for parameter in (experts.fc1.weight, experts.fc2.bias):
+            assert new.state[parameter][key].shape == parameter.shape
+        first = [optimizer.state[dense.blocks[1].mlp.get_parameter(f"{fc}.weight")][key] for fc in layout.fc1]
+        torch.testing.assert_close(new.state[experts.fc1.weight][key][1], torch.cat(first))
+    assert new.state[experts.fc2.weight]["step"] == 3
+    assert sparse.blocks[1].mlp.router.weight not in new.state
+    step(dense, optimizer)
+    step(sparse, new)
+    # Outside the experts (which share the gradient among them) the next step is the same.
+    own = dict(dense.named_parameters())
+    for key, parameter in sparse.named_parameters():
+        if key in own:
+            torch.testing.assert_close(parameter, own[key], rtol=1e-4, atol=2e-6)
+    assert (
+        new.state[sparse.head.weight]["exp_avg"].data_ptr() != optimizer.state[dense.head.weight]["exp_avg"].data_ptr()
+    )
+
+
+def test_optimizers_that_cannot_go_on_say_so():
+    dense = tiny_vit()
+    sparse = vmoe.upcycle(dense, layers=[1])
+    optimizer = adam(dense)
+    with pytest.raises(UpcycleError, match="made no step yet"):
+        vmoe.upcycle_optimizer(optimizer, dense, sparse, adam(sparse))
+    step(dense, optimizer)
+    with pytest.raises(UpcycleError, match="state of AdamW is of no use to SGD"):
+        vmoe.upcycle_optimizer(optimizer, dense, sparse, torch.optim.SGD(sparse.parameters(), lr=0.1))
+    factored = torch.optim.Adafactor(dense.parameters())
+    step(dense, factored)
+    with pytest.raises(UpcycleError, match="not one number per weight"):
+        vmoe.upcycle_optimizer(factored, dense, sparse, torch.optim.Adafactor(sparse.parameters()))
+    frozen = copy.deepcopy(dense)
+    frozen.blocks[1].mlp.requires_grad_(False)
+    optimizer = adam(frozen)
+    step(frozen, optimizer)
+    carried = adam(sparse)
+    vmoe.upcycle_optimizer(optimizer, frozen, sparse, carried)
+    assert sparse.blocks[1].mlp.experts.fc1.weight not in carried.state
+    assert sparse.blocks[0].mlp.fc1.weight in carried.state
