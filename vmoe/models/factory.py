@@ -265,14 +265,19 @@ def file_metadata(model: nn.Module, extra: dict | None = None) -> dict[str, str]
 
 def read_pretrained_metadata(file: str | Path) -> dict:
     """{"name", "kwargs", "preprocess", "extra"} of a file that `save_pretrained` wrote."""
-    with _open(file) as opened:
-        text = (opened.metadata() or {}).get(METADATA_KEY)
+    text = safetensors_metadata(file).get(METADATA_KEY)
     if text is None:
         raise WeightsError(f"{file} holds weights but no settings of a vmoe model: it was not written by this package")
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise WeightsError(f"the settings in {file} are damaged: {error}") from error
+
+
+def safetensors_metadata(file: str | Path) -> dict[str, str]:
+    """What a safetensors file says of itself."""
+    with _open(file) as opened:
+        return opened.metadata() or {}
 
 
 def _open(file: str | Path):

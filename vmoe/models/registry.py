@@ -1,14 +1,18 @@
 """V-MoE and Soft MoE by name, in timm's registry; importing this file registers them."""
 
+import logging
+from dataclasses import asdict, is_dataclass
 from functools import partial
 
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, model_entrypoint, register_model
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from vmoe.models.vision import VisionMoE, take_routing
 from vmoe.moe.settings import SETTING_NAMES
+
+logger = logging.getLogger("vmoe.models")
 
 
 def _cfg(**kwargs) -> dict:
@@ -77,6 +81,9 @@ def _create(variant: str, pretrained: bool, args: dict, kwargs: dict) -> VisionM
         kwargs: the user's settings.
     """
     args, kwargs = dict(args), dict(kwargs)
+    name, kwargs = _with_settings_of_file(variant, pretrained, kwargs)
+    if name != variant:
+        return model_entrypoint(name)(pretrained, **kwargs)
     own_routing = {name: args.pop(name) for name in SETTING_NAMES & args.keys()}
     routing = take_routing(kwargs, own_routing)
     if routing.get("router") != "soft" and own_routing.get("router") == "soft":
@@ -98,6 +105,34 @@ def _create(variant: str, pretrained: bool, args: dict, kwargs: dict) -> VisionM
         feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
         **model_args,
     )
+
+
+def _with_settings_of_file(variant: str, pretrained: bool, kwargs: dict) -> tuple[str, dict]:
+    """The name and settings in a file of this package that timm is told to load, so that the file is all it needs.
+
+    Args:
+        variant: the name that the user gave.
+        pretrained: of timm.
+        kwargs: the user's settings, which win; "file" of its `pretrained_cfg_overlay` or `pretrained_cfg` is the file.
+    """
+    from vmoe.models.factory import METADATA_KEY, read_pretrained_metadata, safetensors_metadata
+
+    config, overlay = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay") or {}
+    config = asdict(config) if is_dataclass(config) else config if isinstance(config, dict) else {}
+    file = overlay.get("file", config.get("file"))
+    if not pretrained or not file or METADATA_KEY not in safetensors_metadata(file):
+        return variant, kwargs
+    metadata = read_pretrained_metadata(file)
+    name, own = metadata["name"], dict(metadata["kwargs"])
+    if not is_model(name) or "upcycle" in metadata:
+        raise ValueError(f"{file} holds a {name} that timm cannot make; use vmoe.create_model(pretrained={str(file)!r})")
+    if name != variant:
+        logger.warning("%s holds a %s: that is made, not %s", file, name, variant)
+    # What timm compares with the user's settings to know whether the classifier must start anew.
+    about = {**metadata["preprocess"], **own.pop("pretrained_cfg_overlay", {}), "file": str(file)}
+    if "num_classes" in own:
+        about["num_classes"] = own["num_classes"]
+    return name, {**own, **kwargs, "pretrained_cfg_overlay": {**about, **overlay}}
 
 
 _TINY = {"img_size": 48, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
