@@ -3,6 +3,17 @@
 from vmoe.convert.arrays import CheckpointError
 from vmoe.convert.config import ConfigError
 from vmoe.convert.export import reference_config
+from vmoe.convert.files import convert_checkpoint, pretrained_cfg
 from vmoe.convert.reference import from_reference, to_reference
+from vmoe.convert.released import RELEASED
 
-__all__ = ["CheckpointError", "ConfigError", "from_reference", "reference_config", "to_reference"]
+__all__ = [
+    "RELEASED",
+    "CheckpointError",
+    "ConfigError",
+    "convert_checkpoint",
+    "from_reference",
+    "pretrained_cfg",
+    "reference_config",
+    "to_reference",
+]
