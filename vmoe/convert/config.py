@@ -49,10 +49,8 @@ class Section:
         value = self.take(name, default)
         if value is None and optional:
             return None
-        good = (
-            isinstance(value, (int, float)) and not isinstance(value, bool) and (kind is float or value == int(value))
-        )
-        if not good:
+        good = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not good or (kind is int and value != int(value)):
             raise self.wrong(name, value, "a number" if kind is float else "a whole number")
         return kind(value)
 

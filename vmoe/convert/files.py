@@ -53,8 +53,8 @@ def open_checkpoint(source: str | Path, step: int | None = None) -> tuple[str, s
     """Find out what a checkpoint is, and look at it without reading its numbers.
 
     Args:
-        source: the prefix of a sharded checkpoint, one flax MessagePack file, or the folder of an Orbax checkpoint; of a
-            training run's checkpoints the last is taken.
+        source: the prefix of a sharded checkpoint, one flax MessagePack file, or the folder of an Orbax checkpoint; of
+            a training run's checkpoints the last is taken.
         step: instead of the last.
 
     Returns:
@@ -190,9 +190,7 @@ def _mapped(file: Path, sizes: Mapping[str, tuple[int, ...]], metadata: dict[str
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
-        os.posix_fallocate(handle, 0, first + end) if hasattr(os, "posix_fallocate") else os.truncate(
-            handle, first + end
-        )
+        os.truncate(handle, first + end)
         mapped = mmap.mmap(handle, first + end)
         mapped[:first] = struct.pack("<Q", len(text)) + text
         arrays = {
@@ -231,7 +229,7 @@ def pretrained_cfg(file: str | Path) -> dict[str, Any]:
         model = create_model(metadata["name"], **metadata["kwargs"])
     return {
         **model.pretrained_cfg,
-        **metadata["preprocess"],
+        **{key: tuple(v) if isinstance(v, list) else v for key, v in metadata["preprocess"].items()},
         "architecture": metadata["name"],
         "num_classes": model.num_classes,
         "file": str(file),

@@ -30,8 +30,8 @@ def from_reference(
     """Build one of the reference's models and load its weights.
 
     Args:
-        config: the reference's model config (`config.model` of its experiments): of VisionTransformerMoe, or of TwoTower
-            with "image" and "text". Keys that are absent have the reference's defaults.
+        config: the reference's model config (`config.model` of its experiments): of VisionTransformerMoe, or of
+            TwoTower with "image" and "text". Keys that are absent have the reference's defaults.
         params: {"Encoder/encoder_norm/scale": array, ...}, flat or nested, with or without "params/" in front.
         image_size: in pixels; else "image_size" of the config, else that of the position embeddings. If it is another
             than theirs they are zoomed, as the reference does when it fine-tunes.

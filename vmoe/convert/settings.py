@@ -136,8 +136,8 @@ def _image_size(size, tokens: int | None, patch: tuple[int, int], has_class_toke
     side = math.isqrt(tokens - has_class_token) if tokens else 0
     if side == 0 or side * side != tokens - has_class_token:
         raise ConfigError(
-            f"image_size is not in the config and cannot be told from {tokens} position embeddings, which are no square "
-            "grid of patches; add image_size"
+            f"image_size is not in the config and cannot be told from {tokens} position embeddings, which are no "
+            "square grid of patches; add image_size"
         )
     return [side * step for step in patch]
 
