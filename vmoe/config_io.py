@@ -107,8 +107,13 @@ def read_config(
     )
     parser.add_class_arguments(config_class)
     try:
-        parsed = parser.parse_args([f"--config={file}" for file in files] + overrides)
-        return _build(config_class, parsed.as_dict())
+        plain, nested = _split_nested(overrides, config_class)
+        plain = [f"--config={file}" for file in files] + plain
+        settings = parser.parse_args(plain).as_dict()
+        for path, depth, arguments in nested:
+            parsed = parser.parse_args(plain + arguments).as_dict()
+            _set(settings, path, _get(parsed, [*path[:depth], path[-1]]))
+        return _build(config_class, settings)
     except ArgumentError as error:
         raise ConfigError(_one_sentence(str(error), config_class)) from None
     except ValueError as error:  # the dataclasses' own checks
@@ -140,6 +145,56 @@ def _split_config_files(argv: list[str]) -> tuple[list[str], list[str]]:
         else:
             others.append(argument)
     return names, others
+
+
+def _split_nested(overrides: list[str], config_class: type) -> tuple[list[str], list[tuple[list[str], int, list[str]]]]:
+    """Takes the overrides that lie two or more keys below a free-form setting out of the others.
+
+    jsonargparse would replace what stands between (`image` for `--model.kwargs.image.num_experts 4`), not add to it.
+
+    Returns:
+        (the others, [(path, depth of the free-form setting, arguments that set the last key right below that)]).
+    """
+    plain, nested, current = [], [], None
+    for argument in overrides:
+        if argument.startswith("--"):
+            key, *value = argument[2:].split("=", 1)
+            path = key.split(".")
+            depth = _free_form_depth(path, config_class)
+            current = plain
+            if len(path) > depth + 1:
+                current = []
+                nested.append((path, depth, current))
+                argument = "=".join([f"--{'.'.join([*path[:depth], path[-1]])}", *value])
+        (plain if current is None else current).append(argument)
+    return plain, nested
+
+
+def _free_form_depth(path: list[str], config_class: type) -> int:
+    """How many names of a path lead to the free-form setting on it; more than there are if there is none."""
+    section: type | None = config_class
+    for depth, name in enumerate(path, start=1):
+        fields = _fields(section) if section is not None else {}
+        if name not in fields:
+            break
+        if _is_free_form(fields[name]):
+            return depth
+        section = _section(fields[name])
+    return len(path) + 1
+
+
+def _get(tree: dict[str, Any], path: list[str]) -> Any:
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    for name in path[:-1]:
+        if not isinstance(tree.get(name), dict):
+            tree[name] = {}
+        tree = tree[name]
+    tree[path[-1]] = value
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -220,15 +275,9 @@ def _check_option(key: str, config_class: type, known: list[str]) -> None:
     """Raises ConfigError if `--key` is not a setting (keys below a free-form one are not checked)."""
     if key in known:
         return
-    section: type | None = config_class
-    for name in key.split("."):
-        fields = _fields(section) if section is not None else {}
-        if name not in fields:
-            break
-        if _is_free_form(fields[name]):
-            return
-        section = _section(fields[name])
-    raise _unknown(key, known, "command line")
+    path = key.split(".")
+    if _free_form_depth(path, config_class) > len(path):
+        raise _unknown(key, known, "command line")
 
 
 def _one_sentence(message: str, config_class: type) -> str:
