@@ -1,0 +1,194 @@
+"""The ways out of a sparse model: one MLP, or fewer experts."""
+
+import pytest
+import timm
+import torch
+
+import vmoe
+from vmoe.models.dense_mlp import UpcycleError
+from vmoe.models.factory import create_model, save_pretrained
+
+TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+
+
+def tiny_vmoe(**kwargs):
+    """A V-MoE with a head that tells its inputs apart, and experts with their own biases."""
+    torch.manual_seed(0)
+    model = create_model("vmoe_tiny_patch8_48", **{**TINY, "num_experts": 6, **kwargs}).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "head" in name or "experts" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def pictures(number=4):
+    return torch.randn(number, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def sparse():
+    return tiny_vmoe(num_selected_experts=2, normalize_weights=True)
+
+
+@torch.no_grad()
+def test_average_weighted_average_and_one_of_the_experts(sparse):
+    experts = sparse.blocks[1].mlp.experts
+    mlp = vmoe.densify(sparse).blocks[1].mlp
+    assert type(mlp) is timm.layers.Mlp
+    torch.testing.assert_close(mlp.fc1.weight, experts.fc1.weight.mean(0))
+    torch.testing.assert_close(mlp.fc2.bias, experts.fc2.bias.mean(0))
+    usage = {"blocks.1.mlp": torch.tensor([3, 0, 1, 0, 0, 0])}
+    mlp = vmoe.densify(sparse, "weighted", usage).blocks[1].mlp
+    expected = 0.75 * experts.fc2.weight[0] + 0.25 * experts.fc2.weight[2]
+    torch.testing.assert_close(mlp.fc2.weight, expected)
+    mlp = vmoe.densify(sparse, 4).blocks[1].mlp
+    x = torch.randn(7, 32)
+    count = torch.tensor([0, 0, 0, 0, 7, 0])
+    torch.testing.assert_close(mlp(x), experts(x, count))
+
+
+@pytest.mark.parametrize("kwargs", [{"expert_mlp": "swiglu"}, {"expert_mlp": "geglu"}, {"scale_mlp_norm": True}])
+@torch.no_grad()
+def test_gated_and_normed_experts_of_models_that_never_were_dense(kwargs, tmp_path):
+    sparse = tiny_vmoe(**kwargs)
+    dense = vmoe.densify(sparse, 3)
+    x = torch.randn(7, 32)
+    count = torch.tensor([0, 0, 0, 7, 0, 0])
+    torch.testing.assert_close(dense.blocks[1].mlp(x), sparse.blocks[1].mlp.experts(x, count))
+    if "expert_mlp" in kwargs:  # no settings of a V-MoE give it gated dense MLPs
+        with pytest.raises(ValueError, match="how to build this model again is not known"):
+            save_pretrained(dense, tmp_path / "m.safetensors")
+
+
+@torch.no_grad()
+def test_a_dense_vmoe_is_the_twin_that_its_settings_make(sparse, tmp_path):
+    dense = vmoe.densify(sparse)
+    assert repr(dense) == repr(create_model("vmoe_tiny_patch8_48", **TINY, num_experts=0))
+    save_pretrained(dense, tmp_path / "m.safetensors")
+    again = create_model(pretrained=tmp_path / "m.safetensors").eval()
+    torch.testing.assert_close(again(pictures()), dense(pictures()), rtol=0, atol=0)
+    upcycled = vmoe.upcycle(again, num_experts=3, layers=[1])
+    torch.testing.assert_close(upcycled(pictures()), dense(pictures()), rtol=0, atol=1e-5)
+
+
+def test_usage_is_what_the_experts_kept(sparse):
+    sparse.train()
+    usage = vmoe.measure_usage(sparse, [pictures(3), (pictures(2),), {"image": pictures(1), "label": torch.zeros(1)}])
+    assert sparse.training
+    assert list(usage) == ["blocks.1.mlp"]
+    assert usage["blocks.1.mlp"].sum() == 6 * 5 * 2  # six pictures of five tokens, two experts each
+    with vmoe.record_routing(sparse.eval()) as record, torch.no_grad():
+        sparse(pictures(3))
+    load = record.layers["blocks.1.mlp"].load
+    torch.testing.assert_close(vmoe.measure_usage(sparse, [pictures(3)])["blocks.1.mlp"], load.double())
+    limoe = create_model("limoe_tiny_patch12_48", depth=2, num_experts=4, img_size=24)
+    texts = torch.full((2, 16), 49407)
+    usage = vmoe.measure_usage(limoe, [{"image": torch.zeros(2, 3, 24, 24), "text": texts}])
+    assert usage["blocks.1.mlp"].sum() == 2 * (4 + 1)
+    with pytest.raises(ValueError, match="no usage to measure"):
+        vmoe.measure_usage(sparse, [])
+
+
+@pytest.mark.parametrize("num_selected_experts", [1, 2])
+@torch.no_grad()
+def test_experts_that_nobody_uses_leave_without_a_trace(num_selected_experts):
+    model = tiny_vmoe(num_selected_experts=num_selected_experts, normalize_weights=True)
+    router = model.blocks[1].mlp.router
+    # Experts 1 and 4 are nobody's choice, whatever the token: the others have opposite pairs among them.
+    router.weight[[1, 4]] = 0
+    router.weight[[2, 3]] = -router.weight[[0, 5]]
+    usage = vmoe.measure_usage(model, [pictures(8)])
+    assert usage["blocks.1.mlp"][[1, 4]].sum() == 0
+    usage["blocks.1.mlp"][[0, 2, 3, 5]] += 1  # so few pictures may leave out one of these too
+    pruned = vmoe.prune_experts(model, keep=4, usage=usage)
+    torch.testing.assert_close(pruned.blocks[1].mlp.router.weight, router.weight[[0, 2, 3, 5]])
+    torch.testing.assert_close(pruned(pictures(8)), model(pictures(8)), rtol=0, atol=1e-5)
+    assert model.blocks[1].mlp.num_experts == 6
+
+
+@torch.no_grad()
+def test_without_normalised_weights_only_the_softmax_changes():
+    model = tiny_vmoe(num_selected_experts=1)
+    usage = {"blocks.1.mlp": torch.tensor([5.0, 1, 5, 1, 5, 5])}
+    pruned = vmoe.prune_experts(model, keep=0.67, usage=usage)
+    layer, x = pruned.blocks[1].mlp, torch.randn(2, 5, 32)
+    with vmoe.record_routing(pruned) as record:
+        pruned(pictures())
+    assert record.layers["blocks.1.mlp"].gates.shape[-1] == 4
+    logits = x @ model.blocks[1].mlp.router.weight[[0, 2, 4, 5]].T
+    best = logits.softmax(-1).max(-1)
+    chosen = torch.tensor([0, 2, 4, 5])[best.indices]
+    experts = model.blocks[1].mlp.experts
+    for token in range(5):
+        row = torch.zeros(6, dtype=torch.long).scatter_(0, chosen[0, token][None], 1)
+        expected = best.values[0, token] * experts(x[0, token][None], row)[0]
+        torch.testing.assert_close(layer(x)[0, token], expected)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"router": "expert_choice"},
+        {"router": "soft"},
+        {"router_preset": "deepseek"},
+        {"router_preset": "noisy_topk", "num_selected_experts": 2},
+    ],
+)
+@torch.no_grad()
+def test_pruned_models_have_files_like_others(settings, tmp_path):
+    model = tiny_vmoe(**settings)
+    usage = vmoe.measure_usage(model, [pictures()])
+    pruned = vmoe.prune_experts(model, 3, usage)
+    save_pretrained(pruned, tmp_path / "m.safetensors")
+    again = create_model(pretrained=tmp_path / "m.safetensors").eval()
+    assert again.blocks[1].mlp.num_experts == 3
+    torch.testing.assert_close(again(pictures()), pruned(pictures()), rtol=0, atol=0)
+    pruned.train()(pictures())  # the losses know the new number of experts
+
+
+@torch.no_grad()
+def test_a_pruned_limoe_keeps_its_thresholds_in_range(tmp_path):
+    model = create_model("limoe_tiny_patch12_48", depth=2, num_experts=8)
+    usage = {"blocks.1.mlp": torch.arange(8)}
+    pruned = vmoe.prune_experts(model, 2, usage)
+    assert pruned.blocks[1].mlp.losses.min_experts == {"image": 2, "text": 2}
+    torch.testing.assert_close(pruned.blocks[1].mlp.experts.fc1.weight, model.blocks[1].mlp.experts.fc1.weight[6:])
+    save_pretrained(pruned, tmp_path / "m.safetensors")
+    assert create_model(pretrained=tmp_path / "m.safetensors").blocks[1].mlp.num_experts == 2
+
+
+@torch.no_grad()
+def test_virtual_groups_leave_as_a_whole_and_what_is_left_computes_the_same():
+    dense = create_model("vmoe_tiny_patch8_48", **TINY, num_experts=0).eval()
+    sparse = vmoe.upcycle(dense, 6, [1], 2, granularity=2)
+    usage = {"blocks.1.mlp": torch.tensor([9, 0, 1, 1, 4, 4])}
+    pruned = vmoe.prune_experts(sparse, 4, usage)
+    torch.testing.assert_close(pruned(pictures()), dense(pictures()), rtol=0, atol=1e-5)
+    kept = sparse.blocks[1].mlp.router.weight[[0, 1, 4, 5]]
+    torch.testing.assert_close(pruned.blocks[1].mlp.router.weight, kept)
+    torch.testing.assert_close(vmoe.densify(pruned).state_dict(), dense.state_dict(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="in steps of 2"):
+        vmoe.prune_experts(sparse, 3, usage)
+
+
+def test_bad_input_is_one_sentence(sparse):
+    usage = vmoe.measure_usage(sparse, [pictures()])
+    for keep in (1, 7, 0, 0.05, 2.5):
+        with pytest.raises(ValueError, match="does not suit blocks.1.mlp: it needs 2..6"):
+            vmoe.prune_experts(sparse, keep, usage)
+    for bad in ({}, {"blocks.1.mlp": torch.ones(4)}):
+        with pytest.raises(UpcycleError, match=r"usage of blocks.1.mlp must have shape \(6,\)"):
+            vmoe.prune_experts(sparse, 3, bad)
+        with pytest.raises(UpcycleError, match="usage of blocks.1.mlp must"):
+            vmoe.densify(sparse, "weighted", bad)
+    with pytest.raises(UpcycleError, match="must be positive for some"):
+        vmoe.densify(sparse, "weighted", {"blocks.1.mlp": torch.zeros(6)})
+    with pytest.raises(ValueError, match="how must be 'average'"):
+        vmoe.densify(sparse, "best")
+    with pytest.raises(ValueError, match=r"how must be 0..5"):
+        vmoe.densify(sparse, 6)
+    with pytest.raises(UpcycleError, match="has no sparse layer"):
+        vmoe.densify(vmoe.densify(sparse))
+    with pytest.raises(UpcycleError, match="has a shared expert"):
+        vmoe.densify(tiny_vmoe(num_shared_experts=1))
