@@ -1,0 +1,206 @@
+import math
+import re
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss, SigLipLoss
+from timm.models import group_parameters
+from timm.optim import create_optimizer_v2
+
+import vmoe
+from vmoe.models.factory import create_model, model_spec, preprocess_config, save_pretrained
+from vmoe.models.two_tower import TWO_TOWER_CONFIGS, TwoTower, merge_settings
+from vmoe.moe import SparseMoE
+
+IMAGE = {"name": "vmoe_tiny_patch8_48", "img_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_experts": 4}
+TEXT = {"width": 32, "depth": 3, "num_heads": 2, "num_experts": 4, "context_length": 8}
+
+
+def tiny(image: dict | None = None, text: dict | None = None, **kwargs) -> TwoTower:
+    torch.manual_seed(0)
+    return TwoTower({**IMAGE, **(image or {})}, {**TEXT, **(text or {})}, **{"embed_dim": 24, **kwargs})
+
+
+def pairs(B: int = 4):
+    generator = torch.Generator().manual_seed(1)
+    words = ["cat", "a dog", "the sun", "one two three"]
+    text = vmoe.get_tokenizer("two_tower_tiny_patch8_48", context_length=8)([words[b % 4] for b in range(B)])
+    return torch.randn(B, 3, 16, 16, generator=generator), text
+
+
+def test_all_names_build():
+    for name in TWO_TOWER_CONFIGS:
+        with torch.device("meta"):
+            model = create_model(name)
+        assert any(isinstance(module, SparseMoE) for module in model.visual.modules()), name
+        assert vmoe.get_tokenizer(name)("a cat").shape == (1, model.context_length), name
+
+
+def test_open_clips_conventions():
+    image, text = pairs()
+    model = tiny().eval()
+    image_features, text_features, scale = model(image, text)
+    assert image_features.shape == text_features.shape == (4, 24)
+    torch.testing.assert_close(image_features, F.normalize(model.encode_image(image), dim=-1))
+    torch.testing.assert_close(text_features, model.encode_text(text, normalize=True))
+    torch.testing.assert_close(model.logit_scale, torch.tensor(math.log(1 / 0.07)))
+    assert model.logit_bias is None
+    assert torch.isfinite(ClipLoss()(image_features, text_features, scale))
+
+    model = tiny(init_logit_scale=math.log(10), init_logit_bias=-10.0, output_dict=True).eval()
+    outputs = model(image, text)
+    assert set(outputs) == {"image_features", "text_features", "logit_scale", "logit_bias"}
+    assert torch.isfinite(SigLipLoss()(**outputs))
+    assert model(text=text)["image_features"] is None
+    logits, transposed = model.get_logits(image, text)
+    torch.testing.assert_close(logits, 10 * outputs["image_features"] @ outputs["text_features"].T - 10)
+    assert torch.equal(logits.T, transposed)
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "layers"),
+    [
+        ({}, {}, ["visual.blocks.1.mlp", "text.blocks.1.mlp"]),
+        ({"num_experts": 0}, {}, ["text.blocks.1.mlp"]),
+        ({"router": "expert_choice"}, {"num_experts": 0}, ["visual.blocks.1.mlp"]),
+        ({"num_experts": 0}, {"num_experts": 0}, []),
+        ({"router": "soft"}, {"router": "soft"}, ["visual.blocks.1.mlp", "text.blocks.1.mlp"]),
+    ],
+)
+def test_experts_in_either_tower_or_both_learn(image, text, layers):
+    model = tiny(image, text)
+    pictures, words = pairs()
+    optimizer = create_optimizer_v2(model, "adamw", lr=3e-3, weight_decay=0.01, layer_decay=0.9)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for _ in range(12):
+        with vmoe.record_routing(model) as record:
+            loss = ClipLoss()(*model(pictures, words)) + record.auxiliary_loss()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert list(record.layers) == layers
+    assert loss < 0.5 * math.log(4)
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_any_timm_model_can_be_the_image_tower():
+    model = TwoTower({"name": "resnet10t"}, TEXT, embed_dim=24)
+    image, text = torch.randn(2, 3, 64, 64), pairs(2)[1]
+    assert model(image, text)[0].shape == (2, 24)
+    model.lock_image_tower(freeze_bn_stats=True)
+    before = {name: buffer.clone() for name, buffer in model.visual.named_buffers()}
+    model.train()(image, text)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.visual.named_buffers())
+
+
+def test_locked_towers_do_not_change():
+    model = tiny({"num_classes": 0, "drop_path_rate": 0.5, "capacity_factor": 0.3}, embed_dim=32)
+    image, text = pairs()
+    model.lock_image_tower()
+    model.train()
+    assert model.text.training
+    features = model.encode_image(image)
+    before = {name: tensor.clone() for name, tensor in model.visual.state_dict().items()}
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-2, weight_decay=0.1)
+    for _ in range(3):
+        with vmoe.record_routing(model) as record:
+            loss = ClipLoss()(*model(image, text)) + record.auxiliary_loss()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert torch.equal(model.encode_image(image), features)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.visual.state_dict().items())
+
+    def trainable(tower):
+        return {re.match(r"blocks\.\d+|\w+", name)[0] for name, p in tower.named_parameters() if p.requires_grad}
+
+    model = tiny()
+    model.lock_image_tower(unlocked_groups=2)
+    assert trainable(model.visual) == {"blocks.1", "norm", "head"}
+    model.lock_text_tower(unlocked_layers=1)
+    assert trainable(model.text) == {"head"}
+    model.lock_text_tower()
+    assert trainable(model.text) == set()
+    assert not model.train().text.training
+    assert model.visual.training
+    with pytest.raises(ValueError, match="freeze_layer_norm=False is not supported"):
+        model.lock_text_tower(freeze_layer_norm=False)
+    with pytest.raises(ValueError, match="must be >= 0, got -1"):
+        model.lock_image_tower(-1)
+
+
+def test_layer_decay_counts_from_the_top():
+    groups = group_parameters(model := tiny(), model.group_matcher(), reverse=True)
+    assert groups["visual.head.weight"] == groups["text.head.weight"] == groups["logit_scale"]
+    for name in ("norm.weight", "blocks.{}.mlp.experts.fc1.weight"):
+        assert groups[f"visual.{name.format(1)}"] == groups[f"text.{name.format(1)}"] + (name != "norm.weight")
+    assert groups["text.token_embedding.weight"] == 0
+    assert groups["visual.patch_embed.proj.weight"] == 1
+    spared = model.no_weight_decay()
+    assert {"visual.pos_embed", "text.pos_embed", "logit_scale", "text.blocks.1.mlp.experts.fc1.bias"} <= spared
+
+
+def test_settings_of_one_tower_leave_the_others():
+    base = TWO_TOWER_CONFIGS["two_tower_tiny_patch12_48"]
+    merged = merge_settings(base, {"image": {"num_experts": 0}})
+    assert merged["image"] == {**base["image"], "num_experts": 0}
+    assert merged["text"] == base["text"]
+    assert merge_settings(base, {"image": {"name": "resnet10t"}})["image"] == {"name": "resnet10t"}
+    with pytest.raises(ValueError, match="text must hold the text tower's settings, got 3"):
+        merge_settings(base, {"text": 3})
+
+
+def test_files(tmp_path):
+    given = {"image": {"router_preset": "mixtral", "depth": 2}, "text": {"depth": 2, "router": "soft"}}
+    model = create_model("two_tower_tiny_patch12_48", **given).eval()
+    model.set_input_size(72)
+    save_pretrained(model, tmp_path / "m.safetensors")
+    again, _, _ = vmoe.create_model_and_transforms(pretrained=tmp_path / "m.safetensors")
+    assert again.visual.image_size == preprocess_config(again)["input_size"][1:] == (72, 72)
+    image, text = torch.randn(2, 3, 72, 72), vmoe.get_tokenizer(again)(["a", "b c"])
+    torch.testing.assert_close(again(image, text), model(image, text))
+    smaller = create_model(pretrained=tmp_path / "m.safetensors", image={"img_size": 48}, text={"drop_path_rate": 0.1})
+    assert smaller.visual.pos_embed.shape == (1, 17, 128)
+    assert torch.equal(smaller.text.head.weight, model.text.head.weight)
+    assert model_spec(smaller)["kwargs"]["image"]["router_preset"] == "mixtral"
+
+
+def test_image_tower_from_a_file(tmp_path):
+    torch.manual_seed(0)
+    source = create_model("vmoe_tiny_patch8_48", num_classes=3, depth=2, num_experts=4)
+    torch.nn.init.normal_(source.head.weight)
+    save_pretrained(source, tmp_path / "image.safetensors")
+    image = {"pretrained": str(tmp_path / "image.safetensors")}
+    images = torch.randn(2, 3, 48, 48)
+    # Without a head, as in LiT: what the classifier saw.
+    lit = create_model("two_tower_tiny_patch12_48", image={**image, "num_classes": 0}, text={"depth": 2}).eval()
+    expected = source.eval().forward_head(source.forward_features(images), pre_logits=True)
+    assert torch.equal(lit.encode_image(images), expected)
+    # With a new head, and another picture size.
+    tuned = create_model("two_tower_tiny_patch12_48", image={**image, "img_size": 64}, text={"depth": 2}, embed_dim=16)
+    assert tuned.visual.patch_embed.grid_size == (8, 8)
+    assert tuned.visual.head.out_features == 16
+    assert torch.equal(tuned.visual.norm.weight, source.norm.weight)
+    # The saved model needs the first file no more, with whatever settings it is asked for.
+    save_pretrained(lit, tmp_path / "lit.safetensors")
+    (tmp_path / "image.safetensors").unlink()
+    again = create_model(pretrained=tmp_path / "lit.safetensors", image={**image, "num_classes": 0}).eval()
+    assert torch.equal(again.encode_image(images), expected)
+
+    with pytest.raises(ValueError, match="nowhere: it does not exist"):
+        create_model("two_tower_tiny_patch12_48", image={"pretrained": str(tmp_path / "nowhere")})
+    with pytest.raises(ValueError, match="must hold an image model .* holds 'two_tower_tiny_patch12_48'"):
+        create_model("two_tower_tiny_patch12_48", image={"pretrained": str(tmp_path / "lit.safetensors")})
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="the image tower gives 32 features, embed_dim is 24; set embed_dim=32"):
+        tiny({"num_classes": 0})
+    for kwargs in ({"image": {"num_expert": 3}}, {"text": {"num_expert": 3}}):
+        with pytest.raises(ValueError, match="has no setting 'num_expert'; did you mean 'num_experts'"):
+            create_model("two_tower_tiny_patch8_48", **kwargs)
+    with pytest.raises(ValueError, match="unknown model 'two_tower_base_patch61'; did you mean"):
+        create_model("two_tower_base_patch61")
+    assert timm.list_models("two_tower_*") == []  # timm knows no text
