@@ -169,6 +169,32 @@ def test_positions_of_a_grid_that_is_not_square(name, tmp_path):
     assert getattr(square, parameter).shape[1] > getattr(turned, parameter).shape[1]
 
 
+def test_settings_of_the_reference_survive_a_file(tmp_path):
+    torch.manual_seed(0)
+    settings = {"pos_embed": "sincos2d", "qk_norm": True, "representation_size": 24, "global_pool": "map"}
+    model = create_model("softmoe_tiny_patch8_48", num_classes=3, depth=2, num_experts=4, **settings).eval()
+    torch.nn.init.normal_(model.head.weight)
+    model.set_input_size(64)
+    save_pretrained(model, tmp_path / "m.safetensors")
+    again = create_model(pretrained=tmp_path / "m.safetensors").eval()
+    image = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(again(image), model(image))
+    other_size = create_model(pretrained=tmp_path / "m.safetensors", img_size=40, num_classes=7)
+    assert other_size(torch.randn(1, 3, 40, 40)).shape == (1, 7)
+
+
+@pytest.mark.parametrize("name", ["vmoe_tiny_patch8_48", "limoe_tiny_patch8_48"])
+def test_slots_stay_when_the_picture_size_changes(name, tmp_path):
+    model = create_model(name, depth=2, num_experts=4, router="soft")
+    slots = model.blocks[1].mlp.router.slots
+    assert slots.shape[1] == (9 if name.startswith("v") else 36 // 4)
+    model.set_input_size(64)
+    save_pretrained(model, tmp_path / "m.safetensors")
+    for size in (64, 96):
+        again = create_model(pretrained=tmp_path / "m.safetensors", img_size=size)
+        assert torch.equal(again.blocks[1].mlp.router.slots, slots)
+
+
 def test_other_timm_models_get_a_new_head_too(tmp_path):
     save_pretrained(create_model("resnet10t", num_classes=3), tmp_path / "m.safetensors")
     assert create_model(pretrained=tmp_path / "m.safetensors", num_classes=5).fc.weight.shape[0] == 5

@@ -11,6 +11,7 @@ from timm.optim import create_optimizer_v2
 import vmoe
 from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE
 from vmoe.moe import SparseMoE
+from vmoe.moe.settings import PRESETS
 
 
 def tiny(**kwargs) -> LIMoE:
@@ -205,3 +206,32 @@ def test_mistakes_are_named():
         tiny(pool="token")
     with pytest.raises(ValueError, match="names \\['sound'\\]"):
         tiny(local_entropy_loss={"sound": 1.0})
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_router_takes_both_modalities(preset):
+    model = tiny(router_preset=preset, depth=2, num_experts=4, num_selected_experts=1)
+    image, text = pairs()
+    with vmoe.record_routing(model) as record:
+        loss = ClipLoss()(*model(image, text)) + record.auxiliary_loss()
+    loss.backward()
+    assert model.blocks[1].mlp.experts.fc2.weight.grad.abs().sum() > 0
+    model.eval()
+    with torch.no_grad():
+        together = model(image, text)
+        torch.testing.assert_close(together[0], model.encode_image(image, normalize=True), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together[1], model.encode_text(text, normalize=True), atol=1e-5, rtol=1e-5)
+        # One more pair in the batch, or other words beside a picture, change nothing.
+        torch.testing.assert_close(model(image[:1], text[:1])[0], together[0][:1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(image, text.flip(0))[0], together[0], atol=1e-5, rtol=1e-5)
+
+
+def test_losses_are_off_where_the_router_needs_none():
+    assert set(tiny().blocks[1].mlp.losses.weights) >= {"z_loss"}
+    for router in ("expert_choice", "soft"):
+        weights = tiny(router=router).blocks[1].mlp.losses.weights
+        assert not any(weights.values())
+    assert tiny(router="expert_choice", z_loss=0.1).blocks[1].mlp.losses.weights["z_loss"] == 0.1
+    for num_experts in (0, 4):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'num_expert'"):
+            tiny(num_experts=num_experts, num_expert=3)

@@ -5,16 +5,19 @@ from timm.models import checkpoint_seq  # noqa: F401  (what set_grad_checkpointi
 from timm.optim import create_optimizer_v2
 
 import vmoe
-from vmoe.models.vision import VisionMoE, sparse_blocks
+from vmoe.models.vision import VisionMoE, sincos2d_positions, sparse_blocks
 from vmoe.moe import SparseMoE
+from vmoe.moe.settings import PRESETS
 
-NAMES = timm.list_models("vmoe_*")
+NAMES = timm.list_models("vmoe_*") + timm.list_models("softmoe_*")
 SMALL = {"img_size": 28, "patch_size": 14, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
 
 
 def test_the_papers_sizes_are_registered():
     sizes = {"small_patch32", "base_patch32", "base_patch16", "large_patch32", "large_patch16", "huge_patch14"}
     assert {f"vmoe_{size}_224" for size in sizes} <= set(NAMES)
+    sizes = {"small_patch16", "base_patch16", "large_patch16", "huge_patch14"}
+    assert {f"softmoe_{size}_224" for size in sizes} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -40,13 +43,60 @@ def test_a_training_step_of_each(name):
 
 @pytest.mark.parametrize(
     ("name", "blocks"),
-    [("vmoe_small_patch32_224", [5, 7]), ("vmoe_base_patch16_224", [1, 3, 5, 7, 9, 11])],
+    [
+        ("vmoe_small_patch32_224", [5, 7]),
+        ("vmoe_base_patch16_224", [1, 3, 5, 7, 9, 11]),
+        ("softmoe_small_patch16_224", list(range(6, 12))),
+        ("softmoe_huge_patch14_224", list(range(16, 32))),
+    ],
 )
 def test_where_the_papers_put_their_experts(name, blocks):
     with torch.device("meta"):
         model = timm.create_model(name)
     assert [i for i, block in enumerate(model.blocks) if isinstance(block.mlp, SparseMoE)] == blocks
-    assert model.blocks[blocks[0]].mlp.experts.fc1.weight.shape[0] == 8
+    layer = model.blocks[blocks[0]].mlp
+    num_experts = {"vmoe_": 8, "softmoe_small": 128, "softmoe_huge": 256}
+    assert layer.experts.fc1.weight.shape[0] == next(v for k, v in num_experts.items() if name.startswith(k))
+    if name.startswith("softmoe"):
+        assert layer.router.slots.shape[1] == 1  # a slot for each expert
+        assert (model.cls_token, model.global_pool) == (None, "avg")
+        assert isinstance(model.norm, torch.nn.LayerNorm)  # before the mean
+        assert model.blocks[0].attn.q_norm.bias is None
+
+
+def test_a_preset_goes_over_a_names_settings_and_under_the_users():
+    def layer(name="vmoe_tiny_patch8_48", **kwargs) -> SparseMoE:
+        return timm.create_model(name, **kwargs).blocks[-1].mlp
+
+    assert layer().num_selected_experts == 1
+    assert layer(router_preset="vmoe").num_selected_experts == 2
+    assert layer(router_preset="vmoe", num_selected_experts=3).num_selected_experts == 3
+    assert layer(router_preset="mixtral").capacity_factor is None
+    assert layer(router_preset="mixtral", capacity_factor=2.0).capacity_factor == 2.0
+    assert layer(capacity_factor=float("inf")).capacity_factor is None  # timm leaves None out
+    assert layer("softmoe_tiny_patch8_48", router_preset="expert_choice").router_type == "expert_choice"
+    assert layer("softmoe_tiny_patch8_48", router="top_k").num_experts == 32
+    assert layer(router_preset="soft").router.slots.shape[:2] == (8, round(37 / 8))  # 36 patches and the class token
+    with pytest.raises(ValueError, match="router_preset must be one of"):
+        layer(router_preset="maxtril")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_train(preset):
+    torch.manual_seed(0)
+    model = timm.create_model("vmoe_tiny_patch8_48", **SMALL, router_preset=preset, fix_init=True)
+    torch.nn.init.normal_(model.head.weight)
+    with vmoe.record_routing(model) as record:
+        loss = model(torch.randn(6, 3, 28, 28)).square().mean() + record.auxiliary_loss()
+    loss.backward()
+    layer = model.blocks[1].mlp
+    assert layer.experts.fc2.weight.grad.abs().sum() > 0
+    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "noise" not in name)
+    decay = create_optimizer_v2(model, "adamw", weight_decay=0.1, layer_decay=0.8).param_groups
+    decayed = {id(p) for group in decay if group["weight_decay"] > 0 for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        wants_decay = name.endswith("weight") and "norm" not in name
+        assert (id(parameter) in decayed) == wants_decay, name
 
 
 def test_sparse_blocks():
@@ -55,6 +105,8 @@ def test_sparse_blocks():
     assert sparse_blocks("last2", 8) == (5, 7)
     assert sparse_blocks("every1", 3) == (0, 1, 2)
     assert sparse_blocks((4, 0), 6) == (0, 4)
+    assert sparse_blocks("second_half", 7) == (3, 4, 5, 6)
+    assert sparse_blocks((), 6) == ()
     for wrong in ("each2", "every0", "every", "last-1"):
         with pytest.raises(ValueError, match="must be 'everyN'"):
             sparse_blocks(wrong, 6)
@@ -168,3 +220,100 @@ def test_fix_init_scales_the_experts_too():
     fixed = timm.create_model("vmoe_tiny_patch8_48", fix_init=True, **kwargs)
     torch.testing.assert_close(fixed.blocks[1].mlp.experts.fc2.weight, plain.blocks[1].mlp.experts.fc2.weight / 2)
     assert isinstance(fixed, VisionMoE)
+
+
+def test_sincos2d_positions():
+    positions = sincos2d_positions(2, 3, 16, 100.0)
+    assert positions.shape == (1, 6, 16)
+    y, x = 1, 2
+    for i in range(4):
+        w = 100.0 ** (-i / 3)
+        expected = torch.tensor([x * w, x * w, y * w, y * w])
+        expected = torch.stack([expected[0].sin(), expected[1].cos(), expected[2].sin(), expected[3].cos()])
+        torch.testing.assert_close(positions[0, y * 3 + x, i::4], expected)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_sincos2d_follows_the_picture(class_token):
+    torch.manual_seed(0)
+    kwargs = {**SMALL, "pos_embed": "sincos2d", "class_token": class_token, "global_pool": "token"}
+    model = timm.create_model("vmoe_tiny_patch8_48", **kwargs).eval()
+    torch.nn.init.normal_(model.head.weight)
+    assert not [name for name in model.state_dict() if "pos" in name]
+    larger = timm.create_model("vmoe_tiny_patch8_48", **{**kwargs, "img_size": (42, 28)}).eval()
+    dynamic = timm.create_model("vmoe_tiny_patch8_48", **kwargs, dynamic_img_size=True).eval()
+    for other in (larger, dynamic):
+        other.load_state_dict(model.state_dict())
+    small, large = torch.randn(2, 3, 28, 28), torch.randn(2, 3, 42, 28)
+    torch.testing.assert_close(dynamic(small), model(small))
+    torch.testing.assert_close(dynamic(large), larger(large))
+    assert not torch.allclose(larger(large), larger(large.flip(2)))
+    model.set_input_size((42, 28))
+    torch.testing.assert_close(model(large), larger(large))
+    embedded = model.patch_embed(large)
+    placed = model._pos_embed(embedded)
+    torch.testing.assert_close(
+        placed[:, int(class_token) :] - embedded, sincos2d_positions(3, 2, 32, 1e4).expand(2, -1, -1)
+    )
+    assert len(larger.forward_intermediates(large)[1]) == 4
+    with pytest.raises(ValueError, match="multiple of 4 and at least 8, got 30"):
+        timm.create_model("vmoe_tiny_patch8_48", **{**kwargs, "embed_dim": 30})
+    with pytest.raises(ValueError, match="pos_embed must be"):
+        timm.create_model("vmoe_tiny_patch8_48", pos_embed="rope")
+
+
+def test_first_patch_without_a_class_token():
+    model = timm.create_model("vmoe_tiny_patch8_48", **SMALL, class_token=False).eval()
+    x = torch.randn(2, 3, 28, 28)
+    features = model.forward_features(x)
+    assert features.shape == (2, 4, 32)
+    torch.testing.assert_close(model.forward_head(features, pre_logits=True), features[:, 0])
+    model.reset_classifier(3, "avg")
+    torch.testing.assert_close(model.forward_head(features, pre_logits=True), features.mean(1))
+    model.reset_classifier(3, "token")
+    torch.testing.assert_close(model.forward_head(features, pre_logits=True), features[:, 0])
+
+
+def test_qk_norm_in_blocks_and_pool():
+    model = timm.create_model("vmoe_tiny_patch8_48", **SMALL, qk_norm=True, global_pool="map", class_token=False).eval()
+    torch.nn.init.normal_(model.head.weight)
+    names = {name for name in model.state_dict() if "_norm." in name}
+    owners = [f"blocks.{i}.attn" for i in range(4)] + ["attn_pool"]
+    assert names == {f"{owner}.{which}_norm.weight" for owner in owners for which in "qk"}
+    x = torch.randn(2, 3, 28, 28)
+    before = model(x)
+    with torch.no_grad():  # scaled queries and keys are normed away, up to the norm's epsilon
+        model.blocks[0].attn.qkv.weight[:64] *= 100
+        model.attn_pool.q.weight *= 100
+        model.attn_pool.q.bias *= 100
+    torch.testing.assert_close(model(x), before, atol=2e-3, rtol=1e-2)
+
+
+def test_representation_layer(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("vmoe_tiny_patch8_48", **SMALL, representation_size=24).eval()
+    x = torch.randn(2, 3, 28, 28)
+    assert torch.equal(model(x), torch.zeros(2, 5))  # a fresh classifier is zero, as timm's
+    torch.nn.init.normal_(model.head.weight)
+    torch.nn.init.normal_(model.pre_logits.weight)
+    features = model.forward_features(x)
+    expected = torch.tanh(features[:, 0] @ model.pre_logits.weight.T + model.pre_logits.bias)
+    torch.testing.assert_close(model.forward_head(features, pre_logits=True), expected)
+    torch.testing.assert_close(model(x), expected @ model.head.weight.T + model.head.bias)
+    # timm's own way of loading keeps it.
+    torch.save(model.state_dict(), tmp_path / "m.pth")
+    overlay = {"file": str(tmp_path / "m.pth"), "num_classes": 5}
+    again = timm.create_model(
+        "vmoe_tiny_patch8_48", pretrained=True, pretrained_cfg_overlay=overlay, **SMALL, representation_size=24
+    )
+    again.eval()
+    torch.testing.assert_close(again(x), model(x))
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3)
+    model.reset_classifier(0)
+    torch.testing.assert_close(model(x), expected)
+    assert model.head_hidden_size == 24
+    pyramid = timm.create_model(
+        "vmoe_tiny_patch8_48", **SMALL, representation_size=24, features_only=True, out_indices=(1,)
+    )
+    assert not [name for name in pyramid.state_dict() if "pre_logits" in name]

@@ -120,7 +120,7 @@ def _with_settings_of_file(variant: str, pretrained: bool, kwargs: dict) -> tupl
     config, overlay = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay") or {}
     config = asdict(config) if is_dataclass(config) else config if isinstance(config, dict) else {}
     file = overlay.get("file", config.get("file"))
-    if not pretrained or not file or METADATA_KEY not in safetensors_metadata(file):
+    if not pretrained or not str(file).endswith(".safetensors") or METADATA_KEY not in safetensors_metadata(file):
         return variant, kwargs
     metadata = read_pretrained_metadata(file)
     name, own = metadata["name"], dict(metadata["kwargs"])
