@@ -31,7 +31,7 @@ def upcycle_optimizer(
         dense_optimizer: of the dense model; both optimizers of the same kind, with state for each element of a tensor
             (SGD, Adam and its relatives, Lion).
         dense_model: as it was upcycled.
-        sparse_model: what `upcycle` made of it.
+        sparse_model: what `upcycle` made of it; also another dense model with the same names, to go on with.
         sparse_optimizer: its new optimizer, before the first step; changed in place.
 
     Raises:
@@ -53,10 +53,9 @@ def upcycle_optimizer(
     for name, state in _expert_state(dense_state, sparse_model).items():
         parameter = sparse_model.get_parameter(name)
         if id(parameter) in new:
-            sparse_optimizer.state[parameter] = {
-                key: value.to(parameter.device) if torch.is_tensor(value) and value.ndim else value
-                for key, value in state.items()
-            }
+            sparse_optimizer.state[parameter] = state
+    # Its own rules say what lies on which device and in which type (Adam's step counts, for example).
+    sparse_optimizer.load_state_dict(sparse_optimizer.state_dict())
 
 
 def _expert_state(dense_state: dict, sparse_model: nn.Module) -> dict[str, dict]:

@@ -55,11 +55,17 @@ class ModelConfig:
             capacity_factor, ...), img_size, drop_path_rate, ... The number of classes is taken from the data. A
             two-tower model has those of its towers below image and text; image.pretrained names a file, or a run's
             folder, with the image tower.
+        upcycle: Make the dense model sparse before training: arguments of vmoe.upcycle (num_experts, layers,
+            num_selected_experts, tower, granularity, expert_noise, reinit, routing settings); empty leaves it as it is.
+        pretrained_optimizer: Also take the optimizer's state from the run whose folder (or checkpoint) `pretrained` is;
+            every expert gets that of the MLP it was copied from. Needs the same optimizer.
     """
 
     name: str | None = None
     pretrained: str | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
+    upcycle: dict[str, Any] = field(default_factory=dict)
+    pretrained_optimizer: bool = False
 
 
 @dataclass
@@ -247,10 +253,14 @@ class Config:
             raise ConfigError(f"optim.betas must be two numbers in [0, 1), got {optim.betas}")
         if optim.warmup_steps >= train.steps:
             raise ConfigError(f"optim.warmup_steps must be < train.steps ({train.steps}), got {optim.warmup_steps}")
-        for key, kwargs in (("", self.model.kwargs), *((f"{k}.", self.model.kwargs.get(k)) for k in ("image", "text"))):
+        if self.model.pretrained_optimizer and self.model.pretrained is None:
+            raise ConfigError("model.pretrained_optimizer needs model.pretrained, the folder of a run; set it to false")
+        sections = [("kwargs", self.model.kwargs), ("upcycle", self.model.upcycle)]
+        sections += [(f"kwargs.{tower}", self.model.kwargs.get(tower)) for tower in ("image", "text")]
+        for key, kwargs in sections:
             if isinstance(kwargs, dict) and kwargs.get("auxiliary_loss", "record") != "record":
                 raise ConfigError(
-                    f"model.kwargs.{key}auxiliary_loss must be 'record' here: the loop adds the auxiliary losses "
+                    f"model.{key}.auxiliary_loss must be 'record' here: the loop adds the auxiliary losses "
                     "itself; 'attach' would add them twice"
                 )
         if self.task == "contrastive":

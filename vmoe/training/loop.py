@@ -47,6 +47,7 @@ from vmoe.training.config import Config, changed_settings, to_yaml
 from vmoe.training.diagnosis import NonFiniteError, find_non_finite
 from vmoe.training.logging import CollapseWatch, MetricsLog, ProgressDisplay, final_table, routing_figures
 from vmoe.training.optim import create_optimizer, create_schedule, freeze
+from vmoe.training.pretrained import carry_over_optimizer
 from vmoe.training.tasks import Task, create_task
 
 try:
@@ -102,7 +103,7 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
     # A continued run finds its model in the checkpoint; the file it once started from need not exist any more.
     pretrained = config.model.pretrained if checkpoint is None else str(checkpoint / MODEL)
     try:
-        model = task.create_model(pretrained).to(device).train()
+        model = task.create_model(pretrained, continued=checkpoint is not None).to(device).train()
     except WeightsError as error:
         if checkpoint is None:
             raise
@@ -114,6 +115,8 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ema = None if config.train.ema_decay is None else ModelEmaV3(model, config.train.ema_decay, use_warmup=True)
     optimizer = create_optimizer(model, config.optim)
+    if checkpoint is None and config.model.pretrained_optimizer:
+        carry_over_optimizer(config.model.pretrained, model, optimizer)
     schedule = create_schedule(optimizer, config.optim, config.train.steps)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     transform = build_transform(preprocess_config(model), config.data.augmentation)

@@ -19,6 +19,7 @@ from vmoe.data import BadSample, EvalLoader, build_dataset, build_mixup, build_t
 from vmoe.evaluation import evaluate_classification, evaluate_retrieval, evaluate_zero_shot
 from vmoe.evaluation.zero_shot import check_class_names, resolve_templates
 from vmoe.models.factory import IMAGE_TEXT_NAMES, create_model, get_tokenizer, is_contrastive, preprocess_config
+from vmoe.models.upcycle import upcycle
 from vmoe.training.config import Config
 
 Batch = dict[str, Tensor]
@@ -56,9 +57,29 @@ class Task:
         self.val_data = build_dataset(config.data.val) if config.train.eval_every else None
         self.class_names: list[str] | None = self.train_data.classes
 
-    def create_model(self, pretrained: str | None) -> nn.Module:
-        """The model of the config on the CPU, in training mode; its weights from the file `pretrained` if given."""
+    def create_model(self, pretrained: str | None, continued: bool = False) -> nn.Module:
+        """The model of the config on the CPU, in training mode.
+
+        Args:
+            pretrained: its weights, a file or folder.
+            continued: they are this run's own.
+
+        Raises:
+            ConfigError: the model does not suit the task or cannot be upcycled.
+        """
         raise NotImplementedError
+
+    def _build(self, pretrained: str | None, continued: bool, kwargs: dict[str, Any]) -> nn.Module:
+        config = self.config.model
+        if continued and config.upcycle:
+            return create_model(pretrained=pretrained)  # what the settings made of the dense model is in the file
+        model = create_model(config.name, pretrained=pretrained, **kwargs)
+        if not config.upcycle:
+            return model
+        try:
+            return upcycle(model, **config.upcycle)
+        except ValueError as error:
+            raise ConfigError(f"model.upcycle: {error}") from error
 
     def loss(self, model: nn.Module, batch: Batch, number: int) -> Tensor:
         """The loss of a batch, without the auxiliary losses of the routing.
@@ -118,7 +139,7 @@ class Classification(Task):
             _check_same_classes(self.class_names, self.val_data.classes)
         self.mixup = build_mixup(config.data.augmentation, len(self.class_names), config.seed)
 
-    def create_model(self, pretrained: str | None) -> nn.Module:
+    def create_model(self, pretrained: str | None, continued: bool = False) -> nn.Module:
         kwargs = dict(self.config.model.kwargs)
         num_classes = kwargs.setdefault("num_classes", len(self.class_names))
         if num_classes != len(self.class_names):
@@ -130,7 +151,7 @@ class Classification(Task):
             raise ConfigError(
                 f"task 'classification' needs a classifier, and {_name(self.config)} is an image-text model"
             )
-        return create_model(self.config.model.name, pretrained=pretrained, **kwargs)
+        return self._build(pretrained, continued, kwargs)
 
     def loss(self, model: nn.Module, batch: Batch, number: int) -> Tensor:
         images, target = batch["image"], batch["label"]
@@ -175,8 +196,8 @@ class Contrastive(Task):
             if self.evaluation == "retrieval" and not self.val_data.has_captions:
                 raise ConfigError("evaluate.task 'retrieval' needs captions, and data.val has none; use 'zero_shot'")
 
-    def create_model(self, pretrained: str | None) -> nn.Module:
-        model = create_model(self.config.model.name, pretrained=pretrained, **self.config.model.kwargs)
+    def create_model(self, pretrained: str | None, continued: bool = False) -> nn.Module:
+        model = self._build(pretrained, continued, self.config.model.kwargs)
         if not is_contrastive(model):
             raise ConfigError(f"task 'contrastive' needs an image-text model, and {_name(self.config)} is none")
         if self.config.train.loss == "sigmoid" and getattr(model, "logit_bias", None) is None:

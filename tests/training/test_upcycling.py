@@ -1,0 +1,188 @@
+"""Training that starts from a dense model made sparse, and the fine-tuning recipes on a small real task."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vmoe.config_io import ConfigError, read_config, shipped_config_dirs
+from vmoe.models.factory import create_model, save_pretrained
+from vmoe.training.config import Config, ModelConfig
+from vmoe.training.loop import train
+
+
+def metrics(config: Config, key: str) -> list[float]:
+    lines = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
+
+
+def weights(config: Config) -> dict[str, torch.Tensor]:
+    return load_file(max(Path(config.output_dir).glob("checkpoints/step_*/model.safetensors")))
+
+
+# --- a dense run, made sparse ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dense_run(make_config, tmp_path):
+    """The folder of a short run of a dense LIMoE."""
+    config = make_config(
+        "contrastive", **{"output_dir": str(tmp_path / "dense"), "train.steps": 3, "model.kwargs.num_experts": 0}
+    )
+    train(config)
+    return config.output_dir
+
+
+@pytest.fixture
+def make_second(make_config, dense_run, tmp_path):
+    """make_second(name, upcycle, **{"train.steps": 3}) -> Config of a run that starts from `dense_run`."""
+
+    def make(name, upcycle=None, pretrained_optimizer=True, **overrides):
+        config = make_config("contrastive", **{"output_dir": str(tmp_path / name), "train.steps": 4, **overrides})
+        return dataclasses.replace(config, model=ModelConfig(None, dense_run, {}, upcycle or {}, pretrained_optimizer))
+
+    return make
+
+
+ALL = {"num_experts": 4, "layers": [1], "capacity_factor": float("inf"), "noise_std": 0.0}
+
+
+def test_an_upcycled_run_starts_where_the_dense_one_stood(make_second):
+    sparse, dense = make_second("sparse", ALL), make_second("longer")
+    summary = train(sparse)
+    train(dense)
+    assert summary["parameters_total"] > summary["parameters_active"]
+    ours, theirs = metrics(sparse, "task_loss"), metrics(dense, "task_loss")
+    assert ours[0] == pytest.approx(theirs[0], abs=1e-4)
+    assert ours[-1] != pytest.approx(theirs[-1], abs=1e-6)
+    assert metrics(sparse, "loss")[0] > ours[0]  # the auxiliary losses are at work
+    trainer = torch.load(Path(sparse.output_dir) / "checkpoints/step_000004/trainer.pt", weights_only=True)
+    steps = {int(state["step"]) for state in trainer["optimizer"]["state"].values()}
+    assert steps == {4, 7}  # the router's own, and three of the dense run before
+    train(fresh := make_second("fresh", ALL, pretrained_optimizer=False))
+    assert metrics(fresh, "task_loss")[0] == ours[0]
+    assert metrics(fresh, "task_loss")[2] != ours[2]
+
+
+def test_an_upcycled_run_that_was_stopped_goes_on(make_second, dense_run, tmp_path):
+    schedule = {"optim.schedule": "constant"}
+    train(whole := make_second("whole", ALL, **schedule))
+    train(make_second("parts", ALL, **schedule, **{"train.steps": 2}))
+    Path(dense_run).rename(tmp_path / "gone")  # the checkpoint is all that it needs
+    parts = make_second("parts", ALL, **schedule)
+    train(parts)
+    torch.testing.assert_close(weights(parts), weights(whole), rtol=0, atol=0)
+    assert metrics(parts, "loss") == metrics(whole, "loss")
+
+
+def test_bad_settings_are_config_errors(make_second, make_config, dense_run, tmp_path):
+    for upcycle, message in [
+        ({"num_expert": 4}, "model.upcycle: upcycle has no setting 'num_expert'"),
+        ({"layers": "last7"}, "model.upcycle: layers='last7' asks for more"),
+        ({"auxiliary_loss": "attach"}, "model.upcycle.auxiliary_loss must be 'record'"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            train(make_second("bad", upcycle))
+    sparse = make_config("contrastive")
+    sparse.model.upcycle = ALL
+    with pytest.raises(ConfigError, match="model.upcycle: LIMoE is sparse already"):
+        train(sparse)
+    with pytest.raises(ConfigError, match="pretrained_optimizer needs model.pretrained"):
+        train(make_config("contrastive", **{"model.pretrained_optimizer": True}))
+    file = tmp_path / "m.safetensors"
+    save_pretrained(create_model(pretrained=dense_run), file)
+    config = make_second("bad", ALL)
+    config.model.pretrained = str(file)
+    with pytest.raises(ConfigError, match="trainer.pt does not exist; set it to false"):
+        train(config)
+    with pytest.raises(ConfigError, match="state of AdamW is of no use to Lion"):
+        train(make_second("bad", ALL, **{"optim.name": "lion"}))
+
+
+# --- fine-tuning recipes ---------------------------------------------------------------------------------------------
+
+FINETUNE = next(root / "finetune" for root in shipped_config_dirs())
+SMALL = {"img_size": 24, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
+
+
+def groups_config(file: Path, run: Path, **overrides) -> Config:
+    """A config on the emoji groups, small enough for a test."""
+    emoji = {"type": "emoji_groups", "path": "null", "image_size": 48}
+    settings = {
+        "output_dir": str(run),
+        "device": "cpu",
+        **{f"data.train.{key}": value for key, value in {**emoji, "split": "train"}.items()},
+        **{f"data.val.{key}": value for key, value in {**emoji, "split": "val"}.items()},
+        "data.loader.batch_size": 64,
+        "data.loader.num_workers": 0,
+        "train.precision": "float32",
+        "train.accumulate_steps": 1,
+        "train.num_threads": 1,
+        "train.log_every": 1,
+        "train.eval_every": 30,
+        "train.steps": 30,
+        "train.tensorboard": "false",
+        "evaluate.examples": 0,
+        **overrides,
+    }
+    return read_config(Config, ["--config", str(file), *[f"--{key}={value}" for key, value in settings.items()]])
+
+
+def first_and_last(config: Config) -> tuple[float, float]:
+    losses = metrics(config, "task_loss")
+    return sum(losses[:8]) / 8, sum(losses[-8:]) / 8
+
+
+@pytest.mark.parametrize("name", ["vmoe_higher_resolution", "vit_upcycled"])
+def test_the_shipped_recipes_load(name):
+    config = read_config(Config, ["--config", str(FINETUNE / f"{name}.yaml")])
+    config.check()
+    assert config.output_dir == f"runs/{name}"
+
+
+def test_a_vmoe_is_fine_tuned_at_a_higher_resolution(tmp_path):
+    before = groups_config(
+        FINETUNE.parent / "vmoe_tiny_emoji_groups.yaml",
+        tmp_path / "before",
+        **{f"model.kwargs.{key}": value for key, value in {**SMALL, "num_experts": 4}.items()},
+    )
+    train(before)
+    config = groups_config(
+        FINETUNE / "vmoe_higher_resolution.yaml",
+        tmp_path / "after",
+        **{"model.pretrained": before.output_dir, "model.kwargs.img_size": 40, "optim.lr": 0.03},
+    )
+    summary = train(config)
+    first, last = first_and_last(config)
+    assert first < first_and_last(before)[0]  # what was learned at 24 px is of use at 40 px
+    assert last < first
+    assert summary["evaluation"]["top1"] > 0.55  # the largest group alone is 0.597
+    assert metrics(config, "loss") == pytest.approx(metrics(config, "task_loss"), abs=1e-6)  # no auxiliary losses
+    old, new = weights(before), weights(config)
+    assert new["pos_embed"].shape == (1, 26, 48)
+    assert torch.equal(old["blocks.1.mlp.router.weight"], new["blocks.1.mlp.router.weight"])
+    assert not torch.equal(old["blocks.1.mlp.experts.fc1.weight"], new["blocks.1.mlp.experts.fc1.weight"])
+    layer = create_model(pretrained=config.output_dir).blocks[1].mlp
+    assert (layer.capacity_factor, layer.experts.drop.p) == (1.5, 0.1)
+
+
+def test_a_dense_vit_is_made_sparse_and_fine_tuned(tmp_path):
+    torch.manual_seed(0)
+    save_pretrained(create_model("vit_tiny_patch16_224", **SMALL, num_classes=3), tmp_path / "vit.safetensors")
+    config = groups_config(
+        FINETUNE / "vit_upcycled.yaml",
+        tmp_path / "run",
+        **{"model.pretrained": str(tmp_path / "vit.safetensors"), "optim.lr": 0.003},
+    )
+    summary = train(config)
+    first, last = first_and_last(config)
+    assert last < first - 0.1
+    assert summary["evaluation"]["top1"] > 0.55
+    model = create_model(pretrained=config.output_dir)
+    layer = model.blocks[3].mlp
+    assert (model.head.out_features, layer.num_experts, layer.experts.drop.p) == (10, 8, 0.1)
+    weight = layer.experts.fc1.weight
+    assert not torch.equal(weight[0], weight[1])  # the copies went their own ways

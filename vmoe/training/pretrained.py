@@ -1,0 +1,46 @@
+"""What a new run takes over from an earlier one beside the weights: the state of its optimizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+from torch.optim import Optimizer
+
+from vmoe.config_io import ConfigError, read_config
+from vmoe.models.dense_mlp import UpcycleError
+from vmoe.models.factory import create_model, find_weights
+from vmoe.models.upcycle_optimizer import upcycle_optimizer
+from vmoe.training.checkpoint import MODEL, TRAINER, load_checkpoint
+from vmoe.training.config import Config
+from vmoe.training.optim import create_optimizer, freeze
+
+
+def carry_over_optimizer(pretrained: str, model: nn.Module, optimizer: Optimizer) -> None:
+    """Give a new optimizer the state that the run behind `pretrained` left.
+
+    Args:
+        pretrained: the folder of a run or of one of its checkpoints.
+        model: the new run's, upcycled from that run's or of the same names.
+        optimizer: of `model`, before its first step; changed in place.
+
+    Raises:
+        ConfigError: that is no run's folder, or its optimizer is another.
+    """
+    checkpoint = find_weights(pretrained).parent
+    run_config = checkpoint.parent.parent / "config.yaml"
+    for file in (checkpoint / TRAINER, run_config):
+        if not file.is_file():
+            raise ConfigError(
+                f"model.pretrained_optimizer needs model.pretrained to be a run's folder or checkpoint, and {file} "
+                "does not exist; set it to false to start the optimizer anew"
+            )
+    before = read_config(Config, ["--config", str(run_config)])
+    old_model = create_model(pretrained=Path(checkpoint) / MODEL)
+    freeze(old_model, before.train.freeze)
+    old_optimizer = create_optimizer(old_model, before.optim)
+    old_optimizer.load_state_dict(load_checkpoint(checkpoint, old_model, None)["optimizer"])
+    try:
+        upcycle_optimizer(old_optimizer, old_model, model, optimizer)
+    except UpcycleError as error:
+        raise ConfigError(f"model.pretrained_optimizer: {error}") from error
