@@ -190,7 +190,10 @@ def _mapped(file: Path, sizes: Mapping[str, tuple[int, ...]], metadata: dict[str
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
-        os.truncate(handle, first + end)
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash while the map is written
+            os.posix_fallocate(handle, 0, first + end)
+        else:
+            os.truncate(handle, first + end)
         mapped = mmap.mmap(handle, first + end)
         mapped[:first] = struct.pack("<Q", len(text)) + text
         arrays = {

@@ -1,7 +1,7 @@
 """Which of our tensors holds which array of the reference, and how its axes lie.
 
 A `Place` turns one of our tensors into a view in the reference's layout. Writing into the view fills the tensor,
-reading it gives the reference's array; so one table serves both directions, gradients, and files that are larger than memory.
+reading it gives the reference's array; so one table serves both directions, gradients, and files larger than memory.
 Linear layers are transposed; queries, keys and values are three arrays with an axis of heads there, one matrix here.
 """
 

@@ -1,0 +1,84 @@
+"""Golden figures: a config, weights, inputs, and what the reference computes from them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import vmoe
+from vmoe.convert import from_reference, to_reference
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def load(name: str, folder: Path = GOLDEN) -> tuple[dict, dict[str, np.ndarray]]:
+    """The config and the arrays of a case."""
+    with np.load(folder / f"{name}.npz") as file:
+        return json.loads((folder / f"{name}.json").read_text()), {key: file[key] for key in file}
+
+
+def part(figures: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The arrays under a prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in figures.items() if key.startswith(prefix)}
+
+
+def close(ours: torch.Tensor, theirs: np.ndarray, what: str) -> None:
+    """1e-5, absolute or relative: outputs and losses."""
+    torch.testing.assert_close(
+        ours.detach(), torch.as_tensor(theirs, dtype=ours.dtype), atol=1e-5, rtol=1e-5, msg=lambda m: f"{what}: {m}"
+    )
+
+
+def gradients_close(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    """1e-4 of each array's largest entry; 1e-7 where the reference's own gradient is rounding noise around zero.
+
+    A bias of the keys moves all scores of a query alike, so without a norm on keys its gradient is exactly zero.
+    """
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        difference = np.abs(ours[name] - gradient).max()
+        assert difference <= max(1e-4 * np.abs(gradient).max(), 1e-7), (name, difference, np.abs(gradient).max())
+
+
+def check_vision(name: str, folder: Path = GOLDEN) -> None:
+    """Logits, auxiliary losses per layer, and the gradients of the pictures and of all weights."""
+    config, figures = load(name, folder)
+    model = from_reference(config, part(figures, "params/"))
+    images = torch.tensor(figures["images_nhwc"]).permute(0, 3, 1, 2).requires_grad_()
+    with vmoe.record_routing(model) as record:
+        logits = model(images)
+        loss = logits.square().mean() + record.auxiliary_loss()
+    loss.backward()
+    close(logits, figures["logits"], "logits")
+    close(loss, figures["loss"], "loss")
+    checked = 0
+    for layer, routing in record.layers.items():
+        theirs = part(figures, f"metrics/encoderblock_{layer.split('.')[1]}/")
+        for metric in theirs.keys() & routing.metrics.keys():
+            close(routing.metrics[metric], theirs[metric].mean(), f"{layer} {metric}")  # one figure per group
+            checked += 1
+    assert checked >= len(record.layers)
+    images_grad = images.grad.permute(0, 2, 3, 1).numpy()
+    gradients_close({"images": images_grad}, {"images": figures["grad_images_nhwc"]})
+    own = to_reference(model, {key: parameter.grad for key, parameter in model.named_parameters()})
+    gradients_close(own, part(figures, "grads/"))
+
+
+def check_two_tower(name: str, folder: Path = GOLDEN) -> None:
+    """Embeddings, logits, the sigmoid loss and its gradients."""
+    config, figures = load(name, folder)
+    model = from_reference(config, part(figures, "params/"))
+    images = torch.tensor(figures["images_nhwc"]).permute(0, 3, 1, 2)
+    outputs = dict(zip(("image", "text", "scale", "bias"), model(images, torch.tensor(figures["texts"])), strict=False))
+    close(outputs["image"], figures["zimg"], "zimg")
+    close(outputs["text"], figures["ztxt"], "ztxt")
+    logits = outputs["scale"] * outputs["image"] @ outputs["text"].T + outputs.get("bias", 0.0)
+    close(logits, figures["logits"], "logits")
+    sign = 2 * torch.eye(len(logits)) - 1
+    loss = -torch.nn.functional.logsigmoid(sign * logits).sum(1).mean()
+    close(loss, figures["sigmoid_loss"], "sigmoid loss")
+    loss.backward()
+    zeros = {key: torch.zeros_like(tensor) for key, tensor in model.named_parameters()}  # where the loss has no path
+    grads = {key: tensor.grad for key, tensor in model.named_parameters() if tensor.grad is not None}
+    gradients_close(to_reference(model, {**zeros, **grads}), part(figures, "grads/"))
