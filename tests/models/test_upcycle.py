@@ -313,6 +313,9 @@ def test_files_of_upcycled_models_are_all_that_is_needed(name, options, tmp_path
 
 def test_timm_models_by_timm_are_saved_if_their_name_says_all(tmp_path):
     plain = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3)
+    save_pretrained(plain, tmp_path / "m.safetensors")
+    again = create_model(pretrained=tmp_path / "m.safetensors")
+    torch.testing.assert_close(again.state_dict(), plain.state_dict(), rtol=0, atol=0)
     save_pretrained(vmoe.upcycle(plain, num_experts=2, layers=[1]), tmp_path / "m.safetensors")
     assert create_model(pretrained=tmp_path / "m.safetensors").blocks[1].mlp.num_experts == 2
     other = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3, act_layer="relu")  # the same shapes

@@ -159,9 +159,15 @@ def list_models() -> list[str]:
 def model_spec(model: nn.Module) -> dict:
     """{"name", "kwargs"}: enough to call `create_model` again, with a head or picture size that was changed since.
 
-    An upcycled model also has "upcycle", the settings that make the dense one sparse.
+    An upcycled model also has "upcycle", the settings that make the dense one sparse. A dense model by timm needs no
+    more than the settings that its name gives, and those that it shows.
+
+    Raises:
+        ValueError: if it is not known how to build the model.
     """
     spec = getattr(model, "vmoe_spec", None)
+    if spec is None and (spec := _timm_spec(model)) is not None:
+        return spec
     if spec is None:
         raise ValueError(
             "how to build this model again is not known: it was not made by vmoe.create_model (make the dense "
@@ -171,6 +177,23 @@ def model_spec(model: nn.Module) -> dict:
     if isinstance(model, TwoTower) and changed:
         changed = {"image": {**(spec["kwargs"].get("image") or {}), **changed}}
     return {**spec, "kwargs": {**spec["kwargs"], **changed}}
+
+
+def _timm_spec(model: nn.Module) -> dict | None:
+    """The specification of a dense model that timm.create_model made; None if its name does not tell it all."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    name = ".".join(config[key] for key in ("architecture", "tag") if config.get(key))
+    if not timm.is_model(name) or any(isinstance(module, SparseMoE) for module in model.modules()):
+        return None
+    kwargs = _live_settings(model) | ({"num_experts": 0} if isinstance(model, VisionMoE) else {})
+    try:
+        with torch.device("meta"):
+            again = timm.create_model(name, **kwargs)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError):
+        return None
+    shapes = [{key: tensor.shape for key, tensor in each.state_dict().items()} for each in (model, again)]
+    # The text of the modules tells activations, epsilons and dropout rates, which no shape does.
+    return {"name": name, "kwargs": kwargs} if shapes[0] == shapes[1] and repr(model) == repr(again) else None
 
 
 def _live_settings(model: nn.Module) -> dict:

@@ -12,7 +12,6 @@ import math
 import warnings
 from collections.abc import Sequence
 
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -331,24 +330,11 @@ def _redraw(tensor: Tensor, index: Tensor, dim: int) -> None:
 
 
 def dense_spec(model: nn.Module) -> dict | None:
-    """{"name", "kwargs"} that build a model again, also for one that timm made; None if that is not known for sure."""
-    if getattr(model, "vmoe_spec", None) is not None:
-        return factory.model_spec(model)
-    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")
-    if not timm.is_model(name):
-        return None
-    kwargs = factory._live_settings(model)
-    if isinstance(model, VisionMoE):
-        kwargs["num_experts"] = 0
+    """{"name", "kwargs"} that build a model again; None if they are not known."""
     try:
-        with torch.device("meta"):
-            again = factory.create_model(name, **kwargs)
-    except (TypeError, ValueError, RuntimeError, NotImplementedError):
+        return factory.model_spec(model)
+    except ValueError:
         return None
-    shapes = [{key: tensor.shape for key, tensor in each.state_dict().items()} for each in (model, again)]
-    # The text of the modules tells activations, epsilons and dropout rates, which no shape does.
-    same = shapes[0] == shapes[1] and repr(model) == repr(again)
-    return {"name": name, "kwargs": kwargs} if same else None
 
 
 def _family_layers(
