@@ -54,6 +54,8 @@ class ArrayInMemory:
 
 def row_slices(shape: tuple[int, ...], itemsize: int, limit: int = PIECE_BYTES) -> Iterator[Slices]:
     """Cut an array into runs of neighbours in memory of at most `limit` bytes, in order."""
+    if 0 in shape:
+        return
     axis = 0
     while axis < len(shape) - 1 and math.prod(shape[axis + 1 :]) * itemsize > limit:
         axis += 1

@@ -127,6 +127,8 @@ def _text(model: TextTransformer, group_size: int | None) -> dict[str, Any]:
 def _encoder(model: nn.Module, tokens: int, group_size: int | None, prefix: str) -> dict[str, Any]:
     first = model.blocks[0]
     mlps = [block.mlp for block in model.blocks]
+    sparse = [i for i, mlp in enumerate(mlps) if isinstance(mlp, SparseMoE)]
+    moe = {"layers": sparse, **(_moe([mlps[i] for i in sparse], tokens, group_size) if sparse else {})}
     widths = {(mlp.experts if isinstance(mlp, SparseMoE) else mlp).fc1.weight.shape[-2] for mlp in mlps}
     _need(len(widths) == 1, f"MLPs and experts of several widths, {sorted(widths)}")
     for i, block in enumerate(model.blocks):
@@ -135,14 +137,13 @@ def _encoder(model: nn.Module, tokens: int, group_size: int | None, prefix: str)
     if pool is not None:
         _need(pool.num_heads == first.attn.num_heads, "its attention pooling has another number of heads")
         _need(pool.mlp.fc1.out_features in widths, "its attention pooling has an MLP of another width")
-    sparse = [i for i, mlp in enumerate(mlps) if isinstance(mlp, SparseMoE)]
     return {
         "num_layers": len(model.blocks),
         "mlp_dim": widths.pop(),
         "num_heads": first.attn.num_heads,
         "attention_dropout_rate": first.attn.attn_drop.p if isinstance(first.attn.attn_drop, nn.Dropout) else 0.0,
         "attention_qk_norm": not isinstance(first.attn.q_norm, nn.Identity),
-        "moe": {"layers": sparse, **_moe([mlps[i] for i in sparse], tokens, group_size)} if sparse else {"layers": []},
+        "moe": moe,
     }
 
 

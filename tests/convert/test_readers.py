@@ -1,0 +1,306 @@
+"""The sharded format and flax's file, and what is wrong with damaged ones."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parent))
+import msgpack
+from figures import GOLDEN, load, part
+from write_sharded import chunks_of, pack_array, write_arrays
+
+from vmoe.convert.arrays import CheckpointError, copy_into, read_array, row_slices
+from vmoe.convert.files import open_checkpoint
+from vmoe.convert.messagepack import Reader
+from vmoe.convert.orbax import open_orbax
+from vmoe.convert.sharded import find_sharded, open_flax, open_sharded
+
+ARRAYS = {
+    "b/10": np.arange(35, dtype=np.float32).reshape(7, 5),
+    "b/2": np.float32(3.5).reshape(()),
+    "a": np.arange(24, dtype=np.float32).reshape(2, 3, 4),
+    "b/empty": np.zeros((0, 4), np.float32),
+    "b/flat": np.zeros((4, 0), np.float32),
+}
+
+
+def equal(read, wanted) -> bool:
+    return read.keys() == wanted.keys() and all(np.array_equal(read_array(read[k]), wanted[k]) for k in wanted)
+
+
+@pytest.mark.parametrize("version", ["20220622", None])
+@pytest.mark.parametrize(("rows", "piece"), [(None, None), (2, None), (3, 4), (1, 1)])
+def test_sharded(tmp_path, version, rows, piece):
+    write_arrays(tmp_path / "c", ARRAYS, rows=rows, numbers_per_piece=piece, version=version, num_shards=2)
+    assert equal(open_sharded(tmp_path / "c"), ARRAYS)
+
+
+def test_small_pieces_cover_the_array(tmp_path, monkeypatch):
+    write_arrays(tmp_path / "c", ARRAYS, numbers_per_piece=5)
+    monkeypatch.setattr("vmoe.convert.messagepack.row_slices", lambda shape, size: row_slices(shape, size, 16))
+    array = open_sharded(tmp_path / "c")["a"]
+    assert max(numbers.nbytes for _, numbers in array.pieces()) == 16
+    assert np.array_equal(read_array(array), ARRAYS["a"])
+
+
+@given(st.lists(st.integers(0, 5), max_size=4), st.integers(1, 200))
+def test_row_slices_cover_every_number_once_and_in_order(shape, limit):
+    numbers = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+    runs = [numbers[where].ravel() for where in row_slices(tuple(shape), 4, limit)]
+    assert np.array_equal(np.concatenate([*runs, np.zeros(0, int)]), numbers.ravel())
+    assert all(run.size <= max(1, limit // 4) for run in runs)
+
+
+def test_bfloat16(tmp_path):
+    numbers = np.array([[1.0, -2.5], [0.0, 3.0e38]], np.float32)
+    write_arrays(tmp_path / "c", {"x": (numbers.view(np.uint32) >> 16).astype(np.uint16)}, dtype="bfloat16")
+    array = open_sharded(tmp_path / "c")["x"]
+    assert array.dtype == "bfloat16"
+    assert array.nbytes == 8
+    np.testing.assert_allclose(read_array(array), numbers, rtol=1e-2)
+
+
+def test_golden_checkpoints_hold_equal_tensors():
+    wanted = part(load("vmoe_k2_vanilla")[1], "params/")
+    for source in ("vmoe_checkpoint/vmoe_tiny", "vmoe_checkpoint_orbax"):
+        pytest.importorskip("tensorstore") if "orbax" in source else None
+        arrays = open_checkpoint(GOLDEN / source)[2]
+        own = {k.removeprefix("params/"): v for k, v in arrays.items() if k != "step"}
+        assert equal(own, wanted)
+
+
+def test_flax_file(tmp_path):
+    tree = {
+        "params": {"x": pack_array(ARRAYS["a"]), "y": {
+            "__msgpack_chunked_array__": True,
+            "shape": {"0": 7, "1": 5},
+            "chunks": {"0": pack_array(ARRAYS["b/10"].ravel()[:20]), "1": pack_array(ARRAYS["b/10"].ravel()[20:])},
+        }},
+        "step": 3,
+        "none": None,
+    }  # fmt: skip
+    (tmp_path / "file").write_bytes(msgpack.packb(tree))
+    assert equal(open_flax(tmp_path / "file"), {"params/x": ARRAYS["a"], "params/y": ARRAYS["b/10"]})
+
+
+def test_last_step_or_the_one_asked_for(tmp_path):
+    for step in (5, 10):
+        write_arrays(tmp_path / f"ckpt_{step}", ARRAYS)
+    assert find_sharded(tmp_path / "ckpt") == str(tmp_path / "ckpt_10")
+    assert find_sharded(tmp_path / "ckpt", 5) == str(tmp_path / "ckpt_5")
+    assert find_sharded(tmp_path / "ckpt", 7) is None
+    assert find_sharded(tmp_path / "ckpt_5.index") == str(tmp_path / "ckpt_5")
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+SHARD = "c.data-00001-of-00003"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    write_arrays(tmp_path / "c", ARRAYS, rows=1)
+    return tmp_path / "c"
+
+
+def test_missing_shard_names_the_file_and_the_tensor(checkpoint):
+    (checkpoint.parent / SHARD).unlink()
+    with pytest.raises(CheckpointError, match=rf"{SHARD} is missing: c.index says that it holds part of a$"):
+        open_sharded(checkpoint)
+
+
+def test_missing_index(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint at .*nothing: there is neither"):
+        open_checkpoint(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("keep", [0, 1, 40, 100, 200, -1])
+def test_truncated_shard(checkpoint, keep):
+    file = checkpoint.parent / SHARD
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=f"{SHARD} is truncated"):
+        open_sharded(checkpoint)
+
+
+def test_truncated_inside_a_tensor_names_it(checkpoint):
+    file = checkpoint.parent / SHARD
+    data = file.read_bytes()
+    file.write_bytes(data[: data.index(b"float32") + 12])
+    with pytest.raises(CheckpointError, match=r"truncated.*\(in a\)"):
+        open_sharded(checkpoint)
+
+
+def test_unknown_extension_type(checkpoint):
+    file = checkpoint.parent / SHARD
+    shard = msgpack.unpackb(file.read_bytes())
+    shard["1"] = [[[msgpack.ExtType(77, b"abc")], shard["1"][0][1]]]
+    file.write_bytes(msgpack.packb(shard))
+    with pytest.raises(CheckpointError, match=rf"{SHARD} has an extension type that is not known, 77, .*\(in b/10\)"):
+        open_sharded(checkpoint)
+
+
+def edit_index(checkpoint, change):
+    file = Path(f"{checkpoint}.index")
+    index = msgpack.unpackb(file.read_bytes())
+    change(index)
+    file.write_bytes(msgpack.packb(index))
+
+
+def test_chunks_that_do_not_cover(checkpoint):
+    file = checkpoint.parent / SHARD
+    shard = msgpack.unpackb(file.read_bytes())
+    del shard["1"][0]
+    file.write_bytes(msgpack.packb(shard))
+    with pytest.raises(CheckpointError, match=r"c.index do not cover b/10: 30 of 35 numbers in 6 of 7 chunks"):
+        open_sharded(checkpoint)
+
+
+def test_chunk_twice(checkpoint):
+    file = checkpoint.parent / SHARD
+    shard = msgpack.unpackb(file.read_bytes())
+    shard["1"].append(shard["1"][0])
+    file.write_bytes(msgpack.packb(shard))
+    with pytest.raises(CheckpointError, match="overlap in b/10"):
+        open_sharded(checkpoint)
+
+
+def test_chunk_of_another_size(checkpoint):
+    file = checkpoint.parent / SHARD
+    shard = msgpack.unpackb(file.read_bytes())
+    shard["1"][0][0] = [pack_array(np.zeros(3, np.float32))]
+    file.write_bytes(msgpack.packb(shard))
+    with pytest.raises(CheckpointError, match=rf"{SHARD} has 3 numbers for the chunk of b/10 .*which has 5"):
+        open_sharded(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index: index.update(version="20991231"), "has version '20991231'"),
+        (lambda index: index.update(shard_count="3"), "shard_count of '3'"),
+        (lambda index: index.update(shard_count=1), "places a in shards"),
+        (lambda index: index.update(index=3), "no tree named 'index'"),
+        (lambda index: index["index"].update(a=3), "describes a by int"),
+        (lambda index: index["index"].update(a=msgpack.ExtType(8, b"\x93\xc4\x01")), "truncated"),
+        (lambda index: index["index"].update(a=msgpack.ExtType(8, msgpack.packb([1, 2, 3]))), "damaged"),
+        (lambda index: index["index"].pop("b"), "of which the index knows nothing"),
+    ],
+)
+def test_damaged_index(checkpoint, change, message):
+    edit_index(checkpoint, change)
+    with pytest.raises(CheckpointError, match=message):
+        open_sharded(checkpoint)
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_any_damage_is_an_error_or_harmless(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("c")
+    write_arrays(folder / "c", ARRAYS, rows=2, num_shards=1)
+    file = folder / data.draw(st.sampled_from(["c.index", "c.data-00000-of-00001"]))
+    content = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    file.write_bytes(content)
+    try:
+        arrays = open_sharded(folder / "c")
+        for array in arrays.values():
+            if np.prod(array.shape) < 1e6:
+                copy_into(np.empty(array.shape, np.complex128), array)
+    except CheckpointError:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x91" * 100 + b"\x01", "nests deeper"),
+        (b"\xdd\xff\xff\xff\xff", "truncated"),
+        (b"\xdb\xff\xff\xff\xff", "string of 4294967295 bytes"),
+        (b"\xc6\xff\xff\xff\xff", "go past its end"),
+        (b"\xc1", "not MessagePack"),
+        (b"\x01\x01", "1 bytes too many"),
+        (b"\x81\xc0\x01", "neither text nor a number"),
+        (b"\xa1\xff", "not text"),
+    ],
+)
+def test_hostile_files(tmp_path, content, message):
+    file = tmp_path / "x"
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        Reader(file).read()
+
+
+def test_chunks_of_the_writer_cover():
+    assert list(chunks_of((3, 2), 2)) == [[(0, 2), (0, 2)], [(2, 3), (0, 2)]]
+
+
+# --- Orbax -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def orbax(tmp_path):
+    pytest.importorskip("tensorstore")
+    import shutil
+
+    return Path(shutil.copytree(GOLDEN / "vmoe_checkpoint_orbax", tmp_path / "orbax"))
+
+
+def test_orbax_in_numbered_folders(orbax):
+    orbax.rename(orbax.parent / "7")
+    path, kind, arrays = open_checkpoint(orbax.parent)
+    assert (Path(path).name, kind, len(arrays)) == ("7", "orbax", 75)
+    with pytest.raises(CheckpointError, match="no checkpoint of step 8"):
+        open_checkpoint(orbax.parent, 8)
+
+
+def read_all(folder):
+    for array in open_orbax(folder).values():
+        read_array(array)
+
+
+def test_orbax_lost_data_file(orbax):
+    for file in (orbax / "ocdbt.process_0" / "d").iterdir():
+        file.unlink()
+    with pytest.raises(CheckpointError, match="Encoder|not a readable Orbax"):
+        read_all(orbax)
+
+
+def test_orbax_truncated_data_file(orbax):
+    file = max((orbax / "ocdbt.process_0" / "d").iterdir(), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="is damaged|cannot be opened|not a readable"):
+        read_all(orbax)
+
+
+def test_orbax_metadata_names_more_than_there_is(orbax):
+    file = orbax / "_METADATA"
+    file.write_text(file.read_text().replace('"key": "cls"', '"key": "cls2"'))
+    with pytest.raises(CheckpointError, match="has lost params/cls2"):
+        open_orbax(orbax)
+
+
+def test_plain_zarr_with_a_lost_chunk(tmp_path):
+    ts = pytest.importorskip("tensorstore")
+    folder = tmp_path / "params.x"
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": f"{folder}/"},
+        "metadata": {"shape": [4, 2], "chunks": [2, 2], "dtype": "<f4"},
+    }
+    ts.open(spec, create=True).result().write(np.arange(8, dtype=np.float32).reshape(4, 2)).result()
+    (tmp_path / "checkpoint").touch()
+    assert equal(open_orbax(tmp_path), {"params/x": np.arange(8, dtype=np.float32).reshape(4, 2)})
+    (folder / "1.0").unlink()
+    with pytest.raises(CheckpointError, match="params/x in .* has lost 1 of its 2 chunks"):
+        open_orbax(tmp_path)
+
+
+def test_without_tensorstore(orbax, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorstore", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "vmoe\[convert\]"'):
+        open_orbax(orbax)

@@ -1,0 +1,435 @@
+"""Configs and weights both ways, over random configs; what cannot be converted says so."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vmoe
+from vmoe.convert import CheckpointError, ConfigError, from_reference, reference_config, to_reference
+from vmoe.convert.layout import reference_places, zoom_positions
+from vmoe.models.factory import create_model
+
+
+@st.composite
+def routers(draw, tokens, experts):
+    kind = draw(st.sampled_from(["top_k", "choice", "soft"]))
+    if kind == "soft":
+        slots = draw(st.sampled_from([{"num_slots": 2}, {"capacity_factor": 1.3}, {}]))
+        return {"name": draw(st.sampled_from(["SoftRouter(noise_std=0.5)", "SoftRouter"])), **slots} if (
+            slots or tokens >= experts
+        ) else {"name": "SoftRouter", "num_slots": 1}  # fmt: skip
+    dispatcher = {"name": "einsum"} | draw(
+        st.sampled_from(
+            [
+                {"capacity": 2},
+                {"capacity_factor": 0.7},
+                {"capacity_factor": 1.5, "capacity_ceil_or_round": "ceil", "capacity_multiple_of": None},
+                {"capacity_factor": 9.0, "capacity_ceil_or_round": "round", "capacity_multiple_of": 3},
+            ]
+        )
+    )
+    if kind == "choice":
+        return {"name": "NoisyTopItemsPerExpertRouter", "dispatcher": dispatcher}
+    dispatcher["batch_priority"] = draw(st.booleans())
+    dispatcher["name"] = draw(st.sampled_from(["einsum", "indices"]))
+    weights = draw(st.sampled_from([{}, {"gshard_loss_weight": 0.1, "load_loss_weight": 0.0}]))
+    return {"num_selected_experts": draw(st.integers(1, experts)), "dispatcher": dispatcher, **weights}
+
+
+@st.composite
+def encoders(draw, width, tokens, heads):
+    depth = draw(st.integers(1, 3))
+    encoder = {"num_layers": depth, "mlp_dim": draw(st.sampled_from([7, width, 3 * width + 1])), "num_heads": heads}
+    if draw(st.booleans()):
+        encoder["attention_qk_norm"] = draw(st.booleans())
+    if draw(st.booleans()):
+        encoder["dropout_rate"] = 0.0
+    layers = draw(st.lists(st.integers(0, depth), max_size=2))
+    if layers:
+        experts = draw(st.sampled_from([1, 2, 3, 5, 6, 7]))
+        moe = {"layers": layers, "num_experts": experts, "group_size": draw(st.sampled_from([tokens, 2 * tokens]))}
+        encoder["moe"] = {**moe, "router": draw(routers(tokens, experts))}
+    return encoder
+
+
+@st.composite
+def vision_configs(draw):
+    heads = draw(st.sampled_from([1, 2, 3]))
+    width = heads * draw(st.sampled_from([8, 12]))
+    classifier = draw(st.sampled_from(["token", "0", "gap", "map"]))
+    position = draw(st.sampled_from([None, {"name": "learned"}, {"name": "none"}, {"name": "sincos2d"}]))
+    encoder = draw(encoders(width, 4 + (classifier == "token"), heads))
+    if position is not None:
+        encoder["position_emb"] = position
+    config = {"num_classes": draw(st.sampled_from([None, 0, 3])), "hidden_size": width, "encoder": encoder}
+    if draw(st.booleans()):
+        config["representation_size"] = draw(st.sampled_from([None, 5]))
+    return {**config, "patch_size": draw(st.sampled_from([[4, 4], [4, 8]])), "classifier": classifier, "image_size": 8}
+
+
+@st.composite
+def two_tower_configs(draw):
+    image = draw(vision_configs())
+    image["num_classes"] = 6
+    if image["patch_size"] == [4, 8]:
+        image["patch_size"] = [4, 4]
+    text = {"vocab_size": 9, "num_classes": 6, "hidden_size": 8, "encoder": draw(encoders(8, 5, 2))}
+    text["pool_type"] = draw(st.sampled_from(["last", "first", "gap", "gmp", "map"]))
+    return {"image": image, "text": text, **draw(st.sampled_from([{}, {"scale_init": 10.0, "bias_init": -10.0}]))}
+
+
+def random_params(config, context_length=5):
+    """Arrays of the reference's names and shapes, without help of the code that reads them back."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+
+    def put(name, *shape):
+        arrays[name] = rng.standard_normal(shape).astype(np.float32)
+
+    def norm(name, width):
+        put(f"{name}/scale", width)
+        put(f"{name}/bias", width)
+
+    def dense(name, *shape, lead=()):
+        put(f"{name}/kernel", *lead, *shape)
+        put(f"{name}/bias", *lead, *shape[1:])
+
+    def attention(name, width, heads, qk_norm):
+        for part in ("query", "key", "value"):
+            put(f"{name}/{part}/kernel", width, heads, width // heads)
+            put(f"{name}/{part}/bias", heads, width // heads)
+            if qk_norm and part != "value":
+                put(f"{name}/{part}_ln/scale", width // heads)
+        put(f"{name}/out/kernel", heads, width // heads, width)
+        put(f"{name}/out/bias", width)
+
+    def mlp(name, width, hidden, lead=()):
+        dense(f"{name}/Dense_0", width, hidden, lead=lead)
+        dense(f"{name}/Dense_1", hidden, width, lead=lead)
+
+    def tower(config, prefix, tokens, pool):
+        width, encoder = config["hidden_size"], config["encoder"]
+        hidden, heads, qk = encoder["mlp_dim"], encoder["num_heads"], encoder.get("attention_qk_norm", False)
+        if encoder.get("position_emb", {}).get("name", "learned") == "learned":
+            put(f"{prefix}Encoder/posembed_input/pos_embedding", 1, tokens, width)
+        moe = encoder.get("moe", {})
+        for i in range(encoder["num_layers"]):
+            block = f"{prefix}Encoder/encoderblock_{i}"
+            norm(f"{block}/LayerNorm_0", width)
+            norm(f"{block}/LayerNorm_1", width)
+            attention(f"{block}/SelfAttention", width, heads, qk)
+            if i not in moe.get("layers", ()):
+                mlp(f"{block}/Mlp", width, hidden)
+                continue
+            E, router = moe["num_experts"], moe["router"]
+            mlp(f"{block}/Moe/Mlp", width, hidden, lead=(E,))
+            if router.get("name", "").startswith("SoftRouter"):
+                slots = router.get("num_slots") or round(moe["group_size"] * router.get("capacity_factor", 1.0) / E)
+                put(f"{block}/Moe/Router/mu", width, E, slots)
+                put(f"{block}/Moe/Router/scale")
+            else:
+                put(f"{block}/Moe/Router/dense/kernel", width, E)
+        norm(f"{prefix}Encoder/encoder_norm", width)
+        if pool == "map":
+            put(f"{prefix}MapHead/probe", 1, 1, width)
+            attention(f"{prefix}MapHead/MultiHeadDotProductAttention", width, heads, qk)
+            norm(f"{prefix}MapHead/LayerNorm", width)
+            mlp(f"{prefix}MapHead/Mlp", width, hidden)
+        features = width
+        if config.get("representation_size"):
+            features = config["representation_size"]
+            dense(f"{prefix}pre_logits", width, features)
+        if config["num_classes"]:
+            dense(f"{prefix}head", features, config["num_classes"])
+
+    def image(config, prefix):
+        rows, columns = (8 // step for step in config["patch_size"])
+        width = config["hidden_size"]
+        put(f"{prefix}embedding/kernel", *config["patch_size"], 3, width)
+        put(f"{prefix}embedding/bias", width)
+        if config["classifier"] == "token":
+            put(f"{prefix}cls", 1, 1, width)
+        tower(config, prefix, rows * columns + (config["classifier"] == "token"), config["classifier"])
+
+    if "text" not in config:
+        image(config, "")
+        return arrays
+    image(config["image"], "img/")
+    text = config["text"]
+    put("txt/Embed_0/embedding", text["vocab_size"], text["hidden_size"])
+    tower(text, "txt/", context_length, text["pool_type"])
+    put("s")
+    if config.get("bias_init") is not None:
+        put("b")
+    return arrays
+
+
+@settings(max_examples=30)
+@given(st.one_of(vision_configs(), vision_configs(), two_tower_configs()))
+def test_there_and_back_is_the_same(config):
+    params = random_params(config)
+    before = copy.deepcopy(config)
+    model = from_reference(config, params)
+    assert config == before
+    back = to_reference(model)
+    assert back.keys() == params.keys()
+    assert all(np.array_equal(back[name], params[name]) for name in params)
+    canonical = reference_config(model)
+    again = from_reference(json.loads(json.dumps(canonical)), back)
+    assert reference_config(again) == canonical
+    assert not model.training
+    images = torch.randn(2, 3, 8, 8)
+    inputs = (images, torch.randint(9, (2, 5))) if "text" in config else (images,)
+    with torch.no_grad():
+        torch.testing.assert_close(again(*inputs), model(*inputs), rtol=0, atol=0)
+
+
+VISION = {
+    "num_classes": 3,
+    "patch_size": [4, 4],
+    "hidden_size": 8,
+    "classifier": "gap",
+    "encoder": {
+        "num_layers": 2,
+        "mlp_dim": 12,
+        "num_heads": 2,
+        "moe": {
+            "layers": [1],
+            "num_experts": 3,
+            "group_size": 4,
+            "router": {"dispatcher": {"name": "einsum", "capacity_factor": 1.0, "batch_priority": True}},
+        },
+    },
+}
+ROUTER, DISPATCHER = "encoder.moe.router", "encoder.moe.router.dispatcher"
+
+
+def changed(key, value, config=VISION):
+    config = copy.deepcopy(config)
+    *folders, leaf = key.split(".")
+    node = config
+    for folder in folders:
+        node = node[folder]
+    node[leaf] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("name", "MlpMixer", "name = 'MlpMixer' cannot be converted"),
+        ("classifier", "cls", "classifier = 'cls' cannot be converted: it must be one of"),
+        ("hidden_size", "8", "hidden_size = '8' cannot be converted: it must be a whole number"),
+        ("colour", "red", "not known to the converter: colour = 'red'"),
+        ("encoder.num_heads", 3, "encoder.num_heads = 3 .* a divisor of hidden_size = 8"),
+        ("encoder.dtype", "bfloat16", "encoder.dtype = 'bfloat16' .* torch.autocast"),
+        ("encoder.position_emb", {"name": "rope"}, "encoder.position_emb.name = 'rope'"),
+        ("encoder.position_emb", 3, "encoder.position_emb must be a dictionary"),
+        ("encoder.moe.mlp_dim", 24, "encoder.moe.mlp_dim = 24 .* encoder.mlp_dim, 12"),
+        ("encoder.moe.layers", "last2", "encoder.moe.layers = 'last2'"),
+        (f"{ROUTER}.name", "kl.KLRouter", "encoder.moe.router.name = 'kl.KLRouter'"),
+        (f"{ROUTER}.name", "other.module.SoftRouter", "cannot be converted: it must be one of"),
+        (f"{ROUTER}.name", "SoftRouter(3)", "arguments by name"),
+        (f"{ROUTER}.num_selected_experts", 4, r"1\.\.num_experts, 3"),
+        (f"{ROUTER}.deterministic", False, "there is no noise outside training here"),
+        (f"{DISPATCHER}.name", "magic", "dispatcher.name = 'magic'"),
+        (f"{DISPATCHER}.capacity", 3, "either capacity_factor or capacity, got 1.0 and 3"),
+        (f"{DISPATCHER}.capacity_factor", None, "either capacity_factor or capacity, got None and None"),
+        (f"{DISPATCHER}.capacity_factor", 0.0, "large enough for one token"),
+        (f"{DISPATCHER}.capacity_ceil_or_round", "floor", "capacity_ceil_or_round = 'floor'"),
+    ],
+)
+def test_what_cannot_be_converted_names_the_key_and_the_value(key, value, message):
+    with pytest.raises(ConfigError, match=message):
+        from_reference(changed(key, value), random_params({**VISION, "image_size": 8}))
+
+
+@pytest.mark.parametrize("key", ["patch_size", "num_classes", "encoder.num_layers", "encoder.moe.group_size"])
+def test_keys_that_the_reference_needs(key):
+    config = copy.deepcopy(VISION)
+    *folders, leaf = key.split(".")
+    node = config
+    for folder in folders:
+        node = node[folder]
+    del node[leaf]
+    with pytest.raises(ConfigError, match=f"the config has no {key}, which the reference needs"):
+        from_reference(config, random_params(VISION))
+
+
+def test_weights_that_do_not_fit_are_named():
+    params = random_params(VISION)
+    params["Encoder/extra"] = params["head/bias"]
+    params["head/bias"] = params["head/bias"][:2]
+    params["embedding/bias"] = params["embedding/bias"].astype(np.int32)
+    del params["Encoder/encoder_norm/bias"]
+    with pytest.raises(CheckpointError) as error:
+        from_reference(VISION, params)
+    for message in (
+        "Encoder/encoder_norm/bias is missing",
+        "Encoder/extra is not part of the model",
+        "head/bias has shape (2,), the model's is (3,)",
+        "embedding/bias is of type int32",
+    ):
+        assert message in str(error.value)
+
+
+def test_weights_of_something_else():
+    with pytest.raises(CheckpointError, match=r"params holds no weights of a V-MoE .* it holds conv1/kernel"):
+        from_reference(VISION, {"conv1/kernel": np.zeros(3)})
+
+
+def test_nested_and_prefixed_parameters_and_other_types():
+    params = random_params(VISION)
+    model = from_reference(VISION, params)
+    nested: dict = {"params": {}, "step": np.int32(3)}
+    for name, array in params.items():
+        node = nested["params"]
+        *folders, leaf = name.split("/")
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[leaf] = torch.tensor(array).bfloat16() if leaf == "scale" else array.astype(np.float64)
+    other = from_reference(VISION, nested)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], tensor, rtol=1e-2, atol=0)
+        assert other.state_dict()[name].dtype == torch.float32
+
+
+class ConfigDict:
+    """Like that of ml_collections, which is no dictionary."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def to_dict(self):
+        return self.values
+
+
+def test_config_objects():
+    params = random_params(VISION)
+    config = {**VISION, "encoder": ConfigDict(VISION["encoder"])}
+    assert reference_config(from_reference(ConfigDict(config), params)) == reference_config(
+        from_reference(VISION, params)
+    )
+
+
+# --- picture sizes ---------------------------------------------------------------------------------------------------
+
+
+def scipy_zoom(grid, size):
+    """scipy.ndimage.zoom(..., order=1), which the reference calls, for one row; computed with numpy.interp."""
+    place = np.arange(size) * ((len(grid) - 1) / (size - 1))
+    return np.interp(place, np.arange(len(grid)), grid)
+
+
+def test_positions_are_zoomed_like_the_references():
+    rng = np.random.default_rng(0)
+    positions = rng.standard_normal((1, 17, 3)).astype(np.float32)
+    ours = zoom_positions(positions, (6, 3), True)
+    assert np.array_equal(ours[:, :1], positions[:, :1])
+    grid = positions[0, 1:].reshape(4, 4, 3)
+    rows = np.stack([[scipy_zoom(grid[:, j, d], 6) for d in range(3)] for j in range(4)])  # (4, 3, 6)
+    both = np.stack([[scipy_zoom(rows[:, d, i], 3) for d in range(3)] for i in range(6)])  # (6, 3, 3)
+    np.testing.assert_allclose(ours[0, 1:].reshape(6, 3, 3), both.transpose(0, 2, 1), atol=1e-6)
+
+
+def test_zoom_keeps_corners_and_constants():
+    positions = np.arange(225, dtype=np.float32).reshape(1, 225, 1)
+    zoomed = zoom_positions(positions, (26, 26), False).reshape(26, 26)
+    assert [zoomed[i, j] for i in (0, -1) for j in (0, -1)] == [0, 14, 210, 224]
+    assert np.array_equal(zoom_positions(np.ones((1, 9, 2)), (1, 5), False), np.ones((1, 5, 2)))
+
+
+def test_another_picture_size():
+    params = random_params({**VISION, "classifier": "token"})
+    config = {**VISION, "classifier": "token", "image_size": 16}
+    model = from_reference(config, params)
+    zoomed = zoom_positions(params["Encoder/posembed_input/pos_embedding"], (4, 4), True)
+    assert np.array_equal(model.pos_embed.detach(), zoomed)
+    assert model(torch.zeros(1, 3, 16, 16)).shape == (1, 3)
+    assert from_reference({**config, "image_size": 8}, params, image_size=16).pos_embed.shape == (1, 17, 8)
+
+
+def test_positions_that_are_no_square_need_a_picture_size():
+    params = random_params(VISION)
+    params["Encoder/posembed_input/pos_embedding"] = np.zeros((1, 6, 8), np.float32)
+    with pytest.raises(ConfigError, match="image_size is not in the config and cannot be told from 6"):
+        from_reference(VISION, params)
+    assert from_reference({**VISION, "image_size": [8, 12]}, params).patch_embed.grid_size == (2, 3)
+
+
+def test_any_picture_size_without_learned_positions():
+    config = changed("encoder.position_emb", {"name": "sincos2d"})
+    model = from_reference(config, random_params(config))
+    for size in (8, 12):
+        assert model(torch.zeros(1, 3, size, size)).shape == (1, 3)
+
+
+# --- what the reference cannot express -------------------------------------------------------------------------------
+
+TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"router_preset": "mixtral"}, "expert_mlp='swiglu'|normalize_weights=True"),
+        ({"z_loss": 0.1}, "z_loss=0.1"),
+        ({"act_layer": "gelu"}, "the activation of blocks.0.mlp"),
+        ({"init_values": 0.1}, "layer scale in blocks.0"),
+        ({"reg_tokens": 2}, "register tokens"),
+        ({"global_pool": "avg"}, "global_pool='avg' with class_token=True"),
+        ({"qkv_bias": False}, "blocks.0 has no biases"),
+        ({"pre_norm": True}, "pre_norm"),
+    ],
+)
+def test_models_that_the_reference_does_not_have(settings, message):
+    model = create_model("vmoe_tiny_patch8_48", **TINY, **settings)
+    with pytest.raises(ValueError, match=message):
+        to_reference(model)
+
+
+def test_limoe_and_others():
+    for name, kwargs in (("limoe_tiny_patch8_48", {"depth": 2}), ("resnet18", {})):
+        with pytest.raises(ValueError, match="the reference has no model like this one"):
+            to_reference(create_model(name, **kwargs))
+    with pytest.raises(ValueError, match="hides padding"):
+        to_reference(create_model("two_tower_tiny_patch8_48", text={"depth": 2}, image={"depth": 2}))
+
+
+def test_unlimited_room_becomes_room_for_all_tokens():
+    model = create_model("vmoe_tiny_patch8_48", **TINY, num_experts=3, num_selected_experts=2).eval()
+    again = from_reference(reference_config(model), to_reference(model))
+    images = torch.randn(3, 3, 16, 16)
+    with torch.no_grad(), vmoe.record_routing(again) as record:
+        torch.testing.assert_close(again(images), model(images))
+    assert all(layer.kept.all() for layer in record.layers.values())
+
+
+def test_limited_room_without_groups_needs_their_size():
+    model = create_model("vmoe_tiny_patch8_48", **TINY, eval_capacity_factor=1.0)
+    with pytest.raises(ValueError, match="give group_size"):
+        reference_config(model)
+    assert reference_config(model, group_size=10)["encoder"]["moe"]["group_size"] == 10
+
+
+def test_every_parameter_has_one_place():
+    model = create_model("softmoe_tiny_patch8_48", depth=2, representation_size=8)
+    places = reference_places(model)
+    assert {place.tensor for place in places.values()} == set(model.state_dict())
+    sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+    arrays = to_reference(model)
+    assert sum(array.size for array in arrays.values()) == sum(sizes.values())
+
+
+def test_dense_timm_model_of_the_same_kind():
+    model = timm.create_model("vmoe_tiny_patch8_48", depth=2, num_experts=0).eval()
+    again = from_reference(reference_config(model), to_reference(model))
+    images = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        assert torch.equal(again(images), model(images))
