@@ -57,3 +57,21 @@ def test_contrastive_model_has_both_sides():
     assert set(profile) == {"parameters_total", "parameters_active", "gflops_per_image", "gflops_per_text"}
     assert 0 < profile["gflops_per_text"] < profile["gflops_per_image"]
     assert model.training
+
+
+def test_active_parameters_of_the_other_routers():
+    expert = D * H + H + H * D + D
+    total, active = count_parameters(tiny(router="expert_choice", capacity_factor=1.5))
+    assert total - active == 3 * (E - 1.5) * expert
+    total, active = count_parameters(tiny(router="soft"))
+    assert total == active
+    total, active = count_parameters(tiny(router_preset="deepseek"))  # the shared expert is always active
+    routed = 3 * D * H + 2 * H + D  # SwiGLU
+    assert total - active == 3 * (E - 2) * routed
+
+
+def test_the_meta_device_counts_the_same():
+    for name in ("vmoe_tiny_patch8_48", "softmoe_tiny_patch8_48", "limoe_tiny_patch8_48", "two_tower_tiny_patch8_48"):
+        with torch.device("meta"):
+            model = vmoe.create_model(name)
+        assert model_profile(model) == model_profile(vmoe.create_model(name)), name

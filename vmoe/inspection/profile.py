@@ -22,16 +22,29 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(all parameters, active ones).
 
-    Active are those that a token goes through: of each sparse layer K of its E experts, of everything else all. A
-    contrastive model counts with both its modalities.
+    Active are those that a token goes through: of each sparse layer some of its E experts (see
+    :func:`experts_per_token`), of everything else all. A contrastive model counts with both its modalities.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
     idle = 0
     for layer in model.modules():
         if isinstance(layer, SparseMoE):
             one_expert = sum(parameter.numel() for parameter in layer.experts.parameters()) // layer.num_experts
-            idle += one_expert * (layer.num_experts - layer.num_selected_experts)
+            idle += round(one_expert * (layer.num_experts - experts_per_token(layer)))
     return total, total - idle
+
+
+def experts_per_token(layer: SparseMoE) -> float:
+    """Experts that a token goes through in evaluation.
+
+    K for top_k. The mean, which is the capacity factor, for expert_choice; with a fixed capacity, whose mean depends on
+    the number of tokens, E. E for soft: each slot holds a part of every token.
+    """
+    if layer.router_type == "top_k":
+        return layer.num_selected_experts
+    if layer.router_type == "expert_choice" and layer.capacity is None:
+        return min(layer.num_experts, layer.eval_capacity_factor or layer.capacity_factor)
+    return layer.num_experts
 
 
 def _grouped_mm_flops(a_shape, b_shape, *args, out_shape=None, **kwargs) -> int:
@@ -55,7 +68,8 @@ def model_profile(model: nn.Module) -> dict[str, int | float]:
     """Parameters and cost of one picture (and one caption) in evaluation mode.
 
     Args:
-        model: a classifier, or a contrastive model with `encode_image` and `encode_text`; runs where it is.
+        model: a classifier, or a contrastive model with `encode_image` and `encode_text`; runs where it is, also on the
+            meta device, where no numbers are computed.
 
     Returns:
         "parameters_total" and "parameters_active" (see :func:`count_parameters`); "gflops_per_image" and, for a

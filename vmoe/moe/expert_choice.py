@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vmoe.moe.router import Gate, Routing, normalized
+from vmoe.moe.router import Gate, Routing, normalized, without_autocast
 
 
 class ExpertChoiceRouter(Gate):
@@ -20,7 +20,7 @@ class ExpertChoiceRouter(Gate):
 
     def forward(self, x_GND: Tensor) -> Routing:
         """The gates; which tokens the experts take is `choose_tokens`. In float32, under autocast too."""
-        with torch.autocast(x_GND.device.type, enabled=False):
+        with without_autocast(x_GND.device):
             logits_GNE, noisy_logits_GNE, noise_std = self.logits(self.input(x_GND))
             noisy_gates_GNE = noisy_logits_GNE.softmax(dim=-1)
             gates_GNE = noisy_gates_GNE if noisy_logits_GNE is logits_GNE else logits_GNE.softmax(dim=-1)

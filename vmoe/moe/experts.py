@@ -53,7 +53,7 @@ class GroupedLinear(nn.Module):
         """
         weight_EOI, bias_EO = self.weight, self.bias
         device_type = x_RI.device.type
-        if torch.is_autocast_enabled(device_type):
+        if device_type != "meta" and torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
             x_RI, weight_EOI = x_RI.to(dtype), weight_EOI.to(dtype)
             bias_EO = None if bias_EO is None else bias_EO.to(dtype)

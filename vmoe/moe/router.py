@@ -6,6 +6,7 @@ gate and the `Routing` that it gives.
 Shapes, by suffix: G groups, N tokens in a group, D width, E experts, K choices.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,11 @@ class Routing:
         if not self.sparse_importance:
             return self.gates_GNE
         return torch.zeros_like(self.gates_GNE).scatter(-1, self.expert_index_GNK, self.combine_weights_GNK)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """The block computes in the types that it names; the meta device, which only counts, knows no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def top_k_experts(gates_GNE: Tensor, num_selected_experts: int) -> Tensor:
@@ -185,7 +191,7 @@ class TopKRouter(Gate):
 
     def forward(self, x_GND: Tensor) -> Routing:
         """Route the tokens. Computed in float32 (float64 for float64 input), under autocast too."""
-        with torch.autocast(x_GND.device.type, enabled=False):
+        with without_autocast(x_GND.device):
             x_GND = self.input(x_GND)
             logits_GNE, noisy_logits_GNE, noise_std = self.logits(x_GND)
             if self.learned_noise and self.training:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vmoe.moe.router import Routing, lecun_normal_
+from vmoe.moe.router import Routing, lecun_normal_, without_autocast
 
 
 def unit_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -88,7 +88,7 @@ class SoftRouter(nn.Module):
         """
         E, P, _ = self.slots.shape
         dtype = torch.promote_types(x_GND.dtype, torch.float32)
-        with torch.autocast(x_GND.device.type, enabled=False):
+        with without_autocast(x_GND.device):
             slots_SD = unit_norm(self.slots.to(dtype)).flatten(0, 1) * self.scale.to(dtype)
             logits_GNS = unit_norm(x_GND.to(dtype)) @ slots_SD.T
             clean_GNE = logits_GNS.unflatten(-1, (E, P)).logsumexp(-1)
