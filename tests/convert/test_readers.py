@@ -47,6 +47,7 @@ def test_small_pieces_cover_the_array(tmp_path, monkeypatch):
     assert np.array_equal(read_array(array), ARRAYS["a"])
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 5), max_size=4), st.integers(1, 200))
 def test_row_slices_cover_every_number_once_and_in_order(shape, limit):
     numbers = np.arange(np.prod(shape, dtype=int)).reshape(shape)
@@ -196,7 +197,7 @@ def test_damaged_index(checkpoint, change, message):
         open_sharded(checkpoint)
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_any_damage_is_an_error_or_harmless(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("c")

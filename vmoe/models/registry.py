@@ -130,6 +130,7 @@ def _with_settings_of_file(variant: str, pretrained: bool, kwargs: dict) -> tupl
         logger.warning("%s holds a %s: that is made, not %s", file, name, variant)
     # What timm compares with the user's settings to know whether the classifier must start anew.
     about = {**metadata["preprocess"], **own.pop("pretrained_cfg_overlay", {}), "file": str(file)}
+    about = {key: tuple(value) if isinstance(value, list) else value for key, value in about.items()}
     if "num_classes" in own:
         about["num_classes"] = own["num_classes"]
     return name, {**own, **kwargs, "pretrained_cfg_overlay": {**about, **overlay}}
