@@ -39,14 +39,17 @@ def find_config(name: str, folder: str = "") -> Path:
     """Path of a config file.
 
     Args:
-        name: a path, or the bare name of a shipped config, with or without `.yaml` ("limoe_tiny_emoji").
+        name: a path, or the bare name of a shipped config, with or without `.yaml` ("limoe_tiny_emoji"), with its
+            subfolder if it lies in one ("finetune/vit_upcycled").
         folder: subfolder of the shipped configs in which a bare name is looked up ("" or "eval").
 
     Raises:
         ConfigError: there is no such file; the message lists the shipped configs.
     """
-    if Path(name).is_file():
-        return Path(name)
+    places = [Path(name), *(root / folder / f"{name.removesuffix('.yaml')}.yaml" for root in shipped_config_dirs())]
+    for place in places:  # the shipped ones also by their path, "finetune/vit_upcycled"
+        if place.is_file():
+            return place
     shipped = {path.stem: path for root in shipped_config_dirs() for path in sorted((root / folder).glob("*.yaml"))}
     bare = name.removesuffix(".yaml")
     if bare in shipped:

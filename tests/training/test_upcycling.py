@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 
 from vmoe.config_io import ConfigError, read_config, shipped_config_dirs
 from vmoe.models.factory import create_model, save_pretrained
-from vmoe.training.config import Config, ModelConfig
+from vmoe.models.upcycle import upcycle
+from vmoe.training.config import Config, ModelConfig, OptimConfig
 from vmoe.training.loop import train
+from vmoe.training.optim import create_optimizer
 
 
 def metrics(config: Config, key: str) -> list[float]:
@@ -79,13 +81,13 @@ def test_an_upcycled_run_that_was_stopped_goes_on(make_second, dense_run, tmp_pa
 
 
 def test_bad_settings_are_config_errors(make_second, make_config, dense_run, tmp_path):
-    for upcycle, message in [
+    for settings, message in [
         ({"num_expert": 4}, "model.upcycle: upcycle has no setting 'num_expert'"),
         ({"layers": "last7"}, "model.upcycle: layers='last7' asks for more"),
         ({"auxiliary_loss": "attach"}, "model.upcycle.auxiliary_loss must be 'record'"),
     ]:
         with pytest.raises(ConfigError, match=message):
-            train(make_second("bad", upcycle))
+            train(make_second("bad", settings))
     sparse = make_config("contrastive")
     sparse.model.upcycle = ALL
     with pytest.raises(ConfigError, match="model.upcycle: LIMoE is sparse already"):
@@ -138,7 +140,7 @@ def first_and_last(config: Config) -> tuple[float, float]:
 
 @pytest.mark.parametrize("name", ["vmoe_higher_resolution", "vit_upcycled"])
 def test_the_shipped_recipes_load(name):
-    config = read_config(Config, ["--config", str(FINETUNE / f"{name}.yaml")])
+    config = read_config(Config, ["--config", f"finetune/{name}"])
     config.check()
     assert config.output_dir == f"runs/{name}"
 
@@ -167,6 +169,18 @@ def test_a_vmoe_is_fine_tuned_at_a_higher_resolution(tmp_path):
     assert not torch.equal(old["blocks.1.mlp.experts.fc1.weight"], new["blocks.1.mlp.experts.fc1.weight"])
     layer = create_model(pretrained=config.output_dir).blocks[1].mlp
     assert (layer.capacity_factor, layer.experts.drop.p) == (1.5, 0.1)
+
+
+def test_what_experts_add_is_spared_from_weight_decay():
+    dense = create_model("eva02_base_patch14_224", **{**SMALL, "patch_size": 14, "img_size": 28})
+    sparse = upcycle(dense, num_experts=2, layers=[1])
+    for layer_decay in (None, 0.7):
+        optimizer = create_optimizer(sparse, OptimConfig(weight_decay=0.1, layer_decay=layer_decay))
+        decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+        for name, parameter in sparse.blocks[1].mlp.named_parameters():
+            kernel = name in ("router.weight", "experts.fc1.weight", "experts.fc2.weight")
+            assert decay[id(parameter)] == (0.1 if kernel else 0.0), name
+        assert decay[id(sparse.pos_embed)] == 0.0
 
 
 def test_a_dense_vit_is_made_sparse_and_fine_tuned(tmp_path):

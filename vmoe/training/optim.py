@@ -5,14 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import Optimizer
 
 from vmoe.config_io import ConfigError
+from vmoe.models.vision import without_decay
 from vmoe.training.config import OptimConfig
 
 
@@ -57,14 +59,18 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         raise ConfigError(f"optim.name: timm has no optimizer {config.name!r}; the nearest is {nearest[0]!r}")
     optional = {"betas": config.betas and tuple(config.betas), "eps": config.eps}
     kwargs = {name: value for name, value in optional.items() if value is not None} | config.kwargs
+    # timm knows what its own models spare from weight decay, but not what experts add to an upcycled one.
+    spared = getattr(model, "no_weight_decay", set)() | without_decay(model)
+    groups = partial(param_groups_weight_decay, weight_decay=config.weight_decay, no_weight_decay_list=spared)
+    if config.layer_decay is not None:
+        groups = partial(param_groups_layer_decay, layer_decay=config.layer_decay, **groups.keywords)
     try:
         return create_optimizer_v2(
             model,
             opt=config.name,
             lr=config.lr,
-            weight_decay=config.weight_decay,
             momentum=config.momentum,
-            layer_decay=config.layer_decay,
+            param_group_fn=groups,
             **kwargs,
         )
     except TypeError as error:
