@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import vmoe
 from vmoe.models import factory
-from vmoe.models.factory import WeightsError, create_model, load_weights, save_pretrained
+from vmoe.models.factory import create_model, load_weights, save_pretrained
+from vmoe.models.weights import WeightsError
 
 
 def test_a_file_is_all_that_is_needed(tmp_path):

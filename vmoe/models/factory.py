@@ -8,8 +8,6 @@ A model's file is one safetensors file whose metadata says how to build the mode
 import difflib
 import inspect
 import json
-import logging
-import math
 import os
 import re
 import tempfile
@@ -18,10 +16,8 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD, create_transform, resolve_model_data_config
-from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -29,18 +25,11 @@ from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE
 from vmoe.models.text import TextTransformer
 from vmoe.models.two_tower import TOWERS, TWO_TOWER_CONFIGS, TwoTower, merge_settings
 from vmoe.models.vision import VisionMoE
+from vmoe.models.weights import METADATA_KEY, find_weights, load_weights, read_pretrained_metadata
 from vmoe.moe import SparseMoE
 from vmoe.moe.settings import SETTING_NAMES
 
-logger = logging.getLogger("vmoe.models")
-
-METADATA_KEY = "vmoe"
-WEIGHTS_NAME, AVERAGE_NAME = "model.safetensors", "ema.safetensors"
 IMAGE_TEXT_NAMES = (*LIMOE_CONFIGS, *TWO_TOWER_CONFIGS)
-
-
-class WeightsError(ValueError):
-    """A file of weights that cannot be read or does not fit the model."""
 
 
 def create_model(name: str | None = None, pretrained: str | Path | None = None, **kwargs) -> nn.Module:
@@ -215,32 +204,6 @@ def is_contrastive(model: nn.Module) -> bool:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def find_weights(path: str | Path) -> Path:
-    """The weights' file of a `.safetensors` path, of a checkpoint's folder, or of a run's folder (its last checkpoint).
-
-    In a folder the moving average stands for the model, if the run kept one.
-
-    Raises:
-        WeightsError: if there is none.
-    """
-    path = Path(path)
-    if path.is_file():
-        return path
-    if (path / WEIGHTS_NAME).is_file():
-        average = path / AVERAGE_NAME
-        return average if average.is_file() else path / WEIGHTS_NAME
-    checkpoints = path if path.name == "checkpoints" else path / "checkpoints"
-    # Not what a process that died while saving left behind ("step_000450.unfinished").
-    steps = [folder for folder in checkpoints.glob("step_*") if re.fullmatch(r"step_\d+", folder.name)]
-    if not steps:
-        reason = "it does not exist" if not path.exists() else f"it holds no {WEIGHTS_NAME} and no checkpoints"
-        raise WeightsError(f"no weights at {path}: {reason}; give a .safetensors file, a checkpoint or a run's folder")
-    last = max(steps, key=lambda folder: int(folder.name.removeprefix("step_")))
-    if not (last / WEIGHTS_NAME).is_file():
-        raise WeightsError(f"{last} has lost its {WEIGHTS_NAME}; name another checkpoint of {checkpoints}")
-    return find_weights(last)
-
-
 def save_pretrained(model: nn.Module, file: str | Path, extra: dict | None = None) -> None:
     """Write a model's weights and settings as one safetensors file: whole or not at all.
 
@@ -284,102 +247,6 @@ def file_metadata(model: nn.Module, extra: dict | None = None) -> dict[str, str]
         ) from error
     # "pt" is what other libraries look for before they load a file into PyTorch.
     return {"format": "pt", METADATA_KEY: text}
-
-
-def read_pretrained_metadata(file: str | Path) -> dict:
-    """{"name", "kwargs", "preprocess", "extra"} of a file that `save_pretrained` wrote."""
-    text = safetensors_metadata(file).get(METADATA_KEY)
-    if text is None:
-        raise WeightsError(f"{file} holds weights but no settings of a vmoe model: it was not written by this package")
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise WeightsError(f"the settings in {file} are damaged: {error}") from error
-
-
-def safetensors_metadata(file: str | Path) -> dict[str, str]:
-    """What a safetensors file says of itself."""
-    with _open(file) as opened:
-        return opened.metadata() or {}
-
-
-def _open(file: str | Path):
-    if not Path(file).is_file():
-        raise WeightsError(f"no weights at {file}: it does not exist")
-    try:
-        return safe_open(str(file), framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{file} is not a readable safetensors file: {error}") from error
-
-
-def load_weights(model: nn.Module, file: str | Path, new_head: bool = False) -> None:
-    """Load a file's weights into a model; every tensor must fit.
-
-    Args:
-        model: changed in place, or not at all if there is an error.
-        file: a safetensors file.
-        new_head: for fine-tuning: a classifier of another size keeps the model's fresh one, and position embeddings of
-            another picture size are interpolated.
-
-    Raises:
-        WeightsError: names the tensors that are missing, left over or of another shape.
-    """
-    with _open(file) as opened:
-        weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
-        metadata = json.loads((opened.metadata() or {}).get(METADATA_KEY, "{}"))
-    own = model.state_dict()
-    if new_head:
-        _new_head(model, own, weights, file)
-        _resize_positions(model, own, weights, metadata.get("preprocess"))
-    missing = sorted(own.keys() - weights.keys())
-    unexpected = sorted(weights.keys() - own.keys())
-    shapes = [
-        f"{name} is {tuple(weights[name].shape)} in the file, {tuple(own[name].shape)} in the model"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
-    problems = []
-    for kind, names in (("missing from the file", missing), ("not in the model", unexpected), ("other shape", shapes)):
-        if names:
-            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            problems.append(f"{kind}: {', '.join(names[:8])}{more}")
-    if problems:
-        raise WeightsError(f"{file} does not fit the model; " + "; ".join(problems))
-    model.load_state_dict(weights)
-
-
-def _new_head(model: nn.Module, own: dict[str, Tensor], weights: dict[str, Tensor], file: str | Path) -> None:
-    """Replace a classifier of another shape in `weights` by the model's own."""
-    classifiers = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
-    heads = [f"{classifier}.{part}" for classifier in classifiers for part in ("weight", "bias")]
-    heads = [name for name in heads if name in own or name in weights]
-    if all(name in own and name in weights and own[name].shape == weights[name].shape for name in heads):
-        return
-    logger.info("%s has a classifier of another size: the model's own starts anew", file)
-    for name in heads:
-        weights.pop(name, None)
-        if name in own:
-            weights[name] = own[name]
-
-
-def _resize_positions(
-    model: nn.Module, own: dict[str, Tensor], weights: dict[str, Tensor], preprocess: dict | None
-) -> None:
-    """Interpolate the position embeddings in `weights` to the model's grid of patches."""
-    model = model.visual if isinstance(model, TwoTower) else model
-    for name in ("pos_embed", "visual.pos_embed", "image_pos_embed"):
-        if name not in own or name not in weights or own[name].shape[2:] != weights[name].shape[2:]:
-            continue
-        prefix = 0 if name == "image_pos_embed" or model.no_embed_class else model.num_prefix_tokens
-        new_size, old_size = list(model.patch_embed.grid_size), None  # None: a square
-        if preprocess is not None:
-            patch = model.patch_embed.patch_size
-            old_size = [side // step for side, step in zip(preprocess["input_size"][1:], patch, strict=True)]
-            if math.prod(old_size) != weights[name].shape[1] - prefix:
-                continue  # another patch size: left to the comparison of shapes
-        if old_size != new_size:
-            weights[name] = resample_abs_pos_embed(weights[name], new_size, old_size, num_prefix_tokens=prefix)
 
 
 # --- preprocessing and text ------------------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ from vmoe.data.seeding import derive_seed
 from vmoe.evaluation.inference import arithmetic, pick_device, pick_precision
 from vmoe.inspection.figure import example_figure
 from vmoe.inspection.profile import model_profile
-from vmoe.models.factory import WeightsError, preprocess_config
+from vmoe.models.factory import preprocess_config
+from vmoe.models.weights import WeightsError
 from vmoe.training.checkpoint import (
     MODEL,
     CheckpointError,
