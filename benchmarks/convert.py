@@ -71,6 +71,9 @@ def write(config: dict, prefix: Path) -> int:
 
 def peak_mebibytes() -> float:
     """Largest resident memory of this process so far."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux: ru_maxrss would count the process that started this one
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
