@@ -11,7 +11,8 @@ TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads
 def tiny():
     """A small V-MoE with the reference's config and arrays of it."""
     torch.manual_seed(0)
-    model = create_model("vmoe_tiny_patch8_48", **TINY, num_experts=3, group_size=5, eval_capacity_factor=1.0).eval()
+    routing = {"num_experts": 3, "group_size": 5, "eval_capacity_factor": 0.6, "capacity_multiple_of": 1}
+    model = create_model("vmoe_tiny_patch8_48", **TINY, **routing).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

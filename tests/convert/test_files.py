@@ -116,6 +116,19 @@ def test_two_towers(tmp_path):
         pretrained_cfg(tmp_path / "out.safetensors")
 
 
+def test_settings_go_over_those_of_the_file(tiny, checkpoint):
+    assert run(checkpoint) == 0
+    file = checkpoint / "out.safetensors"
+    images = torch.randn(6, 3, 16, 16)
+    limited, free = (
+        create_model_and_transforms(pretrained=file, **settings)[0]
+        for settings in ({}, {"eval_capacity_factor": float("inf"), "group_size": 10_000})
+    )
+    with torch.no_grad():
+        assert not torch.equal(limited(images), free(images))
+        torch.testing.assert_close(free(images)[:2], free(images[:2]))
+
+
 # --- timm ------------------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +294,7 @@ def test_a_released_name_gives_the_published_preprocessing(tmp_path, monkeypatch
 # --- what it needs ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_neither_jax_nor_tensorflow_nor_pickle(tmp_path):
     code = (
         "import sys, pickle, torch, vmoe.models.factory; from vmoe.convert.__main__ import main;"
@@ -292,6 +306,7 @@ def test_neither_jax_nor_tensorflow_nor_pickle(tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.safetensors")], check=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_memory_stays_small(tmp_path):
     """The short form of benchmarks/convert.py: 96 MiB in one chunk pass through less."""
     script = Path(__file__).parents[2] / "benchmarks" / "convert.py"

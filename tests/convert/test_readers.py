@@ -95,6 +95,12 @@ def test_last_step_or_the_one_asked_for(tmp_path):
     assert find_sharded(tmp_path / "ckpt", 5) == str(tmp_path / "ckpt_5")
     assert find_sharded(tmp_path / "ckpt", 7) is None
     assert find_sharded(tmp_path / "ckpt_5.index") == str(tmp_path / "ckpt_5")
+    assert find_sharded(tmp_path) == str(tmp_path / "ckpt_10")
+    assert find_sharded(tmp_path, 5) == str(tmp_path / "ckpt_5")
+    write_arrays(tmp_path / "other_3", ARRAYS)
+    assert find_sharded(tmp_path) is None  # which of the two?
+    assert find_sharded(tmp_path / "other") == str(tmp_path / "other_3")
+    assert find_sharded(GOLDEN / "vmoe_checkpoint") == str(GOLDEN / "vmoe_checkpoint" / "vmoe_tiny")
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class ArrayInMemory:
     def __init__(self, array) -> None:
         if hasattr(array, "detach"):  # a torch tensor, which NumPy cannot read in bfloat16 or with a gradient
             array = array.detach().cpu()
-            array = array.float() if not array.dtype.is_complex and array.dtype.itemsize == 2 else array
+            array = array.float() if array.dtype.is_floating_point and array.dtype.itemsize == 2 else array
         self.array = np.asarray(array)
         self.shape, self.dtype, self.nbytes = self.array.shape, self.array.dtype.name, self.array.nbytes
 

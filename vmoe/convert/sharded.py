@@ -159,14 +159,21 @@ def _flax_array(file: Path, name: str, leaf) -> ArrayInFiles | None:
 
 
 def find_sharded(prefix: str | Path, step: int | None = None) -> str | None:
-    """The prefix itself or, in training, where each step has its own, that of the last step or of `step`."""
+    """The prefix itself or, in training, where each step has its own, that of the last step or of `step`.
+
+    A folder stands for the checkpoint in it, if there is one (or one for each step).
+    """
     prefix = str(prefix).removesuffix(".index")
     if step is None and Path(f"{prefix}.index").is_file():
         return prefix
     path = Path(prefix)
-    found = {
-        int(match[1]): str(file).removesuffix(".index")
-        for file in path.parent.glob("*.index")
-        if (match := re.fullmatch(re.escape(path.name) + r"_(\d+)\.index", file.name))
-    }
-    return found.get(max(found) if found and step is None else step)
+    folder, stem = (path, r".*?") if path.is_dir() else (path.parent, re.escape(path.name))
+    names = [file.name.removesuffix(".index") for file in folder.glob("*.index")]
+    if path.is_dir() and len(names) == 1 and step is None:
+        return str(folder / names[0])
+    found = [(match[1], int(match[2])) for name in names if (match := re.fullmatch(rf"({stem})_(\d+)", name))]
+    if len({stem for stem, _ in found}) != 1:
+        return None
+    stem, last = max(found, key=lambda pair: pair[1])
+    step = last if step is None else step
+    return str(folder / f"{stem}_{step}") if (stem, step) in found else None
