@@ -11,7 +11,13 @@ TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads
 def tiny():
     """A small V-MoE with the reference's config and arrays of it."""
     torch.manual_seed(0)
-    routing = {"num_experts": 3, "group_size": 5, "eval_capacity_factor": 0.6, "capacity_multiple_of": 1}
+    routing = {
+        "moe_layers": (0,),
+        "num_experts": 3,
+        "group_size": 5,
+        "eval_capacity_factor": 0.6,
+        "capacity_multiple_of": 1,
+    }
     model = create_model("vmoe_tiny_patch8_48", **TINY, **routing).eval()
     with torch.no_grad():
         for parameter in model.parameters():
