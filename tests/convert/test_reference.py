@@ -54,7 +54,8 @@ def encoders(draw, width, tokens, heads):
     if layers:
         experts = draw(st.sampled_from([1, 2, 3, 5, 6, 7]))
         moe = {"layers": layers, "num_experts": experts, "group_size": draw(st.sampled_from([tokens, 2 * tokens]))}
-        encoder["moe"] = {**moe, "router": draw(routers(tokens, experts))}
+        width = draw(st.sampled_from([{}, {"mlp_dim": 10}]))
+        encoder["moe"] = {**moe, **width, "router": draw(routers(tokens, experts))}
     return encoder
 
 
@@ -128,7 +129,7 @@ def random_params(config, context_length=5):
                 mlp(f"{block}/Mlp", width, hidden)
                 continue
             E, router = moe["num_experts"], moe["router"]
-            mlp(f"{block}/Moe/Mlp", width, hidden, lead=(E,))
+            mlp(f"{block}/Moe/Mlp", width, moe.get("mlp_dim", hidden), lead=(E,))
             if router.get("name", "").startswith("SoftRouter"):
                 slots = router.get("num_slots") or round(moe["group_size"] * router.get("capacity_factor", 1.0) / E)
                 put(f"{block}/Moe/Router/mu", width, E, slots)
@@ -231,7 +232,7 @@ def changed(key, value, config=VISION):
         ("encoder.dtype", "bfloat16", "encoder.dtype = 'bfloat16' .* torch.autocast"),
         ("encoder.position_emb", {"name": "rope"}, "encoder.position_emb.name = 'rope'"),
         ("encoder.position_emb", 3, "encoder.position_emb must be a dictionary"),
-        ("encoder.moe.mlp_dim", 24, "encoder.moe.mlp_dim = 24 .* encoder.mlp_dim, 12"),
+        ("encoder.moe.mlp_dim", "24", "encoder.moe.mlp_dim = '24' .* a whole number"),
         ("encoder.moe.layers", "last2", "encoder.moe.layers = 'last2'"),
         (f"{ROUTER}.name", "kl.KLRouter", "encoder.moe.router.name = 'kl.KLRouter'"),
         (f"{ROUTER}.name", "other.module.SoftRouter", "cannot be converted: it must be one of"),

@@ -65,6 +65,13 @@ def test_expert_dropout_goes_over_the_blocks_own():
     assert SparseMoE(4, 4, drop=0.1, expert_drop=0.0).experts.drop.p == 0.0
 
 
+def test_the_width_of_experts_can_be_set():
+    layer = SparseMoE(6, 10, expert_width=3, num_shared_experts=2)
+    assert layer.experts.fc2.weight.shape == (8, 6, 3)
+    assert layer.shared.fc2.in_features == 6
+    assert layer(torch.randn(2, 5, 6)).shape == (2, 5, 6)
+
+
 @pytest.mark.parametrize("kind", ["mlp", "swiglu"])
 def test_shared_experts_add_to_what_is_routed(kind):
     layer = SparseMoE(6, 10, num_experts=4, num_shared_experts=2, expert_mlp=kind).eval()

@@ -129,17 +129,23 @@ def _encoder(model: nn.Module, tokens: int, group_size: int | None, prefix: str)
     mlps = [block.mlp for block in model.blocks]
     sparse = [i for i, mlp in enumerate(mlps) if isinstance(mlp, SparseMoE)]
     moe = {"layers": sparse, **(_moe([mlps[i] for i in sparse], tokens, group_size) if sparse else {})}
-    widths = {(mlp.experts if isinstance(mlp, SparseMoE) else mlp).fc1.weight.shape[-2] for mlp in mlps}
-    _need(len(widths) == 1, f"MLPs and experts of several widths, {sorted(widths)}")
+    own_widths = {mlp.experts.fc1.weight.shape[-2] for mlp in mlps if isinstance(mlp, SparseMoE)}
+    widths = {mlp.fc1.out_features for mlp in mlps if not isinstance(mlp, SparseMoE)}
     for i, block in enumerate(model.blocks):
         _check_block(block, f"{prefix}blocks.{i}")
     pool = getattr(model, "attn_pool", None)
     if pool is not None:
+        widths = widths or {pool.mlp.fc1.out_features}
         _need(pool.num_heads == first.attn.num_heads, "its attention pooling has another number of heads")
         _need(pool.mlp.fc1.out_features in widths, "its attention pooling has an MLP of another width")
+    widths = widths or own_widths
+    for kind, found in (("MLPs", widths), ("experts", own_widths)):
+        _need(len(found) < 2, f"{kind} of several widths, {sorted(found)}")
+    if own_widths - widths:
+        moe["mlp_dim"] = max(own_widths)
     return {
         "num_layers": len(model.blocks),
-        "mlp_dim": widths.pop(),
+        "mlp_dim": max(widths),
         "num_heads": first.attn.num_heads,
         "attention_dropout_rate": first.attn.attn_drop.p if isinstance(first.attn.attn_drop, nn.Dropout) else 0.0,
         "attention_qk_norm": not isinstance(first.attn.q_norm, nn.Identity),

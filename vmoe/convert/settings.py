@@ -210,8 +210,6 @@ def _experts(encoder: Section, shapes: Shapes, depth: int, mlp_dim: int, dropout
         return {"num_experts": 0}
     E = moe.number("num_experts")
     own_dim = moe.number("mlp_dim", mlp_dim)
-    if own_dim != mlp_dim:
-        raise moe.wrong("mlp_dim", own_dim, f"encoder.mlp_dim, {mlp_dim}")
     moe.ignore("split_rngs", "deterministic")
     size = moe.number("group_size")
     router = moe.section("router")
@@ -228,6 +226,8 @@ def _experts(encoder: Section, shapes: Shapes, depth: int, mlp_dim: int, dropout
         "expert_drop": moe.number("dropout_rate", dropout, float),
         **convert(router, E, size),
     }
+    if own_dim != mlp_dim:
+        settings["expert_width"] = own_dim
     router.ignore("dtype")
     router.finish()
     moe.finish()

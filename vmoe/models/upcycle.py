@@ -125,6 +125,8 @@ def _check(tower: str, granularity: int, expert_noise: float, reinit: float, set
         raise ValueError(f"expert_noise must be >= 0 and finite, got {expert_noise}")
     if not 0 <= reinit <= 1:
         raise ValueError(f"reinit must be 0..1, got {reinit}")
+    if settings.get("expert_width") is not None:
+        raise ValueError("expert_width cannot be set: the experts are copies of the MLPs; granularity makes finer ones")
     for name in settings:
         if name not in SETTING_NAMES:
             raise ValueError(f"upcycle has no setting {name!r}; the routing settings are {sorted(SETTING_NAMES)}")

@@ -26,7 +26,7 @@ class SparseMoE(nn.Module):
 
     Args:
         in_features: D.
-        hidden_features: hidden width of each expert, by default D.
+        hidden_features: hidden width of each expert, by default D; the setting `expert_width` goes over it.
         out_features: width of the result, by default D.
         act_layer: makes the experts' activation.
         norm_layer: makes a norm of each expert's hidden activations, as in `timm.layers.Mlp`; None: no norm.
@@ -82,7 +82,7 @@ class SparseMoE(nn.Module):
         self.losses = AuxiliaryLosses.from_settings(s, modalities)
         factory = {"device": device, "dtype": dtype}
         self.router = _make_router(in_features, num_tokens, s, factory)
-        hidden_features = hidden_features or in_features
+        hidden_features = s.expert_width or hidden_features or in_features
         kind = s.expert_mlp
         drop = drop if s.expert_drop is None else s.expert_drop
         self.experts = Experts(

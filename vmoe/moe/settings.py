@@ -44,6 +44,7 @@ class RoutingSettings:
             min(1, its weight / random_threshold) (GShard, arXiv 2006.16668: 0.5). None: always.
         num_slots: slots per expert, only for soft; None: by capacity_factor from the number of tokens.
         expert_mlp: "mlp" with the model's activation, or gated: "swiglu" (SiLU) or "geglu" (GELU) (arXiv 2002.05202).
+        expert_width: hidden width F of each expert; None: the model's MLP width.
         num_shared_experts: a dense MLP of this many times an expert's width sees every token beside the experts
             (DeepSeekMoE, arXiv 2401.06066).
         bias_update_rate: balance by a bias on the gate that only the choice sees; `vmoe.update_expert_bias` moves it by
@@ -75,6 +76,7 @@ class RoutingSettings:
     random_threshold: float | None = None
     num_slots: int | None = None
     expert_mlp: str = "mlp"
+    expert_width: int | None = None
     num_shared_experts: int = 0
     bias_update_rate: float = 0.0
     expert_drop: float | None = None
@@ -89,9 +91,9 @@ class RoutingSettings:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a setting out of range, or one that its router has no use for."""
-        for name in ("num_experts", "capacity_multiple_of", "group_size", "num_slots", "capacity"):
+        for name in ("num_experts", "capacity_multiple_of", "group_size", "num_slots", "capacity", "expert_width"):
             value = getattr(self, name)
-            optional = name in ("group_size", "num_slots", "capacity")
+            optional = name not in ("num_experts", "capacity_multiple_of")
             if not (optional and value is None) and not (_is_number(value) and value >= 1 and value == int(value)):
                 raise ValueError(f"{name} must be a whole number >= 1{', or None' * optional}, got {value!r}")
         E, K = self.num_experts, self.num_selected_experts
