@@ -94,6 +94,20 @@ def test_every_expert_is_full_and_tokens_differ():
     assert routing.metrics["experts_per_token_min"] == 0
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_record_has_the_weights_that_were_used(normalize):
+    layer = SparseMoE(8, 8, router="expert_choice", num_experts=4, normalize_weights=normalize).eval()
+    with vmoe.record_routing(layer) as record:
+        layer(torch.randn(1, 32, 8))
+    routing = record.layers[""]
+    assert (routing.combine_weights[~routing.kept] == 0).all()
+    sums = routing.combine_weights.sum(-1)[routing.kept.any(-1)]
+    if normalize:
+        torch.testing.assert_close(sums, torch.ones_like(sums))
+    else:
+        assert (sums < 1).all()
+
+
 def test_a_capacity_above_the_tokens_takes_them_all():
     layer = SparseMoE(8, 8, router="expert_choice", num_experts=2, capacity_factor=50.0, normalize_weights=True)
     with vmoe.record_routing(layer) as record:

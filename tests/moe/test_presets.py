@@ -343,9 +343,17 @@ def test_settings_beside_a_preset_win():
         ({"gate": "tanh"}, "gate must be one of"),
         ({"gate": "sigmoid", "learned_noise": True}, "learned_noise needs gate='softmax'"),
         ({"expert_mlp": "relu"}, "expert_mlp must be one of"),
-        ({"random_threshold": 0}, "random_threshold must be in"),
+        ({"random_threshold": 1.5}, "random_threshold must be in"),
         ({"expert_drop": 1.0}, "expert_drop must be >= 0 and < 1"),
         ({"capacity": 2.5}, "capacity must be a whole number"),
+        ({"num_shared_experts": 1.5}, "num_shared_experts must be a whole number >= 0, got 1.5"),
+        ({"num_selected_experts": "2"}, "num_selected_experts must be a whole number >= 1, got '2'"),
+        ({"noise_std": "1"}, "noise_std must be a number, got '1'"),
+        ({"z_loss": None}, "z_loss must be a number, got None"),
+        ({"expert_drop": "a"}, "expert_drop must be a number, or None, got 'a'"),
+        ({"batch_priority": "yes"}, "batch_priority must be true or false, got 'yes'"),
+        ({"router": ["soft"]}, "router must be one of"),
+        ({"router_preset": ["a"]}, "router_preset must be one of"),
     ],
 )
 def test_settings_that_do_not_go_together_are_named(settings, message):
@@ -353,5 +361,75 @@ def test_settings_that_do_not_go_together_are_named(settings, message):
         SparseMoE(D, HIDDEN, **settings)
 
 
-def test_infinity_is_no_limit():
+def test_what_timm_cannot_pass_as_none_has_a_number():
     assert RoutingSettings(capacity_factor=math.inf).capacity_factor is None
+    assert RoutingSettings(random_threshold=0).random_threshold is None
+
+
+def test_whole_numbers_may_come_as_floats():
+    layer = SparseMoE(D, HIDDEN, num_experts=4.0, num_selected_experts=2.0, capacity_multiple_of=2.0)
+    assert layer(tokens().float()).shape == (1, N, D)
+
+
+# Room for 240 tokens and 8 experts in training, and what else a preset says.
+@pytest.mark.parametrize(
+    ("name", "room", "noise", "jitter", "mlp", "losses"),
+    [
+        ("vmoe", 64, 1.0, 0.0, "mlp", {"importance_loss": 0.005, "load_loss": 0.005}),
+        ("switch", 40, 0.0, 0.01, "mlp", {"gshard_loss": 0.01}),
+        ("gshard", 60, 0.0, 0.0, "mlp", {"gshard_loss": 0.01}),  # 2 S / E
+        ("glam", 60, 0.0, 0.0, "mlp", {"gshard_loss": 0.01}),
+        ("noisy_topk", None, 0.0, 0.0, "mlp", {"importance_loss": 0.1, "load_loss": 0.1}),
+        ("mixtral", None, 0.0, 0.0, "swiglu", {"gshard_loss": 0.01}),
+        ("dbrx", None, 0.0, 0.0, "swiglu", {"gshard_loss": 0.05}),
+        ("deepseek", None, 0.0, 0.0, "swiglu", {}),
+        ("st_moe", 40, 0.0, 0.0, "geglu", {"gshard_loss": 0.01, "z_loss": 0.001}),  # 1.25 S / E, 37.5, in fours
+        (
+            "limoe",
+            32,
+            1.0,
+            0.0,
+            "mlp",
+            {"importance_loss": 0.005, "load_loss": 0.005, "z_loss": 0.001, "global_entropy_loss": 0.01},
+        ),
+        ("expert_choice", 60, 0.0, 0.0, "mlp", {}),
+        ("soft", 30, 0.0, 0.0, "mlp", {}),
+    ],
+)
+def test_numbers_of_the_presets(name, room, noise, jitter, mlp, losses):
+    layer = SparseMoE(D, HIDDEN, router_preset=name, num_experts=8, num_tokens=240).train()
+    assert (layer.router.slots.shape[1] if name == "soft" else layer._capacity(None, 240)[0]) == room
+    settings = layer.settings
+    assert (settings.noise_std, settings.input_jitter, settings.expert_mlp) == (noise, jitter, mlp)
+    assert {loss: weight for loss, weight in layer.losses.weights.items() if weight} == losses
+    if name not in ("soft", "noisy_topk"):
+        assert (layer.router.noise_std, layer.router.input_jitter) == (noise, jitter)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_bias_is_exact_in_half_precision(dtype):
+    layer = SparseMoE(D, HIDDEN, router_preset="deepseek", num_experts=4).to(dtype)
+    router = layer.router
+    assert router.expert_bias.dtype == torch.float32
+    router.expert_bias.fill_(0.5)
+    router.expert_load.copy_(torch.tensor([70000, 10, 40000, 40000]))
+    router.update_bias()
+    expected = 0.5 + 0.001 * torch.tensor([-1.0, 1.0, -1.0, -1.0])
+    torch.testing.assert_close(router.expert_bias, expected, atol=1e-6, rtol=0)
+    assert layer.half().double().router.expert_bias.dtype == torch.float64
+
+
+def test_a_frozen_router_keeps_its_bias():
+    layer = preset_layer("deepseek", train=True)
+    layer.router.requires_grad_(False)
+    layer(tokens())
+    vmoe.update_expert_bias(layer)
+    assert not layer.router.expert_bias.any()
+    assert not layer.router.expert_load.any()
+
+
+def test_what_the_router_gave_up_is_not_dropped():
+    layer = preset_layer("gshard", train=True, capacity_factor=None)
+    _, routing = run(layer, tokens())
+    assert not routing.kept.all()
+    assert routing.metrics["share_dropped"] == 0

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE
 from vmoe.models.text import TextTransformer
-from vmoe.models.two_tower import TOWERS, TWO_TOWER_CONFIGS, TwoTower, merge_settings
+from vmoe.models.two_tower import TOWERS, TWO_TOWER_CONFIGS, TwoTower, check_towers, merge_settings
 from vmoe.models.vision import VisionMoE
 from vmoe.models.weights import METADATA_KEY, find_weights, load_weights, read_pretrained_metadata
 from vmoe.moe import SparseMoE
-from vmoe.moe.settings import SETTING_NAMES
+from vmoe.moe.settings import SETTING_NAMES, preset_settings
 
 IMAGE_TEXT_NAMES = (*LIMOE_CONFIGS, *TWO_TOWER_CONFIGS)
 
@@ -88,6 +88,7 @@ def _without_image_weights(kwargs: dict) -> dict:
 
 def _image_weights(kwargs: dict) -> tuple[dict, Path | bool | None]:
     """Take `image.pretrained` out of a two-tower model's settings; a file brings its model's name and settings in."""
+    check_towers(kwargs)
     weights = (kwargs.get("image") or {}).get("pretrained")
     kwargs = _without_image_weights(kwargs)
     if weights is None or isinstance(weights, bool):  # True: timm's own weights of that name
@@ -111,14 +112,17 @@ def _with_slots(model: nn.Module, kwargs: dict) -> dict:
         return kwargs | {name: own for name, own in new.items() if own != settings[name]}
     for layer in model.modules():
         if isinstance(layer, SparseMoE) and layer.router_type == "soft":
-            return {"num_slots": layer.router.slots.shape[1], **kwargs}
+            slots = {"num_slots": layer.router.slots.shape[1]}
+            return {**{key: value for key, value in kwargs.items() if key != "capacity_factor"}, **slots}
     return kwargs
 
 
 def _build(name: str, kwargs: dict, timm_image_weights: bool = False) -> nn.Module:
     try:
         if name in LIMOE_CONFIGS:
-            return LIMoE(**{**LIMOE_CONFIGS[name], **kwargs})
+            preset = preset_settings(kwargs)  # goes over what the name stands for
+            own = {key: value for key, value in LIMOE_CONFIGS[name].items() if key not in preset}
+            return LIMoE(**{**own, **kwargs})
         if name in TWO_TOWER_CONFIGS:
             settings = merge_settings(TWO_TOWER_CONFIGS[name], kwargs)
             settings["image"]["pretrained"] = timm_image_weights

@@ -17,8 +17,8 @@ from timm.models.vision_transformer import get_init_weights_vit
 from torch import Tensor, nn
 
 from vmoe.models.contrastive import INIT_LOGIT_SCALE, ImageTextModel
-from vmoe.models.text import TextBlock, attention_bias, check_length, masked_mean, text_mask
-from vmoe.models.vision import sparse_blocks, take_routing, without_decay
+from vmoe.models.text import TextBlock, attention_bias, check_length, masked_mean, text_mask, text_routing
+from vmoe.models.vision import sparse_blocks, without_decay
 from vmoe.moe import SparseMoE
 from vmoe.moe.settings import PRESETS
 
@@ -95,7 +95,13 @@ class LIMoE(ImageTextModel):
         super().__init__(init_logit_scale, init_logit_bias, output_dict)
         if pool not in ("avg", "map"):
             raise ValueError(f"pool must be 'avg' or 'map', got {pool!r}")
-        settings = take_routing(routing, ROUTING_DEFAULTS)
+        if width % num_heads:
+            raise ValueError(f"width must be a multiple of num_heads, got {width} and {num_heads}")
+        # The preset knows no modalities, so the loss of one of them is the model's own.
+        own_preset = routing.get("router_preset") == "limoe" and "local_entropy_loss" not in routing
+        settings = text_routing(routing, ROUTING_DEFAULTS)
+        if own_preset:
+            settings["local_entropy_loss"] = ROUTING_DEFAULTS["local_entropy_loss"]
         if routing:
             raise TypeError(f"LIMoE got an unexpected keyword argument {next(iter(routing))!r}")
         num_experts = settings["num_experts"]

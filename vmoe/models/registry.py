@@ -10,7 +10,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from vmoe.models.vision import VisionMoE, take_routing
-from vmoe.moe.settings import SETTING_NAMES
+from vmoe.moe.settings import SETTING_NAMES, preset_settings
 
 logger = logging.getLogger("vmoe.models")
 
@@ -85,9 +85,11 @@ def _create(variant: str, pretrained: bool, args: dict, kwargs: dict) -> VisionM
     if name != variant:
         return model_entrypoint(name)(pretrained, **kwargs)
     own_routing = {name: args.pop(name) for name in SETTING_NAMES & args.keys()}
+    preset = preset_settings(kwargs)
+    asked = {**preset, **kwargs}
+    if "num_slots" not in kwargs and (asked.get("router", "soft") != "soft" or "capacity_factor" in asked):
+        own_routing.pop("num_slots", None)  # the name's; the user asked for another router or for a capacity
     routing = take_routing(kwargs, own_routing)
-    if routing.get("router") != "soft" and own_routing.get("router") == "soft":
-        routing.pop("num_slots", None)  # the name's; the user asked for another router
     model_args = {
         "act_layer": "gelu_tanh",
         "norm_layer": partial(nn.LayerNorm, eps=1e-6),

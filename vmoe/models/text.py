@@ -51,6 +51,17 @@ def masked_mean(x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
     return (x_BLD * weight_BL1).sum(dim=1)
 
 
+def text_routing(kwargs: dict, defaults: dict) -> dict:
+    """Move the routing settings out of a model's arguments, as `take_routing`, for a model with short sequences.
+
+    A capacity raised to a multiple of four is hardly a choice among a dozen words, so expert choice has the exact one.
+    """
+    settings = take_routing(kwargs, defaults)
+    if settings.get("router") == "expert_choice":
+        settings.setdefault("capacity_multiple_of", 1)
+    return settings
+
+
 class TextBlock(Block):
     """timm's pre-norm block, with a mask for attention and experts."""
 
@@ -114,7 +125,9 @@ class TextTransformer(nn.Module):
             raise ValueError(f"pool must be one of {POOLS}, got {pool!r}")
         if pos_embed not in ("learn", "none"):
             raise ValueError(f"pos_embed must be 'learn' or 'none' for text, got {pos_embed!r}")
-        settings = take_routing(routing, ROUTING_DEFAULTS)
+        if width % num_heads:
+            raise ValueError(f"width must be a multiple of num_heads, got {width} and {num_heads}")
+        settings = text_routing(routing, ROUTING_DEFAULTS)
         if routing:
             raise TypeError(f"TextTransformer got an unexpected keyword argument {next(iter(routing))!r}")
         self.vocab_size = vocab_size

@@ -57,6 +57,7 @@ class TwoTower(ImageTextModel):
     ) -> None:
         super().__init__(init_logit_scale, init_logit_bias, output_dict)
         self.embed_dim = embed_dim
+        self.fixed_norms: list[nn.Module] = []
         image = {"name": IMAGE_NAME, "num_classes": embed_dim, **(image or {})}
         self.visual = timm.create_model(image.pop("name"), **image)
         self.text = TextTransformer(**{"num_classes": embed_dim, **(text or {})})
@@ -111,6 +112,8 @@ class TwoTower(ImageTextModel):
         for tower in (self.visual, self.text):
             if not any(parameter.requires_grad for parameter in tower.parameters()):
                 tower.eval()
+        for norm in self.fixed_norms:
+            norm.eval()
         return self
 
     def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
@@ -123,10 +126,14 @@ class TwoTower(ImageTextModel):
         """
         frozen = _lock(self.visual, unlocked_groups)
         if freeze_bn_stats:
-            from open_clip.utils import freeze_batch_norm_2d
-
-            modules = group_modules(self.visual, self.visual.group_matcher(), reverse=True)
-            freeze_batch_norm_2d(self.visual, {name for name, layer in modules.items() if layer in frozen})
+            # In eval mode, not open_clip's other class of norm: the model's files stay what they are.
+            layers = group_modules(self.visual, self.visual.group_matcher(), reverse=True)
+            names = {name for name, layer in layers.items() if layer in frozen}
+            self.fixed_norms = [
+                module
+                for name, module in self.visual.named_modules()
+                if name in names and isinstance(module, nn.modules.batchnorm._BatchNorm)
+            ]
         self.train(self.training)
 
     def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
@@ -180,16 +187,25 @@ def _lock(tower: nn.Module, unlocked_groups: int) -> set[int]:
     return frozen
 
 
+def check_towers(given: Mapping) -> None:
+    """Raises ValueError unless what is given for a tower is settings, and the name of an image tower one of timm's."""
+    for tower in TOWERS:
+        if not isinstance(given.get(tower) or {}, Mapping):
+            raise ValueError(f"{tower} must hold the {tower} tower's settings, got {given[tower]!r}")
+    image = given.get("image") or {}
+    if "name" in image and not (isinstance(image["name"], str) and timm.is_model(image["name"])):
+        raise ValueError(f"image.name must be a model of timm's registry, got {image['name']!r}")
+
+
 def merge_settings(settings: Mapping, given: Mapping) -> dict:
     """Settings of a two-tower model with the user's on top, tower by tower.
 
     An image tower that is named starts from the settings of that name.
     """
+    check_towers(given)
     merged = {**settings, **given}
     for tower in TOWERS:
         own, users = settings.get(tower) or {}, given.get(tower) or {}
-        if not isinstance(users, Mapping):
-            raise ValueError(f"{tower} must hold the {tower} tower's settings, got {users!r}")
         merged[tower] = {**({} if "name" in users else own), **users}
     return merged
 

@@ -138,6 +138,12 @@ class VisionMoE(VisionTransformer):
     ) -> None:
         if pos_embed not in ("learn", "sincos2d", "none", ""):
             raise ValueError(f"pos_embed must be 'learn', 'sincos2d' or 'none', got {pos_embed!r}")
+        if not pos_temperature > 0:
+            raise ValueError(f"pos_temperature must be > 0, got {pos_temperature}")
+        if representation_size is not None and not (isinstance(representation_size, int) and representation_size > 0):
+            raise ValueError(f"representation_size must be a whole number >= 1, or None, got {representation_size}")
+        if global_pool == "token" and not class_token and kwargs.get("reg_tokens"):
+            raise ValueError("global_pool='token' without a class token pools the first patch; leave reg_tokens out")
         routing = take_routing(kwargs, ROUTING_DEFAULTS)
         chosen = sparse_blocks(moe_layers, depth) if routing["num_experts"] else ()
 

@@ -46,7 +46,7 @@ def expert_capacity(
     if capacity < 1:
         raise ValueError(
             f"capacity_factor={capacity_factor} leaves no room: {num_tokens} tokens for {num_experts} experts give a "
-            "capacity of 0; use a larger factor or capacity_rounding='ceil'"
+            "capacity of 0; use a larger factor, capacity_rounding='ceil', or num_slots for router='soft'"
         )
     return math.ceil(capacity / multiple_of) * multiple_of
 

@@ -41,6 +41,7 @@ class ChosenTokens:
         weight_R: combine weight of each row, differentiable; zero where nobody fills it.
         count_E: rows of each expert.
         taken_GNE: bool, the expert took the token.
+        weights_GNE: the combine weights, zero where it did not.
         has_holes: False when every row surely has a token.
     """
 
@@ -48,6 +49,7 @@ class ChosenTokens:
     weight_R: Tensor
     count_E: Tensor
     taken_GNE: Tensor
+    weights_GNE: Tensor
     has_holes: bool
 
 
@@ -99,14 +101,14 @@ def choose_tokens(
         token_R, expert_R = token_R[filled_R], expert_R[filled_R]
         filled_R, has_holes = torch.ones_like(token_R, dtype=torch.bool), False
 
-    weights_GNE = gates_GNE
+    weights_GNE = torch.where(taken_GNE, gates_GNE, 0)
     if normalize_weights:
-        weights_GNE = normalized(torch.where(taken_GNE, gates_GNE, 0))
+        weights_GNE = normalized(weights_GNE)
     weight_R = weights_GNE.reshape(-1)[token_R * E + expert_R]
     if has_holes:
         weight_R = torch.where(filled_R, weight_R, 0)
         token_R = torch.where(filled_R, token_R, -1)
-    return ChosenTokens(token_R, weight_R, count_E, taken_GNE, has_holes)
+    return ChosenTokens(token_R, weight_R, count_E, taken_GNE, weights_GNE, has_holes)
 
 
 def gather_tokens(x_GND: Tensor, chosen: ChosenTokens) -> Tensor:

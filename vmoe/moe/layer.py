@@ -6,6 +6,7 @@ R rows.
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -131,7 +132,7 @@ class SparseMoE(nn.Module):
             y_GND = attach_loss(y_GND, loss)
         for record in active_records(self):
             kept_GNK, statistics = describe()
-            shape = (leading[:-1].numel(), leading[-1])
+            shape = (leading[:-1].numel(), leading[-1] if leading else 1)
             learns = self.training and any(parameter.requires_grad for parameter in self.router.parameters())
             mask_GN = torch.ones_like(kept_GNK[..., 0]) if mask_GN is None else mask_GN
             call = LayerRouting(
@@ -168,6 +169,8 @@ class SparseMoE(nn.Module):
         capacity, max_capacity = self._capacity(members_GMN, N)
         gates_GNE = routing.noisy_gates_GNE
         chosen = choose_tokens(gates_GNE, capacity, max_capacity, members_GMN, self.normalize_weights)
+        weights_GNK = chosen.weights_GNE.gather(-1, routing.expert_index_GNK)
+        routing = replace(routing, combine_weights_GNK=weights_GNK)
         y_RD = self.experts(gather_tokens(x_GND, chosen), chosen.count_E)
         y_GND = return_rows(y_RD, chosen, G, N)
 

@@ -132,6 +132,8 @@ class LayerRouting:
         load_E = self._load(own_GN)
         E, K = self.gates.shape[-1], self.kept.shape[-1]
         asked, kept = own_GN.sum() * K, load_E.sum()
+        if self.routing.chosen_GNK is not None:  # what the router itself gave up is not dropped
+            asked = (self.routing.chosen_GNK & own_GN[..., None]).sum()
         if not self.routing.per_token:
             asked, kept = own_GN.sum(), (self.kept.any(-1) & own_GN).sum()
         return {

@@ -177,7 +177,9 @@ class TopKRouter(Gate):
             self.noise_weight = nn.Parameter(torch.zeros(num_experts, dim, device=device, dtype=dtype))
         if bias_update_rate > 0:
             self.register_buffer("expert_bias", torch.zeros(num_experts, device=device))
-            self.register_buffer("expert_load", torch.zeros(num_experts, device=device), persistent=False)
+            # Whole numbers, which a change of the model's floating-point type leaves alone.
+            load_E = torch.zeros(num_experts, dtype=torch.long, device=device)
+            self.register_buffer("expert_load", load_E, persistent=False)
             self.calls_without_update = 0
 
     def reset_parameters(self) -> None:
@@ -234,10 +236,18 @@ class TopKRouter(Gate):
         gates_GNE = logits_GNE.softmax(dim=-1)
         return gates_GNE, gates_GNE
 
+    def _apply(self, fn, recurse: bool = True):
+        bias = getattr(self, "expert_bias", None)
+        super()._apply(fn, recurse)
+        if bias is not None and self.expert_bias.dtype in (torch.bfloat16, torch.float16):
+            # Steps of 0.001 vanish in half precision: the bias stays as exact as it was.
+            self.expert_bias = bias.to(self.expert_bias.device)
+        return self
+
     @torch.no_grad()
     def count(self, routing: Routing, mask_GN: Tensor | None) -> None:
         """Add the choices of real tokens to `expert_load`."""
-        ones_GNK = torch.ones_like(routing.expert_index_GNK, dtype=self.expert_load.dtype)
+        ones_GNK = torch.ones_like(routing.expert_index_GNK)
         if mask_GN is not None:
             ones_GNK = ones_GNK * mask_GN[..., None]
         self.expert_load.scatter_add_(0, routing.expert_index_GNK.flatten(), ones_GNK.flatten())
@@ -247,12 +257,13 @@ class TopKRouter(Gate):
         """Raise the bias of experts that were asked for less than the mean, lower that of the others.
 
         b_e += rate · sign(mean load - load_e), over the choices since the last call and over all processes
-        (arXiv 2408.15664, algorithm 1).
+        (arXiv 2408.15664, algorithm 1). A frozen router's bias stays.
         """
         load_E = self.expert_load
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(load_E)
-        self.expert_bias.add_((load_E.mean() - load_E).sign(), alpha=self.bias_update_rate)
+        if self.weight.requires_grad:  # a frozen router keeps its routing
+            self.expert_bias.add_((load_E.double().mean() - load_E).sign(), alpha=self.bias_update_rate)
         load_E.zero_()
         self.calls_without_update = 0
 

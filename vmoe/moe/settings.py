@@ -41,7 +41,7 @@ class RoutingSettings:
         gate: "softmax" over all experts, or "sigmoid" of each (DeepSeek-V3, arXiv 2412.19437).
         normalize_weights: the combine weights of a token's chosen experts are divided by their sum.
         random_threshold: in training each choice after the first is kept with probability
-            min(1, its weight / random_threshold) (GShard, arXiv 2006.16668: 0.5). None: always.
+            min(1, its weight / random_threshold) (GShard, arXiv 2006.16668: 0.5). None or 0: always.
         num_slots: slots per expert, only for soft; None: by capacity_factor from the number of tokens.
         expert_mlp: "mlp" with the model's activation, or gated: "swiglu" (SiLU) or "geglu" (GELU) (arXiv 2002.05202).
         expert_width: hidden width F of each expert; None: the model's MLP width.
@@ -91,11 +91,7 @@ class RoutingSettings:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a setting out of range, or one that its router has no use for."""
-        for name in ("num_experts", "capacity_multiple_of", "group_size", "num_slots", "capacity", "expert_width"):
-            value = getattr(self, name)
-            optional = name not in ("num_experts", "capacity_multiple_of")
-            if not (optional and value is None) and not (_is_number(value) and value >= 1 and value == int(value)):
-                raise ValueError(f"{name} must be a whole number >= 1{', or None' * optional}, got {value!r}")
+        self._check_types()
         E, K = self.num_experts, self.num_selected_experts
         if not 1 <= K <= E and self.router == "top_k":
             raise ValueError(f"num_selected_experts must be 1..num_experts ({E}), got {K}")
@@ -114,7 +110,9 @@ class RoutingSettings:
                 raise ValueError(f"{name} must be > 0, or None (or infinity) for no limit, got {factor}")
             if factor == math.inf:
                 object.__setattr__(self, name, None)
-        for name in ("noise_std", "num_shared_experts", "bias_update_rate"):
+        if self.random_threshold == 0:
+            object.__setattr__(self, "random_threshold", None)
+        for name in ("noise_std", "bias_update_rate"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be >= 0 and finite, got {getattr(self, name)}")
         for name in ("input_jitter", "expert_drop"):
@@ -124,6 +122,22 @@ class RoutingSettings:
         if self.random_threshold is not None and not 0 < self.random_threshold <= 1:
             raise ValueError(f"random_threshold must be in (0, 1], or None, got {self.random_threshold}")
         self._check_router()
+
+    def _check_types(self) -> None:
+        for name, (least, optional) in _WHOLE.items():
+            value = getattr(self, name)
+            if optional and value is None:
+                continue
+            if not (_is_number(value) and value >= least and value == int(value)):
+                raise ValueError(f"{name} must be a whole number >= {least}{', or None' * optional}, got {value!r}")
+            object.__setattr__(self, name, int(value))
+        for name, optional in _NUMBERS.items():
+            value = getattr(self, name)
+            if not (_is_number(value, finite=False) or (optional and value is None)):
+                raise ValueError(f"{name} must be a number{', or None' * optional}, got {value!r}")
+        for name in ("batch_priority", "learned_noise", "normalize_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
 
     def _check_router(self) -> None:
         """Settings that a router would silently ignore are errors."""
@@ -156,6 +170,32 @@ class RoutingSettings:
         if self.learned_noise and self.gate != "softmax":
             raise ValueError("learned_noise needs gate='softmax'")
 
+
+# {setting: (the least it may be, it may be None)}
+_WHOLE = {
+    "num_experts": (1, False),
+    "num_selected_experts": (1, False),
+    "capacity_multiple_of": (1, False),
+    "num_shared_experts": (0, False),
+    "group_size": (1, True),
+    "num_slots": (1, True),
+    "capacity": (1, True),
+    "expert_width": (1, True),
+}
+# {setting: it may be None}
+_NUMBERS = {
+    "capacity_factor": True,
+    "eval_capacity_factor": True,
+    "random_threshold": True,
+    "expert_drop": True,
+    "noise_std": False,
+    "input_jitter": False,
+    "bias_update_rate": False,
+    "importance_loss": False,
+    "load_loss": False,
+    "gshard_loss": False,
+    "z_loss": False,
+}
 
 SETTING_NAMES = frozenset(field.name for field in fields(RoutingSettings)) | {"router_preset"}
 
@@ -207,7 +247,7 @@ PRESETS: dict[str, dict] = {
         "normalize_weights": True,
         "random_threshold": 0.5,
         "capacity_factor": 1.0,
-        "gshard_loss": 0.01,
+        "gshard_loss": 0.01,  # GLaM's; GShard gives no number
     },
     "noisy_topk": {
         **_PLAIN,
@@ -230,7 +270,7 @@ PRESETS: dict[str, dict] = {
         "num_selected_experts": 4,
         "normalize_weights": True,
         "expert_mlp": "swiglu",
-        "gshard_loss": 0.01,
+        "gshard_loss": 0.05,  # of its released config
     },
     "deepseek": {
         **_PLAIN,
@@ -270,6 +310,20 @@ PRESETS["expert_choice"]["noise_std"] = 0.0
 PRESETS["glam"] = dict(PRESETS["gshard"])
 
 
+def preset_settings(given: Mapping) -> dict:
+    """The settings of `given["router_preset"]`; none without it.
+
+    Raises:
+        ValueError: for an unknown preset.
+    """
+    name = given.get("router_preset")
+    if name is None:
+        return {}
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(f"router_preset must be one of {sorted(PRESETS)}, got {name!r}")
+    return PRESETS[name]
+
+
 def with_preset(defaults: Mapping, given: Mapping) -> dict:
     """Settings from a model's defaults, its router's needs, the preset, and what the user gave; later ones win.
 
@@ -280,13 +334,13 @@ def with_preset(defaults: Mapping, given: Mapping) -> dict:
     Raises:
         ValueError: for an unknown preset.
     """
-    name = given.get("router_preset")
-    if name is not None and name not in PRESETS:
-        raise ValueError(f"router_preset must be one of {sorted(PRESETS)}, got {name!r}")
-    preset = PRESETS[name] if name is not None else {}
+    preset = preset_settings(given)
     router = {**defaults, **preset, **given}.get("router", "top_k")
+    if router not in ROUTERS:
+        raise ValueError(f"router must be one of {ROUTERS}, got {router!r}")
     return {**defaults, **_ROUTER_DEFAULTS.get(router, {}), **preset, **given}
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value, finite: bool = True) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and (math.isfinite(value) or not finite)

@@ -30,7 +30,7 @@ import vmoe
 from vmoe.config_io import ConfigError
 from vmoe.data import build_transform, train_loader
 from vmoe.data.seeding import derive_seed
-from vmoe.evaluation.inference import arithmetic, pick_device, pick_precision
+from vmoe.evaluation.inference import arithmetic, attention_kernel, pick_device, pick_precision
 from vmoe.inspection.figure import example_figure
 from vmoe.inspection.profile import model_profile
 from vmoe.models.factory import preprocess_config
@@ -180,7 +180,8 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
                 losses = []
                 for part, batch in enumerate(batches):
                     total, loss, record = loss_of(batch, part, forward)
-                    scaler.scale(total / len(batches)).backward()
+                    with attention_kernel(precision, device):
+                        scaler.scale(total / len(batches)).backward()
                     losses.append(torch.stack([total.detach(), loss.detach()]))
                 scaler.unscale_(optimizer)
                 grad_norm = nn.utils.clip_grad_norm_(trainable, config.train.clip_grad_norm or math.inf)
