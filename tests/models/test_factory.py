@@ -207,3 +207,12 @@ def test_settings_that_cannot_be_used_are_named(tmp_path):
     model = create_model("vmoe_tiny_patch8_48", depth=2, norm_layer=torch.nn.LayerNorm)
     with pytest.raises(ValueError, match="settings of vmoe_tiny_patch8_48 cannot be saved"):
         save_pretrained(model, tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("settings", [{"num_slots": None}, {"capacity_factor": 1.0}, {}])
+def test_slots_in_a_file_stay_when_the_picture_size_changes(tmp_path, settings):
+    tiny = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_experts": 4}
+    model = create_model("vmoe_tiny_patch8_48", **tiny, router="soft", **settings)
+    save_pretrained(model, tmp_path / "model.safetensors")
+    again = create_model(pretrained=tmp_path / "model.safetensors", img_size=64)
+    assert torch.equal(again.blocks[1].mlp.router.slots, model.blocks[1].mlp.router.slots)

@@ -235,3 +235,25 @@ def test_losses_are_off_where_the_router_needs_none():
     for num_experts in (0, 4):
         with pytest.raises(TypeError, match="unexpected keyword argument 'num_expert'"):
             tiny(num_experts=num_experts, num_expert=3)
+
+
+def test_a_preset_goes_over_what_the_name_stands_for():
+    layer = vmoe.create_model("limoe_tiny_patch12_48", depth=2, router_preset="dbrx").blocks[1].mlp
+    assert (layer.num_experts, layer.num_selected_experts) == (16, 4)
+    layer = vmoe.create_model("limoe_tiny_patch12_48", depth=2, router_preset="dbrx", num_experts=5).blocks[1].mlp
+    assert layer.num_experts == 5
+
+
+def test_its_own_preset_keeps_the_local_loss_of_text():
+    weights = vmoe.create_model("limoe_tiny_patch12_48", depth=2, router_preset="limoe").blocks[1].mlp.losses.weights
+    assert weights["text/local_entropy_loss"] == 0.01
+    assert weights == vmoe.create_model("limoe_tiny_patch12_48", depth=2).blocks[1].mlp.losses.weights
+
+
+def test_expert_choice_takes_no_more_words_than_the_capacity_says():
+    model = vmoe.create_model("limoe_tiny_patch12_48", depth=2, router="expert_choice", capacity_factor=1.0).eval()
+    text = torch.randint(1, 400, (3, 16))
+    text[:, 7:] = 49407
+    with vmoe.record_routing(model) as record:
+        model.encode_text(text)
+    assert (record.layers["blocks.1.mlp"].load == 3).all()  # ceil(8 words / 8 experts) in each of three texts

@@ -204,3 +204,31 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="unknown model 'two_tower_base_patch61'; did you mean"):
         create_model("two_tower_base_patch61")
     assert timm.list_models("two_tower_*") == []  # timm knows no text
+
+
+def test_fixed_batch_norms_stay_in_files(tmp_path):
+    image = {"name": "resnet10t", "num_classes": 128}
+    model = create_model("two_tower_tiny_patch8_48", image=image, text={"depth": 2}).train()
+    model.lock_image_tower(unlocked_groups=1, freeze_bn_stats=True)
+    model.train()
+    norms = [module for module in model.visual.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert any(not norm.training for norm in norms)
+    before = model.visual.bn1.running_mean.clone() if hasattr(model.visual, "bn1") else norms[0].running_mean.clone()
+    model.encode_image(torch.randn(2, 3, 48, 48))
+    after = model.visual.bn1.running_mean if hasattr(model.visual, "bn1") else norms[0].running_mean
+    assert torch.equal(before, after)
+    save_pretrained(model, tmp_path / "model.safetensors")
+    create_model(pretrained=tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"image": 3}, "image must hold the image tower's settings, got 3"),
+        ({"image": {"name": "nope"}}, "image.name must be a model of timm's registry, got 'nope'"),
+        ({"text": {"num_heads": 7}}, "width must be a multiple of num_heads"),
+    ],
+)
+def test_settings_of_towers_are_checked(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        create_model("two_tower_tiny_patch8_48", **kwargs)

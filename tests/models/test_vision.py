@@ -317,3 +317,30 @@ def test_representation_layer(tmp_path):
         "vmoe_tiny_patch8_48", **SMALL, representation_size=24, features_only=True, out_indices=(1,)
     )
     assert not [name for name in pyramid.state_dict() if "pre_logits" in name]
+
+
+def test_slots_of_a_soft_name_follow_the_capacity_that_is_asked_for():
+    def slots(**kwargs) -> int:
+        model = timm.create_model("softmoe_tiny_patch8_48", depth=2, **kwargs)
+        return model.blocks[-1].mlp.router.slots.shape[1]
+
+    assert slots() == 1  # the paper's
+    assert slots(capacity_factor=4.0) == round(36 * 4.0 / 32)
+    assert slots(router_preset="soft") == round(36 / 32)
+    assert slots(num_slots=3, capacity_factor=4.0) == 3
+    with pytest.raises(ValueError, match="num_slots needs router='soft'"):
+        timm.create_model("softmoe_tiny_patch8_48", depth=2, router="top_k", num_slots=4)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"representation_size": 0}, "representation_size must be a whole number >= 1"),
+        ({"representation_size": 2.5}, "representation_size must be a whole number >= 1"),
+        ({"pos_embed": "sincos2d", "pos_temperature": 0}, "pos_temperature must be > 0, got 0"),
+        ({"class_token": False, "global_pool": "token", "reg_tokens": 2}, "leave reg_tokens out"),
+    ],
+)
+def test_options_that_would_break_silently_are_errors(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("vmoe_tiny_patch8_48", depth=2, **kwargs)

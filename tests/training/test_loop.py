@@ -313,9 +313,11 @@ def test_weights_of_another_model_are_refused_with_tensors_and_shapes(make_confi
     assert not _path(config).exists()
 
 
-def test_gradient_checkpointing_gives_the_same_step(make_config, tmp_path):
-    plain = make_config(**{"train.steps": 2})
-    saving = make_config(output_dir=tmp_path / "saving", **{"train.steps": 2, "train.grad_checkpointing": True})
+@pytest.mark.parametrize(("task", "precision"), [("classification", "float32"), ("contrastive", "bf16")])
+def test_gradient_checkpointing_gives_the_same_step(make_config, tmp_path, task, precision):
+    settings = {"train.steps": 2, "train.precision": precision}
+    plain = make_config(task, **settings)
+    saving = make_config(task, output_dir=tmp_path / "saving", **settings, **{"train.grad_checkpointing": True})
     run(plain)
     run(saving)
     for ours, theirs in zip(metrics_of(plain), metrics_of(saving)):
