@@ -395,6 +395,36 @@ def test_models_that_the_reference_does_not_have(settings, message):
         to_reference(model)
 
 
+def test_no_weight_is_left_out():
+    model = create_model("vmoe_tiny_patch8_48", **TINY, scale_attn_norm=True)
+    model.head = torch.nn.Linear(16, 3, bias=False)
+    message = (
+        r"has blocks\.0\.attn\.norm\.bias, .*blocks\.1\.attn\.norm\.weight, .* place for; no head\.bias, which it needs"
+    )
+    for convert in (to_reference, reference_config):
+        with pytest.raises(ValueError, match=message):
+            convert(model)
+
+
+class OtherTowers(torch.nn.Module):
+    """Two towers of another program."""
+
+    def __init__(self, **towers):
+        super().__init__()
+        for name, tower in towers.items():
+            setattr(self, name, tower)
+
+
+def test_models_without_the_parts_that_are_looked_at():
+    towers = create_model("two_tower_tiny_patch8_48", text={"depth": 2, "eot_token_id": None}, image={"depth": 2})
+    swapped = timm.create_model("vmoe_tiny_patch8_48", depth=2)
+    swapped.blocks[0].mlp = torch.nn.Identity()
+    swapped.blocks[0].attn = torch.nn.Identity()
+    for model in (OtherTowers(visual=towers.visual, text=towers.text), swapped):
+        with pytest.raises(ValueError, match="reference"):
+            reference_config(model)
+
+
 def test_limoe_and_others():
     for name, kwargs in (("limoe_tiny_patch8_48", {"depth": 2}), ("resnet18", {})):
         with pytest.raises(ValueError, match="the reference has no model like this one"):

@@ -8,6 +8,7 @@ from timm.layers.activations import GELUTanh
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from vmoe.convert.layout import reference_places
 from vmoe.models.text import TextTransformer
 from vmoe.moe import SparseMoE
 from vmoe.moe.settings import RoutingSettings
@@ -51,6 +52,20 @@ def reference_config(model: nn.Module, group_size: int | None = None) -> dict[st
     Raises:
         ValueError: names what the reference cannot express.
     """
+    try:
+        config = _config(model, group_size)
+        places = reference_places(model)
+    except AttributeError as error:  # models of other programs lack parts that are looked at here
+        raise ValueError(f"the reference has no model like this one ({type(model).__name__}): {error}") from error
+    ours, theirs = set(model.state_dict()), {place.tensor for place in places.values()}
+    if ours != theirs:
+        kept = [f"{name}, which it has no place for" for name in sorted(ours - theirs)]
+        lacking = [f"no {name}, which it needs" for name in sorted(theirs - ours)]
+        _need(False, "the model has " + "; ".join(kept + lacking))
+    return config
+
+
+def _config(model: nn.Module, group_size: int | None) -> dict[str, Any]:
     if hasattr(model, "visual") and hasattr(model, "text"):
         if not isinstance(model.text, TextTransformer):
             raise ValueError(f"the reference has no text tower like this one ({type(model.text).__name__})")

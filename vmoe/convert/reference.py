@@ -69,7 +69,8 @@ def to_reference(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) 
         {"Encoder/encoder_norm/scale": array, ...}; copies.
 
     Raises:
-        ValueError: for a model that the reference does not have, such as a LIMoE.
+        ValueError: for a model that the reference does not have, such as a LIMoE, or with weights that it has no place
+            for; names them.
     """
     reference_config(model, group_size=1)  # raises for what the reference does not have
     if tensors is None:
