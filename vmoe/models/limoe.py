@@ -11,13 +11,21 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import AttentionPoolLatent, Mlp, PatchEmbed, resample_abs_pos_embed, trunc_normal_
+from timm.layers import AttentionPoolLatent, PatchEmbed, resample_abs_pos_embed, trunc_normal_
 from timm.models import checkpoint, named_apply
 from timm.models.vision_transformer import get_init_weights_vit
 from torch import Tensor, nn
 
 from vmoe.models.contrastive import INIT_LOGIT_SCALE, ImageTextModel
-from vmoe.models.text import TextBlock, attention_bias, check_length, masked_mean, text_mask, text_routing
+from vmoe.models.text import (
+    TextBlock,
+    attention_bias,
+    check_length,
+    make_blocks,
+    masked_mean,
+    text_mask,
+    text_routing,
+)
 from vmoe.models.vision import sparse_blocks, without_decay
 from vmoe.moe import SparseMoE
 from vmoe.moe.settings import PRESETS
@@ -124,19 +132,8 @@ class LIMoE(ImageTextModel):
         num_tokens = max(self.patch_embed.num_patches, context_length)
         sparse_mlp = partial(SparseMoE, modalities=MODALITIES, num_tokens=num_tokens, **settings)
         chosen = sparse_blocks(moe_layers, depth) if num_experts else ()
-        self.blocks = nn.ModuleList(
-            LIMoEBlock(
-                dim=width,
-                num_heads=num_heads,
-                mlp_ratio=mlp_ratio,
-                qkv_bias=True,
-                drop_path=drop_path_rate * index / max(1, depth - 1),
-                norm_layer=norm_layer,
-                act_layer=act_layer,
-                mlp_layer=sparse_mlp if index in chosen else Mlp,
-            )
-            for index in range(depth)
-        )
+        sizes = (width, depth, num_heads, mlp_ratio, drop_path_rate)
+        self.blocks = make_blocks(LIMoEBlock, *sizes, norm_layer, act_layer, sparse_mlp, chosen)
         self.norm = norm_layer(width)
 
         def pooling() -> nn.Module | None:

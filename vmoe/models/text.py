@@ -6,7 +6,7 @@ Shapes, by suffix: B batch, L words (text length), T = L, or patches and words, 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -78,6 +78,34 @@ class TextBlock(Block):
         return x_BTD + self.drop_path2(self.ls2(h_BTD))
 
 
+def make_blocks(
+    block: type[Block],
+    width: int,
+    depth: int,
+    num_heads: int,
+    mlp_ratio: float,
+    drop_path_rate: float,
+    norm_layer: Callable,
+    act_layer: Callable,
+    sparse_mlp: Callable,
+    chosen: Sequence[int],
+) -> nn.ModuleList:
+    """The blocks of a transformer, with experts in those of `chosen`; stochastic depth grows linearly."""
+    return nn.ModuleList(
+        block(
+            dim=width,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=True,
+            drop_path=drop_path_rate * index / max(1, depth - 1),
+            norm_layer=norm_layer,
+            act_layer=act_layer,
+            mlp_layer=sparse_mlp if index in chosen else Mlp,
+        )
+        for index in range(depth)
+    )
+
+
 class TextTransformer(nn.Module):
     """Token ids -> classes or an embedding.
 
@@ -144,19 +172,8 @@ class TextTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, context_length, width)) if pos_embed == "learn" else None
         sparse_mlp = partial(SparseMoE, modalities=("text",), num_tokens=context_length, **settings)
         chosen = sparse_blocks(moe_layers, depth) if settings["num_experts"] else ()
-        self.blocks = nn.ModuleList(
-            TextBlock(
-                dim=width,
-                num_heads=num_heads,
-                mlp_ratio=mlp_ratio,
-                qkv_bias=True,
-                drop_path=drop_path_rate * index / max(1, depth - 1),
-                norm_layer=norm_layer,
-                act_layer=act_layer,
-                mlp_layer=sparse_mlp if index in chosen else Mlp,
-            )
-            for index in range(depth)
-        )
+        sizes = (width, depth, num_heads, mlp_ratio, drop_path_rate)
+        self.blocks = make_blocks(TextBlock, *sizes, norm_layer, act_layer, sparse_mlp, chosen)
         self.norm = norm_layer(width)
         self.attn_pool = None
         if pool == "map":
