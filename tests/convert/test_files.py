@@ -174,6 +174,9 @@ def cut_last_shard(folder):
         (lambda folder: (folder / "c.index").unlink(), "no checkpoint at"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is not a readable JSON file"),
         (lambda folder: (folder / "config.json").write_text("[]"), "the config must be a dictionary"),
+        (lambda folder: (folder / "config.json").write_text('{"model": null}'), "model must be a dictionary, got None"),
+        (lambda folder: (folder / "config.json").write_text('{"model": 3}'), "model must be a dictionary, got 3"),
+        (lambda folder: (folder / "config.json").write_text("[" * 100_000), "config.json is not a readable JSON file"),
         (lambda folder: (folder / "config.json").unlink(), "--config must be a JSON file or one of"),
         (
             lambda folder: (folder / "config.json").write_text(

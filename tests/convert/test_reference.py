@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import numpy as np
 import pytest
@@ -244,11 +245,66 @@ def changed(key, value, config=VISION):
         (f"{DISPATCHER}.capacity_factor", None, "either capacity_factor or capacity, got None and None"),
         (f"{DISPATCHER}.capacity_factor", 0.0, "large enough for one token"),
         (f"{DISPATCHER}.capacity_ceil_or_round", "floor", "capacity_ceil_or_round = 'floor'"),
+        (f"{DISPATCHER}.batch_priority", "False", "batch_priority = 'False' .* true or false"),
+        (f"{DISPATCHER}.batch_priority", None, "batch_priority = None .* true or false"),
+        ("encoder.attention_qk_norm", "no", "encoder.attention_qk_norm = 'no' .* true or false"),
+        (f"{ROUTER}.deterministic", "True", "router.deterministic = 'True' .* true or false"),
+        (f"{DISPATCHER}.capacity_factor", math.inf, "capacity_factor = inf .* a finite number"),
+        (f"{DISPATCHER}.capacity_factor", 1e308, "capacity_factor = 1e\\+308"),
+        (DISPATCHER, {"name": "einsum", "batch_priority": 0, "capacity": -1}, "dispatcher.capacity = -1 .* >= 1"),
+        (ROUTER, {"name": "SoftRouter", "capacity_factor": 0.01}, "router.capacity_factor = 0.01"),
+        (ROUTER, {"name": "SoftRouter", "num_slots": 0}, "router.num_slots = 0"),
+        (f"{ROUTER}.name", "SoftRouter(**{'a': 1})", "arguments by name"),
+        (f"{ROUTER}.name", "(" * 5000, "router.name = '"),
+        (f"{ROUTER}.noise_std", -1, "router.noise_std = -1 .* >= 0"),
+        ("encoder.moe", 0, "encoder.moe must be a dictionary, got 0"),
+        ("encoder.moe.layers", ["1"], r"encoder.moe.layers = \['1'\]"),
+        ("encoder.moe.group_size", 0, "group_size = 0 .* >= 1"),
+        ("encoder.moe.num_experts", 10**30, "num_experts = 10+ .* a whole number"),
+        ("encoder.moe.dropout_rate", 1.5, "moe.dropout_rate = 1.5 .* >= 0 and <= 1"),
+        ("encoder.dropout_rate", 1.5, "encoder.dropout_rate = 1.5 .* >= 0 and <= 1"),
+        ("encoder.num_layers", 0, "num_layers = 0 .* >= 1"),
+        ("encoder.mlp_dim", 0, "mlp_dim = 0 .* >= 1"),
+        ("encoder.num_heads", 0, "num_heads = 0 .* >= 1"),
+        ("encoder.position_emb", {"name": "sincos2d", "temperature": 0}, "temperature = 0.0 .* > 0"),
+        ("hidden_size", math.inf, "hidden_size = inf .* a whole number >= 1"),
+        ("hidden_size", math.nan, "hidden_size = nan .* a whole number >= 1"),
+        ("hidden_size", 0, "hidden_size = 0 .* >= 1"),
+        ("hidden_size", -24, "hidden_size = -24 .* >= 1"),
+        ("num_classes", -3, "num_classes = -3 .* >= 0"),
+        ("image_size", "16", "image_size = '16' .* a whole number >= 1, or two of them"),
+        ("image_size", [8, 8, 8], r"image_size = \[8, 8, 8\] .* or two of them"),
+        ("image_size", 2, r"image_size = 2 .* at least one patch, \[4, 4\]"),
+        ("patch_size", None, "patch_size = None .* or two of them"),
+        ("patch_size", "44", "patch_size = '44' .* or two of them"),
+        ("patch_size", [4, 4, 4], r"patch_size = \[4, 4, 4\] .* or two of them"),
     ],
 )
 def test_what_cannot_be_converted_names_the_key_and_the_value(key, value, message):
     with pytest.raises(ConfigError, match=message):
         from_reference(changed(key, value), random_params({**VISION, "image_size": 8}))
+
+
+def test_wrong_arguments_name_themselves():
+    params = random_params(VISION)
+    with pytest.raises(ConfigError, match="image_size = 0 cannot be converted"):
+        from_reference({**VISION, "image_size": 8}, params, image_size=0)
+    with pytest.raises(CheckpointError, match="params must be a dictionary of arrays, got list"):
+        from_reference(VISION, [1])
+    params["Encoder/posembed_input/pos_embedding"] = np.zeros(4, np.float32)
+    with pytest.raises(CheckpointError, match=r"pos_embedding has shape \(4,\)"):
+        from_reference({**VISION, "image_size": 8}, params)
+
+
+def test_numbers_and_flags_in_other_words():
+    config = changed("hidden_size", 8.0, {**VISION, "image_size": 8.0})
+    config["encoder"]["moe"]["router"] |= {"deterministic": None}
+    config["encoder"] |= {"attention_qk_norm": 0}
+    plain = from_reference({**VISION, "image_size": 8}, random_params(VISION))
+    assert reference_config(from_reference(config, random_params(VISION))) == reference_config(plain)
+    config["encoder"]["moe"]["router"]["dispatcher"]["batch_priority"] = 0
+    again = reference_config(from_reference(config, random_params(VISION)))
+    assert again["encoder"]["moe"]["router"]["dispatcher"]["batch_priority"] is False
 
 
 @pytest.mark.parametrize("key", ["patch_size", "num_classes", "encoder.num_layers", "encoder.moe.group_size"])

@@ -1,6 +1,7 @@
 """The reference's config dictionaries, read key by key: what a key means here, and an error for what has no meaning."""
 
 import ast
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,34 @@ _UNSET = object()
 
 class ConfigError(ValueError):
     """A config that cannot be converted; one sentence that names the key, its value and the remedy."""
+
+
+def pair(key: str, value: Any) -> tuple[int, int]:
+    """Height and width: one whole number >= 1, or two of them.
+
+    Raises:
+        ConfigError: for anything else; names the key.
+    """
+    sides = value if isinstance(value, (list, tuple)) else (value, value)
+    if len(sides) != 2 or not all(_is_number(side, int) and side >= 1 for side in sides):
+        raise _wrong(key, value, "a whole number >= 1, or two of them")
+    return int(sides[0]), int(sides[1])
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    largest = 2**31 - 1 if kind is int else sys.float_info.max  # also refuses infinity and NaN
+    return abs(value) <= largest and (kind is float or value == int(value))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def _wrong(key: str, value: Any, wanted: str) -> ConfigError:
+    return ConfigError(f"{key} = {_shown(value)} cannot be converted: it must be {wanted}")
 
 
 class Section:
@@ -24,7 +53,7 @@ class Section:
         if not isinstance(values, Mapping) and hasattr(values, "to_dict"):
             values = values.to_dict()
         if not isinstance(values, Mapping):
-            raise ConfigError(f"{self.key('')} must be a dictionary, got {values!r}")
+            raise ConfigError(f"{self.key('')} must be a dictionary, got {_shown(values)}")
         self.values = dict(values)
         self.taken: set[str] = set()
 
@@ -42,17 +71,41 @@ class Section:
 
     def section(self, name: str) -> "Section":
         """A dictionary inside this one; empty if it is not there or None."""
-        return Section(self.take(name, None) or {}, self.key(name))
+        values = self.take(name, None)
+        return Section({} if values is None else values, self.key(name))
 
-    def number(self, name: str, default: Any = _UNSET, kind: type = int, optional: bool = False) -> Any:
-        """A whole number (or, with `kind=float`, any)."""
+    def number(
+        self,
+        name: str,
+        default: Any = _UNSET,
+        kind: type = int,
+        optional: bool = False,
+        minimum: float | None = None,
+        maximum: float | None = None,
+    ) -> Any:
+        """A whole number (or, with `kind=float`, any finite one), not outside the bounds."""
         value = self.take(name, default)
         if value is None and optional:
             return None
-        good = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not good or (kind is int and value != int(value)):
-            raise self.wrong(name, value, "a number" if kind is float else "a whole number")
+        inside = _is_number(value, kind) and (minimum is None or value >= minimum)
+        if not inside or (maximum is not None and value > maximum):
+            wanted = "a finite number" if kind is float else "a whole number"
+            wanted += "" if minimum is None else f" >= {minimum}"
+            raise self.wrong(name, value, wanted + ("" if maximum is None else f" and <= {maximum}"))
         return kind(value)
+
+    def rate(self, name: str, default: float) -> float:
+        """A probability."""
+        return self.number(name, default, float, minimum=0, maximum=1)
+
+    def flag(self, name: str, default: Any = _UNSET) -> Any:
+        """True or False (or 1 or 0); None is the default, if there is one."""
+        value = self.take(name, default)
+        if value is None and default is not _UNSET:
+            return default
+        if not isinstance(value, int) or value not in (0, 1):
+            raise self.wrong(name, value, "true or false")
+        return bool(value)
 
     def choice(self, name: str, default: Any, allowed: tuple) -> Any:
         """One of several values."""
@@ -67,13 +120,13 @@ class Section:
 
     def wrong(self, name: str, value: Any, wanted: str) -> ConfigError:
         """The error for a value that cannot be converted."""
-        return ConfigError(f"{self.key(name)} = {value!r} cannot be converted: it must be {wanted}")
+        return _wrong(self.key(name), value, wanted)
 
     def finish(self) -> None:
         """Raises ConfigError if a key was not taken."""
         left = sorted(self.values.keys() - self.taken)
         if left:
-            values = ", ".join(f"{self.key(name)} = {self.values[name]!r}" for name in left)
+            values = ", ".join(f"{self.key(name)} = {_shown(self.values[name])}" for name in left)
             raise ConfigError(
                 f"these keys of the config are not known to the converter: {values}; leave them out if the model's "
                 "outputs do not depend on them"
@@ -93,13 +146,13 @@ class Section:
         try:
             expression = ast.parse(text, mode="eval").body
             if isinstance(expression, ast.Call):
-                if expression.args:
-                    raise ValueError("positional arguments")
+                if expression.args or any(keyword.arg is None for keyword in expression.keywords):
+                    raise ValueError("arguments without a name")
                 given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in expression.keywords}
                 self.values = {**given, **self.values}
                 expression = expression.func
             module, _, cls = ast.unparse(expression).rpartition(".")
-        except (SyntaxError, ValueError, TypeError) as error:
+        except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
             raise self.wrong(name, text, f"one of {sorted(classes)}, arguments by name") from error
         if cls not in classes or module not in ("", classes[cls]):
             raise self.wrong(name, text, f"one of {sorted(classes)}")

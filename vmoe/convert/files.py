@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from vmoe.convert.arrays import CheckpointError, StoredArray, select_params
+from vmoe.convert.config import Section
 from vmoe.convert.orbax import find_orbax, open_orbax
 from vmoe.convert.reference import fill, fit
 from vmoe.convert.released import RELEASED
@@ -100,11 +101,10 @@ def resolve_config(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, An
             raise ValueError(f"--config must be a JSON file or one of {sorted(RELEASED)}, got {str(config)!r}")
         try:
             config = json.loads(file.read_text())
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise ValueError(f"{file} is not a readable JSON file: {error}") from error
-    if not isinstance(config, Mapping):
-        raise ValueError(f"the config must be a dictionary, got {type(config).__name__}")
-    return dict(config.get("model", config)), {}
+    values = Section(config).values
+    return (Section(values["model"], "model").values if "model" in values else values), {}
 
 
 def convert_checkpoint(

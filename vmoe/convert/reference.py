@@ -47,6 +47,8 @@ def from_reference(
     """
     from vmoe.models.factory import create_model
 
+    if not isinstance(params, Mapping):
+        raise CheckpointError(f"params must be a dictionary of arrays, got {type(params).__name__}")
     stored = {name: ArrayInMemory(array) for name, array in _flat(params).items()}
     stored, _ = select_params(stored, "params")
     shapes = {name: array.shape for name, array in stored.items()}
