@@ -192,3 +192,112 @@ def test_bad_input_is_one_sentence(sparse):
         vmoe.densify(vmoe.densify(sparse))
     with pytest.raises(UpcycleError, match="has a shared expert"):
         vmoe.densify(tiny_vmoe(num_shared_experts=1))
+
+
+# --- two towers ------------------------------------------------------------------------------------------------------
+
+WORDS = {"depth": 2, "width": 32, "num_heads": 2, "num_experts": 4, "num_selected_experts": 1}
+PICTURES = {key: value for key, value in TINY.items() if key != "num_classes"}
+
+
+def two_towers(image=None, text=None):
+    torch.manual_seed(0)
+    image = {**PICTURES, "num_experts": 8, **(image or {})}
+    return create_model("two_tower_tiny_patch8_48", image=image, text={**WORDS, **(text or {})}).eval()
+
+
+def pairs():
+    return pictures(), torch.randint(1, 400, (4, 16), generator=torch.Generator().manual_seed(0))
+
+
+def numbers(model):
+    layers = [module for module in model.modules() if isinstance(module, vmoe.SparseMoE)]
+    return [layer.num_experts for layer in layers]
+
+
+@torch.no_grad()
+def comes_back(model, file, *inputs):
+    save_pretrained(model, file)
+    again = create_model(pretrained=file).eval()
+    torch.testing.assert_close(again(*inputs), model(*inputs), rtol=0, atol=0)
+    return again
+
+
+DENSE = {"num_experts": 0}
+TIMM = {"name": "vit_tiny_patch16_224", **PICTURES, "patch_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("towers", "upcycle", "expected"),
+    [
+        ({"text": DENSE}, None, [4]),
+        ({"image": DENSE}, None, [2]),
+        ({}, None, [4, 2]),
+        ({"image": {"router": "soft"}, "text": {"router": "soft"}}, None, [4, 2]),
+        ({"image": DENSE, "text": DENSE}, {"tower": "image"}, [2]),
+        ({"image": DENSE, "text": DENSE}, {"tower": "text"}, [2]),
+        ({"text": DENSE}, {"tower": "text", "granularity": 2}, [4, 2]),
+        ({"image": TIMM, "text": DENSE}, {"tower": "text"}, [2]),
+        ({"image": TIMM, "text": DENSE}, {"tower": "both"}, [2, 2]),
+    ],
+)
+def test_each_tower_keeps_its_own_number_of_experts(towers, upcycle, expected, tmp_path):
+    if "name" in towers.get("image", {}):
+        text = {**WORDS, **towers["text"]}
+        model = create_model("two_tower_tiny_patch8_48", image=towers["image"], text=text).eval()
+    else:
+        model = two_towers(**towers)
+    if upcycle is not None:
+        model = vmoe.upcycle(model, 4, [1], 2, **upcycle)
+    pruned = vmoe.prune_experts(model, 0.5, vmoe.measure_usage(model, [pairs()]))
+    assert numbers(comes_back(pruned, tmp_path / "pruned.safetensors", *pairs())) == expected
+    dense = vmoe.densify(pruned)
+    assert numbers(comes_back(dense, tmp_path / "dense.safetensors", *pairs())) == []
+    comes_back(vmoe.upcycle(dense, 2, [1]), tmp_path / "again.safetensors", *pairs())
+
+
+def test_two_towers_that_one_upcycle_cannot_give_say_so(tmp_path):
+    text = {**WORDS, **DENSE}
+    dense = create_model("two_tower_tiny_patch8_48", image=TIMM, text=text).eval()
+    sparse = vmoe.upcycle(dense, 4, [1], router="soft")
+    pruned = vmoe.prune_experts(sparse, 2, vmoe.measure_usage(sparse, [pairs()]))
+    with pytest.raises(ValueError, match="its towers were upcycled together, and prune_experts left them different"):
+        save_pretrained(pruned, tmp_path / "m.safetensors")
+    twice = vmoe.upcycle(vmoe.upcycle(dense, 4, [1], tower="image"), 2, [1], tower="text")
+    with pytest.raises(ValueError, match="its towers were upcycled one after the other"):
+        save_pretrained(twice, tmp_path / "m.safetensors")
+
+
+# --- dense twins -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_experts_with_a_width_of_their_own(tmp_path):
+    file = tmp_path / "m.safetensors"
+    alike = vmoe.densify(tiny_vmoe(expert_width=48, moe_layers="every1"))
+    assert comes_back(alike, file, pictures()).blocks[0].mlp.fc1.out_features == 48
+    towers = vmoe.densify(two_towers({"expert_width": 48, "moe_layers": "every1"}))
+    assert comes_back(towers, file, *pairs()).visual.blocks[0].mlp.fc1.out_features == 48
+    other = vmoe.densify(tiny_vmoe(expert_width=48))
+    assert other.blocks[1].mlp.fc1.out_features == 48
+    with pytest.raises(ValueError, match="MLPs of a width or form that no settings of vmoe_tiny_patch8_48 give"):
+        save_pretrained(other, file)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"router": "soft", "num_slots": 2},
+        {"name": "softmoe_tiny_patch8_48"},
+        {"router_preset": "deepseek", "num_shared_experts": 0, "expert_mlp": "mlp"},
+    ],
+)
+@torch.no_grad()
+def test_a_dense_twin_forgets_how_its_experts_were_routed(settings, tmp_path):
+    torch.manual_seed(0)
+    sparse = create_model(**{"name": "vmoe_tiny_patch8_48", **TINY, "num_experts": 4, **settings}).eval()
+    dense = vmoe.densify(sparse)
+    comes_back(dense, tmp_path / "dense.safetensors", pictures())
+    again = vmoe.upcycle(dense, 2, [1])
+    assert again.blocks[1].mlp.router_type == "top_k"
+    comes_back(again, tmp_path / "sparse.safetensors", pictures())

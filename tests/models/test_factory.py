@@ -216,3 +216,21 @@ def test_slots_in_a_file_stay_when_the_picture_size_changes(tmp_path, settings):
     save_pretrained(model, tmp_path / "model.safetensors")
     again = create_model(pretrained=tmp_path / "model.safetensors", img_size=64)
     assert torch.equal(again.blocks[1].mlp.router.slots, model.blocks[1].mlp.router.slots)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("cait_xxs24_224", {"img_size": 32, "depth": 2, "embed_dim": 48}),
+        ("convit_tiny", {"img_size": 32, "depth": 2, "embed_dim": 48, "local_up_to_layer": 1}),
+        ("volo_d1_224", {"img_size": 64}),
+        ("hiera_tiny_224", {"img_size": 64, "stages": (1, 1, 1, 1), "embed_dim": 48}),
+    ],
+)
+def test_positions_of_models_that_are_no_vit(name, kwargs, tmp_path):
+    torch.manual_seed(0)
+    model = create_model(name, **kwargs).eval()
+    save_pretrained(model, tmp_path / "m.safetensors")
+    again = create_model(pretrained=tmp_path / "m.safetensors").eval()
+    image = torch.randn(1, 3, kwargs["img_size"], kwargs["img_size"])
+    torch.testing.assert_close(again(image), model(image), rtol=0, atol=0)

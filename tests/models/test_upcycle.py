@@ -209,7 +209,7 @@ def test_what_was_frozen_typed_and_dropped_stays_so():
 def test_routing_settings_and_presets_reach_the_layers():
     layer = vmoe.upcycle(tiny_vit(), layers=[1], router_preset="dbrx", z_loss=0.5).blocks[1].mlp
     assert (layer.num_experts, layer.num_selected_experts, layer.normalize_weights) == (16, 4, True)
-    assert (layer.settings.z_loss, layer.settings.gshard_loss, layer.experts.gated) == (0.5, 0.01, False)
+    assert (layer.settings.z_loss, layer.settings.gshard_loss, layer.experts.gated) == (0.5, 0.05, False)
     plain = vmoe.upcycle(tiny_vit(), layers=[1]).blocks[1].mlp.settings
     assert (plain.num_experts, plain.num_selected_experts) == (8, 2)
     assert (plain.capacity_factor, plain.eval_capacity_factor) == (2.0, None)
@@ -321,6 +321,17 @@ def test_timm_models_by_timm_are_saved_if_their_name_says_all(tmp_path):
     other = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3, act_layer="relu")  # the same shapes
     with pytest.raises(ValueError, match="not made by vmoe.create_model"):
         save_pretrained(vmoe.upcycle(other, layers=[1]), tmp_path / "m.safetensors")
+
+
+@torch.no_grad()
+def test_models_whose_pooling_is_a_layer():
+    torch.manual_seed(0)
+    plain = timm.create_model("nest_tiny", img_size=64).eval()
+    sparse = vmoe.upcycle(plain, num_experts=2, layers=[3])
+    torch.testing.assert_close(sparse(pictures(64)), plain(pictures(64)), rtol=0, atol=1e-5)
+    convolutional = timm.create_model("visformer_tiny")
+    with pytest.raises(UpcycleError, match="an MLP of class SpatialMlp"):
+        vmoe.upcycle(convolutional, layers=[0])
 
 
 # --- the optimizer ---------------------------------------------------------------------------------------------------

@@ -11,9 +11,12 @@ import torch
 from timm.layers import GluMlp, Mlp
 from torch import Tensor, nn
 
+from vmoe.models import factory
 from vmoe.models.dense_mlp import UpcycledFrom, UpcycleError, from_experts, mlp_layout, revive, skeleton
-from vmoe.models.upcycle import layer_settings, sparse_kwargs
+from vmoe.models.two_tower import TwoTower
+from vmoe.models.upcycle import layer_settings
 from vmoe.moe import SparseMoE, record_routing
+from vmoe.moe.settings import SETTING_NAMES
 
 Usage = Mapping[str, Tensor]
 
@@ -85,13 +88,8 @@ def densify(model: nn.Module, how: str | int = "average", usage: Usage | None = 
         tensors = {key: _mix(p, weight_E, origin.granularity) for key, p in layer.experts.named_parameters()}
         mlp = revive(origin.skeleton, from_experts(origin.layout, tensors, float(origin.granularity)))
         _replace(dense, name, mlp.train(layer.training))
-    spec = getattr(model, "vmoe_spec", None)
-    if spec is not None:
-        kwargs = spec["kwargs"] if "upcycle" in spec else sparse_kwargs(model, spec["kwargs"], {"num_experts": 0})
-        dense.vmoe_spec = {"name": spec["name"], "kwargs": kwargs}
-        gated = any(layer.experts.gated or layer.experts.norm is not None for layer in layers.values())
-        if kwargs is None or ("upcycle" not in spec and gated):
-            dense.vmoe_spec = None  # no name and settings build it
+    if getattr(model, "vmoe_spec", None) is not None:
+        _set_dense_spec(dense, model.vmoe_spec, layers)
     return dense
 
 
@@ -112,7 +110,7 @@ def prune_experts(model: nn.Module, keep: int | float, usage: Usage) -> nn.Modul
         UpcycleError: for usage that does not fit.
     """
     pruned = copy.deepcopy(model)
-    fewer: dict[str, int] = {}
+    fewer: dict[str, dict] = {}
     for name, layer in _layers(model).items():
         E, K, G = layer.num_experts, layer.num_selected_experts, _granularity(layer)
         number = round(keep * E / G) * G if isinstance(keep, float) and keep < 1 else keep
@@ -125,15 +123,14 @@ def prune_experts(model: nn.Module, keep: int | float, usage: Usage) -> nn.Modul
         kept = (groups[:, None] * G + torch.arange(G)).flatten()
         smaller = _pruned_layer(layer, kept)
         _replace(pruned, name, smaller)
-        fewer = {key: layer_settings(smaller)[key] for key in ("num_experts", "num_slots")}
-    spec = getattr(model, "vmoe_spec", None)
-    if spec is not None:
-        fewer = {key: value for key, value in fewer.items() if value is not None}
-        if "upcycle" in spec:
-            pruned.vmoe_spec = {**spec, "upcycle": {**spec["upcycle"], **fewer}}
-        else:
-            kwargs = sparse_kwargs(model, spec["kwargs"], fewer)
-            pruned.vmoe_spec = None if kwargs is None else {**spec, "kwargs": kwargs}
+        old, new = layer_settings(layer), layer_settings(smaller)
+        changed = ("num_experts", "num_slots", "global_entropy_min_experts")
+        # The slots are said even if they are as before: else they would follow from the number of experts.
+        fewer[_tower(model, name)] = {
+            key: new[key] for key in changed if new[key] is not None and (key != changed[-1] or new[key] != old[key])
+        }
+    if getattr(model, "vmoe_spec", None) is not None:
+        _set_pruned_spec(pruned, model.vmoe_spec, fewer)
     return pruned
 
 
@@ -160,6 +157,71 @@ def _usage(usage: Usage | None, name: str, num_experts: int) -> Tensor:
         has = "nothing" if used_E is None else f"shape {tuple(used_E.shape)}"
         raise UpcycleError(f"usage of {name} must have shape ({num_experts},), got {has}; see vmoe.measure_usage")
     return used_E.double().cpu()
+
+
+# --- how to build it again -------------------------------------------------------------------------------------------
+
+
+def _tower(model: nn.Module, layer: str) -> str:
+    """The tower that holds a layer, as a two-tower model's settings call it; "" for a model that is one tower."""
+    if not isinstance(model, TwoTower):
+        return ""
+    return "image" if layer.startswith("visual.") else "text"
+
+
+def _merge(kwargs: dict, tower: str, settings: dict, without: frozenset = frozenset()) -> dict:
+    """Arguments of a model with other settings of one of its towers."""
+    own = (kwargs.get(tower) or {}) if tower else kwargs
+    own = {**{key: value for key, value in own.items() if key not in without}, **settings}
+    return {**kwargs, tower: own} if tower else own
+
+
+def _set_dense_spec(dense: nn.Module, spec: dict, layers: dict[str, SparseMoE]) -> None:
+    """`vmoe_spec` of a densified model: that of the dense twin, or None if no settings give its MLPs."""
+    kwargs, upcycled, ratios = spec["kwargs"], (spec.get("upcycle") or {}).get("tower"), {}
+    for name, layer in layers.items():
+        tower = _tower(dense, name)
+        if upcycled is None or (tower and upcycled not in (tower, "both")):
+            kwargs = _merge(kwargs, tower, {"num_experts": 0}, without=SETTING_NAMES)
+        if layer.settings.expert_width is not None:
+            ratios[tower] = layer.settings.expert_width / layer.experts.fc1.weight.shape[2]
+    wide = kwargs
+    for tower, ratio in ratios.items():
+        wide = _merge(wide, tower, {"mlp_ratio": ratio})
+    for candidate in (kwargs, wide):
+        dense.vmoe_spec = {"name": spec["name"], "kwargs": candidate}
+        if _mlp_shapes(_twin(dense)) == _mlp_shapes(dense):
+            return
+    dense.vmoe_spec = None
+    dense.vmoe_no_spec = f"densify gave it MLPs of a width or form that no settings of {spec['name']} give"
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    spec = factory.model_spec(model)
+    with torch.device("meta"):
+        return factory.create_model(**{"name": spec["name"], **spec["kwargs"]})
+
+
+def _mlp_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters() if "mlp." in name}
+
+
+def _set_pruned_spec(pruned: nn.Module, spec: dict, fewer: dict[str, dict]) -> None:
+    """`vmoe_spec` of a pruned model, from the new settings of each tower's layers; None if no settings say them."""
+    kwargs, upcycled = spec["kwargs"], spec.get("upcycle")
+    again = {}
+    for tower, settings in fewer.items():
+        if upcycled is None or (tower and upcycled["tower"] not in (tower, "both")):
+            kwargs = _merge(kwargs, tower, settings)
+        else:
+            again[tower] = settings
+    if len({tuple(settings.items()) for settings in again.values()}) > 1:
+        pruned.vmoe_spec = None
+        pruned.vmoe_no_spec = f"its towers were upcycled together, and prune_experts left them different: {again}"
+        return
+    pruned.vmoe_spec = {**spec, "kwargs": kwargs}
+    if again:
+        pruned.vmoe_spec["upcycle"] = {**upcycled, **next(iter(again.values()))}
 
 
 # --- dense -----------------------------------------------------------------------------------------------------------

@@ -162,10 +162,8 @@ def model_spec(model: nn.Module) -> dict:
     if spec is None and (spec := _timm_spec(model)) is not None:
         return spec
     if spec is None:
-        raise ValueError(
-            "how to build this model again is not known: it was not made by vmoe.create_model (make the dense "
-            "model with that before you upcycle it)"
-        )
+        why = "it was not made by vmoe.create_model (make the dense model with that before you upcycle it)"
+        raise ValueError(f"how to build this model again is not known: {getattr(model, 'vmoe_no_spec', why)}")
     changed = {key: value for key, value in _live_settings(model).items() if model.vmoe_built.get(key) != value}
     if isinstance(model, TwoTower) and changed:
         changed = {"image": {**(spec["kwargs"].get("image") or {}), **changed}}
@@ -196,6 +194,8 @@ def _live_settings(model: nn.Module) -> dict:
     """
     model = model.visual if isinstance(model, TwoTower) else model
     settings = {key: getattr(model, key) for key in ("num_classes", "global_pool") if hasattr(model, key)}
+    if not isinstance(settings.get("global_pool", ""), str):  # some of timm's models call their pooling layer so
+        del settings["global_pool"]
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     return settings if size is None else {**settings, "img_size": list(size)}
 

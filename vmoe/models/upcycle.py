@@ -90,7 +90,10 @@ def upcycle(
     places = mlp_places(model, tower, layers)
     spec = dense_spec(model)
     family = _family_layers(model, spec, settings, tower, layers)
-    if family is not None and granularity == 1:
+    twice = "upcycle" in (spec or {})
+    if twice:
+        spec = None
+    elif family is not None and granularity == 1:
         spec = family[1]
     elif spec is not None:
         words = {"layers": layers if isinstance(layers, str) else list(layers), "tower": tower}
@@ -111,6 +114,8 @@ def upcycle(
         setattr(sparse.get_submodule(parent), child, layer)
     for attribute in ("vmoe_spec", "vmoe_built"):
         vars(sparse).pop(attribute, None)
+    if twice:
+        sparse.vmoe_no_spec = "its towers were upcycled one after the other; upcycle both in one call"
     if spec is not None:
         sparse.vmoe_spec, sparse.vmoe_built = spec, factory._live_settings(sparse)
     return sparse

@@ -136,8 +136,12 @@ def _resize_positions(
     for name in ("pos_embed", "visual.pos_embed", "image_pos_embed"):
         if name not in own or name not in weights or own[name].shape[2:] != weights[name].shape[2:]:
             continue
-        prefix = 0 if name == "image_pos_embed" or model.no_embed_class else model.num_prefix_tokens
-        new_size, old_size = list(model.patch_embed.grid_size), None  # None: a square
+        # Models with positions of another kind (a map of their own, none for a grid): left to the comparison of shapes.
+        grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+        if grid is None or own[name].ndim != 3 or own[name].shape[1] < math.prod(grid):
+            continue
+        prefix = own[name].shape[1] - math.prod(grid)
+        new_size, old_size = list(grid), None  # None: a square
         if preprocess is not None:
             patch = model.patch_embed.patch_size
             old_size = [side // step for side, step in zip(preprocess["input_size"][1:], patch, strict=True)]
