@@ -1,6 +1,7 @@
 """The sharded format and flax's file, and what is wrong with damaged ones."""
 
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
 import msgpack
 from figures import GOLDEN, load, part
-from write_sharded import chunks_of, pack_array, write_arrays
+from write_sharded import MAGIC, chunks_of, pack_array, write_arrays
 
 from vmoe.convert.arrays import CheckpointError, copy_into, read_array, row_slices
 from vmoe.convert.files import open_checkpoint
@@ -173,6 +174,31 @@ def test_chunk_twice(checkpoint):
     file.write_bytes(msgpack.packb(shard))
     with pytest.raises(CheckpointError, match="overlap in b/10"):
         open_sharded(checkpoint)
+
+
+def test_chunks_that_overlap_where_others_lack(tmp_path):
+    # 2 x 4 numbers in chunks that together have 8, as [0:2, 0:3] and [0:1, 2:4]; [1:2, 3:4] is left out.
+    places = [[(0, 2), (0, 3)], [(0, 1), (2, 4)]]
+    slices = [msgpack.packb([msgpack.packb((*side, None)) for side in place]) for place in places]
+    entry = msgpack.ExtType(8, msgpack.packb((msgpack.packb(((2, 4), "float32", False, {})), slices, [0, 0])))
+    index = {"shard_count": 1, "index": {"a": entry}, "version": "20220622"}
+    (tmp_path / "c.index").write_bytes(msgpack.packb(index))
+    chunks = [
+        [[pack_array(np.zeros(size, np.float32))], msgpack.ExtType(6, where)]
+        for size, where in zip((6, 2), slices, strict=True)
+    ]
+    (tmp_path / "c.data-00000-of-00001").write_bytes(msgpack.packb({MAGIC: True, "0": chunks}))
+    with pytest.raises(CheckpointError, match="overlap in a: 8 of 8 numbers in 2 of 2 chunks"):
+        open_sharded(tmp_path / "c")
+
+
+def test_many_chunks_open_quickly(tmp_path):
+    array = np.arange(4000, dtype=np.float32).reshape(2000, 2)
+    write_arrays(tmp_path / "c", {"a": array}, rows=1, num_shards=2)
+    start = time.process_time()
+    arrays = open_sharded(tmp_path / "c")
+    assert time.process_time() - start < 1
+    assert equal(arrays, {"a": array})
 
 
 def test_chunk_of_another_size(checkpoint):

@@ -8,6 +8,8 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
+
 from vmoe.convert.arrays import CheckpointError, Slices
 from vmoe.convert.messagepack import ArrayInFiles, IndexEntry, Piece, Reader, itemsize
 
@@ -28,6 +30,10 @@ def open_sharded(prefix: str | Path) -> dict[str, ArrayInFiles]:
     index_file = Path(f"{prefix}.index")
     entries, shard_count = _read_index(index_file)
     names = {str(number): name for number, name in enumerate(entries)}
+    homes = {
+        name: {(shard, _key(where)) for shard, where in zip(entry.shards, entry.slices, strict=True)}
+        for name, entry in entries.items()
+    }
     arrays: dict[str, list[tuple[Slices, list[Piece]]]] = {name: [] for name in entries}
     for shard in sorted({shard for entry in entries.values() for shard in entry.shards}):
         file = Path(f"{prefix}.data-{shard:05d}-of-{shard_count:05d}")
@@ -36,7 +42,7 @@ def open_sharded(prefix: str | Path) -> dict[str, ArrayInFiles]:
             raise CheckpointError(f"{file} is missing: {index_file.name} says that it holds part of {needed}")
         for name, where, pieces in _read_shard(file, names):
             entry = entries[name]
-            if (shard, _key(where)) in {(s, _key(w)) for s, w in zip(entry.shards, entry.slices, strict=False)}:
+            if (shard, _key(where)) in homes[name]:
                 _check_chunk(file, name, entry, where, pieces)
                 arrays[name].append((where, pieces))
     for name, entry in entries.items():
@@ -112,18 +118,27 @@ def _check_chunk(file: Path, name: str, entry: IndexEntry, where: Slices, pieces
 
 def _check_cover(index_file: Path, name: str, entry: IndexEntry, found: list[Slices]) -> None:
     volume = sum(math.prod(part.stop - part.start for part in where) for where in found)
-    overlap = len({_key(where) for where in found}) != len(found) or any(
-        all(a.start < b.stop and b.start < a.stop for a, b in zip(one, other, strict=True))
-        for i, one in enumerate(found)
-        for other in found[i + 1 :]
-        if one
-    )
-    if volume != math.prod(entry.shape) or overlap:
+    size = math.prod(entry.shape)
+    overlap = volume > size or (volume == size and _overlap(found, len(entry.shape)))
+    if volume < size or overlap:
         how = "overlap in" if overlap else "do not cover"
         raise CheckpointError(
-            f"the chunks in the shards of {index_file} {how} {name}: {volume} of {math.prod(entry.shape)} numbers "
+            f"the chunks in the shards of {index_file} {how} {name}: {volume} of {size} numbers "
             f"in {len(found)} of {len(entry.slices)} chunks"
         )
+
+
+def _overlap(found: list[Slices], axes: int) -> bool:
+    """Do any two chunks share a number? Marks cells between the chunks' edges, of which a grid has one per chunk."""
+    edges = [sorted({edge for where in found for edge in (where[i].start, where[i].stop)}) for i in range(axes)]
+    places = [{edge: place for place, edge in enumerate(axis)} for axis in edges]
+    taken = np.zeros([len(axis) for axis in edges], bool)
+    for where in found:
+        cells = tuple(slice(at[part.start], at[part.stop]) for at, part in zip(places, where, strict=True))
+        if taken[cells].any():
+            return True
+        taken[cells] = True
+    return False
 
 
 def open_flax(file: str | Path) -> dict[str, ArrayInFiles]:
