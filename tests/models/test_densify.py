@@ -1,5 +1,6 @@
 """The ways out of a sparse model: one MLP, or fewer experts."""
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -192,6 +193,31 @@ def test_bad_input_is_one_sentence(sparse):
         vmoe.densify(vmoe.densify(sparse))
     with pytest.raises(UpcycleError, match="has a shared expert"):
         vmoe.densify(tiny_vmoe(num_shared_experts=1))
+
+
+def test_usage_may_be_any_numbers_and_bad_ones_are_named(sparse):
+    expected = vmoe.prune_experts(sparse, 2, {"blocks.1.mlp": torch.tensor([1, 5, 2, 7, 1, 0])}).state_dict()
+    for usage in ([1, 5, 2, 7, 1, 0], np.array([1, 5, 2, 7, 1, 0])):
+        for keep in (2, 2.0, np.int64(2)):
+            pruned = vmoe.prune_experts(sparse, keep, {"blocks.1.mlp": usage})
+            torch.testing.assert_close(pruned.state_dict(), expected, rtol=0, atol=0)
+        vmoe.densify(sparse, "weighted", {"blocks.1.mlp": usage})
+    for usage, message in [
+        ({"blocks.1.mlp": [1, 1, float("nan"), 1, 1, 1]}, "usage of blocks.1.mlp must be finite and >= 0"),
+        ({"blocks.1.mlp": [1, 1, -1, 1, 1, 1]}, "usage of blocks.1.mlp must be finite and >= 0"),
+        ({"blocks.1.mlp": list("abcdef")}, "usage of blocks.1.mlp must be numbers"),
+        ([1, 1, 1, 1, 1, 1], "usage must be a dictionary"),
+    ]:
+        with pytest.raises(UpcycleError, match=message):
+            vmoe.prune_experts(sparse, 2, usage)
+        with pytest.raises(UpcycleError, match=message):
+            vmoe.densify(sparse, "weighted", usage)
+    usage = {"blocks.1.mlp": [1, 1, 1, 1, 1, 1]}
+    for keep in (None, "4", True, float("nan")):
+        with pytest.raises(ValueError, match="keep must be a number of experts, or a share below 1.0"):
+            vmoe.prune_experts(sparse, keep, usage)
+    with pytest.raises(ValueError, match="keep=1.0 would keep all experts"):
+        vmoe.prune_experts(sparse, 1.0, usage)
 
 
 # --- two towers ------------------------------------------------------------------------------------------------------

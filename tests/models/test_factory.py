@@ -234,3 +234,9 @@ def test_positions_of_models_that_are_no_vit(name, kwargs, tmp_path):
     again = create_model(pretrained=tmp_path / "m.safetensors").eval()
     image = torch.randn(1, 3, kwargs["img_size"], kwargs["img_size"])
     torch.testing.assert_close(again(image), model(image), rtol=0, atol=0)
+
+
+def test_tensors_that_share_memory_are_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="CoaT cannot be saved: some of its tensors share their memory"):
+        save_pretrained(create_model("coat_lite_tiny"), tmp_path / "m.safetensors")
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import open_clip
 import pytest
 import timm
@@ -287,7 +288,7 @@ def test_models_without_known_mlps_are_named():
         ({"layers": [1], "tower": "audio"}, "tower must be one of"),
         ({"layers": [1], "num_expert": 4}, "upcycle has no setting 'num_expert'"),
         ({"layers": [1], "reinit": 1.5}, "reinit must be 0..1"),
-        ({"layers": [1], "expert_noise": -1}, "expert_noise must be >= 0"),
+        ({"layers": [1], "expert_noise": -1}, "expert_noise must be a number >= 0"),
         ({"layers": [1], "expert_mlp": "swiglu"}, "does not suit the model, whose MLPs are 'mlp'"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -332,6 +333,52 @@ def test_models_whose_pooling_is_a_layer():
     convolutional = timm.create_model("visformer_tiny")
     with pytest.raises(UpcycleError, match="an MLP of class SpatialMlp"):
         vmoe.upcycle(convolutional, layers=[0])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"layers": 3}, "layers must be 'everyN', .*, got 3"),
+        ({"layers": None}, "layers must be 'everyN', .*, got None"),
+        ({"layers": [1.5]}, "layers must be 'everyN', .*, got .1.5"),
+        ({"layers": [True]}, "layers must be 'everyN', .*, got .True"),
+        ({"num_experts": 4.5}, "num_experts must be a whole number"),
+        ({"num_experts": "4", "granularity": 2}, "num_experts must be a multiple of granularity .2., got '4'"),
+        ({"granularity": "2"}, "granularity must be a whole number >= 1, got '2'"),
+        ({"granularity": None}, "granularity must be a whole number >= 1, got None"),
+        ({"expert_noise": "a"}, "expert_noise must be a number >= 0 and finite, got 'a'"),
+        ({"reinit": "a"}, "reinit must be 0..1, got 'a'"),
+    ],
+)
+def test_settings_of_another_type_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        vmoe.upcycle(tiny_vit(), **{"layers": [1], **kwargs})
+
+
+def test_whole_numbers_of_other_types_are_whole_numbers(tmp_path):
+    dense = create_model("vit_tiny_patch16_224", **SMALL, img_size=32)
+    for layers in ([1.0], np.array([1]), range(1, 2), {1}):
+        sparse = vmoe.upcycle(dense, 4.0, layers, 2.0, granularity=2.0)
+        assert isinstance(sparse.blocks[1].mlp, vmoe.SparseMoE)
+        save_pretrained(sparse, tmp_path / "m.safetensors")
+        assert create_model(pretrained=tmp_path / "m.safetensors").blocks[1].mlp.num_experts == 4
+
+
+@pytest.mark.parametrize("what", ["vit", None])
+def test_what_is_no_model_is_named(what):
+    with pytest.raises(UpcycleError, match="upcycle takes a model"):
+        vmoe.upcycle(what)
+    for function in (vmoe.densify, lambda model: vmoe.prune_experts(model, 2, {})):
+        with pytest.raises(UpcycleError, match="takes a model"):
+            function(what)
+
+
+@pytest.mark.parametrize("word", ["moe_layers", "layers"])
+def test_the_layers_of_an_upcycled_file_are_fixed(word, tmp_path):
+    sparse = vmoe.upcycle(create_model("vit_tiny_patch16_224", **SMALL, img_size=32), 2, [1])
+    save_pretrained(sparse, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=f"whose sparse layers are fixed .*: leave {word} out"):
+        create_model(pretrained=tmp_path / "m.safetensors", **{word: [0]})
 
 
 # --- the optimizer ---------------------------------------------------------------------------------------------------
@@ -392,6 +439,14 @@ def test_optimizers_that_cannot_go_on_say_so():
     step(dense, factored)
     with pytest.raises(UpcycleError, match="not one number per weight"):
         vmoe.upcycle_optimizer(factored, dense, sparse, torch.optim.Adafactor(sparse.parameters()))
+    sgd = torch.optim.SGD(dense.parameters(), lr=0.1)
+    step(dense, sgd)
+    with pytest.raises(UpcycleError, match="SGD without momentum keeps no state"):
+        vmoe.upcycle_optimizer(sgd, dense, sparse, torch.optim.SGD(sparse.parameters(), lr=0.1))
+    with pytest.raises(UpcycleError, match="SGD with momentum=0.9 needs state that the dense model's SGD does not"):
+        vmoe.upcycle_optimizer(sgd, dense, sparse, torch.optim.SGD(sparse.parameters(), lr=0.1, momentum=0.9))
+    with pytest.raises(UpcycleError, match="AdamW with amsgrad=True needs state that the dense model's AdamW does not"):
+        vmoe.upcycle_optimizer(optimizer, dense, sparse, adam(sparse, amsgrad=True))
     frozen = copy.deepcopy(dense)
     frozen.blocks[1].mlp.requires_grad_(False)
     optimizer = adam(frozen)

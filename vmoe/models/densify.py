@@ -4,7 +4,9 @@ Shapes, by suffix: E experts, G virtual experts that a dense MLP was split into,
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from vmoe.models.upcycle import layer_settings
 from vmoe.moe import SparseMoE, record_routing
 from vmoe.moe.settings import SETTING_NAMES
 
-Usage = Mapping[str, Tensor]
+Usage = Mapping[str, Tensor | Sequence[float]]  # or numpy's arrays
 
 
 @torch.no_grad()
@@ -84,7 +86,7 @@ def densify(model: nn.Module, how: str | int = "average", usage: Usage | None = 
                 f"{name} has a shared expert beside the others, which one MLP of their width cannot hold"
             )
         origin = getattr(layer, "upcycled_from", None) or _plain_origin(layer)
-        weight_E = _expert_weights(how, usage, name, layer.num_experts // origin.granularity)
+        weight_E = _expert_weights(how, usage, name, layer.num_experts, origin.granularity)
         tensors = {key: _mix(p, weight_E, origin.granularity) for key, p in layer.experts.named_parameters()}
         mlp = revive(origin.skeleton, from_experts(origin.layout, tensors, float(origin.granularity)))
         _replace(dense, name, mlp.train(layer.training))
@@ -109,16 +111,22 @@ def prune_experts(model: nn.Module, keep: int | float, usage: Usage) -> nn.Modul
         ValueError: for a `keep` out of range.
         UpcycleError: for usage that does not fit.
     """
+    if isinstance(keep, bool) or not isinstance(keep, (Integral, float)) or not 0 <= keep < math.inf:
+        raise ValueError(f"keep must be a number of experts, or a share below 1.0 of them, got {keep!r}")
+    if keep == 1 and isinstance(keep, float):
+        raise ValueError("keep=1.0 would keep all experts; a share is below 1.0, and a number of experts is whole (1)")
+    keep = int(keep) if keep == int(keep) else keep
+    layers = _layers(model)
     pruned = copy.deepcopy(model)
     fewer: dict[str, dict] = {}
-    for name, layer in _layers(model).items():
+    for name, layer in layers.items():
         E, K, G = layer.num_experts, layer.num_selected_experts, _granularity(layer)
         number = round(keep * E / G) * G if isinstance(keep, float) and keep < 1 else keep
         least = K if layer.router_type == "top_k" else 1
         if isinstance(number, float) or not least <= number <= E or number % G:
             what = f"{number} experts" if number == keep else f"{keep}, that is {number} experts,"
             raise ValueError(f"keep={what} does not suit {name}: it needs {least}..{E}, in steps of {G}")
-        used_G = _usage(usage, name, E).view(-1, G).sum(1)
+        used_G = _usage(usage, name, [E]).view(-1, G).sum(1)
         groups = used_G.argsort(descending=True, stable=True)[: number // G].sort().values
         kept = (groups[:, None] * G + torch.arange(G)).flatten()
         smaller = _pruned_layer(layer, kept)
@@ -135,6 +143,8 @@ def prune_experts(model: nn.Module, keep: int | float, usage: Usage) -> nn.Modul
 
 
 def _layers(model: nn.Module) -> dict[str, SparseMoE]:
+    if not isinstance(model, nn.Module):
+        raise UpcycleError(f"this takes a model (an nn.Module) with sparse layers, got {model!r}")
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseMoE)}
     if not layers:
         raise UpcycleError(f"{type(model).__name__} has no sparse layer")
@@ -151,12 +161,22 @@ def _granularity(layer: SparseMoE) -> int:
     return 1 if origin is None else origin.granularity
 
 
-def _usage(usage: Usage | None, name: str, num_experts: int) -> Tensor:
-    used_E = (usage or {}).get(name)
-    if used_E is None or tuple(used_E.shape) != (num_experts,):
+def _usage(usage: Usage | None, name: str, numbers: Iterable[int]) -> Tensor:
+    """(E,) float64 on the CPU, where E is one of `numbers`."""
+    if usage is not None and not isinstance(usage, Mapping):
+        raise UpcycleError(f"usage must be a dictionary, {{name of a layer: (E,)}}, got a {type(usage).__name__}")
+    used = (usage or {}).get(name)
+    try:
+        used_E = None if used is None else torch.as_tensor(used).double().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise UpcycleError(f"usage of {name} must be numbers, got {used!r}") from None
+    if used_E is None or used_E.ndim != 1 or len(used_E) not in numbers:
         has = "nothing" if used_E is None else f"shape {tuple(used_E.shape)}"
-        raise UpcycleError(f"usage of {name} must have shape ({num_experts},), got {has}; see vmoe.measure_usage")
-    return used_E.double().cpu()
+        shapes = " or ".join(f"({number},)" for number in dict.fromkeys(numbers))
+        raise UpcycleError(f"usage of {name} must have shape {shapes}, got {has}; see vmoe.measure_usage")
+    if not (used_E.isfinite() & (used_E >= 0)).all():
+        raise UpcycleError(f"usage of {name} must be finite and >= 0, got {used_E.tolist()}")
+    return used_E
 
 
 # --- how to build it again -------------------------------------------------------------------------------------------
@@ -227,19 +247,18 @@ def _set_pruned_spec(pruned: nn.Module, spec: dict, fewer: dict[str, dict]) -> N
 # --- dense -----------------------------------------------------------------------------------------------------------
 
 
-def _expert_weights(how: str | int, usage: Usage | None, name: str, num_copies: int) -> Tensor:
+def _expert_weights(how: str | int, usage: Usage | None, name: str, num_experts: int, granularity: int) -> Tensor:
     """(copies,) float64, summing to one: the share of each expert (or of each virtual group) in the dense MLP."""
-    if isinstance(how, int) and not isinstance(how, bool):
+    num_copies = num_experts // granularity
+    if isinstance(how, Integral) and not isinstance(how, bool):
         if not 0 <= how < num_copies:
             raise ValueError(f"how must be 0..{num_copies - 1} for {name}, got {how}")
-        return torch.eye(num_copies, dtype=torch.float64)[how]
+        return torch.eye(num_copies, dtype=torch.float64)[int(how)]
     if how == "average":
         return torch.full((num_copies,), 1 / num_copies, dtype=torch.float64)
     if how == "weighted":
-        used = (usage or {}).get(name)
-        used = _usage(usage, name, num_copies if used is None else used.numel())
-        used = used.view(num_copies, -1).sum(1) if used.numel() % num_copies == 0 else used
-        if used.numel() != num_copies or not used.sum() > 0:
+        used = _usage(usage, name, [num_experts, num_copies]).view(num_copies, -1).sum(1)
+        if not used.sum() > 0:
             raise UpcycleError(f"usage of {name} must be positive for some of its experts, got {used.tolist()}")
         return used / used.sum()
     raise ValueError(f"how must be 'average', 'weighted' or the index of an expert, got {how!r}")

@@ -57,6 +57,11 @@ def create_model(name: str | None = None, pretrained: str | Path | None = None, 
         if name is None or name == metadata["name"]:
             upcycled = metadata.get("upcycle")
             if upcycled is not None:  # a dense model by name, whose routing settings are `upcycle`'s
+                for word in {"layers", "moe_layers"} & kwargs.keys():
+                    raise ValueError(
+                        f"{file} holds an upcycled model, whose sparse layers are fixed ({upcycled['layers']!r}): "
+                        f"leave {word} out, or call vmoe.upcycle(dense_model, layers=...)"
+                    )
                 upcycled |= {key: kwargs.pop(key) for key in SETTING_NAMES & kwargs.keys()}
             name = metadata["name"]
             merge = merge_settings if name in TWO_TOWER_CONFIGS else dict.__or__
@@ -223,7 +228,13 @@ def save_pretrained(model: nn.Module, file: str | Path, extra: dict | None = Non
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     os.close(handle)
     try:
-        save_file(tensors, temporary, metadata=metadata)
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{type(model).__name__} cannot be saved: some of its tensors share their memory, and safetensors "
+                "keeps each alone; save its state_dict with torch.save"
+            ) from error
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.chmod(temporary, 0o644)

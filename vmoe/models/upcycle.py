@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,8 @@ def upcycle(
         UpcycleError: for a model without MLPs that are known, or one that is sparse already.
         ValueError: for a setting out of range.
     """
-    _check(tower, granularity, expert_noise, reinit, settings)
+    _check(model, tower, granularity, expert_noise, reinit, settings)
+    layers, granularity = block_choice(layers), int(granularity)
     given = {"num_experts": num_experts, "num_selected_experts": num_selected_experts}
     user = {**{name: value for name, value in given.items() if value is not None}, **settings}
     settings = routing_settings(user, granularity)
@@ -96,7 +97,7 @@ def upcycle(
     elif family is not None and granularity == 1:
         spec = family[1]
     elif spec is not None:
-        words = {"layers": layers if isinstance(layers, str) else list(layers), "tower": tower}
+        words = {"layers": layers, "tower": tower}
         spec = {**spec, "upcycle": {**words, "granularity": granularity, **settings}}
 
     sparse = copy.deepcopy(model)
@@ -121,20 +122,45 @@ def upcycle(
     return sparse
 
 
-def _check(tower: str, granularity: int, expert_noise: float, reinit: float, settings: dict) -> None:
+def _check(model: nn.Module, tower: str, granularity: int, expert_noise: float, reinit: float, settings: dict) -> None:
+    if not isinstance(model, nn.Module):
+        raise UpcycleError(f"upcycle takes a model (an nn.Module), got {model!r}; make one with vmoe.create_model")
     if tower not in TOWERS:
         raise ValueError(f"tower must be one of {TOWERS}, got {tower!r}")
-    if granularity != int(granularity) or granularity < 1:
-        raise ValueError(f"granularity must be a whole number >= 1, got {granularity}")
-    if not 0 <= expert_noise < math.inf:
-        raise ValueError(f"expert_noise must be >= 0 and finite, got {expert_noise}")
-    if not 0 <= reinit <= 1:
-        raise ValueError(f"reinit must be 0..1, got {reinit}")
+    if not _is_number(granularity) or granularity != int(granularity) or granularity < 1:
+        raise ValueError(f"granularity must be a whole number >= 1, got {granularity!r}")
+    if not _is_number(expert_noise) or expert_noise < 0:
+        raise ValueError(f"expert_noise must be a number >= 0 and finite, got {expert_noise!r}")
+    if not _is_number(reinit) or not 0 <= reinit <= 1:
+        raise ValueError(f"reinit must be 0..1, got {reinit!r}")
     if settings.get("expert_width") is not None:
         raise ValueError("expert_width cannot be set: the experts are copies of the MLPs; granularity makes finer ones")
     for name in settings:
         if name not in SETTING_NAMES:
             raise ValueError(f"upcycle has no setting {name!r}; the routing settings are {sorted(SETTING_NAMES)}")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def block_choice(layers: str | Iterable[int]) -> str | list[int]:
+    """`layers` as a word or a list of whole numbers, of which whole floats and numpy's numbers are some.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(layers, str):
+        return layers
+    try:
+        numbers = list(layers)
+        blocks = [int(index) for index in numbers]
+        whole = blocks == numbers and not any(isinstance(index, (bool, str)) for index in numbers)
+    except (TypeError, ValueError, OverflowError):
+        whole = False
+    if not whole:
+        raise ValueError(f"layers must be 'everyN', 'lastN', 'second_half' or a list of block indices, got {layers!r}")
+    return blocks
 
 
 def routing_settings(user: dict, granularity: int) -> dict:
@@ -159,8 +185,8 @@ def routing_settings(user: dict, granularity: int) -> dict:
         if settings["router"] != "top_k":
             raise ValueError(f"granularity={G} needs router='top_k', not {settings['router']!r}")
         for name in ("num_experts", "num_selected_experts"):
-            if settings[name] % G:
-                raise ValueError(f"{name} must be a multiple of granularity ({G}), got {settings[name]}")
+            if not _is_number(settings[name]) or settings[name] % G:
+                raise ValueError(f"{name} must be a multiple of granularity ({G}), got {settings[name]!r}")
     return settings
 
 

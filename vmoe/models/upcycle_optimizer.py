@@ -42,11 +42,24 @@ def upcycle_optimizer(
             f"the state of {type(dense_optimizer).__name__} is of no use to {type(sparse_optimizer).__name__}; take "
             "the same optimizer for both models"
         )
+    kind = type(dense_optimizer).__name__
+    for key in ("momentum", "amsgrad", "centered"):
+        old, new = (
+            [group.get(key) for group in each.param_groups if group.get(key)]
+            for each in (dense_optimizer, sparse_optimizer)
+        )
+        if new and not old:
+            raise UpcycleError(
+                f"{kind} with {key}={new[0]} needs state that the dense model's {kind} does not keep ({key} is off); "
+                f"take the same {key} for both models, or start the state anew"
+            )
     dense_state = {}
     known = {id(parameter) for group in dense_optimizer.param_groups for parameter in group["params"]}
     for name, parameter in dense_model.named_parameters():
         if id(parameter) in known and dense_optimizer.state.get(parameter):
             dense_state[name] = (parameter, dense_optimizer.state[parameter])
+    if not dense_state and isinstance(dense_optimizer, torch.optim.SGD) and not dense_optimizer.defaults["momentum"]:
+        raise UpcycleError("SGD without momentum keeps no state, so there is nothing to carry over; leave it out")
     if not dense_state:
         raise UpcycleError("the dense optimizer has no state for the dense model's parameters: it made no step yet")
     new = {id(parameter) for group in sparse_optimizer.param_groups for parameter in group["params"]}
