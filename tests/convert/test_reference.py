@@ -387,7 +387,7 @@ def scipy_zoom(grid, size):
 def test_positions_are_zoomed_like_the_references():
     rng = np.random.default_rng(0)
     positions = rng.standard_normal((1, 17, 3)).astype(np.float32)
-    ours = zoom_positions(positions, (6, 3), True)
+    ours = zoom_positions(positions, (4, 4), (6, 3))
     assert np.array_equal(ours[:, :1], positions[:, :1])
     grid = positions[0, 1:].reshape(4, 4, 3)
     rows = np.stack([[scipy_zoom(grid[:, j, d], 6) for d in range(3)] for j in range(4)])  # (4, 3, 6)
@@ -397,19 +397,40 @@ def test_positions_are_zoomed_like_the_references():
 
 def test_zoom_keeps_corners_and_constants():
     positions = np.arange(225, dtype=np.float32).reshape(1, 225, 1)
-    zoomed = zoom_positions(positions, (26, 26), False).reshape(26, 26)
+    zoomed = zoom_positions(positions, (15, 15), (26, 26)).reshape(26, 26)
     assert [zoomed[i, j] for i in (0, -1) for j in (0, -1)] == [0, 14, 210, 224]
-    assert np.array_equal(zoom_positions(np.ones((1, 9, 2)), (1, 5), False), np.ones((1, 5, 2)))
+    assert np.array_equal(zoom_positions(np.ones((1, 9, 2)), (3, 3), (1, 5)), np.ones((1, 5, 2)))
 
 
 def test_another_picture_size():
     params = random_params({**VISION, "classifier": "token"})
     config = {**VISION, "classifier": "token", "image_size": 16}
     model = from_reference(config, params)
-    zoomed = zoom_positions(params["Encoder/posembed_input/pos_embedding"], (4, 4), True)
+    zoomed = zoom_positions(params["Encoder/posembed_input/pos_embedding"], (2, 2), (4, 4))
     assert np.array_equal(model.pos_embed.detach(), zoomed)
     assert model(torch.zeros(1, 3, 16, 16)).shape == (1, 3)
     assert from_reference({**config, "image_size": 8}, params, image_size=16).pos_embed.shape == (1, 17, 8)
+
+
+def test_another_grid_of_as_many_patches():
+    params = random_params({**VISION, "classifier": "token"})
+    config = {**VISION, "classifier": "token"}
+    positions = params["Encoder/posembed_input/pos_embedding"]
+    wide = zoom_positions(positions, (2, 2), (1, 4))
+    assert not np.array_equal(wide, positions)
+    for own in ({}, {"image_size": 8}, {"image_size": 12}):
+        model = from_reference({**config, **own}, params, image_size=(4, 16))
+        assert np.array_equal(model.pos_embed.detach(), wide)
+    model = from_reference({**config, "image_size": [4, 16]}, params)  # what the config says of the checkpoint
+    assert np.array_equal(model.pos_embed.detach(), positions)
+    back = from_reference({**config, "image_size": [4, 16]}, params, image_size=8)
+    assert np.array_equal(back.pos_embed.detach(), zoom_positions(positions, (1, 4), (2, 2)))
+
+
+def test_positions_without_a_grid():
+    params = random_params({**VISION, "classifier": "token"})
+    with pytest.raises(CheckpointError, match="cannot be resized: 5 position embeddings .* without a class token"):
+        from_reference(VISION, params, image_size=16)
 
 
 def test_positions_that_are_no_square_need_a_picture_size():

@@ -8,7 +8,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from vmoe.convert.config import Section
 from vmoe.convert.orbax import find_orbax, open_orbax
 from vmoe.convert.reference import fill, fit
 from vmoe.convert.released import RELEASED
-from vmoe.convert.settings import model_settings
+from vmoe.convert.settings import config_grid, model_settings
 from vmoe.convert.sharded import find_sharded, open_flax, open_sharded
 
 logger = logging.getLogger("vmoe.convert")
@@ -142,7 +142,7 @@ def convert_checkpoint(
         kwargs["pretrained_cfg_overlay"] = preprocess
     with torch.device("meta"):
         model = create_model(name, **kwargs)
-    rows = fit(model, stored, path)
+    rows = fit(model, stored, path, config_grid(model_config))
     sizes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     with _mapped(file, sizes, file_metadata(model, {"converted_from": Path(path).name})) as tensors:
         for row in rows:
@@ -187,6 +187,7 @@ def _mapped(file: Path, sizes: Mapping[str, tuple[int, ...]], metadata: dict[str
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     first = 8 + len(text)
+    made = [folder for folder in file.parents if not folder.exists()]
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
@@ -208,6 +209,10 @@ def _mapped(file: Path, sizes: Mapping[str, tuple[int, ...]], metadata: dict[str
     finally:
         os.close(handle)
         Path(temporary).unlink(missing_ok=True)
+        if not file.exists():
+            with suppress(OSError):  # somebody else wrote into one of them
+                for folder in made:
+                    folder.rmdir()
 
 
 def pretrained_cfg(file: str | Path) -> dict[str, Any]:

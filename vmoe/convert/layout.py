@@ -174,36 +174,43 @@ def _map_head(pool: nn.Module) -> Places:
     yield from _mlp("MapHead/Mlp", "attn_pool.mlp")
 
 
-def zoom_positions(positions_1TD: np.ndarray, grid: tuple[int, int], prefix: bool) -> np.ndarray:
-    """Position embeddings of a square grid of patches, for another grid; as the reference's `vit_zoom`.
+def stored_grid(tokens: int, prefix: int, config_grid: tuple[int, int] | None, new: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns that position embeddings were made for: the config's if they fit, else a square.
+
+    Args:
+        tokens: position embeddings, with that of a class token.
+        prefix: class tokens of the model, 0 or 1.
+        config_grid: what the config's own image_size gives, or None.
+        new: the model's; for patches that fit nothing else.
+
+    Raises:
+        ValueError: if no grid has so many patches.
+    """
+    patches = tokens - prefix
+    side = math.isqrt(max(0, patches))
+    for grid in (config_grid, (side, side), new):
+        if grid is not None and math.prod(grid) == patches > 0:
+            return grid
+    kind = "with" if prefix else "without"
+    raise ValueError(f"{tokens} position embeddings are no square grid {kind} a class token, as the model is")
+
+
+def zoom_positions(positions_1TD: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
+    """Position embeddings of a grid of patches, for another grid; as the reference's `vit_zoom`.
 
     Linear interpolation whose corners are the old grid's corners: new row i of n lies at i·(m - 1)/(n - 1) of m old
     ones. (The reference calls scipy.ndimage.zoom, whose rounding makes the last row zero for some pairs of sizes, such
     as 15 -> 26; that is not repeated here.)
 
     Args:
-        positions_1TD: (1, T, D); T is a square, or a square and one for a class token.
-        grid: rows and columns wanted.
-        prefix: the model has a class token; its embedding is kept.
-
-    Raises:
-        ValueError: if the old grid is not square, or only one of the two has a class token.
+        positions_1TD: (1, T, D); T is the old grid's patches, after class tokens, whose embeddings are kept.
+        old, new: rows and columns.
     """
-    tokens = positions_1TD.shape[1]
-    side = math.isqrt(tokens)
-    has_prefix = side * side != tokens
-    if side * side + has_prefix != tokens:
-        raise ValueError(f"{tokens} position embeddings are no square grid, with or without a class token")
-    if has_prefix != prefix:
-        raise ValueError(
-            f"{tokens} position embeddings are those of a model {'with' if has_prefix else 'without'} a class token"
-        )
-    kept, patches = positions_1TD[:, :has_prefix], positions_1TD[:, has_prefix:].astype(np.float64)
-    patches = patches.reshape(side, side, -1)
-    rows, columns = (_interpolation(side, size) for size in grid)
-    zoomed = np.einsum("hH,wW,HWd->hwd", rows, columns, patches, optimize=True)
-    zoomed = zoomed.reshape(1, grid[0] * grid[1], -1).astype(positions_1TD.dtype)
-    return np.concatenate([kept, zoomed], axis=1)
+    prefix = positions_1TD.shape[1] - math.prod(old)
+    kept, patches = positions_1TD[:, :prefix], positions_1TD[:, prefix:].astype(np.float64)
+    rows, columns = (_interpolation(*sizes) for sizes in zip(old, new, strict=True))
+    zoomed = np.einsum("hH,wW,HWd->hwd", rows, columns, patches.reshape(*old, -1), optimize=True)
+    return np.concatenate([kept, zoomed.reshape(1, math.prod(new), -1).astype(positions_1TD.dtype)], axis=1)
 
 
 def _interpolation(old: int, new: int) -> np.ndarray:

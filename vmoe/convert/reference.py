@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from vmoe.convert.arrays import ArrayInMemory, CheckpointError, StoredArray, copy_into, read_array, select_params
 from vmoe.convert.export import reference_config
-from vmoe.convert.layout import Place, reference_places, zoom_positions
-from vmoe.convert.settings import model_settings
+from vmoe.convert.layout import Place, reference_places, stored_grid, zoom_positions
+from vmoe.convert.settings import config_grid, model_settings
 
+Zoom = tuple[tuple[int, int], tuple[int, int]]
+_IMAGE_POSITIONS = tuple(f"{tower}Encoder/posembed_input/pos_embedding" for tower in ("", "img/"))
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -34,7 +36,8 @@ def from_reference(
             TwoTower with "image" and "text". Keys that are absent have the reference's defaults.
         params: {"Encoder/encoder_norm/scale": array, ...}, flat or nested, with or without "params/" in front.
         image_size: in pixels; else "image_size" of the config, else that of the position embeddings. If it is another
-            than theirs they are zoomed, as the reference does when it fine-tunes.
+            than theirs they are zoomed, as the reference does when it fine-tunes. Theirs is the config's, if that gives
+            as many patches as there are, else a square.
         context_length: words of a text tower without position embeddings.
 
     Returns:
@@ -55,7 +58,7 @@ def from_reference(
     name, kwargs = model_settings(config, shapes, image_size, context_length)
     model = create_model(name, **kwargs)
     tensors = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
-    fill(tensors, fit(model, stored, "params"), stored)
+    fill(tensors, fit(model, stored, "params", config_grid(config)), stored)
     return model.eval()
 
 
@@ -99,11 +102,18 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 # --- fitting weights into tensors ------------------------------------------------------------------------------------
 
 
-def fit(model: nn.Module, stored: Mapping[str, StoredArray], source: object) -> list[tuple[str, Place, tuple | None]]:
+def fit(
+    model: nn.Module, stored: Mapping[str, StoredArray], source: object, config_grid: tuple[int, int] | None = None
+) -> list[tuple[str, Place, Zoom | None]]:
     """Check that the weights are those of the model.
 
+    Args:
+        model, stored: both.
+        source: the checkpoint's name, for errors.
+        config_grid: rows and columns of patches of the config's own image_size, see `stored_grid`.
+
     Returns:
-        (the reference's name, the place for it, the grid of patches to zoom position embeddings to or None).
+        (the reference's name, the place for it, the old and new grid of position embeddings to zoom, or None).
 
     Raises:
         CheckpointError: names what is missing, left over, or of another shape or type.
@@ -114,15 +124,18 @@ def fit(model: nn.Module, stored: Mapping[str, StoredArray], source: object) -> 
         if name not in stored:
             problems.append(f"{name} is missing")
             continue
-        array, grid = stored[name], None
+        array, zoom = stored[name], None
         shape = place.view(np.empty(tuple(own[place.tensor].shape), np.float32)).shape  # never touched
         if array.dtype not in _FLOATS:
             problems.append(f"{name} is of type {array.dtype}")
+        elif name in _IMAGE_POSITIONS and len(array.shape) == 3 and array.shape[::2] == shape[::2]:
+            try:
+                zoom = _zoom(model, array.shape, shape, config_grid)
+            except ValueError as error:
+                problems.append(f"{name} cannot be resized: {error}")
         elif array.shape != shape:
-            grid = _zoom_to(model, name, array.shape, shape)
-            if grid is None:
-                problems.append(f"{name} has shape {array.shape}, the model's is {shape}")
-        rows.append((name, place, grid))
+            problems.append(f"{name} has shape {array.shape}, the model's is {shape}")
+        rows.append((name, place, zoom))
     problems += [f"{name} is not part of the model" for name in sorted(stored.keys() - places.keys())]
     if problems:
         more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
@@ -130,16 +143,16 @@ def fit(model: nn.Module, stored: Mapping[str, StoredArray], source: object) -> 
     return rows
 
 
-def _zoom_to(model: nn.Module, name: str, old: tuple, new: tuple) -> tuple[int, int] | None:
-    if not name.endswith("Encoder/posembed_input/pos_embedding") or name.startswith("txt/"):
-        return None
-    tower = getattr(model, "visual", model)
-    return tuple(tower.patch_embed.grid_size) if len(old) == 3 and (old[0], old[2]) == (new[0], new[2]) else None
+def _zoom(model: nn.Module, old: tuple, new: tuple, config_grid: tuple[int, int] | None) -> Zoom | None:
+    """(old, new) grid of position embeddings of these shapes; None if they stay as they are."""
+    grid = tuple(getattr(model, "visual", model).patch_embed.grid_size)
+    old_grid = stored_grid(old[1], new[1] - math.prod(grid), config_grid, grid)
+    return None if old_grid == grid else (old_grid, grid)
 
 
 def fill(
     tensors: Mapping[str, np.ndarray],
-    rows: list[tuple[str, Place, tuple | None]],
+    rows: list[tuple[str, Place, Zoom | None]],
     stored: Mapping[str, StoredArray],
 ) -> None:
     """Read the weights into our tensors, which may be maps of a file.
@@ -150,15 +163,11 @@ def fill(
         stored: the weights.
 
     Raises:
-        CheckpointError: for position embeddings that cannot be zoomed, or a file that cannot be read.
+        CheckpointError: for a file that cannot be read.
     """
-    for name, place, grid in rows:
+    for name, place, zoom in rows:
         target = place.view(tensors[place.tensor])
-        if grid is None:
+        if zoom is None:
             copy_into(target, stored[name])
-            continue
-        try:
-            has_prefix = math.prod(grid) != target.shape[1]
-            target[...] = zoom_positions(read_array(stored[name]), grid, has_prefix)
-        except ValueError as error:
-            raise CheckpointError(f"{name} cannot be resized: {error}") from error
+        else:
+            target[...] = zoom_positions(read_array(stored[name]), *zoom)

@@ -58,6 +58,18 @@ def model_settings(
     return kwargs.pop("name"), kwargs
 
 
+def config_grid(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of patches of the config's own image_size; None if it has none."""
+    top = Section(config)
+    image = top.section("image") if "image" in top.values else top
+    size = top.values.get("image_size")
+    size = image.values.get("image_size") if size is None else size
+    if size is None:
+        return None
+    sizes, patches = pair("image_size", size), pair("patch_size", image.take("patch_size"))
+    return sizes[0] // patches[0], sizes[1] // patches[1]
+
+
 def _two_tower(top: Section, shapes: Shapes, image_size, context_length: int | None) -> dict[str, Any]:
     top.call("name", "TwoTower", {"TwoTower": "vmoe.projects.contrastive.models"})
     top.ignore("deterministic", "batch")
