@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 import msgpack
@@ -87,6 +88,20 @@ def test_flax_file(tmp_path):
     }  # fmt: skip
     (tmp_path / "file").write_bytes(msgpack.packb(tree))
     assert equal(open_flax(tmp_path / "file"), {"params/x": ARRAYS["a"], "params/y": ARRAYS["b/10"]})
+
+
+@pytest.mark.parametrize(
+    ("write", "kind"),
+    [
+        (lambda file: np.savez(f"{file}.npz", a=ARRAYS["a"]), "a zip archive .*npz"),
+        (lambda file: save_file({"a": ARRAYS["a"]}, file), "a safetensors file"),
+    ],
+)
+def test_files_of_other_kinds(tmp_path, write, kind):
+    write(tmp_path / "file")
+    (file,) = tmp_path.iterdir()
+    with pytest.raises(CheckpointError, match=rf"{file.name} is no MessagePack checkpoint but {kind}"):
+        open_checkpoint(file)
 
 
 def test_last_step_or_the_one_asked_for(tmp_path):

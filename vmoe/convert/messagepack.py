@@ -3,7 +3,7 @@
 The msgpack library holds an object in memory several times while it unpacks it, and a chunk of a checkpoint may be a
 gibibyte. Here only the frame is decoded; numbers stay on disk until somebody asks for them.
 Format: https://github.com/msgpack/msgpack/blob/master/spec.md; the extension types are flax's (1-3) and the
-reference's (4-8).
+reference's (4-6 and 8; 7, an array of slices, is not read).
 """
 
 import math

@@ -148,10 +148,26 @@ def open_flax(file: str | Path) -> dict[str, ArrayInFiles]:
         CheckpointError: as `open_sharded`.
     """
     file = Path(file)
+    if kind := _other_kind(file):
+        raise CheckpointError(f"{file} is no MessagePack checkpoint but {kind}, which the converter does not read")
     tree = Reader(file).read()
     if not isinstance(tree, dict):
         raise CheckpointError(f"{file} is not a checkpoint: it holds no dictionary of arrays")
     return {name: array for name, leaf in _flatten(tree).items() if (array := _flax_array(file, name, leaf))}
+
+
+def _other_kind(file: Path) -> str | None:
+    """What a file is that is often taken for a checkpoint of the reference; None for others."""
+    try:
+        with open(file, "rb") as opened:
+            start = opened.read(9)
+    except OSError:
+        return None  # the reader says what is wrong with it
+    if start.startswith(b"PK"):
+        return "a zip archive (.npz or a PyTorch file)"
+    if start[8:] == b"{" and int.from_bytes(start[:8], "little") < file.stat().st_size:
+        return "a safetensors file"
+    return None
 
 
 def _flax_array(file: Path, name: str, leaf) -> ArrayInFiles | None:

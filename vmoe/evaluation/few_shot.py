@@ -6,6 +6,7 @@ serves all penalties. Protocol: Big Transfer (arXiv 1912.11370) and V-MoE (arXiv
 Shapes, by suffix: N rows, D features (plus one for the bias), C classes.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -36,20 +37,30 @@ def few_shot_accuracy(
         test_features_ND, test_labels_N: what is classified.
         shots: examples per class; a class with fewer gives all that it has.
         l2_penalties: weights of the squared norm of the regression's coefficients, > 0.
-        num_classes: C; None: the largest training label + 1.
+        num_classes: C, >= 1; None: the largest training label + 1.
         generator: chooses the examples; None: the first rows of each class.
 
     Returns:
         {(shots, penalty): accuracy in 0..1}.
 
     Raises:
-        ValueError: if there is nothing to fit or to test, or a number is out of range.
+        ValueError: if there is nothing to fit or to test, sizes do not belong together, features are not finite, labels
+            are no classes, or a number is out of range.
     """
     if len(train_features_ND) == 0 or len(test_features_ND) == 0:
         raise ValueError("few-shot evaluation needs training and test features, got none")
-    if min(shots, default=0) < 1 or min(l2_penalties, default=0) <= 0:
+    usable = all(0 < penalty < math.inf for penalty in l2_penalties) and len(l2_penalties) > 0
+    if min(shots, default=0) < 1 or not usable:
         raise ValueError(f"shots must be >= 1 and l2_penalties > 0, got {list(shots)} and {list(l2_penalties)}")
-    num_classes = num_classes or int(train_labels_N.max()) + 1
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"num_classes must be >= 1, or None for the largest training label + 1, got {num_classes}")
+    _check_labels("train", train_features_ND, train_labels_N, num_classes)
+    if num_classes is None:
+        num_classes = int(train_labels_N.max()) + 1
+    _check_labels("test", test_features_ND, test_labels_N, num_classes)
+    if train_features_ND.shape[1] != test_features_ND.shape[1]:
+        widths = f"{train_features_ND.shape[1]} and {test_features_ND.shape[1]}"
+        raise ValueError(f"training and test rows must have equally many features, got {widths}")
     rows_of_class = [torch.nonzero(train_labels_N == label).flatten() for label in range(num_classes)]
     if generator is not None:
         rows_of_class = [rows[torch.randperm(len(rows), generator=generator)] for rows in rows_of_class]
@@ -63,13 +74,36 @@ def few_shot_accuracy(
     return accuracy
 
 
+def _check_labels(split: str, features_ND: Tensor, labels_N: Tensor, num_classes: int | None) -> None:
+    """Raises ValueError unless there is one class for each row of finite features."""
+    if features_ND.ndim != 2 or labels_N.shape != features_ND.shape[:1]:
+        shapes = f"{tuple(features_ND.shape)} and {tuple(labels_N.shape)}"
+        raise ValueError(f"{split} features and labels must have shapes (N, D) and (N,), got {shapes}")
+    if not features_ND.isfinite().all():
+        rows = int((~features_ND.isfinite()).any(1).sum())
+        raise ValueError(f"{split} features must be finite, {rows} of {len(features_ND)} rows hold NaN or infinity")
+    low, high = labels_N.min().item(), labels_N.max().item()
+    if labels_N.is_floating_point() or low < 0 or (num_classes is not None and high >= num_classes):
+        classes = "0..C-1" if num_classes is None else f"0..{num_classes - 1}"
+        raise ValueError(
+            f"{split} labels must be whole numbers in {classes}, got {labels_N.dtype} from {low} to {high}"
+        )
+
+
 def best_penalty(results: Sequence[dict[tuple[int, float], float]], shot: int) -> float:
     """The penalty that ranks best on average over several data sets, so that none is tuned on its own test rows.
 
     Args:
         results: what `few_shot_accuracy` gave for each data set.
         shot: examples per class.
+
+    Raises:
+        ValueError: if there are no results for this shot, or not those of the same settings for each data set.
     """
+    if not results or not any(shots == shot for shots, _ in results[0]):
+        raise ValueError(f"results must be of one or more data sets with {shot} examples per class, there are none")
+    if any(accuracy.keys() != results[0].keys() for accuracy in results):
+        raise ValueError("results must have the same shots and penalties for each data set")
     penalties = [penalty for shots, penalty in results[0] if shots == shot]
     ranks = torch.stack(
         [
