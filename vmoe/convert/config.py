@@ -81,22 +81,22 @@ class Section:
         kind: type = int,
         optional: bool = False,
         minimum: float | None = None,
-        maximum: float | None = None,
+        below: float | None = None,
     ) -> Any:
         """A whole number (or, with `kind=float`, any finite one), not outside the bounds."""
         value = self.take(name, default)
         if value is None and optional:
             return None
         inside = _is_number(value, kind) and (minimum is None or value >= minimum)
-        if not inside or (maximum is not None and value > maximum):
+        if not inside or (below is not None and value >= below):
             wanted = "a finite number" if kind is float else "a whole number"
             wanted += "" if minimum is None else f" >= {minimum}"
-            raise self.wrong(name, value, wanted + ("" if maximum is None else f" and <= {maximum}"))
+            raise self.wrong(name, value, wanted + ("" if below is None else f" and < {below}"))
         return kind(value)
 
     def rate(self, name: str, default: float) -> float:
-        """A probability."""
-        return self.number(name, default, float, minimum=0, maximum=1)
+        """A probability of dropout."""
+        return self.number(name, default, float, minimum=0, below=1)
 
     def flag(self, name: str, default: Any = _UNSET) -> Any:
         """True or False (or 1 or 0); None is the default, if there is one."""
