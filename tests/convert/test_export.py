@@ -100,3 +100,11 @@ def test_dense_timm_model_of_the_same_kind():
     images = torch.randn(2, 3, 48, 48)
     with torch.no_grad():
         assert torch.equal(again(images), model(images))
+
+
+def test_room_that_was_changed_on_the_layers_is_exported():
+    model = create_model("vmoe_tiny_patch8_48", **TINY, group_size=5, eval_capacity_factor=1.0)
+    model.blocks[1].mlp.eval_capacity_factor = 0.5
+    model.blocks[1].mlp.batch_priority = True
+    dispatcher = reference_config(model)["encoder"]["moe"]["router"]["dispatcher"]
+    assert (dispatcher["capacity_factor"], dispatcher["batch_priority"]) == (0.5, True)

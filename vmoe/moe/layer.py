@@ -21,6 +21,18 @@ from vmoe.moe.router import Routing, TopKRouter
 from vmoe.moe.settings import RoutingSettings, with_preset
 from vmoe.moe.soft import SoftRouter, fill_slots, mix_slots
 
+# Settings that may be changed on a layer at any time; the others are built into its parts.
+CHANGEABLE = (
+    "capacity",
+    "capacity_factor",
+    "eval_capacity_factor",
+    "capacity_rounding",
+    "capacity_multiple_of",
+    "batch_priority",
+    "group_size",
+    "auxiliary_loss",
+)
+
 
 class SparseMoE(nn.Module):
     """A sparse mixture of MLPs, a drop-in for `timm.layers.Mlp`.
@@ -64,20 +76,14 @@ class SparseMoE(nn.Module):
         resolved = with_preset({}, {**settings, "router_preset": router_preset})
         del resolved["router_preset"]
         s = RoutingSettings(**resolved)
-        self.settings = s
+        self._built_with = s
         self.router_type = s.router
         self.num_experts = s.num_experts
         self.num_selected_experts = s.num_selected_experts
-        self.capacity = s.capacity
-        self.capacity_factor = s.capacity_factor
-        self.eval_capacity_factor = s.eval_capacity_factor
-        self.capacity_rounding = s.capacity_rounding
-        self.capacity_multiple_of = s.capacity_multiple_of
-        self.batch_priority = s.batch_priority
-        self.group_size = s.group_size
+        for name in CHANGEABLE:
+            setattr(self, name, getattr(s, name))
         self.normalize_weights = s.normalize_weights
         self.bias_update_rate = s.bias_update_rate
-        self.auxiliary_loss = s.auxiliary_loss
         self.out_features = out_features or in_features
         self.modalities = tuple(modalities)
         self.losses = AuxiliaryLosses.from_settings(s, modalities)
@@ -102,6 +108,11 @@ class SparseMoE(nn.Module):
         if s.num_shared_experts:
             width = s.num_shared_experts * hidden_features
             self.shared = SharedExpert(in_features, width, self.out_features, act_layer, bias, drop, kind, **factory)
+
+    @property
+    def settings(self) -> RoutingSettings:
+        """The settings of the layer as it is now, with what was changed on it since it was made."""
+        return replace(self._built_with, **{name: getattr(self, name) for name in CHANGEABLE})
 
     def forward(self, x_BTD: Tensor, mask_BT: Tensor | None = None, modality_BT: Tensor | None = None) -> Tensor:
         """Each token through its experts.
