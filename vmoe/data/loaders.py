@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -149,10 +149,13 @@ class TrainLoader:
 class EvalLoader:
     """All samples once, in order; the last batch may be smaller. Made by `eval_loader`.
 
-    A bad sample raises BadSample, which names it, or with `on_bad="skip"` is left out and counted.
+    Where torch.distributed runs, each process reads its share of the same batches: number rank, rank + world, ... Rows
+    are told apart by "index". A bad sample raises BadSample, which names it, or with `on_bad="skip"` is left out and
+    counted.
 
     Attributes:
-        num_samples: of the data set.
+        indices: places in the data set of the samples that are read, by all processes together.
+        num_samples: how many they are.
         num_skipped: bad samples left out in the current or last pass.
         skipped_paths: their paths.
     """
@@ -164,6 +167,7 @@ class EvalLoader:
         tokenizer: Tokenizer | None,
         config: LoaderConfig,
         device: torch.device | str | None = None,
+        indices: Sequence[int] | None = None,
     ) -> None:
         on_bad = config.on_bad or "fail"
         if on_bad == "replace":
@@ -172,20 +176,24 @@ class EvalLoader:
         self.config = config
         self.device = device
         self.fail = on_bad == "fail"
-        self.num_samples = len(dataset)
+        self.indices = range(len(dataset)) if indices is None else indices
+        self.num_samples = len(self.indices)
         self.num_skipped = 0
         self.skipped_paths: list[str] = []
 
     def __len__(self) -> int:
-        """Number of batches (one fewer for each whose samples are all skipped)."""
-        return math.ceil(self.num_samples / self.config.batch_size)
+        """Number of this process's batches (one fewer for each whose samples are all skipped)."""
+        return len(self._keys())
+
+    def _keys(self) -> list[BatchKey]:
+        size = self.config.batch_size
+        starts = range(0, len(self.indices), size)
+        rank, num_processes = world()
+        return [BatchKey(0, tuple(self.indices[start : start + size])) for start in starts][rank::num_processes]
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         self.num_skipped, self.skipped_paths = 0, []
-        size = self.config.batch_size
-        starts = range(0, self.num_samples, size)
-        keys = [BatchKey(0, tuple(range(start, min(start + size, self.num_samples)))) for start in starts]
-        for batch in _data_loader(self.reader, keys, self.config):
+        for batch in _data_loader(self.reader, self._keys(), self.config):
             if batch.bad and self.fail:
                 raise BadSample(*batch.bad[0])
             self.num_skipped += len(batch.bad)
@@ -232,13 +240,24 @@ def eval_loader(
     tokenizer: Tokenizer | None,
     loader: LoaderConfig,
     device: torch.device | str | None = None,
+    indices: Sequence[int] | None = None,
 ) -> EvalLoader:
     """Batches for evaluation; arguments and batches as for `train_loader`.
+
+    Args:
+        indices: places in the data set of the samples to read, in this order; None: all.
 
     Raises:
         BadSample: while iterating, at the first bad sample, unless `loader.on_bad` is "skip".
     """
-    return EvalLoader(dataset, transform, tokenizer, loader, device)
+    return EvalLoader(dataset, transform, tokenizer, loader, device, indices)
+
+
+def world() -> tuple[int, int]:
+    """(rank of this process, number of processes); (0, 1) where torch.distributed does not run."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def _data_loader(reader: BatchReader, keys: Any, config: LoaderConfig) -> DataLoader:

@@ -1,0 +1,74 @@
+"""What is evaluated: a model from a checkpoint, with all that goes with it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vmoe.data import Transform, build_transform
+from vmoe.evaluation.inference import pick_device
+from vmoe.models.factory import create_model, find_weights, get_tokenizer, is_contrastive, preprocess_config
+
+BLOCK_BYTES = 1 << 20
+
+
+class Subject(NamedTuple):
+    """A model to evaluate.
+
+    Attributes:
+        model: in eval(), on `device`.
+        tokenizer: list of texts -> tokens (B, L); None for a classifier.
+        transform: PIL picture -> (3, H, W), as the model wants it.
+        device: where it runs.
+        precision: "float32", "bf16" or "fp16" (autocast).
+        checkpoint: folder or file, as the user gave it.
+        weights: the file that was read.
+    """
+
+    model: nn.Module
+    tokenizer: Callable[[list[str]], Tensor] | None
+    transform: Transform
+    device: torch.device
+    precision: str
+    checkpoint: str
+    weights: Path
+
+
+def load_subject(checkpoint: str, device: str = "auto", precision: str = "float32") -> Subject:
+    """Loads a checkpoint for evaluation.
+
+    Args:
+        checkpoint: folder of a run (its last checkpoint) or of a checkpoint, or a .safetensors file.
+        device: see `pick_device`. Under `torchrun`, "auto" and "cuda" are this process's own GPU.
+        precision: "float32", "bf16" or "fp16".
+
+    Raises:
+        ValueError: no such checkpoint or device, or the file cannot be used.
+    """
+    place = pick_device(device)
+    weights = find_weights(checkpoint)
+    model = create_model(None, pretrained=weights).to(place).eval()
+    tokenizer = get_tokenizer(model) if is_contrastive(model) else None
+    transform = build_transform(preprocess_config(model), None)
+    return Subject(model, tokenizer, transform, place, precision, checkpoint, weights)
+
+
+def weights_fingerprint(file: str | Path) -> str:
+    """SHA-256 of a weights file, in hexadecimal; read once for each state of the file."""
+    stat = Path(file).stat()
+    return _fingerprint(str(Path(file).resolve()), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=32)
+def _fingerprint(file: str, _size: int, _modified: int) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
