@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
+
+from vmoe.data.fingerprint import Fingerprint
+from vmoe.data.images import BadSample
 
 
 class Sample(NamedTuple):
@@ -27,13 +32,33 @@ class Sample(NamedTuple):
 class ImageDataset(ABC):
     """Base class of all data sets: `len(dataset)` and `dataset[i]`, without augmentation.
 
+    All attributes but the first two are None where they do not apply.
+
     Attributes:
-        classes: class names, where samples have labels; else None.
+        classes: class names as they are shown, where samples have labels; else None.
         has_captions: whether samples have captions.
+        labels: each sample's label, where it is known without reading the pictures.
+        prompt_names: names of the classes for zero-shot prompts, where they differ from `classes`.
+        class_columns: for each class the outputs of an ImageNet-1k classifier that stand for it. A class's score is the
+            largest of them; the other outputs are left aside.
+        label_sets: for each sample all of its right labels; its `label` is the first of them.
+        conditions: names of the conditions that samples were made under, as "gaussian_noise/3".
+        condition_of: for each sample the index of its condition.
+        image_ids: for each sample which picture it shows; samples with equal ids are captions of one picture.
+        left_out: {reason: pictures} that the data set's own rules leave out of an evaluation.
     """
 
     classes: list[str] | None = None
     has_captions: bool = False
+    labels: Sequence[int] | None = None
+    prompt_names: list[str] | None = None
+    class_columns: list[list[int]] | None = None
+    label_sets: list[tuple[int, ...]] | None = None
+    conditions: list[str] | None = None
+    condition_of: Sequence[int] | None = None
+    image_ids: list[str] | None = None
+    left_out: dict[str, int] | None = None
+    _fingerprint: str | None = None
 
     @property
     def captions(self) -> list[str] | None:
@@ -51,3 +76,37 @@ class ImageDataset(ABC):
         Raises:
             BadSample: its picture is unreadable or its caption is empty.
         """
+
+    def file_of(self, index: int) -> tuple[str, Path] | None:
+        """A picture's file: its name within the data set (with `/`), and where it lies; or None."""
+        return None
+
+    def fingerprint(self) -> str:
+        """Says which data this is: 64 hexadecimal digits, the same on every machine, made once.
+
+        They follow from the order of the samples, their labels, captions and the other attributes, the class names, and
+        each picture's file (name within the data set, size, first and last 4 KiB) or, without files, its pixels.
+        """
+        if self._fingerprint is None:
+            self._fingerprint = self._make_fingerprint()
+        return self._fingerprint
+
+    def _make_fingerprint(self) -> str:
+        facts = Fingerprint()
+        for name in ("classes", "prompt_names", "class_columns", "conditions", "left_out"):
+            facts.add(name, getattr(self, name))
+        lists = [self.labels, self.captions, self.label_sets, self.condition_of, self.image_ids]
+        for index in range(len(self)):
+            facts.add("sample", [None if values is None else values[index] for values in lists])
+            file = self.file_of(index)
+            if file is not None:
+                facts.add_file(*file)
+                continue
+            try:
+                sample = self[index]
+            except BadSample:
+                facts.add("unreadable", None)
+            else:
+                facts.add("label and caption", [sample.label, sample.caption])
+                facts.add_picture(sample.image)
+        return facts.hexdigest()

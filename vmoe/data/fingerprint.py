@@ -1,0 +1,58 @@
+"""A short text that says which data figures were made on: equal for equal data, on every machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+# Of each end of a file. A picture's header, its first and its last rows tell pictures apart, and 50,000 files are read
+# in seconds.
+BYTES_OF_A_FILE = 4096
+
+
+class Fingerprint:
+    """A growing SHA-256 of facts about a data set.
+
+    Every fact is written with its kind and length, so that no two lists of facts give the same bytes.
+    """
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def add(self, kind: str, fact: Any) -> None:
+        """Adds what JSON can hold (numbers, texts, lists of them, None)."""
+        self._add_bytes(kind, json.dumps(fact, ensure_ascii=True, sort_keys=True).encode())
+
+    def add_file(self, name: str, path: str | Path) -> None:
+        """Adds a file by its name within the data set, its size and its first and last 4 KiB; or that it is missing."""
+        self.add("file", name)
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                head = file.read(BYTES_OF_A_FILE)
+                file.seek(max(0, size - BYTES_OF_A_FILE))
+                tail = file.read(BYTES_OF_A_FILE)
+        except OSError:
+            self.add("missing", None)
+            return
+        self.add("size", size)
+        self._add_bytes("head", head)
+        self._add_bytes("tail", tail)
+
+    def add_picture(self, image: Image.Image) -> None:
+        """Adds a picture by its size and pixels."""
+        self.add("picture", [image.mode, *image.size])
+        self._add_bytes("pixels", image.tobytes())
+
+    def hexdigest(self) -> str:
+        """64 hexadecimal digits of all facts added so far, in their order."""
+        return self._hash.hexdigest()
+
+    def _add_bytes(self, kind: str, content: bytes) -> None:
+        self._hash.update(f"{kind} {len(content)}\n".encode())
+        self._hash.update(content)
