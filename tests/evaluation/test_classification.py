@@ -4,6 +4,8 @@ import torch
 
 import vmoe  # noqa: F401  (registers the models)
 from vmoe.evaluation import evaluate_classification
+from vmoe.evaluation.classification import predict, select_columns
+from vmoe.evaluation.metrics import expected_calibration_error
 
 
 class Shifted(torch.nn.Module):
@@ -19,7 +21,15 @@ class Shifted(torch.nn.Module):
 def test_known_accuracy_whatever_the_batch_size(batch_size, make_batches):
     loader = make_batches(list(range(10)), labels=list(range(10)), batch_size=batch_size)
     result = evaluate_classification(Shifted(), loader, device="cpu", num_classes=10)
-    assert result == {"top1": 0.5, "top5": 1.0, "num_samples": 10, "num_skipped": 0}
+    assert {name: result[name] for name in ("top1", "top5", "mean_per_class")} == {
+        "top1": 0.5,
+        "top5": 1.0,
+        "mean_per_class": 0.5,
+    }
+    assert (result["num_samples"], result["num_skipped"]) == (10, 0)
+    logits = torch.cat([Shifted()(batch["image"]) for batch in loader])
+    confidence, predicted = logits.softmax(1).max(1)
+    assert result["ece"] == expected_calibration_error(confidence, predicted == torch.arange(10))
 
 
 def test_wrong_number_of_classes_names_both(make_batches):
@@ -58,3 +68,27 @@ def test_bf16():
     assert evaluate_classification(model, batches, device="cpu", precision="bf16")["num_samples"] == 4
     with pytest.raises(ValueError, match="precision must be one of float32, bf16, fp16, got 'half'"):
         evaluate_classification(model, batches, device="cpu", precision="half")
+
+
+def test_classes_that_are_some_outputs_of_the_model(make_batches):
+    # class 0 is output 4 or 6, class 1 is output 2
+    columns = [[4, 6], [2]]
+    assert select_columns(torch.tensor([[0.0, 1, 9, 1, 3, 1, 5]]), columns).tolist() == [[5, 9]]
+    loader = make_batches([6, 4, 2, 2], labels=[0, 0, 1, 0], batch_size=2)
+    predictions = predict(Shifted(), loader, device="cpu", class_columns=columns)
+    assert predictions.predicted_N.tolist() == [0, 0, 1, 1]
+    assert predictions.results()["top1"] == 0.75
+    assert predictions.per_class(["a", "b"]) == [
+        {"class": "a", "top1": pytest.approx(2 / 3), "num_samples": 3},
+        {"class": "b", "top1": 1, "num_samples": 1},
+    ]
+    with pytest.raises(ValueError, match=r"outputs 0\.\.999 .* model has 10 classes"):
+        predict(Shifted(), loader, device="cpu", class_columns=[[999], [2]])
+
+
+def test_scores_that_are_not_numbers_are_told(make_batches, caplog):
+    loader = make_batches([2, 4], labels=[2, 4])
+    result = predict(lambda images: Shifted()(images) * float("nan"), loader, device="cpu").results()
+    assert result["top1"] == 0
+    assert "ece" not in result
+    assert "scores of 2 samples are not numbers" in caplog.text

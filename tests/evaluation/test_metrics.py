@@ -3,7 +3,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmoe.evaluation.metrics import label_ranks, share_within
+from vmoe.evaluation.metrics import (
+    accuracy_per_class,
+    class_ranks,
+    expected_calibration_error,
+    right_classes,
+    share_within,
+)
+
+
+def label_ranks(scores, labels):
+    return class_ranks(scores, right_classes(labels, torch.arange(len(labels)), scores.shape[1], None))
 
 
 @given(st.integers(2, 30), st.integers(0, 2**31 - 1))
@@ -39,3 +49,38 @@ def test_scores_that_are_not_numbers_are_no_hits(scores):
 def test_label_out_of_range_is_named():
     with pytest.raises(ValueError, match=r"labels must be in 0\.\.2 for 3 classes, got 0\.\.7"):
         label_ranks(torch.zeros(2, 3), torch.tensor([0, 7]))
+
+
+def test_any_of_several_right_classes_will_do():
+    scores = torch.tensor([[0.1, 0.5, 0.9], [0.9, 0.5, 0.1], [0.2, 0.9, 0.5]])
+    right = right_classes(torch.zeros(3).long(), torch.tensor([2, 0, 1]), 3, [(1,), (0, 2), (0, 1)])
+    assert right.tolist() == [[True, True, False], [False, True, False], [True, False, True]]
+    assert class_ranks(scores, right).tolist() == [1, 1, 1]
+
+
+def test_calibration_error_by_hand():
+    # two bins: 0.91 and 0.92, of which one is right, and 0.5, which is right
+    confidences, hits = torch.tensor([0.91, 0.92, 0.5]), torch.tensor([True, False, True])
+    assert expected_calibration_error(confidences, hits) == pytest.approx(0.415 * 2 / 3 + 0.5 / 3, abs=1e-6)
+    assert expected_calibration_error(torch.tensor([0.0, 1.0]), torch.tensor([False, True])) == 0
+
+
+@given(st.integers(1, 300), st.integers(0, 2**31 - 1))
+def test_calibration_error_equals_the_definition(num_samples, seed):
+    generator = torch.Generator().manual_seed(seed)
+    confidences = torch.rand(num_samples, generator=generator)
+    hits = torch.rand(num_samples, generator=generator) < 0.5
+    expected = 0.0
+    for place in range(15):
+        inside = (confidences.double() > place / 15) & (confidences.double() <= (place + 1) / 15)
+        if inside.any():
+            distance = hits[inside].double().mean() - confidences[inside].double().mean()
+            expected += inside.double().mean() * distance.abs()
+    assert expected_calibration_error(confidences, hits) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_accuracy_per_class_by_hand():
+    accuracy, counts = accuracy_per_class(torch.tensor([True, False, True]), torch.tensor([0, 0, 2]), 4)
+    assert counts.tolist() == [2, 0, 1, 0]
+    assert accuracy[[0, 2]].tolist() == [0.5, 1.0]
+    assert accuracy[[1, 3]].isnan().all()

@@ -12,7 +12,8 @@ import vmoe
 from vmoe.config_io import find_config, read_config, shipped_config_dirs
 from vmoe.data.config import SourceConfig
 from vmoe.evaluation.config import EvaluationConfig
-from vmoe.evaluation.run import main, output_file
+from vmoe.evaluation.report import output_file
+from vmoe.evaluation.run import main
 from vmoe.models.factory import find_weights, save_pretrained
 
 TINY = {"depth": 2, "num_heads": 2}
@@ -73,7 +74,7 @@ def test_classification_of_a_folder(tree, classifier, tmp_path, capsys):
     assert results[0]["num_samples"] == 6
     assert results[0]["top5"] == 1
     assert report["config"]["loader"]["batch_size"] == 6
-    assert report["model"]["name"] == "vmoe_tiny_patch8_48"
+    assert report["checkpoints"][0]["model"]["name"] == "vmoe_tiny_patch8_48"
     assert report["versions"]["torch"] == torch.__version__
     assert "top1" in capsys.readouterr().out
 
@@ -115,7 +116,7 @@ def test_unreadable_file_is_named_or_skipped(tree, classifier, tmp_path, capsys)
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["results"]["num_samples"] == 2
     assert report["results"]["num_skipped"] == 1
-    assert report["skipped"][0].endswith("torn.png")
+    assert report["checkpoints"][0]["details"]["skipped"][0].endswith("torn.png")
 
 
 @pytest.mark.parametrize(

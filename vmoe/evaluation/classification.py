@@ -1,14 +1,72 @@
-"""Top-1 and top-5 accuracy of a classifier."""
+"""Accuracy and calibration of whatever scores classes: a classifier here, an image-text model in `zero_shot`.
+
+Shapes, by suffix: B batch, N samples, C classes, M outputs of a classifier that stand for one class.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from vmoe.evaluation.distributed import gather_lists, gather_rows
 from vmoe.evaluation.inference import evaluating
-from vmoe.evaluation.metrics import label_ranks, share_within
+from vmoe.evaluation.metrics import (
+    accuracy_per_class,
+    class_ranks,
+    expected_calibration_error,
+    right_classes,
+    share_within,
+)
+
+logger = logging.getLogger("vmoe.evaluation")
+
+
+class Predictions(NamedTuple):
+    """What became of every sample, in the order of the data; of all processes, on the CPU.
+
+    Attributes:
+        index_N: place in the data set.
+        label_N: the right class.
+        rank_N: rank of the (best) right class among the scores, 0 = best; ties count against the model.
+        predicted_N: the class with the highest score.
+        confidence_N: its softmax probability.
+        num_classes: C.
+        num_skipped: samples that could not be read.
+    """
+
+    index_N: Tensor
+    label_N: Tensor
+    rank_N: Tensor
+    predicted_N: Tensor
+    confidence_N: Tensor
+    num_classes: int
+    num_skipped: int
+
+    def results(self) -> dict[str, float | int]:
+        """The figures that `evaluate_classification` returns."""
+        hits_N = self.rank_N == 0
+        per_class_C, counts_C = accuracy_per_class(hits_N, self.label_N, self.num_classes)
+        results = {
+            "top1": share_within(self.rank_N, 1),
+            "top5": share_within(self.rank_N, 5),
+            "mean_per_class": float(per_class_C[counts_C > 0].mean()),
+        }
+        undefined = int(self.confidence_N.isnan().sum())
+        if undefined:
+            logger.warning("the scores of %d samples are not numbers: they count as misses, without ece", undefined)
+        else:
+            results["ece"] = expected_calibration_error(self.confidence_N, hits_N)
+        return {**results, "num_samples": len(self.rank_N), "num_skipped": self.num_skipped}
+
+    def per_class(self, class_names: Sequence[str]) -> list[dict[str, Any]]:
+        """[{"class", "top1" (None without samples), "num_samples"}] in the order of the labels."""
+        per_class_C, counts_C = accuracy_per_class(self.rank_N == 0, self.label_N, self.num_classes)
+        rows = zip(class_names, per_class_C.tolist(), counts_C.tolist(), strict=True)
+        return [{"class": name, "top1": top1 if count else None, "num_samples": count} for name, top1, count in rows]
 
 
 def evaluate_classification(
@@ -23,43 +81,118 @@ def evaluate_classification(
 
     Args:
         model: images (B, 3, H, W) -> logits (B, C); must be on `device`.
-        loader: batches with "image" (B, 3, H, W) float and "label" (B,) long; `vmoe.data.eval_loader` gives one.
+        loader: batches with "image" (B, 3, H, W) float and "label" (B,) long; `vmoe.data.eval_loader` gives one. Where
+            torch.distributed runs, each process gives its own samples, told apart by "index" (B,).
         device: where the model runs.
         precision: "float32", "bf16" or "fp16" (autocast).
         num_classes: number of classes of the data set, checked against the model's; None: not checked.
 
     Returns:
-        "top1", "top5" (shares in 0..1, ties count as misses), "num_samples", "num_skipped".
+        "top1", "top5" (shares in 0..1, ties count as misses), "mean_per_class" (mean of the classes' accuracies), "ece"
+        (expected calibration error, 15 bins), "num_samples", "num_skipped".
 
     Raises:
         ValueError: the model has another number of classes, a label is out of range, or there are no samples.
     """
-    found: list[Tensor] = []
     with evaluating(model, device, precision):
-        for batch in loader:
-            logits_BC = model(batch["image"].to(device)).float()
-            if num_classes is not None and logits_BC.shape[1] != num_classes:
-                raise ValueError(
-                    f"the model has {logits_BC.shape[1]} classes and the data set {num_classes}: "
-                    "evaluate on the classes that it was trained on, or fine-tune with a new head"
-                )
-            found.append(label_ranks(logits_BC, batch["label"].to(device)).cpu())
-    return accuracies(found, loader)
+        return predict(lambda images: checked_logits(model, images, num_classes), loader, device=device).results()
 
 
-def accuracies(ranks: list[Tensor], loader: Iterable) -> dict[str, float | int]:
-    """The result of an evaluation with labels, from the ranks (B,) of its batches.
+def checked_logits(model: nn.Module, images: Tensor, num_classes: int | None) -> Tensor:
+    """`model(images)`, (B, C) float32.
 
     Raises:
-        ValueError: there are no samples.
+        ValueError: C is not `num_classes`.
     """
-    ranks_N = torch.cat(ranks) if ranks else torch.empty(0)
-    num_skipped = int(getattr(loader, "num_skipped", 0))
-    if not len(ranks_N):
+    logits_BC = model(images).float()
+    if num_classes is not None and logits_BC.shape[1] != num_classes:
+        raise ValueError(
+            f"the model has {logits_BC.shape[1]} classes and the data set {num_classes}: "
+            "evaluate on the classes that it was trained on, or fine-tune with a new head"
+        )
+    return logits_BC
+
+
+def predict(
+    score: Callable[[Tensor], Tensor],
+    loader: Iterable[dict[str, Tensor]],
+    *,
+    device: torch.device | str,
+    class_columns: Sequence[Sequence[int]] | None = None,
+    label_sets: Sequence[Sequence[int]] | None = None,
+) -> Predictions:
+    """Scores all pictures of a loader; call it inside `evaluating`.
+
+    Args:
+        score: images (B, 3, H, W) on `device` -> scores (B, C) float32, whose softmax is the confidence.
+        loader: see `evaluate_classification`.
+        device: where `score` runs.
+        class_columns: for each class the columns of the scores that stand for it, the largest of which counts; None:
+            each class its own.
+        label_sets: for each sample of the data set its right classes; None: "label" alone.
+
+    Raises:
+        ValueError: a label is out of range, or there are no samples.
+    """
+    found: dict[str, list[Tensor]] = {"index": [], "label": [], "rank": [], "predicted": [], "confidence": []}
+    num_classes = num_rows = 0
+    for batch in loader:
+        scores_BC = select_columns(score(batch["image"].to(device)), class_columns)
+        num_classes = scores_BC.shape[1]
+        label_B = batch["label"].to(device)
+        index_B = batch.get("index")
+        if index_B is None:
+            index_B = torch.arange(num_rows, num_rows + len(label_B))
+        num_rows += len(label_B)
+        right_BC = right_classes(label_B, index_B, num_classes, label_sets)
+        found["rank"].append(class_ranks(scores_BC, right_BC))
+        confidence_B, predicted_B = scores_BC.softmax(dim=1).max(dim=1)
+        for name, value in (
+            ("index", index_B),
+            ("label", label_B),
+            ("predicted", predicted_B),
+            ("confidence", confidence_B),
+        ):
+            found[name].append(value)
+    rows = {name: torch.cat(parts).cpu() if parts else torch.empty(0) for name, parts in found.items()}
+    index_N, rows = gather_rows(rows.pop("index"), **rows)
+    num_skipped = sum(gather_lists([int(getattr(loader, "num_skipped", 0))]))
+    if not len(index_N):
         raise ValueError(f"nothing to evaluate: the data set gave no sample ({num_skipped} were skipped)")
-    return {
-        "top1": share_within(ranks_N, 1),
-        "top5": share_within(ranks_N, 5),
-        "num_samples": len(ranks_N),
-        "num_skipped": num_skipped,
-    }
+    return Predictions(
+        index_N=index_N,
+        label_N=rows["label"],
+        rank_N=rows["rank"],
+        predicted_N=rows["predicted"],
+        confidence_N=rows["confidence"],
+        num_classes=max(gather_lists([num_classes])),
+        num_skipped=num_skipped,
+    )
+
+
+def select_columns(logits_BC: Tensor, class_columns: Sequence[Sequence[int]] | None) -> Tensor:
+    """Scores of the data's classes from those of a classifier with other, usually more, classes.
+
+    Args:
+        logits_BC: the classifier's own.
+        class_columns: for each class of the data the columns that stand for it; None: the logits are the scores.
+
+    Returns:
+        (B, len(class_columns)), the largest of each class's columns.
+
+    Raises:
+        ValueError: a column that the classifier does not have.
+    """
+    if class_columns is None:
+        return logits_BC
+    widest = max(map(len, class_columns))
+    # A class with fewer columns repeats its first, which does not change the largest.
+    columns_CM = torch.tensor(
+        [[*columns, *[columns[0]] * (widest - len(columns))] for columns in class_columns], device=logits_BC.device
+    )
+    if int(columns_CM.max()) >= logits_BC.shape[1]:
+        raise ValueError(
+            f"the data is judged by outputs 0..{int(columns_CM.max())} of an ImageNet-1k classifier, and the model has "
+            f"{logits_BC.shape[1]} classes: evaluate a model with 1,000 classes"
+        )
+    return logits_BC[:, columns_CM].amax(dim=2)

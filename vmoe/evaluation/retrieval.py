@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Hashable, Iterable, Sequence
+import logging
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from vmoe.data.dataset import ImageDataset
-from vmoe.data.loaders import EvalLoader
-from vmoe.data.pairs import PairsFile
+from vmoe.data import BadSample, EvalLoader, ImageDataset, LoaderConfig, eval_loader
+from vmoe.evaluation.distributed import gather_rows, world
 from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.metrics import ranks, share_within
 
+logger = logging.getLogger("vmoe.evaluation")
+
 CUTOFFS = (1, 5, 10)
+TEXTS_PER_CALL = 256
 
 
 def retrieval_recall(
@@ -56,61 +58,90 @@ def retrieval_recall(
 
 def evaluate_retrieval(
     model: nn.Module,
+    tokenizer: Callable[[list[str]], Tensor],
     loader: Iterable[dict[str, Tensor]],
+    captions: Sequence[str],
+    image_of_caption: Sequence[int],
     *,
     device: torch.device | str,
     precision: str = "float32",
-    image_ids: Sequence[Hashable] | None = None,
 ) -> dict[str, float | int]:
-    """Retrieval on image-caption pairs.
+    """Retrieval among pictures and their captions; every picture and every caption is encoded once.
 
     Args:
         model: has `encode_image(images, normalize)` and `encode_text(tokens, normalize)`; must be on `device`.
-        loader: batches with "image" (B, 3, H, W), "text" (B, L) and "index" (B,), the pair's place in the data set.
+        tokenizer: list of texts -> tokens (B, L).
+        loader: batches with "image" (B, 3, H, W) and "index" (B,), the picture's identity; see `retrieval_loader`.
+        captions: all captions. One whose picture the loader leaves out, or which is empty, is not counted.
+        image_of_caption: for each caption the "index" of its picture.
         device: where the model runs.
         precision: "float32", "bf16" or "fp16" (autocast around both encoders; scores are float32).
-        image_ids: for every pair of the data set the identity of its image, such as the file's path: pairs with equal
-            ids are captions of one image. None: see :func:`identify_images`.
 
     Returns:
-        "image_to_text_recall@k", "text_to_image_recall@k" for k = 1, 5, 10, "num_images", "num_samples" (pairs),
-        "num_skipped".
+        "image_to_text_recall@k", "text_to_image_recall@k" for k = 1, 5, 10, "num_images", "num_samples" (captions),
+        "num_skipped" (captions left out).
 
     Raises:
         ValueError: there are no pairs.
     """
-    if image_ids is None and isinstance(loader, EvalLoader):
-        image_ids = identify_images(loader.reader.dataset)
-    place_of: dict[Hashable, int] = {}
-    image_rows, text_rows, image_of_text = [], [], []
+    image_rows, image_places = [], [torch.empty(0, dtype=torch.long)]
+    text_rows, text_places = [], [torch.empty(0, dtype=torch.long)]
+    rank, num_processes = world()
     with evaluating(model, device, precision):
         for batch in loader:
-            new = []
-            for row, index in enumerate(batch["index"].tolist()):
-                identity = index if image_ids is None else image_ids[index]
-                if identity not in place_of:
-                    place_of[identity] = len(place_of)
-                    new.append(row)
-                image_of_text.append(place_of[identity])
-            if new:
-                image_rows.append(model.encode_image(batch["image"][new].to(device), normalize=True).float())
-            text_rows.append(model.encode_text(batch["text"].to(device), normalize=True).float())
-        num_skipped = int(getattr(loader, "num_skipped", 0))
-        if not text_rows:
-            raise ValueError(f"nothing to evaluate: the data set gave no pair ({num_skipped} were skipped)")
-        with torch.autocast(torch.device(device).type, enabled=False):
-            image_of_text_T = torch.tensor(image_of_text, device=text_rows[0].device)
-            result = retrieval_recall(torch.cat(image_rows), torch.cat(text_rows), image_of_text_T)
+            image_rows.append(model.encode_image(batch["image"].to(device), normalize=True).float().cpu())
+            image_places.append(batch["index"])
+        written = [place for place, caption in enumerate(captions) if caption.strip()]
+        starts = range(0, len(written), TEXTS_PER_CALL)
+        for start in starts[rank::num_processes]:
+            places = written[start : start + TEXTS_PER_CALL]
+            tokens_BL = tokenizer([captions[place] for place in places]).to(device)
+            text_rows.append(model.encode_text(tokens_BL, normalize=True).float().cpu())
+            text_places.append(torch.tensor(places))
+    empty = torch.empty(0, 0)
+    image_index_I, image = gather_rows(torch.cat(image_places), features=torch.cat(image_rows or [empty]))
+    text_index_T, text = gather_rows(torch.cat(text_places), features=torch.cat(text_rows or [empty]))
+    row_of_image = {index: row for row, index in enumerate(image_index_I.tolist())}
+    image_of_text_T = torch.tensor([row_of_image.get(image_of_caption[place], -1) for place in text_index_T.tolist()])
+    found_T = image_of_text_T >= 0
+    if not found_T.any():
+        raise ValueError(f"nothing to evaluate: the data set gave no pair ({len(captions)} were skipped)")
+    with_caption_I = torch.zeros(len(image_index_I), dtype=torch.bool).index_fill_(0, image_of_text_T[found_T], True)
+    new_row_I = with_caption_I.cumsum(0) - 1  # pictures whose captions are all empty leave the list
+    result = retrieval_recall(
+        image["features"][with_caption_I].to(device),
+        text["features"][found_T].to(device),
+        new_row_I[image_of_text_T[found_T]].to(device),
+    )
     return {
         **result,
-        "num_images": len(place_of),
-        "num_samples": len(image_of_text),
-        "num_skipped": num_skipped,
+        "num_images": int(with_caption_I.sum()),
+        "num_samples": int(found_T.sum()),
+        "num_skipped": len(captions) - int(found_T.sum()),
     }
 
 
-def identify_images(dataset: ImageDataset) -> list[str] | None:
-    """For every pair of a file of pairs the path of its image; None for other data, where each pair has its own."""
-    if isinstance(dataset, PairsFile):
-        return [os.path.normpath(dataset.root / image) for image, _ in dataset.pairs]
-    return None
+def retrieval_loader(
+    dataset: ImageDataset, transform: Callable, config: LoaderConfig, device: torch.device | str | None = None
+) -> tuple[EvalLoader, list[int]]:
+    """What `evaluate_retrieval` needs of a data set with captions.
+
+    Returns:
+        A loader of its distinct pictures, and for each caption the place of its picture's (first) sample.
+
+    Raises:
+        BadSample: a caption is empty or missing, unless `config.on_bad` is "skip".
+    """
+    first: dict[Hashable, int] = {}
+    image_of_caption = []
+    ids = dataset.image_ids or range(len(dataset))
+    for place, (identity, caption) in enumerate(zip(ids, dataset.captions, strict=True)):
+        if not caption.strip():
+            if config.on_bad != "skip":
+                dataset[place]  # raises, and knows the file
+                raise BadSample(str(identity), "empty caption")
+            logger.warning("caption %d of %s is empty: left out", place, identity)
+            image_of_caption.append(-1)
+            continue
+        image_of_caption.append(first.setdefault(identity, place))
+    return eval_loader(dataset, transform, None, config, device, list(first.values())), image_of_caption

@@ -1,42 +1,27 @@
-"""The evaluation command (`eval.py`, `vmoe-eval`): loads a checkpoint, measures it, prints a table, writes JSON."""
+"""The evaluation command (`eval.py`, `vmoe-eval`): loads checkpoints, measures them, prints a table, writes JSON.
+
+Read `run`, then the task in `tasks.py`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from torch import Tensor, nn
 
 from vmoe.config_io import ConfigError, parse_config
-from vmoe.data import BadSample, ImageDataset, build_dataset, build_transform, eval_loader
-from vmoe.evaluation.classification import evaluate_classification
+from vmoe.data import BadSample, ImageDataset, build_dataset
 from vmoe.evaluation.config import EvaluationConfig
-from vmoe.evaluation.inference import pick_device
-from vmoe.evaluation.retrieval import evaluate_retrieval, identify_images
-from vmoe.evaluation.zero_shot import evaluate_zero_shot, read_lines
-from vmoe.models.factory import (
-    create_model,
-    find_weights,
-    get_tokenizer,
-    is_contrastive,
-    model_spec,
-    preprocess_config,
-    read_pretrained_metadata,
-)
-
-LIBRARIES = ("vmoe", "torchvision", "timm", "open_clip_torch", "numpy", "pillow")
+from vmoe.evaluation.distributed import processes, world
+from vmoe.evaluation.report import library_versions, mean_and_spread, output_file, print_table, write_json
+from vmoe.evaluation.subject import Subject, load_subject, weights_fingerprint
+from vmoe.evaluation.tasks import TASKS
+from vmoe.models.factory import is_contrastive, model_spec, read_pretrained_metadata
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,20 +33,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         EvaluationConfig,
         argv,
         prog="vmoe-eval",
-        description="Evaluate a checkpoint: classification, zero-shot or retrieval.",
+        description="Evaluate checkpoints: classification, zero-shot, retrieval, few-shot, probes, capacity.",
         folder="eval",
     )
     try:
-        run(config)
+        with processes():
+            run(config)
     except KeyboardInterrupt:
         print("\nvmoe-eval: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         if os.environ.get("VMOE_TRACEBACK"):
             raise
-        hint = "" if isinstance(error, (ConfigError, BadSample)) else " (VMOE_TRACEBACK=1 shows where)"
-        print(f"vmoe-eval: error: {error or type(error).__name__}{hint}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        wrong_setting = isinstance(error, ConfigError)
+        if not (wrong_setting and int(os.environ.get("RANK", 0)) > 0):  # which all processes find; one says it
+            hint = "" if isinstance(error, (ConfigError, BadSample)) else " (VMOE_TRACEBACK=1 shows where)"
+            print(f"vmoe-eval: error: {error or type(error).__name__}{hint}", file=sys.stderr)
+        return 2 if wrong_setting else 1
     return 0
 
 
@@ -73,73 +61,79 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
         console: where to print; None: standard output.
 
     Returns:
-        What the JSON file holds: "results" (see the evaluate functions), "config", "model", "versions",
-        "skipped" (paths of samples that were left out), "seconds".
+        What the JSON file holds: "task", "results" (see the tasks; means of several checkpoints, with their standard
+        deviations in "spread"), "checkpoints" (for each: "checkpoint", "weights", their "sha256", "model", "results",
+        "details"), "data" ("fingerprint", "num_samples", "left_out"), "config", "versions", "processes", "seconds".
 
     Raises:
         ConfigError: the model, the task and the data do not go together.
         BadSample: an unreadable picture or empty caption, unless `loader.on_bad` is "skip".
         ValueError: unreadable checkpoint, data, class names or templates.
     """
-    console = console or Console()
+    rank, num_processes = world()
+    console = console or Console(quiet=rank > 0)
     if config.data.type is None:
         raise ConfigError("data.type is missing: say what to evaluate on")
-    device = pick_device(config.device)
     dataset = build_dataset(config.data)
-    file = find_weights(config.checkpoint)
-    model = create_model(None, pretrained=file).to(device).eval()
-    if is_contrastive(model) == (config.task == "classification"):
-        kind = "an image-text model" if is_contrastive(model) else "a classifier"
-        fitting = "zero_shot or retrieval" if is_contrastive(model) else "classification"
-        raise ConfigError(f"task {config.task!r} does not fit {config.checkpoint}, which holds {kind}: use {fitting}")
-    if config.task == "classification":
-        check_same_classes(
-            read_pretrained_metadata(file)["extra"].get("class_names"), dataset.classes, config.checkpoint
-        )
-    if config.task == "retrieval" and not dataset.has_captions:
-        raise ConfigError(f"task 'retrieval' needs captions, and data of type {config.data.type!r} has none")
-    if config.task != "retrieval" and dataset.classes is None:
-        raise ConfigError(f"task {config.task!r} needs labels, and data of type {config.data.type!r} has none")
-    tokenizer = get_tokenizer(model) if is_contrastive(model) else None
-    transform = build_transform(preprocess_config(model), None)
-    loader = eval_loader(dataset, transform, tokenizer if config.task == "retrieval" else None, config.loader)
-    batches = _Progress(loader, config.task, console)
-
     start = time.perf_counter()
-    results = _evaluate(config, model, tokenizer, dataset, batches, device)
+    entries = []
+    for checkpoint in config.checkpoints:
+        subject = load_subject(checkpoint, config.device, config.precision)
+        check_task(config, subject, dataset)
+        outcome = TASKS[config.task](config, subject, dataset, console)
+        entries.append(
+            {
+                "checkpoint": checkpoint,
+                "weights": str(subject.weights),
+                "sha256": weights_fingerprint(subject.weights),
+                "model": model_spec(subject.model),
+                "results": outcome.results,
+                "details": outcome.details,
+            }
+        )
+    results, spread = mean_and_spread([entry["results"] for entry in entries])
     report = {
         "task": config.task,
         "results": results,
-        "skipped": list(loader.skipped_paths),
-        "seconds": round(time.perf_counter() - start, 3),
+        **({"spread": spread} if spread else {}),
+        "checkpoints": entries,
+        "data": data_facts(dataset),
         "config": dataclasses.asdict(config),
-        "weights": str(file),
-        "model": model_spec(model),
         "versions": library_versions(),
+        "processes": num_processes,
+        "seconds": round(time.perf_counter() - start, 3),
     }
-    _print_table(results, config, console)  # first: the figures are there even if the file cannot be written
-    target = output_file(config)
-    _write_json(report, target)
-    console.print(f"written to {target}", style="dim", highlight=False, markup=False, soft_wrap=True)
+    # First: the figures are there even if the file cannot be written.
+    print_table(f"{config.task} of {', '.join(config.checkpoints)}", results, spread, console)
+    if rank == 0:
+        target = output_file(config)
+        write_json(report, target)
+        console.print(f"written to {target}", style="dim", highlight=False, markup=False, soft_wrap=True)
     return report
 
 
-def _evaluate(
-    config: EvaluationConfig, model: nn.Module, tokenizer, dataset: ImageDataset, batches, device: torch.device
-) -> dict[str, float | int]:
-    where = {"device": device, "precision": config.precision}
-    if config.task == "retrieval":
-        return evaluate_retrieval(model, batches, image_ids=identify_images(dataset), **where)
-    if config.task == "classification":
-        return evaluate_classification(model, batches, num_classes=len(dataset.classes), **where)
-    names = dataset.classes
-    if config.class_names is not None:
-        names = read_lines(config.class_names)
-        if len(names) != len(dataset.classes):
-            raise ConfigError(
-                f"class_names {config.class_names} has {len(names)} names, and the data {len(dataset.classes)} classes"
-            )
-    return evaluate_zero_shot(model, tokenizer, batches, names, config.templates, **where)
+def data_facts(dataset: ImageDataset) -> dict[str, Any]:
+    """What the JSON says of the data, besides its settings."""
+    facts = {"fingerprint": dataset.fingerprint(), "num_samples": len(dataset)}
+    return {**facts, "left_out": dataset.left_out} if dataset.left_out else facts
+
+
+def check_task(config: EvaluationConfig, subject: Subject, dataset: ImageDataset) -> None:
+    """Raises ConfigError unless task, model and data go together."""
+    task, kind = config.task, config.data.type
+    contrastive = is_contrastive(subject.model)
+    needed = {"classification": False, "zero_shot": True, "retrieval": True}.get(task, contrastive)
+    if contrastive != needed:
+        holds = "an image-text model" if contrastive else "a classifier"
+        fitting = "zero_shot or retrieval" if contrastive else "classification"
+        raise ConfigError(f"task {task!r} does not fit {subject.checkpoint}, which holds {holds}: use {fitting}")
+    if task == "retrieval" and not dataset.has_captions:
+        raise ConfigError(f"task 'retrieval' needs captions, and data of type {kind!r} has none")
+    if task != "retrieval" and dataset.classes is None:
+        raise ConfigError(f"task {task!r} needs labels, and data of type {kind!r} has none")
+    if task == "classification" and dataset.class_columns is None:
+        trained = read_pretrained_metadata(subject.weights)["extra"].get("class_names")
+        check_same_classes(trained, dataset.classes, subject.checkpoint)
 
 
 def check_same_classes(trained: list[str] | None, data: list[str] | None, checkpoint: str) -> None:
@@ -159,60 +153,3 @@ def check_same_classes(trained: list[str] | None, data: list[str] | None, checkp
     for index, (ours, theirs) in enumerate(zip(trained, data)):
         if ours != theirs:
             raise ConfigError(f"class {index} is {ours!r} in {checkpoint} and {theirs!r} in the data; they must agree")
-
-
-class _Progress:
-    """A loader that shows a progress bar while it is read."""
-
-    def __init__(self, loader, description: str, console: Console) -> None:
-        self.loader, self.description, self.console = loader, description, console
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        yield from track(self.loader, self.description, total=len(self.loader), console=self.console, transient=True)
-
-    @property
-    def num_skipped(self) -> int:
-        return self.loader.num_skipped
-
-
-def output_file(config: EvaluationConfig) -> Path:
-    """Where the result goes: `output`, or a name from task and data beside the checkpoint."""
-    if config.output is not None:
-        return Path(config.output)
-    checkpoint = Path(config.checkpoint)
-    parts = ["evaluation", config.task, config.data.type]
-    if config.data.type in ("emoji", "emoji_groups", "torchvision"):
-        parts.append(config.data.split)
-    elif config.data.path is not None:
-        parts.append(Path(config.data.path).stem)
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    return folder / f"{'_'.join(parts)}.json"
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide the figures; "source" for one that is not installed."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:  # vmoe run from a checkout
-            versions[name] = "source"
-    return versions
-
-
-def _write_json(report: dict[str, Any], file: Path) -> None:
-    """Writes the file whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.partial")
-    temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
-
-
-def _print_table(results: dict[str, float | int], config: EvaluationConfig, console: Console) -> None:
-    console.print(f"{config.task} of {config.checkpoint}", highlight=False, markup=False, soft_wrap=True)
-    table = Table()
-    table.add_column("measure")
-    table.add_column("value", justify="right")
-    for name, value in results.items():
-        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
-    console.print(table)

@@ -11,9 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vmoe.data.images import BadSample, load_image, to_rgb
-from vmoe.evaluation.classification import accuracies
+from vmoe.evaluation.classification import predict
 from vmoe.evaluation.inference import evaluating
-from vmoe.evaluation.metrics import label_ranks
 
 Template = str | Callable[[str], str]
 Picture = Image.Image | str | Path
@@ -140,20 +139,26 @@ def evaluate_zero_shot(
         precision: "float32", "bf16" or "fp16" (autocast around both encoders; scores are float32).
 
     Returns:
-        "top1", "top5" (shares in 0..1, ties count as misses), "num_samples", "num_skipped".
+        See `evaluate_classification`; the probabilities behind "ece" are those of `zero_shot_classify`.
 
     Raises:
         ValueError: bad names or templates, a label outside the names, or no samples.
     """
-    found: list[Tensor] = []
     with evaluating(model, device, precision):
         weights_DC = encode_classes(model, tokenizer, class_names, templates, device)
-        for batch in loader:
-            features_BD = model.encode_image(batch["image"].to(device), normalize=True).float()
-            with torch.autocast(torch.device(device).type, enabled=False):
-                scores_BC = features_BD @ weights_DC
-            found.append(label_ranks(scores_BC, batch["label"].to(device)).cpu())
-    return accuracies(found, loader)
+        return predict(class_scorer(model, weights_DC), loader, device=device).results()
+
+
+def class_scorer(model: nn.Module, weights_DC: Tensor) -> Callable[[Tensor], Tensor]:
+    """images (B, 3, H, W) -> logit_scale · cosine (B, C) float32, with class embeddings as `encode_classes` gives."""
+    scale = model.logit_scale.detach().float().exp()
+
+    def score(images: Tensor) -> Tensor:
+        features_BD = model.encode_image(images, normalize=True).float()
+        with torch.autocast(images.device.type, enabled=False):
+            return scale * (features_BD @ weights_DC)
+
+    return score
 
 
 def zero_shot_classify(

@@ -15,8 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmoe.config_io import ConfigError
-from vmoe.data import BadSample, EvalLoader, build_dataset, build_mixup, build_transform, eval_loader
+from vmoe.data import (
+    BadSample,
+    EvalLoader,
+    LoaderConfig,
+    Transform,
+    build_dataset,
+    build_mixup,
+    build_transform,
+    eval_loader,
+)
 from vmoe.evaluation import evaluate_classification, evaluate_retrieval, evaluate_zero_shot
+from vmoe.evaluation.retrieval import retrieval_loader
 from vmoe.evaluation.zero_shot import check_class_names, resolve_templates
 from vmoe.models.factory import IMAGE_TEXT_NAMES, create_model, get_tokenizer, is_contrastive, preprocess_config
 from vmoe.models.upcycle import upcycle
@@ -120,12 +130,15 @@ class Task:
                 continue
         return samples
 
-    def _val_loader(self, model: nn.Module, device: torch.device) -> EvalLoader:
+    def _val_reading(self, model: nn.Module) -> tuple[Transform, LoaderConfig]:
+        """How the validation data is read."""
         evaluate = self.config.evaluate
         loader = dataclasses.replace(self.config.data.loader, batch_size=evaluate.batch_size, on_bad=evaluate.on_bad)
-        transform = build_transform(preprocess_config(model), None)
-        tokenizer = self.tokenizer if self.val_data.has_captions else None
-        return eval_loader(self.val_data, transform, tokenizer, loader, device)
+        return build_transform(preprocess_config(model), None), loader
+
+    def _val_loader(self, model: nn.Module, device: torch.device) -> EvalLoader:
+        transform, loader = self._val_reading(model)
+        return eval_loader(self.val_data, transform, None, loader, device)
 
 
 class Classification(Task):
@@ -222,10 +235,12 @@ class Contrastive(Task):
         return figures if bias is None else {**figures, "logit_bias": bias.item()}
 
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        loader = self._val_loader(model, device)
         if self.evaluation == "retrieval":
-            return evaluate_retrieval(model, loader, device=device)
-        names, templates = self.val_data.classes, self.config.evaluate.templates
+            loader, image_of_caption = retrieval_loader(self.val_data, *self._val_reading(model), device)
+            captions = self.val_data.captions
+            return evaluate_retrieval(model, self.tokenizer, loader, captions, image_of_caption, device=device)
+        names, templates = self.val_data.prompt_names or self.val_data.classes, self.config.evaluate.templates
+        loader = self._val_loader(model, device)
         return evaluate_zero_shot(model, self.tokenizer, loader, names, templates, device=device)
 
     def example_names(self, samples: list[Any]) -> list[str]:

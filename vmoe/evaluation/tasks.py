@@ -1,0 +1,104 @@
+"""The tasks of an evaluation: each takes (config, subject, dataset, console) and returns an `Outcome`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from vmoe.config_io import ConfigError
+from vmoe.data import ImageDataset, eval_loader
+from vmoe.evaluation.classification import Predictions, checked_logits, predict
+from vmoe.evaluation.config import EvaluationConfig
+from vmoe.evaluation.distributed import gather_lists
+from vmoe.evaluation.inference import evaluating
+from vmoe.evaluation.metrics import accuracy_per_class
+from vmoe.evaluation.report import Outcome, Progress
+from vmoe.evaluation.retrieval import evaluate_retrieval, retrieval_loader
+from vmoe.evaluation.subject import Subject
+from vmoe.evaluation.zero_shot import class_scorer, encode_classes, read_lines
+
+
+def classification(config: EvaluationConfig, subject: Subject, dataset: ImageDataset, console: Console) -> Outcome:
+    """Task "classification": a classifier's own outputs, or those of its outputs that the data's classes map to."""
+    loader = eval_loader(dataset, subject.transform, None, config.loader)
+    num_classes = None if dataset.class_columns is not None else len(dataset.classes)
+    with evaluating(subject.model, subject.device, subject.precision):
+        predictions = predict(
+            lambda images: checked_logits(subject.model, images, num_classes),
+            Progress(loader, config.task, console),
+            device=subject.device,
+            class_columns=dataset.class_columns,
+            label_sets=dataset.label_sets,
+        )
+    return judged(predictions, dataset, loader.skipped_paths)
+
+
+def zero_shot(config: EvaluationConfig, subject: Subject, dataset: ImageDataset, console: Console) -> Outcome:
+    """Task "zero_shot": pictures against class names."""
+    loader = eval_loader(dataset, subject.transform, None, config.loader)
+    names = zero_shot_names(config, dataset)
+    with evaluating(subject.model, subject.device, subject.precision):
+        weights_DC = encode_classes(subject.model, subject.tokenizer, names, config.templates, subject.device)
+        predictions = predict(
+            class_scorer(subject.model, weights_DC),
+            Progress(loader, config.task, console),
+            device=subject.device,
+            label_sets=dataset.label_sets,
+        )
+    return judged(predictions, dataset, loader.skipped_paths)
+
+
+def zero_shot_names(config: EvaluationConfig, dataset: ImageDataset) -> list[str]:
+    """The names that pictures are compared with, one for each class of the data.
+
+    Raises:
+        ConfigError: `class_names` has more or fewer.
+    """
+    if config.class_names is None:
+        return dataset.prompt_names or dataset.classes
+    names = read_lines(config.class_names)
+    if len(names) != len(dataset.classes):
+        raise ConfigError(
+            f"class_names {config.class_names} has {len(names)} names, and the data {len(dataset.classes)} classes"
+        )
+    return names
+
+
+def judged(predictions: Predictions, dataset: ImageDataset, skipped_paths: list[str]) -> Outcome:
+    """The figures of a task with labels: accuracy, calibration, and each class and condition by itself."""
+    results = predictions.results()
+    details: dict[str, Any] = {"per_class": predictions.per_class(dataset.classes)}
+    if dataset.conditions is not None:
+        condition_N = torch.tensor(dataset.condition_of)[predictions.index_N]
+        accuracy_C, counts_C = accuracy_per_class(predictions.rank_N == 0, condition_N, len(dataset.conditions))
+        details["conditions"] = {
+            name: {"top1": accuracy, "num_samples": count}
+            for name, accuracy, count in zip(dataset.conditions, accuracy_C.tolist(), counts_C.tolist(), strict=True)
+            if count
+        }
+    return Outcome(results, {**details, "skipped": gather_lists(list(skipped_paths))})
+
+
+def retrieval(config: EvaluationConfig, subject: Subject, dataset: ImageDataset, console: Console) -> Outcome:
+    """Task "retrieval": pictures to captions and back."""
+    loader, image_of_caption = retrieval_loader(dataset, subject.transform, config.loader)
+    results = evaluate_retrieval(
+        subject.model,
+        subject.tokenizer,
+        Progress(loader, config.task, console),
+        dataset.captions,
+        image_of_caption,
+        device=subject.device,
+        precision=subject.precision,
+    )
+    return Outcome(results, {"skipped": gather_lists(list(loader.skipped_paths))})
+
+
+TASKS: dict[str, Callable[[EvaluationConfig, Subject, ImageDataset, Console], Outcome]] = {
+    "classification": classification,
+    "zero_shot": zero_shot,
+    "retrieval": retrieval,
+}
