@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ class PairsFile(ImageDataset):
             raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
         if not self.pairs:
             raise ValueError(f"{path}: holds no pairs; it needs an image path and a caption per line")
+        self.image_ids = [os.path.normpath(image) for image, _ in self.pairs]
 
     @property
     def captions(self) -> list[str]:
