@@ -1,160 +1,333 @@
 """Routing statistics: what the experts of a model do with the patches and words of a data set.
 
-Shapes, by suffix: E experts, K choices of a token (K = E where experts or slots choose), C classes, L sparse layers,
-T words of a caption, H and W pixels of a picture.
+Shapes, by suffix: B batch, T tokens of one modality, P patches, E experts, K choices of a token (K = E where experts or
+slots choose), C classes, D width of the embeddings.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+
+from vmoe.data import ImageDataset, eval_loader
+from vmoe.data.config import LoaderConfig
+from vmoe.data.images import to_rgb
+from vmoe.evaluation.inference import evaluating
+from vmoe.evaluation.report import Progress, library_versions
+from vmoe.evaluation.subject import Subject, weights_fingerprint
+from vmoe.evaluation.zero_shot import Template, resolve_templates
+from vmoe.inspection.accumulate import Agreement, LayerSums, ModalityTokens
+from vmoe.inspection.figure import patch_grid
+from vmoe.inspection.forward import (
+    checkpoint_classes,
+    likeliest_names,
+    routed,
+    routing_settings,
+    shown_pixels,
+    sparse_layers,
+)
+from vmoe.inspection.results import (
+    LayerStatistics,
+    RoutingStatistics,
+    SampleRouting,
+    TokenRouting,
+    TypicalPatch,
+)
+from vmoe.inspection.words import word_decoder
+from vmoe.models.text import text_mask
+from vmoe.moe import SparseMoE
+
+__all__ = [
+    "LayerStatistics",
+    "RoutingStatistics",
+    "SampleRouting",
+    "TokenRouting",
+    "TypicalPatch",
+    "gather_statistics",
+    "sample_routing",
+]
 
 
-@dataclass
-class TypicalPatch:
-    """A patch to which a layer gave one expert with a particularly large gate value.
+def gather_statistics(
+    subject: Subject,
+    dataset: ImageDataset,
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    on_bad: str = "fail",
+    num_pictures: int = 200,
+    num_patches: int = 16,
+    templates: Sequence[Template] | str | None = None,
+    eval_capacity_factor: float | None = None,
+    batch_priority: bool | None = None,
+    data: str | None = None,
+    console: Console | None = None,
+) -> RoutingStatistics:
+    """Runs a model over a data set and sums up its routing.
+
+    Memory does not grow with the data: there are running sums, the typical patches, and `num_pictures` samples. Where
+    nothing is dropped the result does not depend on `batch_size`.
+
+    Pictures go through the model together with their captions, as in training. Without captions an image-text model
+    sees the pictures by themselves, and then the prompts of the class names, each once.
+
+    Args:
+        subject: a classifier or an image-text model with sparse layers.
+        dataset: with labels, captions, both or neither.
+        batch_size: pictures per forward pass.
+        num_workers: processes that read pictures.
+        on_bad: "fail" at the first unreadable picture, or "skip" and count them.
+        num_pictures: samples to keep whole, spread evenly over the data.
+        num_patches: typical patches to keep for each expert.
+        templates: prompts of class names, see `vmoe.evaluation.zero_shot.resolve_templates`.
+        eval_capacity_factor: room in the experts for this call, to see what is dropped with limited room as in
+            training; None: as the model is set.
+        batch_priority: whether important tokens go first, for this call; None: as the model is set.
+        data: the data set in words; None: the name of its class.
+        console: shows a progress bar; None: none.
+
+    Raises:
+        ValueError: a dense model, unusable settings, or no readable picture.
+        BadSample: an unreadable picture, unless `on_bad` is "skip".
+    """
+    if num_pictures < 0 or num_patches < 0:
+        raise ValueError(f"num_pictures and num_patches must be >= 0, got {num_pictures} and {num_patches}")
+    captions = subject.tokenizer is not None and dataset.has_captions
+    fingerprint = dataset.fingerprint()
+    loader_config = LoaderConfig(batch_size=batch_size, num_workers=num_workers, on_bad=on_bad)
+    tokenizer = subject.tokenizer if captions else None
+    loader = eval_loader(dataset, subject.transform, tokenizer, loader_config, subject.device)
+    wanted = np.linspace(0, len(dataset) - 1, min(num_pictures, len(dataset))).round().astype(int).tolist()
+    with (
+        routing_settings(subject.model, eval_capacity_factor, batch_priority),
+        evaluating(subject.model, subject.device, subject.precision),
+    ):
+        gatherer = _Gatherer(subject, dataset, num_patches)
+        for batch in loader if console is None else Progress(loader, "routing", console):
+            gatherer.add_batch(batch, wanted)
+        if not gatherer.num_samples:
+            raise ValueError("no picture was read: the data set is empty or none of its pictures is readable")
+        words_from = "captions" if captions else None
+        names = dataset.prompt_names or dataset.classes
+        if subject.tokenizer is not None and not captions and names is not None:
+            words_from = "class names"
+            texts = [template(name) for name in names for template in resolve_templates(templates)]
+            for start in range(0, len(texts), batch_size):
+                gatherer.add_texts(texts[start : start + batch_size])
+        gatherer.name_pictures(templates)
+        layers = [gatherer.layer_statistics(name) for name in gatherer.layers]
+    return RoutingStatistics(
+        layers=layers,
+        agreement=gatherer.agreement.matrices(),
+        class_names=dataset.classes,
+        num_samples=gatherer.num_samples,
+        num_skipped=loader.num_skipped,
+        samples=list(gatherer.samples.values()),
+        sample_index=list(gatherer.samples),
+        words_from=words_from,
+        checkpoint=subject.checkpoint,
+        weights_fingerprint=weights_fingerprint(subject.weights),
+        data=type(dataset).__name__ if data is None else data,
+        data_fingerprint=fingerprint,
+        versions=library_versions(),
+    )
+
+
+def sample_routing(
+    subject: Subject,
+    image: Image.Image,
+    text: str | None = None,
+    *,
+    class_names: Sequence[str] | None = None,
+    templates: Sequence[Template] | str | None = None,
+) -> SampleRouting:
+    """The routing of one picture, and of a text with it, in every sparse layer.
+
+    Args:
+        subject: a classifier or an image-text model with sparse layers.
+        image: of any size.
+        text: for an image-text model; None: the picture alone.
+        class_names: what the picture may be called, for `top_classes`. A classifier has its own, from its file; an
+            image-text model without names gives none.
+        templates: prompts of the class names, see `vmoe.evaluation.zero_shot.resolve_templates`.
+
+    Raises:
+        ValueError: a dense model, a text for a classifier, or class names that do not fit the model.
+    """
+    if text is not None and subject.tokenizer is None:
+        raise ValueError(f"{subject.checkpoint} holds a classifier, which reads no text: leave the text out")
+    layers = sparse_layers(subject)
+    image_1CHW = subject.transform(to_rgb(image))[None].to(subject.device)
+    ids_1T = None if text is None else subject.tokenizer([text])
+    with evaluating(subject.model, subject.device, subject.precision):
+        tokens, output_1D = routed(subject, image_1CHW, ids_1T)
+        sample = _sample(subject, layers, tokens, 0, shown_pixels(subject, image_1CHW)[0], ids_1T)
+        sample.caption = text
+        names = checkpoint_classes(subject) if class_names is None else list(class_names)
+        if subject.tokenizer is None or names is not None:
+            [sample.top_classes] = likeliest_names(subject, output_1D, names, None, templates)
+    return sample
+
+
+def _sample(
+    subject: Subject,
+    layers: dict[str, SparseMoE],
+    tokens: dict[str, dict[str, ModalityTokens]],
+    b: int,
+    pixels: np.ndarray,
+    ids_BT: Tensor | None,
+) -> SampleRouting:
+    """Row `b` of a batch; path, label, caption and names are left open."""
+    patches, text, words = [], [], []
+    images, captions = tokens.get("image", {}), tokens.get("text", {})
+    if ids_BT is not None:
+        real_T = next(iter(captions.values())).real_BT[b] if captions else _real_words(subject, ids_BT[b])
+        words = word_decoder(subject.tokenizer)(ids_BT[b][torch.from_numpy(real_T)].tolist())
+        for name in layers:
+            text.append(_token_routing(captions[name], b, real_T) if name in captions else None)
+    for name in layers:
+        own = images.get(name)
+        if own is None:
+            patches.append(None)
+            continue
+        prefix, rows, columns = patch_grid(subject.model, own.real_BT.shape[1])
+        flat = _token_routing(own, b, slice(prefix, None))
+        grid = (rows, columns, -1)
+        patches.append(TokenRouting(flat.expert.reshape(grid), flat.weight.reshape(grid), flat.kept.reshape(grid)))
+    return SampleRouting(pixels, "", None, None, words, patches, text, [])
+
+
+def _real_words(subject: Subject, ids_T: Tensor) -> np.ndarray:
+    """(T,) bool, up to the end of the text; for a model whose sparse layers see no words."""
+    end = getattr(subject.tokenizer, "eot_token_id", None)
+    return (ids_T != 0 if end is None else text_mask(ids_T[None], end)[0]).cpu().numpy()
+
+
+def _token_routing(tokens: ModalityTokens, b: int, places) -> TokenRouting:
+    return TokenRouting(*(array[b][places] for array in (tokens.expert_BTK, tokens.weight_BTK, tokens.kept_BTK)))
+
+
+class _Gatherer:
+    """Streams batches through a model and keeps what `RoutingStatistics` needs.
 
     Attributes:
-        sample: place of its picture in the data set.
-        row: of the patch in the picture's grid, from the top, from 0.
-        column: likewise, from the left.
-        weight: the gate value, 0..1.
-        pixels: (h, w, 3) uint8, the patch as the model saw it.
+        layers: {name: sparse layer}.
+        sums: {layer name: running sums}.
+        agreement: of all pairs of layers.
+        num_samples: pictures read so far.
+        samples: {place in the data set: a picture kept whole}.
     """
 
-    sample: int
-    row: int
-    column: int
-    weight: float
-    pixels: np.ndarray
+    def __init__(self, subject: Subject, dataset: ImageDataset, num_patches: int) -> None:
+        self.subject, self.dataset = subject, dataset
+        self.layers = sparse_layers(subject)
+        num_classes = None if dataset.classes is None else len(dataset.classes)
+        self.sums = {name: LayerSums(layer, num_classes, num_patches) for name, layer in self.layers.items()}
+        self.agreement = Agreement({name: layer.num_experts for name, layer in self.layers.items()})
+        self.num_samples = 0
+        self.samples: dict[int, SampleRouting] = {}
+        self._outputs: dict[int, Tensor] = {}
 
+    def add_batch(self, batch: dict[str, Tensor], wanted: list[int]) -> None:
+        """Runs a batch of the loader; pictures whose places are in `wanted` are kept whole."""
+        tokens, output_BD = routed(self.subject, batch["image"], batch.get("text"))
+        index_B = batch["index"].cpu().numpy()
+        self.num_samples += len(index_B)
+        pixels_BHWC = shown_pixels(self.subject, batch["image"])
+        for name, own in tokens.get("image", {}).items():
+            sums = self.sums[name]
+            done_BTE = sums.add("image", own)
+            if "label" in batch and sums.expert_class is not None:
+                sums.add_classes(done_BTE, batch["label"].cpu().numpy())
+            self._add_patches(sums, own, done_BTE, index_B, pixels_BHWC)
+        if "image" in tokens:
+            self.agreement.add("image", tokens["image"])
+        self._add_words(tokens.get("text", {}), batch.get("text"))
+        for b in np.flatnonzero(np.isin(index_B, wanted)).tolist():
+            place = int(index_B[b])
+            sample = _sample(self.subject, self.layers, tokens, b, pixels_BHWC[b].copy(), batch.get("text"))
+            raw = self.dataset[place]
+            sample.path, sample.label, sample.caption = raw.path, raw.label, raw.caption
+            self.samples[place] = sample
+            self._outputs[place] = output_BD[b].float().cpu()
 
-@dataclass
-class LayerStatistics:
-    """What one sparse layer did with all tokens of the data; padding is never counted.
+    def add_texts(self, texts: list[str]) -> None:
+        """Runs texts without pictures."""
+        ids_BT = self.subject.tokenizer(texts)
+        tokens, _ = routed(self.subject, None, ids_BT)
+        self._add_words(tokens.get("text", {}), ids_BT)
 
-    Soft routing has no assignments: there, `asked`, `kept`, `expert_class` and `expert_word` hold sums of the tokens'
-    combine weights (how many tokens' worth of output came from each expert), and nothing is dropped. Where experts
-    choose (expert choice), `asked` equals `kept`, and dropped are the tokens that no expert took.
+    def _add_words(self, layers: dict[str, ModalityTokens], ids_BT: Tensor | None) -> None:
+        for name, own in layers.items():
+            done_BTE = self.sums[name].add("text", own)
+            self.sums[name].add_words(done_BTE, own.real_BT, ids_BT.cpu().numpy())
+        if layers:
+            self.agreement.add("text", layers)
 
-    Attributes:
-        name: of the layer, such as "blocks.1.mlp".
-        num_experts: E.
-        num_selected_experts: experts that each token chooses; E where experts or slots choose.
-        router: "top_k", "expert_choice" or "soft".
-        eval_capacity_factor: that the layer ran with; None: every expert had room for all (top_k), or the capacity
-            factor of training (expert_choice).
-        batch_priority: whether the tokens with the largest gates went first.
-        tokens: {modality: tokens seen}; only the modalities that the layer met.
-        asked: {modality: (E,) assignments that asked for each expert}.
-        kept: {modality: (E,) of these, how many had room}, the load.
-        importance: {modality: (E,) sum of the tokens' gate values}.
-        entropy: {modality: mean entropy of a token's gate, in nats; 0..log E}.
-        share_dropped: {modality: share of the assignments (expert choice: of the tokens) that found no room, 0..1}.
-        expert_class: (E, C) kept assignments of image tokens by the class of their picture; None without labels.
-        expert_word: {word piece: (E,) kept assignments of it}; empty where the layer met no words.
-        typical_patches: for each expert the patches with its largest gate values, largest first, at most one per
-            picture; empty lists where the layer met no pictures.
-    """
+    def _add_patches(
+        self, sums: LayerSums, own: ModalityTokens, done_BTE: np.ndarray, index_B: np.ndarray, pixels_BHWC: np.ndarray
+    ) -> None:
+        prefix, rows, columns = patch_grid(self.subject.model, own.real_BT.shape[1])
+        h, w = pixels_BHWC.shape[1] // rows, pixels_BHWC.shape[2] // columns
 
-    name: str
-    num_experts: int
-    num_selected_experts: int
-    router: str
-    eval_capacity_factor: float | None
-    batch_priority: bool
-    tokens: dict[str, int]
-    asked: dict[str, np.ndarray]
-    kept: dict[str, np.ndarray]
-    importance: dict[str, np.ndarray]
-    entropy: dict[str, float]
-    share_dropped: dict[str, float]
-    expert_class: np.ndarray | None = None
-    expert_word: dict[str, np.ndarray] = field(default_factory=dict)
-    typical_patches: list[list[TypicalPatch]] = field(default_factory=list)
+        def pixels(b: int, row: int, column: int) -> np.ndarray:
+            return pixels_BHWC[b, row * h : (row + 1) * h, column * w : (column + 1) * w].copy()
 
+        sums.add_patches(done_BTE[:, prefix:], own.gate_BTE[:, prefix:], columns, index_B, pixels)
 
-@dataclass
-class TokenRouting:
-    """Where the tokens of one picture or one caption went in one layer.
+    def name_pictures(self, templates: Sequence[Template] | str | None) -> None:
+        """Fills in the likeliest names of the kept pictures.
 
-    The leading axes are (rows, columns) of the grid for a picture, (T,) for a caption.
+        Names are those of the classes; for data without classes a classifier's own, or the captions of the pictures.
+        """
+        if not self.samples:
+            return
+        names, columns = self.dataset.classes, self.dataset.class_columns
+        if self.subject.tokenizer is None and names is None:
+            names = checkpoint_classes(self.subject)
+        elif self.subject.tokenizer is not None:
+            captions = dict.fromkeys(sample.caption for sample in self.samples.values() if sample.caption)
+            names = self.dataset.prompt_names or names or list(captions)
+            templates = templates if self.dataset.classes else None
+            if not names:
+                return
+        output_BD = torch.stack(list(self._outputs.values())).to(self.subject.device)
+        found = likeliest_names(self.subject, output_BD, names, columns, templates)
+        for sample, top in zip(self.samples.values(), found, strict=True):
+            sample.top_classes = top
 
-    Attributes:
-        expert: (..., K) int, the chosen experts, best first (all E of them where experts or slots choose).
-        weight: (..., K) float32 combine weights; 0 for an expert that passed the token over.
-        kept: (..., K) bool, the expert had room (took the token).
-    """
-
-    expert: np.ndarray
-    weight: np.ndarray
-    kept: np.ndarray
-
-
-@dataclass
-class SampleRouting:
-    """One picture, and its caption if there is one, with their routing in every layer.
-
-    Attributes:
-        image: (H, W, 3) uint8 as the model saw it.
-        path: file of the picture, or another name of the sample.
-        label: index of its class, or None.
-        caption: its text, or None.
-        words: T word pieces of the caption as the tokenizer cut it, its special ones included; [] without a caption.
-        patches: for each layer of `RoutingStatistics.layers` the routing of the patches, (rows, columns, K);
-            None for a layer that sees words only.
-        text: for each layer the routing of the words, (T, K); None for a layer that sees pictures only; [] without
-            a caption.
-        top_classes: (name, probability) of the model's likeliest names, likeliest first.
-    """
-
-    image: np.ndarray
-    path: str
-    label: int | None
-    caption: str | None
-    words: list[str]
-    patches: list[TokenRouting | None]
-    text: list[TokenRouting | None]
-    top_classes: list[tuple[str, float]]
-
-
-@dataclass
-class RoutingStatistics:
-    """What the experts of a model did with a data set.
-
-    Attributes:
-        layers: one per sparse layer, in the order of the model.
-        agreement: {modality: (L, L) agreement of the routing between two layers, 0..1}: normalised mutual information
-            of the tokens' first choices; NaN where a layer does not see the modality.
-        class_names: C names of the labels, or None.
-        num_samples: pictures that were read.
-        num_skipped: unreadable ones that were left out.
-        samples: `num_pictures` of them, spread evenly over the data.
-        sample_index: their places in the data set.
-        words_from: "captions" of the data, "class names", or None where no words were read.
-        checkpoint: the model, as the user named it.
-        weights_fingerprint: SHA-256 (hex) of its weights file.
-        data: what the data set is, in words.
-        data_fingerprint: SHA-256 (hex) of what is in it.
-        versions: {library: version}.
-    """
-
-    layers: list[LayerStatistics]
-    agreement: dict[str, np.ndarray]
-    class_names: list[str] | None
-    num_samples: int
-    num_skipped: int
-    samples: list[SampleRouting]
-    sample_index: list[int]
-    words_from: str | None
-    checkpoint: str
-    weights_fingerprint: str
-    data: str
-    data_fingerprint: str
-    versions: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def modalities(self) -> list[str]:
-        """Names of the modalities that some layer met: "image", "text" or both."""
-        return list(dict.fromkeys(name for layer in self.layers for name in layer.tokens))
+    def layer_statistics(self, name: str) -> LayerStatistics:
+        """The sums of a layer in their final form."""
+        layer, sums = self.layers[name], self.sums[name]
+        whole = (lambda array: array) if layer.router_type == "soft" else (lambda array: array.round().astype(np.int64))
+        words: dict[str, np.ndarray] = {}
+        if sums.expert_word:
+            decode = word_decoder(self.subject.tokenizer)
+            for word, done_E in zip(decode(list(sums.expert_word)), sums.expert_word.values(), strict=True):
+                words[word] = words.get(word, 0) + done_E  # two ids may read the same
+        sees_images = "image" in sums.tokens
+        return LayerStatistics(
+            name=name,
+            num_experts=layer.num_experts,
+            num_selected_experts=layer.num_selected_experts if layer.router_type == "top_k" else layer.num_experts,
+            router=layer.router_type,
+            eval_capacity_factor=layer.eval_capacity_factor,
+            batch_priority=layer.batch_priority,
+            tokens=sums.tokens,
+            asked={modality: whole(asked_E) for modality, asked_E in sums.asked.items()},
+            kept={modality: whole(kept_E) for modality, kept_E in sums.kept.items()},
+            importance=sums.importance,
+            entropy=sums.entropy,
+            share_dropped=sums.share_dropped,
+            expert_class=whole(sums.expert_class) if sees_images and sums.expert_class is not None else None,
+            expert_word={word: whole(done_E) for word, done_E in words.items()},
+            typical_patches=[
+                [TypicalPatch(sample, row, column, value, pixels) for value, sample, row, column, pixels in own]
+                for own in sums.typical
+            ],
+        )

@@ -1,0 +1,147 @@
+"""One pass of a model over pictures and texts, with its routing, under given routing settings.
+
+Shapes, by suffix: B batch, T tokens of one modality, C classes, D width of the embeddings, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vmoe.evaluation.subject import Subject
+from vmoe.evaluation.zero_shot import Template, encode_classes
+from vmoe.inspection.accumulate import ModalityTokens, split_modalities
+from vmoe.models.factory import read_pretrained_metadata
+from vmoe.models.text import text_mask
+from vmoe.moe import SparseMoE, record_routing
+from vmoe.moe.record import WRAPPERS, unwrap
+
+TOP_CLASSES = 5
+
+
+def sparse_layers(subject: Subject) -> dict[str, SparseMoE]:
+    """{name: sparse layer} in the order of the model, named as by `record_routing`.
+
+    Raises:
+        ValueError: it has none.
+    """
+    layers = {
+        ".".join(part for part in name.split(".") if part not in WRAPPERS): module
+        for name, module in unwrap(subject.model).named_modules()
+        if isinstance(module, SparseMoE)
+    }
+    if not layers:
+        raise ValueError(f"{subject.checkpoint} holds a dense model: it has no experts to look at")
+    return layers
+
+
+@contextmanager
+def routing_settings(
+    model: nn.Module, eval_capacity_factor: float | None, batch_priority: bool | None
+) -> Iterator[None]:
+    """Inside the block the sparse layers have these settings; None leaves one as it is.
+
+    Raises:
+        ValueError: a capacity factor that is not above 0.
+    """
+    if eval_capacity_factor is not None and not eval_capacity_factor > 0:
+        raise ValueError(f"eval_capacity_factor must be > 0, got {eval_capacity_factor}")
+    given = {"eval_capacity_factor": eval_capacity_factor, "batch_priority": batch_priority}
+    given = {name: value for name, value in given.items() if value is not None}
+    layers = [module for module in model.modules() if isinstance(module, SparseMoE)]
+    before = [{name: getattr(layer, name) for name in given} for layer in layers]
+    try:
+        for layer in layers:
+            for name, value in given.items():
+                setattr(layer, name, value)
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            for name, value in own.items():
+                setattr(layer, name, value)
+
+
+def routed(
+    subject: Subject, image_BCHW: Tensor | None, ids_BT: Tensor | None
+) -> tuple[dict[str, dict[str, ModalityTokens]], Tensor | None]:
+    """Runs the model on pictures, texts or pairs; call it inside `evaluating`.
+
+    Returns:
+        ({modality: {layer name: its tokens}}, a classifier's logits (B, C) or the pictures' embeddings (B, D)).
+    """
+    model, device = subject.model, subject.device
+    with record_routing(model) as record:
+        if image_BCHW is None:
+            output = None
+            model.encode_text(ids_BT.to(device), normalize=True)
+        elif subject.tokenizer is None:
+            output = model(image_BCHW)
+        elif ids_BT is None:
+            output = model.encode_image(image_BCHW, normalize=True)
+        else:
+            output = model(image_BCHW, ids_BT.to(device))
+            output = output["image_features"] if isinstance(output, dict) else output[0]
+    tokens: dict[str, dict[str, ModalityTokens]] = {}
+    for name, call in record.layers.items():
+        for modality, own in split_modalities(call).items():
+            tokens.setdefault(modality, {})[name] = own
+    end = getattr(subject.tokenizer, "eot_token_id", None)
+    for name, own in tokens.get("text", {}).items():
+        if own.real_BT.shape != ids_BT.shape:
+            raise ValueError(f"{name} sees {own.real_BT.shape[1]} words, but the tokenizer gives {ids_BT.shape[1]}")
+        if end is not None:  # some models read their padding too
+            own.real_BT = own.real_BT & text_mask(ids_BT, end).cpu().numpy()
+    return tokens, output
+
+
+def shown_pixels(subject: Subject, image_BCHW: Tensor) -> np.ndarray:
+    """(B, H, W, 3) uint8: the pictures as the model sees them, without the normalisation."""
+    image = image_BCHW.detach().float().cpu() * subject.transform.std + subject.transform.mean
+    return (image * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+def checkpoint_classes(subject: Subject) -> list[str] | None:
+    """The names of a classifier's classes, where its file holds them."""
+    return read_pretrained_metadata(subject.weights)["extra"].get("class_names")
+
+
+def likeliest_names(
+    subject: Subject,
+    output_BD: Tensor,
+    names: list[str] | None,
+    class_columns: list[list[int]] | None,
+    templates: Sequence[Template] | str | None,
+) -> list[list[tuple[str, float]]]:
+    """For each picture the `TOP_CLASSES` likeliest names with their probabilities.
+
+    Args:
+        subject: the model.
+        output_BD: what `routed` gave.
+        names: C names; of a classifier None: "class 0", "class 1" ...
+        class_columns: for each name the outputs of the classifier that stand for it; None: output by output.
+        templates: of an image-text model.
+
+    Raises:
+        ValueError: a classifier with another number of classes.
+    """
+    scores_BC = output_BD.float()
+    if subject.tokenizer is not None:
+        weights_DC = encode_classes(subject.model, subject.tokenizer, names, templates, subject.device)
+        scale = subject.model.logit_scale.detach().float().exp()
+        scores_BC = scale * F.normalize(scores_BC, dim=-1) @ weights_DC
+    elif class_columns is not None:
+        scores_BC = torch.stack([scores_BC[:, columns].amax(1) for columns in class_columns], dim=1)
+    if names is None:
+        names = [f"class {c}" for c in range(scores_BC.shape[1])]
+    if len(names) != scores_BC.shape[1]:
+        raise ValueError(
+            f"{subject.checkpoint} tells {scores_BC.shape[1]} classes apart, but {len(names)} names were given"
+        )
+    top = scores_BC.softmax(1).topk(min(TOP_CLASSES, len(names)))
+    rows = zip(top.values.tolist(), top.indices.tolist(), strict=True)
+    return [[(names[c], value) for value, c in zip(*row, strict=True)] for row in rows]
