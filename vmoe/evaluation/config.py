@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from vmoe.config_io import ConfigError
 from vmoe.data.config import LoaderConfig, SourceConfig
@@ -12,14 +13,87 @@ FEATURE_TASKS = ("few_shot", "linear_probe", "knn")
 
 
 @dataclass
+class FeatureSet:
+    """One data set of several in a few-shot evaluation.
+
+    Attributes:
+        train: The data that the examples are taken from.
+        test: The data that is classified; of the same classes.
+    """
+
+    train: SourceConfig
+    test: SourceConfig
+
+
+@dataclass
 class FeatureConfig:
     """Tasks on frozen features: "few_shot", "linear_probe", "knn".
 
     Attributes:
-        cache: Folder where features are kept, under a key of model and data; null: computed anew each time.
+        cache: Folder where features are kept, under a key of model and data; "auto": `features` in $VMOE_CACHE or
+            ~/.cache/vmoe; null: computed anew each time.
+        sets: few_shot only: further data sets beside `train_data` and `data`, {name: {train: ..., test: ...}} with the
+            keys of `data`. The penalty is chosen over all sets together.
+        shots: few_shot only: examples per class. A class with fewer gives all that it has.
+        seeds: few_shot only: the examples are drawn once with each of these seeds, and the mean is reported.
+        l2: few_shot and linear_probe: the penalty, fixed; null: it is chosen, see docs/evaluation.md.
+        l2_penalties: few_shot only: the penalties to choose from.
+        l2_range: linear_probe only: the least and the greatest penalty to choose from.
+        val_share: linear_probe only: share of the training data on which penalties are compared, in 0..1.
+        k: knn only: numbers of neighbours.
+        temperature: knn only: a neighbour votes with the weight exp(cosine / temperature).
     """
 
-    cache: str | None = None
+    cache: str | None = "auto"
+    sets: dict[str, Any] = field(default_factory=dict)
+    shots: list[int] = field(default_factory=lambda: [1, 5, 10, 25])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    l2: float | None = None
+    l2_penalties: list[float] = field(default_factory=lambda: [2.0**power for power in range(-10, 20)])
+    l2_range: tuple[float, float] = (1e-6, 1e6)
+    val_share: float = 0.2
+    k: list[int] = field(default_factory=lambda: [10, 20, 100, 200])
+    temperature: float = 0.07
+
+    def __post_init__(self) -> None:
+        self.sets = {name: _feature_set(f"features.sets.{name}", given) for name, given in self.sets.items()}
+        for name, least in (("shots", 1), ("k", 1), ("seeds", 0)):
+            values = getattr(self, name)
+            if not values or min(values) < least or len(set(values)) < len(values):
+                raise ConfigError(f"features.{name} must be different whole numbers >= {least}, got {values}")
+        penalties = [self.l2_penalties, [1.0 if self.l2 is None else self.l2], self.l2_range]
+        for name, values in zip(("l2_penalties", "l2", "l2_range"), penalties, strict=True):
+            if not values or not all(0 < value < math.inf for value in values) or len(set(values)) < len(values):
+                raise ConfigError(f"features.{name} must be > 0 and finite, each once, got {values}")
+        if self.l2_range[0] > self.l2_range[1]:
+            raise ConfigError(f"features.l2_range must be the least and the greatest penalty, got {self.l2_range}")
+        if not 0 < self.val_share < 1:
+            raise ConfigError(f"features.val_share must be between 0 and 1, got {self.val_share}")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"features.temperature must be > 0, got {self.temperature}")
+
+
+def _feature_set(key: str, given: Any) -> FeatureSet:
+    """The two sources of one of `features.sets`, which come as dictionaries from a file.
+
+    Raises:
+        ConfigError: a key is missing or unknown, or a source's own checks fail.
+    """
+    if isinstance(given, FeatureSet):
+        return given
+    if not isinstance(given, dict) or set(given) != {"train", "test"}:
+        raise ConfigError(f"{key} must have the keys train and test, got {given!r}")
+    known = {one.name for one in fields(SourceConfig)}
+    for part, settings in given.items():
+        if not isinstance(settings, dict) or settings.get("type") is None:
+            raise ConfigError(f"{key}.{part} must be a data source with a type, as `data`, got {settings!r}")
+        unknown = [name for name in settings if name not in known]
+        if unknown:
+            raise ConfigError(f"{key}.{part}: unknown key {unknown[0]!r}; it takes {', '.join(sorted(known))}")
+    try:
+        return FeatureSet(**{part: SourceConfig(**settings) for part, settings in given.items()})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key}: {error}") from None
 
 
 @dataclass
@@ -79,6 +153,12 @@ class EvaluationConfig:
             raise ConfigError(f"class_names is for task 'zero_shot', and task is {self.task!r}; leave it out")
         if self.task not in FEATURE_TASKS and self.train_data.type is not None:
             raise ConfigError(f"train_data is for {', '.join(FEATURE_TASKS)}, and task is {self.task!r}; leave it out")
+        if self.task in FEATURE_TASKS and self.train_data.type is None:
+            raise ConfigError(f"task {self.task!r} needs train_data: say what the classifier on features learns from")
+        if self.task in FEATURE_TASKS and self.train_data == self.data:
+            raise ConfigError("train_data and data are the same: a classifier is tested on what it did not learn from")
+        if self.task != "few_shot" and self.features.sets:
+            raise ConfigError(f"features.sets is for task 'few_shot', and task is {self.task!r}; leave it out")
 
     @property
     def checkpoints(self) -> list[str]:
