@@ -5,15 +5,17 @@ from vmoe.data import build as build_module
 
 
 def test_files_folders_and_trees(tmp_path, photo):
-    (tmp_path / "class").mkdir()
-    photo.save(tmp_path / "class" / "a.png")
-    (tmp_path / "class" / "a.txt").write_text("a ramp")
+    (tmp_path / "tree" / "class").mkdir(parents=True)
+    (tmp_path / "pairs").mkdir()
+    photo.save(tmp_path / "tree" / "class" / "a.png")
+    photo.save(tmp_path / "pairs" / "a.png")
+    (tmp_path / "pairs" / "a.txt").write_text("a ramp")
     (tmp_path / "pairs.csv").write_text("image,caption\na.png,a ramp\n")
     root = str(tmp_path)
     sources = [
-        SourceConfig("pairs", root),
-        SourceConfig("pairs", f"{root}/pairs.csv", image_root=f"{root}/class"),
-        SourceConfig("image_folder", root),
+        SourceConfig("pairs", f"{root}/pairs"),
+        SourceConfig("pairs", f"{root}/pairs.csv", image_root=f"{root}/pairs"),
+        SourceConfig("image_folder", f"{root}/tree"),
     ]
     samples = [build_dataset(source)[0] for source in sources]
     assert [sample.caption for sample in samples] == ["a ramp", "a ramp", None]

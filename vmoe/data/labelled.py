@@ -4,21 +4,63 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torchvision
+from PIL import Image
 from timm.data import ImageNetInfo
-from torchvision.datasets import DatasetFolder
 
 from vmoe.data.dataset import ImageDataset, Sample
-from vmoe.data.images import IMAGE_SUFFIXES, BadSample, load_image, to_rgb
+from vmoe.data.images import BadSample, load_image, to_rgb
+from vmoe.data.tree import read_class_tree
+
+IMAGE_FOLDER_LAYOUT = """
+FOLDER/
+├── cat/        (one folder per class)
+│   ├── 1.jpg
+│   └── 2.png
+└── dog/
+    └── 1.jpg
+"""
 
 
-class ImageFolder(ImageDataset):
+class LabelledFiles(ImageDataset):
+    """Pictures in files, each with a label.
+
+    Args:
+        root: folder that the names start from.
+        names: of the files, with `/` between folders.
+        labels: one for each.
+    """
+
+    def __init__(self, root: str | Path, names: list[str], labels: list[int]) -> None:
+        self.root = Path(root)
+        self.names = names
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def file_of(self, index: int) -> tuple[str, Path]:
+        return self.names[index], self.root / self.names[index]
+
+    def __getitem__(self, index: int) -> Sample:
+        _, path = self.file_of(index)
+        return Sample(self.read(path), self.labels[index], None, str(path))
+
+    def read(self, path: Path) -> Image.Image:
+        """The picture in a file, as the data set wants it; raises BadSample."""
+        return load_image(path)
+
+
+class ImageFolder(LabelledFiles):
     """One folder per class; labels are the positions of the sorted folder names, as in torchvision.
 
     ImageNet-1k's validation set in synset folders (n01440764, ...) is such a tree, and its labels are those of timm's
-    ImageNet-1k classifiers.
+    ImageNet-1k classifiers. Unlike in torchvision, nothing but pictures may lie in the class folders, and nothing but
+    class folders (and the file of class names) beside them.
 
     Args:
         path: the folder that holds the class folders.
@@ -26,27 +68,28 @@ class ImageFolder(ImageDataset):
             WordNet's words for them where all are known synsets.
 
     Raises:
-        ValueError: the folder or its pictures are missing, or class_names does not fit it.
+        ValueError: the tree is not one folder of pictures per class (see `read_class_tree`), or class_names does not
+            fit it.
     """
 
     def __init__(self, path: str | Path, class_names: str | Path | None = None) -> None:
-        try:
-            tree = DatasetFolder(str(path), loader=load_image, extensions=IMAGE_SUFFIXES)
-        except FileNotFoundError as error:
-            raise ValueError(f"{path}: not a folder with one folder of pictures per class ({error})") from None
-        self.samples: list[tuple[str, int]] = tree.samples
-        self.folders: list[str] = tree.classes
+        beside = [Path(class_names).name] if class_names is not None else []
+        tree = read_class_tree(path, IMAGE_FOLDER_LAYOUT, allowed=beside)
+        self.folders = list(tree)
+        super().__init__(path, *flatten(tree, range(len(tree))))
         if class_names is not None:
             self.classes = _read_class_names(Path(class_names), self.folders, path)
         else:
-            self.classes = _synset_names(self.folders) or self.folders
+            self.classes = synset_words(self.folders) or self.folders
 
-    def __len__(self) -> int:
-        return len(self.samples)
 
-    def __getitem__(self, index: int) -> Sample:
-        path, label = self.samples[index]
-        return Sample(load_image(path), label, None, path)
+def flatten(tree: Mapping[str, Sequence[str]], labels: Iterable[int]) -> tuple[list[str], list[int]]:
+    """(names of all pictures, their labels) of {folder: its pictures} with a label for each folder."""
+    names, all_labels = [], []
+    for (folder, pictures), label in zip(tree.items(), labels, strict=True):
+        names += [f"{folder}/{picture}" for picture in pictures]
+        all_labels += [label] * len(pictures)
+    return names, all_labels
 
 
 class TorchvisionDataset(ImageDataset):
@@ -87,6 +130,8 @@ class TorchvisionDataset(ImageDataset):
         self.classes = [str(name) for name in getattr(self.dataset, "classes", [])]
         if not self.classes:
             raise ValueError(f"torchvision's {name} names no classes; save it as one folder per class")
+        if not len(self.dataset):
+            raise ValueError(f"torchvision's {name}, split {split!r}, in {path} is empty; check its files")
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -98,10 +143,12 @@ class TorchvisionDataset(ImageDataset):
             image = to_rgb(image)
         except Exception as error:  # whatever the data set's own decoder raises on broken bytes
             raise BadSample(path, f"unreadable picture ({error})") from error
+        if not 0 <= label < len(self.classes):
+            raise ValueError(f"{path}: label {label} is out of range, the data set has {len(self.classes)} classes")
         return Sample(image, int(label), None, path)
 
 
-def _synset_names(folders: list[str]) -> list[str] | None:
+def synset_words(folders: list[str]) -> list[str] | None:
     """WordNet's words for ImageNet synsets, or None if a folder's name is not one."""
     info = ImageNetInfo("imagenet-22k")
     known = set(info.label_names()) | set(ImageNetInfo("imagenet-1k").label_names())
@@ -131,4 +178,11 @@ def _read_class_names(file: Path, folders: list[str], path: str | Path) -> list[
     if not isinstance(names, list) or len(names) != len(folders):
         got = len(names) if isinstance(names, list) else "no list of"
         raise ValueError(f"class_names {file}: has {got} names, but {path} has {len(folders)} class folders")
-    return [str(name) for name in names]
+    names = [str(name) for name in names]
+    empty = [folder for folder, name in zip(folders, names) if not name.strip()]
+    if empty:
+        raise ValueError(f"class_names {file}: the name of class folder {empty[0]} is empty")
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ValueError(f"class_names {file}: {repeated[0]!r} is given twice; names of classes must differ")
+    return names

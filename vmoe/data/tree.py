@@ -1,0 +1,206 @@
+"""Reads folders strictly: what lies where a picture or a class folder should be is an error that names it.
+
+Nothing is passed over in silence. What is left aside, with a warning, are hidden files and folders (their name starts
+with a dot) and the few that operating systems leave behind; see `is_junk`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection, Iterable
+from itertools import zip_longest
+from pathlib import Path
+
+from vmoe.data.images import IMAGE_SUFFIXES
+
+logger = logging.getLogger("vmoe.data")
+
+JUNK = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir"})
+MAX_NAMED = 3  # of many names, so many are in a message
+MAX_DRAWN = 3  # of a folder's many entries, so many are drawn
+
+
+def is_junk(name: str) -> bool:
+    """Whether a file or folder of this name is hidden (`.DS_Store`, `._cat.jpg`) or an operating system's own."""
+    return name.startswith(".") or name.lower() in JUNK
+
+
+class TreeReader:
+    """Lists the folders and pictures of a data set, and complains with the expected layout beside the one found.
+
+    Args:
+        root: the data set's folder.
+        layout: how the tree should look, drawn in a few lines.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+
+    def __init__(self, root: str | Path, layout: str) -> None:
+        self.root = Path(root)
+        self.layout = layout
+        self.junk: list[str] = []
+        if not self.root.is_dir():
+            what = "a file, and a folder is needed" if self.root.is_file() else "no such folder"
+            raise ValueError(f"{root}: {what}; check the data source's path")
+
+    def entries(self, folder: str = "") -> tuple[list[str], list[str]]:
+        """(names of folders, names of files) in a folder of the tree, each sorted.
+
+        Raises:
+            ValueError: the folder cannot be read.
+        """
+        folders, files = [], []
+        try:
+            with os.scandir(self.root / folder) as scan:
+                for entry in scan:
+                    if is_junk(entry.name):
+                        self.junk.append(entry.path)
+                    else:
+                        (folders if entry.is_dir() else files).append(entry.name)
+        except OSError as error:
+            raise ValueError(
+                f"{self.root / folder}: cannot be read ({error.strerror}); check its permissions"
+            ) from None
+        return sorted(folders), sorted(files)
+
+    def folders(
+        self,
+        folder: str = "",
+        known: Collection[str] | None = None,
+        kind: str = "class",
+        remedy: str = "",
+        allowed: Collection[str] = (),
+    ) -> list[str]:
+        """Sorted names of a folder's folders, where nothing else may be.
+
+        Args:
+            folder: where to look, within the tree.
+            known: names that folders may have; None: any.
+            kind: what such a folder is called in messages.
+            remedy: closes the message about an unknown folder.
+            allowed: files that may lie beside the folders.
+
+        Raises:
+            ValueError: there are files, unknown folders, or no folders.
+        """
+        folders, files = self.entries(folder)
+        where = f"{folder}/" if folder else ""
+        files = [name for name in files if name not in allowed]
+        if files and folders:
+            raise self.error(f"{where}{_names(files, 'file')}, where only {kind} folders may be")
+        if not folders:
+            holds = _names(files, "file") + f", and no {kind} folder" if files else f"no {kind} folder"
+            raise self.error(f"{where + ' ' if where else ''}holds {holds}")
+        unknown = [name for name in folders if known is not None and name not in known]
+        if unknown:
+            verb = "is no" if len(unknown) == 1 else "are no"
+            raise self.error(f"{where}{_names(unknown, 'folder')} {verb} {kind} of this data set{remedy}")
+        return folders
+
+    def check_complete(self, found: Iterable[str], wanted: Collection[str], folder: str = "", remedy: str = "") -> None:
+        """Raises ValueError unless all wanted class folders are there; the message names some that are not."""
+        missing = sorted(set(wanted) - set(found))
+        if missing:
+            where = f" in {folder}/" if folder else ""
+            raise self.error(f"{len(missing)} of {len(wanted)} classes are missing{where}, {_first(missing)}{remedy}")
+
+    def pictures(self, folder: str, allowed: Collection[str] = ()) -> list[str]:
+        """Sorted names of the pictures in a folder where nothing else may be.
+
+        Args:
+            folder: its name within the tree.
+            allowed: files that may lie among the pictures.
+
+        Raises:
+            ValueError: there is a folder, a file that is no picture, or no picture.
+        """
+        folders, files = self.entries(folder)
+        if folders:
+            raise self.error(f"{folder}/ holds {_names(folders, 'folder')} where only pictures may be")
+        files = [name for name in files if name not in allowed]
+        others = [name for name in files if not name.lower().endswith(IMAGE_SUFFIXES)]
+        if others:
+            raise ValueError(
+                f"{self.root / folder / others[0]}: not a picture ({len(others)} such in this folder): "
+                f"a class folder holds pictures only ({', '.join(IMAGE_SUFFIXES)}); move or remove it"
+            )
+        if not files:
+            raise ValueError(
+                f"{self.root / folder}: holds no picture; there must be one folder of pictures per class, none empty"
+            )
+        return files
+
+    def error(self, problem: str) -> ValueError:
+        """An error that shows the expected tree beside the one found."""
+        left = ["expected", *self.layout.strip("\n").splitlines()]
+        right = ["found", *self._draw()]
+        width = max(map(len, left)) + 4
+        rows = [f"  {a:<{width}}{b}".rstrip() for a, b in zip_longest(left, right, fillvalue="")]
+        return ValueError("\n".join([f"{self.root}: {problem}", *rows, "All layouts are in docs/evaluation.md."]))
+
+    def warn_of_junk(self) -> None:
+        """Logs what was left aside since the last call."""
+        if self.junk:
+            logger.warning("left aside, hidden or an operating system's own: %s", _first(sorted(self.junk)))
+        self.junk = []
+
+    def _draw(self) -> list[str]:
+        """The tree in a few lines: its first entries, and those of its first folder."""
+        folders, files = self.entries()
+        lines = _branches([f"{name}/" for name in folders] + files)
+        if folders:
+            inner = self.entries(folders[0])
+            indent = "│   " if len(lines) > 1 else "    "
+            lines[1:1] = [indent + line for line in _branches([f"{name}/" for name in inner[0]] + inner[1])]
+        return [f"{self.root.resolve().name}/", *(lines or ["(empty)"])]
+
+
+def read_class_tree(
+    root: str | Path,
+    layout: str,
+    classes: Collection[str] | None = None,
+    remedy: str = "",
+    allowed: Collection[str] = (),
+) -> dict[str, list[str]]:
+    """Reads a tree with one folder of pictures per class, and nothing else.
+
+    Args:
+        root: the folder that holds the class folders.
+        layout: how the tree should look, for messages.
+        classes: names of the folders, all of which must be there; None: any.
+        remedy: closes the message about an unknown or missing class.
+        allowed: files that may lie beside the class folders.
+
+    Returns:
+        {folder: names of its pictures}, all sorted.
+
+    Raises:
+        ValueError: a class is missing, unknown or without pictures, or something lies where it should not.
+    """
+    tree = TreeReader(root, layout)
+    folders = tree.folders(known=classes, remedy=remedy, allowed=allowed)
+    if classes is not None:
+        tree.check_complete(folders, classes, remedy=remedy)
+    found = {folder: tree.pictures(folder) for folder in folders}
+    tree.warn_of_junk()
+    return found
+
+
+def _names(names: list[str], kind: str) -> str:
+    """`file a.txt`; `2 files, a.txt, b.txt`; `9 files, as a.txt, b.txt, c.txt`."""
+    return f"{kind} {names[0]}" if len(names) == 1 else f"{len(names):,} {kind}s, {_first(names)}"
+
+
+def _first(names: list[str]) -> str:
+    shown = ", ".join(names[:MAX_NAMED])
+    return f"as {shown}" if len(names) > MAX_NAMED else shown
+
+
+def _branches(entries: list[str]) -> list[str]:
+    """The first entries of a folder as branches of a tree."""
+    drawn = entries[:MAX_DRAWN]
+    if len(entries) > MAX_DRAWN:
+        drawn.append(f"... ({len(entries) - MAX_DRAWN:,} more)")
+    return [f"{'└' if index == len(drawn) - 1 else '├'}── {entry}" for index, entry in enumerate(drawn)]
