@@ -10,6 +10,9 @@ from vmoe.evaluation import evaluate_retrieval
 from vmoe.evaluation.retrieval import retrieval_loader, retrieval_recall
 
 
+PREPROCESS = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
+
+
 def recall_by_sorting(scores_IT, image_of_text, k):
     """Recall@k both ways, image by image and text by text, as the literature defines it."""
     by_image = [any(image_of_text[t] == i for t in np.argsort(-scores_IT[i])[:k]) for i in range(scores_IT.shape[0])]
@@ -80,7 +83,7 @@ def test_each_picture_is_read_once(tmp_path):
         rows += [f"{name}.png,a picture of {name}", f"./{name}.png,{name} again"]
     (tmp_path / "pairs.csv").write_text("\n".join(rows))
     dataset = build_dataset(SourceConfig("pairs", str(tmp_path / "pairs.csv")))
-    transform = build_transform({"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3}, None)
+    transform = build_transform(PREPROCESS, None)
     loader, image_of_caption = retrieval_loader(dataset, transform, LoaderConfig(batch_size=1, num_workers=0))
     assert [batch["index"].tolist() for batch in loader] == [[0], [2]]
     assert image_of_caption == [0, 0, 2, 2]

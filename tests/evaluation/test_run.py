@@ -102,6 +102,30 @@ def test_retrieval_knows_one_image_by_its_path(tree, limoe, tmp_path):
     assert results["text_to_image_recall@10"] == 1
 
 
+def test_several_checkpoints_give_mean_and_spread(tree, classifier, tmp_path, capsys):
+    torch.manual_seed(1)
+    other = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=2, embed_dim=32, **TINY)
+    save_pretrained(other, tmp_path / "other" / "model.safetensors", extra={"class_names": ["cat", "dog"]})
+    common = ["--task", "classification", *folder_arguments(tree), "--loader.num_workers", "0"]
+    single = []
+    for checkpoint in (classifier, tmp_path / "other"):
+        assert main([*common, "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out.json")]) == 0
+        single.append(json.loads((tmp_path / "out.json").read_text()))
+    both = f"[{classifier}, {tmp_path / 'other'}]"
+    assert main([*common, "--checkpoint", both, "--output", str(tmp_path / "out.json")]) == 0
+    report = json.loads((tmp_path / "out.json").read_text())
+    for name in ("top1", "ece"):
+        values = [one["results"][name] for one in single]
+        assert report["results"][name] == pytest.approx(np.mean(values))
+        if values[0] != values[1]:
+            assert report["spread"][name] == pytest.approx(np.std(values, ddof=1))
+            assert f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" in capsys.readouterr().out
+    assert report["results"]["num_samples"] == 6
+    assert [entry["results"] for entry in report["checkpoints"]] == [one["results"] for one in single]
+    assert report["checkpoints"][0]["sha256"] != report["checkpoints"][1]["sha256"]
+    assert report["data"] == single[0]["data"]
+
+
 def test_unreadable_file_is_named_or_skipped(tree, classifier, tmp_path, capsys):
     for name in ("cat", "dog"):
         (tmp_path / "tree" / name).mkdir(parents=True)

@@ -79,7 +79,7 @@ def judged(predictions: Predictions, dataset: ImageDataset, skipped_paths: list[
             for name, accuracy, count in zip(dataset.conditions, accuracy_C.tolist(), counts_C.tolist(), strict=True)
             if count
         }
-    return Outcome(results, {**details, "skipped": gather_lists(list(skipped_paths))})
+    return Outcome(results, {**details, "skipped": sorted(gather_lists(list(skipped_paths)))})
 
 
 def retrieval(config: EvaluationConfig, subject: Subject, dataset: ImageDataset, console: Console) -> Outcome:
@@ -94,7 +94,7 @@ def retrieval(config: EvaluationConfig, subject: Subject, dataset: ImageDataset,
         device=subject.device,
         precision=subject.precision,
     )
-    return Outcome(results, {"skipped": gather_lists(list(loader.skipped_paths))})
+    return Outcome(results, {"skipped": sorted(gather_lists(list(loader.skipped_paths)))})
 
 
 TASKS: dict[str, Callable[[EvaluationConfig, Subject, ImageDataset, Console], Outcome]] = {
