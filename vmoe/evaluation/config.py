@@ -125,7 +125,8 @@ class EvaluationConfig:
         class_names: zero_shot and capacity only: a shipped list ("imagenet", "cifar10", ...) or a UTF-8 file with one
             class name per line, in the order of the labels; null takes the names of the data.
         templates: zero_shot and capacity only: texts with {} in the place of the class name (their embeddings are
-            averaged), a file with one per line, "openai_imagenet" (the 80 of CLIP) or "simple_imagenet" (7 of them).
+            averaged), a file with one per line, "openai_imagenet" (the 80 of CLIP), "simple_imagenet" (7 of them) or a
+            shipped list's name; null: those published with the shipped list or with ImageNet, else the bare names.
         features: Tasks on frozen features.
         capacity: Task "capacity".
         precision: Arithmetic of the forward pass: float32, or autocast to bf16 or fp16.
@@ -139,7 +140,7 @@ class EvaluationConfig:
     train_data: SourceConfig = field(default_factory=SourceConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     class_names: str | None = None
-    templates: list[str] | str = field(default_factory=lambda: ["{}"])
+    templates: list[str] | str | None = None
     features: FeatureConfig = field(default_factory=FeatureConfig)
     capacity: CapacityConfig = field(default_factory=CapacityConfig)
     precision: Literal["float32", "bf16", "fp16"] = "float32"

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from vmoe.config_io import ConfigError
 from vmoe.data import ImageDataset, eval_loader
+from vmoe.evaluation.class_names import known_sets
 from vmoe.evaluation.classification import Predictions, checked_logits, predict
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.distributed import gather_lists
@@ -18,7 +19,8 @@ from vmoe.evaluation.metrics import accuracy_per_class
 from vmoe.evaluation.report import Outcome, Progress
 from vmoe.evaluation.retrieval import evaluate_retrieval, retrieval_loader
 from vmoe.evaluation.subject import Subject
-from vmoe.evaluation.zero_shot import class_scorer, encode_classes, read_lines
+from vmoe.evaluation.text_cache import cached_classes
+from vmoe.evaluation.zero_shot import class_scorer, resolve_class_names
 
 
 def classification(config: EvaluationConfig, subject: Subject, dataset: ImageDataset, console: Console) -> Outcome:
@@ -41,9 +43,9 @@ def zero_shot(config: EvaluationConfig, subject: Subject, dataset: ImageDataset,
     loader = eval_loader(dataset, subject.transform, None, config.loader)
     names = zero_shot_names(config, dataset)
     with evaluating(subject.model, subject.device, subject.precision):
-        weights_DC = encode_classes(subject.model, subject.tokenizer, names, config.templates, subject.device)
+        weights_DC = cached_classes(subject, names, zero_shot_templates(config, dataset))
         predictions = predict(
-            class_scorer(subject.model, weights_DC),
+            class_scorer(subject.model, weights_DC, names),
             Progress(loader, config.task, console),
             device=subject.device,
             label_sets=dataset.label_sets,
@@ -55,16 +57,23 @@ def zero_shot_names(config: EvaluationConfig, dataset: ImageDataset) -> list[str
     """The names that pictures are compared with, one for each class of the data.
 
     Raises:
-        ConfigError: `class_names` has more or fewer.
+        ConfigError: `class_names` has more or fewer, or cannot be used.
     """
     if config.class_names is None:
         return dataset.prompt_names or dataset.classes
-    names = read_lines(config.class_names)
-    if len(names) != len(dataset.classes):
-        raise ConfigError(
-            f"class_names {config.class_names} has {len(names)} names, and the data {len(dataset.classes)} classes"
-        )
-    return names
+    try:
+        return resolve_class_names(config.class_names, dataset.classes)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def zero_shot_templates(config: EvaluationConfig, dataset: ImageDataset) -> list[str] | str | None:
+    """The templates of a config: unless it names some, those published with its class names."""
+    if config.templates is not None:
+        return config.templates
+    if config.class_names in known_sets():
+        return config.class_names
+    return "imagenet" if config.class_names is None and dataset.prompt_names is not None else None
 
 
 def judged(predictions: Predictions, dataset: ImageDataset, skipped_paths: list[str]) -> Outcome:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -11,11 +13,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vmoe.data.images import BadSample, load_image, to_rgb
+from vmoe.evaluation.class_names import is_published, known_sets, prompt_names, prompt_templates
 from vmoe.evaluation.classification import predict
 from vmoe.evaluation.inference import evaluating
+from vmoe.evaluation.metrics import TIE_TOLERANCE
 
 Template = str | Callable[[str], str]
-Picture = Image.Image | str | Path
+Picture = Image.Image | str | Path | Tensor
 TEXTS_PER_CALL = 512
 
 
@@ -39,8 +43,9 @@ def resolve_templates(templates: Sequence[Template] | str | None) -> list[Templa
     """Prompt templates from a setting.
 
     Args:
-        templates: a list of strings with `{}` for the class name (or functions, as in open_clip); "openai_imagenet"
-            or "simple_imagenet" for open_clip's lists; a text file with one per line; None: the bare class name.
+        templates: a list of strings with `{}` for the class name (or functions, as in open_clip), or one such string;
+            "openai_imagenet" or "simple_imagenet" for open_clip's lists; a set of `known_sets` for its published
+            ones; a text file with one per line; None: the bare class name.
 
     Raises:
         ValueError: unreadable file, empty list, or a template without `{}`.
@@ -58,10 +63,12 @@ def resolve_templates(templates: Sequence[Template] | str | None) -> list[Templa
             templates = [templates]
         elif templates in shipped:
             templates = shipped[templates]
+        elif templates in known_sets():
+            templates = prompt_templates(templates)
         elif not Path(templates).is_file():
             raise ValueError(
                 f"templates {templates!r}: no such file; give a file, a list of texts with {{}}, "
-                f"or one of {', '.join(shipped)}"
+                f"or one of {', '.join([*shipped, *known_sets()])}"
             )
         else:
             templates = read_lines(templates)
@@ -78,11 +85,44 @@ def _filler(template: str) -> Callable[[str], str]:
     return lambda name: template.replace("{}", name)
 
 
+def fill(template: Template, name: str) -> str:
+    """The prompt that a resolved template makes of a class name."""
+    return template.format(name) if isinstance(template, str) else template(name)
+
+
+def resolve_class_names(class_names: Sequence[str] | str, classes: Sequence[str] | None = None) -> list[str]:
+    """Class names from a setting.
+
+    Args:
+        class_names: a list; a set of `known_sets` for its published names; or a text file with one per line.
+        classes: the classes of the data, in the order of its labels; see `prompt_names`. None: no data to fit.
+
+    Raises:
+        ValueError: unreadable file, bad names, or another number of names than the data has classes.
+    """
+    if not isinstance(class_names, str):
+        names = class_names
+    elif class_names in known_sets():
+        names = prompt_names(class_names, classes)
+    elif Path(class_names).is_file():
+        names = read_lines(class_names)
+    else:
+        raise ValueError(
+            f"class_names {class_names!r}: no such file; give a file with one name per line, "
+            f"or one of {', '.join(known_sets())}"
+        )
+    names = check_class_names(names)
+    if classes is not None and len(names) != len(classes):
+        raise ValueError(f"class_names {class_names} has {len(names)} names, and the data {len(classes)} classes")
+    return names
+
+
 def check_class_names(class_names: Sequence[str]) -> list[str]:
     """The names as a list.
 
     Raises:
-        ValueError: no names, an empty one, or duplicates (two equal classes cannot be told apart).
+        ValueError: no names, an empty one, or duplicates (two equal classes cannot be told apart); these are only
+            allowed in a published list, where ImageNet has two "missile" and two "sunglasses".
     """
     names = list(class_names)
     if not names:
@@ -90,7 +130,7 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
     if any(not name.strip() for name in names):
         raise ValueError(f"class_names: name {next(i for i, n in enumerate(names) if not n.strip())} is empty")
     repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
+    if repeated and not is_published(names):
         raise ValueError(f"class_names must be unique; given twice: {', '.join(map(repr, repeated[:5]))}")
     return names
 
@@ -102,19 +142,23 @@ def encode_classes(
     templates: Sequence[Template] | str | None,
     device: torch.device | str,
 ) -> Tensor:
-    """Class embeddings (D, C) float32, unit columns: the mean over the templates, by open_clip's own function."""
+    """Class embeddings (D, C) float32, unit columns: the mean over the templates, by open_clip's own function.
+
+    Equal names of a published list have the very same column.
+    """
     from open_clip import build_zero_shot_classifier
 
     names, texts = check_class_names(class_names), resolve_templates(templates)
+    place = {name: index for index, name in enumerate(dict.fromkeys(names))}
     weights_DC = build_zero_shot_classifier(
         model,
         tokenizer,
-        names,
+        list(place),
         texts,
         num_classes_per_batch=max(1, TEXTS_PER_CALL // len(texts)),
         device=device,
     )
-    return weights_DC.float()
+    return weights_DC.float()[:, [place[name] for name in names]]
 
 
 def evaluate_zero_shot(
@@ -146,17 +190,30 @@ def evaluate_zero_shot(
     """
     with evaluating(model, device, precision):
         weights_DC = encode_classes(model, tokenizer, class_names, templates, device)
-        return predict(class_scorer(model, weights_DC), loader, device=device).results()
+        return predict(class_scorer(model, weights_DC, class_names), loader, device=device).results()
 
 
-def class_scorer(model: nn.Module, weights_DC: Tensor) -> Callable[[Tensor], Tensor]:
-    """images (B, 3, H, W) -> logit_scale · cosine (B, C) float32, with class embeddings as `encode_classes` gives."""
+def class_scorer(model: nn.Module, weights_DC: Tensor, class_names: Sequence[str] = ()) -> Callable[[Tensor], Tensor]:
+    """images (B, 3, H, W) -> logit_scale · cosine (B, C) float32, with class embeddings as `encode_classes` gives.
+
+    Equal names in `class_names`, as ImageNet's published list has, would tie, and a tie is a miss for both classes. The
+    later one therefore scores lower by a hair: the first of them is the answer, as it is where an argmax counts.
+    """
     scale = model.logit_scale.detach().float().exp()
+    seen: Counter[str] = Counter()
+    place = []  # how many equal names stand before each
+    for name in class_names:
+        place.append(seen[name])
+        seen[name] += 1
+    later_C = torch.tensor(place, device=weights_DC.device) if any(place) else None
 
     def score(images: Tensor) -> Tensor:
         features_BD = model.encode_image(images, normalize=True).float()
         with torch.autocast(images.device.type, enabled=False):
-            return scale * (features_BD @ weights_DC)
+            scores_BC = scale * (features_BD @ weights_DC)
+            if later_C is not None:
+                scores_BC = scores_BC - 4 * TIE_TOLERANCE * scores_BC.abs().amax(dim=1, keepdim=True) * later_C
+            return scores_BC
 
     return score
 
@@ -164,8 +221,8 @@ def class_scorer(model: nn.Module, weights_DC: Tensor) -> Callable[[Tensor], Ten
 def zero_shot_classify(
     model: nn.Module,
     tokenizer: Callable[[list[str]], Tensor],
-    images: Tensor | Picture | Sequence[Picture],
-    class_names: Sequence[str],
+    images: Picture | Iterable[Picture],
+    class_names: Sequence[str] | str,
     templates: Sequence[Template] | str | None = None,
     batch_size: int = 64,
 ) -> Tensor:
@@ -174,40 +231,88 @@ def zero_shot_classify(
     Args:
         model: contrastive model (LIMoE, two-tower, or one of open_clip's); runs where its parameters are.
         tokenizer: list of texts -> tokens, as `vmoe.get_tokenizer` gives.
-        images: preprocessed tensor (B, 3, H, W) or (3, H, W); or a PIL image or file path, or a list of them, which
-            are preprocessed as the model wants it.
-        class_names: C unique names.
-        templates: see :func:`resolve_templates`; None: the bare names.
+        images: a PIL image, a file's path, or a preprocessed tensor (3, H, W) or (B, 3, H, W); or a list or iterator
+            of pictures (no (B, 3, H, W) tensors), also of mixed kinds. Images and files are preprocessed as the model
+            wants it, and files are read as they are needed.
+        class_names: C unique names; or a published set or a file, see :func:`resolve_class_names`.
+        templates: see :func:`resolve_templates`; None: those published with `class_names`, if it is such a set, else
+            the bare names.
         batch_size: pictures per forward pass; does not change the result.
 
     Returns:
-        Float32 (B, C) on the CPU, rows sum to 1. A single picture gives B = 1.
+        Float32 (B, C) on the CPU, rows sum to 1. A single picture gives B = 1, an empty list B = 0.
 
     Raises:
-        ValueError: bad names or templates, or a picture that cannot be read (the file is named).
+        ValueError: bad names or templates, a tensor of another shape, or a picture that cannot be read (the file is
+            named).
+        TypeError: something that is no picture.
     """
+    names, templates = resolve_prompts(class_names, templates)
+    device = next(model.parameters()).device
+    rows = [torch.empty(0, len(names))]
+    with evaluating(model, device):
+        score = class_scorer(model, encode_classes(model, tokenizer, names, templates, device))
+        for images_B3HW in image_batches(model, images, batch_size):
+            rows.append(score(images_B3HW).softmax(dim=1).cpu())
+    return torch.cat(rows)
+
+
+def resolve_prompts(
+    class_names: Sequence[str] | str, templates: Sequence[Template] | str | None
+) -> tuple[list[str], Sequence[Template] | str | None]:
+    """Names from a setting, and the templates published with them unless others are given."""
+    if templates is None and isinstance(class_names, str) and class_names in known_sets():
+        templates = class_names
+    return resolve_class_names(class_names), templates
+
+
+def image_batches(model: nn.Module, images: Picture | Iterable[Picture], batch_size: int) -> Iterator[Tensor]:
+    """Preprocessed pictures (B, 3, H, W) with the device and dtype of the model's parameters.
+
+    Args:
+        model: says how pictures are preprocessed.
+        images: see :func:`zero_shot_classify`.
+        batch_size: the largest B, >= 1.
+
+    Raises:
+        ValueError: a tensor of another shape, a picture that cannot be read, or batch_size < 1.
+        TypeError: something that is no picture.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     parameter = next(model.parameters())
-    scale = model.logit_scale.detach().float().exp()
-    rows = []
-    with evaluating(model, parameter.device):
-        weights_DC = encode_classes(model, tokenizer, class_names, templates, parameter.device)
-        for batch_B3HW in _image_batches(model, images, batch_size):
-            features_BD = model.encode_image(batch_B3HW.to(parameter.device, parameter.dtype), normalize=True).float()
-            rows.append((scale * features_BD @ weights_DC).softmax(dim=1).cpu())
-    return torch.cat(rows) if rows else torch.empty(0, len(class_names))
-
-
-def _image_batches(model: nn.Module, images: Tensor | Picture | Sequence[Picture], batch_size: int) -> Iterator[Tensor]:
-    """Preprocessed pictures in batches; files are read as they are needed."""
-    if isinstance(images, Tensor):
-        if images.ndim not in (3, 4):
-            raise ValueError(f"images must have the shape (B, 3, H, W) or (3, H, W), got {tuple(images.shape)}")
-        yield from (images if images.ndim == 4 else images[None]).split(batch_size)
+    if isinstance(images, Tensor) and images.ndim == 4:
+        yield from (_checked(part).to(parameter.device, parameter.dtype) for part in images.split(batch_size))
         return
-    transform = _evaluation_transform(model)
-    pictures = [images] if isinstance(images, (Image.Image, str, Path)) else list(images)
-    for start in range(0, len(pictures), batch_size):
-        yield torch.stack([transform(_read(picture)) for picture in pictures[start : start + batch_size]])
+    pictures = iter([images] if isinstance(images, (Tensor, Image.Image, str, Path)) else images)
+    transform = cache(lambda: _evaluation_transform(model))  # not needed for tensors, which any model takes
+    while batch := [_prepare(picture, transform) for picture in islice(pictures, batch_size)]:
+        sizes = {tuple(image.shape) for image in batch}
+        if len(sizes) > 1:
+            raise ValueError(f"images of one batch must have one size, got {' and '.join(map(str, sorted(sizes)))}")
+        yield torch.stack([image.to(parameter.device, parameter.dtype) for image in batch])
+
+
+def _checked(images: Tensor) -> Tensor:
+    if images.ndim not in (3, 4) or images.shape[-3] != 3:
+        raise ValueError(f"images must have the shape (B, 3, H, W) or (3, H, W), got {tuple(images.shape)}")
+    return images
+
+
+def _prepare(picture: Picture, transform: Callable[[], Callable[[Image.Image], Tensor]]) -> Tensor:
+    """(3, H, W); a tensor is taken as it is."""
+    if isinstance(picture, Tensor):
+        if picture.ndim == 4:
+            raise ValueError(f"a list of images must hold tensors (3, H, W), got {tuple(picture.shape)}")
+        return _checked(picture)
+    if isinstance(picture, Image.Image):
+        return transform()(to_rgb(picture))
+    if not isinstance(picture, (str, Path)):
+        raise TypeError(f"images must be tensors, PIL images or paths, got {type(picture).__name__}")
+    try:
+        return transform()(load_image(picture))
+    except BadSample as error:
+        raise ValueError(str(error)) from error
 
 
 def _evaluation_transform(model: nn.Module) -> Callable[[Image.Image], Tensor]:
@@ -221,10 +326,3 @@ def _evaluation_transform(model: nn.Module) -> Callable[[Image.Image], Tensor]:
     from vmoe.models.factory import preprocess_config
 
     return build_transform(preprocess_config(model), None)
-
-
-def _read(picture: Picture) -> Image.Image:
-    try:
-        return to_rgb(picture) if isinstance(picture, Image.Image) else load_image(picture)
-    except BadSample as error:
-        raise ValueError(str(error)) from error
