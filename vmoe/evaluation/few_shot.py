@@ -3,20 +3,116 @@
 A least-squares classifier with an L2 penalty, fitted in closed form to a few pictures per class. One eigendecomposition
 serves all penalties. Protocol: Big Transfer (arXiv 1912.11370) and V-MoE (arXiv 2106.05974), section 3.
 
+`few_shot` is the task of `eval.py`; below it the regression itself, which needs no model.
+
 Shapes, by suffix: N rows, D features (plus one for the bias), C classes.
 """
 
+from __future__ import annotations
+
 import math
+import statistics
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor
+
+from vmoe.config_io import ConfigError
+from vmoe.data import ImageDataset, build_dataset
+from vmoe.evaluation.config import EvaluationConfig
+from vmoe.evaluation.features import Features, fit_and_test_features
+from vmoe.evaluation.inference import float64_device
+from vmoe.evaluation.report import Outcome
+from vmoe.evaluation.subject import Subject
+from vmoe.models.factory import is_contrastive
 
 # As large a constant feature makes the bias almost free of the penalty.
 BIAS_FEATURE = 100.0
 SHOTS = (1, 5, 10, 25)
 L2_PENALTIES = tuple(2.0**power for power in range(-10, 20))
+
+
+def few_shot(config: EvaluationConfig, subject: Subject, dataset: ImageDataset, console: Console) -> Outcome:
+    """Task "few_shot": the reference's protocol on one data set or several.
+
+    For every data set and seed the examples are drawn anew. For each number of examples one penalty is taken, the best
+    over all data sets and seeds together (`best_penalty`). Embeddings of an image-text model are scaled to length 1
+    first, as the reference's two-tower model gives them.
+
+    Returns:
+        results: "{n}shot" (mean accuracy over the seeds), "{n}shot_std" (its standard deviation over them, if there are
+        several), "{n}shot_l2" (the penalty), "num_samples", "num_skipped" (of the tests). Figures of
+        `features.sets` begin with "{name}/". details: "accuracy", one entry for each set, seed, number of
+        examples and penalty; "short_classes", for each set the classes with fewer examples than asked for; "skipped".
+
+    Raises:
+        ConfigError: the two parts of a set have other classes, or several right labels per picture.
+        ValueError: a class that is tested has no training example.
+    """
+    settings = config.features
+    penalties = settings.l2_penalties if settings.l2 is None else [settings.l2]
+    pairs = {"": (config.train_data, dataset)}
+    pairs |= {name: (one.train, build_dataset(one.test)) for name, one in settings.sets.items()}
+    accuracy: dict[tuple[str, int], dict[tuple[int, float], float]] = {}
+    results: dict[str, float | int] = {}
+    short_classes, skipped, counts = {}, [], {}
+    for name, (train_source, test_dataset) in pairs.items():
+        if test_dataset.label_sets is not None:
+            raise ConfigError(f"{name or 'data'}: task 'few_shot' needs one right label per picture; here are several")
+        train, test = fit_and_test_features(config, subject, train_source, test_dataset, console, name)
+        short_classes[name] = _short_classes(train, test_dataset.classes, max(settings.shots))
+        if short_classes[name]:
+            console.print(
+                f"{name or 'train_data'}: {len(short_classes[name])} of {len(test_dataset.classes)} classes have fewer "
+                f"than {max(settings.shots)} examples, and give all that they have",
+                style="yellow",
+            )
+        rows = [_rows(part, is_contrastive(subject.model), subject.device) for part in (train, test)]
+        for seed in settings.seeds:
+            accuracy[name, seed] = few_shot_accuracy(
+                *rows[0],
+                *rows[1],
+                settings.shots,
+                penalties,
+                len(test_dataset.classes),
+                torch.Generator().manual_seed(seed),
+            )
+        counts[name] = {"num_samples": len(test.labels_N), "num_skipped": len(test.skipped_paths)}
+        skipped += train.skipped_paths + test.skipped_paths
+
+    for shot in settings.shots:
+        penalty = best_penalty(list(accuracy.values()), shot)
+        for name in pairs:
+            figures = [accuracy[name, seed][shot, penalty] for seed in settings.seeds]
+            key = f"{name}/{shot}shot" if name else f"{shot}shot"
+            results[key] = statistics.fmean(figures)
+            if len(figures) > 1:
+                results[f"{key}_std"] = statistics.stdev(figures)
+        results[f"{shot}shot_l2"] = penalty
+    for name, found in counts.items():
+        results |= {f"{name}/{key}" if name else key: count for key, count in found.items()}
+    curves = [
+        {"set": name, "seed": seed, "shots": shot, "l2": penalty, "accuracy": figure}
+        for (name, seed), found in accuracy.items()
+        for (shot, penalty), figure in found.items()
+    ]
+    return Outcome(results, {"accuracy": curves, "short_classes": short_classes, "skipped": skipped})
+
+
+def _rows(features: Features, unit_length: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Features and labels where the regression is computed."""
+    features_ND, labels_N = (tensor.to(float64_device(device)) for tensor in (features.features_ND, features.labels_N))
+    if unit_length:
+        features_ND = features_ND / (torch.linalg.vector_norm(features_ND, dim=1, keepdim=True) + 1e-8)
+    return features_ND, labels_N
+
+
+def _short_classes(train: Features, classes: list[str], shots: int) -> dict[str, int]:
+    """{class: number of its examples} of the classes with fewer than `shots`."""
+    counts_C = train.labels_N.bincount(minlength=len(classes))
+    return {name: count for name, count in zip(classes, counts_C.tolist(), strict=True) if count < shots}
 
 
 def few_shot_accuracy(
@@ -68,8 +164,9 @@ def few_shot_accuracy(
     for shot in shots:
         rows_N = torch.cat([rows[:shot] for rows in rows_of_class])
         regression = _Regression(train_features_ND[rows_N], train_labels_N[rows_N], num_classes)
+        scaled_ND = regression.scaled(test_features_ND)
         for penalty in l2_penalties:
-            predicted_N = regression.predict(test_features_ND, penalty)
+            predicted_N = regression.predict(scaled_ND, penalty)
             accuracy[shot, penalty] = (predicted_N == test_labels_N).double().mean().item()
     return accuracy
 
@@ -120,7 +217,7 @@ class _Regression:
     def __init__(self, x_ND: Tensor, labels_N: Tensor, num_classes: int) -> None:
         x_ND = x_ND.double()  # the constant feature squares the condition: float32 changes predictions
         self.mean_D, self.std_D = x_ND.mean(0), x_ND.std(0, correction=0) + 1e-5
-        x_ND = self._scaled(x_ND)
+        x_ND = self.scaled(x_ND)
         y_NC = 2.0 * F.one_hot(labels_N.long(), num_classes).to(x_ND) - 1.0
         # W = Xᵀ(XXᵀ + l2)⁻¹Y = (XᵀX + l2)⁻¹XᵀY: the smaller of the two matrices is decomposed.
         if x_ND.shape[0] >= x_ND.shape[1]:
@@ -130,10 +227,11 @@ class _Regression:
             self.eigenvalues, vectors = torch.linalg.eigh(x_ND @ x_ND.T)
             self.left, self.right = x_ND.T @ vectors, vectors.T @ y_NC
 
-    def _scaled(self, x_ND: Tensor) -> Tensor:
+    def scaled(self, x_ND: Tensor) -> Tensor:
+        """(N, D + 1): features as the regression reads them, with the constant one."""
         return F.pad((x_ND.double() - self.mean_D) / self.std_D, (0, 1), value=BIAS_FEATURE)
 
-    def predict(self, x_ND: Tensor, penalty: float) -> Tensor:
+    def predict(self, scaled_ND: Tensor, penalty: float) -> Tensor:
         """(N,) classes."""
         weight_DC = (self.left / (self.eigenvalues + penalty)) @ self.right
-        return (self._scaled(x_ND) @ weight_DC).argmax(1)
+        return (scaled_ND @ weight_DC).argmax(1)

@@ -29,6 +29,11 @@ def pick_device(name: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Where float64 is computed for a model on `device`: there, unless it is Apple's MPS, which has none."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def pick_precision(name: str, device: torch.device) -> str:
     """The precision of a config: "auto" takes bf16 where `device` multiplies it faster than float32, else float32."""
     if name != "auto":

@@ -1,0 +1,314 @@
+"""Two classifiers on frozen features: the linear probe, and the vote of the nearest neighbours.
+
+Linear probe: multinomial logistic regression by L-BFGS, its penalty chosen on a part of the training data: CLIP (arXiv
+2103.00020), appendix A.3. Neighbours: weighted vote by cosine similarity: DINO (arXiv 2104.14294), section 4.1 and
+appendix, after Wu et al. (arXiv 1805.01978), section 3.4.
+
+Shapes, by suffix: N rows, B rows of a block, D features, C classes, K neighbours.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor
+
+from vmoe.data import ImageDataset
+from vmoe.evaluation.config import EvaluationConfig
+from vmoe.evaluation.features import Features, fit_and_test_features
+from vmoe.evaluation.inference import float64_device
+from vmoe.evaluation.metrics import class_ranks, right_classes, share_within
+from vmoe.evaluation.report import Outcome
+from vmoe.evaluation.subject import Subject
+
+logger = logging.getLogger("vmoe.evaluation")
+
+MAX_ITERATIONS = 1000
+STEPS_PER_DECADE = 8  # the finest penalties that are compared; the first ones are two decades apart
+PROBE_BLOCK = 1 << 16  # rows of features whose scores are held at once
+QUERY_BLOCK, ROW_BLOCK = 512, 1 << 14  # cosines that are held at once
+COSINE_STEPS = 1 << 20  # cosines are rounded to this part, so that the last bits of a product decide nothing
+
+
+def linear_probe(config: EvaluationConfig, subject: Subject, dataset: ImageDataset, console: Console) -> Outcome:
+    """Task "linear_probe".
+
+    Returns:
+        results: "top1", "top5" (ties count as misses), "l2" (the penalty), "num_samples", "num_skipped". details: "val"
+        (accuracy on the held-back part of the training data for each penalty tried; null for a fixed one),
+        "iterations", "converged", "skipped".
+
+    Raises:
+        ConfigError, ValueError: see `fit_and_test_features` and `choose_penalty`.
+    """
+    settings = config.features
+    train, test = fit_and_test_features(config, subject, config.train_data, dataset, console)
+    device = float64_device(subject.device)
+    features_ND, labels_N = train.features_ND.to(device), train.labels_N.to(device)
+    penalty, tried = settings.l2, None
+    if penalty is None:
+        penalty, tried = choose_penalty(features_ND, labels_N, settings.l2_range, settings.val_share)
+    probe = fit_linear_probe(features_ND, labels_N, penalty)
+    if not probe.converged:
+        console.print(f"the linear probe did not converge in {MAX_ITERATIONS} iterations", style="yellow")
+    blocks = (probe.scores(block_BD.to(device)) for block_BD in test.features_ND.split(PROBE_BLOCK))
+    rank_N = _ranks(blocks, probe.classes_C, test, dataset)
+    details = {
+        "val": None if tried is None else [{"l2": value, "top1": tried[value]} for value in sorted(tried)],
+        "iterations": probe.iterations,
+        "converged": probe.converged,
+    }
+    return _outcome(
+        {"top1": share_within(rank_N, 1), "top5": share_within(rank_N, 5), "l2": penalty}, details, train, test
+    )
+
+
+def knn(config: EvaluationConfig, subject: Subject, dataset: ImageDataset, console: Console) -> Outcome:
+    """Task "knn".
+
+    Returns:
+        results: for each k "k{k}_top1" and "k{k}_top5" (ties count as misses; a class without a vote is never a hit),
+        "num_samples", "num_skipped". details: "skipped".
+
+    Raises:
+        ConfigError, ValueError: see `fit_and_test_features` and `neighbour_votes`.
+    """
+    settings = config.features
+    train, test = fit_and_test_features(config, subject, config.train_data, dataset, console)
+    fitted = [tensor.to(subject.device) for tensor in (train.features_ND, train.labels_N)]
+    classes_C, results = torch.arange(len(dataset.classes)), {}
+    largest = max(settings.k)
+    nearest = [
+        nearest_neighbours(block_BD.to(subject.device), fitted[0], largest)
+        for block_BD in test.features_ND.split(QUERY_BLOCK)
+    ]
+    for k in settings.k:
+        blocks = (
+            neighbour_votes(cosine_BK[:, :k], fitted[1][row_BK[:, :k]], len(dataset.classes), settings.temperature)
+            for cosine_BK, row_BK in nearest
+        )
+        rank_N = _ranks(blocks, classes_C, test, dataset)
+        results |= {f"k{k}_top1": share_within(rank_N, 1), f"k{k}_top5": share_within(rank_N, 5)}
+    return _outcome(results, {}, train, test)
+
+
+def _ranks(blocks: Iterator[Tensor], classes_C: Tensor, test: Features, dataset: ImageDataset) -> Tensor:
+    """Ranks (N,) of the right classes, from blocks of scores (B, C) of some classes."""
+    ranks, start = [], 0
+    for scores_BC in blocks:
+        rows = slice(start, start + len(scores_BC))
+        right_BC = right_classes(test.labels_N[rows], test.index_N[rows], len(dataset.classes), dataset.label_sets)
+        ranks.append(class_ranks(scores_BC.cpu(), right_BC[:, classes_C.cpu()]))
+        start = rows.stop
+    return torch.cat(ranks)
+
+
+def _outcome(results: dict[str, float | int], details: dict, train: Features, test: Features) -> Outcome:
+    counts = {"num_samples": len(test.labels_N), "num_skipped": len(test.skipped_paths)}
+    skipped = {"num_train_samples": len(train.labels_N), "skipped": train.skipped_paths + test.skipped_paths}
+    return Outcome(results | counts, details | skipped)
+
+
+# --- logistic regression ---
+
+
+class LinearProbe(NamedTuple):
+    """A fitted logistic regression.
+
+    Attributes:
+        weight_DC: (D, C) float64.
+        bias_C: (C,) float64.
+        classes_C: (C,) long, the labels that the columns stand for: those that were fitted on.
+        iterations: of L-BFGS.
+        converged: whether it ended before MAX_ITERATIONS.
+    """
+
+    weight_DC: Tensor
+    bias_C: Tensor
+    classes_C: Tensor
+    iterations: int
+    converged: bool
+
+    def scores(self, features_ND: Tensor) -> Tensor:
+        """(N, C) float64 logits."""
+        return torch.addmm(self.bias_C, features_ND.double(), self.weight_DC)
+
+
+def fit_linear_probe(
+    features_ND: Tensor, labels_N: Tensor, penalty: float, start: LinearProbe | None = None
+) -> LinearProbe:
+    """Minimises sum of cross entropies + penalty / 2 · |W|², without penalty on the bias, in float64.
+
+    This is scikit-learn's LogisticRegression with C = 1 / penalty. Features may have any mean and scale: they are
+    centred and divided by one number for the minimisation, which changes its path and not its end.
+
+    Args:
+        features_ND: (N, D) floating point, on any device with float64.
+        labels_N: (N,) long, on the same device.
+        penalty: > 0.
+        start: a probe of the same classes to start from; None: zero.
+
+    Raises:
+        ValueError: the penalty is out of range, or there are fewer than two classes.
+    """
+    if not penalty > 0:
+        raise ValueError(f"the penalty must be > 0, got {penalty}")
+    classes_C, target_N = labels_N.unique(return_inverse=True)
+    if len(classes_C) < 2:
+        raise ValueError(f"a linear probe needs two classes or more, and the training data have {len(classes_C)}")
+    N, D = features_ND.shape
+    mean_D = features_ND.mean(0, dtype=torch.float64)
+    scale = max(torch.linalg.vector_norm(features_ND - mean_D).item() / (N * D) ** 0.5, torch.finfo().tiny)
+    x_ND = (features_ND.double() - mean_D) / scale
+
+    weight_DC, bias_C = x_ND.new_zeros(D, len(classes_C)), x_ND.new_zeros(len(classes_C))
+    if start is not None:
+        weight_DC, bias_C = start.weight_DC * scale, start.bias_C + mean_D @ start.weight_DC
+    optimizer = torch.optim.LBFGS(
+        [weight_DC.requires_grad_(), bias_C.requires_grad_()],
+        max_iter=MAX_ITERATIONS,
+        max_eval=10 * MAX_ITERATIONS,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-12,
+        history_size=10,
+        line_search_fn="strong_wolfe",
+    )
+
+    def mean_loss() -> Tensor:
+        """Leaves the gradient in the parameters; a block at a time, to bound the memory."""
+        optimizer.zero_grad()
+        parts = [penalty / (2 * N * scale**2) * weight_DC.square().sum()]
+        parts[0].backward()
+        for x_BD, target_B in zip(x_ND.split(PROBE_BLOCK), target_N.split(PROBE_BLOCK), strict=True):
+            loss = F.cross_entropy(torch.addmm(bias_C, x_BD, weight_DC), target_B, reduction="sum") / N
+            loss.backward()
+            parts.append(loss)
+        return sum(part.detach() for part in parts)
+
+    with torch.enable_grad():
+        optimizer.step(mean_loss)
+    iterations = optimizer.state[weight_DC]["n_iter"]
+    weight_DC = weight_DC.detach() / scale
+    bias_C = bias_C.detach() - mean_D @ weight_DC
+    return LinearProbe(weight_DC, bias_C, classes_C, iterations, iterations < MAX_ITERATIONS)
+
+
+def choose_penalty(
+    features_ND: Tensor, labels_N: Tensor, penalties: Sequence[float], val_share: float
+) -> tuple[float, dict[float, float]]:
+    """The penalty with the best accuracy on a held-back part of the training data.
+
+    CLIP's search (appendix A.3): penalties two decades apart, then around the best one of them the distance is halved
+    until it is an eighth of a decade. Of equally good penalties the greatest is taken. The part held back is drawn from
+    each class, the same in each call; every class keeps an example.
+
+    Args:
+        features_ND, labels_N: the training data.
+        penalties: the least and the greatest one to try.
+        val_share: share of each class that is held back, in 0..1.
+
+    Returns:
+        (the penalty, {penalty: accuracy} of all that were tried).
+
+    Raises:
+        ValueError: the classes have too few examples to hold any back.
+    """
+    held_N = _held_back(labels_N, val_share)
+    if not held_N.any():
+        raise ValueError(
+            f"val_share {val_share} of the training data leaves nothing to choose a penalty on, as no class has "
+            "enough examples: set features.l2 to a penalty"
+        )
+    fit = (features_ND[~held_N], labels_N[~held_N])
+    val_ND, val_N = features_ND[held_N], labels_N[held_N]
+    # Exponents in eighths of a decade: whole numbers, so that none is tried twice.
+    low, high = (round(STEPS_PER_DECADE * torch.tensor(value).double().log10().item()) for value in penalties)
+    accuracy: dict[int, float] = {}
+    probe: LinearProbe | None = None
+
+    def try_penalty(exponent: int) -> None:
+        nonlocal probe
+        probe = fit_linear_probe(*fit, 10 ** (exponent / STEPS_PER_DECADE), start=probe)
+        right_BC = val_N[:, None] == probe.classes_C
+        accuracy[exponent] = share_within(class_ranks(probe.scores(val_ND), right_BC), 1)
+
+    def best() -> int:
+        return max(accuracy, key=lambda exponent: (accuracy[exponent], exponent))
+
+    step = 2 * STEPS_PER_DECADE
+    for exponent in sorted({*range(low, high, step), high}, reverse=True):  # from the easiest fit to the hardest
+        try_penalty(exponent)
+    while step > 1:
+        step //= 2
+        centre = best()
+        for exponent in (centre + step, centre - step):
+            if low <= exponent <= high and exponent not in accuracy:
+                try_penalty(exponent)
+    tried = {10 ** (exponent / STEPS_PER_DECADE): figure for exponent, figure in accuracy.items()}
+    return 10 ** (best() / STEPS_PER_DECADE), tried
+
+
+def _held_back(labels_N: Tensor, share: float) -> Tensor:
+    """(N,) bool: `share` of each class, drawn with a fixed seed, and never all of a class."""
+    generator = torch.Generator().manual_seed(0)
+    held_N = torch.zeros_like(labels_N, dtype=torch.bool)
+    for label in labels_N.unique().tolist():
+        rows = (labels_N == label).nonzero().flatten()
+        count = min(round(share * len(rows)), len(rows) - 1)
+        held_N[rows[torch.randperm(len(rows), generator=generator)[:count].to(rows.device)]] = True
+    return held_N
+
+
+# --- nearest neighbours ---
+
+
+def nearest_neighbours(queries_BD: Tensor, rows_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k rows with the greatest cosine to each query, the greatest first; the earlier row where two are equal.
+
+    Only QUERY_BLOCK x ROW_BLOCK cosines are held at once if the queries come in blocks of that size.
+
+    Args:
+        queries_BD: (B, D) float32.
+        rows_ND: (N, D) float32.
+        k: number of neighbours, 1..N.
+
+    Returns:
+        (B, K) float64 cosines, rounded to 2^-20; (B, K) long, the rows.
+
+    Raises:
+        ValueError: k is more than there are rows.
+    """
+    N = len(rows_ND)
+    if not 1 <= k <= N:
+        raise ValueError(f"k must be in 1..{N}, the number of training pictures, got {k}: change features.k")
+    queries_BD = F.normalize(queries_BD, dim=1)
+    # A key is cosine and row in one whole number: all are different, so the order is the same everywhere.
+    key_BK = torch.empty(len(queries_BD), 0, dtype=torch.long, device=rows_ND.device)
+    for start in range(0, N, ROW_BLOCK):
+        block_BD = F.normalize(rows_ND[start : start + ROW_BLOCK], dim=1)
+        cosine_BB = (queries_BD @ block_BD.T * COSINE_STEPS).round().long()
+        backwards_B = N - 1 - torch.arange(start, start + len(block_BD), device=rows_ND.device)
+        key_BK = torch.cat([key_BK, cosine_BB * N + backwards_B], dim=1)
+        key_BK = key_BK.topk(min(k, key_BK.shape[1]), dim=1).values
+    cosine_BK = key_BK.div(N, rounding_mode="floor")
+    return cosine_BK.double() / COSINE_STEPS, N - 1 - (key_BK - cosine_BK * N)
+
+
+def neighbour_votes(cosine_BK: Tensor, labels_BK: Tensor, num_classes: int, temperature: float) -> Tensor:
+    """(B, C) float64: for each class the sum of exp(cosine / temperature) over the neighbours of this class.
+
+    Args:
+        cosine_BK: (B, K) cosines of the neighbours.
+        labels_BK: (B, K) their classes.
+        num_classes: C.
+        temperature: > 0; 0.07 in DINO.
+    """
+    votes_BC = cosine_BK.new_zeros(len(cosine_BK), num_classes)
+    # The largest weight is 1: a small temperature overflows nothing, and the order of the votes is the same.
+    weights_BK = ((cosine_BK - cosine_BK[:, :1]) / temperature).exp()
+    return votes_BC.scatter_add_(1, labels_BK, weights_BK)
