@@ -1,0 +1,382 @@
+// The page itself: header, choice of layer and expert, and the sections on layers, experts, classes and words.
+
+const state = { layer: 0, expert: null };
+const MAX_CLASSES = 40; // rows of the heat map
+
+// ---- header ----
+
+function shortNames() {
+  const short = DATA.layers.map(({ name }) => {
+    const numbers = name.split(".").filter((part) => /^\d+$/.test(part));
+    return numbers.length === 1 ? `block ${numbers[0]}` : name;
+  });
+  return new Set(short).size === short.length ? short : DATA.layers.map(({ name }) => name);
+}
+const LAYER_NAMES = shortNames();
+const expertName = () => (state.expert === null ? "all experts" : `expert ${state.expert}`);
+
+function capacityText({ router, capacity_factor: capacity, batch_priority: priority }) {
+  if (router === "soft") return "soft: nothing is dropped";
+  if (capacity === null) return router === "top_k" ? "none: nothing is dropped" : "as in training";
+  return `${capacity}${priority ? ", largest weights first" : ""}`;
+}
+
+function facts(list, entries) {
+  list.replaceChildren(...entries.map(([term, text]) => make("div", {}, make("dt", {}, term), make("dd", {}, text))));
+}
+
+function drawHeader() {
+  const known = DATA.facts;
+  const every = (text) => [...new Set(DATA.layers.map(text))].join("; ");
+  const modalities = DATA.modalities.map((name) => NOUN[name] ?? name).join(" and ");
+  document.title = `Routing report: ${known.checkpoint}`;
+  byId("lead").textContent = `Which experts the ${modalities} of ${known.data} go to in ${known.checkpoint}`;
+  facts(byId("facts"), [
+    ["Model", known.checkpoint],
+    ["Data", known.data],
+    ["Pictures", asCount(known.num_samples) + (known.num_skipped ? `, and ${asCount(known.num_skipped)} unreadable ones left out` : "")],
+    ["Words", known.words_from ?? "none"],
+    ["Sparse layers", asCount(DATA.layers.length)],
+    ["Experts", every(({ num_experts: experts }) => asCount(experts))],
+    ["Choices of a token", every(({ router, num_selected_experts: choices }) => (router === "top_k" ? String(choices) : router.replace("_", " ")))],
+    ["Capacity factor", every(capacityText)],
+  ]);
+  facts(byId("more-facts"), [
+    ["Weights (SHA-256)", known.weights],
+    ["Data (SHA-256)", known.data_fingerprint],
+    ...Object.entries(known.versions),
+  ]);
+}
+
+// ---- layers ----
+
+function drawLayers() {
+  const rows = DATA.layers.flatMap((layer, place) =>
+    Object.keys(layer.tokens).map((modality) => ({ layer, place, modality, busiest: busiest(layer, modality) })),
+  );
+  const noun = ({ modality }) => NOUN[modality] ?? modality;
+  drawTable(byId("layer-table"), {
+    label: "Layers",
+    chosen: ({ place }) => place === state.layer,
+    rows,
+    columns: [
+      {
+        title: "Layer",
+        text: true,
+        value: ({ place }) => place,
+        show: ({ place }) => make("button", { type: "button", class: "plain", onclick: () => choose({ layer: place }) }, LAYER_NAMES[place]),
+      },
+      { title: "Of", text: true, value: noun, show: noun },
+      { title: "Tokens", value: ({ layer, modality }) => layer.tokens[modality], show: ({ layer, modality }) => asCount(layer.tokens[modality]) },
+      { title: "Experts", value: ({ layer }) => layer.num_experts, show: ({ layer }) => asCount(layer.num_experts) },
+      {
+        title: "Dropped",
+        value: ({ layer, modality }) => layer.share_dropped[modality],
+        show: ({ layer, modality }) => asShare(layer.share_dropped[modality]),
+      },
+      {
+        title: "Gate entropy",
+        value: ({ layer, modality }) => layer.entropy[modality],
+        show: ({ layer, modality }) => asFixed(3)(layer.entropy[modality]),
+      },
+      { title: "Largest load", value: ({ busiest }) => busiest.share, show: ({ busiest }) => asShare(busiest.share) },
+      { title: "Of expert", value: ({ busiest }) => busiest.expert, show: ({ busiest }) => (busiest.expert === null ? "–" : tag(busiest.expert)) },
+    ],
+  });
+}
+
+function busiest(layer, modality) {
+  const kept = layer.kept[modality];
+  const total = sum(kept);
+  if (!(total > 0)) return { expert: null, share: null };
+  const expert = kept.indexOf(Math.max(...kept));
+  return { expert, share: kept[expert] / total };
+}
+
+function drawLayerCharts() {
+  const charts = [
+    ["Share dropped", "share_dropped", asShare],
+    ["Gate entropy, nats", "entropy", asFixed(3)],
+  ];
+  byId("layer-charts").replaceChildren(
+    ...charts.map(([title, key, show]) => {
+      const rows = DATA.layers.flatMap((layer, place) =>
+        Object.entries(layer[key]).map(([modality, value]) => ({ layer: LAYER_NAMES[place], modality, value, shown: show(value) })),
+      );
+      const box = make("div");
+      drawChart(box, "lines", rows, `${title} of each layer; the table below has the same figures`);
+      return make("div", {}, make("h3", {}, title), box);
+    }),
+  );
+  const agreement = Object.entries(DATA.agreement).map(([modality, matrix]) => {
+    const rows = matrix.flatMap((values, a) =>
+      values.map((value, b) => ({ a: LAYER_NAMES[a], b: LAYER_NAMES[b], value, shown: asFixed(2)(value) })),
+    );
+    const box = make("div");
+    drawChart(box, "agreement", rows, `Agreement between layers, ${NOUN[modality] ?? modality}`);
+    return make("div", {}, make("h3", {}, capital(NOUN[modality] ?? modality)), box);
+  });
+  byId("agreement").replaceChildren(...agreement);
+}
+
+const capital = (text) => text[0].toUpperCase() + text.slice(1);
+
+// ---- experts ----
+
+function expertButton(expert) {
+  const label = `Choose expert ${expert}`;
+  return make("button", { type: "button", class: "plain", "aria-label": label, onclick: () => toggleExpert(expert) }, tag(expert));
+}
+
+const toggleExpert = (expert) => choose({ expert: state.expert === expert ? null : expert });
+
+function drawExperts() {
+  const layer = DATA.layers[state.layer];
+  const modalities = Object.keys(layer.tokens);
+  const experts = [...Array(layer.num_experts).keys()];
+  const soft = layer.router === "soft";
+  byId("experts-note").textContent =
+    (soft
+      ? "Load: the sum of the weights with which tokens were made of the expert's outputs."
+      : "Load: assignments that the expert had room for, as a share of all assignments; those it had no room for stand on top in grey.") +
+    " Importance: the sum of the router's weights over all tokens, before anything is dropped. Choose an expert by its number or bar.";
+  const opacity = (expert) => (state.expert === null || state.expert === expert ? 1 : 0.3);
+  const charts = modalities.flatMap((modality) => {
+    const noun = NOUN[modality] ?? modality;
+    const [kept, asked, importance] = [layer.kept[modality], layer.asked[modality], layer.importance[modality]];
+    const bar = (part, order, values, total, colour) =>
+      experts.map((expert) => {
+        const share = ratio(values[expert], total);
+        return { expert, part, order, count: asCount(values[expert]), share, shown: asShare(share), colour: colour(expert), opacity: opacity(expert) };
+      });
+    const total = sum(asked);
+    const dropped = asked.map((value, expert) => value - kept[expert]);
+    const load = bar("taken", 0, kept, total, colourOf);
+    if (dropped.some((value) => value > 0)) load.push(...bar("dropped", 1, dropped, total, () => DATA.dropped));
+    return [
+      [`Load, ${noun}`, load],
+      [`Importance, ${noun}`, bar("importance", 0, importance, sum(importance), colourOf)],
+    ];
+  });
+  // The boxes stay, so that the page does not jump when the expert changes.
+  const box = byId("expert-charts");
+  if (box.childElementCount !== charts.length) {
+    box.replaceChildren(...charts.map(() => make("div", {}, make("h3"), make("div", { class: "chart" }))));
+  }
+  charts.forEach(([title, rows], place) => {
+    const [heading, chart] = box.children[place].children;
+    heading.textContent = title;
+    drawChart(chart, "bars", rows, `${title} of each expert; the table below has the same figures`, ({ expert }) => isNumber(expert) && toggleExpert(expert));
+  });
+  drawTable(byId("expert-table"), {
+    label: `Experts of ${LAYER_NAMES[state.layer]}`,
+    chosen: (expert) => expert === state.expert,
+    rows: experts,
+    columns: [
+      { title: "Expert", text: true, value: (expert) => expert, show: expertButton },
+      ...modalities.flatMap((modality) => {
+        const noun = NOUN[modality] ?? modality;
+        const [kept, asked, importance] = [layer.kept[modality], layer.asked[modality], layer.importance[modality]];
+        const [allKept, allImportance] = [sum(kept), sum(importance)];
+        const column = (title, value, show) => ({ title, value, show: (expert) => show(value(expert)) });
+        return [
+          column(`Load, ${noun}`, (expert) => kept[expert], asCount),
+          column("share of load", (expert) => ratio(kept[expert], allKept), asShare),
+          ...(soft ? [] : [column("dropped", (expert) => ratio(asked[expert] - kept[expert], asked[expert]), asShare)]),
+          column("importance", (expert) => importance[expert], asFixed(1)),
+          column("share of importance", (expert) => ratio(importance[expert], allImportance), asShare),
+        ];
+      }),
+    ],
+  });
+}
+
+// ---- typical patches ----
+
+let sheet = null; // address of the sheet of patches of the layer
+
+function drawCollage() {
+  const { typical, num_experts: numExperts } = DATA.layers[state.layer];
+  const box = byId("collage");
+  if (sheet) URL.revokeObjectURL(sheet.address);
+  sheet = null;
+  if (!typical) {
+    box.replaceChildren(make("p", { class: "empty" }, "This layer sees no pictures."));
+    return;
+  }
+  const address = URL.createObjectURL(new Blob([unpack(typical.sheet, Uint8Array)], { type: "image/jpeg" }));
+  sheet = { address };
+  box.style.setProperty("--sheet", `url("${address}")`);
+  const [height, width] = typical.patch;
+  const patchList = (expert, most, side, captions) => {
+    const zoom = side / Math.max(height, width);
+    const figures = typical.patches[expert].slice(0, most).map(([sample, row, column, weight], place) => {
+      const shown = DATA.sample_index.indexOf(sample);
+      const name = shown < 0 ? `picture ${sample + 1} of the data` : DATA.samples[shown].path;
+      const lines = [[expert, `weight ${asWeight(weight)}`]];
+      const title = `${name}, row ${row + 1}, column ${column + 1}`;
+      const patch = make("span", {
+        class: "patch",
+        role: "img",
+        "aria-label": sentence(title, lines),
+        style: {
+          width: `${width * zoom}px`,
+          height: `${height * zoom}px`,
+          backgroundImage: "var(--sheet)",
+          backgroundSize: `${typical.columns * typical.cell[1] * zoom}px ${numExperts * typical.cell[0] * zoom}px`,
+          backgroundPosition: `${-place * typical.cell[1] * zoom}px ${-expert * typical.cell[0] * zoom}px`,
+        },
+      });
+      explain(patch, title, lines);
+      return make("li", {}, make("figure", {}, patch, captions ? make("figcaption", { "aria-hidden": "true" }, asFixed(2)(weight)) : null));
+    });
+    if (!figures.length) return make("p", { class: "empty" }, "No patch went here.");
+    return rove(make("ul", { class: "collage" }, ...figures), figures.map((figure) => figure.querySelector(".patch")));
+  };
+  if (state.expert !== null) {
+    box.replaceChildren(patchList(state.expert, Infinity, 64, true));
+    return;
+  }
+  const rows = typical.patches.map((_, expert) =>
+    make(
+      "div",
+      {},
+      make("button", { type: "button", class: "tag-button", "aria-label": `Choose expert ${expert}`, onclick: () => toggleExpert(expert) }, tag(expert)),
+      patchList(expert, 9, 40, false),
+    ),
+  );
+  box.replaceChildren(make("div", { class: "rows" }, ...rows));
+}
+
+// ---- classes and words ----
+
+// Rows {name, counts (E), total, top, share} of a packed table with a row of counts per name, or per expert.
+function countRows(names, counts, numExperts, expertsFirst) {
+  return names.map((name, place) => {
+    const own = Array.from({ length: numExperts }, (_, expert) => counts[expertsFirst ? expert * names.length + place : place * numExperts + expert]);
+    const total = sum(own);
+    const top = total > 0 ? own.indexOf(Math.max(...own)) : null;
+    return { name, counts: own, total, top, share: top === null ? null : own[top] / total };
+  });
+}
+
+function countColumns(title, noun) {
+  const expert = state.expert;
+  return [
+    { title, text: true, value: ({ name }) => name, show: ({ name }) => name },
+    { title: noun, value: ({ total }) => total, show: ({ total }) => asCount(total) },
+    { title: "most to", value: ({ top }) => top, show: ({ top }) => (top === null ? "–" : expertButton(top)) },
+    { title: "share", value: ({ share }) => share, show: ({ share }) => asShare(share) },
+    ...(expert === null
+      ? []
+      : [
+          { title: `to expert ${expert}`, value: ({ counts }) => counts[expert], show: ({ counts }) => asCount(counts[expert]) },
+          { title: "share of its own", value: ({ counts, total }) => ratio(counts[expert], total), show: ({ counts, total }) => asShare(ratio(counts[expert], total)) },
+        ]),
+  ];
+}
+
+function drawClasses() {
+  const layer = DATA.layers[state.layer];
+  const known = layer.expert_class !== null && DATA.class_names;
+  byId("class-parts").hidden = !known;
+  if (!known) {
+    byId("classes-note").textContent = layer.patches === null ? "This layer sees no pictures." : "The data has no classes.";
+    return;
+  }
+  const rows = countRows(DATA.class_names, unpack(layer.expert_class, Float32Array), layer.num_experts, true);
+  const seen = rows.filter(({ total }) => total > 0);
+  const strength = ({ counts, total, share }) => (state.expert === null ? share : counts[state.expert] / total);
+  const drawnRows = [...seen].sort((a, b) => strength(b) - strength(a)).slice(0, MAX_CLASSES);
+  if (state.expert === null) drawnRows.sort((a, b) => a.top - b.top || b.share - a.share);
+  const few = seen.length > drawnRows.length;
+  byId("classes-note").textContent =
+    "Where the patches of each class's pictures went. " +
+    (few
+      ? `The map shows the ${drawnRows.length} of ${asCount(seen.length)} classes with the largest share of their patches in ${state.expert === null ? "one expert" : expertName()}; the table has all.`
+      : "A row of the map adds up to 100%.");
+  const cells = drawnRows.flatMap(({ name, counts, total }) =>
+    counts.map((count, expert) => ({ name, expert, share: count / total, shown: asShare(count / total), count: asCount(count) })),
+  );
+  drawChart(byId("class-chart"), "classes", cells, "Share of each class's patches that went to each expert; the table beside it has the figures");
+  const sort = { column: state.expert === null ? 3 : 5, direction: "descending" };
+  delete sorting["class-table"];
+  drawTable(byId("class-table"), { label: "Classes and experts", rows, columns: countColumns("Class", "patches"), sort });
+}
+
+function drawWords() {
+  const layer = DATA.layers[state.layer];
+  const box = byId("word-table");
+  box.hidden = !layer.words.length;
+  const source = { captions: "the captions", "class names": "the class names" }[DATA.facts.words_from] ?? "the texts";
+  byId("words-note").textContent = !layer.words.length
+    ? DATA.facts.words_from === null
+      ? "No words were read."
+      : "This layer sees no words."
+    : `Word pieces of ${source}, as the tokenizer cuts them. ` +
+      (layer.num_words > layer.words.length ? `The ${layer.words.length} most frequent of ${asCount(layer.num_words)} are listed.` : `All ${layer.words.length} are listed.`);
+  if (!layer.words.length) return;
+  const rows = countRows(layer.words, unpack(layer.word_expert, Float32Array), layer.num_experts, false);
+  delete sorting["word-table"];
+  const sort = { column: state.expert === null ? 1 : 4, direction: "descending" };
+  drawTable(box, { label: "Words and experts", rows, columns: countColumns("Word piece", "times"), sort });
+}
+
+// ---- choosing ----
+
+function drawLegend() {
+  const layer = DATA.layers[state.layer];
+  const buttons = [...Array(layer.num_experts).keys()].map((expert) =>
+    make("button", { type: "button", "aria-pressed": String(state.expert === expert), "data-expert": expert, onclick: () => toggleExpert(expert) }, tag(expert), make("span", { class: layer.num_experts > 16 ? "unseen" : null }, `expert ${expert}`)),
+  );
+  const swatch = make("span", { class: "hatch", style: { backgroundImage: `url(${hatch(1).toDataURL()})` } });
+  const legend = layer.router === "soft" ? buttons : [...buttons, make("span", { class: "dropped" }, swatch, "dropped")];
+  byId("legend").replaceChildren(...legend);
+}
+
+function choose({ layer = state.layer, expert = state.expert }) {
+  const focused = document.activeElement;
+  const place = focusPlace(focused);
+  state.layer = layer;
+  const { num_experts: numExperts } = DATA.layers[layer];
+  state.expert = expert !== null && expert < numExperts ? expert : null;
+  byId("layer").value = String(layer);
+  byId("expert").replaceChildren(
+    make("option", { value: "" }, "all"),
+    ...[...Array(numExperts).keys()].map((number) => make("option", { value: number }, `expert ${number}`)),
+  );
+  byId("expert").value = state.expert === null ? "" : String(state.expert);
+  for (const element of document.querySelectorAll(".layer-name")) element.textContent = LAYER_NAMES[layer];
+  for (const element of document.querySelectorAll(".expert-name")) element.textContent = expertName();
+  drawLayers();
+  drawExperts();
+  drawCollage();
+  drawClasses();
+  drawWords();
+  drawLegend();
+  drawPictures();
+  if (!focused.isConnected) place?.()?.focus();
+  say(`${LAYER_NAMES[layer]}, ${expertName()}`);
+}
+
+// Finds again what had the focus before its part of the page was drawn anew.
+function focusPlace(element) {
+  const part = element?.closest("[id]:not(main, section)");
+  if (!part) return null;
+  const order = [...part.querySelectorAll("button, .patch")].indexOf(element);
+  return () => part.querySelectorAll("button, .patch")[order];
+}
+
+function start() {
+  drawHeader();
+  byId("layer").replaceChildren(...LAYER_NAMES.map((name, place) => make("option", { value: place }, name)));
+  byId("layer").addEventListener("change", (event) => choose({ layer: Number(event.target.value) }));
+  byId("expert").addEventListener("change", (event) => choose({ expert: event.target.value === "" ? null : Number(event.target.value) }));
+  const sections = { layers: "Layers", experts: "Experts", patches: "Patches", classes: "Classes", words: "Words", pictures: "Pictures" };
+  byId("sections").replaceChildren(...Object.entries(sections).map(([id, title]) => make("a", { href: `#${id}` }, title)));
+  startPictures();
+  drawLayerCharts();
+  choose({});
+}
+
+start();

@@ -1,0 +1,232 @@
+"""The HTML report: one file, without network or server, that shows where patches and words went.
+
+Figures travel as they were computed and are formatted by the page; the routing of single tokens and larger tables are
+packed as typed arrays (base64), pictures as WebP. The page's own parts are report.html, report.css, report_parts.js
+(texts, tables, charts), report_pictures.js (the routing maps) and report.js (layers, experts, classes, words).
+
+Shapes, by suffix: E experts, K choices of a token, C classes, S samples, T words.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import math
+import os
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment
+from PIL import Image
+
+from vmoe.inspection.figure import DROPPED, PALETTE
+from vmoe.inspection.report_charts import chart_script, chart_specifications
+from vmoe.inspection.statistics import LayerStatistics, RoutingStatistics, TokenRouting, TypicalPatch
+
+SCRIPTS = ("report_parts.js", "report_pictures.js", "report.js")
+WEIGHT_STEPS = 10_000  # weights are shown to four decimals
+KEPT_BIT = 1 << 15  # above the largest weight, 10,000
+MAX_CHOICES = 4  # of a token, where experts or slots choose and K = E
+MAX_WORDS = 300  # per layer, the most frequent
+MAX_TYPICAL = 24  # patches per expert
+EXACT_SIDE = 64  # pictures of up to so many pixels a side lose nothing; larger ones are compressed
+BLOCK = 8  # JPEG's blocks do not look at each other, so patches on whole blocks do not mix
+
+
+def write_report(statistics: RoutingStatistics, file: str | Path) -> Path:
+    """Write the report as one HTML file that opens from the disk.
+
+    Args:
+        statistics: what `gather_statistics` found.
+        file: where to write; its folder is made. The same statistics give the same file.
+
+    Returns:
+        The file.
+
+    Raises:
+        ModuleNotFoundError: Altair or vl-convert is not installed (`pip install 'vmoe[report]'`).
+        ValueError: statistics without a sparse layer, or weights outside 0..1.
+    """
+    if not statistics.layers:
+        raise ValueError(f"{statistics.checkpoint} has no sparse layer, so there is no routing to report")
+    file = Path(file)
+    data = _script_json(report_data(statistics))
+    library, specifications = chart_script(), _script_json(chart_specifications())
+    own = "\n".join(_part(name) for name in SCRIPTS)
+    page = Environment(autoescape=False).from_string(_part("report.html"))
+    html = page.render(
+        # The policy lets these two scripts run and nothing else: no text of the data can, nor any request go out.
+        script_hashes=" ".join(f"'sha256-{_sha256(script)}'" for script in (library, own)),
+        style=_part("report.css"),
+        data=data,
+        specifications=specifications,
+        library=library,
+        own=own,
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.stem}.partial{file.suffix}")
+    temporary.write_text(html, encoding="utf-8", newline="\n")
+    os.replace(temporary, file)
+    return file
+
+
+def report_data(statistics: RoutingStatistics) -> dict[str, Any]:
+    """What the page is told: JSON-able, see the module's docstring."""
+    samples = statistics.samples
+    facts = {
+        "checkpoint": statistics.checkpoint,
+        "weights": statistics.weights_fingerprint,
+        "data": statistics.data,
+        "data_fingerprint": statistics.data_fingerprint,
+        "num_samples": statistics.num_samples,
+        "num_skipped": statistics.num_skipped,
+        "words_from": statistics.words_from,
+        "versions": statistics.versions,
+    }
+    return {
+        "facts": facts,
+        "palette": list(PALETTE),
+        "dropped": DROPPED,
+        "modalities": statistics.modalities,
+        "class_names": statistics.class_names,
+        "agreement": {name: _numbers(matrix) for name, matrix in statistics.agreement.items()},
+        "layers": [_layer_data(statistics, place) for place in range(len(statistics.layers))],
+        "samples": [
+            {
+                "path": sample.path,
+                "class": None if sample.label is None else _class_name(statistics, sample.label),
+                "caption": sample.caption,
+                "words": sample.words,
+                "top": [[name, float(probability)] for name, probability in sample.top_classes],
+                "source": _picture_source(sample.image),
+            }
+            for sample in samples
+        ],
+        "sample_index": statistics.sample_index,
+    }
+
+
+def _class_name(statistics: RoutingStatistics, label: int) -> str:
+    return statistics.class_names[label] if statistics.class_names else f"class {label}"
+
+
+def _layer_data(statistics: RoutingStatistics, place: int) -> dict[str, Any]:
+    layer, samples = statistics.layers[place], statistics.samples
+    by_frequency = sorted(layer.expert_word.items(), key=lambda item: (-float(item[1].sum()), item[0]))
+    words = by_frequency[:MAX_WORDS]
+    patches = [sample.patches[place] for sample in samples]
+    text = [sample.text[place] for sample in samples if sample.text]
+    return {
+        "name": layer.name,
+        "num_experts": layer.num_experts,
+        "num_selected_experts": layer.num_selected_experts,
+        "router": layer.router,
+        "capacity_factor": layer.eval_capacity_factor,
+        "batch_priority": layer.batch_priority,
+        "tokens": layer.tokens,
+        **{
+            name: {modality: _numbers(values_E) for modality, values_E in getattr(layer, name).items()}
+            for name in ("asked", "kept", "importance")
+        },
+        "entropy": {modality: _number(value) for modality, value in layer.entropy.items()},
+        "share_dropped": {modality: _number(value) for modality, value in layer.share_dropped.items()},
+        "expert_class": None if layer.expert_class is None else _packed(layer.expert_class, np.float32),
+        "words": [word for word, _ in words],
+        "num_words": len(by_frequency),
+        "word_expert": _packed(np.array([counts_E for _, counts_E in words]), np.float32),
+        "typical": _typical_data(layer.typical_patches),
+        "patches": _routing_data(patches, layer),
+        "text": _routing_data(text, layer),
+    }
+
+
+def _routing_data(routings: list[TokenRouting | None], layer: LayerStatistics) -> dict[str, Any] | None:
+    """All samples' tokens one after the other: of each token the experts, and weight and `kept` in one number."""
+    found = [routing for routing in routings if routing is not None]
+    if not found:
+        return None
+    choices = found[0].expert.shape[-1]
+    expert_TK = np.concatenate([routing.expert.reshape(-1, choices) for routing in found])
+    weight_TK = np.concatenate([routing.weight.reshape(-1, choices) for routing in found]).astype(np.float64)
+    kept_TK = np.concatenate([routing.kept.reshape(-1, choices) for routing in found])
+    if not ((weight_TK >= 0) & (weight_TK <= 1 + 1e-3)).all():  # NaN too
+        raise ValueError(f"weights of {layer.name} must be in 0..1, got {weight_TK.min()} .. {weight_TK.max()}")
+    shown = choices if layer.router == "top_k" else min(choices, MAX_CHOICES)
+    if shown < choices:
+        order_TK = np.argsort(-np.where(kept_TK, weight_TK, -1), axis=-1, kind="stable")[:, :shown]
+        expert_TK, weight_TK, kept_TK = (np.take_along_axis(a, order_TK, -1) for a in (expert_TK, weight_TK, kept_TK))
+    grid = found[0].expert.shape[:-1]
+    return {
+        "shown": shown,
+        "grid": list(grid) if len(grid) == 2 else None,
+        "expert": _packed(expert_TK, np.uint16 if layer.num_experts > 256 else np.uint8),
+        "weight": _packed(np.rint(weight_TK * WEIGHT_STEPS) + KEPT_BIT * kept_TK, np.uint16),
+    }
+
+
+def _typical_data(patches: list[list[TypicalPatch]]) -> dict[str, Any] | None:
+    """One JPEG with a row of patches per expert, each patch on whole blocks, and what is known of each patch."""
+    patches = [own[:MAX_TYPICAL] for own in patches]
+    columns = max((len(own) for own in patches), default=0)
+    if columns == 0:
+        return None
+    height, width = next(own for own in patches if own)[0].pixels.shape[:2]
+    cell_height, cell_width = (math.ceil(side / BLOCK) * BLOCK for side in (height, width))
+    sheet = np.zeros((len(patches) * cell_height, columns * cell_width, 3), np.uint8)
+    for row, own in enumerate(patches):
+        for column, patch in enumerate(own):
+            top, left = row * cell_height, column * cell_width
+            padding = ((0, cell_height - height), (0, cell_width - width), (0, 0))
+            sheet[top : top + cell_height, left : left + cell_width] = np.pad(patch.pixels, padding, mode="edge")
+    return {
+        "sheet": _encoded(sheet, "JPEG", quality=90, subsampling=0),
+        "patch": [height, width],
+        "cell": [cell_height, cell_width],
+        "columns": columns,
+        "patches": [[[p.sample, p.row, p.column, _number(p.weight)] for p in own] for own in patches],
+    }
+
+
+def _picture_source(pixels: np.ndarray) -> str:
+    exact = max(pixels.shape[:2]) <= EXACT_SIDE
+    options = {"lossless": True, "quality": 60} if exact else {"quality": 80}
+    return f"data:image/webp;base64,{_encoded(pixels, 'WEBP', **options)}"
+
+
+def _encoded(pixels: np.ndarray, form: str, **options: Any) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, form, **options)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _packed(values: np.ndarray, dtype: type) -> str:
+    """Little-endian base64, as the typed arrays of every browser read it."""
+    little = np.dtype(dtype).newbyteorder("<")
+    return base64.b64encode(np.ascontiguousarray(values, dtype=little).tobytes()).decode()
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return float(value) if math.isfinite(value) else None
+
+
+def _numbers(values: np.ndarray) -> list:
+    return [_numbers(row) if np.ndim(row) else _number(row) for row in values]
+
+
+def _script_json(value: Any) -> str:
+    """JSON that cannot end the script element it stands in, nor open a comment there."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _sha256(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _part(name: str) -> str:
+    return files("vmoe.inspection").joinpath(name).read_text(encoding="utf-8")
