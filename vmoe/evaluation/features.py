@@ -9,36 +9,27 @@ Shapes, by suffix: N pictures, B batch, D features.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-import logging
 import os
-import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vmoe.config_io import ConfigError
 from vmoe.data import ImageDataset, LoaderConfig, SourceConfig, build_dataset, eval_loader
 from vmoe.data.emoji import cache_folder
+from vmoe.evaluation.cache import file_of_key, key_text, read_tensors, subject_facts, write_tensors
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.distributed import gather_lists, gather_rows, world
 from vmoe.evaluation.inference import evaluating
-from vmoe.evaluation.report import Progress, library_versions
-from vmoe.evaluation.subject import Subject, weights_fingerprint
-from vmoe.models.factory import is_contrastive, model_spec
-from vmoe.moe.layer import SparseMoE
+from vmoe.evaluation.report import Progress
+from vmoe.evaluation.subject import Subject
+from vmoe.models.factory import is_contrastive
+from vmoe.moe import SparseMoE
 
-logger = logging.getLogger("vmoe.evaluation")
-
-CACHE_FORMAT = 1  # raise it whenever the same model would give other features
-TENSORS = ("features", "labels", "index")
+CACHE_FORMAT = 1  # raise it whenever `image_features` changes
 
 
 class Features(NamedTuple):
@@ -69,8 +60,8 @@ def extract_features(
     """Features of all pictures of a data set; all processes of `torchrun` share the work and get the same rows.
 
     With a cache the rows are read from disk if a file of the same key is there: weights, model and routing settings,
-    transform, precision, kind of device, data and library versions. The ingredients of the key lie in the file's
-    metadata. Only the first process reads and writes.
+    transform, precision, kind of device, data, library versions and this package's code. The key lies in clear in the
+    file's metadata. Only the first process reads and writes.
 
     Args:
         subject: the model.
@@ -93,8 +84,9 @@ def extract_features(
     if cache is not None:
         found = []
         if first:
+            _check_writable(cache)
             key = feature_key(subject, dataset, loader_config)
-            file = _cache_file(cache, key)
+            file = file_of_key(cache, "features", key)
             found = [_read(file, key)]
         cached = gather_lists(found)[0]
         if cached is not None:
@@ -215,22 +207,18 @@ def feature_cache(config: EvaluationConfig) -> Path | None:
 
 
 def feature_key(subject: Subject, dataset: ImageDataset, loader_config: LoaderConfig) -> str:
-    """All that the features of a data set depend on, as JSON text; equal texts mean equal features."""
-    layers = {name: module for name, module in subject.model.named_modules() if isinstance(module, SparseMoE)}
-    ingredients = {
-        "format": CACHE_FORMAT,
-        "weights": weights_fingerprint(subject.weights),
-        "model": model_spec(subject.model),
-        "routing": {name: dataclasses.asdict(layer.settings) for name, layer in layers.items()},
-        "batch_size": loader_config.batch_size if any(map(_mixes_pictures, layers.values())) else None,
-        "transform": " ".join(repr(subject.transform).split()),
-        "precision": subject.precision,
-        "device": subject.device.type,
-        "data": dataset.fingerprint(),
-        "on_bad": loader_config.on_bad or "fail",
-        "versions": library_versions(),
-    }
-    return json.dumps(ingredients, indent=1, sort_keys=True)
+    """All that the features of a data set depend on; equal texts mean equal features."""
+    layers = [module for module in subject.model.modules() if isinstance(module, SparseMoE)]
+    return key_text(
+        {
+            "format": CACHE_FORMAT,
+            **subject_facts(subject),
+            "batch_size": loader_config.batch_size if any(map(_mixes_pictures, layers)) else None,
+            "transform": " ".join(repr(subject.transform).split()),
+            "data": dataset.fingerprint(),
+            "on_bad": loader_config.on_bad or "fail",
+        }
+    )
 
 
 def _mixes_pictures(layer: SparseMoE) -> bool:
@@ -239,12 +227,8 @@ def _mixes_pictures(layer: SparseMoE) -> bool:
     return any(limit is not None for limit in limits)
 
 
-def _cache_file(folder: Path, key: str) -> Path:
-    """Where the features of a key lie.
-
-    Raises:
-        ValueError: the folder cannot be written to; better said before the features are computed.
-    """
+def _check_writable(folder: Path) -> None:
+    """Raises ValueError if the cache cannot be written to; better said before the features are computed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         usable = os.access(folder, os.W_OK)
@@ -252,56 +236,16 @@ def _cache_file(folder: Path, key: str) -> Path:
         usable = False
     if not usable:
         raise ValueError(f"features.cache {folder} cannot be written to: give another folder, or null for no cache")
-    return folder / f"features_{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
 
 def _read(file: Path, key: str) -> Features | None:
-    """What a file holds; None if there is none, or (with a warning) if it is not a whole file of this key."""
-    if not file.exists():
+    kept = read_tensors(file, key)
+    if kept is None:
         return None
-    try:
-        with safe_open(file, "pt") as stream:
-            metadata = stream.metadata() or {}
-            tensors = {name: stream.get_tensor(name) for name in TENSORS}
-        if metadata.get("key") != key:
-            raise ValueError("it is of another model or other data")
-        if metadata.get("sha256") != _digest(tensors):
-            raise ValueError("its checksum is wrong")
-        skipped = json.loads(metadata["skipped_paths"])
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        logger.warning("cached features in %s cannot be used (%s); they are made anew", file, error)
-        return None
-    return Features(tensors["features"], tensors["labels"], tensors["index"], skipped)
+    tensors, notes = kept
+    return Features(tensors["features"], tensors["labels"], tensors["index"], notes["skipped_paths"])
 
 
 def _write(features: Features, file: Path, key: str) -> None:
-    """Writes a file whole or not at all; if it cannot be written, a warning says so and the features are used."""
-    tensors = dict(zip(TENSORS, (features.features_ND, features.labels_N, features.index_N), strict=True))
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    metadata: dict[str, Any] = {
-        "key": key,
-        "skipped_paths": json.dumps(features.skipped_paths),
-        "sha256": _digest(tensors),
-    }
-    temporary = None
-    try:
-        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-        os.close(handle)
-        save_file(tensors, temporary, metadata=metadata)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except (OSError, SafetensorError) as error:
-        logger.warning("features could not be kept in %s (%s); they will be computed again", file, error)
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of the tensors' bytes, types and shapes."""
-    digest = hashlib.sha256()
-    for name in TENSORS:
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(memoryview(tensor.contiguous().numpy()).cast("B"))
-    return digest.hexdigest()
+    tensors = {"features": features.features_ND, "labels": features.labels_N, "index": features.index_N}
+    write_tensors(file, key, tensors, {"skipped_paths": features.skipped_paths})
