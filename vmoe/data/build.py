@@ -7,7 +7,11 @@ from pathlib import Path
 from vmoe.data.config import SourceConfig
 from vmoe.data.dataset import ImageDataset
 from vmoe.data.emoji import EmojiGroups, EmojiPairs
+from vmoe.data.imagenet import ImageNet, ImageNetReal, ImageNetSketch, ImageNetSubset, ImageNetV2
+from vmoe.data.imagenet_c import ImageNetC
+from vmoe.data.karpathy import KarpathyCaptions
 from vmoe.data.labelled import ImageFolder, TorchvisionDataset
+from vmoe.data.objectnet import ObjectNet
 from vmoe.data.pairs import PairsFile, PairsFolder
 
 
@@ -31,4 +35,20 @@ def build_dataset(source: SourceConfig) -> ImageDataset:
             return ImageFolder(source.path, source.class_names)
         case "torchvision":
             return TorchvisionDataset(source.name, source.path, source.split)
+        case "imagenet":
+            return ImageNet(source.path, source.labels_file)
+        case "imagenet_real":
+            return ImageNetReal(source.path, source.labels_file)
+        case "imagenet_v2":
+            return ImageNetV2(source.path)
+        case "imagenet_a" | "imagenet_r":
+            return ImageNetSubset(source.path, source.type)
+        case "imagenet_sketch":
+            return ImageNetSketch(source.path)
+        case "imagenet_c":
+            return ImageNetC(source.path)
+        case "objectnet":
+            return ObjectNet(source.path)
+        case "karpathy":
+            return KarpathyCaptions(source.path, source.split, source.image_root)
     raise ValueError(f"type of a data source must be one of those in SourceConfig, got {source.type!r}")

@@ -12,23 +12,49 @@ class SourceConfig:
 
     Args:
         type: "emoji" (pictures with their names), "emoji_groups" (emoji with their Unicode group as class), "pairs"
-            (images with captions), "image_folder" (one folder per class) or "torchvision" (a data set of torchvision).
+            (images with captions), "image_folder" (one folder per class), "torchvision" (a data set of torchvision), or
+            a published test set in the layout of its download: "imagenet" (the validation set), "imagenet_v2",
+            "imagenet_a", "imagenet_r", "imagenet_sketch", "imagenet_real", "imagenet_c", "objectnet", "karpathy" (COCO
+            or Flickr30k with captions).
         path: "pairs": a .csv, .tsv or .jsonl file, or a folder of images with .txt files beside them. "image_folder":
             the folder that holds one folder per class. "torchvision": the folder given to torchvision as `root`.
-            The emoji types need none.
+            "karpathy": dataset_coco.json or dataset_flickr30k.json. Published test sets: the folder that
+            docs/evaluation.md draws. The emoji types need none.
         split: "emoji": "train", "held_out" (400 compositions never seen in training) or "all". "emoji_groups":
-            "train" or "val". "torchvision": "train", "test" or what the data set itself offers. Else unused.
+            "train" or "val". "torchvision": "train", "test" or what the data set itself offers. "karpathy": "train"
+            (with COCO's "restval"), "val" or "test". Else unused.
         name: "torchvision" only: the class name in torchvision.datasets, for example "FashionMNIST".
         image_size: emoji types only: side in pixels at which the pictures are drawn, once.
-        image_root: "pairs" file only: the folder that relative image paths start from (default: the file's folder).
+        image_root: "pairs" file and "karpathy" only: the folder that relative image paths start from (default: the
+            file's folder).
         image_key: "pairs" file only: the column or key of the image path (default: image, path, filepath, ...).
         caption_key: "pairs" file only: the column or key of the caption (default: caption, title or text).
         class_names: "image_folder" only: a .txt file with one class name per line, in the order of the sorted folder
             names, or a .json file with a list of names or a dictionary from folder name to class name (default: the
             folder names, or WordNet's words where every folder is an ImageNet synset such as n01440764).
+        labels_file: "imagenet" only, for pictures that lie flat in one folder: the file of their labels (default: the
+            one found in that folder or the one above). "imagenet_real" only: real.json (default: timm's copy).
     """
 
-    type: Literal["emoji", "emoji_groups", "pairs", "image_folder", "torchvision"] | None = None
+    type: (
+        Literal[
+            "emoji",
+            "emoji_groups",
+            "pairs",
+            "image_folder",
+            "torchvision",
+            "imagenet",
+            "imagenet_v2",
+            "imagenet_a",
+            "imagenet_r",
+            "imagenet_sketch",
+            "imagenet_real",
+            "imagenet_c",
+            "objectnet",
+            "karpathy",
+        ]
+        | None
+    ) = None
     path: str | None = None
     split: str = "train"
     name: str | None = None
@@ -37,13 +63,20 @@ class SourceConfig:
     image_key: str | None = None
     caption_key: str | None = None
     class_names: str | None = None
+    labels_file: str | None = None
 
     def __post_init__(self) -> None:
-        if self.type in ("pairs", "image_folder", "torchvision") and not self.path:
+        if self.type not in (None, "emoji", "emoji_groups") and not self.path:
             raise ValueError(f"data source of type {self.type!r} needs a path: set `path` to its file or folder")
         if self.type == "torchvision" and not self.name:
             raise ValueError("data source of type 'torchvision' needs a name: set `name`, for example FashionMNIST")
-        splits = {"emoji": ("train", "held_out", "all"), "emoji_groups": ("train", "val")}.get(self.type)
+        splits = {
+            "emoji": ("train", "held_out", "all"),
+            "emoji_groups": ("train", "val"),
+            "karpathy": ("train", "val", "test"),
+        }.get(self.type)
+        if self.labels_file is not None and self.type not in ("imagenet", "imagenet_real"):
+            raise ValueError(f"labels_file is for imagenet and imagenet_real, and type is {self.type!r}; leave it out")
         if splits and self.split not in splits:
             raise ValueError(
                 f"split of data source {self.type!r} must be one of {', '.join(splits)}, got {self.split!r}"

@@ -96,11 +96,16 @@ class ImageDataset(ABC):
         for name in ("classes", "prompt_names", "class_columns", "conditions", "left_out"):
             facts.add(name, getattr(self, name))
         lists = [self.labels, self.captions, self.label_sets, self.condition_of, self.image_ids]
+        last_file = None
         for index in range(len(self)):
             facts.add("sample", [None if values is None else values[index] for values in lists])
             file = self.file_of(index)
             if file is not None:
-                facts.add_file(*file)
+                if file == last_file:  # another caption of the same picture
+                    facts.add("file", file[0])
+                else:
+                    facts.add_file(*file)
+                last_file = file
                 continue
             try:
                 sample = self[index]

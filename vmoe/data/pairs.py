@@ -11,6 +11,7 @@ from typing import Any
 
 from vmoe.data.dataset import ImageDataset, Sample
 from vmoe.data.images import IMAGE_SUFFIXES, BadSample, load_image
+from vmoe.data.tree import is_junk
 
 IMAGE_KEYS = ("image", "path", "filepath", "file_path", "image_path", "file_name", "filename", "file")
 CAPTION_KEYS = ("caption", "title", "text")
@@ -67,6 +68,9 @@ class PairsFile(ImageDataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def file_of(self, index: int) -> tuple[str, Path]:
+        return Path(self.image_ids[index]).as_posix(), self.root / self.pairs[index][0]
+
     def __getitem__(self, index: int) -> Sample:
         image, caption = self.pairs[index]
         if not image:
@@ -90,10 +94,14 @@ class PairsFolder(ImageDataset):
     has_captions = True
 
     def __init__(self, path: str | Path) -> None:
-        path = Path(path)
+        self.root = path = Path(path)
         if not path.is_dir():
             raise ValueError(f"{path}: no such folder; check the data source's path")
-        self.paths = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        self.paths = sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix.lower() in IMAGE_SUFFIXES and not any(map(is_junk, file.relative_to(path).parts))
+        )
         if not self.paths:
             raise ValueError(f"{path}: holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
 
@@ -109,6 +117,9 @@ class PairsFolder(ImageDataset):
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def file_of(self, index: int) -> tuple[str, Path]:
+        return self.paths[index].relative_to(self.root).as_posix(), self.paths[index]
 
     def __getitem__(self, index: int) -> Sample:
         path = self.paths[index]

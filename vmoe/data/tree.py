@@ -92,8 +92,9 @@ class TreeReader:
             raise self.error(f"{where}{_names(files, 'file')}, where only {kind} folders may be")
         if not folders:
             holds = _names(files, "file") + f", and no {kind} folder" if files else f"no {kind} folder"
-            raise self.error(f"{where + ' ' if where else ''}holds {holds}")
-        unknown = [name for name in folders if known is not None and name not in known]
+            rule = "; there must be one folder of pictures per class" if kind == "class" else ""
+            raise self.error(f"{where + ' ' if where else ''}holds {holds}{rule}")
+        unknown = sorted(set(folders).difference(known)) if known is not None else []
         if unknown:
             verb = "is no" if len(unknown) == 1 else "are no"
             raise self.error(f"{where}{_names(unknown, 'folder')} {verb} {kind} of this data set{remedy}")

@@ -1,0 +1,68 @@
+"""Corruption errors on ImageNet-C (Hendrycks & Dietterich, arXiv 1903.12261, section 4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from vmoe.data.imagenet_c import CORRUPTIONS, EXTRA_CORRUPTIONS, SEVERITIES
+
+# AlexNet's top-1 errors, the mean over the five severities, as the authors publish them for the mean corruption error.
+ALEXNET_ERRORS = {
+    "gaussian_noise": 0.886428,
+    "shot_noise": 0.894468,
+    "impulse_noise": 0.922640,
+    "defocus_blur": 0.819880,
+    "glass_blur": 0.826268,
+    "motion_blur": 0.785948,
+    "zoom_blur": 0.798360,
+    "snow": 0.866816,
+    "frost": 0.826572,
+    "fog": 0.819324,
+    "brightness": 0.564592,
+    "contrast": 0.853204,
+    "elastic_transform": 0.646056,
+    "pixelate": 0.717840,
+    "jpeg_compression": 0.606500,
+}
+
+
+def corruption_errors(errors: Mapping[tuple[str, int], float]) -> dict[str, float]:
+    """Corruption errors: a model's mean error over the five severities, divided by AlexNet's. 1 is as bad as AlexNet.
+
+    Args:
+        errors: {(corruption, severity 1..5): top-1 error in 0..1}. The four corruptions of the download that the
+            benchmark does not count may be among them.
+
+    Returns:
+        {corruption: its error} for those of the 15 that have all five severities, and "mce", their mean, where all 15
+        have. Papers give them in percent.
+
+    Raises:
+        ValueError: an unknown corruption or severity, or an error outside 0..1.
+    """
+    for (corruption, severity), error in errors.items():
+        if corruption not in (*CORRUPTIONS, *EXTRA_CORRUPTIONS) or severity not in SEVERITIES:
+            raise ValueError(f"{corruption}/{severity} is no condition of ImageNet-C")
+        if not 0 <= error <= 1:
+            raise ValueError(f"the error on {corruption}/{severity} must be a share in 0..1, got {error}")
+    result = {}
+    for corruption in CORRUPTIONS:
+        found = [errors[corruption, severity] for severity in SEVERITIES if (corruption, severity) in errors]
+        if len(found) == len(SEVERITIES):
+            result[corruption] = math.fsum(found) / len(found) / ALEXNET_ERRORS[corruption]
+    if len(result) == len(CORRUPTIONS):
+        result["mce"] = math.fsum(result.values()) / len(result)
+    return result
+
+
+def missing_conditions(errors: Mapping[tuple[str, int], float]) -> list[str]:
+    """Those of the benchmark's 75 conditions, as "fog/3", that are not in `errors`; without them there is no "mce"."""
+    wanted = [(corruption, severity) for corruption in CORRUPTIONS for severity in SEVERITIES]
+    return [f"{corruption}/{severity}" for corruption, severity in wanted if (corruption, severity) not in errors]
+
+
+def parse_condition(name: str) -> tuple[str, int]:
+    """("fog", 3) from "fog/3", a name among `conditions` of a data set."""
+    corruption, _, severity = name.partition("/")
+    return corruption, int(severity)
