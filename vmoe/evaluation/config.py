@@ -98,13 +98,39 @@ def _feature_set(key: str, given: Any) -> FeatureSet:
 
 @dataclass
 class CapacityConfig:
-    """Task "capacity": one model with more and less room in its experts.
+    """Task "capacity": one sparse model with more and less room in its experts, with and without batch-prioritized
+    routing (BPR). Of an image-text model the pictures alone are limited; class names always find room.
 
     Attributes:
         factors: Values of eval_capacity_factor; null is no limit.
+        num_selected_experts: Values of K (router top_k only); null: the model's own.
+        images_per_group: Pictures that are routed together and compete for room, next to each other in the data; they
+            are also the batch (loader.batch_size plays no part). Fewer make the limit coarser, since an expert's room
+            is rounded up, and leave BPR less to choose from; expert_choice keeps the model's own groups.
+        timing_rounds: How often each setting is timed, in turn with the others; 0: not at all.
     """
 
-    factors: list[float | None] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0, None])
+    factors: list[float | None] = field(
+        default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0, None]
+    )
+    num_selected_experts: list[int] | None = None
+    images_per_group: int = 64
+    timing_rounds: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("factors", "num_selected_experts"):
+            values = getattr(self, name)
+            if values is not None and (not values or len(set(values)) < len(values)):
+                raise ConfigError(f"capacity.{name} must hold at least one value and none twice, got {values}")
+        for factor in self.factors:
+            if factor is not None and not 0 < factor < math.inf:
+                raise ConfigError(f"capacity.factors must be > 0 and finite (null: no limit), got {factor}")
+        for K in self.num_selected_experts or ():
+            if K < 1:
+                raise ConfigError(f"capacity.num_selected_experts must be >= 1, got {K}")
+        for name, least in (("images_per_group", 1), ("timing_rounds", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"capacity.{name} must be >= {least}, got {getattr(self, name)}")
 
 
 @dataclass

@@ -20,7 +20,7 @@ from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.distributed import processes, world
 from vmoe.evaluation.report import library_versions, mean_and_spread, output_file, print_table, write_json
 from vmoe.evaluation.subject import Subject, load_subject, weights_fingerprint
-from vmoe.evaluation.tasks import TASKS
+from vmoe.evaluation.tasks import FILES, TASKS
 from vmoe.models.factory import is_contrastive, model_spec, read_pretrained_metadata
 
 
@@ -108,7 +108,9 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
     if rank == 0:
         target = output_file(config)
         write_json(report, target)
-        console.print(f"written to {target}", style="dim", highlight=False, markup=False, soft_wrap=True)
+        files = [target, *(FILES[config.task](report, target) if config.task in FILES else [])]
+        written = ", ".join(map(str, files))
+        console.print(f"written to {written}", style="dim", highlight=False, markup=False, soft_wrap=True)
     return report
 
 
@@ -131,7 +133,7 @@ def check_task(config: EvaluationConfig, subject: Subject, dataset: ImageDataset
         raise ConfigError(f"task 'retrieval' needs captions, and data of type {kind!r} has none")
     if task != "retrieval" and dataset.classes is None:
         raise ConfigError(f"task {task!r} needs labels, and data of type {kind!r} has none")
-    if task == "classification" and dataset.class_columns is None:
+    if task in ("classification", "capacity") and not contrastive and dataset.class_columns is None:
         trained = read_pretrained_metadata(subject.weights)["extra"].get("class_names")
         check_same_classes(trained, dataset.classes, subject.checkpoint)
 

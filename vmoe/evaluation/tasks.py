@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,17 +13,22 @@ from rich.console import Console
 
 from vmoe.config_io import ConfigError
 from vmoe.data import ImageDataset, eval_loader
+from vmoe.evaluation.capacity import sparse_image_layers, sweep_capacity, sweep_settings
+from vmoe.evaluation.capacity_report import flat_results, print_sweep, sweep_details, write_sweep
 from vmoe.evaluation.class_names import known_sets
 from vmoe.evaluation.classification import Predictions, checked_logits, predict
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.distributed import gather_lists
+from vmoe.evaluation.few_shot import few_shot
 from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.metrics import accuracy_per_class
+from vmoe.evaluation.probe import knn, linear_probe
 from vmoe.evaluation.report import Outcome, Progress
 from vmoe.evaluation.retrieval import evaluate_retrieval, retrieval_loader
 from vmoe.evaluation.subject import Subject
 from vmoe.evaluation.text_cache import cached_classes
 from vmoe.evaluation.zero_shot import class_scorer, resolve_class_names
+from vmoe.models.factory import preprocess_config
 
 
 def classification(config: EvaluationConfig, subject: Subject, dataset: ImageDataset, console: Console) -> Outcome:
@@ -106,8 +114,51 @@ def retrieval(config: EvaluationConfig, subject: Subject, dataset: ImageDataset,
     return Outcome(results, {"skipped": sorted(gather_lists(list(loader.skipped_paths)))})
 
 
+def capacity(config: EvaluationConfig, subject: Subject, dataset: ImageDataset, console: Console) -> Outcome:
+    """Task "capacity": the accuracy of "classification" or "zero_shot" with more and less room in the experts.
+
+    Class names are encoded without a limit: only the pictures are swept.
+    """
+    groups = replace(config.loader, batch_size=config.capacity.images_per_group)
+    loader = eval_loader(dataset, subject.transform, None, groups)
+    class_columns = None
+    with evaluating(subject.model, subject.device, subject.precision):
+        if subject.tokenizer is not None:
+            names = zero_shot_names(config, dataset)
+            weights_DC = cached_classes(subject, names, zero_shot_templates(config, dataset))
+            score = class_scorer(subject.model, weights_DC, names)
+        else:
+            class_columns = dataset.class_columns
+            num_classes = None if class_columns is not None else len(dataset.classes)
+            score = partial(checked_logits, subject.model, num_classes=num_classes)
+        picture = torch.zeros(1, *preprocess_config(subject.model)["input_size"], device=subject.device)
+        layers = sparse_image_layers(subject.model, score, picture, subject.checkpoint)
+    sweep = sweep_capacity(
+        subject.model,
+        score,
+        Progress(loader, config.task, console),
+        layers,
+        sweep_settings(config.capacity, layers),
+        device=subject.device,
+        precision=subject.precision,
+        class_columns=class_columns,
+        label_sets=dataset.label_sets,
+        timing_rounds=config.capacity.timing_rounds,
+    )
+    print_sweep(sweep, subject.checkpoint, console)
+    details = {**sweep_details(sweep), "skipped": gather_lists(list(loader.skipped_paths))}
+    return Outcome(flat_results(sweep), details)
+
+
 TASKS: dict[str, Callable[[EvaluationConfig, Subject, ImageDataset, Console], Outcome]] = {
     "classification": classification,
     "zero_shot": zero_shot,
     "retrieval": retrieval,
+    "few_shot": few_shot,
+    "linear_probe": linear_probe,
+    "knn": knn,
+    "capacity": capacity,
 }
+
+# What a task writes beside the JSON file: (report, JSON file) -> files.
+FILES: dict[str, Callable[[dict[str, Any], Path], list[Path]]] = {"capacity": write_sweep}

@@ -1,0 +1,203 @@
+"""What a capacity sweep shows and leaves behind: flat figures, a table, a CSV file and a figure."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vmoe.evaluation.capacity import Sweep
+
+# Okabe and Ito's colours, told apart with any colour vision; shapes and dashes tell them apart in print.
+CURVES = {
+    "bpr": {"label": "BPR", "color": "#0072B2", "marker": "o", "linestyle": "-"},
+    "vanilla": {"label": "vanilla", "color": "#D55E00", "marker": "s", "linestyle": "--"},
+    "experts": {"label": "expert choice", "color": "#009E73", "marker": "D", "linestyle": "-"},
+}
+NO_LIMIT = "#5B6570"
+COLUMNS = (
+    *("checkpoint", "curve", "num_selected_experts", "factor", "top1", "top1_error", "top5", "share_dropped"),
+    *("gflops_per_image", "images_per_second", "images_per_second_lower", "images_per_second_upper"),
+)
+
+
+def flat_results(sweep: Sweep) -> dict[str, float | int]:
+    """{name: figure} of a sweep for the table of results, such as "top1_bpr_0.4" and "top1_no_limit"."""
+    several = len({point.setting.num_selected_experts for point in sweep.points}) > 1
+    results: dict[str, float | int] = {}
+    for point in sweep.points:
+        setting = point.setting
+        prefix = f"k{setting.num_selected_experts}_" if several else ""
+        place = "no_limit" if setting.factor is None else f"{setting.curve}_{setting.factor:g}"
+        results[f"{prefix}top1_{place}"] = point.top1
+    for gain in sweep.gains:
+        if gain.factor is None:
+            prefix = f"k{gain.num_selected_experts}_" if several else ""
+            results[f"{prefix}bpr_gain_below_1"] = gain.gain
+    return {**results, "num_samples": sweep.num_samples, "num_skipped": sweep.num_skipped}
+
+
+def sweep_details(sweep: Sweep) -> dict[str, Any]:
+    """All of a sweep, as JSON can hold it."""
+    points = []
+    for point in sweep.points:
+        speed = point.images_per_second
+        speed = None if speed is None else dict(zip(("median", "lower_quartile", "upper_quartile"), speed))
+        setting = {"curve": point.setting.curve, **point.setting._asdict()}
+        points.append({**setting, **asdict(point), "images_per_second": speed})
+        del points[-1]["setting"]
+    return {"points": points, "bpr_gain": [gain._asdict() for gain in sweep.gains]}
+
+
+def print_sweep(sweep: Sweep, checkpoint: str, console: Console) -> None:
+    """Prints a row per setting, with standard errors and the quartiles of the speed, and what BPR gained."""
+    several = len({point.setting.num_selected_experts for point in sweep.points}) > 1
+    console.print(f"accuracy, cost and speed of {checkpoint}", highlight=False, markup=False, soft_wrap=True)
+    table = Table()
+    for name in (*(["K"] if several else []), "factor", "order", "top-1", "dropped", "GFLOPs", "pictures/s"):
+        table.add_column(name, justify="left" if name == "order" else "right")
+    for point in sweep.points:
+        setting, speed = point.setting, point.images_per_second
+        table.add_row(
+            *([str(setting.num_selected_experts)] if several else []),
+            "none" if setting.factor is None else f"{setting.factor:g}",
+            CURVES[setting.curve]["label"] if setting.curve in CURVES else "",
+            f"{point.top1:.3f} ± {point.top1_error:.3f}",
+            f"{point.share_dropped:.1%}",
+            f"{point.gflops_per_image:.4g}",
+            "" if speed is None else f"{speed[0]:.0f} ({speed[1]:.0f}-{speed[2]:.0f})",
+        )
+    console.print(table)
+    for gain in sweep.gains:
+        if gain.factor is None:
+            console.print(verdict(gain.num_selected_experts, gain.gain, gain.error), highlight=False, soft_wrap=True)
+
+
+def verdict(num_selected_experts: int, gain: float, error: float) -> str:
+    """One sentence on whether BPR is the better curve below capacity 1; two standard errors are taken as noise."""
+    if gain > 2 * error:
+        outcome = "BPR is the better curve"
+    elif gain < -2 * error:
+        outcome = "BPR is the WORSE curve"
+    else:
+        outcome = "BPR and vanilla routing cannot be told apart"
+    return f"K = {num_selected_experts}, below capacity 1: {outcome}, top-1 {gain:+.4f} ± {error:.4f} in the mean"
+
+
+def write_sweep(report: dict[str, Any], file: Path) -> list[Path]:
+    """Writes CSV and figure of an evaluation's report beside its JSON file.
+
+    Args:
+        report: what the JSON file holds.
+        file: the JSON file.
+
+    Returns:
+        The files written.
+    """
+    table, figure = file.with_suffix(".csv"), file.with_suffix(".png")
+    with open(table, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, COLUMNS)
+        writer.writeheader()
+        writer.writerows(_csv_rows(report["checkpoints"]))
+    draw_sweep([entry["details"]["points"] for entry in report["checkpoints"]], figure)
+    return [table, figure]
+
+
+def _csv_rows(entries: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for entry in entries:
+        for point in entry["details"]["points"]:
+            row = {name: point.get(name) for name in COLUMNS}
+            speed = point["images_per_second"] or {}
+            for name, part in (("", "median"), ("_lower", "lower_quartile"), ("_upper", "upper_quartile")):
+                row[f"images_per_second{name}"] = speed.get(part)
+            yield {**row, "checkpoint": entry["checkpoint"]}
+
+
+def draw_sweep(sweeps: list[list[dict[str, Any]]], file: Path) -> None:
+    """Accuracy against capacity, cost and speed, as in the V-MoE paper's figures on batch-prioritized routing.
+
+    Bars are standard errors: binomial for one checkpoint, between the checkpoints for several. The speed is drawn with
+    its quartiles. Without a limit both orders give the same, a dotted line.
+
+    Args:
+        sweeps: "points" of `sweep_details` for each checkpoint, with the same settings.
+        file: where the figure goes.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    points = [_mean_point(same) for same in zip(*sweeps, strict=True)]
+    choices = list(dict.fromkeys(point["num_selected_experts"] for point in points))
+    timed = all(point["speed"] is not None for point in points)
+    axes_of = {"factor": "capacity factor", "gflops": "GFLOPs per picture"}
+    if timed:
+        axes_of["speed"] = "pictures per second"
+    with rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(4.6 * len(axes_of), 3.9), layout="constrained")
+        FigureCanvasAgg(figure)
+        for axes, (name, label) in zip(figure.subplots(1, len(axes_of), sharey=True), axes_of.items()):
+            for K in choices:
+                own = [point for point in points if point["num_selected_experts"] == K]
+                _draw_curves(axes, own, name, f", K = {K}" if len(choices) > 1 else "", choices.index(K))
+            axes.set_xlabel(label)
+            axes.grid(alpha=0.25)
+        first = figure.axes[0]
+        first.set_ylabel("top-1")
+        first.legend(frameon=False, loc="lower right")
+        figure.savefig(file, dpi=150)
+
+
+def _mean_point(same: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+    """One setting over the checkpoints."""
+    accuracies, n = [point["top1"] for point in same], len(same)
+    mean = sum(accuracies) / n
+    error = same[0]["top1_error"]
+    if n > 1:
+        error = math.sqrt(sum((value - mean) ** 2 for value in accuracies) / (n - 1) / n)
+    speed = None
+    if all(point["images_per_second"] for point in same):
+        parts = ("median", "lower_quartile", "upper_quartile")
+        speed = [sum(point["images_per_second"][part] for point in same) / n for part in parts]
+    gflops = sum(point["gflops_per_image"] for point in same) / n
+    return {**same[0], "top1": mean, "top1_error": error, "speed": speed, "gflops": gflops}
+
+
+def _draw_curves(axes, points: list[dict[str, Any]], name: str, suffix: str, place: int) -> None:
+    """The curves of one K; a later K is paler and hollow."""
+    unlimited = [point for point in points if point["curve"] == "both"]
+    for point in unlimited:
+        if name == "factor":
+            axes.axhline(point["top1"], color=NO_LIMIT, linestyle=":", label=f"no limit{suffix}", alpha=1 / (1 + place))
+        else:
+            x = point[name][0] if name == "speed" else point[name]
+            axes.plot(x, point["top1"], "*", color=NO_LIMIT, markersize=11, alpha=1 / (1 + place), zorder=5)
+            axes.annotate("no limit", (x, point["top1"]), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+    for curve, style in CURVES.items():
+        own = [point for point in points if point["curve"] == curve]
+        if not own:
+            continue
+        sideways = None
+        x = [point[name] for point in own]
+        if name == "speed":
+            x = [point["speed"][0] for point in own]
+            lower, upper = ([abs(point["speed"][part] - point["speed"][0]) for point in own] for part in (1, 2))
+            sideways = [lower, upper]
+        axes.errorbar(
+            x,
+            [point["top1"] for point in own],
+            yerr=[point["top1_error"] for point in own],
+            xerr=sideways,
+            markersize=5,
+            linewidth=1.6,
+            elinewidth=0.8,
+            alpha=1 / (1 + 0.6 * place),
+            markerfacecolor="white" if place else style["color"],
+            **{**style, "label": style["label"] + suffix},
+        )
