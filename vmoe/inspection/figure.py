@@ -287,8 +287,10 @@ def _shorten(name: str, length: int) -> str:
     return f"{name[:half].rstrip()}…{name[-(length - 1 - half) :].lstrip()}"
 
 
-def _draw_routing(ax: Axes, picture: np.ndarray, expert: np.ndarray, num_experts: int) -> None:
-    """The picture in grey, tinted by each patch's expert."""
+def _draw_routing(
+    ax: Axes, picture: np.ndarray, expert: np.ndarray, num_experts: int, number_size: float | None = None
+) -> None:
+    """The picture in grey, tinted by each patch's expert; `number_size` (points) writes its number on every patch."""
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
@@ -307,16 +309,17 @@ def _draw_routing(ax: Axes, picture: np.ndarray, expert: np.ndarray, num_experts
         ax.axvline(line, color="white", linewidth=0.6, alpha=0.85)
     for y, x in zip(*np.nonzero(expert < 0), strict=True):
         ax.add_patch(Rectangle((x, y), 1, 1, fill=False, hatch="//////", linewidth=0))
-    size = min(7.0, 45 / max(rows, columns))
-    if num_experts > NUM_SAFE_COLOURS and size > 3:  # smaller is not readable
+    size = min(7.0, 45 / max(rows, columns)) if number_size is None else number_size
+    wanted = number_size is not None or num_experts > NUM_SAFE_COLOURS
+    if wanted and size > 3:  # smaller is not readable
         for (y, x), e in np.ndenumerate(expert):
             if e >= 0:
                 number = ax.text(x + 0.5, y + 0.5, str(e), fontsize=size, color="white", ha="center", va="center")
-                number.set_path_effects([withStroke(linewidth=1.2, foreground=INK)])
+                number.set_path_effects([withStroke(linewidth=max(1.2, size / 6), foreground=INK)])
     _frame(ax)
 
 
-def _draw_legend(figure: Any, experts: list[int], height: float) -> None:
+def _draw_legend(figure: Any, experts: list[int], height: float, columns: int = LEGEND_COLUMNS) -> None:
     """One swatch per expert that occurs, and one for dropped patches (-1) if there are any."""
     from matplotlib.patches import Patch
 
@@ -327,7 +330,7 @@ def _draw_legend(figure: Any, experts: list[int], height: float) -> None:
         handles=handles,
         loc="lower center",
         bbox_to_anchor=(0.5, 0.05 / height),
-        ncols=min(len(handles), LEGEND_COLUMNS),
+        ncols=min(len(handles), columns),
         frameon=False,
         fontsize=8.5,
         handlelength=1.2,

@@ -56,6 +56,7 @@ class LayerStatistics:
         expert_word: {word piece: (E,) kept assignments of it}; empty where the layer met no words.
         typical_patches: for each expert the patches with its largest gate values, largest first, at most one per
             picture; empty lists where the layer met no pictures.
+        capacity: a fixed number of rows that each expert takes from a group, which overrides the factor; or None.
     """
 
     name: str
@@ -73,6 +74,7 @@ class LayerStatistics:
     expert_class: np.ndarray | None = None
     expert_word: dict[str, np.ndarray] = field(default_factory=dict)
     typical_patches: list[list[TypicalPatch]] = field(default_factory=list)
+    capacity: int | None = None
 
 
 @dataclass

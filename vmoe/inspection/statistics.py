@@ -231,6 +231,10 @@ class _Gatherer:
         self.agreement = Agreement({name: layer.num_experts for name, layer in self.layers.items()})
         self.num_samples = 0
         self.samples: dict[int, SampleRouting] = {}
+        ids = dataset.image_ids or range(len(dataset))
+        first = {own: place for place, own in reversed(list(enumerate(ids)))}
+        self._first = np.zeros(len(dataset), bool)  # not yet another caption of a picture that was there before
+        self._first[list(first.values())] = True
         self._outputs: dict[int, Tensor] = {}
 
     def add_batch(self, batch: dict[str, Tensor], wanted: list[int]) -> None:
@@ -278,24 +282,28 @@ class _Gatherer:
         def pixels(b: int, row: int, column: int) -> np.ndarray:
             return pixels_BHWC[b, row * h : (row + 1) * h, column * w : (column + 1) * w].copy()
 
-        sums.add_patches(done_BTE[:, prefix:], own.gate_BTE[:, prefix:], columns, index_B, pixels)
+        done_BPE = done_BTE[:, prefix:] * self._first[index_B][:, None, None]
+        sums.add_patches(done_BPE, own.gate_BTE[:, prefix:], columns, index_B, pixels)
 
     def name_pictures(self, templates: Sequence[Template] | str | None) -> None:
         """Fills in the likeliest names of the kept pictures.
 
-        Names are those of the classes; for data without classes a classifier's own, or the captions of the pictures.
+        Of an image-text model, names are those of the data's classes, or, without classes, the kept captions. Of a
+        classifier they are its own; where its file does not hold them, those of the data if it has as many classes.
         """
         if not self.samples:
             return
         names, columns = self.dataset.classes, self.dataset.class_columns
-        if self.subject.tokenizer is None and names is None:
-            names = checkpoint_classes(self.subject)
-        elif self.subject.tokenizer is not None:
+        if self.subject.tokenizer is not None:
             captions = dict.fromkeys(sample.caption for sample in self.samples.values() if sample.caption)
-            names = self.dataset.prompt_names or names or list(captions)
+            names, columns = self.dataset.prompt_names or names or list(captions), None
             templates = templates if self.dataset.classes else None
             if not names:
                 return
+        elif columns is None:
+            num_outputs = next(iter(self._outputs.values())).shape[-1]
+            fitting = names if names is not None and len(names) == num_outputs else None
+            names = checkpoint_classes(self.subject) or fitting
         output_BD = torch.stack(list(self._outputs.values())).to(self.subject.device)
         found = likeliest_names(self.subject, output_BD, names, columns, templates)
         for sample, top in zip(self.samples.values(), found, strict=True):
@@ -318,6 +326,7 @@ class _Gatherer:
             router=layer.router_type,
             eval_capacity_factor=layer.eval_capacity_factor,
             batch_priority=layer.batch_priority,
+            capacity=layer.capacity,
             tokens=sums.tokens,
             asked={modality: whole(asked_E) for modality, asked_E in sums.asked.items()},
             kept={modality: whole(kept_E) for modality, kept_E in sums.kept.items()},
