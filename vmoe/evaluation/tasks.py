@@ -25,6 +25,7 @@ from vmoe.evaluation.metrics import accuracy_per_class
 from vmoe.evaluation.probe import knn, linear_probe
 from vmoe.evaluation.report import Outcome, Progress
 from vmoe.evaluation.retrieval import evaluate_retrieval, retrieval_loader
+from vmoe.evaluation.robustness import corruption_errors, missing_conditions, parse_condition
 from vmoe.evaluation.subject import Subject
 from vmoe.evaluation.text_cache import cached_classes
 from vmoe.evaluation.zero_shot import class_scorer, resolve_class_names
@@ -96,6 +97,10 @@ def judged(predictions: Predictions, dataset: ImageDataset, skipped_paths: list[
             for name, accuracy, count in zip(dataset.conditions, accuracy_C.tolist(), counts_C.tolist(), strict=True)
             if count
         }
+        errors = {parse_condition(name): 1 - entry["top1"] for name, entry in details["conditions"].items()}
+        details["corruption_errors"] = corruption_errors(errors)
+        details["missing_conditions"] = missing_conditions(errors)
+        results |= {name: value for name, value in details["corruption_errors"].items() if name == "mce"}
     return Outcome(results, {**details, "skipped": sorted(gather_lists(list(skipped_paths)))})
 
 

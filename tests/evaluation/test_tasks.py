@@ -1,0 +1,53 @@
+"""What a task makes of the predictions: figures of each class and of each condition."""
+
+import pytest
+import torch
+
+from vmoe.data import ImageDataset
+from vmoe.data.imagenet_c import CORRUPTIONS
+from vmoe.evaluation.classification import Predictions
+from vmoe.evaluation.robustness import ALEXNET_ERRORS
+from vmoe.evaluation.tasks import judged
+
+
+class Conditions(ImageDataset):
+    """Two samples under each condition; the second class is never got right."""
+
+    classes = ("a", "b")
+
+    def __init__(self, corruptions):
+        self.conditions = [f"{corruption}/{severity}" for corruption in corruptions for severity in range(1, 6)]
+        self.condition_of = [place for place, _ in enumerate(self.conditions) for _ in range(2)]
+
+    def __len__(self):
+        return len(self.condition_of)
+
+    def __getitem__(self, index):
+        raise NotImplementedError
+
+
+def predictions(number):
+    label = torch.arange(number) % 2
+    zeros = torch.zeros(number).long()
+    return Predictions(torch.arange(number), label, label, zeros, torch.full((number,), 0.5), 2, 0)
+
+
+def test_mean_corruption_error_of_all_conditions():
+    dataset = Conditions(CORRUPTIONS)
+    outcome = judged(predictions(len(dataset)), dataset, [])
+    assert outcome.results["mce"] == pytest.approx(sum(0.5 / error for error in ALEXNET_ERRORS.values()) / 15)
+    assert outcome.details["conditions"]["fog/3"] == {"top1": 0.5, "num_samples": 2}
+    assert outcome.details["missing_conditions"] == []
+    assert [entry["top1"] for entry in outcome.details["per_class"]] == [1, 0]
+
+
+def test_without_some_conditions_there_is_no_mean_and_they_are_named():
+    dataset = Conditions(["fog", "snow"])
+    outcome = judged(predictions(len(dataset)), dataset, ["torn.png"])
+    assert "mce" not in outcome.results
+    assert outcome.details["corruption_errors"] == pytest.approx(
+        {name: 0.5 / ALEXNET_ERRORS[name] for name in ("fog", "snow")}
+    )
+    assert len(outcome.details["missing_conditions"]) == 65
+    assert "frost/1" in outcome.details["missing_conditions"]
+    assert outcome.details["skipped"] == ["torn.png"]
