@@ -28,7 +28,7 @@ function facts(list, entries) {
 function drawHeader() {
   const known = DATA.facts;
   const every = (text) => [...new Set(DATA.layers.map(text))].join("; ");
-  const modalities = DATA.modalities.map((name) => NOUN[name] ?? name).join(" and ");
+  const modalities = DATA.modalities.map((name) => NOUN[name]).join(" and ");
   document.title = `Routing report: ${known.checkpoint}`;
   byId("lead").textContent = `Which experts the ${modalities} of ${known.data} go to in ${known.checkpoint}`;
   facts(byId("facts"), [
@@ -54,7 +54,7 @@ function drawLayers() {
   const rows = DATA.layers.flatMap((layer, place) =>
     Object.keys(layer.tokens).map((modality) => ({ layer, place, modality, busiest: busiest(layer, modality) })),
   );
-  const noun = ({ modality }) => NOUN[modality] ?? modality;
+  const noun = ({ modality }) => NOUN[modality];
   drawTable(byId("layer-table"), {
     label: "Layers",
     chosen: ({ place }) => place === state.layer,
@@ -87,24 +87,24 @@ function drawLayers() {
 
 function busiest(layer, modality) {
   const kept = layer.kept[modality];
-  const total = sum(kept);
-  if (!(total > 0)) return { expert: null, share: null };
+  const total = sum(layer.asked[modality]);
+  if (!(sum(kept) > 0)) return { expert: null, share: null };
   const expert = kept.indexOf(Math.max(...kept));
   return { expert, share: kept[expert] / total };
 }
 
 function drawLayerCharts() {
   const charts = [
-    ["Share dropped", "share_dropped", asShare],
-    ["Gate entropy, nats", "entropy", asFixed(3)],
+    ["Share dropped", "share_dropped", "share_lines", asShare],
+    ["Gate entropy, nats", "entropy", "lines", asFixed(3)],
   ];
   byId("layer-charts").replaceChildren(
-    ...charts.map(([title, key, show]) => {
+    ...charts.map(([title, key, chart, show]) => {
       const rows = DATA.layers.flatMap((layer, place) =>
-        Object.entries(layer[key]).map(([modality, value]) => ({ layer: LAYER_NAMES[place], modality, value, shown: show(value) })),
+        Object.entries(layer[key]).map(([modality, value]) => ({ layer: LAYER_NAMES[place], modality: NOUN[modality], value, shown: show(value) })),
       );
       const box = make("div");
-      drawChart(box, "lines", rows, `${title} of each layer; the table below has the same figures`);
+      drawChart(box, chart, rows, `${title} of each layer; the table below has the same figures`);
       return make("div", {}, make("h3", {}, title), box);
     }),
   );
@@ -112,9 +112,9 @@ function drawLayerCharts() {
     const rows = matrix.flatMap((values, a) =>
       values.map((value, b) => ({ a: LAYER_NAMES[a], b: LAYER_NAMES[b], value, shown: asFixed(2)(value) })),
     );
-    const box = make("div");
-    drawChart(box, "agreement", rows, `Agreement between layers, ${NOUN[modality] ?? modality}`);
-    return make("div", {}, make("h3", {}, capital(NOUN[modality] ?? modality)), box);
+    const box = make("div", { style: { maxWidth: `${140 + 64 * matrix.length}px` } });
+    drawChart(box, "agreement", rows, `Agreement between layers, ${NOUN[modality]}`);
+    return make("div", {}, make("h3", {}, capital(NOUN[modality])), box);
   });
   byId("agreement").replaceChildren(...agreement);
 }
@@ -142,7 +142,7 @@ function drawExperts() {
     " Importance: the sum of the router's weights over all tokens, before anything is dropped. Choose an expert by its number or bar.";
   const opacity = (expert) => (state.expert === null || state.expert === expert ? 1 : 0.3);
   const charts = modalities.flatMap((modality) => {
-    const noun = NOUN[modality] ?? modality;
+    const noun = NOUN[modality];
     const [kept, asked, importance] = [layer.kept[modality], layer.asked[modality], layer.importance[modality]];
     const bar = (part, order, values, total, colour) =>
       experts.map((expert) => {
@@ -175,16 +175,16 @@ function drawExperts() {
     columns: [
       { title: "Expert", text: true, value: (expert) => expert, show: expertButton },
       ...modalities.flatMap((modality) => {
-        const noun = NOUN[modality] ?? modality;
         const [kept, asked, importance] = [layer.kept[modality], layer.asked[modality], layer.importance[modality]];
-        const [allKept, allImportance] = [sum(kept), sum(importance)];
-        const column = (title, value, show) => ({ title, value, show: (expert) => show(value(expert)) });
+        const [allAsked, allImportance] = [sum(asked), sum(importance)];
+        const group = capital(NOUN[modality]);
+        const column = (title, value, show) => ({ title, group, value, show: (expert) => show(value(expert)) });
         return [
-          column(`Load, ${noun}`, (expert) => kept[expert], asCount),
-          column("share of load", (expert) => ratio(kept[expert], allKept), asShare),
+          column("load", (expert) => kept[expert], asCount),
+          column("share", (expert) => ratio(kept[expert], allAsked), asShare),
           ...(soft ? [] : [column("dropped", (expert) => ratio(asked[expert] - kept[expert], asked[expert]), asShare)]),
           column("importance", (expert) => importance[expert], asFixed(1)),
-          column("share of importance", (expert) => ratio(importance[expert], allImportance), asShare),
+          column("share", (expert) => ratio(importance[expert], allImportance), asShare),
         ];
       }),
     ],
@@ -242,7 +242,7 @@ function drawCollage() {
       "div",
       {},
       make("button", { type: "button", class: "tag-button", "aria-label": `Choose expert ${expert}`, onclick: () => toggleExpert(expert) }, tag(expert)),
-      patchList(expert, 9, 40, false),
+      patchList(expert, 11, 40, false),
     ),
   );
   box.replaceChildren(make("div", { class: "rows" }, ...rows));

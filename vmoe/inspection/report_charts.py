@@ -1,7 +1,7 @@
 """The charts of the HTML report as Vega-Lite specifications, made with Altair; the page gives them their rows.
 
-Each takes its figures from a data set called "rows", so that one specification serves every layer and expert. Fields called "shown" and "count" are texts, formatted by the page
-as its tables are.
+Each takes its figures from a data set called "rows", so that one specification serves every layer and expert. Fields
+called "shown" and "count" are texts, formatted by the page as its tables are.
 """
 
 from __future__ import annotations
@@ -9,10 +9,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-MODALITY_COLOURS = {
-    "image": "#0072B2",
-    "text": "#D55E00",
-}  # Okabe and Ito's blue and vermilion, also told apart by shape
+MODALITY_COLOURS = {"patches": "#0072B2", "words": "#D55E00"}  # also told apart by the shape of the points
 CELL = 18  # height of a row of a heat map, pixels
 
 
@@ -43,9 +40,20 @@ def chart_script() -> str:
 
 
 def chart_specifications() -> dict[str, dict[str, Any]]:
-    """{name: Vega-Lite specification}: "bars", "lines", "classes" and "agreement"."""
-    charts = {"bars": _bars(), "lines": _lines(), "classes": _classes(), "agreement": _agreement()}
+    """{name: Vega-Lite specification}: "bars", "lines", "share_lines", "classes" and "agreement"."""
+    charts = {
+        "bars": _bars(),
+        "lines": _lines(".3~f"),
+        "share_lines": _lines(".1~%"),
+        "classes": _classes(),
+        "agreement": _agreement(),
+    }
     return {name: chart.to_dict(context={"pre_transform": False}) for name, chart in charts.items()}
+
+
+def _fit(alt: ModuleType):
+    """As wide as the page allows, as high as the rows need."""
+    return alt.AutoSizeParams(type="fit-x", contains="padding")
 
 
 def _bars():
@@ -70,7 +78,7 @@ def _bars():
     )
 
 
-def _lines():
+def _lines(number_format: str):
     """A figure over the layers; rows: layer, modality, value, shown (the value as the tables show it)."""
     alt, _ = chart_library()
     names, colours = list(MODALITY_COLOURS), list(MODALITY_COLOURS.values())
@@ -79,7 +87,7 @@ def _lines():
         .mark_line(point=alt.OverlayMarkDef(size=60, filled=True), strokeWidth=2)
         .encode(
             x=alt.X("layer:N", title=None, sort=None, axis=alt.Axis(labelAngle=0, labelOverlap=True)),
-            y=alt.Y("value:Q", title=None, axis=alt.Axis(tickCount=4), scale=alt.Scale(zero=True)),
+            y=alt.Y("value:Q", title=None, axis=alt.Axis(tickCount=4, format=number_format)),
             color=alt.Color("modality:N", title=None, scale=alt.Scale(domain=names, range=colours)),
             shape=alt.Shape("modality:N", title=None, scale=alt.Scale(domain=names, range=["circle", "square"])),
             tooltip=["layer:N", "modality:N", alt.Tooltip("shown:N", title="value")],
@@ -91,7 +99,7 @@ def _classes():
     """Experts by classes; rows: name, expert, share (of the class's patches), shown, count."""
     alt, _ = chart_library()
     return (
-        alt.Chart(alt.NamedData("rows"), width="container", height=alt.Step(CELL))
+        alt.Chart(alt.NamedData("rows"), width="container", height=alt.Step(CELL), autosize=_fit(alt))
         .mark_rect(aria=False)  # thousands of cells; the table beside it has the same figures
         .encode(
             x=alt.X("expert:O", title="expert", axis=alt.Axis(labelAngle=0, labelOverlap=True, orient="top")),
@@ -115,7 +123,7 @@ def _classes():
 def _agreement():
     """Layers by layers; rows: a, b, value (None: the two cannot be compared), shown."""
     alt, _ = chart_library()
-    base = alt.Chart(alt.NamedData("rows"), width="container", height=alt.Step(30)).encode(
+    base = alt.Chart(alt.NamedData("rows"), width="container", height=alt.Step(32)).encode(
         x=alt.X("a:N", title=None, sort=None, axis=alt.Axis(labelAngle=0, labelOverlap=True, orient="top")),
         y=alt.Y("b:N", title=None, sort=None),
     )
@@ -129,4 +137,4 @@ def _agreement():
         # viridis is light above the middle
         color=alt.condition("datum.value > 0.6", alt.value("#000000"), alt.value("#ffffff")),
     )
-    return cells + numbers
+    return (cells + numbers).properties(autosize=_fit(alt))

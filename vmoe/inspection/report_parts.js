@@ -153,21 +153,26 @@ function whenSeen(element, work) {
 
 // ---- tables ----
 
-const SHORT_TABLE = 50;
+const SHORT_TABLE = 100;
 const sorting = {}; // {table: {column, direction}}, kept when the table is drawn again
 
-// columns: {title, value(row), show(row) -> text or element, text: true for words}; the first names the row.
+// columns: {title, value(row), show(row) -> text or element, text: true for words, group: heading above several}; the
+// first names the row.
 function drawTable(box, { label, columns, rows, chosen = () => false, sort = null }) {
   const saved = sorting[box.id];
   const state = saved && saved.column < columns.length ? saved : (sort ?? { column: 0, direction: "ascending" });
-  let all = rows.length <= SHORT_TABLE + 10;
+  let all = rows.length <= SHORT_TABLE + 20;
   const head = make("tr");
   const body = make("tbody");
   const more = make("button", { type: "button", class: "more" }, `Show all ${asCount(rows.length)} rows`);
 
+  const classOf = (place) => {
+    const { text, group } = columns[place];
+    return [text ? "text" : "", group && group !== columns[place - 1]?.group ? "first" : ""].join(" ").trim() || null;
+  };
   const headers = columns.map((column, place) => {
     const button = make("button", { type: "button" }, column.title);
-    const header = make("th", { scope: "col", class: column.text ? "text" : null }, button);
+    const header = make("th", { scope: "col", class: classOf(place) }, button);
     button.addEventListener("click", () => {
       const first = column.text ? "ascending" : "descending";
       const other = first === "ascending" ? "descending" : "ascending";
@@ -175,7 +180,7 @@ function drawTable(box, { label, columns, rows, chosen = () => false, sort = nul
       state.column = place;
       sorting[box.id] = state;
       fill();
-      say(`Sorted by ${column.title}, ${state.direction}`);
+      say(`Sorted by ${[column.group, column.title].filter(Boolean).join(", ")}, ${state.direction}`);
     });
     head.append(header);
     return header;
@@ -198,8 +203,8 @@ function drawTable(box, { label, columns, rows, chosen = () => false, sort = nul
         make(
           "tr",
           { class: chosen(row) ? "chosen" : null },
-          ...columns.map(({ text, show }, place) =>
-            make(place === 0 ? "th" : "td", { class: text ? "text" : null, scope: place === 0 ? "row" : null }, show(row)),
+          ...columns.map(({ show }, place) =>
+            make(place === 0 ? "th" : "td", { class: classOf(place), scope: place === 0 ? "row" : null }, show(row)),
           ),
         ),
       ),
@@ -213,7 +218,15 @@ function drawTable(box, { label, columns, rows, chosen = () => false, sort = nul
     body.querySelector(`tr:nth-child(${SHORT_TABLE + 1})`)?.scrollIntoView({ block: "nearest" });
   });
   fill();
-  const table = make("table", {}, make("caption", { class: "unseen" }, label), make("thead", {}, head), body);
+  const groups = make("tr", { class: "groups" });
+  for (const [place, { group }] of columns.entries()) {
+    if (place > 0 && group === columns[place - 1].group) continue;
+    const span = columns.slice(place).findIndex((column) => column.group !== group);
+    const width = span < 0 ? columns.length - place : span;
+    groups.append(group ? make("th", { scope: "colgroup", colspan: width, class: "first" }, group) : make("td", { colspan: width }));
+  }
+  const grouped = columns.some(({ group }) => group);
+  const table = make("table", {}, make("caption", { class: "unseen" }, label), make("thead", {}, grouped ? groups : null, head), body);
   box.replaceChildren(make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `${label} (table)` }, table), more);
 }
 
@@ -254,7 +267,7 @@ function embed(box) {
 
 function drawChart(box, name, rows, label, click = null) {
   drawn.set(box, { name, rows, label, click });
-  box.classList.add("chart");
+  box.classList.add("chart", name);
   box.classList.toggle("clickable", Boolean(click));
   whenSeen(box, () => embed(box));
 }

@@ -183,7 +183,7 @@ function makeWords(sample) {
       "button",
       { type: "button", class: `${dim ? "dim" : ""} ${expert === null ? "lost" : ""}`.trim(), style: { background: colour, color: inkOn(colour) } },
       word,
-      make("sub", { "aria-hidden": "true" }, expert === null ? "–" : String(expert)),
+      make("span", { class: "number", "aria-hidden": "true" }, expert === null ? "–" : String(expert)),
       make("span", { class: "unseen" }, ` ${sentence("", lines).slice(2)}`),
     );
     if (expert !== null) button.addEventListener("click", () => choose({ expert: state.expert === expert ? null : expert }));
