@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vmoe.config_io import ConfigError
 from vmoe.evaluation.subject import Subject
 from vmoe.evaluation.zero_shot import Template, encode_classes
 from vmoe.inspection.accumulate import ModalityTokens, split_modalities
@@ -28,7 +29,7 @@ def sparse_layers(subject: Subject) -> dict[str, SparseMoE]:
     """{name: sparse layer} in the order of the model, named as by `record_routing`.
 
     Raises:
-        ValueError: it has none.
+        ConfigError: it has none.
     """
     layers = {
         ".".join(part for part in name.split(".") if part not in WRAPPERS): module
@@ -36,7 +37,10 @@ def sparse_layers(subject: Subject) -> dict[str, SparseMoE]:
         if isinstance(module, SparseMoE)
     }
     if not layers:
-        raise ValueError(f"{subject.checkpoint} holds a dense model: it has no experts to look at")
+        raise ConfigError(
+            f"{subject.checkpoint} holds a dense model, which has no experts to look at; give a sparse one's "
+            "(vmoe.upcycle makes one of it)"
+        )
     return layers
 
 
@@ -47,12 +51,13 @@ def routing_settings(
     """Inside the block the sparse layers have these settings; None leaves one as it is.
 
     Raises:
-        ValueError: a capacity factor that is not above 0.
+        ConfigError: a capacity factor that is not above 0.
     """
     if eval_capacity_factor is not None and not eval_capacity_factor > 0:
-        raise ValueError(f"eval_capacity_factor must be > 0, got {eval_capacity_factor}")
-    given = {"eval_capacity_factor": eval_capacity_factor, "batch_priority": batch_priority}
-    given = {name: value for name, value in given.items() if value is not None}
+        raise ConfigError(f"eval_capacity_factor must be > 0, got {eval_capacity_factor}")
+    given = {} if batch_priority is None else {"batch_priority": batch_priority}
+    if eval_capacity_factor is not None:
+        given |= {"eval_capacity_factor": eval_capacity_factor, "capacity": None}  # a fixed one would override it
     layers = [module for module in model.modules() if isinstance(module, SparseMoE)]
     before = [{name: getattr(layer, name) for name in given} for layer in layers]
     try:

@@ -97,6 +97,7 @@ def gather_statistics(
     """
     if num_pictures < 0 or num_patches < 0:
         raise ValueError(f"num_pictures and num_patches must be >= 0, got {num_pictures} and {num_patches}")
+    gatherer = _Gatherer(subject, dataset, num_patches)
     captions = subject.tokenizer is not None and dataset.has_captions
     fingerprint = dataset.fingerprint()
     loader_config = LoaderConfig(batch_size=batch_size, num_workers=num_workers, on_bad=on_bad)
@@ -107,7 +108,6 @@ def gather_statistics(
         routing_settings(subject.model, eval_capacity_factor, batch_priority),
         evaluating(subject.model, subject.device, subject.precision),
     ):
-        gatherer = _Gatherer(subject, dataset, num_patches)
         for batch in loader if console is None else Progress(loader, "routing", console):
             gatherer.add_batch(batch, wanted)
         if not gatherer.num_samples:

@@ -1,0 +1,237 @@
+"""The inspection command (`python -m vmoe.inspect`, `vmoe-inspect`): what the experts of a model do with a data set."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args, get_type_hints
+
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vmoe.config_io import ConfigError, parse_config
+from vmoe.data import BadSample, build_dataset
+from vmoe.data.config import LoaderConfig, SourceConfig
+from vmoe.data.images import IMAGE_SUFFIXES
+from vmoe.evaluation.subject import load_subject
+from vmoe.inspection.figures import write_figures
+from vmoe.inspection.files import write_statistics
+from vmoe.inspection.forward import sparse_layers
+from vmoe.inspection.report import write_report
+from vmoe.inspection.statistics import RoutingStatistics, gather_statistics
+
+
+@dataclass
+class InspectConfig:
+    """An inspection.
+
+    Attributes:
+        checkpoint: What to look into: folder of a run (its last checkpoint) or of a checkpoint, or a .safetensors file.
+        output_dir: Folder for statistics.json, statistics.npz, figures/ and report.html; null: "inspection" beside the
+            checkpoint.
+        data: The data to run the model on; without a type, what the run of the checkpoint validated on. A single word
+            is the type, or the path of a folder of pictures or a file of pairs: --data emoji_groups, --data photos/.
+        loader: Batches and worker processes. The result does not depend on them where nothing is dropped. on_bad "skip"
+            leaves unreadable pictures out and counts them.
+        num_pictures: Pictures whose routing the report shows one by one, spread evenly over the data.
+        num_patches: Typical patches to keep for each expert.
+        templates: Prompts of the class names, for an image-text model: texts with {} in the place of the name, a file
+            with one per line, "openai_imagenet" or "simple_imagenet".
+        eval_capacity_factor: Room in the experts, to see what is dropped with limited room as in training; null: as the
+            model is set, which by default means that nothing is dropped.
+        batch_priority: Whether important tokens go first where room is limited; null: as the model is set.
+        precision: Arithmetic of the forward pass: float32, or autocast to bf16 or fp16.
+        device: "auto" (CUDA, then MPS, then CPU) or a torch device such as "cuda:1".
+    """
+
+    checkpoint: str
+    output_dir: str | None = None
+    data: SourceConfig = field(default_factory=SourceConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    num_pictures: int = 200
+    num_patches: int = 16
+    templates: list[str] | str = field(default_factory=lambda: ["{}"])
+    eval_capacity_factor: float | None = None
+    batch_priority: bool | None = None
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.loader.on_bad == "replace":
+            raise ConfigError("loader.on_bad must be 'fail' or 'skip' in an inspection, got 'replace'")
+        for name in ("num_pictures", "num_patches"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if self.eval_capacity_factor is not None and not self.eval_capacity_factor > 0:
+            raise ConfigError(f"eval_capacity_factor must be > 0, got {self.eval_capacity_factor}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code: 0, 1 for an error, 2 for a wrong setting, 130 for Ctrl-C.
+
+    An error is one sentence; set VMOE_TRACEBACK=1 to see where it comes from.
+    """
+    try:
+        argv = expand_data(list(sys.argv[1:] if argv is None else argv))
+        config = parse_config(
+            InspectConfig,
+            argv,
+            prog="vmoe-inspect",
+            description="Look into a sparse model: which patches and words go to which expert.",
+        )
+        run(config)
+    except KeyboardInterrupt:
+        print("\nvmoe-inspect: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get("VMOE_TRACEBACK"):
+            raise
+        plain = isinstance(error, (ConfigError, BadSample, ModuleNotFoundError))
+        hint = "" if plain else " (VMOE_TRACEBACK=1 shows where)"
+        print(f"vmoe-inspect: error: {error or type(error).__name__}{hint}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+def run(config: InspectConfig, console: Console | None = None) -> RoutingStatistics:
+    """Gathers the statistics, writes files, figures and report, and prints a table and their paths.
+
+    Args:
+        config: the settings.
+        console: where to print; None: standard output.
+
+    Raises:
+        ConfigError: a dense model, or no data.
+        BadSample: an unreadable picture or empty caption, unless `loader.on_bad` is "skip".
+        ValueError: unreadable checkpoint or data.
+    """
+    console = console or Console()
+    subject = load_subject(config.checkpoint, config.device, config.precision)
+    sparse_layers(subject)  # a dense model is told before any data is read
+    source = config.data if config.data.type is not None else validation_data(config.checkpoint)
+    statistics = gather_statistics(
+        subject,
+        build_dataset(source),
+        batch_size=config.loader.batch_size,
+        num_workers=config.loader.num_workers,
+        on_bad=config.loader.on_bad or "fail",
+        num_pictures=config.num_pictures,
+        num_patches=config.num_patches,
+        templates=config.templates,
+        eval_capacity_factor=config.eval_capacity_factor,
+        batch_priority=config.batch_priority,
+        data=describe(source),
+        console=console,
+    )
+    console.print(summary_table(statistics))  # first: the figures are there even if a file cannot be written
+    folder = output_folder(config)
+    settings = dataclasses.asdict(dataclasses.replace(config, data=source))
+    files = write_statistics(statistics, folder, settings)
+    with console.status("drawing"):
+        figures = write_figures(statistics, folder / "figures")
+    files.append(write_report(statistics, folder / "report.html"))
+    for text in (*files, f"{len(figures)} figures in {folder / 'figures'}"):
+        console.print(str(text), highlight=False, markup=False, soft_wrap=True)
+    return statistics
+
+
+def expand_data(argv: list[str]) -> list[str]:
+    """`--data WORD` as the settings that it stands for: a type, a folder of pictures or a file of pairs.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    expanded: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        name, equals, word = argument.partition("=")
+        if name != "--data":
+            expanded.append(argument)
+            continue
+        word = word if equals else next(arguments, "")
+        known = get_args(get_args(get_type_hints(SourceConfig)["type"])[0])
+        path = Path(word)
+        if word in known:
+            expanded += ["--data.type", word]
+        elif path.is_dir():
+            captions = (text.with_suffix(end) for text in path.rglob("*.txt") for end in IMAGE_SUFFIXES)
+            kind = "pairs" if any(picture.is_file() for picture in captions) else "image_folder"
+            expanded += ["--data.type", kind, "--data.path", word]
+        elif path.is_file():
+            expanded += ["--data.type", "pairs", "--data.path", word]
+        else:
+            raise ConfigError(
+                f"--data {word}: no such folder or file, and no type of data; types: {', '.join(known)} "
+                "(with --data.path PATH where they need one)"
+            )
+    return expanded
+
+
+def validation_data(checkpoint: str) -> SourceConfig:
+    """What the run that a checkpoint belongs to validated on, by its config.yaml.
+
+    Raises:
+        ConfigError: there is no such file, or the run did not validate.
+    """
+    place = Path(checkpoint).absolute()
+    for folder in [place, *place.parents][:4]:  # RUN/checkpoints/step_000100/model.safetensors
+        file = folder / "config.yaml"
+        if file.is_file():
+            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+            val = ((settings or {}).get("data") or {}).get("val") or {}
+            if val.get("type") is not None:
+                try:
+                    return SourceConfig(**val)
+                except TypeError as error:
+                    raise ConfigError(f"{file}: data.val cannot be read ({error}); say which --data to use") from error
+            break
+    raise ConfigError(
+        f"data.type is missing, and {checkpoint} is in no run folder whose config.yaml names validation data: say what "
+        "to look at, as in --data emoji_groups or --data FOLDER"
+    )
+
+
+def describe(source: SourceConfig) -> str:
+    """The data in a few words, for titles."""
+    parts = [source.type, source.name, source.path]
+    if source.type in ("emoji", "emoji_groups", "torchvision", "karpathy"):
+        parts.append(source.split)
+    return " · ".join(part for part in parts if part)
+
+
+def output_folder(config: InspectConfig) -> Path:
+    """`output_dir`, or the folder "inspection" beside the checkpoint (inside, if that is a folder)."""
+    if config.output_dir is not None:
+        return Path(config.output_dir)
+    checkpoint = Path(config.checkpoint)
+    return (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "inspection"
+
+
+def summary_table(statistics: RoutingStatistics) -> Table:
+    """A line per layer and modality: tokens, largest over mean load (before drops), idle experts, drops, entropy."""
+    table = Table(title=escape(f"routing of {statistics.checkpoint} on {statistics.data}"))
+    for place, column in enumerate(("layer", "modality", "tokens", "max/mean load", "idle", "dropped", "entropy")):
+        table.add_column(column, justify="left" if place < 2 else "right")
+    for layer in statistics.layers:
+        for modality, tokens in layer.tokens.items():
+            asked_E = layer.asked[modality]
+            table.add_row(
+                escape(layer.name),
+                modality,
+                f"{tokens:,}",
+                f"{asked_E.max() / max(asked_E.mean(), 1e-12):.2f}",
+                f"{(asked_E == 0).sum()} of {layer.num_experts}",
+                f"{layer.share_dropped[modality]:.1%}",
+                f"{layer.entropy[modality]:.3f}",
+            )
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())
