@@ -86,18 +86,21 @@ class TreeReader:
             ValueError: there are files, unknown folders, or no folders.
         """
         folders, files = self.entries(folder)
-        where = f"{folder}/" if folder else ""
+        where = f"in {folder}/, " if folder else ""
         files = [name for name in files if name not in allowed]
         if files and folders:
-            raise self.error(f"{where}{_names(files, 'file')}, where only {kind} folders may be")
+            lie = "lies" if len(files) == 1 else "lie"
+            raise self.error(f"{where}beside the {kind} folders {lie} {_names(files, 'file')}; move or remove")
         if not folders:
             holds = _names(files, "file") + f", and no {kind} folder" if files else f"no {kind} folder"
             rule = "; there must be one folder of pictures per class" if kind == "class" else ""
-            raise self.error(f"{where + ' ' if where else ''}holds {holds}{rule}")
+            raise self.error(f"{where}there is {holds}{rule}")
         unknown = sorted(set(folders).difference(known)) if known is not None else []
         if unknown:
-            verb = "is no" if len(unknown) == 1 else "are no"
-            raise self.error(f"{where}{_names(unknown, 'folder')} {verb} {kind} of this data set{remedy}")
+            verb = "is" if len(unknown) == 1 else "are"
+            raise self.error(
+                f"{where}{_names(unknown, 'folder')} {verb} not among the {kind} folders of this data set{remedy}"
+            )
         return folders
 
     def check_complete(self, found: Iterable[str], wanted: Collection[str], folder: str = "", remedy: str = "") -> None:
@@ -119,7 +122,7 @@ class TreeReader:
         """
         folders, files = self.entries(folder)
         if folders:
-            raise self.error(f"{folder}/ holds {_names(folders, 'folder')} where only pictures may be")
+            raise self.error(f"{folder}/ holds {_names(folders, 'folder')}, and only pictures may be there")
         files = [name for name in files if name not in allowed]
         others = [name for name in files if not name.lower().endswith(IMAGE_SUFFIXES)]
         if others:
@@ -144,7 +147,9 @@ class TreeReader:
     def warn_of_junk(self) -> None:
         """Logs what was left aside since the last call."""
         if self.junk:
-            logger.warning("left aside, hidden or an operating system's own: %s", _first(sorted(self.junk)))
+            what = f"{len(self.junk)} {'files and folders' if len(self.junk) > 1 else 'file or folder'}"
+            shown = _first(sorted(self.junk))
+            logger.warning("left aside, hidden or an operating system's own: %s, %s", what, shown)
         self.junk = []
 
     def _draw(self) -> list[str]:
@@ -190,8 +195,8 @@ def read_class_tree(
 
 
 def _names(names: list[str], kind: str) -> str:
-    """`file a.txt`; `2 files, a.txt, b.txt`; `9 files, as a.txt, b.txt, c.txt`."""
-    return f"{kind} {names[0]}" if len(names) == 1 else f"{len(names):,} {kind}s, {_first(names)}"
+    """`file a.txt`; `2 files (a.txt, b.txt)`; `9 files (as a.txt, b.txt, c.txt)`."""
+    return f"{kind} {names[0]}" if len(names) == 1 else f"{len(names):,} {kind}s ({_first(names)})"
 
 
 def _first(names: list[str]) -> str:
