@@ -1,0 +1,198 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vmoe.data import ImageDataset, Sample, SourceConfig, build_dataset
+from vmoe.data import emoji as emoji_module
+from vmoe.data.fingerprint import BYTES_OF_A_FILE, Fingerprint
+from vmoe.data.labelled import TorchvisionDataset
+
+from .conftest import Pictures
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """FOLDER/tree with two classes, pairs.csv and pairs/ of the same pictures, and Karpathy's file of them."""
+    random = np.random.default_rng(0)
+    root = tmp_path / "FOLDER"
+    for name in ("tree/cat/1.png", "tree/cat/2.png", "tree/dog/1.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (60, 60, 3), dtype=np.uint8)).save(root / name)
+    shutil.copytree(root / "tree", root / "pairs")
+    rows = ["image,caption", "tree/cat/1.png,a cat", "tree/cat/1.png,one cat", "tree/dog/1.png,a dog"]
+    (root / "pairs.csv").write_text("\n".join(rows))
+    for picture in (root / "pairs").rglob("*.png"):
+        picture.with_suffix(".txt").write_text(f"caption of {picture.parent.name} {picture.stem}")
+    entry = {"filename": "1.png", "filepath": "tree/cat", "split": "test", "sentences": [{"raw": "a"}, {"raw": "b"}]}
+    (root / "karpathy.json").write_text(json.dumps({"images": [entry]}))
+    return root
+
+
+SOURCES = {
+    "image_folder": {"type": "image_folder", "path": "tree"},
+    "pairs file": {"type": "pairs", "path": "pairs.csv"},
+    "pairs folder": {"type": "pairs", "path": "pairs"},
+    "karpathy": {"type": "karpathy", "path": "karpathy.json", "split": "test"},
+}
+
+
+def fingerprint(folder, kind):
+    source = SOURCES[kind]
+    return build_dataset(SourceConfig(**source | {"path": str(folder / source["path"])})).fingerprint()
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_copy_elsewhere_has_the_same_fingerprint(folder, tmp_path, kind):
+    found = fingerprint(folder, kind)
+    assert len(found) == 64
+    assert int(found, 16)
+    shutil.copytree(folder, tmp_path / "another place" / "copy")
+    assert fingerprint(tmp_path / "another place" / "copy", kind) == found
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_one_changed_byte_of_a_picture_changes_it(folder, kind):
+    found = fingerprint(folder, kind)
+    for place in (100, -100):
+        for name in ("tree", "pairs"):
+            picture = folder / name / "cat" / "1.png"
+            content = bytearray(picture.read_bytes())
+            content[place] ^= 1
+            picture.write_bytes(content)
+        assert fingerprint(folder, kind) != found
+        found = fingerprint(folder, kind)
+
+
+def test_kinds_of_data_differ(folder):
+    assert len({fingerprint(folder, kind) for kind in SOURCES}) == len(SOURCES)
+
+
+def test_names_labels_and_order_matter(folder):
+    found = {fingerprint(folder, "image_folder")}
+    (folder / "tree" / "cat" / "2.png").rename(folder / "tree" / "cat" / "3.png")
+    found.add(fingerprint(folder, "image_folder"))
+    (folder / "tree" / "cat" / "3.png").rename(folder / "tree" / "dog" / "3.png")
+    found.add(fingerprint(folder, "image_folder"))
+    (folder / "tree" / "cat").rename(folder / "tree" / "Cat")
+    found.add(fingerprint(folder, "image_folder"))
+    assert len(found) == 4
+
+
+def test_captions_and_their_order_matter(folder):
+    lines = (folder / "pairs.csv").read_text().splitlines()
+    found = {fingerprint(folder, "pairs file")}
+    for changed in ([*lines[:1], *lines[:0:-1]], [*lines[:3], "tree/dog/1.png,a wolf"], lines[:3]):
+        (folder / "pairs.csv").write_text("\n".join(changed))
+        found.add(fingerprint(folder, "pairs file"))
+    assert len(found) == 4
+
+
+def test_a_missing_picture_is_part_of_it(folder):
+    found = fingerprint(folder, "pairs file")
+    (folder / "tree" / "cat" / "1.png").unlink()
+    assert fingerprint(folder, "pairs file") != found
+
+
+def test_class_names_and_other_attributes_matter():
+    found = set()
+    attributes = [
+        {},
+        {"classes": ["odd", "even"]},
+        {"prompt_names": ["an even number", "an odd number"]},
+        {"class_columns": [[0], [1, 2]]},
+        {"label_sets": [(0,), (1,), (0, 1)]},
+        {"conditions": ["fog/1"], "condition_of": [0, 0, 0]},
+        {"image_ids": ["a", "a", "b"]},
+        {"left_out": {"pictures": 3}},
+        {"labels": [0, 1, 0]},
+    ]
+    for change in attributes:
+        pictures = Pictures(3)
+        for name, value in change.items():
+            setattr(pictures, name, value)
+        found.add(pictures.fingerprint())
+    assert len(found) == len(attributes)
+
+
+def test_without_files_the_pixels_tell(tmp_path):
+    first, again, more = (Pictures(size).fingerprint() for size in (3, 3, 4))
+    assert first == again != more
+    assert Pictures(3, bad=[1]).fingerprint() != first  # an unreadable picture is no reason to fail
+
+    class Brighter(Pictures):
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            if index == 2:
+                sample.image.putpixel((0, 0), (1, 2, 3))
+            return sample
+
+    assert Brighter(3).fingerprint() != first
+
+
+def test_it_is_made_once_unless_asked_of_another_object(monkeypatch):
+    pictures = Pictures(3)
+    found = pictures.fingerprint()
+    monkeypatch.setattr(Pictures, "__getitem__", lambda *_: pytest.fail("read again"))
+    assert pictures.fingerprint() == found
+
+
+def test_torchvision_by_its_pixels(tmp_path):
+    from torchvision.datasets import FakeData
+
+    class Fake(TorchvisionDataset):
+        def __init__(self, seed):
+            self.dataset = FakeData(4, (3, 8, 8), num_classes=3, random_offset=seed)
+            self.name, self.classes = "Fake", ["a", "b", "c"]
+
+    assert Fake(0).fingerprint() == Fake(0).fingerprint() != Fake(1).fingerprint()
+
+
+@pytest.mark.parametrize("kind", ["emoji", "emoji_groups"])
+def test_emoji_splits_and_sizes_differ(kind, monkeypatch):
+    random = np.random.default_rng(0).integers(0, 256, (3953, 20, 20, 3), dtype=np.uint8)  # quicker than drawing
+    monkeypatch.setattr(emoji_module, "render_emoji", lambda size: random[:, :size, :size])
+    splits = {"emoji": ("held_out", "train"), "emoji_groups": ("val", "train")}[kind]
+    found = [build_dataset(SourceConfig(kind, split=split, image_size=16)).fingerprint() for split in splits]
+    assert found[0] != found[1]
+    assert build_dataset(SourceConfig(kind, split=splits[0], image_size=16)).fingerprint() == found[0]
+    assert build_dataset(SourceConfig(kind, split=splits[0], image_size=17)).fingerprint() != found[0]
+
+
+def test_it_stays_what_it_is_from_one_version_to_the_next():
+    """Features are kept under it, and results name it: a change would make the same data look like other data."""
+
+    class Fixed(ImageDataset):
+        classes = ("white", "black")
+        labels = (0, 1)
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return Sample(Image.new("RGB", (2, 2), self.classes[index]), index, None, str(index))
+
+    assert Fixed().fingerprint() == "ba2a42bcf72e1ff2a3df50ebbc3c5df5534115dbca4c9991002c7fe9dac3f263"
+
+
+def test_the_middle_of_a_large_file_is_not_read(tmp_path):
+    """Documented: the size and both ends tell files apart, so that 50,000 of them take seconds."""
+    found = []
+    for middle in (b"a", b"b", b"bb"):
+        (tmp_path / "file").write_bytes(b"0" * BYTES_OF_A_FILE + middle + b"1" * BYTES_OF_A_FILE)
+        facts = Fingerprint()
+        facts.add_file("file", tmp_path / "file")
+        found.append(facts.hexdigest())
+    assert found[0] == found[1] != found[2]
+
+
+def test_facts_do_not_run_together():
+    def of(*facts):
+        found = Fingerprint()
+        for fact in facts:
+            found.add("name", fact)
+        return found.hexdigest()
+
+    assert len({of("ab", "c"), of("a", "bc"), of("abc"), of(["ab", "c"]), of("ab", "c", None)}) == 5
