@@ -113,7 +113,7 @@ function drawLayerCharts() {
       values.map((value, b) => ({ a: LAYER_NAMES[a], b: LAYER_NAMES[b], value, shown: asFixed(2)(value) })),
     );
     const box = make("div", { style: { maxWidth: `${140 + 64 * matrix.length}px` } });
-    drawChart(box, "agreement", rows, `Agreement between layers, ${NOUN[modality]}`);
+    drawChart(box, "agreement", rows, `Agreement between layers, ${NOUN[modality]}`, { height: 32 * matrix.length });
     return make("div", {}, make("h3", {}, capital(NOUN[modality])), box);
   });
   byId("agreement").replaceChildren(...agreement);
@@ -166,7 +166,7 @@ function drawExperts() {
   charts.forEach(([title, rows], place) => {
     const [heading, chart] = box.children[place].children;
     heading.textContent = title;
-    drawChart(chart, "bars", rows, `${title} of each expert; the table below has the same figures`, ({ expert }) => isNumber(expert) && toggleExpert(expert));
+    drawChart(chart, "bars", rows, `${title} of each expert; the table below has the same figures`, { click: ({ expert }) => isNumber(expert) && toggleExpert(expert) });
   });
   drawTable(byId("expert-table"), {
     label: `Experts of ${LAYER_NAMES[state.layer]}`,
@@ -298,7 +298,7 @@ function drawClasses() {
   const cells = drawnRows.flatMap(({ name, counts, total }) =>
     counts.map((count, expert) => ({ name, expert, share: count / total, shown: asShare(count / total), count: asCount(count) })),
   );
-  drawChart(byId("class-chart"), "classes", cells, "Share of each class's patches that went to each expert; the table beside it has the figures");
+  drawChart(byId("class-chart"), "classes", cells, "Share of each class's patches that went to each expert; the table beside it has the figures", { height: 18 * drawnRows.length });
   const sort = { column: state.expert === null ? 3 : 5, direction: "descending" };
   delete sorting["class-table"];
   drawTable(byId("class-table"), { label: "Classes and experts", rows, columns: countColumns("Class", "patches"), sort });

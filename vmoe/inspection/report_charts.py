@@ -10,7 +10,6 @@ from types import ModuleType
 from typing import Any
 
 MODALITY_COLOURS = {"patches": "#0072B2", "words": "#D55E00"}  # also told apart by the shape of the points
-CELL = 18  # height of a row of a heat map, pixels
 
 
 def chart_library() -> tuple[ModuleType, ModuleType]:
@@ -49,11 +48,6 @@ def chart_specifications() -> dict[str, dict[str, Any]]:
         "agreement": _agreement(),
     }
     return {name: chart.to_dict(context={"pre_transform": False}) for name, chart in charts.items()}
-
-
-def _fit(alt: ModuleType):
-    """As wide as the page allows, as high as the rows need."""
-    return alt.AutoSizeParams(type="fit-x", contains="padding")
 
 
 def _bars():
@@ -96,10 +90,10 @@ def _lines(number_format: str):
 
 
 def _classes():
-    """Experts by classes; rows: name, expert, share (of the class's patches), shown, count."""
+    """Experts by classes, as high as the page says; rows: name, expert, share, shown, count."""
     alt, _ = chart_library()
     return (
-        alt.Chart(alt.NamedData("rows"), width="container", height=alt.Step(CELL), autosize=_fit(alt))
+        alt.Chart(alt.NamedData("rows"), width="container")
         .mark_rect(aria=False)  # thousands of cells; the table beside it has the same figures
         .encode(
             x=alt.X("expert:O", title="expert", axis=alt.Axis(labelAngle=0, labelOverlap=True, orient="top")),
@@ -121,9 +115,9 @@ def _classes():
 
 
 def _agreement():
-    """Layers by layers; rows: a, b, value (None: the two cannot be compared), shown."""
+    """Layers by layers, as high as the page says; rows: a, b, value (None: the two cannot be compared), shown."""
     alt, _ = chart_library()
-    base = alt.Chart(alt.NamedData("rows"), width="container", height=alt.Step(32)).encode(
+    base = alt.Chart(alt.NamedData("rows"), width="container").encode(
         x=alt.X("a:N", title=None, sort=None, axis=alt.Axis(labelAngle=0, labelOverlap=True, orient="top")),
         y=alt.Y("b:N", title=None, sort=None),
     )
@@ -137,4 +131,4 @@ def _agreement():
         # viridis is light above the middle
         color=alt.condition("datum.value > 0.6", alt.value("#000000"), alt.value("#ffffff")),
     )
-    return (cells + numbers).properties(autosize=_fit(alt))
+    return cells + numbers

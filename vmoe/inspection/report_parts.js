@@ -232,7 +232,7 @@ function drawTable(box, { label, columns, rows, chosen = () => false, sort = nul
 
 // ---- charts ----
 
-const drawn = new Map(); // {element: {spec, rows, label, click}}
+const drawn = new Map(); // {element: {name, rows, label, click, height}}
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
 
 function chartConfig() {
@@ -251,8 +251,9 @@ function chartConfig() {
 }
 
 function embed(box) {
-  const { name, rows, label, click } = drawn.get(box);
+  const { name, rows, label, click, height } = drawn.get(box);
   const specification = { ...SPECIFICATIONS[name], datasets: { rows }, description: label };
+  if (height) Object.assign(specification, { height, autosize: { type: "fit-x", contains: "padding" } });
   const options = { actions: false, renderer: "svg", ast: true, config: chartConfig(), tooltip: { theme: dark.matches ? "dark" : "light" } };
   // One after the other: a drawing that is still under way must not land on top of a later one.
   box.turn = (box.turn ?? Promise.resolve()).then(async () => {
@@ -265,8 +266,9 @@ function embed(box) {
   box.turn.catch((error) => console.error(error));
 }
 
-function drawChart(box, name, rows, label, click = null) {
-  drawn.set(box, { name, rows, label, click });
+// height: of the plot without its axes, where the number of rows decides it.
+function drawChart(box, name, rows, label, { click = null, height = null } = {}) {
+  drawn.set(box, { name, rows, label, click, height });
   box.classList.add("chart", name);
   box.classList.toggle("clickable", Boolean(click));
   whenSeen(box, () => embed(box));
