@@ -46,6 +46,8 @@ class ImageDataset(ABC):
         condition_of: for each sample the index of its condition.
         image_ids: for each sample which picture it shows; samples with equal ids are captions of one picture.
         left_out: {reason: pictures} that the data set's own rules leave out of an evaluation.
+        crop_pct: share of the picture's side that an evaluation keeps, where the data set says so and not the model
+            (ImageNet-C: 1, its pictures are cropped already).
     """
 
     classes: list[str] | None = None
@@ -58,6 +60,7 @@ class ImageDataset(ABC):
     condition_of: Sequence[int] | None = None
     image_ids: list[str] | None = None
     left_out: dict[str, int] | None = None
+    crop_pct: float | None = None
     _fingerprint: str | None = None
 
     @property

@@ -47,6 +47,9 @@ FOLDER/
 class ImageNetC(LabelledFiles):
     """Any of the corruptions and severities; every sample knows its condition, as "gaussian_noise/3".
 
+    The pictures were cropped to 224 pixels before they were corrupted: an evaluation takes all of each, as the authors'
+    own does.
+
     Args:
         path: the folder of the corruptions' folders.
 
@@ -56,6 +59,8 @@ class ImageNetC(LabelledFiles):
     Raises:
         ValueError: the layout is another, a class is missing, or conditions do not have the same pictures.
     """
+
+    crop_pct = 1.0
 
     def __init__(self, path: str | Path) -> None:
         tree = TreeReader(path, LAYOUT)

@@ -78,7 +78,7 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
     start = time.perf_counter()
     entries = []
     for checkpoint in config.checkpoints:
-        subject = load_subject(checkpoint, config.device, config.precision)
+        subject = load_subject(checkpoint, config.device, config.precision, dataset.crop_pct)
         check_task(config, subject, dataset)
         outcome = TASKS[config.task](config, subject, dataset, console)
         entries.append(

@@ -41,13 +41,17 @@ class Subject(NamedTuple):
     weights: Path
 
 
-def load_subject(checkpoint: str, device: str = "auto", precision: str = "float32") -> Subject:
+def load_subject(
+    checkpoint: str, device: str = "auto", precision: str = "float32", crop_pct: float | None = None
+) -> Subject:
     """Loads a checkpoint for evaluation.
 
     Args:
         checkpoint: folder of a run (its last checkpoint) or of a checkpoint, or a .safetensors file.
         device: see `pick_device`. Under `torchrun`, "auto" and "cuda" are this process's own GPU.
         precision: "float32", "bf16" or "fp16".
+        crop_pct: share of the picture's side that the transform keeps, where the data set says so (see `ImageDataset`);
+            None: the model's own.
 
     Raises:
         ValueError: no such checkpoint or device, or the file cannot be used.
@@ -58,7 +62,10 @@ def load_subject(checkpoint: str, device: str = "auto", precision: str = "float3
     weights = find_weights(checkpoint)
     model = create_model(None, pretrained=weights).to(place).eval()
     tokenizer = get_tokenizer(model) if is_contrastive(model) else None
-    transform = build_transform(preprocess_config(model), None)
+    preprocess = preprocess_config(model)
+    if crop_pct is not None:
+        preprocess["crop_pct"] = crop_pct
+    transform = build_transform(preprocess, None)
     return Subject(model, tokenizer, transform, place, precision, checkpoint, weights)
 
 

@@ -1,0 +1,154 @@
+"""ImageNet's test sets, ObjectNet and Karpathy's captions, from made-up files to figures, by the command."""
+
+import json
+import pkgutil
+
+import pytest
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo
+
+import vmoe
+from vmoe.data import imagenet_c as imagenet_c_module
+from vmoe.data.imagenet import imagenet_words
+from vmoe.data.imagenet_c import ImageNetC
+from vmoe.evaluation import run as run_module
+from vmoe.evaluation.run import main
+from vmoe.evaluation.subject import load_subject
+from vmoe.models.factory import save_pretrained
+
+SYNSETS = ImageNetInfo("imagenet-1k").label_names()
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """1,000 outputs; its answer to any picture is class 6, then 11, then 0 (by the bias of its head)."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("classifier")
+    model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=1000, embed_dim=32, depth=2, num_heads=2)
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data = -torch.arange(1000.0)
+    model.head.bias.data[[6, 11]] = torch.tensor([9.0, 8.0])
+    save_pretrained(model, folder / "model.safetensors", extra={"class_names": list(imagenet_words())})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def limoe(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("limoe")
+    model = vmoe.create_model("limoe_tiny_patch8_48", width=32, embed_dim=16, depth=2, num_heads=2)
+    save_pretrained(model, folder / "model.safetensors")
+    return folder
+
+
+def evaluate(checkpoint, task, kind, path, *others):
+    output = path.parent / f"{kind}.json"
+    arguments = ["--checkpoint", str(checkpoint), "--output", str(output), "--loader.num_workers", "0"]
+    data = ["--data.type", kind, "--data.path", str(path)]
+    assert main([*arguments, "--task", task, *data, *others]) == 0
+    return json.loads(output.read_text())
+
+
+def picture(file, colour="red", size=(12, 10)):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(file)
+
+
+def test_a_subset_is_judged_by_its_own_outputs(classifier, tmp_path):
+    columns = subset_columns("imagenet_a")
+    for column in columns:
+        picture(tmp_path / "a" / SYNSETS[column] / "1.jpg")
+    report = evaluate(classifier, "classification", "imagenet_a", tmp_path / "a")
+    assert columns[:2] == [6, 11]
+    assert report["results"]["num_samples"] == 200
+    assert report["results"]["top1"] == pytest.approx(1 / 200)
+    # 6 and 11 by the bias, then the lowest of the other 198: outputs outside the 200, such as 0, do not count
+    assert report["results"]["top5"] == pytest.approx(5 / 200)
+    assert report["checkpoints"][0]["details"]["per_class"][0]["top1"] == 1
+
+
+def subset_columns(kind):
+    return [int(line) for line in pkgutil.get_data("timm.data", f"_info/{kind}_indices.txt").split()]
+
+
+def test_a_subset_zero_shot(limoe, tmp_path):
+    for column in subset_columns("imagenet_r"):
+        picture(tmp_path / "r" / SYNSETS[column] / "1.jpg")
+    report = evaluate(limoe, "zero_shot", "imagenet_r", tmp_path / "r", "--templates", "[a {}]")
+    assert report["results"]["num_samples"] == 200
+    assert len(report["checkpoints"][0]["details"]["per_class"]) == 200
+
+
+def test_real_counts_any_of_its_labels_and_reports_what_it_leaves_out(classifier, tmp_path):
+    """The classifier answers 6, 11, 0, 1, 2: the first picture is right, the third within five, the second neither."""
+    for number in (1, 2, 3, 4):
+        picture(tmp_path / "val" / f"ILSVRC2012_val_{number:08d}.JPEG")
+    (tmp_path / "real.json").write_text(json.dumps([[500, 6], [500, 600], [700, 2], []]))
+    labels = ["--data.labels_file", str(tmp_path / "real.json")]
+    report = evaluate(classifier, "classification", "imagenet_real", tmp_path / "val", *labels)
+    assert report["results"]["top1"] == pytest.approx(1 / 3)
+    assert report["results"]["top5"] == pytest.approx(2 / 3)
+    assert report["data"]["left_out"] == {"pictures without a label in ReaL": 1}
+
+
+def test_corruptions_have_their_errors_and_what_is_missing_is_told(classifier, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(imagenet_c_module, "imagenet_synsets", lambda: tuple(SYNSETS[5:8]))  # of labels 0, 1, 2
+    for severity in range(1, 6):
+        for synset in SYNSETS[5:8]:
+            picture(tmp_path / "c" / "fog" / str(severity) / synset / "1.JPEG", size=(224, 224))
+    shares = []
+    monkeypatch.setattr(
+        run_module, "load_subject", lambda *arguments: shares.append(arguments[3]) or load_subject(*arguments)
+    )
+    report = evaluate(classifier, "classification", "imagenet_c", tmp_path / "c")
+    assert shares == [1]
+    details = report["checkpoints"][0]["details"]
+    assert list(details["conditions"]) == [f"fog/{severity}" for severity in range(1, 6)]
+    assert details["corruption_errors"] == {"fog": pytest.approx(1 / 0.819324)}
+    assert len(details["missing_conditions"]) == 70
+    assert "mce" not in report["results"]
+    assert "70 of 75 conditions are missing" in caplog.text
+
+
+def test_the_data_may_say_how_much_of_a_picture_is_kept(classifier):
+    """ImageNet-C's pictures are cropped already, and must not be cropped again."""
+    assert ImageNetC.crop_pct == 1
+    image = Image.radial_gradient("L").resize((48, 48)).convert("RGB")
+    whole, half = (load_subject(str(classifier), "cpu", crop_pct=share).transform.geometry(image) for share in (1, 0.5))
+    assert whole.tobytes() == image.tobytes()
+    assert half.getextrema()[0][1] < image.getextrema()[0][1]  # the corners are lighter than the middle
+
+
+def test_karpathys_captions(limoe, tmp_path):
+    images = []
+    for number, colour in enumerate(("red", "green", "blue")):
+        picture(tmp_path / "val2014" / f"{number}.jpg", colour)
+        sentences = [{"raw": f"{text} {colour}"} for text in ("a", "all", "so very")]
+        images.append({"filename": f"{number}.jpg", "filepath": "val2014", "split": "test", "sentences": sentences})
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": images}))
+    report = evaluate(limoe, "retrieval", "karpathy", tmp_path / "dataset_coco.json", "--data.split", "test")
+    assert report["results"]["num_images"] == 3
+    assert report["results"]["num_samples"] == 9
+    assert report["results"]["text_to_image_recall@5"] == 1
+
+
+def test_a_strangers_tree(classifier, tmp_path, capsys, caplog):
+    """One empty class folder, one .DS_Store, one broken JPEG: each is named, by the command."""
+    for name in ("cat", "dog"):
+        picture(tmp_path / "tree" / name / "1.jpg")
+    (tmp_path / "tree" / "cat" / ".DS_Store").touch()
+    (tmp_path / "tree" / "cow").mkdir()
+    arguments = ["--checkpoint", str(classifier), "--task", "classification", "--loader.num_workers", "0"]
+    arguments += ["--data.type", "image_folder", "--data.path", str(tmp_path / "tree")]
+    assert main(arguments) == 1
+    assert f"{tmp_path}/tree/cow: holds no picture" in capsys.readouterr().err
+    (tmp_path / "tree" / "cow").rmdir()
+    (tmp_path / "tree" / "cat" / "1.jpg").write_bytes((tmp_path / "tree" / "cat" / "1.jpg").read_bytes()[:200])
+    two = tmp_path / "two"
+    two.mkdir()
+    model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=2, embed_dim=32, depth=2, num_heads=2)
+    save_pretrained(model, two / "model.safetensors")
+    assert main([*arguments, "--checkpoint", str(two)]) == 1
+    assert f"{tmp_path}/tree/cat/1.jpg: unreadable picture" in capsys.readouterr().err
+    assert f"{tmp_path}/tree/cat/.DS_Store" in caplog.text
