@@ -26,6 +26,7 @@ from vmoe.inspection.figure import (
 )
 from vmoe.inspection.look import (
     HEAT,
+    MODALITY_COLOURS,
     expert_axis,
     heading,
     new_figure,
@@ -36,7 +37,6 @@ from vmoe.inspection.look import (
     style,
     swatch,
 )
-from vmoe.inspection.report_charts import MODALITY_COLOURS
 from vmoe.inspection.results import LayerStatistics, RoutingStatistics, SampleRouting, TokenRouting
 from vmoe.inspection.telling import most_telling
 
@@ -65,7 +65,7 @@ def write_figures(statistics: RoutingStatistics, folder: str | Path) -> list[Pat
         figures["split"] = split_figure(statistics)
     if len(statistics.layers) > 1:
         figures["agreement"] = agreement_figure(statistics)
-    if statistics.samples and any(patches is not None for patches in statistics.samples[0].patches):
+    if maps_to_draw(statistics.samples, {layer.name: layer.num_experts for layer in statistics.layers}):
         figures["routing"] = routing_figure(statistics)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -261,9 +261,24 @@ def patch_figure(layer: LayerStatistics) -> Figure:
 
 def routing_figure(statistics: RoutingStatistics) -> Figure:
     """Some of the kept pictures with the expert of every patch, in some layers spread over the depth."""
-    seeing = [i for i, patches in enumerate(statistics.samples[0].patches) if patches is not None]
-    layers = [(statistics.layers[i].name, statistics.layers[i].num_experts, i) for i in _spread(seeing, LAYERS_ON_MAPS)]
-    return draw_maps(_spread(statistics.samples, PICTURES_ON_MAPS), layers, statistics.class_names)
+    layers = {layer.name: layer.num_experts for layer in statistics.layers}
+    samples = _spread(statistics.samples, PICTURES_ON_MAPS)
+    return draw_maps(samples, maps_to_draw(samples, layers), statistics.class_names)
+
+
+def maps_to_draw(samples: Sequence[SampleRouting], layers: dict[str, int]) -> list[tuple[str, int, int]]:
+    """Up to `LAYERS_ON_MAPS` of the layers that see patches, spread over the depth; what `draw_maps` takes.
+
+    Args:
+        samples: the pictures.
+        layers: {name: number of experts}, in the order of `sample.patches`.
+    """
+    seen = [
+        (name, num_experts, place)
+        for place, (name, num_experts) in enumerate(layers.items())
+        if samples and samples[0].patches[place] is not None
+    ]
+    return _spread(seen, LAYERS_ON_MAPS)
 
 
 def draw_maps(

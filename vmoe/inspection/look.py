@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 150
+MODALITY_COLOURS = {"image": "#0072B2", "text": "#D55E00"}  # Okabe and Ito's
 HEAT = "Blues"  # from white to dark, for any colour vision and in print
 
 

@@ -168,8 +168,10 @@ def sample_routing(
         tokens, output_1D = routed(subject, image_1CHW, ids_1T)
         sample = _sample(subject, layers, tokens, 0, shown_pixels(subject, image_1CHW)[0], ids_1T)
         sample.caption = text
-        names = checkpoint_classes(subject) if class_names is None else list(class_names)
-        if subject.tokenizer is None or names is not None:
+        names = None if class_names is None else list(class_names)
+        if names is None and subject.tokenizer is None:
+            names = checkpoint_classes(subject)
+        if names is not None or subject.tokenizer is None:
             [sample.top_classes] = likeliest_names(subject, output_1D, names, None, templates)
     return sample
 

@@ -39,6 +39,7 @@ CHANGEABLE = (
     "train.compile",
     "train.num_threads",
     "train.tensorboard",
+    "train.routing_picture_every",
 )
 
 
@@ -111,7 +112,10 @@ class TrainConfig:
         collapse_after: A layer whose routing stays collapsed (one expert is asked for by most tokens, or some by none)
             for this many steps is reported by name. 0 never reports.
         num_threads: CPU threads of PyTorch; null leaves its own choice.
-        tensorboard: Also write every figure for TensorBoard, to OUTPUT_DIR/tensorboard.
+        tensorboard: Also write every figure for TensorBoard, to OUTPUT_DIR/tensorboard, and the load and importance of
+            each expert.
+        routing_picture_every: Steps between two pictures for TensorBoard of where the patches of some validation
+            pictures go; null: one at each evaluation, 0: none.
     """
 
     steps: int = 1000
@@ -130,6 +134,7 @@ class TrainConfig:
     collapse_after: int = 100
     num_threads: int | None = None
     tensorboard: bool = True
+    routing_picture_every: int | None = None
 
 
 @dataclass
@@ -233,6 +238,7 @@ class Config:
             ("train.checkpoint_every", train.checkpoint_every, 1),
             ("train.keep_last", train.keep_last, 1),
             ("train.collapse_after", train.collapse_after, 0),
+            ("train.routing_picture_every", train.routing_picture_every, 0),
             ("train.num_threads", train.num_threads, 1),
             ("optim.warmup_steps", optim.warmup_steps, 0),
             ("optim.warmup_lr", optim.warmup_lr, 0),

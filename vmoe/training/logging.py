@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.markup import escape
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from vmoe.moe import LayerRouting, RoutingRecord
+from vmoe.moe.losses import members
 
 logger = logging.getLogger("vmoe.training")
 
@@ -48,9 +50,18 @@ class MetricsLog:
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
+        self.tensorboard(step, figures)
+
+    def tensorboard(self, step: int, figures: dict[str, float]) -> None:
+        """Figures for TensorBoard alone, which are too many for a line."""
         if self._writer is not None:
             for name, value in figures.items():
                 self._writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """A picture, (H, W, 3) uint8, for TensorBoard."""
+        if self._writer is not None:
+            self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         self._file.close()
@@ -99,6 +110,27 @@ def routing_figures(record: RoutingRecord) -> dict[str, float]:
     for name, routing in record.layers.items():
         layers[name]["largest_share"], _ = largest_share(routing)
         figures.update({f"routing/{name}/{key}": value for key, value in layers[name].items()})
+    return figures
+
+
+def expert_figures(record: RoutingRecord) -> dict[str, float]:
+    """The figures of each expert in a step's routing.
+
+    Returns:
+        For each layer, modality and expert "experts/LAYER/MODALITY/load_E", its share of the kept assignments, and
+        "experts/LAYER/MODALITY/importance_E", the mean of its gate values. Soft routing has no load.
+    """
+    figures = {}
+    for name, routing in record.layers.items():
+        masks = members(routing.modalities, routing.mask, routing.modality)
+        for modality, own_GN in masks.items():
+            kinds = {"importance": routing.gates.detach()[own_GN].sum(0) / own_GN.sum().clamp(min=1)}
+            if routing.routing.per_token or not routing.kept[own_GN].all():  # soft routing leaves no token out
+                load_E = routing.load_by_modality[modality]
+                kinds["load"] = load_E / load_E.sum().clamp(min=1)
+            for kind, value_E in kinds.items():
+                for expert, value in enumerate(value_E.tolist()):
+                    figures[f"experts/{name}/{modality}/{kind}_{expert:02d}"] = value
     return figures
 
 

@@ -46,8 +46,16 @@ from vmoe.training.checkpoint import (
 )
 from vmoe.training.config import Config, changed_settings, to_yaml
 from vmoe.training.diagnosis import NonFiniteError, find_non_finite
-from vmoe.training.logging import CollapseWatch, MetricsLog, ProgressDisplay, final_table, routing_figures
+from vmoe.training.logging import (
+    CollapseWatch,
+    MetricsLog,
+    ProgressDisplay,
+    expert_figures,
+    final_table,
+    routing_figures,
+)
 from vmoe.training.optim import create_optimizer, create_schedule, freeze
+from vmoe.training.pictures import RoutingPictures
 from vmoe.training.pretrained import carry_over_optimizer
 from vmoe.training.tasks import Task, create_task
 
@@ -139,6 +147,7 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
     remove_unfinished(run)
     write_text(run / "config.yaml", to_yaml(config))
     log = MetricsLog(run, step, config.train.tensorboard)
+    pictures = RoutingPictures(config, task, log)
     watch = CollapseWatch(config.train.collapse_after)
     skipped = 0  # by the fp16 gradient scaler, in a row
     interval = Interval()
@@ -216,6 +225,8 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
                     if scaler.is_enabled():
                         figures["grad_scale"] = scaler.get_scale()
                     figures |= {"bad_samples": loader.num_bad, **task.figures(model), **routing_figures(record)}
+                    if config.train.tensorboard:
+                        log.tensorboard(step, expert_figures(record))
                     watch.update(step, record.layers)
                     display.show(step, figures)
                 if config.train.eval_every and (last or step % config.train.eval_every == 0):
@@ -227,6 +238,8 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
                     figures |= {f"evaluation/{name}": value for name, value in progress["evaluation"].items()}
                     values = (f"{k} {v:.4f}" for k, v in progress["evaluation"].items() if isinstance(v, float))
                     display.message(f"step {step}: evaluation {', '.join(values)}")
+                if pictures.due(step):
+                    pictures.draw(step, model if ema is None else ema.module, device)
                 if figures:
                     log.write(step, figures)
                 del record  # it holds the graph of the auxiliary losses
