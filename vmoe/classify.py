@@ -1,0 +1,247 @@
+"""Scores pictures from the command line: `python -m vmoe.classify IMAGE... --labels "cat,dog" --checkpoint RUN`."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from vmoe.config_io import ConfigError
+from vmoe.data.images import IMAGE_SUFFIXES, BadSample
+from vmoe.evaluation.class_names import known_sets
+from vmoe.evaluation.inference import PRECISIONS, evaluating
+from vmoe.evaluation.subject import Subject, load_subject
+from vmoe.evaluation.text_cache import cached_classes
+from vmoe.evaluation.zero_shot import check_class_names, class_scorer, image_batches, resolve_prompts, resolve_templates
+from vmoe.models.factory import is_contrastive
+from vmoe.models.weights import read_pretrained_metadata
+
+PROG = "vmoe-classify"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code: 0, 1 for an error, 2 for a wrong setting, 130 for Ctrl-C.
+
+    An error is one sentence; set VMOE_TRACEBACK=1 to see where it comes from.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        run(arguments)
+    except KeyboardInterrupt:
+        print(f"\n{PROG}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get("VMOE_TRACEBACK"):
+            raise
+        hint = "" if isinstance(error, (ConfigError, BadSample, ValueError)) else " (VMOE_TRACEBACK=1 shows where)"
+        print(f"{PROG}: error: {error or type(error).__name__}{hint}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")  # one sentence, without the usage before it
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=PROG,
+        description="Print the likeliest labels of pictures, by an image-text model that compares them with words, or "
+        "by a classifier that knows its own classes.",
+        epilog="known sets of class names: " + ", ".join(known_sets()),
+    )
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="a picture, a folder (all pictures in it and below, hidden ones aside) or a quoted pattern such as "
+        "'photos/*.jpg'",
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, help="folder of a run or of a checkpoint, or a .safetensors file"
+    )
+    labels = parser.add_mutually_exclusive_group()
+    labels.add_argument("--labels", metavar="TEXT,TEXT", help="what a picture may show, separated by commas")
+    labels.add_argument(
+        "--labels_file", metavar="FILE", help="the same, one per line; or a known set of class names, as imagenet"
+    )
+    parser.add_argument(
+        "--templates",
+        action="append",
+        metavar="TEXT",
+        help="text with {} in the place of the label; may be given several times (the embeddings are averaged). Or a "
+        "file with one per line, openai_imagenet, simple_imagenet or a known set. Without it: the set's own, or {}",
+    )
+    parser.add_argument("--top", type=int, default=5, metavar="K", help="how many labels to show (default 5)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--batch_size", type=int, default=64, help="pictures per forward pass (default 64)")
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="float32", help="of the forward pass")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, mps")
+    return parser
+
+
+def run(arguments: argparse.Namespace, console: Console | None = None) -> list[dict]:
+    """Scores the pictures and prints the result.
+
+    Args:
+        arguments: of the command line.
+        console: where to print; None: standard output.
+
+    Returns:
+        For each picture {"image": path, "predictions": [{"label", "probability"}, ...]}, the likeliest first.
+
+    Raises:
+        ConfigError: settings that do not go together, or labels that cannot be used.
+        ValueError: a picture, file or checkpoint that cannot be read.
+    """
+    for name in ("top", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name} must be >= 1, got {getattr(arguments, name)}")
+    names, templates = _read_labels(arguments)
+    files = find_pictures(arguments.images)
+    subject = load_subject(arguments.checkpoint, arguments.device, arguments.precision)
+    if is_contrastive(subject.model):
+        if names is None:
+            raise ConfigError(f"{arguments.checkpoint} compares pictures with words: give some, as --labels 'cat,dog'")
+    else:
+        names = _own_classes(subject, arguments)
+    probabilities_NC = _probabilities(subject, files, names, templates, arguments.batch_size)
+    values_NK, places_NK = probabilities_NC.sort(dim=1, descending=True, stable=True)
+    found = [
+        {
+            "image": str(file),
+            "predictions": [
+                {"label": names[place], "probability": value}
+                for value, place in zip(values[: arguments.top], places[: arguments.top])
+            ],
+        }
+        for file, values, places in zip(files, values_NK.tolist(), places_NK.tolist(), strict=True)
+    ]
+    if arguments.json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        _print_tables(found, console or Console())
+    return found
+
+
+def find_pictures(patterns: Sequence[str]) -> list[Path]:
+    """The files that arguments stand for, each once, in the order of the arguments; those of a folder sorted.
+
+    A folder stands for the pictures in it and below, and so does a pattern (*, ?, [...], ** for any folders), where
+    nothing has exactly its name. A file given by its name is taken whatever its ending.
+
+    Raises:
+        ValueError: nothing has the name, or a folder or pattern holds no picture.
+    """
+    files: list[Path] = []
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_file():
+            files.append(path)
+            continue
+        if path.is_dir():
+            matches = [
+                one for one in path.rglob("*") if not any(part[0] == "." for part in one.relative_to(path).parts)
+            ]
+        elif glob.has_magic(pattern):
+            matches = [Path(one) for one in glob.glob(pattern, recursive=True)]
+        else:
+            raise ValueError(f"{pattern}: no such file or folder")
+        pictures = sorted(one for one in matches if one.is_file() and one.suffix.lower() in IMAGE_SUFFIXES)
+        if not pictures:
+            raise ValueError(f"{pattern}: no picture there (endings looked for: {', '.join(IMAGE_SUFFIXES)})")
+        files.extend(pictures)
+    return list(dict.fromkeys(files))
+
+
+def _read_labels(arguments: argparse.Namespace) -> tuple[list[str] | None, list | str | None]:
+    """(names, resolved templates); names are None without labels."""
+    templates = arguments.templates
+    if templates is not None and len(templates) == 1:
+        templates = templates[0]
+    names = None
+    try:
+        if arguments.labels is not None:
+            names = check_class_names([label.strip() for label in arguments.labels.split(",")])
+        elif arguments.labels_file is not None:
+            names, templates = resolve_prompts(arguments.labels_file, templates)
+        if names is not None and len(names) == 1:
+            raise ValueError(f"{names[0]!r} alone would always get the probability 1; give at least two labels")
+    except ValueError as error:
+        option = "--labels" if arguments.labels is not None else "--labels_file"
+        raise ConfigError(f"{option}: {error}") from None
+    try:
+        return names, None if templates is None else resolve_templates(templates)
+    except ValueError as error:
+        raise ConfigError(f"--templates: {error}") from None
+
+
+def _own_classes(subject: Subject, arguments: argparse.Namespace) -> list[str]:
+    """The class names that a classifier's file holds.
+
+    Raises:
+        ConfigError: labels or templates were given, which it cannot use, or the file has no names.
+    """
+    given = [name for name in ("labels", "labels_file", "templates") if getattr(arguments, name) is not None]
+    if given:
+        raise ConfigError(
+            f"{subject.checkpoint} holds a classifier, which knows only its own classes: leave --{given[0]} out, "
+            "or take an image-text model"
+        )
+    names = read_pretrained_metadata(subject.weights)["extra"].get("class_names")
+    if not names:
+        raise ConfigError(
+            f"{subject.weights} holds a classifier without class names; save it again with "
+            "save_pretrained(model, file, extra={'class_names': [...]})"
+        )
+    return names
+
+
+def _probabilities(subject: Subject, files: Sequence[Path], names: Sequence[str], templates, batch_size: int) -> Tensor:
+    """(N, C) float32 on the CPU, rows sum to 1.
+
+    Raises:
+        ValueError: a picture cannot be read, or a classifier has another number of outputs than names.
+    """
+    model = subject.model
+    score = model
+    if is_contrastive(model):
+        score = class_scorer(model, cached_classes(subject, names, templates), names)
+    quiet = len(files) <= batch_size
+    shown = track(files, "pictures", console=Console(stderr=True), transient=True, disable=quiet)
+    rows = []
+    with evaluating(model, subject.device, subject.precision):
+        for images_B3HW in image_batches(model, shown, batch_size):
+            rows.append(score(images_B3HW).float().softmax(dim=1).cpu())
+            if rows[0].shape[1] != len(names):
+                raise ValueError(f"{subject.weights} names {len(names)} classes and has {rows[0].shape[1]} outputs")
+    return torch.cat(rows)
+
+
+def _print_tables(found: list[dict], console: Console) -> None:
+    for one in found:
+        table = Table(box=box.SIMPLE_HEAD)
+        table.add_column("label")
+        table.add_column("probability", justify="right")
+        for prediction in one["predictions"]:
+            table.add_row(Text(prediction["label"]), f"{prediction['probability']:.4f}")
+        console.print(one["image"], style="bold", markup=False, highlight=False, soft_wrap=True)
+        console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
