@@ -79,11 +79,14 @@ function drawLayers() {
         value: ({ layer, modality }) => layer.entropy[modality],
         show: ({ layer, modality }) => asFixed(3)(layer.entropy[modality]),
       },
+      { title: "Idle experts", value: ({ layer, modality }) => idle(layer, modality), show: ({ layer, modality }) => asCount(idle(layer, modality)) },
       { title: "Largest load", value: ({ busiest }) => busiest.share, show: ({ busiest }) => asShare(busiest.share) },
       { title: "Of expert", value: ({ busiest }) => busiest.expert, show: ({ busiest }) => (busiest.expert === null ? "–" : tag(busiest.expert)) },
     ],
   });
 }
+
+const idle = (layer, modality) => layer.kept[modality].filter((value) => value === 0).length;
 
 function busiest(layer, modality) {
   const kept = layer.kept[modality];
@@ -114,7 +117,7 @@ function drawLayerCharts() {
     );
     const box = make("div", { style: { maxWidth: `${140 + 64 * matrix.length}px` } });
     drawChart(box, "agreement", rows, `Agreement between layers, ${NOUN[modality]}`, { height: 32 * matrix.length });
-    return make("div", {}, make("h3", {}, capital(NOUN[modality])), box);
+    return make("div", {}, make("h4", {}, capital(NOUN[modality])), box);
   });
   byId("agreement").replaceChildren(...agreement);
 }
@@ -183,7 +186,7 @@ function drawExperts() {
           column("load", (expert) => kept[expert], asCount),
           column("share", (expert) => ratio(kept[expert], allAsked), asShare),
           ...(soft ? [] : [column("dropped", (expert) => ratio(asked[expert] - kept[expert], asked[expert]), asShare)]),
-          column("importance", (expert) => importance[expert], asFixed(1)),
+          column("importance", (expert) => importance[expert], asDecimal),
           column("share", (expert) => ratio(importance[expert], allImportance), asShare),
         ];
       }),
@@ -295,8 +298,11 @@ function drawClasses() {
     (few
       ? `The map shows the ${drawnRows.length} of ${asCount(seen.length)} classes with the largest share of their patches in ${state.expert === null ? "one expert" : expertName()}; the table has all.`
       : "A row of the map adds up to 100%.");
-  const cells = drawnRows.flatMap(({ name, counts, total }) =>
-    counts.map((count, expert) => ({ name, expert, share: count / total, shown: asShare(count / total), count: asCount(count) })),
+  // A label that stands for two classes would draw them on top of each other.
+  const labels = drawnRows.map(({ name }) => shorten(name, 26));
+  const labelOf = (place) => (labels.indexOf(labels[place]) === labels.lastIndexOf(labels[place]) ? labels[place] : drawnRows[place].name);
+  const cells = drawnRows.flatMap(({ name, counts, total }, place) =>
+    counts.map((count, expert) => ({ row: labelOf(place), name, expert, share: count / total, shown: asShare(count / total), count: asCount(count) })),
   );
   drawChart(byId("class-chart"), "classes", cells, "Share of each class's patches that went to each expert; the table beside it has the figures", { height: 18 * drawnRows.length });
   const sort = { column: state.expert === null ? 3 : 5, direction: "descending" };

@@ -90,14 +90,14 @@ def _lines(number_format: str):
 
 
 def _classes():
-    """Experts by classes, as high as the page says; rows: name, expert, share, shown, count."""
+    """Experts by classes, as high as the page says; rows: row (its label), name, expert, share, shown, count."""
     alt, _ = chart_library()
     return (
         alt.Chart(alt.NamedData("rows"), width="container")
         .mark_rect(aria=False)  # thousands of cells; the table beside it has the same figures
         .encode(
             x=alt.X("expert:O", title="expert", axis=alt.Axis(labelAngle=0, labelOverlap=True, orient="top")),
-            y=alt.Y("name:N", title=None, sort=None, axis=alt.Axis(labelLimit=150)),
+            y=alt.Y("row:N", title=None, sort=None, axis=alt.Axis(labelLimit=165)),
             color=alt.Color(
                 "share:Q",
                 title="share of the class's patches",

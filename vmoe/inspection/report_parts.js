@@ -31,11 +31,19 @@ function asCount(value) {
   const digits = Number.isInteger(value) ? 0 : 1;
   return value.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
 }
+const asDecimal = (value) => (isNumber(value) ? value.toLocaleString("en-US", { minimumFractionDigits: 1, maximumFractionDigits: 1 }) : "–");
 const asShare = (value) => (isNumber(value) ? `${(100 * value).toFixed(1)}%` : "–");
 const asFixed = (digits) => (value) => (isNumber(value) ? value.toFixed(digits) : "–");
 const asWeight = asFixed(4);
 const ratio = (part, whole) => (whole > 0 ? part / whole : null);
 const sum = (values) => values.reduce((total, value) => total + value, 0);
+
+// In the middle, for what tells names apart often stands last.
+function shorten(text, length) {
+  if (text.length <= length) return text;
+  const half = Math.floor((length - 1) / 2);
+  return `${text.slice(0, half).trimEnd()}…${text.slice(text.length - (length - 1 - half)).trimStart()}`;
+}
 
 const colourOf = (expert) => DATA.palette[expert % DATA.palette.length];
 

@@ -65,7 +65,7 @@ function drawMap(canvas, sample, cursor = null) {
   const [w, h] = [width / columns, height / rows];
   const stripes = brush.createPattern(hatch(scale), "repeat");
   stripes.setTransform(new DOMMatrix().scale(1 / scale));
-  const size = Math.min(13, 0.62 * Math.min(w, h));
+  const size = Math.min(13, 0.56 * Math.min(w, h));
   brush.font = `600 ${size}px system-ui, sans-serif`;
   brush.textAlign = "center";
   brush.textBaseline = "middle";
@@ -192,6 +192,15 @@ function makeWords(sample) {
   return rove(make("ul", { class: "chips", "aria-label": "Words of the caption" }, ...buttons.map((button) => make("li", {}, button))), buttons);
 }
 
+// The model's likeliest names of the picture; the right one is marked.
+function makeNames(top, label) {
+  const items = top.map(([name, share]) => {
+    const right = name === label;
+    return make("li", { class: right ? "right" : null }, make("span", {}, name, right ? " ✓" : "", right ? make("span", { class: "unseen" }, " right") : null), make("span", {}, asShare(share)));
+  });
+  return make("ol", { class: "names", "aria-label": "The model's likeliest names" }, ...items);
+}
+
 function makeCard(sample) {
   const { path, class: label, words, top, source } = DATA.samples[sample];
   const name = label ?? path.split("/").pop();
@@ -204,7 +213,7 @@ function makeCard(sample) {
     { class: "card", "aria-label": `Picture ${path}` },
     pair,
     make("div", {}, make("h3", {}, name), make("p", {}, path)),
-    top.length ? make("p", {}, "model: ", top.map(([word, share]) => `${word} ${asShare(share)}`).join(", ")) : null,
+    top.length ? makeNames(top.slice(0, 3), label) : null,
     words.length ? makeWords(sample) : null,
   );
 }
