@@ -21,10 +21,18 @@ logger = logging.getLogger("vmoe.data")
 SYNSET_LAYOUT = """
 FOLDER/
 ├── n01440764/       (a folder per synset)
-│   ├── 1.jpg
+│   ├── sketch_0.JPEG
 │   └── ...
 ├── n01443537/
-└── ... ({number} folders)
+└── ... (1,000 folders)
+"""
+SUBSET_LAYOUT = """
+FOLDER/
+├── n01498041/       (a folder per synset, 200 in all)
+│   ├── 1.jpg
+│   └── ...
+├── ...
+└── README.txt
 """
 V2_LAYOUT = """
 FOLDER/
@@ -159,8 +167,7 @@ class ImageNetSketch(LabelledFiles):
     """
 
     def __init__(self, path: str | Path) -> None:
-        layout = SYNSET_LAYOUT.format(number="1,000")
-        tree = read_class_tree(path, layout, imagenet_synsets(), PART_OF_CLASSES)
+        tree = read_class_tree(path, SYNSET_LAYOUT, imagenet_synsets(), PART_OF_CLASSES)
         super().__init__(path, *flatten(tree, range(1000)))
         self.classes = list(imagenet_words())
         self.prompt_names = list(imagenet_prompt_names())
@@ -184,7 +191,7 @@ class ImageNetSubset(LabelledFiles):
         columns = [int(line) for line in pkgutil.get_data("timm.data", f"_info/{kind}_indices.txt").split()]
         synsets = [imagenet_synsets()[column] for column in columns]
         remedy = f" ({kind} has 200 of ImageNet's synsets; for a tree with other classes use data type image_folder)"
-        tree = read_class_tree(path, SYNSET_LAYOUT.format(number=200), synsets, remedy)
+        tree = read_class_tree(path, SUBSET_LAYOUT, synsets, remedy, allowed=["README.txt"])  # in both downloads
         super().__init__(path, *flatten({synset: tree[synset] for synset in synsets}, range(len(synsets))))
         self.class_columns = [[column] for column in columns]
         self.classes = [imagenet_words()[column] for column in columns]
