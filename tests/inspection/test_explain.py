@@ -1,0 +1,226 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vmoe
+from vmoe.evaluation.subject import load_subject
+from vmoe.inspection import explain as logic
+from vmoe.inspection import fragments
+from vmoe.inspection.figure import DROPPED, PALETTE
+from vmoe.inspection.statistics import TokenRouting
+from vmoe.models.factory import save_pretrained
+
+
+def picture(width=64, height=48):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def subject(tmp_path, name, class_names=None, **kwargs):
+    torch.manual_seed(0)
+    model = vmoe.create_model(name, depth=4, num_heads=2, **kwargs)
+    extra = None if class_names is None else {"class_names": class_names}
+    save_pretrained(model, tmp_path / "model.safetensors", extra)
+    return load_subject(str(tmp_path / "model.safetensors"), "cpu")
+
+
+@pytest.fixture
+def limoe(tmp_path):
+    return subject(tmp_path, "limoe_tiny_patch8_48", width=32, embed_dim=16, num_experts=4)
+
+
+@pytest.fixture
+def tight_vmoe(tmp_path):
+    """A classifier that drops patches."""
+    settings = {"embed_dim": 32, "num_classes": 3, "num_experts": 4, "num_selected_experts": 2}
+    return subject(tmp_path, "vmoe_tiny_patch8_48", ["a", "b", "c"], eval_capacity_factor=0.3, **settings)
+
+
+def routing(expert, weight, kept):
+    return TokenRouting(np.array(expert), np.array(weight, dtype=np.float32), np.array(kept))
+
+
+# Two rows, three columns, two choices each.
+GRID = routing(
+    [[[0, 1], [1, 2], [2, 0]], [[1, 0], [1, 2], [0, 2]]],
+    [[[0.6, 0.2], [0.5, 0.3], [0.9, 0.1]], [[0.4, 0.3], [0.8, 0.1], [0.7, 0.2]]],
+    [[[True, True], [False, True], [True, False]], [[False, False], [True, True], [True, True]]],
+)
+LAYER = logic.Layer("blocks.1.mlp", "block 1", 4, "top_k")
+
+
+def test_labels_are_separated_by_lines_and_commas():
+    assert logic.parse_labels(" cat, dog\n\nguide dog ,\nbird") == ["cat", "dog", "guide dog", "bird"]
+    with pytest.raises(ValueError, match="at least one label"):
+        logic.parse_labels(" ,\n ")
+    with pytest.raises(ValueError, match="given twice: 'cat'"):
+        logic.parse_labels("cat\ndog, cat")
+
+
+def test_image_text_model_as_zero_shot_classify_and_the_record_have_it(limoe):
+    found = logic.explain(limoe, picture(), ["cat", "dog"], ["a {}", "the {}"])
+    expected = vmoe.zero_shot_classify(limoe.model, limoe.tokenizer, picture(), ["cat", "dog"], ["a {}", "the {}"])
+    assert list(found.probabilities) == ["cat", "dog"]
+    assert list(found.probabilities.values()) == pytest.approx(expected[0].tolist(), abs=1e-6)
+    layers = logic.list_layers(limoe)
+    assert [(layer.name, layer.title, layer.num_experts) for layer in layers] == [
+        ("blocks.1.mlp", "block 1", 4),
+        ("blocks.3.mlp", "block 3", 4),
+    ]
+    with torch.no_grad(), vmoe.record_routing(limoe.model) as record:
+        limoe.model.encode_image(limoe.transform(picture())[None])
+    for layer, patches in zip(layers, found.sample.patches, strict=True):
+        recorded = record.layers[layer.name]
+        assert (patches.expert.reshape(36, -1) == recorded.tokens(recorded.expert_index)[0].numpy()).all()
+
+
+def test_words_of_a_label(limoe):
+    words, by_layer = logic.route_words(limoe, logic.prompt("guide dog", ["a photo of a {}", "the {}"]))
+    assert words == ["<start_of_text>", "a", "photo", "of", "a", "guide", "dog", "<end_of_text>"]
+    with torch.no_grad(), vmoe.record_routing(limoe.model) as record:
+        limoe.model.encode_text(limoe.tokenizer(["a photo of a guide dog"]))
+    for name, own in by_layer.items():
+        recorded = record.layers[name]
+        assert (own.expert == recorded.tokens(recorded.expert_index)[0, :8].numpy()).all()
+    assert list(by_layer) == ["blocks.1.mlp", "blocks.3.mlp"]
+    assert logic.prompt("dog") == "dog"
+
+
+def test_classifier_with_its_own_names(tight_vmoe):
+    found = logic.explain(tight_vmoe, picture())
+    with torch.no_grad():
+        expected = tight_vmoe.model(tight_vmoe.transform(picture())[None]).softmax(1)[0]
+    assert found.probabilities == pytest.approx(dict(zip("abc", expected.tolist(), strict=True)), abs=1e-6)
+    load = logic.expert_loads(logic.list_layers(tight_vmoe)[0], found.sample.patches[0])
+    assert sum(own.tokens + own.dropped for own in load) == 2 * 36
+    assert sum(own.dropped for own in load) > 0
+
+
+def test_a_classifier_without_names_and_without_experts(tmp_path):
+    dense = subject(tmp_path, "vmoe_tiny_patch8_48", embed_dim=32, num_classes=2, num_experts=0)
+    found = logic.explain(dense, picture())
+    assert list(found.probabilities) == ["class 0", "class 1"]
+    assert found.sample is None
+    assert logic.list_layers(dense) == []
+
+
+def test_two_towers_have_layers_of_one_modality(tmp_path):
+    tower = {"depth": 2, "num_heads": 2, "num_experts": 2, "moe_layers": [1]}
+    torch.manual_seed(0)
+    model = vmoe.create_model(
+        "two_tower_tiny_patch8_48",
+        image={"embed_dim": 32, **tower},
+        text={"width": 32, **tower},
+        embed_dim=16,
+    )
+    save_pretrained(model, tmp_path / "model.safetensors")
+    towers = load_subject(str(tmp_path / "model.safetensors"), "cpu")
+    image_layer, text_layer = logic.list_layers(towers)
+    assert image_layer.title != text_layer.title
+    found = logic.explain(towers, picture(), ["cat", "dog"])
+    assert found.sample.patches[0].expert.shape[:2] == (6, 6)
+    assert found.sample.patches[1] is None
+    assert list(logic.route_words(towers, "cat")[1]) == [text_layer.name]
+
+
+@pytest.mark.parametrize(("size", "match"), [((1, 500), "sides beyond"), ((20_000, 20_000), "pixels, more than")])
+def test_pictures_that_do_not_fit_are_refused(limoe, size, match):
+    large = Image.new("1", size)
+    with pytest.raises(ValueError, match=match):
+        logic.explain(limoe, large, ["cat", "dog"])
+
+
+def test_a_pixel_of_the_map_belongs_to_the_patch_drawn_there():
+    image = np.full((20, 30, 3), 255, dtype=np.uint8)
+    drawn = np.asarray(logic.draw_map(image, GRID, 4))
+    width, height = logic.map_size(image)
+    assert drawn.shape == (height, width, 3) == (427, 640, 3)
+    first = logic.first_kept(GRID)
+    assert first.tolist() == [[0, 2, 2], [-1, 1, 0]]
+    for row in range(2):
+        for column in range(3):
+            # The quarter point of a patch: beside its number.
+            x, y = (column + 0.25) * width / 3, (row + 0.25) * height / 2
+            assert logic.patch_at(x, y, (2, 3), (width, height)) == (row, column)
+            if first[row, column] >= 0:  # dropped patches are hatched
+                colour = tuple(int(PALETTE[first[row, column]][i : i + 2], 16) for i in (1, 3, 5))
+                assert np.abs(drawn[int(y), int(x)].astype(int) - colour).max() <= 2
+    assert logic.patch_at(640, 427, (2, 3), (width, height)) == (1, 2)
+    framed = np.asarray(logic.draw_map(image, GRID, 4, (1, 2)))
+    changed = np.argwhere((framed != drawn).any(-1))
+    assert changed.min(0).tolist() > [height // 2 - 10, 2 * width // 3 - 10]
+
+
+def test_experts_of_a_patch():
+    assert logic.patch_experts(GRID, 0, 1) == [
+        logic.PatchExpert(1, pytest.approx(0.5), False),
+        logic.PatchExpert(2, pytest.approx(0.3), True),
+    ]
+    with pytest.raises(ValueError, match="no patch in row 2, column 0: rows are 0 to 1, columns 0 to 2"):
+        logic.patch_experts(GRID, 2, 0)
+    with pytest.raises(ValueError, match="no patch in row 0, column -1"):
+        logic.patch_experts(GRID, 0, -1)
+
+
+def test_load_counts_what_had_room():
+    load = logic.expert_loads(LAYER, GRID)
+    assert [own.tokens for own in load] == [2, 2, 4, 0]
+    assert [own.dropped for own in load] == [2, 2, 0, 0]
+    assert [own.share for own in load] == [0.25, 0.25, 0.5, 0]
+    assert load[1].mean_weight == pytest.approx((0.2 + 0.8) / 2)
+    assert load[3].mean_weight == 0
+
+
+def test_load_of_a_soft_layer_is_the_sum_of_weights():
+    everyone = routing([[[0, 1], [1, 0]]], [[[0.75, 0.25], [0.5, 0.5]]], np.ones((1, 2, 2), dtype=bool))
+    load = logic.expert_loads(LAYER._replace(router="soft", num_experts=2), everyone)
+    assert [own.tokens for own in load] == [1.25, 0.75]
+    assert [own.share for own in load] == [0.625, 0.375]
+
+
+def test_words_are_coloured_by_the_first_expert_with_room():
+    first_column = [array[[0, 1, 0], 0] for array in (GRID.expert, GRID.weight, GRID.kept)]
+    words, colours = logic.colour_words(["a", "b", "c"], TokenRouting(*first_column))
+    assert words == [("a", "0 (0.60), 1 (0.20)"), ("b", "dropped"), ("c", "0 (0.60), 1 (0.20)")]
+    assert colours == {"0 (0.60), 1 (0.20)": PALETTE[0], "dropped": DROPPED}
+
+
+def test_fragments_escape_names_and_say_what_is_left_out():
+    bars = fragments.probability_bars({f"<b>{i}</b>": 1 / 30 for i in range(30)})
+    assert "<b>" not in bars
+    assert "&lt;b&gt;0&lt;/b&gt;" in bars
+    assert bars.count("3.33%</td>") == 20
+    assert "10 less likely ones are not shown" in bars
+    assert bars.index("b&gt;0") < bars.index("b&gt;1")
+    ranked = fragments.probability_bars({"cat": 0.25, "dog": 0.75})
+    assert ranked.index("dog") < ranked.index("cat")
+
+
+def test_numbers_on_every_colour_are_readable():
+    def luminance(colour):
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+    for expert, colour in enumerate(PALETTE):
+        ink = 1.0 if "color:#fff" in fragments.chip(expert) else 0.0
+        light, dark = sorted((luminance(colour), ink), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, colour
+
+
+def test_a_patch_that_nobody_took():
+    assert "No expert took it" in fragments.patch_experts(1, 2, [])
+
+
+def test_expert_choice_and_soft_models(tmp_path):
+    for router in ("expert_choice", "soft"):
+        loaded = subject(tmp_path, "vmoe_tiny_patch8_48", embed_dim=32, num_classes=2, num_experts=4, router=router)
+        found = logic.explain(loaded, picture())
+        layer = logic.list_layers(loaded)[0]
+        load = logic.expert_loads(layer, found.sample.patches[0])
+        assert sum(own.share for own in load) == pytest.approx(1)
+        assert all(own.dropped == 0 for own in load)
+        experts = logic.patch_experts(found.sample.patches[0], 0, 0)
+        weights = [own.weight for own in experts]
+        assert weights == sorted(weights, reverse=True)
+        assert all(own.kept for own in experts)
