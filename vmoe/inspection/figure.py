@@ -57,12 +57,14 @@ def patch_grid(model: nn.Module, num_tokens: int) -> tuple[int, int, int]:
     """
     model = unwrapped(model)
     for tower in (model, getattr(model, "visual", None), getattr(getattr(model, "visual", None), "trunk", None)):
-        embed = getattr(tower, "patch_embed", None)
+        embed, expected = getattr(tower, "patch_embed", None), getattr(tower, "num_prefix_tokens", 0)
+        if embed is None and hasattr(tower, "class_embedding"):  # open_clip's own vision transformer
+            embed, expected = tower, 1
         if embed is None:
             continue
         rows, columns = getattr(embed, "grid_size", None) or (0, 0)
         prefix = num_tokens - rows * columns
-        if prefix == getattr(tower, "num_prefix_tokens", 0):
+        if prefix == expected:
             return prefix, rows, columns
     raise ValueError(f"cannot place {num_tokens} tokens on a grid of patches of {type(model).__name__}")
 

@@ -116,7 +116,8 @@ def gather_statistics(
         names = dataset.prompt_names or dataset.classes
         if subject.tokenizer is not None and not captions and names is not None:
             words_from = "class names"
-            texts = [template(name) for name in names for template in resolve_templates(templates)]
+            prompts = resolve_templates(templates)
+            texts = [t(name) if callable(t) else t.replace("{}", name) for name in names for t in prompts]
             for start in range(0, len(texts), batch_size):
                 gatherer.add_texts(texts[start : start + batch_size])
         gatherer.name_pictures(templates)
