@@ -34,7 +34,6 @@ KEPT_SECONDS = 3600  # pictures in Gradio's temporary folder, and what was compu
 # Names of emoji; training on the emoji set never sees the last one.
 EXAMPLES = ("dog face", "pizza", "automobile", "sunflower", "guitar", "scientist light skin tone")
 EXAMPLE_PIXELS = 240
-NOTHING = "<p>Nothing to show.</p>"
 CSS = """
 .gradio-container {max-width: 1400px !important; margin: 0 auto !important}
 .token.highlighted {padding: 4px 6px !important}
@@ -177,7 +176,7 @@ def build_app(subject: Subject, templates: Sequence[str | Callable[[str], str]] 
         likeliest = max(found.probabilities, key=found.probabilities.get)
         names = gr.Dropdown(choices=list(found.probabilities), value=likeliest)
         bars = fragments.probability_bars(found.probabilities)
-        return found, bars, names, *view(found, layer, row, column, likeliest)
+        return found, bars, gr.Column(visible=bool(layers)), names, *view(found, layer, row, column, likeliest)
 
     @answering
     def show(found: Explanation | None, layer: int, row: int, column: int, label: str | None) -> tuple:
@@ -198,12 +197,12 @@ def build_app(subject: Subject, templates: Sequence[str | Callable[[str], str]] 
         if found is None:
             raise ValueError("There is nothing to show, or it is no longer kept: press Classify.")
         if not layers:
-            return None, NOTHING, None, NOTHING
+            return None, None, None, None
         patches = found.sample.patches[layer]
         words, text = [], None
         if has_text and label is not None:
-            words, routing = logic.route_words(subject, logic.prompt(label, templates))
-            text = routing.get(layers[layer].name)
+            words, by_layer = logic.route_words(subject, logic.prompt(label, templates))
+            text = by_layer.get(layers[layer].name)
         drawn, patch = None, "<p>This layer sees words only.</p>"
         if patches is not None:
             if row is None or column is None:
@@ -237,9 +236,9 @@ def build_app(subject: Subject, templates: Sequence[str | Callable[[str], str]] 
                         label="Examples (OpenMoji, CC BY-SA 4.0)",
                         visible_columns=[0],
                     )
-            with gr.Column(scale=4, min_width=480):
+            with gr.Column(scale=4, min_width=320):
                 probabilities = gr.HTML("<p>The answer appears here.</p>", padding=False)
-                with gr.Column(visible=bool(layers)):
+                with gr.Column(visible=False) as routing:  # shown with the first answer
                     layer = gr.Radio(
                         [(one.title, index) for index, one in enumerate(layers)],
                         value=len(layers) - 1 if layers else None,
@@ -260,24 +259,24 @@ def build_app(subject: Subject, templates: Sequence[str | Callable[[str], str]] 
                             with gr.Row():
                                 row = gr.Number(0, label="Row", precision=0, minimum=0, min_width=80)
                                 column = gr.Number(0, label="Column", precision=0, minimum=0, min_width=80)
-                            patch = gr.HTML(NOTHING, padding=False)
+                            patch = gr.HTML(padding=False)
                     with gr.Row(visible=has_text):
                         name = gr.Dropdown(label="Label", scale=2)
                         words = gr.HighlightedText(label="Experts of the label's words", scale=3)
-                    loads = gr.HTML(NOTHING, padding=False)
+                    loads = gr.HTML(padding=False)
 
         seen = [routing_map, patch, words, loads]
-        quiet = {"api_visibility": "private", "show_progress": "hidden", "trigger_mode": "always_last"}
+        private = {"api_visibility": "private", "trigger_mode": "always_last"}
         press = {
             "inputs": [picture, labels, layer, row, column],
-            "outputs": [found, probabilities, name, *seen],
+            "outputs": [found, probabilities, routing, name, *seen],
         }
-        gr.on([button.click, labels.submit], classify, **press, api_visibility="private", show_progress="minimal")
+        gr.on([button.click, labels.submit], classify, **press, **private, show_progress_on=probabilities)
         gr.on(
             [layer.input, row.input, column.input, name.input],
-            show, [found, layer, row, column, name], seen, **quiet,
+            show, [found, layer, row, column, name], seen, **private, show_progress="hidden",
         )  # fmt: skip
-        routing_map.select(show_clicked, [found, layer, name], [row, column, *seen], **quiet)
+        routing_map.select(show_clicked, [found, layer, name], [row, column, *seen], **private, show_progress="hidden")
     return app
 
 

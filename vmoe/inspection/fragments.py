@@ -17,6 +17,7 @@ LOAD_COLUMNS = ("number", "share", "mean weight", "dropped")
 CSS = """
 .experts table, .experts tr, .experts th, .experts td {border: none !important}
 .experts table {border-collapse: collapse; margin: 0; font-variant-numeric: tabular-nums}
+.experts {overflow-x: auto}
 .experts caption {text-align: left; font-weight: 600; padding: 0 0 6px}
 .experts th, .experts td {padding: 3px 14px 3px 0 !important; text-align: right; font-weight: 400 !important}
 .experts thead tr:last-child th, .experts tbody tr th, .experts tbody tr td {
