@@ -29,10 +29,11 @@ def test_a_class_without_pictures_is_named(tree):
     assert complaint(tree).startswith(f"{tree}/cow: holds no picture; there must be one folder of pictures per class")
 
 
-def test_a_class_whose_only_content_is_junk_is_empty(tree):
+def test_a_class_whose_only_content_is_junk_is_empty(tree, caplog):
     (tree / "cow").mkdir()
     (tree / "cow" / ".DS_Store").touch()
     assert complaint(tree).startswith(f"{tree}/cow: holds no picture")
+    assert f"own: path {tree}/cow/.DS_Store" in caplog.text
 
 
 def test_a_file_that_is_no_picture_is_named(tree):
@@ -88,8 +89,8 @@ def test_what_operating_systems_leave_behind_is_left_aside_and_told(tree, caplog
     assert folder.names == ["cat/1.png", "dog/1.png"]
     (record,) = caplog.records
     assert record.getMessage() == (
-        f"left aside, hidden or an operating system's own: 6 files and folders, as {tree}/.DS_Store, {tree}/__MACOSX, "
-        f"{tree}/cat/._1.png"
+        f"left aside, hidden or an operating system's own: 6 paths (as {tree}/.DS_Store, {tree}/__MACOSX, "
+        f"{tree}/cat/._1.png)"
     )
 
 

@@ -147,9 +147,7 @@ class TreeReader:
     def warn_of_junk(self) -> None:
         """Logs what was left aside since the last call."""
         if self.junk:
-            what = f"{len(self.junk)} {'files and folders' if len(self.junk) > 1 else 'file or folder'}"
-            shown = _first(sorted(self.junk))
-            logger.warning("left aside, hidden or an operating system's own: %s, %s", what, shown)
+            logger.warning("left aside, hidden or an operating system's own: %s", _names(sorted(self.junk), "path"))
         self.junk = []
 
     def _draw(self) -> list[str]:
@@ -186,12 +184,13 @@ def read_class_tree(
         ValueError: a class is missing, unknown or without pictures, or something lies where it should not.
     """
     tree = TreeReader(root, layout)
-    folders = tree.folders(known=classes, remedy=remedy, allowed=allowed)
-    if classes is not None:
-        tree.check_complete(folders, classes, remedy=remedy)
-    found = {folder: tree.pictures(folder) for folder in folders}
-    tree.warn_of_junk()
-    return found
+    try:
+        folders = tree.folders(known=classes, remedy=remedy, allowed=allowed)
+        if classes is not None:
+            tree.check_complete(folders, classes, remedy=remedy)
+        return {folder: tree.pictures(folder) for folder in folders}
+    finally:
+        tree.warn_of_junk()
 
 
 def _names(names: list[str], kind: str) -> str:
