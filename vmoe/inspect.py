@@ -155,6 +155,8 @@ def expand_data(argv: list[str]) -> list[str]:
             expanded.append(argument)
             continue
         word = word if equals else next(arguments, "")
+        if not word:
+            raise ConfigError("--data needs a value: a type of data, a folder of pictures or a file of pairs")
         known = get_args(get_args(get_type_hints(SourceConfig)["type"])[0])
         path = Path(word)
         if word in known:

@@ -1,0 +1,158 @@
+"""The command as a user runs it."""
+
+import inspect
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vmoe
+from vmoe.config_io import ConfigError
+from vmoe.data.config import SourceConfig
+from vmoe.inspect import describe, expand_data, main, validation_data
+from vmoe.models import factory
+from vmoe.models.factory import save_pretrained
+
+LIMOE = {"img_size": 16, "patch_size": 8, "width": 32, "depth": 4, "num_heads": 2, "embed_dim": 16, "num_experts": 4}
+QUICK = ["--loader.num_workers", "0", "--num_pictures", "3", "--num_patches", "2"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two class folders of three pictures, and a file of pairs of the same pictures."""
+    root = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    lines = ["image,caption"]
+    for name in ("cat", "dog"):
+        (root / "folder" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(
+                root / "folder" / name / f"{i}.png"
+            )
+            lines.append(f"folder/{name}/{i}.png,a {name} number {i}")
+    (root / "pairs.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data):
+    """The folder of a run with one checkpoint, which validated on the pairs."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("run")
+    model = vmoe.create_model("limoe_tiny_patch8_48", context_length=8, **LIMOE)
+    save_pretrained(model, folder / "checkpoints/step_000002/model.safetensors")
+    config = {"data": {"val": {"type": "pairs", "path": str(data / "pairs.csv")}}}
+    (folder / "config.yaml").write_text(json.dumps(config))
+    return folder
+
+
+def test_all_that_it_writes(run, data, capsys):
+    out = run / "looked at"
+    arguments = ["--checkpoint", str(run), "--output_dir", str(out), "--eval_capacity_factor", "1", *QUICK]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {"statistics.json", "statistics.npz", "figures", "report.html"}
+    for name in ("statistics.json", "statistics.npz", "report.html", "figures"):
+        assert str(out / name) in printed
+    found = json.loads((out / "statistics.json").read_text())
+    assert found["data"]["name"] == f"pairs · {data / 'pairs.csv'}"
+    assert found["data"]["num_samples"] == 6
+    assert len(found["data"]["fingerprint"]) == len(found["sha256"]) == 64
+    assert found["config"]["eval_capacity_factor"] == 1
+    assert found["config"]["data"]["type"] == "pairs"  # what the run validated on
+    assert found["versions"]["torch"] == torch.__version__
+    [first, second] = found["layers"]
+    assert (first["name"], second["name"]) == ("blocks.1.mlp", "blocks.3.mlp")
+    assert first["eval_capacity_factor"] == 1
+    assert first["name"] in printed
+    assert f"{first['modalities']['text']['share_dropped']:.1%}" in printed
+    assert found["agreement"]["image"][0][0] == pytest.approx(1)
+    words = [word["name"] for expert in first["experts"] for word in expert["words"]]
+    assert set(words) & {"cat", "dog"}
+    arrays = np.load(out / "statistics.npz")
+    assert set(arrays["blocks.1.mlp/words"]) >= {"cat", "dog", "number"}
+    assert arrays["blocks.1.mlp/expert_word"].sum() == sum(first["modalities"]["text"]["kept"])
+
+
+def test_labelled_pictures_by_a_plain_word(run, data, tmp_path):
+    assert main(["--checkpoint", str(run), "--data", str(data / "folder"), f"--output_dir={tmp_path}", *QUICK]) == 0
+    found = json.loads((tmp_path / "statistics.json").read_text())
+    assert found["data"]["words_from"] == "class names"
+    arrays = np.load(tmp_path / "statistics.npz")
+    assert arrays["class_names"].tolist() == ["cat", "dog"]
+    assert arrays["blocks.3.mlp/expert_class"].shape == (4, 2)
+    assert arrays["blocks.3.mlp/expert_class"].sum() == 6 * 4
+    classes = [entry["name"] for expert in found["layers"][1]["experts"] for entry in expert["classes"]]
+    assert set(classes) <= {"cat", "dog"}
+
+
+def test_what_a_plain_word_stands_for(data, tmp_path):
+    (tmp_path / "cat.png").touch()
+    (tmp_path / "cat.txt").touch()
+    assert expand_data(["--data", "emoji_groups", "--x"]) == ["--data.type", "emoji_groups", "--x"]
+    assert expand_data([f"--data={tmp_path}"]) == ["--data.type", "pairs", "--data.path", str(tmp_path)]
+    folder, pairs = str(data / "folder"), str(data / "pairs.csv")
+    assert expand_data(["--data", folder]) == ["--data.type", "image_folder", "--data.path", folder]
+    assert expand_data(["--data", pairs]) == ["--data.type", "pairs", "--data.path", pairs]
+    assert expand_data(["--data.type", "emoji"]) == ["--data.type", "emoji"]
+    with pytest.raises(ConfigError, match="--data nowhere: no such folder or file, and no type of data"):
+        expand_data(["--data", "nowhere"])
+    with pytest.raises(ConfigError, match="--data needs a value"):
+        expand_data(["--data"])
+
+
+def test_the_data_of_a_run_are_found_from_any_of_its_places(run, tmp_path):
+    step = run / "checkpoints/step_000002"
+    for place in (run, step, step / "model.safetensors"):
+        assert validation_data(str(place)).type == "pairs"
+    with pytest.raises(ConfigError, match="data.type is missing"):
+        validation_data(str(tmp_path))
+    (tmp_path / "config.yaml").write_text("data: {val: {type: null}}")
+    with pytest.raises(ConfigError, match="data.type is missing"):
+        validation_data(str(tmp_path))
+    (tmp_path / "config.yaml").write_text("data: {val: {type: emoji, colour: red}}")
+    with pytest.raises(ConfigError, match=r"data.val cannot be read .*colour"):
+        validation_data(str(tmp_path))
+    assert describe(SourceConfig("emoji", split="all")) == "emoji · all"
+
+
+def error(capsys, *arguments):
+    """(exit code, the message)"""
+    try:
+        code = main([*arguments, *QUICK])
+    except SystemExit as exit:
+        code = exit.code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    return code, lines[0]
+
+
+def test_mistakes_are_one_sentence_with_an_exit_code(run, data, tmp_path, capsys):
+    dense = vmoe.create_model("limoe_tiny_patch8_48", context_length=8, **{**LIMOE, "num_experts": 0})
+    save_pretrained(dense, tmp_path / "dense.safetensors")
+    code, message = error(capsys, "--checkpoint", str(tmp_path / "dense.safetensors"), "--data", str(data / "folder"))
+    assert code == 2
+    assert "dense.safetensors holds a dense model, which has no experts to look at" in message
+    code, message = error(capsys, "--checkpoint", str(run), "--eval_capacity_factor", "0")
+    assert (code, "eval_capacity_factor must be > 0, got 0" in message) == (2, True)
+    code, message = error(capsys, "--checkpoint", str(run), "--loader.on_bad", "replace")
+    assert (code, "on_bad must be 'fail' or 'skip' in an inspection" in message) == (2, True)
+    code, message = error(capsys, "--checkpoint", str(run), "--num_picture", "3")
+    assert (code, "the nearest known key is 'num_pictures'" in message) == (2, True)
+    code, message = error(capsys, "--checkpoint", str(tmp_path / "missing"), "--data", "emoji")
+    assert code == 1
+    assert "missing" in message
+    broken = tmp_path / "photos" / "a"
+    broken.mkdir(parents=True)
+    (broken / "1.jpg").write_bytes(b"no picture")
+    code, message = error(capsys, "--checkpoint", str(run), "--data", str(tmp_path / "photos"))
+    assert code == 1
+    assert "1.jpg" in message
+
+
+def test_the_module_hides_nothing_of_the_standard_library():
+    assert factory.inspect is inspect  # a module of vmoe that imports it
+    assert Path(inspect.__file__).parent != Path(vmoe.__file__).parent
