@@ -196,3 +196,4 @@ def test_facts_do_not_run_together():
         return found.hexdigest()
 
     assert len({of("ab", "c"), of("a", "bc"), of("abc"), of(["ab", "c"]), of("ab", "c", None)}) == 5
+    assert of([np.int64(3), 0.5]) == of([3, np.float64(0.5)])

@@ -111,3 +111,19 @@ def test_a_bad_picture_of_torchvision_is_named(fashion_mnist, monkeypatch):
     monkeypatch.setattr(dataset, "dataset", [(Image.new("F", (4, 4)), 0)])
     with pytest.raises(BadSample, match=r"FashionMNIST/train\[0\]"):
         dataset[0]
+
+
+def test_a_label_out_of_range_is_named(fashion_mnist, monkeypatch):
+    dataset = TorchvisionDataset("FashionMNIST", fashion_mnist)
+    monkeypatch.setattr(dataset, "dataset", [(Image.new("RGB", (4, 4)), 9), (Image.new("RGB", (4, 4)), 10)])
+    assert dataset[0].label == 9
+    with pytest.raises(
+        ValueError, match=r"FashionMNIST/train\[1\]: label 10 is out of range, the data set has 10 classes"
+    ):
+        dataset[1]
+
+
+def test_an_empty_set_is_refused(fashion_mnist, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST.__len__", lambda _: 0)
+    with pytest.raises(ValueError, match="FashionMNIST, split 'test', in .* is empty"):
+        TorchvisionDataset("FashionMNIST", fashion_mnist, "test")

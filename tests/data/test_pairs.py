@@ -127,3 +127,11 @@ def test_a_caption_with_an_unquoted_comma_is_not_cut(tmp_path):
     (tmp_path / "pairs.csv").write_text("image,caption\na.png,a cat, on a mat\n")
     with pytest.raises(ValueError, match="line 2: 3 cells for 2 columns"):
         PairsFile(tmp_path / "pairs.csv")
+
+
+def test_hidden_pictures_are_none_of_a_folder(folder):
+    """macOS puts a `._a.png` beside each a.png on foreign disks."""
+    for name in ("._a.png", "Thumbs.db", ".trash/b.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    assert [path.name for path in PairsFolder(folder).paths] == ["a.png", "b.jpg"]

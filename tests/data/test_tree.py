@@ -36,6 +36,13 @@ def test_a_class_whose_only_content_is_junk_is_empty(tree, caplog):
     assert f"own: path {tree}/cow/.DS_Store" in caplog.text
 
 
+def test_junk_beside_a_mistake_is_told_once(tree, caplog):
+    (tree / ".DS_Store").touch()
+    (tree / "stray").touch()
+    complaint(tree)
+    assert [record.getMessage().partition("own: ")[2] for record in caplog.records] == [f"path {tree}/.DS_Store"]
+
+
 def test_a_file_that_is_no_picture_is_named(tree):
     (tree / "dog" / "notes.txt").touch()
     (tree / "dog" / "list.csv").touch()

@@ -25,8 +25,9 @@ class Fingerprint:
         self._hash = hashlib.sha256()
 
     def add(self, kind: str, fact: Any) -> None:
-        """Adds what JSON can hold (numbers, texts, lists of them, None)."""
-        self._add_bytes(kind, json.dumps(fact, ensure_ascii=True, sort_keys=True).encode())
+        """Adds what JSON can hold (numbers, texts, lists of them, None), or numbers of numpy or torch."""
+        text = json.dumps(fact, ensure_ascii=True, sort_keys=True, default=lambda number: number.item())
+        self._add_bytes(kind, text.encode())
 
     def add_file(self, name: str, path: str | Path) -> None:
         """Adds a file by its name within the data set, its size and its first and last 4 KiB; or that it is missing."""

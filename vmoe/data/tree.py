@@ -40,7 +40,7 @@ class TreeReader:
     def __init__(self, root: str | Path, layout: str) -> None:
         self.root = Path(root)
         self.layout = layout
-        self.junk: list[str] = []
+        self.junk: set[str] = set()
         if not self.root.is_dir():
             what = "a file, and a folder is needed" if self.root.is_file() else "no such folder"
             raise ValueError(f"{root}: {what}; check the data source's path")
@@ -56,7 +56,7 @@ class TreeReader:
             with os.scandir(self.root / folder) as scan:
                 for entry in scan:
                     if is_junk(entry.name):
-                        self.junk.append(entry.path)
+                        self.junk.add(entry.path)
                     else:
                         (folders if entry.is_dir() else files).append(entry.name)
         except OSError as error:
@@ -148,7 +148,7 @@ class TreeReader:
         """Logs what was left aside since the last call."""
         if self.junk:
             logger.warning("left aside, hidden or an operating system's own: %s", _names(sorted(self.junk), "path"))
-        self.junk = []
+        self.junk = set()
 
     def _draw(self) -> list[str]:
         """The tree in a few lines: its first entries, and those of its first folder."""
