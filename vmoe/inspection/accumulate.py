@@ -248,7 +248,8 @@ def normalized_mutual_information(table: np.ndarray) -> float:
 
     1 if they are equal but for the names of the groups (also if both put all into one group), 0 if independent.
 
-    Source: Vinh, Epps and Bailey, "Information Theoretic Measures for Clusterings Comparison", JMLR 11 (2010), table 2.
+    Source: Vinh, Epps and Bailey, "Information Theoretic Measures for Clusterings Comparison", JMLR 11 (2010),
+    where it is called NMI_sum.
     """
     p_AB = table / table.sum()
     p_A, p_B = p_AB.sum(1), p_AB.sum(0)
