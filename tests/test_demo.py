@@ -98,19 +98,26 @@ def rows(page, name):
     return {heading: [text for text in cells if text] for heading, *cells in texts}
 
 
-def routing_map(page):
-    """The map's <img>, and the picture in it."""
+def routing_map(page, other_than=None):
+    """(source, picture) of the map, once it is there and is not the one of another source."""
     image = page.get_by_alt_text("The picture under the numbers")
     image.wait_for()
-    return image, Image.open(io.BytesIO(page.request.get(image.get_attribute("src")).body()))
+    page.wait_for_function(
+        "([image, old]) => image.src !== old && image.complete && image.naturalWidth > 0",
+        arg=[image.element_handle(), other_than],
+    )
+    source = image.get_attribute("src")
+    return source, Image.open(io.BytesIO(page.request.get(source).body()))
 
 
 def click_patch(page, row, column, grid=6):
-    image, _ = routing_map(page)
+    """Clicks a patch that is not the chosen one, and waits until it is framed."""
+    source, _ = routing_map(page)
+    image = page.get_by_alt_text("The picture under the numbers")
     box = image.bounding_box()
-    place = {"x": (column + 0.5) * box["width"] / grid, "y": (row + 0.5) * box["height"] / grid}
-    image.click(position=place)
+    image.click(position={"x": (column + 0.5) * box["width"] / grid, "y": (row + 0.5) * box["height"] / grid})
     page.get_by_text(f"Experts of the patch in row {row}, column {column}").wait_for()
+    routing_map(page, other_than=source)
 
 
 def recorded(subject, layer, photo):
@@ -143,15 +150,13 @@ def test_another_layer_and_another_patch(limoe, open_demo, photo):
     subject, address = limoe
     page = open_demo(address)
     classify(page, photo, LABELS)
-    image, last = routing_map(page)
-    source = image.get_attribute("src")
+    source, last = routing_map(page)
     page.get_by_role("radio", name="block 1").check()
-    page.wait_for_function("([image, old]) => image.src !== old", arg=[image.element_handle(), source])
-    _, first = routing_map(page)
+    _, first = routing_map(page, other_than=source)
     assert first.size == last.size == (640, 640)
     assert first.tobytes() != last.tobytes()
 
-    for row, column in ((0, 0), (2, 3), (5, 5)):
+    for row, column in ((0, 1), (2, 3), (5, 5)):
         click_patch(page, row, column)
         found = rows(page, f"Experts of the patch in row {row}, column {column}")
         assert found == expected_patch(subject, "blocks.1.mlp", photo, row, column)
@@ -223,7 +228,7 @@ def test_classifier(classifier, open_demo, photo):
         name: [f"{value:.2%}"] for name, value in zip(CLASSES, expected.tolist(), strict=True)
     }
     kept = recorded(subject, "blocks.3.mlp", photo)[2]
-    row, column = np.argwhere(~kept.numpy().all(-1))[0].tolist()
+    row, column = np.argwhere(~kept.numpy().all(-1))[-1].tolist()
     click_patch(page, row, column)
     found = rows(page, f"Experts of the patch in row {row}, column {column}")
     assert found == expected_patch(subject, "blocks.3.mlp", photo, row, column)

@@ -35,7 +35,7 @@ KEPT_SECONDS = 3600  # pictures in Gradio's temporary folder, and what was compu
 EXAMPLES = ("dog face", "pizza", "automobile", "sunflower", "guitar", "scientist light skin tone")
 EXAMPLE_PIXELS = 240
 CSS = """
-.gradio-container {max-width: 1400px !important; margin: 0 auto !important}
+.gradio-container {width: 100%; max-width: 1400px !important; margin: 0 auto !important}
 .token.highlighted {padding: 4px 6px !important}
 .token.highlighted .text, .token.highlighted .label {background: #ffffffd8 !important; color: #000; padding: 0 4px}
 """
@@ -261,8 +261,8 @@ def build_app(subject: Subject, templates: Sequence[str | Callable[[str], str]] 
                                 column = gr.Number(0, label="Column", precision=0, minimum=0, min_width=80)
                             patch = gr.HTML(padding=False)
                     with gr.Row(visible=has_text):
-                        name = gr.Dropdown(label="Label", scale=2)
-                        words = gr.HighlightedText(label="Experts of the label's words", scale=3)
+                        name = gr.Dropdown(label="Label", scale=2, min_width=200)
+                        words = gr.HighlightedText(label="Experts of the label's words", scale=3, min_width=320)
                     loads = gr.HTML(padding=False)
 
         seen = [routing_map, patch, words, loads]

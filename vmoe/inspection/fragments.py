@@ -23,7 +23,7 @@ CSS = """
 .experts thead tr:last-child th, .experts tbody tr th, .experts tbody tr td {
   border-bottom: 1px solid var(--border-color-primary) !important}
 .experts thead th[colspan] {text-align: center; font-weight: 600 !important}
-.experts .name {text-align: left; max-width: 22em; overflow-wrap: anywhere}
+.experts .name {text-align: left; min-width: 7em; max-width: 22em; overflow-wrap: anywhere}
 .experts .wide {width: 100%}
 .experts .bar {width: 55%}
 .experts .bar span {display: block; height: 12px; min-width: 1px; border-radius: 2px; background: var(--color-accent)}
