@@ -1,9 +1,17 @@
 import math
+import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
-from vmoe.evaluation.few_shot import best_penalty, few_shot_accuracy
+from vmoe.config_io import ConfigError
+from vmoe.data import SourceConfig
+from vmoe.evaluation import few_shot as module
+from vmoe.evaluation.config import EvaluationConfig, FeatureConfig, FeatureSet
+from vmoe.evaluation.features import Features
+from vmoe.evaluation.few_shot import L2_PENALTIES, best_penalty, few_shot, few_shot_accuracy
 
 
 @pytest.fixture
@@ -107,3 +115,148 @@ def test_number_of_classes_out_of_range(blobs, num_classes, message):
 def test_no_best_penalty(results, message):
     with pytest.raises(ValueError, match=message):
         best_penalty(results, 1)
+
+
+# --- the task ---
+
+CLASSES = ["ant", "bee", "cat", "dog"]
+PENALTIES = list(L2_PENALTIES)
+FOLDERS = [SourceConfig("image_folder", name) for name in ("main_train", "main_test", "other_train", "other_test")]
+
+
+def make_features(seed, count, labels=None):
+    """Two of 16 features tell the class, and faintly."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 4 if labels is None else labels
+    features = torch.randn(len(labels), 16, generator=generator) + torch.eye(16)[labels]
+    return Features(features, labels, torch.arange(len(labels)), [])
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """{path of the training data: (training, test) features}; no model and no picture is read."""
+    pairs = {"main_train": (make_features(0, 80), make_features(1, 200))}
+    pairs["other_train"] = (make_features(2, 80), make_features(3, 200))
+    monkeypatch.setattr(module, "fit_and_test_features", lambda config, subject, train, *_: pairs[train.path])
+    monkeypatch.setattr(module, "build_dataset", lambda source: SimpleNamespace(classes=CLASSES, label_sets=None))
+    return pairs
+
+
+def run_task(console=None, label_sets=None, model=None, **features):
+    features = FeatureConfig(**{"shots": [1, 5], "l2_penalties": PENALTIES, **features})
+    config = EvaluationConfig("x", "few_shot", FOLDERS[1], FOLDERS[0], features=features)
+    subject = SimpleNamespace(model=model, device=torch.device("cpu"))
+    dataset = SimpleNamespace(classes=CLASSES, label_sets=label_sets)
+    return few_shot(config, subject, dataset, console or Console(quiet=True))
+
+
+def curves(pair, seed):
+    (train, test), generator = pair, torch.Generator().manual_seed(seed)
+    rows = (train.features_ND, train.labels_N, test.features_ND, test.labels_N)
+    return few_shot_accuracy(*rows, [1, 5], PENALTIES, 4, generator)
+
+
+def test_one_penalty_for_all_sets_and_seeds(made_up):
+    outcome = run_task(seeds=[3, 7], sets={"other": FeatureSet(*FOLDERS[2:])})
+    found = {name: [curves(made_up[f"{name}_train"], seed) for seed in (3, 7)] for name in ("main", "other")}
+    for shot in (1, 5):
+        rank = dict.fromkeys(PENALTIES, 0)
+        for accuracy in found["main"] + found["other"]:
+            ordered = sorted(PENALTIES, key=lambda penalty: accuracy[shot, penalty])
+            for place, penalty in enumerate(ordered):
+                rank[penalty] += place
+        best = max(PENALTIES, key=rank.get)
+        assert outcome.results[f"{shot}shot_l2"] == best
+        for prefix, name in (("", "main"), ("other/", "other")):
+            figures = [accuracy[shot, best] for accuracy in found[name]]
+            assert outcome.results[f"{prefix}{shot}shot"] == pytest.approx(statistics.fmean(figures))
+            assert outcome.results[f"{prefix}{shot}shot_std"] == pytest.approx(statistics.stdev(figures))
+    assert outcome.results["num_samples"] == outcome.results["other/num_samples"] == 200
+    assert len(outcome.details["accuracy"]) == 2 * 2 * 2 * len(PENALTIES)
+    first = outcome.details["accuracy"][0]
+    assert first == {
+        "set": "",
+        "seed": 3,
+        "shots": 1,
+        "l2": PENALTIES[0],
+        "accuracy": found["main"][0][1, PENALTIES[0]],
+    }
+
+
+def test_another_set_can_change_the_penalty(made_up):
+    alone = run_task(seeds=[0]).results
+    together = run_task(seeds=[0], sets={"other": FeatureSet(*FOLDERS[2:])}).results
+    assert set(alone) < set(together)
+    assert alone["5shot_l2"] != together["5shot_l2"]
+
+
+def test_embeddings_are_scaled_to_length_one(made_up):
+    def scaled(factor):
+        train, test = made_up["main_train"]
+        factors = torch.linspace(1, factor, len(train.features_ND))[:, None]
+        made_up["main_train"] = (train._replace(features_ND=train.features_ND * factors), test)
+        return run_task(model=model).details
+
+    model = SimpleNamespace(encode_image=None, encode_text=None)  # what makes a model contrastive
+    assert scaled(1.0) == scaled(50.0)
+    model = None
+    assert scaled(1.0) != scaled(50.0)
+
+
+def test_a_class_with_few_examples_gives_all_and_it_is_said(made_up, capsys):
+    labels = torch.tensor([0] * 9 + [1] * 9 + [2] * 3 + [3] * 9)
+    made_up["main_train"] = (make_features(0, 0, labels), made_up["main_train"][1])
+    outcome = run_task(Console(width=200))
+    assert outcome.details["short_classes"] == {"": {"cat": 3}}
+    assert (
+        "train_data: 1 of 4 classes have fewer than 5 examples, and give all that they have" in capsys.readouterr().out
+    )
+
+
+def test_several_right_labels_per_picture(made_up):
+    with pytest.raises(ConfigError, match="data: task 'few_shot' needs one right label per picture"):
+        run_task(label_sets=[(0, 1)])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shots": [0]}, "shots must be different whole numbers >= 1"),
+        ({"shots": [5, 5]}, "shots must be different"),
+        ({"seeds": []}, "seeds must be different"),
+        ({"l2": 0.0}, r"l2 must be > 0 and finite, each once, got \[0.0\]"),
+        ({"l2_penalties": [1.0, math.inf]}, "l2_penalties must be > 0 and finite"),
+        ({"l2_range": (10.0, 1.0)}, "l2_range must be the least and the greatest"),
+        ({"val_share": 1.0}, "val_share must be between 0 and 1"),
+        ({"temperature": 0.0}, "temperature must be > 0"),
+        ({"sets": {"a": {"train": {}}}}, "features.sets.a must have the keys train and test"),
+        ({"sets": {"a": {"train": {"type": "emoji"}, "test": {}}}}, r"sets.a.test must be a data source with a type"),
+        ({"sets": {"a": {"train": {"type": "emoji", "x": 1}, "test": {}}}}, "sets.a.train: unknown key 'x'"),
+        (
+            {"sets": {"a": {"train": {"type": "emoji", "split": "x"}, "test": {"type": "emoji"}}}},
+            "sets.a: split of data",
+        ),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        FeatureConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task": "knn"}, "task 'knn' needs train_data"),
+        ({"task": "few_shot", "train_data": SourceConfig()}, "needs train_data"),
+        ({"task": "few_shot", "train_data": FOLDERS[1]}, "train_data and data are the same"),
+        (
+            {"task": "knn", "train_data": FOLDERS[0], "features": FeatureConfig(sets={"a": FeatureSet(*FOLDERS[2:])})},
+            "features.sets is for task 'few_shot'",
+        ),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_go_together(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        EvaluationConfig("x", data=FOLDERS[1], **settings)

@@ -1,0 +1,360 @@
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import nn
+
+import vmoe
+from vmoe.config_io import ConfigError
+from vmoe.data import BadSample, ImageDataset, LoaderConfig, Sample, SourceConfig
+from vmoe.evaluation.config import EvaluationConfig, FeatureConfig
+from vmoe.evaluation.features import extract_features, feature_cache, image_features
+from vmoe.evaluation.run import run
+from vmoe.evaluation.subject import load_subject
+from vmoe.models.factory import save_pretrained
+
+TINY = {"depth": 2, "num_heads": 2}
+LOADER = LoaderConfig(batch_size=4, num_workers=0)
+
+
+class Pictures(ImageDataset):
+    """Random pictures of two classes, of which one may be unreadable."""
+
+    def __init__(self, count=10, seed=0, bad=None, shift=0):
+        self.classes = ["cat", "dog"]
+        self.bad, self.shift, self.read = bad, shift, 0
+        generator = np.random.default_rng(seed)
+        self.pixels = generator.integers(0, 255, (count, 40, 40, 3), dtype=np.uint8)
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, index):
+        self.read += 1
+        if index == self.bad:
+            raise BadSample(f"{index}.png", "torn")
+        return Sample(Image.fromarray(self.pixels[index]), (index + self.shift) % 2, None, f"{index}.png")
+
+
+def save(folder, name, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    save_pretrained(vmoe.create_model(name, **TINY, **kwargs), folder / "model.safetensors")
+    return folder
+
+
+def make_classifier(folder, seed=0, **kwargs):
+    return save(folder, "vmoe_tiny_patch8_48", seed, num_classes=2, embed_dim=32, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    return load_subject(str(make_classifier(tmp_path_factory.mktemp("classifier"))), "cpu")
+
+
+@pytest.fixture(scope="module")
+def limoe(tmp_path_factory):
+    folder = save(tmp_path_factory.mktemp("limoe"), "limoe_tiny_patch8_48", width=32, embed_dim=16)
+    return load_subject(str(folder), "cpu")
+
+
+def images_of(dataset, subject):
+    return torch.stack([subject.transform(Image.fromarray(pixels)) for pixels in dataset.pixels])
+
+
+def test_a_classifier_gives_what_its_last_layer_reads(classifier):
+    dataset = Pictures()
+    features = extract_features(classifier, dataset, LOADER)
+    with torch.no_grad():
+        logits = classifier.model(images_of(dataset, classifier))
+    assert features.features_ND.shape == (10, 32)
+    assert features.features_ND.dtype == torch.float32
+    assert torch.allclose(classifier.model.head(features.features_ND), logits, atol=1e-5)
+    assert features.labels_N.tolist() == [0, 1] * 5
+    assert features.index_N.tolist() == list(range(10))
+
+
+def test_an_image_text_model_gives_embeddings_of_full_length(limoe):
+    dataset = Pictures()
+    features = extract_features(limoe, dataset, LOADER)
+    with torch.no_grad():
+        expected = limoe.model.encode_image(images_of(dataset, limoe), normalize=False)
+    assert torch.allclose(features.features_ND, expected, atol=1e-5)
+    assert not torch.allclose(features.features_ND.norm(dim=1), torch.ones(10), atol=0.01)
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_the_batch_size_does_not_matter(classifier, size):
+    dataset = Pictures()
+    whole = extract_features(classifier, dataset, LoaderConfig(batch_size=10, num_workers=0))
+    parts = extract_features(classifier, dataset, LoaderConfig(batch_size=size, num_workers=0))
+    assert torch.allclose(whole.features_ND, parts.features_ND, atol=1e-5)
+    assert whole.labels_N.equal(parts.labels_N)
+
+
+def test_a_model_without_features():
+    with pytest.raises(ValueError, match=r"Linear gives no features: it needs forward_features and forward_head"):
+        image_features(nn.Linear(2, 2), torch.zeros(1, 2))
+
+
+def test_a_model_without_pooling():
+    model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=0, embed_dim=32, global_pool="", **TINY)
+    with pytest.raises(ValueError, match=r"features of shape \(1, 37, 32\), expected \(batch, features\)"):
+        image_features(model, torch.zeros(1, 3, 48, 48))
+
+
+def test_data_without_classes_or_pictures(classifier):
+    dataset = Pictures()
+    dataset.classes = None
+    with pytest.raises(ValueError, match="has no classes"):
+        extract_features(classifier, dataset, LOADER)
+    with pytest.raises(ValueError, match="gave no picture"):
+        extract_features(classifier, Pictures(count=0), LOADER)
+
+
+def test_features_that_are_not_finite(classifier, tmp_path):
+    subject = classifier._replace(model=load_subject(classifier.checkpoint, "cpu").model)
+    with torch.no_grad():
+        subject.model.patch_embed.proj.bias[0] = torch.nan
+    with pytest.raises(ValueError, match=r"those of 10 of 10 pictures hold NaN or infinity; precision is 'float32'"):
+        extract_features(subject, Pictures(), LOADER, cache=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# --- the cache ---
+
+
+def test_a_second_time_nothing_is_computed(classifier, tmp_path):
+    dataset = Pictures()
+    first = extract_features(classifier, dataset, LOADER, cache=tmp_path)
+    read = dataset.read
+    again = extract_features(classifier, dataset, LoaderConfig(batch_size=3, num_workers=0), cache=tmp_path)
+    assert dataset.read == read
+    assert again.features_ND.equal(first.features_ND)
+    assert again.labels_N.equal(first.labels_N)
+    assert again.index_N.equal(first.index_N)
+    [file] = tmp_path.iterdir()
+    with safe_open(file, "pt") as stream:
+        key = json.loads(stream.metadata()["key"])
+    assert key["data"] == dataset.fingerprint()
+    assert key["model"]["name"] == "vmoe_tiny_patch8_48"
+    assert key["precision"] == "float32"
+    assert key["versions"]["torch"] == torch.__version__
+    assert "mean=" in key["transform"]
+
+
+def other_weights(subject, folder):
+    return load_subject(str(make_classifier(folder / "other", seed=1)), "cpu"), Pictures(), LOADER
+
+
+def other_size(subject, folder):
+    torch.manual_seed(0)
+    model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=2, embed_dim=32, img_size=64, **TINY)
+    save_pretrained(model, folder / "other" / "model.safetensors")
+    return load_subject(str(folder / "other"), "cpu"), Pictures(), LOADER
+
+
+def other_transform(subject, folder):
+    transform = load_subject(subject.checkpoint, "cpu").transform
+    transform.mean = transform.mean + 0.1
+    return subject._replace(transform=transform), Pictures(), LOADER
+
+
+def other_precision(subject, folder):
+    return subject._replace(precision="bf16"), Pictures(), LOADER
+
+
+def other_routing(subject, folder):
+    model = load_subject(subject.checkpoint, "cpu").model
+    model.blocks[1].mlp.num_selected_experts = 1
+    model.blocks[1].mlp.eval_capacity_factor = 0.1
+    return subject._replace(model=model), Pictures(), LOADER
+
+
+def other_pictures(subject, folder):
+    return subject, Pictures(seed=1), LOADER
+
+
+def other_labels(subject, folder):
+    return subject, Pictures(shift=1), LOADER
+
+
+def other_treatment_of_bad_pictures(subject, folder):
+    return subject, Pictures(), LoaderConfig(batch_size=4, num_workers=0, on_bad="skip")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        other_weights,
+        other_size,
+        other_transform,
+        other_precision,
+        other_routing,
+        other_pictures,
+        other_labels,
+        other_treatment_of_bad_pictures,
+    ],
+)
+def test_something_else_is_not_taken_from_the_cache(classifier, tmp_path, change):
+    extract_features(classifier, Pictures(), LOADER, cache=tmp_path / "cache")
+    subject, dataset, loader = change(classifier, tmp_path)
+    kept = extract_features(subject, dataset, loader, cache=tmp_path / "cache")
+    assert dataset.read > 0
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    new = extract_features(subject, dataset, loader)
+    assert kept.features_ND.equal(new.features_ND)
+    assert kept.labels_N.equal(new.labels_N)
+
+
+def test_with_limited_room_the_batch_size_is_part_of_the_key(tmp_path):
+    subject = load_subject(str(make_classifier(tmp_path / "limited", eval_capacity_factor=0.2)), "cpu")
+    for size in (2, 5):
+        loader = LoaderConfig(batch_size=size, num_workers=0)
+        kept = extract_features(subject, Pictures(), loader, cache=tmp_path / "cache")
+        assert kept.features_ND.equal(extract_features(subject, Pictures(), loader).features_ND)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_truncated_file_is_made_anew(classifier, tmp_path, caplog):
+    expected = extract_features(classifier, Pictures(), LOADER, cache=tmp_path)
+    [file] = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-100])
+    with caplog.at_level(logging.WARNING):
+        again = extract_features(classifier, Pictures(), LOADER, cache=tmp_path)
+    assert file.name in caplog.text
+    assert again.features_ND.equal(expected.features_ND)
+    dataset = Pictures()
+    dataset.fingerprint()
+    read = dataset.read
+    assert extract_features(classifier, dataset, LOADER, cache=tmp_path).features_ND.equal(expected.features_ND)
+    assert dataset.read == read
+
+
+def test_skipped_pictures_are_remembered(classifier, tmp_path):
+    loader = LoaderConfig(batch_size=4, num_workers=0, on_bad="skip")
+    for _ in range(2):
+        features = extract_features(classifier, Pictures(bad=3), loader, cache=tmp_path)
+        assert features.skipped_paths == ["3.png"]
+        assert features.index_N.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    with pytest.raises(BadSample, match="torn"):
+        extract_features(classifier, Pictures(bad=3), LOADER, cache=tmp_path)
+
+
+def test_a_cache_that_cannot_be_written_to(classifier, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    dataset = Pictures()
+    with pytest.raises(ValueError, match=r"features.cache .*taken cannot be written to: give another folder, or null"):
+        extract_features(classifier, dataset, LOADER, cache=tmp_path / "taken")
+
+
+def test_the_folder_of_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("VMOE_CACHE", str(tmp_path))
+    config = EvaluationConfig("x", "classification")
+    assert feature_cache(config) == tmp_path / "features"
+    config.features = FeatureConfig(cache=None)
+    assert feature_cache(config) is None
+    config.features = FeatureConfig(cache="here")
+    assert str(feature_cache(config)) == "here"
+
+
+# --- the tasks, from settings to figures ---
+
+
+def write_tree(root, classes=("cat", "dog"), count=12, seed=0):
+    """Pictures whose brightness tells the class."""
+    generator = np.random.default_rng(seed)
+    for number, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = generator.integers(0, 20, (48, 48, 3), dtype=np.uint8) + np.uint8(110 * number)
+            Image.fromarray(pixels).save(root / name / f"{index}.png")
+    return SourceConfig("image_folder", str(root))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    root = tmp_path_factory.mktemp("trees")
+    return write_tree(root / "train"), write_tree(root / "test", seed=1, count=5)
+
+
+def evaluate(task, subject, sources, tmp_path, **features):
+    features = FeatureConfig(**{"cache": None, "shots": [1, 3], "k": [1, 5], **features})
+    train, test = sources
+    output = str(tmp_path / "out.json")
+    return run(EvaluationConfig(subject.checkpoint, task, test, train, LOADER, features=features, output=output))
+
+
+@pytest.mark.parametrize("kind", ["classifier", "limoe"])
+def test_what_is_easy_to_tell_is_told(kind, sources, tmp_path, request):
+    subject = request.getfixturevalue(kind)
+    results = evaluate("few_shot", subject, sources, tmp_path)["results"]
+    assert results["3shot"] == 1
+    assert results["3shot_std"] == 0
+    assert results["1shot"] > 0.7
+    assert results["num_samples"] == 10
+    results = evaluate("knn", subject, sources, tmp_path)["results"]
+    assert results["k1_top1"] == results["k5_top1"] == 1
+    report = evaluate("linear_probe", subject, sources, tmp_path)
+    assert report["results"]["top1"] == 1
+    details = report["checkpoints"][0]["details"]
+    assert report["results"]["l2"] in [tried["l2"] for tried in details["val"]]
+    assert details["num_train_samples"] == 24
+
+
+def test_a_fixed_penalty_is_taken(classifier, sources, tmp_path):
+    report = evaluate("linear_probe", classifier, sources, tmp_path, l2=3.0)
+    assert report["results"]["l2"] == 3
+    assert report["checkpoints"][0]["details"]["val"] is None
+    results = evaluate("few_shot", classifier, sources, tmp_path, l2=3.0)["results"]
+    assert results["1shot_l2"] == results["3shot_l2"] == 3
+
+
+def test_figures_of_several_sets(classifier, sources, tmp_path):
+    more = {"train": {"type": "image_folder", "path": str(write_tree(tmp_path / "a", ("ant", "bee"), 4).path)}}
+    more["test"] = {"type": "image_folder", "path": str(write_tree(tmp_path / "b", ("ant", "bee"), 3, seed=1).path)}
+    report = evaluate("few_shot", classifier, sources, tmp_path, sets={"insects": more}, seeds=[5])
+    assert list(report["results"]) == [
+        *("1shot", "insects/1shot", "1shot_l2", "3shot", "insects/3shot", "3shot_l2"),
+        *("num_samples", "num_skipped", "insects/num_samples", "insects/num_skipped"),
+    ]
+    assert report["results"]["num_samples"] == 10
+    assert report["results"]["insects/num_samples"] == 6
+    assert report["config"]["features"]["sets"]["insects"]["train"]["path"] == more["train"]["path"]
+
+
+def test_more_neighbours_than_pictures(classifier, sources, tmp_path):
+    with pytest.raises(ValueError, match=r"k must be in 1\.\.24, the number of training pictures, got 25"):
+        evaluate("knn", classifier, sources, tmp_path, k=[5, 25])
+
+
+@pytest.mark.parametrize("task", ["few_shot", "linear_probe", "knn"])
+def test_classes_that_do_not_belong_together(task, classifier, sources, tmp_path):
+    train = write_tree(tmp_path / "train", ("cat", "eel", "fox"), count=2)
+    with pytest.raises(ConfigError, match=r"train_data has 3 classes and data 2, .* only one of them has 'dog', 'eel'"):
+        evaluate(task, classifier, (train, sources[1]), tmp_path)
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("image,caption\na.png,a\n")
+    with pytest.raises(ConfigError, match="train_data has no classes"):
+        evaluate(task, classifier, (SourceConfig("pairs", str(pairs)), sources[1]), tmp_path)
+
+
+def test_a_class_without_a_training_example(classifier, sources, tmp_path):
+    train = write_tree(tmp_path / "train", count=3)
+    for file in (tmp_path / "train" / "dog").iterdir():
+        file.write_bytes(b"torn")
+    config = EvaluationConfig(
+        classifier.checkpoint,
+        "knn",
+        sources[1],
+        train,
+        LoaderConfig(batch_size=4, num_workers=0, on_bad="skip"),
+        features=FeatureConfig(cache=None, k=[1]),
+    )
+    with pytest.raises(
+        ValueError, match=r"1 of the classes that are tested have no training example, among them 'dog'"
+    ):
+        run(config)
