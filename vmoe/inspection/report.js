@@ -207,7 +207,7 @@ function drawCollage() {
     box.replaceChildren(make("p", { class: "empty" }, "This layer sees no pictures."));
     return;
   }
-  const address = URL.createObjectURL(new Blob([unpack(typical.sheet, Uint8Array)], { type: "image/jpeg" }));
+  const address = URL.createObjectURL(new Blob([bytesOf(typical.sheet)], { type: "image/jpeg" }));
   sheet = { address };
   box.style.setProperty("--sheet", `url("${address}")`);
   const [height, width] = typical.patch;
@@ -287,7 +287,7 @@ function drawClasses() {
     byId("classes-note").textContent = layer.patches === null ? "This layer sees no pictures." : "The data has no classes.";
     return;
   }
-  const rows = countRows(DATA.class_names, unpack(layer.expert_class, Float32Array), layer.num_experts, true);
+  const rows = countRows(DATA.class_names, unpack(layer.expert_class), layer.num_experts, true);
   const seen = rows.filter(({ total }) => total > 0);
   const strength = ({ counts, total, share }) => (state.expert === null ? share : counts[state.expert] / total);
   const drawnRows = [...seen].sort((a, b) => strength(b) - strength(a)).slice(0, MAX_CLASSES);
@@ -299,7 +299,7 @@ function drawClasses() {
       ? `The map shows the ${drawnRows.length} of ${asCount(seen.length)} classes with the largest share of their patches in ${state.expert === null ? "one expert" : expertName()}; the table has all.`
       : "A row of the map adds up to 100%.");
   // A label that stands for two classes would draw them on top of each other.
-  const labels = drawnRows.map(({ name }) => shorten(name, 26));
+  const labels = drawnRows.map(({ name }) => shorten(name, 22));
   const labelOf = (place) => (labels.indexOf(labels[place]) === labels.lastIndexOf(labels[place]) ? labels[place] : drawnRows[place].name);
   const cells = drawnRows.flatMap(({ name, counts, total }, place) =>
     counts.map((count, expert) => ({ row: labelOf(place), name, expert, share: count / total, shown: asShare(count / total), count: asCount(count) })),
@@ -322,7 +322,7 @@ function drawWords() {
     : `Word pieces of ${source}, as the tokenizer cuts them. ` +
       (layer.num_words > layer.words.length ? `The ${layer.words.length} most frequent of ${asCount(layer.num_words)} are listed.` : `All ${layer.words.length} are listed.`);
   if (!layer.words.length) return;
-  const rows = countRows(layer.words, unpack(layer.word_expert, Float32Array), layer.num_experts, false);
+  const rows = countRows(layer.words, unpack(layer.word_expert), layer.num_experts, false);
   delete sorting["word-table"];
   const sort = { column: state.expert === null ? 1 : 4, direction: "descending" };
   drawTable(box, { label: "Words and experts", rows, columns: countColumns("Word piece", "times"), sort });

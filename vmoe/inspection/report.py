@@ -134,10 +134,10 @@ def _layer_data(statistics: RoutingStatistics, place: int) -> dict[str, Any]:
         },
         "entropy": {modality: _number(value) for modality, value in layer.entropy.items()},
         "share_dropped": {modality: _number(value) for modality, value in layer.share_dropped.items()},
-        "expert_class": None if layer.expert_class is None else _packed(layer.expert_class, np.float32),
+        "expert_class": None if layer.expert_class is None else _packed(layer.expert_class),
         "words": [word for word, _ in words],
         "num_words": len(by_frequency),
-        "word_expert": _packed(np.array([counts_E for _, counts_E in words]), np.float32),
+        "word_expert": _packed(np.array([counts_E for _, counts_E in words])),
         "typical": _typical_data(layer.typical_patches),
         "patches": _routing_data(patches, layer),
         "text": _routing_data(text, layer),
@@ -163,8 +163,8 @@ def _routing_data(routings: list[TokenRouting | None], layer: LayerStatistics) -
     return {
         "shown": shown,
         "grid": list(grid) if len(grid) == 2 else None,
-        "expert": _packed(expert_TK, np.uint16 if layer.num_experts > 256 else np.uint8),
-        "weight": _packed(np.rint(weight_TK * WEIGHT_STEPS) + KEPT_BIT * kept_TK, np.uint16),
+        "expert": _packed(expert_TK),
+        "weight": _packed(np.rint(weight_TK * WEIGHT_STEPS) + KEPT_BIT * kept_TK),
     }
 
 
@@ -203,10 +203,14 @@ def _encoded(pixels: np.ndarray, form: str, **options: Any) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _packed(values: np.ndarray, dtype: type) -> str:
-    """Little-endian base64, as the typed arrays of every browser read it."""
-    little = np.dtype(dtype).newbyteorder("<")
-    return base64.b64encode(np.ascontiguousarray(values, dtype=little).tobytes()).decode()
+def _packed(values: np.ndarray) -> dict[str, str]:
+    """Base64 of the smallest typed array that holds the numbers, little-endian as in every browser."""
+    values = np.asarray(values, dtype=np.float64)
+    whole = bool((values == np.rint(values)).all()) and bool((values >= 0).all())
+    largest = values.max(initial=0)
+    bits = next((bits for bits in (8, 16, 32) if largest < 2**bits), None) if whole else None
+    kind, dtype = (f"Uint{bits}Array", f"<u{bits // 8}") if bits else ("Float32Array", "<f4")
+    return {"kind": kind, "data": base64.b64encode(np.ascontiguousarray(values, dtype=dtype).tobytes()).decode()}
 
 
 def _number(value: float) -> float | None:

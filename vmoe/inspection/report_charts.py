@@ -6,6 +6,7 @@ called "shown" and "count" are texts, formatted by the page as its tables are.
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +30,7 @@ def chart_library() -> tuple[ModuleType, ModuleType]:
     return altair, vl_convert
 
 
+@cache
 def chart_script() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script that defines `vegaEmbed`."""
     altair, vl_convert = chart_library()

@@ -19,10 +19,8 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 
-function unpack(text, Kind) {
-  const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
-  return new Kind(bytes.buffer);
-}
+const bytesOf = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+const unpack = ({ kind, data }) => new { Uint8Array, Uint16Array, Uint32Array, Float32Array }[kind](bytesOf(data).buffer);
 
 const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
 // Sums of weights (soft routing, gate values) have a decimal, counts have none.

@@ -20,8 +20,7 @@ function routingOf(layerIndex, modality) {
         starts.push(start);
         start += modality === "image" ? packed.grid[0] * packed.grid[1] : sample.words.length;
       }
-      const expert = unpack(packed.expert, layer.num_experts > 256 ? Uint16Array : Uint8Array);
-      unpacked.set(key, { ...packed, starts, expert, weight: unpack(packed.weight, Uint16Array) });
+      unpacked.set(key, { ...packed, starts, expert: unpack(packed.expert), weight: unpack(packed.weight) });
     }
   }
   return unpacked.get(key);

@@ -1,0 +1,146 @@
+"""The file that `write_report` makes; what a browser makes of it is in test_report_page.py."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vmoe.inspection import report
+from vmoe.inspection.report import report_data, write_report
+from vmoe.inspection.report_charts import chart_specifications
+
+MEGABYTE = 1e6
+
+
+def smooth_pictures(number, side, seed=0):
+    """(number, side, side, 3) uint8 with the detail of photographs: strong at large scales, weak at small ones."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side)))
+    frequency[0, 0] = 1
+    spectrum = np.fft.fft2(rng.normal(size=(number, 3, side, side))) / frequency
+    pictures = np.fft.ifft2(spectrum).real
+    pictures -= pictures.min(axis=(2, 3), keepdims=True)
+    pictures *= 255 / pictures.max(axis=(2, 3), keepdims=True)
+    return pictures.transpose(0, 2, 3, 1).astype(np.uint8)
+
+
+def unpacked(packed):
+    """What the page reads: JavaScript's typed arrays have NumPy's types of the same name."""
+    dtype = np.dtype(packed["kind"].removesuffix("Array").lower()).newbyteorder("<")
+    return np.frombuffer(base64.b64decode(packed["data"]), dtype)
+
+
+def test_200_pictures_in_twelve_layers_stay_below_15_megabytes(example_statistics, tmp_path, monkeypatch):
+    encode, known = report._picture_source, {}  # ten pictures, each encoded once
+    monkeypatch.setattr(report, "_picture_source", lambda p: known.get(id(p)) or known.setdefault(id(p), encode(p)))
+    one = example_statistics(
+        num_layers=1, num_experts=64, num_selected_experts=2, num_pictures=10, grid=14, side=224, num_classes=1000
+    )
+    for sample, picture in zip(one.samples, smooth_pictures(10, 224), strict=True):
+        sample.image, sample.patches, sample.text = picture, sample.patches * 12, sample.text * 12
+    own = [patch for patches in one.layers[0].typical_patches for patch in patches]
+    one.layers[0].typical_patches = [(own * 16)[:16]] * 64
+    one.layers[0].expert_word = {f"word {i}": np.arange(64) for i in range(2000)}
+    statistics = dataclasses.replace(
+        one, layers=one.layers * 12, samples=one.samples * 20, sample_index=list(range(200)), agreement={}
+    )
+    size = write_report(statistics, tmp_path / "report.html").stat().st_size
+    assert 5 * MEGABYTE < size < 15 * MEGABYTE, f"{size / MEGABYTE:.1f} MB"
+
+
+def test_the_page_asks_for_nothing_from_outside(example_statistics, tmp_path):
+    html = write_report(example_statistics(), tmp_path / "report.html").read_text("utf-8")
+    own = re.sub(r"<script>.*?</script>", "", html, count=1, flags=re.S)  # the first is the chart library
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", own)
+    assert "default-src 'none'" in own
+
+
+def test_the_same_statistics_give_the_same_file(example_statistics, tmp_path):
+    first = write_report(example_statistics(), tmp_path / "a" / "report.html")
+    second = write_report(example_statistics(), tmp_path / "b.html")
+    assert first == tmp_path / "a" / "report.html"
+    assert first.read_bytes() == second.read_bytes()
+    assert [path.name for path in first.parent.iterdir()] == ["report.html"]
+
+
+def test_small_pictures_lose_nothing(example_statistics):
+    statistics = example_statistics(side=48)
+    source = report_data(statistics)["samples"][2]["source"]
+    picture = Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/webp;base64,"))))
+    np.testing.assert_array_equal(np.asarray(picture.convert("RGB")), statistics.samples[2].image)
+
+
+@pytest.mark.parametrize("num_experts", [8, 300])
+def test_routing_is_packed_without_loss(example_statistics, num_experts):
+    statistics = example_statistics(num_experts=num_experts, num_selected_experts=2)
+    layer = report_data(statistics)["layers"][1]
+    for kind, routings in (
+        ("patches", [sample.patches[1] for sample in statistics.samples]),
+        ("text", [sample.text[1] for sample in statistics.samples]),
+    ):
+        packed = layer[kind]
+        expert, number = unpacked(packed["expert"]).reshape(-1, 2), unpacked(packed["weight"]).reshape(-1, 2)
+        np.testing.assert_array_equal(expert, np.concatenate([r.expert.reshape(-1, 2) for r in routings]))
+        np.testing.assert_array_equal(number >> 15 == 1, np.concatenate([r.kept.reshape(-1, 2) for r in routings]))
+        weight = np.concatenate([r.weight.reshape(-1, 2) for r in routings])
+        np.testing.assert_allclose((number & 0x7FFF) / 10_000, weight, atol=0.5001e-4)
+
+
+def test_tables_are_packed_without_loss(example_statistics):
+    statistics = example_statistics()
+    first, second = statistics.layers
+    first.expert_class = first.expert_class * 100_000
+    second.expert_class = second.expert_class + 0.25
+    for layer, data in zip(statistics.layers, report_data(statistics)["layers"], strict=True):
+        np.testing.assert_array_equal(unpacked(data["expert_class"]).reshape(8, -1), layer.expert_class)
+        words = unpacked(data["word_expert"]).reshape(-1, 8)
+        np.testing.assert_array_equal(words, [layer.expert_word[word] for word in data["words"]])
+
+
+def test_where_experts_choose_the_largest_weights_of_a_token_are_kept(example_statistics):
+    statistics = example_statistics(num_experts=8, num_selected_experts=8, num_pictures=2)
+    for layer in statistics.layers:
+        layer.router = "expert_choice"
+    routing = statistics.samples[0].patches[0]
+    routing.weight[...] = np.where(routing.kept, routing.weight, 0)
+    packed = report_data(statistics)["layers"][0]["patches"]
+    number = unpacked(packed["weight"]).reshape(-1, packed["shown"])[0]
+    largest = np.sort(routing.weight[0, 0])[::-1][: packed["shown"]]
+    np.testing.assert_allclose((number & 0x7FFF) / 10_000, largest, atol=0.5001e-4)
+
+
+def test_a_figure_that_does_not_exist_is_null(example_statistics):
+    statistics = example_statistics()
+    statistics.agreement["text"][0, 1] = np.nan
+    statistics.layers[0].entropy["text"] = float("nan")
+    data = json.loads(json.dumps(report_data(statistics), allow_nan=False))
+    assert data["agreement"]["text"][0][1] is None
+    assert data["layers"][0]["entropy"]["text"] is None
+
+
+def test_no_sparse_layer_is_an_error(example_statistics, tmp_path):
+    statistics = dataclasses.replace(example_statistics(), layers=[], checkpoint="runs/dense")
+    with pytest.raises(ValueError, match="runs/dense has no sparse layer"):
+        write_report(statistics, tmp_path / "report.html")
+
+
+def test_weights_that_are_none_are_an_error(example_statistics):
+    statistics = example_statistics()
+    statistics.samples[0].patches[0].weight[0, 0, 0] = np.nan
+    with pytest.raises(ValueError, match=r"weights of blocks\.1\.mlp must be in 0\.\.1"):
+        report_data(statistics)
+
+
+@pytest.mark.parametrize("library", ["altair", "vl_convert"])
+def test_a_missing_chart_library_is_named_with_its_remedy(library, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ModuleNotFoundError, match=rf"needs {library}: pip install 'vmoe\[report\]'"):
+        chart_specifications()
