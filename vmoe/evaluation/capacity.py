@@ -170,7 +170,7 @@ def sweep_settings(config: CapacityConfig, layers: Mapping[str, SparseMoE]) -> l
     choices = config.num_selected_experts or [layer.num_selected_experts]
     if max(choices) > layer.num_experts:
         raise ConfigError(
-            f"capacity.num_selected_experts must be 1..{layer.num_experts} (its num_experts), got {max(choices)}"
+            f"capacity.num_selected_experts must be 1..num_experts ({layer.num_experts}), got {max(choices)}"
         )
     return [
         Setting(K, priority, factor)

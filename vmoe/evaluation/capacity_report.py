@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vmoe.config_io import ConfigError
 from vmoe.evaluation.capacity import Sweep
 
 # Okabe and Ito's colours, told apart with any colour vision; shapes and dashes tell them apart in print.
@@ -128,12 +129,21 @@ def draw_sweep(sweeps: list[list[dict[str, Any]]], file: Path) -> None:
     Args:
         sweeps: "points" of `sweep_details` for each checkpoint, with the same settings.
         file: where the figure goes.
+
+    Raises:
+        ConfigError: the checkpoints were swept with different settings, because their models differ.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    points = [_mean_point(same) for same in zip(*sweeps, strict=True)]
+    settings = [[(point["curve"], point["num_selected_experts"], point["factor"]) for point in own] for own in sweeps]
+    if any(own != settings[0] for own in settings):
+        raise ConfigError(
+            "no figure of checkpoints with different routers or num_selected_experts: evaluate them one by one, or set "
+            "capacity.num_selected_experts"
+        )
+    points = [_mean_point(same) for same in zip(*sweeps)]
     choices = list(dict.fromkeys(point["num_selected_experts"] for point in points))
     timed = all(point["speed"] is not None for point in points)
     axes_of = {"factor": "capacity factor", "gflops": "GFLOPs per picture"}

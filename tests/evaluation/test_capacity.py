@@ -1,0 +1,399 @@
+"""The capacity sweep: who is dropped, what it costs, and that nothing else decides the figures."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+import vmoe
+from vmoe.config_io import ConfigError
+from vmoe.evaluation.capacity import Setting, limited, sparse_image_layers, sweep_capacity, sweep_settings
+from vmoe.evaluation.capacity_report import draw_sweep, flat_results, print_sweep, sweep_details, verdict, write_sweep
+from vmoe.evaluation.classification import evaluate_classification
+from vmoe.evaluation.config import CapacityConfig, EvaluationConfig
+from vmoe.evaluation.run import main, run
+from vmoe.inspection.profile import forward_flops, model_profile
+from vmoe.models.factory import save_pretrained
+from vmoe.moe.dispatch import expert_capacity
+
+TINY = {"depth": 2, "num_heads": 2, "moe_layers": "every1"}
+NUM_CLASSES, NUM_PICTURES, GROUP = 5, 22, 8  # the last group is smaller
+
+
+class Groups(list):
+    """Routing groups of random pictures, labelled by the model itself when nothing is dropped."""
+
+    num_skipped = 0
+
+    def __init__(self, model):
+        images = torch.randn(NUM_PICTURES, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            labels = model(images).argmax(1)
+        for index in torch.arange(NUM_PICTURES).split(GROUP):
+            self.append({"image": images[index], "label": labels[index], "index": index})
+
+
+def classifier(num_classes=NUM_CLASSES, **kwargs):
+    torch.manual_seed(0)
+    model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=num_classes, embed_dim=32, **TINY, **kwargs).eval()
+    with torch.no_grad():  # a fresh head and fresh gates hardly tell pictures apart
+        model.head.weight.normal_()
+        for block in model.blocks:
+            if getattr(block.mlp, "router_type", None) == "top_k":
+                block.mlp.router.weight.normal_()
+    return model
+
+
+@pytest.fixture
+def model():
+    return classifier(num_selected_experts=2)
+
+
+def layers_of(model):
+    with torch.no_grad():
+        return sparse_image_layers(model, model, torch.zeros(1, 3, 48, 48), "runs/x")
+
+
+def sweep(model, config=None, **kwargs):
+    layers = layers_of(model)
+    settings = sweep_settings(config or CapacityConfig(factors=[0.2, 0.5, 1.0, None]), layers)
+    return sweep_capacity(model, model, Groups(model), layers, settings, device="cpu", **kwargs)
+
+
+@torch.no_grad()
+def record(model, setting, images):
+    with limited(layers_of(model).values(), setting), vmoe.record_routing(model) as record:
+        model(images)
+    return record.layers
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_each_expert_keeps_what_the_factor_gives_it(model, factor, K):
+    images = Groups(model)[0]["image"]
+    for call in record(model, Setting(K, True, factor), images).values():
+        tokens = GROUP * 37  # 36 patches and the class token; all pictures of the call are one group
+        assert call.expert_index.shape == (1, tokens, K)
+        asked_E = call.expert_index.flatten().bincount(minlength=8)
+        room = expert_capacity(tokens, 8, K, factor)
+        assert call.load.tolist() == asked_E.clamp(max=room).tolist()
+    assert factor > 1 or (asked_E > room).any()
+
+
+def test_bpr_keeps_the_surest_tokens_and_vanilla_the_first(model):
+    images = Groups(model)[0]["image"]
+    for priority in (True, False):
+        for call in record(model, Setting(1, priority, 0.5), images).values():
+            rank_N = -call.combine_weights[0, :, 0] if priority else torch.arange(call.mask.shape[1])
+            for expert in range(8):
+                asked_N = call.expert_index[0, :, 0] == expert
+                kept_N = call.kept[0, :, 0] & asked_N
+                if kept_N.sum() < asked_N.sum():
+                    assert rank_N[kept_N].max() <= rank_N[asked_N & ~kept_N].min()
+
+
+def test_without_a_limit_it_is_the_plain_evaluation(model):
+    result = sweep(model)
+    plain = evaluate_classification(model, Groups(model), device="cpu")
+    assert result.points[-1].setting == Setting(2, None, None)
+    assert (result.points[-1].top1, result.points[-1].top5) == (plain["top1"], plain["top5"])
+    assert result.points[-1].top1 == 1.0
+    assert result.points[-1].share_dropped == 0
+    assert (result.num_samples, result.num_skipped) == (NUM_PICTURES, 0)
+    # and room is what the others lack
+    assert all(point.top1 < 1 for point in result.points if point.setting.factor == 0.2)
+
+
+def test_figures_are_those_of_a_run_with_that_setting(model):
+    point = next(point for point in sweep(model).points if point.setting == Setting(2, True, 0.2))
+    groups = Groups(model)
+    with limited(layers_of(model).values(), point.setting):
+        plain = evaluate_classification(model, groups, device="cpu")
+    assert point.top1 == plain["top1"]
+    assert point.top1_error == pytest.approx((plain["top1"] * (1 - plain["top1"]) / NUM_PICTURES) ** 0.5)
+
+
+def test_cost_is_that_of_the_rows_kept(model):
+    result = sweep(model)
+    layers = layers_of(model)
+    for point in result.points:
+        with limited(layers.values(), point.setting), torch.no_grad():
+            counted = sum(forward_flops(lambda: model(batch["image"])) for batch in Groups(model))  # noqa: B023
+        assert point.gflops_per_image == pytest.approx(counted / NUM_PICTURES / 1e9, rel=1e-12)
+    assert result.points[-1].gflops_per_image == pytest.approx(model_profile(model)["gflops_per_image"], rel=1e-12)
+    by_factor = [point.gflops_per_image for point in result.points if point.setting.batch_priority]
+    assert by_factor == sorted(by_factor)
+
+
+def test_share_dropped_is_of_all_choices_in_all_layers(model):
+    result = sweep(model)
+    for point in result.points:
+        asked = dropped = 0
+        for batch in Groups(model):
+            for call in record(model, point.setting, batch["image"]).values():
+                asked += call.kept.numel()
+                dropped += int((~call.kept).sum())
+        assert point.share_dropped == pytest.approx(dropped / asked)
+        assert list(point.dropped_by_layer) == ["blocks.0.mlp", "blocks.1.mlp"]
+
+
+def test_several_k_are_swept_and_named(model):
+    results = flat_results(sweep(model, CapacityConfig(factors=[0.5, None], num_selected_experts=[1, 2])))
+    assert list(results) == [
+        *("k1_top1_bpr_0.5", "k1_top1_vanilla_0.5", "k1_top1_no_limit"),
+        *("k2_top1_bpr_0.5", "k2_top1_vanilla_0.5", "k2_top1_no_limit"),
+        *("k1_bpr_gain_below_1", "k2_bpr_gain_below_1", "num_samples", "num_skipped"),
+    ]
+    assert results["k1_top1_no_limit"] < results["k2_top1_no_limit"] == 1.0  # labels are those of K = 2
+    assert results["k2_bpr_gain_below_1"] == pytest.approx(results["k2_top1_bpr_0.5"] - results["k2_top1_vanilla_0.5"])
+
+
+def test_gain_and_its_error_come_from_pairs_of_the_same_picture(model):
+    result = sweep(model)
+    by_setting = {point.setting: point.top1 for point in result.points}
+    gains = {gain.factor: gain for gain in result.gains}
+    assert set(gains) == {0.2, 0.5, 1.0, None}
+    for factor in (0.2, 0.5, 1.0):
+        better = by_setting[Setting(2, True, factor)] - by_setting[Setting(2, False, factor)]
+        assert gains[factor].gain == pytest.approx(better)
+    assert gains[None].gain == pytest.approx((gains[0.2].gain + gains[0.5].gain) / 2)  # 1.0 is not below 1
+    assert 0 < gains[None].error < 0.25
+
+
+def test_layers_are_as_before_also_after_an_error(model):
+    for layer in layers_of(model).values():
+        layer.capacity, layer.group_size, layer.eval_capacity_factor = 7, 16, 3.0
+
+    def state():
+        layers = layers_of(model).values()
+        return [(layer.settings, layer.num_selected_experts, layer.router.num_selected_experts) for layer in layers]
+
+    before = state()
+    config = CapacityConfig(factors=[0.5, None], num_selected_experts=[1])
+    sweep(model, config, timing_rounds=1)
+    assert state() == before
+
+    calls = []
+
+    def fail(images):
+        calls.append(len(images))
+        if len(calls) == 2:
+            raise RuntimeError("stop")
+        return model(images)
+
+    layers = layers_of(model)
+    with pytest.raises(RuntimeError, match="stop"):
+        sweep_capacity(model, fail, Groups(model), layers, sweep_settings(config, layers), device="cpu")
+    assert state() == before
+
+
+def test_expert_choice_has_a_capacity_alone():
+    model = classifier(router="expert_choice", capacity_factor=1.0)
+    result = sweep(model, CapacityConfig(factors=[0.5, 1.0, 4.0]))
+    assert [point.setting.curve for point in result.points] == ["experts"] * 3
+    dropped = [point.share_dropped for point in result.points]
+    assert dropped == sorted(dropped, reverse=True)
+    assert dropped[0] >= 5 / 37 > dropped[-1]  # 8 experts take 4 of a picture's 37 tokens each
+    assert result.gains == []
+    images = torch.cat([batch["image"] for batch in Groups(model)])
+    for point in result.points:
+        with limited(layers_of(model).values(), point.setting), torch.no_grad():
+            counted = forward_flops(lambda: model(images))
+        assert point.gflops_per_image == pytest.approx(counted / NUM_PICTURES / 1e9, rel=1e-12)
+    with pytest.raises(ConfigError, match=r"num_selected_experts \[2\] is for router='top_k'"):
+        sweep(model, CapacityConfig(factors=[0.5], num_selected_experts=[2]))
+    with pytest.raises(ConfigError, match="always has a capacity"):
+        sweep(model)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_experts": 0}, "runs/x has none \\(a dense model\\)"),
+        ({"router": "soft"}, "soft routing drops nothing"),
+    ],
+)
+def test_models_without_a_limit_to_set(kwargs, message):
+    with pytest.raises(ConfigError, match=message):
+        layers_of(classifier(**kwargs))
+
+
+def test_experts_that_only_text_goes_through_are_no_experts_of_pictures():
+    routing = {"num_experts": 4, "moe_layers": "every1"}
+    model = vmoe.create_model("two_tower_tiny_patch12_48", image={"num_experts": 0}, text=routing).eval()
+    with pytest.raises(ConfigError, match="experts that pictures go through"), torch.no_grad():
+        sparse_image_layers(model, model.encode_image, torch.zeros(1, 3, 48, 48), "runs/x")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"factors": [0.5, 0]}, "factors must be > 0"),
+        ({"factors": [0.5, 0.5]}, "none twice"),
+        ({"factors": []}, "at least one value"),
+        ({"num_selected_experts": [0]}, "num_selected_experts must be >= 1"),
+        ({"images_per_group": 0}, "images_per_group must be >= 1"),
+        ({"timing_rounds": -1}, "timing_rounds must be >= 0"),
+    ],
+)
+def test_wrong_settings(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        CapacityConfig(**wrong)
+
+
+def test_more_choices_than_experts(model):
+    with pytest.raises(ConfigError, match=r"1..num_experts \(8\), got 9"):
+        sweep(model, CapacityConfig(num_selected_experts=[9]))
+
+
+def test_speed_is_measured_for_every_setting_or_not_at_all(model):
+    for point in sweep(model, timing_rounds=3).points:
+        median, lower, upper = point.images_per_second
+        assert 0 < lower <= median <= upper
+    assert all(point.images_per_second is None for point in sweep(model).points)
+
+
+@pytest.mark.parametrize(
+    ("gain", "error", "words"),
+    [(0.05, 0.01, "BPR is the better"), (-0.05, 0.01, "BPR is the WORSE"), (0.015, 0.01, "cannot be told apart")],
+)
+def test_verdict(gain, error, words):
+    assert words in verdict(1, gain, error)
+
+
+def test_table_csv_and_figure_show_the_points(model, tmp_path):
+    result = sweep(model, timing_rounds=1)
+    details = json.loads(json.dumps(sweep_details(result)))  # plain JSON
+    text = io.StringIO()
+    print_sweep(result, "runs/x", Console(file=text, width=80))
+    rows = [line for line in text.getvalue().splitlines() if "│" in line]
+    assert len(rows) == len(result.points)
+    assert "…" not in text.getvalue()
+    for row, point in zip(rows, result.points):
+        assert f"{point.top1:.3f} ± {point.top1_error:.3f}" in row
+    entries = [{"checkpoint": name, "details": details} for name in ("runs/x", "runs/y")]
+    files = write_sweep({"checkpoints": entries}, tmp_path / "out.json")
+    assert [file.name for file in files] == ["out.csv", "out.png"]
+    with open(files[0], newline="") as stream:
+        written = list(csv.DictReader(stream))
+    assert len(written) == 2 * len(result.points)
+    assert [float(row["top1"]) for row in written[: len(result.points)]] == [point.top1 for point in result.points]
+    assert written[-1]["checkpoint"] == "runs/y"
+    assert written[-1]["factor"] == ""
+    draw_sweep([sweep_details(sweep(model))["points"]], tmp_path / "untimed.png")
+    other = sweep_details(sweep(model, CapacityConfig(factors=[0.2, 0.5, 1.0, None], num_selected_experts=[1])))
+    with pytest.raises(ConfigError, match="evaluate them one by one"):
+        draw_sweep([details["points"], other["points"]], tmp_path / "mixed.png")
+    with Image.open(files[1]) as timed, Image.open(tmp_path / "untimed.png") as untimed:
+        assert timed.width > untimed.width  # no speed, no panel for it
+        assert len(timed.convert("RGB").getcolors(1 << 24)) > 3
+
+
+# --- as a user runs it: 1 and 3 processes, batch sizes 1, 7 and 64, an unreadable picture in the middle
+
+SCRIPT = """
+import sys
+from vmoe.evaluation.distributed import processes
+from vmoe.evaluation.run import main
+
+def evaluate(folder, world):
+    common = ["--task", "capacity", "--data.type", "image_folder", "--data.path", folder + "/tree", "--device", "cpu",
+              "--loader.num_workers", "0", "--loader.on_bad", "skip", "--capacity.images_per_group", "6",
+              "--capacity.timing_rounds", "0", "--capacity.factors", "[0.2, 0.5, null]"]
+    for checkpoint, sizes in (("classifier", (7,)), ("limoe", (1, 7, 64))):
+        for size in sizes:
+            output = f"{folder}/{checkpoint}_{world}_{size}.json"
+            code = main([*common, "--checkpoint", f"{folder}/{checkpoint}", "--loader.batch_size", str(size),
+                         "--output", output])
+            assert code == 0, code
+
+if __name__ == "__main__":
+    with processes():
+        evaluate(*sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("capacity")
+    generator = np.random.default_rng(0)
+    for name in ("cat", "dog", "eel"):
+        (root / "tree" / name).mkdir(parents=True)
+        for number in range(9):
+            pixels = generator.integers(0, 255, (48, 48, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / "tree" / name / f"{number}.png")
+    (root / "tree" / "dog" / "0.png").write_bytes(b"torn")
+    file = root / "classifier" / "model.safetensors"
+    save_pretrained(classifier(num_classes=3), file, extra={"class_names": ["cat", "dog", "eel"]})
+    limoe = vmoe.create_model("limoe_tiny_patch8_48", width=32, embed_dim=16, **TINY)
+    save_pretrained(limoe, root / "limoe" / "model.safetensors")
+    (root / "script.py").write_text(SCRIPT)
+    return root
+
+
+def test_processes_and_batch_sizes_do_not_matter(folder):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(
+        [*launcher, str(folder / "script.py"), str(folder), "3"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    alone: dict = {}
+    exec(SCRIPT, alone)
+    alone["evaluate"](str(folder), "1")
+    output = job.communicate(timeout=240)[0].decode()
+    assert job.returncode == 0, output
+    for checkpoint, sizes in (("classifier", (7,)), ("limoe", (1, 7, 64))):
+        expected = json.loads((folder / f"{checkpoint}_1_7.json").read_text())
+        assert (expected["results"]["num_samples"], expected["results"]["num_skipped"]) == (26, 1)
+        top1 = {value for name, value in expected["results"].items() if name.startswith("top1")}
+        assert len(top1) > 1  # the settings do differ
+        for world in (1, 3):
+            for size in sizes:
+                report = json.loads((folder / f"{checkpoint}_{world}_{size}.json").read_text())
+                assert report["processes"] == world
+                assert report["results"] == expected["results"]
+                assert report["checkpoints"] == expected["checkpoints"]
+
+
+@pytest.mark.parametrize(("checkpoint", "task"), [("classifier", "classification"), ("limoe", "zero_shot")])
+def test_no_limit_equals_the_task_itself(folder, tmp_path, checkpoint, task):
+    arguments = {
+        "checkpoint": str(folder / checkpoint),
+        "data": {"type": "image_folder", "path": str(folder / "tree")},
+        "loader": {"num_workers": 0, "on_bad": "skip"},
+        "device": "cpu",
+    }
+    config = parse(arguments, tmp_path, task)
+    plain = run(config, Console(quiet=True))["results"]
+    config = parse({**arguments, "capacity": {"factors": [None], "timing_rounds": 0}}, tmp_path, "capacity")
+    swept = run(config, Console(quiet=True))
+    assert swept["results"]["top1_no_limit"] == plain["top1"]
+    assert swept["checkpoints"][0]["details"]["points"][0]["top5"] == plain["top5"]
+    assert all((tmp_path / f"capacity.{kind}").stat().st_size > 0 for kind in ("json", "csv", "png"))
+
+
+def parse(arguments, folder, task) -> EvaluationConfig:
+    from vmoe.config_io import parse_config
+
+    file = folder / f"{task}.config.json"
+    file.write_text(json.dumps({**arguments, "task": task, "output": str(folder / f"{task}.json")}))
+    return parse_config(EvaluationConfig, ["--config", str(file)], prog="x", description="", folder="eval")
+
+
+def test_a_classifier_of_other_classes_is_an_error(folder, tmp_path, capsys):
+    (tmp_path / "ant").mkdir()
+    Image.new("RGB", (48, 48)).save(tmp_path / "ant" / "0.png")
+    arguments = ["--task", "capacity", "--checkpoint", str(folder / "classifier"), "--data.type", "image_folder"]
+    assert main([*arguments, "--data.path", str(tmp_path)]) == 2
+    assert "trained on 3 classes" in capsys.readouterr().err
