@@ -3,7 +3,8 @@ import torch
 from PIL import Image
 
 from vmoe.evaluation import evaluate_zero_shot, zero_shot_classify
-from vmoe.evaluation.zero_shot import resolve_templates
+from vmoe.evaluation.class_names import prompt_names, prompt_templates
+from vmoe.evaluation.zero_shot import resolve_class_names, resolve_templates
 
 NAMES = [f"number {i}" for i in range(20)]
 
@@ -76,3 +77,143 @@ def test_classify_one_picture_as_tensor_file_and_image(tmp_path):
     (tmp_path / "broken.png").write_bytes((tmp_path / "noise.png").read_bytes()[:200])
     with pytest.raises(ValueError, match=r"broken\.png"):
         vmoe.zero_shot_classify(model, tokenizer, str(tmp_path / "broken.png"), ["cat", "dog"])
+
+
+@pytest.fixture(scope="module")
+def limoe():
+    import vmoe
+
+    torch.manual_seed(0)
+    model = vmoe.create_model("limoe_tiny_patch8_48", depth=2, width=32, num_heads=2, embed_dim=16).eval()
+    return model, vmoe.get_tokenizer(model)
+
+
+def _pictures(count):
+    return [Image.effect_noise((50 + index, 40), 90).convert("RGB") for index in range(count)]
+
+
+def test_pictures_of_mixed_kinds_in_any_iterable(limoe, tmp_path):
+    from vmoe.data import build_transform
+    from vmoe.models.factory import preprocess_config
+
+    pictures = _pictures(5)
+    pictures[1].save(tmp_path / "one.png")
+    transform = build_transform(preprocess_config(limoe[0]), None)
+    expected = zero_shot_classify(*limoe, torch.stack([transform(one) for one in pictures]), ["cat", "dog"])
+    mixed = [pictures[0], tmp_path / "one.png", transform(pictures[2]), pictures[3].convert("RGBA"), pictures[4]]
+    for batch_size in (1, 2, 64):
+        found = zero_shot_classify(*limoe, (one for one in mixed), ["cat", "dog"], batch_size=batch_size)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert zero_shot_classify(*limoe, str(tmp_path / "one.png"), ["cat", "dog"]).shape == (1, 2)
+    assert zero_shot_classify(*limoe, transform(pictures[0]), ["cat", "dog"]).shape == (1, 2)
+
+
+def test_files_are_read_as_they_are_needed(limoe, tmp_path):
+    """A generator of many files is not drawn out at once."""
+    _pictures(1)[0].save(tmp_path / "one.png")
+    drawn = []
+
+    def files():
+        for index in range(6):
+            drawn.append(index)
+            yield tmp_path / ("one.png" if index < 2 else "missing.png")
+
+    with pytest.raises(ValueError, match=r"missing\.png: no such file"):
+        zero_shot_classify(*limoe, files(), ["cat", "dog"], batch_size=2)
+    assert drawn == [0, 1, 2]
+
+
+def test_no_pictures_give_no_rows(limoe):
+    for nothing in ([], iter(()), torch.empty(0, 3, 48, 48)):
+        assert zero_shot_classify(*limoe, nothing, ["cat", "dog", "fox"]).shape == (0, 3)
+
+
+def test_what_is_no_picture_is_named(limoe):
+    for images, error in (
+        (torch.zeros(48, 48), r"shape \(B, 3, H, W\) or \(3, H, W\), got \(48, 48\)"),
+        (torch.zeros(2, 1, 48, 48), r"got \(2, 1, 48, 48\)"),
+        ([torch.zeros(1, 3, 48, 48)], r"list of images must hold tensors \(3, H, W\)"),
+        ([torch.zeros(3, 48, 48), torch.zeros(3, 40, 40)], "must have one size"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            zero_shot_classify(*limoe, images, ["cat", "dog"])
+    with pytest.raises(TypeError, match="got int"):
+        zero_shot_classify(*limoe, [3], ["cat", "dog"])
+    with pytest.raises(ValueError, match="batch_size must be >= 1, got 0"):
+        zero_shot_classify(*limoe, [], ["cat", "dog"], batch_size=0)
+
+
+def test_published_names_come_with_their_templates(limoe):
+    picture = _pictures(1)[0]
+    found = zero_shot_classify(*limoe, picture, "cifar10")
+    expected = zero_shot_classify(*limoe, picture, prompt_names("cifar10"), prompt_templates("cifar10"))
+    torch.testing.assert_close(found, expected)
+    bare = zero_shot_classify(*limoe, picture, "cifar10", ["{}"])
+    assert not torch.allclose(found, bare, atol=1e-4)
+    with pytest.raises(ValueError, match="'cats': no such file; give a file with one name per line, or one of"):
+        zero_shot_classify(*limoe, picture, "cats")
+
+
+def test_class_names_from_a_file_must_fit_the_data(tmp_path):
+    file = tmp_path / "names.txt"
+    file.write_text("cat\ndog\n", encoding="utf-8")
+    assert resolve_class_names(str(file)) == ["cat", "dog"]
+    with pytest.raises(ValueError, match="has 2 names, and the data 3 classes"):
+        resolve_class_names(str(file), ["a", "b", "c"])
+    file.write_text("cat\ncat\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="given twice: 'cat'"):
+        resolve_class_names(str(file))
+
+
+def test_a_model_of_open_clip(tmp_path):
+    """Its own preprocessing and tokenizer; probabilities as in open_clip's README."""
+    import open_clip
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text).eval()
+    model.visual.preprocess_cfg = {"size": 32, "mean": (0.5, 0.4, 0.3), "std": (0.3, 0.2, 0.1)}
+    tokenizer = open_clip.SimpleTokenizer(context_length=16)
+    pictures = _pictures(3)
+    pictures[0].save(tmp_path / "one.png")
+    transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
+    with torch.no_grad():
+        image = model.encode_image(torch.stack([transform(one) for one in pictures]), normalize=True)
+        words = model.encode_text(tokenizer(["cat", "dog"]), normalize=True)
+        expected = (model.logit_scale.exp() * image @ words.T).softmax(dim=-1)
+    found = zero_shot_classify(model, tokenizer, [tmp_path / "one.png", *pictures[1:]], ["cat", "dog"])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+class _FirstWord(torch.nn.Module):
+    """Matches the number in a picture's first pixel with the place of a name in ImageNet's list."""
+
+    def __init__(self, names):
+        super().__init__()
+        place = {name: index for index, name in reversed(list(enumerate(names)))}
+        self.place = [place[name] for name in names]
+        self.logit_scale = torch.nn.Parameter(torch.tensor(3.0))
+
+    def encode_image(self, image, normalize=True):
+        return torch.eye(1000)[[self.place[int(number)] for number in image[:, 0, 0, 0]]]
+
+    def encode_text(self, tokens, normalize=True):
+        return torch.eye(1000)[tokens[:, 0]]
+
+
+def test_equal_names_of_imagenet_count_for_the_first_of_them(make_batches):
+    """ImageNet's list says "missile" (657, 744) and "sunglasses" (836, 837) twice: no top-1 for the second of them."""
+    names = prompt_names("imagenet")
+    model = _FirstWord(names)
+    numbers = [0, 657, 744, 836, 837]
+
+    def tokenize(texts):
+        return torch.tensor([[names.index(text)] for text in texts])
+
+    result = evaluate_zero_shot(model, tokenize, make_batches(numbers, labels=numbers), names, device="cpu")
+    assert result["top1"] == 3 / 5
+    assert result["top5"] == 1
+    with pytest.raises(ValueError, match="given twice: 'missile'"):
+        evaluate_zero_shot(model, tokenize, [], ["missile", "missile", "cat"], device="cpu")

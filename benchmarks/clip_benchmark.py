@@ -1,0 +1,158 @@
+"""Our zero-shot and retrieval figures beside those of LAION's CLIP_benchmark, by its own code, on the same data.
+
+    python -m benchmarks.clip_benchmark --config configs/eval/emoji_zero_shot.yaml --checkpoint RUN
+
+Takes the settings of eval.py for the tasks zero_shot and retrieval; needs `pip install 'vmoe[benchmark]'`. Exit code 1
+says that a figure differs by more than 1e-6.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from unittest.mock import patch
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vmoe.config_io import ConfigError, parse_config
+from vmoe.data import ImageDataset, build_dataset
+from vmoe.evaluation.config import EvaluationConfig
+from vmoe.evaluation.subject import Subject, load_subject
+from vmoe.evaluation.tasks import TASKS, zero_shot_names, zero_shot_templates
+from vmoe.evaluation.zero_shot import Template, fill, resolve_templates
+
+TOLERANCE = 1e-6
+CUTOFFS = [1, 5, 10]
+# Theirs name the direction by what is found, ours by from what to what.
+THEIR_NAMES = {
+    "top1": "acc1",
+    "top5": "acc5",
+    "mean_per_class": "mean_per_class_recall",
+    **{f"text_to_image_recall@{k}": f"image_retrieval_recall@{k}" for k in CUTOFFS},
+    **{f"image_to_text_recall@{k}": f"text_retrieval_recall@{k}" for k in CUTOFFS},
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the comparison; returns 0 if all figures agree, else 1."""
+    config = parse_config(EvaluationConfig, argv, "benchmarks.clip_benchmark", __doc__, folder="eval")
+    console = Console()
+    try:
+        rows = compare(config, console)
+    except ValueError as error:
+        print(f"benchmarks.clip_benchmark: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    table = Table(title=f"{config.task} of {config.checkpoint}")
+    for heading in ("measure", "vmoe", "CLIP_benchmark", "difference"):
+        table.add_column(heading, justify="left" if heading == "measure" else "right")
+    for name, ours, theirs in rows:
+        table.add_row(name, f"{ours:.6f}", f"{theirs:.6f}", f"{abs(ours - theirs):.1e}")
+    console.print(table)
+    return int(any(abs(ours - theirs) > TOLERANCE for _, ours, theirs in rows))
+
+
+def compare(config: EvaluationConfig, console: Console) -> list[tuple[str, float, float]]:
+    """[(measure, our figure, theirs)] of one checkpoint.
+
+    Raises:
+        ConfigError: a task that CLIP_benchmark is not asked for here, or several checkpoints.
+    """
+    if config.task not in ("zero_shot", "retrieval") or not isinstance(config.checkpoint, str):
+        raise ConfigError("the comparison is for one checkpoint and the tasks zero_shot and retrieval")
+    dataset = build_dataset(config.data)
+    subject = load_subject(config.checkpoint, config.device, config.precision)
+    if subject.tokenizer is None:
+        raise ConfigError(f"{config.checkpoint} holds a classifier; the comparison is for image-text models")
+    ours = TASKS[config.task](config, subject, dataset, console).results
+    if config.task == "zero_shot":
+        names, templates = zero_shot_names(config, dataset), zero_shot_templates(config, dataset)
+        theirs = their_zero_shot(subject, dataset, names, resolve_templates(templates), config.loader.batch_size)
+    else:
+        theirs = their_retrieval(subject, dataset, config.loader.batch_size)
+    return [(name, ours[name], theirs[their]) for name, their in THEIR_NAMES.items() if their in theirs]
+
+
+def their_zero_shot(
+    subject: Subject, dataset: ImageDataset, names: Sequence[str], templates: Sequence[Template], batch_size: int
+) -> dict[str, float]:
+    """`clip_benchmark.metrics.zeroshot_classification.evaluate` of a data set with labels."""
+    from clip_benchmark.metrics import zeroshot_classification
+
+    samples = _Samples(len(dataset), lambda index: _picture_and_label(subject, dataset, index))
+    samples.classes = list(names)
+    own_accuracy = zeroshot_classification.accuracy
+
+    def accuracy(output: Tensor, target: Tensor, topk: tuple[int, ...]) -> list[float]:
+        try:
+            return own_accuracy(output, target, topk)
+        except TypeError:  # version 1.6.2 makes a float of an array of shape (1,), which NumPy refuses since 2.4
+            top = output.topk(max(topk)).indices
+            return [(top[:, :k] == target[:, None]).any(dim=1).double().mean().item() for k in topk]
+
+    with patch.object(zeroshot_classification, "accuracy", accuracy):
+        return zeroshot_classification.evaluate(
+            subject.model,
+            DataLoader(samples, batch_size=batch_size),
+            subject.tokenizer,
+            list(names),
+            [_their_template(template) for template in templates],
+            device=subject.device.type,
+            amp=subject.precision != "float32",
+        )
+
+
+def their_retrieval(subject: Subject, dataset: ImageDataset, batch_size: int) -> dict[str, float]:
+    """`clip_benchmark.metrics.zeroshot_retrieval.evaluate` of pictures, each with all of its captions."""
+    from clip_benchmark.metrics import zeroshot_retrieval
+
+    captions: dict[object, list[str]] = {}
+    first: dict[object, int] = {}
+    for place, caption in enumerate(dataset.captions):
+        identity = place if dataset.image_ids is None else dataset.image_ids[place]
+        captions.setdefault(identity, []).append(caption)
+        first.setdefault(identity, place)
+    images = list(first)
+    samples = _Samples(
+        len(images),
+        lambda index: (subject.transform(dataset[first[images[index]]].image), captions[images[index]]),
+    )
+    return zeroshot_retrieval.evaluate(
+        subject.model,
+        DataLoader(samples, batch_size=batch_size, collate_fn=_collate),
+        subject.tokenizer,
+        device=subject.device.type,
+        amp=subject.precision != "float32",
+        recall_k_list=[k for k in CUTOFFS if k <= len(images)],
+    )
+
+
+class _Samples(Dataset):
+    def __init__(self, length: int, get: Callable[[int], tuple]) -> None:
+        self.length, self.get = length, get
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple:
+        return self.get(index)
+
+
+def _picture_and_label(subject: Subject, dataset: ImageDataset, index: int) -> tuple[Tensor, int]:
+    sample = dataset[index]
+    return subject.transform(sample.image), sample.label
+
+
+def _collate(samples: list[tuple[Tensor, list[str]]]) -> tuple[Tensor, list[list[str]]]:
+    images, captions = zip(*samples)
+    return torch.stack(images), list(captions)
+
+
+def _their_template(template: Template) -> str:
+    """Theirs are for str.format, with {c} in the place of the name."""
+    return fill(template, "\0").replace("{", "{{").replace("}", "}}").replace("\0", "{c}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

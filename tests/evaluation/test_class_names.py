@@ -1,0 +1,140 @@
+import inspect
+import json
+import re
+from collections import Counter
+
+import pytest
+from torchvision import datasets
+
+from vmoe.evaluation.class_names import FOLDER, is_published, known_sets, prompt_names, prompt_templates, published_set
+
+SIZES = {
+    "birdsnap": 500,
+    "caltech101": 101,
+    "caltech101_background": 102,
+    "cifar10": 10,
+    "cifar100": 100,
+    "country211": 211,
+    "dtd": 47,
+    "eurosat": 10,
+    "fer2013": 7,
+    "fgvc_aircraft": 100,
+    "flowers102": 102,
+    "food101": 101,
+    "gtsrb": 43,
+    "imagenet": 1000,
+    "kinetics700": 700,
+    "mnist": 10,
+    "pcam": 2,
+    "pets": 37,
+    "rendered_sst2": 2,
+    "resisc45": 45,
+    "stanford_cars": 196,
+    "stl10": 10,
+    "sun397": 397,
+    "svhn": 10,
+    "ucf101": 101,
+    "voc2007": 20,
+}
+
+
+def as_folder(name: str) -> str:
+    return name.replace(" ", "_")
+
+
+@pytest.mark.parametrize("name", known_sets())
+def test_every_set_is_whole(name):
+    published = published_set(name)
+    assert len(published.names) == len(published.labels) == SIZES.get(name, len(published.names))
+    assert all(text == " ".join(text.split()) for text in published.names)
+    assert all(template.count("{}") == 1 and "{c}" not in template for template in published.templates)
+    assert len(set(published.templates)) == len(published.templates) > 0
+    repeated = {text: count for text, count in Counter(published.names).items() if count > 1}
+    assert repeated == ({"missile": 2, "sunglasses": 2} if name == "imagenet" else {})
+    assert published.source
+
+
+def test_no_set_is_missing():
+    assert set(SIZES) <= set(known_sets())
+    assert "hateful_memes" in known_sets()
+
+
+@pytest.mark.parametrize("name", ["cifar100", "food101", "dtd", "resisc45", "stl10", "cifar10"])
+def test_order_of_sets_that_torchvision_sorts_by_folder(name):
+    folders = [as_folder(one) for one in prompt_names(name)]
+    assert folders == sorted(folders)
+
+
+@pytest.mark.parametrize("name", ["eurosat", "caltech101", "country211", "ucf101", "fgvc_aircraft", "sun397"])
+def test_order_of_labels_that_torchvision_sorts(name):
+    labels = [one.replace(" ", "") if name == "ucf101" else one for one in published_set(name).labels]
+    assert labels == sorted(labels)
+
+
+def test_pets_are_numbered_without_regard_to_case():
+    """torchvision's labels are those of the annotation files, which mix cats and dogs."""
+    names = prompt_names("pets")
+    assert names == sorted(names, key=str.lower)
+    assert names[:2] == ["Abyssinian", "american bulldog"]
+
+
+def test_flowers_are_torchvisions_own():
+    assert published_set("flowers102").labels == tuple(datasets.Flowers102.classes)
+    different = [
+        names
+        for names in zip(datasets.Flowers102.classes, prompt_names("flowers102"))
+        if re.sub(r"\W", "", names[0]) != re.sub(r"\W", "", names[1])
+    ]
+    assert different == [("pink-yellow dahlia?", "pink and yellow dahlia"), ("ball moss", "air plant")]
+
+
+def test_other_orders_that_torchvision_fixes_in_its_source():
+    assert published_set("mnist").labels == tuple(datasets.MNIST.classes)
+    assert '["negative", "positive"]' in inspect.getsource(datasets.RenderedSST2)
+    assert prompt_names("rendered_sst2") == ["negative", "positive"]
+    assert prompt_names("svhn") == ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+def test_imagenet_is_open_clips():
+    import open_clip
+
+    assert prompt_names("imagenet") == list(open_clip.IMAGENET_CLASSNAMES)
+    assert [template.replace("{}", "cat") for template in prompt_templates("imagenet")] == [
+        template("cat") for template in open_clip.OPENAI_IMAGENET_TEMPLATES
+    ]
+
+
+def test_names_follow_the_order_of_the_data():
+    cats_first = ["Abyssinian", "Bengal", "Birman"]
+    labels = sorted(name.title().replace(" ", "_") for name in prompt_names("pets"))
+    labels = cats_first + [label for label in labels if label not in cats_first]
+    assert prompt_names("pets", labels)[:4] == ["Abyssinian", "Bengal", "Birman", "american bulldog"]
+    assert prompt_names("eurosat", ["SeaLake", *published_set("eurosat").labels[:-1]])[0] == "lake or sea"
+    assert prompt_names("sun397", published_set("sun397").labels)[:1] == ["abbey"]
+    # names that say nothing of the set: the published order
+    assert prompt_names("rendered_sst2", ["0", "1"]) == ["negative", "positive"]
+
+
+def test_names_that_do_not_fit_the_data_are_errors():
+    with pytest.raises(ValueError, match="'cifar10' are 10, and the data has 2 classes"):
+        prompt_names("cifar10", ["cat", "dog"])
+    mixed = ["truck", "b", "c", "d", "e", "f", "g", "h", "i", "j"]
+    with pytest.raises(ValueError, match="class 0 of the data is 'truck', which is class 9 of 'cifar10'"):
+        prompt_names("cifar10", mixed)
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match="'cifar11'; known are birdsnap, .*voc2007"):
+        prompt_names("cifar11")
+
+
+def test_published_lists_are_known_whole():
+    assert is_published(prompt_names("imagenet"))
+    assert not is_published(prompt_names("imagenet")[:-1])
+    assert not is_published(["missile", "missile"])
+
+
+def test_files_hold_what_the_folder_says():
+    for file in FOLDER.glob("*.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        assert set(content) <= {"source", "names", "labels", "templates"}

@@ -1,0 +1,91 @@
+"""Our figures against the metrics code of LAION's CLIP_benchmark (pip install clip-benchmark), on the same data."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+import vmoe
+from vmoe.data import LoaderConfig, SourceConfig
+from vmoe.data.emoji import EmojiPairs
+from vmoe.evaluation.config import EvaluationConfig
+from vmoe.models.factory import save_pretrained
+
+pytest.importorskip("clip_benchmark", reason="needs CLIP_benchmark (pip install 'vmoe[benchmark]')")
+
+TOLERANCE = 1e-6
+NUM_PICTURES = 60
+TEMPLATES = ["{}", "a picture of {}.", "{} in {{braces}}"]
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """The script, by its path: the folder of benchmarks need not be importable."""
+    file = Path(__file__).parents[2] / "benchmarks" / "clip_benchmark.py"
+    spec = importlib.util.spec_from_file_location("clip_benchmark_script", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", params=["limoe", "two_tower"])
+def checkpoint(request, tmp_path_factory):
+    """A random model that tells pictures and texts apart."""
+    torch.manual_seed(0)
+    if request.param == "limoe":
+        model = vmoe.create_model("limoe_tiny_patch12_48", depth=2, width=32, num_heads=2, embed_dim=16)
+    else:
+        image, text = {"depth": 2, "embed_dim": 32, "num_heads": 2}, {"depth": 2, "width": 32, "num_heads": 2}
+        model = vmoe.create_model("two_tower_tiny_patch12_48", image=image, text=text, embed_dim=16)
+    file = tmp_path_factory.mktemp(request.param) / "model.safetensors"
+    save_pretrained(model, file)
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Held-out emoji: in folders of classes, and as a file of pairs, every third with two captions."""
+    folder = tmp_path_factory.mktemp("pictures")
+    dataset = EmojiPairs("held_out", image_size=48)
+    lines = ["image\tcaption"]
+    for index in range(NUM_PICTURES):
+        file = folder / "classes" / f"kind {index // 6}" / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        sample = dataset[index]
+        sample.image.save(file)
+        lines.append(f"{file}\t{sample.caption}")
+        if index % 3 == 0:
+            lines.append(f"{file}\ta drawing of {sample.caption}")
+    (folder / "pairs.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("vmoe.evaluation.text_cache.cache_folder", lambda: tmp_path)
+
+
+def _compare(benchmark, **settings):
+    config = EvaluationConfig(**settings, device="cpu", loader=LoaderConfig(batch_size=7))
+    rows = benchmark.compare(config, Console(quiet=True))
+    for name, ours, theirs in rows:
+        assert ours == pytest.approx(theirs, abs=TOLERANCE), name
+    return {name: ours for name, ours, _ in rows}
+
+
+@pytest.mark.parametrize("templates", [None, TEMPLATES], ids=["bare names", "templates"])
+def test_zero_shot_equals_clip_benchmark(benchmark, checkpoint, pictures, templates):
+    data = SourceConfig(type="image_folder", path=str(pictures / "classes"))
+    figures = _compare(benchmark, checkpoint=checkpoint, task="zero_shot", data=data, templates=templates)
+    assert set(figures) == {"top1", "top5", "mean_per_class"}
+    assert 0 < figures["top5"] < 1
+
+
+def test_retrieval_with_several_captions_equals_clip_benchmark(benchmark, checkpoint, pictures):
+    data = SourceConfig(type="pairs", path=str(pictures / "pairs.tsv"))
+    figures = _compare(benchmark, checkpoint=checkpoint, task="retrieval", data=data)
+    assert len(figures) == 6
+    assert 0 < figures["text_to_image_recall@10"] < 1
+    assert 0 < figures["image_to_text_recall@10"] < 1

@@ -1,0 +1,97 @@
+import pytest
+import torch
+
+import vmoe
+from vmoe.evaluation.subject import load_subject
+from vmoe.evaluation.text_cache import cached_classes
+from vmoe.evaluation.zero_shot import encode_classes
+from vmoe.models.factory import save_pretrained
+
+NAMES = ["cat", "dog", "fox"]
+TEMPLATES = ["{}", "a {}"]
+
+
+@pytest.fixture
+def make_subject(tmp_path):
+    def make(seed=0, **settings):
+        file = tmp_path / f"model{seed}.safetensors"
+        if not file.exists():
+            torch.manual_seed(seed)
+            model = vmoe.create_model("limoe_tiny_patch8_48", depth=2, width=32, num_heads=2, embed_dim=16)
+            save_pretrained(model, file)
+        return load_subject(str(file), "cpu", **settings)
+
+    return make
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("VMOE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "zero_shot"
+
+
+@pytest.fixture
+def encodings(monkeypatch):
+    """How often the text side was really encoded."""
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return encode_classes(*arguments)
+
+    monkeypatch.setattr("vmoe.evaluation.text_cache.encode_classes", counted)
+    return calls
+
+
+def test_the_second_time_nothing_is_encoded(make_subject, folder, encodings):
+    subject = make_subject()
+    with torch.no_grad():
+        expected = encode_classes(subject.model, subject.tokenizer, NAMES, TEMPLATES, "cpu")
+    first = cached_classes(subject, NAMES, TEMPLATES)
+    again = cached_classes(make_subject(), NAMES, TEMPLATES)
+    assert len(encodings) == 1
+    assert torch.equal(first, again)
+    assert torch.equal(first, expected)
+    assert not first.requires_grad
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_whatever_changes_the_embeddings_changes_the_key(make_subject, folder, encodings):
+    subject = make_subject()
+    cached_classes(subject, NAMES, TEMPLATES)
+    cached_classes(subject, NAMES[::-1], TEMPLATES)
+    cached_classes(subject, NAMES, TEMPLATES[:1])
+    cached_classes(make_subject(seed=1), NAMES, TEMPLATES)
+    cached_classes(make_subject(precision="bf16"), NAMES, TEMPLATES)
+    cached_classes(subject._replace(tokenizer=vmoe.get_tokenizer(subject.model, context_length=8)), NAMES, TEMPLATES)
+    next(m for m in subject.model.modules() if isinstance(m, vmoe.SparseMoE)).eval_capacity_factor = 0.5
+    cached_classes(subject, NAMES, TEMPLATES)
+    assert len(encodings) == len(list(folder.iterdir())) == 7
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "other", "folder"])
+def test_a_broken_file_is_written_anew(make_subject, folder, encodings, damage, caplog):
+    subject = make_subject()
+    first = cached_classes(subject, NAMES, TEMPLATES)
+    (file,) = folder.iterdir()
+    whole = file.read_bytes()
+    if damage == "folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        file.write_bytes({"cut": whole[:-5], "empty": b"", "other": b"\x80\x04N."}[damage])
+    assert torch.equal(cached_classes(subject, NAMES, TEMPLATES), first)
+    assert len(encodings) == 2
+    assert str(file) in caplog.text
+    if damage != "folder":
+        assert torch.equal(cached_classes(subject, NAMES, TEMPLATES), first)
+        assert len(encodings) == 2
+
+
+def test_a_folder_that_cannot_be_written_costs_only_time(make_subject, tmp_path, monkeypatch, encodings, caplog):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("VMOE_CACHE", str(tmp_path / "file"))
+    subject = make_subject()
+    assert torch.equal(cached_classes(subject, NAMES), cached_classes(subject, NAMES))
+    assert len(encodings) == 2
+    assert "cannot be written" in caplog.text

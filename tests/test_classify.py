@@ -1,0 +1,137 @@
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+import vmoe
+from vmoe.classify import find_pictures, main
+from vmoe.models.factory import save_pretrained
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """An image-text model, a classifier with and one without class names, and three pictures."""
+    folder = tmp_path_factory.mktemp("classify")
+    torch.manual_seed(0)
+    model = vmoe.create_model("limoe_tiny_patch8_48", depth=2, width=32, num_heads=2, embed_dim=16)
+    save_pretrained(model, folder / "limoe.safetensors")
+    settings = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 32, "num_classes": 3}
+    classifier = vmoe.create_model("vit_tiny_patch16_224", **settings)
+    save_pretrained(classifier, folder / "vit.safetensors", extra={"class_names": ["[red]apple", "pear", "fig"]})
+    save_pretrained(classifier, folder / "nameless.safetensors")
+    (folder / "photos" / "below").mkdir(parents=True)
+    for index, name in enumerate(("a.png", "b.JPG", "below/c.png")):
+        Image.effect_noise((60 + index, 50), 90).convert("RGB").save(folder / "photos" / name, format="PNG")
+    (folder / "photos" / ".DS_Store").write_bytes(b"junk")
+    (folder / "photos" / "notes.txt").write_text("no picture")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("VMOE_CACHE", str(tmp_path))
+    monkeypatch.delenv("VMOE_TRACEBACK", raising=False)
+
+
+def test_json_equals_zero_shot_classify(files, capsys):
+    picture = str(files / "photos" / "a.png")
+    options = ["--checkpoint", str(files / "limoe.safetensors"), "--templates", "a {}", "--templates", "the {}"]
+    assert main([picture, "--labels", "cat, dog,fox", *options, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    model = vmoe.create_model(pretrained=files / "limoe.safetensors")
+    labels = ["cat", "dog", "fox"]
+    expected = vmoe.zero_shot_classify(model, vmoe.get_tokenizer(model), picture, labels, ["a {}", "the {}"])[0]
+    assert found["image"] == picture
+    assert {one["label"]: one["probability"] for one in found["predictions"]} == pytest.approx(
+        dict(zip(labels, expected.tolist())), abs=1e-6
+    )
+    values = [one["probability"] for one in found["predictions"]]
+    assert values == sorted(values, reverse=True)
+
+
+def test_a_table_for_every_picture_of_a_folder(files, capsys, tmp_path):
+    labels = tmp_path / "labels.txt"
+    labels.write_text("cat\nfox, red\n[bold]dog\n", encoding="utf-8")
+    options = ["--checkpoint", str(files / "limoe.safetensors"), "--labels_file", str(labels), "--top", "2"]
+    assert main([str(files / "photos"), *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line for line in lines if line.startswith(str(files))]
+    assert shown == [str(files / "photos" / name) for name in ("a.png", "b.JPG", "below/c.png")]
+    rows = [line.strip() for line in lines if line.strip().startswith(("cat ", "fox, red ", "[bold]dog "))]
+    assert len(rows) == 6
+
+
+def test_a_classifier_shows_its_own_classes(files, capsys):
+    picture = files / "photos" / "a.png"
+    assert main([str(picture), "--checkpoint", str(files / "vit.safetensors"), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    model, _, transform = vmoe.create_model_and_transforms(pretrained=files / "vit.safetensors")
+    with torch.no_grad():
+        expected = model(transform(Image.open(picture))[None]).softmax(dim=1)[0].tolist()
+    assert {one["label"]: one["probability"] for one in found["predictions"]} == pytest.approx(
+        dict(zip(["[red]apple", "pear", "fig"], expected)), abs=1e-6
+    )
+    assert main([str(picture), "--checkpoint", str(files / "vit.safetensors")]) == 0
+    assert "[red]apple" in capsys.readouterr().out
+
+
+def test_published_names(files, capsys):
+    picture = str(files / "photos" / "a.png")
+    options = ["--checkpoint", str(files / "limoe.safetensors"), "--labels_file", "stl10", "--json", "--top", "20"]
+    assert main([picture, *options]) == 0
+    assert len(json.loads(capsys.readouterr().out)[0]["predictions"]) == 10
+
+
+def test_pictures_are_found(files, monkeypatch):
+    photos = files / "photos"
+    every = [photos / "a.png", photos / "b.JPG", photos / "below" / "c.png"]
+    assert find_pictures([str(photos)]) == every
+    assert find_pictures([str(photos / "*.png")]) == every[:1]
+    assert find_pictures([str(photos / "**" / "*.png")]) == [every[0], every[2]]
+    assert find_pictures([str(every[2]), str(photos)]) == [every[2], *every[:2]]
+    odd = files / "odd [1].png"
+    shutil.copy(every[0], odd)
+    assert find_pictures([str(odd)]) == [odd]
+    with pytest.raises(ValueError, match=r"\*\.gif: no picture there"):
+        find_pictures([str(photos / "*.gif")])
+
+
+def _error(capsys, arguments, code):
+    try:
+        found = main(arguments)
+    except SystemExit as error:  # argparse's own
+        found = error.code
+    captured = capsys.readouterr()
+    assert (found, captured.out) == (code, "")
+    (line,) = captured.err.splitlines()
+    return line.removeprefix("vmoe-classify: error: ")
+
+
+def test_bad_input_is_one_sentence(files, capsys, tmp_path):
+    picture, limoe = str(files / "photos" / "a.png"), ["--checkpoint", str(files / "limoe.safetensors")]
+    labels = ["--labels", "cat,dog"]
+    broken = tmp_path / "broken.png"
+    broken.write_bytes((files / "photos" / "a.png").read_bytes()[:300])
+    (tmp_path / "empty").mkdir()
+    for arguments, code, error in (
+        (["no.png", *labels, *limoe], 1, "no.png: no such file or folder"),
+        ([str(broken), picture, *labels, *limoe], 1, f"{broken}: unreadable picture"),
+        ([str(files / "photos" / "notes.txt"), *labels, *limoe], 1, "notes.txt: not a picture file"),
+        ([str(tmp_path / "empty"), *labels, *limoe], 1, "empty: no picture there"),
+        ([picture, *limoe], 2, "give some, as --labels 'cat,dog'"),
+        ([picture, "--labels", "cat,dog,cat", *limoe], 2, "--labels: class_names must be unique; given twice: 'cat'"),
+        ([picture, "--labels", "cat,,dog", *limoe], 2, "--labels: class_names: name 1 is empty"),
+        ([picture, "--labels", "cat", *limoe], 2, "'cat' alone would always get the probability 1"),
+        ([picture, "--labels_file", "cifar11", *limoe], 2, "--labels_file: class_names 'cifar11': no such file"),
+        ([picture, *labels, "--templates", "a photo", *limoe], 2, "--templates: templates 'a photo': no such file"),
+        ([picture, *labels, "--labels_file", "stl10", *limoe], 2, "--labels_file: not allowed with argument --labels"),
+        ([picture, *labels, "--top", "0", *limoe], 2, "--top must be >= 1, got 0"),
+        ([picture, *labels], 2, "the following arguments are required: --checkpoint"),
+        (limoe, 2, "the following arguments are required: IMAGE"),
+        ([picture, *labels, "--checkpoint", "nowhere"], 1, "no weights at nowhere: it does not exist"),
+        ([picture, *labels, "--checkpoint", str(files / "vit.safetensors")], 2, "leave --labels out"),
+        ([picture, "--checkpoint", str(files / "nameless.safetensors")], 2, "a classifier without class names"),
+    ):
+        assert error in _error(capsys, arguments, code)
