@@ -91,10 +91,12 @@ class ImageNetC(LabelledFiles):
         wanted = [f"{corruption}/{severity}" for corruption in CORRUPTIONS for severity in SEVERITIES]
         self.missing_conditions = [condition for condition in wanted if condition not in self.conditions]
         if self.missing_conditions:
+            absent = [corruption for corruption in CORRUPTIONS if corruption not in found]
+            single = [name for name in self.missing_conditions if name.partition("/")[0] in found]
             logger.warning(
                 "imagenet_c: %d of 75 conditions are missing, so there is no mean corruption error: %s",
                 len(self.missing_conditions),
-                ", ".join(self.missing_conditions),
+                ", ".join(absent + single),
             )
 
     def __len__(self) -> int:
