@@ -7,6 +7,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
+from vmoe.inspection import look
 from vmoe.inspection.figure import PALETTE
 from vmoe.inspection.figures import (
     agreement_figure,
@@ -33,12 +34,13 @@ def heights(ax, place):
     return [bar.get_height() for bar in ax.containers[place]]
 
 
-def test_all_figures_are_written(example_statistics, tmp_path):
+def test_all_figures_are_written(example_statistics, tmp_path, monkeypatch):
+    monkeypatch.setattr(look, "DPI", 60)
     files = write_figures(example_statistics(num_experts=4, num_pictures=2), tmp_path / "new")
     assert sorted(file.name for file in files) == sorted(file.name for file in (tmp_path / "new").iterdir())
     per_layer = [f"{kind}_blocks.{b}.mlp.png" for b in (1, 3) for kind in ("classes", "words", "patches")]
     assert {file.name for file in files} == {"load.png", "split.png", "agreement.png", "routing.png", *per_layer}
-    assert all(min(Image.open(file).size) > 300 for file in files)
+    assert all(min(Image.open(file).size) > 120 for file in files)
 
 
 def test_what_a_model_does_not_have_is_not_drawn(example_statistics, tmp_path):

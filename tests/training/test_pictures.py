@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import vmoe
 from vmoe.config_io import ConfigError
+from vmoe.training import pictures
 from vmoe.training.logging import expert_figures, read_metrics
 from vmoe.training.loop import train
 from vmoe.training.pictures import routing_picture
@@ -17,6 +18,11 @@ from vmoe.training.tasks import create_task
 
 TIMES = ("images_per_second", "data_wait_share")
 PICTURE = "routing/patches"
+
+
+@pytest.fixture(autouse=True)
+def few_pictures(monkeypatch):
+    monkeypatch.setattr(pictures, "NUM_PICTURES", 2)
 
 
 def quietly(config):

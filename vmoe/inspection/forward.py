@@ -138,7 +138,8 @@ def likeliest_names(
     if subject.tokenizer is not None:
         weights_DC = encode_classes(subject.model, subject.tokenizer, names, templates, subject.device)
         scale = subject.model.logit_scale.detach().float().exp()
-        scores_BC = scale * F.normalize(scores_BC, dim=-1) @ weights_DC
+        with torch.autocast(subject.device.type, enabled=False):  # similarities need more than 8 bits
+            scores_BC = scale * F.normalize(scores_BC, dim=-1) @ weights_DC
     elif class_columns is not None:
         scores_BC = torch.stack([scores_BC[:, columns].amax(1) for columns in class_columns], dim=1)
     if names is None:
