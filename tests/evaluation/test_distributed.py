@@ -26,11 +26,16 @@ from vmoe.evaluation.run import main
 folder, world = sys.argv[1:]
 data = ["--data.type", "image_folder", "--data.path", folder + "/tree"]
 captions = ["--data.type", "pairs", "--data.path", folder + "/pairs.csv"]
+fit = [*data, "--train_data.type", "image_folder", "--train_data.path", folder + "/train"]
+fit += ["--features.k", "[1, 10]", "--features.shots", "[1, 5]", "--features.l2_range", "[1, 100]", "--features.cache"]
 common = ["--loader.num_workers", "0", "--device", "cpu", "--loader.on_bad", "skip"]
 with processes():
     for size in ("1", "7", "64"):
         for task, checkpoint, source in (
-            ("classification", "classifier", data), ("zero_shot", "limoe", data), ("retrieval", "limoe", captions)
+            ("classification", "classifier", data), ("zero_shot", "limoe", data), ("retrieval", "limoe", captions),
+            ("few_shot", "limoe", [*fit, f"{folder}/cache_{world}"]),  # from the second batch size on from the cache
+            ("linear_probe", "classifier", [*fit, "null"]),
+            ("knn", "limoe", [*fit, "null"]),
         ):
             code = main(["--task", task, "--checkpoint", f"{folder}/{checkpoint}", *source, *common,
                          "--loader.batch_size", size, "--output", f"{folder}/{task}_{world}_{size}.json"])
@@ -45,7 +50,10 @@ def folder(tmp_path_factory):
     rows = ["image,caption"]
     for name in CLASSES:
         (root / "tree" / name).mkdir(parents=True)
+        (root / "train" / name).mkdir(parents=True)
         for number in range(IMAGES_PER_CLASS):
+            pixels = generator.integers(0, 255, (50, 60, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / "train" / name / f"{number}.png")
             path = f"tree/{name}/{number}.png"
             Image.fromarray(generator.integers(0, 255, (50, 60, 3), dtype=np.uint8)).save(root / path)
             rows += [f"{path},a {name}, the {number}th".replace(", ", " "), f"{path},{number} times {name}"]
@@ -73,8 +81,8 @@ def test_processes_and_batch_sizes_do_not_matter(folder):
     for job in jobs:
         output = job.communicate(timeout=240)[0].decode()
         assert job.returncode == 0, output
-        assert output.count("measure") == 9  # one table for each evaluation, from one process
-    for task in ("classification", "zero_shot", "retrieval"):
+        assert output.count("measure") == 18  # one table for each evaluation, from one process
+    for task in ("classification", "zero_shot", "retrieval", "few_shot", "linear_probe", "knn"):
         reports = {
             (world, size): json.loads((folder / f"{task}_{world}_{size}.json").read_text())
             for world in (1, 2, 3)

@@ -40,9 +40,8 @@ def linear_probe(config: EvaluationConfig, subject: Subject, dataset: ImageDatas
 
     Returns:
         results: "top1", "top5" (ties count as misses), "mean_per_class" (mean of the classes' accuracies), "l2" (the
-        penalty), "num_samples", "num_skipped". details: "val"
-        (accuracy on the held-back part of the training data for each penalty tried; null for a fixed one),
-        "converged", "num_train_samples", "skipped".
+        penalty), "num_samples", "num_skipped". details: "val" (accuracy on the held-back part of the training data for
+        each penalty tried; null for a fixed one), "converged", "num_train_samples", "skipped".
 
     Raises:
         ConfigError, ValueError: see `fit_and_test_features` and `choose_penalty`.
