@@ -104,7 +104,7 @@ function drawLayerCharts() {
   byId("layer-charts").replaceChildren(
     ...charts.map(([title, key, chart, show]) => {
       const rows = DATA.layers.flatMap((layer, place) =>
-        Object.entries(layer[key]).map(([modality, value]) => ({ layer: LAYER_NAMES[place], modality: NOUN[modality], value, shown: show(value) })),
+        Object.entries(layer[key]).map(([modality, value]) => ({ layer: LAYER_NAMES[place], modality: NOUN[modality], value, shown: show(value), spoken: `${LAYER_NAMES[place]}, ${NOUN[modality]}: ${show(value)}` })),
       );
       const box = make("div");
       drawChart(box, chart, rows, `${title} of each layer; the table below has the same figures`);
@@ -113,7 +113,7 @@ function drawLayerCharts() {
   );
   const agreement = Object.entries(DATA.agreement).map(([modality, matrix]) => {
     const rows = matrix.flatMap((values, a) =>
-      values.map((value, b) => ({ a: LAYER_NAMES[a], b: LAYER_NAMES[b], value, shown: asFixed(2)(value) })),
+      values.map((value, b) => ({ a: LAYER_NAMES[a], b: LAYER_NAMES[b], value, shown: asFixed(2)(value), spoken: `${LAYER_NAMES[a]} and ${LAYER_NAMES[b]}: ${asFixed(2)(value)}` })),
     );
     const box = make("div", { style: { maxWidth: `${140 + 64 * matrix.length}px` } });
     drawChart(box, "agreement", rows, `Agreement between layers, ${NOUN[modality]}`, { height: 32 * matrix.length });
@@ -150,7 +150,8 @@ function drawExperts() {
     const bar = (part, order, values, total, colour) =>
       experts.map((expert) => {
         const share = ratio(values[expert], total);
-        return { expert, part, order, count: asCount(values[expert]), share, shown: asShare(share), colour: colour(expert), opacity: opacity(expert) };
+        const spoken = `expert ${expert}, ${part}: ${asCount(values[expert])}, ${asShare(share)}`;
+        return { expert, spoken, part, order, count: asCount(values[expert]), share, shown: asShare(share), colour: colour(expert), opacity: opacity(expert) };
       });
     const total = sum(asked);
     const dropped = asked.map((value, expert) => value - kept[expert]);

@@ -1,7 +1,7 @@
 """The charts of the HTML report as Vega-Lite specifications, made with Altair; the page gives them their rows.
 
 Each takes its figures from a data set called "rows", so that one specification serves every layer and expert. Fields
-called "shown" and "count" are texts, formatted by the page as its tables are.
+called "shown" and "count" are texts, formatted by the page as its tables are; "spoken" is what screen readers say.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def _bars():
             color=alt.Color("colour:N", scale=None),
             opacity=alt.Opacity("opacity:Q", scale=None),
             order=alt.Order("order:Q"),
+            description="spoken:N",
             tooltip=[
                 alt.Tooltip("expert:O", title="expert"),
                 alt.Tooltip("part:N", title="which"),
@@ -87,6 +88,7 @@ def _lines(number_format: str):
             color=alt.Color("modality:N", title=None, scale=alt.Scale(domain=names, range=colours)),
             shape=alt.Shape("modality:N", title=None, scale=alt.Scale(domain=names, range=["circle", "square"])),
             tooltip=["layer:N", "modality:N", alt.Tooltip("shown:N", title="value")],
+            description="spoken:N",
         )
     )
 
@@ -126,7 +128,12 @@ def _agreement():
     scale = alt.Scale(scheme="viridis", domain=[0, 1])
     cells = base.mark_rect().encode(
         color=alt.Color("value:Q", scale=scale, legend=None),
-        tooltip=[alt.Tooltip("a:N", title="layer"), alt.Tooltip("b:N", title="layer"), alt.Tooltip("shown:N")],
+        tooltip=[
+            alt.Tooltip("a:N", title="layer"),
+            alt.Tooltip("b:N", title="layer"),
+            alt.Tooltip("shown:N", title="agreement"),
+        ],
+        description="spoken:N",
     )
     numbers = base.mark_text(aria=False, fontSize=11).encode(
         text="shown:N",

@@ -267,7 +267,6 @@ function embed(box) {
     box.result?.finalize();
     box.result = await vegaEmbed(box, specification, options);
     if (click) box.result.view.addEventListener("click", (_, item) => item?.datum && click(item.datum));
-    box.dataset.drawn = String(Number(box.dataset.drawn ?? 0) + 1);
   });
   box.turn.catch((error) => console.error(error));
 }

@@ -1,0 +1,401 @@
+"""The HTML report in a browser, opened from the disk without a network: what it shows is what was computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from decimal import ROUND_HALF_UP, Decimal
+
+import numpy as np
+import pytest
+
+from vmoe.inspection.report import write_report
+
+NASTY = """</script><script>window.broken = 1</script><img src=x onerror="window.broken = 1">'"&amp;{{ own }}<!--"""
+CONTRAST = """() => {
+  const parse = (text) => { const n = text.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
+  const linear = (v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const luminance = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
+  const behind = (element) => {
+    for (let e = element; e; e = e.parentElement) {
+      const colour = parse(getComputedStyle(e).backgroundColor);
+      if (colour[3] === 1) return colour;
+    }
+    return [255, 255, 255, 1];
+  };
+  const results = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const element = walker.currentNode.parentElement;
+    const text = walker.currentNode.data.trim();
+    if (!text || !element.getClientRects().length) continue;
+    if (element.closest("script, style, .unseen, button:disabled")) continue;
+    if (element.closest("#agreement .mark-text.role-mark")) continue;  // numbers on coloured cells
+    const style = getComputedStyle(element);
+    const colours = [parse(element.closest("svg") ? style.fill : style.color), behind(element)];
+    const [dark, light] = colours.map(luminance).sort((x, y) => x - y);
+    results.push([(light + 0.05) / (dark + 0.05), text, element.outerHTML.slice(0, 120)]);
+  }
+  return results;
+}"""
+
+
+def rounded(value, digits):
+    """As JavaScript's toFixed rounds: ties away from zero."""
+    return str(Decimal(float(value)).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
+
+
+def percent(value):
+    return f"{rounded(100 * float(value), 1)}%"
+
+
+def weight(value):
+    return rounded(round(float(value), 4), 4)
+
+
+def open_report(page, statistics, folder):
+    page.goto(write_report(statistics, folder / "report.html").as_uri())
+    page.wait_for_selector("#cards .card")
+    return page
+
+
+@pytest.fixture
+def page(browser_page, example_statistics, tmp_path):
+    """The report of an image-text model with two choices per token and 30 pictures; no problems may come up."""
+    browser_page.statistics = example_statistics(num_selected_experts=2, num_pictures=30)
+    yield open_report(browser_page, browser_page.statistics, tmp_path)
+    assert browser_page.problems == []
+
+
+def choose(page, layer=None, expert=None):
+    if layer is not None:
+        page.select_option("#layer", str(layer))
+    if expert is not None:
+        page.select_option("#expert", str(expert))
+
+
+def table(page, box):
+    """The rows of a table as lists of texts."""
+    return page.eval_on_selector_all(
+        f"#{box} tbody tr", "rows => rows.map(row => [...row.cells].map(cell => cell.textContent.trim()))"
+    )
+
+
+def maps(page):
+    page.evaluate("document.getElementById('cards').scrollIntoView()")
+    # a canvas that was never drawn is 300 pixels wide
+    wait_until(page, "[...document.querySelectorAll('#cards canvas')].slice(0, 3).every(c => c.width !== 300)")
+    return page.eval_on_selector_all("#cards canvas", "all => all.slice(0, 3).map(canvas => canvas.toDataURL())")
+
+
+def wait_until(page, condition):
+    """Playwright's own waiting for a condition needs `eval`, which the page's policy forbids."""
+    for _ in range(200):
+        if page.evaluate(condition):
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"never came true: {condition}")
+
+
+def tip_lines(routing, position):
+    """The lines of the tooltip: expert, then weight and what became of it."""
+    return [
+        f"{expert}weight {weight(value)}{'' if kept else ', dropped: no room'}"
+        for expert, value, kept in zip(
+            routing.expert[position], routing.weight[position], routing.kept[position], strict=True
+        )
+    ]
+
+
+def shown_tip(page):
+    page.wait_for_selector("#tip:not([hidden])")
+    return page.locator("#tip strong").inner_text(), page.eval_on_selector_all(
+        "#tip li", "lines => lines.map(line => line.textContent)"
+    )
+
+
+def test_header_and_charts_are_there(page):
+    header = page.locator("header").inner_text()
+    assert "runs/example" in header
+    assert "example pictures" in header
+    assert re.search(r"Pictures\s+30", header)
+    assert page.title() == "Routing report: runs/example"
+    for chart in ("#layer-charts", "#agreement", "#expert-charts", "#class-chart"):
+        page.locator(chart).scroll_into_view_if_needed()
+        page.wait_for_selector(f"{chart} svg")
+        assert page.locator(f":is({chart}, {chart} *)[role=graphics-document]").first.get_attribute("aria-label")
+
+
+def test_figures_of_layers_are_those_computed(page):
+    expected = []
+    for place, layer in enumerate(page.statistics.layers):
+        for modality, noun in (("image", "patches"), ("text", "words")):
+            kept = layer.kept[modality]
+            expected.append(
+                [
+                    f"block {2 * place + 1}",
+                    noun,
+                    f"{layer.tokens[modality]:,}",
+                    "8",
+                    percent(layer.share_dropped[modality]),
+                    rounded(layer.entropy[modality], 3),
+                    str(int((kept == 0).sum())),
+                    percent(kept.max() / layer.asked[modality].sum()),
+                    str(int(kept.argmax())),
+                ]
+            )
+    assert table(page, "layer-table") == expected
+
+
+def test_figures_of_experts_are_those_computed(page):
+    choose(page, layer=1)
+    layer = page.statistics.layers[1]
+    for expert, row in enumerate(table(page, "expert-table")):
+        expected = [str(expert)]
+        for modality in ("image", "text"):
+            kept, asked, importance = (values[modality] for values in (layer.kept, layer.asked, layer.importance))
+            expected += [
+                f"{kept[expert]:,}",
+                percent(kept[expert] / asked.sum()),
+                percent((asked[expert] - kept[expert]) / asked[expert]) if asked[expert] else "–",
+                rounded(importance[expert], 1),
+                percent(importance[expert] / importance.sum()),
+            ]
+        assert row == expected
+
+
+def test_bars_have_the_figures_of_the_table(page):
+    layer = page.statistics.layers[0]
+    page.locator("#expert-charts").scroll_into_view_if_needed()
+    page.wait_for_selector("#expert-charts svg .mark-rect path")
+    labels = page.eval_on_selector_all(
+        "#expert-charts > :first-child .mark-rect path", "bars => bars.map(bar => bar.getAttribute('aria-label'))"
+    )
+    for expert, kept in enumerate(layer.kept["image"]):
+        share = percent(kept / layer.asked["image"].sum())
+        assert f"expert {expert}, taken: {kept:,}, {share}" in labels
+
+
+def test_another_layer_changes_maps_and_figures(page):
+    before, rows = maps(page), table(page, "expert-table")
+    choose(page, layer=1)
+    assert "block 3" in page.locator("#pictures-title").inner_text()
+    assert table(page, "expert-table") != rows
+    after = maps(page)
+    assert all(old != new for old, new in zip(before, after, strict=True))
+    choose(page, layer=0)
+    assert maps(page) == before
+
+
+def test_an_expert_changes_collage_highlight_and_tables(page):
+    before = maps(page)
+    choose(page, layer=0, expert=2)
+    layer = page.statistics.layers[0]
+    labels = page.eval_on_selector_all("#collage .patch", "all => all.map(patch => patch.getAttribute('aria-label'))")
+    assert labels == [
+        f"pictures/{p.sample:04d}.png, row {p.row + 1}, column {p.column + 1}: expert 2, weight {weight(p.weight)}"
+        for p in layer.typical_patches[2][:24]
+    ]
+    assert maps(page) != before
+    assert page.get_attribute('#legend [data-expert="2"]', "aria-pressed") == "true"
+    assert page.locator("#expert-table tr.chosen").inner_text().startswith("2")
+    counts = layer.expert_class
+    expected = {
+        name: [
+            f"{counts[:, c].sum():,}",
+            str(counts[:, c].argmax()),
+            percent(counts[:, c].max() / counts[:, c].sum()),
+            str(counts[2, c]),
+            percent(counts[2, c] / counts[:, c].sum()),
+        ]
+        for c, name in enumerate(page.statistics.class_names)
+    }
+    assert {name: rest for name, *rest in table(page, "class-table")} == expected
+    page.click('#legend [data-expert="2"]')
+    assert page.input_value("#expert") == ""
+    assert maps(page) == before
+
+
+def test_patches_of_the_collage_are_those_of_the_pictures(page):
+    """The middle of the first patch on screen has the colour of the patch that was found."""
+    choose(page, layer=0, expert=1)
+    page.locator("#collage").scroll_into_view_if_needed()
+    page.wait_for_timeout(200)
+    for place in (0, 5):
+        shot = page.locator("#collage .patch").nth(place).screenshot()
+        pixels = page.evaluate(
+            """async (bytes) => {
+              const bitmap = await createImageBitmap(new Blob([new Uint8Array(bytes)]));
+              const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
+              const brush = canvas.getContext("2d");
+              brush.drawImage(bitmap, 0, 0);
+              return [...brush.getImageData(bitmap.width / 2, bitmap.height / 2, 1, 1).data].slice(0, 3);
+            }""",
+            list(shot),
+        )
+        own = page.statistics.layers[0].typical_patches[1][place].pixels
+        np.testing.assert_allclose(pixels, own[own.shape[0] // 2, own.shape[1] // 2], atol=16)
+
+
+def test_pointing_at_a_patch_shows_its_choices(page):
+    choose(page, layer=1)
+    canvas = page.locator("#cards canvas").nth(2)
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    for row, column in ((0, 0), (3, 1)):
+        page.mouse.move(box["x"] + (column + 0.5) * box["width"] / 4, box["y"] + (row + 0.5) * box["height"] / 4)
+        title, lines = shown_tip(page)
+        assert title == f"Row {row + 1}, column {column + 1}"
+        assert lines == tip_lines(page.statistics.samples[2].patches[1], (row, column))
+    page.mouse.move(2, 2)
+    assert page.locator("#tip").is_hidden()
+
+
+def test_the_keyboard_reaches_patches_and_words(page):
+    sample = page.statistics.samples[0]
+    page.focus("#find")
+    for _ in range(10):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.tagName") == "CANVAS":
+            break
+    for key in ("ArrowRight", "ArrowDown", "ArrowDown"):
+        page.keyboard.press(key)
+    title, lines = shown_tip(page)
+    assert title == "Row 3, column 2"
+    assert lines == tip_lines(sample.patches[0], (2, 1))
+    spoken = page.locator("#live").inner_text()
+    assert spoken.startswith(f"Row 3, column 2: expert {sample.patches[0].expert[2, 1, 0]}, weight ")
+    page.keyboard.press("Escape")
+    assert page.locator("#tip").is_hidden()
+    page.keyboard.press("Tab")
+    page.keyboard.press("ArrowRight")
+    title, lines = shown_tip(page)
+    assert title == sample.words[1]
+    assert lines == tip_lines(sample.text[0], 1)
+
+
+def test_words_have_the_number_of_their_expert(page):
+    chips = page.locator("#cards .card").first.locator(".chips button")
+    sample = page.statistics.samples[0]
+    for place, word in enumerate(sample.words):
+        kept = np.flatnonzero(sample.text[0].kept[place])
+        expert = str(sample.text[0].expert[place, kept[0]]) if len(kept) else "–"
+        assert chips.nth(place).inner_text().split("\n")[0].startswith(f"{word}{expert}")
+
+
+def test_tables_are_sorted_by_their_headers(page):
+    header = page.locator("#word-table thead th").nth(1)
+    counts = {word: int(own.sum()) for word, own in page.statistics.layers[0].expert_word.items()}
+    assert header.get_attribute("aria-sort") == "descending"
+    assert [int(row[1]) for row in table(page, "word-table")] == sorted(counts.values(), reverse=True)
+    header.locator("button").focus()
+    page.keyboard.press("Enter")
+    assert header.get_attribute("aria-sort") == "ascending"
+    assert [int(row[1]) for row in table(page, "word-table")] == sorted(counts.values())
+    page.click("#word-table thead th:first-child button")
+    assert header.get_attribute("aria-sort") == "none"
+    names = [row[0] for row in table(page, "word-table")]
+    assert sorted(names) == sorted(counts)
+    assert [n for n in names if n.isalpha()] == sorted(n for n in counts if n.isalpha())
+
+
+def test_pictures_are_found_ordered_and_turned_over(page):
+    assert page.locator("#cards .card").count() == 24
+    page.click("#next")
+    assert page.locator("#cards .card").count() == 6
+    assert page.locator("#page").inner_text() == "25–30 of 30"
+    page.fill("#find", "0007")
+    assert page.locator("#cards .card p").first.inner_text() == "pictures/0007.png"
+    assert page.locator("#cards .card").count() == 1
+    page.fill("#find", "")
+    choose(page, expert=1)
+    page.select_option("#order", "expert")
+    routings = [sample.patches[0] for sample in page.statistics.samples]
+    most = max(((r.expert == 1) & r.kept).any(-1).sum() for r in routings)
+    first = int(re.search(r"(\d+)\.png", page.locator("#cards .card p").first.inner_text()).group(1))
+    assert ((routings[first].expert == 1) & routings[first].kept).any(-1).sum() == most
+
+
+def test_text_of_the_data_is_never_html(browser_page, example_statistics, tmp_path):
+    statistics = example_statistics(num_pictures=3, num_classes=3)
+    statistics.checkpoint = statistics.data = NASTY
+    statistics.class_names = [f"{NASTY} {c}" for c in range(3)]
+    statistics.versions = {NASTY: NASTY}
+    for sample in statistics.samples:
+        sample.path, sample.caption, sample.words[1] = f"{NASTY}\udcff.png", NASTY, NASTY
+        sample.top_classes = [(NASTY, 0.5)]
+    for layer in statistics.layers:
+        layer.expert_word[NASTY] = np.arange(8)
+    page = open_report(browser_page, statistics, tmp_path)
+    assert page.locator("#cards .card h3").first.inner_text() == f"{NASTY} 0"
+    assert page.locator("#cards .chips button").nth(1).inner_text().startswith(NASTY)
+    assert NASTY in [row[0] for row in table(page, "word-table")]
+    assert {row[0] for row in table(page, "class-table")} == set(statistics.class_names)
+    page.locator("#class-chart").scroll_into_view_if_needed()
+    page.wait_for_selector("#class-chart svg .mark-rect path")
+    page.locator("#class-chart .mark-rect path").first.hover()
+    page.wait_for_selector("#vg-tooltip-element.visible")
+    assert NASTY in page.locator("#vg-tooltip-element").inner_text()
+    assert page.evaluate("window.broken") is None
+    assert page.problems == []
+
+
+def test_a_classifier_of_64_experts_without_text(browser_page, example_statistics, tmp_path):
+    statistics = example_statistics(num_experts=64, num_selected_experts=2, grid=7, side=112, text=False)
+    page = open_report(browser_page, statistics, tmp_path)
+    assert len(table(page, "expert-table")) == 64
+    assert page.locator("#expert option").count() == 65
+    assert page.locator("#word-table").is_hidden()
+    assert page.locator("#words-note").inner_text() == "No words were read."
+    assert page.locator("#cards .chips").count() == 0
+    choose(page, expert=40)
+    canvas = page.locator("#cards canvas").first
+    canvas.scroll_into_view_if_needed()
+    canvas.focus()
+    page.keyboard.press("ArrowDown")
+    title, lines = shown_tip(page)
+    assert title == "Row 2, column 1"
+    assert lines == tip_lines(statistics.samples[0].patches[0], (1, 0))
+    assert page.problems == []
+
+
+def test_layers_of_one_modality_and_data_without_classes(browser_page, example_statistics, tmp_path):
+    statistics = example_statistics()
+    first, second = statistics.layers
+    for modality, layer, place in (("image", first, 0), ("text", second, 1)):
+        for name in ("tokens", "asked", "kept", "importance", "entropy", "share_dropped"):
+            del getattr(layer, name)[modality]
+        for sample in statistics.samples:
+            (sample.patches if modality == "image" else sample.text)[place] = None
+    first.name, second.name = "text.blocks.1.mlp", "visual.blocks.1.mlp"
+    first.typical_patches, second.expert_word = [[] for _ in range(8)], {}
+    first.expert_class = second.expert_class = None
+    statistics = dataclasses.replace(statistics, class_names=None)
+    page = open_report(browser_page, statistics, tmp_path)
+    assert page.locator("#layer option").all_inner_texts() == [first.name, second.name]
+    assert page.locator("#cards canvas").count() == 0
+    assert "sees no pictures" in page.locator("#collage").inner_text()
+    choose(page, layer=1, expert=3)
+    assert page.locator("#cards canvas").count() == len(statistics.samples)
+    assert page.locator("#words-note").inner_text() == "This layer sees no words."
+    assert page.locator("#classes-note").inner_text() == "The data has no classes."
+    assert page.problems == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_is_readable_on_what_is_behind_it(page, scheme):
+    page.emulate_media(color_scheme=scheme)
+    choose(page, expert=1)
+    for box in ("#layer-charts", "#agreement", "#expert-charts", "#class-chart", "#cards"):
+        page.locator(box).scroll_into_view_if_needed()
+        page.wait_for_timeout(150)
+    found = page.evaluate(CONTRAST)
+    assert len(found) > 300
+    assert [entry for entry in found if entry[0] < 4.5] == []
+
+
+def test_a_narrow_window_needs_no_scrolling_sideways(page):
+    page.set_viewport_size({"width": 400, "height": 800})
+    page.locator("#cards").scroll_into_view_if_needed()
+    page.wait_for_timeout(300)
+    assert page.evaluate("document.documentElement.scrollWidth") == 400
