@@ -4,10 +4,16 @@
 
 Takes the settings of eval.py for the tasks zero_shot and retrieval; needs `pip install 'vmoe[benchmark]'`. Exit code 1
 says that a figure differs by more than 1e-6.
+
+    python -m benchmarks.clip_benchmark cli eval --model_type vmoe --model vmoe --pretrained RUN --dataset cifar10 \\
+        --no_amp --output result.json
+
+is CLIP_benchmark's own command (without `cli`), which then also knows this package's checkpoints.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch
@@ -37,6 +43,9 @@ THEIR_NAMES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the comparison; returns 0 if all figures agree, else 1."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["cli"]:
+        return their_command(argv[1:])
     config = parse_config(EvaluationConfig, argv, "benchmarks.clip_benchmark", __doc__, folder="eval")
     console = Console()
     try:
@@ -82,16 +91,7 @@ def their_zero_shot(
 
     samples = _Samples(len(dataset), lambda index: _picture_and_label(subject, dataset, index))
     samples.classes = list(names)
-    own_accuracy = zeroshot_classification.accuracy
-
-    def accuracy(output: Tensor, target: Tensor, topk: tuple[int, ...]) -> list[float]:
-        try:
-            return own_accuracy(output, target, topk)
-        except TypeError:  # version 1.6.2 makes a float of an array of shape (1,), which NumPy refuses since 2.4
-            top = output.topk(max(topk)).indices
-            return [(top[:, :k] == target[:, None]).any(dim=1).double().mean().item() for k in topk]
-
-    with patch.object(zeroshot_classification, "accuracy", accuracy):
+    with _accuracy_for_new_numpy():
         return zeroshot_classification.evaluate(
             subject.model,
             DataLoader(samples, batch_size=batch_size),
@@ -126,6 +126,40 @@ def their_retrieval(subject: Subject, dataset: ImageDataset, batch_size: int) ->
         amp=subject.precision != "float32",
         recall_k_list=[k for k in CUTOFFS if k <= len(images)],
     )
+
+
+def their_command(argv: Sequence[str]) -> int:
+    """Runs `clip_benchmark` with these arguments; `--model_type vmoe --pretrained RUN` stands for a checkpoint."""
+    from clip_benchmark import cli, models
+
+    def load(model_name: str, pretrained: str, cache_dir: str | None, device: str) -> tuple:
+        subject = load_subject(pretrained, device)
+        return subject.model, subject.transform, subject.tokenizer
+
+    models.TYPE2FUNC["vmoe"] = load
+    if "vmoe" not in models.MODEL_TYPES:
+        models.MODEL_TYPES.append("vmoe")  # the choices of their --model_type
+    with _accuracy_for_new_numpy(), patch.object(sys, "argv", ["clip_benchmark", *argv]):
+        cli.main()
+    return 0
+
+
+@contextmanager
+def _accuracy_for_new_numpy() -> Iterator[None]:
+    """Their `accuracy` (1.6.2) makes a float of an array of shape (1,), which NumPy refuses since 2.4."""
+    from clip_benchmark.metrics import zeroshot_classification
+
+    own = zeroshot_classification.accuracy
+
+    def accuracy(output: Tensor, target: Tensor, topk: tuple[int, ...] = (1,)) -> list[float]:
+        try:
+            return own(output, target, topk)
+        except TypeError:
+            top = output.topk(max(topk)).indices
+            return [(top[:, :k] == target[:, None]).any(dim=1).double().mean().item() for k in topk]
+
+    with patch.object(zeroshot_classification, "accuracy", accuracy):
+        yield
 
 
 class _Samples(Dataset):

@@ -1,6 +1,8 @@
 """Our figures against the metrics code of LAION's CLIP_benchmark (pip install clip-benchmark), on the same data."""
 
 import importlib.util
+import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -89,3 +91,30 @@ def test_retrieval_with_several_captions_equals_clip_benchmark(benchmark, checkp
     assert len(figures) == 6
     assert 0 < figures["text_to_image_recall@10"] < 1
     assert 0 < figures["image_to_text_recall@10"] < 1
+
+
+def test_clip_benchmarks_own_command_knows_our_checkpoints(benchmark, checkpoint, pictures, tmp_path):
+    pytest.importorskip("requests", reason="CLIP_benchmark's command needs requests (pip install 'vmoe[benchmark]')")
+    data = SourceConfig(type="image_folder", path=str(pictures / "classes"))
+    config = EvaluationConfig(checkpoint=checkpoint, task="zero_shot", data=data, device="cpu")
+    ours = {name: figure for name, figure, _ in benchmark.compare(config, Console(quiet=True))}
+    folders = sorted((pictures / "classes").iterdir())
+    (tmp_path / "test").mkdir()
+    with tarfile.open(tmp_path / "test" / "0.tar", "w") as tar:
+        for label, folder in enumerate(folders):
+            for file in sorted(folder.iterdir()):
+                (tmp_path / "label").write_text(str(label))
+                tar.add(file, f"{file.stem}.png")
+                tar.add(tmp_path / "label", f"{file.stem}.cls")
+    (tmp_path / "test" / "nshards.txt").write_text("1")
+    (tmp_path / "classnames.txt").write_text("\n".join(folder.name for folder in folders))
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("{c}")
+    result = tmp_path / "result.json"
+    arguments = ["--dataset", "wds/ours", "--dataset_root", str(tmp_path), "--task", "zeroshot_classification"]
+    options = ["--no_amp", "--num_workers", "0", "--batch_size", "7", "--quiet", "--output", str(result)]
+    model = ["--model_type", "vmoe", "--model", "vmoe", "--pretrained", checkpoint]
+    assert benchmark.their_command(["eval", *arguments, *options, *model]) == 0
+    theirs = json.loads(result.read_text())["metrics"]
+    assert theirs["acc1"] == pytest.approx(ours["top1"], abs=TOLERANCE)
+    assert theirs["acc5"] == pytest.approx(ours["top5"], abs=TOLERANCE)
+    assert theirs["mean_per_class_recall"] == pytest.approx(ours["mean_per_class"], abs=TOLERANCE)
