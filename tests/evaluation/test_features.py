@@ -247,7 +247,7 @@ def test_skipped_pictures_are_remembered(classifier, tmp_path):
 def test_a_cache_that_cannot_be_written_to(classifier, tmp_path):
     (tmp_path / "taken").write_text("a file")
     dataset = Pictures()
-    with pytest.raises(ValueError, match=r"features.cache .*taken cannot be written to: give another folder, or null"):
+    with pytest.raises(ConfigError, match=r"features.cache .*taken cannot be written to: give another folder, or null"):
         extract_features(classifier, dataset, LOADER, cache=tmp_path / "taken")
 
 
@@ -327,7 +327,7 @@ def test_figures_of_several_sets(classifier, sources, tmp_path):
 
 
 def test_more_neighbours_than_pictures(classifier, sources, tmp_path):
-    with pytest.raises(ValueError, match=r"k must be in 1\.\.24, the number of training pictures, got 25"):
+    with pytest.raises(ConfigError, match=r"features.k must be at most 24, the training pictures, got 25"):
         evaluate("knn", classifier, sources, tmp_path, k=[5, 25])
 
 

@@ -73,8 +73,8 @@ def extract_features(
         description: in front of the bar.
 
     Raises:
-        ValueError: the data set has no classes or gave no picture, the features are no vectors or not finite, or the
-            cache folder cannot be written to.
+        ValueError: the data set has no classes or gave no picture, or the features are no vectors or not finite.
+        ConfigError: the cache folder cannot be written to.
         BadSample: an unreadable picture, unless `loader_config.on_bad` is "skip".
     """
     if dataset.classes is None:
@@ -228,14 +228,14 @@ def _mixes_pictures(layer: SparseMoE) -> bool:
 
 
 def _check_writable(folder: Path) -> None:
-    """Raises ValueError if the cache cannot be written to; better said before the features are computed."""
+    """Raises ConfigError if the cache cannot be written to; better said before the features are computed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         usable = os.access(folder, os.W_OK)
     except OSError:
         usable = False
     if not usable:
-        raise ValueError(f"features.cache {folder} cannot be written to: give another folder, or null for no cache")
+        raise ConfigError(f"features.cache {folder} cannot be written to: give another folder, or null for no cache")
 
 
 def _read(file: Path, key: str) -> Features | None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
+from vmoe.config_io import ConfigError
 from vmoe.data import ImageDataset
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.features import Features, fit_and_test_features
@@ -80,13 +81,16 @@ def knn(config: EvaluationConfig, subject: Subject, dataset: ImageDataset, conso
         "num_samples", "num_skipped". details: "num_train_samples", "skipped".
 
     Raises:
-        ConfigError, ValueError: see `fit_and_test_features` and `neighbour_votes`.
+        ConfigError: k is more than there are training pictures; see also `fit_and_test_features`.
+        ValueError: see there.
     """
     settings = config.features
     train, test = fit_and_test_features(config, subject, config.train_data, dataset, console)
     fitted = [tensor.to(subject.device) for tensor in (train.features_ND, train.labels_N)]
     classes_C, results = torch.arange(len(dataset.classes)), {}
     largest = max(settings.k)
+    if largest > len(train.labels_N):
+        raise ConfigError(f"features.k must be at most {len(train.labels_N)}, the training pictures, got {largest}")
     nearest = [
         nearest_neighbours(block_BD.to(subject.device), fitted[0], largest)
         for block_BD in test.features_ND.split(QUERY_BLOCK)
@@ -294,7 +298,7 @@ def nearest_neighbours(queries_BD: Tensor, rows_ND: Tensor, k: int) -> tuple[Ten
     """
     N = len(rows_ND)
     if not 1 <= k <= N:
-        raise ValueError(f"k must be in 1..{N}, the number of training pictures, got {k}: change features.k")
+        raise ValueError(f"k must be in 1..{N}, the number of training pictures, got {k}")
     queries_BD = F.normalize(queries_BD, dim=1)
     # A key is cosine and row in one whole number: all are different, so the order is the same everywhere.
     key_BK = torch.empty(len(queries_BD), 0, dtype=torch.long, device=rows_ND.device)
