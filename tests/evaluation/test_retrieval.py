@@ -9,7 +9,6 @@ from vmoe.data import BadSample, LoaderConfig, SourceConfig, build_dataset, buil
 from vmoe.evaluation import evaluate_retrieval
 from vmoe.evaluation.retrieval import retrieval_loader, retrieval_recall
 
-
 PREPROCESS = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
 
 

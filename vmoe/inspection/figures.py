@@ -104,7 +104,7 @@ def load_figure(statistics: RoutingStatistics) -> Figure:
         heading(
             figure,
             "Load: share of a layer's assignments that each expert gets",
-            f"Dashed: an even share. Hatched grey: found no room. Entropy of the gate in nats.\n{_capacity(statistics)}",
+            "Dashed: even share. Hatched grey: no room found. Entropy of the gate in nats.\n" + _capacity(statistics),
         )
     return figure
 
