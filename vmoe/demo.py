@@ -173,8 +173,8 @@ def build_app(subject: Subject, templates: Sequence[str | Callable[[str], str]] 
         if picture is None:
             raise ValueError("Choose a picture first: drop one, paste one, or click one of the examples.")
         found = logic.explain(subject, picture, logic.parse_labels(labels) if has_text else None, templates)
-        likeliest = max(found.probabilities, key=found.probabilities.get)
-        names = gr.Dropdown(choices=list(found.probabilities), value=likeliest)
+        likeliest, _ = max(found.probabilities, key=lambda pair: pair[1])
+        names = gr.Dropdown(choices=[name for name, _ in found.probabilities], value=likeliest)
         bars = fragments.probability_bars(found.probabilities)
         return found, bars, gr.Column(visible=bool(layers)), names, *view(found, layer, row, column, likeliest)
 

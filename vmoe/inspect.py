@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +17,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from vmoe.config_io import ConfigError, parse_config
-from vmoe.data import BadSample, build_dataset
+from vmoe.data import BadSample, ImageDataset, build_dataset
 from vmoe.data.config import LoaderConfig, SourceConfig
 from vmoe.data.images import IMAGE_SUFFIXES
-from vmoe.evaluation.subject import load_subject
+from vmoe.evaluation.subject import Subject, load_subject
+from vmoe.evaluation.zero_shot import resolve_templates
 from vmoe.inspection.figures import write_figures
 from vmoe.inspection.files import write_statistics
 from vmoe.inspection.forward import sparse_layers
 from vmoe.inspection.report import write_report
+from vmoe.inspection.report_charts import chart_library
 from vmoe.inspection.statistics import RoutingStatistics, gather_statistics
 
 
@@ -35,14 +38,15 @@ class InspectConfig:
         checkpoint: What to look into: folder of a run (its last checkpoint) or of a checkpoint, or a .safetensors file.
         output_dir: Folder for statistics.json, statistics.npz, figures/ and report.html; null: "inspection" beside the
             checkpoint.
-        data: The data to run the model on; without a type, what the run of the checkpoint validated on. A single word
-            is the type, or the path of a folder of pictures or a file of pairs: --data emoji_groups, --data photos/.
+        data: The data to run the model on; without a type, what the run of the checkpoint validated on, with the fields
+            that are given in the place of its own (--data.split train). A single word is the type, or the path of a
+            folder of pictures or a file of pairs: --data emoji_groups, --data photos/.
         loader: Batches and worker processes. The result does not depend on them where nothing is dropped. on_bad "skip"
-            leaves unreadable pictures out and counts them.
+            leaves unreadable pictures out and counts them. max_bad_share and pin_memory are for training alone.
         num_pictures: Pictures whose routing the report shows one by one, spread evenly over the data.
         num_patches: Typical patches to keep for each expert.
         templates: Prompts of the class names, for an image-text model: texts with {} in the place of the name, a file
-            with one per line, "openai_imagenet" or "simple_imagenet".
+            with one per line, "openai_imagenet" or "simple_imagenet"; null: the bare name.
         eval_capacity_factor: Room in the experts, to see what is dropped with limited room as in training; null: as the
             model is set, which by default means that nothing is dropped.
         batch_priority: Whether important tokens go first where room is limited; null: as the model is set.
@@ -56,7 +60,7 @@ class InspectConfig:
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     num_pictures: int = 200
     num_patches: int = 16
-    templates: list[str] | str = field(default_factory=lambda: ["{}"])
+    templates: list[str] | str | None = None
     eval_capacity_factor: float | None = None
     batch_priority: bool | None = None
     precision: Literal["float32", "bf16", "fp16"] = "float32"
@@ -65,6 +69,9 @@ class InspectConfig:
     def __post_init__(self) -> None:
         if self.loader.on_bad == "replace":
             raise ConfigError("loader.on_bad must be 'fail' or 'skip' in an inspection, got 'replace'")
+        for name in ("max_bad_share", "pin_memory"):
+            if getattr(self.loader, name) != getattr(LoaderConfig(), name):
+                raise ConfigError(f"loader.{name} has no effect in an inspection, only in training: leave it out")
         for name in ("num_pictures", "num_patches"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be >= 0, got {getattr(self, name)}")
@@ -79,12 +86,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         argv = expand_data(list(sys.argv[1:] if argv is None else argv))
-        config = parse_config(
-            InspectConfig,
-            argv,
-            prog="vmoe-inspect",
-            description="Look into a sparse model: which patches and words go to which expert.",
-        )
+        config = read_settings(argv)
+        if config.data.type is None and Path(config.checkpoint).exists():  # the run's own is the base of what was given
+            with tempfile.TemporaryDirectory() as folder:
+                base = Path(folder) / "data.yaml"
+                source = dataclasses.asdict(validation_data(config.checkpoint))
+                base.write_text(yaml.safe_dump({"data": source}), encoding="utf-8")
+                config = read_settings(["--config", str(base), *argv])
         run(config)
     except KeyboardInterrupt:
         print("\nvmoe-inspect: interrupted", file=sys.stderr)
@@ -99,6 +107,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def read_settings(argv: Sequence[str]) -> InspectConfig:
+    """The settings of a command line; ends the process with one sentence where they are wrong."""
+    return parse_config(
+        InspectConfig,
+        argv,
+        prog="vmoe-inspect",
+        description="Look into a sparse model: which patches and words go to which expert.",
+    )
+
+
 def run(config: InspectConfig, console: Console | None = None) -> RoutingStatistics:
     """Gathers the statistics, writes files, figures and report, and prints a table and their paths.
 
@@ -107,17 +125,28 @@ def run(config: InspectConfig, console: Console | None = None) -> RoutingStatist
         console: where to print; None: standard output.
 
     Raises:
-        ConfigError: a dense model, or no data.
+        ConfigError: a dense model, no data, templates without class names to fill in, or an output_dir that cannot be
+            written to; all before the data are read.
+        ModuleNotFoundError: the extra "report" is not installed; also at once.
         BadSample: an unreadable picture or empty caption, unless `loader.on_bad` is "skip".
         ValueError: unreadable checkpoint or data.
     """
     console = console or Console()
+    # What can go wrong is told before the data are read, which may take hours.
+    chart_library()
     subject = load_subject(config.checkpoint, config.device, config.precision)
-    sparse_layers(subject)  # a dense model is told before any data is read
-    source = config.data if config.data.type is not None else validation_data(config.checkpoint)
+    sparse_layers(subject)
+    source = config.data
+    if source.type is None:
+        if source != SourceConfig():
+            raise ConfigError("data has settings, but no type: set data.type")
+        source = validation_data(config.checkpoint)
+    dataset = build_dataset(source)
+    check_templates(config, subject, dataset)
+    folder = make_output_folder(config)
     statistics = gather_statistics(
         subject,
-        build_dataset(source),
+        dataset,
         batch_size=config.loader.batch_size,
         num_workers=config.loader.num_workers,
         on_bad=config.loader.on_bad or "fail",
@@ -130,7 +159,6 @@ def run(config: InspectConfig, console: Console | None = None) -> RoutingStatist
         console=console,
     )
     console.print(summary_table(statistics))  # first: the figures are there even if a file cannot be written
-    folder = output_folder(config)
     settings = dataclasses.asdict(dataclasses.replace(config, data=source))
     files = write_statistics(statistics, folder, settings)
     with console.status("drawing"):
@@ -165,6 +193,10 @@ def expand_data(argv: list[str]) -> list[str]:
             captions = (text.with_suffix(end) for text in path.rglob("*.txt") for end in IMAGE_SUFFIXES)
             kind = "pairs" if any(picture.is_file() for picture in captions) else "image_folder"
             expanded += ["--data.type", kind, "--data.path", word]
+        elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+            raise ConfigError(
+                f"--data {word} is a picture: give the folder of pictures that it lies in, or a file of pairs"
+            )
         elif path.is_file():
             expanded += ["--data.type", "pairs", "--data.path", word]
         else:
@@ -207,6 +239,40 @@ def describe(source: SourceConfig) -> str:
     return " · ".join(part for part in parts if part)
 
 
+def check_templates(config: InspectConfig, subject: Subject, dataset: ImageDataset) -> None:
+    """Refuses templates that cannot be read, or that nothing would be done with.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if config.templates is None:
+        return
+    if subject.tokenizer is None:
+        raise ConfigError(f"templates are for image-text models, and {config.checkpoint} holds a classifier")
+    if dataset.classes is None:
+        raise ConfigError("templates are prompts of class names, and the data have none: leave them out")
+    try:
+        resolve_templates(config.templates)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def make_output_folder(config: InspectConfig) -> Path:
+    """Makes the folder that the files go to.
+
+    Raises:
+        ConfigError: it cannot be made or written to.
+    """
+    folder = output_folder(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"output_dir {folder} cannot be written to ({error.strerror}): choose another") from error
+    return folder
+
+
 def output_folder(config: InspectConfig) -> Path:
     """`output_dir`, or the folder "inspection" beside the checkpoint (inside, if that is a folder)."""
     if config.output_dir is not None:
@@ -216,19 +282,19 @@ def output_folder(config: InspectConfig) -> Path:
 
 
 def summary_table(statistics: RoutingStatistics) -> Table:
-    """A line per layer and modality: tokens, largest over mean load (before drops), idle experts, drops, entropy."""
+    """A line per layer and modality: tokens, largest over mean load, experts that got none, drops, entropy."""
     table = Table(title=escape(f"routing of {statistics.checkpoint} on {statistics.data}"))
     for place, column in enumerate(("layer", "modality", "tokens", "max/mean load", "idle", "dropped", "entropy")):
         table.add_column(column, justify="left" if place < 2 else "right")
     for layer in statistics.layers:
         for modality, tokens in layer.tokens.items():
-            asked_E = layer.asked[modality]
+            kept_E = layer.kept[modality]
             table.add_row(
                 escape(layer.name),
                 modality,
                 f"{tokens:,}",
-                f"{asked_E.max() / max(asked_E.mean(), 1e-12):.2f}",
-                f"{(asked_E == 0).sum()} of {layer.num_experts}",
+                f"{kept_E.max() / max(kept_E.mean(), 1e-12):.2f}",
+                f"{(kept_E == 0).sum()} of {layer.num_experts}",
                 f"{layer.share_dropped[modality]:.1%}",
                 f"{layer.entropy[modality]:.3f}",
             )

@@ -60,8 +60,8 @@ def test_labels_are_separated_by_lines_and_commas():
 def test_image_text_model_as_zero_shot_classify_and_the_record_have_it(limoe):
     found = logic.explain(limoe, picture(), ["cat", "dog"], ["a {}", "the {}"])
     expected = vmoe.zero_shot_classify(limoe.model, limoe.tokenizer, picture(), ["cat", "dog"], ["a {}", "the {}"])
-    assert list(found.probabilities) == ["cat", "dog"]
-    assert list(found.probabilities.values()) == pytest.approx(expected[0].tolist(), abs=1e-6)
+    assert [name for name, _ in found.probabilities] == ["cat", "dog"]
+    assert [value for _, value in found.probabilities] == pytest.approx(expected[0].tolist(), abs=1e-6)
     layers = logic.list_layers(limoe)
     assert [(layer.name, layer.title, layer.num_experts) for layer in layers] == [
         ("blocks.1.mlp", "block 1", 4),
@@ -90,7 +90,7 @@ def test_classifier_with_its_own_names(tight_vmoe):
     found = logic.explain(tight_vmoe, picture())
     with torch.no_grad():
         expected = tight_vmoe.model(tight_vmoe.transform(picture())[None]).softmax(1)[0]
-    assert found.probabilities == pytest.approx(dict(zip("abc", expected.tolist(), strict=True)), abs=1e-6)
+    assert dict(found.probabilities) == pytest.approx(dict(zip("abc", expected.tolist(), strict=True)), abs=1e-6)
     load = logic.expert_loads(logic.list_layers(tight_vmoe)[0], found.sample.patches[0])
     assert sum(own.tokens + own.dropped for own in load) == 2 * 36
     assert sum(own.dropped for own in load) > 0
@@ -99,7 +99,7 @@ def test_classifier_with_its_own_names(tight_vmoe):
 def test_a_classifier_without_names_and_without_experts(tmp_path):
     dense = subject(tmp_path, "vmoe_tiny_patch8_48", embed_dim=32, num_classes=2, num_experts=0)
     found = logic.explain(dense, picture())
-    assert list(found.probabilities) == ["class 0", "class 1"]
+    assert [name for name, _ in found.probabilities] == ["class 0", "class 1"]
     assert found.sample is None
     assert logic.list_layers(dense) == []
 
@@ -135,7 +135,7 @@ def test_a_pixel_of_the_map_belongs_to_the_patch_drawn_there():
     drawn = np.asarray(logic.draw_map(image, GRID, 4))
     width, height = logic.map_size(image)
     assert drawn.shape == (height, width, 3) == (427, 640, 3)
-    first = logic.first_kept(GRID)
+    first = GRID.best_kept
     assert first.tolist() == [[0, 2, 2], [-1, 1, 0]]
     for row in range(2):
         for column in range(3):
@@ -186,13 +186,13 @@ def test_words_are_coloured_by_the_first_expert_with_room():
 
 
 def test_fragments_escape_names_and_say_what_is_left_out():
-    bars = fragments.probability_bars({f"<b>{i}</b>": 1 / 30 for i in range(30)})
+    bars = fragments.probability_bars([(f"<b>{i}</b>", 1 / 30) for i in range(30)])
     assert "<b>" not in bars
     assert "&lt;b&gt;0&lt;/b&gt;" in bars
     assert bars.count("3.33%</td>") == 20
     assert "10 less likely ones are not shown" in bars
     assert bars.index("b&gt;0") < bars.index("b&gt;1")
-    ranked = fragments.probability_bars({"cat": 0.25, "dog": 0.75})
+    ranked = fragments.probability_bars([("cat", 0.25), ("dog", 0.75)])
     assert ranked.index("dog") < ranked.index("cat")
 
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import vmoe
-from vmoe.inspection.figure import _shorten, example_figure, patch_grid, patch_routing, predict
+from vmoe.inspection.figure import example_figure, patch_grid, patch_routing, predict, shorten
 
 TINY = {"depth": 2, "num_heads": 2}
 NAMES = [f"class {i}" for i in range(6)]
@@ -76,5 +76,5 @@ def test_mistakes_are_named(tmp_path):
 
 
 def test_long_names_keep_both_ends():
-    assert _shorten("short", 10) == "short"
-    assert _shorten("a very long name indeed", 11) == "a ver…ndeed"
+    assert shorten("short", 10) == "short"
+    assert shorten("a very long name indeed", 11) == "a ver…ndeed"

@@ -11,7 +11,6 @@ from vmoe.inspection import look
 from vmoe.inspection.figure import PALETTE
 from vmoe.inspection.figures import (
     agreement_figure,
-    best_expert,
     class_figure,
     load_figure,
     patch_figure,
@@ -148,7 +147,7 @@ def test_patches_are_drawn_in_their_order_beside_their_expert(example_statistics
 def test_maps_show_the_best_expert_with_room(example_statistics):
     expert = np.array([[[3, 1], [2, 0]], [[1, 2], [0, 3]]])
     kept = np.array([[[True, True], [False, True]], [[False, False], [True, False]]])
-    assert best_expert(TokenRouting(expert, expert * 0.1, kept)).tolist() == [[3, 0], [-1, 0]]
+    assert TokenRouting(expert, expert * 0.1, kept).best_kept.tolist() == [[3, 0], [-1, 0]]
     statistics = example_statistics(num_pictures=20)
     figure = routing_figure(statistics)
     assert len(figure.axes) == 8 * (1 + 2)  # eight pictures, each with a map for both layers

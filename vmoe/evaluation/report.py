@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from vmoe.data import EvalLoader
 from vmoe.evaluation.distributed import world
+from vmoe.whole import whole_file
 
 LIBRARIES = ("vmoe", "torchvision", "timm", "open_clip_torch", "numpy", "pillow")
 # Kinds of data that lie in no folder of the user's, or that share one: their split tells results apart.
@@ -107,9 +107,8 @@ def write_json(report: dict[str, Any], file: Path) -> None:
     """
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.partial")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+    with whole_file(file) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def print_table(title: str, results: dict[str, float | int], spread: dict[str, float], console: Console) -> None:

@@ -170,6 +170,8 @@ class LayerSums:
             index_B: places of the pictures in the data set.
             pixels: (place in the batch, row, column) -> (h, w, 3) uint8.
         """
+        if not self.num_patches:
+            return
         value_BPE = np.where(done_BPE > 0, gate_BPE, 0)
         best_BE = value_BPE.argmax(1)
         value_BE = np.take_along_axis(value_BPE, best_BE[:, None], 1)[:, 0]
@@ -206,7 +208,8 @@ class Agreement:
     """How far two layers sort the tokens of a modality into the same groups.
 
     Counts, for each pair of layers, the tokens by their two first choices (the expert with the largest gate, whether or
-    not it had room).
+    not it had room). Layers that do not see the same tokens as the first one (a tower that merges or leaves out some)
+    cannot be compared with it.
 
     Args:
         num_experts: {layer name: E}, in the order of the model.
@@ -215,13 +218,17 @@ class Agreement:
     def __init__(self, num_experts: dict[str, int]) -> None:
         self.num_experts = num_experts
         self.tables: dict[str, dict[tuple[str, str], np.ndarray]] = {}
+        self.left_out: dict[str, list[str]] = {}  # {modality: layers that see other tokens than the first}
 
     def add(self, modality: str, layers: dict[str, ModalityTokens]) -> None:
-        """Adds the tokens of one pass through the model; layers that see other tokens than the first are left out."""
+        """Adds the tokens of one pass; layers that see other tokens than the first one go to `left_out`."""
         tables = self.tables.setdefault(modality, {})
         names = [name for name in self.num_experts if name in layers]
         real_BT = layers[names[0]].real_BT
-        names = [name for name in names if layers[name].real_BT.shape == real_BT.shape]
+        others = [name for name in names if layers[name].real_BT.shape != real_BT.shape]
+        if others:
+            self.left_out[modality] = list(dict.fromkeys([*self.left_out.get(modality, []), *others]))
+        names = [name for name in names if name not in others]
         first = {name: layers[name].expert_BTK[..., 0][real_BT] for name in names}
         for i, one in enumerate(names):
             for other in names[i:]:
@@ -231,7 +238,7 @@ class Agreement:
                 tables[one, other] = tables.get((one, other), 0) + counts
 
     def matrices(self) -> dict[str, np.ndarray]:
-        """{modality: (L, L) normalised mutual information; NaN where a layer does not see the modality}."""
+        """{modality: (L, L) normalised mutual information, NaN where a layer lacks the modality or was left out}."""
         place = {name: i for i, name in enumerate(self.num_experts)}
         result = {}
         for modality, tables in self.tables.items():

@@ -20,7 +20,7 @@ from vmoe.data.images import check_size
 from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.subject import Subject
 from vmoe.evaluation.zero_shot import Template, check_class_names, resolve_templates, zero_shot_classify
-from vmoe.inspection.figure import DROPPED, PALETTE, _draw_routing, _layer_title
+from vmoe.inspection.figure import DROPPED, PALETTE, draw_routing, layer_title
 from vmoe.inspection.forward import checkpoint_classes, routed, sparse_layers
 from vmoe.inspection.statistics import SampleRouting, TokenRouting, sample_routing
 from vmoe.inspection.words import word_decoder
@@ -51,11 +51,11 @@ class Explanation:
     """What a model makes of one picture.
 
     Attributes:
-        probabilities: {name: probability} in the order of the labels or classes; they sum to 1.
+        probabilities: (name, probability) of each label or class, in their order; two classes may have one name.
         sample: the picture with the routing of its patches; None for a dense model.
     """
 
-    probabilities: dict[str, float]
+    probabilities: list[tuple[str, float]]
     sample: SampleRouting | None
 
 
@@ -79,7 +79,7 @@ def list_layers(subject: Subject) -> list[Layer]:
     if not any(isinstance(module, SparseMoE) for module in subject.model.modules()):
         return []
     found = sparse_layers(subject)
-    titles = [_layer_title(name) for name in found]
+    titles = [layer_title(name) for name in found]
     if len(set(titles)) < len(titles):  # blocks of two towers
         titles = list(found)
     return [
@@ -103,7 +103,8 @@ def explain(
         templates: of an image-text model, see `resolve_templates`.
 
     Raises:
-        ValueError: bad labels or templates, or a picture too large or too narrow for the model.
+        ValueError: bad labels or templates, a picture too large or too narrow for the model, or a file whose class
+            names are not as many as the classes.
     """
     check_size(picture.size)
     if subject.tokenizer is not None:
@@ -115,7 +116,11 @@ def explain(
         with evaluating(subject.model, subject.device, subject.precision):
             probabilities_C = subject.model(image_3HW[None])[0].float().softmax(dim=0).cpu()
         names = checkpoint_classes(subject) or [f"class {c}" for c in range(len(probabilities_C))]
-    probabilities = dict(zip(names, probabilities_C.tolist(), strict=True))
+        if len(names) != len(probabilities_C):
+            raise ValueError(
+                f"{subject.weights} names {len(names)} classes, but the model tells {len(probabilities_C)} apart"
+            )
+    probabilities = list(zip(names, probabilities_C.tolist(), strict=True))
     return Explanation(probabilities, sample_routing(subject, picture) if list_layers(subject) else None)
 
 
@@ -139,13 +144,6 @@ def route_words(subject: Subject, text: str) -> tuple[list[str], dict[str, Token
         routing[name] = TokenRouting(*own)
         pieces = ids_1T[0].cpu().numpy()[real_T].tolist()
     return (word_decoder(subject.tokenizer)(pieces), routing) if routing else ([], {})
-
-
-def first_kept(routing: TokenRouting) -> np.ndarray:
-    """(...) the best-weighted chosen expert that had room for each token; -1: dropped by all of them."""
-    place = routing.kept.argmax(axis=-1)[..., None]
-    expert = np.take_along_axis(routing.expert, place, axis=-1)[..., 0]
-    return np.where(routing.kept.any(axis=-1), expert, -1)
 
 
 def map_size(image: np.ndarray) -> tuple[int, int]:
@@ -173,13 +171,13 @@ def draw_map(
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    expert_HW = first_kept(routing)
+    expert_HW = routing.best_kept
     width, height = map_size(image)
     with rc_context({"font.family": "DejaVu Sans", "hatch.linewidth": 1.5, "hatch.color": "#FFFFFF"}):
         figure = Figure(figsize=(width / 100, height / 100), dpi=100)
         ax = figure.add_axes((0, 0, 1, 1))
         number_size = 0.4 * 72 / 100 * min(height / expert_HW.shape[0], width / expert_HW.shape[1])  # points
-        _draw_routing(ax, image / 255, expert_HW, num_experts, number_size=min(number_size, 18))
+        draw_routing(ax, image / 255, expert_HW, num_experts, number_size=min(number_size, 18))
         ax.set_aspect("auto")
         if chosen is not None:
             for colour, line in (("white", 7), ("black", 3)):
@@ -270,7 +268,7 @@ def colour_words(words: Sequence[str], routing: TokenRouting) -> tuple[list[tupl
         [(word piece, its experts with their weights, such as "3 (0.92)")], and {experts: colour of the first that had
         room}.
     """
-    first_T = first_kept(routing)
+    first_T = routing.best_kept
     pieces, colours = [], {}
     for place, word in enumerate(words):
         chosen = zip(routing.expert[place], routing.weight[place], routing.kept[place], strict=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import os
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +19,9 @@ from torch import Tensor, nn
 from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.zero_shot import Template, zero_shot_classify
 from vmoe.inspection.profile import unwrapped
+from vmoe.inspection.results import TokenRouting
 from vmoe.moe import LayerRouting, record_routing
+from vmoe.whole import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,6 +37,8 @@ DROPPED = "#8A929C"
 LEGEND_COLUMNS = 12
 RIGHT, WRONG, INK, PALE = "#228833", "#AAB2BD", "#20262E", "#5B6570"
 TOP = 5
+
+logger = logging.getLogger("vmoe.inspection")
 
 
 @dataclass
@@ -71,14 +78,12 @@ def patch_grid(model: nn.Module, num_tokens: int) -> tuple[int, int, int]:
 
 def patch_routing(model: nn.Module, routing: LayerRouting, name: str) -> PatchRouting:
     """The routing of the patches of a recorded layer, laid out as the picture."""
-    expert_BTK = routing.tokens(routing.expert_index)
-    kept_BTK = routing.tokens(routing.kept)
-    first_kept_BT1 = kept_BTK.int().argmax(dim=-1, keepdim=True)
-    expert_BT = expert_BTK.gather(-1, first_kept_BT1).squeeze(-1).masked_fill(~kept_BTK.any(dim=-1), -1)
+    grouped = (routing.expert_index, routing.combine_weights.detach().float(), routing.kept)
+    expert_BT = TokenRouting(*(routing.tokens(tensor).cpu().numpy() for tensor in grouped)).best_kept
     batch, num_tokens = routing.batch_shape
     prefix, rows, columns = patch_grid(model, num_tokens)
     expert_BHW = expert_BT[:, prefix:].reshape(batch, rows, columns)
-    return PatchRouting(name, routing.gates.shape[-1], expert_BHW.cpu().numpy())
+    return PatchRouting(name, routing.gates.shape[-1], expert_BHW)
 
 
 def predict(
@@ -191,7 +196,8 @@ def _draw(
     width = num_columns * card_width + (num_columns - 1) * gap + 0.3
     height = num_rows * (cell + truth) + header + footer
     # no file of the user's own changes the look, and nothing here changes theirs
-    with rc_context({"font.family": "DejaVu Sans", "hatch.linewidth": 0.6, "hatch.color": "#FFFFFF"}):
+    look = {"font.family": "DejaVu Sans", "hatch.linewidth": 0.6, "hatch.color": "#FFFFFF", "text.parse_math": False}
+    with rc_context(look):
         figure = Figure(figsize=(width, height), dpi=160, facecolor="white")
 
         def axes(left: float, top: float, w: float, h: float) -> Axes:
@@ -204,7 +210,7 @@ def _draw(
             column, row = divmod(index, num_rows)
             left = 0.15 + column * (card_width + gap)
             top = header + row * (cell + truth)
-            _draw_picture(axes(left, top, cell, cell), picture)
+            draw_picture(axes(left, top, cell, cell), picture)
             _draw_names(
                 axes(left + cell + 0.1, top, names_width - 0.25, cell), probabilities[index], labels[index], class_names
             )
@@ -213,34 +219,51 @@ def _draw(
                 figure.text(
                     left / width,
                     1 - (top + cell + 0.1) / height,
-                    f"right name: {_shorten(class_names[label], 60)}",
+                    f"right name: {shorten(class_names[label], 60)}",
                     fontsize=6.5,
                     color=PALE,
                     va="center",
                 )
             for place, layer in enumerate(layers):
                 x = left + cell + names_width + place * (cell + 0.1)
-                _draw_routing(axes(x, top, cell, cell), picture, layer.expert[index], layer.num_experts)
+                draw_routing(axes(x, top, cell, cell), picture, layer.expert[index], layer.num_experts)
                 if row == 0:
                     figure.text(
                         (x + cell / 2) / width,
                         1 - (header - 0.1) / height,
-                        _layer_title(layer.name),
+                        layer_title(layer.name),
                         fontsize=8.5,
                         color=PALE,
                         ha="center",
                         va="center",
                     )
         if layers:
-            _draw_legend(figure, experts, height)
+            draw_legend(figure, experts, height)
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.stem}.partial{file.suffix}")
-        figure.savefig(temporary)
-        os.replace(temporary, file)
+        with whole_file(file) as temporary, one_line_for_missing_glyphs():
+            figure.savefig(temporary)
     return file
 
 
-def _layer_title(name: str) -> str:
+@contextmanager
+def one_line_for_missing_glyphs() -> Iterator[None]:
+    """Drawing inside the block tells in one line, once, and not for each character, that the font lacks some."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    others = [warning for warning in caught if "missing from font" not in str(warning.message)]
+    for warning in others:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if len(others) < len(caught):
+        _tell_missing_glyphs()
+
+
+@cache  # once
+def _tell_missing_glyphs() -> None:
+    logger.warning("in the figures, characters that the font DejaVu Sans does not have are drawn as boxes")
+
+
+def layer_title(name: str) -> str:
     """ "blocks.1.mlp" -> "block 1"; other names as they are."""
     numbers = [part for part in name.split(".") if part.isdigit()]
     return f"block {numbers[0]}" if len(numbers) == 1 else name
@@ -253,7 +276,7 @@ def _frame(ax: Axes) -> None:
         spine.set(color="#D5DAE0", linewidth=0.8)
 
 
-def _draw_picture(ax: Axes, picture: np.ndarray) -> None:
+def draw_picture(ax: Axes, picture: np.ndarray) -> None:
     ax.imshow(picture, interpolation="lanczos")
     _frame(ax)
 
@@ -268,7 +291,7 @@ def _draw_names(ax: Axes, probabilities: Tensor, label: int | None, class_names:
         right = index == label
         ax.barh(place + 0.28, value, height=0.26, left=0, color=RIGHT if right else WRONG)
         ax.barh(place + 0.28, 1 - value, height=0.26, left=value, color="#EEF0F3")
-        name = _shorten(class_names[index], 32 if right else 38)  # bold is wider
+        name = shorten(class_names[index], 32 if right else 38)  # bold is wider
         ax.text(
             0,
             place - 0.12,
@@ -281,7 +304,7 @@ def _draw_names(ax: Axes, probabilities: Tensor, label: int | None, class_names:
         ax.text(1, place - 0.12, f"{100 * value:.0f}%", fontsize=6.5, va="center", ha="right", color=PALE)
 
 
-def _shorten(name: str, length: int) -> str:
+def shorten(name: str, length: int) -> str:
     """The name in at most `length` characters; the middle goes, for what tells names apart often stands last."""
     if len(name) <= length:
         return name
@@ -289,7 +312,7 @@ def _shorten(name: str, length: int) -> str:
     return f"{name[:half].rstrip()}…{name[-(length - 1 - half) :].lstrip()}"
 
 
-def _draw_routing(
+def draw_routing(
     ax: Axes, picture: np.ndarray, expert: np.ndarray, num_experts: int, number_size: float | None = None
 ) -> None:
     """The picture in grey, tinted by each patch's expert; `number_size` (points) writes its number on every patch."""
@@ -321,7 +344,7 @@ def _draw_routing(
     _frame(ax)
 
 
-def _draw_legend(figure: Any, experts: list[int], height: float, columns: int = LEGEND_COLUMNS) -> None:
+def draw_legend(figure: Any, experts: list[int], height: float, columns: int = LEGEND_COLUMNS) -> None:
     """One swatch per expert that occurs, and one for dropped patches (-1) if there are any."""
     from matplotlib.patches import Patch
 

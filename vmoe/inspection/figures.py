@@ -18,11 +18,11 @@ from vmoe.inspection.figure import (
     INK,
     PALE,
     PALETTE,
-    _draw_legend,
-    _draw_picture,
-    _draw_routing,
-    _layer_title,
-    _shorten,
+    draw_legend,
+    draw_picture,
+    draw_routing,
+    layer_title,
+    shorten,
 )
 from vmoe.inspection.look import (
     HEAT,
@@ -37,7 +37,7 @@ from vmoe.inspection.look import (
     style,
     swatch,
 )
-from vmoe.inspection.results import LayerStatistics, RoutingStatistics, SampleRouting, TokenRouting
+from vmoe.inspection.results import LayerStatistics, RoutingStatistics, SampleRouting
 from vmoe.inspection.telling import most_telling
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 NAMES_SHOWN = 30
 LAYERS_ON_MAPS = 5
 PICTURES_ON_MAPS = 8
+FILES = ("load.png", "split.png", "agreement.png", "routing.png", "classes_*.png", "words_*.png", "patches_*.png")
 
 
 def write_figures(statistics: RoutingStatistics, folder: str | Path) -> list[Path]:
@@ -54,7 +55,7 @@ def write_figures(statistics: RoutingStatistics, folder: str | Path) -> list[Pat
 
     Args:
         statistics: what `gather_statistics` gave.
-        folder: where the PNG files go; it is made.
+        folder: where the PNG files go; it is made. Figures of an earlier call that this one does not draw are deleted.
 
     Returns:
         The files: load.png, split.png (two modalities), agreement.png (two layers or more), routing.png (pictures were
@@ -78,6 +79,9 @@ def write_figures(statistics: RoutingStatistics, folder: str | Path) -> list[Pat
             written.append(save_figure(word_figure(layer), folder / f"words_{name}.png"))
         if any(layer.typical_patches):
             written.append(save_figure(patch_figure(layer), folder / f"patches_{name}.png"))
+    for pattern in FILES:  # of an earlier inspection of something else
+        for file in set(folder.glob(pattern)) - set(written):
+            file.unlink()
     return written
 
 
@@ -96,7 +100,7 @@ def load_figure(statistics: RoutingStatistics) -> Figure:
             if lost_E.any():
                 ax.bar(experts, lost_E, bottom=kept_E / total, color=DROPPED, hatch="//////", width=0.8)
             ax.axhline(1 / layer.num_experts, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
-            ax.set_title(f"{_layer_title(layer.name)} · {modality}", loc="left")
+            ax.set_title(f"{layer_title(layer.name)} · {modality}", loc="left")
             dropped, entropy = layer.share_dropped[modality], layer.entropy[modality]
             ax.set_title(f"dropped {dropped:.1%} · entropy {entropy:.2f}", loc="right", fontsize=7, color=PALE)
             expert_axis(ax, layer.num_experts)
@@ -129,7 +133,7 @@ def split_figure(statistics: RoutingStatistics) -> Figure:
             ax.axhline(overall, color="white", linewidth=1.6)
             ax.axhline(overall, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
             ax.set_ylim(0, 1)
-            ax.set_title(_layer_title(layer.name), loc="left")
+            ax.set_title(layer_title(layer.name), loc="left")
             expert_axis(ax, layer.num_experts)
             percent_axis(ax)
         handles, labels = axes[0].get_legend_handles_labels()
@@ -147,7 +151,7 @@ def agreement_figure(statistics: RoutingStatistics) -> Figure:
     """The agreement of the routing of each pair of layers."""
     from matplotlib.ticker import FixedLocator
 
-    names = [_layer_title(layer.name) for layer in statistics.layers]
+    names = [layer_title(layer.name) for layer in statistics.layers]
     modalities = list(statistics.agreement)
     side = max(2.4, 0.42 * len(names) + 1.2)
     with style():
@@ -169,11 +173,11 @@ def agreement_figure(statistics: RoutingStatistics) -> Figure:
             for spine in ax.spines.values():
                 spine.set_visible(False)
         figure.colorbar(image, ax=figure.axes, shrink=0.8, label="normalised mutual information")
-        heading(
-            figure,
-            "Agreement of routing between layers",
-            "Of the tokens' first choices. 1: the same groups of tokens, 0: independent.",
-        )
+        note = "Of the tokens' first choices. 1: the same groups of tokens, 0: independent."
+        left_out = dict.fromkeys(name for names in statistics.agreement_left_out.values() for name in names)
+        if left_out:
+            note += f"\nNot compared, for they see other tokens: {', '.join(map(layer_title, left_out))}."
+        heading(figure, "Agreement of routing between layers", note)
     return figure
 
 
@@ -194,7 +198,7 @@ def _table_figure(layer: LayerStatistics, table_EC: np.ndarray, names: list[str]
     shown = most_telling(table_EC, NAMES_SHOWN)
     shares_EC = table_EC / np.maximum(table_EC.sum(0), 1e-12)
     even_E = table_EC.sum(1) / max(1, table_EC.sum())
-    label_width = 0.072 * max((len(_shorten(names[c], 40)) for c in shown), default=10) + 0.9
+    label_width = 0.072 * max((len(shorten(names[c], 40)) for c in shown), default=10) + 0.9
     with style():
         width = max(6.0, label_width + 0.32 * layer.num_experts + 1.4)
         figure = new_figure(width, 0.2 * (len(shown) + 2) + 1.9)
@@ -204,7 +208,7 @@ def _table_figure(layer: LayerStatistics, table_EC: np.ndarray, names: list[str]
         image = ax.imshow(shares_EC[:, shown].T, **look)
         top.imshow(even_E[None], **look)
         top.set_yticks([0], [f"all {kind}"])
-        ax.set_yticks(range(len(shown)), [_shorten(names[c], 40) for c in shown])
+        ax.set_yticks(range(len(shown)), [shorten(names[c], 40) for c in shown])
         expert_axis(ax, layer.num_experts)
         top.tick_params(axis="x", length=0, labelbottom=False)
         for one in (top, ax):
@@ -216,7 +220,7 @@ def _table_figure(layer: LayerStatistics, table_EC: np.ndarray, names: list[str]
         which = number if len(shown) < len(names) else f"All {len(names)} {kind}"
         heading(
             figure,
-            f"Experts and {kind} · {_layer_title(layer.name)}",
+            f"Experts and {kind} · {layer_title(layer.name)}",
             f"Each row: the experts that take its {tokens}; sums to 100%.\n{which}.",
         )
     return figure
@@ -248,11 +252,11 @@ def patch_figure(layer: LayerStatistics) -> Figure:
                 box = (left + x * cell, top + label + y * cell)
                 side = cell - 0.04
                 ax = figure.add_axes((box[0] / width, 1 - (box[1] + side) / height, side / width, side / height))
-                _draw_picture(ax, patch.pixels)
+                draw_picture(ax, patch.pixels)
             if not own:
                 place = (left / width, 1 - (top + label + 0.15) / height)
                 figure.text(*place, "no patch", fontsize=7.5, color=PALE, va="center")
-        title = f"Typical patches of each expert · {_layer_title(layer.name)}"
+        title = f"Typical patches of each expert · {layer_title(layer.name)}"
         figure.text(gap / width, 1 - 0.22 / height, title, fontsize=11, color=INK, weight="bold", va="center")
         note = "The largest gate values, largest first; at most one patch per picture."
         figure.text(gap / width, 1 - 0.46 / height, note, fontsize=8, color=PALE, va="center")
@@ -291,7 +295,7 @@ def draw_maps(
         layers: (name, number of experts, place in `sample.patches`) of the layers to draw.
         class_names: names of the labels.
     """
-    maps = [[best_expert(sample.patches[place]) for _, _, place in layers] for sample in samples]
+    maps = [[sample.patches[place].best_kept for _, _, place in layers] for sample in samples]
     experts = sorted({int(e) for row in maps for expert in row for e in np.unique(expert)})
     columns = 2 if len(samples) > 2 and len(layers) <= 4 else 1
     cell, gap, caption, header = 1.25, 0.1, 0.3, 0.75
@@ -310,28 +314,21 @@ def draw_maps(
             column, row = divmod(index, rows)
             left, top = 0.2 + column * card, header + row * (cell + caption)
             picture = sample.image / 255.0
-            _draw_picture(axes(left, top), picture)
+            draw_picture(axes(left, top), picture)
             text = _picture_name(sample, class_names, int(card / 0.065))
             place = (left / width, 1 - (top + cell + 0.12) / height)
             figure.text(*place, text, fontsize=7, color=INK, va="center")
             for i, (name, num_experts, _) in enumerate(layers, start=1):
                 x = left + i * (cell + gap)
-                _draw_routing(axes(x, top), picture, maps[index][i - 1], num_experts)
+                draw_routing(axes(x, top), picture, maps[index][i - 1], num_experts)
                 if row == 0:
                     place = ((x + cell / 2) / width, 1 - (header - 0.1) / height)
-                    figure.text(*place, _layer_title(name), fontsize=8, color=PALE, ha="center", va="center")
+                    figure.text(*place, layer_title(name), fontsize=8, color=PALE, ha="center", va="center")
         title, note = "Where the patches go", "Each patch in the colour of its best expert that had room."
         figure.text(0.2 / width, 1 - 0.22 / height, title, fontsize=11, color=INK, weight="bold", va="center")
         figure.text(0.2 / width, 1 - 0.44 / height, note, fontsize=8, color=PALE, va="center")
-        _draw_legend(figure, experts, height, swatches)
+        draw_legend(figure, experts, height, swatches)
     return figure
-
-
-def best_expert(routing: TokenRouting) -> np.ndarray:
-    """(...) the first chosen expert that had room for each token; -1: none had."""
-    first = routing.kept.argmax(-1)[..., None]
-    expert = np.take_along_axis(routing.expert, first, -1)[..., 0]
-    return np.where(routing.kept.any(-1), expert, -1)
 
 
 def _picture_name(sample: SampleRouting, class_names: list[str] | None, length: int) -> str:
@@ -340,12 +337,16 @@ def _picture_name(sample: SampleRouting, class_names: list[str] | None, length: 
     if known is None and sample.label is not None and class_names is not None:
         known = class_names[sample.label]
     guess = sample.top_classes[0] if sample.top_classes else None
-    if guess is None or guess[0] == known:
-        return _shorten(known or Path(sample.path).name, length)
+    if sample.top_labels and sample.label is not None:
+        right = sample.top_labels[0] == sample.label
+    else:
+        right = guess is not None and guess[0] == known
+    if guess is None or right:
+        return shorten(known or Path(sample.path).name, length)
     if known is None:
-        return f"model: {_shorten(guess[0], length - 12)} {guess[1]:.0%}"
-    takes = _shorten(guess[0], (length - 16) // 2)
-    return f"{_shorten(known, length - 16 - len(takes))} (model: {takes} {guess[1]:.0%})"
+        return f"model: {shorten(guess[0], length - 12)} {guess[1]:.0%}"
+    takes = shorten(guess[0], (length - 16) // 2)
+    return f"{shorten(known, length - 16 - len(takes))} (model: {takes} {guess[1]:.0%})"
 
 
 def _spread(items: Sequence, count: int) -> list:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 from vmoe.evaluation.report import write_json
 from vmoe.inspection.results import LayerStatistics, RoutingStatistics
 from vmoe.inspection.telling import telling_of_expert
+from vmoe.whole import whole_file
 
 TELLING = 10  # classes and words listed for each expert
 
@@ -43,9 +43,8 @@ def write_statistics(statistics: RoutingStatistics, folder: str | Path, config: 
         if layer.expert_word:
             arrays[f"{layer.name}/expert_word"] = np.stack(list(layer.expert_word.values()), axis=1)
             arrays[f"{layer.name}/words"] = np.array(list(layer.expert_word))
-    temporary = folder / ".statistics.partial.npz"
-    np.savez_compressed(temporary, **arrays)
-    os.replace(temporary, array_file)
+    with whole_file(array_file) as temporary:
+        np.savez_compressed(temporary, **arrays)
     return [json_file, array_file]
 
 
@@ -66,6 +65,7 @@ def statistics_json(statistics: RoutingStatistics, config: dict[str, Any]) -> di
             modality: [[None if math.isnan(value) else value for value in row] for row in matrix.tolist()]
             for modality, matrix in statistics.agreement.items()
         },
+        "agreement_left_out": statistics.agreement_left_out,
         "config": config,
         "versions": statistics.versions,
     }

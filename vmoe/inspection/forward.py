@@ -121,8 +121,8 @@ def likeliest_names(
     names: list[str] | None,
     class_columns: list[list[int]] | None,
     templates: Sequence[Template] | str | None,
-) -> list[list[tuple[str, float]]]:
-    """For each picture the `TOP_CLASSES` likeliest names with their probabilities.
+) -> list[list[tuple[int, str, float]]]:
+    """For each picture the `TOP_CLASSES` likeliest names: (place among the names, name, probability).
 
     Args:
         subject: the model.
@@ -150,4 +150,4 @@ def likeliest_names(
         )
     top = scores_BC.softmax(1).topk(min(TOP_CLASSES, len(names)))
     rows = zip(top.values.tolist(), top.indices.tolist(), strict=True)
-    return [[(names[c], value) for value, c in zip(*row, strict=True)] for row in rows]
+    return [[(c, names[c], value) for value, c in zip(*row, strict=True)] for row in rows]

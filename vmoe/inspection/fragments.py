@@ -42,9 +42,9 @@ def chip(expert: int) -> str:
     return f'<span class="chip" style="background:{colour};color:{ink}">{expert}</span>'
 
 
-def probability_bars(probabilities: dict[str, float]) -> str:
+def probability_bars(probabilities: Sequence[tuple[str, float]]) -> str:
     """Names with bars, likeliest first; at most MAX_BARS."""
-    ranked = sorted(probabilities.items(), key=lambda item: -item[1])
+    ranked = sorted(probabilities, key=lambda item: -item[1])
     rows = "".join(
         f'<tr><th scope="row" class="name">{escape(name)}</th><td class="bar" aria-hidden="true">'
         f'<span style="width:{value:.2%}"></span></td><td>{value:.2%}</td></tr>'

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vmoe.inspection.figure import INK, PALE
+from vmoe.inspection.figure import INK, PALE, one_line_for_missing_glyphs
+from vmoe.whole import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +28,7 @@ def style(constrained: bool = True) -> Iterator[None]:
     look = {
         "font.family": "DejaVu Sans",
         "font.size": 8,
+        "text.parse_math": False,  # a "$" in a class name or caption is one
         "axes.titlesize": 9,
         "axes.edgecolor": "#AAB2BD",
         "axes.labelcolor": INK,
@@ -93,7 +94,6 @@ def swatch(figure: Figure, left: float, bottom: float, width: float, height: flo
 
 def save_figure(figure: Figure, file: Path) -> Path:
     """Writes the figure whole or not at all."""
-    temporary = file.with_name(f".{file.stem}.partial{file.suffix}")
-    figure.savefig(temporary)
-    os.replace(temporary, file)
+    with whole_file(file) as temporary, one_line_for_missing_glyphs():
+        figure.savefig(temporary)
     return file

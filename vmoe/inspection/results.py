@@ -93,6 +93,13 @@ class TokenRouting:
     weight: np.ndarray
     kept: np.ndarray
 
+    @property
+    def best_kept(self) -> np.ndarray:
+        """(...) int, the best-weighted chosen expert that had room for each token; -1: dropped by all of them."""
+        place = self.kept.argmax(axis=-1)[..., None]
+        expert = np.take_along_axis(self.expert, place, axis=-1)[..., 0]
+        return np.where(self.kept.any(axis=-1), expert, -1)
+
 
 @dataclass
 class SampleRouting:
@@ -109,6 +116,8 @@ class SampleRouting:
         text: for each layer the routing of the words, (T, K); None for a layer that sees pictures only; [] without
             a caption.
         top_classes: (name, probability) of the model's likeliest names, likeliest first.
+        top_labels: their indices into `RoutingStatistics.class_names`, to compare with `label` (names may be alike, or
+            longer than the model's); [] where they are no classes of the data.
     """
 
     image: np.ndarray
@@ -119,6 +128,7 @@ class SampleRouting:
     patches: list[TokenRouting | None]
     text: list[TokenRouting | None]
     top_classes: list[tuple[str, float]]
+    top_labels: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -128,7 +138,9 @@ class RoutingStatistics:
     Attributes:
         layers: one per sparse layer, in the order of the model.
         agreement: {modality: (L, L) agreement of the routing between two layers, 0..1}: normalised mutual information
-            of the tokens' first choices; NaN where a layer does not see the modality.
+            of the tokens' first choices; NaN where a layer does not see the modality, or not the same tokens.
+        agreement_left_out: {modality: names of the layers that have no agreement, since they see other tokens of the
+            modality than the first layer does}; only modalities with such layers.
         class_names: C names of the labels, or None.
         num_samples: pictures that were read.
         num_skipped: unreadable ones that were left out.
@@ -155,6 +167,7 @@ class RoutingStatistics:
     data: str
     data_fingerprint: str
     versions: dict[str, str] = field(default_factory=dict)
+    agreement_left_out: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def modalities(self) -> list[str]:

@@ -125,6 +125,7 @@ def gather_statistics(
     return RoutingStatistics(
         layers=layers,
         agreement=gatherer.agreement.matrices(),
+        agreement_left_out=gatherer.agreement.left_out,
         class_names=dataset.classes,
         num_samples=gatherer.num_samples,
         num_skipped=loader.num_skipped,
@@ -173,7 +174,8 @@ def sample_routing(
         if names is None and subject.tokenizer is None:
             names = checkpoint_classes(subject)
         if names is not None or subject.tokenizer is None:
-            [sample.top_classes] = likeliest_names(subject, output_1D, names, None, templates)
+            [top] = likeliest_names(subject, output_1D, names, None, templates)
+            sample.top_classes = [(name, value) for _, name, value in top]
     return sample
 
 
@@ -309,8 +311,10 @@ class _Gatherer:
             names = checkpoint_classes(self.subject) or fitting
         output_BD = torch.stack(list(self._outputs.values())).to(self.subject.device)
         found = likeliest_names(self.subject, output_BD, names, columns, templates)
+        of_data = self.dataset.classes is not None and names is not None and len(names) == len(self.dataset.classes)
         for sample, top in zip(self.samples.values(), found, strict=True):
-            sample.top_classes = top
+            sample.top_classes = [(name, value) for _, name, value in top]
+            sample.top_labels = [c for c, _, _ in top] if of_data else []
 
     def layer_statistics(self, name: str) -> LayerStatistics:
         """The sums of a layer in their final form."""

@@ -147,7 +147,16 @@ class SparseMoE(nn.Module):
             learns = self.training and any(parameter.requires_grad for parameter in self.router.parameters())
             mask_GN = torch.ones_like(kept_GNK[..., 0]) if mask_GN is None else mask_GN
             call = LayerRouting(
-                routing, kept_GNK, mask_GN, modality_GN, shape, self.losses, learns, attached, statistics
+                routing,
+                kept_GNK,
+                mask_GN,
+                modality_GN,
+                shape,
+                self.losses,
+                learns,
+                attached,
+                statistics,
+                self.router_type,
             )
             record.add(self, call)
         return y_GND.flatten(0, 1)[: leading.numel()].view(*leading, -1)

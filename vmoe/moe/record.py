@@ -35,6 +35,7 @@ class LayerRouting:
         learns: the layer is in training and its gate is not frozen.
         attached: the layer adds the gradients of its losses itself (`auxiliary_loss="attach"`).
         own_statistics: further metrics of this kind of router, computed when they are asked for.
+        router: "top_k", "expert_choice" or "soft".
     """
 
     routing: Routing
@@ -46,6 +47,7 @@ class LayerRouting:
     learns: bool
     attached: bool
     own_statistics: Callable[[], dict[str, Tensor]] = dict
+    router: str = "top_k"
 
     @property
     def gates(self) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from rich.table import Column, Table
 
 from vmoe.moe import LayerRouting, RoutingRecord
 from vmoe.moe.losses import members
+from vmoe.whole import whole_file
 
 logger = logging.getLogger("vmoe.training")
 
@@ -35,9 +35,8 @@ class MetricsLog:
     def __init__(self, run: Path, step: int, tensorboard: bool) -> None:
         file = run / "metrics.jsonl"
         lines = [json.dumps(entry) + "\n" for entry in read_metrics(file) if entry["step"] <= step]
-        draft = file.with_suffix(".unfinished")
-        draft.write_text("".join(lines), encoding="utf-8")
-        os.replace(draft, file)
+        with whole_file(file) as draft:
+            draft.write_text("".join(lines), encoding="utf-8")
         self._file = file.open("a", encoding="utf-8")
         self._writer = None
         if tensorboard:
@@ -125,7 +124,7 @@ def expert_figures(record: RoutingRecord) -> dict[str, float]:
         masks = members(routing.modalities, routing.mask, routing.modality)
         for modality, own_GN in masks.items():
             kinds = {"importance": routing.gates.detach()[own_GN].sum(0) / own_GN.sum().clamp(min=1)}
-            if routing.routing.per_token or not routing.kept[own_GN].all():  # soft routing leaves no token out
+            if routing.router != "soft":
                 load_E = routing.load_by_modality[modality]
                 kinds["load"] = load_E / load_E.sum().clamp(min=1)
             for kind, value_E in kinds.items():

@@ -58,6 +58,7 @@ from vmoe.training.optim import create_optimizer, create_schedule, freeze
 from vmoe.training.pictures import RoutingPictures
 from vmoe.training.pretrained import carry_over_optimizer
 from vmoe.training.tasks import Task, create_task
+from vmoe.whole import whole_file
 
 try:
     import fcntl
@@ -238,13 +239,13 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
                     figures |= {f"evaluation/{name}": value for name, value in progress["evaluation"].items()}
                     values = (f"{k} {v:.4f}" for k, v in progress["evaluation"].items() if isinstance(v, float))
                     display.message(f"step {step}: evaluation {', '.join(values)}")
-                if pictures.due(step):
-                    pictures.draw(step, model if ema is None else ema.module, device)
                 if figures:
                     log.write(step, figures)
                 del record  # it holds the graph of the auxiliary losses
                 if last or stop.is_set() or step % config.train.checkpoint_every == 0:
                     save()
+                if pictures.due(step):  # after the checkpoint: nothing of it is lost
+                    pictures.draw(step, model if ema is None else ema.module, device)
                 if stop.is_set() and not last:
                     raise Stopped(
                         f"stopped after step {step} of {config.train.steps}; the same command continues the run"
@@ -270,10 +271,10 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
         "loss": progress["loss"],
         "evaluation": progress["evaluation"],
     }
-    if config.evaluate.examples:
-        draw_examples(task, model, run / "examples.png", config)
     write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
     console.print(final_table(summary))
+    if config.evaluate.examples:
+        draw_examples(task, model, run / "examples.png", config)
     console.print(f"all of it in {run}", highlight=False, markup=False)
     return summary
 
@@ -410,15 +411,17 @@ def non_finite_error(model: nn.Module, loss_of, batches, step: int, loss: float,
 
 def draw_examples(task: Task, model: nn.Module, file: Path, config: Config) -> None:
     """The figure at the end of a run: pictures, their most probable names, and where their patches were routed."""
-    samples = task.examples(config.evaluate.examples)
-    names = task.example_names(samples)
-    if samples:
-        templates = config.evaluate.templates if task.tokenizer is not None else None
-        example_figure(model, samples, names, task.tokenizer, file, templates=templates)
+    try:
+        samples = task.examples(config.evaluate.examples)
+        names = task.example_names(samples)
+        if samples:
+            templates = config.evaluate.templates if task.tokenizer is not None else None
+            example_figure(model, samples, names, task.tokenizer, file, templates=templates)
+    except Exception as error:  # the run itself is finished and saved
+        logger.warning("no %s: %s", file.name, error or type(error).__name__)
 
 
 def write_text(file: Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    draft = file.with_name(file.name + ".unfinished")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, file)
+    with whole_file(file) as draft:
+        draft.write_text(text, encoding="utf-8")

@@ -47,19 +47,18 @@ class RoutingPictures:
         return self.on and (step == self.last or step % self.every == 0)
 
     def draw(self, step: int, model: nn.Module, device: torch.device) -> None:
-        """Writes the picture of a step, unless the model routes no patches on a grid, which is told once."""
+        """Writes the picture of a step; where that fails, a warning says why, once, and training goes on without."""
         if not any(isinstance(module, SparseMoE) for module in model.modules()):
             self.on = False
             return
-        if self._samples is None:
-            self._samples = self.task.examples(NUM_PICTURES)
         try:
+            if self._samples is None:
+                self._samples = self.task.examples(NUM_PICTURES)
             pixels = routing_picture(model, self._samples, self.task, device, self.run)
-        except ValueError as error:
-            logger.warning("no pictures of the routing: %s", error)
+            self.log.picture(step, "routing/patches", pixels)
+        except Exception as error:
+            logger.warning("no pictures of the routing: %s", error or type(error).__name__)
             self.on = False
-            return
-        self.log.picture(step, "routing/patches", pixels)
 
 
 def routing_picture(
@@ -81,6 +80,7 @@ def routing_picture(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     from vmoe.evaluation.subject import Subject
+    from vmoe.inspection.figure import one_line_for_missing_glyphs
     from vmoe.inspection.figures import draw_maps, maps_to_draw
     from vmoe.inspection.statistics import sample_routing, sparse_layers
 
@@ -99,5 +99,6 @@ def routing_picture(
     figure = draw_maps(drawn, maps, task.class_names)
     figure.set_dpi(DPI)
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    with one_line_for_missing_glyphs():
+        canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
