@@ -2,20 +2,24 @@ import csv
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import timm.data
 import torch
 from PIL import Image
 
 import vmoe
 from vmoe.config_io import find_config, read_config, shipped_config_dirs
 from vmoe.data.config import SourceConfig
+from vmoe.data.imagenet import imagenet_synsets
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.report import output_file
 from vmoe.evaluation.run import main
 from vmoe.models.factory import find_weights, save_pretrained
 
+A_INDICES = Path(timm.data.__file__).parent / "_info" / "imagenet_a_indices.txt"
 TINY = {"depth": 2, "num_heads": 2}
 
 
@@ -149,6 +153,13 @@ def test_unreadable_file_is_named_or_skipped(tree, classifier, tmp_path, capsys)
     [
         (["--task", "zero_shot"], "holds a classifier: use classification"),
         (["--class_names", "x.txt"], "class_names is for task 'zero_shot'"),
+        (["--templates", '["a {}"]'], "templates is for task 'zero_shot'"),
+        (["--capacity.factors", "[0.1]"], "capacity is for task 'capacity'"),
+        (["--features.shots", "[1]"], "features is for few_shot"),
+        (["--checkpoint", "[]"], "checkpoint must name at least one checkpoint"),
+        (["--checkpoint", "[a, a]"], "checkpoint must name at least one checkpoint and none twice"),
+        (["--data.image_root", "x"], "image_root is for pairs and karpathy, and type is 'image_folder'"),
+        (["--output", "FOLDER"], "cannot be written: give another file"),
         (["--loader.on_bad", "replace"], "loader.on_bad must be 'fail' or 'skip'"),
         (["--loader.batchsize", "3"], "unknown key 'loader.batchsize'; the nearest known key is 'loader.batch_size'"),
         (["--precision", "half"], "precision must be"),
@@ -156,7 +167,8 @@ def test_unreadable_file_is_named_or_skipped(tree, classifier, tmp_path, capsys)
     ],
 )
 def test_settings_that_do_not_fit(tree, classifier, tmp_path, capsys, change, message):
-    change = [str(tree / "pairs.csv") if word == "PAIRS" else word for word in change]
+    places = {"PAIRS": str(tree / "pairs.csv"), "FOLDER": str(tree)}
+    change = [places.get(word, word) for word in change]
     argv = arguments(classifier, tmp_path / "out.json", "--task", "classification", *folder_arguments(tree), *change)
     try:
         code = main(argv)
@@ -194,6 +206,66 @@ def test_a_folder_stands_for_its_moving_average(tmp_path):
     assert find_weights(str(tmp_path)) == last / "ema.safetensors"
     assert find_weights(str(last)) == last / "ema.safetensors"
     assert find_weights(str(last / "model.safetensors")) == last / "model.safetensors"
+
+
+@pytest.mark.parametrize("second", ["missing", "limoe"])
+def test_a_wrong_checkpoint_among_several_is_told_first(tree, classifier, limoe, tmp_path, capsys, second):
+    second = limoe if second == "limoe" else tmp_path / "missing"
+    argv = ["--task", "classification", *folder_arguments(tree), "--checkpoint", f"[{classifier}, {second}]"]
+    assert main([*argv, "--output", str(tmp_path / "out.json")]) != 0
+    shown = capsys.readouterr()
+    assert str(second) in shown.err
+    assert "top1" not in shown.out
+
+
+def test_outputs_of_another_classifier_do_not_stand_for_imagenet(tree, tmp_path, capsys):
+    # ImageNet-A's classes are 200 outputs of a classifier of 1,000; this one has more, of other classes
+    synsets = imagenet_synsets()
+    for synset in [synsets[int(place)] for place in A_INDICES.read_text().split()]:
+        (tmp_path / "tree" / synset).mkdir(parents=True)
+        (tmp_path / "tree" / synset / "0.png").write_bytes((tree / "folder" / "cat" / "0.png").read_bytes())
+    for number, message in ((1500, "has 1500 instead of 1,000"), (1000, "class 0 is 'bird 0'")):
+        model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=number, embed_dim=32, **TINY)
+        names = [f"bird {place}" for place in range(number)]
+        save_pretrained(model, tmp_path / "model.safetensors", extra={"class_names": names})
+        argv = ["--config", "imagenet_a", "--data.path", str(tmp_path / "tree"), "--loader.num_workers", "0"]
+        assert main(arguments(tmp_path / "model.safetensors", tmp_path / "out.json", *argv)) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_names_that_are_not_utf8_are_written(tree, classifier, tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "tree" / name).mkdir(parents=True)
+        (tmp_path / "tree" / name / "0.png").write_bytes((tree / "folder" / name / "0.png").read_bytes())
+    with open(bytes(tmp_path / "tree" / "cat") + b"/f\xff.png", "wb") as file:
+        file.write(b"torn")
+    argv = ["--task", "classification", "--data.type", "image_folder", "--data.path", str(tmp_path / "tree")]
+    assert main(arguments(classifier, tmp_path / "out.json", *argv, "--loader.on_bad", "skip")) == 0
+    [skipped] = json.loads((tmp_path / "out.json").read_text())["checkpoints"][0]["details"]["skipped"]
+    assert skipped.endswith("f\udcff.png")
+
+
+def test_default_output_names_what_tells_results_apart(tmp_path):
+    (tmp_path / "a").mkdir()
+    sources = [
+        SourceConfig("karpathy", "coco.json", split="test"),
+        SourceConfig("karpathy", "coco.json", split="val"),
+        SourceConfig("torchvision", "root", split="test", name="CIFAR10"),
+        SourceConfig("torchvision", "root", split="test", name="FashionMNIST"),
+        SourceConfig("image_folder", "."),
+    ]
+    checkpoints = [
+        str(tmp_path / "a"),
+        str(tmp_path / "a" / "ema.safetensors"),
+        [str(tmp_path / "a"), str(tmp_path / "b")],
+    ]
+    files = [
+        output_file(EvaluationConfig(checkpoint, "zero_shot", source))
+        for checkpoint in checkpoints
+        for source in sources
+    ]
+    assert len(set(files)) == len(files)
+    assert all(file.parent == tmp_path / "a" for file in files)
 
 
 def test_default_output_is_beside_the_checkpoint(tmp_path):

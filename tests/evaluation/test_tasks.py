@@ -51,3 +51,13 @@ def test_without_some_conditions_there_is_no_mean_and_they_are_named():
     assert len(outcome.details["missing_conditions"]) == 65
     assert "frost/1" in outcome.details["missing_conditions"]
     assert outcome.details["skipped"] == ["torn.png"]
+
+
+def test_samples_of_several_classes_are_of_none_alone():
+    dataset = Conditions(["fog"])
+    dataset.conditions = None
+    dataset.label_sets = [(place % 2,) for place in range(len(dataset))]
+    outcome = judged(predictions(len(dataset)), dataset, [])
+    assert "mean_per_class" not in outcome.results
+    assert "per_class" not in outcome.details
+    assert outcome.results["top1"] == 0.5

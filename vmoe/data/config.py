@@ -5,6 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+# A setting that the type does not read is a mistake.
+FIELDS_OF_SOME_TYPES = {
+    "name": ("torchvision",),
+    "image_root": ("pairs", "karpathy"),
+    "image_key": ("pairs",),
+    "caption_key": ("pairs",),
+    "class_names": ("image_folder",),
+    "labels_file": ("imagenet", "imagenet_real"),
+}
+
 
 @dataclass
 class SourceConfig:
@@ -75,8 +85,9 @@ class SourceConfig:
             "emoji_groups": ("train", "val"),
             "karpathy": ("train", "val", "test"),
         }.get(self.type)
-        if self.labels_file is not None and self.type not in ("imagenet", "imagenet_real"):
-            raise ValueError(f"labels_file is for imagenet and imagenet_real, and type is {self.type!r}; leave it out")
+        for name, types in FIELDS_OF_SOME_TYPES.items():
+            if getattr(self, name) is not None and self.type is not None and self.type not in types:
+                raise ValueError(f"{name} is for {' and '.join(types)}, and type is {self.type!r}; leave it out")
         if splits and self.split not in splits:
             raise ValueError(
                 f"split of data source {self.type!r} must be one of {', '.join(splits)}, got {self.split!r}"

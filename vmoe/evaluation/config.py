@@ -176,8 +176,15 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if self.loader.on_bad == "replace":
             raise ConfigError("loader.on_bad must be 'fail' or 'skip' in an evaluation, got 'replace'")
-        if self.task not in ("zero_shot", "capacity") and self.class_names is not None:
-            raise ConfigError(f"class_names is for task 'zero_shot', and task is {self.task!r}; leave it out")
+        if not self.checkpoints or len(set(self.checkpoints)) < len(self.checkpoints):
+            raise ConfigError(f"checkpoint must name at least one checkpoint and none twice, got {self.checkpoint}")
+        for name in ("class_names", "templates"):
+            if self.task not in ("zero_shot", "capacity") and getattr(self, name) is not None:
+                raise ConfigError(f"{name} is for task 'zero_shot', and task is {self.task!r}; leave it out")
+        if self.task != "capacity" and self.capacity != CapacityConfig():
+            raise ConfigError(f"capacity is for task 'capacity', and task is {self.task!r}; leave it out")
+        if self.task not in FEATURE_TASKS and self.features != FeatureConfig():
+            raise ConfigError(f"features is for {', '.join(FEATURE_TASKS)}, and task is {self.task!r}; leave it out")
         if self.task not in FEATURE_TASKS and self.train_data.type is not None:
             raise ConfigError(f"train_data is for {', '.join(FEATURE_TASKS)}, and task is {self.task!r}; leave it out")
         if self.task in FEATURE_TASKS and self.train_data.type is None:

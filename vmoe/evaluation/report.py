@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
+import logging
+import os
 import platform
+import statistics
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,13 +18,16 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from vmoe.config_io import ConfigError
 from vmoe.data import EvalLoader
+from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.distributed import world
 from vmoe.whole import whole_file
 
 LIBRARIES = ("vmoe", "torchvision", "timm", "open_clip_torch", "numpy", "pillow")
-# Kinds of data that lie in no folder of the user's, or that share one: their split tells results apart.
-NAMED_BY_SPLIT = ("emoji", "emoji_groups", "torchvision")
+# Kinds of data of which one place holds several splits: the split tells results apart.
+NAMED_BY_SPLIT = ("emoji", "emoji_groups", "torchvision", "karpathy")
+logger = logging.getLogger("vmoe.evaluation")
 
 
 class Outcome(NamedTuple):
@@ -64,13 +69,17 @@ def mean_and_spread(results: list[dict[str, float | int]]) -> tuple[dict[str, fl
     if len(results) == 1:
         return results[0], {}
     mean, spread = {}, {}
-    for name in results[0]:
+    for name in dict.fromkeys(name for result in results for name in result):
         values = [result[name] for result in results if name in result]
+        if len(values) < len(results):
+            logger.warning(
+                "%s is left out of the means: only %d of %d checkpoints have it", name, len(values), len(results)
+            )
+            continue
         equal = all(value == values[0] for value in values)
-        mean[name] = values[0] if equal else sum(values) / len(values)
-        if isinstance(values[0], float) and len(values) > 1:
-            centre = sum(values) / len(values)
-            spread[name] = math.sqrt(sum((value - centre) ** 2 for value in values) / (len(values) - 1))
+        mean[name] = values[0] if equal else statistics.fmean(values)
+        if isinstance(values[0], float):
+            spread[name] = statistics.stdev(values)
     return mean, spread
 
 
@@ -85,18 +94,39 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def output_file(config) -> Path:
-    """Where the result goes: `output`, or a name from task and data beside the (first) checkpoint."""
+def output_file(config: EvaluationConfig) -> Path:
+    """Where the result goes: `output`, or a name that says what was evaluated, beside the (first) checkpoint."""
     if config.output is not None:
         return Path(config.output)
     checkpoint = Path(config.checkpoints[0])
     parts = ["evaluation", config.task, config.data.type]
+    if config.data.name is not None:
+        parts.append(config.data.name)
+    elif config.data.path is not None:
+        parts.append(Path(config.data.path).resolve().stem)
     if config.data.type in NAMED_BY_SPLIT:
         parts.append(config.data.split)
-    elif config.data.path is not None:
-        parts.append(Path(config.data.path).stem)
+    if len(config.checkpoints) > 1:
+        parts.append(f"{len(config.checkpoints)}_checkpoints")
+    elif not checkpoint.is_dir() and checkpoint.stem != "model":  # a file of its own among others, such as ema
+        parts.append(checkpoint.stem)
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     return folder / f"{'_'.join(parts)}.json"
+
+
+def check_writable(file: Path) -> None:
+    """Makes the folder of the result; better said before the evaluation than after it.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        usable = not file.is_dir() and os.access(file.parent, os.W_OK)
+    except OSError:
+        usable = False
+    if not usable:
+        raise ConfigError(f"output {file} cannot be written: give another file, as in --output result.json")
 
 
 def write_json(report: dict[str, Any], file: Path) -> None:
@@ -106,9 +136,9 @@ def write_json(report: dict[str, Any], file: Path) -> None:
         ValueError: a figure is not a number, which JSON cannot hold.
     """
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(file) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        # Names of files need not be UTF-8; what is not becomes an escape of JSON's own.
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def print_table(title: str, results: dict[str, float | int], spread: dict[str, float], console: Console) -> None:

@@ -16,12 +16,20 @@ from rich.console import Console
 
 from vmoe.config_io import ConfigError, parse_config
 from vmoe.data import BadSample, ImageDataset, build_dataset
+from vmoe.data.imagenet import imagenet_words
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.distributed import processes, world
-from vmoe.evaluation.report import library_versions, mean_and_spread, output_file, print_table, write_json
+from vmoe.evaluation.report import (
+    check_writable,
+    library_versions,
+    mean_and_spread,
+    output_file,
+    print_table,
+    write_json,
+)
 from vmoe.evaluation.subject import Subject, load_subject, weights_fingerprint
 from vmoe.evaluation.tasks import FILES, TASKS
-from vmoe.models.factory import is_contrastive, model_spec, read_pretrained_metadata
+from vmoe.models.factory import find_weights, is_contrastive, model_spec, read_pretrained_metadata
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         wrong_setting = isinstance(error, ConfigError)
         if not (wrong_setting and int(os.environ.get("RANK", 0)) > 0):  # which all processes find; one says it
-            hint = "" if isinstance(error, (ConfigError, BadSample)) else " (VMOE_TRACEBACK=1 shows where)"
+            hint = "" if isinstance(error, (ValueError, BadSample)) else " (VMOE_TRACEBACK=1 shows where)"
             print(f"vmoe-eval: error: {error or type(error).__name__}{hint}", file=sys.stderr)
         return 2 if wrong_setting else 1
     return 0
@@ -63,7 +71,8 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
     Returns:
         What the JSON file holds: "task", "results" (see the tasks; means of several checkpoints, with their standard
         deviations in "spread"), "checkpoints" (for each: "checkpoint", "weights", their "sha256", "model", "results",
-        "details"), "data" ("fingerprint", "num_samples", "left_out"), "config", "versions", "processes", "seconds".
+        "details"), "data" ("fingerprint", "num_samples", "left_out"; None but in the first process), "config",
+        "versions", "processes", "seconds".
 
     Raises:
         ConfigError: the model, the task and the data do not go together.
@@ -74,7 +83,14 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
     console = console or Console(quiet=rank > 0)
     if config.data.type is None:
         raise ConfigError("data.type is missing: say what to evaluate on")
+    target = output_file(config)
+    if rank == 0:
+        check_writable(target)
+    for checkpoint in config.checkpoints:
+        find_weights(checkpoint)  # a wrong name is told before anything is read
     dataset = build_dataset(config.data)
+    for checkpoint in config.checkpoints[1:]:
+        check_task(config, load_subject(checkpoint, "cpu"), dataset)
     start = time.perf_counter()
     entries = []
     for checkpoint in config.checkpoints:
@@ -97,7 +113,7 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
         "results": results,
         **({"spread": spread} if spread else {}),
         "checkpoints": entries,
-        "data": data_facts(dataset),
+        "data": data_facts(dataset, console) if rank == 0 else None,
         "config": dataclasses.asdict(config),
         "versions": library_versions(),
         "processes": num_processes,
@@ -106,7 +122,6 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
     # First: the figures are there even if the file cannot be written.
     print_table(f"{config.task} of {', '.join(config.checkpoints)}", results, spread, console)
     if rank == 0:
-        target = output_file(config)
         write_json(report, target)
         files = [target, *(FILES[config.task](report, target) if config.task in FILES else [])]
         written = ", ".join(map(str, files))
@@ -114,9 +129,10 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
     return report
 
 
-def data_facts(dataset: ImageDataset) -> dict[str, Any]:
+def data_facts(dataset: ImageDataset, console: Console) -> dict[str, Any]:
     """What the JSON says of the data, besides its settings."""
-    facts = {"fingerprint": dataset.fingerprint(), "num_samples": len(dataset)}
+    with console.status("fingerprint of the data"):  # reads the ends of every file
+        facts = {"fingerprint": dataset.fingerprint(), "num_samples": len(dataset)}
     return {**facts, "left_out": dataset.left_out} if dataset.left_out else facts
 
 
@@ -133,9 +149,16 @@ def check_task(config: EvaluationConfig, subject: Subject, dataset: ImageDataset
         raise ConfigError(f"task 'retrieval' needs captions, and data of type {kind!r} has none")
     if task != "retrieval" and dataset.classes is None:
         raise ConfigError(f"task {task!r} needs labels, and data of type {kind!r} has none")
-    if task in ("classification", "capacity") and not contrastive and dataset.class_columns is None:
+    if task in ("classification", "capacity") and not contrastive:
+        classes = dataset.classes if dataset.class_columns is None else list(imagenet_words())
+        num_outputs = subject.model.num_classes
+        if dataset.class_columns is not None and num_outputs != len(classes):
+            raise ConfigError(
+                f"data of type {kind!r} is judged by the outputs of an ImageNet-1k classifier, and "
+                f"{subject.checkpoint} has {num_outputs} instead of {len(classes):,}: evaluate a model of these classes"
+            )
         trained = read_pretrained_metadata(subject.weights)["extra"].get("class_names")
-        check_same_classes(trained, dataset.classes, subject.checkpoint)
+        check_same_classes(trained, classes, subject.checkpoint)
 
 
 def check_same_classes(trained: list[str] | None, data: list[str] | None, checkpoint: str) -> None:

@@ -87,8 +87,11 @@ def zero_shot_templates(config: EvaluationConfig, dataset: ImageDataset) -> list
 
 def judged(predictions: Predictions, dataset: ImageDataset, skipped_paths: list[str]) -> Outcome:
     """The figures of a task with labels: accuracy, calibration, and each class and condition by itself."""
-    results = predictions.results()
-    details: dict[str, Any] = {"per_class": predictions.per_class(dataset.classes)}
+    results, details = predictions.results(), {}
+    if dataset.label_sets is None:
+        details["per_class"] = predictions.per_class(dataset.classes)
+    else:
+        del results["mean_per_class"]  # a picture of several classes is of none alone
     if dataset.conditions is not None:
         condition_N = torch.tensor(dataset.condition_of)[predictions.index_N]
         accuracy_C, counts_C = accuracy_per_class(predictions.rank_N == 0, condition_N, len(dataset.conditions))
