@@ -224,3 +224,14 @@ def test_expert_choice_and_soft_models(tmp_path):
         weights = [own.weight for own in experts]
         assert weights == sorted(weights, reverse=True)
         assert all(own.kept for own in experts)
+
+
+def test_classes_of_one_name_stay_apart_and_missing_names_are_told(tmp_path):
+    settings = {"embed_dim": 32, "num_classes": 3, "num_experts": 0}
+    found = logic.explain(subject(tmp_path, "vmoe_tiny_patch8_48", ["crane", "crane", "dog"], **settings), picture())
+    assert [name for name, _ in found.probabilities] == ["crane", "crane", "dog"]
+    assert sum(value for _, value in found.probabilities) == pytest.approx(1)
+    for names in (["a", "b"], ["a", "b", "c", "d"]):
+        few = subject(tmp_path, "vmoe_tiny_patch8_48", names, **settings)
+        with pytest.raises(ValueError, match=f"model.safetensors names {len(names)} classes, but the model tells 3"):
+            logic.explain(few, picture())

@@ -5,11 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 from PIL import Image
 
 from vmoe.inspection import look
-from vmoe.inspection.figure import PALETTE
+from vmoe.inspection.figure import PALETTE, _tell_missing_glyphs
 from vmoe.inspection.figures import (
+    _picture_name,
     agreement_figure,
     class_figure,
     load_figure,
@@ -171,3 +173,61 @@ def test_legend_and_names_stay_inside_the_figure(example_statistics, experts):
         assert box.x1 <= width
         assert box.y0 >= 0
         assert box.y1 <= height
+
+
+AWKWARD = r"US$ and HK$ or $\frac$"  # no formula, and none that can be drawn
+
+
+def test_a_dollar_sign_is_a_dollar_sign(example_statistics, tmp_path, monkeypatch):
+    monkeypatch.setattr(look, "DPI", 50)
+    statistics = example_statistics(num_experts=4, num_layers=1, num_pictures=2)
+    for sample in statistics.samples:
+        sample.caption = AWKWARD
+    layer = statistics.layers[0]
+    layer.expert_word = {f"{word} {AWKWARD}": counts for word, counts in layer.expert_word.items()}
+    names = [f"{name} {AWKWARD}" for name in statistics.class_names]
+    write_figures(dataclasses.replace(statistics, class_names=names), tmp_path)
+    drawn = [class_figure(layer, names), word_figure(layer), routing_figure(statistics)]
+    awkward = [text for figure in drawn for text in figure.findobj(Text) if "$" in text.get_text()]
+    assert len(awkward) >= 5 + 5 + 2
+    assert not any(text.get_parse_math() for text in awkward)
+
+
+def test_characters_without_a_glyph_are_told_once(example_statistics, tmp_path, monkeypatch, caplog, recwarn):
+    monkeypatch.setattr(look, "DPI", 50)
+    _tell_missing_glyphs.cache_clear()
+    statistics = example_statistics(num_experts=4, num_pictures=2)
+    for sample in statistics.samples:
+        sample.caption = "猫と犬"
+    names = [f"{name} 猫" for name in statistics.class_names]
+    write_figures(dataclasses.replace(statistics, class_names=names), tmp_path)
+    assert [record.getMessage() for record in caplog.records] == [
+        "in the figures, characters that the font DejaVu Sans does not have are drawn as boxes"
+    ]
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+def test_figures_of_an_earlier_inspection_go(example_statistics, tmp_path, monkeypatch):
+    monkeypatch.setattr(look, "DPI", 50)
+    stale = ["split.png", "classes_blocks.9.mlp.png", "words_blocks.1.mlp.png", "patches_visual.blocks.3.mlp.png"]
+    for name in [*stale, "mine.png", "notes.txt"]:
+        (tmp_path / name).touch()
+    files = write_figures(example_statistics(num_layers=1, num_pictures=1, text=False), tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {*(file.name for file in files), "mine.png", "notes.txt"}
+
+
+def test_right_or_wrong_is_told_by_the_place_of_the_class(example_statistics):
+    sample = example_statistics(text=False).samples[0]
+    names = ["crane", "crane", "dog"]  # a bird and a machine
+    sample.caption, sample.label, sample.top_classes = None, 0, [("crane", 0.7)]
+    sample.top_labels = [1]
+    assert _picture_name(sample, names, 60) == "crane (model: crane 70%)"
+    sample.top_classes, sample.top_labels = [("crane bird", 0.7)], [0]  # the name in prompts
+    assert _picture_name(sample, names, 60) == "crane"
+
+
+def test_layers_that_are_not_compared_are_named(example_statistics):
+    statistics = dataclasses.replace(example_statistics(), agreement_left_out={"image": ["blocks.3.mlp"]})
+    assert any(
+        "Not compared, for they see other tokens: block 3." in text for text in texts(agreement_figure(statistics))
+    )

@@ -1,18 +1,24 @@
 """The command as a user runs it."""
 
 import inspect
+import io
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 import vmoe
+from vmoe import inspect as command
 from vmoe.config_io import ConfigError
+from vmoe.data import BadSample
 from vmoe.data.config import SourceConfig
-from vmoe.inspect import describe, expand_data, main, validation_data
+from vmoe.inspect import describe, expand_data, main, summary_table, validation_data
 from vmoe.inspection import look
 from vmoe.models import factory
 from vmoe.models.factory import save_pretrained
@@ -163,3 +169,79 @@ def test_mistakes_are_one_sentence_with_an_exit_code(run, data, tmp_path, capsys
 def test_the_module_hides_nothing_of_the_standard_library():
     assert factory.inspect is inspect  # a module of vmoe that imports it
     assert Path(inspect.__file__).parent != Path(vmoe.__file__).parent
+
+
+def test_fields_of_the_data_without_a_type_change_those_of_the_run(run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run / "checkpoints", folder / "checkpoints")
+    (folder / "config.yaml").write_text("data: {val: {type: emoji_groups, split: val, image_size: 16}}")
+    given = []
+
+    def stop(source):
+        given.append(source)
+        raise BadSample("x", "is not read here")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "build_dataset", stop)
+        for extra in ([], ["--data.split", "train"], ["--data.image_size=24"], ["--data", "emoji"]):
+            assert main(["--checkpoint", str(folder), *extra, *QUICK]) == 1
+    assert given == [
+        SourceConfig("emoji_groups", split="val", image_size=16),
+        SourceConfig("emoji_groups", split="train", image_size=16),
+        SourceConfig("emoji_groups", split="val", image_size=24),
+        SourceConfig("emoji"),
+    ]
+    capsys.readouterr()
+    code, message = error(capsys, "--checkpoint", str(folder), "--data.split", "held_out")
+    assert (code, "split of data source 'emoji_groups' must be one of train, val" in message) == (2, True)
+    with pytest.raises(ConfigError, match=r"set data.type"):
+        command.run(command.InspectConfig(str(folder), data=SourceConfig(split="val")))
+
+
+def test_what_cannot_work_is_told_before_the_data_are_read(run, data, tmp_path, capsys, monkeypatch):
+    def read(*_, **__):
+        raise AssertionError("the data were read")
+
+    monkeypatch.setattr(command, "gather_statistics", read)
+    pairs, folders = ["--checkpoint", str(run)], ["--checkpoint", str(run), "--data", str(data / "folder")]
+    (tmp_path / "file").touch()
+    classifier = vmoe.create_model("vmoe_tiny_patch8_48", img_size=16, embed_dim=16, depth=2, num_heads=2)
+    save_pretrained(classifier, tmp_path / "classifier.safetensors")
+    of_classifier = ["--checkpoint", str(tmp_path / "classifier.safetensors"), "--data", str(data / "folder")]
+    wrong = [
+        (folders, ["--output_dir", str(tmp_path / "file" / "x")], r"output_dir .*file/x cannot be written to \("),
+        (folders, ["--templates", "a photo"], "templates 'a photo': no such file"),
+        (pairs, ["--templates", "a {}"], "templates are prompts of class names, and the data have none"),
+        (of_classifier, ["--templates", "a {}"], "templates are for image-text models"),
+        (pairs, ["--loader.max_bad_share", "0.5"], "loader.max_bad_share has no effect in an inspection"),
+        (pairs, ["--loader.pin_memory", "false"], "loader.pin_memory has no effect in an inspection"),
+        (pairs, ["--data", str(data / "folder/cat/0.png")], "0.png is a picture: give the folder of pictures"),
+    ]
+    for start, arguments, match in wrong:
+        code, message = error(capsys, *start, *arguments)
+        assert code == 2, message
+        assert re.search(match, message), message
+
+    def missing():
+        raise ModuleNotFoundError("the HTML report needs altair")
+
+    monkeypatch.setattr(command, "chart_library", missing)
+    monkeypatch.setattr(command, "load_subject", read)
+    assert error(capsys, *pairs) == (1, "vmoe-inspect: error: the HTML report needs altair")
+
+
+def test_no_typical_patches_at_all(run, data, tmp_path):
+    arguments = ["--checkpoint", str(run), "--output_dir", str(tmp_path), "--loader.num_workers", "0"]
+    assert main([*arguments, "--num_pictures", "2", "--num_patches", "0"]) == 0
+    assert not list((tmp_path / "figures").glob("patches_*"))
+    assert (tmp_path / "report.html").exists()
+
+
+def test_the_table_counts_what_experts_took(example_statistics):
+    statistics = example_statistics(num_layers=1, num_experts=4, text=False)
+    layer = statistics.layers[0]
+    layer.asked["image"], layer.kept["image"] = np.array([10, 10, 10, 10]), np.array([0, 9, 3, 0])
+    console = Console(file=io.StringIO(), width=200)
+    console.print(summary_table(statistics))
+    assert "3.00" in console.file.getvalue()
+    assert "2 of 4" in console.file.getvalue()

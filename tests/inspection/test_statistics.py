@@ -15,7 +15,7 @@ from vmoe.config_io import ConfigError
 from vmoe.data import BadSample, ImageDataset, build_transform
 from vmoe.data.dataset import Sample
 from vmoe.evaluation.subject import Subject
-from vmoe.inspection.accumulate import normalized_mutual_information
+from vmoe.inspection.accumulate import Agreement, ModalityTokens, normalized_mutual_information
 from vmoe.inspection.statistics import gather_statistics, sample_routing
 from vmoe.inspection.words import word_decoder
 from vmoe.models.factory import preprocess_config, save_pretrained
@@ -446,3 +446,34 @@ def test_words_are_read_back_by_any_tokenizer():
     assert word_decoder(Wrapper())([1]) == ["apple"]
     with pytest.raises(ValueError, match=r"has no decode\(\)"):
         word_decoder(object())
+
+
+def test_no_typical_patches(limoe):
+    found = gather_statistics(limoe, Pictures(captions=True), num_patches=0)
+    assert all(layer.typical_patches == [[]] * 4 for layer in found.layers)
+
+
+def test_layers_that_see_other_tokens_are_named():
+    def tokens(length):
+        expert_BTK = np.arange(2 * length).reshape(2, length, 1) % 3
+        ones = np.ones(expert_BTK.shape)
+        return ModalityTokens(ones[..., 0] > 0, np.ones((2, length, 3)), expert_BTK, ones, ones > 0, ones > 0)
+
+    agreement = Agreement({"a": 3, "b": 3, "c": 3})
+    for _ in range(2):
+        agreement.add("image", {"a": tokens(4), "b": tokens(2), "c": tokens(4)})
+    assert agreement.left_out == {"image": ["b"]}
+    matrix = agreement.matrices()["image"]
+    assert np.isnan(matrix[1]).all()
+    assert matrix[0, 2] == pytest.approx(1)
+
+
+def test_likeliest_names_have_their_places_among_the_classes(limoe, tmp_path):
+    dataset = Pictures()
+    dataset.classes, dataset.prompt_names = ["crane", "crane", "dog"], ["crane bird", "crane machine", "dog"]
+    [sample] = gather_statistics(limoe, dataset, num_pictures=1).samples
+    assert sorted(sample.top_labels) == [0, 1, 2]
+    assert [dataset.prompt_names[c] for c in sample.top_labels] == [name for name, _ in sample.top_classes]
+    model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=2, **VIT)
+    other = subject_of(model, tmp_path, class_names=["ours", "theirs"])
+    assert gather_statistics(other, dataset, num_pictures=1).samples[0].top_labels == []  # not the data's classes

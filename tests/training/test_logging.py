@@ -14,6 +14,7 @@ from vmoe.training.logging import (
     CollapseWatch,
     MetricsLog,
     ProgressDisplay,
+    expert_figures,
     largest_share,
     read_metrics,
     routing_figures,
@@ -147,3 +148,20 @@ def test_progress_shows_loss_throughput_routing_and_time_left(terminal):
         assert "step 6/100" in text
         assert "3:08 left" in text
         assert "\x1b" not in text
+
+
+@pytest.mark.parametrize(("router", "has_load"), [("top_k", True), ("expert_choice", True), ("soft", False)])
+def test_only_soft_routing_has_no_load(router, has_load):
+    settings = {} if router == "top_k" else {"router": router}
+    if router == "expert_choice":
+        settings["capacity_factor"] = 8.0  # every expert takes every token: all is kept
+    model = vmoe.create_model(
+        "vmoe_tiny_patch8_48", img_size=16, embed_dim=16, num_heads=2, depth=2, num_experts=4, **settings
+    )
+    with vmoe.record_routing(model) as record:
+        model(torch.randn(2, 3, 16, 16))
+    [layer] = record.layers.values()
+    assert layer.router == router
+    if router == "expert_choice":
+        assert layer.kept.all()
+    assert any("/load_" in name for name in expert_figures(record)) == has_load

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 import vmoe
 from vmoe.config_io import ConfigError
 from vmoe.data import BadSample, SourceConfig
+from vmoe.training import loop
 from vmoe.training.checkpoint import CheckpointError, list_checkpoints, step_of
 from vmoe.training.diagnosis import NonFiniteError
 from vmoe.training.logging import CollapseWatch, read_metrics
@@ -377,3 +379,37 @@ def test_damaged_weights_name_the_way_out(make_config):
     config.train.steps = 4
     with pytest.raises(CheckpointError, match=r"remove .*step_000002 to continue from the one before"):
         train(config)
+
+
+def test_a_run_is_complete_before_its_examples_are_drawn(make_config, monkeypatch, caplog):
+    config = make_config(**{"train.steps": 1, "evaluate.examples": 2})
+    seen = []
+
+    def fail(*_, **__):
+        seen.extend(path.name for path in _path(config).iterdir())
+        raise RuntimeError("the font is broken")
+
+    monkeypatch.setattr(loop, "example_figure", fail)
+    summary, printed = run(config)
+    assert "summary.json" in seen
+    assert summary == json.loads((_path(config) / "summary.json").read_text())
+    assert "final loss" in printed
+    assert "no examples.png: the font is broken" in caplog.text
+
+
+def test_class_names_with_dollar_signs_are_drawn(make_config, tmp_path, pictures, caplog):
+    for place, folder in enumerate(sorted((pictures / "folders").iterdir())):
+        (tmp_path / "priced" / rf"{place} US$ and HK$ or $\frac$").parent.mkdir(exist_ok=True)
+        shutil.copytree(folder, tmp_path / "priced" / rf"{place} US$ and HK$ or $\frac$")
+    config = make_config(
+        **{
+            "train.steps": 1,
+            "evaluate.examples": 2,
+            "data.train.path": tmp_path / "priced",
+            "data.val.path": tmp_path / "priced",
+            "train.tensorboard": True,
+        }
+    )
+    run(config)
+    assert (_path(config) / "examples.png").exists()
+    assert not caplog.records

@@ -121,3 +121,18 @@ def test_a_dense_model_and_one_with_sparse_text_only_have_no_picture(make_config
 def test_a_negative_number_of_steps_is_an_error(make_config):
     with pytest.raises(ConfigError, match=r"routing_picture_every must be >= 0, got -1"):
         make_config(**{"train.routing_picture_every": -1}).check()
+
+
+def test_a_picture_that_cannot_be_drawn_costs_nothing_but_itself(make_config, tmp_path, monkeypatch, caplog):
+    steps = []
+
+    def fail(*_):
+        steps.append([folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()])
+        raise RuntimeError("the font is broken")
+
+    monkeypatch.setattr(pictures, "routing_picture", fail)
+    settings = {"train.steps": 2, "train.tensorboard": True, "train.checkpoint_every": 1, "train.keep_last": 3}
+    summary = quietly(make_config(**settings, **{"train.routing_picture_every": 1}))
+    assert summary["steps"] == 2
+    assert steps == [["step_000001"]]  # saved before, and not tried again
+    assert [r.getMessage() for r in caplog.records] == ["no pictures of the routing: the font is broken"]
