@@ -122,7 +122,7 @@ def test_bad_input_is_one_sentence(files, capsys, tmp_path):
         ([str(tmp_path / "empty"), *labels, *limoe], 1, "empty: no picture there"),
         ([picture, *limoe], 2, "give some, as --labels 'cat,dog'"),
         ([picture, "--labels", "cat,dog,cat", *limoe], 2, "--labels: class_names must be unique; given twice: 'cat'"),
-        ([picture, "--labels", "cat,,dog", *limoe], 2, "--labels: class_names: name 1 is empty"),
+        ([picture, "--labels", "cat,,dog", *limoe], 2, "--labels: label 2 of 3 is empty; is there a comma too many?"),
         ([picture, "--labels", "cat", *limoe], 2, "'cat' alone would always get the probability 1"),
         ([picture, "--labels_file", "cifar11", *limoe], 2, "--labels_file: class_names 'cifar11': no such file"),
         ([picture, *labels, "--templates", "a photo", *limoe], 2, "--templates: templates 'a photo': no such file"),
@@ -132,6 +132,10 @@ def test_bad_input_is_one_sentence(files, capsys, tmp_path):
         (limoe, 2, "the following arguments are required: IMAGE"),
         ([picture, *labels, "--checkpoint", "nowhere"], 1, "no weights at nowhere: it does not exist"),
         ([picture, *labels, "--checkpoint", str(files / "vit.safetensors")], 2, "leave --labels out"),
-        ([picture, "--checkpoint", str(files / "nameless.safetensors")], 2, "a classifier without class names"),
+        (
+            [picture, "--checkpoint", str(files / "nameless.safetensors")],
+            2,
+            "without class names; save it again with vmoe.models.factory.save_pretrained(",
+        ),
     ):
         assert error in _error(capsys, arguments, code)

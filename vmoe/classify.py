@@ -176,7 +176,10 @@ def _read_labels(arguments: argparse.Namespace) -> tuple[list[str] | None, list 
     names = None
     try:
         if arguments.labels is not None:
-            names = check_class_names([label.strip() for label in arguments.labels.split(",")])
+            labels = [label.strip() for label in arguments.labels.split(",")]
+            if "" in labels:
+                raise ValueError(f"label {labels.index('') + 1} of {len(labels)} is empty; is there a comma too many?")
+            names = check_class_names(labels)
         elif arguments.labels_file is not None:
             names, templates = resolve_prompts(arguments.labels_file, templates)
         if names is not None and len(names) == 1:
@@ -206,7 +209,7 @@ def _own_classes(subject: Subject, arguments: argparse.Namespace) -> list[str]:
     if not names:
         raise ConfigError(
             f"{subject.weights} holds a classifier without class names; save it again with "
-            "save_pretrained(model, file, extra={'class_names': [...]})"
+            "vmoe.models.factory.save_pretrained(model, file, extra={'class_names': [...]})"
         )
     return names
 

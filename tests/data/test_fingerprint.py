@@ -53,6 +53,21 @@ def test_a_copy_elsewhere_has_the_same_fingerprint(folder, tmp_path, kind):
     assert fingerprint(tmp_path / "another place" / "copy", kind) == found
 
 
+def test_absolute_paths_count_from_the_root_on(folder, tmp_path):
+    """Such a file is usually made anew for each place."""
+    found = fingerprint(folder, "pairs file")
+    other = shutil.copytree(folder, tmp_path / "copy")
+    for root in (folder, other):
+        rows = (root / "pairs.csv").read_text().replace("tree/", f"{root}/tree/../tree/")
+        (root / "pairs.csv").write_text(rows)
+        dataset = build_dataset(SourceConfig("pairs", str(root / "pairs.csv")))
+        assert dataset.image_ids == ["tree/cat/1.png", "tree/cat/1.png", "tree/dog/1.png"]
+        assert dataset.file_of(2)[1].samefile(root / "tree/dog/1.png")
+        assert dataset.fingerprint() == found
+    outside = build_dataset(SourceConfig("pairs", str(other / "pairs.csv"), image_root=str(folder)))
+    assert outside.image_ids[0] == f"{other}/tree/cat/1.png"
+
+
 @pytest.mark.parametrize("kind", SOURCES)
 def test_one_changed_byte_of_a_picture_changes_it(folder, kind):
     found = fingerprint(folder, kind)

@@ -215,6 +215,27 @@ def test_labels_files_that_cannot_be_used(flat, val, tmp_path):
         SourceConfig("imagenet_v2", "x", labels_file="y")
 
 
+@pytest.mark.parametrize("stray", [None, "labels.txt"])
+def test_a_stray_folder_among_the_flat_pictures_is_named(flat, tmp_path, stray):
+    """The folder is still a flat one: its labels_file is right, and the stray folder is to be moved."""
+    (flat / "stray").mkdir()
+    try:
+        if stray:
+            (flat / "stray" / stray).touch()
+        message = complaint("imagenet", flat, labels_file=str(write_labels(tmp_path, "val.txt")))
+    finally:
+        shutil.rmtree(flat / "stray")
+    assert message.startswith(f"{flat}: it holds folder stray, and only pictures may be there\n")
+    assert "├── stray/" in message
+
+
+def test_an_empty_folder_with_labels_is_shown_the_layouts(tmp_path):
+    (tmp_path / "val").mkdir()
+    message = complaint("imagenet", tmp_path / "val", labels_file=str(write_labels(tmp_path, "val.txt")))
+    assert "there is no class folder" in message
+    assert "(empty)" in message
+
+
 def test_a_stranger_among_the_flat_pictures_is_named(flat, tmp_path):
     labels = write_labels(tmp_path, "val.txt")
     for name, message in [("cat.jpg", "picture cat.jpg among those"), ("notes.txt", "notes.txt: not a picture")]:

@@ -83,7 +83,20 @@ def test_unknown_and_missing_folders_are_named(root):
     [
         ("objectnet_to_imagenet_1k.json", {"Banana": "pear"}, "'pear', of class 'Banana', is not in imagenet_to_label"),
         ("objectnet_to_imagenet_1k.json", {"Banana": "crane"}, "'crane', of class 'Banana', is given twice in"),
-        ("objectnet_to_imagenet_1k.json", {"Banana": 3}, "3, of class 'Banana', is not in"),
+        ("objectnet_to_imagenet_1k.json", {"Banana": 3}, "1k.json: 'Banana' must have a text, got 3"),
+        ("objectnet_to_imagenet_1k.json", {"Banana": ["banana"]}, "1k.json: 'Banana' must have a text, got ['banana']"),
+        (
+            "folder_to_objectnet_label.json",
+            FOLDERS | {"banana": ["B"]},
+            "label.json: 'banana' must have a text, got ['B",
+        ),
+        (
+            "folder_to_objectnet_label.json",
+            FOLDERS | {"coaster": "Banana"},
+            "label.json: folders banana and coaster have one class, 'Banana'; each must have its own",
+        ),
+        ("pytorch_to_imagenet_2012_id.json", OUTPUTS | {"0": "0"}, "id.json: '0' must have a whole number, got '0'"),
+        ("pytorch_to_imagenet_2012_id.json", OUTPUTS | {"3": True}, "id.json: '3' must have a whole number, got True"),
         (
             "objectnet_to_imagenet_1k.json",
             {"Sofa": "cup"},

@@ -135,6 +135,25 @@ def test_a_long_folder_is_cut_in_the_drawing(tmp_path):
     assert "3.txt" not in error
 
 
+def test_the_folder_of_the_mistake_is_opened_in_the_drawing(tmp_path, photo):
+    for name in ("a", "b", "c", "d", "e/inner"):
+        (tmp_path / name).mkdir(parents=True)
+        photo.save(tmp_path / name / "1.png")
+    first, *drawn, _ = complaint(tmp_path).splitlines()
+    assert first == f"{tmp_path}: e/ holds folder inner, and only pictures may be there"
+    assert [line[44:] for line in drawn] == [
+        "found",
+        f"{tmp_path.name}/",
+        "├── a/",
+        "├── b/",
+        "├── e/",
+        "│   └── inner/",
+        "└── ... (2 more)",
+    ]
+    error = str(TreeReader(tmp_path, "FOLDER/").error("wrong", "e/inner"))
+    assert "│       └── 1.png" in error
+
+
 def test_pictures_in_any_case_and_linked_folders_count(tree, tmp_path, photo):
     photo.save(tree / "cat" / "2.JPEG", "JPEG")
     (tmp_path / "elsewhere").mkdir()

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 from torchvision import datasets
 
+from vmoe.data.imagenet import imagenet_synsets, imagenet_words
 from vmoe.evaluation.class_names import FOLDER, is_published, known_sets, prompt_names, prompt_templates, published_set
 
 SIZES = {
@@ -121,6 +122,41 @@ def test_names_that_do_not_fit_the_data_are_errors():
     mixed = ["truck", "b", "c", "d", "e", "f", "g", "h", "i", "j"]
     with pytest.raises(ValueError, match="class 0 of the data is 'truck', which is class 9 of 'cifar10'"):
         prompt_names("cifar10", mixed)
+
+
+def test_imagenets_names_follow_the_classes():
+    names = prompt_names("imagenet")
+    assert prompt_names("imagenet", names) == names
+    assert prompt_names("imagenet", sorted(names)) == sorted(names)  # with both "missile" and both "sunglasses"
+    order = [817, 0, 999, *(label for label in range(1000) if label not in (817, 0, 999))]
+    for known in (imagenet_synsets(), imagenet_words()):
+        assert prompt_names("imagenet", known) == names
+        assert prompt_names("imagenet", [known[label] for label in order]) == [names[label] for label in order]
+
+
+def test_any_other_thousand_classes_are_refused_as_imagenet():
+    """A V2 tree read as image_folder has the folders 0, 1, 10, 100, ...: the published order would be wrong."""
+    with pytest.raises(
+        ValueError, match="class 0 of the data, '0', is none of .*imagenet_v2.*give the names as a file"
+    ):
+        prompt_names("imagenet", sorted(map(str, range(1000))))
+    words = [*imagenet_words()[:-1], "a gnome"]
+    with pytest.raises(ValueError, match="class 999 of the data, 'a gnome', is none of ImageNet's synsets"):
+        prompt_names("imagenet", words)
+    with pytest.raises(ValueError, match="or repeat some"):
+        prompt_names("imagenet", [imagenet_synsets()[0], *imagenet_synsets()[:-1]])
+    with pytest.raises(ValueError, match="mix ImageNet's synsets"):
+        prompt_names("imagenet", [imagenet_words()[0], *imagenet_synsets()[1:]])
+
+
+def test_folders_that_are_numbers_are_labels():
+    names = prompt_names("flowers102")
+    numbers = sorted(map(str, range(102)))
+    assert numbers[:3] == ["0", "1", "10"]
+    assert prompt_names("flowers102", numbers) == [names[int(number)] for number in numbers]
+    assert prompt_names("flowers102", [f"{number:03}" for number in range(1, 103)]) == names
+    with pytest.raises(ValueError, match="the numbers 1, 10, 100, ..., sorted as texts, and do not count from 0"):
+        prompt_names("flowers102", sorted(map(str, range(1, 103))))
 
 
 def test_unknown_name_lists_the_known_ones():

@@ -59,8 +59,9 @@ def find_val_pictures(
     """
     tree = TreeReader(path, VAL_LAYOUT)
     folders, files = tree.entries()
-    if folders or not any(val_number(name) for name in files):
-        if labels_file is not None:
+    in_folders = not set(synsets).isdisjoint(folders)
+    if in_folders or not any(val_number(name) for name in files):
+        if in_folders and labels_file is not None:
             raise ValueError(f"labels_file {labels_file}: not for {path}, whose folders are the labels; leave it out")
         remedy = " (for a tree with other classes use data type image_folder)"
         return flatten(read_class_tree(path, VAL_LAYOUT, synsets, remedy), range(len(synsets)))

@@ -100,6 +100,11 @@ def _read_entry(entry: dict[str, Any], where: str) -> tuple[str, str, list[str]]
         raise ValueError(
             f"{where}: must have filename, split and sentences with a raw text each ({type(error).__name__}: {error})"
         ) from None
+    for key, value in (("filename", name), ("filepath", folder), ("split", split)):
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: {key} must be a text, got {value!r}")
+    if not name:
+        raise ValueError(f"{where}: filename is empty")
     known = [part for parts in SPLITS.values() for part in parts]
     if split not in known:
         raise ValueError(f"{where}: split must be one of {', '.join(known)}, got {split!r}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -47,12 +46,19 @@ class ObjectNet(LabelledFiles):
         missing = [name for name in ("images", "mappings") if not (tree.root / name).is_dir()]
         if missing:
             raise tree.error(f"has no folder {missing[0]}")
-        label_of_folder = _read_json(tree.root / "mappings" / "folder_to_objectnet_label.json")
+        label_of_folder = _read_json(tree.root / "mappings" / "folder_to_objectnet_label.json", str)
         columns_of_label = read_mappings(tree.root / "mappings")
         evaluated = {folder: label for folder, label in label_of_folder.items() if label in columns_of_label}
         if len(evaluated) < len(columns_of_label):
             lost = sorted(set(columns_of_label) - set(evaluated.values()))
             raise ValueError(f"{path}/mappings/folder_to_objectnet_label.json: has no folder for class {lost[0]!r}")
+        repeated = [label for label, count in Counter(evaluated.values()).items() if count > 1]
+        if repeated:  # as two classes they would always tie
+            same = [folder for folder, label in evaluated.items() if label == repeated[0]]
+            raise ValueError(
+                f"{path}/mappings/folder_to_objectnet_label.json: folders {' and '.join(same)} have one class, "
+                f"{repeated[0]!r}; each must have its own"
+            )
         folders = tree.folders("images", known=label_of_folder)
         tree.check_complete(folders, evaluated, "images")
         pictures = {folder: tree.pictures(f"images/{folder}") for folder in folders}
@@ -88,7 +94,7 @@ def read_mappings(folder: Path) -> dict[str, list[int]]:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{names_file}: cannot be read ({error})") from None
     outputs_file = folder / "pytorch_to_imagenet_2012_id.json"
-    outputs = {place: int(output) for output, place in _read_json(outputs_file).items() if output.isdecimal()}
+    outputs = {place: int(output) for output, place in _read_json(outputs_file, int).items() if output.isdecimal()}
     if sorted(outputs) != list(range(len(names))) or sorted(outputs.values()) != list(range(len(names))):
         raise ValueError(
             f"{outputs_file}: must give each output 0..{len(names) - 1} one of the {len(names)} lines "
@@ -98,8 +104,8 @@ def read_mappings(folder: Path) -> dict[str, list[int]]:
     repeated = {name for name, count in Counter(names).items() if count > 1}
     columns = {}
     classes_file = folder / "objectnet_to_imagenet_1k.json"
-    for label, text in _read_json(classes_file).items():
-        wanted = text.split("; ") if isinstance(text, str) else [text]
+    for label, text in _read_json(classes_file, str).items():
+        wanted = text.split("; ")
         unknown = [name for name in wanted if name not in output_of_name or name in repeated]
         if unknown:
             why = "is given twice" if unknown[0] in repeated else "is not"
@@ -108,7 +114,8 @@ def read_mappings(folder: Path) -> dict[str, list[int]]:
     return columns
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path, kind: type) -> dict:
+    """A JSON object whose values are all of one kind, str or int."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -117,4 +124,9 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: not valid JSON") from None
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{file}: must be a JSON object")
+    for key, value in content.items():
+        if type(value) is not kind:  # bool is not int here
+            raise ValueError(
+                f"{file}: {key!r} must have {'a text' if kind is str else 'a whole number'}, got {value!r}"
+            )
     return content

@@ -59,7 +59,8 @@ class PairsFile(ImageDataset):
             raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
         if not self.pairs:
             raise ValueError(f"{path}: holds no pairs; it needs an image path and a caption per line")
-        self.image_ids = [os.path.normpath(image) for image, _ in self.pairs]
+        root = os.path.abspath(self.root)
+        self.image_ids = [_name_within(root, image) for image, _ in self.pairs]
 
     @property
     def captions(self) -> list[str]:
@@ -185,6 +186,12 @@ def _key(row: dict[str, Any], wanted: str | None, usual: tuple[str, ...], settin
         looked_for = repr(wanted) if wanted is not None else " or ".join(usual)
         raise ValueError(f"{where}: has no {looked_for}, only {', '.join(map(str, row))}; set {setting}")
     return key
+
+
+def _name_within(root: str, image: str) -> str:
+    """A picture's path from the root on, so that a copy elsewhere has the same names; absolute if it lies outside."""
+    name = Path(os.path.normpath(image))
+    return str(name.relative_to(root) if name.is_relative_to(root) else name)
 
 
 def _text(value: Any) -> str:

@@ -90,16 +90,17 @@ class TreeReader:
         files = [name for name in files if name not in allowed]
         if files and folders:
             lie = "lies" if len(files) == 1 else "lie"
-            raise self.error(f"{where}beside the {kind} folders {lie} {_names(files, 'file')}; move or remove")
+            raise self.error(f"{where}beside the {kind} folders {lie} {_names(files, 'file')}; move or remove", folder)
         if not folders:
             holds = _names(files, "file") + f", and no {kind} folder" if files else f"no {kind} folder"
             rule = "; there must be one folder of pictures per class" if kind == "class" else ""
-            raise self.error(f"{where}there is {holds}{rule}")
+            raise self.error(f"{where}there is {holds}{rule}", folder)
         unknown = sorted(set(folders).difference(known)) if known is not None else []
         if unknown:
             verb = "is" if len(unknown) == 1 else "are"
             raise self.error(
-                f"{where}{_names(unknown, 'folder')} {verb} not among the {kind} folders of this data set{remedy}"
+                f"{where}{_names(unknown, 'folder')} {verb} not among the {kind} folders of this data set{remedy}",
+                folder,
             )
         return folders
 
@@ -108,7 +109,8 @@ class TreeReader:
         missing = sorted(set(wanted) - set(found))
         if missing:
             where = f" in {folder}/" if folder else ""
-            raise self.error(f"{len(missing)} of {len(wanted)} classes are missing{where}, {_first(missing)}{remedy}")
+            problem = f"{len(missing)} of {len(wanted)} classes are missing{where}, {_first(missing)}{remedy}"
+            raise self.error(problem, folder)
 
     def pictures(self, folder: str, allowed: Collection[str] = ()) -> list[str]:
         """Sorted names of the pictures in a folder where nothing else may be.
@@ -122,7 +124,8 @@ class TreeReader:
         """
         folders, files = self.entries(folder)
         if folders:
-            raise self.error(f"{folder}/ holds {_names(folders, 'folder')}, and only pictures may be there")
+            where = f"{folder}/" if folder else "it"
+            raise self.error(f"{where} holds {_names(folders, 'folder')}, and only pictures may be there", folder)
         files = [name for name in files if name not in allowed]
         others = [name for name in files if not name.lower().endswith(IMAGE_SUFFIXES)]
         if others:
@@ -136,10 +139,10 @@ class TreeReader:
             )
         return files
 
-    def error(self, problem: str) -> ValueError:
-        """An error that shows the expected tree beside the one found."""
+    def error(self, problem: str, folder: str = "") -> ValueError:
+        """An error that shows the expected tree beside the one found, with `folder` opened in it."""
         left = ["expected", *self.layout.strip("\n").splitlines()]
-        right = ["found", *self._draw()]
+        right = ["found", *self._draw(folder)]
         width = max(map(len, left)) + 4
         rows = [f"  {a:<{width}}{b}".rstrip() for a, b in zip_longest(left, right, fillvalue="")]
         return ValueError("\n".join([f"{self.root}: {problem}", *rows, "All layouts are in docs/evaluation.md."]))
@@ -150,15 +153,32 @@ class TreeReader:
             logger.warning("left aside, hidden or an operating system's own: %s", _names(sorted(self.junk), "path"))
         self.junk = set()
 
-    def _draw(self) -> list[str]:
-        """The tree in a few lines: its first entries, and those of its first folder."""
-        folders, files = self.entries()
-        lines = _branches([f"{name}/" for name in folders] + files)
-        if folders:
-            inner = self.entries(folders[0])
-            indent = "│   " if len(lines) > 1 else "    "
-            lines[1:1] = [indent + line for line in _branches([f"{name}/" for name in inner[0]] + inner[1])]
+    def _draw(self, folder: str) -> list[str]:
+        """The tree in a few lines: its first entries, and those of the folders on the way to `folder`.
+
+        Without one, those of its first folder.
+        """
+        path = Path(folder).parts or tuple(self.entries()[0][:1])
+        lines = self._branches("", path)
         return [f"{self.root.resolve().name}/", *(lines or ["(empty)"])]
+
+    def _branches(self, where: str, path: tuple[str, ...]) -> list[str]:
+        """The first entries of a folder as branches of a tree, with those of the folders on the path in it."""
+        folders, files = self.entries(where)
+        entries = [f"{name}/" for name in folders] + files
+        opened = f"{path[0]}/" if path else None
+        drawn = entries[:MAX_DRAWN]
+        if opened and opened not in drawn:
+            drawn[-1] = opened
+        more = [f"... ({len(entries) - MAX_DRAWN:,} more)"] if len(entries) > MAX_DRAWN else []
+        lines = []
+        for entry in drawn + more:
+            last = entry == (drawn + more)[-1]
+            lines.append(f"{'└' if last else '├'}── {entry}")
+            if entry == opened:
+                inner = self._branches(f"{where}/{path[0]}" if where else path[0], path[1:])
+                lines += [("    " if last else "│   ") + line for line in inner]
+        return lines
 
 
 def read_class_tree(
@@ -201,11 +221,3 @@ def _names(names: list[str], kind: str) -> str:
 def _first(names: list[str]) -> str:
     shown = ", ".join(names[:MAX_NAMED])
     return f"as {shown}" if len(names) > MAX_NAMED else shown
-
-
-def _branches(entries: list[str]) -> list[str]:
-    """The first entries of a folder as branches of a tree."""
-    drawn = entries[:MAX_DRAWN]
-    if len(entries) > MAX_DRAWN:
-        drawn.append(f"... ({len(entries) - MAX_DRAWN:,} more)")
-    return [f"{'└' if index == len(drawn) - 1 else '├'}── {entry}" for index, entry in enumerate(drawn)]
