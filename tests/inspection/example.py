@@ -46,6 +46,7 @@ def example_statistics(
                 patches=[_routing(rng, (grid, grid), E, K, range(E // 2)) for _ in range(L)],
                 text=[_routing(rng, (len(words),), E, K, range(E // 2 - 1, E)) for _ in range(L)] if text else [],
                 top_classes=[(names[(label + i) % num_classes], p) for i, p in enumerate((0.7, 0.2, 0.1))],
+                top_labels=[(label + i) % num_classes for i in range(3)],
             )
         )
     layers = [_layer(i, samples, E, K, num_classes, grid, text) for i in range(L)]

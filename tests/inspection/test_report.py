@@ -144,3 +144,12 @@ def test_a_missing_chart_library_is_named_with_its_remedy(library, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ModuleNotFoundError, match=rf"needs {library}: pip install 'vmoe\[report\]'"):
         chart_specifications()
+
+
+def test_the_right_name_is_told_by_its_class_not_by_its_text(example_statistics):
+    statistics = example_statistics()
+    first, second, third = statistics.samples[:3]
+    first.label, first.top_classes, first.top_labels = 0, [("crane", 0.7), ("crane", 0.2)], [3, 0]
+    second.top_labels = []
+    third.label = None
+    assert [sample["right"] for sample in report_data(statistics)["samples"]] == [1, None, None, 0, 0, 0]

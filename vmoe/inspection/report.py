@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import math
-import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from PIL import Image
 from vmoe.inspection.figure import DROPPED, PALETTE
 from vmoe.inspection.report_charts import chart_script, chart_specifications
 from vmoe.inspection.statistics import LayerStatistics, RoutingStatistics, TokenRouting, TypicalPatch
+from vmoe.whole import whole_file
 
 SCRIPTS = ("report_parts.js", "report_pictures.js", "report.js")
 WEIGHT_STEPS = 10_000  # weights are shown to four decimals
@@ -68,9 +68,8 @@ def write_report(statistics: RoutingStatistics, file: str | Path) -> Path:
         own=own,
     )
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.stem}.partial{file.suffix}")
-    temporary.write_text(html, encoding="utf-8", newline="\n")
-    os.replace(temporary, file)
+    with whole_file(file) as temporary:
+        temporary.write_text(html, encoding="utf-8", newline="\n")
     return file
 
 
@@ -102,6 +101,8 @@ def report_data(statistics: RoutingStatistics) -> dict[str, Any]:
                 "caption": sample.caption,
                 "words": sample.words,
                 "top": [[name, float(probability)] for name, probability in sample.top_classes],
+                # Place of the right name in "top", or null. Names may be alike, or longer than the class's.
+                "right": sample.top_labels.index(sample.label) if sample.label in sample.top_labels else None,
                 "source": _picture_source(sample.image),
             }
             for sample in samples

@@ -192,16 +192,16 @@ function makeWords(sample) {
 }
 
 // The model's likeliest names of the picture; the right one is marked.
-function makeNames(top, label) {
-  const items = top.map(([name, share]) => {
-    const right = name === label;
+function makeNames(top, rightPlace) {
+  const items = top.map(([name, share], place) => {
+    const right = place === rightPlace;
     return make("li", { class: right ? "right" : null }, make("span", {}, name, right ? " ✓" : "", right ? make("span", { class: "unseen" }, " right") : null), make("span", {}, asShare(share)));
   });
   return make("ol", { class: "names", "aria-label": "The model's likeliest names" }, ...items);
 }
 
 function makeCard(sample) {
-  const { path, class: label, words, top, source } = DATA.samples[sample];
+  const { path, class: label, words, top, right, source } = DATA.samples[sample];
   const name = label ?? path.split("/").pop();
   const maps = routingOf(state.layer, "image");
   const pair = make("div", { class: "pair" }, make("img", { src: source, alt: `The picture ${path}` }));
@@ -212,7 +212,7 @@ function makeCard(sample) {
     { class: "card", "aria-label": `Picture ${path}` },
     pair,
     make("div", {}, make("h3", {}, name), make("p", {}, path)),
-    top.length ? makeNames(top.slice(0, 3), label) : null,
+    top.length ? makeNames(top.slice(0, 3), right) : null,
     words.length ? makeWords(sample) : null,
   );
 }
