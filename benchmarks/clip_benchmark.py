@@ -2,8 +2,14 @@
 
     python -m benchmarks.clip_benchmark --config configs/eval/emoji_zero_shot.yaml --checkpoint RUN
 
-Takes the settings of eval.py for the tasks zero_shot and retrieval; needs `pip install 'vmoe[benchmark]'`. Exit code 1
-says that a figure differs by more than 1e-6.
+Takes the settings of eval.py for the tasks zero_shot and retrieval; needs `pip install 'vmoe[benchmark]'`. Data whose
+pictures have several right labels or stand under several conditions, and `loader.on_bad: skip`, are refused, since
+CLIP_benchmark counts these otherwise. Exit codes:
+
+    0  all figures agree
+    1  an error: a picture or checkpoint cannot be read, CLIP_benchmark is not installed
+    2  a wrong setting, or one that cannot be compared
+    3  a figure differs by more than 1e-6, or is not a number
 
     python -m benchmarks.clip_benchmark cli eval --model_type vmoe --model vmoe --pretrained RUN --dataset cifar10 \\
         --no_amp --output result.json
@@ -23,8 +29,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vmoe.config_io import ConfigError, parse_config
-from vmoe.data import ImageDataset, build_dataset
+from vmoe.data import BadSample, ImageDataset, build_dataset
 from vmoe.evaluation.config import EvaluationConfig
+from vmoe.evaluation.run import check_task
 from vmoe.evaluation.subject import Subject, load_subject
 from vmoe.evaluation.tasks import TASKS, zero_shot_names, zero_shot_templates
 from vmoe.evaluation.zero_shot import Template, fill, resolve_templates
@@ -42,16 +49,18 @@ THEIR_NAMES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the comparison; returns 0 if all figures agree, else 1."""
+    """Runs the comparison; returns the exit code, see above."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["cli"]:
-        return their_command(argv[1:])
-    config = parse_config(EvaluationConfig, argv, "benchmarks.clip_benchmark", __doc__, folder="eval")
     console = Console()
     try:
+        if argv[:1] == ["cli"]:
+            return their_command(argv[1:])
+        config = parse_config(EvaluationConfig, argv, "benchmarks.clip_benchmark", __doc__, folder="eval")
         rows = compare(config, console)
-    except ValueError as error:
-        print(f"benchmarks.clip_benchmark: error: {error}", file=sys.stderr)
+    except (ValueError, BadSample, ModuleNotFoundError) as error:
+        missing = isinstance(error, ModuleNotFoundError)
+        hint = ": CLIP_benchmark and what it needs come with pip install 'vmoe[benchmark]'" if missing else ""
+        print(f"benchmarks.clip_benchmark: error: {error}{hint}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     table = Table(title=f"{config.task} of {config.checkpoint}")
     for heading in ("measure", "vmoe", "CLIP_benchmark", "difference"):
@@ -59,25 +68,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, ours, theirs in rows:
         table.add_row(name, f"{ours:.6f}", f"{theirs:.6f}", f"{abs(ours - theirs):.1e}")
     console.print(table)
-    return int(any(abs(ours - theirs) > TOLERANCE for _, ours, theirs in rows))
+    return 0 if agree(rows) else 3
+
+
+def agree(rows: Sequence[tuple[str, float, float]]) -> bool:
+    """Whether there are figures and each is equal to theirs within the tolerance; NaN is equal to nothing."""
+    return bool(rows) and all(abs(ours - theirs) <= TOLERANCE for _, ours, theirs in rows)
 
 
 def compare(config: EvaluationConfig, console: Console) -> list[tuple[str, float, float]]:
     """[(measure, our figure, theirs)] of one checkpoint.
 
     Raises:
-        ConfigError: a task that CLIP_benchmark is not asked for here, or several checkpoints.
+        ConfigError: a task that CLIP_benchmark is not asked for here, several checkpoints, data or settings that it
+            counts otherwise, or model, task and data that do not go together.
+        BadSample: an unreadable picture.
+        ModuleNotFoundError: CLIP_benchmark is not installed.
     """
+    import clip_benchmark.metrics  # noqa: F401 - if it is missing, this is said before the work is done
+
     if config.task not in ("zero_shot", "retrieval") or not isinstance(config.checkpoint, str):
         raise ConfigError("the comparison is for one checkpoint and the tasks zero_shot and retrieval")
+    if config.data.type is None:
+        raise ConfigError("data.type is missing: say what to compare on")
+    if config.loader.on_bad == "skip":
+        raise ConfigError("loader.on_bad 'skip' cannot be compared, as CLIP_benchmark skips nothing: leave it out")
     dataset = build_dataset(config.data)
-    subject = load_subject(config.checkpoint, config.device, config.precision)
-    if subject.tokenizer is None:
-        raise ConfigError(f"{config.checkpoint} holds a classifier; the comparison is for image-text models")
+    for name, what in (("label_sets", "several right labels"), ("conditions", "several conditions")):
+        if getattr(dataset, name) is not None:
+            raise ConfigError(f"data of type {config.data.type!r} has {what}, and CLIP_benchmark has no such figures")
+    subject = load_subject(config.checkpoint, config.device, config.precision, dataset.crop_pct)
+    check_task(config, subject, dataset)
     ours = TASKS[config.task](config, subject, dataset, console).results
     if config.task == "zero_shot":
         names, templates = zero_shot_names(config, dataset), zero_shot_templates(config, dataset)
         theirs = their_zero_shot(subject, dataset, names, resolve_templates(templates), config.loader.batch_size)
+        if len(names) < 5:
+            del theirs["acc5"]  # not a number
+            console.print(f"top5 is left out: CLIP_benchmark has none for {len(names)} classes")
     else:
         theirs = their_retrieval(subject, dataset, config.loader.batch_size)
     return [(name, ours[name], theirs[their]) for name, their in THEIR_NAMES.items() if their in theirs]

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import shutil
+import sys
 import tarfile
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 from rich.console import Console
 
 import vmoe
-from vmoe.data import LoaderConfig, SourceConfig
+from vmoe.data import LoaderConfig, SourceConfig, build_dataset
 from vmoe.data.emoji import EmojiPairs
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.models.factory import save_pretrained
@@ -91,6 +93,80 @@ def test_retrieval_with_several_captions_equals_clip_benchmark(benchmark, checkp
     assert len(figures) == 6
     assert 0 < figures["text_to_image_recall@10"] < 1
     assert 0 < figures["image_to_text_recall@10"] < 1
+
+
+@pytest.fixture
+def two_classes(tmp_path, pictures):
+    for name in ("kind 0", "kind 1"):
+        shutil.copytree(pictures / "classes" / name, tmp_path / "two" / name)
+    return tmp_path / "two"
+
+
+def _run(benchmark, checkpoint, path, *more):
+    arguments = ["--config", "zero_shot_folder", "--checkpoint", str(checkpoint), "--data.path", str(path)]
+    return benchmark.main([*arguments, "--device", "cpu", "--loader.num_workers", "0", *more])
+
+
+def test_with_two_classes_there_is_no_top5(benchmark, checkpoint, two_classes, capsys):
+    data = SourceConfig(type="image_folder", path=str(two_classes))
+    figures = _compare(benchmark, checkpoint=checkpoint, task="zero_shot", data=data)
+    assert set(figures) == {"top1", "mean_per_class"}
+    assert _run(benchmark, checkpoint, two_classes) == 0
+    assert "top5 is left out: CLIP_benchmark has none for 2 classes" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(("theirs", "code"), [(0.5 + 5e-7, 0), (0.5 + 2e-6, 3), (float("nan"), 3), (None, 3)], ids=str)
+def test_the_exit_code_tells_whether_figures_agree(benchmark, monkeypatch, theirs, code):
+    rows = [] if theirs is None else [("top1", 0.25, 0.25), ("top5", 0.5, theirs)]
+    monkeypatch.setattr(benchmark, "compare", lambda *_: rows)
+    assert _run(benchmark, "none", "none") == code
+
+
+def test_what_cannot_be_compared_is_refused(benchmark, checkpoint, pictures, monkeypatch, capsys):
+    folder = pictures / "classes"
+    assert _run(benchmark, checkpoint, folder, "--loader.on_bad", "skip") == 2
+    assert "loader.on_bad 'skip' cannot be compared" in capsys.readouterr().err
+    assert _run(benchmark, checkpoint, folder, "--task", "retrieval", "--templates", "null") == 2
+    assert "needs captions" in capsys.readouterr().err
+    for name, what in (("label_sets", "several right labels"), ("conditions", "several conditions")):
+        dataset = build_dataset(SourceConfig(type="image_folder", path=str(folder)))
+        setattr(dataset, name, [(0,)] * NUM_PICTURES)
+        monkeypatch.setattr(benchmark, "build_dataset", lambda _, dataset=dataset: dataset)
+        assert _run(benchmark, checkpoint, folder) == 2
+        assert f"data of type 'image_folder' has {what}" in capsys.readouterr().err
+
+
+def test_the_data_sets_crop_is_kept(benchmark, checkpoint, pictures, monkeypatch):
+    config = EvaluationConfig(
+        checkpoint=checkpoint,
+        task="zero_shot",
+        data=SourceConfig(type="image_folder", path=str(pictures / "classes")),
+        device="cpu",
+    )
+    plain = benchmark.compare(config, Console(quiet=True))
+    dataset = build_dataset(config.data)
+    dataset.crop_pct = 0.3
+    monkeypatch.setattr(benchmark, "build_dataset", lambda _: dataset)
+    cropped = benchmark.compare(config, Console(quiet=True))
+    assert cropped != plain
+    assert benchmark.agree(cropped)
+
+
+def test_errors_are_one_sentence(benchmark, checkpoint, two_classes, monkeypatch, capsys):
+    torn = next((two_classes / "kind 1").iterdir())
+    torn.write_bytes(torn.read_bytes()[:100])
+    assert _run(benchmark, checkpoint, two_classes) == 1
+    error = capsys.readouterr().err
+    assert torn.name in error
+    assert "Traceback" not in error
+    assert _run(benchmark, two_classes / "none", two_classes) == 1
+    assert "Traceback" not in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "clip_benchmark", None)
+    monkeypatch.setitem(sys.modules, "clip_benchmark.metrics", None)
+    for arguments in (["cli", "eval"], None):
+        code = benchmark.main(arguments) if arguments else _run(benchmark, checkpoint, two_classes)
+        assert code == 1
+        assert "pip install 'vmoe[benchmark]'" in capsys.readouterr().err
 
 
 def test_clip_benchmarks_own_command_knows_our_checkpoints(benchmark, checkpoint, pictures, tmp_path):

@@ -31,6 +31,33 @@ def test_duplicate_and_empty_names_are_errors(word_model, tokenize):
         evaluate_zero_shot(word_model, tokenize, [], ["number 1", " "], device="cpu")
 
 
+def test_names_that_are_the_same_to_the_tokenizer_are_errors(word_model, tokenize, limoe):
+    for names, pair in (
+        (["fox", "cat", "dog", "Cat"], "'cat' and 'Cat'"),
+        (["red fox", "cat", "red  fox"], "'red fox' and 'red  fox'"),
+        (["cat", "very " * 99 + "old", "very " * 99 + "young"], "old' and '.*young'"),
+    ):
+        for templates in (None, ["a {}", "{}s"]):
+            with pytest.raises(ValueError, match=rf"class names .*{pair} are the same to the tokenizer"):
+                zero_shot_classify(*limoe, torch.zeros(1, 3, 48, 48), names, templates)
+    # One template that tells two names apart is enough.
+    tokenizer = limoe[1]
+    assert tokenizer(["very " * 99 + "old", "very " * 99 + "young"]).unique(dim=0).shape[0] == 1
+    long = ["{} " + "very " * 99, "very " * 99 + "{}"]
+    assert zero_shot_classify(*limoe, torch.zeros(1, 3, 48, 48), ["cat", "dog"], long).shape == (1, 2)
+    with pytest.raises(ValueError, match="'number 1' and 'figure 1' are the same"):
+        evaluate_zero_shot(word_model, tokenize, [], ["number 1", "figure 1"], device="cpu")
+
+
+def test_published_lists_are_taken_as_they_are(limoe):
+    from vmoe.evaluation.zero_shot import encode_classes
+
+    names = prompt_names("imagenet")
+    with torch.no_grad():
+        weights = encode_classes(*limoe, names, None, "cpu")
+    assert weights[:, names.index("missile")].equal(weights[:, len(names) - 1 - names[::-1].index("missile")])
+
+
 def test_templates(tmp_path):
     def filled(templates):
         return [template("cat") for template in resolve_templates(templates)]

@@ -209,6 +209,7 @@ def feature_cache(config: EvaluationConfig) -> Path | None:
 def feature_key(subject: Subject, dataset: ImageDataset, loader_config: LoaderConfig) -> str:
     """All that the features of a data set depend on; equal texts mean equal features."""
     layers = [module for module in subject.model.modules() if isinstance(module, SparseMoE)]
+    # The number of processes is no part of the key: the loader deals out whole batches, which are the same for any.
     return key_text(
         {
             "format": CACHE_FORMAT,

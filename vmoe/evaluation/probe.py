@@ -9,7 +9,7 @@ Shapes, by suffix: N rows, B rows of a block, D features, C classes, K neighbour
 
 from __future__ import annotations
 
-import logging
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -27,9 +27,8 @@ from vmoe.evaluation.metrics import accuracy_per_class, class_ranks, right_class
 from vmoe.evaluation.report import Outcome
 from vmoe.evaluation.subject import Subject
 
-logger = logging.getLogger("vmoe.evaluation")
-
 MAX_ITERATIONS = 1000
+GRADIENT_TOLERANCE = 1e-6  # of the logarithm of the loss
 STEPS_PER_DECADE = 8  # the finest penalties that are compared; the first ones are two decades apart
 PROBE_BLOCK = 1 << 16  # rows of features whose scores are held at once
 QUERY_BLOCK, ROW_BLOCK = 512, 1 << 14  # cosines that are held at once
@@ -56,7 +55,11 @@ def linear_probe(config: EvaluationConfig, subject: Subject, dataset: ImageDatas
         penalty, tried = choose_penalty(features_ND, labels_N, settings.l2_range, settings.val_share)
     probe = fit_linear_probe(features_ND, labels_N, penalty)
     if not probe.converged:
-        console.print(f"the linear probe did not converge in {MAX_ITERATIONS} iterations", style="yellow")
+        console.print(
+            f"the linear probe did not converge: with features.l2 {penalty:g} it ended after {probe.iterations} "
+            "iterations short of the minimum",
+            style="yellow",
+        )
     blocks = (probe.scores(block_BD.to(device)) for block_BD in test.features_ND.split(PROBE_BLOCK))
     rank_N = _ranks(blocks, probe.classes_C, test, dataset)
     details = {
@@ -133,7 +136,7 @@ class LinearProbe(NamedTuple):
         bias_C: (C,) float64.
         classes_C: (C,) long, the labels that the columns stand for: those that were fitted on.
         iterations: of L-BFGS.
-        converged: whether it ended before MAX_ITERATIONS.
+        converged: whether the gradient at its end is within the tolerance; see `fit_linear_probe`.
     """
 
     weight_DC: Tensor
@@ -153,8 +156,10 @@ def fit_linear_probe(
     """Minimises sum of cross entropies + penalty / 2 · |W|², without penalty on the bias, in float64.
 
     This is scikit-learn's LogisticRegression with C = 1 / penalty. Features may have any mean, scale and correlation:
-    they are centred and whitened for the minimisation, which changes its path and not its end. It ends when no entry of
-    the mean loss's gradient in those axes is above 1e-5, or after MAX_ITERATIONS.
+    they are centred and whitened for the minimisation, which changes its path and not the minimum. The probe has
+    converged when no entry of the gradient in those axes is above 1e-6 of the loss. L-BFGS also ends after
+    MAX_ITERATIONS, or when its steps change nothing any more; then the minimum may not have been reached. That is to be
+    expected of very small penalties on classes which a plane can part, where the minimum lies far out.
 
     Args:
         features_ND: (N, D) floating point, on any device with float64.
@@ -186,14 +191,18 @@ def fit_linear_probe(
         [weight_DC.requires_grad_(), bias_C.requires_grad_()],
         max_iter=MAX_ITERATIONS,
         max_eval=10 * MAX_ITERATIONS,
-        tolerance_grad=1e-5,
-        tolerance_change=1e-12,
+        tolerance_grad=GRADIENT_TOLERANCE,
+        tolerance_change=1e-15,
         history_size=10,
         line_search_fn="strong_wolfe",
     )
 
-    def mean_loss() -> Tensor:
-        """Leaves the gradient in the parameters; a block at a time, to bound the memory."""
+    def log_loss() -> Tensor:
+        """Leaves the gradient in the parameters; a block at a time, to bound the memory.
+
+        The logarithm has the same minimum. Where a small penalty lets the loss go to nearly zero, it makes all the
+        tolerances relative to that, and does not end far from the minimum.
+        """
         optimizer.zero_grad()
         parts = [penalty / (2 * N) * (weight_DC / scale_D[:, None]).square().sum()]
         parts[0].backward()
@@ -201,14 +210,19 @@ def fit_linear_probe(
             loss = F.cross_entropy(torch.addmm(bias_C, x_BD, weight_DC), target_B, reduction="sum") / N
             loss.backward()
             parts.append(loss)
-        return sum(part.detach() for part in parts)
+        total = sum(part.detach() for part in parts)
+        for parameter in (weight_DC, bias_C):
+            parameter.grad /= total
+        return total.log()
 
     with torch.enable_grad():
-        optimizer.step(mean_loss)
+        optimizer.step(log_loss)
+        log_loss()  # the line search may have left the gradient of another point
+    converged = all(bool(one.grad.abs().max() <= GRADIENT_TOLERANCE) for one in (weight_DC, bias_C))
     iterations = optimizer.state[weight_DC]["n_iter"]
     weight_DC = axes_DD @ (weight_DC.detach() / scale_D[:, None])
     bias_C = bias_C.detach() - mean_D @ weight_DC
-    return LinearProbe(weight_DC, bias_C, classes_C, iterations, iterations < MAX_ITERATIONS)
+    return LinearProbe(weight_DC, bias_C, classes_C, iterations, converged)
 
 
 def choose_penalty(
@@ -217,7 +231,8 @@ def choose_penalty(
     """The penalty with the best accuracy on a held-back part of the training data.
 
     CLIP's search (appendix A.3): penalties two decades apart, then around the best one of them the distance is halved
-    until it is an eighth of a decade. Of equally good penalties the greatest is taken. The part held back is drawn from
+    until it is an eighth of a decade. They are counted from the least one, and the greatest is always among the first.
+    Of equally good penalties the greatest is taken. The part held back is drawn from
     each class, the same in each call; every class keeps an example.
 
     Args:
@@ -239,31 +254,36 @@ def choose_penalty(
         )
     fit = (features_ND[~held_N], labels_N[~held_N])
     val_ND, val_N = features_ND[held_N], labels_N[held_N]
-    # Exponents in eighths of a decade: whole numbers, so that none is tried twice.
-    low, high = (round(STEPS_PER_DECADE * torch.tensor(value).double().log10().item()) for value in penalties)
+    # Places in a grid of eighths of a decade: whole numbers, so that none is tried twice. Both ends are as given.
+    low, high = penalties
+    last = math.ceil(STEPS_PER_DECADE * (math.log10(high) - math.log10(low)) - 1e-6)
     accuracy: dict[int, float] = {}
     probe: LinearProbe | None = None
 
-    def try_penalty(exponent: int) -> None:
+    def penalty_at(place: int) -> float:
+        if place in (0, last):
+            return high if place else low
+        return 10 ** (math.log10(low) + place / STEPS_PER_DECADE)
+
+    def try_penalty(place: int) -> None:
         nonlocal probe
-        probe = fit_linear_probe(*fit, 10 ** (exponent / STEPS_PER_DECADE), start=probe)
+        probe = fit_linear_probe(*fit, penalty_at(place), start=probe)
         right_BC = val_N[:, None] == probe.classes_C
-        accuracy[exponent] = share_within(class_ranks(probe.scores(val_ND), right_BC), 1)
+        accuracy[place] = share_within(class_ranks(probe.scores(val_ND), right_BC), 1)
 
     def best() -> int:
-        return max(accuracy, key=lambda exponent: (accuracy[exponent], exponent))
+        return max(accuracy, key=lambda place: (accuracy[place], place))
 
     step = 2 * STEPS_PER_DECADE
-    for exponent in sorted({*range(low, high, step), high}, reverse=True):  # from the easiest fit to the hardest
-        try_penalty(exponent)
+    for place in sorted({*range(0, last, step), last}, reverse=True):  # from the easiest fit to the hardest
+        try_penalty(place)
     while step > 1:
         step //= 2
         centre = best()
-        for exponent in (centre + step, centre - step):
-            if low <= exponent <= high and exponent not in accuracy:
-                try_penalty(exponent)
-    tried = {10 ** (exponent / STEPS_PER_DECADE): figure for exponent, figure in accuracy.items()}
-    return 10 ** (best() / STEPS_PER_DECADE), tried
+        for place in (centre + step, centre - step):
+            if 0 <= place <= last and place not in accuracy:
+                try_penalty(place)
+    return penalty_at(best()), {penalty_at(place): figure for place, figure in accuracy.items()}
 
 
 def _held_back(labels_N: Tensor, share: float) -> Tensor:

@@ -15,7 +15,7 @@ from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.subject import Subject
 from vmoe.evaluation.zero_shot import Template, check_class_names, encode_classes, fill, resolve_templates
 
-CACHE_FORMAT = 1  # raise it whenever `encode_classes` changes
+CACHE_FORMAT = 2  # raise it whenever `encode_classes` changes
 TENSOR = "class_embeddings_DC"
 
 

@@ -145,10 +145,15 @@ def encode_classes(
     """Class embeddings (D, C) float32, unit columns: the mean over the templates, by open_clip's own function.
 
     Equal names of a published list have the very same column.
+
+    Raises:
+        ValueError: bad names or templates, or two names whose prompts are the same tokens.
     """
     from open_clip import build_zero_shot_classifier
 
     names, texts = check_class_names(class_names), resolve_templates(templates)
+    if not is_published(names):
+        _check_tokens_differ(tokenizer, names, texts)
     place = {name: index for index, name in enumerate(dict.fromkeys(names))}
     weights_DC = build_zero_shot_classifier(
         model,
@@ -159,6 +164,21 @@ def encode_classes(
         device=device,
     )
     return weights_DC.float()[:, [place[name] for name in names]]
+
+
+def _check_tokens_differ(
+    tokenizer: Callable[[list[str]], Tensor], names: Sequence[str], templates: Sequence[Template]
+) -> None:
+    """Raises ValueError, which names both, if two names give the same tokens in all templates."""
+    first: dict[bytes, str] = {}
+    for name in names:
+        tokens = tokenizer([fill(template, name) for template in templates])
+        other = first.setdefault(tokens.cpu().numpy().tobytes(), name)
+        if other != name:
+            raise ValueError(
+                f"class names {other!r} and {name!r} are the same to the tokenizer (it may ignore case and spaces, and "
+                "what is beyond its length), so every picture would tie: give names that differ in their words"
+            )
 
 
 def evaluate_zero_shot(
