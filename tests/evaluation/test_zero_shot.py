@@ -58,6 +58,13 @@ def test_published_lists_are_taken_as_they_are(limoe):
     assert weights[:, names.index("missile")].equal(weights[:, len(names) - 1 - names[::-1].index("missile")])
 
 
+def test_published_names_in_the_order_of_the_data_keep_their_equal_pairs():
+    classes = sorted(prompt_names("imagenet"))
+    assert resolve_class_names("imagenet", classes) == classes
+    with pytest.raises(ValueError, match="given twice: 'missile'"):
+        resolve_class_names([*classes, "one more"])
+
+
 def test_templates(tmp_path):
     def filled(templates):
         return [template("cat") for template in resolve_templates(templates)]

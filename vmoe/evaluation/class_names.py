@@ -114,8 +114,8 @@ def prompt_templates(name: str) -> list[str]:
 
 
 def is_published(names: Sequence[str]) -> bool:
-    """Whether a list is exactly one of the published ones."""
-    return any(tuple(names) == published_set(name).names for name in known_sets())
+    """Whether a list holds exactly the names of a published one, in whatever order (see `prompt_names`)."""
+    return any(sorted(names) == sorted(published_set(name).names) for name in known_sets())
 
 
 def _imagenet_names(classes: Sequence[str]) -> list[str]:
