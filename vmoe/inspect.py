@@ -163,7 +163,7 @@ def run(config: InspectConfig, console: Console | None = None) -> RoutingStatist
     files = write_statistics(statistics, folder, settings)
     with console.status("drawing"):
         figures = write_figures(statistics, folder / "figures")
-    files.append(write_report(statistics, folder / "report.html"))
+    files.append(write_report(statistics, folder / "report.html", console))
     for text in (*files, f"{len(figures)} figures in {folder / 'figures'}"):
         console.print(str(text), highlight=False, markup=False, soft_wrap=True)
     return statistics

@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from vmoe.inspection import report
 from vmoe.inspection.report import report_data, write_report
@@ -54,6 +55,53 @@ def test_200_pictures_in_twelve_layers_stay_below_15_megabytes(example_statistic
     )
     size = write_report(statistics, tmp_path / "report.html").stat().st_size
     assert 5 * MEGABYTE < size < 15 * MEGABYTE, f"{size / MEGABYTE:.1f} MB"
+
+
+def large_statistics(example_statistics, router):
+    """Noisy pictures of 384 px with 24 × 24 patches, 12 layers of 64 experts; 200 pictures that repeat eight."""
+    rng = np.random.default_rng(0)
+    choices = 2 if router == "top_k" else 8
+    one = example_statistics(
+        num_layers=1, num_experts=64, num_selected_experts=choices, num_pictures=8, grid=24, side=384
+    )
+    for sample in one.samples:
+        sample.image = rng.integers(0, 256, (384, 384, 3), np.uint8)
+        sample.patches, sample.text = sample.patches * 12, sample.text * 12
+    layer = one.layers[0]
+    layer.router = router
+    own = [patch for patches in layer.typical_patches for patch in patches]
+    for patch in own:
+        patch.pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
+    layer.typical_patches = [(own * 16)[:16]] * 64
+    return dataclasses.replace(one, layers=[layer] * 12, samples=one.samples * 25, sample_index=list(range(200)))
+
+
+@pytest.mark.parametrize("router", ["top_k", "expert_choice"])
+def test_a_report_that_grows_too_large_shows_fewer_pictures_and_says_so(
+    example_statistics, tmp_path, monkeypatch, router
+):
+    encode, known = report._picture_source, {}
+    monkeypatch.setattr(report, "_picture_source", lambda p: known.get(id(p)) or known.setdefault(id(p), encode(p)))
+    statistics, told = large_statistics(example_statistics, router), io.StringIO()
+    file = write_report(statistics, tmp_path / "report.html", Console(file=told, width=200))
+    assert 13 * MEGABYTE < file.stat().st_size < 15 * MEGABYTE
+    data = json.loads(re.search(r'id="data">(.*?)</script>', file.read_text("utf-8"), re.S).group(1))
+    shown = len(data["samples"])
+    assert 24 <= shown < data["num_samples_given"] == 200
+    assert f"the report shows {shown} of 200 pictures" in told.getvalue()
+    gaps = np.diff(data["sample_index"])
+    assert data["sample_index"][0] == 0
+    assert data["sample_index"][-1] == 199
+    assert gaps.max() - gaps.min() <= 1
+    for layer in data["layers"]:
+        assert len(unpacked(layer["patches"]["expert"])) == shown * 24 * 24 * layer["patches"]["shown"]
+
+
+def test_large_pictures_are_shown_smaller(example_statistics):
+    statistics = example_statistics(side=384, num_pictures=1)
+    source = report_data(statistics)["samples"][0]["source"]
+    picture = Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/webp;base64,"))))
+    assert picture.size == (224, 224)
 
 
 def test_the_page_asks_for_nothing_from_outside(example_statistics, tmp_path):
@@ -142,7 +190,7 @@ def test_weights_that_are_none_are_an_error(example_statistics):
 @pytest.mark.parametrize("library", ["altair", "vl_convert"])
 def test_a_missing_chart_library_is_named_with_its_remedy(library, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ModuleNotFoundError, match=rf"needs {library}: pip install 'vmoe\[report\]'"):
+    with pytest.raises(ModuleNotFoundError, match=rf"needs {library}: pip install 'vmoe\[report\]', or -e"):
         chart_specifications()
 
 

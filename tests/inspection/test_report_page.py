@@ -193,7 +193,7 @@ def test_an_expert_changes_collage_highlight_and_tables(page):
     layer = page.statistics.layers[0]
     labels = page.eval_on_selector_all("#collage .patch", "all => all.map(patch => patch.getAttribute('aria-label'))")
     assert labels == [
-        f"pictures/{p.sample:04d}.png, row {p.row + 1}, column {p.column + 1}: expert 2, weight {weight(p.weight)}"
+        f"pictures/{p.sample:04d}.png, row {p.row}, column {p.column}: expert 2, weight {weight(p.weight)}"
         for p in layer.typical_patches[2][:24]
     ]
     assert maps(page) != before
@@ -245,7 +245,7 @@ def test_pointing_at_a_patch_shows_its_choices(page):
     for row, column in ((0, 0), (3, 1)):
         page.mouse.move(box["x"] + (column + 0.5) * box["width"] / 4, box["y"] + (row + 0.5) * box["height"] / 4)
         title, lines = shown_tip(page)
-        assert title == f"Row {row + 1}, column {column + 1}"
+        assert title == f"Row {row}, column {column}"
         assert lines == tip_lines(page.statistics.samples[2].patches[1], (row, column))
     page.mouse.move(2, 2)
     assert page.locator("#tip").is_hidden()
@@ -261,10 +261,10 @@ def test_the_keyboard_reaches_patches_and_words(page):
     for key in ("ArrowRight", "ArrowDown", "ArrowDown"):
         page.keyboard.press(key)
     title, lines = shown_tip(page)
-    assert title == "Row 3, column 2"
+    assert title == "Row 2, column 1"
     assert lines == tip_lines(sample.patches[0], (2, 1))
     spoken = page.locator("#live").inner_text()
-    assert spoken.startswith(f"Row 3, column 2: expert {sample.patches[0].expert[2, 1, 0]}, weight ")
+    assert spoken.startswith(f"Row 2, column 1: expert {sample.patches[0].expert[2, 1, 0]}, weight ")
     page.keyboard.press("Escape")
     assert page.locator("#tip").is_hidden()
     page.keyboard.press("Tab")
@@ -303,7 +303,8 @@ def test_pictures_are_found_ordered_and_turned_over(page):
     assert page.locator("#cards .card").count() == 24
     page.click("#next")
     assert page.locator("#cards .card").count() == 6
-    assert page.locator("#page").inner_text() == "25–30 of 30"
+    assert page.locator("#page").inner_text() == "page 2 of 2, 30 pictures"
+    assert page.evaluate("document.activeElement.id") == "previous"
     page.fill("#find", "0007")
     assert page.locator("#cards .card p").first.inner_text() == "pictures/0007.png"
     assert page.locator("#cards .card").count() == 1
@@ -354,7 +355,7 @@ def test_a_classifier_of_64_experts_without_text(browser_page, example_statistic
     canvas.focus()
     page.keyboard.press("ArrowDown")
     title, lines = shown_tip(page)
-    assert title == "Row 2, column 1"
+    assert title == "Row 1, column 0"
     assert lines == tip_lines(statistics.samples[0].patches[0], (1, 0))
     assert page.problems == []
 
@@ -399,3 +400,127 @@ def test_a_narrow_window_needs_no_scrolling_sideways(page):
     page.locator("#cards").scroll_into_view_if_needed()
     page.wait_for_timeout(300)
     assert page.evaluate("document.documentElement.scrollWidth") == 400
+    # all sections can be reached, and no typical patch is cut off
+    assert page.locator("#sections a").last.is_visible()
+    cut = """() => [...document.querySelectorAll("#collage .collage")].filter(
+      (list) => list.scrollHeight > list.clientHeight + 1 || list.scrollWidth > list.clientWidth + 1).length"""
+    assert page.evaluate(cut) == 0
+
+
+def test_a_fixed_capacity_is_told(browser_page, example_statistics, tmp_path):
+    statistics = example_statistics()
+    for layer in statistics.layers:
+        layer.capacity, layer.eval_capacity_factor = 4, None
+    header = open_report(browser_page, statistics, tmp_path).locator("header").inner_text()
+    assert "4 rows per expert, largest weights first" in header
+    assert "nothing is dropped" not in header
+
+
+def as_router(statistics, router):
+    """The same figures as another router would have them."""
+    for layer in statistics.layers:
+        layer.router, layer.num_selected_experts = router, layer.num_experts
+        layer.asked = layer.kept
+    return statistics
+
+
+def texts(page):
+    """What a reader sees, without words of the data."""
+    return page.locator("body").inner_text().lower()
+
+
+@pytest.mark.parametrize("router", ["expert_choice", "soft"])
+def test_nothing_is_dropped_where_experts_or_slots_choose(browser_page, example_statistics, tmp_path, router):
+    statistics = as_router(example_statistics(num_selected_experts=8), router)
+    page = open_report(browser_page, statistics, tmp_path)
+    choose(page, expert=1)
+    assert "dropped" not in texts(page).replace("nothing is dropped", "")
+    assert "had room" not in texts(page)
+    headers = page.locator("#expert-table thead, #layer-table thead").all_inner_texts()
+    assert not any("Dropped" in text or "dropped" in text for text in headers)
+    assert ("Taken by none" in headers[0]) == (router == "expert_choice")
+    assert page.problems == []
+
+
+def test_tables_of_classes_count_assignments_and_say_what_was_dropped(page):
+    layer = page.statistics.layers[0]
+    titles = page.eval_on_selector_all("#class-table thead button", "all => all.map(button => button.textContent)")
+    assert titles == ["Class", "assignments", "most to", "share to that"]
+    note = page.locator("#classes-note").inner_text()
+    assert "asks for 2 experts" in note
+    assert f"Dropped assignments ({percent(layer.share_dropped['image'])}) are not counted." in note
+    assert "100% of what was not dropped" in note
+
+
+def test_a_typical_patch_of_a_picture_that_is_not_shown_has_its_place_in_the_data(
+    browser_page, example_statistics, tmp_path
+):
+    statistics = example_statistics()
+    statistics.layers[0].typical_patches[2][0].sample = 17
+    page = open_report(browser_page, statistics, tmp_path)
+    choose(page, expert=2)
+    label = page.locator("#collage .patch").first.get_attribute("aria-label")
+    assert label.startswith("picture 17 of the data, row ")
+
+
+def test_dropped_patches_stay_hatched_when_an_expert_is_chosen(browser_page, example_statistics, tmp_path):
+    statistics = example_statistics()
+    routing = statistics.samples[0].patches[0]
+    routing.kept[...], routing.expert[...] = True, 2
+    routing.kept[0, 0] = False
+    page = open_report(browser_page, statistics, tmp_path)
+    choose(page, layer=0, expert=1)
+    maps(page)
+    colours = """([column]) => {
+      const canvas = document.querySelector("#cards canvas");
+      const brush = canvas.getContext("2d");
+      const [w, h] = [canvas.width / 4, canvas.height / 4];
+      const { data } = brush.getImageData(column * w + 4, 4, w - 8, h - 8);
+      const found = new Set();
+      for (let i = 0; i < data.length; i += 4) found.add(data.slice(i, i + 4).join());
+      return found.size;
+    }"""
+    assert page.evaluate(colours, [1]) == 1  # dimmed
+    assert page.evaluate(colours, [0]) > 2  # stripes
+
+
+def test_the_sorting_and_the_focus_stay_when_an_expert_is_chosen(page):
+    page.click("#class-table thead th:nth-child(1) button")
+    names = [row[0] for row in table(page, "class-table")]
+    button = page.locator("#class-table tbody tr").nth(3).locator("button")
+    button.focus()
+    page.keyboard.press("Enter")
+    assert [row[0] for row in table(page, "class-table")] == names
+    assert page.locator("#class-table th").first.get_attribute("aria-sort") == "ascending"
+    choose(page, layer=1)
+    assert [row[0] for row in table(page, "class-table")] == names
+
+
+def test_the_focus_follows_its_row(page):
+    name = table(page, "class-table")[3][0]
+    page.locator("#class-table tbody tr").nth(3).locator("button").focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.closest('tr').cells[0].textContent") == name
+
+
+def test_classes_with_long_names_are_told_apart(browser_page, example_statistics, tmp_path):
+    statistics = example_statistics()
+    start, end = "a woman who walks along the long road ", " with a skin tone in the middle"
+    statistics.class_names = [f"{start}{c}{end}" for c in range(5)]
+    page = open_report(browser_page, statistics, tmp_path)
+    page.locator("#class-chart").scroll_into_view_if_needed()
+    page.wait_for_selector("#class-chart svg .role-axis-label text")
+    labels = page.eval_on_selector_all("#class-chart svg text", "all => all.map(text => text.textContent)")
+    labels = [label for label in labels if label.startswith("a woman")]
+    assert sorted(re.search(r"\((\d)\)$", label).group(1) for label in labels) == list("01234")
+
+
+def test_nothing_dropped_has_an_axis(browser_page, example_statistics, tmp_path):
+    statistics = example_statistics()
+    for layer in statistics.layers:
+        layer.kept, layer.share_dropped = layer.asked, dict.fromkeys(layer.share_dropped, 0.0)
+    page = open_report(browser_page, statistics, tmp_path)
+    page.wait_for_selector("#layer-charts svg")
+    ticks = page.locator("#layer-charts > :first-child svg text").all_text_contents()
+    assert "0%" in ticks
+    assert sum(tick.endswith("%") for tick in ticks) > 2

@@ -15,11 +15,26 @@ function shortNames() {
 const LAYER_NAMES = shortNames();
 const expertName = () => (state.expert === null ? "all experts" : `expert ${state.expert}`);
 
-function capacityText({ router, capacity_factor: capacity, batch_priority: priority }) {
+// Room in the experts; a fixed number of rows overrides the factor.
+function capacityText({ router, capacity, capacity_factor: factor, batch_priority: priority }) {
   if (router === "soft") return "soft: nothing is dropped";
-  if (capacity === null) return router === "top_k" ? "none: nothing is dropped" : "as in training";
-  return `${capacity}${priority ? ", largest weights first" : ""}`;
+  if (capacity === null && factor === null) return router === "top_k" ? "no limit: nothing is dropped" : "factor of training";
+  const room = capacity === null ? `factor ${factor}` : `${capacity} row${capacity === 1 ? "" : "s"} per expert`;
+  return `${room}${router === "top_k" && priority ? ", largest weights first" : ""}`;
 }
+
+function routerText({ router, num_selected_experts: choices }) {
+  if (router === "top_k") return `top-k: each token chooses ${choices === 1 ? "an expert" : `${choices} experts`}`;
+  return { expert_choice: "expert choice: each expert chooses tokens", soft: "soft: each expert gets all tokens, weighted" }[router];
+}
+
+// What share_dropped is, by the layers' routers; null where nothing can be dropped.
+const DROPPED_TEXT = {
+  top_k: "Dropped: the share of assignments for which an expert had no room.",
+  expert_choice: "Taken by none: the share of tokens that no expert chose.",
+};
+const ROUTERS = [...new Set(DATA.layers.map(({ router }) => router))];
+const DROPPED_TITLE = ROUTERS.includes("top_k") ? "Dropped" : ROUTERS.includes("expert_choice") ? "Taken by none" : null;
 
 function facts(list, entries) {
   list.replaceChildren(...entries.map(([term, text]) => make("div", {}, make("dt", {}, term), make("dd", {}, text))));
@@ -38,9 +53,12 @@ function drawHeader() {
     ["Words", known.words_from ?? "none"],
     ["Sparse layers", asCount(DATA.layers.length)],
     ["Experts", every(({ num_experts: experts }) => asCount(experts))],
-    ["Choices of a token", every(({ router, num_selected_experts: choices }) => (router === "top_k" ? String(choices) : router.replace("_", " ")))],
-    ["Capacity factor", every(capacityText)],
+    ["Router", every(routerText)],
+    ["Capacity", every(capacityText)],
   ]);
+  byId("dropped-note").textContent = ROUTERS.filter((name) => name in DROPPED_TEXT).map((name) => `${DROPPED_TEXT[name]} `).join("");
+  const given = DATA.num_samples_given;
+  byId("few-note").textContent = DATA.samples.length < given ? `To keep this file small, ${asCount(DATA.samples.length)} of the ${asCount(given)} pictures are here, evenly spread.` : "";
   facts(byId("more-facts"), [
     ["Weights (SHA-256)", known.weights],
     ["Data (SHA-256)", known.data_fingerprint],
@@ -58,6 +76,7 @@ function drawLayers() {
   drawTable(byId("layer-table"), {
     label: "Layers",
     chosen: ({ place }) => place === state.layer,
+    key: ({ place, modality }) => `${place} ${modality}`,
     rows,
     columns: [
       {
@@ -69,11 +88,15 @@ function drawLayers() {
       { title: "Of", text: true, value: noun, show: noun },
       { title: "Tokens", value: ({ layer, modality }) => layer.tokens[modality], show: ({ layer, modality }) => asCount(layer.tokens[modality]) },
       { title: "Experts", value: ({ layer }) => layer.num_experts, show: ({ layer }) => asCount(layer.num_experts) },
-      {
-        title: "Dropped",
-        value: ({ layer, modality }) => layer.share_dropped[modality],
-        show: ({ layer, modality }) => asShare(layer.share_dropped[modality]),
-      },
+      ...(DROPPED_TITLE === null
+        ? []
+        : [
+            {
+              title: DROPPED_TITLE,
+              value: ({ layer, modality }) => layer.share_dropped[modality],
+              show: ({ layer, modality }) => asShare(layer.share_dropped[modality]),
+            },
+          ]),
       {
         title: "Gate entropy",
         value: ({ layer, modality }) => layer.entropy[modality],
@@ -98,7 +121,7 @@ function busiest(layer, modality) {
 
 function drawLayerCharts() {
   const charts = [
-    ["Share dropped", "share_dropped", "share_lines", asShare],
+    ...(DROPPED_TITLE === null ? [] : [[ROUTERS.includes("top_k") ? "Share dropped" : "Share taken by none", "share_dropped", "share_lines", asShare]]),
     ["Gate entropy, nats", "entropy", "lines", asFixed(3)],
   ];
   byId("layer-charts").replaceChildren(
@@ -137,12 +160,14 @@ function drawExperts() {
   const layer = DATA.layers[state.layer];
   const modalities = Object.keys(layer.tokens);
   const experts = [...Array(layer.num_experts).keys()];
-  const soft = layer.router === "soft";
+  const loads = {
+    soft: "Load: the sum of the weights with which tokens were made of the expert's outputs.",
+    expert_choice: "Load: tokens that the expert chose, as a share of all choices; several experts may choose the same token.",
+    top_k: "Load: assignments that the expert had room for, as a share of all assignments; those it had no room for stand on top in grey.",
+  };
   byId("experts-note").textContent =
-    (soft
-      ? "Load: the sum of the weights with which tokens were made of the expert's outputs."
-      : "Load: assignments that the expert had room for, as a share of all assignments; those it had no room for stand on top in grey.") +
-    " Importance: the sum of the router's weights over all tokens, before anything is dropped. Choose an expert by its number or bar.";
+    loads[layer.router] +
+    ` Importance: the sum of the router's weights over all tokens${layer.router === "top_k" ? ", before anything is dropped" : ""}. Choose an expert by its number or bar.`;
   const opacity = (expert) => (state.expert === null || state.expert === expert ? 1 : 0.3);
   const charts = modalities.flatMap((modality) => {
     const noun = NOUN[modality];
@@ -182,13 +207,13 @@ function drawExperts() {
         const [kept, asked, importance] = [layer.kept[modality], layer.asked[modality], layer.importance[modality]];
         const [allAsked, allImportance] = [sum(asked), sum(importance)];
         const group = capital(NOUN[modality]);
-        const column = (title, value, show) => ({ title, group, value, show: (expert) => show(value(expert)) });
+        const column = (title, value, show, id = title) => ({ title, group, id: `${group} ${id}`, value, show: (expert) => show(value(expert)) });
         return [
           column("load", (expert) => kept[expert], asCount),
-          column("share", (expert) => ratio(kept[expert], allAsked), asShare),
-          ...(soft ? [] : [column("dropped", (expert) => ratio(asked[expert] - kept[expert], asked[expert]), asShare)]),
+          column("share", (expert) => ratio(kept[expert], allAsked), asShare, "load share"),
+          ...(layer.router !== "top_k" ? [] : [column("dropped", (expert) => ratio(asked[expert] - kept[expert], asked[expert]), asShare)]),
           column("importance", (expert) => importance[expert], asDecimal),
-          column("share", (expert) => ratio(importance[expert], allImportance), asShare),
+          column("share", (expert) => ratio(importance[expert], allImportance), asShare, "importance share"),
         ];
       }),
     ],
@@ -216,9 +241,9 @@ function drawCollage() {
     const zoom = side / Math.max(height, width);
     const figures = typical.patches[expert].slice(0, most).map(([sample, row, column, weight], place) => {
       const shown = DATA.sample_index.indexOf(sample);
-      const name = shown < 0 ? `picture ${sample + 1} of the data` : DATA.samples[shown].path;
+      const name = shown < 0 ? `picture ${sample} of the data` : DATA.samples[shown].path;
       const lines = [[expert, `weight ${asWeight(weight)}`]];
-      const title = `${name}, row ${row + 1}, column ${column + 1}`;
+      const title = `${name}, row ${row}, column ${column}`;
       const patch = make("span", {
         class: "patch",
         role: "img",
@@ -254,30 +279,39 @@ function drawCollage() {
 
 // ---- classes and words ----
 
-// Rows {name, counts (E), total, top, share} of a packed table with a row of counts per name, or per expert.
+// Rows {name, place, counts (E), total, top, share} of a packed table with a row of counts per name, or per expert.
 function countRows(names, counts, numExperts, expertsFirst) {
   return names.map((name, place) => {
     const own = Array.from({ length: numExperts }, (_, expert) => counts[expertsFirst ? expert * names.length + place : place * numExperts + expert]);
     const total = sum(own);
     const top = total > 0 ? own.indexOf(Math.max(...own)) : null;
-    return { name, counts: own, total, top, share: top === null ? null : own[top] / total };
+    return { name, place, counts: own, total, top, share: top === null ? null : own[top] / total };
   });
 }
 
-function countColumns(title, noun) {
+function countColumns(title) {
   const expert = state.expert;
+  const noun = DATA.layers[state.layer].router === "soft" ? "sum of weights" : "assignments";
   return [
     { title, text: true, value: ({ name }) => name, show: ({ name }) => name },
-    { title: noun, value: ({ total }) => total, show: ({ total }) => asCount(total) },
+    { title: noun, id: "total", value: ({ total }) => total, show: ({ total }) => asCount(total) },
     { title: "most to", value: ({ top }) => top, show: ({ top }) => (top === null ? "–" : expertButton(top)) },
-    { title: "share", value: ({ share }) => share, show: ({ share }) => asShare(share) },
+    { title: "share to that", value: ({ share }) => share, show: ({ share }) => asShare(share) },
     ...(expert === null
       ? []
       : [
-          { title: `to expert ${expert}`, value: ({ counts }) => counts[expert], show: ({ counts }) => asCount(counts[expert]) },
-          { title: "share of its own", value: ({ counts, total }) => ratio(counts[expert], total), show: ({ counts, total }) => asShare(ratio(counts[expert], total)) },
+          { title: `to expert ${expert}`, id: "count", value: ({ counts }) => counts[expert], show: ({ counts }) => asCount(counts[expert]) },
+          { title: `share to expert ${expert}`, id: "share", value: ({ counts, total }) => ratio(counts[expert], total), show: ({ counts, total }) => asShare(ratio(counts[expert], total)) },
         ]),
   ];
+}
+
+// What the sums of the tables are, as the end of a sentence.
+function countNote({ router, num_selected_experts: choices, share_dropped: dropped }, modality, token) {
+  if (router === "soft") return ": sums of the weights of the experts' outputs.";
+  if (router === "expert_choice") return `; ${token} counts once for each expert that chose it.`;
+  const each = choices > 1 ? `; ${token} asks for ${choices} experts, and counts for each that had room.` : ".";
+  return each + (dropped[modality] > 0 ? ` Dropped assignments (${asShare(dropped[modality])}) are not counted.` : "");
 }
 
 function drawClasses() {
@@ -295,20 +329,24 @@ function drawClasses() {
   if (state.expert === null) drawnRows.sort((a, b) => a.top - b.top || b.share - a.share);
   const few = seen.length > drawnRows.length;
   byId("classes-note").textContent =
-    "Where the patches of each class's pictures went. " +
+    `Where the patches of each class's pictures went${countNote(layer, "image", "a patch")} ` +
     (few
-      ? `The map shows the ${drawnRows.length} of ${asCount(seen.length)} classes with the largest share of their patches in ${state.expert === null ? "one expert" : expertName()}; the table has all.`
-      : "A row of the map adds up to 100%.");
-  // A label that stands for two classes would draw them on top of each other.
-  const labels = drawnRows.map(({ name }) => shorten(name, 22));
-  const labelOf = (place) => (labels.indexOf(labels[place]) === labels.lastIndexOf(labels[place]) ? labels[place] : drawnRows[place].name);
+      ? `The map shows the ${drawnRows.length} of ${asCount(seen.length)} classes with the largest share in ${state.expert === null ? "one expert" : expertName()}; the table has all.`
+      : `A row of the map adds up to 100%${layer.share_dropped.image > 0 && layer.router === "top_k" ? " of what was not dropped" : ""}.`);
+  // A label that stands for two classes would draw them on top of each other: then the class's number tells them apart.
+  const most = byId("class-chart").clientWidth >= 480 ? 36 : 20;
+  const short = drawnRows.map(({ name }) => shorten(name, most));
+  const labelOf = (at) => {
+    if (short.indexOf(short[at]) === short.lastIndexOf(short[at])) return short[at];
+    const number = ` (${drawnRows[at].place})`;
+    return shorten(drawnRows[at].name, most - number.length) + number;
+  };
   const cells = drawnRows.flatMap(({ name, counts, total }, place) =>
     counts.map((count, expert) => ({ row: labelOf(place), name, expert, share: count / total, shown: asShare(count / total), count: asCount(count) })),
   );
-  drawChart(byId("class-chart"), "classes", cells, "Share of each class's patches that went to each expert; the table beside it has the figures", { height: 18 * drawnRows.length });
+  drawChart(byId("class-chart"), "classes", cells, "Share of each class that went to each expert; the table beside it has the figures", { height: 18 * drawnRows.length });
   const sort = { column: state.expert === null ? 3 : 5, direction: "descending" };
-  delete sorting["class-table"];
-  drawTable(byId("class-table"), { label: "Classes and experts", rows, columns: countColumns("Class", "patches"), sort });
+  drawTable(byId("class-table"), { label: "Classes and experts", rows, columns: countColumns("Class"), sort, key: ({ place }) => place });
 }
 
 function drawWords() {
@@ -320,13 +358,12 @@ function drawWords() {
     ? DATA.facts.words_from === null
       ? "No words were read."
       : "This layer sees no words."
-    : `Word pieces of ${source}, as the tokenizer cuts them. ` +
+    : `Word pieces of ${source}, as the tokenizer cuts them${countNote(layer, "text", "a word")} ` +
       (layer.num_words > layer.words.length ? `The ${layer.words.length} most frequent of ${asCount(layer.num_words)} are listed.` : `All ${layer.words.length} are listed.`);
   if (!layer.words.length) return;
   const rows = countRows(layer.words, unpack(layer.word_expert), layer.num_experts, false);
-  delete sorting["word-table"];
   const sort = { column: state.expert === null ? 1 : 4, direction: "descending" };
-  drawTable(box, { label: "Words and experts", rows, columns: countColumns("Word piece", "times"), sort });
+  drawTable(box, { label: "Words and experts", rows, columns: countColumns("Word piece"), sort });
 }
 
 // ---- choosing ----
@@ -337,7 +374,17 @@ function drawLegend() {
     make("button", { type: "button", "aria-pressed": String(state.expert === expert), "data-expert": expert, onclick: () => toggleExpert(expert) }, tag(expert), make("span", { class: layer.num_experts > 16 ? "unseen" : null }, `expert ${expert}`)),
   );
   const swatch = make("span", { class: "hatch", style: { backgroundImage: `url(${hatch(1).toDataURL()})` } });
-  const legend = layer.router === "soft" ? buttons : [...buttons, make("span", { class: "dropped" }, swatch, "dropped")];
+  const none = layer.router === "top_k" ? "dropped" : "taken by none";
+  const legend = layer.router === "soft" ? buttons : [...buttons, make("span", { class: "dropped" }, swatch, none)];
+  byId("map-note").textContent = {
+    top_k: "Each patch has the colour and number of the first chosen expert that had room for it; hatched grey patches were dropped by all that they chose.",
+    expert_choice: "Each patch has the colour and number of the expert that chose it with the largest weight; hatched grey patches were chosen by none.",
+    soft: "Each patch has the colour and number of the expert with the largest weight in its output.",
+  }[layer.router];
+  const order = byId("order").options[2];
+  order.textContent = layer.router === "top_k" ? "most dropped patches first" : "most patches taken by none first";
+  order.hidden = order.disabled = layer.router === "soft";
+  if (order.disabled && order.selected) byId("order").value = "data";
   byId("legend").replaceChildren(...legend);
 }
 
@@ -370,8 +417,15 @@ function choose({ layer = state.layer, expert = state.expert }) {
 function focusPlace(element) {
   const part = element?.closest("[id]:not(main, section)");
   if (!part) return null;
-  const order = [...part.querySelectorAll("button, .patch")].indexOf(element);
-  return () => part.querySelectorAll("button, .patch")[order];
+  const row = element.closest("tr[data-key]");
+  const within = (box) => [...box.querySelectorAll("button, .patch")];
+  const order = within(row ?? part).indexOf(element);
+  if (!row) return () => within(part)[order];
+  // Rows may have changed their places; one below the first hundred may not be drawn.
+  return () => {
+    const same = [...part.querySelectorAll("tr[data-key]")].find(({ dataset }) => dataset.key === row.dataset.key);
+    return (same && within(same)[order]) ?? part.querySelector(".scroll");
+  };
 }
 
 function start() {

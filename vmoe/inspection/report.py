@@ -21,12 +21,17 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment
 from PIL import Image
+from rich.console import Console
 
 from vmoe.inspection.figure import DROPPED, PALETTE
 from vmoe.inspection.report_charts import chart_script, chart_specifications
-from vmoe.inspection.statistics import LayerStatistics, RoutingStatistics, TokenRouting, TypicalPatch
+from vmoe.inspection.statistics import LayerStatistics, RoutingStatistics, SampleRouting, TokenRouting, TypicalPatch
 from vmoe.whole import whole_file
 
+MAX_BYTES = 15_000_000  # of the file; beyond it, fewer pictures are shown
+MIN_PICTURES = 24  # a page of them, shown even then
+MAX_SIDE = 224  # of a shown picture, in pixels
+MAX_SHEET_PIXELS = 4_000_000  # of the typical patches of all layers together
 SCRIPTS = ("report_parts.js", "report_pictures.js", "report.js")
 WEIGHT_STEPS = 10_000  # weights are shown to four decimals
 KEPT_BIT = 1 << 15  # above the largest weight, 10,000
@@ -37,26 +42,32 @@ EXACT_SIDE = 64  # pictures of up to so many pixels a side lose nothing; larger 
 BLOCK = 8  # JPEG's blocks do not look at each other, so patches on whole blocks do not mix
 
 
-def write_report(statistics: RoutingStatistics, file: str | Path) -> Path:
+def write_report(statistics: RoutingStatistics, file: str | Path, console: Console | None = None) -> Path:
     """Write the report as one HTML file that opens from the disk.
 
     Args:
         statistics: what `gather_statistics` found.
         file: where to write; its folder is made. The same statistics give the same file.
+        console: told when the pictures do not all fit into the file's 15 MB; None: only the page says so.
 
     Returns:
         The file.
 
     Raises:
-        ModuleNotFoundError: Altair or vl-convert is not installed (`pip install 'vmoe[report]'`).
+        ModuleNotFoundError: Altair or vl-convert is not installed (extra `report`).
         ValueError: statistics without a sparse layer, or weights outside 0..1.
     """
     if not statistics.layers:
         raise ValueError(f"{statistics.checkpoint} has no sparse layer, so there is no routing to report")
     file = Path(file)
-    data = _script_json(report_data(statistics))
     library, specifications = chart_script(), _script_json(chart_specifications())
     own = "\n".join(_part(name) for name in SCRIPTS)
+    around = (library, own, specifications, _part("report.css"), _part("report.html"))
+    told = report_data(statistics, MAX_BYTES - sum(len(part.encode()) for part in around))
+    shown, given = len(told["samples"]), len(statistics.samples)
+    if shown < given and console is not None:
+        console.print(f"the report shows {shown} of {given} pictures, to stay below {MAX_BYTES / 1e6:.0f} MB")
+    data = _script_json(told)
     page = Environment(autoescape=False).from_string(_part("report.html"))
     html = page.render(
         # The policy lets these two scripts run and nothing else: no text of the data can, nor any request go out.
@@ -73,9 +84,12 @@ def write_report(statistics: RoutingStatistics, file: str | Path) -> Path:
     return file
 
 
-def report_data(statistics: RoutingStatistics) -> dict[str, Any]:
-    """What the page is told: JSON-able, see the module's docstring."""
-    samples = statistics.samples
+def report_data(statistics: RoutingStatistics, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """What the page is told: JSON-able, see the module's docstring.
+
+    If it has more than `max_bytes` as JSON, pictures are left out: those that stay are spread evenly over the others.
+    """
+    samples = [_sample_data(statistics, sample) for sample in statistics.samples]
     facts = {
         "checkpoint": statistics.checkpoint,
         "weights": statistics.weights_fingerprint,
@@ -86,28 +100,49 @@ def report_data(statistics: RoutingStatistics) -> dict[str, Any]:
         "words_from": statistics.words_from,
         "versions": statistics.versions,
     }
-    return {
+    data = {
         "facts": facts,
         "palette": list(PALETTE),
         "dropped": DROPPED,
         "modalities": statistics.modalities,
         "class_names": statistics.class_names,
         "agreement": {name: _numbers(matrix) for name, matrix in statistics.agreement.items()},
-        "layers": [_layer_data(statistics, place) for place in range(len(statistics.layers))],
-        "samples": [
-            {
-                "path": sample.path,
-                "class": None if sample.label is None else _class_name(statistics, sample.label),
-                "caption": sample.caption,
-                "words": sample.words,
-                "top": [[name, float(probability)] for name, probability in sample.top_classes],
-                # Place of the right name in "top", or null. Names may be alike, or longer than the class's.
-                "right": sample.top_labels.index(sample.label) if sample.label in sample.top_labels else None,
-                "source": _picture_source(sample.image),
-            }
-            for sample in samples
-        ],
-        "sample_index": statistics.sample_index,
+        "num_samples_given": len(samples),
+        "num_typical": _num_typical(statistics.layers),
+    }
+    fixed = [_layer_data(layer, data["num_typical"]) for layer in statistics.layers]
+
+    def with_pictures(number: int) -> dict[str, Any]:
+        places = np.linspace(0, len(samples) - 1, number).round().astype(int).tolist()
+        return {
+            **data,
+            "layers": [{**layer, **_layer_routing(statistics, i, places)} for i, layer in enumerate(fixed)],
+            "samples": [samples[place] for place in places],
+            "sample_index": [statistics.sample_index[place] for place in places],
+        }
+
+    found = with_pictures(len(samples))
+    if len(_script_json(found)) <= max_bytes:
+        return found
+    number, least = len(samples), min(len(samples), MIN_PICTURES)
+    empty = len(_script_json(with_pictures(0)))
+    while number > least and (size := len(_script_json(found))) > max_bytes:
+        # Pictures are about equally large; where they are not, one more round follows.
+        number = max(least, min(number - 1, int(number * (max_bytes - empty) / (size - empty))))
+        found = with_pictures(number)
+    return found
+
+
+def _sample_data(statistics: RoutingStatistics, sample: SampleRouting) -> dict[str, Any]:
+    return {
+        "path": sample.path,
+        "class": None if sample.label is None else _class_name(statistics, sample.label),
+        "caption": sample.caption,
+        "words": sample.words,
+        "top": [[name, float(probability)] for name, probability in sample.top_classes],
+        # Place of the right name in "top", or null. Names may be alike, or longer than the class's.
+        "right": sample.top_labels.index(sample.label) if sample.label in sample.top_labels else None,
+        "source": _picture_source(sample.image),
     }
 
 
@@ -115,18 +150,16 @@ def _class_name(statistics: RoutingStatistics, label: int) -> str:
     return statistics.class_names[label] if statistics.class_names else f"class {label}"
 
 
-def _layer_data(statistics: RoutingStatistics, place: int) -> dict[str, Any]:
-    layer, samples = statistics.layers[place], statistics.samples
+def _layer_data(layer: LayerStatistics, num_typical: int) -> dict[str, Any]:
     by_frequency = sorted(layer.expert_word.items(), key=lambda item: (-float(item[1].sum()), item[0]))
     words = by_frequency[:MAX_WORDS]
-    patches = [sample.patches[place] for sample in samples]
-    text = [sample.text[place] for sample in samples if sample.text]
     return {
         "name": layer.name,
         "num_experts": layer.num_experts,
         "num_selected_experts": layer.num_selected_experts,
         "router": layer.router,
         "capacity_factor": layer.eval_capacity_factor,
+        "capacity": layer.capacity,
         "batch_priority": layer.batch_priority,
         "tokens": layer.tokens,
         **{
@@ -139,9 +172,15 @@ def _layer_data(statistics: RoutingStatistics, place: int) -> dict[str, Any]:
         "words": [word for word, _ in words],
         "num_words": len(by_frequency),
         "word_expert": _packed(np.array([counts_E for _, counts_E in words])),
-        "typical": _typical_data(layer.typical_patches),
-        "patches": _routing_data(patches, layer),
-        "text": _routing_data(text, layer),
+        "typical": _typical_data(layer.typical_patches, num_typical),
+    }
+
+
+def _layer_routing(statistics: RoutingStatistics, place: int, shown: list[int]) -> dict[str, Any]:
+    layer, samples = statistics.layers[place], [statistics.samples[number] for number in shown]
+    return {
+        "patches": _routing_data([sample.patches[place] for sample in samples], layer),
+        "text": _routing_data([sample.text[place] for sample in samples if sample.text], layer),
     }
 
 
@@ -169,14 +208,29 @@ def _routing_data(routings: list[TokenRouting | None], layer: LayerStatistics) -
     }
 
 
-def _typical_data(patches: list[list[TypicalPatch]]) -> dict[str, Any] | None:
+def _num_typical(layers: list[LayerStatistics]) -> int:
+    """Patches per expert, such that their sheets do not fill the file."""
+    column = 0  # pixels of one patch of each expert in each layer
+    for layer in layers:
+        first = next((own[0] for own in layer.typical_patches if own), None)
+        column += (
+            0 if first is None else len(layer.typical_patches) * math.prod(map(_whole_blocks, first.pixels.shape[:2]))
+        )
+    return MAX_TYPICAL if column == 0 else max(1, min(MAX_TYPICAL, MAX_SHEET_PIXELS // column))
+
+
+def _whole_blocks(side: int) -> int:
+    return math.ceil(side / BLOCK) * BLOCK
+
+
+def _typical_data(patches: list[list[TypicalPatch]], most: int) -> dict[str, Any] | None:
     """One JPEG with a row of patches per expert, each patch on whole blocks, and what is known of each patch."""
-    patches = [own[:MAX_TYPICAL] for own in patches]
+    patches = [own[:most] for own in patches]
     columns = max((len(own) for own in patches), default=0)
     if columns == 0:
         return None
     height, width = next(own for own in patches if own)[0].pixels.shape[:2]
-    cell_height, cell_width = (math.ceil(side / BLOCK) * BLOCK for side in (height, width))
+    cell_height, cell_width = map(_whole_blocks, (height, width))
     sheet = np.zeros((len(patches) * cell_height, columns * cell_width, 3), np.uint8)
     for row, own in enumerate(patches):
         for column, patch in enumerate(own):
@@ -193,7 +247,11 @@ def _typical_data(patches: list[list[TypicalPatch]]) -> dict[str, Any] | None:
 
 
 def _picture_source(pixels: np.ndarray) -> str:
-    exact = max(pixels.shape[:2]) <= EXACT_SIDE
+    height, width = pixels.shape[:2]
+    exact = max(height, width) <= EXACT_SIDE
+    if max(height, width) > MAX_SIDE:
+        size = [max(1, round(side * MAX_SIDE / max(height, width))) for side in (width, height)]
+        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
     options = {"lossless": True, "quality": 60} if exact else {"quality": 80}
     return f"data:image/webp;base64,{_encoded(pixels, 'WEBP', **options)}"
 

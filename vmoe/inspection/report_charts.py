@@ -12,6 +12,8 @@ from typing import Any
 
 MODALITY_COLOURS = {"patches": "#0072B2", "words": "#D55E00"}  # also told apart by the shape of the points
 
+LABEL_LIMIT = 260  # pixels of a class's name; the page shortens names that are longer
+
 
 def chart_library() -> tuple[ModuleType, ModuleType]:
     """(altair, vl_convert).
@@ -24,7 +26,8 @@ def chart_library() -> tuple[ModuleType, ModuleType]:
         import vl_convert
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"the HTML report draws its charts with Altair and needs {error.name}: pip install 'vmoe[report]'",
+            f"the HTML report draws its charts with Altair and needs {error.name}: "
+            "pip install 'vmoe[report]', or -e '.[report]' in a checkout",
             name=error.name,
         ) from None
     return altair, vl_convert
@@ -45,7 +48,7 @@ def chart_specifications() -> dict[str, dict[str, Any]]:
     charts = {
         "bars": _bars(),
         "lines": _lines(".3~f"),
-        "share_lines": _lines(".1~%"),
+        "share_lines": _lines(".1~%", least=0.05),
         "classes": _classes(),
         "agreement": _agreement(),
     }
@@ -75,16 +78,20 @@ def _bars():
     )
 
 
-def _lines(number_format: str):
-    """A figure over the layers; rows: layer, modality, value, shown (the value as the tables show it)."""
+def _lines(number_format: str, least: float | None = None):
+    """A figure over the layers; rows: layer, modality, value, shown (the value as the tables show it).
+
+    least: the axis goes from 0 to this at least, so that nothing but zeros has an axis too.
+    """
     alt, _ = chart_library()
+    scale = alt.Scale() if least is None else alt.Scale(domain=alt.DomainUnionWith(unionWith=[0, least]))
     names, colours = list(MODALITY_COLOURS), list(MODALITY_COLOURS.values())
     return (
         alt.Chart(alt.NamedData("rows"), width="container", height=150)
         .mark_line(point=alt.OverlayMarkDef(size=60, filled=True), strokeWidth=2)
         .encode(
             x=alt.X("layer:N", title=None, sort=None, axis=alt.Axis(labelAngle=0, labelOverlap=True)),
-            y=alt.Y("value:Q", title=None, axis=alt.Axis(tickCount=4, format=number_format)),
+            y=alt.Y("value:Q", title=None, scale=scale, axis=alt.Axis(tickCount=4, format=number_format)),
             color=alt.Color("modality:N", title=None, scale=alt.Scale(domain=names, range=colours)),
             shape=alt.Shape("modality:N", title=None, scale=alt.Scale(domain=names, range=["circle", "square"])),
             tooltip=["layer:N", "modality:N", alt.Tooltip("shown:N", title="value")],
@@ -101,17 +108,17 @@ def _classes():
         .mark_rect(aria=False)  # thousands of cells; the table beside it has the same figures
         .encode(
             x=alt.X("expert:O", title="expert", axis=alt.Axis(labelAngle=0, labelOverlap=True, orient="top")),
-            y=alt.Y("row:N", title=None, sort=None, axis=alt.Axis(labelLimit=165)),
+            y=alt.Y("row:N", title=None, sort=None, axis=alt.Axis(labelLimit=LABEL_LIMIT)),
             color=alt.Color(
                 "share:Q",
-                title="share of the class's patches",
+                title="share of the class",
                 scale=alt.Scale(scheme="viridis", domainMin=0),
                 legend=alt.Legend(format="%", orient="bottom", gradientLength=180, titleLimit=240, tickCount=4),
             ),
             tooltip=[
                 alt.Tooltip("name:N", title="class"),
                 alt.Tooltip("expert:O", title="expert"),
-                alt.Tooltip("count:N", title="patches"),
+                alt.Tooltip("count:N", title="sum"),
                 alt.Tooltip("shown:N", title="share"),
             ],
         )

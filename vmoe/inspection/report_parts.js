@@ -160,13 +160,15 @@ function whenSeen(element, work) {
 // ---- tables ----
 
 const SHORT_TABLE = 100;
-const sorting = {}; // {table: {column, direction}}, kept when the table is drawn again
+const sorting = {}; // {table: {column, direction}} that the reader chose, kept when the table is drawn again
 
-// columns: {title, value(row), show(row) -> text or element, text: true for words, group: heading above several}; the
-// first names the row.
-function drawTable(box, { label, columns, rows, chosen = () => false, sort = null }) {
+// columns: {title, value(row), show(row) -> text or element, text: true for words, group: heading above several, id: where
+// titles change or repeat}; the first names the row. key(row): what it is known by when the table is drawn again.
+function drawTable(box, { label, columns, rows, chosen = () => false, sort = null, key = columns[0].value }) {
+  const idOf = ({ id, group, title }) => id ?? `${group ?? ""} ${title}`;
   const saved = sorting[box.id];
-  const state = saved && saved.column < columns.length ? saved : (sort ?? { column: 0, direction: "ascending" });
+  const known = saved ? columns.findIndex((column) => idOf(column) === saved.id) : -1;
+  const state = known >= 0 ? { column: known, direction: saved.direction } : { ...(sort ?? { column: 0, direction: "ascending" }) };
   let all = rows.length <= SHORT_TABLE + 20;
   const head = make("tr");
   const body = make("tbody");
@@ -184,7 +186,7 @@ function drawTable(box, { label, columns, rows, chosen = () => false, sort = nul
       const other = first === "ascending" ? "descending" : "ascending";
       state.direction = state.column === place && state.direction === first ? other : first;
       state.column = place;
-      sorting[box.id] = state;
+      sorting[box.id] = { id: idOf(column), direction: state.direction };
       fill();
       say(`Sorted by ${[column.group, column.title].filter(Boolean).join(", ")}, ${state.direction}`);
     });
@@ -208,7 +210,7 @@ function drawTable(box, { label, columns, rows, chosen = () => false, sort = nul
       ...(all ? sorted : sorted.slice(0, SHORT_TABLE)).map(([, row]) =>
         make(
           "tr",
-          { class: chosen(row) ? "chosen" : null },
+          { class: chosen(row) ? "chosen" : null, "data-key": key(row) },
           ...columns.map(({ show }, place) =>
             make(place === 0 ? "th" : "td", { class: classOf(place), scope: place === 0 ? "row" : null }, show(row)),
           ),

@@ -47,7 +47,8 @@ function linesOf(choices) {
   const taken = choices.filter(({ kept }) => kept).map(({ expert, weight }) => [expert, `weight ${asWeight(weight)}`]);
   if (!taken.length) return [[null, "taken by no expert"]];
   const others = taken.length === choices.length && choices.length < layer.num_selected_experts;
-  return others ? [...taken, [null, `the ${taken.length} largest weights of ${layer.num_experts}`]] : taken;
+  const all = layer.router === "soft" ? `of ${layer.num_experts}` : "of those that took it";
+  return others ? [...taken, [null, `the ${taken.length} largest weights ${all}`]] : taken;
 }
 
 // ---- the map of a picture ----
@@ -75,7 +76,8 @@ function drawMap(canvas, sample, cursor = null) {
     const [x, y] = [(token % columns) * w, Math.floor(token / columns) * h];
     const highlighted = state.expert !== null && tookIt(choices, state.expert);
     const expert = highlighted ? state.expert : takenBy(choices);
-    if (state.expert !== null && !highlighted) {
+    // What nobody took stays hatched, whichever expert is chosen.
+    if (state.expert !== null && !highlighted && expert !== null) {
       brush.fillStyle = "rgba(20, 24, 29, 0.55)";
       brush.fillRect(x, y, w, h);
       continue;
@@ -124,7 +126,7 @@ function makeMap(sample, name) {
     cursor = token;
     drawMap(canvas, sample, cursor);
     const [row, column] = [Math.floor(token / columns), token % columns];
-    const title = `Row ${row + 1}, column ${column + 1}`;
+    const title = `Row ${row}, column ${column}`;
     const lines = linesOf(choicesOf(routingOf(state.layer, "image"), sample, token));
     const box = canvas.getBoundingClientRect();
     const [w, h] = [box.width / columns, box.height / rows];
@@ -177,7 +179,7 @@ function makeWords(sample) {
     const expert = state.expert !== null && tookIt(choices, state.expert) ? state.expert : takenBy(choices);
     const lines = linesOf(choices);
     const colour = expert === null ? DATA.dropped : colourOf(expert);
-    const dim = state.expert !== null && expert !== state.expert;
+    const dim = state.expert !== null && expert !== null && expert !== state.expert;
     const button = make(
       "button",
       { type: "button", class: `${dim ? "dim" : ""} ${expert === null ? "lost" : ""}`.trim(), style: { background: colour, color: inkOn(colour) } },
@@ -246,7 +248,8 @@ function drawPictures() {
   pictures.page = Math.max(0, Math.min(pages - 1, pictures.page));
   const first = pictures.page * PAGE_SIZE;
   const shown = pictures.found.slice(first, first + PAGE_SIZE);
-  byId("page").textContent = shown.length ? `${first + 1}–${first + shown.length} of ${pictures.found.length}` : "none found";
+  const number = pictures.found.length;
+  byId("page").textContent = number ? `page ${pictures.page + 1} of ${pages}, ${number} picture${number === 1 ? "" : "s"}` : "none found";
   byId("previous").disabled = pictures.page === 0;
   byId("next").disabled = pictures.page >= pages - 1;
   const columns = routingOf(state.layer, "image")?.grid[1] ?? 0;
@@ -270,6 +273,8 @@ function startPictures() {
     byId(id).addEventListener("click", () => {
       pictures.page += step;
       drawPictures();
+      // A button that is switched off loses the focus to the whole page.
+      if (byId(id).disabled) byId(step > 0 ? "previous" : "next").focus();
       byId("pictures").scrollIntoView();
     });
   }
