@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import glob
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +18,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from vmoe.command import exit_code
 from vmoe.config_io import ConfigError
-from vmoe.data.images import IMAGE_SUFFIXES, BadSample
+from vmoe.data.images import IMAGE_SUFFIXES
 from vmoe.evaluation.class_names import known_sets
 from vmoe.evaluation.inference import PRECISIONS, evaluating
 from vmoe.evaluation.subject import Subject, load_subject
@@ -38,18 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     An error is one sentence; set VMOE_TRACEBACK=1 to see where it comes from.
     """
     arguments = _parser().parse_args(argv)
-    try:
-        run(arguments)
-    except KeyboardInterrupt:
-        print(f"\n{PROG}: interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if os.environ.get("VMOE_TRACEBACK"):
-            raise
-        hint = "" if isinstance(error, (ConfigError, BadSample, ValueError)) else " (VMOE_TRACEBACK=1 shows where)"
-        print(f"{PROG}: error: {error or type(error).__name__}{hint}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    return 0
+    return exit_code(PROG, lambda: run(arguments))
 
 
 class _Parser(argparse.ArgumentParser):

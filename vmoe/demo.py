@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from vmoe.command import exit_code
 from vmoe.config_io import ConfigError, parse_config
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(
         DemoConfig, argv, prog="vmoe-demo", description="A page in the browser to try a model and see its routing."
     )
-    try:
+
+    def serve() -> None:
         _gradio()  # before the model is loaded, which takes longer
         from vmoe.evaluation.subject import load_subject
 
@@ -86,15 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         app = build_app(subject, config.templates)
         launch(app, config.host, config.port, config.share)
         app.block_thread()
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        if os.environ.get("VMOE_TRACEBACK"):
-            raise
-        hint = "" if isinstance(error, (ConfigError, ModuleNotFoundError)) else " (VMOE_TRACEBACK=1 shows where)"
-        print(f"vmoe-demo: error: {error or type(error).__name__}{hint}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    return 0
+
+    return exit_code("vmoe-demo", serve)
 
 
 def launch(app: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None, share: bool = False) -> str:

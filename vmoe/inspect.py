@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -16,8 +15,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vmoe.command import exit_code
 from vmoe.config_io import ConfigError, parse_config
-from vmoe.data import BadSample, ImageDataset, build_dataset
+from vmoe.data import ImageDataset, build_dataset
 from vmoe.data.config import LoaderConfig, SourceConfig
 from vmoe.data.images import IMAGE_SUFFIXES
 from vmoe.evaluation.subject import Subject, load_subject
@@ -84,27 +84,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     An error is one sentence; set VMOE_TRACEBACK=1 to see where it comes from.
     """
-    try:
-        argv = expand_data(list(sys.argv[1:] if argv is None else argv))
-        config = read_settings(argv)
-        if config.data.type is None and Path(config.checkpoint).exists():  # the run's own is the base of what was given
-            with tempfile.TemporaryDirectory() as folder:
-                base = Path(folder) / "data.yaml"
-                source = dataclasses.asdict(validation_data(config.checkpoint))
-                base.write_text(yaml.safe_dump({"data": source}), encoding="utf-8")
-                config = read_settings(["--config", str(base), *argv])
-        run(config)
-    except KeyboardInterrupt:
-        print("\nvmoe-inspect: interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if os.environ.get("VMOE_TRACEBACK"):
-            raise
-        plain = isinstance(error, (ConfigError, BadSample, ModuleNotFoundError))
-        hint = "" if plain else " (VMOE_TRACEBACK=1 shows where)"
-        print(f"vmoe-inspect: error: {error or type(error).__name__}{hint}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    return 0
+    return exit_code("vmoe-inspect", lambda: run(settings(list(sys.argv[1:] if argv is None else argv))))
+
+
+def settings(argv: list[str]) -> InspectConfig:
+    """The settings of a command line, on top of what the checkpoint's run validated on if it names no type of data.
+
+    Raises:
+        ConfigError: no such data.
+    """
+    argv = expand_data(argv)
+    config = read_settings(argv)
+    if config.data.type is None and Path(config.checkpoint).exists():
+        with tempfile.TemporaryDirectory() as folder:
+            base = Path(folder) / "data.yaml"
+            source = dataclasses.asdict(validation_data(config.checkpoint))
+            base.write_text(yaml.safe_dump({"data": source}), encoding="utf-8")
+            config = read_settings(["--config", str(base), *argv])
+    return config
 
 
 def read_settings(argv: Sequence[str]) -> InspectConfig:

@@ -6,16 +6,15 @@ Read `run`, then the task in `tasks.py`.
 from __future__ import annotations
 
 import dataclasses
-import os
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 
+from vmoe.command import exit_code
 from vmoe.config_io import ConfigError, parse_config
-from vmoe.data import BadSample, ImageDataset, build_dataset
+from vmoe.data import ImageDataset, build_dataset
 from vmoe.data.imagenet import imagenet_words
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.distributed import processes, world
@@ -44,21 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Evaluate checkpoints: classification, zero-shot, retrieval, few-shot, probes, capacity.",
         folder="eval",
     )
-    try:
+
+    def evaluate() -> None:
         with processes():
             run(config)
-    except KeyboardInterrupt:
-        print("\nvmoe-eval: interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if os.environ.get("VMOE_TRACEBACK"):
-            raise
-        wrong_setting = isinstance(error, ConfigError)
-        if not (wrong_setting and int(os.environ.get("RANK", 0)) > 0):  # which all processes find; one says it
-            hint = "" if isinstance(error, (ValueError, BadSample)) else " (VMOE_TRACEBACK=1 shows where)"
-            print(f"vmoe-eval: error: {error or type(error).__name__}{hint}", file=sys.stderr)
-        return 2 if wrong_setting else 1
-    return 0
+
+    return exit_code("vmoe-eval", evaluate)
 
 
 def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, Any]:

@@ -1,0 +1,37 @@
+"""How the commands (`vmoe-eval`, `vmoe-inspect`, `vmoe-classify`, `vmoe-demo`) end: an exit code and one sentence."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from vmoe.config_io import ConfigError
+from vmoe.data import BadSample
+
+
+def exit_code(prog: str, run: Callable[[], object]) -> int:
+    """Runs a command; returns its exit code: 0, 1 for an error, 2 for a wrong setting, 130 for Ctrl-C.
+
+    An error is one sentence on standard error; with VMOE_TRACEBACK=1 it is raised. Where it is not one that users can
+    cause, the sentence says so.
+
+    Args:
+        prog: name of the command.
+        run: all of it.
+    """
+    try:
+        run()
+    except KeyboardInterrupt:
+        print(f"\n{prog}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get("VMOE_TRACEBACK"):
+            raise
+        wrong_setting = isinstance(error, ConfigError)
+        if not (wrong_setting and int(os.environ.get("RANK", 0)) > 0):  # which all processes find; one says it
+            plain = isinstance(error, (ValueError, BadSample, ModuleNotFoundError))
+            hint = "" if plain else " (VMOE_TRACEBACK=1 shows where)"
+            print(f"{prog}: error: {error or type(error).__name__}{hint}", file=sys.stderr)
+        return 2 if wrong_setting else 1
+    return 0
