@@ -292,7 +292,7 @@ def _answering(gr: Any) -> Callable[[Callable], Callable]:
             except Exception as error:
                 if os.environ.get("VMOE_TRACEBACK"):
                     traceback.print_exc()
-                raise _message(gr, f"This could not be computed: {error or type(error).__name__}") from None
+                raise _message(gr, f"This could not be computed: {str(error) or type(error).__name__}") from None
 
         return answer
 
