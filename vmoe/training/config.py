@@ -30,6 +30,7 @@ CHANGEABLE = (
     "data.loader.pin_memory",
     "data.loader.max_bad_share",
     "evaluate",
+    "parallel",
     "train.steps",
     "train.log_every",
     "train.eval_every",
@@ -194,6 +195,26 @@ class EvaluateConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """Several processes (`torchrun`), and where the weights lie in them; docs/scaling.md.
+
+    The three sizes multiply to the number of processes. Each process has its own part of every batch whatever the sizes.
+
+    Attributes:
+        dp_replicate: Copies of everything; -1: the processes that the other two leave.
+        dp_shard: Processes over which all weights, gradients and optimizer states are sharded (FSDP2).
+        ep: Processes over which the experts are spread; tokens travel to them and back (all-to-all). The number of
+            experts must be a multiple of it.
+        timeout: Seconds after which a process that waits for another one gives up.
+    """
+
+    dp_replicate: int = -1
+    dp_shard: int = 1
+    ep: int = 1
+    timeout: float = 600.0
+
+
+@dataclass
 class Config:
     """A training run.
 
@@ -209,6 +230,7 @@ class Config:
         train: The training loop.
         optim: Optimizer and schedule.
         evaluate: Evaluation during and at the end of training.
+        parallel: Several processes.
     """
 
     output_dir: str
@@ -221,6 +243,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def check(self) -> None:
         """Raises ConfigError on the first setting that is out of range or does not go with another one."""
