@@ -198,7 +198,7 @@ class EvaluateConfig:
 class ParallelConfig:
     """Several processes (`torchrun`), and where the weights lie in them; docs/scaling.md.
 
-    The three sizes multiply to the number of processes. Each process has its own part of every batch whatever the sizes.
+    The three sizes multiply to the number of processes. Each process has its own part of every batch in any case.
 
     Attributes:
         dp_replicate: Copies of everything; -1: the processes that the other two leave.
