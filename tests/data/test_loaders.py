@@ -24,11 +24,10 @@ RANDOM = AugmentationConfig(scale=(0.2, 1.0), hflip=0.5, color_jitter=0.4)
 ERASING = AugmentationConfig(auto_augment="rand-m9-mstd0.5", re_prob=0.5)
 
 
-def train(size=20, bad=(), seed=1, augmentation=RANDOM, tokenizer=tokenize, **config):
-    config = {"batch_size": 4, "num_workers": 0} | config
-    return train_loader(
-        Pictures(size, bad), build_transform(PREPROCESS, augmentation), tokenizer, LoaderConfig(**config), seed
-    )
+def train(size=20, bad=(), seed=1, augmentation=RANDOM, tokenizer=tokenize, part=None, **config):
+    config = LoaderConfig(**{"batch_size": 4, "num_workers": 0} | config)
+    transform = build_transform(PREPROCESS, augmentation)
+    return train_loader(Pictures(size, bad), transform, tokenizer, config, seed, part=part)
 
 
 def evaluate(size=10, bad=(), **config):
@@ -85,6 +84,30 @@ def test_a_stopped_run_continues_with_the_same_batches(stop, bad):
     random.seed(0)  # the process's own randomness plays no part
     assert_same(take(second, 20 - stop), batches[stop:])
     assert second.state_dict() == whole.state_dict()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_processes_share_each_batch_and_a_position_fits_any_number_of_them(data):
+    batch_size, size = 12, data.draw(st.integers(12, 60))
+    stop, seed = data.draw(st.integers(0, 8)), data.draw(st.integers(0, 99))
+    before, after = data.draw(st.sampled_from([1, 2, 3, 4, 6, 12])), data.draw(st.sampled_from([1, 2, 3, 4, 6, 12]))
+
+    def loaders(processes):
+        return [train(size, seed=seed, batch_size=batch_size, part=(rank, processes)) for rank in range(processes)]
+
+    def joined(parts):
+        batches = [[next(part) for part in parts] for _ in range(3)]
+        assert {len(part["index"]) for batch in batches for part in batch} == {batch_size // len(parts)}
+        return [{name: torch.cat([part[name] for part in batch]) for name in batch[0]} for batch in batches]
+
+    [whole], first, second = loaders(1), loaders(before), loaders(after)
+    for loader in [whole, *first]:
+        loader.load_state_dict(whole.state_dict() | {"step": stop})
+    assert_same(joined(first), take(whole, 3))
+    for loader in second:  # all continue from the state that the first process saved
+        loader.load_state_dict(first[0].state_dict())
+    assert_same(joined(second), take(whole, 3))
 
 
 @pytest.mark.parametrize("augmentation", [RANDOM, ERASING])
@@ -196,6 +219,8 @@ def test_evaluation_skips_when_told_and_says_so():
 def test_settings_that_cannot_be_met_are_explained():
     with pytest.raises(ValueError, match="batch_size 30 is more than the data set's 20 samples"):
         train(batch_size=30)
+    with pytest.raises(ValueError, match="batch_size 4 is no multiple of the 3 processes"):
+        train(part=(0, 3))
     with pytest.raises(ValueError, match="on_bad must be replace or fail"):
         train(on_bad="skip")
     with pytest.raises(ValueError, match="on_bad must be fail or skip"):

@@ -159,7 +159,7 @@ class LoaderConfig:
     """How samples are read and put into batches.
 
     Args:
-        batch_size: samples in a batch.
+        batch_size: samples in a batch, all processes together; each has an equal part of it.
         num_workers: processes that read in the background; 0 reads in the main process. The batches are the same.
         on_bad: what happens to an unreadable image or an empty caption: "replace" (another sample takes its place; for
             training), "skip" (left out and counted; for evaluation) or "fail". Default: replace in training, fail in

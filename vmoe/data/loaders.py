@@ -37,10 +37,14 @@ class TrainLoader:
     Order and augmentation follow from (seed, epoch, index) alone: they do not depend on `num_workers`, on the process's
     random state, or on where a run was stopped. An epoch's last, incomplete batch is dropped. Made by `train_loader`.
 
+    `config.batch_size` counts the samples of all processes. Process r of W hands out its part of each batch, rows
+    r * B/W to (r+1) * B/W; so the batches of a run, and a position in it, are the same for any number of processes.
+
     Attributes:
         step: batches handed out so far.
         steps_per_epoch: whole batches in the data set.
-        num_read: samples read for them, bad ones and replacements included.
+        part: (number of this process, number of processes).
+        num_read: samples that this process read for its part, bad ones and replacements included.
         num_bad: bad samples among these (one that is met twice counts twice).
         bad_paths: {path: reason} of the bad samples met by this object.
     """
@@ -53,6 +57,7 @@ class TrainLoader:
         config: LoaderConfig,
         seed: int,
         device: torch.device | str | None = None,
+        part: tuple[int, int] | None = None,
     ) -> None:
         on_bad = config.on_bad or "replace"
         if on_bad == "skip":
@@ -60,6 +65,12 @@ class TrainLoader:
         if len(dataset) < config.batch_size:
             raise ValueError(
                 f"batch_size {config.batch_size} is more than the data set's {len(dataset)} samples: make it smaller"
+            )
+        self.part = world() if part is None else part
+        if config.batch_size % self.part[1]:
+            raise ValueError(
+                f"batch_size {config.batch_size} is no multiple of the {self.part[1]} processes that share each batch: "
+                "set data.loader.batch_size to one"
             )
         self.reader = BatchReader(dataset, transform, tokenizer, seed, replace_bad=on_bad == "replace")
         self.config = config
@@ -85,14 +96,16 @@ class TrainLoader:
         return _finish(batch.tensors, self.reader, self.device)
 
     def _keys(self, step: int) -> Iterator[BatchKey]:
-        """Keys of the batches from `step` on, without end."""
+        """Keys of this process's part of the batches from `step` on, without end."""
         size, order_epoch, order = self.config.batch_size, None, []
+        rank, processes = self.part
+        rows = slice(rank * size // processes, (rank + 1) * size // processes)
         while True:
             epoch, position = divmod(step, self.steps_per_epoch)
             if epoch != order_epoch:
                 generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
                 order, order_epoch = torch.randperm(len(self.reader.dataset), generator=generator), epoch
-            yield BatchKey(epoch, tuple(order[position * size : (position + 1) * size].tolist()))
+            yield BatchKey(epoch, tuple(order[position * size : (position + 1) * size][rows].tolist()))
             step += 1
 
     def _count(self, batch: Batch) -> None:
@@ -104,7 +117,7 @@ class TrainLoader:
             if path not in self.bad_paths:
                 self.bad_paths[path] = reason
                 logger.warning("bad sample replaced by another: %s: %s", path, reason)
-        whole = batch.tensors and len(batch.tensors["image"]) == self.config.batch_size
+        whole = batch.tensors and len(batch.tensors["image"]) == self.config.batch_size // self.part[1]
         enough = self.num_read >= min(MIN_READ_FOR_SHARE, len(self.reader.dataset))
         if not whole or (enough and self.num_bad > self.config.max_bad_share * self.num_read):
             path, reason = batch.bad[-1] if batch.bad else next(reversed(self.bad_paths.items()))
@@ -115,7 +128,10 @@ class TrainLoader:
             )
 
     def state_dict(self) -> dict[str, int]:
-        """Position of the batches handed out so far, and what it is a position in; plain integers."""
+        """Position of the batches handed out so far, and what it is a position in; plain integers.
+
+        It may be loaded by any number of processes. `num_read` and `num_bad` are this process's own.
+        """
         return {
             "step": self.step,
             "num_read": self.num_read,
@@ -211,6 +227,7 @@ def train_loader(
     loader: LoaderConfig,
     seed: int,
     device: torch.device | str | None = None,
+    part: tuple[int, int] | None = None,
 ) -> TrainLoader:
     """Endless training batches.
 
@@ -221,17 +238,20 @@ def train_loader(
         loader: batch size, workers, bad samples.
         seed: with epoch and index, all that order and augmentation depend on.
         device: where the batches go; pictures travel as bytes and are normalised there. None: they stay on the CPU.
+        part: (r, W): hand out part r of W of each batch. None: this process's own where torch.distributed runs, else
+            all.
 
     Returns:
         An iterator of {"image": (B, 3, H, W) float32, "index": (B,) long, "label": (B,) long where the data set has
-        classes, "text": (B, L) long where there is a tokenizer}. "index" is the position asked for, also where another
-        sample took a bad one's place.
+        classes, "text": (B, L) long where there is a tokenizer}, where B is this process's part of `batch_size`.
+        "index" is the position asked for, also where another sample took a bad one's place.
 
     Raises:
-        ValueError: the batch is larger than the data set, or text is asked for where there are no captions.
+        ValueError: the batch is larger than the data set or no multiple of the number of processes, or text is asked
+            for where there are no captions.
         TooManyBadSamples: while iterating, see LoaderConfig.max_bad_share.
     """
-    return TrainLoader(dataset, transform, tokenizer, loader, seed, device)
+    return TrainLoader(dataset, transform, tokenizer, loader, seed, device, part)
 
 
 def eval_loader(

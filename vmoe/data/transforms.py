@@ -122,7 +122,10 @@ class SeededMixup:
             ValueError: B is odd.
         """
         if len(image) % 2:
-            raise ValueError(f"mixup and cutmix need an even batch_size, got {len(image)}")
+            raise ValueError(
+                f"mixup and cutmix need an even number of pictures in each process, got {len(image)}; "
+                "change data.loader.batch_size (it counts those of all processes)"
+            )
         with isolated_randomness():
             seed_process(derive_seed(self.seed, step))
             return self.mixup(image.clone(), label)  # a clone: timm mixes in place
