@@ -16,8 +16,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+from yaml import YAMLError
+
+from vmoe.printable import printable
+from vmoe.safe_yaml import UnsafeYaml, check_yaml, read_yaml
 
 ConfigT = TypeVar("ConfigT")
 
@@ -48,7 +51,7 @@ def find_config(name: str, folder: str = "") -> Path:
     """
     places = [Path(name), *(root / folder / f"{name.removesuffix('.yaml')}.yaml" for root in shipped_config_dirs())]
     for place in places:  # the shipped ones also by their path, "finetune/vit_upcycled"
-        if place.is_file():
+        if _is_file(place):
             return place
     shipped = {path.stem: path for root in shipped_config_dirs() for path in sorted((root / folder).glob("*.yaml"))}
     bare = name.removesuffix(".yaml")
@@ -56,7 +59,9 @@ def find_config(name: str, folder: str = "") -> Path:
         return shipped[bare]
     nearest = difflib.get_close_matches(Path(bare).name, shipped, n=1)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    raise ConfigError(f"--config {name}: no such file; {hint}shipped configs: {', '.join(sorted(shipped)) or 'none'}")
+    raise ConfigError(
+        f"--config {printable(name)}: no such file; {hint}shipped configs: {', '.join(sorted(shipped)) or 'none'}"
+    )
 
 
 def parse_config(
@@ -74,7 +79,7 @@ def parse_config(
     try:
         return read_config(config_class, argv, prog=prog, description=description, folder=folder)
     except ConfigError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        print(f"{prog}: error: {printable(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -98,11 +103,10 @@ def read_config(
     files, overrides = _split_config_files(list(sys.argv[1:] if argv is None else argv))
     files = [find_config(name, folder) for name in files]
     for file in files:
-        _check_keys(_read_yaml(file), config_class, where=str(file))
+        _check_keys(read_settings_file(file), config_class, where=str(file))
     known = ["config", "help", "print_config", *_known_keys(config_class)]
-    for argument in overrides:
-        if argument.startswith("--"):
-            _check_option(argument[2:].partition("=")[0].removesuffix("+").removesuffix(".help"), config_class, known)
+    for argument, following in zip(overrides, [*overrides[1:], ""]):
+        _check_override(argument, following, config_class, known)
 
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
     parser.add_argument(
@@ -200,18 +204,54 @@ def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
     tree[path[-1]] = value
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def _is_file(path: Path) -> bool:
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{file}{place}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def read_settings_file(file: Path) -> dict[str, Any]:
+    """The settings in a YAML file as they stand there; an empty file has none.
+
+    Raises:
+        ConfigError: it cannot be read, or is refused (see :mod:`vmoe.safe_yaml`); the message is one sentence.
+    """
+    try:
+        content = read_yaml(file)
+    except UnsafeYaml as error:
+        raise ConfigError(str(error)) from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: must hold settings as `key: value`, got a {type(content).__name__}")
     return content
+
+
+def _check_override(argument: str, following: str, config_class: type, known: list[str]) -> None:
+    """Raises ConfigError for an override of an unknown key, or whose value jsonargparse could not stand.
+
+    Args:
+        argument, following: two neighbours of the command line; the first may be a value without a key.
+        config_class: of the settings.
+        known: all dotted keys.
+    """
+    key, equals, value = argument[2:].partition("=") if argument.startswith("--") else ("", "", argument)
+    try:
+        check_yaml(value)  # jsonargparse reads it as YAML
+    except UnsafeYaml as error:
+        raise ConfigError(f"command line: {printable(argument[:80])}: {error}") from None
+    except YAMLError:
+        pass  # a plain text, or jsonargparse says what is wrong
+    if not argument.startswith("--"):
+        return
+    _check_option(key.removesuffix("+").removesuffix(".help"), config_class, known)
+    section: type | None = config_class
+    for name in key.split("."):
+        section = _section(_fields(section).get(name)) if section is not None else None
+    file = Path(value if equals else following)
+    if section is not None and _is_file(file):  # a whole section from a file of its own
+        _check_keys(read_settings_file(file), section, where=str(file))
 
 
 def _section(annotation: Any) -> type | None:

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vmoe.command import exit_code
-from vmoe.config_io import ConfigError, parse_config
+from vmoe.config_io import ConfigError, parse_config, read_settings_file
 from vmoe.data import ImageDataset, build_dataset
 from vmoe.data.config import LoaderConfig, SourceConfig
 from vmoe.data.images import IMAGE_SUFFIXES
@@ -214,13 +214,13 @@ def validation_data(checkpoint: str) -> SourceConfig:
     for folder in [place, *place.parents][:4]:  # RUN/checkpoints/step_000100/model.safetensors
         file = folder / "config.yaml"
         if file.is_file():
-            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-            val = ((settings or {}).get("data") or {}).get("val") or {}
-            if val.get("type") is not None:
-                try:
+            settings = read_settings_file(file)
+            try:
+                val = (settings.get("data") or {}).get("val") or {}
+                if val.get("type") is not None:
                     return SourceConfig(**val)
-                except TypeError as error:
-                    raise ConfigError(f"{file}: data.val cannot be read ({error}); say which --data to use") from error
+            except (TypeError, AttributeError) as error:  # it holds something else than settings of data
+                raise ConfigError(f"{file}: data.val cannot be read ({error}); say which --data to use") from error
             break
     raise ConfigError(
         f"data.type is missing, and {checkpoint} is in no run folder whose config.yaml names validation data: say what "

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from vmoe.config_io import ConfigError, parse_config
+from vmoe.config_io import ConfigError, parse_config, read_settings_file
 from vmoe.data.config import AugmentationConfig, LoaderConfig, SourceConfig
 from vmoe.evaluation.inference import PRECISIONS
 
@@ -352,7 +352,7 @@ def changed_settings(file: Path, config: Config) -> dict[str, tuple[Any, Any]]:
         file: config.yaml of the run.
         config: the new one.
     """
-    before = flatten(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
+    before = flatten(read_settings_file(file))
     now = flatten(yaml.safe_load(to_yaml(config)))  # through YAML, so that tuples and lists compare equal
     # A setting that is younger than the run has the value that it did not yet know it had.
     defaults = flatten(yaml.safe_load(to_yaml(Config(output_dir=config.output_dir, task=config.task))))
