@@ -214,6 +214,21 @@ class _GatherRows(torch.autograd.Function):
         return grad_MKD[:, 0] if K == 1 else grad_MKD.sum(1), None, None, None, None
 
 
+def gather_rows(
+    x_MD: Tensor, index_R: Tensor, inverse_MK: Tensor, index_holes: bool = True, inverse_holes: bool = True
+) -> Tensor:
+    """Rows of `x` by index: (R, D), zero where the index is -1.
+
+    Args:
+        x_MD: rows.
+        index_R: which row each row of the result is; -1: none.
+        inverse_MK: the same seen from `x`: the rows of the result, K at most, that are made from each row; -1: none.
+            The backward pass adds them up.
+        index_holes: there may be a -1 in `index_R`; `inverse_holes`: in `inverse_MK`.
+    """
+    return _GatherRows.apply(x_MD, index_R, inverse_MK, index_holes, inverse_holes)
+
+
 def _take(x_MD: Tensor, index_R: Tensor, holes: bool) -> Tensor:
     """x[index], zero where the index is -1 (`holes`: such entries may occur)."""
     if not holes:
@@ -231,7 +246,7 @@ def dispatch(x_GND: Tensor, plan: DispatchPlan) -> Tensor:
     """
     G, N, K = plan.shape
     token_R = torch.div(plan.assignment_R, K, rounding_mode="floor")  # -1 stays -1
-    return _GatherRows.apply(x_GND.reshape(G * N, -1), token_R, plan.row_A.view(G * N, K), plan.may_pad, plan.may_drop)
+    return gather_rows(x_GND.reshape(G * N, -1), token_R, plan.row_A.view(G * N, K), plan.may_pad, plan.may_drop)
 
 
 def combine(y_RD: Tensor, combine_weights_GNK: Tensor, plan: DispatchPlan) -> Tensor:
@@ -241,6 +256,6 @@ def combine(y_RD: Tensor, combine_weights_GNK: Tensor, plan: DispatchPlan) -> Te
         (G, N, D) in the rows' dtype. Differentiable in `y_RD` and in the weights.
     """
     G, N, K = plan.shape
-    y_AD = _GatherRows.apply(y_RD, plan.row_A, plan.assignment_R[:, None], plan.may_drop, plan.may_pad)
+    y_AD = gather_rows(y_RD, plan.row_A, plan.assignment_R[:, None], plan.may_drop, plan.may_pad)
     y_GNKD = y_AD.view(G, N, K, -1) * combine_weights_GNK.to(y_RD.dtype)[..., None]
     return y_GNKD[:, :, 0] if K == 1 else y_GNKD.sum(2)

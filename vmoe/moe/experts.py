@@ -11,6 +11,35 @@ from torch import Tensor, nn
 
 GATED_ACTIVATIONS = {"swiglu": nn.SiLU, "geglu": nn.GELU}
 
+# (rows, rows of each expert) -> rows
+RunExperts = Callable[[Tensor, Tensor], Tensor]
+
+
+def own_experts(parameter: Tensor | None) -> Tensor | None:
+    """The rows of a stacked parameter that belong to this process: all of them, unless the experts are spread.
+
+    Where they are (`vmoe.distributed`), the parameter is a DTensor sharded by expert over P processes. Rows of all of
+    these pass through an expert, so its gradient is the sum of theirs; divided by P it is their mean, as with all other
+    parameters.
+    """
+    if not hasattr(parameter, "to_local"):
+        return parameter
+    return _ScaleGradient.apply(parameter.to_local(), 1 / parameter.device_mesh.size())
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, scale: float) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, ctx.scale = inputs
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad * ctx.scale, None
+
 
 class GroupedLinear(nn.Module):
     """E linear layers, each applied to its own run of rows.
@@ -51,7 +80,7 @@ class GroupedLinear(nn.Module):
         Returns:
             (R, O).
         """
-        weight_EOI, bias_EO = self.weight, self.bias
+        weight_EOI, bias_EO = own_experts(self.weight), own_experts(self.bias)
         device_type = x_RI.device.type
         if device_type != "meta" and torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
@@ -115,11 +144,12 @@ class GroupedLayerNorm(nn.Module):
 
     def forward(self, x_RF: Tensor, count_E: Tensor) -> Tensor:
         """Rows sorted by expert -> the same shape."""
+        weight_EF, bias_EF = own_experts(self.weight), own_experts(self.bias)
         y_RF = F.layer_norm(x_RF, x_RF.shape[-1:], eps=self.eps)
         row_R = torch.arange(x_RF.shape[0], device=x_RF.device)
-        expert_R = torch.searchsorted(count_E.cumsum(0), row_R, right=True).clamp(max=self.weight.shape[0] - 1)
-        y_RF = y_RF * self.weight[expert_R]
-        return (y_RF if self.bias is None else y_RF + self.bias[expert_R]).to(x_RF.dtype)
+        expert_R = torch.searchsorted(count_E.cumsum(0), row_R, right=True).clamp(max=weight_EF.shape[0] - 1)
+        y_RF = y_RF * weight_EF[expert_R]
+        return (y_RF if bias_EF is None else y_RF + bias_EF[expert_R]).to(x_RF.dtype)
 
 
 class Experts(nn.Module):
@@ -138,7 +168,13 @@ class Experts(nn.Module):
         bias: biases in both layers.
         drop: dropout after the activation.
         kind: "mlp", "swiglu" (SiLU) or "geglu" (GELU).
+
+    Attributes:
+        exchange: where the experts are spread over processes: brings each row to the process of its expert and back
+            (`vmoe.distributed.expert_parallel.ExpertExchange`); else None.
     """
+
+    exchange: Callable[[RunExperts, Tensor, Tensor, int | None], Tensor] | None = None
 
     def __init__(
         self,
@@ -167,8 +203,18 @@ class Experts(nn.Module):
             self.norm = GroupedLayerNorm(num_experts, norm_layer(hidden_features), **factory)
         self.fc2 = GroupedLinear(num_experts, hidden_features, out_features or in_features, bias, **factory)
 
-    def forward(self, x_RD: Tensor, count_E: Tensor) -> Tensor:
-        """(R, D) rows sorted by expert, (E,) rows of each -> (R, D)."""
+    def forward(self, x_RD: Tensor, count_E: Tensor, max_count: int | None = None) -> Tensor:
+        """(R, D) rows sorted by expert, (E,) rows of each -> (R, D).
+
+        Args:
+            max_count: the most rows that an expert can have, the same number in all processes; None: unknown.
+        """
+        if self.exchange is not None:
+            return self.exchange(self.run, x_RD, count_E, max_count)
+        return self.run(x_RD, count_E)
+
+    def run(self, x_RD: Tensor, count_E: Tensor) -> Tensor:
+        """The experts that this process holds: (R, D) rows sorted by expert, (E,) rows of each -> (R, D)."""
         h_RF = self.fc1(x_RD, count_E)
         if self.gated:
             gate_RF, value_RF = h_RF.chunk(2, dim=-1)

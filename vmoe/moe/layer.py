@@ -178,7 +178,7 @@ class SparseMoE(nn.Module):
             max_capacity,
             routing.chosen_GNK,
         )
-        y_RD = self.experts(dispatch(x_GND, plan), plan.count_E)
+        y_RD = self.experts(dispatch(x_GND, plan), plan.count_E, self._max_count(x_GND.shape[0], max_capacity))
         y_GND = combine(y_RD, routing.combine_weights_GNK, plan)
         return y_GND, routing, lambda: (plan.kept_GNK, dict)
 
@@ -191,7 +191,9 @@ class SparseMoE(nn.Module):
         chosen = choose_tokens(gates_GNE, capacity, max_capacity, members_GMN, self.normalize_weights)
         weights_GNK = chosen.weights_GNE.gather(-1, routing.expert_index_GNK)
         routing = replace(routing, combine_weights_GNK=weights_GNK)
-        y_RD = self.experts(gather_tokens(x_GND, chosen), chosen.count_E)
+        rows = gather_tokens(x_GND, chosen)
+        queues = G if members_GMN is None else G * members_GMN.shape[1]
+        y_RD = self.experts(rows, chosen.count_E, self._max_count(queues, min(max_capacity, N)))
         y_GND = return_rows(y_RD, chosen, G, N)
 
         def describe():
@@ -207,7 +209,8 @@ class SparseMoE(nn.Module):
     def _soft(self, x_GND: Tensor, mask_GN: Tensor | None, modality_GN: Tensor | None):
         members_GMN = self._members(mask_GN, modality_GN)
         soft = self.router(x_GND, members_GMN)
-        y_RD = self.experts(*fill_slots(x_GND, soft, self.num_experts))
+        z_RD, count_E = fill_slots(x_GND, soft, self.num_experts)
+        y_RD = self.experts(z_RD, count_E, self._max_count(1, z_RD.shape[0] // self.num_experts))
         y_GND = mix_slots(y_RD, soft, self.num_experts, members_GMN)
 
         def describe():
@@ -273,6 +276,13 @@ class SparseMoE(nn.Module):
         rounding = {"rounding": self.capacity_rounding, "multiple_of": self.capacity_multiple_of}
         most = expert_capacity(num_tokens, self.num_experts, K, factor, **rounding)
         return (most if mask is None else masked_capacity(mask, self.num_experts, K, factor, **rounding)), most
+
+    def _max_count(self, num_queues: int, capacity: int | None) -> int | None:
+        """The most rows that an expert can have in this call, where that is the same in all processes.
+
+        In evaluation it is not: batches differ in size.
+        """
+        return num_queues * capacity if self.training and capacity is not None else None
 
     def _count(self, routing: Routing, mask_GN: Tensor | None) -> None:
         """Keep count for the balancing bias, and warn those who never update it."""

@@ -1,8 +1,9 @@
 """Auxiliary losses of routing: pure functions of the gates, and their weighted sum.
 
 Each function takes (G, N, E) tensors and an optional mask (G, N), True where a token counts. It is computed for each
-group by itself; the result is the mean over the groups that have a token at all: a scalar, zero if none has. Variances
-are those of a population.
+group by itself; the result is the mean over the groups that have a token at all: a scalar, zero if none has. With
+`over_batch` it is computed once for the tokens of all groups, in training those of all processes. Variances are those
+of a population.
 
 Shapes, by suffix: G groups, N tokens in a group, E experts.
 """
@@ -12,13 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from vmoe.moe.router import Routing
 from vmoe.moe.settings import RoutingSettings
 
 
-def importance_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None) -> Tensor:
+def importance_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None, over_batch: bool = False) -> Tensor:
     """Squared coefficient of variation of the experts' importance, the sum of their gates over the tokens.
 
     Args:
@@ -27,7 +29,7 @@ def importance_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None) -> Tensor:
     Source: V-MoE (arXiv 2106.05974), appendix A.2; Shazeer et al. (arXiv 1701.06538), eq. 6 and 7.
     """
     # A mean instead of the sum: the coefficient of variation is the same.
-    return _group_mean(_squared_variation(_token_mean(gates_GNE, mask_GN)), mask_GN)
+    return _group_mean(_squared_variation(_token_mean(gates_GNE, mask_GN, over_batch)), mask_GN, over_batch)
 
 
 def load_loss(
@@ -36,6 +38,7 @@ def load_loss(
     noise_std: float | Tensor,
     num_selected_experts: int,
     mask_GN: Tensor | None = None,
+    over_batch: bool = False,
 ) -> Tensor:
     """Squared coefficient of variation of the experts' expected load.
 
@@ -60,10 +63,10 @@ def load_loss(
         rank_GNE = order_GNE.argsort(dim=-1)
         threshold_GNE = torch.where(rank_GNE < K, sorted_GNE[..., K, None], threshold_GNE)
     chosen_GNE = torch.special.ndtr((logits_GNE - threshold_GNE) / noise_std)
-    return _group_mean(_squared_variation(_token_mean(chosen_GNE, mask_GN)), mask_GN)
+    return _group_mean(_squared_variation(_token_mean(chosen_GNE, mask_GN, over_batch)), mask_GN, over_batch)
 
 
-def gshard_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None) -> Tensor:
+def gshard_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None, over_batch: bool = False) -> Tensor:
     """mean_e(share of tokens whose first choice is e · mean gate of e) · E²; 1 when balanced.
 
     Args:
@@ -74,20 +77,20 @@ def gshard_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None) -> Tensor:
     E = gates_GNE.shape[-1]
     # A comparison, not a one-hot: the same thing without a check of the indices, which would ask the device.
     first_GNE = (gates_GNE.argmax(dim=-1, keepdim=True) == torch.arange(E, device=gates_GNE.device)).to(gates_GNE.dtype)
-    loss_G = (_token_mean(first_GNE, mask_GN) * _token_mean(gates_GNE, mask_GN)).mean(-1) * E**2
-    return _group_mean(loss_G, mask_GN)
+    share_GE, gate_GE = _token_mean(torch.cat([first_GNE, gates_GNE], dim=-1), mask_GN, over_batch).chunk(2, dim=-1)
+    return _group_mean((share_GE * gate_GE).mean(-1) * E**2, mask_GN, over_batch)
 
 
-def z_loss(logits_GNE: Tensor, mask_GN: Tensor | None = None) -> Tensor:
+def z_loss(logits_GNE: Tensor, mask_GN: Tensor | None = None, over_batch: bool = False) -> Tensor:
     """Mean squared log-partition of the logits: keeps them small, so that they stay exact.
 
     Source: ST-MoE (arXiv 2202.08906), eq. 5.
     """
     square_GN1 = torch.logsumexp(logits_GNE, dim=-1, keepdim=True).square()
-    return _group_mean(_token_mean(square_GN1, mask_GN)[..., 0], mask_GN)
+    return _group_mean(_token_mean(square_GN1, mask_GN, over_batch)[..., 0], mask_GN, over_batch)
 
 
-def local_entropy_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None) -> Tensor:
+def local_entropy_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None, over_batch: bool = False) -> Tensor:
     """Mean entropy of the tokens' gates, in nats: low when each token is sure of its expert.
 
     Args:
@@ -95,10 +98,12 @@ def local_entropy_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None) -> Tens
 
     Source: LIMoE (arXiv 2206.02770), section 2.2.
     """
-    return _group_mean(_token_mean(_entropy(gates_GNE)[..., None], mask_GN)[..., 0], mask_GN)
+    return _group_mean(_token_mean(_entropy(gates_GNE)[..., None], mask_GN, over_batch)[..., 0], mask_GN, over_batch)
 
 
-def global_entropy_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None, min_experts: float | None = None) -> Tensor:
+def global_entropy_loss(
+    gates_GNE: Tensor, mask_GN: Tensor | None = None, min_experts: float | None = None, over_batch: bool = False
+) -> Tensor:
     """Negative entropy of the mean gate, in nats: low when the modality as a whole uses many experts.
 
     Args:
@@ -108,10 +113,12 @@ def global_entropy_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None, min_ex
 
     Source: LIMoE (arXiv 2206.02770), section 2.2.
     """
-    loss_G = -_entropy(_token_mean(gates_GNE, mask_GN))
+    gate_GE = _token_mean(gates_GNE, mask_GN, over_batch)
+    loss_G = -_entropy(gate_GE)
     if min_experts is not None:
         loss_G = (math.log(min_experts) + loss_G).clamp(min=0)
-    return _group_mean(loss_G, mask_GN)
+        loss_G = torch.where(gate_GE.sum(-1) > 0, loss_G, 0)  # nothing to spread where there is no token
+    return _group_mean(loss_G, mask_GN, over_batch)
 
 
 @dataclass(frozen=True)
@@ -123,11 +130,13 @@ class AuxiliaryLosses:
             as "text/local_entropy_loss".
         min_experts: {modality: threshold of its global entropy loss, or None}.
         modalities: names, in the order of their indices.
+        over_batch: computed once for all tokens of a batch, not for each routing group.
     """
 
     weights: dict[str, float]
     min_experts: dict[str, float | None]
     modalities: tuple[str, ...]
+    over_batch: bool = False
 
     @classmethod
     def from_settings(cls, settings: RoutingSettings, modalities: Sequence[str]) -> "AuxiliaryLosses":
@@ -149,27 +158,30 @@ class AuxiliaryLosses:
         for modality, least in min_experts.items():
             if least is not None and not 1 <= least <= num_experts:
                 raise ValueError(f"global_entropy_min_experts of {modality} must be 1..{num_experts}, got {least}")
-        return cls(weights, min_experts, modalities)
+        return cls(weights, min_experts, modalities, settings.auxiliary_loss_scope == "batch")
 
     def __call__(
         self, routing: Routing, mask_GN: Tensor | None, modality_GN: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor]:
         """({name: unweighted loss}, their weighted sum); no graph for those that nobody weighs."""
-        r = routing
+        r, whole = routing, self.over_batch
         K = r.expert_index_GNK.shape[-1]
         terms = {
-            "importance_loss": lambda: importance_loss(r.importance_GNE, mask_GN),
-            "gshard_loss": lambda: gshard_loss(r.noisy_gates_GNE, mask_GN),
-            "z_loss": lambda: z_loss(r.logits_GNE, mask_GN),
+            "importance_loss": lambda: importance_loss(r.importance_GNE, mask_GN, whole),
+            "gshard_loss": lambda: gshard_loss(r.noisy_gates_GNE, mask_GN, whole),
+            "z_loss": lambda: z_loss(r.logits_GNE, mask_GN, whole),
         }
         if r.has_noise and r.per_token:  # without noise the load has no gradient, and the reference no such loss
-            terms["load_loss"] = lambda: load_loss(r.logits_GNE, r.noisy_logits_GNE, r.noise_std, K, mask_GN)
+            logits = (r.logits_GNE, r.noisy_logits_GNE)
+            terms["load_loss"] = lambda: load_loss(*logits, r.noise_std, K, mask_GN, whole)
         for name, member_GN in members(self.modalities, mask_GN, modality_GN).items():
             local = _own_name("local_entropy_loss", name, self.modalities)
             overall = _own_name("global_entropy_loss", name, self.modalities)
             least = self.min_experts[name]
-            terms[local] = lambda member_GN=member_GN: local_entropy_loss(r.gates_GNE, member_GN)
-            terms[overall] = lambda member_GN=member_GN, least=least: global_entropy_loss(r.gates_GNE, member_GN, least)
+            terms[local] = lambda own_GN=member_GN: local_entropy_loss(r.gates_GNE, own_GN, whole)
+            terms[overall] = lambda own_GN=member_GN, least=least: global_entropy_loss(
+                r.gates_GNE, own_GN, least, whole
+            )
         losses = {}
         for name, term in terms.items():
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.weights[name] > 0):
@@ -214,17 +226,49 @@ def _squared_variation(x_GE: Tensor) -> Tensor:
     return variance_G / mean_G.square().clamp(min=torch.finfo(x_GE.dtype).tiny)
 
 
-def _token_mean(x_GNE: Tensor, mask_GN: Tensor | None) -> Tensor:
-    """(G, E) mean over a group's tokens that count."""
+def _token_mean(x_GNE: Tensor, mask_GN: Tensor | None, over_batch: bool) -> Tensor:
+    """(G, E) mean over a group's tokens that count; (1, E) over those of all groups and processes."""
+    if over_batch:
+        return _batch_mean(x_GNE, mask_GN)
     if mask_GN is None:
         return x_GNE.mean(1)
     # `where`, not a product: what padding holds may be anything, even NaN.
     return torch.where(mask_GN[..., None], x_GNE, 0).sum(1) / mask_GN.sum(1, keepdim=True).clamp(min=1)
 
 
-def _group_mean(loss_G: Tensor, mask_GN: Tensor | None) -> Tensor:
+def _batch_mean(x_GNE: Tensor, mask_GN: Tensor | None) -> Tensor:
+    """(1, E) mean over the tokens of all groups; where a gradient is asked for, those of all processes.
+
+    Without one there is no training step that all processes take together, so each looks at its own tokens.
+    """
+    if mask_GN is not None:
+        x_GNE = torch.where(mask_GN[..., None], x_GNE, 0)
+    sum_E = x_GNE.sum((0, 1))
+    count = sum_E.new_full((1,), x_GNE.shape[0] * x_GNE.shape[1]) if mask_GN is None else mask_GN.sum().to(sum_E)[None]
+    if dist.is_available() and dist.is_initialized() and torch.is_grad_enabled() and sum_E.requires_grad:
+        sum_E, count = _SumOverProcesses.apply(torch.cat([sum_E, count])).split([len(sum_E), 1])
+    return (sum_E / count.clamp(min=1))[None]
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """All processes make the same loss of the sum, and training averages their gradients: so those are added up too."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+def _group_mean(loss_G: Tensor, mask_GN: Tensor | None, over_batch: bool) -> Tensor:
     """Mean over the groups that have a token that counts."""
-    if mask_GN is None:
+    if mask_GN is None or over_batch:
         return loss_G.mean()
     used_G = mask_GN.any(1)
     return torch.where(used_G, loss_G, 0).sum() / used_G.sum().clamp(min=1)

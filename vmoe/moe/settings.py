@@ -56,6 +56,8 @@ class RoutingSettings:
         global_entropy_min_experts: threshold S of the global entropy loss, for every modality or {modality: S}.
         auxiliary_loss: "record": the losses leave through `record_routing`; "attach": their gradients are added in the
             backward pass of the output, for training loops that know nothing of them.
+        auxiliary_loss_scope: "group": of each routing group by itself, then their mean, as in the reference; "batch":
+            once over the tokens of the whole batch, in training that of all processes.
     """
 
     num_experts: int = 8
@@ -88,6 +90,7 @@ class RoutingSettings:
     global_entropy_loss: PerModality = 0.0
     global_entropy_min_experts: PerModality | None = None
     auxiliary_loss: str = "record"
+    auxiliary_loss_scope: str = "group"
 
     def __post_init__(self) -> None:
         """Raises ValueError for a setting out of range, or one that its router has no use for."""
@@ -101,6 +104,7 @@ class RoutingSettings:
             ("expert_mlp", EXPERT_MLPS),
             ("capacity_rounding", ("ceil", "round")),
             ("auxiliary_loss", ("record", "attach")),
+            ("auxiliary_loss_scope", ("group", "batch")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")

@@ -1,0 +1,95 @@
+"""How the processes of a job are arranged: a mesh of copies, shards of weights, and experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from vmoe.config_io import ConfigError
+
+NAMES = ("dp_replicate", "dp_shard", "ep")
+
+
+@dataclass(frozen=True)
+class MeshSize:
+    """Sizes of the mesh's dimensions; their product is the number of processes.
+
+    Every process has its own part of a batch. The dimensions say where weights lie: copied over `dp_replicate`, sharded
+    over `dp_shard`, and the experts' spread over `ep` by expert, while all else is copied over it.
+    """
+
+    dp_replicate: int
+    dp_shard: int = 1
+    ep: int = 1
+
+    @property
+    def world(self) -> int:
+        """Number of processes."""
+        return self.dp_replicate * self.dp_shard * self.ep
+
+    @property
+    def is_plain(self) -> bool:
+        """Every process holds all weights."""
+        return self.dp_shard == self.ep == 1
+
+    def __str__(self) -> str:
+        return " x ".join(f"{name} {getattr(self, name)}" for name in NAMES)
+
+
+def mesh_size(dp_replicate: int, dp_shard: int, ep: int, world: int) -> MeshSize:
+    """The sizes for `world` processes.
+
+    Args:
+        dp_replicate: -1 for what the other two leave.
+
+    Raises:
+        ConfigError: they do not multiply to `world`.
+    """
+    for name, size in (("dp_shard", dp_shard), ("ep", ep)):
+        if size < 1:
+            raise ConfigError(f"parallel.{name} must be >= 1, got {size}")
+    if dp_replicate < 1 and dp_replicate != -1:
+        raise ConfigError(f"parallel.dp_replicate must be >= 1, or -1 for what is left, got {dp_replicate}")
+    copies = world // (dp_shard * ep) if dp_replicate == -1 else dp_replicate
+    size = MeshSize(max(copies, 1), dp_shard, ep)
+    if size.world != world:
+        raise ConfigError(
+            f"parallel: {size} make {size.world} processes, but {world} {'run' if world > 1 else 'runs'}; start "
+            f"torchrun with another --nproc_per_node, or change the sizes so that they multiply to {world}"
+        )
+    return size
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """The device meshes of a job.
+
+    Attributes:
+        size: sizes of the dimensions.
+        whole: (dp_replicate, dp_shard, ep), all processes.
+        dense: (copies, shards), the same processes as those weights see them that are no expert's: copies are
+            dp_replicate x ep.
+    """
+
+    size: MeshSize
+    whole: DeviceMesh
+    dense: DeviceMesh
+
+    @property
+    def experts(self) -> DeviceMesh:
+        """(dp_replicate, dp_shard), the processes that hold the same experts as this one."""
+        return self.whole["dp_replicate", "dp_shard"]
+
+
+def make_meshes(size: MeshSize, device: torch.device) -> Meshes:
+    """Arranges the processes of the default group; call it in all of them.
+
+    Neighbours in rank are neighbours in `ep`, then in `dp_shard`: what talks most lies within a machine.
+    """
+    assert size.world == dist.get_world_size()
+    whole = init_device_mesh(device.type, (size.dp_replicate, size.dp_shard, size.ep), mesh_dim_names=NAMES)
+    ranks = whole.mesh.permute(0, 2, 1).reshape(size.dp_replicate * size.ep, size.dp_shard)
+    return Meshes(size, whole, DeviceMesh(device.type, ranks, mesh_dim_names=("copies", "shards")))

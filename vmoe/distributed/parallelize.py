@@ -1,0 +1,182 @@
+"""From a model to one whose weights lie in several processes: DDP, FSDP2 and expert parallelism.
+
+Every process has its own part of the batch, so the gradient of the mean loss is the mean of the processes' gradients,
+wherever a weight lies. An expert that sits in one of P processes receives the gradients of all P through the exchange
+of rows; `vmoe.moe.experts.own_experts` divides them by P, and FSDP2 averages over the expert's copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from inspect import signature
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from vmoe.config_io import ConfigError
+from vmoe.distributed.expert_parallel import ExpertExchange
+from vmoe.distributed.mesh import Meshes
+from vmoe.models.upcycle import block_mlps
+from vmoe.moe.experts import Experts
+
+# Methods by which models are called beside forward().
+FORWARD_METHODS = ("encode_image", "encode_text", "forward_features", "forward_head", "forward_intermediates")
+LOWER_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def parallelize(model: nn.Module, meshes: Meshes, precision: str = "float32") -> nn.Module:
+    """Spreads a model over the processes of a mesh.
+
+    Args:
+        model: the same in all processes, on its device. Its parameters become DTensors where they are sharded.
+        meshes: of the job; not of one process alone.
+        precision: of the forward pass. In "bf16" and "fp16" experts' weights travel in that type, which autocast would
+            give them anyway.
+
+    Returns:
+        The module to call in training: the model itself, or a DistributedDataParallel around it where every process
+        holds all weights.
+
+    Raises:
+        ConfigError: the experts cannot be spread evenly.
+    """
+    if meshes.size.is_plain:
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            return model
+        # Buffers are not sent around: the balancing bias is equal everywhere, and its counts must stay each one's own.
+        names = signature(DistributedDataParallel).parameters  # PyTorch 2.15 renames it
+        quiet = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, **{quiet: False})
+    experts = [(name, module) for name, module in model.named_modules() if isinstance(module, Experts)]
+    if meshes.size.ep > 1:
+        if not experts:
+            raise ConfigError(f"parallel.ep is {meshes.size.ep}, but the model has no experts; set it to 1")
+        for name, module in experts:
+            _spread_experts(name, module, meshes)
+    lower = LOWER_PRECISION.get(precision)
+    reduce = torch.float32 if lower else None
+    policy = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=reduce, cast_forward_inputs=False)
+    for _, module in experts:
+        mesh, placement = meshes.dense, None
+        if meshes.size.ep > 1:
+            mesh, placement = meshes.experts, partial(_within_expert, meshes.size.dp_shard)
+        fully_shard(module, mesh=mesh, shard_placement_fn=placement, mp_policy=policy)
+    # FSDP2 cannot shard a number; those (the logit scale) stay whole, see `synchronize_numbers`.
+    numbers = {parameter for parameter in model.parameters() if parameter.ndim == 0}
+    for name in block_mlps(model):
+        block = model.get_submodule(name.removesuffix(".mlp"))
+        fully_shard(block, mesh=meshes.dense, ignored_params=numbers)
+    # The outermost part is sharded again after use, so that a parameter is a DTensor whenever somebody looks.
+    fully_shard(model, mesh=meshes.dense, ignored_params=numbers, reshard_after_forward=True)
+    for name in FORWARD_METHODS:
+        if hasattr(model, name):
+            register_fsdp_forward_method(model, name)
+    return model
+
+
+def _spread_experts(name: str, experts: Experts, meshes: Meshes) -> None:
+    """Leaves this process its share of the experts, and lets rows travel to the others."""
+    P = meshes.size.ep
+    if experts.num_experts % P:
+        raise ConfigError(
+            f"parallel.ep is {P}, and {name} has {experts.num_experts} experts; it must be a divisor of that number"
+        )
+    mesh = meshes.whole["ep"]
+    for module in experts.modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            shard = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
+            module.register_parameter(key, nn.Parameter(shard, requires_grad=parameter.requires_grad))
+    experts.exchange = ExpertExchange(mesh.get_group())
+
+
+def _within_expert(dp_shard: int, parameter: nn.Parameter) -> Shard:
+    """Stacked parameters are split over `ep` by expert, so FSDP2 splits them along the width."""
+    if parameter.shape[1] % dp_shard:
+        raise ConfigError(
+            f"parallel.dp_shard is {dp_shard}, and the experts' width {parameter.shape[1]} is no multiple of it; "
+            "choose a divisor"
+        )
+    return Shard(1)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Some of the model's parameters lie in several processes, so that these must call it together."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def set_gradient_sync(module: nn.Module, sync: bool) -> None:
+    """Whether the next backward pass exchanges gradients; with accumulation only the last one of a step has to.
+
+    Args:
+        module: what `parallelize` returned.
+    """
+    if isinstance(module, DistributedDataParallel):
+        module.require_backward_grad_sync = sync
+    elif isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(sync)
+
+
+def synchronize_numbers(model: nn.Module) -> None:
+    """Averages the gradients of the parameters that FSDP2 leaves alone, after the backward pass of a sharded model."""
+    if not is_sharded(model):
+        return
+    grads = [p.grad for p in model.parameters() if not isinstance(p, DTensor) and p.grad is not None]
+    if grads:
+        mean = torch.stack(grads)
+        dist.all_reduce(mean)
+        for grad, value in zip(grads, mean / dist.get_world_size()):
+            grad.copy_(value)
+
+
+def split_groups(optimizer: Optimizer) -> None:
+    """Makes each parameter group of one kind of sharding: an optimizer that works on lists cannot mix them.
+
+    Args:
+        optimizer: before its first step; changed in place.
+    """
+    groups = []
+    for group in optimizer.param_groups:
+        kinds: dict[object, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            kind = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            kinds.setdefault(kind, []).append(parameter)
+        groups += [{**group, "params": parameters} for parameters in kinds.values()]
+    optimizer.param_groups[:] = groups
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_` for parameters on different meshes too.
+
+    Args:
+        parameters: with gradients, in the same order in all processes.
+        max_norm: largest norm of the whole gradient.
+
+    Returns:
+        The norm before clipping, a scalar, the same in all processes.
+    """
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    if not any(isinstance(parameter, DTensor) for parameter in parameters):
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+    world = dist.get_world_size()
+    squares, locals_ = [], []
+    for parameter in parameters:
+        grad, parts = parameter.grad, 1
+        if isinstance(grad, DTensor):
+            sizes = zip(grad.placements, grad.device_mesh.shape)
+            parts = torch.Size(size for placement, size in sizes if placement.is_shard()).numel()
+            grad = grad.to_local()
+        locals_.append(grad)
+        # A part that several processes hold alike counts once.
+        squares.append(torch.linalg.vector_norm(grad, dtype=torch.float32).square() * (parts / world))
+    total = torch.stack(squares).sum()
+    dist.all_reduce(total)
+    norm = total.sqrt()
+    torch._foreach_mul_(locals_, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
