@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,7 +12,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from vmoe.data.dataset import ImageDataset, Sample
-from vmoe.data.images import BadSample
+from vmoe.data.images import BadSample, DataError
+from vmoe.data.order import BatchKey
 from vmoe.data.seeding import derive_seed, isolated_randomness, seed_process
 from vmoe.data.transforms import Transform
 
@@ -22,13 +24,6 @@ MAX_REPLACEMENTS = 100
 MAX_CACHED_CAPTIONS = 100_000
 
 
-class BatchKey(NamedTuple):
-    """Names a batch: all that is in it follows from this and the seed."""
-
-    epoch: int
-    indices: tuple[int, ...]
-
-
 class Batch(NamedTuple):
     """What a worker hands over.
 
@@ -36,11 +31,15 @@ class Batch(NamedTuple):
         tensors: "image" (float32, or uint8 (B, H, W, 3) before `Transform.normalize`), "index", "label", "text".
         bad: (path, reason) of every bad sample met.
         num_read: samples read, the bad ones and their replacements included.
+        seconds: that reading and augmenting them took.
+        error: why the data set cannot be read on, or None. (An exception would reach the main process as a traceback.)
     """
 
     tensors: dict[str, torch.Tensor]
     bad: list[tuple[str, str]]
     num_read: int
+    seconds: float = 0.0
+    error: str | None = None
 
 
 class BatchReader(Dataset):
@@ -67,7 +66,8 @@ class BatchReader(Dataset):
     ) -> None:
         if tokenizer is not None and not dataset.has_captions:
             raise ValueError(
-                f"{type(dataset).__name__} has no captions: training on text needs a data source of type emoji or pairs"
+                f"{type(dataset).__name__} has no captions: training on text needs a data source with captions, "
+                "such as pairs or shards"
             )
         self.dataset = dataset
         self.transform = transform
@@ -78,22 +78,28 @@ class BatchReader(Dataset):
         self._tokens: dict[str, torch.Tensor] = {}
 
     def __getitem__(self, key: BatchKey) -> Batch:
+        started = time.perf_counter()
         samples, bad = [], []
-        with isolated_randomness():
-            for index in key.indices:
-                sample = self._read(key.epoch, index, bad)
-                if sample is not None:
-                    samples.append((index, *sample))
+        try:
+            with isolated_randomness():
+                for index, epoch in zip(key.indices, key.epochs, strict=True):
+                    sample = self._read(epoch, index, bad)
+                    if sample is not None:
+                        samples.append((index, *sample))
+        except DataError as error:
+            return Batch({}, bad, 0, error=str(error))
         num_read = len(key.indices) + (len(bad) if self.replace_bad else 0)
-        if not samples:
-            return Batch({}, bad, num_read)
+        tensors = self._stack(samples) if samples else {}
+        return Batch(tensors, bad, num_read, time.perf_counter() - started)
+
+    def _stack(self, samples: list[tuple[int, torch.Tensor, int | None, str | None]]) -> dict[str, torch.Tensor]:
         indices, images, labels, captions = zip(*samples)
         tensors = {"image": torch.stack(images), "index": torch.tensor(indices)}
         if self.dataset.classes is not None:
             tensors["label"] = torch.tensor(labels)
         if self.tokenizer is not None:
             tensors["text"] = torch.stack([self._tokenize(caption) for caption in captions])
-        return Batch(tensors, bad, num_read)
+        return tensors
 
     def _read(
         self, epoch: int, index: int, bad: list[tuple[str, str]]

@@ -11,8 +11,10 @@ from vmoe.data.imagenet import ImageNet, ImageNetReal, ImageNetSketch, ImageNetS
 from vmoe.data.imagenet_c import ImageNetC
 from vmoe.data.karpathy import KarpathyCaptions
 from vmoe.data.labelled import ImageFolder, TorchvisionDataset
+from vmoe.data.mixture import Mixture
 from vmoe.data.objectnet import ObjectNet
 from vmoe.data.pairs import PairsFile, PairsFolder
+from vmoe.data.shards import Shards
 
 
 def build_dataset(source: SourceConfig) -> ImageDataset:
@@ -31,6 +33,17 @@ def build_dataset(source: SourceConfig) -> ImageDataset:
             return PairsFolder(source.path)
         case "pairs":
             return PairsFile(source.path, source.image_root, source.image_key, source.caption_key)
+        case "shards":
+            return Shards(
+                source.path,
+                source.caption_key,
+                source.class_names,
+                source.shuffle_buffer or 100_000,
+                source.streams or 1,
+            )
+        case "mixture":
+            weights = [one.weight for one in source.sources]
+            return Mixture([build_dataset(one) for one in source.sources], None if None in weights else weights)
         case "image_folder":
             return ImageFolder(source.path, source.class_names)
         case "torchvision":

@@ -9,10 +9,15 @@ from typing import Literal
 FIELDS_OF_SOME_TYPES = {
     "name": ("torchvision",),
     "image_root": ("pairs", "karpathy"),
-    "image_key": ("pairs",),
-    "caption_key": ("pairs",),
-    "class_names": ("image_folder",),
+    "image_key": ("pairs", "hf"),
+    "caption_key": ("pairs", "shards", "hf"),
+    "label_key": ("hf",),
+    "class_names": ("image_folder", "shards"),
     "labels_file": ("imagenet", "imagenet_real"),
+    "shuffle_buffer": ("shards", "hf"),
+    "streams": ("shards", "hf"),
+    "streaming": ("hf",),
+    "sources": ("mixture",),
 }
 
 
@@ -22,28 +27,43 @@ class SourceConfig:
 
     Args:
         type: "emoji" (pictures with their names), "emoji_groups" (emoji with their Unicode group as class), "pairs"
-            (images with captions), "image_folder" (one folder per class), "torchvision" (a data set of torchvision), or
-            a published test set in the layout of its download: "imagenet" (the validation set), "imagenet_v2",
-            "imagenet_a", "imagenet_r", "imagenet_sketch", "imagenet_real", "imagenet_c", "objectnet", "karpathy" (COCO
-            or Flickr30k with captions).
-        path: "pairs": a .csv, .tsv or .jsonl file, or a folder of images with .txt files beside them. "image_folder":
+            (images with captions), "shards" (tar files in the layout of WebDataset and img2dataset), "hf" (Hugging Face
+            datasets), "mixture" (several of these), "image_folder" (one folder per class), "torchvision" (a data set of
+            torchvision), or a published test set in the layout of its download: "imagenet" (the validation set),
+            "imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch", "imagenet_real", "imagenet_c", "objectnet",
+            "karpathy" (COCO or Flickr30k with captions).
+        path: "pairs": a .csv, .tsv or .jsonl file, or a folder of images with .txt files beside them. "shards": a .tar
+            file, a folder, a glob or a brace pattern such as data/{00000..00099}.tar, or several with "::" between
+            them. "hf": a folder of Parquet or Arrow files, or one that save_to_disk wrote. "image_folder":
             the folder that holds one folder per class. "torchvision": the folder given to torchvision as `root`.
             "karpathy": dataset_coco.json or dataset_flickr30k.json. Published test sets: the folder that
             docs/evaluation.md draws. The emoji types need none.
         split: "emoji": "train", "held_out" (400 compositions never seen in training) or "all". "emoji_groups":
             "train" or "val". "torchvision": "train", "test" or what the data set itself offers. "karpathy": "train"
-            (with COCO's "restval"), "val" or "test". Else unused.
+            (with COCO's "restval"), "val" or "test". "hf": a split of the data set. Else unused.
         name: "torchvision" only: the class name in torchvision.datasets, for example "FashionMNIST".
         image_size: emoji types only: side in pixels at which the pictures are drawn, once.
         image_root: "pairs" file and "karpathy" only: the folder that relative image paths start from (default: the
             file's folder).
-        image_key: "pairs" file only: the column or key of the image path (default: image, path, filepath, ...).
-        caption_key: "pairs" file only: the column or key of the caption (default: caption, title or text).
-        class_names: "image_folder" only: a .txt file with one class name per line, in the order of the sorted folder
-            names, or a .json file with a list of names or a dictionary from folder name to class name (default: the
-            folder names, or WordNet's words where every folder is an ImageNet synset such as n01440764).
+        image_key: "pairs" file: the column or key of the image path (default: image, path, filepath, ...). "hf": the
+            column of the pictures (default: image, jpg, png, webp or img).
+        caption_key: "pairs" file and "hf": the column or key of the caption (default: caption, title, text or txt).
+            "shards": the key of the caption in the .json members (default: the .txt member, else "caption").
+        label_key: "hf" only: the column of the label (default: the one of type ClassLabel, if there is just one).
+        class_names: "shards": a .txt or .json file with the names of the classes that .cls members number from 0
+            (default: samples have no labels). "image_folder": a .txt file with one class name per line, in the order of
+            the sorted folder names, or a .json file with a list of names or a dictionary from folder name to class name
+            (default: the folder names, or WordNet's words where every folder is an ImageNet synset such as n01440764).
         labels_file: "imagenet" only, for pictures that lie flat in one folder: the file of their labels (default: the
             one found in that folder or the one above). "imagenet_real" only: real.json (default: timm's copy).
+        shuffle_buffer: "shards", and "hf" with streaming: samples of neighbouring files that are shuffled together
+            (default: 100000 and 1000).
+        streams: "shards", and "hf" with streaming: places of the data that are read side by side, each giving an equal
+            part of every batch (default: 1). The number of machines, so that each reads files of its own.
+        streaming: "hf" only: read the Parquet files where they are, without the copy that datasets makes of them.
+        sources: "mixture" only: the data sets, each a section as this one, with its weight.
+        weight: share of the samples of a mixture, on any scale; set it for all of its sources or for none (then each
+            sample of each source comes equally often).
     """
 
     type: (
@@ -51,6 +71,9 @@ class SourceConfig:
             "emoji",
             "emoji_groups",
             "pairs",
+            "shards",
+            "hf",
+            "mixture",
             "image_folder",
             "torchvision",
             "imagenet",
@@ -74,9 +97,15 @@ class SourceConfig:
     caption_key: str | None = None
     class_names: str | None = None
     labels_file: str | None = None
+    label_key: str | None = None
+    shuffle_buffer: int | None = None
+    streams: int | None = None
+    streaming: bool | None = None
+    sources: list[SourceConfig] | None = None
+    weight: float | None = None
 
     def __post_init__(self) -> None:
-        if self.type not in (None, "emoji", "emoji_groups") and not self.path:
+        if self.type not in (None, "emoji", "emoji_groups", "mixture") and not self.path:
             raise ValueError(f"data source of type {self.type!r} needs a path: set `path` to its file or folder")
         if self.type == "torchvision" and not self.name:
             raise ValueError("data source of type 'torchvision' needs a name: set `name`, for example FashionMNIST")
@@ -88,12 +117,38 @@ class SourceConfig:
         for name, types in FIELDS_OF_SOME_TYPES.items():
             if getattr(self, name) is not None and self.type is not None and self.type not in types:
                 raise ValueError(f"{name} is for {' and '.join(types)}, and type is {self.type!r}; leave it out")
+        for name in ("shuffle_buffer", "streams"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.weight is not None and not 0 < self.weight < float("inf"):
+            raise ValueError(f"weight must be > 0, got {self.weight}; leave a source out to draw nothing from it")
+        if self.type == "mixture":
+            self._check_mixture()
         if splits and self.split not in splits:
             raise ValueError(
                 f"split of data source {self.type!r} must be one of {', '.join(splits)}, got {self.split!r}"
             )
         if self.image_size < 1:
             raise ValueError(f"image_size must be >= 1, got {self.image_size}: give the picture's side in pixels")
+
+    def _check_mixture(self) -> None:
+        if not self.sources:
+            raise ValueError("data source of type 'mixture' needs sources: list its data sets, each with type and path")
+        if self.path:
+            raise ValueError(f"a mixture has no path of its own, got {self.path!r}; set those of its sources")
+        # From a command line or a YAML file they come as dictionaries.
+        self.sources = [
+            source if isinstance(source, SourceConfig) else SourceConfig(**source) for source in self.sources
+        ]
+        for source in self.sources:
+            if source.type in (None, "mixture"):
+                raise ValueError(f"type of a mixture's source must be that of a plain data set, got {source.type!r}")
+        missing = [source for source in self.sources if source.weight is None]
+        if missing and len(missing) < len(self.sources):
+            raise ValueError(
+                f"weight must be set for all sources of a mixture or for none; {missing[0].type!r} {missing[0].path} "
+                "has none"
+            )
 
 
 @dataclass

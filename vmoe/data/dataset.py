@@ -11,6 +11,7 @@ from PIL import Image
 
 from vmoe.data.fingerprint import Fingerprint
 from vmoe.data.images import BadSample
+from vmoe.data.order import EpochBatches, MixedBatches, Shuffle, ShuffledSamples
 
 
 class Sample(NamedTuple):
@@ -79,6 +80,18 @@ class ImageDataset(ABC):
         Raises:
             BadSample: its picture is unreadable or its caption is empty.
         """
+
+    def shuffle(self, seed: int, batch_size: int) -> Shuffle:
+        """The order in which training meets the samples, if `batch_size` of them are taken at a time.
+
+        Raises:
+            ValueError: the batch size does not suit a setting of the data set.
+        """
+        return ShuffledSamples(seed, len(self))
+
+    def batches(self, seed: int, batch_size: int) -> EpochBatches | MixedBatches:
+        """The batches of training; raises as `shuffle`."""
+        return EpochBatches(self.shuffle(seed, batch_size), batch_size)
 
     def file_of(self, index: int) -> tuple[str, Path] | None:
         """A picture's file: its name within the data set (with `/`), and where it lies; or None."""

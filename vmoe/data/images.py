@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,10 @@ MAX_ASPECT_RATIO = 100
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+
+
+class DataError(ValueError):
+    """Data that cannot be read on at all; the message is one sentence that names the file and the remedy."""
 
 
 class BadSample(Exception):
@@ -32,15 +37,19 @@ class BadSample(Exception):
         return f"{self.path}: {self.reason}"
 
 
-def load_image(path: str | Path) -> Image.Image:
+def load_image(path: str | Path, content: bytes | None = None) -> Image.Image:
     """Reads a picture: the first frame, transparency laid on white, 8 bits, RGB. EXIF rotation is not applied.
+
+    Args:
+        path: the file.
+        content: its bytes, where they come from elsewhere; `path` is then only a name for messages.
 
     Raises:
         BadSample: the file is missing, truncated, no picture, has more than MAX_PIXELS pixels, or is a strip with
             sides beyond 1 : MAX_ASPECT_RATIO.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
             check_size(image.size)  # the header alone is read so far
             return to_rgb(image)
     except FileNotFoundError:

@@ -78,7 +78,7 @@ class ImageFolder(LabelledFiles):
         self.folders = list(tree)
         super().__init__(path, *flatten(tree, range(len(tree))))
         if class_names is not None:
-            self.classes = _read_class_names(Path(class_names), self.folders, path)
+            self.classes = read_class_names(Path(class_names), self.folders, path)
         else:
             self.classes = synset_words(self.folders) or self.folders
 
@@ -162,7 +162,17 @@ def synset_words(folders: list[str]) -> list[str] | None:
     ]
 
 
-def _read_class_names(file: Path, folders: list[str], path: str | Path) -> list[str]:
+def read_class_names(file: Path, folders: list[str] | None = None, path: str | Path | None = None) -> list[str]:
+    """Names of classes from a .txt (a name per line) or .json (list, or {folder: name}) file.
+
+    Args:
+        file: the file.
+        folders: the class folders that they name, in order; None: there are none, so it must be a list.
+        path: the folder that holds those, for messages.
+
+    Raises:
+        ValueError: the file cannot be read, does not fit the folders, or has an empty name or one twice.
+    """
     try:
         text = file.read_text(encoding="utf-8-sig")
         names = json.loads(text) if file.suffix.lower() == ".json" else text.splitlines()
@@ -170,6 +180,10 @@ def _read_class_names(file: Path, folders: list[str], path: str | Path) -> list[
         raise ValueError(f"class_names {file}: cannot be read ({error.strerror})") from None
     except ValueError:
         raise ValueError(f"class_names {file}: not valid UTF-8 text or JSON") from None
+    if folders is None:
+        if not isinstance(names, list) or not names:
+            raise ValueError(f"class_names {file}: must list the names of the classes, the name of class 0 first")
+        folders = [str(number) for number in range(len(names))]
     if isinstance(names, dict):
         missing = [folder for folder in folders if folder not in names]
         if missing:

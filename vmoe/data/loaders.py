@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +14,11 @@ import torch.distributed as dist
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from vmoe.data.batches import Batch, BatchKey, BatchReader, Tokenizer
+from vmoe.data.batches import Batch, BatchReader, Tokenizer
 from vmoe.data.config import LoaderConfig
 from vmoe.data.dataset import ImageDataset
-from vmoe.data.images import BadSample
-from vmoe.data.seeding import derive_seed
+from vmoe.data.images import BadSample, DataError
+from vmoe.data.order import BatchKey
 
 logger = logging.getLogger("vmoe.data")
 
@@ -77,12 +78,24 @@ class TrainLoader:
         self.seed = seed
         self.device = device
         self.fail = on_bad == "fail"
-        self.steps_per_epoch = len(dataset) // config.batch_size
+        self.batches = dataset.batches(seed, config.batch_size)
+        self.steps_per_epoch = self.batches.steps_per_epoch
         self.step = 0
         self.num_read = 0
         self.num_bad = 0
         self.bad_paths: dict[str, str] = {}
+        self._read_seconds, self._read_samples = 0.0, 0
         self._batches: Iterator[Batch] | None = None
+
+    @property
+    def samples_per_second(self) -> float:
+        """What the reading processes can give, measured: samples read, by the time that a worker took for one.
+
+        Samples per second of all workers of this process together, as if none ever had to wait; NaN before the first.
+        """
+        if not self._read_samples:
+            return math.nan
+        return max(1, self.config.num_workers) * self._read_samples / self._read_seconds
 
     def __iter__(self) -> TrainLoader:
         return self
@@ -97,22 +110,22 @@ class TrainLoader:
 
     def _keys(self, step: int) -> Iterator[BatchKey]:
         """Keys of this process's part of the batches from `step` on, without end."""
-        size, order_epoch, order = self.config.batch_size, None, []
         rank, processes = self.part
-        rows = slice(rank * size // processes, (rank + 1) * size // processes)
+        rows = slice(*(number * self.config.batch_size // processes for number in (rank, rank + 1)))
         while True:
-            epoch, position = divmod(step, self.steps_per_epoch)
-            if epoch != order_epoch:
-                generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
-                order, order_epoch = torch.randperm(len(self.reader.dataset), generator=generator), epoch
-            yield BatchKey(epoch, tuple(order[position * size : (position + 1) * size][rows].tolist()))
+            key = self.batches.batch(step)
+            yield BatchKey(key.indices[rows], key.epochs[rows])
             step += 1
 
     def _count(self, batch: Batch) -> None:
+        if batch.error is not None:
+            raise DataError(batch.error)
         if batch.bad and self.fail:
             raise BadSample(*batch.bad[0])
         self.num_read += batch.num_read
         self.num_bad += len(batch.bad)
+        self._read_seconds += batch.seconds
+        self._read_samples += batch.num_read
         for path, reason in batch.bad:
             if path not in self.bad_paths:
                 self.bad_paths[path] = reason
@@ -205,11 +218,14 @@ class EvalLoader:
         size = self.config.batch_size
         starts = range(0, len(self.indices), size)
         rank, num_processes = world()
-        return [BatchKey(0, tuple(self.indices[start : start + size])) for start in starts][rank::num_processes]
+        batches = [tuple(self.indices[start : start + size]) for start in starts[rank::num_processes]]
+        return [BatchKey(indices, (0,) * len(indices)) for indices in batches]
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         self.num_skipped, self.skipped_paths = 0, []
         for batch in _data_loader(self.reader, self._keys(), self.config):
+            if batch.error is not None:
+                raise DataError(batch.error)
             if batch.bad and self.fail:
                 raise BadSample(*batch.bad[0])
             self.num_skipped += len(batch.bad)
@@ -250,6 +266,7 @@ def train_loader(
         ValueError: the batch is larger than the data set or no multiple of the number of processes, or text is asked
             for where there are no captions.
         TooManyBadSamples: while iterating, see LoaderConfig.max_bad_share.
+        DataError: while iterating, a file of many samples is broken or has changed.
     """
     return TrainLoader(dataset, transform, tokenizer, loader, seed, device, part)
 

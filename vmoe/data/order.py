@@ -1,0 +1,189 @@
+"""In which order training meets the samples: pure functions of the seed and the step, for any number of processes.
+
+A `Shuffle` is the order of one data set, anew in every epoch. `EpochBatches` cuts it into batches; `MixedBatches` draws
+batches from several data sets by weight. Nothing here is kept between calls but what saves time.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from vmoe.data.seeding import derive_seed
+
+
+class BatchKey(NamedTuple):
+    """Names a batch: all that is in it follows from this and the seed.
+
+    Attributes:
+        indices: places of its samples in the data set.
+        epochs: for each of them how often all samples of its source were met before.
+    """
+
+    indices: tuple[int, ...]
+    epochs: tuple[int, ...]
+
+
+class Shuffle(ABC):
+    """An order of a data set's samples, another one in each epoch.
+
+    Attributes:
+        size: samples in an epoch, each met once.
+    """
+
+    size: int
+
+    @abstractmethod
+    def places(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """(stop - start,) int64, which samples an epoch has at positions start to stop; 0 <= start <= stop <= size."""
+
+
+class ShuffledSamples(Shuffle):
+    """All samples in any order."""
+
+    def __init__(self, seed: int, num_samples: int) -> None:
+        self.seed = seed
+        self.size = num_samples
+        self._order: tuple[int | None, np.ndarray] = (None, np.empty(0, np.int64))
+
+    def places(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        if self._order[0] != epoch:
+            self._order = epoch, _permutation(self.size, self.seed, epoch)
+        return self._order[1][start:stop]
+
+
+class ShuffledShards(Shuffle):
+    """An order that reads shards (files of many samples) nearly one after the other.
+
+    The shards are shuffled and put in a row. The row is cut into `streams` equal parts, each of which gives an equal
+    part of every batch. Within a stream, windows of `window` samples in a row are shuffled. What the cut leaves over
+    (less than one sample per stream) is left out of the epoch. Memory is that of the shards' sizes and of a window per
+    stream.
+
+    Args:
+        seed: of the order.
+        sizes: samples in each shard.
+        streams: places that are read side by side; for W processes with a multiple of W streams, each process reads
+            shards of its own.
+        window: samples that are shuffled together.
+    """
+
+    def __init__(self, seed: int, sizes: Sequence[int], streams: int, window: int) -> None:
+        self.seed = seed
+        self.sizes = np.asarray(sizes, np.int64)
+        self.starts = self.sizes.cumsum() - self.sizes
+        self.streams = streams
+        self.window = window
+        self.length = int(self.sizes.sum()) // streams  # of a stream
+        self.size = self.length * streams
+        self._row: tuple[int | None, np.ndarray, np.ndarray] = (None, self.starts, self.starts)
+        self._windows: dict[int, tuple[tuple[int, int], np.ndarray]] = {}
+
+    def places(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """As for any order; the samples of one stream stand together, so that parts of a batch are parts of streams."""
+        if self._row[0] != epoch:
+            shards = _permutation(len(self.sizes), self.seed, epoch)
+            self._row = epoch, shards, self.sizes[shards].cumsum()
+        _, shards, ends = self._row
+        parts = []
+        for stream in range(self.streams):
+            # Positions go round the streams: position p is number p // streams of stream p % streams.
+            first, last = -((stream - start) // self.streams), -((stream - stop) // self.streams)
+            parts.append(stream * self.length + self._within(epoch, stream, first, last))
+        row = np.concatenate(parts)
+        at = ends.searchsorted(row, side="right")
+        shard = shards[at]
+        return self.starts[shard] + row - (ends[at] - self.sizes[shard])
+
+    def _within(self, epoch: int, stream: int, start: int, stop: int) -> np.ndarray:
+        """Where in a stream its samples number start to stop lie."""
+        parts = [np.empty(0, np.int64)]
+        while start < stop:
+            number, offset = divmod(start, self.window)
+            base = number * self.window
+            size = min(self.window, self.length - base)
+            key, order = self._windows.get(stream, (None, None))
+            if key != (epoch, number):
+                order = _permutation(size, self.seed, epoch, stream, number)
+                self._windows[stream] = (epoch, number), order
+            count = min(size - offset, stop - start)
+            parts.append(base + order[offset : offset + count])
+            start += count
+        return np.concatenate(parts)
+
+
+class EpochBatches:
+    """Batches of one data set; what fills no batch at an epoch's end is left out.
+
+    Attributes:
+        steps_per_epoch: batches in an epoch.
+    """
+
+    def __init__(self, shuffle: Shuffle, batch_size: int) -> None:
+        self.shuffle = shuffle
+        self.batch_size = batch_size
+        self.steps_per_epoch = shuffle.size // batch_size
+
+    def batch(self, step: int) -> BatchKey:
+        """The batch of a step (from 0, without end)."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        places = self.shuffle.places(epoch, position * self.batch_size, (position + 1) * self.batch_size)
+        return BatchKey(tuple(places.tolist()), (epoch,) * len(places))
+
+
+class MixedBatches:
+    """Batches from several data sets, each with its share of the samples by weight.
+
+    Every data set goes through its own epochs without leaving anything out: a sample comes again only when all others
+    of its set have come. After any number of samples, each set has given its share of them, exact to a few samples. An
+    epoch of the mixture is as many samples as there are in all sets together; it is a unit of counting only.
+
+    Args:
+        shuffles: the orders of the data sets, whose samples are numbered one set after the other.
+        starts: number of each set's first sample.
+        weights: shares of the samples, on any scale.
+        batch_size: samples in a batch.
+    """
+
+    def __init__(
+        self, shuffles: Sequence[Shuffle], starts: Sequence[int], weights: Sequence[float], batch_size: int
+    ) -> None:
+        self.shuffles = shuffles
+        self.starts = starts
+        self.weights = [Fraction(weight) for weight in weights]
+        self.batch_size = batch_size
+        self.steps_per_epoch = sum(shuffle.size for shuffle in shuffles) // batch_size
+
+    def batch(self, step: int) -> BatchKey:
+        """The batch of a step (from 0, without end); every part of it has each set's share of the samples."""
+        before, after = (self._given(number * self.batch_size) for number in (step, step + 1))
+        places, epochs, ranks = [], [], []
+        for shuffle, first, start, stop in zip(self.shuffles, self.starts, before, after):
+            ranks.append((np.arange(stop - start) + 0.5) / max(1, stop - start))
+            while start < stop:
+                epoch, position = divmod(start, shuffle.size)
+                count = min(shuffle.size - position, stop - start)
+                places.append(first + shuffle.places(epoch, position, position + count))
+                epochs.append(np.full(count, epoch))
+                start += count
+        dealt = np.argsort(np.concatenate(ranks), kind="stable")
+        return BatchKey(*(tuple(np.concatenate(parts)[dealt].tolist()) for parts in (places, epochs)))
+
+    def _given(self, total: int) -> list[int]:
+        """How many of the first `total` samples each set gives: each takes its share of what those before it left."""
+        counts, weight_left = [], sum(self.weights)
+        for weight in self.weights[:-1]:
+            counts.append(total * weight // weight_left)
+            total -= counts[-1]
+            weight_left -= weight
+        return [*counts, total]
+
+
+def _permutation(size: int, *seed: int) -> np.ndarray:
+    generator = torch.Generator().manual_seed(derive_seed(*seed))
+    return torch.randperm(size, generator=generator).numpy()

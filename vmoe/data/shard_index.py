@@ -1,0 +1,115 @@
+"""Where the samples of a shard lie: made by reading its headers once, then kept in the cache folder.
+
+A sample is all members of one key, the part of a member's name before the first dot of its last component (the rule of
+WebDataset): 000012.jpg, 000012.txt and 000012.json are one. Members with other endings are passed over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from array import array
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+
+from vmoe.data.emoji import cache_folder
+from vmoe.data.images import DataError
+from vmoe.data.tar import BLOCK, REMEDY, read_members
+from vmoe.whole import whole_file
+
+FORMAT = 1
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
+KINDS = {**dict.fromkeys(IMAGE_ENDINGS, "image"), "txt": "txt", "json": "json", "cls": "cls"}
+# Each part's place (in blocks of 512 bytes; 0: there is none) and size in bytes: 32 bytes a sample.
+ENTRY = np.dtype([(f"{part}_{what}", "<u4") for part in ("image", "txt", "json", "cls") for what in ("block", "size")])
+MAX_KEPT = 64
+# So that a hostile shard of millions of empty members cannot fill the memory; usual are 1,000 to 10,000.
+MAX_SAMPLES = 1_000_000
+
+
+class ShardIndex:
+    """The entries of shards; read from the cache folder or made, and the last ones kept in memory."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[str, np.ndarray] = OrderedDict()
+
+    def entries(self, path: str) -> np.ndarray:
+        """(N,) of dtype ENTRY, the samples of a shard in order, read-only.
+
+        Raises:
+            DataError: the shard is broken or holds no sample (see `read_members` and `scan`), or the cache folder
+                cannot be written to.
+        """
+        if path in self._kept:
+            self._kept.move_to_end(path)
+            return self._kept[path]
+        file = cache_file(path)
+        entries = _load(file)
+        if entries is None:
+            entries = scan(path)
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with whole_file(file) as draft:
+                    np.save(draft, entries, allow_pickle=False)
+            except OSError as error:
+                raise DataError(
+                    f"cannot write {file} ({error.strerror}): set the environment variable VMOE_CACHE to a writable "
+                    "folder"
+                ) from None
+        self._kept[path] = entries
+        if len(self._kept) > MAX_KEPT:
+            self._kept.popitem(last=False)
+        return entries
+
+
+def cache_file(path: str) -> Path:
+    """Where the entries of a shard are kept; another file when its place, size or time of change is another."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the data source's path") from None
+    facts = f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}\0{FORMAT}"
+    return (
+        cache_folder() / "shards" / f"{hashlib.blake2b(facts.encode(errors='replace'), digest_size=16).hexdigest()}.npy"
+    )
+
+
+def scan(path: str) -> np.ndarray:
+    """(N,) of dtype ENTRY from the headers of a shard.
+
+    Raises:
+        DataError: as `read_members`; a sample has two pictures or two captions of one kind, or comes twice; there
+            are none or more than MAX_SAMPLES.
+    """
+    column = {name: place for place, name in enumerate(ENTRY.names)}
+    rows, numbers = array("L"), {}
+    for member in read_members(path):
+        folder, slash, base = member.name.rpartition("/")
+        stem, _, ending = base.partition(".")
+        kind = KINDS.get(ending.lower())
+        if kind is None or not stem:
+            continue
+        key = folder + slash + stem
+        number = numbers.setdefault(key, len(numbers))
+        if number == MAX_SAMPLES:
+            raise DataError(f"{path}: holds more than {MAX_SAMPLES} samples; split it")
+        if number * len(column) == len(rows):
+            rows.extend([0] * len(column))
+        place = number * len(column) + column[f"{kind}_block"]
+        if rows[place]:
+            raise DataError(f"{path}: member {member.name!r}: sample {key!r} has two such members; {REMEDY}")
+        rows[place], rows[place + 1] = member.offset // BLOCK, member.size
+    if not rows:
+        raise DataError(f"{path}: holds no sample ({', '.join(KINDS)}); leave it out")
+    return np.array(rows, "<u4").reshape(-1, len(column)).view(ENTRY)[:, 0]
+
+
+def _load(file: Path) -> np.ndarray | None:
+    """Entries that were kept, or None if there are none or the file is damaged."""
+    try:
+        entries = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return entries if entries.dtype == ENTRY and entries.ndim == 1 and len(entries) else None

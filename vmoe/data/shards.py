@@ -1,0 +1,346 @@
+"""Pictures with captions or classes in shards: tar files in the layout of WebDataset, img2dataset and open_clip."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from vmoe.data.dataset import ImageDataset, Sample
+from vmoe.data.fingerprint import Fingerprint
+from vmoe.data.images import BadSample, DataError, load_image
+from vmoe.data.labelled import read_class_names
+from vmoe.data.loaders import world
+from vmoe.data.order import ShuffledShards
+from vmoe.data.shard_index import ShardIndex
+from vmoe.data.tar import BLOCK
+
+CAPTION_KEY = "caption"
+MAX_TEXT_BYTES = 2**20
+MAX_OPEN = 64
+INDEX_THREADS = 8
+MAX_SHARDS = 1_000_000
+
+
+class Shards(ImageDataset):
+    """Pictures in tar files; `dataset[i]` reads just the bytes of sample i, nothing is unpacked.
+
+    How many samples a shard holds is taken from `sizes.json` in its folder ({"00000.tar": 10000}) or from img2dataset's
+    `00000_stats.json` beside it ("successes"), else from its headers. These are read when they are first needed, and
+    kept in the cache folder.
+
+    Args:
+        path: see `find_shards`.
+        caption_key: key of the caption in the .json members; None: the .txt member, else "caption" of the .json.
+        class_names: .txt or .json file with the names of the classes that the .cls members number from 0; None: samples
+            have no labels.
+        shuffle_buffer: samples that are shuffled together; see `ShuffledShards`.
+        streams: places that are read side by side; see `ShuffledShards`.
+
+    Raises:
+        DataError: there are no such shards, or the first of them (without numbers of samples from elsewhere, any) is
+            broken.
+        ValueError: samples have neither captions nor (with class_names) labels, or class_names cannot be read.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        caption_key: str | None = None,
+        class_names: str | None = None,
+        shuffle_buffer: int = 100_000,
+        streams: int = 1,
+    ) -> None:
+        self.paths = find_shards(path)
+        self.caption_key = caption_key
+        self.shuffle_buffer = shuffle_buffer
+        self.streams = streams
+        self.index = ShardIndex()
+        self._open: OrderedDict[str, BinaryIO] = OrderedDict()
+        self.sizes, self.said_by = self._count()
+        self.ends = self.sizes.cumsum()
+        first = self._entries(0)
+        self.has_captions = bool(first["json_block"].any() or (first["txt_block"].any() and caption_key is None))
+        if class_names is not None:
+            self.classes = read_class_names(Path(class_names))
+        elif not self.has_captions:
+            raise ValueError(
+                f"{self.paths[0]}: its samples have no captions (.txt or .json); for labels (.cls) set class_names"
+            )
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: int) -> Sample:
+        path, entry, name = self._find(index)
+        if not entry["image_block"]:
+            raise BadSample(name, "no picture (.jpg, .jpeg, .png, .webp) beside it")
+        caption = self._caption(path, entry, name) if self.has_captions else None
+        label = self._label(path, entry, name) if self.classes is not None else None
+        return Sample(load_image(name, self._read(path, entry, "image")), label, caption, name)
+
+    @property
+    def captions(self) -> Sequence[str] | None:
+        """The captions, each read when it is asked for."""
+        return Captions(self) if self.has_captions else None
+
+    def caption(self, index: int) -> str:
+        """A sample's caption, without its picture; "" where there is none."""
+        try:
+            return self._caption(*self._find(index))
+        except BadSample:
+            return ""
+
+    def shuffle(self, seed: int, batch_size: int) -> ShuffledShards:
+        if batch_size % self.streams:
+            raise ValueError(
+                f"streams must divide data.loader.batch_size {batch_size}, got {self.streams}: each stream gives an "
+                "equal part of every batch"
+            )
+        return ShuffledShards(seed, self.sizes, self.streams, self.shuffle_buffer)
+
+    def __getstate__(self) -> dict[str, Any]:  # a worker opens files of its own
+        return self.__dict__ | {"_open": OrderedDict()}
+
+    def _count(self) -> tuple[np.ndarray, list[str | None]]:
+        """(samples of each shard, the file that says so or None where the shard itself does)."""
+        said: list[tuple[int, str] | None] = list(_read_sizes(self.paths))
+        unknown = [number for number, one in enumerate(said) if one is None]
+        # Each process starts at another place, so that they share the work where they share the cache folder.
+        rank, processes = world()
+        begin = rank * len(unknown) // processes
+        with ThreadPoolExecutor(INDEX_THREADS) as pool:
+
+            def count(number: int) -> int:
+                return len(ShardIndex().entries(self.paths[number]))
+
+            turned = unknown[begin:] + unknown[:begin]
+            counted = dict(zip(turned, pool.map(count, turned)))
+        sizes = np.array([counted[number] if one is None else one[0] for number, one in enumerate(said)], np.int64)
+        return sizes, [one and one[1] for one in said]
+
+    def _entries(self, shard: int) -> np.ndarray:
+        path = self.paths[shard]
+        entries = self.index.entries(path)
+        if len(entries) != self.sizes[shard]:
+            remedy = (
+                f"remove {self.said_by[shard]}, and shards are counted anew" if self.said_by[shard] else "start anew"
+            )
+            says = f"{self.said_by[shard]} says" if self.said_by[shard] else "it had"
+            raise DataError(f"{path}: holds {len(entries)} samples, but {says} {self.sizes[shard]}; {remedy}")
+        return entries
+
+    def _find(self, index: int) -> tuple[str, np.void, str]:
+        """(shard, entry, name for messages) of a sample."""
+        shard = int(self.ends.searchsorted(index, side="right"))
+        number = index - int(self.ends[shard] - self.sizes[shard])
+        path, entry = self.paths[shard], self._entries(shard)[number]
+        block = next(int(entry[f"{part}_block"]) for part in ("image", "txt", "json", "cls") if entry[f"{part}_block"])
+        header = self._bytes(path, (block - 1) * BLOCK, 100)  # the name as it is there, cut off if it is long
+        return path, entry, f"{path}: {header.partition(bytes(1))[0].decode('utf-8', 'backslashreplace')!r}"
+
+    def _read(self, path: str, entry: np.void, part: str) -> bytes:
+        return self._bytes(path, int(entry[f"{part}_block"]) * BLOCK, int(entry[f"{part}_size"]))
+
+    def _bytes(self, path: str, offset: int, size: int) -> bytes:
+        try:
+            content = _read_at(self._file(path), offset, size)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        if len(content) != size:
+            raise DataError(f"{path}: was changed while it was read; start anew")
+        return content
+
+    def _file(self, path: str) -> BinaryIO:
+        if path not in self._open:
+            if len(self._open) >= MAX_OPEN:
+                self._open.popitem(last=False)[1].close()
+            self._open[path] = open(path, "rb", buffering=0)  # noqa: SIM115 (kept open)
+        self._open.move_to_end(path)
+        return self._open[path]
+
+    def _caption(self, path: str, entry: np.void, name: str) -> str:
+        if self.caption_key is None and entry["txt_block"]:
+            caption = self._text(path, entry, "txt", name)
+        elif entry["json_block"]:
+            caption = _caption_in(self._text(path, entry, "json", name), self.caption_key or CAPTION_KEY, name)
+        else:
+            raise BadSample(name, "no caption (.txt or .json) beside it")
+        if not caption.strip():
+            raise BadSample(name, "empty caption")
+        return caption.strip()
+
+    def _label(self, path: str, entry: np.void, name: str) -> int:
+        text = self._text(path, entry, "cls", name).strip() if entry["cls_block"] else None
+        if text is None or not re.fullmatch("[0-9]{1,9}", text):
+            raise BadSample(name, "no label (.cls) beside it" if text is None else f"label {text[:20]!r} is no number")
+        if int(text) >= len(self.classes):
+            raise DataError(f"{name}: label {text} is out of range, class_names has {len(self.classes)} classes")
+        return int(text)
+
+    def _text(self, path: str, entry: np.void, part: str, name: str) -> str:
+        if entry[f"{part}_size"] > MAX_TEXT_BYTES:
+            raise BadSample(
+                name, f"its .{part} has {entry[f'{part}_size']} bytes, more than the limit of {MAX_TEXT_BYTES}"
+            )
+        try:
+            return self._read(path, entry, part).decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise BadSample(name, f"its .{part} is not UTF-8") from None
+
+    def _make_fingerprint(self) -> str:
+        facts = Fingerprint()
+        facts.add("shards", [self.classes, self.caption_key, self.sizes.tolist()])
+        for path in self.paths:
+            facts.add_file(os.path.basename(path), path)
+        return facts.hexdigest()
+
+
+class Captions(Sequence):
+    """The captions of shards, without keeping them."""
+
+    def __init__(self, shards: Shards) -> None:
+        self.shards = shards
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self.shards.caption(one) for one in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self.shards.caption(index % len(self))
+
+
+def find_shards(path: str) -> list[str]:
+    """The shards that a setting names, sorted within each of its parts.
+
+    Args:
+        path: a .tar file, a folder of them, a glob ("data/*.tar") or a brace pattern ("data/{00000..00099}.tar",
+            "data/{a,b}.tar"), or several of these with "::" between them.
+
+    Raises:
+        DataError: a part names no shard, or a file that is not there; or a shard is named twice.
+    """
+    found: dict[str, None] = {}
+    for part in path.split("::"):
+        for name in sorted(_expand(part)):
+            if name in found:
+                raise DataError(f"path {path}: names {name} twice; each sample must come once")
+            found[name] = None
+    return list(found)
+
+
+def _expand(part: str) -> Iterator[str]:
+    if os.path.isdir(part):
+        names = glob.glob(os.path.join(glob.escape(part), "*.tar"))
+        if not names:
+            raise DataError(f"{part}: this folder holds no .tar file; check the data source's path")
+        yield from names
+        return
+    for pattern in _braces(part):
+        names = glob.glob(pattern) if glob.has_magic(pattern) and not os.path.isfile(pattern) else [pattern]
+        if not names:
+            raise DataError(f"{pattern}: no file fits this pattern; check the data source's path")
+        for name in names:
+            if not os.path.isfile(name):
+                raise DataError(f"{name}: no such shard; check the data source's path {part}")
+            if name.lower().endswith((".gz", ".tgz", ".bz2", ".xz", ".zst")):
+                raise DataError(
+                    f"{name}: is compressed, and its samples could not be read one by one; unpack it to a plain .tar"
+                )
+        yield from names
+
+
+def _braces(pattern: str) -> list[str]:
+    """`{00..02}` and `{a,b}` written out, as by a shell."""
+    patterns, done = [pattern], False
+    while not done:
+        done, longer = True, []
+        for one in patterns:
+            match = re.search(r"\{([0-9]{1,12})\.\.([0-9]{1,12})\}|\{([^{}]*,[^{}]*)\}", one)
+            if match is None:
+                longer.append(one)
+                continue
+            done = False
+            if match[3] is not None:
+                words = match[3].split(",")
+            else:
+                low, high = int(match[1]), int(match[2])
+                if not 0 <= high - low < MAX_SHARDS:
+                    raise DataError(f"path {pattern}: {match[0]} must run from a smaller number to a larger one")
+                width = len(match[1]) if match[1].startswith("0") else 0
+                words = (f"{number:0{width}}" for number in range(low, high + 1))
+            longer += [one[: match.start()] + word + one[match.end() :] for word in words]
+            if len(longer) > MAX_SHARDS:
+                raise DataError(f"path {pattern}: stands for more than {MAX_SHARDS} shards")
+        patterns = longer
+    return patterns
+
+
+def _read_sizes(paths: list[str]) -> Iterator[tuple[int, str] | None]:
+    """For each shard (its samples, the file that says so), or None where no file does."""
+    folders: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        folder, name = os.path.split(path)
+        sizes = os.path.join(folder, "sizes.json")
+        if folder not in folders:
+            folders[folder] = _read_json(sizes) or {}
+        stats = f"{os.path.splitext(path)[0]}_stats.json"
+        if name in folders[folder]:
+            yield _whole(folders[folder][name], sizes, name), sizes
+            continue
+        said = _read_json(stats)
+        yield (
+            None if said is None or "successes" not in said else (_whole(said["successes"], stats, "successes"), stats)
+        )
+
+
+def _read_json(file: str) -> dict[str, Any] | None:
+    try:
+        if os.path.getsize(file) > 64 * MAX_TEXT_BYTES:
+            raise DataError(f"{file}: is too large to hold numbers of samples; remove it")
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    except (ValueError, RecursionError):
+        raise DataError(f"{file}: not valid JSON; remove it, and the shards are counted") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: must be a JSON object; remove it, and the shards are counted")
+    return content
+
+
+def _whole(value: Any, file: str, key: str) -> int:
+    if type(value) is not int or not 0 < value < 2**40:
+        raise DataError(
+            f"{file}: {key} must be a number of samples, got {value!r}; remove it, and the shards are counted"
+        )
+    return value
+
+
+def _caption_in(text: str, key: str, name: str) -> str:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        raise BadSample(name, "its .json is not valid JSON") from None
+    caption = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(caption, str):
+        raise BadSample(name, f"its .json has no text {key!r}")
+    return caption
+
+
+def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+    """Bytes at a place of a file; where the system can, without moving the position that forked workers share."""
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), size, offset)
+    file.seek(offset)
+    return file.read(size)
