@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from vmoe.config_io import ConfigError
 from vmoe.data import BadSample
+from vmoe.printable import escaped
 
 
 def exit_code(prog: str, run: Callable[[], object]) -> int:
@@ -32,6 +33,6 @@ def exit_code(prog: str, run: Callable[[], object]) -> int:
         if not (wrong_setting and int(os.environ.get("RANK", 0)) > 0):  # which all processes find; one says it
             plain = isinstance(error, (ValueError, BadSample, ModuleNotFoundError))
             hint = "" if plain else " (VMOE_TRACEBACK=1 shows where)"
-            print(f"{prog}: error: {str(error) or type(error).__name__}{hint}", file=sys.stderr)
+            print(f"{prog}: error: {escaped(error) or type(error).__name__}{hint}", file=sys.stderr)
         return 2 if wrong_setting else 1
     return 0

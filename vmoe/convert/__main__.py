@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from vmoe.convert.files import convert_checkpoint
 from vmoe.convert.released import RELEASED
+from vmoe.printable import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("VMOE_TRACEBACK"):
             raise
-        print(f"vmoe.convert: error: {error}", file=sys.stderr)
+        print(f"vmoe.convert: error: {printable(error)}", file=sys.stderr)
         return 1
     aside = f"; {done.left_aside} others left aside (optimizer, step, ...)" if done.left_aside else ""
     print(f"read     {done.arrays} arrays, {done.nbytes:,} bytes, from {done.source} ({done.format}){aside}")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _UNSET = object()
+MAX_CALL = 1000  # characters of a class with arguments
 
 
 class ConfigError(ValueError):
@@ -144,6 +145,8 @@ class Section:
         """
         text = self.take(name, default)
         try:
+            if len(text) > MAX_CALL:
+                raise ValueError("too long")
             expression = ast.parse(text, mode="eval").body
             if isinstance(expression, ast.Call):
                 if expression.args or any(keyword.arg is None for keyword in expression.keywords):

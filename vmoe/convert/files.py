@@ -19,10 +19,11 @@ import torch
 from vmoe.convert.arrays import CheckpointError, StoredArray, select_params
 from vmoe.convert.config import Section
 from vmoe.convert.orbax import find_orbax, open_orbax
-from vmoe.convert.reference import fill, fit
+from vmoe.convert.reference import empty_model, fill, fit
 from vmoe.convert.released import RELEASED
 from vmoe.convert.settings import config_grid, model_settings
 from vmoe.convert.sharded import find_sharded, open_flax, open_sharded
+from vmoe.safe_json import read_json
 
 logger = logging.getLogger("vmoe.convert")
 
@@ -100,8 +101,8 @@ def resolve_config(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, An
         if not file.is_file():
             raise ValueError(f"--config must be a JSON file or one of {sorted(RELEASED)}, got {str(config)!r}")
         try:
-            config = json.loads(file.read_text())
-        except (ValueError, OSError, RecursionError) as error:
+            config = read_json(file)
+        except (ValueError, OSError) as error:
             raise ValueError(f"{file} is not a readable JSON file: {error}") from error
     values = Section(config).values
     return (Section(values["model"], "model").values if "model" in values else values), {}
@@ -128,7 +129,7 @@ def convert_checkpoint(
     Raises:
         ConfigError, CheckpointError: see `from_reference`; names the file and the tensor.
     """
-    from vmoe.models.factory import create_model, file_metadata
+    from vmoe.models.factory import file_metadata
 
     file = Path(file)
     if file.suffix != ".safetensors":
@@ -140,8 +141,7 @@ def convert_checkpoint(
     name, kwargs = model_settings(model_config, shapes, image_size, context_length)
     if preprocess:
         kwargs["pretrained_cfg_overlay"] = preprocess
-    with torch.device("meta"):
-        model = create_model(name, **kwargs)
+    model = empty_model(name, kwargs)
     rows = fit(model, stored, path, config_grid(model_config))
     sizes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     with _mapped(file, sizes, file_metadata(model, {"converted_from": Path(path).name})) as tensors:

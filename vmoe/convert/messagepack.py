@@ -18,7 +18,8 @@ import numpy as np
 from vmoe.convert.arrays import CheckpointError, Slices, row_slices
 
 # More than any real checkpoint has; a hostile file of a few bytes must not fill the memory.
-MAX_DEPTH, MAX_ITEMS, MAX_STRING = 64, 4_000_000, 2**16
+MAX_DEPTH, MAX_ITEMS, MAX_STRING = 64, 2**20, 2**16
+MAX_AXES, MAX_SIZE = 8, 2**48
 
 _NUMBERS = {
     0xCA: ">f",
@@ -238,14 +239,14 @@ class Reader:
 
     def _array(self, value, depth: int) -> Piece:
         shape, dtype, data = value
-        shape, dtype = _sizes(shape), self._dtype(dtype)
+        shape, dtype = sizes(shape), self._dtype(dtype)
         if data.size != math.prod(shape) * itemsize(dtype):
             raise self._error(f"has an array of shape {shape} and type {dtype} in {data.size} bytes")
         return Piece(self.file, data.offset, shape, dtype)
 
     def _shape(self, value, depth: int) -> tuple[tuple[int, ...], str]:
         shape, dtype, *_ = value
-        return _sizes(shape), self._dtype(dtype)
+        return sizes(shape), self._dtype(dtype)
 
     def _dtype(self, name) -> str:
         if isinstance(name, Extent):
@@ -270,7 +271,7 @@ class Reader:
         start, stop, step = value
         if step not in (None, 1):
             raise ValueError("a step")
-        start, stop = _sizes((start or 0, stop))
+        start, stop = sizes((start or 0, stop))
         return slice(start, stop)
 
     def _slices(self, value, depth: int) -> Slices:
@@ -278,10 +279,9 @@ class Reader:
 
     def _index_entry(self, value, depth: int):
         shape, parts, shards = value
-        (sizes, dtype) = self._shape(self._inside(shape, depth), depth)
-        return IndexEntry(
-            sizes, dtype, [self._slices(self._inside(part, depth), depth) for part in parts], list(_sizes(shards))
-        )
+        whole, dtype = self._shape(self._inside(shape, depth), depth)
+        slices = [self._slices(self._inside(part, depth), depth) for part in parts]
+        return IndexEntry(whole, dtype, slices, list(_counts(shards)))
 
 
 @dataclass(frozen=True)
@@ -294,8 +294,16 @@ class IndexEntry:
     shards: list[int]
 
 
-def _sizes(numbers) -> tuple[int, ...]:
+def _counts(numbers) -> tuple[int, ...]:
     numbers = tuple(numbers)
     if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):
         raise ValueError("not sizes")
+    return numbers
+
+
+def sizes(numbers) -> tuple[int, ...]:
+    """Sizes of an array, which a hostile file may give in any number and of any kind; else a ValueError."""
+    numbers = _counts(numbers)
+    if len(numbers) > MAX_AXES or any(number > MAX_SIZE for number in numbers):
+        raise ValueError("not the sizes of an array")
     return numbers

@@ -3,7 +3,6 @@
 Read with tensorstore (`pip install "vmoe[convert]"`), without JAX.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from vmoe.convert.arrays import CheckpointError, Slices
+from vmoe.safe_json import read_json
 
+# A chunk is decoded as a whole, and a hostile one may be much larger than its array, or as small as a number.
+MAX_METADATA_BYTES, MAX_CHUNK_BYTES, MAX_CHUNKS = 64 * 2**20, 4 * 2**30, 2**20
+_ERRORS = (ValueError, KeyError, IndexError, OSError, RuntimeError, NotImplementedError)  # tensorstore's
 _MARKS = ("manifest.ocdbt", "_METADATA", "checkpoint")
 
 
@@ -30,12 +33,20 @@ def find_orbax(folder: str | Path, step: int | None = None) -> Path | None:
     folder = Path(folder)
     steps = {int(path.name): path for path in folder.glob("*") if path.name.isdecimal() and path.is_dir()}
     if step is not None:
-        return find_orbax(steps[step]) if step in steps else None
-    if any((folder / mark).is_file() for mark in _MARKS):
+        return _arrays_in(steps[step]) if step in steps else None
+    if steps and not _is_marked(folder):
+        return _arrays_in(steps[max(steps)])
+    return _arrays_in(folder)
+
+
+def _is_marked(folder: Path) -> bool:
+    return any((folder / mark).is_file() for mark in _MARKS)
+
+
+def _arrays_in(folder: Path) -> Path | None:
+    if _is_marked(folder):
         return folder
-    if steps:
-        return find_orbax(steps[max(steps)])
-    inside = [path for path in folder.glob("*") if any((path / mark).is_file() for mark in _MARKS)]
+    inside = [path for path in folder.glob("*") if _is_marked(path)]
     return inside[0] if len(inside) == 1 else None
 
 
@@ -58,7 +69,7 @@ class ZarrArray:
         for outer in _grid(self.shape, chunk):
             try:
                 yield outer, np.asarray(self.store[outer].read().result())
-            except ValueError as error:
+            except _ERRORS as error:
                 raise CheckpointError(f"{self.source} is damaged: {_short(error)}") from error
 
 
@@ -74,7 +85,7 @@ def _grid(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Slices]:
 
 
 def _short(error: Exception) -> str:
-    return str(error).splitlines()[0][:300]
+    return (str(error) or type(error).__name__).splitlines()[0][:300]
 
 
 def open_orbax(folder: str | Path) -> dict[str, ZarrArray]:
@@ -90,7 +101,7 @@ def open_orbax(folder: str | Path) -> dict[str, ZarrArray]:
     base = {"driver": "ocdbt", "base": plain} if (folder / "manifest.ocdbt").is_file() else plain
     try:
         keys = {key.decode() for key in ts.KvStore.open(base).result().list().result()}
-    except ValueError as error:
+    except _ERRORS as error:
         raise CheckpointError(f"{folder} is not a readable Orbax checkpoint: {_short(error)}") from error
     formats = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
     stored = {key.removesuffix(end): driver for key in keys for end, driver in formats.items() if key.endswith(end)}
@@ -102,9 +113,10 @@ def open_orbax(folder: str | Path) -> dict[str, ZarrArray]:
         inner = {**base, "path": f"{base['path']}{key}/" if base is plain else key}
         try:
             store = ts.open({"driver": stored[key], "kvstore": inner}, open=True, read=True).result()
-        except ValueError as error:
+        except _ERRORS as error:
             raise CheckpointError(f"{name} in {folder} cannot be opened: {_short(error)}") from error
         arrays[name] = ZarrArray(store, f"{name} in {folder}")
+        _check_layout(arrays[name])
         if base is plain:
             _check_chunks(arrays[name], key, keys)
     return arrays
@@ -116,21 +128,34 @@ def _names(folder: Path, stored: dict[str, str]) -> dict[str, str]:
     if not file.is_file():
         return {key.replace(".", "/"): key for key in sorted(stored)}
     try:
-        tree = json.loads(file.read_text())["tree_metadata"].values()
+        tree = read_json(file, MAX_METADATA_BYTES)["tree_metadata"].values()
         paths = [
             [str(part["key"]) for part in leaf["key_metadata"]]
             for leaf in tree
             if leaf["value_metadata"].get("value_type") not in ("None", "Dict", "List")
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (*_ERRORS, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is damaged: {_short(error)}") from error
     return {"/".join(path): ".".join(path) for path in paths}
+
+
+def _check_layout(array: ZarrArray) -> None:
+    """Refuses chunks that could not be read in a bounded memory and time."""
+    chunk = array.store.chunk_layout.read_chunk.shape or ()
+    bound = 2 ** len(chunk) * max(1, array.nbytes)  # sizes of an array need not be multiples of its chunks'
+    nbytes = math.prod(chunk) * array.store.dtype.numpy_dtype.itemsize
+    if nbytes > min(bound, MAX_CHUNK_BYTES) or _count(array.shape, chunk) > MAX_CHUNKS:
+        raise CheckpointError(f"{array.source}, {array.shape}, is cut into chunks of {chunk}, which is not sensible")
+
+
+def _count(shape: tuple[int, ...], chunk: tuple[int, ...]) -> int:
+    return math.prod(-(-size // step) for size, step in zip(shape, chunk, strict=True))
 
 
 def _check_chunks(array: ZarrArray, key: str, keys: set[str]) -> None:
     """A chunk's file that is not there would be read as zeros. (In OCDBT a lost file is an error by itself.)"""
     chunk = array.store.chunk_layout.read_chunk.shape or ()
-    wanted = math.prod(math.ceil(size / step) for size, step in zip(array.shape, chunk, strict=True))
+    wanted = _count(array.shape, chunk)
     own = sum(other.startswith(f"{key}/") for other in keys) - 1
     if own < wanted:
         raise CheckpointError(f"{array.source} has lost {wanted - own} of its {wanted} chunks")

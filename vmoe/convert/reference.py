@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from vmoe.convert.arrays import ArrayInMemory, CheckpointError, StoredArray, copy_into, read_array, select_params
+from vmoe.convert.config import ConfigError
 from vmoe.convert.export import reference_config
 from vmoe.convert.layout import Place, reference_places, stored_grid, zoom_positions
 from vmoe.convert.settings import config_grid, model_settings
+from vmoe.printable import printable
 
 Zoom = tuple[tuple[int, int], tuple[int, int]]
 _IMAGE_POSITIONS = tuple(f"{tower}Encoder/posembed_input/pos_embedding" for tower in ("", "img/"))
@@ -56,10 +58,26 @@ def from_reference(
     stored, _ = select_params(stored, "params")
     shapes = {name: array.shape for name, array in stored.items()}
     name, kwargs = model_settings(config, shapes, image_size, context_length)
+    rows = fit(empty_model(name, kwargs), stored, "params", config_grid(config))
     model = create_model(name, **kwargs)
     tensors = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
-    fill(tensors, fit(model, stored, "params", config_grid(config)), stored)
+    fill(tensors, rows, stored)
     return model.eval()
+
+
+def empty_model(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    """The model on the meta device, which takes no memory however large its config says that it is.
+
+    Raises:
+        ConfigError: it cannot be built.
+    """
+    from vmoe.models.factory import create_model
+
+    try:
+        with torch.device("meta"):
+            return create_model(name, **kwargs)
+    except (RuntimeError, OverflowError, MemoryError, ZeroDivisionError) as error:  # sizes beyond what PyTorch counts
+        raise ConfigError(f"the model of the config cannot be built: {printable(error)[:200]}") from error
 
 
 def to_reference(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> dict[str, np.ndarray]:
@@ -125,7 +143,7 @@ def fit(
             problems.append(f"{name} is missing")
             continue
         array, zoom = stored[name], None
-        shape = place.view(np.empty(tuple(own[place.tensor].shape), np.float32)).shape  # never touched
+        shape = place.view(np.broadcast_to(np.float32(0), tuple(own[place.tensor].shape))).shape  # takes no memory
         if array.dtype not in _FLOATS:
             problems.append(f"{name} is of type {array.dtype}")
         elif name in _IMAGE_POSITIONS and len(array.shape) == 3 and array.shape[::2] == shape[::2]:

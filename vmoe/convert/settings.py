@@ -23,6 +23,7 @@ _NAMES = {
     (1024, 24, 16): "vmoe_large_patch16_224",
     (1280, 32, 14): "vmoe_huge_patch14_224",
 }
+MAX_SIDE, MAX_DEPTH = 2**14, 1000  # pixels of a picture's side; blocks, each of which takes time to build
 _ANY_SIZE = "vmoe_base_patch16_224"
 _TWO_TOWER = "two_tower_base_patch16"
 _ROUTERS = {
@@ -162,6 +163,8 @@ def _image_size(
 ) -> list[int] | None:
     if size is not None:
         sides = pair(key, size)
+        if max(sides) > MAX_SIDE:
+            raise ConfigError(f"{key} = {size!r} cannot be converted: it must be <= {MAX_SIDE}")
         if any(side < step for side, step in zip(sides, patch, strict=True)):
             raise ConfigError(f"{key} = {size!r} cannot be converted: it must be at least one patch, {list(patch)}")
         return list(sides)
@@ -183,7 +186,7 @@ def _ratio(mlp_dim: int, width: int) -> float:
 
 
 def _encoder(encoder: Section, width: int) -> tuple[int, int, int, float]:
-    depth, heads = encoder.number("num_layers", minimum=1), encoder.number("num_heads", minimum=1)
+    depth, heads = encoder.number("num_layers", minimum=1, below=MAX_DEPTH), encoder.number("num_heads", minimum=1)
     if width % heads:
         raise encoder.wrong("num_heads", heads, f"a divisor of hidden_size = {width}")
     dtype = encoder.take("dtype", None)

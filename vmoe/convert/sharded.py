@@ -6,14 +6,18 @@ the arrays have numbers, in the order in which JAX walks the tree: by sorted key
 
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vmoe.convert.arrays import CheckpointError, Slices
-from vmoe.convert.messagepack import ArrayInFiles, IndexEntry, Piece, Reader, itemsize
+from vmoe.convert.messagepack import ArrayInFiles, IndexEntry, Piece, Reader, itemsize, sizes
 
 _CHUNKS, _FLAX_CHUNKS = "__msgpack_array_chunk_a87ca2__", "__msgpack_chunked_array__"
+# More than any real checkpoint has: a few long keys inside each other would give each of their many leaves a long name.
+MAX_NAME, MAX_ARRAYS = 500, 100_000
 _VERSIONS = (None, "20220622")  # None: from before the format had a version; the same but for that key
 
 
@@ -59,7 +63,7 @@ def _read_index(file: Path) -> tuple[dict[str, IndexEntry], int]:
     count = index.get("shard_count")
     if not isinstance(count, int) or count < 1:
         raise CheckpointError(f"{file} has a shard_count of {count!r}")
-    entries = _flatten(index["index"])
+    entries = _named(file, index["index"])
     for name, entry in entries.items():
         if not isinstance(entry, IndexEntry):
             raise CheckpointError(f"{file} describes {name} by {type(entry).__name__}, not by a shape and its chunks")
@@ -68,16 +72,23 @@ def _read_index(file: Path) -> tuple[dict[str, IndexEntry], int]:
     return entries, count
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict:
+def _named(file: Path, tree: dict) -> dict:
     """{"a/b": leaf} in JAX's order."""
     flat = {}
+    for name, value in _leaves(tree):
+        flat[name] = value
+        if len(name) > MAX_NAME or len(flat) > MAX_ARRAYS:
+            raise CheckpointError(f"{file} has more than {MAX_ARRAYS} arrays, or names longer than {MAX_NAME}")
+    return flat
+
+
+def _leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key in sorted(tree):
         value = tree[key]
         if isinstance(value, dict) and _FLAX_CHUNKS not in value:
-            flat |= _flatten(value, f"{prefix}{key}/")
+            yield from _leaves(value, f"{prefix}{key}/")
         elif value is not None:
-            flat[prefix + key] = value
-    return flat
+            yield prefix + key, value
 
 
 def _read_shard(file: Path, names: dict[str, str]):
@@ -119,7 +130,7 @@ def _check_chunk(file: Path, name: str, entry: IndexEntry, where: Slices, pieces
 def _check_cover(index_file: Path, name: str, entry: IndexEntry, found: list[Slices]) -> None:
     volume = sum(math.prod(part.stop - part.start for part in where) for where in found)
     size = math.prod(entry.shape)
-    overlap = volume > size or (volume == size and _overlap(found, len(entry.shape)))
+    overlap = volume > size or (volume == size > 0 and _overlap(found, len(entry.shape)))
     if volume < size or overlap:
         how = "overlap in" if overlap else "do not cover"
         raise CheckpointError(
@@ -153,7 +164,7 @@ def open_flax(file: str | Path) -> dict[str, ArrayInFiles]:
     tree = Reader(file).read()
     if not isinstance(tree, dict):
         raise CheckpointError(f"{file} is not a checkpoint: it holds no dictionary of arrays")
-    return {name: array for name, leaf in _flatten(tree).items() if (array := _flax_array(file, name, leaf))}
+    return {name: array for name, leaf in _named(file, tree).items() if (array := _flax_array(file, name, leaf))}
 
 
 def _other_kind(file: Path) -> str | None:
@@ -176,10 +187,10 @@ def _flax_array(file: Path, name: str, leaf) -> ArrayInFiles | None:
         pieces, shape = [leaf], leaf.shape
     elif isinstance(leaf, dict):
         try:
-            shape = tuple(leaf["shape"][str(axis)] for axis in range(len(leaf["shape"])))
+            shape = sizes(leaf["shape"][str(axis)] for axis in range(len(leaf["shape"])))
             pieces = [leaf["chunks"][str(number)] for number in range(len(leaf["chunks"]))]
             fits = sum(piece.size for piece in pieces) == math.prod(shape)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{file} has a damaged chunk of {name}") from error
         if not fits or not pieces or len({piece.dtype for piece in pieces}) > 1:
             raise CheckpointError(f"{file} has chunks of {name} that do not cover its shape {shape}")

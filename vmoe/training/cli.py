@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(argv)
     # Only now: these take seconds to import, and a wrong setting or --help need not wait for them.
     from vmoe.data import BadSample, TooManyBadSamples
+    from vmoe.printable import escaped
     from vmoe.training.diagnosis import NonFiniteError
     from vmoe.training.loop import train
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ModuleNotFoundError, NonFiniteError, BadSample, TooManyBadSamples) as error:
         if os.environ.get("VMOE_TRACEBACK"):
             raise
-        print(f"vmoe-train: error: {error}", file=sys.stderr)
+        print(f"vmoe-train: error: {escaped(error)}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 
