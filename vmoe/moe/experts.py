@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 GATED_ACTIVATIONS = {"swiglu": nn.SiLU, "geglu": nn.GELU}
 
@@ -22,7 +23,7 @@ def own_experts(parameter: Tensor | None) -> Tensor | None:
     these pass through an expert, so its gradient is the sum of theirs; divided by P it is their mean, as with all other
     parameters.
     """
-    if not hasattr(parameter, "to_local"):
+    if not isinstance(parameter, DTensor):
         return parameter
     return _ScaleGradient.apply(parameter.to_local(), 1 / parameter.device_mesh.size())
 
