@@ -8,6 +8,10 @@ import shutil
 import hypothesis
 import pytest
 
+# The tests' tensors are so small that a second thread costs more than it brings, many times more on a busy machine.
+# Before PyTorch is imported, and for the processes that tests start; OMP_NUM_THREADS=4 pytest runs them with four.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # No test asserts a time: machines are shared.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
