@@ -98,8 +98,12 @@ def test_torchvision_from_disk(fashion_mnist, split):
 
 
 def test_torchvision_mistakes_are_explained(tmp_path, fashion_mnist):
-    with pytest.raises(ValueError, match="no data set of torchvision"):
+    with pytest.raises(
+        ValueError, match="must be a data set of torchvision that can be read here .* got 'FasionMNIST'"
+    ):
         TorchvisionDataset("FasionMNIST", tmp_path)
+    with pytest.raises(ValueError, match="got 'LSUN'; save others as one folder per class"):
+        TorchvisionDataset("LSUN", tmp_path)
     with pytest.raises(ValueError, match="cannot be opened"):
         TorchvisionDataset("MNIST", tmp_path / "gone")
     with pytest.raises(ValueError, match="train or test"):

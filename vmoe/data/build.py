@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vmoe.data.cifar import VARIANTS as CIFAR
+from vmoe.data.cifar import Cifar
 from vmoe.data.config import SourceConfig
 from vmoe.data.dataset import ImageDataset
 from vmoe.data.emoji import EmojiGroups, EmojiPairs
+from vmoe.data.hf import HuggingFace, ParquetRows
 from vmoe.data.imagenet import ImageNet, ImageNetReal, ImageNetSketch, ImageNetSubset, ImageNetV2
 from vmoe.data.imagenet_c import ImageNetC
 from vmoe.data.karpathy import KarpathyCaptions
@@ -41,11 +44,19 @@ def build_dataset(source: SourceConfig) -> ImageDataset:
                 source.shuffle_buffer or 100_000,
                 source.streams or 1,
             )
+        case "hf":
+            keys = {"image_key": source.image_key, "caption_key": source.caption_key, "label_key": source.label_key}
+            if not source.streaming:
+                return HuggingFace(source.path, source.split, **keys)
+            window, streams = source.shuffle_buffer or 1000, source.streams or 1
+            return ParquetRows(source.path, source.split, **keys, shuffle_buffer=window, streams=streams)
         case "mixture":
             weights = [one.weight for one in source.sources]
             return Mixture([build_dataset(one) for one in source.sources], None if None in weights else weights)
         case "image_folder":
             return ImageFolder(source.path, source.class_names)
+        case "torchvision" if source.name in CIFAR:
+            return Cifar(source.name, source.path, source.split)
         case "torchvision":
             return TorchvisionDataset(source.name, source.path, source.split)
         case "imagenet":

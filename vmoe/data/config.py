@@ -122,6 +122,8 @@ class SourceConfig:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.weight is not None and not 0 < self.weight < float("inf"):
             raise ValueError(f"weight must be > 0, got {self.weight}; leave a source out to draw nothing from it")
+        if self.type == "hf" and not self.streaming and (self.shuffle_buffer or self.streams):
+            raise ValueError("shuffle_buffer and streams of an 'hf' source need streaming: true (else all is shuffled)")
         if self.type == "mixture":
             self._check_mixture()
         if splits and self.split not in splits:

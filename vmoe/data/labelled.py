@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,8 @@ from timm.data import ImageNetInfo
 from vmoe.data.dataset import ImageDataset, Sample
 from vmoe.data.images import BadSample, load_image, to_rgb
 from vmoe.data.tree import read_class_tree
+from vmoe.printable import escaped, is_unprintable
+from vmoe.safe_json import read_json, read_text
 
 IMAGE_FOLDER_LAYOUT = """
 FOLDER/
@@ -24,6 +25,28 @@ FOLDER/
 └── dog/
     └── 1.jpg
 """
+
+
+# Those with splits and class names whose files are pictures or arrays. Others unpickle what they read, as LSUN does.
+TORCHVISION = (
+    "Country211",
+    "DTD",
+    "EMNIST",
+    "FGVCAircraft",
+    "FashionMNIST",
+    "Flowers102",
+    "Food101",
+    "ImageNet",
+    "Imagenette",
+    "KMNIST",
+    "MNIST",
+    "OxfordIIITPet",
+    "Places365",
+    "QMNIST",
+    "RenderedSST2",
+    "STL10",
+    "StanfordCars",
+)
 
 
 class LabelledFiles(ImageDataset):
@@ -96,7 +119,7 @@ class TorchvisionDataset(ImageDataset):
     """A classification data set of torchvision that is already on disk; nothing is downloaded.
 
     Args:
-        name: class in torchvision.datasets ("FashionMNIST").
+        name: class in torchvision.datasets ("FashionMNIST"), one of TORCHVISION.
         path: torchvision's `root`.
         split: "train" or "test" for data sets with a `train` argument; else passed on as their `split`.
 
@@ -105,18 +128,19 @@ class TorchvisionDataset(ImageDataset):
     """
 
     def __init__(self, name: str, path: str | Path, split: str = "train") -> None:
-        dataset_class = getattr(torchvision.datasets, name, None)
-        if not inspect.isclass(dataset_class):
-            raise ValueError(f"name {name!r} is no data set of torchvision; see the classes in torchvision.datasets")
+        if name not in TORCHVISION:
+            raise ValueError(
+                f"name must be a data set of torchvision that can be read here ({', '.join(TORCHVISION)}, CIFAR10, "
+                f"CIFAR100), got {name!r}; save others as one folder per class (type image_folder)"
+            )
+        dataset_class = getattr(torchvision.datasets, name)
         parameters = inspect.signature(dataset_class).parameters
         if "train" in parameters:
             if split not in ("train", "test"):
                 raise ValueError(f"split of torchvision's {name} must be train or test, got {split!r}")
             arguments = {"train": split == "train"}
-        elif "split" in parameters:
-            arguments = {"split": split}
         else:
-            raise ValueError(f"torchvision's {name} has no splits; save it as one folder per class (type image_folder)")
+            arguments = {"split": split}
         if "download" in parameters:
             arguments["download"] = False
         try:
@@ -174,12 +198,11 @@ def read_class_names(file: Path, folders: list[str] | None = None, path: str | P
         ValueError: the file cannot be read, does not fit the folders, or has an empty name or one twice.
     """
     try:
-        text = file.read_text(encoding="utf-8-sig")
-        names = json.loads(text) if file.suffix.lower() == ".json" else text.splitlines()
+        names = read_json(file) if file.suffix.lower() == ".json" else read_text(file).splitlines()
     except OSError as error:
         raise ValueError(f"class_names {file}: cannot be read ({error.strerror})") from None
-    except ValueError:
-        raise ValueError(f"class_names {file}: not valid UTF-8 text or JSON") from None
+    except ValueError as error:
+        raise ValueError(f"class_names {file}: not valid UTF-8 text or JSON ({error})") from None
     if folders is None:
         if not isinstance(names, list) or not names:
             raise ValueError(f"class_names {file}: must list the names of the classes, the name of class 0 first")
@@ -196,6 +219,9 @@ def read_class_names(file: Path, folders: list[str] | None = None, path: str | P
     empty = [folder for folder, name in zip(folders, names) if not name.strip()]
     if empty:
         raise ValueError(f"class_names {file}: the name of class folder {empty[0]} is empty")
+    strange = [name for name in names if any(map(is_unprintable, name))]
+    if strange:
+        raise ValueError(f"class_names {file}: the name {escaped(strange[0])} holds a control character")
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
         raise ValueError(f"class_names {file}: {repeated[0]!r} is given twice; names of classes must differ")
