@@ -47,7 +47,7 @@ def experts_per_token(layer: SparseMoE) -> float:
     return layer.num_experts
 
 
-def _grouped_mm_flops(a_shape, b_shape, *args, out_shape=None, **kwargs) -> int:
+def grouped_mm_flops(a_shape, b_shape, *args, out_shape=None, **kwargs) -> int:
     """Each row meets the matrix of its own expert only: 2 · R · I · O, whatever E."""
     return 2 * a_shape[-2] * a_shape[-1] * b_shape[-1]
 
@@ -58,7 +58,7 @@ def forward_flops(call: Callable[[], object]) -> int:
     Counts products (linear layers, attention, convolutions, the gate, the experts), not element-wise work. An
     expert's product counts the rows routed to it, once each.
     """
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flops})
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_mm_flops})
     with counter:
         call()
     return counter.get_total_flops()

@@ -1,0 +1,106 @@
+"""What is planned: the model of a training config on the meta device, and its parameters by where they will lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vmoe.config_io import ConfigError
+from vmoe.inspection.profile import count_parameters
+from vmoe.models.factory import create_model, is_contrastive
+from vmoe.models.upcycle import block_mlps, upcycle
+from vmoe.models.weights import find_weights, read_pretrained_metadata
+from vmoe.moe import SparseMoE
+from vmoe.moe.experts import Experts
+from vmoe.training.config import Config
+from vmoe.training.optim import freeze
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that FSDP2 gathers together.
+
+    Attributes:
+        size: number of parameters.
+        trainable: how many of them are trained.
+        experts: they belong to the experts of one layer.
+    """
+
+    size: int
+    trainable: int
+    experts: bool
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to plan for.
+
+    Attributes:
+        model: on the meta device, in training mode.
+        units: all parameters, in the units of `vmoe.distributed.parallelize`.
+        total: number of parameters.
+        active: of those, how many a token goes through.
+        num_experts: of each sparse layer.
+        expert_widths: sizes along which FSDP2 would cut the experts' weights when they are spread as well.
+        notes: what the config leaves open, and what was taken.
+    """
+
+    model: nn.Module
+    units: list[Unit]
+    total: int
+    active: int
+    num_experts: list[int]
+    expert_widths: set[int]
+    notes: list[str]
+
+
+def make_subject(config: Config) -> Subject:
+    """The model of a config on the meta device; reads neither data nor weights.
+
+    Raises:
+        ConfigError: a setting does not suit the model, or the model does not suit the task.
+    """
+    notes: list[str] = []
+    name, kwargs = config.model.name, dict(config.model.kwargs)
+    upcycled = dict(config.model.upcycle)
+    if name is None:  # all that is known of the model is in the file
+        metadata = read_pretrained_metadata(find_weights(config.model.pretrained))
+        name, kwargs = metadata["name"], {**metadata["kwargs"], **kwargs}
+        upcycled = upcycled or metadata.get("upcycle") or {}
+    if isinstance(kwargs.get("image"), dict):  # weights, which say nothing about size
+        kwargs["image"] = {key: value for key, value in kwargs["image"].items() if key != "pretrained"}
+    try:
+        with torch.device("meta"):
+            model = create_model(name, **kwargs)
+            if upcycled:
+                model = upcycle(model, **upcycled)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model: {error}") from error
+    if is_contrastive(model) != (config.task == "contrastive"):
+        needed = "an image-text model" if config.task == "contrastive" else "a classifier"
+        raise ConfigError(f"task {config.task!r} needs {needed}, and {name} is none")
+    if config.task == "classification" and "num_classes" not in kwargs:
+        notes.append(f"num_classes comes from the data; {model.num_classes} are counted (set model.kwargs.num_classes)")
+    freeze(model, config.train.freeze)
+    model.train()
+    total, active = count_parameters(model)
+    layers = [layer.num_experts for layer in model.modules() if isinstance(layer, SparseMoE)]
+    stacked = [layer for layer in model.modules() if isinstance(layer, Experts)]
+    widths = {parameter.shape[1] for layer in stacked for parameter in layer.parameters()}
+    return Subject(model, _units(model), total, active, layers, widths, notes)
+
+
+def _units(model: nn.Module) -> list[Unit]:
+    seen: set[int] = set()
+
+    def unit(module: nn.Module, experts: bool = False) -> Unit:
+        own = [parameter for parameter in module.parameters() if id(parameter) not in seen]
+        seen.update(id(parameter) for parameter in own)
+        trainable = sum(parameter.numel() for parameter in own if parameter.requires_grad)
+        return Unit(sum(parameter.numel() for parameter in own), trainable, experts)
+
+    units = [unit(module, experts=True) for module in model.modules() if isinstance(module, Experts)]
+    units += [unit(model.get_submodule(name.removesuffix(".mlp"))) for name in block_mlps(model)]
+    return [*units, unit(model)]
