@@ -1,4 +1,4 @@
-"""JSON that may come from a stranger: every mistake is a ValueError, and a file has a size that fits its use."""
+"""Text and JSON that may come from a stranger: every mistake is a ValueError, and a file has a size that fits its use."""
 
 from __future__ import annotations
 
@@ -35,9 +35,17 @@ def read_json(file: str | Path, max_bytes: int = 16 * 2**20) -> Any:
         OSError: it cannot be read.
         ValueError: as :func:`parse_json`, or it is too large or no regular file; without the file's name.
     """
+    return parse_json(read_text(file, max_bytes))
+
+
+def read_text(file: str | Path, max_bytes: int = 16 * 2**20) -> str:
+    """A UTF-8 file as it is, without a byte order mark; arguments and errors as of :func:`read_json`."""
     facts = Path(file).stat()
-    if not stat.S_ISREG(facts.st_mode):
+    if not (stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)):  # a folder is an OSError below
         raise ValueError("not a regular file")
     if facts.st_size > max_bytes:
         raise ValueError(f"{facts.st_size} bytes, more than the limit of {max_bytes}")
-    return parse_json(Path(file).read_text(encoding="utf-8-sig"))
+    try:
+        return Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,14 @@ class Fingerprint:
         """Adds a file by its name within the data set, its size and its first and last 4 KiB; or that it is missing."""
         self.add("file", name)
         try:
+            if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never end
+                raise OSError(f"{path} is no regular file")
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 head = file.read(BYTES_OF_A_FILE)
                 file.seek(max(0, size - BYTES_OF_A_FILE))
                 tail = file.read(BYTES_OF_A_FILE)
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a name that no file can have
             self.add("missing", None)
             return
         self.add("size", size)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vmoe.data.labelled import flatten
 from vmoe.data.tree import TreeReader, read_class_tree
+from vmoe.safe_json import read_json
 
 VAL_LAYOUT = """
 FOLDER/
@@ -115,7 +116,7 @@ def read_val_labels(file: str | Path, synsets: Sequence[str]) -> dict[int, int]:
         number = line if name is None else val_number(name if "." in name else f"{name}.JPEG")
         if kit is not None:
             label = label_of.get(kit.get(text, ""))
-        elif text.isdecimal() and name is not None:
+        elif re.fullmatch("[0-9]{1,9}", text) and name is not None:
             label = int(text) if int(text) < len(synsets) else None
         else:
             label = label_of.get(text)
@@ -139,16 +140,14 @@ def read_real_labels(file: str | Path | None) -> list[tuple[int, ...]]:
         ValueError: the file is no list of lists of labels 0..999.
     """
     if file is None:
-        text = pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json").decode()
+        lists = json.loads(pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json"))
     else:
         try:
-            text = Path(file).read_text(encoding="utf-8-sig")
+            lists = read_json(file)
         except OSError as error:
             raise ValueError(f"labels_file {file}: cannot be read ({error.strerror})") from None
-    try:
-        lists = json.loads(text)
-    except ValueError:
-        raise ValueError(f"labels_file {file}: not valid JSON") from None
+        except ValueError as error:
+            raise ValueError(f"labels_file {file}: {error}") from None
     if not isinstance(lists, list) or not lists:
         raise ValueError(f"labels_file {file}: must be a JSON list with a list of labels for each picture")
     for number, labels in enumerate(lists, start=1):
@@ -160,7 +159,11 @@ def read_real_labels(file: str | Path | None) -> list[tuple[int, ...]]:
 def _rows(file: Path, lines: list[str]) -> Iterator[tuple[int, str | None, str]]:
     """(line number, picture's name or None, text of its label) of each line that is not empty."""
     if file.suffix.lower() == ".csv":
-        for line, row in enumerate(csv.reader(lines), start=1):
+        try:
+            rows = list(csv.reader(lines))
+        except csv.Error as error:
+            raise ValueError(f"labels_file {file}: malformed ({error})") from None
+        for line, row in enumerate(rows, start=1):
             if len(row) < 2 or not row[1].split():
                 raise ValueError(f"labels_file {file} line {line}: needs two columns, ImageId and PredictionString")
             if line > 1 or row[0] != "ImageId":
@@ -189,7 +192,7 @@ def _read_devkit_classes(file: Path) -> dict[str, str]:
         raise ValueError(
             f"labels_file {file}: its class numbers need the development kit's meta.mat beside it"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # on broken bytes scipy raises struct.error, zlib.error, IndexError, MemoryError ...
         raise ValueError(f"{file.with_name('meta.mat')}: not the development kit's ({error})") from None
 
 

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import io
+import os
+import stat
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from vmoe.printable import printable
+
 # A longer strip would make the evaluation transform, which scales the short side up, need gigabytes.
 MAX_ASPECT_RATIO = 100
 # Pillow's own limit of 89 million pixels, at which it warns of a decompression bomb (an error only at twice that).
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
+
+# What Pillow may take a file for, whatever its name says. It reads many more, some by calling other programs (a file
+# that begins like EPS goes to Ghostscript), some by decoders that few people use and test.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "PPM", "TIFF")
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 
@@ -45,21 +53,30 @@ def load_image(path: str | Path, content: bytes | None = None) -> Image.Image:
         content: its bytes, where they come from elsewhere; `path` is then only a name for messages.
 
     Raises:
-        BadSample: the file is missing, truncated, no picture, has more than MAX_PIXELS pixels, or is a strip with
-            sides beyond 1 : MAX_ASPECT_RATIO.
+        BadSample: the file is missing, truncated, no picture of FORMATS, has more than MAX_PIXELS pixels, or is a
+            strip with sides beyond 1 : MAX_ASPECT_RATIO.
     """
     try:
-        with Image.open(path if content is None else io.BytesIO(content)) as image:
+        if content is None and not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never end
+            raise BadSample(str(path), "not a regular file")
+        with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as image:
             check_size(image.size)  # the header alone is read so far
             return to_rgb(image)
     except FileNotFoundError:
         raise BadSample(str(path), "no such file") from None
     except Image.UnidentifiedImageError:
-        raise BadSample(str(path), "not a picture file that Pillow can read") from None
+        raise BadSample(str(path), f"not a picture file ({', '.join(FORMATS)})") from None
+    except BadSample:
+        raise
     except (
         Exception
     ) as error:  # on broken bytes Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error...
-        raise BadSample(str(path), f"unreadable picture ({error})") from error
+        raise BadSample(str(path), f"unreadable picture ({printable(error)})") from error
+
+
+def leads_out(name: str) -> bool:
+    """Whether a path below some folder is none: absolute, or out of it by `..`."""
+    return os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir
 
 
 def check_size(size: tuple[int, int]) -> None:

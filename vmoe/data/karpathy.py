@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from vmoe.data.dataset import ImageDataset, Sample
-from vmoe.data.images import BadSample, load_image
+from vmoe.data.images import BadSample, leads_out, load_image
 from vmoe.data.tree import TreeReader
+from vmoe.safe_json import read_json
 
 # "restval" is the part of COCO's validation pictures that joins the training pictures.
 SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
+MAX_BYTES = 2**30  # dataset_coco.json has 144 MB
 LAYOUT = """
 image_root/
 ├── train2014/                    (COCO)
@@ -80,11 +81,11 @@ class KarpathyCaptions(ImageDataset):
 
 def _read_images(file: Path) -> list[dict[str, Any]]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file, MAX_BYTES)
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror}); give Karpathy's JSON file as path") from None
-    except ValueError:
-        raise ValueError(f"{file}: not valid JSON") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     images = content.get("images") if isinstance(content, dict) else None
     if not isinstance(images, list) or not images:
         raise ValueError(f"{file}: has no list 'images', as Karpathy's files (dataset_coco.json) have")
@@ -105,9 +106,12 @@ def _read_entry(entry: dict[str, Any], where: str) -> tuple[str, str, list[str]]
             raise ValueError(f"{where}: {key} must be a text, got {value!r}")
     if not name:
         raise ValueError(f"{where}: filename is empty")
+    path = f"{folder}/{name}" if folder else name
+    if leads_out(path):
+        raise ValueError(f"{where}: the picture {path} does not lie in image_root")
     known = [part for parts in SPLITS.values() for part in parts]
     if split not in known:
         raise ValueError(f"{where}: split must be one of {', '.join(known)}, got {split!r}")
     if not captions:
         raise ValueError(f"{where}: {name} has no sentences")
-    return f"{folder}/{name}" if folder else name, split, captions
+    return path, split, captions

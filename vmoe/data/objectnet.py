@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from PIL import Image
 from vmoe.data.images import BadSample, load_image
 from vmoe.data.labelled import LabelledFiles, flatten
 from vmoe.data.tree import TreeReader
+from vmoe.safe_json import read_json
 
 BORDER = 2  # pixels of red, which its authors ask to cut off
 LAYOUT = """
@@ -94,7 +95,11 @@ def read_mappings(folder: Path) -> dict[str, list[int]]:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{names_file}: cannot be read ({error})") from None
     outputs_file = folder / "pytorch_to_imagenet_2012_id.json"
-    outputs = {place: int(output) for output, place in _read_json(outputs_file, int).items() if output.isdecimal()}
+    outputs = {
+        place: int(output)
+        for output, place in _read_json(outputs_file, int).items()
+        if re.fullmatch("[0-9]{1,9}", output)
+    }
     if sorted(outputs) != list(range(len(names))) or sorted(outputs.values()) != list(range(len(names))):
         raise ValueError(
             f"{outputs_file}: must give each output 0..{len(names) - 1} one of the {len(names)} lines "
@@ -117,11 +122,11 @@ def read_mappings(folder: Path) -> dict[str, list[int]]:
 def _read_json(file: Path, kind: type) -> dict:
     """A JSON object whose values are all of one kind, str or int."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror}); it comes with ObjectNet's download") from None
-    except ValueError:
-        raise ValueError(f"{file}: not valid JSON") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{file}: must be a JSON object")
     for key, value in content.items():

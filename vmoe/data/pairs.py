@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import csv
-import json
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from vmoe.data.dataset import ImageDataset, Sample
-from vmoe.data.images import IMAGE_SUFFIXES, BadSample, load_image
+from vmoe.data.images import IMAGE_SUFFIXES, BadSample, leads_out, load_image
 from vmoe.data.tree import is_junk
+from vmoe.printable import printable
+from vmoe.safe_json import parse_json, read_text
 
 IMAGE_KEYS = ("image", "path", "filepath", "file_path", "image_path", "file_name", "filename", "file")
+MAX_TEXT = 2**20  # characters of a line, bytes of a caption's file
 CAPTION_KEYS = ("caption", "title", "text")
 
 
@@ -25,12 +28,14 @@ class PairsFile(ImageDataset):
 
     Args:
         path: the file, in UTF-8.
-        image_root: folder from which relative image paths start; None: the file's own.
+        image_root: folder from which relative image paths start, and which no path may lead out of; None: the file's
+            own.
         image_key: column or key of the image path; None: the first of IMAGE_KEYS that the file has.
         caption_key: column or key of the caption; None: the first of CAPTION_KEYS that the file has.
 
     Raises:
-        ValueError: the file is missing, holds no pairs, is malformed, or has no such column.
+        ValueError: the file is missing, holds no pairs, is malformed, has no such column, or names a picture outside of
+            image_root.
     """
 
     has_captions = True
@@ -49,18 +54,19 @@ class PairsFile(ImageDataset):
             raise ValueError(f"{path}: a file of pairs must end in .csv, .tsv or .jsonl")
         self.pairs: list[tuple[str, str]] = []
         try:
+            root = os.path.abspath(self.root)
+            self.image_ids = []
             for line, row in readers[path.suffix.lower()](path):
                 image = row[_key(row, image_key, IMAGE_KEYS, "image_key", f"{path} line {line}")]
                 caption = row[_key(row, caption_key, CAPTION_KEYS, "caption_key", f"{path} line {line}")]
                 self.pairs.append((_text(image), _text(caption)))
+                self.image_ids.append(_name_within(root, self.pairs[-1][0], f"{path} line {line}"))
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror}); check the data source's path") from None
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
         if not self.pairs:
             raise ValueError(f"{path}: holds no pairs; it needs an image path and a caption per line")
-        root = os.path.abspath(self.root)
-        self.image_ids = [_name_within(root, image) for image, _ in self.pairs]
 
     @property
     def captions(self) -> list[str]:
@@ -130,11 +136,11 @@ class PairsFolder(ImageDataset):
 def _caption_beside(path: Path) -> str:
     file = path.with_suffix(".txt")
     try:
-        caption = file.read_text(encoding="utf-8-sig").strip()
+        caption = read_text(file, MAX_TEXT).strip()
     except OSError:
         raise BadSample(str(path), f"no caption file {file.name} beside it") from None
-    except UnicodeDecodeError:
-        raise BadSample(str(path), f"its caption file {file.name} is not UTF-8") from None
+    except ValueError as error:
+        raise BadSample(str(path), f"its caption file {file.name}: {error}") from None
     if not caption:
         raise BadSample(str(path), "empty caption")
     return caption
@@ -144,10 +150,10 @@ def _read_table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, {column: cell}) of each row of a .csv or .tsv file."""
     with open(path, newline="", encoding="utf-8-sig") as file:
         if path.suffix.lower() == ".tsv":
-            rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+            rows = csv.reader(_lines(file, path), delimiter="\t", quoting=csv.QUOTE_NONE)
         else:
             # strict: else a stray quotation mark silently swallows the lines up to the next one
-            rows = csv.reader(file, strict=True)
+            rows = csv.reader(_lines(file, path), strict=True)
         try:
             columns = next(rows, [])
             if len(columns) == 2 and Path(columns[0]).suffix.lower() in IMAGE_SUFFIXES:  # no line of column names
@@ -165,16 +171,27 @@ def _read_table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise ValueError(f"{path} line {rows.line_num}: malformed ({error})") from None
 
 
+def _lines(file: TextIO, path: Path) -> Iterator[str]:
+    """The lines of a file, of which none can fill the memory."""
+    for number in itertools.count(1):
+        line = file.readline(MAX_TEXT + 1)
+        if len(line) > MAX_TEXT:
+            raise ValueError(f"{path} line {number}: longer than {MAX_TEXT} characters")
+        if not line:
+            return
+        yield line
+
+
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of each line of a .jsonl file."""
     with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_lines(file, path), start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path} line {number}: not valid JSON ({error.msg})") from None
+                row = parse_json(line)
+            except ValueError as error:
+                raise ValueError(f"{path} line {number}: {error}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{path} line {number}: must be a JSON object with an image path and a caption")
             yield number, row
@@ -188,10 +205,21 @@ def _key(row: dict[str, Any], wanted: str | None, usual: tuple[str, ...], settin
     return key
 
 
-def _name_within(root: str, image: str) -> str:
-    """A picture's path from the root on, so that a copy elsewhere has the same names; absolute if it lies outside."""
-    name = Path(os.path.normpath(image))
-    return str(name.relative_to(root) if name.is_relative_to(root) else name)
+def _name_within(root: str, image: str, where: str) -> str:
+    """A picture's path from the root on, so that a copy elsewhere has the same names.
+
+    Raises:
+        ValueError: it lies outside, so that a stranger's list could show what else is on this machine.
+    """
+    name = os.path.normpath(image)
+    if os.path.isabs(name) and Path(name).is_relative_to(root):
+        name = str(Path(name).relative_to(root))
+    if leads_out(name):
+        raise ValueError(
+            f"{where}: the picture {printable(image)} lies outside of {root}; set image_root to the folder that holds "
+            "all pictures"
+        )
+    return name
 
 
 def _text(value: Any) -> str:
