@@ -371,13 +371,28 @@ def test_data_that_is_left_out_is_named(make_config):
         train(config)
 
 
-def test_damaged_weights_name_the_way_out(make_config):
-    config = make_config(**{"train.steps": 2})
-    train(config)
-    (last,) = list_checkpoints(Path(config.output_dir))
-    (last / "model.safetensors").write_bytes(b"cut")
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(make_config, tmp_path, caplog):
+    straight = make_config(**{"train.steps": 3, "optim.schedule": "constant"})
+    run(straight)
+    overrides = {"train.checkpoint_every": 1, "optim.schedule": "constant", "train.keep_last": 3}
+    config = make_config(output_dir=tmp_path / "damaged", **overrides, **{"train.steps": 2})
+    run(config)
+    first, second = list_checkpoints(_path(config))
+    (second / "model.safetensors").write_bytes(b"cut")
+    config.train.steps = 3
+    _, printed = run(config)
+    assert "continuing after step 1" in printed
+    assert "step_000002 is damaged (model.safetensors has 3 bytes instead of" in caplog.text
+    assert "step_000001 is used instead" in caplog.text
+    first, second, third = list_checkpoints(_path(config))  # the second was made again
+    assert metrics_of(config) == metrics_of(straight)
+    (ours,) = list_checkpoints(_path(straight))
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert same_weights(load_file(third / file), load_file(ours / file)), file
+    for checkpoint in (first, second, third):
+        (checkpoint / "trainer.json").unlink()
     config.train.steps = 4
-    with pytest.raises(CheckpointError, match=r"remove .*step_000002 to continue from the one before"):
+    with pytest.raises(CheckpointError, match=r"all checkpoints in .* are damaged.*trainer\.json is missing; choose"):
         train(config)
 
 

@@ -63,8 +63,8 @@ def test_an_upcycled_run_starts_where_the_dense_one_stood(make_second):
     assert ours[0] == pytest.approx(theirs[0], abs=1e-4)
     assert ours[-1] != pytest.approx(theirs[-1], abs=1e-6)
     assert metrics(sparse, "loss")[0] > ours[0]  # the auxiliary losses are at work
-    trainer = torch.load(Path(sparse.output_dir) / "checkpoints/step_000004/trainer.pt", weights_only=True)
-    steps = {int(state["step"]) for state in trainer["optimizer"]["state"].values()}
+    state = load_file(Path(sparse.output_dir) / "checkpoints/step_000004/optimizer.safetensors")
+    steps = {int(value) for key, value in state.items() if key.startswith("step/")}
     assert steps == {4, 7}  # the router's own, and three of the dense run before
     train(fresh := make_second("fresh", ALL, pretrained_optimizer=False))
     assert metrics(fresh, "task_loss")[0] == ours[0]
@@ -100,7 +100,7 @@ def test_bad_settings_are_config_errors(make_second, make_config, dense_run, tmp
     save_pretrained(create_model(pretrained=dense_run), file)
     config = make_second("bad", ALL)
     config.model.pretrained = str(file)
-    with pytest.raises(ConfigError, match="trainer.pt does not exist; set it to false"):
+    with pytest.raises(ConfigError, match="trainer.json does not exist; set it to false"):
         train(config)
     with pytest.raises(ConfigError, match="state of AdamW is of no use to Lion"):
         train(make_second("bad", ALL, **{"optim.name": "lion"}))

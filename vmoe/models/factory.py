@@ -6,16 +6,17 @@ A model's file is one safetensors file whose metadata says how to build the mode
 """
 
 import difflib
+import errno
 import inspect
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD, create_transform, resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
@@ -28,6 +29,7 @@ from vmoe.models.vision import VisionMoE
 from vmoe.models.weights import METADATA_KEY, find_weights, load_weights, read_pretrained_metadata
 from vmoe.moe import SparseMoE
 from vmoe.moe.settings import SETTING_NAMES, preset_settings
+from vmoe.whole import whole_file
 
 IMAGE_TEXT_NAMES = (*LIMOE_CONFIGS, *TWO_TOWER_CONFIGS)
 
@@ -221,26 +223,43 @@ def save_pretrained(model: nn.Module, file: str | Path, extra: dict | None = Non
         file: where to; replaced if it exists.
         extra: JSON-able facts to keep beside the settings, such as class names.
     """
-    file = Path(file)
-    metadata = file_metadata(model, extra)
-    file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    os.close(handle)
     try:
+        write_tensors(tensors, file_metadata(model, extra), Path(file))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be saved: some of its tensors share their memory, and safetensors "
+            "keeps each alone; save its state_dict with torch.save"
+        ) from error
+
+
+def write_tensors(tensors: dict[str, Tensor], metadata: dict[str, str], file: Path) -> None:
+    """Write a safetensors file: whole or not at all, and on the disk when this returns.
+
+    Args:
+        tensors: on the CPU, contiguous.
+        metadata: what the file says of itself.
+        file: where to; replaced if it exists.
+
+    Raises:
+        OSError: it cannot be written.
+        RuntimeError: tensors share their memory.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(file) as draft:
         try:
-            save_file(tensors, temporary, metadata=metadata)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{type(model).__name__} cannot be saved: some of its tensors share their memory, and safetensors "
-                "keeps each alone; save its state_dict with torch.save"
-            ) from error
-        with open(temporary, "rb") as written:
+            save_file(tensors, draft, metadata=metadata)
+        except SafetensorError as error:  # all that can go wrong here is the disk
+            raise OSError(*_system_error(str(error)), str(file)) from error
+        with open(draft, "rb") as written:
             os.fsync(written.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        os.chmod(draft, 0o644)
+
+
+def _system_error(message: str) -> tuple[int, str]:
+    """The number and text of the system's error in a message of safetensors."""
+    code = re.search(r"os error (\d+)", message)
+    return (int(code[1]), os.strerror(int(code[1]))) if code else (errno.EIO, message)
 
 
 def file_metadata(model: nn.Module, extra: dict | None = None) -> dict[str, str]:

@@ -1,71 +1,122 @@
 """Files of weights: found, read, and loaded into models.
 
-A model's file is one safetensors file; `vmoe.models.factory` writes it, and its metadata says how to build the model.
+A model's weights are one safetensors file, which `vmoe.models.factory` writes, or the folder of such files that a
+sharded run wrote into a checkpoint, each process its own part. Their metadata says how to build the model.
 """
 
 import json
 import logging
 import math
-import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
+from torch.distributed.checkpoint import DefaultLoadPlanner, HuggingFaceStorageReader
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import Metadata
 
+from vmoe.manifest import MANIFEST, find_problems, list_checkpoints, newest_whole
 from vmoe.models.two_tower import TwoTower
 
 logger = logging.getLogger("vmoe.models")
 
 METADATA_KEY = "vmoe"
 WEIGHTS_NAME, AVERAGE_NAME = "model.safetensors", "ema.safetensors"
+SETTINGS_NAME = "settings.json"  # in a folder of shards, the metadata that a single file carries itself
 
 
 class WeightsError(ValueError):
     """A file of weights that cannot be read or does not fit the model."""
 
 
-def find_weights(path: str | Path) -> Path:
-    """The weights' file of a `.safetensors` path, of a checkpoint's folder, or of a run's folder (its last checkpoint).
+# --- finding ---------------------------------------------------------------------------------------------------------
 
-    In a folder the moving average stands for the model, if the run kept one.
+
+def find_weights(path: str | Path) -> Path:
+    """The weights of a `.safetensors` path, of a checkpoint's folder, or of a run's folder (its newest whole one).
+
+    In a folder the moving average stands for the model, if the run kept one. What lies in a checkpoint is compared with
+    the checksums there. A damaged checkpoint of a run is passed over with a warning.
+
+    Returns:
+        A safetensors file, or a folder of them that a sharded run wrote.
 
     Raises:
-        WeightsError: if there is none.
+        WeightsError: if there is none, or what `path` names is damaged.
     """
     path = Path(path)
-    if path.is_file():
+    if path.is_file() or (path / SETTINGS_NAME).is_file():
+        if (path.parent / MANIFEST).exists():
+            _refuse(path.parent, find_problems(path.parent, only=path.name))
         return path
-    if (path / WEIGHTS_NAME).is_file():
-        average = path / AVERAGE_NAME
-        return average if average.is_file() else path / WEIGHTS_NAME
-    checkpoints = path if path.name == "checkpoints" else path / "checkpoints"
-    # Not what a process that died while saving left behind ("step_000450.unfinished").
-    steps = [folder for folder in checkpoints.glob("step_*") if re.fullmatch(r"step_\d+", folder.name)]
-    if not steps:
+    if checkpoint_weights(path) is not None or (path / MANIFEST).exists():
+        _refuse(path, find_problems(path))
+        found = checkpoint_weights(path, average=True) or checkpoint_weights(path)
+        if found is None:
+            raise WeightsError(f"{path} holds no {WEIGHTS_NAME}")
+        return found
+    run = path.parent if path.name == "checkpoints" else path
+    checkpoints = list_checkpoints(run)
+    if not checkpoints:
         reason = "it does not exist" if not path.exists() else f"it holds no {WEIGHTS_NAME} and no checkpoints"
         raise WeightsError(f"no weights at {path}: {reason}; give a .safetensors file, a checkpoint or a run's folder")
-    last = max(steps, key=lambda folder: int(folder.name.removeprefix("step_")))
-    if not (last / WEIGHTS_NAME).is_file():
-        raise WeightsError(f"{last} has lost its {WEIGHTS_NAME}; name another checkpoint of {checkpoints}")
-    return find_weights(last)
+    last = newest_whole(checkpoints, logger)
+    if last is None:
+        problem = find_problems(checkpoints[-1])[0]
+        raise WeightsError(
+            f"none of the {len(checkpoints)} checkpoints of {run} is whole: {checkpoints[-1].name}: {problem}"
+        )
+    return checkpoint_weights(last, average=True) or checkpoint_weights(last)
 
 
-def read_pretrained_metadata(file: str | Path) -> dict:
-    """{"name", "kwargs", "preprocess", "extra"} of a file that `save_pretrained` wrote."""
-    text = safetensors_metadata(file).get(METADATA_KEY)
+def checkpoint_weights(checkpoint: Path, average: bool = False) -> Path | None:
+    """The model's weights in a checkpoint, or their moving average: a file or, of a sharded run, a folder, or None."""
+    single = checkpoint / (AVERAGE_NAME if average else WEIGHTS_NAME)
+    return next((path for path in (single, single.with_suffix("")) if path.exists()), None)
+
+
+def _refuse(checkpoint: Path, problems: list[str]) -> None:
+    if problems:
+        raise WeightsError(f"{checkpoint} is damaged: {problems[0]}; take another checkpoint")
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_pretrained_metadata(source: str | Path) -> dict:
+    """{"name", "kwargs", "preprocess", "extra"} of weights that `save_pretrained` or a checkpoint wrote."""
+    text = safetensors_metadata(source).get(METADATA_KEY)
     if text is None:
-        raise WeightsError(f"{file} holds weights but no settings of a vmoe model: it was not written by this package")
+        raise WeightsError(
+            f"{source} holds weights but no settings of a vmoe model: it was not written by this package"
+        )
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise WeightsError(f"the settings in {file} are damaged: {error}") from error
+        metadata = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"the settings in {source} are damaged: {error}") from error
+    if not isinstance(metadata, dict) or not {"name", "kwargs", "preprocess", "extra"} <= metadata.keys():
+        raise WeightsError(f"the settings in {source} are damaged: they lack a name, kwargs, preprocess or extra")
+    return metadata
 
 
-def safetensors_metadata(file: str | Path) -> dict[str, str]:
-    """What a safetensors file says of itself."""
-    with _open(file) as opened:
-        return opened.metadata() or {}
+def safetensors_metadata(source: str | Path) -> dict[str, str]:
+    """What a safetensors file, or a folder of a sharded run's, says of itself."""
+    source = Path(source)
+    if not source.is_dir():
+        with _open(source) as opened:
+            return opened.metadata() or {}
+    file = source / SETTINGS_NAME
+    try:
+        metadata = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{file} cannot be read: {error}") from error
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise WeightsError(f"{file} is damaged: it must map names to text")
+    return metadata
 
 
 def _open(file: str | Path):
@@ -77,64 +128,137 @@ def _open(file: str | Path):
         raise WeightsError(f"{file} is not a readable safetensors file: {error}") from error
 
 
-def load_weights(model: nn.Module, file: str | Path, new_head: bool = False) -> None:
-    """Load a file's weights into a model; every tensor must fit.
+class StoredTensors:
+    """The tensors in a safetensors file, or in the folder of shards that the processes of a sharded run wrote.
+
+    Nothing but their names and shapes is read before `read_into`. What is then read is what this process needs.
 
     Args:
-        model: changed in place, or not at all if there is an error.
-        file: a safetensors file.
+        source: file or folder.
+
+    Attributes:
+        shapes: {name: shape of the whole tensor}.
+        dtypes: {name: type}.
+
+    Raises:
+        WeightsError: a file cannot be read, or the shards do not make whole tensors.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        self.source = Path(source)
+        if not self.source.is_dir():
+            _open(self.source)  # with its own messages
+        self._reader = HuggingFaceStorageReader(str(self.source))
+        self._reader.fs = _SafetensorsFiles()
+        with self._readable():
+            self._metadata: Metadata = self._reader.read_metadata()
+            entries = self._metadata.state_dict_metadata
+            self.shapes = {name: entry.size for name, entry in entries.items()}
+            self.dtypes = {name: entry.properties.dtype for name, entry in entries.items()}
+            for name, entry in entries.items():
+                parts = {(chunk.offsets, chunk.sizes) for chunk in entry.chunks}
+                if sum(math.prod(sizes) for _, sizes in parts) != math.prod(entry.size):
+                    raise ValueError(f"its shards do not make the whole of {name}, {tuple(entry.size)}")
+
+    def read_into(self, targets: dict[str, Tensor]) -> None:
+        """Fills tensors of the stored shapes; of a DTensor this process's part, however it was sharded when written.
+
+        Raises:
+            WeightsError: a file cannot be read.
+        """
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        with self._readable(), torch.no_grad():
+            planner.set_up_planner(targets, self._metadata)
+            self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+            self._reader.read_data(planner.create_local_plan(), planner)
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor, on the CPU."""
+        tensor = torch.empty(self.shapes[name], dtype=self.dtypes[name])
+        self.read_into({name: tensor})
+        return tensor
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever the libraries make of a damaged file
+            raise WeightsError(f"{self.source} cannot be read: {error or type(error).__name__}") from error
+
+
+class _SafetensorsFiles(FileSystem):
+    """Lets DCP's reader of folders read a single file, too."""
+
+    def ls(self, path) -> list[str]:
+        return sorted(super().ls(path)) if Path(path).is_dir() else [str(path)]
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load_weights(model: nn.Module, source: str | Path, new_head: bool = False) -> None:
+    """Load weights into a model; every tensor must fit.
+
+    Args:
+        model: changed in place, or not at all if a tensor does not fit. Its tensors may be DTensors on any mesh.
+        source: a safetensors file, or a folder that a sharded run wrote.
         new_head: for fine-tuning: a classifier of another size keeps the model's fresh one, and position embeddings of
             another picture size are interpolated.
 
     Raises:
         WeightsError: names the tensors that are missing, left over or of another shape.
     """
-    with _open(file) as opened:
-        weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
-        metadata = json.loads((opened.metadata() or {}).get(METADATA_KEY, "{}"))
-    own = model.state_dict()
+    stored = StoredTensors(source)
+    own, shapes = model.state_dict(), dict(stored.shapes)
+    resized = {}
     if new_head:
-        _new_head(model, own, weights, file)
-        _resize_positions(model, own, weights, metadata.get("preprocess"))
-    missing = sorted(own.keys() - weights.keys())
-    unexpected = sorted(weights.keys() - own.keys())
-    shapes = [
-        f"{name} is {tuple(weights[name].shape)} in the file, {tuple(own[name].shape)} in the model"
+        _leave_new_head(model, own, shapes, source)
+        resized = _resized_positions(model, own, stored, safetensors_metadata(source))
+        shapes |= {name: tensor.shape for name, tensor in resized.items()}
+    missing = sorted(own.keys() - shapes.keys())
+    unexpected = sorted(shapes.keys() - own.keys())
+    other = [
+        f"{name} is {tuple(shapes[name])} in the file, {tuple(own[name].shape)} in the model"
         for name in own
-        if name in weights and weights[name].shape != own[name].shape
+        if name in shapes and shapes[name] != own[name].shape
     ]
     problems = []
-    for kind, names in (("missing from the file", missing), ("not in the model", unexpected), ("other shape", shapes)):
+    for kind, names in (("missing from the file", missing), ("not in the model", unexpected), ("other shape", other)):
         if names:
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
             problems.append(f"{kind}: {', '.join(names[:8])}{more}")
     if problems:
-        raise WeightsError(f"{file} does not fit the model; " + "; ".join(problems))
-    model.load_state_dict(weights)
+        raise WeightsError(f"{source} does not fit the model; " + "; ".join(problems))
+    stored.read_into({name: own[name] for name in own if name not in resized})
+    for name, tensor in resized.items():
+        own[name].copy_(tensor)
 
 
-def _new_head(model: nn.Module, own: dict[str, Tensor], weights: dict[str, Tensor], file: str | Path) -> None:
-    """Replace a classifier of another shape in `weights` by the model's own."""
+def _leave_new_head(model: nn.Module, own: dict[str, Tensor], shapes: dict[str, torch.Size], source: str | Path):
+    """Take a classifier of another shape out of what is loaded, and out of what must be."""
     classifiers = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
     heads = [f"{classifier}.{part}" for classifier in classifiers for part in ("weight", "bias")]
-    heads = [name for name in heads if name in own or name in weights]
-    if all(name in own and name in weights and own[name].shape == weights[name].shape for name in heads):
+    heads = [name for name in heads if name in own or name in shapes]
+    if all(name in own and name in shapes and own[name].shape == shapes[name] for name in heads):
         return
-    logger.info("%s has a classifier of another size: the model's own starts anew", file)
+    logger.info("%s has a classifier of another size: the model's own starts anew", source)
     for name in heads:
-        weights.pop(name, None)
-        if name in own:
-            weights[name] = own[name]
+        shapes.pop(name, None)
+        own.pop(name, None)
 
 
-def _resize_positions(
-    model: nn.Module, own: dict[str, Tensor], weights: dict[str, Tensor], preprocess: dict | None
-) -> None:
-    """Interpolate the position embeddings in `weights` to the model's grid of patches."""
+def _resized_positions(
+    model: nn.Module, own: dict[str, Tensor], stored: StoredTensors, metadata: dict[str, str]
+) -> dict[str, Tensor]:
+    """The stored position embeddings, interpolated to the model's grid of patches; those that need it."""
+    preprocess = json.loads(metadata.get(METADATA_KEY, "{}")).get("preprocess")
     model = model.visual if isinstance(model, TwoTower) else model
+    resized = {}
     for name in ("pos_embed", "visual.pos_embed", "image_pos_embed"):
-        if name not in own or name not in weights or own[name].shape[2:] != weights[name].shape[2:]:
+        if name not in own or name not in stored.shapes or own[name].shape[2:] != stored.shapes[name][2:]:
             continue
         # Models with positions of another kind (a map of their own, none for a grid): left to the comparison of shapes.
         grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
@@ -145,7 +269,8 @@ def _resize_positions(
         if preprocess is not None:
             patch = model.patch_embed.patch_size
             old_size = [side // step for side, step in zip(preprocess["input_size"][1:], patch, strict=True)]
-            if math.prod(old_size) != weights[name].shape[1] - prefix:
+            if math.prod(old_size) != stored.shapes[name][1] - prefix:
                 continue  # another patch size: left to the comparison of shapes
         if old_size != new_size:
-            weights[name] = resample_abs_pos_embed(weights[name], new_size, old_size, num_prefix_tokens=prefix)
+            resized[name] = resample_abs_pos_embed(stored.read(name), new_size, old_size, num_prefix_tokens=prefix)
+    return resized

@@ -1,112 +1,401 @@
-"""Checkpoints of a run: written whole or not at all, read without unpickling anything.
+"""Checkpoints of a run: written whole or not at all, checked when they are read, nothing in them ever unpickled.
 
-    checkpoints/step_000450/model.safetensors    weights, with what is needed to build the model
-                            ema.safetensors      their moving average, if the run keeps one
-                            trainer.pt           optimizer, step, random seeds, place in the data, gradient scaler
+    checkpoints/step_000450/model.safetensors      weights, with what is needed to build the model
+                            ema.safetensors        their moving average, if the run keeps one
+                            optimizer.safetensors  tensors of the optimizer, by parameter name
+                            model/ ema/ optimizer/ instead of these three if the weights are sharded over processes:
+                                                   torch.distributed.checkpoint's safetensors shards, and settings.json
+                            trainer.json           step, progress, place in the data, all else of the optimizer
+                            manifest.json          every file with its size and SHA-256; written last
 
-A folder that is still being written has another name: a process that dies leaves nothing that looks like a checkpoint.
+A folder that is still being written has another name (`step_000450.unfinished`): a process that dies leaves nothing
+that looks like a checkpoint. Layout and guarantees: docs/checkpoints.md.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import os
-import re
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
-from vmoe.models.factory import load_weights, save_pretrained
+from vmoe.manifest import (
+    UNFINISHED,
+    describe_files,
+    find_problems,
+    list_checkpoints,
+    newest_whole,
+    step_of,
+    write_manifest,
+)
+from vmoe.models.factory import file_metadata, write_tensors
+from vmoe.models.weights import SETTINGS_NAME, StoredTensors, checkpoint_weights, load_weights
+from vmoe.training.optimizer_state import export_state, import_state
+from vmoe.training.team import CheckpointError, Team
 
-MODEL, EMA, TRAINER = "model.safetensors", "ema.safetensors", "trainer.pt"
-_UNFINISHED = ".unfinished"
+__all__ = [
+    "CheckpointError",
+    "Checkpointer",
+    "latest_checkpoint",
+    "list_checkpoints",
+    "load_checkpoint",
+    "remove_unfinished",
+    "step_of",
+]
+
+logger = logging.getLogger("vmoe.training")
+
+TRAINER, OLD_TRAINER = "trainer.json", "trainer.pt"
+MODEL, EMA, OPTIMIZER = "model", "ema", "optimizer"
+FORMAT = 1
+BYTES_PER_HEADER_ENTRY, BYTES_OF_JSON = 256, 2**20  # generous, for the estimate of the space that is needed
+
+# --- writing ---------------------------------------------------------------------------------------------------------
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or does not fit; the message is one sentence for the user."""
+@dataclass
+class _Contents:
+    """All of a checkpoint, in memory.
+
+    Attributes:
+        tensors: {"model" | "ema" | "optimizer": {name: tensor}}.
+        metadata: the same keys; what their safetensors files say of themselves.
+        trainer: what goes to trainer.json.
+        sharded: the weights are DTensors.
+        mesh: {dimension: size} of the processes over which they lie.
+    """
+
+    tensors: dict[str, dict[str, Tensor]]
+    metadata: dict[str, dict[str, str]]
+    trainer: dict[str, Any]
+    sharded: bool
+    mesh: dict[str, int]
+
+    @property
+    def nbytes(self) -> int:
+        """About what the files of all processes take."""
+        every = [tensor for part in self.tensors.values() for tensor in part.values()]
+        data = sum(tensor.numel() * tensor.element_size() for tensor in every)
+        return data + BYTES_PER_HEADER_ENTRY * len(every) + BYTES_OF_JSON
 
 
-def list_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run's folder, oldest step first."""
-    folders = (run / "checkpoints").glob("step_*")
-    return sorted((f for f in folders if re.fullmatch(r"step_\d+", f.name) and f.is_dir()), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The number of optimizer steps behind a checkpoint's folder."""
-    return int(checkpoint.name.removeprefix("step_"))
-
-
-def save_checkpoint(
-    run: Path,
-    step: int,
-    model: nn.Module,
-    ema: nn.Module | None,
-    trainer: dict[str, Any],
-    extra: dict[str, Any],
-    keep_last: int,
-) -> Path:
-    """Writes a checkpoint, then removes those older than the last `keep_last`.
+class Checkpointer:
+    """Writes the checkpoints of a run and removes old ones. All processes of a job make one and call it together.
 
     Args:
-        run: the run's folder.
-        step: optimizer steps done.
-        model: the trained weights.
-        ema: their moving average, or None.
-        trainer: tensors and plain Python values only, which is all that `read_trainer` can read.
-        extra: JSON-able, kept beside the weights (class names).
-        keep_last: checkpoints to keep, at least 1.
-
-    Returns:
-        The checkpoint's folder.
+        run: the run's folder, the same one for all processes.
+        keep_last: whole checkpoints to keep, at least 1.
+        keep_every: those at multiples of so many steps are kept for good; 0: none.
+        asynchronous: copy the state to the CPU, and write it while training goes on.
     """
-    parent = run / "checkpoints"
-    parent.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(run)
-    final = parent / f"step_{step:06d}"
-    if final.exists():  # Ctrl-C right after the step was saved
+
+    def __init__(self, run: Path, keep_last: int, keep_every: int = 0, asynchronous: bool = False) -> None:
+        self.parent = run / "checkpoints"
+        self.run, self.keep_last, self.keep_every = run, keep_last, keep_every
+        self._team = Team()
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self._writing: Future[None] | None = None
+        self._whole: set[Path] = set()  # known to be so, without looking again
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        ema: nn.Module | None,
+        optimizer: Optimizer,
+        trainer: dict[str, Any],
+        extra: dict[str, Any],
+    ) -> Path:
+        """Writes a checkpoint, then removes those that are not to be kept.
+
+        If it cannot be written, nothing is left of it and the ones before stay as they are.
+
+        Args:
+            step: optimizer steps done.
+            model: the trained weights, plain tensors (the same in all processes) or DTensors.
+            ema: their moving average, or None.
+            optimizer: of `model`.
+            trainer: JSON-able, the same in all processes; that of process 0 is written.
+            extra: JSON-able, kept beside the weights (class names).
+
+        Returns:
+            The checkpoint's folder; it is there when this returns, or if asynchronous, after `wait`.
+
+        Raises:
+            CheckpointError: in all processes: it, or the one before that was still being written, cannot be written.
+        """
+        self.wait()
+        final = self.parent / f"step_{step:06d}"
+        contents = self._team.run(lambda: self._collect(model, ema, optimizer, trainer, extra), final)
+        if self._thread is None:
+            self._write(contents, final)
+        else:
+            self._writing = self._thread.submit(self._write, contents, final)
         return final
-    unfinished = parent / f"{final.name}{_UNFINISHED}"
-    unfinished.mkdir()
-    save_pretrained(model, unfinished / MODEL, extra=extra)
-    if ema is not None:
-        save_pretrained(ema, unfinished / EMA, extra=extra)
-    torch.save(trainer, unfinished / TRAINER)
-    for file in unfinished.iterdir():
-        _sync(file)
-    _sync(unfinished)
-    os.replace(unfinished, final)
-    _sync(parent)
-    for old in list_checkpoints(run)[:-keep_last]:
-        shutil.rmtree(old)
-    return final
+
+    def wait(self) -> None:
+        """Returns when the last checkpoint is whole.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _collect(
+        self,
+        model: nn.Module,
+        ema: nn.Module | None,
+        optimizer: Optimizer,
+        trainer: dict[str, Any],
+        extra: dict[str, Any],
+    ) -> _Contents:
+        """The state to write: the tensors themselves, or copies that training does not change."""
+        weights = {MODEL: model} | ({} if ema is None else {EMA: ema})
+        tensors = {part: module.state_dict() for part, module in weights.items()}
+        metadata = {part: file_metadata(module, extra) for part, module in weights.items()}
+        tensors[OPTIMIZER], rest = export_state(optimizer, model)
+        metadata[OPTIMIZER] = {"format": "pt"}
+        meshes = [tensor.device_mesh for tensor in tensors[MODEL].values() if isinstance(tensor, DTensor)]
+        mesh = {}
+        for each in meshes:
+            mesh |= dict(zip(each.mesh_dim_names or map(str, range(each.ndim)), each.shape, strict=True))
+        trainer = {"format": FORMAT, "trainer": trainer, "optimizer": rest}
+        json.dumps(trainer)  # an error now, not in the background
+        if not meshes and self._team.rank > 0:  # process 0 writes all of it
+            tensors = {part: {} for part in tensors}
+
+        def ready(tensor: Tensor) -> Tensor:
+            if self._thread is not None:
+                return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            return tensor.detach().contiguous()
+
+        tensors = {part: {name: ready(tensor) for name, tensor in each.items()} for part, each in tensors.items()}
+        return _Contents(tensors, metadata, trainer, bool(meshes), mesh)
+
+    def _write(self, contents: _Contents, final: Path) -> None:
+        team = self._team
+        unfinished = final.with_name(final.name + UNFINISHED)
+        if team.run_first(lambda: self._begin(contents, unfinished, final), final):
+            return  # it is there already: stopped right after it was saved
+        try:
+            if contents.sharded:
+                for part in contents.tensors:
+                    team.run(lambda part=part: self._write_shards(contents.tensors[part], unfinished / part), final)
+            files = team.run_and_collect(lambda: self._write_own(contents, unfinished), final)
+            team.run_first(lambda: self._finish(contents, unfinished, final, files), final)
+        except CheckpointError:
+            if team.rank == 0:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        if team.rank == 0:
+            self._whole.add(final)
+            try:
+                self._remove_old(step_of(final))
+            except OSError as error:
+                logger.warning("an old checkpoint in %s could not be removed: %s", self.parent, error)
+
+    def _begin(self, contents: _Contents, unfinished: Path, final: Path) -> bool:
+        """Makes the folder and sees to the space for it; True if there is such a checkpoint already."""
+        self.parent.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(self.run)
+        if final.exists() and not find_problems(final):
+            return True
+        needed, free = contents.nbytes, shutil.disk_usage(self.parent).free
+        if needed > free:
+            raise CheckpointError(
+                f"{final} needs {_mebibytes(needed)}, and the disk of {self.parent} has {_mebibytes(free)} left; free "
+                "some space, or lower train.keep_last, and continue the run from the checkpoint before"
+            )
+        unfinished.mkdir()
+        return False
+
+    def _write_shards(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        dcp.save(tensors, storage_writer=writer, planner=planner, process_group=self._team.group)
+
+    def _write_own(self, contents: _Contents, unfinished: Path) -> dict[str, dict[str, Any]]:
+        """Writes the files that are this process's alone; returns what the manifest says of all of its files."""
+        names = []
+        if contents.sharded:
+            names += [
+                f.relative_to(unfinished).as_posix() for f in unfinished.glob(f"*/shard-{self._team.rank + 1:05d}-*")
+            ]
+        if self._team.rank == 0:
+            for part, tensors in contents.tensors.items():
+                if not contents.sharded:
+                    tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+                    write_tensors(tensors, contents.metadata[part], unfinished / f"{part}.safetensors")
+                    names.append(f"{part}.safetensors")
+                elif part != OPTIMIZER:
+                    _write_json(unfinished / part / SETTINGS_NAME, contents.metadata[part])
+                    names.append(f"{part}/{SETTINGS_NAME}")
+            _write_json(unfinished / TRAINER, contents.trainer)
+            names.append(TRAINER)
+        return describe_files(unfinished, names)
+
+    def _finish(self, contents: _Contents, unfinished: Path, final: Path, files: list[dict[str, Any]]) -> None:
+        every = {name: entry for own in files for name, entry in own.items()}
+        facts = {"step": step_of(final), "world_size": self._team.world, "mesh": contents.mesh}
+        _sync(write_manifest(unfinished, facts, every))
+        problems = find_problems(unfinished, share=(len(every), len(every) + 1))  # the hashes were just taken
+        if problems:
+            raise CheckpointError(
+                f"{final} was not written whole ({problems[0]}); output_dir must be on a file system that all "
+                "processes share"
+            )
+        for folder in {unfinished, *((unfinished / name).parent for name in every)}:
+            _sync(folder)
+        if final.exists():  # a damaged one
+            shutil.rmtree(final)
+        os.replace(unfinished, final)
+        _sync(self.parent)
+
+    def _remove_old(self, step: int) -> None:
+        """Removes what is older than the last whole ones to keep.
+
+        Those newer than `step` were found damaged when the run was continued; they stay until the run is there again.
+        """
+        kept = 0
+        for folder in reversed([each for each in list_checkpoints(self.run) if step_of(each) <= step]):
+            if kept == self.keep_last:
+                if self.keep_every == 0 or step_of(folder) % self.keep_every:
+                    _remove(folder)
+            elif folder in self._whole or not find_problems(folder):
+                self._whole.add(folder)
+                kept += 1
 
 
 def remove_unfinished(run: Path) -> None:
     """Removes what a process that died while saving left behind."""
-    for folder in (run / "checkpoints").glob(f"step_*{_UNFINISHED}"):
+    for folder in (run / "checkpoints").glob(f"step_*{UNFINISHED}"):
         shutil.rmtree(folder)
 
 
-def load_checkpoint(checkpoint: Path, model: nn.Module, ema: nn.Module | None) -> dict[str, Any]:
-    """Loads weights in place and returns the trainer's state, as given to `save_checkpoint`.
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run in which every file is as it was written; None if the run has none.
+
+    All processes of a job call it together, check a share of the files each, and get the same answer. A damaged
+    checkpoint is named in a warning, with what is wrong.
 
     Raises:
-        CheckpointError: a file is missing or damaged.
-        ValueError: the weights do not fit the model; the message lists tensors and shapes.
+        CheckpointError: there are checkpoints, and all of them are damaged.
     """
-    load_weights(model, checkpoint / MODEL)
-    if ema is not None:
-        load_weights(ema, checkpoint / EMA)
+    team = Team()
+    checkpoints = team.run_first(lambda: list_checkpoints(run), run)
+    found = newest_whole(checkpoints, logger if team.rank == 0 else None, team.find_problems)
+    if found is None and checkpoints:
+        raise CheckpointError(
+            f"all checkpoints in {run / 'checkpoints'} are damaged, the newest one here: "
+            f"{team.find_problems(checkpoints[-1])[0]}; choose another output_dir to start anew"
+        )
+    return found
+
+
+def load_checkpoint(
+    checkpoint: Path, model: nn.Module, ema: nn.Module | None, optimizer: Optimizer | None
+) -> dict[str, Any]:
+    """Loads a checkpoint in place, into plain tensors or DTensors of any mesh; all processes call it together.
+
+    Args:
+        checkpoint: its folder.
+        model: of the same names and shapes.
+        ema: its moving average; None: is not loaded.
+        optimizer: of `model`, over the same parameters; None: is not loaded.
+
+    Returns:
+        `trainer` as given to `Checkpointer.save`.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or something does not fit; the message lists tensors and shapes.
+    """
+    team = Team()
+    problems = team.find_problems(checkpoint)
+    if problems:
+        raise CheckpointError(f"{checkpoint} is damaged: {problems[0]}; remove it to continue from the one before")
+    return team.run(lambda: _load(checkpoint, model, ema, optimizer), checkpoint)
+
+
+def _load(checkpoint: Path, model: nn.Module, ema: nn.Module | None, optimizer: Optimizer | None) -> dict[str, Any]:
+    for module, average in ((model, False), (ema, True)):
+        if module is None:
+            continue
+        weights = checkpoint_weights(checkpoint, average)
+        if weights is None:
+            raise CheckpointError(f"{checkpoint} holds no {'moving average' if average else 'weights'}")
+        load_weights(module, weights)
+    if (checkpoint / OLD_TRAINER).is_file():
+        return _load_old_trainer(checkpoint / OLD_TRAINER, optimizer)
     file = checkpoint / TRAINER
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        content = json.loads(file.read_text(encoding="utf-8"))
+        trainer, rest = content["trainer"], content["optimizer"]
+        if content["format"] != FORMAT or not isinstance(trainer, dict):
+            raise ValueError(f"its format is not {FORMAT}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
+    if optimizer is not None:
+        stored = next(
+            (path for path in (checkpoint / f"{OPTIMIZER}.safetensors", checkpoint / OPTIMIZER) if path.exists()), None
+        )
+        try:
+            import_state(optimizer, model, stored and StoredTensors(stored), rest)
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint}: {error}") from error
+    return trainer
+
+
+def _load_old_trainer(file: Path, optimizer: Optimizer | None) -> dict[str, Any]:
+    """trainer.pt, by which vmoe kept the state of one process before there was a manifest."""
+    try:
+        trainer = torch.load(file, map_location="cpu", weights_only=True)
+        state = trainer.pop("optimizer")
     except Exception as error:
         raise CheckpointError(
-            f"{file} cannot be read ({type(error).__name__}); remove {checkpoint} to continue from the one before"
+            f"{file} cannot be read ({type(error).__name__}); remove {file.parent} to continue from the one before"
         ) from error
+    if optimizer is not None:
+        if any(isinstance(each, DTensor) for group in optimizer.param_groups for each in group["params"]):
+            raise CheckpointError(
+                f"{file} is of an older version of vmoe, whose optimizer state cannot be split over processes; "
+                "continue the run with parallel.dp_shard = parallel.ep = 1"
+            )
+        optimizer.load_state_dict(state)
+    return trainer
+
+
+# --- files ---------------------------------------------------------------------------------------------
+
+
+def _mebibytes(number: int) -> str:
+    return f"{number / 2**20:,.1f} MiB"
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content), encoding="utf-8")
+    _sync(file)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a checkpoint so that it is never seen in part."""
+    doomed = folder.with_name(folder.name + UNFINISHED)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
 
 
 def _sync(path: Path) -> None:

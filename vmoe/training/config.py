@@ -36,6 +36,8 @@ CHANGEABLE = (
     "train.eval_every",
     "train.checkpoint_every",
     "train.keep_last",
+    "train.keep_every",
+    "train.async_checkpoints",
     "train.collapse_after",
     "train.compile",
     "train.num_threads",
@@ -110,6 +112,8 @@ class TrainConfig:
         eval_every: Steps between two evaluations on data.val; the last step always has one. 0 never evaluates.
         checkpoint_every: Steps between two checkpoints; the last step always has one.
         keep_last: Checkpoints to keep.
+        keep_every: Checkpoints at multiples of so many steps are kept for good; 0: none.
+        async_checkpoints: Copy the state to the CPU's memory, and write it there while training goes on.
         collapse_after: A layer whose routing stays collapsed (one expert is asked for by most tokens, or some by none)
             for this many steps is reported by name. 0 never reports.
         num_threads: CPU threads of PyTorch; null leaves its own choice.
@@ -132,6 +136,8 @@ class TrainConfig:
     eval_every: int = 0
     checkpoint_every: int = 100
     keep_last: int = 2
+    keep_every: int = 0
+    async_checkpoints: bool = False
     collapse_after: int = 100
     num_threads: int | None = None
     tensorboard: bool = True
@@ -260,6 +266,7 @@ class Config:
             ("train.eval_every", train.eval_every, 0),
             ("train.checkpoint_every", train.checkpoint_every, 1),
             ("train.keep_last", train.keep_last, 1),
+            ("train.keep_every", train.keep_every, 0),
             ("train.collapse_after", train.collapse_after, 0),
             ("train.routing_picture_every", train.routing_picture_every, 0),
             ("train.num_threads", train.num_threads, 1),

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -30,18 +31,28 @@ import vmoe
 from vmoe.config_io import ConfigError
 from vmoe.data import build_transform, train_loader
 from vmoe.data.seeding import derive_seed
+from vmoe.distributed.mesh import make_meshes, mesh_size
+from vmoe.distributed.parallelize import (
+    clip_grad_norm,
+    is_sharded,
+    parallelize,
+    set_gradient_sync,
+    split_groups,
+    synchronize_numbers,
+)
+from vmoe.distributed.processes import any_process, joined, mean_over_processes, wait_for_all, world
 from vmoe.evaluation.inference import arithmetic, attention_kernel, pick_device, pick_precision
 from vmoe.inspection.figure import example_figure
 from vmoe.inspection.profile import model_profile
 from vmoe.models.factory import preprocess_config
-from vmoe.models.weights import WeightsError
+from vmoe.models.weights import WeightsError, checkpoint_weights
 from vmoe.training.checkpoint import (
-    MODEL,
+    Checkpointer,
     CheckpointError,
+    latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
     remove_unfinished,
-    save_checkpoint,
     step_of,
 )
 from vmoe.training.config import Config, changed_settings, to_yaml
@@ -91,7 +102,17 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
         Stopped: Ctrl-C (or SIGTERM), after a checkpoint was saved.
     """
     config.check()
-    console = console or Console()
+    device = pick_device(config.device)
+    with joined(device, config.parallel.timeout):
+        first = world()[0] == 0  # who speaks and writes for all processes
+        return _train(config, device, console or Console() if first else Console(quiet=True))
+
+
+def _train(config: Config, device: torch.device, console: Console) -> dict[str, Any]:
+    rank, processes = world()
+    first = rank == 0
+    parallel = config.parallel
+    size = mesh_size(parallel.dp_replicate, parallel.dp_shard, parallel.ep, processes)
     run = Path(config.output_dir)
     checkpoint = find_checkpoint(run, config)
     if checkpoint is not None and (summary := finished_summary(run, step_of(checkpoint), config.train.steps)):
@@ -104,14 +125,13 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
         return summary
 
     # ---- build
-    device = pick_device(config.device)
     precision = pick_precision(config.train.precision, device)
     if config.train.num_threads is not None:
         torch.set_num_threads(config.train.num_threads)
     seed_everything(config.seed)
     task = create_task(config)
     # A continued run finds its model in the checkpoint; the file it once started from need not exist any more.
-    pretrained = config.model.pretrained if checkpoint is None else str(checkpoint / MODEL)
+    pretrained = config.model.pretrained if checkpoint is None else str(checkpoint_weights(checkpoint))
     try:
         model = task.create_model(pretrained, continued=checkpoint is not None).to(device).train()
     except WeightsError as error:
@@ -122,48 +142,70 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
         model.set_grad_checkpointing()
     freeze(model, config.train.freeze)
     model.train()  # now that it is known what is frozen: a locked tower stays in evaluation mode
+    profile = model_profile(model)
+    ema = None
+    if config.train.ema_decay is not None:
+        ema = ModelEmaV3(model, config.train.ema_decay, use_warmup=True, foreach=size.is_plain)
+    forward = model  # what is called in training; `model` holds the weights
+    if processes > 1:
+        meshes = make_meshes(size, device)
+        forward = parallelize(model, meshes, precision)
+        if ema is not None and not size.is_plain:
+            parallelize(ema.module, meshes, precision)
+    if config.train.compile:
+        forward = torch.compile(forward)
+    sharded = is_sharded(model)
+    if sharded and precision == "fp16":
+        raise ConfigError("train.precision fp16 needs parallel.dp_shard = parallel.ep = 1; use bf16, which needs no scaler")
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    ema = None if config.train.ema_decay is None else ModelEmaV3(model, config.train.ema_decay, use_warmup=True)
     optimizer = create_optimizer(model, config.optim)
+    if sharded:
+        split_groups(optimizer)
     if checkpoint is None and config.model.pretrained_optimizer:
+        if sharded:
+            raise ConfigError("model.pretrained_optimizer needs parallel.dp_shard = parallel.ep = 1; set it to false")
         carry_over_optimizer(config.model.pretrained, model, optimizer)
     schedule = create_schedule(optimizer, config.optim, config.train.steps)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     transform = build_transform(preprocess_config(model), config.data.augmentation)
     loader = train_loader(task.train_data, transform, task.tokenizer, config.data.loader, config.seed, device)
-    forward = torch.compile(model) if config.train.compile else model
 
     # ---- continue
     step, progress = 0, {"seconds": 0.0, "loss": math.nan, "evaluation": {}, "evaluated": 0}
     if checkpoint is not None:
-        state = load_checkpoint(checkpoint, model, ema and ema.module)
-        optimizer.load_state_dict(state["optimizer"])
+        state = load_checkpoint(checkpoint, model, ema and ema.module, optimizer)
         scaler.load_state_dict(state["scaler"])
         loader.load_state_dict(state["loader"])
         step, progress = state["step"], state["progress"]
         schedule.step_update(step)
         console.print(f"{run}: continuing after step {step}", highlight=False, markup=False)
 
-    lock = lock_folder(run)
-    remove_unfinished(run)
-    write_text(run / "config.yaml", to_yaml(config))
-    log = MetricsLog(run, step, config.train.tensorboard)
+    wait_for_all()  # nobody looks for a run in the folder any more
+    lock = None
+    if first:
+        lock = lock_folder(run)
+        remove_unfinished(run)
+        write_text(run / "config.yaml", to_yaml(config))
+    log = MetricsLog(run if first else None, step, config.train.tensorboard)
     pictures = RoutingPictures(config, task, log)
     watch = CollapseWatch(config.train.collapse_after)
     skipped = 0  # by the fp16 gradient scaler, in a row
     interval = Interval()
 
+    checkpointer = Checkpointer(
+        run, config.train.keep_last, config.train.keep_every, asynchronous=config.train.async_checkpoints
+    )
+
     def save() -> None:
         trainer = {
             "step": step,
-            "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
             "loader": loader.state_dict(),
             "rng": {"seed": config.seed, "next_step": step},  # all there is: see seed_everything
             "progress": progress,
         }
         extra = {"class_names": task.class_names} if config.task == "classification" else {}
-        save_checkpoint(run, step, model, ema and ema.module, trainer, extra, config.train.keep_last)
+        checkpointer.save(step, model, ema and ema.module, optimizer, trainer, extra)
 
     def evaluate() -> None:
         progress["evaluation"] = task.evaluate(model if ema is None else ema.module, device)
@@ -171,9 +213,10 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
 
     def loss_of(batch: dict[str, torch.Tensor], part: int, module: nn.Module):
         """(loss with the routing's own, loss of the task, routing record) of a batch of the present step."""
-        seed_everything(config.seed, step, part)
+        number = part * processes + rank  # among the parts of a step that all processes compute
+        seed_everything(config.seed, step, number)
         with vmoe.record_routing(model) as record, arithmetic(precision, device):
-            loss = task.loss(module, batch, step * config.train.accumulate_steps + part)
+            loss = task.loss(module, batch, step * config.train.accumulate_steps * processes + number)
         return loss + record.auxiliary_loss().to(device), loss, record
 
     # ---- train
@@ -189,15 +232,20 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
                 # Forward and backward; each batch gives its share of the gradient.
                 losses = []
                 for part, batch in enumerate(batches):
+                    set_gradient_sync(forward, part == len(batches) - 1)
                     total, loss, record = loss_of(batch, part, forward)
                     with attention_kernel(precision, device):
                         scaler.scale(total / len(batches)).backward()
                     losses.append(torch.stack([total.detach(), loss.detach()]))
+                synchronize_numbers(model)
                 scaler.unscale_(optimizer)
-                grad_norm = nn.utils.clip_grad_norm_(trainable, config.train.clip_grad_norm or math.inf)
+                grad_norm = clip_grad_norm(trainable, config.train.clip_grad_norm or math.inf)
 
-                # The one place where the CPU waits for the device: nothing that is not finite reaches the weights.
-                total, loss, norm = [*torch.stack(losses).mean(0).tolist(), grad_norm.item()]
+                # The one place where the CPU waits for the device, and the processes agree: nothing that is not finite
+                # reaches the weights.
+                own = [*torch.stack(losses).mean(0).tolist(), float(stop.is_set())]
+                total, loss, stopping = mean_over_processes(own)
+                norm = grad_norm.item()
                 skipped = skipped + 1 if scaler.is_enabled() and not math.isfinite(norm) else 0
                 if not math.isfinite(total) or (not math.isfinite(norm) and not 0 < skipped <= MAX_SKIPPED_STEPS):
                     raise non_finite_error(model, loss_of, batches, step, total, run)
@@ -216,7 +264,7 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
                 seconds = time.perf_counter() - started
                 progress["seconds"] += seconds
                 progress["loss"] = loss
-                interval.add(sum(len(batch["image"]) for batch in batches), seconds, waited)
+                interval.add(processes * sum(len(batch["image"]) for batch in batches), seconds, waited)
                 display.advance(step, seconds)
 
                 # Log, evaluate, save.
@@ -228,7 +276,7 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
                     figures |= {"bad_samples": loader.num_bad, **task.figures(model), **routing_figures(record)}
                     if config.train.tensorboard:
                         log.tensorboard(step, expert_figures(record))
-                    watch.update(step, record.layers)
+                    watch.update(step, record)
                     display.show(step, figures)
                 if config.train.eval_every and (last or step % config.train.eval_every == 0):
                     try:
@@ -242,20 +290,23 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
                 if figures:
                     log.write(step, figures)
                 del record  # it holds the graph of the auxiliary losses
-                if last or stop.is_set() or step % config.train.checkpoint_every == 0:
+                if last or stopping or step % config.train.checkpoint_every == 0:
                     save()
                 if pictures.due(step):  # after the checkpoint: nothing of it is lost
                     pictures.draw(step, model if ema is None else ema.module, device)
-                if stop.is_set() and not last:
+                if stopping and not last:
+                    checkpointer.wait()
                     raise Stopped(
                         f"stopped after step {step} of {config.train.steps}; the same command continues the run"
                     )
+            checkpointer.wait()
             if config.train.eval_every and progress["evaluated"] != step:  # it failed when this step was made
                 evaluate()
                 log.write(step, {f"evaluation/{name}": value for name, value in progress["evaluation"].items()})
     finally:
         log.close()
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
 
     # ---- finish
     model = model if ema is None else ema.module
@@ -265,16 +316,17 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
         "seed": config.seed,
         "steps": step,
         "precision": precision,
-        **model_profile(model),
+        **profile,
         "images_per_second": step * config.data.loader.batch_size * config.train.accumulate_steps / progress["seconds"],
         "train_seconds": progress["seconds"],
         "loss": progress["loss"],
         "evaluation": progress["evaluation"],
     }
-    write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
+    if first:
+        write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
     console.print(final_table(summary))
-    if config.evaluate.examples:
-        draw_examples(task, model, run / "examples.png", config)
+    if config.evaluate.examples and (first or sharded):
+        draw_examples(task, model, run / "examples.png" if first else None, config)
     console.print(f"all of it in {run}", highlight=False, markup=False)
     return summary
 
@@ -309,7 +361,7 @@ def find_checkpoint(run: Path, config: Config) -> Path | None:
             f"output_dir {run} holds a run with other settings ({listed}); go back to those, or choose another "
             "output_dir"
         )
-    return checkpoints[-1] if checkpoints else None  # it stopped before its first checkpoint
+    return latest_checkpoint(run)  # None: it stopped before its first checkpoint
 
 
 def lock_folder(run: Path) -> int:
@@ -398,7 +450,7 @@ def non_finite_error(model: nn.Module, loss_of, batches, step: int, loss: float,
     """The error for a step whose loss or gradient is not finite: repeats its batches to find the first such value."""
     place = None
     for part, batch in enumerate(batches):
-        place = place or find_non_finite(model, lambda b=batch, p=part: loss_of(b, p, model)[0], batch)
+        place = place or find_non_finite(model, lambda b=batch, p=part: loss_of(b, p, model)[0], batch, any_process)
     what = "gradient" if math.isfinite(loss) else f"loss ({loss})"
     checkpoints = list_checkpoints(run)
     kept = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint was saved yet"
@@ -409,16 +461,21 @@ def non_finite_error(model: nn.Module, loss_of, batches, step: int, loss: float,
     )
 
 
-def draw_examples(task: Task, model: nn.Module, file: Path, config: Config) -> None:
-    """The figure at the end of a run: pictures, their most probable names, and where their patches were routed."""
+def draw_examples(task: Task, model: nn.Module, file: Path | None, config: Config) -> None:
+    """The figure at the end of a run: pictures, their most probable names, and where their patches were routed.
+
+    The processes of a sharded model draw it together, and one of them keeps it (`file`; None in the others).
+    """
     try:
         samples = task.examples(config.evaluate.examples)
         names = task.example_names(samples)
         if samples:
             templates = config.evaluate.templates if task.tokenizer is not None else None
-            example_figure(model, samples, names, task.tokenizer, file, templates=templates)
+            with whole_file(file) if file is not None else TemporaryDirectory() as place:
+                draft = Path(place, "examples.png") if file is None else place
+                example_figure(model, samples, names, task.tokenizer, draft, templates=templates)
     except Exception as error:  # the run itself is finished and saved
-        logger.warning("no %s: %s", file.name, error or type(error).__name__)
+        logger.warning("no examples.png: %s", error or type(error).__name__)
 
 
 def write_text(file: Path, text: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import nn
 from torch.optim import Optimizer
 
@@ -11,7 +9,8 @@ from vmoe.config_io import ConfigError, read_config
 from vmoe.models.dense_mlp import UpcycleError
 from vmoe.models.factory import create_model, find_weights
 from vmoe.models.upcycle_optimizer import upcycle_optimizer
-from vmoe.training.checkpoint import MODEL, TRAINER, load_checkpoint
+from vmoe.models.weights import checkpoint_weights
+from vmoe.training.checkpoint import OLD_TRAINER, TRAINER, load_checkpoint
 from vmoe.training.config import Config
 from vmoe.training.optim import create_optimizer, freeze
 
@@ -29,17 +28,18 @@ def carry_over_optimizer(pretrained: str, model: nn.Module, optimizer: Optimizer
     """
     checkpoint = find_weights(pretrained).parent
     run_config = checkpoint.parent.parent / "config.yaml"
-    for file in (checkpoint / TRAINER, run_config):
+    old = (checkpoint / OLD_TRAINER).is_file()
+    for file in (checkpoint / (OLD_TRAINER if old else TRAINER), run_config):
         if not file.is_file():
             raise ConfigError(
                 f"model.pretrained_optimizer needs model.pretrained to be a run's folder or checkpoint, and {file} "
                 "does not exist; set it to false to start the optimizer anew"
             )
     before = read_config(Config, ["--config", str(run_config)])
-    old_model = create_model(pretrained=Path(checkpoint) / MODEL)
+    old_model = create_model(pretrained=checkpoint_weights(checkpoint))
     freeze(old_model, before.train.freeze)
     old_optimizer = create_optimizer(old_model, before.optim)
-    old_optimizer.load_state_dict(load_checkpoint(checkpoint, old_model, None)["optimizer"])
+    load_checkpoint(checkpoint, old_model, None, old_optimizer)
     try:
         upcycle_optimizer(old_optimizer, old_model, model, optimizer)
     except UpcycleError as error:
