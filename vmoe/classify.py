@@ -28,6 +28,7 @@ from vmoe.evaluation.text_cache import cached_classes
 from vmoe.evaluation.zero_shot import check_class_names, class_scorer, image_batches, resolve_prompts, resolve_templates
 from vmoe.models.factory import is_contrastive
 from vmoe.models.weights import read_pretrained_metadata
+from vmoe.printable import escaped
 
 PROG = "vmoe-classify"
 
@@ -200,7 +201,9 @@ def _own_classes(subject: Subject, arguments: argparse.Namespace) -> list[str]:
             f"{subject.weights} holds a classifier without class names; save it again with "
             "vmoe.models.factory.save_pretrained(model, file, extra={'class_names': [...]})"
         )
-    return names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"the class names in {subject.weights} are no list of texts")
+    return [escaped(name) for name in names]
 
 
 def _probabilities(subject: Subject, files: Sequence[Path], names: Sequence[str], templates, batch_size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Text and JSON that may come from a stranger: every mistake is a ValueError, and a file has a size that fits its use."""
+"""Text and JSON that may come from a stranger: every mistake is a ValueError, and no file is larger than its use is."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class ImageFolder(LabelledFiles):
         if class_names is not None:
             self.classes = read_class_names(Path(class_names), self.folders, path)
         else:
-            self.classes = synset_words(self.folders) or self.folders
+            self.classes = synset_words(self.folders) or [escaped(folder) for folder in self.folders]
 
 
 def flatten(tree: Mapping[str, Sequence[str]], labels: Iterable[int]) -> tuple[list[str], list[int]]:

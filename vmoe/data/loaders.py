@@ -19,6 +19,7 @@ from vmoe.data.config import LoaderConfig
 from vmoe.data.dataset import ImageDataset
 from vmoe.data.images import BadSample, DataError
 from vmoe.data.order import BatchKey
+from vmoe.printable import printable
 
 logger = logging.getLogger("vmoe.data")
 
@@ -129,7 +130,7 @@ class TrainLoader:
         for path, reason in batch.bad:
             if path not in self.bad_paths:
                 self.bad_paths[path] = reason
-                logger.warning("bad sample replaced by another: %s: %s", path, reason)
+                logger.warning("bad sample replaced by another: %s: %s", printable(path), reason)
         whole = batch.tensors and len(batch.tensors["image"]) == self.config.batch_size // self.part[1]
         enough = self.num_read >= min(MIN_READ_FOR_SHARE, len(self.reader.dataset))
         if not whole or (enough and self.num_bad > self.config.max_bad_share * self.num_read):
@@ -231,7 +232,7 @@ class EvalLoader:
             self.num_skipped += len(batch.bad)
             for path, reason in batch.bad:
                 self.skipped_paths.append(path)
-                logger.warning("bad sample skipped: %s: %s", path, reason)
+                logger.warning("bad sample skipped: %s: %s", printable(path), reason)
             if batch.tensors:
                 yield _finish(batch.tensors, self.reader, self.device)
 

@@ -13,6 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from vmoe.data.images import IMAGE_SUFFIXES
+from vmoe.printable import escaped
 
 logger = logging.getLogger("vmoe.data")
 
@@ -150,7 +151,9 @@ class TreeReader:
     def warn_of_junk(self) -> None:
         """Logs what was left aside since the last call."""
         if self.junk:
-            logger.warning("left aside, hidden or an operating system's own: %s", _names(sorted(self.junk), "path"))
+            logger.warning(
+                "left aside, hidden or an operating system's own: %s", escaped(_names(sorted(self.junk), "path"))
+            )
         self.junk = set()
 
     def _draw(self, folder: str) -> list[str]:
