@@ -301,7 +301,7 @@ def test_table_csv_and_figure_show_the_points(model, tmp_path):
 
 SCRIPT = """
 import sys
-from vmoe.evaluation.distributed import processes
+from vmoe.distributed.processes import joined as processes
 from vmoe.evaluation.run import main
 
 def evaluate(folder, world):

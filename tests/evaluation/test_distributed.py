@@ -20,7 +20,7 @@ IMAGES_PER_CLASS = 9  # 27 in all: neither 2 processes nor 7 to a batch divide i
 # One start of torchrun for all tasks: starting is what takes the time.
 SCRIPT = """
 import os, sys
-from vmoe.evaluation.distributed import processes
+from vmoe.distributed.processes import joined as processes
 from vmoe.evaluation.run import main
 
 folder, world, *sizes = sys.argv[1:]

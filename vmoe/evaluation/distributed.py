@@ -6,31 +6,11 @@ which are made from the gathered rows in the order of the data, are equal.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from vmoe.data.loaders import world
-
-
-@contextmanager
-def processes() -> Iterator[None]:
-    """Joins the other processes of `torchrun` inside the block; without torchrun it does nothing.
-
-    Objects and rows are exchanged on the CPU (gloo), whatever the models run on.
-    """
-    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
-        yield
-        return
-    dist.init_process_group("gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def gather_rows(index_N: Tensor, **rows_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -64,4 +44,4 @@ def gather_lists(values: list) -> list:
     return [value for part in parts for value in part]
 
 
-__all__ = ["gather_lists", "gather_rows", "processes", "world"]
+__all__ = ["gather_lists", "gather_rows", "world"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -15,9 +16,14 @@ PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def pick_device(name: str) -> torch.device:
     """The device of a config: "auto" takes CUDA, then MPS, then the CPU; anything else is torch's own name.
 
+    Under `torchrun`, "auto" and "cuda" are this process's own GPU.
+
     Raises:
         ValueError: no such device, or it cannot be used.
     """
+    own = "LOCAL_RANK" in os.environ and torch.cuda.is_available()
+    if own and name in ("auto", "cuda"):
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     if name != "auto":
         try:
             return torch.empty(0, device=name).device

@@ -16,8 +16,9 @@ from vmoe.command import exit_code
 from vmoe.config_io import ConfigError, parse_config
 from vmoe.data import ImageDataset, build_dataset
 from vmoe.data.imagenet import imagenet_words
+from vmoe.distributed.processes import joined
 from vmoe.evaluation.config import EvaluationConfig
-from vmoe.evaluation.distributed import processes, world
+from vmoe.evaluation.distributed import world
 from vmoe.evaluation.report import (
     check_writable,
     library_versions,
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
     def evaluate() -> None:
-        with processes():
+        with joined():
             run(config)
 
     return exit_code("vmoe-eval", evaluate)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -57,8 +56,6 @@ def load_subject(
         ValueError: no such checkpoint or device, or the file cannot be used.
     """
     place = pick_device(device)
-    if place.type == "cuda" and device in ("auto", "cuda") and "LOCAL_RANK" in os.environ:
-        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     weights = find_weights(checkpoint)
     model = create_model(None, pretrained=weights).to(place).eval()
     tokenizer = get_tokenizer(model) if is_contrastive(model) else None

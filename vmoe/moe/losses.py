@@ -98,7 +98,7 @@ def local_entropy_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None, over_ba
 
     Source: LIMoE (arXiv 2206.02770), section 2.2.
     """
-    return _group_mean(_token_mean(_entropy(gates_GNE)[..., None], mask_GN, over_batch)[..., 0], mask_GN, over_batch)
+    return _group_mean(_token_mean(entropy_of(gates_GNE)[..., None], mask_GN, over_batch)[..., 0], mask_GN, over_batch)
 
 
 def global_entropy_loss(
@@ -114,7 +114,7 @@ def global_entropy_loss(
     Source: LIMoE (arXiv 2206.02770), section 2.2.
     """
     gate_GE = _token_mean(gates_GNE, mask_GN, over_batch)
-    loss_G = -_entropy(gate_GE)
+    loss_G = -entropy_of(gate_GE)
     if min_experts is not None:
         loss_G = (math.log(min_experts) + loss_G).clamp(min=0)
         loss_G = torch.where(gate_GE.sum(-1) > 0, loss_G, 0)  # nothing to spread where there is no token
@@ -215,7 +215,7 @@ def _per_modality(name: str, value, modalities: tuple[str, ...], default) -> dic
     return {modality: value.get(modality, default) for modality in modalities}
 
 
-def _entropy(p: Tensor) -> Tensor:
+def entropy_of(p: Tensor) -> Tensor:
     """Entropy along the last axis in nats; 0·log 0 = 0, with a finite gradient there."""
     return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
 

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from vmoe.moe.losses import AuxiliaryLosses, local_entropy_loss, members
+from vmoe.moe.losses import AuxiliaryLosses, entropy_of, members
 from vmoe.moe.router import Routing
 
 
@@ -107,13 +107,27 @@ class LayerRouting:
         modalities each also as "image/share_dropped" and so on. Expert choice adds "experts_per_token_min" and "_max",
         soft routing the means of its weights' extremes.
         """
-        metrics = {**self._statistics(self.mask), **self.own_statistics()}
+        return {**statistics_of(self.counts), **self.means}
+
+    @property
+    @torch.no_grad()
+    def counts(self) -> dict[str, Tensor]:
+        """What the statistics are made from, all of it sums over tokens; `statistics_of` takes sums of several calls.
+
+        By modality where there are several ("text/load"), and over all: "load" (E,) kept rows of each expert; scalars
+        "assignments" that were asked for, how many of these were "kept" (where experts choose: tokens, and those that
+        some expert took), "tokens", and their summed "gate_entropy".
+        """
+        masks = {"": self.mask}
         if self.modality is not None:
-            for name, own_GN in self._members().items():
-                metrics.update({f"{name}/{key}": value for key, value in self._statistics(own_GN).items()})
-        metrics.update({name: loss.detach() for name, loss in self.losses.items()})
-        metrics["auxiliary_loss"] = self.auxiliary_loss.detach()
-        return metrics
+            masks |= {f"{name}/": own_GN for name, own_GN in self._members().items()}
+        return {f"{of}{name}": value for of, own in masks.items() for name, value in self._counts(own).items()}
+
+    @property
+    def means(self) -> dict[str, Tensor]:
+        """The rest of the metrics, without gradient: the losses, and what this kind of router tells of itself."""
+        losses = {name: loss.detach() for name, loss in self.losses.items()}
+        return {**self.own_statistics(), **losses, "auxiliary_loss": self.auxiliary_loss.detach()}
 
     def tokens(self, grouped: Tensor) -> Tensor:
         """Bring a (G, N, ...) tensor of this record back to the call's own order, (B, T, ...)."""
@@ -129,21 +143,33 @@ class LayerRouting:
         zeros_E = torch.zeros(E, dtype=torch.long, device=kept_GNK.device)
         return zeros_E.scatter_add(0, self.expert_index.flatten(), kept_GNK.flatten().long())
 
-    @torch.no_grad()
-    def _statistics(self, own_GN: Tensor) -> dict[str, Tensor]:
-        load_E = self._load(own_GN)
-        E, K = self.gates.shape[-1], self.kept.shape[-1]
-        asked, kept = own_GN.sum() * K, load_E.sum()
+    def _counts(self, own_GN: Tensor) -> dict[str, Tensor]:
+        load_E, tokens = self._load(own_GN), own_GN.sum()
+        asked, kept = tokens * self.kept.shape[-1], load_E.sum()
         if self.routing.chosen_GNK is not None:  # what the router itself gave up is not dropped
             asked = (self.routing.chosen_GNK & own_GN[..., None]).sum()
         if not self.routing.per_token:
-            asked, kept = own_GN.sum(), (self.kept.any(-1) & own_GN).sum()
-        return {
-            "share_dropped": 1 - kept / asked.clamp(min=1),
-            "load_max_over_mean": load_E.max() / load_E.float().mean().clamp(min=1 / E),
-            "experts_without_tokens": (load_E == 0).sum(),
-            "gate_entropy": local_entropy_loss(self.gates, own_GN),
+            asked, kept = tokens, (self.kept.any(-1) & own_GN).sum()
+        entropy = torch.where(own_GN, entropy_of(self.gates), 0).sum()
+        return {"load": load_E, "assignments": asked, "kept": kept, "tokens": tokens, "gate_entropy": entropy}
+
+
+def statistics_of(counts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """{name: scalar} "share_dropped", "load_max_over_mean", "experts_without_tokens" and "gate_entropy" of counts.
+
+    Args:
+        counts: `LayerRouting.counts`, or their sum over several calls or processes.
+    """
+    statistics = {}
+    for of in [name.removesuffix("load") for name in counts if name.endswith("load")]:
+        load_E = counts[f"{of}load"]
+        statistics |= {
+            f"{of}share_dropped": 1 - counts[f"{of}kept"] / counts[f"{of}assignments"].clamp(min=1),
+            f"{of}load_max_over_mean": load_E.max() / load_E.float().mean().clamp(min=1 / len(load_E)),
+            f"{of}experts_without_tokens": (load_E == 0).sum(),
+            f"{of}gate_entropy": counts[f"{of}gate_entropy"] / counts[f"{of}tokens"].clamp(min=1),
         }
+    return statistics
 
 
 class RoutingRecord:

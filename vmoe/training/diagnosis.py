@@ -7,31 +7,38 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class NonFiniteError(ArithmeticError):
     """The loss or the gradient of a step is not finite; nothing of that step reached the weights."""
 
 
-def find_non_finite(model: nn.Module, compute_loss: Callable[[], Tensor], batch: dict[str, Tensor]) -> str | None:
+def find_non_finite(
+    model: nn.Module,
+    compute_loss: Callable[[], Tensor],
+    batch: dict[str, Tensor],
+    any_process: Callable[[bool], bool] = bool,
+) -> str | None:
     """Repeats a forward and backward pass under observation and names the first thing that is not finite.
+
+    Several processes do it together: what one of them finds ends the search for all.
 
     Args:
         model: the plain module (not compiled), in the mode and state of the step. Gradients are overwritten.
         compute_loss: repeats the forward pass with the same random numbers.
         batch: its input.
+        any_process: whether a thing is so in one of the processes.
 
     Returns:
-        A phrase such as "the output of the layer blocks.1.mlp.router"; None if all is finite this time.
+        A phrase such as "the output of the layer blocks.1.mlp.router"; None if all is finite this time, or what is not
+        lies in another process.
     """
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not _is_finite(tensor):
-            return f"the weights {name}"
-    for name, tensor in batch.items():
-        if not _is_finite(tensor):
-            return f"the input ({name})"
-
-    found: list[str] = []
+    weights = [*model.named_parameters(), *model.named_buffers()]
+    found = [f"the weights {name}" for name, tensor in weights if not _is_finite(tensor)]
+    found += [f"the input ({name})" for name, tensor in batch.items() if not _is_finite(tensor)]
+    if any_process(bool(found)):
+        return found[0] if found else None
 
     def observer(name: str, module: nn.Module) -> Callable:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -51,10 +58,10 @@ def find_non_finite(model: nn.Module, compute_loss: Callable[[], Tensor], batch:
     finally:
         for handle in hooks:
             handle.remove()
-    if found:
-        return found[0]
-    if not _is_finite(loss):
-        return "the loss itself (all layers' outputs are finite)"
+    if not found and not _is_finite(loss):
+        found.append("the loss itself (all layers' outputs are finite)")
+    if any_process(bool(found)):
+        return found[0] if found else None
     model.zero_grad()
     loss.backward()
     # The gradient flows from the end of the model to its start.
@@ -65,7 +72,10 @@ def find_non_finite(model: nn.Module, compute_loss: Callable[[], Tensor], batch:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.detach()).all())
+    tensor = tensor.detach()
+    if isinstance(tensor, DTensor):  # this process's part
+        tensor = tensor.to_local()
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

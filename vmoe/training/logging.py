@@ -14,9 +14,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
+from torch import Tensor
 
+from vmoe.distributed.processes import mean_over_processes, sum_over_processes, world
 from vmoe.moe import LayerRouting, RoutingRecord
 from vmoe.moe.losses import members
+from vmoe.moe.record import statistics_of
 from vmoe.whole import whole_file
 
 logger = logging.getLogger("vmoe.training")
@@ -26,19 +29,21 @@ class MetricsLog:
     """Writes each logged step as a line of metrics.jsonl, and to TensorBoard.
 
     Args:
-        run: the run's folder.
+        run: the run's folder; None in the processes that write nothing.
         step: the step a continued run starts from; what an earlier process wrote about later steps is dropped, so that
             no step appears twice. 0 starts anew.
         tensorboard: also write OUTPUT_DIR/tensorboard.
     """
 
-    def __init__(self, run: Path, step: int, tensorboard: bool) -> None:
+    def __init__(self, run: Path | None, step: int, tensorboard: bool) -> None:
+        self._file = self._writer = None
+        if run is None:
+            return
         file = run / "metrics.jsonl"
         lines = [json.dumps(entry) + "\n" for entry in read_metrics(file) if entry["step"] <= step]
         with whole_file(file) as draft:
             draft.write_text("".join(lines), encoding="utf-8")
         self._file = file.open("a", encoding="utf-8")
-        self._writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -46,6 +51,8 @@ class MetricsLog:
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         """One line; figures that are not finite become null (JSON has no NaN)."""
+        if self._file is None:
+            return
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
@@ -63,7 +70,8 @@ class MetricsLog:
             self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -80,25 +88,38 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def largest_share(routing: LayerRouting) -> tuple[float, int]:
-    """(share of the assignments that ask for the busiest expert, experts that nobody asks for).
+def asked_experts(layers: dict[str, LayerRouting]) -> dict[str, Tensor]:
+    """{layer: (E,) assignments that ask for each expert, in all processes}.
 
     Counted before anyone is dropped: with limited room a collapsed router still shows even loads.
     """
-    num_experts = routing.gates.shape[-1]
-    asked_E = torch.bincount(routing.expert_index[routing.mask].flatten(), minlength=num_experts)
+    return sum_over_processes(
+        {
+            name: torch.bincount(routing.expert_index[routing.mask].flatten(), minlength=routing.gates.shape[-1])
+            for name, routing in layers.items()
+        }
+    )
+
+
+def largest_share(asked_E: Tensor) -> tuple[float, int]:
+    """(share of the assignments that ask for the busiest expert, experts that nobody asks for)."""
     return (asked_E.max() / asked_E.sum().clamp(min=1)).item(), int((asked_E == 0).sum())
 
 
 def routing_figures(record: RoutingRecord) -> dict[str, float]:
-    """The figures of a step's routing.
+    """The figures of a step's routing, in all processes together; all call it.
 
     Returns:
         Over all layers "routing/share_dropped" (mean), "routing/load_max_over_mean" (worst layer; 1 is even) and
         "routing/experts_without_tokens" (sum); then every statistic of each layer as "routing/LAYER/NAME". Empty for a
         dense model.
     """
-    layers = {name: {k: float(v) for k, v in routing.metrics.items()} for name, routing in record.layers.items()}
+    layers = {}
+    for name, routing in record.layers.items():
+        means = {key: float(value) for key, value in routing.means.items()}
+        means = dict(zip(means, mean_over_processes(list(means.values()))))
+        statistics = statistics_of(sum_over_processes(routing.counts))
+        layers[name] = {key: float(value) for key, value in statistics.items()} | means
     if not layers:
         return {}
     figures = {
@@ -106,14 +127,14 @@ def routing_figures(record: RoutingRecord) -> dict[str, float]:
         "routing/load_max_over_mean": max(m["load_max_over_mean"] for m in layers.values()),
         "routing/experts_without_tokens": sum(m["experts_without_tokens"] for m in layers.values()),
     }
-    for name, routing in record.layers.items():
-        layers[name]["largest_share"], _ = largest_share(routing)
+    for name, asked_E in asked_experts(record.layers).items():
+        layers[name]["largest_share"], _ = largest_share(asked_E)
         figures.update({f"routing/{name}/{key}": value for key, value in layers[name].items()})
     return figures
 
 
 def expert_figures(record: RoutingRecord) -> dict[str, float]:
-    """The figures of each expert in a step's routing.
+    """The figures of each expert in a step's routing, in all processes together; all call it.
 
     Returns:
         For each layer, modality and expert "experts/LAYER/MODALITY/load_E", its share of the kept assignments, and
@@ -123,10 +144,13 @@ def expert_figures(record: RoutingRecord) -> dict[str, float]:
     for name, routing in record.layers.items():
         masks = members(routing.modalities, routing.mask, routing.modality)
         for modality, own_GN in masks.items():
-            kinds = {"importance": routing.gates.detach()[own_GN].sum(0) / own_GN.sum().clamp(min=1)}
+            sums = {"importance": routing.gates.detach()[own_GN].sum(0), "tokens": own_GN.sum()}
             if routing.router != "soft":
-                load_E = routing.load_by_modality[modality]
-                kinds["load"] = load_E / load_E.sum().clamp(min=1)
+                sums["load"] = routing.load_by_modality[modality]
+            sums = sum_over_processes(sums)
+            kinds = {"importance": sums["importance"] / sums["tokens"].clamp(min=1)}
+            if "load" in sums:
+                kinds["load"] = sums["load"] / sums["load"].sum().clamp(min=1)
             for kind, value_E in kinds.items():
                 for expert, value in enumerate(value_E.tolist()):
                     figures[f"experts/{name}/{modality}/{kind}_{expert:02d}"] = value
@@ -149,12 +173,12 @@ class CollapseWatch:
         self.warned: set[str] = set()
 
     def update(self, step: int, layers: dict[str, LayerRouting]) -> None:
-        """Looks at the routing of a step; call it at every logged one."""
+        """Looks at the routing of a step; all processes call it at every logged one, and the first of them warns."""
         if not self.after:
             return
-        for name, routing in layers.items():
-            num_experts = routing.gates.shape[-1]
-            share, idle = largest_share(routing)
+        for name, asked_E in asked_experts(layers).items():
+            num_experts = len(asked_E)
+            share, idle = largest_share(asked_E)
             even = 1 / num_experts
             crowded = num_experts > 1 and share > even + 0.5 * (1 - even)
             if not crowded and not idle:
@@ -164,6 +188,8 @@ class CollapseWatch:
             since = self.since.setdefault(name, step)
             if step - since >= self.after and name not in self.warned:
                 self.warned.add(name)
+                if world()[0] > 0:
+                    continue
                 what = f"{share:.0%} of its tokens ask for one expert" if crowded else f"{idle} experts get no token"
                 logger.warning(
                     "the routing of %s has collapsed: %s of %d (steps %d to %d); raise the balancing losses "

@@ -156,7 +156,9 @@ def _train(config: Config, device: torch.device, console: Console) -> dict[str, 
         forward = torch.compile(forward)
     sharded = is_sharded(model)
     if sharded and precision == "fp16":
-        raise ConfigError("train.precision fp16 needs parallel.dp_shard = parallel.ep = 1; use bf16, which needs no scaler")
+        raise ConfigError(
+            "train.precision fp16 needs parallel.dp_shard = parallel.ep = 1; use bf16, which needs no scaler"
+        )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = create_optimizer(model, config.optim)
     if sharded:
@@ -276,7 +278,7 @@ def _train(config: Config, device: torch.device, console: Console) -> dict[str, 
                     figures |= {"bad_samples": loader.num_bad, **task.figures(model), **routing_figures(record)}
                     if config.train.tensorboard:
                         log.tensorboard(step, expert_figures(record))
-                    watch.update(step, record)
+                    watch.update(step, record.layers)
                     display.show(step, figures)
                 if config.train.eval_every and (last or step % config.train.eval_every == 0):
                     try:
@@ -292,7 +294,7 @@ def _train(config: Config, device: torch.device, console: Console) -> dict[str, 
                 del record  # it holds the graph of the auxiliary losses
                 if last or stopping or step % config.train.checkpoint_every == 0:
                     save()
-                if pictures.due(step):  # after the checkpoint: nothing of it is lost
+                if pictures.due(step) and (first or sharded):  # after the checkpoint: nothing of it is lost
                     pictures.draw(step, model if ema is None else ema.module, device)
                 if stopping and not last:
                     checkpointer.wait()
@@ -448,14 +450,18 @@ def interruptible() -> Iterator[threading.Event]:
 
 def non_finite_error(model: nn.Module, loss_of, batches, step: int, loss: float, run: Path) -> NonFiniteError:
     """The error for a step whose loss or gradient is not finite: repeats its batches to find the first such value."""
-    place = None
+    place, found = None, False
     for part, batch in enumerate(batches):
-        place = place or find_non_finite(model, lambda b=batch, p=part: loss_of(b, p, model)[0], batch, any_process)
+        if not found:
+            place = find_non_finite(model, lambda b=batch, p=part: loss_of(b, p, model)[0], batch, any_process)
+            found = any_process(place is not None)
     what = "gradient" if math.isfinite(loss) else f"loss ({loss})"
     checkpoints = list_checkpoints(run)
     kept = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint was saved yet"
+    if place is None:
+        place = "another process" if found else "no layer when repeated"
     return NonFiniteError(
-        f"step {step + 1}: the {what} is not finite. The first such value is in {place or 'no layer when repeated'}. "
+        f"step {step + 1}: the {what} is not finite. The first such value is in {place}. "
         f"The weights were not changed by this step; {kept}. A lower optim.lr, a longer optim.warmup_steps, a smaller "
         "train.clip_grad_norm, or train.precision bf16 or float32 usually help"
     )
@@ -471,9 +477,9 @@ def draw_examples(task: Task, model: nn.Module, file: Path | None, config: Confi
         names = task.example_names(samples)
         if samples:
             templates = config.evaluate.templates if task.tokenizer is not None else None
-            with whole_file(file) if file is not None else TemporaryDirectory() as place:
-                draft = Path(place, "examples.png") if file is None else place
-                example_figure(model, samples, names, task.tokenizer, draft, templates=templates)
+            with TemporaryDirectory() as unwanted:
+                place = file or Path(unwanted, "examples.png")
+                example_figure(model, samples, names, task.tokenizer, place, templates=templates)
     except Exception as error:  # the run itself is finished and saved
         logger.warning("no examples.png: %s", error or type(error).__name__)
 

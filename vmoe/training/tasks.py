@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ from vmoe.data import (
     build_transform,
     eval_loader,
 )
+from vmoe.distributed.processes import world
 from vmoe.evaluation import evaluate_classification, evaluate_retrieval, evaluate_zero_shot
 from vmoe.evaluation.retrieval import retrieval_loader
 from vmoe.evaluation.zero_shot import check_class_names, resolve_templates
@@ -94,10 +96,12 @@ class Task:
     def loss(self, model: nn.Module, batch: Batch, number: int) -> Tensor:
         """The loss of a batch, without the auxiliary losses of the routing.
 
+        The loss of a batch that several processes share is the mean of what this gives in each.
+
         Args:
             model: in training mode.
-            batch: on the model's device; not changed.
-            number: of the batch in the run; whatever is random here follows from it.
+            batch: this process's part of one, on the model's device; not changed.
+            number: of that part in the run; whatever is random here follows from it.
 
         Returns:
             A float32 scalar.
@@ -196,7 +200,13 @@ class Contrastive(Task):
         for key, data in (("data.train", self.train_data), ("data.val", self.val_data)):
             if data is not None and not data.has_captions and (key == "data.train" or data.classes is None):
                 raise ConfigError(f"task 'contrastive' needs captions, and {key} has none")
-        self.criterion = SigLipLoss() if config.train.loss == "sigmoid" else ClipLoss()
+        rank, processes = world()
+        if config.train.loss == "sigmoid":
+            self.criterion = SigLipLoss(rank=rank, world_size=processes)
+        else:  # each process compares its own pictures and captions with those of all
+            self.criterion = ClipLoss(local_loss=processes > 1, gather_with_grad=True, rank=rank, world_size=processes)
+            # open_clip gathers with a function that newer versions of PyTorch call deprecated.
+            warnings.filterwarnings("ignore", message="torch.distributed.nn.functional", category=FutureWarning)
         self.evaluation = config.evaluate.task
         if self.val_data is not None:
             if self.evaluation is None:
