@@ -298,6 +298,7 @@ LIMOE_CONFIGS: dict[str, dict] = {
     "limoe_small_patch16": {"patch_size": 16, **_SMALL},
     "limoe_base_patch32": {"patch_size": 32, **_BASE},
     "limoe_base_patch16": {"patch_size": 16, **_BASE},
+    "limoe_large_patch32": {"patch_size": 32, "width": 1024, "depth": 24, "num_heads": 16, "embed_dim": 768},
     "limoe_large_patch16": {"patch_size": 16, "width": 1024, "depth": 24, "num_heads": 16, "embed_dim": 768},
     "limoe_huge_patch14": {"patch_size": 14, "width": 1280, "depth": 32, "num_heads": 16, "embed_dim": 1024},
 }

@@ -54,6 +54,7 @@ default_cfgs = generate_default_cfgs(
         "vmoe_large_patch32_224": _cfg(),
         "vmoe_large_patch16_224": _cfg(),
         "vmoe_huge_patch14_224": _cfg(),
+        "vmoe_15b_patch14_224": _cfg(),
         "softmoe_tiny_patch8_48": _soft_cfg(**_TINY_INPUT),
         "softmoe_small_patch16_224": _soft_cfg(),
         "softmoe_small_patch14_224": _soft_cfg(),
@@ -185,6 +186,13 @@ def vmoe_large_patch16_224(pretrained: bool = False, **kwargs) -> VisionMoE:
 def vmoe_huge_patch14_224(pretrained: bool = False, **kwargs) -> VisionMoE:
     """V-MoE H/14: 32 blocks of width 1280, experts in every second."""
     return _create("vmoe_huge_patch14_224", pretrained, {"patch_size": 14, **_HUGE}, kwargs)
+
+
+@register_model
+def vmoe_15b_patch14_224(pretrained: bool = False, **kwargs) -> VisionMoE:
+    """V-MoE-15B: 48 blocks of width 1408 with MLPs of width 6400, 32 experts in every second block."""
+    args = {"patch_size": 14, "embed_dim": 1408, "depth": 48, "num_heads": 16, "mlp_ratio": 6400 / 1408}
+    return _create("vmoe_15b_patch14_224", pretrained, {**args, "num_experts": 32}, kwargs)
 
 
 # Soft MoE's ViTs: no class token, the mean over the patches after the last norm, QK norm, experts in the upper half,

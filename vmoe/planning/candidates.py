@@ -96,8 +96,8 @@ class Planner:
         if batch % self.world:
             nearest = max(1, round(batch / self.world)) * self.world
             raise ConfigError(
-                f"data.loader.batch_size is {batch}, for all processes together, and {self.world} processes cannot share "
-                f"it evenly; set it to {nearest}, or choose other --nodes and --gpus_per_node"
+                f"data.loader.batch_size is {batch}, for all processes together, and {self.world} processes cannot "
+                f"share it evenly; set it to {nearest}, or choose other --nodes and --gpus_per_node"
             )
         self.local_batch = batch // self.world
         self.precision = config.train.precision
@@ -155,7 +155,7 @@ class Planner:
         )
 
     def _step(self, spread: bool, grad_checkpointing: bool, ep: int) -> Step:
-        """The simulated step. How many processes share the experts changes their weights alone, so one number will do."""
+        """The simulated step. How many processes share the experts changes their weights alone: one number will do."""
         if (spread, grad_checkpointing) not in self._steps:
             model = self.subject.model
             model.set_grad_checkpointing(grad_checkpointing)

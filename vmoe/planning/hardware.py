@@ -46,8 +46,8 @@ class Hardware:
         return self.memory * GiB * (1 - self.reserve)
 
 
-# Peaks: NVIDIA's datasheets "A100 80GB SXM" (2021), "H100 SXM" (2023), "H200 SXM" (2024), "DGX B200" (2024, an eighth of
-# it) and "L40S" (2023), dense figures, NVLink halved to one direction. Memory: what nvidia-smi shows. Network: one
+# Peaks: NVIDIA's datasheets "A100 80GB SXM" (2021), "H100 SXM" (2023), "H200 SXM" (2024), "DGX B200" (2024, an eighth
+# of it) and "L40S" (2023), dense figures, NVLink halved to one direction. Memory: what nvidia-smi shows. Network: one
 # adapter per processor as in DGX systems (200 Gb/s for A100, 400 Gb/s since H100); for L40S 200 Gb/s is assumed.
 HARDWARE = {
     "a100": Hardware(80, 312, 19.5, 2039, 300, 25),
@@ -105,7 +105,7 @@ class Links:
         return sum(rank // self.per_node == ranks[0] // self.per_node for rank in ranks)
 
     def gather(self, size: float, ranks: Sequence[int]) -> float:
-        """Seconds of an all-gather, or reduce-scatter, of `size` bytes in all (a ring; its machines' adapters together)."""
+        """Seconds of an all-gather, or reduce-scatter, of `size` bytes in all: a ring, machines use all adapters."""
         n, local = len(ranks), self._local(ranks)
         if n == 1 or size == 0:
             return 0.0

@@ -149,7 +149,9 @@ def _leftovers(line, ranked: list[Candidate], refused: list[Refused], hidden: in
         line(f"{hidden} more fit (--top shows them).")
     large = [candidate for candidate in ranked if not candidate.fits]
     if large and len(large) < len(ranked):
-        line(f"{len(large)} do not fit; the nearest, {large[0].mesh} {_checkpointing(large[0])}, {too_large(large[0])}.")
+        line(
+            f"{len(large)} do not fit; the nearest, {large[0].mesh} {_checkpointing(large[0])}, {too_large(large[0])}."
+        )
     reasons = defaultdict(list)
     for one in refused:
         reasons[one.reason].append(one.mesh)

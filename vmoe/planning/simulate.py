@@ -246,7 +246,9 @@ def simulate_step(
             # Checkpointing runs blocks again in the backward pass, in the mode; Tensor.backward would leave it.
             gradient = torch.ones_like(total)
             with meta:
-                _engine_run_backward((total,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+                _engine_run_backward(
+                    (total,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
+                )
         peaks.append(tracker.cut())
         del record, total
     finally:
