@@ -14,7 +14,7 @@ from inspect import signature
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -27,17 +27,17 @@ from vmoe.moe.experts import Experts
 
 # Methods by which models are called beside forward().
 FORWARD_METHODS = ("encode_image", "encode_text", "forward_features", "forward_head", "forward_intermediates")
-LOWER_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def parallelize(model: nn.Module, meshes: Meshes, precision: str = "float32") -> nn.Module:
+def parallelize(model: nn.Module, meshes: Meshes) -> nn.Module:
     """Spreads a model over the processes of a mesh.
+
+    Weights travel in float32 whatever the forward pass computes in: the router and the norms need them so, and so does
+    evaluation.
 
     Args:
         model: the same in all processes, on its device. Its parameters become DTensors where they are sharded.
         meshes: of the job; not of one process alone.
-        precision: of the forward pass. In "bf16" and "fp16" experts' weights travel in that type, which autocast would
-            give them anyway.
 
     Returns:
         The module to call in training: the model itself, or a DistributedDataParallel around it where every process
@@ -59,14 +59,11 @@ def parallelize(model: nn.Module, meshes: Meshes, precision: str = "float32") ->
             raise ConfigError(f"parallel.ep is {meshes.size.ep}, but the model has no experts; set it to 1")
         for name, module in experts:
             _spread_experts(name, module, meshes)
-    lower = LOWER_PRECISION.get(precision)
-    reduce = torch.float32 if lower else None
-    policy = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=reduce, cast_forward_inputs=False)
     for _, module in experts:
         mesh, placement = meshes.dense, None
         if meshes.size.ep > 1:
             mesh, placement = meshes.experts, partial(_within_expert, meshes.size.dp_shard)
-        fully_shard(module, mesh=mesh, shard_placement_fn=placement, mp_policy=policy)
+        fully_shard(module, mesh=mesh, shard_placement_fn=placement)
     # FSDP2 cannot shard a number; those (the logit scale) stay whole, see `synchronize_numbers`.
     numbers = {parameter for parameter in model.parameters() if parameter.ndim == 0}
     for name in block_mlps(model):

@@ -149,9 +149,9 @@ def _train(config: Config, device: torch.device, console: Console) -> dict[str, 
     forward = model  # what is called in training; `model` holds the weights
     if processes > 1:
         meshes = make_meshes(size, device)
-        forward = parallelize(model, meshes, precision)
+        forward = parallelize(model, meshes)
         if ema is not None and not size.is_plain:
-            parallelize(ema.module, meshes, precision)
+            parallelize(ema.module, meshes)
     if config.train.compile:
         forward = torch.compile(forward)
     sharded = is_sharded(model)
