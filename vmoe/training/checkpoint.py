@@ -72,14 +72,12 @@ class _Contents:
         metadata: the same keys; what their safetensors files say of themselves.
         trainer: what goes to trainer.json.
         sharded: the weights are DTensors.
-        mesh: {dimension: size} of the processes over which they lie.
     """
 
     tensors: dict[str, dict[str, Tensor]]
     metadata: dict[str, dict[str, str]]
     trainer: dict[str, Any]
     sharded: bool
-    mesh: dict[str, int]
 
     @property
     def nbytes(self) -> int:
@@ -97,11 +95,20 @@ class Checkpointer:
         keep_last: whole checkpoints to keep, at least 1.
         keep_every: those at multiples of so many steps are kept for good; 0: none.
         asynchronous: copy the state to the CPU, and write it while training goes on.
+        mesh: {dimension: size} of the processes, for the manifest's readers.
     """
 
-    def __init__(self, run: Path, keep_last: int, keep_every: int = 0, asynchronous: bool = False) -> None:
+    def __init__(
+        self,
+        run: Path,
+        keep_last: int,
+        keep_every: int = 0,
+        asynchronous: bool = False,
+        mesh: dict[str, int] | None = None,
+    ) -> None:
         self.parent = run / "checkpoints"
         self.run, self.keep_last, self.keep_every = run, keep_last, keep_every
+        self.mesh = mesh or {}
         self._team = Team()
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._writing: Future[None] | None = None
@@ -167,13 +174,10 @@ class Checkpointer:
         metadata = {part: file_metadata(module, extra) for part, module in weights.items()}
         tensors[OPTIMIZER], rest = export_state(optimizer, model)
         metadata[OPTIMIZER] = {"format": "pt"}
-        meshes = [tensor.device_mesh for tensor in tensors[MODEL].values() if isinstance(tensor, DTensor)]
-        mesh = {}
-        for each in meshes:
-            mesh |= dict(zip(each.mesh_dim_names or map(str, range(each.ndim)), each.shape, strict=True))
+        sharded = any(isinstance(tensor, DTensor) for tensor in tensors[MODEL].values())
         trainer = {"format": FORMAT, "trainer": trainer, "optimizer": rest}
         json.dumps(trainer)  # an error now, not in the background
-        if not meshes and self._team.rank > 0:  # process 0 writes all of it
+        if not sharded and self._team.rank > 0:  # process 0 writes all of it
             tensors = {part: {} for part in tensors}
 
         def ready(tensor: Tensor) -> Tensor:
@@ -182,7 +186,7 @@ class Checkpointer:
             return tensor.detach().contiguous()
 
         tensors = {part: {name: ready(tensor) for name, tensor in each.items()} for part, each in tensors.items()}
-        return _Contents(tensors, metadata, trainer, bool(meshes), mesh)
+        return _Contents(tensors, metadata, trainer, sharded)
 
     def _write(self, contents: _Contents, final: Path) -> None:
         team = self._team
@@ -194,7 +198,7 @@ class Checkpointer:
                 for part in contents.tensors:
                     team.run(lambda part=part: self._write_shards(contents.tensors[part], unfinished / part), final)
             files = team.run_and_collect(lambda: self._write_own(contents, unfinished), final)
-            team.run_first(lambda: self._finish(contents, unfinished, final, files), final)
+            team.run_first(lambda: self._finish(unfinished, final, files), final)
         except CheckpointError:
             if team.rank == 0:
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -246,9 +250,9 @@ class Checkpointer:
             names.append(TRAINER)
         return describe_files(unfinished, names)
 
-    def _finish(self, contents: _Contents, unfinished: Path, final: Path, files: list[dict[str, Any]]) -> None:
+    def _finish(self, unfinished: Path, final: Path, files: list[dict[str, Any]]) -> None:
         every = {name: entry for own in files for name, entry in own.items()}
-        facts = {"step": step_of(final), "world_size": self._team.world, "mesh": contents.mesh}
+        facts = {"step": step_of(final), "world_size": self._team.world, "mesh": self.mesh}
         _sync(write_manifest(unfinished, facts, every))
         problems = find_problems(unfinished, share=(len(every), len(every) + 1))  # the hashes were just taken
         if problems:

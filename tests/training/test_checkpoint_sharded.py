@@ -1,0 +1,94 @@
+"""Checkpoints written and read on meshes of 4 processes: all of what reshard.py found, in one start of processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MESHES = ["2 copies, ep 2", "ep 4", "fsdp 2, ep 2", "ddp"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reshard")
+    command = [sys.executable, str(Path(__file__).with_name("reshard.py")), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processes(root):
+    """What each of the 4 processes found."""
+    return json.loads((root / "processes.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(root):
+    """What one process found in what they wrote."""
+    return json.loads((root / "alone.json").read_text())
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_each_mesh_continues_bit_by_bit_what_another_wrote(processes, alone, mesh):
+    assert all(found["loads"][mesh] for found in processes)
+    assert alone["loads"][mesh]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_model_is_made_from_what_any_mesh_wrote(alone, mesh):
+    assert alone["models"][mesh]
+    assert alone["whole"][mesh] == ["ema.safetensors" if mesh == "ddp" else "ema"]
+    sizes = {"2 copies, ep 2": (2, 1, 2), "ep 4": (1, 1, 4), "fsdp 2, ep 2": (1, 2, 2), "ddp": (4, 1, 1)}[mesh]
+    assert alone["mesh"][mesh] == dict(zip(("dp_replicate", "dp_shard", "ep"), sizes))
+
+
+def test_the_files_of_a_checkpoint(processes):
+    files = processes[0]["files"]
+    assert files["ddp"] == [
+        "ema.safetensors",
+        "manifest.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "trainer.json",
+    ]
+    shards = [f"shard-0000{number}-model-00001-of-00001.safetensors" for number in (1, 2, 3, 4)]
+    assert files["ep 4"] == [
+        "ema/settings.json",
+        *(f"ema/{shard}" for shard in shards),
+        "manifest.json",
+        "model/settings.json",
+        *(f"model/{shard}" for shard in shards),
+        *(f"optimizer/{shard}" for shard in shards),
+        "trainer.json",
+    ]
+
+
+def test_an_optimizer_without_tensors(processes):
+    assert all(found["sgd"] for found in processes)
+
+
+def test_all_processes_pass_over_a_damaged_checkpoint_and_one_says_so(processes):
+    assert [found["latest"] for found in processes] == ["step_000001"] * 4
+    (warning,) = processes[0]["warnings"]
+    assert "step_000002 is damaged (model/shard-00004-model-00001-of-00001.safetensors does not have" in warning
+    assert [found["warnings"] for found in processes[1:]] == [[], [], []]
+    assert all("step_000002 is damaged: model/shard-00004" in found["damaged"] for found in processes)
+
+
+@pytest.mark.parametrize("place", ["full in torch", "full in ours"])
+def test_a_disk_that_is_full_for_one_process_is_an_error_in_all(processes, place):
+    assert all("step_000003: the disk is full; free some space" in found[place] for found in processes)
+
+
+def test_state_that_cannot_be_split_is_an_error(processes):
+    assert all("the state 'rows' that SGD keeps for" in found["rows"] for found in processes)
+
+
+def test_nothing_is_left_of_checkpoints_that_failed(processes):
+    assert processes[0]["left"] == ["step_000001", "step_000002"]
