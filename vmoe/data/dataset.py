@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +28,27 @@ class Sample(NamedTuple):
     label: int | None
     caption: str | None
     path: str
+
+
+class Captions(Sequence):
+    """Captions that are read when they are asked for, so that those of a large data set need no memory.
+
+    Args:
+        length: how many there are.
+        read: the caption of a sample; "" where it is missing.
+    """
+
+    def __init__(self, length: int, read: Callable[[int], str]) -> None:
+        self.length = length
+        self.read = read
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self.read(one) for one in range(*index.indices(self.length))]
+        return self.read(range(self.length)[index])
 
 
 class ImageDataset(ABC):
@@ -65,7 +86,7 @@ class ImageDataset(ABC):
     _fingerprint: str | None = None
 
     @property
-    def captions(self) -> list[str] | None:
+    def captions(self) -> Sequence[str] | None:
         """All captions, one per sample ("" where it is missing), or None where samples have none."""
         return None
 

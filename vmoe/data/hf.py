@@ -20,6 +20,7 @@ from vmoe.data.fingerprint import Fingerprint
 from vmoe.data.images import BadSample, DataError, load_image
 from vmoe.data.order import ShuffledShards
 from vmoe.data.pairs import CAPTION_KEYS
+from vmoe.printable import printable
 
 IMAGE_KEYS = ("image", "jpg", "png", "webp", "img")
 SPLIT_WORDS = frozenset({"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval"})
@@ -116,8 +117,10 @@ class HuggingFace(ImageDataset):
         self.name = f"{path}[{split}]"
         try:
             table = _open(datasets, path, split)
-        except (OSError, RuntimeError, KeyError, TypeError, datasets.exceptions.DatasetsError) as error:
-            raise ValueError(f"{path}: cannot be read ({' '.join(str(error).split())[:300]})") from None
+        except DataError:
+            raise
+        except Exception as error:  # whatever the readers of datasets and Arrow raise on broken files
+            raise DataError(f"{path}: cannot be read ({printable(error)[:300]}); download it again") from None
         columns = Columns(table.features, path, image_key, caption_key, label_key)
         if isinstance(table.features[columns.image], datasets.Image):
             table = table.cast_column(columns.image, datasets.Image(decode=False))
@@ -190,7 +193,7 @@ class ParquetRows(ImageDataset):
         try:
             features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(self.files[0]))
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{self.files[0]}: its columns cannot be read ({error})") from None
+            raise ValueError(f"{self.files[0]}: its columns cannot be read ({printable(error)})") from None
         self.columns = Columns(features, path, image_key, caption_key, label_key)
         self.classes, self.has_captions = self.columns.classes, self.columns.caption is not None
         self._kept: OrderedDict[int, Any] = OrderedDict()
@@ -242,7 +245,7 @@ class ParquetRows(ImageDataset):
                 return file.read_row_group(place, columns=names)
         except (OSError, pyarrow.ArrowException) as error:
             raise DataError(
-                f"{self.files[number]}: row group {place} cannot be read ({error}); download it again"
+                f"{self.files[number]}: row group {place} cannot be read ({printable(error)}); download it again"
             ) from None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -263,7 +266,7 @@ def find_files(path: str, split: str, suffix: str) -> list[Path]:
     train/0000.parquet); where no file has a word for any split, all are "train".
 
     Raises:
-        ValueError: there are files, but none of this split.
+        DataError: there are files, but none of this split.
     """
     root = Path(path)
     if root.is_file():
@@ -274,7 +277,7 @@ def find_files(path: str, split: str, suffix: str) -> list[Path]:
     if not found and split == "train" and not any(words[file] & SPLIT_WORDS for file in files):
         return files
     if files and not found:
-        raise ValueError(
+        raise DataError(
             f"{path}: has no files of split {split!r}, only such as {files[0].relative_to(root)}; set split"
         )
     return found
@@ -284,11 +287,11 @@ def _open(datasets: Any, path: str, split: str) -> Any:
     """The split as a `datasets.Dataset`. Its readers are called themselves: load_dataset would ask the hub."""
     root = Path(path)
     if not root.exists():
-        raise ValueError(f"{path}: no such folder; download the data set first, nothing is read from the network")
+        raise DataError(f"{path}: no such folder; download the data set first, nothing is read from the network")
     if (root / "dataset_dict.json").is_file():
         splits = datasets.load_from_disk(path)
         if split not in splits:
-            raise ValueError(f"{path}: has no split {split!r}, only {', '.join(splits)}; set split")
+            raise DataError(f"{path}: has no split {split!r}, only {', '.join(splits)}; set split")
         return splits[split]
     if (root / "state.json").is_file():
         return datasets.load_from_disk(path)
@@ -296,7 +299,7 @@ def _open(datasets: Any, path: str, split: str) -> Any:
         return datasets.Dataset.from_parquet([str(file) for file in files], split=datasets.NamedSplit(split))
     if files := find_files(path, split, ".arrow"):
         return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
-    raise ValueError(f"{path}: holds no .parquet or .arrow file, and was not written by save_to_disk; check path")
+    raise DataError(f"{path}: holds no .parquet or .arrow file, and was not written by save_to_disk; check path")
 
 
 def _metadata(file: Path) -> Any:
@@ -306,7 +309,7 @@ def _metadata(file: Path) -> Any:
     try:
         return pyarrow.parquet.read_metadata(file)
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{file}: cannot be read as Parquet ({error}); download it again") from None
+        raise DataError(f"{file}: cannot be read as Parquet ({printable(error)}); download it again") from None
 
 
 def _datasets() -> Any:

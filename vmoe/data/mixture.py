@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vmoe.data.dataset import ImageDataset, Sample
+from vmoe.data.dataset import Captions, ImageDataset, Sample
 from vmoe.data.order import MixedBatches
 from vmoe.data.seeding import derive_seed
 
@@ -39,25 +39,34 @@ class Mixture(ImageDataset):
         return int(self.ends[-1])
 
     def __getitem__(self, index: int) -> Sample:
-        dataset, number = self._find(index)
-        sample = dataset[number]
+        source, number = self._find(index)
+        sample = self.datasets[source][number]
         return sample._replace(
             label=sample.label if self.classes is not None else None,
             caption=sample.caption if self.has_captions else None,
         )
 
     @property
-    def captions(self) -> list[str] | None:
-        return [caption for dataset in self.datasets for caption in dataset.captions] if self.has_captions else None
+    def captions(self) -> Sequence[str] | None:
+        if not self.has_captions:
+            return None
+        captions = [dataset.captions for dataset in self.datasets]
+
+        def read(index: int) -> str:
+            source, number = self._find(index)
+            return captions[source][number]
+
+        return Captions(len(self), read)
 
     def file_of(self, index: int) -> tuple[str, Path] | None:
-        dataset, number = self._find(index)
-        return dataset.file_of(number)
+        source, number = self._find(index)
+        return self.datasets[source].file_of(number)
 
     def batches(self, seed: int, batch_size: int) -> MixedBatches:
         shuffles = [dataset.shuffle(derive_seed(seed, 0, n), batch_size) for n, dataset in enumerate(self.datasets)]
         return MixedBatches(shuffles, (self.ends - self.sizes).tolist(), self.weights, batch_size)
 
-    def _find(self, index: int) -> tuple[ImageDataset, int]:
+    def _find(self, index: int) -> tuple[int, int]:
+        """(number of the data set, place in it) of a sample."""
         source = int(self.ends.searchsorted(index, side="right"))
-        return self.datasets[source], index - int(self.ends[source] - self.sizes[source])
+        return source, index - int(self.ends[source] - self.sizes[source])

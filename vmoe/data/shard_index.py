@@ -24,6 +24,7 @@ IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 KINDS = {**dict.fromkeys(IMAGE_ENDINGS, "image"), "txt": "txt", "json": "json", "cls": "cls"}
 # Each part's place (in blocks of 512 bytes; 0: there is none) and size in bytes: 32 bytes a sample.
 ENTRY = np.dtype([(f"{part}_{what}", "<u4") for part in ("image", "txt", "json", "cls") for what in ("block", "size")])
+CHECKSUM_BYTES = 16
 MAX_KEPT = 64
 # So that a hostile shard of millions of empty members cannot fill the memory; usual are 1,000 to 10,000.
 MAX_SAMPLES = 1_000_000
@@ -52,7 +53,7 @@ class ShardIndex:
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 with whole_file(file) as draft:
-                    np.save(draft, entries, allow_pickle=False)
+                    draft.write_bytes(_checksum(entries.tobytes()) + entries.tobytes())
             except OSError as error:
                 raise DataError(
                     f"cannot write {file} ({error.strerror}): set the environment variable VMOE_CACHE to a writable "
@@ -71,9 +72,8 @@ def cache_file(path: str) -> Path:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the data source's path") from None
     facts = f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}\0{FORMAT}"
-    return (
-        cache_folder() / "shards" / f"{hashlib.blake2b(facts.encode(errors='replace'), digest_size=16).hexdigest()}.npy"
-    )
+    name = hashlib.blake2b(facts.encode(errors="replace"), digest_size=16).hexdigest()
+    return cache_folder() / "shards" / f"{name}.index"
 
 
 def scan(path: str) -> np.ndarray:
@@ -108,8 +108,14 @@ def scan(path: str) -> np.ndarray:
 
 def _load(file: Path) -> np.ndarray | None:
     """Entries that were kept, or None if there are none or the file is damaged."""
+    # Not as .npy: on Python 3.11 numpy's reader of its header now and then fails in several threads at once.
     try:
-        entries = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        content = file.read_bytes()
+    except OSError:
         return None
-    return entries if entries.dtype == ENTRY and entries.ndim == 1 and len(entries) else None
+    checksum, entries = content[:CHECKSUM_BYTES], content[CHECKSUM_BYTES:]
+    return np.frombuffer(entries, ENTRY) if entries and checksum == _checksum(entries) else None
+
+
+def _checksum(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=CHECKSUM_BYTES).digest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-import json
+import logging
 import os
 import re
 from collections import OrderedDict
@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from vmoe.data.dataset import ImageDataset, Sample
+from vmoe.data.dataset import Captions, ImageDataset, Sample
 from vmoe.data.fingerprint import Fingerprint
 from vmoe.data.images import BadSample, DataError, load_image
 from vmoe.data.labelled import read_class_names
@@ -22,6 +22,9 @@ from vmoe.data.loaders import world
 from vmoe.data.order import ShuffledShards
 from vmoe.data.shard_index import ShardIndex
 from vmoe.data.tar import BLOCK
+from vmoe.safe_json import parse_json, read_json
+
+logger = logging.getLogger("vmoe.data")
 
 CAPTION_KEY = "caption"
 MAX_TEXT_BYTES = 2**20
@@ -90,7 +93,7 @@ class Shards(ImageDataset):
     @property
     def captions(self) -> Sequence[str] | None:
         """The captions, each read when it is asked for."""
-        return Captions(self) if self.has_captions else None
+        return Captions(len(self), self.caption) if self.has_captions else None
 
     def caption(self, index: int) -> str:
         """A sample's caption, without its picture; "" where there is none."""
@@ -117,6 +120,8 @@ class Shards(ImageDataset):
         # Each process starts at another place, so that they share the work where they share the cache folder.
         rank, processes = world()
         begin = rank * len(unknown) // processes
+        if unknown:
+            logger.info("reading the headers of %d shards in %s, once", len(unknown), os.path.dirname(self.paths[0]))
         with ThreadPoolExecutor(INDEX_THREADS) as pool:
 
             def count(number: int) -> int:
@@ -204,23 +209,6 @@ class Shards(ImageDataset):
         return facts.hexdigest()
 
 
-class Captions(Sequence):
-    """The captions of shards, without keeping them."""
-
-    def __init__(self, shards: Shards) -> None:
-        self.shards = shards
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return [self.shards.caption(one) for one in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        return self.shards.caption(index % len(self))
-
-
 def find_shards(path: str) -> list[str]:
     """The shards that a setting names, sorted within each of its parts.
 
@@ -276,8 +264,10 @@ def _braces(pattern: str) -> list[str]:
                 words = match[3].split(",")
             else:
                 low, high = int(match[1]), int(match[2])
-                if not 0 <= high - low < MAX_SHARDS:
+                if low > high:
                     raise DataError(f"path {pattern}: {match[0]} must run from a smaller number to a larger one")
+                if high - low >= MAX_SHARDS:
+                    raise DataError(f"path {pattern}: {match[0]} stands for more than {MAX_SHARDS} shards")
                 width = len(match[1]) if match[1].startswith("0") else 0
                 words = (f"{number:0{width}}" for number in range(low, high + 1))
             longer += [one[: match.start()] + word + one[match.end() :] for word in words]
@@ -307,13 +297,11 @@ def _read_sizes(paths: list[str]) -> Iterator[tuple[int, str] | None]:
 
 def _read_json(file: str) -> dict[str, Any] | None:
     try:
-        if os.path.getsize(file) > 64 * MAX_TEXT_BYTES:
-            raise DataError(f"{file}: is too large to hold numbers of samples; remove it")
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = read_json(file)
     except OSError:
         return None
-    except (ValueError, RecursionError):
-        raise DataError(f"{file}: not valid JSON; remove it, and the shards are counted") from None
+    except ValueError as error:
+        raise DataError(f"{file}: {error}; remove it, and the shards are counted") from None
     if not isinstance(content, dict):
         raise DataError(f"{file}: must be a JSON object; remove it, and the shards are counted")
     return content
@@ -329,9 +317,9 @@ def _whole(value: Any, file: str, key: str) -> int:
 
 def _caption_in(text: str, key: str, name: str) -> str:
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        raise BadSample(name, "its .json is not valid JSON") from None
+        content = parse_json(text)
+    except ValueError as error:
+        raise BadSample(name, f"its .json is {error}") from None
     caption = content.get(key) if isinstance(content, dict) else None
     if not isinstance(caption, str):
         raise BadSample(name, f"its .json has no text {key!r}")

@@ -1,0 +1,140 @@
+"""The tar walker against tarfile as the writer, and against headers that no honest writer makes."""
+
+import gzip
+import io
+import tarfile
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vmoe.data.images import DataError
+from vmoe.data.tar import MAX_MEMBER_BYTES, read_members
+
+NAMES = ["a.jpg", "./b.txt", "folder/c.json", "ü.jpg", f"{'long' * 40}.jpg", f"{'deep/' * 30}d.jpg"]
+
+
+def write(path, members, format=tarfile.PAX_FORMAT):
+    """A tar file of (name, content) or (name, content, {attribute: value})."""
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content, *attributes in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            for key, value in (attributes or [{}])[0].items():
+                setattr(info, key, value)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def contents(path):
+    whole = path.read_bytes()
+    return [(one.name, whole[one.offset : one.offset + one.size]) for one in read_members(path)]
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+@pytest.mark.parametrize("mtime", [0, 1.5])  # a fraction makes WebDataset's writer add a pax header to each member
+def test_members_of_all_formats(tmp_path, format, mtime):
+    names = NAMES if format != tarfile.USTAR_FORMAT else [name for name in NAMES if len(name) < 100 or "/" in name]
+    members = [(name, bytes([number]) * (number * 300), {"mtime": mtime}) for number, name in enumerate(names)]
+    members.insert(2, ("folder/", b"", {"type": tarfile.DIRTYPE}))
+    path = write(tmp_path / "a.tar", members, format)
+    assert contents(path) == [(name.removeprefix("./"), content) for name, content, _ in members if name != "folder/"]
+    with open(path, "ab") as file:  # tar -b fills up to larger records
+        file.write(bytes(50 * 512))
+    assert len(contents(path)) == len(names)
+
+
+REFUSED = [
+    (("/etc/passwd", b"x"), "'/etc/passwd' has a name that is empty, absolute or leads out"),
+    (("../a.jpg", b"x"), "leads out of the shard"),
+    (("a/../../b.jpg", b"x"), "leads out of the shard"),
+    (("a\\..\\b.jpg", b"x"), "leads out of the shard"),
+    (("C:/b.jpg", b"x"), "absolute"),
+    (("a.jpg", b"", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}), "'a.jpg' is a symbolic link"),
+    (("a.jpg", b"", {"type": tarfile.LNKTYPE, "linkname": "b.jpg"}), "'a.jpg' is a hard link"),
+    (("a.jpg", b"", {"type": tarfile.CHRTYPE}), "'a.jpg' is a character device"),
+    (("a.jpg", b"", {"type": tarfile.FIFOTYPE}), "'a.jpg' is a pipe"),
+    (("a.jpg", b"", {"type": tarfile.GNUTYPE_SPARSE}), "'a.jpg' is a sparse file"),
+    (("a.jpg", b"", {"type": b"?"}), "of the unknown type"),
+    (("a.jpg", b"x", {"pax_headers": {"GNU.sparse.major": "1"}}), "extended header with GNU.sparse.major"),
+    (("a.jpg", b"x", {"pax_headers": {"comment": "x" * 20000}}), "extended header of 20[0-9]* bytes; more than"),
+]
+
+
+@pytest.mark.parametrize(("member", "message"), REFUSED)
+def test_hostile_members_are_refused_by_name(tmp_path, member, message):
+    path = write(tmp_path / "a.tar", [("good.jpg", b"x"), member])
+    with pytest.raises(DataError, match=message) as caught:
+        list(read_members(path))
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def set_size(path, field, place=0):
+    """Gives a header another size field, and the checksum that belongs to it."""
+    whole = bytearray(path.read_bytes())
+    whole[place + 124 : place + 136] = field
+    whole[place + 148 : place + 156] = b" " * 8
+    whole[place + 148 : place + 156] = b"%06o\0 " % sum(whole[place : place + 512])
+    path.write_bytes(whole)
+
+
+def test_sizes_that_no_member_has(tmp_path):
+    path = write(tmp_path / "a.tar", [("a.jpg", b"x")])
+    for field, message in [
+        (b"77777777777\0", "cut off, it should have 8589934591 bytes"),
+        (b"\x80" + b"\xff" * 11, "cut off"),
+        (b"\xff" * 12, "is no tar file"),  # a negative number
+        (b"-0000000001\0", "is no tar file"),
+    ]:
+        set_size(path, field)
+        with pytest.raises(DataError, match=message):
+            list(read_members(path))
+    with open(path, "r+b") as file:  # a hole: no room on the disk
+        file.truncate(MAX_MEMBER_BYTES + 10240)
+    set_size(path, b"%011o\0" % (MAX_MEMBER_BYTES + 1))
+    with pytest.raises(DataError, match=f"'a.jpg' has {MAX_MEMBER_BYTES + 1} bytes; more than {MAX_MEMBER_BYTES}"):
+        list(read_members(path))
+
+
+def test_files_that_are_no_whole_tar(tmp_path):
+    path = tmp_path / "a.tar"
+    with pytest.raises(DataError, match="cannot be read .No such file"):
+        list(read_members(path))
+    whole = write(path, [("a.jpg", b"x" * 700), ("b.txt", b"y")]).read_bytes()
+    end = 512 + 1024 + 512 + 512
+    assert not any(whole[end:])
+    for content, message in [
+        (b"", "is empty"),
+        (b"hello", "is no tar file"),
+        (b"\x89PNG" + bytes(2000), "is no tar file"),
+        (gzip.compress(whole), r"is compressed \(gzip\).*unpack it to a plain \.tar"),
+        (whole[:1000], "'a.jpg': cut off, it should have 700 bytes"),
+        (whole[:1700], "cut off at byte 1700"),
+        (whole[:end], "cut off at byte 2560, its end mark is missing"),
+        (whole[: end + 512], "within its end mark"),
+        (whole + whole, "goes on behind its end mark"),
+        (whole[:600] + b"!" + whole[601:1540] + b"!" + whole[1541:], "is damaged at byte 1536"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            list(read_members(path))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_changed_bytes_give_an_error_or_members_within_the_file(tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp()
+    path = write(folder / "fuzz.tar", [(name, b"content", {"mtime": 1.5}) for name in NAMES[:4]])
+    whole = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(whole) - 1))
+        whole[place] = data.draw(st.integers(0, 255))
+    whole = whole[: data.draw(st.integers(0, len(whole)))] if data.draw(st.booleans()) else whole
+    path.write_bytes(whole)
+    try:
+        members, message = list(read_members(path)), ""
+    except DataError as error:
+        members, message = [], str(error)
+    assert "\n" not in message
+    assert all(0 < one.offset <= one.offset + one.size <= len(whole) and ".." not in one.name for one in members)
