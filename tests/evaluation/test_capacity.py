@@ -3,9 +3,6 @@
 import csv
 import io
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -297,28 +294,7 @@ def test_table_csv_and_figure_show_the_points(model, tmp_path):
         assert len(timed.convert("RGB").getcolors(1 << 24)) > 3
 
 
-# --- as a user runs it: 1 and 3 processes, batch sizes 1, 7 and 64, an unreadable picture in the middle
-
-SCRIPT = """
-import sys
-from vmoe.distributed.processes import joined as processes
-from vmoe.evaluation.run import main
-
-def evaluate(folder, world):
-    common = ["--task", "capacity", "--data.type", "image_folder", "--data.path", folder + "/tree", "--device", "cpu",
-              "--loader.num_workers", "0", "--loader.on_bad", "skip", "--capacity.images_per_group", "6",
-              "--capacity.timing_rounds", "0", "--capacity.factors", "[0.2, 0.5, null]"]
-    for checkpoint, sizes in (("classifier", (7,)), ("limoe", (7, 64) if world == "1" else (1,))):
-        for size in sizes:
-            output = f"{folder}/{checkpoint}_{world}_{size}.json"
-            code = main([*common, "--checkpoint", f"{folder}/{checkpoint}", "--loader.batch_size", str(size),
-                         "--output", output])
-            assert code == 0, code
-
-if __name__ == "__main__":
-    with processes():
-        evaluate(*sys.argv[1:])
-"""
+# --- as a user runs it, with an unreadable picture in the middle; test_distributed.py has several processes
 
 
 @pytest.fixture(scope="module")
@@ -335,35 +311,7 @@ def folder(tmp_path_factory):
     save_pretrained(classifier(num_classes=3), file, extra={"class_names": ["cat", "dog", "eel"]})
     limoe = vmoe.create_model("limoe_tiny_patch8_48", width=32, embed_dim=16, **TINY)
     save_pretrained(limoe, root / "limoe" / "model.safetensors")
-    (root / "script.py").write_text(SCRIPT)
     return root
-
-
-def test_processes_and_batch_sizes_do_not_matter(folder):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    job = subprocess.Popen(
-        [*launcher, str(folder / "script.py"), str(folder), "3"],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    alone: dict = {}
-    exec(SCRIPT, alone)
-    alone["evaluate"](str(folder), "1")
-    output = job.communicate(timeout=240)[0].decode()
-    assert job.returncode == 0, output
-    for checkpoint, sizes in (("classifier", {1: (7,), 3: (7,)}), ("limoe", {1: (7, 64), 3: (1,)})):
-        expected = json.loads((folder / f"{checkpoint}_1_7.json").read_text())
-        assert (expected["results"]["num_samples"], expected["results"]["num_skipped"]) == (26, 1)
-        top1 = {value for name, value in expected["results"].items() if name.startswith("top1")}
-        assert len(top1) > 1  # the settings do differ
-        for world in (1, 3):
-            for size in sizes[world]:
-                report = json.loads((folder / f"{checkpoint}_{world}_{size}.json").read_text())
-                assert report["processes"] == world
-                assert report["results"] == expected["results"]
-                assert report["checkpoints"] == expected["checkpoints"]
 
 
 @pytest.mark.parametrize(("checkpoint", "task"), [("classifier", "classification"), ("limoe", "zero_shot")])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -17,30 +18,57 @@ from vmoe.models.factory import save_pretrained
 CLASSES = ("cat", "dog", "eel")
 IMAGES_PER_CLASS = 9  # 27 in all: neither 2 processes nor 7 to a batch divide it
 
-# One start of torchrun for all tasks: starting is what takes the time.
-SCRIPT = """
+RUNS = (  # task and model
+    *(("classification", "classifier"), ("linear_probe", "classifier"), ("capacity", "classifier")),
+    *(("zero_shot", "limoe"), ("retrieval", "limoe"), ("few_shot", "limoe"), ("knn", "limoe"), ("capacity", "limoe")),
+)
+
+# One start of torchrun for all tasks and numbers of processes: starting is what takes the time.
+SCRIPT = (
+    f"RUNS = {RUNS}"
+    + """
 import os, sys
+import torch.distributed as dist
 from vmoe.distributed.processes import joined as processes
 from vmoe.evaluation.run import main
 
-folder, world, *sizes = sys.argv[1:]
-data = ["--data.type", "image_folder", "--data.path", folder + "/tree"]
-captions = ["--data.type", "pairs", "--data.path", folder + "/pairs.csv"]
-fit = [*data, "--train_data.type", "image_folder", "--train_data.path", folder + "/train"]
-fit += ["--features.k", "[1, 10]", "--features.shots", "[1, 5]", "--features.l2_range", "[1, 100]", "--features.cache"]
-common = ["--loader.num_workers", "0", "--device", "cpu", "--loader.on_bad", "skip"]
-with processes():
+def evaluate(folder, world, sizes):
+    data = ["--data.type", "image_folder", "--data.path", folder + "/tree"]
+    fit = [*data, "--train_data.type", "image_folder", "--train_data.path", folder + "/train"]
+    fit += ["--features.k", "[1, 10]", "--features.shots", "[1, 5]", "--features.l2_range", "[1, 100]"]
+    arguments = {
+        "classification": data,
+        "zero_shot": data,
+        "retrieval": ["--data.type", "pairs", "--data.path", folder + "/pairs.csv"],
+        # From the second batch size on from the cache.
+        "few_shot": [*fit, "--features.cache", f"{folder}/cache_{world}"],
+        "linear_probe": [*fit, "--features.cache", "null"],
+        "knn": [*fit, "--features.cache", "null"],
+        "capacity": [*data, "--capacity.images_per_group", "6", "--capacity.timing_rounds", "0",
+                     "--capacity.factors", "[0.2, 0.5, null]"],
+    }
+    common = ["--loader.num_workers", "0", "--device", "cpu", "--loader.on_bad", "skip"]
     for size in sizes:
-        for task, checkpoint, source in (
-            ("classification", "classifier", data), ("zero_shot", "limoe", data), ("retrieval", "limoe", captions),
-            ("few_shot", "limoe", [*fit, f"{folder}/cache_{world}"]),  # from the second batch size on from the cache
-            ("linear_probe", "classifier", [*fit, "null"]),
-            ("knn", "limoe", [*fit, "null"]),
-        ):
-            code = main(["--task", task, "--checkpoint", f"{folder}/{checkpoint}", *source, *common,
-                         "--loader.batch_size", size, "--output", f"{folder}/{task}_{world}_{size}.json"])
+        for task, checkpoint in RUNS:
+            code = main(["--task", task, "--checkpoint", f"{folder}/{checkpoint}", *arguments[task], *common,
+                         "--loader.batch_size", str(size),
+                         "--output", f"{folder}/{task}_{checkpoint}_{world}_{size}.json"])
             assert code == 0, code
+
+if __name__ == "__main__":
+    folder, *worlds = sys.argv[1:]  # such as "3:1" and "2:7,64": the number of processes and the batch sizes
+    for text in worlds:
+        world, sizes = text.split(":")
+        rank, launched = int(os.environ["RANK"]), os.environ["WORLD_SIZE"]
+        if rank < int(world):
+            if world != launched:  # fewer than torchrun has started
+                dist.init_process_group("gloo", f"file://{folder}/{world}", rank=rank, world_size=int(world))
+            with processes():
+                evaluate(folder, int(world), sizes.split(","))
+            if world != launched:
+                dist.destroy_process_group()
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +89,12 @@ def folder(tmp_path_factory):
     (root / "pairs.csv").write_text("\n".join(rows))
     torch.manual_seed(0)
     tiny = {"depth": 2, "num_heads": 2}
-    model = vmoe.create_model("limoe_tiny_patch8_48", width=32, embed_dim=16, **tiny)
+    model = vmoe.create_model("limoe_tiny_patch8_48", width=32, embed_dim=16, moe_layers="every1", **tiny)
     save_pretrained(model, root / "limoe" / "model.safetensors")
-    model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=3, embed_dim=32, **tiny)
+    settings = {"num_classes": 3, "embed_dim": 32, "num_selected_experts": 1, "moe_layers": "every1"}
+    model = vmoe.create_model("vmoe_tiny_patch8_48", **settings, **tiny)
+    for weight in (model.head.weight, *(block.mlp.router.weight for block in model.blocks)):
+        torch.nn.init.normal_(weight)  # fresh ones hardly tell pictures apart
     save_pretrained(model, root / "classifier" / "model.safetensors", extra={"class_names": list(CLASSES)})
     (root / "script.py").write_text(SCRIPT)
     return root
@@ -77,29 +108,35 @@ def folder(tmp_path_factory):
     ],
     ids=["three", "all"],
 )
-def test_processes_and_batch_sizes_do_not_matter(folder, sizes_of_world):
-    jobs = {}
-    for world, sizes in sizes_of_world.items():
-        start = [sys.executable]
-        if world > 1:
-            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-        command = [*start, str(folder / "script.py"), str(folder), *map(str, (world, *sizes))]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        jobs[world] = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    for world, job in jobs.items():
+def test_processes_and_batch_sizes_do_not_matter(folder, sizes_of_world, capsys):
+    several = {world: sizes for world, sizes in sorted(sizes_of_world.items(), reverse=True) if world > 1}
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={max(several)}"]
+    worlds = [f"{world}:{','.join(map(str, sizes))}" for world, sizes in several.items()]
+    command = [sys.executable, *start, str(folder / "script.py"), str(folder), *worlds]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        runpy.run_path(str(folder / "script.py"))["evaluate"](str(folder), 1, sizes_of_world[1])
         output = job.communicate(timeout=240)[0].decode()
-        assert job.returncode == 0, output
-        assert output.count("measure") == 6 * len(sizes_of_world[world])  # tables, from one process
-    for task in ("classification", "zero_shot", "retrieval", "few_shot", "linear_probe", "knn"):
+    finally:
+        job.terminate()
+    assert job.returncode == 0, output
+    output += capsys.readouterr().out
+    runs = [(world, size) for world, sizes in sizes_of_world.items() for size in sizes]
+    assert output.count("measure") == len(runs) * len(RUNS)  # tables, from one process
+    for task, checkpoint in RUNS:
         reports = {
-            (world, size): json.loads((folder / f"{task}_{world}_{size}.json").read_text())
-            for world, sizes in sizes_of_world.items()
-            for size in sizes
+            (world, size): json.loads((folder / f"{task}_{checkpoint}_{world}_{size}.json").read_text())
+            for world, size in runs
         }
         expected = reports[1, 64]
-        torn = expected["checkpoints"][0]["details"]["skipped"]
-        assert len(torn) == 1
-        assert torn[0].endswith("4.png")
+        if task == "capacity":
+            top1 = {value for name, value in expected["results"].items() if name.startswith("top1")}
+            assert len(top1) > 1  # the settings do differ
+        else:
+            torn = expected["checkpoints"][0]["details"]["skipped"]
+            assert len(torn) == 1
+            assert torn[0].endswith("4.png")
         assert expected["results"]["num_samples"] == (52 if task == "retrieval" else 26)
         assert expected["results"]["num_skipped"] == (2 if task == "retrieval" else 1)
         for (world, _), report in reports.items():

@@ -319,7 +319,7 @@ def _flops(
             hook.remove()
     inside, per_row = 0, {}
     for name, layer in layers.items():
-        x_RD, count_E = calls[name]
+        x_RD, count_E, *_ = calls[name]
         inside += forward_flops(partial(layer.experts, x_RD, count_E))
         one_E = torch.zeros_like(count_E)
         one_E[0] = 1
