@@ -160,6 +160,15 @@ class Checkpointer:
         if writing is not None:
             writing.result()
 
+    def close(self) -> None:
+        """The way out, also after another error: waits for the last checkpoint, and logs if it could not be written."""
+        try:
+            self.wait()
+        except CheckpointError as error:
+            logger.error("%s", error)
+        if self._thread is not None:
+            self._thread.shutdown()
+
     def _collect(
         self,
         model: nn.Module,

@@ -1,0 +1,105 @@
+import errno
+import os
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import vmoe
+from vmoe.export import DTYPE_NAMES, _mapped, main
+from vmoe.models.weights import StoredTensors
+from vmoe.training.checkpoint import Checkpointer
+
+SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 2, "num_experts": 2}
+
+
+def build(seed):
+    torch.manual_seed(seed)
+    return vmoe.create_model("vmoe_tiny_patch8_48", num_classes=3, moe_layers="every1", **SMALL)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    model = build(0)
+    for step, ema in ((1, None), (2, build(1))):
+        Checkpointer(folder, 2).save(step, model, ema, torch.optim.SGD(model.parameters()), {}, {"class_names": ["a"]})
+    return folder
+
+
+def same(file, model):
+    weights = load_file(file)
+    return weights.keys() == model.state_dict().keys() and all(
+        torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items()
+    )
+
+
+def test_a_runs_newest_checkpoint_becomes_one_file(run, tmp_path, capsys):
+    file = tmp_path / "new" / "model.safetensors"
+    assert main([str(run), "--output", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "step_000002/model.safetensors" in shown
+    assert f"{sum(t.numel() for t in build(0).state_dict().values()):,} numbers" in shown
+    assert same(file, build(0))
+    made = vmoe.create_model(pretrained=file)  # needs nothing else
+    assert same(file, made)
+    assert main([str(run), "--output", str(file), "--ema"]) == 0
+    assert same(file, build(1))
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["checkpoints/step_000001", "--output", "out.safetensors", "--ema"], "holds no moving average.*leave --ema"),
+        ([".", "--output", "out.pt"], "ends with .safetensors"),
+        (["nowhere", "--output", "out.safetensors"], "nowhere: it does not exist"),
+        (["checkpoints/step_000001/model.safetensors", "--output", "out.safetensors"], "is one file already"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_write_nothing(run, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(run)
+    assert main(argv) == 1
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert re.search(message, shown)
+    assert [path.name for path in run.iterdir()] == ["checkpoints"]
+
+
+def test_a_damaged_checkpoint_is_not_exported(run, tmp_path, capsys):
+    folder = run / "checkpoints" / "step_000001"
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"as it was")
+    assert main([str(folder), "--output", str(file)]) == 1
+    assert "step_000001 is damaged: model.safetensors does not have the SHA-256" in capsys.readouterr().err
+    assert file.read_bytes() == b"as it was"
+
+
+def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    assert main([str(run), "--output", str(tmp_path / "model.safetensors")]) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_type_of_number_and_shape_is_read_by_safetensors(tmp_path):
+    wanted = {}
+    for dtype in DTYPE_NAMES:
+        for shape in ((), (0, 3), (3,), (2, 5)):
+            wanted[f"{dtype} {shape}"] = torch.randint(0, 2, shape).to(dtype)
+    file = tmp_path / "all.safetensors"
+    shapes = {name: tensor.shape for name, tensor in wanted.items()}
+    dtypes = {name: tensor.dtype for name, tensor in wanted.items()}
+    with _mapped(file, shapes, dtypes, {"format": "pt"}) as tensors:
+        for name, tensor in tensors.items():
+            tensor.copy_(wanted[name])
+    for found in (load_file(file), {name: StoredTensors(file).read(name) for name in wanted}):
+        assert found.keys() == wanted.keys()
+        assert all(found[n].dtype == t.dtype and torch.equal(found[n], t) for n, t in wanted.items())
