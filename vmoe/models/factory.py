@@ -9,6 +9,7 @@ import difflib
 import errno
 import inspect
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -25,10 +26,19 @@ from torch import Tensor, nn
 from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE
 from vmoe.models.text import TextTransformer
 from vmoe.models.two_tower import TOWERS, TWO_TOWER_CONFIGS, TwoTower, check_towers, merge_settings
+from vmoe.models.untrusted import bounded_model, without_loading
 from vmoe.models.vision import VisionMoE
-from vmoe.models.weights import METADATA_KEY, find_weights, load_weights, read_pretrained_metadata
+from vmoe.models.weights import (
+    METADATA_KEY,
+    StoredTensors,
+    WeightsError,
+    find_weights,
+    load_weights,
+    read_pretrained_metadata,
+)
 from vmoe.moe import SparseMoE
 from vmoe.moe.settings import SETTING_NAMES, preset_settings
+from vmoe.printable import printable
 from vmoe.whole import whole_file
 
 IMAGE_TEXT_NAMES = (*LIMOE_CONFIGS, *TWO_TOWER_CONFIGS)
@@ -73,18 +83,39 @@ def create_model(name: str | None = None, pretrained: str | Path | None = None, 
     image_weights = None
     if name in TWO_TOWER_CONFIGS:
         kwargs, image_weights = (_without_image_weights(kwargs), None) if file else _image_weights(kwargs)
-    model = _build(name, kwargs, image_weights is True)
+    if file is not None:
+        model = _build_for_file(file, name, kwargs, upcycled)
+        load_weights(model, file, new_head=True)
+        return model
+    model = _build_with_spec(name, kwargs, None, image_weights is True)
+    if isinstance(image_weights, Path):
+        load_weights(model.visual, image_weights, new_head=True)
+    return model
+
+
+def _build_with_spec(name: str, kwargs: dict, upcycled: dict | None, timm_image_weights: bool = False) -> nn.Module:
+    """A new model that knows how it was made."""
+    model = _build(name, kwargs, timm_image_weights)
     model.vmoe_spec = {"name": name, "kwargs": _with_slots(model, kwargs)}
     model.vmoe_built = _live_settings(model)
     if upcycled is not None:
         from vmoe.models.upcycle import upcycle
 
         model = upcycle(model, **upcycled)
-    if file is not None:
-        load_weights(model, file, new_head=True)
-    elif isinstance(image_weights, Path):
-        load_weights(model.visual, image_weights, new_head=True)
     return model
+
+
+def _build_for_file(file: Path, name: str, kwargs: dict, upcycled: dict | None) -> nn.Module:
+    """The same for a file's weights, by settings that may be a stranger's."""
+    shapes = StoredTensors(file).shapes
+    with bounded_model(file, sum(map(math.prod, shapes.values())), len(shapes)):
+        try:
+            return _build_with_spec(name, kwargs, upcycled)
+        except ValueError:
+            raise
+        except Exception as error:  # whatever a constructor makes of settings that nobody would give it
+            reason = f"{type(error).__name__}: {printable(error)[:300]}"
+            raise WeightsError(f"no model can be built by the settings in {file} ({reason})") from error
 
 
 def _without_image_weights(kwargs: dict) -> dict:
@@ -272,7 +303,7 @@ def file_metadata(model: nn.Module, extra: dict | None = None) -> dict[str, str]
     Raises:
         ValueError: if the settings are not JSON-able.
     """
-    settings = {**model_spec(model), "preprocess": preprocess_config(model), "extra": extra or {}}
+    settings = {**without_loading(model_spec(model)), "preprocess": preprocess_config(model), "extra": extra or {}}
     try:
         text = json.dumps(settings)
     except TypeError as error:

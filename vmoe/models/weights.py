@@ -4,7 +4,6 @@ A model's weights are one safetensors file, which `vmoe.models.factory` writes, 
 sharded run wrote into a checkpoint, each process its own part. Their metadata says how to build the model.
 """
 
-import json
 import logging
 import math
 from collections.abc import Iterator
@@ -21,6 +20,9 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from vmoe.manifest import MANIFEST, find_problems, list_checkpoints, newest_whole
 from vmoe.models.two_tower import TwoTower
+from vmoe.models.untrusted import check_metadata
+from vmoe.printable import printable
+from vmoe.safe_json import parse_json, read_json
 
 logger = logging.getLogger("vmoe.models")
 
@@ -95,11 +97,10 @@ def read_pretrained_metadata(source: str | Path) -> dict:
             f"{source} holds weights but no settings of a vmoe model: it was not written by this package"
         )
     try:
-        metadata = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"the settings in {source} are damaged: {error}") from error
-    if not isinstance(metadata, dict) or not {"name", "kwargs", "preprocess", "extra"} <= metadata.keys():
-        raise WeightsError(f"the settings in {source} are damaged: they lack a name, kwargs, preprocess or extra")
+        metadata = parse_json(text)
+        check_metadata(metadata)
+    except ValueError as error:
+        raise WeightsError(f"the settings in {source} are refused: {error}") from error
     return metadata
 
 
@@ -111,8 +112,8 @@ def safetensors_metadata(source: str | Path) -> dict[str, str]:
             return opened.metadata() or {}
     file = source / SETTINGS_NAME
     try:
-        metadata = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        metadata = read_json(file)
+    except (OSError, ValueError) as error:
         raise WeightsError(f"{file} cannot be read: {error}") from error
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise WeightsError(f"{file} is damaged: it must map names to text")
@@ -185,7 +186,7 @@ class StoredTensors:
         except MemoryError:
             raise
         except Exception as error:  # whatever the libraries make of a damaged file
-            raise WeightsError(f"{self.source} cannot be read: {error or type(error).__name__}") from error
+            raise WeightsError(f"{self.source} cannot be read: {printable(error) or type(error).__name__}") from error
 
 
 class _SafetensorsFiles(FileSystem):
@@ -254,7 +255,7 @@ def _resized_positions(
     model: nn.Module, own: dict[str, Tensor], stored: StoredTensors, metadata: dict[str, str]
 ) -> dict[str, Tensor]:
     """The stored position embeddings, interpolated to the model's grid of patches; those that need it."""
-    preprocess = json.loads(metadata.get(METADATA_KEY, "{}")).get("preprocess")
+    preprocess = parse_json(metadata.get(METADATA_KEY, "{}")).get("preprocess")
     model = model.visual if isinstance(model, TwoTower) else model
     resized = {}
     for name in ("pos_embed", "visual.pos_embed", "image_pos_embed"):
