@@ -370,6 +370,10 @@ def _load(checkpoint: Path, model: nn.Module, ema: nn.Module | None, optimizer: 
             import_state(optimizer, model, stored and StoredTensors(stored), rest)
         except ValueError as error:
             raise CheckpointError(f"{checkpoint}: {error}") from error
+        except (AttributeError, IndexError, KeyError, RecursionError, RuntimeError, TypeError) as error:
+            raise CheckpointError(
+                f"{checkpoint}: its optimizer state cannot be understood ({type(error).__name__}: {error})"
+            ) from error
     return trainer
 
 
