@@ -70,13 +70,13 @@ class _Contents:
     Attributes:
         tensors: {"model" | "ema" | "optimizer": {name: tensor}}.
         metadata: the same keys; what their safetensors files say of themselves.
-        trainer: what goes to trainer.json.
+        trainer: the text of trainer.json.
         sharded: the weights are DTensors.
     """
 
     tensors: dict[str, dict[str, Tensor]]
     metadata: dict[str, dict[str, str]]
-    trainer: dict[str, Any]
+    trainer: str
     sharded: bool
 
     @property
@@ -164,7 +164,7 @@ class Checkpointer:
         """The way out, also after another error: waits for the last checkpoint, and logs if it could not be written."""
         try:
             self.wait()
-        except CheckpointError as error:
+        except Exception as error:
             logger.error("%s", error)
         if self._thread is not None:
             self._thread.shutdown()
@@ -184,8 +184,7 @@ class Checkpointer:
         tensors[OPTIMIZER], rest = export_state(optimizer, model)
         metadata[OPTIMIZER] = {"format": "pt"}
         sharded = any(isinstance(tensor, DTensor) for tensor in tensors[MODEL].values())
-        trainer = {"format": FORMAT, "trainer": trainer, "optimizer": rest}
-        json.dumps(trainer)  # an error now, not in the background
+        trainer = json.dumps({"format": FORMAT, "trainer": trainer, "optimizer": rest})  # as it is now
         if not sharded and self._team.rank > 0:  # process 0 writes all of it
             tensors = {part: {} for part in tensors}
 
@@ -253,9 +252,9 @@ class Checkpointer:
                     write_tensors(tensors, contents.metadata[part], unfinished / f"{part}.safetensors")
                     names.append(f"{part}.safetensors")
                 elif part != OPTIMIZER:
-                    _write_json(unfinished / part / SETTINGS_NAME, contents.metadata[part])
+                    _write_text(unfinished / part / SETTINGS_NAME, json.dumps(contents.metadata[part]))
                     names.append(f"{part}/{SETTINGS_NAME}")
-            _write_json(unfinished / TRAINER, contents.trainer)
+            _write_text(unfinished / TRAINER, contents.trainer)
             names.append(TRAINER)
         return describe_files(unfinished, names)
 
@@ -403,8 +402,8 @@ def _mebibytes(number: int) -> str:
     return f"{number / 2**20:,.1f} MiB"
 
 
-def _write_json(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content), encoding="utf-8")
+def _write_text(file: Path, content: str) -> None:
+    file.write_text(content, encoding="utf-8")
     _sync(file)
 
 
