@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from vmoe.config_io import ConfigError
 from vmoe.data import BadSample
+from vmoe.distributed.processes import LostProcessError, SharedError
 from vmoe.printable import escaped
 
 
@@ -30,8 +31,10 @@ def exit_code(prog: str, run: Callable[[], object]) -> int:
         if os.environ.get("VMOE_TRACEBACK"):
             raise
         wrong_setting = isinstance(error, ConfigError)
-        if not (wrong_setting and int(os.environ.get("RANK", 0)) > 0):  # which all processes find; one says it
-            plain = isinstance(error, (ValueError, BadSample, ModuleNotFoundError))
+        # What all processes find, one of them says; and a process that stopped the others has told why.
+        shared = isinstance(error, (ConfigError, SharedError)) and int(os.environ.get("RANK", 0)) > 0
+        if not shared and not getattr(error, "told", False):
+            plain = isinstance(error, (ValueError, BadSample, ModuleNotFoundError, LostProcessError))
             hint = "" if plain else " (VMOE_TRACEBACK=1 shows where)"
             print(f"{prog}: error: {escaped(error) or type(error).__name__}{hint}", file=sys.stderr)
         return 2 if wrong_setting else 1

@@ -316,7 +316,9 @@ def _leave_signals_to_the_main_process(_worker: int) -> None:
 
     So a worker outlives SIGTERM for long enough to let the main process finish its step, and then leaves quietly.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "SIGALRM"):  # not on Windows
         signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))

@@ -1,4 +1,4 @@
-"""The processes of a job: joining, and what they agree on."""
+"""The processes of a job: joining, what they agree on, and what happens when one of them is lost."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from vmoe.data.loaders import world
+from vmoe.distributed.watch import DONE, ERROR, LOST, REMEDY, LostProcessError, Watch, sentence
 
 DEFAULT_TIMEOUT = 600.0
+# Words of the errors with which gloo, NCCL and the store say that another process does not answer.
+EXCHANGE_WORDS = ("gloo", "nccl", "connection closed", "connection reset", "socket", "store")
+
+
+class SharedError(ValueError):
+    """An error that all processes raise together, so that one of them can tell it for all."""
 
 
 @contextmanager
@@ -23,6 +31,10 @@ def joined(device: torch.device | None = None, timeout: float = DEFAULT_TIMEOUT)
     Args:
         device: where tensors are exchanged: GPUs over NCCL. Numbers and objects on the CPU always go over gloo.
         timeout: seconds to wait for another process, before an error.
+
+    Raises:
+        LostProcessError: another process died, stopped with an error, or has not come within `timeout`. Where the main
+            thread cannot be woken (NCCL), the process prints that sentence and exits with code 1 instead.
     """
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield
@@ -31,11 +43,67 @@ def joined(device: torch.device | None = None, timeout: float = DEFAULT_TIMEOUT)
     if device is not None and device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    seconds = timedelta(seconds=timeout)
     try:
-        yield
-    finally:
-        dist.destroy_process_group()
+        store, rank, processes = next(dist.rendezvous("env://", timeout=seconds))
+    except (RuntimeError, dist.DistError) as error:
+        raise LostProcessError(
+            f"the processes did not find each other at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
+            f"within {timeout:g} s ({first_line(error)}); see that all are started, or raise parallel.timeout"
+        ) from error
+    store.set_timeout(seconds)
+    watch = Watch(store, rank, processes, timeout)
+    with watch:
+        try:
+            store = dist.PrefixStore("default_pg", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=seconds)
+            yield
+        except KeyboardInterrupt as stopped:
+            watch.leave(DONE if str(stopped) else ERROR, "interrupted")
+            raise
+        except Exception as error:
+            lost = _lost_process(error, watch)
+            if lost is None:
+                watch.leave(ERROR, sentence(error))
+                raise
+            watch.leave(LOST, str(lost))
+            raise lost from error
+        finally:
+            # NCCL would wait for the one who is gone.
+            if dist.is_initialized() and (watch.end != LOST or backend == "gloo"):
+                dist.destroy_process_group()
+
+
+def _lost_process(error: Exception, watch: Watch) -> LostProcessError | None:
+    """What to say instead of an error that came because another process is gone; None if it is this one's own."""
+    if isinstance(error, SharedError):
+        return None
+    text = str(error).lower()
+    exchange = isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in text for word in EXCHANGE_WORDS)
+    )
+    if not exchange and not isinstance(error, RuntimeError):
+        return None
+    lost = watch.explain(waiting=exchange)
+    if lost is None and exchange:
+        elsewhere = watch.elsewhere()
+        all_live = f"; all processes live, but {elsewhere}" if elsewhere else "; all processes live"
+        lost = LostProcessError(
+            f"an exchange with the other processes failed ({first_line(error)}){all_live}; {REMEDY}"
+        )
+    return lost
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of PyTorch's says, without the C++ stack below."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def set_timeout(meshes: list[DeviceMesh], timeout: float) -> None:
+    """Seconds that the processes of a mesh wait for each other; its groups do not have those of the job."""
+    for mesh in meshes:
+        for group in mesh.get_all_groups():
+            dist.set_timeout(timedelta(seconds=timeout), group)
 
 
 def wait_for_all() -> None:
@@ -70,4 +138,14 @@ def any_process(found: bool) -> bool:
     return mean_over_processes([float(found)])[0] > 0
 
 
-__all__ = ["any_process", "joined", "mean_over_processes", "sum_over_processes", "wait_for_all", "world"]
+__all__ = [
+    "LostProcessError",
+    "SharedError",
+    "any_process",
+    "joined",
+    "mean_over_processes",
+    "set_timeout",
+    "sum_over_processes",
+    "wait_for_all",
+    "world",
+]

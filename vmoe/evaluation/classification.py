@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vmoe.evaluation.distributed import gather_lists, gather_rows
 from vmoe.evaluation.inference import evaluating
+from vmoe.evaluation.lockstep import Lockstep
 from vmoe.evaluation.metrics import (
     accuracy_per_class,
     class_ranks,
@@ -93,9 +94,11 @@ def evaluate_classification(
 
     Raises:
         ValueError: the model has another number of classes, a label is out of range, or there are no samples.
+        SharedError: one of several processes could not read its samples.
     """
     with evaluating(model, device, precision):
-        return predict(lambda images: checked_logits(model, images, num_classes), loader, device=device).results()
+        batches = Lockstep(loader, model)
+        return predict(lambda images: checked_logits(model, images, num_classes), batches, device=device).results()
 
 
 def checked_logits(model: nn.Module, images: Tensor, num_classes: int | None) -> Tensor:
@@ -125,7 +128,7 @@ def predict(
 
     Args:
         score: images (B, 3, H, W) on `device` -> scores (B, C) float32, whose softmax is the confidence.
-        loader: see `evaluate_classification`.
+        loader: see `evaluate_classification`; a batch without "label" is scored, and does not count.
         device: where `score` runs.
         class_columns: for each class the columns of the scores that stand for it, the largest of which counts; None:
             each class its own.
@@ -139,6 +142,8 @@ def predict(
     for batch in loader:
         scores_BC = select_columns(score(batch["image"].to(device)), class_columns)
         num_classes = scores_BC.shape[1]
+        if "label" not in batch:
+            continue
         label_B = batch["label"].to(device)
         index_B = batch.get("index")
         if index_B is None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from vmoe.data import BadSample, EvalLoader, ImageDataset, LoaderConfig, eval_loader
-from vmoe.evaluation.distributed import gather_rows, world
+from vmoe.evaluation.distributed import gather_rows
 from vmoe.evaluation.inference import evaluating
+from vmoe.evaluation.lockstep import Lockstep, equal_shares
 from vmoe.evaluation.metrics import ranks, share_within
 
 logger = logging.getLogger("vmoe.evaluation")
@@ -83,21 +84,24 @@ def evaluate_retrieval(
 
     Raises:
         ValueError: there are no pairs.
+        SharedError: one of several processes could not read its pictures.
     """
     image_rows, image_places = [], [torch.empty(0, dtype=torch.long)]
     text_rows, text_places = [], [torch.empty(0, dtype=torch.long)]
-    rank, num_processes = world()
     with evaluating(model, device, precision):
-        for batch in loader:
-            image_rows.append(model.encode_image(batch["image"].to(device), normalize=True).float().cpu())
-            image_places.append(batch["index"])
+        for batch in Lockstep(loader, model):
+            features_BD = model.encode_image(batch["image"].to(device), normalize=True).float().cpu()
+            if "index" in batch:  # else a blank one
+                image_rows.append(features_BD)
+                image_places.append(batch["index"])
         written = [place for place, caption in enumerate(captions) if caption.strip()]
-        starts = range(0, len(written), TEXTS_PER_CALL)
-        for start in starts[rank::num_processes]:
-            places = written[start : start + TEXTS_PER_CALL]
+        calls = [written[start : start + TEXTS_PER_CALL] for start in range(0, len(written), TEXTS_PER_CALL)]
+        for places, counts in equal_shares(calls, model):
             tokens_BL = tokenizer([captions[place] for place in places]).to(device)
-            text_rows.append(model.encode_text(tokens_BL, normalize=True).float().cpu())
-            text_places.append(torch.tensor(places))
+            features_BD = model.encode_text(tokens_BL, normalize=True).float().cpu()
+            if counts:
+                text_rows.append(features_BD)
+                text_places.append(torch.tensor(places))
     empty = torch.empty(0, 0)
     image_index_I, image = gather_rows(torch.cat(image_places), features=torch.cat(image_rows or [empty]))
     text_index_T, text = gather_rows(torch.cat(text_places), features=torch.cat(text_rows or [empty]))

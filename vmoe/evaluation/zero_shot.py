@@ -16,6 +16,7 @@ from vmoe.data.images import BadSample, load_image, to_rgb
 from vmoe.evaluation.class_names import is_published, known_sets, prompt_names, prompt_templates
 from vmoe.evaluation.classification import predict
 from vmoe.evaluation.inference import evaluating
+from vmoe.evaluation.lockstep import Lockstep
 from vmoe.evaluation.metrics import TIE_TOLERANCE
 
 Template = str | Callable[[str], str]
@@ -207,10 +208,12 @@ def evaluate_zero_shot(
 
     Raises:
         ValueError: bad names or templates, a label outside the names, or no samples.
+        SharedError: one of several processes could not read its samples.
     """
     with evaluating(model, device, precision):
         weights_DC = encode_classes(model, tokenizer, class_names, templates, device)
-        return predict(class_scorer(model, weights_DC, class_names), loader, device=device).results()
+        score = class_scorer(model, weights_DC, class_names)
+        return predict(score, Lockstep(loader, model), device=device).results()
 
 
 def class_scorer(model: nn.Module, weights_DC: Tensor, class_names: Sequence[str] = ()) -> Callable[[Tensor], Tensor]:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stderr
 
 # Values of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 0, 1 for an error, 2 for a wrong setting, 130 for Ctrl-C.
+    """Runs the command; returns its exit code.
 
-    An error is one sentence; set VMOE_TRACEBACK=1 to see where it comes from.
+    An error is one sentence; set VMOE_TRACEBACK=1 to see where it comes from. Of several processes, each tells its own
+    errors, with its number; what all find alike is told once.
+
+    Returns:
+        0: done, or stopped by SIGUSR1 or at the end of train.max_minutes (the same command continues); 1: an error, or
+        another process was lost; 2: a wrong setting; 130: Ctrl-C or SIGTERM.
     """
     keep_freed_memory()
     from rich.console import Console
@@ -23,12 +30,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from vmoe.training.config import ConfigError, load_config
 
-    config = load_config(argv)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    # Mistakes in the settings are told by the first process of each machine: each may have another file.
+    with redirect_stderr(io.StringIO()) if int(os.environ.get("LOCAL_RANK", 0)) else nullcontext():
+        config = load_config(argv)
     # Only now: these take seconds to import, and a wrong setting or --help need not wait for them.
     from vmoe.data import BadSample, TooManyBadSamples
+    from vmoe.distributed.processes import LostProcessError, SharedError
+    from vmoe.distributed.watch import told_by
     from vmoe.printable import escaped
+    from vmoe.training.checkpoint import CheckpointError
     from vmoe.training.diagnosis import NonFiniteError
     from vmoe.training.loop import train
+    from vmoe.training.stopping import Stopped
 
     console = Console()
     handler = RichHandler(console=console, show_path=False, show_time=False)
@@ -37,13 +51,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         train(config, console)
     except KeyboardInterrupt as stopped:
         text = str(stopped) or "interrupted; the same command continues the run from its last checkpoint"
-        print(f"\nvmoe-train: {text}", file=sys.stderr)
-        return 130
+        if rank == 0:
+            print(f"\nvmoe-train: {text}", file=sys.stderr)
+        return 0 if isinstance(stopped, Stopped) and stopped.planned else 130
+    except LostProcessError as lost:
+        if os.environ.get("VMOE_TRACEBACK"):
+            raise
+        if not lost.told:
+            print(f"vmoe-train: {told_by(rank, world)}error: {escaped(lost)}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # threads that wait for the lost process (a checkpoint being written, NCCL) would hold up an exit
     # What users can cause is one sentence; all else shows where it broke.
     except (ValueError, OSError, ModuleNotFoundError, NonFiniteError, BadSample, TooManyBadSamples) as error:
         if os.environ.get("VMOE_TRACEBACK"):
             raise
-        print(f"vmoe-train: error: {escaped(error)}", file=sys.stderr)
+        if rank == 0 or not isinstance(error, (ConfigError, SharedError, CheckpointError, NonFiniteError)):
+            teller = "" if isinstance(error, ConfigError) else told_by(rank, world)
+            print(f"vmoe-train: {teller}error: {escaped(error)}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 

@@ -38,6 +38,7 @@ CHANGEABLE = (
     "train.keep_last",
     "train.keep_every",
     "train.async_checkpoints",
+    "train.max_minutes",
     "train.collapse_after",
     "train.compile",
     "train.num_threads",
@@ -114,6 +115,8 @@ class TrainConfig:
         keep_last: Checkpoints to keep.
         keep_every: Checkpoints at multiples of so many steps are kept for good; 0: none.
         async_checkpoints: Copy the state to the CPU's memory, and write it there while training goes on.
+        max_minutes: Time for this start of the command: training stops early enough to save a checkpoint within it,
+            and the same command continues; null: as long as it takes.
         collapse_after: A layer whose routing stays collapsed (one expert is asked for by most tokens, or some by none)
             for this many steps is reported by name. 0 never reports.
         num_threads: CPU threads of PyTorch; null leaves its own choice.
@@ -138,6 +141,7 @@ class TrainConfig:
     keep_last: int = 2
     keep_every: int = 0
     async_checkpoints: bool = False
+    max_minutes: float | None = None
     collapse_after: int = 100
     num_threads: int | None = None
     tensorboard: bool = True
@@ -211,7 +215,8 @@ class ParallelConfig:
         dp_shard: Processes over which all weights, gradients and optimizer states are sharded (FSDP2).
         ep: Processes over which the experts are spread; tokens travel to them and back (all-to-all). The number of
             experts must be a multiple of it.
-        timeout: Seconds after which a process that waits for another one gives up.
+        timeout: Seconds after which a process that waits for another one gives up, and the job ends with an error that
+            names it.
     """
 
     dp_replicate: int = -1
@@ -279,7 +284,12 @@ class Config:
         ]:
             if value is not None and not value >= least:
                 raise ConfigError(f"{key} must be >= {least}, got {value}")
-        for key, value in [("optim.lr", optim.lr), ("train.clip_grad_norm", train.clip_grad_norm)]:
+        for key, value in [
+            ("optim.lr", optim.lr),
+            ("train.clip_grad_norm", train.clip_grad_norm),
+            ("train.max_minutes", train.max_minutes),
+            ("parallel.timeout", self.parallel.timeout),
+        ]:
             if value is not None and not value > 0:
                 raise ConfigError(f"{key} must be > 0, got {value}")
         for key, value in [("optim.layer_decay", optim.layer_decay), ("train.ema_decay", train.ema_decay)]:

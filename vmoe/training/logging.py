@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from vmoe.moe.record import statistics_of
 from vmoe.whole import whole_file
 
 logger = logging.getLogger("vmoe.training")
+
+# Waiting for data is worth a warning above this share of the time, in so many logged steps in a row.
+WAITING_SHARE, WAITING_FOR = 0.2, 5
 
 
 class MetricsLog:
@@ -200,6 +204,58 @@ class CollapseWatch:
                     since,
                     step,
                 )
+
+
+class DataWatch:
+    """Says once, with numbers and a remedy, when the model keeps waiting for data.
+
+    Args:
+        num_workers: worker processes that read for this process.
+        cores: CPU cores that this process may use; None: its share of the machine's.
+    """
+
+    def __init__(self, num_workers: int, cores: int | None = None) -> None:
+        self.num_workers = num_workers
+        self.cores = own_cores() if cores is None else cores
+        self.in_a_row = 0
+
+    def update(self, figures: dict[str, float], readable: float) -> None:
+        """Looks at a logged step; the first process warns.
+
+        Args:
+            figures: with "images_per_second" of all processes and "data_wait_share" of this one.
+            readable: pictures per second that this process's workers could read if they never waited.
+        """
+        rank, processes = world()
+        waiting = figures["data_wait_share"]
+        self.in_a_row = self.in_a_row + 1 if waiting > WAITING_SHARE else 0
+        if self.in_a_row != WAITING_FOR or rank > 0 or not readable > 0:
+            return
+        needed = figures["images_per_second"] / processes / max(1 - waiting, 0.01)
+        readers = max(1, self.num_workers)
+        workers = max(math.ceil(needed / (readable / readers)), self.num_workers + 1)
+        what = f"{readers} worker{'s' * (readers > 1)}" if self.num_workers else "the training process itself"
+        remedy = f"raise data.loader.num_workers to {min(workers, self.cores)}"
+        if self.num_workers >= self.cores:
+            remedy = f"all {self.cores} CPU cores read already: store smaller pictures, or take more cores"
+        elif workers > self.cores:
+            remedy += f" (the model needs {workers}, and there are {self.cores} CPU cores: store smaller pictures)"
+        logger.warning(
+            "the model waits for data %.0f%% of the time: it could take %.0f pictures/s%s, and %s read%s %.0f; %s",
+            100 * waiting,
+            needed,
+            " in each process" if processes > 1 else "",
+            what,
+            "s" if readers == 1 else "",
+            readable,
+            remedy,
+        )
+
+
+def own_cores() -> int:
+    """CPU cores for each of the job's processes on this machine, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class ProgressDisplay:

@@ -7,16 +7,12 @@ how often it evaluates, or how many workers read the data.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
-import os
 import random
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,7 +36,15 @@ from vmoe.distributed.parallelize import (
     split_groups,
     synchronize_numbers,
 )
-from vmoe.distributed.processes import any_process, joined, mean_over_processes, wait_for_all, world
+from vmoe.distributed.processes import (
+    SharedError,
+    any_process,
+    joined,
+    mean_over_processes,
+    set_timeout,
+    wait_for_all,
+    world,
+)
 from vmoe.evaluation.inference import arithmetic, attention_kernel, pick_device, pick_precision
 from vmoe.inspection.figure import example_figure
 from vmoe.inspection.profile import model_profile
@@ -49,16 +53,16 @@ from vmoe.models.weights import WeightsError, checkpoint_weights
 from vmoe.training.checkpoint import (
     Checkpointer,
     CheckpointError,
-    latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
     remove_unfinished,
     step_of,
 )
-from vmoe.training.config import Config, changed_settings, to_yaml
+from vmoe.training.config import Config, to_yaml
 from vmoe.training.diagnosis import NonFiniteError, find_non_finite
 from vmoe.training.logging import (
     CollapseWatch,
+    DataWatch,
     MetricsLog,
     ProgressDisplay,
     expert_figures,
@@ -68,22 +72,14 @@ from vmoe.training.logging import (
 from vmoe.training.optim import create_optimizer, create_schedule, freeze
 from vmoe.training.pictures import RoutingPictures
 from vmoe.training.pretrained import carry_over_optimizer
+from vmoe.training.run_folder import find_checkpoint, finished_summary, lock_folder, unlock_folder, write_text
+from vmoe.training.stopping import Stopped, TimeBudget, interruptible
 from vmoe.training.tasks import Task, create_task
-from vmoe.whole import whole_file
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
 
 logger = logging.getLogger("vmoe.training")
 
 # Steps in a row that the fp16 gradient scaler may skip; by then it has halved its scale to nothing.
 MAX_SKIPPED_STEPS = 30
-
-
-class Stopped(KeyboardInterrupt):
-    """Training was interrupted between two steps, after saving a checkpoint; the message says how to go on."""
 
 
 def train(config: Config, console: Console | None = None) -> dict[str, Any]:
@@ -99,16 +95,18 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
     Raises:
         ConfigError: settings that do not fit each other, the data, or the run in output_dir.
         NonFiniteError: the loss or gradient of a step is not finite; the message names the step and the layer.
-        Stopped: Ctrl-C (or SIGTERM), after a checkpoint was saved.
+        Stopped: a signal (see `interruptible`) or the end of `train.max_minutes`, after a checkpoint was saved.
+        LostProcessError: another process of the job is gone, see `vmoe.distributed.processes.joined`.
     """
+    budget = TimeBudget(config.train.max_minutes)
     config.check()
     device = pick_device(config.device)
     with joined(device, config.parallel.timeout):
         first = world()[0] == 0  # who speaks and writes for all processes
-        return _train(config, device, console or Console() if first else Console(quiet=True))
+        return _train(config, device, console or Console() if first else Console(quiet=True), budget)
 
 
-def _train(config: Config, device: torch.device, console: Console) -> dict[str, Any]:
+def _train(config: Config, device: torch.device, console: Console, budget: TimeBudget) -> dict[str, Any]:
     rank, processes = world()
     first = rank == 0
     parallel = config.parallel
@@ -149,6 +147,7 @@ def _train(config: Config, device: torch.device, console: Console) -> dict[str, 
     forward = model  # what is called in training; `model` holds the weights
     if processes > 1:
         meshes = make_meshes(size, device)
+        set_timeout([meshes.whole, meshes.dense], parallel.timeout)
         forward = parallelize(model, meshes)
         if ema is not None and not size.is_plain:
             parallelize(ema.module, meshes)
@@ -191,11 +190,12 @@ def _train(config: Config, device: torch.device, console: Console) -> dict[str, 
     log = MetricsLog(run if first else None, step, config.train.tensorboard)
     pictures = RoutingPictures(config, task, log)
     watch = CollapseWatch(config.train.collapse_after)
+    data_watch = DataWatch(config.data.loader.num_workers)
     skipped = 0  # by the fp16 gradient scaler, in a row
     interval = Interval()
 
     checkpointer = Checkpointer(
-        run, config.train.keep_last, config.train.keep_every, asynchronous=config.train.async_checkpoints
+        run, config.train.keep_last, config.train.keep_every, config.train.async_checkpoints, dataclasses.asdict(size)
     )
 
     def save() -> None:
@@ -207,7 +207,8 @@ def _train(config: Config, device: torch.device, console: Console) -> dict[str, 
             "progress": progress,
         }
         extra = {"class_names": task.class_names} if config.task == "classification" else {}
-        checkpointer.save(step, model, ema and ema.module, optimizer, trainer, extra)
+        with budget.saving():
+            checkpointer.save(step, model, ema and ema.module, optimizer, trainer, extra)
 
     def evaluate() -> None:
         progress["evaluation"] = task.evaluate(model if ema is None else ema.module, device)
@@ -225,7 +226,12 @@ def _train(config: Config, device: torch.device, console: Console) -> dict[str, 
     display = ProgressDisplay(console, step, config.train.steps)
     try:
         with display, interruptible() as stop:
+
+            def stop_asked() -> list[float]:
+                return [float(stop.interrupted), float(stop.planned or budget.used_up())]
+
             while step < config.train.steps:
+                budget.next_step()
                 # Data.
                 started = time.perf_counter()
                 batches = [next(loader) for _ in range(config.train.accumulate_steps)]
@@ -245,8 +251,8 @@ def _train(config: Config, device: torch.device, console: Console) -> dict[str, 
 
                 # The one place where the CPU waits for the device, and the processes agree: nothing that is not finite
                 # reaches the weights.
-                own = [*torch.stack(losses).mean(0).tolist(), float(stop.is_set())]
-                total, loss, stopping = mean_over_processes(own)
+                own = [*torch.stack(losses).mean(0).tolist(), *stop_asked()]
+                total, loss, interrupted, planned = mean_over_processes(own)
                 norm = grad_norm.item()
                 skipped = skipped + 1 if scaler.is_enabled() and not math.isfinite(norm) else 0
                 if not math.isfinite(total) or (not math.isfinite(norm) and not 0 < skipped <= MAX_SKIPPED_STEPS):
@@ -273,6 +279,7 @@ def _train(config: Config, device: torch.device, console: Console) -> dict[str, 
                 last, figures = step == config.train.steps, {}
                 if last or step % config.train.log_every == 0:
                     figures = {"loss": total, "task_loss": loss, "lr": lr, "grad_norm": norm, **interval.figures()}
+                    data_watch.update(figures, loader.samples_per_second)
                     if scaler.is_enabled():
                         figures["grad_scale"] = scaler.get_scale()
                     figures |= {"bad_samples": loader.num_bad, **task.figures(model), **routing_figures(record)}
@@ -283,32 +290,39 @@ def _train(config: Config, device: torch.device, console: Console) -> dict[str, 
                 if config.train.eval_every and (last or step % config.train.eval_every == 0):
                     try:
                         evaluate()
-                    except Exception:  # bad validation data must not cost the training up to here
-                        save()
+                    except Exception as error:  # bad validation data must not cost the training up to here
+                        if processes == 1 or isinstance(error, SharedError):  # else the others cannot take part
+                            save()
                         raise
                     figures |= {f"evaluation/{name}": value for name, value in progress["evaluation"].items()}
                     values = (f"{k} {v:.4f}" for k, v in progress["evaluation"].items() if isinstance(v, float))
                     display.message(f"step {step}: evaluation {', '.join(values)}")
+                if processes == 1 or progress["evaluated"] == step:  # that took long: somebody may have asked again
+                    interrupted, planned = mean_over_processes(stop_asked())
                 if figures:
                     log.write(step, figures)
                 del record  # it holds the graph of the auxiliary losses
+                stopping = interrupted or planned
                 if last or stopping or step % config.train.checkpoint_every == 0:
                     save()
                 if pictures.due(step) and (first or sharded):  # after the checkpoint: nothing of it is lost
                     pictures.draw(step, model if ema is None else ema.module, device)
                 if stopping and not last:
                     checkpointer.wait()
-                    raise Stopped(
+                    stopped = Stopped(
                         f"stopped after step {step} of {config.train.steps}; the same command continues the run"
                     )
+                    stopped.planned = not interrupted
+                    raise stopped
             checkpointer.wait()
             if config.train.eval_every and progress["evaluated"] != step:  # it failed when this step was made
                 evaluate()
                 log.write(step, {f"evaluation/{name}": value for name, value in progress["evaluation"].items()})
     finally:
         log.close()
+        checkpointer.close()
         if lock is not None:
-            os.close(lock)
+            unlock_folder(lock)
 
     # ---- finish
     model = model if ema is None else ema.module
@@ -331,70 +345,6 @@ def _train(config: Config, device: torch.device, console: Console) -> dict[str, 
         draw_examples(task, model, run / "examples.png" if first else None, config)
     console.print(f"all of it in {run}", highlight=False, markup=False)
     return summary
-
-
-def find_checkpoint(run: Path, config: Config) -> Path | None:
-    """The checkpoint to continue from; None starts anew.
-
-    Raises:
-        ConfigError: the folder holds a run that may not be touched (`resume: never`), was made with other settings, or
-            has lost its checkpoints.
-    """
-    checkpoints = list_checkpoints(run)
-    holds_run = bool(checkpoints) or any((run / name).exists() for name in ("metrics.jsonl", "summary.json"))
-    if holds_run and config.resume == "never":
-        raise ConfigError(
-            f"output_dir {run} already holds a run, and resume is 'never'; nothing was changed. Choose another "
-            "output_dir, or continue that run with --resume auto"
-        )
-    if not checkpoints:
-        if (run / "summary.json").exists():
-            raise ConfigError(
-                f"output_dir {run} holds a finished run without its checkpoints; choose another output_dir"
-            )
-        if not holds_run:
-            return None
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"output_dir {run} holds other files, and no config.yaml of a run; choose another output_dir")
-    changed = changed_settings(run / "config.yaml", config)
-    if changed:
-        listed = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
-        raise ConfigError(
-            f"output_dir {run} holds a run with other settings ({listed}); go back to those, or choose another "
-            "output_dir"
-        )
-    return latest_checkpoint(run)  # None: it stopped before its first checkpoint
-
-
-def lock_folder(run: Path) -> int:
-    """Makes the run's folder and keeps other processes out of it until the returned descriptor is closed.
-
-    Raises:
-        ConfigError: the folder cannot be written to, or another process trains in it.
-    """
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        lock = os.open(run if fcntl else os.devnull, os.O_RDONLY)
-    except OSError as error:
-        raise ConfigError(f"output_dir {run} cannot be written to ({error.strerror}); choose another") from error
-    if fcntl is not None:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(lock)
-            raise ConfigError(
-                f"another process is training in output_dir {run}; wait for it or choose another"
-            ) from error
-    return lock
-
-
-def finished_summary(run: Path, step: int, steps: int) -> dict[str, Any] | None:
-    """summary.json of a run that has done all `steps` already, else None."""
-    file = run / "summary.json"
-    if step < steps or not file.is_file():
-        return None
-    summary = json.loads(file.read_text(encoding="utf-8"))
-    return summary if summary["steps"] >= steps else None
 
 
 def seed_everything(*seed: int) -> None:
@@ -425,27 +375,6 @@ class Interval:
         result = {"images_per_second": self.images / self.seconds, "data_wait_share": self.waited / self.seconds}
         self._reset()
         return result
-
-
-@contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set, so that a step is never cut in two. A second Ctrl-C stops at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-        yield stop
-        return
-
-    def handle(_number: int, _frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def non_finite_error(model: nn.Module, loss_of, batches, step: int, loss: float, run: Path) -> NonFiniteError:
@@ -482,9 +411,3 @@ def draw_examples(task: Task, model: nn.Module, file: Path | None, config: Confi
                 example_figure(model, samples, names, task.tokenizer, place, templates=templates)
     except Exception as error:  # the run itself is finished and saved
         logger.warning("no examples.png: %s", error or type(error).__name__)
-
-
-def write_text(file: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    with whole_file(file) as draft:
-        draft.write_text(text, encoding="utf-8")

@@ -1,0 +1,232 @@
+"""Which of a job's processes still live: each beats in the job's store, and a thread in each looks at all beats.
+
+A process that was killed no longer beats, nor does one that was stopped or lost its machine; one that raised an error
+leaves a note. So whoever waits for it in vain can say whom it waits for, and does not wait for ever: NCCL has no other
+way to notice, and gloo knows addresses but no ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from vmoe.printable import escaped
+
+# Seconds between two beats; more in large jobs, where one store answers all processes.
+INTERVAL, INTERVAL_PER_PROCESS = 1.0, 0.01
+# A process is silent after so many intervals without a beat: long enough for a busy machine.
+SILENT_INTERVALS = 4
+# Seconds that a process has to end by itself after another one left with an error.
+GRACE_SECONDS = 10.0
+DONE, ERROR, LOST = "done", "error", "lost"  # how a process can leave; LOST: because of another one
+PACKAGE = os.sep + "vmoe" + os.sep
+
+
+class LostProcessError(RuntimeError):
+    """Another process of the job died, hangs, or stopped with an error; the message says which.
+
+    Attributes:
+        told: that process has told its error itself, on this machine.
+    """
+
+    def __init__(self, message: str, told: bool = False) -> None:
+        super().__init__(message)
+        self.told = told
+
+
+@dataclass
+class _Peer:
+    """What is known of a process: its last news, and when that came (monotonic seconds)."""
+
+    news: dict[str, Any]
+    since: float
+    place_since: float
+
+
+class Watch:
+    """The beats of this process, and a look at those of the others; a context manager around the job.
+
+    Args:
+        store: of the job.
+        rank: of this process.
+        world: number of processes.
+        timeout: seconds after which a process that does not beat is given up, and this one ends.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world: int, timeout: float) -> None:
+        self.rank, self.world, self.timeout = rank, world, timeout
+        self.interval = min(max(INTERVAL, INTERVAL_PER_PROCESS * world), timeout / 20)
+        own = store.clone()  # a connection of its own: the main thread may wait in the other one
+        own.set_timeout(timedelta(seconds=timeout))
+        self._store = dist.PrefixStore("vmoe_watch", own)
+        self._peers: dict[int, _Peer] = {}
+        self._news = {"beat": 0, "host": socket.gethostname(), "pid": os.getpid(), "place": "", "end": None, "text": ""}
+        self._started = time.monotonic()
+        self._looked = self._started
+        self._main = threading.main_thread().ident
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.leave(DONE if error is None else ERROR, "" if error is None else sentence(error))
+
+    @property
+    def end(self) -> str | None:
+        """How this process left; None: it has not."""
+        return self._news["end"]
+
+    def leave(self, end: str, text: str = "") -> None:
+        """Tells the others that this process ends, and how; once."""
+        if not self._ending.is_set():
+            self._news |= {"end": end, "text": text}
+            self._ending.set()
+            self._thread.join(GRACE_SECONDS)  # the store's machine may be gone
+
+    def explain(self, waiting: bool) -> LostProcessError | None:
+        """Why the other processes do not answer; None if they all seem to do well.
+
+        Args:
+            waiting: something is certainly wrong: wait until silence tells who it is.
+        """
+        deadline = time.monotonic() + (SILENT_INTERVALS + 2) * self.interval if waiting else 0.0
+        while True:
+            found = self._failed() or self._silent(SILENT_INTERVALS * self.interval)
+            if found is not None or time.monotonic() > deadline:
+                return found
+            time.sleep(self.interval / 4)
+
+    def elsewhere(self) -> str:
+        """Where those processes are that live, but are not where this one is; "" if all are at the same place."""
+        here, now = self._place(), time.monotonic()
+        places = [
+            f"{self._name(rank)} has been at {peer.news['place']} for {now - peer.place_since:.0f} s"
+            for rank, peer in sorted(self._peers.items())
+            if peer.news["end"] is None and peer.news["place"] != here
+        ]
+        return "; ".join(places[:4])
+
+    # --- what the thread does ---
+
+    def _run(self) -> None:
+        failed_since = None
+        try:
+            while not self._ending.wait(self.interval):
+                self._beat()
+                self._look()
+                # A little before the processes would give up that wait for it: they could not say for whom.
+                silent = self._silent(self.timeout - 2 * self.interval)
+                failed = self._failed()
+                failed_since = None if failed is None else failed_since or time.monotonic()
+                if silent or (failed and time.monotonic() - failed_since > GRACE_SECONDS):
+                    self._abandon(silent or failed)
+            self._beat()
+        except RuntimeError:  # the store is gone, with the process or the agent that held it
+            self._ending.wait()
+
+    def _beat(self) -> None:
+        self._news |= {"beat": self._news["beat"] + 1, "place": self._place()}
+        self._store.set(str(self.rank), json.dumps(self._news))
+
+    def _look(self) -> None:
+        ranks = [rank for rank in range(self.world) if rank in self._peers or self._store.check([str(rank)])]
+        texts = self._store.multi_get([str(rank) for rank in ranks])
+        self._looked = now = time.monotonic()
+        for rank, text in zip(ranks, texts):
+            news, old = json.loads(text), self._peers.get(rank)
+            if old is None or news["beat"] != old.news["beat"]:
+                moved = old is None or news["place"] != old.news["place"]
+                self._peers[rank] = _Peer(news, now, now if moved else old.place_since)
+
+    def _place(self) -> str:
+        """The innermost line of this package where the main thread is."""
+        frame = sys._current_frames().get(self._main)
+        while frame is not None:
+            file = frame.f_code.co_filename
+            if PACKAGE in file and file != __file__:
+                return f"vmoe/{file.rpartition(PACKAGE)[2]}:{frame.f_lineno} ({frame.f_code.co_name})"
+            frame = frame.f_back
+        return "its start"
+
+    def _abandon(self, error: LostProcessError) -> None:
+        """Ends this process: its main thread waits for somebody who will not come, and cannot be woken."""
+        if self._ending.is_set():  # it ends by itself
+            return
+        self._news |= {"end": LOST, "text": str(error)}
+        self._beat()
+        if not error.told:
+            print(f"vmoe: {told_by(self.rank, self.world)}error: {escaped(error)}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
+
+    # --- what is known ---
+
+    def _name(self, rank: int) -> str:
+        peer = self._peers.get(rank)
+        where = f" (host {peer.news['host']}, pid {peer.news['pid']})" if peer else ""
+        return f"process {rank} of {self.world}{where}"
+
+    def _failed(self) -> LostProcessError | None:
+        for rank, peer in sorted(self._peers.items()):
+            if rank != self.rank and peer.news["end"] == ERROR:
+                # The first process of each other machine repeats it, for who reads that machine's output.
+                here = peer.news["host"] == self._news["host"] or os.environ.get("LOCAL_RANK", "0") != "0"
+                return LostProcessError(f"{self._name(rank)} stopped with an error: {peer.news['text']}", told=here)
+        return None
+
+    def _silent(self, limit: float) -> LostProcessError | None:
+        now = time.monotonic()
+        if now - self._looked > limit and 0 in self._peers and self.rank != 0:
+            return LostProcessError(
+                f"the store of the job has not answered for {now - self._looked:.0f} s: {self._name(0)}, or what "
+                f"started it, is gone or hangs; {REMEDY}"
+            )
+        silent, absent = [], []
+        for rank in range(self.world):
+            peer = self._peers.get(rank)
+            if rank == self.rank or (peer is not None and peer.news["end"] is not None):
+                continue
+            if peer is None and self._looked - self._started > limit:
+                absent.append(rank)
+            elif peer is not None and self._looked - peer.since > limit:
+                silent.append(rank)
+        if silent:
+            longest = max(self._looked - self._peers[rank].since for rank in silent)
+            place = self._peers[silent[0]].news["place"]
+            return LostProcessError(
+                f"{', '.join(map(self._name, silent[:4]))}{' and more' * (len(silent) > 4)} "
+                f"{'has' if len(silent) == 1 else 'have'} not been heard of for {longest:.0f} s, last at {place}: "
+                f"killed, stopped, or cut off from the network; {REMEDY}"
+            )
+        if absent:
+            return LostProcessError(
+                f"{', '.join(map(self._name, absent[:4]))}{' and more' * (len(absent) > 4)} did not start within "
+                f"{self._looked - self._started:.0f} s; see what was printed there, or raise parallel.timeout"
+            )
+        return None
+
+
+REMEDY = "the same command continues the run from its last checkpoint"
+
+
+def sentence(error: BaseException) -> str:
+    """An error in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def told_by(rank: int, world: int) -> str:
+    """The process that speaks, as the start of a message; "" where there is only one."""
+    return f"process {rank} of {world}: " if world > 1 else ""
