@@ -122,9 +122,9 @@ def read_config(
             _set(settings, path, _get(parsed, [*path[:depth], path[-1]]))
         return _build(config_class, settings)
     except ArgumentError as error:
-        raise ConfigError(_one_sentence(str(error), config_class)) from None
+        raise ConfigError(printable(_one_sentence(str(error), config_class))) from None
     except ValueError as error:  # the dataclasses' own checks
-        raise ConfigError(str(error)) from None
+        raise ConfigError(printable(error)) from None
 
 
 def _build(config_class: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
@@ -308,7 +308,7 @@ def _check_keys(settings: dict[str, Any], config_class: type, where: str) -> Non
                 walk(value, subsection, f"{prefix}{name}.")
             elif value is not None or fields[name] is subsection:
                 raise ConfigError(
-                    f"{where}: {prefix}{name} must be {_type_name(config_class, prefix + name)}, got {value}"
+                    f"{where}: {prefix}{name} must be {_type_name(config_class, prefix + name)}, got {printable(value)}"
                 )
 
     walk(settings, config_class, "")
