@@ -53,17 +53,28 @@ def weight(value):
     return rounded(round(float(value), 4), 4)
 
 
-def open_report(page, statistics, folder):
-    page.goto(write_report(statistics, folder / "report.html").as_uri())
+def open_file(page, file):
+    page.goto(file.as_uri())
     page.wait_for_selector("#cards .card")
     return page
 
 
+def open_report(page, statistics, folder):
+    return open_file(page, write_report(statistics, folder / "report.html"))
+
+
+@pytest.fixture(scope="module")
+def report(example_statistics, tmp_path_factory):
+    """(statistics, file) of an image-text model with two choices per token and 30 pictures."""
+    statistics = example_statistics(num_selected_experts=2, num_pictures=30)
+    return statistics, write_report(statistics, tmp_path_factory.mktemp("report") / "report.html")
+
+
 @pytest.fixture
-def page(browser_page, example_statistics, tmp_path):
-    """The report of an image-text model with two choices per token and 30 pictures; no problems may come up."""
-    browser_page.statistics = example_statistics(num_selected_experts=2, num_pictures=30)
-    yield open_report(browser_page, browser_page.statistics, tmp_path)
+def page(browser_page, report):
+    """That report, newly opened; no problems may come up."""
+    browser_page.statistics, file = report
+    yield open_file(browser_page, file)
     assert browser_page.problems == []
 
 
