@@ -1,15 +1,19 @@
-"""Five training steps of many small models, in one process or in several; run by test_equivalence.py under torchrun.
+"""Five training steps of many small models, in one process and in several; started by test_equivalence.py.
 
-Each case is trained on a fixed mesh and its losses, first gradients and final weights are saved whole. Every process takes
-its part of each batch, and the routing groups are such that they lie within a part.
+Each case is trained on a mesh, and its losses, first and last gradients and final weights are saved whole. Every
+process takes its part of each batch, and the routing groups are such that they lie within a part.
 """
 
 import json
-import os
 import sys
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp  # before the processes are forked, so that it is imported once; so is open_clip
+import torch.multiprocessing as mp
+from open_clip.loss import ClipLoss, SigLipLoss
 from torch import nn
 
 import vmoe
@@ -21,8 +25,10 @@ from vmoe.distributed.parallelize import (
     split_groups,
     synchronize_numbers,
 )
+from vmoe.evaluation.inference import arithmetic
+from vmoe.training.optim import create_ema
 
-STEPS, BATCH, ACCUMULATE = 5, 8, 2
+STEPS, BATCH = 5, 8
 TINY = {"num_experts": 4, "noise_std": 0.0}
 VMOE = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3, **TINY}
 # A group is a picture with its class token, so that it lies in one process whatever their number.
@@ -47,6 +53,7 @@ MODELS = {
     "dropless_all": ("vmoe", {"num_selected_experts": 2, "capacity_factor": float("inf"), "importance_loss": 0.0}),
     "expert_choice": ("vmoe", {"router": "expert_choice", "capacity_factor": 1.0}),
     "soft": ("vmoe", {"router": "soft", "num_slots": 2}),
+    "deepseek": ("vmoe", {"router_preset": "deepseek", "expert_mlp": "swiglu"}),
     "batch_losses": ("vmoe", {"capacity_factor": float("inf"), "auxiliary_loss_scope": "batch", "gshard_loss": 0.1}),
     "limoe": ("limoe", {**LIMOE_GROUP, "capacity_factor": 1.0, "capacity_multiple_of": 1}),
     "limoe_dropless": ("limoe", {"capacity_factor": float("inf"), "auxiliary_loss_scope": "batch"}),
@@ -59,15 +66,20 @@ def make_model(name: str) -> nn.Module:
     kind, settings = MODELS[name]
     torch.manual_seed(0)
     if kind == "limoe":
-        return vmoe.create_model("limoe_tiny_patch8_48", **{**LIMOE, **settings})
-    return vmoe.create_model("vmoe_tiny_patch8_48", **{**VMOE, **settings})
+        model = vmoe.create_model("limoe_tiny_patch8_48", **{**LIMOE, **settings})
+    else:
+        model = vmoe.create_model("vmoe_tiny_patch8_48", **{**VMOE, **settings})
+    with torch.no_grad():
+        for parameter in model.parameters():  # a head starts with zeros, through which no gradient comes
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
 
 
 def batches(kind: str) -> list[dict[str, torch.Tensor]]:
     """The same whole batches in every run."""
     generator = torch.Generator().manual_seed(1)
     result = []
-    for _ in range(STEPS * ACCUMULATE):
+    for _ in range(2 * STEPS):
         batch = {"image": torch.randn(BATCH, 3, 16, 16, generator=generator)}
         if kind == "limoe":
             text = torch.randint(1, 31, (BATCH, 6), generator=generator)
@@ -82,8 +94,6 @@ def batches(kind: str) -> list[dict[str, torch.Tensor]]:
 
 def loss_of(module: nn.Module, batch: dict[str, torch.Tensor], sigmoid: bool, rank: int, world: int) -> torch.Tensor:
     """The loss of the process's part of a batch, as `vmoe.training.tasks` computes it."""
-    from open_clip.loss import ClipLoss, SigLipLoss
-
     if "label" in batch:
         return nn.functional.cross_entropy(module(batch["image"]), batch["label"])
     output = module(batch["image"], batch["text"])
@@ -98,12 +108,21 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def train(case: str, size: MeshSize | None, options: list[str]) -> dict[str, torch.Tensor]:
-    """Losses, gradients of the first step and weights after the last, whole."""
-    model = make_model(case).train()
+    """Losses, gradients of the first and the last step, and weights after that, whole."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if size else (0, 1)
+    # The weights are those of the first process.
+    with nullcontext() if rank == 0 or size.is_plain else torch.device("meta"):
+        model = make_model(case).train()
     if "checkpointing" in options:
         model.set_grad_checkpointing()
-    module = parallelize(model, make_meshes(size, torch.device("cpu"))) if size else model
+    precision = "bf16" if "bf16" in options else "float32"
+    accumulate = 2 if "accumulate" in options else 1
+    spread, ema = None, None
+    if size:
+        spread = partial(parallelize, meshes=make_meshes(size, torch.device("cpu")), device=torch.device("cpu"))
+    if "ema" in options:
+        ema = create_ema(model, 0.5, None if size is None or size.is_plain else spread)
+    module = spread(model) if spread else model
     if "compile" in options:
         module = torch.compile(module, backend="aot_eager")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -113,13 +132,13 @@ def train(case: str, size: MeshSize | None, options: list[str]) -> dict[str, tor
     result, losses, data = {}, [], batches(kind)
     for step in range(STEPS):
         total = 0.0
-        for part in range(ACCUMULATE):
-            batch = data[step * ACCUMULATE + part]
+        for part in range(accumulate):
+            batch = data[step * accumulate + part]
             batch = {name: tensor.tensor_split(world)[rank] for name, tensor in batch.items()}
-            set_gradient_sync(module, part == ACCUMULATE - 1)
-            with vmoe.record_routing(model) as record:
+            set_gradient_sync(module, part == accumulate - 1)
+            with vmoe.record_routing(model) as record, arithmetic(precision, torch.device("cpu")):
                 loss = loss_of(module, batch, sigmoid, rank, world)
-            loss = (loss + record.auxiliary_loss()) / ACCUMULATE
+            loss = (loss + record.auxiliary_loss()) / accumulate
             loss.backward()
             total += loss.detach()
         synchronize_numbers(model)
@@ -127,38 +146,46 @@ def train(case: str, size: MeshSize | None, options: list[str]) -> dict[str, tor
         if world > 1:
             dist.all_reduce(total)
         losses.append(torch.stack([total / world, norm]))
-        if step == 0:
-            result |= {f"gradient of {name}": whole(p.grad) for name, p in model.named_parameters()}
+        if step in (0, STEPS - 1):
+            result |= {f"gradient {step} of {name}": whole(p.grad) for name, p in model.named_parameters()}
         optimizer.step()
         optimizer.zero_grad()
+        vmoe.update_expert_bias(model)
+        if ema is not None:
+            ema.update(model, step=step)
+    if ema is not None:
+        result |= {f"average {name}": whole(p) for name, p in ema.module.named_parameters()}
+    result |= {f"buffer {name}": buffer for name, buffer in model.named_buffers()}
     result |= {f"weight {name}": whole(p) for name, p in model.named_parameters()}
     model.eval()
     with torch.no_grad():  # evaluation, where batches differ in size
         few = {name: tensor[: 1 + rank] for name, tensor in data[0].items() if name != "label"}
-        output = module(*few.values()) if size is None or is_plain(size) else model(*few.values())
+        output = model(*few.values())
         result["output"] = (output[0] if isinstance(output, tuple) else output)[:1]
     return {**result, "losses": torch.stack(losses)}
 
 
-def is_plain(size: MeshSize) -> bool:
-    return size.is_plain
+def process(rank: int, world: int, runs: list, file: str) -> None:
+    """One of `world` processes: trains each case on its mesh; the first saves what came out."""
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{file}.join", rank=rank, world_size=world)
+    results = {}
+    for case, sizes, options in runs:
+        results[json.dumps([case, sizes, options])] = train(case, MeshSize(*sizes) if sizes else None, options)
+    if rank == 0:
+        torch.save(results, file)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def main() -> None:
-    """Arguments: the file to save to, and a JSON list of [case, mesh sizes or null, options]."""
-    file, runs = sys.argv[1], json.loads(sys.argv[2])
-    torch.set_num_threads(1)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("gloo")
-    results = {}
-    for case, sizes, options in runs:
-        key = json.dumps([case, sizes, options])
-        results[key] = train(case, MeshSize(*sizes) if sizes else None, options)
-    if int(os.environ.get("RANK", 0)) == 0:
-        torch.save(results, file)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    """Arguments: a folder, and JSON {number of processes: [[case, mesh sizes or null, options], ...]}."""
+    folder, jobs = sys.argv[1], json.loads(sys.argv[2])
+    for world, runs in jobs.items():  # forked, so that the libraries are imported once
+        arguments = (int(world), runs, f"{folder}/{world}.pt")
+        mp.start_processes(process, arguments, nprocs=int(world), start_method="fork")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ of rows; `vmoe.moe.experts.own_experts` divides them by P, and FSDP2 averages ov
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from inspect import signature
 
@@ -29,15 +29,18 @@ from vmoe.moe.experts import Experts
 FORWARD_METHODS = ("encode_image", "encode_text", "forward_features", "forward_head", "forward_intermediates")
 
 
-def parallelize(model: nn.Module, meshes: Meshes) -> nn.Module:
-    """Spreads a model over the processes of a mesh.
+def parallelize(model: nn.Module, meshes: Meshes, device: torch.device) -> nn.Module:
+    """Spreads a model over the processes of a mesh, all with the weights that process 0 has.
 
-    Weights travel in float32 whatever the forward pass computes in: the router and the norms need them so, and so does
-    evaluation.
+    Where the weights are sharded, no process but the first ever holds the whole model, and its whole parameters are on
+    the device one at a time. They travel in float32 whatever the forward pass computes in: the router and the norms
+    need them so, and so does evaluation.
 
     Args:
-        model: the same in all processes, on its device. Its parameters become DTensors where they are sharded.
+        model: in process 0 with its weights, on the CPU or on `device`; in the others it may be on the meta device,
+            unless every process holds all weights. Its parameters become DTensors where they are sharded.
         meshes: of the job; not of one process alone.
+        device: where the model is to be.
 
     Returns:
         The module to call in training: the model itself, or a DistributedDataParallel around it where every process
@@ -47,12 +50,15 @@ def parallelize(model: nn.Module, meshes: Meshes) -> nn.Module:
         ConfigError: the experts cannot be spread evenly.
     """
     if meshes.size.is_plain:
+        model.to(device)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             return model
         # Buffers are not sent around: the balancing bias is equal everywhere, and its counts must stay each one's own.
         names = signature(DistributedDataParallel).parameters  # PyTorch 2.15 renames it
         quiet = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
         return DistributedDataParallel(model, gradient_as_bucket_view=True, **{quiet: False})
+    whole = {name: tensor.detach() for name, tensor in _parameters_and_buffers(model)}
+    model.to("meta")
     experts = [(name, module) for name, module in model.named_modules() if isinstance(module, Experts)]
     if meshes.size.ep > 1:
         if not experts:
@@ -74,7 +80,33 @@ def parallelize(model: nn.Module, meshes: Meshes) -> nn.Module:
     for name in FORWARD_METHODS:
         if hasattr(model, name):
             register_fsdp_forward_method(model, name)
+    model.to_empty(device=device)
+    _share_weights(model, whole, device)
     return model
+
+
+def _parameters_and_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+@torch.no_grad()
+def _share_weights(model: nn.Module, whole: dict[str, Tensor], device: torch.device) -> None:
+    """Gives each process its part of the weights that process 0 has.
+
+    Args:
+        model: sharded, its tensors not yet filled.
+        whole: {name: tensor} of process 0; what the others hold is not read.
+    """
+    first = dist.get_rank() == 0
+    for name, target in _parameters_and_buffers(model):
+        value = whole.pop(name)  # freed as soon as it is spread
+        value = value.to(device) if first else torch.empty(value.shape, dtype=value.dtype, device=device)
+        dist.broadcast(value, 0)
+        if isinstance(target, DTensor):
+            value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None).to_local()
+            target = target.to_local()
+        target.copy_(value)
 
 
 def _spread_experts(name: str, experts: Experts, meshes: Meshes) -> None:

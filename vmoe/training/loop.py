@@ -13,6 +13,8 @@ import logging
 import math
 import random
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from timm.utils import ModelEmaV3
 from torch import nn
 
 import vmoe
@@ -69,7 +70,7 @@ from vmoe.training.logging import (
     final_table,
     routing_figures,
 )
-from vmoe.training.optim import create_optimizer, create_schedule, freeze
+from vmoe.training.optim import create_ema, create_optimizer, create_schedule, freeze
 from vmoe.training.pictures import RoutingPictures
 from vmoe.training.pretrained import carry_over_optimizer
 from vmoe.training.run_folder import find_checkpoint, finished_summary, lock_folder, unlock_folder, write_text
@@ -131,26 +132,29 @@ def _train(config: Config, device: torch.device, console: Console, budget: TimeB
     # A continued run finds its model in the checkpoint; the file it once started from need not exist any more.
     pretrained = config.model.pretrained if checkpoint is None else str(checkpoint_weights(checkpoint))
     try:
-        model = task.create_model(pretrained, continued=checkpoint is not None).to(device).train()
+        # Where the weights are sharded, the others get their part of what the first process makes.
+        with nullcontext() if first or size.is_plain else torch.device("meta"):
+            model = task.create_model(pretrained, continued=checkpoint is not None).train()
     except WeightsError as error:
         if checkpoint is None:
             raise
         raise CheckpointError(f"{error}; remove {checkpoint} to continue from the one before") from error
+    if size.is_plain:
+        model.to(device)
     if config.train.grad_checkpointing:
         model.set_grad_checkpointing()
     freeze(model, config.train.freeze)
     model.train()  # now that it is known what is frozen: a locked tower stays in evaluation mode
     profile = model_profile(model)
-    ema = None
-    if config.train.ema_decay is not None:
-        ema = ModelEmaV3(model, config.train.ema_decay, use_warmup=True, foreach=size.is_plain)
-    forward = model  # what is called in training; `model` holds the weights
+    spread = None
     if processes > 1:
         meshes = make_meshes(size, device)
         set_timeout([meshes.whole, meshes.dense], parallel.timeout)
-        forward = parallelize(model, meshes)
-        if ema is not None and not size.is_plain:
-            parallelize(ema.module, meshes)
+        spread = partial(parallelize, meshes=meshes, device=device)
+    ema = None
+    if config.train.ema_decay is not None:
+        ema = create_ema(model, config.train.ema_decay, None if size.is_plain else spread)
+    forward = model if spread is None else spread(model)  # what is called in training; `model` holds the weights
     if config.train.compile:
         forward = torch.compile(forward)
     sharded = is_sharded(model)
@@ -305,7 +309,7 @@ def _train(config: Config, device: torch.device, console: Console, budget: TimeB
                 stopping = interrupted or planned
                 if last or stopping or step % config.train.checkpoint_every == 0:
                     save()
-                if pictures.due(step) and (first or sharded):  # after the checkpoint: nothing of it is lost
+                if pictures.due(step):  # after the checkpoint: nothing of it is lost
                     pictures.draw(step, model if ema is None else ema.module, device)
                 if stopping and not last:
                     checkpointer.wait()
@@ -341,7 +345,7 @@ def _train(config: Config, device: torch.device, console: Console, budget: TimeB
     if first:
         write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
     console.print(final_table(summary))
-    if config.evaluate.examples and (first or sharded):
+    if config.evaluate.examples:
         draw_examples(task, model, run / "examples.png" if first else None, config)
     console.print(f"all of it in {run}", highlight=False, markup=False)
     return summary
@@ -399,12 +403,13 @@ def non_finite_error(model: nn.Module, loss_of, batches, step: int, loss: float,
 def draw_examples(task: Task, model: nn.Module, file: Path | None, config: Config) -> None:
     """The figure at the end of a run: pictures, their most probable names, and where their patches were routed.
 
-    The processes of a sharded model draw it together, and one of them keeps it (`file`; None in the others).
+    All processes call it. Those of a sharded model draw it together, and one of them keeps it (`file`; None in the
+    others).
     """
     try:
         samples = task.examples(config.evaluate.examples)
         names = task.example_names(samples)
-        if samples:
+        if samples and (file is not None or is_sharded(model)):
             templates = config.evaluate.templates if task.tokenizer is not None else None
             with TemporaryDirectory() as unwanted:
                 place = file or Path(unwanted, "examples.png")

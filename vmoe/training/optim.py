@@ -1,15 +1,17 @@
-"""What is trained and how fast: freezing, timm's optimizers, timm's schedules."""
+"""What is trained and how fast: freezing, timm's optimizers, schedules and moving averages."""
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
@@ -104,3 +106,21 @@ def create_schedule(optimizer: Optimizer, config: OptimConfig, steps: int) -> Sc
     except TypeError as error:
         raise ConfigError(f"optim.schedule_kwargs do not suit the schedule {config.schedule!r}: {error}") from error
     return schedule
+
+
+def create_ema(model: nn.Module, decay: float, spread: Callable[[nn.Module], object] | None = None) -> ModelEmaV3:
+    """An exponential moving average of the model's weights, with timm's warm-up of the decay.
+
+    Args:
+        model: not yet spread over processes.
+        decay: in (0, 1].
+        spread: spreads the average over the processes as the model will be; None: it stays whole.
+    """
+    if spread is None:
+        return ModelEmaV3(model, decay, use_warmup=True)
+    average = copy.deepcopy(model).eval()
+    spread(average)
+    # timm copies what it is given, and a sharded model cannot be copied; lists of tensors on several meshes do not mix.
+    ema = ModelEmaV3(nn.Linear(1, 1), decay, use_warmup=True, foreach=False)
+    ema.module = average
+    return ema

@@ -1,0 +1,120 @@
+"""Training in several processes is training in one: same losses, gradients and weights, whatever lies where."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+STEPS = Path(__file__).with_name("steps.py")
+DDP, FSDP, EP = [2, 1, 1], [1, 2, 1], [1, 1, 2]
+CASES = [
+    "top_1",
+    "top_2_bpr",
+    "dropless",
+    "dropless_all",
+    "expert_choice",
+    "soft",
+    "deepseek",
+    "batch_losses",
+    "limoe",
+    "limoe_dropless",
+    "limoe_sigmoid",
+]
+ALL = ["accumulate", "ema", "checkpointing"]
+RUNS = {
+    2: [
+        *([case, mesh, []] for case in CASES for mesh in (DDP, FSDP, EP)),
+        *([case, mesh, ALL] for case in ("top_1", "limoe_dropless") for mesh in (DDP, FSDP, EP)),
+        *([case, mesh, ["bf16"]] for case in ("top_1", "dropless") for mesh in (DDP, FSDP, EP)),
+        ["top_1", EP, ["compile"]],
+    ],
+    4: [
+        *([case, [1, 2, 2], []] for case in ("top_1", "top_2_bpr", "dropless", "expert_choice", "limoe_dropless")),
+        ["top_1", [2, 1, 2], []],
+        ["dropless", [4, 1, 1], []],
+        ["expert_choice", [2, 2, 1], []],
+        ["limoe", [1, 1, 4], []],
+        ["limoe_sigmoid", [1, 4, 1], []],
+        ["limoe", [1, 2, 2], ALL],
+    ],
+}
+# Every case on every mesh, and what is slow: `pytest -m exhaustive`.
+EXHAUSTIVE = {
+    2: [
+        [case, mesh, ["compile"]]
+        for case in ("top_1", "dropless", "expert_choice", "limoe")
+        for mesh in (DDP, FSDP, EP)
+    ],
+    4: [
+        [case, mesh, options]
+        for case in CASES
+        for mesh in ([4, 1, 1], [1, 4, 1], [1, 1, 4], [2, 2, 1], [2, 1, 2], [1, 2, 2])
+        for options in ([], ALL)
+    ],
+}
+
+
+def alone(case: str, options: list[str]) -> list:
+    """What a run is compared with: one process. Recomputing and compiling must change nothing; bfloat16 rounds."""
+    return [case, None, [option for option in options if option not in ("checkpointing", "compile")]]
+
+
+def train(folder: Path, runs: dict[int, list]) -> dict[str, dict[str, torch.Tensor]]:
+    """{what was run: its losses, gradients and weights}; one start of Python for all."""
+    single = [alone(case, options) for every in runs.values() for case, _, options in every]
+    jobs = {1: list({json.dumps(run): run for run in single}.values()), **runs}
+    done = subprocess.run(
+        [sys.executable, str(STEPS), str(folder), json.dumps(jobs)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = {}
+    for world in jobs:
+        found |= torch.load(folder / f"{world}.pt")
+    return found
+
+
+def check(results: dict[str, dict[str, torch.Tensor]], run: list) -> None:
+    """Several processes gave what one does."""
+    case, _, options = run
+    expected, found = results[json.dumps(alone(case, options))], results[json.dumps(run)]
+    assert expected.keys() == found.keys()
+    tolerance = 3e-2 if "bf16" in options else 1e-5
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            found[name], tensor, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{run}: {name}: {text}"
+        )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
+    return train(tmp_path_factory.mktemp("steps"), RUNS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "run", [run for runs in RUNS.values() for run in runs], ids=lambda run: "-".join(map(str, run))
+)
+def test_several_processes_train_as_one(results, run):
+    check(results, run)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(3600)
+def test_all_meshes_train_as_one(tmp_path):
+    found = train(tmp_path, EXHAUSTIVE)
+    for runs in EXHAUSTIVE.values():
+        for run in runs:
+            check(found, run)
+
+
+@pytest.mark.slow
+def test_what_is_compared_was_trained(results):
+    for case in CASES:
+        single = results[json.dumps(alone(case, []))]
+        assert len(single["losses"][:, 0].unique()) == 5  # five steps, on other data and with other weights
+        experts = [tensor for name, tensor in single.items() if name.startswith("gradient") and "fc1.weight" in name]
+        assert experts
+        assert all(tensor.abs().max() > 0 for tensor in experts)
