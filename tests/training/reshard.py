@@ -63,7 +63,7 @@ def spread(size: MeshSize, seed: int, optimizer=torch.optim.AdamW):
     meshes = make_meshes(size, torch.device("cpu"))
     model, ema = make_model(seed), make_model(seed + 100)
     for each in (model, ema):
-        parallelize(each, meshes)
+        parallelize(each, meshes, torch.device("cpu"))
     # Two groups, and split_groups makes more of them.
     parameters = list(model.parameters())
     groups = [{"params": parameters[:7], "weight_decay": 0.0}, {"params": parameters[7:], "weight_decay": 0.5}]

@@ -2,11 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import vmoe
+from vmoe.evaluation.subject import weights_fingerprint
+from vmoe.export import export
+from vmoe.models.weights import WeightsError, find_weights
 
 ROOT = Path(__file__).parents[2]
 MESHES = ["2 copies, ep 2", "ep 4", "fsdp 2, ep 2", "ddp"]
@@ -46,6 +53,28 @@ def test_a_model_is_made_from_what_any_mesh_wrote(alone, mesh):
     assert alone["whole"][mesh] == ["ema.safetensors" if mesh == "ddp" else "ema"]
     sizes = {"2 copies, ep 2": (2, 1, 2), "ep 4": (1, 1, 4), "fsdp 2, ep 2": (1, 2, 2), "ddp": (4, 1, 1)}[mesh]
     assert alone["mesh"][mesh] == dict(zip(("dp_replicate", "dp_shard", "ep"), sizes))
+
+
+def test_shards_have_a_fingerprint_and_become_one_file(root, tmp_path):
+    weights = find_weights(root / "ep 4")
+    before = weights_fingerprint(weights)
+    copy = shutil.copytree(weights, tmp_path / "copy")
+    assert weights_fingerprint(copy) == before
+    last = max(copy.iterdir())
+    last.write_bytes(last.read_bytes()[:-1] + b"x")
+    assert weights_fingerprint(copy) != before
+    assert export(root / "ep 4", tmp_path / "model.safetensors").name == "model"
+    first, second = (
+        vmoe.create_model(pretrained=each) for each in (tmp_path / "model.safetensors", weights.parent / "model")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
+
+
+def test_a_shard_that_is_gone_is_an_error_where_there_is_no_manifest(root, tmp_path):
+    copy = shutil.copytree(find_weights(root / "ep 4"), tmp_path / "ema")
+    min(copy.glob("shard-*")).unlink()
+    with pytest.raises(WeightsError, match="its shards do not make the whole of|missing from the file"):
+        vmoe.create_model(pretrained=copy)
 
 
 def test_the_files_of_a_checkpoint(processes):

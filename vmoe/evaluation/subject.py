@@ -66,10 +66,14 @@ def load_subject(
     return Subject(model, tokenizer, transform, place, precision, checkpoint, weights)
 
 
-def weights_fingerprint(file: str | Path) -> str:
-    """SHA-256 of a weights file, in hexadecimal; read once for each state of the file."""
-    stat = Path(file).stat()
-    return _fingerprint(str(Path(file).resolve()), stat.st_size, stat.st_mtime_ns)
+def weights_fingerprint(weights: str | Path) -> str:
+    """SHA-256 (hex) of a weights file, or of a folder's files together; each is read once for each of its states."""
+    weights = Path(weights)
+    if weights.is_dir():  # the shards of a sharded run
+        parts = [f"{file.name} {weights_fingerprint(file)}\n" for file in sorted(weights.iterdir())]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+    stat = weights.stat()
+    return _fingerprint(str(weights.resolve()), stat.st_size, stat.st_mtime_ns)
 
 
 @lru_cache(maxsize=32)
