@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from vmoe.config_io import ConfigError
 from vmoe.data import BadSample
-from vmoe.distributed.processes import LostProcessError, SharedError
+from vmoe.distributed.processes import LostProcessError, tells
 from vmoe.printable import escaped
 
 
@@ -32,8 +32,7 @@ def exit_code(prog: str, run: Callable[[], object]) -> int:
             raise
         wrong_setting = isinstance(error, ConfigError)
         # What all processes find, one of them says; and a process that stopped the others has told why.
-        shared = isinstance(error, (ConfigError, SharedError)) and int(os.environ.get("RANK", 0)) > 0
-        if not shared and not getattr(error, "told", False):
+        if tells(error, int(os.environ.get("RANK", 0))) and not getattr(error, "told", False):
             plain = isinstance(error, (ValueError, BadSample, ModuleNotFoundError, LostProcessError))
             hint = "" if plain else " (VMOE_TRACEBACK=1 shows where)"
             print(f"{prog}: error: {escaped(error) or type(error).__name__}{hint}", file=sys.stderr)

@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from vmoe.config_io import ConfigError
 from vmoe.data.loaders import world
-from vmoe.distributed.watch import DONE, ERROR, LOST, REMEDY, LostProcessError, Watch, sentence
+from vmoe.distributed.watch import (
+    DONE,
+    ERROR,
+    LOST,
+    REMEDY,
+    LostProcessError,
+    Watch,
+    current_generation,
+    sentence,
+)
 
+Result = TypeVar("Result")
 DEFAULT_TIMEOUT = 600.0
 # Words of the errors with which gloo, NCCL and the store say that another process does not answer.
 EXCHANGE_WORDS = ("gloo", "nccl", "connection closed", "connection reset", "socket", "store")
 
 
 class SharedError(ValueError):
-    """An error that all processes raise together, so that one of them can tell it for all."""
+    """An error that all processes raise together, so that one of them can tell it for all.
+
+    Other errors that say `shared = True` are treated alike, and wrong settings, which all processes find.
+    """
+
+    shared = True
 
 
 @contextmanager
@@ -52,6 +69,7 @@ def joined(device: torch.device | None = None, timeout: float = DEFAULT_TIMEOUT)
             f"within {timeout:g} s ({first_line(error)}); see that all are started, or raise parallel.timeout"
         ) from error
     store.set_timeout(seconds)
+    store = dist.PrefixStore(f"vmoe/{current_generation(store, rank, processes, timeout)}", store)
     watch = Watch(store, rank, processes, timeout)
     with watch:
         try:
@@ -64,7 +82,7 @@ def joined(device: torch.device | None = None, timeout: float = DEFAULT_TIMEOUT)
         except Exception as error:
             lost = _lost_process(error, watch)
             if lost is None:
-                watch.leave(ERROR, sentence(error))
+                watch.leave(ERROR, sentence(error), told=tells(error, rank))
                 raise
             watch.leave(LOST, str(lost))
             raise lost from error
@@ -76,7 +94,7 @@ def joined(device: torch.device | None = None, timeout: float = DEFAULT_TIMEOUT)
 
 def _lost_process(error: Exception, watch: Watch) -> LostProcessError | None:
     """What to say instead of an error that came because another process is gone; None if it is this one's own."""
-    if isinstance(error, SharedError):
+    if getattr(error, "shared", False):
         return None
     text = str(error).lower()
     exchange = isinstance(error, dist.DistError) or (
@@ -94,9 +112,36 @@ def _lost_process(error: Exception, watch: Watch) -> LostProcessError | None:
     return lost
 
 
+def tells(error: BaseException, rank: int) -> bool:
+    """Whether it is for process `rank` to tell its error, and not for the first one, which has the same."""
+    return rank == 0 or not (isinstance(error, ConfigError) or getattr(error, "shared", False))
+
+
 def first_line(error: BaseException) -> str:
     """What an error of PyTorch's says, without the C++ stack below."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def from_first(make: Callable[[], Result]) -> Result:
+    """What process 0 makes, in all processes.
+
+    Raises:
+        SharedError: in all processes: it could not be made.
+    """
+    rank, processes = world()
+    if processes == 1:
+        return make()
+    made: list = [None, None]
+    cause = None
+    if rank == 0:
+        try:
+            made[0] = make()
+        except Exception as error:
+            made[1], cause = sentence(error), error
+    dist.broadcast_object_list(made, src=0)
+    if made[1] is not None:
+        raise SharedError(made[1]) from cause
+    return made[0]
 
 
 def set_timeout(meshes: list[DeviceMesh], timeout: float) -> None:
@@ -142,10 +187,12 @@ __all__ = [
     "LostProcessError",
     "SharedError",
     "any_process",
+    "from_first",
     "joined",
     "mean_over_processes",
     "set_timeout",
     "sum_over_processes",
+    "tells",
     "wait_for_all",
     "world",
 ]

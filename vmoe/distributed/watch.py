@@ -29,6 +29,7 @@ SILENT_INTERVALS = 4
 # Seconds that a process has to end by itself after another one left with an error.
 GRACE_SECONDS = 10.0
 DONE, ERROR, LOST = "done", "error", "lost"  # how a process can leave; LOST: because of another one
+BEATS, GENERATION = "beats", "vmoe_generation"  # keys in the store
 PACKAGE = os.sep + "vmoe" + os.sep
 
 
@@ -42,6 +43,32 @@ class LostProcessError(RuntimeError):
     def __init__(self, message: str, told: bool = False) -> None:
         super().__init__(message)
         self.told = told
+
+
+def current_generation(store: dist.Store, rank: int, world: int, timeout: float) -> int:
+    """How often the processes of this job were started, by this count of the store.
+
+    torchrun starts all processes again when one was lost, with the same store, in which the addresses of those before
+    still stand. Process 0 opens a new generation; the others wait for one whose process 0 beats, and so lives.
+
+    Raises:
+        LostProcessError: process 0 did not come within `timeout` seconds.
+    """
+    if rank == 0:
+        return store.add(GENERATION, 1)
+    end, seen = time.monotonic() + timeout, {}
+    while time.monotonic() < end:
+        generation = store.add(GENERATION, 0)
+        key = f"vmoe/{generation}/{BEATS}/0"
+        if store.check([key]):
+            news = json.loads(store.get(key))
+            if news["end"] is None and seen.setdefault(generation, news["beat"]) != news["beat"]:
+                return generation
+        time.sleep(0.05)
+    raise LostProcessError(
+        f"process 0 of {world} did not start within {timeout:g} s; see what was printed there, or raise "
+        "parallel.timeout"
+    )
 
 
 @dataclass
@@ -68,7 +95,7 @@ class Watch:
         self.interval = min(max(INTERVAL, INTERVAL_PER_PROCESS * world), timeout / 20)
         own = store.clone()  # a connection of its own: the main thread may wait in the other one
         own.set_timeout(timedelta(seconds=timeout))
-        self._store = dist.PrefixStore("vmoe_watch", own)
+        self._store = dist.PrefixStore(BEATS, own)
         self._peers: dict[int, _Peer] = {}
         self._news = {"beat": 0, "host": socket.gethostname(), "pid": os.getpid(), "place": "", "end": None, "text": ""}
         self._started = time.monotonic()
@@ -89,10 +116,16 @@ class Watch:
         """How this process left; None: it has not."""
         return self._news["end"]
 
-    def leave(self, end: str, text: str = "") -> None:
-        """Tells the others that this process ends, and how; once."""
+    def leave(self, end: str, text: str = "", told: bool = True) -> None:
+        """Tells the others that this process ends, and how; once.
+
+        Args:
+            end: DONE, ERROR or LOST.
+            text: the error.
+            told: this process tells its error itself.
+        """
         if not self._ending.is_set():
-            self._news |= {"end": end, "text": text}
+            self._news |= {"end": end, "text": text, "told": told}
             self._ending.set()
             self._thread.join(GRACE_SECONDS)  # the store's machine may be gone
 
@@ -124,6 +157,7 @@ class Watch:
     def _run(self) -> None:
         failed_since = None
         try:
+            self._beat()
             while not self._ending.wait(self.interval):
                 self._beat()
                 self._look()
@@ -182,9 +216,10 @@ class Watch:
     def _failed(self) -> LostProcessError | None:
         for rank, peer in sorted(self._peers.items()):
             if rank != self.rank and peer.news["end"] == ERROR:
-                # The first process of each other machine repeats it, for who reads that machine's output.
-                here = peer.news["host"] == self._news["host"] or os.environ.get("LOCAL_RANK", "0") != "0"
-                return LostProcessError(f"{self._name(rank)} stopped with an error: {peer.news['text']}", told=here)
+                # If it has told that itself, the first process of each other machine repeats it.
+                repeats = peer.news["host"] != self._news["host"] and os.environ.get("LOCAL_RANK", "0") == "0"
+                told = peer.news["told"] and not repeats
+                return LostProcessError(f"{self._name(rank)} stopped with an error: {peer.news['text']}", told=told)
         return None
 
     def _silent(self, limit: float) -> LostProcessError | None:

@@ -36,10 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(argv)
     # Only now: these take seconds to import, and a wrong setting or --help need not wait for them.
     from vmoe.data import BadSample, TooManyBadSamples
-    from vmoe.distributed.processes import LostProcessError, SharedError
+    from vmoe.distributed.processes import LostProcessError, tells
     from vmoe.distributed.watch import told_by
     from vmoe.printable import escaped
-    from vmoe.training.checkpoint import CheckpointError
     from vmoe.training.diagnosis import NonFiniteError
     from vmoe.training.loop import train
     from vmoe.training.stopping import Stopped
@@ -66,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ModuleNotFoundError, NonFiniteError, BadSample, TooManyBadSamples) as error:
         if os.environ.get("VMOE_TRACEBACK"):
             raise
-        if rank == 0 or not isinstance(error, (ConfigError, SharedError, CheckpointError, NonFiniteError)):
+        if tells(error, rank):
             teller = "" if isinstance(error, ConfigError) else told_by(rank, world)
             print(f"vmoe-train: {teller}error: {escaped(error)}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1

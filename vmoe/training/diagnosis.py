@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor
 class NonFiniteError(ArithmeticError):
     """The loss or the gradient of a step is not finite; nothing of that step reached the weights."""
 
+    shared = True  # see vmoe.distributed.processes.SharedError
+
 
 def find_non_finite(
     model: nn.Module,

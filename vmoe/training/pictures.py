@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from vmoe.data import build_transform
+from vmoe.distributed.parallelize import is_sharded
+from vmoe.distributed.processes import any_process, world
 from vmoe.models.factory import preprocess_config
 from vmoe.moe import SparseMoE
 from vmoe.training.config import Config
@@ -47,18 +49,24 @@ class RoutingPictures:
         return self.on and (step == self.last or step % self.every == 0)
 
     def draw(self, step: int, model: nn.Module, device: torch.device) -> None:
-        """Writes the picture of a step; where that fails, a warning says why, once, and training goes on without."""
+        """Writes the picture of a step; where that fails, a warning says why, once, and training goes on without.
+
+        All processes call it: they draw together if the model's weights lie in several of them, else the first does.
+        """
         if not any(isinstance(module, SparseMoE) for module in model.modules()):
             self.on = False
             return
+        failed = False
         try:
             if self._samples is None:
                 self._samples = self.task.examples(NUM_PICTURES)
-            pixels = routing_picture(model, self._samples, self.task, device, self.run)
-            self.log.picture(step, "routing/patches", pixels)
+            if world()[0] == 0 or is_sharded(model):
+                pixels = routing_picture(model, self._samples, self.task, device, self.run)
+                self.log.picture(step, "routing/patches", pixels)
         except Exception as error:
             logger.warning("no pictures of the routing: %s", error or type(error).__name__)
-            self.on = False
+            failed = True
+        self.on = not any_process(failed)
 
 
 def routing_picture(

@@ -26,7 +26,7 @@ from vmoe.data import (
     build_transform,
     eval_loader,
 )
-from vmoe.distributed.processes import world
+from vmoe.distributed.processes import from_first, world
 from vmoe.evaluation import evaluate_classification, evaluate_retrieval, evaluate_zero_shot
 from vmoe.evaluation.retrieval import retrieval_loader
 from vmoe.evaluation.zero_shot import check_class_names, resolve_templates
@@ -124,7 +124,13 @@ class Task:
         raise NotImplementedError
 
     def examples(self, number: int) -> list[Any]:
-        """Some raw samples of the validation data (or the training data), spread evenly; unreadable ones left out."""
+        """Some raw samples of the validation data (or the training data), spread evenly; unreadable ones left out.
+
+        The same in all processes, as process 0 reads them; all call it.
+        """
+        return from_first(lambda: self._examples(number))
+
+    def _examples(self, number: int) -> list[Any]:
         data = self.val_data or self.train_data
         samples = []
         for index in torch.linspace(0, len(data) - 1, min(number, len(data))).round().long().tolist():

@@ -20,6 +20,8 @@ _groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}  # {all processes of th
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written, read, or does not fit; the message is one sentence for the user."""
 
+    shared = True  # see vmoe.distributed.processes.SharedError
+
 
 class Team:
     """The processes of the job, or the only one. All of them make it and call its methods together.

@@ -1,0 +1,160 @@
+"""Runs `train.py` many times without importing PyTorch as often: every command is forked from one process.
+
+python -m tests.chaos.forked      reads a job as a line of JSON from its input, answers with its process id
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+class Forks:
+    """The process from which commands are forked; a context manager that ends all of them."""
+
+    def __enter__(self) -> Forks:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "tests.chaos.forked"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.server = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+        self.children: list[Fork] = []
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for child in self.children:
+            if child.poll() is None:
+                child.kill()
+        self.server.stdin.close()
+        self.server.wait(60)
+
+    def ask(self, **question: Any) -> Any:
+        self.server.stdin.write(json.dumps(question) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
+
+    def start(self, arguments: list[str], output: Path, torchrun: dict[str, Any] | None = None, **env: str) -> Fork:
+        """Starts `train.py ARGUMENTS`; what it prints is appended to `output`.
+
+        Args:
+            torchrun: LaunchConfig's arguments: run it in several processes under torchrun's agent; the environment
+                variable PIDS names the folder where process r writes its id, to pid.r
+            env: environment variables; EVALUATING names a file that is to be there during evaluations.
+        """
+        pid = self.ask(arguments=arguments, output=str(output), torchrun=torchrun, env=env)
+        self.children.append(Fork(self, pid))
+        return self.children[-1]
+
+    def group(self, arguments: list[str], output: Path, port: int, processes: int = 2) -> list[Fork]:
+        """Starts the processes of a job without torchrun; process r prints to `output` with the ending .r"""
+        job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+        return [self.start(arguments, output.with_suffix(f".{each['RANK']}"), **job, **each) for each in ranks]
+
+
+class Fork:
+    """A command that was started."""
+
+    def __init__(self, forks: Forks, pid: int) -> None:
+        self.forks, self.pid, self.code = forks, pid, None
+
+    def poll(self) -> int | None:
+        """Its exit code (the negative signal if killed), None while it runs."""
+        if self.code is None:
+            self.code = self.forks.ask(poll=self.pid)
+        return self.code
+
+    def wait(self, seconds: float = 240) -> int:
+        end = time.monotonic() + seconds
+        while self.poll() is None:
+            if time.monotonic() > end:
+                self.kill()
+                raise TimeoutError(f"process {self.pid} did not end within {seconds} s")
+            time.sleep(0.02)
+        return self.code
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.wait()
+
+
+def serve() -> None:
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    import vmoe.training.loop  # noqa: F401  what takes the time
+    from vmoe.training.cli import main
+
+    def run(job: dict[str, Any]) -> int:
+        os.setsid()
+        output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.environ.update(job["env"])
+        if "EVALUATING" in os.environ:
+            show_evaluations(Path(os.environ["EVALUATING"]))
+        try:
+            if job["torchrun"] is not None:
+                config = LaunchConfig(start_method="fork", monitor_interval=0.1, **job["torchrun"])
+                elastic_launch(config, worker)(job["arguments"])
+                return 0
+            return main(job["arguments"])
+        except SystemExit as end:
+            return end.code
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            return 1
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+
+    for line in sys.stdin:
+        job = json.loads(line)
+        if "poll" in job:
+            pid, status = os.waitpid(job["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        else:
+            answer = os.fork()
+            if answer == 0:
+                os._exit(run(job))
+        print(json.dumps(answer), flush=True)
+
+
+def show_evaluations(file: Path) -> None:
+    """Lets a file be there during evaluations, so that a kill can hit one."""
+    from vmoe.training.tasks import Classification
+
+    evaluate = Classification.evaluate
+
+    def shown(*arguments: Any) -> Any:
+        file.touch()
+        try:
+            return evaluate(*arguments)
+        finally:
+            file.unlink(missing_ok=True)
+
+    Classification.evaluate = shown
+
+
+def worker(arguments: list[str]) -> None:
+    """What each process under torchrun's agent does."""
+    from vmoe.training.cli import main
+
+    Path(os.environ["PIDS"], f"pid.{os.environ['RANK']}").write_text(str(os.getpid()))
+    sys.exit(main(arguments))
+
+
+if __name__ == "__main__":
+    serve()

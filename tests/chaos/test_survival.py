@@ -1,0 +1,126 @@
+"""Jobs of several processes that lose one, are told to stop, or run out of time."""
+
+import json
+import os
+import signal
+import socket
+import time
+
+import pytest
+
+from vmoe.training.checkpoint import list_checkpoints
+from vmoe.training.logging import read_metrics
+
+from .forked import Forks
+from .tiny import arguments, make_pictures, write_config
+
+TIMEOUT = 10
+ENDLESS = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def forks():
+    with Forks() as forks:
+        yield forks
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    return write_config(folder / "config.yaml", make_pictures(folder / "pictures"))
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for_steps(run, steps, processes=()):
+    """Until so many steps are in metrics.jsonl."""
+    end = time.monotonic() + 120
+    while len(read_metrics(run / "metrics.jsonl")) < steps:
+        assert time.monotonic() < end, "no steps were made"
+        assert all(process.poll() is None for process in processes), "a process ended early"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def job(forks, config, tmp_path):
+    """job(settings) -> its two processes, in mid-training; `job.said(r)` is what process r printed."""
+
+    def start(**settings):
+        settings = {"train__steps": ENDLESS, "parallel__timeout": TIMEOUT, **settings}
+        processes = forks.group(arguments(config, tmp_path / "run", **settings), tmp_path / "out", free_port())
+        wait_for_steps(tmp_path / "run", 2, processes)
+        return processes
+
+    start.run = tmp_path / "run"
+    start.said = lambda rank: (tmp_path / f"out.{rank}").read_text()
+    return start
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_process_is_named_and_ends_the_job(number, job):
+    survivor, victim = job()
+    began = time.monotonic()
+    victim.signal(number)
+    assert survivor.wait(120) == 1
+    took = time.monotonic() - began
+    victim.kill()
+    said = job.said(0)
+    assert "process 0 of 2: error: process 1 of 2" in said
+    assert f"pid {victim.pid}" in said
+    assert "Traceback" not in said
+    assert took < 3 * TIMEOUT  # on a busy machine
+
+
+def test_an_error_in_one_process_alone_is_told_and_ends_the_others(forks, config, tmp_path):
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    shared = {"parallel__timeout": TIMEOUT, "train__steps": 50}
+    processes = []
+    for rank, more in enumerate([{}, {"train__freeze": '["nothing.*"]'}]):
+        given = arguments(config, tmp_path / "run", **shared, **more)
+        env = {**job, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(forks.start(given, tmp_path / f"out.{rank}", **env))
+    assert [process.wait() for process in processes] == [1, 2]
+    assert "process 1 of 2" in (tmp_path / "out.0").read_text()
+    assert "nothing.*" in (tmp_path / "out.0").read_text()
+    assert (tmp_path / "out.1").read_text() == ""  # a wrong setting is told once
+
+
+def test_a_signal_to_one_process_stops_all_with_a_checkpoint(job):
+    processes = job()
+    processes[1].signal(signal.SIGUSR1)
+    assert [process.wait() for process in processes] == [0, 0]
+    (checkpoint,) = list_checkpoints(job.run)
+    assert "the same command continues" in job.said(0)
+    assert "Traceback" not in job.said(1)
+    step = int(checkpoint.name.partition("_")[2])
+    processes = job(train__steps=step + 2)  # continues
+    assert [process.wait() for process in processes] == [0, 0]
+    assert json.loads((job.run / "summary.json").read_text())["steps"] == step + 2
+    assert [line["step"] for line in read_metrics(job.run / "metrics.jsonl")] == list(range(1, step + 3))
+
+
+def test_a_killed_worker_is_restarted_and_the_run_continues(forks, config, tmp_path):
+    run = tmp_path / "run"
+    given = arguments(config, run, train__steps=300, train__checkpoint_every=10)
+    torchrun = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 2, "max_restarts": 1, "rdzv_backend": "c10d"}
+    torchrun |= {"rdzv_endpoint": "localhost:0", "run_id": "test"}
+    launcher = forks.start(given, tmp_path / "out", torchrun, PIDS=str(tmp_path))
+    wait_for_steps(run, 12, [launcher])
+    os.kill(int((tmp_path / "pid.1").read_text()), signal.SIGKILL)
+    assert launcher.wait() == 0, (tmp_path / "out").read_text()
+    assert json.loads((run / "summary.json").read_text())["steps"] == 300
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == list(range(1, 301))
+    assert "continuing after step" in (tmp_path / "out").read_text()
+
+
+def test_a_time_budget_stops_in_time(forks, config, tmp_path):
+    given = arguments(config, tmp_path / "run", train__steps=ENDLESS, train__max_minutes=2 / 60)
+    process = forks.start(given, tmp_path / "out")
+    assert process.wait() == 0
+    assert len(list_checkpoints(tmp_path / "run")) == 1
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert "the same command continues" in (tmp_path / "out").read_text()
