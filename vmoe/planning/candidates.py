@@ -108,7 +108,7 @@ class Planner:
     @cached_property
     def optimizer(self) -> OptimizerMemory:
         """What the optimizer keeps for the whole model."""
-        return simulate_optimizer(self.subject.model, self.config.optim)
+        return simulate_optimizer(self.subject.model, self.config.optim, self.hardware.foreach)
 
     def meshes(self) -> tuple[list[MeshSize], list[Refused]]:
         """(meshes that can be, those that cannot); three sizes that multiply to the number of processes."""

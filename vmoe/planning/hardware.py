@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from vmoe.config_io import ConfigError
 
@@ -25,6 +25,7 @@ class Hardware:
         product_efficiency: share of the peak that matrix products reach; so are memory_efficiency and link_efficiency.
         launch: microseconds that any operation takes at least (launching it from Python).
         latency: microseconds that any collective takes at least.
+        foreach: optimizers work on all tensors at once, which takes memory for a while: PyTorch's choice on GPUs.
     """
 
     memory: float
@@ -39,6 +40,7 @@ class Hardware:
     link_efficiency: float = 0.8
     launch: float = 5.0
     latency: float = 20.0
+    foreach: bool = True
 
     @property
     def usable(self) -> float:
@@ -56,7 +58,7 @@ HARDWARE = {
     "b200": Hardware(179, 2250, 75, 8000, 900, 50),
     "l40s": Hardware(45, 362, 91.6, 864, 32, 25),
     # No datasheet: a small server, as a start for `--hardware.KEY`. Processes of one machine talk through its memory.
-    "cpu": Hardware(64, 2, 1, 50, 10, 1.25, reserve=0.2, launch=10, latency=200),
+    "cpu": Hardware(64, 2, 1, 50, 10, 1.25, reserve=0.2, launch=10, latency=200, foreach=False),
 }
 
 
@@ -85,9 +87,6 @@ def pick_hardware(name: str, changes: dict[str, float | None]) -> Hardware:
                 f"hardware.{key} is a share and must be {'<' if key == 'reserve' else '<='} 1, got {value}"
             )
     return replace(HARDWARE[name], **changes)
-
-
-HARDWARE_KEYS = tuple(field.name for field in fields(Hardware))
 
 
 @dataclass(frozen=True)

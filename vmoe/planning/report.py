@@ -62,8 +62,8 @@ def show(console: Console, planner: Planner, ranked: list[Candidate], refused: l
     if not fitting:
         least = ranked[0]
         line(
-            f"Nothing fits: the smallest, {least.mesh} {_checkpointing(least)}, {too_large(least)}. Take more or larger "
-            "GPUs, a smaller batch with train.accumulate_steps, or another optimizer."
+            f"Nothing fits: the smallest, {least.mesh} {_checkpointing(least)}, {too_large(least)}. Take more or "
+            "larger GPUs, a smaller batch with train.accumulate_steps, or another optimizer."
         )
     shown = (fitting or ranked)[:top]
     console.print(_overview(shown))
@@ -149,9 +149,8 @@ def _leftovers(line, ranked: list[Candidate], refused: list[Refused], hidden: in
         line(f"{hidden} more fit (--top shows them).")
     large = [candidate for candidate in ranked if not candidate.fits]
     if large and len(large) < len(ranked):
-        line(
-            f"{len(large)} do not fit; the nearest, {large[0].mesh} {_checkpointing(large[0])}, {too_large(large[0])}."
-        )
+        nearest = f"{large[0].mesh} {_checkpointing(large[0])}"
+        line(f"{len(large)} do not fit; the nearest, {nearest}, {too_large(large[0])}.")
     reasons = defaultdict(list)
     for one in refused:
         reasons[one.reason].append(one.mesh)

@@ -25,7 +25,6 @@ from vmoe.config_io import ConfigError
 from vmoe.distributed.expert_parallel import ExpertExchange
 from vmoe.evaluation.inference import PRECISIONS
 from vmoe.models.factory import is_contrastive, preprocess_config
-from vmoe.moe import SparseMoE
 from vmoe.moe.experts import Experts, GroupedLinear
 from vmoe.moe.record import is_recomputation
 from vmoe.moe.router import Gate
@@ -241,7 +240,7 @@ def simulate_step(
                 output = model(*batch)
             meta.copies.clear()
             with tracker.labelled("loss"):
-                total = _task_loss(output, loss, num_processes) + record.auxiliary_loss()
+                total = task_loss(output, loss, num_processes) + record.auxiliary_loss()
             del output
             # Checkpointing runs blocks again in the backward pass, in the mode; Tensor.backward would leave it.
             gradient = torch.ones_like(total)
@@ -297,24 +296,33 @@ def _inputs(model: nn.Module, batch_size: int) -> list[Tensor]:
     return [images, torch.empty(batch_size, model.context_length, dtype=torch.long, device="meta")]
 
 
-def _task_loss(output: Tensor | tuple | dict, loss: str, num_processes: int) -> Tensor:
-    """The loss of the task, as in `vmoe.training.tasks`, this process's rows against those of all."""
+def task_loss(output: Tensor | tuple | dict, loss: str, num_processes: int = 1) -> Tensor:
+    """The loss of the task, as in `vmoe.training.tasks`: this process's rows against those of all.
+
+    Args:
+        output: of the model.
+        loss: "softmax" or "sigmoid", of an image-text model.
+        num_processes: of all; the features of the others are as many copies of these.
+    """
     if isinstance(output, Tensor):
-        return F.cross_entropy(output.float(), torch.empty(output.shape[0], dtype=torch.long, device="meta"))
+        return F.cross_entropy(output.float(), _labels(output))
     values = list(output.values()) if isinstance(output, dict) else list(output)
     image_BC, text_BC, scale = (value.float() for value in values[:3])
     bias = values[3].float() if len(values) > 3 and values[3] is not None else None
-    target = torch.empty(image_BC.shape[0], dtype=torch.long, device="meta")
     losses = []
     pairs = [(image_BC, text_BC), (text_BC, image_BC)] if loss == "softmax" else [(image_BC, text_BC)]
     for own_BC, other_BC in pairs:
         logits = scale * own_BC @ torch.cat([other_BC] * num_processes).T
         if loss == "softmax":
-            losses.append(F.cross_entropy(logits, target))
+            losses.append(F.cross_entropy(logits, _labels(logits)))
         else:
             logits = logits if bias is None else logits + bias
-            losses.append(-F.logsigmoid(torch.empty_like(logits) * logits).sum())
+            losses.append(-F.logsigmoid(torch.ones_like(logits) * logits).sum())
     return torch.stack(losses).mean()
+
+
+def _labels(logits: Tensor) -> Tensor:
+    return torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device)
 
 
 @dataclass(frozen=True)
@@ -333,8 +341,13 @@ class OptimizerMemory:
     touched: float
 
 
-def simulate_optimizer(model: nn.Module, config: OptimConfig) -> OptimizerMemory:
+def simulate_optimizer(model: nn.Module, config: OptimConfig, foreach: bool) -> OptimizerMemory:
     """Makes the optimizer of a config for a meta model and lets it take two steps.
+
+    Args:
+        model: on the meta device.
+        config: of the optimizer.
+        foreach: see `Hardware`.
 
     Raises:
         ConfigError: the optimizer asks for numbers, which a meta tensor has not.
@@ -350,7 +363,7 @@ def simulate_optimizer(model: nn.Module, config: OptimConfig) -> OptimizerMemory
     for parameter in trainable:
         parameter.grad = torch.empty_like(parameter)
     for group in optimizer.param_groups:
-        if group.get("foreach", 0) is None:  # what PyTorch chooses on a GPU
+        if foreach and group.get("foreach", 0) is None:
             group["foreach"] = True
     tracker.own(trainable, "weights")
     tracker.own((parameter.grad for parameter in trainable), "weights")

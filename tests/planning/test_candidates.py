@@ -1,0 +1,112 @@
+import dataclasses
+
+import pytest
+
+from vmoe.config_io import ConfigError, read_config
+from vmoe.plan import PlanConfig
+from vmoe.planning.candidates import Planner, rank
+from vmoe.planning.hardware import HARDWARE
+from vmoe.planning.subject import make_subject
+
+VISION = ("--task", "classification", "--model.name", "vmoe_tiny_patch8_48", "--model.kwargs.num_classes", "10")
+PAIRS = ("--task", "contrastive", "--model.name", "limoe_tiny_patch12_48")
+
+
+def planner(*options, nodes=1, per_node=8, hardware=HARDWARE["h100"]) -> Planner:
+    options = ("--output_dir", "unused", "--data.loader.batch_size", "64", "--model.kwargs.depth", "2", *options)
+    config = read_config(PlanConfig, options)
+    return Planner(config, make_subject(config), hardware, nodes, per_node)
+
+
+def candidates(plan: Planner) -> dict:
+    meshes, _ = plan.meshes()
+    return {(m.dp_replicate, m.dp_shard, m.ep): plan.candidate(m, False) for m in meshes}
+
+
+def test_meshes_are_all_ways_to_multiply():
+    possible, refused = planner(*VISION, per_node=16).meshes()
+    assert all(mesh.world == 16 for mesh in possible)
+    assert len({(mesh.dp_replicate, mesh.dp_shard, mesh.ep) for mesh in possible}) == len(possible) == 14
+    assert [one.reason for one in refused] == ["ep is no divisor of the 8 experts"]  # ep 16
+
+
+def test_without_experts_there_is_no_expert_parallelism():
+    possible, refused = planner(*VISION, "--model.kwargs.num_experts", "0", per_node=2).meshes()
+    assert [mesh.ep for mesh in possible] == [1, 1]
+    assert [one.reason for one in refused] == ["ep > 1 needs experts, and the model has none"]
+
+
+def test_weights_lie_where_the_mesh_says():
+    plan = planner(*VISION)
+    found = candidates(plan)
+    experts = sum(unit.size for unit in plan.subject.units if unit.experts)
+    dense = plan.subject.total - experts
+    for (_, dp_shard, ep), one in found.items():
+        assert one.parameters == round(dense / dp_shard + experts / dp_shard / ep)
+        assert one.memory["weights"] == pytest.approx(4 * (dense + experts / ep) / dp_shard)
+        assert one.memory["optimizer"] == pytest.approx(2 * one.memory["weights"], rel=0.01)
+        assert one.total == sum(one.memory.values())
+    assert found[8, 1, 1].memory["gathered_weights"] == 0 < found[1, 8, 1].memory["gathered_weights"]
+
+
+def test_what_travels():
+    plan = planner(*VISION)
+    found = candidates(plan)
+    size = 4 * plan.subject.total
+    assert found[8, 1, 1].traffic == {"all_reduce": pytest.approx(2 * size * 7 / 8)}
+    sharded = found[1, 8, 1].traffic
+    assert sharded["all_gather"] == pytest.approx(2 * size * 7 / 8)  # forward and backward
+    assert sharded["reduce_scatter"] == pytest.approx(size * 7 / 8)
+    assert sharded["all_reduce"] == 0
+    assert found[1, 1, 8].traffic["all_to_all"] > found[4, 1, 2].traffic["all_to_all"] > 0
+    assert all(one.step_seconds == sum(one.seconds.values()) > 0 for one in found.values())
+
+
+def test_one_process_sends_nothing():
+    (one,) = candidates(planner(*VISION, per_node=1)).values()
+    assert one.traffic == {"all_reduce": 0}
+    assert one.seconds["weights_and_gradients"] == one.seconds["all_to_all"] == 0
+
+
+def test_accumulation_repeats_the_passes_and_keeps_gradients():
+    once, twice = (planner(*VISION, "--train.accumulate_steps", str(n), per_node=1) for n in (1, 2))
+    (one,), (two,) = (list(candidates(plan).values()) for plan in (once, twice))
+    assert two.flops == 2 * one.flops
+    assert two.memory["gradients"] == 4 * twice.subject.total >= one.memory["gradients"]
+    assert two.seconds["optimizer"] == one.seconds["optimizer"]
+
+
+def test_averaged_weights_are_counted():
+    (plain,), (averaged,) = (
+        list(candidates(planner(*VISION, *extra, per_node=1)).values()) for extra in ((), ("--train.ema_decay", "0.99"))
+    )
+    assert plain.memory["ema"] == 0
+    assert averaged.memory["ema"] == averaged.memory["weights"]
+
+
+def test_frozen_weights_have_neither_gradients_nor_state():
+    (one,) = candidates(planner(*VISION, "--train.freeze", "[blocks.*]", per_node=1)).values()
+    assert one.memory["optimizer"] < 0.5 * one.memory["weights"]
+
+
+def test_the_contrastive_loss_grows_with_all_processes():
+    one, many = (candidates(planner(*PAIRS, "--data.loader.batch_size", str(512 * n), per_node=n)) for n in (1, 8))
+    assert many[8, 1, 1].memory["loss"] > 3 * one[1, 1, 1].memory["loss"]
+
+
+def test_those_that_fit_come_first_and_fastest_first():
+    found = list(candidates(planner(*VISION)).values())
+    limit = sorted(one.total for one in found)[3]
+    ranked = rank([dataclasses.replace(one, usable=limit) for one in found])
+    fits = [one.fits for one in ranked]
+    assert fits == sorted(fits, reverse=True)
+    assert sum(fits) == 4
+    speeds = [one.step_seconds for one in ranked[:4]]
+    assert speeds == sorted(speeds)
+    sizes = [one.total for one in ranked[4:]]
+    assert sizes == sorted(sizes)
+
+
+def test_a_batch_must_divide_among_the_processes():
+    with pytest.raises(ConfigError, match=r"batch_size is 64.*and 24 processes cannot share it evenly; set it to 72"):
+        planner(*VISION, nodes=3)

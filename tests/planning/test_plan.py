@@ -1,0 +1,91 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.plan_memory import CHECKPOINTING, DROPLESS, classifier, measure, pairs, plan, read
+from vmoe.plan import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_shipped_config_with_changes(tmp_path, capsys):
+    options = ["--config", "limoe_tiny_emoji", "--model.kwargs.depth", "2", "--gpus_per_node", "4", "--top", "3"]
+    assert main([*options, "--gpu", "a100", "--train.precision", "bf16", "--output", str(tmp_path / "plan.json")]) == 0
+    shown = capsys.readouterr().out
+    assert "batch 256 = 4 processes x 64; bf16; adamw" in shown
+    assert "more fit (--top shows them)" in shown
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["processes"] == 4
+    best = written["candidates"][0]
+    assert f"Best: --parallel.dp_replicate {best['dp_replicate']} --parallel.dp_shard" in shown
+    assert all(one["memory_bytes"] == pytest.approx(sum(one["memory_bytes_by_kind"].values()), abs=20)
+               for one in written["candidates"])  # fmt: skip
+    assert {one["grad_checkpointing"] for one in written["candidates"]} == {False, True}
+
+
+def test_nothing_fits(capsys):
+    assert main(["--config", "limoe_tiny_emoji", "--model.kwargs.depth", "2", "--gpus_per_node", "1",
+                 "--hardware.memory", "0.1"]) == 0  # fmt: skip
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Nothing fits: the smallest, dp_replicate 1 x dp_shard 1 x ep 1 with checkpointing, needs" in shown
+    assert "Best:" not in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpu", "tpu"], "--gpu must be one of"),
+        (["--nodes", "0"], "nodes must be >= 1, got 0"),
+        (["--gpus_per_node", "3"], "cannot share it evenly; set it to 255"),
+        (["--model.name", "limoe_tinny_patch8_48"], "did you mean 'limoe_tiny_patch8_48'"),
+        (["--task", "classification"], "needs a classifier"),
+        (["--hardware.speed", "3"], "unknown key 'hardware.speed'"),
+    ],
+)
+def test_mistakes_are_one_sentence(options, message, capsys):
+    try:
+        code = main(["--config", "limoe_tiny_emoji", *options])
+    except SystemExit as stopped:
+        code = stopped.code
+    error = capsys.readouterr().err
+    assert code == 2
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_what_a_config_leaves_open_is_said(capsys):
+    assert main(["--config", "vmoe_finetune_folder", "--model.kwargs.depth", "4", "--gpus_per_node", "1"]) == 0
+    assert "num_classes comes from the data; 1000 are counted" in capsys.readouterr().out
+
+
+# The whole table is benchmarks/plan_memory.py.
+@pytest.mark.parametrize(
+    "options",
+    [
+        classifier("vmoe_tiny_patch8_48", 32, *DROPLESS),
+        classifier("vmoe_tiny_patch8_48", 32, *DROPLESS, *CHECKPOINTING),
+        pairs("limoe_tiny_patch12_48", 4, *DROPLESS),
+    ],
+    ids=["activations", "checkpointed", "weights"],
+)
+def test_memory_is_within_a_tenth_of_what_is_measured(options):
+    config = read((*options, "--model.kwargs.depth", "3"))
+    assert plan(config).total == pytest.approx(measure(config), rel=0.1)
+
+
+@pytest.mark.slow
+def test_15_billion_parameters_are_planned_without_their_memory():
+    code = (
+        "import resource, sys; from vmoe.plan import main;"
+        "code = main(['--config', 'paper/vmoe_15b', '--nodes', '32', '--gpus_per_node', '8']);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert "14,705.1 M parameters" in done.stdout
+    assert "Best: --parallel.dp_replicate" in done.stdout
+    # The weights alone would take 55 GiB.
+    assert int(done.stdout.split()[-1]) < 4 * 2**20  # KiB

@@ -1,0 +1,122 @@
+import math
+
+import pytest
+import torch
+
+from vmoe.config_io import ConfigError
+from vmoe.models.factory import create_model
+from vmoe.moe.dispatch import expert_capacity
+from vmoe.planning.hardware import HARDWARE
+from vmoe.planning.simulate import simulate_optimizer, simulate_step
+from vmoe.training.config import OptimConfig
+
+H100 = HARDWARE["h100"]
+
+
+def meta_model(name="vmoe_tiny_patch8_48", **kwargs):
+    with torch.device("meta"):
+        return create_model(name, depth=2, **kwargs).train()
+
+
+def most(step, label):
+    return max(peak.get(label, 0) for peak in step.peaks)
+
+
+def test_all_gradients_become_ready():
+    model = meta_model()
+    step = simulate_step(model, 4, H100)
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    everything = sum(p.numel() for p in model.parameters())
+    assert step.peaks[-1]["expert_gradients"] == 4 * experts
+    assert step.peaks[-1]["gradients"] == 4 * (everything - experts)
+    assert step.peaks[0].get("gradients", 0) == 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_activations_follow_the_batch():
+    model = meta_model()
+    small, large = (simulate_step(model, size, H100) for size in (16, 64))
+    assert most(large, "activations") == pytest.approx(4 * most(small, "activations"), rel=0.02)
+    assert large.flops == pytest.approx(4 * small.flops, rel=0.02)
+
+
+def test_checkpointing_keeps_less_and_computes_more():
+    model = meta_model()
+    plain = simulate_step(model, 64, H100)
+    model.set_grad_checkpointing()
+    checkpointed = simulate_step(model, 64, H100)
+    assert most(checkpointed, "activations") < 0.8 * most(plain, "activations")
+    assert 1.2 < checkpointed.flops / plain.flops < 1.4
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lower_precision_copies_the_weights_and_halves_the_products_tensors(checkpointing):
+    model = meta_model()
+    model.set_grad_checkpointing(checkpointing)
+    full, half = (simulate_step(model, 64, H100, precision) for precision in ("float32", "bf16"))
+    weights = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3)
+    assert most(full, "copies") == most(full, "expert_copies") == 0
+    assert most(half, "expert_copies") == 2 * weights
+    assert 0.5 < most(half, "activations") / most(full, "activations") < 0.85
+    assert half.flops == full.flops
+    assert half.peaks[-1]["gradients"] == full.peaks[-1]["gradients"]  # of the float32 weights
+
+
+# Rows are the norm's output, in float32 under autocast too; those of slots come from a product.
+@pytest.mark.parametrize(
+    ("router", "precision", "size"),
+    [("vmoe", "float32", 4), ("vmoe", "bf16", 4), ("expert_choice", "float32", 4), ("soft", "bf16", 2)],
+)
+def test_spread_experts_send_their_rows(router, precision, size):
+    model = meta_model(num_experts=8, moe_layers=(1,), router_preset=router)
+    layer = model.blocks[1].mlp
+    step = simulate_step(model, 4, H100, precision, ep=4)
+    tokens = 37  # 36 patches and the class token
+    rows = {
+        "vmoe": lambda: expert_capacity(4 * tokens, 8, 2, 1.05) * 8,
+        "expert_choice": lambda: 4 * expert_capacity(tokens, 8, 1, 2.0) * 8,
+        "soft": lambda: 4 * math.prod(layer.router.slots.shape[:2]),
+    }[router]()
+    assert len(step.exchanges) == 4  # there and back, forward and backward
+    assert step.exchanges[0] == rows * 128 * size
+    assert most(step, "all_to_all") >= rows * 128 * size
+    one = simulate_step(model, 4, H100, precision)
+    assert one.exchanges == []
+    assert step.peaks[-1]["expert_gradients"] == one.peaks[-1]["expert_gradients"] / 4
+
+
+def test_without_a_capacity_an_even_load_is_assumed():
+    model = meta_model(num_experts=8, moe_layers=(1,), capacity_factor=math.inf)
+    step = simulate_step(model, 4, H100, ep=2)
+    assert step.exchanges[0] == 8 * math.ceil(4 * 37 / 8) * 128 * 4  # a row of each of 37 tokens
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_the_contrastive_loss_sees_all_processes(loss):
+    with torch.device("meta"):
+        model = create_model("limoe_tiny_patch12_48", depth=2, init_logit_bias=-10.0).train()
+    one, many = (simulate_step(model, 8, H100, loss=loss, num_processes=number) for number in (1, 64))
+    assert most(many, "loss") > 16 * most(one, "loss")
+    assert most(many, "loss") >= 2 * 8 * 512 * 4  # logits and what their loss keeps
+
+
+def test_optimizers_by_what_they_keep():
+    model = meta_model()
+    everything = 4 * sum(parameter.numel() for parameter in model.parameters())
+    adam = simulate_optimizer(model, OptimConfig(name="adamw"), foreach=True)
+    sgd = simulate_optimizer(model, OptimConfig(name="sgd"), foreach=True)
+    factored = simulate_optimizer(model, OptimConfig(name="adafactor"), foreach=True)
+    fused = simulate_optimizer(model, OptimConfig(name="adamw", kwargs={"fused": True}), foreach=True)
+    assert adam.state + adam.expert_state == pytest.approx(2 * everything, rel=1e-3)
+    assert sgd.state + sgd.expert_state == everything
+    assert factored.state + factored.expert_state < 0.1 * everything
+    assert fused.state == adam.state
+    assert fused.step == 0
+    assert adam.step > 0.9 * everything  # all tensors at once
+    largest = 4 * max(parameter.numel() for parameter in model.parameters())
+    assert simulate_optimizer(model, OptimConfig(name="adamw"), foreach=False).step == 3 * largest
+
+
+def test_an_optimizer_that_looks_at_numbers_is_refused():
+    with pytest.raises(ConfigError, match="optim.name 'kron' cannot be planned"):
+        simulate_optimizer(meta_model(), OptimConfig(name="kron"), foreach=False)
