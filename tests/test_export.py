@@ -85,7 +85,7 @@ def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     assert main([str(run), "--output", str(tmp_path / "model.safetensors")]) == 1
-    assert "No space left" in capsys.readouterr().err
+    assert "model.safetensors cannot be written (No space left on device); free" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -58,8 +58,7 @@ def export(source: str | Path, output: str | Path, average: bool = False) -> Pat
         The weights that were read: a file, or a folder of shards.
 
     Raises:
-        WeightsError: no such weights, or they are damaged.
-        OSError: the file cannot be written.
+        WeightsError: no such weights, they are damaged, or the file cannot be written.
     """
     output = Path(output)
     if output.suffix != ".safetensors":
@@ -71,9 +70,14 @@ def export(source: str | Path, output: str | Path, average: bool = False) -> Pat
     if weights is None:
         raise WeightsError(f"{checkpoint} holds no moving average: its run has train.ema_decay null; leave --ema out")
     stored = StoredTensors(weights)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with _mapped(output, stored.shapes, stored.dtypes, safetensors_metadata(weights)) as tensors:
-        stored.read_into(tensors)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with _mapped(output, stored.shapes, stored.dtypes, safetensors_metadata(weights)) as tensors:
+            stored.read_into(tensors)
+    except OSError as error:
+        raise WeightsError(
+            f"{output} cannot be written ({error.strerror or error}); free some space or choose another place"
+        ) from error
     return weights
 
 
@@ -108,9 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="vmoe-export", description="Write the weights of a training run as one safetensors file."
     )
-    parser.add_argument(
-        "source", metavar="RUN_OR_CHECKPOINT", help="folder of a run (its newest), or of a checkpoint"
-    )
+    parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="folder of a run (its newest), or of a checkpoint")
     parser.add_argument("--output", required=True, metavar="FILE.safetensors", help="the file to write")
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights instead of the weights")
     args = parser.parse_args(argv)
