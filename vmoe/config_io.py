@@ -263,6 +263,14 @@ def _section(annotation: Any) -> type | None:
     return None
 
 
+def _listed_section(annotation: Any) -> type | None:
+    """The dataclass of a list's entries (`list[Sub]`, `list[Sub] | None`), else None."""
+    for member in (annotation, *typing.get_args(annotation)):
+        if typing.get_origin(member) is list:
+            return _section(typing.get_args(member)[0])
+    return None
+
+
 def _is_free_form(annotation: Any) -> bool:
     """Whether a field takes any keys below it (`dict[str, Any]`, `dict[str, Any] | None`)."""
     members = (annotation, *typing.get_args(annotation))
@@ -303,6 +311,9 @@ def _check_keys(settings: dict[str, Any], config_class: type, where: str) -> Non
                 raise _unknown(f"{prefix}{name}", known, where)
             subsection = _section(fields[name])
             if subsection is None:
+                for number, entry in enumerate(value if isinstance(value, list) else []):
+                    if isinstance(entry, dict) and (listed := _listed_section(fields[name])) is not None:
+                        walk(entry, listed, f"{prefix}{name}[{number}].")
                 continue
             if isinstance(value, dict):
                 walk(value, subsection, f"{prefix}{name}.")

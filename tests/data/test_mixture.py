@@ -77,7 +77,7 @@ data:
     dataset = build_dataset(source)
     assert (len(dataset), dataset.weights) == (402, [2.0, 0.5])
     for old, new, message in [
-        ("path: {}/a.csv", "pth: x", "data.train.sources"),
+        ("path: {}/a.csv", "pth: x", r"unknown key 'data.train.sources\[0\].pth'"),
         ("weight: 2", "weight: x", "data.train.sources"),
         ("weight: 2", "weight: -1", "weight must be > 0, got -1"),
         (", weight: 2", "", "weight must be set for all sources of a mixture or for none; 'pairs' .*a.csv has none"),
