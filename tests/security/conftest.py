@@ -6,6 +6,7 @@ import os
 import pickle
 import socket
 import subprocess
+import sys
 
 import pytest
 
@@ -26,14 +27,21 @@ def nothing_runs():
         def __init__(self, *_, **__):
             raise Ran("pickle.Unpickler was made")
 
+    start = subprocess.Popen.__init__
+
+    def start_python_alone(process, command, *arguments, **options):
+        if command[0] != sys.executable:  # which tests themselves start
+            raise Ran(f"{command!r} was started")
+        start(process, command, *arguments, **options)
+
     with pytest.MonkeyPatch.context() as patch:
         for module, names in (
             (pickle, ("load", "loads")),
             (os, ("system", "popen", "execv", "execve", "posix_spawn")),
             (socket.socket, ("connect",)),
-            (subprocess.Popen, ("__init__",)),
         ):
             for name in names:
                 patch.setattr(module, name, refuse(name))
         patch.setattr(pickle, "Unpickler", NoUnpickler)
+        patch.setattr(subprocess.Popen, "__init__", start_python_alone)
         yield

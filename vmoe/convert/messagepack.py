@@ -18,7 +18,7 @@ import numpy as np
 from vmoe.convert.arrays import CheckpointError, Slices, row_slices
 
 # More than any real checkpoint has; a hostile file of a few bytes must not fill the memory.
-MAX_DEPTH, MAX_ITEMS, MAX_STRING = 64, 2**20, 2**16
+MAX_DEPTH, MAX_ITEMS, MAX_STRING = 64, 2**19, 2**16
 MAX_AXES, MAX_SIZE = 8, 2**48
 
 _NUMBERS = {

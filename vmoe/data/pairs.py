@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vmoe.data.dataset import ImageDataset, Sample
-from vmoe.data.images import IMAGE_SUFFIXES, BadSample, leads_out, load_image
+from vmoe.data.images import IMAGE_SUFFIXES, BadSample, load_image
 from vmoe.data.tree import is_junk
 from vmoe.printable import printable
 from vmoe.safe_json import parse_json, read_text
@@ -211,15 +211,13 @@ def _name_within(root: str, image: str, where: str) -> str:
     Raises:
         ValueError: it lies outside, so that a stranger's list could show what else is on this machine.
     """
-    name = os.path.normpath(image)
-    if os.path.isabs(name) and Path(name).is_relative_to(root):
-        name = str(Path(name).relative_to(root))
-    if leads_out(name):
+    path = Path(os.path.normpath(os.path.join(root, image)))
+    if not path.is_relative_to(root):
         raise ValueError(
             f"{where}: the picture {printable(image)} lies outside of {root}; set image_root to the folder that holds "
             "all pictures"
         )
-    return name
+    return str(path.relative_to(root))
 
 
 def _text(value: Any) -> str:

@@ -18,7 +18,7 @@ from torch.nn.modules import module as torch_module
 # Arguments of timm.create_model that load or fetch something.
 LOADING = frozenset({"pretrained", "pretrained_cfg", "checkpoint_path", "cache_dir", "pretrained_model_args"})
 PREPROCESSING = frozenset({"input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"})
-MAX_SIDE = 2**13  # of pictures, in pixels
+MAX_SIDE, MAX_DEPTH = 2**13, 1000  # pixels of a picture's side; blocks
 # A classifier of other classes, and positions for other pictures, may be larger than those of the file.
 SPARE_NUMBERS, SPARE_TENSORS = 2**26, 1000
 
@@ -71,6 +71,8 @@ def _check_settings(value: Any, where: str) -> None:
                 _check_name(inner, f"{where}.name")
             elif key == "pretrained_cfg_overlay":
                 _check_preprocessing(inner, f"{where}.{key}")
+            elif key == "depth" and not (type(inner) is int and 0 <= inner <= MAX_DEPTH):
+                raise ValueError(f"{where}.{key} must be a whole number of blocks, at most {MAX_DEPTH}")
             elif key in ("img_size", "image_size"):
                 _check_sides(inner, f"{where}.{key}")
             else:
