@@ -80,7 +80,8 @@ def _check_settings(value: Any, where: str) -> None:
     elif isinstance(value, list):
         for inner in value:
             _check_settings(inner, where)
-    elif isinstance(value, (int, float)) and not (math.isfinite(value) and abs(value) < 2**31):
+    # Infinity is a setting that users have: a capacity without a limit.
+    elif isinstance(value, (int, float)) and not (abs(value) < 2**31 or value == math.inf):
         raise ValueError(f"{where} is not a sensible number")
 
 
