@@ -98,7 +98,7 @@ def any_file(tmp_path_factory, data) -> None:
         assert isinstance(settings.output_dir, str)
 
 
-test_any_file, test_many_files = fuzz(any_file, few=60, many=20_000)
+test_any_file, test_many_files = fuzz(any_file, few=60, many=3000)
 
 
 def any_shipped_config(tmp_path_factory, data) -> None:
@@ -109,7 +109,7 @@ def any_shipped_config(tmp_path_factory, data) -> None:
     read(data.draw(damaged(content, PIECES)), tmp_path_factory.getbasetemp(), Config)
 
 
-test_any_shipped_config, test_many_shipped_configs = fuzz(any_shipped_config, few=6, many=2000)
+test_any_shipped_config, test_many_shipped_configs = fuzz(any_shipped_config, few=6, many=500)
 
 KEYS = (
     "output_dir",
@@ -151,7 +151,7 @@ def any_command_line(data) -> None:
     assert isinstance(settings, (Settings, str))
 
 
-test_any_command_line, test_many_command_lines = fuzz(any_command_line, few=60, many=20_000)
+test_any_command_line, test_many_command_lines = fuzz(any_command_line, few=60, many=3000)
 
 
 def any_text(data) -> None:
@@ -162,4 +162,4 @@ def any_text(data) -> None:
     line.encode()
 
 
-test_any_text_is_printable, test_many_texts_are_printable = fuzz(any_text, few=100, many=20_000)
+test_any_text_is_printable, test_many_texts_are_printable = fuzz(any_text, few=100, many=3000)

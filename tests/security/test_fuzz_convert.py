@@ -60,7 +60,7 @@ def any_damage_to_shards(tmp_path_factory, data) -> None:
     outcome(lambda: read_all(open_sharded(folder / "c")), (CheckpointError,))
 
 
-test_any_damage_to_shards, test_much_damage_to_shards = fuzz(any_damage_to_shards, few=60, many=20_000)
+test_any_damage_to_shards, test_much_damage_to_shards = fuzz(any_damage_to_shards, few=60, many=3000)
 
 
 def packed_objects():
@@ -101,7 +101,7 @@ def any_flax_file(tmp_path_factory, data) -> None:
     outcome(lambda: read_all(open_flax(file)), (CheckpointError,))
 
 
-test_any_flax_file, test_many_flax_files = fuzz(any_flax_file, few=60, many=20_000)
+test_any_flax_file, test_many_flax_files = fuzz(any_flax_file, few=60, many=3000)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def any_model_config(golden_config, data) -> None:
     outcome(convert, (ConfigError, CheckpointError))
 
 
-test_any_model_config, test_many_model_configs = fuzz(any_model_config, few=40, many=10_000)
+test_any_model_config, test_many_model_configs = fuzz(any_model_config, few=40, many=2000)
 
 
 def any_config_file(tmp_path_factory, data) -> None:
@@ -148,7 +148,7 @@ def any_config_file(tmp_path_factory, data) -> None:
     outcome(lambda: resolve_config(file), (ValueError,))
 
 
-test_any_config_file, test_many_config_files = fuzz(any_config_file, few=40, many=10_000)
+test_any_config_file, test_many_config_files = fuzz(any_config_file, few=40, many=2000)
 
 
 @pytest.fixture(scope="module")

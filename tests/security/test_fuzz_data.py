@@ -71,7 +71,7 @@ def any_picture(data) -> None:
         np.asarray(image)
 
 
-test_any_picture, test_many_pictures = fuzz(any_picture, few=80, many=20_000)
+test_any_picture, test_many_pictures = fuzz(any_picture, few=80, many=3000)
 
 
 def test_undamaged_pictures_of_all_formats_are_read():
@@ -124,7 +124,7 @@ def any_list_of_pairs(tmp_path_factory, data) -> None:
         assert not any(".." in Path(name).parts or Path(name).is_absolute() for name in pairs.image_ids)
 
 
-test_any_list_of_pairs, test_many_lists_of_pairs = fuzz(any_list_of_pairs, few=60, many=20_000)
+test_any_list_of_pairs, test_many_lists_of_pairs = fuzz(any_list_of_pairs, few=60, many=3000)
 
 
 def any_json(data) -> None:
@@ -135,7 +135,7 @@ def any_json(data) -> None:
     outcome(lambda: parse_json(content), (ValueError,))
 
 
-test_any_json, test_many_json = fuzz(any_json, few=40, many=10_000)
+test_any_json, test_many_json = fuzz(any_json, few=40, many=2000)
 
 # --- shards ----------------------------------------------------------------------------------------------------------
 
@@ -200,7 +200,7 @@ def any_shard(tmp_path_factory, data) -> None:
         outcome(lambda: read_shard(content, folder), (ValueError,), megabytes=1500)
 
 
-test_any_shard, test_many_shards = fuzz(any_shard, few=60, many=20_000)
+test_any_shard, test_many_shards = fuzz(any_shard, few=60, many=3000)
 
 
 def test_undamaged_shards_are_read(tmp_path, monkeypatch):
