@@ -195,7 +195,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 @pytest.mark.slow
 def test_compiles_as_one_graph():
     torch._dynamo.reset()
-    model = timm.create_model("vmoe_tiny_patch8_48", num_classes=10, noise_std=0.0)
+    model = timm.create_model("vmoe_tiny_patch8_48", depth=2, num_classes=10, noise_std=0.0)
     torch.nn.init.normal_(model.head.weight)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(3, 3, 48, 48)
