@@ -54,3 +54,17 @@ def test_work_on_experts_weights_is_kept_apart():
     assert tracker.live["expert_weights"] == copy.numel() * 2
     (work,) = tracker.weight_work
     assert (work.products, work.rows, work.weights) == (0, 0, 64 * 4 + 64 * 2)
+
+
+def test_what_is_known_of_an_operation_is_what_it_gives():
+    x = torch.empty(4, 8, device="meta")
+    tracker = Tracker(COUNTING)
+    with tracker:
+        first, again, other = x.t() + 1, x.t() + 1, x.t() + 1.5
+        wider = x.t() + torch.ones((), dtype=torch.float64, device="meta")
+        shared = torch.ops.aten._unsafe_view(x, [32])
+        assert torch.ops.aten._unsafe_view(x, [32]).untyped_storage()._cdata == shared.untyped_storage()._cdata
+        assert tracker.live["activations"] == 5 * 128  # the four sums and `x`
+    for one in (again, other, wider):
+        assert (one.shape, one.stride(), one.dtype) == (first.shape, first.stride(), first.dtype)
+    assert again.untyped_storage()._cdata != first.untyped_storage()._cdata

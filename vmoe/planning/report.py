@@ -14,11 +14,11 @@ from vmoe.planning.hardware import GiB
 
 KINDS = {
     "weights": "weights",
-    "gradients": "gradients",
-    "optimizer": "optimizer",
+    "gradients": "grads",
+    "optimizer": "optim.",
     "ema": "EMA",
-    "activations": "activations",
-    "all_to_all": "all-to-all",
+    "activations": "activ.",
+    "all_to_all": "a2a",
     "low_precision_copies": "copies",
     "gathered_weights": "gathered",
     "loss": "loss",
@@ -33,6 +33,14 @@ PARTS = {
     "all_to_all": "all-to-all",
     "weights_and_gradients": "weights and gradients",
     "optimizer": "optimizer",
+}
+SHORT = {
+    "products": "products",
+    "memory": "memory",
+    "launches": "launch",
+    "all_to_all": "a2a",
+    "weights_and_gradients": "weights",
+    "optimizer": "optim.",
 }
 
 
@@ -126,17 +134,17 @@ def _memory_table(shown: list[Candidate], usable: float) -> Table:
         table.add_column(KINDS[kind], justify="right")
     table.add_column("when")
     for one in shown:
-        table.add_row(*_mesh(one), *(f"{one.memory[kind] / GiB:.2f}" for kind in kinds), one.moment)
+        table.add_row(*_mesh(one), *(f"{one.memory[kind] / GiB:.2f}" for kind in kinds), one.moment.partition(" ")[0])
     return table
 
 
 def _traffic_table(shown: list[Candidate]) -> Table:
-    table = _table("GB that one process sends in a step, and where its milliseconds (ms) go")
+    table = _table("What one process sends in a step, and where its time goes")
     kinds = [kind for kind in TRAFFIC if any(one.traffic.get(kind) for one in shown)]
     for kind in kinds:
-        table.add_column(kind.replace("_", "- "), justify="right")
-    for part in PARTS.values():
-        table.add_column(f"ms {part}", justify="right")
+        table.add_column(f"{kind.replace('_', '-').replace('all-to-all', 'a2a')}, GB", justify="right")
+    for part in PARTS:
+        table.add_column(f"{SHORT[part]}, ms", justify="right")
     for one in shown:
         traffic = (f"{one.traffic.get(kind, 0) / 1e9:.2f}" for kind in kinds)
         table.add_row(*_mesh(one), *traffic, *(f"{one.seconds[part] * 1e3:.3g}" for part in PARTS))

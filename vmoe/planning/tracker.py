@@ -70,6 +70,8 @@ class Tracker(TorchDispatchMode):
         self._total = 0
         self._largest = -1
         self._peak: dict[str, int] = {}
+        self._known: dict[tuple, list[tuple]] = {}
+        self._functional: dict[object, bool] = {}
         self._bandwidth = hardware.memory_bandwidth * 1e9 * hardware.memory_efficiency
 
     @contextmanager
@@ -124,15 +126,47 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         if func.is_view:
-            return out
+            return func(*args, **kwargs)
+        out = self._run(func, args, kwargs)
         outputs = list(_tensors((out,)))
         for tensor in outputs:
             self._register(tensor, self.label)
         self._update_peak()
         self._count_time(func, args, kwargs, out, [*_tensors(args), *_tensors(kwargs.values()), *outputs])
         return out
+
+    def _run(self, func, args, kwargs):
+        """The operation; on the meta device the same one on the same shapes is asked only once what it gives.
+
+        Blocks repeat, and most meta kernels are slow Python.
+        """
+        if not self._is_functional(func):
+            return func(*args, **kwargs)
+        try:
+            key = (func, _signature(args), _signature(tuple(kwargs.items())))
+            known = self._known.get(key)
+        except TypeError:  # an argument that cannot be compared
+            return func(*args, **kwargs)
+        if known is not None:
+            out = tuple(_made_again(one) for one in known)
+            return out if len(out) > 1 else out[0]
+        out = func(*args, **kwargs)
+        outputs = out if isinstance(out, tuple) else (out,)
+        if outputs and all(isinstance(one, Tensor) and one.is_meta for one in outputs):
+            # Some, such as _unsafe_view, share a storage without saying so.
+            before = {one.untyped_storage()._cdata for one in (*_tensors(args), *_tensors(kwargs.values()))}
+            if before.isdisjoint(one.untyped_storage()._cdata for one in outputs):
+                self._known[key] = [(one.shape, one.stride(), one.dtype) for one in outputs]
+        return out
+
+    def _is_functional(self, func) -> bool:
+        """The operation changes none of its arguments and gives no view of them."""
+        if func not in self._functional:
+            schema = func._schema
+            aliases = any(item.alias_info is not None for item in (*schema.arguments, *schema.returns))
+            self._functional[func] = not (schema.is_mutable or aliases)
+        return self._functional[func]
 
     def _count_time(self, func, args, kwargs, out, touched: list[Tensor]) -> None:
         hardware, rows, weights, products = self.hardware, 0, 0, 0.0
@@ -163,3 +197,17 @@ def _tensors(values: Iterable) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (tuple, list)):
             yield from _tensors(value)
+
+
+def _signature(value):
+    """What the shapes of an operation's results may depend on, of its arguments; can be a dictionary's key."""
+    if isinstance(value, Tensor):
+        return (value.shape, value.stride(), value.dtype, value.device)
+    if isinstance(value, (tuple, list)):
+        return tuple(_signature(one) for one in value)
+    return (type(value), value)  # 1, 1.0 and True give different types
+
+
+def _made_again(known: tuple) -> Tensor:
+    shape, stride, dtype = known
+    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
