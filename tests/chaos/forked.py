@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -46,7 +47,8 @@ class Forks:
         Args:
             torchrun: LaunchConfig's arguments: run it in several processes under torchrun's agent; the environment
                 variable PIDS names the folder where process r writes its id, to pid.r
-            env: environment variables; EVALUATING names a file that is to be there during evaluations.
+            env: environment variables; EVALUATING names a file that is to be there during evaluations, DIE_AFTER a step
+                after which process 1 under torchrun kills itself when it is started for the first time.
         """
         pid = self.ask(arguments=arguments, output=str(output), torchrun=torchrun, env=env)
         self.children.append(Fork(self, pid))
@@ -86,6 +88,13 @@ class Fork:
     def kill(self) -> None:
         self.signal(signal.SIGKILL)
         self.wait()
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens to."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def serve() -> None:
@@ -148,10 +157,26 @@ def show_evaluations(file: Path) -> None:
     Classification.evaluate = shown
 
 
+def die_after(last: int) -> None:
+    """Kills this process in the step after step `last`."""
+    from vmoe.training.logging import CollapseWatch
+
+    look = CollapseWatch.update
+
+    def update(self: CollapseWatch, step: int, layers: Any) -> None:
+        if step > last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        look(self, step, layers)
+
+    CollapseWatch.update = update
+
+
 def worker(arguments: list[str]) -> None:
     """What each process under torchrun's agent does."""
     from vmoe.training.cli import main
 
+    if "DIE_AFTER" in os.environ and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        die_after(int(os.environ["DIE_AFTER"]))
     Path(os.environ["PIDS"], f"pid.{os.environ['RANK']}").write_text(str(os.getpid()))
     sys.exit(main(arguments))
 

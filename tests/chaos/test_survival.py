@@ -1,9 +1,7 @@
 """Jobs of several processes that lose one, are told to stop, or run out of time."""
 
 import json
-import os
 import signal
-import socket
 import time
 
 import pytest
@@ -11,29 +9,11 @@ import pytest
 from vmoe.training.checkpoint import list_checkpoints
 from vmoe.training.logging import read_metrics
 
-from .forked import Forks
-from .tiny import arguments, make_pictures, write_config
+from .forked import free_port
+from .tiny import arguments
 
 TIMEOUT = 10
 ENDLESS = 1_000_000
-
-
-@pytest.fixture(scope="module")
-def forks():
-    with Forks() as forks:
-        yield forks
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    return write_config(folder / "config.yaml", make_pictures(folder / "pictures"))
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_for_steps(run, steps, processes=()):
@@ -105,16 +85,14 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(job):
 
 def test_a_killed_worker_is_restarted_and_the_run_continues(forks, config, tmp_path):
     run = tmp_path / "run"
-    given = arguments(config, run, train__steps=300, train__checkpoint_every=10)
+    given = arguments(config, run, train__steps=20, train__checkpoint_every=5, train__log_every=2)
     torchrun = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 2, "max_restarts": 1, "rdzv_backend": "c10d"}
     torchrun |= {"rdzv_endpoint": "localhost:0", "run_id": "test"}
-    launcher = forks.start(given, tmp_path / "out", torchrun, PIDS=str(tmp_path))
-    wait_for_steps(run, 12, [launcher])
-    os.kill(int((tmp_path / "pid.1").read_text()), signal.SIGKILL)
+    launcher = forks.start(given, tmp_path / "out", torchrun, PIDS=str(tmp_path), DIE_AFTER="12")
     assert launcher.wait() == 0, (tmp_path / "out").read_text()
-    assert json.loads((run / "summary.json").read_text())["steps"] == 300
-    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == list(range(1, 301))
-    assert "continuing after step" in (tmp_path / "out").read_text()
+    assert json.loads((run / "summary.json").read_text())["steps"] == 20
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == list(range(2, 21, 2))
+    assert "continuing after step 10" in (tmp_path / "out").read_text()
 
 
 def test_a_time_budget_stops_in_time(forks, config, tmp_path):

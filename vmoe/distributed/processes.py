@@ -82,6 +82,7 @@ def joined(device: torch.device | None = None, timeout: float = DEFAULT_TIMEOUT)
         except Exception as error:
             lost = _lost_process(error, watch)
             if lost is None:
+                error.told = watch.first_says(sentence(error))
                 watch.leave(ERROR, sentence(error), told=tells(error, rank))
                 raise
             watch.leave(LOST, str(lost))
@@ -114,7 +115,8 @@ def _lost_process(error: Exception, watch: Watch) -> LostProcessError | None:
 
 def tells(error: BaseException, rank: int) -> bool:
     """Whether it is for process `rank` to tell its error, and not for the first one, which has the same."""
-    return rank == 0 or not (isinstance(error, ConfigError) or getattr(error, "shared", False))
+    shared = isinstance(error, ConfigError) or getattr(error, "shared", False)
+    return rank == 0 or not (shared or getattr(error, "told", False))
 
 
 def first_line(error: BaseException) -> str:

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -124,10 +125,20 @@ class Watch:
             text: the error.
             told: this process tells its error itself.
         """
-        if not self._ending.is_set():
+        if self._news["end"] is None:
             self._news |= {"end": end, "text": text, "told": told}
+            if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                self._wait_until(self._all_ended, GRACE_SECONDS)  # the store ends with this process
             self._ending.set()
             self._thread.join(GRACE_SECONDS)  # the store's machine may be gone
+
+    def first_says(self, text: str) -> bool:
+        """Whether process 0 ends with the same error as this one; to be asked before `leave`."""
+
+        def said() -> bool:
+            return 0 in self._peers and self._peers[0].news["text"] == text
+
+        return self.rank > 0 and self._wait_until(said, (SILENT_INTERVALS - 1) * self.interval)
 
     def explain(self, waiting: bool) -> LostProcessError | None:
         """Why the other processes do not answer; None if they all seem to do well.
@@ -151,6 +162,17 @@ class Watch:
             if peer.news["end"] is None and peer.news["place"] != here
         ]
         return "; ".join(places[:4])
+
+    def _wait_until(self, condition: Callable[[], bool], seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(self.interval / 10)
+        return condition()
+
+    def _all_ended(self) -> bool:
+        gone = SILENT_INTERVALS * self.interval
+        others = [peer for rank, peer in self._peers.items() if rank != self.rank]
+        return all(peer.news["end"] is not None or self._looked - peer.since > gone for peer in others)
 
     # --- what the thread does ---
 
@@ -197,7 +219,7 @@ class Watch:
 
     def _abandon(self, error: LostProcessError) -> None:
         """Ends this process: its main thread waits for somebody who will not come, and cannot be woken."""
-        if self._ending.is_set():  # it ends by itself
+        if self._news["end"] is not None:  # it ends by itself
             return
         self._news |= {"end": LOST, "text": str(error)}
         self._beat()

@@ -232,7 +232,7 @@ def _train(config: Config, device: torch.device, console: Console, budget: TimeB
         with display, interruptible() as stop:
 
             def stop_asked() -> list[float]:
-                return [float(stop.interrupted), float(stop.planned or budget.used_up())]
+                return [float(stop.interrupted or stop.orphaned), float(stop.planned or budget.used_up())]
 
             while step < config.train.steps:
                 budget.next_step()

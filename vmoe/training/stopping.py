@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vmoe.distributed.processes import world
@@ -35,6 +36,12 @@ class StopRequest:
 
     interrupted: bool = False
     planned: bool = False
+    parent: int = field(default_factory=os.getppid)
+
+    @property
+    def orphaned(self) -> bool:
+        """torchrun was killed: nobody would restart this process, pass signals on to it, or end it."""
+        return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent
 
 
 @contextmanager
