@@ -69,15 +69,24 @@ def test_an_error_in_one_process_alone_is_told_and_ends_the_others(forks, config
     assert (tmp_path / "out.1").read_text() == ""  # a wrong setting is told once
 
 
-def test_a_signal_to_one_process_stops_all_with_a_checkpoint(job):
-    processes = job()
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"parallel__ep": 2},
+        pytest.param({}, marks=pytest.mark.exhaustive),
+        pytest.param({"parallel__dp_shard": 2}, marks=pytest.mark.exhaustive),
+    ],
+    ids=str,
+)
+def test_a_signal_to_one_process_stops_all_with_a_checkpoint(mesh, job):
+    processes = job(**mesh)
     processes[1].signal(signal.SIGUSR1)
     assert [process.wait() for process in processes] == [0, 0]
     (checkpoint,) = list_checkpoints(job.run)
     assert "the same command continues" in job.said(0)
     assert "Traceback" not in job.said(1)
     step = int(checkpoint.name.partition("_")[2])
-    processes = job(train__steps=step + 2)  # continues
+    processes = job(train__steps=step + 2, **mesh)  # continues
     assert [process.wait() for process in processes] == [0, 0]
     assert json.loads((job.run / "summary.json").read_text())["steps"] == step + 2
     assert [line["step"] for line in read_metrics(job.run / "metrics.jsonl")] == list(range(1, step + 3))

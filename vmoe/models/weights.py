@@ -203,7 +203,8 @@ def load_weights(model: nn.Module, source: str | Path, new_head: bool = False) -
     """Load weights into a model; every tensor must fit.
 
     Args:
-        model: changed in place, or not at all if a tensor does not fit. Its tensors may be DTensors on any mesh.
+        model: changed in place, or not at all if a tensor does not fit. Its tensors may be DTensors on any mesh. One on
+            the meta device stays there.
         source: a safetensors file, or a folder that a sharded run wrote.
         new_head: for fine-tuning: a classifier of another size keeps the model's fresh one, and position embeddings of
             another picture size are interpolated.
@@ -232,6 +233,8 @@ def load_weights(model: nn.Module, source: str | Path, new_head: bool = False) -
             problems.append(f"{kind}: {', '.join(names[:8])}{more}")
     if problems:
         raise WeightsError(f"{source} does not fit the model; " + "; ".join(problems))
+    if any(tensor.is_meta for tensor in own.values()):
+        return  # of several processes, another one holds the weights; here they only had to fit
     stored.read_into({name: own[name] for name in own if name not in resized})
     for name, tensor in resized.items():
         own[name].copy_(tensor)
