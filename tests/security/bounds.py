@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import resource
 import time
@@ -124,7 +125,7 @@ def damaged_tree(draw, tree):
         key = draw(st.sampled_from(keys))
         kind = draw(st.sampled_from(["value", "value", "value", "remove", "rename"]))
         if kind == "value":
-            node[key] = draw(st.sampled_from(NASTY))
+            node[key] = copy.deepcopy(draw(st.sampled_from(NASTY)))  # which the next change may change
         elif kind == "remove":
             del node[key]
         elif isinstance(node, dict):
