@@ -13,6 +13,7 @@ from vmoe.planning.hardware import GiB, Hardware, Links
 from vmoe.planning.simulate import OptimizerMemory, Step, simulate_optimizer, simulate_step
 from vmoe.planning.subject import Subject
 from vmoe.training.config import Config
+from vmoe.training.optim import SHARDABLE
 
 FLOAT32 = 4  # bytes: master weights and gradients, whatever the precision of the products
 HALF = 2
@@ -124,6 +125,9 @@ class Planner:
         return possible, refused
 
     def _obstacle(self, mesh: MeshSize) -> str | None:
+        optimizer = self.config.optim.name
+        if not mesh.is_plain and optimizer.lower() not in SHARDABLE:
+            return f"optim.name {optimizer!r} does not work on sharded weights"
         if mesh.ep == 1:
             return None
         if not self.subject.num_experts:

@@ -16,8 +16,36 @@ from torch import nn
 from torch.optim import Optimizer
 
 from vmoe.config_io import ConfigError
+from vmoe.distributed.parallelize import is_sharded
 from vmoe.models.vision import without_decay
 from vmoe.training.config import OptimConfig
+
+# timm's optimizers that take the same steps on sharded weights as on whole ones, and whose state is sharded like those:
+# tests/distributed/test_optimizers.py. Others want whole matrices, or operations that PyTorch's DTensor lacks.
+SHARDABLE = (
+    "adabelief",
+    "adagrad",
+    "adam",
+    "adamax",
+    "adamw",
+    "adan",
+    "adanw",
+    "adopt",
+    "adoptw",
+    "laprop",
+    "lars",
+    "lion",
+    "madgrad",
+    "momentum",
+    "nadam",
+    "nadamw",
+    "nesterov",
+    "radam",
+    "rmsprop",
+    "rmsproptf",
+    "sgd",
+    "sgdw",
+)
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -53,12 +81,17 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """The optimizer of a config, over the model's trainable parameters (timm's groups for weight and layer decay).
 
     Raises:
-        ConfigError: unknown name, or an argument the optimizer does not take.
+        ConfigError: unknown name, an argument the optimizer does not take, or one that cannot work on sharded weights.
     """
     base_name = config.name.lower().removeprefix("lookahead_")
     if base_name not in list_optimizers():
         nearest = difflib.get_close_matches(base_name, list_optimizers(), n=1, cutoff=0.0)
         raise ConfigError(f"optim.name: timm has no optimizer {config.name!r}; the nearest is {nearest[0]!r}")
+    if is_sharded(model) and config.name.lower() not in SHARDABLE:
+        raise ConfigError(
+            f"optim.name {config.name!r} does not work on sharded weights (parallel.dp_shard or parallel.ep above 1); "
+            f"take one of {', '.join(SHARDABLE)}"
+        )
     optional = {"betas": config.betas and tuple(config.betas), "eps": config.eps}
     kwargs = {name: value for name, value in optional.items() if value is not None} | config.kwargs
     # timm knows what its own models spare from weight decay, but not what experts add to an upcycled one.
