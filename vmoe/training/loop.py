@@ -120,6 +120,7 @@ def _train(config: Config, device: torch.device, console: Console, budget: TimeB
             "output_dir starts a new one.",
             highlight=False,
             markup=False,
+            soft_wrap=True,
         )
         return summary
 
@@ -183,7 +184,7 @@ def _train(config: Config, device: torch.device, console: Console, budget: TimeB
         loader.load_state_dict(state["loader"])
         step, progress = state["step"], state["progress"]
         schedule.step_update(step)
-        console.print(f"{run}: continuing after step {step}", highlight=False, markup=False)
+        console.print(f"{run}: continuing after step {step}", highlight=False, markup=False, soft_wrap=True)
 
     wait_for_all()  # nobody looks for a run in the folder any more
     lock = None
@@ -347,7 +348,7 @@ def _train(config: Config, device: torch.device, console: Console, budget: TimeB
     console.print(final_table(summary))
     if config.evaluate.examples:
         draw_examples(task, model, run / "examples.png" if first else None, config)
-    console.print(f"all of it in {run}", highlight=False, markup=False)
+    console.print(f"all of it in {run}", highlight=False, markup=False, soft_wrap=True)
     return summary
 
 
