@@ -22,6 +22,8 @@ from vmoe.planning.subject import make_subject
 from vmoe.training.config import Config
 from vmoe.whole import whole_file
 
+WIDTH = 160  # characters of a line that is not for a terminal
+
 
 @dataclass
 class HardwareConfig:
@@ -108,7 +110,10 @@ def run(argv: Sequence[str] | None = None) -> None:
     planner = Planner(config, make_subject(config), hardware, config.nodes, config.gpus_per_node)
     meshes, refused = planner.meshes()
     ranked = rank([planner.candidate(mesh, checkpointing) for mesh in meshes for checkpointing in (False, True)])
-    show(Console(), planner, ranked, refused, config.top)
+    console = Console()
+    if not console.is_terminal:  # in a file or a pipe no line need be cut
+        console.width = WIDTH
+    show(console, planner, ranked, refused, config.top)
     if config.output is not None:
         with whole_file(Path(config.output)) as draft:
             draft.write_text(json.dumps(as_json(planner, ranked, refused), indent=2) + "\n", encoding="utf-8")
