@@ -1,6 +1,7 @@
 import errno
 import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file
 
 import vmoe
 from vmoe.export import DTYPE_NAMES, _mapped, main
+from vmoe.manifest import find_problems
 from vmoe.models.weights import StoredTensors
 from vmoe.training.checkpoint import Checkpointer
 
@@ -56,6 +58,9 @@ def test_a_runs_newest_checkpoint_becomes_one_file(run, tmp_path, capsys):
         ([".", "--output", "out.pt"], "ends with .safetensors"),
         (["nowhere", "--output", "out.safetensors"], "nowhere: it does not exist"),
         (["checkpoints/step_000001/model.safetensors", "--output", "out.safetensors"], "is one file already"),
+        ([".", "--output", "checkpoints/step_000002/out.safetensors"], "lies in the checkpoint .*step_000002, which"),
+        ([".", "--output", "checkpoints/step_000002/model.safetensors"], "lies in the checkpoint .*step_000002, which"),
+        ([".", "--output", "checkpoints/step_000002/new/out.safetensors"], "lies in the checkpoint .*step_000002, wh"),
     ],
 )
 def test_mistakes_are_one_sentence_and_write_nothing(run, monkeypatch, capsys, argv, message):
@@ -65,6 +70,19 @@ def test_mistakes_are_one_sentence_and_write_nothing(run, monkeypatch, capsys, a
     assert shown.count("\n") == 1
     assert re.search(message, shown)
     assert [path.name for path in run.iterdir()] == ["checkpoints"]
+    assert not any(find_problems(folder) for folder in (run / "checkpoints").iterdir())
+
+
+def test_a_copy_of_a_checkpoint_and_a_part_of_one_are_known(run, tmp_path, capsys):
+    copy = shutil.copytree(run / "checkpoints" / "step_000002", tmp_path / "copy")
+    assert main([str(run), "--output", str(copy / "out.safetensors")]) == 1
+    assert "lies in the checkpoint" in capsys.readouterr().err
+    assert not find_problems(copy)
+    (tmp_path / "ema").mkdir()
+    (tmp_path / "ema" / "settings.json").write_text("{}")  # as in a sharded run's
+    assert main([str(tmp_path / "ema"), "--output", str(tmp_path / "out.safetensors")]) == 1
+    assert "ema is one part of a checkpoint; give the checkpoint's folder" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_a_damaged_checkpoint_is_not_exported(run, tmp_path, capsys):

@@ -1,4 +1,7 @@
+import os
+
 import pytest
+from safetensors.torch import save_file
 
 from vmoe.whole import whole_file
 
@@ -29,3 +32,14 @@ def test_a_failure_leaves_what_was_there(tmp_path):
         fail()
     assert file.read_text() == "before"
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_permissions_are_those_that_the_user_asks_for(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with whole_file(tmp_path / "empty.safetensors") as draft:
+            save_file({}, draft)  # makes a file that is the user's alone
+    finally:
+        os.umask(before)
+    assert (tmp_path / "empty.safetensors").stat().st_mode & 0o777 == mode

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from vmoe.command import exit_code
+from vmoe.manifest import is_checkpoint
 from vmoe.models.weights import (
+    SETTINGS_NAME,
     StoredTensors,
     WeightsError,
     checkpoint_weights,
@@ -58,13 +60,21 @@ def export(source: str | Path, output: str | Path, average: bool = False) -> Pat
         The weights that were read: a file, or a folder of shards.
 
     Raises:
-        WeightsError: no such weights, they are damaged, or the file cannot be written.
+        WeightsError: no such weights, they are damaged, or the file cannot be written, or must not be, because it would
+            damage a checkpoint.
     """
     output = Path(output)
     if output.suffix != ".safetensors":
         raise WeightsError(f"--output {output}: give a name that ends with .safetensors")
     if Path(source).is_file():
         raise WeightsError(f"{source} is one file already; give the folder of a run or of a checkpoint")
+    if (Path(source) / SETTINGS_NAME).is_file():
+        raise WeightsError(f"{source} is one part of a checkpoint; give the checkpoint's folder, and --ema for its ema")
+    inside = next((folder for folder in output.resolve().parents if is_checkpoint(folder)), None)
+    if inside is not None:
+        raise WeightsError(
+            f"--output {output} lies in the checkpoint {inside}, which a file more would damage; give another folder"
+        )
     checkpoint = find_weights(source).parent  # compares it with its checksums
     weights = checkpoint_weights(checkpoint, average)
     if weights is None:
@@ -104,7 +114,6 @@ def _mapped(
         places = {name: header[name]["data_offsets"] for name in shapes}
         yield {name: data[a:b].view(dtypes[name]).view(shapes[name]) for name, (a, b) in places.items()}
         os.fsync(opened.fileno())
-        os.chmod(draft, 0o644)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,16 +18,29 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from vmoe.safe_json import parse_json
+
 MANIFEST = "manifest.json"
 FORMAT = 1
 MAX_MANIFEST_BYTES = 2**28  # far more than the files of any checkpoint need
 UNFINISHED = ".unfinished"
+TRAINER, OLD_TRAINER = "trainer.json", "trainer.pt"  # the second one of versions without a manifest
 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run's folder, oldest step first; not those that were never finished."""
     folders = (run / "checkpoints").glob("step_*")
     return sorted((f for f in folders if re.fullmatch(r"step_[0-9]+", f.name) and f.is_dir()), key=step_of)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a run's checkpoint, be it damaged, or a copy of one with its manifest."""
+    return _in_run(folder) or all((folder / name).exists() for name in (MANIFEST, TRAINER))
+
+
+def _in_run(folder: Path) -> bool:
+    folder = folder.resolve()
+    return folder.parent.name == "checkpoints" and re.fullmatch(r"step_[0-9]+", folder.name) is not None
 
 
 def step_of(checkpoint: Path) -> int:
@@ -70,7 +83,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"it has {file.stat().st_size} bytes")
     content = file.read_bytes()
     try:
-        manifest = json.loads(content.decode("utf-8"))
+        manifest = parse_json(content.decode("utf-8"))
         # To the byte: a changed space is a changed file too.
         if _encode({key: value for key, value in manifest.items() if key != "sha256"}) != content:
             raise ValueError("its content does not have the SHA-256 that it names")
@@ -90,13 +103,14 @@ def find_problems(folder: Path, share: tuple[int, int] = (0, 1), only: str = "")
     """What is wrong with a checkpoint, a sentence for each file; none if it is as it was written.
 
     Args:
-        folder: of the checkpoint. One of an older version of vmoe has no manifest, and nothing to compare with.
+        folder: of the checkpoint. One of an older version of vmoe has no manifest, and nothing to compare with; in
+            a run it is known by its trainer.pt.
         share: (process, number of processes): hashes this process's share of the files. Together they hash all.
         only: a file, or a folder of files, in `folder`; all else is not looked at.
     """
     if not (folder / MANIFEST).is_symlink() and not (folder / MANIFEST).exists():
-        newer = [name for name in ("trainer.json", "optimizer.safetensors", "model") if (folder / name).exists()]
-        if newer:
+        newer = any((folder / name).exists() for name in (TRAINER, "optimizer.safetensors", "model"))
+        if newer or (_in_run(folder) and not (folder / OLD_TRAINER).is_file()):
             return [f"{MANIFEST} is missing"]
         return [] if (folder / "model.safetensors").is_file() else ["model.safetensors is missing"]
     try:

@@ -22,6 +22,8 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError(f"not UTF-8 at byte {error.start}") from None
     except RecursionError:
         raise ValueError("nested too deep") from None
+    except ValueError:  # what Python refuses so as not to compute for long
+        raise ValueError("a whole number of thousands of digits") from None
 
 
 def read_json(file: str | Path, max_bytes: int = 16 * 2**20) -> Any:

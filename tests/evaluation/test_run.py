@@ -1,6 +1,7 @@
 import csv
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -200,12 +201,24 @@ def test_a_folder_stands_for_its_moving_average(tmp_path):
         folder = tmp_path / "checkpoints" / f"step_{step:06d}"
         folder.mkdir(parents=True)
         (folder / "model.safetensors").touch()
+        (folder / "trainer.pt").touch()
     last = tmp_path / "checkpoints" / "step_000010"
     assert find_weights(str(tmp_path)) == last / "model.safetensors"
     (last / "ema.safetensors").touch()
     assert find_weights(str(tmp_path)) == last / "ema.safetensors"
     assert find_weights(str(last)) == last / "ema.safetensors"
     assert find_weights(str(last / "model.safetensors")) == last / "model.safetensors"
+
+
+def test_a_damaged_checkpoint_is_named_once(tree, classifier, tmp_path, caplog):
+    for step in (1, 2):
+        folder = tmp_path / "checkpoints" / f"step_{step:06d}"
+        folder.mkdir(parents=True)
+        shutil.copy(Path(classifier) / "model.safetensors", folder / "model.safetensors")
+    (tmp_path / "checkpoints" / "step_000001" / "trainer.pt").touch()  # the other one has no manifest either
+    argv = ["--task", "classification", *folder_arguments(tree)]
+    assert main(arguments(tmp_path, tmp_path / "out.json", *argv)) == 0
+    assert caplog.text.count("step_000002 is damaged (manifest.json is missing); step_000001 is used instead") == 1
 
 
 @pytest.mark.parametrize("second", ["missing", "limoe"])

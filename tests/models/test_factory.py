@@ -83,6 +83,7 @@ def test_the_newest_checkpoint_of_a_run_is_found(tmp_path, caplog):
     model = create_model("vmoe_tiny_patch8_48", num_classes=3, depth=2)
     for step in (9, 100, 20):
         save_pretrained(model, tmp_path / "checkpoints" / f"step_{step:06d}" / "model.safetensors")
+        (tmp_path / "checkpoints" / f"step_{step:06d}" / "trainer.pt").touch()  # as of versions without a manifest
     assert factory.find_weights(tmp_path).parent.name == "step_000100"
     assert factory.find_weights(tmp_path / "checkpoints" / "step_000020").parent.name == "step_000020"
     # A process died while it saved this one.

@@ -244,6 +244,18 @@ def test_missing_and_foreign_files_are_found(tmp_path, model, optimizer):
     assert latest_checkpoint(tmp_path) == newer
 
 
+def test_weights_alone_are_no_checkpoint_of_a_run(tmp_path, model, optimizer):
+    older, newer = (save(tmp_path, step, model, optimizer) for step in (1, 2))
+    for name in contents(newer).keys() - {"model.safetensors"}:
+        (newer / name).unlink()
+    assert latest_checkpoint(tmp_path) == older
+    assert find_weights(tmp_path).parent == older
+    with pytest.raises(WeightsError, match=r"step_000002 is damaged: manifest\.json is missing"):
+        find_weights(newer)
+    copy = shutil.copytree(newer, tmp_path / "weights")  # outside of a run they are what `save_pretrained` writes
+    assert find_weights(copy) == copy / "model.safetensors"
+
+
 def test_one_file_of_a_checkpoint_is_compared_too(tmp_path, model, optimizer):
     folder = save(tmp_path, 1, model, optimizer)
     file = folder / "model.safetensors"
@@ -260,7 +272,8 @@ def test_one_file_of_a_checkpoint_is_compared_too(tmp_path, model, optimizer):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"[" * 100_000, "not a manifest"),
+        (b"[" * 100_000, "nested too deep"),
+        (b"9" * 10_000, "a whole number of thousands of digits"),
         (b"[]", "not a manifest"),
         (b'{"files": {}}', "does not have the SHA-256|not a manifest"),
         (b"\xff\xfe", "not text"),
@@ -339,6 +352,26 @@ def test_a_stop_at_any_moment_of_writing_leaves_the_checkpoint_before(tmp_path, 
     assert len(reached) > 15
     save(tmp_path, 3, model, optimizer)
     assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == ["step_000001", "step_000003"]
+
+
+def test_a_stop_while_a_damaged_one_is_replaced_leaves_no_half_of_it(tmp_path, model, optimizer, monkeypatch):
+    folder = [save(tmp_path, step, model, optimizer) for step in (1, 2)][1]
+    (folder / "trainer.json").unlink()
+
+    class Killed(BaseException):
+        pass
+
+    def stop(removed, **_):
+        (removed / "manifest.json").unlink()
+        raise Killed
+
+    monkeypatch.setattr(shutil, "rmtree", stop)
+    with pytest.raises(Killed):
+        save(tmp_path, 2, model, optimizer)
+    monkeypatch.undo()
+    assert steps(tmp_path) == [1]
+    assert not find_problems(save(tmp_path, 2, model, optimizer))
+    assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == ["step_000001", "step_000002"]
 
 
 @pytest.mark.parametrize("place", ["save_file", "replace", "fsync", "write_manifest"])

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import vmoe
 from vmoe.evaluation.subject import weights_fingerprint
 from vmoe.export import export
-from vmoe.models.weights import WeightsError, find_weights
+from vmoe.models.weights import StoredTensors, WeightsError, find_weights
 
 ROOT = Path(__file__).parents[2]
 MESHES = ["2 copies, ep 2", "ep 4", "fsdp 2, ep 2", "ddp"]
@@ -75,6 +76,32 @@ def test_a_shard_that_is_gone_is_an_error_where_there_is_no_manifest(root, tmp_p
     min(copy.glob("shard-*")).unlink()
     with pytest.raises(WeightsError, match="its shards do not make the whole of|missing from the file"):
         vmoe.create_model(pretrained=copy)
+
+
+@pytest.mark.parametrize(
+    ("parts", "wrong"),
+    [
+        ([((0, 0), (4, 2)), ((0, 2), (4, 4))], False),
+        ([((0, 0), (4, 2)), ((0, 2), (2, 4)), ((2, 2), (2, 4))], False),
+        ([((0, 0), (4, 6)), ((0, 0), (4, 6))], False),  # written twice
+        ([((0, 0), (0, 6)), ((0, 2), (4, 4)), ((0, 0), (4, 2))], False),
+        ([((0, 0), (4, 2)), ((0, 1), (4, 2)), ((0, 4), (4, 2))], True),  # as many elements, but not all of them
+        ([((0, 0), (1, 6)), ((0, 3), (2, 3)), ((2, 0), (2, 6))], True),
+        ([((2, 0), (2, 6)), ((-2, 0), (2, 6))], True),
+    ],
+)
+def test_shards_with_gaps_are_refused(tmp_path, parts, wrong):
+    whole = torch.arange(24.0).view(4, 6)
+    for number, ((row, column), size) in enumerate(parts, start=1):
+        piece = whole[max(row, 0) :, column:][: size[0], : size[1]].clone()
+        assert piece.shape == size
+        info = json.dumps({"x": {"saved_offsets": [row, column]}})
+        save_file({"x": piece}, tmp_path / f"shard-{number:05d}-model.safetensors", {"DCP_SHARDING_INFO": info})
+    if wrong:
+        with pytest.raises(WeightsError, match="its shards do not make the whole of x"):
+            StoredTensors(tmp_path)
+    else:
+        assert torch.equal(StoredTensors(tmp_path).read("x"), whole)
 
 
 def test_the_files_of_a_checkpoint(processes):

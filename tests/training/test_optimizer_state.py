@@ -5,7 +5,8 @@ import torch
 from timm.optim import create_optimizer_v2, kron, list_optimizers
 from torch import nn
 
-from vmoe.training.checkpoint import Checkpointer, load_checkpoint
+from vmoe.manifest import MANIFEST, describe_files, write_manifest
+from vmoe.training.checkpoint import Checkpointer, CheckpointError, load_checkpoint
 from vmoe.training.config import OptimConfig
 from vmoe.training.optim import create_optimizer
 from vmoe.training.optimizer_state import export_state
@@ -66,6 +67,34 @@ def test_every_optimizer_goes_on_as_if_it_had_not_stopped(tmp_path, make, name):
         step(again, new, number)
     for ours, theirs in zip(model.parameters(), again.parameters()):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda state: state["experts"].update(exp_avg=state["first.bias"]["exp_avg"]),
+            "exp_avg of experts is said to be 'exp_avg/first.bias', which is another one's",
+        ),
+        (
+            lambda state: state["experts"].update(exp_avg=state["experts"]["exp_avg_sq"]),
+            "exp_avg of experts is said to be 'exp_avg_sq/experts', which is another one's",
+        ),
+        (lambda state: state.pop("experts"), r"its tensor 'exp_avg/experts' \(one of 3\) belongs to no state"),
+        (lambda state: state["scale"].pop("step"), r"its tensor 'step/scale' \(one of 1\) belongs to no state"),
+    ],
+)
+def test_state_that_was_changed_together_with_the_manifest_is_refused(tmp_path, make, change, message):
+    model, optimizer = make("adamw")
+    step(model, optimizer, 0)
+    folder = Checkpointer(tmp_path, 1).save(1, model, None, optimizer, {}, {})
+    content = json.loads((folder / "trainer.json").read_text())
+    change(content["optimizer"]["state"])
+    (folder / "trainer.json").write_text(json.dumps(content))
+    write_manifest(folder, {}, describe_files(folder, [f.name for f in folder.iterdir() if f.name != MANIFEST]))
+    again, new = make("adamw")
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(folder, again, None, new)
 
 
 def test_state_that_no_file_can_hold_is_named():

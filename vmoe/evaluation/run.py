@@ -77,15 +77,15 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
     target = output_file(config)
     if rank == 0:
         check_writable(target)
-    for checkpoint in config.checkpoints:
-        find_weights(checkpoint)  # a wrong name is told before anything is read
+    # A wrong name is told before anything is read, and damage that is passed over once.
+    weights = {checkpoint: find_weights(checkpoint) for checkpoint in config.checkpoints}
     dataset = build_dataset(config.data)
     for checkpoint in config.checkpoints[1:]:
-        check_task(config, load_subject(checkpoint, "cpu"), dataset)
+        check_task(config, load_subject(checkpoint, "cpu", weights=weights[checkpoint]), dataset)
     start = time.perf_counter()
     entries = []
     for checkpoint in config.checkpoints:
-        subject = load_subject(checkpoint, config.device, config.precision, dataset.crop_pct)
+        subject = load_subject(checkpoint, config.device, config.precision, dataset.crop_pct, weights[checkpoint])
         check_task(config, subject, dataset)
         outcome = TASKS[config.task](config, subject, dataset, console)
         entries.append(

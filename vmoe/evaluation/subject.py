@@ -41,7 +41,11 @@ class Subject(NamedTuple):
 
 
 def load_subject(
-    checkpoint: str, device: str = "auto", precision: str = "float32", crop_pct: float | None = None
+    checkpoint: str,
+    device: str = "auto",
+    precision: str = "float32",
+    crop_pct: float | None = None,
+    weights: Path | None = None,
 ) -> Subject:
     """Loads a checkpoint for evaluation.
 
@@ -51,12 +55,13 @@ def load_subject(
         precision: "float32", "bf16" or "fp16".
         crop_pct: share of the picture's side that the transform keeps, where the data set says so (see `ImageDataset`);
             None: the model's own.
+        weights: what `find_weights` found for the checkpoint; None: finds them.
 
     Raises:
         ValueError: no such checkpoint or device, or the file cannot be used.
     """
     place = pick_device(device)
-    weights = find_weights(checkpoint)
+    weights = find_weights(checkpoint) if weights is None else weights
     model = create_model(None, pretrained=weights).to(place).eval()
     tokenizer = get_tokenizer(model) if is_contrastive(model) else None
     preprocess = preprocess_config(model)

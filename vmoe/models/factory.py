@@ -284,7 +284,6 @@ def write_tensors(tensors: dict[str, Tensor], metadata: dict[str, str], file: Pa
             raise OSError(*_system_error(str(error)), str(file)) from error
         with open(draft, "rb") as written:
             os.fsync(written.fileno())
-        os.chmod(draft, 0o644)
 
 
 def _system_error(message: str) -> tuple[int, str]:

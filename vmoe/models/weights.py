@@ -158,7 +158,7 @@ class StoredTensors:
             self.dtypes = {name: entry.properties.dtype for name, entry in entries.items()}
             for name, entry in entries.items():
                 parts = {(chunk.offsets, chunk.sizes) for chunk in entry.chunks}
-                if sum(math.prod(sizes) for _, sizes in parts) != math.prod(entry.size):
+                if sum(math.prod(sizes) for _, sizes in parts) != math.prod(entry.size) or _overlap(parts):
                     raise ValueError(f"its shards do not make the whole of {name}, {tuple(entry.size)}")
 
     def read_into(self, targets: dict[str, Tensor]) -> None:
@@ -187,6 +187,25 @@ class StoredTensors:
             raise
         except Exception as error:  # whatever the libraries make of a damaged file
             raise WeightsError(f"{self.source} cannot be read: {printable(error) or type(error).__name__}") from error
+
+
+def _overlap(parts: set[tuple[torch.Size, torch.Size]]) -> bool:
+    """Whether any of a tensor's parts, (offsets, sizes), share an element, or one begins before the tensor."""
+    boxes = [(start, [a + b for a, b in zip(start, size)]) for start, size in parts if math.prod(size)]
+    if any(place < 0 for start, _ in boxes for place in start):
+        return True
+    if len(boxes) < 2:
+        return False
+    # Sweeps along the dimension that is cut most often, so that few boxes are compared with each other.
+    cut = max(range(len(boxes[0][0])), key=lambda dim: len({start[dim] for start, _ in boxes}), default=0)
+    current = []
+    for start, end in sorted(boxes, key=lambda box: box[0][cut]):
+        current = [box for box in current if box[1][cut] > start[cut]]
+        for other_start, other_end in current:
+            if all(a < d and c < b for a, b, c, d in zip(start, end, other_start, other_end)):
+                return True
+        current.append((start, end))
+    return False
 
 
 class _SafetensorsFiles(FileSystem):

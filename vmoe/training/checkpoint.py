@@ -30,6 +30,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from vmoe.manifest import (
+    OLD_TRAINER,
+    TRAINER,
     UNFINISHED,
     describe_files,
     find_problems,
@@ -55,7 +57,6 @@ __all__ = [
 
 logger = logging.getLogger("vmoe.training")
 
-TRAINER, OLD_TRAINER = "trainer.json", "trainer.pt"
 MODEL, EMA, OPTIMIZER = "model", "ema", "optimizer"
 FORMAT = 1
 BYTES_PER_HEADER_ENTRY, BYTES_OF_JSON = 256, 2**20  # generous, for the estimate of the space that is needed
@@ -271,7 +272,7 @@ class Checkpointer:
         for folder in {unfinished, *((unfinished / name).parent for name in every)}:
             _sync(folder)
         if final.exists():  # a damaged one
-            shutil.rmtree(final)
+            _remove(final)
         os.replace(unfinished, final)
         _sync(self.parent)
 
@@ -409,7 +410,7 @@ def _write_text(file: Path, content: str) -> None:
 
 def _remove(folder: Path) -> None:
     """Removes a checkpoint so that it is never seen in part."""
-    doomed = folder.with_name(folder.name + UNFINISHED)
+    doomed = folder.with_name(f"{folder.name}.old{UNFINISHED}")  # not the name of a new one of the same step
     os.replace(folder, doomed)
     shutil.rmtree(doomed)
 

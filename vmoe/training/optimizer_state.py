@@ -67,7 +67,8 @@ def import_state(optimizer: Optimizer, model: nn.Module, stored: StoredTensors |
         rest: the rest.
 
     Raises:
-        ValueError: the optimizer is over other parameters, or its state does not fit.
+        ValueError: the optimizer is over other parameters, or its state does not fit, or is not what `export_state`
+            gave: a value names a tensor of another one, or no value names a tensor.
     """
     names, full = _names_by_place(optimizer, model), optimizer.state_dict()
     before = {name: group["settings"] for group in rest["groups"] for name in group["parameters"]}
@@ -80,14 +81,17 @@ def import_state(optimizer: Optimizer, model: nn.Module, stored: StoredTensors |
             )
     targets: dict[str, Tensor] = {}
 
-    def decode(value: Any, parameter: Tensor | None = None) -> Any:
+    def decode(value: Any, key: str, name: str | None = None, parameter: Tensor | None = None) -> Any:
+        """The value that `_encode` wrote for this key; the name is None where it may be another one than then."""
+        if isinstance(value, list):
+            return [decode(each, f"{key}.{place}", name, parameter) for place, each in enumerate(value)]
         if not isinstance(value, dict):
-            return [decode(each, parameter) for each in value] if isinstance(value, list) else value
+            return value
         ((kind, content),) = value.items()
         if kind == "tuple":
-            return tuple(decode(each, parameter) for each in content)
+            return tuple(decode(content, key, name, parameter))
         if kind == "dict":
-            return {key: decode(each, parameter) for key, each in content.items()}
+            return {inner: decode(each, f"{key}.{inner}", name, parameter) for inner, each in content.items()}
         if kind == "dtype":
             dtype = getattr(torch, content, None)
             if not isinstance(dtype, torch.dtype):
@@ -95,6 +99,8 @@ def import_state(optimizer: Optimizer, model: nn.Module, stored: StoredTensors |
             return dtype
         if kind != "tensor" or stored is None or content not in stored.shapes:
             raise ValueError(f"its {kind} {content!r} is not stored")
+        if name is not None and content != f"{key}/{name}":
+            raise ValueError(f"the optimizer's {key} of {name} is said to be {content!r}, which is another one's")
         shape, dtype = stored.shapes[content], stored.dtypes[content]
         if isinstance(parameter, DTensor) and shape == parameter.shape:
             targets[content] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
@@ -111,15 +117,20 @@ def import_state(optimizer: Optimizer, model: nn.Module, stored: StoredTensors |
         full["state"] = {}
         for name, entries in rest["state"].items():
             parameter = model.get_parameter(name)
-            full["state"][places[name]] = {key: decode(value, parameter) for key, value in entries.items()}
+            full["state"][places[name]] = {key: decode(value, key, name, parameter) for key, value in entries.items()}
         for group in full["param_groups"]:
             settings = [before[names[place]] for place in group["params"]]
             if any(each != settings[0] for each in settings):
                 raise ValueError("parameters that are one group now had different settings then")
-            group |= {key: decode(value) for key, value in settings[0].items()} if settings else {}
-        full |= {key: decode(value) for key, value in rest["other"].items()}
+            group |= {key: decode(value, f"group.{key}") for key, value in settings[0].items()} if settings else {}
+        full |= {key: decode(value, f"other.{key}", "") for key, value in rest["other"].items()}
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"the optimizer's state cannot be understood ({type(error).__name__}: {error})") from error
+    # Of several groups that are one now, one's settings are read; all else must be.
+    left = [] if stored is None else sorted(stored.shapes.keys() - targets.keys())
+    left = [name for name in left if not name.startswith("group.")]
+    if left:
+        raise ValueError(f"its tensor {left[0]!r} (one of {len(left)}) belongs to no state of the optimizer")
     if targets:
         stored.read_into(targets)
     optimizer.load_state_dict(full)

@@ -39,7 +39,8 @@ class Team:
             # Of its own, so that a background thread's messages do not mix with those of training; gloo, for CPU data.
             if dist.group.WORLD not in _groups:
                 _groups.clear()
-                _groups[dist.group.WORLD] = dist.new_group(backend="gloo")
+                timeout = dist.group.WORLD.get_group_store().timeout  # parallel.timeout, see vmoe.distributed.processes
+                _groups[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=timeout)
             self.group = _groups[dist.group.WORLD]
 
     def run(self, action: Callable[[], Result], path: Path) -> Result:
@@ -67,7 +68,7 @@ class Team:
 
     def find_problems(self, checkpoint: Path) -> list[str]:
         """As `vmoe.manifest.find_problems`; each process looks at a share of the files, all get the same answer."""
-        found = self._gather(find_problems(checkpoint, (self.rank, self.world)))
+        found = self.run_and_collect(lambda: find_problems(checkpoint, (self.rank, self.world)), checkpoint)
         return list(dict.fromkeys(problem for each in found for problem in each))
 
     def _run(self, action: Callable[[], Result], path: Path, tell: bool = True) -> tuple[Result, list[Result]]:
