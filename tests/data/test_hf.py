@@ -105,13 +105,43 @@ def test_streaming_has_exact_positions(folders, streams):
     assert [first + second for first, second in zip(*parts)] == whole
 
 
-def test_row_groups_are_read_once_within_a_window(folders, monkeypatch):
-    dataset = source(folders["parquet"], streaming=True, shuffle_buffer=8)
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("window", [1, 3, 5, 8, 30])  # groups of 4: windows within one, across two, over several
+def test_row_groups_are_read_once(folders, monkeypatch, window, streams):
+    dataset = source(folders["parquet"], streaming=True, shuffle_buffer=window, streams=streams)
     read, groups = dataset._read, []
     monkeypatch.setattr(dataset, "_read", lambda group, names: groups.append(group) or read(group, names))
-    for index in dataset.shuffle(0, 2).places(0, 0, 22):
-        dataset[index]
-    assert sorted(groups) == list(range(len(dataset.groups)))
+    shuffle, most = dataset.shuffle(0, 2), 0
+    for step in range(11):
+        for index in shuffle.places(0, 2 * step, 2 * step + 2):
+            dataset[index]
+            most = max(most, len(dataset._kept))
+    assert set(groups) == set(range(len(dataset.groups)))
+    assert len(groups) <= len(dataset.groups) + streams - 1  # the cut between streams may go through a group
+    if window == streams == 1:
+        assert most <= 3 < len(dataset.groups)  # memory does not grow with the data
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"image": [b"x"], "text": ["a"]}, "has no column 'label', which .*a.parquet has; all files must"),
+        ({"image": [b"x"], "label": [0], "text": [3]}, "column 'text' is of type int64, in .*a.parquet of type string"),
+        ({"image": [b"x"], "label": [0], "text": ["a"]}, "column 'label' has other classes than in .*a.parquet"),
+    ],
+)
+def test_files_with_other_columns(tmp_path, other, message):
+    def write(name, rows, classes):
+        whole = datasets.Dataset.from_dict(rows)
+        if "label" in rows:
+            whole = whole.cast_column("label", datasets.ClassLabel(names=classes))
+        whole.to_parquet(tmp_path / name)
+
+    write("a.parquet", {"image": [b"x"], "label": [1], "text": ["b"]}, ["cat", "dog"])
+    write("b.parquet", other, ["dog", "cat"])
+    with pytest.raises(DataError, match=f"b.parquet: {message}") as caught:
+        source(str(tmp_path), streaming=True)
+    assert "\n" not in str(caught.value)
 
 
 def test_mistakes_are_explained(folders, tmp_path):
@@ -120,6 +150,7 @@ def test_mistakes_are_explained(folders, tmp_path):
     (tmp_path / "empty").mkdir()
     for settings, message in [
         ({"path": "user/name"}, "user/name: no such folder; download the data set first"),
+        ({"path": "user/name", "streaming": True}, "user/name: no such folder; download the data set first"),
         ({"path": folders["parquet"], "split": "test"}, "has no files of split 'test', only such as data/train-00000"),
         ({"path": folders["dict"], "split": "test"}, "has no split 'test', only train"),
         ({"path": folders["saved"], "image_key": "photo"}, "has no column 'photo', only image, .*; set image_key"),

@@ -68,6 +68,17 @@ def test_of_an_animation_the_first_frame(tmp_path, suffix):
     assert red > 240 > 20 > max(green, blue)
 
 
+def test_a_cameras_file_of_several_pictures(tmp_path):
+    """MPO: a JPEG file with further pictures behind the first (a preview, the other eye)."""
+    image, other = (Image.new("RGB", (16, 12), colour) for colour in ("red", "blue"))
+    image.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[other])
+    with Image.open(tmp_path / "a.jpg") as opened:
+        assert opened.format == "MPO"
+    for loaded in (load_image(tmp_path / "a.jpg"), load_image("a.jpg", (tmp_path / "a.jpg").read_bytes())):
+        assert loaded.size == (16, 12)
+        assert loaded.getpixel((3, 3))[0] > 240
+
+
 def test_grey_one_bit_and_single_pixel(tmp_path):
     for mode in ("L", "1"):
         assert saved(tmp_path / f"{mode}.png", Image.new(mode, (1, 1), 1)).mode == "RGB"

@@ -122,6 +122,17 @@ def test_the_number_of_workers_changes_nothing(augmentation):
         assert (state, bad_paths) == results[0][1:]  # what workers read ahead is not counted
 
 
+@pytest.mark.parametrize(
+    ("bad", "last"), [((), ", all from before this start"), (range(20), "; the last is picture [0-9]+: made bad")]
+)
+def test_too_many_bad_samples_before_a_stop(bad, last):
+    """A continued run knows the number of bad samples from before, but not their paths."""
+    loader = train(bad=bad)
+    loader.load_state_dict(loader.state_dict() | {"num_read": 2000, "num_bad": 500})
+    with pytest.raises(TooManyBadSamples, match=rf"max_bad_share 0.01 allows{last}\. Repair or remove"):
+        next(loader)
+
+
 def test_loading_a_position_in_the_middle_drops_what_was_read_ahead():
     loader = train(num_workers=2)
     take(loader, 2)

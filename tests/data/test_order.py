@@ -3,6 +3,7 @@
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +15,10 @@ sizes = st.lists(st.integers(1, 30), min_size=1, max_size=8)
 @settings(max_examples=60, deadline=None)
 @given(sizes, st.integers(1, 5), st.integers(1, 40), st.integers(0, 3), st.integers(0, 99))
 def test_an_epoch_of_shards_has_each_sample_once(sizes, streams, window, epoch, seed):
+    if streams > sum(sizes):
+        with pytest.raises(ValueError, match=f"streams must be at most the .* {sum(sizes)}, got {streams}"):
+            ShuffledShards(seed, sizes, streams, window)
+        return
     shuffle = ShuffledShards(seed, sizes, streams, window)
     assert sum(sizes) - streams < shuffle.size <= sum(sizes)
     places = shuffle.places(epoch, 0, shuffle.size)

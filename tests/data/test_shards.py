@@ -102,7 +102,7 @@ def test_captions_in_json_and_classes(shards, tmp_path):
     assert [dataset[index].label for index in range(4)] == [0, 1, 0, 1]
     (tmp_path / "names.json").write_text('["even"]')
     dataset = build_dataset(SourceConfig("shards", str(shards), class_names=str(tmp_path / "names.json")))
-    with pytest.raises(DataError, match="label 1 is out of range, class_names has 1 classes"):
+    with pytest.raises(BadSample, match="label 1 is none of the 1 classes"):
         dataset[1]
 
 
@@ -116,6 +116,7 @@ def test_patterns(tmp_path, monkeypatch):
         assert find_shards(pattern) == first
     assert find_shards("{b,a}/*.tar") == [*first, "b/x.tar"]
     assert find_shards("b::a/{00009..00009}.tar") == ["b/x.tar", "a/00009.tar"]
+    (tmp_path / "link.tar").symlink_to("b/x.tar")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "z.tar.gz").touch()
     for pattern, message in [
@@ -126,6 +127,10 @@ def test_patterns(tmp_path, monkeypatch):
         ("a::a/00008.tar", "names a/00008.tar twice"),
         ("a/{9..8}.tar", "from a smaller number to a larger"),
         ("{0..9999999}", "stands for more than"),
+        ("a/00008.tar::./a/00008.tar", r"names \./a/00008.tar twice, also as a/00008.tar"),
+        ("b::link.tar", "names link.tar twice, also as b/x.tar"),
+        ("b::", "path b::: has an empty part"),
+        ("b\0*", r"path b\\x00\*: no path has a zero byte"),
     ]:
         with pytest.raises(DataError, match=message):
             find_shards(pattern)
@@ -297,6 +302,8 @@ def test_evaluation_is_in_order(shards):
 def test_settings_that_do_not_fit(shards):
     with pytest.raises(ValueError, match="streams must divide data.loader.batch_size 4, got 3"):
         loaders_of(shards, 1, streams=3)
+    with pytest.raises(ValueError, match="streams must be at most the data set's number of samples, 21, got 30"):
+        Shards(str(shards), streams=30).shuffle(0, 60)
     for name in ("streams", "shuffle_buffer"):
         with pytest.raises(ValueError, match=f"{name} must be >= 1, got 0"):
             SourceConfig("shards", "x", **{name: 0})

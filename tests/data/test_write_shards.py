@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from vmoe.data import BadSample, SourceConfig, build_dataset
+from vmoe.data.labelled import LabelledFiles
 from vmoe.data.write_shards import main, write_shards
 
 from .conftest import Pictures
@@ -18,7 +19,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 
 def test_samples_come_back(tmp_path):
-    assert write_shards(Pictures(7), tmp_path / "out", 3) == 3
+    assert write_shards(Pictures(7), tmp_path / "out", 3) == (3, 7, 0)
     assert json.loads((tmp_path / "out" / "sizes.json").read_text()) == {"00000.tar": 3, "00001.tar": 3, "00002.tar": 1}
     dataset = build_dataset(
         SourceConfig("shards", str(tmp_path / "out"), class_names=str(tmp_path / "out" / "classes.txt"))
@@ -33,7 +34,83 @@ def test_samples_come_back(tmp_path):
         write_shards(Pictures(7), tmp_path / "out")
     with pytest.raises(BadSample, match="picture 2"):
         write_shards(Pictures(7, bad=[2]), tmp_path / "bad")
-    assert not list((tmp_path / "bad").glob("*"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_bad_samples_are_left_out_and_counted(tmp_path):
+    assert write_shards(Pictures(7, bad=[0, 2, 5]), tmp_path / "out", 3, on_bad="skip") == (2, 4, 3)
+    assert json.loads((tmp_path / "out" / "sizes.json").read_text()) == {"00000.tar": 3, "00001.tar": 1}
+    dataset = build_dataset(SourceConfig("shards", str(tmp_path / "out")))
+    assert dataset.captions[:] == [f"picture number {number}" for number in (1, 3, 4, 6)]
+    with pytest.raises(ValueError, match="all 2 samples are bad"):
+        write_shards(Pictures(2, bad=[0, 1]), tmp_path / "none", on_bad="skip")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_write_that_is_cut_short_leaves_no_shards(tmp_path):
+    """They would be read as if they were whole, without the samples that are missing."""
+
+    class Stopped(Pictures):
+        def __getitem__(self, index):
+            if index == 4:
+                assert not (tmp_path / "out").exists()
+                assert (tmp_path / "out.unfinished" / "00000.tar").stat().st_size > 0
+                raise KeyboardInterrupt
+            return super().__getitem__(index)
+
+    (tmp_path / "out").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(Stopped(7), tmp_path / "out", 2)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "out.unfinished").mkdir()  # as a process that is killed leaves it
+    with pytest.raises(ValueError, match=r"out.unfinished is there already: .*; remove it"):
+        write_shards(Pictures(7), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [(["a", "b\nc"], "more than one line"), (["a", "a"], "'a' is given twice"), (["a", ""], "is empty")],
+)
+def test_names_of_classes_are_looked_at_first(tmp_path, classes, message):
+    dataset = Pictures(7, bad=[0])
+    dataset.classes = classes
+    with pytest.raises(ValueError, match=f"names of the classes cannot be written.*{message}"):
+        write_shards(dataset, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_that_the_data_set_changes_is_not_copied(tmp_path):
+    class Cropped(LabelledFiles):
+        classes = ("only",)
+
+        def read(self, path):
+            return super().read(path).crop((2, 2, 8, 6))
+
+    image = Image.new("RGB", (10, 8), "red")
+    image.paste((0, 0, 255), (2, 2, 8, 6))
+    image.save(tmp_path / "a.png")
+    write_shards(Cropped(tmp_path, ["a.png"], [0]), tmp_path / "out")
+    shards = build_dataset(
+        SourceConfig("shards", str(tmp_path / "out"), class_names=str(tmp_path / "out" / "classes.txt"))
+    )
+    assert shards[0].image.getcolors() == [(24, (0, 0, 255))]
+
+
+@pytest.mark.parametrize("name", ["label_sets", "class_columns", "conditions"])
+def test_what_shards_cannot_hold_is_refused(tmp_path, name):
+    dataset = Pictures(3)
+    setattr(dataset, name, [])
+    with pytest.raises(ValueError, match=f"Pictures has {name}, which shards cannot hold"):
+        write_shards(dataset, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_for_prompts_are_said_to_be_left_out(tmp_path, caplog):
+    dataset = Pictures(3)
+    dataset.prompt_names = ["an even one", "an odd one"]
+    write_shards(dataset, tmp_path / "out")
+    assert "do not hold the names of the classes for zero-shot prompts" in caplog.text
 
 
 def test_the_command_copies_files_as_they_are(tmp_path, monkeypatch, capsys):

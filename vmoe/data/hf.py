@@ -120,7 +120,8 @@ class HuggingFace(ImageDataset):
         except DataError:
             raise
         except Exception as error:  # whatever the readers of datasets and Arrow raise on broken files
-            raise DataError(f"{path}: cannot be read ({printable(error)[:300]}); download it again") from None
+            reason = printable(error.__cause__ or error)[:300]  # datasets' own error often says only that one occurred
+            raise DataError(f"{path}: cannot be read ({reason}); download it again") from None
         columns = Columns(table.features, path, image_key, caption_key, label_key)
         if isinstance(table.features[columns.image], datasets.Image):
             table = table.cast_column(columns.image, datasets.Image(decode=False))
@@ -168,9 +169,9 @@ class ParquetRows(ImageDataset):
         streams: int = 1,
     ) -> None:
         datasets = _datasets()
-        import pyarrow.parquet
-
         self.path, self.shuffle_buffer, self.streams = path, shuffle_buffer, streams
+        if not Path(path).exists():
+            raise _no_such_folder(path)
         self.files = find_files(path, split, ".parquet")
         if not self.files:
             raise ValueError(f"{path}: holds no .parquet file, and streaming reads no others; leave streaming out")
@@ -190,11 +191,9 @@ class ParquetRows(ImageDataset):
         largest = max(one.row_group(group).total_byte_size for one in metadata for group in range(one.num_row_groups))
         if largest > MAX_GROUP_BYTES:
             raise ValueError(f"{path}: has a row group of {largest} bytes, too large to stream; leave streaming out")
-        try:
-            features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(self.files[0]))
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{self.files[0]}: its columns cannot be read ({printable(error)})") from None
-        self.columns = Columns(features, path, image_key, caption_key, label_key)
+        schemas = [_schema(datasets, file, one) for file, one in zip(self.files, metadata)]
+        self.columns = Columns(schemas[0][1], path, image_key, caption_key, label_key)
+        self._check_same(schemas)
         self.classes, self.has_captions = self.columns.classes, self.columns.caption is not None
         self._kept: OrderedDict[int, Any] = OrderedDict()
 
@@ -225,13 +224,36 @@ class ParquetRows(ImageDataset):
             )
         return ShuffledShards(seed, self.sizes, self.streams, self.shuffle_buffer)
 
+    def _check_same(self, schemas: list[tuple[Any, Any]]) -> None:
+        """Raises DataError if a file's columns in use are not of the first file's types and classes."""
+        for name in self.columns.names:
+            first_type, first_feature = schemas[0][0].field(name).type, schemas[0][1][name]
+            for file, (schema, features) in zip(self.files, schemas):
+                if name not in schema.names:
+                    raise DataError(f"{file}: has no column {name!r}, which {self.files[0]} has; all files must")
+                if schema.field(name).type != first_type:
+                    raise DataError(
+                        f"{file}: column {name!r} is of type {schema.field(name).type}, in {self.files[0]} of type "
+                        f"{first_type}; all files must have the same"
+                    )
+                # A file that was not written by `datasets` has no names of classes.
+                if getattr(features[name], "names", None) not in (None, getattr(first_feature, "names", None)):
+                    raise DataError(
+                        f"{file}: column {name!r} has other classes than in {self.files[0]}; all files must have the "
+                        "same"
+                    )
+
     def _table(self, group: int) -> Any:
-        """The rows of a group; those that two windows of each stream cover are kept."""
+        """The rows of a group; the groups that the last two windows of each stream met are kept.
+
+        Two windows in a row cover at most 2 * shuffle_buffer rows and, at both ends, what is left of two groups.
+        """
         if group not in self._kept:
-            rows = 2 * self.shuffle_buffer * self.streams
-            while self._kept and sum(len(table) for table in self._kept.values()) + self.sizes[group] > rows:
-                self._kept.popitem(last=False)
             self._kept[group] = self._read(group, self.columns.names)
+            rows = sorted(len(table) for table in self._kept.values())
+            # One more than needed is read before one is dropped.
+            while len(rows) > 1 and sum(rows[: -2 * self.streams]) > 2 * self.shuffle_buffer * self.streams:
+                rows.remove(len(self._kept.popitem(last=False)[1]))
         self._kept.move_to_end(group)
         return self._kept[group]
 
@@ -287,7 +309,7 @@ def _open(datasets: Any, path: str, split: str) -> Any:
     """The split as a `datasets.Dataset`. Its readers are called themselves: load_dataset would ask the hub."""
     root = Path(path)
     if not root.exists():
-        raise DataError(f"{path}: no such folder; download the data set first, nothing is read from the network")
+        raise _no_such_folder(path)
     if (root / "dataset_dict.json").is_file():
         splits = datasets.load_from_disk(path)
         if split not in splits:
@@ -302,6 +324,10 @@ def _open(datasets: Any, path: str, split: str) -> Any:
     raise DataError(f"{path}: holds no .parquet or .arrow file, and was not written by save_to_disk; check path")
 
 
+def _no_such_folder(path: str) -> DataError:
+    return DataError(f"{path}: no such folder; download the data set first, nothing is read from the network")
+
+
 def _metadata(file: Path) -> Any:
     import pyarrow
     import pyarrow.parquet
@@ -310,6 +336,15 @@ def _metadata(file: Path) -> Any:
         return pyarrow.parquet.read_metadata(file)
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{file}: cannot be read as Parquet ({printable(error)}); download it again") from None
+
+
+def _schema(datasets: Any, file: Path, metadata: Any) -> tuple[Any, Any]:
+    """(Arrow's schema, features) of a Parquet file."""
+    try:
+        schema = metadata.schema.to_arrow_schema()
+        return schema, datasets.Features.from_arrow_schema(schema)
+    except Exception as error:  # whatever Arrow and datasets raise on types and descriptions that they do not know
+        raise DataError(f"{file}: its columns cannot be read ({printable(error)[:300]}); download it again") from None
 
 
 def _datasets() -> Any:

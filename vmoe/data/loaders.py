@@ -134,11 +134,13 @@ class TrainLoader:
         whole = batch.tensors and len(batch.tensors["image"]) == self.config.batch_size // self.part[1]
         enough = self.num_read >= min(MIN_READ_FOR_SHARE, len(self.reader.dataset))
         if not whole or (enough and self.num_bad > self.config.max_bad_share * self.num_read):
-            path, reason = batch.bad[-1] if batch.bad else next(reversed(self.bad_paths.items()))
+            # A run that continues knows from before the stop how many were bad, but not which.
+            last = next(reversed(batch.bad or list(self.bad_paths.items())), None)
             raise TooManyBadSamples(
                 f"{self.num_bad} of {self.num_read} samples read are bad ({self.num_bad / self.num_read:.1%}), more "
-                f"than max_bad_share {self.config.max_bad_share} allows; the last is {path}: {reason}. "
-                "Repair or remove the files that the log names, or raise max_bad_share"
+                f"than max_bad_share {self.config.max_bad_share} allows"
+                + (f"; the last is {printable(last[0])}: {last[1]}. " if last else ", all from before this start. ")
+                + "Repair or remove the files that the log names, or raise max_bad_share"
             )
 
     def state_dict(self) -> dict[str, int]:

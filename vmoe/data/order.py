@@ -71,9 +71,14 @@ class ShuffledShards(Shuffle):
         streams: places that are read side by side; for W processes with a multiple of W streams, each process reads
             shards of its own.
         window: samples that are shuffled together.
+
+    Raises:
+        ValueError: there are more streams than samples.
     """
 
     def __init__(self, seed: int, sizes: Sequence[int], streams: int, window: int) -> None:
+        if streams > sum(sizes):
+            raise ValueError(f"streams must be at most the data set's number of samples, {sum(sizes)}, got {streams}")
         self.seed = seed
         self.sizes = np.asarray(sizes, np.int64)
         self.starts = self.sizes.cumsum() - self.sizes

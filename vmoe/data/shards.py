@@ -22,6 +22,7 @@ from vmoe.data.loaders import world
 from vmoe.data.order import ShuffledShards
 from vmoe.data.shard_index import ShardIndex
 from vmoe.data.tar import BLOCK
+from vmoe.printable import printable
 from vmoe.safe_json import parse_json, read_json
 
 logger = logging.getLogger("vmoe.data")
@@ -188,7 +189,7 @@ class Shards(ImageDataset):
         if text is None or not re.fullmatch("[0-9]{1,9}", text):
             raise BadSample(name, "no label (.cls) beside it" if text is None else f"label {text[:20]!r} is no number")
         if int(text) >= len(self.classes):
-            raise DataError(f"{name}: label {text} is out of range, class_names has {len(self.classes)} classes")
+            raise BadSample(name, f"label {text} is none of the {len(self.classes)} classes")
         return int(text)
 
     def _text(self, path: str, entry: np.void, part: str, name: str) -> str:
@@ -217,34 +218,44 @@ def find_shards(path: str) -> list[str]:
             "data/{a,b}.tar"), or several of these with "::" between them.
 
     Raises:
-        DataError: a part names no shard, or a file that is not there; or a shard is named twice.
+        DataError: a part is empty, names no shard, or a file that is not there; or a shard is named twice, be it by
+            another path.
     """
-    found: dict[str, None] = {}
+    shown = printable(path)
+    if "\0" in path:
+        raise DataError(f"path {shown}: no path has a zero byte; check the data source's path")
+    names: list[str] = []
+    found: dict[str, str] = {}  # by the path that links lead to
     for part in path.split("::"):
+        if not part:
+            raise DataError(f"path {shown}: has an empty part; name shards on both sides of each ::")
         for name in sorted(_expand(part)):
-            if name in found:
-                raise DataError(f"path {path}: names {name} twice; each sample must come once")
-            found[name] = None
-    return list(found)
+            same = found.setdefault(os.path.realpath(name), name)
+            if len(found) == len(names):
+                also = f", also as {printable(same)}" if same != name else ""
+                raise DataError(f"path {shown}: names {printable(name)} twice{also}; each sample must come once")
+            names.append(name)
+    return names
 
 
 def _expand(part: str) -> Iterator[str]:
     if os.path.isdir(part):
         names = glob.glob(os.path.join(glob.escape(part), "*.tar"))
         if not names:
-            raise DataError(f"{part}: this folder holds no .tar file; check the data source's path")
+            raise DataError(f"{printable(part)}: this folder holds no .tar file; check the data source's path")
         yield from names
         return
     for pattern in _braces(part):
         names = glob.glob(pattern) if glob.has_magic(pattern) and not os.path.isfile(pattern) else [pattern]
         if not names:
-            raise DataError(f"{pattern}: no file fits this pattern; check the data source's path")
+            raise DataError(f"{printable(pattern)}: no file fits this pattern; check the data source's path")
         for name in names:
             if not os.path.isfile(name):
-                raise DataError(f"{name}: no such shard; check the data source's path {part}")
+                raise DataError(f"{printable(name)}: no such shard; check the data source's path {printable(part)}")
             if name.lower().endswith((".gz", ".tgz", ".bz2", ".xz", ".zst")):
                 raise DataError(
-                    f"{name}: is compressed, and its samples could not be read one by one; unpack it to a plain .tar"
+                    f"{printable(name)}: is compressed, and its samples could not be read one by one; unpack it to a "
+                    "plain .tar"
                 )
         yield from names
 
@@ -265,14 +276,16 @@ def _braces(pattern: str) -> list[str]:
             else:
                 low, high = int(match[1]), int(match[2])
                 if low > high:
-                    raise DataError(f"path {pattern}: {match[0]} must run from a smaller number to a larger one")
+                    raise DataError(
+                        f"path {printable(pattern)}: {match[0]} must run from a smaller number to a larger one"
+                    )
                 if high - low >= MAX_SHARDS:
-                    raise DataError(f"path {pattern}: {match[0]} stands for more than {MAX_SHARDS} shards")
+                    raise DataError(f"path {printable(pattern)}: {match[0]} stands for more than {MAX_SHARDS} shards")
                 width = len(match[1]) if match[1].startswith("0") else 0
                 words = (f"{number:0{width}}" for number in range(low, high + 1))
             longer += [one[: match.start()] + word + one[match.end() :] for word in words]
             if len(longer) > MAX_SHARDS:
-                raise DataError(f"path {pattern}: stands for more than {MAX_SHARDS} shards")
+                raise DataError(f"path {printable(pattern)}: stands for more than {MAX_SHARDS} shards")
         patterns = longer
     return patterns
 
