@@ -70,6 +70,15 @@ def test_every_weight_is_split_as_the_mesh_says(four_processes):
     assert model.blocks[1].mlp.experts.fc1.weight.to_local().shape[0] == 2
 
 
+@pytest.mark.parametrize(("num_experts", "dim"), [(4, 0), (2, 1), (6, 1)])
+def test_experts_are_split_evenly(four_processes, num_experts, dim):
+    model = tiny(num_experts=num_experts)
+    parallelize(model, make_meshes(MeshSize(1, 4, 1), CPU), CPU)
+    weight = model.blocks[1].mlp.experts.fc1.weight
+    assert weight.placements[1].dim == dim
+    assert weight.to_local().numel() * 4 == weight.numel()
+
+
 @pytest.mark.parametrize(
     ("size", "settings", "message"),
     [

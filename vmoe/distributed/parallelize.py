@@ -14,7 +14,7 @@ from inspect import signature
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -66,10 +66,9 @@ def parallelize(model: nn.Module, meshes: Meshes, device: torch.device) -> nn.Mo
         for name, module in experts:
             _spread_experts(name, module, meshes)
     for _, module in experts:
-        mesh, placement = meshes.dense, None
-        if meshes.size.ep > 1:
-            mesh, placement = meshes.experts, partial(_within_expert, meshes.size.dp_shard)
-        fully_shard(module, mesh=mesh, shard_placement_fn=placement)
+        split = _within_expert if meshes.size.ep > 1 else _by_expert
+        mesh = meshes.experts if meshes.size.ep > 1 else meshes.dense
+        fully_shard(module, mesh=mesh, shard_placement_fn=partial(split, meshes.size.dp_shard))
     # FSDP2 cannot shard a number; those (the logit scale) stay whole, see `synchronize_numbers`.
     numbers = {parameter for parameter in model.parameters() if parameter.ndim == 0}
     for name in block_mlps(model):
@@ -134,6 +133,15 @@ def _within_expert(dp_shard: int, parameter: nn.Parameter) -> Shard:
     return Shard(1)
 
 
+def _by_expert(dp_shard: int, parameter: nn.Parameter) -> Shard:
+    """Stacked parameters are split by expert if that comes out even, else along the width if that does.
+
+    FSDP2 fills up what is not even, by default along the first dimension: with more processes than experts most would
+    hold, and gather, nothing but filling.
+    """
+    return Shard(1 if parameter.shape[0] % dp_shard and parameter.shape[1] % dp_shard == 0 else 0)
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Some of the model's parameters lie in several processes, so that these must call it together."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
@@ -142,13 +150,14 @@ def is_sharded(model: nn.Module) -> bool:
 def set_gradient_sync(module: nn.Module, sync: bool) -> None:
     """Whether the next backward pass exchanges gradients; with accumulation only the last one of a step has to.
 
+    Sharded models always do: without it FSDP2 would keep the whole gradient, and they are sharded to save memory. So do
+    compiled ones, which would be compiled twice.
+
     Args:
         module: what `parallelize` returned.
     """
     if isinstance(module, DistributedDataParallel):
         module.require_backward_grad_sync = sync
-    elif isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(sync)
 
 
 def synchronize_numbers(model: nn.Module) -> None:
