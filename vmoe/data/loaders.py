@@ -171,7 +171,9 @@ class TrainLoader:
                     "continue with the old setting, or start a new run in another folder"
                 )
         self.close()
-        self.step, self.num_read, self.num_bad = state["step"], state["num_read"], state["num_bad"]
+        self.step = state["step"]
+        # One process counts on for all, so that their sum stays right.
+        self.num_read, self.num_bad = (state["num_read"], state["num_bad"]) if self.part[0] == 0 else (0, 0)
 
     def close(self) -> None:
         """Stops the worker processes; the next batch starts them again."""

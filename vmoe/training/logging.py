@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from torch import Tensor
 
-from vmoe.distributed.processes import mean_over_processes, sum_over_processes, world
+from vmoe.distributed.processes import sum_over_processes, world
+from vmoe.evaluation.distributed import gather_lists
 from vmoe.moe import LayerRouting, RoutingRecord
 from vmoe.moe.losses import members
 from vmoe.moe.record import statistics_of
@@ -120,10 +122,9 @@ def routing_figures(record: RoutingRecord) -> dict[str, float]:
     """
     layers = {}
     for name, routing in record.layers.items():
-        means = {key: float(value) for key, value in routing.means.items()}
-        means = dict(zip(means, mean_over_processes(list(means.values()))))
-        statistics = statistics_of(sum_over_processes(routing.counts))
-        layers[name] = {key: float(value) for key, value in statistics.items()} | means
+        means = over_processes({key: float(value) for key, value in routing.means.items()})
+        counted = statistics_of(sum_over_processes(routing.counts))
+        layers[name] = {key: float(value) for key, value in counted.items()} | means
     if not layers:
         return {}
     figures = {
@@ -135,6 +136,13 @@ def routing_figures(record: RoutingRecord) -> dict[str, float]:
         layers[name]["largest_share"], _ = largest_share(asked_E)
         figures.update({f"routing/{name}/{key}": value for key, value in layers[name].items()})
     return figures
+
+
+def over_processes(figures: dict[str, float]) -> dict[str, float]:
+    """The mean of each figure over all processes; of those that are called a minimum or maximum, that."""
+    every = gather_lists([figures])
+    reduce = {"min": min, "max": max}
+    return {name: reduce.get(name.rpartition("_")[2], fmean)([own[name] for own in every]) for name in figures}
 
 
 def expert_figures(record: RoutingRecord) -> dict[str, float]:

@@ -26,7 +26,7 @@ from torch import nn
 
 import vmoe
 from vmoe.config_io import ConfigError
-from vmoe.data import build_transform, train_loader
+from vmoe.data import TrainLoader, build_transform, train_loader
 from vmoe.data.seeding import derive_seed
 from vmoe.distributed.mesh import make_meshes, mesh_size
 from vmoe.distributed.parallelize import (
@@ -43,6 +43,7 @@ from vmoe.distributed.processes import (
     joined,
     mean_over_processes,
     set_timeout,
+    sum_over_processes,
     wait_for_all,
     world,
 )
@@ -207,7 +208,7 @@ def _train(config: Config, device: torch.device, console: Console, budget: TimeB
         trainer = {
             "step": step,
             "scaler": scaler.state_dict(),
-            "loader": loader.state_dict(),
+            "loader": whole_position(loader),
             "rng": {"seed": config.seed, "next_step": step},  # all there is: see seed_everything
             "progress": progress,
         }
@@ -287,7 +288,8 @@ def _train(config: Config, device: torch.device, console: Console, budget: TimeB
                     data_watch.update(figures, loader.samples_per_second)
                     if scaler.is_enabled():
                         figures["grad_scale"] = scaler.get_scale()
-                    figures |= {"bad_samples": loader.num_bad, **task.figures(model), **routing_figures(record)}
+                    figures |= {"bad_samples": whole_position(loader)["num_bad"]}
+                    figures |= {**task.figures(model), **routing_figures(record)}
                     if config.train.tensorboard:
                         log.tensorboard(step, expert_figures(record))
                     watch.update(step, record.layers)
@@ -399,6 +401,13 @@ def non_finite_error(model: nn.Module, loss_of, batches, step: int, loss: float,
         f"The weights were not changed by this step; {kept}. A lower optim.lr, a longer optim.warmup_steps, a smaller "
         "train.clip_grad_norm, or train.precision bf16 or float32 usually help"
     )
+
+
+def whole_position(loader: TrainLoader) -> dict[str, int]:
+    """The loader's position, with the counts of all processes; all call it."""
+    state = loader.state_dict()
+    counts = sum_over_processes({name: torch.tensor(state[name]) for name in ("num_read", "num_bad")})
+    return state | {name: int(count) for name, count in counts.items()}
 
 
 def draw_examples(task: Task, model: nn.Module, file: Path | None, config: Config) -> None:
