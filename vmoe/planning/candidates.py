@@ -8,15 +8,13 @@ from functools import cached_property
 
 from vmoe.config_io import ConfigError
 from vmoe.distributed.mesh import MeshSize
-from vmoe.evaluation.inference import PRECISIONS
 from vmoe.planning.hardware import GiB, Hardware, Links
 from vmoe.planning.simulate import OptimizerMemory, Step, simulate_optimizer, simulate_step
-from vmoe.planning.subject import Subject
+from vmoe.planning.subject import Subject, Unit
 from vmoe.training.config import Config
 from vmoe.training.optim import SHARDABLE
 
 FLOAT32 = 4  # bytes: master weights and gradients, whatever the precision of the products
-HALF = 2
 BUCKET = 25 * 2**20  # bytes of gradients that DDP sends at a time
 
 
@@ -143,13 +141,12 @@ class Planner:
     def candidate(self, mesh: MeshSize, grad_checkpointing: bool) -> Candidate:
         """Memory and time of a mesh."""
         step = self._step(mesh.ep > 1, grad_checkpointing, mesh.ep)
-        share = {False: 1 / mesh.dp_shard, True: 1 / (mesh.dp_shard * mesh.ep)}  # {of experts: share of one process}
-        memory, moment = self._memory(mesh, step, share)
-        traffic, seconds = self._time(mesh, step, share)
+        memory, moment = self._memory(mesh, step)
+        traffic, seconds = self._time(mesh, step)
         return Candidate(
             mesh,
             grad_checkpointing,
-            round(sum(unit.size * share[unit.experts] for unit in self.subject.units)),
+            sum(unit.held(mesh) for unit in self.subject.units),
             memory,
             moment,
             step.flops * self.config.train.accumulate_steps,
@@ -174,31 +171,39 @@ class Planner:
             )
         return self._steps[spread, grad_checkpointing]
 
-    def _memory(self, mesh: MeshSize, step: Step, share: dict[bool, float]) -> tuple[dict[str, float], str]:
+    def _share(self, mesh: MeshSize, experts: bool) -> float:
+        """Part of the trained weights, the experts' or the others', that one process has."""
+        units = [unit for unit in self.subject.units if unit.experts == experts]
+        whole = sum(unit.held(MeshSize(1), trained_only=True) for unit in units)
+        return sum(unit.held(mesh, trained_only=True) for unit in units) / max(1, whole)
+
+    def _memory(self, mesh: MeshSize, step: Step) -> tuple[dict[str, float], str]:
         units, train = self.subject.units, self.config.train
-        weights = sum(FLOAT32 * unit.size * share[unit.experts] for unit in units)
-        gradients = sum(FLOAT32 * unit.trainable * share[unit.experts] for unit in units)
+        weights = FLOAT32 * sum(unit.held(mesh) for unit in units)
+        gradients = FLOAT32 * sum(unit.held(mesh, trained_only=True) for unit in units)
         optimizer = self.optimizer
+        share, expert_share = self._share(mesh, False), self._share(mesh, True)
         always = {
             "weights": weights,
-            "optimizer": optimizer.state * share[False] + optimizer.expert_state * share[True],
+            "optimizer": optimizer.state * share + optimizer.expert_state * expert_share,
             "ema": weights if train.ema_decay is not None else 0.0,
         }
-        # DDP's gradients lie in buckets that stay; accumulated ones stay too.
+        # DDP's gradients lie in buckets that stay; accumulated ones stay too, sharded like the weights: sharded models
+        # reduce them after every part of a step.
         gradients_stay = (mesh.is_plain and mesh.world > 1) or train.accumulate_steps > 1
         gathered = 0.0 if mesh.is_plain else self._gathered(mesh)
         largest: dict[str, float] = {}
         spread = step.ep / mesh.ep  # experts of a process over those in the simulation
         for peak in step.peaks:
-            ready = (peak.get("gradients", 0) + peak.get("expert_gradients", 0) * spread) / mesh.dp_shard
+            ready = peak.get("gradients", 0) * share + peak.get("expert_gradients", 0) * step.ep * expert_share
             moment = {
                 **always,
                 "gradients": gradients if gradients_stay else ready,
                 "activations": peak.get("activations", 0) + peak.get("expert_weights", 0) * spread,
                 "loss": peak.get("loss", 0),
                 "all_to_all": peak.get("all_to_all", 0),
-                # FSDP2 gathers experts in the lower precision, so that autocast has nothing to copy.
-                "low_precision_copies": peak.get("copies", 0) + (peak.get("expert_copies", 0) if mesh.is_plain else 0),
+                # Weights are gathered in float32, so autocast copies them on every mesh.
+                "low_precision_copies": peak.get("copies", 0) + peak.get("expert_copies", 0) * spread,
                 "gathered_weights": gathered,
                 "input": peak.get("input", 0) * train.accumulate_steps,
                 "optimizer_step": 0.0,
@@ -218,13 +223,12 @@ class Planner:
 
     @cached_property
     def _trainable(self) -> int:
-        return sum(unit.trainable for unit in self.subject.units)
+        return sum(unit.held(MeshSize(1), trained_only=True) for unit in self.subject.units)
 
-    def _unit_bytes(self, unit, mesh: MeshSize) -> tuple[float, float]:
-        """(bytes of a unit's gathered weights, of its gradients on their way) in one process."""
-        spread = mesh.ep if unit.experts else 1
-        half = unit.experts and PRECISIONS[self.precision] is not None
-        return unit.size / spread * (HALF if half else FLOAT32), unit.trainable / spread * FLOAT32
+    @staticmethod
+    def _unit_bytes(unit: Unit, mesh: MeshSize) -> tuple[int, int]:
+        """(bytes of a unit's gathered weights, of its gradients on their way) in one process, both in float32."""
+        return FLOAT32 * unit.gathered(mesh), FLOAT32 * unit.gathered(mesh, trained_only=True)
 
     def _gathered(self, mesh: MeshSize) -> float:
         """Bytes of whole units: the one that is computed, the next one on its way, and gradients to be scattered."""
@@ -232,7 +236,7 @@ class Planner:
         weights = sorted((weight for weight, _ in sizes), reverse=True)
         return weights[0] + sum(weights[:2]) + 2 * max(gradient for _, gradient in sizes)
 
-    def _time(self, mesh: MeshSize, step: Step, share: dict[bool, float]) -> tuple[dict[str, float], dict[str, float]]:
+    def _time(self, mesh: MeshSize, step: Step) -> tuple[dict[str, float], dict[str, float]]:
         repeats, hardware, links = self.config.train.accumulate_steps, self.hardware, self.links
         ep_group = range(mesh.ep)
         shards = range(0, mesh.dp_shard * mesh.ep, mesh.ep)
@@ -250,26 +254,26 @@ class Planner:
             for unit in self.subject.units:
                 weight, gradient = self._unit_bytes(unit, mesh)
                 group = copies if unit.experts and mesh.ep > 1 else dense_copies
-                weights += 2 * repeats * links.gather(weight, shards) + links.gather(gradient, shards)
-                weights += links.reduce(gradient / mesh.dp_shard, group)
+                weights += repeats * (2 * links.gather(weight, shards) + links.gather(gradient, shards))
+                weights += repeats * links.reduce(gradient / mesh.dp_shard, group)
                 others = (mesh.dp_shard - 1) / mesh.dp_shard
                 traffic["all_gather"] += 2 * repeats * weight * others
-                traffic["reduce_scatter"] += gradient * others
-                traffic["all_reduce"] += 2 * gradient / mesh.dp_shard * (len(group) - 1) / len(group)
+                traffic["reduce_scatter"] += repeats * gradient * others
+                traffic["all_reduce"] += repeats * 2 * gradient / mesh.dp_shard * (len(group) - 1) / len(group)
         exchange = 0.0
         for size in step.exchanges if mesh.ep > 1 else ():
             exchange += repeats * links.exchange(size, ep_group)
             traffic["all_to_all"] += repeats * size * (mesh.ep - 1) / mesh.ep
-        parts = step.seconds(mesh.ep, copies=mesh.is_plain, launch=hardware.launch * 1e-6)
+        parts = step.seconds(mesh.ep, hardware.launch * 1e-6)
         compute = {part: repeats * seconds for part, seconds in parts.items()}
-        local = sum(unit.trainable * share[unit.experts] for unit in self.subject.units) / max(1, self._trainable)
+        held = sum(unit.held(mesh, trained_only=True) for unit in self.subject.units)
         bandwidth = hardware.memory_bandwidth * 1e9 * hardware.memory_efficiency
         seconds = {
             **compute,
             "all_to_all": exchange,
             # Weights and gradients travel while others are computed with; what is longer than that is waited for.
             "weights_and_gradients": max(0.0, weights - sum(compute.values())),
-            "optimizer": self.optimizer.touched * local / bandwidth,
+            "optimizer": self.optimizer.touched * held / max(1, self._trainable) / bandwidth,
         }
         return dict(traffic), seconds
 

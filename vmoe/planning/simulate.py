@@ -70,18 +70,15 @@ class Step:
     exchanges: list[int]
     ep: int
 
-    def seconds(self, ep: int, copies: bool, launch: float) -> dict[str, float]:
+    def seconds(self, ep: int, launch: float) -> dict[str, float]:
         """{"products", "memory", "launches": seconds} if the experts were spread over `ep` processes.
 
         Args:
             ep: as `self.ep`, 1 or more than 1.
-            copies: experts' weights and gradients are copied from one type to another.
             launch: seconds that any operation takes at least.
         """
         seconds = Counter(self.work)
         for work in self.weight_work:
-            if work.products == 0 and not copies:
-                continue
             parts = {"products": work.products, "memory": work.rows + work.weights * self.ep / ep, "launches": launch}
             bound = max(parts, key=parts.__getitem__)
             seconds[bound] += parts[bound]

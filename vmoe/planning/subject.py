@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from vmoe.config_io import ConfigError
+from vmoe.distributed.mesh import MeshSize
 from vmoe.inspection.profile import count_parameters
 from vmoe.models.factory import create_model, is_contrastive
 from vmoe.models.upcycle import block_mlps, upcycle
@@ -23,14 +25,44 @@ class Unit:
     """Parameters that FSDP2 gathers together.
 
     Attributes:
-        size: number of parameters.
-        trainable: how many of them are trained.
+        name: of the module; "" for what no other unit has.
+        parameters: on the meta device.
         experts: they belong to the experts of one layer.
     """
 
-    size: int
-    trainable: int
+    name: str
+    parameters: list[nn.Parameter]
     experts: bool
+
+    @property
+    def size(self) -> int:
+        """Number of parameters in the whole model."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    def held(self, mesh: MeshSize, trained_only: bool = False) -> int:
+        """Number of parameters in the process that has most of them, with what FSDP2 fills up.
+
+        FSDP2 cuts one dimension into `dp_shard` parts of equal size, so that of a dimension of 1 (class token,
+        positions) every process has the whole.
+        """
+        return sum(_held(one, self.experts, mesh) for one in self.parameters if one.requires_grad or not trained_only)
+
+    def gathered(self, mesh: MeshSize, trained_only: bool = False) -> int:
+        """Number of parameters while a process has all parts, with what FSDP2 fills up."""
+        return self.held(mesh, trained_only) * mesh.dp_shard
+
+
+def _held(parameter: nn.Parameter, experts: bool, mesh: MeshSize) -> int:
+    shape = list(parameter.shape)
+    if not shape:
+        return 1
+    if experts:
+        shape[0] //= mesh.ep
+    # As `vmoe.distributed.parallelize` splits them; tests/planning/test_sharding.py compares.
+    by_width = experts and (mesh.ep > 1 or (shape[0] % mesh.dp_shard and shape[1] % mesh.dp_shard == 0))
+    cut = 1 if by_width else 0
+    shape[cut] = -(-shape[cut] // mesh.dp_shard)
+    return math.prod(shape)
 
 
 @dataclass(frozen=True)
@@ -95,12 +127,11 @@ def make_subject(config: Config) -> Subject:
 def _units(model: nn.Module) -> list[Unit]:
     seen: set[int] = set()
 
-    def unit(module: nn.Module, experts: bool = False) -> Unit:
-        own = [parameter for parameter in module.parameters() if id(parameter) not in seen]
+    def unit(name: str, experts: bool = False) -> Unit:
+        own = [parameter for parameter in model.get_submodule(name).parameters() if id(parameter) not in seen]
         seen.update(id(parameter) for parameter in own)
-        trainable = sum(parameter.numel() for parameter in own if parameter.requires_grad)
-        return Unit(sum(parameter.numel() for parameter in own), trainable, experts)
+        return Unit(name, own, experts)
 
-    units = [unit(module, experts=True) for module in model.modules() if isinstance(module, Experts)]
-    units += [unit(model.get_submodule(name.removesuffix(".mlp"))) for name in block_mlps(model)]
-    return [*units, unit(model)]
+    units = [unit(name, experts=True) for name, module in model.named_modules() if isinstance(module, Experts)]
+    units += [unit(name.removesuffix(".mlp")) for name in block_mlps(model)]
+    return [*units, unit("")]
