@@ -237,6 +237,9 @@ def _check_override(argument: str, following: str, config_class: type, known: li
         known: all dotted keys.
     """
     key, equals, value = argument[2:].partition("=") if argument.startswith("--") else ("", "", argument)
+    shown = argument if equals or not key or following.startswith("--") else f"{argument} {following}"
+    if any("\ud800" <= character <= "\udfff" for character in shown):  # what a byte that is no UTF-8 comes as
+        raise ConfigError(f"command line: {printable(shown[:200])}: not UTF-8; use characters that are")
     try:
         check_yaml(value)  # jsonargparse reads it as YAML
     except UnsafeYaml as error:

@@ -61,13 +61,46 @@ def read_yaml(file: str | Path) -> Any:
 
 
 def check_yaml(text: str) -> None:
-    """Walks through the parser's events, which needs little memory whatever the text holds.
+    """Checks a text before anything is built from it.
 
     Raises:
         UnsafeYaml: more than MAX_VALUES values (each alias counts as all that it stands for), deeper than MAX_DEPTH, an
-            alias inside its own anchor, or a tag that is not one of YAML's plain values.
+            alias inside its own anchor, a tag that is not one of YAML's plain values, or a key that a mapping has
+            twice, of which PyYAML would take the last without a word.
         yaml.YAMLError: it is no YAML.
     """
+    _check_events(text)
+    _check_keys(yaml.compose(text, Loader=_Loader))
+
+
+def _check_keys(root: yaml.Node | None) -> None:
+    """Raises UnsafeYaml for the first key that a mapping has twice."""
+    pending = [root]
+    seen = set()  # aliases are the nodes that they stand for
+    while pending:
+        node = pending.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            pending += node.value
+        elif isinstance(node, yaml.MappingNode):
+            lines: dict[tuple[str, str], int] = {}
+            for key, value in node.value:
+                pending += [key, value]
+                if not isinstance(key, yaml.ScalarNode):
+                    continue
+                line, name = key.start_mark.line + 1, (key.tag, key.value)
+                if name in lines:
+                    raise UnsafeYaml(
+                        f"line {line}: the key {printable(key.value)!r} is there already, on line {lines[name]}; "
+                        "leave one of them out"
+                    )
+                lines[name] = line
+
+
+def _check_events(text: str) -> None:
+    """Walks through the parser's events, which needs little memory whatever the text holds."""
     sizes: list[int] = [0]  # values in each of the open collections, the document's first
     open_anchors: list[str | None] = []
     anchors: dict[str, int] = {}

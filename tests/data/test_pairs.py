@@ -91,6 +91,9 @@ def test_bad_pairs_are_named(folder):
         write(folder / "p.jsonl", '{"image": "a.png", "caption": null}\n{"image": "a.png", "caption": 3}')
     )
     assert pairs.captions == ["", ""]
+    for index, reason in enumerate(["empty caption", "its caption is of type int, not a text"]):
+        with pytest.raises(BadSample, match=reason):
+            pairs[index]
 
 
 def test_folder_with_captions_beside(folder, photo):

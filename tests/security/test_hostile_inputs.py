@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from bounds import outcome
 
 import vmoe
-from vmoe.config_io import read_config
+from vmoe.config_io import parse_config, read_config
 from vmoe.convert.files import open_checkpoint, resolve_config
 from vmoe.convert.settings import model_settings
 from vmoe.data import build_dataset
@@ -96,6 +96,8 @@ CONFIGS = {
     "long": ("#" * 2**21, "too many for settings"),
     "binary": ("\x7fELF", "not valid YAML"),
     "set": ("seed: !!set {a, b}", "plain values"),
+    "a key twice": ("seed: 1\noptim:\n  lr: 1\nseed: 2", "line 5: the key 'seed' is there already, on line 2"),
+    "a key twice, deep": ("model: {kwargs: {x: [{a: 1, 'a': 2}]}}", "line 2: the key 'a' is there already"),
 }
 
 
@@ -116,6 +118,11 @@ def test_configs(tmp_path, canary, text, words):
         (["--optim", "/etc/passwd"], "must hold settings"),
         (["--config", "x" * 5000], "no such file"),
         (["--config", "/dev/zero"], "no such file"),
+        (["--output_dir", "/tmp/\udcff"], r"--output_dir /tmp/\udcff: not UTF-8"),
+        (["--model.kwargs.a=\udcff"], r"--model.kwargs.a=\udcff: not UTF-8"),
+        (["--model.kwargs.\udcff", "1"], "not UTF-8"),
+        (["--config", "\udcff"], "no such file"),
+        (["--model.kwargs", "{a: 1, a: 2}"], "the key 'a' is there already"),
     ],
 )
 def test_command_lines(argv, words):
@@ -410,6 +417,53 @@ def test_pictures_that_are_no_files(tmp_path):
 # --- lists of pictures, shards ---------------------------------------------------------------------------------------
 
 
+def test_a_command_line_that_is_not_utf8_ends_with_a_sentence(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_config(Config, ["--task=contrastive", "--output_dir", "/tmp/\udcff"], "train.py", "")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith(r"train.py: error: command line: --output_dir /tmp/\udcff: not UTF-8")
+
+
+@pytest.mark.parametrize("caption", ["\ud800 cat", "a \0 cat"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "folder", "karpathy", "shards", "hf"])
+def test_captions_that_are_no_text(tmp_path, monkeypatch, kind, caption):
+    monkeypatch.setenv("VMOE_CACHE", str(tmp_path / "cache"))
+    if "\0" not in caption and kind not in ("jsonl", "karpathy", "shards"):
+        pytest.skip("JSON alone can hold half of a pair")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    picture, path, settings = (folder / "a.png").read_bytes(), folder / "list.jsonl", {"type": "pairs"}
+    if kind == "jsonl":
+        path.write_text(json.dumps({"image": "a.png", "caption": caption}))
+    elif kind == "csv":
+        path = folder / "list.csv"
+        path.write_text(f"image,caption\na.png,{caption}\n")
+    elif kind == "folder":
+        path = folder
+        (folder / "a.txt").write_text(caption)
+    elif kind == "karpathy":
+        entry = {"filename": "a.png", "split": "test", "sentences": [{"raw": caption}]}
+        path.write_text(json.dumps({"images": [entry]}))
+        settings = {"type": "karpathy", "split": "test"}
+    elif kind == "shards":
+        path, settings = folder / "0.tar", {"type": "shards"}
+        with tarfile.open(path, "w") as tar:
+            for name, content in (("0.png", picture), ("0.json", json.dumps({"caption": caption}).encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    else:
+        datasets = pytest.importorskip("datasets")
+        path, settings = tmp_path / "hf", {"type": "hf"}
+        datasets.Dataset.from_list([{"image": picture, "caption": caption}]).save_to_disk(path)
+    dataset = build_dataset(SourceConfig(path=str(path), **settings))
+    with pytest.raises(BadSample, match="its caption holds the character"):
+        dataset[0]
+    assert list(dataset.captions) == [""]
+    assert dataset.fingerprint()
+
+
 @pytest.mark.parametrize("path", ["../secret.png", "a/../../secret.png", "/etc/passwd", "/proc/self/environ"])
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "karpathy"])
 def test_lists_that_reach_out_of_their_folder(tmp_path, path, kind):
@@ -427,6 +481,15 @@ def test_lists_that_reach_out_of_their_folder(tmp_path, path, kind):
     if not path.startswith("/proc"):
         pairs = build_dataset(SourceConfig("pairs", str(folder / f"list.{kind}"), image_root="/"))
         assert len(pairs) == 1  # for who says so
+
+
+@pytest.mark.parametrize("path", ["..\\secret.png", "a\\..\\..\\b.png", "a/..\\..\\b.png"])
+def test_lists_that_reach_out_on_windows(tmp_path, path):
+    (tmp_path / "list.jsonl").write_text(json.dumps({"image": path, "caption": "x"}))
+    refused(lambda: build_dataset(SourceConfig("pairs", str(tmp_path / "list.jsonl"))), "line 1", "out of its folder")
+    entry = {"filename": path, "split": "train", "sentences": [{"raw": "x"}]}
+    (tmp_path / "list").write_text(json.dumps({"images": [entry]}))
+    refused(lambda: build_dataset(SourceConfig("karpathy", str(tmp_path / "list"))), "does not lie in image_root")
 
 
 LINES = {
@@ -527,7 +590,7 @@ IN_LITTLE_MEMORY = """
 import json, resource, sys
 from pathlib import Path
 import vmoe
-from vmoe.config_io import read_config
+from vmoe.config_io import parse_config, read_config
 from vmoe.convert.sharded import open_flax
 from vmoe.data.images import load_image
 from vmoe.training.config import Config

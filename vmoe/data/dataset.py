@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from PIL import Image
 from vmoe.data.fingerprint import Fingerprint
 from vmoe.data.images import BadSample
 from vmoe.data.order import EpochBatches, MixedBatches, Shuffle, ShuffledSamples
+
+_UNUSABLE = re.compile("[\0\ud800-\udfff]")
 
 
 class Sample(NamedTuple):
@@ -28,6 +31,34 @@ class Sample(NamedTuple):
     label: int | None
     caption: str | None
     path: str
+
+
+def clean_caption(caption: object, name: str) -> str:
+    """A caption without the white space around it.
+
+    Args:
+        caption: what a data set has in its place.
+        name: of the sample, for messages.
+
+    Raises:
+        BadSample: it is missing, empty or no text, or holds what tokenizers and files cannot take: NUL, or half of a
+            surrogate pair, which JSON can write (`"\\ud800"`).
+    """
+    if not isinstance(caption, str | None):
+        raise BadSample(name, f"its caption is of type {type(caption).__name__}, not a text")
+    if not (caption := (caption or "").strip()):
+        raise BadSample(name, "empty caption")
+    if found := _UNUSABLE.search(caption):
+        raise BadSample(name, f"its caption holds the character {found[0]!a}, which is no text")
+    return caption
+
+
+def caption_or_empty(caption: object) -> str:
+    """As `clean_caption`, with "" for a caption that cannot be used."""
+    try:
+        return clean_caption(caption, "")
+    except BadSample:
+        return ""
 
 
 class Captions(Sequence):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vmoe.data.dataset import ImageDataset, Sample
+from vmoe.data.dataset import ImageDataset, Sample, caption_or_empty, clean_caption
 from vmoe.data.fingerprint import Fingerprint
 from vmoe.data.images import BadSample, DataError, load_image
 from vmoe.data.order import ShuffledShards
@@ -85,11 +85,11 @@ class Columns:
         content = image.get("bytes") if isinstance(image, dict) else image
         if not isinstance(content, bytes):
             raise BadSample(name, f"column {self.image!r} holds no bytes of a picture")
-        if self.caption is not None and not (caption or "").strip():
-            raise BadSample(name, "empty caption")
+        if self.caption is not None:
+            caption = clean_caption(caption, name)
         if self.label is not None and (label is None or not 0 <= label < len(self.classes)):
             raise BadSample(name, f"label {label} is none of the {len(self.classes)} classes")
-        return Sample(load_image(name, content), label, caption and caption.strip(), name)
+        return Sample(load_image(name, content), label, caption, name)
 
 
 class HuggingFace(ImageDataset):
@@ -136,7 +136,7 @@ class HuggingFace(ImageDataset):
 
     @property
     def captions(self) -> list[str] | None:
-        return [text or "" for text in self.table[self.columns.caption]] if self.has_captions else None
+        return [caption_or_empty(text) for text in self.table[self.columns.caption]] if self.has_captions else None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -202,7 +202,7 @@ class ParquetRows(ImageDataset):
         if not self.has_captions:
             return None
         columns = (self._read(group, [self.columns.caption]) for group in range(len(self.groups)))
-        return [text or "" for table in columns for text in table[self.columns.caption].to_pylist()]
+        return [caption_or_empty(text) for table in columns for text in table[self.columns.caption].to_pylist()]
 
     def __len__(self) -> int:
         return int(self.ends[-1])

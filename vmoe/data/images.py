@@ -75,7 +75,8 @@ def load_image(path: str | Path, content: bytes | None = None) -> Image.Image:
 
 
 def leads_out(name: str) -> bool:
-    """Whether a path below some folder is none: absolute, or out of it by `..`."""
+    """Whether a path below some folder is none: absolute, or out of it by `..`, here or on Windows."""
+    name = name.replace("\\", "/")
     return os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir
 
 

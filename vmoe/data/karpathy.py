@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vmoe.data.dataset import ImageDataset, Sample
-from vmoe.data.images import BadSample, leads_out, load_image
+from vmoe.data.dataset import ImageDataset, Sample, caption_or_empty, clean_caption
+from vmoe.data.images import leads_out, load_image
 from vmoe.data.tree import TreeReader
 from vmoe.safe_json import read_json
 
@@ -64,7 +64,7 @@ class KarpathyCaptions(ImageDataset):
 
     @property
     def captions(self) -> list[str]:
-        return self._captions
+        return [caption_or_empty(caption) for caption in self._captions]
 
     def __len__(self) -> int:
         return len(self._captions)
@@ -74,9 +74,8 @@ class KarpathyCaptions(ImageDataset):
 
     def __getitem__(self, index: int) -> Sample:
         _, path = self.file_of(index)
-        if not self._captions[index]:
-            raise BadSample(str(path), "empty caption")
-        return Sample(load_image(path), None, self._captions[index], str(path))
+        caption = clean_caption(self._captions[index], str(path))
+        return Sample(load_image(path), None, caption, str(path))
 
 
 def _read_images(file: Path) -> list[dict[str, Any]]:

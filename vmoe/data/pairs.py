@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from vmoe.data.dataset import ImageDataset, Sample
-from vmoe.data.images import IMAGE_SUFFIXES, BadSample, load_image
+from vmoe.data.dataset import ImageDataset, Sample, clean_caption
+from vmoe.data.images import IMAGE_SUFFIXES, BadSample, leads_out, load_image
 from vmoe.data.tree import is_junk
 from vmoe.printable import printable
 from vmoe.safe_json import parse_json, read_text
@@ -53,13 +53,18 @@ class PairsFile(ImageDataset):
         if path.suffix.lower() not in readers:
             raise ValueError(f"{path}: a file of pairs must end in .csv, .tsv or .jsonl")
         self.pairs: list[tuple[str, str]] = []
+        self._no_caption: dict[int, str] = {}  # why a pair has none that can be used
         try:
             root = os.path.abspath(self.root)
             self.image_ids = []
             for line, row in readers[path.suffix.lower()](path):
                 image = row[_key(row, image_key, IMAGE_KEYS, "image_key", f"{path} line {line}")]
                 caption = row[_key(row, caption_key, CAPTION_KEYS, "caption_key", f"{path} line {line}")]
-                self.pairs.append((_text(image), _text(caption)))
+                try:
+                    text = clean_caption(caption, "")
+                except BadSample as error:
+                    text, self._no_caption[len(self.pairs)] = "", error.reason
+                self.pairs.append((image.strip() if isinstance(image, str) else "", text))
                 self.image_ids.append(_name_within(root, self.pairs[-1][0], f"{path} line {line}"))
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror}); check the data source's path") from None
@@ -84,7 +89,7 @@ class PairsFile(ImageDataset):
             raise BadSample(f"pair {index}", "no image path")
         path = self.root / image
         if not caption:
-            raise BadSample(str(path), "empty caption")
+            raise BadSample(str(path), self._no_caption[index])
         return Sample(load_image(path), None, caption, str(path))
 
 
@@ -136,14 +141,12 @@ class PairsFolder(ImageDataset):
 def _caption_beside(path: Path) -> str:
     file = path.with_suffix(".txt")
     try:
-        caption = read_text(file, MAX_TEXT).strip()
+        caption = read_text(file, MAX_TEXT)
     except OSError:
         raise BadSample(str(path), f"no caption file {file.name} beside it") from None
     except ValueError as error:
         raise BadSample(str(path), f"its caption file {file.name}: {error}") from None
-    if not caption:
-        raise BadSample(str(path), "empty caption")
-    return caption
+    return clean_caption(caption, str(path))
 
 
 def _read_table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -209,7 +212,8 @@ def _name_within(root: str, image: str, where: str) -> str:
     """A picture's path from the root on, so that a copy elsewhere has the same names.
 
     Raises:
-        ValueError: it lies outside, so that a stranger's list could show what else is on this machine.
+        ValueError: it lies outside, here or (by backslashes) on Windows, so that a stranger's list could show what
+            else is on this machine.
     """
     path = Path(os.path.normpath(os.path.join(root, image)))
     if not path.is_relative_to(root):
@@ -217,9 +221,7 @@ def _name_within(root: str, image: str, where: str) -> str:
             f"{where}: the picture {printable(image)} lies outside of {root}; set image_root to the folder that holds "
             "all pictures"
         )
-    return str(path.relative_to(root))
-
-
-def _text(value: Any) -> str:
-    """A cell as text; "" where it is missing or of another kind, which makes the sample a bad one."""
-    return value.strip() if isinstance(value, str) else ""
+    name = str(path.relative_to(root))
+    if leads_out(name):
+        raise ValueError(f"{where}: the picture {printable(image)} leads out of its folder on Windows; rename it")
+    return name

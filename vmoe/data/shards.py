@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from vmoe.data.dataset import Captions, ImageDataset, Sample
+from vmoe.data.dataset import Captions, ImageDataset, Sample, clean_caption
 from vmoe.data.fingerprint import Fingerprint
 from vmoe.data.images import BadSample, DataError, load_image
 from vmoe.data.labelled import read_class_names
@@ -180,9 +180,7 @@ class Shards(ImageDataset):
             caption = _caption_in(self._text(path, entry, "json", name), self.caption_key or CAPTION_KEY, name)
         else:
             raise BadSample(name, "no caption (.txt or .json) beside it")
-        if not caption.strip():
-            raise BadSample(name, "empty caption")
-        return caption.strip()
+        return clean_caption(caption, name)
 
     def _label(self, path: str, entry: np.void, name: str) -> int:
         text = self._text(path, entry, "cls", name).strip() if entry["cls_block"] else None
