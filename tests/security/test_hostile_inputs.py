@@ -424,12 +424,13 @@ def test_a_command_line_that_is_not_utf8_ends_with_a_sentence(capsys):
     assert capsys.readouterr().err.startswith(r"train.py: error: command line: --output_dir /tmp/\udcff: not UTF-8")
 
 
-@pytest.mark.parametrize("caption", ["\ud800 cat", "a \0 cat"])
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "folder", "karpathy", "shards", "hf"])
+@pytest.mark.parametrize(
+    ("kind", "caption"),
+    [(kind, "a \0 cat") for kind in ("jsonl", "csv", "folder", "karpathy", "shards", "hf")]
+    + [(kind, "\ud800 cat") for kind in ("jsonl", "karpathy", "shards")],  # JSON alone can hold half of a pair
+)
 def test_captions_that_are_no_text(tmp_path, monkeypatch, kind, caption):
     monkeypatch.setenv("VMOE_CACHE", str(tmp_path / "cache"))
-    if "\0" not in caption and kind not in ("jsonl", "karpathy", "shards"):
-        pytest.skip("JSON alone can hold half of a pair")
     folder = tmp_path / "data"
     folder.mkdir()
     Image.new("RGB", (8, 8)).save(folder / "a.png")
