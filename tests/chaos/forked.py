@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ class Forks:
             torchrun: LaunchConfig's arguments: run it in several processes under torchrun's agent; the environment
                 variable PIDS names the folder where process r writes its id, to pid.r
             env: environment variables; EVALUATING names a file that is to be there during evaluations, DIE_AFTER a step
-                after which process 1 under torchrun kills itself when it is started for the first time.
+                after which process 1 under torchrun kills itself when it is started for the first time, SLEEP_AFTER
+                one after which a process sleeps.
         """
         pid = self.ask(arguments=arguments, output=str(output), torchrun=torchrun, env=env)
         self.children.append(Fork(self, pid))
@@ -98,10 +100,10 @@ def free_port() -> int:
 
 
 def serve() -> None:
+    from train import main  # first, as in `python train.py`  # isort: skip
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     import vmoe.training.loop  # noqa: F401  what takes the time
-    from vmoe.training.cli import main
 
     def run(job: dict[str, Any]) -> int:
         os.setsid()
@@ -112,6 +114,8 @@ def serve() -> None:
         os.environ.update(job["env"])
         if "EVALUATING" in os.environ:
             show_evaluations(Path(os.environ["EVALUATING"]))
+        if "SLEEP_AFTER" in os.environ:
+            after(int(os.environ["SLEEP_AFTER"]), lambda: time.sleep(3600))
         try:
             if job["torchrun"] is not None:
                 config = LaunchConfig(start_method="fork", monitor_interval=0.1, **job["torchrun"])
@@ -157,15 +161,15 @@ def show_evaluations(file: Path) -> None:
     Classification.evaluate = shown
 
 
-def die_after(last: int) -> None:
-    """Kills this process in the step after step `last`."""
+def after(last: int, do: Callable[[], None]) -> None:
+    """Lets this process do something in the step after step `last`."""
     from vmoe.training.logging import CollapseWatch
 
     look = CollapseWatch.update
 
     def update(self: CollapseWatch, step: int, layers: Any) -> None:
         if step > last:
-            os.kill(os.getpid(), signal.SIGKILL)
+            do()
         look(self, step, layers)
 
     CollapseWatch.update = update
@@ -176,7 +180,7 @@ def worker(arguments: list[str]) -> None:
     from vmoe.training.cli import main
 
     if "DIE_AFTER" in os.environ and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        die_after(int(os.environ["DIE_AFTER"]))
+        after(int(os.environ["DIE_AFTER"]), lambda: os.kill(os.getpid(), signal.SIGKILL))
     Path(os.environ["PIDS"], f"pid.{os.environ['RANK']}").write_text(str(os.getpid()))
     sys.exit(main(arguments))
 

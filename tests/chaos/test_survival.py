@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import time
 
 import pytest
@@ -10,7 +11,7 @@ from vmoe.training.checkpoint import list_checkpoints
 from vmoe.training.logging import read_metrics
 
 from .forked import free_port
-from .tiny import arguments
+from .tiny import arguments, make_pictures
 
 TIMEOUT = 10
 ENDLESS = 1_000_000
@@ -40,33 +41,61 @@ def job(forks, config, tmp_path):
     return start
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_process_is_named_and_ends_the_job(number, job):
-    survivor, victim = job()
+def errors(said):
+    """What was printed besides the lines of the steps."""
+    return [line for line in said.splitlines() if not line.startswith("step ")]
+
+
+# Process 0 holds the job's store.
+@pytest.mark.parametrize(("number", "rank"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 1), (signal.SIGKILL, 0)])
+def test_a_lost_process_is_named_and_ends_the_job(number, rank, job):
+    processes = job()
+    victim, survivor = processes[rank], processes[1 - rank]
     began = time.monotonic()
     victim.signal(number)
     assert survivor.wait(120) == 1
     took = time.monotonic() - began
     victim.kill()
-    said = job.said(0)
-    assert "process 0 of 2: error: process 1 of 2" in said
-    assert f"pid {victim.pid}" in said
-    assert "Traceback" not in said
+    (error,) = errors(job.said(1 - rank))
+    assert f"process {1 - rank} of 2: error: " in error
+    assert f"process {rank} of 2 (host" in error
+    assert f"pid {victim.pid}" in error
     assert took < 3 * TIMEOUT  # on a busy machine
 
 
-def test_an_error_in_one_process_alone_is_told_and_ends_the_others(forks, config, tmp_path):
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_process_that_hangs_does_not_outlive_the_job(killed, forks, config, tmp_path):
     job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    shared = {"parallel__timeout": TIMEOUT, "train__steps": 50}
-    processes = []
-    for rank, more in enumerate([{}, {"train__freeze": '["nothing.*"]'}]):
-        given = arguments(config, tmp_path / "run", **shared, **more)
-        env = {**job, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(forks.start(given, tmp_path / f"out.{rank}", **env))
-    assert [process.wait() for process in processes] == [1, 2]
-    assert "process 1 of 2" in (tmp_path / "out.0").read_text()
-    assert "nothing.*" in (tmp_path / "out.0").read_text()
-    assert (tmp_path / "out.1").read_text() == ""  # a wrong setting is told once
+    given = arguments(config, tmp_path / "run", train__steps=ENDLESS, parallel__timeout=5)
+    waits, hangs = (
+        forks.start(given, tmp_path / f"out.{rank}", **job, RANK=str(rank), LOCAL_RANK=str(rank), **more)
+        for rank, more in enumerate([{}, {"SLEEP_AFTER": "2"}])
+    )
+    wait_for_steps(tmp_path / "run", 2, (waits, hangs))
+    if killed:
+        waits.signal(signal.SIGKILL)
+    assert waits.wait(60) == (-signal.SIGKILL if killed else 1)
+    assert hangs.wait(60) == 1
+    (error,) = errors((tmp_path / "out.1").read_text())
+    assert "process 1 of 2: error: " in error
+    if not killed:
+        assert f"process 0 of 2 (host {socket.gethostname()}, pid {waits.pid}) gave up" in error
+        (error,) = errors((tmp_path / "out.0").read_text())
+        assert "all processes live, but process 1 of 2 " in error
+        assert "has been at vmoe/training/loop.py" in error
+
+
+def test_an_error_in_one_process_alone_is_told_once_and_ends_the_others(forks, config, tmp_path):
+    pictures = make_pictures(tmp_path / "pictures")
+    (pictures / "red" / "0.png").write_bytes(b"torn")  # one process reads it, in its part of a batch
+    settings = {"data__train__path": pictures, "data__loader__on_bad": "fail", "parallel__timeout": TIMEOUT}
+    given = arguments(config, tmp_path / "run", train__steps=50, **settings)
+    processes = forks.group(given, tmp_path / "out", free_port())
+    assert [process.wait() for process in processes] == [1, 1]
+    said = [errors((tmp_path / f"out.{rank}").read_text()) for rank in range(2)]
+    (error,) = said[0] + said[1]
+    assert f"process {said.index([error])} of 2: error: " in error
+    assert "red/0.png" in error
 
 
 @pytest.mark.parametrize(

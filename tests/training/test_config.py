@@ -55,6 +55,9 @@ def test_the_dense_twins_differ_in_their_experts_only():
         (["--task", "contrastive", "--evaluate.task", "classification"], ["evaluate.task", "zero_shot"]),
         (["--evaluate.task", "retrieval"], ["evaluate.task", "contrastive"]),
         (["--model.name", "null"], ["model.name"]),
+        (["--parallel.timeout", ".inf"], ["parallel.timeout", "2592000", "inf"]),
+        (["--parallel.timeout", ".nan"], ["parallel.timeout", "nan"]),
+        (["--parallel.timeout", "0.001"], ["parallel.timeout", "1", "0.001"]),
     ],
 )
 def test_a_mistake_is_one_sentence_that_names_it(arguments, words, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -28,8 +29,8 @@ from vmoe.distributed.watch import (
 
 Result = TypeVar("Result")
 DEFAULT_TIMEOUT = 600.0
-# Words of the errors with which gloo, NCCL and the store say that another process does not answer.
-EXCHANGE_WORDS = ("gloo", "nccl", "connection closed", "connection reset", "socket", "store")
+# How gloo, NCCL and the system say that another process does not answer, where the error is not a DistError.
+EXCHANGE = re.compile(r"\[\S*[/\\]gloo[/\\]|Gloo connect|NCCL (error|timeout)|Connection (closed|reset) by peer")
 
 
 class SharedError(ValueError):
@@ -97,15 +98,12 @@ def _lost_process(error: Exception, watch: Watch) -> LostProcessError | None:
     """What to say instead of an error that came because another process is gone; None if it is this one's own."""
     if getattr(error, "shared", False):
         return None
-    text = str(error).lower()
-    exchange = isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(word in text for word in EXCHANGE_WORDS)
-    )
-    if not exchange and not isinstance(error, RuntimeError):
+    if not isinstance(error, RuntimeError):
         return None
+    exchange = isinstance(error, dist.DistError) or EXCHANGE.match(str(error).strip()) is not None
     lost = watch.explain(waiting=exchange)
     if lost is None and exchange:
-        elsewhere = watch.elsewhere()
+        elsewhere = watch.elsewhere(error)
         all_live = f"; all processes live, but {elsewhere}" if elsewhere else "; all processes live"
         lost = LostProcessError(
             f"an exchange with the other processes failed ({first_line(error)}){all_live}; {REMEDY}"

@@ -14,9 +14,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from types import TracebackType
+from traceback import walk_stack, walk_tb
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch.distributed as dist
@@ -58,6 +60,7 @@ def current_generation(store: dist.Store, rank: int, world: int, timeout: float)
     if rank == 0:
         return store.add(GENERATION, 1)
     end, seen = time.monotonic() + timeout, {}
+    pause = min(max(0.05, INTERVAL_PER_PROCESS * world / 4), timeout / 20)  # one store answers all
     while time.monotonic() < end:
         generation = store.add(GENERATION, 0)
         key = f"vmoe/{generation}/{BEATS}/0"
@@ -65,7 +68,7 @@ def current_generation(store: dist.Store, rank: int, world: int, timeout: float)
             news = json.loads(store.get(key))
             if news["end"] is None and seen.setdefault(generation, news["beat"]) != news["beat"]:
                 return generation
-        time.sleep(0.05)
+        time.sleep(pause)
     raise LostProcessError(
         f"process 0 of {world} did not start within {timeout:g} s; see what was printed there, or raise "
         "parallel.timeout"
@@ -128,7 +131,8 @@ class Watch:
         if self._news["end"] is None:
             self._news |= {"end": end, "text": text, "told": told}
             if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-                self._wait_until(self._all_ended, GRACE_SECONDS)  # the store ends with this process
+                # The store ends with this process; the others may take their grace, and must see first that it began.
+                self._wait_until(self._all_ended, GRACE_SECONDS + SILENT_INTERVALS * self.interval)
             self._ending.set()
             self._thread.join(GRACE_SECONDS)  # the store's machine may be gone
 
@@ -153,15 +157,22 @@ class Watch:
                 return found
             time.sleep(self.interval / 4)
 
-    def elsewhere(self) -> str:
-        """Where those processes are that live, but are not where this one is; "" if all are at the same place."""
-        here, now = self._place(), time.monotonic()
-        places = [
-            f"{self._name(rank)} has been at {peer.news['place']} for {now - peer.place_since:.0f} s"
-            for rank, peer in sorted(self._peers.items())
-            if peer.news["end"] is None and peer.news["place"] != here
+    def elsewhere(self, error: BaseException) -> str:
+        """Where those other processes are that live, but not where this one's error came; those longest there first.
+
+        Args:
+            error: with its traceback.
+        """
+        here, now = "", time.monotonic()
+        for frame, line in walk_tb(error.__traceback__):
+            here = place(frame, line) or here
+        stays = [
+            (now - peer.place_since, rank, peer.news["place"])
+            for rank, peer in self._peers.items()
+            if rank != self.rank and peer.news["end"] is None and peer.news["place"] != here
         ]
-        return "; ".join(places[:4])
+        stays.sort(key=lambda stay: -stay[0])
+        return "; ".join(f"{self._name(rank)} has been at {there} for {stay:.0f} s" for stay, rank, there in stays[:4])
 
     def _wait_until(self, condition: Callable[[], bool], seconds: float) -> bool:
         deadline = time.monotonic() + seconds
@@ -177,7 +188,7 @@ class Watch:
     # --- what the thread does ---
 
     def _run(self) -> None:
-        failed_since = None
+        left_since = None
         try:
             self._beat()
             while not self._ending.wait(self.interval):
@@ -185,13 +196,17 @@ class Watch:
                 self._look()
                 # A little before the processes would give up that wait for it: they could not say for whom.
                 silent = self._silent(self.timeout - 2 * self.interval)
-                failed = self._failed()
-                failed_since = None if failed is None else failed_since or time.monotonic()
-                if silent or (failed and time.monotonic() - failed_since > GRACE_SECONDS):
-                    self._abandon(silent or failed)
+                left = self._failed() or self._gave_up()
+                left_since = None if left is None else left_since or time.monotonic()
+                if silent or (left and time.monotonic() - left_since > GRACE_SECONDS):
+                    self._abandon(silent or left)
             self._beat()
         except RuntimeError:  # the store is gone, with the process or the agent that held it
-            self._ending.wait()
+            left = self._failed() or self._gave_up()
+            silence = time.monotonic() - self._looked
+            if not self._ending.wait(GRACE_SECONDS if left else max(GRACE_SECONDS, self.timeout - silence)):
+                gone = f"the store of the job is gone, with {self._name(0)} or what started it; {REMEDY}"
+                self._abandon(left or LostProcessError(gone))
 
     def _beat(self) -> None:
         self._news |= {"beat": self._news["beat"] + 1, "place": self._place()}
@@ -209,20 +224,17 @@ class Watch:
 
     def _place(self) -> str:
         """The innermost line of this package where the main thread is."""
-        frame = sys._current_frames().get(self._main)
-        while frame is not None:
-            file = frame.f_code.co_filename
-            if PACKAGE in file and file != __file__:
-                return f"vmoe/{file.rpartition(PACKAGE)[2]}:{frame.f_lineno} ({frame.f_code.co_name})"
-            frame = frame.f_back
-        return "its start"
+        main = sys._current_frames().get(self._main)
+        stack = () if main is None else walk_stack(main)
+        return next((found for frame, line in stack if (found := place(frame, line))), "its start")
 
     def _abandon(self, error: LostProcessError) -> None:
         """Ends this process: its main thread waits for somebody who will not come, and cannot be woken."""
         if self._news["end"] is not None:  # it ends by itself
             return
         self._news |= {"end": LOST, "text": str(error)}
-        self._beat()
+        with suppress(RuntimeError):  # the store may be gone
+            self._beat()
         if not error.told:
             print(f"vmoe: {told_by(self.rank, self.world)}error: {escaped(error)}", file=sys.stderr, flush=True)
         sys.stdout.flush()
@@ -242,6 +254,13 @@ class Watch:
                 repeats = peer.news["host"] != self._news["host"] and os.environ.get("LOCAL_RANK", "0") == "0"
                 told = peer.news["told"] and not repeats
                 return LostProcessError(f"{self._name(rank)} stopped with an error: {peer.news['text']}", told=told)
+        return None
+
+    def _gave_up(self) -> LostProcessError | None:
+        """Another process ended because it waited in vain, perhaps for this one."""
+        for rank, peer in sorted(self._peers.items()):
+            if rank != self.rank and peer.news["end"] == LOST:
+                return LostProcessError(f"{self._name(rank)} gave up: {peer.news['text']}")
         return None
 
     def _silent(self, limit: float) -> LostProcessError | None:
@@ -277,6 +296,14 @@ class Watch:
 
 
 REMEDY = "the same command continues the run from its last checkpoint"
+
+
+def place(frame: FrameType, line: int) -> str | None:
+    """A line of this package as text; None if the frame is of another one, or of the watch itself."""
+    file = frame.f_code.co_filename
+    if PACKAGE not in file or file == __file__:
+        return None
+    return f"vmoe/{file.rpartition(PACKAGE)[2]}:{line} ({frame.f_code.co_name})"
 
 
 def sentence(error: BaseException) -> str:

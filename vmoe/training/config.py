@@ -19,6 +19,8 @@ from vmoe.config_io import ConfigError, parse_config, read_settings_file
 from vmoe.data.config import AugmentationConfig, LoaderConfig, SourceConfig
 from vmoe.evaluation.inference import PRECISIONS
 
+MAX_TIMEOUT = 30 * 24 * 3600  # seconds
+
 # A stopped run continues only with the settings it was started with; these may change, because they leave what the
 # remaining steps compute as it is, or (train.steps) only say how far to go.
 CHANGEABLE = (
@@ -115,8 +117,9 @@ class TrainConfig:
         keep_last: Checkpoints to keep.
         keep_every: Checkpoints at multiples of so many steps are kept for good; 0: none.
         async_checkpoints: Copy the state to the CPU's memory, and write it there while training goes on.
-        max_minutes: Time for this start of the command: training stops early enough to save a checkpoint within it,
-            and the same command continues; null: as long as it takes.
+        max_minutes: Time for this start of the command: training stops when another step and a checkpoint, as long as
+            the longest of this start, would not fit any more, and the same command continues. The first evaluation and
+            the first checkpoint cannot be foreseen: leave time for them. null: as long as it takes.
         collapse_after: A layer whose routing stays collapsed (one expert is asked for by most tokens, or some by none)
             for this many steps is reported by name. 0 never reports.
         num_threads: CPU threads of PyTorch; null leaves its own choice.
@@ -215,8 +218,8 @@ class ParallelConfig:
         dp_shard: Processes over which all weights, gradients and optimizer states are sharded (FSDP2).
         ep: Processes over which the experts are spread; tokens travel to them and back (all-to-all). The number of
             experts must be a multiple of it.
-        timeout: Seconds after which a process that waits for another one gives up, and the job ends with an error that
-            names it.
+        timeout: Seconds (1 to 2592000) after which a process that waits for another one gives up, and the job ends with
+            an error that names it.
     """
 
     dp_replicate: int = -1
@@ -288,7 +291,6 @@ class Config:
             ("optim.lr", optim.lr),
             ("train.clip_grad_norm", train.clip_grad_norm),
             ("train.max_minutes", train.max_minutes),
-            ("parallel.timeout", self.parallel.timeout),
         ]:
             if value is not None and not value > 0:
                 raise ConfigError(f"{key} must be > 0, got {value}")
@@ -297,6 +299,10 @@ class Config:
                 raise ConfigError(f"{key} must be in (0, 1], got {value}")
         if optim.betas is not None and (len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas)):
             raise ConfigError(f"optim.betas must be two numbers in [0, 1), got {optim.betas}")
+        if not 1 <= self.parallel.timeout <= MAX_TIMEOUT:
+            raise ConfigError(
+                f"parallel.timeout must be between 1 and {MAX_TIMEOUT} seconds, got {self.parallel.timeout}"
+            )
         if optim.warmup_steps >= train.steps:
             raise ConfigError(f"optim.warmup_steps must be < train.steps ({train.steps}), got {optim.warmup_steps}")
         if self.model.pretrained_optimizer and self.model.pretrained is None:
