@@ -52,6 +52,7 @@ from vmoe.inspection.figure import example_figure
 from vmoe.inspection.profile import model_profile
 from vmoe.models.factory import preprocess_config
 from vmoe.models.weights import WeightsError, checkpoint_weights
+from vmoe.training.agreement import check_same_settings
 from vmoe.training.checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -75,7 +76,7 @@ from vmoe.training.optim import create_ema, create_optimizer, create_schedule, f
 from vmoe.training.pictures import RoutingPictures
 from vmoe.training.pretrained import carry_over_optimizer
 from vmoe.training.run_folder import find_checkpoint, finished_summary, lock_folder, unlock_folder, write_text
-from vmoe.training.stopping import Stopped, TimeBudget, interruptible
+from vmoe.training.stopping import Stopped, StopRequest, TimeBudget, interruptible
 from vmoe.training.tasks import Task, create_task
 
 logger = logging.getLogger("vmoe.training")
@@ -97,18 +98,22 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
     Raises:
         ConfigError: settings that do not fit each other, the data, or the run in output_dir.
         NonFiniteError: the loss or gradient of a step is not finite; the message names the step and the layer.
-        Stopped: a signal (see `interruptible`) or the end of `train.max_minutes`, after a checkpoint was saved.
+        Stopped: a signal (see `interruptible`) or the end of `train.max_minutes`; if a step was made, after a
+            checkpoint was saved.
         LostProcessError: another process of the job is gone, see `vmoe.distributed.processes.joined`.
     """
     budget = TimeBudget(config.train.max_minutes)
     config.check()
     device = pick_device(config.device)
-    with joined(device, config.parallel.timeout):
+    with interruptible() as stop, joined(device, config.parallel.timeout):
+        check_same_settings(config)
         first = world()[0] == 0  # who speaks and writes for all processes
-        return _train(config, device, console or Console() if first else Console(quiet=True), budget)
+        return _train(config, device, console or Console() if first else Console(quiet=True), budget, stop)
 
 
-def _train(config: Config, device: torch.device, console: Console, budget: TimeBudget) -> dict[str, Any]:
+def _train(
+    config: Config, device: torch.device, console: Console, budget: TimeBudget, stop: StopRequest
+) -> dict[str, Any]:
     rank, processes = world()
     first = rank == 0
     parallel = config.parallel
@@ -231,7 +236,7 @@ def _train(config: Config, device: torch.device, console: Console, budget: TimeB
     # ---- train
     display = ProgressDisplay(console, step, config.train.steps)
     try:
-        with display, interruptible() as stop:
+        with display, stop.between_steps():
 
             def stop_asked() -> list[float]:
                 return [float(stop.interrupted or stop.orphaned), float(stop.planned or budget.used_up())]
@@ -316,11 +321,11 @@ def _train(config: Config, device: torch.device, console: Console, budget: TimeB
                     pictures.draw(step, model if ema is None else ema.module, device)
                 if stopping and not last:
                     checkpointer.wait()
-                    stopped = Stopped(
-                        f"stopped after step {step} of {config.train.steps}; the same command continues the run"
+                    raise Stopped(
+                        f"stopped after step {step} of {config.train.steps}; the same command continues the run",
+                        planned=not interrupted,
+                        agreed=True,
                     )
-                    stopped.planned = not interrupted
-                    raise stopped
             checkpointer.wait()
             if config.train.eval_every and progress["evaluated"] != step:  # it failed when this step was made
                 evaluate()

@@ -5,38 +5,72 @@ from __future__ import annotations
 import math
 import os
 import signal
+import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from vmoe.distributed.processes import world
 
+# Seconds that a process which waits in C++ (for the others to join) has to hear a signal, before it is ended.
+PATIENCE_SECONDS = 2.0
+
+
+STOPPED_OUTSIDE = "stopped outside of the steps, nothing to save; the same command starts or continues the run"
+
 
 class Stopped(KeyboardInterrupt):
-    """Training was interrupted between two steps, after saving a checkpoint; the message says how to go on.
+    """Training was interrupted: between two steps, after saving a checkpoint, or before the first one.
+
+    The message says how to go on.
 
     Attributes:
         planned: by SIGUSR1 or `train.max_minutes`: the job is to go on later.
+        agreed: all processes stop, after the same step.
     """
 
-    planned = False
+    def __init__(self, message: str, planned: bool, agreed: bool = False) -> None:
+        super().__init__(message)
+        self.planned, self.agreed = planned, agreed
 
 
 @dataclass
 class StopRequest:
-    """What signals asked for since the loop began.
+    """What signals asked for.
 
     Attributes:
         interrupted: Ctrl-C or SIGTERM: stop after this step, the exit code says that the run was interrupted.
         planned: SIGUSR1: stop after this step; the job is to go on later, and nothing is wrong.
+        noting: inside `between_steps`.
+        before_loop: what ends when the loop begins.
     """
 
     interrupted: bool = False
     planned: bool = False
+    noting: bool = False
+    before_loop: ExitStack = field(default_factory=ExitStack)
     parent: int = field(default_factory=os.getppid)
+
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Around the loop: in it signals are only noted, for it to stop after a step. Outside they end the run."""
+        self.before_loop.close()
+        self.noting = True
+        try:
+            yield
+        finally:
+            self.noting = False
+
+    def note(self, number: int) -> None:
+        """A signal came."""
+        if number in (signal.SIGINT, signal.SIGTERM):
+            self.interrupted = True
+        else:
+            self.planned = True
 
     @property
     def orphaned(self) -> bool:
@@ -48,33 +82,66 @@ class StopRequest:
 def interruptible() -> Iterator[StopRequest]:
     """Collects Ctrl-C, SIGTERM and SIGUSR1 instead of dying of them, so that a step is never cut in two.
 
-    A second Ctrl-C stops at once, but not one of several processes: it comes from the terminal and from torchrun.
+    Outside of `StopRequest.between_steps` the first of them raises Stopped at once. A second Ctrl-C stops at once, but
+    not one of several processes: it comes from the terminal and from torchrun.
     """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield stop
         return
-    alone = world()[1] == 1
 
     def handle(number: int, _frame: Any) -> None:
-        if stop.interrupted and number == signal.SIGINT and alone:
+        if stop.interrupted and number == signal.SIGINT and world()[1] == 1:
             raise KeyboardInterrupt
-        if number in (signal.SIGINT, signal.SIGTERM):
-            stop.interrupted = True
-        else:
-            stop.planned = True
+        first = not (stop.interrupted or stop.planned)
+        stop.note(number)
+        if first and not stop.noting:
+            raise Stopped(STOPPED_OUTSIDE, stop.planned)
 
     names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has no SIGUSR1
     previous = {name: signal.signal(getattr(signal, name), handle) for name in names}
     try:
+        stop.before_loop.enter_context(_ended_where_it_waits(stop))
         yield stop
     finally:
+        stop.before_loop.close()
         for name, handler in previous.items():
             signal.signal(getattr(signal, name), handler)
 
 
+@contextmanager
+def _ended_where_it_waits(stop: StopRequest) -> Iterator[None]:
+    """Ends the process if its main thread does not hear a signal: Python's handlers run only when C++ returns.
+
+    Not in the loop: there a step must not be cut in two, and data workers would write to the same socket.
+    """
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+
+    def listen() -> None:
+        while number := ours.recv(1):
+            time.sleep(PATIENCE_SECONDS)
+            heard = stop.interrupted or stop.planned
+            if number[0] in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", None)) and not heard:
+                if os.environ.get("RANK", "0") == "0":
+                    print(f"\nvmoe-train: {STOPPED_OUTSIDE}", file=sys.stderr, flush=True)
+                sys.stdout.flush()
+                os._exit(130 if number[0] in (signal.SIGINT, signal.SIGTERM) else 0)
+
+    threading.Thread(target=listen, daemon=True).start()
+    previous = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous)
+        theirs.close()  # ends the thread
+
+
 class TimeBudget:
-    """Tells when to stop so that the next step, an evaluation it may have, and the checkpoint still find time.
+    """Tells when to stop so that the next step and the checkpoint still find time, as long as the longest so far.
+
+    A step with an evaluation counts as one. Before the first evaluation and the first checkpoint nothing is known of
+    them: leave time for them.
 
     Args:
         minutes: from now on; None: without end.

@@ -1,0 +1,40 @@
+"""What the processes of a job must have in common before they train together."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+import yaml
+
+from vmoe.config_io import ConfigError
+from vmoe.distributed.processes import from_first, world
+from vmoe.training.config import Config, flatten, to_yaml
+
+
+def check_same_settings(config: Config) -> None:
+    """Compares the settings of all processes, which call it together; only `device` may differ.
+
+    Raises:
+        ConfigError: in all processes: some differ, or data.loader.batch_size cannot be shared among the processes.
+    """
+    _, processes = world()
+    if processes == 1:
+        return
+    own = flatten(yaml.safe_load(to_yaml(config)))
+    first = from_first(lambda: own)
+    keys = [key for key in {**first, **own} if key != "device"]
+    of_all: list = [None] * processes
+    dist.all_gather_object(of_all, {key: own.get(key) for key in keys if repr(first.get(key)) != repr(own.get(key))})
+    found = {}
+    for rank, differing in enumerate(of_all):
+        for key, value in differing.items():
+            found.setdefault(key, f"{key} is {first.get(key)!r} in process 0, {value!r} in process {rank}")
+    if found:
+        raise ConfigError(
+            f"the processes have different settings ({'; '.join(found.values())}); start all of them with the same "
+            "config and arguments"
+        )
+    if config.data.loader.batch_size % processes:
+        raise ConfigError(
+            f"data.loader.batch_size must be a multiple of the {processes} processes that share each batch, got "
+            f"{config.data.loader.batch_size}"
+        )
