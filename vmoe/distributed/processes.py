@@ -78,7 +78,8 @@ def joined(device: torch.device | None = None, timeout: float = DEFAULT_TIMEOUT)
             dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=seconds)
             yield
         except KeyboardInterrupt as stopped:
-            watch.leave(DONE if str(stopped) else ERROR, "interrupted")
+            agreed = getattr(stopped, "agreed", False)  # all processes stop, see vmoe.training.stopping.Stopped
+            watch.leave(DONE if agreed else ERROR, "interrupted", told=False)
             raise
         except Exception as error:
             lost = _lost_process(error, watch)
