@@ -1,26 +1,37 @@
-"""Memory that the planner predicts beside the measured peak of real training steps, on one process and a CPU.
+"""Memory that the planner predicts beside the measured peak of real training steps, of one process on a CPU.
 
     python benchmarks/plan_memory.py
 
 Each model trains two steps under PyTorch's profiler, whose CPU allocator reports every tensor that is allocated and
 freed; the peak is the largest sum. This measures what tensors ask for: no fragmentation, no workspace that a kernel
 takes elsewhere (oneDNN), no memory of the interpreter.
+
+Sharded runs are the first process of several, and the others are not there: PyTorch's fake process group answers for
+them at once, with tensors of the right size and any content. Their experts compute as on a GPU, with a
+grouped product: the CPU's way stacks the gradients of single experts, for which it needs those of a layer twice.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import vmoe
 from vmoe.config_io import read_config
+from vmoe.distributed.mesh import MeshSize, make_meshes
+from vmoe.distributed.parallelize import parallelize, split_groups
 from vmoe.evaluation.inference import arithmetic
 from vmoe.models.factory import create_model, is_contrastive, preprocess_config
+from vmoe.moe.experts import GroupedLinear
 from vmoe.plan import PlanConfig
 from vmoe.planning.candidates import Candidate, Planner
 from vmoe.planning.hardware import HARDWARE
@@ -29,6 +40,7 @@ from vmoe.planning.subject import make_subject
 from vmoe.training.optim import create_optimizer
 
 MiB = 2**20
+ALONE = MeshSize(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +50,12 @@ class Case:
     Attributes:
         title: what is large in it.
         options: of the plan.
+        mesh: of the processes.
     """
 
     title: str
     options: tuple[str, ...]
+    mesh: MeshSize = ALONE
 
 
 def classifier(name: str, batch: int, *options: str) -> tuple[str, ...]:
@@ -57,6 +71,7 @@ def pairs(name: str, batch: int, *options: str) -> tuple[str, ...]:
 
 CHECKPOINTING = ("--train.grad_checkpointing", "true")
 # Nothing is dropped: a GPU keeps buffers of full size whatever is dropped, a CPU only the rows that are used.
+EXPERTS_64 = ("--model.kwargs.num_experts", "64")
 SGD_AND_EMA = ("--optim.name", "sgd", "--train.ema_decay", "0.99")
 DROPLESS = ("--model.kwargs.capacity_factor", ".inf")
 CASES = [
@@ -71,6 +86,20 @@ CASES = [
     Case("LIMoE tiny, activations", pairs("limoe_tiny_patch12_48", 256, *DROPLESS)),
     Case("LIMoE tiny, checkpointed", pairs("limoe_tiny_patch12_48", 256, *DROPLESS, *CHECKPOINTING)),
     Case("Soft MoE tiny, activations", classifier("softmoe_tiny_patch8_48", 64)),
+    *(
+        Case(f"V-MoE tiny, {mesh}", classifier("vmoe_tiny_patch8_48", 16 * mesh.world, *DROPLESS), mesh)
+        for mesh in (MeshSize(1, 8, 1), MeshSize(1, 32, 1), MeshSize(1, 1, 8), MeshSize(1, 2, 4))
+    ),
+    Case(
+        "V-MoE tiny of 64 experts, dp_shard 8",
+        classifier("vmoe_tiny_patch8_48", 16, *DROPLESS, *EXPERTS_64),
+        MeshSize(1, 8, 1),
+    ),
+    Case(
+        "the same, 4 parts a step",
+        classifier("vmoe_tiny_patch8_48", 16, *DROPLESS, *EXPERTS_64, "--train.accumulate_steps", "4"),
+        MeshSize(1, 8, 1),
+    ),
 ]
 
 
@@ -79,32 +108,33 @@ def read(options: tuple[str, ...]) -> PlanConfig:
     return read_config(PlanConfig, ["--output_dir", "unused", "--gpu", "cpu", "--gpus_per_node", "1", *options])
 
 
-def plan(config: PlanConfig) -> Candidate:
+def plan(config: PlanConfig, mesh: MeshSize = ALONE) -> Candidate:
     """What the planner says."""
-    planner = Planner(config, make_subject(config), HARDWARE["cpu"], nodes=1, gpus_per_node=1)
-    (mesh,), _ = planner.meshes()  # one process has one
+    planner = Planner(config, make_subject(config), HARDWARE["cpu"], nodes=1, gpus_per_node=mesh.world)
     return planner.candidate(mesh, config.train.grad_checkpointing)
 
 
-def train(config: PlanConfig, steps: int = 2) -> nn.Module:
-    """Some steps as in `vmoe.training.loop`, on random pictures and texts."""
+def train(config: PlanConfig, mesh: MeshSize = ALONE, steps: int = 2) -> nn.Module:
+    """Some steps as in `vmoe.training.loop`, on random pictures and texts; of several processes the first one's."""
     from timm.utils import ModelEmaV3
 
     model = create_model(config.model.name, **config.model.kwargs).train()
     model.set_grad_checkpointing(config.train.grad_checkpointing)
+    if mesh.world > 1:
+        device = torch.device("cpu")
+        parallelize(model, make_meshes(mesh, device), device)
     ema = None if config.train.ema_decay is None else ModelEmaV3(model, config.train.ema_decay)
     optimizer = create_optimizer(model, config.optim)
-    size = config.data.loader.batch_size
+    split_groups(optimizer)
+    size = config.data.loader.batch_size // mesh.world
     for _ in range(steps):
-        batch = [torch.randn(size, *preprocess_config(model)["input_size"])]
-        if is_contrastive(model):
-            batch.append(torch.full((size, model.context_length), model.eot_token_id))
-            batch[1][:, :-1] = 1  # all of it words
-        with vmoe.record_routing(model) as record, arithmetic(config.train.precision, "cpu"):
-            output = model(*batch)
-            loss = task_loss(output, config.train.loss)
-        (loss + record.auxiliary_loss()).backward()
-        del output
+        batches = [_batch(model, size) for _ in range(config.train.accumulate_steps)]
+        for batch in batches:
+            with vmoe.record_routing(model) as record, arithmetic(config.train.precision, "cpu"):
+                output = model(*batch)
+                loss = task_loss(output, config.train.loss, mesh.world)
+            (loss + record.auxiliary_loss()).backward()
+            del output, loss, record
         optimizer.step()
         optimizer.zero_grad()
         if ema is not None:
@@ -112,10 +142,33 @@ def train(config: PlanConfig, steps: int = 2) -> nn.Module:
     return model
 
 
-def measure(config: PlanConfig) -> int:
+def _batch(model: nn.Module, size: int) -> list[Tensor]:
+    batch = [torch.randn(size, *preprocess_config(model)["input_size"])]
+    if is_contrastive(model):
+        batch.append(torch.full((size, model.context_length), model.eot_token_id))
+        batch[1][:, :-1] = 1  # all of it words
+    return batch
+
+
+def _grouped(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, counts: list[int]) -> Tensor:
+    return GroupedLinear._forward_grouped(x_RI, weight_EOI, bias_EO, torch.tensor(counts))
+
+
+def measure(config: PlanConfig, mesh: MeshSize = ALONE) -> int:
     """Largest number of bytes that tensors of `train` had at a time."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        train(config)
+    if mesh.world > 1:
+        dist.init_process_group("fake", rank=0, world_size=mesh.world, store=FakeStore())
+    try:
+        with (
+            profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+            nullcontext()
+            if mesh.world == 1
+            else patch.object(GroupedLinear, "_forward_segments", staticmethod(_grouped)),
+        ):
+            train(config, mesh)
+    finally:
+        if mesh.world > 1:
+            dist.destroy_process_group()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     total = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -130,7 +183,7 @@ def main() -> None:
         table.add_column(name, justify="left" if name in ("run", "most of it") else "right")
     for case in CASES:
         config = read(case.options)
-        planned, measured = plan(config), measure(config)
+        planned, measured = plan(config, case.mesh), measure(config, case.mesh)
         kind = max(planned.memory, key=planned.memory.__getitem__)
         table.add_row(
             case.title,

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.plan_memory import CHECKPOINTING, DROPLESS, classifier, measure, pairs, plan, read
+from vmoe.distributed.mesh import MeshSize
 from vmoe.plan import main
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +75,13 @@ def test_what_a_config_leaves_open_is_said(capsys):
 def test_memory_is_within_a_tenth_of_what_is_measured(options):
     config = read((*options, "--model.kwargs.depth", "3"))
     assert plan(config).total == pytest.approx(measure(config), rel=0.1)
+
+
+@pytest.mark.parametrize("mesh", [MeshSize(1, 8, 1), MeshSize(1, 1, 8)], ids=str)
+def test_so_is_that_of_sharded_weights(mesh):
+    options = classifier("vmoe_tiny_patch8_48", 16, *DROPLESS, "--model.kwargs.num_experts", "64")
+    config = read((*options, "--model.kwargs.depth", "4", "--train.accumulate_steps", "2"))
+    assert plan(config, mesh).total == pytest.approx(measure(config, mesh), rel=0.1)
 
 
 @pytest.mark.slow

@@ -63,7 +63,8 @@ def test_every_part_of_an_accumulated_step_gathers_and_reduces(mesh):
     once, thrice = (planner(*VISION, "--train.accumulate_steps", str(n)).candidate(mesh, False) for n in (1, 3))
     for kind in ("all_gather", "reduce_scatter", "all_reduce"):
         assert thrice.traffic[kind] == 3 * once.traffic[kind]
-    assert thrice.memory["gradients"] == thrice.memory["weights"]  # sharded
+    whole = 4 * planner(*VISION).subject.total
+    assert thrice.memory["weights"] <= thrice.memory["gradients"] < whole  # sharded, but for a unit at work
 
 
 @pytest.mark.parametrize("mesh", [MeshSize(8), MeshSize(1, 8, 1), MeshSize(1, 2, 4)], ids=str)
@@ -75,5 +76,3 @@ def test_autocast_copies_weights_that_are_gathered_in_float32(mesh):
     one, other = half.candidate(mesh, False), full.candidate(mesh, False)
     assert one.memory["low_precision_copies"] >= 2 * experts / mesh.ep
     assert one.traffic.get("all_gather") == other.traffic.get("all_gather")
-    if not mesh.is_plain:
-        assert one.memory["gathered_weights"] == other.memory["gathered_weights"]

@@ -8,13 +8,13 @@ from functools import cached_property
 
 from vmoe.config_io import ConfigError
 from vmoe.distributed.mesh import MeshSize
+from vmoe.planning.gathering import FLOAT32, Gathering
 from vmoe.planning.hardware import GiB, Hardware, Links
 from vmoe.planning.simulate import OptimizerMemory, Step, simulate_optimizer, simulate_step
 from vmoe.planning.subject import Subject, Unit
 from vmoe.training.config import Config
 from vmoe.training.optim import SHARDABLE
 
-FLOAT32 = 4  # bytes: master weights and gradients, whatever the precision of the products
 BUCKET = 25 * 2**20  # bytes of gradients that DDP sends at a time
 
 
@@ -191,20 +191,27 @@ class Planner:
         # DDP's gradients lie in buckets that stay; accumulated ones stay too, sharded like the weights: sharded models
         # reduce them after every part of a step.
         gradients_stay = (mesh.is_plain and mesh.world > 1) or train.accumulate_steps > 1
-        gathered = 0.0 if mesh.is_plain else self._gathered(mesh)
+        gathering = None if mesh.is_plain else Gathering(units, mesh)
         largest: dict[str, float] = {}
         spread = step.ep / mesh.ep  # experts of a process over those in the simulation
-        for peak in step.peaks:
-            ready = peak.get("gradients", 0) * share + peak.get("expert_gradients", 0) * step.ep * expert_share
+        for peak, at in zip(step.peaks, step.moments, strict=True):
+            # Gradients of the unit at work and of the rest are whole until it is done.
+            expert_ready = at.ready if units[at.unit].experts else 0
+            dense_ready = at.rest_ready + (0 if units[at.unit].experts or at.unit == len(units) - 1 else at.ready)
+            ready = (peak.get("gradients", 0) - dense_ready) * share
+            ready += (peak.get("expert_gradients", 0) - expert_ready) * step.ep * expert_share
+            ready = gradients if gradients_stay else ready
+            if gathering is not None or not gradients_stay:
+                ready += dense_ready + expert_ready * spread
             moment = {
                 **always,
-                "gradients": gradients if gradients_stay else ready,
+                "gradients": ready,
                 "activations": peak.get("activations", 0) + peak.get("expert_weights", 0) * spread,
                 "loss": peak.get("loss", 0),
                 "all_to_all": peak.get("all_to_all", 0),
                 # Weights are gathered in float32, so autocast copies them on every mesh.
                 "low_precision_copies": peak.get("copies", 0) + peak.get("expert_copies", 0) * spread,
-                "gathered_weights": gathered,
+                "gathered_weights": 0 if gathering is None else gathering.bytes(at),
                 "input": peak.get("input", 0) * train.accumulate_steps,
                 "optimizer_step": 0.0,
             }
@@ -229,12 +236,6 @@ class Planner:
     def _unit_bytes(unit: Unit, mesh: MeshSize) -> tuple[int, int]:
         """(bytes of a unit's gathered weights, of its gradients on their way) in one process, both in float32."""
         return FLOAT32 * unit.gathered(mesh), FLOAT32 * unit.gathered(mesh, trained_only=True)
-
-    def _gathered(self, mesh: MeshSize) -> float:
-        """Bytes of whole units: the one that is computed, the next one on its way, and gradients to be scattered."""
-        sizes = [self._unit_bytes(unit, mesh) for unit in self.subject.units]
-        weights = sorted((weight for weight, _ in sizes), reverse=True)
-        return weights[0] + sum(weights[:2]) + 2 * max(gradient for _, gradient in sizes)
 
     def _time(self, mesh: MeshSize, step: Step) -> tuple[dict[str, float], dict[str, float]]:
         repeats, hardware, links = self.config.train.accumulate_steps, self.hardware, self.links

@@ -30,6 +30,7 @@ from vmoe.moe.record import is_recomputation
 from vmoe.moe.router import Gate
 from vmoe.moe.soft import SoftRouter
 from vmoe.planning.hardware import Hardware
+from vmoe.planning.subject import unit_names
 from vmoe.planning.tracker import Tracker, WeightWork
 from vmoe.training.config import OptimConfig
 from vmoe.training.optim import create_optimizer
@@ -48,6 +49,23 @@ PRODUCTS = {
 
 
 @dataclass(frozen=True)
+class Moment:
+    """Where in a step a peak was.
+
+    Attributes:
+        unit: index in `vmoe.planning.subject.unit_names` of what worked.
+        phase: "forward", "backward", or "reduce" (its last gradient has just become ready).
+        ready: bytes of its gradients that were ready.
+        rest_ready: bytes of the last unit's that were.
+    """
+
+    unit: int
+    phase: str
+    ready: int
+    rest_ready: int
+
+
+@dataclass(frozen=True)
 class Step:
     """What a forward and backward pass of one process takes, without weights and optimizer.
 
@@ -56,6 +74,7 @@ class Step:
             Labels: "activations", "loss", "input", "all_to_all" (rows of other processes), "copies" and "expert_copies"
             (weights in the lower precision), "gradients" and "expert_gradients", and "expert_weights" (gradients of
             experts that are not ready yet).
+        moments: where each of the peaks was.
         flops: floating-point operations, forward and backward.
         work: {"products", "memory", "launches": seconds}, see `Tracker`; without `weight_work`.
         weight_work: operations on the experts' weights.
@@ -64,6 +83,7 @@ class Step:
     """
 
     peaks: list[dict[str, int]]
+    moments: list[Moment]
     flops: int
     work: dict[str, float]
     weight_work: list[WeightWork]
@@ -218,13 +238,42 @@ def simulate_step(
     exchange = Exchange(ep, meta) if ep > 1 else None
     tracker.own(model.parameters(), "weights")
     tracker.own(model.buffers(), "weights")
-    peaks = []
+    peaks: list[dict[str, int]] = []
+    moments: list[Moment] = []
+    names = unit_names(model)
+    units = [model.get_submodule(name) for name, _ in names]
+    owner: dict[int, int] = {}  # {id of a parameter: index of its unit}
+    for index, unit in enumerate(units):
+        for parameter in unit.parameters():
+            owner.setdefault(id(parameter), index)
+    ready = [0] * len(units)
+    unready = Counter(owner[id(parameter)] for parameter in model.parameters() if parameter.requires_grad)
+
+    def note(index: int, phase: str, peak: dict[str, int]) -> None:
+        peaks.append(peak)
+        moments.append(Moment(index, phase, ready[index], ready[-1]))
 
     def gradient_ready(parameter: nn.Parameter) -> None:
+        index = owner[id(parameter)]
         tracker.own([parameter.grad], "expert_gradients" if id(parameter) in experts else "gradients")
-        peaks.append(tracker.cut())
+        note(index, "backward", tracker.cut())
+        ready[index] += parameter.grad.numel() * parameter.grad.element_size()
+        unready[index] -= 1
+        if unready[index] == 0:
+            note(index, "reduce", dict(tracker.live))
+
+    def before(index: int) -> None:
+        """The unit begins: until now the one around it worked."""
+        parent = index + 1 if names[index][1] else len(units) - 1
+        note(parent, "backward" if is_recomputation() else "forward", tracker.cut())
+
+    def after(index: int) -> None:
+        note(index, "backward" if is_recomputation() else "forward", tracker.cut())
 
     undo: list[Callable[[], object]] = []
+    for index, unit in enumerate(units[:-1]):
+        undo.append(unit.register_forward_pre_hook(lambda *_, index=index: before(index)).remove)
+        undo.append(unit.register_forward_hook(lambda *_, index=index: after(index)).remove)
     for parameter in model.parameters():
         if parameter.requires_grad:
             undo.append(parameter.register_post_accumulate_grad_hook(gradient_ready).remove)
@@ -245,7 +294,7 @@ def simulate_step(
                 _engine_run_backward(
                     (total,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
                 )
-        peaks.append(tracker.cut())
+        note(len(units) - 1, "backward", tracker.cut())
         del record, total
     finally:
         for function in undo:
@@ -254,7 +303,7 @@ def simulate_step(
             parameter.grad = None
     peaks = [{label: size for label, size in peak.items() if label != "weights"} for peak in peaks]
     sent = [] if exchange is None else exchange.sent
-    return Step(peaks, tracker.flops, dict(tracker.seconds), tracker.weight_work, sent, ep)
+    return Step(peaks, moments, tracker.flops, dict(tracker.seconds), tracker.weight_work, sent, ep)
 
 
 def _adapt_layers(model: nn.Module, meta: Meta, exchange: Exchange | None) -> list[Callable[[], object]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,9 +48,18 @@ class Unit:
         """
         return sum(_held(one, self.experts, mesh) for one in self.parameters if one.requires_grad or not trained_only)
 
+    def cut(self, mesh: MeshSize) -> int:
+        """The dimension that FSDP2 cuts."""
+        return max(_cut(parameter.shape, self.experts, mesh) for parameter in self.parameters)
+
     def gathered(self, mesh: MeshSize, trained_only: bool = False) -> int:
         """Number of parameters while a process has all parts, with what FSDP2 fills up."""
         return self.held(mesh, trained_only) * mesh.dp_shard
+
+
+def _cut(shape: Sequence[int], experts: bool, mesh: MeshSize) -> int:
+    """The dimension that FSDP2 cuts as `vmoe.distributed.parallelize` says (compared in tests/planning)."""
+    return int(experts and (mesh.ep > 1 or (shape[0] % mesh.dp_shard > 0 and shape[1] % mesh.dp_shard == 0)))
 
 
 def _held(parameter: nn.Parameter, experts: bool, mesh: MeshSize) -> int:
@@ -58,11 +68,20 @@ def _held(parameter: nn.Parameter, experts: bool, mesh: MeshSize) -> int:
         return 1
     if experts:
         shape[0] //= mesh.ep
-    # As `vmoe.distributed.parallelize` splits them; tests/planning/test_sharding.py compares.
-    by_width = experts and (mesh.ep > 1 or (shape[0] % mesh.dp_shard and shape[1] % mesh.dp_shard == 0))
-    cut = 1 if by_width else 0
+    cut = _cut(shape, experts, mesh)
     shape[cut] = -(-shape[cut] // mesh.dp_shard)
     return math.prod(shape)
+
+
+def unit_names(model: nn.Module) -> list[tuple[str, bool]]:
+    """(name of a unit's module, it is a layer's experts), in the order in which their forward passes end."""
+    experts = [name for name, module in model.named_modules() if isinstance(module, Experts)]
+    names: list[tuple[str, bool]] = []
+    for mlp in block_mlps(model):
+        block = mlp.removesuffix(".mlp")
+        names += [(name, True) for name in experts if name.startswith(block + ".")]
+        names.append((block, False))
+    return [*names, ("", False)]
 
 
 @dataclass(frozen=True)
@@ -132,6 +151,4 @@ def _units(model: nn.Module) -> list[Unit]:
         seen.update(id(parameter) for parameter in own)
         return Unit(name, own, experts)
 
-    units = [unit(name, experts=True) for name, module in model.named_modules() if isinstance(module, Experts)]
-    units += [unit(name.removesuffix(".mlp")) for name in block_mlps(model)]
-    return [*units, unit("")]
+    return [unit(name, experts) for name, experts in unit_names(model)]
