@@ -134,7 +134,8 @@ def test_a_killed_worker_is_restarted_and_the_run_continues(forks, config, tmp_p
 
 
 def test_a_time_budget_stops_in_time(forks, config, tmp_path):
-    given = arguments(config, tmp_path / "run", train__steps=ENDLESS, train__max_minutes=2 / 60)
+    endless = {"train__steps": ENDLESS, "train__checkpoint_every": ENDLESS}
+    given = arguments(config, tmp_path / "run", **endless, train__max_minutes=2 / 60)
     process = forks.start(given, tmp_path / "out")
     assert process.wait() == 0
     assert len(list_checkpoints(tmp_path / "run")) == 1

@@ -104,11 +104,12 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
     """
     budget = TimeBudget(config.train.max_minutes)
     config.check()
-    device = pick_device(config.device)
-    with interruptible() as stop, joined(device, config.parallel.timeout):
-        check_same_settings(config)
-        first = world()[0] == 0  # who speaks and writes for all processes
-        return _train(config, device, console or Console() if first else Console(quiet=True), budget, stop)
+    with interruptible() as stop:
+        device = pick_device(config.device)
+        with joined(device, config.parallel.timeout):
+            check_same_settings(config)
+            first = world()[0] == 0  # who speaks and writes for all processes
+            return _train(config, device, console or Console() if first else Console(quiet=True), budget, stop)
 
 
 def _train(
