@@ -32,9 +32,7 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     Image.new("RGB", (60, 40), "red").save("photo.png")
-    save_pretrained(
-        create_model("limoe_tiny_patch12_48"), "runs/limoe_tiny_emoji/checkpoints/step_000001/model.safetensors"
-    )
+    save_pretrained(create_model("limoe_tiny_patch12_48"), "runs/limoe_tiny_emoji/model.safetensors")
 
 
 @pytest.mark.usefixtures("workplace")

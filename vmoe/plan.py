@@ -106,6 +106,9 @@ def run(argv: Sequence[str] | None = None) -> None:
     for name in ("nodes", "gpus_per_node", "top"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} must be >= 1, got {getattr(config, name)}")
+    output = None if config.output is None else Path(config.output)
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise ConfigError(f"output {output} is a folder, or lies in none; give the path of a file")
     hardware = pick_hardware(config.gpu, asdict(config.hardware))
     planner = Planner(config, make_subject(config), hardware, config.nodes, config.gpus_per_node)
     meshes, refused = planner.meshes()
@@ -114,10 +117,10 @@ def run(argv: Sequence[str] | None = None) -> None:
     if not console.is_terminal:  # in a file or a pipe no line need be cut
         console.width = WIDTH
     show(console, planner, ranked, refused, config.top)
-    if config.output is not None:
-        with whole_file(Path(config.output)) as draft:
+    if output is not None:
+        with whole_file(output) as draft:
             draft.write_text(json.dumps(as_json(planner, ranked, refused), indent=2) + "\n", encoding="utf-8")
-        print(f"the whole plan is in {config.output}")
+        print(f"the whole plan is in {output}")
 
 
 if __name__ == "__main__":

@@ -111,3 +111,17 @@ def test_those_that_fit_come_first_and_fastest_first():
 def test_a_batch_must_divide_among_the_processes():
     with pytest.raises(ConfigError, match=r"batch_size is 64.*and 24 processes cannot share it evenly; set it to 72"):
         planner(*VISION, nodes=3)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("--train.precision", "fp16", "train.precision fp16 needs dp_shard = ep = 1"),
+        ("--model.pretrained_optimizer", "true", "model.pretrained_optimizer needs dp_shard = ep = 1"),
+        ("--optim.name", "muon", "optim.name 'muon' does not work on sharded weights"),
+    ],
+)
+def test_what_training_refuses_on_sharded_weights_is_not_planned(key, value, reason):
+    possible, refused = planner(*VISION, key, value).meshes()
+    assert [mesh.dp_replicate for mesh in possible] == [8]
+    assert {one.reason for one in refused} == {reason}

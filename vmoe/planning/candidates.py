@@ -126,6 +126,10 @@ class Planner:
         optimizer = self.config.optim.name
         if not mesh.is_plain and optimizer.lower() not in SHARDABLE:
             return f"optim.name {optimizer!r} does not work on sharded weights"
+        if not mesh.is_plain and self.config.train.precision == "fp16":
+            return "train.precision fp16 needs dp_shard = ep = 1"
+        if not mesh.is_plain and self.config.model.pretrained_optimizer:
+            return "model.pretrained_optimizer needs dp_shard = ep = 1"
         if mesh.ep == 1:
             return None
         if not self.subject.num_experts:
