@@ -33,8 +33,14 @@ def check_same_settings(config: Config) -> None:
             f"the processes have different settings ({'; '.join(found.values())}); start all of them with the same "
             "config and arguments"
         )
-    if config.data.loader.batch_size % processes:
+    batch_size, augmentation = config.data.loader.batch_size, config.data.augmentation
+    if batch_size % processes:
         raise ConfigError(
             f"data.loader.batch_size must be a multiple of the {processes} processes that share each batch, got "
-            f"{config.data.loader.batch_size}"
+            f"{batch_size}"
+        )
+    if (augmentation.mixup or augmentation.cutmix) and batch_size // processes % 2:
+        raise ConfigError(
+            f"data.loader.batch_size must give each of the {processes} processes an even number for mixup and cutmix, "
+            f"got {batch_size}"
         )

@@ -1,0 +1,38 @@
+"""Settings that several processes cannot share; what they find together is in tests/chaos/test_start.py."""
+
+import pytest
+
+from vmoe.config_io import ConfigError
+from vmoe.data import AugmentationConfig, LoaderConfig
+from vmoe.training import agreement
+from vmoe.training.config import Config, DataConfig
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    """This one, and another that has the same settings."""
+    monkeypatch.setattr(agreement, "world", lambda: (0, 2))
+    monkeypatch.setattr(agreement, "from_first", lambda make: make())
+    monkeypatch.setattr(
+        agreement.dist, "all_gather_object", lambda every, own: every.__setitem__(slice(None), [own] * 2)
+    )
+
+
+@pytest.mark.usefixtures("two_processes")
+@pytest.mark.parametrize(
+    ("batch_size", "mixup", "message"),
+    [
+        (8, 0.5, None),
+        (6, 0.0, None),
+        (7, 0.0, "must be a multiple of the 2 processes .* got 7"),
+        (6, 0.5, "must give each of the 2 processes an even number for mixup and cutmix, got 6"),
+    ],
+)
+def test_a_batch_is_shared_evenly(batch_size, mixup, message):
+    data = DataConfig(loader=LoaderConfig(batch_size=batch_size), augmentation=AugmentationConfig(mixup=mixup))
+    config = Config(output_dir="run", task="classification", data=data)
+    if message is None:
+        agreement.check_same_settings(config)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            agreement.check_same_settings(config)
