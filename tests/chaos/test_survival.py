@@ -63,7 +63,7 @@ def test_a_lost_process_is_named_and_ends_the_job(number, rank, job):
     assert took < 3 * TIMEOUT  # on a busy machine
 
 
-@pytest.mark.parametrize("killed", [True, False])
+@pytest.mark.parametrize("killed", [True, pytest.param(False, marks=pytest.mark.exhaustive)])  # they wait 17 s each
 def test_a_process_that_hangs_does_not_outlive_the_job(killed, forks, config, tmp_path):
     job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     given = arguments(config, tmp_path / "run", train__steps=ENDLESS, parallel__timeout=5)
