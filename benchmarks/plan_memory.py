@@ -21,7 +21,9 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -70,10 +72,13 @@ def pairs(name: str, batch: int, *options: str) -> tuple[str, ...]:
 
 
 CHECKPOINTING = ("--train.grad_checkpointing", "true")
-# Nothing is dropped: a GPU keeps buffers of full size whatever is dropped, a CPU only the rows that are used.
+# With a capacity a GPU keeps buffers of full size whatever is dropped, a CPU only the rows that are used.
 EXPERTS_64 = ("--model.kwargs.num_experts", "64")
 SGD_AND_EMA = ("--optim.name", "sgd", "--train.ema_decay", "0.99")
 DROPLESS = ("--model.kwargs.capacity_factor", ".inf")
+# So much room that nearly nothing is dropped. With experts spread over processes rows then travel in buffers of a fixed
+# size; without a capacity the processes tell each other their numbers of rows, and those that are not there say none.
+ROOMY = ("--model.kwargs.capacity_factor", "2.0")
 CASES = [
     Case("V-MoE S/32, weights", classifier("vmoe_small_patch32_224", 2, *DROPLESS)),
     Case("V-MoE S/32, activations", classifier("vmoe_small_patch32_224", 64, *DROPLESS)),
@@ -87,8 +92,18 @@ CASES = [
     Case("LIMoE tiny, checkpointed", pairs("limoe_tiny_patch12_48", 256, *DROPLESS, *CHECKPOINTING)),
     Case("Soft MoE tiny, activations", classifier("softmoe_tiny_patch8_48", 64)),
     *(
-        Case(f"V-MoE tiny, {mesh}", classifier("vmoe_tiny_patch8_48", 16 * mesh.world, *DROPLESS), mesh)
-        for mesh in (MeshSize(1, 8, 1), MeshSize(1, 32, 1), MeshSize(1, 1, 8), MeshSize(1, 2, 4))
+        Case(f"V-MoE tiny, {mesh}", classifier("vmoe_tiny_patch8_48", 16 * mesh.world, *room), mesh)
+        for mesh, room in (
+            (MeshSize(1, 8, 1), DROPLESS),
+            (MeshSize(1, 32, 1), DROPLESS),
+            (MeshSize(1, 1, 8), ROOMY),
+            (MeshSize(1, 2, 4), ROOMY),
+        )
+    ),
+    Case(
+        "V-MoE tiny of 64 experts, ep 8",
+        classifier("vmoe_tiny_patch8_48", 16, *ROOMY, *EXPERTS_64),
+        MeshSize(1, 1, 8),
     ),
     Case(
         "V-MoE tiny of 64 experts, dp_shard 8",
@@ -114,10 +129,8 @@ def plan(config: PlanConfig, mesh: MeshSize = ALONE) -> Candidate:
     return planner.candidate(mesh, config.train.grad_checkpointing)
 
 
-def train(config: PlanConfig, mesh: MeshSize = ALONE, steps: int = 2) -> nn.Module:
-    """Some steps as in `vmoe.training.loop`, on random pictures and texts; of several processes the first one's."""
-    from timm.utils import ModelEmaV3
-
+def build(config: PlanConfig, mesh: MeshSize = ALONE) -> tuple[nn.Module, ModelEmaV3 | None, Optimizer]:
+    """(model, its average, optimizer) as `vmoe.training.loop` makes them; of several processes the first one's."""
     model = create_model(config.model.name, **config.model.kwargs).train()
     model.set_grad_checkpointing(config.train.grad_checkpointing)
     if mesh.world > 1:
@@ -126,6 +139,13 @@ def train(config: PlanConfig, mesh: MeshSize = ALONE, steps: int = 2) -> nn.Modu
     ema = None if config.train.ema_decay is None else ModelEmaV3(model, config.train.ema_decay)
     optimizer = create_optimizer(model, config.optim)
     split_groups(optimizer)
+    return model, ema, optimizer
+
+
+def train(
+    config: PlanConfig, mesh: MeshSize, model: nn.Module, ema: ModelEmaV3 | None, optimizer: Optimizer, steps: int = 2
+) -> None:
+    """Some steps as in `vmoe.training.loop`, on random pictures and texts."""
     size = config.data.loader.batch_size // mesh.world
     for _ in range(steps):
         batches = [_batch(model, size) for _ in range(config.train.accumulate_steps)]
@@ -139,7 +159,12 @@ def train(config: PlanConfig, mesh: MeshSize = ALONE, steps: int = 2) -> nn.Modu
         optimizer.zero_grad()
         if ema is not None:
             ema.update(model)
-    return model
+
+
+def held(model: nn.Module) -> int:
+    """Bytes of the weights and buffers that this process holds."""
+    tensors = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
+    return sum(getattr(tensor, "_local_tensor", tensor).nbytes for tensor in tensors)
 
 
 def _batch(model: nn.Module, size: int) -> list[Tensor]:
@@ -155,22 +180,28 @@ def _grouped(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, counts: l
 
 
 def measure(config: PlanConfig, mesh: MeshSize = ALONE) -> int:
-    """Largest number of bytes that tensors of `train` had at a time."""
+    """Largest number of bytes that tensors had at a time during `train`.
+
+    Not before: to share out a sharded model, the first process has it whole in the memory of its CPU, which on this
+    device is the same.
+    """
     if mesh.world > 1:
         dist.init_process_group("fake", rank=0, world_size=mesh.world, store=FakeStore())
     try:
+        model, ema, optimizer = build(config, mesh)
+        before = held(model) + (0 if ema is None else held(ema.module))
         with (
             profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
             nullcontext()
             if mesh.world == 1
             else patch.object(GroupedLinear, "_forward_segments", staticmethod(_grouped)),
         ):
-            train(config, mesh)
+            train(config, mesh, model, ema, optimizer)
     finally:
         if mesh.world > 1:
             dist.destroy_process_group()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    total = peak = 0
+    total = peak = before
     for event in sorted(events, key=lambda event: event.start_ns()):
         total += event.nbytes()
         peak = max(peak, total)
