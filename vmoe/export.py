@@ -8,20 +8,14 @@ The tensors pass from the checkpoint's mapped files into the mapped output file,
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import struct
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from vmoe.command import exit_code
 from vmoe.manifest import is_checkpoint
+from vmoe.models.mapped import mapped_safetensors
 from vmoe.models.weights import (
     SETTINGS_NAME,
     StoredTensors,
@@ -31,21 +25,6 @@ from vmoe.models.weights import (
     read_pretrained_metadata,
     safetensors_metadata,
 )
-from vmoe.whole import whole_file
-
-# Names of types in a safetensors file: https://huggingface.co/docs/safetensors, "Format".
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int16: "I16",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.bool: "BOOL",
-}
 
 
 def export(source: str | Path, output: str | Path, average: bool = False) -> Path:
@@ -81,39 +60,13 @@ def export(source: str | Path, output: str | Path, average: bool = False) -> Pat
         raise WeightsError(f"{checkpoint} holds no moving average: its run has train.ema_decay null; leave --ema out")
     stored = StoredTensors(weights)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with _mapped(output, stored.shapes, stored.dtypes, safetensors_metadata(weights)) as tensors:
+        with mapped_safetensors(output, stored.shapes, stored.dtypes, safetensors_metadata(weights)) as tensors:
             stored.read_into(tensors)
     except OSError as error:
         raise WeightsError(
             f"{output} cannot be written ({error.strerror or error}); free some space or choose another place"
         ) from error
     return weights
-
-
-@contextmanager
-def _mapped(
-    file: Path, shapes: dict[str, torch.Size], dtypes: dict[str, torch.dtype], metadata: dict[str, str]
-) -> Iterator[dict[str, Tensor]]:
-    """{name: tensor to be filled} of a safetensors file, which takes its name when the block ends without an error."""
-    header, end = {"__metadata__": metadata}, 0
-    for name in sorted(shapes, key=lambda name: (-dtypes[name].itemsize, name)):  # so that each starts at its multiple
-        start, end = end, end + math.prod(shapes[name]) * dtypes[name].itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtypes[name]], "shape": list(shapes[name]), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    first = 8 + len(text)
-    with whole_file(file) as draft, open(draft, "w+b") as opened:
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash while the map is written
-            os.posix_fallocate(opened.fileno(), 0, first + end)
-        else:
-            opened.truncate(first + end)
-        opened.write(struct.pack("<Q", len(text)) + text)
-        opened.flush()
-        data = torch.from_file(str(draft), shared=True, size=first + end, dtype=torch.uint8)[first:]
-        places = {name: header[name]["data_offsets"] for name in shapes}
-        yield {name: data[a:b].view(dtypes[name]).view(shapes[name]) for name, (a, b) in places.items()}
-        os.fsync(opened.fileno())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,8 +7,14 @@ import pickle
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import vmoe
+from vmoe.models.factory import save_pretrained
+
+TINY = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": 3, "num_experts": 2}
 
 
 class Ran(BaseException):
@@ -45,3 +51,17 @@ def nothing_runs():
         patch.setattr(pickle, "Unpickler", NoUnpickler)
         patch.setattr(subprocess.Popen, "__init__", start_python_alone)
         yield
+
+
+@pytest.fixture
+def canary(tmp_path):
+    file = tmp_path / "canary"
+    yield file
+    assert not file.exists(), "something from the file ran"
+
+
+@pytest.fixture(scope="module")
+def good_file(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    save_pretrained(vmoe.create_model("vmoe_base_patch16_224", moe_layers=[1], num_selected_experts=1, **TINY), file)
+    return file

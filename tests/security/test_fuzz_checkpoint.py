@@ -5,21 +5,18 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).parent))
-from bounds import damaged, damaged_tree, fuzz, outcome
-
 import vmoe
 from vmoe.manifest import MANIFEST, describe_files, write_manifest
 from vmoe.models.weights import StoredTensors, WeightsError
 from vmoe.training.checkpoint import Checkpointer, CheckpointError, load_checkpoint
+
+from .bounds import damaged, damaged_tree, fuzz, outcome
 
 SETTINGS = {"img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 2, "num_experts": 2}
 PIECES = (b'"dtype":"F32"', b'"shape":[', b"9" * 30, b'"data_offsets":[0,', b'{"', b"[" * 50, b'"tensor"', b"1e999")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +9,10 @@ from typing import Any, Literal
 import yaml
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parent))
-from bounds import damaged, fuzz, outcome
-
 from vmoe.config_io import ConfigError, read_config, shipped_config_dirs
 from vmoe.printable import printable
+
+from .bounds import damaged, fuzz, outcome
 
 PIECES = (
     *(b"&a ", b"*a", b"&a [*a, *a]", b"<<: *a", b"!!python/object/apply:os.system [true]", b"!!binary ", b"!!set {a}"),

@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "convert"))
-from bounds import NASTY, damaged, damaged_tree, fuzz, outcome
 from write_sharded import pack_array, write_arrays
 
 from vmoe.convert.arrays import CheckpointError, copy_into
@@ -23,6 +21,8 @@ from vmoe.convert.orbax import find_orbax, open_orbax
 from vmoe.convert.reference import empty_model, fit
 from vmoe.convert.settings import config_grid, model_settings
 from vmoe.convert.sharded import open_flax, open_sharded
+
+from .bounds import NASTY, damaged, damaged_tree, fuzz, outcome
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ARRAYS = {

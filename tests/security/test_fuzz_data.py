@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 import tarfile
 from pathlib import Path
 
@@ -13,14 +12,13 @@ import pytest
 from hypothesis import strategies as st
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent))
-from bounds import NASTY, damaged, fuzz, outcome
-
 from vmoe.data.images import FORMATS, MAX_PIXELS, BadSample, load_image
 from vmoe.data.pairs import PairsFile
 from vmoe.data.shards import Shards
 from vmoe.data.tar import read_members
 from vmoe.safe_json import parse_json
+
+from .bounds import NASTY, damaged, fuzz, outcome
 
 # --- pictures --------------------------------------------------------------------------------------------------------
 

@@ -1,19 +1,12 @@
 """From a checkpoint on disk to one safetensors file, tensor by tensor, whole or not at all."""
 
-import json
 import logging
 import math
-import mmap
-import os
-import struct
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from vmoe.convert.arrays import CheckpointError, StoredArray, select_params
@@ -130,6 +123,7 @@ def convert_checkpoint(
         ConfigError, CheckpointError: see `from_reference`; names the file and the tensor.
     """
     from vmoe.models.factory import file_metadata
+    from vmoe.models.mapped import mapped_safetensors
 
     file = Path(file)
     if file.suffix != ".safetensors":
@@ -144,9 +138,11 @@ def convert_checkpoint(
     model = empty_model(name, kwargs)
     rows = fit(model, stored, path, config_grid(model_config))
     sizes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    with _mapped(file, sizes, file_metadata(model, {"converted_from": Path(path).name})) as tensors:
+    dtypes = dict.fromkeys(sizes, torch.float32)
+    with mapped_safetensors(file, sizes, dtypes, file_metadata(model, {"converted_from": Path(path).name})) as tensors:
+        arrays_in_file = {key: tensor.numpy() for key, tensor in tensors.items()}
         for row in rows:
-            fill(tensors, [row], stored)
+            fill(arrays_in_file, [row], stored)
             tensors.release()
     return Converted(
         file=file,
@@ -158,61 +154,6 @@ def convert_checkpoint(
         name=name,
         parameters=sum(math.prod(size) for size in sizes.values()),
     )
-
-
-class _Tensors(dict):
-    """{name: array in the file}; `release` lets the system take the pages that were written."""
-
-    def __init__(self, mapped: mmap.mmap, arrays: dict[str, np.ndarray]) -> None:
-        super().__init__(arrays)
-        self.mapped = mapped
-
-    def release(self) -> None:
-        self.mapped.flush()
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self.mapped.madvise(mmap.MADV_DONTNEED)
-
-
-@contextmanager
-def _mapped(file: Path, sizes: Mapping[str, tuple[int, ...]], metadata: dict[str, str]) -> Iterator[_Tensors]:
-    """A safetensors file of float32 tensors to be filled; it takes its name when the block ends without an error.
-
-    Format: https://huggingface.co/docs/safetensors, "Format".
-    """
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, size in sizes.items():
-        start, end = end, end + 4 * math.prod(size)
-        header[name] = {"dtype": "F32", "shape": list(size), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    first = 8 + len(text)
-    made = [folder for folder in file.parents if not folder.exists()]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash while the map is written
-            os.posix_fallocate(handle, 0, first + end)
-        else:
-            os.truncate(handle, first + end)
-        mapped = mmap.mmap(handle, first + end)
-        mapped[:first] = struct.pack("<Q", len(text)) + text
-        arrays = {
-            name: np.ndarray(size, "<f4", mapped, first + header[name]["data_offsets"][0])
-            for name, size in sizes.items()
-        }
-        yield _Tensors(mapped, arrays)
-        mapped.flush()
-        os.fsync(handle)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    finally:
-        os.close(handle)
-        Path(temporary).unlink(missing_ok=True)
-        if not file.exists():
-            with suppress(OSError):  # somebody else wrote into one of them
-                for folder in made:
-                    folder.rmdir()
 
 
 def pretrained_cfg(file: str | Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import numpy as np
 from vmoe.data.dataset import ImageDataset, Sample, caption_or_empty, clean_caption
 from vmoe.data.fingerprint import Fingerprint
 from vmoe.data.images import BadSample, DataError, load_image
-from vmoe.data.order import ShuffledShards
+from vmoe.data.order import ShuffledShards, shuffled_shards
 from vmoe.data.pairs import CAPTION_KEYS
 from vmoe.printable import printable
 
@@ -217,12 +217,7 @@ class ParquetRows(ImageDataset):
         )
 
     def shuffle(self, seed: int, batch_size: int) -> ShuffledShards:
-        if batch_size % self.streams:
-            raise ValueError(
-                f"streams must divide data.loader.batch_size {batch_size}, got {self.streams}: each stream gives an "
-                "equal part of every batch"
-            )
-        return ShuffledShards(seed, self.sizes, self.streams, self.shuffle_buffer)
+        return shuffled_shards(seed, batch_size, self.sizes, self.streams, self.shuffle_buffer)
 
     def _check_same(self, schemas: list[tuple[Any, Any]]) -> None:
         """Raises DataError if a file's columns in use are not of the first file's types and classes."""

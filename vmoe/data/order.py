@@ -122,6 +122,20 @@ class ShuffledShards(Shuffle):
         return np.concatenate(parts)
 
 
+def shuffled_shards(seed: int, batch_size: int, sizes: Sequence[int], streams: int, window: int) -> ShuffledShards:
+    """The order of a data set of shards, from its settings.
+
+    Raises:
+        ValueError: `streams` cannot share out the batches or the samples.
+    """
+    if batch_size % streams:
+        raise ValueError(
+            f"streams must divide data.loader.batch_size {batch_size}, got {streams}: each stream gives an equal part "
+            "of every batch"
+        )
+    return ShuffledShards(seed, sizes, streams, window)
+
+
 class EpochBatches:
     """Batches of one data set; what fills no batch at an epoch's end is left out.
 

@@ -19,7 +19,7 @@ from vmoe.data.fingerprint import Fingerprint
 from vmoe.data.images import BadSample, DataError, load_image
 from vmoe.data.labelled import read_class_names
 from vmoe.data.loaders import world
-from vmoe.data.order import ShuffledShards
+from vmoe.data.order import ShuffledShards, shuffled_shards
 from vmoe.data.shard_index import ShardIndex
 from vmoe.data.tar import BLOCK
 from vmoe.printable import printable
@@ -104,12 +104,7 @@ class Shards(ImageDataset):
             return ""
 
     def shuffle(self, seed: int, batch_size: int) -> ShuffledShards:
-        if batch_size % self.streams:
-            raise ValueError(
-                f"streams must divide data.loader.batch_size {batch_size}, got {self.streams}: each stream gives an "
-                "equal part of every batch"
-            )
-        return ShuffledShards(seed, self.sizes, self.streams, self.shuffle_buffer)
+        return shuffled_shards(seed, batch_size, self.sizes, self.streams, self.shuffle_buffer)
 
     def __getstate__(self) -> dict[str, Any]:  # a worker opens files of its own
         return self.__dict__ | {"_open": OrderedDict()}

@@ -179,6 +179,15 @@ def sum_over_processes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: part.view(tensor.shape) for name, tensor, part in zip(tensors, flat, parts)}
 
 
+def gather_lists(values: list) -> list:
+    """The elements of all processes' lists, process by process."""
+    if world()[1] == 1:
+        return values
+    parts: list = [None] * world()[1]
+    dist.all_gather_object(parts, values)
+    return [value for part in parts for value in part]
+
+
 def any_process(found: bool) -> bool:
     """Whether it holds in one of the processes; the same answer in all."""
     return mean_over_processes([float(found)])[0] > 0
@@ -189,6 +198,7 @@ __all__ = [
     "SharedError",
     "any_process",
     "from_first",
+    "gather_lists",
     "joined",
     "mean_over_processes",
     "set_timeout",

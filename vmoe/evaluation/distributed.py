@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vmoe.data.loaders import world
+from vmoe.distributed.processes import gather_lists, world
 
 
 def gather_rows(index_N: Tensor, **rows_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -33,15 +33,6 @@ def gather_rows(index_N: Tensor, **rows_N: Tensor) -> tuple[Tensor, dict[str, Te
     order_N = index_N.argsort()
     names = parts[0][1]
     return index_N[order_N], {name: torch.cat([rows[name] for _, rows in parts])[order_N] for name in names}
-
-
-def gather_lists(values: list) -> list:
-    """The elements of all processes' lists, process by process."""
-    if world()[1] == 1:
-        return values
-    parts: list = [None] * world()[1]
-    dist.all_gather_object(parts, values)
-    return [value for part in parts for value in part]
 
 
 __all__ = ["gather_lists", "gather_rows", "world"]

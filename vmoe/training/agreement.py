@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
 import yaml
 
 from vmoe.config_io import ConfigError
-from vmoe.distributed.processes import from_first, world
+from vmoe.distributed.processes import from_first, gather_lists, world
 from vmoe.training.config import Config, flatten, to_yaml
 
 
@@ -22,10 +21,9 @@ def check_same_settings(config: Config) -> None:
     own = flatten(yaml.safe_load(to_yaml(config)))
     first = from_first(lambda: own)
     keys = [key for key in {**first, **own} if key != "device"]
-    of_all: list = [None] * processes
-    dist.all_gather_object(of_all, {key: own.get(key) for key in keys if repr(first.get(key)) != repr(own.get(key))})
+    mine = {key: own.get(key) for key in keys if repr(first.get(key)) != repr(own.get(key))}
     found = {}
-    for rank, differing in enumerate(of_all):
+    for rank, differing in enumerate(gather_lists([mine])):
         for key, value in differing.items():
             found.setdefault(key, f"{key} is {first.get(key)!r} in process 0, {value!r} in process {rank}")
     if found:

@@ -18,8 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from torch import Tensor
 
-from vmoe.distributed.processes import sum_over_processes, world
-from vmoe.evaluation.distributed import gather_lists
+from vmoe.distributed.processes import gather_lists, sum_over_processes, world
 from vmoe.moe import LayerRouting, RoutingRecord
 from vmoe.moe.losses import members
 from vmoe.moe.record import statistics_of
