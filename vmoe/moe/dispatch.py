@@ -3,7 +3,7 @@
 Shapes, by suffix: G groups, N tokens in a group, E experts, K choices per token, A = G*N*K assignments (a token and one
 of its choices), R rows handed to the experts, M any number of rows, D width.
 
-Everything rests on one stable sort of the assignments by expert, in priority order; no tensor of the size
+Everything rests on one stable sort of the assignments by expert, choice and priority; no tensor of the size
 tokens x experts x capacity is ever made.
 """
 
@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -98,6 +99,14 @@ class DispatchPlan:
     shape: tuple[int, int, int]
 
     @property
+    def token_R(self) -> Tensor:
+        """Flat index into (G, N) of each row's token; -1 for an unused row."""
+        K = self.shape[2]
+        if K == 1:
+            return self.assignment_R
+        return torch.div(self.assignment_R, K, rounding_mode="floor")  # -1 stays -1
+
+    @property
     def kept_GNK(self) -> Tensor:
         """(G, N, K) bool: the expert had room for this token and choice."""
         return (self.row_A >= 0).view(self.shape)
@@ -138,56 +147,67 @@ def plan_dispatch(
     E, A = num_experts, expert_index_GNK.numel()
     device = expert_index_GNK.device
 
-    token_GN = torch.arange(N, device=device).expand(G, N)
-    if priority_GN is not None:
-        token_GN = priority_GN.detach().argsort(dim=1, descending=True, stable=True)
-    # Assignments in the order in which they are served, (G, K, N): choice by choice, within a choice by priority.
-    expert_GKN = expert_index_GNK.transpose(1, 2).gather(2, token_GN[:, None].expand(G, K, N))
-    group_G11 = torch.arange(G, device=device)[:, None, None]
-    choice_K1 = torch.arange(K, device=device)[:, None]
-    assignment_GKN = (group_G11 * N + token_GN[:, None]) * K + choice_K1
     # One queue per expert and group; experts outermost, so that an expert's rows lie together. Padding queues last.
-    queue_GKN = expert_GKN * G + group_G11
+    queue_GNK = expert_index_GNK
+    if G > 1:
+        queue_GNK = queue_GNK * G + torch.arange(G, device=device)[:, None, None]
     if mask_GN is not None:
-        queue_GKN = queue_GKN.masked_fill(~mask_GN.gather(1, token_GN)[:, None], E * G)
+        queue_GNK = queue_GNK.masked_fill(~mask_GN[..., None], E * G)
     if chosen_GNK is not None:
-        chosen_GKN = chosen_GNK.transpose(1, 2).gather(2, token_GN[:, None].expand(G, K, N))
-        queue_GKN = queue_GKN.masked_fill(~chosen_GKN, E * G)
-
-    queue_A, order_A = queue_GKN.flatten().sort(stable=True)
-    assignment_A = assignment_GKN.flatten()[order_A]
+        queue_GNK = queue_GNK.masked_fill(~chosen_GNK, E * G)
+    # The one sort, by a single number: queue, choice, priority. It is stable, so what is equal stays in token order.
+    key_GNK = queue_GNK
+    if K > 1:
+        key_GNK = key_GNK * K + torch.arange(K, device=device)
+    if priority_GN is not None:
+        key_GNK = (key_GNK << 32) | _falling(priority_GN.detach())[..., None]
+    order_A = key_GNK.flatten().sort(stable=True).indices
+    queue_A = queue_GNK.flatten()[order_A]
     length_Q = torch.zeros(E * G + 1, dtype=torch.long, device=device).scatter_add_(
         0, queue_A, torch.ones_like(queue_A)
     )
     start_Q = length_Q.cumsum(0) - length_Q
     served_A = torch.arange(A, device=device) - start_Q[queue_A]
-    position_A = torch.empty_like(served_A).scatter_(0, assignment_A, served_A)
+    position_A = torch.empty_like(served_A).scatter_(0, order_A, served_A)
 
-    real_A = queue_A < E * G
     length_EG = length_Q[: E * G].view(E, G)
     may_drop = capacity is not None or mask_GN is not None or chosen_GNK is not None
     if not may_drop:
-        row_A = torch.empty_like(order_A).scatter_(0, assignment_A, torch.arange(A, device=device))
-        return DispatchPlan(assignment_A, row_A, length_EG.sum(1), position_A, False, False, (G, N, K))
+        row_A = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(A, device=device))
+        return DispatchPlan(order_A, row_A, length_EG.sum(1), position_A, False, False, (G, N, K))
 
-    kept_A = real_A
-    if capacity is not None:
-        limit_G = capacity if isinstance(capacity, Tensor) else torch.full((G,), capacity, device=device)
-        kept_A = real_A & (served_A < limit_G[queue_A % G])
-        length_EG = length_EG.minimum(limit_G)
+    kept_A = queue_A < E * G
+    if isinstance(capacity, Tensor):
+        kept_A = kept_A & (served_A < capacity[queue_A % G])
+        length_EG = length_EG.minimum(capacity)
+    elif capacity is not None:
+        kept_A = kept_A & (served_A < capacity)
+        length_EG = length_EG.clamp(max=capacity)
     # Close the gaps that the dropped leave. Kept assignments are already sorted by expert, so a running count does.
     row_of_kept_A = torch.where(kept_A, kept_A.cumsum(0) - 1, -1)
-    row_A = torch.empty_like(row_of_kept_A).scatter_(0, assignment_A, row_of_kept_A)
+    row_A = torch.empty_like(row_of_kept_A).scatter_(0, order_A, row_of_kept_A)
     may_pad = device.type != "cpu" or torch.compiler.is_compiling()
     if not may_pad:
-        assignment_R = assignment_A[kept_A]
+        assignment_R = order_A[kept_A]
     else:
         # The number of rows must be known without asking the device: the most there can be.
         bound = max_capacity if isinstance(capacity, Tensor) else capacity
         R = A if bound is None else min(A, G * E * bound)
         buffer = torch.full((R + 1,), -1, dtype=torch.long, device=device)
-        assignment_R = buffer.scatter_(0, torch.where(kept_A, row_of_kept_A, R), assignment_A)[:R]
+        assignment_R = buffer.scatter_(0, torch.where(kept_A, row_of_kept_A, R), order_A)[:R]
     return DispatchPlan(assignment_R, row_A, length_EG.sum(1), position_A, True, may_pad, (G, N, K))
+
+
+def _falling(priority_GN: Tensor) -> Tensor:
+    """Whole numbers from 0 to 2^32 - 1, the smaller the larger the priority, equal where it is equal."""
+    if priority_GN.dtype == torch.float64:  # more than 32 bits: the ranks do
+        sorted_GN, order_GN = priority_GN.sort(dim=1, descending=True, stable=True)
+        is_new_GN = F.pad(sorted_GN[:, 1:] != sorted_GN[:, :-1], (1, 0))
+        return torch.empty_like(order_GN).scatter_(1, order_GN, is_new_GN.long().cumsum(1))
+    # The bits of a float32 are in the order of its value, but for the sign. Adding zero makes one of the two zeros.
+    bits_GN = (priority_GN.float() + 0.0).view(torch.int32)
+    rising_GN = bits_GN ^ ((bits_GN >> 31) & 0x7FFFFFFF)
+    return 0x7FFFFFFF - rising_GN.long()
 
 
 class _GatherRows(torch.autograd.Function):
@@ -245,8 +265,7 @@ def dispatch(x_GND: Tensor, plan: DispatchPlan) -> Tensor:
         (R, D), sorted by expert; unused rows are zero. Differentiable in `x_GND`.
     """
     G, N, K = plan.shape
-    token_R = torch.div(plan.assignment_R, K, rounding_mode="floor")  # -1 stays -1
-    return gather_rows(x_GND.reshape(G * N, -1), token_R, plan.row_A.view(G * N, K), plan.may_pad, plan.may_drop)
+    return gather_rows(x_GND.reshape(G * N, -1), plan.token_R, plan.row_A.view(G * N, K), plan.may_pad, plan.may_drop)
 
 
 def combine(y_RD: Tensor, combine_weights_GNK: Tensor, plan: DispatchPlan) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vmoe.moe.router import Gate, Routing, normalized, without_autocast
+from vmoe.moe.router import Gate, Routing, normalized, softmax_of_experts, without_autocast
 
 
 class ExpertChoiceRouter(Gate):
@@ -22,14 +22,11 @@ class ExpertChoiceRouter(Gate):
         """The gates; which tokens the experts take is `choose_tokens`. In float32, under autocast too."""
         with without_autocast(x_GND.device):
             logits_GNE, noisy_logits_GNE, noise_std = self.logits(self.input(x_GND))
-            noisy_gates_GNE = noisy_logits_GNE.softmax(dim=-1)
-            gates_GNE = noisy_gates_GNE if noisy_logits_GNE is logits_GNE else logits_GNE.softmax(dim=-1)
-            # K = E: all experts, best first.
-            order_GNE = noisy_gates_GNE.detach().argsort(dim=-1, descending=True, stable=True)
-        weights_GNE = noisy_gates_GNE.gather(-1, order_GNE)
-        return Routing(
-            logits_GNE, noisy_logits_GNE, gates_GNE, noisy_gates_GNE, noise_std, order_GNE, weights_GNE, per_token=False
-        )
+            noisy_gates_GNE = softmax_of_experts(noisy_logits_GNE)
+            gates_GNE = noisy_gates_GNE
+            if noisy_logits_GNE is not logits_GNE:
+                gates_GNE = softmax_of_experts(logits_GNE)
+        return Routing(logits_GNE, noisy_logits_GNE, gates_GNE, noisy_gates_GNE, noise_std, per_token=False)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from vmoe.moe.routed_mlp import routed_mlp
+
 GATED_ACTIVATIONS = {"swiglu": nn.SiLU, "geglu": nn.GELU}
 
 # (rows, rows of each expert) -> rows
@@ -40,6 +42,12 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         return grad * ctx.scale, None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Somebody listens to the module's calls."""
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(own) or torch.nn.modules.module._has_any_global_hook()
 
 
 class GroupedLinear(nn.Module):
@@ -216,16 +224,58 @@ class Experts(nn.Module):
 
     def run(self, x_RD: Tensor, count_E: Tensor) -> Tensor:
         """The experts that this process holds: (R, D) rows sorted by expert, (E,) rows of each -> (R, D)."""
-        h_RF = self.fc1(x_RD, count_E)
-        if self.gated:
-            gate_RF, value_RF = h_RF.chunk(2, dim=-1)
-            h_RF = self.act(gate_RF) * value_RF
-        else:
-            h_RF = self.act(h_RF)
-        h_RF = self.drop(h_RF)
+        if self._are_plain(x_RD):
+            return self._routed_mlp(x_RD, None, None, count_E)
+        h_RF = self.drop(self.activate(self.fc1(x_RD, count_E)))
         if self.norm is not None:
             h_RF = self.norm(h_RF, count_E)
         return self.fc2(h_RF, count_E)
+
+    def activate(self, h_RF: Tensor) -> Tensor:
+        """Hidden activations: (R, F of fc1) -> (R, F of fc2)."""
+        if not self.gated:
+            return self.act(h_RF)
+        gate_RF, value_RF = h_RF.chunk(2, dim=-1)
+        return self.act(gate_RF) * value_RF
+
+    def can_route(self, x: Tensor) -> bool:
+        """`run_routed` stands for dispatch, experts and combine: on a CPU, where it is quicker, for plain experts."""
+        return self.exchange is None and self._are_plain(x) and not has_hooks(self)
+
+    def run_routed(self, x_SD: Tensor, token_R: Tensor, weight_R: Tensor, count_E: Tensor) -> Tensor:
+        """Tokens through their experts and back, see `vmoe.moe.routed_mlp`; only if `can_route`.
+
+        Args:
+            x_SD: tokens.
+            token_R: token of each row, rows sorted by expert.
+            weight_R: weight of each row.
+            count_E: rows of each expert.
+
+        Returns:
+            (S, O), zero for a token without a row.
+        """
+        return self._routed_mlp(x_SD, token_R, weight_R, count_E)
+
+    def _routed_mlp(self, x_SD: Tensor, token_R: Tensor | None, weight_R: Tensor | None, count_E: Tensor) -> Tensor:
+        fc1, fc2 = ((own_experts(layer.weight), own_experts(layer.bias)) for layer in (self.fc1, self.fc2))
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_SD.dtype
+        return routed_mlp(x_SD, token_R, weight_R, count_E.tolist(), fc1, fc2, self.activate, dtype)
+
+    def _are_plain(self, x: Tensor) -> bool:
+        """Nothing but two linear layers and an activation, and nobody who wants to see what lies between them."""
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        return (
+            type(self.fc1) is type(self.fc2) is GroupedLinear
+            and self.norm is None
+            and not (self.training and self.drop.p > 0)
+            and (x.dtype == self.fc1.weight.dtype or torch.is_autocast_enabled("cpu"))
+            and next(self.act.parameters(), None) is None
+            and not isinstance(self.act, nn.RReLU)  # random: the backward pass could not compute it again
+            and not any(has_hooks(module) for module in (self.fc1, self.act, self.drop, self.fc2))
+            and torch._C._len_torch_dispatch_stack() == 0  # FLOP counters and fake tensors see the plain products
+            and not torch._C._are_functorch_transforms_active()
+        )
 
 
 class SharedExpert(nn.Module):

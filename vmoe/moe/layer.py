@@ -142,12 +142,12 @@ class SparseMoE(nn.Module):
             _, loss = self.losses(routing, mask_GN, modality_GN)
             y_GND = attach_loss(y_GND, loss)
         for record in active_records(self):
-            kept_GNK, statistics = describe()
+            listed, kept_GNK, statistics = describe()
             shape = (leading[:-1].numel(), leading[-1] if leading else 1)
             learns = self.training and any(parameter.requires_grad for parameter in self.router.parameters())
             mask_GN = torch.ones_like(kept_GNK[..., 0]) if mask_GN is None else mask_GN
             call = LayerRouting(
-                routing,
+                listed,
                 kept_GNK,
                 mask_GN,
                 modality_GN,
@@ -162,7 +162,7 @@ class SparseMoE(nn.Module):
         return y_GND.flatten(0, 1)[: leading.numel()].view(*leading, -1)
 
     # --- the three ways to route; each gives (G, N, D), the gates' decisions, and a function that describes them for a
-    # --- record: (kept (G, N, K), further statistics)
+    # --- record: (the decisions with all that is listed, kept (G, N, K), further statistics)
 
     def _top_k(self, x_GND: Tensor, mask_GN: Tensor | None, modality_GN: Tensor | None):
         routing = self.router(x_GND)
@@ -178,9 +178,14 @@ class SparseMoE(nn.Module):
             max_capacity,
             routing.chosen_GNK,
         )
-        y_RD = self.experts(dispatch(x_GND, plan), plan.count_E, self._max_count(x_GND.shape[0], max_capacity))
-        y_GND = combine(y_RD, routing.combine_weights_GNK, plan)
-        return y_GND, routing, lambda: (plan.kept_GNK, dict)
+        if self.experts.can_route(x_GND):
+            weight_R = routing.combine_weights_GNK.flatten().index_select(0, plan.assignment_R)
+            y_SD = self.experts.run_routed(x_GND.flatten(0, 1), plan.token_R, weight_R, plan.count_E)
+            y_GND = y_SD.view(*x_GND.shape[:2], -1)
+        else:
+            y_RD = self.experts(dispatch(x_GND, plan), plan.count_E, self._max_count(x_GND.shape[0], max_capacity))
+            y_GND = combine(y_RD, routing.combine_weights_GNK, plan)
+        return y_GND, routing, lambda: (routing, plan.kept_GNK, dict)
 
     def _expert_choice(self, x_GND: Tensor, mask_GN: Tensor | None, modality_GN: Tensor | None):
         G, N, _ = x_GND.shape
@@ -189,20 +194,27 @@ class SparseMoE(nn.Module):
         capacity, max_capacity = self._capacity(members_GMN, N)
         gates_GNE = routing.noisy_gates_GNE
         chosen = choose_tokens(gates_GNE, capacity, max_capacity, members_GMN, self.normalize_weights)
-        weights_GNK = chosen.weights_GNE.gather(-1, routing.expert_index_GNK)
-        routing = replace(routing, combine_weights_GNK=weights_GNK)
-        rows = gather_tokens(x_GND, chosen)
-        queues = G if members_GMN is None else G * members_GMN.shape[1]
-        y_RD = self.experts(rows, chosen.count_E, self._max_count(queues, min(max_capacity, N)))
-        y_GND = return_rows(y_RD, chosen, G, N)
+        if self.experts.can_route(x_GND) and not chosen.has_holes:
+            y_SD = self.experts.run_routed(x_GND.flatten(0, 1), chosen.token_R, chosen.weight_R, chosen.count_E)
+            y_GND = y_SD.view(G, N, -1)
+        else:
+            rows = gather_tokens(x_GND, chosen)
+            queues = G if members_GMN is None else G * members_GMN.shape[1]
+            y_RD = self.experts(rows, chosen.count_E, self._max_count(queues, min(max_capacity, N)))
+            y_GND = return_rows(y_RD, chosen, G, N)
 
         def describe():
-            kept_GNK = chosen.taken_GNE.gather(-1, routing.expert_index_GNK)
+            listed = routing.with_all_experts(chosen.weights_GNE)
+            kept_GNK = chosen.taken_GNE.gather(-1, listed.expert_index_GNK)
             number_GN = chosen.taken_GNE.sum(-1)
             real_S = number_GN.flatten() if mask_GN is None else number_GN[mask_GN]
             if real_S.numel() == 0:
-                return kept_GNK, dict
-            return kept_GNK, lambda: {"experts_per_token_min": real_S.min(), "experts_per_token_max": real_S.max()}
+                return listed, kept_GNK, dict
+            return (
+                listed,
+                kept_GNK,
+                lambda: {"experts_per_token_min": real_S.min(), "experts_per_token_max": real_S.max()},
+            )
 
         return y_GND, routing, describe
 
@@ -214,8 +226,9 @@ class SparseMoE(nn.Module):
         y_GND = mix_slots(y_RD, soft, self.num_experts, members_GMN)
 
         def describe():
-            kept_GNK = torch.ones_like(soft.routing.expert_index_GNK, dtype=torch.bool)
-            return self._of_real(kept_GNK, mask_GN), lambda: soft.statistics(members_GMN)
+            listed = soft.routing.with_all_experts(soft.routing.noisy_gates_GNE)
+            kept_GNK = torch.ones_like(listed.expert_index_GNK, dtype=torch.bool)
+            return listed, self._of_real(kept_GNK, mask_GN), lambda: soft.statistics(members_GMN)
 
         return y_GND, soft.routing, describe
 

@@ -165,14 +165,13 @@ class AuxiliaryLosses:
     ) -> tuple[dict[str, Tensor], Tensor]:
         """({name: unweighted loss}, their weighted sum); no graph for those that nobody weighs."""
         r, whole = routing, self.over_batch
-        K = r.expert_index_GNK.shape[-1]
         terms = {
             "importance_loss": lambda: importance_loss(r.importance_GNE, mask_GN, whole),
             "gshard_loss": lambda: gshard_loss(r.noisy_gates_GNE, mask_GN, whole),
             "z_loss": lambda: z_loss(r.logits_GNE, mask_GN, whole),
         }
         if r.has_noise and r.per_token:  # without noise the load has no gradient, and the reference no such loss
-            logits = (r.logits_GNE, r.noisy_logits_GNE)
+            logits, K = (r.logits_GNE, r.noisy_logits_GNE), r.expert_index_GNK.shape[-1]
             terms["load_loss"] = lambda: load_loss(*logits, r.noise_std, K, mask_GN, whole)
         for name, member_GN in members(self.modalities, mask_GN, modality_GN).items():
             local = _own_name("local_entropy_loss", name, self.modalities)

@@ -6,8 +6,9 @@ gate and the `Routing` that it gives.
 Shapes, by suffix: G groups, N tokens in a group, D width, E experts, K choices.
 """
 
+import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +27,11 @@ class Routing:
         noisy_gates_GNE: the same of `noisy_logits_GNE`.
         noise_std: standard deviation of the noise that was added to the logits, a number or (G, N, E) where it is
             learned; 0 for none.
-        expert_index_GNK: the K chosen experts, best first; equal ones: lower index first.
-        combine_weights_GNK: their weights.
+        expert_index_GNK: the K chosen experts, best first; equal ones: lower index first. Where experts or slots
+            choose, None until `with_all_experts`.
+        combine_weights_GNK: their weights; None likewise.
         chosen_GNK: bool, False where the router itself left out a choice; None: every choice stands.
-        per_token: each token chooses its experts. False: the experts or slots choose, and K = E lists them all.
+        per_token: each token chooses its experts. False: the experts or slots choose.
         sparse_importance: importance is the sum of the combine weights (Shazeer et al.), not of the gates.
     """
 
@@ -38,8 +40,8 @@ class Routing:
     gates_GNE: Tensor
     noisy_gates_GNE: Tensor
     noise_std: float | Tensor
-    expert_index_GNK: Tensor
-    combine_weights_GNK: Tensor
+    expert_index_GNK: Tensor | None = None
+    combine_weights_GNK: Tensor | None = None
     chosen_GNK: Tensor | None = None
     per_token: bool = True
     sparse_importance: bool = False
@@ -61,18 +63,52 @@ class Routing:
             return self.gates_GNE
         return torch.zeros_like(self.gates_GNE).scatter(-1, self.expert_index_GNK, self.combine_weights_GNK)
 
+    def with_all_experts(self, weights_GNE: Tensor) -> "Routing":
+        """For records of routers whose experts or slots choose: K = E lists all experts of each token, best first.
+
+        Args:
+            weights_GNE: the combine weight of each expert.
+        """
+        index_GNE = self.noisy_gates_GNE.detach().argsort(dim=-1, descending=True, stable=True)
+        return replace(self, expert_index_GNK=index_GNE, combine_weights_GNK=weights_GNE.gather(-1, index_GNE))
+
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """The block computes in the types that it names; the meta device, which only counts, knows no autocast."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
+def experts_last(weight_ED: Tensor, x_GND: Tensor) -> Tensor:
+    """x Wᵀ in the type of x: (G, N, E) whose tokens are last in memory, as `softmax_of_experts` wants them."""
+    G, N, D = x_GND.shape
+    return (weight_ED.to(x_GND.dtype) @ x_GND.reshape(G * N, D).T).view(-1, G, N).movedim(0, -1)
+
+
+def normal_like(logits_GNE: Tensor) -> Tensor:
+    """Normal numbers in the layout of `experts_last`; drawing them into another layout is ten times slower."""
+    return torch.randn_like(logits_GNE.movedim(-1, 0)).movedim(0, -1)
+
+
+def softmax_of_experts(logits_GNE: Tensor) -> Tensor:
+    """Softmax over the last axis, with the tokens last in memory.
+
+    PyTorch's kernels for CPUs work on many tokens at once in this layout, which `Gate.logits` gives; over 8 experts
+    that lie together they take ten times as long.
+    """
+    return logits_GNE.movedim(-1, 0).softmax(0).movedim(0, -1)
+
+
 def top_k_experts(gates_GNE: Tensor, num_selected_experts: int) -> Tensor:
     """Indices (..., K) of the K largest gates, best first; equal gates: the lower index first."""
-    if num_selected_experts == 1:
-        return gates_GNE.argmax(dim=-1, keepdim=True)  # the first of equal maxima
-    # torch.topk leaves the order of equal values open, a stable sort does not.
-    return gates_GNE.argsort(dim=-1, descending=True, stable=True)[..., :num_selected_experts]
+    # torch.topk leaves the order of equal values open; the maximum is the first of equal ones. K passes over the experts
+    # are much cheaper than sorting them.
+    index_GN1 = gates_GNE.max(dim=-1, keepdim=True).indices
+    indices = [index_GN1]
+    for _ in range(num_selected_experts - 1):
+        gates_GNE = gates_GNE.scatter(-1, index_GN1, -math.inf)
+        index_GN1 = gates_GNE.max(dim=-1, keepdim=True).indices
+        indices.append(index_GN1)
+    return torch.cat(indices, dim=-1)
 
 
 def normalized(weights: Tensor, dim: int = -1) -> Tensor:
@@ -119,11 +155,11 @@ class Gate(nn.Module):
 
     def logits(self, x_GND: Tensor) -> tuple[Tensor, Tensor, float]:
         """(logits (G, N, E), the same with noise, standard deviation of that noise); x from `input`."""
-        logits_GNE = F.linear(x_GND, self.weight.to(x_GND.dtype))
+        logits_GNE = experts_last(self.weight, x_GND)
         if not (self.training and self.noise_std > 0):
             return logits_GNE, logits_GNE, 0.0
         noise_std = self.noise_std / self.num_experts
-        return logits_GNE, logits_GNE + noise_std * torch.randn_like(logits_GNE), noise_std
+        return logits_GNE, logits_GNE + noise_std * normal_like(logits_GNE), noise_std
 
 
 class TopKRouter(Gate):
@@ -197,8 +233,8 @@ class TopKRouter(Gate):
             x_GND = self.input(x_GND)
             logits_GNE, noisy_logits_GNE, noise_std = self.logits(x_GND)
             if self.learned_noise and self.training:
-                noise_std = F.softplus(F.linear(x_GND, self.noise_weight.to(x_GND.dtype)))
-                noisy_logits_GNE = logits_GNE + noise_std * torch.randn_like(logits_GNE)
+                noise_std = F.softplus(experts_last(self.noise_weight, x_GND))
+                noisy_logits_GNE = logits_GNE + noise_std * normal_like(logits_GNE)
             scores_GNE, gates_GNE = self._scores(noisy_logits_GNE)
             noisy_gates_GNE = gates_GNE
             if noisy_logits_GNE is not logits_GNE:
@@ -233,7 +269,7 @@ class TopKRouter(Gate):
         if self.gate == "sigmoid":
             scores_GNE = logits_GNE.sigmoid()
             return scores_GNE, normalized(scores_GNE)
-        gates_GNE = logits_GNE.softmax(dim=-1)
+        gates_GNE = softmax_of_experts(logits_GNE)
         return gates_GNE, gates_GNE
 
     def _apply(self, fn, recurse: bool = True):

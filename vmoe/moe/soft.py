@@ -109,11 +109,7 @@ class SoftRouter(nn.Module):
             gates_GNE = noisy_gates_GNE = noisy_GNE.softmax(-1)
             if noisy_GNE is not clean_GNE:
                 gates_GNE = clean_GNE.softmax(-1)
-            order_GNE = noisy_gates_GNE.detach().argsort(dim=-1, descending=True, stable=True)
-        weights_GNE = noisy_gates_GNE.gather(-1, order_GNE)
-        routing = Routing(
-            clean_GNE, noisy_GNE, gates_GNE, noisy_gates_GNE, noise_std, order_GNE, weights_GNE, per_token=False
-        )
+        routing = Routing(clean_GNE, noisy_GNE, gates_GNE, noisy_gates_GNE, noise_std, per_token=False)
         return SoftRouting(dispatch_GMNS, combine_GNS, routing)
 
 

@@ -1,0 +1,259 @@
+"""The experts on a CPU, from tokens to tokens in one operation: gather, two linear layers, weigh, add.
+
+A few experts are computed at a time, so that their rows and hidden activations stay in the cache from one step to the
+next, and nothing but the hidden layer is kept for the backward pass: no gathered copy of the tokens, no activations.
+Experts with few rows go through one batched product, with rows of weight zero where they have fewer than the others.
+
+Shapes, by suffix: S tokens, R rows sorted by expert, P rows with those that fill up, D width, F hidden width (2F in
+front of a gated activation), E experts, C experts of a chunk, M rows of an expert in a chunk.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Rows that a chunk should have; more of them leave the cache. With fewer experts in a batched product the price of
+# starting it shows, with few rows more than with many (benchmarks/NOTES.md has the measurements).
+CHUNK_ROWS = 2048
+# A product of one expert more costs about as much as this many rows.
+ROWS_PER_PRODUCT = 16
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Neighbouring experts that are computed together.
+
+    Attributes:
+        experts: slice of the experts.
+        rows: slice of the P rows.
+        num_rows: M, rows of each of these experts.
+    """
+
+    experts: slice
+    rows: slice
+    num_rows: int
+
+    @property
+    def num_experts(self) -> int:
+        """C."""
+        return self.experts.stop - self.experts.start
+
+
+def make_chunks(count_E: Sequence[int]) -> list[Chunk]:
+    """Experts by chunks; those without rows are in none."""
+    chunks: list[Chunk] = []
+    start = most = total = 0  # of the chunk that is being made
+
+    def finish(end: int) -> None:
+        nonlocal total
+        if total:
+            first = chunks[-1].rows.stop if chunks else 0
+            chunks.append(Chunk(slice(start, end), slice(first, first + most * (end - start)), most))
+        total = 0
+
+    for e, count in enumerate(count_E):
+        size = e - start + 1
+        padded = max(most, count) * size
+        if total and (count == 0 or padded > CHUNK_ROWS or padded - total - count > ROWS_PER_PRODUCT * size):
+            finish(e)
+        if not total:
+            start, most = e, 0
+        most, total = max(most, count), total + count
+    finish(len(count_E))
+    return chunks
+
+
+def routed_mlp(
+    x_SD: Tensor,
+    token_R: Tensor | None,
+    weight_R: Tensor | None,
+    count_E: Sequence[int],
+    fc1: tuple[Tensor, Tensor | None],
+    fc2: tuple[Tensor, Tensor | None],
+    activation: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+) -> Tensor:
+    """y_s = sum of weight_r · (activation(x_s W1ᵀ + b1) W2ᵀ + b2) over the rows r of token s, of their experts.
+
+    Args:
+        x_SD: tokens.
+        token_R: token of each row, rows sorted by expert. None: the tokens are the rows, and stay them.
+        weight_R: weight of each row, differentiable; None: one.
+        count_E: rows of each expert.
+        fc1: weight (E, F, D) and bias (E, F) or None.
+        fc2: weight (E, O, F) and bias (E, O) or None.
+        activation: of the hidden layer, (..., F of fc1) -> (..., F of fc2); element by element but for gates, without
+            parameters or random numbers, since the backward pass computes it again.
+        dtype: of the products and the result.
+
+    Returns:
+        (S, O), zero for tokens without a row. The gradient can not be differentiated again.
+    """
+    rows = _Rows.of(token_R, weight_R, count_E, x_SD.shape[0])
+    weight_P = rows.weight_P if rows.weight_P is None else rows.weight_P.to(dtype)
+    arguments = (x_SD, weight_P, *fc1, *fc2)
+    with torch.autocast("cpu", enabled=False):
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments):
+            return _RoutedMLP.apply(*arguments, rows, activation, dtype)
+        return _forward(*arguments, rows, activation, dtype, None)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Which tokens the rows are; `token_P` is None if they are the tokens themselves, in order."""
+
+    chunks: list[Chunk]
+    token_P: Tensor | None
+    weight_P: Tensor | None
+    num_experts: int
+
+    @property
+    def number(self) -> int:
+        """P."""
+        return self.chunks[-1].rows.stop if self.chunks else 0
+
+    @classmethod
+    def of(cls, token_R: Tensor | None, weight_R: Tensor | None, count_E: Sequence[int], num_tokens: int) -> "_Rows":
+        chunks = make_chunks(count_E)
+        number = chunks[-1].rows.stop if chunks else 0
+        if number == sum(count_E):
+            if token_R is None and number < num_tokens:  # rows beyond are unused
+                token_R = torch.arange(number)
+            return cls(chunks, token_R, weight_R, len(count_E))
+        # Rows that fill up repeat the last of their expert, with weight zero: whatever it holds stays with its token.
+        row_P, real_P = [], []
+        first = 0
+        for chunk in chunks:
+            for count in count_E[chunk.experts]:
+                place_M = torch.arange(chunk.num_rows)
+                row_P.append(first + place_M.clamp(max=count - 1))
+                real_P.append(place_M < count)
+                first += count
+        row_P, real_P = torch.cat(row_P), torch.cat(real_P)
+        weight_P = real_P.float() if weight_R is None else torch.where(real_P, weight_R[row_P], 0)
+        return cls(chunks, row_P if token_R is None else token_R[row_P], weight_P, len(count_E))
+
+    def take(self, x_SD: Tensor, chunk: Chunk) -> Tensor:
+        """(C·M, D) the tokens of a chunk."""
+        return x_SD[chunk.rows] if self.token_P is None else x_SD.index_select(0, self.token_P[chunk.rows])
+
+    def add_(self, y_SD: Tensor, y_RD: Tensor, chunk: Chunk) -> None:
+        """Add a chunk's rows to their tokens."""
+        if self.token_P is None:
+            y_SD[chunk.rows] = y_RD
+        else:
+            y_SD.index_add_(0, self.token_P[chunk.rows], y_RD)
+
+
+def _forward(
+    x_SD: Tensor,
+    weight_P: Tensor | None,
+    w1_EFD: Tensor,
+    b1_EF: Tensor | None,
+    w2_EOF: Tensor,
+    b2_EO: Tensor | None,
+    rows: _Rows,
+    activation: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+    kept: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """`kept`: buffers (P, F) for the hidden layer before its activation and (P, O) for the rows before weighing."""
+    y_SO = x_SD.new_zeros(x_SD.shape[0], w2_EOF.shape[1], dtype=dtype)
+    for chunk in rows.chunks:
+        h_RF, y_RO = (None, None) if kept is None else (buffer[chunk.rows] for buffer in kept)
+        x_RD = rows.take(x_SD, chunk).to(dtype)
+        h_RF = _linear(x_RD, w1_EFD, b1_EF, chunk, h_RF)
+        y_RO = _linear(activation(h_RF), w2_EOF, b2_EO, chunk, y_RO)
+        if weight_P is not None:
+            w_R1 = weight_P[chunk.rows, None]
+            y_RO = y_RO * w_R1 if kept is not None else y_RO.mul_(w_R1)
+        rows.add_(y_SO, y_RO, chunk)
+    return y_SO
+
+
+def _linear(x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, chunk: Chunk, out_RO: Tensor | None) -> Tensor:
+    """A chunk's rows through their experts' linear layers."""
+    C, M, O = chunk.num_experts, chunk.num_rows, w_EOI.shape[1]
+    if out_RO is None:
+        out_RO = x_RI.new_empty(C * M, O)
+    w_CIO = w_EOI[chunk.experts].to(x_RI.dtype).transpose(1, 2)
+    if C == 1:
+        if b_EO is None:
+            return torch.mm(x_RI, w_CIO[0], out=out_RO)
+        return torch.addmm(b_EO[chunk.experts.start].to(x_RI.dtype), x_RI, w_CIO[0], out=out_RO)
+    x_CMI, out_CMO = x_RI.view(C, M, -1), out_RO.view(C, M, O)
+    if b_EO is None:
+        torch.bmm(x_CMI, w_CIO, out=out_CMO)
+    else:
+        torch.baddbmm(b_EO[chunk.experts, None].to(x_RI.dtype), x_CMI, w_CIO, out=out_CMO)
+    return out_RO
+
+
+class _RoutedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_SD, weight_P, w1_EFD, b1_EF, w2_EOF, b2_EO, rows, activation, dtype):
+        kept = tuple(x_SD.new_empty(rows.number, w.shape[1], dtype=dtype) for w in (w1_EFD, w2_EOF))
+        y_SO = _forward(x_SD, weight_P, w1_EFD, b1_EF, w2_EOF, b2_EO, rows, activation, dtype, kept)
+        h_PF, y_PO = kept
+        if not ctx.needs_input_grad[1]:  # the rows serve the weights' gradient alone
+            y_PO = None
+        ctx.save_for_backward(x_SD, weight_P, w1_EFD, b1_EF, w2_EOF, b2_EO, h_PF, y_PO)
+        ctx.rows, ctx.activation, ctx.dtype = rows, activation, dtype
+        return y_SO
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_SO):
+        x_SD, weight_P, w1_EFD, b1_EF, w2_EOF, b2_EO, h_PF, y_PO = ctx.saved_tensors
+        rows, dtype = ctx.rows, ctx.dtype
+        needs = ctx.needs_input_grad
+        grad_x_SD = torch.zeros_like(x_SD) if needs[0] else None
+        grad_weight_P = torch.empty_like(weight_P) if needs[1] else None
+        # Experts without rows are in no chunk, and their gradient is zero.
+        without_rows = sum(chunk.num_experts for chunk in rows.chunks) < rows.num_experts
+        new = torch.zeros_like if without_rows else torch.empty_like
+        parameters = (w1_EFD, b1_EF, w2_EOF, b2_EO)
+        grad_w1, grad_b1, grad_w2, grad_b2 = (new(p) if need else None for p, need in zip(parameters, needs[2:6]))
+        with torch.autocast("cpu", enabled=False):
+            for chunk in rows.chunks:
+                E, P = chunk.experts, chunk.rows
+                C, M = chunk.num_experts, chunk.num_rows
+                g_RO = rows.take(grad_SO, chunk)
+                if needs[1]:
+                    torch.sum(g_RO * y_PO[P], 1, out=grad_weight_P[P])
+                if weight_P is not None:
+                    g_RO = g_RO * weight_P[P, None]
+                g_CMO = g_RO.view(C, M, -1)
+                # Detached, so that the saved tensor itself gets no graph.
+                h_RF = h_PF[P].detach().requires_grad_()
+                with torch.enable_grad():
+                    a_RF = ctx.activation(h_RF)
+                if needs[4]:
+                    _product(g_CMO.transpose(1, 2), a_RF.detach().view(C, M, -1), grad_w2, E)
+                if needs[5]:
+                    grad_b2[E] = g_CMO.sum(1)
+                if not (needs[0] or needs[2] or needs[3]):
+                    continue
+                g_RF = torch.bmm(g_CMO, w2_EOF[E].to(dtype)).view(C * M, -1)
+                (g_RF,) = torch.autograd.grad(a_RF, h_RF, g_RF)
+                del a_RF, h_RF
+                g_CMF = g_RF.view(C, M, -1)
+                if needs[2]:
+                    x_CMD = rows.take(x_SD, chunk).to(dtype).view(C, M, -1)
+                    _product(g_CMF.transpose(1, 2), x_CMD, grad_w1, E)
+                if needs[3]:
+                    grad_b1[E] = g_CMF.sum(1)
+                if needs[0]:
+                    g_CMD = torch.bmm(g_CMF, w1_EFD[E].to(dtype))
+                    rows.add_(grad_x_SD, g_CMD.view(C * M, -1).to(x_SD.dtype), chunk)
+        return grad_x_SD, grad_weight_P, grad_w1, grad_b1, grad_w2, grad_b2, None, None, None
+
+
+def _product(a_CXM: Tensor, b_CMY: Tensor, out_EXY: Tensor, experts: slice) -> None:
+    """out[experts] = a @ b, in the type of `out`."""
+    if out_EXY.dtype == a_CXM.dtype:
+        torch.bmm(a_CXM, b_CMY, out=out_EXY[experts])
+    else:
+        out_EXY[experts] = torch.bmm(a_CXM, b_CMY)
