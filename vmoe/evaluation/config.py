@@ -156,6 +156,8 @@ class EvaluationConfig:
         features: Tasks on frozen features.
         capacity: Task "capacity".
         precision: Arithmetic of the forward pass: float32, or autocast to bf16 or fp16.
+        experts: How the weights of a sparse model's experts are kept in memory, see docs/inference.md: "int8" with a
+            scale for each expert and output, or "bfloat16"; null: as in the checkpoint.
         device: "auto" (CUDA, then MPS, then CPU) or a torch device such as "cuda:1".
         output: JSON file for the result; null: evaluation_TASK_DATA.json beside the (first) checkpoint.
     """
@@ -170,6 +172,7 @@ class EvaluationConfig:
     features: FeatureConfig = field(default_factory=FeatureConfig)
     capacity: CapacityConfig = field(default_factory=CapacityConfig)
     precision: Literal["float32", "bf16", "fp16"] = "float32"
+    experts: Literal["int8", "bfloat16"] | None = None
     device: str = "auto"
     output: str | None = None
 

@@ -30,6 +30,7 @@ from vmoe.evaluation.report import (
 from vmoe.evaluation.subject import Subject, load_subject, weights_fingerprint
 from vmoe.evaluation.tasks import FILES, TASKS
 from vmoe.models.factory import find_weights, is_contrastive, model_spec, read_pretrained_metadata
+from vmoe.moe.quantize import expert_bytes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,9 +62,9 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
 
     Returns:
         What the JSON file holds: "task", "results" (see the tasks; means of several checkpoints, with their standard
-        deviations in "spread"), "checkpoints" (for each: "checkpoint", "weights", their "sha256", "model", "results",
-        "details"), "data" ("fingerprint", "num_samples", "left_out"; None but in the first process), "config",
-        "versions", "processes", "seconds".
+        deviations in "spread"), "checkpoints" (for each: "checkpoint", "weights", their "sha256", "model",
+        "expert_bytes", the memory of its experts, "results", "details"), "data" ("fingerprint", "num_samples",
+        "left_out"; None but in the first process), "config", "versions", "processes", "seconds".
 
     Raises:
         ConfigError: the model, the task and the data do not go together.
@@ -81,11 +82,15 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
     weights = {checkpoint: find_weights(checkpoint) for checkpoint in config.checkpoints}
     dataset = build_dataset(config.data)
     for checkpoint in config.checkpoints[1:]:
-        check_task(config, load_subject(checkpoint, "cpu", weights=weights[checkpoint]), dataset)
+        check_task(
+            config, load_subject(checkpoint, "cpu", weights=weights[checkpoint], experts=config.experts), dataset
+        )
     start = time.perf_counter()
     entries = []
     for checkpoint in config.checkpoints:
-        subject = load_subject(checkpoint, config.device, config.precision, dataset.crop_pct, weights[checkpoint])
+        subject = load_subject(
+            checkpoint, config.device, config.precision, dataset.crop_pct, weights[checkpoint], config.experts
+        )
         check_task(config, subject, dataset)
         outcome = TASKS[config.task](config, subject, dataset, console)
         entries.append(
@@ -94,6 +99,7 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
                 "weights": str(subject.weights),
                 "sha256": weights_fingerprint(subject.weights),
                 "model": model_spec(subject.model),
+                "expert_bytes": expert_bytes(subject.model),
                 "results": outcome.results,
                 "details": outcome.details,
             }

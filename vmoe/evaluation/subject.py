@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vmoe.data import Transform, build_transform
 from vmoe.evaluation.inference import pick_device
 from vmoe.models.factory import create_model, find_weights, get_tokenizer, is_contrastive, preprocess_config
+from vmoe.moe import quantize_experts
 
 BLOCK_BYTES = 1 << 20
 
@@ -46,6 +47,7 @@ def load_subject(
     precision: str = "float32",
     crop_pct: float | None = None,
     weights: Path | None = None,
+    experts: str | None = None,
 ) -> Subject:
     """Loads a checkpoint for evaluation.
 
@@ -56,13 +58,17 @@ def load_subject(
         crop_pct: share of the picture's side that the transform keeps, where the data set says so (see `ImageDataset`);
             None: the model's own.
         weights: what `find_weights` found for the checkpoint; None: finds them.
+        experts: how their weights are kept, see `vmoe.quantize_experts`; None: as in the file.
 
     Raises:
-        ValueError: no such checkpoint or device, or the file cannot be used.
+        ValueError: no such checkpoint or device, or the file cannot be used, or its experts not be kept so.
     """
     place = pick_device(device)
     weights = find_weights(checkpoint) if weights is None else weights
-    model = create_model(None, pretrained=weights).to(place).eval()
+    model = create_model(None, pretrained=weights)
+    if experts is not None:
+        quantize_experts(model, experts)
+    model = model.to(place).eval()
     tokenizer = get_tokenizer(model) if is_contrastive(model) else None
     preprocess = preprocess_config(model)
     if crop_pct is not None:

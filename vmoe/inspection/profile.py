@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vmoe.evaluation.inference import evaluating
 from vmoe.moe import SparseMoE
+from vmoe.moe.quantize import WeightOnlyLinear
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -25,13 +26,19 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     Active are those that a token goes through: of each sparse layer some of its E experts (see
     :func:`experts_per_token`), of everything else all. A contrastive model counts with both its modalities.
     """
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = _numbers(model)
     idle = 0
     for layer in model.modules():
         if isinstance(layer, SparseMoE):
-            one_expert = sum(parameter.numel() for parameter in layer.experts.parameters()) // layer.num_experts
+            one_expert = _numbers(layer.experts) // layer.num_experts
             idle += round(one_expert * (layer.num_experts - experts_per_token(layer)))
     return total, total - idle
+
+
+def _numbers(module: nn.Module) -> int:
+    """Parameters, also those that `vmoe.quantize_experts` made buffers of; scales are none."""
+    stored = sum(part.stored.numel() for part in module.modules() if isinstance(part, WeightOnlyLinear))
+    return stored + sum(parameter.numel() for parameter in module.parameters())
 
 
 def experts_per_token(layer: SparseMoE) -> float:

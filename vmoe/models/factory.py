@@ -37,6 +37,7 @@ from vmoe.models.weights import (
     read_pretrained_metadata,
 )
 from vmoe.moe import SparseMoE
+from vmoe.moe.quantize import experts_kept_as, quantize_experts
 from vmoe.moe.settings import SETTING_NAMES, preset_settings
 from vmoe.printable import printable
 from vmoe.whole import whole_file
@@ -60,14 +61,14 @@ def create_model(name: str | None = None, pretrained: str | Path | None = None, 
         ValueError: for an unknown name or setting.
         WeightsError: if the file cannot be read or does not fit.
     """
-    file = upcycled = None
+    file = upcycled = kept_as = None
     if isinstance(pretrained, bool):
         raise ValueError(f"pretrained must be a file or folder, got {pretrained}: there are no weights to download yet")
     if pretrained is not None:
         file = find_weights(pretrained)
         metadata = read_pretrained_metadata(file)
         if name is None or name == metadata["name"]:
-            upcycled = metadata.get("upcycle")
+            upcycled, kept_as = metadata.get("upcycle"), metadata.get("experts")
             if upcycled is not None:  # a dense model by name, whose routing settings are `upcycle`'s
                 for word in {"layers", "moe_layers"} & kwargs.keys():
                     raise ValueError(
@@ -85,6 +86,8 @@ def create_model(name: str | None = None, pretrained: str | Path | None = None, 
         kwargs, image_weights = (_without_image_weights(kwargs), None) if file else _image_weights(kwargs)
     if file is not None:
         model = _build_for_file(file, name, kwargs, upcycled)
+        if kept_as is not None:
+            quantize_experts(model, kept_as)
         load_weights(model, file, new_head=True)
         return model
     model = _build_with_spec(name, kwargs, None, image_weights is True)
@@ -190,8 +193,9 @@ def list_models() -> list[str]:
 def model_spec(model: nn.Module) -> dict:
     """{"name", "kwargs"}: enough to call `create_model` again, with a head or picture size that was changed since.
 
-    An upcycled model also has "upcycle", the settings that make the dense one sparse. A dense model by timm needs no
-    more than the settings that its name gives, and those that it shows.
+    An upcycled model also has "upcycle", the settings that make the dense one sparse; one that `quantize_experts`
+    changed, "experts", how their weights are kept. A dense model by timm needs no more than the settings that its name
+    gives, and those that it shows.
 
     Raises:
         ValueError: if it is not known how to build the model.
@@ -205,7 +209,8 @@ def model_spec(model: nn.Module) -> dict:
     changed = {key: value for key, value in _live_settings(model).items() if model.vmoe_built.get(key) != value}
     if isinstance(model, TwoTower) and changed:
         changed = {"image": {**(spec["kwargs"].get("image") or {}), **changed}}
-    return {**spec, "kwargs": {**spec["kwargs"], **changed}}
+    kept_as = experts_kept_as(model)
+    return {**spec, "kwargs": {**spec["kwargs"], **changed}, **({"experts": kept_as} if kept_as else {})}
 
 
 def _timm_spec(model: nn.Module) -> dict | None:

@@ -127,7 +127,7 @@ def _with_settings_of_file(variant: str, pretrained: bool, kwargs: dict) -> tupl
         return variant, kwargs
     metadata = read_pretrained_metadata(file)
     name, own = metadata["name"], dict(metadata["kwargs"])
-    if not is_model(name) or "upcycle" in metadata:
+    if not is_model(name) or metadata.keys() & {"upcycle", "experts"}:
         raise ValueError(f"{file} holds a {name} that timm cannot make; use vmoe.create_model(pretrained=FILE)")
     if name != variant:
         logger.warning("%s holds a %s: that is made, not %s", file, name, variant)

@@ -15,6 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from vmoe.moe.quantize import STORED
+
 # Arguments of timm.create_model that load or fetch something.
 LOADING = frozenset({"pretrained", "pretrained_cfg", "checkpoint_path", "cache_dir", "pretrained_model_args"})
 PREPROCESSING = frozenset({"input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"})
@@ -39,6 +41,8 @@ def check_metadata(metadata: Any) -> None:
             raise ValueError(f"{key} is missing or no {kind.__name__}")
     if not isinstance(metadata.get("upcycle", {}), dict):
         raise ValueError("upcycle is no dict")
+    if "experts" in metadata and metadata["experts"] not in tuple(STORED):
+        raise ValueError(f"experts is none of {', '.join(STORED)}")
     _check_settings(metadata["kwargs"], "kwargs")
     _check_settings(metadata.get("upcycle", {}), "upcycle")
     _check_name(metadata["name"], "name")

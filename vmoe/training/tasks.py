@@ -32,6 +32,7 @@ from vmoe.evaluation.retrieval import retrieval_loader
 from vmoe.evaluation.zero_shot import check_class_names, resolve_templates
 from vmoe.models.factory import IMAGE_TEXT_NAMES, create_model, get_tokenizer, is_contrastive, preprocess_config
 from vmoe.models.upcycle import upcycle
+from vmoe.moe.quantize import experts_kept_as
 from vmoe.training.config import Config
 
 Batch = dict[str, Tensor]
@@ -86,6 +87,11 @@ class Task:
         if continued and config.upcycle:
             return create_model(pretrained=pretrained)  # what the settings made of the dense model is in the file
         model = create_model(config.name, pretrained=pretrained, **kwargs)
+        if kept_as := experts_kept_as(model):
+            raise ConfigError(
+                f"model.pretrained {pretrained} keeps its experts as {kept_as}, for inference alone: "
+                "give the file that was not quantized"
+            )
         if not config.upcycle:
             return model
         try:
