@@ -100,8 +100,8 @@ def softmax_of_experts(logits_GNE: Tensor) -> Tensor:
 
 def top_k_experts(gates_GNE: Tensor, num_selected_experts: int) -> Tensor:
     """Indices (..., K) of the K largest gates, best first; equal gates: the lower index first."""
-    # torch.topk leaves the order of equal values open; the maximum is the first of equal ones. K passes over the experts
-    # are much cheaper than sorting them.
+    # torch.topk leaves the order of equal values open; the maximum is the first of equal ones. K passes over the
+    # experts are much cheaper than sorting them.
     index_GN1 = gates_GNE.max(dim=-1, keepdim=True).indices
     indices = [index_GN1]
     for _ in range(num_selected_experts - 1):
