@@ -262,19 +262,26 @@ class Experts(nn.Module):
         return routed_mlp(x_SD, token_R, weight_R, count_E.tolist(), fc1, fc2, self.activate, dtype)
 
     def _are_plain(self, x: Tensor) -> bool:
-        """Nothing but two linear layers and an activation, and nobody who wants to see what lies between them."""
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return False
+        """The operation for CPUs takes them."""
         return (
-            type(self.fc1) is type(self.fc2) is GroupedLinear
-            and self.norm is None
-            and not (self.training and self.drop.p > 0)
-            and (x.dtype == self.fc1.weight.dtype or torch.is_autocast_enabled("cpu"))
+            x.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and self.is_plain_mlp(x)
             and next(self.act.parameters(), None) is None
             and not isinstance(self.act, nn.RReLU)  # random: the backward pass could not compute it again
-            and not any(has_hooks(module) for module in (self.fc1, self.act, self.drop, self.fc2))
-            and torch._C._len_torch_dispatch_stack() == 0  # FLOP counters and fake tensors see the plain products
-            and not torch._C._are_functorch_transforms_active()
+        )
+
+    def is_plain_mlp(self, x: Tensor) -> bool:
+        """Nothing but two linear layers and an activation, and nobody who wants to see what lies between them."""
+        if not (type(self.fc1) is type(self.fc2) is GroupedLinear and self.norm is None):
+            return False
+        if (self.training and self.drop.p > 0) or any(map(has_hooks, (self.fc1, self.act, self.drop, self.fc2))):
+            return False
+        if not (x.dtype == self.fc1.weight.dtype or torch.is_autocast_enabled(x.device.type)):
+            return False
+        # FLOP counters, fake tensors and torch.func see the plain products; a compiler traces what it will run.
+        return torch.compiler.is_compiling() or (
+            torch._C._len_torch_dispatch_stack() == 0 and not torch._C._are_functorch_transforms_active()
         )
 
 

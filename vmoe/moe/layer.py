@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vmoe.moe import kernels
 from vmoe.moe.dispatch import combine, dispatch, expert_capacity, masked_capacity, plan_dispatch
 from vmoe.moe.expert_choice import ExpertChoiceRouter, choose_tokens, gather_tokens, return_rows
 from vmoe.moe.experts import Experts, SharedExpert
@@ -178,7 +179,9 @@ class SparseMoE(nn.Module):
             max_capacity,
             routing.chosen_GNK,
         )
-        if self.experts.can_route(x_GND):
+        if kernels.can_run(self.experts, x_GND):
+            y_GND = kernels.run(self.experts, x_GND, plan, routing.combine_weights_GNK)
+        elif self.experts.can_route(x_GND):
             weight_R = routing.combine_weights_GNK.flatten().index_select(0, plan.assignment_R)
             y_SD = self.experts.run_routed(x_GND.flatten(0, 1), plan.token_R, weight_R, plan.count_E)
             y_GND = y_SD.view(*x_GND.shape[:2], -1)

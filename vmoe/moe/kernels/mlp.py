@@ -5,7 +5,6 @@ width, E experts, T tiles, C blocks of columns.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vmoe.moe.kernels.products import (
@@ -94,7 +93,7 @@ class _RoutedMLP(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_SO):
-        x_SD, weight_R, w1_EFD, b1_EF, w2_EOF, b2_EO, token_R, row_SK, tile_T3, end_E, h_RF = ctx.saved_tensors
+        x_SD, weight_R, w1_EFD, _, w2_EOF, b2_EO, token_R, row_SK, tile_T3, end_E, h_RF = ctx.saved_tensors
         needs_x, needs_weight, needs_w1, needs_b1, needs_w2, needs_b2 = ctx.needs_input_grad[:6]
         grad_x = grad_weight = grad_w1 = grad_b1 = grad_w2 = grad_b2 = None
         R = h_RF.shape[0]

@@ -9,12 +9,11 @@ Each kernel has an operator of the name `vmoe::...` around it, so that `torch.co
 Shapes, by suffix: S tokens, M rows of a source (tokens or rows), R rows sorted by expert, K rows of a token, E experts,
 T tiles, I and O widths of a product's input and output. Inside kernels M, N and K are the blocks of a product.
 
-Sources: the scheme of tiles in the order of their groups is that of Triton's tutorial on matrix multiplication; products
-over rows gathered by an index are from ScatterMoE (arXiv 2403.08245); nothing is copied from either.
+Sources: the order of the tiles is that of Triton's tutorial on matrix multiplication; products over rows gathered by an
+index are from ScatterMoE (arXiv 2403.08245).
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -88,7 +87,7 @@ def _activate(h, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _tile(tile_ptr, num_tiles, E, O, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """The program's tile: its expert, its rows, which of them it writes, which of these are used, its block of columns."""
+    """The program's tile: expert, rows, which of them it writes, which of those are used, and its block of columns."""
     columns = tl.cdiv(O, BLOCK_N)
     program = tl.program_id(0)
     first = program // (GROUP_M * columns) * GROUP_M
@@ -220,9 +219,9 @@ def _weight_gradient_kernel(
     at_MN = (expert.to(tl.int64) * O + o_M[:, None]) * I + i_N[None, :]
     inside_MN = (o_M < O)[:, None] & (i_N < I)[None, :]
     tl.store(grad_w_ptr + at_MN, acc_MN.to(grad_w_ptr.dtype.element_ty), mask=inside_MN)
-    # The bias: the first blocks of columns go over their rows again, which are in the cache; it keeps the loop above lean.
+    # The bias: the first blocks of columns go over their rows again; that keeps the loop above lean.
     if grad_b_ptr is not None:
-        if block_i == 0:
+        if block_i == 0:  # noqa: SIM102  (the first condition is known to the compiler, this one is not)
             acc_M = tl.zeros((BLOCK_M,), tl.float32)
             for first in range(start, end, BLOCK_K):
                 r_K = first + tl.arange(0, BLOCK_K)
