@@ -1,0 +1,175 @@
+"""How the layer's time grows with experts, tokens, capacity and choices: one axis at a time, around a base case.
+
+The base is E = 8, K = 1, capacity 1.0, with batch priority. All cases of an axis run in turn, with the base and the
+dense MLPs of the same active compute. "experts" is the time of the expert MLPs alone, on rows already gathered.
+
+Shapes, by suffix: B batch, T length, D width, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from benchmarks.contenders import kept_share
+from benchmarks.measure import DTYPES, Ceiling, alternate, milliseconds, ratios, synchronizer
+from benchmarks.session import Session, make_parser, measure_ceiling
+from vmoe.moe import SparseMoE
+from vmoe.moe.dispatch import dispatch, expert_capacity, plan_dispatch
+
+AXES = {
+    "experts": (4, 8, 16, 32, 64, 128, 256),
+    "tokens": (197, 788, 1576, 3152, 6304, 12608),
+    "capacity": (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
+    "selected": (1, 2, 3, 4),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer and its input."""
+
+    tokens: int
+    experts: int = 8
+    capacity: float = 1.0
+    selected: int = 1
+
+
+def measure_axis(session: Session, axis: str, dtype: str, bandwidth: float) -> None:
+    """Time all cases of an axis in turn and add their rows.
+
+    Args:
+        bandwidth: of a large copy, GB/s.
+    """
+    args, device = session.args, session.device
+    base = Case(args.tokens)
+    values = args.values or AXES[axis]
+    kind = float if axis == "capacity" else int
+    cases = dict.fromkeys([base, *(replace(base, **{axis: kind(value)}) for value in values)])
+    factory = {"device": device, "dtype": DTYPES[dtype]}
+    layers: dict[Any, nn.Module] = {
+        case: SparseMoE(
+            args.width,
+            args.hidden,
+            num_experts=case.experts,
+            num_selected_experts=case.selected,
+            capacity_factor=case.capacity,
+            eval_capacity_factor=case.capacity,
+            batch_priority=True,
+            **factory,
+        )
+        for case in cases
+    }
+    twins = {case: (case.tokens, case.selected) for case in cases}
+    for tokens, selected in twins.values():
+        layers.setdefault((tokens, selected), Mlp(args.width, args.hidden * selected, **factory))
+    called = {key: torch.compile(layer, mode=args.compile) if args.compile else layer for key, layer in layers.items()}
+    tokens_of = {key: key.tokens if isinstance(key, Case) else key[0] for key in layers}
+
+    def make_input(number: int) -> dict[Any, Tensor]:
+        generator = torch.Generator(device).manual_seed(40_000 + number)
+        x_TD = torch.randn(max(tokens_of.values()), args.width, generator=generator, **factory)
+        rows = {}
+        if axis == "capacity" and not args.compile:
+            for case in cases:
+                rows["rows", case] = _rows(layers[case], case, x_TD[None, : case.tokens])
+        return {tokens: x_TD[None, :tokens] for tokens in set(tokens_of.values())} | rows
+
+    for one_pass in ("forward", "forward + backward"):
+        backward = one_pass != "forward"
+        for layer in layers.values():
+            layer.train(backward)
+        calls: dict[Any, Callable] = {
+            key: partial(_call, module, tokens_of[key], backward) for key, module in called.items()
+        }
+        if axis == "capacity" and not args.compile:
+            calls |= {("experts", case): partial(_call_experts, layers[case], case, backward) for case in cases}
+        seconds = alternate(
+            calls,
+            make_input,
+            args.rounds,
+            before=lambda: [layer.zero_grad(set_to_none=True) for layer in layers.values()],
+            synchronize=synchronizer(device),
+        )
+        for key in calls:
+            if key in twins.values():
+                continue
+            part, case = key if isinstance(key, tuple) else ("layer", key)
+            weights = layers[case].experts.fc1.weight.nbytes + layers[case].experts.fc2.weight.nbytes
+            others = {"base": (part, base) if part == "experts" else base, "dense": twins[case]}
+            row = {
+                "comparison": axis,
+                "name": part,
+                "dtype": dtype,
+                "pass": one_pass,
+                **asdict(case),
+                "width": args.width,
+                "hidden": args.hidden,
+                "kept": round(kept_share(layers[case], make_input(10_000)[case.tokens]), 4),
+                "ms": milliseconds(seconds[key]),
+                "ratios": {to: ratios(seconds[key], seconds[other]) for to, other in others.items() if other != key},
+                "weights_mib": round(weights / 2**20, 1),
+                # Forward and backward pass each read them, and a gradient of the same size is written.
+                "weights_ms": round(1e3 * weights * (3 if backward else 1) / (1e9 * bandwidth), 3),
+            }
+            session.add(row)
+
+
+def _call(layer: nn.Module, tokens: int, backward: bool, value: dict[Any, Tensor]) -> None:
+    x_BTD = value[tokens]
+    if backward:
+        y_BTD = layer(x_BTD.detach().requires_grad_())
+        y_BTD.backward(x_BTD)  # any gradient of this shape
+    else:
+        with torch.no_grad():
+            layer(x_BTD)
+
+
+def _call_experts(layer: SparseMoE, case: Case, backward: bool, value: dict[Any, Any]) -> None:
+    x_RD, count_E = value["rows", case]
+    if backward:
+        layer.experts(x_RD.detach().requires_grad_(), count_E).backward(x_RD)
+    else:
+        with torch.no_grad():
+            layer.experts(x_RD, count_E)
+
+
+@torch.no_grad()
+def _rows(layer: SparseMoE, case: Case, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    """What the experts of a layer get from this input: (rows, rows of each expert)."""
+    routing = layer.router(x_BTD)
+    capacity = expert_capacity(case.tokens, case.experts, case.selected, case.capacity)
+    plan = plan_dispatch(routing.expert_index_GNK, case.experts, capacity, routing.priority_GN)
+    return dispatch(x_BTD, plan), plan.count_E
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser("scaling", __doc__.splitlines()[0], rounds=7)
+    parser.set_defaults(dtype=["float32"])
+    parser.add_argument("--axis", choices=list(AXES), nargs="+", default=list(AXES), help="which (all)")
+    parser.add_argument("--values", type=float, nargs="+", help="on one axis, in place of its own")
+    parser.add_argument("--tokens", type=int, default=6304, help="of a call (%(default)s: 32 pictures)")
+    parser.add_argument("--width", type=int, default=384, help="D (%(default)s)")
+    parser.add_argument("--hidden", type=int, default=1536, help="F, of each expert (%(default)s)")
+    session = Session("scaling", parser, argv)
+    args = session.args
+    if args.values and len(args.axis) != 1:
+        parser.error("--values needs one --axis to stand for")
+    for dtype in args.dtype:
+        try:
+            machine = measure_ceiling(session, dtype, Ceiling(session.device, DTYPES[dtype]))
+            for axis in args.axis:
+                measure_axis(session, axis, dtype, machine["copy_gbps"]["median"])
+        except ValueError as error:
+            parser.error(str(error))
+    session.finish()
+
+
+if __name__ == "__main__":
+    main()

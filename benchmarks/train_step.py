@@ -1,0 +1,179 @@
+"""A whole training step: forward, the routing's losses, backward, clipping, fused AdamW. V-MoE and LIMoE, with twins.
+
+The V-MoE and its twin are those of `benchmarks.model`, with the capacity of training; LIMoE is the tiny one of
+`configs/limoe_tiny_emoji.yaml`, against itself with num_experts=0. As in training, weights are float32 and bfloat16
+means autocast.
+
+Shapes, by suffix: B batch, L words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss
+from torch import Tensor, nn
+
+import vmoe
+from benchmarks.measure import DTYPES, Ceiling, activation_bytes, alternate, milliseconds, ratios, spread, synchronizer
+from benchmarks.model import vision_models
+from benchmarks.session import Session, make_parser, measure_ceiling
+from vmoe.evaluation.inference import arithmetic
+from vmoe.models.factory import create_model
+from vmoe.training.config import OptimConfig
+from vmoe.training.optim import create_optimizer
+
+PRECISIONS = {"float32": "float32", "bfloat16": "bf16"}
+FUSED_ADAMW = OptimConfig(name="adamw", lr=1e-5, kwargs={"fused": True})
+
+
+@dataclass
+class Trained:
+    """A model in training.
+
+    Attributes:
+        model: float32.
+        loss: (what is called, input) -> the task's loss.
+        called: the model, or its compiled form.
+    """
+
+    model: nn.Module
+    loss: Callable[[Any, Any], Tensor]
+    called: Any
+
+    def __post_init__(self) -> None:
+        self.optimizer = create_optimizer(self.model, FUSED_ADAMW)
+
+    def total(self, value: Any, precision: str, device: torch.device) -> tuple[Tensor, Any]:
+        """(loss with the routing's own, the record)."""
+        with vmoe.record_routing(self.model) as record, arithmetic(precision, device):
+            loss = self.loss(self.called, value)
+        return loss + record.auxiliary_loss().to(device), record
+
+    def step(self, precision: str, device: torch.device, value: Any) -> None:
+        """What the training loop does with a batch."""
+        loss, _ = self.total(value, precision, device)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        loss.item()
+
+
+def _classify(model: Any, value: tuple[Tensor, Tensor]) -> Tensor:
+    images, labels_B = value
+    return F.cross_entropy(model(images).float(), labels_B)
+
+
+def _contrast(model: Any, value: tuple[Tensor, Tensor]) -> Tensor:
+    image_features, text_features, scale = model(*value)
+    with torch.autocast(image_features.device.type, enabled=False):
+        return ClipLoss()(image_features.float(), text_features.float(), scale.float())
+
+
+def vision(args, device: torch.device) -> tuple[dict[str, nn.Module], Callable, Callable]:
+    """(models, loss, number of the round -> input) of the V-MoE and its twin."""
+    sizes = {} if args.depth is None else {"depth": args.depth}
+    models = vision_models(["capacity 1.05"], args.image_size, **sizes)
+
+    def make_input(number: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator(device).manual_seed(60_000 + number)
+        shape = (args.batch, 3, args.image_size, args.image_size)
+        images = torch.randn(shape, generator=generator, device=device)
+        return images, torch.randint(1000, (args.batch,), generator=generator, device=device)
+
+    return {"dense": models["dense"], "sparse": models["capacity 1.05"]}, _classify, make_input
+
+
+def limoe(args, device: torch.device) -> tuple[dict[str, nn.Module], Callable, Callable]:
+    """The same of the tiny LIMoE; captions have 4 to 12 words, as the emoji's names do with their ends."""
+    name = "limoe_tiny_patch12_48"
+    models = {
+        "dense": create_model(name, num_experts=0),
+        "sparse": create_model(name, capacity_factor=1.25),
+    }
+    length, end = models["dense"].context_length, models["dense"].eot_token_id
+
+    def make_input(number: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator(device).manual_seed(70_000 + number)
+        images = torch.randn(args.pairs, 3, 48, 48, generator=generator, device=device)
+        words_BL = torch.randint(1, end - 1, (args.pairs, length), generator=generator, device=device)
+        last_B = torch.randint(3, 12, (args.pairs,), generator=generator, device=device)
+        return images, words_BL.scatter(1, last_B[:, None], end)
+
+    return models, _contrast, make_input
+
+
+MODELS = {"vmoe_small": vision, "limoe_tiny": limoe}
+
+
+def measure(session: Session, name: str, dtype: str) -> None:
+    """Steps of a sparse model and its dense twin, in turn."""
+    args, device = session.args, session.device
+    models, loss, make_input = MODELS[name](args, device)
+    trained = {}
+    for kind, model in models.items():
+        model.to(device).train()
+        called = torch.compile(model, mode=args.compile) if args.compile else model
+        trained[kind] = Trained(model, loss, called)
+    precision = PRECISIONS[dtype]
+    memory, kept = {}, {}
+    for kind, one in trained.items():
+        one.model.zero_grad(set_to_none=True)
+        value = make_input(10_000)
+        memory[kind] = activation_bytes(partial(_total, one, value, precision, device), [one.model], device)
+        with torch.no_grad():
+            _, record = one.total(value, precision, device)
+        shares = [call.metrics["share_dropped"].item() for _, call in record.calls]
+        kept[kind] = 1 - sum(shares) / len(shares) if shares else 1.0
+    # LIMoE's steps are short: more of them.
+    rounds = args.rounds * (4 if name == "limoe_tiny" else 1)
+    calls = {kind: partial(one.step, precision, device) for kind, one in trained.items()}
+    seconds = alternate(calls, make_input, rounds, synchronize=synchronizer(device))
+    batch = args.pairs if name == "limoe_tiny" else args.batch
+    for kind, own in seconds.items():
+        row = {
+            "comparison": name,
+            "name": kind,
+            "dtype": dtype,
+            "pass": "step",
+            "batch": batch,
+            "kept": round(kept[kind], 4),
+            "ms": milliseconds(own),
+            "images_per_second": spread([batch / value for value in own]),
+            "ratios": {} if kind == "dense" else {"dense": ratios(own, seconds["dense"])},
+            "activations_mib": round(memory[kind] / 2**20, 1),
+            "activations_ratio": round(memory[kind] / memory["dense"], 4),
+        }
+        session.add(row)
+
+
+def _total(trained: Trained, value: Any, precision: str, device: torch.device) -> Tensor:
+    return trained.total(value, precision, device)[0]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser("train_step", __doc__.splitlines()[0], rounds=5)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="which (both)")
+    parser.add_argument("--batch", type=int, default=32, help="pictures of the V-MoE (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=256, help="pictures with captions of the LIMoE (%(default)s)")
+    parser.add_argument("--image_size", type=int, default=224, help="of the V-MoE, side in pixels (%(default)s)")
+    parser.add_argument("--depth", type=int, help="blocks of the V-MoE, in place of 12")
+    session = Session("train_step", parser, argv)
+    for dtype in session.args.dtype:
+        measure_ceiling(session, dtype, Ceiling(session.device, DTYPES[dtype]))
+        for name in session.args.models:
+            try:
+                measure(session, name, dtype)
+            except (ValueError, AssertionError) as error:  # timm asserts what it is given
+                parser.error(str(error))
+    session.finish()
+
+
+if __name__ == "__main__":
+    main()
