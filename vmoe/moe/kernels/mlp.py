@@ -9,13 +9,12 @@ from torch import Tensor
 
 from vmoe.moe.kernels.products import (
     ACTIVATIONS,
-    block_rows,
     gather_sum,
     grouped_activation_gradient,
     grouped_linear,
     grouped_weight_gradient,
-    tile_table,
 )
+from vmoe.moe.kernels.tiles import block_rows, tile_table
 
 
 def routed_mlp(
@@ -61,11 +60,17 @@ def routed_mlp(
     R, E = x_SD.shape[0] if token_R is None else token_R.shape[0], count_E.shape[0]
     block_m = block_rows(R, E)
     tile_T3, end_E = tile_table(count_E, R, block_m), count_E.cumsum(0).int()
-    differentiable = (x_SD, weight_R, *fc1, *fc2)
-    indices = (token_R, row_SK, tile_T3, end_E)
+    (w1_EFD, b1_EF), (w2_EOF, b2_EO) = fc1, fc2
+    # The kernels take the strides of the tokens and of the matrices as they are.
+    differentiable = (x_SD, _contiguous(weight_R), w1_EFD, _contiguous(b1_EF), w2_EOF, _contiguous(b2_EO))
+    indices = (_contiguous(token_R), _contiguous(row_SK), tile_T3, end_E)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
         return _RoutedMLP.apply(*differentiable, *indices, block_m, activation)
     return _forward(*differentiable, *indices, block_m, activation, keep_hidden=False)[0]
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _forward(

@@ -1,7 +1,7 @@
 """Grouped products in Triton, with gathers in front of them and bias, activation and weight behind.
 
 Rows are sorted by expert. A tile is a run of at most BLOCK_M rows of one expert; which rows and whose is looked up in a
-table on the device (`tile_table`), so that the grid depends on shapes alone and the host never waits for a count.
+table on the device (`tiles.py`), so that the grid depends on shapes alone and the host never waits for a count.
 No kernel adds with atomics: equal inputs give equal results.
 
 Each kernel has an operator of the name `vmoe::...` around it, so that `torch.compile` takes it as it is.
@@ -26,36 +26,8 @@ INTERPRETED = triton.knobs.runtime.interpret
 # Blocks of a product (rows, columns, inner) and the launch's options. Usual sizes, not yet tuned on a GPU.
 HALF = {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
 FULL = {"BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
-MAX_BLOCK_M = 128
 # Tiles of rows that go through all columns together, to find their weights in the cache.
 GROUP_M = 8
-
-
-def block_rows(num_rows: int, num_experts: int) -> int:
-    """BLOCK_M: rows of a tile, about as many as an expert has, between 16 and `MAX_BLOCK_M`."""
-    block = 16
-    while block < MAX_BLOCK_M and block * num_experts < num_rows:
-        block *= 2
-    return block
-
-
-def tile_table(count_E: Tensor, num_rows: int, block_m: int) -> Tensor:
-    """Tiles that cover all rows: (T, 3) int32, the expert of each, its first row and the end of its expert's rows.
-
-    T is the most there can be. Rows beyond the counts belong to an expert E, which gives zeros; a tile that is not
-    needed starts at the end of the rows or behind it.
-    """
-    E = count_E.shape[0]
-    count_E1 = torch.cat([count_E, (num_rows - count_E.sum()).view(1)])
-    end_E1 = count_E1.cumsum(0)
-    tiles_E1 = (count_E1 + block_m - 1) // block_m
-    last_E1 = tiles_E1.cumsum(0)
-    T = (num_rows + (E + 1) * (block_m - 1)) // block_m
-    tile_T = torch.arange(T, device=count_E.device)
-    expert_T = torch.searchsorted(last_E1, tile_T, right=True).clamp(max=E)
-    place_T = tile_T - (last_E1 - tiles_E1)[expert_T]
-    end_T = end_E1[expert_T]
-    return torch.stack([expert_T, end_T - count_E1[expert_T] + place_T * block_m, end_T], dim=1).int()
 
 
 @triton.jit
@@ -133,7 +105,7 @@ def _multiply(
 @triton.jit
 def _linear_kernel(
     x_ptr, index_ptr, w_ptr, b_ptr, weight_ptr, tile_ptr, y_ptr, h_ptr,
-    num_tiles, E, I, O, x_m, x_i, w_e, w_o, w_i, b_e,
+    num_tiles, E, I, O, x_m, x_i, w_e, w_o, w_i,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -146,7 +118,7 @@ def _linear_kernel(
     w_ptr += expert.to(tl.int64) * w_e
     y_MN = _multiply(x_ptr, w_ptr, m_M, o_N, inner, O, x_m, x_i, w_o, w_i, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST)
     if b_ptr is not None:
-        b_N = tl.load(b_ptr + expert * b_e + o_N, mask=o_N < tl.where(expert < E, O, 0), other=0.0)
+        b_N = tl.load(b_ptr + expert * O + o_N, mask=o_N < tl.where(expert < E, O, 0), other=0.0)
         y_MN += b_N.to(tl.float32)[None, :]
     at_MN = r_M[:, None].to(tl.int64) * O + o_N[None, :]
     inside_MN = real_M[:, None] & (o_N < O)[None, :]
@@ -220,8 +192,8 @@ def _weight_gradient_kernel(
     inside_MN = (o_M < O)[:, None] & (i_N < I)[None, :]
     tl.store(grad_w_ptr + at_MN, acc_MN.to(grad_w_ptr.dtype.element_ty), mask=inside_MN)
     # The bias: the first blocks of columns go over their rows again; that keeps the loop above lean.
-    if grad_b_ptr is not None:
-        if block_i == 0:  # noqa: SIM102  (the first condition is known to the compiler, this one is not)
+    if grad_b_ptr is not None:  # noqa: SIM102  (known to the compiler; the next condition is not)
+        if block_i == 0:
             acc_M = tl.zeros((BLOCK_M,), tl.float32)
             for first in range(start, end, BLOCK_K):
                 r_K = first + tl.arange(0, BLOCK_K)
@@ -272,12 +244,12 @@ def grouped_linear(
     """y_r = weight_r · activation(x[index_r] · w_eᵀ + b_e), e the expert of row r.
 
     Args:
-        x_MI: the rows' source.
+        x_MI: the rows' source; it and `w_EOI` may have any strides, all else is contiguous.
         index_R: which of its rows each row is; -1: zeros. None: the rows themselves.
-        w_EOI: weights; any strides.
+        w_EOI: weights.
         b_EO: biases.
         weight_R: weight of each row; None: one.
-        tile_T3: from `tile_table`, of `num_rows` rows in tiles of `block_m`.
+        tile_T3: from `tiles.tile_table`, of `num_rows` rows in tiles of `block_m`.
         activation: one of `ACTIVATIONS`.
         keep_hidden: give the values before the activation as well.
 
@@ -289,11 +261,12 @@ def grouped_linear(
     h_RO = x_MI.new_empty(num_rows if keep_hidden else 0, O)
     launch = options(x_MI.dtype)
     T = tile_T3.shape[0]
-    _linear_kernel[(T * triton.cdiv(O, launch["BLOCK_N"]),)](
-        x_MI, index_R, w_EOI, b_EO, weight_R, tile_T3, y_RO, h_RO if keep_hidden else None,
-        T, E, I, O, *x_MI.stride(), *w_EOI.stride(), 0 if b_EO is None else b_EO.stride(0),
-        ACTIVATION=activation, BLOCK_M=block_m, GROUP_M=GROUP_M, **launch,
-    )  # fmt: skip
+    with torch.cuda.device_of(x_MI):
+        _linear_kernel[(T * triton.cdiv(O, launch["BLOCK_N"]),)](
+            x_MI, index_R, w_EOI, b_EO, weight_R, tile_T3, y_RO, h_RO if keep_hidden else None,
+            T, E, I, O, *x_MI.stride(), *w_EOI.stride(),
+            ACTIVATION=activation, BLOCK_M=block_m, GROUP_M=GROUP_M, **launch,
+        )  # fmt: skip
     return y_RO, h_RO
 
 
@@ -330,11 +303,12 @@ def grouped_activation_gradient(
     launch = options(g_MI.dtype)
     T, C = tile_T3.shape[0], triton.cdiv(O, launch["BLOCK_N"])
     dot_RC = h_RO.new_empty(h_RO.shape[0] if weight_R is not None else 0, C, dtype=torch.float32)
-    _activation_gradient_kernel[(T * C,)](
-        g_MI, index_R, w_EOI, weight_R, h_RO, tile_T3, grad_h_RO, a_RO, None if weight_R is None else dot_RC,
-        T, E, I, O, *g_MI.stride(), *w_EOI.stride(),
-        ACTIVATION=activation, BLOCK_M=block_m, GROUP_M=GROUP_M, **launch,
-    )  # fmt: skip
+    with torch.cuda.device_of(g_MI):
+        _activation_gradient_kernel[(T * C,)](
+            g_MI, index_R, w_EOI, weight_R, h_RO, tile_T3, grad_h_RO, a_RO, None if weight_R is None else dot_RC,
+            T, E, I, O, *g_MI.stride(), *w_EOI.stride(),
+            ACTIVATION=activation, BLOCK_M=block_m, GROUP_M=GROUP_M, **launch,
+        )  # fmt: skip
     return grad_h_RO, a_RO, dot_RC
 
 
@@ -370,10 +344,11 @@ def grouped_weight_gradient(
     grad_w_EOI, grad_b_EO = g_MO.new_empty(E, O, I), g_MO.new_empty(E if bias else 0, O)
     launch = options(g_MO.dtype)
     block = launch["BLOCK_N"]
-    _weight_gradient_kernel[(triton.cdiv(O, block) * triton.cdiv(I, block), E)](
-        g_MO, g_index_R, x_MI, x_index_R, weight_R, end_E, grad_w_EOI, grad_b_EO if bias else None,
-        O, I, *g_MO.stride(), *x_MI.stride(), BLOCK_M=block, **launch,
-    )  # fmt: skip
+    with torch.cuda.device_of(g_MO):
+        _weight_gradient_kernel[(triton.cdiv(O, block) * triton.cdiv(I, block), E)](
+            g_MO, g_index_R, x_MI, x_index_R, weight_R, end_E, grad_w_EOI, grad_b_EO if bias else None,
+            O, I, *g_MO.stride(), *x_MI.stride(), BLOCK_M=block, **launch,
+        )  # fmt: skip
     return grad_w_EOI, grad_b_EO
 
 
@@ -388,9 +363,10 @@ def gather_sum(y_RD: Tensor, row_SK: Tensor) -> Tensor:
     """(S, D): the sum of each token's rows; -1: none. Summed in float32, in the order of K."""
     (S, K), D = row_SK.shape, y_RD.shape[1]
     out_SD = y_RD.new_empty(S, D)
-    _gather_sum_kernel[(triton.cdiv(S, 16), triton.cdiv(D, 256))](
-        y_RD.contiguous(), row_SK.contiguous(), out_SD, S, D, K, BLOCK_S=16, BLOCK_D=256, num_warps=4
-    )
+    with torch.cuda.device_of(y_RD):
+        _gather_sum_kernel[(triton.cdiv(S, 16), triton.cdiv(D, 256))](
+            y_RD.contiguous(), row_SK.contiguous(), out_SD, S, D, K, BLOCK_S=16, BLOCK_D=256, num_warps=4
+        )
     return out_SD
 
 
