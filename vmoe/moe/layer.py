@@ -210,14 +210,14 @@ class SparseMoE(nn.Module):
             listed = routing.with_all_experts(chosen.weights_GNE)
             kept_GNK = chosen.taken_GNE.gather(-1, listed.expert_index_GNK)
             number_GN = chosen.taken_GNE.sum(-1)
-            real_S = number_GN.flatten() if mask_GN is None else number_GN[mask_GN]
-            if real_S.numel() == 0:
-                return listed, kept_GNK, dict
-            return (
-                listed,
-                kept_GNK,
-                lambda: {"experts_per_token_min": real_S.min(), "experts_per_token_max": real_S.max()},
-            )
+
+            def statistics():  # which tokens are real is a question to the device: only when somebody reads them
+                real_S = number_GN.flatten() if mask_GN is None else number_GN[mask_GN]
+                if real_S.numel() == 0:
+                    return {}
+                return {"experts_per_token_min": real_S.min(), "experts_per_token_max": real_S.max()}
+
+            return listed, kept_GNK, statistics
 
         return y_GND, routing, describe
 
