@@ -92,9 +92,12 @@ class BatchReader(Dataset):
         tensors = self._stack(samples) if samples else {}
         return Batch(tensors, bad, num_read, time.perf_counter() - started)
 
-    def _stack(self, samples: list[tuple[int, torch.Tensor, int | None, str | None]]) -> dict[str, torch.Tensor]:
+    def _stack(
+        self, samples: list[tuple[int, np.ndarray | torch.Tensor, int | None, str | None]]
+    ) -> dict[str, torch.Tensor]:
         indices, images, labels, captions = zip(*samples)
-        tensors = {"image": torch.stack(images), "index": torch.tensor(indices)}
+        image = torch.from_numpy(np.stack(images)) if self.normalize_later else torch.stack(images)
+        tensors = {"image": image, "index": torch.tensor(indices)}
         if self.dataset.classes is not None:
             tensors["label"] = torch.tensor(labels)
         if self.tokenizer is not None:
@@ -103,7 +106,7 @@ class BatchReader(Dataset):
 
     def _read(
         self, epoch: int, index: int, bad: list[tuple[str, str]]
-    ) -> tuple[torch.Tensor, int | None, str | None] | None:
+    ) -> tuple[np.ndarray | torch.Tensor, int | None, str | None] | None:
         """(image, label, caption) of a sample or its replacement; None where it is left out."""
         candidate = index
         for attempt in range(1, MAX_REPLACEMENTS + 1):
@@ -119,9 +122,9 @@ class BatchReader(Dataset):
             candidate = derive_seed(self.seed, epoch, index, attempt) % len(self.dataset)
         return None
 
-    def _image(self, sample: Sample) -> torch.Tensor:
+    def _image(self, sample: Sample) -> np.ndarray | torch.Tensor:
         if self.normalize_later:
-            return torch.from_numpy(np.array(self.transform.geometry(sample.image)))  # (H, W, 3) uint8
+            return np.asarray(self.transform.geometry(sample.image))  # (H, W, 3) uint8; copied once, into the batch
         return self.transform(sample.image)
 
     def _tokenize(self, caption: str) -> torch.Tensor:
