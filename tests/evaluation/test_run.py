@@ -97,6 +97,23 @@ def test_zero_shot_of_a_folder(tree, limoe, tmp_path):
     assert swapped["results"]["top1"] == pytest.approx(1 - plain["results"]["top1"])
 
 
+def test_experts_kept_in_fewer_bytes(tree, classifier, tmp_path, capsys):
+    argv = arguments(classifier, tmp_path / "out.json", "--config", "classification_folder", *folder_arguments(tree))
+    entries = {}
+    for kind in ("null", "bfloat16", "int8"):
+        assert main([*argv, "--experts", kind]) == 0
+        [entries[kind]] = json.loads((tmp_path / "out.json").read_text())["checkpoints"]
+    assert "experts" not in entries["null"]["model"]
+    assert entries["int8"]["model"]["experts"] == "int8"
+    memory = [entry["expert_bytes"] for entry in entries.values()]
+    assert memory[0] > 1.9 * memory[1] > 3.4 * memory[2]
+    dense = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=2, embed_dim=32, num_experts=0, **TINY)
+    save_pretrained(dense, tmp_path / "dense" / "model.safetensors")
+    argv[1] = str(tmp_path / "dense")
+    assert main([*argv, "--experts", "int8"]) == 1
+    assert "no experts to keep as int8" in capsys.readouterr().err
+
+
 def test_retrieval_knows_one_image_by_its_path(tree, limoe, tmp_path):
     argv = arguments(
         limoe, tmp_path / "out.json", "--config", "retrieval_pairs", "--data.path", str(tree / "pairs.csv")

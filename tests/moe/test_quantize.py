@@ -1,4 +1,5 @@
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -118,6 +119,17 @@ def test_files_and_state_dicts_bring_it_back(kind, tmp_path):
     factory.save_pretrained(plain, tmp_path / "plain.safetensors")
     whole, small = (file.stat().st_size for file in (tmp_path / "plain.safetensors", tmp_path / "m.safetensors"))
     assert whole - small > 0.9 * (expert_bytes(plain) - expert_bytes(model))
+
+
+def test_a_files_kind_is_checked(tmp_path):
+    model, file = vision(), tmp_path / "m.safetensors"
+    model.vmoe_spec["experts"] = "int2"
+    factory.save_pretrained(model, file)
+    with pytest.raises(factory.WeightsError, match="experts is none of int8, bfloat16"):
+        vmoe.create_model(pretrained=file)
+    factory.save_pretrained(quantize_experts(vision(), "int8"), file)
+    with pytest.raises(ValueError, match="timm cannot make"):
+        timm.create_model("vmoe_tiny_patch8_48", pretrained=True, pretrained_cfg_overlay={"file": str(file)})
 
 
 def test_nothing_learns():

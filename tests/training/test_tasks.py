@@ -5,7 +5,8 @@ from PIL import Image
 
 from vmoe.config_io import ConfigError
 from vmoe.data import build_transform, train_loader
-from vmoe.models.factory import preprocess_config
+from vmoe.models.factory import preprocess_config, save_pretrained
+from vmoe.moe import quantize_experts
 from vmoe.training.tasks import create_task
 
 CPU = torch.device("cpu")
@@ -45,6 +46,13 @@ def test_sigmoid_loss_is_siglips(make_config):
 def test_sigmoid_loss_without_a_bias_says_what_to_set(make_config):
     with pytest.raises(ConfigError, match="init_logit_bias"):
         create_task(make_config("contrastive", **{"train.loss": "sigmoid"})).create_model(None)
+
+
+def test_weights_for_inference_alone_are_refused(make_config, tmp_path):
+    task = create_task(make_config("contrastive"))
+    save_pretrained(quantize_experts(task.create_model(None), "int8"), tmp_path / "small.safetensors")
+    with pytest.raises(ConfigError, match=r"small.safetensors keeps its experts as int8, for inference alone"):
+        task.create_model(str(tmp_path / "small.safetensors"))
 
 
 def test_the_logit_scale_stays_below_100(make_config):
