@@ -7,6 +7,7 @@ Shapes, by suffix: S tokens, R rows sorted by expert, K rows of a token, D, F an
 import sys
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
@@ -214,6 +215,24 @@ def test_experts_that_the_kernels_do_not_know_go_the_plain_way():
     finally:
         kernels.enable(False)
     assert not can_run()
+
+
+@pytest.mark.parametrize(
+    ("act", "name"),
+    [
+        (torch.nn.GELU(), "gelu"),
+        (torch.nn.GELU(approximate="tanh"), "gelu_tanh"),
+        (timm.layers.GELU(), "gelu"),
+        (timm.layers.GELUTanh(), "gelu_tanh"),
+        (torch.nn.SiLU(), "silu"),
+        (torch.nn.ReLU(), "relu"),
+        (torch.nn.Identity(), "none"),
+    ],
+)
+def test_an_activation_by_its_name_is_the_same_function(act, name):
+    x = torch.linspace(-3, 3, 50)
+    assert kernels.activation_name(act) == name
+    assert torch.equal(act(x), ACTIVATIONS[name](x))
 
 
 def test_importing_the_package_loads_no_kernels():

@@ -16,6 +16,14 @@ from vmoe.moe.dispatch import DispatchPlan, gather_rows
 from vmoe.moe.experts import Experts, has_hooks, own_experts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# By name: this package does not know timm, whose models bring activations of their own.
+_ACTIVATIONS = {
+    "torch.nn.modules.activation.SiLU": "silu",
+    "torch.nn.modules.activation.ReLU": "relu",
+    "torch.nn.modules.linear.Identity": "none",
+    "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.GELUTanh": "gelu_tanh",
+}
 # Triton's interpreter: the kernels run on the CPU, slowly, for tests.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _enabled = False
@@ -40,7 +48,7 @@ def activation_name(act: nn.Module) -> str | None:
     """What the kernels call an activation; None: they do not know it."""
     if type(act) is nn.GELU:
         return "gelu" if act.approximate == "none" else "gelu_tanh"
-    return {nn.SiLU: "silu", nn.ReLU: "relu", nn.Identity: "none"}.get(type(act))
+    return _ACTIVATIONS.get(f"{type(act).__module__}.{type(act).__qualname__}")
 
 
 def can_run(experts: Experts, x: Tensor) -> bool:
