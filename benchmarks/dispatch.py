@@ -153,7 +153,7 @@ def measure(session: Session, dtype: str, comparison: str) -> None:
                 "experts": E,
                 "selected": K,
                 "capacity": args.capacity,
-                "kept": kept,
+                "kept": 1.0 if name == "dense" else kept,
                 "ms": milliseconds(own),
                 "ratios": {} if name == base else {base: ratios(own, seconds[base])},
             }

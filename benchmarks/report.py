@@ -211,10 +211,8 @@ def _rows_table(benchmark: str, rows: list[Row], with_setting: bool) -> str:
         columns.pop("setting")
     used = {title: text for title, text in columns.items() if any(text(row) for row in rows)}
     lines = [tuple(text(row) for text in used.values()) for row in rows]
-    words = (rows[0]["comparison"], "part", "type", "pass", "setting")
-    numbers = [
-        place for place, title in enumerate(used) if title not in words or (benchmark == "scaling" and place == 0)
-    ]
+    words = {"part", "type", "pass", "setting"} | ({rows[0]["comparison"]} if benchmark != "scaling" else set())
+    numbers = [place for place, title in enumerate(used) if title not in words]
     return _table(tuple(used), lines, numbers)
 
 
