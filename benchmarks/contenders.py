@@ -41,7 +41,8 @@ class Contender:
     compiled: Callable[[Tensor], Any] | None = None
 
     def __call__(self, x_BTD: Tensor) -> Tensor:
-        return self.output((self.compiled or self.module)(x_BTD))
+        call = self.module if self.compiled is None else self.compiled
+        return self.output(call(x_BTD))
 
 
 def sparse(width: int, hidden: int, capacity: float | None, name: str = "vmoe", **settings) -> Contender:
