@@ -21,10 +21,9 @@ class WeightOnlyLinear(nn.Module):
     Int8 weights have a scale for each expert and output, its largest magnitude / 127 (symmetric).
 
     On a CPU, outside compiled code, one expert's weights at a time are converted, into one buffer, and the products are
-    scaled instead of the weights. Measured on one thread of a CPU with AVX-512 (D=384, F=1536), against plain products
-    of unquantized weights: 1.0 x the time in float32 and 1.2 x in bfloat16 with 200 rows for each of 8 experts, 0.6 x
-    and 0.9 x with 6 rows for each of 32. `torch._weight_int8pack_mm` takes one matrix; in bfloat16 it is quicker with
-    few rows (0.6 x with 6), but needs 2.7 x with 200, and in float32 over 30 x. torchao 0.18 can store a stack
+    scaled instead of the weights. `python -m benchmarks.quantize` compares it with what else there is (figures in
+    docs/inference.md): `torch._weight_int8pack_mm` takes one matrix, and is quicker only in bfloat16 with a handful of
+    rows for each expert, several times slower with many, and far slower in float32. torchao 0.18 can store a stack
     (`Int8Tensor`), but has no batched or grouped product of it, and converts a single expert's weights as this does.
 
     On other devices and in compiled code nothing may depend on the number of rows, so all weights of the layer are
