@@ -11,21 +11,15 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import AttentionPoolLatent, PatchEmbed, resample_abs_pos_embed, trunc_normal_
+from einops import rearrange
+from timm.layers import AttentionPoolLatent, DropPath, PatchEmbed, resample_abs_pos_embed, trunc_normal_
 from timm.models import checkpoint, named_apply
-from timm.models.vision_transformer import get_init_weights_vit
+from timm.models.vision_transformer import Block, get_init_weights_vit
 from torch import Tensor, nn
 
 from vmoe.models.contrastive import INIT_LOGIT_SCALE, ImageTextModel
-from vmoe.models.text import (
-    TextBlock,
-    attention_bias,
-    check_length,
-    make_blocks,
-    masked_mean,
-    text_mask,
-    text_routing,
-)
+from vmoe.models.text import attention_bias, check_length, make_blocks, masked_mean, text_mask, text_routing
+from vmoe.models.tokens import PackedTokens, RowTokens
 from vmoe.models.vision import sparse_blocks, without_decay
 from vmoe.moe import SparseMoE
 from vmoe.moe.settings import PRESETS
@@ -34,21 +28,23 @@ MODALITIES = ("image", "text")
 ROUTING_DEFAULTS = {**PRESETS["limoe"], "num_experts": 32, "local_entropy_loss": {"text": 0.01}}
 
 
-class LIMoEBlock(TextBlock):
+class LIMoEBlock(Block):
     """timm's pre-norm block over patches and words at once: attention per modality, one MLP for both."""
 
-    def forward(self, x_BTD: Tensor, num_patches: int, mask_BT: Tensor, modality_BT: Tensor) -> Tensor:
-        """(B, T, D) tokens, the first `num_patches` of them patches, the others words -> (B, T, D)."""
-        mask_BL = mask_BT[:, num_patches:]
-        h_BTD = self.norm1(x_BTD)
-        parts = []
-        if num_patches > 0:
-            parts.append(self.attn(h_BTD[:, :num_patches]))
-        if num_patches < x_BTD.shape[1]:
-            # Words attend to the real words of their caption.
-            parts.append(self.attn(h_BTD[:, num_patches:], attn_mask=attention_bias(mask_BL, h_BTD.dtype)))
-        x_BTD = x_BTD + self.drop_path1(self.ls1(torch.cat(parts, dim=1)))
-        return self.add_mlp(x_BTD, mask_BT, modality_BT)
+    def forward(self, x: Tensor, tokens: RowTokens | PackedTokens) -> Tensor:
+        """Tokens in the form that `tokens` describes, (B, T, D) or (S, D) -> the same."""
+        qkv = self.attn.qkv(self.norm1(x))
+        attended = [self.attend(part, bias) for part, bias in tokens.sequences(qkv)]
+        x = x + self.drop_path1(self.ls1(self.attn.proj(tokens.join(attended))))
+        h = self.norm2(x)
+        h = tokens.through_experts(self.mlp, h) if isinstance(self.mlp, SparseMoE) else self.mlp(h)
+        return x + self.drop_path2(self.ls2(h))
+
+    def attend(self, qkv_BT3D: Tensor, bias_B11T: Tensor | None) -> Tensor:
+        """Each token to all of its sequence: (B, T, 3D) queries, keys and values -> (B, T, D)."""
+        q_BHTd, k_BHTd, v_BHTd = rearrange(qkv_BT3D, "b t (three h d) -> three b h t d", three=3, h=self.attn.num_heads)
+        y_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, attn_mask=bias_B11T)
+        return rearrange(y_BHTd, "b h t d -> b t (h d)")
 
 
 class LIMoE(ImageTextModel):
@@ -184,20 +180,35 @@ class LIMoE(ImageTextModel):
         Returns:
             (B, P, D) and (B, L, D) after the final norm; P or L is 0 for a modality that is not there.
         """
-        x_BTD = torch.cat([x for x in (x_BPD, x_BLD) if x is not None], dim=1)
-        B, T, _ = x_BTD.shape
+        x = torch.cat([x for x in (x_BPD, x_BLD) if x is not None], dim=1)
+        B, T, _ = x.shape
         P = 0 if x_BPD is None else x_BPD.shape[1]
-        modality_BT = (torch.arange(T, device=x_BTD.device) >= P).long().expand(B, T)
-        mask_BT = torch.ones(B, P, dtype=torch.bool, device=x_BTD.device)
+        modality_BT = (torch.arange(T, device=x.device) >= P).long().expand(B, T)
+        mask_BT, bias_B11L = torch.ones(B, P, dtype=torch.bool, device=x.device), None
         if mask_BL is not None:
-            mask_BT = torch.cat([mask_BT, mask_BL], dim=1)
+            mask_BT, bias_B11L = torch.cat([mask_BT, mask_BL], dim=1), attention_bias(mask_BL, x.dtype)
+        tokens = rows = RowTokens(P, mask_BT, modality_BT, bias_B11L)
+        if mask_BL is not None and self.can_pack(x):
+            tokens = PackedTokens.of(rows)
+            x = tokens.pack(x)
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x_BTD = checkpoint(block, x_BTD, P, mask_BT, modality_BT)
+                x = checkpoint(block, x, tokens)
             else:
-                x_BTD = block(x_BTD, P, mask_BT, modality_BT)
-        x_BTD = self.norm(x_BTD)
+                x = block(x, tokens)
+        x = self.norm(x)
+        x_BTD = x if tokens is rows else tokens.unpack(x)
         return x_BTD[:, :P], x_BTD[:, P:]
+
+    def can_pack(self, x: Tensor) -> bool:
+        """Leave out what fills up the captions: on a CPU, where it costs no synchronisation.
+
+        Stochastic depth drops rows, so it needs them.
+        """
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return False
+        drops_rows = self.training and any(isinstance(module, DropPath) for module in self.blocks.modules())
+        return not drops_rows
 
     def image_head(self, x_BPD: Tensor) -> Tensor:
         """Pool and project: (B, P, D) -> (B, C)."""

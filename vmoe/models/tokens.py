@@ -1,0 +1,108 @@
+"""How the patches and words of a batch lie in memory while they go through a tower.
+
+On a GPU and in compiled code each picture and its caption are a row of P + L tokens, and short captions are filled up:
+shapes must not depend on the data. On a CPU nothing is computed for what only fills up: all patches, then all real
+words, one after the other; captions are mostly short, so this is a third less work. Attention and the sparse layers see
+the same in both forms.
+
+Shapes, by suffix: B batch, P patches, L words (text length), T = P + L, S tokens, W real words, D width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vmoe.moe.dispatch import gather_rows
+
+
+@dataclass(frozen=True)
+class RowTokens:
+    """Tokens as rows, (B, T, D): the patches of a picture, then the words of its caption.
+
+    Attributes:
+        num_patches: P; 0 without pictures.
+        mask_BT: True for patches and real words.
+        modality_BT: 0 for patches, 1 for words.
+        bias_B11L: hides from attention what fills up the captions; None without words.
+    """
+
+    num_patches: int
+    mask_BT: Tensor
+    modality_BT: Tensor
+    bias_B11L: Tensor | None
+
+    def sequences(self, x_BTD: Tensor) -> list[tuple[Tensor, Tensor | None]]:
+        """What attends to itself: [((B, P, D) patches, None), ((B, L, D) words, bias)], as far as they are there."""
+        P = self.num_patches
+        parts = [(x_BTD[:, :P], None)] if P else []
+        return parts if self.bias_B11L is None else [*parts, (x_BTD[:, P:], self.bias_B11L.to(x_BTD.dtype))]
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """`sequences` undone."""
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    def through_experts(self, layer: Callable[[Tensor, Tensor, Tensor], Tensor], x_BTD: Tensor) -> Tensor:
+        """Tokens through a sparse layer: (B, T, D) -> (B, T, D)."""
+        return layer(x_BTD, self.mask_BT, self.modality_BT)
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """The patches of all pictures, then the real words of all captions: (S, D) with S = B·P + W.
+
+    Attributes:
+        rows: the same tokens as rows.
+        place_W: flat index into (B, L) of each real word.
+        word_BL: flat, the real word at each place; -1 where there is none.
+        place_S: flat index into (B, T) of each token.
+        token_BT: flat, the token at each place; -1 where there is none.
+    """
+
+    rows: RowTokens
+    place_W: Tensor
+    word_BL: Tensor
+    place_S: Tensor
+    token_BT: Tensor
+
+    @classmethod
+    def of(cls, rows: RowTokens) -> "PackedTokens":
+        """Where the tokens of `rows` go."""
+        P = rows.num_patches
+        place_BT = torch.arange(rows.mask_BT.numel()).view(rows.mask_BT.shape)
+        mask_BL = rows.mask_BT[:, P:]
+        place_S = torch.cat([place_BT[:, :P].flatten(), place_BT[:, P:][mask_BL]])
+        place_W = mask_BL.flatten().nonzero()[:, 0]
+        return cls(rows, place_W, _inverse(place_W, mask_BL.numel()), place_S, _inverse(place_S, place_BT.numel()))
+
+    def pack(self, x_BTD: Tensor) -> Tensor:
+        """(B, T, D) -> (S, D)."""
+        return gather_rows(x_BTD.flatten(0, 1), self.place_S, self.token_BT[:, None], False, True)
+
+    def unpack(self, x_SD: Tensor) -> Tensor:
+        """(S, D) -> (B, T, D), zero where there is no token."""
+        x_BTD = gather_rows(x_SD, self.token_BT, self.place_S[:, None], True, False)
+        return x_BTD.view(*self.rows.mask_BT.shape, -1)
+
+    def sequences(self, x_SD: Tensor) -> list[tuple[Tensor, Tensor | None]]:
+        """As of `RowTokens`."""
+        (B, T), P = self.rows.mask_BT.shape, self.rows.num_patches
+        patches, words = x_SD.split([B * P, x_SD.shape[0] - B * P])
+        x_BLD = gather_rows(words, self.word_BL, self.place_W[:, None], True, False).view(B, T - P, -1)
+        parts = [(patches.view(B, P, -1), None)] if P else []
+        return [*parts, (x_BLD, self.rows.bias_B11L.to(x_SD.dtype))]
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """`sequences` undone."""
+        x_WD = gather_rows(parts[-1].flatten(0, 1), self.place_W, self.word_BL[:, None], False, True)
+        return torch.cat([*(part.flatten(0, 1) for part in parts[:-1]), x_WD])
+
+    def through_experts(self, layer: Callable[[Tensor, Tensor, Tensor], Tensor], x_SD: Tensor) -> Tensor:
+        """Tokens through a sparse layer, which sees them as rows: (S, D) -> (S, D)."""
+        return self.pack(self.rows.through_experts(layer, self.unpack(x_SD)))
+
+
+def _inverse(place_S: Tensor, number: int) -> Tensor:
+    """(number,) the index of each place in `place_S`; -1 for those that are not in it."""
+    return torch.full((number,), -1).index_copy_(0, place_S, torch.arange(len(place_S)))
