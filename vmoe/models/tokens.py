@@ -37,7 +37,7 @@ class RowTokens:
         """What attends to itself: [((B, P, D) patches, None), ((B, L, D) words, bias)], as far as they are there."""
         P = self.num_patches
         parts = [(x_BTD[:, :P], None)] if P else []
-        return parts if self.bias_B11L is None else [*parts, (x_BTD[:, P:], self.bias_B11L.to(x_BTD.dtype))]
+        return parts if self.bias_B11L is None else [*parts, (x_BTD[:, P:], self.bias_B11L)]
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """`sequences` undone."""
@@ -91,7 +91,7 @@ class PackedTokens:
         patches, words = x_SD.split([B * P, x_SD.shape[0] - B * P])
         x_BLD = gather_rows(words, self.word_BL, self.place_W[:, None], True, False).view(B, T - P, -1)
         parts = [(patches.view(B, P, -1), None)] if P else []
-        return [*parts, (x_BLD, self.rows.bias_B11L.to(x_SD.dtype))]
+        return [*parts, (x_BLD, self.rows.bias_B11L)]
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """`sequences` undone."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from vmoe.moe.activations import activation_name
 from vmoe.moe.routed_mlp import routed_mlp
 
 GATED_ACTIVATIONS = {"swiglu": nn.SiLU, "geglu": nn.GELU}
@@ -259,7 +260,8 @@ class Experts(nn.Module):
     def _routed_mlp(self, x_SD: Tensor, token_R: Tensor | None, weight_R: Tensor | None, count_E: Tensor) -> Tensor:
         fc1, fc2 = ((own_experts(layer.weight), own_experts(layer.bias)) for layer in (self.fc1, self.fc2))
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_SD.dtype
-        return routed_mlp(x_SD, token_R, weight_R, count_E.tolist(), fc1, fc2, self.activate, dtype)
+        name = None if self.gated else activation_name(self.act)
+        return routed_mlp(x_SD, token_R, weight_R, count_E.tolist(), fc1, fc2, self.activate, name, dtype)
 
     def _are_plain(self, x: Tensor) -> bool:
         """The operation for CPUs takes them."""

@@ -1,8 +1,9 @@
 """The experts on a CPU, from tokens to tokens in one operation: gather, two linear layers, weigh, add.
 
 A few experts are computed at a time, so that their rows and hidden activations stay in the cache from one step to the
-next, and nothing but the hidden layer is kept for the backward pass: no gathered copy of the tokens, no activations.
-Experts with few rows go through one batched product, with rows of weight zero where they have fewer than the others.
+next. Experts with few rows go through one batched product, with rows of weight zero where they have fewer than the
+others. For the backward pass the hidden layer is kept, before and after its activation, and the experts' rows before
+they are weighed, but no gathered copy of the tokens.
 
 Shapes, by suffix: S tokens, R rows sorted by expert, P rows with those that fill up, D width, F hidden width (2F in
 front of a gated activation), E experts, C experts of a chunk, M rows of an expert in a chunk.
@@ -73,6 +74,7 @@ def routed_mlp(
     fc1: tuple[Tensor, Tensor | None],
     fc2: tuple[Tensor, Tensor | None],
     activation: Callable[[Tensor], Tensor],
+    activation_name: str | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """y_s = sum of weight_r · (activation(x_s W1ᵀ + b1) W2ᵀ + b2) over the rows r of token s, of their experts.
@@ -85,7 +87,8 @@ def routed_mlp(
         fc1: weight (E, F, D) and bias (E, F) or None.
         fc2: weight (E, O, F) and bias (E, O) or None.
         activation: of the hidden layer, (..., F of fc1) -> (..., F of fc2); element by element but for gates, without
-            parameters or random numbers, since the backward pass computes it again.
+            parameters or random numbers, since the backward pass may compute it again.
+        activation_name: what `vmoe.moe.activations` calls it; None: it has no name.
         dtype: of the products and the result.
 
     Returns:
@@ -96,7 +99,7 @@ def routed_mlp(
     arguments = (x_SD, weight_P, *fc1, *fc2)
     with torch.autocast("cpu", enabled=False):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments):
-            return _RoutedMLP.apply(*arguments, rows, activation, dtype)
+            return _RoutedMLP.apply(*arguments, rows, activation, activation_name, dtype)
         return _forward(*arguments, rows, activation, dtype, None)
 
 
@@ -157,15 +160,18 @@ def _forward(
     rows: _Rows,
     activation: Callable[[Tensor], Tensor],
     dtype: torch.dtype,
-    kept: tuple[Tensor, Tensor] | None,
+    kept: tuple[Tensor, Tensor, Tensor] | None,
 ) -> Tensor:
-    """`kept`: buffers (P, F) for the hidden layer before its activation and (P, O) for the rows before weighing."""
+    """`kept`: buffers for the hidden layer before and after its activation and for the rows before weighing."""
     y_SO = x_SD.new_zeros(x_SD.shape[0], w2_EOF.shape[1], dtype=dtype)
     for chunk in rows.chunks:
-        h_RF, y_RO = (None, None) if kept is None else (buffer[chunk.rows] for buffer in kept)
+        h_RF, kept_a_RF, y_RO = (None, None, None) if kept is None else (buffer[chunk.rows] for buffer in kept)
         x_RD = rows.take(x_SD, chunk).to(dtype)
         h_RF = _linear(x_RD, w1_EFD, b1_EF, chunk, h_RF)
-        y_RO = _linear(activation(h_RF), w2_EOF, b2_EO, chunk, y_RO)
+        a_RF = activation(h_RF)
+        if kept_a_RF is not None:
+            kept_a_RF.copy_(a_RF)
+        y_RO = _linear(a_RF, w2_EOF, b2_EO, chunk, y_RO)
         if weight_P is not None:
             w_R1 = weight_P[chunk.rows, None]
             y_RO = y_RO * w_R1 if kept is not None else y_RO.mul_(w_R1)
@@ -193,20 +199,21 @@ def _linear(x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, chunk: Chunk, out_
 
 class _RoutedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_SD, weight_P, w1_EFD, b1_EF, w2_EOF, b2_EO, rows, activation, dtype):
-        kept = tuple(x_SD.new_empty(rows.number, w.shape[1], dtype=dtype) for w in (w1_EFD, w2_EOF))
+    def forward(ctx, x_SD, weight_P, w1_EFD, b1_EF, w2_EOF, b2_EO, rows, activation, activation_name, dtype):
+        widths = (w1_EFD.shape[1], w2_EOF.shape[2], w2_EOF.shape[1])
+        kept = tuple(x_SD.new_empty(rows.number, width, dtype=dtype) for width in widths)
         y_SO = _forward(x_SD, weight_P, w1_EFD, b1_EF, w2_EOF, b2_EO, rows, activation, dtype, kept)
-        h_PF, y_PO = kept
+        h_PF, a_PF, y_PO = kept
         if not ctx.needs_input_grad[1]:  # the rows serve the weights' gradient alone
             y_PO = None
-        ctx.save_for_backward(x_SD, weight_P, w1_EFD, b1_EF, w2_EOF, b2_EO, h_PF, y_PO)
-        ctx.rows, ctx.activation, ctx.dtype = rows, activation, dtype
+        ctx.save_for_backward(x_SD, weight_P, w1_EFD, b1_EF, w2_EOF, b2_EO, h_PF, a_PF, y_PO)
+        ctx.rows, ctx.activation, ctx.activation_name, ctx.dtype = rows, activation, activation_name, dtype
         return y_SO
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_SO):
-        x_SD, weight_P, w1_EFD, b1_EF, w2_EOF, b2_EO, h_PF, y_PO = ctx.saved_tensors
+        x_SD, weight_P, w1_EFD, b1_EF, w2_EOF, b2_EO, h_PF, a_PF, y_PO = ctx.saved_tensors
         rows, dtype = ctx.rows, ctx.dtype
         needs = ctx.needs_input_grad
         grad_x_SD = torch.zeros_like(x_SD) if needs[0] else None
@@ -226,19 +233,14 @@ class _RoutedMLP(torch.autograd.Function):
                 if weight_P is not None:
                     g_RO = g_RO * weight_P[P, None]
                 g_CMO = g_RO.view(C, M, -1)
-                # Detached, so that the saved tensor itself gets no graph.
-                h_RF = h_PF[P].detach().requires_grad_()
-                with torch.enable_grad():
-                    a_RF = ctx.activation(h_RF)
                 if needs[4]:
-                    _product(g_CMO.transpose(1, 2), a_RF.detach().view(C, M, -1), grad_w2, E)
+                    _product(g_CMO.transpose(1, 2), a_PF[P].view(C, M, -1), grad_w2, E)
                 if needs[5]:
                     grad_b2[E] = g_CMO.sum(1)
                 if not (needs[0] or needs[2] or needs[3]):
                     continue
                 g_RF = torch.bmm(g_CMO, w2_EOF[E].to(dtype)).view(C * M, -1)
-                (g_RF,) = torch.autograd.grad(a_RF, h_RF, g_RF)
-                del a_RF, h_RF
+                g_RF = _through_activation(ctx.activation, ctx.activation_name, h_PF[P], g_RF)
                 g_CMF = g_RF.view(C, M, -1)
                 if needs[2]:
                     x_CMD = rows.take(x_SD, chunk).to(dtype).view(C, M, -1)
@@ -248,7 +250,18 @@ class _RoutedMLP(torch.autograd.Function):
                 if needs[0]:
                     g_CMD = torch.bmm(g_CMF, w1_EFD[E].to(dtype))
                     rows.add_(grad_x_SD, g_CMD.view(C * M, -1).to(x_SD.dtype), chunk)
-        return grad_x_SD, grad_weight_P, grad_w1, grad_b1, grad_w2, grad_b2, None, None, None
+        return grad_x_SD, grad_weight_P, grad_w1, grad_b1, grad_w2, grad_b2, None, None, None, None
+
+
+def _through_activation(activation: Callable[[Tensor], Tensor], name: str | None, h_RF: Tensor, g_RF: Tensor) -> Tensor:
+    """The gradient before the activation from the one after it."""
+    if name in ("gelu", "gelu_tanh"):  # needs no second forward pass
+        approximate = "none" if name == "gelu" else "tanh"
+        return torch.ops.aten.gelu_backward.grad_input(g_RF, h_RF, approximate=approximate, grad_input=g_RF)
+    h_RF = h_RF.detach().requires_grad_()
+    with torch.enable_grad():
+        a_RF = activation(h_RF)
+    return torch.autograd.grad(a_RF, h_RF, g_RF)[0]
 
 
 def _product(a_CXM: Tensor, b_CMY: Tensor, out_EXY: Tensor, experts: slice) -> None:

@@ -10,20 +10,13 @@ import os
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from vmoe.moe.activations import activation_name
 from vmoe.moe.dispatch import DispatchPlan, gather_rows
 from vmoe.moe.experts import Experts, has_hooks, own_experts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# By name: this package does not know timm, whose models bring activations of their own.
-_ACTIVATIONS = {
-    "torch.nn.modules.activation.SiLU": "silu",
-    "torch.nn.modules.activation.ReLU": "relu",
-    "torch.nn.modules.linear.Identity": "none",
-    "timm.layers.activations.GELU": "gelu",
-    "timm.layers.activations.GELUTanh": "gelu_tanh",
-}
 # Triton's interpreter: the kernels run on the CPU, slowly, for tests.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _enabled = False
@@ -42,13 +35,6 @@ def enable(on: bool = True) -> None:
             "Linux and is not installed here; install it, or leave the kernels off"
         )
     _enabled = on
-
-
-def activation_name(act: nn.Module) -> str | None:
-    """What the kernels call an activation; None: they do not know it."""
-    if type(act) is nn.GELU:
-        return "gelu" if act.approximate == "none" else "gelu_tanh"
-    return _ACTIVATIONS.get(f"{type(act).__module__}.{type(act).__qualname__}")
 
 
 def can_run(experts: Experts, x: Tensor) -> bool:
