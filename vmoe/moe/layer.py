@@ -140,8 +140,8 @@ class SparseMoE(nn.Module):
 
         attached = self.auxiliary_loss == "attach" and self.training and torch.is_grad_enabled()
         if attached:
-            _, loss = self.losses(routing, mask_GN, modality_GN)
-            y_GND = attach_loss(y_GND, loss)
+            losses = self.losses.terms(routing, mask_GN, modality_GN)
+            y_GND = attach_loss(y_GND, self.losses.weighted(losses, routing.gates_GNE))
         for record in active_records(self):
             listed, kept_GNK, statistics = describe()
             shape = (leading[:-1].numel(), leading[-1] if leading else 1)

@@ -9,14 +9,15 @@ Shapes, by suffix: G groups, N tokens in a group, E experts.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vmoe.moe.router import Routing
+from vmoe.moe.router import Routing, top_k_experts
 from vmoe.moe.settings import RoutingSettings
 
 
@@ -54,14 +55,16 @@ def load_loss(
     Source: V-MoE (arXiv 2106.05974), appendix A.2; Shazeer et al. (arXiv 1701.06538), eq. 8 to 11.
     """
     K = num_selected_experts
-    # A stable sort, not topk: with equal logits the gradient must go where the reference's goes, to the later one.
-    sorted_GNE, order_GNE = noisy_logits_GNE.sort(dim=-1, descending=True, stable=True)
-    threshold_GNE = sorted_GNE[..., K - 1, None]
-    if isinstance(noise_std, Tensor):
-        if logits_GNE.shape[-1] == K:  # every expert is chosen whatever the noise: the load is even
-            return logits_GNE.sum() * 0
-        rank_GNE = order_GNE.argsort(dim=-1)
-        threshold_GNE = torch.where(rank_GNE < K, sorted_GNE[..., K, None], threshold_GNE)
+    learned = isinstance(noise_std, Tensor)
+    if learned and logits_GNE.shape[-1] == K:  # every expert is chosen whatever the noise: the load is even
+        return logits_GNE.sum() * 0
+    # In the order of `top_k_experts`: with equal logits the gradient must go where the reference's goes, to the later.
+    best_GNK = top_k_experts(noisy_logits_GNE.detach(), K + learned)
+    sorted_GNK = noisy_logits_GNE.gather(-1, best_GNK)
+    threshold_GNE = sorted_GNK[..., K - 1, None]
+    if learned:
+        is_chosen_GNE = torch.zeros_like(logits_GNE, dtype=torch.bool).scatter(-1, best_GNK[..., :K], True)
+        threshold_GNE = torch.where(is_chosen_GNE, sorted_GNK[..., K, None], threshold_GNE)
     chosen_GNE = torch.special.ndtr((logits_GNE - threshold_GNE) / noise_std)
     return _group_mean(_squared_variation(_token_mean(chosen_GNE, mask_GN, over_batch)), mask_GN, over_batch)
 
@@ -160,10 +163,10 @@ class AuxiliaryLosses:
                 raise ValueError(f"global_entropy_min_experts of {modality} must be 1..{num_experts}, got {least}")
         return cls(weights, min_experts, modalities, settings.auxiliary_loss_scope == "batch")
 
-    def __call__(
+    def terms(
         self, routing: Routing, mask_GN: Tensor | None, modality_GN: Tensor | None
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """({name: unweighted loss}, their weighted sum); no graph for those that nobody weighs."""
+    ) -> dict[str, Callable[[], Tensor]]:
+        """{name: computes the unweighted loss}; without a graph for those that nobody weighs."""
         r, whole = routing, self.over_batch
         terms = {
             "importance_loss": lambda: importance_loss(r.importance_GNE, mask_GN, whole),
@@ -181,12 +184,16 @@ class AuxiliaryLosses:
             terms[overall] = lambda own_GN=member_GN, least=least: global_entropy_loss(
                 r.gates_GNE, own_GN, least, whole
             )
-        losses = {}
-        for name, term in terms.items():
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.weights[name] > 0):
-                losses[name] = term()
-        weighted = [self.weights[name] * loss for name, loss in losses.items() if self.weights[name] > 0]
-        return losses, torch.stack(weighted).sum() if weighted else r.gates_GNE.new_zeros(())
+        return {name: partial(self._compute, name, term) for name, term in terms.items()}
+
+    def _compute(self, name: str, term: Callable[[], Tensor]) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.weights[name] > 0):
+            return term()
+
+    def weighted(self, losses: Mapping[str, Callable[[], Tensor]], like: Tensor) -> Tensor:
+        """The weighted sum of the losses that have a weight; the others are not computed."""
+        weighted = [self.weights[name] * loss() for name, loss in losses.items() if self.weights[name] > 0]
+        return torch.stack(weighted).sum() if weighted else like.new_zeros(())
 
 
 def members(

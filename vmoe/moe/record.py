@@ -9,7 +9,7 @@ Shapes, by suffix: G groups, N tokens in a group, E experts, K choices, B and T 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -70,23 +70,33 @@ class LayerRouting:
         return self.loss_function.modalities
 
     @cached_property
-    def _losses(self) -> tuple[dict[str, Tensor], Tensor]:
+    def _terms(self) -> dict[str, Callable[[], Tensor]]:
+        """{name: gives the unweighted loss, computed once}."""
+        terms = self.loss_function.terms(self.routing, self.mask, self.modality)
+        return {name: cache(partial(self._with_graph, term)) for name, term in terms.items()}
+
+    def _with_graph(self, term: Callable[[], Tensor]) -> Tensor:
         # With a graph wherever the forward pass had one, also if the first who asks does so without gradients.
         inference = nullcontext()
         if torch.is_inference_mode_enabled() and not self.gates.is_inference():
             inference = torch.inference_mode(False)
         with inference, torch.set_grad_enabled(self.gates.requires_grad):
-            return self.loss_function(self.routing, self.mask, self.modality)
+            return term()
 
     @property
     def losses(self) -> dict[str, Tensor]:
         """{name: scalar} unweighted and differentiable; those with a weight of zero carry no gradient."""
-        return self._losses[0]
+        return {name: loss() for name, loss in self._terms.items()}
 
-    @property
+    @cached_property
     def auxiliary_loss(self) -> Tensor:
         """Scalar, the weighted sum of the losses."""
-        return self._losses[1]
+        return self._with_graph(lambda: self.loss_function.weighted(self._terms, self.gates))
+
+    @property
+    def is_weighted(self) -> bool:
+        """One of the losses has a weight."""
+        return any(self.loss_function.weights[name] > 0 for name in self._terms)
 
     @cached_property
     def load_by_modality(self) -> dict[str, Tensor]:
@@ -220,8 +230,7 @@ class RoutingRecord:
             return torch.zeros(())
         losses = []
         for name, routing in self.calls:
-            weighted = any(routing.loss_function.weights[loss] > 0 for loss in routing.losses)
-            if expected and weighted and routing.learns and not routing.gates.requires_grad:
+            if expected and routing.is_weighted and routing.learns and not routing.gates.requires_grad:
                 raise RuntimeError(
                     f"the auxiliary loss of {name} has no gradient, because its forward pass ran under torch.no_grad() "
                     "or in re-entrant activation checkpointing: use checkpoint(..., use_reentrant=False), or read "
