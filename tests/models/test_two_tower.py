@@ -74,7 +74,7 @@ def test_experts_in_either_tower_or_both_learn(image, text, layers):
     pictures, words = pairs()
     optimizer = create_optimizer_v2(model, "adamw", lr=3e-3, weight_decay=0.01, layer_decay=0.9)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    for _ in range(12):
+    for _ in range(18):  # with 12, some draws of the router's noise do not get there
         with vmoe.record_routing(model) as record:
             loss = ClipLoss()(*model(pictures, words)) + record.auxiliary_loss()
         optimizer.zero_grad()
