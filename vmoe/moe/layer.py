@@ -183,7 +183,8 @@ class SparseMoE(nn.Module):
             y_GND = kernels.run(self.experts, x_GND, plan, routing.combine_weights_GNK)
         elif self.experts.can_route(x_GND):
             weight_R = routing.combine_weights_GNK.flatten().index_select(0, plan.assignment_R)
-            y_SD = self.experts.run_routed(x_GND.flatten(0, 1), plan.token_R, weight_R, plan.count_E)
+            row_SK = plan.row_A.view(-1, self.num_selected_experts)
+            y_SD = self.experts.run_routed(x_GND.flatten(0, 1), plan.token_R, row_SK, weight_R, plan.count_E)
             y_GND = y_SD.view(*x_GND.shape[:2], -1)
         else:
             y_RD = self.experts(dispatch(x_GND, plan), plan.count_E, self._max_count(x_GND.shape[0], max_capacity))
@@ -198,7 +199,7 @@ class SparseMoE(nn.Module):
         gates_GNE = routing.noisy_gates_GNE
         chosen = choose_tokens(gates_GNE, capacity, max_capacity, members_GMN, self.normalize_weights)
         if self.experts.can_route(x_GND) and not chosen.has_holes:
-            y_SD = self.experts.run_routed(x_GND.flatten(0, 1), chosen.token_R, chosen.weight_R, chosen.count_E)
+            y_SD = self.experts.run_routed(x_GND.flatten(0, 1), chosen.token_R, None, chosen.weight_R, chosen.count_E)
             y_GND = y_SD.view(G, N, -1)
         else:
             rows = gather_tokens(x_GND, chosen)

@@ -20,6 +20,9 @@ from torch import Tensor
 CHUNK_ROWS = 2048
 # A product of one expert more costs about as much as this many rows.
 ROWS_PER_PRODUCT = 16
+# In half precision PyTorch compiles a product for each number of rows that it has not seen (a quarter of its time). The
+# experts' change with each batch, so they are raised to a multiple of this.
+HALF_PRECISION_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ class Chunk:
         return self.experts.stop - self.experts.start
 
 
-def make_chunks(count_E: Sequence[int]) -> list[Chunk]:
-    """Experts by chunks; those without rows are in none."""
+def make_chunks(count_E: Sequence[int], multiple_of: int = 1) -> list[Chunk]:
+    """Experts by chunks; those without rows are in none. M is a multiple of `multiple_of`."""
     chunks: list[Chunk] = []
     start = most = total = 0  # of the chunk that is being made
 
@@ -56,6 +59,7 @@ def make_chunks(count_E: Sequence[int]) -> list[Chunk]:
 
     for e, count in enumerate(count_E):
         size = e - start + 1
+        count = -(-count // multiple_of) * multiple_of
         padded = max(most, count) * size
         if total and (count == 0 or padded > CHUNK_ROWS or padded - total - count > ROWS_PER_PRODUCT * size):
             finish(e)
@@ -69,6 +73,7 @@ def make_chunks(count_E: Sequence[int]) -> list[Chunk]:
 def routed_mlp(
     x_SD: Tensor,
     token_R: Tensor | None,
+    row_SK: Tensor | None,
     weight_R: Tensor | None,
     count_E: Sequence[int],
     fc1: tuple[Tensor, Tensor | None],
@@ -81,7 +86,8 @@ def routed_mlp(
 
     Args:
         x_SD: tokens.
-        token_R: token of each row, rows sorted by expert. None: the tokens are the rows, and stay them.
+        token_R: token of each row, rows sorted by expert. None: the tokens are the rows.
+        row_SK: the rows of each token, K at most, -1 for none; None: not known.
         weight_R: weight of each row, differentiable; None: one.
         count_E: rows of each expert.
         fc1: weight (E, F, D) and bias (E, F) or None.
@@ -94,9 +100,8 @@ def routed_mlp(
     Returns:
         (S, O), zero for tokens without a row. The gradient can not be differentiated again.
     """
-    rows = _Rows.of(token_R, weight_R, count_E, x_SD.shape[0])
-    weight_P = rows.weight_P if rows.weight_P is None else rows.weight_P.to(dtype)
-    arguments = (x_SD, weight_P, *fc1, *fc2)
+    rows = _Rows.of(token_R, row_SK, weight_R, count_E, x_SD.shape[0], dtype)
+    arguments = (x_SD, rows.weight_P, *fc1, *fc2)
     with torch.autocast("cpu", enabled=False):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments):
             return _RoutedMLP.apply(*arguments, rows, activation, activation_name, dtype)
@@ -105,12 +110,23 @@ def routed_mlp(
 
 @dataclass(frozen=True)
 class _Rows:
-    """Which tokens the rows are; `token_P` is None if they are the tokens themselves, in order."""
+    """Which tokens the P rows are, and which rows the tokens have.
+
+    Attributes:
+        chunks: of the experts.
+        token_P: None if the tokens are the rows, in order.
+        row_SK: P where there is none; None: not known.
+        weight_P: zero for rows that fill up; None: one.
+        num_experts: E.
+        num_tokens: S.
+    """
 
     chunks: list[Chunk]
     token_P: Tensor | None
+    row_SK: Tensor | None
     weight_P: Tensor | None
     num_experts: int
+    num_tokens: int
 
     @property
     def number(self) -> int:
@@ -118,36 +134,71 @@ class _Rows:
         return self.chunks[-1].rows.stop if self.chunks else 0
 
     @classmethod
-    def of(cls, token_R: Tensor | None, weight_R: Tensor | None, count_E: Sequence[int], num_tokens: int) -> "_Rows":
-        chunks = make_chunks(count_E)
-        number = chunks[-1].rows.stop if chunks else 0
-        if number == sum(count_E):
-            if token_R is None and number < num_tokens:  # rows beyond are unused
-                token_R = torch.arange(number)
-            return cls(chunks, token_R, weight_R, len(count_E))
-        # Rows that fill up repeat the last of their expert, with weight zero: whatever it holds stays with its token.
-        row_P, real_P = [], []
-        first = 0
-        for chunk in chunks:
-            for count in count_E[chunk.experts]:
-                place_M = torch.arange(chunk.num_rows)
-                row_P.append(first + place_M.clamp(max=count - 1))
-                real_P.append(place_M < count)
-                first += count
-        row_P, real_P = torch.cat(row_P), torch.cat(real_P)
-        weight_P = real_P.float() if weight_R is None else torch.where(real_P, weight_R[row_P], 0)
-        return cls(chunks, row_P if token_R is None else token_R[row_P], weight_P, len(count_E))
+    def of(
+        cls,
+        token_R: Tensor | None,
+        row_SK: Tensor | None,
+        weight_R: Tensor | None,
+        count_E: Sequence[int],
+        num_tokens: int,
+        dtype: torch.dtype,
+    ) -> "_Rows":
+        chunks = make_chunks(count_E, HALF_PRECISION_ROWS if dtype.itemsize == 2 else 1)
+        P, R = chunks[-1].rows.stop if chunks else 0, sum(count_E)
+        if token_R is None and (P > R or num_tokens > R):  # rows beyond are unused
+            token_R = torch.arange(R)
+        if P > R:
+            real_P, row_P = _filled_up(chunks, count_E)
+            token_R = token_R[row_P]
+            if weight_R is None:
+                weight_R = torch.ones(R, dtype=dtype)
+            weight_R = torch.where(real_P, weight_R[row_P], 0)
+            if row_SK is not None:
+                row_SK = torch.where(row_SK < 0, -1, real_P.nonzero()[:, 0][row_SK])
+        if row_SK is not None:
+            row_SK = torch.where(row_SK < 0, P, row_SK)
+        weight_R = None if weight_R is None else weight_R.to(dtype)
+        return cls(chunks, token_R, row_SK, weight_R, len(count_E), num_tokens)
 
     def take(self, x_SD: Tensor, chunk: Chunk) -> Tensor:
         """(C·M, D) the tokens of a chunk."""
         return x_SD[chunk.rows] if self.token_P is None else x_SD.index_select(0, self.token_P[chunk.rows])
 
-    def add_(self, y_SD: Tensor, y_RD: Tensor, chunk: Chunk) -> None:
-        """Add a chunk's rows to their tokens."""
+    def new(self, like: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+        """(P + 1, width), the last row zero."""
+        y_PO = like.new_empty(self.number + 1, width, dtype=dtype)
+        y_PO[-1].zero_()
+        return y_PO
+
+    def sum(self, y_PO: Tensor, weight_P: Tensor | None) -> Tensor:
+        """The rows of `new`, weighed and added up for each token: (S, O)."""
+        P, O = self.number, y_PO.shape[1]
+        if self.row_SK is not None:
+            K = self.row_SK.shape[1]
+            y_SKO = y_PO.index_select(0, self.row_SK.flatten()).view(-1, K, O)
+            if weight_P is not None:
+                weight_P = torch.cat([weight_P, weight_P.new_zeros(1)])
+                y_SKO.mul_(weight_P[self.row_SK][..., None])
+            return y_SKO[:, 0] if K == 1 else y_SKO.sum(1)
+        if weight_P is not None:
+            y_PO = y_PO[:P] * weight_P[:, None]
         if self.token_P is None:
-            y_SD[chunk.rows] = y_RD
-        else:
-            y_SD.index_add_(0, self.token_P[chunk.rows], y_RD)
+            return y_PO[:P]
+        return y_PO.new_zeros(self.num_tokens, O).index_add_(0, self.token_P, y_PO[:P])
+
+
+def _filled_up(chunks: list[Chunk], count_E: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(P,) True for rows of the experts, and which of the R rows each of the P is.
+
+    Rows that fill up repeat the last of their expert: whatever it holds stays with its token.
+    """
+    experts = [e for chunk in chunks for e in range(chunk.experts.start, chunk.experts.stop)]
+    size_E = torch.tensor([chunk.num_rows for chunk in chunks for _ in range(chunk.num_experts)])
+    count = torch.tensor([count_E[e] for e in experts])
+    expert_P = torch.arange(len(experts)).repeat_interleave(size_E)
+    place_P = torch.arange(len(expert_P)) - (size_E.cumsum(0) - size_E)[expert_P]
+    count_P = count[expert_P]
+    return place_P < count_P, (count.cumsum(0) - count)[expert_P] + place_P.minimum(count_P - 1)
 
 
 def _forward(
@@ -163,20 +214,15 @@ def _forward(
     kept: tuple[Tensor, Tensor, Tensor] | None,
 ) -> Tensor:
     """`kept`: buffers for the hidden layer before and after its activation and for the rows before weighing."""
-    y_SO = x_SD.new_zeros(x_SD.shape[0], w2_EOF.shape[1], dtype=dtype)
+    y_PO = rows.new(x_SD, w2_EOF.shape[1], dtype) if kept is None else kept[2]
     for chunk in rows.chunks:
-        h_RF, kept_a_RF, y_RO = (None, None, None) if kept is None else (buffer[chunk.rows] for buffer in kept)
-        x_RD = rows.take(x_SD, chunk).to(dtype)
-        h_RF = _linear(x_RD, w1_EFD, b1_EF, chunk, h_RF)
+        h_RF = None if kept is None else kept[0][chunk.rows]
+        h_RF = _linear(rows.take(x_SD, chunk).to(dtype), w1_EFD, b1_EF, chunk, h_RF)
         a_RF = activation(h_RF)
-        if kept_a_RF is not None:
-            kept_a_RF.copy_(a_RF)
-        y_RO = _linear(a_RF, w2_EOF, b2_EO, chunk, y_RO)
-        if weight_P is not None:
-            w_R1 = weight_P[chunk.rows, None]
-            y_RO = y_RO * w_R1 if kept is not None else y_RO.mul_(w_R1)
-        rows.add_(y_SO, y_RO, chunk)
-    return y_SO
+        if kept is not None:
+            kept[1][chunk.rows] = a_RF
+        _linear(a_RF, w2_EOF, b2_EO, chunk, y_PO[chunk.rows])
+    return rows.sum(y_PO, weight_P)
 
 
 def _linear(x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, chunk: Chunk, out_RO: Tensor | None) -> Tensor:
@@ -200,10 +246,9 @@ def _linear(x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, chunk: Chunk, out_
 class _RoutedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_SD, weight_P, w1_EFD, b1_EF, w2_EOF, b2_EO, rows, activation, activation_name, dtype):
-        widths = (w1_EFD.shape[1], w2_EOF.shape[2], w2_EOF.shape[1])
-        kept = tuple(x_SD.new_empty(rows.number, width, dtype=dtype) for width in widths)
-        y_SO = _forward(x_SD, weight_P, w1_EFD, b1_EF, w2_EOF, b2_EO, rows, activation, dtype, kept)
-        h_PF, a_PF, y_PO = kept
+        h_PF, a_PF = (x_SD.new_empty(rows.number, w, dtype=dtype) for w in (w1_EFD.shape[1], w2_EOF.shape[2]))
+        y_PO = rows.new(x_SD, w2_EOF.shape[1], dtype)
+        y_SO = _forward(x_SD, weight_P, w1_EFD, b1_EF, w2_EOF, b2_EO, rows, activation, dtype, kept=(h_PF, a_PF, y_PO))
         if not ctx.needs_input_grad[1]:  # the rows serve the weights' gradient alone
             y_PO = None
         ctx.save_for_backward(x_SD, weight_P, w1_EFD, b1_EF, w2_EOF, b2_EO, h_PF, a_PF, y_PO)
@@ -216,7 +261,7 @@ class _RoutedMLP(torch.autograd.Function):
         x_SD, weight_P, w1_EFD, b1_EF, w2_EOF, b2_EO, h_PF, a_PF, y_PO = ctx.saved_tensors
         rows, dtype = ctx.rows, ctx.dtype
         needs = ctx.needs_input_grad
-        grad_x_SD = torch.zeros_like(x_SD) if needs[0] else None
+        grad_x_PD = rows.new(x_SD, x_SD.shape[1], x_SD.dtype) if needs[0] else None
         grad_weight_P = torch.empty_like(weight_P) if needs[1] else None
         # Experts without rows are in no chunk, and their gradient is zero.
         without_rows = sum(chunk.num_experts for chunk in rows.chunks) < rows.num_experts
@@ -248,8 +293,8 @@ class _RoutedMLP(torch.autograd.Function):
                 if needs[3]:
                     grad_b1[E] = g_CMF.sum(1)
                 if needs[0]:
-                    g_CMD = torch.bmm(g_CMF, w1_EFD[E].to(dtype))
-                    rows.add_(grad_x_SD, g_CMD.view(C * M, -1).to(x_SD.dtype), chunk)
+                    grad_x_PD[P] = torch.bmm(g_CMF, w1_EFD[E].to(dtype)).view(C * M, -1)
+        grad_x_SD = rows.sum(grad_x_PD, None) if needs[0] else None
         return grad_x_SD, grad_weight_P, grad_w1, grad_b1, grad_w2, grad_b2, None, None, None, None
 
 
