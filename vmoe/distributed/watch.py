@@ -191,7 +191,8 @@ class Watch:
         left_since = None
         try:
             self._beat()
-            while not self._ending.wait(self.interval):
+            # Often at first: a process that is lost before anybody has seen it could not be named.
+            while not self._ending.wait(self.interval if len(self._peers) == self.world else self.interval / 20):
                 self._beat()
                 self._look()
                 # A little before the processes would give up that wait for it: they could not say for whom.
