@@ -24,6 +24,9 @@ ROWS_PER_PRODUCT = 16
 # experts' change with each batch, so they are raised to a multiple of this.
 HALF_PRECISION_ROWS = 16
 
+# {the name of an activation: what PyTorch calls its approximation}
+_GELU = {"gelu": "none", "gelu_tanh": "tanh"}
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -105,7 +108,7 @@ def routed_mlp(
     with torch.autocast("cpu", enabled=False):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments):
             return _RoutedMLP.apply(*arguments, rows, activation, activation_name, dtype)
-        return _forward(*arguments, rows, activation, dtype, None)
+        return _forward(*arguments, rows, activation, activation_name, dtype, None)
 
 
 @dataclass(frozen=True)
@@ -210,6 +213,7 @@ def _forward(
     b2_EO: Tensor | None,
     rows: _Rows,
     activation: Callable[[Tensor], Tensor],
+    activation_name: str | None,
     dtype: torch.dtype,
     kept: tuple[Tensor, Tensor, Tensor] | None,
 ) -> Tensor:
@@ -218,9 +222,7 @@ def _forward(
     for chunk in rows.chunks:
         h_RF = None if kept is None else kept[0][chunk.rows]
         h_RF = _linear(rows.take(x_SD, chunk).to(dtype), w1_EFD, b1_EF, chunk, h_RF)
-        a_RF = activation(h_RF)
-        if kept is not None:
-            kept[1][chunk.rows] = a_RF
+        a_RF = _activated(activation, activation_name, h_RF, h_RF if kept is None else kept[1][chunk.rows])
         _linear(a_RF, w2_EOF, b2_EO, chunk, y_PO[chunk.rows])
     return rows.sum(y_PO, weight_P)
 
@@ -276,10 +278,10 @@ class _RoutedMLP(torch.autograd.Function):
                 if needs[1]:
                     torch.sum(g_RO * y_PO[P], 1, out=grad_weight_P[P])
                 if weight_P is not None:
-                    g_RO = g_RO * weight_P[P, None]
+                    g_RO = g_RO * weight_P[P, None] if rows.token_P is None else g_RO.mul_(weight_P[P, None])
                 g_CMO = g_RO.view(C, M, -1)
                 if needs[4]:
-                    _product(g_CMO.transpose(1, 2), a_PF[P].view(C, M, -1), grad_w2, E)
+                    _product(g_CMO.transpose(1, 2), a_PF[P].view(C, M, -1), grad_w2[E])
                 if needs[5]:
                     grad_b2[E] = g_CMO.sum(1)
                 if not (needs[0] or needs[2] or needs[3]):
@@ -289,29 +291,36 @@ class _RoutedMLP(torch.autograd.Function):
                 g_CMF = g_RF.view(C, M, -1)
                 if needs[2]:
                     x_CMD = rows.take(x_SD, chunk).to(dtype).view(C, M, -1)
-                    _product(g_CMF.transpose(1, 2), x_CMD, grad_w1, E)
+                    _product(g_CMF.transpose(1, 2), x_CMD, grad_w1[E])
                 if needs[3]:
                     grad_b1[E] = g_CMF.sum(1)
                 if needs[0]:
-                    grad_x_PD[P] = torch.bmm(g_CMF, w1_EFD[E].to(dtype)).view(C * M, -1)
+                    _product(g_CMF, w1_EFD[E].to(dtype), grad_x_PD[P].view(C, M, -1))
         grad_x_SD = rows.sum(grad_x_PD, None) if needs[0] else None
         return grad_x_SD, grad_weight_P, grad_w1, grad_b1, grad_w2, grad_b2, None, None, None, None
 
 
+def _activated(activation: Callable[[Tensor], Tensor], name: str | None, h_RF: Tensor, out_RF: Tensor) -> Tensor:
+    """The activation, written into `out_RF` if it keeps the width."""
+    if name in _GELU:
+        return torch.ops.aten.gelu.out(h_RF, approximate=_GELU[name], out=out_RF)
+    a_RF = activation(h_RF)
+    return a_RF if out_RF is h_RF else out_RF.copy_(a_RF)
+
+
 def _through_activation(activation: Callable[[Tensor], Tensor], name: str | None, h_RF: Tensor, g_RF: Tensor) -> Tensor:
     """The gradient before the activation from the one after it."""
-    if name in ("gelu", "gelu_tanh"):  # needs no second forward pass
-        approximate = "none" if name == "gelu" else "tanh"
-        return torch.ops.aten.gelu_backward.grad_input(g_RF, h_RF, approximate=approximate, grad_input=g_RF)
+    if name in _GELU:  # needs no second forward pass
+        return torch.ops.aten.gelu_backward.grad_input(g_RF, h_RF, approximate=_GELU[name], grad_input=g_RF)
     h_RF = h_RF.detach().requires_grad_()
     with torch.enable_grad():
         a_RF = activation(h_RF)
     return torch.autograd.grad(a_RF, h_RF, g_RF)[0]
 
 
-def _product(a_CXM: Tensor, b_CMY: Tensor, out_EXY: Tensor, experts: slice) -> None:
-    """out[experts] = a @ b, in the type of `out`."""
-    if out_EXY.dtype == a_CXM.dtype:
-        torch.bmm(a_CXM, b_CMY, out=out_EXY[experts])
+def _product(a_CXY: Tensor, b_CYZ: Tensor, out_CXZ: Tensor) -> None:
+    """out = a @ b, in the type of `out`."""
+    if out_CXZ.dtype == a_CXY.dtype:
+        torch.bmm(a_CXY, b_CYZ, out=out_CXZ)
     else:
-        out_EXY[experts] = torch.bmm(a_CXM, b_CMY)
+        out_CXZ.copy_(torch.bmm(a_CXY, b_CYZ))
