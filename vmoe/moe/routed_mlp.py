@@ -250,7 +250,9 @@ class _RoutedMLP(torch.autograd.Function):
     def forward(ctx, x_SD, weight_P, w1_EFD, b1_EF, w2_EOF, b2_EO, rows, activation, activation_name, dtype):
         h_PF, a_PF = (x_SD.new_empty(rows.number, w, dtype=dtype) for w in (w1_EFD.shape[1], w2_EOF.shape[2]))
         y_PO = rows.new(x_SD, w2_EOF.shape[1], dtype)
-        y_SO = _forward(x_SD, weight_P, w1_EFD, b1_EF, w2_EOF, b2_EO, rows, activation, dtype, kept=(h_PF, a_PF, y_PO))
+        kept = (h_PF, a_PF, y_PO)
+        arguments = (x_SD, weight_P, w1_EFD, b1_EF, w2_EOF, b2_EO, rows, activation, activation_name, dtype)
+        y_SO = _forward(*arguments, kept)
         if not ctx.needs_input_grad[1]:  # the rows serve the weights' gradient alone
             y_PO = None
         ctx.save_for_backward(x_SD, weight_P, w1_EFD, b1_EF, w2_EOF, b2_EO, h_PF, a_PF, y_PO)
