@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import DTYPES, Ceiling, alternate, synchronizer
-from vmoe.training.cli import keep_freed_memory
+from vmoe.allocator import keep_freed_memory
 from vmoe.whole import whole_file
 
 ROOT = Path(__file__).parents[1]
@@ -252,7 +252,7 @@ def allocator(device: torch.device, choice: str) -> str:
     if by_environment:
         words.append(f"set by {', '.join(by_environment)}")
     elif choice == "keep" and sys.platform.startswith("linux"):
-        words.append("set by vmoe.training.cli.keep_freed_memory, as in training: freed memory stays with the process")
+        words.append("set by vmoe.allocator.keep_freed_memory, as in training: freed memory stays with the process")
     else:
         words.append("as it is by itself")
     return ", ".join(words)

@@ -9,8 +9,8 @@ import argparse
 import statistics
 from pathlib import Path
 
+from vmoe.allocator import keep_freed_memory
 from vmoe.config_io import read_config
-from vmoe.training.cli import keep_freed_memory
 from vmoe.training.config import Config
 from vmoe.training.loop import train
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from vmoe.allocator import keep_freed_memory
 from vmoe.command import exit_code
 from vmoe.config_io import ConfigError, parse_config
 from vmoe.data import ImageDataset, build_dataset
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     An error is one sentence; set VMOE_TRACEBACK=1 to see where it comes from.
     """
+    keep_freed_memory()
     config = parse_config(
         EvaluationConfig,
         argv,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import io
 import logging
 import os
@@ -10,8 +9,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
 
-# Values of glibc's malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+from vmoe.allocator import keep_freed_memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,21 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"vmoe-train: {teller}error: {escaped(error)}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory for the next tensor instead of giving it back to the system.
-
-    On a CPU every large activation is otherwise mapped and unmapped in each layer, and the system clears its pages each
-    time: up to half the time of a step. Does nothing where the C library is not glibc, or its environment variables say
-    otherwise.
-    """
-    if not sys.platform.startswith("linux") or "MALLOC_MMAP_THRESHOLD_" in os.environ:
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**30)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 if __name__ == "__main__":
