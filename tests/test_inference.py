@@ -76,7 +76,7 @@ def test_a_question_would_be_an_error(question):
         question(torch.empty(3, device="cuda"))
 
 
-def check_compiled(mode: dict, factor: float | None) -> None:
+def check_compiled(mode: dict, factor: float | None, batches: tuple[int, ...] = (1, 8, 8, 1)) -> None:
     """Compiled evaluation is eager evaluation, with one graph for each size of batch."""
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -86,19 +86,25 @@ def check_compiled(mode: dict, factor: float | None) -> None:
     compiled = torch.compile(model, fullgraph=True, **mode)
     torch._dynamo.utils.counters.clear()
     with torch.no_grad():
-        for batch in (1, 8, 8, 1):
+        for batch in batches:
             x = torch.randn(batch, 3, 48, 48)
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-3, atol=1e-4)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(set(batches))
 
 
-def test_a_second_batch_of_the_same_size_is_not_compiled_again():
-    check_compiled({"backend": "aot_eager"}, 1.0)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1.0, None])
-def test_compiled_to_reduce_overhead(factor):
+def test_a_second_batch_of_the_same_size_is_not_compiled_again(factor):
+    check_compiled({"backend": "aot_eager"}, factor)
+
+
+@pytest.mark.slow  # a compiler for C++ takes the time
+def test_compiled_to_reduce_overhead():
+    check_compiled({"mode": "reduce-overhead"}, 1.0, batches=(8, 8))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("factor", [1.0, None])
+def test_two_sizes_compiled_to_reduce_overhead(factor):
     check_compiled({"mode": "reduce-overhead"}, factor)
 
 
