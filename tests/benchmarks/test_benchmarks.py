@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 import pytest
@@ -17,6 +18,15 @@ from vmoe.moe.router import TopKRouter
 TINY = ["--rounds", "1", "--allocator", "system", "--device", "cpu"]
 SIZES = ["--tokens", "32", "--width", "16", "--hidden", "32"]
 BOTH = {"forward", "forward + backward"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage():
+    """Every measurement collects garbage first; looking through all of PyTorch took longer than all else here."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
