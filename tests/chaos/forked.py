@@ -101,9 +101,15 @@ def free_port() -> int:
 
 def serve() -> None:
     from train import main  # first, as in `python train.py`  # isort: skip
+
+    # Before the fork: what takes the time.
+    import open_clip  # noqa: F401
+    from PIL import Image
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    import vmoe.training.loop  # noqa: F401  what takes the time
+    import vmoe.training.loop  # noqa: F401
+
+    Image.init()
 
     def run(job: dict[str, Any]) -> int:
         os.setsid()

@@ -20,6 +20,7 @@ COMMON = {
     "evaluate__on_bad": "skip",
     "parallel__timeout": 60,
     "optim__lr": 1e-12,  # routing groups differ: the weights must not
+    "optim__kwargs": "{fused: true}",  # one operation on sharded weights, each of which has to be planned first
 }
 # Both draw pictures with the model; once is enough, it takes the time
 PICTURES = {"evaluate__examples": 2, "train__tensorboard": True}
@@ -29,6 +30,7 @@ CONTRASTIVE = {
     "model__kwargs": "{img_size: 16, patch_size: 8, width: 32, depth: 2, num_heads: 2, embed_dim: 16, num_experts: 4}",
     "data__train__type": "pairs",
     "data__val__type": "pairs",
+    "train__ema_decay": "null",  # classification has one
 }
 
 
