@@ -126,7 +126,7 @@ def train(case: str, size: MeshSize | None, options: list[str]) -> dict[str, tor
     if "compile" in options:
         module = torch.compile(module, backend="aot_eager")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2, eps=1e-3)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, eps=1e-3, fused="fused" in options)
     split_groups(optimizer)
     kind, sigmoid = MODELS[case][0], case.endswith("sigmoid")
     result, losses, data = {}, [], batches(kind)
