@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Rows that a chunk should have; more of them leave the cache. With fewer experts in a batched product the price of
-# starting it shows, with few rows more than with many (benchmarks/NOTES.md has the measurements).
-CHUNK_ROWS = 2048
+# The most rows of a chunk of several experts. Starting a product has a price that shows with experts of few rows, so
+# many of them go together; beyond this nothing is gained (`python -m benchmarks.choices`).
+CHUNK_ROWS = 8192
 # A product of one expert more costs about as much as this many rows.
 ROWS_PER_PRODUCT = 16
 # In half precision PyTorch compiles a product for each number of rows that it has not seen (a quarter of its time). The
