@@ -12,6 +12,16 @@ Figure = dict[str, float]
 # The case for which the goals were set.
 LAYER = {"tokens": 6304, "width": 384, "hidden": 1536, "experts": 8, "selected": 1, "capacity": 1.0}
 BOTH = ("forward", "forward + backward")
+# On a GPU: tokens, D, F (of B/16 and L/16), E, K.
+CUDA_CASES = [
+    (tokens, width, 4 * width, experts, selected)
+    for width in (768, 1024)
+    for tokens in (12608, 100864)
+    for experts in (8, 32)
+    for selected in (1, 2)
+]
+# Steps of the emoji training as configured.
+WHOLE_RUN = 300
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,7 @@ class Bar:
         at_most: the ratio shall be `limit` at most; else at least.
         command: that measures it.
         found: {"median", "min", "max"} of the ratio; None: not measured.
+        said: the goal in words, in place of the limit.
     """
 
     what: str
@@ -31,10 +42,11 @@ class Bar:
     at_most: bool
     command: str
     found: Figure | None
+    said: str | None = None
 
     @property
     def goal(self) -> str:
-        return f"{'≤' if self.at_most else '≥'} {self.limit:.2f}"
+        return self.said or f"{'≤' if self.at_most else '≥'} {self.limit:.2f}"
 
     @property
     def met(self) -> bool:
@@ -67,6 +79,11 @@ def _ratio(row: Row | None, other: str) -> Figure | None:
     return None if row is None else row["ratios"].get(other)
 
 
+def _kept(row: Row | None) -> str:
+    """The share of the assignments that the left side computed."""
+    return "" if row is None or row["kept"] == 1 else f" ({row['kept']:.1%} kept)"
+
+
 def _for_cpu(sections: Sequence[dict[str, Any]]) -> list[Bar]:
     found: list[Bar] = []
 
@@ -76,7 +93,7 @@ def _for_cpu(sections: Sequence[dict[str, Any]]) -> list[Bar]:
     for dtype, limits in (("float32", (1.05, 1.05)), ("bfloat16", (1.10, 1.15))):
         for one_pass, limit in zip(BOTH, limits, strict=True):
             row = _find(sections, "layer", comparison="mlp", name="vmoe", dtype=dtype, **{"pass": one_pass}, **LAYER)
-            add(f"layer / dense MLP, {dtype}, {one_pass}", limit, "layer", _ratio(row, "dense"))
+            add(f"layer / dense MLP, {dtype}, {one_pass}{_kept(row)}", limit, "layer", _ratio(row, "dense"))
     for dtype in ("float32", "bfloat16"):
         row = _find(sections, "layer", comparison="mlp", name="vmoe", dtype=dtype, **{"pass": BOTH[1]}, **LAYER)
         add(f"activations without one gathered copy / dense MLP's, {dtype}", 1.15, "layer", _memory(row))
@@ -89,7 +106,7 @@ def _for_cpu(sections: Sequence[dict[str, Any]]) -> list[Bar]:
     for one_pass in BOTH:
         wanted = {"name": "layer", "dtype": "float32", "pass": one_pass, **sizes}
         row = _find(sections, "scaling", comparison="experts", experts=128, **wanted)
-        add(f"E = 128 / E = 8, {one_pass}", 1.25, "scaling", _ratio(row, "base"))
+        add(f"E = 128 / E = 8, {one_pass}{_kept(row)}", 1.25, "scaling", _ratio(row, "base"))
     for one_pass in BOTH:
         wanted = {"name": "layer, BPR", "dtype": "float32", "pass": one_pass, **LAYER}
         row = _find(sections, "dispatch", comparison="priority", **wanted)
@@ -98,7 +115,24 @@ def _for_cpu(sections: Sequence[dict[str, Any]]) -> list[Bar]:
         wanted = {"name": "experts", "dtype": "float32", "pass": one_pass, **sizes}
         row = _find(sections, "scaling", comparison="capacity", capacity=0.5, **wanted)
         add(f"capacity 0.5 / 1.0, time of the experts, {one_pass}", 0.56, "scaling", _ratio(row, "base"))
-    return found
+    return [*found, *_training(sections)]
+
+
+def _training(sections: Sequence[dict[str, Any]]) -> list[Bar]:
+    """The emoji training against an earlier checkout: its speed, and its accuracy after a whole run."""
+    command = "python -m benchmarks.train_throughput --against DIR"
+    row = _find(sections, "train_throughput", name="now")
+    figure = None if row is None else row["speed_ratio"]
+    what = "`configs/limoe_tiny_emoji.yaml`, now / before"
+    speed = Bar(f"{what}, pictures per second in training", 1.50, False, command, figure)
+    before, now = (_find(sections, "train_throughput", name=name, steps=WHOLE_RUN) for name in ("before", "now"))
+    words = {"at_most": False, "command": f"{command} --steps {WHOLE_RUN}", "said": "not below the lowest seed"}
+    what = f"{what}, final top-1"
+    if before is None or now is None:
+        return [speed, Bar(what, 1.0, found=None, **words)]
+    old, new = before["top1"], now["top1"]
+    figure = {name: new[name] / old["median"] for name in ("median", "min", "max")}
+    return [speed, Bar(what, old["min"] / old["median"], found=figure, **words)]
 
 
 def _memory(row: Row | None) -> Figure | None:
@@ -111,14 +145,53 @@ def _memory(row: Row | None) -> Figure | None:
 
 
 def _for_cuda(sections: Sequence[dict[str, Any]]) -> list[Bar]:
-    """Forward with backward in bfloat16 at the sizes that were measured, eager or compiled."""
-    found = []
-    for section in sections:
-        for row in section["rows"]:
-            if (row["comparison"], row.get("name"), row.get("pass")) != ("mlp", "vmoe", BOTH[1]):
-                continue
-            if row["dtype"] == "bfloat16":
-                size = f"{row['tokens']} tokens, D = {row['width']}, E = {row['experts']}, K = {row['selected']}"
-                what = f"layer / dense MLP, {size}, forward + backward"
-                found.append(Bar(what, 1.15, True, section["command"], row["ratios"]["dense"]))
-    return found
+    """In bfloat16: what was measured, eager or compiled, and the cases of the goals that were not."""
+    measured = [
+        (section, row)
+        for section in sorted(sections, key=lambda section: section["finished"])
+        for row in section["rows"]
+        if row.get("dtype") == "bfloat16"
+    ]
+    found, shares, peers, cases = [], [], [], set()
+    for section, row in measured:
+        if row.get("pass") != BOTH[1] or section["benchmark"] != "layer":
+            continue
+        command = section["command"]
+        if (row["comparison"], row["name"]) == ("mlp", "vmoe"):
+            case = tuple(row[name] for name in ("tokens", "width", "hidden", "experts", "selected"))
+            cases.add(case)
+            found.append(
+                Bar(f"layer / dense MLP, {_size(case)}, {BOTH[1]}", 1.15, True, command, row["ratios"]["dense"])
+            )
+            what = f"layer's share of the large product's speed, {_size(case)}, {BOTH[1]}"
+            shares.append(Bar(what, 0.0, False, command, row.get("share_of_gemm"), "stated"))
+        elif row["name"] not in ("dense", "vmoe"):
+            what = f"{row['name']} / layer, {row['tokens']} tokens, {BOTH[1]}"
+            peers.append(Bar(what, 1.0, False, command, row["ratios"]["vmoe"]))
+    for case in CUDA_CASES:
+        if case not in cases:
+            words = zip(("tokens", "width", "hidden", "experts", "selected"), case, strict=True)
+            options = " ".join(f"--{name} {value}" for name, value in words)
+            command = f"python -m benchmarks.layer --dtype bfloat16 {options}"
+            found.append(Bar(f"layer / dense MLP, {_size(case)}, {BOTH[1]}", 1.15, True, command, None))
+    layer = "python -m benchmarks.layer --dtype bfloat16"
+    shares = shares or [Bar("layer's share of the large product's speed", 0.0, False, layer, None, "stated")]
+    peers = peers or [Bar("every peer that runs / layer", 1.0, False, layer, None)]
+    return [*found, *shares, *peers, *(_many_experts(sections, one_pass) for one_pass in BOTH)]
+
+
+def _size(case: tuple[int, ...]) -> str:
+    return "{} tokens, D = {}, F = {}, E = {}, K = {}".format(*case)
+
+
+def _many_experts(sections: Sequence[dict[str, Any]], one_pass: str) -> Bar:
+    """128 experts on a GPU against what they take at least: the time of 8, or of reading their weights."""
+    command = "python -m benchmarks.scaling --dtype bfloat16 --axis experts"
+    wanted = {"comparison": "experts", "name": "layer", "dtype": "bfloat16", "pass": one_pass}
+    few, many = (_find(sections, "scaling", experts=experts, **wanted) for experts in (8, 128))
+    figure = None
+    if few is not None and many is not None:
+        least = max(few["ms"]["median"], many["weights_ms"])
+        figure = {name: value / least for name, value in many["ms"].items()}
+    what = f"E = 128 / the longer of E = 8 and reading the weights, {one_pass}"
+    return Bar(what, 1.15, True, command, figure)

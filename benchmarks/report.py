@@ -26,7 +26,8 @@ MADE = (
 )
 METHOD = (
     "What a sparse layer costs, beside what one would take instead. Every ratio is measured in one process, in turn "
-    "(A B A B ...), on another input in each round, and compared round by round; tables show the median and "
+    "(A B A B ...), on another input in each round, and compared round by round (`train_throughput` needs a process "
+    "for each run); tables show the median and "
     '(lowest-highest). Below 1 the left side is quicker. "dense" is timm\'s MLP or ViT of the same active compute: K '
     'experts\' hidden units. "kept" is the share of the assignments that found room in the experts; the dense side '
     "keeps all. Forward is without gradients in `eval()`, with the capacity in use; forward + backward is in training "
@@ -42,7 +43,8 @@ NO_GPU = (
 ABOUT = {
     "layer": "The layer alone. `mlp`: the dense MLP; `picture`: one picture's tokens, nothing dropped; `swiglu`: gated "
     "experts without biases, nothing dropped, as transformers' Mixtral block; `st_moe`: st_moe_pytorch with timm's "
-    "MLPs as experts and its capacity set to keep the same share; `soft`: Soft MoE with about as many slots as tokens.",
+    "MLPs as experts and its capacity set to keep the same share; `soft`: Soft MoE with about as many slots as tokens. "
+    "Of the rounds below, `mlp` has all, `picture` four times as many, the others half.",
     "dispatch": "The layer without its experts, piece by piece, on the plain path; batch priority (BPR) against token "
     "order, these two in turn by themselves; and GShard's one-hot products on few tokens.",
     "scaling": 'One axis at a time around E = 8, K = 1, capacity 1.0; "base" is that case. "experts" is the expert '
@@ -50,9 +52,14 @@ ABOUT = {
     "reading them twice and writing their gradients).",
     "model": "ViT-S/16's widths, experts in every second block, E = 8, K = 1, exact GELU on both sides, fresh weights. "
     "Fresh routers spread tokens worse than trained ones: equal work is where nothing is dropped. Training is forward "
-    "and backward. Speed is pictures per second over the dense twin's: above 1 is better.",
+    "and backward. Speed is pictures per second over the dense twin's: above 1 is better. One picture has "
+    "four times the rounds below.",
     "train_step": "Forward, routing losses, backward, clipping, fused AdamW; bfloat16 is autocast on float32 weights. "
-    "The V-MoE has a capacity of 1.05 and batch priority, LIMoE is `limoe_tiny_patch12_48` with capacity 1.25.",
+    "The V-MoE has a capacity of 1.05 and batch priority, LIMoE is `limoe_tiny_patch12_48` with capacity 1.25, and "
+    "four times the rounds below.",
+    "train_throughput": "`configs/limoe_tiny_emoji.yaml` with this checkout and with an earlier one (DIR), in fresh "
+    "processes in turn, each round with its own seed. Times are the medians of the steps after the first five of each "
+    "run, reading the data included. Top-1 is the evaluation after the last step.",
 }
 
 
@@ -88,7 +95,7 @@ def page(folder: Path) -> str:
     if not devices:
         parts.append("Nothing was measured: there is no file in `benchmarks/results`.")
     if not any(one["device"]["kind"] == "cuda" for one in devices):
-        parts.append(NO_GPU)
+        parts += [NO_GPU, _bars_table([], "cuda")]
     return "\n\n".join(parts) + "\n"
 
 
@@ -169,10 +176,11 @@ def _columns(benchmark: str, comparison: str) -> dict[str, Callable[[Row], str]]
         "pictures/s": lambda row: f"{row['images_per_second']['median']:.4g}" if "images_per_second" in row else "",
         "speed": lambda row: _spread(row["speed_ratio"], ".3f") if "speed_ratio" in row else "",
     }
-    for other in ("base", "dense", "vmoe", "layer, vanilla", "dispatch and combine"):
+    for other in ("base", "dense", "vmoe", "layer, vanilla", "dispatch and combine", "before"):
         title = f"time / {other}"
         columns[title] = lambda row, other=other: _ratio(row, other)
     columns |= {
+        "top-1": lambda row: _spread(row["top1"], ".4f") if "top1" in row else "",
         "share of large product": lambda row: f"{row['share_of_gemm']['median']:.0%}" if "share_of_gemm" in row else "",
         "activations / dense": lambda row: f"{row['activations_ratio']:.2f}" if "activations_ratio" in row else "",
         "weights, MiB": lambda row: f"{row['weights_mib']:g}" if "weights_mib" in row else "",
@@ -186,6 +194,7 @@ def _setting(row: Row) -> str:
     names = {
         "batch": "batch {:g}",
         "image_size": "{:g} px",
+        "steps": "{:g} steps",
         "tokens": "{:g} tokens",
         "width": "D = {:g}",
         "hidden": "F = {:g}",

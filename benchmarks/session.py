@@ -107,7 +107,7 @@ class Session:
         return torch.get_num_threads()
 
     def command(self, key: bool = False) -> str:
-        """The command line, without what is left at its default and without paths.
+        """The command line, without what is left at its default; a path stands as its option's metavar.
 
         Args:
             key: only what says what is measured.
@@ -119,7 +119,7 @@ class Session:
             if left_out or not action.option_strings or value in (None, False) or value == action.default:
                 continue
             values = value if isinstance(value, list) else [] if value is True else [value]
-            words += [action.option_strings[-1], *map(str, values)]
+            words += [action.option_strings[-1], *(action.metavar if isinstance(v, Path) else str(v) for v in values)]
         return shlex.join(words)
 
     def add(self, row: dict[str, Any]) -> None:
