@@ -55,6 +55,47 @@ def test_golden_routing(case):
     torch.testing.assert_close(weights[0], figures["combine_weights"], atol=0, rtol=0)
 
 
+PRIORITIES = [-math.inf, -2.5, -1.0, -1e-40, -0.0, 0.0, 1e-40, 0.25, 1.0, 1.0 + 1e-12, 1.0 + 2**-23, 3e38, math.inf]
+
+
+@given(st.data())
+@settings(max_examples=150)
+def test_one_sort_is_the_plain_order(data):
+    G, N, E = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 12)), data.draw(st.integers(1, 5))
+    K = data.draw(st.integers(1, E))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    index = torch.rand(G, N, E, generator=generator).argsort(-1)[..., :K]
+    values = torch.tensor(PRIORITIES, dtype=torch.float64)
+    priority = values[torch.randint(len(values), (G, N), generator=generator)].to(dtype)
+    mask = torch.rand(G, N, generator=generator) < 0.7 if data.draw(st.booleans()) else None
+    chosen = torch.rand(G, N, K, generator=generator) < 0.8 if data.draw(st.booleans()) else None
+    capacity = data.draw(st.none() | st.integers(0, 4))
+
+    rows, position, count = [], {}, []
+    for e in range(E):
+        count.append(0)
+        for g in range(G):
+            waiting = [
+                (k, -priority[g, n].item(), n)
+                for n in range(N)
+                for k in range(K)
+                if index[g, n, k] == e and (mask is None or mask[g, n]) and (chosen is None or chosen[g, n, k])
+            ]
+            for place, (k, _, n) in enumerate(sorted(waiting)):
+                position[g, n, k] = place
+                if capacity is None or place < capacity:
+                    rows.append((g * N + n) * K + k)
+                    count[e] += 1
+    plan = plan_dispatch(index, E, capacity, priority, mask, capacity, chosen)
+    assert plan.assignment_R.tolist() == rows
+    assert plan.count_E.tolist() == count
+    assert {key: plan.position_GNK[key].item() for key in position} == position
+    kept = torch.zeros(G * N * K, dtype=torch.bool)
+    kept[rows] = True
+    assert torch.equal(plan.kept_GNK.flatten(), kept)
+
+
 @given(routings())
 @settings(max_examples=150, deadline=None)
 def test_no_expert_above_capacity_and_rows_are_consistent(routing):

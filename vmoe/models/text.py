@@ -2,7 +2,7 @@
 
 Words attend to all words of their text, as in the reference (no causal mask).
 
-Shapes, by suffix: B batch, L words (text length), T = L, or patches and words, D width, C classes (or embedding width).
+Shapes, by suffix: B batch, L words (text length), D width, C classes (or embedding width).
 """
 
 import math
@@ -65,17 +65,13 @@ def text_routing(kwargs: dict, defaults: dict) -> dict:
 class TextBlock(Block):
     """timm's pre-norm block, with a mask for attention and experts."""
 
-    def forward(self, x_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-        """(B, T, D), and a (B, T) mask that is True for real words (None: all) -> (B, T, D)."""
-        bias = None if mask_BT is None else attention_bias(mask_BT, x_BTD.dtype)
-        x_BTD = x_BTD + self.drop_path1(self.ls1(self.attn(self.norm1(x_BTD), attn_mask=bias)))
-        return self.add_mlp(x_BTD, mask_BT)
-
-    def add_mlp(self, x_BTD: Tensor, mask_BT: Tensor | None, modality_BT: Tensor | None = None) -> Tensor:
-        """The second half of the block: the MLP or the experts, with the residual connection."""
-        h_BTD = self.norm2(x_BTD)
-        h_BTD = self.mlp(h_BTD, mask_BT, modality_BT) if isinstance(self.mlp, SparseMoE) else self.mlp(h_BTD)
-        return x_BTD + self.drop_path2(self.ls2(h_BTD))
+    def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None) -> Tensor:
+        """(B, L, D), and a (B, L) mask that is True for real words (None: all) -> (B, L, D)."""
+        bias = None if mask_BL is None else attention_bias(mask_BL, x_BLD.dtype)
+        x_BLD = x_BLD + self.drop_path1(self.ls1(self.attn(self.norm1(x_BLD), attn_mask=bias)))
+        h_BLD = self.norm2(x_BLD)
+        h_BLD = self.mlp(h_BLD, mask_BL) if isinstance(self.mlp, SparseMoE) else self.mlp(h_BLD)
+        return x_BLD + self.drop_path2(self.ls2(h_BLD))
 
 
 def make_blocks(

@@ -70,7 +70,7 @@ class PackedTokens:
     def of(cls, rows: RowTokens) -> "PackedTokens":
         """Where the tokens of `rows` go."""
         P = rows.num_patches
-        place_BT = torch.arange(rows.mask_BT.numel()).view(rows.mask_BT.shape)
+        place_BT = torch.arange(rows.mask_BT.numel(), device=rows.mask_BT.device).view(rows.mask_BT.shape)
         mask_BL = rows.mask_BT[:, P:]
         place_S = torch.cat([place_BT[:, :P].flatten(), place_BT[:, P:][mask_BL]])
         place_W = mask_BL.flatten().nonzero()[:, 0]
@@ -83,14 +83,14 @@ class PackedTokens:
     def unpack(self, x_SD: Tensor) -> Tensor:
         """(S, D) -> (B, T, D), zero where there is no token."""
         x_BTD = gather_rows(x_SD, self.token_BT, self.place_S[:, None], True, False)
-        return x_BTD.view(*self.rows.mask_BT.shape, -1)
+        return x_BTD.view(*self.rows.mask_BT.shape, x_SD.shape[1])
 
     def sequences(self, x_SD: Tensor) -> list[tuple[Tensor, Tensor | None]]:
         """As of `RowTokens`."""
-        (B, T), P = self.rows.mask_BT.shape, self.rows.num_patches
+        (B, T), P, D = self.rows.mask_BT.shape, self.rows.num_patches, x_SD.shape[1]
         patches, words = x_SD.split([B * P, x_SD.shape[0] - B * P])
-        x_BLD = gather_rows(words, self.word_BL, self.place_W[:, None], True, False).view(B, T - P, -1)
-        parts = [(patches.view(B, P, -1), None)] if P else []
+        x_BLD = gather_rows(words, self.word_BL, self.place_W[:, None], True, False).view(B, T - P, D)
+        parts = [(patches.view(B, P, D), None)] if P else []
         return [*parts, (x_BLD, self.rows.bias_B11L)]
 
     def join(self, parts: list[Tensor]) -> Tensor:
@@ -105,4 +105,5 @@ class PackedTokens:
 
 def _inverse(place_S: Tensor, number: int) -> Tensor:
     """(number,) the index of each place in `place_S`; -1 for those that are not in it."""
-    return torch.full((number,), -1).index_copy_(0, place_S, torch.arange(len(place_S)))
+    inverse = place_S.new_full((number,), -1)
+    return inverse.index_copy_(0, place_S, torch.arange(len(place_S), device=place_S.device))

@@ -46,9 +46,17 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Somebody listens to the module's calls."""
+    """Somebody listens to the module's calls, or has put another `forward` in the place of its own."""
     own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(own) or torch.nn.modules.module._has_any_global_hook()
+    return any(own) or "forward" in vars(module) or torch.nn.modules.module._has_any_global_hook()
+
+
+def can_be_repeated(act: nn.Module) -> bool:
+    """The backward pass may compute the activation again: it is not random, learns nothing, leaves its input alone."""
+    random = (nn.RReLU, nn.modules.dropout._DropoutNd)
+    return next(act.parameters(), None) is None and not any(
+        isinstance(module, random) or getattr(module, "inplace", False) or has_hooks(module) for module in act.modules()
+    )
 
 
 class GroupedLinear(nn.Module):
@@ -173,7 +181,8 @@ class Experts(nn.Module):
         in_features: D.
         hidden_features: F.
         out_features: width of the result, by default D.
-        act_layer: makes the activation of plain experts.
+        act_layer: makes the activation of plain experts. One of your own gives the same result each time, without
+            changing its input: on a CPU the backward pass computes it again.
         norm_layer: makes a norm of the hidden activations, given their width; None: no norm.
         bias: biases in both layers.
         drop: dropout after the activation.
@@ -279,8 +288,7 @@ class Experts(nn.Module):
             x.device.type == "cpu"
             and not torch.compiler.is_compiling()
             and self.is_plain_mlp(x)
-            and next(self.act.parameters(), None) is None
-            and not isinstance(self.act, nn.RReLU)  # random: the backward pass could not compute it again
+            and can_be_repeated(self.act)
         )
 
     def is_plain_mlp(self, x: Tensor) -> bool:

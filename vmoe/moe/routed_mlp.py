@@ -149,12 +149,12 @@ class _Rows:
         chunks = make_chunks(count_E, HALF_PRECISION_ROWS if dtype.itemsize == 2 else 1)
         P, R = chunks[-1].rows.stop if chunks else 0, sum(count_E)
         if token_R is None and (P > R or num_tokens > R):  # rows beyond are unused
-            token_R = torch.arange(R)
+            token_R = torch.arange(R, device="cpu")  # whatever the default device is
         if P > R:
             real_P, row_P = _filled_up(chunks, count_E)
             token_R = token_R[row_P]
             if weight_R is None:
-                weight_R = torch.ones(R, dtype=dtype)
+                weight_R = torch.ones(R, dtype=dtype, device="cpu")
             weight_R = torch.where(real_P, weight_R[row_P], 0)
             if row_SK is not None:
                 row_SK = torch.where(row_SK < 0, -1, real_P.nonzero()[:, 0][row_SK])
@@ -196,10 +196,10 @@ def _filled_up(chunks: list[Chunk], count_E: Sequence[int]) -> tuple[Tensor, Ten
     Rows that fill up repeat the last of their expert: whatever it holds stays with its token.
     """
     experts = [e for chunk in chunks for e in range(chunk.experts.start, chunk.experts.stop)]
-    size_E = torch.tensor([chunk.num_rows for chunk in chunks for _ in range(chunk.num_experts)])
-    count = torch.tensor([count_E[e] for e in experts])
-    expert_P = torch.arange(len(experts)).repeat_interleave(size_E)
-    place_P = torch.arange(len(expert_P)) - (size_E.cumsum(0) - size_E)[expert_P]
+    size_E = torch.tensor([chunk.num_rows for chunk in chunks for _ in range(chunk.num_experts)], device="cpu")
+    count = torch.tensor([count_E[e] for e in experts], device="cpu")
+    expert_P = torch.arange(len(experts), device="cpu").repeat_interleave(size_E)
+    place_P = torch.arange(len(expert_P), device="cpu") - (size_E.cumsum(0) - size_E)[expert_P]
     count_P = count[expert_P]
     return place_P < count_P, (count.cumsum(0) - count)[expert_P] + place_P.minimum(count_P - 1)
 
@@ -257,7 +257,7 @@ class _RoutedMLP(torch.autograd.Function):
             y_PO = None
         ctx.save_for_backward(x_SD, weight_P, w1_EFD, b1_EF, w2_EOF, b2_EO, h_PF, a_PF, y_PO)
         ctx.rows, ctx.activation, ctx.activation_name, ctx.dtype = rows, activation, activation_name, dtype
-        return y_SO
+        return y_SO.detach()  # no view: views that are made in here can not be changed in place
 
     @staticmethod
     @torch.autograd.function.once_differentiable
