@@ -46,7 +46,11 @@ def attention(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTd: Tensor, bias_B11T: Tensor 
 
 
 class LIMoEBlock(Block):
-    """timm's pre-norm block over patches and words at once: attention per modality, one MLP for both."""
+    """timm's pre-norm block over patches and words at once: attention per modality, one MLP for both.
+
+    `attn` holds the weights of queries, keys, values and the projection; its own forward pass is not called, since it
+    knows one sequence only.
+    """
 
     def forward(self, x: Tensor, tokens: RowTokens | PackedTokens) -> Tensor:
         """Tokens in the form that `tokens` describes, (B, T, D) or (S, D) -> the same."""
