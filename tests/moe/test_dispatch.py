@@ -66,7 +66,7 @@ def test_one_sort_is_the_plain_order(data):
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     index = torch.rand(G, N, E, generator=generator).argsort(-1)[..., :K]
-    values = torch.tensor(PRIORITIES, dtype=torch.float64)
+    values = torch.tensor(data.draw(st.sampled_from([PRIORITIES, [-0.0, 0.0, 0.25]])), dtype=torch.float64)
     priority = values[torch.randint(len(values), (G, N), generator=generator)].to(dtype)
     mask = torch.rand(G, N, generator=generator) < 0.7 if data.draw(st.booleans()) else None
     chosen = torch.rand(G, N, K, generator=generator) < 0.8 if data.draw(st.booleans()) else None
