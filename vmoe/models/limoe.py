@@ -39,7 +39,7 @@ def attention(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTd: Tensor, bias_B11T: Tensor 
         bias_B11T = None if bias_B11T is None else bias_B11T.to(q_BHTd.dtype)
         return F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, attn_mask=bias_B11T)
     dtype = torch.promote_types(q_BHTd.dtype, torch.float32)
-    score_BHTT = (q_BHTd @ k_BHTd.transpose(-2, -1)).to(dtype) * d**-0.5
+    score_BHTT = ((q_BHTd * d**-0.5) @ k_BHTd.transpose(-2, -1)).to(dtype)  # scaled first: float16 has little room
     if bias_B11T is not None:
         score_BHTT = score_BHTT + bias_B11T.to(dtype)
     return score_BHTT.softmax(-1).to(v_BHTd.dtype) @ v_BHTd

@@ -78,10 +78,35 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
+class _GateProduct(torch.autograd.Function):
+    """x Wᵀ in at least float32. Kept for the backward pass is x in its own type, not the copy that is multiplied."""
+
+    @staticmethod
+    def forward(x_GND: Tensor, weight_ED: Tensor) -> Tensor:
+        dtype = torch.promote_types(x_GND.dtype, torch.float32)
+        return F.linear(x_GND.to(dtype), weight_ED.to(dtype))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad_GNE: Tensor):
+        x_GND, weight_ED = ctx.saved_tensors
+        dtype = grad_GNE.dtype
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_GNE @ weight_ED.to(dtype)).to(x_GND.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = grad_GNE.flatten(0, 1).T @ x_GND.flatten(0, 1).to(dtype)
+            grad_weight = grad_weight.to(weight_ED.dtype)
+        return grad_x, grad_weight
+
+
 def experts_last(weight_ED: Tensor, x_GND: Tensor) -> Tensor:
-    """x Wᵀ in the type of x: (G, N, E) whose tokens are last in memory, as `softmax_of_experts` wants them."""
+    """x Wᵀ in at least float32: (G, N, E) whose tokens are last in memory, as `softmax_of_experts` wants them."""
     # The small result is turned around, since W xᵀ takes longer than x Wᵀ.
-    return F.linear(x_GND, weight_ED.to(x_GND.dtype)).movedim(-1, 0).contiguous().movedim(0, -1)
+    return _GateProduct.apply(x_GND, weight_ED).movedim(-1, 0).contiguous().movedim(0, -1)
 
 
 def normal_like(logits_GNE: Tensor) -> Tensor:
@@ -147,9 +172,9 @@ class Gate(nn.Module):
         lecun_normal_(self.weight, fan_in=self.weight.shape[1])
 
     def input(self, x_GND: Tensor) -> Tensor:
-        """The tokens in the gate's precision, with jitter in training."""
-        x_GND = x_GND.to(torch.promote_types(x_GND.dtype, torch.float32))
+        """The tokens, in training with jitter if that is set, which has the gate's precision."""
         if self.training and self.input_jitter > 0:
+            x_GND = x_GND.to(torch.promote_types(x_GND.dtype, torch.float32))
             x_GND = x_GND * torch.empty_like(x_GND).uniform_(1 - self.input_jitter, 1 + self.input_jitter)
         return x_GND
 
