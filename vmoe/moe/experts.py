@@ -235,7 +235,7 @@ class Experts(nn.Module):
     def run(self, x_RD: Tensor, count_E: Tensor) -> Tensor:
         """The experts that this process holds: (R, D) rows sorted by expert, (E,) rows of each -> (R, D)."""
         if self._are_plain(x_RD):
-            return self._routed_mlp(x_RD, None, None, None, count_E)
+            return self.run_routed(x_RD, None, None, None, count_E)
         h_RF = self.drop(self.activate(self.fc1(x_RD, count_E)))
         if self.norm is not None:
             h_RF = self.norm(h_RF, count_E)
@@ -253,23 +253,6 @@ class Experts(nn.Module):
         return self.exchange is None and self._are_plain(x) and not has_hooks(self)
 
     def run_routed(
-        self, x_SD: Tensor, token_R: Tensor, row_SK: Tensor | None, weight_R: Tensor, count_E: Tensor
-    ) -> Tensor:
-        """Tokens through their experts and back, see `vmoe.moe.routed_mlp`; only if `can_route`.
-
-        Args:
-            x_SD: tokens.
-            token_R: token of each row, rows sorted by expert.
-            row_SK: rows of each token, -1 for none; None: not known.
-            weight_R: weight of each row.
-            count_E: rows of each expert.
-
-        Returns:
-            (S, O), zero for a token without a row.
-        """
-        return self._routed_mlp(x_SD, token_R, row_SK, weight_R, count_E)
-
-    def _routed_mlp(
         self,
         x_SD: Tensor,
         token_R: Tensor | None,
@@ -277,6 +260,18 @@ class Experts(nn.Module):
         weight_R: Tensor | None,
         count_E: Tensor,
     ) -> Tensor:
+        """Tokens through their experts and back, see `vmoe.moe.routed_mlp`; only if `can_route`.
+
+        Args:
+            x_SD: tokens.
+            token_R: token of each row, rows sorted by expert; None: the tokens are the rows.
+            row_SK: rows of each token, -1 for none; None: not known.
+            weight_R: weight of each row; None: one.
+            count_E: rows of each expert.
+
+        Returns:
+            (S, O), zero for a token without a row.
+        """
         fc1, fc2 = ((own_experts(layer.weight), own_experts(layer.bias)) for layer in (self.fc1, self.fc2))
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_SD.dtype
         name = None if self.gated else activation_name(self.act)
