@@ -1,8 +1,8 @@
 """The experts on a CPU, from tokens to tokens in one operation: gather, two linear layers, weigh, add.
 
-A few experts are computed at a time, so that their rows and hidden activations stay in the cache from one step to the
-next. Experts with few rows go through one batched product, with rows of weight zero where they have fewer than the
-others. For the backward pass the hidden layer is kept, before and after its activation, and the experts' rows before
+Experts with many rows are computed one or two at a time, so that these and their hidden activations stay in the cache
+from one step to the next. Those with few rows go through one batched product, with rows of weight zero where they have
+fewer than the others. For the backward pass the hidden layer is kept, before and after its activation, and the experts' rows before
 they are weighed, but no gathered copy of the tokens.
 
 Shapes, by suffix: S tokens, R rows sorted by expert, P rows with those that fill up, D width, F hidden width (2F in
