@@ -2,8 +2,8 @@
 
 Experts with many rows are computed one or two at a time, so that these and their hidden activations stay in the cache
 from one step to the next. Those with few rows go through one batched product, with rows of weight zero where they have
-fewer than the others. For the backward pass the hidden layer is kept, before and after its activation, and the experts' rows before
-they are weighed, but no gathered copy of the tokens.
+fewer than the others. For the backward pass the hidden layer is kept, before and after its activation, and the experts'
+rows before they are weighed, but no gathered copy of the tokens.
 
 Shapes, by suffix: S tokens, R rows sorted by expert, P rows with those that fill up, D width, F hidden width (2F in
 front of a gated activation), E experts, C experts of a chunk, M rows of an expert in a chunk.
