@@ -1,4 +1,6 @@
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -60,6 +62,28 @@ def test_several_calls_add_up():
         model(x)
     torch.testing.assert_close(twice.auxiliary_loss(), 2 * once.auxiliary_loss())
     assert list(twice.layers) == ["0", "2"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"importance_loss": 0.1}, {"router": "expert_choice"}, {"router": "soft"}], ids=str
+)
+def test_a_dropped_record_frees_its_memory_at_once(settings):
+    """A cycle of references would keep every step's routing, and the graph of its losses, until Python collects it."""
+    layer = SparseMoE(6, 8, num_experts=4, num_tokens=5, z_loss=0.1, **settings)
+    gc.collect()
+    gc.disable()
+    try:
+        with vmoe.record_routing(layer) as record:
+            loss = layer(torch.randn(2, 5, 6)).sum() + record.auxiliary_loss()
+        loss.backward()
+        call = record.layers[""]
+        assert call.metrics
+        call, gates = weakref.ref(call), weakref.ref(call.gates)
+        del record, loss
+        assert call() is None
+        assert gates() is None
+    finally:
+        gc.enable()
 
 
 def test_an_error_inside_ends_the_recording():

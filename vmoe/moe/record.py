@@ -9,7 +9,7 @@ Shapes, by suffix: G groups, N tokens in a group, E experts, K choices, B and T 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -71,9 +71,18 @@ class LayerRouting:
 
     @cached_property
     def _terms(self) -> dict[str, Callable[[], Tensor]]:
-        """{name: gives the unweighted loss, computed once}."""
-        terms = self.loss_function.terms(self.routing, self.mask, self.modality)
-        return {name: cache(partial(self._with_graph, term)) for name, term in terms.items()}
+        """{name: computes the unweighted loss}; without `self`, or memory would wait for the garbage collector."""
+        return self.loss_function.terms(self.routing, self.mask, self.modality)
+
+    @cached_property
+    def _computed(self) -> dict[str, Tensor]:
+        """{name: unweighted loss} of those that were asked for."""
+        return {}
+
+    def _loss(self, name: str) -> Tensor:
+        if name not in self._computed:
+            self._computed[name] = self._with_graph(self._terms[name])
+        return self._computed[name]
 
     def _with_graph(self, term: Callable[[], Tensor]) -> Tensor:
         # With a graph wherever the forward pass had one, also if the first who asks does so without gradients.
@@ -86,12 +95,13 @@ class LayerRouting:
     @property
     def losses(self) -> dict[str, Tensor]:
         """{name: scalar} unweighted and differentiable; those with a weight of zero carry no gradient."""
-        return {name: loss() for name, loss in self._terms.items()}
+        return {name: self._loss(name) for name in self._terms}
 
     @cached_property
     def auxiliary_loss(self) -> Tensor:
         """Scalar, the weighted sum of the losses."""
-        return self._with_graph(lambda: self.loss_function.weighted(self._terms, self.gates))
+        losses = {name: partial(self._loss, name) for name in self._terms}
+        return self._with_graph(lambda: self.loss_function.weighted(losses, self.gates))
 
     @property
     def is_weighted(self) -> bool:
