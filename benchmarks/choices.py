@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.measure import DTYPES, alternate, milliseconds, ratios
 from vmoe.allocator import keep_freed_memory
-from vmoe.models.limoe import attention
+from vmoe.models.attention import attention
 from vmoe.moe.routed_mlp import CHUNK_ROWS, HALF_PRECISION_ROWS
 
 D, HIDDEN, TOKENS = 384, 1536, 6304
@@ -112,22 +112,26 @@ def small_steps() -> dict[str, dict[str, Callable[[int], object]]]:
 
 def short_attention(dtype: torch.dtype) -> dict[str, Callable[[int], object]]:
     """Forward and backward of attention over 16 tokens: 256 sequences, 4 heads of 32."""
-    qkv = torch.randn(256, 16, 3, 4, 32).to(dtype).requires_grad_()
+    qkv = torch.randn(256, 16, 3 * 4 * 32).to(dtype).requires_grad_()
 
-    def run(kernel: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    def run(kernel: Callable[[Tensor], Tensor]) -> None:
         qkv.grad = None
-        y_BHTd = kernel(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
-        y_BHTd.backward(torch.ones_like(y_BHTd))
+        y_BTD = kernel(qkv)
+        y_BTD.backward(torch.ones_like(y_BTD))
+
+    def by_torch(qkv_BT3D: Tensor) -> Tensor:
+        q_BHTd, k_BHTd, v_BHTd = qkv_BT3D.unflatten(2, (3, 4, 32)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd).transpose(1, 2).flatten(2)
 
     def torch_kernel(backend: SDPBackend) -> Callable[[int], object]:
         def call(_: int) -> None:
             with sdpa_kernel(backend):
-                run(F.scaled_dot_product_attention)
+                run(by_torch)
 
         return call
 
     return {
-        "products, softmax in float32": lambda _: run(lambda *qkv: attention(*qkv, None)),
+        "products, softmax in float32": lambda _: run(lambda qkv: attention(qkv, None, 4)),
         "PyTorch's, plain": torch_kernel(SDPBackend.MATH),
         "PyTorch's, fused": torch_kernel(SDPBackend.FLASH_ATTENTION),
     }

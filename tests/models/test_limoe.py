@@ -9,7 +9,7 @@ from timm.layers import set_fused_attn
 from timm.optim import create_optimizer_v2
 
 import vmoe
-from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE, attention
+from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE
 from vmoe.moe import SparseMoE
 from vmoe.moe.settings import PRESETS
 
@@ -110,28 +110,6 @@ def test_attention_stays_within_a_picture_and_a_caption():
     other = torch.randn_like(image)
     assert torch.equal(model(other, text)[1], text_features)
     assert torch.equal(model(image, text.flip(0))[0], image_features)
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(
-    ("dtype", "T", "tolerance"),
-    [(torch.float64, 70, 1e-12), (torch.float32, 9, 1e-5), (torch.float32, 70, 1e-5), (torch.bfloat16, 70, 3e-2)],
-)
-def test_attention_is_pytorchs(dtype, T, tolerance, masked):
-    torch.manual_seed(0)
-    qkv = [torch.randn(2, 3, T, 4).to(dtype).requires_grad_() for _ in range(3)]
-    bias = torch.zeros(2, 1, 1, T)
-    bias[0, ..., T // 2 :] = -math.inf
-    bias = bias if masked else None
-    exact = [part.detach().double().requires_grad_() for part in qkv]
-    y = attention(*qkv, bias)
-    expected = F.scaled_dot_product_attention(*exact, attn_mask=None if bias is None else bias.double())
-    assert y.dtype == dtype
-    torch.testing.assert_close(y.double(), expected, atol=tolerance, rtol=tolerance)
-    weight = torch.randn_like(expected)
-    gradients = torch.autograd.grad((y * weight.to(dtype)).sum(), qkv)
-    for ours, theirs in zip(gradients, torch.autograd.grad((expected * weight).sum(), exact)):
-        torch.testing.assert_close(ours.double(), theirs, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize(("pool", "fused"), [("avg", True), ("map", True), ("map", False)])

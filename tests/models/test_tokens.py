@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import vmoe
-from vmoe.models import limoe
+from vmoe.models import limoe, tokens
 from vmoe.models.limoe import LIMoE
 from vmoe.models.tokens import PackedTokens, RowTokens
 
@@ -30,6 +30,12 @@ def captions(lengths=(6, 1, 3, 2)) -> torch.Tensor:
 
 def pictures(number: int = 4) -> torch.Tensor:
     return torch.randn(number, 3, 16, 16, dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def leave_out_all_padding(monkeypatch):
+    """The captions here are too short for a multiple of the usual number."""
+    monkeypatch.setattr(tokens, "NUM_TOKENS_MULTIPLE_OF", 1)
 
 
 def features_and_gradients(model, call, packed):
@@ -73,6 +79,20 @@ def assert_packed_is_rows(model, call, times=1):
 def test_packed_tokens_give_what_rows_give(kwargs, training):
     model, image, text = model_of(**kwargs).train(training), pictures(), captions()
     assert_packed_is_rows(model, lambda: model(image, text)[:2])
+
+
+@pytest.mark.parametrize("multiple", [4, 5, 7, 64])
+def test_some_padding_is_kept_for_a_round_number_of_tokens(multiple, monkeypatch):
+    monkeypatch.setattr(tokens, "NUM_TOKENS_MULTIPLE_OF", multiple)
+    model, image, text = model_of(), pictures(), captions()
+    assert_packed_is_rows(model, lambda: model(image, text)[:2])
+    P, L = 4, 6
+    mask_BT = torch.arange(P + L) < P + torch.tensor([[6], [1], [3], [2]])
+    packed = PackedTokens.of(RowTokens(P, mask_BT, torch.zeros_like(mask_BT).long(), torch.zeros(4, 1, 1, L)))
+    S, real, all_tokens = len(packed.place_S), int(mask_BT.sum()), mask_BT.numel()
+    assert min(-(-real // multiple) * multiple, all_tokens) == S
+    assert packed.place_S.unique().numel() == S
+    assert mask_BT.flatten()[packed.place_S[:real]].all()
 
 
 def test_captions_alone():

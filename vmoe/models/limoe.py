@@ -11,12 +11,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from timm.layers import AttentionPoolLatent, DropPath, PatchEmbed, resample_abs_pos_embed, trunc_normal_
 from timm.models import checkpoint, named_apply
 from timm.models.vision_transformer import Block, get_init_weights_vit
 from torch import Tensor, nn
 
+from vmoe.models.attention import attention
 from vmoe.models.contrastive import INIT_LOGIT_SCALE, ImageTextModel
 from vmoe.models.text import attention_bias, check_length, make_blocks, masked_mean, text_mask, text_routing
 from vmoe.models.tokens import PackedTokens, RowTokens
@@ -26,23 +26,6 @@ from vmoe.moe.settings import PRESETS
 
 MODALITIES = ("image", "text")
 ROUTING_DEFAULTS = {**PRESETS["limoe"], "num_experts": 32, "local_entropy_loss": {"text": 0.01}}
-
-
-def attention(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTd: Tensor, bias_B11T: Tensor | None) -> Tensor:
-    """softmax(q kᵀ / sqrt(d) + bias) v.
-
-    On a CPU, PyTorch's kernels are not made for short sequences and for half precision: forward and backward take
-    nearly twice as long as the plain products with a softmax in float32 (benchmarks/NOTES.md).
-    """
-    T, d = q_BHTd.shape[2:]
-    if q_BHTd.device.type != "cpu" or torch.compiler.is_compiling() or (q_BHTd.dtype == torch.float32 and T > 64):
-        bias_B11T = None if bias_B11T is None else bias_B11T.to(q_BHTd.dtype)
-        return F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, attn_mask=bias_B11T)
-    dtype = torch.promote_types(q_BHTd.dtype, torch.float32)
-    score_BHTT = ((q_BHTd * d**-0.5) @ k_BHTd.transpose(-2, -1)).to(dtype)  # scaled first: float16 has little room
-    if bias_B11T is not None:
-        score_BHTT = score_BHTT + bias_B11T.to(dtype)
-    return score_BHTT.softmax(-1).to(v_BHTd.dtype) @ v_BHTd
 
 
 class LIMoEBlock(Block):
@@ -55,17 +38,11 @@ class LIMoEBlock(Block):
     def forward(self, x: Tensor, tokens: RowTokens | PackedTokens) -> Tensor:
         """Tokens in the form that `tokens` describes, (B, T, D) or (S, D) -> the same."""
         qkv = self.attn.qkv(self.norm1(x))
-        attended = [self.attend(part, bias) for part, bias in tokens.sequences(qkv)]
+        attended = [attention(part, bias, self.attn.num_heads) for part, bias in tokens.sequences(qkv)]
         x = x + self.drop_path1(self.ls1(self.attn.proj(tokens.join(attended))))
         h = self.norm2(x)
         h = tokens.through_experts(self.mlp, h) if isinstance(self.mlp, SparseMoE) else self.mlp(h)
         return x + self.drop_path2(self.ls2(h))
-
-    def attend(self, qkv_BT3D: Tensor, bias_B11T: Tensor | None) -> Tensor:
-        """Each token to all of its sequence: (B, T, 3D) queries, keys and values -> (B, T, D)."""
-        q_BHTd, k_BHTd, v_BHTd = rearrange(qkv_BT3D, "b t (three h d) -> three b h t d", three=3, h=self.attn.num_heads)
-        y_BHTd = attention(q_BHTd, k_BHTd, v_BHTd, bias_B11T)
-        return rearrange(y_BHTd, "b h t d -> b t (h d)")
 
 
 class LIMoE(ImageTextModel):

@@ -1,11 +1,11 @@
 """How the patches and words of a batch lie in memory while they go through a tower.
 
 On a GPU and in compiled code each picture and its caption are a row of P + L tokens, and short captions are filled up:
-shapes must not depend on the data. On a CPU nothing is computed for what only fills up: all patches, then all real
-words, one after the other; captions are mostly short, so this is a third less work. Attention and the sparse layers see
-the same in both forms.
+shapes must not depend on the data. On a CPU nearly nothing is computed for what only fills up: all patches, then all
+real words, one after the other; captions are mostly short, so this is a third less work. Attention and the sparse
+layers see the same in both forms.
 
-Shapes, by suffix: B batch, P patches, L words (text length), T = P + L, S tokens, W real words, D width.
+Shapes, by suffix: B batch, P patches, L words (text length), T = P + L, S tokens, W words that are kept, D width.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,10 @@ import torch
 from torch import Tensor
 
 from vmoe.moe.dispatch import gather_rows
+
+# The number of packed tokens is a multiple of this, as far as there is padding to keep. For each number of rows that it
+# has not seen, oneDNN makes new products in half precision, and the allocator looks for memory of another size.
+NUM_TOKENS_MULTIPLE_OF = 64
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,12 @@ class RowTokens:
 
 @dataclass(frozen=True)
 class PackedTokens:
-    """The patches of all pictures, then the real words of all captions: (S, D) with S = B·P + W.
+    """The patches of all pictures, the real words of all captions, and a little padding: (S, D) with S = B·P + W.
 
     Attributes:
         rows: the same tokens as rows.
-        place_W: flat index into (B, L) of each real word.
-        word_BL: flat, the real word at each place; -1 where there is none.
+        place_W: flat index into (B, L) of each word that is kept.
+        word_BL: flat, the kept word at each place; -1 where there is none.
         place_S: flat index into (B, T) of each token.
         token_BT: flat, the token at each place; -1 where there is none.
     """
@@ -71,9 +75,11 @@ class PackedTokens:
         """Where the tokens of `rows` go."""
         P = rows.num_patches
         place_BT = torch.arange(rows.mask_BT.numel(), device=rows.mask_BT.device).view(rows.mask_BT.shape)
-        mask_BL = rows.mask_BT[:, P:]
-        place_S = torch.cat([place_BT[:, :P].flatten(), place_BT[:, P:][mask_BL]])
-        place_W = mask_BL.flatten().nonzero()[:, 0]
+        place_BP, place_BL = place_BT[:, :P].flatten(), place_BT[:, P:].flatten()
+        mask_BL = rows.mask_BT[:, P:].flatten()
+        place_W, padding = mask_BL.nonzero()[:, 0], mask_BL.logical_not().nonzero()[:, 0]
+        place_W = torch.cat([place_W, padding[: -(len(place_BP) + len(place_W)) % NUM_TOKENS_MULTIPLE_OF]])
+        place_S = torch.cat([place_BP, place_BL[place_W]])
         return cls(rows, place_W, _inverse(place_W, mask_BL.numel()), place_S, _inverse(place_S, place_BT.numel()))
 
     def pack(self, x_BTD: Tensor) -> Tensor:
