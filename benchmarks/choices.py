@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.measure import DTYPES, alternate, milliseconds, ratios
 from vmoe.allocator import keep_freed_memory
 from vmoe.models.attention import attention
-from vmoe.moe.routed_mlp import CHUNK_ROWS, HALF_PRECISION_ROWS
+from vmoe.moe.routed_mlp import CHUNK_ROWS, ROWS_MULTIPLE_OF
 
 D, HIDDEN, TOKENS = 384, 1536, 6304
 
@@ -71,7 +71,7 @@ def row_counts(dtype: torch.dtype) -> dict[str, Callable[[int], object]]:
     def drawn(number: int) -> list[int]:
         return random.Random(number).choices(range(700, 785), k=8)
 
-    step = HALF_PRECISION_ROWS
+    step = ROWS_MULTIPLE_OF
     return {
         f"raised to multiples of {step}": lambda n: run([-(-count // step) * step for count in drawn(n)]),
         "as they are": lambda n: run(drawn(n)),

@@ -1,7 +1,9 @@
 """The experts' operation for CPUs against the plain products that it stands for."""
 
+import math
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from vmoe.moe import Experts, SparseMoE
 from vmoe.moe import experts as experts_module
 from vmoe.moe import routed_mlp as module
-from vmoe.moe.routed_mlp import CHUNK_ROWS, HALF_PRECISION_ROWS, ROWS_PER_PRODUCT, make_chunks
+from vmoe.moe.routed_mlp import CHUNK_ROWS, ROWS_PER_PRODUCT, make_chunks, rounded
 
 
 class QuickGELU(nn.Module):
@@ -63,27 +65,33 @@ def assert_same(run, model, x, autocast=False):
     with calls_of_the_operation(allowed=False) as calls:
         expected, expected_gradients = result_and_gradients(run, model, x, autocast)
     assert not calls
-    half = autocast or x.dtype == torch.bfloat16
-    assert_close(y, expected, half)
+    tolerance = 1e-2 if autocast else {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2}[x.dtype]
+    assert_close(y, expected, tolerance)
     for name, gradient in gradients.items():
         assert (gradient is None) == (expected_gradients[name] is None), name
         if gradient is not None:
-            assert_close(gradient, expected_gradients[name], half, name)
+            assert_close(gradient, expected_gradients[name], tolerance, name)
+    with calls_of_the_operation() as calls, torch.no_grad():
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+            assert_close(run(x.detach()), expected, tolerance, "result without gradients")
+    assert len(calls) == 1
     return y, gradients
 
 
-def assert_close(a, b, half, name="result"):
+def assert_close(a, b, tolerance, name="result"):
     assert (a.dtype, a.shape) == (b.dtype, b.shape), name
     assert torch.isfinite(a).all(), name
     distance = (a.double() - b.double()).norm()
-    assert distance <= (1e-2 if half else 1e-11) * b.double().norm() + 1e-12, (name, float(distance))
+    assert distance <= tolerance * (b.double().norm() + 0.1), (name, float(distance))
 
 
 TYPES = pytest.mark.parametrize(
     ("dtype", "autocast"),
-    [(torch.float64, False), (torch.bfloat16, False), (torch.float32, True)],
-    ids=["float64", "bfloat16", "autocast"],
+    [(torch.float64, False), (torch.float32, False), (torch.bfloat16, False), (torch.float32, True)],
+    ids=["float64", "float32", "bfloat16", "autocast"],
 )
+ALONE = pytest.mark.parametrize("alone", [0, module.ALONE], ids=["alone", "together"])
 
 
 def layer(dtype=torch.float64, **kwargs):
@@ -111,7 +119,9 @@ def layer(dtype=torch.float64, **kwargs):
     ],
     ids=lambda kwargs: ",".join(f"{name}={value}" for name, value in kwargs.items()) or "K=1",
 )
-def test_a_layer_is_that_of_plain_products(kwargs, dtype, autocast):
+@ALONE
+def test_a_layer_is_that_of_plain_products(kwargs, dtype, autocast, alone, monkeypatch):
+    monkeypatch.setattr(module, "ALONE", alone)
     model = layer(dtype, **kwargs)
     x = torch.randn(3, 11, 8).to(dtype).requires_grad_()
     mask = torch.rand(3, 11) < 0.8
@@ -135,8 +145,10 @@ COUNTS = {
 @pytest.mark.parametrize("chunk_rows", [8, CHUNK_ROWS])
 @pytest.mark.parametrize("unused", [0, 3])
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
-def test_rows_of_any_number(counts, unused, chunk_rows, dtype, autocast, monkeypatch):
+@ALONE
+def test_rows_of_any_number(alone, counts, unused, chunk_rows, dtype, autocast, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(module, "ALONE", alone)
     torch.manual_seed(0)
     model = Experts(len(counts), 6, 10, 4).to(dtype)
     count = torch.tensor(counts)
@@ -214,10 +226,14 @@ def test_frozen_parts(frozen, x_learns):
     assert {name for name, gradient in gradients.items() if gradient is None} == {*frozen, *([] if x_learns else ["x"])}
 
 
-@given(st.lists(st.integers(0, 3000) | st.integers(0, 20), min_size=1, max_size=40), st.sampled_from([1, 16]))
+@given(
+    st.lists(st.integers(0, 3000) | st.integers(0, 20), min_size=1, max_size=40),
+    st.booleans(),
+    st.sampled_from([0, 29, 300, math.inf]),
+)
 @settings(max_examples=200)
-def test_chunks(counts, multiple):
-    chunks = make_chunks(counts, multiple)
+def test_chunks(counts, round_rows, alone):
+    chunks = make_chunks(counts, round_rows, alone)
     inside = [e for chunk in chunks for e in range(chunk.experts.start, chunk.experts.stop)]
     assert inside == [e for e, count in enumerate(counts) if count]
     end = 0
@@ -226,19 +242,46 @@ def test_chunks(counts, multiple):
         M, C = chunk.num_rows, chunk.num_experts
         assert (chunk.rows.start, chunk.rows.stop) == (end, end + C * M)
         end = chunk.rows.stop
-        assert M % multiple == 0
-        assert 0 <= M - max(own) < multiple
-        assert C == 1 or C * M <= CHUNK_ROWS
-        assert C * M - sum(own) <= ROWS_PER_PRODUCT * C + C * (multiple - 1)
+        assert (rounded(max(own)) if round_rows else max(own)) == M
+        assert C == 1 or (C * M <= CHUNK_ROWS and alone > M)
+        assert C * M - sum(own) <= ROWS_PER_PRODUCT * C + (sum(own) / 16 if round_rows else 0)
 
 
-def test_half_precision_takes_rows_in_sixteens():
-    x = torch.randn(30, 6, dtype=torch.bfloat16)
-    rows = module._Rows.of(None, None, None, [7, 0, 23], 30, torch.bfloat16)
-    assert HALF_PRECISION_ROWS == 16
-    assert all(chunk.num_rows % 16 == 0 for chunk in rows.chunks)
-    taken = torch.cat([rows.take(x, chunk) for chunk in rows.chunks])
+@given(st.integers(1, 100_000))
+def test_oneDNN_sees_few_numbers_of_rows(rows):
+    more = rounded(rows) - rows
+    assert 0 <= more < min(16, max(1, rows / 15))
+    # the same number again, and one of at most 16 between two powers of two up to 512, where sixteens begin
+    assert rounded(rounded(rows)) == rounded(rows)
+    assert len({rounded(n) for n in range(129, 257)}) == 16
+
+
+def test_rows_that_fill_up():
+    x = torch.randn(340, 6)
+    counts = [7, 0, 333]
+    chunks = make_chunks(counts, round_rows=True)
+    rows = module._Rows.of(chunks, None, None, None, counts, 340, torch.float32)
+    assert [chunk.num_rows for chunk in chunks] == [7, 336]
+    taken = torch.cat([rows.take(x, chunk) for chunk in chunks])
     assert torch.equal(taken[rows.weight_P > 0], x)
+    assert torch.equal(taken[rows.weight_P == 0], x[-1:].expand(3, -1))
+
+
+@pytest.mark.parametrize("act_layer", [nn.GELU, partial(nn.GELU, approximate="tanh"), nn.ReLU])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_products_in_oneDNN_and_without_it(enabled, act_layer, monkeypatch):
+    """Against float64, with and without GELU inside the product."""
+    calls, in_onednn = [], module.linear
+    monkeypatch.setattr(module, "linear", lambda *args: calls.append(args) or in_onednn(*args))
+    torch.manual_seed(0)
+    model = Experts(3, 32, 128, 32, act_layer=act_layer)
+    exact = deepcopy(model).double()
+    count = torch.tensor([5000, 4097, 4100])
+    x = torch.randn(int(count.sum()), 32)
+    with torch.backends.mkldnn.flags(enabled=enabled), torch.no_grad():
+        y = model(x, count)
+    assert len(calls) == (6 if enabled and torch.backends.mkldnn.is_available() else 0)
+    torch.testing.assert_close(y.double(), exact(x.double(), count), rtol=1e-5, atol=1e-5)
 
 
 def saved_bytes(model, x) -> int:

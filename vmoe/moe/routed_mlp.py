@@ -1,31 +1,35 @@
 """The experts on a CPU, from tokens to tokens in one operation: gather, two linear layers, weigh, add.
 
-Experts with many rows are computed one or two at a time, so that these and their hidden activations stay in the cache
-from one step to the next. Those with few rows go through one batched product, with rows of weight zero where they have
-fewer than the others. For the backward pass the hidden layer is kept, before and after its activation, and the experts'
-rows before they are weighed, but no gathered copy of the tokens.
+Experts with many rows are computed one or a few at a time, so that these and their hidden activations stay in the cache
+from one step to the next, in oneDNN with bias and, where nothing is kept, GELU inside the product. Those with few rows
+go through one batched product, with rows of weight zero where they have fewer than the others. For the backward pass
+the hidden layer is kept, before and after its activation, and the experts' rows before they are weighed, but no copy of
+the tokens.
 
 Shapes, by suffix: S tokens, R rows sorted by expert, P rows with those that fill up, D width, F hidden width (2F in
 front of a gated activation), E experts, C experts of a chunk, M rows of an expert in a chunk.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from vmoe.moe.onednn import GELU, in_onednn, linear
+
 # The most rows of a chunk of several experts. Starting a product has a price that shows with experts of few rows, so
 # many of them go together; beyond this nothing is gained (`python -m benchmarks.choices`).
 CHUNK_ROWS = 8192
 # A product of one expert more costs about as much as this many rows.
 ROWS_PER_PRODUCT = 16
-# In half precision PyTorch compiles a product for each number of rows that it has not seen (a quarter of its time). The
-# experts' change with each batch, so they are raised to a multiple of this.
-HALF_PRECISION_ROWS = 16
-
-# {the name of an activation: what PyTorch calls its approximation}
-_GELU = {"gelu": "none", "gelu_tanh": "tanh"}
+# From this many bytes times multiplications on, a product in oneDNN is quicker than a part of a batched one: 29 rows
+# with D = 384 and F = 1536 in float32, twice as many in half precision.
+ALONE = 2**26
+# oneDNN compiles a product for each number of rows that it has not seen, which takes a quarter of the product's time or
+# more. The experts' change with each batch, so they are raised to a multiple of up to this, and by 6% at most.
+ROWS_MULTIPLE_OF = 16
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,20 @@ class Chunk:
         return self.experts.stop - self.experts.start
 
 
-def make_chunks(count_E: Sequence[int], multiple_of: int = 1) -> list[Chunk]:
-    """Experts by chunks; those without rows are in none. M is a multiple of `multiple_of`."""
+def rounded(rows: int) -> int:
+    """The number of rows that a product in oneDNN takes for this many."""
+    multiple_of = min(ROWS_MULTIPLE_OF, 2 ** max(0, rows.bit_length() - 5))
+    return -(-rows // multiple_of) * multiple_of
+
+
+def make_chunks(count_E: Sequence[int], round_rows: bool = False, alone: float = math.inf) -> list[Chunk]:
+    """Experts by chunks; those without rows are in none.
+
+    Args:
+        count_E: rows of each expert.
+        round_rows: M is `rounded`.
+        alone: an expert with this many rows is a chunk of its own.
+    """
     chunks: list[Chunk] = []
     start = most = total = 0  # of the chunk that is being made
 
@@ -62,9 +78,10 @@ def make_chunks(count_E: Sequence[int], multiple_of: int = 1) -> list[Chunk]:
 
     for e, count in enumerate(count_E):
         size = e - start + 1
-        count = -(-count // multiple_of) * multiple_of
+        count = rounded(count) if round_rows else count
         padded = max(most, count) * size
-        if total and (count == 0 or padded > CHUNK_ROWS or padded - total - count > ROWS_PER_PRODUCT * size):
+        too_many = padded > CHUNK_ROWS or padded - total - count > ROWS_PER_PRODUCT * size
+        if total and (count == 0 or too_many or max(most, count) >= alone):
             finish(e)
         if not total:
             start, most = e, 0
@@ -103,10 +120,15 @@ def routed_mlp(
     Returns:
         (S, O), zero for tokens without a row. The gradient can not be differentiated again.
     """
-    rows = _Rows.of(token_R, row_SK, weight_R, count_E, x_SD.shape[0], dtype)
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_SD, weight_R, *fc1, *fc2))
+    product = fc1[0].shape[1] * fc1[0].shape[2]
+    # In half precision, GELU inside the product is what a product alone gains.
+    alone = in_onednn(dtype) and (dtype == torch.float32 or (not learns and activation_name in GELU))
+    chunks = make_chunks(count_E, in_onednn(dtype), ALONE / (dtype.itemsize * product) if alone else math.inf)
+    rows = _Rows.of(chunks, token_R, row_SK, weight_R, count_E, x_SD.shape[0], dtype)
     arguments = (x_SD, rows.weight_P, *fc1, *fc2)
     with torch.autocast("cpu", enabled=False):
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments):
+        if learns:
             return _RoutedMLP.apply(*arguments, rows, activation, activation_name, dtype)
         return _forward(*arguments, rows, activation, activation_name, dtype, None)
 
@@ -139,6 +161,7 @@ class _Rows:
     @classmethod
     def of(
         cls,
+        chunks: list[Chunk],
         token_R: Tensor | None,
         row_SK: Tensor | None,
         weight_R: Tensor | None,
@@ -146,18 +169,15 @@ class _Rows:
         num_tokens: int,
         dtype: torch.dtype,
     ) -> "_Rows":
-        chunks = make_chunks(count_E, HALF_PRECISION_ROWS if dtype.itemsize == 2 else 1)
         P, R = chunks[-1].rows.stop if chunks else 0, sum(count_E)
         if token_R is None and (P > R or num_tokens > R):  # rows beyond are unused
             token_R = torch.arange(R, device="cpu")  # whatever the default device is
         if P > R:
-            real_P, row_P = _filled_up(chunks, count_E)
-            token_R = token_R[row_P]
             if weight_R is None:
                 weight_R = torch.ones(R, dtype=dtype, device="cpu")
-            weight_R = torch.where(real_P, weight_R[row_P], 0)
+            token_R, weight_R, place_R = _filled_up(chunks, count_E, token_R, weight_R)
             if row_SK is not None:
-                row_SK = torch.where(row_SK < 0, -1, real_P.nonzero()[:, 0][row_SK])
+                row_SK = torch.where(row_SK < 0, -1, place_R[row_SK])
         if row_SK is not None:
             row_SK = torch.where(row_SK < 0, P, row_SK)
         weight_R = None if weight_R is None else weight_R.to(dtype)
@@ -190,18 +210,25 @@ class _Rows:
         return y_PO.new_zeros(self.num_tokens, O).index_add_(0, self.token_P, y_PO[:P])
 
 
-def _filled_up(chunks: list[Chunk], count_E: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(P,) True for rows of the experts, and which of the R rows each of the P is.
+def _filled_up(
+    chunks: list[Chunk], count_E: Sequence[int], token_R: Tensor, weight_R: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(P,) the token of each row, (P,) its weight, and (R,) where each of the R rows has gone.
 
-    Rows that fill up repeat the last of their expert: whatever it holds stays with its token.
+    Rows that fill up repeat the last of their expert, with weight zero: whatever it holds stays with its token.
     """
-    experts = [e for chunk in chunks for e in range(chunk.experts.start, chunk.experts.stop)]
-    size_E = torch.tensor([chunk.num_rows for chunk in chunks for _ in range(chunk.num_experts)], device="cpu")
-    count = torch.tensor([count_E[e] for e in experts], device="cpu")
-    expert_P = torch.arange(len(experts), device="cpu").repeat_interleave(size_E)
-    place_P = torch.arange(len(expert_P), device="cpu") - (size_E.cumsum(0) - size_E)[expert_P]
-    count_P = count[expert_P]
-    return place_P < count_P, (count.cumsum(0) - count)[expert_P] + place_P.minimum(count_P - 1)
+    tokens, weights, places = [], [], []
+    first, place_P = 0, torch.arange(chunks[-1].rows.stop, device="cpu")
+    zero_M = weight_R.new_zeros(max(chunk.num_rows for chunk in chunks))
+    for chunk in chunks:
+        for number, e in enumerate(range(chunk.experts.start, chunk.experts.stop)):
+            end, more = first + count_E[e], chunk.num_rows - count_E[e]
+            tokens += [token_R[first:end], token_R[end - 1 : end].expand(more)]
+            weights += [weight_R[first:end], zero_M[:more]]
+            start = chunk.rows.start + number * chunk.num_rows
+            places.append(place_P[start : start + count_E[e]])
+            first = end
+    return torch.cat(tokens), torch.cat(weights), torch.cat(places)
 
 
 def _forward(
@@ -220,28 +247,42 @@ def _forward(
     """`kept`: buffers for the hidden layer before and after its activation and for the rows before weighing."""
     y_PO = rows.new(x_SD, w2_EOF.shape[1], dtype) if kept is None else kept[2]
     for chunk in rows.chunks:
-        h_RF = None if kept is None else kept[0][chunk.rows]
-        h_RF = _linear(rows.take(x_SD, chunk).to(dtype), w1_EFD, b1_EF, chunk, h_RF)
-        a_RF = _activated(activation, activation_name, h_RF, h_RF if kept is None else kept[1][chunk.rows])
+        x_RD = rows.take(x_SD, chunk).to(dtype)
+        h_out, a_out = (None, None) if kept is None else (kept[0][chunk.rows], kept[1][chunk.rows])
+        if kept is None and chunk.num_experts == 1 and activation_name in GELU and in_onednn(dtype):
+            a_RF = _linear(x_RD, w1_EFD, b1_EF, chunk, activation_name=activation_name)
+        else:
+            h_RF = _linear(x_RD, w1_EFD, b1_EF, chunk, h_out)
+            a_RF = _activated(activation, activation_name, h_RF, h_RF if kept is None else a_out)
         _linear(a_RF, w2_EOF, b2_EO, chunk, y_PO[chunk.rows])
-    return rows.sum(y_PO, weight_P)
+        if kept is None and weight_P is not None:  # while they are in the cache
+            y_PO[chunk.rows].mul_(weight_P[chunk.rows, None])
+    return rows.sum(y_PO, None if kept is None else weight_P)
 
 
-def _linear(x_RI: Tensor, w_EOI: Tensor, b_EO: Tensor | None, chunk: Chunk, out_RO: Tensor | None) -> Tensor:
-    """A chunk's rows through their experts' linear layers."""
-    C, M, O = chunk.num_experts, chunk.num_rows, w_EOI.shape[1]
+def _linear(
+    x_RI: Tensor,
+    w_EOI: Tensor,
+    b_EO: Tensor | None,
+    chunk: Chunk,
+    out_RO: Tensor | None = None,
+    activation_name: str | None = None,
+) -> Tensor:
+    """A chunk's rows through their experts' linear layers, for one expert in oneDNN with GELU behind it if named."""
+    dtype, C, M = x_RI.dtype, chunk.num_experts, chunk.num_rows
+    w_COI, b_CO = w_EOI[chunk.experts].to(dtype), None if b_EO is None else b_EO[chunk.experts].to(dtype)
+    if C == 1 and in_onednn(dtype):
+        y_RO = linear(x_RI, w_COI[0], None if b_CO is None else b_CO[0], activation_name)
+        return y_RO if out_RO is None else out_RO.copy_(y_RO)
+    if out_RO is not None and out_RO.dtype != dtype:  # the gradient of the tokens under autocast
+        return out_RO.copy_(_linear(x_RI, w_EOI, b_EO, chunk))
     if out_RO is None:
-        out_RO = x_RI.new_empty(C * M, O)
-    w_CIO = w_EOI[chunk.experts].to(x_RI.dtype).transpose(1, 2)
-    if C == 1:
-        if b_EO is None:
-            return torch.mm(x_RI, w_CIO[0], out=out_RO)
-        return torch.addmm(b_EO[chunk.experts.start].to(x_RI.dtype), x_RI, w_CIO[0], out=out_RO)
-    x_CMI, out_CMO = x_RI.view(C, M, -1), out_RO.view(C, M, O)
-    if b_EO is None:
+        out_RO = x_RI.new_empty(C * M, w_EOI.shape[1])
+    x_CMI, out_CMO, w_CIO = x_RI.view(C, M, -1), out_RO.view(C, M, -1), w_COI.transpose(1, 2)
+    if b_CO is None:
         torch.bmm(x_CMI, w_CIO, out=out_CMO)
     else:
-        torch.baddbmm(b_EO[chunk.experts, None].to(x_RI.dtype), x_CMI, w_CIO, out=out_CMO)
+        torch.baddbmm(b_CO[:, None], x_CMI, w_CIO, out=out_CMO)
     return out_RO
 
 
@@ -288,7 +329,7 @@ class _RoutedMLP(torch.autograd.Function):
                     grad_b2[E] = g_CMO.sum(1)
                 if not (needs[0] or needs[2] or needs[3]):
                     continue
-                g_RF = torch.bmm(g_CMO, w2_EOF[E].to(dtype)).view(C * M, -1)
+                g_RF = _linear(g_RO, w2_EOF.transpose(1, 2), None, chunk, None)
                 g_RF = _through_activation(ctx.activation, ctx.activation_name, h_PF[P], g_RF)
                 g_CMF = g_RF.view(C, M, -1)
                 if needs[2]:
@@ -297,23 +338,23 @@ class _RoutedMLP(torch.autograd.Function):
                 if needs[3]:
                     grad_b1[E] = g_CMF.sum(1)
                 if needs[0]:
-                    _product(g_CMF, w1_EFD[E].to(dtype), grad_x_PD[P].view(C, M, -1))
+                    _linear(g_RF, w1_EFD.transpose(1, 2), None, chunk, grad_x_PD[P])
         grad_x_SD = rows.sum(grad_x_PD, None) if needs[0] else None
         return grad_x_SD, grad_weight_P, grad_w1, grad_b1, grad_w2, grad_b2, None, None, None, None
 
 
 def _activated(activation: Callable[[Tensor], Tensor], name: str | None, h_RF: Tensor, out_RF: Tensor) -> Tensor:
     """The activation, written into `out_RF` if it keeps the width."""
-    if name in _GELU:
-        return torch.ops.aten.gelu.out(h_RF, approximate=_GELU[name], out=out_RF)
+    if name in GELU:
+        return torch.ops.aten.gelu.out(h_RF, approximate=GELU[name], out=out_RF)
     a_RF = activation(h_RF)
     return a_RF if out_RF is h_RF else out_RF.copy_(a_RF)
 
 
 def _through_activation(activation: Callable[[Tensor], Tensor], name: str | None, h_RF: Tensor, g_RF: Tensor) -> Tensor:
     """The gradient before the activation from the one after it."""
-    if name in _GELU:  # needs no second forward pass
-        return torch.ops.aten.gelu_backward.grad_input(g_RF, h_RF, approximate=_GELU[name], grad_input=g_RF)
+    if name in GELU:  # needs no second forward pass
+        return torch.ops.aten.gelu_backward.grad_input(g_RF, h_RF, approximate=GELU[name], grad_input=g_RF)
     h_RF = h_RF.detach().requires_grad_()
     with torch.enable_grad():
         a_RF = activation(h_RF)

@@ -1,0 +1,43 @@
+"""Linear layers by oneDNN, which PyTorch's own calls use on CPUs in half precision only and never with GELU inside.
+
+PyTorch computes float32 products by MKL; oneDNN takes 8 to 40% less for the products that experts need
+(`python -m benchmarks.choices`), and where the hidden layer is not kept, its GELU costs nothing.
+"""
+
+import torch
+from torch import Tensor, nn
+
+# {activation that oneDNN knows: how it approximates GELU}
+GELU = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
+def in_onednn(dtype: torch.dtype) -> bool:
+    """oneDNN computes products of this type on this processor."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype == torch.float32
+
+
+def can_be_onednn(*tensors: Tensor) -> bool:
+    """These are plain tensors on a CPU, and neither a compiler nor a tracer wants to see PyTorch's own product."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    plain = all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.numel() for t in tensors)
+    return plain and torch._C._len_torch_dispatch_stack() == 0 and in_onednn(tensors[0].dtype)
+
+
+def linear(x_RI: Tensor, w_OI: Tensor, b_O: Tensor | None = None, activation_name: str | None = None) -> Tensor:
+    """x Wᵀ + b, then GELU if it is named. Without a gradient.
+
+    Args:
+        x_RI: of a type that is `in_onednn`, as the others.
+        w_OI: may be a transposed view.
+        b_O: or None.
+        activation_name: one of `GELU`, or None.
+    """
+    then, kind = ("none", "") if activation_name is None else ("gelu", GELU[activation_name])
+    return torch.ops.mkldnn._linear_pointwise(x_RI, w_OI, b_O, then, [], kind)
