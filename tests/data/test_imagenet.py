@@ -67,10 +67,10 @@ def complaint(kind, path, **settings):
 
 
 def test_words_and_prompt_names_are_in_the_order_of_the_labels():
-    words, names = imagenet_words(), imagenet_prompt_names()
+    words, names, info = imagenet_words(), imagenet_prompt_names(), ImageNetInfo()
     assert len(words) == len(set(words)) == len(names) == 1000
     for label in (0, 1, 8, 207, 282, 340, 717, 817, 963, 999):
-        assert words[label].split(",")[0].lower().split()[0] in ImageNetInfo().index_to_description(label).lower()
+        assert words[label].split(",")[0].lower().split()[0] in info.index_to_description(label).lower()
     assert (names[0], names[207], names[340], names[999]) == ("tench", "Golden Retriever", "zebra", "toilet paper")
     assert words[340] == "zebra"
     doubled = {

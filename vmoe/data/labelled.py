@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -172,10 +173,16 @@ class TorchvisionDataset(ImageDataset):
         return Sample(image, int(label), None, path)
 
 
+@functools.cache
+def _synsets() -> tuple[ImageNetInfo, frozenset[str]]:
+    """WordNet's words, and the synsets of ImageNet; timm reads large files for them."""
+    info = ImageNetInfo("imagenet-22k")
+    return info, frozenset(info.label_names()) | frozenset(ImageNetInfo("imagenet-1k").label_names())
+
+
 def synset_words(folders: list[str]) -> list[str] | None:
     """WordNet's words for ImageNet synsets, or None if a folder's name is not one."""
-    info = ImageNetInfo("imagenet-22k")
-    known = set(info.label_names()) | set(ImageNetInfo("imagenet-1k").label_names())
+    info, known = _synsets()
     if not known.issuperset(folders):
         return None
     names = [info.label_name_to_description(folder) for folder in folders]
