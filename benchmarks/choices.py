@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.measure import DTYPES, alternate, milliseconds, ratios
 from vmoe.allocator import keep_freed_memory
 from vmoe.models.attention import attention
+from vmoe.moe.onednn import linear
 from vmoe.moe.routed_mlp import CHUNK_ROWS, ROWS_MULTIPLE_OF
 
 D, HIDDEN, TOKENS = 384, 1536, 6304
@@ -50,8 +51,18 @@ def products(dtype: torch.dtype, num_experts: int) -> dict[str, Callable[[int], 
             part = slice(start, start + experts)
             torch.baddbmm(b_EF[part, None], x_EMD[part], w_EFD[part].transpose(1, 2), out=out_EMF[part])
 
-    return {
+    def in_onednn(activation_name: str | None) -> None:
+        for x_MD, w_FD, b_F in zip(x_EMD, w_EFD, b_EF, strict=True):
+            linear(x_MD, w_FD, b_F, activation_name)
+
+    ways = {
+        "one expert at a time, oneDNN": lambda _: in_onednn(None),
         f"batched, chunks of at most {CHUNK_ROWS} rows": lambda _: batched(max(1, CHUNK_ROWS // M)),
+    }
+    if dtype != torch.float32:  # there the layer takes the second, as it does for small products
+        ways = dict(reversed(ways.items()))
+    return ways | {
+        "one expert at a time, oneDNN, with GELU": lambda _: in_onednn("gelu"),
         "one expert at a time": lambda _: batched(1),
         "batched, all experts at once": lambda _: batched(E),
         "grouped_mm": lambda _: F.grouped_mm(x_EMD.view(-1, D), w_EFD.transpose(1, 2), offs=end_E),
