@@ -47,54 +47,19 @@ def errors(said):
 
 
 # Process 0 holds the job's store.
-LOST = [(signal.SIGKILL, 1), (signal.SIGSTOP, 1), (signal.SIGKILL, 0)]
-
-
-@pytest.fixture(scope="module")
-def ended(forks, config, tmp_path_factory):
-    """What became of jobs that lost a process (the signal, its rank), and of one with a "torn" picture.
-
-    {job: (its processes, their exit codes, what each printed, seconds from the loss to the end)}; at the same time,
-    because most of their time is waiting.
-    """
-    folders = {name: tmp_path_factory.mktemp("job") for name in (*LOST, "torn")}
-    endless = {"train__steps": ENDLESS, "parallel__timeout": TIMEOUT}
-    jobs = {}
-    for lost in LOST:
-        given = arguments(config, folders[lost] / "run", **endless)
-        jobs[lost] = forks.group(given, folders[lost] / "out", free_port())
-    for lost, processes in jobs.items():
-        wait_for_steps(folders[lost] / "run", 2, processes)
-    began = {}
-    for (number, rank), processes in jobs.items():
-        began[number, rank] = time.monotonic()
-        processes[rank].signal(number)
-    pictures = make_pictures(folders["torn"] / "pictures")
-    (pictures / "red" / "0.png").write_bytes(b"torn")  # one process reads it, in its part of a batch
-    settings = {"data__train__path": pictures, "data__loader__on_bad": "fail", "parallel__timeout": TIMEOUT}
-    given = arguments(config, folders["torn"] / "run", train__steps=50, **settings)
-    jobs["torn"] = forks.group(given, folders["torn"] / "out", free_port())
-    took, left = {}, {lost: jobs[lost][1 - lost[1]] for lost in LOST}
-    while left:
-        for lost in [lost for lost, survivor in left.items() if survivor.poll() is not None]:
-            took[lost] = time.monotonic() - began[lost]
-            jobs[lost][lost[1]].kill()
-            del left[lost]
-        assert time.monotonic() - min(began.values()) < 120, f"the jobs that lost {list(left)} did not end"
-        time.sleep(0.02)
-    codes = {name: [process.wait() for process in processes] for name, processes in jobs.items()}
-    said = {name: [(folder / f"out.{rank}").read_text() for rank in range(2)] for name, folder in folders.items()}
-    return {name: (processes, codes[name], said[name], took.get(name)) for name, processes in jobs.items()}
-
-
-@pytest.mark.parametrize(("number", "rank"), LOST)
-def test_a_lost_process_is_named_and_ends_the_job(number, rank, ended):
-    processes, codes, said, took = ended[number, rank]
-    assert codes[1 - rank] == 1
-    (error,) = errors(said[1 - rank])
+@pytest.mark.parametrize(("number", "rank"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 1), (signal.SIGKILL, 0)])
+def test_a_lost_process_is_named_and_ends_the_job(number, rank, job):
+    processes = job()
+    victim, survivor = processes[rank], processes[1 - rank]
+    began = time.monotonic()
+    victim.signal(number)
+    assert survivor.wait(120) == 1
+    took = time.monotonic() - began
+    victim.kill()
+    (error,) = errors(job.said(1 - rank))
     assert f"process {1 - rank} of 2: error: " in error
     assert f"process {rank} of 2 (host" in error
-    assert f"pid {processes[rank].pid}" in error
+    assert f"pid {victim.pid}" in error
     assert took < 3 * TIMEOUT  # on a busy machine
 
 
@@ -120,10 +85,14 @@ def test_a_process_that_hangs_does_not_outlive_the_job(killed, forks, config, tm
         assert "has been at vmoe/training/loop.py" in error
 
 
-def test_an_error_in_one_process_alone_is_told_once_and_ends_the_others(ended):
-    _, codes, printed, _ = ended["torn"]
-    assert codes == [1, 1]
-    said = [errors(text) for text in printed]
+def test_an_error_in_one_process_alone_is_told_once_and_ends_the_others(forks, config, tmp_path):
+    pictures = make_pictures(tmp_path / "pictures")
+    (pictures / "red" / "0.png").write_bytes(b"torn")  # one process reads it, in its part of a batch
+    settings = {"data__train__path": pictures, "data__loader__on_bad": "fail", "parallel__timeout": TIMEOUT}
+    given = arguments(config, tmp_path / "run", train__steps=50, **settings)
+    processes = forks.group(given, tmp_path / "out", free_port())
+    assert [process.wait() for process in processes] == [1, 1]
+    said = [errors((tmp_path / f"out.{rank}").read_text()) for rank in range(2)]
     (error,) = said[0] + said[1]
     assert f"process {said.index([error])} of 2: error: " in error
     assert "red/0.png" in error

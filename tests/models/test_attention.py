@@ -108,3 +108,10 @@ def test_function_transforms_take_pytorchs_way(own_calls):
     y = torch.func.vmap(lambda one: attention(one, None, H))(stacked)
     torch.testing.assert_close(y[1], by_torch(stacked[1], None))
     assert not own_calls
+
+
+def test_a_traced_model_can_be_saved(tmp_path):
+    qkv, _ = inputs(5, masked=False)
+    traced = torch.jit.trace(lambda qkv: attention(qkv, None, H), qkv.detach())
+    torch.jit.save(traced, str(tmp_path / "attention.pt"))
+    torch.testing.assert_close(torch.jit.load(str(tmp_path / "attention.pt"))(qkv), attention(qkv, None, H))

@@ -86,6 +86,21 @@ def test_a_dropped_record_frees_its_memory_at_once(settings):
         gc.enable()
 
 
+@pytest.mark.parametrize("router", ["top_k", "expert_choice", "soft"])
+def test_a_recorded_layer_can_be_checkpointed(router):
+    layer = SparseMoE(6, 8, num_experts=4, num_tokens=5, router=router, importance_loss=0.1)
+    x = torch.randn(2, 5, 6)
+    gradients = []
+    for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=False)):
+        layer.zero_grad()
+        torch.manual_seed(0)
+        with vmoe.record_routing(layer) as record:
+            loss = run(x).square().sum() + record.auxiliary_loss()
+        loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in layer.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
 def test_an_error_inside_ends_the_recording():
     model = two_layers()
     try:

@@ -69,7 +69,9 @@ def test_a_signal_to_the_group_leaves_a_checkpoint_and_a_clean_message(make_conf
         for number, run in runs.items():
             metrics = folders[number] / "run" / "metrics.jsonl"
             deadline = time.monotonic() + 120
+            said = folders[number] / "config.yaml.errors"
             while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+                assert not (said.exists() and "Error" in said.read_text()), said.read_text()
                 time.sleep(0.1)
             os.killpg(run, number)  # the whole group, data workers too, as terminals and schedulers do
         ended = [line.split() for line in starter.communicate(timeout=120)[0].splitlines()]

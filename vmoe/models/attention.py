@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-# In float32, PyTorch's own kernel is the quicker one for longer sequences.
-MAX_TOKENS_FLOAT32 = 64
+# In float32 and float64, PyTorch's own kernel is the quicker one for longer sequences.
+MAX_TOKENS_FULL_PRECISION = 64
 
 
 def attention(qkv_BT3D: Tensor, bias_B11T: Tensor | None, num_heads: int) -> Tensor:
@@ -30,8 +30,9 @@ def attention(qkv_BT3D: Tensor, bias_B11T: Tensor | None, num_heads: int) -> Ten
     in_torch = (
         qkv_BT3D.device.type != "cpu"
         or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
-        or (dtype.itemsize >= 4 and T > MAX_TOKENS_FLOAT32)
+        or (dtype.itemsize >= 4 and T > MAX_TOKENS_FULL_PRECISION)
     )
     if in_torch:
         q_BHTd, k_BHTd, v_BHTd = rearrange(qkv_BT3D, "b t (three h d) -> three b h t d", three=3, h=num_heads)

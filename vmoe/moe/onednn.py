@@ -6,14 +6,24 @@ PyTorch computes float32 products by MKL; oneDNN takes 8 to 40% less for the pro
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 # {activation that oneDNN knows: how it approximates GELU}
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 def in_onednn(dtype: torch.dtype) -> bool:
-    """oneDNN computes products of this type on this processor."""
+    """oneDNN computes products of this type on this processor, and nobody wants to see PyTorch's own product.
+
+    Compilers, tracers, torch.func, forward differentiation, FLOP counters and other dispatch modes do.
+    """
+    if torch.compiler.is_compiling():  # first: what follows can not be compiled
+        return False
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    if torch.jit.is_tracing() or forward_ad._current_level >= 0:
+        return False
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -22,12 +32,9 @@ def in_onednn(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def can_be_onednn(*tensors: Tensor) -> bool:
-    """These are plain tensors on a CPU, and neither a compiler nor a tracer wants to see PyTorch's own product."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    plain = all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.numel() for t in tensors)
-    return plain and torch._C._len_torch_dispatch_stack() == 0 and in_onednn(tensors[0].dtype)
+def are_plain(*tensors: Tensor) -> bool:
+    """Tensors on a CPU, neither empty nor of a class of their own."""
+    return all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.numel() for t in tensors)
 
 
 def linear(x_RI: Tensor, w_OI: Tensor, b_O: Tensor | None = None, activation_name: str | None = None) -> Tensor:
@@ -36,8 +43,9 @@ def linear(x_RI: Tensor, w_OI: Tensor, b_O: Tensor | None = None, activation_nam
     Args:
         x_RI: of a type that is `in_onednn`, as the others.
         w_OI: may be a transposed view.
-        b_O: or None.
+        b_O: or None. oneDNN takes no strides here, so one with strides is copied.
         activation_name: one of `GELU`, or None.
     """
     then, kind = ("none", "") if activation_name is None else ("gelu", GELU[activation_name])
+    b_O = None if b_O is None else b_O.contiguous()
     return torch.ops.mkldnn._linear_pointwise(x_RI, w_OI, b_O, then, [], kind)

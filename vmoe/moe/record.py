@@ -61,7 +61,10 @@ class LayerRouting:
 
     @property
     def combine_weights(self) -> Tensor:
-        """(G, N, K) weights of the chosen experts (with the noise, in training); zero for those that passed it over."""
+        """(G, N, K) weights of the chosen experts (with the noise, in training); zero for those that passed it over.
+
+        Without a gradient where experts or slots choose.
+        """
         return self.routing.combine_weights_GNK
 
     @property

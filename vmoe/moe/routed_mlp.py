@@ -24,9 +24,9 @@ from vmoe.moe.onednn import GELU, in_onednn, linear
 CHUNK_ROWS = 8192
 # A product of one expert more costs about as much as this many rows.
 ROWS_PER_PRODUCT = 16
-# From this many bytes times multiplications on, a product in oneDNN is quicker than a part of a batched one: 29 rows
+# From this many bytes times multiplications on, a product in oneDNN is quicker than a part of a batched one: 114 rows
 # with D = 384 and F = 1536 in float32, twice as many in half precision.
-ALONE = 2**26
+ALONE = 2**28
 # oneDNN compiles a product for each number of rows that it has not seen, which takes a quarter of the product's time or
 # more. The experts' change with each batch, so they are raised to a multiple of up to this, and by 6% at most.
 ROWS_MULTIPLE_OF = 16
@@ -121,7 +121,7 @@ def routed_mlp(
         (S, O), zero for tokens without a row. The gradient can not be differentiated again.
     """
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_SD, weight_R, *fc1, *fc2))
-    product = fc1[0].shape[1] * fc1[0].shape[2]
+    product = max(1, fc1[0].shape[1] * fc1[0].shape[2])
     # In half precision, GELU inside the product is what a product alone gains.
     alone = in_onednn(dtype) and (dtype == torch.float32 or (not learns and activation_name in GELU))
     chunks = make_chunks(count_E, in_onednn(dtype), ALONE / (dtype.itemsize * product) if alone else math.inf)
@@ -271,7 +271,7 @@ def _linear(
     """A chunk's rows through their experts' linear layers, for one expert in oneDNN with GELU behind it if named."""
     dtype, C, M = x_RI.dtype, chunk.num_experts, chunk.num_rows
     w_COI, b_CO = w_EOI[chunk.experts].to(dtype), None if b_EO is None else b_EO[chunk.experts].to(dtype)
-    if C == 1 and in_onednn(dtype):
+    if C == 1 and w_COI.numel() and in_onednn(dtype):
         y_RO = linear(x_RI, w_COI[0], None if b_CO is None else b_CO[0], activation_name)
         return y_RO if out_RO is None else out_RO.copy_(y_RO)
     if out_RO is not None and out_RO.dtype != dtype:  # the gradient of the tokens under autocast
@@ -329,7 +329,7 @@ class _RoutedMLP(torch.autograd.Function):
                     grad_b2[E] = g_CMO.sum(1)
                 if not (needs[0] or needs[2] or needs[3]):
                     continue
-                g_RF = _linear(g_RO, w2_EOF.transpose(1, 2), None, chunk, None)
+                g_RF = _linear(g_RO, w2_EOF.transpose(1, 2), None, chunk)
                 g_RF = _through_activation(ctx.activation, ctx.activation_name, h_PF[P], g_RF)
                 g_CMF = g_RF.view(C, M, -1)
                 if needs[2]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmoe.moe.onednn import can_be_onednn, linear
+from vmoe.moe.onednn import are_plain, in_onednn, linear
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,11 @@ class Routing:
         """For records of routers whose experts or slots choose: K = E lists all experts of each token, best first.
 
         Args:
-            weights_GNE: the combine weight of each expert.
+            weights_GNE: the combine weight of each expert; listed without a gradient, since a layer under activation
+                checkpointing must save the same whether or not somebody records.
         """
         index_GNE = self.noisy_gates_GNE.detach().argsort(dim=-1, descending=True, stable=True)
-        return replace(self, expert_index_GNK=index_GNE, combine_weights_GNK=weights_GNE.gather(-1, index_GNE))
+        return replace(self, expert_index_GNK=index_GNE, combine_weights_GNK=weights_GNE.detach().gather(-1, index_GNE))
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
@@ -87,7 +88,7 @@ class _GateProduct(torch.autograd.Function):
     def forward(x_GND: Tensor, weight_ED: Tensor) -> Tensor:
         dtype = torch.promote_types(x_GND.dtype, torch.float32)
         x_GND, weight_ED = x_GND.to(dtype), weight_ED.to(dtype)
-        if can_be_onednn(x_GND, weight_ED):  # half of the time
+        if in_onednn(dtype) and are_plain(x_GND, weight_ED):  # half of the time
             return linear(x_GND, weight_ED)
         return F.linear(x_GND, weight_ED)
 
