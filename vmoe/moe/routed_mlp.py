@@ -249,7 +249,8 @@ def _forward(
     for chunk in rows.chunks:
         x_RD = rows.take(x_SD, chunk).to(dtype)
         h_out, a_out = (None, None) if kept is None else (kept[0][chunk.rows], kept[1][chunk.rows])
-        if kept is None and chunk.num_experts == 1 and activation_name in GELU and in_onednn(dtype):
+        alone = chunk.num_experts == 1 and w1_EFD.numel() and in_onednn(dtype)
+        if kept is None and alone and activation_name in GELU:
             a_RF = _linear(x_RD, w1_EFD, b1_EF, chunk, activation_name=activation_name)
         else:
             h_RF = _linear(x_RD, w1_EFD, b1_EF, chunk, h_out)
