@@ -3,9 +3,11 @@ import torch
 from torch import nn
 
 import vmoe
+from vmoe.inspection.accumulate import split_modalities
 from vmoe.models import limoe, tokens
 from vmoe.models.limoe import LIMoE
 from vmoe.models.tokens import PackedTokens, RowTokens
+from vmoe.moe import SparseMoE
 
 END = 19
 
@@ -79,6 +81,76 @@ def assert_packed_is_rows(model, call, times=1):
 def test_packed_tokens_give_what_rows_give(kwargs, training):
     model, image, text = model_of(**kwargs).train(training), pictures(), captions()
     assert_packed_is_rows(model, lambda: model(image, text)[:2])
+
+
+PACKED = [
+    {"noise_std": 1.0},
+    {"num_selected_experts": 3, "capacity_factor": 0.5, "noise_std": 1.0},
+    {"capacity_factor": 0.3, "capacity_multiple_of": 1},
+    {"capacity_factor": 0.3, "batch_priority": False},  # the order in the batch decides
+    {"capacity_factor": 0.06, "capacity_rounding": "round"},  # room by the number of places in the batch, not of tokens
+    {"capacity_factor": 0.3, "auxiliary_loss": "attach"},
+    {"router_preset": "noisy_topk"},
+    {"router_preset": "deepseek"},
+]
+AS_ROWS = [
+    {"router": "expert_choice"},
+    {"router": "soft"},
+    {"group_size": 7},
+    {"input_jitter": 0.1},
+    {"random_threshold": 0.9},
+    {"router_preset": "switch"},  # jitter too
+]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kwargs", [*PACKED, *AS_ROWS], ids=str)
+def test_sparse_layers_route_packed_tokens_as_they_route_rows(kwargs, training, monkeypatch):
+    """The same choices, drops and random numbers, and the same record; so do the layers that want rows."""
+    rows, unpack = [], PackedTokens.unpack
+    monkeypatch.setattr(PackedTokens, "unpack", lambda self, x: rows.append(x) or unpack(self, x))
+    model, image, text = model_of(**kwargs).train(training), pictures(), captions()
+    if kwargs.get("router_preset") == "noisy_topk":
+        for layer in (module for module in model.modules() if isinstance(module, SparseMoE)):
+            nn.init.normal_(layer.router.weight), nn.init.normal_(layer.router.noise_weight)
+
+    def call():
+        torch.manual_seed(0)
+        return model(image, text)[:2]
+
+    assert_packed_is_rows(model, call)
+    of_heads = 1  # after the last block
+    wants_rows = kwargs in AS_ROWS[:3] or (training and kwargs in AS_ROWS)
+    assert len(rows) == of_heads + (1 if wants_rows else 0)
+    records = []
+    for packed in (True, False):
+        monkeypatch.setattr(LIMoE, "can_pack", lambda self, x, packed=packed: packed)
+        with vmoe.record_routing(model) as record:
+            call()
+        records += record.layers.values()
+    ours, theirs = records
+    assert (ours.places is not None) == (not wants_rows)
+    assert ours.batch_shape == theirs.batch_shape == (4, 4 + 6)
+    assert torch.equal(ours.modality_BT, theirs.modality_BT)
+    real = theirs.tokens(theirs.mask)
+    assert torch.equal(ours.tokens(ours.mask), real)
+    for name in ("expert_index", "kept"):
+        assert torch.equal(ours.tokens(getattr(ours, name))[real], theirs.tokens(getattr(theirs, name))[real])
+    for name in ("gates", "combine_weights"):
+        torch.testing.assert_close(ours.tokens(getattr(ours, name))[real], theirs.tokens(getattr(theirs, name))[real])
+    torch.testing.assert_close(ours.metrics, theirs.metrics)
+    split = [split_modalities(record) for record in (ours, theirs)]
+    assert [own["text"].real_BT.shape for own in split] == [(4, 6)] * 2
+
+
+def test_a_hook_on_a_sparse_layer_sees_rows():
+    model, shapes = model_of(), []
+    image, text = pictures(), captions()
+    expected = model.eval()(image, text)
+    (layer,) = (module for module in model.modules() if isinstance(module, SparseMoE))
+    layer.register_forward_hook(lambda module, inputs, output: shapes.append((inputs[0].shape, output.shape)))
+    torch.testing.assert_close(model(image, text), expected)
+    assert shapes == [((4, 4 + 6, 16), (4, 4 + 6, 16))]
 
 
 @pytest.mark.parametrize("multiple", [4, 5, 7, 64])

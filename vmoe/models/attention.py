@@ -51,8 +51,9 @@ class _Attention(torch.autograd.Function):
         (B, T, _), H, dtype = qkv_BT3D.shape, num_heads, qkv_BT3D.dtype
         heads_3STd = _rows_to_heads(qkv_BT3D, 3, H)
         q_STd, k_STd, v_STd = heads_3STd
-        q_STd.mul_(q_STd.shape[-1] ** -0.5)  # before the product: float16 has little room
-        score_STT = torch.bmm(q_STd, k_STd.transpose(1, 2)).to(torch.promote_types(dtype, torch.float32))
+        scale = q_STd.shape[-1] ** -0.5
+        score_STT = _scaled_product(scale, q_STd, k_STd.transpose(1, 2))
+        score_STT = score_STT.to(torch.promote_types(dtype, torch.float32))
         if bias_B11T is not None:
             score_STT.view(B, H, T, T).add_(bias_B11T)
         share_STT = score_STT.softmax(-1)
@@ -70,9 +71,17 @@ class _Attention(torch.autograd.Function):
         torch.bmm(share_STT.to(grad_STd.dtype).transpose(1, 2), grad_STd, out=grad_3STd[2])
         grad_share_STT = torch.bmm(grad_STd, v_STd.transpose(1, 2)).to(share_STT.dtype)
         grad_score_STT = torch._softmax_backward_data(grad_share_STT, share_STT, -1, share_STT.dtype).to(grad_STd.dtype)
-        torch.bmm(grad_score_STT, k_STd, out=grad_3STd[0]).mul_(q_STd.shape[-1] ** -0.5)
-        torch.bmm(grad_score_STT.transpose(1, 2), q_STd, out=grad_3STd[1])
+        scale = q_STd.shape[-1] ** -0.5
+        _scaled_product(scale, grad_score_STT, k_STd, grad_3STd[0])
+        _scaled_product(scale, grad_score_STT.transpose(1, 2), q_STd, grad_3STd[1])
         return _heads_to_rows(grad_3STd, ctx.num_heads), None, None
+
+
+def _scaled_product(scale: float, a_SXY: Tensor, b_SYZ: Tensor, out_SXZ: Tensor | None = None) -> Tensor:
+    """scale · a b, scaled before it is rounded: float16 has little room."""
+    if out_SXZ is None:
+        out_SXZ = a_SXY.new_empty(*a_SXY.shape[:2], b_SYZ.shape[2])
+    return torch.baddbmm(out_SXZ, a_SXY, b_SYZ, beta=0, alpha=scale, out=out_SXZ)
 
 
 def _rows_to_heads(x_BTND: Tensor, number: int, num_heads: int) -> Tensor:

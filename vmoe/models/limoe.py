@@ -22,6 +22,7 @@ from vmoe.models.text import attention_bias, check_length, make_blocks, masked_m
 from vmoe.models.tokens import PackedTokens, RowTokens
 from vmoe.models.vision import sparse_blocks, without_decay
 from vmoe.moe import SparseMoE
+from vmoe.moe.gelu import TanhGELU
 from vmoe.moe.settings import PRESETS
 
 MODALITIES = ("image", "text")
@@ -118,7 +119,6 @@ class LIMoE(ImageTextModel):
         self.embed_dim = embed_dim
         self.grad_checkpointing = False
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
-        act_layer = partial(nn.GELU, approximate="tanh")
 
         self.patch_embed = PatchEmbed(img_size, patch_size, 3, width)
         self.image_pos_embed = nn.Parameter(torch.empty(1, self.patch_embed.num_patches, width))
@@ -129,13 +129,13 @@ class LIMoE(ImageTextModel):
         sparse_mlp = partial(SparseMoE, modalities=MODALITIES, num_tokens=num_tokens, **settings)
         chosen = sparse_blocks(moe_layers, depth) if num_experts else ()
         sizes = (width, depth, num_heads, mlp_ratio, drop_path_rate)
-        self.blocks = make_blocks(LIMoEBlock, *sizes, norm_layer, act_layer, sparse_mlp, chosen)
+        self.blocks = make_blocks(LIMoEBlock, *sizes, norm_layer, TanhGELU, sparse_mlp, chosen)
         self.norm = norm_layer(width)
 
         def pooling() -> nn.Module | None:
             if pool == "avg":
                 return None
-            return AttentionPoolLatent(width, num_heads=num_heads, norm_layer=norm_layer, act_layer=act_layer)
+            return AttentionPoolLatent(width, num_heads=num_heads, norm_layer=norm_layer, act_layer=TanhGELU)
 
         self.image_pool, self.text_pool = pooling(), pooling()
         self.image_projection = nn.Linear(width, embed_dim, bias=False)

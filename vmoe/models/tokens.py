@@ -8,12 +8,12 @@ layers see the same in both forms.
 Shapes, by suffix: B batch, P patches, L words (text length), T = P + L, S tokens, W words that are kept, D width.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from vmoe.moe import SparseMoE
 from vmoe.moe.dispatch import gather_rows
 
 # The number of packed tokens is a multiple of this, as far as there is padding to keep. For each number of rows that it
@@ -47,7 +47,7 @@ class RowTokens:
         """`sequences` undone."""
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
-    def through_experts(self, layer: Callable[[Tensor, Tensor, Tensor], Tensor], x_BTD: Tensor) -> Tensor:
+    def through_experts(self, layer: SparseMoE, x_BTD: Tensor) -> Tensor:
         """Tokens through a sparse layer: (B, T, D) -> (B, T, D)."""
         return layer(x_BTD, self.mask_BT, self.modality_BT)
 
@@ -104,8 +104,10 @@ class PackedTokens:
         x_WD = gather_rows(parts[-1].flatten(0, 1), self.place_W, self.word_BL[:, None], False, True)
         return torch.cat([*(part.flatten(0, 1) for part in parts[:-1]), x_WD])
 
-    def through_experts(self, layer: Callable[[Tensor, Tensor, Tensor], Tensor], x_SD: Tensor) -> Tensor:
-        """Tokens through a sparse layer, which sees them as rows: (S, D) -> (S, D)."""
+    def through_experts(self, layer: SparseMoE, x_SD: Tensor) -> Tensor:
+        """Tokens through a sparse layer: (S, D) -> (S, D). One that cannot take them so sees them as rows."""
+        if layer.takes_packed():
+            return layer(x_SD, self.rows.mask_BT, self.rows.modality_BT, self.place_S)
         return self.pack(self.rows.through_experts(layer, self.unpack(x_SD)))
 
 

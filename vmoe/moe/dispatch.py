@@ -76,6 +76,36 @@ def masked_capacity(
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where the tokens of a call lie in their batch, if they are not all of it, row by row.
+
+    Whatever depends on the order of tokens, or is drawn for each, is as if they lay there.
+
+    Attributes:
+        index_S: flat index into (B, T) of each token.
+        shape: (B, T).
+    """
+
+    index_S: Tensor
+    shape: tuple[int, int]
+
+    @property
+    def number(self) -> int:
+        """B·T."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def order_S(self) -> Tensor:
+        """The tokens as they come in the batch."""
+        return self.index_S.argsort()
+
+    def rows(self, x_S: Tensor) -> Tensor:
+        """(S, ...) -> (B, T, ...), zero where there is no token."""
+        x_BT = x_S.new_zeros(self.number, *x_S.shape[1:])
+        return x_BT.index_copy(0, self.index_S, x_S).view(*self.shape, *x_S.shape[1:])
+
+
+@dataclass(frozen=True)
 class DispatchPlan:
     """Where every assignment goes. Rows are sorted by expert, then by group, then by priority.
 
@@ -125,6 +155,7 @@ def plan_dispatch(
     mask_GN: Tensor | None = None,
     max_capacity: int | None = None,
     chosen_GNK: Tensor | None = None,
+    places: Places | None = None,
 ) -> DispatchPlan:
     """Queue the assignments before their experts and cut each queue at its capacity.
 
@@ -139,6 +170,7 @@ def plan_dispatch(
         mask_GN: True where the token is real; padding takes no room.
         max_capacity: upper bound of `capacity` where that is a tensor; bounds the number of rows.
         chosen_GNK: False for a choice that the router itself gave up; it takes no room.
+        places: of the tokens, which are one group; what is said above of their order is said of these.
 
     Returns:
         The plan; integers and booleans only, no gradient.
@@ -161,7 +193,11 @@ def plan_dispatch(
         key_GNK = key_GNK * K + torch.arange(K, device=device)
     if priority_GN is not None:
         key_GNK = (key_GNK << 32) | _falling(priority_GN.detach())[..., None]
-    order_A = key_GNK.flatten().sort(stable=True).indices
+    if places is None:
+        order_A = key_GNK.flatten().sort(stable=True).indices
+    else:
+        in_turn_A = (places.order_S[:, None] * K + torch.arange(K, device=device)).flatten()
+        order_A = in_turn_A[key_GNK.flatten()[in_turn_A].sort(stable=True).indices]
     queue_A = queue_GNK.flatten()[order_A]
     length_Q = torch.zeros(E * G + 1, dtype=torch.long, device=device).scatter_add_(
         0, queue_A, torch.ones_like(queue_A)

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmoe.moe import kernels
-from vmoe.moe.dispatch import combine, dispatch, expert_capacity, masked_capacity, plan_dispatch
+from vmoe.moe.dispatch import Places, combine, dispatch, expert_capacity, masked_capacity, plan_dispatch
 from vmoe.moe.expert_choice import ExpertChoiceRouter, choose_tokens, gather_tokens, return_rows
-from vmoe.moe.experts import Experts, SharedExpert
+from vmoe.moe.experts import Experts, SharedExpert, has_hooks
 from vmoe.moe.losses import AuxiliaryLosses, members
 from vmoe.moe.record import LayerRouting, active_records, attach_loss, is_recomputation
 from vmoe.moe.router import Routing, TopKRouter
@@ -115,16 +115,40 @@ class SparseMoE(nn.Module):
         """The settings of the layer as it is now, with what was changed on it since it was made."""
         return replace(self._built_with, **{name: getattr(self, name) for name in CHANGEABLE})
 
-    def forward(self, x_BTD: Tensor, mask_BT: Tensor | None = None, modality_BT: Tensor | None = None) -> Tensor:
+    def takes_packed(self) -> bool:
+        """`forward` can be called with `place_S`: tokens choose, and the whole batch is one group.
+
+        Not with experts in other processes, which must know how many rows can come; not with random numbers other than
+        noise of the logits; and not while somebody listens to the layer's calls: that one sees rows on every device.
+        """
+        router = self.router
+        return (
+            self.router_type == "top_k"
+            and self.group_size is None
+            and self.experts.exchange is None
+            and not has_hooks(self)
+            and not (self.training and (router.input_jitter > 0 or router.random_threshold is not None))
+        )
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        mask_BT: Tensor | None = None,
+        modality_BT: Tensor | None = None,
+        place_S: Tensor | None = None,
+    ) -> Tensor:
         """Each token through its experts.
 
         Args:
             x_BTD: tokens; (..., D) with any leading shape if there is neither mask nor modality.
             mask_BT: True where the token is real. Padding takes no room, counts in no loss, and comes out as zero.
             modality_BT: index of each token's modality; None: all of the first.
+            place_S: only if `takes_packed`: the tokens are (S, D), without some or all of the padding and in any order,
+                and this is the flat index into (B, T) of each. They are routed as if they lay there.
 
         Returns:
-            (B, T, D); zero for a token that every chosen expert dropped (with shared experts, what they give).
+            (B, T, D), or what leading shape the tokens have; zero for a token that every chosen expert dropped (with
+            shared experts, what they give).
 
         Raises:
             ValueError: if the mask or the modality does not fit the tokens.
@@ -132,9 +156,13 @@ class SparseMoE(nn.Module):
         leading = x_BTD.shape[:-1]
         if leading.numel() == 0:  # an empty batch has nothing to route
             return x_BTD.new_zeros(*leading, self.out_features)
+        shape, rows_modality_BT, places = (leading[:-1].numel(), leading[-1] if leading else 1), modality_BT, None
+        if place_S is not None:
+            shape, places = tuple(mask_BT.shape), Places(place_S, tuple(mask_BT.shape))
+            mask_BT, modality_BT = (t if t is None else t.flatten()[place_S] for t in (mask_BT, modality_BT))
         x_GND, mask_GN, modality_GN = self._into_groups(x_BTD, mask_BT, modality_BT)
         route = {"top_k": self._top_k, "expert_choice": self._expert_choice, "soft": self._soft}[self.router_type]
-        y_GND, routing, describe = route(x_GND, mask_GN, modality_GN)
+        y_GND, routing, describe = route(x_GND, mask_GN, modality_GN, places)
         if self.shared is not None:
             y_GND = y_GND + self._of_real(self.shared(x_GND), mask_GN)
 
@@ -144,7 +172,6 @@ class SparseMoE(nn.Module):
             y_GND = attach_loss(y_GND, self.losses.weighted(losses, routing.gates_GNE))
         for record in active_records(self):
             listed, kept_GNK, statistics = describe()
-            shape = (leading[:-1].numel(), leading[-1] if leading else 1)
             learns = self.training and any(parameter.requires_grad for parameter in self.router.parameters())
             mask_GN = torch.ones_like(kept_GNK[..., 0]) if mask_GN is None else mask_GN
             call = LayerRouting(
@@ -158,6 +185,8 @@ class SparseMoE(nn.Module):
                 attached,
                 statistics,
                 self.router_type,
+                None if rows_modality_BT is None else rows_modality_BT.reshape(shape),
+                places,
             )
             record.add(self, call)
         return y_GND.flatten(0, 1)[: leading.numel()].view(*leading, -1)
@@ -165,11 +194,11 @@ class SparseMoE(nn.Module):
     # --- the three ways to route; each gives (G, N, D), the gates' decisions, and a function that describes them for a
     # --- record: (the decisions with all that is listed, kept (G, N, K), further statistics)
 
-    def _top_k(self, x_GND: Tensor, mask_GN: Tensor | None, modality_GN: Tensor | None):
-        routing = self.router(x_GND)
+    def _top_k(self, x_GND: Tensor, mask_GN: Tensor | None, modality_GN: Tensor | None, places: Places | None):
+        routing = self.router(x_GND, places)
         if self.bias_update_rate > 0 and self.training and not is_recomputation():
             self._count(routing, mask_GN)
-        capacity, max_capacity = self._capacity(mask_GN, x_GND.shape[1])
+        capacity, max_capacity = self._capacity(mask_GN, x_GND.shape[1] if places is None else places.number)
         plan = plan_dispatch(
             routing.expert_index_GNK,
             self.num_experts,
@@ -178,6 +207,7 @@ class SparseMoE(nn.Module):
             mask_GN,
             max_capacity,
             routing.chosen_GNK,
+            places,
         )
         if kernels.can_run(self.experts, x_GND):
             y_GND = kernels.run(self.experts, x_GND, plan, routing.combine_weights_GNK)
@@ -191,7 +221,7 @@ class SparseMoE(nn.Module):
             y_GND = combine(y_RD, routing.combine_weights_GNK, plan)
         return y_GND, routing, lambda: (routing, plan.kept_GNK, dict)
 
-    def _expert_choice(self, x_GND: Tensor, mask_GN: Tensor | None, modality_GN: Tensor | None):
+    def _expert_choice(self, x_GND: Tensor, mask_GN: Tensor | None, modality_GN: Tensor | None, places: None):
         G, N, _ = x_GND.shape
         routing = self.router(x_GND)
         members_GMN = self._members(mask_GN, modality_GN)
@@ -222,7 +252,7 @@ class SparseMoE(nn.Module):
 
         return y_GND, routing, describe
 
-    def _soft(self, x_GND: Tensor, mask_GN: Tensor | None, modality_GN: Tensor | None):
+    def _soft(self, x_GND: Tensor, mask_GN: Tensor | None, modality_GN: Tensor | None, places: None):
         members_GMN = self._members(mask_GN, modality_GN)
         soft = self.router(x_GND, members_GMN)
         z_RD, count_E = fill_slots(x_GND, soft, self.num_experts)

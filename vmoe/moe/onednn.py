@@ -12,18 +12,23 @@ from torch.autograd import forward_ad
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
-def in_onednn(dtype: torch.dtype) -> bool:
-    """oneDNN computes products of this type on this processor, and nobody wants to see PyTorch's own product.
+def is_observed() -> bool:
+    """Somebody wants to see PyTorch's own operations.
 
     Compilers, tracers, torch.func, forward differentiation, FLOP counters and other dispatch modes do.
     """
-    if torch.compiler.is_compiling():  # first: what follows can not be compiled
-        return False
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-        return False
-    if torch.jit.is_tracing() or forward_ad._current_level >= 0:
-        return False
-    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0:
+    return (
+        torch.compiler.is_compiling()  # first: what follows can not be compiled
+        or torch.jit.is_tracing()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def in_onednn(dtype: torch.dtype) -> bool:
+    """oneDNN computes products of this type on this processor, and nobody wants to see PyTorch's own product."""
+    if is_observed() or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()

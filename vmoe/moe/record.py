@@ -14,6 +14,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
+from vmoe.moe.dispatch import Places
 from vmoe.moe.losses import AuxiliaryLosses, entropy_of, members
 from vmoe.moe.router import Routing
 
@@ -30,12 +31,15 @@ class LayerRouting:
         kept: (G, N, K) bool, the expert had room.
         mask: (G, N) bool, False for padding.
         modality: (G, N) index into `modalities`, or None where there is only the first of them.
-        batch_shape: (B, T) of the layer's input; its tokens lie row by row in (G, N), padding last.
+        batch_shape: (B, T) of the layer's input; its tokens lie row by row in (G, N), padding last. See `places`, and
+            `tokens` for the way back.
         loss_function: the layer's weighted losses.
         learns: the layer is in training and its gate is not frozen.
         attached: the layer adds the gradients of its losses itself (`auxiliary_loss="attach"`).
         own_statistics: further metrics of this kind of router, computed when they are asked for.
         router: "top_k", "expert_choice" or "soft".
+        modality_BT: (B, T) modality of each place of the input, padding too; None as `modality`.
+        places: if (G, N) are not the (B, T) tokens row by row: where they lie there. LIMoE on a CPU leaves out padding.
     """
 
     routing: Routing
@@ -48,6 +52,8 @@ class LayerRouting:
     attached: bool
     own_statistics: Callable[[], dict[str, Tensor]] = dict
     router: str = "top_k"
+    modality_BT: Tensor | None = None
+    places: Places | None = None
 
     @property
     def gates(self) -> Tensor:
@@ -153,7 +159,12 @@ class LayerRouting:
         return {**self.own_statistics(), **losses, "auxiliary_loss": self.auxiliary_loss.detach()}
 
     def tokens(self, grouped: Tensor) -> Tensor:
-        """Bring a (G, N, ...) tensor of this record back to the call's own order, (B, T, ...)."""
+        """Bring a (G, N, ...) tensor of this record back to the call's own order, (B, T, ...).
+
+        Padding that the call left out (`places`) comes out as zero.
+        """
+        if self.places is not None:
+            return self.places.rows(grouped.flatten(0, 1))
         B, T = self.batch_shape
         return grouped.flatten(0, 1)[: B * T].view(B, T, *grouped.shape[2:])
 

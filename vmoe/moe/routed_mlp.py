@@ -3,8 +3,8 @@
 Experts with many rows are computed one or a few at a time, so that these and their hidden activations stay in the cache
 from one step to the next, in oneDNN with bias and, where nothing is kept, GELU inside the product. Those with few rows
 go through one batched product, with rows of weight zero where they have fewer than the others. For the backward pass
-the hidden layer is kept, before and after its activation, and the experts' rows before they are weighed, but no copy of
-the tokens.
+the hidden layer is kept, before its activation (or, for tanh-GELU, the slope there) and after it, and the experts' rows
+before they are weighed, but no copy of the tokens.
 
 Shapes, by suffix: S tokens, R rows sorted by expert, P rows with those that fill up, D width, F hidden width (2F in
 front of a gated activation), E experts, C experts of a chunk, M rows of an expert in a chunk.
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vmoe.moe.gelu import activation_and_slope, keeps_slope, scratch
 from vmoe.moe.onednn import GELU, in_onednn, linear
 
 # The most rows of a chunk of several experts. Starting a product has a price that shows with experts of few rows, so
@@ -244,8 +245,12 @@ def _forward(
     dtype: torch.dtype,
     kept: tuple[Tensor, Tensor, Tensor] | None,
 ) -> Tensor:
-    """`kept`: buffers for the hidden layer before and after its activation and for the rows before weighing."""
+    """`kept`: buffers for the hidden layer or the slope there, for its activation, and for the rows before weighing."""
     y_PO = rows.new(x_SD, w2_EOF.shape[1], dtype) if kept is None else kept[2]
+    buffers = None
+    if kept is not None and _keeps_slope(activation_name, dtype):
+        most = max((chunk.num_experts * chunk.num_rows for chunk in rows.chunks), default=0)
+        buffers = scratch(x_SD, most * w1_EFD.shape[1])
     for chunk in rows.chunks:
         x_RD = rows.take(x_SD, chunk).to(dtype)
         h_out, a_out = (None, None) if kept is None else (kept[0][chunk.rows], kept[1][chunk.rows])
@@ -254,7 +259,11 @@ def _forward(
             a_RF = _linear(x_RD, w1_EFD, b1_EF, chunk, activation_name=activation_name)
         else:
             h_RF = _linear(x_RD, w1_EFD, b1_EF, chunk, h_out)
-            a_RF = _activated(activation, activation_name, h_RF, h_RF if kept is None else a_out)
+            if buffers is not None:
+                activation_and_slope(h_RF, a_out, h_RF, buffers)
+                a_RF = a_out
+            else:
+                a_RF = _activated(activation, activation_name, h_RF, h_RF if kept is None else a_out)
         _linear(a_RF, w2_EOF, b2_EO, chunk, y_PO[chunk.rows])
         if kept is None and weight_P is not None:  # while they are in the cache
             y_PO[chunk.rows].mul_(weight_P[chunk.rows, None])
@@ -352,8 +361,15 @@ def _activated(activation: Callable[[Tensor], Tensor], name: str | None, h_RF: T
     return a_RF if out_RF is h_RF else out_RF.copy_(a_RF)
 
 
+def _keeps_slope(activation_name: str | None, dtype: torch.dtype) -> bool:
+    """For the backward pass, the slope of the activation stands where the hidden layer was."""
+    return activation_name == "gelu_tanh" and keeps_slope(dtype)
+
+
 def _through_activation(activation: Callable[[Tensor], Tensor], name: str | None, h_RF: Tensor, g_RF: Tensor) -> Tensor:
-    """The gradient before the activation from the one after it."""
+    """The gradient before the activation from the one after it. `h_RF` is what the forward pass kept."""
+    if _keeps_slope(name, h_RF.dtype):
+        return g_RF.mul_(h_RF)
     if name in GELU:  # needs no second forward pass
         return torch.ops.aten.gelu_backward.grad_input(g_RF, h_RF, approximate=GELU[name], grad_input=g_RF)
     h_RF = h_RF.detach().requires_grad_()

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vmoe.moe.dispatch import Places
 from vmoe.moe.onednn import are_plain, in_onednn, linear
 
 
@@ -115,9 +116,17 @@ def experts_last(weight_ED: Tensor, x_GND: Tensor) -> Tensor:
     return _GateProduct.apply(x_GND, weight_ED).movedim(-1, 0).contiguous().movedim(0, -1)
 
 
-def normal_like(logits_GNE: Tensor) -> Tensor:
-    """Normal numbers in the layout of `experts_last`; drawing them into another layout is ten times slower."""
-    return torch.randn_like(logits_GNE.movedim(-1, 0)).movedim(0, -1)
+def normal_like(logits_GNE: Tensor, places: Places | None = None) -> Tensor:
+    """Normal numbers in the layout of `experts_last`; drawing them into another layout is ten times slower.
+
+    Args:
+        places: of the tokens, which are one group: they get the numbers of these places.
+    """
+    logits_EGN = logits_GNE.movedim(-1, 0)
+    if places is None:
+        return torch.randn_like(logits_EGN).movedim(0, -1)
+    numbers_EGN = logits_EGN.new_empty(*logits_EGN.shape[:2], places.number).normal_()
+    return numbers_EGN.index_select(2, places.index_S).movedim(0, -1)
 
 
 def softmax_of_experts(logits_GNE: Tensor) -> Tensor:
@@ -184,13 +193,13 @@ class Gate(nn.Module):
             x_GND = x_GND * torch.empty_like(x_GND).uniform_(1 - self.input_jitter, 1 + self.input_jitter)
         return x_GND
 
-    def logits(self, x_GND: Tensor) -> tuple[Tensor, Tensor, float]:
+    def logits(self, x_GND: Tensor, places: Places | None = None) -> tuple[Tensor, Tensor, float]:
         """(logits (G, N, E), the same with noise, standard deviation of that noise); x from `input`."""
         logits_GNE = experts_last(self.weight, x_GND)
         if not (self.training and self.noise_std > 0):
             return logits_GNE, logits_GNE, 0.0
         noise_std = self.noise_std / self.num_experts
-        return logits_GNE, logits_GNE + noise_std * normal_like(logits_GNE), noise_std
+        return logits_GNE, logits_GNE + noise_std * normal_like(logits_GNE, places), noise_std
 
 
 class TopKRouter(Gate):
@@ -258,14 +267,19 @@ class TopKRouter(Gate):
         else:
             super().reset_parameters()
 
-    def forward(self, x_GND: Tensor) -> Routing:
-        """Route the tokens. Computed in float32 (float64 for float64 input), under autocast too."""
+    def forward(self, x_GND: Tensor, places: Places | None = None) -> Routing:
+        """Route the tokens. Computed in float32 (float64 for float64 input), under autocast too.
+
+        Args:
+            x_GND: tokens.
+            places: of the tokens, which are one group; None: row by row.
+        """
         with without_autocast(x_GND.device):
             x_GND = self.input(x_GND)
-            logits_GNE, noisy_logits_GNE, noise_std = self.logits(x_GND)
+            logits_GNE, noisy_logits_GNE, noise_std = self.logits(x_GND, places)
             if self.learned_noise and self.training:
                 noise_std = F.softplus(experts_last(self.noise_weight, x_GND))
-                noisy_logits_GNE = logits_GNE + noise_std * normal_like(logits_GNE)
+                noisy_logits_GNE = logits_GNE + noise_std * normal_like(logits_GNE, places)
             scores_GNE, gates_GNE = self._scores(noisy_logits_GNE)
             noisy_gates_GNE = gates_GNE
             if noisy_logits_GNE is not logits_GNE:
