@@ -8,6 +8,8 @@ import shutil
 import hypothesis
 import pytest
 
+from tests.forked import Forks
+
 # The tests' tensors are so small that a second thread costs more than it brings, many times more on a busy machine.
 # Before PyTorch is imported, and for the processes that tests start; OMP_NUM_THREADS=4 pytest runs them with four.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +19,13 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """One process from which other processes are forked: they need not import PyTorch first."""
+    with Forks() as forks:
+        yield forks
 
 
 @pytest.fixture(scope="module")

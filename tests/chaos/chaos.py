@@ -29,10 +29,10 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from tests.forked import Fork, Forks
 from vmoe.manifest import list_checkpoints
 from vmoe.training.logging import read_metrics
 
-from .forked import Fork, Forks
 from .tiny import arguments, make_pictures, write_config
 
 CLOCKS = ("images_per_second", "data_wait_share")

@@ -1,15 +1,8 @@
-"""One process from which all commands of these tests are forked, and the data that they train on."""
+"""The data that the commands of these tests train on."""
 
 import pytest
 
-from .forked import Forks
 from .tiny import make_pictures, write_config
-
-
-@pytest.fixture(scope="session")
-def forks():
-    with Forks() as forks:
-        yield forks
 
 
 @pytest.fixture(scope="session")

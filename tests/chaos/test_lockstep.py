@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from .forked import free_port
+from tests.forked import free_port
+
 from .tiny import arguments
 
 # 27 validation pictures, one of them torn.

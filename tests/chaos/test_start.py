@@ -4,7 +4,8 @@ import signal
 import socket
 import time
 
-from .forked import free_port
+from tests.forked import free_port
+
 from .tiny import arguments
 
 

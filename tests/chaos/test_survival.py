@@ -7,10 +7,10 @@ import time
 
 import pytest
 
+from tests.forked import free_port
 from vmoe.training.checkpoint import list_checkpoints
 from vmoe.training.logging import read_metrics
 
-from .forked import free_port
 from .tiny import arguments, make_pictures
 
 TIMEOUT = 10

@@ -1,8 +1,6 @@
 """Training in several processes is training in one: same losses, gradients and weights, whatever lies where."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -61,14 +59,11 @@ def alone(case: str, options: list[str]) -> list:
     return [case, None, [option for option in options if option not in ("checkpointing", "compile", "fused")]]
 
 
-def train(folder: Path, runs: dict[int, list]) -> dict[str, dict[str, torch.Tensor]]:
-    """{what was run: its losses, gradients and weights}; one start of Python for all."""
+def train(forks, folder: Path, runs: dict[int, list], seconds: float = 240) -> dict[str, dict[str, torch.Tensor]]:
+    """{what was run: its losses, gradients and weights}; one start for all."""
     single = [alone(case, options) for every in runs.values() for case, _, options in every]
     jobs = {1: list({json.dumps(run): run for run in single}.values()), **runs}
-    done = subprocess.run(
-        [sys.executable, str(STEPS), str(folder), json.dumps(jobs)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    forks.run(STEPS, [str(folder), json.dumps(jobs)], folder / "output.txt", seconds)
     found = {}
     for world in jobs:
         found |= torch.load(folder / f"{world}.pt")
@@ -88,8 +83,8 @@ def check(results: dict[str, dict[str, torch.Tensor]], run: list) -> None:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
-    return train(tmp_path_factory.mktemp("steps"), RUNS)
+def results(forks, tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
+    return train(forks, tmp_path_factory.mktemp("steps"), RUNS)
 
 
 @pytest.mark.slow
@@ -102,8 +97,8 @@ def test_several_processes_train_as_one(results, run):
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(7200)
-def test_all_meshes_train_as_one(tmp_path):
-    found = train(tmp_path, EXHAUSTIVE)
+def test_all_meshes_train_as_one(forks, tmp_path):
+    found = train(forks, tmp_path, EXHAUSTIVE, seconds=7200)
     for runs in EXHAUSTIVE.values():
         for run in runs:
             check(found, run)

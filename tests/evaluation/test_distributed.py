@@ -1,10 +1,7 @@
 """The same figures from 1, 2 and 3 processes and with batch sizes 1, 7 and 64."""
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -111,18 +108,13 @@ def folder(tmp_path_factory):
     ],
     ids=["three", "all"],
 )
-def test_processes_and_batch_sizes_do_not_matter(folder, sizes_of_world, capsys):
+def test_processes_and_batch_sizes_do_not_matter(forks, folder, sizes_of_world, capsys):
     several = {world: sizes for world, sizes in sorted(sizes_of_world.items(), reverse=True) if world > 1}
     worlds = [f"{world}:{','.join(map(str, sizes))}" for world, sizes in several.items()]
-    command = [sys.executable, str(folder / "script.py"), str(folder), *worlds]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    try:
-        runpy.run_path(str(folder / "script.py"))["evaluate"](str(folder), 1, sizes_of_world[1])
-        output = job.communicate(timeout=240)[0].decode()
-    finally:
-        job.terminate()
-    assert job.returncode == 0, output
+    job = forks.script(folder / "script.py", [str(folder), *worlds], folder / "output.txt")
+    runpy.run_path(str(folder / "script.py"))["evaluate"](str(folder), 1, sizes_of_world[1])
+    code, output = job.wait(), (folder / "output.txt").read_text()
+    assert code == 0, output
     output += capsys.readouterr().out
     runs = [(world, size) for world, sizes in sizes_of_world.items() for size in sizes]
     assert output.count("measure") == len(runs) * len(RUNS)  # tables, from one process

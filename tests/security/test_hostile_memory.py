@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 from .hostile import with_settings
 from .test_hostile_data import PICTURES
 from .test_hostile_settings import LAUGHS
@@ -36,7 +33,7 @@ for name, read in (
 """
 
 
-def test_all_that_would_fill_the_memory_in_a_process_with_little_of_it(good_file, tmp_path):
+def test_all_that_would_fill_the_memory_in_a_process_with_little_of_it(forks, good_file, tmp_path):
     (tmp_path / "laughs.yaml").write_text(LAUGHS)
     (tmp_path / "checkpoint").write_bytes(PACKED["long names"])
     (tmp_path / "picture.png").write_bytes(PICTURES["100,000 x 100,000"][0])
@@ -44,9 +41,9 @@ def test_all_that_would_fill_the_memory_in_a_process_with_little_of_it(good_file
     with_settings(
         good_file, tmp_path / "model.safetensors", lambda settings: settings["kwargs"].update(embed_dim=2**20)
     )
-    command = [sys.executable, "-c", IN_LITTLE_MEMORY, str(tmp_path)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert ran.stdout.split("\n")[:-1] == [
+    (tmp_path / "script.py").write_text(IN_LITTLE_MEMORY)
+    said = forks.run(tmp_path / "script.py", [str(tmp_path)], tmp_path / "output.txt")
+    assert said.split("\n")[:-1] == [
         "laughs.yaml ConfigError 1",
         "checkpoint CheckpointError 1",
         "picture.png BadSample 1",

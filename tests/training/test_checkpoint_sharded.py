@@ -1,10 +1,7 @@
 """Checkpoints written and read on meshes of 4 processes: all of what reshard.py found, in one start of processes."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,17 +13,13 @@ from vmoe.evaluation.subject import weights_fingerprint
 from vmoe.export import export
 from vmoe.models.weights import StoredTensors, WeightsError, find_weights
 
-ROOT = Path(__file__).parents[2]
 MESHES = ["2 copies, ep 2", "ep 4", "fsdp 2, ep 2", "ddp"]
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(forks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reshard")
-    command = [sys.executable, str(Path(__file__).with_name("reshard.py")), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
-    assert done.returncode == 0, done.stderr
+    forks.run(Path(__file__).with_name("reshard.py"), [str(folder)], folder / "output.txt")
     return folder
 
 

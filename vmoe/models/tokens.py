@@ -2,8 +2,8 @@
 
 On a GPU and in compiled code each picture and its caption are a row of P + L tokens, and short captions are filled up:
 shapes must not depend on the data. On a CPU nearly nothing is computed for what only fills up: all patches, then all
-real words, one after the other; captions are mostly short, so this is a third less work. Attention and the sparse
-layers see the same in both forms.
+real words, one after the other; captions are mostly short, so this is a third less work. Attention sees rows in both
+forms, and the sparse layers route as if they did.
 
 Shapes, by suffix: B batch, P patches, L words (text length), T = P + L, S tokens, W words that are kept, D width.
 """

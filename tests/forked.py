@@ -1,12 +1,14 @@
-"""Runs `train.py` many times without importing PyTorch as often: every command is forked from one process.
+"""Runs `train.py` and other scripts many times without importing PyTorch as often: each is forked from one process.
 
-python -m tests.chaos.forked      reads a job as a line of JSON from its input, answers with its process id
+python -m tests.forked      reads a job as a line of JSON from its input, answers with its process id
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -16,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 class Forks:
@@ -24,7 +26,7 @@ class Forks:
 
     def __enter__(self) -> Forks:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "tests.chaos.forked"]
+        command = [sys.executable, "-m", "tests.forked"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.server = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
         self.children: list[Fork] = []
@@ -34,8 +36,8 @@ class Forks:
         for child in self.children:
             if child.poll() is None:
                 child.kill()
-        self.server.stdin.close()
-        self.server.wait(60)
+        self.server.kill()  # it has nothing to lose, and the end of PyTorch takes a second
+        self.server.communicate()
 
     def ask(self, **question: Any) -> Any:
         self.server.stdin.write(json.dumps(question) + "\n")
@@ -52,8 +54,20 @@ class Forks:
                 after which process 1 under torchrun kills itself when it is started for the first time, SLEEP_AFTER
                 one after which a process sleeps.
         """
-        pid = self.ask(arguments=arguments, output=str(output), torchrun=torchrun, env=env)
-        self.children.append(Fork(self, pid))
+        return self._start(arguments=arguments, output=str(output), torchrun=torchrun, env=env)
+
+    def script(self, script: Path, arguments: list[str], output: Path, **env: str) -> Fork:
+        """Starts `python SCRIPT ARGUMENTS`; what it prints is appended to `output`."""
+        return self._start(script=str(script), arguments=arguments, output=str(output), env=env)
+
+    def run(self, script: Path, arguments: list[str], output: Path, seconds: float = 240, **env: str) -> str:
+        """Runs a script to its successful end; returns what it printed."""
+        code, said = self.script(script, arguments, output, **env).wait(seconds), output.read_text()
+        assert code == 0, f"exit code {code}; it printed\n{said[-4000:]}"
+        return said
+
+    def _start(self, **job: Any) -> Fork:
+        self.children.append(Fork(self, self.ask(**job)))
         return self.children[-1]
 
     def group(self, arguments: list[str], output: Path, port: int, processes: int = 2) -> list[Fork]:
@@ -104,12 +118,15 @@ def serve() -> None:
 
     # Before the fork: what takes the time.
     import open_clip  # noqa: F401
+    import torch.distributed.fsdp  # noqa: F401
     from PIL import Image
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     import vmoe.training.loop  # noqa: F401
 
     Image.init()
+    gc.collect()
+    gc.freeze()  # nobody looks for garbage in the libraries
 
     def run(job: dict[str, Any]) -> int:
         os.setsid()
@@ -123,13 +140,18 @@ def serve() -> None:
         if "SLEEP_AFTER" in os.environ:
             after(int(os.environ["SLEEP_AFTER"]), lambda: time.sleep(3600))
         try:
+            if "script" in job:
+                sys.argv = [job["script"], *job["arguments"]]
+                sys.path.insert(0, str(Path(job["script"]).parent))
+                runpy.run_path(job["script"], run_name="__main__")
+                return 0
             if job["torchrun"] is not None:
                 config = LaunchConfig(start_method="fork", monitor_interval=0.1, **job["torchrun"])
                 elastic_launch(config, worker)(job["arguments"])
                 return 0
             return main(job["arguments"])
         except SystemExit as end:
-            return end.code
+            return end.code or 0
         except BaseException:
             import traceback
 
