@@ -63,7 +63,8 @@ def bars(sections: Sequence[dict[str, Any]], kind: str) -> list[Bar]:
     """
     if kind == "cuda":
         return _for_cuda(sections)
-    other = ("--compile", "--allocator", "--threads")  # the goals were set for none of these
+    # The goals were set for none of these.
+    other = ("--compile", "--allocator", "--threads", "--depth")
     fitting = [section for section in sections if not any(option in section["command"] for option in other)]
     return _for_cpu(sorted(fitting, key=lambda section: section["finished"]))
 
@@ -156,9 +157,9 @@ def _for_cuda(sections: Sequence[dict[str, Any]]) -> list[Bar]:
     ]
     found, shares, peers, cases = [], [], [], set()
     for section, row in measured:
-        if row.get("pass") != BOTH[1] or section["benchmark"] != "layer":
-            continue
         command = section["command"]
+        if row.get("pass") != BOTH[1] or section["benchmark"] != "layer" or "--capacity" in command:
+            continue
         if (row["comparison"], row["name"]) == ("mlp", "vmoe"):
             case = tuple(row[name] for name in ("tokens", "width", "hidden", "experts", "selected"))
             cases.add(case)

@@ -13,7 +13,6 @@ import platform
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -94,13 +93,15 @@ class Session:
         self.device = torch.device(self.args.device)
         if self.args.threads is not None:
             torch.set_num_threads(self.args.threads)
-        if self.args.allocator == "keep":
-            keep_freed_memory()
+        self.keeps_memory = self.args.allocator == "keep" and keep_freed_memory()
+        if self.args.compile:  # many modules share code; one that is no longer compiled must not be measured as such
+            torch._dynamo.config.recompile_limit = 64
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
         torch.manual_seed(0)
         self.rows: list[dict[str, Any]] = []
         self.notes: list[str] = []
         print(f"{self.command()}\n{device_name(self.device)}, {self.threads} threads, torch {torch.__version__}")
-        print(f"allocator: {allocator(self.device, self.args.allocator)}", flush=True)
+        print(f"allocator: {allocator(self.device, self.keeps_memory)}", flush=True)
 
     @property
     def threads(self) -> int:
@@ -149,7 +150,7 @@ class Session:
             **revision(),
             "versions": versions(),
             "threads": self.threads,
-            "allocator": allocator(self.device, self.args.allocator),
+            "allocator": allocator(self.device, self.keeps_memory),
             "rounds": self.args.rounds,
             "rows": self.rows,
             "notes": self.notes,
@@ -240,20 +241,24 @@ def cpu_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def allocator(device: torch.device, choice: str) -> str:
+def allocator(device: torch.device, keeps_memory: bool) -> str:
     """Who hands out memory, and how it is set."""
     if device.type == "cuda":
         return f"PyTorch's for CUDA, PYTORCH_CUDA_ALLOC_CONF={os.environ.get('PYTORCH_CUDA_ALLOC_CONF', 'not set')}"
     preloaded = [Path(word).name for word in re.split("[ :]", os.environ.get("LD_PRELOAD", "")) if word]
-    by_environment = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")]
+    by_environment = [
+        f"{name}={value}"
+        for name, value in sorted(os.environ.items())
+        if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"
+    ]
     words = [f"{platform.libc_ver()[0] or 'system'}'s"]
     if preloaded:
         words = [f"preloaded: {', '.join(preloaded)}"]
     if by_environment:
         words.append(f"set by {', '.join(by_environment)}")
-    elif choice == "keep" and sys.platform.startswith("linux"):
+    if keeps_memory:
         words.append("set by vmoe.allocator.keep_freed_memory, as in training: freed memory stays with the process")
-    else:
+    elif not by_environment:
         words.append("as it is by itself")
     return ", ".join(words)
 

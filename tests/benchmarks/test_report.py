@@ -118,6 +118,7 @@ def test_goals_that_want_more_are_missed_from_below():
     [
         {"command": "python -m benchmarks.layer --compile"},
         {"command": "python -m benchmarks.layer --allocator system"},
+        {"command": "python -m benchmarks.layer --depth 2"},
         {"row": {"tokens": 64}},
         {"row": {"dtype": "bfloat16"}},
         {"row": {"comparison": "swiglu"}},
@@ -184,6 +185,8 @@ def test_every_goal_of_a_gpu_is_named_whether_it_was_measured_or_not():
     assert found[f"layer's share of the large product's speed, {case}"].found["median"] == 0.7
     assert not found["a peer / layer, 12608 tokens, forward + backward"].met
     assert sum(bar.what.startswith("layer / dense") for bar in found.values()) == 16
+    half = {**ours, "command": "python -m benchmarks.layer --capacity 0.5"}
+    assert all(bar.found is None for bar in bars([half], "cuda"))
 
 
 def test_many_experts_on_a_gpu_are_judged_by_the_reading_of_their_weights():

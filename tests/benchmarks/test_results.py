@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import socket
+import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.session import Session, make_parser, read_results, slug, write_section
+from benchmarks.session import ROOT, Session, allocator, make_parser, read_results, slug, write_section
 
 CPU = {"kind": "cpu", "name": "Some CPU @ 2.6GHz", "cores": 2, "instructions": []}
 DAY = datetime(2026, 3, 4, 23, 59, tzinfo=UTC)
@@ -75,6 +79,41 @@ def test_a_section_says_how_it_was_made_and_nothing_of_the_host(tmp_path):
     assert str(tmp_path) not in text
     assert str(Path.home()) not in text
     assert len(socket.gethostname()) < 4 or socket.gethostname() not in text
+
+
+@pytest.mark.parametrize("keeps_memory", [True, False])
+@pytest.mark.parametrize("name", [None, "MALLOC_ARENA_MAX", "GLIBC_TUNABLES"])
+def test_the_allocator_is_said_as_it_is(keeps_memory, name, monkeypatch):
+    for other in [other for other in os.environ if other.startswith("MALLOC_")]:
+        monkeypatch.delenv(other)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if name:
+        monkeypatch.setenv(name, "2")
+    said = allocator(torch.device("cpu"), keeps_memory)
+    assert ("keep_freed_memory" in said) == keeps_memory
+    assert ("by itself" in said) == (not keeps_memory and name is None)
+    assert name is None or f"{name}=2" in said
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+@pytest.mark.parametrize("set_by_user", [True, False])
+def test_memory_is_kept_unless_the_user_says_otherwise(set_by_user):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    if set_by_user:
+        environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    code = "import importlib.util as u; spec = u.spec_from_file_location('allocator', 'vmoe/allocator.py');"
+    code += "module = u.module_from_spec(spec); spec.loader.exec_module(module); print(module.keep_freed_memory())"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.stdout.strip() == str(not set_by_user), ran.stderr
+
+
+def test_what_is_no_longer_compiled_is_not_measured_as_such(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)
+    make_session(tmp_path)
+    assert not torch._dynamo.config.fail_on_recompile_limit_hit
+    make_session(tmp_path, "--compile", "default")
+    assert torch._dynamo.config.fail_on_recompile_limit_hit
 
 
 @pytest.mark.parametrize(
