@@ -11,7 +11,7 @@ import pytest
 from tests.forked import Forks
 
 # The tests' tensors are so small that a second thread costs more than it brings, many times more on a busy machine.
-# Before PyTorch is imported, and for the processes that tests start; OMP_NUM_THREADS=4 pytest runs them with four.
+# Before PyTorch is imported; OMP_NUM_THREADS=4 pytest runs them with four, but for the scripts of tests/forked.py.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # No test asserts a time: machines are shared.

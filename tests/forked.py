@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,7 @@ class Forks:
 
     def __exit__(self, *_: Any) -> None:
         for child in self.children:
-            if child.poll() is None:
-                child.kill()
+            child.end()
         self.server.kill()  # it has nothing to lose, and the end of PyTorch takes a second
         self.server.communicate()
 
@@ -93,7 +93,7 @@ class Fork:
         end = time.monotonic() + seconds
         while self.poll() is None:
             if time.monotonic() > end:
-                self.kill()
+                self.end()
                 raise TimeoutError(f"process {self.pid} did not end within {seconds} s")
             time.sleep(0.02)
         return self.code
@@ -104,6 +104,13 @@ class Fork:
     def kill(self) -> None:
         self.signal(signal.SIGKILL)
         self.wait()
+
+    def end(self) -> None:
+        """Kills it, if it still runs, and what it has started."""
+        if self.poll() is None:
+            with suppress(ProcessLookupError):  # it has no group of its own yet
+                os.killpg(self.pid, signal.SIGKILL)
+            self.kill()
 
 
 def free_port() -> int:
@@ -151,6 +158,9 @@ def serve() -> None:
                 return 0
             return main(job["arguments"])
         except SystemExit as end:
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+                return 1
             return end.code or 0
         except BaseException:
             import traceback

@@ -112,8 +112,11 @@ def test_processes_and_batch_sizes_do_not_matter(forks, folder, sizes_of_world, 
     several = {world: sizes for world, sizes in sorted(sizes_of_world.items(), reverse=True) if world > 1}
     worlds = [f"{world}:{','.join(map(str, sizes))}" for world, sizes in several.items()]
     job = forks.script(folder / "script.py", [str(folder), *worlds], folder / "output.txt")
-    runpy.run_path(str(folder / "script.py"))["evaluate"](str(folder), 1, sizes_of_world[1])
-    code, output = job.wait(), (folder / "output.txt").read_text()
+    try:
+        runpy.run_path(str(folder / "script.py"))["evaluate"](str(folder), 1, sizes_of_world[1])
+        code, output = job.wait(), (folder / "output.txt").read_text()
+    finally:
+        job.end()
     assert code == 0, output
     output += capsys.readouterr().out
     runs = [(world, size) for world, sizes in sizes_of_world.items() for size in sizes]

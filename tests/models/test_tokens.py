@@ -8,6 +8,7 @@ from vmoe.models import limoe, tokens
 from vmoe.models.limoe import LIMoE
 from vmoe.models.tokens import PackedTokens, RowTokens
 from vmoe.moe import SparseMoE
+from vmoe.moe.router import TopKRouter
 
 END = 19
 
@@ -84,6 +85,7 @@ def test_packed_tokens_give_what_rows_give(kwargs, training):
 
 
 PACKED = [
+    {"num_shared_experts": 1},
     {"noise_std": 1.0},
     {"num_selected_experts": 3, "capacity_factor": 0.5, "noise_std": 1.0},
     {"capacity_factor": 0.3, "capacity_multiple_of": 1},
@@ -100,6 +102,7 @@ AS_ROWS = [
     {"input_jitter": 0.1},
     {"random_threshold": 0.9},
     {"router_preset": "switch"},  # jitter too
+    {"num_shared_experts": 1, "expert_drop": 0.3},
 ]
 
 
@@ -143,14 +146,50 @@ def test_sparse_layers_route_packed_tokens_as_they_route_rows(kwargs, training, 
     assert [own["text"].real_BT.shape for own in split] == [(4, 6)] * 2
 
 
-def test_a_hook_on_a_sparse_layer_sees_rows():
-    model, shapes = model_of(), []
+@pytest.mark.parametrize(("part", "shape"), [("", (4, 4 + 6, 16)), ("router", (1, 4 * (4 + 6), 16))])
+def test_a_hook_on_a_sparse_layer_or_its_router_sees_rows(part, shape):
+    model, inputs = model_of(), []
     image, text = pictures(), captions()
     expected = model.eval()(image, text)
     (layer,) = (module for module in model.modules() if isinstance(module, SparseMoE))
-    layer.register_forward_hook(lambda module, inputs, output: shapes.append((inputs[0].shape, output.shape)))
+    layer.get_submodule(part).register_forward_pre_hook(lambda module, args: inputs.append([x.shape for x in args[:1]]))
     torch.testing.assert_close(model(image, text), expected)
-    assert shapes == [((4, 4 + 6, 16), (4, 4 + 6, 16))]
+    assert inputs == [[shape]]
+
+
+class OwnRouter(TopKRouter):
+    """As a user may have written one."""
+
+    def forward(self, x_GND):
+        return super().forward(2 * x_GND)
+
+
+class OwnLayer(SparseMoE):
+    def forward(self, x_BTD, mask_BT=None, modality_BT=None):
+        return 2 * super().forward(x_BTD, mask_BT, modality_BT)
+
+
+@pytest.mark.parametrize("own", ["router", "layer"])
+def test_routers_and_layers_of_others_see_rows(own):
+    model, image, text = model_of(), pictures(), captions()
+    (layer,) = (module for module in model.modules() if isinstance(module, SparseMoE))
+    (layer.router if own == "router" else layer).__class__ = OwnRouter if own == "router" else OwnLayer
+    assert_packed_is_rows(model, lambda: model(image, text)[:2])
+
+
+def test_places_that_a_layer_does_not_take_are_errors():
+    layer = SparseMoE(8, num_experts=2)
+    x_SD, mask_BT, place_S = torch.randn(3, 8), torch.ones(2, 2, dtype=torch.bool), torch.tensor([3, 0, 1])
+    assert layer(x_SD, mask_BT, None, place_S).shape == (3, 8)
+    with pytest.raises(ValueError, match="needs a mask"):
+        layer(x_SD, None, None, place_S)
+    with pytest.raises(ValueError, match="modality of the same shape"):
+        layer(x_SD, mask_BT, torch.zeros(2, 3, dtype=torch.long), place_S)
+    with pytest.raises(ValueError, match=r"place_S must have the tokens' shape \(3,\), got \(2,\)"):
+        layer(x_SD, mask_BT, None, place_S[:2])
+    for settings in ({"router": "expert_choice"}, {"group_size": 2}):
+        with pytest.raises(ValueError, match="takes_packed"):
+            SparseMoE(8, num_experts=2, **settings)(x_SD, mask_BT, None, place_S)
 
 
 @pytest.mark.parametrize("multiple", [4, 5, 7, 64])

@@ -16,6 +16,11 @@ TYPES = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture(autouse=True)
+def few_elements_too(monkeypatch):
+    monkeypatch.setattr(gelu, "LEAST", 1)
+
+
 def exact(h):
     """The activation and its slope in float64."""
     h = h.detach().double().requires_grad_()
@@ -99,6 +104,14 @@ def test_pytorchs_own_where_somebody_looks_or_nothing_learns(own_calls):
     act(h).sum().backward()
     assert len(own_calls) == 1
     torch.testing.assert_close(h.grad, slope.float())
+
+
+def test_pytorchs_own_for_few_elements(own_calls, monkeypatch):
+    monkeypatch.setattr(gelu, "LEAST", 13)
+    TanhGELU()(torch.randn(3, 4, requires_grad=True))
+    assert not own_calls
+    TanhGELU()(torch.randn(13, requires_grad=True))
+    assert len(own_calls) == 1
 
 
 def test_a_second_derivative_is_an_error_not_a_zero():

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from vmoe.moe import Experts, SparseMoE
+from vmoe.moe import Experts, SparseMoE, gelu
 from vmoe.moe import experts as experts_module
 from vmoe.moe import routed_mlp as module
 from vmoe.moe.routed_mlp import CHUNK_ROWS, ROWS_PER_PRODUCT, make_chunks, rounded
@@ -172,7 +172,9 @@ def test_rows_of_any_number(alone, counts, unused, chunk_rows, dtype, autocast, 
 @pytest.mark.parametrize(
     "activation", [nn.GELU, lambda: nn.GELU("tanh"), nn.SiLU, nn.ReLU, nn.Identity, QuickGELU, lambda: nn.Softmax(-1)]
 )
-def test_activations(activation, dtype, autocast):
+@pytest.mark.parametrize("least", [1, 10**6])
+def test_activations(activation, dtype, autocast, least, monkeypatch):
+    monkeypatch.setattr(gelu, "LEAST", least)  # of tanh-GELU with its slope
     model = layer(dtype, act_layer=activation)
     assert_same(model, model, torch.randn(2, 9, 8).to(dtype).requires_grad_(), autocast)
 

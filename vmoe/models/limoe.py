@@ -70,7 +70,8 @@ class LIMoE(ImageTextModel):
             dense twin. The defaults are those of the preset "limoe" with 32 experts and a local entropy loss on text;
             the global entropy loss asks for half of the experts for images and a quarter for text (our choice).
 
-    On a CPU the gradients can not be differentiated again (`vmoe.models.attention`, `vmoe.moe.routed_mlp`).
+    On a CPU the gradients can not be differentiated again (`vmoe.models.attention`, `vmoe.moe.gelu`,
+    `vmoe.moe.routed_mlp`).
 
     Raises:
         ValueError: for a setting out of range.

@@ -1,7 +1,8 @@
 """GELU in its form with tanh, in training on a CPU: the activation and its slope in one go.
 
 PyTorch computes the slow part, tanh, in the forward pass and again in the backward pass. Here the slope is computed
-with the activation and kept in place of the hidden layer, so the backward pass is one multiplication.
+with the activation and kept in place of the hidden layer, so the backward pass is one multiplication. Without a
+gradient PyTorch's kernel computes the activation, whose last digits differ.
 """
 
 import math
@@ -14,6 +15,8 @@ from vmoe.moe.onednn import is_observed
 
 # Elements that take all steps together: enough for several cores, few enough for their caches.
 CHUNK = 2**19
+# For fewer elements the calls take longer than the tanh.
+LEAST = 2**16
 _ROOT = math.sqrt(2 / math.pi)
 _CUBE = 0.044715
 
@@ -49,9 +52,9 @@ def activation_and_slope(h: Tensor, a: Tensor, slope: Tensor, buffers: Tensor) -
         slope[own].copy_(torch.add(s, t, alpha=3, out=t))
 
 
-def keeps_slope(dtype: torch.dtype) -> bool:
-    """`activation_and_slope` is as exact as the type."""
-    return dtype.is_floating_point and dtype.itemsize <= 4
+def keeps_slope(dtype: torch.dtype, numel: int) -> bool:
+    """`activation_and_slope` is as exact as the type, and quicker than PyTorch for that many elements."""
+    return dtype.is_floating_point and dtype.itemsize <= 4 and numel >= LEAST
 
 
 class _TanhGELU(torch.autograd.Function):
@@ -79,6 +82,7 @@ class TanhGELU(nn.GELU):
     def forward(self, h: Tensor) -> Tensor:
         """(...) -> (...), element by element."""
         learns = torch.is_grad_enabled() and h.requires_grad
-        if not learns or type(h) is not Tensor or h.device.type != "cpu" or not keeps_slope(h.dtype) or is_observed():
-            return F.gelu(h, approximate="tanh")
-        return _TanhGELU.apply(h)
+        plain = type(h) is Tensor and h.device.type == "cpu"
+        if learns and plain and keeps_slope(h.dtype, h.numel()) and not is_observed():
+            return _TanhGELU.apply(h)
+        return F.gelu(h, approximate="tanh")

@@ -119,16 +119,23 @@ class SparseMoE(nn.Module):
         """`forward` can be called with `place_S`: tokens choose, and the whole batch is one group.
 
         Not with experts in other processes, which must know how many rows can come; not with random numbers other than
-        noise of the logits; and not while somebody listens to the layer's calls: that one sees rows on every device.
+        noise of the logits; and not while somebody listens to the calls of the layer or its router, or has put another
+        `forward` in the place of theirs: those see rows on every device.
         """
-        router = self.router
         return (
             self.router_type == "top_k"
             and self.group_size is None
             and self.experts.exchange is None
-            and not has_hooks(self)
-            and not (self.training and (router.input_jitter > 0 or router.random_threshold is not None))
+            and type(self).forward is SparseMoE.forward
+            and type(self.router).forward is TopKRouter.forward
+            and not (self.training and self._draws_for_each_token())
+            and not (has_hooks(self) or has_hooks(self.router))
         )
+
+    def _draws_for_each_token(self) -> bool:
+        """In training, random numbers other than noise of the logits depend on the number of tokens."""
+        router, shared = self.router, self.shared
+        return router.input_jitter > 0 or router.random_threshold is not None or (shared and shared.drop.p > 0)
 
     def forward(
         self,
@@ -151,18 +158,23 @@ class SparseMoE(nn.Module):
             shared experts, what they give).
 
         Raises:
-            ValueError: if the mask or the modality does not fit the tokens.
+            ValueError: if the mask, the modality or the places do not fit the tokens, or places are not taken.
         """
         leading = x_BTD.shape[:-1]
         if leading.numel() == 0:  # an empty batch has nothing to route
             return x_BTD.new_zeros(*leading, self.out_features)
-        shape, rows_modality_BT, places = (leading[:-1].numel(), leading[-1] if leading else 1), modality_BT, None
+        places, shape = None, (leading[:-1].numel(), leading[-1] if leading else 1)
+        own_mask, own_modality = mask_BT, modality_BT
         if place_S is not None:
-            shape, places = tuple(mask_BT.shape), Places(place_S, tuple(mask_BT.shape))
-            mask_BT, modality_BT = (t if t is None else t.flatten()[place_S] for t in (mask_BT, modality_BT))
-        x_GND, mask_GN, modality_GN = self._into_groups(x_BTD, mask_BT, modality_BT)
-        route = {"top_k": self._top_k, "expert_choice": self._expert_choice, "soft": self._soft}[self.router_type]
-        y_GND, routing, describe = route(x_GND, mask_GN, modality_GN, places)
+            places, shape = self._places(place_S, leading, mask_BT, modality_BT), tuple(mask_BT.shape)
+            own_mask = mask_BT.flatten()[place_S]
+            own_modality = None if modality_BT is None else modality_BT.flatten()[place_S]
+        x_GND, mask_GN, modality_GN = self._into_groups(x_BTD, own_mask, own_modality)
+        if self.router_type == "top_k":
+            y_GND, routing, describe = self._top_k(x_GND, mask_GN, modality_GN, places)
+        else:
+            route = {"expert_choice": self._expert_choice, "soft": self._soft}[self.router_type]
+            y_GND, routing, describe = route(x_GND, mask_GN, modality_GN)
         if self.shared is not None:
             y_GND = y_GND + self._of_real(self.shared(x_GND), mask_GN)
 
@@ -185,7 +197,7 @@ class SparseMoE(nn.Module):
                 attached,
                 statistics,
                 self.router_type,
-                None if rows_modality_BT is None else rows_modality_BT.reshape(shape),
+                None if modality_BT is None else modality_BT.reshape(shape),
                 places,
             )
             record.add(self, call)
@@ -195,7 +207,7 @@ class SparseMoE(nn.Module):
     # --- record: (the decisions with all that is listed, kept (G, N, K), further statistics)
 
     def _top_k(self, x_GND: Tensor, mask_GN: Tensor | None, modality_GN: Tensor | None, places: Places | None):
-        routing = self.router(x_GND, places)
+        routing = self.router(x_GND) if places is None else self.router(x_GND, places)
         if self.bias_update_rate > 0 and self.training and not is_recomputation():
             self._count(routing, mask_GN)
         capacity, max_capacity = self._capacity(mask_GN, x_GND.shape[1] if places is None else places.number)
@@ -221,7 +233,7 @@ class SparseMoE(nn.Module):
             y_GND = combine(y_RD, routing.combine_weights_GNK, plan)
         return y_GND, routing, lambda: (routing, plan.kept_GNK, dict)
 
-    def _expert_choice(self, x_GND: Tensor, mask_GN: Tensor | None, modality_GN: Tensor | None, places: None):
+    def _expert_choice(self, x_GND: Tensor, mask_GN: Tensor | None, modality_GN: Tensor | None):
         G, N, _ = x_GND.shape
         routing = self.router(x_GND)
         members_GMN = self._members(mask_GN, modality_GN)
@@ -252,7 +264,7 @@ class SparseMoE(nn.Module):
 
         return y_GND, routing, describe
 
-    def _soft(self, x_GND: Tensor, mask_GN: Tensor | None, modality_GN: Tensor | None, places: None):
+    def _soft(self, x_GND: Tensor, mask_GN: Tensor | None, modality_GN: Tensor | None):
         members_GMN = self._members(mask_GN, modality_GN)
         soft = self.router(x_GND, members_GMN)
         z_RD, count_E = fill_slots(x_GND, soft, self.num_experts)
@@ -267,6 +279,17 @@ class SparseMoE(nn.Module):
         return y_GND, soft.routing, describe
 
     # ---
+
+    def _places(
+        self, place_S: Tensor, leading: torch.Size, mask_BT: Tensor | None, modality_BT: Tensor | None
+    ) -> Places:
+        if self.router_type != "top_k" or self.group_size is not None:
+            raise ValueError("place_S needs router='top_k' and no group_size: see takes_packed()")
+        if mask_BT is None or mask_BT.dim() != 2 or (modality_BT is not None and modality_BT.shape != mask_BT.shape):
+            raise ValueError("place_S needs a mask of (B, T), and a modality of the same shape or none")
+        if place_S.shape != leading:
+            raise ValueError(f"place_S must have the tokens' shape {tuple(leading)}, got {tuple(place_S.shape)}")
+        return Places(place_S, tuple(mask_BT.shape))
 
     def _into_groups(
         self, x_BTD: Tensor, mask_BT: Tensor | None, modality_BT: Tensor | None

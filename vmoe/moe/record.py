@@ -30,7 +30,7 @@ class LayerRouting:
         routing: the router's decisions.
         kept: (G, N, K) bool, the expert had room.
         mask: (G, N) bool, False for padding.
-        modality: (G, N) index into `modalities`, or None where there is only the first of them.
+        modality: (G, N) index into `modalities`, or None where there is only the first of them; see `modality_BT`.
         batch_shape: (B, T) of the layer's input; its tokens lie row by row in (G, N), padding last. See `places`, and
             `tokens` for the way back.
         loss_function: the layer's weighted losses.

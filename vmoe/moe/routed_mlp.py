@@ -248,7 +248,7 @@ def _forward(
     """`kept`: buffers for the hidden layer or the slope there, for its activation, and for the rows before weighing."""
     y_PO = rows.new(x_SD, w2_EOF.shape[1], dtype) if kept is None else kept[2]
     buffers = None
-    if kept is not None and _keeps_slope(activation_name, dtype):
+    if kept is not None and _keeps_slope(activation_name, kept[0]):
         most = max((chunk.num_experts * chunk.num_rows for chunk in rows.chunks), default=0)
         buffers = scratch(x_SD, most * w1_EFD.shape[1])
     for chunk in rows.chunks:
@@ -315,7 +315,7 @@ class _RoutedMLP(torch.autograd.Function):
     def backward(ctx, grad_SO):
         x_SD, weight_P, w1_EFD, b1_EF, w2_EOF, b2_EO, h_PF, a_PF, y_PO = ctx.saved_tensors
         rows, dtype = ctx.rows, ctx.dtype
-        needs = ctx.needs_input_grad
+        needs, has_slope = ctx.needs_input_grad, _keeps_slope(ctx.activation_name, h_PF)
         grad_x_PD = rows.new(x_SD, x_SD.shape[1], x_SD.dtype) if needs[0] else None
         grad_weight_P = torch.empty_like(weight_P) if needs[1] else None
         # Experts without rows are in no chunk, and their gradient is zero.
@@ -340,7 +340,10 @@ class _RoutedMLP(torch.autograd.Function):
                 if not (needs[0] or needs[2] or needs[3]):
                     continue
                 g_RF = _linear(g_RO, w2_EOF.transpose(1, 2), None, chunk)
-                g_RF = _through_activation(ctx.activation, ctx.activation_name, h_PF[P], g_RF)
+                if has_slope:
+                    g_RF.mul_(h_PF[P])
+                else:
+                    g_RF = _through_activation(ctx.activation, ctx.activation_name, h_PF[P], g_RF)
                 g_CMF = g_RF.view(C, M, -1)
                 if needs[2]:
                     x_CMD = rows.take(x_SD, chunk).to(dtype).view(C, M, -1)
@@ -361,15 +364,13 @@ def _activated(activation: Callable[[Tensor], Tensor], name: str | None, h_RF: T
     return a_RF if out_RF is h_RF else out_RF.copy_(a_RF)
 
 
-def _keeps_slope(activation_name: str | None, dtype: torch.dtype) -> bool:
+def _keeps_slope(activation_name: str | None, h_PF: Tensor) -> bool:
     """For the backward pass, the slope of the activation stands where the hidden layer was."""
-    return activation_name == "gelu_tanh" and keeps_slope(dtype)
+    return activation_name == "gelu_tanh" and keeps_slope(h_PF.dtype, h_PF.numel())
 
 
 def _through_activation(activation: Callable[[Tensor], Tensor], name: str | None, h_RF: Tensor, g_RF: Tensor) -> Tensor:
-    """The gradient before the activation from the one after it. `h_RF` is what the forward pass kept."""
-    if _keeps_slope(name, h_RF.dtype):
-        return g_RF.mul_(h_RF)
+    """The gradient before the activation from the one after it."""
     if name in GELU:  # needs no second forward pass
         return torch.ops.aten.gelu_backward.grad_input(g_RF, h_RF, approximate=GELU[name], grad_input=g_RF)
     h_RF = h_RF.detach().requires_grad_()
