@@ -107,13 +107,13 @@ def test_memory_is_kept_unless_the_user_says_otherwise(set_by_user):
     assert ran.stdout.strip() == str(not set_by_user), ran.stderr
 
 
-def test_what_is_no_longer_compiled_is_not_measured_as_such(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)
-    make_session(tmp_path)
+def test_what_is_no_longer_compiled_is_not_measured_as_such(tmp_path):
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        make_session(tmp_path)
+        assert not torch._dynamo.config.fail_on_recompile_limit_hit
+        make_session(tmp_path, "--compile", "default")
+        assert torch._dynamo.config.fail_on_recompile_limit_hit
     assert not torch._dynamo.config.fail_on_recompile_limit_hit
-    make_session(tmp_path, "--compile", "default")
-    assert torch._dynamo.config.fail_on_recompile_limit_hit
 
 
 @pytest.mark.parametrize(

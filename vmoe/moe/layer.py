@@ -134,8 +134,8 @@ class SparseMoE(nn.Module):
 
     def _draws_for_each_token(self) -> bool:
         """In training, random numbers other than noise of the logits depend on the number of tokens."""
-        router, shared = self.router, self.shared
-        return router.input_jitter > 0 or router.random_threshold is not None or (shared and shared.drop.p > 0)
+        drops = self.shared is not None and self.shared.drop.p > 0
+        return drops or self.router.input_jitter > 0 or self.router.random_threshold is not None
 
     def forward(
         self,
