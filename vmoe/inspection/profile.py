@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapper
 
 from vmoe.evaluation.inference import evaluating
 from vmoe.moe import SparseMoE
@@ -59,13 +59,20 @@ def grouped_mm_flops(a_shape, b_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * a_shape[-2] * a_shape[-1] * b_shape[-1]
 
 
+# What PyTorch's counter does not know in every version that is supported.
+_ATEN = torch.ops.aten
+flop_registry.setdefault(_ATEN._grouped_mm, shape_wrapper(grouped_mm_flops))
+for _name in ("_scaled_dot_product_flash_attention{}", "_scaled_dot_product_flash_attention{}_backward"):
+    flop_registry.setdefault(getattr(_ATEN, _name.format("_for_cpu")), flop_registry[getattr(_ATEN, _name.format(""))])
+
+
 def forward_flops(call: Callable[[], object]) -> int:
     """Floating-point operations of a call, a multiply-add counted as two.
 
     Counts products (linear layers, attention, convolutions, the gate, the experts), not element-wise work. An
     expert's product counts the rows routed to it, once each.
     """
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_mm_flops})
+    counter = FlopCounterMode(display=False)
     with counter:
         call()
     return counter.get_total_flops()

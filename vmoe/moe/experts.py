@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vmoe.moe.activations import activation_name
+from vmoe.moe.grouped_mm import grouped_mm
 from vmoe.moe.routed_mlp import routed_mlp
 
 GATED_ACTIVATIONS = {"swiglu": nn.SiLU, "geglu": nn.GELU}
@@ -117,24 +118,13 @@ class GroupedLinear(nn.Module):
 
     @staticmethod
     def _forward_grouped(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, count_E: Tensor) -> Tensor:
-        if x_RI.dtype == torch.float64:
-            raise TypeError(
-                "compiled code and GPUs have no grouped product in float64; use float32, bfloat16 or float16"
-            )
         end_E = count_E.cumsum(0)
-        # The kernel wants rows of whole 16 bytes; widths that are not get zeros, which change no product.
-        multiple = 16 // x_RI.element_size()
-        _, O, I = weight_EOI.shape
-        if I % multiple or O % multiple:
-            x_RI = F.pad(x_RI, (0, -I % multiple))
-            weight_EOI = F.pad(weight_EOI, (0, -I % multiple, 0, -O % multiple))
-        y_RO = F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=end_E.to(torch.int32))[:, :O]
+        y_RO = grouped_mm(x_RI, weight_EOI, end_E)
+        if bias_EO is None:
+            return y_RO
         row_R = torch.arange(x_RI.shape[0], device=x_RI.device)
-        if bias_EO is not None:
-            expert_R = torch.searchsorted(end_E, row_R, right=True).clamp(max=weight_EOI.shape[0] - 1)
-            y_RO = y_RO + bias_EO[expert_R]
-        # The grouped product leaves unused rows uninitialised; `where` keeps them out of the backward pass as well.
-        return torch.where(row_R[:, None] < end_E[-1], y_RO, 0)
+        expert_R = torch.searchsorted(end_E, row_R, right=True).clamp(max=weight_EOI.shape[0] - 1)
+        return torch.where(row_R[:, None] < end_E[-1], y_RO + bias_EO[expert_R], 0)
 
 
 class GroupedLayerNorm(nn.Module):

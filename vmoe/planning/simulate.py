@@ -39,7 +39,7 @@ from vmoe.training.optim import create_optimizer
 PRODUCTS = {
     F.linear: 2,
     F.conv2d: 2,
-    F.grouped_mm: 2,
+    torch.ops.vmoe.rows_by_matrices.default: 2,
     torch.matmul: 2,
     Tensor.matmul: 2,
     Tensor.__matmul__: 2,

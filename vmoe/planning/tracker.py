@@ -15,13 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, shape_wrapper
+from torch.utils.flop_counter import flop_registry
 
-from vmoe.inspection.profile import grouped_mm_flops
+import vmoe.inspection.profile  # noqa: F401  (completes the registry)
 from vmoe.planning.hardware import Hardware
 
 HALF = (torch.bfloat16, torch.float16)
-FLOPS = {**flop_registry, torch.ops.aten._grouped_mm: shape_wrapper(grouped_mm_flops)}
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,7 @@ class Tracker(TorchDispatchMode):
                 weights += size
             else:
                 rows += size
-        formula = FLOPS.get(func._overloadpacket)
+        formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             flops = formula(*args, **kwargs, out_val=out)
             self.flops += flops
