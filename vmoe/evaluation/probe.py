@@ -193,7 +193,7 @@ def fit_linear_probe(
         max_eval=10 * MAX_ITERATIONS,
         tolerance_grad=GRADIENT_TOLERANCE,
         tolerance_change=1e-15,
-        history_size=10,
+        history_size=20,  # with 10 the line search can stall short of the tolerance
         line_search_fn="strong_wolfe",
     )
 
