@@ -2,7 +2,7 @@
 
     python -m benchmarks.clip_benchmark --config configs/eval/emoji_zero_shot.yaml --checkpoint RUN
 
-Takes the settings of eval.py for the tasks zero_shot and retrieval; needs `pip install 'vmoe[benchmark]'`. Data whose
+Takes the settings of eval.py for the tasks zero_shot and retrieval; needs `pip install -e '.[benchmark]'`. Data whose
 pictures have several right labels or stand under several conditions, and `loader.on_bad: skip`, are refused, since
 CLIP_benchmark counts these otherwise. Exit codes:
 
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = compare(config, console)
     except (ValueError, BadSample, ModuleNotFoundError) as error:
         missing = isinstance(error, ModuleNotFoundError)
-        hint = ": CLIP_benchmark and what it needs come with pip install 'vmoe[benchmark]'" if missing else ""
+        hint = ": CLIP_benchmark and what it needs come with pip install -e '.[benchmark]'" if missing else ""
         print(f"benchmarks.clip_benchmark: error: {error}{hint}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     table = Table(title=f"{config.task} of {config.checkpoint}")

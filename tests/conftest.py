@@ -31,7 +31,7 @@ def forks():
 @pytest.fixture(scope="module")
 def browser():
     """A headless Chromium from the system's packages; the test is skipped where there is none."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright (pip install 'vmoe[test]')")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright (pip install -e '.[test]')")
     executable = next((found for name in BROWSERS if (found := shutil.which(name))), None)
     if executable is None:
         pytest.skip(f"needs a browser from the system's packages: none of {', '.join(BROWSERS)} is on the PATH")

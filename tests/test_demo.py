@@ -36,7 +36,7 @@ def photo(folder):
 
 def start(file, model, extra=None):
     """Saves the model and starts the demo on it; (subject, app, address)."""
-    pytest.importorskip("gradio", reason="needs Gradio (pip install 'vmoe[demo]')")
+    pytest.importorskip("gradio", reason="needs Gradio (pip install -e '.[demo]')")
     save_pretrained(model, file, extra)
     subject = load_subject(str(file), "cpu")
     app = demo.build_app(subject)
@@ -253,4 +253,4 @@ def test_errors_of_the_command(tmp_path, capsys, monkeypatch):
     assert "Address already in use): choose another --port" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert demo.main(["--checkpoint", file]) == 1
-    assert "the demo needs the package gradio: pip install 'vmoe[demo]'" in capsys.readouterr().err
+    assert "the demo needs the package gradio: pip install -e '.[demo]'" in capsys.readouterr().err

@@ -7,6 +7,15 @@ asked for.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+import torch
+
+MIN_TORCH = (2, 10)  # as in pyproject.toml; older versions lack torch.nn.functional.grouped_mm
+if tuple(map(int, torch.__version__.split(".")[:2])) < MIN_TORCH:
+    raise ImportError(
+        f"vmoe needs PyTorch {'.'.join(map(str, MIN_TORCH))} or newer and found {torch.__version__}: "
+        "run pip install --upgrade torch torchvision"
+    )
+
 from vmoe.models import registry  # noqa: F401  (registers the models with timm)
 from vmoe.moe import (
     LayerRouting,

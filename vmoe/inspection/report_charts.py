@@ -27,7 +27,7 @@ def chart_library() -> tuple[ModuleType, ModuleType]:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"the HTML report draws its charts with Altair and needs {error.name}: "
-            "pip install 'vmoe[report]', or -e '.[report]' in a checkout",
+            "pip install -e '.[report]' in a checkout",
             name=error.name,
         ) from None
     return altair, vl_convert
