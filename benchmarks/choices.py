@@ -15,11 +15,9 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.measure import DTYPES, alternate, milliseconds, ratios
 from vmoe.allocator import keep_freed_memory
-from vmoe.models.attention import attention
 from vmoe.moe.onednn import linear
 from vmoe.moe.routed_mlp import ALONE, CHUNK_ROWS, ROWS_MULTIPLE_OF
 
@@ -121,33 +119,6 @@ def small_steps() -> dict[str, dict[str, Callable[[int], object]]]:
     }
 
 
-def short_attention(dtype: torch.dtype) -> dict[str, Callable[[int], object]]:
-    """Forward and backward of attention over 16 tokens: 256 sequences, 4 heads of 32."""
-    qkv = torch.randn(256, 16, 3 * 4 * 32).to(dtype).requires_grad_()
-
-    def run(kernel: Callable[[Tensor], Tensor]) -> None:
-        qkv.grad = None
-        y_BTD = kernel(qkv)
-        y_BTD.backward(torch.ones_like(y_BTD))
-
-    def by_torch(qkv_BT3D: Tensor) -> Tensor:
-        q_BHTd, k_BHTd, v_BHTd = qkv_BT3D.unflatten(2, (3, 4, 32)).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd).transpose(1, 2).flatten(2)
-
-    def torch_kernel(backend: SDPBackend) -> Callable[[int], object]:
-        def call(_: int) -> None:
-            with sdpa_kernel(backend):
-                run(by_torch)
-
-        return call
-
-    return {
-        "products, softmax in float32": lambda _: run(lambda qkv: attention(qkv, None, 4)),
-        "PyTorch's, plain": torch_kernel(SDPBackend.MATH),
-        "PyTorch's, fused": torch_kernel(SDPBackend.FLASH_ATTENTION),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=11, help="times that each way runs (%(default)s)")
@@ -160,7 +131,6 @@ def main() -> None:
             title = f"{name}, {num_experts} experts of {TOKENS // num_experts} rows, {D} -> {HIDDEN}"
             show(title, products(dtype, num_experts), rounds)
         show(f"{name}, 8 experts, 700 to 784 rows", row_counts(dtype), rounds)
-        show(f"{name}, attention over 16 tokens, forward + backward", short_attention(dtype), rounds)
     for title, calls in small_steps().items():
         show(title, calls, rounds)
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from vmoe.moe import Experts, SparseMoE, gelu
+from vmoe.moe import Experts, SparseMoE
 from vmoe.moe import experts as experts_module
 from vmoe.moe import routed_mlp as module
 from vmoe.moe.routed_mlp import CHUNK_ROWS, ROWS_PER_PRODUCT, make_chunks, rounded
@@ -172,9 +172,7 @@ def test_rows_of_any_number(alone, counts, unused, chunk_rows, dtype, autocast, 
 @pytest.mark.parametrize(
     "activation", [nn.GELU, lambda: nn.GELU("tanh"), nn.SiLU, nn.ReLU, nn.Identity, QuickGELU, lambda: nn.Softmax(-1)]
 )
-@pytest.mark.parametrize("least", [1, 10**6])
-def test_activations(activation, dtype, autocast, least, monkeypatch):
-    monkeypatch.setattr(gelu, "LEAST", least)  # of tanh-GELU with its slope
+def test_activations(activation, dtype, autocast):
     model = layer(dtype, act_layer=activation)
     assert_same(model, model, torch.randn(2, 9, 8).to(dtype).requires_grad_(), autocast)
 
@@ -319,14 +317,6 @@ def test_layers_of_no_width(dtype):
     assert torch.equal(model(x, count), torch.ones(5, 6, dtype=dtype))
 
 
-def test_a_layer_can_be_traced(monkeypatch):
-    monkeypatch.setattr(module, "ALONE", 0)
-    model = layer(torch.float32).eval().requires_grad_(False)
-    x = torch.randn(2, 9, 8)
-    traced = torch.jit.trace(model, (x,), check_trace=False)
-    torch.testing.assert_close(traced(x), model(x))
-
-
 def test_operations_of_the_backward_pass_alone_are_counted(monkeypatch):
     monkeypatch.setattr(module, "ALONE", 0)
     model, count = Experts(3, 8, 10, 8), torch.tensor([5, 3, 7])
@@ -402,14 +392,6 @@ def test_the_default_device_changes_nothing():
     with torch.device("meta"):
         assert torch.equal(model(x), y)
         assert torch.equal(model.bfloat16()(x.bfloat16()).isfinite(), torch.ones(2, 9, 8, device="cpu").bool())
-
-
-def test_a_second_derivative_is_refused():
-    model = layer()
-    x = torch.randn(2, 9, 8, dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.sum().backward()
 
 
 @pytest.mark.parametrize("part", ["fc1", "act", "fc2", "drop"])

@@ -11,22 +11,29 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.layers import AttentionPoolLatent, DropPath, PatchEmbed, resample_abs_pos_embed, trunc_normal_
 from timm.models import checkpoint, named_apply
 from timm.models.vision_transformer import Block, get_init_weights_vit
 from torch import Tensor, nn
 
-from vmoe.models.attention import attention
 from vmoe.models.contrastive import INIT_LOGIT_SCALE, ImageTextModel
 from vmoe.models.text import attention_bias, check_length, make_blocks, masked_mean, text_mask, text_routing
 from vmoe.models.tokens import PackedTokens, RowTokens
 from vmoe.models.vision import sparse_blocks, without_decay
 from vmoe.moe import SparseMoE
-from vmoe.moe.gelu import TanhGELU
 from vmoe.moe.settings import PRESETS
 
 MODALITIES = ("image", "text")
 ROUTING_DEFAULTS = {**PRESETS["limoe"], "num_experts": 32, "local_entropy_loss": {"text": 0.01}}
+
+
+def attention(qkv_BT3D: Tensor, bias_B11T: Tensor | None, num_heads: int) -> Tensor:
+    """softmax(q kᵀ / sqrt(d) + bias) v of each head: (B, T, 3D) queries, keys and values -> (B, T, D)."""
+    q_BHTd, k_BHTd, v_BHTd = rearrange(qkv_BT3D, "b t (three h d) -> three b h t d", three=3, h=num_heads)
+    bias_B11T = None if bias_B11T is None else bias_B11T.to(qkv_BT3D.dtype)
+    y_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, attn_mask=bias_B11T)
+    return rearrange(y_BHTd, "b h t d -> b t (h d)")
 
 
 class LIMoEBlock(Block):
@@ -69,9 +76,6 @@ class LIMoE(ImageTextModel):
         **routing: routing settings (`vmoe.moe.settings.RoutingSettings`, `router_preset`); `num_experts=0` makes the
             dense twin. The defaults are those of the preset "limoe" with 32 experts and a local entropy loss on text;
             the global entropy loss asks for half of the experts for images and a quarter for text (our choice).
-
-    On a CPU the gradients can not be differentiated again (`vmoe.models.attention`, `vmoe.moe.gelu`,
-    `vmoe.moe.routed_mlp`).
 
     Raises:
         ValueError: for a setting out of range.
@@ -119,7 +123,7 @@ class LIMoE(ImageTextModel):
         self.eot_token_id = eot_token_id
         self.embed_dim = embed_dim
         self.grad_checkpointing = False
-        norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        norm_layer, act_layer = partial(nn.LayerNorm, eps=1e-6), partial(nn.GELU, "tanh")
 
         self.patch_embed = PatchEmbed(img_size, patch_size, 3, width)
         self.image_pos_embed = nn.Parameter(torch.empty(1, self.patch_embed.num_patches, width))
@@ -130,22 +134,27 @@ class LIMoE(ImageTextModel):
         sparse_mlp = partial(SparseMoE, modalities=MODALITIES, num_tokens=num_tokens, **settings)
         chosen = sparse_blocks(moe_layers, depth) if num_experts else ()
         sizes = (width, depth, num_heads, mlp_ratio, drop_path_rate)
-        self.blocks = make_blocks(LIMoEBlock, *sizes, norm_layer, TanhGELU, sparse_mlp, chosen)
+        self.blocks = make_blocks(LIMoEBlock, *sizes, norm_layer, act_layer, sparse_mlp, chosen)
         self.norm = norm_layer(width)
 
         def pooling() -> nn.Module | None:
             if pool == "avg":
                 return None
-            return AttentionPoolLatent(width, num_heads=num_heads, norm_layer=norm_layer, act_layer=TanhGELU)
+            return AttentionPoolLatent(width, num_heads=num_heads, norm_layer=norm_layer, act_layer=act_layer)
 
         self.image_pool, self.text_pool = pooling(), pooling()
         self.image_projection = nn.Linear(width, embed_dim, bias=False)
         self.text_projection = nn.Linear(width, embed_dim, bias=False)
-        self.init_weights()
+        self.init_weights(needs_reset=False)
 
-    def init_weights(self) -> None:
-        """The reference's ViT initialisation for the blocks; small normal embeddings."""
-        named_apply(get_init_weights_vit("jax", needs_reset=False), self)
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """The reference's ViT initialisation for the blocks; small normal embeddings.
+
+        Args:
+            needs_reset: modules that this does not name reset themselves, for instance after `to_empty`.
+        """
+        named_apply(get_init_weights_vit("jax", needs_reset=needs_reset), self)
+        self.reset_logits()
         trunc_normal_(self.image_pos_embed, std=0.02)
         trunc_normal_(self.text_pos_embed, std=0.02)
         nn.init.normal_(self.token_embedding.weight, std=0.02)

@@ -7,7 +7,6 @@ _NAMES = {
     "torch.nn.modules.activation.SiLU": "silu",
     "torch.nn.modules.activation.ReLU": "relu",
     "torch.nn.modules.linear.Identity": "none",
-    "vmoe.moe.gelu.TanhGELU": "gelu_tanh",
     "timm.layers.activations.GELU": "gelu",
     "timm.layers.activations.GELUTanh": "gelu_tanh",
 }

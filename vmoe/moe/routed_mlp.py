@@ -3,8 +3,8 @@
 Experts with many rows are computed one or a few at a time, so that these and their hidden activations stay in the cache
 from one step to the next, in oneDNN with bias and, where nothing is kept, GELU inside the product. Those with few rows
 go through one batched product, with rows of weight zero where they have fewer than the others. For the backward pass
-the hidden layer is kept, before its activation (or, for tanh-GELU, the slope there) and after it, and the experts' rows
-before they are weighed, but no copy of the tokens.
+the hidden layer is kept, before its activation and after it, and the experts' rows before they are weighed, but no copy
+of the tokens.
 
 Shapes, by suffix: S tokens, R rows sorted by expert, P rows with those that fill up, D width, F hidden width (2F in
 front of a gated activation), E experts, C experts of a chunk, M rows of an expert in a chunk.
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vmoe.moe.gelu import activation_and_slope, keeps_slope, scratch
 from vmoe.moe.onednn import GELU, in_onednn, linear
 
 # The most rows of a chunk of several experts. Starting a product has a price that shows with experts of few rows, so
@@ -119,7 +118,8 @@ def routed_mlp(
         dtype: of the products and the result.
 
     Returns:
-        (S, O), zero for tokens without a row. The gradient can not be differentiated again.
+        (S, O), zero for tokens without a row. Where its gradient is to be differentiated again, that is computed by
+        plain PyTorch.
     """
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_SD, weight_R, *fc1, *fc2))
     product = max(1, fc1[0].shape[1] * fc1[0].shape[2])
@@ -199,7 +199,7 @@ class _Rows:
         P, O = self.number, y_PO.shape[1]
         if self.row_SK is not None:
             K = self.row_SK.shape[1]
-            y_SKO = y_PO.index_select(0, self.row_SK.flatten()).view(-1, K, O)
+            y_SKO = y_PO.index_select(0, self.row_SK.flatten()).view(self.num_tokens, K, O)
             if weight_P is not None:
                 weight_P = torch.cat([weight_P, weight_P.new_zeros(1)])
                 y_SKO.mul_(weight_P[self.row_SK][..., None])
@@ -245,12 +245,8 @@ def _forward(
     dtype: torch.dtype,
     kept: tuple[Tensor, Tensor, Tensor] | None,
 ) -> Tensor:
-    """`kept`: buffers for the hidden layer or the slope there, for its activation, and for the rows before weighing."""
+    """`kept`: buffers for the hidden layer, for its activation, and for the rows before they are weighed."""
     y_PO = rows.new(x_SD, w2_EOF.shape[1], dtype) if kept is None else kept[2]
-    buffers = None
-    if kept is not None and _keeps_slope(activation_name, kept[0]):
-        most = max((chunk.num_experts * chunk.num_rows for chunk in rows.chunks), default=0)
-        buffers = scratch(x_SD, most * w1_EFD.shape[1])
     for chunk in rows.chunks:
         x_RD = rows.take(x_SD, chunk).to(dtype)
         h_out, a_out = (None, None) if kept is None else (kept[0][chunk.rows], kept[1][chunk.rows])
@@ -259,11 +255,7 @@ def _forward(
             a_RF = _linear(x_RD, w1_EFD, b1_EF, chunk, activation_name=activation_name)
         else:
             h_RF = _linear(x_RD, w1_EFD, b1_EF, chunk, h_out)
-            if buffers is not None:
-                activation_and_slope(h_RF, a_out, h_RF, buffers)
-                a_RF = a_out
-            else:
-                a_RF = _activated(activation, activation_name, h_RF, h_RF if kept is None else a_out)
+            a_RF = _activated(activation, activation_name, h_RF, h_RF if kept is None else a_out)
         _linear(a_RF, w2_EOF, b2_EO, chunk, y_PO[chunk.rows])
         if kept is None and weight_P is not None:  # while they are in the cache
             y_PO[chunk.rows].mul_(weight_P[chunk.rows, None])
@@ -311,11 +303,12 @@ class _RoutedMLP(torch.autograd.Function):
         return y_SO.detach()  # no view: views that are made in here can not be changed in place
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_SO):
+        if torch.is_grad_enabled():  # create_graph=True
+            return *_differentiable_gradients(ctx, grad_SO), *[None] * 4
         x_SD, weight_P, w1_EFD, b1_EF, w2_EOF, b2_EO, h_PF, a_PF, y_PO = ctx.saved_tensors
         rows, dtype = ctx.rows, ctx.dtype
-        needs, has_slope = ctx.needs_input_grad, _keeps_slope(ctx.activation_name, h_PF)
+        needs = ctx.needs_input_grad
         grad_x_PD = rows.new(x_SD, x_SD.shape[1], x_SD.dtype) if needs[0] else None
         grad_weight_P = torch.empty_like(weight_P) if needs[1] else None
         # Experts without rows are in no chunk, and their gradient is zero.
@@ -340,10 +333,7 @@ class _RoutedMLP(torch.autograd.Function):
                 if not (needs[0] or needs[2] or needs[3]):
                     continue
                 g_RF = _linear(g_RO, w2_EOF.transpose(1, 2), None, chunk)
-                if has_slope:
-                    g_RF.mul_(h_PF[P])
-                else:
-                    g_RF = _through_activation(ctx.activation, ctx.activation_name, h_PF[P], g_RF)
+                g_RF = _through_activation(ctx.activation, ctx.activation_name, h_PF[P], g_RF)
                 g_CMF = g_RF.view(C, M, -1)
                 if needs[2]:
                     x_CMD = rows.take(x_SD, chunk).to(dtype).view(C, M, -1)
@@ -356,17 +346,34 @@ class _RoutedMLP(torch.autograd.Function):
         return grad_x_SD, grad_weight_P, grad_w1, grad_b1, grad_w2, grad_b2, None, None, None, None
 
 
+def _differentiable_gradients(ctx, grad_SO: Tensor) -> list[Tensor | None]:
+    """The gradients of `_RoutedMLP` by autograd, with a graph: its forward pass once more, in plain PyTorch."""
+    inputs, rows, dtype = ctx.saved_tensors[:6], ctx.rows, ctx.dtype
+    x_SD, weight_P, w1_EFD, b1_EF, w2_EOF, b2_EO = (None if t is None else t.to(dtype) for t in inputs)
+    parts = []
+    for chunk in rows.chunks:
+        y_CMD = rows.take(x_SD, chunk).unflatten(0, (chunk.num_experts, chunk.num_rows))
+        for w_EOI, b_EO in ((w1_EFD, b1_EF), (w2_EOF, b2_EO)):
+            y_CMD = y_CMD if w_EOI is w1_EFD else ctx.activation(y_CMD)
+            y_CMD = y_CMD @ w_EOI[chunk.experts].transpose(1, 2)
+            y_CMD = y_CMD if b_EO is None else y_CMD + b_EO[chunk.experts, None]
+        parts.append(y_CMD.flatten(0, 1))
+    y_PO = torch.cat(parts) if parts else x_SD.new_zeros(0, w2_EOF.shape[1])
+    y_PO = y_PO if weight_P is None else y_PO * weight_P[:, None]
+    y_SO = y_PO
+    if rows.token_P is not None:
+        y_SO = y_PO.new_zeros(rows.num_tokens, y_PO.shape[1]).index_add(0, rows.token_P, y_PO)
+    needed = [tensor for tensor, needs in zip(inputs, ctx.needs_input_grad) if needs]
+    grads = iter(torch.autograd.grad(y_SO, needed, grad_SO, create_graph=True, materialize_grads=True))
+    return [next(grads) if needs else None for needs in ctx.needs_input_grad[:6]]
+
+
 def _activated(activation: Callable[[Tensor], Tensor], name: str | None, h_RF: Tensor, out_RF: Tensor) -> Tensor:
     """The activation, written into `out_RF` if it keeps the width."""
     if name in GELU:
         return torch.ops.aten.gelu.out(h_RF, approximate=GELU[name], out=out_RF)
     a_RF = activation(h_RF)
     return a_RF if out_RF is h_RF else out_RF.copy_(a_RF)
-
-
-def _keeps_slope(activation_name: str | None, h_PF: Tensor) -> bool:
-    """For the backward pass, the slope of the activation stands where the hidden layer was."""
-    return activation_name == "gelu_tanh" and keeps_slope(h_PF.dtype, h_PF.numel())
 
 
 def _through_activation(activation: Callable[[Tensor], Tensor], name: str | None, h_RF: Tensor, g_RF: Tensor) -> Tensor:
