@@ -3,8 +3,8 @@
 Process p of P holds the experts p·E/P ... (p+1)·E/P - 1, so the rows for one process lie together among rows that are
 sorted by expert. There are two ways to send them:
 
-- the number of rows that an expert can have is known (capacity): buffers of that size, filled up with zeros. Nobody
-  waits for a number, which a GPU and compiled code need.
+- the number of rows that an expert can have is known (capacity): buffers of the size that the largest batch of all
+  processes needs, filled up with zeros. Nobody waits for a device, and compiled code knows the size.
 - it is not known (nothing is dropped, or evaluation, where batches differ in size): the counts travel first.
 
 Shapes, by suffix: P processes, E experts of all, L = E/P experts of one, R rows sorted by expert, C rows of a buffer
@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed._functional_collectives import all_to_all_single, wait_tensor
 
 from vmoe.moe.dispatch import gather_rows
 from vmoe.moe.experts import RunExperts
@@ -40,14 +40,22 @@ class ExpertExchange:
             run: this process's experts, (S, D) rows sorted by expert and (L,) rows of each -> (S, D).
             x_RD: rows sorted by expert; those beyond the sum of `count_E` are unused.
             count_E: rows of each expert.
-            max_count: the most rows that an expert can have, the same in all processes; None: unknown.
+            max_count: the most rows that an expert can have in this process; None: unknown, in all processes.
 
         Returns:
             (R, D) in the order of `x_RD`, zero for unused rows.
         """
         if max_count is None:
             return self._counts_first(run, x_RD, count_E)
+        if not torch.compiler.is_compiling():  # compiled code knows one batch size
+            max_count = self._largest(max_count)
         return self._fixed_buffers(run, x_RD, count_E, max_count)
+
+    def _largest(self, number: int) -> int:
+        """The largest number of all processes: their batches may differ in size."""
+        largest = torch.tensor(number)  # on the CPU, so that nobody waits for a GPU
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        return int(largest)
 
     def _fixed_buffers(self, run: RunExperts, x_RD: Tensor, count_E: Tensor, C: int) -> Tensor:
         P, E, R = self.num_processes, len(count_E), x_RD.shape[0]
@@ -91,4 +99,19 @@ class ExpertExchange:
         return y if used == R else torch.cat([y, y.new_zeros(R - used, y.shape[1])])
 
     def _all_to_all(self, rows: Tensor, received_P: list[int] | None, sent_P: list[int] | None) -> Tensor:
-        return all_to_all_single_autograd(rows.contiguous(), received_P, sent_P, self.group)
+        return _AllToAll.apply(rows, received_P, sent_P, self.group)
+
+
+class _AllToAll(torch.autograd.Function):
+    """Sends rows to the other processes; gradients go the opposite way, and so on for any derivative."""
+
+    @staticmethod
+    def forward(
+        ctx, rows: Tensor, received_P: list[int] | None, sent_P: list[int] | None, group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.received_P, ctx.sent_P, ctx.group = received_P, sent_P, group
+        return wait_tensor(all_to_all_single(rows.contiguous(), received_P, sent_P, group))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _AllToAll.apply(grad, ctx.sent_P, ctx.received_P, ctx.group), None, None, None

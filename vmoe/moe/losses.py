@@ -228,8 +228,9 @@ def entropy_of(p: Tensor) -> Tensor:
 
 def _squared_variation(x_GE: Tensor) -> Tensor:
     """(G,) variance over mean squared of each row, zero for a row of zeros."""
-    variance_G, mean_G = x_GE.var(-1, correction=0), x_GE.mean(-1)
-    return variance_G / mean_G.square().clamp(min=torch.finfo(x_GE.dtype).tiny)
+    mean_G1 = x_GE.mean(-1, keepdim=True)
+    variance_G = (x_GE - mean_G1).square().mean(-1)
+    return variance_G / mean_G1[:, 0].square().clamp(min=torch.finfo(x_GE.dtype).tiny)
 
 
 def _token_mean(x_GNE: Tensor, mask_GN: Tensor | None, over_batch: bool) -> Tensor:
@@ -267,14 +268,12 @@ class _SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grad = grad.clone()
-        dist.all_reduce(grad)
-        return grad
+        return _SumOverProcesses.apply(grad)
 
 
 def _group_mean(loss_G: Tensor, mask_GN: Tensor | None, over_batch: bool) -> Tensor:
     """Mean over the groups that have a token that counts."""
     if mask_GN is None or over_batch:
-        return loss_G.mean()
+        return loss_G.sum() / max(1, loss_G.numel())  # an empty batch has no group
     used_G = mask_GN.any(1)
     return torch.where(used_G, loss_G, 0).sum() / used_G.sum().clamp(min=1)

@@ -183,6 +183,9 @@ class Exchange(ExpertExchange):
             even = -(-x_RD.shape[0] // len(count_E))
             return super().__call__(labelled_run, x_RD, count_E, even if max_count is None else max_count)
 
+    def _largest(self, number: int) -> int:
+        return number
+
     def _all_to_all(self, rows: Tensor, received_P: list[int] | None, sent_P: list[int] | None) -> Tensor:
         return _Send.apply(rows.contiguous(), self)
 
