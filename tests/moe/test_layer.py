@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import Mlp
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import vmoe
@@ -332,10 +333,122 @@ def test_padding_may_be_nan():
     assert all(torch.isfinite(parameter.grad).all() for parameter in layer.parameters())
 
 
-@pytest.mark.parametrize("group_size", [None, 4])
-def test_an_empty_batch_gives_an_empty_result(group_size):
-    layer = SparseMoE(8, 16, out_features=3, group_size=group_size)
-    assert layer(torch.randn(0, 5, 8)).shape == (0, 5, 3)
+ROUTERS = {
+    "top_k": {"num_selected_experts": 2, "batch_priority": True, "z_loss": 0.1, "gshard_loss": 0.1},
+    "groups": {"group_size": 4, "capacity_rounding": "round", "bias_update_rate": 0.1, "local_entropy_loss": 0.1},
+    "attached": {"learned_noise": True, "auxiliary_loss": "attach", "auxiliary_loss_scope": "batch"},
+    "dropless": {"capacity_factor": None, "expert_mlp": "swiglu"},
+    "expert_choice": {"router": "expert_choice", "load_loss": 0.0},
+    "soft": {"router": "soft", "num_slots": 2, "load_loss": 0.0, "global_entropy_loss": 0.1},
+}
+
+
+@pytest.mark.parametrize("settings", ROUTERS.values(), ids=ROUTERS)
+@pytest.mark.parametrize("norm_layer", [None, nn.LayerNorm])
+@pytest.mark.parametrize("shape", [(0, 5), (0,), (0, 2, 3)], ids=str)
+def test_an_empty_batch_trains_with_zeros(settings, norm_layer, shape):
+    """In a job of several processes one of them may have no token: it takes part in all exchanges."""
+    layer = SparseMoE(8, 16, 3, num_experts=4, norm_layer=norm_layer, num_shared_experts=1, **settings)
+    for mask in (None, torch.ones(shape, dtype=torch.bool)):
+        with vmoe.record_routing(layer) as record:
+            y = layer(torch.randn(*shape, 8, requires_grad=True), mask)
+            loss = y.sum() + record.auxiliary_loss()
+        loss.backward()
+        assert y.shape == (*shape, 3)
+        assert loss == 0
+        assert all((parameter.grad == 0).all() for parameter in layer.parameters())
+        assert all(value.isfinite() for value in record.layers[""].metrics.values())
+
+
+@pytest.mark.parametrize("settings", ROUTERS.values(), ids=ROUTERS)
+def test_padding_alone_trains_with_zeros(settings):
+    layer = SparseMoE(8, 16, num_experts=4, **settings)
+    with vmoe.record_routing(layer) as record:
+        y = layer(torch.full((2, 5, 8), torch.nan), torch.zeros(2, 5, dtype=torch.bool))
+        (y.sum() + record.auxiliary_loss()).backward()
+    assert (y == 0).all()
+    assert all((parameter.grad == 0).all() for parameter in layer.parameters())
+    assert all(value.isfinite() for value in record.layers[""].metrics.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [(ROUTERS["groups"], torch.float32), *((settings, torch.bfloat16) for settings in ROUTERS.values())],
+    ids=["groups in float32", *ROUTERS],
+)
+def test_unused_rows_of_compiled_code_reach_no_parameter(settings, dtype, filled_memory):
+    """Not those of norms, of an activation that learns, or of what else lies between the experts' layers."""
+
+    class Learned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(torch.ones(()))
+
+        def forward(self, h):
+            return nn.functional.gelu(h + self.shift)
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    settings = {**settings, "expert_mlp": "mlp", "learned_noise": False}
+    layer = SparseMoE(8, 16, num_experts=4, noise_std=0.0, norm_layer=nn.LayerNorm, act_layer=Learned, **settings)
+    layer.to(dtype)
+    x = torch.randn(2, 12, 8, dtype=dtype, requires_grad=True)
+    mask = torch.arange(24).view(2, 12) % 5 > 0
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for run in (layer, compiled):
+        y = run(x, mask)
+        gradients.append(torch.autograd.grad(y.square().sum(), [x, *layer.parameters()]))
+    tolerance = {"rtol": 0.05, "atol": 0.05} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    for eager, own in zip(*gradients):
+        torch.testing.assert_close(own, eager, **tolerance)
+
+
+def test_settings_of_a_compiled_layer_may_be_changed():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    layer = SparseMoE(8, 16, num_experts=4, num_selected_experts=2, noise_std=0.0)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    x = torch.randn(2, 9, 8)
+    changes = [("capacity_factor", 1.0), ("capacity_factor", 0.5), ("eval_capacity_factor", 0.5), ("capacity", 3)]
+    changes += [("batch_priority", True), ("group_size", 6)]
+    for name, value in changes:
+        setattr(layer, name, value)
+        layer.train(name != "eval_capacity_factor")
+        assert getattr(layer, name) == getattr(layer.settings, name) == value
+        torch.testing.assert_close(compiled(x), layer(x), msg=f"{name}={value}")
+
+
+@pytest.mark.parametrize("settings", ROUTERS.values(), ids=ROUTERS)
+def test_second_derivatives(settings):
+    """Also where the gradient that comes from outside needs none, as in a gradient penalty."""
+    torch.manual_seed(0)
+    layer = SparseMoE(4, 6, num_experts=3, num_shared_experts=1, **settings).double().eval()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    parameters = dict(layer.named_parameters())
+    x = torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True)
+
+    def run(x, *values):
+        return torch.func.functional_call(layer, dict(zip(parameters, values)), x)
+
+    assert torch.autograd.gradgradcheck(run, (x, *parameters.values()))
+    (gradient,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    assert gradient.requires_grad
+    penalty = torch.autograd.grad(gradient.square().sum(), list(layer.experts.parameters()), allow_unused=True)
+    assert sum(grad is not None for grad in penalty) >= 3
+
+
+def test_tracing_is_refused():
+    """It would take the example's routing for all inputs."""
+    layer = SparseMoE(8, 16).eval().requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"use torch\.export or torch\.compile"):
+        torch.jit.trace(layer, torch.randn(2, 5, 8))
+
+
+def test_a_wrong_width_is_named():
+    with pytest.raises(ValueError, match="the tokens have 7 channels, and the layer takes 8"):
+        SparseMoE(8, 16)(torch.randn(2, 5, 7))
 
 
 def test_a_group_size_above_the_call_costs_nothing():

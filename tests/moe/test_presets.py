@@ -1,6 +1,7 @@
 """Each named router against the formula of its own paper, written out token by token in float64."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -220,7 +221,7 @@ def test_deepseek_bias_moves_against_the_load():
     load = first.load + second.load
     assert not layer.router.expert_bias.any()
     vmoe.update_expert_bias(torch.nn.Sequential(layer))
-    torch.testing.assert_close(layer.router.expert_bias, 0.001 * (load.double().mean() - load).sign())
+    torch.testing.assert_close(layer.router.expert_bias, 0.001 * (load.double().mean() - load).sign().float())
     before = layer.router.expert_bias.clone()
     layer.eval()
     run(layer, x)
@@ -406,9 +407,21 @@ def test_numbers_of_the_presets(name, room, noise, jitter, mlp, losses):
         assert (layer.router.noise_std, layer.router.input_jitter) == (noise, jitter)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_bias_is_exact_in_half_precision(dtype):
-    layer = SparseMoE(D, HIDDEN, router_preset="deepseek", num_experts=4).to(dtype)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("how", ["to", "default", "load", "assign"])
+def test_the_bias_stays_float32(dtype, how):
+    build = partial(SparseMoE, D, HIDDEN, router_preset="deepseek", num_experts=4)
+    if how == "default":
+        torch.set_default_dtype(dtype)
+        try:
+            layer = build()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    else:
+        layer = build() if how == "load" else build().to(dtype)
+        if how != "to":
+            state = {name: tensor.to(dtype) for name, tensor in layer.state_dict().items()}
+            layer.load_state_dict(state, assign=how == "assign")
     router = layer.router
     assert router.expert_bias.dtype == torch.float32
     router.expert_bias.fill_(0.5)
@@ -416,7 +429,29 @@ def test_the_bias_is_exact_in_half_precision(dtype):
     router.update_bias()
     expected = 0.5 + 0.001 * torch.tensor([-1.0, 1.0, -1.0, -1.0])
     torch.testing.assert_close(router.expert_bias, expected, atol=1e-6, rtol=0)
-    assert layer.half().double().router.expert_bias.dtype == torch.float64
+    assert layer.half().double().router.expert_bias.dtype == torch.float32
+    torch.testing.assert_close(router.expert_bias, expected, atol=1e-6, rtol=0)
+
+
+def test_the_load_is_no_buffer_and_follows_the_device():
+    """DistributedDataParallel overwrites buffers by those of the first process."""
+    layer = preset_layer("deepseek", train=True)
+    assert "router.expert_load" not in dict(layer.named_buffers())
+    layer(tokens())
+    assert layer.router.expert_load.sum() == 2 * N
+    assert layer.to("meta").router.expert_load.is_meta
+    assert not layer.to_empty(device="cpu").router.expert_load.any()
+
+
+def test_assigned_weights_leave_nothing_on_the_meta_device():
+    layer = preset_layer("deepseek", train=True)
+    with torch.device("meta"):
+        empty = preset_layer("deepseek", train=True)
+    empty.load_state_dict(layer.state_dict(), assign=True)
+    empty(tokens())
+    assert empty.router.expert_load.sum() == 2 * N
+    vmoe.update_expert_bias(empty)
+    assert empty.router.expert_bias.any()
 
 
 def test_a_frozen_router_keeps_its_bias():

@@ -23,8 +23,16 @@ class ImageTextModel(nn.Module):
     def __init__(self, init_logit_scale: float, init_logit_bias: float | None, output_dict: bool) -> None:
         super().__init__()
         self.output_dict = output_dict
-        self.logit_scale = nn.Parameter(torch.tensor(float(init_logit_scale)))
-        self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.tensor(float(init_logit_bias)))
+        self.init_logit_scale, self.init_logit_bias = float(init_logit_scale), init_logit_bias
+        self.logit_scale = nn.Parameter(torch.empty(()))
+        self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.empty(()))
+        self.reset_logits()
+
+    def reset_logits(self) -> None:
+        """The scale and bias that training starts with."""
+        nn.init.constant_(self.logit_scale, self.init_logit_scale)
+        if self.logit_bias is not None:
+            nn.init.constant_(self.logit_bias, float(self.init_logit_bias))
 
     def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C)-normalised similarities, scaled: logits per image (B, B) and per text, its transpose."""

@@ -180,11 +180,15 @@ class TextTransformer(nn.Module):
             for attention in [block.attn for block in self.blocks] + [self.attn_pool] * (pool == "map"):
                 norm_queries_and_keys(attention)
         self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
-        self.init_weights()
+        self.init_weights(needs_reset=False)
 
-    def init_weights(self) -> None:
-        """The reference's ViT initialisation for the blocks; small normal embeddings."""
-        named_apply(get_init_weights_vit("jax", needs_reset=False), self)
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """The reference's ViT initialisation for the blocks; small normal embeddings.
+
+        Args:
+            needs_reset: modules that this does not name reset themselves, for instance after `to_empty`.
+        """
+        named_apply(get_init_weights_vit("jax", needs_reset=needs_reset), self)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         if self.pos_embed is not None:
             trunc_normal_(self.pos_embed, std=0.02)

@@ -68,6 +68,22 @@ class TwoTower(ImageTextModel):
                     f"the {name} tower gives {width} features, embed_dim is {embed_dim}; "
                     f"set embed_dim={width}, or leave {name}.num_classes out"
                 )
+        self._init_image_head()
+
+    def init_weights(self) -> None:
+        """The towers' own initialisation, for instance after `to_empty`.
+
+        Raises:
+            TypeError: the image tower is a model of timm without `init_weights`.
+        """
+        if not hasattr(self.visual, "init_weights"):
+            raise TypeError(f"the image tower {type(self.visual).__name__} has no init_weights; load its weights")
+        self.visual.init_weights()
+        self._init_image_head()
+        self.text.init_weights()
+        self.reset_logits()
+
+    def _init_image_head(self) -> None:
         if isinstance(head := self.visual.get_classifier(), nn.Linear):
             nn.init.normal_(head.weight, std=head.in_features**-0.5)  # zeros, a classifier's start, have no direction
 

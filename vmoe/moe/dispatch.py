@@ -26,7 +26,7 @@ def expert_capacity(
     """Rows that each expert takes from one group: S·K·C/E, raised to a multiple of `multiple_of`.
 
     Args:
-        num_tokens: S, tokens in the group.
+        num_tokens: S, tokens in the group; 0 for an empty batch, whose capacity is 0.
         num_experts: E.
         num_selected_experts: K.
         capacity_factor: C; 1.0 is just enough room if the tokens spread evenly.
@@ -44,7 +44,7 @@ def expert_capacity(
         raise ValueError(f"rounding must be 'ceil' or 'round', got {rounding!r}")
     exact = num_tokens * num_selected_experts * capacity_factor / num_experts
     capacity = math.ceil(exact) if rounding == "ceil" else round(exact)
-    if capacity < 1:
+    if capacity < 1 and num_tokens > 0:
         raise ValueError(
             f"capacity_factor={capacity_factor} leaves no room: {num_tokens} tokens for {num_experts} experts give a "
             "capacity of 0; use a larger factor, capacity_rounding='ceil', or num_slots for router='soft'"
@@ -305,7 +305,8 @@ def dispatch(x_GND: Tensor, plan: DispatchPlan) -> Tensor:
         (R, D), sorted by expert; unused rows are zero. Differentiable in `x_GND`.
     """
     G, N, K = plan.shape
-    return gather_rows(x_GND.reshape(G * N, -1), plan.token_R, plan.row_A.view(G * N, K), plan.may_pad, plan.may_drop)
+    x_SD = x_GND.reshape(G * N, x_GND.shape[2])
+    return gather_rows(x_SD, plan.token_R, plan.row_A.view(G * N, K), plan.may_pad, plan.may_drop)
 
 
 def combine(y_RD: Tensor, combine_weights_GNK: Tensor, plan: DispatchPlan) -> Tensor:
@@ -316,5 +317,5 @@ def combine(y_RD: Tensor, combine_weights_GNK: Tensor, plan: DispatchPlan) -> Te
     """
     G, N, K = plan.shape
     y_AD = gather_rows(y_RD, plan.row_A, plan.assignment_R[:, None], plan.may_drop, plan.may_pad)
-    y_GNKD = y_AD.view(G, N, K, -1) * combine_weights_GNK.to(y_RD.dtype)[..., None]
+    y_GNKD = y_AD.view(G, N, K, y_RD.shape[1]) * combine_weights_GNK.to(y_RD.dtype)[..., None]
     return y_GNKD[:, :, 0] if K == 1 else y_GNKD.sum(2)

@@ -18,6 +18,10 @@ from vmoe.moe.router import Gate, Routing, normalized, softmax_of_experts, witho
 class ExpertChoiceRouter(Gate):
     """The gate of expert choice: softmax over the experts, with the noise of `Gate` in training."""
 
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.reset_parameters()
+
     def forward(self, x_GND: Tensor) -> Routing:
         """The gates; which tokens the experts take is `choose_tokens`. In float32, under autocast too."""
         with without_autocast(x_GND.device):
@@ -118,4 +122,5 @@ def return_rows(y_RD: Tensor, chosen: ChosenTokens, num_groups: int, num_tokens:
     """Weigh the experts' rows and add them up per token: (G, N, D), zero for a token that nobody took."""
     y_RD = y_RD * chosen.weight_R.to(y_RD.dtype)[:, None]
     y_SD = y_RD.new_zeros(num_groups * num_tokens, y_RD.shape[-1])
-    return y_SD.index_add(0, chosen.token_R.clamp(min=0), y_RD).view(num_groups, num_tokens, -1)
+    y_SD = y_SD.index_add(0, chosen.token_R.clamp(min=0), y_RD)
+    return y_SD.view(num_groups, num_tokens, y_RD.shape[1])

@@ -147,8 +147,15 @@ class GroupedLayerNorm(nn.Module):
             raise TypeError(f"a norm inside the experts must be an nn.LayerNorm with weights, got {like}")
         self.eps = like.eps
         shape = (num_experts, *like.normalized_shape)
-        self.weight = nn.Parameter(torch.ones(shape, device=device, dtype=dtype))
-        self.bias = None if like.bias is None else nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.bias = None if like.bias is None else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Ones and zeros, as `nn.LayerNorm`."""
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x_RF: Tensor, count_E: Tensor) -> Tensor:
         """Rows sorted by expert -> the same shape."""

@@ -35,6 +35,23 @@ CHANGEABLE = (
 )
 
 
+class _Factor:
+    """A number on a layer that may be changed at any time, also after `torch.compile`.
+
+    Kept as text: the compiler would make a symbol of a float that changes, and it cannot compute a capacity from that.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = f"_{name}"
+
+    def __get__(self, layer: nn.Module, owner: type) -> float | None:
+        text = getattr(layer, self.name)
+        return None if text is None else float(text)
+
+    def __set__(self, layer: nn.Module, value: float | None) -> None:
+        setattr(layer, self.name, None if value is None else repr(float(value)))
+
+
 class SparseMoE(nn.Module):
     """A sparse mixture of MLPs, a drop-in for `timm.layers.Mlp`.
 
@@ -55,6 +72,8 @@ class SparseMoE(nn.Module):
         ValueError: for a setting out of range.
         TypeError: for one that does not exist.
     """
+
+    capacity_factor, eval_capacity_factor = _Factor(), _Factor()
 
     def __init__(
         self,
@@ -85,6 +104,7 @@ class SparseMoE(nn.Module):
             setattr(self, name, getattr(s, name))
         self.normalize_weights = s.normalize_weights
         self.bias_update_rate = s.bias_update_rate
+        self.in_features = in_features
         self.out_features = out_features or in_features
         self.modalities = tuple(modalities)
         self.losses = AuxiliaryLosses.from_settings(s, modalities)
@@ -160,9 +180,13 @@ class SparseMoE(nn.Module):
         Raises:
             ValueError: if the mask, the modality or the places do not fit the tokens, or places are not taken.
         """
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                "torch.jit.trace would fix the routing of its example for all inputs: use torch.export or torch.compile"
+            )
         leading = x_BTD.shape[:-1]
-        if leading.numel() == 0:  # an empty batch has nothing to route
-            return x_BTD.new_zeros(*leading, self.out_features)
+        if x_BTD.shape[-1] != self.in_features:
+            raise ValueError(f"the tokens have {x_BTD.shape[-1]} channels, and the layer takes {self.in_features}")
         places, shape = None, (leading[:-1].numel(), leading[-1] if leading else 1)
         own_mask, own_modality = mask_BT, modality_BT
         if place_S is not None:
@@ -201,7 +225,7 @@ class SparseMoE(nn.Module):
                 places,
             )
             record.add(self, call)
-        return y_GND.flatten(0, 1)[: leading.numel()].view(*leading, -1)
+        return y_GND.flatten(0, 1)[: leading.numel()].view(*leading, self.out_features)
 
     # --- the three ways to route; each gives (G, N, D), the gates' decisions, and a function that describes them for a
     # --- record: (the decisions with all that is listed, kept (G, N, K), further statistics)
@@ -210,7 +234,8 @@ class SparseMoE(nn.Module):
         routing = self.router(x_GND) if places is None else self.router(x_GND, places)
         if self.bias_update_rate > 0 and self.training and not is_recomputation():
             self._count(routing, mask_GN)
-        capacity, max_capacity = self._capacity(mask_GN, x_GND.shape[1] if places is None else places.number)
+        G, N, _ = x_GND.shape
+        capacity, max_capacity = self._capacity(mask_GN, (N if G else 0) if places is None else places.number)
         plan = plan_dispatch(
             routing.expert_index_GNK,
             self.num_experts,
@@ -225,11 +250,11 @@ class SparseMoE(nn.Module):
             y_GND = kernels.run(self.experts, x_GND, plan, routing.combine_weights_GNK)
         elif self.experts.can_route(x_GND):
             weight_R = routing.combine_weights_GNK.flatten().index_select(0, plan.assignment_R)
-            row_SK = plan.row_A.view(-1, self.num_selected_experts)
+            row_SK = plan.row_A.view(G * N, self.num_selected_experts)
             y_SD = self.experts.run_routed(x_GND.flatten(0, 1), plan.token_R, row_SK, weight_R, plan.count_E)
-            y_GND = y_SD.view(*x_GND.shape[:2], -1)
+            y_GND = y_SD.view(G, N, self.out_features)
         else:
-            y_RD = self.experts(dispatch(x_GND, plan), plan.count_E, self._max_count(x_GND.shape[0], max_capacity))
+            y_RD = self.experts(dispatch(x_GND, plan), plan.count_E, self._max_count(G, max_capacity))
             y_GND = combine(y_RD, routing.combine_weights_GNK, plan)
         return y_GND, routing, lambda: (routing, plan.kept_GNK, dict)
 
@@ -237,12 +262,12 @@ class SparseMoE(nn.Module):
         G, N, _ = x_GND.shape
         routing = self.router(x_GND)
         members_GMN = self._members(mask_GN, modality_GN)
-        capacity, max_capacity = self._capacity(members_GMN, N)
+        capacity, max_capacity = self._capacity(members_GMN, N if G else 0)
         gates_GNE = routing.noisy_gates_GNE
         chosen = choose_tokens(gates_GNE, capacity, max_capacity, members_GMN, self.normalize_weights)
         if self.experts.can_route(x_GND) and not chosen.has_holes:
             y_SD = self.experts.run_routed(x_GND.flatten(0, 1), chosen.token_R, None, chosen.weight_R, chosen.count_E)
-            y_GND = y_SD.view(G, N, -1)
+            y_GND = y_SD.view(G, N, self.out_features)
         else:
             rows = gather_tokens(x_GND, chosen)
             queues = G if members_GMN is None else G * members_GMN.shape[1]
@@ -306,7 +331,7 @@ class SparseMoE(nn.Module):
         if size is None:
             by_sequence = self.router_type != "top_k" and len(leading) > 1
             size = leading[1:].numel() if by_sequence else num_tokens
-        size = min(int(size), num_tokens)
+        size = max(1, min(int(size), num_tokens))  # an empty batch is no group
         missing = -num_tokens % size
         x_SD = x_BTD.reshape(num_tokens, x_BTD.shape[-1])
         mask_S = None if mask_BT is None else mask_BT.reshape(num_tokens)
@@ -325,7 +350,7 @@ class SparseMoE(nn.Module):
                 x_SD = torch.where(mask_S[:, None], x_SD, 0)
         G = (num_tokens + missing) // size
         return (
-            x_SD.view(G, size, -1),
+            x_SD.view(G, size, x_SD.shape[1]),
             None if mask_S is None else mask_S.view(G, size),
             None if modality_S is None else modality_S.view(G, size),
         )

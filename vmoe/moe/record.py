@@ -6,6 +6,7 @@ outside, it computes none of this.
 Shapes, by suffix: G groups, N tokens in a group, E experts, K choices, B and T batch and length of the input.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -221,6 +222,7 @@ class RoutingRecord:
             if isinstance(vars(module).get("losses"), AuxiliaryLosses)  # the sparse layers themselves
         }
         self.calls: list[tuple[str, LayerRouting]] = []
+        self._thread = threading.get_ident()
 
     def add(self, layer: nn.Module, call: LayerRouting) -> None:
         """Called by a sparse layer of the model for each of its calls."""
@@ -284,7 +286,7 @@ _ACTIVE: list[RoutingRecord] = []
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
-    """Record the routing of every sparse layer of `model` that runs inside the block.
+    """Record the routing of every sparse layer of `model` that runs inside the block, in the same thread.
 
     Example:
         with vmoe.record_routing(model) as record:
@@ -311,10 +313,13 @@ def is_recomputation() -> bool:
 
 
 def active_records(layer: nn.Module) -> list[RoutingRecord]:
-    """The records that want to hear of this call of `layer`."""
+    """The records that this call of `layer` belongs to: those of this thread (compiled code does not know its own)."""
     if not _ACTIVE or is_recomputation():
         return []
-    return [record for record in _ACTIVE if layer in record._names]
+    records = [record for record in _ACTIVE if layer in record._names]
+    if torch.compiler.is_compiling():
+        return records
+    return [record for record in records if record._thread == threading.get_ident()]
 
 
 # In a tensor, so that compiled code reads its present value.

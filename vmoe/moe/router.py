@@ -180,7 +180,6 @@ class Gate(nn.Module):
         self.noise_std = noise_std
         self.input_jitter = input_jitter
         self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """LeCun normal, as in the reference."""
@@ -221,7 +220,9 @@ class TopKRouter(Gate):
     Attributes:
         weight: (E, D).
         noise_weight: (E, D), with `learned_noise`.
-        expert_bias: (E,) buffer, with `bias_update_rate`; `expert_load` counts the choices since its last update.
+        expert_bias: (E,) float32 buffer, with `bias_update_rate`, whatever the type of the model.
+        expert_load: (E,) how often each expert was chosen since the last update of the bias. Not a buffer:
+            DistributedDataParallel would overwrite each process's own counts with those of the first.
     """
 
     # A user who forgets `update_expert_bias` gets an unbalanced model and no error; so say it once.
@@ -242,30 +243,31 @@ class TopKRouter(Gate):
         device=None,
         dtype=None,
     ) -> None:
-        self.learned_noise = learned_noise  # before the base class initialises
         super().__init__(dim, num_experts, 0.0 if learned_noise else noise_std, input_jitter, device, dtype)
+        self.learned_noise = learned_noise
         self.num_selected_experts = num_selected_experts
         self.gate = gate
         self.normalize_weights = normalize_weights
         self.random_threshold = random_threshold
         self.bias_update_rate = bias_update_rate
         if learned_noise:
-            self.noise_weight = nn.Parameter(torch.zeros(num_experts, dim, device=device, dtype=dtype))
+            self.noise_weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
         if bias_update_rate > 0:
-            self.register_buffer("expert_bias", torch.zeros(num_experts, device=device))
-            # Whole numbers, which a change of the model's floating-point type leaves alone.
-            load_E = torch.zeros(num_experts, dtype=torch.long, device=device)
-            self.register_buffer("expert_load", load_E, persistent=False)
-            self.calls_without_update = 0
+            self.register_buffer("expert_bias", torch.empty(num_experts, device=device, dtype=torch.float32))
+            self.expert_load = torch.empty(num_experts, dtype=torch.long, device=device)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """LeCun normal; zeros with learned noise (arXiv 1701.06538, appendix A: no signal and some noise)."""
         if self.learned_noise:
             nn.init.zeros_(self.weight)
-            if hasattr(self, "noise_weight"):
-                nn.init.zeros_(self.noise_weight)
+            nn.init.zeros_(self.noise_weight)
         else:
             super().reset_parameters()
+        if self.bias_update_rate > 0:
+            nn.init.zeros_(self.expert_bias)
+            self.expert_load.zero_()
+            self.calls_without_update = 0
 
     def forward(self, x_GND: Tensor, places: Places | None = None) -> Routing:
         """Route the tokens. Computed in float32 (float64 for float64 input), under autocast too.
@@ -318,16 +320,25 @@ class TopKRouter(Gate):
         return gates_GNE, gates_GNE
 
     def _apply(self, fn, recurse: bool = True):
-        bias = getattr(self, "expert_bias", None)
+        bias_E = getattr(self, "expert_bias", None)
         super()._apply(fn, recurse)
-        if bias is not None and self.expert_bias.dtype in (torch.bfloat16, torch.float16):
-            # Steps of 0.001 vanish in half precision: the bias stays as exact as it was.
-            self.expert_bias = bias.to(self.expert_bias.device)
+        if bias_E is not None:
+            if self.expert_bias.dtype != torch.float32:  # steps of 0.001 vanish in half precision
+                self.expert_bias = bias_E.to(self.expert_bias.device)
+            load_E = fn(self.expert_load)
+            self.expert_load = torch.zeros_like(load_E) if self.expert_load.is_meta else load_E
         return self
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.bias_update_rate > 0:
+            self.expert_bias = self.expert_bias.float()  # with assign=True it has the type of the state dict
 
     @torch.no_grad()
     def count(self, routing: Routing, mask_GN: Tensor | None) -> None:
         """Add the choices of real tokens to `expert_load`."""
+        if self.expert_load.is_meta:  # load_state_dict(assign=True) replaces parameters and buffers only
+            self.expert_load = torch.zeros_like(self.expert_load, device=routing.expert_index_GNK.device)
         ones_GNK = torch.ones_like(routing.expert_index_GNK)
         if mask_GN is not None:
             ones_GNK = ones_GNK * mask_GN[..., None]

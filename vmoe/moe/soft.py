@@ -43,6 +43,8 @@ class SoftRouting:
             used_GM = members_GMN.any(-1)
             least_GMNS = dispatch_GMNS.masked_fill(~members_GMN[..., None], 1.0)
             largest_GMS, smallest_GMS = largest_GMS[used_GM], least_GMNS.amin(2)[used_GM]
+        if combine_GNS.numel() == 0:  # no token: nothing to tell
+            return {}
         return {
             "combine_weights_max_mean": combine_GNS.amax(-1).mean(),
             "combine_weights_min_mean": combine_GNS.amin(-1).mean(),
@@ -116,10 +118,10 @@ class SoftRouter(nn.Module):
 def fill_slots(x_GND: Tensor, soft: SoftRouting, num_experts: int) -> tuple[Tensor, Tensor]:
     """The slots' inputs as rows sorted by expert, (R, D) with R = E·G·M·P, and the rows of each expert (E,)."""
     G, M, _, S = soft.dispatch_GMNS.shape
-    P = S // num_experts
+    P, D = S // num_experts, x_GND.shape[2]
     # A batched product of (G, S, N) and (G, N, D), once per modality.
     z_GMSD = soft.dispatch_GMNS.to(x_GND.dtype).transpose(2, 3) @ x_GND[:, None]
-    z_RD = z_GMSD.view(G, M, num_experts, P, -1).permute(2, 0, 1, 3, 4).flatten(0, 3)
+    z_RD = z_GMSD.view(G, M, num_experts, P, D).permute(2, 0, 1, 3, 4).flatten(0, 3)
     count_E = torch.full((num_experts,), G * M * P, dtype=torch.long, device=x_GND.device)
     return z_RD, count_E
 
@@ -127,7 +129,7 @@ def fill_slots(x_GND: Tensor, soft: SoftRouting, num_experts: int) -> tuple[Tens
 def mix_slots(y_RD: Tensor, soft: SoftRouting, num_experts: int, members_GMN: Tensor | None = None) -> Tensor:
     """Each token's average of the slots' outputs: (G, N, D), zero for padding."""
     G, M, _, S = soft.dispatch_GMNS.shape
-    y_GMSD = y_RD.view(num_experts, G, M, S // num_experts, -1).permute(1, 2, 0, 3, 4).flatten(2, 3)
+    y_GMSD = y_RD.view(num_experts, G, M, S // num_experts, y_RD.shape[1]).permute(1, 2, 0, 3, 4).flatten(2, 3)
     y_GMND = soft.combine_GNS.to(y_RD.dtype)[:, None] @ y_GMSD
     if members_GMN is None:
         return y_GMND.squeeze(1)
