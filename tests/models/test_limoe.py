@@ -11,7 +11,7 @@ from timm.optim import create_optimizer_v2
 import vmoe
 from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE
 from vmoe.moe import SparseMoE
-from vmoe.moe.settings import PRESETS
+from vmoe.moe.config import PRESETS
 
 
 def tiny(**kwargs) -> LIMoE:

@@ -7,7 +7,7 @@ from timm.optim import create_optimizer_v2
 import vmoe
 from vmoe.models.vision import VisionMoE, sincos2d_positions, sparse_blocks
 from vmoe.moe import SparseMoE
-from vmoe.moe.settings import PRESETS
+from vmoe.moe.config import PRESETS
 
 NAMES = timm.list_models("vmoe_*") + timm.list_models("softmoe_*")
 SMALL = {"img_size": 28, "patch_size": 14, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}

@@ -11,7 +11,7 @@ from torch import nn
 from vmoe.convert.layout import reference_places
 from vmoe.models.text import TextTransformer
 from vmoe.moe import SparseMoE
-from vmoe.moe.settings import RoutingSettings
+from vmoe.moe.config import RoutingSettings
 
 _ROUTERS = {
     "top_k": "NoisyTopExpertsPerItemRouter",

@@ -18,7 +18,7 @@ from vmoe.models.dense_mlp import UpcycledFrom, UpcycleError, from_experts, mlp_
 from vmoe.models.two_tower import TwoTower
 from vmoe.models.upcycle import layer_settings
 from vmoe.moe import SparseMoE, record_routing
-from vmoe.moe.settings import SETTING_NAMES
+from vmoe.moe.config import SETTING_NAMES
 
 Usage = Mapping[str, Tensor | Sequence[float]]  # or numpy's arrays
 

@@ -37,8 +37,8 @@ from vmoe.models.weights import (
     read_pretrained_metadata,
 )
 from vmoe.moe import SparseMoE
+from vmoe.moe.config import SETTING_NAMES, preset_settings
 from vmoe.moe.quantize import experts_kept_as, quantize_experts
-from vmoe.moe.settings import SETTING_NAMES, preset_settings
 from vmoe.printable import printable
 from vmoe.whole import whole_file
 

@@ -22,7 +22,7 @@ from vmoe.models.text import attention_bias, check_length, make_blocks, masked_m
 from vmoe.models.tokens import PackedTokens, RowTokens
 from vmoe.models.vision import sparse_blocks, without_decay
 from vmoe.moe import SparseMoE
-from vmoe.moe.settings import PRESETS
+from vmoe.moe.config import PRESETS
 
 MODALITIES = ("image", "text")
 ROUTING_DEFAULTS = {**PRESETS["limoe"], "num_experts": 32, "local_entropy_loss": {"text": 0.01}}
@@ -73,7 +73,7 @@ class LIMoE(ImageTextModel):
         init_logit_bias: initial logit bias, for the sigmoid loss; None: the model has none.
         output_dict: `forward` returns a dictionary, as in open_clip.
         moe_layers: blocks with experts, see `vmoe.models.vision.sparse_blocks`.
-        **routing: routing settings (`vmoe.moe.settings.RoutingSettings`, `router_preset`); `num_experts=0` makes the
+        **routing: routing settings (`vmoe.moe.config.RoutingSettings`, `router_preset`); `num_experts=0` makes the
             dense twin. The defaults are those of the preset "limoe" with 32 experts and a local entropy loss on text;
             the global entropy loss asks for half of the experts for images and a quarter for text (our choice).
 

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from vmoe.models.vision import VisionMoE, take_routing
-from vmoe.moe.settings import SETTING_NAMES, preset_settings
+from vmoe.moe.config import SETTING_NAMES, preset_settings
 
 logger = logging.getLogger("vmoe.models")
 

@@ -120,7 +120,7 @@ class TextTransformer(nn.Module):
         qk_norm: a LayerNorm without bias on queries and keys.
         drop_path_rate: stochastic depth.
         moe_layers: blocks with experts, see `vmoe.models.vision.sparse_blocks`.
-        **routing: routing settings (`vmoe.moe.settings.RoutingSettings`, `router_preset`); `num_experts=0`: no experts.
+        **routing: routing settings (`vmoe.moe.config.RoutingSettings`, `router_preset`); `num_experts=0`: no experts.
 
     Raises:
         ValueError: for a setting out of range.

@@ -21,7 +21,7 @@ from vmoe.models.limoe import LIMoE
 from vmoe.models.two_tower import TwoTower
 from vmoe.models.vision import VisionMoE, sparse_blocks
 from vmoe.moe import SparseMoE
-from vmoe.moe.settings import SETTING_NAMES, with_preset
+from vmoe.moe.config import SETTING_NAMES, with_preset
 
 TOWERS = ("image", "text", "both")
 # As in the upcycling paper, section A.1.1; small, so that at first all experts are nearly as probable.
@@ -64,7 +64,7 @@ def upcycle(
             weight.
         reinit: share r of the hidden units that each expert draws anew, from normal distributions with the mean and
             standard deviation of the weights that they replace (Drop-Upcycling, arXiv 2502.19261: 0.5).
-        **settings: of `vmoe.moe.settings.RoutingSettings`, and `router_preset`. The defaults here:
+        **settings: of `vmoe.moe.config.RoutingSettings`, and `router_preset`. The defaults here:
             normalize_weights=True and capacity_factor=2.0 (no limit in open_clip's text towers, where padding would
             take the words' room); a dense LIMoE or V-MoE has its class's own for the rest. A shared expert starts with
             zero output. `expert_mlp` is that of the model.

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import Block, VisionTransformer, get_init_we
 from torch import Tensor, nn
 
 from vmoe.moe import SparseMoE
-from vmoe.moe.settings import SETTING_NAMES, with_preset
+from vmoe.moe.config import SETTING_NAMES, with_preset
 
 ROUTING_DEFAULTS = {"num_experts": 8, "num_selected_experts": 2}
 
@@ -115,7 +115,7 @@ class VisionMoE(VisionTransformer):
         pos_temperature: of sincos2d.
         qk_norm: a LayerNorm without bias on queries and keys, in the blocks and in `global_pool="map"`.
         representation_size: width of a linear layer with tanh before the classifier, `pre_logits`; None: there is none.
-        **kwargs: routing settings (`vmoe.moe.settings.RoutingSettings`, `router_preset`; `num_experts=0` makes the
+        **kwargs: routing settings (`vmoe.moe.config.RoutingSettings`, `router_preset`; `num_experts=0` makes the
             dense twin), and arguments of `timm.models.VisionTransformer`.
 
     Raises:

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmoe.moe import kernels
+from vmoe.moe.config import RoutingSettings, with_preset
 from vmoe.moe.dispatch import Places, combine, dispatch, expert_capacity, masked_capacity, plan_dispatch
 from vmoe.moe.expert_choice import ExpertChoiceRouter, choose_tokens, gather_tokens, return_rows
 from vmoe.moe.experts import Experts, SharedExpert, has_hooks
 from vmoe.moe.losses import AuxiliaryLosses, members
 from vmoe.moe.record import LayerRouting, active_records, attach_loss, is_recomputation
 from vmoe.moe.router import Routing, TopKRouter
-from vmoe.moe.settings import RoutingSettings, with_preset
 from vmoe.moe.soft import SoftRouter, fill_slots, mix_slots
 
 # Settings that may be changed on a layer at any time; the others are built into its parts.
@@ -63,10 +63,10 @@ class SparseMoE(nn.Module):
         norm_layer: makes a norm of each expert's hidden activations, as in `timm.layers.Mlp`; None: no norm.
         bias: biases in the experts.
         drop: dropout after the activation.
-        router_preset: a router that a paper uses, by name (`vmoe.moe.settings.PRESETS`); settings given beside it win.
+        router_preset: a router that a paper uses, by name (`vmoe.moe.config.PRESETS`); settings given beside it win.
         num_tokens: length of the model's sequences; for router="soft" without `num_slots` or `group_size`.
         modalities: names of the modalities of the input's tokens.
-        **settings: see `vmoe.moe.settings.RoutingSettings`.
+        **settings: see `vmoe.moe.config.RoutingSettings`.
 
     Raises:
         ValueError: for a setting out of range.

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vmoe.moe.config import RoutingSettings
 from vmoe.moe.router import Routing, top_k_experts
-from vmoe.moe.settings import RoutingSettings
 
 
 def importance_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None, over_batch: bool = False) -> Tensor:
