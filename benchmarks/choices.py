@@ -18,8 +18,8 @@ from torch import Tensor
 
 from benchmarks.measure import DTYPES, alternate, milliseconds, ratios
 from vmoe.allocator import keep_freed_memory
-from vmoe.moe.onednn import linear
-from vmoe.moe.routed_mlp import ALONE, CHUNK_ROWS, ROWS_MULTIPLE_OF
+from vmoe.moe.backends.cpu import ALONE, CHUNK_ROWS, ROWS_MULTIPLE_OF
+from vmoe.moe.backends.onednn import linear
 
 D, HIDDEN, TOKENS = 384, 1536, 6304
 

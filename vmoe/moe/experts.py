@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vmoe.moe.activations import activation_name
-from vmoe.moe.grouped_mm import grouped_mm
-from vmoe.moe.routed_mlp import routed_mlp
+from vmoe.moe.backends.activations import activation_name
+from vmoe.moe.backends.cpu import routed_mlp
+from vmoe.moe.backends.grouped_mm import grouped_mm
 
 GATED_ACTIVATIONS = {"swiglu": nn.SiLU, "geglu": nn.GELU}
 
@@ -257,7 +257,7 @@ class Experts(nn.Module):
         weight_R: Tensor | None,
         count_E: Tensor,
     ) -> Tensor:
-        """Tokens through their experts and back, see `vmoe.moe.routed_mlp`; only if `can_route`.
+        """Tokens through their experts and back, see `vmoe.moe.backends.cpu`; only if `can_route`.
 
         Args:
             x_SD: tokens.

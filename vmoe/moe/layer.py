@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmoe.moe import kernels
+from vmoe.moe.backends import triton as kernels
 from vmoe.moe.config import RoutingSettings, with_preset
 from vmoe.moe.dispatch import Places, combine, dispatch, expert_capacity, masked_capacity, plan_dispatch
 from vmoe.moe.expert_choice import ExpertChoiceRouter, choose_tokens, gather_tokens, return_rows

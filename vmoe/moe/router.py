@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vmoe.moe.backends.onednn import are_plain, in_onednn, linear
 from vmoe.moe.dispatch import Places
-from vmoe.moe.onednn import are_plain, in_onednn, linear
 
 
 @dataclass(frozen=True)

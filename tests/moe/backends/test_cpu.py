@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vmoe.moe import Experts, SparseMoE
 from vmoe.moe import experts as experts_module
-from vmoe.moe import routed_mlp as module
-from vmoe.moe.routed_mlp import CHUNK_ROWS, ROWS_PER_PRODUCT, make_chunks, rounded
+from vmoe.moe.backends import cpu as module
+from vmoe.moe.backends.cpu import CHUNK_ROWS, ROWS_PER_PRODUCT, make_chunks, rounded
 
 
 class QuickGELU(nn.Module):

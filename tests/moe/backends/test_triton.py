@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vmoe.moe import SparseMoE, kernels
+from vmoe.moe import SparseMoE
+from vmoe.moe.backends import triton as kernels
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -34,7 +35,7 @@ def test_kernels_compile_for_a_gpu():
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from vmoe.moe.kernels import products
+    from vmoe.moe.backends.triton import products
 
     common = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "PRECISION": "ieee", "UPCAST": False}
     tiled = {**common, "GROUP_M": 8}

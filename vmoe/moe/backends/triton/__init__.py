@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from vmoe.moe.activations import activation_name
+from vmoe.moe.backends.activations import activation_name
 from vmoe.moe.dispatch import DispatchPlan, gather_rows
 from vmoe.moe.experts import Experts, has_hooks, own_experts
 
@@ -31,8 +31,8 @@ def enable(on: bool = True) -> None:
     global _enabled
     if on and find_spec("triton") is None:
         raise ModuleNotFoundError(
-            "VMOE_TRITON=1 and vmoe.moe.kernels.enable() need the package triton, which comes with PyTorch for CUDA on "
-            "Linux and is not installed here; install it, or leave the kernels off"
+            "VMOE_TRITON=1 and vmoe.moe.backends.triton.enable() need the package triton, which comes with PyTorch for "
+            "CUDA on Linux and is not installed here; install it, or leave the kernels off"
         )
     _enabled = on
 
@@ -60,7 +60,7 @@ def run(experts: Experts, x_GND: Tensor, plan: DispatchPlan, combine_weights_GNK
     Returns:
         (G, N, O) in the tokens' dtype, or autocast's; zero for a token without a row.
     """
-    from vmoe.moe.kernels.mlp import routed_mlp
+    from vmoe.moe.backends.triton.mlp import routed_mlp
 
     G, N, K = plan.shape
     dtype = _dtype(x_GND)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vmoe.moe.onednn import GELU, in_onednn, linear
+from vmoe.moe.backends.onednn import GELU, in_onednn, linear
 
 # The most rows of a chunk of several experts. Starting a product has a price that shows with experts of few rows, so
 # many of them go together; beyond this nothing is gained (`python -m benchmarks.choices`).
@@ -114,7 +114,7 @@ def routed_mlp(
         fc2: weight (E, O, F) and bias (E, O) or None.
         activation: of the hidden layer, (..., F of fc1) -> (..., F of fc2); element by element but for gates, without
             parameters or random numbers, since the backward pass may compute it again.
-        activation_name: what `vmoe.moe.activations` calls it; None: it has no name.
+        activation_name: what `vmoe.moe.backends.activations` calls it; None: it has no name.
         dtype: of the products and the result.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The Triton kernels on the CPU, in Triton's interpreter. Run by `test_kernels.py` in a process of its own:
+"""The Triton kernels on the CPU, in Triton's interpreter. Run by `test_triton.py` in a process of its own:
 TRITON_INTERPRET=1 must be set before anything imports Triton.
 
 Shapes, by suffix: S tokens, R rows sorted by expert, K rows of a token, D, F and O widths, E experts.
@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 
 import vmoe
-from vmoe.moe import SparseMoE, kernels
+from vmoe.moe import SparseMoE
+from vmoe.moe.backends import triton as kernels
 
-LOADED_BY_IMPORT = "vmoe.moe.kernels.products" in sys.modules
+LOADED_BY_IMPORT = "vmoe.moe.backends.triton.products" in sys.modules
 
-from vmoe.moe.kernels import mlp, products, tiles  # noqa: E402  (what `import vmoe` loads comes first)
+from vmoe.moe.backends.triton import mlp, products, tiles  # noqa: E402  (what `import vmoe` loads comes first)
 
 ACTIVATIONS = {
     "none": lambda h: h,

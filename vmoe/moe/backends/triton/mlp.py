@@ -7,14 +7,14 @@ width, E experts, T tiles, C blocks of columns.
 import torch
 from torch import Tensor
 
-from vmoe.moe.kernels.products import (
+from vmoe.moe.backends.triton.products import (
     ACTIVATIONS,
     gather_sum,
     grouped_activation_gradient,
     grouped_linear,
     grouped_weight_gradient,
 )
-from vmoe.moe.kernels.tiles import block_rows, tile_table
+from vmoe.moe.backends.triton.tiles import block_rows, tile_table
 
 
 def routed_mlp(
