@@ -81,12 +81,12 @@ def measure(session: Session, dtype: str, comparison: str) -> None:
             2, 1, tokens, D, generator=generator, device=device, dtype=DTYPES[dtype]
         ).unbind()
         with torch.no_grad():
-            routing = router(x_GND)
+            routing = router.route(x_GND)
             planned = plan(routing)
             return Given(x_GND, gradient_GND, routing, planned, dispatch(x_GND, planned))
 
     def all_but_experts(x_GND: Tensor) -> Tensor:
-        routing = router(x_GND)
+        routing = router.route(x_GND)
         planned = plan(routing)
         return combine(dispatch(x_GND, planned), routing.combine_weights_GNK, planned)
 
@@ -98,7 +98,7 @@ def measure(session: Session, dtype: str, comparison: str) -> None:
     trained: dict[str, Callable[[Tensor], Tensor]] = {}
     if comparison == "pieces":
         pieces: dict[str, Callable[[Given], Any]] = {
-            "router": lambda given: router(given.x_GND),
+            "router": lambda given: router.route(given.x_GND),
             "plan, BPR": lambda given: plan(given.routing),
             "plan, vanilla": lambda given: plan(given.routing, priority=False),
             "two sorts alone": sorting,

@@ -176,7 +176,7 @@ def _batch(model: nn.Module, size: int) -> list[Tensor]:
 
 
 def _grouped(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, counts: list[int]) -> Tensor:
-    return GroupedLinear._forward_grouped(x_RI, weight_EOI, bias_EO, torch.tensor(counts))
+    return GroupedLinear.forward_grouped(x_RI, weight_EOI, bias_EO, torch.tensor(counts))
 
 
 def measure(config: PlanConfig, mesh: MeshSize = ALONE) -> int:
@@ -192,9 +192,7 @@ def measure(config: PlanConfig, mesh: MeshSize = ALONE) -> int:
         before = held(model) + (0 if ema is None else held(ema.module))
         with (
             profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
-            nullcontext()
-            if mesh.world == 1
-            else patch.object(GroupedLinear, "_forward_segments", staticmethod(_grouped)),
+            nullcontext() if mesh.world == 1 else patch.object(GroupedLinear, "_forward_each", staticmethod(_grouped)),
         ):
             train(config, mesh, model, ema, optimizer)
     finally:

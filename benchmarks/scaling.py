@@ -143,7 +143,7 @@ def _call_experts(layer: SparseMoE, case: Case, backward: bool, value: dict[Any,
 @torch.no_grad()
 def _rows(layer: SparseMoE, case: Case, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
     """What the experts of a layer get from this input: (rows, rows of each expert)."""
-    routing = layer.router(x_BTD)
+    routing = layer.router.route(x_BTD)
     capacity = expert_capacity(case.tokens, case.experts, case.selected, case.capacity)
     plan = plan_dispatch(routing.expert_index_GNK, case.experts, capacity, routing.priority_GN)
     return dispatch(x_BTD, plan), plan.count_E

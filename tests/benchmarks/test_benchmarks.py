@@ -11,6 +11,7 @@ import torch
 from benchmarks import dispatch, layer, measure, model, report, scaling, train_step
 from benchmarks.contenders import match_st_moe, st_moe
 from benchmarks.session import read_results
+from vmoe.moe.config import RoutingSettings
 from vmoe.moe.dispatch import combine, plan_dispatch
 from vmoe.moe.dispatch import dispatch as gather
 from vmoe.moe.router import TopKRouter
@@ -140,8 +141,9 @@ def test_dispatch(tmp_path):
 
 def test_the_one_hot_way_gives_the_same():
     torch.manual_seed(0)
-    router, x_GND = TopKRouter(8, 4, 2).eval(), torch.randn(2, 10, 8)
-    routing = router(x_GND)
+    config = RoutingSettings(num_experts=4, num_selected_experts=2)
+    router, x_GND = TopKRouter(8, config).eval(), torch.randn(2, 10, 8)
+    routing = router.route(x_GND)
     plan = plan_dispatch(routing.expert_index_GNK, 4, 4, routing.priority_GN)
     assert not plan.kept_GNK.all()
     given = dispatch.Given(x_GND, x_GND, routing, plan, gather(x_GND, plan))

@@ -14,6 +14,7 @@ import torch
 from vmoe.evaluation.few_shot import few_shot_accuracy
 from vmoe.moe import expert_capacity
 from vmoe.moe.expert_choice import choose_tokens
+from vmoe.moe.router import Routing
 
 _spec = importlib.util.spec_from_file_location("figures", Path(__file__).parents[1] / "convert" / "figures.py")
 figures = importlib.util.module_from_spec(_spec)
@@ -59,7 +60,9 @@ def test_expert_choice():
             )
             N, E, capacity = case["num_items"], case["num_experts"], case["capacity"]
             assert expert_capacity(N, E, 1, case["capacity_factor"]) == capacity
-            chosen = choose_tokens(gates_NE[None], capacity, capacity)
+            gates_1NE = gates_NE[None]
+            routing = Routing(gates_1NE, gates_1NE, gates_1NE, gates_1NE, 0.0, per_token=False)
+            chosen = choose_tokens(routing, capacity, capacity)
             assert torch.equal(chosen.token_R.view(E, capacity), items_EC.long()), case
             assert torch.equal(chosen.weight_R.view(E, capacity), weights_EC), case
 

@@ -209,7 +209,7 @@ def test_what_was_frozen_typed_and_dropped_stays_so():
 
 def test_routing_settings_and_presets_reach_the_layers():
     layer = vmoe.upcycle(tiny_vit(), layers=[1], router_preset="dbrx", z_loss=0.5).blocks[1].mlp
-    assert (layer.num_experts, layer.num_selected_experts, layer.normalize_weights) == (16, 4, True)
+    assert (layer.num_experts, layer.num_selected_experts, layer.settings.normalize_weights) == (16, 4, True)
     assert (layer.settings.z_loss, layer.settings.gshard_loss, layer.experts.gated) == (0.5, 0.05, False)
     plain = vmoe.upcycle(tiny_vit(), layers=[1]).blocks[1].mlp.settings
     assert (plain.num_experts, plain.num_selected_experts) == (8, 2)

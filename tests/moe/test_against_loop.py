@@ -233,7 +233,7 @@ def check(case, run=lambda layer, *inputs: layer(*inputs)):
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(std=0.7)
-        if layer.bias_update_rate > 0:
+        if layer.settings.bias_update_rate > 0:
             layer.router.expert_bias.normal_(std=0.3)
     (B, T), masked, several = call["shape"], call["masked"], call["modalities"]
     x = torch.randn(B, T, D, dtype=torch.float64, requires_grad=True)

@@ -9,10 +9,16 @@ from hypothesis import strategies as st
 
 import vmoe
 from vmoe.moe import SparseMoE
-from vmoe.moe.expert_choice import choose_tokens, gather_tokens, return_rows
+from vmoe.moe.dispatch import Capacity
+from vmoe.moe.expert_choice import choose_tokens
+from vmoe.moe.router import Routing
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "routing_expert_choice.json").read_text())
+
+
+def routing_of(gates):
+    return Routing(gates, gates, gates, gates, 0.0, per_token=False)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["case"])
@@ -20,10 +26,9 @@ def test_golden_choices(case):
     with np.load(GOLDEN / "routing_expert_choice.npz") as file:
         names = ("gates", "item_index", "combine_weights")
         gates, items, weights = (torch.from_numpy(file[f"{case['case']}/{name}"]) for name in names)
-    layer = SparseMoE(4, 4, router="expert_choice", num_experts=case["num_experts"])
-    layer.capacity_factor = case["capacity_factor"]
-    assert layer._capacity(None, case["num_items"]) == (case["capacity"], case["capacity"])
-    chosen = choose_tokens(gates[None], case["capacity"], case["capacity"])
+    capacity = Capacity(factor=case["capacity_factor"]).rows(case["num_items"], case["num_experts"], 1, None)
+    assert capacity == (case["capacity"], case["capacity"])
+    chosen = choose_tokens(routing_of(gates[None]), *capacity)
     assert torch.equal(chosen.token_R.view(items.shape), items.long())
     assert torch.equal(chosen.weight_R.view(weights.shape), weights)
 
@@ -35,7 +40,7 @@ def test_rows_are_the_best_real_tokens_of_each_modality(G, N, E, capacity, norma
     gates = torch.randn(G, N, E, generator=generator, dtype=torch.float64).round(decimals=1).softmax(-1)
     member = torch.randint(0, 3, (G, N), generator=generator)  # 2 is padding
     members = torch.stack([member == 0, member == 1], dim=1)
-    chosen = choose_tokens(gates, capacity, capacity, members, normalize)
+    chosen = choose_tokens(routing_of(gates), capacity, capacity, members, normalize)
     taken = torch.zeros(G, N, E, dtype=torch.bool)
     for g in range(G):
         for m in range(2):
@@ -44,11 +49,12 @@ def test_rows_are_the_best_real_tokens_of_each_modality(G, N, E, capacity, norma
                 for n in sorted(own, key=lambda n: -gates[g, n, e].item())[:capacity]:
                     taken[g, n, e] = True
     assert torch.equal(chosen.taken_GNE, taken)
-    assert torch.equal(chosen.count_E, taken.sum((0, 1)))
+    assert (chosen.count_E == min(capacity, N) * G * 2).all()  # rows without a token are zero
+    assert torch.equal(chosen.filled_R.view(E, -1).sum(1), taken.sum((0, 1)))
 
     x = torch.randn(G, N, 4, generator=generator, dtype=torch.float64)
     scale = torch.arange(1.0, E + 1, dtype=torch.float64).repeat_interleave(chosen.count_E)
-    y = return_rows(gather_tokens(x, chosen) * scale[:, None], chosen, G, N)
+    y = chosen.combine(chosen.dispatch(x) * scale[:, None])
     weights = torch.where(taken, gates, 0)
     if normalize:
         weights = torch.where(taken, weights / weights.sum(-1, keepdim=True).clamp(min=1e-300), 0)

@@ -48,7 +48,7 @@ def test_output_is_the_weighted_sum_of_the_kept_experts(num_experts, factor, pri
     with vmoe.record_routing(layer) as record:
         y = layer(x, mask)
     routing = record.layers[""]
-    layer.last_input = layer._into_groups(x, mask, None)[0]
+    layer.last_input = layer._group(x, mask, None).x_GND
     torch.testing.assert_close(y, routing.tokens(by_hand(layer, routing)))
     dropped = ~routing.tokens(routing.kept).any(-1)
     assert (y[dropped] == 0).all()

@@ -399,7 +399,9 @@ def test_whole_numbers_may_come_as_floats():
 )
 def test_numbers_of_the_presets(name, room, noise, jitter, mlp, losses):
     layer = SparseMoE(D, HIDDEN, router_preset=name, num_experts=8, num_tokens=240).train()
-    assert (layer.router.slots.shape[1] if name == "soft" else layer._capacity(None, 240)[0]) == room
+    K = layer.num_selected_experts if layer.router_type == "top_k" else 1
+    capacity = layer.router.slots.shape[1] if name == "soft" else layer._capacity().rows(240, 8, K, None)[0]
+    assert capacity == room
     settings = layer.settings
     assert (settings.noise_std, settings.input_jitter, settings.expert_mlp) == (noise, jitter, mlp)
     assert {loss: weight for loss, weight in layer.losses.weights.items() if weight} == losses

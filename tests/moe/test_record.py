@@ -32,7 +32,6 @@ def test_layers_in_model_order_and_the_sum_of_their_losses():
     assert routing.gates.shape == (1, 10, 4)
     assert routing.batch_shape == (2, 5)
     torch.testing.assert_close(routing.gates.sum(-1), torch.ones(1, 10))
-    assert routing.modality_BT is routing.places is None
 
 
 def test_nothing_is_recorded_outside_the_block_or_kept_on_modules():

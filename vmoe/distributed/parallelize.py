@@ -2,7 +2,7 @@
 
 Every process has its own part of the batch, so the gradient of the mean loss is the mean of the processes' gradients,
 wherever a weight lies. An expert that sits in one of P processes receives the gradients of all P through the exchange
-of rows; `vmoe.moe.experts.own_experts` divides them by P, and FSDP2 averages over the expert's copies.
+of rows; `vmoe.moe.experts.local_experts` divides them by P, and FSDP2 averages over the expert's copies.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def split_modalities(call: LayerRouting) -> dict[str, ModalityTokens]:
     arrays = {name: _array(call.tokens(tensor)) for name, tensor in grouped.items()}
     if call.modality is None:
         return {call.modalities[0]: ModalityTokens(**arrays)}
-    modality_BT = _array(call.modality_BT)
+    modality_BT = _array(call.tokens(call.modality))
     if (modality_BT != modality_BT[:1]).any():
         raise ValueError("the tokens of a modality must lie in the same places in every row of the batch")
     places = {name: np.flatnonzero(modality_BT[0] == m) for m, name in enumerate(call.modalities)}

@@ -12,14 +12,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import AttentionPoolLatent, DropPath, PatchEmbed, resample_abs_pos_embed, trunc_normal_
+from timm.layers import AttentionPoolLatent, PatchEmbed, resample_abs_pos_embed, trunc_normal_
 from timm.models import checkpoint, named_apply
 from timm.models.vision_transformer import Block, get_init_weights_vit
 from torch import Tensor, nn
 
 from vmoe.models.contrastive import INIT_LOGIT_SCALE, ImageTextModel
 from vmoe.models.text import attention_bias, check_length, make_blocks, masked_mean, text_mask, text_routing
-from vmoe.models.tokens import PackedTokens, RowTokens
 from vmoe.models.vision import sparse_blocks, without_decay
 from vmoe.moe import SparseMoE
 from vmoe.moe.config import PRESETS
@@ -37,20 +36,33 @@ def attention(qkv_BT3D: Tensor, bias_B11T: Tensor | None, num_heads: int) -> Ten
 
 
 class LIMoEBlock(Block):
-    """timm's pre-norm block over patches and words at once: attention per modality, one MLP for both.
+    """timm's pre-norm block over patches and text tokens at once: attention per modality, one MLP for both.
 
     `attn` holds the weights of queries, keys, values and the projection; its own forward pass is not called, since it
     knows one sequence only.
     """
 
-    def forward(self, x: Tensor, tokens: RowTokens | PackedTokens) -> Tensor:
-        """Tokens in the form that `tokens` describes, (B, T, D) or (S, D) -> the same."""
-        qkv = self.attn.qkv(self.norm1(x))
-        attended = [attention(part, bias, self.attn.num_heads) for part, bias in tokens.sequences(qkv)]
-        x = x + self.drop_path1(self.ls1(self.attn.proj(tokens.join(attended))))
-        h = self.norm2(x)
-        h = tokens.through_experts(self.mlp, h) if isinstance(self.mlp, SparseMoE) else self.mlp(h)
-        return x + self.drop_path2(self.ls2(h))
+    def forward(
+        self, x_BTD: Tensor, num_patches: int, mask_BT: Tensor, modality_BT: Tensor, bias_B11L: Tensor | None
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D).
+
+        Args:
+            x_BTD: the patches of an image, then the tokens of its caption.
+            num_patches: P; 0 without images.
+            mask_BT: True for patches and real text tokens.
+            modality_BT: 0 for patches, 1 for text tokens.
+            bias_B11L: hides padding from attention; None without text.
+        """
+        P, heads = num_patches, self.attn.num_heads
+        qkv = self.attn.qkv(self.norm1(x_BTD))
+        attended = [attention(qkv[:, :P], None, heads)] if P else []
+        if bias_B11L is not None:
+            attended.append(attention(qkv[:, P:], bias_B11L, heads))
+        x_BTD = x_BTD + self.drop_path1(self.ls1(self.attn.proj(torch.cat(attended, dim=1))))
+        h_BTD = self.norm2(x_BTD)
+        h_BTD = self.mlp(h_BTD, mask_BT, modality_BT) if isinstance(self.mlp, SparseMoE) else self.mlp(h_BTD)
+        return x_BTD + self.drop_path2(self.ls2(h_BTD))
 
 
 class LIMoE(ImageTextModel):
@@ -197,28 +209,13 @@ class LIMoE(ImageTextModel):
         mask_BT, bias_B11L = torch.ones(B, P, dtype=torch.bool, device=x.device), None
         if mask_BL is not None:
             mask_BT, bias_B11L = torch.cat([mask_BT, mask_BL], dim=1), attention_bias(mask_BL, x.dtype)
-        tokens = rows = RowTokens(P, mask_BT, modality_BT, bias_B11L)
-        if mask_BL is not None and self.can_pack(x):
-            tokens = PackedTokens.of(rows)
-            x = tokens.pack(x)
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, tokens)
+                x = checkpoint(block, x, P, mask_BT, modality_BT, bias_B11L)
             else:
-                x = block(x, tokens)
+                x = block(x, P, mask_BT, modality_BT, bias_B11L)
         x = self.norm(x)
-        x_BTD = x if tokens is rows else tokens.unpack(x)
-        return x_BTD[:, :P], x_BTD[:, P:]
-
-    def can_pack(self, x: Tensor) -> bool:
-        """Leave out what fills up the captions: on a CPU, where it costs no synchronisation.
-
-        Stochastic depth drops rows, so it needs them.
-        """
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return False
-        drops_rows = self.training and any(isinstance(module, DropPath) for module in self.blocks.modules())
-        return not drops_rows
+        return x[:, :P], x[:, P:]
 
     def image_head(self, x_BPD: Tensor) -> Tensor:
         """Pool and project: (B, P, D) -> (B, C)."""

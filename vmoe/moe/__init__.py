@@ -1,5 +1,6 @@
 """The sparse layer and its parts; knows only torch."""
 
+from vmoe.moe.backends import use_backend
 from vmoe.moe.config import PRESETS, SETTING_NAMES, RoutingSettings, with_preset
 from vmoe.moe.dispatch import DispatchPlan, combine, dispatch, expert_capacity, plan_dispatch
 from vmoe.moe.experts import Experts, GroupedLinear
@@ -29,5 +30,6 @@ __all__ = [
     "set_auxiliary_loss_scale",
     "top_k_experts",
     "update_expert_bias",
+    "use_backend",
     "with_preset",
 ]

@@ -9,6 +9,7 @@ tokens x experts x capacity is ever made.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -75,34 +76,32 @@ def masked_capacity(
     return (torch.ceil(capacity_G / multiple_of) * multiple_of).long()
 
 
-@dataclass(frozen=True)
-class Places:
-    """Where the tokens of a call lie in their batch, if they are not all of it, row by row.
-
-    Whatever depends on the order of tokens, or is drawn for each, is as if they lay there.
+class Capacity(NamedTuple):
+    """How many rows an expert takes from a group.
 
     Attributes:
-        index_S: flat index into (B, T) of each token.
-        shape: (B, T).
+        fixed: a number; it wins over the factor.
+        factor: C; None: no limit.
+        rounding: "ceil" or "round", of what the factor gives.
+        multiple_of: to which that is raised.
     """
 
-    index_S: Tensor
-    shape: tuple[int, int]
+    fixed: int | None = None
+    factor: float | None = None
+    rounding: str = "ceil"
+    multiple_of: int = 4
 
-    @property
-    def number(self) -> int:
-        """B·T."""
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def order_S(self) -> Tensor:
-        """The tokens as they come in the batch."""
-        return self.index_S.argsort()
-
-    def rows(self, x_S: Tensor) -> Tensor:
-        """(S, ...) -> (B, T, ...), zero where there is no token."""
-        x_BT = x_S.new_zeros(self.number, *x_S.shape[1:])
-        return x_BT.index_copy(0, self.index_S, x_S).view(*self.shape, *x_S.shape[1:])
+    def rows(
+        self, num_tokens: int, num_experts: int, num_selected_experts: int, mask: Tensor | None
+    ) -> tuple[int | Tensor | None, int | None]:
+        """(a number, or one per group of the mask (its leading axes); the most it can be). None: no limit."""
+        if self.fixed is not None:
+            return self.fixed, self.fixed
+        if self.factor is None:
+            return None, None
+        given = (num_experts, num_selected_experts, self.factor, self.rounding, self.multiple_of)
+        most = expert_capacity(num_tokens, *given)
+        return most if mask is None else masked_capacity(mask, *given), most
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ class DispatchPlan:
             come last, and only where the number of rows must not depend on the data (compiled code, GPUs).
         row_A: row of each assignment, -1 if it was dropped or its token is padding.
         count_E: kept rows of each expert.
-        position_A: place of each assignment in its expert's queue (0 first), whether there was room or not.
+        position_A: index of each assignment in its expert's queue (0 first), whether there was room or not.
         may_drop: False when every assignment surely has a row.
         may_pad: False when every row surely has an assignment.
         shape: (G, N, K).
@@ -143,7 +142,7 @@ class DispatchPlan:
 
     @property
     def position_GNK(self) -> Tensor:
-        """(G, N, K) place in the expert's queue; meaningless for padding."""
+        """(G, N, K) index in the expert's queue; meaningless for padding."""
         return self.position_A.view(self.shape)
 
 
@@ -155,7 +154,6 @@ def plan_dispatch(
     mask_GN: Tensor | None = None,
     max_capacity: int | None = None,
     chosen_GNK: Tensor | None = None,
-    places: Places | None = None,
 ) -> DispatchPlan:
     """Queue the assignments before their experts and cut each queue at its capacity.
 
@@ -170,7 +168,6 @@ def plan_dispatch(
         mask_GN: True where the token is real; padding takes no room.
         max_capacity: upper bound of `capacity` where that is a tensor; bounds the number of rows.
         chosen_GNK: False for a choice that the router itself gave up; it takes no room.
-        places: of the tokens, which are one group; what is said above of their order is said of these.
 
     Returns:
         The plan; integers and booleans only, no gradient.
@@ -192,12 +189,8 @@ def plan_dispatch(
     if K > 1:
         key_GNK = key_GNK * K + torch.arange(K, device=device)
     if priority_GN is not None:
-        key_GNK = (key_GNK << 32) | _falling(priority_GN.detach())[..., None]
-    if places is None:
-        order_A = key_GNK.flatten().sort(stable=True).indices
-    else:
-        in_turn_A = (places.order_S[:, None] * K + torch.arange(K, device=device)).flatten()
-        order_A = in_turn_A[key_GNK.flatten()[in_turn_A].sort(stable=True).indices]
+        key_GNK = (key_GNK << 32) | _descending(priority_GN.detach())[..., None]
+    order_A = key_GNK.flatten().sort(stable=True).indices
     queue_A = queue_GNK.flatten()[order_A]
     length_Q = torch.zeros(E * G + 1, dtype=torch.long, device=device).scatter_add_(
         0, queue_A, torch.ones_like(queue_A)
@@ -234,8 +227,8 @@ def plan_dispatch(
     return DispatchPlan(assignment_R, row_A, length_EG.sum(1), position_A, True, may_pad, (G, N, K))
 
 
-def _falling(priority_GN: Tensor) -> Tensor:
-    """Whole numbers from 0 to 2^32 - 1, the smaller the larger the priority, equal where it is equal."""
+def _descending(priority_GN: Tensor) -> Tensor:
+    """A sort key: integers from 0 to 2^32 - 1, the smaller the larger the priority, equal where it is equal."""
     if priority_GN.dtype == torch.float64:  # more than 32 bits: the ranks do
         sorted_GN, order_GN = priority_GN.sort(dim=1, descending=True, stable=True)
         is_new_GN = F.pad(sorted_GN[:, 1:] != sorted_GN[:, :-1], (1, 0))

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vmoe.moe.backends.activations import activation_name
-from vmoe.moe.backends.cpu import routed_mlp
+from vmoe.moe.backends import select_backend
 from vmoe.moe.backends.grouped_mm import grouped_mm
+from vmoe.moe.backends.reference import activate
 
 GATED_ACTIVATIONS = {"swiglu": nn.SiLU, "geglu": nn.GELU}
 
@@ -20,8 +20,8 @@ GATED_ACTIVATIONS = {"swiglu": nn.SiLU, "geglu": nn.GELU}
 RunExperts = Callable[[Tensor, Tensor], Tensor]
 
 
-def own_experts(parameter: Tensor | None) -> Tensor | None:
-    """The rows of a stacked parameter that belong to this process: all of them, unless the experts are spread.
+def local_experts(parameter: Tensor | None) -> Tensor | None:
+    """The rows of a stacked parameter that belong to this process: all of them, unless the experts are sharded.
 
     Where they are (`vmoe.distributed`), the parameter is a DTensor sharded by expert over P processes. Rows of all of
     these pass through an expert, so its gradient is the sum of theirs; divided by P it is their mean, as with all other
@@ -44,20 +44,6 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         return grad * ctx.scale, None
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Somebody listens to the module's calls, or has put another `forward` in the place of its own."""
-    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(own) or "forward" in vars(module) or torch.nn.modules.module._has_any_global_hook()
-
-
-def can_be_repeated(act: nn.Module) -> bool:
-    """The backward pass may compute the activation again: it is not random, learns nothing, leaves its input alone."""
-    random = (nn.RReLU, nn.modules.dropout._DropoutNd)
-    return next(act.parameters(), None) is None and not any(
-        isinstance(module, random) or getattr(module, "inplace", False) or has_hooks(module) for module in act.modules()
-    )
 
 
 class GroupedLinear(nn.Module):
@@ -99,25 +85,26 @@ class GroupedLinear(nn.Module):
         Returns:
             (R, O).
         """
-        weight_EOI, bias_EO = own_experts(self.weight), own_experts(self.bias)
+        weight_EOI, bias_EO = local_experts(self.weight), local_experts(self.bias)
         device_type = x_RI.device.type
         if device_type != "meta" and torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
             x_RI, weight_EOI = x_RI.to(dtype), weight_EOI.to(dtype)
             bias_EO = None if bias_EO is None else bias_EO.to(dtype)
         if device_type == "cpu" and not torch.compiler.is_compiling():
-            return self._forward_segments(x_RI, weight_EOI, bias_EO, count_E.tolist())
-        return self._forward_grouped(x_RI, weight_EOI, bias_EO, count_E)
+            return self._forward_each(x_RI, weight_EOI, bias_EO, count_E.tolist())
+        return self.forward_grouped(x_RI, weight_EOI, bias_EO, count_E)
 
     @staticmethod
-    def _forward_segments(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, counts: list[int]) -> Tensor:
+    def _forward_each(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, counts: list[int]) -> Tensor:
         biases = [None] * len(counts) if bias_EO is None else bias_EO.unbind()
-        return torch.cat(
-            [F.linear(*args) for args in zip(x_RI.split(counts), weight_EOI.unbind(), biases, strict=True)]
-        )
+        rows = x_RI[: sum(counts)].split(counts)
+        y_RO = torch.cat([F.linear(*each) for each in zip(rows, weight_EOI.unbind(), biases, strict=True)])
+        return F.pad(y_RO, (0, 0, 0, len(x_RI) - len(y_RO))) if len(y_RO) < len(x_RI) else y_RO
 
     @staticmethod
-    def _forward_grouped(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, count_E: Tensor) -> Tensor:
+    def forward_grouped(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, count_E: Tensor) -> Tensor:
+        """The same where the number of rows must not be read from the device: compiled code, GPUs, meta tensors."""
         end_E = count_E.cumsum(0)
         y_RO = grouped_mm(x_RI, weight_EOI, end_E)
         if bias_EO is None:
@@ -159,7 +146,7 @@ class GroupedLayerNorm(nn.Module):
 
     def forward(self, x_RF: Tensor, count_E: Tensor) -> Tensor:
         """Rows sorted by expert -> the same shape."""
-        weight_EF, bias_EF = own_experts(self.weight), own_experts(self.bias)
+        weight_EF, bias_EF = local_experts(self.weight), local_experts(self.bias)
         y_RF = F.layer_norm(x_RF, x_RF.shape[-1:], eps=self.eps)
         row_R = torch.arange(x_RF.shape[0], device=x_RF.device)
         expert_R = torch.searchsorted(count_E.cumsum(0), row_R, right=True).clamp(max=weight_EF.shape[0] - 1)
@@ -178,15 +165,15 @@ class Experts(nn.Module):
         in_features: D.
         hidden_features: F.
         out_features: width of the result, by default D.
-        act_layer: makes the activation of plain experts. One of your own gives the same result each time, without
-            changing its input: on a CPU the backward pass computes it again.
+        act_layer: makes the activation of plain experts.
         norm_layer: makes a norm of the hidden activations, given their width; None: no norm.
         bias: biases in both layers.
         drop: dropout after the activation.
         kind: "mlp", "swiglu" (SiLU) or "geglu" (GELU).
+        backend: what computes them, see `vmoe.moe.backends.select_backend`.
 
     Attributes:
-        exchange: where the experts are spread over processes: brings each row to the process of its expert and back
+        exchange: where the experts are sharded over processes: brings each row to the process of its expert and back
             (`vmoe.distributed.expert_parallel.ExpertExchange`); else None.
     """
 
@@ -197,18 +184,21 @@ class Experts(nn.Module):
         num_experts: int,
         in_features: int,
         hidden_features: int,
+        *,
         out_features: int | None = None,
         act_layer: Callable[[], nn.Module] = nn.GELU,
         norm_layer: Callable[[int], nn.Module] | None = None,
         bias: bool = True,
         drop: float = 0.0,
         kind: str = "mlp",
+        backend: str = "auto",
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         self.num_experts = num_experts
+        self.backend = backend
         self.gated = kind in GATED_ACTIVATIONS
         fc1_features = 2 * hidden_features if self.gated else hidden_features
         self.fc1 = GroupedLinear(num_experts, in_features, fc1_features, bias, **factory)
@@ -220,81 +210,26 @@ class Experts(nn.Module):
         self.fc2 = GroupedLinear(num_experts, hidden_features, out_features or in_features, bias, **factory)
 
     def forward(self, x_RD: Tensor, count_E: Tensor, max_count: int | None = None) -> Tensor:
-        """(R, D) rows sorted by expert, (E,) rows of each -> (R, D).
+        """Rows through their experts.
 
         Args:
-            max_count: the most rows that an expert can have, the same number in all processes; None: unknown.
+            x_RD: rows sorted by expert.
+            count_E: rows of each expert; rows beyond their sum are unused and give zeros.
+            max_count: the most rows that an expert can have; None: unknown, in all processes.
+
+        Returns:
+            (R, O).
         """
         if self.exchange is not None:
             return self.exchange(self.run, x_RD, count_E, max_count)
         return self.run(x_RD, count_E)
 
     def run(self, x_RD: Tensor, count_E: Tensor) -> Tensor:
-        """The experts that this process holds: (R, D) rows sorted by expert, (E,) rows of each -> (R, D)."""
-        if self._are_plain(x_RD):
-            return self.run_routed(x_RD, None, None, None, count_E)
-        h_RF = self.drop(self.activate(self.fc1(x_RD, count_E)))
-        if self.norm is not None:
-            h_RF = self.norm(h_RF, count_E)
-        return self.fc2(h_RF, count_E)
+        """The experts that this process holds: (R, D) rows sorted by expert, (E,) rows of each -> (R, O)."""
+        return select_backend(self, x_RD)(self, x_RD, count_E)
 
-    def activate(self, h_RF: Tensor) -> Tensor:
-        """Hidden activations: (R, F of fc1) -> (R, F of fc2)."""
-        if not self.gated:
-            return self.act(h_RF)
-        gate_RF, value_RF = h_RF.chunk(2, dim=-1)
-        return self.act(gate_RF) * value_RF
-
-    def can_route(self, x: Tensor) -> bool:
-        """`run_routed` stands for dispatch, experts and combine: on a CPU, where it is quicker, for plain experts."""
-        return self.exchange is None and self._are_plain(x) and not has_hooks(self)
-
-    def run_routed(
-        self,
-        x_SD: Tensor,
-        token_R: Tensor | None,
-        row_SK: Tensor | None,
-        weight_R: Tensor | None,
-        count_E: Tensor,
-    ) -> Tensor:
-        """Tokens through their experts and back, see `vmoe.moe.backends.cpu`; only if `can_route`.
-
-        Args:
-            x_SD: tokens.
-            token_R: token of each row, rows sorted by expert; None: the tokens are the rows.
-            row_SK: rows of each token, -1 for none; None: not known.
-            weight_R: weight of each row; None: one.
-            count_E: rows of each expert.
-
-        Returns:
-            (S, O), zero for a token without a row.
-        """
-        fc1, fc2 = ((own_experts(layer.weight), own_experts(layer.bias)) for layer in (self.fc1, self.fc2))
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_SD.dtype
-        name = None if self.gated else activation_name(self.act)
-        return routed_mlp(x_SD, token_R, row_SK, weight_R, count_E.tolist(), fc1, fc2, self.activate, name, dtype)
-
-    def _are_plain(self, x: Tensor) -> bool:
-        """The operation for CPUs takes them."""
-        return (
-            x.device.type == "cpu"
-            and not torch.compiler.is_compiling()
-            and self.is_plain_mlp(x)
-            and can_be_repeated(self.act)
-        )
-
-    def is_plain_mlp(self, x: Tensor) -> bool:
-        """Nothing but two linear layers and an activation, and nobody who wants to see what lies between them."""
-        if not (type(self.fc1) is type(self.fc2) is GroupedLinear and self.norm is None):
-            return False
-        if (self.training and self.drop.p > 0) or any(map(has_hooks, (self.fc1, self.act, self.drop, self.fc2))):
-            return False
-        if not (x.dtype == self.fc1.weight.dtype or torch.is_autocast_enabled(x.device.type)):
-            return False
-        # FLOP counters, fake tensors and torch.func see the plain products; a compiler traces what it will run.
-        return torch.compiler.is_compiling() or (
-            torch._C._len_torch_dispatch_stack() == 0 and not torch._C._are_functorch_transforms_active()
-        )
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, backend={self.backend!r}"
 
 
 class SharedExpert(nn.Module):
@@ -304,6 +239,7 @@ class SharedExpert(nn.Module):
         self,
         in_features: int,
         hidden_features: int,
+        *,
         out_features: int,
         act_layer: Callable[[], nn.Module] = nn.GELU,
         bias: bool = True,
@@ -315,16 +251,11 @@ class SharedExpert(nn.Module):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         self.gated = kind in GATED_ACTIVATIONS
-        fc1_features = 2 * hidden_features if self.gated else hidden_features
-        self.fc1 = nn.Linear(in_features, fc1_features, bias, **factory)
+        self.fc1 = nn.Linear(in_features, (1 + self.gated) * hidden_features, bias, **factory)
         self.act = GATED_ACTIVATIONS[kind]() if self.gated else act_layer()
         self.drop = nn.Dropout(drop)
         self.fc2 = nn.Linear(hidden_features, out_features, bias, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        h = self.fc1(x)
-        if self.gated:
-            gate, value = h.chunk(2, dim=-1)
-            return self.fc2(self.drop(self.act(gate) * value))
-        return self.fc2(self.drop(self.act(h)))
+        """(..., D) -> (..., O)."""
+        return self.fc2(self.drop(activate(self.act, self.gated, self.fc1(x))))

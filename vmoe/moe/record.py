@@ -11,13 +11,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from vmoe.moe.dispatch import Places
+from vmoe.moe.backends import backend_name
+from vmoe.moe.groups import TokenGroups
 from vmoe.moe.losses import AuxiliaryLosses, entropy_of, members
-from vmoe.moe.router import Routing
+from vmoe.moe.router import Assignment, Routing, is_recomputation
+
+if TYPE_CHECKING:
+    from vmoe.moe.layer import SparseMoE
 
 
 @dataclass(frozen=True)
@@ -28,19 +33,18 @@ class LayerRouting:
     it is recorded, which activation checkpointing relies on: it runs the layer again when the record is long closed.
 
     Attributes:
-        routing: the router's decisions.
-        kept: (G, N, K) bool, the expert had room.
+        routing: the gate's decisions, with K experts listed for each token.
+        kept: (G, N, K) bool, the expert had capacity for the token.
         mask: (G, N) bool, False for padding.
-        modality: (G, N) index into `modalities`, or None where there is only the first of them; see `modality_BT`.
-        batch_shape: (B, T) of the layer's input; its tokens lie row by row in (G, N), padding last. See `places`, and
-            `tokens` for the way back.
+        modality: (G, N) index into `modalities`, or None where there is only the first of them.
+        batch_shape: (B, T) of the layer's input; its tokens lie row by row in (G, N), padding last. See `tokens` for
+            the way back.
         loss_function: the layer's weighted losses.
         learns: the layer is in training and its gate is not frozen.
         attached: the layer adds the gradients of its losses itself (`auxiliary_loss="attach"`).
-        own_statistics: further metrics of this kind of router, computed when they are asked for.
+        assignment: what the router returned, for the metrics of its kind.
         router: "top_k", "expert_choice" or "soft".
-        modality_BT: (B, T) modality of each place of the input, padding too; None as `modality`.
-        places: if (G, N) are not the (B, T) tokens row by row: where they lie there. LIMoE on a CPU leaves out padding.
+        backend: what computed the experts: "reference", "cpu" or "triton".
     """
 
     routing: Routing
@@ -51,10 +55,28 @@ class LayerRouting:
     loss_function: AuxiliaryLosses
     learns: bool
     attached: bool
-    own_statistics: Callable[[], dict[str, Tensor]] = dict
+    assignment: Assignment | None = None
     router: str = "top_k"
-    modality_BT: Tensor | None = None
-    places: Places | None = None
+    backend: str = "reference"
+
+    @classmethod
+    def of(cls, layer: "SparseMoE", assignment: Assignment, tokens: TokenGroups, attached: bool) -> "LayerRouting":
+        """The routing of a call of a layer."""
+        routing, kept_GNK = assignment.listed()
+        leading = tokens.leading
+        return cls(
+            routing=routing,
+            kept=kept_GNK,
+            mask=torch.ones_like(kept_GNK[..., 0]) if tokens.mask_GN is None else tokens.mask_GN,
+            modality=tokens.modality_GN,
+            batch_shape=(leading[:-1].numel(), leading[-1] if leading else 1),
+            loss_function=layer.losses,
+            learns=layer.training and any(parameter.requires_grad for parameter in layer.router.parameters()),
+            attached=attached,
+            assignment=assignment,
+            router=layer.router_type,
+            backend=backend_name(layer.experts, tokens.x_GND),
+        )
 
     @property
     def gates(self) -> Tensor:
@@ -157,15 +179,11 @@ class LayerRouting:
     def means(self) -> dict[str, Tensor]:
         """The rest of the metrics, without gradient: the losses, and what this kind of router tells of itself."""
         losses = {name: loss.detach() for name, loss in self.losses.items()}
-        return {**self.own_statistics(), **losses, "auxiliary_loss": self.auxiliary_loss.detach()}
+        own = {} if self.assignment is None else self.assignment.statistics()
+        return {**own, **losses, "auxiliary_loss": self.auxiliary_loss.detach()}
 
     def tokens(self, grouped: Tensor) -> Tensor:
-        """Bring a (G, N, ...) tensor of this record back to the call's own order, (B, T, ...).
-
-        Padding that the call left out (`places`) comes out as zero.
-        """
-        if self.places is not None:
-            return self.places.rows(grouped.flatten(0, 1))
+        """Brings a (G, N, ...) tensor of this record back to the call's own order, (B, T, ...)."""
         B, T = self.batch_shape
         return grouped.flatten(0, 1)[: B * T].view(B, T, *grouped.shape[2:])
 
@@ -305,11 +323,6 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
         yield record
     finally:
         _ACTIVE.remove(record)
-
-
-def is_recomputation() -> bool:
-    """Activation checkpointing runs the layer again inside the backward pass: this call is not a new one."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def active_records(layer: nn.Module) -> list[RoutingRecord]:

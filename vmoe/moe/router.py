@@ -1,12 +1,14 @@
-"""The learned part of routing: a linear gate, its noise, and the choice of K experts for each token.
+"""The learned part of routing, and what every router returns.
 
-Expert choice and soft routing, which turn the choice around, are in `expert_choice.py` and `soft.py`; they share the
-gate and the `Routing` that it gives.
+A router is called with the tokens and gives an `Assignment`. `TopKRouter`, where each token chooses its experts, is in
+this file; `expert_choice.py` and `soft.py` turn the choice around and share the gate.
 
-Shapes, by suffix: G groups, N tokens in a group, D width, E experts, K choices.
+Shapes, by suffix: G groups, N tokens in a group, D width, E experts, K choices, R rows handed to the experts.
 """
 
 import math
+import warnings
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -14,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmoe.moe.backends.onednn import are_plain, in_onednn, linear
-from vmoe.moe.dispatch import Places
+from vmoe.moe.config import RoutingSettings
+from vmoe.moe.dispatch import Capacity, DispatchPlan, combine, dispatch, plan_dispatch
+from vmoe.moe.groups import TokenGroups
 
 
 @dataclass(frozen=True)
 class Routing:
-    """What the router decided, before anyone is dropped.
+    """What the gate decided, before any token is dropped.
 
     Attributes:
         logits_GNE: the gate's own output, without noise.
@@ -71,10 +74,62 @@ class Routing:
 
         Args:
             weights_GNE: the combine weight of each expert; listed without a gradient, since a layer under activation
-                checkpointing must save the same whether or not somebody records.
+                checkpointing must save the same whether or not it is recorded.
         """
         index_GNE = self.noisy_gates_GNE.detach().argsort(dim=-1, descending=True, stable=True)
         return replace(self, expert_index_GNK=index_GNE, combine_weights_GNK=weights_GNE.detach().gather(-1, index_GNE))
+
+
+class Assignment(ABC):
+    """Which rows the experts compute, and what becomes of the results: what a router returns.
+
+    Attributes:
+        routing: the gate's decisions.
+        count_E: rows of each expert; rows are sorted by expert.
+        max_count: the most rows that an expert can have; None: unknown.
+    """
+
+    routing: Routing
+    count_E: Tensor
+    max_count: int | None
+
+    @abstractmethod
+    def dispatch(self, x_GND: Tensor) -> Tensor:
+        """The experts' input: (R, D) rows sorted by expert. Differentiable."""
+
+    @abstractmethod
+    def combine(self, y_RD: Tensor) -> Tensor:
+        """The experts' results brought back to the tokens: (G, N, D). Differentiable."""
+
+    @abstractmethod
+    def listed(self) -> tuple[Routing, Tensor]:
+        """For records: the routing with its K experts listed, and (G, N, K) bool, whether each of them was kept."""
+
+    def statistics(self) -> dict[str, Tensor]:
+        """{name: scalar} further metrics of this kind of router, computed when they are read."""
+        return {}
+
+
+@dataclass(frozen=True)
+class TopKAssignment(Assignment):
+    """Each token goes to its K experts, as far as their capacity allows."""
+
+    routing: Routing
+    plan: DispatchPlan
+    max_count: int | None
+
+    @property
+    def count_E(self) -> Tensor:
+        return self.plan.count_E
+
+    def dispatch(self, x_GND: Tensor) -> Tensor:
+        return dispatch(x_GND, self.plan)
+
+    def combine(self, y_RD: Tensor) -> Tensor:
+        return combine(y_RD, self.routing.combine_weights_GNK, self.plan)
+
+    def listed(self) -> tuple[Routing, Tensor]:
+        return self.routing, self.plan.kept_GNK
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
@@ -88,10 +143,7 @@ class _GateProduct(torch.autograd.Function):
     @staticmethod
     def forward(x_GND: Tensor, weight_ED: Tensor) -> Tensor:
         dtype = torch.promote_types(x_GND.dtype, torch.float32)
-        x_GND, weight_ED = x_GND.to(dtype), weight_ED.to(dtype)
-        if in_onednn(dtype) and are_plain(x_GND, weight_ED):  # half of the time
-            return linear(x_GND, weight_ED)
-        return F.linear(x_GND, weight_ED)
+        return F.linear(x_GND.to(dtype), weight_ED.to(dtype))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -105,37 +157,8 @@ class _GateProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = (grad_GNE @ weight_ED.to(dtype)).to(x_GND.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = grad_GNE.flatten(0, 1).T @ x_GND.flatten(0, 1).to(dtype)
-            grad_weight = grad_weight.to(weight_ED.dtype)
+            grad_weight = (grad_GNE.flatten(0, 1).T @ x_GND.flatten(0, 1).to(dtype)).to(weight_ED.dtype)
         return grad_x, grad_weight
-
-
-def experts_last(weight_ED: Tensor, x_GND: Tensor) -> Tensor:
-    """x Wᵀ in at least float32: (G, N, E) whose tokens are last in memory, as `softmax_of_experts` wants them."""
-    # The small result is turned around, since W xᵀ takes longer than x Wᵀ.
-    return _GateProduct.apply(x_GND, weight_ED).movedim(-1, 0).contiguous().movedim(0, -1)
-
-
-def normal_like(logits_GNE: Tensor, places: Places | None = None) -> Tensor:
-    """Normal numbers in the layout of `experts_last`; drawing them into another layout is ten times slower.
-
-    Args:
-        places: of the tokens, which are one group: they get the numbers of these places.
-    """
-    logits_EGN = logits_GNE.movedim(-1, 0)
-    if places is None:
-        return torch.randn_like(logits_EGN).movedim(0, -1)
-    numbers_EGN = logits_EGN.new_empty(*logits_EGN.shape[:2], places.number).normal_()
-    return numbers_EGN.index_select(2, places.index_S).movedim(0, -1)
-
-
-def softmax_of_experts(logits_GNE: Tensor) -> Tensor:
-    """Softmax over the last axis, with the tokens last in memory.
-
-    PyTorch's kernels for CPUs work on many tokens at once in this layout, which `Gate.logits` gives; over 8 experts
-    that lie together they take ten times as long.
-    """
-    return logits_GNE.movedim(-1, 0).softmax(0).movedim(0, -1)
 
 
 def top_k_experts(gates_GNE: Tensor, num_selected_experts: int) -> Tensor:
@@ -167,19 +190,19 @@ class Gate(nn.Module):
 
     Args:
         dim: D.
-        num_experts: E.
-        noise_std: in training, normal noise of standard deviation `noise_std / E` is added to the logits.
-        input_jitter: in training, the input is multiplied by uniform numbers in 1 - jitter .. 1 + jitter.
+        config: of which num_experts, noise_std (in training, normal noise of standard deviation `noise_std / E` is
+            added to the logits) and input_jitter are the gate's.
+
+    Attributes:
+        weight: (E, D).
     """
 
-    def __init__(
-        self, dim: int, num_experts: int, noise_std: float = 1.0, input_jitter: float = 0.0, device=None, dtype=None
-    ) -> None:
+    def __init__(self, dim: int, config: RoutingSettings, device=None, dtype=None) -> None:
         super().__init__()
-        self.num_experts = num_experts
-        self.noise_std = noise_std
-        self.input_jitter = input_jitter
-        self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
+        self.num_experts = config.num_experts
+        self.noise_std = config.noise_std
+        self.input_jitter = config.input_jitter
+        self.weight = nn.Parameter(torch.empty(config.num_experts, dim, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
         """LeCun normal, as in the reference."""
@@ -192,13 +215,13 @@ class Gate(nn.Module):
             x_GND = x_GND * torch.empty_like(x_GND).uniform_(1 - self.input_jitter, 1 + self.input_jitter)
         return x_GND
 
-    def logits(self, x_GND: Tensor, places: Places | None = None) -> tuple[Tensor, Tensor, float]:
+    def logits(self, x_GND: Tensor) -> tuple[Tensor, Tensor, float]:
         """(logits (G, N, E), the same with noise, standard deviation of that noise); x from `input`."""
-        logits_GNE = experts_last(self.weight, x_GND)
+        logits_GNE = _GateProduct.apply(x_GND, self.weight)
         if not (self.training and self.noise_std > 0):
             return logits_GNE, logits_GNE, 0.0
         noise_std = self.noise_std / self.num_experts
-        return logits_GNE, logits_GNE + noise_std * normal_like(logits_GNE, places), noise_std
+        return logits_GNE, logits_GNE + noise_std * torch.randn_like(logits_GNE), noise_std
 
 
 class TopKRouter(Gate):
@@ -206,55 +229,33 @@ class TopKRouter(Gate):
 
     Args:
         dim: D.
-        num_experts: E.
-        num_selected_experts: K, 1 <= K <= E.
-        noise_std: see `Gate`; so is `input_jitter`.
-        learned_noise: noise of standard deviation softplus(x W_noise) instead (arXiv 1701.06538, eq. 4), with the
-            importance and load of that paper.
-        gate: "softmax" over all experts before the choice, or "sigmoid" of each.
-        normalize_weights: divide the combine weights by their sum. For a softmax gate this is the softmax over the
-            chosen K alone.
-        random_threshold: see `RoutingSettings`.
-        bias_update_rate: above 0: a bias, which the choice alone sees, balances the experts; see `update_bias`.
+        config: num_selected_experts (K), learned_noise, gate, normalize_weights, random_threshold and bias_update_rate,
+            and those of `Gate`.
 
     Attributes:
-        weight: (E, D).
         noise_weight: (E, D), with `learned_noise`.
         expert_bias: (E,) float32 buffer, with `bias_update_rate`, whatever the type of the model.
         expert_load: (E,) how often each expert was chosen since the last update of the bias. Not a buffer:
             DistributedDataParallel would overwrite each process's own counts with those of the first.
     """
 
-    # A user who forgets `update_expert_bias` gets an unbalanced model and no error; so say it once.
+    # A user who forgets `update_expert_bias` gets an unbalanced model and no error; so this is said once.
     CALLS_BEFORE_WARNING = 1000
 
-    def __init__(
-        self,
-        dim: int,
-        num_experts: int,
-        num_selected_experts: int = 1,
-        noise_std: float = 1.0,
-        input_jitter: float = 0.0,
-        learned_noise: bool = False,
-        gate: str = "softmax",
-        normalize_weights: bool = False,
-        random_threshold: float | None = None,
-        bias_update_rate: float = 0.0,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__(dim, num_experts, 0.0 if learned_noise else noise_std, input_jitter, device, dtype)
-        self.learned_noise = learned_noise
-        self.num_selected_experts = num_selected_experts
-        self.gate = gate
-        self.normalize_weights = normalize_weights
-        self.random_threshold = random_threshold
-        self.bias_update_rate = bias_update_rate
-        if learned_noise:
-            self.noise_weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
-        if bias_update_rate > 0:
-            self.register_buffer("expert_bias", torch.empty(num_experts, device=device, dtype=torch.float32))
-            self.expert_load = torch.empty(num_experts, dtype=torch.long, device=device)
+    def __init__(self, dim: int, config: RoutingSettings, device=None, dtype=None) -> None:
+        super().__init__(dim, config, device, dtype)
+        self.num_selected_experts = config.num_selected_experts
+        self.learned_noise = config.learned_noise
+        self.gate = config.gate
+        self.normalize_weights = config.normalize_weights
+        self.random_threshold = config.random_threshold
+        self.bias_update_rate = config.bias_update_rate
+        if self.learned_noise:
+            self.noise_std = 0.0
+            self.noise_weight = nn.Parameter(torch.empty_like(self.weight))
+        if self.bias_update_rate > 0:
+            self.register_buffer("expert_bias", torch.empty(self.num_experts, device=device, dtype=torch.float32))
+            self.expert_load = torch.empty(self.num_experts, dtype=torch.long, device=device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -269,19 +270,38 @@ class TopKRouter(Gate):
             self.expert_load.zero_()
             self.calls_without_update = 0
 
-    def forward(self, x_GND: Tensor, places: Places | None = None) -> Routing:
-        """Route the tokens. Computed in float32 (float64 for float64 input), under autocast too.
+    def forward(self, tokens: TokenGroups, capacity: Capacity, batch_priority: bool = False) -> TopKAssignment:
+        """Routes the tokens, then queues them before their experts.
 
         Args:
-            x_GND: tokens.
-            places: of the tokens, which are one group; None: row by row.
+            tokens: in groups.
+            capacity: of the experts.
+            batch_priority: the tokens that are most sure of their expert go first (V-MoE, section 2.3).
         """
+        routing = self.route(tokens.x_GND)
+        if self.bias_update_rate > 0 and self.training:
+            self._count(routing, tokens.mask_GN)
+        G, N, K = routing.expert_index_GNK.shape
+        rows, max_rows = capacity.rows(N if G else 0, self.num_experts, K, tokens.mask_GN)
+        plan = plan_dispatch(
+            routing.expert_index_GNK,
+            self.num_experts,
+            rows,
+            routing.priority_GN if batch_priority else None,
+            tokens.mask_GN,
+            max_rows,
+            routing.chosen_GNK,
+        )
+        return TopKAssignment(routing, plan, None if max_rows is None else G * max_rows)
+
+    def route(self, x_GND: Tensor) -> Routing:
+        """The learned part: (G, N, D) -> `Routing`. In float32 (float64 for float64 input), under autocast too."""
         with without_autocast(x_GND.device):
             x_GND = self.input(x_GND)
-            logits_GNE, noisy_logits_GNE, noise_std = self.logits(x_GND, places)
-            if self.learned_noise and self.training:
-                noise_std = F.softplus(experts_last(self.noise_weight, x_GND))
-                noisy_logits_GNE = logits_GNE + noise_std * normal_like(logits_GNE, places)
+            logits_GNE, noisy_logits_GNE, noise_std = self.logits(x_GND)
+            if self.learned_noise and self.training:  # arXiv 1701.06538, eq. 4
+                noise_std = F.softplus(_GateProduct.apply(x_GND, self.noise_weight))
+                noisy_logits_GNE = logits_GNE + noise_std * torch.randn_like(logits_GNE)
             scores_GNE, gates_GNE = self._scores(noisy_logits_GNE)
             noisy_gates_GNE = gates_GNE
             if noisy_logits_GNE is not logits_GNE:
@@ -312,12 +332,14 @@ class TopKRouter(Gate):
         )
 
     def _scores(self, logits_GNE: Tensor) -> tuple[Tensor, Tensor]:
-        """(what is chosen by and weighed with, the distribution over the experts)."""
+        """(what is chosen by and weighted with, the distribution over the experts)."""
         if self.gate == "sigmoid":
             scores_GNE = logits_GNE.sigmoid()
             return scores_GNE, normalized(scores_GNE)
-        gates_GNE = softmax_of_experts(logits_GNE)
+        gates_GNE = logits_GNE.softmax(-1)
         return gates_GNE, gates_GNE
+
+    # --- the balancing bias ---
 
     def _apply(self, fn, recurse: bool = True):
         bias_E = getattr(self, "expert_bias", None)
@@ -335,18 +357,30 @@ class TopKRouter(Gate):
             self.expert_bias = self.expert_bias.float()  # with assign=True it has the type of the state dict
 
     @torch.no_grad()
-    def count(self, routing: Routing, mask_GN: Tensor | None) -> None:
-        """Add the choices of real tokens to `expert_load`."""
-        if self.expert_load.is_meta:  # load_state_dict(assign=True) replaces parameters and buffers only
-            self.expert_load = torch.zeros_like(self.expert_load, device=routing.expert_index_GNK.device)
+    def _count(self, routing: Routing, mask_GN: Tensor | None) -> None:
+        """Adds the choices of real tokens to `expert_load`, and warns those who never update the bias."""
+        if is_recomputation():
+            return
+        device = routing.expert_index_GNK.device
+        if self.expert_load.device != device:  # load_state_dict(assign=True) replaces parameters and buffers only
+            self.expert_load = torch.zeros(self.num_experts, dtype=torch.long, device=device)
         ones_GNK = torch.ones_like(routing.expert_index_GNK)
         if mask_GN is not None:
             ones_GNK = ones_GNK * mask_GN[..., None]
         self.expert_load.scatter_add_(0, routing.expert_index_GNK.flatten(), ones_GNK.flatten())
+        if torch.compiler.is_compiling() or not routing.gates_GNE.requires_grad:
+            return
+        self.calls_without_update += 1
+        if self.calls_without_update == self.CALLS_BEFORE_WARNING:
+            warnings.warn(
+                f"the expert bias of this router was not updated in {self.CALLS_BEFORE_WARNING} training steps: "
+                "call vmoe.update_expert_bias(model) after each optimizer.step()",
+                stacklevel=5,
+            )
 
     @torch.no_grad()
     def update_bias(self) -> None:
-        """Raise the bias of experts that were asked for less than the mean, lower that of the others.
+        """Raises the bias of experts that were asked for less than the mean, lowers that of the others.
 
         b_e += rate · sign(mean load - load_e), over the choices since the last call and over all processes
         (arXiv 2408.15664, algorithm 1). A frozen router's bias stays.
@@ -361,10 +395,15 @@ class TopKRouter(Gate):
 
 
 def update_expert_bias(model: nn.Module) -> None:
-    """Move the balancing biases of a model's routers, once after each `optimizer.step()`.
+    """Moves the balancing biases of a model's routers, once after each `optimizer.step()`.
 
     Does nothing for models without such biases (`bias_update_rate`, `router_preset="deepseek"`). `train.py` calls it.
     """
     for module in model.modules():
         if isinstance(module, TopKRouter) and module.bias_update_rate > 0:
             module.update_bias()
+
+
+def is_recomputation() -> bool:
+    """Activation checkpointing runs the layer again inside the backward pass: this call is not a new one."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

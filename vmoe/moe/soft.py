@@ -1,7 +1,7 @@
 """Soft MoE: each slot of an expert sees a weighted average of all tokens, each token gets one of all slots.
 
 Puigcerver et al., arXiv 2308.00951. Nothing is chosen, so nothing is dropped and all of it is differentiable. Tokens of
-different modalities are averaged by themselves, padding not at all.
+different modalities are averaged separately, padding not at all.
 
 Shapes, by suffix: G groups, N tokens in a group, D width, E experts, P slots per expert, S = E*P slots, M modalities.
 """
@@ -11,7 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vmoe.moe.router import Routing, lecun_normal_, without_autocast
+from vmoe.moe.config import RoutingSettings
+from vmoe.moe.dispatch import Capacity
+from vmoe.moe.groups import TokenGroups
+from vmoe.moe.router import Assignment, Routing, lecun_normal_, without_autocast
 
 
 def unit_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -20,28 +23,63 @@ def unit_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SoftRouting:
+class SoftAssignment(Assignment):
     """Weights between tokens and slots.
 
     Attributes:
+        routing: the weights per expert, for losses and records: its gates are the combine weights summed over slots.
         dispatch_GMNS: share of each token in each slot's input: sums to 1 over the tokens of its modality.
         combine_GNS: share of each slot's output in each token's: sums to 1 over the slots.
-        routing: the same per expert, for losses and records: its gates are the combine weights summed over slots.
+        num_experts: E.
+        members_GMN: True for the real tokens of each modality; None: all tokens, one modality.
     """
 
+    routing: Routing
     dispatch_GMNS: Tensor
     combine_GNS: Tensor
-    routing: Routing
+    num_experts: int
+    members_GMN: Tensor | None
 
-    def statistics(self, members_GMN: Tensor | None) -> dict[str, Tensor]:
+    @property
+    def max_count(self) -> int:
+        """Rows of each expert: G·M·P."""
+        G, M, _, S = self.dispatch_GMNS.shape
+        return G * M * (S // self.num_experts)
+
+    @property
+    def count_E(self) -> Tensor:
+        """The same for each."""
+        return torch.full((self.num_experts,), self.max_count, dtype=torch.long, device=self.combine_GNS.device)
+
+    def dispatch(self, x_GND: Tensor) -> Tensor:
+        G, M, _, S = self.dispatch_GMNS.shape
+        E, D = self.num_experts, x_GND.shape[2]
+        # A batched product of (G, S, N) and (G, N, D), once per modality.
+        z_GMSD = self.dispatch_GMNS.to(x_GND.dtype).transpose(2, 3) @ x_GND[:, None]
+        return z_GMSD.view(G, M, E, S // E, D).permute(2, 0, 1, 3, 4).flatten(0, 3)
+
+    def combine(self, y_RD: Tensor) -> Tensor:
+        G, M, _, S = self.dispatch_GMNS.shape
+        E, D = self.num_experts, y_RD.shape[1]
+        y_GMSD = y_RD.view(E, G, M, S // E, D).permute(1, 2, 0, 3, 4).flatten(2, 3)
+        y_GMND = self.combine_GNS.to(y_RD.dtype)[:, None] @ y_GMSD
+        if self.members_GMN is None:
+            return y_GMND.squeeze(1)
+        return torch.where(self.members_GMN[..., None], y_GMND, 0).sum(1)
+
+    def listed(self) -> tuple[Routing, Tensor]:
+        listed = self.routing.with_all_experts(self.routing.noisy_gates_GNE)
+        kept_GNK = torch.ones_like(listed.expert_index_GNK, dtype=torch.bool)
+        return listed, kept_GNK if self.members_GMN is None else kept_GNK & self.members_GMN.any(1)[..., None]
+
+    def statistics(self) -> dict[str, Tensor]:
         """How sharp the weights are: means over tokens (combine) and slots (dispatch) of their extremes."""
         combine_GNS, dispatch_GMNS = self.combine_GNS.detach(), self.dispatch_GMNS.detach()
         largest_GMS, smallest_GMS = dispatch_GMNS.amax(2), dispatch_GMNS.amin(2)
-        if members_GMN is not None:
-            real_GN = members_GMN.any(1)
-            combine_GNS = combine_GNS[real_GN]
-            used_GM = members_GMN.any(-1)
-            least_GMNS = dispatch_GMNS.masked_fill(~members_GMN[..., None], 1.0)
+        if self.members_GMN is not None:
+            combine_GNS = combine_GNS[self.members_GMN.any(1)]
+            used_GM = self.members_GMN.any(-1)
+            least_GMNS = dispatch_GMNS.masked_fill(~self.members_GMN[..., None], 1.0)
             largest_GMS, smallest_GMS = largest_GMS[used_GM], least_GMNS.amin(2)[used_GM]
         if combine_GNS.numel() == 0:  # no token: nothing to tell
             return {}
@@ -58,21 +96,17 @@ class SoftRouter(nn.Module):
 
     Args:
         dim: D.
-        num_experts: E.
-        num_slots: P.
-        noise_std: of normal noise on the logits in training.
+        config: num_experts (E), num_slots (P) and noise_std, of normal noise on the logits in training.
 
     Attributes:
         slots: (E, P, D).
         scale: scalar.
     """
 
-    def __init__(
-        self, dim: int, num_experts: int, num_slots: int, noise_std: float = 0.0, device=None, dtype=None
-    ) -> None:
+    def __init__(self, dim: int, config: RoutingSettings, device=None, dtype=None) -> None:
         super().__init__()
-        self.noise_std = noise_std
-        self.slots = nn.Parameter(torch.empty(num_experts, num_slots, dim, device=device, dtype=dtype))
+        self.noise_std = config.noise_std
+        self.slots = nn.Parameter(torch.empty(config.num_experts, config.num_slots, dim, device=device, dtype=dtype))
         self.scale = nn.Parameter(torch.empty((), device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -81,13 +115,9 @@ class SoftRouter(nn.Module):
         lecun_normal_(self.slots, fan_in=self.slots.shape[0] * self.slots.shape[2])
         nn.init.ones_(self.scale)
 
-    def forward(self, x_GND: Tensor, members_GMN: Tensor | None = None) -> SoftRouting:
-        """Weights of all tokens and slots. In float32 (float64 for float64 input), under autocast too.
-
-        Args:
-            x_GND: tokens.
-            members_GMN: True for the real tokens of each modality; None: all tokens, one modality.
-        """
+    def forward(self, tokens: TokenGroups, capacity: Capacity, batch_priority: bool = False) -> SoftAssignment:
+        """Weights of all tokens and slots. In float32 (float64 for float64 input), under autocast too."""
+        x_GND, members_GMN = tokens.x_GND, tokens.members_GMN
         E, P, _ = self.slots.shape
         dtype = torch.promote_types(x_GND.dtype, torch.float32)
         with without_autocast(x_GND.device):
@@ -112,25 +142,4 @@ class SoftRouter(nn.Module):
             if noisy_GNE is not clean_GNE:
                 gates_GNE = clean_GNE.softmax(-1)
         routing = Routing(clean_GNE, noisy_GNE, gates_GNE, noisy_gates_GNE, noise_std, per_token=False)
-        return SoftRouting(dispatch_GMNS, combine_GNS, routing)
-
-
-def fill_slots(x_GND: Tensor, soft: SoftRouting, num_experts: int) -> tuple[Tensor, Tensor]:
-    """The slots' inputs as rows sorted by expert, (R, D) with R = E·G·M·P, and the rows of each expert (E,)."""
-    G, M, _, S = soft.dispatch_GMNS.shape
-    P, D = S // num_experts, x_GND.shape[2]
-    # A batched product of (G, S, N) and (G, N, D), once per modality.
-    z_GMSD = soft.dispatch_GMNS.to(x_GND.dtype).transpose(2, 3) @ x_GND[:, None]
-    z_RD = z_GMSD.view(G, M, num_experts, P, D).permute(2, 0, 1, 3, 4).flatten(0, 3)
-    count_E = torch.full((num_experts,), G * M * P, dtype=torch.long, device=x_GND.device)
-    return z_RD, count_E
-
-
-def mix_slots(y_RD: Tensor, soft: SoftRouting, num_experts: int, members_GMN: Tensor | None = None) -> Tensor:
-    """Each token's average of the slots' outputs: (G, N, D), zero for padding."""
-    G, M, _, S = soft.dispatch_GMNS.shape
-    y_GMSD = y_RD.view(num_experts, G, M, S // num_experts, y_RD.shape[1]).permute(1, 2, 0, 3, 4).flatten(2, 3)
-    y_GMND = soft.combine_GNS.to(y_RD.dtype)[:, None] @ y_GMSD
-    if members_GMN is None:
-        return y_GMND.squeeze(1)
-    return torch.where(members_GMN[..., None], y_GMND, 0).sum(1)
+        return SoftAssignment(routing, dispatch_GMNS, combine_GNS, E, members_GMN)

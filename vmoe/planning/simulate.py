@@ -26,8 +26,7 @@ from vmoe.distributed.expert_parallel import ExpertExchange
 from vmoe.evaluation.inference import PRECISIONS
 from vmoe.models.factory import is_contrastive, preprocess_config
 from vmoe.moe.experts import Experts, GroupedLinear
-from vmoe.moe.record import is_recomputation
-from vmoe.moe.router import Gate
+from vmoe.moe.router import Gate, is_recomputation
 from vmoe.moe.soft import SoftRouter
 from vmoe.planning.hardware import Hardware
 from vmoe.planning.subject import unit_names
@@ -335,7 +334,7 @@ def _grouped_linear(layer: GroupedLinear, meta: Meta, x_RI: Tensor, count_E: Ten
     """As `GroupedLinear.forward` on a GPU: under autocast weights and bias are copied."""
     weight_EOI = meta.lower(layer.weight, "expert_copies")
     bias_EO = None if layer.bias is None else meta.lower(layer.bias, "expert_copies")
-    return layer._forward_grouped(meta.lower(x_RI), weight_EOI, bias_EO, count_E)
+    return layer.forward_grouped(meta.lower(x_RI), weight_EOI, bias_EO, count_E)
 
 
 def _inputs(model: nn.Module, batch_size: int) -> list[Tensor]:

@@ -1,87 +1,51 @@
-"""The experts on Triton kernels, for CUDA; off unless `VMOE_TRITON=1` is set or `enable()` called.
+"""The experts on Triton kernels, for CUDA. Never measured on a GPU: only where the backend "triton" is asked for.
 
-Not yet measured on a GPU. The results are those of the plain path, within rounding; `docs/kernels.md` says more.
-Triton is imported with the first use, so nothing changes where it is missing.
+Only the hidden layer before its activation is kept for the backward pass.
 
-Shapes, by suffix: G groups, N tokens in a group, K choices per token, D width, R rows sorted by expert, E experts.
+Shapes, by suffix: R rows sorted by expert, D model width, F hidden width, O the result's width, E experts, T tiles.
 """
 
-import os
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vmoe.moe.backends.activations import activation_name
-from vmoe.moe.dispatch import DispatchPlan, gather_rows
-from vmoe.moe.experts import Experts, has_hooks, own_experts
+if TYPE_CHECKING:
+    from vmoe.moe.experts import Experts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Triton's interpreter: the kernels run on the CPU, slowly, for tests.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_enabled = False
+_INSTALLED = find_spec("triton") is not None
 
 
-def enable(on: bool = True) -> None:
-    """Use the kernels wherever `can_run` allows, or no longer.
-
-    Raises:
-        ModuleNotFoundError: if Triton is not installed.
-    """
-    global _enabled
-    if on and find_spec("triton") is None:
-        raise ModuleNotFoundError(
-            "VMOE_TRITON=1 and vmoe.moe.backends.triton.enable() need the package triton, which comes with PyTorch for "
-            "CUDA on Linux and is not installed here; install it, or leave the kernels off"
-        )
-    _enabled = on
+def reason_against(experts: "Experts", x_RD: Tensor) -> str | None:
+    """Why the kernels cannot compute experts that a fused backend can; None if they can."""
+    if not _INSTALLED:
+        return "the package triton is not installed; it comes with PyTorch for CUDA on Linux"
+    if experts.gated:
+        return "it has no gated experts"
+    dtype = _dtype(x_RD)
+    return None if dtype in DTYPES else f"it has no {dtype}"
 
 
-def can_run(experts: Experts, x: Tensor) -> bool:
-    """`run` stands for dispatch, experts and combine: switched on, on a device that has them, for plain experts.
+def run(experts: "Experts", x_RD: Tensor, count_E: Tensor) -> Tensor:
+    """(R, D) rows sorted by expert, (E,) rows of each -> (R, O), zero in unused rows."""
+    from vmoe.moe.backends.cpu import activation_name
+    from vmoe.moe.backends.triton.kernels import block_rows, tile_table
+    from vmoe.moe.experts import local_experts
 
-    Gated experts, norms, dropout, other activations, hooks, and experts spread over processes go the plain way.
-    """
-    if not (_enabled and (x.is_cuda or (_INTERPRETED and x.device.type == "cpu"))):
-        return False
-    return (
-        experts.exchange is None
-        and not experts.gated
-        and activation_name(experts.act) is not None
-        and _dtype(x) in DTYPES
-        and not has_hooks(experts)
-        and experts.is_plain_mlp(x)
-    )
-
-
-def run(experts: Experts, x_GND: Tensor, plan: DispatchPlan, combine_weights_GNK: Tensor) -> Tensor:
-    """Tokens through their experts and back; only if `can_run`.
-
-    Returns:
-        (G, N, O) in the tokens' dtype, or autocast's; zero for a token without a row.
-    """
-    from vmoe.moe.backends.triton.mlp import routed_mlp
-
-    G, N, K = plan.shape
-    dtype = _dtype(x_GND)
-    weight_R1 = gather_rows(
-        combine_weights_GNK.reshape(-1, 1), plan.assignment_R, plan.row_A[:, None], plan.may_pad, plan.may_drop
-    )
-    fc1, fc2 = (
-        tuple(None if p is None else own_experts(p).to(dtype) for p in (layer.weight, layer.bias))
-        for layer in (experts.fc1, experts.fc2)
-    )
-    y_SO = routed_mlp(
-        x_GND.reshape(G * N, -1).to(dtype),
-        plan.token_R,
-        plan.row_A.view(G * N, K),
-        weight_R1[:, 0],
-        plan.count_E,
-        fc1,
-        fc2,
-        activation_name(experts.act),
-    )
-    return y_SO.view(G, N, -1)
+    dtype = _dtype(x_RD)
+    parameters = [local_experts(p) for fc in (experts.fc1, experts.fc2) for p in (fc.weight, fc.bias)]
+    parameters = [None if p is None else p.to(dtype) for p in parameters]
+    # The kernels take the strides of rows and matrices as they are, but not of biases.
+    parameters[1::2] = [None if p is None else p.contiguous() for p in parameters[1::2]]
+    block_m = block_rows(x_RD.shape[0], count_E.shape[0])
+    tile_T3 = tile_table(count_E, x_RD.shape[0], block_m)
+    indices = (tile_T3, count_E.cumsum(0).int(), block_m, activation_name(experts.act))
+    x_RD = x_RD.to(dtype)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_RD, *parameters)):
+        return _TritonExperts.apply(x_RD, *parameters, *indices)
+    return _forward(x_RD, *parameters, *indices, keep_hidden=False)[0]
 
 
 def _dtype(x: Tensor) -> torch.dtype:
@@ -89,6 +53,42 @@ def _dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-if os.environ.get("VMOE_TRITON", "0") not in ("", "0", "1"):
-    raise ValueError(f"VMOE_TRITON must be 0 or 1, got {os.environ['VMOE_TRITON']!r}")
-enable(os.environ.get("VMOE_TRITON") == "1")
+def _forward(x_RD, w1_EFD, b1_EF, w2_EOF, b2_EO, tile_T3, end_E, block_m, activation, keep_hidden):
+    from vmoe.moe.backends.triton.kernels import grouped_linear
+
+    a_RF, h_RF = grouped_linear(x_RD, w1_EFD, b1_EF, tile_T3, block_m, activation, keep_hidden)
+    y_RO, _ = grouped_linear(a_RF, w2_EOF, b2_EO, tile_T3, block_m, "none", False)
+    return y_RO, h_RF
+
+
+class _TritonExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_RD, w1_EFD, b1_EF, w2_EOF, b2_EO, tile_T3, end_E, block_m, activation):
+        inputs = (x_RD, w1_EFD, b1_EF, w2_EOF, b2_EO, tile_T3, end_E)
+        y_RO, h_RF = _forward(*inputs, block_m, activation, keep_hidden=True)
+        ctx.save_for_backward(x_RD, w1_EFD, w2_EOF, tile_T3, end_E, h_RF)
+        ctx.block_m, ctx.activation = block_m, activation
+        return y_RO
+
+    @staticmethod
+    def backward(ctx, g_RO):
+        from vmoe.moe.backends.triton import kernels
+
+        if torch.is_grad_enabled():
+            raise RuntimeError("the Triton kernels have no second derivatives: take the backend 'reference'")
+        x_RD, w1_EFD, w2_EOF, tile_T3, end_E, h_RF = ctx.saved_tensors
+        needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = ctx.needs_input_grad[:5]
+        grad_x = grad_w1 = grad_b1 = grad_w2 = grad_b2 = None
+        grad_h_RF, a_RF = kernels.grouped_activation_gradient(
+            g_RO, w2_EOF.transpose(1, 2), h_RF, tile_T3, ctx.block_m, ctx.activation
+        )
+        if needs_w2 or needs_b2:
+            grad_w2, grad_b2 = kernels.grouped_weight_gradient(g_RO, a_RF, end_E, needs_b2)
+        del a_RF
+        if needs_w1 or needs_b1:
+            grad_w1, grad_b1 = kernels.grouped_weight_gradient(grad_h_RF, x_RD, end_E, needs_b1)
+        if needs_x:
+            w1_EDF = w1_EFD.transpose(1, 2)
+            grad_x, _ = kernels.grouped_linear(grad_h_RF, w1_EDF, None, tile_T3, ctx.block_m, "none", False)
+        gradients = (grad_x, grad_w1, grad_b1, grad_w2, grad_b2)
+        return *(g if need else None for g, need in zip(gradients, ctx.needs_input_grad[:5])), *[None] * 4

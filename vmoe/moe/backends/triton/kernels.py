@@ -1,16 +1,14 @@
-"""Grouped products in Triton, with gathers in front of them and bias, activation and weight behind.
+"""Triton kernels for linear layers whose rows are sorted by expert, with bias and activation behind the product.
 
-Rows are sorted by expert. A tile is a run of at most BLOCK_M rows of one expert; which rows and whose is looked up in a
-table on the device (`tiles.py`), so that the grid depends on shapes alone and the host never waits for a count.
-No kernel adds with atomics: equal inputs give equal results.
+A tile is a run of at most BLOCK_M rows of one expert; which rows and whose is looked up in a table on the device
+(`tile_table`), so that the grid depends on shapes alone and the host never waits for a count. No kernel adds with
+atomics: equal inputs give equal results. Each kernel has an operator `vmoe::...` around it, so that `torch.compile`
+takes it as it is.
 
-Each kernel has an operator of the name `vmoe::...` around it, so that `torch.compile` takes it as it is.
+Shapes, by suffix: R rows sorted by expert, E experts, T tiles, I and O widths of a product's input and output. Inside
+kernels M, N and K are the blocks of a product.
 
-Shapes, by suffix: S tokens, M rows of a source (tokens or rows), R rows sorted by expert, K rows of a token, E experts,
-T tiles, I and O widths of a product's input and output. Inside kernels M, N and K are the blocks of a product.
-
-Sources: the order of the tiles is that of Triton's tutorial on matrix multiplication; products over rows gathered by an
-index are from ScatterMoE (arXiv 2403.08245).
+Source: the order of the tiles is that of Triton's tutorial on matrix multiplication.
 """
 
 import torch
@@ -26,8 +24,36 @@ INTERPRETED = triton.knobs.runtime.interpret
 # Blocks of a product (rows, columns, inner) and the launch's options. Usual sizes, not yet tuned on a GPU.
 HALF = {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
 FULL = {"BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
+MAX_BLOCK_M = 128
 # Tiles of rows that go through all columns together, to find their weights in the cache.
 GROUP_M = 8
+
+
+def block_rows(num_rows: int, num_experts: int) -> int:
+    """BLOCK_M: rows of a tile, about as many as an expert has, between 16 and `MAX_BLOCK_M`."""
+    block = 16
+    while block < MAX_BLOCK_M and block * num_experts < num_rows:
+        block *= 2
+    return block
+
+
+def tile_table(count_E: Tensor, num_rows: int, block_m: int) -> Tensor:
+    """Tiles that cover all rows: (T, 3) int32, the expert of each, its first row and the end of its expert's rows.
+
+    T is the most there can be. Rows beyond the counts belong to an expert E, which gives zeros; a tile that is not
+    needed starts at the end of the rows or behind it.
+    """
+    E = count_E.shape[0]
+    count_E1 = torch.cat([count_E, (num_rows - count_E.sum()).view(1)])
+    end_E1 = count_E1.cumsum(0)
+    tiles_E1 = (count_E1 + block_m - 1) // block_m
+    last_E1 = tiles_E1.cumsum(0)
+    T = (num_rows + (E + 1) * (block_m - 1)) // block_m
+    tile_T = torch.arange(T, device=count_E.device)
+    expert_T = torch.searchsorted(last_E1, tile_T, right=True).clamp(max=E)
+    number_T = tile_T - (last_E1 - tiles_E1)[expert_T]
+    end_T = end_E1[expert_T]
+    return torch.stack([expert_T, end_T - count_E1[expert_T] + number_T * block_m, end_T], dim=1).int()
 
 
 @triton.jit
@@ -73,28 +99,19 @@ def _tile(tile_ptr, num_tiles, E, O, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
 
 
 @triton.jit
-def _source_rows(index_ptr, r_M, real_M):
-    """Where the rows lie in their source, -1: nowhere."""
-    if index_ptr is None:
-        return tl.where(real_M, r_M, -1).to(tl.int64)
-    else:
-        return tl.load(index_ptr + r_M, mask=real_M, other=-1).to(tl.int64)
-
-
-@triton.jit
 def _multiply(
-    x_ptr, w_ptr, m_M, o_N, I, O, x_m, x_i, w_o, w_i,
+    x_ptr, w_ptr, r_M, used_M, o_N, I, O, x_r, x_i, w_o, w_i,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_M, BLOCK_N) float32: rows `m_M` of x, zero where that is -1, times columns `o_N` of wᵀ."""
+    """(BLOCK_M, BLOCK_N) float32: rows `r_M` of x, zero where they are not used, times columns `o_N` of wᵀ."""
     i_K = tl.arange(0, BLOCK_K)
-    x_at_MK = x_ptr + m_M[:, None] * x_m + i_K[None, :] * x_i
+    x_at_MK = x_ptr + r_M[:, None].to(tl.int64) * x_r + i_K[None, :] * x_i
     w_at_KN = w_ptr + o_N[None, :] * w_o + i_K[:, None] * w_i
     acc_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, I, BLOCK_K):
         inside_K = first + i_K < I
-        x_MK = tl.load(x_at_MK, mask=(m_M >= 0)[:, None] & inside_K[None, :], other=0.0)
+        x_MK = tl.load(x_at_MK, mask=used_M[:, None] & inside_K[None, :], other=0.0)
         w_KN = tl.load(w_at_KN, mask=(o_N < O)[None, :] & inside_K[:, None], other=0.0)
         acc_MN = _dot(x_MK, w_KN, acc_MN, PRECISION, UPCAST)
         x_at_MK += BLOCK_K * x_i
@@ -104,8 +121,8 @@ def _multiply(
 
 @triton.jit
 def _linear_kernel(
-    x_ptr, index_ptr, w_ptr, b_ptr, weight_ptr, tile_ptr, y_ptr, h_ptr,
-    num_tiles, E, I, O, x_m, x_i, w_e, w_o, w_i,
+    x_ptr, w_ptr, b_ptr, tile_ptr, y_ptr, h_ptr,
+    num_tiles, E, I, O, x_r, x_i, w_e, w_o, w_i,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -113,10 +130,11 @@ def _linear_kernel(
     if tl.max(real_M.to(tl.int32), 0) == 0:
         return
     o_N = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_M = _source_rows(index_ptr, r_M, used_M)
     inner = tl.where(expert < E, I, 0)  # unused rows: no product
     w_ptr += expert.to(tl.int64) * w_e
-    y_MN = _multiply(x_ptr, w_ptr, m_M, o_N, inner, O, x_m, x_i, w_o, w_i, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST)
+    y_MN = _multiply(
+        x_ptr, w_ptr, r_M, used_M, o_N, inner, O, x_r, x_i, w_o, w_i, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST
+    )
     if b_ptr is not None:
         b_N = tl.load(b_ptr + expert * O + o_N, mask=o_N < tl.where(expert < E, O, 0), other=0.0)
         y_MN += b_N.to(tl.float32)[None, :]
@@ -128,15 +146,13 @@ def _linear_kernel(
         tl.store(h_ptr + at_MN, h_MN, mask=inside_MN)
     if ACTIVATION != "none":
         y_MN, _ = _activate(h_MN.to(tl.float32), ACTIVATION)
-    if weight_ptr is not None:
-        y_MN *= tl.load(weight_ptr + r_M, mask=used_M, other=0.0).to(tl.float32)[:, None]
     tl.store(y_ptr + at_MN, y_MN.to(y_ptr.dtype.element_ty), mask=inside_MN)
 
 
 @triton.jit
 def _activation_gradient_kernel(
-    g_ptr, index_ptr, w_ptr, weight_ptr, h_ptr, tile_ptr, grad_h_ptr, a_ptr, dot_ptr,
-    num_tiles, E, I, O, g_m, g_i, w_e, w_o, w_i,
+    g_ptr, w_ptr, h_ptr, tile_ptr, grad_h_ptr, a_ptr,
+    num_tiles, E, I, O, g_r, g_i, w_e, w_o, w_i,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -144,30 +160,22 @@ def _activation_gradient_kernel(
     if tl.max(real_M.to(tl.int32), 0) == 0:
         return
     o_N = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_M = _source_rows(index_ptr, r_M, used_M)
     inner = tl.where(expert < E, I, 0)
     w_ptr += expert.to(tl.int64) * w_e
-    g_MN = _multiply(g_ptr, w_ptr, m_M, o_N, inner, O, g_m, g_i, w_o, w_i, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST)
+    g_MN = _multiply(
+        g_ptr, w_ptr, r_M, used_M, o_N, inner, O, g_r, g_i, w_o, w_i, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST
+    )
     at_MN = r_M[:, None].to(tl.int64) * O + o_N[None, :]
     inside_MN = real_M[:, None] & (o_N < O)[None, :]
     h_MN = tl.load(h_ptr + at_MN, mask=inside_MN, other=0.0).to(tl.float32)
     a_MN, slope_MN = _activate(h_MN, ACTIVATION)
-    if dot_ptr is not None:
-        dot_at_M = dot_ptr + r_M.to(tl.int64) * tl.cdiv(O, BLOCK_N) + column
-        tl.store(dot_at_M, tl.sum(g_MN * a_MN, 1), mask=real_M)
-    g_MN *= slope_MN
-    if weight_ptr is not None:
-        weight_M1 = tl.load(weight_ptr + r_M, mask=used_M, other=0.0).to(tl.float32)[:, None]
-        g_MN *= weight_M1
-        a_MN *= weight_M1
-    tl.store(grad_h_ptr + at_MN, g_MN.to(grad_h_ptr.dtype.element_ty), mask=inside_MN)
+    tl.store(grad_h_ptr + at_MN, (g_MN * slope_MN).to(grad_h_ptr.dtype.element_ty), mask=inside_MN)
     tl.store(a_ptr + at_MN, a_MN.to(a_ptr.dtype.element_ty), mask=inside_MN)
 
 
 @triton.jit
 def _weight_gradient_kernel(
-    g_ptr, g_index_ptr, x_ptr, x_index_ptr, weight_ptr, end_ptr, grad_w_ptr, grad_b_ptr,
-    O, I, g_m, g_o, x_m, x_i,
+    g_ptr, x_ptr, end_ptr, grad_w_ptr, grad_b_ptr, O, I, g_r, g_o, x_r, x_i,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -181,12 +189,13 @@ def _weight_gradient_kernel(
     acc_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(start, end, BLOCK_K):
         r_K = first + tl.arange(0, BLOCK_K)
-        g_K = _source_rows(g_index_ptr, r_K, r_K < end)
-        x_K = _source_rows(x_index_ptr, r_K, r_K < end)
-        g_at_MK = g_ptr + g_K[None, :] * g_m + o_M[:, None] * g_o
-        x_at_KN = x_ptr + x_K[:, None] * x_m + i_N[None, :] * x_i
-        g_MK = tl.load(g_at_MK, mask=(g_K >= 0)[None, :] & (o_M < O)[:, None], other=0.0)
-        x_KN = tl.load(x_at_KN, mask=(x_K >= 0)[:, None] & (i_N < I)[None, :], other=0.0)
+        at_K = r_K.to(tl.int64)
+        g_MK = tl.load(
+            g_ptr + at_K[None, :] * g_r + o_M[:, None] * g_o, mask=(r_K < end)[None, :] & (o_M < O)[:, None], other=0.0
+        )
+        x_KN = tl.load(
+            x_ptr + at_K[:, None] * x_r + i_N[None, :] * x_i, mask=(r_K < end)[:, None] & (i_N < I)[None, :], other=0.0
+        )
         acc_MN = _dot(g_MK, x_KN, acc_MN, PRECISION, UPCAST)
     at_MN = (expert.to(tl.int64) * O + o_M[:, None]) * I + i_N[None, :]
     inside_MN = (o_M < O)[:, None] & (i_N < I)[None, :]
@@ -197,27 +206,10 @@ def _weight_gradient_kernel(
             acc_M = tl.zeros((BLOCK_M,), tl.float32)
             for first in range(start, end, BLOCK_K):
                 r_K = first + tl.arange(0, BLOCK_K)
-                g_K = _source_rows(g_index_ptr, r_K, r_K < end)
-                g_at_MK = g_ptr + g_K[None, :] * g_m + o_M[:, None] * g_o
-                g_MK = tl.load(g_at_MK, mask=(g_K >= 0)[None, :] & (o_M < O)[:, None], other=0.0).to(tl.float32)
-                if weight_ptr is not None:
-                    g_MK *= tl.load(weight_ptr + r_K, mask=r_K < end, other=0.0).to(tl.float32)[None, :]
-                acc_M += tl.sum(g_MK, 1)
+                g_at_MK = g_ptr + r_K[None, :].to(tl.int64) * g_r + o_M[:, None] * g_o
+                g_MK = tl.load(g_at_MK, mask=(r_K < end)[None, :] & (o_M < O)[:, None], other=0.0)
+                acc_M += tl.sum(g_MK.to(tl.float32), 1)
             tl.store(grad_b_ptr + expert * O + o_M, acc_M.to(grad_b_ptr.dtype.element_ty), mask=o_M < O)
-
-
-@triton.jit
-def _gather_sum_kernel(y_ptr, row_ptr, out_ptr, S, D, K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
-    s_S = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    d_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    acc_SD = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-    for k in tl.static_range(K):
-        row_S = tl.load(row_ptr + s_S.to(tl.int64) * K + k, mask=s_S < S, other=-1)
-        inside_SD = (row_S >= 0)[:, None] & (d_D < D)[None, :]
-        y_SD = tl.load(y_ptr + row_S[:, None] * D + d_D[None, :], mask=inside_SD, other=0.0)
-        acc_SD += y_SD.to(tl.float32)
-    at_SD = s_S[:, None].to(tl.int64) * D + d_D[None, :]
-    tl.store(out_ptr + at_SD, acc_SD.to(out_ptr.dtype.element_ty), mask=(s_S < S)[:, None] & (d_D < D)[None, :])
 
 
 def options(dtype: torch.dtype) -> dict:
@@ -230,146 +222,97 @@ def options(dtype: torch.dtype) -> dict:
 
 @torch.library.custom_op("vmoe::grouped_linear", mutates_args=())
 def grouped_linear(
-    x_MI: Tensor,
-    index_R: Tensor | None,
+    x_RI: Tensor,
     w_EOI: Tensor,
     b_EO: Tensor | None,
-    weight_R: Tensor | None,
     tile_T3: Tensor,
-    num_rows: int,
     block_m: int,
     activation: str,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y_r = weight_r · activation(x[index_r] · w_eᵀ + b_e), e the expert of row r.
+    """y_r = activation(x_r · w_eᵀ + b_e), e the expert of row r.
 
     Args:
-        x_MI: the rows' source; it and `w_EOI` may have any strides, all else is contiguous.
-        index_R: which of its rows each row is; -1: zeros. None: the rows themselves.
+        x_RI: rows; they and `w_EOI` may have any strides, all else is contiguous.
         w_EOI: weights.
         b_EO: biases.
-        weight_R: weight of each row; None: one.
-        tile_T3: from `tiles.tile_table`, of `num_rows` rows in tiles of `block_m`.
+        tile_T3: from `tile_table`, of the rows in tiles of `block_m`.
         activation: one of `ACTIVATIONS`.
         keep_hidden: give the values before the activation as well.
 
     Returns:
         (R, O) and (R, O), or (0, O) without `keep_hidden`; rows beyond the counts are zero.
     """
-    E, O, I = w_EOI.shape
-    y_RO = x_MI.new_empty(num_rows, O)
-    h_RO = x_MI.new_empty(num_rows if keep_hidden else 0, O)
-    launch = options(x_MI.dtype)
+    (E, O, I), R = w_EOI.shape, x_RI.shape[0]
+    y_RO, h_RO = x_RI.new_empty(R, O), x_RI.new_empty(R if keep_hidden else 0, O)
+    launch = options(x_RI.dtype)
     T = tile_T3.shape[0]
-    with torch.cuda.device_of(x_MI):
+    with torch.cuda.device_of(x_RI):
         _linear_kernel[(T * triton.cdiv(O, launch["BLOCK_N"]),)](
-            x_MI, index_R, w_EOI, b_EO, weight_R, tile_T3, y_RO, h_RO if keep_hidden else None,
-            T, E, I, O, *x_MI.stride(), *w_EOI.stride(),
+            x_RI, w_EOI, b_EO, tile_T3, y_RO, h_RO if keep_hidden else None,
+            T, E, I, O, *x_RI.stride(), *w_EOI.stride(),
             ACTIVATION=activation, BLOCK_M=block_m, GROUP_M=GROUP_M, **launch,
         )  # fmt: skip
     return y_RO, h_RO
 
 
 @grouped_linear.register_fake
-def _(x_MI, index_R, w_EOI, b_EO, weight_R, tile_T3, num_rows, block_m, activation, keep_hidden):
-    O = w_EOI.shape[1]
-    return x_MI.new_empty(num_rows, O), x_MI.new_empty(num_rows if keep_hidden else 0, O)
+def _(x_RI, w_EOI, b_EO, tile_T3, block_m, activation, keep_hidden):
+    R, O = x_RI.shape[0], w_EOI.shape[1]
+    return x_RI.new_empty(R, O), x_RI.new_empty(R if keep_hidden else 0, O)
 
 
 @torch.library.custom_op("vmoe::grouped_activation_gradient", mutates_args=())
 def grouped_activation_gradient(
-    g_MI: Tensor,
-    index_R: Tensor | None,
-    w_EOI: Tensor,
-    weight_R: Tensor | None,
-    h_RO: Tensor,
-    tile_T3: Tensor,
-    block_m: int,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Back through `weight_r · (activation(h_r) · w_e)`, the second linear layer of the experts.
+    g_RI: Tensor, w_EOI: Tensor, h_RO: Tensor, tile_T3: Tensor, block_m: int, activation: str
+) -> tuple[Tensor, Tensor]:
+    """Back through `activation(h_r) · w_e`, the second linear layer of the experts.
 
     Args:
-        g_MI: gradient of the result; `index_R` as in `grouped_linear`.
+        g_RI: gradient of the result.
         w_EOI: the layer's weight, transposed: here O is its input's width.
         h_RO: the activation's input.
 
     Returns:
-        gradient of `h`, (R, O); weight · activation(h), (R, O); and (R, C) float32 whose sums over C, the blocks of
-        columns, are the gradients of the rows' weights.
+        gradient of `h`, and activation(h), both (R, O).
     """
     E, O, I = w_EOI.shape
     grad_h_RO, a_RO = torch.empty_like(h_RO), torch.empty_like(h_RO)
-    launch = options(g_MI.dtype)
-    T, C = tile_T3.shape[0], triton.cdiv(O, launch["BLOCK_N"])
-    dot_RC = h_RO.new_empty(h_RO.shape[0] if weight_R is not None else 0, C, dtype=torch.float32)
-    with torch.cuda.device_of(g_MI):
-        _activation_gradient_kernel[(T * C,)](
-            g_MI, index_R, w_EOI, weight_R, h_RO, tile_T3, grad_h_RO, a_RO, None if weight_R is None else dot_RC,
-            T, E, I, O, *g_MI.stride(), *w_EOI.stride(),
+    launch = options(g_RI.dtype)
+    T = tile_T3.shape[0]
+    with torch.cuda.device_of(g_RI):
+        _activation_gradient_kernel[(T * triton.cdiv(O, launch["BLOCK_N"]),)](
+            g_RI, w_EOI, h_RO, tile_T3, grad_h_RO, a_RO, T, E, I, O, *g_RI.stride(), *w_EOI.stride(),
             ACTIVATION=activation, BLOCK_M=block_m, GROUP_M=GROUP_M, **launch,
         )  # fmt: skip
-    return grad_h_RO, a_RO, dot_RC
+    return grad_h_RO, a_RO
 
 
 @grouped_activation_gradient.register_fake
-def _(g_MI, index_R, w_EOI, weight_R, h_RO, tile_T3, block_m, activation):
-    C = triton.cdiv(w_EOI.shape[1], options(g_MI.dtype)["BLOCK_N"])
-    dot_RC = h_RO.new_empty(h_RO.shape[0] if weight_R is not None else 0, C, dtype=torch.float32)
-    return torch.empty_like(h_RO), torch.empty_like(h_RO), dot_RC
+def _(g_RI, w_EOI, h_RO, tile_T3, block_m, activation):
+    return torch.empty_like(h_RO), torch.empty_like(h_RO)
 
 
 @torch.library.custom_op("vmoe::grouped_weight_gradient", mutates_args=())
-def grouped_weight_gradient(
-    g_MO: Tensor,
-    g_index_R: Tensor | None,
-    x_MI: Tensor,
-    x_index_R: Tensor | None,
-    weight_R: Tensor | None,
-    end_E: Tensor,
-    bias: bool,
-) -> tuple[Tensor, Tensor]:
-    """Sums over each expert's rows: of g_r ⊗ x_r, and of weight_r · g_r.
+def grouped_weight_gradient(g_RO: Tensor, x_RI: Tensor, end_E: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    """Sums over each expert's rows: of g_r ⊗ x_r, (E, O, I), and of g_r, (E, O), or (0, O) without `bias`.
 
     Args:
-        g_MO, x_MI: sources; `g_index_R`, `x_index_R`: which of their rows each row is, as in `grouped_linear`.
-        weight_R: None: one. It concerns the second sum alone.
-        end_E: end of each expert's rows.
-        bias: make the second sum.
-
-    Returns:
-        (E, O, I) and (E, O), or (0, O) without `bias`.
+        end_E: int32, the end of each expert's rows.
     """
-    E, O, I = end_E.shape[0], g_MO.shape[1], x_MI.shape[1]
-    grad_w_EOI, grad_b_EO = g_MO.new_empty(E, O, I), g_MO.new_empty(E if bias else 0, O)
-    launch = options(g_MO.dtype)
+    E, O, I = end_E.shape[0], g_RO.shape[1], x_RI.shape[1]
+    grad_w_EOI, grad_b_EO = g_RO.new_empty(E, O, I), g_RO.new_empty(E if bias else 0, O)
+    launch = options(g_RO.dtype)
     block = launch["BLOCK_N"]
-    with torch.cuda.device_of(g_MO):
+    with torch.cuda.device_of(g_RO):
         _weight_gradient_kernel[(triton.cdiv(O, block) * triton.cdiv(I, block), E)](
-            g_MO, g_index_R, x_MI, x_index_R, weight_R, end_E, grad_w_EOI, grad_b_EO if bias else None,
-            O, I, *g_MO.stride(), *x_MI.stride(), BLOCK_M=block, **launch,
+            g_RO, x_RI, end_E, grad_w_EOI, grad_b_EO if bias else None,
+            O, I, *g_RO.stride(), *x_RI.stride(), BLOCK_M=block, **launch,
         )  # fmt: skip
     return grad_w_EOI, grad_b_EO
 
 
 @grouped_weight_gradient.register_fake
-def _(g_MO, g_index_R, x_MI, x_index_R, weight_R, end_E, bias):
-    E, O, I = end_E.shape[0], g_MO.shape[1], x_MI.shape[1]
-    return g_MO.new_empty(E, O, I), g_MO.new_empty(E if bias else 0, O)
-
-
-@torch.library.custom_op("vmoe::gather_sum", mutates_args=())
-def gather_sum(y_RD: Tensor, row_SK: Tensor) -> Tensor:
-    """(S, D): the sum of each token's rows; -1: none. Summed in float32, in the order of K."""
-    (S, K), D = row_SK.shape, y_RD.shape[1]
-    out_SD = y_RD.new_empty(S, D)
-    with torch.cuda.device_of(y_RD):
-        _gather_sum_kernel[(triton.cdiv(S, 16), triton.cdiv(D, 256))](
-            y_RD.contiguous(), row_SK.contiguous(), out_SD, S, D, K, BLOCK_S=16, BLOCK_D=256, num_warps=4
-        )
-    return out_SD
-
-
-@gather_sum.register_fake
-def _(y_RD, row_SK):
-    return y_RD.new_empty(row_SK.shape[0], y_RD.shape[1])
+def _(g_RO, x_RI, end_E, bias):
+    E, O, I = end_E.shape[0], g_RO.shape[1], x_RI.shape[1]
+    return g_RO.new_empty(E, O, I), g_RO.new_empty(E if bias else 0, O)
