@@ -256,3 +256,40 @@ def test_expert_choice_takes_no_more_words_than_the_capacity_says():
     with vmoe.record_routing(model) as record:
         model.encode_text(text)
     assert (record.layers["blocks.1.mlp"].load == 3).all()  # ceil(8 words / 8 experts) in each of three texts
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_experts": 0},
+        {"num_experts": 4, "num_selected_experts": 2, "capacity_factor": 0.7},
+        {"num_experts": 4, "group_size": 8},
+        {"num_experts": 4, "router": "expert_choice", "capacity_factor": 1.0},
+    ],
+)
+def test_leaving_out_padding_in_training_on_a_cpu_changes_no_result(settings):
+    torch.manual_seed(0)
+    model = vmoe.create_model("limoe_tiny_patch12_48", depth=2, **settings).train()
+    image, text = torch.randn(5, 3, 48, 48), torch.randint(1, 100, (5, 16))
+    text = text.scatter(1, torch.tensor([[2], [15], [1], [7], [7]]), model.eot_token_id)
+    assert model.packs(image)
+    outcomes = []
+    for packs in (True, False):
+        model.zero_grad()
+        model.packs = lambda x, packs=packs: packs
+        torch.manual_seed(1)
+        with vmoe.record_routing(model) as record:
+            features, words, _ = model(image, text)
+            loss = (features * torch.linspace(-1, 1, 128)).sum() + (words**3).sum() + record.auxiliary_loss()
+        loss.backward()
+        routing = [(call.expert_index, call.kept, call.mask, call.modality) for call in record.layers.values()]
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        outcomes.append((features, words, loss, gradients, routing))
+    for own, other in zip(*outcomes):
+        torch.testing.assert_close(own, other)
+
+
+def test_padding_stays_where_leaving_it_out_would_change_or_cost_something():
+    image = torch.zeros(1)
+    assert not vmoe.create_model("limoe_tiny_patch12_48", depth=2).eval().packs(image)
+    assert not vmoe.create_model("limoe_tiny_patch12_48", depth=2, drop_path_rate=0.1).train().packs(image)

@@ -7,12 +7,13 @@ Shapes, by suffix: B batch, P patches, L words (text length), T = P + L, D width
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import AttentionPoolLatent, PatchEmbed, resample_abs_pos_embed, trunc_normal_
+from timm.layers import AttentionPoolLatent, DropPath, PatchEmbed, resample_abs_pos_embed, trunc_normal_
 from timm.models import checkpoint, named_apply
 from timm.models.vision_transformer import Block, get_init_weights_vit
 from torch import Tensor, nn
@@ -35,6 +36,40 @@ def attention(qkv_BT3D: Tensor, bias_B11T: Tensor | None, num_heads: int) -> Ten
     return rearrange(y_BHTd, "b h t d -> b t (h d)")
 
 
+@dataclass(frozen=True)
+class TowerTokens:
+    """What the blocks know of their tokens: rows of an image's patches and its caption, (B, T, D), or packed, (S, D).
+
+    Attributes:
+        num_patches: P; 0 without images.
+        mask_BT: True for patches and real text tokens.
+        modality_BT: 0 for patches, 1 for text tokens.
+        bias_B11L: hides padding from attention; None without text.
+        index_S: packed: flat index into (B, T) of the tokens, all but padding, in the order of the batch. None: rows.
+    """
+
+    num_patches: int
+    mask_BT: Tensor
+    modality_BT: Tensor
+    bias_B11L: Tensor | None
+    index_S: Tensor | None
+
+    def pack(self, x_BTD: Tensor) -> Tensor:
+        """Rows -> what the blocks pass on."""
+        return x_BTD if self.index_S is None else x_BTD.flatten(0, 1).index_select(0, self.index_S)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """The way back; zero for padding."""
+        if self.index_S is None:
+            return x
+        x_SD = x.new_zeros(self.mask_BT.numel(), x.shape[-1]).index_copy(0, self.index_S, x)
+        return x_SD.view(*self.mask_BT.shape, x.shape[-1])
+
+    def through_experts(self, layer: SparseMoE, x: Tensor) -> Tensor:
+        """A sparse layer over the tokens of both modalities, in rows, so that packing changes no routing."""
+        return self.pack(layer(self.unpack(x), self.mask_BT, self.modality_BT))
+
+
 class LIMoEBlock(Block):
     """timm's pre-norm block over patches and text tokens at once: attention per modality, one MLP for both.
 
@@ -42,27 +77,17 @@ class LIMoEBlock(Block):
     knows one sequence only.
     """
 
-    def forward(
-        self, x_BTD: Tensor, num_patches: int, mask_BT: Tensor, modality_BT: Tensor, bias_B11L: Tensor | None
-    ) -> Tensor:
-        """(B, T, D) -> (B, T, D).
-
-        Args:
-            x_BTD: the patches of an image, then the tokens of its caption.
-            num_patches: P; 0 without images.
-            mask_BT: True for patches and real text tokens.
-            modality_BT: 0 for patches, 1 for text tokens.
-            bias_B11L: hides padding from attention; None without text.
-        """
-        P, heads = num_patches, self.attn.num_heads
-        qkv = self.attn.qkv(self.norm1(x_BTD))
-        attended = [attention(qkv[:, :P], None, heads)] if P else []
-        if bias_B11L is not None:
-            attended.append(attention(qkv[:, P:], bias_B11L, heads))
-        x_BTD = x_BTD + self.drop_path1(self.ls1(self.attn.proj(torch.cat(attended, dim=1))))
-        h_BTD = self.norm2(x_BTD)
-        h_BTD = self.mlp(h_BTD, mask_BT, modality_BT) if isinstance(self.mlp, SparseMoE) else self.mlp(h_BTD)
-        return x_BTD + self.drop_path2(self.ls2(h_BTD))
+    def forward(self, x: Tensor, tokens: TowerTokens) -> Tensor:
+        """(B, T, D) or (S, D), as `tokens` says -> the same."""
+        P, heads = tokens.num_patches, self.attn.num_heads
+        qkv_BT3D = tokens.unpack(self.attn.qkv(self.norm1(x)))
+        attended = [attention(qkv_BT3D[:, :P], None, heads)] if P else []
+        if tokens.bias_B11L is not None:
+            attended.append(attention(qkv_BT3D[:, P:], tokens.bias_B11L, heads))
+        x = x + self.drop_path1(self.ls1(self.attn.proj(tokens.pack(torch.cat(attended, dim=1)))))
+        h = self.norm2(x)
+        h = tokens.through_experts(self.mlp, h) if isinstance(self.mlp, SparseMoE) else self.mlp(h)
+        return x + self.drop_path2(self.ls2(h))
 
 
 class LIMoE(ImageTextModel):
@@ -209,13 +234,23 @@ class LIMoE(ImageTextModel):
         mask_BT, bias_B11L = torch.ones(B, P, dtype=torch.bool, device=x.device), None
         if mask_BL is not None:
             mask_BT, bias_B11L = torch.cat([mask_BT, mask_BL], dim=1), attention_bias(mask_BL, x.dtype)
+        index_S = mask_BT.flatten().nonzero()[:, 0] if mask_BL is not None and self.packs(x) else None
+        tokens = TowerTokens(P, mask_BT, modality_BT, bias_B11L, index_S)
+        x = tokens.pack(x)
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, P, mask_BT, modality_BT, bias_B11L)
+                x = checkpoint(block, x, tokens)
             else:
-                x = block(x, P, mask_BT, modality_BT, bias_B11L)
-        x = self.norm(x)
-        return x[:, :P], x[:, P:]
+                x = block(x, tokens)
+        x_BTD = tokens.unpack(self.norm(x))
+        return x_BTD[:, :P], x_BTD[:, P:]
+
+    def packs(self, x: Tensor) -> bool:
+        """Padding is left out of the blocks: in training on a CPU, where it saves a tenth of a step and no shape is
+        fixed. Stochastic depth drops rows, so it needs them."""
+        if not self.training or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        return not any(isinstance(module, DropPath) for module in self.blocks.modules())
 
     def image_head(self, x_BPD: Tensor) -> Tensor:
         """Pool and project: (B, P, D) -> (B, C)."""
