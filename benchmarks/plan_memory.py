@@ -14,8 +14,6 @@ grouped product: the CPU's way stacks the gradients of single experts, for which
 from __future__ import annotations
 
 import dataclasses
-from contextlib import nullcontext
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -33,7 +31,6 @@ from vmoe.distributed.mesh import MeshSize, make_meshes
 from vmoe.distributed.parallelize import parallelize, split_groups
 from vmoe.evaluation.inference import arithmetic
 from vmoe.models.factory import create_model, is_contrastive, preprocess_config
-from vmoe.moe.experts import GroupedLinear
 from vmoe.plan import PlanConfig
 from vmoe.planning.candidates import Candidate, Planner
 from vmoe.planning.hardware import HARDWARE
@@ -175,10 +172,6 @@ def _batch(model: nn.Module, size: int) -> list[Tensor]:
     return batch
 
 
-def _grouped(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, counts: list[int]) -> Tensor:
-    return GroupedLinear.forward_grouped(x_RI, weight_EOI, bias_EO, torch.tensor(counts))
-
-
 def measure(config: PlanConfig, mesh: MeshSize = ALONE) -> int:
     """Largest number of bytes that tensors had at a time during `train`.
 
@@ -190,10 +183,7 @@ def measure(config: PlanConfig, mesh: MeshSize = ALONE) -> int:
     try:
         model, ema, optimizer = build(config, mesh)
         before = held(model) + (0 if ema is None else held(ema.module))
-        with (
-            profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
-            nullcontext() if mesh.world == 1 else patch.object(GroupedLinear, "_forward_each", staticmethod(_grouped)),
-        ):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             train(config, mesh, model, ema, optimizer)
     finally:
         if mesh.world > 1:

@@ -1,8 +1,12 @@
+from copy import deepcopy
+
 import pytest
 import torch
 from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+import vmoe
 from vmoe.moe import Experts, SparseMoE
 
 
@@ -81,3 +85,97 @@ def test_shared_experts_add_to_what_is_routed(kind):
     shared, layer.shared = layer.shared, None
     torch.testing.assert_close(y, layer(x, mask) + torch.where(mask[..., None], shared(x), 0))
     assert shared.fc1.out_features == 20 * (2 if kind == "swiglu" else 1)
+
+
+def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
+    """Of all that a forward pass keeps for the backward pass, but for the parameters."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = model(x)
+    total = sum(size for size, _ in storages.values())
+    assert y.requires_grad
+    return total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_that_of_the_dense_mlp_and_one_gathered_copy(dtype):
+    torch.manual_seed(0)
+    S, D, F = 1024, 64, 256
+    x = torch.randn(S, D).to(dtype).requires_grad_()
+    dense = saved_bytes(Mlp(D, F).to(dtype), x)
+    assert dense >= (D + 2 * F) * S * dtype.itemsize  # the measure sees the tokens and the hidden layer
+    sparse = SparseMoE(D, F, num_experts=4, capacity_factor=1.0, batch_priority=True).to(dtype)
+    assert saved_bytes(sparse, x) <= 1.15 * dense + S * D * dtype.itemsize
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"num_selected_experts": 2}, {"router": "expert_choice"}, {"router": "soft"}])
+def test_the_result_may_be_changed_in_place(kwargs):
+    kwargs = {**kwargs, **({"num_slots": 2} if "soft" in kwargs.values() else {})}
+    layer = SparseMoE(8, 12, num_experts=3, noise_std=0.0, **kwargs).double()
+    x = torch.randn(2, 9, 8, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad((layer(x) * 2 + x).square().sum(), [x, *layer.parameters()])
+    y = layer(x)
+    y *= 2
+    y.add_(x)
+    for own, other in zip(torch.autograd.grad(y.square().sum(), [x, *layer.parameters()]), expected):
+        torch.testing.assert_close(own, other)
+
+
+def test_checkpointing_copies_and_inference_mode_give_the_same():
+    layer = SparseMoE(8, 12, num_experts=3, num_selected_experts=2, capacity_factor=0.8, noise_std=0.0)
+    x = torch.randn(2, 9, 8, requires_grad=True)
+    y = layer(x)
+    gradients = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
+    copied = deepcopy(layer)
+    for model, run in ((layer, lambda x: checkpoint(layer, x, use_reentrant=False)), (copied, copied)):
+        again = run(x)
+        assert torch.equal(again, y)
+        others = torch.autograd.grad(again.square().sum(), [x, *model.parameters()])
+        assert all(map(torch.equal, others, gradients))
+    with torch.inference_mode():
+        assert torch.equal(layer(x), y)
+
+
+def test_the_default_device_changes_nothing():
+    layer, x = SparseMoE(8, 12, num_experts=3), torch.randn(2, 9, 8)
+    y = layer.eval()(x)
+    with torch.device("meta"):
+        assert torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("part", ["fc1", "act", "fc2", "drop"])
+def test_hooks_and_other_forwards_of_the_parts_are_called(part):
+    layer, x = SparseMoE(8, 12, num_experts=3), torch.randn(2, 9, 8)
+    calls = []
+    module = getattr(layer.experts, part)
+    handle = module.register_forward_hook(lambda *_: calls.append("hook"))
+    layer(x)
+    handle.remove()
+    own = module.forward
+    module.forward = lambda *args: calls.append("forward") or own(*args)
+    layer(x)
+    assert calls == ["hook", "forward"]
+
+
+def test_layers_of_no_width():
+    experts = Experts(3, 8, 0, out_features=6)
+    nn.init.ones_(experts.fc2.bias)
+    assert torch.equal(experts(torch.randn(5, 8), torch.tensor([2, 0, 3])), torch.ones(5, 6))
+
+
+def test_a_record_and_the_text_name_the_backend():
+    layer = SparseMoE(8, 12, num_experts=3, backend="reference")
+    with vmoe.record_routing(layer) as record:
+        layer(torch.randn(2, 5, 8))
+    assert record.layers[""].backend == "reference"
+    assert "backend='reference'" in repr(layer.experts)
+    with pytest.raises(ValueError, match="backend must be one of auto, reference, triton, got 'fast'"):
+        SparseMoE(8, 12, backend="fast")

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vmoe.moe.backends import select_backend
-from vmoe.moe.backends.grouped_mm import grouped_mm
+from vmoe.moe.backends import check_backend, select_backend
+from vmoe.moe.backends.grouped_mm import grouped_linear
 from vmoe.moe.backends.reference import activate
 
 GATED_ACTIVATIONS = {"swiglu": nn.SiLU, "geglu": nn.GELU}
@@ -91,27 +91,7 @@ class GroupedLinear(nn.Module):
             dtype = torch.get_autocast_dtype(device_type)
             x_RI, weight_EOI = x_RI.to(dtype), weight_EOI.to(dtype)
             bias_EO = None if bias_EO is None else bias_EO.to(dtype)
-        if device_type == "cpu" and not torch.compiler.is_compiling():
-            return self._forward_each(x_RI, weight_EOI, bias_EO, count_E.tolist())
-        return self.forward_grouped(x_RI, weight_EOI, bias_EO, count_E)
-
-    @staticmethod
-    def _forward_each(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, counts: list[int]) -> Tensor:
-        biases = [None] * len(counts) if bias_EO is None else bias_EO.unbind()
-        rows = x_RI[: sum(counts)].split(counts)
-        y_RO = torch.cat([F.linear(*each) for each in zip(rows, weight_EOI.unbind(), biases, strict=True)])
-        return F.pad(y_RO, (0, 0, 0, len(x_RI) - len(y_RO))) if len(y_RO) < len(x_RI) else y_RO
-
-    @staticmethod
-    def forward_grouped(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, count_E: Tensor) -> Tensor:
-        """The same where the number of rows must not be read from the device: compiled code, GPUs, meta tensors."""
-        end_E = count_E.cumsum(0)
-        y_RO = grouped_mm(x_RI, weight_EOI, end_E)
-        if bias_EO is None:
-            return y_RO
-        row_R = torch.arange(x_RI.shape[0], device=x_RI.device)
-        expert_R = torch.searchsorted(end_E, row_R, right=True).clamp(max=weight_EOI.shape[0] - 1)
-        return torch.where(row_R[:, None] < end_E[-1], y_RO + bias_EO[expert_R], 0)
+        return grouped_linear(x_RI, weight_EOI, bias_EO, count_E)
 
 
 class GroupedLayerNorm(nn.Module):
@@ -198,7 +178,7 @@ class Experts(nn.Module):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         self.num_experts = num_experts
-        self.backend = backend
+        self.backend = check_backend(backend)
         self.gated = kind in GATED_ACTIVATIONS
         fc1_features = 2 * hidden_features if self.gated else hidden_features
         self.fc1 = GroupedLinear(num_experts, in_features, fc1_features, bias, **factory)

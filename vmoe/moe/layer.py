@@ -64,7 +64,7 @@ class SparseMoE(nn.Module):
         router_preset: a router that a paper uses, by name (`vmoe.moe.config.PRESETS`); settings given beside it win.
         num_tokens: length of the model's sequences; for router="soft" without `num_slots` or `group_size`.
         modalities: names of the modalities of the input's tokens.
-        backend: what computes the experts: "auto", "reference", "cpu" or "triton", see `vmoe.moe.backends`.
+        backend: what computes the experts: "auto", "reference" or "triton", see `vmoe.moe.backends`.
         **settings: see `vmoe.moe.config.RoutingSettings`.
 
     Raises:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from vmoe.moe.backends.grouped_mm import grouped_linear
 from vmoe.moe.experts import Experts, GroupedLinear
 
 STORED = {"int8": torch.int8, "bfloat16": torch.bfloat16}
@@ -83,7 +84,7 @@ class WeightOnlyLinear(nn.Module):
         bias_EO = None if bias_EO is None else bias_EO.to(x_RI.dtype)
         if device_type == "cpu" and not torch.compiler.is_compiling():
             return self._forward_segments(x_RI, bias_EO, count_E.tolist())
-        return GroupedLinear.forward_grouped(x_RI, self._converted(x_RI.dtype), bias_EO, count_E)
+        return grouped_linear(x_RI, self._converted(x_RI.dtype), bias_EO, count_E)
 
     def _converted(self, dtype: torch.dtype) -> Tensor:
         """(E, O, I) in a type to compute in."""

@@ -44,7 +44,7 @@ class LayerRouting:
         attached: the layer adds the gradients of its losses itself (`auxiliary_loss="attach"`).
         assignment: what the router returned, for the metrics of its kind.
         router: "top_k", "expert_choice" or "soft".
-        backend: what computed the experts: "reference", "cpu" or "triton".
+        backend: what computed the experts: "reference" or "triton".
     """
 
     routing: Routing

@@ -25,6 +25,7 @@ from vmoe.config_io import ConfigError
 from vmoe.distributed.expert_parallel import ExpertExchange
 from vmoe.evaluation.inference import PRECISIONS
 from vmoe.models.factory import is_contrastive, preprocess_config
+from vmoe.moe.backends.grouped_mm import grouped_linear
 from vmoe.moe.experts import Experts, GroupedLinear
 from vmoe.moe.router import Gate, is_recomputation
 from vmoe.moe.soft import SoftRouter
@@ -334,7 +335,7 @@ def _grouped_linear(layer: GroupedLinear, meta: Meta, x_RI: Tensor, count_E: Ten
     """As `GroupedLinear.forward` on a GPU: under autocast weights and bias are copied."""
     weight_EOI = meta.lower(layer.weight, "expert_copies")
     bias_EO = None if layer.bias is None else meta.lower(layer.bias, "expert_copies")
-    return layer.forward_grouped(meta.lower(x_RI), weight_EOI, bias_EO, count_E)
+    return grouped_linear(meta.lower(x_RI), weight_EOI, bias_EO, count_E)
 
 
 def _inputs(model: nn.Module, batch_size: int) -> list[Tensor]:

@@ -136,7 +136,7 @@ def test_the_layer_gives_what_it_gives_without_them(how, tolerance):
     ("kwargs", "reason"),
     [
         ({"dtype": torch.float64}, "it has no torch.float64"),
-        ({"act_layer": nn.Tanh}, "does not know their activation Tanh"),
+        ({"act_layer": nn.Tanh}, "it has no Tanh"),
         ({"norm_layer": nn.LayerNorm}, "a norm between their layers"),
         ({"expert_mlp": "swiglu"}, "it has no gated experts"),
     ],

@@ -1,8 +1,9 @@
-"""Matrix multiplication of rows that are sorted by expert, each row with the matrix of its expert.
+"""Linear layers of rows that are sorted by expert, each row with the matrix and bias of its expert.
 
-`torch.nn.functional.grouped_mm` does this. But on meta and compiled tensors it takes only bfloat16 (up to PyTorch 2.13;
-since 2.14 float16 too, on some GPUs). For all other types this module has operators of its own: a loop over the experts
-that compilers, FLOP counters and the meta device see as one operation.
+`torch.nn.functional.grouped_mm` multiplies so, but on meta and compiled tensors only in bfloat16 (up to PyTorch 2.13;
+since 2.14 float16 too, on some GPUs). All other types, and a CPU, have operators of their own here: a loop over the
+experts that writes each one's rows and gradients where they belong, and that compilers, FLOP counters and the meta
+device see as one operation.
 
 Shapes, by suffix: R rows sorted by expert, E experts, I and O widths.
 """
@@ -13,38 +14,52 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 
-def grouped_mm(x_RI: Tensor, weight_EOI: Tensor, end_E: Tensor) -> Tensor:
-    """y[r] = W[e] x[r], where e is the expert of row r.
+def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, count_E: Tensor) -> Tensor:
+    """y[r] = W[e] x[r] + b[e], where e is the expert of row r.
 
     Args:
         x_RI: rows sorted by expert.
         weight_EOI: a matrix for each expert, laid out as `nn.Linear.weight`.
-        end_E: (E,) int64, the index after the last row of each expert. Rows from `end_E[-1]` on are unused.
+        bias_EO: a bias for each expert, or None.
+        count_E: int64, rows of each expert. Rows beyond their sum are unused.
 
     Returns:
-        (R, O), zero in unused rows. Differentiable in rows and weights; what unused rows hold reaches no gradient.
+        (R, O), zero in unused rows. Differentiable, any number of times; what unused rows hold reaches no gradient.
     """
-    if x_RI.dtype != torch.bfloat16:
-        return _RowsByMatrices.apply(x_RI, weight_EOI, end_E)
+    end_E = count_E.cumsum(0)
+    if torch.compiler.is_compiling():
+        function, in_torch = _GroupedLinear, x_RI.dtype == torch.bfloat16
+    else:
+        function, in_torch = _GroupedLinearAndTangents, x_RI.dtype == torch.bfloat16 and x_RI.device.type != "cpu"
+    if not in_torch:
+        return function.apply(x_RI, weight_EOI, bias_EO, end_E)
+    row_R = torch.arange(x_RI.shape[0], device=x_RI.device)
+    used_R1 = row_R[:, None] < end_E[-1]
     # PyTorch leaves unused rows uninitialised, both in the result and in the gradient of the rows.
-    used_R1 = torch.arange(x_RI.shape[0], device=x_RI.device)[:, None] < end_E[-1]
     x_RI = torch.where(used_R1, x_RI, 0)
     # Its kernel wants rows of whole 16 bytes, that is 8 numbers. Zeros change no product.
-    _, O, I = weight_EOI.shape
+    E, O, I = weight_EOI.shape
     if I % 8 or O % 8:
         x_RI, weight_EOI = F.pad(x_RI, (0, -I % 8)), F.pad(weight_EOI, (0, -I % 8, 0, -O % 8))
     y_RO = F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=end_E.to(torch.int32))[:, :O]
+    if bias_EO is not None:
+        y_RO = y_RO + bias_EO[torch.searchsorted(end_E, row_R, right=True).clamp(max=E - 1)]
     return torch.where(used_R1, y_RO, 0)
 
 
 @torch.library.custom_op("vmoe::rows_by_matrices", mutates_args=())
-def _rows_by_matrices(x_RI: Tensor, weight_EOI: Tensor, end_E: Tensor) -> Tensor:
-    """y[r] = W[e] x[r], where e is the expert of row r; zero in unused rows."""
-    y_RO = x_RI.new_zeros(x_RI.shape[0], weight_EOI.shape[1])
+def _rows_by_matrices(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, end_E: Tensor) -> Tensor:
+    """y[r] = W[e] x[r] + b[e], where e is the expert of row r; zero in unused rows."""
+    y_RO = x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
     start = 0
-    for weight_OI, end in zip(weight_EOI, end_E.tolist(), strict=True):
-        torch.mm(x_RI[start:end], weight_OI.t(), out=y_RO[start:end])
+    for e, end in enumerate(end_E.tolist()):
+        x_MI, w_IO, y_MO = x_RI[start:end], weight_EOI[e].t(), y_RO[start:end]
+        if bias_EO is None:
+            torch.mm(x_MI, w_IO, out=y_MO)
+        else:
+            torch.addmm(bias_EO[e], x_MI, w_IO, out=y_MO)
         start = end
+    y_RO[start:].zero_()
     return y_RO
 
 
@@ -59,8 +74,19 @@ def _rows_by_rows(a_RO: Tensor, b_RI: Tensor, end_E: Tensor) -> Tensor:
     return weight_EOI
 
 
+@torch.library.custom_op("vmoe::sums_of_rows", mutates_args=())
+def _sums_of_rows(x_RO: Tensor, end_E: Tensor) -> Tensor:
+    """s[e] = the sum of x[r] over the rows r of expert e."""
+    sum_EO = x_RO.new_empty(end_E.shape[0], x_RO.shape[1])
+    start = 0
+    for sum_O, end in zip(sum_EO, end_E.tolist(), strict=True):
+        torch.sum(x_RO[start:end], 0, out=sum_O)
+        start = end
+    return sum_EO
+
+
 @_rows_by_matrices.register_fake
-def _(x_RI: Tensor, weight_EOI: Tensor, end_E: Tensor) -> Tensor:
+def _(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, end_E: Tensor) -> Tensor:
     return x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
 
 
@@ -69,26 +95,50 @@ def _(a_RO: Tensor, b_RI: Tensor, end_E: Tensor) -> Tensor:
     return a_RO.new_empty(end_E.shape[0], a_RO.shape[1], b_RI.shape[1])
 
 
-# Autograd functions on top, not `register_autograd`, which torch.func cannot differentiate. Each one's gradient is made
-# of both, so they can be differentiated any number of times.
-class _RowsByMatrices(torch.autograd.Function):
+@_sums_of_rows.register_fake
+def _(x_RO: Tensor, end_E: Tensor) -> Tensor:
+    return x_RO.new_empty(end_E.shape[0], x_RO.shape[1])
+
+
+# Autograd functions on top, not `register_autograd`, which torch.func cannot differentiate. The gradients are made of
+# the same functions, so they can be differentiated again.
+class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(x_RI: Tensor, weight_EOI: Tensor, end_E: Tensor) -> Tensor:
-        return _rows_by_matrices(x_RI, weight_EOI, end_E)
+    def forward(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, end_E: Tensor) -> Tensor:
+        return _rows_by_matrices(x_RI, weight_EOI, bias_EO, end_E)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
+        x_RI, weight_EOI, _, end_E = inputs
+        ctx.save_for_backward(x_RI, weight_EOI, end_E)
+        ctx.save_for_forward(x_RI, weight_EOI, end_E)
 
     @staticmethod
     def backward(ctx, grad_RO: Tensor):
         x_RI, weight_EOI, end_E = ctx.saved_tensors
-        grad_x = grad_weight = None
+        grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = _RowsByMatrices.apply(grad_RO, weight_EOI.transpose(1, 2), end_E)
+            grad_x = _GroupedLinear.apply(grad_RO, weight_EOI.transpose(1, 2), None, end_E)
         if ctx.needs_input_grad[1]:
             grad_weight = _RowsByRows.apply(grad_RO, x_RI, end_E)
-        return grad_x, grad_weight, None
+        if ctx.needs_input_grad[2]:
+            grad_bias = _SumsOfRows.apply(grad_RO, end_E)
+        return grad_x, grad_weight, grad_bias, None
+
+
+class _GroupedLinearAndTangents(_GroupedLinear):
+    """The same with forward-mode derivatives; compilers take no function that has them."""
+
+    @staticmethod
+    def jvp(ctx, x_RI: Tensor | None, weight_EOI: Tensor | None, bias_EO: Tensor | None, _) -> Tensor:
+        own_x_RI, own_weight_EOI, end_E = ctx.saved_tensors
+        parts = []
+        if x_RI is not None or bias_EO is not None:
+            x_RI = torch.zeros_like(own_x_RI) if x_RI is None else x_RI
+            parts.append(_GroupedLinearAndTangents.apply(x_RI, own_weight_EOI, bias_EO, end_E))
+        if weight_EOI is not None:
+            parts.append(_GroupedLinearAndTangents.apply(own_x_RI, weight_EOI, None, end_E))
+        return sum(parts)
 
 
 class _RowsByRows(torch.autograd.Function):
@@ -105,10 +155,30 @@ class _RowsByRows(torch.autograd.Function):
         a_RO, b_RI, end_E = ctx.saved_tensors
         grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            grad_a = _RowsByMatrices.apply(b_RI, grad_EOI, end_E)
+            grad_a = _GroupedLinear.apply(b_RI, grad_EOI, None, end_E)
         if ctx.needs_input_grad[1]:
-            grad_b = _RowsByMatrices.apply(a_RO, grad_EOI.transpose(1, 2), end_E)
+            grad_b = _GroupedLinear.apply(a_RO, grad_EOI.transpose(1, 2), None, end_E)
         return grad_a, grad_b, None
+
+
+class _SumsOfRows(torch.autograd.Function):
+    @staticmethod
+    def forward(x_RO: Tensor, end_E: Tensor) -> Tensor:
+        return _sums_of_rows(x_RO, end_E)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x_RO, end_E = inputs
+        ctx.save_for_backward(end_E)
+        ctx.num_rows = x_RO.shape[0]
+
+    @staticmethod
+    def backward(ctx, grad_EO: Tensor):
+        (end_E,) = ctx.saved_tensors
+        row_R = torch.arange(ctx.num_rows, device=grad_EO.device)
+        expert_R = torch.searchsorted(end_E, row_R, right=True)
+        zero_1O = torch.zeros_like(grad_EO[:1])  # of unused rows
+        return torch.cat([grad_EO, zero_1O])[expert_R], None
 
 
 @register_flop_formula(torch.ops.vmoe.rows_by_matrices)

@@ -5,32 +5,61 @@ Only the hidden layer before its activation is kept for the backward pass.
 Shapes, by suffix: R rows sorted by expert, D model width, F hidden width, O the result's width, E experts, T tiles.
 """
 
+import os
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from vmoe.moe.experts import Experts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Triton's interpreter runs its kernels on the CPU, slowly, for tests.
+DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
 _INSTALLED = find_spec("triton") is not None
+_ACTIVATIONS = {  # by name: this package does not know timm, whose models bring activations of their own
+    "torch.nn.modules.activation.SiLU": "silu",
+    "torch.nn.modules.activation.ReLU": "relu",
+    "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.GELUTanh": "gelu_tanh",
+}
+
+
+def activation_name(act: nn.Module) -> str | None:
+    """What the kernels call an activation; None: they do not have it."""
+    if type(act) is nn.GELU:
+        return "gelu" if act.approximate == "none" else "gelu_tanh"
+    return _ACTIVATIONS.get(f"{type(act).__module__}.{type(act).__qualname__}")
 
 
 def reason_against(experts: "Experts", x_RD: Tensor) -> str | None:
-    """Why the kernels cannot compute experts that a fused backend can; None if they can."""
-    if not _INSTALLED:
-        return "the package triton is not installed; it comes with PyTorch for CUDA on Linux"
-    if experts.gated:
-        return "it has no gated experts"
+    """Why the kernels cannot compute these experts; None if they can."""
     dtype = _dtype(x_RD)
-    return None if dtype in DTYPES else f"it has no {dtype}"
+    hooked = any(_has_hooks(part) for part in (experts.fc1, experts.act, experts.drop, experts.fc2))
+    reasons = {
+        "the package triton is not installed; it comes with PyTorch for CUDA on Linux": not _INSTALLED,
+        f"their rows are on {x_RD.device.type}": x_RD.device.type not in DEVICES,
+        f"it has no {dtype}": dtype not in DTYPES,
+        "it has no gated experts": experts.gated,
+        "they have a norm between their layers": experts.norm is not None,
+        "they have dropout": experts.training and experts.drop.p > 0,
+        f"it has no {type(experts.act).__name__}": activation_name(experts.act) is None,
+        "they are quantized": not isinstance(getattr(experts.fc1, "_parameters", {}).get("weight"), Tensor),
+        "their parts have hooks": hooked,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """The module's calls are listened to, or its `forward` was replaced."""
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(own) or "forward" in vars(module) or torch.nn.modules.module._has_any_global_hook()
 
 
 def run(experts: "Experts", x_RD: Tensor, count_E: Tensor) -> Tensor:
     """(R, D) rows sorted by expert, (E,) rows of each -> (R, O), zero in unused rows."""
-    from vmoe.moe.backends.cpu import activation_name
     from vmoe.moe.backends.triton.kernels import block_rows, tile_table
     from vmoe.moe.experts import local_experts
 
