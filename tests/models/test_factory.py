@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
+from torch import nn
 
 import vmoe
 from vmoe.models import factory
@@ -245,3 +246,134 @@ def test_tensors_that_share_memory_are_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="CoaT cannot be saved: some of its tensors share their memory"):
         save_pretrained(create_model("coat_lite_tiny"), tmp_path / "m.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+# --- models that were changed after they were built -----------------------------------------------------------------
+
+SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 16, "patch_size": 8, "num_classes": 5}
+
+
+def small(**kwargs):
+    torch.manual_seed(0)
+    return create_model("vmoe_tiny_patch8_48", **{**SMALL, **kwargs})
+
+
+def upcycled(**kwargs):
+    torch.manual_seed(0)
+    dense = create_model("vit_tiny_patch16_224", **{**SMALL, **kwargs})
+    return vmoe.upcycle(dense, num_experts=2, layers=[1])
+
+
+@torch.no_grad()
+def assert_comes_back(model, file, size=16):
+    """A file gives the model again: the same numbers for the same images."""
+    for parameter in model.parameters():  # fresh heads are zero, fresh norms one
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    save_pretrained(model, file)
+    again = create_model(pretrained=file).eval()
+    images = torch.randn(2, 3, size, size)
+    assert torch.equal(again(images), model.eval()(images))
+    return again
+
+
+def no_file(model, file, message):
+    with pytest.raises(ValueError, match=message):
+        save_pretrained(model, file)
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("make", [small, upcycled])
+def test_a_linear_head_of_the_users_comes_back(make, tmp_path):
+    model = make()
+    model.head = nn.Linear(32, 9)
+    assert assert_comes_back(model, tmp_path / "m.safetensors").num_classes == 9
+    model.head = nn.Identity()
+    assert assert_comes_back(model, tmp_path / "m.safetensors").num_classes == 0
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (nn.Linear(32, 5, bias=False), r"\(it also has head.bias\)"),
+        (nn.Sequential(nn.Dropout(), nn.Linear(32, 5)), r"\(it lacks head.1.bias\)"),
+        (nn.Linear(16, 5), r"\(head.weight is \(5, 32\) instead of \(5, 16\)\)"),
+    ],
+)
+def test_a_head_that_loading_could_not_build_is_not_saved(head, message, tmp_path):
+    model = small()
+    model.head = head
+    no_file(model, tmp_path / "m.safetensors", f"VisionMoE cannot be saved, .* another model {message}: .*torch.save")
+
+
+@pytest.mark.parametrize("make", [small, upcycled])
+@pytest.mark.parametrize(
+    ("built_with", "pool"),
+    [("token", "avg"), ("token", "max"), ("token", "avgmax"), ("avg", "token"), ("avg", "max"), ("map", "avg")],
+)
+def test_a_pooling_changed_after_building_comes_back(make, built_with, pool, tmp_path):
+    model = make(global_pool=built_with)
+    model.reset_classifier(3, pool)
+    again = assert_comes_back(model, tmp_path / "m.safetensors")
+    assert (again.global_pool, again.num_classes) == (pool, 3)
+
+
+@pytest.mark.parametrize("make", [small, upcycled, lambda: small(router="soft"), lambda: small(pos_embed="sincos2d")])
+@pytest.mark.parametrize("size", [{"patch_size": 4}, {"img_size": 24, "patch_size": (4, 12)}, {"img_size": 32}])
+def test_a_patch_size_changed_after_building_comes_back(make, size, tmp_path):
+    model = make()
+    model.set_input_size(**size)
+    again = assert_comes_back(model, tmp_path / "m.safetensors", size.get("img_size", 16))
+    assert again.patch_embed.patch_size == model.patch_embed.patch_size
+    assert factory.preprocess_config(again) == factory.preprocess_config(model)
+
+
+@pytest.mark.parametrize("router", ["soft", "expert_choice"])
+def test_slots_of_an_upcycled_model_stay_when_the_image_size_changes(router, tmp_path):
+    model = vmoe.upcycle(create_model("vit_tiny_patch16_224", **SMALL), num_experts=2, layers=[1], router=router)
+    model.set_input_size(32)
+    assert_comes_back(model, tmp_path / "m.safetensors", 32)
+
+
+def test_an_image_tower_changed_after_building_comes_back(tmp_path):
+    tower = {**SMALL, "num_classes": 128}
+    model = create_model("two_tower_tiny_patch8_48", image=tower, text={"num_experts": 0, "depth": 1})
+    model.visual.reset_classifier(128, "avg")
+    model.visual.set_input_size(patch_size=4)
+    nn.init.normal_(model.visual.head.weight)
+    save_pretrained(model, tmp_path / "m.safetensors")
+    again, image = create_model(pretrained=tmp_path / "m.safetensors").eval(), torch.randn(2, 3, 16, 16)
+    assert torch.equal(again.encode_image(image), model.eval().encode_image(image))
+    model.visual.reset_classifier(7)
+    no_file(model, tmp_path / "n.safetensors", "TwoTower cannot be saved, .*gives 7 features, embed_dim is 128")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: setattr(model, "norm", nn.Identity()), "it also has norm.bias"),
+        (lambda model: setattr(model.norm, "eps", 1.0), "description of norm is .*eps=1e-06.* instead of .*eps=1.0"),
+        (lambda model: setattr(model.blocks[0].mlp, "act", nn.ReLU()), "class of blocks.0.mlp.act is .*GELU"),
+        (lambda model: setattr(model, "dynamic_img_size", True), "dynamic_img_size of the model is False instead of T"),
+        (
+            lambda model: setattr(model.blocks[1].mlp, "eval_capacity_factor", 1.0),
+            "eval_capacity_factor of blocks.1.mlp is None instead of 1.0",
+        ),
+        (lambda model: model.blocks.append(nn.Identity()), "it lacks blocks.2"),
+    ],
+)
+def test_what_no_setting_gives_again_is_not_saved(change, message, tmp_path):
+    model = small()
+    change(model)
+    no_file(model, tmp_path / "m.safetensors", f"its settings give another model .{message}")
+
+
+def test_saving_draws_no_random_numbers(tmp_path):
+    model = upcycled()
+    state = torch.get_rng_state()
+    save_pretrained(model, tmp_path / "m.safetensors")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_model_is_checked_without_memory_for_its_weights():
+    model = factory.build_empty(factory.model_spec(upcycled()))
+    assert all(tensor.is_meta for tensor in model.state_dict().values())

@@ -1,6 +1,9 @@
+import json
+
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vmoe
@@ -122,9 +125,10 @@ def test_files_and_state_dicts_bring_it_back(kind, tmp_path):
 
 
 def test_a_files_kind_is_checked(tmp_path):
-    model, file = vision(), tmp_path / "m.safetensors"
-    model.vmoe_spec["experts"] = "int2"
-    factory.save_pretrained(model, file)
+    file = tmp_path / "m.safetensors"
+    factory.save_pretrained(vision(), file)
+    settings = factory.read_pretrained_metadata(file) | {"experts": "int2"}
+    save_file(load_file(file), file, {"vmoe": json.dumps(settings)})
     with pytest.raises(factory.WeightsError, match="experts is none of int8, bfloat16"):
         vmoe.create_model(pretrained=file)
     factory.save_pretrained(quantize_experts(vision(), "int8"), file)

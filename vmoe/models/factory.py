@@ -12,8 +12,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -21,12 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD, create_transform, resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE
 from vmoe.models.text import TextTransformer
 from vmoe.models.two_tower import TOWERS, TWO_TOWER_CONFIGS, TwoTower, check_towers, merge_settings
-from vmoe.models.untrusted import bounded_model, without_loading
+from vmoe.models.untrusted import bounded_model, check_metadata, without_loading
 from vmoe.models.vision import VisionMoE
 from vmoe.models.weights import (
     METADATA_KEY,
@@ -61,21 +63,22 @@ def create_model(name: str | None = None, pretrained: str | Path | None = None, 
         ValueError: for an unknown name or setting.
         WeightsError: if the file cannot be read or does not fit.
     """
-    file = upcycled = kept_as = None
+    file, spec = None, {}
     if isinstance(pretrained, bool):
         raise ValueError(f"pretrained must be a file or folder, got {pretrained}: there are no weights to download yet")
     if pretrained is not None:
         file = find_weights(pretrained)
         metadata = read_pretrained_metadata(file)
         if name is None or name == metadata["name"]:
-            upcycled, kept_as = metadata.get("upcycle"), metadata.get("experts")
-            if upcycled is not None:  # a dense model by name, whose routing settings are `upcycle`'s
+            spec = {key: metadata[key] for key in ("upcycle", "experts") if key in metadata}
+            if "upcycle" in spec:  # a dense model by name, whose routing settings are `upcycle`'s
                 for word in {"layers", "moe_layers"} & kwargs.keys():
                     raise ValueError(
-                        f"{file} holds an upcycled model, whose sparse layers are fixed ({upcycled['layers']!r}): "
-                        f"leave {word} out, or call vmoe.upcycle(dense_model, layers=...)"
+                        f"{file} holds an upcycled model, whose sparse layers are fixed "
+                        f"({spec['upcycle']['layers']!r}): leave {word} out, or call "
+                        "vmoe.upcycle(dense_model, layers=...)"
                     )
-                upcycled |= {key: kwargs.pop(key) for key in SETTING_NAMES & kwargs.keys()}
+                spec["upcycle"] |= {key: kwargs.pop(key) for key in SETTING_NAMES & kwargs.keys()}
             name = metadata["name"]
             merge = merge_settings if name in TWO_TOWER_CONFIGS else dict.__or__
             kwargs = merge(metadata["kwargs"], _without_image_weights(kwargs))
@@ -84,36 +87,38 @@ def create_model(name: str | None = None, pretrained: str | Path | None = None, 
     image_weights = None
     if name in TWO_TOWER_CONFIGS:
         kwargs, image_weights = (_without_image_weights(kwargs), None) if file else _image_weights(kwargs)
+    spec |= {"name": name, "kwargs": kwargs}
     if file is not None:
-        model = _build_for_file(file, name, kwargs, upcycled)
-        if kept_as is not None:
-            quantize_experts(model, kept_as)
+        model = _build_for_file(file, spec)
         load_weights(model, file, new_head=True)
         return model
-    model = _build_with_spec(name, kwargs, None, image_weights is True)
+    model = _build_with_spec(spec, image_weights is True)
     if isinstance(image_weights, Path):
         load_weights(model.visual, image_weights, new_head=True)
     return model
 
 
-def _build_with_spec(name: str, kwargs: dict, upcycled: dict | None, timm_image_weights: bool = False) -> nn.Module:
-    """A new model that knows how it was made."""
+def _build_with_spec(spec: dict, timm_image_weights: bool = False) -> nn.Module:
+    """A new model by a specification (see `model_spec`), which it remembers."""
+    name, kwargs = spec["name"], spec["kwargs"]
     model = _build(name, kwargs, timm_image_weights)
-    model.vmoe_spec = {"name": name, "kwargs": _with_slots(model, kwargs)}
+    model.vmoe_spec = {"name": name, "kwargs": with_slots(model, kwargs)}
     model.vmoe_built = _live_settings(model)
-    if upcycled is not None:
+    if "upcycle" in spec:
         from vmoe.models.upcycle import upcycle
 
-        model = upcycle(model, **upcycled)
+        model = upcycle(model, **spec["upcycle"])
+    if "experts" in spec:
+        quantize_experts(model, spec["experts"])
     return model
 
 
-def _build_for_file(file: Path, name: str, kwargs: dict, upcycled: dict | None) -> nn.Module:
+def _build_for_file(file: Path, spec: dict) -> nn.Module:
     """The same for a file's weights, by settings that may be a stranger's."""
     shapes = StoredTensors(file).shapes
     with bounded_model(file, sum(map(math.prod, shapes.values())), len(shapes)):
         try:
-            return _build_with_spec(name, kwargs, upcycled)
+            return _build_with_spec(spec)
         except ValueError:
             raise
         except Exception as error:  # whatever a constructor makes of settings that nobody would give it
@@ -144,17 +149,16 @@ def _image_weights(kwargs: dict) -> tuple[dict, Path | bool | None]:
     return {**kwargs, "image": {"name": metadata["name"], **own, **kwargs["image"]}}, weights
 
 
-def _with_slots(model: nn.Module, kwargs: dict) -> dict:
+def with_slots(model: nn.Module, kwargs: dict) -> dict:
     """Settings with the slots of soft routers, which would else follow from a picture size that may change."""
     if isinstance(model, TwoTower):
         settings = {name: kwargs.get(name) or {} for name in TOWERS}
         towers = {"image": model.visual, "text": model.text}
-        new = {name: _with_slots(towers[name], own) for name, own in settings.items()}
+        new = {name: with_slots(towers[name], own) for name, own in settings.items()}
         return kwargs | {name: own for name, own in new.items() if own != settings[name]}
     for layer in model.modules():
         if isinstance(layer, SparseMoE) and layer.router_type == "soft":
-            slots = {"num_slots": layer.router.slots.shape[1]}
-            return {**{key: value for key, value in kwargs.items() if key != "capacity_factor"}, **slots}
+            return {**kwargs, "num_slots": layer.router.slots.shape[1]}
     return kwargs
 
 
@@ -206,7 +210,7 @@ def model_spec(model: nn.Module) -> dict:
     if spec is None:
         why = "it was not made by vmoe.create_model (make the dense model with that before you upcycle it)"
         raise ValueError(f"how to build this model again is not known: {getattr(model, 'vmoe_no_spec', why)}")
-    changed = {key: value for key, value in _live_settings(model).items() if model.vmoe_built.get(key) != value}
+    changed = _changed(model.vmoe_built, _live_settings(model))
     if isinstance(model, TwoTower) and changed:
         changed = {"image": {**(spec["kwargs"].get("image") or {}), **changed}}
     kept_as = experts_kept_as(model)
@@ -219,15 +223,22 @@ def _timm_spec(model: nn.Module) -> dict | None:
     name = ".".join(config[key] for key in ("architecture", "tag") if config.get(key))
     if not timm.is_model(name) or any(isinstance(module, SparseMoE) for module in model.modules()):
         return None
-    kwargs = _live_settings(model) | ({"num_experts": 0} if isinstance(model, VisionMoE) else {})
+    spec = {"name": name, "kwargs": {"num_experts": 0} if isinstance(model, VisionMoE) else {}}
     try:
-        with torch.device("meta"):
-            again = timm.create_model(name, **kwargs)
-    except (TypeError, ValueError, RuntimeError, NotImplementedError):
+        spec["kwargs"] |= _changed(_live_settings(build_empty(spec)), _live_settings(model))
+        return None if difference(model, build_empty(spec)) else spec
+    except (TypeError, ValueError, RuntimeError):
         return None
-    shapes = [{key: tensor.shape for key, tensor in each.state_dict().items()} for each in (model, again)]
-    # The text of the modules tells activations, epsilons and dropout rates, which no shape does.
-    return {"name": name, "kwargs": kwargs} if shapes[0] == shapes[1] and repr(model) == repr(again) else None
+
+
+def build_empty(spec: dict) -> nn.Module:
+    """The model of a specification (see `model_spec`) on the meta device: without memory for its weights."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return _build_with_spec(spec)
+        except RuntimeError:  # a few constructors of older versions of timm read the numbers that they make
+            return _build_with_spec(spec)
 
 
 def _live_settings(model: nn.Module) -> dict:
@@ -235,12 +246,80 @@ def _live_settings(model: nn.Module) -> dict:
 
     Of a two-tower model: those of its image tower.
     """
-    model = model.visual if isinstance(model, TwoTower) else model
+    model = unwrap_model(model.visual if isinstance(model, TwoTower) else model)
     settings = {key: getattr(model, key) for key in ("num_classes", "global_pool") if hasattr(model, key)}
     if not isinstance(settings.get("global_pool", ""), str):  # some of timm's models call their pooling layer so
         del settings["global_pool"]
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    return settings if size is None else {**settings, "img_size": list(size)}
+    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
+    if isinstance(classifier, (nn.Linear, nn.Identity)):  # perhaps one that the user put there
+        settings["num_classes"] = getattr(classifier, "out_features", 0)
+    if isinstance(model, VisionTransformer):
+        settings["fc_norm"] = not isinstance(model.fc_norm, nn.Identity)
+    for key in ("img_size", "patch_size"):
+        size = getattr(getattr(model, "patch_embed", None), key, None)
+        if isinstance(size, (int, tuple, list)):
+            settings[key] = size if isinstance(size, int) else list(size)
+    return settings
+
+
+def _changed(before: dict, now: dict) -> dict:
+    """Those of the live settings that differ; with a new pooling also what would follow from it in a new model."""
+    changed = {key: value for key, value in now.items() if before.get(key) != value}
+    if "global_pool" in changed and "fc_norm" in now:
+        changed["fc_norm"] = now["fc_norm"]
+    return changed
+
+
+# Attributes that do not decide what a model computes; a classifier's own shape says how many classes it has.
+_NO_DIFFERENCE = {"training", "grad_checkpointing", "fused_attn", "num_classes", "calls_without_update"}
+
+
+def difference(model: nn.Module, again: nn.Module) -> str | None:
+    """The first thing in which a model built again is not what it was, a few words about it; None: nothing.
+
+    Compares names and shapes of tensors, and each module's class, its `extra_repr` and its plain attributes, such as
+    `global_pool`. Attributes that only one of the two has are left out.
+    """
+    shapes = [{name: tuple(tensor.shape) for name, tensor in named_tensors(each).items()} for each in (model, again)]
+    facts = [{name: _facts(module) for name, module in _named_modules(each)} for each in (model, again)]
+    for ours, theirs in (shapes, facts):
+        for name in sorted(ours.keys() ^ theirs.keys()):
+            return f"it {'lacks' if name in ours else 'also has'} {name}"
+    for name, shape in shapes[0].items():
+        if shape != shapes[1][name]:
+            return f"{name} is {shapes[1][name]} instead of {shape}"
+    for name, ours in facts[0].items():
+        for key, value in ours.items():
+            if (other := facts[1][name].get(key, value)) != value:
+                return f"{key} of {name or 'the model'} is {other!r} instead of {value!r}"
+    return None
+
+
+def _facts(module: nn.Module) -> dict:
+    plain = {key: _plain(value) for key, value in vars(module).items() if key[0] != "_" and key not in _NO_DIFFERENCE}
+    plain = {key: value for key, value in plain.items() if value is not Ellipsis}
+    # FSDP2 gives a module a class of its own, with the old one's name in it.
+    return {"class": type(module).__name__.removeprefix("FSDP"), "description": module.extra_repr(), **plain}
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, text and sequences of them, lists as tuples; Ellipsis for anything else."""
+    if isinstance(value, (list, tuple)):
+        parts = tuple(map(_plain, value))
+        return Ellipsis if Ellipsis in parts else parts
+    return value if value is None or isinstance(value, (bool, int, float, str)) else Ellipsis
+
+
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules`, without the wrappers of `torch.compile` around parts of the model."""
+    for name, module in model.named_modules():
+        if not hasattr(module, "_orig_mod"):
+            yield name.replace("._orig_mod", ""), module
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, without the names of `torch.compile`'s wrappers around parts of the model."""
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
 
 
 def is_contrastive(model: nn.Module) -> bool:
@@ -258,6 +337,9 @@ def save_pretrained(model: nn.Module, file: str | Path, extra: dict | None = Non
         model: made by `create_model`.
         file: where to; replaced if it exists.
         extra: JSON-able facts to keep beside the settings, such as class names.
+
+    Raises:
+        ValueError: the file would not give the same model again, or tensors share their memory.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     try:
@@ -298,14 +380,14 @@ def _system_error(message: str) -> tuple[int, str]:
 
 
 def file_metadata(model: nn.Module, extra: dict | None = None) -> dict[str, str]:
-    """The metadata of a model's safetensors file, from which the model can be built again.
+    """The metadata of a model's safetensors file; a model without weights was built by it, and is the same.
 
     Args:
         model: made by `create_model`; may be on the meta device.
         extra: as of `save_pretrained`.
 
     Raises:
-        ValueError: if the settings are not JSON-able.
+        ValueError: if the settings are not JSON-able, or do not give the same model again.
     """
     settings = {**without_loading(model_spec(model)), "preprocess": preprocess_config(model), "extra": extra or {}}
     try:
@@ -314,8 +396,24 @@ def file_metadata(model: nn.Module, extra: dict | None = None) -> dict[str, str]
         raise ValueError(
             f"the settings of {settings['name']} cannot be saved: {error}; use names and numbers"
         ) from error
+    _check_rebuilt(model, json.loads(text))
     # "pt" is what other libraries look for before they load a file into PyTorch.
     return {"format": "pt", METADATA_KEY: text}
+
+
+def _check_rebuilt(model: nn.Module, settings: dict) -> None:
+    """Raises ValueError unless a file's settings give the model again."""
+    try:
+        check_metadata(settings)
+        other = difference(model, build_empty(settings))
+    except (TypeError, ValueError, RuntimeError) as error:
+        other = str(error)
+    if other is not None:
+        raise ValueError(
+            f"{type(model).__name__} cannot be saved, because its settings give another model ({other}): change models "
+            "by arguments of vmoe.create_model, reset_classifier and set_input_size only, or save the state_dict with "
+            "torch.save"
+        )
 
 
 # --- preprocessing and text ------------------------------------------------------------------------------------------

@@ -118,8 +118,20 @@ def upcycle(
     if twice:
         sparse.vmoe_no_spec = "its towers were upcycled one after the other; upcycle both in one call"
     if spec is not None:
-        sparse.vmoe_spec, sparse.vmoe_built = spec, factory._live_settings(sparse)
+        sparse.vmoe_spec, sparse.vmoe_built = _with_slots(sparse, spec), factory._live_settings(sparse)
     return sparse
+
+
+def _with_slots(sparse: nn.Module, spec: dict) -> dict:
+    """A specification with the slots of soft routers, which would otherwise follow from an image size that may change.
+
+    Two towers whose layers were given different slots keep the rule.
+    """
+    if "upcycle" not in spec:
+        return {**spec, "kwargs": factory.with_slots(sparse, spec["kwargs"])}
+    layers = [module for module in sparse.modules() if isinstance(module, SparseMoE)]
+    slots = {layer.router.slots.shape[1] for layer in layers if layer.router_type == "soft"}
+    return spec if len(slots) != 1 else {**spec, "upcycle": {**spec["upcycle"], "num_slots": slots.pop()}}
 
 
 def _check(model: nn.Module, tower: str, granularity: int, expert_noise: float, reinit: float, settings: dict) -> None:
@@ -292,7 +304,8 @@ def _sparse_layer(mlp: nn.Module, settings: dict, granularity: int, model: nn.Mo
     )
     layer.experts.act = copy.deepcopy(act)  # of gated MLPs too
     _load_experts(layer, to_experts(layout, dense, layer.num_experts, G, float(G)))
-    learns = to_experts(layout, {key: torch.ones(p.shape) * p.requires_grad for key, p in dense.items()}, G, G)
+    learns = {key: torch.tensor(p.requires_grad, device="cpu").expand(p.shape) for key, p in dense.items()}
+    learns = to_experts(layout, learns, G, G)
     for key, parameter in layer.experts.named_parameters():
         parameter.requires_grad_(bool(learns[key].any()))
     with torch.no_grad():
