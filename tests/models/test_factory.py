@@ -13,7 +13,7 @@ from torch import nn
 import vmoe
 from vmoe.models import factory
 from vmoe.models.factory import create_model, load_weights, save_pretrained
-from vmoe.models.weights import WeightsError
+from vmoe.models.weights import WeightsError, safetensors_metadata
 
 
 def test_a_file_is_all_that_is_needed(tmp_path):
@@ -303,6 +303,18 @@ def test_a_head_that_loading_could_not_build_is_not_saved(head, message, tmp_pat
     model = small()
     model.head = head
     no_file(model, tmp_path / "m.safetensors", f"VisionMoE cannot be saved, .* another model {message}: .*torch.save")
+
+
+def test_loading_makes_a_new_head_only_where_one_is_asked_for(tmp_path):
+    good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
+    save_pretrained(small(), good)
+    tensors = {**load_file(good), "head.weight": torch.ones(9, 32), "head.bias": torch.ones(9)}
+    save_file(tensors, bad, safetensors_metadata(good))  # a file whose settings do not know of its head
+    with pytest.raises(WeightsError, match=r"head.weight is \(9, 32\) in the file, \(5, 32\) in the model"):
+        create_model(pretrained=bad)
+    assert torch.equal(create_model(pretrained=bad, num_classes=9).head.weight, torch.ones(9, 32))
+    assert create_model(pretrained=bad, num_classes=4).head.out_features == 4
+    assert create_model(pretrained=bad, num_classes=0).head.__class__ is nn.Identity
 
 
 @pytest.mark.parametrize("make", [small, upcycled])

@@ -53,8 +53,8 @@ def create_model(name: str | None = None, pretrained: str | Path | None = None, 
     Args:
         name: "limoe_...", "two_tower_..." or a timm name such as "vmoe_base_patch16_224"; None: that in `pretrained`.
         pretrained: a `.safetensors` file written by `save_pretrained`, or the folder of a run or checkpoint. The file's
-            own settings are the defaults then. Position embeddings are interpolated if the picture size differs, and a
-            classifier of another number of classes starts anew.
+            own settings are the defaults then. Position embeddings are interpolated if the image size differs. A
+            classifier starts anew if `num_classes` is given and the file's has another number.
         **kwargs: of the model; they go over the file's. `image` and `text` of a two-tower model go over its own setting
             by setting; `image={"pretrained": FILE}` gives the image tower that file's architecture and weights (as long
             as there are no weights for the whole model).
@@ -63,7 +63,7 @@ def create_model(name: str | None = None, pretrained: str | Path | None = None, 
         ValueError: for an unknown name or setting.
         WeightsError: if the file cannot be read or does not fit.
     """
-    file, spec = None, {}
+    file, spec, own_head = None, {}, "num_classes" in kwargs
     if isinstance(pretrained, bool):
         raise ValueError(f"pretrained must be a file or folder, got {pretrained}: there are no weights to download yet")
     if pretrained is not None:
@@ -90,11 +90,11 @@ def create_model(name: str | None = None, pretrained: str | Path | None = None, 
     spec |= {"name": name, "kwargs": kwargs}
     if file is not None:
         model = _build_for_file(file, spec)
-        load_weights(model, file, new_head=True)
+        load_weights(model, file, new_head=own_head, new_size=True)
         return model
     model = _build_with_spec(spec, image_weights is True)
     if isinstance(image_weights, Path):
-        load_weights(model.visual, image_weights, new_head=True)
+        load_weights(model.visual, image_weights, new_head=True, new_size=True)
     return model
 
 

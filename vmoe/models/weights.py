@@ -218,15 +218,15 @@ class _SafetensorsFiles(FileSystem):
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
-def load_weights(model: nn.Module, source: str | Path, new_head: bool = False) -> None:
+def load_weights(model: nn.Module, source: str | Path, new_head: bool = False, new_size: bool = False) -> None:
     """Load weights into a model; every tensor must fit.
 
     Args:
         model: changed in place, or not at all if a tensor does not fit. Its tensors may be DTensors on any mesh. One on
             the meta device stays there.
         source: a safetensors file, or a folder that a sharded run wrote.
-        new_head: for fine-tuning: a classifier of another size keeps the model's fresh one, and position embeddings of
-            another picture size are interpolated.
+        new_head: for fine-tuning: the model keeps its own classifier if the stored one has another number of classes.
+        new_size: position embeddings of another image size are interpolated.
 
     Raises:
         WeightsError: names the tensors that are missing, left over or of another shape.
@@ -236,6 +236,7 @@ def load_weights(model: nn.Module, source: str | Path, new_head: bool = False) -
     resized = {}
     if new_head:
         _leave_new_head(model, own, shapes, source)
+    if new_size:
         resized = _resized_positions(model, own, stored, safetensors_metadata(source))
         shapes |= {name: tensor.shape for name, tensor in resized.items()}
     missing = sorted(own.keys() - shapes.keys())
@@ -260,17 +261,17 @@ def load_weights(model: nn.Module, source: str | Path, new_head: bool = False) -
 
 
 def _leave_new_head(model: nn.Module, own: dict[str, Tensor], shapes: dict[str, torch.Size], source: str | Path):
-    """Take a classifier of another shape out of what is loaded, and out of what must be."""
+    """Take a classifier of another number of classes out of what is loaded, and out of what must be."""
     classifiers = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
-    heads = [f"{classifier}.{part}" for classifier in classifiers for part in ("weight", "bias")]
-    heads = [name for name in heads if name in own or name in shapes]
-    if all(name in own and name in shapes and own[name].shape == shapes[name] for name in heads):
-        return
-    logger.info("%s has a classifier of another size: the model's own starts anew", source)
-    for name in heads:
-        shapes.pop(name, None)
-        own.pop(name, None)
+    for classifier in (classifiers,) if isinstance(classifiers, str) else classifiers:
+        weight, bias = f"{classifier}.weight", f"{classifier}.bias"
+        old = shapes[weight][0] if weight in shapes else 0
+        new = own[weight].shape[0] if weight in own else 0
+        if old != new:
+            logger.info("%s has a classifier of %d classes: a new one of %d starts anew", source, old, new)
+            for name in (weight, bias):
+                shapes.pop(name, None)
+                own.pop(name, None)
 
 
 def _resized_positions(
