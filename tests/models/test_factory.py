@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
+from timm.utils import ModelEmaV3
 from torch import nn
 
 import vmoe
@@ -389,3 +390,38 @@ def test_saving_draws_no_random_numbers(tmp_path):
 def test_a_model_is_checked_without_memory_for_its_weights():
     model = factory.build_empty(factory.model_spec(upcycled()))
     assert all(tensor.is_meta for tensor in model.state_dict().values())
+
+
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def compiled_in_parts(model):
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = torch.compile(block)
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        torch.compile,
+        nn.DataParallel,
+        nn.parallel.DistributedDataParallel,
+        ModelEmaV3,
+        lambda model: torch.compile(nn.parallel.DistributedDataParallel(model)),
+        lambda model: torch.compile(ModelEmaV3(model)),
+        compiled_in_parts,
+    ],
+)
+def test_models_are_taken_out_of_their_wrappers(wrap, tmp_path, one_process):
+    model = small()
+    nn.init.normal_(model.head.weight)
+    image = torch.randn(2, 3, 16, 16)
+    expected = model.eval()(image)
+    save_pretrained(wrap(model), tmp_path / "m.safetensors")
+    again = create_model(pretrained=tmp_path / "m.safetensors").eval()
+    assert torch.equal(again(image), expected)

@@ -334,14 +334,16 @@ def save_pretrained(model: nn.Module, file: str | Path, extra: dict | None = Non
     """Write a model's weights and settings as one safetensors file: whole or not at all.
 
     Args:
-        model: made by `create_model`.
+        model: made by `create_model`; taken out of `torch.compile`, DataParallel, DistributedDataParallel, or timm's
+            average of weights.
         file: where to; replaced if it exists.
         extra: JSON-able facts to keep beside the settings, such as class names.
 
     Raises:
         ValueError: the file would not give the same model again, or tensors share their memory.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    model = unwrap_model(model)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named_tensors(model).items()}
     try:
         write_tensors(tensors, file_metadata(model, extra), Path(file))
     except RuntimeError as error:
