@@ -82,3 +82,25 @@ def test_mixup_depends_on_seed_and_step_only():
     assert build_mixup(AugmentationConfig(), 5, seed=1) is None
     with pytest.raises(ValueError, match="even"):
         build_mixup(config, 5, seed=1)(image[:3], label[:3], step=0)
+
+
+def test_gray_images_are_what_colour_would_be_in_gray(photo):
+    gray = {**PREPROCESS, "input_size": (1, *PREPROCESS["input_size"][1:]), "mean": (0.4,), "std": (0.2,)}
+    for augmentation in (None, AugmentationConfig(**STRONG)):
+        transform, colour = build_transform(gray, augmentation), build_transform(PREPROCESS, augmentation)
+        image = seeded(transform, photo)
+        assert image.shape == (1, *PREPROCESS["input_size"][1:])
+        with isolated_randomness():
+            seed_process(3)
+            pixels = torch.from_numpy(np.array(colour.geometry(photo).convert("L")))
+        torch.testing.assert_close(transform.normalize(pixels)[0], (pixels / 255 - 0.4) / 0.2)
+        if augmentation is None:
+            torch.testing.assert_close(image, transform.normalize(pixels))
+        assert torch.equal(
+            transform.normalize(pixels.expand(4, -1, -1)), transform.normalize(pixels).expand(4, 1, -1, -1)
+        )
+
+
+def test_channels_that_no_image_file_has_are_named():
+    with pytest.raises(ValueError, match="in_chans=4: image files are read as 3 channels"):
+        build_transform({**PREPROCESS, "input_size": (4, 8, 8), "mean": (0.5,) * 4, "std": (0.5,) * 4}, None)

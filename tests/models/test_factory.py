@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from timm.utils import ModelEmaV3
 from torch import nn
+from torchvision.transforms import ToTensor
 
 import vmoe
 from vmoe.models import factory
@@ -425,3 +426,52 @@ def test_models_are_taken_out_of_their_wrappers(wrap, tmp_path, one_process):
     save_pretrained(wrap(model), tmp_path / "m.safetensors")
     again = create_model(pretrained=tmp_path / "m.safetensors").eval()
     assert torch.equal(again(image), expected)
+
+
+# --- images of other than three channels -----------------------------------------------------------------------------
+
+GRAY = {
+    "vmoe_tiny_patch8_48": {"depth": 2},
+    "limoe_tiny_patch12_48": {"depth": 2},
+    "two_tower_tiny_patch12_48": {},
+    "resnet10t": {},
+    "vit_tiny_patch16_224": {"depth": 1},
+}
+
+
+@pytest.mark.parametrize("name", GRAY)
+@torch.no_grad()
+def test_gray_images_reach_a_model_of_one_channel_as_they_are(name, tmp_path):
+    in_chans = {"image": {"in_chans": 1, "depth": 2}} if "tower" in name else {"in_chans": 1, **GRAY[name]}
+    model, train, val = vmoe.create_model_and_transforms(name, **in_chans)
+    save_pretrained(model, tmp_path / "m.safetensors")
+    again, _, same = vmoe.create_model_and_transforms(pretrained=tmp_path / "m.safetensors")
+    config = factory.preprocess_config(again)
+    assert config == factory.preprocess_config(model)
+    assert config["input_size"][0] == factory.in_chans(again) == len(config["mean"]) == len(config["std"]) == 1
+    size = config["input_size"][1:]
+    gray = Image.fromarray(torch.randint(256, size, dtype=torch.uint8).numpy())
+    if config["crop_pct"] == 1:  # nothing is resized
+        torch.testing.assert_close(val(gray)[0] * config["std"][0] + config["mean"][0], ToTensor()(gray)[0])
+    torch.testing.assert_close(val(gray.convert("RGB")), val(gray), rtol=0, atol=0)
+    torch.testing.assert_close(same(gray), val(gray), rtol=0, atol=0)
+    assert train(gray).shape == (1, *size)
+    encode = getattr(again, "encode_image", again)
+    assert torch.equal(encode(val(gray)[None]), getattr(model, "encode_image", model)(val(gray)[None]))
+
+
+def test_mean_and_deviation_of_other_channels_are_the_average():
+    config = factory.preprocess_config(create_model("resnet10t", in_chans=5))
+    assert config["input_size"][0] == 5
+    assert config["mean"] == pytest.approx([(0.485 + 0.456 + 0.406) / 3] * 5)
+    assert config["std"] == pytest.approx([(0.229 + 0.224 + 0.225) / 3] * 5)
+    own = create_model("resnet10t", in_chans=1, pretrained_cfg_overlay={"mean": (0.1307,), "std": (0.3081,)})
+    assert factory.preprocess_config(own)["mean"] == (0.1307,)
+
+
+def test_channels_that_no_image_file_has(tmp_path):
+    for model in (timm.create_model("resnet10t", in_chans=4), create_model("vmoe_tiny_patch8_48", in_chans=2)):
+        save_pretrained(model, tmp_path / "m.safetensors")
+        assert factory.in_chans(create_model(pretrained=tmp_path / "m.safetensors")) == model.in_chans
+        with pytest.raises(ValueError, match=f"in_chans={model.in_chans}: image files are read as 3 channels"):
+            vmoe.create_model_and_transforms(pretrained=tmp_path / "m.safetensors")

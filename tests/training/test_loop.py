@@ -306,6 +306,17 @@ def _tiny(make_config):
     return make_config().model.kwargs
 
 
+@pytest.mark.parametrize("kind", ["classification", "contrastive"])
+def test_a_model_of_one_channel_trains_on_gray_images(make_config, kind):
+    augmentation = {"data.augmentation.re_prob": 0.5, "data.augmentation.auto_augment": "rand-m5"}
+    config = make_config(kind, **augmentation, **{"model.kwargs.in_chans": 1, "train.steps": 2, "evaluate.examples": 2})
+    summary, _ = run(config)
+    assert math.isfinite(summary["loss"])
+    assert (_path(config) / "examples.png").is_file()
+    weights = load_file(list_checkpoints(_path(config))[-1] / "model.safetensors")
+    assert weights["patch_embed.proj.weight"].shape == (32, 1, 8, 8)
+
+
 def test_weights_of_another_model_are_refused_with_tensors_and_shapes(make_config, tmp_path):
     other = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=3, **{**_tiny(make_config), "embed_dim": 64})
     vmoe.models.factory.save_pretrained(other, tmp_path / "other.safetensors")

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
+from torchvision.transforms import Grayscale
 
 from vmoe.data.config import AugmentationConfig
 from vmoe.data.seeding import derive_seed, isolated_randomness, seed_process
@@ -18,15 +19,15 @@ from vmoe.data.seeding import derive_seed, isolated_randomness, seed_process
 class Transform:
     """From a picture to a model's input, in steps that a loader may spread out.
 
-    `transform(image)` is all of it: (3, H, W) float32. A loader keeps pictures as bytes for as long as it can, since
-    they are a quarter of the size and cheap to put together: `geometry` on each picture, `normalize` on the batch,
-    and `erase` (after it, as in timm) on each picture again where it is on.
+    `transform(image)` is all of it: (C, H, W) float32, C = 1 or 3. A loader keeps images as bytes for as long as it
+    can, since they are a quarter of the size and cheap to stack: `geometry` on each image, `normalize` on the batch,
+    and `erase` (after it, as in timm) on each image again where it is on.
 
     Args:
         geometry: timm's transforms up to the conversion to a tensor: PIL picture to PIL picture of the input size.
         mean: of each channel, on a scale of 0 to 1.
         std: likewise.
-        erase: timm's random erasing of a normalised (3, H, W) tensor, or None.
+        erase: timm's random erasing of a normalised (C, H, W) tensor, or None.
     """
 
     def __init__(
@@ -37,8 +38,8 @@ class Transform:
         erase: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self.geometry = geometry
-        self.mean = torch.tensor(mean).view(3, 1, 1)
-        self.std = torch.tensor(std).view(3, 1, 1)
+        self.mean = torch.tensor(mean).view(-1, 1, 1)
+        self.std = torch.tensor(std).view(-1, 1, 1)
         self.erase = erase
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
@@ -47,7 +48,11 @@ class Transform:
         return self.erase(image) if self.erase is not None else image
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(..., H, W, 3) uint8 to (..., 3, H, W) float32, (value / 255 - mean) / std, on the device of `pixels`."""
+        """(..., H, W, 3) uint8 to (..., 3, H, W) float32, (value / 255 - mean) / std, on the device of `pixels`.
+
+        Gray images are (..., H, W), and get an axis for their channel.
+        """
+        pixels = pixels if len(self.mean) > 1 else pixels[..., None]
         image = pixels.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
         mean, std = self.mean.to(pixels.device), self.std.to(pixels.device)
         return image.div_(255).sub_(mean).div_(std)
@@ -57,13 +62,30 @@ class Transform:
         return f"Transform({self.geometry}, mean={mean}, std={std}, erase={self.erase})"
 
 
+def to_channels(channels: int) -> list[Callable[[Image.Image], Image.Image]]:
+    """What turns RGB images into those of a model: nothing for 3 channels, a conversion to gray for 1.
+
+    Raises:
+        ValueError: for another number of channels.
+    """
+    if channels not in (1, 3):
+        raise ValueError(
+            f"in_chans={channels}: image files are read as 3 channels (RGB) or 1 (gray); call the model, made by "
+            "vmoe.create_model, on tensors of your own"
+        )
+    return [Grayscale()] if channels == 1 else []
+
+
 def build_transform(preprocess: dict[str, Any], augmentation: AugmentationConfig | None) -> Transform:
     """timm's transform for a model's input.
 
     Args:
-        preprocess: "input_size" (3, H, W), "mean", "std", "interpolation", and for evaluation "crop_pct" and
+        preprocess: "input_size" (C, H, W), "mean", "std", "interpolation", and for evaluation "crop_pct" and
             "crop_mode"; see vmoe.models.factory.preprocess_config.
         augmentation: of training; None gives the evaluation transform (resize, then crop the middle).
+
+    Raises:
+        ValueError: a policy that timm does not know, or C other than 1 or 3.
     """
     mean, std = tuple(preprocess["mean"]), tuple(preprocess["std"])
     settings = {"input_size": tuple(preprocess["input_size"]), "interpolation": preprocess["interpolation"]}
@@ -91,7 +113,7 @@ def build_transform(preprocess: dict[str, Any], augmentation: AugmentationConfig
     except AssertionError as error:  # timm checks its policy strings by assertions
         raise ValueError(f"auto_augment {settings.get('auto_augment')!r} is no policy of timm: {error}") from error
     # timm's last step makes a tensor; Transform does that itself, which is several times quicker
-    composed.transforms = composed.transforms[:-1]
+    composed.transforms = composed.transforms[:-1] + to_channels(preprocess["input_size"][0])
     return Transform(composed, mean, std, erase)
 
 

@@ -18,6 +18,7 @@ from vmoe.evaluation.classification import predict
 from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.lockstep import Lockstep
 from vmoe.evaluation.metrics import TIE_TOLERANCE
+from vmoe.models.factory import in_chans
 
 Template = str | Callable[[str], str]
 Picture = Image.Image | str | Path | Tensor
@@ -305,29 +306,32 @@ def image_batches(model: nn.Module, images: Picture | Iterable[Picture], batch_s
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     parameter = next(model.parameters())
     if isinstance(images, Tensor) and images.ndim == 4:
-        yield from (_checked(part).to(parameter.device, parameter.dtype) for part in images.split(batch_size))
+        checked = _checked(images, model)
+        yield from (part.to(parameter.device, parameter.dtype) for part in checked.split(batch_size))
         return
     pictures = iter([images] if isinstance(images, (Tensor, Image.Image, str, Path)) else images)
     transform = cache(lambda: _evaluation_transform(model))  # not needed for tensors, which any model takes
-    while batch := [_prepare(picture, transform) for picture in islice(pictures, batch_size)]:
+    while batch := [_prepare(picture, transform, model) for picture in islice(pictures, batch_size)]:
         sizes = {tuple(image.shape) for image in batch}
         if len(sizes) > 1:
             raise ValueError(f"images of one batch must have one size, got {' and '.join(map(str, sorted(sizes)))}")
         yield torch.stack([image.to(parameter.device, parameter.dtype) for image in batch])
 
 
-def _checked(images: Tensor) -> Tensor:
-    if images.ndim not in (3, 4) or images.shape[-3] != 3:
-        raise ValueError(f"images must have the shape (B, 3, H, W) or (3, H, W), got {tuple(images.shape)}")
+def _checked(images: Tensor, model: nn.Module) -> Tensor:
+    channels = in_chans(model)
+    if images.ndim not in (3, 4) or images.shape[-3] != channels:
+        shapes = f"(B, {channels}, H, W) or ({channels}, H, W)"
+        raise ValueError(f"images must have the shape {shapes}, got {tuple(images.shape)}")
     return images
 
 
-def _prepare(picture: Picture, transform: Callable[[], Callable[[Image.Image], Tensor]]) -> Tensor:
-    """(3, H, W); a tensor is taken as it is."""
+def _prepare(picture: Picture, transform: Callable[[], Callable[[Image.Image], Tensor]], model: nn.Module) -> Tensor:
+    """(C, H, W); a tensor is taken as it is."""
     if isinstance(picture, Tensor):
         if picture.ndim == 4:
             raise ValueError(f"a list of images must hold tensors (3, H, W), got {tuple(picture.shape)}")
-        return _checked(picture)
+        return _checked(picture, model)
     if isinstance(picture, Image.Image):
         return transform()(to_rgb(picture))
     if not isinstance(picture, (str, Path)):

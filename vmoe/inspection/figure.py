@@ -170,8 +170,8 @@ def example_figure(
 
 def _displayable(images: Tensor, preprocess: dict) -> np.ndarray:
     """Undoes the normalisation: (B, H, W, 3) in 0..1."""
-    mean, std = (torch.tensor(preprocess[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-    return (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    mean, std = (torch.tensor(preprocess[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    return (images * std + mean).clamp(0, 1).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
 
 
 def _draw(

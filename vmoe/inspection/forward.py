@@ -107,7 +107,7 @@ def routed(
 def shown_pixels(subject: Subject, image_BCHW: Tensor) -> np.ndarray:
     """(B, H, W, 3) uint8: the pictures as the model sees them, without the normalisation."""
     image = image_BCHW.detach().float().cpu() * subject.transform.std + subject.transform.mean
-    return (image * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    return (image * 255).round().clamp(0, 255).byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
 
 
 def checkpoint_classes(subject: Subject) -> list[str] | None:

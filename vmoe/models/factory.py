@@ -247,7 +247,7 @@ def _live_settings(model: nn.Module) -> dict:
     Of a two-tower model: those of its image tower.
     """
     model = unwrap_model(model.visual if isinstance(model, TwoTower) else model)
-    settings = {key: getattr(model, key) for key in ("num_classes", "global_pool") if hasattr(model, key)}
+    settings = {key: getattr(model, key) for key in ("num_classes", "global_pool", "in_chans") if hasattr(model, key)}
     if not isinstance(settings.get("global_pool", ""), str):  # some of timm's models call their pooling layer so
         del settings["global_pool"]
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
@@ -421,26 +421,35 @@ def _check_rebuilt(model: nn.Module, settings: dict) -> None:
 # --- preprocessing and text ------------------------------------------------------------------------------------------
 
 
+def in_chans(model: nn.Module) -> int:
+    """Channels of a model's images."""
+    return getattr(unwrap_model(model), "in_chans", 3)
+
+
 def preprocess_config(model: nn.Module) -> dict:
-    """How pictures reach the model: "input_size" (3, H, W), "mean", "std", "interpolation", "crop_pct", "crop_mode"."""
+    """How images reach the model: "input_size" (C, H, W), "mean", "std", "interpolation", "crop_pct", "crop_mode".
+
+    Mean and standard deviation of C other than 3 channels are the averages of those of red, green and blue.
+    """
+    channels = in_chans(model)
     if isinstance(model, TwoTower):
         model = model.visual
     if isinstance(model, LIMoE):
-        return {
-            "input_size": (3, *model.image_size),
+        config = {
             "mean": IMAGENET_INCEPTION_MEAN,
             "std": IMAGENET_INCEPTION_STD,
             "interpolation": "bicubic",
             "crop_pct": 1.0,
             "crop_mode": "center",
         }
-    config = resolve_model_data_config(model)
-    input_size = config["input_size"]
-    patch_embed = getattr(model, "patch_embed", None)
-    if getattr(patch_embed, "img_size", None) is not None:  # the size it was built with, not its name's
-        input_size = (input_size[0], *patch_embed.img_size)
-    keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-    return {"input_size": tuple(input_size), **{key: config[key] for key in keys}}
+    else:
+        config = dict(resolve_model_data_config(model))
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)  # the size it was built with, not its name's
+    config["input_size"] = (channels, *(size or config["input_size"][1:]))
+    for key in ("mean", "std"):
+        values = tuple(config[key])
+        config[key] = values if len(values) == channels else (sum(values) / len(values),) * channels
+    return {key: config[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
 
 
 def create_model_and_transforms(
@@ -458,16 +467,24 @@ def create_model_and_transforms(
         **kwargs: of the model.
 
     Returns:
-        (model in eval mode, training transform, evaluation transform); the transforms turn a PIL picture into a
-        (3, H, W) float tensor. The training transform is a random crop; augment further in your own loop.
+        (model in eval mode, training transform, evaluation transform); the transforms turn a PIL image into a
+        (C, H, W) float tensor. The training transform is a random crop; augment further in your own loop.
+
+    Raises:
+        ValueError: also for a model of other than 1 or 3 channels, see `vmoe.data.transforms.to_channels`.
     """
+    from vmoe.data.transforms import to_channels
+
     model = create_model(model_name, pretrained, **kwargs).to(device).eval()
     config = preprocess_config(model)
     common = {key: config[key] for key in ("input_size", "interpolation", "mean", "std")}
     train = create_transform(
         **common, is_training=True, scale=(0.9, 1.0), ratio=(0.75, 4 / 3), hflip=0.0, color_jitter=0.0
     )
-    return model, train, create_transform(**common, crop_pct=config["crop_pct"], crop_mode=config["crop_mode"])
+    val = create_transform(**common, crop_pct=config["crop_pct"], crop_mode=config["crop_mode"])
+    for transform in (train, val):
+        transform.transforms[:0] = to_channels(in_chans(model))
+    return model, train, val
 
 
 def get_tokenizer(model: str | nn.Module, context_length: int | None = None) -> Callable[[list[str] | str], Tensor]:

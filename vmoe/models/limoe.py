@@ -96,6 +96,7 @@ class LIMoE(ImageTextModel):
     Args:
         img_size: side of the (square) picture in pixels, or (height, width).
         patch_size: side of a patch in pixels.
+        in_chans: channels of the images.
         context_length: L, tokens of text.
         vocab_size: of the tokenizer; the default is that of open_clip's CLIP tokenizer, whose `eot_token_id` is 49407.
         eot_token_id: the token that ends a text; what comes after it is padding.
@@ -123,6 +124,7 @@ class LIMoE(ImageTextModel):
         self,
         img_size: int | tuple[int, int] = 224,
         patch_size: int = 16,
+        in_chans: int = 3,
         context_length: int = 64,
         vocab_size: int = 49408,
         eot_token_id: int = 49407,
@@ -155,6 +157,7 @@ class LIMoE(ImageTextModel):
         if settings.get("global_entropy_loss") and settings.get("global_entropy_min_experts") is None:
             thresholds = {"image": max(1, num_experts / 2), "text": max(1, num_experts / 4)}
             settings["global_entropy_min_experts"] = thresholds
+        self.in_chans = in_chans
         self.context_length = context_length
         self.vocab_size = vocab_size
         self.eot_token_id = eot_token_id
@@ -162,7 +165,7 @@ class LIMoE(ImageTextModel):
         self.grad_checkpointing = False
         norm_layer, act_layer = partial(nn.LayerNorm, eps=1e-6), partial(nn.GELU, "tanh")
 
-        self.patch_embed = PatchEmbed(img_size, patch_size, 3, width)
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, width)
         self.image_pos_embed = nn.Parameter(torch.empty(1, self.patch_embed.num_patches, width))
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.text_pos_embed = nn.Parameter(torch.empty(1, context_length, width))

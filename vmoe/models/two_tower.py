@@ -88,6 +88,11 @@ class TwoTower(ImageTextModel):
             nn.init.normal_(head.weight, std=head.in_features**-0.5)  # zeros, a classifier's start, have no direction
 
     @property
+    def in_chans(self) -> int:
+        """Channels of the images."""
+        return getattr(self.visual, "in_chans", 3)
+
+    @property
     def context_length(self) -> int:
         """The most tokens of a text."""
         return self.text.context_length
