@@ -1,12 +1,14 @@
 """Dense models made sparse: the same function at the start, on many architectures; options; files; the optimizer."""
 
 import copy
+import pickle
 
 import numpy as np
 import open_clip
 import pytest
 import timm
 import torch
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 import vmoe
@@ -455,3 +457,57 @@ def test_optimizers_that_cannot_go_on_say_so():
     vmoe.upcycle_optimizer(optimizer, frozen, sparse, carried)
     assert sparse.blocks[1].mlp.experts.fc1.weight not in carried.state
     assert sparse.blocks[0].mlp.fc1.weight in carried.state
+
+
+def settings_of(model, **kwargs):
+    """{name: (weight decay, factor on the learning rate)} in timm's optimizer."""
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.1, **kwargs)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [(group["weight_decay"], group.get("lr_scale")) for group in optimizer.param_groups]
+    return {names[id(p)]: group for group, g in zip(groups, optimizer.param_groups, strict=True) for p in g["params"]}
+
+
+PIT = {"base_dims": [16] * 3, "depth": [2, 1, 1], "heads": [2, 2, 2]}  # has no group_matcher
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(pytest.param(lambda name=name: timm.create_model(name, **TIMM[name][0]), id=name)
+          for name in ("vit_tiny_patch16_224", "eva02_base_patch14_224", "beit3_base_patch16_224",
+                       "vit_giant_patch14_reg4_dinov2", "swin_tiny_patch4_window7_224")),
+        pytest.param(lambda: timm.create_model("pit_ti_224", **PIT), id="pit_ti_224"),
+        *(pytest.param(IMAGE_TEXT[name], id=name)
+          for name in ("CLIP", "CustomTextCLIP, norm in the MLP", "LIMoE", "two towers")),
+        pytest.param(lambda: create_model(
+            "two_tower_tiny_patch12_48", image={"name": "vit_tiny_patch16_224", **SMALL, "num_classes": 128},
+            text={"num_experts": 0, "depth": 2},
+        ), id="two towers, timm's image tower"),
+    ],
+)  # fmt: skip
+def test_timms_optimizers_treat_experts_as_the_mlps_before(make):
+    dense = make()
+    sparse = vmoe.upcycle(dense, num_experts=3, layers="every1")
+    for kwargs in ({}, {"layer_decay": 0.5}):
+        before, now = settings_of(dense, **kwargs), settings_of(sparse, **kwargs)
+        assert settings_of(copy.deepcopy(sparse), **kwargs) == now
+        assert settings_of(pickle.loads(pickle.dumps(sparse)), **kwargs) == now
+        assert settings_of(vmoe.densify(sparse), **kwargs) == before
+        assert {name: now[name] for name in now.keys() & before.keys()} == {
+            name: before[name] for name in now.keys() & before.keys()
+        }
+        for name in routers(sparse):
+            layout = sparse.get_submodule(name).upcycled_from.layout
+            for part, own in (("fc1", layout.fc1[0]), ("norm", layout.norm), ("fc2", layout.fc2)):
+                for kind in ("weight", "bias"):
+                    assert now.get(f"{name}.experts.{part}.{kind}") == before.get(f"{name}.{own}.{kind}"), (name, part)
+            assert now[f"{name}.router.weight"] == before[f"{name}.{layout.fc2}.weight"]
+
+
+def test_files_of_upcycled_models_keep_their_parameter_groups(tmp_path):
+    sparse = vmoe.upcycle(create_model("pit_ti_224", **PIT), 2, "every1", router="soft", num_slots=3)
+    save_pretrained(sparse, tmp_path / "m.safetensors")
+    again = create_model(pretrained=tmp_path / "m.safetensors")
+    for kwargs in ({}, {"layer_decay": 0.5}):
+        assert settings_of(again, **kwargs) == settings_of(sparse, **kwargs)
+    assert settings_of(again)["transformers.0.blocks.1.mlp.router.slots"][0] == 0

@@ -39,6 +39,7 @@ SETTINGS = {
         "much larger",
     ),
     "deep": (lambda s: s["kwargs"].update(depth=10**8), "whole number of blocks"),
+    "deep in a stage": (lambda s: s["kwargs"].update(depth=[2, 10**8]), "whole number of blocks"),
     "many experts": (lambda s: s["kwargs"].update(num_experts=2**30), "no model can be built", "much larger"),
     "huge pictures": (lambda s: s["kwargs"].update(img_size=2**20), "whole numbers of pixels"),
     "huge pictures beside": (

@@ -90,6 +90,8 @@ def densify(model: nn.Module, how: str | int = "average", usage: Usage | None = 
         tensors = {key: _mix(p, weight_E, origin.granularity) for key, p in layer.experts.named_parameters()}
         mlp = revive(origin.skeleton, from_experts(origin.layout, tensors, float(origin.granularity)))
         _replace(dense, name, mlp.train(layer.training))
+    for attribute in ("no_weight_decay", "group_matcher"):  # what `upcycle` put in the place of the class's own
+        vars(dense).pop(attribute, None)
     if getattr(model, "vmoe_spec", None) is not None:
         _set_dense_spec(dense, model.vmoe_spec, layers)
     return dense

@@ -75,8 +75,10 @@ def _check_settings(value: Any, where: str) -> None:
                 _check_name(inner, f"{where}.name")
             elif key == "pretrained_cfg_overlay":
                 _check_preprocessing(inner, f"{where}.{key}")
-            elif key == "depth" and not (type(inner) is int and 0 <= inner <= MAX_DEPTH):
-                raise ValueError(f"{where}.{key} must be a whole number of blocks, at most {MAX_DEPTH}")
+            elif key == "depth":
+                depths = inner if isinstance(inner, list) else [inner]  # one for each stage
+                if not all(type(depth) is int and 0 <= depth <= MAX_DEPTH for depth in depths):
+                    raise ValueError(f"{where}.{key} must be a whole number of blocks, at most {MAX_DEPTH}")
             elif key in ("img_size", "image_size"):
                 _check_sides(inner, f"{where}.{key}")
             else:

@@ -10,7 +10,8 @@ import copy
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from vmoe.models import factory
 from vmoe.models.dense_mlp import MlpLayout, UpcycledFrom, UpcycleError, mlp_layout, skeleton, to_experts
 from vmoe.models.limoe import LIMoE
 from vmoe.models.two_tower import TwoTower
-from vmoe.models.vision import VisionMoE, sparse_blocks
+from vmoe.models.vision import VisionMoE, sparse_blocks, without_decay
 from vmoe.moe import SparseMoE
 from vmoe.moe.config import SETTING_NAMES, with_preset
 
@@ -113,6 +114,7 @@ def upcycle(
             raise UpcycleError(f"{type(model).__name__}.{name}: {error}") from None
         parent, _, child = name.rpartition(".")
         setattr(sparse.get_submodule(parent), child, layer)
+    _keep_parameter_groups(model, sparse)
     for attribute in ("vmoe_spec", "vmoe_built"):
         vars(sparse).pop(attribute, None)
     if twice:
@@ -132,6 +134,46 @@ def _with_slots(sparse: nn.Module, spec: dict) -> dict:
     layers = [module for module in sparse.modules() if isinstance(module, SparseMoE)]
     slots = {layer.router.slots.shape[1] for layer in layers if layer.router_type == "soft"}
     return spec if len(slots) != 1 else {**spec, "upcycle": {**spec["upcycle"], "num_slots": slots.pop()}}
+
+
+@dataclasses.dataclass
+class LayerGroups:
+    """A `group_matcher` for timm's layer decay by a table.
+
+    Attributes:
+        layer_of: {name of a parameter: number of its layer, from the bottom}.
+    """
+
+    layer_of: dict[str, int]
+
+    def __call__(self, coarse: bool = False) -> Callable[[str], int]:
+        """A function of a name; names that are not in the table belong to the last layer."""
+        return lambda name: self.layer_of.get(name, max(self.layer_of.values()))
+
+
+def _keep_parameter_groups(dense: nn.Module, sparse: nn.Module) -> None:
+    """Let timm's optimizers treat experts as they treat the MLPs that they were copied from.
+
+    Weight decay goes by the number of axes, and a stacked bias has one more; so `no_weight_decay` names those. Layer
+    decay goes by names, where the model has a `group_matcher`; else timm counts parameters, and what that gave is kept.
+    """
+    from timm.optim import auto_group_layers
+
+    own = getattr(sparse, "no_weight_decay", set)()
+    if not without_decay(sparse) <= own:
+        sparse.no_weight_decay = partial(set, frozenset(own | without_decay(sparse)))
+    if hasattr(dense, "group_matcher"):
+        return
+    layer_of = auto_group_layers(dense)
+    for name, layer in sparse.named_modules():
+        if isinstance(layer, SparseMoE):
+            layout = layer.upcycled_from.layout
+            last = layer_of[f"{name}.{layout.fc2}.weight"]
+            parts = {"fc1": layout.fc1[-1], "act": layout.act, "norm": layout.norm, "fc2": layout.fc2}
+            for key, _ in layer.named_parameters():
+                *_, part, kind = key.split(".")
+                layer_of[f"{name}.{key}"] = layer_of.get(f"{name}.{parts.get(part)}.{kind}", last)
+    sparse.group_matcher = LayerGroups(layer_of)
 
 
 def _check(model: nn.Module, tower: str, granularity: int, expert_noise: float, reinit: float, settings: dict) -> None:

@@ -88,13 +88,16 @@ def norm_queries_and_keys(attention: nn.Module) -> None:
 def without_decay(model: nn.Module) -> set[str]:
     """Parameters of sparse layers that weight decay must spare though they have several axes.
 
-    Biases and norms, because every expert has its own; and slots of soft routing, whose length means nothing.
+    Biases, norms and learned activations, because every expert has its own; and slots of soft routing, whose length
+    means nothing.
     """
-    return {
-        name
-        for name, _ in model.named_parameters()
-        if name.endswith((".bias", ".router.slots", ".experts.norm.weight"))
-    }
+    names = set()
+    for name, layer in model.named_modules():
+        if isinstance(layer, SparseMoE):
+            own = {f"experts.{key}" for key, parameter in layer.experts.named_parameters() if parameter.ndim <= 2}
+            own |= {"router.slots"} if layer.router_type == "soft" else set()
+            names |= {f"{name}.{key}".lstrip(".") for key in own}
+    return names
 
 
 def take_routing(kwargs: dict, defaults: dict) -> dict:

@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 
 from vmoe.config_io import ConfigError
 from vmoe.distributed.parallelize import is_sharded
-from vmoe.models.vision import without_decay
 from vmoe.training.config import OptimConfig
 
 # timm's optimizers that take the same steps on sharded weights as on whole ones, and whose state is sharded like those:
@@ -94,8 +93,7 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         )
     optional = {"betas": config.betas and tuple(config.betas), "eps": config.eps}
     kwargs = {name: value for name, value in optional.items() if value is not None} | config.kwargs
-    # timm knows what its own models spare from weight decay, but not what experts add to an upcycled one.
-    spared = getattr(model, "no_weight_decay", set)() | without_decay(model)
+    spared = getattr(model, "no_weight_decay", set)()
     groups = partial(param_groups_weight_decay, weight_decay=config.weight_decay, no_weight_decay_list=spared)
     if config.layer_decay is not None:
         groups = partial(param_groups_layer_decay, layer_decay=config.layer_decay, **groups.keywords)
