@@ -79,11 +79,18 @@ def test_experts_are_split_evenly(four_processes, num_experts, dim):
     assert weight.to_local().numel() * 4 == weight.numel()
 
 
+def test_learned_activations_are_sharded_too(four_processes):
+    model = tiny(act_layer="prelu")
+    parallelize(model, make_meshes(MeshSize(1, 4, 1), CPU), CPU)
+    assert model.blocks[1].mlp.experts.act.weight.shape == (1,)
+
+
 @pytest.mark.parametrize(
     ("size", "settings", "message"),
     [
         (MeshSize(1, 1, 4), {"num_experts": 6}, r"parallel.ep is 4, and blocks.1.mlp.experts has 6 experts"),
         (MeshSize(2, 1, 2), {"num_experts": 0}, "the model has no experts; set it to 1"),
+        (MeshSize(2, 1, 2), {"act_layer": "prelu"}, "all experts of blocks.1.mlp.experts share a learned activation"),
         (MeshSize(1, 2, 2), {"expert_width": 63}, "parallel.dp_shard is 2, and the experts' width 63 is no multiple"),
     ],
 )

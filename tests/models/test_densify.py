@@ -327,3 +327,11 @@ def test_a_dense_twin_forgets_how_its_experts_were_routed(settings, tmp_path):
     again = vmoe.upcycle(dense, 2, [1])
     assert again.blocks[1].mlp.router_type == "top_k"
     comes_back(again, tmp_path / "sparse.safetensors", pictures())
+
+
+def test_learned_activations_of_models_that_never_were_dense():
+    sparse = tiny_vmoe(act_layer="prelu")
+    torch.nn.init.constant_(sparse.blocks[1].mlp.experts.act.weight, 0.7)
+    dense = vmoe.densify(sparse, 3)
+    x, count = torch.randn(7, 32), torch.tensor([0, 0, 0, 7, 0, 0])
+    torch.testing.assert_close(dense.blocks[1].mlp(x), sparse.blocks[1].mlp.experts(x, count))

@@ -8,6 +8,7 @@ import open_clip
 import pytest
 import timm
 import torch
+from timm.models.metaformer import StarReLU
 from timm.optim import create_optimizer_v2
 from torch import nn
 
@@ -511,3 +512,64 @@ def test_files_of_upcycled_models_keep_their_parameter_groups(tmp_path):
     for kwargs in ({}, {"layer_decay": 0.5}):
         assert settings_of(again, **kwargs) == settings_of(sparse, **kwargs)
     assert settings_of(again)["transformers.0.blocks.1.mlp.router.slots"][0] == 0
+
+
+@pytest.mark.parametrize("act", ["prelu", StarReLU])
+@pytest.mark.parametrize("options", [{}, {"granularity": 2}, {"num_shared_experts": 1}])
+def test_learned_activations_stay_and_learn(act, options):
+    dense = tiny_vit(act_layer=act)
+    numbers = dict(dense.blocks[1].mlp.act.named_parameters())
+    with torch.no_grad():
+        for parameter in numbers.values():
+            parameter.add_(0.3)
+    dense.blocks[0].mlp.act.requires_grad_(False)
+    sparse = vmoe.upcycle(dense, num_experts=4, layers="every1", capacity_factor=None, **options)
+    x = pictures()
+    torch.testing.assert_close(sparse(x), dense(x), rtol=0, atol=1e-5)
+    dense(x).square().sum().backward()
+    sparse(x).square().sum().backward()
+    experts = sparse.blocks[1].mlp.experts
+    for name, parameter in numbers.items():
+        own = experts.act.get_parameter(name)
+        torch.testing.assert_close(own.grad, parameter.grad, rtol=1e-3, atol=1e-4)
+        assert own.data_ptr() != parameter.data_ptr()
+    assert not any(p.requires_grad for p in sparse.blocks[0].mlp.experts.act.parameters())
+    if not options.get("num_shared_experts"):
+        with torch.no_grad():
+            for parameter in experts.act.parameters():
+                parameter.mul_(2)
+        again = vmoe.densify(sparse)
+        assert repr(again) == repr(dense)
+        for name, parameter in again.blocks[1].mlp.act.named_parameters():
+            torch.testing.assert_close(parameter, 2 * numbers[name], rtol=0, atol=0)
+            assert parameter.data_ptr() != experts.act.get_parameter(name).data_ptr()
+        torch.testing.assert_close(again(x), sparse(x), rtol=0, atol=1e-5)
+
+
+def test_files_and_optimizers_of_learned_activations(tmp_path):
+    torch.manual_seed(0)
+    dense = create_model("vit_tiny_patch16_224", **SMALL, img_size=32, act_layer="prelu")
+    optimizer = adam(dense)
+    step(dense, optimizer)
+    sparse = vmoe.upcycle(dense, num_experts=2, layers=[1])
+    new = adam(sparse)
+    vmoe.upcycle_optimizer(optimizer, dense, sparse, new)
+    state = new.state[sparse.blocks[1].mlp.experts.act.weight]
+    assert torch.equal(state["exp_avg"], optimizer.state[dense.blocks[1].mlp.act.weight]["exp_avg"])
+    step(sparse, new)
+    assert sparse.blocks[1].mlp.experts.act.weight != dense.blocks[1].mlp.act.weight
+    save_pretrained(sparse, tmp_path / "m.safetensors")
+    again = create_model(pretrained=tmp_path / "m.safetensors").eval()
+    assert torch.equal(again(pictures()), sparse.eval()(pictures()))
+    sparse = vmoe.upcycle(dense, num_experts=4, layers=[1])
+    smaller = vmoe.prune_experts(sparse, 2, {"blocks.1.mlp": [1, 0, 1, 0]})
+    assert torch.equal(smaller.blocks[1].mlp.experts.act.weight, sparse.blocks[1].mlp.experts.act.weight)
+
+
+def test_activations_with_a_number_for_each_channel_are_named():
+    message = "the activation PReLU of an MLP learns a number for each channel"
+    with pytest.raises(UpcycleError, match=f"blocks.1.mlp: {message}"):
+        vmoe.upcycle(tiny_vit(act_layer=lambda: nn.PReLU(256)), layers=[1])
+    native = create_model("vmoe_tiny_patch8_48", depth=2, act_layer=lambda: nn.PReLU(512))
+    with pytest.raises(UpcycleError, match=message):
+        vmoe.densify(native)

@@ -115,6 +115,8 @@ def _spread_experts(name: str, experts: Experts, meshes: Meshes) -> None:
         raise ConfigError(
             f"parallel.ep is {P}, and {name} has {experts.num_experts} experts; it must be a divisor of that number"
         )
+    if next(experts.act.parameters(), None) is not None:
+        raise ConfigError(f"parallel.ep is {P}, and all experts of {name} share a learned activation; set it to 1")
     mesh = meshes.whole["ep"]
     for module in experts.modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
@@ -139,7 +141,8 @@ def _by_expert(dp_shard: int, parameter: nn.Parameter) -> Shard:
     FSDP2 fills up what is not even, by default along the first dimension: with more processes than experts most would
     hold, and gather, nothing but filling.
     """
-    return Shard(1 if parameter.shape[0] % dp_shard and parameter.shape[1] % dp_shard == 0 else 0)
+    sizes = (*parameter.shape, 1)  # a learned activation has one axis
+    return Shard(1 if sizes[0] % dp_shard and sizes[1] % dp_shard == 0 else 0)
 
 
 def is_sharded(model: nn.Module) -> bool:

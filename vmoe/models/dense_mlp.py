@@ -1,8 +1,8 @@
 """The dense MLPs of timm and open_clip, and their weights as experts and back.
 
 Whatever an MLP calls its layers, its experts are `fc1` (of a gated MLP: gate first, then value), an optional `norm` of
-the hidden units, and `fc2`. The functions here only rearrange tensors, so they serve weights and an optimizer's moments
-alike.
+the hidden units, and `fc2`. All experts share the activation; one that learns, such as PReLU, keeps its numbers. The
+functions here only rearrange tensors, so they serve weights and an optimizer's moments alike.
 
 Shapes, by suffix: E experts, D model width, F hidden width, G virtual experts that a dense MLP is split into.
 """
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
+
+from vmoe.moe.experts import Experts
 
 
 class UpcycleError(ValueError):
@@ -77,7 +79,7 @@ def mlp_layout(mlp: nn.Module) -> MlpLayout:
     """The layout of timm's `Mlp`, `GluMlp` (SwiGLUPacked) or `SwiGLU`, or of open_clip's MLP.
 
     Raises:
-        UpcycleError: for any other module; names its class.
+        UpcycleError: for any other module, and for layers that experts do not have; names the class.
     """
     layout = None
     # The classes themselves: a subclass may compute something else.
@@ -105,7 +107,18 @@ def mlp_layout(mlp: nn.Module) -> MlpLayout:
     if layout.has_norm(mlp) and not isinstance(mlp.get_submodule(layout.norm), nn.LayerNorm):
         kind = type(mlp.get_submodule(layout.norm)).__name__
         raise UpcycleError(f"the norm inside an MLP is a {kind}; experts know only nn.LayerNorm there")
+    act = mlp.get_submodule(layout.act)
+    if any(parameter.numel() != 1 for parameter in act.parameters()):
+        raise UpcycleError(
+            f"the activation {type(act).__name__} of an MLP learns a number for each channel; experts can share only "
+            "activations that learn single numbers, such as nn.PReLU()"
+        )
     return layout
+
+
+def stacked_parameters(experts: Experts) -> dict[str, nn.Parameter]:
+    """The parameters of which each expert has its own, by name: all but those of a learned activation."""
+    return {name: each for name, each in experts.named_parameters() if not name.startswith("act.")}
 
 
 def to_experts(

@@ -14,7 +14,15 @@ from timm.layers import GluMlp, Mlp
 from torch import Tensor, nn
 
 from vmoe.models import factory
-from vmoe.models.dense_mlp import UpcycledFrom, UpcycleError, from_experts, mlp_layout, revive, skeleton
+from vmoe.models.dense_mlp import (
+    UpcycledFrom,
+    UpcycleError,
+    from_experts,
+    mlp_layout,
+    revive,
+    skeleton,
+    stacked_parameters,
+)
 from vmoe.models.two_tower import TwoTower
 from vmoe.models.upcycle import layer_settings
 from vmoe.moe import SparseMoE, record_routing
@@ -87,8 +95,10 @@ def densify(model: nn.Module, how: str | int = "average", usage: Usage | None = 
             )
         origin = getattr(layer, "upcycled_from", None) or _plain_origin(layer)
         weight_E = _expert_weights(how, usage, name, layer.num_experts, origin.granularity)
-        tensors = {key: _mix(p, weight_E, origin.granularity) for key, p in layer.experts.named_parameters()}
-        mlp = revive(origin.skeleton, from_experts(origin.layout, tensors, float(origin.granularity)))
+        stacked = stacked_parameters(layer.experts)
+        tensors = {key: _mix(parameter, weight_E, origin.granularity) for key, parameter in stacked.items()}
+        act = {f"{origin.layout.act}.{key}": t.detach().clone() for key, t in layer.experts.act.state_dict().items()}
+        mlp = revive(origin.skeleton, from_experts(origin.layout, tensors, float(origin.granularity)) | act)
         _replace(dense, name, mlp.train(layer.training))
     for attribute in ("no_weight_decay", "group_matcher"):  # what `upcycle` put in the place of the class's own
         vars(dense).pop(attribute, None)

@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from vmoe.models import factory
-from vmoe.models.dense_mlp import MlpLayout, UpcycledFrom, UpcycleError, mlp_layout, skeleton, to_experts
+from vmoe.models.dense_mlp import (
+    MlpLayout,
+    UpcycledFrom,
+    UpcycleError,
+    mlp_layout,
+    skeleton,
+    stacked_parameters,
+    to_experts,
+)
 from vmoe.models.limoe import LIMoE
 from vmoe.models.two_tower import TwoTower
 from vmoe.models.vision import VisionMoE, sparse_blocks, without_decay
@@ -348,7 +356,7 @@ def _sparse_layer(mlp: nn.Module, settings: dict, granularity: int, model: nn.Mo
     _load_experts(layer, to_experts(layout, dense, layer.num_experts, G, float(G)))
     learns = {key: torch.tensor(p.requires_grad, device="cpu").expand(p.shape) for key, p in dense.items()}
     learns = to_experts(layout, learns, G, G)
-    for key, parameter in layer.experts.named_parameters():
+    for key, parameter in stacked_parameters(layer.experts).items():
         parameter.requires_grad_(bool(learns[key].any()))
     with torch.no_grad():
         if hasattr(layer.router, "weight"):
@@ -365,7 +373,7 @@ def _sparse_layer(mlp: nn.Module, settings: dict, granularity: int, model: nn.Mo
 
 def _load_experts(layer: SparseMoE, experts: dict[str, Tensor]) -> None:
     """Put the tensors of `to_experts` into a layer; biases that the MLP lacks are taken out of it."""
-    for name, parameter in list(layer.experts.named_parameters()):
+    for name, parameter in stacked_parameters(layer.experts).items():
         if name in experts:
             with torch.no_grad():
                 parameter.copy_(experts[name])

@@ -93,6 +93,9 @@ def _expert_state(dense_state: dict, sparse_model: nn.Module) -> dict[str, dict]
             values = {own_name: (parameter, state[key]) for own_name, (parameter, state) in part.items()}
             for own_name, value in _copies(values, origin, layer.num_experts).items():
                 carried.setdefault(f"{name}.experts.{own_name}", {})[key] = value
+        for own_name, (_, state) in part.items():
+            if own_name.startswith(f"{origin.layout.act}."):  # of a learned activation, which all experts share
+                carried[f"{name}.experts.act.{own_name.removeprefix(f'{origin.layout.act}.')}"] = copy.deepcopy(state)
     return carried
 
 
