@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import vmoe
+from vmoe.evaluation.subject import load_subject
 from vmoe.export import main
 from vmoe.manifest import find_problems
 from vmoe.training.checkpoint import Checkpointer
@@ -40,20 +41,26 @@ def test_a_runs_newest_checkpoint_becomes_one_file(run, tmp_path, capsys):
     file = tmp_path / "new" / "model.safetensors"
     assert main([str(run), "--output", str(file)]) == 0
     shown = capsys.readouterr().out
-    assert "step_000002/model.safetensors" in shown
+    assert "step_000002/ema.safetensors: the moving average of the weights, which eval.py measures too" in shown
     assert f"{sum(t.numel() for t in build(0).state_dict().values()):,} numbers" in shown
-    assert same(file, build(0))
+    assert same(file, build(1))
     made = vmoe.create_model(pretrained=file)  # needs nothing else
     assert same(file, made)
-    assert main([str(run), "--output", str(file), "--ema"]) == 0
-    assert same(file, build(1))
+    assert same(file, load_subject(str(run)).model)  # what eval.py measures
+    assert main([str(run), "--output", str(file), "--raw"]) == 0
+    assert "step_000002/model.safetensors: the weights as they were trained" in capsys.readouterr().out
+    assert same(file, build(0))
+    for raw in ([], ["--raw"]):  # a checkpoint without a moving average
+        assert main([str(run / "checkpoints" / "step_000001"), "--output", str(file), *raw]) == 0
+        shown = capsys.readouterr().out
+        assert "step_000001/model.safetensors: the weights, which eval.py measures too; the run kept no" in shown
+        assert same(file, build(0))
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["checkpoints/step_000001", "--output", "out.safetensors", "--ema"], "holds no moving average.*leave --ema"),
         ([".", "--output", "out.pt"], "ends with .safetensors"),
         (["nowhere", "--output", "out.safetensors"], "nowhere: it does not exist"),
         (["checkpoints/step_000001/model.safetensors", "--output", "out.safetensors"], "is one file already"),

@@ -1,6 +1,8 @@
 """The exporting command: a checkpoint of any run, whole or in shards, as one safetensors file with all that it needs.
 
-    python -m vmoe.export RUN_OR_CHECKPOINT --output FILE.safetensors [--ema]
+    python -m vmoe.export RUN_OR_CHECKPOINT --output FILE.safetensors [--raw]
+
+What is exported is what `eval.py` measures: the moving average of the weights, where the run kept one.
 
 The tensors pass from the checkpoint's mapped files into the mapped output file, so the memory need not hold the model.
 """
@@ -27,13 +29,13 @@ from vmoe.models.weights import (
 )
 
 
-def export(source: str | Path, output: str | Path, average: bool = False) -> Path:
+def export(source: str | Path, output: str | Path, raw: bool = False) -> Path:
     """Writes a checkpoint's weights as one safetensors file, or leaves what is there as it was.
 
     Args:
         source: a run's folder (its newest whole checkpoint), or a checkpoint's.
         output: the file; replaced if it exists.
-        average: the moving average of the weights instead of the weights.
+        raw: the weights as they were trained, also where the run kept a moving average of them.
 
     Returns:
         The weights that were read: a file, or a folder of shards.
@@ -48,16 +50,17 @@ def export(source: str | Path, output: str | Path, average: bool = False) -> Pat
     if Path(source).is_file():
         raise WeightsError(f"{source} is one file already; give the folder of a run or of a checkpoint")
     if (Path(source) / SETTINGS_NAME).is_file():
-        raise WeightsError(f"{source} is one part of a checkpoint; give the checkpoint's folder, and --ema for its ema")
+        raise WeightsError(
+            f"{source} is one part of a checkpoint; give the checkpoint's folder, and --raw for its model"
+        )
     inside = next((folder for folder in output.resolve().parents if is_checkpoint(folder)), None)
     if inside is not None:
         raise WeightsError(
             f"--output {output} lies in the checkpoint {inside}, which a file more would damage; give another folder"
         )
-    checkpoint = find_weights(source).parent  # compares it with its checksums
-    weights = checkpoint_weights(checkpoint, average)
-    if weights is None:
-        raise WeightsError(f"{checkpoint} holds no moving average: its run has train.ema_decay null; leave --ema out")
+    weights = find_weights(source)  # compares the checkpoint with its checksums
+    if raw:
+        weights = checkpoint_weights(weights.parent)
     stored = StoredTensors(weights)
     try:
         with mapped_safetensors(output, stored.shapes, stored.dtypes, safetensors_metadata(weights)) as tensors:
@@ -76,14 +79,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="folder of a run (its newest), or of a checkpoint")
     parser.add_argument("--output", required=True, metavar="FILE.safetensors", help="the file to write")
-    parser.add_argument("--ema", action="store_true", help="the moving average of the weights instead of the weights")
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="the weights as they were trained, instead of their moving average",
+    )
     args = parser.parse_args(argv)
 
     def run() -> None:
-        weights = export(args.source, args.output, args.ema)
+        weights = export(args.source, args.output, args.raw)
         shapes = StoredTensors(args.output).shapes.values()
         name = read_pretrained_metadata(args.output)["name"]
-        print(f"read     {weights}")
+        if checkpoint_weights(weights.parent, average=True) is None:
+            what = "the weights, which eval.py measures too; the run kept no moving average of them"
+        elif args.raw:
+            what = "the weights as they were trained, not their moving average, which eval.py measures"
+        else:
+            what = "the moving average of the weights, which eval.py measures too; --raw exports the weights themselves"
+        print(f"read     {weights}: {what}")
         print(f"wrote    {args.output}: {name}, {len(shapes)} tensors, {sum(map(math.prod, shapes)):,} numbers")
 
     return exit_code("vmoe-export", run)

@@ -57,11 +57,12 @@ def test_shards_have_a_fingerprint_and_become_one_file(root, tmp_path):
     last = max(copy.iterdir())
     last.write_bytes(last.read_bytes()[:-1] + b"x")
     assert weights_fingerprint(copy) != before
-    assert export(root / "ep 4", tmp_path / "model.safetensors").name == "model"
-    first, second = (
-        vmoe.create_model(pretrained=each) for each in (tmp_path / "model.safetensors", weights.parent / "model")
-    )
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
+    for raw, name in ((False, "ema"), (True, "model")):
+        assert export(root / "ep 4", tmp_path / "model.safetensors", raw).name == name
+        first, second = (
+            vmoe.create_model(pretrained=each) for each in (tmp_path / "model.safetensors", weights.parent / name)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
 
 
 def test_a_shard_that_is_gone_is_an_error_where_there_is_no_manifest(root, tmp_path):
