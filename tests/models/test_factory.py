@@ -70,6 +70,30 @@ def test_weights_that_do_not_fit_are_listed_and_nothing_is_loaded(tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "own", ["limoe_tiny_patch8_48", "vit_tiny_patch16_224", "resnet10t", "two_tower_tiny_patch8_48"]
+)
+def test_weights_of_another_architecture_are_one_sentence_with_both_names(own, tmp_path):
+    file = tmp_path / "m.safetensors"
+    save_pretrained(upcycled() if own.startswith("two") else small(), file)
+    theirs = "an upcycled vit_tiny_patch16_224" if own.startswith("two") else "vmoe_tiny_patch8_48"
+    message = (
+        f"{file} holds the weights of {theirs}, which do not fit {own}: leave the model's name out to get {theirs}, or "
+        f"give weights of {own}"
+    )
+    with pytest.raises(WeightsError) as error:
+        create_model(own, pretrained=file)
+    assert str(error.value) == message
+
+
+def test_settings_that_do_not_fit_the_weights_are_named(tmp_path):
+    save_pretrained(small(), tmp_path / "m.safetensors")
+    message = r"does not fit the model, which has depth=4, not 2; num_experts=4, not the default as in the file: leave"
+    with pytest.raises(WeightsError, match=message) as error:
+        create_model(pretrained=tmp_path / "m.safetensors", depth=4, num_experts=4)
+    assert str(error.value).count("blocks.") <= 6
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"not weights at all")
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")

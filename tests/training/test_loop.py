@@ -326,6 +326,17 @@ def test_weights_of_another_model_are_refused_with_tensors_and_shapes(make_confi
     assert not _path(config).exists()
 
 
+def test_a_run_of_another_architecture_is_refused_with_both_names(make_config, tmp_path):
+    limoe = make_config("contrastive", output_dir=tmp_path / "limoe", **{"train.steps": 1, "train.eval_every": 0})
+    run(limoe)
+    config = make_config(**{"model.pretrained": tmp_path / "limoe"})
+    message = (
+        "limoe.*holds the weights of limoe_tiny_patch8_48, which do not fit vmoe_tiny_patch8_48: leave the model's"
+    )
+    with pytest.raises(ValueError, match=message):
+        run(config)
+
+
 @pytest.mark.parametrize(("task", "precision"), [("classification", "float32"), ("contrastive", "bf16")])
 def test_gradient_checkpointing_gives_the_same_step(make_config, tmp_path, task, precision):
     settings = {"train.steps": 2, "train.precision": precision}

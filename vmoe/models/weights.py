@@ -229,7 +229,7 @@ def load_weights(model: nn.Module, source: str | Path, new_head: bool = False, n
         new_size: position embeddings of another image size are interpolated.
 
     Raises:
-        WeightsError: names the tensors that are missing, left over or of another shape.
+        WeightsError: names both models if they differ, else the settings or tensors that do.
     """
     stored = StoredTensors(source)
     own, shapes = model.state_dict(), dict(stored.shapes)
@@ -246,18 +246,40 @@ def load_weights(model: nn.Module, source: str | Path, new_head: bool = False, n
         for name in own
         if name in shapes and shapes[name] != own[name].shape
     ]
-    problems = []
-    for kind, names in (("missing from the file", missing), ("not in the model", unexpected), ("other shape", other)):
-        if names:
-            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            problems.append(f"{kind}: {', '.join(names[:8])}{more}")
-    if problems:
-        raise WeightsError(f"{source} does not fit the model; " + "; ".join(problems))
+    misfits = {"missing from the file": missing, "not in the model": unexpected, "other shape": other}
+    if any(misfits.values()):
+        raise WeightsError(_misfit(model, source, misfits))
     if any(tensor.is_meta for tensor in own.values()):
         return  # of several processes, another one holds the weights; here they only had to fit
     stored.read_into({name: own[name] for name in own if name not in resized})
     for name, tensor in resized.items():
         own[name].copy_(tensor)
+
+
+def _misfit(model: nn.Module, source: str | Path, misfits: dict[str, list[str]]) -> str:
+    """Why weights do not fit: they are another model's, or of other settings, or these tensors differ."""
+    stored = parse_json(safetensors_metadata(source).get(METADATA_KEY, "{}"))
+    own = getattr(model, "vmoe_spec", None) or {}
+    names = [f"{'an upcycled ' * ('upcycle' in spec)}{printable(spec.get('name', ''))}" for spec in (stored, own)]
+    if all(names) and names[0] != names[1]:
+        return (
+            f"{source} holds the weights of {names[0]}, which do not fit {names[1]}: leave the model's name out to get "
+            f"{names[0]}, or give weights of {names[1]}"
+        )
+    theirs, ours = stored.get("kwargs", {}), own.get("kwargs", {})
+    changed = [
+        f"{key}={value!r}, not {repr(theirs[key]) if key in theirs else 'the default'}"
+        for key, value in ours.items()
+        if (key not in theirs or theirs[key] != value) and key not in ("num_classes", "img_size")  # those may differ
+    ]
+    parts = []
+    if changed and names[0]:
+        parts.append(f", which has {'; '.join(changed)} as in the file: leave such settings out")
+    for kind, tensors in misfits.items():
+        if tensors:
+            more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
+            parts.append(f"; {kind}: {', '.join(tensors[:3])}{more}")
+    return f"{source} does not fit the model{''.join(parts)}"
 
 
 def _leave_new_head(model: nn.Module, own: dict[str, Tensor], shapes: dict[str, torch.Size], source: str | Path):
