@@ -81,6 +81,7 @@ def same_weights(first, second):
             },
         ),
         ("contrastive", {"train.accumulate_steps": 2, "train.eval_every": 4}),
+        ("classification", {"optim.name": "muon"}),
     ],
 )
 def test_a_stopped_run_continues_bit_by_bit(make_config, tmp_path, monkeypatch, kind, overrides):

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import difflib
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
+from typing import Any
 
-from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
+import timm.optim
+from timm.optim import (
+    OptimizerRegistry,
+    create_optimizer_v2,
+    get_optimizer_info,
+    list_optimizers,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -18,6 +28,7 @@ from torch.optim import Optimizer
 from vmoe.config_io import ConfigError
 from vmoe.distributed.parallelize import is_sharded
 from vmoe.training.config import OptimConfig
+from vmoe.training.muon import Muon, divide_stacks, not_for_muon
 
 # timm's optimizers that take the same steps on sharded weights as on whole ones, and whose state is sharded like those:
 # tests/distributed/test_optimizers.py. Others want whole matrices, or operations that PyTorch's DTensor lacks.
@@ -76,8 +87,31 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     return frozen
 
 
+def parameter_groups(
+    model: nn.Module, weight_decay: float = 0.0, layer_decay: float | None = None, muon: bool = False
+) -> list[dict[str, Any]]:
+    """timm's groups of the trainable parameters.
+
+    Args:
+        model: its `no_weight_decay()`, if there is one, names what has no weight decay beside biases and norms.
+        weight_decay: of all else.
+        layer_decay: factor on the learning rate from each layer to the one below it; None: all the same.
+        muon: for `vmoe.training.muon.Muon`: what is no hidden matrix is marked for AdamW, and the experts' matrices
+            have groups of their own.
+    """
+    spared = getattr(model, "no_weight_decay", set)()
+    settings = {"weight_decay": weight_decay, "no_weight_decay_list": spared}
+    if muon:
+        settings["fallback_list"] = not_for_muon(model)
+    if layer_decay is None:
+        groups = param_groups_weight_decay(model, **settings)
+    else:
+        groups = param_groups_layer_decay(model, layer_decay=layer_decay, **settings)
+    return divide_stacks(model, groups) if muon else groups
+
+
 def create_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """The optimizer of a config, over the model's trainable parameters (timm's groups for weight and layer decay).
+    """The optimizer of a config, over the model's trainable parameters, see `parameter_groups`.
 
     Raises:
         ConfigError: unknown name, an argument the optimizer does not take, or one that cannot work on sharded weights.
@@ -93,12 +127,15 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         )
     optional = {"betas": config.betas and tuple(config.betas), "eps": config.eps}
     kwargs = {name: value for name, value in optional.items() if value is not None} | config.kwargs
-    spared = getattr(model, "no_weight_decay", set)()
-    groups = partial(param_groups_weight_decay, weight_decay=config.weight_decay, no_weight_decay_list=spared)
-    if config.layer_decay is not None:
-        groups = partial(param_groups_layer_decay, layer_decay=config.layer_decay, **groups.keywords)
+    create, info = create_optimizer_v2, get_optimizer_info(base_name)
+    muon = info.opt_class is timm.optim.Muon
+    if muon:  # timm's way to make it, with our class in the place of timm's
+        registry = OptimizerRegistry()
+        registry.register(dataclasses.replace(info, opt_class=Muon))
+        create = registry.create_optimizer
+    groups = partial(parameter_groups, weight_decay=config.weight_decay, layer_decay=config.layer_decay, muon=muon)
     try:
-        return create_optimizer_v2(
+        return create(
             model,
             opt=config.name,
             lr=config.lr,

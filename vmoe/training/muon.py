@@ -1,0 +1,117 @@
+"""timm's Muon for models with experts: every expert's matrix is orthogonalised by itself.
+
+    optimizer = Muon(parameter_groups(model, weight_decay=0.05, muon=True), lr=1e-3)  # of vmoe.training.optim
+
+Muon (https://kellerjordan.github.io/posts/muon/) is made for the hidden matrices of a network. timm's takes every
+tensor that looks like a matrix, and stacked experts, (E, F, D), for the kernel of a convolution.
+
+Shapes, by suffix: E experts, F and D the widths of a linear layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import timm.optim
+import torch
+from torch import Tensor, nn
+
+from vmoe.moe import GroupedLinear, SparseMoE
+
+PER_EXPERT = "per_expert"  # in a group: its tensors are matrices stacked over experts
+
+
+class Muon(timm.optim.Muon):
+    """timm's Muon that takes a stack of matrices, in groups with "per_expert": True, for what it is.
+
+    Its state has the shape of the stack. All arguments are timm's.
+    """
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One step, after `closure` if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with self._unstacked():
+            super().step()
+        return loss
+
+    @contextmanager
+    def _unstacked(self) -> Iterator[None]:
+        """Puts the matrices of stacks in their place in the groups and the state."""
+        stacks = [(group, group["params"]) for group in self.param_groups if group.get(PER_EXPERT)]
+        matrices = {p: _matrices(p) for _, params in stacks for p in params if p.grad is not None}
+        for stack, parts in matrices.items():
+            state = self.state.pop(stack, {})
+            for e, part in enumerate(parts):
+                self.state[part] = {key: _of_expert(value, e, stack) for key, value in state.items()}
+        for group, params in stacks:
+            group["params"] = [part for stack in params for part in matrices.get(stack, ())]
+        try:
+            yield
+        finally:
+            for group, params in stacks:
+                group["params"] = params
+        for stack, parts in matrices.items():
+            self.state[stack] = _of_stack([self.state.pop(part) for part in parts])
+
+
+def _matrices(stack_EFD: nn.Parameter) -> list[Tensor]:
+    """The experts' (F, D) with their gradients, in the memory of the stack."""
+    parts = list(stack_EFD.detach().unbind())
+    for part_FD, grad_FD in zip(parts, stack_EFD.grad.unbind(), strict=True):
+        part_FD.grad = grad_FD
+    return parts
+
+
+def _of_expert(value: Any, expert: int, stack_EFD: Tensor) -> Any:
+    """An expert's entry in the state: its part of a tensor like the stack, and its own copy of a number."""
+    if not isinstance(value, Tensor):
+        return value
+    return value[expert] if value.shape == stack_EFD.shape else value.clone()
+
+
+def _of_stack(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """The state of a stack from those of its matrices, which share their numbers."""
+    return {
+        key: torch.stack([state[key] for state in states]) if isinstance(value, Tensor) and value.ndim > 0 else value
+        for key, value in states[0].items()
+    }
+
+
+def divide_stacks(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups of parameters with the matrices of the experts in groups of their own, as `Muon` takes them."""
+    stacks = {module.weight for module in model.modules() if isinstance(module, GroupedLinear)}
+    divided = []
+    for group in groups:
+        for extra, stacked in (({}, False), ({PER_EXPERT: True}, True)):
+            if params := [parameter for parameter in group["params"] if (parameter in stacks) == stacked]:
+                divided.append({**group, "params": params, **extra})
+    return divided
+
+
+def not_for_muon(model: nn.Module) -> set[str]:
+    """Names of the parameters that are no hidden matrices, and AdamW's.
+
+    Hidden matrices lie in numbered blocks, such as `blocks.3.attn.qkv.weight`. All else is for AdamW: routers, biases,
+    norms, embeddings, the first convolution, heads, and what the model's `no_weight_decay()` names. (timm's Muon itself
+    leaves very narrow matrices to AdamW.)
+    """
+    names = set(getattr(model, "no_weight_decay", set)())
+    outside = []  # beginnings of names
+    for prefix, module in model.named_modules():
+        config = getattr(module, "pretrained_cfg", None) or {}
+        parts = [config.get(key) or () for key in ("first_conv", "classifier")]
+        parts = [part for each in parts for part in ([each] if isinstance(each, str) else each)]
+        parts += ["router"] * isinstance(module, SparseMoE)
+        outside += [f"{prefix}.{part}.".lstrip(".") for part in parts]
+        outside += [f"{prefix}."] * isinstance(module, nn.Embedding)
+    for name, parameter in model.named_parameters():
+        hidden = re.search(r"(^|\.)\d+\.", name) and not name.startswith(tuple(outside))
+        if not hidden or parameter.ndim < 2 or name.endswith(".bias"):
+            names.add(name)
+    return names
