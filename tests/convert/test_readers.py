@@ -1,5 +1,6 @@
 """The sharded format and flax's file, and what is wrong with damaged ones."""
 
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -293,8 +294,6 @@ def test_chunks_of_the_writer_cover():
 @pytest.fixture
 def orbax(tmp_path):
     pytest.importorskip("tensorstore")
-    import shutil
-
     return Path(shutil.copytree(GOLDEN / "vmoe_checkpoint_orbax", tmp_path / "orbax"))
 
 
@@ -304,6 +303,66 @@ def test_orbax_in_numbered_folders(orbax):
     assert (Path(path).name, kind, len(arrays)) == ("7", "orbax", 75)
     with pytest.raises(CheckpointError, match="no checkpoint of step 8"):
         open_checkpoint(orbax.parent, 8)
+
+
+def steps_of(orbax, *names):
+    """A folder with copies of a checkpoint under these names; those that end with "/" are empty folders."""
+    run = orbax.parent / "run"
+    for name in names:
+        if name.endswith("/"):
+            (run / name).mkdir(parents=True)
+        else:
+            shutil.copytree(orbax, run / name)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("names", "newest", "warning"),
+    [
+        (["9", "10", "20/"], "10", "run holds no arrays in 20: 10 is read"),
+        (["9", "10", "20/default/", "30/"], "10", "run holds no arrays in 20, 30: 10 is read"),
+        (["checkpoint_2", "checkpoint_10"], "checkpoint_10", ""),
+        (["checkpoint_2", "checkpoint_10/"], "checkpoint_2", "run holds no arrays in checkpoint_10: checkpoint_2 is"),
+        (["step-3/default", "step-20/default", "metrics/"], "default", ""),
+        (["5", "7.orbax-checkpoint-tmp-1234"], "5", ""),
+        (["params_1", "opt_2/"], "params_1", "run holds no arrays in opt_2: params_1 is read"),
+    ],
+)
+def test_the_newest_whole_step_of_a_folder(orbax, caplog, names, newest, warning):
+    path, kind, arrays = open_checkpoint(steps_of(orbax, *names))
+    assert (Path(path).name, kind, len(arrays)) == (newest, "orbax", 75)
+    assert warning in caplog.text
+    assert bool(caplog.text) == bool(warning)
+
+
+@pytest.mark.parametrize(
+    ("names", "step", "message"),
+    [
+        (["10", "20/"], 20, "run holds no arrays in 20, saves that never ended: give another"),
+        (["10", "20/"], 30, "no checkpoint of step 30 at .*run: the folder holds 10, 20; give"),
+        (["1/", "2/"], None, "run holds no arrays in 1, 2, saves that never ended: give another"),
+        (["a_1", "b_2"], None, "run holds several checkpoints, a_1, b_2: give the path of one"),
+        (["a_1", "b_1"], 1, "run holds several checkpoints, a_1, b_1: give the path of one"),
+        (["params", "state"], None, "run holds several checkpoints, params, state: give the path of one"),
+        (["10/params", "10/state"], None, "10 holds several checkpoints, params, state: give the path of one"),
+        (["logs/", "figures/"], None, "no checkpoint at .*run: the folder holds figures, logs; give"),
+    ],
+)
+def test_folders_without_one_checkpoint_say_what_they_hold(orbax, names, step, message):
+    with pytest.raises(CheckpointError, match=message) as error:
+        open_checkpoint(steps_of(orbax, *names), step)
+    assert "\n" not in str(error.value)
+
+
+def test_folders_without_one_sharded_checkpoint_say_what_they_hold(tmp_path):
+    with pytest.raises(CheckpointError, match="the folder is empty; give the prefix of one PREFIX.index"):
+        open_checkpoint(tmp_path)
+    for prefix in ("a_1", "b_2"):
+        write_arrays(tmp_path / prefix, ARRAYS)
+    with pytest.raises(
+        CheckpointError, match=r"the folder holds a_1.data.*, a_1.index, .* and \d+ more; give the prefix"
+    ):
+        open_checkpoint(tmp_path)
 
 
 def read_all(folder):

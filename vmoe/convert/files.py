@@ -16,6 +16,7 @@ from vmoe.convert.reference import empty_model, fill, fit
 from vmoe.convert.released import RELEASED
 from vmoe.convert.settings import config_grid, model_settings
 from vmoe.convert.sharded import find_sharded, open_flax, open_sharded
+from vmoe.printable import printable
 from vmoe.safe_json import read_json
 
 logger = logging.getLogger("vmoe.convert")
@@ -67,9 +68,16 @@ def open_checkpoint(source: str | Path, step: int | None = None) -> tuple[str, s
     if path.is_dir() and (folder := find_orbax(path, step)):
         return str(folder), "orbax", open_orbax(folder)
     at = "" if step is None else f" of step {step}"
+    if not path.is_dir():
+        raise CheckpointError(
+            f"no checkpoint{at} at {source}: there is neither {source}.index (a sharded checkpoint), nor an Orbax "
+            "folder, nor a file of that name"
+        )
+    names = sorted(each.name for each in path.iterdir())
+    held = f"holds {', '.join(names[:5])}{f' and {len(names) - 5} more' * (len(names) > 5)}" if names else "is empty"
     raise CheckpointError(
-        f"no checkpoint{at} at {source}: there is neither {source}.index (a sharded checkpoint), nor an Orbax folder, "
-        "nor a file of that name"
+        f"no checkpoint{at} at {source}: the folder {printable(held)}; give the prefix of one PREFIX.index, one Orbax "
+        "folder or one MessagePack file"
     )
 
 

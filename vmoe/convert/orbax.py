@@ -3,19 +3,25 @@
 Read with tensorstore (`pip install -e '.[convert]'`), without JAX.
 """
 
+import logging
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from vmoe.convert.arrays import CheckpointError, Slices
+from vmoe.printable import printable
 from vmoe.safe_json import read_json
+
+logger = logging.getLogger("vmoe.convert")
 
 # A chunk is decoded as a whole, and a hostile one may be much larger than its array, or as small as a number.
 MAX_METADATA_BYTES, MAX_CHUNK_BYTES, MAX_CHUNKS = 64 * 2**20, 4 * 2**30, 2**20
 _ERRORS = (ValueError, KeyError, IndexError, OSError, RuntimeError, NotImplementedError)  # tensorstore's
 _MARKS = ("manifest.ocdbt", "_METADATA", "checkpoint")
+_STEP = re.compile(r"((?!.*orbax-checkpoint-tmp).*?)([0-9]+)")  # not what Orbax is still writing
 
 
 def _tensorstore():
@@ -29,14 +35,41 @@ def _tensorstore():
 
 
 def find_orbax(folder: str | Path, step: int | None = None) -> Path | None:
-    """The folder of the arrays: `folder` itself, or inside a checkpoint manager's numbered folders; None if none."""
+    """The folder of the arrays: `folder` itself, or inside a checkpoint manager's numbered folders; None if none.
+
+    Numbered folders are called "10", "checkpoint_10" and the like. The newest one with arrays is taken; newer ones
+    without, of a save that never ended, are named in a warning.
+
+    Args:
+        folder: where to look.
+        step: the number, instead of the newest.
+
+    Raises:
+        CheckpointError: there are several to choose from, or numbered folders without arrays.
+    """
     folder = Path(folder)
-    steps = {int(path.name): path for path in folder.glob("*") if path.name.isdecimal() and path.is_dir()}
-    if step is not None:
-        return _arrays_in(steps[step]) if step in steps else None
-    if steps and not _is_marked(folder):
-        return _arrays_in(steps[max(steps)])
-    return _arrays_in(folder)
+    if step is None and _is_marked(folder):
+        return folder
+    steps = [(match[1], int(match[2]), path) for path in folder.glob("*") if (match := _STEP.fullmatch(path.name))]
+    steps = sorted((each for each in steps if each[2].is_dir() and step in (None, each[1])), key=lambda each: each[1])
+    if not steps:
+        return _arrays_in(folder) if step is None else None
+    whole = [each for each in steps if _arrays_in(each[2])]
+    if not whole:
+        raise CheckpointError(
+            f"{folder} holds no arrays in {_listed(steps)}, saves that never ended: give another folder or step"
+        )
+    if len({stem for stem, _, _ in whole}) > 1:
+        raise CheckpointError(f"{folder} holds several checkpoints, {_listed(whole)}: give the path of one")
+    if newer := steps[steps.index(whole[-1]) + 1 :]:
+        logger.warning("%s holds no arrays in %s: %s is read", folder, _listed(newer), whole[-1][2].name)
+    return _arrays_in(whole[-1][2])
+
+
+def _listed(steps: list[tuple[str, int, Path]]) -> str:
+    return printable(", ".join(path.name for _, _, path in steps[-5:])) + f" and {len(steps) - 5} more" * (
+        len(steps) > 5
+    )
 
 
 def _is_marked(folder: Path) -> bool:
@@ -46,8 +79,11 @@ def _is_marked(folder: Path) -> bool:
 def _arrays_in(folder: Path) -> Path | None:
     if _is_marked(folder):
         return folder
-    inside = [path for path in folder.glob("*") if _is_marked(path)]
-    return inside[0] if len(inside) == 1 else None
+    inside = sorted(path for path in folder.glob("*") if _is_marked(path))
+    if len(inside) > 1:
+        names = printable(", ".join(path.name for path in inside[:5]))
+        raise CheckpointError(f"{folder} holds several checkpoints, {names}: give the path of one")
+    return inside[0] if inside else None
 
 
 class ZarrArray:
