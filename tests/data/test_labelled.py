@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vmoe.data.images import BadSample
-from vmoe.data.labelled import ImageFolder, TorchvisionDataset
+from vmoe.data.labelled import ImageFolder, TorchvisionDataset, warn_of_text_order
 
 
 def make_tree(root, folders, photo):
@@ -62,6 +62,33 @@ def test_class_names_from_a_file(tmp_path, photo):
         ImageFolder(root, incomplete)
     with pytest.raises(ValueError, match="cannot be read"):
         ImageFolder(root, tmp_path / "gone.txt")
+
+
+@pytest.mark.parametrize(
+    ("classes", "label_2"),
+    [
+        (["0", "1", "10", "11", "2"], "10"),
+        (["class1", "class10", "class2"], "class2"),
+        (["00", "01", "02", "10"], None),
+        (["1", "2", "10"], None),  # as numbers
+        (["10 cents", "2 dogs"], None),
+        (["a", "b"], None),
+    ],
+)
+def test_numbers_sorted_as_text_are_said_aloud(classes, label_2, caplog):
+    warn_of_text_order(classes, "the model")
+    assert f"2 is '{label_2}'" in caplog.text if label_2 else not caplog.text
+
+
+def test_class_names_of_folders_that_are_numbers_sorted_as_text(tmp_path, photo, caplog):
+    root = make_tree(tmp_path / "tree", map(str, range(12)), photo)
+    names = [f"animal {letter}" for letter in "abcdefghijkl"]
+    (tmp_path / "a.txt").write_text("\n".join(names))
+    (tmp_path / "b.json").write_text(json.dumps({str(number): name for number, name in enumerate(names)}))
+    assert ImageFolder(root, tmp_path / "b.json").classes[2] == "animal k"
+    assert not caplog.text
+    ImageFolder(root, tmp_path / "a.txt")
+    assert "label 0 is '0', 1 is '1', 2 is '10', 3 is '11', 4 is '2', ...; check that class_names" in caplog.text
 
 
 def test_a_tree_without_pictures_is_refused(tmp_path):

@@ -4,6 +4,8 @@ import re
 from collections import Counter
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torchvision import datasets
 
 from vmoe.data.imagenet import imagenet_synsets, imagenet_words
@@ -120,8 +122,51 @@ def test_names_that_do_not_fit_the_data_are_errors():
     with pytest.raises(ValueError, match="'cifar10' are 10, and the data has 2 classes"):
         prompt_names("cifar10", ["cat", "dog"])
     mixed = ["truck", "b", "c", "d", "e", "f", "g", "h", "i", "j"]
-    with pytest.raises(ValueError, match="class 0 of the data is 'truck', which is class 9 of 'cifar10'"):
+    with pytest.raises(ValueError, match="of which 'b', 'c', 'd', 'e', 'f', ... .9 in all. are none of the set's"):
         prompt_names("cifar10", mixed)
+    with pytest.raises(ValueError, match="of which two are the same, and the set's 'truck' are left"):
+        prompt_names("cifar10", [*prompt_names("cifar10")[:-1], "Airplane"])
+
+
+@pytest.mark.parametrize(
+    ("name", "folders"),
+    [
+        ("kitti_distance", ["above_20", "below_20", "below_8", "none"]),
+        ("hateful_memes", ["bad", "good"]),
+        ("clevr_counts", [f"count_{number}" for number in (10, 3, 4, 5, 6, 7, 8, 9)]),
+        ("clevr_counts", list("01234567")),
+        ("mnist", sorted(f"digit {number}" for number in range(10))),
+        ("mnist", [f"{number:02}" for number in range(1, 11)]),
+        ("cifar10", [f"{letter}" for letter in "abcdefghij"]),
+        ("cifar10", [f"{number:02}" for number in range(2, 12)]),
+    ],
+)
+def test_folders_that_are_not_the_sets_are_refused(name, folders):
+    """The published order would give figures that look plausible and are wrong."""
+    with pytest.raises(ValueError, match=f"'{name}' do not fit the classes of the data.*give the names as a file"):
+        prompt_names(name, folders)
+
+
+def test_names_are_found_by_words_numbers_and_aliases():
+    words = sorted(["three", "four", "five", "six", "seven", "eight", "nine", "ten"])
+    assert prompt_names("clevr_counts", words) == ["8", "5", "4", "9", "7", "6", "10", "3"]
+    assert prompt_names("clevr_counts", [f"{number:02}" for number in range(3, 11)]) == [*list("3456789"), "10"]
+    assert prompt_names("mnist", sorted(prompt_names("svhn"))) == list("8549176320")
+    assert prompt_names("svhn", sorted(map(str, range(1, 11))))[:3] == ["one", "zero", "two"]  # its own labels
+    assert prompt_names("hateful_memes", ["hateful", "not_hateful"]) == ["hatespeech meme", "meme"]
+    assert prompt_names("pcam", ["Tumor", "normal"])[1] == "lymph node"
+    assert prompt_names("gtsrb", sorted(map(str, range(43))))[2] == prompt_names("gtsrb")[10]
+
+
+@pytest.mark.parametrize("name", [name for name in known_sets() if name != "imagenet"])
+@given(random=st.randoms(use_true_random=False))
+@settings(max_examples=5, deadline=None)
+def test_any_order_of_a_sets_labels_gets_the_names_of_that_order(name, random):
+    published = published_set(name)
+    order = random.sample(range(len(published.names)), len(published.names))
+    right = [published.names[label] for label in order]
+    assert prompt_names(name, [published.labels[label].upper() for label in order]) == right
+    assert prompt_names(name, [as_folder(published.names[label]) for label in order]) == right
 
 
 def test_imagenets_names_follow_the_classes():
@@ -155,8 +200,12 @@ def test_folders_that_are_numbers_are_labels():
     assert numbers[:3] == ["0", "1", "10"]
     assert prompt_names("flowers102", numbers) == [names[int(number)] for number in numbers]
     assert prompt_names("flowers102", [f"{number:03}" for number in range(1, 103)]) == names
-    with pytest.raises(ValueError, match="the numbers 1, 10, 100, ..., sorted as texts, and do not count from 0"):
-        prompt_names("flowers102", sorted(map(str, range(1, 103))))
+
+
+def test_folders_that_count_from_1_are_labels_with_a_warning(caplog):
+    names = prompt_names("flowers102")
+    assert prompt_names("flowers102", sorted(map(str, range(1, 103))))[:4] == [names[i] for i in (0, 9, 99, 100)]
+    assert "count from 1; with class names 'flowers102' '1' is 'pink primrose', '10' is 'globe thistle'" in caplog.text
 
 
 def test_unknown_name_lists_the_known_ones():
@@ -173,4 +222,5 @@ def test_published_lists_are_known_whole():
 def test_files_hold_what_the_folder_says():
     for file in FOLDER.glob("*.json"):
         content = json.loads(file.read_text(encoding="utf-8"))
-        assert set(content) <= {"source", "names", "labels", "templates"}
+        assert set(content) <= {"source", "names", "labels", "aliases", "templates"}
+        assert set(content.get("aliases", ())) <= set(content["names"])

@@ -328,3 +328,16 @@ def test_the_script_lists_every_setting(monkeypatch, capsys):
     for key in ("--checkpoint", "--data.path", "--loader.on_bad", "--templates", "--precision", "--output"):
         assert key in shown
     assert "openai_imagenet" in shown
+
+
+def test_a_classifier_without_class_names_on_numbered_folders(tmp_path, caplog):
+    """Folders 0, 1, 10, 11, 2 are sorted as text: which output is which folder is said."""
+    model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=12, embed_dim=32, **TINY)
+    save_pretrained(model, tmp_path / "model.safetensors")
+    for number in range(12):
+        (tmp_path / "tree" / str(number)).mkdir(parents=True)
+        Image.new("RGB", (48, 48)).save(tmp_path / "tree" / str(number) / "1.png")
+    data = ["--task", "classification", "--data.type", "image_folder", "--data.path", str(tmp_path / "tree")]
+    assert main(arguments(tmp_path, tmp_path / "out.json", *data)) == 0
+    assert "label 0 is '0', 1 is '1', 2 is '10', 3 is '11', 4 is '2', ...; check that " in caplog.text
+    assert "which holds no class names, has the same order" in caplog.text

@@ -65,6 +65,19 @@ def test_published_names_in_the_order_of_the_data_keep_their_equal_pairs():
         resolve_class_names([*classes, "one more"])
 
 
+def test_names_in_another_order_than_the_classes_are_said_aloud(tmp_path, caplog):
+    file = tmp_path / "names.txt"
+    file.write_text("dog\ncat\nred fox\n")
+    assert resolve_class_names(str(file), ["cat", "dog", "fox"]) == ["dog", "cat", "red fox"]
+    assert "another order than the data's classes: 'cat' is called 'dog', 'dog' is called 'cat'" in caplog.text
+    caplog.clear()
+    assert resolve_class_names(["zero", "one", "two"], ["2", "0", "1"]) == ["zero", "one", "two"]
+    assert not caplog.text
+    names = [f"animal {letter}" for letter in "abcdefghijk"]
+    resolve_class_names(names, sorted(map(str, range(11))))
+    assert "label 0 is '0', 1 is '1', 2 is '10', 3 is '2', 4 is '3', ...; check that class_names" in caplog.text
+
+
 def test_templates(tmp_path):
     def filled(templates):
         return [template("cat") for template in resolve_templates(templates)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,8 @@ from vmoe.data.images import BadSample, load_image, to_rgb
 from vmoe.data.tree import read_class_tree
 from vmoe.printable import escaped, is_unprintable
 from vmoe.safe_json import read_json, read_text
+
+logger = logging.getLogger("vmoe.data")
 
 IMAGE_FOLDER_LAYOUT = """
 FOLDER/
@@ -219,6 +223,8 @@ def read_class_names(file: Path, folders: list[str] | None = None, path: str | P
         if missing:
             raise ValueError(f"class_names {file}: has no name for {len(missing)} folders of {path}, as {missing[0]!r}")
         names = [names[folder] for folder in folders]
+    elif path is not None:
+        warn_of_text_order(folders, f"class_names {file}")
     if not isinstance(names, list) or len(names) != len(folders):
         got = len(names) if isinstance(names, list) else "no list of"
         raise ValueError(f"class_names {file}: has {got} names, but {path} has {len(folders)} class folders")
@@ -233,3 +239,24 @@ def read_class_names(file: Path, folders: list[str] | None = None, path: str | P
     if repeated:
         raise ValueError(f"class_names {file}: {repeated[0]!r} is given twice; names of classes must differ")
     return names
+
+
+def warn_of_text_order(classes: Sequence[str], what: str) -> None:
+    """Logs which label is which class where classes that differ only by a number are sorted as text: 0, 1, 10, 11, 2.
+
+    Args:
+        classes: in the order of the labels.
+        what: is paired with them by its order, and may be in the order of the numbers.
+    """
+
+    def numbers(name: str) -> list[tuple[int, str]]:
+        digits = [part.lstrip("0") for part in re.findall("[0-9]+", name)]
+        return [(len(part), part) for part in digits]
+
+    numbered = len({re.sub("[0-9]+", "", name) for name in classes}) == 1
+    if numbered and list(classes) == sorted(classes) != sorted(classes, key=numbers):
+        pairs = [f"{label} is {name!r}" for label, name in enumerate(classes[:5])]
+        logger.warning(
+            "the data's classes are sorted as text, as in torchvision: label %s, ...; check that %s has the same order",
+            escaped(", ".join(pairs)), escaped(what),
+        )  # fmt: skip

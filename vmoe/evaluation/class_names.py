@@ -6,6 +6,7 @@ The lists lie in `names/`, one JSON file per set, with their sources; ImageNet's
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -13,9 +14,14 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from vmoe.data.labelled import warn_of_text_order
+
 FOLDER = Path(__file__).with_name("names")
 IMAGENET = "imagenet"
 AS_FILE = "give the names as a file, one per line in the order of the data's classes"
+NUMBER_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+logger = logging.getLogger("vmoe.evaluation")
 
 
 class PublishedSet(NamedTuple):
@@ -24,12 +30,14 @@ class PublishedSet(NamedTuple):
     Attributes:
         names: what stands in the prompts, in the order of the data set's labels (torchvision's, where it has the set).
         labels: what the data set calls its classes, in the same order ("AnnualCrop" for "annual crop land").
+        aliases: {name: what copies of the data set also call the class}.
         templates: prompts with {} in the place of a name.
         source: where the lists come from.
     """
 
     names: tuple[str, ...]
     labels: tuple[str, ...]
+    aliases: dict[str, list[str]]
     templates: tuple[str, ...]
     source: str
 
@@ -53,10 +61,11 @@ def published_set(name: str) -> PublishedSet:
 
         names = tuple(open_clip.IMAGENET_CLASSNAMES)
         templates = tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
-        return PublishedSet(names, names, templates, "open_clip")
+        return PublishedSet(names, names, {}, templates, "open_clip")
     content = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     names = tuple(content["names"])
-    return PublishedSet(names, tuple(content.get("labels", names)), tuple(content["templates"]), content["source"])
+    labels, aliases = tuple(content.get("labels", names)), content.get("aliases", {})
+    return PublishedSet(names, labels, aliases, tuple(content["templates"]), content["source"])
 
 
 def prompt_names(name: str, classes: Sequence[str] | None = None) -> list[str]:
@@ -64,15 +73,14 @@ def prompt_names(name: str, classes: Sequence[str] | None = None) -> list[str]:
 
     Args:
         name: "imagenet", "cifar10", ...; see :func:`known_sets`.
-        classes: the classes of the data at hand. If these are the set's own labels or names, in whatever order (some
-            copies of a set are sorted otherwise than torchvision's), the names come in their order. Case, spaces and
-            punctuation do not matter. Numbers from 0 are the set's labels. ImageNet's classes must be its synsets,
-            WordNet's words for them or open_clip's names; other sets' classes may be called otherwise, and then are
-            in the published order. None: in the published order.
+        classes: the classes of the data, in the order of its labels. Each must be one of the set's own labels, names
+            or aliases; the names come in the order of the data. Case, spaces, punctuation and leading zeros do not
+            matter, and "three" is 3. Where none is, the numbers from 0 or (with a warning) from 1 are the set's labels.
+            ImageNet's classes must be its synsets, WordNet's words for them or open_clip's names. None: the names come
+            in the published order.
 
     Raises:
-        ValueError: an unknown name, or the data has another number of classes, some of the set's labels in other
-            places and not all of them, numbers that are sorted as texts, or classes that are none of ImageNet's.
+        ValueError: an unknown name, or the data has another number of classes or one that is not of the set.
     """
     published = published_set(name)
     if classes is None:
@@ -81,27 +89,42 @@ def prompt_names(name: str, classes: Sequence[str] | None = None) -> list[str]:
         raise ValueError(f"class names {name!r} are {len(published.names)}, and the data has {len(classes)} classes")
     if name == IMAGENET:
         return _imagenet_names(classes)
-    place = {_key(label): index for labels in (published.names, published.labels) for index, label in enumerate(labels)}
-    found = [place.get(_key(one)) for one in classes]
-    if None not in found and len(set(found)) == len(found):
-        return [published.names[index] for index in found]
-    for index, (one, other) in enumerate(zip(classes, found)):
-        if other is not None and other != index:
-            strange = next((name for name, match in zip(classes, found) if match is None), one)
-            raise ValueError(
-                f"class {index} of the data is {one!r}, which is class {other} of {name!r}, and {strange!r} is none of "
-                f"them: {AS_FILE}"
-            )
-    if all(one.isdecimal() for one in classes):
-        numbers = [int(one) for one in classes]
-        if sorted(numbers) == list(range(len(numbers))):
-            return [published.names[number] for number in numbers]
-        if numbers != sorted(numbers):
-            raise ValueError(
-                f"classes of the data are the numbers {', '.join(classes[:3])}, ..., sorted as texts, and do not count "
-                f"from 0; the published order of {name!r} does not fit them: {AS_FILE}"
-            )
-    return list(published.names)
+    label_of = {_key(alias): published.names.index(one) for one, many in published.aliases.items() for alias in many}
+    for labels in (published.names, published.labels):
+        label_of |= {_key(label): index for index, label in enumerate(labels)}
+    found = [label_of.get(_key(one)) for one in classes]
+    if not any(index is not None for index in found):
+        found = _numbered_labels(name, classes)
+    unknown = [one for one, index in zip(classes, found) if index is None]
+    left = [one for index, one in enumerate(published.names) if index not in found]
+    if unknown or left:
+        problem = f"of which {_shown(unknown)} are none of the set's" if unknown else "of which two are the same"
+        raise ValueError(
+            f"class names {name!r} do not fit the classes of the data, {problem}, and the set's {_shown(left)} are "
+            f"left: {AS_FILE}"
+        )
+    return [published.names[index] for index in found]
+
+
+def _numbered_labels(name: str, classes: Sequence[str]) -> list[int | None]:
+    """The labels that classes called by numbers stand for: from 0, or from 1 with a warning; else None for each."""
+    keys = [_key(one) for one in classes]
+    for first in (0, 1):
+        if sorted(keys) == sorted(str(number) for number in range(first, first + len(keys))):
+            labels = [int(key) - first for key in keys]
+            if first:
+                pairs = [f"{one!r} is {published_set(name).names[label]!r}" for one, label in zip(classes, labels)]
+                logger.warning("classes of the data count from 1; with class names %r %s", name, _listed(pairs))
+            return labels
+    return [None] * len(classes)
+
+
+def _shown(names: Sequence[str]) -> str:
+    return _listed([repr(name) for name in names])
+
+
+def _listed(texts: Sequence[str], most: int = 5) -> str:
+    return ", ".join([*texts[:most], *([f"... ({len(texts)} in all)"] if len(texts) > most else [])])
 
 
 def prompt_templates(name: str) -> list[str]:
@@ -111,6 +134,19 @@ def prompt_templates(name: str) -> list[str]:
         ValueError: an unknown name; the message lists the known ones.
     """
     return list(published_set(name).templates)
+
+
+def warn_of_order(names: Sequence[str], classes: Sequence[str]) -> None:
+    """Logs a pairing of given names with the classes of the data that looks mixed up.
+
+    A class's own name stands beside another class (numbers may mean other things), or the classes are sorted as text.
+    """
+    given_to = {_key(name): index for index, name in enumerate(names)}
+    keys = [_key(one) for one in classes]
+    if any(given_to.get(key, index) != index and not key.isdecimal() for index, key in enumerate(keys)):
+        pairs = [f"{one!r} is called {name!r}" for one, name in zip(classes, names) if one != name]
+        logger.warning("class_names are in another order than the data's classes: %s", _listed(pairs))
+    warn_of_text_order(classes, "class_names")
 
 
 def is_published(names: Sequence[str]) -> bool:
@@ -146,4 +182,7 @@ def _imagenet_names(classes: Sequence[str]) -> list[str]:
 
 
 def _key(label: str) -> str:
-    return re.sub(r"[\W_]", "", label.casefold())
+    key = re.sub(r"[\W_]", "", label.casefold())
+    if key in NUMBER_WORDS:
+        return str(NUMBER_WORDS.index(key))
+    return (key.lstrip("0") or "0") if key.isdecimal() else key

@@ -17,6 +17,7 @@ from vmoe.command import exit_code
 from vmoe.config_io import ConfigError, parse_config
 from vmoe.data import ImageDataset, build_dataset
 from vmoe.data.imagenet import imagenet_words
+from vmoe.data.labelled import warn_of_text_order
 from vmoe.distributed.processes import joined
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.distributed import world
@@ -166,7 +167,10 @@ def check_same_classes(trained: list[str] | None, data: list[str] | None, checkp
     Raises:
         ConfigError: names the first difference.
     """
-    if trained is None or data is None:
+    if data is None:
+        return
+    if trained is None:
+        warn_of_text_order(data, f"{checkpoint}, which holds no class names,")
         return
     if len(trained) != len(data):
         only = [name for name in data if name not in trained] or [name for name in trained if name not in data]

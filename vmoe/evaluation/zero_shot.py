@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vmoe.data.images import BadSample, load_image, to_rgb
-from vmoe.evaluation.class_names import is_published, known_sets, prompt_names, prompt_templates
+from vmoe.evaluation.class_names import is_published, known_sets, prompt_names, prompt_templates, warn_of_order
 from vmoe.evaluation.classification import predict
 from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.lockstep import Lockstep
@@ -116,6 +116,8 @@ def resolve_class_names(class_names: Sequence[str] | str, classes: Sequence[str]
     names = check_class_names(names)
     if classes is not None and len(names) != len(classes):
         raise ValueError(f"class_names {class_names} has {len(names)} names, and the data {len(classes)} classes")
+    if classes is not None and class_names not in known_sets():
+        warn_of_order(names, classes)
     return names
 
 
