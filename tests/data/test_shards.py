@@ -106,6 +106,34 @@ def test_captions_in_json_and_classes(shards, tmp_path):
         dataset[1]
 
 
+def test_members_whose_key_holds_a_dot_are_counted_and_named(tmp_path, caplog):
+    """As in WebDataset, img_1.5.jpg is the field "5.jpg" of the sample img_1, and no picture."""
+    names = ["img_1.jpg", "img_1.txt", "img_1.5.jpg", "img_1.5.txt", "a.b/img_2.PNG", "a.b/img_2.txt", "img_3.meta.npy"]
+    content = {"jpg": picture(0), "PNG": picture(1, "png"), "txt": b"text", "npy": b"0"}
+    for shard in ("0.tar", "1.tar"):
+        write(tmp_path / shard, [(name, content[name.rpartition(".")[2]]) for name in names])
+    expected = list(webdataset.WebDataset(str(tmp_path / "0.tar"), shardshuffle=False))
+    assert {key for key in expected[0] if not key.startswith("__")} == {"5.jpg", "5.txt", "jpg", "txt"}
+    for _ in range(2):  # the second time from the kept index
+        dataset = build_dataset(SourceConfig("shards", str(tmp_path)))
+        assert len(dataset) == 4
+        assert "img_2.PNG" in dataset[3].path
+        assert caplog.text.count("2 of 2 shards: 4 members such as ") == 1
+        assert f"{tmp_path / '0.tar'}: img_1.5.jpg' are skipped, because a sample's name ends" in caplog.text
+        caplog.clear()
+    (tmp_path / "sizes.json").write_text('{"0.tar": 2, "1.tar": 2}')
+    dataset = build_dataset(SourceConfig("shards", str(tmp_path)))
+    assert [dataset[index].caption for index in (0, 2, 3, 2)] == ["text"] * 4
+    assert caplog.text.count("0.tar: 2 members such as 'img_1.5.jpg' are skipped") == 1
+    assert caplog.text.count("1.tar: 2 members such as 'img_1.5.jpg' are skipped") == 1
+    (tmp_path / "sizes.json").write_text('{"0.tar": 3, "1.tar": 3}')
+    with pytest.raises(DataError, match=r"holds 2 samples, but .*sizes.json says 3; 2 members such as 'img_1.5.jpg'"):
+        build_dataset(SourceConfig("shards", str(tmp_path)))
+    write(tmp_path / "2.tar", [(f"img_{number}.5.jpg", b"") for number in range(3)])
+    with pytest.raises(DataError, match=r"2.tar: holds no sample .*; 3 members such as 'img_0.5.jpg' are skipped"):
+        build_dataset(SourceConfig("shards", str(tmp_path / "2.tar")))
+
+
 def test_patterns(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a/00008.tar", "a/00009.tar", "a/00010.tar", "b/x.tar", "b/notes.txt"):

@@ -219,8 +219,7 @@ def test_caches_hold_no_pickles(tmp_path, monkeypatch, canary):
     array = np.empty(1, object)
     array[0] = Harm(canary)
     np.save(cache_file(str(tmp_path / "0.tar")), array, allow_pickle=True)
-    assert (
-        len(build_dataset(SourceConfig("shards", str(tmp_path / "0.tar")))) == len(scan(str(tmp_path / "0.tar"))) == 1
-    )
+    assert len(build_dataset(SourceConfig("shards", str(tmp_path / "0.tar")))) == 1
+    assert len(scan(str(tmp_path / "0.tar")).entries) == 1
     (tmp_path / "x.safetensors").write_bytes(pickle.dumps(Harm(canary)))
     assert read_tensors(tmp_path / "x.safetensors", "key") is None

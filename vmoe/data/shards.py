@@ -20,7 +20,7 @@ from vmoe.data.images import BadSample, DataError, load_image
 from vmoe.data.labelled import read_class_names
 from vmoe.data.loaders import world
 from vmoe.data.order import ShuffledShards, shuffled_shards
-from vmoe.data.shard_index import ShardIndex
+from vmoe.data.shard_index import ShardIndex, dotted_members
 from vmoe.data.tar import BLOCK
 from vmoe.printable import printable
 from vmoe.safe_json import parse_json, read_json
@@ -69,6 +69,7 @@ class Shards(ImageDataset):
         self.streams = streams
         self.index = ShardIndex()
         self._open: OrderedDict[str, BinaryIO] = OrderedDict()
+        self._told: set[int] = set()  # shards of which skipped members were logged
         self.sizes, self.said_by = self._count()
         self.ends = self.sizes.cumsum()
         first = self._entries(0)
@@ -120,23 +121,34 @@ class Shards(ImageDataset):
             logger.info("reading the headers of %d shards in %s, once", len(unknown), os.path.dirname(self.paths[0]))
         with ThreadPoolExecutor(INDEX_THREADS) as pool:
 
-            def count(number: int) -> int:
-                return len(ShardIndex().entries(self.paths[number]))
+            def read(number: int) -> tuple[int, int, str]:
+                index = ShardIndex().read(self.paths[number])
+                return len(index.entries), index.num_dotted, index.first_dotted
 
             turned = unknown[begin:] + unknown[:begin]
-            counted = dict(zip(turned, pool.map(count, turned)))
-        sizes = np.array([counted[number] if one is None else one[0] for number, one in enumerate(said)], np.int64)
+            counted = dict(zip(turned, pool.map(read, turned)))
+        dotted = [(self.paths[number], *counted[number][1:]) for number in unknown if counted[number][1]]
+        if dotted:
+            (path, _, first), count = dotted[0], sum(num_dotted for _, num_dotted, _ in dotted)
+            skipped = dotted_members(count, f"{path}: {first}")
+            logger.warning("%d of %d shards: %s", len(dotted), len(self.paths), skipped)
+        sizes = np.array([counted[number][0] if one is None else one[0] for number, one in enumerate(said)], np.int64)
         return sizes, [one and one[1] for one in said]
 
     def _entries(self, shard: int) -> np.ndarray:
         path = self.paths[shard]
-        entries = self.index.entries(path)
+        entries, num_dotted, first_dotted = self.index.read(path)
         if len(entries) != self.sizes[shard]:
             remedy = (
                 f"remove {self.said_by[shard]}, and shards are counted anew" if self.said_by[shard] else "start anew"
             )
             says = f"{self.said_by[shard]} says" if self.said_by[shard] else "it had"
+            if num_dotted:
+                remedy = dotted_members(num_dotted, first_dotted)
             raise DataError(f"{path}: holds {len(entries)} samples, but {says} {self.sizes[shard]}; {remedy}")
+        if num_dotted and self.said_by[shard] and shard not in self._told:
+            self._told.add(shard)
+            logger.warning("%s: %s", path, dotted_members(num_dotted, first_dotted))
         return entries
 
     def _find(self, index: int) -> tuple[str, np.void, str]:
