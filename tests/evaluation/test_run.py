@@ -308,6 +308,33 @@ def test_default_output_is_beside_the_checkpoint(tmp_path):
     assert output_file(config).parent == tmp_path
 
 
+def test_results_of_other_settings_are_kept(tree, limoe, tmp_path):
+    """Each setting has a file of its own; the same settings, whatever the batches, replace theirs."""
+    checkpoint = shutil.copytree(limoe, tmp_path / "run")
+    plain = ["--config", "zero_shot_folder", "--checkpoint", str(checkpoint), *folder_arguments(tree)]
+    plain += ["--loader.num_workers", "0"]
+    for more in [
+        ["--templates", "a {}"],
+        ["--templates", '["a {}", "the {}"]'],
+        ["--templates", "a {}", "--experts", "int8"],
+        ["--templates", "a {}", "--precision", "bf16"],
+        ["--templates", "a {}", "--loader.on_bad", "skip"],
+        ["--templates", "a {}", "--loader.batch_size", "2", "--device", "cpu"],  # the first again
+    ]:
+        assert main([*plain, *more]) == 0
+    name = "evaluation_zero_shot_image_folder_folder"
+    files = [checkpoint / f"{name}{number}.json" for number in ("", "_2", "_3", "_4", "_5")]
+    assert sorted(checkpoint.glob("evaluation*")) == sorted(files)
+    configs = [json.loads(file.read_text())["config"] for file in files]
+    assert [config["templates"] for config in configs] == ["a {}", ["a {}", "the {}"], "a {}", "a {}", "a {}"]
+    assert [config["experts"] for config in configs] == [None, None, "int8", None, None]
+    assert configs[0]["loader"]["batch_size"] == 2
+    files[0].write_text("not of an evaluation")
+    assert main([*plain, "--templates", "a {}"]) == 0
+    assert files[0].read_text() == "not of an evaluation"
+    assert (checkpoint / f"{name}_6.json").exists()
+
+
 @pytest.mark.parametrize("path", sorted((shipped_config_dirs()[0] / "eval").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_are_read(path):
     assert find_config(path.stem, "eval").samefile(path)

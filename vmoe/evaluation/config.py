@@ -159,7 +159,8 @@ class EvaluationConfig:
         experts: How the weights of a sparse model's experts are kept in memory, see docs/inference.md: "int8" with a
             scale for each expert and output, or "bfloat16"; null: as in the checkpoint.
         device: "auto" (CUDA, then MPS, then CPU) or a torch device such as "cuda:1".
-        output: JSON file for the result; null: evaluation_TASK_DATA.json beside the (first) checkpoint.
+        output: JSON file for the result; null: evaluation_TASK_DATA.json beside the (first) checkpoint,
+            with a number behind the name where that file holds the result of other settings.
     """
 
     checkpoint: str | list[str]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -22,11 +24,13 @@ from vmoe.config_io import ConfigError
 from vmoe.data import EvalLoader
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.distributed import world
+from vmoe.safe_json import read_json
 from vmoe.whole import whole_file
 
 LIBRARIES = ("vmoe", "torchvision", "timm", "open_clip_torch", "numpy", "pillow")
 # Kinds of data of which one place holds several splits: the split tells results apart.
 NAMED_BY_SPLIT = ("emoji", "emoji_groups", "torchvision", "karpathy")
+MAX_RESULT_BYTES = 2**28
 logger = logging.getLogger("vmoe.evaluation")
 
 
@@ -95,7 +99,10 @@ def library_versions() -> dict[str, str]:
 
 
 def output_file(config: EvaluationConfig) -> Path:
-    """Where the result goes: `output`, or a name that says what was evaluated, beside the (first) checkpoint."""
+    """Where the result goes: `output`, or a name that says what was evaluated, beside the (first) checkpoint.
+
+    Where a file of that name holds the result of other settings, the name gets a number: NAME_2.json and so on.
+    """
     if config.output is not None:
         return Path(config.output)
     checkpoint = Path(config.checkpoints[0])
@@ -111,7 +118,25 @@ def output_file(config: EvaluationConfig) -> Path:
     elif not checkpoint.is_dir() and checkpoint.stem != "model":  # a file of its own among others, such as ema
         parts.append(checkpoint.stem)
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    return folder / f"{'_'.join(parts)}.json"
+    name = "_".join(parts)
+    names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+    settings = _settings(json.loads(json.dumps(dataclasses.asdict(config))))
+    files = (folder / f"{name}.json" for name in names)
+    return next(file for file in files if not file.exists() or _settings_in(file) == settings)
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a result depends on."""
+    loader = {"on_bad": config["loader"]["on_bad"]}
+    return {**config, "loader": loader, "device": None, "output": None}
+
+
+def _settings_in(file: Path) -> dict[str, Any] | None:
+    """Those of the evaluation that wrote a file, or None if no evaluation did."""
+    try:
+        return _settings(read_json(file, MAX_RESULT_BYTES)["config"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def check_writable(file: Path) -> None:

@@ -78,9 +78,8 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
     console = console or Console(quiet=rank > 0)
     if config.data.type is None:
         raise ConfigError("data.type is missing: say what to evaluate on")
-    target = output_file(config)
     if rank == 0:
-        check_writable(target)
+        check_writable(output_file(config))
     # A wrong name is told before anything is read, and damage that is passed over once.
     weights = {checkpoint: find_weights(checkpoint) for checkpoint in config.checkpoints}
     dataset = build_dataset(config.data)
@@ -122,6 +121,7 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
     # First: the figures are there even if the file cannot be written.
     print_table(f"{config.task} of {', '.join(config.checkpoints)}", results, spread, console)
     if rank == 0:
+        target = output_file(config)  # now, since another evaluation may have written its file meanwhile
         write_json(report, target)
         files = [target, *(FILES[config.task](report, target) if config.task in FILES else [])]
         written = ", ".join(map(str, files))
