@@ -125,6 +125,13 @@ def test_retrieval_knows_one_image_by_its_path(tree, limoe, tmp_path):
     assert results["text_to_image_recall@10"] == 1
 
 
+def test_captions_longer_than_the_context_are_counted(tree, limoe, tmp_path, caplog):
+    (tmp_path / "pairs.csv").write_text(f"image,caption\nfolder/cat/0.png,cat\nfolder/dog/0.png,{'very ' * 15}old\n")
+    data = ["--data.path", str(tmp_path / "pairs.csv"), "--data.image_root", str(tree)]
+    assert main(arguments(limoe, tmp_path / "out.json", "--config", "retrieval_pairs", *data)) == 0
+    assert "1 of 2 captions are longer than the model's context and are cut, such as 'very very" in caplog.text
+
+
 def test_several_checkpoints_give_mean_and_spread(tree, classifier, tmp_path, capsys):
     torch.manual_seed(1)
     other = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=2, embed_dim=32, **TINY)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import vmoe
+from vmoe.data.texts import warn_once
 from vmoe.evaluation.subject import load_subject
 from vmoe.evaluation.text_cache import cached_classes
 from vmoe.evaluation.zero_shot import encode_classes
@@ -67,6 +68,16 @@ def test_whatever_changes_the_embeddings_changes_the_key(make_subject, folder, e
     next(m for m in subject.model.modules() if isinstance(m, vmoe.SparseMoE)).eval_capacity_factor = 0.5
     cached_classes(subject, NAMES, TEMPLATES)
     assert len(encodings) == len(list(folder.iterdir())) == 7
+
+
+def test_prompts_that_were_cut_are_said_again_from_the_cache(make_subject, folder, encodings, caplog):
+    names = ["cat", "a dog " * 20]
+    for _ in range(2):
+        cached_classes(make_subject(), names, TEMPLATES)
+        assert caplog.text.count("2 of 4 prompts are longer than the model's context and are cut") == 1
+        caplog.clear()
+        warn_once.cache_clear()  # another process
+    assert len(encodings) == 1
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "other", "folder"])

@@ -43,10 +43,29 @@ def test_names_that_are_the_same_to_the_tokenizer_are_errors(word_model, tokeniz
     # One template that tells two names apart is enough.
     tokenizer = limoe[1]
     assert tokenizer(["very " * 99 + "old", "very " * 99 + "young"]).unique(dim=0).shape[0] == 1
-    long = ["{} " + "very " * 99, "very " * 99 + "{}"]
-    assert zero_shot_classify(*limoe, torch.zeros(1, 3, 48, 48), ["cat", "dog"], long).shape == (1, 2)
+    last_word = ["{}", lambda name: name.split()[-1]]
+    names = ["very " * 99 + "old", "very " * 99 + "young"]
+    assert zero_shot_classify(*limoe, torch.zeros(1, 3, 48, 48), names, last_word).shape == (1, 2)
     with pytest.raises(ValueError, match="'number 1' and 'figure 1' are the same"):
         evaluate_zero_shot(word_model, tokenize, [], ["number 1", "figure 1"], device="cpu")
+
+
+@pytest.mark.parametrize("template", ["{} " + "very " * 99, "very " * 14 + "{}", lambda name: "very " * 14 + name])
+def test_a_template_without_room_for_a_name_is_an_error(limoe, template):
+    """LIMoE takes 16 tokens here: a text's start and end, and 14 between."""
+    with pytest.raises(ValueError, match=r"template '.*\{\}.*' does not fit: .* more than the 16 tokens"):
+        zero_shot_classify(*limoe, torch.zeros(1, 3, 48, 48), ["cat", "dog"], ["a {}", template])
+
+
+def test_prompts_that_are_cut_are_counted_once(limoe, caplog):
+    fitting, template = "very " * 12 + "old", "a {}"
+    names = [fitting, "very " * 13 + "young", "very " * 14 + "dear"]
+    for _ in range(2):
+        zero_shot_classify(*limoe, torch.zeros(1, 3, 48, 48), names, [template, "{}"])
+    shown = f"a {names[1]}"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"3 of 6 prompts are longer than the model's context and are cut, such as '{shown}'"
+    ]
 
 
 def test_published_lists_are_taken_as_they_are(limoe):

@@ -15,9 +15,8 @@ from vmoe.data.dataset import ImageDataset, Sample
 from vmoe.data.images import BadSample, DataError
 from vmoe.data.order import BatchKey
 from vmoe.data.seeding import derive_seed, isolated_randomness, seed_process
+from vmoe.data.texts import Tokenizer, cut_rows
 from vmoe.data.transforms import Transform
-
-Tokenizer = Callable[[list[str]], torch.Tensor]
 
 # With a bad share of 0.9 all of these fail once in 37,000 samples; a data set worse than that is no data set.
 MAX_REPLACEMENTS = 100
@@ -32,6 +31,7 @@ class Batch(NamedTuple):
         bad: (path, reason) of every bad sample met.
         num_read: samples read, the bad ones and their replacements included.
         seconds: that reading and augmenting them took.
+        cut: the captions that are longer than the tokenizer's context.
         error: why the data set cannot be read on, or None. (An exception would reach the main process as a traceback.)
     """
 
@@ -39,6 +39,7 @@ class Batch(NamedTuple):
     bad: list[tuple[str, str]]
     num_read: int
     seconds: float = 0.0
+    cut: tuple[str, ...] = ()
     error: str | None = None
 
 
@@ -75,7 +76,7 @@ class BatchReader(Dataset):
         self.seed = seed
         self.replace_bad = replace_bad
         self.normalize_later = isinstance(transform, Transform) and transform.erase is None
-        self._tokens: dict[str, torch.Tensor] = {}
+        self._tokens: dict[str, tuple[torch.Tensor, bool]] = {}
 
     def __getitem__(self, key: BatchKey) -> Batch:
         started = time.perf_counter()
@@ -89,20 +90,23 @@ class BatchReader(Dataset):
         except DataError as error:
             return Batch({}, bad, 0, error=str(error))
         num_read = len(key.indices) + (len(bad) if self.replace_bad else 0)
-        tensors = self._stack(samples) if samples else {}
-        return Batch(tensors, bad, num_read, time.perf_counter() - started)
+        tensors, cut = self._stack(samples) if samples else ({}, ())
+        return Batch(tensors, bad, num_read, time.perf_counter() - started, cut)
 
     def _stack(
         self, samples: list[tuple[int, np.ndarray | torch.Tensor, int | None, str | None]]
-    ) -> dict[str, torch.Tensor]:
+    ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+        """(tensors of the batch, the captions that were cut)."""
         indices, images, labels, captions = zip(*samples)
         image = torch.from_numpy(np.stack(images)) if self.normalize_later else torch.stack(images)
         tensors = {"image": image, "index": torch.tensor(indices)}
         if self.dataset.classes is not None:
             tensors["label"] = torch.tensor(labels)
-        if self.tokenizer is not None:
-            tensors["text"] = torch.stack([self._tokenize(caption) for caption in captions])
-        return tensors
+        if self.tokenizer is None:
+            return tensors, ()
+        tokens, is_cut = zip(*(self._tokenize(caption) for caption in captions))
+        tensors["text"] = torch.stack(tokens)
+        return tensors, tuple(caption for caption, cut in zip(captions, is_cut) if cut)
 
     def _read(
         self, epoch: int, index: int, bad: list[tuple[str, str]]
@@ -127,11 +131,12 @@ class BatchReader(Dataset):
             return np.asarray(self.transform.geometry(sample.image))  # (H, W, 3) uint8; copied once, into the batch
         return self.transform(sample.image)
 
-    def _tokenize(self, caption: str) -> torch.Tensor:
-        """(L,) long; kept, since cleaning and splitting a caption takes longer than drawing its picture's crop."""
-        tokens = self._tokens.get(caption)
-        if tokens is None:
-            tokens = self.tokenizer([caption])[0]
+    def _tokenize(self, caption: str) -> tuple[torch.Tensor, bool]:
+        """((L,) long, whether it is cut); kept, since tokenizing takes longer than drawing the picture's crop."""
+        found = self._tokens.get(caption)
+        if found is None:
+            tokens_1L = self.tokenizer([caption])
+            found = tokens_1L[0], bool(cut_rows(self.tokenizer, [caption], tokens_1L))
             if len(self._tokens) < MAX_CACHED_CAPTIONS:
-                self._tokens[caption] = tokens
-        return tokens
+                self._tokens[caption] = found
+        return found

@@ -14,11 +14,12 @@ import torch.distributed as dist
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from vmoe.data.batches import Batch, BatchReader, Tokenizer
+from vmoe.data.batches import Batch, BatchReader
 from vmoe.data.config import LoaderConfig
 from vmoe.data.dataset import ImageDataset
 from vmoe.data.images import BadSample, DataError
 from vmoe.data.order import BatchKey
+from vmoe.data.texts import Tokenizer, cut_message
 from vmoe.printable import printable
 
 logger = logging.getLogger("vmoe.data")
@@ -49,6 +50,7 @@ class TrainLoader:
         num_read: samples that this process read for its part, bad ones and replacements included.
         num_bad: bad samples among these (one that is met twice counts twice).
         bad_paths: {path: reason} of the bad samples met by this object.
+        num_cut: captions so far that are longer than the tokenizer's context; the first batch with one is logged.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class TrainLoader:
         self.num_read = 0
         self.num_bad = 0
         self.bad_paths: dict[str, str] = {}
+        self.num_cut = 0
         self._read_seconds, self._read_samples = 0.0, 0
         self._batches: Iterator[Batch] | None = None
 
@@ -125,6 +128,7 @@ class TrainLoader:
             raise BadSample(*batch.bad[0])
         self.num_read += batch.num_read
         self.num_bad += len(batch.bad)
+        self.num_cut = _count_cut(batch, self.num_cut)
         self._read_seconds += batch.seconds
         self._read_samples += batch.num_read
         for path, reason in batch.bad:
@@ -192,6 +196,7 @@ class EvalLoader:
         num_samples: how many they are.
         num_skipped: bad samples left out in the current or last pass.
         skipped_paths: their paths.
+        num_cut: captions in that pass that are longer than the tokenizer's context.
     """
 
     def __init__(
@@ -214,6 +219,7 @@ class EvalLoader:
         self.num_samples = len(self.indices)
         self.num_skipped = 0
         self.skipped_paths: list[str] = []
+        self.num_cut = 0
 
     def __len__(self) -> int:
         """Number of this process's batches (one fewer for each whose samples are all skipped)."""
@@ -227,7 +233,7 @@ class EvalLoader:
         return [BatchKey(indices, (0,) * len(indices)) for indices in batches]
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        self.num_skipped, self.skipped_paths = 0, []
+        self.num_skipped, self.skipped_paths, self.num_cut = 0, [], 0
         for batch in _data_loader(self.reader, self._keys(), self.config):
             if batch.error is not None:
                 raise DataError(batch.error)
@@ -237,6 +243,7 @@ class EvalLoader:
             for path, reason in batch.bad:
                 self.skipped_paths.append(path)
                 logger.warning("bad sample skipped: %s: %s", printable(path), reason)
+            self.num_cut = _count_cut(batch, self.num_cut)
             if batch.tensors:
                 yield _finish(batch.tensors, self.reader, self.device)
 
@@ -330,6 +337,14 @@ def _leave_signals_to_the_main_process(_worker: int) -> None:
 
 def _as_it_is(batch: Batch) -> Batch:
     return batch
+
+
+def _count_cut(batch: Batch, num_cut: int) -> int:
+    """The number of captions that were cut, with those of a batch; the first such batch is logged."""
+    if batch.cut and not num_cut:
+        num_captions = len(batch.tensors["text"])
+        logger.warning("%s", cut_message(len(batch.cut), num_captions, "captions of a batch", batch.cut[0]))
+    return num_cut + len(batch.cut)
 
 
 def _finish(

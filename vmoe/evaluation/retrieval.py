@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vmoe.data import BadSample, EvalLoader, ImageDataset, LoaderConfig, eval_loader
+from vmoe.data.texts import CutTexts, warn_once
 from vmoe.evaluation.distributed import gather_rows
 from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.lockstep import Lockstep, equal_shares
@@ -78,6 +79,8 @@ def evaluate_retrieval(
         device: where the model runs.
         precision: "float32", "bf16" or "fp16" (autocast around both encoders; scores are float32).
 
+    Captions that are longer than the model's context are cut, with a warning that counts them.
+
     Returns:
         "image_to_text_recall@k", "text_to_image_recall@k" for k = 1, 5, 10, "num_images", "num_samples" (captions),
         "num_skipped" (captions left out).
@@ -95,13 +98,15 @@ def evaluate_retrieval(
                 image_rows.append(features_BD)
                 image_places.append(batch["index"])
         written = [place for place, caption in enumerate(captions) if caption.strip()]
+        counting = CutTexts(tokenizer)
         calls = [written[start : start + TEXTS_PER_CALL] for start in range(0, len(written), TEXTS_PER_CALL)]
         for places, counts in equal_shares(calls, model):
-            tokens_BL = tokenizer([captions[place] for place in places]).to(device)
+            tokens_BL = (counting if counts else tokenizer)([captions[place] for place in places]).to(device)
             features_BD = model.encode_text(tokens_BL, normalize=True).float().cpu()
             if counts:
                 text_rows.append(features_BD)
                 text_places.append(torch.tensor(places))
+    warn_once(counting.message("captions"))
     empty = torch.empty(0, 0)
     image_index_I, image = gather_rows(torch.cat(image_places), features=torch.cat(image_rows or [empty]))
     text_index_T, text = gather_rows(torch.cat(text_places), features=torch.cat(text_rows or [empty]))

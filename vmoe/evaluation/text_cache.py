@@ -10,12 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from vmoe.data.emoji import cache_folder
+from vmoe.data.texts import CutTexts, warn_once
 from vmoe.evaluation.cache import file_of_key, key_text, read_tensors, subject_facts, write_tensors
 from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.subject import Subject
 from vmoe.evaluation.zero_shot import Template, check_class_names, encode_classes, fill, resolve_templates
 
-CACHE_FORMAT = 2  # raise it whenever `encode_classes` changes
+CACHE_FORMAT = 3  # raise it whenever `encode_classes` changes
 TENSOR = "class_embeddings_DC"
 
 
@@ -51,10 +52,12 @@ def cached_classes(
     file = file_of_key(cache_folder() / "zero_shot", "classes", key)
     kept = read_tensors(file, key)
     if kept is not None:
+        warn_once(kept[1]["cut"])
         return kept[0][TENSOR].to(subject.device)
+    tokenizer = CutTexts(subject.tokenizer)
     with evaluating(subject.model, subject.device, subject.precision):
-        weights_DC = encode_classes(subject.model, subject.tokenizer, names, texts, subject.device)
-    write_tensors(file, key, {TENSOR: weights_DC})
+        weights_DC = encode_classes(subject.model, tokenizer, names, texts, subject.device)
+    write_tensors(file, key, {TENSOR: weights_DC}, {"cut": tokenizer.message("prompts")})
     return weights_DC
 
 

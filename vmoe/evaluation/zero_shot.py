@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vmoe.data.images import BadSample, load_image, to_rgb
+from vmoe.data.texts import CutTexts, cut_rows, knows_length, warn_once
 from vmoe.evaluation.class_names import is_published, known_sets, prompt_names, prompt_templates, warn_of_order
 from vmoe.evaluation.classification import predict
 from vmoe.evaluation.inference import evaluating
@@ -148,26 +149,46 @@ def encode_classes(
 ) -> Tensor:
     """Class embeddings (D, C) float32, unit columns: the mean over the templates, by open_clip's own function.
 
-    Equal names of a published list have the very same column.
+    Equal names of a published list have the very same column. Prompts that are longer than the model's context are cut,
+    with a warning.
 
     Raises:
-        ValueError: bad names or templates, or two names whose prompts are the same tokens.
+        ValueError: bad names or templates, a template that does not fit the model's context, or two names whose prompts
+            are the same tokens.
     """
     from open_clip import build_zero_shot_classifier
 
+    counting = tokenizer if isinstance(tokenizer, CutTexts) else CutTexts(tokenizer)
+    tokenizer = counting.tokenizer
     names, texts = check_class_names(class_names), resolve_templates(templates)
+    check_templates(tokenizer, texts)
     if not is_published(names):
         _check_tokens_differ(tokenizer, names, texts)
     place = {name: index for index, name in enumerate(dict.fromkeys(names))}
     weights_DC = build_zero_shot_classifier(
         model,
-        tokenizer,
+        counting,
         list(place),
         texts,
         num_classes_per_batch=max(1, TEXTS_PER_CALL // len(texts)),
         device=device,
     )
+    warn_once(counting.message("prompts"))
     return weights_DC.float()[:, [place[name] for name in names]]
+
+
+def check_templates(tokenizer: Callable[[list[str]], Tensor], templates: Sequence[Template] | str | None) -> None:
+    """Raises ValueError, which shows it, for a template that leaves no room for a class name in the model's context."""
+    if not knows_length(tokenizer):
+        return
+    templates = resolve_templates(templates)
+    shortest = [fill(template, "a") for template in templates]
+    tokens_TL = tokenizer(shortest)
+    for row in cut_rows(tokenizer, shortest, tokens_TL):
+        raise ValueError(
+            f"template {fill(templates[row], '{}')!r} does not fit: with a class name it has more than the "
+            f"{tokens_TL.shape[1]} tokens that the model takes; shorten it"
+        )
 
 
 def _check_tokens_differ(

@@ -29,7 +29,7 @@ from vmoe.data import (
 from vmoe.distributed.processes import from_first, world
 from vmoe.evaluation import evaluate_classification, evaluate_retrieval, evaluate_zero_shot
 from vmoe.evaluation.retrieval import retrieval_loader
-from vmoe.evaluation.zero_shot import check_class_names, resolve_templates
+from vmoe.evaluation.zero_shot import check_class_names, check_templates, resolve_templates
 from vmoe.models.factory import IMAGE_TEXT_NAMES, create_model, get_tokenizer, is_contrastive, preprocess_config
 from vmoe.models.upcycle import upcycle
 from vmoe.moe.quantize import experts_kept_as
@@ -238,6 +238,8 @@ class Contrastive(Task):
         if self.config.train.loss == "sigmoid" and getattr(model, "logit_bias", None) is None:
             raise ConfigError("train.loss 'sigmoid' needs a logit bias; set model.kwargs.init_logit_bias (SigLIP: -10)")
         self.tokenizer = get_tokenizer(model)
+        if self.evaluation == "zero_shot":
+            check_templates(self.tokenizer, self.config.evaluate.templates)
         return model
 
     def loss(self, model: nn.Module, batch: Batch, number: int) -> Tensor:
