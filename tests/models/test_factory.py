@@ -1,10 +1,14 @@
 import json
+import pickle
 import subprocess
 import sys
 
 import pytest
 import timm
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
@@ -13,6 +17,7 @@ from torch import nn
 from torchvision.transforms import ToTensor
 
 import vmoe
+from vmoe.data.texts import cut_rows
 from vmoe.models import factory
 from vmoe.models.factory import create_model, load_weights, save_pretrained
 from vmoe.models.weights import WeightsError, safetensors_metadata
@@ -147,6 +152,36 @@ def test_tokenizer():
         vmoe.get_tokenizer("vmoe_tiny_patch8_48")
     with pytest.raises(ValueError, match="no text side"):
         vmoe.get_tokenizer(timm.create_model("vmoe_tiny_patch8_48"))
+
+
+TOKENIZERS = SimpleTokenizer(context_length=9), vmoe.get_tokenizer("limoe_tiny_patch8_48", context_length=9)
+
+
+@given(st.text(st.sampled_from("ab  é日😂!-\n\t&;"), max_size=400), st.integers(1, 60))
+@settings(max_examples=50, deadline=None)
+def test_the_tokenizer_gives_what_open_clips_does(text, times):
+    plain, bounded = TOKENIZERS
+    for one in (text, " ".join([text] * times)):
+        assert torch.equal(bounded(one), plain(one))
+        assert torch.equal(bounded(one, context_length=10), plain(one, context_length=10))
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("ab" * 20_000, "ab" * 150),
+        ("日本" * 20_000, "日本" * 150),
+        ("a" + " " * 100_000 + "b", "a b"),
+        ("&amp;" * 50_000, "&" * 300),
+        ("é " * 50_000, "é " * 150),
+    ],
+)
+def test_only_the_beginning_of_a_very_long_text_is_tokenized(text, same):
+    tokenizer = pickle.loads(pickle.dumps(vmoe.get_tokenizer("limoe_tiny_patch8_48")))
+    read = tokenizer.clean_fn(text)
+    assert len(read) <= 33 * 18
+    assert torch.equal(tokenizer(text), SimpleTokenizer(context_length=16)(same))
+    assert cut_rows(tokenizer, [text], tokenizer([text])) == ([] if same == "a b" else [0])
 
 
 def test_preprocessing_follows_the_models_size():

@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE
-from vmoe.models.text import TextTransformer
+from vmoe.models.text import TextTransformer, clean_beginning
 from vmoe.models.two_tower import TOWERS, TWO_TOWER_CONFIGS, TwoTower, check_towers, merge_settings
 from vmoe.models.untrusted import bounded_model, check_metadata, without_loading
 from vmoe.models.vision import VisionMoE
@@ -490,6 +491,8 @@ def create_model_and_transforms(
 def get_tokenizer(model: str | nn.Module, context_length: int | None = None) -> Callable[[list[str] | str], Tensor]:
     """open_clip's CLIP tokenizer at a model's context length.
 
+    Of a text that is much too long only the beginning is read, since the time for a word of n letters grows with n².
+
     Args:
         model: an image-text model's name, or the model itself (whose context length may differ from the name's).
         context_length: tokens per text, instead of the model's.
@@ -510,4 +513,6 @@ def get_tokenizer(model: str | nn.Module, context_length: int | None = None) -> 
         own = model.context_length
     else:
         raise ValueError(f"{type(model).__name__} has no text side, so it has no tokenizer")
-    return SimpleTokenizer(context_length=context_length or own)
+    tokenizer = SimpleTokenizer(context_length=context_length or own)
+    tokenizer.clean_fn = partial(clean_beginning, tokenizer.clean_fn, tokenizer.context_length)
+    return tokenizer

@@ -19,6 +19,8 @@ from vmoe.models.vision import norm_queries_and_keys, sparse_blocks, take_routin
 from vmoe.moe import SparseMoE
 
 ROUTING_DEFAULTS = {"num_experts": 8, "num_selected_experts": 1}
+MAX_CHARACTERS = 2**16  # of a text before it is cleaned, which takes a second for a million
+MAX_TOKEN_CHARACTERS = 32  # of the longest token in CLIP's vocabulary
 POOLS = ("last", "first", "gap", "gmp", "map")
 
 
@@ -26,6 +28,19 @@ def text_mask(text_BL: Tensor, eot_token_id: int) -> Tensor:
     """(B, L) token ids -> (B, L), True up to and including the first end-of-text token."""
     is_end_BL = (text_BL == eot_token_id).int()
     return is_end_BL.cumsum(dim=1) - is_end_BL == 0
+
+
+def clean_beginning(clean: Callable[[str], str], context_length: int, text: str) -> str:
+    """What a tokenizer with this context reads of a text: all of it, or a beginning that surely has more tokens.
+
+    Args:
+        clean: the tokenizer's own cleaning of a text.
+        context_length: L.
+        text: of any length.
+    """
+    if len(text) > MAX_CHARACTERS:
+        text = " ".join(text.split())[:MAX_CHARACTERS]
+    return clean(text)[: (context_length + 2) * (MAX_TOKEN_CHARACTERS + 1)]  # + 1: a space behind a word
 
 
 def check_length(text_BL: Tensor, context_length: int) -> None:
