@@ -98,6 +98,58 @@ def test_pictures_are_found(files, monkeypatch):
         find_pictures([str(photos / "*.gif")])
 
 
+def test_a_broken_file_stops_no_other(files, capsys, tmp_path):
+    for name in ("a.png", "b.JPG"):
+        shutil.copy(files / "photos" / name, tmp_path)
+    for name in ("0.jpg", "aa.png"):
+        (tmp_path / name).write_bytes(b"broken")
+    options = ["--checkpoint", str(files / "vit.safetensors"), "--json", "--batch_size", "1"]
+    whole = [str(tmp_path / name) for name in ("a.png", "b.JPG")]
+    assert main([*whole, *options]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    assert main([str(tmp_path), *options]) == 1
+    found = capsys.readouterr()
+    assert json.loads(found.out) == expected
+    assert [one["image"] for one in expected] == whole
+    assert f"2 of 4 pictures cannot be read: {tmp_path / '0.jpg'}: not a picture file" in found.err
+    assert f"; {tmp_path / 'aa.png'}: not a picture file" in found.err
+
+
+def test_skipped_files_are_counted(files, tmp_path, caplog):
+    assert len(find_pictures([str(files / "photos")])) == 3
+    assert "photos: skipped 1 file with another ending (1 .txt), such as notes.txt" in caplog.text
+    for name in ("IMG_1.HEIC", "IMG_2.heic", "clip.mov"):
+        (tmp_path / name).touch()
+    counts = r"and 3 files with other endings \(2 \.heic, 1 \.mov\), such as IMG_1\.HEIC"
+    with pytest.raises(ValueError, match=rf"no picture there .*, {counts}"):
+        find_pictures([str(tmp_path)])
+    caplog.clear()
+    find_pictures([str(files / "photos" / "*.png")])
+    assert not caplog.text
+
+
+def test_exif_orientation_is_that_of_the_training(files, capsys, tmp_path):
+    model = vmoe.create_model(pretrained=files / "vit.safetensors")
+    extra = {"class_names": ["a", "b", "c"], "exif_orientation": True}
+    save_pretrained(model, tmp_path / "turned.safetensors", extra=extra)
+    save_pretrained(model, tmp_path / "plain.safetensors", extra={"class_names": ["a", "b", "c"]})
+    pixels = torch.rand(8, 12, 3, generator=torch.Generator().manual_seed(0)).mul(255).byte().numpy()
+    upright, exif = Image.fromarray(pixels).resize((60, 40)), Image.Exif()
+    exif[274] = 6  # to be turned a quarter clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "side.png", exif=exif)
+    upright.save(tmp_path / "upright.png")
+
+    def probabilities(picture, checkpoint, *options):
+        assert main([str(tmp_path / picture), "--checkpoint", str(tmp_path / checkpoint), "--json", *options]) == 0
+        return json.loads(capsys.readouterr().out)[0]["predictions"]
+
+    right, wrong = probabilities("upright.png", "plain.safetensors"), probabilities("side.png", "plain.safetensors")
+    assert right != wrong
+    assert probabilities("side.png", "turned.safetensors") == right
+    assert probabilities("side.png", "turned.safetensors", "--no-exif_orientation") == wrong
+    assert probabilities("side.png", "plain.safetensors", "--exif_orientation") == right
+
+
 def _error(capsys, arguments, code):
     try:
         found = main(arguments)
@@ -114,11 +166,13 @@ def test_bad_input_is_one_sentence(files, capsys, tmp_path):
     labels = ["--labels", "cat,dog"]
     broken = tmp_path / "broken.png"
     broken.write_bytes((files / "photos" / "a.png").read_bytes()[:300])
+    notes = files / "photos" / "notes.txt"
     (tmp_path / "empty").mkdir()
     for arguments, code, error in (
         (["no.png", *labels, *limoe], 1, "no.png: no such file or folder"),
-        ([str(broken), picture, *labels, *limoe], 1, f"{broken}: unreadable picture"),
-        ([str(files / "photos" / "notes.txt"), *labels, *limoe], 1, "notes.txt: not a picture file"),
+        ([str(broken), *labels, *limoe], 1, f"{broken}: unreadable picture"),
+        ([str(broken), str(notes), *labels, *limoe], 1, f"2 of 2 pictures cannot be read: {broken}: unreadable"),
+        ([str(notes), *labels, *limoe], 1, "notes.txt: not a picture file"),
         ([str(tmp_path / "empty"), *labels, *limoe], 1, "empty: no picture there"),
         ([picture, *limoe], 2, "give some, as --labels 'cat,dog'"),
         ([picture, "--labels", "cat,dog,cat", *limoe], 2, "--labels: class_names must be unique; given twice: 'cat'"),

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import glob
 import json
+import logging
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import torch
+from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.progress import track
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from vmoe.command import exit_code
 from vmoe.config_io import ConfigError
-from vmoe.data.images import IMAGE_SUFFIXES
+from vmoe.data.images import IMAGE_SUFFIXES, MAX_PIXELS, BadSample, Reading, load_image
 from vmoe.evaluation.class_names import known_sets
 from vmoe.evaluation.inference import PRECISIONS, evaluating
 from vmoe.evaluation.subject import Subject, load_subject
@@ -28,9 +31,10 @@ from vmoe.evaluation.text_cache import cached_classes
 from vmoe.evaluation.zero_shot import check_class_names, class_scorer, image_batches, resolve_prompts, resolve_templates
 from vmoe.models.factory import is_contrastive
 from vmoe.models.weights import read_pretrained_metadata
-from vmoe.printable import escaped
+from vmoe.printable import escaped, printable
 
 PROG = "vmoe-classify"
+logger = logging.getLogger("vmoe.classify")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,6 +85,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=64, help="pictures per forward pass (default 64)")
     parser.add_argument("--precision", choices=list(PRECISIONS), default="float32", help="of the forward pass")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, mps")
+    parser.add_argument(
+        "--exif_orientation",
+        action=argparse.BooleanOptionalAction,
+        help="turn pictures as their EXIF data say (default: as the model was trained, else not)",
+    )
+    parser.add_argument(
+        "--max_pixels", type=int, default=MAX_PIXELS, help=f"the largest picture, in pixels (default {MAX_PIXELS})"
+    )
     return parser
 
 
@@ -96,9 +108,9 @@ def run(arguments: argparse.Namespace, console: Console | None = None) -> list[d
 
     Raises:
         ConfigError: settings that do not go together, or labels that cannot be used.
-        ValueError: a picture, file or checkpoint that cannot be read.
+        ValueError: a file or checkpoint that cannot be read, or a picture, once all others are printed.
     """
-    for name in ("top", "batch_size"):
+    for name in ("top", "batch_size", "max_pixels"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name} must be >= 1, got {getattr(arguments, name)}")
     names, templates = _read_labels(arguments)
@@ -109,7 +121,9 @@ def run(arguments: argparse.Namespace, console: Console | None = None) -> list[d
             raise ConfigError(f"{arguments.checkpoint} compares pictures with words: give some, as --labels 'cat,dog'")
     else:
         names = _own_classes(subject, arguments)
-    probabilities_NC = _probabilities(subject, files, names, templates, arguments.batch_size)
+    turned = subject.exif_orientation if arguments.exif_orientation is None else arguments.exif_orientation
+    pictures = Pictures(files, Reading(turned, arguments.max_pixels), len(files) <= arguments.batch_size)
+    probabilities_NC = _probabilities(subject, pictures, names, templates, arguments.batch_size)
     values_NK, places_NK = probabilities_NC.sort(dim=1, descending=True, stable=True)
     found = [
         {
@@ -119,20 +133,49 @@ def run(arguments: argparse.Namespace, console: Console | None = None) -> list[d
                 for value, place in zip(values[: arguments.top], places[: arguments.top])
             ],
         }
-        for file, values, places in zip(files, values_NK.tolist(), places_NK.tolist(), strict=True)
+        for file, values, places in zip(pictures.read, values_NK.tolist(), places_NK.tolist(), strict=True)
     ]
     if arguments.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
-    else:
+    elif found:
         _print_tables(found, console or Console())
+    if pictures.bad:
+        several = f"{len(pictures.bad)} of {len(files)} pictures cannot be read: " if len(files) > 1 else ""
+        raise ValueError(several + "; ".join(map(str, pictures.bad)))
     return found
+
+
+class Pictures:
+    """The pictures in files, each read when it is needed; those that cannot be read are left out.
+
+    Attributes:
+        read: files read so far.
+        bad: what was wrong with the others.
+    """
+
+    def __init__(self, files: Sequence[Path], reading: Reading, quiet: bool) -> None:
+        self.files, self.reading, self.quiet = files, reading, quiet
+        self.read: list[Path] = []
+        self.bad: list[BadSample] = []
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        shown = track(self.files, "pictures", console=Console(stderr=True), transient=True, disable=self.quiet)
+        for file in shown:
+            try:
+                image = load_image(file, reading=self.reading)
+            except BadSample as error:
+                self.bad.append(error)
+            else:
+                self.read.append(file)
+                yield image
 
 
 def find_pictures(patterns: Sequence[str]) -> list[Path]:
     """The files that arguments stand for, each once, in the order of the arguments; those of a folder sorted.
 
     A folder stands for the pictures in it and below, and so does a pattern (*, ?, [...], ** for any folders), where
-    nothing has exactly its name. A file given by its name is taken whatever its ending.
+    nothing has exactly its name. A file given by its name is taken whatever its ending. Other files of a folder or
+    pattern are counted in a warning.
 
     Raises:
         ValueError: nothing has the name, or a folder or pattern holds no picture.
@@ -151,11 +194,26 @@ def find_pictures(patterns: Sequence[str]) -> list[Path]:
             matches = [Path(one) for one in glob.glob(pattern, recursive=True)]
         else:
             raise ValueError(f"{pattern}: no such file or folder")
-        pictures = sorted(one for one in matches if one.is_file() and one.suffix.lower() in IMAGE_SUFFIXES)
+        matches = sorted(one for one in matches if one.is_file())
+        pictures = [one for one in matches if one.suffix.lower() in IMAGE_SUFFIXES]
+        others = _others([one for one in matches if one.suffix.lower() not in IMAGE_SUFFIXES])
         if not pictures:
-            raise ValueError(f"{pattern}: no picture there (endings looked for: {', '.join(IMAGE_SUFFIXES)})")
+            skipped = f", and {others}" if others else ""
+            raise ValueError(f"{pattern}: no picture there (endings looked for: {', '.join(IMAGE_SUFFIXES)}){skipped}")
+        if others:
+            logger.warning("%s: skipped %s", printable(pattern), others)
         files.extend(pictures)
     return list(dict.fromkeys(files))
+
+
+def _others(files: Sequence[Path]) -> str:
+    """`3 files with other endings (2 .heic, 1 .txt), such as IMG_1.heic`; "" without files."""
+    if not files:
+        return ""
+    endings = Counter(file.suffix.lower() or "none" for file in files)
+    counts = ", ".join(f"{count} {printable(ending)}" for ending, count in endings.most_common(5))
+    what = "1 file with another ending" if len(files) == 1 else f"{len(files)} files with other endings"
+    return f"{what} ({counts}), such as {printable(files[0].name)}"
 
 
 def _read_labels(arguments: argparse.Namespace) -> tuple[list[str] | None, list | str | None]:
@@ -206,24 +264,22 @@ def _own_classes(subject: Subject, arguments: argparse.Namespace) -> list[str]:
     return [escaped(name) for name in names]
 
 
-def _probabilities(subject: Subject, files: Sequence[Path], names: Sequence[str], templates, batch_size: int) -> Tensor:
-    """(N, C) float32 on the CPU, rows sum to 1.
+def _probabilities(subject: Subject, pictures: Pictures, names: Sequence[str], templates, batch_size: int) -> Tensor:
+    """(N, C) float32 on the CPU, rows sum to 1; of the pictures that can be read.
 
     Raises:
-        ValueError: a picture cannot be read, or a classifier has another number of outputs than names.
+        ValueError: a classifier has another number of outputs than names.
     """
     model = subject.model
     score = model
     if is_contrastive(model):
         score = class_scorer(model, cached_classes(subject, names, templates), names)
-    quiet = len(files) <= batch_size
-    shown = track(files, "pictures", console=Console(stderr=True), transient=True, disable=quiet)
-    rows = []
+    rows = [torch.empty(0, len(names))]
     with evaluating(model, subject.device, subject.precision):
-        for images_B3HW in image_batches(model, shown, batch_size):
+        for images_B3HW in image_batches(model, pictures, batch_size):
             rows.append(score(images_B3HW).float().softmax(dim=1).cpu())
-            if rows[0].shape[1] != len(names):
-                raise ValueError(f"{subject.weights} names {len(names)} classes and has {rows[0].shape[1]} outputs")
+            if rows[-1].shape[1] != len(names):
+                raise ValueError(f"{subject.weights} names {len(names)} classes and has {rows[-1].shape[1]} outputs")
     return torch.cat(rows)
 
 

@@ -54,6 +54,7 @@ class DemoConfig:
         port: Port to listen on; null takes the first free one from 7860.
         share: Also open a public link through Gradio's servers. Pictures then travel through them.
         device: "auto" (CUDA, then MPS, then CPU) or a torch device such as "cuda:1".
+        exif_orientation: Whether pictures are turned as their EXIF data say; null: as the model was trained.
     """
 
     checkpoint: str
@@ -62,6 +63,7 @@ class DemoConfig:
     port: int | None = None
     share: bool = False
     device: str = "auto"
+    exif_orientation: bool | None = None
 
     def __post_init__(self) -> None:
         if self.port is not None and not 0 < self.port < 65536:
@@ -83,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from vmoe.evaluation.subject import load_subject
 
         subject = load_subject(config.checkpoint, config.device)
+        if config.exif_orientation is not None:
+            subject = subject._replace(exif_orientation=config.exif_orientation)
         if subject.tokenizer is None and config.templates is not None:
             raise ConfigError(f"templates are for image-text models, and {config.checkpoint} holds a classifier")
         app = build_app(subject, config.templates)
@@ -218,7 +222,8 @@ def build_app(subject: Subject, templates: Sequence[str | Callable[[str], str]] 
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 picture = gr.Image(label="Picture", type="pil", sources=["upload", "clipboard"], height=280, buttons=[])
-                picture.preprocess = _picture_reader(gr)  # Gradio would write a file beside this one for a subclass
+                # Not by a subclass, for which Gradio would write a file beside this one.
+                picture.preprocess = _picture_reader(gr, subject.exif_orientation)
                 labels = gr.Textbox(
                     label="Labels, one per line or separated by commas", lines=4, max_lines=12, visible=has_text
                 )
@@ -303,10 +308,10 @@ def _message(gr: Any, text: str) -> Exception:
     return gr.Error(html.escape(text), duration=None, print_exception=False)
 
 
-def _picture_reader(gr: Any) -> Callable[[Any], Image.Image | None]:
+def _picture_reader(gr: Any, exif_orientation: bool) -> Callable[[Any], Image.Image | None]:
     """What makes a picture of an upload: files are read and refused as everywhere in vmoe."""
     from vmoe.data import BadSample
-    from vmoe.data.images import load_image
+    from vmoe.data.images import Reading, load_image
 
     def read(upload: Any) -> Image.Image | None:
         if upload is None:
@@ -314,7 +319,7 @@ def _picture_reader(gr: Any) -> Callable[[Any], Image.Image | None]:
         if not upload.path:
             raise _message(gr, "The picture did not reach the server as a file: drop it once more.")
         try:
-            return load_image(upload.path)
+            return load_image(upload.path, reading=Reading(exif_orientation))
         except BadSample as error:
             raise _message(gr, f"{upload.orig_name or 'The picture'}: {error.reason}.") from None
 

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from vmoe.command import exit_code
 from vmoe.config_io import ConfigError, parse_config, read_settings_file
-from vmoe.data import ImageDataset, build_dataset
+from vmoe.data import ImageDataset, build_dataset, with_orientation
 from vmoe.data.config import LoaderConfig, SourceConfig
 from vmoe.data.images import IMAGE_SUFFIXES
 from vmoe.evaluation.subject import Subject, load_subject
@@ -138,6 +138,8 @@ def run(config: InspectConfig, console: Console | None = None) -> RoutingStatist
         if source != SourceConfig():
             raise ConfigError("data has settings, but no type: set data.type")
         source = validation_data(config.checkpoint)
+    if subject.exif_orientation:
+        source = with_orientation(source)
     dataset = build_dataset(source)
     check_templates(config, subject, dataset)
     folder = make_output_folder(config)

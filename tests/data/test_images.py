@@ -5,9 +5,10 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 
-from vmoe.data.images import MAX_PIXELS, BadSample, load_image
+from vmoe.data import images
+from vmoe.data.images import MAX_PIXELS, BadSample, Reading, load_image
 
 
 def saved(path, image, **options):
@@ -141,3 +142,111 @@ def test_a_decompression_bomb_is_not_decoded(tmp_path, side):
 def test_a_strip_is_bad(tmp_path):
     with pytest.raises(BadSample, match="sides"):
         saved(tmp_path / "a.png", Image.new("RGB", (1, 5000)))
+
+
+def with_orientation(image, number, suffix):
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[274] = number
+    image.save(file, Image.registered_extensions()[suffix], exif=exif)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+@pytest.mark.parametrize("number", range(10))
+def test_exif_orientation(suffix, number, photo):
+    content = with_orientation(photo, number, suffix)
+    turned = load_image("a", content, Reading(exif_orientation=True))
+    with Image.open(io.BytesIO(content)) as image:
+        assert np.array_equal(turned, ImageOps.exif_transpose(image).convert("RGB"))
+        assert np.array_equal(load_image("a", content), image.convert("RGB"))  # as torchvision's ImageFolder
+    assert turned.size == ((10, 20) if number in (5, 6, 7, 8) else (20, 10))
+
+
+def test_exif_orientation_of_transparent_and_grey_pictures(photo):
+    for mode in ("RGBA", "L", "P"):
+        turned = load_image("a", with_orientation(photo.convert(mode), 8, ".png"), Reading(exif_orientation=True))
+        assert (turned.mode, turned.size) == ("RGB", (10, 20))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_broken_exif_data_say_nothing(photo):
+    file = io.BytesIO()
+    photo.save(file, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\xff broken")
+    assert load_image("a", file.getvalue(), Reading(exif_orientation=True)).size == photo.size
+
+
+def test_an_orientation_that_is_not_applied_is_said_once(photo, monkeypatch, caplog):
+    monkeypatch.setattr(images, "_warned", False)
+    load_image("plain.jpg", with_orientation(photo, 1, ".jpg"))
+    load_image("turned.jpg", with_orientation(photo, 6, ".jpg"), Reading(exif_orientation=True))
+    assert not caplog.text
+    for _ in range(2):
+        load_image("side.jpg", with_orientation(photo, 6, ".jpg"))
+    assert caplog.text.count("side.jpg: its EXIF orientation is not applied, as in torchvision and timm") == 1
+
+
+@pytest.mark.parametrize("size", [(61, 40), (60, 41), (8, 8), (80, 40)])
+def test_a_large_jpeg_is_read_at_half_its_size(size):
+    image, file = Image.linear_gradient("L").rotate(45).crop((80, 80, 170, 170)).resize(size), io.BytesIO()
+    image.convert("RGB").save(file, "JPEG", quality=95)
+    width, height = size
+    half = (width + 1) // 2, (height + 1) // 2
+    for limit, expected in (
+        (width * height, size),
+        (width * height - 1, half),
+        (half[0] * half[1], half),
+        (half[0] * half[1] - 1, None),
+    ):
+        if expected is None:
+            with pytest.raises(BadSample, match=rf"{width} x {height} pixels, more than .* {limit} \(max_pixels\)"):
+                load_image("a", file.getvalue(), Reading(max_pixels=limit))
+            continue
+        loaded = load_image("a", file.getvalue(), Reading(max_pixels=limit))
+        assert loaded.size == expected
+    small = load_image("a", file.getvalue(), Reading(max_pixels=width * height - 1))
+    expected = np.asarray(image.resize(half, Image.Resampling.BOX), int)
+    assert np.abs(np.asarray(small, int)[..., 0] - expected).mean() < 2
+
+
+@pytest.mark.parametrize(("format", "options"), [("JPEG", {"progressive": True}), ("PNG", {}), ("BMP", {})])
+def test_other_large_files_are_bad(format, options):
+    """A progressive JPEG file takes the memory of its whole size, however it is read."""
+    file = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(file, format, **options)
+    with pytest.raises(BadSample, match=r"40 x 40 pixels, more than the limit of 1599 \(max_pixels\)"):
+        load_image("a", file.getvalue(), Reading(max_pixels=1599))
+    assert load_image("a", file.getvalue(), Reading(max_pixels=1600)).size == (40, 40)
+
+
+def test_the_limit_can_be_above_pillows(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
+    for format in ("PNG", "JPEG", "TIFF"):
+        file = io.BytesIO()
+        Image.new("RGB", (40, 40)).save(file, format)
+        assert load_image("a", file.getvalue(), Reading(max_pixels=1600)).size == (40, 40)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_photo_of_200_megapixels(tmp_path):
+    Image.new("L", (16_320, 12_240)).save(tmp_path / "a.jpg")
+    assert load_image(tmp_path / "a.jpg").size == (8160, 6120)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize("after", [True, False])
+def test_a_png_file_with_long_texts(photo, compressed, after):
+    """As programs write that keep how a picture was made; Pillow's limit for a compressed text is 1 MiB."""
+    info, file = PngImagePlugin.PngInfo(), io.BytesIO()
+    info.add_text("prompt", "word " * 2**20, zip=compressed)
+    info.add_itxt("workflow", "node " * 2**20, zip=compressed)
+    info.chunks = [(*chunk[:2], after) for chunk in info.chunks]
+    photo.save(file, "PNG", pnginfo=info)
+    assert len(file.getvalue()) > 10 * 2**20 or compressed
+    assert np.array_equal(load_image("a", file.getvalue()), photo)
+
+
+@pytest.mark.parametrize(("brand", "name"), [(b"heic", "HEIC"), (b"mif1", "HEIF"), (b"avif", "AVIF")])
+def test_formats_of_phones_are_named(brand, name):
+    with pytest.raises(BadSample, match=rf"not a picture file \(JPEG, .*\); it is {name}, save it as one of these"):
+        load_image("IMG_1.HEIC", b"\0\0\0\x18ftyp" + brand + bytes(8))

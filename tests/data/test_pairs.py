@@ -119,6 +119,19 @@ def test_folder_with_captions_beside(folder, photo):
     assert "not UTF-8" in captions["e.png"]
 
 
+def test_files_of_other_kinds_with_captions_are_counted(folder, caplog):
+    for name in ("a.txt", "b.txt", "README.txt", "IMG_1.HEIC", "IMG_1.txt", "IMG_2.heic", "clip.mov", "clip.txt"):
+        write(folder / name, "a caption")
+    assert len(PairsFolder(folder)) == 2
+    assert "skipped 2 files with a caption that do not end in .jpg, " in caplog.text
+    assert caplog.text.rstrip().endswith("such as IMG_1.HEIC")
+    caplog.clear()
+    for name in ("IMG_1.HEIC", "clip.mov"):
+        (folder / name).unlink()
+    PairsFolder(folder)
+    assert not caplog.text
+
+
 def test_a_folder_without_pictures_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no pictures"):
         PairsFolder(tmp_path)

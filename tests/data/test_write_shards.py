@@ -97,6 +97,20 @@ def test_a_picture_that_the_data_set_changes_is_not_copied(tmp_path):
     assert shards[0].image.getcolors() == [(24, (0, 0, 255))]
 
 
+@pytest.mark.parametrize("apply", [False, True])
+def test_a_picture_lying_on_its_side_is_written_upright_if_it_is_read_so(tmp_path, photo, apply):
+    exif = Image.Exif()
+    exif[274] = 6
+    photo.save(tmp_path / "a.jpg", exif=exif)
+    (tmp_path / "pairs.csv").write_text("image,caption\na.jpg,a photo\n")
+    settings = {"path": str(tmp_path / "pairs.csv"), "exif_orientation": apply}
+    write_shards(build_dataset(SourceConfig("pairs", **settings)), tmp_path / "out")
+    for again in (None, True):
+        shards = build_dataset(SourceConfig("shards", str(tmp_path / "out"), exif_orientation=again))
+        assert shards[0].image.size == ((10, 20) if apply or again else (20, 10))
+    assert shards[0].path.endswith("'000000000.png'" if apply else "'000000000.jpg'")
+
+
 @pytest.mark.parametrize("name", ["label_sets", "class_columns", "conditions"])
 def test_what_shards_cannot_hold_is_refused(tmp_path, name):
     dataset = Pictures(3)

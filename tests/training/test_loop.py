@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
 import vmoe
 from vmoe.config_io import ConfigError
 from vmoe.data import BadSample, SourceConfig
+from vmoe.evaluation.config import EvaluationConfig
+from vmoe.evaluation.run import run as evaluate
 from vmoe.training import loop
 from vmoe.training.checkpoint import CheckpointError, list_checkpoints, step_of
 from vmoe.training.diagnosis import NonFiniteError
@@ -451,3 +454,27 @@ def test_class_names_with_dollar_signs_are_drawn(make_config, tmp_path, pictures
     run(config)
     assert (_path(config) / "examples.png").exists()
     assert not caplog.records
+
+
+def test_the_orientation_of_the_training_is_kept_with_the_model(make_config, pictures, tmp_path):
+    """Evaluation of the same pictures lying on their sides, with EXIF data that say so, gives the same figures."""
+    exif = Image.Exif()
+    exif[274] = 6
+    for file in (pictures / "folders").rglob("*.png"):
+        side = tmp_path / "side" / file.relative_to(pictures / "folders")
+        side.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(file) as image:
+            image.transpose(Image.Transpose.ROTATE_90).save(side, exif=exif)
+    settings = {"data.train.exif_orientation": True, "data.val.path": tmp_path / "side", "train.eval_every": 6}
+    config = make_config(**settings)
+    summary, _ = run(config)
+    figures = []
+    side = str(tmp_path / "side")
+    for path, settings in ((str(pictures / "folders"), {}), (side, {}), (side, {"exif_orientation": False})):
+        data, output = SourceConfig("image_folder", path, **settings), str(tmp_path / "out.json")
+        evaluation = EvaluationConfig(str(_path(config)), "classification", data, output=output)
+        evaluation.loader.num_workers = 0
+        figures.append(evaluate(evaluation)["results"])
+    assert figures[0] == figures[1]
+    assert figures[0]["ece"] != pytest.approx(figures[2]["ece"], abs=1e-6)
+    assert figures[0]["top1"] == summary["evaluation"]["top1"]

@@ -1,6 +1,6 @@
 """Pictures, captions and labels: data sets, transforms and loaders. Knows neither models nor training."""
 
-from vmoe.data.build import build_dataset
+from vmoe.data.build import applies_orientation, build_dataset, with_orientation
 from vmoe.data.config import AugmentationConfig, LoaderConfig, SourceConfig
 from vmoe.data.dataset import ImageDataset, Sample
 from vmoe.data.images import BadSample, load_image
@@ -19,10 +19,12 @@ __all__ = [
     "TooManyBadSamples",
     "TrainLoader",
     "Transform",
+    "applies_orientation",
     "build_dataset",
     "build_mixup",
     "build_transform",
     "eval_loader",
     "load_image",
     "train_loader",
+    "with_orientation",
 ]

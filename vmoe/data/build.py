@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from vmoe.data.cifar import VARIANTS as CIFAR
 from vmoe.data.cifar import Cifar
-from vmoe.data.config import SourceConfig
+from vmoe.data.config import NOT_FROM_FILES, SourceConfig
 from vmoe.data.dataset import ImageDataset
 from vmoe.data.emoji import EmojiGroups, EmojiPairs
 from vmoe.data.hf import HuggingFace, ParquetRows
 from vmoe.data.imagenet import ImageNet, ImageNetReal, ImageNetSketch, ImageNetSubset, ImageNetV2
 from vmoe.data.imagenet_c import ImageNetC
+from vmoe.data.images import DEFAULT, MAX_PIXELS, Reading
 from vmoe.data.karpathy import KarpathyCaptions
 from vmoe.data.labelled import ImageFolder, TorchvisionDataset
 from vmoe.data.mixture import Mixture
@@ -27,6 +29,27 @@ def build_dataset(source: SourceConfig) -> ImageDataset:
         ValueError: files, columns, names or splits are not there; the message says which.
         ModuleNotFoundError: an emoji data set without the packages of the extra `demo`.
     """
+    dataset = _build(source)
+    reading = Reading(bool(source.exif_orientation), source.max_pixels or MAX_PIXELS)
+    if reading != DEFAULT:
+        dataset.reading = reading
+    return dataset
+
+
+def applies_orientation(source: SourceConfig) -> bool:
+    """Whether a data set, or one of a mixture, applies EXIF orientation."""
+    return bool(source.exif_orientation) or any(map(applies_orientation, source.sources or ()))
+
+
+def with_orientation(source: SourceConfig) -> SourceConfig:
+    """The settings, with EXIF orientation applied where they do not say and images are read from files."""
+    if source.type == "mixture":
+        return replace(source, sources=[with_orientation(one) for one in source.sources])
+    unset = source.exif_orientation is None and source.type not in (None, *NOT_FROM_FILES)
+    return replace(source, exif_orientation=True) if unset else source
+
+
+def _build(source: SourceConfig) -> ImageDataset:
     match source.type:
         case "emoji":
             return EmojiPairs(source.split, source.image_size)
@@ -52,7 +75,8 @@ def build_dataset(source: SourceConfig) -> ImageDataset:
             return ParquetRows(source.path, source.split, **keys, shuffle_buffer=window, streams=streams)
         case "mixture":
             weights = [one.weight for one in source.sources]
-            return Mixture([build_dataset(one) for one in source.sources], None if None in weights else weights)
+            datasets = [build_dataset(one) for one in source.sources]
+            return Mixture(datasets, None if None in weights else weights)
         case "image_folder":
             return ImageFolder(source.path, source.class_names)
         case "torchvision" if source.name in CIFAR:

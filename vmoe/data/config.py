@@ -19,6 +19,8 @@ FIELDS_OF_SOME_TYPES = {
     "streaming": ("hf",),
     "sources": ("mixture",),
 }
+# Types whose images are not read from files, or by torchvision, or by the sources of a mixture.
+NOT_FROM_FILES = ("emoji", "emoji_groups", "torchvision", "mixture")
 
 
 @dataclass
@@ -61,6 +63,10 @@ class SourceConfig:
         streams: "shards", and "hf" with streaming: places of the data that are read side by side, each giving an equal
             part of every batch (default: 1). The number of machines, so that each reads files of its own.
         streaming: "hf" only: read the Parquet files where they are, without the copy that datasets makes of them.
+        exif_orientation: whether images are turned as their EXIF data say; not for the emoji types and "torchvision"
+            (default: as the model was trained, or data.train in a training; else false, as in torchvision and timm).
+        max_pixels: the largest image, in pixels (default: 89478485). A JPEG file of up to 4 times as many is read at
+            half its size; a larger image is a bad sample.
         sources: "mixture" only: the data sets, each a section as this one, with its weight.
         weight: share of the samples of a mixture, on any scale; set it for all of its sources or for none (then each
             sample of each source comes equally often).
@@ -101,6 +107,8 @@ class SourceConfig:
     shuffle_buffer: int | None = None
     streams: int | None = None
     streaming: bool | None = None
+    exif_orientation: bool | None = None
+    max_pixels: int | None = None
     sources: list[SourceConfig] | None = None
     weight: float | None = None
 
@@ -117,7 +125,10 @@ class SourceConfig:
         for name, types in FIELDS_OF_SOME_TYPES.items():
             if getattr(self, name) is not None and self.type is not None and self.type not in types:
                 raise ValueError(f"{name} is for {' and '.join(types)}, and type is {self.type!r}; leave it out")
-        for name in ("shuffle_buffer", "streams"):
+        for name in ("exif_orientation", "max_pixels"):
+            if getattr(self, name) is not None and self.type in NOT_FROM_FILES:
+                raise ValueError(f"{name} is for image files, and type is {self.type!r}; leave it out")
+        for name in ("shuffle_buffer", "streams", "max_pixels"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.weight is not None and not 0 < self.weight < float("inf"):

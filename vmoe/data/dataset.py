@@ -11,7 +11,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from vmoe.data.fingerprint import Fingerprint
-from vmoe.data.images import BadSample
+from vmoe.data.images import BadSample, Reading, load_image
 from vmoe.data.order import EpochBatches, MixedBatches, Shuffle, ShuffledSamples
 
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")
@@ -101,6 +101,7 @@ class ImageDataset(ABC):
         left_out: {reason: pictures} that the data set's own rules leave out of an evaluation.
         crop_pct: share of the picture's side that an evaluation keeps, where the data set says so and not the model
             (ImageNet-C: 1, its pictures are cropped already).
+        reading: how image files are read.
     """
 
     classes: list[str] | None = None
@@ -114,6 +115,7 @@ class ImageDataset(ABC):
     image_ids: list[str] | None = None
     left_out: dict[str, int] | None = None
     crop_pct: float | None = None
+    reading: Reading = Reading()
     _fingerprint: str | None = None
 
     @property
@@ -132,6 +134,10 @@ class ImageDataset(ABC):
         Raises:
             BadSample: its picture is unreadable or its caption is empty.
         """
+
+    def load(self, path: str | Path, content: bytes | None = None) -> Image.Image:
+        """The image in a file, read as this data set's `reading` says; see `load_image`."""
+        return load_image(path, content, self.reading)
 
     def shuffle(self, seed: int, batch_size: int) -> Shuffle:
         """The order in which training meets the samples, if `batch_size` of them are taken at a time.

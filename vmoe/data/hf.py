@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from vmoe.data.dataset import ImageDataset, Sample, caption_or_empty, clean_caption
 from vmoe.data.fingerprint import Fingerprint
-from vmoe.data.images import BadSample, DataError, load_image
+from vmoe.data.images import BadSample, DataError
 from vmoe.data.order import ShuffledShards, shuffled_shards
 from vmoe.data.pairs import CAPTION_KEYS
 from vmoe.printable import printable
@@ -79,8 +80,8 @@ class Columns:
         self.classes = list(features[self.label].names) if self.label is not None else None
         self.names = [name for name in (self.image, self.caption, self.label) if name is not None]
 
-    def sample(self, row: dict[str, Any], name: str) -> Sample:
-        """A sample from the values of a row; raises BadSample."""
+    def sample(self, row: dict[str, Any], name: str, load: Callable[[str, bytes], Image.Image]) -> Sample:
+        """A sample from the values of a row, its image through `load`; raises BadSample."""
         image, caption, label = (row.get(key) for key in (self.image, self.caption, self.label))
         content = image.get("bytes") if isinstance(image, dict) else image
         if not isinstance(content, bytes):
@@ -89,7 +90,7 @@ class Columns:
             caption = clean_caption(caption, name)
         if self.label is not None and (label is None or not 0 <= label < len(self.classes)):
             raise BadSample(name, f"label {label} is none of the {len(self.classes)} classes")
-        return Sample(load_image(name, content), label, caption, name)
+        return Sample(load(name, content), label, caption, name)
 
 
 class HuggingFace(ImageDataset):
@@ -142,7 +143,7 @@ class HuggingFace(ImageDataset):
         return len(self.table)
 
     def __getitem__(self, index: int) -> Sample:
-        return self.columns.sample(self.table[index], f"{self.name}[{index}]")
+        return self.columns.sample(self.table[index], f"{self.name}[{index}]", self.load)
 
 
 class ParquetRows(ImageDataset):
@@ -212,9 +213,8 @@ class ParquetRows(ImageDataset):
         row = index - int(self.ends[group] - self.sizes[group])
         table = self._table(group)
         values = {name: table[name][row].as_py() for name in self.columns.names}
-        return self.columns.sample(
-            values, f"{self.files[self.groups[group][0]]}: row {row} of group {self.groups[group][1]}"
-        )
+        name = f"{self.files[self.groups[group][0]]}: row {row} of group {self.groups[group][1]}"
+        return self.columns.sample(values, name, self.load)
 
     def shuffle(self, seed: int, batch_size: int) -> ShuffledShards:
         return shuffled_shards(seed, batch_size, self.sizes, self.streams, self.shuffle_buffer)

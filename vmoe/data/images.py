@@ -3,25 +3,47 @@
 from __future__ import annotations
 
 import io
+import logging
+import math
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin
 
 from vmoe.printable import printable
+
+logger = logging.getLogger("vmoe.data")
 
 # A longer strip would make the evaluation transform, which scales the short side up, need gigabytes.
 MAX_ASPECT_RATIO = 100
 # Pillow's own limit of 89 million pixels, at which it warns of a decompression bomb (an error only at twice that).
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
+# Of the text in a PNG file, which is not used; Pillow's 1 MiB for a compressed one is less than some programs write.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 # What Pillow may take a file for, whatever its name says. It reads many more, some by calling other programs (a file
 # that begins like EPS goes to Ghostscript), some by decoders that few people use and test.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "PPM", "TIFF")
 
+# What follows "ftyp" in files of formats that phones write and that are not read.
+OTHER_FORMATS = {b"heic": "HEIC", b"heix": "HEIC", b"hevc": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF", b"avif": "AVIF"}
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+
+
+# By the number in the EXIF data.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class DataError(ValueError):
@@ -45,27 +67,41 @@ class BadSample(Exception):
         return f"{self.path}: {self.reason}"
 
 
-def load_image(path: str | Path, content: bytes | None = None) -> Image.Image:
-    """Reads a picture: the first frame, transparency laid on white, 8 bits, RGB. EXIF rotation is not applied.
+class Reading(NamedTuple):
+    """How image files are read.
+
+    Attributes:
+        exif_orientation: whether an image is turned as its EXIF data say. (TIFF files always are, by Pillow.)
+        max_pixels: width x height of the largest image. A JPEG file of up to 4 times as many is read at half its size,
+            unless it is progressive, which takes the memory of its whole size.
+    """
+
+    exif_orientation: bool = False
+    max_pixels: int = MAX_PIXELS
+
+
+DEFAULT = Reading()
+
+
+def load_image(path: str | Path, content: bytes | None = None, reading: Reading = DEFAULT) -> Image.Image:
+    """Reads a picture: the first frame, transparency laid on white, 8 bits, RGB.
 
     Args:
         path: the file.
         content: its bytes, where they come from elsewhere; `path` is then only a name for messages.
+        reading: see `Reading`.
 
     Raises:
-        BadSample: the file is missing, truncated, no picture of FORMATS, has more than MAX_PIXELS pixels, or is a
-            strip with sides beyond 1 : MAX_ASPECT_RATIO.
+        BadSample: the file is missing, truncated, no picture of FORMATS, has too many pixels, or is a strip with sides
+            beyond 1 : MAX_ASPECT_RATIO.
     """
     try:
         if content is None and not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never end
             raise BadSample(str(path), "not a regular file")
-        with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as image:
-            check_size(image.size)  # the header alone is read so far
-            return to_rgb(image)
+        with open(path, "rb") if content is None else io.BytesIO(content) as file:
+            return _read(file, path, reading)
     except FileNotFoundError:
         raise BadSample(str(path), "no such file") from None
-    except Image.UnidentifiedImageError:
-        raise BadSample(str(path), f"not a picture file ({', '.join(FORMATS)})") from None
     except BadSample:
         raise
     except (
@@ -74,17 +110,66 @@ def load_image(path: str | Path, content: bytes | None = None) -> Image.Image:
         raise BadSample(str(path), f"unreadable picture ({printable(error)})") from error
 
 
+def _read(file: BinaryIO, path: str | Path, reading: Reading) -> Image.Image:
+    start = file.read(12)
+    file.seek(0)
+    if start.startswith(b"\xff\xd8\xff"):
+        image = JpegImagePlugin.jpeg_factory(file)  # Image.open would refuse large ones, before they are read smaller
+        halved = math.prod((side + 1) // 2 for side in image.size) <= reading.max_pixels < math.prod(image.size)
+        if halved and not image.info.get("progressive"):
+            image.draft(None, tuple(max(1, side // 2) for side in image.size))
+    else:
+        if reading.max_pixels > MAX_PIXELS and Image.MAX_IMAGE_PIXELS is not None:
+            Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, reading.max_pixels)
+        try:
+            image = Image.open(file, formats=FORMATS)
+        except Image.UnidentifiedImageError:
+            other = OTHER_FORMATS.get(start[8:12]) if start[4:8] == b"ftyp" else None
+            hint = f"; it is {other}, save it as one of these" if other else ""
+            raise BadSample(str(path), f"not a picture file ({', '.join(FORMATS)}){hint}") from None
+    with image:
+        check_size(image.size, reading.max_pixels)  # the header alone is read so far
+        rgb = to_rgb(image)
+        turn = _turn(image) if reading.exif_orientation or ("exif" in image.info and not _warned) else None
+        if turn is not None and not reading.exif_orientation:
+            _warn_of_orientation(str(path))
+        return rgb.transpose(turn) if turn is not None and reading.exif_orientation else rgb
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes a loaded image upright, as Pillow's ImageOps.exif_transpose; broken EXIF data say nothing."""
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # whatever Pillow raises on broken bytes
+        return None
+
+
+_warned = False
+
+
+def _warn_of_orientation(path: str) -> None:
+    """Logs the first file whose EXIF orientation is not applied."""
+    global _warned
+    if not _warned:
+        _warned = True
+        logger.warning(
+            "%s: its EXIF orientation is not applied, as in torchvision and timm, nor that of others; exif_orientation "
+            "applies it, for training and inference alike",
+            printable(path),
+        )
+
+
 def leads_out(name: str) -> bool:
     """Whether a path below some folder is none: absolute, or out of it by `..`, here or on Windows."""
     name = name.replace("\\", "/")
     return os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir
 
 
-def check_size(size: tuple[int, int]) -> None:
+def check_size(size: tuple[int, int], max_pixels: int = MAX_PIXELS) -> None:
     """Raises ValueError for a picture of (width, height) that would not fit into memory, now or when resized."""
     width, height = size
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels, more than the limit of {MAX_PIXELS}")
+    if width * height > max_pixels:
+        raise ValueError(f"{width} x {height} pixels, more than the limit of {max_pixels} (max_pixels)")
     if max(size) > MAX_ASPECT_RATIO * min(size):
         raise ValueError(f"{width} x {height} pixels, sides beyond 1 : {MAX_ASPECT_RATIO}")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vmoe.data.dataset import ImageDataset, Sample, caption_or_empty, clean_caption
-from vmoe.data.images import leads_out, load_image
+from vmoe.data.images import leads_out
 from vmoe.data.tree import TreeReader
 from vmoe.safe_json import read_json
 
@@ -75,7 +75,7 @@ class KarpathyCaptions(ImageDataset):
     def __getitem__(self, index: int) -> Sample:
         _, path = self.file_of(index)
         caption = clean_caption(self._captions[index], str(path))
-        return Sample(load_image(path), None, caption, str(path))
+        return Sample(self.load(path), None, caption, str(path))
 
 
 def _read_images(file: Path) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 
 from vmoe.data.dataset import ImageDataset, Sample
-from vmoe.data.images import BadSample, load_image, to_rgb
+from vmoe.data.images import BadSample, to_rgb
 from vmoe.data.tree import read_class_tree
 from vmoe.printable import escaped, is_unprintable
 from vmoe.safe_json import read_json, read_text
@@ -80,7 +80,7 @@ class LabelledFiles(ImageDataset):
 
     def read(self, path: Path) -> Image.Image:
         """The picture in a file, as the data set wants it; raises BadSample."""
-        return load_image(path)
+        return self.load(path)
 
 
 class ImageFolder(LabelledFiles):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from vmoe.data.images import BadSample, load_image
+from vmoe.data.images import BadSample
 from vmoe.data.labelled import LabelledFiles, flatten
 from vmoe.data.tree import TreeReader
 from vmoe.safe_json import read_json
@@ -73,7 +73,7 @@ class ObjectNet(LabelledFiles):
         self.left_out = {"pictures of classes that ImageNet-1k does not have": number - len(self)}
 
     def read(self, path: Path) -> Image.Image:
-        image = load_image(path)
+        image = self.load(path)
         if min(image.size) <= 2 * BORDER:
             raise BadSample(str(path), f"{image.width} x {image.height} pixels, nothing is left within its border")
         return image.crop((BORDER, BORDER, image.width - BORDER, image.height - BORDER))

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import csv
 import itertools
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from vmoe.data.dataset import ImageDataset, Sample, clean_caption
-from vmoe.data.images import IMAGE_SUFFIXES, BadSample, leads_out, load_image
+from vmoe.data.images import IMAGE_SUFFIXES, BadSample, leads_out
 from vmoe.data.tree import is_junk
 from vmoe.printable import printable
 from vmoe.safe_json import parse_json, read_text
+
+logger = logging.getLogger("vmoe.data")
 
 IMAGE_KEYS = ("image", "path", "filepath", "file_path", "image_path", "file_name", "filename", "file")
 MAX_TEXT = 2**20  # characters of a line, bytes of a caption's file
@@ -90,7 +93,7 @@ class PairsFile(ImageDataset):
         path = self.root / image
         if not caption:
             raise BadSample(str(path), self._no_caption[index])
-        return Sample(load_image(path), None, caption, str(path))
+        return Sample(self.load(path), None, caption, str(path))
 
 
 class PairsFolder(ImageDataset):
@@ -109,13 +112,19 @@ class PairsFolder(ImageDataset):
         self.root = path = Path(path)
         if not path.is_dir():
             raise ValueError(f"{path}: no such folder; check the data source's path")
-        self.paths = sorted(
-            file
-            for file in path.rglob("*")
-            if file.suffix.lower() in IMAGE_SUFFIXES and not any(map(is_junk, file.relative_to(path).parts))
-        )
+        files = [file for file in sorted(path.rglob("*")) if not any(map(is_junk, file.relative_to(path).parts))]
+        self.paths = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
         if not self.paths:
             raise ValueError(f"{path}: holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
+        used = {file.with_suffix("") for file in self.paths}
+        others = [file for file in files if file.with_suffix("") not in used]
+        alone = {file.with_suffix("") for file in others if file.suffix == ".txt"}
+        pairs = [file for file in others if file.suffix != ".txt" and file.with_suffix("") in alone]
+        if pairs:
+            logger.warning(
+                "%s: skipped %d files with a caption that do not end in %s, such as %s",
+                printable(path), len(pairs), ", ".join(IMAGE_SUFFIXES), printable(pairs[0].relative_to(path)),
+            )  # fmt: skip
 
     @property
     def captions(self) -> list[str]:
@@ -135,7 +144,7 @@ class PairsFolder(ImageDataset):
 
     def __getitem__(self, index: int) -> Sample:
         path = self.paths[index]
-        return Sample(load_image(path), None, _caption_beside(path), str(path))
+        return Sample(self.load(path), None, _caption_beside(path), str(path))
 
 
 def _caption_beside(path: Path) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from vmoe.data.dataset import Captions, ImageDataset, Sample, clean_caption
 from vmoe.data.fingerprint import Fingerprint
-from vmoe.data.images import BadSample, DataError, load_image
+from vmoe.data.images import BadSample, DataError
 from vmoe.data.labelled import read_class_names
 from vmoe.data.loaders import world
 from vmoe.data.order import ShuffledShards, shuffled_shards
@@ -90,7 +90,7 @@ class Shards(ImageDataset):
             raise BadSample(name, "no picture (.jpg, .jpeg, .png, .webp) beside it")
         caption = self._caption(path, entry, name) if self.has_captions else None
         label = self._label(path, entry, name) if self.classes is not None else None
-        return Sample(load_image(name, self._read(path, entry, "image")), label, caption, name)
+        return Sample(self.load(name, self._read(path, entry, "image")), label, caption, name)
 
     @property
     def captions(self) -> Sequence[str] | None:

@@ -173,8 +173,9 @@ def _parts(dataset: ImageDataset, index: int) -> dict[str, bytes]:
     sample, file = dataset[index], dataset.file_of(index)
     ending = file[1].suffix.lower()[1:] if file is not None else ""
     content = file[1].read_bytes() if ending in IMAGE_ENDINGS else None
+    as_stored = dataset.reading._replace(exif_orientation=False)
     # Some data sets change what they read: ObjectNet cuts off the border.
-    if content is None or not _same(load_image(file[1], content), sample.image):
+    if content is None or not _same(load_image(file[1], content, as_stored), sample.image):
         png = io.BytesIO()
         sample.image.save(png, "png")
         ending, content = "png", png.getvalue()

@@ -217,6 +217,7 @@ def feature_key(subject: Subject, dataset: ImageDataset, loader_config: LoaderCo
             "batch_size": loader_config.batch_size if any(map(_mixes_pictures, layers)) else None,
             "transform": " ".join(repr(subject.transform).split()),
             "data": dataset.fingerprint(),
+            "reading": dataset.reading._asdict(),
             "on_bad": loader_config.on_bad or "fail",
         }
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +16,7 @@ from rich.console import Console
 from vmoe.allocator import keep_freed_memory
 from vmoe.command import exit_code
 from vmoe.config_io import ConfigError, parse_config
-from vmoe.data import ImageDataset, build_dataset
+from vmoe.data import ImageDataset, build_dataset, with_orientation
 from vmoe.data.imagenet import imagenet_words
 from vmoe.data.labelled import warn_of_text_order
 from vmoe.distributed.processes import joined
@@ -29,7 +30,7 @@ from vmoe.evaluation.report import (
     print_table,
     write_json,
 )
-from vmoe.evaluation.subject import Subject, load_subject, weights_fingerprint
+from vmoe.evaluation.subject import Subject, load_subject, trained_on_turned, weights_fingerprint
 from vmoe.evaluation.tasks import FILES, TASKS
 from vmoe.models.factory import find_weights, is_contrastive, model_spec, read_pretrained_metadata
 from vmoe.moe.quantize import expert_bytes
@@ -78,10 +79,11 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
     console = console or Console(quiet=rank > 0)
     if config.data.type is None:
         raise ConfigError("data.type is missing: say what to evaluate on")
-    if rank == 0:
-        check_writable(output_file(config))
     # A wrong name is told before anything is read, and damage that is passed over once.
     weights = {checkpoint: find_weights(checkpoint) for checkpoint in config.checkpoints}
+    config = as_trained(config, [trained_on_turned(file) for file in weights.values()])
+    if rank == 0:
+        check_writable(output_file(config))
     dataset = build_dataset(config.data)
     for checkpoint in config.checkpoints[1:]:
         check_task(
@@ -127,6 +129,28 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
         written = ", ".join(map(str, files))
         console.print(f"written to {written}", style="dim", highlight=False, markup=False, soft_wrap=True)
     return report
+
+
+def as_trained(config: EvaluationConfig, turned: list[bool]) -> EvaluationConfig:
+    """The settings, with EXIF orientation applied to images if the checkpoints' trainings did so.
+
+    Raises:
+        ConfigError: some did, and the data do not say whether to.
+    """
+    if not any(turned):
+        return config
+    if not all(turned) and config.data.exif_orientation is None:
+        raise ConfigError("some of the checkpoints were trained with exif_orientation: set data.exif_orientation")
+    sets = {
+        name: replace(one, train=with_orientation(one.train), test=with_orientation(one.test))
+        for name, one in config.features.sets.items()
+    }
+    return replace(
+        config,
+        data=with_orientation(config.data),
+        train_data=with_orientation(config.train_data),
+        features=replace(config.features, sets=sets),
+    )
 
 
 def data_facts(dataset: ImageDataset, console: Console) -> dict[str, Any]:

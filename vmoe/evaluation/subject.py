@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vmoe.data import Transform, build_transform
 from vmoe.evaluation.inference import pick_device
 from vmoe.models.factory import create_model, find_weights, get_tokenizer, is_contrastive, preprocess_config
+from vmoe.models.weights import read_pretrained_metadata
 from vmoe.moe import quantize_experts
 
 BLOCK_BYTES = 1 << 20
@@ -30,6 +31,7 @@ class Subject(NamedTuple):
         precision: "float32", "bf16" or "fp16" (autocast).
         checkpoint: folder or file, as the user gave it.
         weights: the file that was read.
+        exif_orientation: whether it was trained on images that were turned as their EXIF data say.
     """
 
     model: nn.Module
@@ -39,6 +41,7 @@ class Subject(NamedTuple):
     precision: str
     checkpoint: str
     weights: Path
+    exif_orientation: bool = False
 
 
 def load_subject(
@@ -74,7 +77,13 @@ def load_subject(
     if crop_pct is not None:
         preprocess["crop_pct"] = crop_pct
     transform = build_transform(preprocess, None)
-    return Subject(model, tokenizer, transform, place, precision, checkpoint, weights)
+    turned = trained_on_turned(weights)
+    return Subject(model, tokenizer, transform, place, precision, checkpoint, weights, turned)
+
+
+def trained_on_turned(weights: str | Path) -> bool:
+    """Whether a weights file's model was trained on images that were turned as their EXIF data say."""
+    return read_pretrained_metadata(weights)["extra"].get("exif_orientation") is True
 
 
 def weights_fingerprint(weights: str | Path) -> str:

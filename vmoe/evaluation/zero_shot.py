@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vmoe.data.images import BadSample, load_image, to_rgb
+from vmoe.data.images import DEFAULT, BadSample, Reading, load_image, to_rgb
 from vmoe.data.texts import CutTexts, cut_rows, knows_length, warn_once
 from vmoe.evaluation.class_names import is_published, known_sets, prompt_names, prompt_templates, warn_of_order
 from vmoe.evaluation.classification import predict
@@ -272,6 +272,7 @@ def zero_shot_classify(
     class_names: Sequence[str] | str,
     templates: Sequence[Template] | str | None = None,
     batch_size: int = 64,
+    exif_orientation: bool = False,
 ) -> Tensor:
     """Probabilities of class names for pictures: softmax of `logit_scale · cosine`, as CLIP does (arXiv 2103.00020).
 
@@ -285,6 +286,7 @@ def zero_shot_classify(
         templates: see :func:`resolve_templates`; None: those published with `class_names`, if it is such a set, else
             the bare names.
         batch_size: pictures per forward pass; does not change the result.
+        exif_orientation: whether files are turned as their EXIF data say; as the model was trained.
 
     Returns:
         Float32 (B, C) on the CPU, rows sum to 1. A single picture gives B = 1, an empty list B = 0.
@@ -299,7 +301,7 @@ def zero_shot_classify(
     rows = [torch.empty(0, len(names))]
     with evaluating(model, device):
         score = class_scorer(model, encode_classes(model, tokenizer, names, templates, device))
-        for images_B3HW in image_batches(model, images, batch_size):
+        for images_B3HW in image_batches(model, images, batch_size, Reading(exif_orientation)):
             rows.append(score(images_B3HW).softmax(dim=1).cpu())
     return torch.cat(rows)
 
@@ -313,13 +315,16 @@ def resolve_prompts(
     return resolve_class_names(class_names), templates
 
 
-def image_batches(model: nn.Module, images: Picture | Iterable[Picture], batch_size: int) -> Iterator[Tensor]:
+def image_batches(
+    model: nn.Module, images: Picture | Iterable[Picture], batch_size: int, reading: Reading = DEFAULT
+) -> Iterator[Tensor]:
     """Preprocessed pictures (B, 3, H, W) with the device and dtype of the model's parameters.
 
     Args:
         model: says how pictures are preprocessed.
         images: see :func:`zero_shot_classify`.
         batch_size: the largest B, >= 1.
+        reading: how files are read.
 
     Raises:
         ValueError: a tensor of another shape, a picture that cannot be read, or batch_size < 1.
@@ -334,7 +339,7 @@ def image_batches(model: nn.Module, images: Picture | Iterable[Picture], batch_s
         return
     pictures = iter([images] if isinstance(images, (Tensor, Image.Image, str, Path)) else images)
     transform = cache(lambda: _evaluation_transform(model))  # not needed for tensors, which any model takes
-    while batch := [_prepare(picture, transform, model) for picture in islice(pictures, batch_size)]:
+    while batch := [_prepare(picture, transform, reading, model) for picture in islice(pictures, batch_size)]:
         sizes = {tuple(image.shape) for image in batch}
         if len(sizes) > 1:
             raise ValueError(f"images of one batch must have one size, got {' and '.join(map(str, sorted(sizes)))}")
@@ -349,7 +354,9 @@ def _checked(images: Tensor, model: nn.Module) -> Tensor:
     return images
 
 
-def _prepare(picture: Picture, transform: Callable[[], Callable[[Image.Image], Tensor]], model: nn.Module) -> Tensor:
+def _prepare(
+    picture: Picture, transform: Callable[[], Callable[[Image.Image], Tensor]], reading: Reading, model: nn.Module
+) -> Tensor:
     """(C, H, W); a tensor is taken as it is."""
     if isinstance(picture, Tensor):
         if picture.ndim == 4:
@@ -360,7 +367,7 @@ def _prepare(picture: Picture, transform: Callable[[], Callable[[Image.Image], T
     if not isinstance(picture, (str, Path)):
         raise TypeError(f"images must be tensors, PIL images or paths, got {type(picture).__name__}")
     try:
-        return transform()(load_image(picture))
+        return transform()(load_image(picture, reading=reading))
     except BadSample as error:
         raise ValueError(str(error)) from error
 

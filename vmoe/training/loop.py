@@ -219,6 +219,8 @@ def _train(
             "progress": progress,
         }
         extra = {"class_names": task.class_names} if config.task == "classification" else {}
+        if task.exif_orientation:
+            extra["exif_orientation"] = True
         with budget.saving():
             checkpointer.save(step, model, ema and ema.module, optimizer, trainer, extra)
 

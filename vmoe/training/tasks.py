@@ -21,10 +21,12 @@ from vmoe.data import (
     EvalLoader,
     LoaderConfig,
     Transform,
+    applies_orientation,
     build_dataset,
     build_mixup,
     build_transform,
     eval_loader,
+    with_orientation,
 )
 from vmoe.distributed.processes import from_first, world
 from vmoe.evaluation import evaluate_classification, evaluate_retrieval, evaluate_zero_shot
@@ -67,7 +69,9 @@ class Task:
         if config.train.eval_every and config.data.val.type is None:
             raise ConfigError("data.val.type is missing: say what to evaluate on, or set train.eval_every to 0")
         self.train_data = build_dataset(config.data.train)
-        self.val_data = build_dataset(config.data.val) if config.train.eval_every else None
+        self.exif_orientation = applies_orientation(config.data.train)
+        val = with_orientation(config.data.val) if self.exif_orientation else config.data.val
+        self.val_data = build_dataset(val) if config.train.eval_every else None
         self.class_names: list[str] | None = self.train_data.classes
 
     def create_model(self, pretrained: str | None, continued: bool = False) -> nn.Module:
