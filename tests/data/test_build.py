@@ -33,13 +33,13 @@ def test_every_setting_reaches_its_data_set(monkeypatch):
     build_dataset(SourceConfig("emoji_groups", split="val", image_size=32))
     build_dataset(SourceConfig("image_folder", "x", class_names="names.txt"))
     build_dataset(SourceConfig("torchvision", "x", "test", name="MNIST"))
-    build_dataset(SourceConfig("pairs", "x.csv", image_root="r", image_key="i", caption_key="c"))
+    build_dataset(SourceConfig("pairs", "x.csv", image_root="r", image_key="i", caption_key="c", delimiter=";"))
     assert calls == [
         ("EmojiPairs", "held_out", 32),
         ("EmojiGroups", "val", 32),
         ("ImageFolder", "x", "names.txt"),
         ("TorchvisionDataset", "MNIST", "x", "test"),
-        ("PairsFile", "x.csv", "r", "i", "c"),
+        ("PairsFile", "x.csv", "r", "i", "c", ";"),
     ]
 
 

@@ -11,6 +11,8 @@ from vmoe.data import AugmentationConfig, LoaderConfig, SourceConfig
         (SourceConfig, {"type": "emoji", "split": "test"}, "held_out"),
         (SourceConfig, {"type": "emoji_groups", "split": "held_out"}, "val"),
         (SourceConfig, {"image_size": 0}, "image_size"),
+        (SourceConfig, {"type": "pairs", "path": "x", "delimiter": ";;"}, "delimiter must be one character"),
+        (SourceConfig, {"type": "shards", "path": "x", "delimiter": ";"}, "delimiter is for pairs"),
         (SourceConfig, {"type": "pairs", "path": "x", "max_pixels": 0}, "max_pixels must be >= 1"),
         (SourceConfig, {"type": "emoji", "max_pixels": 9}, "max_pixels is for image files"),
         (SourceConfig, {"type": "emoji", "exif_orientation": False}, "exif_orientation is for image files"),

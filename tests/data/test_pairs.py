@@ -1,9 +1,12 @@
+import csv
 import json
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmoe.data import SourceConfig, build_dataset
 from vmoe.data.images import BadSample
 from vmoe.data.pairs import PairsFile, PairsFolder
 
@@ -39,6 +42,62 @@ def test_the_same_pairs_from_every_kind_of_file(folder, name, text):
     assert [pairs[index].path for index in range(len(pairs))] == [str(folder / "a.png"), str(folder / "b.jpg")]
     assert pairs[0].image.size == (20, 10)
     assert pairs[0].label is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "delimiter", "shown"),
+    [
+        ("a.csv", 'image;caption\na.png;a cat, asleep\nb.jpg;"says ""hi"""\n', ";", "';'"),
+        ("a.csv", '"image";"caption"\n"a.png";"a cat, asleep"\n"b.jpg";"says ""hi"""\n', ";", "';'"),
+        ("a.csv", 'a.png;a cat, asleep\nb.jpg;"says ""hi"""\n', ";", "';'"),
+        ("a.csv", '\ufeffsep=;\r\nimage;caption\r\na.png;a cat, asleep\r\nb.jpg;"says ""hi"""\r\n', ";", "';'"),
+        ("a.csv", 'image\tcaption\na.png\ta cat, asleep\nb.jpg\t"says ""hi"""\n', "\t", r"a tab ('\t')"),
+        ("a.csv", 'image|caption\na.png|a cat, asleep\nb.jpg|"says ""hi"""\n', "|", "'|'"),
+        ("a.tsv", 'image;caption\na.png;a cat, asleep\nb.jpg;says "hi"\n', ";", "';'"),
+        ("a.tsv", 'image,caption\na.png,"a cat\n', ",", "','"),
+    ],
+)
+def test_another_delimiter_is_named_and_can_be_set(folder, name, text, delimiter, shown):
+    file = write(folder / name, text)
+    with pytest.raises(ValueError, match=rf"{name}: its columns are separated by {re.escape(shown)}; set delimiter"):
+        PairsFile(file)
+    pairs = PairsFile(file, delimiter=delimiter)
+    assert pairs.captions == (["a cat, asleep", 'says "hi"'] if len(pairs) == 2 else ['"a cat'])
+    assert pairs[0].image.size == (20, 10)
+
+
+def test_the_delimiter_of_the_settings(folder):
+    file = write(folder / "a.csv", "sep=,\nimage,caption\na.png,cat\nb.jpg,a, b\n")
+    with pytest.raises(ValueError, match="line 4: 3 cells for 2 columns; put a caption with a comma in quotation"):
+        PairsFile(file)
+    with pytest.raises(ValueError, match="line 2: 3 cells for 2 columns; take a tab out of it"):
+        PairsFile(write(folder / "a.tsv", 'image\tcaption\na.png\t"a\tcat"\n'))
+    with pytest.raises(ValueError, match="line 1: malformed .field larger"):
+        PairsFile(write(folder / "long.csv", "a" * 200_000))
+    with pytest.raises(ValueError, match="separated by ','; set delimiter"):
+        PairsFile(file, delimiter=";")
+    write(folder / "b.csv", "photo\twords\na.png\tcat\n")
+    settings = {"image_key": "photo", "caption_key": "words", "delimiter": r"\t"}  # as a shell gives it
+    assert build_dataset(SourceConfig("pairs", str(folder / "b.csv"), **settings)).captions == ["cat"]
+    with pytest.raises(ValueError, match="separated by a tab"):
+        PairsFile(folder / "b.csv", image_key="photo", caption_key="words")
+    with pytest.raises(ValueError, match=r"delimiter is for .csv and .tsv files, and path is .*c.jsonl"):
+        PairsFile(write(folder / "c.jsonl", "{}"), delimiter=",")
+
+
+def test_spaces_behind_the_delimiter(folder):
+    pairs = PairsFile(write(folder / "a.csv", 'image, caption\na.png, "a cat, asleep"\nb.jpg, a "dog"\n'))
+    assert pairs.captions == ["a cat, asleep", 'a "dog"']
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=("C", "Z")), min_size=1), min_size=1, max_size=4), st.data())
+def test_what_pythons_writer_wrote_is_read(tmp_path_factory, captions, data):
+    delimiter = data.draw(st.sampled_from([",", ";", "\t", "|"]))
+    file = tmp_path_factory.getbasetemp() / "written.csv"
+    with open(file, "w", newline="", encoding="utf-8") as stream:
+        rows = csv.writer(stream, delimiter=delimiter)
+        rows.writerows([("image", "caption"), *(("a.png", caption) for caption in captions)])
+    assert PairsFile(file, delimiter=delimiter).captions == [caption.strip() for caption in captions]
 
 
 def test_named_keys_and_image_root(folder, tmp_path_factory):

@@ -58,7 +58,7 @@ def _build(source: SourceConfig) -> ImageDataset:
         case "pairs" if Path(source.path).is_dir():
             return PairsFolder(source.path)
         case "pairs":
-            return PairsFile(source.path, source.image_root, source.image_key, source.caption_key)
+            return PairsFile(source.path, source.image_root, source.image_key, source.caption_key, source.delimiter)
         case "shards":
             return Shards(
                 source.path,

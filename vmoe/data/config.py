@@ -11,6 +11,7 @@ FIELDS_OF_SOME_TYPES = {
     "image_root": ("pairs", "karpathy"),
     "image_key": ("pairs", "hf"),
     "caption_key": ("pairs", "shards", "hf"),
+    "delimiter": ("pairs",),
     "label_key": ("hf",),
     "class_names": ("image_folder", "shards"),
     "labels_file": ("imagenet", "imagenet_real"),
@@ -51,6 +52,8 @@ class SourceConfig:
             column of the pictures (default: image, jpg, png, webp or img).
         caption_key: "pairs" file and "hf": the column or key of the caption (default: caption, title, text or txt).
             "shards": the key of the caption in the .json members (default: the .txt member, else "caption").
+        delimiter: "pairs" in a .csv or .tsv file: the character between columns, \\t for a tab (default: "," in .csv
+            and a tab in .tsv).
         label_key: "hf" only: the column of the label (default: the one of type ClassLabel, if there is just one).
         class_names: "shards": a .txt or .json file with the names of the classes that .cls members number from 0
             (default: samples have no labels). "image_folder": a .txt file with one class name per line, in the order of
@@ -101,6 +104,7 @@ class SourceConfig:
     image_root: str | None = None
     image_key: str | None = None
     caption_key: str | None = None
+    delimiter: str | None = None
     class_names: str | None = None
     labels_file: str | None = None
     label_key: str | None = None
@@ -131,6 +135,10 @@ class SourceConfig:
         for name in ("shuffle_buffer", "streams", "max_pixels"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.delimiter == r"\t":  # as a shell gives it
+            self.delimiter = "\t"
+        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n\0'):
+            raise ValueError(f"delimiter must be one character, such as ';' or '\\t', got {self.delimiter!r}")
         if self.weight is not None and not 0 < self.weight < float("inf"):
             raise ValueError(f"weight must be > 0, got {self.weight}; leave a source out to draw nothing from it")
         if self.type == "hf" and not self.streaming and (self.shuffle_buffer or self.streams):

@@ -6,6 +6,7 @@ import csv
 import itertools
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,6 +21,7 @@ logger = logging.getLogger("vmoe.data")
 
 IMAGE_KEYS = ("image", "path", "filepath", "file_path", "image_path", "file_name", "filename", "file")
 MAX_TEXT = 2**20  # characters of a line, bytes of a caption's file
+DELIMITERS = (",", ";", "\t", "|")
 CAPTION_KEYS = ("caption", "title", "text")
 
 
@@ -27,7 +29,8 @@ class PairsFile(ImageDataset):
     """Pairs listed in a file.
 
     A .csv or .tsv file starts with a line of column names; without one it has exactly two columns, path and caption.
-    A .tsv file knows no quotation marks (each is part of its caption). A .jsonl file has one object per line.
+    A .tsv file knows no quotation marks (each is part of its caption). Excel's line `sep=;` may come first. A .jsonl
+    file has one object per line.
 
     Args:
         path: the file, in UTF-8.
@@ -35,10 +38,11 @@ class PairsFile(ImageDataset):
             own.
         image_key: column or key of the image path; None: the first of IMAGE_KEYS that the file has.
         caption_key: column or key of the caption; None: the first of CAPTION_KEYS that the file has.
+        delimiter: what separates the columns of a .csv or .tsv file; None: "," and a tab.
 
     Raises:
-        ValueError: the file is missing, holds no pairs, is malformed, has no such column, or names a picture outside of
-            image_root.
+        ValueError: the file is missing, holds no pairs, is malformed, has no such column or another delimiter, or names
+            a picture outside of image_root.
     """
 
     has_captions = True
@@ -49,18 +53,22 @@ class PairsFile(ImageDataset):
         image_root: str | Path | None = None,
         image_key: str | None = None,
         caption_key: str | None = None,
+        delimiter: str | None = None,
     ) -> None:
         path = Path(path)
         self.root = Path(image_root) if image_root else path.parent
-        readers = {".csv": _read_table, ".tsv": _read_table, ".jsonl": _read_jsonl}
-        if path.suffix.lower() not in readers:
+        suffix = path.suffix.lower()
+        if suffix not in (".csv", ".tsv", ".jsonl"):
             raise ValueError(f"{path}: a file of pairs must end in .csv, .tsv or .jsonl")
+        if suffix == ".jsonl" and delimiter is not None:
+            raise ValueError(f"delimiter is for .csv and .tsv files, and path is {path}; leave it out")
+        rows = _read_jsonl(path) if suffix == ".jsonl" else _read_table(path, delimiter, image_key)
         self.pairs: list[tuple[str, str]] = []
         self._no_caption: dict[int, str] = {}  # why a pair has none that can be used
         try:
             root = os.path.abspath(self.root)
             self.image_ids = []
-            for line, row in readers[path.suffix.lower()](path):
+            for line, row in rows:
                 image = row[_key(row, image_key, IMAGE_KEYS, "image_key", f"{path} line {line}")]
                 caption = row[_key(row, caption_key, CAPTION_KEYS, "caption_key", f"{path} line {line}")]
                 try:
@@ -158,29 +166,57 @@ def _caption_beside(path: Path) -> str:
     return clean_caption(caption, str(path))
 
 
-def _read_table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_table(path: Path, delimiter: str | None, image_key: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, {column: cell}) of each row of a .csv or .tsv file."""
     with open(path, newline="", encoding="utf-8-sig") as file:
-        if path.suffix.lower() == ".tsv":
-            rows = csv.reader(_lines(file, path), delimiter="\t", quoting=csv.QUOTE_NONE)
-        else:
-            # strict: else a stray quotation mark silently swallows the lines up to the next one
-            rows = csv.reader(_lines(file, path), strict=True)
+        tsv = path.suffix.lower() == ".tsv"
+        delimiter = delimiter or ("\t" if tsv else ",")
+        lines = _lines(file, path)
+        first, skipped = next(lines, ""), 0
+        if re.fullmatch(r"sep=.\s*", first, re.IGNORECASE):  # Excel's
+            _check_delimiter(path, delimiter, first[4])
+            first, skipped = next(lines, ""), 1
+        # strict: else a stray quotation mark silently swallows the lines up to the next one
+        style = {"quoting": csv.QUOTE_NONE} if tsv else {"strict": True, "skipinitialspace": True}
+        rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter, **style)
         try:
-            columns = next(rows, [])
-            if len(columns) == 2 and Path(columns[0]).suffix.lower() in IMAGE_SUFFIXES:  # no line of column names
-                first, columns = columns, [IMAGE_KEYS[0], CAPTION_KEYS[0]]
-                yield 1, dict(zip(columns, first))
+            if not _fits(first, delimiter, image_key):
+                for other in DELIMITERS:
+                    if _fits(first, other, image_key):
+                        _check_delimiter(path, delimiter, other)
+            columns = [name.strip() for name in next(rows, [])]
+            if len(columns) == 2 and _is_image(columns[0]):  # no line of column names
+                first_row, columns = columns, [IMAGE_KEYS[0], CAPTION_KEYS[0]]
+                yield 1 + skipped, dict(zip(columns, first_row))
             for row in rows:
                 if len(row) > len(columns):
+                    what = {",": "a comma", "\t": "a tab"}.get(delimiter, repr(delimiter))
+                    remedy = f"take {what} out of it" if tsv else f"put a caption with {what} in quotation marks"
                     raise ValueError(
-                        f"{path} line {rows.line_num}: {len(row)} cells for {len(columns)} columns; "
-                        "put a caption with a comma in quotation marks"
+                        f"{path} line {rows.line_num + skipped}: {len(row)} cells for {len(columns)} columns; {remedy}"
                     )
                 if row:  # not an empty line
-                    yield rows.line_num, dict.fromkeys(columns) | dict(zip(columns, row))
+                    yield rows.line_num + skipped, dict.fromkeys(columns) | dict(zip(columns, row))
         except csv.Error as error:
-            raise ValueError(f"{path} line {rows.line_num}: malformed ({error})") from None
+            raise ValueError(f"{path} line {max(1, rows.line_num) + skipped}: malformed ({error})") from None
+
+
+def _fits(line: str, delimiter: str, image_key: str | None) -> bool:
+    """Whether the first line of a table, cut so, names the images' column, or is a path and a caption."""
+    columns = [name.strip() for name in next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])]
+    keys = IMAGE_KEYS if image_key is None else (image_key,)
+    return any(name in keys for name in columns) or (len(columns) == 2 and _is_image(columns[0]))
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def _check_delimiter(path: Path, delimiter: str, found: str) -> None:
+    """Raises ValueError if a file has another delimiter than the one to be used."""
+    if found != delimiter:
+        shown = {"\t": "a tab ('\\t')"}.get(found, repr(found))
+        raise ValueError(f"{path}: its columns are separated by {shown}; set delimiter to it")
 
 
 def _lines(file: TextIO, path: Path) -> Iterator[str]:
