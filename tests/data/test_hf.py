@@ -167,6 +167,36 @@ def test_mistakes_are_explained(folders, tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("columns", "label_key", "message"),
+    [
+        ({"label": [3, 1]}, None, r"'label' is no .* but of int64.*cast_column\('label', ClassLabel\(names="),
+        ({"label": [3, 1]}, "label", r"label_key 'label' is no .* but of int64.*cast_column\('label'"),
+        ({"label": ["cat", "dog"]}, None, r"'label' is no .* but of string.*class_encode_column\('label'\)"),
+        ({"fine": ("a", "b"), "coarse": ("c", "d")}, None, "several columns of labels, fine, coarse; set label_key to"),
+        ({"size": [3, 1]}, None, "has neither captions nor labels among its columns image, size; set caption_key or"),
+    ],
+)
+def test_labels_that_need_a_setting_or_names(tmp_path, monkeypatch, streaming, columns, label_key, message):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = {name: [0, 1] if isinstance(values, tuple) else values for name, values in columns.items()}
+    whole = datasets.Dataset.from_dict({"image": [b"x", b"y"], **rows})
+    for name, values in columns.items():
+        if isinstance(values, tuple):
+            whole = whole.cast_column(name, datasets.ClassLabel(names=list(values)))
+    whole.to_parquet(tmp_path / "train.parquet")
+    settings = {"streaming": True} if streaming else {}
+    with pytest.raises(ValueError, match=message):
+        source(str(tmp_path), label_key=label_key, **settings)
+    if "several" in message:
+        assert source(str(tmp_path), label_key="coarse", **settings).classes == ["c", "d"]
+    elif "ClassLabel" in message:  # the remedy works
+        whole.cast_column("label", datasets.ClassLabel(names=["a", "b", "c", "d"])).save_to_disk(tmp_path / "saved")
+        again = source(str(tmp_path / "saved"))
+        assert (again.classes, again.labels) == (["a", "b", "c", "d"], [3, 1])
+
+
 def test_bad_rows(tmp_path):
     features = {"image": datasets.Value("binary"), "text": datasets.Value("string")}
     rows = [{"image": b"no picture", "text": "a"}, {"image": None, "text": "b"}, {"image": b"", "text": None}]

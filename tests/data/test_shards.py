@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import struct
+import tarfile
 import zlib
 
 import numpy as np
@@ -182,6 +183,35 @@ def test_numbers_of_samples_from_beside_the_shards(tmp_path, cache):
         (tmp_path / "sizes.json").write_text(text)
         with pytest.raises(DataError, match=r"sizes.json: .*; remove it, and the shards are counted"):
             Shards(str(tmp_path))
+
+
+def test_shards_that_hold_nothing_are_left_out(tmp_path, caplog):
+    """img2dataset writes them where all downloads of a shard failed."""
+    make_shards(tmp_path, (4, 3, 2))
+    write(tmp_path / "00001.tar", [])
+    for shard, successes in enumerate((4, 0, 2)):
+        (tmp_path / f"{shard:05}_stats.json").write_text(json.dumps({"successes": successes}))
+    dataset = build_dataset(SourceConfig("shards", str(tmp_path)))
+    expected = [f"picture number {number}" for number in (0, 1, 2, 3, 7, 8)]
+    assert dataset.captions[:] == [dataset[index].caption for index in range(6)] == expected
+    assert "1 of 3 shards are empty, as " in caplog.text
+    assert "00001.tar, of which " in caplog.text
+    assert "00001_stats.json says 0 samples; they are left out" in caplog.text
+    (tmp_path / "sizes.json").write_text('{"00000.tar": 0}')
+    with pytest.raises(DataError, match=r"00000.tar: holds samples, but .*sizes.json says 0; remove .*sizes.json"):
+        build_dataset(SourceConfig("shards", str(tmp_path)))
+    with pytest.raises(DataError, match=r"1 of 1 shards are empty, as .*00001.tar.*; all downloads may have failed"):
+        build_dataset(SourceConfig("shards", str(tmp_path / "00001.tar")))
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+@pytest.mark.parametrize("stem", ["日本語", "ünïcode?", "a" * 150, "é" * 90, "x" * 96])
+def test_names_in_messages_are_whole(tmp_path, stem, format):
+    members = [("0.jpg", picture(0)), ("0.txt", b"zero"), (f"{stem}.jpg", b"broken"), (f"{stem}.txt", b"one")]
+    dataset = Shards(str(write(tmp_path / "a.tar", members, format)))
+    with pytest.raises(BadSample, match="unreadable|not a picture") as caught:
+        dataset[1]
+    assert caught.value.path == f"{tmp_path / 'a.tar'}: {f'{stem}.jpg'!r}"
 
 
 def test_the_index_is_made_once_and_anew_when_the_shard_changes(tmp_path, cache, monkeypatch):

@@ -135,6 +135,18 @@ def test_names():
     for name in ("limoe_tiny_patch8_48", "vmoe_tiny_patch8_48"):
         with pytest.raises(ValueError, match=f"model '{name}' has no setting 'num_expert'; did you mean 'num_experts'"):
             create_model(name, num_expert=3)
+    for name, setting, advice in (
+        ("two_tower_tiny_patch8_48", "img_size", r"it is one of a tower: image=\{'img_size': \.\.\.\}$"),
+        ("two_tower_tiny_patch8_48", "num_experts", r".* image=\{'num_experts': .*\} or text=\{'num_experts': .*\}$"),
+        ("two_tower_tiny_patch8_48", "imgsize", "did you mean 'img_size'"),
+        ("resnet18", "img_size", "leave it out, since the model takes images of any size"),
+        ("vit_tiny_patch16_224", "num_experts", "it is one of sparse models, which vmoe.upcycle makes of dense ones"),
+        ("vit_tiny_patch16_224", "image_size", "did you mean 'img_size'"),
+    ):
+        with pytest.raises(ValueError, match=f"model '{name}' has no setting '{setting}'; {advice}"):
+            create_model(name, **{setting: 3})
+    with pytest.raises(ValueError, match="model 'resnet18' has no setting 'depths'$"):
+        create_model("resnet18", depths=3)
     with pytest.raises(ValueError, match="needs a name"):
         create_model()
     with pytest.raises(ValueError, match="not made by vmoe.create_model"):

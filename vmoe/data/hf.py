@@ -24,6 +24,7 @@ from vmoe.data.pairs import CAPTION_KEYS
 from vmoe.printable import printable
 
 IMAGE_KEYS = ("image", "jpg", "png", "webp", "img")
+LABEL_KEYS = ("label", "labels", "class", "target", "cls")  # usual names of a column of labels
 SPLIT_WORDS = frozenset({"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval"})
 MAX_GROUP_BYTES = 2 * 2**30
 OPENING_THREADS = 8
@@ -61,6 +62,19 @@ class Columns:
         self.caption = pick("caption_key", caption_key, (*CAPTION_KEYS, "txt"))
         labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
         self.label = pick("label_key", label_key, labels if len(labels) == 1 else ())
+        unnamed = self.label if self.label not in labels else None
+        if self.caption is None and self.label is None:
+            if labels:
+                raise ValueError(f"{where}: has several columns of labels, {', '.join(labels)}; set label_key to one")
+            unnamed = next((name for name in LABEL_KEYS if _is_plain(features.get(name))), None)
+        if unnamed is not None:
+            kind = getattr(features[unnamed], "dtype", features[unnamed])
+            text = kind in ("string", "large_string")
+            call = f"class_encode_column({unnamed!r})" if text else f"cast_column({unnamed!r}, ClassLabel(names=[...]))"
+            raise ValueError(
+                f"{where}: label_key {unnamed!r} is no column of type ClassLabel but of {kind}: its classes have no "
+                f"names; give them some with dataset.{call} of datasets, and save it again"
+            )
         if self.caption is None and self.label is None:
             raise ValueError(
                 f"{where}: has neither captions nor labels among its columns {', '.join(features)}; set caption_key or "
@@ -72,10 +86,6 @@ class Columns:
         ):
             raise ValueError(
                 f"{where}: caption_key {self.caption!r} is a column of {features[self.caption]}, not of text"
-            )
-        if self.label is not None and self.label not in labels:
-            raise ValueError(
-                f"{where}: label_key {self.label!r} is no column of type ClassLabel: its classes have no names"
             )
         self.classes = list(features[self.label].names) if self.label is not None else None
         self.names = [name for name in (self.image, self.caption, self.label) if name is not None]
@@ -317,6 +327,11 @@ def _open(datasets: Any, path: str, split: str) -> Any:
     if files := find_files(path, split, ".arrow"):
         return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
     raise DataError(f"{path}: holds no .parquet or .arrow file, and was not written by save_to_disk; check path")
+
+
+def _is_plain(feature: Any) -> bool:
+    """Whether a column holds whole numbers or texts."""
+    return bool(re.fullmatch(r"u?int[0-9]+|(large_)?string", str(getattr(feature, "dtype", ""))))
 
 
 def _no_such_folder(path: str) -> DataError:

@@ -21,7 +21,7 @@ from vmoe.data.labelled import read_class_names
 from vmoe.data.loaders import world
 from vmoe.data.order import ShuffledShards, shuffled_shards
 from vmoe.data.shard_index import ShardIndex, dotted_members
-from vmoe.data.tar import BLOCK
+from vmoe.data.tar import BLOCK, read_members, read_name
 from vmoe.printable import printable
 from vmoe.safe_json import parse_json, read_json
 
@@ -111,8 +111,15 @@ class Shards(ImageDataset):
         return self.__dict__ | {"_open": OrderedDict()}
 
     def _count(self) -> tuple[np.ndarray, list[str | None]]:
-        """(samples of each shard, the file that says so or None where the shard itself does)."""
+        """(samples of each shard, the file that says so or None where the shard itself does).
+
+        Shards that hold none, as where all downloads failed, are left out of `paths`.
+        """
         said: list[tuple[int, str] | None] = list(_read_sizes(self.paths))
+        empty = [(path, one[1]) for path, one in zip(self.paths, said) if one is not None and one[0] == 0]
+        if empty:
+            self._leave_out(empty)
+            said = [one for one in said if one is None or one[0]]
         unknown = [number for number, one in enumerate(said) if one is None]
         # Each process starts at another place, so that they share the work where they share the cache folder.
         rank, processes = world()
@@ -134,6 +141,23 @@ class Shards(ImageDataset):
             logger.warning("%d of %d shards: %s", len(dotted), len(self.paths), skipped)
         sizes = np.array([counted[number][0] if one is None else one[0] for number, one in enumerate(said)], np.int64)
         return sizes, [one and one[1] for one in said]
+
+    def _leave_out(self, empty: list[tuple[str, str]]) -> None:
+        """Takes shards without samples, each with the file that says so, out of `paths`; logs how many.
+
+        Raises:
+            DataError: one holds something, or no other is left.
+        """
+        for path, file in empty:
+            if next(read_members(path), None) is not None:
+                raise DataError(f"{path}: holds samples, but {file} says 0; remove {file}, and shards are counted anew")
+        path, file = empty[0]
+        message = f"{len(empty)} of {len(self.paths)} shards are empty, as {path}, of which {file} says 0 samples"
+        if len(empty) == len(self.paths):
+            raise DataError(f"{message}; all downloads may have failed, so download them again")
+        logger.warning("%s; they are left out", message)
+        left_out = {path for path, _ in empty}
+        self.paths = [path for path in self.paths if path not in left_out]
 
     def _entries(self, shard: int) -> np.ndarray:
         path = self.paths[shard]
@@ -157,8 +181,8 @@ class Shards(ImageDataset):
         number = index - int(self.ends[shard] - self.sizes[shard])
         path, entry = self.paths[shard], self._entries(shard)[number]
         block = next(int(entry[f"{part}_block"]) for part in ("image", "txt", "json", "cls") if entry[f"{part}_block"])
-        header = self._bytes(path, (block - 1) * BLOCK, 100)  # the name as it is there, cut off if it is long
-        return path, entry, f"{path}: {header.partition(bytes(1))[0].decode('utf-8', 'backslashreplace')!r}"
+        name = read_name(lambda offset, size: self._bytes(path, offset, size), (block - 1) * BLOCK)
+        return path, entry, f"{path}: {name!r}"
 
     def _read(self, path: str, entry: np.void, part: str) -> bytes:
         return self._bytes(path, int(entry[f"{part}_block"]) * BLOCK, int(entry[f"{part}_size"]))
@@ -326,7 +350,7 @@ def _read_json(file: str) -> dict[str, Any] | None:
 
 
 def _whole(value: Any, file: str, key: str) -> int:
-    if type(value) is not int or not 0 < value < 2**40:
+    if type(value) is not int or not 0 <= value < 2**40:
         raise DataError(
             f"{file}: {key} must be a number of samples, got {value!r}; remove it, and the shards are counted"
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -65,6 +65,29 @@ def read_members(path: str | Path) -> Iterator[Member]:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the data source's path") from None
 
 
+def read_name(read: Callable[[int, int], bytes], offset: int) -> str:
+    """A member's name, for messages.
+
+    Args:
+        read: (offset, size) -> bytes of the tar file.
+        offset: of the member's header.
+    """
+    header = read(offset, BLOCK)
+    name = header[:100].partition(b"\0")[0]
+    if b"?" in name or len(name) == 100:  # tarfile writes so what is in an extended header before this one
+        for blocks in range(1, min(MAX_NAME_BYTES, offset - BLOCK) // BLOCK + 1):
+            start = offset - (blocks + 1) * BLOCK
+            extended = read(start, BLOCK)
+            length = _number(extended[124:136])
+            if extended[156:157] in (b"x", b"L") and length and -(-length // BLOCK) == blocks and _is_header(extended):
+                try:
+                    found = _long_name(read(start + BLOCK, length), extended[156:157], "")
+                except DataError:
+                    found = None
+                return found or name.decode("utf-8", "backslashreplace")
+    return name.decode("utf-8", "backslashreplace")
+
+
 def _walk(file: BinaryIO, path: str | Path) -> Iterator[Member]:
     size = os.fstat(file.fileno()).st_size
     place, long_name = 0, None
@@ -117,8 +140,8 @@ def _check_end(file: BinaryIO, size: int, path: str | Path) -> None:
 
 def _parse(header: bytes, place: int, path: str | Path) -> tuple[str, bytes, int]:
     """(name, type, size) of a member from its header."""
-    checksum, length = _number(header[148:156]), _number(header[124:136])
-    if length is None or checksum != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+    length = _number(header[124:136])
+    if length is None or not _is_header(header):
         if place:
             raise DataError(f"{path}: is damaged at byte {place}; {REMEDY}")
         for magic, name in COMPRESSED.items():
@@ -133,6 +156,11 @@ def _parse(header: bytes, place: int, path: str | Path) -> tuple[str, bytes, int
         prefix = header[345:500].partition(b"\0")[0]
         name = prefix + b"/" + name if prefix else name
     return name.decode("utf-8", "backslashreplace"), header[156:157], length
+
+
+def _is_header(block: bytes) -> bool:
+    """Whether the checksum of a header is right."""
+    return _number(block[148:156]) == sum(block) - sum(block[148:156]) + 8 * ord(" ")
 
 
 def _number(field: bytes) -> int | None:

@@ -179,15 +179,41 @@ def _build(name: str, kwargs: dict, timm_image_weights: bool = False) -> nn.Modu
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown is None:
             raise ValueError(f"model {name!r} does not take these settings ({sorted(kwargs)}): {error}") from error
-        classes = (LIMoE, TwoTower, TextTransformer, VisionMoE, VisionTransformer)
-        known = {key for owner in classes for key in inspect.signature(owner).parameters} | SETTING_NAMES
-        near = difflib.get_close_matches(unknown[1], known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"model {name!r} has no setting {unknown[1]!r}{hint}") from error
+        raise ValueError(f"model {name!r} has no setting {unknown[1]!r}{_advice(name, kwargs, unknown[1])}") from error
     known = [*list_models(), *timm.list_models()]
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else f"; this package has {list_models()}"
     raise ValueError(f"unknown model {name!r}{hint}")
+
+
+def _advice(name: str, kwargs: dict, unknown: str) -> str:
+    """What to give instead of a setting that a model does not have; "" where nothing is near."""
+    towers = {"image": _parameters(VisionMoE) | SETTING_NAMES, "text": _parameters(TextTransformer) | SETTING_NAMES}
+    if name in TWO_TOWER_CONFIGS:
+        known = _parameters(TwoTower).union(*towers.values())
+        owners = [tower for tower, settings in towers.items() if unknown in settings and unknown in kwargs]
+        if owners:
+            return "; it is one of a tower: " + " or ".join(f"{tower}={{{unknown!r}: ...}}" for tower in owners)
+    elif name in LIMOE_CONFIGS:
+        known = _parameters(LIMoE) | SETTING_NAMES
+    else:
+        try:
+            with torch.device("meta"):
+                owner = type(timm.create_model(name))
+        except Exception:  # a constructor that reads the numbers that it makes
+            return ""
+        known = _parameters(owner) | (SETTING_NAMES if issubclass(owner, VisionMoE) else set())
+        if unknown in SETTING_NAMES:
+            return "; it is one of sparse models, which vmoe.upcycle makes of dense ones"
+        if unknown == "img_size":
+            return "; leave it out, since the model takes images of any size"
+    near = difflib.get_close_matches(unknown, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _parameters(owner: type) -> set[str]:
+    """Names of the arguments that a class takes, with those that it hands to the classes that it is made from."""
+    return {key for one in owner.__mro__[:-1] for key in inspect.signature(one).parameters}
 
 
 def list_models() -> list[str]:
