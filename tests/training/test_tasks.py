@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,8 +7,10 @@ from PIL import Image
 
 from vmoe.config_io import ConfigError
 from vmoe.data import build_transform, train_loader
-from vmoe.models.factory import preprocess_config, save_pretrained
+from vmoe.models.factory import create_model, preprocess_config, save_pretrained
 from vmoe.moe import quantize_experts
+from vmoe.training.loop import train
+from vmoe.training.optim import freeze
 from vmoe.training.tasks import create_task
 
 CPU = torch.device("cpu")
@@ -55,13 +59,51 @@ def test_weights_for_inference_alone_are_refused(make_config, tmp_path):
         task.create_model(str(tmp_path / "small.safetensors"))
 
 
-def test_the_logit_scale_stays_below_100(make_config):
-    task = create_task(make_config("contrastive"))
+def scale_after_step(make_config, start, stepped, **overrides):
+    """The logit scale, as a logarithm, that starts at `start` and that the optimizer moved to `stepped`."""
+    config = make_config("contrastive", **{"model.kwargs.init_logit_scale": start, **overrides})
+    task = create_task(config)
     model = task.create_model(None)
+    freeze(model, config.train.freeze)
+    return [_step(task, model, value) for value in stepped]
+
+
+def _step(task, model, value):
     with torch.no_grad():
-        model.logit_scale.fill_(9.0)
+        model.logit_scale.fill_(value)
     task.after_step(model)
-    assert task.figures(model)["logit_scale"] == pytest.approx(100)
+    return model.logit_scale.item()
+
+
+SIGLIP = 4.77  # log of the logit scale of Google's SigLIP B/16, about 118
+
+
+def test_the_logit_scale_stays_between_1_and_100(make_config):
+    assert scale_after_step(make_config, 2.6, [9.0, 4.0, -1.0]) == pytest.approx([math.log(100), 4.0, 0.0])
+
+
+def test_a_logit_scale_that_starts_outside_the_bounds_is_free_until_it_is_inside(make_config):
+    steps = [SIGLIP - 0.01, SIGLIP + 0.01, 4.6, SIGLIP]
+    assert scale_after_step(make_config, SIGLIP, steps) == pytest.approx([*steps[:3], math.log(100)])
+    assert scale_after_step(make_config, -0.5, [-0.6, 0.1, -0.1]) == pytest.approx([-0.6, 0.1, 0.0])
+
+
+def test_a_frozen_logit_scale_is_not_clamped(make_config):
+    frozen = {"train.freeze": '["logit_scale"]'}
+    assert scale_after_step(make_config, SIGLIP, [SIGLIP], **frozen) == pytest.approx([SIGLIP])
+
+
+def test_the_logit_scale_of_the_sigmoid_loss_has_no_bound(make_config):
+    sigmoid = {"train.loss": "sigmoid", "model.kwargs.init_logit_bias": -10}
+    assert scale_after_step(make_config, 2.3, [SIGLIP], **sigmoid) == pytest.approx([SIGLIP])
+
+
+@pytest.mark.parametrize("patterns", ["[]", '["logit_scale"]'])
+def test_training_keeps_a_logit_scale_above_100(make_config, tmp_path, patterns):
+    settings = {"model.kwargs.init_logit_scale": SIGLIP, "train.freeze": patterns, "train.steps": 4, "optim.lr": 1e-4}
+    train(make_config("contrastive", **settings))
+    scale = create_model(pretrained=str(tmp_path / "run")).logit_scale.item()
+    assert scale == pytest.approx(SIGLIP, abs=1e-6 if patterns != "[]" else 4.1e-4)  # at most lr in each step of AdamW
 
 
 def test_mixup_is_a_function_of_the_batch_number_and_leaves_the_batch_alone(make_config):

@@ -38,7 +38,7 @@ from vmoe.moe.quantize import experts_kept_as
 from vmoe.training.config import Config
 
 Batch = dict[str, Tensor]
-MAX_LOGIT_SCALE = math.log(100)  # as in CLIP (arXiv 2103.00020, section 2.5)
+MAX_LOGIT_SCALE = math.log(100)  # with CLIP's loss (arXiv 2103.00020, section 2.5); big_vision's SigLIP has no bound
 
 
 def create_task(config: Config) -> Classification | Contrastive:
@@ -244,6 +244,8 @@ class Contrastive(Task):
         self.tokenizer = get_tokenizer(model)
         if self.evaluation == "zero_shot":
             check_templates(self.tokenizer, self.config.evaluate.templates)
+        with torch.device("cpu"):  # where the weights are sharded, the other processes build theirs without values
+            self.previous_scale = torch.tensor(from_first(lambda: model.logit_scale.item()))
         return model
 
     def loss(self, model: nn.Module, batch: Batch, number: int) -> Tensor:
@@ -255,7 +257,18 @@ class Contrastive(Task):
 
     @torch.no_grad()
     def after_step(self, model: nn.Module) -> None:
-        model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        """Clamps the logit scale as CLIP does.
+
+        A frozen one is left alone, and so is one that started outside the bounds until it is inside: clamping it would
+        change the start value.
+        """
+        scale = model.logit_scale
+        if self.config.train.loss != "softmax" or not scale.requires_grad:
+            return
+        previous = self.previous_scale.to(scale.device)
+        was_inside = (previous >= 0) & (previous <= MAX_LOGIT_SCALE)
+        scale.copy_(torch.where(was_inside, scale.clamp(0, MAX_LOGIT_SCALE), scale))
+        self.previous_scale = scale.clone()
 
     def figures(self, model: nn.Module) -> dict[str, float]:
         figures = {"logit_scale": model.logit_scale.exp().item()}
