@@ -31,12 +31,13 @@ from vmoe.evaluation.text_cache import cached_classes
 from vmoe.evaluation.zero_shot import check_class_names, class_scorer, image_batches, resolve_prompts, resolve_templates
 from vmoe.models.factory import is_contrastive
 from vmoe.models.weights import read_pretrained_metadata
-from vmoe.printable import escaped, printable
+from vmoe.printable import escaped, printable, safe_output
 
 PROG = "vmoe-classify"
 logger = logging.getLogger("vmoe.classify")
 
 
+@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, 1 for an error, 2 for a wrong setting, 130 for Ctrl-C.
 

@@ -23,6 +23,7 @@ from PIL import Image
 
 from vmoe.command import exit_code
 from vmoe.config_io import ConfigError, parse_config
+from vmoe.printable import safe_output
 
 if TYPE_CHECKING:
     import gradio
@@ -70,6 +71,7 @@ class DemoConfig:
             raise ConfigError(f"port must be 1 to 65535, got {self.port}")
 
 
+@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command until Ctrl-C, which ends the server; returns the exit code: 0, 1 for an error, 2 for a wrong
     setting, 130 for Ctrl-C before the server runs.

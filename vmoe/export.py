@@ -27,6 +27,7 @@ from vmoe.models.weights import (
     read_pretrained_metadata,
     safetensors_metadata,
 )
+from vmoe.printable import safe_output
 
 
 def export(source: str | Path, output: str | Path, raw: bool = False) -> Path:
@@ -72,6 +73,7 @@ def export(source: str | Path, output: str | Path, raw: bool = False) -> Path:
     return weights
 
 
+@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, or 1 for an error, which is one sentence."""
     parser = argparse.ArgumentParser(

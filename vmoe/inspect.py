@@ -28,6 +28,7 @@ from vmoe.inspection.forward import sparse_layers
 from vmoe.inspection.report import write_report
 from vmoe.inspection.report_charts import chart_library
 from vmoe.inspection.statistics import RoutingStatistics, gather_statistics
+from vmoe.printable import safe_output
 
 
 @dataclass
@@ -79,6 +80,7 @@ class InspectConfig:
             raise ConfigError(f"eval_capacity_factor must be > 0, got {self.eval_capacity_factor}")
 
 
+@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, 1 for an error, 2 for a wrong setting, 130 for Ctrl-C.
 

@@ -19,6 +19,7 @@ from vmoe.planning.candidates import Planner, rank
 from vmoe.planning.hardware import pick_hardware
 from vmoe.planning.report import as_json, show
 from vmoe.planning.subject import make_subject
+from vmoe.printable import safe_output
 from vmoe.training.config import Config
 from vmoe.whole import whole_file
 
@@ -82,6 +83,7 @@ class PlanConfig(Config):
     output: str | None = None
 
 
+@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, 1 for an error, 2 for a wrong setting, 130 for Ctrl-C.
 

@@ -1,8 +1,15 @@
-"""Text from strangers' files, such as names and paths, made fit for a terminal."""
+"""Text that any terminal can show, and output that never ends a command."""
 
 from __future__ import annotations
 
+import codecs
+import json
+import os
+import sys
 import unicodedata
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from typing import Any, TextIO
 
 MAX_SHOWN = 2000
 # They reorder the text around them, or end a line where none seems to end.
@@ -26,3 +33,62 @@ def printable(text: object) -> str:
     """The text on one line: as `escaped`, white space as single spaces, cut if it is very long."""
     line = " ".join(str(text).split())
     return escaped(line if len(line) <= MAX_SHOWN else f"{line[:MAX_SHOWN]}... ({len(line)} characters)")
+
+
+# As JSON escapes them, so that JSON stays JSON in any encoding.
+codecs.register_error("vmoe.json", lambda error: (json.dumps(error.object[error.start : error.end])[1:-1], error.end))
+
+
+@contextmanager
+def safe_output() -> Iterator[None]:
+    """In it, what is written to standard output and standard error raises nothing.
+
+    A character that the encoding lacks is written as JSON's escape. Where the reader is gone (`| head`, a closed
+    terminal) or the disk is full, the text is lost and the command goes on. As a decorator it is around each command.
+    """
+    streams = [None if stream is None else _SafeStream(stream) for stream in (sys.stdout, sys.stderr)]
+    with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
+        try:
+            yield
+        finally:
+            for stream in filter(None, streams):
+                stream.end()
+
+
+class _SafeStream:
+    """A text stream whose `write` and `flush` raise nothing; everything else is the stream's own."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):  # ValueError: it is closed
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:
+                encoding = self._stream.encoding
+                self._stream.write(text.encode(encoding, "vmoe.json").decode(encoding))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def end(self) -> None:
+        """Flushes; what cannot be written goes nowhere, else Python fails with it when it exits."""
+        try:
+            self._stream.flush()
+        except OSError:
+            with suppress(OSError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
+        except ValueError:
+            pass

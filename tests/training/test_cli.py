@@ -1,5 +1,6 @@
 """The command itself, in a process of its own where that matters."""
 
+import json
 import os
 import runpy
 import signal
@@ -27,6 +28,22 @@ def test_train_py_trains_and_prints_a_table(make_config, tmp_path, monkeypatch, 
     printed = capsys.readouterr().out
     assert "step 2/2" in printed
     assert "GFLOPs per picture" in printed
+
+
+@pytest.mark.parametrize("output", ["ascii", "closed pipe"])
+def test_what_cannot_be_printed_ends_no_run(make_config, tmp_path, monkeypatch, output):
+    (tmp_path / "config.yaml").write_text(to_yaml(make_config(**{"train.steps": 2, "train.eval_every": 1})))
+    reading, writing = os.pipe()
+    with os.fdopen(reading, closefd=output == "ascii") as reader:
+        with os.fdopen(writing, "w", encoding="ascii") as stdout:
+            monkeypatch.setattr(sys, "stdout", stdout)
+            if output == "closed pipe":
+                os.close(reading)
+            assert cli.main(["--config", str(tmp_path / "config.yaml")]) == 0
+        if output == "ascii":
+            assert "final loss" in reader.read()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
+    assert len(list_checkpoints(tmp_path / "run")) == 1
 
 
 def test_a_signal_to_the_group_leaves_a_checkpoint_and_a_clean_message(forks, make_config, tmp_path):

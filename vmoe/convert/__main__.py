@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from vmoe.convert.files import convert_checkpoint
 from vmoe.convert.released import RELEASED
-from vmoe.printable import printable
+from vmoe.printable import printable, safe_output
 
 
+@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, or 1 for an error, which is one sentence.
 

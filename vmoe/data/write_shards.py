@@ -30,7 +30,7 @@ from vmoe.data.images import BadSample, load_image
 from vmoe.data.labelled import read_class_names
 from vmoe.data.shard_index import IMAGE_ENDINGS
 from vmoe.data.tar import MAX_MEMBER_BYTES
-from vmoe.printable import printable
+from vmoe.printable import printable, safe_output
 
 logger = logging.getLogger("vmoe.data")
 
@@ -193,6 +193,7 @@ def _same(image: Image.Image, other: Image.Image) -> bool:
     return image.size == other.size and image.tobytes() == other.tobytes()
 
 
+@safe_output()
 def main() -> int:
     """The command."""
     config = parse_config(WriteConfig, None, "write_shards", "Writes a data set as shards.")

@@ -34,8 +34,10 @@ from vmoe.evaluation.subject import Subject, load_subject, trained_on_turned, we
 from vmoe.evaluation.tasks import FILES, TASKS
 from vmoe.models.factory import find_weights, is_contrastive, model_spec, read_pretrained_metadata
 from vmoe.moe.quantize import expert_bytes
+from vmoe.printable import safe_output
 
 
+@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, 1 for an error, 2 for a wrong setting, 130 for Ctrl-C.
 

@@ -11,6 +11,7 @@ import torch
 
 from vmoe.inspection.profile import model_profile
 from vmoe.models.factory import create_model, list_models
+from vmoe.printable import safe_output
 
 SOURCES = {
     "vmoe_": "[V-MoE](https://arxiv.org/abs/2106.05974)",
@@ -42,6 +43,7 @@ def table_row(name: str) -> str:
     return f"| `{name}` | {total} | {active} | {profile['gflops_per_image']:.4g} | {text} | {source} |"
 
 
+@safe_output()
 def main(names: list[str]) -> None:
     """Print the table of `names`, or of all models."""
     print(HEAD)

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
 
 from vmoe.allocator import keep_freed_memory
+from vmoe.printable import escaped, safe_output
 
 
+@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code.
 
@@ -36,7 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vmoe.data import BadSample, TooManyBadSamples
     from vmoe.distributed.processes import LostProcessError, tells
     from vmoe.distributed.watch import told_by
-    from vmoe.printable import escaped
     from vmoe.training.diagnosis import NonFiniteError
     from vmoe.training.loop import train
     from vmoe.training.stopping import Stopped
