@@ -177,6 +177,12 @@ def test_bad_input_is_one_sentence(files, capsys, tmp_path):
         ([picture, *limoe], 2, "give some, as --labels 'cat,dog'"),
         ([picture, "--labels", "cat,dog,cat", *limoe], 2, "--labels: class_names must be unique; given twice: 'cat'"),
         ([picture, "--labels", "cat,,dog", *limoe], 2, "--labels: label 2 of 3 is empty; is there a comma too many?"),
+        (
+            [picture, "--labels", '["cat", "dog"]', *limoe],
+            2,
+            "--labels: must be one text with commas, as in 'cat,hot dog'",
+        ),
+        ([picture, "--labels", "cat", "dog", *limoe], 2, "arguments: dog; labels are one text with commas"),
         ([picture, "--labels", "cat", *limoe], 2, "'cat' alone would always get the probability 1"),
         ([picture, "--labels_file", "cifar11", *limoe], 2, "--labels_file: class_names 'cifar11': no such file"),
         ([picture, *labels, "--templates", "a photo", *limoe], 2, "--templates: templates 'a photo': no such file"),

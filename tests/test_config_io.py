@@ -1,13 +1,15 @@
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonargparse import ArgumentError, ArgumentParser
 
-from vmoe.config_io import ConfigError, find_config, parse_config, read_config, shipped_config_dirs
+from vmoe.config_io import ConfigError, check_types, find_config, parse_config, read_config, shipped_config_dirs
 
 
 @dataclass
@@ -103,6 +105,112 @@ def test_mistakes_in_a_file_are_one_sentence(tmp_path, text, message):
         read_config(Settings, ["--output_dir=x", "--config", write(tmp_path, text)])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@dataclass
+class Kinds:
+    """One setting of each kind.
+
+    Attributes:
+        texts: Texts.
+        numbers: Numbers.
+        pair: Two numbers.
+        path: A path.
+        share: A number or none.
+        count: A whole number.
+        flag: Yes or no.
+        free: Anything.
+    """
+
+    texts: list[str] = field(default_factory=list)
+    numbers: list[float] | None = None
+    pair: tuple[float, float] = (0.0, 1.0)
+    path: str | None = None
+    share: float | None = None
+    count: int = 1
+    flag: bool = False
+    free: dict[str, Any] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("texts", "head.*", 'write a list, as in ["head.*"]'),
+        ("texts", "{}", 'write a list, as in ["{}"]'),
+        ("numbers", 0.9, "write a list, as in [0.9]"),
+        ("pair", 0.9, "write a list of 2 values"),
+        ("pair", [0.9], "write a list of 2 values"),
+        ("path", ["a", "b"], "give one path"),
+        ("share", ["a"], "give one value, not a list"),
+        ("share", "none", "write null for none"),
+        ("share", False, "write null for none"),
+        ("share", "0.5", "leave the quotation marks out"),
+        ("count", 1000.0, "write 1000"),
+        ("flag", 3, "write true or false"),
+        ("free", "depth", "write settings, as in {key: value}"),
+        ("free", ["depth"], "write settings, as in {key: value}"),
+        ("texts", None, "leave it out for its default"),
+    ],
+)
+def test_a_value_of_another_type_comes_with_the_remedy(tmp_path, name, value, remedy):
+    with pytest.raises(ConfigError) as caught:
+        check_types(Kinds(**{name: value}))
+    messages = [str(caught.value)]
+    if value not in (None, "0.5"):  # jsonargparse takes them
+        with pytest.raises(ConfigError) as caught:
+            read_config(Kinds, ["--config", write(tmp_path, yaml.safe_dump({name: value}))])
+        messages.append(str(caught.value))
+    for message in messages:
+        assert message.startswith(f"{name} must be ")
+        assert f"; {remedy}" in message
+        assert "\n" not in message
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3),
+    lambda values: st.lists(values, max_size=2) | st.dictionaries(st.text("ab", min_size=1, max_size=2), values),
+    max_leaves=4,
+)
+
+
+@given(st.sampled_from([one.name for one in dataclasses.fields(Kinds)]), VALUES)
+def test_settings_made_in_python_are_checked_as_those_of_a_file(name, value):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Kinds)
+    try:
+        parser.parse_object({name: value})
+        refused = False
+    except ArgumentError:
+        refused = True
+    message = ""
+    try:
+        check_types(Kinds(**{name: value}))
+    except ConfigError as error:
+        message = str(error)
+    if refused:
+        assert message.startswith(f"{name} must be ")
+    elif message:  # jsonargparse takes null for anything, and a text for what it says in YAML
+        assert any(isinstance(leaf, str) or leaf is None for leaf in leaves([value]))
+
+
+def leaves(value):
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [leaf for each in value for leaf in leaves(each)] if isinstance(value, list) else [value]
+
+
+def test_types_of_sections_are_checked_too():
+    check_types(Settings("x", second=Optim(lr=1, betas=[0.5, 0.9])))
+    with pytest.raises(ConfigError, match=r"^second\.lr must be float, got 'fast'"):
+        check_types(Settings("x", second=Optim(lr=LowerFast("fast"))))
+    check_types(Settings(Path("x"), names=("a", "b")))
+
+
+class LowerFast(str):
+    """A text that may be compared with a number."""
+
+    def __lt__(self, other):
+        return False
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import argparse
 import glob
 import json
 import logging
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: ") and " -" not in message:
+            message += "; labels are one text with commas, as in --labels 'cat,hot dog'"
         self.exit(2, f"{self.prog}: error: {message}\n")  # one sentence, without the usage before it
 
 
@@ -225,6 +228,8 @@ def _read_labels(arguments: argparse.Namespace) -> tuple[list[str] | None, list 
     names = None
     try:
         if arguments.labels is not None:
+            if not isinstance(arguments.labels, str) or re.fullmatch(r"\s*\[.*\]\s*", arguments.labels, re.DOTALL):
+                raise ValueError(f"must be one text with commas, as in 'cat,hot dog', got the list {arguments.labels}")
             labels = [label.strip() for label in arguments.labels.split(",")]
             if "" in labels:
                 raise ValueError(f"label {labels.index('') + 1} of {len(labels)} is empty; is there a comma too many?")

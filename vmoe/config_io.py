@@ -6,15 +6,20 @@ configs by their bare name, an unknown key named together with the nearest known
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
+import itertools
+import json
+import os
 import re
 import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 from yaml import YAMLError
@@ -23,6 +28,7 @@ from vmoe.printable import printable
 from vmoe.safe_yaml import UnsafeYaml, check_yaml, read_yaml
 
 ConfigT = TypeVar("ConfigT")
+_UNIONS = (typing.Union, types.UnionType)
 
 
 class ConfigError(ValueError):
@@ -259,11 +265,7 @@ def _check_override(argument: str, following: str, config_class: type, known: li
 
 def _section(annotation: Any) -> type | None:
     """The dataclass behind a field's type (`Sub`, `Sub | None`), else None."""
-    if dataclasses.is_dataclass(annotation):
-        return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return next((arg for arg in typing.get_args(annotation) if dataclasses.is_dataclass(arg)), None)
-    return None
+    return next((member for member in _members(annotation) if dataclasses.is_dataclass(member)), None)
 
 
 def _listed_section(annotation: Any) -> type | None:
@@ -321,9 +323,7 @@ def _check_keys(settings: dict[str, Any], config_class: type, where: str) -> Non
             if isinstance(value, dict):
                 walk(value, subsection, f"{prefix}{name}.")
             elif value is not None or fields[name] is subsection:
-                raise ConfigError(
-                    f"{where}: {prefix}{name} must be {_type_name(config_class, prefix + name)}, got {printable(value)}"
-                )
+                raise ConfigError(f"{where}: {prefix}{name} must be {_type_name(fields[name])}, got {printable(value)}")
 
     walk(settings, config_class, "")
 
@@ -338,7 +338,7 @@ def _check_option(key: str, config_class: type, known: list[str]) -> None:
 
 
 def _one_sentence(message: str, config_class: type) -> str:
-    """Turns jsonargparse's multi-line message into `key: must be TYPE, got VALUE`."""
+    """Turns jsonargparse's multi-line message into `key must be TYPE, got VALUE; REMEDY`."""
     text = " ".join(message.split())
     if "arguments are required:" in text:
         names = text.partition("arguments are required:")[2].strip()
@@ -352,16 +352,111 @@ def _one_sentence(message: str, config_class: type) -> str:
     inner = re.search(r'(\w+)": Expected', text[key.end() :])  # a setting of an optional section
     if inner is not None:
         name = f"{name}.{inner[1]}"
-    return f"{name} must be {_type_name(config_class, name)}, got {value[1]}"
+    return _wrong_type(config_class, name, _literal(value[1]), value[1])
 
 
-def _type_name(config_class: type, key: str) -> str:
-    """The type of a setting as written in its dataclass."""
+def check_types(settings: Any, prefix: str = "") -> None:
+    """Checks the types of settings that were made in Python, as those of a file or a command line are checked.
+
+    Args:
+        settings: a dataclass of settings; those in its sections are checked too.
+        prefix: of their names in the message, such as "features.".
+
+    Raises:
+        ConfigError: the first value that is not of its setting's type.
+    """
+    for name, annotation in _fields(type(settings)).items():
+        value = getattr(settings, name)
+        if not _fits(value, annotation):
+            raise ConfigError(f"{prefix}{_wrong_type(type(settings), name, value, repr(value))}")
+        if dataclasses.is_dataclass(value):
+            check_types(value, f"{prefix}{name}.")
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """The types of a union; of another type itself."""
+    return typing.get_args(annotation) if typing.get_origin(annotation) in _UNIONS else (annotation,)
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is of a setting's type; a path serves as text, an integer as float, a tuple as list."""
+    if typing.get_origin(annotation) in _UNIONS:
+        return any(_fits(value, member) for member in typing.get_args(annotation))
+    kind, entries = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    if kind in (list, tuple):
+        same_length = kind is list or len(value) == len(entries) if isinstance(value, (list, tuple)) else False
+        return same_length and all(_fits(each, entry) for each, entry in zip(value, itertools.cycle(entries)))
+    if kind is Literal:
+        return any(value == entry for entry in entries)
+    if kind is Any or dataclasses.is_dataclass(kind):  # sources of a mixture may be dictionaries
+        return kind is Any or isinstance(value, (kind, dict))
+    number = {int: Integral, float: Real}.get(kind)
+    if number is not None:
+        return isinstance(value, number) and not isinstance(value, bool)
+    return isinstance(value, {str: (str, os.PathLike), dict: Mapping}.get(kind, kind))
+
+
+def _wrong_type(config_class: type, name: str, value: Any, shown: str) -> str:
+    """The message for a value of another type than its setting's, with what to write instead where that is known."""
+    annotation = _annotation(config_class, name)
+    remedy = _remedy(_members(annotation), value)
+    if name.endswith("path") and isinstance(value, (list, tuple)):
+        remedy = "give one path; several data sets are a mixture, and shards may be joined by '::'"
+    return f"{name} must be {_type_name(annotation)}, got {printable(shown)}{remedy and f'; {printable(remedy)}'}"
+
+
+def _remedy(members: tuple[Any, ...], value: Any) -> str:
+    """What to write instead of a value that is of none of a setting's types; "" if that is not known."""
+    if value is None:
+        return "leave it out for its default"
+    for member in members:
+        kind, entries = typing.get_origin(member) or member, typing.get_args(member)
+        if kind is tuple:
+            return f"write a list of {len(entries)} values"
+        if kind is list and _section(entries[0]) is not None:
+            return "write a list of sections"
+        if kind is list and not isinstance(value, (list, tuple)):
+            return f"write a list, as in {json.dumps([str(value)]) if entries[0] is str else f'[{value}]'}"
+        if kind is dict and not isinstance(value, dict):
+            return "write settings, as in {key: value}"
+    if isinstance(value, (list, tuple)):
+        return "give one value, not a list" if not any(typing.get_origin(member) is list for member in members) else ""
+    if type(None) in members and str(value).lower() in ("none", "off", "no", "false", "never", ""):
+        return "write null for none"
+    if int in members and isinstance(value, float) and value.is_integer():
+        return f"write {int(value)}"
+    if bool in members:
+        return "write true or false"
+    return "leave the quotation marks out" if isinstance(value, str) and _is_number(value) else ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return float(text) is not None
+    except ValueError:
+        return False
+
+
+def _literal(text: str) -> Any:
+    """The list, number, ... that a text stands for; the text itself if it stands for none."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+    return text if isinstance(value, tuple) else value  # 0.9,0.95
+
+
+def _annotation(config_class: type, key: str) -> Any:
+    """The type of a setting, by its dotted name."""
     section: Any = config_class
     *sections, last = key.split(".")
     for name in sections:
         section = _section(_fields(section)[name])
-    annotation = _fields(section)[last]
+    return _fields(section)[last]
+
+
+def _type_name(annotation: Any) -> str:
+    """A setting's type as written in its dataclass."""
     subsection = _section(annotation)
     if subsection is not None:
         return f"a section with the keys {', '.join(_fields(subsection))}"

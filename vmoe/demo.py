@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from vmoe.command import exit_code
-from vmoe.config_io import ConfigError, parse_config
+from vmoe.config_io import ConfigError, check_types, parse_config
 from vmoe.printable import safe_output
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class DemoConfig:
     exif_orientation: bool | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.port is not None and not 0 < self.port < 65536:
             raise ConfigError(f"port must be 1 to 65535, got {self.port}")
 

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vmoe.command import exit_code
-from vmoe.config_io import ConfigError, parse_config, read_settings_file
+from vmoe.config_io import ConfigError, check_types, parse_config, read_settings_file
 from vmoe.data import ImageDataset, build_dataset, with_orientation
 from vmoe.data.config import LoaderConfig, SourceConfig
 from vmoe.data.images import IMAGE_SUFFIXES
@@ -68,6 +68,7 @@ class InspectConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.loader.on_bad == "replace":
             raise ConfigError("loader.on_bad must be 'fail' or 'skip' in an inspection, got 'replace'")
         for name in ("max_bad_share", "pin_memory"):
@@ -77,7 +78,7 @@ class InspectConfig:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be >= 0, got {getattr(self, name)}")
         if self.eval_capacity_factor is not None and not self.eval_capacity_factor > 0:
-            raise ConfigError(f"eval_capacity_factor must be > 0, got {self.eval_capacity_factor}")
+            raise ConfigError(f"eval_capacity_factor must be > 0, got {self.eval_capacity_factor}; null: as set")
 
 
 @safe_output()

@@ -15,7 +15,7 @@ import vmoe
 from vmoe.config_io import find_config, read_config, shipped_config_dirs
 from vmoe.data.config import SourceConfig
 from vmoe.data.imagenet import imagenet_synsets
-from vmoe.evaluation.config import EvaluationConfig
+from vmoe.evaluation.config import CapacityConfig, EvaluationConfig, FeatureConfig
 from vmoe.evaluation.report import output_file
 from vmoe.evaluation.run import main
 from vmoe.models.factory import find_weights, save_pretrained
@@ -130,6 +130,23 @@ def test_captions_longer_than_the_context_are_counted(tree, limoe, tmp_path, cap
     data = ["--data.path", str(tmp_path / "pairs.csv"), "--data.image_root", str(tree)]
     assert main(arguments(limoe, tmp_path / "out.json", "--config", "retrieval_pairs", *data)) == 0
     assert "1 of 2 captions are longer than the model's context and are cut, such as 'very very" in caplog.text
+
+
+def test_settings_made_in_python_are_checked():
+    data = SourceConfig(type="emoji")
+    with pytest.raises(ValueError, match=r"class_names must be str \| None, got \['a'\]; give one value, not a list"):
+        EvaluationConfig(checkpoint="x", task="zero_shot", data=data, class_names=["a"])
+    with pytest.raises(ValueError, match=r"features\.k must be list\[int\], got 10; write a list, as in \[10\]"):
+        FeatureConfig(k=10)
+    with pytest.raises(ValueError, match=r"capacity\.factors must be .*; write a list, as in \[0\.5\]"):
+        CapacityConfig(factors=0.5)
+
+
+def test_a_list_of_checkpoints_on_the_command_line():
+    options = ["--task", "knn", "--data.type", "emoji", "--train_data.type", "emoji", "--train_data.split", "all"]
+    config = read_config(EvaluationConfig, ["--checkpoint", '["a", "b"]', *options])
+    assert config.checkpoints == ["a", "b"]
+    assert read_config(EvaluationConfig, ["--checkpoint", "a", *options]).checkpoints == ["a"]
 
 
 def test_several_checkpoints_give_mean_and_spread(tree, classifier, tmp_path, capsys):

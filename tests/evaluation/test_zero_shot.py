@@ -4,7 +4,7 @@ from PIL import Image
 
 from vmoe.evaluation import evaluate_zero_shot, zero_shot_classify
 from vmoe.evaluation.class_names import prompt_names, prompt_templates
-from vmoe.evaluation.zero_shot import resolve_class_names, resolve_templates
+from vmoe.evaluation.zero_shot import fill, resolve_class_names, resolve_templates
 
 NAMES = [f"number {i}" for i in range(20)]
 
@@ -29,6 +29,53 @@ def test_duplicate_and_empty_names_are_errors(word_model, tokenize):
         evaluate_zero_shot(word_model, tokenize, [], [*NAMES, "number 3"], device="cpu")
     with pytest.raises(ValueError, match="name 1 is empty"):
         evaluate_zero_shot(word_model, tokenize, [], ["number 1", " "], device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("cat", r"class_names must be a list of texts, got 'cat'; write \['cat'\]"),
+        ([["cat", "dog"]], r"class_names must be a list of texts, one for each class, got the entry \['cat', 'dog'\]"),
+        ([0, 1], "got the entry 0"),
+        (["cat", None], "got the entry None"),
+        (["cat", b"dog"], "got the entry b'dog'"),
+        ({"cat", "dog"}, "class_names must be a list of texts, got {.*}; write a list"),
+        ({"cat": 0, "dog": 1}, "class_names must be a list of texts, got {.*}; write a list"),
+        (None, "class_names must be a list of texts, got None; write a list"),
+        (3, "class_names must be a list of texts, got 3; write a list"),
+    ],
+)
+def test_class_names_that_are_no_list_of_texts(word_model, tokenize, names, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_zero_shot(word_model, tokenize, [], names, device="cpu")
+    if names != "cat":  # the name of a file or of a published set
+        with pytest.raises(ValueError, match=message):
+            zero_shot_classify(word_model, tokenize, torch.zeros(1, 3, 8, 8), names)
+    else:
+        with pytest.raises(ValueError, match="class_names 'cat': no such file; .*, or a list of names"):
+            zero_shot_classify(word_model, tokenize, torch.zeros(1, 3, 8, 8), names)
+
+
+@pytest.mark.parametrize(
+    ("templates", "message"),
+    [
+        (3, "templates must be a list of texts, got 3; write a list"),
+        ({"{}"}, "templates must be a list of texts, got {'{}'}; write a list"),
+        (str.upper, "templates must be a list, got one function; put it in a list"),
+        ([["{}"]], r"templates must be texts with {} or functions, got \['{}'\]"),
+        ([None], "templates must be texts with {} or functions, got None"),
+    ],
+)
+def test_templates_that_are_no_list_of_texts(templates, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_templates(templates)
+
+
+def test_names_and_templates_from_files_named_by_a_path(tmp_path):
+    (tmp_path / "names.txt").write_text("cat\ndog\n", encoding="utf-8")
+    (tmp_path / "templates.txt").write_text("a {}\n", encoding="utf-8")
+    assert resolve_class_names(tmp_path / "names.txt") == ["cat", "dog"]
+    assert [fill(template, "cat") for template in resolve_templates(tmp_path / "templates.txt")] == ["a cat"]
 
 
 def test_names_that_are_the_same_to_the_tokenizer_are_errors(word_model, tokenize, limoe):

@@ -112,6 +112,8 @@ def test_sparse_blocks():
             sparse_blocks(wrong, 6)
     with pytest.raises(ValueError, match=r"must lie in 0\.\.5"):
         sparse_blocks([6], 6)
+    with pytest.raises(ValueError, match=r"got 3; write \[3\]"):
+        sparse_blocks(3, 6)
     for wrong in ("every9", "last4"):
         with pytest.raises(ValueError, match="asks for more than"):
             sparse_blocks(wrong, 6)

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from vmoe.config_io import ConfigError, read_config, shipped_config_dirs
-from vmoe.training.config import Config, changed_settings, flatten, load_config, to_yaml
+from vmoe.training.config import Config, ModelConfig, TrainConfig, changed_settings, flatten, load_config, to_yaml
 
 SHIPPED = sorted(path.stem for folder in shipped_config_dirs() for path in folder.glob("*.yaml"))
 REQUIRED = ["--output_dir=x", "--task=classification", "--model.name=vmoe_tiny_patch8_48"]
@@ -46,6 +46,14 @@ def test_the_dense_twins_differ_in_their_experts_only():
         (["--train.steps", "many"], ["train.steps", "int", "many"]),
         (["--train.steps", "0"], ["train.steps", ">= 1", "0"]),
         (["--train.precision", "fp8"], ["train.precision", "fp8", "bf16"]),
+        (["--train.ema_decay", "0"], ["train.ema_decay must be in (0, 1], got 0.0; null keeps no moving average"]),
+        (["--train.clip_grad_norm", "0"], ["train.clip_grad_norm must be > 0, got 0.0; null does not clip"]),
+        (["--train.num_threads", "0"], ["train.num_threads", "> 0", "null leaves PyTorch's own choice"]),
+        (["--train.max_minutes", "-1"], ["train.max_minutes", "> 0", "null sets no limit"]),
+        (["--optim.layer_decay", "2"], ["optim.layer_decay", "(0, 1]", "null gives all layers"]),
+        (["--train.freeze", "head.*"], ["train.freeze", 'write a list, as in ["head.*"]']),
+        (["--evaluate.templates", "a {}"], ["evaluate.templates", 'write a list, as in ["a {}"]']),
+        (["--optim.betas", "0.9,0.95"], ["optim.betas", "write a list, as in [0.9,0.95]"]),
         (["--config", "no_such_config"], ["no_such_config", "limoe_tiny_emoji"]),
         (["--optim.warmup_steps", "1000"], ["optim.warmup_steps", "train.steps (1000)"]),
         (["--optim.betas", "[0.9]"], ["optim.betas", "two numbers"]),
@@ -68,6 +76,28 @@ def test_a_mistake_is_one_sentence_that_names_it(arguments, words, capsys):
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": TrainConfig(freeze="head.*")}, r'train\.freeze must be .* write a list, as in \["head\.\*"\]'),
+        ({"train": TrainConfig(steps=10.0)}, r"train\.steps must be int, got 10\.0; write 10"),
+        ({"model": ModelConfig(pretrained=["a"])}, r"model\.pretrained must be .* give one value, not a list"),
+        ({"output_dir": ["x"]}, r"output_dir must be str, got \['x'\]; give one value"),
+    ],
+)
+def test_settings_made_in_python_are_checked(change, message):
+    config = Config(**{"output_dir": "x", "task": "classification", **change})
+    with pytest.raises(ConfigError, match=message):
+        config.check()
+
+
+def test_a_path_is_written_as_text(tmp_path):
+    config = Config(output_dir=tmp_path, task="classification", model=ModelConfig(name="vmoe_tiny_patch8_48"))
+    config.check()
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(["--config", str(tmp_path / "config.yaml")]).output_dir == str(tmp_path)
 
 
 def test_an_unknown_key_in_a_file_is_named_with_the_nearest_known_one(tmp_path):

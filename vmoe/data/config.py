@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from vmoe.config_io import check_types
+
 # A setting that the type does not read is a mistake.
 FIELDS_OF_SOME_TYPES = {
     "name": ("torchvision",),
@@ -117,6 +119,7 @@ class SourceConfig:
     weight: float | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.type not in (None, "emoji", "emoji_groups", "mixture") and not self.path:
             raise ValueError(f"data source of type {self.type!r} needs a path: set `path` to its file or folder")
         if self.type == "torchvision" and not self.name:
@@ -158,9 +161,12 @@ class SourceConfig:
         if self.path:
             raise ValueError(f"a mixture has no path of its own, got {self.path!r}; set those of its sources")
         # From a command line or a YAML file they come as dictionaries.
-        self.sources = [
-            source if isinstance(source, SourceConfig) else SourceConfig(**source) for source in self.sources
-        ]
+        try:
+            self.sources = [
+                source if isinstance(source, SourceConfig) else SourceConfig(**source) for source in self.sources
+            ]
+        except TypeError as error:
+            raise ValueError(f"a source of the mixture has settings that do not exist: {error}") from None
         for source in self.sources:
             if source.type in (None, "mixture"):
                 raise ValueError(f"type of a mixture's source must be that of a plain data set, got {source.type!r}")
@@ -213,6 +219,7 @@ class AugmentationConfig:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("hflip", "vflip", "grayscale_prob", "re_prob", "mixup_prob", "mixup_switch_prob"):
             _check_share(name, getattr(self, name))
         if not 0 <= self.label_smoothing < 1:
@@ -251,6 +258,7 @@ class LoaderConfig:
     pin_memory: bool = True
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
         if self.num_workers < 0:

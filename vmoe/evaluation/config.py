@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from vmoe.config_io import ConfigError
+from vmoe.config_io import ConfigError, check_types
 from vmoe.data.config import LoaderConfig, SourceConfig
 
 FEATURE_TASKS = ("few_shot", "linear_probe", "knn")
@@ -56,6 +56,7 @@ class FeatureConfig:
     temperature: float = 0.07
 
     def __post_init__(self) -> None:
+        check_types(self, "features.")
         self.sets = {name: _feature_set(f"features.sets.{name}", given) for name, given in self.sets.items()}
         for name, least in (("shots", 1), ("k", 1), ("seeds", 0)):
             values = getattr(self, name)
@@ -118,6 +119,7 @@ class CapacityConfig:
     timing_rounds: int = 20
 
     def __post_init__(self) -> None:
+        check_types(self, "capacity.")
         for name in ("factors", "num_selected_experts"):
             values = getattr(self, name)
             if values is not None and (not values or len(set(values)) < len(values)):
@@ -163,7 +165,7 @@ class EvaluationConfig:
             with a number behind the name where that file holds the result of other settings.
     """
 
-    checkpoint: str | list[str]
+    checkpoint: list[str] | str
     task: Literal["classification", "zero_shot", "retrieval", "few_shot", "linear_probe", "knn", "capacity"]
     data: SourceConfig = field(default_factory=SourceConfig)
     train_data: SourceConfig = field(default_factory=SourceConfig)
@@ -178,6 +180,7 @@ class EvaluationConfig:
     output: str | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.loader.on_bad == "replace":
             raise ConfigError("loader.on_bad must be 'fail' or 'skip' in an evaluation, got 'replace'")
         if not self.checkpoints or len(set(self.checkpoints)) < len(self.checkpoints):

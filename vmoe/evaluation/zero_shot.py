@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -55,6 +55,8 @@ def resolve_templates(templates: Sequence[Template] | str | None) -> list[Templa
     """
     if templates is None:
         return ["{}"]
+    if isinstance(templates, Path):
+        templates = str(templates)
     if isinstance(templates, str):
         import open_clip
 
@@ -75,9 +77,12 @@ def resolve_templates(templates: Sequence[Template] | str | None) -> list[Templa
             )
         else:
             templates = read_lines(templates)
+    templates = _listed("templates", templates)
     if not templates:
         raise ValueError("templates must hold at least one text")
     for template in templates:
+        if not isinstance(template, str) and not callable(template):
+            raise ValueError(f"templates must be texts with {{}} or functions, got {template!r}")
         if isinstance(template, str) and "{}" not in template:
             raise ValueError(f"template {template!r} must contain {{}}, the place of the class name")
     # open_clip formats all or calls all; braces in a user's text other than {} stay as they are
@@ -103,6 +108,8 @@ def resolve_class_names(class_names: Sequence[str] | str, classes: Sequence[str]
     Raises:
         ValueError: unreadable file, bad names, or another number of names than the data has classes.
     """
+    if isinstance(class_names, Path):
+        class_names = str(class_names)
     if not isinstance(class_names, str):
         names = class_names
     elif class_names in known_sets():
@@ -112,7 +119,7 @@ def resolve_class_names(class_names: Sequence[str] | str, classes: Sequence[str]
     else:
         raise ValueError(
             f"class_names {class_names!r}: no such file; give a file with one name per line, "
-            f"or one of {', '.join(known_sets())}"
+            f"or one of {', '.join(known_sets())}, or a list of names"
         )
     names = check_class_names(names)
     if classes is not None and len(names) != len(classes):
@@ -126,18 +133,32 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
     """The names as a list.
 
     Raises:
-        ValueError: no names, an empty one, or duplicates (two equal classes cannot be told apart); these are only
-            allowed in a published list, where ImageNet has two "missile" and two "sunglasses".
+        ValueError: no list of texts, no names, an empty one, or duplicates (two equal classes cannot be told apart);
+            these are only allowed in a published list, where ImageNet has two "missile" and two "sunglasses".
     """
-    names = list(class_names)
+    names = _listed("class_names", class_names)
     if not names:
         raise ValueError("class_names must hold at least one name")
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"class_names must be a list of texts, one for each class, got the entry {name!r}")
     if any(not name.strip() for name in names):
         raise ValueError(f"class_names: name {next(i for i, n in enumerate(names) if not n.strip())} is empty")
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated and not is_published(names):
         raise ValueError(f"class_names must be unique; given twice: {', '.join(map(repr, repeated[:5]))}")
     return names
+
+
+def _listed(name: str, values: Iterable) -> list:
+    """The values as a list; raises ValueError for a bare value and for what has no order."""
+    if isinstance(values, str):
+        raise ValueError(f"{name} must be a list of texts, got {values!r}; write [{values!r}]")
+    if callable(values):
+        raise ValueError(f"{name} must be a list, got one function; put it in a list")
+    if not isinstance(values, Iterable) or isinstance(values, (bytes, set, frozenset, Mapping)):
+        raise ValueError(f"{name} must be a list of texts, got {values!r}; write a list")
+    return list(values)
 
 
 def encode_classes(
@@ -337,7 +358,8 @@ def image_batches(
         checked = _checked(images, model)
         yield from (part.to(parameter.device, parameter.dtype) for part in checked.split(batch_size))
         return
-    pictures = iter([images] if isinstance(images, (Tensor, Image.Image, str, Path)) else images)
+    single = isinstance(images, (Tensor, Image.Image, str, Path)) or not isinstance(images, Iterable)
+    pictures = iter([images] if single else images)
     transform = cache(lambda: _evaluation_transform(model))  # not needed for tensors, which any model takes
     while batch := [_prepare(picture, transform, reading, model) for picture in islice(pictures, batch_size)]:
         sizes = {tuple(image.shape) for image in batch}

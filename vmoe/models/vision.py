@@ -46,6 +46,8 @@ def sparse_blocks(moe_layers: str | Sequence[int], depth: int) -> tuple[int, ...
         raise ValueError(
             f"moe_layers must be 'everyN', 'lastN', 'second_half' or a list of block indices, got {moe_layers!r}"
         )
+    if isinstance(moe_layers, int):
+        raise ValueError(f"moe_layers must be a word such as 'last2' or a list, got {moe_layers}; write [{moe_layers}]")
     blocks = tuple(sorted(set(moe_layers)))
     if any(index not in range(depth) for index in blocks):
         raise ValueError(

@@ -7,15 +7,16 @@ before anything slow starts.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import yaml
 
-from vmoe.config_io import ConfigError, parse_config, read_settings_file
+from vmoe.config_io import ConfigError, check_types, parse_config, read_settings_file
 from vmoe.data.config import AugmentationConfig, LoaderConfig, SourceConfig
 from vmoe.evaluation.inference import PRECISIONS
 
@@ -261,6 +262,7 @@ class Config:
 
     def check(self) -> None:
         """Raises ConfigError on the first setting that is out of range or does not go with another one."""
+        check_types(self)
         train, optim, augmentation = self.train, self.optim, self.data.augmentation
         if self.model.name is None and self.model.pretrained is None:
             raise ConfigError("model.name is missing: give a model's name, or model.pretrained to take it from a file")
@@ -277,7 +279,6 @@ class Config:
             ("train.keep_every", train.keep_every, 0),
             ("train.collapse_after", train.collapse_after, 0),
             ("train.routing_picture_every", train.routing_picture_every, 0),
-            ("train.num_threads", train.num_threads, 1),
             ("optim.warmup_steps", optim.warmup_steps, 0),
             ("optim.warmup_lr", optim.warmup_lr, 0),
             ("optim.min_lr", optim.min_lr, 0),
@@ -287,16 +288,17 @@ class Config:
         ]:
             if value is not None and not value >= least:
                 raise ConfigError(f"{key} must be >= {least}, got {value}")
-        for key, value in [
-            ("optim.lr", optim.lr),
-            ("train.clip_grad_norm", train.clip_grad_norm),
-            ("train.max_minutes", train.max_minutes),
+        for key, value, largest, without in [
+            ("optim.lr", optim.lr, math.inf, ""),
+            ("optim.layer_decay", optim.layer_decay, 1, "; null gives all layers the same learning rate"),
+            ("train.clip_grad_norm", train.clip_grad_norm, math.inf, "; null does not clip"),
+            ("train.ema_decay", train.ema_decay, 1, "; null keeps no moving average"),
+            ("train.max_minutes", train.max_minutes, math.inf, "; null sets no limit"),
+            ("train.num_threads", train.num_threads, math.inf, "; null leaves PyTorch's own choice"),
         ]:
-            if value is not None and not value > 0:
-                raise ConfigError(f"{key} must be > 0, got {value}")
-        for key, value in [("optim.layer_decay", optim.layer_decay), ("train.ema_decay", train.ema_decay)]:
-            if value is not None and not 0 < value <= 1:
-                raise ConfigError(f"{key} must be in (0, 1], got {value}")
+            if value is not None and not 0 < value <= largest:
+                bounds = "> 0" if largest == math.inf else f"in (0, {largest}]"
+                raise ConfigError(f"{key} must be {bounds}, got {value}{without}")
         if optim.betas is not None and (len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas)):
             raise ConfigError(f"optim.betas must be two numbers in [0, 1), got {optim.betas}")
         if not 1 <= self.parallel.timeout <= MAX_TIMEOUT:
@@ -354,7 +356,14 @@ def load_config(argv: Sequence[str] | None = None) -> Config:
 
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML, which `--config` reads back."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Also takes paths, which settings made in Python may be."""
+
+
+_Dumper.add_multi_representer(PurePath, lambda dumper, path: dumper.represent_str(str(path)))
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
