@@ -9,6 +9,7 @@ from vmoe.evaluation.metrics import (
     expected_calibration_error,
     right_classes,
     share_within,
+    top_shares,
 )
 
 
@@ -32,6 +33,15 @@ def test_a_constant_model_never_hits():
     found = label_ranks(torch.full((10, 10), 0.3), labels)
     assert share_within(found, 1) == 0
     assert share_within(found, 5) == 0
+
+
+@given(st.lists(st.integers(0, 9), min_size=1), st.integers(1, 10))
+def test_top5_is_reported_of_more_than_five_classes(ranks, num_classes):
+    ranks = torch.tensor(ranks).clamp(max=num_classes - 1)
+    expected = {"k3_top1": (ranks == 0).double().mean().item(), "k3_top5": (ranks < 5).double().mean().item()}
+    if num_classes <= 5:
+        assert expected.pop("k3_top5") == 1
+    assert top_shares(ranks, num_classes, prefix="k3_") == pytest.approx(expected)
 
 
 def test_last_bits_do_not_break_a_tie():

@@ -250,6 +250,14 @@ def run_task(task, classes=8, label_sets=None, console=None, **features):
     return task(config, subject, dataset, console or Console(quiet=True))
 
 
+@pytest.mark.parametrize("task", [linear_probe, knn])
+def test_there_is_no_top5_of_five_classes(task, made_up):
+    made_up[:] = [Features(*blobs(60, classes=5, spread=2.0, seed=seed), torch.arange(60), []) for seed in (0, 1)]
+    names = set(run_task(task, classes=5, k=[3]).results if task is knn else run_task(task, classes=5).results)
+    assert any(name.endswith("top1") for name in names)
+    assert not any(name.endswith("top5") for name in names)
+
+
 def test_the_probe_is_fitted_again_on_all_training_data(made_up):
     outcome = run_task(linear_probe)
     train, test = made_up

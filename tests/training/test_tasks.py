@@ -179,7 +179,7 @@ def test_contrastive_evaluation_follows_the_data(make_config, pictures):
     assert 0 <= figures["image_to_text_recall@1"] <= figures["image_to_text_recall@5"] <= 1
     labels = {"data.val.type": "image_folder", "data.val.path": pictures / "folders"}
     task = create_task(make_config("contrastive", **{"train.eval_every": 1, **labels}))
-    assert task.evaluate(task.create_model(None), CPU)["top5"] == 1.0
+    assert {"top1", "ece"} < set(task.evaluate(task.create_model(None), CPU))
     with pytest.raises(ConfigError, match="'zero_shot' needs class names"):
         create_task(make_config("contrastive", **{"train.eval_every": 1, "evaluate.task": "zero_shot"}))
 

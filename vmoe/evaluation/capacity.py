@@ -26,7 +26,7 @@ from vmoe.evaluation.classification import right_classes, select_columns
 from vmoe.evaluation.config import CapacityConfig
 from vmoe.evaluation.distributed import gather_lists, gather_rows, world
 from vmoe.evaluation.inference import evaluating
-from vmoe.evaluation.metrics import ranks, share_within
+from vmoe.evaluation.metrics import ranks, top_shares
 from vmoe.inspection.profile import forward_flops
 from vmoe.moe import SparseMoE
 from vmoe.moe.record import LayerRouting, record_routing
@@ -61,7 +61,7 @@ class Point:
 
     Attributes:
         setting: the setting.
-        top1: share of the pictures, 0..1; so is top5.
+        top1: share of the pictures, 0..1; so is top5, None with five classes or fewer.
         top1_error: its binomial standard error, sqrt(p (1 - p) / N).
         share_dropped: share of the choices of an expert that had no room, over all sparse layers; for expert choice, of
             tokens that no expert took.
@@ -73,7 +73,7 @@ class Point:
     setting: Setting
     top1: float
     top1_error: float
-    top5: float
+    top5: float | None
     share_dropped: float
     gflops_per_image: float
     images_per_second: tuple[float, float, float] | None
@@ -237,7 +237,7 @@ def sweep_capacity(
         ValueError: a label is out of range, or there are no samples.
     """
     counts = {name: torch.zeros(len(settings), 3, dtype=torch.long) for name in layers}  # asked, dropped, rows
-    index, found, first = [], [], None
+    index, found, first, num_classes = [], [], None, 0
     with evaluating(model, device, precision):
         for batch in loader:
             images, label_B = batch["image"].to(device), batch["label"].to(device)
@@ -248,7 +248,8 @@ def sweep_capacity(
                     scores_BC = select_columns(score(images), class_columns)
                 for name, call in record.layers.items():
                     counts[name][place] += torch.tensor(_count(call))
-                right_BC = right_classes(label_B, batch["index"], scores_BC.shape[1], label_sets)
+                num_classes = scores_BC.shape[1]
+                right_BC = right_classes(label_B, batch["index"], num_classes, label_sets)
                 best_B = scores_BC.masked_fill(~right_BC, float("-inf")).amax(dim=1)
                 rank_S.append(ranks(scores_BC, best_B, ~right_BC).cpu())
             index.append(batch["index"])
@@ -266,11 +267,12 @@ def sweep_capacity(
     if not N:
         raise ValueError(f"nothing to evaluate: the data set gave no sample ({num_skipped} were skipped)")
     # Processes without a batch measured nothing; the first has one.
-    fixed, per_row, speeds = gather_lists([(fixed, per_row, speeds)])[0]
+    fixed, per_row, speeds, num_classes = gather_lists([(fixed, per_row, speeds, num_classes)])[0]
     counts = {name: sum(gather_lists([count_S3])) for name, count_S3 in counts.items()}
     points = []
     for place, setting in enumerate(settings):
-        top1 = share_within(rows["rank"][:, place], 1)
+        shares = top_shares(rows["rank"][:, place], num_classes)
+        top1 = shares["top1"]
         own = {name: count_S3[place].tolist() for name, count_S3 in counts.items()}
         flops = fixed + sum(kept * per_row[name] for name, (_, _, kept) in own.items()) / N
         points.append(
@@ -278,7 +280,7 @@ def sweep_capacity(
                 setting,
                 top1,
                 (top1 * (1 - top1) / N) ** 0.5,
-                share_within(rows["rank"][:, place], 5),
+                shares.get("top5"),
                 sum(dropped for _, dropped, _ in own.values()) / sum(asked for asked, _, _ in own.values()),
                 flops / 1e9,
                 speeds[place],

@@ -20,7 +20,7 @@ from vmoe.evaluation.metrics import (
     class_ranks,
     expected_calibration_error,
     right_classes,
-    share_within,
+    top_shares,
 )
 
 logger = logging.getLogger("vmoe.evaluation")
@@ -52,8 +52,7 @@ class Predictions(NamedTuple):
         hits_N = self.rank_N == 0
         per_class_C, counts_C = accuracy_per_class(hits_N, self.label_N, self.num_classes)
         results = {
-            "top1": share_within(self.rank_N, 1),
-            "top5": share_within(self.rank_N, 5),
+            **top_shares(self.rank_N, self.num_classes),
             "mean_per_class": float(per_class_C[counts_C > 0].mean()),
         }
         undefined = int(self.confidence_N.isnan().sum())
@@ -89,8 +88,8 @@ def evaluate_classification(
         num_classes: number of classes of the data set, checked against the model's; None: not checked.
 
     Returns:
-        "top1", "top5" (shares in 0..1, ties count as misses), "mean_per_class" (mean of the classes' accuracies), "ece"
-        (expected calibration error, 15 bins), "num_samples", "num_skipped".
+        "top1", "top5" (shares in 0..1, ties count as misses; no "top5" with five classes or fewer), "mean_per_class"
+        (mean of the classes' accuracies), "ece" (expected calibration error, 15 bins), "num_samples", "num_skipped".
 
     Raises:
         ValueError: the model has another number of classes, a label is out of range, or there are no samples.

@@ -81,6 +81,14 @@ def share_within(ranks_B: Tensor, k: int) -> float:
     return float((ranks_B < k).double().mean()) if ranks_B.numel() else 0.0
 
 
+def top_shares(ranks_N: Tensor, num_classes: int, prefix: str = "") -> dict[str, float]:
+    """{"top1", "top5"}, the shares (0..1) of rows whose right class is the best, or among the best five.
+
+    With five classes or fewer there is no "top5": every answer is among the best five.
+    """
+    return {f"{prefix}top{k}": share_within(ranks_N, k) for k in ((1, 5) if num_classes > 5 else (1,))}
+
+
 def expected_calibration_error(confidences_N: Tensor, hits_N: Tensor, num_bins: int = 15) -> float:
     """How far the confidence in the best class is from the accuracy, on average (Guo et al., arXiv 1706.04599, eq. 3).
 

@@ -23,7 +23,7 @@ from vmoe.data import ImageDataset
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.features import Features, fit_and_test_features
 from vmoe.evaluation.inference import float64_device
-from vmoe.evaluation.metrics import accuracy_per_class, class_ranks, right_classes, share_within
+from vmoe.evaluation.metrics import accuracy_per_class, class_ranks, right_classes, share_within, top_shares
 from vmoe.evaluation.report import Outcome
 from vmoe.evaluation.subject import Subject
 
@@ -39,9 +39,9 @@ def linear_probe(config: EvaluationConfig, subject: Subject, dataset: ImageDatas
     """Task "linear_probe".
 
     Returns:
-        results: "top1", "top5" (ties count as misses), "mean_per_class" (mean of the classes' accuracies), "l2" (the
-        penalty), "num_samples", "num_skipped". details: "val" (accuracy on the held-back part of the training data for
-        each penalty tried; null for a fixed one), "converged", "num_train_samples", "skipped".
+        results: "top1", "top5" (see `top_shares`; ties count as misses), "mean_per_class" (mean of the classes'
+        accuracies), "l2" (the penalty), "num_samples", "num_skipped". details: "val" (accuracy on the held-back part of
+        the training data for each penalty tried; null for a fixed one), "converged", "num_train_samples", "skipped".
 
     Raises:
         ConfigError, ValueError: see `fit_and_test_features` and `choose_penalty`.
@@ -68,8 +68,7 @@ def linear_probe(config: EvaluationConfig, subject: Subject, dataset: ImageDatas
     }
     per_class_C, counts_C = accuracy_per_class(rank_N == 0, test.labels_N, len(dataset.classes))
     results = {
-        "top1": share_within(rank_N, 1),
-        "top5": share_within(rank_N, 5),
+        **top_shares(rank_N, len(dataset.classes)),
         "mean_per_class": float(per_class_C[counts_C > 0].mean()),
         "l2": penalty,
     }
@@ -80,8 +79,8 @@ def knn(config: EvaluationConfig, subject: Subject, dataset: ImageDataset, conso
     """Task "knn".
 
     Returns:
-        results: for each k "k{k}_top1" and "k{k}_top5" (ties count as misses; a class without a vote is never a hit),
-        "num_samples", "num_skipped". details: "num_train_samples", "skipped".
+        results: for each k "k{k}_top1" and "k{k}_top5" (see `top_shares`; ties count as misses; a class without a vote
+        is never a hit), "num_samples", "num_skipped". details: "num_train_samples", "skipped".
 
     Raises:
         ConfigError: k is more than there are training pictures; see also `fit_and_test_features`.
@@ -104,7 +103,7 @@ def knn(config: EvaluationConfig, subject: Subject, dataset: ImageDataset, conso
             for cosine_BK, row_BK in nearest
         )
         rank_N = _ranks(blocks, classes_C, test, dataset)
-        results |= {f"k{k}_top1": share_within(rank_N, 1), f"k{k}_top5": share_within(rank_N, 5)}
+        results |= top_shares(rank_N, len(dataset.classes), prefix=f"k{k}_")
     return _outcome(results, {}, train, test)
 
 
