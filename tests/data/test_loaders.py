@@ -1,6 +1,8 @@
 import logging
+import os
 import pickle
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from vmoe.data import (
     eval_loader,
     train_loader,
 )
+from vmoe.data.loaders import _warn_of_workers, own_cores
 
 from .conftest import PREPROCESS, Pictures, tokenize
 
@@ -251,3 +254,25 @@ def test_text_needs_captions():
 
 def test_a_reader_can_be_sent_to_a_worker():
     assert len(pickle.loads(pickle.dumps(train().reader)).dataset) == 20
+
+
+def test_too_many_workers_are_told_once(caplog, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    _warn_of_workers.cache_clear()
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
+        for loader in (train(num_workers=2), evaluate(num_workers=2), train(num_workers=2, seed=2)):
+            next(iter(loader))
+        next(train(num_workers=1))
+    assert [str(each.message) for each in raised if "worker" in str(each.message)] == []
+    (message,) = caplog.messages
+    assert message.startswith("num_workers is 2, more than the CPU cores of this process (1)")
+
+
+@pytest.mark.parametrize(("cores", "processes", "expected"), [(8, None, 8), (8, "2", 4), (2, "8", 1)])
+def test_the_processes_of_a_job_share_the_cores(cores, processes, expected, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert own_cores() == expected

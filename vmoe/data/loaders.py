@@ -6,7 +6,9 @@ import logging
 import math
 import os
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -309,16 +311,38 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
-def _data_loader(reader: BatchReader, keys: Any, config: LoaderConfig) -> DataLoader:
-    return DataLoader(
-        reader,
-        sampler=keys,
-        batch_size=None,  # a key is a whole batch
-        collate_fn=_as_it_is,
-        num_workers=config.num_workers,
-        pin_memory=config.pin_memory and torch.cuda.is_available(),
-        worker_init_fn=_leave_signals_to_the_main_process,
-        generator=torch.Generator(),  # else every start would draw a number from the global generator
+def _data_loader(reader: BatchReader, keys: Any, config: LoaderConfig) -> Iterator[Batch]:
+    """The batches of the keys, in their order, read by worker processes; says once if these are too many."""
+    if world()[0] == 0 and config.num_workers > own_cores():
+        _warn_of_workers(config.num_workers, own_cores())
+    with warnings.catch_warnings():  # PyTorch says the same for each loader, twice
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader = DataLoader(
+            reader,
+            sampler=keys,
+            batch_size=None,  # a key is a whole batch
+            collate_fn=_as_it_is,
+            num_workers=config.num_workers,
+            pin_memory=config.pin_memory and torch.cuda.is_available(),
+            worker_init_fn=_leave_signals_to_the_main_process,
+            generator=torch.Generator(),  # else every start would draw a number from the global generator
+        )
+        return iter(loader)
+
+
+def own_cores() -> int:
+    """CPU cores for each of the job's processes on this machine, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+@cache
+def _warn_of_workers(num_workers: int, cores: int) -> None:
+    logger.warning(
+        "num_workers is %d, more than the CPU cores of this process (%d): reading may be slower than with %d",
+        num_workers,
+        cores,
+        cores,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from torch import Tensor
 
+from vmoe.data.loaders import own_cores
 from vmoe.distributed.processes import gather_lists, sum_over_processes, world
 from vmoe.moe import LayerRouting, RoutingRecord
 from vmoe.moe.losses import members
@@ -257,12 +257,6 @@ class DataWatch:
             readable,
             remedy,
         )
-
-
-def own_cores() -> int:
-    """CPU cores for each of the job's processes on this machine, at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class ProgressDisplay:
