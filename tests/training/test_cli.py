@@ -69,6 +69,7 @@ def test_a_signal_to_the_group_leaves_a_checkpoint_and_a_clean_message(forks, ma
             code, said = runs[number].wait(120), (folder / "said").read_text()
             assert code == expected[number], (number, said)
             assert "Traceback" not in said
+            assert said.count("stopping after this step") == 1
             assert "the same command continues" in said
             assert len(list_checkpoints(folder / "run")) == 1
     finally:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,20 +46,20 @@ class StopRequest:
         interrupted: Ctrl-C or SIGTERM: stop after this step, the exit code says that the run was interrupted.
         planned: SIGUSR1: stop after this step; the job is to go on later, and nothing is wrong.
         noting: inside `between_steps`.
-        before_loop: what ends when the loop begins.
+        started: that was reached.
+        parent: process that started this one.
     """
 
     interrupted: bool = False
     planned: bool = False
     noting: bool = False
-    before_loop: ExitStack = field(default_factory=ExitStack)
+    started: bool = False
     parent: int = field(default_factory=os.getppid)
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
         """Around the loop: in it signals are only noted, for it to stop after a step. Outside they end the run."""
-        self.before_loop.close()
-        self.noting = True
+        self.noting = self.started = True
         try:
             yield
         finally:
@@ -101,40 +101,64 @@ def interruptible() -> Iterator[StopRequest]:
     names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has no SIGUSR1
     previous = {name: signal.signal(getattr(signal, name), handle) for name in names}
     try:
-        stop.before_loop.enter_context(_ended_where_it_waits(stop))
-        yield stop
+        with _listening(stop):
+            yield stop
     finally:
-        stop.before_loop.close()
         for name, handler in previous.items():
             signal.signal(getattr(signal, name), handler)
 
 
 @contextmanager
-def _ended_where_it_waits(stop: StopRequest) -> Iterator[None]:
-    """Ends the process if its main thread does not hear a signal: Python's handlers run only when C++ returns.
+def _listening(stop: StopRequest) -> Iterator[None]:
+    """Answers signals from a thread, at once: Python's handlers run only when the main thread returns from C++.
 
-    Not in the loop: there a step must not be cut in two, and data workers would write to the same socket.
+    In the loop it says that the run stops after this step. Before it, where C++ may wait for the other processes
+    without end, it ends the process.
     """
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
+    first = os.environ.get("RANK", "0") == "0"
 
     def listen() -> None:
+        told = False
         while number := ours.recv(1):
-            time.sleep(PATIENCE_SECONDS)
-            heard = stop.interrupted or stop.planned
-            if number[0] in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", None)) and not heard:
-                if os.environ.get("RANK", "0") == "0":
+            if number[0] not in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", None)):
+                continue
+            if stop.noting and first and not told:
+                again = "; Ctrl-C again stops at once" if world()[1] == 1 else ""
+                print(f"\nvmoe-train: stopping after this step{again}", file=sys.stderr, flush=True)
+                told = True
+            elif not stop.started:
+                time.sleep(PATIENCE_SECONDS)
+                if stop.interrupted or stop.planned or stop.started:
+                    continue
+                if first:
                     print(f"\nvmoe-train: {STOPPED_OUTSIDE}", file=sys.stderr, flush=True)
                 sys.stdout.flush()
                 os._exit(130 if number[0] in (signal.SIGINT, signal.SIGTERM) else 0)
 
     threading.Thread(target=listen, daemon=True).start()
     previous = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    _listeners.add(theirs)
     try:
         yield
     finally:
         signal.set_wakeup_fd(previous)
+        _listeners.discard(theirs)
         theirs.close()  # ends the thread
+
+
+_listeners: set[socket.socket] = set()
+
+
+def _leave_listeners() -> None:
+    """In a forked child, such as a data worker: its signals are not the run's."""
+    if _listeners:
+        signal.set_wakeup_fd(-1)
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_leave_listeners)
 
 
 class TimeBudget:
