@@ -33,6 +33,7 @@ from vmoe.evaluation.zero_shot import check_class_names, class_scorer, image_bat
 from vmoe.models.factory import is_contrastive
 from vmoe.models.weights import read_pretrained_metadata
 from vmoe.printable import escaped, printable, safe_output
+from vmoe.tables import make_console
 
 PROG = "vmoe-classify"
 logger = logging.getLogger("vmoe.classify")
@@ -142,7 +143,7 @@ def run(arguments: argparse.Namespace, console: Console | None = None) -> list[d
     if arguments.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     elif found:
-        _print_tables(found, console or Console())
+        _print_tables(found, console or make_console())
     if pictures.bad:
         several = f"{len(pictures.bad)} of {len(files)} pictures cannot be read: " if len(files) > 1 else ""
         raise ValueError(several + "; ".join(map(str, pictures.bad)))
@@ -292,8 +293,8 @@ def _probabilities(subject: Subject, pictures: Pictures, names: Sequence[str], t
 def _print_tables(found: list[dict], console: Console) -> None:
     for one in found:
         table = Table(box=box.SIMPLE_HEAD)
-        table.add_column("label")
-        table.add_column("probability", justify="right")
+        table.add_column("label", overflow="fold")
+        table.add_column("probability", justify="right", no_wrap=True)
         for prediction in one["predictions"]:
             table.add_row(Text(prediction["label"]), f"{prediction['probability']:.4f}")
         console.print(one["image"], style="bold", markup=False, highlight=False, soft_wrap=True)

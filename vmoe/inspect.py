@@ -12,8 +12,6 @@ from typing import Literal, get_args, get_type_hints
 
 import yaml
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from vmoe.command import exit_code
 from vmoe.config_io import ConfigError, check_types, parse_config, read_settings_file
@@ -29,6 +27,7 @@ from vmoe.inspection.report import write_report
 from vmoe.inspection.report_charts import chart_library
 from vmoe.inspection.statistics import RoutingStatistics, gather_statistics
 from vmoe.printable import safe_output
+from vmoe.tables import FigureTable, make_console
 
 
 @dataclass
@@ -131,7 +130,7 @@ def run(config: InspectConfig, console: Console | None = None) -> RoutingStatist
         BadSample: an unreadable picture or empty caption, unless `loader.on_bad` is "skip".
         ValueError: unreadable checkpoint or data.
     """
-    console = console or Console()
+    console = console or make_console()
     # What can go wrong is told before the data are read, which may take hours.
     chart_library()
     subject = load_subject(config.checkpoint, config.device, config.precision)
@@ -283,16 +282,15 @@ def output_folder(config: InspectConfig) -> Path:
     return (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "inspection"
 
 
-def summary_table(statistics: RoutingStatistics) -> Table:
+def summary_table(statistics: RoutingStatistics) -> FigureTable:
     """A line per layer and modality: tokens, largest over mean load, experts that got none, drops, entropy."""
-    table = Table(title=escape(f"routing of {statistics.checkpoint} on {statistics.data}"))
-    for place, column in enumerate(("layer", "modality", "tokens", "max/mean load", "idle", "dropped", "entropy")):
-        table.add_column(column, justify="left" if place < 2 else "right")
+    header = ["layer", "modality", "tokens", "max/mean load", "idle", "dropped", "entropy"]
+    table = FigureTable(f"routing of {statistics.checkpoint} on {statistics.data}", header, keys=2, left=header[:2])
     for layer in statistics.layers:
         for modality, tokens in layer.tokens.items():
             kept_E = layer.kept[modality]
             table.add_row(
-                escape(layer.name),
+                layer.name,
                 modality,
                 f"{tokens:,}",
                 f"{kept_E.max() / max(kept_E.mean(), 1e-12):.2f}",

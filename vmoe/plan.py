@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from rich.console import Console
-
 from vmoe.command import exit_code
 from vmoe.config_io import ConfigError, parse_config
 from vmoe.planning.candidates import Planner, rank
@@ -20,10 +18,9 @@ from vmoe.planning.hardware import pick_hardware
 from vmoe.planning.report import as_json, show
 from vmoe.planning.subject import make_subject
 from vmoe.printable import safe_output
+from vmoe.tables import make_console
 from vmoe.training.config import Config
 from vmoe.whole import whole_file
-
-WIDTH = 160  # characters of a line that is not for a terminal
 
 
 @dataclass
@@ -115,10 +112,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     planner = Planner(config, make_subject(config), hardware, config.nodes, config.gpus_per_node)
     meshes, refused = planner.meshes()
     ranked = rank([planner.candidate(mesh, checkpointing) for mesh in meshes for checkpointing in (False, True)])
-    console = Console()
-    if not console.is_terminal:  # in a file or a pipe no line need be cut
-        console.width = WIDTH
-    show(console, planner, ranked, refused, config.top)
+    show(make_console(), planner, ranked, refused, config.top)
     if output is not None:
         with whole_file(output) as draft:
             draft.write_text(json.dumps(as_json(planner, ranked, refused), indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 import runpy
 import shutil
@@ -10,13 +11,14 @@ import pytest
 import timm.data
 import torch
 from PIL import Image
+from rich.console import Console
 
 import vmoe
 from vmoe.config_io import find_config, read_config, shipped_config_dirs
 from vmoe.data.config import SourceConfig
 from vmoe.data.imagenet import imagenet_synsets
 from vmoe.evaluation.config import CapacityConfig, EvaluationConfig, FeatureConfig
-from vmoe.evaluation.report import output_file
+from vmoe.evaluation.report import output_file, print_table
 from vmoe.evaluation.run import main
 from vmoe.models.factory import find_weights, save_pretrained
 
@@ -285,6 +287,16 @@ def test_outputs_of_another_classifier_do_not_stand_for_imagenet(tree, tmp_path,
         argv = ["--config", "imagenet_a", "--data.path", str(tmp_path / "tree"), "--loader.num_workers", "0"]
         assert main(arguments(tmp_path / "model.safetensors", tmp_path / "out.json", *argv)) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_narrow_terminal_shows_every_figure():
+    console = Console(file=io.StringIO(), width=36)
+    results = {"image_to_text_recall@10": 0.12345, "corrupted/brightness/5/top1": 0.5, "num_samples": 123456}
+    print_table("retrieval of runs/a", results, {"image_to_text_recall@10": 0.05}, console)
+    text = console.file.getvalue()
+    for figure in ("0.1235 ± 0.0500", "0.5000", "123456"):
+        assert f" {figure} │" in text
+    assert "…" not in text
 
 
 def test_names_that_are_not_utf8_are_written(tree, classifier, tmp_path):

@@ -22,6 +22,27 @@ def test_a_shipped_config_with_changes(tmp_path, capsys):
     assert {one["grad_checkpointing"] for one in written["candidates"]} == {False, True}
 
 
+def test_a_narrow_terminal_shows_every_figure(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    options = ["--config", "limoe_tiny_emoji", "--model.kwargs.depth", "2", "--top", "20"]
+    assert main([*options, "--output", str(tmp_path / "plan.json")]) == 0
+    shown = capsys.readouterr().out.partition("the whole plan is in")[0]
+    assert "…" not in shown
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    lines = [[cell.strip() for cell in line.split("│")[1:]] for line in shown.splitlines()]
+    for one in json.loads((tmp_path / "plan.json").read_text())["candidates"]:
+        mesh = f"{one['dp_replicate']} x {one['dp_shard']} x {one['ep']}"
+        checkpointing = "yes" if one["grad_checkpointing"] else "no"
+        cells = [cell for line in lines if line[:2] == [mesh, checkpointing] for cell in line]
+        assert f"{one['step_seconds']:.3g}" in cells
+        for size in one["memory_bytes_by_kind"].values():
+            assert not size or f"{size / 2**30:.2f}" in cells
+        for size in one["traffic_bytes"].values():
+            assert not size or f"{size / 1e9:.2f}" in cells
+        for seconds in one["seconds_by_part"].values():
+            assert f"{seconds * 1e3:.3g}" in cells
+
+
 def test_nothing_fits(capsys):
     assert main(["--config", "limoe_tiny_emoji", "--model.kwargs.depth", "2", "--gpus_per_node", "1",
                  "--hardware.memory", "0.1"]) == 0  # fmt: skip

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from vmoe.config_io import ConfigError
 from vmoe.evaluation.capacity import Sweep
+from vmoe.tables import FigureTable
 
 # Okabe and Ito's colours, told apart with any colour vision; shapes and dashes tell them apart in print.
 CURVES = {
@@ -60,9 +60,8 @@ def print_sweep(sweep: Sweep, checkpoint: str, console: Console) -> None:
     """Prints a row per setting, with standard errors and the quartiles of the speed, and what BPR gained."""
     several = len({point.setting.num_selected_experts for point in sweep.points}) > 1
     console.print(f"accuracy, cost and speed of {checkpoint}", highlight=False, markup=False, soft_wrap=True)
-    table = Table()
-    for name in (*(["K"] if several else []), "factor", "order", "top-1", "dropped", "GFLOPs", "pictures/s"):
-        table.add_column(name, justify="left" if name == "order" else "right")
+    header = [*(["K"] if several else []), "factor", "order", "top-1", "dropped", "GFLOPs", "pictures/s"]
+    table = FigureTable("", header, keys=len(header) - 4, left=["order"])
     for point in sweep.points:
         setting, speed = point.setting, point.images_per_second
         table.add_row(

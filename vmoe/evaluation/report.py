@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 from vmoe.config_io import ConfigError
@@ -25,6 +24,7 @@ from vmoe.data import EvalLoader
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.distributed import world
 from vmoe.safe_json import read_json
+from vmoe.tables import FigureTable
 from vmoe.whole import whole_file
 
 LIBRARIES = ("vmoe", "torchvision", "timm", "open_clip_torch", "numpy", "pillow")
@@ -169,9 +169,7 @@ def write_json(report: dict[str, Any], file: Path) -> None:
 def print_table(title: str, results: dict[str, float | int], spread: dict[str, float], console: Console) -> None:
     """Prints the figures; with a spread as mean ± standard deviation."""
     console.print(title, highlight=False, markup=False, soft_wrap=True)
-    table = Table()
-    table.add_column("measure")
-    table.add_column("value", justify="right")
+    table = FigureTable("", ["measure", "value"], left=["measure"])
     for name, value in results.items():
         text = f"{value:.4f}" if isinstance(value, float) else str(value)
         table.add_row(name, f"{text} ± {spread[name]:.4f}" if name in spread else text)

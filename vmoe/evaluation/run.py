@@ -35,6 +35,7 @@ from vmoe.evaluation.tasks import FILES, TASKS
 from vmoe.models.factory import find_weights, is_contrastive, model_spec, read_pretrained_metadata
 from vmoe.moe.quantize import expert_bytes
 from vmoe.printable import safe_output
+from vmoe.tables import make_console
 
 
 @safe_output()
@@ -78,7 +79,7 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
         ValueError: unreadable checkpoint, data, class names or templates.
     """
     rank, num_processes = world()
-    console = console or Console(quiet=rank > 0)
+    console = console or make_console(quiet=rank > 0)
     if config.data.type is None:
         raise ConfigError("data.type is missing: say what to evaluate on")
     # A wrong name is told before anything is read, and damage that is passed over once.

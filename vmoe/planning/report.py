@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Collection
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from vmoe.planning.candidates import Candidate, Planner, Refused, too_large
 from vmoe.planning.hardware import GiB
+from vmoe.tables import FigureTable
 
 KINDS = {
     "weights": "weights",
@@ -27,14 +28,6 @@ KINDS = {
 }
 TRAFFIC = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 PARTS = {
-    "products": "products",
-    "memory": "memory bandwidth",
-    "launches": "launches",
-    "all_to_all": "all-to-all",
-    "weights_and_gradients": "weights and gradients",
-    "optimizer": "optimizer",
-}
-SHORT = {
     "products": "products",
     "memory": "memory",
     "launches": "launch",
@@ -74,9 +67,10 @@ def show(console: Console, planner: Planner, ranked: list[Candidate], refused: l
             "larger GPUs, a smaller batch with train.accumulate_steps, or another optimizer."
         )
     shown = (fitting or ranked)[:top]
-    console.print(_overview(shown))
-    console.print(_memory_table(shown, hardware.usable))
-    console.print(_traffic_table(shown))
+    tables = (_overview(shown), _memory_table(shown, hardware.usable), _traffic_table(shown), _time_table(shown))
+    for table in tables:
+        if len(table.header) > table.keys:  # one process sends nothing
+            console.print(table)
     _leftovers(line, ranked, refused, len(fitting) - len(shown))
     if fitting:
         best = fitting[0]
@@ -101,18 +95,14 @@ def _mesh(candidate: Candidate) -> list[str]:
     return [f"{mesh.dp_replicate} x {mesh.dp_shard} x {mesh.ep}", "yes" if candidate.grad_checkpointing else "no"]
 
 
-def _table(title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name in ("mesh", "ckpt"):
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
+def _table(title: str, *columns: str, left: Collection[str] = ()) -> FigureTable:
+    return FigureTable(title, ["mesh", "ckpt", *columns], keys=2, left=left)
 
 
-def _overview(shown: list[Candidate]) -> Table:
-    table = _table("Meshes (dp_replicate x dp_shard x ep), best first; ckpt: train.grad_checkpointing")
-    for name in ("GiB", "M params", "s / step", "TFLOP", "TFLOP/s"):
-        table.add_column(name, justify="right")
-    table.add_column("bound by")
+def _overview(shown: list[Candidate]) -> FigureTable:
+    title = "Meshes (dp_replicate x dp_shard x ep), best first; ckpt: train.grad_checkpointing"
+    columns = ("GiB", "M params", "s/step", "TFLOP", "TFLOP/s", "bound by")
+    table = _table(title, *columns, left=["bound by"])
     for one in shown:
         share = one.seconds[one.bound] / one.step_seconds
         table.add_row(
@@ -127,27 +117,28 @@ def _overview(shown: list[Candidate]) -> Table:
     return table
 
 
-def _memory_table(shown: list[Candidate], usable: float) -> Table:
-    table = _table(f"GiB of one process when most is needed, of {usable / GiB:.1f} usable")
+def _memory_table(shown: list[Candidate], usable: float) -> FigureTable:
     kinds = [kind for kind in KINDS if any(one.memory[kind] for one in shown)]
-    for kind in kinds:
-        table.add_column(KINDS[kind], justify="right")
-    table.add_column("when")
+    title = f"GiB of one process when most is needed, of {usable / GiB:.1f} usable"
+    table = _table(title, *(KINDS[kind] for kind in kinds), "when", left=["when"])
     for one in shown:
         table.add_row(*_mesh(one), *(f"{one.memory[kind] / GiB:.2f}" for kind in kinds), one.moment.partition(" ")[0])
     return table
 
 
-def _traffic_table(shown: list[Candidate]) -> Table:
-    table = _table("What one process sends in a step, and where its time goes")
+def _traffic_table(shown: list[Candidate]) -> FigureTable:
     kinds = [kind for kind in TRAFFIC if any(one.traffic.get(kind) for one in shown)]
-    for kind in kinds:
-        table.add_column(f"{kind.replace('_', '-').replace('all-to-all', 'a2a')}, GB", justify="right")
-    for part in PARTS:
-        table.add_column(f"{SHORT[part]}, ms", justify="right")
+    names = (kind.replace("_", "-").replace("all-to-all", "a2a") for kind in kinds)
+    table = _table("GB that one process sends in a step", *names)
     for one in shown:
-        traffic = (f"{one.traffic.get(kind, 0) / 1e9:.2f}" for kind in kinds)
-        table.add_row(*_mesh(one), *traffic, *(f"{one.seconds[part] * 1e3:.3g}" for part in PARTS))
+        table.add_row(*_mesh(one), *(f"{one.traffic.get(kind, 0) / 1e9:.2f}" for kind in kinds))
+    return table
+
+
+def _time_table(shown: list[Candidate]) -> FigureTable:
+    table = _table("Milliseconds of a step (memory: its bandwidth)", *PARTS.values())
+    for one in shown:
+        table.add_row(*_mesh(one), *(f"{one.seconds[part] * 1e3:.3g}" for part in PARTS))
     return table
 
 

@@ -11,6 +11,7 @@ from contextlib import nullcontext, redirect_stderr
 
 from vmoe.allocator import keep_freed_memory
 from vmoe.printable import escaped, safe_output
+from vmoe.tables import make_console
 
 
 @safe_output()
@@ -25,7 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         another process was lost; 2: a wrong setting; 130: Ctrl-C or SIGTERM.
     """
     keep_freed_memory()
-    from rich.console import Console
     from rich.logging import RichHandler
 
     from vmoe.training.config import ConfigError, load_config
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vmoe.training.loop import train
     from vmoe.training.stopping import Stopped
 
-    console = Console()
+    console = make_console()
     handler = RichHandler(console=console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     try:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
 from torch import Tensor
 
 from vmoe.data.loaders import own_cores
@@ -22,12 +28,15 @@ from vmoe.distributed.processes import gather_lists, sum_over_processes, world
 from vmoe.moe import LayerRouting, RoutingRecord
 from vmoe.moe.losses import members
 from vmoe.moe.record import statistics_of
+from vmoe.tables import FigureTable
 from vmoe.whole import whole_file
 
 logger = logging.getLogger("vmoe.training")
 
 # Waiting for data is worth a warning above this share of the time, in so many logged steps in a row.
 WAITING_SHARE, WAITING_FOR = 0.2, 5
+LATEST = 200  # durations that the estimate of the time left is made from
+WIDE = 140  # characters of a terminal that has room for a bar beside the figures
 
 
 class MetricsLog:
@@ -259,30 +268,82 @@ class DataWatch:
         )
 
 
+class TimeLeft:
+    """Estimates how long the rest of a run takes: its steps, evaluations and checkpoints, each as long as before.
+
+    Each kind has the mean of its latest durations without the longest: a step that compiles or waits for a slow disk
+    says nothing of the others. An evaluation or checkpoint counts from the first one on.
+
+    Args:
+        steps: of the whole run.
+        every: for each kind besides "step", the steps from one to the next; 0: there is none.
+    """
+
+    def __init__(self, steps: int, **every: int) -> None:
+        self.steps = steps
+        self.every = {"step": 1, **{kind: number for kind, number in every.items() if number}}
+        self.durations = {kind: deque(maxlen=LATEST) for kind in self.every}
+
+    def add(self, kind: str, seconds: float) -> None:
+        """Something of a kind is done, and took that long."""
+        self.durations[kind].append(seconds)
+
+    def seconds(self, step: int) -> float:
+        """Seconds to the end after this step, whose evaluation and checkpoint are still to come.
+
+        The last step has one of each kind.
+        """
+        left = 0.0
+        for kind, every in self.every.items():
+            known = sorted(self.durations[kind])
+            done = (step if kind == "step" else step - 1) // every
+            if known:
+                left += fmean(known[:-1] or known) * (math.ceil(self.steps / every) - done)
+        return left
+
+
+class Fitting:
+    """Texts on one line, separated by commas, as many of them as fit; rich prints it."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self.texts = texts
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        whole = cell_len(", ".join(self.texts))
+        return Measurement(min(whole, options.max_width), whole)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        fitting = [", ".join(self.texts[:number]) for number in range(len(self.texts) + 1)]
+        yield Text(max((text for text in fitting if cell_len(text) <= options.max_width), key=len), no_wrap=True)
+
+
+class FiguresColumn(ProgressColumn):
+    """The figures of a progress bar, as many as its line has room for."""
+
+    def render(self, task: Task) -> Fitting:
+        return Fitting(task.fields["figures"])
+
+
 class ProgressDisplay:
-    """A progress bar on a terminal, plain lines elsewhere.
+    """A progress bar of one line on a terminal, plain lines elsewhere.
 
     Args:
         console: where to.
         step: steps done before.
         steps: steps of the whole run.
+        every: see `TimeLeft`.
     """
 
-    def __init__(self, console: Console, step: int, steps: int) -> None:
+    def __init__(self, console: Console, step: int, steps: int, **every: int) -> None:
         self.console = console
         self.steps = steps
-        self._seconds, self._counted = 0.0, 0
+        self.time_left = TimeLeft(steps, **every)
         self._bar = None
         if console.is_terminal:
-            self._bar = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=16),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=False)),  # two lines where narrow
-                console=console,
-            )
-            self._task = self._bar.add_task("train", total=steps, completed=step, figures="")
+            bar = [BarColumn(bar_width=16)] if console.width >= WIDE else []  # else the figures need the room
+            columns = (TextColumn("step"), MofNCompleteColumn(), *bar, TextColumn("{task.fields[left]}"))
+            self._bar = Progress(*columns, FiguresColumn(), console=console)
+            self._task = self._bar.add_task("train", total=steps, completed=step, figures=[], left="-:--:--")
 
     def __enter__(self) -> ProgressDisplay:
         if self._bar is not None:
@@ -295,42 +356,48 @@ class ProgressDisplay:
 
     def advance(self, step: int, seconds: float) -> None:
         """A step is done, and took that long."""
-        self._seconds += seconds
-        self._counted += 1
+        self.time_left.add("step", seconds)
         if self._bar is not None:
-            self._bar.update(self._task, completed=step)
+            self._bar.update(self._task, completed=step, left=self._left(step))
+
+    @contextmanager
+    def timing(self, kind: str) -> Iterator[None]:
+        """Around an evaluation or the saving of a checkpoint."""
+        began = time.monotonic()
+        yield
+        self.time_left.add(kind, time.monotonic() - began)
 
     def show(self, step: int, figures: dict[str, float]) -> None:
         """The figures of a logged step."""
-        text = short_text(figures)
+        texts = short_texts(figures)
         if self._bar is not None:
-            self._bar.update(self._task, figures=text)
+            self._bar.update(self._task, figures=texts)
         else:
-            left = self._seconds / max(1, self._counted) * (self.steps - step)
-            self.message(f"step {step}/{self.steps} · {text} · {left // 60:.0f}:{left % 60:02.0f} left")
+            self.message(", ".join([f"step {step}/{self.steps}", *texts, f"{self._left(step)} left"]))
 
     def message(self, text: str) -> None:
         """A line of its own, above the bar."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def _left(self, step: int) -> str:
+        return str(timedelta(seconds=round(self.time_left.seconds(step))))
 
-def short_text(figures: dict[str, float]) -> str:
-    """The few figures that a progress line shows."""
-    parts = [f"loss {figures['loss']:.4g}", f"{figures['images_per_second']:.0f} img/s"]
+
+def short_texts(figures: dict[str, float]) -> list[str]:
+    """The few figures that a progress line shows, the most important first."""
+    texts = [f"loss {figures['loss']:.4g}", f"{figures['images_per_second']:.0f} img/s"]
     if figures["data_wait_share"] >= 0.05:
-        parts.append(f"waiting for data {figures['data_wait_share']:.0%}")
+        texts.append(f"waiting for data {figures['data_wait_share']:.0%}")
     if "routing/share_dropped" in figures:
-        parts.append(f"dropped {figures['routing/share_dropped']:.1%}")
-        parts.append(f"max/mean load {figures['routing/load_max_over_mean']:.2f}")
-        parts.append(f"idle experts {figures['routing/experts_without_tokens']:.0f}")
-    return " · ".join(parts)
+        texts.append(f"dropped {figures['routing/share_dropped']:.1%}")
+        texts.append(f"max/mean load {figures['routing/load_max_over_mean']:.2f}")
+        texts.append(f"idle experts {figures['routing/experts_without_tokens']:.0f}")
+    return texts
 
 
-def final_table(summary: dict[str, Any]) -> Table:
+def final_table(summary: dict[str, Any]) -> FigureTable:
     """The summary of a run as a table."""
-    table = Table(title=escape(f"{summary['model']} · {summary['task']}"), show_header=False)
-    table.add_column(style="bold")
-    table.add_column(justify="right")
+    table = FigureTable(f"{summary['model']}, {summary['task']}", ["result", "value"], left=["result"])
     table.add_row("steps", f"{summary['steps']}")
     table.add_row("parameters", f"{summary['parameters_total'] / 1e6:.2f} M")
     table.add_row("  active per token", f"{summary['parameters_active'] / 1e6:.2f} M")

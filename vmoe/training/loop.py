@@ -52,6 +52,7 @@ from vmoe.inspection.figure import example_figure
 from vmoe.inspection.profile import model_profile
 from vmoe.models.factory import preprocess_config
 from vmoe.models.weights import WeightsError, checkpoint_weights
+from vmoe.tables import make_console
 from vmoe.training.agreement import check_same_settings
 from vmoe.training.checkpoint import (
     Checkpointer,
@@ -109,7 +110,7 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
         with joined(device, config.parallel.timeout):
             check_same_settings(config)
             first = world()[0] == 0  # who speaks and writes for all processes
-            return _train(config, device, console or Console() if first else Console(quiet=True), budget, stop)
+            return _train(config, device, console or make_console() if first else Console(quiet=True), budget, stop)
 
 
 def _train(
@@ -221,11 +222,12 @@ def _train(
         extra = {"class_names": task.class_names} if config.task == "classification" else {}
         if task.exif_orientation:
             extra["exif_orientation"] = True
-        with budget.saving():
+        with budget.saving(), display.timing("checkpoint"):
             checkpointer.save(step, model, ema and ema.module, optimizer, trainer, extra)
 
     def evaluate() -> None:
-        progress["evaluation"] = task.evaluate(model if ema is None else ema.module, device)
+        with display.timing("evaluation"):
+            progress["evaluation"] = task.evaluate(model if ema is None else ema.module, device)
         progress["evaluated"] = step
 
     def loss_of(batch: dict[str, torch.Tensor], part: int, module: nn.Module):
@@ -237,7 +239,8 @@ def _train(
         return loss + record.auxiliary_loss().to(device), loss, record
 
     # ---- train
-    display = ProgressDisplay(console, step, config.train.steps)
+    every = {"evaluation": config.train.eval_every, "checkpoint": config.train.checkpoint_every}
+    display = ProgressDisplay(console, step, config.train.steps, **every)
     try:
         with display, stop.between_steps():
 
