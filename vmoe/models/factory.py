@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -298,7 +299,7 @@ def _changed(before: dict, now: dict) -> dict:
 
 
 # Attributes that do not decide what a model computes; a classifier's own shape says how many classes it has.
-_NO_DIFFERENCE = {"training", "grad_checkpointing", "fused_attn", "num_classes", "calls_without_update"}
+_NO_DIFFERENCE = {"training", "grad_checkpointing", "fused_attn", "num_classes", "calls_without_update", "backend"}
 
 
 def difference(model: nn.Module, again: nn.Module) -> str | None:
@@ -323,7 +324,8 @@ def difference(model: nn.Module, again: nn.Module) -> str | None:
 
 
 def _facts(module: nn.Module) -> dict:
-    plain = {key: _plain(value) for key, value in vars(module).items() if key[0] != "_" and key not in _NO_DIFFERENCE}
+    known = vars(module) | (asdict(module.settings) if isinstance(module, SparseMoE) else {})
+    plain = {key: _plain(value) for key, value in known.items() if key[0] != "_" and key not in _NO_DIFFERENCE}
     plain = {key: value for key, value in plain.items() if value is not Ellipsis}
     # FSDP2 gives a module a class of its own, with the old one's name in it.
     return {"class": type(module).__name__.removeprefix("FSDP"), "description": module.extra_repr(), **plain}

@@ -209,7 +209,7 @@ class Experts(nn.Module):
         return select_backend(self, x_RD)(self, x_RD, count_E)
 
     def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, backend={self.backend!r}"
+        return f"num_experts={self.num_experts}"
 
 
 class SharedExpert(nn.Module):
