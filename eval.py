@@ -2,7 +2,7 @@
 
 import sys
 
-from vmoe.evaluation.run import main
+from vmoe.cli.evaluate import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,7 +7,7 @@ import sys
 if not os.environ.get("VMOE_TRACEBACK"):
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from vmoe.training.cli import main
+from vmoe.cli.train import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -28,13 +28,13 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vmoe.config_io import ConfigError, parse_config
+from vmoe.cli.evaluate import check_task
 from vmoe.data import BadSample, ImageDataset, build_dataset
 from vmoe.evaluation.config import EvaluationConfig
-from vmoe.evaluation.run import check_task
-from vmoe.evaluation.subject import Subject, load_subject
+from vmoe.evaluation.loaded_model import Subject, load_subject
 from vmoe.evaluation.tasks import TASKS, zero_shot_names, zero_shot_templates
 from vmoe.evaluation.zero_shot import Template, fill, resolve_templates
+from vmoe.utils.config import ConfigError, parse_config
 
 TOLERANCE = 1e-6
 CUTOFFS = [1, 5, 10]

@@ -30,7 +30,6 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from vmoe.allocator import keep_freed_memory
 from vmoe.data import (
     AugmentationConfig,
     LoaderConfig,
@@ -40,6 +39,7 @@ from vmoe.data import (
     build_transform,
     train_loader,
 )
+from vmoe.utils.allocator import keep_freed_memory
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)

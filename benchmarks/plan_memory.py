@@ -26,17 +26,17 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import vmoe
-from vmoe.config_io import read_config
+from vmoe.cli.plan import PlanConfig
 from vmoe.distributed.mesh import MeshSize, make_meshes
 from vmoe.distributed.parallelize import parallelize, split_groups
 from vmoe.evaluation.inference import arithmetic
 from vmoe.models.factory import create_model, is_contrastive, preprocess_config
-from vmoe.plan import PlanConfig
 from vmoe.planning.candidates import Candidate, Planner
 from vmoe.planning.hardware import HARDWARE
+from vmoe.planning.model_plan import make_subject
 from vmoe.planning.simulate import task_loss
-from vmoe.planning.subject import make_subject
 from vmoe.training.optim import create_optimizer
+from vmoe.utils.config import read_config
 
 MiB = 2**20
 ALONE = MeshSize(1)
@@ -127,7 +127,7 @@ def plan(config: PlanConfig, mesh: MeshSize = ALONE) -> Candidate:
 
 
 def build(config: PlanConfig, mesh: MeshSize = ALONE) -> tuple[nn.Module, ModelEmaV3 | None, Optimizer]:
-    """(model, its average, optimizer) as `vmoe.training.loop` makes them; of several processes the first one's."""
+    """(model, its average, optimizer) as `vmoe.training.trainer` makes them; of several processes the first one's."""
     model = create_model(config.model.name, **config.model.kwargs).train()
     model.set_grad_checkpointing(config.train.grad_checkpointing)
     if mesh.world > 1:
@@ -142,7 +142,7 @@ def build(config: PlanConfig, mesh: MeshSize = ALONE) -> tuple[nn.Module, ModelE
 def train(
     config: PlanConfig, mesh: MeshSize, model: nn.Module, ema: ModelEmaV3 | None, optimizer: Optimizer, steps: int = 2
 ) -> None:
-    """Some steps as in `vmoe.training.loop`, on random pictures and texts."""
+    """Some steps as in `vmoe.training.trainer`, on random pictures and texts."""
     size = config.data.loader.batch_size // mesh.world
     for _ in range(steps):
         batches = [_batch(model, size) for _ in range(config.train.accumulate_steps)]

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import DTYPES, alternate, milliseconds, ratios
-from vmoe.allocator import keep_freed_memory
 from vmoe.moe import GroupedLinear
 from vmoe.moe.quantize import WeightOnlyLinear
+from vmoe.utils.allocator import keep_freed_memory
 
 
 def ways(plain: GroupedLinear) -> dict[str, Callable[[tuple[Tensor, Tensor]], Tensor]]:

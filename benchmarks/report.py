@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.bars import bars
 from benchmarks.session import RESULTS, ROOT, read_results
-from vmoe.whole import whole_file
+from vmoe.utils.atomic import whole_file
 
 PAGE = ROOT / "docs" / "performance.md"
 Row = dict[str, Any]

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from benchmarks.measure import DTYPES, Ceiling, alternate, synchronizer
-from vmoe.allocator import keep_freed_memory
-from vmoe.whole import whole_file
+from vmoe.utils.allocator import keep_freed_memory
+from vmoe.utils.atomic import whole_file
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -257,7 +257,9 @@ def allocator(device: torch.device, keeps_memory: bool) -> str:
     if by_environment:
         words.append(f"set by {', '.join(by_environment)}")
     if keeps_memory:
-        words.append("set by vmoe.allocator.keep_freed_memory, as in training: freed memory stays with the process")
+        words.append(
+            "set by vmoe.utils.allocator.keep_freed_memory, as in training: freed memory stays with the process"
+        )
     elif not by_environment:
         words.append("as it is by itself")
     return ", ".join(words)

@@ -9,10 +9,10 @@ import argparse
 import statistics
 from pathlib import Path
 
-from vmoe.allocator import keep_freed_memory
-from vmoe.config_io import read_config
 from vmoe.training.config import Config
-from vmoe.training.loop import train
+from vmoe.training.trainer import train
+from vmoe.utils.allocator import keep_freed_memory
+from vmoe.utils.config import read_config
 
 RUNS = {
     "dense, N steps": "limoe_tiny_emoji_dense",

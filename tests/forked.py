@@ -129,7 +129,7 @@ def serve() -> None:
     from PIL import Image
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    import vmoe.training.loop  # noqa: F401
+    import vmoe.training.trainer  # noqa: F401
 
     Image.init()
     gc.collect()
@@ -201,7 +201,7 @@ def show_evaluations(file: Path) -> None:
 
 def after(last: int, do: Callable[[], None]) -> None:
     """Lets this process do something in the step after step `last`."""
-    from vmoe.training.logging import CollapseWatch
+    from vmoe.training.logger import CollapseWatch
 
     look = CollapseWatch.update
 
@@ -215,7 +215,7 @@ def after(last: int, do: Callable[[], None]) -> None:
 
 def worker(arguments: list[str]) -> None:
     """What each process under torchrun's agent does."""
-    from vmoe.training.cli import main
+    from vmoe.cli.train import main
 
     if "DIE_AFTER" in os.environ and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         after(int(os.environ["DIE_AFTER"]), lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -225,3 +225,8 @@ def worker(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     serve()
+
+
+def printed(file: Path) -> str:
+    """What a process printed, without gloo's own lines, which PyTorch 2.10 prints."""
+    return "".join(line for line in file.read_text().splitlines(True) if not line.startswith("[Gloo]"))

@@ -101,7 +101,7 @@ def test_memory_is_kept_unless_the_user_says_otherwise(set_by_user):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     if set_by_user:
         environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    code = "import importlib.util as u; spec = u.spec_from_file_location('allocator', 'vmoe/allocator.py');"
+    code = "import importlib.util as u; spec = u.spec_from_file_location('allocator', 'vmoe/utils/allocator.py');"
     code += "module = u.module_from_spec(spec); spec.loader.exec_module(module); print(module.keep_freed_memory())"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.stdout.strip() == str(not set_by_user), ran.stderr

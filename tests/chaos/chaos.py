@@ -30,8 +30,8 @@ from typing import Any
 from safetensors.torch import load_file
 
 from tests.forked import Fork, Forks
-from vmoe.manifest import list_checkpoints
-from vmoe.training.logging import read_metrics
+from vmoe.models.manifest import list_checkpoints
+from vmoe.training.logger import read_metrics
 
 from .tiny import arguments, make_pictures, write_config
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.forked import free_port
+from tests.forked import free_port, printed
 
 from .tiny import arguments
 
@@ -89,7 +89,7 @@ def test_a_bad_validation_picture_stops_all_processes_with_one_sentence(forks, c
     )
     processes = forks.group(given, tmp_path / "out", free_port())
     assert [process.wait() for process in processes] == [1, 1]
-    said = [(tmp_path / f"out.{rank}").read_text() for rank in range(2)]
+    said = [printed(tmp_path / f"out.{rank}") for rank in range(2)]
     assert said[0].count("error") == 1
     assert ".png" in said[0]
     assert said[1] == ""

@@ -4,7 +4,7 @@ import signal
 import socket
 import time
 
-from tests.forked import free_port
+from tests.forked import free_port, printed
 
 from .tiny import arguments
 
@@ -17,7 +17,7 @@ def test_processes_with_different_settings_do_not_train(forks, config, tmp_path)
         env = {**job, "RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}
         processes.append(forks.start(given, tmp_path / f"out.{rank}", **env))
     assert [process.wait() for process in processes] == [2, 2]
-    said = [(tmp_path / f"out.{rank}").read_text() for rank in range(2)]
+    said = [printed(tmp_path / f"out.{rank}") for rank in range(2)]
     assert "optim.lr is 0.001 in process 0, 0.5 in process 1" in said[0]
     assert "train.freeze is [] in process 0, ['head.*'] in process 1" in said[0]
     assert "device is" not in said[0]  # may differ
@@ -29,8 +29,8 @@ def test_a_batch_that_cannot_be_shared_is_a_wrong_setting(forks, config, tmp_pat
     given = arguments(config, tmp_path / "run", data__loader__batch_size=7, parallel__timeout=30)
     processes = forks.group(given, tmp_path / "out", free_port())
     assert [process.wait() for process in processes] == [2, 2]
-    assert "data.loader.batch_size must be a multiple of the 2 processes" in (tmp_path / "out.0").read_text()
-    assert (tmp_path / "out.1").read_text() == ""
+    assert "data.loader.batch_size must be a multiple of the 2 processes" in printed(tmp_path / "out.0")
+    assert printed(tmp_path / "out.1") == ""
 
 
 def test_a_signal_ends_a_process_that_waits_for_the_others_to_join(forks, config, tmp_path):

@@ -17,10 +17,10 @@ from figures import GOLDEN, load, part
 from write_sharded import MAGIC, chunks_of, pack_array, write_arrays
 
 from vmoe.convert.arrays import CheckpointError, copy_into, read_array, row_slices
-from vmoe.convert.files import open_checkpoint
 from vmoe.convert.messagepack import Reader
 from vmoe.convert.orbax import open_orbax
 from vmoe.convert.sharded import find_sharded, open_flax, open_sharded
+from vmoe.convert.to_safetensors import open_checkpoint
 
 ARRAYS = {
     "b/10": np.arange(35, dtype=np.float32).reshape(7, 5),

@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 from vmoe.data import ImageDataset, Sample, SourceConfig, build_dataset
-from vmoe.data import emoji as emoji_module
 from vmoe.data.fingerprint import BYTES_OF_A_FILE, Fingerprint
-from vmoe.data.labelled import TorchvisionDataset
+from vmoe.data.sources import emoji as emoji_module
+from vmoe.data.sources.folder import TorchvisionDataset
 
 from .conftest import Pictures
 

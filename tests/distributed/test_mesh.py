@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import vmoe
-from vmoe.config_io import ConfigError
 from vmoe.distributed.mesh import MeshSize, make_meshes, mesh_size
 from vmoe.distributed.parallelize import is_sharded, parallelize
+from vmoe.utils.config import ConfigError
 
 CPU = torch.device("cpu")
 

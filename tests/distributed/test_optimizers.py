@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from vmoe.config_io import ConfigError
 from vmoe.distributed.mesh import MeshSize, make_meshes
 from vmoe.distributed.parallelize import parallelize
 from vmoe.training.config import OptimConfig
 from vmoe.training.optim import SHARDABLE, create_optimizer
+from vmoe.utils.config import ConfigError
 
 from .test_mesh import tiny
 

@@ -11,15 +11,15 @@ from PIL import Image
 from rich.console import Console
 
 import vmoe
-from vmoe.config_io import ConfigError
+from vmoe.cli.evaluate import main, run
 from vmoe.evaluation.capacity import Setting, limited, sparse_image_layers, sweep_capacity, sweep_settings
 from vmoe.evaluation.capacity_report import draw_sweep, flat_results, print_sweep, sweep_details, verdict, write_sweep
 from vmoe.evaluation.classification import evaluate_classification
 from vmoe.evaluation.config import CapacityConfig, EvaluationConfig
-from vmoe.evaluation.run import main, run
-from vmoe.inspection.profile import forward_flops, model_profile
 from vmoe.models.factory import save_pretrained
+from vmoe.models.flops import forward_flops, model_profile
 from vmoe.moe.dispatch import expert_capacity
+from vmoe.utils.config import ConfigError
 
 TINY = {"depth": 2, "num_heads": 2, "moe_layers": "every1"}
 NUM_CLASSES, NUM_PICTURES, GROUP = 6, 22, 8  # the last group is smaller
@@ -333,7 +333,7 @@ def test_no_limit_equals_the_task_itself(folder, tmp_path, checkpoint, task):
 
 
 def parse(arguments, folder, task) -> EvaluationConfig:
-    from vmoe.config_io import parse_config
+    from vmoe.utils.config import parse_config
 
     file = folder / f"{task}.config.json"
     file.write_text(json.dumps({**arguments, "task": task, "output": str(folder / f"{task}.json")}))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision import datasets
 
-from vmoe.data.imagenet import imagenet_synsets, imagenet_words
+from vmoe.data.sources.imagenet import imagenet_synsets, imagenet_words
 from vmoe.evaluation.class_names import FOLDER, is_published, known_sets, prompt_names, prompt_templates, published_set
 
 SIZES = {

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import vmoe
 from vmoe.data import LoaderConfig, SourceConfig, build_dataset
-from vmoe.data.emoji import EmojiPairs
+from vmoe.data.sources.emoji import EmojiPairs
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.models.factory import save_pretrained
 

@@ -9,12 +9,12 @@ from PIL import Image
 from timm.data import ImageNetInfo
 
 import vmoe
-from vmoe.data import imagenet_c as imagenet_c_module
-from vmoe.data.imagenet import imagenet_words
-from vmoe.data.imagenet_c import ImageNetC
-from vmoe.evaluation import run as run_module
-from vmoe.evaluation.run import main
-from vmoe.evaluation.subject import load_subject
+from vmoe.cli import evaluate as run_module
+from vmoe.cli.evaluate import main
+from vmoe.data.sources import imagenet_c as imagenet_c_module
+from vmoe.data.sources.imagenet import imagenet_words
+from vmoe.data.sources.imagenet_c import ImageNetC
+from vmoe.evaluation.loaded_model import load_subject
 from vmoe.models.factory import save_pretrained
 
 SYNSETS = ImageNetInfo("imagenet-1k").label_names()

@@ -9,13 +9,13 @@ from safetensors import safe_open
 from torch import nn
 
 import vmoe
-from vmoe.config_io import ConfigError
+from vmoe.cli.evaluate import run
 from vmoe.data import BadSample, ImageDataset, LoaderConfig, Sample, SourceConfig
 from vmoe.evaluation.config import EvaluationConfig, FeatureConfig
 from vmoe.evaluation.features import extract_features, feature_cache, image_features
-from vmoe.evaluation.run import run
-from vmoe.evaluation.subject import load_subject
+from vmoe.evaluation.loaded_model import load_subject
 from vmoe.models.factory import save_pretrained
+from vmoe.utils.config import ConfigError
 
 TINY = {"depth": 2, "num_heads": 2}
 LOADER = LoaderConfig(batch_size=4, num_workers=0)

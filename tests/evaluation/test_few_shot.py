@@ -6,12 +6,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from vmoe.config_io import ConfigError
 from vmoe.data import SourceConfig
 from vmoe.evaluation import few_shot as module
 from vmoe.evaluation.config import EvaluationConfig, FeatureConfig, FeatureSet
 from vmoe.evaluation.features import Features
 from vmoe.evaluation.few_shot import L2_PENALTIES, best_penalty, few_shot, few_shot_accuracy
+from vmoe.utils.config import ConfigError
 
 
 @pytest.fixture

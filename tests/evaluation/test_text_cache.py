@@ -3,7 +3,7 @@ import torch
 
 import vmoe
 from vmoe.data.texts import warn_once
-from vmoe.evaluation.subject import load_subject
+from vmoe.evaluation.loaded_model import load_subject
 from vmoe.evaluation.text_cache import cached_classes
 from vmoe.evaluation.zero_shot import encode_classes
 from vmoe.models.factory import save_pretrained

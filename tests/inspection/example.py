@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vmoe.inspection.statistics import (
+from vmoe.inspection.routing_statistics import (
     LayerStatistics,
     RoutingStatistics,
     SampleRouting,

@@ -4,11 +4,11 @@ import torch
 from PIL import Image
 
 import vmoe
-from vmoe.evaluation.subject import load_subject
+from vmoe.evaluation.loaded_model import load_subject
 from vmoe.inspection import explain as logic
 from vmoe.inspection import fragments
-from vmoe.inspection.figure import DROPPED, PALETTE
-from vmoe.inspection.statistics import TokenRouting
+from vmoe.inspection.example_plot import DROPPED, PALETTE
+from vmoe.inspection.routing_statistics import TokenRouting
 from vmoe.models.factory import save_pretrained
 
 

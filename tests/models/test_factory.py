@@ -18,9 +18,9 @@ from torchvision.transforms import ToTensor
 
 import vmoe
 from vmoe.data.texts import cut_rows
-from vmoe.models import factory
+from vmoe.models import factory, spec
 from vmoe.models.factory import create_model, load_weights, save_pretrained
-from vmoe.models.weights import WeightsError, safetensors_metadata
+from vmoe.models.serialization import WeightsError, safetensors_metadata
 
 
 def test_a_file_is_all_that_is_needed(tmp_path):
@@ -128,8 +128,8 @@ def test_the_newest_checkpoint_of_a_run_is_found(tmp_path, caplog):
 
 
 def test_names():
-    assert "limoe_base_patch16" in factory.list_models()
-    assert "vmoe_base_patch16_224" in factory.list_models()
+    assert "limoe_base_patch16" in spec.list_models()
+    assert "vmoe_base_patch16_224" in spec.list_models()
     with pytest.raises(ValueError, match="unknown model 'limoe_base_patch61'; did you mean 'limoe_base_patch16'"):
         create_model("limoe_base_patch61")
     for name in ("limoe_tiny_patch8_48", "vmoe_tiny_patch8_48"):
@@ -150,7 +150,7 @@ def test_names():
     with pytest.raises(ValueError, match="needs a name"):
         create_model()
     with pytest.raises(ValueError, match="not made by vmoe.create_model"):
-        factory.model_spec(timm.create_model("vmoe_tiny_patch8_48"))
+        spec.model_spec(timm.create_model("vmoe_tiny_patch8_48"))
 
 
 def test_tokenizer():
@@ -460,7 +460,7 @@ def test_saving_draws_no_random_numbers(tmp_path):
 
 
 def test_a_model_is_checked_without_memory_for_its_weights():
-    model = factory.build_empty(factory.model_spec(upcycled()))
+    model = factory.build_empty(spec.model_spec(upcycled()))
     assert all(tensor.is_meta for tensor in model.state_dict().values())
 
 

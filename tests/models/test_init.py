@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import vmoe
-from vmoe.models.factory import list_models
 from vmoe.models.limoe import LIMOE_CONFIGS
+from vmoe.models.spec import list_models
 from vmoe.models.two_tower import TWO_TOWER_CONFIGS
 from vmoe.moe import SparseMoE
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from vmoe.config_io import read_config
-from vmoe.planning.subject import make_subject
+from vmoe.planning.model_plan import make_subject
 from vmoe.training.config import Config
 from vmoe.training.optim import create_optimizer, create_schedule
+from vmoe.utils.config import read_config
 
 FOLDER = Path(__file__).parents[2] / "configs" / "paper"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.yaml"))

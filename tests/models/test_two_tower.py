@@ -10,7 +10,8 @@ from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 
 import vmoe
-from vmoe.models.factory import create_model, model_spec, preprocess_config, save_pretrained
+from vmoe.models.factory import create_model, preprocess_config, save_pretrained
+from vmoe.models.spec import model_spec
 from vmoe.models.two_tower import TWO_TOWER_CONFIGS, TwoTower, merge_settings
 from vmoe.moe import SparseMoE
 

@@ -7,9 +7,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vmoe
-from vmoe.inspection.profile import count_parameters, forward_flops
 from vmoe.models import factory
 from vmoe.models.densify import densify
+from vmoe.models.flops import count_parameters, forward_flops
+from vmoe.models.spec import model_spec
 from vmoe.moe import GroupedLinear, SparseMoE
 from vmoe.moe.quantize import WeightOnlyLinear, expert_bytes, experts_kept_as, quantize_experts
 
@@ -111,7 +112,7 @@ def test_files_and_state_dicts_bring_it_back(kind, tmp_path):
     model, x = quantize_experts(vision(), kind), torch.randn(2, 3, 48, 48)
     factory.save_pretrained(model, tmp_path / "m.safetensors")
     again = vmoe.create_model(pretrained=tmp_path / "m.safetensors").eval()
-    assert factory.model_spec(again)["experts"] == experts_kept_as(again) == kind
+    assert model_spec(again)["experts"] == experts_kept_as(again) == kind
     assert torch.equal(again(x), model(x))
     other = quantize_experts(vision(), kind)
     other.load_state_dict(model.state_dict())

@@ -2,11 +2,11 @@ import dataclasses
 
 import pytest
 
-from vmoe.config_io import ConfigError, read_config
-from vmoe.plan import PlanConfig
+from vmoe.cli.plan import PlanConfig
 from vmoe.planning.candidates import Planner, rank
 from vmoe.planning.hardware import HARDWARE
-from vmoe.planning.subject import make_subject
+from vmoe.planning.model_plan import make_subject
+from vmoe.utils.config import ConfigError, read_config
 
 VISION = ("--task", "classification", "--model.name", "vmoe_tiny_patch8_48", "--model.kwargs.num_classes", "10")
 PAIRS = ("--task", "contrastive", "--model.name", "limoe_tiny_patch12_48")

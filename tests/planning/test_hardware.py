@@ -1,7 +1,7 @@
 import pytest
 
-from vmoe.config_io import ConfigError
 from vmoe.planning.hardware import HARDWARE, Hardware, Links, pick_hardware
+from vmoe.utils.config import ConfigError
 
 EXACT = Hardware(1, 1, 1, 1, 100, 10, link_efficiency=1.0, latency=0.0)
 

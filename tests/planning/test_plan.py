@@ -3,8 +3,8 @@ import json
 import pytest
 
 from benchmarks.plan_memory import CHECKPOINTING, DROPLESS, classifier, measure, pairs, plan, read
+from vmoe.cli.plan import main
 from vmoe.distributed.mesh import MeshSize
-from vmoe.plan import main
 
 
 def test_a_shipped_config_with_changes(tmp_path, capsys):
@@ -103,7 +103,7 @@ def test_so_is_that_of_sharded_weights(mesh):
 @pytest.mark.slow
 def test_15_billion_parameters_are_planned_without_their_memory(forks, tmp_path):
     (tmp_path / "plan.py").write_text(
-        "import resource, sys; from vmoe.plan import main;"
+        "import resource, sys; from vmoe.cli.plan import main;"
         "code = main(['--config', 'paper/vmoe_15b', '--nodes', '32', '--gpus_per_node', '8']);"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
     )

@@ -3,12 +3,12 @@ import math
 import pytest
 import torch
 
-from vmoe.config_io import ConfigError
 from vmoe.models.factory import create_model
 from vmoe.moe.dispatch import expert_capacity
 from vmoe.planning.hardware import HARDWARE
 from vmoe.planning.simulate import simulate_optimizer, simulate_step
 from vmoe.training.config import OptimConfig
+from vmoe.utils.config import ConfigError
 
 H100 = HARDWARE["h100"]
 

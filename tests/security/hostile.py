@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from vmoe.data.images import BadSample
-from vmoe.models.weights import METADATA_KEY, read_pretrained_metadata
+from vmoe.models.serialization import METADATA_KEY, read_pretrained_metadata
 
 from .bounds import outcome
 

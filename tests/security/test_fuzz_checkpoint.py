@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import vmoe
-from vmoe.manifest import MANIFEST, describe_files, write_manifest
-from vmoe.models.weights import StoredTensors, WeightsError
+from vmoe.models.manifest import MANIFEST, describe_files, write_manifest
+from vmoe.models.serialization import StoredTensors, WeightsError
 from vmoe.training.checkpoint import Checkpointer, CheckpointError, load_checkpoint
 
 from .bounds import damaged, damaged_tree, fuzz, outcome

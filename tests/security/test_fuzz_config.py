@@ -9,8 +9,8 @@ from typing import Any, Literal
 import yaml
 from hypothesis import strategies as st
 
-from vmoe.config_io import ConfigError, read_config, shipped_config_dirs
-from vmoe.printable import printable
+from vmoe.utils.config import ConfigError, read_config, shipped_config_dirs
+from vmoe.utils.printable import printable
 
 from .bounds import damaged, fuzz, outcome
 

@@ -15,12 +15,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "convert"))
 from write_sharded import pack_array, write_arrays
 
 from vmoe.convert.arrays import CheckpointError, copy_into
-from vmoe.convert.config import ConfigError
-from vmoe.convert.files import convert_checkpoint, resolve_config
 from vmoe.convert.orbax import find_orbax, open_orbax
 from vmoe.convert.reference import empty_model, fit
+from vmoe.convert.reference_config import ConfigError
 from vmoe.convert.settings import config_grid, model_settings
 from vmoe.convert.sharded import open_flax, open_sharded
+from vmoe.convert.to_safetensors import convert_checkpoint, resolve_config
 
 from .bounds import NASTY, damaged, damaged_tree, fuzz, outcome
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vmoe.data.images import FORMATS, MAX_PIXELS, BadSample, load_image
-from vmoe.data.pairs import PairsFile
-from vmoe.data.shards import Shards
+from vmoe.data.sources.captions import PairsFile
+from vmoe.data.sources.webdataset import Shards
 from vmoe.data.tar import read_members
-from vmoe.safe_json import parse_json
+from vmoe.utils.safe_json import parse_json
 
 from .bounds import NASTY, damaged, fuzz, outcome
 

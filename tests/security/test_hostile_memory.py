@@ -11,7 +11,7 @@ IN_LITTLE_MEMORY = """
 import json, resource, sys
 from pathlib import Path
 import vmoe
-from vmoe.config_io import parse_config, read_config
+from vmoe.utils.config import parse_config, read_config
 from vmoe.convert.sharded import open_flax
 from vmoe.data.images import load_image
 from vmoe.training.config import Config

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from vmoe.config_io import parse_config, read_config
 from vmoe.data.images import BadSample
 from vmoe.training.config import Config
+from vmoe.utils.config import parse_config, read_config
 
 from .hostile import refused
 
@@ -89,7 +89,7 @@ def test_a_command_line_that_is_not_utf8_ends_with_a_sentence(capsys):
 
 
 def test_errors_do_not_act_on_the_terminal(capsys):
-    from vmoe.command import exit_code
+    from vmoe.cli.command import exit_code
 
     def run() -> None:
         raise BadSample("\x1b]0;owned\x07\x1b[2J\u202egpj.exe", "torn")

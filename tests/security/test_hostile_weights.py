@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import vmoe
-from vmoe.convert.files import open_checkpoint, resolve_config
 from vmoe.convert.settings import model_settings
-from vmoe.manifest import find_problems, write_manifest
-from vmoe.models.weights import METADATA_KEY
+from vmoe.convert.to_safetensors import open_checkpoint, resolve_config
+from vmoe.models.manifest import find_problems, write_manifest
+from vmoe.models.serialization import METADATA_KEY
 from vmoe.training.optimizer_state import import_state
 
 from .bounds import outcome

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vmoe.config_io import read_config
 from vmoe.training.config import Config
+from vmoe.utils.config import read_config
 
 COLOURS = {"blue": (30, 40, 220), "green": (40, 200, 60), "red": (220, 30, 40)}
 TINY_VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_experts": 4}

@@ -18,9 +18,9 @@ import torch.multiprocessing as mp
 import vmoe
 from vmoe.distributed.mesh import MeshSize, make_meshes
 from vmoe.distributed.parallelize import parallelize, split_groups
-from vmoe.manifest import find_problems
 from vmoe.models.factory import create_model
-from vmoe.models.weights import find_weights
+from vmoe.models.manifest import find_problems
+from vmoe.models.serialization import find_weights
 from vmoe.training import checkpoint as module
 from vmoe.training.checkpoint import (
     Checkpointer,

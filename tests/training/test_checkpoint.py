@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import vmoe
-from vmoe.manifest import find_problems
 from vmoe.models import factory
 from vmoe.models.factory import save_pretrained
-from vmoe.models.weights import WeightsError, find_weights
+from vmoe.models.manifest import find_problems
+from vmoe.models.serialization import WeightsError, find_weights
 from vmoe.training import checkpoint as module
 from vmoe.training.checkpoint import (
     Checkpointer,
@@ -288,7 +288,7 @@ def test_a_strange_manifest_is_one_sentence(tmp_path, model, optimizer, content,
 
 
 def test_a_manifest_that_names_files_elsewhere_reads_none(tmp_path, model, optimizer):
-    from vmoe.manifest import describe_files, write_manifest
+    from vmoe.models.manifest import describe_files, write_manifest
 
     folder = save(tmp_path, 1, model, optimizer)
     (tmp_path / "secret").write_text("x")

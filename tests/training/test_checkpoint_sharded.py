@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 import vmoe
-from vmoe.evaluation.subject import weights_fingerprint
-from vmoe.export import export
-from vmoe.models.weights import StoredTensors, WeightsError, find_weights
+from vmoe.cli.export import export
+from vmoe.evaluation.loaded_model import weights_fingerprint
+from vmoe.models.serialization import StoredTensors, WeightsError, find_weights
 
 MESHES = ["2 copies, ep 2", "ep 4", "fsdp 2, ep 2", "ddp"]
 

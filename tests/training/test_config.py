@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import yaml
 
-from vmoe.config_io import ConfigError, read_config, shipped_config_dirs
 from vmoe.training.config import Config, ModelConfig, TrainConfig, changed_settings, flatten, load_config, to_yaml
+from vmoe.utils.config import ConfigError, read_config, shipped_config_dirs
 
 SHIPPED = sorted(path.stem for folder in shipped_config_dirs() for path in folder.glob("*.yaml"))
 REQUIRED = ["--output_dir=x", "--task=classification", "--model.name=vmoe_tiny_patch8_48"]

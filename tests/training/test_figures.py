@@ -2,7 +2,7 @@
 
 import pytest
 
-from vmoe.training import logging as figures
+from vmoe.training import logger as figures
 
 
 def test_a_minimum_stays_one_over_processes(monkeypatch):

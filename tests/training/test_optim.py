@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmoe.config_io import ConfigError
 from vmoe.training.config import OptimConfig
 from vmoe.training.optim import create_optimizer, create_schedule, freeze
+from vmoe.utils.config import ConfigError
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 from timm.optim import create_optimizer_v2, kron, list_optimizers
 from torch import nn
 
-from vmoe.manifest import MANIFEST, describe_files, write_manifest
+from vmoe.models.manifest import MANIFEST, describe_files, write_manifest
 from vmoe.training.checkpoint import Checkpointer, CheckpointError, load_checkpoint
 from vmoe.training.config import OptimConfig
 from vmoe.training.optim import create_optimizer

@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from vmoe.config_io import ConfigError
 from vmoe.data import build_transform, train_loader
 from vmoe.models.factory import create_model, preprocess_config, save_pretrained
 from vmoe.moe import quantize_experts
-from vmoe.training.loop import train
 from vmoe.training.optim import freeze
 from vmoe.training.tasks import create_task
+from vmoe.training.trainer import train
+from vmoe.utils.config import ConfigError
 
 CPU = torch.device("cpu")
 

@@ -11,9 +11,9 @@ import yaml
 from rich.console import Console
 
 import vmoe
-from vmoe.config_io import ConfigError, read_config
 from vmoe.training.config import Config
-from vmoe.training.loop import train
+from vmoe.training.trainer import train
+from vmoe.utils.config import ConfigError, read_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAME = "two_tower_tiny_patch8_48"

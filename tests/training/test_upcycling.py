@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vmoe.config_io import ConfigError, read_config, shipped_config_dirs
-from vmoe.data.emoji import EmojiGroups
+from vmoe.data.sources.emoji import EmojiGroups
 from vmoe.models.factory import create_model, save_pretrained
 from vmoe.models.upcycle import upcycle
 from vmoe.training.config import Config, ModelConfig, OptimConfig
-from vmoe.training.loop import train
 from vmoe.training.optim import create_optimizer
+from vmoe.training.trainer import train
+from vmoe.utils.config import ConfigError, read_config, shipped_config_dirs
 
 
 def metrics(config: Config, key: str) -> list[float]:

@@ -1,11 +1,11 @@
 """Models and weights of other programs, brought here and back: the reference's checkpoints (google-research/vmoe)."""
 
 from vmoe.convert.arrays import CheckpointError
-from vmoe.convert.config import ConfigError
-from vmoe.convert.export import reference_config
-from vmoe.convert.files import convert_checkpoint, pretrained_cfg
 from vmoe.convert.reference import from_reference, to_reference
+from vmoe.convert.reference_config import ConfigError
 from vmoe.convert.released import RELEASED
+from vmoe.convert.to_reference import reference_config
+from vmoe.convert.to_safetensors import convert_checkpoint, pretrained_cfg
 
 __all__ = [
     "RELEASED",

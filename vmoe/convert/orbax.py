@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from vmoe.convert.arrays import CheckpointError, Slices
-from vmoe.printable import printable
-from vmoe.safe_json import read_json
+from vmoe.utils.printable import printable
+from vmoe.utils.safe_json import read_json
 
 logger = logging.getLogger("vmoe.convert")
 

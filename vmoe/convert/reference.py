@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from vmoe.convert.arrays import ArrayInMemory, CheckpointError, StoredArray, copy_into, read_array, select_params
-from vmoe.convert.config import ConfigError
-from vmoe.convert.export import reference_config
 from vmoe.convert.layout import Place, reference_places, stored_grid, zoom_positions
+from vmoe.convert.reference_config import ConfigError
 from vmoe.convert.settings import config_grid, model_settings
-from vmoe.printable import printable
+from vmoe.convert.to_reference import reference_config
+from vmoe.utils.printable import printable
 
 Zoom = tuple[tuple[int, int], tuple[int, int]]
 _IMAGE_POSITIONS = tuple(f"{tower}Encoder/posembed_input/pos_embedding" for tower in ("", "img/"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vmoe.convert.config import ConfigError, Section, pair
+from vmoe.convert.reference_config import ConfigError, Section, pair
 from vmoe.moe.dispatch import expert_capacity
 
 Shapes = Mapping[str, tuple[int, ...]]

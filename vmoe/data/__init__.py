@@ -4,7 +4,7 @@ from vmoe.data.build import applies_orientation, build_dataset, with_orientation
 from vmoe.data.config import AugmentationConfig, LoaderConfig, SourceConfig
 from vmoe.data.dataset import ImageDataset, Sample
 from vmoe.data.images import BadSample, load_image
-from vmoe.data.loaders import EvalLoader, TooManyBadSamples, TrainLoader, eval_loader, train_loader
+from vmoe.data.loader import EvalLoader, TooManyBadSamples, TrainLoader, eval_loader, train_loader
 from vmoe.data.transforms import SeededMixup, Transform, build_mixup, build_transform
 
 __all__ = [

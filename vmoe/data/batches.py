@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from vmoe.data.dataset import ImageDataset, Sample
 from vmoe.data.images import BadSample, DataError
-from vmoe.data.order import BatchKey
+from vmoe.data.sampler import BatchKey
 from vmoe.data.seeding import derive_seed, isolated_randomness, seed_process
 from vmoe.data.texts import Tokenizer, cut_rows
 from vmoe.data.transforms import Transform

@@ -5,21 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from vmoe.data.cifar import VARIANTS as CIFAR
-from vmoe.data.cifar import Cifar
 from vmoe.data.config import NOT_FROM_FILES, SourceConfig
 from vmoe.data.dataset import ImageDataset
-from vmoe.data.emoji import EmojiGroups, EmojiPairs
-from vmoe.data.hf import HuggingFace, ParquetRows
-from vmoe.data.imagenet import ImageNet, ImageNetReal, ImageNetSketch, ImageNetSubset, ImageNetV2
-from vmoe.data.imagenet_c import ImageNetC
 from vmoe.data.images import DEFAULT, MAX_PIXELS, Reading
-from vmoe.data.karpathy import KarpathyCaptions
-from vmoe.data.labelled import ImageFolder, TorchvisionDataset
-from vmoe.data.mixture import Mixture
-from vmoe.data.objectnet import ObjectNet
-from vmoe.data.pairs import PairsFile, PairsFolder
-from vmoe.data.shards import Shards
+from vmoe.data.sources.captions import PairsFile, PairsFolder
+from vmoe.data.sources.cifar import VARIANTS as CIFAR
+from vmoe.data.sources.cifar import Cifar
+from vmoe.data.sources.emoji import EmojiGroups, EmojiPairs
+from vmoe.data.sources.folder import ImageFolder, TorchvisionDataset
+from vmoe.data.sources.huggingface import HuggingFace, ParquetRows
+from vmoe.data.sources.imagenet import ImageNet, ImageNetReal, ImageNetSketch, ImageNetSubset, ImageNetV2
+from vmoe.data.sources.imagenet_c import ImageNetC
+from vmoe.data.sources.karpathy import KarpathyCaptions
+from vmoe.data.sources.mixture import Mixture
+from vmoe.data.sources.objectnet import ObjectNet
+from vmoe.data.sources.webdataset import Shards
 
 
 def build_dataset(source: SourceConfig) -> ImageDataset:

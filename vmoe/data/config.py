@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vmoe.config_io import check_types
+from vmoe.utils.config import check_types
 
 # A setting that the type does not read is a mistake.
 FIELDS_OF_SOME_TYPES = {

@@ -12,7 +12,7 @@ from PIL import Image
 
 from vmoe.data.fingerprint import Fingerprint
 from vmoe.data.images import BadSample, Reading, load_image
-from vmoe.data.order import EpochBatches, MixedBatches, Shuffle, ShuffledSamples
+from vmoe.data.sampler import EpochBatches, MixedBatches, Shuffle, ShuffledSamples
 
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")
 

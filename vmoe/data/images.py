@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin
 
-from vmoe.printable import printable
+from vmoe.utils.printable import printable
 
 logger = logging.getLogger("vmoe.data")
 

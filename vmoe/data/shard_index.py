@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vmoe.data.emoji import cache_folder
 from vmoe.data.images import DataError
+from vmoe.data.sources.emoji import cache_folder
 from vmoe.data.tar import BLOCK, REMEDY, read_members
-from vmoe.printable import printable
-from vmoe.whole import whole_file
+from vmoe.utils.atomic import whole_file
+from vmoe.utils.printable import printable
 
 FORMAT = 2
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from vmoe.printable import printable
+from vmoe.utils.printable import printable
 
 Tokenizer = Callable[[list[str]], torch.Tensor]
 MAX_SHOWN = 80  # characters of a text in a message

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
-from torchvision.transforms import Grayscale
 
 from vmoe.data.config import AugmentationConfig
 from vmoe.data.seeding import derive_seed, isolated_randomness, seed_process
+from vmoe.utils.channels import to_channels
 
 
 class Transform:
@@ -60,20 +60,6 @@ class Transform:
     def __repr__(self) -> str:
         mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
         return f"Transform({self.geometry}, mean={mean}, std={std}, erase={self.erase})"
-
-
-def to_channels(channels: int) -> list[Callable[[Image.Image], Image.Image]]:
-    """What turns RGB images into those of a model: nothing for 3 channels, a conversion to gray for 1.
-
-    Raises:
-        ValueError: for another number of channels.
-    """
-    if channels not in (1, 3):
-        raise ValueError(
-            f"in_chans={channels}: image files are read as 3 channels (RGB) or 1 (gray); call the model, made by "
-            "vmoe.create_model, on tensors of your own"
-        )
-    return [Grayscale()] if channels == 1 else []
 
 
 def build_transform(preprocess: dict[str, Any], augmentation: AugmentationConfig | None) -> Transform:

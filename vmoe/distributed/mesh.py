@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from vmoe.config_io import ConfigError
+from vmoe.utils.config import ConfigError
 
 NAMES = ("dp_replicate", "dp_shard", "ep")
 

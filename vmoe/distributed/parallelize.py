@@ -19,11 +19,11 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from vmoe.config_io import ConfigError
 from vmoe.distributed.expert_parallel import ExpertExchange
 from vmoe.distributed.mesh import Meshes
 from vmoe.models.upcycle import block_mlps
 from vmoe.moe.experts import Experts
+from vmoe.utils.config import ConfigError
 
 # Methods by which models are called beside forward().
 FORWARD_METHODS = ("encode_image", "encode_text", "forward_features", "forward_head", "forward_intermediates")

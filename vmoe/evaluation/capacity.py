@@ -21,15 +21,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vmoe.config_io import ConfigError
 from vmoe.evaluation.classification import right_classes, select_columns
 from vmoe.evaluation.config import CapacityConfig
-from vmoe.evaluation.distributed import gather_lists, gather_rows, world
+from vmoe.evaluation.gather import gather_lists, gather_rows
 from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.metrics import ranks, top_shares
-from vmoe.inspection.profile import forward_flops
+from vmoe.models.flops import forward_flops
 from vmoe.moe import SparseMoE
 from vmoe.moe.record import LayerRouting, record_routing
+from vmoe.utils.config import ConfigError
+from vmoe.utils.world import world
 
 Score = Callable[[Tensor], Tensor]  # pictures (B, 3, H, W) -> scores of the classes (B, C)
 

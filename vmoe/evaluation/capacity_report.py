@@ -11,9 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
-from vmoe.config_io import ConfigError
 from vmoe.evaluation.capacity import Sweep
-from vmoe.tables import FigureTable
+from vmoe.utils.config import ConfigError
+from vmoe.utils.tables import FigureTable
 
 # Okabe and Ito's colours, told apart with any colour vision; shapes and dashes tell them apart in print.
 CURVES = {

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from vmoe.data.labelled import warn_of_text_order
+from vmoe.data.sources.folder import warn_of_text_order
 
 FOLDER = Path(__file__).with_name("names")
 IMAGENET = "imagenet"
@@ -159,7 +159,7 @@ def _imagenet_names(classes: Sequence[str]) -> list[str]:
 
     Any other thousand classes, or these in an order of their own, would give figures that look plausible and are wrong.
     """
-    from vmoe.data.imagenet import imagenet_synsets, imagenet_words
+    from vmoe.data.sources.imagenet import imagenet_synsets, imagenet_words
 
     names = published_set(IMAGENET).names
     keys = [_key(one) for one in classes]

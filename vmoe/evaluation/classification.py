@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vmoe.evaluation.distributed import gather_lists, gather_rows
+from vmoe.evaluation.gather import gather_lists, gather_rows
 from vmoe.evaluation.inference import evaluating
-from vmoe.evaluation.lockstep import Lockstep
 from vmoe.evaluation.metrics import (
     accuracy_per_class,
     class_ranks,
@@ -22,6 +21,7 @@ from vmoe.evaluation.metrics import (
     right_classes,
     top_shares,
 )
+from vmoe.evaluation.synchronized import Lockstep
 
 logger = logging.getLogger("vmoe.evaluation")
 

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from vmoe.config_io import ConfigError, check_types
 from vmoe.data.config import LoaderConfig, SourceConfig
+from vmoe.utils.config import ConfigError, check_types
 
 FEATURE_TASKS = ("few_shot", "linear_probe", "knn")
 

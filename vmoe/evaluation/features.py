@@ -17,17 +17,18 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from vmoe.config_io import ConfigError
 from vmoe.data import ImageDataset, LoaderConfig, SourceConfig, build_dataset, eval_loader
-from vmoe.data.emoji import cache_folder
-from vmoe.evaluation.cache import file_of_key, key_text, read_tensors, subject_facts, write_tensors
+from vmoe.data.sources.emoji import cache_folder
 from vmoe.evaluation.config import EvaluationConfig
-from vmoe.evaluation.distributed import gather_lists, gather_rows, world
+from vmoe.evaluation.feature_cache import file_of_key, key_text, read_tensors, subject_facts, write_tensors
+from vmoe.evaluation.gather import gather_lists, gather_rows
 from vmoe.evaluation.inference import evaluating
-from vmoe.evaluation.report import Progress
-from vmoe.evaluation.subject import Subject
+from vmoe.evaluation.loaded_model import Subject
+from vmoe.evaluation.results_file import Progress
 from vmoe.models.factory import is_contrastive
 from vmoe.moe import SparseMoE
+from vmoe.utils.config import ConfigError
+from vmoe.utils.world import world
 
 CACHE_FORMAT = 1  # raise it whenever `image_features` changes
 

@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from vmoe.config_io import ConfigError
 from vmoe.data import ImageDataset, build_dataset
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.features import Features, fit_and_test_features
 from vmoe.evaluation.inference import float64_device
-from vmoe.evaluation.report import Outcome
-from vmoe.evaluation.subject import Subject
+from vmoe.evaluation.loaded_model import Subject
+from vmoe.evaluation.results_file import Outcome
 from vmoe.models.factory import is_contrastive
+from vmoe.utils.config import ConfigError
 
 # As large a constant feature makes the bias almost free of the penalty.
 BIAS_FEATURE = 100.0

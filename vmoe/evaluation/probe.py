@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from vmoe.config_io import ConfigError
 from vmoe.data import ImageDataset
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.features import Features, fit_and_test_features
 from vmoe.evaluation.inference import float64_device
+from vmoe.evaluation.loaded_model import Subject
 from vmoe.evaluation.metrics import accuracy_per_class, class_ranks, right_classes, share_within, top_shares
-from vmoe.evaluation.report import Outcome
-from vmoe.evaluation.subject import Subject
+from vmoe.evaluation.results_file import Outcome
+from vmoe.utils.config import ConfigError
 
 MAX_ITERATIONS = 1000
 GRADIENT_TOLERANCE = 1e-6  # of the logarithm of the loss

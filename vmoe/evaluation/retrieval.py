@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from vmoe.data import BadSample, EvalLoader, ImageDataset, LoaderConfig, eval_loader
 from vmoe.data.texts import CutTexts, warn_once
-from vmoe.evaluation.distributed import gather_rows
+from vmoe.evaluation.gather import gather_rows
 from vmoe.evaluation.inference import evaluating
-from vmoe.evaluation.lockstep import Lockstep, equal_shares
 from vmoe.evaluation.metrics import ranks, share_within
+from vmoe.evaluation.synchronized import Lockstep, equal_shares
 
 logger = logging.getLogger("vmoe.evaluation")
 

@@ -11,25 +11,25 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from vmoe.config_io import ConfigError
 from vmoe.data import ImageDataset, eval_loader
 from vmoe.evaluation.capacity import sparse_image_layers, sweep_capacity, sweep_settings
 from vmoe.evaluation.capacity_report import flat_results, print_sweep, sweep_details, write_sweep
 from vmoe.evaluation.class_names import known_sets
 from vmoe.evaluation.classification import Predictions, checked_logits, predict
 from vmoe.evaluation.config import EvaluationConfig
-from vmoe.evaluation.distributed import gather_lists
 from vmoe.evaluation.few_shot import few_shot
+from vmoe.evaluation.gather import gather_lists
 from vmoe.evaluation.inference import evaluating
+from vmoe.evaluation.loaded_model import Subject
 from vmoe.evaluation.metrics import accuracy_per_class
 from vmoe.evaluation.probe import knn, linear_probe
-from vmoe.evaluation.report import Outcome, Progress
+from vmoe.evaluation.results_file import Outcome, Progress
 from vmoe.evaluation.retrieval import evaluate_retrieval, retrieval_loader
 from vmoe.evaluation.robustness import corruption_errors, missing_conditions, parse_condition
-from vmoe.evaluation.subject import Subject
 from vmoe.evaluation.text_cache import cached_classes
 from vmoe.evaluation.zero_shot import class_scorer, resolve_class_names
 from vmoe.models.factory import preprocess_config
+from vmoe.utils.config import ConfigError
 
 
 def classification(config: EvaluationConfig, subject: Subject, dataset: ImageDataset, console: Console) -> Outcome:

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from vmoe.data.emoji import cache_folder
+from vmoe.data.sources.emoji import cache_folder
 from vmoe.data.texts import CutTexts, warn_once
-from vmoe.evaluation.cache import file_of_key, key_text, read_tensors, subject_facts, write_tensors
+from vmoe.evaluation.feature_cache import file_of_key, key_text, read_tensors, subject_facts, write_tensors
 from vmoe.evaluation.inference import evaluating
-from vmoe.evaluation.subject import Subject
+from vmoe.evaluation.loaded_model import Subject
 from vmoe.evaluation.zero_shot import Template, check_class_names, encode_classes, fill, resolve_templates
 
 CACHE_FORMAT = 3  # raise it whenever `encode_classes` changes

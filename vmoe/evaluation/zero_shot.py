@@ -17,8 +17,8 @@ from vmoe.data.texts import CutTexts, cut_rows, knows_length, warn_once
 from vmoe.evaluation.class_names import is_published, known_sets, prompt_names, prompt_templates, warn_of_order
 from vmoe.evaluation.classification import predict
 from vmoe.evaluation.inference import evaluating
-from vmoe.evaluation.lockstep import Lockstep
 from vmoe.evaluation.metrics import TIE_TOLERANCE
+from vmoe.evaluation.synchronized import Lockstep
 from vmoe.models.factory import in_chans
 
 Template = str | Callable[[str], str]

@@ -18,12 +18,12 @@ from PIL import Image
 
 from vmoe.data.images import check_size
 from vmoe.evaluation.inference import evaluating
-from vmoe.evaluation.subject import Subject
+from vmoe.evaluation.loaded_model import Subject
 from vmoe.evaluation.zero_shot import Template, check_class_names, resolve_templates, zero_shot_classify
-from vmoe.inspection.figure import DROPPED, PALETTE, draw_routing, layer_title
+from vmoe.inspection.example_plot import DROPPED, PALETTE, draw_routing, layer_title
 from vmoe.inspection.forward import checkpoint_classes, routed, sparse_layers
-from vmoe.inspection.statistics import SampleRouting, TokenRouting, sample_routing
-from vmoe.inspection.words import word_decoder
+from vmoe.inspection.routing_statistics import SampleRouting, TokenRouting, sample_routing
+from vmoe.inspection.text_tokens import word_decoder
 from vmoe.moe import SparseMoE
 
 MAP_PIXELS = 640  # the longer side of a drawn map
@@ -174,7 +174,7 @@ def draw_map(
     expert_HW = routing.best_kept
     width, height = map_size(image)
     with rc_context({"font.family": "DejaVu Sans", "hatch.linewidth": 1.5, "hatch.color": "#FFFFFF"}):
-        figure = Figure(figsize=(width / 100, height / 100), dpi=100)
+        figure = Figure(figsize=((width + 0.5) / 100, (height + 0.5) / 100), dpi=100)  # rounded down
         ax = figure.add_axes((0, 0, 1, 1))
         number_size = 0.4 * 72 / 100 * min(height / expert_HW.shape[0], width / expert_HW.shape[1])  # points
         draw_routing(ax, image / 255, expert_HW, num_experts, number_size=min(number_size, 18))

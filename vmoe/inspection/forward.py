@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmoe.config_io import ConfigError
-from vmoe.evaluation.subject import Subject
+from vmoe.evaluation.loaded_model import Subject
 from vmoe.evaluation.zero_shot import Template, encode_classes
 from vmoe.inspection.accumulate import ModalityTokens, split_modalities
 from vmoe.models.factory import read_pretrained_metadata
 from vmoe.models.text import text_mask
 from vmoe.moe import SparseMoE, record_routing
 from vmoe.moe.record import WRAPPERS, unwrap
+from vmoe.utils.config import ConfigError
 
 TOP_CLASSES = 5
 

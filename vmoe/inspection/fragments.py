@@ -7,8 +7,8 @@ from html import escape
 
 import numpy as np
 
+from vmoe.inspection.example_plot import PALETTE
 from vmoe.inspection.explain import Load, PatchExpert
-from vmoe.inspection.figure import PALETTE
 
 MAX_BARS = 20
 LOAD_COLUMNS = ("number", "share", "mean weight", "dropped")

@@ -23,10 +23,16 @@ from jinja2 import Environment
 from PIL import Image
 from rich.console import Console
 
-from vmoe.inspection.figure import DROPPED, PALETTE
+from vmoe.inspection.example_plot import DROPPED, PALETTE
 from vmoe.inspection.report_charts import chart_script, chart_specifications
-from vmoe.inspection.statistics import LayerStatistics, RoutingStatistics, SampleRouting, TokenRouting, TypicalPatch
-from vmoe.whole import whole_file
+from vmoe.inspection.routing_statistics import (
+    LayerStatistics,
+    RoutingStatistics,
+    SampleRouting,
+    TokenRouting,
+    TypicalPatch,
+)
+from vmoe.utils.atomic import whole_file
 
 MAX_BYTES = 15_000_000  # of the file; beyond it, fewer pictures are shown
 MIN_PICTURES = 24  # a page of them, shown even then

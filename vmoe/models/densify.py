@@ -23,6 +23,7 @@ from vmoe.models.dense_mlp import (
     skeleton,
     stacked_parameters,
 )
+from vmoe.models.spec import model_spec
 from vmoe.models.two_tower import TwoTower
 from vmoe.models.upcycle import layer_settings
 from vmoe.moe import SparseMoE, record_routing
@@ -229,7 +230,7 @@ def _set_dense_spec(dense: nn.Module, spec: dict, layers: dict[str, SparseMoE]) 
 
 
 def _twin(model: nn.Module) -> nn.Module:
-    spec = factory.model_spec(model)
+    spec = model_spec(model)
     with torch.device("meta"):
         return factory.create_model(**{"name": spec["name"], **spec["kwargs"]})
 

@@ -118,7 +118,7 @@ def _with_settings_of_file(variant: str, pretrained: bool, kwargs: dict) -> tupl
         pretrained: of timm.
         kwargs: the user's settings, which win; "file" of its `pretrained_cfg_overlay` or `pretrained_cfg` is the file.
     """
-    from vmoe.models.weights import METADATA_KEY, read_pretrained_metadata, safetensors_metadata
+    from vmoe.models.serialization import METADATA_KEY, read_pretrained_metadata, safetensors_metadata
 
     config, overlay = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay") or {}
     config = asdict(config) if is_dataclass(config) else config if isinstance(config, dict) else {}

@@ -16,7 +16,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from vmoe.models import factory
 from vmoe.models.dense_mlp import (
     MlpLayout,
     UpcycledFrom,
@@ -27,6 +26,7 @@ from vmoe.models.dense_mlp import (
     to_experts,
 )
 from vmoe.models.limoe import LIMoE
+from vmoe.models.spec import build_dense, live_settings, model_spec, with_slots
 from vmoe.models.two_tower import TwoTower
 from vmoe.models.vision import VisionMoE, sparse_blocks, without_decay
 from vmoe.moe import SparseMoE
@@ -128,17 +128,17 @@ def upcycle(
     if twice:
         sparse.vmoe_no_spec = "its towers were upcycled one after the other; upcycle both in one call"
     if spec is not None:
-        sparse.vmoe_spec, sparse.vmoe_built = _with_slots(sparse, spec), factory._live_settings(sparse)
+        sparse.vmoe_spec, sparse.vmoe_built = _with_fixed_slots(sparse, spec), live_settings(sparse)
     return sparse
 
 
-def _with_slots(sparse: nn.Module, spec: dict) -> dict:
+def _with_fixed_slots(sparse: nn.Module, spec: dict) -> dict:
     """A specification with the slots of soft routers, which would otherwise follow from an image size that may change.
 
     Two towers whose layers were given different slots keep the rule.
     """
     if "upcycle" not in spec:
-        return {**spec, "kwargs": factory.with_slots(sparse, spec["kwargs"])}
+        return {**spec, "kwargs": with_slots(sparse, spec["kwargs"])}
     layers = [module for module in sparse.modules() if isinstance(module, SparseMoE)]
     slots = {layer.router.slots.shape[1] for layer in layers if layer.router_type == "soft"}
     return spec if len(slots) != 1 else {**spec, "upcycle": {**spec["upcycle"], "num_slots": slots.pop()}}
@@ -428,7 +428,7 @@ def _redraw(tensor: Tensor, index: Tensor, dim: int) -> None:
 def dense_spec(model: nn.Module) -> dict | None:
     """{"name", "kwargs"} that build a model again; None if they are not known."""
     try:
-        return factory.model_spec(model)
+        return model_spec(model)
     except ValueError:
         return None
 
@@ -442,7 +442,7 @@ def _family_layers(
         return None
     spec = {"name": spec["name"], "kwargs": kwargs}
     with torch.device("meta"):
-        twin = factory.create_model(**{"name": spec["name"], **kwargs})
+        twin = build_dense(spec)
     found = {name: layer for name, layer in twin.named_modules() if isinstance(layer, SparseMoE)}
     return {name: {**layer_settings(layer), "modalities": layer.modalities} for name, layer in found.items()}, spec
 

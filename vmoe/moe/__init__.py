@@ -3,7 +3,8 @@
 from vmoe.moe.backends import use_backend
 from vmoe.moe.config import PRESETS, SETTING_NAMES, RoutingSettings, with_preset
 from vmoe.moe.dispatch import DispatchPlan, combine, dispatch, expert_capacity, plan_dispatch
-from vmoe.moe.experts import Experts, GroupedLinear
+from vmoe.moe.experts import Experts
+from vmoe.moe.grouped import GroupedLinear
 from vmoe.moe.layer import SparseMoE
 from vmoe.moe.quantize import quantize_experts
 from vmoe.moe.record import LayerRouting, RoutingRecord, record_routing, set_auxiliary_loss_scale

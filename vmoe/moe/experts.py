@@ -5,133 +5,16 @@ Shapes, by suffix: E experts, R rows sorted by expert, D model width, F hidden w
 
 from collections.abc import Callable
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from vmoe.moe.backends import check_backend, select_backend
-from vmoe.moe.backends.grouped_mm import grouped_linear
 from vmoe.moe.backends.reference import activate
+from vmoe.moe.grouped import GroupedLayerNorm, GroupedLinear
 
 GATED_ACTIVATIONS = {"swiglu": nn.SiLU, "geglu": nn.GELU}
 
 # (rows, rows of each expert) -> rows
 RunExperts = Callable[[Tensor, Tensor], Tensor]
-
-
-def local_experts(parameter: Tensor | None) -> Tensor | None:
-    """The rows of a stacked parameter that belong to this process: all of them, unless the experts are sharded.
-
-    Where they are (`vmoe.distributed`), the parameter is a DTensor sharded by expert over P processes. Rows of all of
-    these pass through an expert, so its gradient is the sum of theirs; divided by P it is their mean, as with all other
-    parameters.
-    """
-    if not isinstance(parameter, DTensor):
-        return parameter
-    return _ScaleGradient.apply(parameter.to_local(), 1 / parameter.device_mesh.size())
-
-
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, scale: float) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        _, ctx.scale = inputs
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad * ctx.scale, None
-
-
-class GroupedLinear(nn.Module):
-    """E linear layers, each applied to its own run of rows.
-
-    Args:
-        num_experts: E.
-        in_features: I.
-        out_features: O.
-        bias: learn a bias per expert.
-
-    Attributes:
-        weight: (E, O, I); `weight[e]` is laid out as `nn.Linear.weight`.
-        bias: (E, O) or None.
-    """
-
-    def __init__(
-        self, num_experts: int, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(num_experts, out_features, device=device, dtype=dtype)) if bias else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Xavier-uniform weights (each expert's own fans, as in the reference), almost-zero biases."""
-        for weight_OI in self.weight:
-            nn.init.xavier_uniform_(weight_OI)
-        if self.bias is not None:
-            nn.init.normal_(self.bias, std=1e-6)
-
-    def forward(self, x_RI: Tensor, count_E: Tensor) -> Tensor:
-        """Rows through their expert's layer.
-
-        Args:
-            x_RI: rows sorted by expert.
-            count_E: rows of each expert; rows beyond their sum are unused and give zeros.
-
-        Returns:
-            (R, O).
-        """
-        weight_EOI, bias_EO = local_experts(self.weight), local_experts(self.bias)
-        device_type = x_RI.device.type
-        if device_type != "meta" and torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-            x_RI, weight_EOI = x_RI.to(dtype), weight_EOI.to(dtype)
-            bias_EO = None if bias_EO is None else bias_EO.to(dtype)
-        return grouped_linear(x_RI, weight_EOI, bias_EO, count_E)
-
-
-class GroupedLayerNorm(nn.Module):
-    """A layer norm whose weight and bias are each expert's own.
-
-    Args:
-        like: the norm of one expert; its width, epsilon and kind of parameters are taken over.
-
-    Attributes:
-        weight: (E, F).
-        bias: (E, F) or None.
-
-    Raises:
-        TypeError: if `like` is not an `nn.LayerNorm` with a learned weight.
-    """
-
-    def __init__(self, num_experts: int, like: nn.Module, device=None, dtype=None) -> None:
-        super().__init__()
-        if not isinstance(like, nn.LayerNorm) or like.weight is None:
-            raise TypeError(f"a norm inside the experts must be an nn.LayerNorm with weights, got {like}")
-        self.eps = like.eps
-        shape = (num_experts, *like.normalized_shape)
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.bias = None if like.bias is None else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Ones and zeros, as `nn.LayerNorm`."""
-        nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def forward(self, x_RF: Tensor, count_E: Tensor) -> Tensor:
-        """Rows sorted by expert -> the same shape."""
-        weight_EF, bias_EF = local_experts(self.weight), local_experts(self.bias)
-        y_RF = F.layer_norm(x_RF, x_RF.shape[-1:], eps=self.eps)
-        row_R = torch.arange(x_RF.shape[0], device=x_RF.device)
-        expert_R = torch.searchsorted(count_E.cumsum(0), row_R, right=True).clamp(max=weight_EF.shape[0] - 1)
-        y_RF = y_RF * weight_EF[expert_R]
-        return (y_RF if bias_EF is None else y_RF + bias_EF[expert_R]).to(x_RF.dtype)
 
 
 class Experts(nn.Module):

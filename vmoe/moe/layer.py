@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from vmoe.moe.backends import backend_name
 from vmoe.moe.config import RoutingSettings, with_preset
 from vmoe.moe.dispatch import Capacity, expert_capacity
 from vmoe.moe.expert_choice import ExpertChoiceRouter
@@ -188,8 +189,25 @@ class SparseMoE(nn.Module):
             losses = self.losses.terms(routing, tokens.mask_GN, tokens.modality_GN)
             y_GND = attach_loss(y_GND, self.losses.weighted(losses, routing.gates_GNE))
         for record in active_records(self):
-            record.add(self, LayerRouting.of(self, assignment, tokens, attached))
+            record.add(self, self._routing_of(assignment, tokens, attached))
         return y_GND
+
+    def _routing_of(self, assignment: Assignment, tokens: TokenGroups, attached: bool) -> LayerRouting:
+        routing, kept_GNK = assignment.listed()
+        leading = tokens.leading
+        return LayerRouting(
+            routing=routing,
+            kept=kept_GNK,
+            mask=torch.ones_like(kept_GNK[..., 0]) if tokens.mask_GN is None else tokens.mask_GN,
+            modality=tokens.modality_GN,
+            batch_shape=(leading[:-1].numel(), leading[-1] if leading else 1),
+            loss_function=self.losses,
+            learns=self.training and any(parameter.requires_grad for parameter in self.router.parameters()),
+            attached=attached,
+            assignment=assignment,
+            router=self.router_type,
+            backend=backend_name(self.experts, tokens.x_GND),
+        )
 
 
 def _with_slots(config: RoutingSettings, num_tokens: int | None) -> RoutingSettings:

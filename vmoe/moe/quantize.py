@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vmoe.moe.backends.grouped_mm import grouped_linear
-from vmoe.moe.experts import Experts, GroupedLinear
+from vmoe.moe.experts import Experts
+from vmoe.moe.grouped import GroupedLinear
+from vmoe.moe.grouped_mm import grouped_linear
 
 STORED = {"int8": torch.int8, "bfloat16": torch.bfloat16}
 
@@ -147,7 +148,7 @@ def quantize_experts(model: nn.Module, kind: str) -> nn.Module:
                 raise ValueError(f"{name_of_part} is kept as {linear.kind} already: load the model again for {kind}")
             if isinstance(linear.weight, DTensor):
                 raise ValueError(
-                    f"{name_of_part} is spread over processes: export the run with vmoe.export, and load its file"
+                    f"{name_of_part} is spread over processes: export the run with vmoe.cli.export, and load its file"
                 )
             largest = torch.linalg.vector_norm(linear.weight, torch.inf)
             if not linear.weight.is_meta and not torch.isfinite(largest):

@@ -11,18 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from vmoe.moe.backends import backend_name
-from vmoe.moe.groups import TokenGroups
 from vmoe.moe.losses import AuxiliaryLosses, entropy_of, members
 from vmoe.moe.router import Assignment, Routing, is_recomputation
-
-if TYPE_CHECKING:
-    from vmoe.moe.layer import SparseMoE
 
 
 @dataclass(frozen=True)
@@ -58,25 +52,6 @@ class LayerRouting:
     assignment: Assignment | None = None
     router: str = "top_k"
     backend: str = "reference"
-
-    @classmethod
-    def of(cls, layer: "SparseMoE", assignment: Assignment, tokens: TokenGroups, attached: bool) -> "LayerRouting":
-        """The routing of a call of a layer."""
-        routing, kept_GNK = assignment.listed()
-        leading = tokens.leading
-        return cls(
-            routing=routing,
-            kept=kept_GNK,
-            mask=torch.ones_like(kept_GNK[..., 0]) if tokens.mask_GN is None else tokens.mask_GN,
-            modality=tokens.modality_GN,
-            batch_shape=(leading[:-1].numel(), leading[-1] if leading else 1),
-            loss_function=layer.losses,
-            learns=layer.training and any(parameter.requires_grad for parameter in layer.router.parameters()),
-            attached=attached,
-            assignment=assignment,
-            router=layer.router_type,
-            backend=backend_name(layer.experts, tokens.x_GND),
-        )
 
     @property
     def gates(self) -> Tensor:

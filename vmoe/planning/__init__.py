@@ -1,1 +1,1 @@
-"""What a training run will need: memory and time for each mesh of processes (`python -m vmoe.plan`)."""
+"""What a training run will need: memory and time for each mesh of processes (`vmoe-plan`)."""

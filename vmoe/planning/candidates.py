@@ -6,14 +6,14 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
-from vmoe.config_io import ConfigError
 from vmoe.distributed.mesh import MeshSize
-from vmoe.planning.gathering import FLOAT32, Gathering
+from vmoe.planning.fsdp_memory import FLOAT32, Gathering
 from vmoe.planning.hardware import GiB, Hardware, Links
+from vmoe.planning.model_plan import Subject, Unit
 from vmoe.planning.simulate import OptimizerMemory, Step, simulate_optimizer, simulate_step
-from vmoe.planning.subject import Subject, Unit
 from vmoe.training.config import Config
 from vmoe.training.optim import SHARDABLE
+from vmoe.utils.config import ConfigError
 
 BUCKET = 25 * 2**20  # bytes of gradients that DDP sends at a time
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vmoe.config_io import ConfigError
+from vmoe.utils.config import ConfigError
 
 GiB = 2**30
 

@@ -21,19 +21,20 @@ from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 import vmoe
-from vmoe.config_io import ConfigError
 from vmoe.distributed.expert_parallel import ExpertExchange
 from vmoe.evaluation.inference import PRECISIONS
 from vmoe.models.factory import is_contrastive, preprocess_config
-from vmoe.moe.backends.grouped_mm import grouped_linear
-from vmoe.moe.experts import Experts, GroupedLinear
+from vmoe.moe.experts import Experts
+from vmoe.moe.grouped import GroupedLinear
+from vmoe.moe.grouped_mm import grouped_linear
 from vmoe.moe.router import Gate, is_recomputation
 from vmoe.moe.soft import SoftRouter
 from vmoe.planning.hardware import Hardware
-from vmoe.planning.subject import unit_names
+from vmoe.planning.model_plan import unit_names
 from vmoe.planning.tracker import Tracker, WeightWork
 from vmoe.training.config import OptimConfig
 from vmoe.training.optim import create_optimizer
+from vmoe.utils.config import ConfigError
 
 # What CUDA's autocast computes in the lower type. Norms, softmax and losses stay in float32, as they are fed with it.
 PRODUCTS = {
@@ -53,7 +54,7 @@ class Moment:
     """Where in a step a peak was.
 
     Attributes:
-        unit: index in `vmoe.planning.subject.unit_names` of what worked.
+        unit: index in `vmoe.planning.model_plan.unit_names` of what worked.
         phase: "forward", "backward", or "reduce" (its last gradient has just become ready).
         ready: bytes of its gradients that were ready.
         rest_ready: bytes of the last unit's that were.

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-import vmoe.inspection.profile  # noqa: F401  (completes the registry)
+import vmoe.models.flops  # noqa: F401  (completes the registry)
 from vmoe.planning.hardware import Hardware
 
 HALF = (torch.bfloat16, torch.float16)

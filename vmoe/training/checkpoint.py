@@ -29,7 +29,9 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from vmoe.manifest import (
+from vmoe.distributed.collectives import CheckpointError, Team
+from vmoe.models.factory import file_metadata, write_tensors
+from vmoe.models.manifest import (
     OLD_TRAINER,
     TRAINER,
     UNFINISHED,
@@ -40,10 +42,8 @@ from vmoe.manifest import (
     step_of,
     write_manifest,
 )
-from vmoe.models.factory import file_metadata, write_tensors
-from vmoe.models.weights import SETTINGS_NAME, StoredTensors, checkpoint_weights, load_weights
+from vmoe.models.serialization import SETTINGS_NAME, StoredTensors, checkpoint_weights, load_weights
 from vmoe.training.optimizer_state import export_state, import_state
-from vmoe.training.team import CheckpointError, Team
 
 __all__ = [
     "CheckpointError",

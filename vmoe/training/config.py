@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import yaml
 
-from vmoe.config_io import ConfigError, check_types, parse_config, read_settings_file
 from vmoe.data.config import AugmentationConfig, LoaderConfig, SourceConfig
 from vmoe.evaluation.inference import PRECISIONS
+from vmoe.utils.config import ConfigError, check_types, parse_config, read_settings_file
 
 MAX_TIMEOUT = 30 * 24 * 3600  # seconds
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 class NonFiniteError(ArithmeticError):
     """The loss or the gradient of a step is not finite; nothing of that step reached the weights."""
 
-    shared = True  # see vmoe.distributed.processes.SharedError
+    shared = True  # see vmoe.distributed.process_group.SharedError
 
 
 def find_non_finite(

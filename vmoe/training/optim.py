@@ -25,10 +25,10 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
-from vmoe.config_io import ConfigError
 from vmoe.distributed.parallelize import is_sharded
 from vmoe.training.config import OptimConfig
 from vmoe.training.muon import Muon, divide_stacks, not_for_muon
+from vmoe.utils.config import ConfigError
 
 # timm's optimizers that take the same steps on sharded weights as on whole ones, and whose state is sharded like those:
 # tests/distributed/test_optimizers.py. Others want whole matrices, or operations that PyTorch's DTensor lacks.

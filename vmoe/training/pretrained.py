@@ -5,14 +5,14 @@ from __future__ import annotations
 from torch import nn
 from torch.optim import Optimizer
 
-from vmoe.config_io import ConfigError, read_config
 from vmoe.models.dense_mlp import UpcycleError
 from vmoe.models.factory import create_model, find_weights
+from vmoe.models.serialization import checkpoint_weights
 from vmoe.models.upcycle_optimizer import upcycle_optimizer
-from vmoe.models.weights import checkpoint_weights
 from vmoe.training.checkpoint import OLD_TRAINER, TRAINER, load_checkpoint
 from vmoe.training.config import Config
 from vmoe.training.optim import create_optimizer, freeze
+from vmoe.utils.config import ConfigError, read_config
 
 
 def carry_over_optimizer(pretrained: str, model: nn.Module, optimizer: Optimizer) -> None:

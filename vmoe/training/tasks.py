@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmoe.config_io import ConfigError
 from vmoe.data import (
     BadSample,
     EvalLoader,
@@ -28,14 +27,17 @@ from vmoe.data import (
     eval_loader,
     with_orientation,
 )
-from vmoe.distributed.processes import from_first, world
+from vmoe.distributed.process_group import from_first
 from vmoe.evaluation import evaluate_classification, evaluate_retrieval, evaluate_zero_shot
 from vmoe.evaluation.retrieval import retrieval_loader
 from vmoe.evaluation.zero_shot import check_class_names, check_templates, resolve_templates
-from vmoe.models.factory import IMAGE_TEXT_NAMES, create_model, get_tokenizer, is_contrastive, preprocess_config
+from vmoe.models.factory import create_model, get_tokenizer, is_contrastive, preprocess_config
+from vmoe.models.spec import IMAGE_TEXT_NAMES
 from vmoe.models.upcycle import upcycle
 from vmoe.moe.quantize import experts_kept_as
 from vmoe.training.config import Config
+from vmoe.utils.config import ConfigError
+from vmoe.utils.world import world
 
 Batch = dict[str, Tensor]
 MAX_LOGIT_SCALE = math.log(100)  # with CLIP's loss (arXiv 2103.00020, section 2.5); big_vision's SigLIP has no bound

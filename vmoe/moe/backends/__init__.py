@@ -7,14 +7,10 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vmoe.moe.backends import reference, triton
-
-if TYPE_CHECKING:
-    from vmoe.moe.experts import Experts
 
 BACKENDS = ("auto", "reference", "triton")
 # Goes over what the experts themselves say; "auto": leaves it to them.
@@ -53,7 +49,7 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def backend_name(experts: "Experts", x_RD: Tensor) -> str:
+def backend_name(experts: nn.Module, x_RD: Tensor) -> str:
     """The backend that computes these experts now: "reference" or "triton".
 
     Raises:
@@ -68,6 +64,6 @@ def backend_name(experts: "Experts", x_RD: Tensor) -> str:
     return wanted
 
 
-def select_backend(experts: "Experts", x_RD: Tensor) -> Callable[["Experts", Tensor, Tensor], Tensor]:
+def select_backend(experts: nn.Module, x_RD: Tensor) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
     """The function that computes experts: (experts, (R, D) rows sorted by expert, (E,) rows of each) -> (R, O)."""
     return {"reference": reference.run, "triton": triton.run}[backend_name(experts, x_RD)]

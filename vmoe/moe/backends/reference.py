@@ -6,16 +6,11 @@ counters, torch.func and derivatives of any order.
 Shapes, by suffix: E experts, R rows sorted by expert, D model width, F hidden width, O output width.
 """
 
-from typing import TYPE_CHECKING
-
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from vmoe.moe.experts import Experts
+from torch import Tensor, nn
 
 
-def run(experts: "Experts", x_RD: Tensor, count_E: Tensor) -> Tensor:
-    """(R, D) rows sorted by expert, (E,) rows of each -> (R, O)."""
+def run(experts: nn.Module, x_RD: Tensor, count_E: Tensor) -> Tensor:
+    """`Experts` over (R, D) rows sorted by expert, (E,) rows of each -> (R, O)."""
     h_RF = experts.fc1(x_RD, count_E)
     h_RF = experts.drop(activate(experts.act, experts.gated, h_RF))
     if experts.norm is not None:
@@ -23,7 +18,7 @@ def run(experts: "Experts", x_RD: Tensor, count_E: Tensor) -> Tensor:
     return experts.fc2(h_RF, count_E)
 
 
-def activate(act, gated: bool, h: Tensor) -> Tensor:
+def activate(act: nn.Module, gated: bool, h: Tensor) -> Tensor:
     """The hidden activations: act(h), or act(gate) * value of a gated MLP, whose h holds the gate, then the value."""
     if not gated:
         return act(h)

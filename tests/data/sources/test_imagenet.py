@@ -1,0 +1,343 @@
+"""Made-up copies of ImageNet's test sets: the layout of the downloads, a picture or two for each class."""
+
+import io
+import json
+import logging
+import pkgutil
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from timm.data import ImageNetInfo
+
+from vmoe.data import SourceConfig, build_dataset
+from vmoe.data.sources.imagenet import imagenet_prompt_names, imagenet_words
+from vmoe.data.sources.imagenet_val import val_number
+
+SYNSETS = ImageNetInfo("imagenet-1k").label_names()
+
+
+def jpeg(colour="blue", size=(6, 6)):
+    stream = io.BytesIO()
+    Image.new("RGB", size, colour).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+BLUE = jpeg()
+
+
+def val_name(number):
+    return f"ILSVRC2012_val_{number:08d}.JPEG"
+
+
+def make_tree(root, folders, name="1.jpg"):
+    for place, folder in enumerate(folders):
+        (root / folder).mkdir(parents=True)
+        (root / folder / (name if isinstance(name, str) else name(place))).write_bytes(BLUE)
+    return root
+
+
+@pytest.fixture(scope="module")
+def val(tmp_path_factory):
+    """The validation set in synset folders: picture i + 1 belongs to class i, and one more to the tench."""
+    root = make_tree(tmp_path_factory.mktemp("imagenet") / "val", SYNSETS, lambda place: val_name(place + 1))
+    (root / SYNSETS[0] / val_name(1001)).write_bytes(BLUE)
+    return root
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory):
+    """The same set flat, in the order of its archive: picture i + 1 belongs to class 999 - i."""
+    root = tmp_path_factory.mktemp("archive") / "val"
+    root.mkdir()
+    for number in range(1, 1001):
+        (root / val_name(number)).write_bytes(BLUE)
+    return root
+
+
+def build(kind, path, **settings):
+    return build_dataset(SourceConfig(kind, str(path), **settings))
+
+
+def complaint(kind, path, **settings):
+    with pytest.raises(ValueError) as caught:
+        build(kind, path, **settings)
+    return str(caught.value)
+
+
+def test_words_and_prompt_names_are_in_the_order_of_the_labels():
+    words, names, info = imagenet_words(), imagenet_prompt_names(), ImageNetInfo()
+    assert len(words) == len(set(words)) == len(names) == 1000
+    for label in (0, 1, 8, 207, 282, 340, 717, 817, 963, 999):
+        assert words[label].split(",")[0].lower().split()[0] in info.index_to_description(label).lower()
+    assert (names[0], names[207], names[340], names[999]) == ("tench", "Golden Retriever", "zebra", "toilet paper")
+    assert words[340] == "zebra"
+    doubled = {
+        name: [label for label in range(1000) if names[label] == name] for name in names if names.count(name) > 1
+    }
+    assert doubled == {"missile": [657, 744], "sunglasses": [836, 837]}  # so published; see the docstring
+
+
+def test_validation_set_in_synset_folders(val):
+    dataset = build("imagenet", val)
+    assert len(dataset) == 1001
+    assert dataset.labels == [0, *range(1000)]
+    assert dataset[1001 - 1].label == 999
+    assert dataset[0].path == str(val / SYNSETS[0] / val_name(1))
+    assert dataset.classes[1] == "goldfish, Carassius auratus"
+    assert dataset.prompt_names == list(imagenet_prompt_names())
+    assert dataset.class_columns is None
+
+
+def test_an_incomplete_copy_is_pointed_out(val, caplog):
+    with caplog.at_level(logging.WARNING, "vmoe.data"):
+        build("imagenet", val)
+    assert [record.getMessage() for record in caplog.records] == [
+        "imagenet: 1,001 pictures, the published set has 50,000"
+    ]
+
+
+def test_a_missing_and_an_unknown_class_are_named(val, tmp_path):
+    root = shutil.copytree(val, tmp_path / "val")
+    (root / "n01440764").rename(root / "n99999999")
+    message = complaint("imagenet", root)
+    assert message.startswith(
+        f"{root}: folder n99999999 is not among the class folders of this data set (for a tree with other classes"
+    )
+    assert "├── n01440764/       (a folder per synset)" in message
+    shutil.rmtree(root / "n99999999")
+    assert "1 of 1000 classes are missing, n01440764 (for a tree with other" in complaint("imagenet", root)
+    (root / "n01440764").mkdir()
+    assert complaint("imagenet", root).startswith(f"{root}/n01440764: holds no picture")
+
+
+def test_the_folder_above_is_refused_with_both_trees(val):
+    message = complaint("imagenet", val.parent)
+    assert message.startswith(f"{val.parent}: folder val is not among the class folders of this data set")
+    assert "└── val/" in message
+
+
+LABELS = {number: SYNSETS[1000 - number] for number in range(1, 1001)}  # of the flat copy
+
+
+def write_labels(folder, name):
+    folder.mkdir(parents=True, exist_ok=True)
+    if name.endswith(".csv"):  # Kaggle's, in no order, with boxes after the synset
+        rows = [f"{val_name(number)[:-5]},{synset} 1 2 3 4" for number, synset in reversed(LABELS.items())]
+        text = "\n".join(["ImageId,PredictionString", *rows])
+    elif name == "val.txt":  # Caffe's
+        text = "\n".join(f"{val_name(number)} {1000 - number}" for number in LABELS)
+    else:
+        text = "\n".join(LABELS.values())
+    (folder / name).write_text(text + "\n")
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["imagenet_2012_validation_synset_labels.txt", "synset_labels.txt", "LOC_val_solution.csv", "val.txt"],
+)
+@pytest.mark.parametrize("place", ["inside", "beside", "given"])
+def test_a_flat_validation_set_with_each_kind_of_labels(flat, tmp_path, name, place):
+    if place == "given":
+        dataset = build("imagenet", flat, labels_file=str(write_labels(tmp_path, name)))
+    else:
+        file = write_labels(flat if place == "inside" else flat.parent, name)
+        try:
+            dataset = build("imagenet", flat)
+        finally:
+            file.unlink()
+    assert len(dataset) == 1000
+    assert dataset.labels == list(range(999, -1, -1))
+    assert dataset[0].path == str(flat / val_name(1))
+    assert dataset[0].label == 999
+
+
+def test_the_development_kits_numbers_are_its_own(flat, tmp_path):
+    savemat = pytest.importorskip("scipy.io").savemat
+    kit = tmp_path / "ILSVRC2012_devkit_t12" / "data"
+    kit.mkdir(parents=True)
+    order = np.random.default_rng(0).permutation(1000)  # class number i + 1 is synset order[i]
+    rows = np.zeros(1001, dtype=[("ILSVRC2012_ID", "u2"), ("WNID", object), ("num_children", "u2")])
+    rows["ILSVRC2012_ID"] = np.arange(1, 1002)
+    rows["WNID"] = [SYNSETS[place] for place in order] + ["n00001740"]
+    rows["num_children"][-1] = 2  # an inner node of WordNet, which is no class
+    savemat(kit / "meta.mat", {"synsets": rows})
+    number_of = {SYNSETS[place]: number for number, place in enumerate(order, start=1)}
+    file = kit / "ILSVRC2012_validation_ground_truth.txt"
+    file.write_text("\n".join(str(number_of[synset]) for synset in LABELS.values()))
+    assert build("imagenet", flat, labels_file=str(file)).labels == list(range(999, -1, -1))
+    (tmp_path / "val").symlink_to(flat)
+    assert len(build("imagenet", tmp_path / "val", labels_file=str(file))) == 1000
+    file.write_text("1\n1001\n")
+    assert "line 2: '1001' is no label" in complaint("imagenet", flat, labels_file=str(file))
+    (kit / "meta.mat").unlink()
+    assert "need the development kit's meta.mat beside it" in complaint("imagenet", flat, labels_file=str(file))
+
+
+def test_a_flat_folder_without_labels_says_what_to_do(flat):
+    message = complaint("imagenet", flat)
+    assert "set labels_file, or put one of imagenet_2012_validation_synset_labels.txt" in message
+    assert "├── ILSVRC2012_val_00000001.JPEG" in message
+    assert "... (997 more)" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.txt", "n01440764\nn00000000\n", "line 2: 'n00000000' is no label; it must be a synset as n01440764"),
+        ("a.txt", "n01440764\n7\n", "line 2: '7' is no label"),
+        ("a.txt", "n01440764\n", "has no label for 999 pictures, as ILSVRC2012_val_00000002.JPEG"),
+        ("a.txt", f"{val_name(1)} 1000\n", "line 1: '1000' is no label; .* or a number 0..999"),
+        ("a.txt", f"{val_name(1)} -1\n", "line 1: '-1' is no label"),
+        ("a.txt", "cat.jpg 3\n", "line 1: 'cat.jpg' is no name of a validation picture"),
+        ("a.txt", f"{val_name(1)} 1\n{val_name(1)} 2\n", "line 2: picture 1 has a label already"),
+        ("a.txt", "a b c\n", "line 1: 'a b c' is neither LABEL nor NAME LABEL"),
+        ("a.csv", "ImageId,PredictionString\nILSVRC2012_val_00000001\n", "line 2: needs two columns"),
+    ],
+)
+def test_labels_that_do_not_fit_are_named(flat, tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"labels_file .*{name}:? {message}"):
+        build("imagenet", flat, labels_file=str(tmp_path / name))
+
+
+def test_labels_files_that_cannot_be_used(flat, val, tmp_path):
+    assert "gone.txt: cannot be read" in complaint("imagenet", flat, labels_file=str(tmp_path / "gone.txt"))
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8" in complaint("imagenet", flat, labels_file=str(tmp_path / "binary.txt"))
+    assert "whose folders are the labels; leave it out" in complaint("imagenet", val, labels_file="x.txt")
+    (tmp_path / "one.txt").write_text("\n".join([SYNSETS[0]] * 1000))
+    message = complaint("imagenet", flat, labels_file=str(tmp_path / "one.txt"))
+    assert "999 of 1000 classes are missing, as n01443537" in message
+    with pytest.raises(ValueError, match="labels_file is for imagenet and imagenet_real, and type is 'imagenet_v2'"):
+        SourceConfig("imagenet_v2", "x", labels_file="y")
+
+
+@pytest.mark.parametrize("stray", [None, "labels.txt"])
+def test_a_stray_folder_among_the_flat_pictures_is_named(flat, tmp_path, stray):
+    """The folder is still a flat one: its labels_file is right, and the stray folder is to be moved."""
+    (flat / "stray").mkdir()
+    try:
+        if stray:
+            (flat / "stray" / stray).touch()
+        message = complaint("imagenet", flat, labels_file=str(write_labels(tmp_path, "val.txt")))
+    finally:
+        shutil.rmtree(flat / "stray")
+    assert message.startswith(f"{flat}: it holds folder stray, and only pictures may be there\n")
+    assert "├── stray/" in message
+
+
+def test_an_empty_folder_with_labels_is_shown_the_layouts(tmp_path):
+    (tmp_path / "val").mkdir()
+    message = complaint("imagenet", tmp_path / "val", labels_file=str(write_labels(tmp_path, "val.txt")))
+    assert "there is no class folder" in message
+    assert "(empty)" in message
+
+
+def test_a_stranger_among_the_flat_pictures_is_named(flat, tmp_path):
+    labels = write_labels(tmp_path, "val.txt")
+    for name, message in [("cat.jpg", "picture cat.jpg among those"), ("notes.txt", "notes.txt: not a picture")]:
+        (flat / name).touch()
+        try:
+            assert message in complaint("imagenet", flat, labels_file=str(labels))
+        finally:
+            (flat / name).unlink()
+
+
+def test_official_names_have_numbers():
+    assert val_number("n01440764/ILSVRC2012_val_00000293.JPEG") == 293
+    assert val_number("ILSVRC2012_val_00050000.jpg") == 50000
+    for name in ("ILSVRC2012_val_00000000.JPEG", "ILSVRC2012_val_293.JPEG", "ILSVRC2012_test_00000293.JPEG", "a.jpg"):
+        assert val_number(name) is None
+
+
+def test_real_has_several_labels_and_leaves_pictures_out(val, flat, caplog):
+    """timm's copy of ReaL starts [], [970, 795], [230, 231], [809]."""
+    dataset = build("imagenet_real", flat)
+    assert dataset.names[:3] == [val_name(2), val_name(3), val_name(4)]
+    assert dataset.label_sets[:3] == [(970, 795), (230, 231), (809,)]
+    assert dataset.labels[:3] == [970, 230, 809]
+    left_out = dataset.left_out["pictures without a label in ReaL"]
+    assert len(dataset) + left_out == 1000
+    assert left_out > 0
+    in_folders = build("imagenet_real", val)
+    by_name = dict(zip([name.split("/")[1] for name in in_folders.names], in_folders.label_sets))
+    by_name.pop(val_name(1001), None)
+    assert by_name == dict(zip(dataset.names, dataset.label_sets))
+    assert "the published set has 46,837" in caplog.text
+
+
+def test_real_labels_of_the_user(flat, tmp_path):
+    file = tmp_path / "real.json"
+    file.write_text(json.dumps([[5, 7], [], [3]] + [[]] * 997))
+    dataset = build("imagenet_real", flat, labels_file=str(file))
+    assert dataset.label_sets == [(5, 7), (3,)]
+    assert dataset.left_out == {"pictures without a label in ReaL": 998}
+    for content, message in [
+        ([[5, 1000]] * 1000, r"entry 1 must be a list of labels 0..999, got \[5, 1000\]"),
+        ([5] * 1000, "entry 1 must be a list"),
+        ([[]] * 1000, "none of the 1000 pictures has a label"),
+        ([[1]] * 10, "ILSVRC2012_val_00000011.JPEG: ReaL knows pictures by .* to 00000010"),
+        ({}, "must be a JSON list"),
+    ]:
+        file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            build("imagenet_real", flat, labels_file=str(file))
+    file.write_text("[")
+    assert "not valid JSON" in complaint("imagenet_real", flat, labels_file=str(file))
+
+
+def test_v2_folders_are_numbers(tmp_path):
+    root = make_tree(tmp_path / "v2", [str(label) for label in range(1000)])
+    dataset = build("imagenet_v2", root)
+    assert dataset.labels == list(range(1000))
+    assert [dataset.names[label] for label in (2, 10, 999)] == ["2/1.jpg", "10/1.jpg", "999/1.jpg"]
+    assert dataset.classes[2] == imagenet_words()[2]
+    (root / "1000").mkdir()
+    assert "folder 1000 is not among the class folders of this data set (folders are named 0 to 999)" in complaint(
+        "imagenet_v2", root
+    )
+    (root / "1000").rmdir()
+    shutil.rmtree(root / "7")
+    assert "1 of 1000 classes are missing, 7 (folders are named" in complaint("imagenet_v2", root)
+
+
+@pytest.mark.parametrize(("kind", "first"), [("imagenet_a", 6), ("imagenet_r", 1)])
+def test_subsets_have_200_classes_of_the_1000(tmp_path, kind, first):
+    synsets = [SYNSETS[column] for column in subset_columns(kind)]
+    root = make_tree(tmp_path / kind, synsets)
+    (root / "README.txt").touch()  # comes with both downloads
+    dataset = build(kind, root)
+    assert dataset.labels == list(range(200))
+    assert dataset.class_columns[0] == [first]
+    for label in (0, 57, 199):
+        (column,) = dataset.class_columns[label]
+        assert dataset.names[label] == f"{SYNSETS[column]}/1.jpg"
+        assert dataset.classes[label] == imagenet_words()[column]
+        assert dataset.prompt_names[label] == imagenet_prompt_names()[column]
+    assert len(set(dataset.prompt_names)) == 200
+    make_tree(root, [SYNSETS[0]])
+    assert f"folder {SYNSETS[0]} is not among the class folders of this data set ({kind} has 200" in complaint(
+        kind, root
+    )
+
+
+def subset_columns(kind):
+    synsets = pkgutil.get_data("timm.data", f"_info/{kind}_synsets.txt").decode().split()
+    return [SYNSETS.index(synset) for synset in synsets]
+
+
+def test_sketch_has_all_classes(tmp_path):
+    root = make_tree(tmp_path / "sketch", SYNSETS, "sketch_1.JPEG")
+    dataset = build("imagenet_sketch", root)
+    assert dataset.labels == list(range(1000))
+    shutil.rmtree(root / SYNSETS[3])
+    assert f"1 of 1000 classes are missing, {SYNSETS[3]}" in complaint("imagenet_sketch", root)
+
+
+def test_settings_that_have_no_path_are_refused():
+    for kind in ("imagenet", "imagenet_v2", "imagenet_c", "objectnet", "karpathy"):
+        with pytest.raises(ValueError, match=f"data source of type '{kind}' needs a path"):
+            SourceConfig(kind)

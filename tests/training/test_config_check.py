@@ -1,0 +1,36 @@
+"""Settings that several processes cannot share; what they find together is in tests/chaos/test_start.py."""
+
+import pytest
+
+from vmoe.data import AugmentationConfig, LoaderConfig
+from vmoe.training import config_check
+from vmoe.training.config import Config, DataConfig
+from vmoe.utils.config import ConfigError
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    """This one, and another that has the same settings."""
+    monkeypatch.setattr(config_check, "world", lambda: (0, 2))
+    monkeypatch.setattr(config_check, "from_first", lambda make: make())
+    monkeypatch.setattr(config_check, "gather_lists", lambda own: own * 2)
+
+
+@pytest.mark.usefixtures("two_processes")
+@pytest.mark.parametrize(
+    ("batch_size", "mixup", "message"),
+    [
+        (8, 0.5, None),
+        (6, 0.0, None),
+        (7, 0.0, "must be a multiple of the 2 processes .* got 7"),
+        (6, 0.5, "must give each of the 2 processes an even number for mixup and cutmix, got 6"),
+    ],
+)
+def test_a_batch_is_shared_evenly(batch_size, mixup, message):
+    data = DataConfig(loader=LoaderConfig(batch_size=batch_size), augmentation=AugmentationConfig(mixup=mixup))
+    config = Config(output_dir="run", task="classification", data=data)
+    if message is None:
+        config_check.check_same_settings(config)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            config_check.check_same_settings(config)

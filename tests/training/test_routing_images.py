@@ -1,0 +1,138 @@
+"""What a run leaves in TensorBoard about its routing, and that training does not depend on it."""
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import vmoe
+from vmoe.training import routing_images
+from vmoe.training.logger import expert_figures, read_metrics
+from vmoe.training.routing_images import routing_picture
+from vmoe.training.tasks import create_task
+from vmoe.training.trainer import train
+from vmoe.utils.config import ConfigError
+
+TIMES = ("images_per_second", "data_wait_share")
+PICTURE = "routing/patches"
+
+
+@pytest.fixture(autouse=True)
+def few_pictures(monkeypatch):
+    monkeypatch.setattr(routing_images, "NUM_PICTURES", 2)
+
+
+def quietly(config):
+    return train(config, Console(file=io.StringIO()))
+
+
+def events_of(folder):
+    events = EventAccumulator(str(folder / "run" / "tensorboard"), size_guidance={"images": 0, "scalars": 0})
+    events.Reload()
+    return events
+
+
+def results_of(folder):
+    """(weights, logged figures without clock times) of a run."""
+    weights = load_file(sorted((folder / "run" / "checkpoints").iterdir())[-1] / "model.safetensors")
+    lines = read_metrics(folder / "run" / "metrics.jsonl")
+    return weights, [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+@pytest.mark.parametrize("task", ["classification", "contrastive"])
+def test_pictures_change_nothing_of_training(make_config, tmp_path, task):
+    results = []
+    for name, every in (("with", 1), ("without", 0)):
+        folder = tmp_path / name
+        config = make_config(
+            task,
+            **{
+                "output_dir": folder / "run",
+                "train.steps": 2,
+                "train.tensorboard": every > 0,
+                "train.routing_picture_every": every,
+                "train.ema_decay": 0.9,
+            },
+        )
+        quietly(config)
+        results.append(results_of(folder))
+    (weights, lines), (plain_weights, plain_lines) = results
+    assert lines == plain_lines
+    assert all(torch.equal(tensor, plain_weights[name]) for name, tensor in weights.items())
+    assert [image.step for image in events_of(tmp_path / "with").Images(PICTURE)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("every", "evaluations", "expected"),
+    [(2, 0, [2, 4, 5]), (None, 3, [3, 5]), (None, 0, []), (0, 3, [])],
+)
+def test_pictures_come_when_they_are_asked_for(make_config, tmp_path, every, evaluations, expected):
+    settings = {"train.routing_picture_every": every, "train.eval_every": evaluations, "train.tensorboard": True}
+    quietly(make_config(**settings, **{"train.steps": 5}))
+    events = events_of(tmp_path)
+    found = events.Images(PICTURE) if PICTURE in events.Tags()["images"] else []
+    assert [image.step for image in found] == expected
+    assert all(image.width > 300 for image in found)
+
+
+def test_every_expert_has_its_load_and_importance(make_config, tmp_path):
+    quietly(make_config("contrastive", **{"train.steps": 2, "train.tensorboard": True}))
+    scalars = events_of(tmp_path)
+    for modality in ("image", "text"):
+        for kind in ("load", "importance"):
+            tags = [f"experts/blocks.1.mlp/{modality}/{kind}_{expert:02d}" for expert in range(4)]
+            values = [scalars.Scalars(tag)[-1].value for tag in tags]
+            assert sum(values) == pytest.approx(1, abs=1e-5)
+            assert len(set(values)) > 1
+    assert not any(key.startswith("experts/") for line in read_metrics(tmp_path / "run/metrics.jsonl") for key in line)
+
+
+def test_expert_figures_are_those_of_the_record():
+    torch.manual_seed(0)
+    model = vmoe.create_model("vmoe_tiny_patch8_48", img_size=16, embed_dim=16, num_heads=2, depth=2, num_experts=4)
+    with vmoe.record_routing(model.eval()) as record:
+        model(torch.randn(3, 3, 16, 16))
+    layer, figures = record.layers["blocks.1.mlp"], expert_figures(record)
+    for expert in range(4):
+        name = f"experts/blocks.1.mlp/image/{{}}_{expert:02d}"
+        assert figures[name.format("load")] == pytest.approx(layer.load[expert].item() / layer.load.sum().item())
+        assert figures[name.format("importance")] == pytest.approx(layer.gates[..., expert].mean().item())
+
+
+def test_a_dense_model_and_one_with_sparse_text_only_have_no_picture(make_config, tmp_path):
+    settings = {"train.tensorboard": True, "train.steps": 2, "train.routing_picture_every": 1}
+    quietly(make_config(**settings, **{"model.kwargs.num_experts": 0}))
+    assert events_of(tmp_path).Tags()["images"] == []
+    config = make_config("contrastive", **settings)
+    model = vmoe.create_model(
+        "two_tower_tiny_patch8_48",
+        image={"num_experts": 0, "depth": 2, "embed_dim": 32, "num_heads": 2},
+        text={"depth": 2, "width": 32, "num_heads": 2},
+    )
+    task = create_task(config)
+    task.tokenizer = vmoe.get_tokenizer(model)
+    with pytest.raises(ValueError, match="no sparse layer sees their patches"):
+        routing_picture(model, task.examples(2), task, torch.device("cpu"), "run")
+
+
+def test_a_negative_number_of_steps_is_an_error(make_config):
+    with pytest.raises(ConfigError, match=r"routing_picture_every must be >= 0, got -1"):
+        make_config(**{"train.routing_picture_every": -1}).check()
+
+
+def test_a_picture_that_cannot_be_drawn_costs_nothing_but_itself(make_config, tmp_path, monkeypatch, caplog):
+    steps = []
+
+    def fail(*_):
+        steps.append([folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()])
+        raise RuntimeError("the font is broken")
+
+    monkeypatch.setattr(routing_images, "routing_picture", fail)
+    settings = {"train.steps": 2, "train.tensorboard": True, "train.checkpoint_every": 1, "train.keep_last": 3}
+    summary = quietly(make_config(**settings, **{"train.routing_picture_every": 1}))
+    assert summary["steps"] == 2
+    assert steps == [["step_000001"]]  # saved before, and not tried again
+    assert [r.getMessage() for r in caplog.records] == ["no pictures of the routing: the font is broken"]

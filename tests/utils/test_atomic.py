@@ -1,0 +1,45 @@
+import os
+
+import pytest
+from safetensors.torch import save_file
+
+from vmoe.utils.atomic import whole_file
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path):
+    file = tmp_path / "table.json"
+    with whole_file(file) as one, whole_file(file) as other:
+        assert one != other
+        assert one.parent == tmp_path
+        assert one.suffix == ".json"
+        one.write_text("one")
+        other.write_text("other")
+        assert not file.exists()
+    assert file.read_text() == "one"  # it was finished last
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_failure_leaves_what_was_there(tmp_path):
+    file = tmp_path / "table.json"
+    file.write_text("before")
+
+    def fail():
+        with whole_file(file) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert file.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_permissions_are_those_that_the_user_asks_for(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with whole_file(tmp_path / "empty.safetensors") as draft:
+            save_file({}, draft)  # makes a file that is the user's alone
+    finally:
+        os.umask(before)
+    assert (tmp_path / "empty.safetensors").stat().st_mode & 0o777 == mode

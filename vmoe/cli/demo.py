@@ -1,0 +1,361 @@
+"""A page to try a model on: `vmoe-demo --checkpoint X`, or `vmoe-demo` (pip install -e '.[demo]').
+
+Drop a picture and type labels: the page shows their probabilities and, for each sparse layer, the experts of the
+picture's patches and of a label's words. What it shows is computed in `vmoe.inspection.explain`.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import importlib
+import os
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from vmoe.cli.command import exit_code
+from vmoe.utils.config import ConfigError, check_types, parse_config
+from vmoe.utils.printable import safe_output
+
+if TYPE_CHECKING:
+    import gradio
+
+    from vmoe.evaluation.loaded_model import Subject
+    from vmoe.inspection.explain import Explanation, Layer
+
+MAX_UPLOAD = "100mb"
+KEPT_SECONDS = 3600  # pictures in Gradio's temporary folder, and what was computed from them
+# Names of emoji; training on the emoji set never sees the last one.
+EXAMPLES = ("dog face", "pizza", "automobile", "sunflower", "guitar", "scientist light skin tone")
+EXAMPLE_PIXELS = 240
+CSS = """
+.gradio-container {width: 100%; max-width: 1400px !important; margin: 0 auto !important}
+.token.highlighted {padding: 4px 6px !important}
+.token.highlighted .text, .token.highlighted .label {background: #ffffffd8 !important; color: #000; padding: 0 4px}
+"""
+
+
+@dataclass
+class DemoConfig:
+    """The demo.
+
+    Attributes:
+        checkpoint: The model: folder of a run (its last checkpoint) or of a checkpoint, or a .safetensors file.
+        templates: Image-text models: texts with {} in the place of the label (their embeddings are averaged), a file
+            with one per line, "openai_imagenet" (the 80 of CLIP) or "simple_imagenet" (7 of them); null: the label.
+        host: Address to listen on; "0.0.0.0" lets other machines in.
+        port: Port to listen on; null takes the first free one from 7860.
+        share: Also open a public link through Gradio's servers. Pictures then travel through them.
+        device: "auto" (CUDA, then MPS, then CPU) or a torch device such as "cuda:1".
+        exif_orientation: Whether pictures are turned as their EXIF data say; null: as the model was trained.
+    """
+
+    checkpoint: str
+    templates: list[str] | str | None = None
+    host: str = "127.0.0.1"
+    port: int | None = None
+    share: bool = False
+    device: str = "auto"
+    exif_orientation: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.port is not None and not 0 < self.port < 65536:
+            raise ConfigError(f"port must be 1 to 65535, got {self.port}")
+
+
+@safe_output()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command until Ctrl-C, which ends the server; returns the exit code: 0, 1 for an error, 2 for a wrong
+    setting, 130 for Ctrl-C before the server runs.
+
+    An error is one sentence; set VMOE_TRACEBACK=1 to see where it comes from.
+    """
+    config = parse_config(
+        DemoConfig, argv, prog="vmoe-demo", description="A page in the browser to try a model and see its routing."
+    )
+
+    def serve() -> None:
+        _gradio()  # before the model is loaded, which takes longer
+        from vmoe.evaluation.loaded_model import load_subject
+
+        subject = load_subject(config.checkpoint, config.device)
+        if config.exif_orientation is not None:
+            subject = subject._replace(exif_orientation=config.exif_orientation)
+        if subject.tokenizer is None and config.templates is not None:
+            raise ConfigError(f"templates are for image-text models, and {config.checkpoint} holds a classifier")
+        app = build_app(subject, config.templates)
+        launch(app, config.host, config.port, config.share)
+        app.block_thread()
+
+    return exit_code("vmoe-demo", serve)
+
+
+def launch(app: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None, share: bool = False) -> str:
+    """Starts the server in a thread and prints its address; it serves the page, its own temporary files, nothing else.
+
+    Args:
+        app: from `build_app`; `app.close()` ends the server.
+        host: address to listen on.
+        port: to listen on; None: the first free one from 7860.
+        share: also through a public link of Gradio's.
+
+    Returns:
+        The page's address.
+
+    Raises:
+        OSError: the port is taken, or the address is not this machine's.
+    """
+    gr = _gradio()
+    from vmoe.inspection import fragments
+
+    # Fonts of the reader's system: the page asks no other server for anything.
+    theme = gr.themes.Default(
+        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    ).set(button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800")
+    try:  # Gradio would try a hundred ports at an address that is not this machine's
+        socket.create_server((host, port or 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        reason = str(error.strerror).partition(" (while")[0]
+        raise OSError(
+            f"cannot listen on {host}, port {port or 'any'} ({reason}): choose another --port or --host"
+        ) from error
+    _, address, public_address = app.launch(
+        server_name=host,
+        server_port=port,
+        share=share,
+        inbrowser=False,
+        prevent_thread_lock=True,
+        quiet=True,
+        theme=theme,
+        css=CSS + fragments.CSS,
+        footer_links=[],
+        run_history=False,
+        allowed_paths=[],
+        max_file_size=MAX_UPLOAD,
+        ssr_mode=False,
+        mcp_server=False,
+        enable_monitoring=False,
+    )
+    print(f"the page is at {address}" + (f" and {public_address}" if public_address else "") + " (Ctrl-C ends it)")
+    return address
+
+
+def build_app(subject: Subject, templates: Sequence[str | Callable[[str], str]] | str | None = None) -> gradio.Blocks:
+    """The page for a model.
+
+    Args:
+        subject: an image-text model (pictures against labels), or a classifier (pictures against its own classes).
+        templates: of an image-text model, see `vmoe.evaluation.zero_shot.resolve_templates`.
+
+    Raises:
+        ModuleNotFoundError: Gradio is not installed.
+        ValueError: templates that cannot be used.
+    """
+    gr = _gradio()
+    from vmoe.evaluation.zero_shot import resolve_templates
+    from vmoe.inspection import explain as logic
+    from vmoe.inspection import fragments
+
+    templates = resolve_templates(templates)
+    has_text = subject.tokenizer is not None
+    layers = logic.list_layers(subject)
+    answering = _answering(gr)
+
+    @answering
+    def classify(picture: Image.Image | None, labels: str, layer: int, row: int, column: int) -> tuple:
+        if picture is None:
+            raise ValueError("Choose a picture first: drop one, paste one, or click one of the examples.")
+        found = logic.explain(subject, picture, logic.parse_labels(labels) if has_text else None, templates)
+        likeliest, _ = max(found.probabilities, key=lambda pair: pair[1])
+        names = gr.Dropdown(choices=[name for name, _ in found.probabilities], value=likeliest)
+        bars = fragments.probability_bars(found.probabilities)
+        return found, bars, gr.Column(visible=bool(layers)), names, *view(found, layer, row, column, likeliest)
+
+    @answering
+    def show(found: Explanation | None, layer: int, row: int, column: int, label: str | None) -> tuple:
+        return view(found, layer, row, column, label)
+
+    @answering
+    def show_clicked(found: Explanation | None, layer: int, label: str | None, event: Any) -> tuple:
+        row, column = 0, 0
+        if found is not None:
+            grid = found.sample.patches[layer].expert.shape[:2]
+            row, column = logic.patch_at(*event.index, grid, logic.map_size(found.sample.image))
+        return row, column, *view(found, layer, row, column, label)
+
+    show_clicked.__annotations__ = {"event": gr.SelectData}  # Gradio hands the event to an argument of this type
+
+    def view(found: Explanation | None, layer: int, row: int | None, column: int | None, label: str | None) -> tuple:
+        """Map, experts of the patch, words, loads."""
+        if found is None:
+            raise ValueError("There is nothing to show, or it is no longer kept: press Classify.")
+        if not layers:
+            return None, None, None, None
+        patches = found.sample.patches[layer]
+        words, text = [], None
+        if has_text and label is not None:
+            words, by_layer = logic.route_words(subject, logic.prompt(label, templates))
+            text = by_layer.get(layers[layer].name)
+        drawn, patch = None, "<p>This layer sees words only.</p>"
+        if patches is not None:
+            if row is None or column is None:
+                raise ValueError("Give both a row and a column.")
+            patch = fragments.patch_experts(row, column, logic.patch_experts(patches, row, column))
+            drawn = logic.draw_map(found.sample.image, patches, layers[layer].num_experts, (row, column))
+        pieces, colours = logic.colour_words(words, text) if text else ([], {})
+        loads = {
+            name: logic.expert_loads(layers[layer], routing)
+            for name, routing in (("patches", patches), ("words", text))
+            if routing is not None
+        }
+        return drawn, patch, gr.HighlightedText(value=pieces, color_map=colours), fragments.load_table(loads)
+
+    with gr.Blocks(title="vmoe: what the experts do", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)) as app:
+        gr.Markdown(f"# What the experts do\n{_introduction(subject, layers)}")
+        found = gr.State(None, time_to_live=KEPT_SECONDS)
+        with gr.Row():
+            with gr.Column(scale=2, min_width=320):
+                picture = gr.Image(label="Picture", type="pil", sources=["upload", "clipboard"], height=280, buttons=[])
+                # Not by a subclass, for which Gradio would write a file beside this one.
+                picture.preprocess = _picture_reader(gr, subject.exif_orientation)
+                labels = gr.Textbox(
+                    label="Labels, one per line or separated by commas", lines=4, max_lines=12, visible=has_text
+                )
+                button = gr.Button("Classify", variant="primary")
+                examples = _example_pictures()
+                if examples:
+                    gr.Examples(
+                        [[image, "\n".join(EXAMPLES)] for image in examples],
+                        [picture, labels],
+                        label="Examples (OpenMoji, CC BY-SA 4.0)",
+                        visible_columns=[0],
+                    )
+            with gr.Column(scale=4, min_width=320):
+                probabilities = gr.HTML("<p>The answer appears here.</p>", padding=False)
+                with gr.Column(visible=False) as routing:  # shown with the first answer
+                    layer = gr.Radio(
+                        [(one.title, index) for index, one in enumerate(layers)],
+                        value=len(layers) - 1 if layers else None,
+                        label="Sparse layer",
+                    )
+                    with gr.Row():
+                        with gr.Column(scale=3):
+                            routing_map = gr.Image(
+                                label="Experts of the patches",
+                                show_label=False,  # it would lie over the first patches
+                                alt_text="The picture under the numbers and colours of its patches' experts",
+                                interactive=False,
+                                buttons=[],
+                                format="png",
+                            )
+                        with gr.Column(scale=2):
+                            gr.Markdown("Click a patch, or choose its row and column; both count from 0.")
+                            with gr.Row():
+                                row = gr.Number(0, label="Row", precision=0, minimum=0, min_width=80)
+                                column = gr.Number(0, label="Column", precision=0, minimum=0, min_width=80)
+                            patch = gr.HTML(padding=False)
+                    with gr.Row(visible=has_text):
+                        name = gr.Dropdown(label="Label", scale=2, min_width=200)
+                        words = gr.HighlightedText(label="Experts of the label's words", scale=3, min_width=320)
+                    loads = gr.HTML(padding=False)
+
+        seen = [routing_map, patch, words, loads]
+        private = {"api_visibility": "private", "trigger_mode": "always_last"}
+        press = {
+            "inputs": [picture, labels, layer, row, column],
+            "outputs": [found, probabilities, routing, name, *seen],
+        }
+        gr.on([button.click, labels.submit], classify, **press, **private, show_progress_on=probabilities)
+        gr.on(
+            [layer.input, row.input, column.input, name.input],
+            show, [found, layer, row, column, name], seen, **private, show_progress="hidden",
+        )  # fmt: skip
+        routing_map.select(show_clicked, [found, layer, name], [row, column, *seen], **private, show_progress="hidden")
+    return app
+
+
+def _answering(gr: Any) -> Callable[[Callable], Callable]:
+    """A decorator for what answers an event: one at a time, and a failure is a message on the page."""
+    from vmoe.data import BadSample
+
+    one_at_a_time = threading.Lock()  # what is recorded of a model holds all that runs meanwhile
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def answer(*arguments: Any) -> Any:
+            try:
+                with one_at_a_time:
+                    return function(*arguments)
+            except (ValueError, BadSample) as error:
+                raise _message(gr, str(error)) from None
+            except Exception as error:
+                if os.environ.get("VMOE_TRACEBACK"):
+                    traceback.print_exc()
+                raise _message(gr, f"This could not be computed: {str(error) or type(error).__name__}") from None
+
+        return answer
+
+    return decorate
+
+
+def _message(gr: Any, text: str) -> Exception:
+    return gr.Error(html.escape(text), duration=None, print_exception=False)
+
+
+def _picture_reader(gr: Any, exif_orientation: bool) -> Callable[[Any], Image.Image | None]:
+    """What makes a picture of an upload: files are read and refused as everywhere in vmoe."""
+    from vmoe.data import BadSample
+    from vmoe.data.images import Reading, load_image
+
+    def read(upload: Any) -> Image.Image | None:
+        if upload is None:
+            return None
+        if not upload.path:
+            raise _message(gr, "The picture did not reach the server as a file: drop it once more.")
+        try:
+            return load_image(upload.path, reading=Reading(exif_orientation))
+        except BadSample as error:
+            raise _message(gr, f"{upload.orig_name or 'The picture'}: {error.reason}.") from None
+
+    return read
+
+
+def _introduction(subject: Subject, layers: Sequence[Layer]) -> str:
+    what = "picture and labels" if subject.tokenizer else "picture"
+    routing = "the experts of its patches" + (" and of the labels' words" if subject.tokenizer else "")
+    if not layers:
+        routing = "no experts, for this model has no sparse layer"
+    return f"Give a {what}: the model `{Path(subject.checkpoint).name}` shows probabilities and {routing}."
+
+
+def _example_pictures() -> list[Image.Image]:
+    """Some emoji; none where their packages are not installed."""
+    from vmoe.data.sources.emoji import draw_emoji, list_emoji
+
+    try:
+        codes = {emoji.name: emoji.code for emoji in list_emoji()}
+        return [Image.fromarray(draw_emoji(codes[name], EXAMPLE_PIXELS)) for name in EXAMPLES]
+    except ModuleNotFoundError:
+        return []
+
+
+def _gradio() -> Any:
+    try:
+        return importlib.import_module("gradio")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"the demo needs the package {error.name}: pip install -e '.[demo]' in a checkout"
+        ) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""The evaluation command (`eval.py`, `vmoe-eval`): loads checkpoints, measures them, prints a table, writes JSON.
+
+Read `run`, then the task in `tasks.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+
+from vmoe.cli.command import exit_code
+from vmoe.data import ImageDataset, build_dataset, with_orientation
+from vmoe.data.sources.folder import warn_of_text_order
+from vmoe.data.sources.imagenet import imagenet_words
+from vmoe.distributed.process_group import joined
+from vmoe.evaluation.config import EvaluationConfig
+from vmoe.evaluation.loaded_model import Subject, load_subject, trained_on_turned, weights_fingerprint
+from vmoe.evaluation.results_file import (
+    check_writable,
+    library_versions,
+    mean_and_spread,
+    output_file,
+    print_table,
+    write_json,
+)
+from vmoe.evaluation.tasks import FILES, TASKS
+from vmoe.models.factory import find_weights, is_contrastive, read_pretrained_metadata
+from vmoe.models.spec import model_spec
+from vmoe.moe.quantize import expert_bytes
+from vmoe.utils.allocator import keep_freed_memory
+from vmoe.utils.config import ConfigError, parse_config
+from vmoe.utils.printable import safe_output
+from vmoe.utils.tables import make_console
+from vmoe.utils.world import world
+
+
+@safe_output()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code: 0, 1 for an error, 2 for a wrong setting, 130 for Ctrl-C.
+
+    An error is one sentence; set VMOE_TRACEBACK=1 to see where it comes from.
+    """
+    keep_freed_memory()
+    config = parse_config(
+        EvaluationConfig,
+        argv,
+        prog="vmoe-eval",
+        description="Evaluate checkpoints: classification, zero-shot, retrieval, few-shot, probes, capacity.",
+        folder="eval",
+    )
+
+    def evaluate() -> None:
+        with joined():
+            run(config)
+
+    return exit_code("vmoe-eval", evaluate)
+
+
+def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, Any]:
+    """Evaluates as the config says, prints a table and writes the JSON file.
+
+    Args:
+        config: the settings.
+        console: where to print; None: standard output.
+
+    Returns:
+        What the JSON file holds: "task", "results" (see the tasks; means of several checkpoints, with their standard
+        deviations in "spread"), "checkpoints" (for each: "checkpoint", "weights", their "sha256", "model",
+        "expert_bytes", the memory of its experts, "results", "details"), "data" ("fingerprint", "num_samples",
+        "left_out"; None but in the first process), "config", "versions", "processes", "seconds".
+
+    Raises:
+        ConfigError: the model, the task and the data do not go together.
+        BadSample: an unreadable picture or empty caption, unless `loader.on_bad` is "skip".
+        ValueError: unreadable checkpoint, data, class names or templates.
+    """
+    rank, num_processes = world()
+    console = console or make_console(quiet=rank > 0)
+    if config.data.type is None:
+        raise ConfigError("data.type is missing: say what to evaluate on")
+    # A wrong name is told before anything is read, and damage that is passed over once.
+    weights = {checkpoint: find_weights(checkpoint) for checkpoint in config.checkpoints}
+    config = as_trained(config, [trained_on_turned(file) for file in weights.values()])
+    if rank == 0:
+        check_writable(output_file(config))
+    dataset = build_dataset(config.data)
+    for checkpoint in config.checkpoints[1:]:
+        check_task(
+            config, load_subject(checkpoint, "cpu", weights=weights[checkpoint], experts=config.experts), dataset
+        )
+    start = time.perf_counter()
+    entries = []
+    for checkpoint in config.checkpoints:
+        subject = load_subject(
+            checkpoint, config.device, config.precision, dataset.crop_pct, weights[checkpoint], config.experts
+        )
+        check_task(config, subject, dataset)
+        outcome = TASKS[config.task](config, subject, dataset, console)
+        entries.append(
+            {
+                "checkpoint": checkpoint,
+                "weights": str(subject.weights),
+                "sha256": weights_fingerprint(subject.weights),
+                "model": model_spec(subject.model),
+                "expert_bytes": expert_bytes(subject.model),
+                "results": outcome.results,
+                "details": outcome.details,
+            }
+        )
+    results, spread = mean_and_spread([entry["results"] for entry in entries])
+    report = {
+        "task": config.task,
+        "results": results,
+        **({"spread": spread} if spread else {}),
+        "checkpoints": entries,
+        "data": data_facts(dataset, console) if rank == 0 else None,
+        "config": dataclasses.asdict(config),
+        "versions": library_versions(),
+        "processes": num_processes,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+    # First: the figures are there even if the file cannot be written.
+    print_table(f"{config.task} of {', '.join(config.checkpoints)}", results, spread, console)
+    if rank == 0:
+        target = output_file(config)  # now, since another evaluation may have written its file meanwhile
+        write_json(report, target)
+        files = [target, *(FILES[config.task](report, target) if config.task in FILES else [])]
+        written = ", ".join(map(str, files))
+        console.print(f"written to {written}", style="dim", highlight=False, markup=False, soft_wrap=True)
+    return report
+
+
+def as_trained(config: EvaluationConfig, turned: list[bool]) -> EvaluationConfig:
+    """The settings, with EXIF orientation applied to images if the checkpoints' trainings did so.
+
+    Raises:
+        ConfigError: some did, and the data do not say whether to.
+    """
+    if not any(turned):
+        return config
+    if not all(turned) and config.data.exif_orientation is None:
+        raise ConfigError("some of the checkpoints were trained with exif_orientation: set data.exif_orientation")
+    sets = {
+        name: replace(one, train=with_orientation(one.train), test=with_orientation(one.test))
+        for name, one in config.features.sets.items()
+    }
+    return replace(
+        config,
+        data=with_orientation(config.data),
+        train_data=with_orientation(config.train_data),
+        features=replace(config.features, sets=sets),
+    )
+
+
+def data_facts(dataset: ImageDataset, console: Console) -> dict[str, Any]:
+    """What the JSON says of the data, besides its settings."""
+    with console.status("fingerprint of the data"):  # reads the ends of every file
+        facts = {"fingerprint": dataset.fingerprint(), "num_samples": len(dataset)}
+    return {**facts, "left_out": dataset.left_out} if dataset.left_out else facts
+
+
+def check_task(config: EvaluationConfig, subject: Subject, dataset: ImageDataset) -> None:
+    """Raises ConfigError unless task, model and data go together."""
+    task, kind = config.task, config.data.type
+    contrastive = is_contrastive(subject.model)
+    needed = {"classification": False, "zero_shot": True, "retrieval": True}.get(task, contrastive)
+    if contrastive != needed:
+        holds = "an image-text model" if contrastive else "a classifier"
+        fitting = "zero_shot or retrieval" if contrastive else "classification"
+        raise ConfigError(f"task {task!r} does not fit {subject.checkpoint}, which holds {holds}: use {fitting}")
+    if task == "retrieval" and not dataset.has_captions:
+        raise ConfigError(f"task 'retrieval' needs captions, and data of type {kind!r} has none")
+    if task != "retrieval" and dataset.classes is None:
+        raise ConfigError(f"task {task!r} needs labels, and data of type {kind!r} has none")
+    if task in ("classification", "capacity") and not contrastive:
+        classes = dataset.classes if dataset.class_columns is None else list(imagenet_words())
+        num_outputs = subject.model.num_classes
+        if dataset.class_columns is not None and num_outputs != len(classes):
+            raise ConfigError(
+                f"data of type {kind!r} is judged by the outputs of an ImageNet-1k classifier, and "
+                f"{subject.checkpoint} has {num_outputs} instead of {len(classes):,}: evaluate a model of these classes"
+            )
+        trained = read_pretrained_metadata(subject.weights)["extra"].get("class_names")
+        check_same_classes(trained, classes, subject.checkpoint)
+
+
+def check_same_classes(trained: list[str] | None, data: list[str] | None, checkpoint: str) -> None:
+    """Labels are positions in a list: a classifier and its data must have the same list.
+
+    Raises:
+        ConfigError: names the first difference.
+    """
+    if data is None:
+        return
+    if trained is None:
+        warn_of_text_order(data, f"{checkpoint}, which holds no class names,")
+        return
+    if len(trained) != len(data):
+        only = [name for name in data if name not in trained] or [name for name in trained if name not in data]
+        raise ConfigError(
+            f"{checkpoint} was trained on {len(trained)} classes, and the data has {len(data)}"
+            + (f"; only one of them has {', '.join(map(repr, only[:5]))}" if only else "")
+        )
+    for index, (ours, theirs) in enumerate(zip(trained, data)):
+        if ours != theirs:
+            raise ConfigError(f"class {index} is {ours!r} in {checkpoint} and {theirs!r} in the data; they must agree")

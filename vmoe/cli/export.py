@@ -1,0 +1,108 @@
+"""The exporting command: a checkpoint of any run, whole or in shards, as one safetensors file with all that it needs.
+
+    vmoe-export RUN_OR_CHECKPOINT --output FILE.safetensors [--raw]
+
+What is exported is what `eval.py` measures: the moving average of the weights, where the run kept one.
+
+The tensors pass from the checkpoint's mapped files into the mapped output file, so the memory need not hold the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vmoe.cli.command import exit_code
+from vmoe.models.manifest import is_checkpoint
+from vmoe.models.memory_mapped import mapped_safetensors
+from vmoe.models.serialization import (
+    SETTINGS_NAME,
+    StoredTensors,
+    WeightsError,
+    checkpoint_weights,
+    find_weights,
+    read_pretrained_metadata,
+    safetensors_metadata,
+)
+from vmoe.utils.printable import safe_output
+
+
+def export(source: str | Path, output: str | Path, raw: bool = False) -> Path:
+    """Writes a checkpoint's weights as one safetensors file, or leaves what is there as it was.
+
+    Args:
+        source: a run's folder (its newest whole checkpoint), or a checkpoint's.
+        output: the file; replaced if it exists.
+        raw: the weights as they were trained, also where the run kept a moving average of them.
+
+    Returns:
+        The weights that were read: a file, or a folder of shards.
+
+    Raises:
+        WeightsError: no such weights, they are damaged, or the file cannot be written, or must not be, because it would
+            damage a checkpoint.
+    """
+    output = Path(output)
+    if output.suffix != ".safetensors":
+        raise WeightsError(f"--output {output}: give a name that ends with .safetensors")
+    if Path(source).is_file():
+        raise WeightsError(f"{source} is one file already; give the folder of a run or of a checkpoint")
+    if (Path(source) / SETTINGS_NAME).is_file():
+        raise WeightsError(
+            f"{source} is one part of a checkpoint; give the checkpoint's folder, and --raw for its model"
+        )
+    inside = next((folder for folder in output.resolve().parents if is_checkpoint(folder)), None)
+    if inside is not None:
+        raise WeightsError(
+            f"--output {output} lies in the checkpoint {inside}, which a file more would damage; give another folder"
+        )
+    weights = find_weights(source)  # compares the checkpoint with its checksums
+    if raw:
+        weights = checkpoint_weights(weights.parent)
+    stored = StoredTensors(weights)
+    try:
+        with mapped_safetensors(output, stored.shapes, stored.dtypes, safetensors_metadata(weights)) as tensors:
+            stored.read_into(tensors)
+    except OSError as error:
+        raise WeightsError(
+            f"{output} cannot be written ({error.strerror or error}); free some space or choose another place"
+        ) from error
+    return weights
+
+
+@safe_output()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code: 0, or 1 for an error, which is one sentence."""
+    parser = argparse.ArgumentParser(
+        prog="vmoe-export", description="Write the weights of a training run as one safetensors file."
+    )
+    parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="folder of a run (its newest), or of a checkpoint")
+    parser.add_argument("--output", required=True, metavar="FILE.safetensors", help="the file to write")
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="the weights as they were trained, instead of their moving average",
+    )
+    args = parser.parse_args(argv)
+
+    def run() -> None:
+        weights = export(args.source, args.output, args.raw)
+        shapes = StoredTensors(args.output).shapes.values()
+        name = read_pretrained_metadata(args.output)["name"]
+        if checkpoint_weights(weights.parent, average=True) is None:
+            what = "the weights, which eval.py measures too; the run kept no moving average of them"
+        elif args.raw:
+            what = "the weights as they were trained, not their moving average, which eval.py measures"
+        else:
+            what = "the moving average of the weights, which eval.py measures too; --raw exports the weights themselves"
+        print(f"read     {weights}: {what}")
+        print(f"wrote    {args.output}: {name}, {len(shapes)} tensors, {sum(map(math.prod, shapes)):,} numbers")
+
+    return exit_code("vmoe-export", run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,305 @@
+"""The inspection command (`vmoe-inspect`): what the experts of a model do with a data set."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args, get_type_hints
+
+import yaml
+from rich.console import Console
+
+from vmoe.cli.command import exit_code
+from vmoe.data import ImageDataset, build_dataset, with_orientation
+from vmoe.data.config import LoaderConfig, SourceConfig
+from vmoe.data.images import IMAGE_SUFFIXES
+from vmoe.evaluation.loaded_model import Subject, load_subject
+from vmoe.evaluation.zero_shot import resolve_templates
+from vmoe.inspection.forward import sparse_layers
+from vmoe.inspection.plots import write_figures
+from vmoe.inspection.report import write_report
+from vmoe.inspection.report_charts import chart_library
+from vmoe.inspection.routing_statistics import RoutingStatistics, gather_statistics
+from vmoe.inspection.statistics_files import write_statistics
+from vmoe.utils.config import ConfigError, check_types, parse_config, read_settings_file
+from vmoe.utils.printable import safe_output
+from vmoe.utils.tables import FigureTable, make_console
+
+
+@dataclass
+class InspectConfig:
+    """An inspection.
+
+    Attributes:
+        checkpoint: What to look into: folder of a run (its last checkpoint) or of a checkpoint, or a .safetensors file.
+        output_dir: Folder for statistics.json, statistics.npz, figures/ and report.html; null: "inspection" beside the
+            checkpoint.
+        data: The data to run the model on; without a type, what the run of the checkpoint validated on, with the fields
+            that are given in the place of its own (--data.split train). A single word is the type, or the path of a
+            folder of pictures or a file of pairs: --data emoji_groups, --data photos/.
+        loader: Batches and worker processes. The result does not depend on them where nothing is dropped. on_bad "skip"
+            leaves unreadable pictures out and counts them. max_bad_share and pin_memory are for training alone.
+        num_pictures: Pictures whose routing the report shows one by one, spread evenly over the data.
+        num_patches: Typical patches to keep for each expert.
+        templates: Prompts of the class names, for an image-text model: texts with {} in the place of the name, a file
+            with one per line, "openai_imagenet" or "simple_imagenet"; null: the bare name.
+        eval_capacity_factor: Room in the experts, to see what is dropped with limited room as in training; null: as the
+            model is set, which by default means that nothing is dropped.
+        batch_priority: Whether important tokens go first where room is limited; null: as the model is set.
+        precision: Arithmetic of the forward pass: float32, or autocast to bf16 or fp16.
+        device: "auto" (CUDA, then MPS, then CPU) or a torch device such as "cuda:1".
+    """
+
+    checkpoint: str
+    output_dir: str | None = None
+    data: SourceConfig = field(default_factory=SourceConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    num_pictures: int = 200
+    num_patches: int = 16
+    templates: list[str] | str | None = None
+    eval_capacity_factor: float | None = None
+    batch_priority: bool | None = None
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.loader.on_bad == "replace":
+            raise ConfigError("loader.on_bad must be 'fail' or 'skip' in an inspection, got 'replace'")
+        for name in ("max_bad_share", "pin_memory"):
+            if getattr(self.loader, name) != getattr(LoaderConfig(), name):
+                raise ConfigError(f"loader.{name} has no effect in an inspection, only in training: leave it out")
+        for name in ("num_pictures", "num_patches"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if self.eval_capacity_factor is not None and not self.eval_capacity_factor > 0:
+            raise ConfigError(f"eval_capacity_factor must be > 0, got {self.eval_capacity_factor}; null: as set")
+
+
+@safe_output()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code: 0, 1 for an error, 2 for a wrong setting, 130 for Ctrl-C.
+
+    An error is one sentence; set VMOE_TRACEBACK=1 to see where it comes from.
+    """
+    return exit_code("vmoe-inspect", lambda: run(settings(list(sys.argv[1:] if argv is None else argv))))
+
+
+def settings(argv: list[str]) -> InspectConfig:
+    """The settings of a command line, on top of what the checkpoint's run validated on if it names no type of data.
+
+    Raises:
+        ConfigError: no such data.
+    """
+    argv = expand_data(argv)
+    config = read_settings(argv)
+    if config.data.type is None and Path(config.checkpoint).exists():
+        with tempfile.TemporaryDirectory() as folder:
+            base = Path(folder) / "data.yaml"
+            source = dataclasses.asdict(validation_data(config.checkpoint))
+            base.write_text(yaml.safe_dump({"data": source}), encoding="utf-8")
+            config = read_settings(["--config", str(base), *argv])
+    return config
+
+
+def read_settings(argv: Sequence[str]) -> InspectConfig:
+    """The settings of a command line; ends the process with one sentence where they are wrong."""
+    return parse_config(
+        InspectConfig,
+        argv,
+        prog="vmoe-inspect",
+        description="Look into a sparse model: which patches and words go to which expert.",
+    )
+
+
+def run(config: InspectConfig, console: Console | None = None) -> RoutingStatistics:
+    """Gathers the statistics, writes files, figures and report, and prints a table and their paths.
+
+    Args:
+        config: the settings.
+        console: where to print; None: standard output.
+
+    Raises:
+        ConfigError: a dense model, no data, templates without class names to fill in, or an output_dir that cannot be
+            written to; all before the data are read.
+        ModuleNotFoundError: the extra "report" is not installed; also at once.
+        BadSample: an unreadable picture or empty caption, unless `loader.on_bad` is "skip".
+        ValueError: unreadable checkpoint or data.
+    """
+    console = console or make_console()
+    # What can go wrong is told before the data are read, which may take hours.
+    chart_library()
+    subject = load_subject(config.checkpoint, config.device, config.precision)
+    sparse_layers(subject)
+    source = config.data
+    if source.type is None:
+        if source != SourceConfig():
+            raise ConfigError("data has settings, but no type: set data.type")
+        source = validation_data(config.checkpoint)
+    if subject.exif_orientation:
+        source = with_orientation(source)
+    dataset = build_dataset(source)
+    check_templates(config, subject, dataset)
+    folder = make_output_folder(config)
+    statistics = gather_statistics(
+        subject,
+        dataset,
+        batch_size=config.loader.batch_size,
+        num_workers=config.loader.num_workers,
+        on_bad=config.loader.on_bad or "fail",
+        num_pictures=config.num_pictures,
+        num_patches=config.num_patches,
+        templates=config.templates,
+        eval_capacity_factor=config.eval_capacity_factor,
+        batch_priority=config.batch_priority,
+        data=describe(source),
+        console=console,
+    )
+    console.print(summary_table(statistics))  # first: the figures are there even if a file cannot be written
+    settings = dataclasses.asdict(dataclasses.replace(config, data=source))
+    files = write_statistics(statistics, folder, settings)
+    with console.status("drawing"):
+        figures = write_figures(statistics, folder / "figures")
+    files.append(write_report(statistics, folder / "report.html", console))
+    for text in (*files, f"{len(figures)} figures in {folder / 'figures'}"):
+        console.print(str(text), highlight=False, markup=False, soft_wrap=True)
+    return statistics
+
+
+def expand_data(argv: list[str]) -> list[str]:
+    """`--data WORD` as the settings that it stands for: a type, a folder of pictures or a file of pairs.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    expanded: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        name, equals, word = argument.partition("=")
+        if name != "--data":
+            expanded.append(argument)
+            continue
+        word = word if equals else next(arguments, "")
+        if not word:
+            raise ConfigError("--data needs a value: a type of data, a folder of pictures or a file of pairs")
+        known = get_args(get_args(get_type_hints(SourceConfig)["type"])[0])
+        path = Path(word)
+        if word in known:
+            expanded += ["--data.type", word]
+        elif path.is_dir():
+            captions = (text.with_suffix(end) for text in path.rglob("*.txt") for end in IMAGE_SUFFIXES)
+            kind = "pairs" if any(picture.is_file() for picture in captions) else "image_folder"
+            expanded += ["--data.type", kind, "--data.path", word]
+        elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+            raise ConfigError(
+                f"--data {word} is a picture: give the folder of pictures that it lies in, or a file of pairs"
+            )
+        elif path.is_file():
+            expanded += ["--data.type", "pairs", "--data.path", word]
+        else:
+            raise ConfigError(
+                f"--data {word}: no such folder or file, and no type of data; types: {', '.join(known)} "
+                "(with --data.path PATH where they need one)"
+            )
+    return expanded
+
+
+def validation_data(checkpoint: str) -> SourceConfig:
+    """What the run that a checkpoint belongs to validated on, by its config.yaml.
+
+    Raises:
+        ConfigError: there is no such file, or the run did not validate.
+    """
+    place = Path(checkpoint).absolute()
+    for folder in [place, *place.parents][:4]:  # RUN/checkpoints/step_000100/model.safetensors
+        file = folder / "config.yaml"
+        if file.is_file():
+            settings = read_settings_file(file)
+            try:
+                val = (settings.get("data") or {}).get("val") or {}
+                if val.get("type") is not None:
+                    return SourceConfig(**val)
+            except (TypeError, AttributeError) as error:  # it holds something else than settings of data
+                raise ConfigError(f"{file}: data.val cannot be read ({error}); say which --data to use") from error
+            break
+    raise ConfigError(
+        f"data.type is missing, and {checkpoint} is in no run folder whose config.yaml names validation data: say what "
+        "to look at, as in --data emoji_groups or --data FOLDER"
+    )
+
+
+def describe(source: SourceConfig) -> str:
+    """The data in a few words, for titles."""
+    parts = [source.type, source.name, source.path]
+    if source.type in ("emoji", "emoji_groups", "torchvision", "karpathy"):
+        parts.append(source.split)
+    return " · ".join(part for part in parts if part)
+
+
+def check_templates(config: InspectConfig, subject: Subject, dataset: ImageDataset) -> None:
+    """Refuses templates that cannot be read, or that nothing would be done with.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if config.templates is None:
+        return
+    if subject.tokenizer is None:
+        raise ConfigError(f"templates are for image-text models, and {config.checkpoint} holds a classifier")
+    if dataset.classes is None:
+        raise ConfigError("templates are prompts of class names, and the data have none: leave them out")
+    try:
+        resolve_templates(config.templates)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def make_output_folder(config: InspectConfig) -> Path:
+    """Makes the folder that the files go to.
+
+    Raises:
+        ConfigError: it cannot be made or written to.
+    """
+    folder = output_folder(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"output_dir {folder} cannot be written to ({error.strerror}): choose another") from error
+    return folder
+
+
+def output_folder(config: InspectConfig) -> Path:
+    """`output_dir`, or the folder "inspection" beside the checkpoint (inside, if that is a folder)."""
+    if config.output_dir is not None:
+        return Path(config.output_dir)
+    checkpoint = Path(config.checkpoint)
+    return (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "inspection"
+
+
+def summary_table(statistics: RoutingStatistics) -> FigureTable:
+    """A line per layer and modality: tokens, largest over mean load, experts that got none, drops, entropy."""
+    header = ["layer", "modality", "tokens", "max/mean load", "idle", "dropped", "entropy"]
+    table = FigureTable(f"routing of {statistics.checkpoint} on {statistics.data}", header, keys=2, left=header[:2])
+    for layer in statistics.layers:
+        for modality, tokens in layer.tokens.items():
+            kept_E = layer.kept[modality]
+            table.add_row(
+                layer.name,
+                modality,
+                f"{tokens:,}",
+                f"{kept_E.max() / max(kept_E.mean(), 1e-12):.2f}",
+                f"{(kept_E == 0).sum()} of {layer.num_experts}",
+                f"{layer.share_dropped[modality]:.1%}",
+                f"{layer.entropy[modality]:.3f}",
+            )
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

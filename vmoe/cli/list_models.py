@@ -1,0 +1,62 @@
+"""The table of docs/models.md: `vmoe-list-models [NAME ...]`.
+
+Models are built on the meta device, so that the largest cost no memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from vmoe.models.factory import create_model
+from vmoe.models.flops import model_profile
+from vmoe.models.spec import list_models
+from vmoe.utils.printable import safe_output
+
+SOURCES = {
+    "vmoe_": "[V-MoE](https://arxiv.org/abs/2106.05974)",
+    "softmoe_": "[Soft MoE](https://arxiv.org/abs/2308.00951)",
+    "limoe_": "[LIMoE](https://arxiv.org/abs/2206.02770)",
+    "two_tower_soft_": "[Soft MoE](https://arxiv.org/abs/2308.00951)",
+    "two_tower_": "ours, after [CLIP-UP](https://arxiv.org/abs/2502.00965)",
+}
+HEAD = """\
+| name | parameters | active | GFLOPs per picture | GFLOPs per text | source |
+| --- | ---: | ---: | ---: | ---: | --- |"""
+
+
+def table_row(name: str) -> str:
+    """A line of the table.
+
+    Args:
+        name: of this package's models.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    with torch.device("meta"):
+        model = create_model(name)
+    profile = model_profile(model)
+    source = next((source for prefix, source in SOURCES.items() if name.startswith(prefix)), "")
+    total, active = (f"{profile[f'parameters_{kind}'] / 1e6:,.1f} M" for kind in ("total", "active"))
+    text = f"{profile['gflops_per_text']:.3g}" if "gflops_per_text" in profile else "–"
+    return f"| `{name}` | {total} | {active} | {profile['gflops_per_image']:.4g} | {text} | {source} |"
+
+
+@safe_output()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table of the named models, or of all."""
+    parser = argparse.ArgumentParser(prog="vmoe-list-models", description="A table of models: parameters and FLOPs.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="models; all of this package's by default")
+    arguments = parser.parse_args(argv)
+    print(HEAD)
+    for name in arguments.names or list_models():
+        print(table_row(name))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

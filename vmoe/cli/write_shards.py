@@ -1,0 +1,213 @@
+"""Writes any data set as shards, which `vmoe.data.sources.webdataset` reads, as do WebDataset and open_clip.
+
+`vmoe-write-shards --source.type pairs --source.path my.csv --output DIR`
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import logging
+import os
+import shutil
+import sys
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from PIL import Image
+
+from vmoe.cli.command import exit_code
+from vmoe.data.build import build_dataset
+from vmoe.data.config import SourceConfig
+from vmoe.data.dataset import ImageDataset
+from vmoe.data.images import BadSample, load_image
+from vmoe.data.shard_index import IMAGE_ENDINGS
+from vmoe.data.sources.folder import read_class_names
+from vmoe.data.tar import MAX_MEMBER_BYTES
+from vmoe.utils.config import ConfigError, parse_config
+from vmoe.utils.printable import printable, safe_output
+
+logger = logging.getLogger("vmoe.data")
+
+# As img2dataset. With a window of 100,000 samples about a dozen shards are open at a time.
+PER_SHARD = 10_000
+
+
+@dataclass
+class WriteConfig:
+    """What to write.
+
+    Args:
+        output: folder of the shards; it must be empty or not there.
+        source: the data set.
+        per_shard: samples in a shard.
+        on_bad: what happens to an unreadable image or an empty caption: "fail" or "skip" (left out and counted).
+    """
+
+    output: str
+    source: SourceConfig = field(default_factory=SourceConfig)
+    per_shard: int = PER_SHARD
+    on_bad: Literal["fail", "skip"] = "fail"
+
+    def __post_init__(self) -> None:
+        if self.per_shard < 1:
+            raise ValueError(f"per_shard must be >= 1, got {self.per_shard}")
+
+
+class Written(NamedTuple):
+    """How much was written.
+
+    Attributes:
+        num_shards, num_samples: what is in the folder.
+        num_skipped: bad samples that are not.
+    """
+
+    num_shards: int
+    num_samples: int
+    num_skipped: int
+
+
+def write_shards(
+    dataset: ImageDataset, folder: str | Path, per_shard: int = PER_SHARD, on_bad: Literal["fail", "skip"] = "fail"
+) -> Written:
+    """Writes 00000.tar, 00001.tar, ... with .jpg (or .png, .webp), .txt and .cls members, in the data set's order.
+
+    A picture's file is copied as it is if shards may hold it and the data set takes the whole picture; else the data
+    set's picture is saved as PNG. `sizes.json` tells how many samples each shard has, `classes.txt` the names of the
+    classes, where there are any. While it is being written the folder has ".unfinished" behind its name.
+
+    Args:
+        dataset: its samples.
+        folder: where to; it must be empty or not there.
+        per_shard: samples in a shard.
+        on_bad: see WriteConfig.
+
+    Raises:
+        BadSample: at the first sample that cannot be read or is too long for a shard, unless it is to be skipped.
+        ValueError: the folder holds something already, the data set has what shards cannot hold, its classes have
+            names that cannot stand in a file of class names, or all samples are bad.
+    """
+    for name in ("label_sets", "class_columns", "conditions"):
+        if getattr(dataset, name) is not None:
+            raise ValueError(
+                f"{type(dataset).__name__} has {name}, which shards cannot hold; evaluate it from its own files"
+            )
+    if dataset.prompt_names is not None:
+        logger.warning("shards do not hold the names of the classes for zero-shot prompts, only those that are shown")
+    with _whole_folder(Path(folder)) as draft:
+        if dataset.classes is not None:
+            _write_classes([str(name) for name in dataset.classes], draft / "classes.txt")
+        sizes: dict[str, int] = {}
+        samples = _samples(dataset, on_bad)
+        for first in samples:
+            name = f"{len(sizes):05}.tar"
+            sizes[name] = 0
+            with tarfile.open(draft / name, "w", format=tarfile.PAX_FORMAT) as tar:
+                for index, parts in itertools.chain([first], itertools.islice(samples, per_shard - 1)):
+                    for ending, content in parts.items():
+                        info = tarfile.TarInfo(f"{index:09}.{ending}")
+                        info.size = len(content)
+                        tar.addfile(info, io.BytesIO(content))
+                    sizes[name] += 1
+        if not sizes:
+            raise ValueError(f"all {len(dataset)} samples are bad; there is nothing to write")
+        (draft / "sizes.json").write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+    written = sum(sizes.values())
+    return Written(len(sizes), written, len(dataset) - written)
+
+
+@contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` that takes its name when the block ends, and is removed if the block raises."""
+    place = Path(os.path.realpath(folder))
+    if place.exists():
+        if not place.is_dir() or any(place.iterdir()):
+            raise ValueError(f"output {folder} holds files already; choose an empty folder")
+        if place == Path.cwd():
+            raise ValueError(f"output {folder} is the folder that this runs in; choose another")
+        place.rmdir()  # now, since a folder that cannot be replaced (a disk's root) must not be found out at the end
+    draft = place.with_name(f"{place.name}.unfinished")
+    try:
+        draft.mkdir(parents=True)
+    except FileExistsError:
+        raise ValueError(
+            f"output {draft} is there already: another process writes it, or was interrupted and left it; remove it"
+        ) from None
+    try:
+        yield draft
+        draft.rename(place)
+    except BaseException:
+        shutil.rmtree(draft)
+        raise
+
+
+def _write_classes(names: list[str], file: Path) -> None:
+    try:
+        file.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+        same = read_class_names(file) == names
+    except ValueError as error:
+        raise ValueError(f"the names of the classes cannot be written ({error})") from None
+    if not same:
+        raise ValueError("the names of the classes cannot be written: one of them has more than one line")
+
+
+def _samples(dataset: ImageDataset, on_bad: str) -> Iterator[tuple[int, dict[str, bytes]]]:
+    """(index, members by ending) of each sample that is not bad."""
+    for index in range(len(dataset)):
+        try:
+            parts = _parts(dataset, index)
+        except BadSample as error:
+            if on_bad == "fail":
+                raise
+            logger.warning("bad sample skipped: %s: %s", printable(error.path), error.reason)
+        else:
+            yield index, parts
+
+
+def _parts(dataset: ImageDataset, index: int) -> dict[str, bytes]:
+    sample, file = dataset[index], dataset.file_of(index)
+    ending = file[1].suffix.lower()[1:] if file is not None else ""
+    content = file[1].read_bytes() if ending in IMAGE_ENDINGS else None
+    as_stored = dataset.reading._replace(exif_orientation=False)
+    # Some data sets change what they read: ObjectNet cuts off the border.
+    if content is None or not _same(load_image(file[1], content, as_stored), sample.image):
+        png = io.BytesIO()
+        sample.image.save(png, "png")
+        ending, content = "png", png.getvalue()
+    if len(content) > MAX_MEMBER_BYTES:
+        raise BadSample(sample.path, f"{len(content)} bytes, more than the {MAX_MEMBER_BYTES} that a shard may hold")
+    parts = {ending: content}
+    if sample.caption is not None:
+        parts["txt"] = sample.caption.encode()
+    if sample.label is not None:
+        parts["cls"] = str(sample.label).encode()
+    return parts
+
+
+def _same(image: Image.Image, other: Image.Image) -> bool:
+    return image.size == other.size and image.tobytes() == other.tobytes()
+
+
+@safe_output()
+def main() -> int:
+    """The command."""
+    config = parse_config(WriteConfig, None, "write_shards", "Writes a data set as shards.")
+
+    def run() -> None:
+        if config.source.type is None:
+            raise ConfigError("source.type is missing: say which data set to write")
+        dataset = build_dataset(config.source)
+        written = write_shards(dataset, config.output, config.per_shard, config.on_bad)
+        skipped = f", {written.num_skipped} bad ones left out" if written.num_skipped else ""
+        print(f"{written.num_samples} samples in {written.num_shards} shards in {config.output}{skipped}")
+
+    return exit_code("write_shards", run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

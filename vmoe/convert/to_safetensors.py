@@ -1,0 +1,193 @@
+"""From a checkpoint on disk to one safetensors file, tensor by tensor, whole or not at all."""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vmoe.convert.arrays import CheckpointError, StoredArray, select_params
+from vmoe.convert.orbax import find_orbax, open_orbax
+from vmoe.convert.reference import empty_model, fill, fit
+from vmoe.convert.reference_config import Section
+from vmoe.convert.released import RELEASED
+from vmoe.convert.settings import config_grid, model_settings
+from vmoe.convert.sharded import find_sharded, open_flax, open_sharded
+from vmoe.utils.printable import printable
+from vmoe.utils.safe_json import read_json
+
+logger = logging.getLogger("vmoe.convert")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What `convert_checkpoint` did.
+
+    Attributes:
+        file: what it wrote.
+        source: the checkpoint that was read, and its format.
+        arrays, nbytes: of the weights that were read.
+        left_aside: arrays of the checkpoint that are no weights, such as optimizer state.
+        name: of the model.
+        parameters: numbers in it.
+    """
+
+    file: Path
+    source: str
+    format: str
+    arrays: int
+    nbytes: int
+    left_aside: int
+    name: str
+    parameters: int
+
+
+def open_checkpoint(source: str | Path, step: int | None = None) -> tuple[str, str, dict[str, StoredArray]]:
+    """Find out what a checkpoint is, and look at it without reading its numbers.
+
+    Args:
+        source: the prefix of a sharded checkpoint, one flax MessagePack file, or the folder of an Orbax checkpoint; of
+            a training run's checkpoints the last is taken.
+        step: instead of the last.
+
+    Returns:
+        (the checkpoint's path, its format, its arrays by name).
+
+    Raises:
+        CheckpointError: if there is none, or it is damaged.
+    """
+    prefix = find_sharded(source, step)
+    if prefix is not None:
+        return prefix, "sharded", open_sharded(prefix)
+    path = Path(source)
+    if path.is_file() and step is None:
+        return str(path), "flax", open_flax(path)
+    if path.is_dir() and (folder := find_orbax(path, step)):
+        return str(folder), "orbax", open_orbax(folder)
+    at = "" if step is None else f" of step {step}"
+    if not path.is_dir():
+        raise CheckpointError(
+            f"no checkpoint{at} at {source}: there is neither {source}.index (a sharded checkpoint), nor an Orbax "
+            "folder, nor a file of that name"
+        )
+    names = sorted(each.name for each in path.iterdir())
+    held = f"holds {', '.join(names[:5])}{f' and {len(names) - 5} more' * (len(names) > 5)}" if names else "is empty"
+    raise CheckpointError(
+        f"no checkpoint{at} at {source}: the folder {printable(held)}; give the prefix of one PREFIX.index, one Orbax "
+        "folder or one MessagePack file"
+    )
+
+
+def resolve_config(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The reference's model config, and what is known of the model's pictures.
+
+    Args:
+        config: the name of a released checkpoint (`vmoe.convert.RELEASED`), a JSON file, or the dictionary itself; also
+            an experiment's whole config, whose "model" it is then.
+
+    Returns:
+        (config, fields for timm's `pretrained_cfg`, empty if not known).
+
+    Raises:
+        ValueError: for a name or file that is not there.
+    """
+    if isinstance(config, (str, Path)):
+        if str(config) in RELEASED:
+            released = RELEASED[str(config)]
+            return released.config, released.preprocess
+        file = Path(config)
+        if not file.is_file():
+            raise ValueError(f"--config must be a JSON file or one of {sorted(RELEASED)}, got {str(config)!r}")
+        try:
+            config = read_json(file)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{file} is not a readable JSON file: {error}") from error
+    values = Section(config).values
+    return (Section(values["model"], "model").values if "model" in values else values), {}
+
+
+def convert_checkpoint(
+    source: str | Path,
+    config: str | Path | Mapping[str, Any],
+    file: str | Path,
+    step: int | None = None,
+    image_size: int | None = None,
+    context_length: int | None = None,
+) -> Converted:
+    """Write the weights of a reference checkpoint as one of our files, which needs nothing else to be loaded.
+
+    No more than a few chunks of the checkpoint are in memory at once; the file is mapped while it is filled.
+
+    Args:
+        source, step: see `open_checkpoint`.
+        config: see `resolve_config`.
+        file: a `.safetensors` file; replaced if it exists, untouched if anything fails.
+        image_size, context_length: see `from_reference`.
+
+    Raises:
+        ConfigError, CheckpointError: see `from_reference`; names the file and the tensor.
+    """
+    from vmoe.models.factory import file_metadata
+    from vmoe.models.memory_mapped import mapped_safetensors
+
+    file = Path(file)
+    if file.suffix != ".safetensors":
+        raise ValueError(f"--to must be a .safetensors file, got {str(file)!r}")
+    model_config, preprocess = resolve_config(config)
+    path, kind, arrays = open_checkpoint(source, step)
+    stored, left_aside = select_params(arrays, path)
+    shapes = {name: array.shape for name, array in stored.items()}
+    name, kwargs = model_settings(model_config, shapes, image_size, context_length)
+    if preprocess:
+        kwargs["pretrained_cfg_overlay"] = preprocess
+    model = empty_model(name, kwargs)
+    rows = fit(model, stored, path, config_grid(model_config))
+    sizes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    dtypes = dict.fromkeys(sizes, torch.float32)
+    with mapped_safetensors(file, sizes, dtypes, file_metadata(model, {"converted_from": Path(path).name})) as tensors:
+        arrays_in_file = {key: tensor.numpy() for key, tensor in tensors.items()}
+        for row in rows:
+            fill(arrays_in_file, [row], stored)
+            tensors.release()
+    return Converted(
+        file=file,
+        source=path,
+        format=kind,
+        arrays=len(stored),
+        nbytes=sum(array.nbytes for array in stored.values()),
+        left_aside=left_aside,
+        name=name,
+        parameters=sum(math.prod(size) for size in sizes.values()),
+    )
+
+
+def pretrained_cfg(file: str | Path) -> dict[str, Any]:
+    """timm's description of a file, all that `timm.create_model` needs:
+
+        cfg = vmoe.convert.pretrained_cfg(FILE)
+        timm.create_model(cfg["architecture"], pretrained=True, pretrained_cfg=cfg)
+
+    The model's settings come out of the file itself.
+
+    Raises:
+        WeightsError: for a file that this package did not write.
+    """
+    import timm
+
+    from vmoe.models.factory import create_model, read_pretrained_metadata
+
+    metadata = read_pretrained_metadata(file)
+    if not timm.is_model(metadata["name"]):
+        raise ValueError(f"{file} holds a {metadata['name']}, which timm does not know; use vmoe.create_model")
+    with torch.device("meta"):
+        model = create_model(metadata["name"], **metadata["kwargs"])
+    return {
+        **model.pretrained_cfg,
+        **{key: tuple(v) if isinstance(v, list) else v for key, v in metadata["preprocess"].items()},
+        "architecture": metadata["name"],
+        "num_classes": model.num_classes,
+        "file": str(file),
+    }

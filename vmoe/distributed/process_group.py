@@ -1,0 +1,211 @@
+"""The processes of a job: joining, what they agree on, and what happens when one of them is lost."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from vmoe.distributed.heartbeat import (
+    DONE,
+    ERROR,
+    LOST,
+    REMEDY,
+    LostProcessError,
+    Watch,
+    current_generation,
+    sentence,
+)
+from vmoe.utils.config import ConfigError
+from vmoe.utils.world import world
+
+Result = TypeVar("Result")
+DEFAULT_TIMEOUT = 600.0
+# How gloo, NCCL and the system say that another process does not answer, where the error is not a DistError.
+EXCHANGE = re.compile(r"\[\S*[/\\]gloo[/\\]|Gloo connect|NCCL (error|timeout)|Connection (closed|reset) by peer")
+
+
+class SharedError(ValueError):
+    """An error that all processes raise together, so that one of them can tell it for all.
+
+    Other errors that say `shared = True` are treated alike, and wrong settings, which all processes find.
+    """
+
+    shared = True
+
+
+@contextmanager
+def joined(device: torch.device | None = None, timeout: float = DEFAULT_TIMEOUT) -> Iterator[None]:
+    """Joins the other processes of `torchrun` inside the block; without torchrun it does nothing.
+
+    Args:
+        device: where tensors are exchanged: GPUs over NCCL. Numbers and objects on the CPU always go over gloo.
+        timeout: seconds to wait for another process, before an error.
+
+    Raises:
+        LostProcessError: another process died, stopped with an error, or has not come within `timeout`. Where the main
+            thread cannot be woken (NCCL), the process prints that sentence and exits with code 1 instead.
+    """
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        yield
+        return
+    backend = "gloo"
+    if device is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    seconds = timedelta(seconds=timeout)
+    try:
+        store, rank, processes = next(dist.rendezvous("env://", timeout=seconds))
+    except (RuntimeError, dist.DistError) as error:
+        raise LostProcessError(
+            f"the processes did not find each other at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} "
+            f"within {timeout:g} s ({first_line(error)}); see that all are started, or raise parallel.timeout"
+        ) from error
+    store.set_timeout(seconds)
+    store = dist.PrefixStore(f"vmoe/{current_generation(store, rank, processes, timeout)}", store)
+    watch = Watch(store, rank, processes, timeout)
+    with watch:
+        try:
+            store = dist.PrefixStore("default_pg", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=seconds)
+            yield
+        except KeyboardInterrupt as stopped:
+            agreed = getattr(stopped, "agreed", False)  # all processes stop, see vmoe.training.signals.Stopped
+            watch.leave(DONE if agreed else ERROR, "interrupted", told=False)
+            raise
+        except Exception as error:
+            lost = _lost_process(error, watch)
+            if lost is None:
+                error.told = watch.first_says(sentence(error))
+                watch.leave(ERROR, sentence(error), told=tells(error, rank))
+                raise
+            watch.leave(LOST, str(lost))
+            raise lost from error
+        finally:
+            # NCCL would wait for the one who is gone.
+            if dist.is_initialized() and (watch.end != LOST or backend == "gloo"):
+                dist.destroy_process_group()
+
+
+def _lost_process(error: Exception, watch: Watch) -> LostProcessError | None:
+    """What to say instead of an error that came because another process is gone; None if it is this one's own."""
+    if getattr(error, "shared", False):
+        return None
+    if not isinstance(error, RuntimeError):
+        return None
+    exchange = isinstance(error, dist.DistError) or EXCHANGE.match(str(error).strip()) is not None
+    lost = watch.explain(waiting=exchange)
+    if lost is None and exchange:
+        elsewhere = watch.elsewhere(error)
+        all_live = f"; all processes live, but {elsewhere}" if elsewhere else "; all processes live"
+        lost = LostProcessError(
+            f"an exchange with the other processes failed ({first_line(error)}){all_live}; {REMEDY}"
+        )
+    return lost
+
+
+def tells(error: BaseException, rank: int) -> bool:
+    """Whether it is for process `rank` to tell its error, and not for the first one, which has the same."""
+    shared = isinstance(error, ConfigError) or getattr(error, "shared", False)
+    return rank == 0 or not (shared or getattr(error, "told", False))
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of PyTorch's says, without the C++ stack below."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def from_first(make: Callable[[], Result]) -> Result:
+    """What process 0 makes, in all processes.
+
+    Raises:
+        SharedError: in all processes: it could not be made.
+    """
+    rank, processes = world()
+    if processes == 1:
+        return make()
+    made: list = [None, None]
+    cause = None
+    if rank == 0:
+        try:
+            made[0] = make()
+        except Exception as error:
+            made[1], cause = sentence(error), error
+    dist.broadcast_object_list(made, src=0)
+    if made[1] is not None:
+        raise SharedError(made[1]) from cause
+    return made[0]
+
+
+def set_timeout(meshes: list[DeviceMesh], timeout: float) -> None:
+    """Seconds that the processes of a mesh wait for each other; its groups do not have those of the job."""
+    set_group_timeout = getattr(dist, "set_timeout", None) or _set_pg_timeout  # public since PyTorch 2.11
+    for mesh in meshes:
+        for group in mesh.get_all_groups():
+            set_group_timeout(timedelta(seconds=timeout), group)
+
+
+def wait_for_all() -> None:
+    """Returns when all processes have come here."""
+    if world()[1] > 1:
+        dist.barrier()
+
+
+def mean_over_processes(values: list[float]) -> list[float]:
+    """The mean of each number over all processes, the same in all of them."""
+    _, processes = world()
+    if processes == 1:
+        return values
+    sums = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return (sums / processes).tolist()
+
+
+def sum_over_processes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor's sum over all processes, in float64 on the CPU; in one message."""
+    if world()[1] == 1:
+        return tensors
+    flat = [tensor.detach().double().cpu() for tensor in tensors.values()]
+    sums = torch.cat([tensor.flatten() for tensor in flat])
+    dist.all_reduce(sums)
+    parts = sums.split([tensor.numel() for tensor in flat])
+    return {name: part.view(tensor.shape) for name, tensor, part in zip(tensors, flat, parts)}
+
+
+def gather_lists(values: list) -> list:
+    """The elements of all processes' lists, process by process."""
+    if world()[1] == 1:
+        return values
+    parts: list = [None] * world()[1]
+    dist.all_gather_object(parts, values)
+    return [value for part in parts for value in part]
+
+
+def any_process(found: bool) -> bool:
+    """Whether it holds in one of the processes; the same answer in all."""
+    return mean_over_processes([float(found)])[0] > 0
+
+
+__all__ = [
+    "LostProcessError",
+    "SharedError",
+    "any_process",
+    "from_first",
+    "gather_lists",
+    "joined",
+    "mean_over_processes",
+    "set_timeout",
+    "sum_over_processes",
+    "tells",
+    "wait_for_all",
+    "world",
+]

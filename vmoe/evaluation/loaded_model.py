@@ -1,0 +1,105 @@
+"""What is evaluated: a model from a checkpoint, with all that goes with it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vmoe.data import Transform, build_transform
+from vmoe.evaluation.inference import pick_device
+from vmoe.models.factory import create_model, find_weights, get_tokenizer, is_contrastive, preprocess_config
+from vmoe.models.serialization import read_pretrained_metadata
+from vmoe.moe import quantize_experts
+
+BLOCK_BYTES = 1 << 20
+
+
+class Subject(NamedTuple):
+    """A model to evaluate.
+
+    Attributes:
+        model: in eval(), on `device`.
+        tokenizer: list of texts -> tokens (B, L); None for a classifier.
+        transform: PIL picture -> (3, H, W), as the model wants it.
+        device: where it runs.
+        precision: "float32", "bf16" or "fp16" (autocast).
+        checkpoint: folder or file, as the user gave it.
+        weights: the file that was read.
+        exif_orientation: whether it was trained on images that were turned as their EXIF data say.
+    """
+
+    model: nn.Module
+    tokenizer: Callable[[list[str]], Tensor] | None
+    transform: Transform
+    device: torch.device
+    precision: str
+    checkpoint: str
+    weights: Path
+    exif_orientation: bool = False
+
+
+def load_subject(
+    checkpoint: str,
+    device: str = "auto",
+    precision: str = "float32",
+    crop_pct: float | None = None,
+    weights: Path | None = None,
+    experts: str | None = None,
+) -> Subject:
+    """Loads a checkpoint for evaluation.
+
+    Args:
+        checkpoint: folder of a run (its last checkpoint) or of a checkpoint, or a .safetensors file.
+        device: see `pick_device`. Under `torchrun`, "auto" and "cuda" are this process's own GPU.
+        precision: "float32", "bf16" or "fp16".
+        crop_pct: share of the picture's side that the transform keeps, where the data set says so (see `ImageDataset`);
+            None: the model's own.
+        weights: what `find_weights` found for the checkpoint; None: finds them.
+        experts: how their weights are kept, see `vmoe.quantize_experts`; None: as in the file.
+
+    Raises:
+        ValueError: no such checkpoint or device, or the file cannot be used, or its experts not be kept so.
+    """
+    place = pick_device(device)
+    weights = find_weights(checkpoint) if weights is None else weights
+    model = create_model(None, pretrained=weights)
+    if experts is not None:
+        quantize_experts(model, experts)
+    model = model.to(place).eval()
+    tokenizer = get_tokenizer(model) if is_contrastive(model) else None
+    preprocess = preprocess_config(model)
+    if crop_pct is not None:
+        preprocess["crop_pct"] = crop_pct
+    transform = build_transform(preprocess, None)
+    turned = trained_on_turned(weights)
+    return Subject(model, tokenizer, transform, place, precision, checkpoint, weights, turned)
+
+
+def trained_on_turned(weights: str | Path) -> bool:
+    """Whether a weights file's model was trained on images that were turned as their EXIF data say."""
+    return read_pretrained_metadata(weights)["extra"].get("exif_orientation") is True
+
+
+def weights_fingerprint(weights: str | Path) -> str:
+    """SHA-256 (hex) of a weights file, or of a folder's files together; each is read once for each of its states."""
+    weights = Path(weights)
+    if weights.is_dir():  # the shards of a sharded run
+        parts = [f"{file.name} {weights_fingerprint(file)}\n" for file in sorted(weights.iterdir())]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+    stat = weights.stat()
+    return _fingerprint(str(weights.resolve()), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=32)
+def _fingerprint(file: str, _size: int, _modified: int) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,176 @@
+"""What an evaluation shows and leaves behind: the progress bar, the table, the JSON file."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import logging
+import os
+import platform
+import statistics
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from vmoe.data import EvalLoader
+from vmoe.evaluation.config import EvaluationConfig
+from vmoe.utils.atomic import whole_file
+from vmoe.utils.config import ConfigError
+from vmoe.utils.safe_json import read_json
+from vmoe.utils.tables import FigureTable
+from vmoe.utils.world import world
+
+LIBRARIES = ("vmoe", "torchvision", "timm", "open_clip_torch", "numpy", "pillow")
+# Kinds of data of which one place holds several splits: the split tells results apart.
+NAMED_BY_SPLIT = ("emoji", "emoji_groups", "torchvision", "karpathy")
+MAX_RESULT_BYTES = 2**28
+logger = logging.getLogger("vmoe.evaluation")
+
+
+class Outcome(NamedTuple):
+    """What a task found out about one checkpoint.
+
+    Attributes:
+        results: flat figures, shown as a table; the mean is taken of several checkpoints.
+        details: further figures that JSON can hold; they are only in the file.
+    """
+
+    results: dict[str, float | int]
+    details: dict[str, Any] = {}  # noqa: RUF012  (never changed)
+
+
+class Progress:
+    """A loader that shows a progress bar while it is read, in the first of several processes."""
+
+    def __init__(self, loader: EvalLoader, description: str, console: Console) -> None:
+        self.loader, self.description, self.console = loader, description, console
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        if world()[0] > 0:
+            return iter(self.loader)
+        return iter(track(self.loader, self.description, total=len(self.loader), console=self.console, transient=True))
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    @property
+    def num_skipped(self) -> int:
+        return self.loader.num_skipped
+
+
+def mean_and_spread(results: list[dict[str, float | int]]) -> tuple[dict[str, float | int], dict[str, float]]:
+    """({name: mean}, {name: standard deviation, n - 1}) of the figures of several checkpoints.
+
+    What is equal for all, such as the number of samples, keeps its value and type. One checkpoint has no spread.
+    """
+    if len(results) == 1:
+        return results[0], {}
+    mean, spread = {}, {}
+    for name in dict.fromkeys(name for result in results for name in result):
+        values = [result[name] for result in results if name in result]
+        if len(values) < len(results):
+            logger.warning(
+                "%s is left out of the means: only %d of %d checkpoints have it", name, len(values), len(results)
+            )
+            continue
+        equal = all(value == values[0] for value in values)
+        mean[name] = values[0] if equal else statistics.fmean(values)
+        if isinstance(values[0], float):
+            spread[name] = statistics.stdev(values)
+    return mean, spread
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide the figures; "source" for one that is not installed."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # vmoe run from a checkout
+            versions[name] = "source"
+    return versions
+
+
+def output_file(config: EvaluationConfig) -> Path:
+    """Where the result goes: `output`, or a name that says what was evaluated, beside the (first) checkpoint.
+
+    Where a file of that name holds the result of other settings, the name gets a number: NAME_2.json and so on.
+    """
+    if config.output is not None:
+        return Path(config.output)
+    checkpoint = Path(config.checkpoints[0])
+    parts = ["evaluation", config.task, config.data.type]
+    if config.data.name is not None:
+        parts.append(config.data.name)
+    elif config.data.path is not None:
+        parts.append(Path(config.data.path).resolve().stem)
+    if config.data.type in NAMED_BY_SPLIT:
+        parts.append(config.data.split)
+    if len(config.checkpoints) > 1:
+        parts.append(f"{len(config.checkpoints)}_checkpoints")
+    elif not checkpoint.is_dir() and checkpoint.stem != "model":  # a file of its own among others, such as ema
+        parts.append(checkpoint.stem)
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    name = "_".join(parts)
+    names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+    settings = _settings(json.loads(json.dumps(dataclasses.asdict(config))))
+    files = (folder / f"{name}.json" for name in names)
+    return next(file for file in files if not file.exists() or _settings_in(file) == settings)
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a result depends on."""
+    loader = {"on_bad": config["loader"]["on_bad"]}
+    return {**config, "loader": loader, "device": None, "output": None}
+
+
+def _settings_in(file: Path) -> dict[str, Any] | None:
+    """Those of the evaluation that wrote a file, or None if no evaluation did."""
+    try:
+        return _settings(read_json(file, MAX_RESULT_BYTES)["config"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def check_writable(file: Path) -> None:
+    """Makes the folder of the result; better said before the evaluation than after it.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        usable = not file.is_dir() and os.access(file.parent, os.W_OK)
+    except OSError:
+        usable = False
+    if not usable:
+        raise ConfigError(f"output {file} cannot be written: give another file, as in --output result.json")
+
+
+def write_json(report: dict[str, Any], file: Path) -> None:
+    """Writes the file whole or not at all.
+
+    Raises:
+        ValueError: a figure is not a number, which JSON cannot hold.
+    """
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    with whole_file(file) as temporary:
+        # Names of files need not be UTF-8; what is not becomes an escape of JSON's own.
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+
+
+def print_table(title: str, results: dict[str, float | int], spread: dict[str, float], console: Console) -> None:
+    """Prints the figures; with a spread as mean ± standard deviation."""
+    console.print(title, highlight=False, markup=False, soft_wrap=True)
+    table = FigureTable("", ["measure", "value"], left=["measure"])
+    for name, value in results.items():
+        text = f"{value:.4f}" if isinstance(value, float) else str(value)
+        table.add_row(name, f"{text} ± {spread[name]:.4f}" if name in spread else text)
+    console.print(table)

@@ -1,0 +1,322 @@
+"""Files of weights: found, read, and loaded into models.
+
+A model's weights are one safetensors file, which `vmoe.models.factory` writes, or the folder of such files that a
+sharded run wrote into a checkpoint, each process its own part. Their metadata says how to build the model.
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+from torch.distributed.checkpoint import DefaultLoadPlanner, HuggingFaceStorageReader
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import Metadata
+
+from vmoe.models.manifest import MANIFEST, find_problems, list_checkpoints, newest_whole
+from vmoe.models.two_tower import TwoTower
+from vmoe.models.validation import check_metadata
+from vmoe.utils.printable import printable
+from vmoe.utils.safe_json import parse_json, read_json
+
+logger = logging.getLogger("vmoe.models")
+
+METADATA_KEY = "vmoe"
+WEIGHTS_NAME, AVERAGE_NAME = "model.safetensors", "ema.safetensors"
+SETTINGS_NAME = "settings.json"  # in a folder of shards, the metadata that a single file carries itself
+
+
+class WeightsError(ValueError):
+    """A file of weights that cannot be read or does not fit the model."""
+
+
+# --- finding ---------------------------------------------------------------------------------------------------------
+
+
+def find_weights(path: str | Path) -> Path:
+    """The weights of a `.safetensors` path, of a checkpoint's folder, or of a run's folder (its newest whole one).
+
+    In a folder the moving average stands for the model, if the run kept one. What lies in a checkpoint is compared with
+    the checksums there. A damaged checkpoint of a run is passed over with a warning.
+
+    Returns:
+        A safetensors file, or a folder of them that a sharded run wrote.
+
+    Raises:
+        WeightsError: if there is none, or what `path` names is damaged.
+    """
+    path = Path(path)
+    if path.is_file() or (path / SETTINGS_NAME).is_file():
+        if (path.parent / MANIFEST).exists():
+            _refuse(path.parent, find_problems(path.parent, only=path.name))
+        return path
+    if checkpoint_weights(path) is not None or (path / MANIFEST).exists():
+        _refuse(path, find_problems(path))
+        found = checkpoint_weights(path, average=True) or checkpoint_weights(path)
+        if found is None:
+            raise WeightsError(f"{path} holds no {WEIGHTS_NAME}")
+        return found
+    run = path.parent if path.name == "checkpoints" else path
+    checkpoints = list_checkpoints(run)
+    if not checkpoints:
+        reason = "it does not exist" if not path.exists() else f"it holds no {WEIGHTS_NAME} and no checkpoints"
+        raise WeightsError(f"no weights at {path}: {reason}; give a .safetensors file, a checkpoint or a run's folder")
+    last = newest_whole(checkpoints, logger)
+    if last is None:
+        problem = find_problems(checkpoints[-1])[0]
+        raise WeightsError(
+            f"none of the {len(checkpoints)} checkpoints of {run} is whole: {checkpoints[-1].name}: {problem}"
+        )
+    return checkpoint_weights(last, average=True) or checkpoint_weights(last)
+
+
+def checkpoint_weights(checkpoint: Path, average: bool = False) -> Path | None:
+    """The model's weights in a checkpoint, or their moving average: a file or, of a sharded run, a folder, or None."""
+    single = checkpoint / (AVERAGE_NAME if average else WEIGHTS_NAME)
+    return next((path for path in (single, single.with_suffix("")) if path.exists()), None)
+
+
+def _refuse(checkpoint: Path, problems: list[str]) -> None:
+    if problems:
+        raise WeightsError(f"{checkpoint} is damaged: {problems[0]}; take another checkpoint")
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_pretrained_metadata(source: str | Path) -> dict:
+    """{"name", "kwargs", "preprocess", "extra"} of weights that `save_pretrained` or a checkpoint wrote."""
+    text = safetensors_metadata(source).get(METADATA_KEY)
+    if text is None:
+        raise WeightsError(
+            f"{source} holds weights but no settings of a vmoe model: it was not written by this package"
+        )
+    try:
+        metadata = parse_json(text)
+        check_metadata(metadata)
+    except ValueError as error:
+        raise WeightsError(f"the settings in {source} are refused: {error}") from error
+    return metadata
+
+
+def safetensors_metadata(source: str | Path) -> dict[str, str]:
+    """What a safetensors file, or a folder of a sharded run's, says of itself."""
+    source = Path(source)
+    if not source.is_dir():
+        with _open(source) as opened:
+            return opened.metadata() or {}
+    file = source / SETTINGS_NAME
+    try:
+        metadata = read_json(file)
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{file} cannot be read: {error}") from error
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise WeightsError(f"{file} is damaged: it must map names to text")
+    return metadata
+
+
+def _open(file: str | Path):
+    if not Path(file).is_file():
+        raise WeightsError(f"no weights at {file}: it does not exist")
+    try:
+        return safe_open(str(file), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{file} is not a readable safetensors file: {error}") from error
+
+
+class StoredTensors:
+    """The tensors in a safetensors file, or in the folder of shards that the processes of a sharded run wrote.
+
+    Nothing but their names and shapes is read before `read_into`. What is then read is what this process needs.
+
+    Args:
+        source: file or folder.
+
+    Attributes:
+        shapes: {name: shape of the whole tensor}.
+        dtypes: {name: type}.
+
+    Raises:
+        WeightsError: a file cannot be read, or the shards do not make whole tensors.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        self.source = Path(source)
+        if not self.source.is_dir():
+            _open(self.source)  # with its own messages
+        self._reader = HuggingFaceStorageReader(str(self.source))
+        self._reader.fs = _SafetensorsFiles()
+        with self._readable():
+            self._metadata: Metadata = self._reader.read_metadata()
+            entries = self._metadata.state_dict_metadata
+            self.shapes = {name: entry.size for name, entry in entries.items()}
+            self.dtypes = {name: entry.properties.dtype for name, entry in entries.items()}
+            for name, entry in entries.items():
+                parts = {(chunk.offsets, chunk.sizes) for chunk in entry.chunks}
+                if sum(math.prod(sizes) for _, sizes in parts) != math.prod(entry.size) or _overlap(parts):
+                    raise ValueError(f"its shards do not make the whole of {name}, {tuple(entry.size)}")
+
+    def read_into(self, targets: dict[str, Tensor]) -> None:
+        """Fills tensors of the stored shapes; of a DTensor this process's part, however it was sharded when written.
+
+        Raises:
+            WeightsError: a file cannot be read.
+        """
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        with self._readable(), torch.no_grad():
+            planner.set_up_planner(targets, self._metadata)
+            self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+            self._reader.read_data(planner.create_local_plan(), planner)
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor, on the CPU."""
+        tensor = torch.empty(self.shapes[name], dtype=self.dtypes[name])
+        self.read_into({name: tensor})
+        return tensor
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever the libraries make of a damaged file
+            raise WeightsError(f"{self.source} cannot be read: {printable(error) or type(error).__name__}") from error
+
+
+def _overlap(parts: set[tuple[torch.Size, torch.Size]]) -> bool:
+    """Whether any of a tensor's parts, (offsets, sizes), share an element, or one begins before the tensor."""
+    boxes = [(start, [a + b for a, b in zip(start, size)]) for start, size in parts if math.prod(size)]
+    if any(place < 0 for start, _ in boxes for place in start):
+        return True
+    if len(boxes) < 2:
+        return False
+    # Sweeps along the dimension that is cut most often, so that few boxes are compared with each other.
+    cut = max(range(len(boxes[0][0])), key=lambda dim: len({start[dim] for start, _ in boxes}), default=0)
+    current = []
+    for start, end in sorted(boxes, key=lambda box: box[0][cut]):
+        current = [box for box in current if box[1][cut] > start[cut]]
+        for other_start, other_end in current:
+            if all(a < d and c < b for a, b, c, d in zip(start, end, other_start, other_end)):
+                return True
+        current.append((start, end))
+    return False
+
+
+class _SafetensorsFiles(FileSystem):
+    """Lets DCP's reader of folders read a single file, too."""
+
+    def ls(self, path) -> list[str]:
+        return sorted(super().ls(path)) if Path(path).is_dir() else [str(path)]
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load_weights(model: nn.Module, source: str | Path, new_head: bool = False, new_size: bool = False) -> None:
+    """Load weights into a model; every tensor must fit.
+
+    Args:
+        model: changed in place, or not at all if a tensor does not fit. Its tensors may be DTensors on any mesh. One on
+            the meta device stays there.
+        source: a safetensors file, or a folder that a sharded run wrote.
+        new_head: for fine-tuning: the model keeps its own classifier if the stored one has another number of classes.
+        new_size: position embeddings of another image size are interpolated.
+
+    Raises:
+        WeightsError: names both models if they differ, else the settings or tensors that do.
+    """
+    stored = StoredTensors(source)
+    own, shapes = model.state_dict(), dict(stored.shapes)
+    resized = {}
+    if new_head:
+        _leave_new_head(model, own, shapes, source)
+    if new_size:
+        resized = _resized_positions(model, own, stored, safetensors_metadata(source))
+        shapes |= {name: tensor.shape for name, tensor in resized.items()}
+    missing = sorted(own.keys() - shapes.keys())
+    unexpected = sorted(shapes.keys() - own.keys())
+    other = [
+        f"{name} is {tuple(shapes[name])} in the file, {tuple(own[name].shape)} in the model"
+        for name in own
+        if name in shapes and shapes[name] != own[name].shape
+    ]
+    misfits = {"missing from the file": missing, "not in the model": unexpected, "other shape": other}
+    if any(misfits.values()):
+        raise WeightsError(_misfit(model, source, misfits))
+    if any(tensor.is_meta for tensor in own.values()):
+        return  # of several processes, another one holds the weights; here they only had to fit
+    stored.read_into({name: own[name] for name in own if name not in resized})
+    for name, tensor in resized.items():
+        own[name].copy_(tensor)
+
+
+def _misfit(model: nn.Module, source: str | Path, misfits: dict[str, list[str]]) -> str:
+    """Why weights do not fit: they are another model's, or of other settings, or these tensors differ."""
+    stored = parse_json(safetensors_metadata(source).get(METADATA_KEY, "{}"))
+    own = getattr(model, "vmoe_spec", None) or {}
+    names = [f"{'an upcycled ' * ('upcycle' in spec)}{printable(spec.get('name', ''))}" for spec in (stored, own)]
+    if all(names) and names[0] != names[1]:
+        return (
+            f"{source} holds the weights of {names[0]}, which do not fit {names[1]}: leave the model's name out to get "
+            f"{names[0]}, or give weights of {names[1]}"
+        )
+    theirs, ours = stored.get("kwargs", {}), own.get("kwargs", {})
+    changed = [
+        f"{key}={value!r}, not {repr(theirs[key]) if key in theirs else 'the default'}"
+        for key, value in ours.items()
+        if (key not in theirs or theirs[key] != value) and key not in ("num_classes", "img_size")  # those may differ
+    ]
+    parts = []
+    if changed and names[0]:
+        parts.append(f", which has {'; '.join(changed)} as in the file: leave such settings out")
+    for kind, tensors in misfits.items():
+        if tensors:
+            more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
+            parts.append(f"; {kind}: {', '.join(tensors[:3])}{more}")
+    return f"{source} does not fit the model{''.join(parts)}"
+
+
+def _leave_new_head(model: nn.Module, own: dict[str, Tensor], shapes: dict[str, torch.Size], source: str | Path):
+    """Take a classifier of another number of classes out of what is loaded, and out of what must be."""
+    classifiers = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    for classifier in (classifiers,) if isinstance(classifiers, str) else classifiers:
+        weight, bias = f"{classifier}.weight", f"{classifier}.bias"
+        old = shapes[weight][0] if weight in shapes else 0
+        new = own[weight].shape[0] if weight in own else 0
+        if old != new:
+            logger.info("%s has a classifier of %d classes: a new one of %d starts anew", source, old, new)
+            for name in (weight, bias):
+                shapes.pop(name, None)
+                own.pop(name, None)
+
+
+def _resized_positions(
+    model: nn.Module, own: dict[str, Tensor], stored: StoredTensors, metadata: dict[str, str]
+) -> dict[str, Tensor]:
+    """The stored position embeddings, interpolated to the model's grid of patches; those that need it."""
+    preprocess = parse_json(metadata.get(METADATA_KEY, "{}")).get("preprocess")
+    model = model.visual if isinstance(model, TwoTower) else model
+    resized = {}
+    for name in ("pos_embed", "visual.pos_embed", "image_pos_embed"):
+        if name not in own or name not in stored.shapes or own[name].shape[2:] != stored.shapes[name][2:]:
+            continue
+        # Models with positions of another kind (a map of their own, none for a grid): left to the comparison of shapes.
+        grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+        if grid is None or own[name].ndim != 3 or own[name].shape[1] < math.prod(grid):
+            continue
+        prefix = own[name].shape[1] - math.prod(grid)
+        new_size, old_size = list(grid), None  # None: a square
+        if preprocess is not None:
+            patch = model.patch_embed.patch_size
+            old_size = [side // step for side, step in zip(preprocess["input_size"][1:], patch, strict=True)]
+            if math.prod(old_size) != stored.shapes[name][1] - prefix:
+                continue  # another patch size: left to the comparison of shapes
+        if old_size != new_size:
+            resized[name] = resample_abs_pos_embed(stored.read(name), new_size, old_size, num_prefix_tokens=prefix)
+    return resized

@@ -1,0 +1,236 @@
+"""What it takes to build a model again: its name and settings, also those that were changed on it since.
+
+`create_model` and upcycling build on this; files hold what it says.
+"""
+
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE
+from vmoe.models.text import TextTransformer
+from vmoe.models.two_tower import TOWERS, TWO_TOWER_CONFIGS, TwoTower, merge_settings
+from vmoe.models.vision import VisionMoE
+from vmoe.moe import SparseMoE
+from vmoe.moe.config import SETTING_NAMES, preset_settings
+from vmoe.moe.quantize import experts_kept_as
+
+IMAGE_TEXT_NAMES = (*LIMOE_CONFIGS, *TWO_TOWER_CONFIGS)
+
+
+def build_by_name(name: str, kwargs: dict, timm_image_weights: bool = False) -> nn.Module:
+    try:
+        if name in LIMOE_CONFIGS:
+            preset = preset_settings(kwargs)  # goes over what the name stands for
+            own = {key: value for key, value in LIMOE_CONFIGS[name].items() if key not in preset}
+            return LIMoE(**{**own, **kwargs})
+        if name in TWO_TOWER_CONFIGS:
+            settings = merge_settings(TWO_TOWER_CONFIGS[name], kwargs)
+            settings["image"]["pretrained"] = timm_image_weights
+            return TwoTower(**settings)
+        if timm.is_model(name):
+            return timm.create_model(name, **kwargs)
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None:
+            raise ValueError(f"model {name!r} does not take these settings ({sorted(kwargs)}): {error}") from error
+        raise ValueError(f"model {name!r} has no setting {unknown[1]!r}{_advice(name, kwargs, unknown[1])}") from error
+    known = [*list_models(), *timm.list_models()]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; this package has {list_models()}"
+    raise ValueError(f"unknown model {name!r}{hint}")
+
+
+def _advice(name: str, kwargs: dict, unknown: str) -> str:
+    """What to give instead of a setting that a model does not have; "" where nothing is near."""
+    towers = {"image": _parameters(VisionMoE) | SETTING_NAMES, "text": _parameters(TextTransformer) | SETTING_NAMES}
+    if name in TWO_TOWER_CONFIGS:
+        known = _parameters(TwoTower).union(*towers.values())
+        owners = [tower for tower, settings in towers.items() if unknown in settings and unknown in kwargs]
+        if owners:
+            return "; it is one of a tower: " + " or ".join(f"{tower}={{{unknown!r}: ...}}" for tower in owners)
+    elif name in LIMOE_CONFIGS:
+        known = _parameters(LIMoE) | SETTING_NAMES
+    else:
+        try:
+            with torch.device("meta"):
+                owner = type(timm.create_model(name))
+        except Exception:  # a constructor that reads the numbers that it makes
+            return ""
+        known = _parameters(owner) | (SETTING_NAMES if issubclass(owner, VisionMoE) else set())
+        if unknown in SETTING_NAMES:
+            return "; it is one of sparse models, which vmoe.upcycle makes of dense ones"
+        if unknown == "img_size":
+            return "; leave it out, since the model takes images of any size"
+    near = difflib.get_close_matches(unknown, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _parameters(owner: type) -> set[str]:
+    """Names of the arguments that a class takes, with those that it hands to the classes that it is made from."""
+    return {key for one in owner.__mro__[:-1] for key in inspect.signature(one).parameters}
+
+
+def list_models() -> list[str]:
+    """Names of this package's models."""
+    return [*IMAGE_TEXT_NAMES, *timm.list_models("vmoe_*"), *timm.list_models("softmoe_*")]
+
+
+def build_dense(spec: dict, timm_image_weights: bool = False) -> nn.Module:
+    """A model by its "name" and "kwargs", which it remembers; what else a specification says is not done yet."""
+    name, kwargs = spec["name"], spec["kwargs"]
+    model = build_by_name(name, kwargs, timm_image_weights)
+    model.vmoe_spec = {"name": name, "kwargs": with_slots(model, kwargs)}
+    model.vmoe_built = live_settings(model)
+    return model
+
+
+def on_meta(build: Callable[[dict], nn.Module], spec: dict) -> nn.Module:
+    """The model of a specification without memory for its weights: on the meta device."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return build(spec)
+        except RuntimeError:  # a few constructors of older versions of timm read the numbers that they make
+            return build(spec)
+
+
+def with_slots(model: nn.Module, kwargs: dict) -> dict:
+    """Settings with the slots of soft routers, which would else follow from a picture size that may change."""
+    if isinstance(model, TwoTower):
+        settings = {name: kwargs.get(name) or {} for name in TOWERS}
+        towers = {"image": model.visual, "text": model.text}
+        new = {name: with_slots(towers[name], own) for name, own in settings.items()}
+        return kwargs | {name: own for name, own in new.items() if own != settings[name]}
+    for layer in model.modules():
+        if isinstance(layer, SparseMoE) and layer.router_type == "soft":
+            return {**kwargs, "num_slots": layer.router.slots.shape[1]}
+    return kwargs
+
+
+def model_spec(model: nn.Module) -> dict:
+    """{"name", "kwargs"}: enough to call `create_model` again, with a head or picture size that was changed since.
+
+    An upcycled model also has "upcycle", the settings that make the dense one sparse; one that `quantize_experts`
+    changed, "experts", how their weights are kept. A dense model by timm needs no more than the settings that its name
+    gives, and those that it shows.
+
+    Raises:
+        ValueError: if it is not known how to build the model.
+    """
+    spec = getattr(model, "vmoe_spec", None)
+    if spec is None and (spec := _timm_spec(model)) is not None:
+        return spec
+    if spec is None:
+        why = "it was not made by vmoe.create_model (make the dense model with that before you upcycle it)"
+        raise ValueError(f"how to build this model again is not known: {getattr(model, 'vmoe_no_spec', why)}")
+    changed = _changed(model.vmoe_built, live_settings(model))
+    if isinstance(model, TwoTower) and changed:
+        changed = {"image": {**(spec["kwargs"].get("image") or {}), **changed}}
+    kept_as = experts_kept_as(model)
+    return {**spec, "kwargs": {**spec["kwargs"], **changed}, **({"experts": kept_as} if kept_as else {})}
+
+
+def _timm_spec(model: nn.Module) -> dict | None:
+    """The specification of a dense model that timm.create_model made; None if its name does not tell it all."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    name = ".".join(config[key] for key in ("architecture", "tag") if config.get(key))
+    if not timm.is_model(name) or any(isinstance(module, SparseMoE) for module in model.modules()):
+        return None
+    spec = {"name": name, "kwargs": {"num_experts": 0} if isinstance(model, VisionMoE) else {}}
+    try:
+        spec["kwargs"] |= _changed(live_settings(on_meta(build_dense, spec)), live_settings(model))
+        return None if difference(model, on_meta(build_dense, spec)) else spec
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def live_settings(model: nn.Module) -> dict:
+    """Settings that a model's own methods change after it was built (`reset_classifier`, `set_input_size`).
+
+    Of a two-tower model: those of its image tower.
+    """
+    model = unwrap_model(model.visual if isinstance(model, TwoTower) else model)
+    settings = {key: getattr(model, key) for key in ("num_classes", "global_pool", "in_chans") if hasattr(model, key)}
+    if not isinstance(settings.get("global_pool", ""), str):  # some of timm's models call their pooling layer so
+        del settings["global_pool"]
+    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
+    if isinstance(classifier, (nn.Linear, nn.Identity)):  # perhaps one that the user put there
+        settings["num_classes"] = getattr(classifier, "out_features", 0)
+    if isinstance(model, VisionTransformer):
+        settings["fc_norm"] = not isinstance(model.fc_norm, nn.Identity)
+    for key in ("img_size", "patch_size"):
+        size = getattr(getattr(model, "patch_embed", None), key, None)
+        if isinstance(size, (int, tuple, list)):
+            settings[key] = size if isinstance(size, int) else list(size)
+    return settings
+
+
+def _changed(before: dict, now: dict) -> dict:
+    """Those of the live settings that differ; with a new pooling also what would follow from it in a new model."""
+    changed = {key: value for key, value in now.items() if before.get(key) != value}
+    if "global_pool" in changed and "fc_norm" in now:
+        changed["fc_norm"] = now["fc_norm"]
+    return changed
+
+
+# Attributes that do not decide what a model computes; a classifier's own shape says how many classes it has.
+_NO_DIFFERENCE = {"training", "grad_checkpointing", "fused_attn", "num_classes", "calls_without_update", "backend"}
+
+
+def difference(model: nn.Module, again: nn.Module) -> str | None:
+    """The first thing in which a model built again is not what it was, a few words about it; None: nothing.
+
+    Compares names and shapes of tensors, and each module's class, its `extra_repr` and its plain attributes, such as
+    `global_pool`. Attributes that only one of the two has are left out.
+    """
+    shapes = [{name: tuple(tensor.shape) for name, tensor in named_tensors(each).items()} for each in (model, again)]
+    facts = [{name: _facts(module) for name, module in _named_modules(each)} for each in (model, again)]
+    for ours, theirs in (shapes, facts):
+        for name in sorted(ours.keys() ^ theirs.keys()):
+            return f"it {'lacks' if name in ours else 'also has'} {name}"
+    for name, shape in shapes[0].items():
+        if shape != shapes[1][name]:
+            return f"{name} is {shapes[1][name]} instead of {shape}"
+    for name, ours in facts[0].items():
+        for key, value in ours.items():
+            if (other := facts[1][name].get(key, value)) != value:
+                return f"{key} of {name or 'the model'} is {other!r} instead of {value!r}"
+    return None
+
+
+def _facts(module: nn.Module) -> dict:
+    known = vars(module) | (asdict(module.settings) if isinstance(module, SparseMoE) else {})
+    plain = {key: _plain(value) for key, value in known.items() if key[0] != "_" and key not in _NO_DIFFERENCE}
+    plain = {key: value for key, value in plain.items() if value is not Ellipsis}
+    # FSDP2 gives a module a class of its own, with the old one's name in it.
+    return {"class": type(module).__name__.removeprefix("FSDP"), "description": module.extra_repr(), **plain}
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, text and sequences of them, lists as tuples; Ellipsis for anything else."""
+    if isinstance(value, (list, tuple)):
+        parts = tuple(map(_plain, value))
+        return Ellipsis if Ellipsis in parts else parts
+    return value if value is None or isinstance(value, (bool, int, float, str)) else Ellipsis
+
+
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules`, without the wrappers of `torch.compile` around parts of the model."""
+    for name, module in model.named_modules():
+        if not hasattr(module, "_orig_mod"):
+            yield name.replace("._orig_mod", ""), module
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, without the names of `torch.compile`'s wrappers around parts of the model."""
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}

@@ -1,0 +1,413 @@
+"""What a run tells: metrics.jsonl, TensorBoard, the progress bar, warnings about the routing, the final table."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
+from torch import Tensor
+
+from vmoe.data.loader import own_cores
+from vmoe.distributed.process_group import gather_lists, sum_over_processes
+from vmoe.moe import LayerRouting, RoutingRecord
+from vmoe.moe.losses import members
+from vmoe.moe.record import statistics_of
+from vmoe.utils.atomic import whole_file
+from vmoe.utils.tables import FigureTable
+from vmoe.utils.world import world
+
+logger = logging.getLogger("vmoe.training")
+
+# Waiting for data is worth a warning above this share of the time, in so many logged steps in a row.
+WAITING_SHARE, WAITING_FOR = 0.2, 5
+LATEST = 200  # durations that the estimate of the time left is made from
+WIDE = 140  # characters of a terminal that has room for a bar beside the figures
+
+
+class MetricsLog:
+    """Writes each logged step as a line of metrics.jsonl, and to TensorBoard.
+
+    Args:
+        run: the run's folder; None in the processes that write nothing.
+        step: the step a continued run starts from; what an earlier process wrote about later steps is dropped, so that
+            no step appears twice. 0 starts anew.
+        tensorboard: also write OUTPUT_DIR/tensorboard.
+    """
+
+    def __init__(self, run: Path | None, step: int, tensorboard: bool) -> None:
+        self._file = self._writer = None
+        if run is None:
+            return
+        file = run / "metrics.jsonl"
+        lines = [json.dumps(entry) + "\n" for entry in read_metrics(file) if entry["step"] <= step]
+        with whole_file(file) as draft:
+            draft.write_text("".join(lines), encoding="utf-8")
+        self._file = file.open("a", encoding="utf-8")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        """One line; figures that are not finite become null (JSON has no NaN)."""
+        if self._file is None:
+            return
+        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+        self.tensorboard(step, figures)
+
+    def tensorboard(self, step: int, figures: dict[str, float]) -> None:
+        """Figures for TensorBoard alone, which are too many for a line."""
+        if self._writer is not None:
+            for name, value in figures.items():
+                self._writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """A picture, (H, W, 3) uint8, for TensorBoard."""
+        if self._writer is not None:
+            self._writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that was cut off is left out, a missing file gives none."""
+    entries = []
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                entries.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return entries
+
+
+def asked_experts(layers: dict[str, LayerRouting]) -> dict[str, Tensor]:
+    """{layer: (E,) assignments that ask for each expert, in all processes}.
+
+    Counted before anyone is dropped: with limited room a collapsed router still shows even loads.
+    """
+    return sum_over_processes(
+        {
+            name: torch.bincount(routing.expert_index[routing.mask].flatten(), minlength=routing.gates.shape[-1])
+            for name, routing in layers.items()
+        }
+    )
+
+
+def largest_share(asked_E: Tensor) -> tuple[float, int]:
+    """(share of the assignments that ask for the busiest expert, experts that nobody asks for)."""
+    return (asked_E.max() / asked_E.sum().clamp(min=1)).item(), int((asked_E == 0).sum())
+
+
+def routing_figures(record: RoutingRecord) -> dict[str, float]:
+    """The figures of a step's routing, in all processes together; all call it.
+
+    Returns:
+        Over all layers "routing/share_dropped" (mean), "routing/load_max_over_mean" (worst layer; 1 is even) and
+        "routing/experts_without_tokens" (sum); then every statistic of each layer as "routing/LAYER/NAME". Empty for a
+        dense model.
+    """
+    layers = {}
+    for name, routing in record.layers.items():
+        means = over_processes({key: float(value) for key, value in routing.means.items()})
+        counted = statistics_of(sum_over_processes(routing.counts))
+        layers[name] = {key: float(value) for key, value in counted.items()} | means
+    if not layers:
+        return {}
+    figures = {
+        "routing/share_dropped": sum(m["share_dropped"] for m in layers.values()) / len(layers),
+        "routing/load_max_over_mean": max(m["load_max_over_mean"] for m in layers.values()),
+        "routing/experts_without_tokens": sum(m["experts_without_tokens"] for m in layers.values()),
+    }
+    for name, asked_E in asked_experts(record.layers).items():
+        layers[name]["largest_share"], _ = largest_share(asked_E)
+        figures.update({f"routing/{name}/{key}": value for key, value in layers[name].items()})
+    return figures
+
+
+def over_processes(figures: dict[str, float]) -> dict[str, float]:
+    """The mean of each figure over all processes; of those that are called a minimum or maximum, that."""
+    every = gather_lists([figures])
+    reduce = {"min": min, "max": max}
+    return {name: reduce.get(name.rpartition("_")[2], fmean)([own[name] for own in every]) for name in figures}
+
+
+def expert_figures(record: RoutingRecord) -> dict[str, float]:
+    """The figures of each expert in a step's routing, in all processes together; all call it.
+
+    Returns:
+        For each layer, modality and expert "experts/LAYER/MODALITY/load_E", its share of the kept assignments, and
+        "experts/LAYER/MODALITY/importance_E", the mean of its gate values. Soft routing has no load.
+    """
+    figures = {}
+    for name, routing in record.layers.items():
+        masks = members(routing.modalities, routing.mask, routing.modality)
+        for modality, own_GN in masks.items():
+            sums = {"importance": routing.gates.detach()[own_GN].sum(0), "tokens": own_GN.sum()}
+            if routing.router != "soft":
+                sums["load"] = routing.load_by_modality[modality]
+            sums = sum_over_processes(sums)
+            kinds = {"importance": sums["importance"] / sums["tokens"].clamp(min=1)}
+            if "load" in sums:
+                kinds["load"] = sums["load"] / sums["load"].sum().clamp(min=1)
+            for kind, value_E in kinds.items():
+                for expert, value in enumerate(value_E.tolist()):
+                    figures[f"experts/{name}/{modality}/{kind}_{expert:02d}"] = value
+    return figures
+
+
+class CollapseWatch:
+    """Warns, by name, when the routing of a layer stays collapsed.
+
+    Collapsed means that one expert is asked for by most assignments (over half of those that an even spread would not
+    give it), or that some expert is asked for by none.
+
+    Args:
+        after: steps of uninterrupted collapse before the warning; 0 never warns.
+    """
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+        self.since: dict[str, int] = {}
+        self.warned: set[str] = set()
+
+    def update(self, step: int, layers: dict[str, LayerRouting]) -> None:
+        """Looks at the routing of a step; all processes call it at every logged one, and the first of them warns."""
+        if not self.after:
+            return
+        for name, asked_E in asked_experts(layers).items():
+            num_experts = len(asked_E)
+            share, idle = largest_share(asked_E)
+            even = 1 / num_experts
+            crowded = num_experts > 1 and share > even + 0.5 * (1 - even)
+            if not crowded and not idle:
+                self.since.pop(name, None)
+                self.warned.discard(name)
+                continue
+            since = self.since.setdefault(name, step)
+            if step - since >= self.after and name not in self.warned:
+                self.warned.add(name)
+                if world()[0] > 0:
+                    continue
+                what = f"{share:.0%} of its tokens ask for one expert" if crowded else f"{idle} experts get no token"
+                logger.warning(
+                    "the routing of %s has collapsed: %s of %d (steps %d to %d); raise the balancing losses "
+                    "(importance_loss, load_loss, global_entropy_loss), lower optim.lr, or train with more noise_std",
+                    name,
+                    what,
+                    num_experts,
+                    since,
+                    step,
+                )
+
+
+class DataWatch:
+    """Says once, with numbers and a remedy, when the model keeps waiting for data.
+
+    Args:
+        num_workers: worker processes that read for this process.
+        cores: CPU cores that this process may use; None: its share of the machine's.
+    """
+
+    def __init__(self, num_workers: int, cores: int | None = None) -> None:
+        self.num_workers = num_workers
+        self.cores = own_cores() if cores is None else cores
+        self.in_a_row = 0
+
+    def update(self, figures: dict[str, float], readable: float) -> None:
+        """Looks at a logged step; the first process warns.
+
+        Args:
+            figures: with "images_per_second" of all processes and "data_wait_share" of this one.
+            readable: pictures per second that this process's workers could read if they never waited.
+        """
+        rank, processes = world()
+        waiting = figures["data_wait_share"]
+        self.in_a_row = self.in_a_row + 1 if waiting > WAITING_SHARE else 0
+        if self.in_a_row != WAITING_FOR or rank > 0 or not readable > 0:
+            return
+        needed = figures["images_per_second"] / processes / max(1 - waiting, 0.01)
+        readers = max(1, self.num_workers)
+        workers = max(math.ceil(needed / (readable / readers)), self.num_workers + 1)
+        what = f"{readers} worker{'s' * (readers > 1)}" if self.num_workers else "the training process itself"
+        remedy = f"raise data.loader.num_workers to {min(workers, self.cores)}"
+        if self.num_workers >= self.cores:
+            remedy = f"all {self.cores} CPU cores read already: store smaller pictures, or take more cores"
+        elif workers > self.cores:
+            remedy += f" (the model needs {workers}, and there are {self.cores} CPU cores: store smaller pictures)"
+        logger.warning(
+            "the model waits for data %.0f%% of the time: it could take %.0f pictures/s%s, and %s read%s %.0f; %s",
+            100 * waiting,
+            needed,
+            " in each process" if processes > 1 else "",
+            what,
+            "s" if readers == 1 else "",
+            readable,
+            remedy,
+        )
+
+
+class TimeLeft:
+    """Estimates how long the rest of a run takes: its steps, evaluations and checkpoints, each as long as before.
+
+    Each kind has the mean of its latest durations without the longest: a step that compiles or waits for a slow disk
+    says nothing of the others. An evaluation or checkpoint counts from the first one on.
+
+    Args:
+        steps: of the whole run.
+        every: for each kind besides "step", the steps from one to the next; 0: there is none.
+    """
+
+    def __init__(self, steps: int, **every: int) -> None:
+        self.steps = steps
+        self.every = {"step": 1, **{kind: number for kind, number in every.items() if number}}
+        self.durations = {kind: deque(maxlen=LATEST) for kind in self.every}
+
+    def add(self, kind: str, seconds: float) -> None:
+        """Something of a kind is done, and took that long."""
+        self.durations[kind].append(seconds)
+
+    def seconds(self, step: int) -> float:
+        """Seconds to the end after this step, whose evaluation and checkpoint are still to come.
+
+        The last step has one of each kind.
+        """
+        left = 0.0
+        for kind, every in self.every.items():
+            known = sorted(self.durations[kind])
+            done = (step if kind == "step" else step - 1) // every
+            if known:
+                left += fmean(known[:-1] or known) * (math.ceil(self.steps / every) - done)
+        return left
+
+
+class Fitting:
+    """Texts on one line, separated by commas, as many of them as fit; rich prints it."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self.texts = texts
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        whole = cell_len(", ".join(self.texts))
+        return Measurement(min(whole, options.max_width), whole)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        fitting = [", ".join(self.texts[:number]) for number in range(len(self.texts) + 1)]
+        yield Text(max((text for text in fitting if cell_len(text) <= options.max_width), key=len), no_wrap=True)
+
+
+class FiguresColumn(ProgressColumn):
+    """The figures of a progress bar, as many as its line has room for."""
+
+    def render(self, task: Task) -> Fitting:
+        return Fitting(task.fields["figures"])
+
+
+class ProgressDisplay:
+    """A progress bar of one line on a terminal, plain lines elsewhere.
+
+    Args:
+        console: where to.
+        step: steps done before.
+        steps: steps of the whole run.
+        every: see `TimeLeft`.
+    """
+
+    def __init__(self, console: Console, step: int, steps: int, **every: int) -> None:
+        self.console = console
+        self.steps = steps
+        self.time_left = TimeLeft(steps, **every)
+        self._bar = None
+        if console.is_terminal:
+            bar = [BarColumn(bar_width=16)] if console.width >= WIDE else []  # else the figures need the room
+            columns = (TextColumn("step"), MofNCompleteColumn(), *bar, TextColumn("{task.fields[left]}"))
+            self._bar = Progress(*columns, FiguresColumn(), console=console)
+            self._task = self._bar.add_task("train", total=steps, completed=step, figures=[], left="-:--:--")
+
+    def __enter__(self) -> ProgressDisplay:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, step: int, seconds: float) -> None:
+        """A step is done, and took that long."""
+        self.time_left.add("step", seconds)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, left=self._left(step))
+
+    @contextmanager
+    def timing(self, kind: str) -> Iterator[None]:
+        """Around an evaluation or the saving of a checkpoint."""
+        began = time.monotonic()
+        yield
+        self.time_left.add(kind, time.monotonic() - began)
+
+    def show(self, step: int, figures: dict[str, float]) -> None:
+        """The figures of a logged step."""
+        texts = short_texts(figures)
+        if self._bar is not None:
+            self._bar.update(self._task, figures=texts)
+        else:
+            self.message(", ".join([f"step {step}/{self.steps}", *texts, f"{self._left(step)} left"]))
+
+    def message(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _left(self, step: int) -> str:
+        return str(timedelta(seconds=round(self.time_left.seconds(step))))
+
+
+def short_texts(figures: dict[str, float]) -> list[str]:
+    """The few figures that a progress line shows, the most important first."""
+    texts = [f"loss {figures['loss']:.4g}", f"{figures['images_per_second']:.0f} img/s"]
+    if figures["data_wait_share"] >= 0.05:
+        texts.append(f"waiting for data {figures['data_wait_share']:.0%}")
+    if "routing/share_dropped" in figures:
+        texts.append(f"dropped {figures['routing/share_dropped']:.1%}")
+        texts.append(f"max/mean load {figures['routing/load_max_over_mean']:.2f}")
+        texts.append(f"idle experts {figures['routing/experts_without_tokens']:.0f}")
+    return texts
+
+
+def final_table(summary: dict[str, Any]) -> FigureTable:
+    """The summary of a run as a table."""
+    table = FigureTable(f"{summary['model']}, {summary['task']}", ["result", "value"], left=["result"])
+    table.add_row("steps", f"{summary['steps']}")
+    table.add_row("parameters", f"{summary['parameters_total'] / 1e6:.2f} M")
+    table.add_row("  active per token", f"{summary['parameters_active'] / 1e6:.2f} M")
+    table.add_row("GFLOPs per picture", f"{summary['gflops_per_image']:.3f}")
+    if "gflops_per_text" in summary:
+        table.add_row("GFLOPs per caption", f"{summary['gflops_per_text']:.3f}")
+    table.add_row("training throughput", f"{summary['images_per_second']:.0f} pictures/s")
+    table.add_row("training time", f"{summary['train_seconds']:.0f} s")
+    table.add_row("final loss", f"{summary['loss']:.4f}")
+    for name, value in summary["evaluation"].items():
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    return table

@@ -1,0 +1,195 @@
+"""When training stops before its last step: signals, and the end of the time that it was given."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from vmoe.utils.world import world
+
+# Seconds that a process which waits in C++ (for the others to join) has to hear a signal, before it is ended.
+PATIENCE_SECONDS = 2.0
+
+
+STOPPED_OUTSIDE = "stopped outside of the steps, nothing to save; the same command starts or continues the run"
+
+
+class Stopped(KeyboardInterrupt):
+    """Training was interrupted: between two steps, after saving a checkpoint, or before the first one.
+
+    The message says how to go on.
+
+    Attributes:
+        planned: by SIGUSR1 or `train.max_minutes`: the job is to go on later.
+        agreed: all processes stop, after the same step.
+    """
+
+    def __init__(self, message: str, planned: bool, agreed: bool = False) -> None:
+        super().__init__(message)
+        self.planned, self.agreed = planned, agreed
+
+
+@dataclass
+class StopRequest:
+    """What signals asked for.
+
+    Attributes:
+        interrupted: Ctrl-C or SIGTERM: stop after this step, the exit code says that the run was interrupted.
+        planned: SIGUSR1: stop after this step; the job is to go on later, and nothing is wrong.
+        noting: inside `between_steps`.
+        started: that was reached.
+        parent: process that started this one.
+    """
+
+    interrupted: bool = False
+    planned: bool = False
+    noting: bool = False
+    started: bool = False
+    parent: int = field(default_factory=os.getppid)
+
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Around the loop: in it signals are only noted, for it to stop after a step. Outside they end the run."""
+        self.noting = self.started = True
+        try:
+            yield
+        finally:
+            self.noting = False
+
+    def note(self, number: int) -> None:
+        """A signal came."""
+        if number in (signal.SIGINT, signal.SIGTERM):
+            self.interrupted = True
+        else:
+            self.planned = True
+
+    @property
+    def orphaned(self) -> bool:
+        """torchrun was killed: nobody would restart this process, pass signals on to it, or end it."""
+        return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent
+
+
+@contextmanager
+def interruptible() -> Iterator[StopRequest]:
+    """Collects Ctrl-C, SIGTERM and SIGUSR1 instead of dying of them, so that a step is never cut in two.
+
+    Outside of `StopRequest.between_steps` the first of them raises Stopped at once. A second Ctrl-C stops at once, but
+    not one of several processes: it comes from the terminal and from torchrun.
+    """
+    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield stop
+        return
+
+    def handle(number: int, _frame: Any) -> None:
+        if stop.interrupted and number == signal.SIGINT and world()[1] == 1:
+            raise KeyboardInterrupt
+        first = not (stop.interrupted or stop.planned)
+        stop.note(number)
+        if first and not stop.noting:
+            raise Stopped(STOPPED_OUTSIDE, stop.planned)
+
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has no SIGUSR1
+    previous = {name: signal.signal(getattr(signal, name), handle) for name in names}
+    try:
+        with _listening(stop):
+            yield stop
+    finally:
+        for name, handler in previous.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+@contextmanager
+def _listening(stop: StopRequest) -> Iterator[None]:
+    """Answers signals from a thread, at once: Python's handlers run only when the main thread returns from C++.
+
+    In the loop it says that the run stops after this step. Before it, where C++ may wait for the other processes
+    without end, it ends the process.
+    """
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    first = os.environ.get("RANK", "0") == "0"
+
+    def listen() -> None:
+        told = False
+        while number := ours.recv(1):
+            if number[0] not in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", None)):
+                continue
+            if stop.noting and first and not told:
+                again = "; Ctrl-C again stops at once" if world()[1] == 1 else ""
+                print(f"\nvmoe-train: stopping after this step{again}", file=sys.stderr, flush=True)
+                told = True
+            elif not stop.started:
+                time.sleep(PATIENCE_SECONDS)
+                if stop.interrupted or stop.planned or stop.started:
+                    continue
+                if first:
+                    print(f"\nvmoe-train: {STOPPED_OUTSIDE}", file=sys.stderr, flush=True)
+                sys.stdout.flush()
+                os._exit(130 if number[0] in (signal.SIGINT, signal.SIGTERM) else 0)
+
+    threading.Thread(target=listen, daemon=True).start()
+    previous = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    _listeners.add(theirs)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous)
+        _listeners.discard(theirs)
+        theirs.close()  # ends the thread
+
+
+_listeners: set[socket.socket] = set()
+
+
+def _leave_listeners() -> None:
+    """In a forked child, such as a data worker: its signals are not the run's."""
+    if _listeners:
+        signal.set_wakeup_fd(-1)
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_leave_listeners)
+
+
+class TimeBudget:
+    """Tells when to stop so that the next step and the checkpoint still find time, as long as the longest so far.
+
+    A step with an evaluation counts as one. Before the first evaluation and the first checkpoint nothing is known of
+    them: leave time for them.
+
+    Args:
+        minutes: from now on; None: without end.
+    """
+
+    def __init__(self, minutes: float | None) -> None:
+        self.end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        self._step_began: float | None = None
+        self._longest_step = self._saving = 0.0
+
+    def next_step(self) -> None:
+        """A step begins; with what follows it (evaluation, saving) it lasts until the next one."""
+        now = time.monotonic()
+        if self._step_began is not None:
+            self._longest_step = max(self._longest_step, now - self._step_began)
+        self._step_began = now
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around the writing of a checkpoint."""
+        began = time.monotonic()
+        yield
+        self._saving = max(self._saving, time.monotonic() - began)
+
+    def used_up(self) -> bool:
+        """Whether there is no time for another step after this one."""
+        return time.monotonic() + self._longest_step + self._saving >= self.end

@@ -1,0 +1,20 @@
+"""Images of other than three channels."""
+
+from collections.abc import Callable
+
+from PIL import Image
+from torchvision.transforms import Grayscale
+
+
+def to_channels(channels: int) -> list[Callable[[Image.Image], Image.Image]]:
+    """What turns RGB images into those of a model: nothing for 3 channels, a conversion to gray for 1.
+
+    Raises:
+        ValueError: for another number of channels.
+    """
+    if channels not in (1, 3):
+        raise ValueError(
+            f"in_chans={channels}: image files are read as 3 channels (RGB) or 1 (gray); call the model, made by "
+            "vmoe.create_model, on tensors of your own"
+        )
+    return [Grayscale()] if channels == 1 else []
