@@ -176,5 +176,5 @@ def test_a_record_names_the_backend():
     with vmoe.record_routing(layer) as record:
         layer(torch.randn(2, 5, 8))
     assert record.layers[""].backend == "reference"
-    with pytest.raises(ValueError, match="backend must be one of auto, reference, triton, got 'fast'"):
+    with pytest.raises(ValueError, match=r"backend must be one of .*, got 'fast'"):
         SparseMoE(8, 12, backend="fast")

@@ -10,7 +10,7 @@ def test_slots_come_from_the_capacity():
         layer = SparseMoE(4, 4, router="soft", num_experts=experts, capacity_factor=factor, num_tokens=tokens)
         assert layer.router.slots.shape == (experts, slots, 4)
     assert SparseMoE(4, 4, router="soft", group_size=16, num_experts=4).router.slots.shape[1] == 4
-    with pytest.raises(ValueError, match="leaves no room"):
+    with pytest.raises(ValueError, match="gives no capacity"):
         SparseMoE(4, 4, router="soft", num_experts=64, num_tokens=16)
 
 

@@ -7,6 +7,7 @@ Shapes, by suffix: B batch, P patches, L words (text length), T = P + L, D width
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,10 +18,11 @@ from timm.layers import AttentionPoolLatent, DropPath, PatchEmbed, resample_abs_
 from timm.models import checkpoint, named_apply
 from timm.models.vision_transformer import Block, get_init_weights_vit
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vmoe.models.contrastive import INIT_LOGIT_SCALE, ImageTextModel
 from vmoe.models.text import attention_bias, check_length, make_blocks, masked_mean, text_mask, text_routing
-from vmoe.models.vision import sparse_blocks, without_decay
+from vmoe.models.vision import sparse_blocks, without_decay, without_fused_attention
 from vmoe.moe import SparseMoE
 from vmoe.moe.config import PRESETS
 
@@ -28,11 +30,12 @@ MODALITIES = ("image", "text")
 ROUTING_DEFAULTS = {**PRESETS["limoe"], "num_experts": 32, "local_entropy_loss": {"text": 0.01}}
 
 
-def attention(qkv_BT3D: Tensor, bias_B11T: Tensor | None, num_heads: int) -> Tensor:
+def attention(qkv_BT3D: Tensor, bias_B11T: Tensor | None, num_heads: int, fused: bool) -> Tensor:
     """softmax(q kᵀ / sqrt(d) + bias) v of each head: (B, T, 3D) queries, keys and values -> (B, T, D)."""
     q_BHTd, k_BHTd, v_BHTd = rearrange(qkv_BT3D, "b t (three h d) -> three b h t d", three=3, h=num_heads)
     bias_B11T = None if bias_B11T is None else bias_B11T.to(qkv_BT3D.dtype)
-    y_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, attn_mask=bias_B11T)
+    with nullcontext() if fused else sdpa_kernel(SDPBackend.MATH):
+        y_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, attn_mask=bias_B11T)
     return rearrange(y_BHTd, "b h t d -> b t (h d)")
 
 
@@ -79,11 +82,11 @@ class LIMoEBlock(Block):
 
     def forward(self, x: Tensor, tokens: TowerTokens) -> Tensor:
         """(B, T, D) or (S, D), as `tokens` says -> the same."""
-        P, heads = tokens.num_patches, self.attn.num_heads
+        P, how = tokens.num_patches, (self.attn.num_heads, self.attn.fused_attn)
         qkv_BT3D = tokens.unpack(self.attn.qkv(self.norm1(x)))
-        attended = [attention(qkv_BT3D[:, :P], None, heads)] if P else []
+        attended = [attention(qkv_BT3D[:, :P], None, *how)] if P else []
         if tokens.bias_B11L is not None:
-            attended.append(attention(qkv_BT3D[:, P:], tokens.bias_B11L, heads))
+            attended.append(attention(qkv_BT3D[:, P:], tokens.bias_B11L, *how))
         x = x + self.drop_path1(self.ls1(self.attn.proj(tokens.pack(torch.cat(attended, dim=1)))))
         h = self.norm2(x)
         h = tokens.through_experts(self.mlp, h) if isinstance(self.mlp, SparseMoE) else self.mlp(h)
@@ -183,6 +186,8 @@ class LIMoE(ImageTextModel):
             return AttentionPoolLatent(width, num_heads=num_heads, norm_layer=norm_layer, act_layer=act_layer)
 
         self.image_pool, self.text_pool = pooling(), pooling()
+        if settings.get("backend") == "reference":
+            without_fused_attention(self)
         self.image_projection = nn.Linear(width, embed_dim, bias=False)
         self.text_projection = nn.Linear(width, embed_dim, bias=False)
         self.init_weights(needs_reset=False)

@@ -15,7 +15,13 @@ from timm.models import checkpoint, named_apply
 from timm.models.vision_transformer import Block, get_init_weights_vit
 from torch import Tensor, nn
 
-from vmoe.models.vision import norm_queries_and_keys, sparse_blocks, take_routing, without_decay
+from vmoe.models.vision import (
+    norm_queries_and_keys,
+    sparse_blocks,
+    take_routing,
+    without_decay,
+    without_fused_attention,
+)
 from vmoe.moe import SparseMoE
 
 ROUTING_DEFAULTS = {"num_experts": 8, "num_selected_experts": 1}
@@ -194,6 +200,8 @@ class TextTransformer(nn.Module):
         if qk_norm:
             for attention in [block.attn for block in self.blocks] + [self.attn_pool] * (pool == "map"):
                 norm_queries_and_keys(attention)
+        if settings.get("backend") == "reference":
+            without_fused_attention(self)
         self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
         self.init_weights(needs_reset=False)
 

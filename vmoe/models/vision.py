@@ -102,6 +102,13 @@ def without_decay(model: nn.Module) -> set[str]:
     return names
 
 
+def without_fused_attention(model: nn.Module) -> None:
+    """Computes attention by plain operations, whose derivatives of any order exist."""
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+
+
 def take_routing(kwargs: dict, defaults: dict) -> dict:
     """Move the routing settings out of a model's arguments, completed by its preset and defaults."""
     given = {name: kwargs.pop(name) for name in SETTING_NAMES & kwargs.keys()}
@@ -176,6 +183,8 @@ class VisionMoE(VisionTransformer):
         if qk_norm:
             for attention in [block.attn for block in self.blocks] + [self.attn_pool] * (global_pool == "map"):
                 norm_queries_and_keys(attention)
+        if routing.get("backend") == "reference":
+            without_fused_attention(self)
         self.pre_logits = nn.Identity()
         if representation_size is not None:
             like = {"device": self.patch_embed.proj.weight.device, "dtype": self.patch_embed.proj.weight.dtype}

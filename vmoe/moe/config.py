@@ -1,4 +1,4 @@
-"""Every setting of a sparse layer in one place, and the routers that papers use by name.
+"""Every setting of a sparse layer, and the routers that papers use by name.
 
 E experts, K choices per token, C capacity factor.
 """
@@ -10,31 +10,32 @@ from dataclasses import dataclass, fields
 ROUTERS = ("top_k", "expert_choice", "soft")
 GATES = ("softmax", "sigmoid")
 EXPERT_MLPS = ("mlp", "swiglu", "geglu")
+BACKENDS = ("auto", "reference", "triton")
 
 PerModality = float | Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class RoutingSettings:
-    """What a user can say about a sparse layer; the same words in model arguments, configs and docs.
+    """The settings of a sparse layer, of the same names in model arguments, configs and docs.
 
     Attributes:
         num_experts: E.
         num_selected_experts: K, experts per token; only for router="top_k".
         router: "top_k": each token takes its K best experts (V-MoE, arXiv 2106.05974); "expert_choice": each expert
             takes its best tokens (arXiv 2202.09368); "soft": experts see averages of tokens (arXiv 2308.00951).
-        capacity_factor: C, room per expert in training; 1.0 is just enough for an even spread. None or infinity:
+        capacity_factor: C, rows per expert in training over those of an even distribution. None or infinity:
             nothing is dropped (top_k only). timm.create_model leaves out arguments that are None, infinity passes.
         eval_capacity_factor: the same in `eval()`. None: nothing is dropped, so that an output never depends on the
-            rest of the batch; for expert_choice, which knows no such thing: as in training.
-        capacity: rows per expert and group, in place of both factors.
+            rest of the batch; for expert_choice: as in training.
+        capacity: rows per expert and group, instead of both factors.
         capacity_rounding: "ceil" or "round", of the capacity that a factor gives.
         capacity_multiple_of: a capacity that a factor gives is raised to a multiple of this.
-        batch_priority: when room is short, the most important tokens go first (V-MoE, section 2.3).
+        batch_priority: where capacity is short, the most important tokens go first (V-MoE, section 2.3).
         group_size: tokens routed together. None: for top_k all of the call's; for expert_choice and soft each sequence
-            by itself, so that a picture's result never depends on its neighbours. The last group is padded.
+            by itself, so that an image's result never depends on the others of its batch. The last group is padded.
         noise_std: of the gate's normal noise in training: times 1/E for top_k and expert_choice, as it is for soft.
-        learned_noise: the noise has a learned standard deviation per token and expert in place of noise_std, and the
+        learned_noise: the noise has a learned standard deviation per token and expert instead of noise_std, and the
             importance and load losses are those of its paper (arXiv 1701.06538).
         input_jitter: in training the gate sees its input times a uniform number in 1 - jitter .. 1 + jitter
             (Switch, arXiv 2101.03961).
@@ -55,7 +56,9 @@ class RoutingSettings:
             arXiv 2206.02770).
         global_entropy_min_experts: threshold S of the global entropy loss, for every modality or {modality: S}.
         auxiliary_loss: "record": the losses leave through `record_routing`; "attach": their gradients are added in the
-            backward pass of the output, for training loops that know nothing of them.
+            backward pass of the output, for training loops that do not add them.
+        backend: what computes the experts: "auto", "reference" or "triton", see `vmoe.moe.backends`. With "reference"
+            models take no fused attention either, so all of their derivatives exist.
         auxiliary_loss_scope: "group": of each routing group by itself, then their mean, as in the reference; "batch":
             once over the tokens of the whole batch, in training that of all processes.
     """
@@ -91,6 +94,7 @@ class RoutingSettings:
     global_entropy_min_experts: PerModality | None = None
     auxiliary_loss: str = "record"
     auxiliary_loss_scope: str = "group"
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         """Raises ValueError for a setting out of range, or one that its router has no use for."""
@@ -105,6 +109,7 @@ class RoutingSettings:
             ("capacity_rounding", ("ceil", "round")),
             ("auxiliary_loss", ("record", "attach")),
             ("auxiliary_loss_scope", ("group", "batch")),
+            ("backend", BACKENDS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
@@ -168,8 +173,8 @@ class RoutingSettings:
                 raise ValueError("capacity has no meaning for router='soft'; its name there is num_slots")
         elif self.num_slots is not None:
             raise ValueError(f"num_slots needs router='soft', not {self.router!r}")
-        by_room = (self.router == "expert_choice" and self.capacity is None) or self.router == "soft"
-        if by_room and self.num_slots is None and self.capacity_factor is None:
+        by_capacity = (self.router == "expert_choice" and self.capacity is None) or self.router == "soft"
+        if by_capacity and self.num_slots is None and self.capacity_factor is None:
             raise ValueError(f"router={self.router!r} needs a finite capacity_factor: it says how many tokens it takes")
         if self.learned_noise and self.gate != "softmax":
             raise ValueError("learned_noise needs gate='softmax'")
@@ -244,7 +249,7 @@ PRESETS: dict[str, dict] = {
         "capacity_factor": 1.25,
         "gshard_loss": 0.01,  # the two papers' losses are the same formula
     },
-    # GShard's room is 2 S / E for two choices, our factor counts both.
+    # GShard's capacity is 2 S / E for two choices, our factor counts both.
     "gshard": {
         **_PLAIN,
         "num_selected_experts": 2,
@@ -266,7 +271,7 @@ PRESETS: dict[str, dict] = {
         "num_selected_experts": 2,
         "normalize_weights": True,
         "expert_mlp": "swiglu",
-        "gshard_loss": 0.01,  # ours: the paper (arXiv 2401.04088) does not tell its training
+        "gshard_loss": 0.01,  # ours: the paper (arXiv 2401.04088) does not describe its training
     },
     "dbrx": {
         **_PLAIN,

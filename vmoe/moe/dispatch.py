@@ -1,4 +1,4 @@
-"""Who goes to which expert, in what order, and who is dropped: pure tensor functions without parameters.
+"""Which token goes to which expert, in what order, and which are dropped: pure tensor functions without parameters.
 
 Shapes, by suffix: G groups, N tokens in a group, E experts, K choices per token, A = G*N*K assignments (a token and one
 of its choices), R rows handed to the experts, M any number of rows, D width.
@@ -30,12 +30,12 @@ def expert_capacity(
         num_tokens: S, tokens in the group; 0 for an empty batch, whose capacity is 0.
         num_experts: E.
         num_selected_experts: K.
-        capacity_factor: C; 1.0 is just enough room if the tokens spread evenly.
+        capacity_factor: C; 1.0 is just enough if the tokens are distributed evenly.
         rounding: "ceil" or "round", before it is raised to the multiple.
         multiple_of: 1 leaves the number as it is.
 
     Raises:
-        ValueError: if `capacity_factor` is not positive or rounds to no room at all, or `rounding` is unknown.
+        ValueError: if `capacity_factor` is not positive or rounds to a capacity of 0, or `rounding` is unknown.
 
     Source: V-MoE (arXiv 2106.05974), section 2.3, eq. 4.
     """
@@ -47,8 +47,8 @@ def expert_capacity(
     capacity = math.ceil(exact) if rounding == "ceil" else round(exact)
     if capacity < 1 and num_tokens > 0:
         raise ValueError(
-            f"capacity_factor={capacity_factor} leaves no room: {num_tokens} tokens for {num_experts} experts give a "
-            "capacity of 0; use a larger factor, capacity_rounding='ceil', or num_slots for router='soft'"
+            f"capacity_factor={capacity_factor} gives no capacity: {num_tokens} tokens for {num_experts} experts round "
+            "to 0; use a larger factor, capacity_rounding='ceil', or num_slots for router='soft'"
         )
     return math.ceil(capacity / multiple_of) * multiple_of
 
@@ -63,7 +63,7 @@ def masked_capacity(
 ) -> Tensor:
     """`expert_capacity` of each group, counting only its real tokens.
 
-    Padding must not make room: otherwise the same caption would keep or lose words with the length of its neighbours.
+    Padding adds no capacity: otherwise the length of other captions in the batch would change what is kept of this one.
 
     Args:
         mask_GN: True where the token is real; further leading axes are groups too.
@@ -113,7 +113,7 @@ class DispatchPlan:
             come last, and only where the number of rows must not depend on the data (compiled code, GPUs).
         row_A: row of each assignment, -1 if it was dropped or its token is padding.
         count_E: kept rows of each expert.
-        position_A: index of each assignment in its expert's queue (0 first), whether there was room or not.
+        position_A: index of each assignment in its expert's queue (0 first), whether it is kept or not.
         may_drop: False when every assignment surely has a row.
         may_pad: False when every row surely has an assignment.
         shape: (G, N, K).
@@ -137,7 +137,7 @@ class DispatchPlan:
 
     @property
     def kept_GNK(self) -> Tensor:
-        """(G, N, K) bool: the expert had room for this token and choice."""
+        """(G, N, K) bool: the expert kept this token and choice."""
         return (self.row_A >= 0).view(self.shape)
 
     @property
@@ -165,9 +165,9 @@ def plan_dispatch(
         num_experts: E.
         capacity: rows that an expert takes from each group: a number, a (G,) tensor, or None for no limit.
         priority_GN: for batch-prioritized routing, each token's: the gate of its first choice. None: token order.
-        mask_GN: True where the token is real; padding takes no room.
+        mask_GN: True where the token is real; padding takes no capacity.
         max_capacity: upper bound of `capacity` where that is a tensor; bounds the number of rows.
-        chosen_GNK: False for a choice that the router itself gave up; it takes no room.
+        chosen_GNK: False for a choice that the router itself dropped; it takes no capacity.
 
     Returns:
         The plan; integers and booleans only, no gradient.
@@ -242,7 +242,7 @@ def _descending(priority_GN: Tensor) -> Tensor:
 class _GatherRows(torch.autograd.Function):
     """Rows of `x` by index, with a backward pass that gathers too.
 
-    The plain backward of indexing adds rows into place with atomics on a GPU, so its result depends on their order;
+    The plain backward of indexing adds rows with atomics on a GPU, so its result depends on their order;
     here the inverse index is known, so each gradient row is a sum in a fixed order.
     """
 

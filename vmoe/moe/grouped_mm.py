@@ -37,7 +37,7 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, cou
     used_R1 = row_R[:, None] < end_E[-1]
     # PyTorch leaves unused rows uninitialised, both in the result and in the gradient of the rows.
     x_RI = torch.where(used_R1, x_RI, 0)
-    # Its kernel wants rows of whole 16 bytes, that is 8 numbers. Zeros change no product.
+    # Its kernel wants rows of a multiple of 16 bytes, that is 8 numbers. Zeros change no result.
     E, O, I = weight_EOI.shape
     if I % 8 or O % 8:
         x_RI, weight_EOI = F.pad(x_RI, (0, -I % 8)), F.pad(weight_EOI, (0, -I % 8, 0, -O % 8))

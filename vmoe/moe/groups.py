@@ -37,7 +37,7 @@ class TokenGroups:
         Args:
             x: tokens.
             mask: bool, of the tokens' shape.
-            modality: whole numbers, of the tokens' shape.
+            modality: integers, of the tokens' shape.
             group_size: tokens in a group; all of them if there are fewer.
 
         Raises:
@@ -81,7 +81,7 @@ class TokenGroups:
         return members_GMN if self.mask_GN is None else members_GMN & self.mask_GN[:, None]
 
     def real(self, y_GND: Tensor) -> Tensor:
-        """(G, N, ...) with zeros in place of padding."""
+        """(G, N, ...) with padding set to zero."""
         return y_GND if self.mask_GN is None else torch.where(self.mask_GN[..., None], y_GND, torch.zeros_like(y_GND))
 
     def ungroup(self, y_GND: Tensor) -> Tensor:

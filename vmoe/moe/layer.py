@@ -1,4 +1,4 @@
-"""The sparse layer: route, dispatch, experts, combine, in place of a transformer block's MLP.
+"""The sparse layer: route, dispatch, experts, combine, replacing a transformer block's MLP.
 
 Shapes, by suffix: B batch, T length, D width, G groups, N tokens in a group, E experts, K choices, R rows.
 """
@@ -65,7 +65,6 @@ class SparseMoE(nn.Module):
         router_preset: a router that a paper uses, by name (`vmoe.moe.config.PRESETS`); settings given beside it win.
         num_tokens: length of the model's sequences; for router="soft" without `num_slots` or `group_size`.
         modalities: names of the modalities of the input's tokens.
-        backend: what computes the experts: "auto", "reference" or "triton", see `vmoe.moe.backends`.
         **settings: see `vmoe.moe.config.RoutingSettings`.
 
     Raises:
@@ -88,7 +87,6 @@ class SparseMoE(nn.Module):
         router_preset: str | None = None,
         num_tokens: int | None = None,
         modalities: Sequence[str] = ("image",),
-        backend: str = "auto",
         device=None,
         dtype=None,
         **settings,
@@ -118,7 +116,7 @@ class SparseMoE(nn.Module):
             **factory,
         }
         self.experts = Experts(
-            self.num_experts, in_features, hidden_features, norm_layer=norm_layer, backend=backend, **mlp
+            self.num_experts, in_features, hidden_features, norm_layer=norm_layer, backend=config.backend, **mlp
         )
         self.shared = None
         if config.num_shared_experts:
@@ -157,7 +155,7 @@ class SparseMoE(nn.Module):
 
     def _group(self, x_BTD: Tensor, mask_BT: Tensor | None, modality_BT: Tensor | None) -> TokenGroups:
         """The tokens in groups of `group_size`; without one all are one group, or where tokens are chosen each sequence
-        is, so that an image's result never depends on its neighbours."""
+        is, so that an image's result never depends on the rest of the batch."""
         if torch.jit.is_tracing():
             raise RuntimeError(
                 "torch.jit.trace would fix the routing of its example for all inputs: use torch.export or torch.compile"

@@ -107,7 +107,7 @@ def local_entropy_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None, over_ba
 def global_entropy_loss(
     gates_GNE: Tensor, mask_GN: Tensor | None = None, min_experts: float | None = None, over_batch: bool = False
 ) -> Tensor:
-    """Negative entropy of the mean gate, in nats: low when the modality as a whole uses many experts.
+    """Negative entropy of the mean gate, in nats: low when the modality uses many experts.
 
     Args:
         mask_GN: the real tokens of one modality.
@@ -120,7 +120,7 @@ def global_entropy_loss(
     loss_G = -entropy_of(gate_GE)
     if min_experts is not None:
         loss_G = (math.log(min_experts) + loss_G).clamp(min=0)
-        loss_G = torch.where(gate_GE.sum(-1) > 0, loss_G, 0)  # nothing to spread where there is no token
+        loss_G = torch.where(gate_GE.sum(-1) > 0, loss_G, 0)  # no token, no loss
     return _group_mean(loss_G, mask_GN, over_batch)
 
 
@@ -167,22 +167,22 @@ class AuxiliaryLosses:
         self, routing: Routing, mask_GN: Tensor | None, modality_GN: Tensor | None
     ) -> dict[str, Callable[[], Tensor]]:
         """{name: computes the unweighted loss}; without a graph for those that nobody weighs."""
-        r, whole = routing, self.over_batch
+        r, over_batch = routing, self.over_batch
         terms = {
-            "importance_loss": lambda: importance_loss(r.importance_GNE, mask_GN, whole),
-            "gshard_loss": lambda: gshard_loss(r.noisy_gates_GNE, mask_GN, whole),
-            "z_loss": lambda: z_loss(r.logits_GNE, mask_GN, whole),
+            "importance_loss": lambda: importance_loss(r.importance_GNE, mask_GN, over_batch),
+            "gshard_loss": lambda: gshard_loss(r.noisy_gates_GNE, mask_GN, over_batch),
+            "z_loss": lambda: z_loss(r.logits_GNE, mask_GN, over_batch),
         }
         if r.has_noise and r.per_token:  # without noise the load has no gradient, and the reference no such loss
             logits, K = (r.logits_GNE, r.noisy_logits_GNE), r.expert_index_GNK.shape[-1]
-            terms["load_loss"] = lambda: load_loss(*logits, r.noise_std, K, mask_GN, whole)
+            terms["load_loss"] = lambda: load_loss(*logits, r.noise_std, K, mask_GN, over_batch)
         for name, member_GN in members(self.modalities, mask_GN, modality_GN).items():
             local = _own_name("local_entropy_loss", name, self.modalities)
             overall = _own_name("global_entropy_loss", name, self.modalities)
             least = self.min_experts[name]
-            terms[local] = lambda own_GN=member_GN: local_entropy_loss(r.gates_GNE, own_GN, whole)
+            terms[local] = lambda own_GN=member_GN: local_entropy_loss(r.gates_GNE, own_GN, over_batch)
             terms[overall] = lambda own_GN=member_GN, least=least: global_entropy_loss(
-                r.gates_GNE, own_GN, least, whole
+                r.gates_GNE, own_GN, least, over_batch
             )
         return {name: partial(self._compute, name, term) for name, term in terms.items()}
 
@@ -207,7 +207,7 @@ def members(
 
 
 def _own_name(loss: str, modality: str, modalities: tuple[str, ...]) -> str:
-    """With a single modality there is nothing to tell apart, and names stay plain."""
+    """The loss's own name where there is a single modality."""
     return f"{modality}/{loss}" if len(modalities) > 1 else loss
 
 
@@ -239,12 +239,12 @@ def _token_mean(x_GNE: Tensor, mask_GN: Tensor | None, over_batch: bool) -> Tens
         return _batch_mean(x_GNE, mask_GN)
     if mask_GN is None:
         return x_GNE.mean(1)
-    # `where`, not a product: what padding holds may be anything, even NaN.
+    # `where`, not a multiplication: padding may hold anything, even NaN.
     return torch.where(mask_GN[..., None], x_GNE, 0).sum(1) / mask_GN.sum(1, keepdim=True).clamp(min=1)
 
 
 def _batch_mean(x_GNE: Tensor, mask_GN: Tensor | None) -> Tensor:
-    """(1, E) mean over the tokens of all groups; where a gradient is asked for, those of all processes.
+    """(1, E) mean over the tokens of all groups; where a gradient is required, those of all processes.
 
     Without one there is no training step that all processes take together, so each looks at its own tokens.
     """

@@ -1,7 +1,7 @@
 """Experts whose weights are kept in int8 or bfloat16: less memory for inference.
 
-Weight-only: products are computed in the type of their input, from the weights of one expert at a time. Nothing but the
-stacked weights changes; they are where the memory of a sparse model is.
+Weight-only: matrix multiplications run in the type of their input, on the weights of one expert at a time. Only the
+stacked weights change, which hold most of a sparse model's memory.
 
 Shapes, by suffix: E experts, R rows sorted by expert, M rows of one expert, I and O a linear layer's widths.
 """
@@ -22,14 +22,14 @@ class WeightOnlyLinear(nn.Module):
 
     Int8 weights have a scale for each expert and output, its largest magnitude / 127 (symmetric).
 
-    On a CPU, outside compiled code, one expert's weights at a time are converted, into one buffer, and the products are
-    scaled instead of the weights. `python -m benchmarks.quantize` compares it with what else there is (figures in
+    On a CPU, outside compiled code, one expert's weights at a time are converted, into one buffer, and the results are
+    scaled instead of the weights. `python -m benchmarks.quantize` compares it with the alternatives (results in
     docs/inference.md): `torch._weight_int8pack_mm` takes one matrix, and is quicker only in bfloat16 with a handful of
     rows for each expert, several times slower with many, and far slower in float32. torchao 0.18 can store a stack
-    (`Int8Tensor`), but has no batched or grouped product of it, and converts a single expert's weights as this does.
+    (`Int8Tensor`), but has no grouped matrix multiplication for it, and converts one expert's weights as this does.
 
     On other devices and in compiled code nothing may depend on the number of rows, so all weights of the layer are
-    converted in each call, for one grouped product: for its time they come on top of what is stored.
+    converted in each call, for one grouped matrix multiplication: during the call they need memory too.
 
     Args:
         linear: of which the weights are taken; its bias is shared.
@@ -72,7 +72,7 @@ class WeightOnlyLinear(nn.Module):
         """Rows through their expert's layer, as `GroupedLinear.forward`: (R, I), (E,) -> (R, O).
 
         Raises:
-            RuntimeError: in training mode, or if a gradient is asked for.
+            RuntimeError: in training mode, or if a gradient is required.
         """
         if self.training or (torch.is_grad_enabled() and x_RI.requires_grad):
             raise RuntimeError(
@@ -95,7 +95,7 @@ class WeightOnlyLinear(nn.Module):
         _, O, I = self.stored.shape
         y_RO = x_RI.new_empty(x_RI.shape[0], O)
         buffer_OI = x_RI.new_empty(O, I)
-        # Rows times whole numbers up to 127 may exceed float16, whose largest is 65504.
+        # Rows times integers up to 127 may exceed float16, whose largest is 65504.
         scale_weights = self.scale is not None and x_RI.dtype == torch.float16
         for e, (x_MI, y_MO) in enumerate(zip(x_RI.split(counts), y_RO.split(counts), strict=True)):
             if not x_MI.shape[0]:
@@ -131,8 +131,8 @@ def quantize_experts(model: nn.Module, kind: str) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: unknown kind; no experts; experts that are spread over processes, kept in the other kind already, or
-            not finite. Nothing is changed then.
+        ValueError: unknown kind; no experts; experts that are sharded over processes, of the other kind already, or not
+            finite. Nothing is changed then.
     """
     if kind not in STORED:
         raise ValueError(f"experts can be kept as {' or '.join(map(repr, STORED))}, got {kind!r}")
@@ -148,7 +148,7 @@ def quantize_experts(model: nn.Module, kind: str) -> nn.Module:
                 raise ValueError(f"{name_of_part} is kept as {linear.kind} already: load the model again for {kind}")
             if isinstance(linear.weight, DTensor):
                 raise ValueError(
-                    f"{name_of_part} is spread over processes: export the run with vmoe.cli.export, and load its file"
+                    f"{name_of_part} is sharded over processes: export the run with vmoe-export, and load its file"
                 )
             largest = torch.linalg.vector_norm(linear.weight, torch.inf)
             if not linear.weight.is_meta and not torch.isfinite(largest):

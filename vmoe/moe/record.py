@@ -1,4 +1,4 @@
-"""What the sparse layers of a model did, for those who ask: the auxiliary losses and the routing itself.
+"""Records what the sparse layers of a model did: the routing and its auxiliary losses.
 
 Nothing is kept on the modules. A layer that runs inside `record_routing` hands its `LayerRouting` to the active record;
 outside, it computes none of this.
@@ -23,7 +23,7 @@ from vmoe.moe.router import Assignment, Routing, is_recomputation
 class LayerRouting:
     """The routing of one call of one sparse layer.
 
-    Losses and statistics are computed when they are first asked for. So the layer itself does the same whether or not
+    Losses and statistics are computed when they are first read. So the layer itself does the same whether or not
     it is recorded, which activation checkpointing relies on: it runs the layer again when the record is long closed.
 
     Attributes:
@@ -83,7 +83,7 @@ class LayerRouting:
 
     @cached_property
     def _computed(self) -> dict[str, Tensor]:
-        """{name: unweighted loss} of those that were asked for."""
+        """{name: unweighted loss} of those that were read."""
         return {}
 
     def _loss(self, name: str) -> Tensor:
@@ -142,7 +142,7 @@ class LayerRouting:
         """What the statistics are made from, all of it sums over tokens; `statistics_of` takes sums of several calls.
 
         By modality where there are several ("text/load"), and over all: "load" (E,) kept rows of each expert; scalars
-        "assignments" that were asked for, how many of these were "kept" (where experts choose: tokens, and those that
+        "assignments" requested, how many of these were "kept" (where experts choose: tokens, and those that
         some expert took), "tokens", and their summed "gate_entropy".
         """
         masks = {"": self.mask}
@@ -152,7 +152,7 @@ class LayerRouting:
 
     @property
     def means(self) -> dict[str, Tensor]:
-        """The rest of the metrics, without gradient: the losses, and what this kind of router tells of itself."""
+        """The rest of the metrics, without gradient: the losses, and those of this kind of router."""
         losses = {name: loss.detach() for name, loss in self.losses.items()}
         own = {} if self.assignment is None else self.assignment.statistics()
         return {**own, **losses, "auxiliary_loss": self.auxiliary_loss.detach()}

@@ -36,7 +36,7 @@ class Routing:
         expert_index_GNK: the K chosen experts, best first; equal ones: lower index first. Where experts or slots
             choose, None until `with_all_experts`.
         combine_weights_GNK: their weights; None likewise.
-        chosen_GNK: bool, False where the router itself left out a choice; None: every choice stands.
+        chosen_GNK: bool, False where the router itself dropped a choice; None: none.
         per_token: each token chooses its experts. False: the experts or slots choose.
         sparse_importance: importance is the sum of the combine weights (Shazeer et al.), not of the gates.
     """
@@ -380,7 +380,7 @@ class TopKRouter(Gate):
 
     @torch.no_grad()
     def update_bias(self) -> None:
-        """Raises the bias of experts that were asked for less than the mean, lowers that of the others.
+        """Raises the bias of experts that were chosen less often than the mean, lowers that of the others.
 
         b_e += rate · sign(mean load - load_e), over the choices since the last call and over all processes
         (arXiv 2408.15664, algorithm 1). A frozen router's bias stays.

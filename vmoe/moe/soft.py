@@ -54,7 +54,7 @@ class SoftAssignment(Assignment):
     def dispatch(self, x_GND: Tensor) -> Tensor:
         G, M, _, S = self.dispatch_GMNS.shape
         E, D = self.num_experts, x_GND.shape[2]
-        # A batched product of (G, S, N) and (G, N, D), once per modality.
+        # A batched matrix multiplication of (G, S, N) and (G, N, D), once per modality.
         z_GMSD = self.dispatch_GMNS.to(x_GND.dtype).transpose(2, 3) @ x_GND[:, None]
         return z_GMSD.view(G, M, E, S // E, D).permute(2, 0, 1, 3, 4).flatten(0, 3)
 
@@ -81,7 +81,7 @@ class SoftAssignment(Assignment):
             used_GM = self.members_GMN.any(-1)
             least_GMNS = dispatch_GMNS.masked_fill(~self.members_GMN[..., None], 1.0)
             largest_GMS, smallest_GMS = largest_GMS[used_GM], least_GMNS.amin(2)[used_GM]
-        if combine_GNS.numel() == 0:  # no token: nothing to tell
+        if combine_GNS.numel() == 0:  # no tokens
             return {}
         return {
             "combine_weights_max_mean": combine_GNS.amax(-1).mean(),

@@ -1,4 +1,4 @@
-"""How the experts are computed: `select_backend` chooses, once per call and in no other place.
+"""How the experts are computed: `select_backend` chooses, once per call and nowhere else.
 
 - "reference": PyTorch, see `reference.py`. It supports everything, and other backends are tested against it.
 - "triton": Triton kernels on CUDA; never measured on a GPU, so only where it is asked for (docs/kernels.md).
@@ -6,13 +6,14 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vmoe.moe.backends import reference, triton
+from vmoe.moe.config import BACKENDS
 
-BACKENDS = ("auto", "reference", "triton")
 # Goes over what the experts themselves say; "auto": leaves it to them.
 _forced = os.environ.get("VMOE_BACKEND") or "auto"
 
@@ -35,6 +36,8 @@ check_backend(_forced, "VMOE_BACKEND")
 def use_backend(name: str) -> Iterator[None]:
     """Computes all experts by one backend inside the block, whatever their own setting.
 
+    With "reference" attention is PyTorch's plain one too, so derivatives of any order exist on every device.
+
     Args:
         name: "reference" or "triton"; "auto": as without it.
 
@@ -44,7 +47,8 @@ def use_backend(name: str) -> Iterator[None]:
     global _forced
     before, _forced = _forced, check_backend(name)
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH) if name == "reference" else nullcontext():
+            yield
     finally:
         _forced = before
 
