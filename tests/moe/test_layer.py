@@ -404,6 +404,36 @@ def test_unused_rows_of_compiled_code_reach_no_parameter(settings, dtype, filled
         torch.testing.assert_close(own, eager, **tolerance)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("settings", ROUTERS.values(), ids=ROUTERS)
+def test_activations_that_are_not_finite_at_zero_stay_finite(settings, compiled):
+    """Unused rows, rows without a token, slots of a modality without tokens: none may hold zeros."""
+
+    class Unit(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, h):
+            return self.scale * h / h.norm(dim=-1, keepdim=True)
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    settings = {**settings, "expert_mlp": "mlp", "learned_noise": False}
+    modalities = {"modalities": ("image", "text")} if settings.get("router") in ("expert_choice", "soft") else {}
+    layer = SparseMoE(
+        8, 16, num_experts=4, noise_std=0.0, act_layer=Unit, bias=False, drop=0.0, **settings, **modalities
+    )
+    x = torch.randn(2, 12, 8, requires_grad=True)
+    mask = torch.arange(12).expand(2, 12) < 9
+    modality = torch.zeros(2, 12, dtype=torch.long)
+    modality[0, 5:] = len(modalities)
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+    y = run(x, mask, modality if modalities else None)
+    gradients = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
+    assert all(tensor.isfinite().all() for tensor in (y, *gradients))
+
+
 def test_settings_of_a_compiled_layer_may_be_changed():
     torch._dynamo.reset()
     torch.manual_seed(0)

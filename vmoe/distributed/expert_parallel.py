@@ -4,7 +4,7 @@ Process p of P holds the experts p·E/P ... (p+1)·E/P - 1, so the rows for one 
 sorted by expert. There are two ways to send them:
 
 - the number of rows that an expert can have is known (capacity): buffers of the size that the largest batch of all
-  processes needs, filled up with zeros. Nobody waits for a device, and compiled code knows the size.
+  processes needs. Nobody waits for a device, and compiled code knows the size.
 - it is not known (nothing is dropped, or evaluation, where batches differ in size): the counts travel first.
 
 Shapes, by suffix: P processes, E experts of all, L = E/P experts of one, R rows sorted by expert, C rows of a buffer
@@ -71,7 +71,8 @@ class ExpertExchange:
         expert_R = expert_R.clamp(max=E - 1)
         buffer_R = torch.where(used_R, expert_R * C + row_R - start_E[expert_R], -1)
 
-        send = gather_rows(x_RD, row_EC.flatten(), buffer_R[:, None])
+        # Unused rows of the buffers are copies of the first row: the experts are as finite for them as for that one.
+        send = gather_rows(x_RD, row_EC.flatten().clamp(min=0), buffer_R[:, None])
         mine = self._all_to_all(send, None, None)
         mine = mine.view(P, L, C, -1).transpose(0, 1).reshape(L * P * C, -1)
         y = run(mine, torch.full((L,), P * C, dtype=count_E.dtype, device=device))

@@ -24,7 +24,7 @@ class ExpertChoiceAssignment(Assignment):
 
     Attributes:
         routing: the gate's decisions.
-        token_R: flat index into (G, N) of each row's token; 0 for a row without one.
+        token_R: flat index into (G, N) of each row's token; for a row without one, that of the first real token.
         weight_R: combine weight of each row, differentiable; zero for a row without a token.
         filled_R: bool, the row has a token; None: every row has.
         count_E: rows of each expert.
@@ -45,12 +45,15 @@ class ExpertChoiceAssignment(Assignment):
     real_GN: Tensor | None
 
     def dispatch(self, x_GND: Tensor) -> Tensor:
+        # A row without a token is a copy of another, without a gradient: the experts are as finite for it as for that.
         x_RD = x_GND.flatten(0, 1).index_select(0, self.token_R)
-        return x_RD if self.filled_R is None else torch.where(self.filled_R[:, None], x_RD, 0)
+        return x_RD if self.filled_R is None else torch.where(self.filled_R[:, None], x_RD, x_RD.detach())
 
     def combine(self, y_RD: Tensor) -> Tensor:
         G, N, _ = self.taken_GNE.shape
         y_RD = y_RD * self.weight_R.to(y_RD.dtype)[:, None]
+        if self.filled_R is not None:
+            y_RD = torch.where(self.filled_R[:, None], y_RD, 0)
         y_SD = y_RD.new_zeros(G * N, y_RD.shape[1]).index_add(0, self.token_R, y_RD)
         return y_SD.view(G, N, y_RD.shape[1])
 
@@ -139,7 +142,8 @@ def choose_tokens(
         weights_GNE = normalized(weights_GNE)
     weight_R = weights_GNE.reshape(-1)[token_R * E + expert_R]
     if filled_R is not None:
-        weight_R, token_R = torch.where(filled_R, weight_R, 0), torch.where(filled_R, token_R, 0)
+        first_real = members_GMN.any(1).flatten().int().argmax() if members_GMN.numel() else 0
+        weight_R, token_R = torch.where(filled_R, weight_R, 0), torch.where(filled_R, token_R, first_real)
     max_count = token_R.numel() // E
     count_E = torch.full((E,), max_count, dtype=torch.long, device=device)
     real_GN = None if members_GMN is None else members_GMN.any(1)

@@ -77,7 +77,7 @@ class Experts(nn.Module):
 
         Args:
             x_RD: rows sorted by expert.
-            count_E: rows of each expert; rows beyond their sum are unused and give zeros.
+            count_E: rows of each expert; rows beyond their sum are unused.
             max_count: the most rows that an expert can have; None: unknown, in all processes.
 
         Returns:

@@ -71,7 +71,7 @@ class GroupedLinear(nn.Module):
 
         Args:
             x_RI: rows sorted by expert.
-            count_E: rows of each expert; rows beyond their sum are unused and give zeros.
+            count_E: rows of each expert; rows beyond their sum are unused.
 
         Returns:
             (R, O).

@@ -24,27 +24,38 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, cou
         count_E: int64, rows of each expert. Rows beyond their sum are unused.
 
     Returns:
-        (R, O), zero in unused rows. Differentiable, any number of times; what unused rows hold reaches no gradient.
+        (R, O); unused rows are copies of the first, so whatever follows is as finite for them as for the others (zero
+        where all are unused). Differentiable, any number of times; what unused rows hold reaches no gradient.
     """
     end_E = count_E.cumsum(0)
     if torch.compiler.is_compiling():
         function, in_torch = _GroupedLinear, x_RI.dtype == torch.bfloat16
     else:
         function, in_torch = _GroupedLinearAndTangents, x_RI.dtype == torch.bfloat16 and x_RI.device.type != "cpu"
-    if not in_torch:
-        return function.apply(x_RI, weight_EOI, bias_EO, end_E)
-    row_R = torch.arange(x_RI.shape[0], device=x_RI.device)
-    used_R1 = row_R[:, None] < end_E[-1]
-    # PyTorch leaves unused rows uninitialised, both in the result and in the gradient of the rows.
+        if x_RI.device.type == "cpu" and int(end_E[-1]) == x_RI.shape[0]:
+            return function.apply(x_RI, weight_EOI, bias_EO, end_E)
+    used_R1 = torch.arange(x_RI.shape[0], device=x_RI.device)[:, None] < end_E[-1]
+    if in_torch:
+        y_RO = _by_torch(x_RI, weight_EOI, bias_EO, end_E, used_R1)
+    else:
+        y_RO = function.apply(x_RI, weight_EOI, bias_EO, end_E)
+    if not y_RO.shape[0]:
+        return y_RO
+    return torch.where(used_R1, y_RO, torch.where(used_R1[:1], y_RO[:1], 0).detach())
+
+
+def _by_torch(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, end_E: Tensor, used_R1: Tensor) -> Tensor:
+    """By PyTorch's own operator, which leaves unused rows uninitialised, in the result and in the gradient."""
     x_RI = torch.where(used_R1, x_RI, 0)
     # Its kernel wants rows of a multiple of 16 bytes, that is 8 numbers. Zeros change no result.
     E, O, I = weight_EOI.shape
     if I % 8 or O % 8:
         x_RI, weight_EOI = F.pad(x_RI, (0, -I % 8)), F.pad(weight_EOI, (0, -I % 8, 0, -O % 8))
     y_RO = F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=end_E.to(torch.int32))[:, :O]
-    if bias_EO is not None:
-        y_RO = y_RO + bias_EO[torch.searchsorted(end_E, row_R, right=True).clamp(max=E - 1)]
-    return torch.where(used_R1, y_RO, 0)
+    if bias_EO is None:
+        return y_RO
+    row_R = torch.arange(x_RI.shape[0], device=x_RI.device)
+    return y_RO + bias_EO[torch.searchsorted(end_E, row_R, right=True).clamp(max=E - 1)]
 
 
 @torch.library.custom_op("vmoe::rows_by_matrices", mutates_args=())

@@ -56,6 +56,9 @@ class SoftAssignment(Assignment):
         E, D = self.num_experts, x_GND.shape[2]
         # A batched matrix multiplication of (G, S, N) and (G, N, D), once per modality.
         z_GMSD = self.dispatch_GMNS.to(x_GND.dtype).transpose(2, 3) @ x_GND[:, None]
+        if self.members_GMN is not None:  # slots of a modality without tokens: the experts are as finite for a mean
+            used_GM11 = self.members_GMN.any(-1)[..., None, None]
+            z_GMSD = torch.where(used_GM11, z_GMSD, x_GND.mean(1)[:, None, None].detach())
         return z_GMSD.view(G, M, E, S // E, D).permute(2, 0, 1, 3, 4).flatten(0, 3)
 
     def combine(self, y_RD: Tensor) -> Tensor:
