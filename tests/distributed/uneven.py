@@ -63,8 +63,22 @@ def process(rank: int, folder: str) -> None:
                     torch.testing.assert_close(
                         grad, expected[name], msg=lambda text, what=(case, kind, mesh, name): f"{what}: {text}"
                     )
+    compiled_experts_say_what_is_wrong(rank)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def compiled_experts_say_what_is_wrong(rank: int) -> None:
+    """Compiled code exchanges buffers of one size; other sizes are an error in all processes before they do."""
+    module = parallelize(make_model("top_1").train(), make_meshes(MeshSize(1, 1, 2), CPU), CPU)
+    compiled = torch.compile(module, backend="aot_eager")
+    compiled(batch("top_1")[0].split((3, 3))[rank])
+    try:
+        compiled(batch("top_1")[0].split(SIZES["uneven"])[rank])
+    except RuntimeError as error:
+        assert "give all processes batches of the same size" in str(error), error
+    else:
+        raise AssertionError("batches of different sizes were exchanged")
 
 
 if __name__ == "__main__":

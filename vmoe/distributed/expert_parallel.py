@@ -47,15 +47,11 @@ class ExpertExchange:
         """
         if max_count is None:
             return self._counts_first(run, x_RD, count_E)
-        if not torch.compiler.is_compiling():  # compiled code knows one batch size
-            max_count = self._largest(max_count)
+        if torch.compiler.is_compiling():  # compiled code knows one batch size
+            count_E = _check_equal(count_E, max_count, self.group.group_name)
+        else:
+            max_count = _extremes(max_count, self.group)[1]
         return self._fixed_buffers(run, x_RD, count_E, max_count)
-
-    def _largest(self, number: int) -> int:
-        """The largest number of all processes: their batches may differ in size."""
-        largest = torch.tensor(number)  # on the CPU, so that nobody waits for a GPU
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
-        return int(largest)
 
     def _fixed_buffers(self, run: RunExperts, x_RD: Tensor, count_E: Tensor, C: int) -> Tensor:
         P, E, R = self.num_processes, len(count_E), x_RD.shape[0]
@@ -101,6 +97,33 @@ class ExpertExchange:
 
     def _all_to_all(self, rows: Tensor, received_P: list[int] | None, sent_P: list[int] | None) -> Tensor:
         return _AllToAll.apply(rows, received_P, sent_P, self.group)
+
+
+def _extremes(number: int, group: dist.ProcessGroup) -> tuple[int, int]:
+    """The smallest and the largest number of all processes."""
+    # On the CPU, without a host synchronisation, where the group has a backend for it.
+    on_cpu = torch.device("cpu") in group._device_types
+    extremes = torch.tensor([-number, number], device=None if on_cpu else group._device_types[0])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+    smallest, largest = extremes.tolist()
+    return -smallest, largest
+
+
+@torch.library.custom_op("vmoe::check_equal", mutates_args=())
+def _check_equal(count_E: Tensor, number: int, group_name: str) -> Tensor:
+    """A copy of the counts, if all processes have the same number; else an error before they exchange rows."""
+    smallest, largest = _extremes(number, dist.distributed_c10d._resolve_process_group(group_name))
+    if smallest != largest:
+        raise RuntimeError(
+            f"compiled experts exchange buffers of one size, and the processes have {smallest} to {largest} rows an "
+            "expert: give all processes batches of the same size, or do not compile the model"
+        )
+    return count_E.clone()
+
+
+@_check_equal.register_fake
+def _(count_E: Tensor, number: int, group_name: str) -> Tensor:
+    return torch.empty_like(count_E)
 
 
 class _AllToAll(torch.autograd.Function):
