@@ -6,21 +6,24 @@ import logging
 import math
 import os
 import signal
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from vmoe.data.batches import Batch, BatchReader
 from vmoe.data.config import LoaderConfig
 from vmoe.data.dataset import ImageDataset
 from vmoe.data.images import BadSample, DataError
 from vmoe.data.sampler import BatchKey
-from vmoe.data.texts import Tokenizer, cut_message
+from vmoe.data.seeding import derive_seed, isolated_randomness, seed_process
+from vmoe.data.texts import Tokenizer, cut_message, cut_rows
+from vmoe.data.transforms import Transform
 from vmoe.utils.printable import printable
 from vmoe.utils.world import world
 
@@ -28,6 +31,9 @@ logger = logging.getLogger("vmoe.data")
 
 # The share of bad samples means little before this many are read (or all of them, where there are fewer).
 MIN_READ_FOR_SHARE = 1000
+# With a bad share of 0.9 all of these fail once in 37,000 samples; a data set worse than that is no data set.
+MAX_REPLACEMENTS = 100
+MAX_CACHED_CAPTIONS = 100_000
 # How long a worker goes on after SIGTERM.
 GRACE_SECONDS = 5
 
@@ -36,23 +42,197 @@ class TooManyBadSamples(RuntimeError):
     """More of the samples are bad than `max_bad_share` allows."""
 
 
-class TrainLoader:
+class Batch(NamedTuple):
+    """What a worker hands over.
+
+    Attributes:
+        tensors: "image" (float32, or uint8 (B, H, W, 3) before `Transform.normalize`), "index", "label", "text".
+        bad: (path, reason) of every bad sample met.
+        num_read: samples read, the bad ones and their replacements included.
+        seconds: that reading and augmenting them took.
+        cut: the captions that are longer than the tokenizer's context.
+        error: why the data set cannot be read on, or None. (An exception would reach the main process as a traceback.)
+    """
+
+    tensors: dict[str, torch.Tensor]
+    bad: list[tuple[str, str]]
+    num_read: int
+    seconds: float = 0.0
+    cut: tuple[str, ...] = ()
+    error: str | None = None
+
+
+class BatchReader(Dataset):
+    """Maps a BatchKey to its Batch; a pure function of key and seed, in whichever worker process it runs.
+
+    With `replace_bad` another sample replaces a bad one, else it is left out. A vmoe Transform is split, so that images
+    stay bytes for as long as possible.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        transform: Callable[[Image.Image], torch.Tensor],
+        tokenizer: Tokenizer | None,
+        seed: int,
+        replace_bad: bool,
+    ) -> None:
+        if tokenizer is not None and not dataset.has_captions:
+            raise ValueError(
+                f"{type(dataset).__name__} has no captions: training on text needs a data source with captions, "
+                "such as pairs or shards"
+            )
+        self.dataset = dataset
+        self.transform = transform
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.replace_bad = replace_bad
+        self.normalize_later = isinstance(transform, Transform) and transform.erase is None
+        self._tokens: dict[str, tuple[torch.Tensor, bool]] = {}
+
+    def __getitem__(self, key: BatchKey) -> Batch:
+        started = time.perf_counter()
+        samples, bad = [], []
+        try:
+            with isolated_randomness():
+                for index, epoch in zip(key.indices, key.epochs, strict=True):
+                    sample = self._read(epoch, index, bad)
+                    if sample is not None:
+                        samples.append((index, *sample))
+        except DataError as error:
+            return Batch({}, bad, 0, error=str(error))
+        num_read = len(key.indices) + (len(bad) if self.replace_bad else 0)
+        tensors, cut = self._stack(samples) if samples else ({}, ())
+        return Batch(tensors, bad, num_read, time.perf_counter() - started, cut)
+
+    def _read(
+        self, epoch: int, index: int, bad: list[tuple[str, str]]
+    ) -> tuple[np.ndarray | torch.Tensor, int | None, str | None] | None:
+        """(image, label, caption) of a sample or its replacement; None where it is left out."""
+        candidate = index
+        for attempt in range(1, MAX_REPLACEMENTS + 1):
+            try:
+                sample = self.dataset[candidate]
+            except BadSample as error:
+                bad.append((error.path, error.reason))
+            else:
+                seed_process(derive_seed(self.seed, epoch, index))
+                if self.normalize_later:  # (H, W, 3) uint8; copied once, into the batch
+                    return np.asarray(self.transform.geometry(sample.image)), sample.label, sample.caption
+                return self.transform(sample.image), sample.label, sample.caption
+            if not self.replace_bad:
+                return None
+            candidate = derive_seed(self.seed, epoch, index, attempt) % len(self.dataset)
+        return None
+
+    def _stack(self, samples: list[tuple]) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+        """(tensors of a batch of (index, image, label, caption), the captions that were cut)."""
+        indices, images, labels, captions = zip(*samples)
+        image = torch.from_numpy(np.stack(images)) if self.normalize_later else torch.stack(images)
+        tensors = {"image": image, "index": torch.tensor(indices)}
+        if self.dataset.classes is not None:
+            tensors["label"] = torch.tensor(labels)
+        if self.tokenizer is None:
+            return tensors, ()
+        tokens, is_cut = zip(*map(self._tokenize, captions))
+        tensors["text"] = torch.stack(tokens)
+        return tensors, tuple(caption for caption, cut in zip(captions, is_cut) if cut)
+
+    def _tokenize(self, caption: str) -> tuple[torch.Tensor, bool]:
+        """((L,) long, whether it is cut); kept, since tokenizing takes longer than cropping the image."""
+        found = self._tokens.get(caption)
+        if found is None:
+            tokens_1L = self.tokenizer([caption])
+            found = tokens_1L[0], bool(cut_rows(self.tokenizer, [caption], tokens_1L))
+            if len(self._tokens) < MAX_CACHED_CAPTIONS:
+                self._tokens[caption] = found
+        return found
+
+
+class _Loader:
+    """What both loaders share: worker processes that read batches, and what happens to a batch that arrives."""
+
+    def __init__(
+        self, reader: BatchReader, config: LoaderConfig, on_bad: str, device: torch.device | str | None
+    ) -> None:
+        self.reader = reader
+        self.config = config
+        self.device = device
+        self.fail = on_bad == "fail"
+        self.num_cut = 0
+
+    def _read(self, keys: Iterable[BatchKey]) -> Iterator[Batch]:
+        """The batches of the keys, in their order; says once if there are more workers than cores."""
+        if world()[0] == 0 and self.config.num_workers > own_cores():
+            _warn_of_workers(self.config.num_workers, own_cores())
+        with warnings.catch_warnings():  # PyTorch says the same for each loader, twice
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            loader = DataLoader(
+                self.reader,
+                sampler=keys,
+                batch_size=None,  # a key is a whole batch
+                collate_fn=_identity,
+                num_workers=self.config.num_workers,
+                pin_memory=self.config.pin_memory and torch.cuda.is_available(),
+                worker_init_fn=_leave_signals_to_the_main_process,
+                generator=torch.Generator(),  # else every start would draw a number from the global generator
+            )
+            return iter(loader)
+
+    def _check(self, batch: Batch) -> None:
+        """Raises if the batch tells to stop; counts the captions that were cut, and logs the first batch with one."""
+        if batch.error is not None:
+            raise DataError(batch.error)
+        if batch.bad and self.fail:
+            raise BadSample(*batch.bad[0])
+        if batch.cut and not self.num_cut:
+            num_captions = len(batch.tensors["text"])
+            logger.warning("%s", cut_message(len(batch.cut), num_captions, "captions of a batch", batch.cut[0]))
+        self.num_cut += len(batch.cut)
+
+    def _finish(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self.device is not None:
+            tensors = {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()}
+        if self.reader.normalize_later:
+            tensors = {**tensors, "image": self.reader.transform.normalize(tensors["image"])}
+        return tensors
+
+
+class TrainLoader(_Loader):
     """Endless batches in a shuffled order, new in every epoch.
 
-    Order and augmentation follow from (seed, epoch, index) alone: they do not depend on `num_workers`, on the process's
-    random state, or on where a run was stopped. An epoch's last, incomplete batch is dropped. Made by `train_loader`.
+    An iterator of {"image": (B, 3, H, W) float32, "index": (B,) long, "label": (B,) long where the data set has
+    classes, "text": (B, L) long where there is a tokenizer}, where B is this process's part of `batch_size`. "index" is
+    that of the sample asked for, also where another one replaces it because it is bad.
 
-    `config.batch_size` counts the samples of all processes. Process r of W hands out its part of each batch, rows
-    r * B/W to (r+1) * B/W; so the batches of a run, and a position in it, are the same for any number of processes.
+    Order and augmentation follow from (seed, epoch, index) alone: they do not depend on `num_workers`, on the process's
+    random state, or on where a run was stopped. An epoch's last, incomplete batch is dropped. `config.batch_size`
+    counts the samples of all processes. Process r of W hands out rows r * B/W to (r+1) * B/W of each batch; so the
+    batches of a run, and a position in it, are the same for any number of processes.
+
+    Args:
+        dataset: see `build_dataset`.
+        transform: see `build_transform`; any callable from PIL image to (3, H, W) float tensor will do.
+        tokenizer: list of captions to (B, L) long; None: no text in the batches.
+        config: batch size, workers, bad samples.
+        seed: with epoch and index, all that order and augmentation depend on.
+        device: where the batches go; images travel as bytes and are normalised there. None: they stay on the CPU.
+        part: (r, W): hand out part r of W of each batch. None: this process's own where torch.distributed runs, else
+            all.
 
     Attributes:
         step: batches handed out so far.
         steps_per_epoch: whole batches in the data set.
-        part: (number of this process, number of processes).
         num_read: samples that this process read for its part, bad ones and replacements included.
         num_bad: bad samples among these (one that is met twice counts twice).
         bad_paths: {path: reason} of the bad samples met by this object.
         num_cut: captions so far that are longer than the tokenizer's context; the first batch with one is logged.
+
+    Raises:
+        ValueError: the batch is larger than the data set or no multiple of the number of processes, or text is asked
+            for where there are no captions.
+        TooManyBadSamples: while iterating, see LoaderConfig.max_bad_share.
+        DataError: while iterating, a file of many samples is broken or has changed.
     """
 
     def __init__(
@@ -66,39 +246,31 @@ class TrainLoader:
         part: tuple[int, int] | None = None,
     ) -> None:
         on_bad = config.on_bad or "replace"
+        self.part = world() if part is None else part
         if on_bad == "skip":
             raise ValueError("on_bad must be replace or fail in training, got skip: batches must be whole")
         if len(dataset) < config.batch_size:
             raise ValueError(
                 f"batch_size {config.batch_size} is more than the data set's {len(dataset)} samples: make it smaller"
             )
-        self.part = world() if part is None else part
         if config.batch_size % self.part[1]:
             raise ValueError(
                 f"batch_size {config.batch_size} is no multiple of the {self.part[1]} processes that share each batch: "
                 "set data.loader.batch_size to one"
             )
-        self.reader = BatchReader(dataset, transform, tokenizer, seed, replace_bad=on_bad == "replace")
-        self.config = config
+        reader = BatchReader(dataset, transform, tokenizer, seed, replace_bad=on_bad == "replace")
+        super().__init__(reader, config, on_bad, device)
         self.seed = seed
-        self.device = device
-        self.fail = on_bad == "fail"
         self.batches = dataset.batches(seed, config.batch_size)
         self.steps_per_epoch = self.batches.steps_per_epoch
-        self.step = 0
-        self.num_read = 0
-        self.num_bad = 0
+        self.step = self.num_read = self.num_bad = 0
         self.bad_paths: dict[str, str] = {}
-        self.num_cut = 0
         self._read_seconds, self._read_samples = 0.0, 0
         self._batches: Iterator[Batch] | None = None
 
     @property
     def samples_per_second(self) -> float:
-        """What the reading processes can give, measured: samples read, by the time that a worker took for one.
-
-        Samples per second of all workers of this process together, as if none ever had to wait; NaN before the first.
-        """
+        """Samples per second of all workers of this process together, as if none ever waited; NaN before the first."""
         if not self._read_samples:
             return math.nan
         return max(1, self.config.num_workers) * self._read_samples / self._read_seconds
@@ -108,11 +280,12 @@ class TrainLoader:
 
     def __next__(self) -> dict[str, torch.Tensor]:
         if self._batches is None:
-            self._batches = iter(_data_loader(self.reader, self._keys(self.step), self.config))
+            self._batches = self._read(self._keys(self.step))
         batch = next(self._batches)
         self.step += 1
+        self._check(batch)
         self._count(batch)
-        return _finish(batch.tensors, self.reader, self.device)
+        return self._finish(batch.tensors)
 
     def _keys(self, step: int) -> Iterator[BatchKey]:
         """Keys of this process's part of the batches from `step` on, without end."""
@@ -124,13 +297,8 @@ class TrainLoader:
             step += 1
 
     def _count(self, batch: Batch) -> None:
-        if batch.error is not None:
-            raise DataError(batch.error)
-        if batch.bad and self.fail:
-            raise BadSample(*batch.bad[0])
         self.num_read += batch.num_read
         self.num_bad += len(batch.bad)
-        self.num_cut = _count_cut(batch, self.num_cut)
         self._read_seconds += batch.seconds
         self._read_samples += batch.num_read
         for path, reason in batch.bad:
@@ -186,15 +354,18 @@ class TrainLoader:
         self._batches = None
 
 
-class EvalLoader:
-    """All samples once, in order; the last batch may be smaller. Made by `eval_loader`.
+class EvalLoader(_Loader):
+    """All samples once, in order; the last batch may be smaller. Arguments and batches as for `TrainLoader`.
 
     Where torch.distributed runs, each process reads its share of the same batches: number rank, rank + world, ... Rows
     are told apart by "index". A bad sample raises BadSample, which names it, or with `on_bad="skip"` is left out and
     counted.
 
+    Args:
+        indices: of the samples to read, in this order; None: all.
+
     Attributes:
-        indices: places in the data set of the samples that are read, by all processes together.
+        indices: of the samples that are read, by all processes together.
         num_samples: how many they are.
         num_skipped: bad samples left out in the current or last pass.
         skipped_paths: their paths.
@@ -212,115 +383,38 @@ class EvalLoader:
     ) -> None:
         on_bad = config.on_bad or "fail"
         if on_bad == "replace":
-            raise ValueError("on_bad must be fail or skip in evaluation, got replace: figures must be of the samples")
-        self.reader = BatchReader(dataset, transform, tokenizer, seed=0, replace_bad=False)
-        self.config = config
-        self.device = device
-        self.fail = on_bad == "fail"
+            raise ValueError("on_bad must be fail or skip in evaluation, got replace: metrics must be of the samples")
+        reader = BatchReader(dataset, transform, tokenizer, seed=0, replace_bad=False)
+        super().__init__(reader, config, on_bad, device)
         self.indices = range(len(dataset)) if indices is None else indices
         self.num_samples = len(self.indices)
         self.num_skipped = 0
         self.skipped_paths: list[str] = []
-        self.num_cut = 0
 
     def __len__(self) -> int:
         """Number of this process's batches (one fewer for each whose samples are all skipped)."""
         return len(self._keys())
 
     def _keys(self) -> list[BatchKey]:
-        size = self.config.batch_size
-        starts = range(0, len(self.indices), size)
         rank, num_processes = world()
-        batches = [tuple(self.indices[start : start + size]) for start in starts[rank::num_processes]]
+        starts = range(0, len(self.indices), self.config.batch_size)[rank::num_processes]
+        batches = [tuple(self.indices[start : start + self.config.batch_size]) for start in starts]
         return [BatchKey(indices, (0,) * len(indices)) for indices in batches]
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         self.num_skipped, self.skipped_paths, self.num_cut = 0, [], 0
-        for batch in _data_loader(self.reader, self._keys(), self.config):
-            if batch.error is not None:
-                raise DataError(batch.error)
-            if batch.bad and self.fail:
-                raise BadSample(*batch.bad[0])
+        for batch in self._read(self._keys()):
+            self._check(batch)
             self.num_skipped += len(batch.bad)
             for path, reason in batch.bad:
                 self.skipped_paths.append(path)
                 logger.warning("bad sample skipped: %s: %s", printable(path), reason)
-            self.num_cut = _count_cut(batch, self.num_cut)
             if batch.tensors:
-                yield _finish(batch.tensors, self.reader, self.device)
+                yield self._finish(batch.tensors)
 
 
-def train_loader(
-    dataset: ImageDataset,
-    transform: Callable[[Image.Image], torch.Tensor],
-    tokenizer: Tokenizer | None,
-    loader: LoaderConfig,
-    seed: int,
-    device: torch.device | str | None = None,
-    part: tuple[int, int] | None = None,
-) -> TrainLoader:
-    """Endless training batches.
-
-    Args:
-        dataset: see `build_dataset`.
-        transform: see `build_transform`; any callable from PIL picture to (3, H, W) float tensor will do.
-        tokenizer: list of captions to (B, L) long; None: no text in the batches.
-        loader: batch size, workers, bad samples.
-        seed: with epoch and index, all that order and augmentation depend on.
-        device: where the batches go; pictures travel as bytes and are normalised there. None: they stay on the CPU.
-        part: (r, W): hand out part r of W of each batch. None: this process's own where torch.distributed runs, else
-            all.
-
-    Returns:
-        An iterator of {"image": (B, 3, H, W) float32, "index": (B,) long, "label": (B,) long where the data set has
-        classes, "text": (B, L) long where there is a tokenizer}, where B is this process's part of `batch_size`.
-        "index" is the position asked for, also where another sample took a bad one's place.
-
-    Raises:
-        ValueError: the batch is larger than the data set or no multiple of the number of processes, or text is asked
-            for where there are no captions.
-        TooManyBadSamples: while iterating, see LoaderConfig.max_bad_share.
-        DataError: while iterating, a file of many samples is broken or has changed.
-    """
-    return TrainLoader(dataset, transform, tokenizer, loader, seed, device, part)
-
-
-def eval_loader(
-    dataset: ImageDataset,
-    transform: Callable[[Image.Image], torch.Tensor],
-    tokenizer: Tokenizer | None,
-    loader: LoaderConfig,
-    device: torch.device | str | None = None,
-    indices: Sequence[int] | None = None,
-) -> EvalLoader:
-    """Batches for evaluation; arguments and batches as for `train_loader`.
-
-    Args:
-        indices: places in the data set of the samples to read, in this order; None: all.
-
-    Raises:
-        BadSample: while iterating, at the first bad sample, unless `loader.on_bad` is "skip".
-    """
-    return EvalLoader(dataset, transform, tokenizer, loader, device, indices)
-
-
-def _data_loader(reader: BatchReader, keys: Any, config: LoaderConfig) -> Iterator[Batch]:
-    """The batches of the keys, in their order, read by worker processes; says once if these are too many."""
-    if world()[0] == 0 and config.num_workers > own_cores():
-        _warn_of_workers(config.num_workers, own_cores())
-    with warnings.catch_warnings():  # PyTorch says the same for each loader, twice
-        warnings.filterwarnings("ignore", message="This DataLoader will create")
-        loader = DataLoader(
-            reader,
-            sampler=keys,
-            batch_size=None,  # a key is a whole batch
-            collate_fn=_as_it_is,
-            num_workers=config.num_workers,
-            pin_memory=config.pin_memory and torch.cuda.is_available(),
-            worker_init_fn=_leave_signals_to_the_main_process,
-            generator=torch.Generator(),  # else every start would draw a number from the global generator
-        )
-        return iter(loader)
+# The names under which the rest of the package makes them.
+train_loader, eval_loader = TrainLoader, EvalLoader
 
 
 def own_cores() -> int:
@@ -352,23 +446,5 @@ def _leave_signals_to_the_main_process(_worker: int) -> None:
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _identity(batch: Batch) -> Batch:
     return batch
-
-
-def _count_cut(batch: Batch, num_cut: int) -> int:
-    """The number of captions that were cut, with those of a batch; the first such batch is logged."""
-    if batch.cut and not num_cut:
-        num_captions = len(batch.tensors["text"])
-        logger.warning("%s", cut_message(len(batch.cut), num_captions, "captions of a batch", batch.cut[0]))
-    return num_cut + len(batch.cut)
-
-
-def _finish(
-    tensors: dict[str, torch.Tensor], reader: BatchReader, device: torch.device | str | None
-) -> dict[str, torch.Tensor]:
-    if device is not None:
-        tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-    if reader.normalize_later:
-        tensors = {**tensors, "image": reader.transform.normalize(tensors["image"])}
-    return tensors
