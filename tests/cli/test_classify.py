@@ -25,7 +25,7 @@ def files(tmp_path_factory):
     for index, name in enumerate(("a.png", "b.JPG", "below/c.png")):
         Image.effect_noise((60 + index, 50), 90).convert("RGB").save(folder / "photos" / name, format="PNG")
     (folder / "photos" / ".DS_Store").write_bytes(b"junk")
-    (folder / "photos" / "notes.txt").write_text("no picture")
+    (folder / "photos" / "notes.txt").write_text("no image")
     return folder
 
 
@@ -111,8 +111,8 @@ def test_a_broken_file_stops_no_other(files, capsys, tmp_path):
     found = capsys.readouterr()
     assert json.loads(found.out) == expected
     assert [one["image"] for one in expected] == whole
-    assert f"2 of 4 pictures cannot be read: {tmp_path / '0.jpg'}: not a picture file" in found.err
-    assert f"; {tmp_path / 'aa.png'}: not a picture file" in found.err
+    assert f"2 of 4 pictures cannot be read: {tmp_path / '0.jpg'}: not an image file" in found.err
+    assert f"; {tmp_path / 'aa.png'}: not an image file" in found.err
 
 
 def test_skipped_files_are_counted(files, tmp_path, caplog):
@@ -170,9 +170,9 @@ def test_bad_input_is_one_sentence(files, capsys, tmp_path):
     (tmp_path / "empty").mkdir()
     for arguments, code, error in (
         (["no.png", *labels, *limoe], 1, "no.png: no such file or folder"),
-        ([str(broken), *labels, *limoe], 1, f"{broken}: unreadable picture"),
+        ([str(broken), *labels, *limoe], 1, f"{broken}: unreadable image"),
         ([str(broken), str(notes), *labels, *limoe], 1, f"2 of 2 pictures cannot be read: {broken}: unreadable"),
-        ([str(notes), *labels, *limoe], 1, "notes.txt: not a picture file"),
+        ([str(notes), *labels, *limoe], 1, "notes.txt: not an image file"),
         ([str(tmp_path / "empty"), *labels, *limoe], 1, "empty: no picture there"),
         ([picture, *limoe], 2, "give some, as --labels 'cat,dog'"),
         ([picture, "--labels", "cat,dog,cat", *limoe], 2, "--labels: class_names must be unique; given twice: 'cat'"),

@@ -9,7 +9,7 @@ from PIL import Image
 from tests.data.conftest import Pictures
 from vmoe.cli.write_shards import main, write_shards
 from vmoe.data import BadSample, SourceConfig, build_dataset
-from vmoe.data.sources.folder import LabelledFiles
+from vmoe.data.dataset import ImageFiles
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,7 @@ def test_names_of_classes_are_looked_at_first(tmp_path, classes, message):
 
 
 def test_a_picture_that_the_data_set_changes_is_not_copied(tmp_path):
-    class Cropped(LabelledFiles):
+    class Cropped(ImageFiles):
         classes = ("only",)
 
         def read(self, path):

@@ -2,9 +2,8 @@ import pytest
 from PIL import Image
 
 from vmoe.data import BadSample, SourceConfig, applies_orientation, build_dataset, with_orientation
-from vmoe.data import build as build_module
 
-from .test_tar import write
+from .test_shards import write
 
 
 def test_files_folders_and_trees(tmp_path, photo):
@@ -23,24 +22,6 @@ def test_files_folders_and_trees(tmp_path, photo):
     samples = [build_dataset(source)[0] for source in sources]
     assert [sample.caption for sample in samples] == ["a ramp", "a ramp", None]
     assert [sample.label for sample in samples] == [None, None, 0]
-
-
-def test_every_setting_reaches_its_data_set(monkeypatch):
-    calls = []
-    for name in ("EmojiPairs", "EmojiGroups", "ImageFolder", "TorchvisionDataset", "PairsFile"):
-        monkeypatch.setattr(build_module, name, lambda *arguments, name=name: calls.append((name, *arguments)))
-    build_dataset(SourceConfig("emoji", split="held_out", image_size=32))
-    build_dataset(SourceConfig("emoji_groups", split="val", image_size=32))
-    build_dataset(SourceConfig("image_folder", "x", class_names="names.txt"))
-    build_dataset(SourceConfig("torchvision", "x", "test", name="MNIST"))
-    build_dataset(SourceConfig("pairs", "x.csv", image_root="r", image_key="i", caption_key="c", delimiter=";"))
-    assert calls == [
-        ("EmojiPairs", "held_out", 32),
-        ("EmojiGroups", "val", 32),
-        ("ImageFolder", "x", "names.txt"),
-        ("TorchvisionDataset", "MNIST", "x", "test"),
-        ("PairsFile", "x.csv", "r", "i", "c", ";"),
-    ]
 
 
 def test_an_unknown_type_is_refused():

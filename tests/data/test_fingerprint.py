@@ -8,14 +8,14 @@ from PIL import Image
 from vmoe.data import ImageDataset, Sample, SourceConfig, build_dataset
 from vmoe.data.fingerprint import BYTES_OF_A_FILE, Fingerprint
 from vmoe.data.sources import emoji as emoji_module
-from vmoe.data.sources.folder import TorchvisionDataset
+from vmoe.data.sources.torchvision import TorchvisionDataset
 
 from .conftest import Pictures
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """FOLDER/tree with two classes, pairs.csv and pairs/ of the same pictures, and Karpathy's file of them."""
+    """FOLDER/tree with two classes, pairs.csv and pairs/ of the same images, and Karpathy's file of them."""
     random = np.random.default_rng(0)
     root = tmp_path / "FOLDER"
     for name in ("tree/cat/1.png", "tree/cat/2.png", "tree/dog/1.png"):
@@ -135,7 +135,7 @@ def test_class_names_and_other_attributes_matter():
 def test_without_files_the_pixels_tell(tmp_path):
     first, again, more = (Pictures(size).fingerprint() for size in (3, 3, 4))
     assert first == again != more
-    assert Pictures(3, bad=[1]).fingerprint() != first  # an unreadable picture is no reason to fail
+    assert Pictures(3, bad=[1]).fingerprint() != first  # an unreadable image is no reason to fail
 
     class Brighter(Pictures):
         def __getitem__(self, index):

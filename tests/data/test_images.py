@@ -121,7 +121,7 @@ def test_broken_bytes_raise_nothing_else(tmp_path, photo):
 def test_what_is_no_picture(tmp_path):
     (tmp_path / "text.jpg").write_text("this is text")
     (tmp_path / "empty.jpg").write_bytes(b"")
-    for name, reason in [("text.jpg", "not a picture"), ("empty.jpg", "not a picture"), ("gone.jpg", "no such file")]:
+    for name, reason in [("text.jpg", "not an image"), ("empty.jpg", "not an image"), ("gone.jpg", "no such file")]:
         with pytest.raises(BadSample, match=reason) as caught:
             load_image(tmp_path / name)
         assert caught.value.path == str(tmp_path / name)
@@ -248,5 +248,5 @@ def test_a_png_file_with_long_texts(photo, compressed, after):
 
 @pytest.mark.parametrize(("brand", "name"), [(b"heic", "HEIC"), (b"mif1", "HEIF"), (b"avif", "AVIF")])
 def test_formats_of_phones_are_named(brand, name):
-    with pytest.raises(BadSample, match=rf"not a picture file \(JPEG, .*\); it is {name}, save it as one of these"):
+    with pytest.raises(BadSample, match=rf"not an image file \(JPEG, .*\); it is {name}, save it as one of these"):
         load_image("IMG_1.HEIC", b"\0\0\0\x18ftyp" + brand + bytes(8))

@@ -148,7 +148,7 @@ def test_loading_a_position_in_the_middle_drops_what_was_read_ahead():
 
 def test_seeds_and_epochs_differ():
     assert not torch.equal(next(train(seed=1))["image"], next(train(seed=2))["image"])
-    loader = train(size=4)  # one batch an epoch: the same pictures, augmented anew
+    loader = train(size=4)  # one batch an epoch: the same images, augmented anew
     first, second = (dict(zip(batch["index"].tolist(), batch["image"])) for batch in take(loader, 2))
     assert all(not torch.equal(first[index], second[index]) for index in first)
 

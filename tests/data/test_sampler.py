@@ -21,9 +21,9 @@ def test_an_epoch_of_shards_has_each_sample_once(sizes, streams, window, epoch, 
         return
     shuffle = ShuffledShards(seed, sizes, streams, window)
     assert sum(sizes) - streams < shuffle.size <= sum(sizes)
-    places = shuffle.places(epoch, 0, shuffle.size)
-    assert len(set(places.tolist())) == shuffle.size
-    assert set(places.tolist()) <= set(range(sum(sizes)))
+    indices = shuffle.indices(epoch, 0, shuffle.size)
+    assert len(set(indices.tolist())) == shuffle.size
+    assert set(indices.tolist()) <= set(range(sum(sizes)))
 
 
 @settings(max_examples=60, deadline=None)
@@ -43,13 +43,13 @@ def test_any_batch_is_the_same_without_those_before_it(sizes, streams, rows, win
 
 def test_shards_are_read_nearly_one_after_the_other():
     sizes, window = [10] * 100, 20
-    order = ShuffledShards(0, sizes, 1, window).places(0, 0, 1000)
+    order = ShuffledShards(0, sizes, 1, window).indices(0, 0, 1000)
     assert not np.array_equal(order, np.sort(order))
     for start in range(0, 1000, window):  # two whole shards at a time, which are no neighbours and are mixed
         shards = order[start : start + window] // 10
         assert len(set(shards.tolist())) == 2
         assert len(set(shards[:10].tolist())) == 2 or len(set(shards[10:].tolist())) == 2
-    assert len({tuple(ShuffledShards(0, sizes, 1, window).places(epoch, 0, 20)) for epoch in range(5)}) == 5
+    assert len({tuple(ShuffledShards(0, sizes, 1, window).indices(epoch, 0, 20)) for epoch in range(5)}) == 5
 
 
 def test_streams_give_each_process_shards_of_its_own():
@@ -103,5 +103,5 @@ def test_every_part_of_a_mixed_batch_is_mixed():
 
 
 def test_seeds_differ():
-    first, second = (ShuffledShards(seed, [50, 50], 1, 100).places(0, 0, 100) for seed in (1, 2))
+    first, second = (ShuffledShards(seed, [50, 50], 1, 100).indices(0, 0, 100) for seed in (1, 2))
     assert not np.array_equal(first, second)

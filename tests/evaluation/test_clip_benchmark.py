@@ -13,7 +13,6 @@ from rich.console import Console
 
 import vmoe
 from vmoe.data import LoaderConfig, SourceConfig, build_dataset
-from vmoe.data.sources.emoji import EmojiPairs
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.models.factory import save_pretrained
 
@@ -52,7 +51,7 @@ def checkpoint(request, tmp_path_factory):
 def pictures(tmp_path_factory):
     """Held-out emoji: in folders of classes, and as a file of pairs, every third with two captions."""
     folder = tmp_path_factory.mktemp("pictures")
-    dataset = EmojiPairs("held_out", image_size=48)
+    dataset = build_dataset(SourceConfig("emoji", split="held_out"))
     lines = ["image\tcaption"]
     for index in range(NUM_PICTURES):
         file = folder / "classes" / f"kind {index // 6}" / f"{index}.png"

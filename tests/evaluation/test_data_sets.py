@@ -11,9 +11,8 @@ from timm.data import ImageNetInfo
 import vmoe
 from vmoe.cli import evaluate as run_module
 from vmoe.cli.evaluate import main
-from vmoe.data.sources import imagenet_c as imagenet_c_module
-from vmoe.data.sources.imagenet import imagenet_words
-from vmoe.data.sources.imagenet_c import ImageNetC
+from vmoe.data.sources import imagenet as imagenet_module
+from vmoe.data.sources.imagenet import ImageNetC, imagenet_words
 from vmoe.evaluation.loaded_model import load_subject
 from vmoe.models.factory import save_pretrained
 
@@ -89,11 +88,11 @@ def test_real_counts_any_of_its_labels_and_reports_what_it_leaves_out(classifier
     report = evaluate(classifier, "classification", "imagenet_real", tmp_path / "val", *labels)
     assert report["results"]["top1"] == pytest.approx(1 / 3)
     assert report["results"]["top5"] == pytest.approx(2 / 3)
-    assert report["data"]["left_out"] == {"pictures without a label in ReaL": 1}
+    assert report["data"]["left_out"] == {"images without a label in ReaL": 1}
 
 
 def test_corruptions_have_their_errors_and_what_is_missing_is_told(classifier, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(imagenet_c_module, "imagenet_synsets", lambda: tuple(SYNSETS[5:8]))  # of labels 0, 1, 2
+    monkeypatch.setattr(imagenet_module, "imagenet_synsets", lambda: tuple(SYNSETS[5:8]))  # of labels 0, 1, 2
     for severity in range(1, 6):
         for synset in SYNSETS[5:8]:
             picture(tmp_path / "c" / "fog" / str(severity) / synset / "1.JPEG", size=(224, 224))
@@ -142,7 +141,7 @@ def test_a_strangers_tree(classifier, tmp_path, capsys, caplog):
     arguments = ["--checkpoint", str(classifier), "--task", "classification", "--loader.num_workers", "0"]
     arguments += ["--data.type", "image_folder", "--data.path", str(tmp_path / "tree")]
     assert main(arguments) == 1
-    assert f"{tmp_path}/tree/cow: holds no picture" in capsys.readouterr().err
+    assert f"{tmp_path}/tree/cow: holds no image" in capsys.readouterr().err
     (tmp_path / "tree" / "cow").rmdir()
     (tmp_path / "tree" / "cat" / "1.jpg").write_bytes((tmp_path / "tree" / "cat" / "1.jpg").read_bytes()[:200])
     two = tmp_path / "two"
@@ -150,5 +149,5 @@ def test_a_strangers_tree(classifier, tmp_path, capsys, caplog):
     model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=2, embed_dim=32, depth=2, num_heads=2)
     save_pretrained(model, two / "model.safetensors")
     assert main([*arguments, "--checkpoint", str(two)]) == 1
-    assert f"{tmp_path}/tree/cat/1.jpg: unreadable picture" in capsys.readouterr().err
+    assert f"{tmp_path}/tree/cat/1.jpg: unreadable image" in capsys.readouterr().err
     assert f"{tmp_path}/tree/cat/.DS_Store" in caplog.text

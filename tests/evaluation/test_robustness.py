@@ -1,6 +1,6 @@
 import pytest
 
-from vmoe.data.sources.imagenet_c import CORRUPTIONS
+from vmoe.data.sources.imagenet import CORRUPTIONS
 from vmoe.evaluation.robustness import ALEXNET_ERRORS, corruption_errors, missing_conditions, parse_condition
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vmoe.data import ImageDataset
-from vmoe.data.sources.imagenet_c import CORRUPTIONS
+from vmoe.data.sources.imagenet import CORRUPTIONS
 from vmoe.evaluation.classification import Predictions
 from vmoe.evaluation.robustness import ALEXNET_ERRORS
 from vmoe.evaluation.tasks import judged

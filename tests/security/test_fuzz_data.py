@@ -12,10 +12,9 @@ import pytest
 from hypothesis import strategies as st
 from PIL import Image
 
+from vmoe.data import ImageDataset, SourceConfig, build_dataset
 from vmoe.data.images import FORMATS, MAX_PIXELS, BadSample, load_image
-from vmoe.data.sources.captions import PairsFile
-from vmoe.data.sources.webdataset import Shards
-from vmoe.data.tar import read_members
+from vmoe.data.shards import read_members
 from vmoe.utils.safe_json import parse_json
 
 from .bounds import NASTY, damaged, fuzz, outcome
@@ -109,8 +108,8 @@ def any_list_of_pairs(tmp_path_factory, data) -> None:
     file = tmp_path_factory.getbasetemp() / name
     file.write_bytes(data.draw(damaged(LISTS[name].encode(), PIECES)))
 
-    def read() -> PairsFile:
-        pairs = PairsFile(file)
+    def read() -> ImageDataset:
+        pairs = build_dataset(SourceConfig("pairs", str(file)))
         for index in range(len(pairs)):
             with pytest.raises(BadSample):  # there are no pictures
                 pairs[index]
@@ -118,7 +117,7 @@ def any_list_of_pairs(tmp_path_factory, data) -> None:
         return pairs
 
     pairs = outcome(read, (ValueError,))
-    if isinstance(pairs, PairsFile):
+    if isinstance(pairs, ImageDataset):
         assert not any(".." in Path(name).parts or Path(name).is_absolute() for name in pairs.image_ids)
 
 
@@ -173,7 +172,7 @@ def read_shard(content: bytes, folder: Path) -> None:
         assert member.offset + member.size <= len(content)
         assert not member.name.startswith(("/", "\\"))
         assert ".." not in member.name.replace("\\", "/").split("/")
-    shards = Shards(str(file))
+    shards = build_dataset(SourceConfig("shards", str(file)))
     for index in range(len(shards)):
         sample = outcome(lambda index=index: shards[index], (BadSample,), megabytes=None)
         assert isinstance(sample, str) or sample.caption
@@ -206,7 +205,9 @@ def test_undamaged_shards_are_read(tmp_path, monkeypatch):
     for number, content in enumerate(TARS):
         (tmp_path / str(number)).mkdir()
         read_shard(content, tmp_path / str(number))
-        assert [Shards(str(tmp_path / str(number)))[index].caption for index in range(2)] == [
+        assert [
+            build_dataset(SourceConfig("shards", str(tmp_path / str(number))))[index].caption for index in range(2)
+        ] == [
             "a cat",
             "Hund — ein Hund",
         ]

@@ -51,10 +51,10 @@ PICTURES: dict[str, tuple[bytes, str]] = {
     "a strip": (png_of(1, 1_000_000), "sides beyond"),
     "no rows": (png_of(100, 100), "unreadable"),
     "a comment of 100 MB": (png_with_text(100 * 2**20), "unreadable"),
-    "PostScript, which Ghostscript would run": (EPS, "not a picture file"),
-    "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>', "not a picture file"),
-    "a pickle": (pickle.dumps({"a": 1}), "not a picture file"),
-    "nothing": (b"", "not a picture file"),
+    "PostScript, which Ghostscript would run": (EPS, "not an image file"),
+    "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>', "not an image file"),
+    "a pickle": (pickle.dumps({"a": 1}), "not an image file"),
+    "nothing": (b"", "not an image file"),
 }
 
 
@@ -210,7 +210,7 @@ def test_class_names(tmp_path):
 
 
 def test_caches_hold_no_pickles(tmp_path, monkeypatch, canary):
-    from vmoe.data.shard_index import cache_file, scan
+    from vmoe.data.shards import cache_file, scan
     from vmoe.evaluation.feature_cache import read_tensors
 
     monkeypatch.setenv("VMOE_CACHE", str(tmp_path / "cache"))

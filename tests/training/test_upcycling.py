@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vmoe.data.sources.emoji import EmojiGroups
+from vmoe.data import SourceConfig, build_dataset
 from vmoe.models.factory import create_model, save_pretrained
 from vmoe.models.upcycle import upcycle
 from vmoe.training.config import Config, ModelConfig, OptimConfig
@@ -120,7 +120,7 @@ def folders(tmp_path_factory) -> Path:
     """Folders of emoji of three groups, the same number of each: whoever does not look is right in one of three."""
     root = tmp_path_factory.mktemp("emoji")
     for split, number in (("train", 100), ("val", 20)):
-        emoji = EmojiGroups(split)
+        emoji = build_dataset(SourceConfig("emoji_groups", split=split))
         for group in GROUPS:
             (root / split / group).mkdir(parents=True)
             of_group = [i for i, label in enumerate(emoji.labels) if label == emoji.classes.index(group)]

@@ -19,16 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from PIL import Image
-
 from vmoe.cli.command import exit_code
 from vmoe.data.build import build_dataset
 from vmoe.data.config import SourceConfig
 from vmoe.data.dataset import ImageDataset
 from vmoe.data.images import BadSample, load_image
-from vmoe.data.shard_index import IMAGE_ENDINGS
+from vmoe.data.shards import IMAGE_ENDINGS, MAX_MEMBER_BYTES
 from vmoe.data.sources.folder import read_class_names
-from vmoe.data.tar import MAX_MEMBER_BYTES
 from vmoe.utils.config import ConfigError, parse_config
 from vmoe.utils.printable import printable, safe_output
 
@@ -60,12 +57,7 @@ class WriteConfig:
 
 
 class Written(NamedTuple):
-    """How much was written.
-
-    Attributes:
-        num_shards, num_samples: what is in the folder.
-        num_skipped: bad samples that are not.
-    """
+    """How much is in the folder, and how many bad samples are not."""
 
     num_shards: int
     num_samples: int
@@ -77,20 +69,14 @@ def write_shards(
 ) -> Written:
     """Writes 00000.tar, 00001.tar, ... with .jpg (or .png, .webp), .txt and .cls members, in the data set's order.
 
-    A picture's file is copied as it is if shards may hold it and the data set takes the whole picture; else the data
-    set's picture is saved as PNG. `sizes.json` tells how many samples each shard has, `classes.txt` the names of the
-    classes, where there are any. While it is being written the folder has ".unfinished" behind its name.
-
-    Args:
-        dataset: its samples.
-        folder: where to; it must be empty or not there.
-        per_shard: samples in a shard.
-        on_bad: see WriteConfig.
+    An image's file is copied as it is if shards may hold it and the data set takes the whole image; else the data set's
+    image is saved as PNG. `sizes.json` tells how many samples each shard has, `classes.txt` the names of the classes,
+    where there are any. While it is being written the folder has ".unfinished" behind its name.
 
     Raises:
         BadSample: at the first sample that cannot be read or is too long for a shard, unless it is to be skipped.
         ValueError: the folder holds something already, the data set has what shards cannot hold, its classes have
-            names that cannot stand in a file of class names, or all samples are bad.
+            names that cannot be written to a file of class names, or all samples are bad.
     """
     for name in ("label_sets", "class_columns", "conditions"):
         if getattr(dataset, name) is not None:
@@ -124,14 +110,14 @@ def write_shards(
 @contextmanager
 def _whole_folder(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder` that takes its name when the block ends, and is removed if the block raises."""
-    place = Path(os.path.realpath(folder))
-    if place.exists():
-        if not place.is_dir() or any(place.iterdir()):
+    target = Path(os.path.realpath(folder))
+    if target.exists():
+        if not target.is_dir() or any(target.iterdir()):
             raise ValueError(f"output {folder} holds files already; choose an empty folder")
-        if place == Path.cwd():
+        if target == Path.cwd():
             raise ValueError(f"output {folder} is the folder that this runs in; choose another")
-        place.rmdir()  # now, since a folder that cannot be replaced (a disk's root) must not be found out at the end
-    draft = place.with_name(f"{place.name}.unfinished")
+        target.rmdir()  # now, since a folder that cannot be replaced (a disk's root) must not be found out at the end
+    draft = target.with_name(f"{target.name}.unfinished")
     try:
         draft.mkdir(parents=True)
     except FileExistsError:
@@ -140,7 +126,7 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
         ) from None
     try:
         yield draft
-        draft.rename(place)
+        draft.rename(target)
     except BaseException:
         shutil.rmtree(draft)
         raise
@@ -175,7 +161,8 @@ def _parts(dataset: ImageDataset, index: int) -> dict[str, bytes]:
     content = file[1].read_bytes() if ending in IMAGE_ENDINGS else None
     as_stored = dataset.reading._replace(exif_orientation=False)
     # Some data sets change what they read: ObjectNet cuts off the border.
-    if content is None or not _same(load_image(file[1], content, as_stored), sample.image):
+    stored = None if content is None else load_image(file[1], content, as_stored)
+    if stored is None or (stored.size, stored.tobytes()) != (sample.image.size, sample.image.tobytes()):
         png = io.BytesIO()
         sample.image.save(png, "png")
         ending, content = "png", png.getvalue()
@@ -187,10 +174,6 @@ def _parts(dataset: ImageDataset, index: int) -> dict[str, bytes]:
     if sample.label is not None:
         parts["cls"] = str(sample.label).encode()
     return parts
-
-
-def _same(image: Image.Image, other: Image.Image) -> bool:
-    return image.size == other.size and image.tobytes() == other.tobytes()
 
 
 @safe_output()

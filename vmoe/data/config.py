@@ -26,12 +26,21 @@ FIELDS_OF_SOME_TYPES = {
 NOT_FROM_FILES = ("emoji", "emoji_groups", "torchvision", "mixture")
 
 
+General = Literal["emoji", "emoji_groups", "pairs", "shards", "hf", "mixture", "image_folder", "torchvision"]
+ImageNetSets = Literal["imagenet", "imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch", "imagenet_real"]
+SPLITS = {
+    "emoji": ("train", "held_out", "all"),
+    "emoji_groups": ("train", "val"),
+    "karpathy": ("train", "val", "test"),
+}
+
+
 @dataclass
 class SourceConfig:
     """One data set.
 
     Args:
-        type: "emoji" (pictures with their names), "emoji_groups" (emoji with their Unicode group as class), "pairs"
+        type: "emoji" (images with their names), "emoji_groups" (emoji with their Unicode group as class), "pairs"
             (images with captions), "shards" (tar files in the layout of WebDataset and img2dataset), "hf" (Hugging Face
             datasets), "mixture" (several of these), "image_folder" (one folder per class), "torchvision" (a data set of
             torchvision), or a published test set in the layout of its download: "imagenet" (the validation set),
@@ -47,11 +56,11 @@ class SourceConfig:
             "train" or "val". "torchvision": "train", "test" or what the data set itself offers. "karpathy": "train"
             (with COCO's "restval"), "val" or "test". "hf": a split of the data set. Else unused.
         name: "torchvision" only: the class name in torchvision.datasets, for example "FashionMNIST".
-        image_size: emoji types only: side in pixels at which the pictures are drawn, once.
+        image_size: emoji types only: side in pixels at which the images are drawn, once.
         image_root: "pairs" file and "karpathy" only: the folder that relative image paths start from (default: the
             file's folder).
         image_key: "pairs" file: the column or key of the image path (default: image, path, filepath, ...). "hf": the
-            column of the pictures (default: image, jpg, png, webp or img).
+            column of the images (default: image, jpg, png, webp or img).
         caption_key: "pairs" file and "hf": the column or key of the caption (default: caption, title, text or txt).
             "shards": the key of the caption in the .json members (default: the .txt member, else "caption").
         delimiter: "pairs" in a .csv or .tsv file: the character between columns, \\t for a tab (default: "," in .csv
@@ -61,12 +70,12 @@ class SourceConfig:
             (default: samples have no labels). "image_folder": a .txt file with one class name per line, in the order of
             the sorted folder names, or a .json file with a list of names or a dictionary from folder name to class name
             (default: the folder names, or WordNet's words where every folder is an ImageNet synset such as n01440764).
-        labels_file: "imagenet" only, for pictures that lie flat in one folder: the file of their labels (default: the
+        labels_file: "imagenet" only, for images that lie flat in one folder: the file of their labels (default: the
             one found in that folder or the one above). "imagenet_real" only: real.json (default: timm's copy).
         shuffle_buffer: "shards", and "hf" with streaming: samples of neighbouring files that are shuffled together
             (default: 100000 and 1000).
-        streams: "shards", and "hf" with streaming: places of the data that are read side by side, each giving an equal
-            part of every batch (default: 1). The number of machines, so that each reads files of its own.
+        streams: "shards", and "hf" with streaming: positions of the data that are read side by side, each giving an
+            equal part of every batch (default: 1). The number of machines, so that each reads files of its own.
         streaming: "hf" only: read the Parquet files where they are, without the copy that datasets makes of them.
         exif_orientation: whether images are turned as their EXIF data say; not for the emoji types and "torchvision"
             (default: as the model was trained, or data.train in a training; else false, as in torchvision and timm).
@@ -77,28 +86,7 @@ class SourceConfig:
             sample of each source comes equally often).
     """
 
-    type: (
-        Literal[
-            "emoji",
-            "emoji_groups",
-            "pairs",
-            "shards",
-            "hf",
-            "mixture",
-            "image_folder",
-            "torchvision",
-            "imagenet",
-            "imagenet_v2",
-            "imagenet_a",
-            "imagenet_r",
-            "imagenet_sketch",
-            "imagenet_real",
-            "imagenet_c",
-            "objectnet",
-            "karpathy",
-        ]
-        | None
-    ) = None
+    type: Literal[General, ImageNetSets, "imagenet_c", "objectnet", "karpathy"] | None = None
     path: str | None = None
     split: str = "train"
     name: str | None = None
@@ -124,18 +112,13 @@ class SourceConfig:
             raise ValueError(f"data source of type {self.type!r} needs a path: set `path` to its file or folder")
         if self.type == "torchvision" and not self.name:
             raise ValueError("data source of type 'torchvision' needs a name: set `name`, for example FashionMNIST")
-        splits = {
-            "emoji": ("train", "held_out", "all"),
-            "emoji_groups": ("train", "val"),
-            "karpathy": ("train", "val", "test"),
-        }.get(self.type)
         for name, types in FIELDS_OF_SOME_TYPES.items():
             if getattr(self, name) is not None and self.type is not None and self.type not in types:
                 raise ValueError(f"{name} is for {' and '.join(types)}, and type is {self.type!r}; leave it out")
         for name in ("exif_orientation", "max_pixels"):
             if getattr(self, name) is not None and self.type in NOT_FROM_FILES:
                 raise ValueError(f"{name} is for image files, and type is {self.type!r}; leave it out")
-        for name in ("shuffle_buffer", "streams", "max_pixels"):
+        for name in ("shuffle_buffer", "streams", "max_pixels", "image_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.delimiter == r"\t":  # as a shell gives it
@@ -148,23 +131,18 @@ class SourceConfig:
             raise ValueError("shuffle_buffer and streams of an 'hf' source need streaming: true (else all is shuffled)")
         if self.type == "mixture":
             self._check_mixture()
-        if splits and self.split not in splits:
+        if self.split not in (splits := SPLITS.get(self.type, (self.split,))):
             raise ValueError(
                 f"split of data source {self.type!r} must be one of {', '.join(splits)}, got {self.split!r}"
             )
-        if self.image_size < 1:
-            raise ValueError(f"image_size must be >= 1, got {self.image_size}: give the picture's side in pixels")
 
     def _check_mixture(self) -> None:
         if not self.sources:
             raise ValueError("data source of type 'mixture' needs sources: list its data sets, each with type and path")
         if self.path:
             raise ValueError(f"a mixture has no path of its own, got {self.path!r}; set those of its sources")
-        # From a command line or a YAML file they come as dictionaries.
-        try:
-            self.sources = [
-                source if isinstance(source, SourceConfig) else SourceConfig(**source) for source in self.sources
-            ]
+        try:  # from a command line or a YAML file they come as dictionaries
+            self.sources = [one if isinstance(one, SourceConfig) else SourceConfig(**one) for one in self.sources]
         except TypeError as error:
             raise ValueError(f"a source of the mixture has settings that do not exist: {error}") from None
         for source in self.sources:
@@ -180,25 +158,25 @@ class SourceConfig:
 
 @dataclass
 class AugmentationConfig:
-    """Augmentation of training pictures, in timm's words. The defaults are light, as is usual for image-text training.
+    """Augmentation of training images, in timm's words. The defaults are light, as is usual for image-text training.
 
     Args:
-        scale: share of the picture's area that a random crop takes, smallest and largest.
+        scale: share of the image's area that a random crop takes, smallest and largest.
         ratio: width / height of that crop, smallest and largest.
         hflip: probability of a left-right flip.
         vflip: probability of an upside-down flip.
         color_jitter: strength of random brightness, contrast and saturation (0: none; unused with auto_augment).
-        grayscale_prob: probability that a picture loses its colours.
+        grayscale_prob: probability that an image loses its colours.
         auto_augment: timm's policy string, such as "rand-m9-mstd0.5-inc1" (RandAugment), or none.
         re_prob: probability of random erasing.
         re_mode: what fills an erased box: "const" (zero), "rand" (one random colour) or "pixel" (noise).
-        re_count: most boxes erased in one picture.
-        interpolation: "bicubic", "bilinear" or "random" (one of the two per picture), or none (the model's own).
+        re_count: most boxes erased in one image.
+        interpolation: "bicubic", "bilinear" or "random" (one of the two per image), or none (the model's own).
         mixup: alpha of mixup (0: off); classification only.
         cutmix: alpha of cutmix (0: off); classification only.
         mixup_prob: probability that a batch is mixed at all.
         mixup_switch_prob: probability of cutmix where mixup and cutmix are both on.
-        label_smoothing: share of the target that is spread over all classes; classification only.
+        label_smoothing: share of the target that is distributed over all classes; classification only.
     """
 
     scale: tuple[float, float] = (0.8, 1.0)

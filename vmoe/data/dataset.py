@@ -1,18 +1,19 @@
-"""What a data set is here: a list of samples, each a picture with a label, a caption or both."""
+"""The base classes of all data sets: a list of samples, each an image with a label, a caption or both."""
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from vmoe.data.fingerprint import Fingerprint
 from vmoe.data.images import BadSample, Reading, load_image
-from vmoe.data.sampler import EpochBatches, MixedBatches, Shuffle, ShuffledSamples
+from vmoe.data.sampler import EpochBatches, MixedBatches, Shuffle, ShuffledSamples, ShuffledShards
 
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")
 
@@ -21,10 +22,10 @@ class Sample(NamedTuple):
     """One sample before augmentation.
 
     Attributes:
-        image: 8-bit RGB picture of any size.
+        image: 8-bit RGB image of any size.
         label: index into the data set's `classes`, or None.
-        caption: text that describes the picture, or None.
-        path: file of the picture, or another name of the sample; for messages.
+        caption: text that describes the image, or None.
+        path: file of the image, or another name of the sample; for messages.
     """
 
     image: Image.Image
@@ -36,13 +37,9 @@ class Sample(NamedTuple):
 def clean_caption(caption: object, name: str) -> str:
     """A caption without the white space around it.
 
-    Args:
-        caption: what a data set has in its place.
-        name: of the sample, for messages.
-
     Raises:
         BadSample: it is missing, empty or no text, or holds what tokenizers and files cannot take: NUL, or half of a
-            surrogate pair, which JSON can write (`"\\ud800"`).
+            surrogate pair, which JSON can write (`"\\ud800"`). `name` is that of the sample.
     """
     if not isinstance(caption, str | None):
         raise BadSample(name, f"its caption is of type {type(caption).__name__}, not a text")
@@ -61,27 +58,6 @@ def caption_or_empty(caption: object) -> str:
         return ""
 
 
-class Captions(Sequence):
-    """Captions that are read when they are asked for, so that those of a large data set need no memory.
-
-    Args:
-        length: how many there are.
-        read: the caption of a sample; "" where it is missing.
-    """
-
-    def __init__(self, length: int, read: Callable[[int], str]) -> None:
-        self.length = length
-        self.read = read
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self.read(one) for one in range(*index.indices(self.length))]
-        return self.read(range(self.length)[index])
-
-
 class ImageDataset(ABC):
     """Base class of all data sets: `len(dataset)` and `dataset[i]`, without augmentation.
 
@@ -90,17 +66,17 @@ class ImageDataset(ABC):
     Attributes:
         classes: class names as they are shown, where samples have labels; else None.
         has_captions: whether samples have captions.
-        labels: each sample's label, where it is known without reading the pictures.
+        labels: each sample's label, where it is known without reading the images.
         prompt_names: names of the classes for zero-shot prompts, where they differ from `classes`.
         class_columns: for each class the outputs of an ImageNet-1k classifier that stand for it. A class's score is the
-            largest of them; the other outputs are left aside.
+            largest of them; the other outputs are ignored.
         label_sets: for each sample all of its right labels; its `label` is the first of them.
         conditions: names of the conditions that samples were made under, as "gaussian_noise/3".
         condition_of: for each sample the index of its condition.
-        image_ids: for each sample which picture it shows; samples with equal ids are captions of one picture.
-        left_out: {reason: pictures} that the data set's own rules leave out of an evaluation.
-        crop_pct: share of the picture's side that an evaluation keeps, where the data set says so and not the model
-            (ImageNet-C: 1, its pictures are cropped already).
+        image_ids: for each sample which image it shows; samples with equal ids are captions of one image.
+        left_out: {reason: images} that the data set's own rules exclude from an evaluation.
+        crop_pct: share of the image's side that an evaluation keeps, where the data set says so and not the model
+            (ImageNet-C: 1, its images are cropped already).
         reading: how image files are read.
     """
 
@@ -118,11 +94,6 @@ class ImageDataset(ABC):
     reading: Reading = Reading()
     _fingerprint: str | None = None
 
-    @property
-    def captions(self) -> Sequence[str] | None:
-        """All captions, one per sample ("" where it is missing), or None where samples have none."""
-        return None
-
     @abstractmethod
     def __len__(self) -> int:
         """Number of samples."""
@@ -132,15 +103,28 @@ class ImageDataset(ABC):
         """The sample at `index`.
 
         Raises:
-            BadSample: its picture is unreadable or its caption is empty.
+            BadSample: its image is unreadable or its caption is empty.
         """
+
+    def caption(self, index: int) -> str:
+        """A sample's caption; data sets that can do so find it without reading the image. Raises BadSample."""
+        return self[index].caption
+
+    @property
+    def captions(self) -> Sequence[str] | None:
+        """All captions ("" where one is missing), each read when it is asked for; None where samples have none."""
+        return Captions(self) if self.has_captions else None
+
+    def file_of(self, index: int) -> tuple[str, Path] | None:
+        """An image's file: its name within the data set (with `/`), and its path; None where it has no file."""
+        return None
 
     def load(self, path: str | Path, content: bytes | None = None) -> Image.Image:
         """The image in a file, read as this data set's `reading` says; see `load_image`."""
         return load_image(path, content, self.reading)
 
     def shuffle(self, seed: int, batch_size: int) -> Shuffle:
-        """The order in which training meets the samples, if `batch_size` of them are taken at a time.
+        """The order of the samples in training, if `batch_size` of them are taken at a time.
 
         Raises:
             ValueError: the batch size does not suit a setting of the data set.
@@ -151,22 +135,19 @@ class ImageDataset(ABC):
         """The batches of training; raises as `shuffle`."""
         return EpochBatches(self.shuffle(seed, batch_size), batch_size)
 
-    def file_of(self, index: int) -> tuple[str, Path] | None:
-        """A picture's file: its name within the data set (with `/`), and where it lies; or None."""
-        return None
-
     def fingerprint(self) -> str:
-        """Says which data this is: 64 hexadecimal digits, the same on every machine, made once.
+        """64 hexadecimal digits that identify the data, the same on every machine; computed once.
 
         They follow from the order of the samples, their labels, captions and the other attributes, the class names, and
-        each picture's file (name within the data set, size, first and last 4 KiB) or, without files, its pixels.
+        each image's file (name within the data set, size, first and last 4 KiB) or, without files, its pixels.
         """
         if self._fingerprint is None:
-            self._fingerprint = self._make_fingerprint()
+            facts = Fingerprint()
+            self._add_facts(facts)
+            self._fingerprint = facts.hexdigest()
         return self._fingerprint
 
-    def _make_fingerprint(self) -> str:
-        facts = Fingerprint()
+    def _add_facts(self, facts: Fingerprint) -> None:
         for name in ("classes", "prompt_names", "class_columns", "conditions", "left_out"):
             facts.add(name, getattr(self, name))
         lists = [self.labels, self.captions, self.label_sets, self.condition_of, self.image_ids]
@@ -175,7 +156,7 @@ class ImageDataset(ABC):
             facts.add("sample", [None if values is None else values[index] for values in lists])
             file = self.file_of(index)
             if file is not None:
-                if file == last_file:  # another caption of the same picture
+                if file == last_file:  # another caption of the same image
                     facts.add("file", file[0])
                 else:
                     facts.add_file(*file)
@@ -187,5 +168,102 @@ class ImageDataset(ABC):
                 facts.add("unreadable", None)
             else:
                 facts.add("label and caption", [sample.label, sample.caption])
-                facts.add_picture(sample.image)
-        return facts.hexdigest()
+                facts.add_image(sample.image)
+
+
+class Captions(Sequence):
+    """The captions of a data set, read when they are asked for, so that a large data set needs no memory for them."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        try:
+            return self.dataset.caption(range(len(self))[index])
+        except BadSample:
+            return ""
+
+
+class ImageFiles(ImageDataset):
+    """Images in files below one folder.
+
+    Args:
+        root: the folder.
+        names: of the files, with `/` between folders.
+        labels: one for each.
+        captions: one for each, as the data set stores them; bad ones are found when they are read.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        names: Sequence[str],
+        labels: Sequence[int] | None = None,
+        captions: Sequence[object] | None = None,
+    ) -> None:
+        self.root = Path(root)
+        self.names = names
+        self.labels = labels
+        self.has_captions = captions is not None
+        self._captions = captions
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def file_of(self, index: int) -> tuple[str, Path]:
+        return self.names[index], self.root / self.names[index]
+
+    def caption(self, index: int) -> str:
+        return clean_caption(self._captions[index], str(self.file_of(index)[1]))
+
+    def __getitem__(self, index: int) -> Sample:
+        path = self.file_of(index)[1]
+        caption = self.caption(index) if self.has_captions else None
+        label = None if self.labels is None else self.labels[index]
+        return Sample(self.read(path), label, caption, str(path))
+
+    def read(self, path: Path) -> Image.Image:
+        """The image in a file, as the data set wants it; raises BadSample."""
+        return self.load(path)
+
+
+class ShardedDataset(ImageDataset):
+    """Samples in shards: files or parts of files that are read one after the other; see `ShuffledShards`.
+
+    Attributes:
+        sizes: samples in each shard.
+        ends: for each shard the number of samples up to its end.
+        shuffle_buffer: samples that are shuffled together.
+        streams: positions that are read side by side.
+    """
+
+    sizes: np.ndarray
+    ends: np.ndarray
+    shuffle_buffer: int = 100_000
+    streams: int = 1
+
+    def set_sizes(self, sizes: Sequence[int]) -> None:
+        """Sets `sizes` and what follows from them."""
+        self.sizes = np.asarray(sizes, np.int64)
+        self.ends = self.sizes.cumsum()
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(shard, index in it) of a sample."""
+        shard = int(self.ends.searchsorted(index, side="right"))
+        return shard, index - int(self.ends[shard] - self.sizes[shard])
+
+    def shuffle(self, seed: int, batch_size: int) -> Shuffle:
+        if batch_size % self.streams:
+            raise ValueError(
+                f"streams must divide data.loader.batch_size {batch_size}, got {self.streams}: each stream gives an "
+                "equal part of every batch"
+            )
+        return ShuffledShards(seed, self.sizes, self.streams, self.shuffle_buffer)

@@ -1,4 +1,4 @@
-"""A short text that says which data figures were made on: equal for equal data, on every machine."""
+"""A short text that identifies the data that results were made on: equal for equal data, on every machine."""
 
 from __future__ import annotations
 
@@ -11,16 +11,12 @@ from typing import Any
 
 from PIL import Image
 
-# Of each end of a file. A picture's header, its first and its last rows tell pictures apart, and 50,000 files are read
-# in seconds.
+# Of each end of a file: an image's header, first and last rows tell images apart, and 50,000 files take seconds.
 BYTES_OF_A_FILE = 4096
 
 
 class Fingerprint:
-    """A growing SHA-256 of facts about a data set.
-
-    Every fact is written with its kind and length, so that no two lists of facts give the same bytes.
-    """
+    """A growing SHA-256 of facts, each with its kind and length, so that no two lists of facts give the same bytes."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
@@ -48,8 +44,8 @@ class Fingerprint:
         self._add_bytes("head", head)
         self._add_bytes("tail", tail)
 
-    def add_picture(self, image: Image.Image) -> None:
-        """Adds a picture by its size and pixels."""
+    def add_image(self, image: Image.Image) -> None:
+        """Adds an image by its size and pixels."""
         self.add("picture", [image.mode, *image.size])
         self._add_bytes("pixels", image.tobytes())
 

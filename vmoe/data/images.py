@@ -1,4 +1,4 @@
-"""Reads any picture file as 8-bit RGB, or says in one sentence why it cannot."""
+"""Reads any image file as 8-bit RGB, or says in one sentence why it cannot."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import logging
 import math
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, PngImagePlugin
 
 from vmoe.utils.printable import printable
 
@@ -32,18 +33,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "PPM", "TIFF")
 OTHER_FORMATS = {b"heic": "HEIC", b"heix": "HEIC", b"hevc": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF", b"avif": "AVIF"}
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
-
-
-# By the number in the EXIF data.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class DataError(ValueError):
@@ -84,15 +73,15 @@ DEFAULT = Reading()
 
 
 def load_image(path: str | Path, content: bytes | None = None, reading: Reading = DEFAULT) -> Image.Image:
-    """Reads a picture: the first frame, transparency laid on white, 8 bits, RGB.
+    """Reads an image: the first frame, transparency laid on white, 8 bits, RGB.
 
     Args:
-        path: the file.
-        content: its bytes, where they come from elsewhere; `path` is then only a name for messages.
+        path: the file, or a name for messages where its bytes are given.
+        content: its bytes, where they come from elsewhere.
         reading: see `Reading`.
 
     Raises:
-        BadSample: the file is missing, truncated, no picture of FORMATS, has too many pixels, or is a strip with sides
+        BadSample: the file is missing, truncated, no image of FORMATS, has too many pixels, or is a strip with sides
             beyond 1 : MAX_ASPECT_RATIO.
     """
     try:
@@ -104,10 +93,8 @@ def load_image(path: str | Path, content: bytes | None = None, reading: Reading 
         raise BadSample(str(path), "no such file") from None
     except BadSample:
         raise
-    except (
-        Exception
-    ) as error:  # on broken bytes Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error...
-        raise BadSample(str(path), f"unreadable picture ({printable(error)})") from error
+    except Exception as error:  # on broken bytes Pillow raises OSError, SyntaxError, ValueError, struct.error...
+        raise BadSample(str(path), f"unreadable image ({printable(error)})") from error
 
 
 def _read(file: BinaryIO, path: str | Path, reading: Reading) -> Image.Image:
@@ -126,31 +113,28 @@ def _read(file: BinaryIO, path: str | Path, reading: Reading) -> Image.Image:
         except Image.UnidentifiedImageError:
             other = OTHER_FORMATS.get(start[8:12]) if start[4:8] == b"ftyp" else None
             hint = f"; it is {other}, save it as one of these" if other else ""
-            raise BadSample(str(path), f"not a picture file ({', '.join(FORMATS)}){hint}") from None
+            raise BadSample(str(path), f"not an image file ({', '.join(FORMATS)}){hint}") from None
     with image:
         check_size(image.size, reading.max_pixels)  # the header alone is read so far
-        rgb = to_rgb(image)
-        turn = _turn(image) if reading.exif_orientation or ("exif" in image.info and not _warned) else None
-        if turn is not None and not reading.exif_orientation:
-            _warn_of_orientation(str(path))
-        return rgb.transpose(turn) if turn is not None and reading.exif_orientation else rgb
-
-
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What makes a loaded image upright, as Pillow's ImageOps.exif_transpose; broken EXIF data say nothing."""
-    try:
-        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # whatever Pillow raises on broken bytes
-        return None
+        image.load()
+        if reading.exif_orientation:
+            with suppress(Exception):  # whatever Pillow raises on broken EXIF data
+                image = ImageOps.exif_transpose(image)
+        elif "exif" in image.info and not _warned:
+            _warn_of_orientation(image, str(path))
+        return to_rgb(image)
 
 
 _warned = False
 
 
-def _warn_of_orientation(path: str) -> None:
+def _warn_of_orientation(image: Image.Image, path: str) -> None:
     """Logs the first file whose EXIF orientation is not applied."""
     global _warned
-    if not _warned:
+    orientation = None
+    with suppress(Exception):
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    if orientation in range(2, 9):
         _warned = True
         logger.warning(
             "%s: its EXIF orientation is not applied, as in torchvision and timm, nor that of others; exif_orientation "
@@ -166,7 +150,7 @@ def leads_out(name: str) -> bool:
 
 
 def check_size(size: tuple[int, int], max_pixels: int = MAX_PIXELS) -> None:
-    """Raises ValueError for a picture of (width, height) that would not fit into memory, now or when resized."""
+    """Raises ValueError for an image of (width, height) that would not fit into memory, now or when resized."""
     width, height = size
     if width * height > max_pixels:
         raise ValueError(f"{width} x {height} pixels, more than the limit of {max_pixels} (max_pixels)")
@@ -175,7 +159,7 @@ def check_size(size: tuple[int, int], max_pixels: int = MAX_PIXELS) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts a picture of any mode to 8-bit RGB.
+    """Converts an image of any mode to 8-bit RGB.
 
     Raises:
         ValueError: a mode without a known range (floating point, 32-bit integers) or without a conversion.

@@ -1,7 +1,7 @@
-"""In which order training meets the samples: pure functions of the seed and the step, for any number of processes.
+"""The order of samples in training: pure functions of the seed and the step, for any number of processes.
 
-A `Shuffle` is the order of one data set, anew in every epoch. `EpochBatches` cuts it into batches; `MixedBatches` draws
-batches from several data sets by weight. Nothing here is kept between calls but what saves time.
+A `Shuffle` is the order of one data set, a new one in every epoch. `EpochBatches` cuts it into batches; `MixedBatches`
+draws batches from several data sets by weight. Only what saves time is kept between calls.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class BatchKey(NamedTuple):
     """Names a batch: all that is in it follows from this and the seed.
 
     Attributes:
-        indices: places of its samples in the data set.
-        epochs: for each of them how often all samples of its source were met before.
+        indices: of its samples in the data set.
+        epochs: for each of them how many epochs of its source are complete.
     """
 
     indices: tuple[int, ...]
@@ -33,14 +33,14 @@ class Shuffle(ABC):
     """An order of a data set's samples, another one in each epoch.
 
     Attributes:
-        size: samples in an epoch, each met once.
+        size: samples in an epoch, each of which comes once.
     """
 
     size: int
 
     @abstractmethod
-    def places(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """(stop - start,) int64, which samples an epoch has at positions start to stop; 0 <= start <= stop <= size."""
+    def indices(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """(stop - start,) int64, the samples of an epoch at positions start to stop; 0 <= start <= stop <= size."""
 
 
 class ShuffledSamples(Shuffle):
@@ -51,7 +51,7 @@ class ShuffledSamples(Shuffle):
         self.size = num_samples
         self._order: tuple[int | None, np.ndarray] = (None, np.empty(0, np.int64))
 
-    def places(self, epoch: int, start: int, stop: int) -> np.ndarray:
+    def indices(self, epoch: int, start: int, stop: int) -> np.ndarray:
         if self._order[0] != epoch:
             self._order = epoch, _permutation(self.size, self.seed, epoch)
         return self._order[1][start:stop]
@@ -60,15 +60,15 @@ class ShuffledSamples(Shuffle):
 class ShuffledShards(Shuffle):
     """An order that reads shards (files of many samples) nearly one after the other.
 
-    The shards are shuffled and put in a row. The row is cut into `streams` equal parts, each of which gives an equal
-    part of every batch. Within a stream, windows of `window` samples in a row are shuffled. What the cut leaves over
-    (less than one sample per stream) is left out of the epoch. Memory is that of the shards' sizes and of a window per
-    stream.
+    The shards are shuffled and concatenated to a row. The row is cut into `streams` equal parts, each of which gives an
+    equal part of every batch. Within a stream, windows of `window` consecutive samples are shuffled. The remainder of
+    the cut (less than one sample per stream) is left out of the epoch. Memory is that of the shards' sizes and of a
+    window per stream.
 
     Args:
         seed: of the order.
         sizes: samples in each shard.
-        streams: places that are read side by side; for W processes with a multiple of W streams, each process reads
+        streams: positions that are read side by side; for W processes with a multiple of W streams, each process reads
             shards of its own.
         window: samples that are shuffled together.
 
@@ -89,8 +89,8 @@ class ShuffledShards(Shuffle):
         self._row: tuple[int | None, np.ndarray, np.ndarray] = (None, self.starts, self.starts)
         self._windows: dict[int, tuple[tuple[int, int], np.ndarray]] = {}
 
-    def places(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """As for any order; the samples of one stream stand together, so that parts of a batch are parts of streams."""
+    def indices(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """As for any order; the samples of one stream are adjacent, so that parts of a batch are parts of streams."""
         if self._row[0] != epoch:
             shards = _permutation(len(self.sizes), self.seed, epoch)
             self._row = epoch, shards, self.sizes[shards].cumsum()
@@ -106,7 +106,7 @@ class ShuffledShards(Shuffle):
         return self.starts[shard] + row - (ends[at] - self.sizes[shard])
 
     def _within(self, epoch: int, stream: int, start: int, stop: int) -> np.ndarray:
-        """Where in a stream its samples number start to stop lie."""
+        """Positions in the row of a stream's samples number start to stop, counted from its first."""
         parts = [np.empty(0, np.int64)]
         while start < stop:
             number, offset = divmod(start, self.window)
@@ -122,22 +122,8 @@ class ShuffledShards(Shuffle):
         return np.concatenate(parts)
 
 
-def shuffled_shards(seed: int, batch_size: int, sizes: Sequence[int], streams: int, window: int) -> ShuffledShards:
-    """The order of a data set of shards, from its settings.
-
-    Raises:
-        ValueError: `streams` cannot share out the batches or the samples.
-    """
-    if batch_size % streams:
-        raise ValueError(
-            f"streams must divide data.loader.batch_size {batch_size}, got {streams}: each stream gives an equal part "
-            "of every batch"
-        )
-    return ShuffledShards(seed, sizes, streams, window)
-
-
 class EpochBatches:
-    """Batches of one data set; what fills no batch at an epoch's end is left out.
+    """Batches of one data set; an epoch's last, incomplete batch is dropped.
 
     Attributes:
         steps_per_epoch: batches in an epoch.
@@ -151,16 +137,16 @@ class EpochBatches:
     def batch(self, step: int) -> BatchKey:
         """The batch of a step (from 0, without end)."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        places = self.shuffle.places(epoch, position * self.batch_size, (position + 1) * self.batch_size)
-        return BatchKey(tuple(places.tolist()), (epoch,) * len(places))
+        indices = self.shuffle.indices(epoch, position * self.batch_size, (position + 1) * self.batch_size)
+        return BatchKey(tuple(indices.tolist()), (epoch,) * len(indices))
 
 
 class MixedBatches:
     """Batches from several data sets, each with its share of the samples by weight.
 
-    Every data set goes through its own epochs without leaving anything out: a sample comes again only when all others
-    of its set have come. After any number of samples, each set has given its share of them, exact to a few samples. An
-    epoch of the mixture is as many samples as there are in all sets together; it is a unit of counting only.
+    Every data set goes through its own epochs and leaves nothing out: a sample comes again only when all others of its
+    set have come. After any number of samples, each set has given its share of them, exact to a few samples. An epoch
+    of the mixture is as many samples as there are in all sets together; it is a unit of counting only.
 
     Args:
         shuffles: the orders of the data sets, whose samples are numbered one set after the other.
@@ -181,17 +167,17 @@ class MixedBatches:
     def batch(self, step: int) -> BatchKey:
         """The batch of a step (from 0, without end); every part of it has each set's share of the samples."""
         before, after = (self._given(number * self.batch_size) for number in (step, step + 1))
-        places, epochs, ranks = [], [], []
+        indices, epochs, ranks = [], [], []
         for shuffle, first, start, stop in zip(self.shuffles, self.starts, before, after):
             ranks.append((np.arange(stop - start) + 0.5) / max(1, stop - start))
             while start < stop:
                 epoch, position = divmod(start, shuffle.size)
                 count = min(shuffle.size - position, stop - start)
-                places.append(first + shuffle.places(epoch, position, position + count))
+                indices.append(first + shuffle.indices(epoch, position, position + count))
                 epochs.append(np.full(count, epoch))
                 start += count
         dealt = np.argsort(np.concatenate(ranks), kind="stable")
-        return BatchKey(*(tuple(np.concatenate(parts)[dealt].tolist()) for parts in (places, epochs)))
+        return BatchKey(*(tuple(np.concatenate(parts)[dealt].tolist()) for parts in (indices, epochs)))
 
     def _given(self, total: int) -> list[int]:
         """How many of the first `total` samples each set gives: each takes its share of what those before it left."""

@@ -1,4 +1,4 @@
-"""Texts that are longer than a model's context: found, counted and said once."""
+"""Texts that are longer than a model's context: found, counted and logged once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def knows_length(tokenizer: Tokenizer) -> bool:
 
 
 def cut_rows(tokenizer: Tokenizer, texts: Sequence[str], tokens_BL: torch.Tensor) -> list[int]:
-    """Positions of the texts that have more tokens than the tokenizer keeps; none unless `knows_length`.
+    """Indices of the texts that have more tokens than the tokenizer keeps; none unless `knows_length`.
 
     Args:
         tokenizer: gave the tokens.
@@ -34,7 +34,7 @@ def cut_rows(tokenizer: Tokenizer, texts: Sequence[str], tokens_BL: torch.Tensor
     full = [row for row, last in enumerate(tokens_BL[:, -1].tolist()) if last != 0]  # 0: padding, of open_clip's CLIP
     if not full or not knows_length(tokenizer):
         return []
-    # With room for one more token the end of a text that fits stays where it is.
+    # With a context of one more token the end of a text that fits stays where it is.
     length = tokens_BL.shape[1]
     longer_BL = tokenizer([texts[row] for row in full], context_length=length + 1)[:, :length]
     return [row for row, tokens_L in zip(full, longer_BL) if not tokens_L.equal(tokens_BL[row])]

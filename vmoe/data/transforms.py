@@ -1,4 +1,4 @@
-"""Pictures to tensors: timm's transforms and augmentation, and mixup over a batch."""
+"""Images to tensors: timm's transforms and augmentation, and mixup over a batch."""
 
 from __future__ import annotations
 
@@ -17,16 +17,14 @@ from vmoe.utils.channels import to_channels
 
 
 class Transform:
-    """From a picture to a model's input, in steps that a loader may spread out.
+    """From an image to a model's input: (C, H, W) float32, C = 1 or 3.
 
-    `transform(image)` is all of it: (C, H, W) float32, C = 1 or 3. A loader keeps images as bytes for as long as it
-    can, since they are a quarter of the size and cheap to stack: `geometry` on each image, `normalize` on the batch,
-    and `erase` (after it, as in timm) on each image again where it is on.
+    A loader does it in steps, to keep images as bytes for as long as it can, since they are a quarter of the size and
+    cheap to stack: `geometry` on each image and `normalize` on the batch (with `erase`, everything on each image).
 
     Args:
-        geometry: timm's transforms up to the conversion to a tensor: PIL picture to PIL picture of the input size.
-        mean: of each channel, on a scale of 0 to 1.
-        std: likewise.
+        geometry: timm's transforms up to the conversion to a tensor: PIL image to PIL image of the input size.
+        mean, std: of each channel, on a scale of 0 to 1.
         erase: timm's random erasing of a normalised (C, H, W) tensor, or None.
     """
 
@@ -43,9 +41,8 @@ class Transform:
         self.erase = erase
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        pixels = torch.from_numpy(np.array(self.geometry(image)))
-        image = self.normalize(pixels)
-        return self.erase(image) if self.erase is not None else image
+        normalized = self.normalize(torch.from_numpy(np.array(self.geometry(image))))
+        return self.erase(normalized) if self.erase is not None else normalized
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """(..., H, W, 3) uint8 to (..., 3, H, W) float32, (value / 255 - mean) / std, on the device of `pixels`.
@@ -104,34 +101,23 @@ def build_transform(preprocess: dict[str, Any], augmentation: AugmentationConfig
 
 
 class SeededMixup:
-    """timm's mixup and cutmix of a batch, random by (seed, step) only.
-
-    Args:
-        mixup: timm's.
-        seed: of the run.
-    """
+    """timm's mixup and cutmix of a batch, random by (seed, step) only."""
 
     def __init__(self, mixup: Mixup, seed: int) -> None:
         self.mixup = mixup
         self.seed = seed
 
     def __call__(self, image: torch.Tensor, label: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mixes a batch.
+        """(B, 3, H, W) mixed images, and (B, num_classes) float targets for timm's SoftTargetCrossEntropy.
 
         Args:
-            image: (B, 3, H, W) float; left as it is. B must be even.
+            image: (B, 3, H, W) float; not changed. B must be even, else ValueError.
             label: (B,) long.
             step: of the run; the same step mixes in the same way.
-
-        Returns:
-            (B, 3, H, W) mixed pictures, and (B, num_classes) float targets for timm's SoftTargetCrossEntropy.
-
-        Raises:
-            ValueError: B is odd.
         """
         if len(image) % 2:
             raise ValueError(
-                f"mixup and cutmix need an even number of pictures in each process, got {len(image)}; "
+                f"mixup and cutmix need an even number of images in each process, got {len(image)}; "
                 "change data.loader.batch_size (it counts those of all processes)"
             )
         with isolated_randomness():

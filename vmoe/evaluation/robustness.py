@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from vmoe.data.sources.imagenet_c import CORRUPTIONS, EXTRA_CORRUPTIONS, SEVERITIES
+from vmoe.data.sources.imagenet import CORRUPTIONS, EXTRA_CORRUPTIONS, SEVERITIES
 
 # AlexNet's top-1 errors, the mean over the five severities, as the authors publish them for the mean corruption error.
 ALEXNET_ERRORS = {

@@ -8,7 +8,10 @@ from hypothesis import strategies as st
 
 from vmoe.data import SourceConfig, build_dataset
 from vmoe.data.images import BadSample
-from vmoe.data.sources.captions import PairsFile, PairsFolder
+
+
+def read_pairs(path, **settings):
+    return build_dataset(SourceConfig("pairs", str(path), **{key: str(value) for key, value in settings.items()}))
 
 
 @pytest.fixture
@@ -37,8 +40,8 @@ def write(path, text):
     ],
 )
 def test_the_same_pairs_from_every_kind_of_file(folder, name, text):
-    pairs = PairsFile(write(folder / name, text))
-    assert pairs.captions == ["a cat, asleep", 'says "hi"']
+    pairs = read_pairs(write(folder / name, text))
+    assert pairs.captions[:] == ["a cat, asleep", 'says "hi"']
     assert [pairs[index].path for index in range(len(pairs))] == [str(folder / "a.png"), str(folder / "b.jpg")]
     assert pairs[0].image.size == (20, 10)
     assert pairs[0].label is None
@@ -60,34 +63,34 @@ def test_the_same_pairs_from_every_kind_of_file(folder, name, text):
 def test_another_delimiter_is_named_and_can_be_set(folder, name, text, delimiter, shown):
     file = write(folder / name, text)
     with pytest.raises(ValueError, match=rf"{name}: its columns are separated by {re.escape(shown)}; set delimiter"):
-        PairsFile(file)
-    pairs = PairsFile(file, delimiter=delimiter)
-    assert pairs.captions == (["a cat, asleep", 'says "hi"'] if len(pairs) == 2 else ['"a cat'])
+        read_pairs(file)
+    pairs = read_pairs(file, delimiter=delimiter)
+    assert pairs.captions[:] == (["a cat, asleep", 'says "hi"'] if len(pairs) == 2 else ['"a cat'])
     assert pairs[0].image.size == (20, 10)
 
 
 def test_the_delimiter_of_the_settings(folder):
     file = write(folder / "a.csv", "sep=,\nimage,caption\na.png,cat\nb.jpg,a, b\n")
     with pytest.raises(ValueError, match="line 4: 3 cells for 2 columns; put a caption with a comma in quotation"):
-        PairsFile(file)
+        read_pairs(file)
     with pytest.raises(ValueError, match="line 2: 3 cells for 2 columns; take a tab out of it"):
-        PairsFile(write(folder / "a.tsv", 'image\tcaption\na.png\t"a\tcat"\n'))
+        read_pairs(write(folder / "a.tsv", 'image\tcaption\na.png\t"a\tcat"\n'))
     with pytest.raises(ValueError, match="line 1: malformed .field larger"):
-        PairsFile(write(folder / "long.csv", "a" * 200_000))
+        read_pairs(write(folder / "long.csv", "a" * 200_000))
     with pytest.raises(ValueError, match="separated by ','; set delimiter"):
-        PairsFile(file, delimiter=";")
+        read_pairs(file, delimiter=";")
     write(folder / "b.csv", "photo\twords\na.png\tcat\n")
     settings = {"image_key": "photo", "caption_key": "words", "delimiter": r"\t"}  # as a shell gives it
-    assert build_dataset(SourceConfig("pairs", str(folder / "b.csv"), **settings)).captions == ["cat"]
+    assert build_dataset(SourceConfig("pairs", str(folder / "b.csv"), **settings)).captions[:] == ["cat"]
     with pytest.raises(ValueError, match="separated by a tab"):
-        PairsFile(folder / "b.csv", image_key="photo", caption_key="words")
+        read_pairs(folder / "b.csv", image_key="photo", caption_key="words")
     with pytest.raises(ValueError, match=r"delimiter is for .csv and .tsv files, and path is .*c.jsonl"):
-        PairsFile(write(folder / "c.jsonl", "{}"), delimiter=",")
+        read_pairs(write(folder / "c.jsonl", "{}"), delimiter=",")
 
 
 def test_spaces_behind_the_delimiter(folder):
-    pairs = PairsFile(write(folder / "a.csv", 'image, caption\na.png, "a cat, asleep"\nb.jpg, a "dog"\n'))
-    assert pairs.captions == ["a cat, asleep", 'a "dog"']
+    pairs = read_pairs(write(folder / "a.csv", 'image, caption\na.png, "a cat, asleep"\nb.jpg, a "dog"\n'))
+    assert pairs.captions[:] == ["a cat, asleep", 'a "dog"']
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=("C", "Z")), min_size=1), min_size=1, max_size=4), st.data())
@@ -97,13 +100,13 @@ def test_what_pythons_writer_wrote_is_read(tmp_path_factory, captions, data):
     with open(file, "w", newline="", encoding="utf-8") as stream:
         rows = csv.writer(stream, delimiter=delimiter)
         rows.writerows([("image", "caption"), *(("a.png", caption) for caption in captions)])
-    assert PairsFile(file, delimiter=delimiter).captions == [caption.strip() for caption in captions]
+    assert read_pairs(file, delimiter=delimiter).captions[:] == [caption.strip() for caption in captions]
 
 
 def test_named_keys_and_image_root(folder, tmp_path_factory):
     file = tmp_path_factory.mktemp("elsewhere") / "pairs.csv"
     write(file, "caption,de,photo\na cat,eine Katze,a.png\n")
-    pairs = PairsFile(file, image_root=folder, image_key="photo", caption_key="de")
+    pairs = read_pairs(file, image_root=folder, image_key="photo", caption_key="de")
     assert pairs[0].caption == "eine Katze"
 
 
@@ -111,7 +114,7 @@ def test_named_keys_and_image_root(folder, tmp_path_factory):
 def test_jsonl_keeps_any_caption(tmp_path_factory, captions):
     file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     write(file, "\n".join(json.dumps({"image": "a.png", "caption": caption}) for caption in captions))
-    assert PairsFile(file).captions == captions
+    assert read_pairs(file).captions[:] == captions
 
 
 @pytest.mark.parametrize(
@@ -129,27 +132,27 @@ def test_jsonl_keeps_any_caption(tmp_path_factory, captions):
 )
 def test_a_malformed_file_is_explained(tmp_path, name, text, message):
     with pytest.raises(ValueError, match=message):
-        PairsFile(write(tmp_path / name, text))
+        read_pairs(write(tmp_path / name, text))
 
 
 def test_a_missing_or_foreign_file_is_explained(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
-        PairsFile(tmp_path / "gone.csv")
+        read_pairs(tmp_path / "gone.csv")
     (tmp_path / "latin.csv").write_bytes("image,caption\na.png,Stra\xdfe\n".encode("latin-1"))
     with pytest.raises(ValueError, match="UTF-8"):
-        PairsFile(tmp_path / "latin.csv")
+        read_pairs(tmp_path / "latin.csv")
 
 
 def test_bad_pairs_are_named(folder):
     rows = ["a.png,  ", "gone.png,cat", "a.png", ",cat"]
-    pairs = PairsFile(write(folder / "pairs.csv", "image,caption\n" + "\n".join(rows)))
+    pairs = read_pairs(write(folder / "pairs.csv", "image,caption\n" + "\n".join(rows)))
     for index, reason in enumerate(["empty caption", "no such file", "empty caption", "no image path"]):
         with pytest.raises(BadSample, match=reason):
             pairs[index]
-    pairs = PairsFile(
+    pairs = read_pairs(
         write(folder / "p.jsonl", '{"image": "a.png", "caption": null}\n{"image": "a.png", "caption": 3}')
     )
-    assert pairs.captions == ["", ""]
+    assert pairs.captions[:] == ["", ""]
     for index, reason in enumerate(["empty caption", "its caption is of type int, not a text"]):
         with pytest.raises(BadSample, match=reason):
             pairs[index]
@@ -159,20 +162,20 @@ def test_folder_with_captions_beside(folder, photo):
     (folder / "deep").mkdir()
     for name in ("deep/c.webp", "d.png", "e.png"):
         photo.save(folder / name)
-    for name, text in [("a", "a cat\n"), ("b", " \n"), ("deep/c", "\ufeffa dog"), ("lonely", "no picture")]:
+    for name, text in [("a", "a cat\n"), ("b", " \n"), ("deep/c", "\ufeffa dog"), ("lonely", "no image")]:
         write(folder / f"{name}.txt", text)
     (folder / "e.txt").write_bytes(b"\xff\xfe\xff")
-    pairs = PairsFolder(folder)
-    assert dict(zip((path.name for path in pairs.paths), pairs.captions))["c.webp"] == "a dog"
+    pairs = read_pairs(folder)
+    assert dict(zip(pairs.names, pairs.captions))["deep/c.webp"] == "a dog"
     assert sorted(pairs.captions) == ["", "", "", "a cat", "a dog"]
     captions = {}
     for index in range(len(pairs)):
         try:
-            captions[pairs.paths[index].name] = pairs[index].caption
+            captions[pairs.names[index]] = pairs[index].caption
         except BadSample as error:
-            captions[pairs.paths[index].name] = error.reason
+            captions[pairs.names[index]] = error.reason
     assert captions["a.png"] == "a cat"
-    assert captions["c.webp"] == "a dog"
+    assert captions["deep/c.webp"] == "a dog"
     assert captions["b.jpg"] == "empty caption"
     assert "no caption file" in captions["d.png"]
     assert "not UTF-8" in captions["e.png"]
@@ -181,27 +184,27 @@ def test_folder_with_captions_beside(folder, photo):
 def test_files_of_other_kinds_with_captions_are_counted(folder, caplog):
     for name in ("a.txt", "b.txt", "README.txt", "IMG_1.HEIC", "IMG_1.txt", "IMG_2.heic", "clip.mov", "clip.txt"):
         write(folder / name, "a caption")
-    assert len(PairsFolder(folder)) == 2
+    assert len(read_pairs(folder)) == 2
     assert "skipped 2 files with a caption that do not end in .jpg, " in caplog.text
     assert caplog.text.rstrip().endswith("such as IMG_1.HEIC")
     caplog.clear()
     for name in ("IMG_1.HEIC", "clip.mov"):
         (folder / name).unlink()
-    PairsFolder(folder)
+    read_pairs(folder)
     assert not caplog.text
 
 
 def test_a_folder_without_pictures_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no pictures"):
-        PairsFolder(tmp_path)
-    with pytest.raises(ValueError, match="no such folder"):
-        PairsFolder(tmp_path / "gone")
+    with pytest.raises(ValueError, match="no images"):
+        read_pairs(tmp_path)
+    with pytest.raises(ValueError, match="no such file or folder"):
+        read_pairs(tmp_path / "gone")
 
 
 def test_a_caption_with_an_unquoted_comma_is_not_cut(tmp_path):
     (tmp_path / "pairs.csv").write_text("image,caption\na.png,a cat, on a mat\n")
     with pytest.raises(ValueError, match="line 2: 3 cells for 2 columns"):
-        PairsFile(tmp_path / "pairs.csv")
+        read_pairs(tmp_path / "pairs.csv")
 
 
 def test_hidden_pictures_are_none_of_a_folder(folder):
@@ -209,4 +212,4 @@ def test_hidden_pictures_are_none_of_a_folder(folder):
     for name in ("._a.png", "Thumbs.db", ".trash/b.png"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
-    assert [path.name for path in PairsFolder(folder).paths] == ["a.png", "b.jpg"]
+    assert read_pairs(folder).names == ["a.png", "b.jpg"]

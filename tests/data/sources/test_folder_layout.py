@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from vmoe.data.sources.folder import ImageFolder
+from tests.data.sources.test_folder import image_folder
 from vmoe.data.sources.folder_layout import TreeReader, is_junk
 
 
@@ -20,19 +20,19 @@ def tree(tmp_path, photo):
 
 def complaint(root):
     with pytest.raises(ValueError) as caught:
-        ImageFolder(root)
+        image_folder(root)
     return str(caught.value)
 
 
 def test_a_class_without_pictures_is_named(tree):
     (tree / "cow").mkdir()
-    assert complaint(tree).startswith(f"{tree}/cow: holds no picture; there must be one folder of pictures per class")
+    assert complaint(tree).startswith(f"{tree}/cow: holds no image; there must be one folder of images per class")
 
 
 def test_a_class_whose_only_content_is_junk_is_empty(tree, caplog):
     (tree / "cow").mkdir()
     (tree / "cow" / ".DS_Store").touch()
-    assert complaint(tree).startswith(f"{tree}/cow: holds no picture")
+    assert complaint(tree).startswith(f"{tree}/cow: holds no image")
     assert f"own: path {tree}/cow/.DS_Store" in caplog.text
 
 
@@ -47,7 +47,7 @@ def test_a_file_that_is_no_picture_is_named(tree):
     (tree / "dog" / "notes.txt").touch()
     (tree / "dog" / "list.csv").touch()
     message = complaint(tree)
-    assert message.startswith(f"{tree}/dog/list.csv: not a picture (2 such in this folder)")
+    assert message.startswith(f"{tree}/dog/list.csv: not an image (2 such in this folder)")
     assert ".jpeg" in message
 
 
@@ -66,15 +66,15 @@ def test_files_and_folders_at_the_wrong_level_are_shown_beside_the_expected_tree
     ]
     (tree / "stray.png").unlink()
     (tree / "dog" / "puppies").mkdir()
-    assert f"{tree}: dog/ holds folder puppies, and only pictures may be there\n" in complaint(tree)
+    assert f"{tree}: dog/ holds folder puppies, and only images may be there\n" in complaint(tree)
 
 
 def test_a_folder_too_high_or_too_low_is_shown(tree):
     message = complaint(tree.parent)
-    assert "FOLDER/ holds 2 folders (cat, dog), and only pictures may be there" in message
+    assert "FOLDER/ holds 2 folders (cat, dog), and only images may be there" in message
     assert "│   └── 1.png" not in message
     message = complaint(tree / "cat")
-    assert "there is file 1.png, and no class folder; there must be one folder of pictures per class" in message
+    assert "there is file 1.png, and no class folder; there must be one folder of images per class" in message
 
 
 def test_an_empty_or_missing_folder_is_told(tmp_path):
@@ -92,11 +92,11 @@ def test_what_operating_systems_leave_behind_is_left_aside_and_told(tree, caplog
     (tree / "__MACOSX").mkdir()
     photo.save(tree / "__MACOSX" / "1.png")
     with caplog.at_level(logging.WARNING, "vmoe.data"):
-        folder = ImageFolder(tree)
+        folder = image_folder(tree)
     assert folder.names == ["cat/1.png", "dog/1.png"]
     (record,) = caplog.records
     assert record.getMessage() == (
-        f"left aside, hidden or an operating system's own: 6 paths (as {tree}/.DS_Store, {tree}/__MACOSX, "
+        f"skipped, hidden or an operating system's own: 6 paths (as {tree}/.DS_Store, {tree}/__MACOSX, "
         f"{tree}/cat/._1.png)"
     )
 
@@ -107,13 +107,13 @@ def test_nothing_else_is_junk(name):
 
 
 def test_a_clean_tree_gives_no_warning(tree, caplog):
-    assert len(ImageFolder(tree)) == 2
+    assert len(image_folder(tree)) == 2
     assert not caplog.records
 
 
 def test_the_file_of_class_names_may_lie_beside_the_classes(tree):
     (tree / "names.txt").write_text("Katze\nHund\n")
-    assert ImageFolder(tree, tree / "names.txt").classes == ["Katze", "Hund"]
+    assert image_folder(tree, tree / "names.txt").classes == ["Katze", "Hund"]
     assert "beside the class folders lies file names.txt" in complaint(tree)
 
 
@@ -124,7 +124,7 @@ def test_the_file_of_class_names_may_lie_beside_the_classes(tree):
 def test_class_names_that_cannot_be_told_apart_are_refused(tree, tmp_path, names, message):
     (tmp_path / "names.txt").write_text(names)
     with pytest.raises(ValueError, match=message):
-        ImageFolder(tree, tmp_path / "names.txt")
+        image_folder(tree, tmp_path / "names.txt")
 
 
 def test_a_long_folder_is_cut_in_the_drawing(tmp_path):
@@ -140,7 +140,7 @@ def test_the_folder_of_the_mistake_is_opened_in_the_drawing(tmp_path, photo):
         (tmp_path / name).mkdir(parents=True)
         photo.save(tmp_path / name / "1.png")
     first, *drawn, _ = complaint(tmp_path).splitlines()
-    assert first == f"{tmp_path}: e/ holds folder inner, and only pictures may be there"
+    assert first == f"{tmp_path}: e/ holds folder inner, and only images may be there"
     assert [line[44:] for line in drawn] == [
         "found",
         f"{tmp_path.name}/",
@@ -159,6 +159,6 @@ def test_pictures_in_any_case_and_linked_folders_count(tree, tmp_path, photo):
     (tmp_path / "elsewhere").mkdir()
     photo.save(tmp_path / "elsewhere" / "3.png")
     (tree / "linked").symlink_to(tmp_path / "elsewhere")
-    folder = ImageFolder(tree)
+    folder = image_folder(tree)
     assert folder.names == ["cat/1.png", "cat/2.JPEG", "dog/1.png", "linked/3.png"]
     assert folder.labels == [0, 0, 1, 2]

@@ -73,7 +73,7 @@ def test_samples(folders, kind, monkeypatch, tmp_path):
     dataset = source(folders["parquet"], streaming=True) if kind == "streaming" else source(folders[kind])
     assert len(dataset) == 22
     assert dataset.classes == ["even", "odd"]
-    assert dataset.captions == [f"picture number {number}" for number in range(22)]
+    assert dataset.captions[:] == [f"picture number {number}" for number in range(22)]
     for index in (0, 3, 4, 14, 15, 21):
         sample = dataset[index]
         expected = np.random.default_rng(index).integers(0, 256, (12, 10, 3), dtype=np.uint8)
@@ -112,7 +112,7 @@ def test_row_groups_are_read_once(folders, monkeypatch, window, streams):
     monkeypatch.setattr(dataset, "_read", lambda group, names: groups.append(group) or read(group, names))
     shuffle, most = dataset.shuffle(0, 2), 0
     for step in range(11):
-        for index in shuffle.places(0, 2 * step, 2 * step + 2):
+        for index in shuffle.indices(0, 2 * step, 2 * step + 2):
             dataset[index]
             most = max(most, len(dataset._kept))
     assert set(groups) == set(range(len(dataset.groups)))
@@ -198,11 +198,11 @@ def test_labels_that_need_a_setting_or_names(tmp_path, monkeypatch, streaming, c
 
 def test_bad_rows(tmp_path):
     features = {"image": datasets.Value("binary"), "text": datasets.Value("string")}
-    rows = [{"image": b"no picture", "text": "a"}, {"image": None, "text": "b"}, {"image": b"", "text": None}]
+    rows = [{"image": b"no image", "text": "a"}, {"image": None, "text": "b"}, {"image": b"", "text": None}]
     datasets.Dataset.from_list(rows, features=datasets.Features(features)).to_parquet(tmp_path / "a.parquet")
     dataset = source(str(tmp_path), streaming=True)
-    assert dataset.captions == ["a", "b", ""]
-    for index, reason in enumerate(["not a picture file", "holds no bytes of a picture", "empty caption"]):
+    assert dataset.captions[:] == ["a", "b", ""]
+    for index, reason in enumerate(["not an image file", "holds no bytes of an image", "empty caption"]):
         with pytest.raises(BadSample, match=f"a.parquet: row {index} of group 0: .*{reason}"):
             dataset[index]
     (tmp_path / "a.parquet").write_bytes(b"PAR1")

@@ -12,8 +12,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 
 from vmoe.data import SourceConfig, build_dataset
-from vmoe.data.sources.imagenet import imagenet_prompt_names, imagenet_words
-from vmoe.data.sources.imagenet_val import val_number
+from vmoe.data.sources.imagenet import imagenet_prompt_names, imagenet_words, val_number
 
 SYNSETS = ImageNetInfo("imagenet-1k").label_names()
 
@@ -94,7 +93,7 @@ def test_an_incomplete_copy_is_pointed_out(val, caplog):
     with caplog.at_level(logging.WARNING, "vmoe.data"):
         build("imagenet", val)
     assert [record.getMessage() for record in caplog.records] == [
-        "imagenet: 1,001 pictures, the published set has 50,000"
+        "imagenet: 1,001 images, the published set has 50,000"
     ]
 
 
@@ -109,7 +108,7 @@ def test_a_missing_and_an_unknown_class_are_named(val, tmp_path):
     shutil.rmtree(root / "n99999999")
     assert "1 of 1000 classes are missing, n01440764 (for a tree with other" in complaint("imagenet", root)
     (root / "n01440764").mkdir()
-    assert complaint("imagenet", root).startswith(f"{root}/n01440764: holds no picture")
+    assert complaint("imagenet", root).startswith(f"{root}/n01440764: holds no image")
 
 
 def test_the_folder_above_is_refused_with_both_trees(val):
@@ -188,11 +187,11 @@ def test_a_flat_folder_without_labels_says_what_to_do(flat):
     [
         ("a.txt", "n01440764\nn00000000\n", "line 2: 'n00000000' is no label; it must be a synset as n01440764"),
         ("a.txt", "n01440764\n7\n", "line 2: '7' is no label"),
-        ("a.txt", "n01440764\n", "has no label for 999 pictures, as ILSVRC2012_val_00000002.JPEG"),
+        ("a.txt", "n01440764\n", "has no label for 999 images, as ILSVRC2012_val_00000002.JPEG"),
         ("a.txt", f"{val_name(1)} 1000\n", "line 1: '1000' is no label; .* or a number 0..999"),
         ("a.txt", f"{val_name(1)} -1\n", "line 1: '-1' is no label"),
-        ("a.txt", "cat.jpg 3\n", "line 1: 'cat.jpg' is no name of a validation picture"),
-        ("a.txt", f"{val_name(1)} 1\n{val_name(1)} 2\n", "line 2: picture 1 has a label already"),
+        ("a.txt", "cat.jpg 3\n", "line 1: 'cat.jpg' is no name of a validation image"),
+        ("a.txt", f"{val_name(1)} 1\n{val_name(1)} 2\n", "line 2: image 1 has a label already"),
         ("a.txt", "a b c\n", "line 1: 'a b c' is neither LABEL nor NAME LABEL"),
         ("a.csv", "ImageId,PredictionString\nILSVRC2012_val_00000001\n", "line 2: needs two columns"),
     ],
@@ -225,7 +224,7 @@ def test_a_stray_folder_among_the_flat_pictures_is_named(flat, tmp_path, stray):
         message = complaint("imagenet", flat, labels_file=str(write_labels(tmp_path, "val.txt")))
     finally:
         shutil.rmtree(flat / "stray")
-    assert message.startswith(f"{flat}: it holds folder stray, and only pictures may be there\n")
+    assert message.startswith(f"{flat}: it holds folder stray, and only images may be there\n")
     assert "├── stray/" in message
 
 
@@ -238,7 +237,7 @@ def test_an_empty_folder_with_labels_is_shown_the_layouts(tmp_path):
 
 def test_a_stranger_among_the_flat_pictures_is_named(flat, tmp_path):
     labels = write_labels(tmp_path, "val.txt")
-    for name, message in [("cat.jpg", "picture cat.jpg among those"), ("notes.txt", "notes.txt: not a picture")]:
+    for name, message in [("cat.jpg", "image cat.jpg among those"), ("notes.txt", "notes.txt: not an image")]:
         (flat / name).touch()
         try:
             assert message in complaint("imagenet", flat, labels_file=str(labels))
@@ -259,7 +258,7 @@ def test_real_has_several_labels_and_leaves_pictures_out(val, flat, caplog):
     assert dataset.names[:3] == [val_name(2), val_name(3), val_name(4)]
     assert dataset.label_sets[:3] == [(970, 795), (230, 231), (809,)]
     assert dataset.labels[:3] == [970, 230, 809]
-    left_out = dataset.left_out["pictures without a label in ReaL"]
+    left_out = dataset.left_out["images without a label in ReaL"]
     assert len(dataset) + left_out == 1000
     assert left_out > 0
     in_folders = build("imagenet_real", val)
@@ -274,12 +273,12 @@ def test_real_labels_of_the_user(flat, tmp_path):
     file.write_text(json.dumps([[5, 7], [], [3]] + [[]] * 997))
     dataset = build("imagenet_real", flat, labels_file=str(file))
     assert dataset.label_sets == [(5, 7), (3,)]
-    assert dataset.left_out == {"pictures without a label in ReaL": 998}
+    assert dataset.left_out == {"images without a label in ReaL": 998}
     for content, message in [
         ([[5, 1000]] * 1000, r"entry 1 must be a list of labels 0..999, got \[5, 1000\]"),
         ([5] * 1000, "entry 1 must be a list"),
-        ([[]] * 1000, "none of the 1000 pictures has a label"),
-        ([[1]] * 10, "ILSVRC2012_val_00000011.JPEG: ReaL knows pictures by .* to 00000010"),
+        ([[]] * 1000, "none of the 1000 images has a label"),
+        ([[1]] * 10, "ILSVRC2012_val_00000011.JPEG: ReaL knows images by .* to 00000010"),
         ({}, "must be a JSON list"),
     ]:
         file.write_text(json.dumps(content))

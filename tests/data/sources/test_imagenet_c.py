@@ -4,8 +4,8 @@ import pytest
 from PIL import Image
 
 from vmoe.data import SourceConfig, build_dataset
-from vmoe.data.sources import imagenet_c as imagenet_c_module
-from vmoe.data.sources.imagenet_c import CORRUPTIONS, ImageNetC
+from vmoe.data.sources import imagenet as imagenet_module
+from vmoe.data.sources.imagenet import CORRUPTIONS
 
 SYNSETS = ("n01440764", "n01443537", "n01484850")
 
@@ -13,7 +13,7 @@ SYNSETS = ("n01440764", "n01443537", "n01484850")
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     """Two corruptions with two severities each, and one further corruption; three classes stand for the 1,000."""
-    monkeypatch.setattr(imagenet_c_module, "imagenet_synsets", lambda: SYNSETS)
+    monkeypatch.setattr(imagenet_module, "imagenet_synsets", lambda: SYNSETS)
     for condition in ("shot_noise/1", "shot_noise/3", "gaussian_noise/5", "gaussian_noise/1", "spatter/2"):
         for place, synset in enumerate(SYNSETS):
             folder = tmp_path / "C" / condition / synset
@@ -25,7 +25,7 @@ def root(tmp_path, monkeypatch):
 
 def complaint(root):
     with pytest.raises(ValueError) as caught:
-        ImageNetC(root)
+        build_dataset(SourceConfig("imagenet_c", str(root)))
     return str(caught.value)
 
 
@@ -44,7 +44,7 @@ def test_every_sample_knows_its_condition(root):
 
 
 def test_missing_conditions_are_told(root, caplog):
-    dataset = ImageNetC(root)
+    dataset = build_dataset(SourceConfig("imagenet_c", str(root)))
     assert len(dataset.missing_conditions) == 75 - 4
     assert "gaussian_noise/2" in dataset.missing_conditions
     assert not {"gaussian_noise/1", "spatter/2", "spatter/1"} & set(dataset.missing_conditions)
@@ -56,7 +56,7 @@ def test_missing_conditions_are_told(root, caplog):
             if not (root / name / str(severity)).exists():
                 shutil.copytree(root / "shot_noise" / "1", root / name / str(severity))
     caplog.clear()
-    assert ImageNetC(root).missing_conditions == []
+    assert build_dataset(SourceConfig("imagenet_c", str(root))).missing_conditions == []
     assert not caplog.records
 
 

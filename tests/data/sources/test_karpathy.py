@@ -49,7 +49,7 @@ def complaint(file, **settings):
 def test_each_caption_is_a_sample_of_its_picture(coco):
     dataset = build(coco)
     assert dataset.has_captions
-    assert dataset.captions == ["A man rides a bike.", "man on bike", "a car"]
+    assert dataset.captions[:] == ["A man rides a bike.", "man on bike", "a car"]
     assert dataset.image_ids == ["val2014/COCO_val2014_1.jpg"] * 2 + ["val2014/COCO_val2014_5.jpg"]
     assert len(dataset) == 3
     sample = dataset[1]
@@ -58,8 +58,8 @@ def test_each_caption_is_a_sample_of_its_picture(coco):
 
 
 def test_restval_is_for_training(coco):
-    assert build(coco, "train").captions == ["a dog", "a cat", "two cats"]
-    assert build(coco, "val").captions == ["a bus"]
+    assert build(coco, "train").captions[:] == ["a dog", "a cat", "two cats"]
+    assert build(coco, "val").captions[:] == ["a bus"]
 
 
 def test_flickr_lies_flat_in_a_folder_of_its_own(tmp_path):
@@ -70,7 +70,7 @@ def test_flickr_lies_flat_in_a_folder_of_its_own(tmp_path):
     assert dataset.image_ids == ["1007129816.jpg"] * 5
     assert dataset[4].caption == "e"
     message = complaint(file)
-    assert "holds none of the 1 pictures of dataset_coco.json, as 1007129816.jpg; set image_root" in message
+    assert "holds none of the 1 images of dataset_coco.json, as 1007129816.jpg; set image_root" in message
     assert "└── COCO_val2014_000000000042.jpg" in message
     assert "├── flickr30k-images/" in message
 

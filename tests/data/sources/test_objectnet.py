@@ -4,7 +4,6 @@ import pytest
 from PIL import Image
 
 from vmoe.data import BadSample, SourceConfig, build_dataset
-from vmoe.data.sources.objectnet import ObjectNet
 
 # A world of six ImageNet classes. The mapping files are laid out as in ObjectNet's download: names in the order of
 # ILSVRC 2012's own numbers, which is not that of a classifier's outputs.
@@ -37,7 +36,7 @@ def root(tmp_path):
 
 def complaint(root):
     with pytest.raises(ValueError) as caught:
-        ObjectNet(root)
+        build_dataset(SourceConfig("objectnet", str(root)))
     return str(caught.value)
 
 
@@ -47,17 +46,17 @@ def test_only_classes_of_imagenet_count(root):
     assert dataset.prompt_names == ["alarm clock", "banana", "drinking cup"]
     assert dataset.class_columns == [[1, 5], [0], [4]]
     assert dataset.labels == [0, 1, 1, 2, 2, 2, 2]
-    assert dataset.left_out == {"pictures of classes that ImageNet-1k does not have": 3}
+    assert dataset.left_out == {"images of classes that ImageNet-1k does not have": 3}
     assert dataset.file_of(3) == ("images/drinking_cup/0.png", root / "images/drinking_cup/0.png")
 
 
 def test_the_red_border_is_cut_off(root):
-    image = ObjectNet(root)[0].image
+    image = build_dataset(SourceConfig("objectnet", str(root)))[0].image
     assert image.size == (6, 4)
     assert image.getcolors() == [(24, (0, 0, 255))]
     Image.new("RGB", (4, 30)).save(root / "images" / "alarm_clock" / "0.png")
     with pytest.raises(BadSample, match="4 x 30 pixels, nothing is left within its border"):
-        ObjectNet(root)[0]
+        build_dataset(SourceConfig("objectnet", str(root)))[0]
 
 
 def test_the_pictures_folder_alone_is_refused_with_both_trees(root):
@@ -73,7 +72,7 @@ def test_unknown_and_missing_folders_are_named(root):
     (root / "images" / "spoon").rmdir()
     for file in (root / "images" / "banana").iterdir():
         file.unlink()
-    assert complaint(root).startswith(f"{root}/images/banana: holds no picture")
+    assert complaint(root).startswith(f"{root}/images/banana: holds no image")
     (root / "images" / "banana").rmdir()
     assert "1 of 3 classes are missing in images/, banana" in complaint(root)
 

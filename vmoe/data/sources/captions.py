@@ -1,4 +1,4 @@
-"""Pictures with captions: from a CSV, TSV or JSONL file, or from a folder with a .txt file beside each picture."""
+"""Images with captions: from a CSV, TSV or JSONL file, or from a folder with a .txt file beside each image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from vmoe.data.dataset import ImageDataset, Sample, clean_caption
+from vmoe.data.config import SourceConfig
+from vmoe.data.dataset import ImageFiles, Sample, clean_caption
 from vmoe.data.images import IMAGE_SUFFIXES, BadSample, leads_out
 from vmoe.data.sources.folder_layout import is_junk
 from vmoe.utils.printable import printable
@@ -20,150 +21,85 @@ from vmoe.utils.safe_json import parse_json, read_text
 logger = logging.getLogger("vmoe.data")
 
 IMAGE_KEYS = ("image", "path", "filepath", "file_path", "image_path", "file_name", "filename", "file")
-MAX_TEXT = 2**20  # characters of a line, bytes of a caption's file
-DELIMITERS = (",", ";", "\t", "|")
 CAPTION_KEYS = ("caption", "title", "text")
+DELIMITERS = (",", ";", "\t", "|")
+MAX_TEXT = 2**20  # characters of a line, bytes of a caption's file
 
 
-class PairsFile(ImageDataset):
-    """Pairs listed in a file.
+class PairsFile(ImageFiles):
+    """Pairs listed in a file in UTF-8.
 
     A .csv or .tsv file starts with a line of column names; without one it has exactly two columns, path and caption.
     A .tsv file knows no quotation marks (each is part of its caption). Excel's line `sep=;` may come first. A .jsonl
-    file has one object per line.
-
-    Args:
-        path: the file, in UTF-8.
-        image_root: folder from which relative image paths start, and which no path may lead out of; None: the file's
-            own.
-        image_key: column or key of the image path; None: the first of IMAGE_KEYS that the file has.
-        caption_key: column or key of the caption; None: the first of CAPTION_KEYS that the file has.
-        delimiter: what separates the columns of a .csv or .tsv file; None: "," and a tab.
-
-    Raises:
-        ValueError: the file is missing, holds no pairs, is malformed, has no such column or another delimiter, or names
-            a picture outside of image_root.
+    file has one object per line. ValueError: the file is malformed, or names an image outside of image_root.
     """
 
-    has_captions = True
-
-    def __init__(
-        self,
-        path: str | Path,
-        image_root: str | Path | None = None,
-        image_key: str | None = None,
-        caption_key: str | None = None,
-        delimiter: str | None = None,
-    ) -> None:
-        path = Path(path)
-        self.root = Path(image_root) if image_root else path.parent
+    def __init__(self, source: SourceConfig) -> None:
+        path, delimiter = Path(source.path), source.delimiter
+        root = Path(source.image_root) if source.image_root else path.parent
         suffix = path.suffix.lower()
         if suffix not in (".csv", ".tsv", ".jsonl"):
-            raise ValueError(f"{path}: a file of pairs must end in .csv, .tsv or .jsonl")
+            rule = "a file of pairs must end in .csv, .tsv or .jsonl"
+            raise ValueError(f"{path}: {rule if path.exists() else 'no such file or folder; check path'}")
         if suffix == ".jsonl" and delimiter is not None:
             raise ValueError(f"delimiter is for .csv and .tsv files, and path is {path}; leave it out")
-        rows = _read_jsonl(path) if suffix == ".jsonl" else _read_table(path, delimiter, image_key)
-        self.pairs: list[tuple[str, str]] = []
-        self._no_caption: dict[int, str] = {}  # why a pair has none that can be used
+        rows = _read_jsonl(path) if suffix == ".jsonl" else _read_table(path, delimiter, source.image_key)
+        names, captions = [], []
         try:
-            root = os.path.abspath(self.root)
-            self.image_ids = []
             for line, row in rows:
-                image = row[_key(row, image_key, IMAGE_KEYS, "image_key", f"{path} line {line}")]
-                caption = row[_key(row, caption_key, CAPTION_KEYS, "caption_key", f"{path} line {line}")]
-                try:
-                    text = clean_caption(caption, "")
-                except BadSample as error:
-                    text, self._no_caption[len(self.pairs)] = "", error.reason
-                self.pairs.append((image.strip() if isinstance(image, str) else "", text))
-                self.image_ids.append(_name_within(root, self.pairs[-1][0], f"{path} line {line}"))
+                where = f"{path} line {line}"
+                image = row[_key(row, source.image_key, IMAGE_KEYS, "image_key", where)]
+                names.append(
+                    _name_within(os.path.abspath(root), image.strip() if isinstance(image, str) else "", where)
+                )
+                captions.append(row[_key(row, source.caption_key, CAPTION_KEYS, "caption_key", where)])
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror}); check the data source's path") from None
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-        if not self.pairs:
+        if not names:
             raise ValueError(f"{path}: holds no pairs; it needs an image path and a caption per line")
-
-    @property
-    def captions(self) -> list[str]:
-        return [caption for _, caption in self.pairs]
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def file_of(self, index: int) -> tuple[str, Path]:
-        return Path(self.image_ids[index]).as_posix(), self.root / self.pairs[index][0]
+        super().__init__(root, names, captions=captions)
+        self.image_ids = names
 
     def __getitem__(self, index: int) -> Sample:
-        image, caption = self.pairs[index]
-        if not image:
+        if self.names[index] == ".":
             raise BadSample(f"pair {index}", "no image path")
-        path = self.root / image
-        if not caption:
-            raise BadSample(str(path), self._no_caption[index])
-        return Sample(self.load(path), None, caption, str(path))
+        return super().__getitem__(index)
 
 
-class PairsFolder(ImageDataset):
-    """Pictures in a folder and its subfolders, each with its caption in a .txt file of the same name beside it.
+class PairsFolder(ImageFiles):
+    """Images in a folder and its subfolders, each with its caption in a .txt file of the same name beside it."""
 
-    Args:
-        path: the folder.
-
-    Raises:
-        ValueError: the folder is missing or holds no pictures.
-    """
-
-    has_captions = True
-
-    def __init__(self, path: str | Path) -> None:
-        self.root = path = Path(path)
-        if not path.is_dir():
-            raise ValueError(f"{path}: no such folder; check the data source's path")
-        files = [file for file in sorted(path.rglob("*")) if not any(map(is_junk, file.relative_to(path).parts))]
-        self.paths = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
-        if not self.paths:
-            raise ValueError(f"{path}: holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
-        used = {file.with_suffix("") for file in self.paths}
+    def __init__(self, source: SourceConfig) -> None:
+        root = Path(source.path)
+        files = [file.relative_to(root) for file in sorted(root.rglob("*"))]
+        files = [file for file in files if not any(map(is_junk, file.parts))]
+        images = [file for file in files if _is_image(file)]
+        if not images:
+            raise ValueError(f"{root}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
+        used = {file.with_suffix("") for file in images}
         others = [file for file in files if file.with_suffix("") not in used]
         alone = {file.with_suffix("") for file in others if file.suffix == ".txt"}
         pairs = [file for file in others if file.suffix != ".txt" and file.with_suffix("") in alone]
         if pairs:
             logger.warning(
                 "%s: skipped %d files with a caption that do not end in %s, such as %s",
-                printable(path), len(pairs), ", ".join(IMAGE_SUFFIXES), printable(pairs[0].relative_to(path)),
+                printable(root), len(pairs), ", ".join(IMAGE_SUFFIXES), printable(pairs[0]),
             )  # fmt: skip
+        super().__init__(root, [file.as_posix() for file in images])
+        self.has_captions = True
 
-    @property
-    def captions(self) -> list[str]:
-        def caption(path: Path) -> str:
-            try:
-                return _caption_beside(path)
-            except BadSample:
-                return ""
-
-        return [caption(path) for path in self.paths]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def file_of(self, index: int) -> tuple[str, Path]:
-        return self.paths[index].relative_to(self.root).as_posix(), self.paths[index]
-
-    def __getitem__(self, index: int) -> Sample:
-        path = self.paths[index]
-        return Sample(self.load(path), None, _caption_beside(path), str(path))
-
-
-def _caption_beside(path: Path) -> str:
-    file = path.with_suffix(".txt")
-    try:
-        caption = read_text(file, MAX_TEXT)
-    except OSError:
-        raise BadSample(str(path), f"no caption file {file.name} beside it") from None
-    except ValueError as error:
-        raise BadSample(str(path), f"its caption file {file.name}: {error}") from None
-    return clean_caption(caption, str(path))
+    def caption(self, index: int) -> str:
+        path = str(self.root / self.names[index])
+        file = Path(path).with_suffix(".txt")
+        try:
+            caption = read_text(file, MAX_TEXT)
+        except OSError:
+            raise BadSample(path, f"no caption file {file.name} beside it") from None
+        except ValueError as error:
+            raise BadSample(path, f"its caption file {file.name}: {error}") from None
+        return clean_caption(caption, path)
 
 
 def _read_table(path: Path, delimiter: str | None, image_key: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -208,7 +144,7 @@ def _fits(line: str, delimiter: str, image_key: str | None) -> bool:
     return any(name in keys for name in columns) or (len(columns) == 2 and _is_image(columns[0]))
 
 
-def _is_image(name: str) -> bool:
+def _is_image(name: str | Path) -> bool:
     return Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
@@ -254,19 +190,19 @@ def _key(row: dict[str, Any], wanted: str | None, usual: tuple[str, ...], settin
 
 
 def _name_within(root: str, image: str, where: str) -> str:
-    """A picture's path from the root on, so that a copy elsewhere has the same names.
+    """An image's path from the root on, so that a copy elsewhere has the same names; "." where there is no path.
 
     Raises:
-        ValueError: it lies outside, here or (by backslashes) on Windows, so that a stranger's list could show what
+        ValueError: it lies outside, here or (by backslashes) on Windows, so that a list from elsewhere could show what
             else is on this machine.
     """
     path = Path(os.path.normpath(os.path.join(root, image)))
     if not path.is_relative_to(root):
         raise ValueError(
-            f"{where}: the picture {printable(image)} lies outside of {root}; set image_root to the folder that holds "
-            "all pictures"
+            f"{where}: the image {printable(image)} lies outside of {root}; set image_root to the folder that holds "
+            "all images"
         )
-    name = str(path.relative_to(root))
+    name = path.relative_to(root).as_posix()
     if leads_out(name):
-        raise ValueError(f"{where}: the picture {printable(image)} leads out of its folder on Windows; rename it")
+        raise ValueError(f"{where}: the image {printable(image)} leads out of its folder on Windows; rename it")
     return name

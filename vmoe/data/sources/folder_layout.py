@@ -1,14 +1,14 @@
-"""Reads folders strictly: what lies where a picture or a class folder should be is an error that names it.
+"""Reads folders strictly: anything but an image or a class folder is an error that names it.
 
-Nothing is passed over in silence. What is left aside, with a warning, are hidden files and folders (their name starts
-with a dot) and the few that operating systems leave behind; see `is_junk`.
+Only hidden files and folders (their name starts with a dot) and the few that operating systems leave behind are
+skipped, with a warning; see `is_junk`.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -18,8 +18,7 @@ from vmoe.utils.printable import escaped
 logger = logging.getLogger("vmoe.data")
 
 JUNK = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir"})
-MAX_NAMED = 3  # of many names, so many are in a message
-MAX_DRAWN = 3  # of a folder's many entries, so many are drawn
+MAX_SHOWN = 3  # of many names in a message, or of a folder's entries in a drawing
 
 
 def is_junk(name: str) -> bool:
@@ -28,14 +27,9 @@ def is_junk(name: str) -> bool:
 
 
 class TreeReader:
-    """Lists the folders and pictures of a data set, and complains with the expected layout beside the one found.
+    """Lists the folders and images of a data set.
 
-    Args:
-        root: the data set's folder.
-        layout: how the tree should look, drawn in a few lines.
-
-    Raises:
-        ValueError: there is no such folder.
+    Every mistake is a ValueError that shows the expected `layout`, drawn in a few lines, beside the one found.
     """
 
     def __init__(self, root: str | Path, layout: str) -> None:
@@ -47,11 +41,7 @@ class TreeReader:
             raise ValueError(f"{root}: {what}; check the data source's path")
 
     def entries(self, folder: str = "") -> tuple[list[str], list[str]]:
-        """(names of folders, names of files) in a folder of the tree, each sorted.
-
-        Raises:
-            ValueError: the folder cannot be read.
-        """
+        """(names of folders, names of files) in a folder of the tree, each sorted."""
         folders, files = [], []
         try:
             with os.scandir(self.root / folder) as scan:
@@ -82,9 +72,6 @@ class TreeReader:
             kind: what such a folder is called in messages.
             remedy: closes the message about an unknown folder.
             allowed: files that may lie beside the folders.
-
-        Raises:
-            ValueError: there are files, unknown folders, or no folders.
         """
         folders, files = self.entries(folder)
         where = f"in {folder}/, " if folder else ""
@@ -94,15 +81,13 @@ class TreeReader:
             raise self.error(f"{where}beside the {kind} folders {lie} {_names(files, 'file')}; move or remove", folder)
         if not folders:
             holds = _names(files, "file") + f", and no {kind} folder" if files else f"no {kind} folder"
-            rule = "; there must be one folder of pictures per class" if kind == "class" else ""
+            rule = "; there must be one folder of images per class" if kind == "class" else ""
             raise self.error(f"{where}there is {holds}{rule}", folder)
         unknown = sorted(set(folders).difference(known)) if known is not None else []
         if unknown:
             verb = "is" if len(unknown) == 1 else "are"
-            raise self.error(
-                f"{where}{_names(unknown, 'folder')} {verb} not among the {kind} folders of this data set{remedy}",
-                folder,
-            )
+            problem = f"{_names(unknown, 'folder')} {verb} not among the {kind} folders of this data set{remedy}"
+            raise self.error(where + problem, folder)
         return folders
 
     def check_complete(self, found: Iterable[str], wanted: Collection[str], folder: str = "", remedy: str = "") -> None:
@@ -113,105 +98,90 @@ class TreeReader:
             problem = f"{len(missing)} of {len(wanted)} classes are missing{where}, {_first(missing)}{remedy}"
             raise self.error(problem, folder)
 
-    def pictures(self, folder: str, allowed: Collection[str] = ()) -> list[str]:
-        """Sorted names of the pictures in a folder where nothing else may be.
-
-        Args:
-            folder: its name within the tree.
-            allowed: files that may lie among the pictures.
-
-        Raises:
-            ValueError: there is a folder, a file that is no picture, or no picture.
-        """
+    def images(self, folder: str, allowed: Collection[str] = ()) -> list[str]:
+        """Sorted names of the images in a folder where nothing else (but files in `allowed`) may be."""
         folders, files = self.entries(folder)
         if folders:
             where = f"{folder}/" if folder else "it"
-            raise self.error(f"{where} holds {_names(folders, 'folder')}, and only pictures may be there", folder)
+            raise self.error(f"{where} holds {_names(folders, 'folder')}, and only images may be there", folder)
         files = [name for name in files if name not in allowed]
         others = [name for name in files if not name.lower().endswith(IMAGE_SUFFIXES)]
         if others:
             raise ValueError(
-                f"{self.root / folder / others[0]}: not a picture ({len(others)} such in this folder): "
-                f"a class folder holds pictures only ({', '.join(IMAGE_SUFFIXES)}); move or remove it"
+                f"{self.root / folder / others[0]}: not an image ({len(others)} such in this folder): "
+                f"a class folder holds images only ({', '.join(IMAGE_SUFFIXES)}); move or remove it"
             )
         if not files:
             raise ValueError(
-                f"{self.root / folder}: holds no picture; there must be one folder of pictures per class, none empty"
+                f"{self.root / folder}: holds no image; there must be one folder of images per class, none empty"
             )
         return files
 
+    def class_images(self, folders: Sequence[str], inside: str = "") -> tuple[list[str], list[int]]:
+        """(names of the images of all class folders, labels); a label is the position of the folder in `folders`."""
+        names, labels = [], []
+        for label, folder in enumerate(folders):
+            images = self.images(f"{inside}/{folder}" if inside else folder)
+            names += [f"{folder}/{image}" for image in images]
+            labels += [label] * len(images)
+        return names, labels
+
     def error(self, problem: str, folder: str = "") -> ValueError:
-        """An error that shows the expected tree beside the one found, with `folder` opened in it."""
+        """An error that shows the expected tree beside the one found, with `folder` opened in it (or its first one)."""
+        path = Path(folder).parts or tuple(self.entries()[0][:1])
+        found = self._draw("", path) or ["(empty)"]
         left = ["expected", *self.layout.strip("\n").splitlines()]
-        right = ["found", *self._draw(folder)]
+        right = ["found", f"{self.root.resolve().name}/", *found]
         width = max(map(len, left)) + 4
         rows = [f"  {a:<{width}}{b}".rstrip() for a, b in zip_longest(left, right, fillvalue="")]
         return ValueError("\n".join([f"{self.root}: {problem}", *rows, "All layouts are in docs/evaluation.md."]))
 
     def warn_of_junk(self) -> None:
-        """Logs what was left aside since the last call."""
+        """Logs what was skipped since the last call."""
         if self.junk:
             logger.warning(
-                "left aside, hidden or an operating system's own: %s", escaped(_names(sorted(self.junk), "path"))
+                "skipped, hidden or an operating system's own: %s", escaped(_names(sorted(self.junk), "path"))
             )
         self.junk = set()
 
-    def _draw(self, folder: str) -> list[str]:
-        """The tree in a few lines: its first entries, and those of the folders on the way to `folder`.
-
-        Without one, those of its first folder.
-        """
-        path = Path(folder).parts or tuple(self.entries()[0][:1])
-        lines = self._branches("", path)
-        return [f"{self.root.resolve().name}/", *(lines or ["(empty)"])]
-
-    def _branches(self, where: str, path: tuple[str, ...]) -> list[str]:
+    def _draw(self, where: str, path: tuple[str, ...]) -> list[str]:
         """The first entries of a folder as branches of a tree, with those of the folders on the path in it."""
         folders, files = self.entries(where)
         entries = [f"{name}/" for name in folders] + files
         opened = f"{path[0]}/" if path else None
-        drawn = entries[:MAX_DRAWN]
+        drawn = entries[:MAX_SHOWN]
         if opened and opened not in drawn:
             drawn[-1] = opened
-        more = [f"... ({len(entries) - MAX_DRAWN:,} more)"] if len(entries) > MAX_DRAWN else []
+        if len(entries) > MAX_SHOWN:
+            drawn.append(f"... ({len(entries) - MAX_SHOWN:,} more)")
         lines = []
-        for entry in drawn + more:
-            last = entry == (drawn + more)[-1]
+        for entry in drawn:
+            last = entry == drawn[-1]
             lines.append(f"{'└' if last else '├'}── {entry}")
             if entry == opened:
-                inner = self._branches(f"{where}/{path[0]}" if where else path[0], path[1:])
+                inner = self._draw(f"{where}/{path[0]}" if where else path[0], path[1:])
                 lines += [("    " if last else "│   ") + line for line in inner]
         return lines
 
 
 def read_class_tree(
-    root: str | Path,
-    layout: str,
-    classes: Collection[str] | None = None,
-    remedy: str = "",
-    allowed: Collection[str] = (),
-) -> dict[str, list[str]]:
-    """Reads a tree with one folder of pictures per class, and nothing else.
+    root: str | Path, layout: str, classes: Sequence[str] | None = None, remedy: str = "", allowed: Collection[str] = ()
+) -> tuple[list[str], list[str], list[int]]:
+    """(class folders, names of the images, their labels) of a tree with one folder of images per class, nothing else.
 
     Args:
-        root: the folder that holds the class folders.
-        layout: how the tree should look, for messages.
-        classes: names of the folders, all of which must be there; None: any.
+        root, layout: see `TreeReader`.
+        classes: names of the folders in the order of their labels, all of which must be there; None: any, sorted.
         remedy: closes the message about an unknown or missing class.
         allowed: files that may lie beside the class folders.
-
-    Returns:
-        {folder: names of its pictures}, all sorted.
-
-    Raises:
-        ValueError: a class is missing, unknown or without pictures, or something lies where it should not.
     """
     tree = TreeReader(root, layout)
     try:
         folders = tree.folders(known=classes, remedy=remedy, allowed=allowed)
         if classes is not None:
             tree.check_complete(folders, classes, remedy=remedy)
-        return {folder: tree.pictures(folder) for folder in folders}
+            folders = list(classes)
+        return folders, *tree.class_images(folders)
     finally:
         tree.warn_of_junk()
 
@@ -222,5 +192,5 @@ def _names(names: list[str], kind: str) -> str:
 
 
 def _first(names: list[str]) -> str:
-    shown = ", ".join(names[:MAX_NAMED])
-    return f"as {shown}" if len(names) > MAX_NAMED else shown
+    shown = ", ".join(names[:MAX_SHOWN])
+    return f"as {shown}" if len(names) > MAX_SHOWN else shown

@@ -8,82 +8,71 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from vmoe.data.dataset import ImageDataset, Sample, caption_or_empty, clean_caption
+from vmoe.data.config import SourceConfig
+from vmoe.data.dataset import ImageDataset, Sample, ShardedDataset, caption_or_empty, clean_caption
 from vmoe.data.fingerprint import Fingerprint
 from vmoe.data.images import BadSample, DataError
-from vmoe.data.sampler import ShuffledShards, shuffled_shards
 from vmoe.data.sources.captions import CAPTION_KEYS
 from vmoe.utils.printable import printable
 
 IMAGE_KEYS = ("image", "jpg", "png", "webp", "img")
 LABEL_KEYS = ("label", "labels", "class", "target", "cls")  # usual names of a column of labels
-SPLIT_WORDS = frozenset({"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval"})
+SPLIT_NAMES = frozenset({"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval"})
+TEXT_TYPES = ("string", "large_string")
 MAX_GROUP_BYTES = 2 * 2**30
 OPENING_THREADS = 8
 
 
 class Columns:
-    """Which columns are read, and how a row becomes a sample.
+    """Which of the `datasets.Features` are read, and how a row becomes a sample.
 
-    Args:
-        features: the data set's `datasets.Features`.
-        where: its path, for messages.
-        image_key, caption_key, label_key: see SourceConfig.
-
-    Attributes:
-        image, caption, label: names of the columns; the last two may be None.
-        classes: names of the labels, or None.
-
-    Raises:
-        ValueError: there is no such column, it has another type, or there are neither captions nor labels.
+    `image`, `caption` and `label` are names of columns, the last two may be None; `classes` are the labels' names.
     """
 
-    def __init__(
-        self, features: Any, where: str, image_key: str | None, caption_key: str | None, label_key: str | None
-    ) -> None:
+    def __init__(self, features: Any, source: SourceConfig) -> None:
         import datasets
+
+        where = source.path
 
         def pick(setting: str, key: str | None, usual: Sequence[str]) -> str | None:
             if key is not None and key not in features:
                 raise ValueError(f"{where}: has no column {key!r}, only {', '.join(features)}; set {setting}")
             return key if key is not None else next((one for one in usual if one in features), None)
 
-        self.image = pick("image_key", image_key, IMAGE_KEYS)
+        self.image = pick("image_key", source.image_key, IMAGE_KEYS)
         if self.image is None:
-            raise ValueError(f"{where}: has no column of pictures, only {', '.join(features)}; set image_key")
-        self.caption = pick("caption_key", caption_key, (*CAPTION_KEYS, "txt"))
+            raise ValueError(f"{where}: has no column of images, only {', '.join(features)}; set image_key")
+        self.caption = pick("caption_key", source.caption_key, (*CAPTION_KEYS, "txt"))
         labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-        self.label = pick("label_key", label_key, labels if len(labels) == 1 else ())
+        self.label = pick("label_key", source.label_key, labels if len(labels) == 1 else ())
         unnamed = self.label if self.label not in labels else None
+        types = {name: getattr(kind, "dtype", kind) for name, kind in features.items()}
         if self.caption is None and self.label is None:
             if labels:
                 raise ValueError(f"{where}: has several columns of labels, {', '.join(labels)}; set label_key to one")
-            unnamed = next((name for name in LABEL_KEYS if _is_plain(features.get(name))), None)
+            plain = [name for name in LABEL_KEYS if re.fullmatch(r"u?int\d+|(large_)?string", str(types.get(name)))]
+            unnamed = next(iter(plain), None)
         if unnamed is not None:
-            kind = getattr(features[unnamed], "dtype", features[unnamed])
-            text = kind in ("string", "large_string")
+            text = types[unnamed] in TEXT_TYPES
             call = f"class_encode_column({unnamed!r})" if text else f"cast_column({unnamed!r}, ClassLabel(names=[...]))"
             raise ValueError(
-                f"{where}: label_key {unnamed!r} is no column of type ClassLabel but of {kind}: its classes have no "
-                f"names; give them some with dataset.{call} of datasets, and save it again"
+                f"{where}: label_key {unnamed!r} is no column of type ClassLabel but of {types[unnamed]}: its classes "
+                f"have no names; give them some with dataset.{call} of datasets, and save it again"
             )
         if self.caption is None and self.label is None:
             raise ValueError(
                 f"{where}: has neither captions nor labels among its columns {', '.join(features)}; set caption_key or "
                 "label_key"
             )
-        if self.caption is not None and getattr(features[self.caption], "dtype", None) not in (
-            "string",
-            "large_string",
-        ):
+        if self.caption is not None and types[self.caption] not in TEXT_TYPES:
             raise ValueError(
                 f"{where}: caption_key {self.caption!r} is a column of {features[self.caption]}, not of text"
             )
@@ -95,7 +84,7 @@ class Columns:
         image, caption, label = (row.get(key) for key in (self.image, self.caption, self.label))
         content = image.get("bytes") if isinstance(image, dict) else image
         if not isinstance(content, bytes):
-            raise BadSample(name, f"column {self.image!r} holds no bytes of a picture")
+            raise BadSample(name, f"column {self.image!r} holds no bytes of an image")
         if self.caption is not None:
             caption = clean_caption(caption, name)
         if self.label is not None and (label is None or not 0 <= label < len(self.classes)):
@@ -104,39 +93,18 @@ class Columns:
 
 
 class HuggingFace(ImageDataset):
-    """A data set on disk, through `datasets`.
+    """A split of a data set on disk, through `datasets`."""
 
-    Args:
-        path: a folder of .parquet or .arrow files, one such file, or a folder that `save_to_disk` wrote.
-        split: "train" or another of its splits.
-        image_key, caption_key, label_key: see SourceConfig.
-
-    Raises:
-        ModuleNotFoundError: `datasets` is not installed.
-        ValueError: there is no such data set, split or column.
-    """
-
-    def __init__(
-        self,
-        path: str,
-        split: str = "train",
-        image_key: str | None = None,
-        caption_key: str | None = None,
-        label_key: str | None = None,
-    ) -> None:
-        datasets = _datasets()
+    def __init__(self, source: SourceConfig) -> None:
+        path, split = source.path, source.split
+        datasets = _datasets(path)
         self.name = f"{path}[{split}]"
-        try:
+        with _reading(path, "cannot be read"):
             table = _open(datasets, path, split)
-        except DataError:
-            raise
-        except Exception as error:  # whatever the readers of datasets and Arrow raise on broken files
-            reason = printable(error.__cause__ or error)[:300]  # datasets' own error often says only that one occurred
-            raise DataError(f"{path}: cannot be read ({reason}); download it again") from None
-        columns = Columns(table.features, path, image_key, caption_key, label_key)
+        self.columns = columns = Columns(table.features, source)
         if isinstance(table.features[columns.image], datasets.Image):
             table = table.cast_column(columns.image, datasets.Image(decode=False))
-        self.columns, self.table = columns, table.select_columns(columns.names).with_format(None)
+        self.table = table.select_columns(columns.names).with_format(None)
         if not len(self.table):
             raise ValueError(f"{path}: split {split!r} is empty; check its files")
         self.classes, self.has_captions = columns.classes, columns.caption is not None
@@ -156,54 +124,41 @@ class HuggingFace(ImageDataset):
         return self.columns.sample(self.table[index], f"{self.name}[{index}]", self.load)
 
 
-class ParquetRows(ImageDataset):
-    """The rows of Parquet files, read one row group at a time; the groups that a shuffling window covers are kept.
+class ParquetRows(ShardedDataset):
+    """The rows of Parquet files, read one row group (a shard) at a time; those that a window covers are kept."""
 
-    Args:
-        path: a folder of .parquet files, or one.
-        split, image_key, caption_key, label_key: as for `HuggingFace`.
-        shuffle_buffer, streams: see `ShuffledShards`, whose shards are the row groups.
+    def __init__(self, source: SourceConfig) -> None:
+        path, split = source.path, source.split
+        datasets = _datasets(path)
+        from pyarrow.parquet import read_metadata
 
-    Raises:
-        ModuleNotFoundError: `datasets` is not installed.
-        ValueError: there is no such file, split or column.
-    """
+        def metadata(file: Path) -> Any:
+            with _reading(file, "cannot be read as Parquet"):
+                return read_metadata(file)
 
-    def __init__(
-        self,
-        path: str,
-        split: str = "train",
-        image_key: str | None = None,
-        caption_key: str | None = None,
-        label_key: str | None = None,
-        shuffle_buffer: int = 1000,
-        streams: int = 1,
-    ) -> None:
-        datasets = _datasets()
-        self.path, self.shuffle_buffer, self.streams = path, shuffle_buffer, streams
-        if not Path(path).exists():
-            raise _no_such_folder(path)
+        self.shuffle_buffer, self.streams = source.shuffle_buffer or 1000, source.streams or 1
         self.files = find_files(path, split, ".parquet")
         if not self.files:
             raise ValueError(f"{path}: holds no .parquet file, and streaming reads no others; leave streaming out")
         with ThreadPoolExecutor(OPENING_THREADS) as pool:
-            metadata = list(pool.map(_metadata, self.files))
-        # (number of the file, of the group in it) of each row group that has rows
-        self.groups = [
-            (number, group)
-            for number, one in enumerate(metadata)
-            for group in range(one.num_row_groups)
-            if one.row_group(group).num_rows
+            facts = list(pool.map(metadata, self.files))
+        groups = [
+            (file, group, one.row_group(group)) for file, one in enumerate(facts) for group in range(one.num_row_groups)
         ]
-        self.sizes = np.array([metadata[number].row_group(group).num_rows for number, group in self.groups], np.int64)
-        self.ends = self.sizes.cumsum()
-        if not self.groups:
+        groups = [(file, group, one) for file, group, one in groups if one.num_rows]
+        if not groups:
             raise ValueError(f"{path}: split {split!r} is empty; check its files")
-        largest = max(one.row_group(group).total_byte_size for one in metadata for group in range(one.num_row_groups))
+        largest = max(one.total_byte_size for _, _, one in groups)
         if largest > MAX_GROUP_BYTES:
             raise ValueError(f"{path}: has a row group of {largest} bytes, too large to stream; leave streaming out")
-        schemas = [_schema(datasets, file, one) for file, one in zip(self.files, metadata)]
-        self.columns = Columns(schemas[0][1], path, image_key, caption_key, label_key)
+        self.groups = [(self.files[file], group) for file, group, _ in groups]
+        self.set_sizes([one.num_rows for _, _, one in groups])
+        schemas = []
+        for file, one in zip(self.files, facts):
+            with _reading(file, "its columns cannot be read"):
+                schema = one.schema.to_arrow_schema()
+                schemas.append((schema, datasets.Features.from_arrow_schema(schema)))
+        self.columns = Columns(schemas[0][1], source)
         self._check_same(schemas)
         self.classes, self.has_captions = self.columns.classes, self.columns.caption is not None
         self._kept: OrderedDict[int, Any] = OrderedDict()
@@ -215,19 +170,12 @@ class ParquetRows(ImageDataset):
         columns = (self._read(group, [self.columns.caption]) for group in range(len(self.groups)))
         return [caption_or_empty(text) for table in columns for text in table[self.columns.caption].to_pylist()]
 
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
     def __getitem__(self, index: int) -> Sample:
-        group = int(self.ends.searchsorted(index, side="right"))
-        row = index - int(self.ends[group] - self.sizes[group])
+        group, row = self.locate(index)
         table = self._table(group)
         values = {name: table[name][row].as_py() for name in self.columns.names}
-        name = f"{self.files[self.groups[group][0]]}: row {row} of group {self.groups[group][1]}"
-        return self.columns.sample(values, name, self.load)
-
-    def shuffle(self, seed: int, batch_size: int) -> ShuffledShards:
-        return shuffled_shards(seed, batch_size, self.sizes, self.streams, self.shuffle_buffer)
+        file, number = self.groups[group]
+        return self.columns.sample(values, f"{file}: row {row} of group {number}", self.load)
 
     def _check_same(self, schemas: list[tuple[Any, Any]]) -> None:
         """Raises DataError if a file's columns in use are not of the first file's types and classes."""
@@ -263,27 +211,19 @@ class ParquetRows(ImageDataset):
         return self._kept[group]
 
     def _read(self, group: int, names: list[str]) -> Any:
-        import pyarrow
-        import pyarrow.parquet
+        from pyarrow.parquet import ParquetFile
 
-        number, place = self.groups[group]
-        try:
-            with pyarrow.parquet.ParquetFile(self.files[number]) as file:
-                return file.read_row_group(place, columns=names)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise DataError(
-                f"{self.files[number]}: row group {place} cannot be read ({printable(error)}); download it again"
-            ) from None
+        path, number = self.groups[group]
+        with _reading(path, f"row group {number} cannot be read"), ParquetFile(path) as file:
+            return file.read_row_group(number, columns=names)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": OrderedDict()}
 
-    def _make_fingerprint(self) -> str:
-        facts = Fingerprint()
+    def _add_facts(self, facts: Fingerprint) -> None:
         facts.add("parquet", [self.columns.names, self.classes, self.sizes.tolist()])
         for file in self.files:
             facts.add_file(file.name, file)
-        return facts.hexdigest()
 
 
 def find_files(path: str, split: str, suffix: str) -> list[Path]:
@@ -291,17 +231,14 @@ def find_files(path: str, split: str, suffix: str) -> list[Path]:
 
     As on the hub, they have the split's name as a word in their name or folder (train-00000-of-00002.parquet,
     train/0000.parquet); where no file has a word for any split, all are "train".
-
-    Raises:
-        DataError: there are files, but none of this split.
     """
     root = Path(path)
     if root.is_file():
         return [root] if root.suffix == suffix else []
     files = sorted(root.rglob(f"*{suffix}"))
-    words = {file: set(re.split(r"[^a-z0-9]+", file.relative_to(root).as_posix().lower())) for file in files}
-    found = [file for file in files if split.lower() in words[file]]
-    if not found and split == "train" and not any(words[file] & SPLIT_WORDS for file in files):
+    parts = {file: set(re.split(r"[^a-z0-9]+", file.relative_to(root).as_posix().lower())) for file in files}
+    found = [file for file in files if split.lower() in parts[file]]
+    if not found and split == "train" and not any(parts[file] & SPLIT_NAMES for file in files):
         return files
     if files and not found:
         raise DataError(
@@ -313,8 +250,6 @@ def find_files(path: str, split: str, suffix: str) -> list[Path]:
 def _open(datasets: Any, path: str, split: str) -> Any:
     """The split as a `datasets.Dataset`. Its readers are called themselves: load_dataset would ask the hub."""
     root = Path(path)
-    if not root.exists():
-        raise _no_such_folder(path)
     if (root / "dataset_dict.json").is_file():
         splits = datasets.load_from_disk(path)
         if split not in splits:
@@ -329,39 +264,26 @@ def _open(datasets: Any, path: str, split: str) -> Any:
     raise DataError(f"{path}: holds no .parquet or .arrow file, and was not written by save_to_disk; check path")
 
 
-def _is_plain(feature: Any) -> bool:
-    """Whether a column holds whole numbers or texts."""
-    return bool(re.fullmatch(r"u?int[0-9]+|(large_)?string", str(getattr(feature, "dtype", ""))))
-
-
-def _no_such_folder(path: str) -> DataError:
-    return DataError(f"{path}: no such folder; download the data set first, nothing is read from the network")
-
-
-def _metadata(file: Path) -> Any:
-    import pyarrow
-    import pyarrow.parquet
-
+@contextmanager
+def _reading(path: str | Path, problem: str) -> Iterator[None]:
+    """Turns whatever the readers of datasets and Arrow raise on broken files into a DataError."""
     try:
-        return pyarrow.parquet.read_metadata(file)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{file}: cannot be read as Parquet ({printable(error)}); download it again") from None
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        reason = printable(error.__cause__ or error)[:300]  # datasets' own error often says only that one occurred
+        raise DataError(f"{path}: {problem} ({reason}); download it again") from None
 
 
-def _schema(datasets: Any, file: Path, metadata: Any) -> tuple[Any, Any]:
-    """(Arrow's schema, features) of a Parquet file."""
-    try:
-        schema = metadata.schema.to_arrow_schema()
-        return schema, datasets.Features.from_arrow_schema(schema)
-    except Exception as error:  # whatever Arrow and datasets raise on types and descriptions that they do not know
-        raise DataError(f"{file}: its columns cannot be read ({printable(error)[:300]}); download it again") from None
-
-
-def _datasets() -> Any:
+def _datasets(path: str) -> Any:
+    """The package, if it is there and the path too."""
     try:
         import datasets
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"data of type 'hf' need the package {error.name}: pip install -e '.[hf]' in a checkout"
         ) from None
+    if not Path(path).exists():
+        raise DataError(f"{path}: no such folder; download the data set first, nothing is read from the network")
     return datasets

@@ -1,49 +1,77 @@
 """ImageNet-1k's validation set and the test sets made for its classifiers, in the layouts of their downloads.
 
 Labels and words are timm's (sorted synsets), names for prompts open_clip's; both in the order of ImageNet-1k's outputs.
+All raise ValueError where the layout is another, a class is missing, or files do not fit together.
 """
 
 from __future__ import annotations
 
+import csv
 import functools
+import json
 import logging
 import pkgutil
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from PIL import Image
 from timm.data import ImageNetInfo
 
-from vmoe.data.sources.folder import LabelledFiles, flatten, synset_words
-from vmoe.data.sources.folder_layout import read_class_tree
-from vmoe.data.sources.imagenet_val import find_val_pictures, read_real_labels, val_number
+from vmoe.data.config import SourceConfig
+from vmoe.data.dataset import ImageFiles
+from vmoe.data.images import BadSample
+from vmoe.data.sources.folder import synset_words
+from vmoe.data.sources.folder_layout import TreeReader, read_class_tree
+from vmoe.utils.safe_json import read_json
 
 logger = logging.getLogger("vmoe.data")
 
-SYNSET_LAYOUT = """
+_CLASS_FOLDERS = """
 FOLDER/
-├── n01440764/       (a folder per synset)
-│   ├── sketch_0.JPEG
+├── {:<16} (a folder per {})
+│   ├── {}
 │   └── ...
-├── n01443537/
-└── ... (1,000 folders)
+└── ... {}
 """
-SUBSET_LAYOUT = """
+_FLAT = """or, with a file of labels in it or beside it,
 FOLDER/
-├── n01498041/       (a folder per synset, 200 in all)
-│   ├── 1.jpg
-│   └── ...
-├── ...
-└── README.txt
+├── ILSVRC2012_val_00000001.JPEG
+└── ... (50,000 images)
 """
-V2_LAYOUT = """
+VAL_LAYOUT = _CLASS_FOLDERS.format("n01440764/", "synset", "ILSVRC2012_val_00000293.JPEG", "(1,000 folders)") + _FLAT
+LAYOUTS = {
+    "imagenet_v2": _CLASS_FOLDERS.format("0/", "label", "1.jpeg", "(up to 999)"),
+    "imagenet_a": _CLASS_FOLDERS.format("n01498041/", "synset, 200 in all", "1.jpg", "(and README.txt)"),
+    "imagenet_r": _CLASS_FOLDERS.format("n01443537/", "synset, 200 in all", "art_0.jpg", "(and README.txt)"),
+    "imagenet_sketch": _CLASS_FOLDERS.format("n01440764/", "synset", "sketch_0.JPEG", "(1,000 folders)"),
+}
+CORRUPTIONS_LAYOUT = """
 FOLDER/
-├── 0/               (a folder per label)
-│   ├── 1.jpeg
+├── gaussian_noise/         (corruptions)
+│   ├── 1/                  (severities, 1 to 5)
+│   │   ├── n01440764/      (1,000 synset folders)
+│   │   │   ├── ILSVRC2012_val_00000293.JPEG
+│   │   │   └── ...
+│   │   └── ...
 │   └── ...
-├── 1/
-└── ... (up to 999)
+└── shot_noise/
 """
-PART_OF_CLASSES = " (for a tree with other classes use data type image_folder)"
-# Pictures in the published sets; another number is pointed out, since figures are then not comparable.
+OBJECTNET_LAYOUT = """
+objectnet-1.0/
+├── images/
+│   ├── air_freshener/      (313 class folders)
+│   │   ├── 1.png
+│   │   └── ...
+│   └── ...
+└── mappings/
+    ├── folder_to_objectnet_label.json
+    ├── objectnet_to_imagenet_1k.json
+    ├── pytorch_to_imagenet_2012_id.json
+    └── imagenet_to_label_2012_v2
+"""
+# Images in the published sets; another number is pointed out, since results are then not comparable.
 PUBLISHED_SIZES = {
     "imagenet": 50_000,
     "imagenet_v2": 10_000,
@@ -52,6 +80,26 @@ PUBLISHED_SIZES = {
     "imagenet_sketch": 50_889,
     "imagenet_real": 46_837,
 }
+OTHER_TREES = "for a tree with other classes use data type image_folder"
+# Looked for in this order, in the folder of the images and in the one above.
+DEVKIT_FILE = "ILSVRC2012_validation_ground_truth.txt"
+LABELS_FILES = (
+    "imagenet_2012_validation_synset_labels.txt",
+    "synset_labels.txt",
+    "LOC_val_solution.csv",
+    "val.txt",
+    DEVKIT_FILE,
+    f"ILSVRC2012_devkit_t12/data/{DEVKIT_FILE}",
+)
+# The 15 of the benchmark, in the paper's order; the 4 further ones of its download do not count into the mean.
+CORRUPTIONS = (
+    *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    *("snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+)
+EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
+SEVERITIES = (1, 2, 3, 4, 5)
+OBJECTNET_BORDER = 2  # pixels of red, which its authors ask to cut off
+_VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.jpe?g", re.IGNORECASE)
 
 
 @functools.cache
@@ -63,7 +111,7 @@ def imagenet_synsets() -> tuple[str, ...]:
 @functools.cache
 def imagenet_words() -> tuple[str, ...]:
     """WordNet's words for the 1,000 classes, in the order of the labels; no two are equal."""
-    return tuple(synset_words(list(imagenet_synsets())))
+    return tuple(synset_words(ImageNetInfo("imagenet-1k").label_names()))
 
 
 @functools.cache
@@ -77,123 +125,365 @@ def imagenet_prompt_names() -> tuple[str, ...]:
     return tuple(IMAGENET_CLASSNAMES)
 
 
-def warn_of_size(kind: str, number: int) -> None:
-    """Logs that a set has another number of pictures than was published."""
-    if number != PUBLISHED_SIZES[kind]:
-        logger.warning("%s: %s pictures, the published set has %s", kind, f"{number:,}", f"{PUBLISHED_SIZES[kind]:,}")
+class _ImageNetFiles(ImageFiles):
+    """Images of ImageNet's classes, or of those in the given columns of its outputs."""
+
+    def name_classes(self, kind: str | None, columns: Sequence[int] = range(1000)) -> None:
+        """Sets the names of the classes, and logs if the set `kind` was published with another number of images."""
+        self.classes = [imagenet_words()[column] for column in columns]
+        self.prompt_names = [imagenet_prompt_names()[column] for column in columns]
+        published = PUBLISHED_SIZES.get(kind, len(self))
+        if len(self) != published:
+            logger.warning("%s: %s images, the published set has %s", kind, f"{len(self):,}", f"{published:,}")
 
 
-class ImageNet(LabelledFiles):
-    """ImageNet-1k's validation set: in synset folders, or flat as in its archive, with a file of labels.
+class ImageNet(_ImageNetFiles):
+    """ImageNet-1k's validation set: in synset folders, or flat as in its archive, with a file of labels."""
 
-    Args:
-        path: the folder of the synset folders, or of ILSVRC2012_val_00000001.JPEG and so on.
-        labels_file: of a flat folder only, see `read_val_labels`; None: the one found in the folder or beside it.
-
-    Raises:
-        ValueError: the layout is another, a class is missing, or labels do not fit the pictures.
-    """
-
-    def __init__(self, path: str | Path, labels_file: str | Path | None = None) -> None:
-        super().__init__(path, *find_val_pictures(path, imagenet_synsets(), labels_file))
-        self.classes = list(imagenet_words())
-        self.prompt_names = list(imagenet_prompt_names())
-        warn_of_size("imagenet", len(self))
+    def __init__(self, source: SourceConfig) -> None:
+        super().__init__(source.path, *find_val_images(source.path, source.labels_file))
+        self.name_classes("imagenet")
 
 
-class ImageNetReal(LabelledFiles):
+class ImageNetReal(_ImageNetFiles):
     """ImageNet-1k's validation set with the reassessed labels of "Are we done with ImageNet?" (arXiv 2006.07159).
 
-    A picture has all labels that its raters found in it. Those with none are left out, as the paper does.
-
-    Args:
-        path: as for `ImageNet`; a flat folder needs no file of labels.
-        labels_file: real.json, a list with the list of labels of each picture; None: timm's copy of it.
-
-    Raises:
-        ValueError: the layout is another, or the labels do not fit the pictures.
+    An image has all labels that its raters found in it. Those with none are left out, as the paper does.
     """
 
-    def __init__(self, path: str | Path, labels_file: str | Path | None = None) -> None:
-        names, _ = find_val_pictures(path, imagenet_synsets(), None, need_labels=False)
-        real = read_real_labels(labels_file)
-        label_sets = []
+    def __init__(self, source: SourceConfig) -> None:
+        path, real = source.path, read_real_labels(source.labels_file)
+        names, _ = find_val_images(path, None, need_labels=False)
+        kept = {}
         for name in names:
             number = val_number(name)
             if number is None or number > len(real):
                 raise ValueError(
-                    f"{Path(path) / name}: ReaL knows pictures by their official names, ILSVRC2012_val_00000001.JPEG "
+                    f"{Path(path) / name}: ReaL knows images by their official names, ILSVRC2012_val_00000001.JPEG "
                     f"to {len(real):08d}; rename it or remove it"
                 )
-            label_sets.append(real[number - 1])
-        kept = [index for index, labels in enumerate(label_sets) if labels]
+            if real[number - 1]:
+                kept[name] = real[number - 1]
         if not kept:
-            raise ValueError(f"{path}: none of the {len(names)} pictures has a label in ReaL")
-        self.label_sets = [label_sets[index] for index in kept]
-        super().__init__(path, [names[index] for index in kept], [labels[0] for labels in self.label_sets])
-        self.left_out = {"pictures without a label in ReaL": len(names) - len(kept)}
-        self.classes = list(imagenet_words())
-        self.prompt_names = list(imagenet_prompt_names())
-        warn_of_size("imagenet_real", len(self))
+            raise ValueError(f"{path}: none of the {len(names)} images has a label in ReaL")
+        self.label_sets = list(kept.values())
+        super().__init__(path, list(kept), [labels[0] for labels in self.label_sets])
+        self.left_out = {"images without a label in ReaL": len(names) - len(kept)}
+        self.name_classes("imagenet_real")
 
 
-class ImageNetV2(LabelledFiles):
-    """ImageNet-V2 (arXiv 1902.10811): folders named by label, 0 to 999.
+class ImageNetFolders(_ImageNetFiles):
+    """ImageNet-V2 (arXiv 1902.10811), -A (1907.07174), -R (2006.16241) or -Sketch (1905.13549): a folder per class.
 
-    Args:
-        path: the folder of one of its variants, as imagenetv2-matched-frequency-format-val.
-
-    Raises:
-        ValueError: the layout is another, or a class is missing.
+    V2's folders are named by label, the others' by synset. -A and -R have 200 of the classes, by timm's tables, and
+    labels 0 to 199; a classifier of 1,000 classes is judged by its outputs for the 200, as in the papers.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        tree = read_class_tree(path, V2_LAYOUT, [str(label) for label in range(1000)], " (folders are named 0 to 999)")
-        tree = {str(label): tree[str(label)] for label in range(1000)}  # as numbers, not as texts
-        super().__init__(path, *flatten(tree, range(1000)))
-        self.classes = list(imagenet_words())
-        self.prompt_names = list(imagenet_prompt_names())
-        warn_of_size("imagenet_v2", len(self))
+    def __init__(self, source: SourceConfig) -> None:
+        path, kind = source.path, source.type
+        columns, remedy, allowed = range(1000), f" ({OTHER_TREES})", ()
+        if kind in ("imagenet_a", "imagenet_r"):
+            columns = [int(line) for line in pkgutil.get_data("timm.data", f"_info/{kind}_indices.txt").split()]
+            self.class_columns = [[column] for column in columns]
+            remedy = f" ({kind} has 200 of ImageNet's synsets; {OTHER_TREES})"
+            allowed = ("README.txt",)  # in both downloads
+        folders = [imagenet_synsets()[column] for column in columns]
+        if kind == "imagenet_v2":
+            folders, remedy = [str(label) for label in columns], " (folders are named 0 to 999)"
+        _, names, labels = read_class_tree(path, LAYOUTS[kind], folders, remedy, allowed)
+        super().__init__(path, names, labels)
+        self.name_classes(kind, columns)
 
 
-class ImageNetSketch(LabelledFiles):
-    """ImageNet-Sketch (arXiv 1905.13549): one folder for each of the 1,000 synsets.
+class ImageNetC(_ImageNetFiles):
+    """ImageNet-C (arXiv 1903.12261): any of the corruptions and severities; samples know theirs ("gaussian_noise/3").
 
-    Args:
-        path: the folder of the synset folders.
+    The images were cropped to 224 pixels before they were corrupted: an evaluation takes all of each, as the authors'
+    own does.
 
-    Raises:
-        ValueError: the layout is another, or a class is missing.
+    Attributes:
+        missing_conditions: those of the benchmark's 75 that are not there; also logged.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        tree = read_class_tree(path, SYNSET_LAYOUT, imagenet_synsets(), PART_OF_CLASSES)
-        super().__init__(path, *flatten(tree, range(1000)))
-        self.classes = list(imagenet_words())
-        self.prompt_names = list(imagenet_prompt_names())
-        warn_of_size("imagenet_sketch", len(self))
+    crop_pct = 1.0
+
+    def __init__(self, source: SourceConfig) -> None:
+        path = source.path
+        tree = TreeReader(path, CORRUPTIONS_LAYOUT)
+        known = (*CORRUPTIONS, *EXTRA_CORRUPTIONS)
+        found = tree.folders(known=known, kind="corruption")
+        self.conditions = []
+        for corruption in (name for name in known if name in found):
+            severities = tree.folders(corruption, known=list(map(str, SEVERITIES)), kind="severity")
+            self.conditions += [f"{corruption}/{severity}" for severity in severities]
+        # One list of names serves all conditions: the whole benchmark is 3.75 million images.
+        first, *others = self.conditions
+        names, labels = self._images(tree, first)
+        for condition in others:
+            if (here := self._images(tree, condition)[0]) != names:
+                other = min(set(names).symmetric_difference(here))
+                has, lacks = (first, condition) if other in names else (condition, first)
+                raise ValueError(
+                    f"{path}: {other} is in {has} and not in {lacks}; each condition must have the same images"
+                )
+        tree.warn_of_junk()
+        super().__init__(path, names, labels * len(self.conditions))
+        self.condition_of = [number for number in range(len(self.conditions)) for _ in names]
+        self.name_classes(None)
+        wanted = [f"{corruption}/{severity}" for corruption in CORRUPTIONS for severity in SEVERITIES]
+        self.missing_conditions = [condition for condition in wanted if condition not in self.conditions]
+        if self.missing_conditions:
+            absent = [corruption for corruption in CORRUPTIONS if corruption not in found]
+            single = [name for name in self.missing_conditions if name.partition("/")[0] in found]
+            logger.warning(
+                "imagenet_c: %d of 75 conditions are missing, so there is no mean corruption error: %s",
+                len(self.missing_conditions), ", ".join(absent + single),
+            )  # fmt: skip
+
+    @staticmethod
+    def _images(tree: TreeReader, condition: str) -> tuple[list[str], list[int]]:
+        folders = tree.folders(condition, known=imagenet_synsets())
+        tree.check_complete(folders, imagenet_synsets(), condition)
+        return tree.class_images(folders, condition)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def file_of(self, index: int) -> tuple[str, Path]:
+        condition, position = divmod(index, len(self.names))
+        name = f"{self.conditions[condition]}/{self.names[position]}"
+        return name, self.root / name
 
 
-class ImageNetSubset(LabelledFiles):
-    """ImageNet-A (arXiv 1907.07174) or ImageNet-R (arXiv 2006.16241): 200 of the synsets, by timm's tables.
+class ObjectNet(ImageFiles):
+    """ObjectNet (Barbu et al., NeurIPS 2019): the images of its 113 classes that are ImageNet's, without their border.
 
-    Labels are 0 to 199. A classifier of 1,000 classes is judged by its outputs for the 200, as in the papers.
-
-    Args:
-        path: the folder of the synset folders.
-        kind: "imagenet_a" or "imagenet_r".
-
-    Raises:
-        ValueError: the layout is another, or a class is missing.
+    A class's score is the largest of the ImageNet outputs that its own mapping files give it. Images of the other
+    classes are left out; `left_out` says how many.
     """
 
-    def __init__(self, path: str | Path, kind: str) -> None:
-        columns = [int(line) for line in pkgutil.get_data("timm.data", f"_info/{kind}_indices.txt").split()]
-        synsets = [imagenet_synsets()[column] for column in columns]
-        remedy = f" ({kind} has 200 of ImageNet's synsets; for a tree with other classes use data type image_folder)"
-        tree = read_class_tree(path, SUBSET_LAYOUT, synsets, remedy, allowed=["README.txt"])  # in both downloads
-        super().__init__(path, *flatten({synset: tree[synset] for synset in synsets}, range(len(synsets))))
-        self.class_columns = [[column] for column in columns]
-        self.classes = [imagenet_words()[column] for column in columns]
-        self.prompt_names = [imagenet_prompt_names()[column] for column in columns]
-        warn_of_size(kind, len(self))
+    def __init__(self, source: SourceConfig) -> None:
+        tree = TreeReader(source.path, OBJECTNET_LAYOUT)
+        for name in ("images", "mappings"):
+            if not (tree.root / name).is_dir():
+                raise tree.error(f"has no folder {name}")
+        label_file = tree.root / "mappings" / "folder_to_objectnet_label.json"
+        label_of_folder = _read_mapping(label_file, str)
+        columns_of_label = read_objectnet_columns(tree.root / "mappings")
+        evaluated = {folder: label for folder, label in label_of_folder.items() if label in columns_of_label}
+        if lost := sorted(set(columns_of_label) - set(evaluated.values())):
+            raise ValueError(f"{label_file}: has no folder for class {lost[0]!r}")
+        for label, count in Counter(evaluated.values()).items():
+            if count > 1:  # as two classes they would always tie
+                same = [folder for folder, other in evaluated.items() if other == label]
+                raise ValueError(
+                    f"{label_file}: folders {' and '.join(same)} have one class, {label!r}; each must have its own"
+                )
+        folders = tree.folders("images", known=label_of_folder)
+        tree.check_complete(folders, evaluated, "images")
+        kept = sorted(evaluated)
+        names, labels = tree.class_images([f"images/{folder}" for folder in kept])
+        others = sum(len(tree.images(f"images/{folder}")) for folder in set(folders) - set(kept))
+        tree.warn_of_junk()
+        super().__init__(source.path, names, labels)
+        self.classes = [label_of_folder[folder] for folder in kept]
+        self.prompt_names = [name.lower() for name in self.classes]
+        self.class_columns = [columns_of_label[name] for name in self.classes]
+        self.left_out = {"images of classes that ImageNet-1k does not have": others}
+
+    def read(self, path: Path) -> Image.Image:
+        image, border = self.load(path), OBJECTNET_BORDER
+        if min(image.size) <= 2 * border:
+            raise BadSample(str(path), f"{image.width} x {image.height} pixels, nothing is left within its border")
+        return image.crop((border, border, image.width - border, image.height - border))
+
+
+def val_number(name: str) -> int | None:
+    """The number in an image's official name (ILSVRC2012_val_00000001.JPEG: 1), or None for another name."""
+    match = _VAL_NAME.fullmatch(name.rpartition("/")[2])
+    return int(match[1]) if match and int(match[1]) > 0 else None
+
+
+def find_val_images(
+    path: str | Path, labels_file: str | Path | None, need_labels: bool = True
+) -> tuple[list[str], list[int]]:
+    """Names and labels of the images of the validation set in either layout.
+
+    `labels_file` is for a flat folder; None: the first of LABELS_FILES that is there. Without `need_labels` the images
+    of a flat folder get the label 0 and need no file.
+    """
+    tree, synsets = TreeReader(path, VAL_LAYOUT), imagenet_synsets()
+    folders, files = tree.entries()
+    in_folders = not set(synsets).isdisjoint(folders)
+    if in_folders or not any(val_number(name) for name in files):
+        if in_folders and labels_file is not None:
+            raise ValueError(f"labels_file {labels_file}: not for {path}, whose folders are the labels; leave it out")
+        return read_class_tree(path, VAL_LAYOUT, synsets, f" ({OTHER_TREES})")[1:]
+    names = tree.images("", allowed=[*LABELS_FILES, *([Path(labels_file).name] if labels_file else [])])
+    tree.warn_of_junk()
+    strange = [name for name in names if val_number(name) is None]
+    if strange:
+        raise tree.error(f"image {strange[0]} among those of the validation set; move or remove it")
+    if not need_labels:
+        return names, [0] * len(names)
+    if labels_file is None:
+        candidates = [folder / name for folder in (tree.root, tree.root.resolve().parent) for name in LABELS_FILES]
+        labels_file = next((file for file in candidates if file.is_file()), None)
+        if labels_file is None:
+            raise tree.error(
+                "the images lie in no class folders, and there is no file of their labels: set labels_file, or put "
+                f"one of {', '.join(LABELS_FILES[:4])} beside them"
+            )
+    label_of = read_val_labels(labels_file)
+    numbers = [val_number(name) for name in names]
+    missing = [name for name, number in zip(names, numbers) if number not in label_of]
+    if missing:
+        raise ValueError(f"labels_file {labels_file}: has no label for {len(missing)} images, as {missing[0]}")
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"{path}: two images have one number; a validation image must be there once")
+    labels = [label_of[number] for number in numbers]
+    tree.check_complete([synsets[label] for label in set(labels)], synsets)
+    return names, labels
+
+
+def read_val_labels(file: str | Path) -> dict[int, int]:
+    """{number of the image: label} from one of the files in which the labels are published.
+
+    Known are: a line per image in their order, with a synset (TensorFlow's imagenet_2012_validation_synset_labels.txt)
+    or, in the development kit's ground truth, the kit's own class number, which meta.mat beside it explains (needs
+    scipy); a line `NAME LABEL` with a synset or a label 0..999 (Caffe's val.txt); and Kaggle's LOC_val_solution.csv.
+
+    Raises:
+        ValueError: the file cannot be read, or a line is none of these.
+        ModuleNotFoundError: the development kit's file without scipy.
+    """
+    file, synsets = Path(file), imagenet_synsets()
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise ValueError(f"labels_file {file}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"labels_file {file}: not UTF-8 text") from None
+    label_of = {synset: label for label, synset in enumerate(synsets)}
+    kit = _read_devkit_classes(file) if file.name == DEVKIT_FILE else None
+    labels: dict[int, int] = {}
+    for line, name, text in _label_rows(file, lines):
+        where = f"labels_file {file} line {line}"
+        number = line if name is None else val_number(name if "." in name else f"{name}.JPEG")
+        label = label_of.get(text if kit is None else kit.get(text, ""))
+        if kit is None and name is not None and re.fullmatch("[0-9]{1,9}", text) and int(text) < len(synsets):
+            label = int(text)
+        if number is None:
+            raise ValueError(f"{where}: {name!r} is no name of a validation image")
+        if label is None:
+            or_number = f", or a number 0..{len(synsets) - 1}" if name is not None else ""
+            raise ValueError(f"{where}: {text!r} is no label; it must be a synset as {synsets[0]}{or_number}")
+        if number in labels:
+            raise ValueError(f"{where}: image {number} has a label already")
+        labels[number] = label
+    return labels
+
+
+def _label_rows(file: Path, lines: list[str]) -> Iterator[tuple[int, str | None, str]]:
+    """(line number, image's name or None, text of its label) of each line that is not empty."""
+    if file.suffix.lower() == ".csv":
+        try:
+            rows = list(csv.reader(lines))
+        except csv.Error as error:
+            raise ValueError(f"labels_file {file}: malformed ({error})") from None
+        for line, row in enumerate(rows, start=1):
+            if len(row) < 2 or not row[1].split():
+                raise ValueError(f"labels_file {file} line {line}: needs two columns, ImageId and PredictionString")
+            if line > 1 or row[0] != "ImageId":
+                yield line, row[0], row[1].split()[0]
+        return
+    for line, text in enumerate(lines, start=1):
+        parts = text.split()
+        if len(parts) > 2:
+            raise ValueError(f"labels_file {file} line {line}: {text!r} is neither LABEL nor NAME LABEL")
+        if parts:
+            yield line, parts[0] if len(parts) == 2 else None, parts[-1]
+
+
+def _read_devkit_classes(file: Path) -> dict[str, str]:
+    """{class number of the development kit, as text: synset} from meta.mat beside its ground truth."""
+    try:
+        from scipy.io import loadmat
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            f"{file} needs scipy to read meta.mat (pip install scipy); or give a list of synsets as labels_file"
+        ) from None
+    try:
+        rows = loadmat(file.with_name("meta.mat"), squeeze_me=True)["synsets"]
+        return {str(int(row["ILSVRC2012_ID"])): str(row["WNID"]) for row in rows if int(row["num_children"]) == 0}
+    except OSError:
+        raise ValueError(
+            f"labels_file {file}: its class numbers need the development kit's meta.mat beside it"
+        ) from None
+    except Exception as error:  # on broken bytes scipy raises struct.error, zlib.error, IndexError, MemoryError ...
+        raise ValueError(f"{file.with_name('meta.mat')}: not the development kit's ({error})") from None
+
+
+def read_real_labels(file: str | Path | None) -> list[tuple[int, ...]]:
+    """The labels of each validation image, from real.json (None: timm's copy); ValueError: it is malformed."""
+    try:
+        text = pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json")
+        lists = json.loads(text) if file is None else read_json(file)
+    except OSError as error:
+        raise ValueError(f"labels_file {file}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ValueError(f"labels_file {file}: {error}") from None
+    if not isinstance(lists, list) or not lists:
+        raise ValueError(f"labels_file {file}: must be a JSON list with a list of labels for each image")
+    for number, labels in enumerate(lists, start=1):
+        if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < 1000 for label in labels):
+            raise ValueError(f"labels_file {file}: entry {number} must be a list of labels 0..999, got {labels!r}")
+    return [tuple(labels) for labels in lists]
+
+
+def read_objectnet_columns(folder: Path) -> dict[str, list[int]]:
+    """{ObjectNet's class: sorted outputs of an ImageNet-1k classifier} from the data set's own files.
+
+    objectnet_to_imagenet_1k.json gives ImageNet's names for a class, with "; " between them;
+    imagenet_to_label_2012_v2 lists those names, a line each, in the order of ILSVRC 2012's class numbers; and
+    pytorch_to_imagenet_2012_id.json gives for each output the position in that list.
+    """
+    names_file = folder / "imagenet_to_label_2012_v2"
+    outputs_file = folder / "pytorch_to_imagenet_2012_id.json"
+    classes_file = folder / "objectnet_to_imagenet_1k.json"
+    try:
+        names = [line.strip() for line in names_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{names_file}: cannot be read ({error})") from None
+    mapping = _read_mapping(outputs_file, int)
+    outputs = {position: int(output) for output, position in mapping.items() if re.fullmatch("[0-9]{1,9}", output)}
+    if sorted(outputs) != list(range(len(names))) or sorted(outputs.values()) != list(range(len(names))):
+        raise ValueError(
+            f"{outputs_file}: must give each output 0..{len(names) - 1} one of the {len(names)} lines "
+            f"of {names_file.name}"
+        )
+    columns = {}
+    for label, text in _read_mapping(classes_file, str).items():
+        for name in text.split("; "):
+            if names.count(name) != 1:
+                why = "is given twice" if name in names else "is not"
+                raise ValueError(f"{classes_file}: {name!r}, of class {label!r}, {why} in {names_file.name}")
+        columns[label] = sorted(outputs[names.index(name)] for name in text.split("; "))
+    return columns
+
+
+def _read_mapping(file: Path, kind: type) -> dict:
+    """A JSON object whose values are all of one kind, str or int."""
+    try:
+        content = read_json(file)
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror}); it comes with ObjectNet's download") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{file}: must be a JSON object")
+    for key, value in content.items():
+        if type(value) is not kind:  # bool is not int here
+            what = "a text" if kind is str else "a whole number"
+            raise ValueError(f"{file}: {key!r} must have {what}, got {value!r}")
+    return content

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vmoe.data.dataset import ImageDataset, Sample, caption_or_empty, clean_caption
+from vmoe.data.config import SourceConfig
+from vmoe.data.dataset import ImageFiles
 from vmoe.data.images import leads_out
 from vmoe.data.sources.folder_layout import TreeReader
 from vmoe.utils.safe_json import read_json
 
-# "restval" is the part of COCO's validation pictures that joins the training pictures.
+# "restval" is the part of COCO's validation images that joins the training images.
 SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
 MAX_BYTES = 2**30  # dataset_coco.json has 144 MB
 LAYOUT = """
@@ -26,56 +27,29 @@ image_root/
 """
 
 
-class KarpathyCaptions(ImageDataset):
-    """Pictures with several captions each; every caption is a sample, and `image_ids` says which picture it tells of.
+class KarpathyCaptions(ImageFiles):
+    """Images with several captions each; every caption is a sample, and `image_ids` says which image it describes."""
 
-    Args:
-        path: dataset_coco.json, dataset_flickr30k.json or dataset_flickr8k.json.
-        split: "train" ("restval" included), "val" or "test".
-        image_root: folder that holds COCO's train2014 and val2014, or Flickr's pictures; None: the JSON file's own.
-
-    Raises:
-        ValueError: the file is none of Karpathy's, the split is empty, or none of its pictures is in image_root.
-    """
-
-    has_captions = True
-
-    def __init__(self, path: str | Path, split: str, image_root: str | Path | None = None) -> None:
-        self.root = Path(image_root) if image_root else Path(path).parent
-        self.image_ids, self._captions = [], []
-        found: dict[str, None] = {}
-        for place, entry in enumerate(_read_images(Path(path))):
-            name, entry_split, captions = _read_entry(entry, f"{path}: images[{place}]")
+    def __init__(self, source: SourceConfig) -> None:
+        path, split = Path(source.path), source.split
+        root = Path(source.image_root) if source.image_root else path.parent
+        found: dict[str, list[str]] = {}
+        for number, entry in enumerate(_read_images(path)):
+            name, entry_split, captions = _read_entry(entry, f"{path}: images[{number}]")
             if entry_split not in SPLITS[split]:
                 continue
             if name in found:
-                raise ValueError(f"{path}: images[{place}]: {name} is there already; a picture must be listed once")
-            found[name] = None
-            self.image_ids += [name] * len(captions)
-            self._captions += captions
-        if not self._captions:
+                raise ValueError(f"{path}: images[{number}]: {name} is there already; an image must be listed once")
+            found[name] = captions
+        if not found:
             raise ValueError(f"{path}: holds no captions of split {split!r}")
-        if not any((self.root / name).is_file() for name in found):
-            first = next(iter(found))
-            raise TreeReader(self.root, LAYOUT).error(
-                f"holds none of the {len(found)} pictures of {Path(path).name}, as {first}; "
+        if not any((root / name).is_file() for name in found):
+            raise TreeReader(root, LAYOUT).error(
+                f"holds none of the {len(found)} images of {path.name}, as {next(iter(found))}; "
                 "set image_root to their folder"
             )
-
-    @property
-    def captions(self) -> list[str]:
-        return [caption_or_empty(caption) for caption in self._captions]
-
-    def __len__(self) -> int:
-        return len(self._captions)
-
-    def file_of(self, index: int) -> tuple[str, Path]:
-        return self.image_ids[index], self.root / self.image_ids[index]
-
-    def __getitem__(self, index: int) -> Sample:
-        _, path = self.file_of(index)
-        caption = clean_caption(self._captions[index], str(path))
-        return Sample(self.load(path), None, caption, str(path))
+        self.image_ids = [name for name, captions in found.items() for _ in captions]
+        super().__init__(root, self.image_ids, captions=[one for captions in found.values() for one in captions])
 
 
 def _read_images(file: Path) -> list[dict[str, Any]]:
@@ -92,7 +66,7 @@ def _read_images(file: Path) -> list[dict[str, Any]]:
 
 
 def _read_entry(entry: dict[str, Any], where: str) -> tuple[str, str, list[str]]:
-    """(name of the picture, its split, its captions) of an entry of `images`."""
+    """(name of the image, its split, its captions) of an entry of `images`."""
     try:
         folder, name, split = entry.get("filepath", ""), entry["filename"], entry["split"]
         captions = [sentence["raw"].strip() for sentence in entry["sentences"]]
@@ -107,7 +81,7 @@ def _read_entry(entry: dict[str, Any], where: str) -> tuple[str, str, list[str]]
         raise ValueError(f"{where}: filename is empty")
     path = f"{folder}/{name}" if folder else name
     if leads_out(path):
-        raise ValueError(f"{where}: the picture {path} does not lie in image_root")
+        raise ValueError(f"{where}: the image {path} does not lie in image_root")
     known = [part for parts in SPLITS.values() for part in parts]
     if split not in known:
         raise ValueError(f"{where}: split must be one of {', '.join(known)}, got {split!r}")

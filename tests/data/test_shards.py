@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmoe.data.images import DataError
-from vmoe.data.tar import MAX_MEMBER_BYTES, read_members
+from vmoe.data.shards import MAX_MEMBER_BYTES, read_members
 
 NAMES = ["a.jpg", "./b.txt", "folder/c.json", "ü.jpg", f"{'long' * 40}.jpg", f"{'deep/' * 30}d.jpg"]
 

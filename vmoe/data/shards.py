@@ -1,0 +1,293 @@
+"""The samples of a shard: a walk through the headers of an untrusted tar file, and the index that is kept of it.
+
+Only headers are read, nothing is extracted, and memory does not depend on what the headers claim. Python's tarfile is
+not used here: it reads extended headers of any size into memory and loops forever on some negative sizes
+(CVE-2025-8194). Formats: ustar, pax and GNU, with long names; https://www.gnu.org/software/tar/manual/html_node/Standard.html
+
+A sample is all members of one key, the part of a member's name before the first dot of its last component (the rule of
+WebDataset): 000012.jpg, 000012.txt and 000012.json are one. Members with other endings are skipped; those that only
+look like a sample's, as the image img_1.5.jpg with the ending "5.jpg", are counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from vmoe.data.images import DataError
+from vmoe.data.sources.emoji import cache_folder
+from vmoe.utils.atomic import whole_file
+from vmoe.utils.printable import printable
+
+BLOCK = 512
+# Of a header's long name; file systems allow 4096 bytes.
+MAX_NAME_BYTES = 16 * 1024
+# An image with its caption; so that a header cannot ask for the memory of a whole shard.
+MAX_MEMBER_BYTES = 64 * 2**20
+# Zeros behind the end: tar fills up to a multiple of its blocking factor, 10 KiB and rarely more.
+MAX_PADDING = 2**20
+# So that a hostile shard of millions of empty members cannot fill the memory; usual are 1,000 to 10,000.
+MAX_SAMPLES = 1_000_000
+
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard", b"PK": "zip"}
+REFUSED = {
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"3": "a character device",
+    b"4": "a block device",
+    b"6": "a pipe",
+    b"K": "a link with a long name",
+    b"S": "a sparse file",
+    b"M": "the continuation of another volume",
+}
+REMEDY = "repair, download or write the shard again, or leave it out"
+
+FORMAT = 3
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
+KINDS = {**dict.fromkeys(IMAGE_ENDINGS, "image"), "txt": "txt", "json": "json", "cls": "cls"}
+# Each part's position (in blocks of 512 bytes; 0: there is none) and size in bytes: 32 bytes a sample.
+ENTRY = np.dtype([(f"{part}_{what}", "<u4") for part in ("image", "txt", "json", "cls") for what in ("block", "size")])
+CHECKSUM_BYTES = 16
+
+
+class Member(NamedTuple):
+    """A file in a tar file: its path without "./", the offset of its first byte (a multiple of 512), its size."""
+
+    name: str
+    offset: int
+    size: int
+
+
+class Index(NamedTuple):
+    """What a shard holds.
+
+    Attributes:
+        entries: (N,) of dtype ENTRY, its samples in order, read-only.
+        names: N names, of the first member of each sample.
+        num_dotted: skipped members such as img_1.5.jpg, whose last ending alone is one of KINDS.
+        first_dotted: the first of them; "" where there is none.
+    """
+
+    entries: np.ndarray
+    names: list[str]
+    num_dotted: int = 0
+    first_dotted: str = ""
+
+
+def read_index(path: str) -> Index:
+    """The index of a shard, from the cache folder or from its headers.
+
+    Raises:
+        DataError: as `scan`, or the cache folder cannot be written to.
+    """
+    file = cache_file(path)
+    index = _load(file)
+    if index is None:
+        index = scan(path)
+        content = json.dumps(index[1:]).encode() + b"\n" + index.entries.tobytes()
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(file) as draft:
+                draft.write_bytes(_checksum(content) + content)
+        except OSError as error:
+            raise DataError(
+                f"cannot write {file} ({error.strerror}): set the environment variable VMOE_CACHE to a writable folder"
+            ) from None
+    return index
+
+
+def cache_file(path: str) -> Path:
+    """Where the index of a shard is kept; another file when its path, size or time of change is another."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the data source's path") from None
+    facts = f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}\0{FORMAT}"
+    name = hashlib.blake2b(facts.encode(errors="replace"), digest_size=16).hexdigest()
+    return cache_folder() / "shards" / f"{name}.index"
+
+
+def scan(path: str) -> Index:
+    """The index of a shard from its headers.
+
+    Raises:
+        DataError: as `read_members`; a sample has two images or two captions of one kind, or comes twice; there are
+            none or more than MAX_SAMPLES.
+    """
+    column = {name: number for number, name in enumerate(ENTRY.names)}
+    rows, numbers, names = array("L"), {}, []
+    num_dotted, first_dotted = 0, ""
+    for member in read_members(path):
+        folder, slash, base = member.name.rpartition("/")
+        stem, _, ending = base.partition(".")
+        kind = KINDS.get(ending.lower())
+        if kind is None and stem and ending.lower().rpartition(".")[2] in KINDS:
+            num_dotted, first_dotted = num_dotted + 1, first_dotted or member.name
+        if kind is None or not stem:
+            continue
+        key = folder + slash + stem
+        number = numbers.setdefault(key, len(numbers))
+        if number == MAX_SAMPLES:
+            raise DataError(f"{path}: holds more than {MAX_SAMPLES} samples; split it")
+        if number == len(names):
+            names.append(member.name)
+            rows.extend([0] * len(column))
+        position = number * len(column) + column[f"{kind}_block"]
+        if rows[position]:
+            raise DataError(f"{path}: member {member.name!r}: sample {key!r} has two such members; {REMEDY}")
+        rows[position], rows[position + 1] = member.offset // BLOCK, member.size
+    if not names:
+        skipped = f"; {dotted_members(num_dotted, first_dotted)}" if num_dotted else "; leave it out"
+        raise DataError(f"{path}: holds no sample ({', '.join(KINDS)}){skipped}")
+    entries = np.array(rows, "<u4").reshape(-1, len(column)).view(ENTRY)[:, 0]
+    return Index(entries, names, num_dotted, first_dotted)
+
+
+def dotted_members(count: int, first: str) -> str:
+    """What to say of skipped members."""
+    return (
+        f"{count} members such as {printable(first)!r} are skipped, because a sample's name ends at its first dot (as "
+        "in WebDataset): write the shards again without dots in the names"
+    )
+
+
+def _load(file: Path) -> Index | None:
+    """The index that was kept, or None if there is none or the file is damaged."""
+    # Not as .npy: on Python 3.11 numpy's reader of its header now and then fails in several threads at once.
+    try:
+        content = file.read_bytes()
+    except OSError:
+        return None
+    checksum, content = content[:CHECKSUM_BYTES], content[CHECKSUM_BYTES:]
+    if not content or checksum != _checksum(content):
+        return None
+    facts, _, entries = content.partition(b"\n")
+    return Index(np.frombuffer(entries, ENTRY), *json.loads(facts))
+
+
+def _checksum(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=CHECKSUM_BYTES).digest()
+
+
+def read_members(path: str | Path) -> Iterator[Member]:
+    """The regular files of an uncompressed tar file, in order.
+
+    Raises:
+        DataError: the file cannot be read, is compressed, cut off, damaged or no tar file, or has a member that is a
+            link, a device or sparse, has a name that is absolute or holds "..", or is longer than MAX_MEMBER_BYTES.
+    """
+    try:
+        with open(path, "rb", buffering=8192) as file:
+            yield from _walk(file, path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the data source's path") from None
+
+
+def _walk(file: BinaryIO, path: str | Path) -> Iterator[Member]:
+    size = os.fstat(file.fileno()).st_size
+    position, long_name = 0, None
+    while True:
+        file.seek(position)
+        header = file.read(BLOCK)
+        if not size:
+            raise DataError(f"{path}: is empty; {REMEDY}")
+        if len(header) < BLOCK and position:
+            raise DataError(f"{path}: cut off at byte {size}, its end mark is missing; {REMEDY}")
+        if not any(header):
+            _check_end(file, size, path)
+            return
+        name, kind, length = _parse(header, position, path)
+        offset = position + BLOCK
+        shown = f"{path}: member {(long_name or name)[:200]!r}"
+        if offset + length > size:
+            raise DataError(f"{shown}: cut off, it should have {length} bytes and the file ends before; {REMEDY}")
+        position = offset + -(-length // BLOCK) * BLOCK
+        if kind in (b"x", b"g", b"L"):
+            if length > MAX_NAME_BYTES:
+                raise DataError(
+                    f"{shown}: has an extended header of {length} bytes; more than {MAX_NAME_BYTES} are refused"
+                )
+            long_name = _long_name(file.read(length), kind, shown) or long_name
+            continue
+        name, long_name = long_name or name, None
+        parts = re.split(r"[/\\]", name)
+        shown = f"{path}: member {name[:200]!r}"
+        if not name or "\0" in name or ".." in parts or parts[0] == "" or re.match(r"[A-Za-z]:", name):
+            raise DataError(f"{shown} has a name that is empty, absolute or leads out of the shard; refused")
+        if kind == b"5" and not length:  # a folder
+            continue
+        if kind not in (b"0", b"\0", b"7"):
+            what = REFUSED.get(kind, f"of the unknown type {kind!r}")
+            raise DataError(f"{shown} is {what}; only plain files are read, so leave it out of the shard")
+        if length > MAX_MEMBER_BYTES:
+            raise DataError(f"{shown} has {length} bytes; more than {MAX_MEMBER_BYTES} are refused")
+        yield Member(name.removeprefix("./"), offset, length)
+
+
+def _check_end(file: BinaryIO, size: int, path: str | Path) -> None:
+    """Behind an empty block there must be another one, and nothing else but zeros."""
+    rest = size - file.tell()
+    if rest < BLOCK:
+        raise DataError(f"{path}: cut off at byte {size}, within its end mark; {REMEDY}")
+    if rest > MAX_PADDING or any(file.read(rest)):
+        raise DataError(f"{path}: goes on behind its end mark (two tar files in one?); {REMEDY}")
+
+
+def _parse(header: bytes, position: int, path: str | Path) -> tuple[str, bytes, int]:
+    """(name, type, size) of a member from its header."""
+    length = _number(header[124:136])
+    checksum = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    if length is None or _number(header[148:156]) != checksum:
+        if position:
+            raise DataError(f"{path}: is damaged at byte {position}; {REMEDY}")
+        for magic, name in COMPRESSED.items():
+            if header.startswith(magic):
+                raise DataError(
+                    f"{path}: is compressed ({name}), and its samples could not be read one by one; unpack it to a "
+                    "plain .tar (images are compressed already)"
+                )
+        raise DataError(f"{path}: is no tar file; {REMEDY}")
+    name = header[:100].partition(b"\0")[0]
+    if header[257:263] == b"ustar\0":  # GNU's own format ("ustar ") has other fields where the prefix would be
+        prefix = header[345:500].partition(b"\0")[0]
+        name = prefix + b"/" + name if prefix else name
+    return name.decode("utf-8", "backslashreplace"), header[156:157], length
+
+
+def _number(field: bytes) -> int | None:
+    """Octal digits, or a big number in base 256 where the first bit is set; None: neither, or negative."""
+    if field[:1] == b"\x80":
+        return int.from_bytes(field[1:], "big")
+    digits = field.strip(b" \0")
+    return int(digits or b"0", 8) if re.fullmatch(rb"[0-7]*", digits) else None
+
+
+def _long_name(content: bytes, kind: bytes, shown: str) -> str | None:
+    """The name in an extended header, or None if it is about other things."""
+    if kind == b"L":
+        return content.rstrip(b"\0").decode("utf-8", "backslashreplace")
+    name = None
+    while content.strip(b"\0"):
+        digits, space, _ = content.partition(b" ")
+        length = int(digits) if space and re.fullmatch(rb"[0-9]{1,6}", digits) else 0
+        key, equals, value = content[len(digits) + 1 : length].removesuffix(b"\n").partition(b"=")
+        if not equals or length > len(content):
+            raise DataError(f"{shown}: has a damaged extended header; {REMEDY}")
+        if key == b"size" or key.startswith(b"GNU.sparse") or (key == b"path" and kind == b"g"):
+            what = key.decode("utf-8", "backslashreplace")
+            raise DataError(
+                f"{shown}: has an extended header with {what}; sparse files, files of 8 GiB and more, and one name for "
+                "all members are refused"
+            )
+        if key == b"path":
+            name = value.decode("utf-8", "backslashreplace")
+        content = content[length:]
+    return name
