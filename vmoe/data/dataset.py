@@ -19,19 +19,12 @@ _UNUSABLE = re.compile("[\0\ud800-\udfff]")
 
 
 class Sample(NamedTuple):
-    """One sample before augmentation.
+    """One sample before augmentation."""
 
-    Attributes:
-        image: 8-bit RGB image of any size.
-        label: index into the data set's `classes`, or None.
-        caption: text that describes the image, or None.
-        path: file of the image, or another name of the sample; for messages.
-    """
-
-    image: Image.Image
-    label: int | None
-    caption: str | None
-    path: str
+    image: Image.Image  # 8-bit RGB, of any size
+    label: int | None  # index into the data set's `classes`
+    caption: str | None  # text that describes the image
+    path: str  # file of the image, or another name of the sample; for messages
 
 
 def clean_caption(caption: object, name: str) -> str:
@@ -59,39 +52,22 @@ def caption_or_empty(caption: object) -> str:
 
 
 class ImageDataset(ABC):
-    """Base class of all data sets: `len(dataset)` and `dataset[i]`, without augmentation.
+    """Base class of all data sets: `len(dataset)` and `dataset[i]`, without augmentation."""
 
-    All attributes but the first two are None where they do not apply.
-
-    Attributes:
-        classes: class names as they are shown, where samples have labels; else None.
-        has_captions: whether samples have captions.
-        labels: each sample's label, where it is known without reading the images.
-        prompt_names: names of the classes for zero-shot prompts, where they differ from `classes`.
-        class_columns: for each class the outputs of an ImageNet-1k classifier that stand for it. A class's score is the
-            largest of them; the other outputs are ignored.
-        label_sets: for each sample all of its right labels; its `label` is the first of them.
-        conditions: names of the conditions that samples were made under, as "gaussian_noise/3".
-        condition_of: for each sample the index of its condition.
-        image_ids: for each sample which image it shows; samples with equal ids are captions of one image.
-        left_out: {reason: images} that the data set's own rules exclude from an evaluation.
-        crop_pct: share of the image's side that an evaluation keeps, where the data set says so and not the model
-            (ImageNet-C: 1, its images are cropped already).
-        reading: how image files are read.
-    """
-
-    classes: list[str] | None = None
+    classes: list[str] | None = None  # class names as they are shown, where samples have labels
     has_captions: bool = False
-    labels: Sequence[int] | None = None
-    prompt_names: list[str] | None = None
+    labels: Sequence[int] | None = None  # each sample's label, where it is known without reading the images
+    prompt_names: list[str] | None = None  # of the classes for zero-shot prompts, where they differ from `classes`
+    # For each class the outputs of an ImageNet-1k classifier that stand for it, the largest of which is its score.
     class_columns: list[list[int]] | None = None
-    label_sets: list[tuple[int, ...]] | None = None
-    conditions: list[str] | None = None
-    condition_of: Sequence[int] | None = None
-    image_ids: list[str] | None = None
-    left_out: dict[str, int] | None = None
+    label_sets: list[tuple[int, ...]] | None = None  # for each sample all right labels, its `label` first
+    conditions: list[str] | None = None  # that samples were made under, as "gaussian_noise/3"
+    condition_of: Sequence[int] | None = None  # for each sample the index of its condition
+    image_ids: list[str] | None = None  # for each sample; samples with equal ids are captions of one image
+    left_out: dict[str, int] | None = None  # {reason: images} that the data set's own rules exclude
+    # Share of the image's side that an evaluation keeps, where the data set says so (ImageNet-C is cropped already).
     crop_pct: float | None = None
-    reading: Reading = Reading()
+    reading: Reading = Reading()  # how image files are read
     _fingerprint: str | None = None
 
     @abstractmethod
@@ -100,11 +76,7 @@ class ImageDataset(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Sample:
-        """The sample at `index`.
-
-        Raises:
-            BadSample: its image is unreadable or its caption is empty.
-        """
+        """The sample at `index`; BadSample: its image is unreadable or its caption is empty."""
 
     def caption(self, index: int) -> str:
         """A sample's caption; data sets that can do so find it without reading the image. Raises BadSample."""
@@ -124,11 +96,7 @@ class ImageDataset(ABC):
         return load_image(path, content, self.reading)
 
     def shuffle(self, seed: int, batch_size: int) -> Shuffle:
-        """The order of the samples in training, if `batch_size` of them are taken at a time.
-
-        Raises:
-            ValueError: the batch size does not suit a setting of the data set.
-        """
+        """The order of training; ValueError: the batch size does not suit a setting of the data set."""
         return ShuffledSamples(seed, len(self))
 
     def batches(self, seed: int, batch_size: int) -> EpochBatches | MixedBatches:
@@ -233,17 +201,10 @@ class ImageFiles(ImageDataset):
 
 
 class ShardedDataset(ImageDataset):
-    """Samples in shards: files or parts of files that are read one after the other; see `ShuffledShards`.
+    """Samples in shards: files or parts of files that are read one after the other; see `ShuffledShards`."""
 
-    Attributes:
-        sizes: samples in each shard.
-        ends: for each shard the number of samples up to its end.
-        shuffle_buffer: samples that are shuffled together.
-        streams: positions that are read side by side.
-    """
-
-    sizes: np.ndarray
-    ends: np.ndarray
+    sizes: np.ndarray  # samples in each shard
+    ends: np.ndarray  # for each shard the number of samples up to its end
     shuffle_buffer: int = 100_000
     streams: int = 1
 

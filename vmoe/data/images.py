@@ -7,7 +7,8 @@ import logging
 import math
 import os
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -39,13 +40,21 @@ class DataError(ValueError):
     """Data that cannot be read on at all; the message is one sentence that names the file and the remedy."""
 
 
-class BadSample(Exception):
-    """A sample that cannot be used.
+@contextmanager
+def file_errors(where: str | Path, remedy: str = "") -> Iterator[None]:
+    """Turns the errors of reading a file into a DataError that starts with `where` and ends in `remedy`."""
+    try:
+        yield
+    except DataError:
+        raise
+    except OSError as error:
+        raise DataError(f"{where}: cannot be read ({error.strerror}){remedy}") from None
+    except ValueError as error:
+        raise DataError(f"{where}: {error}{remedy}") from None
 
-    Args:
-        path: the file, or another name of the sample.
-        reason: what is wrong with it, a few words.
-    """
+
+class BadSample(Exception):
+    """A sample that cannot be used: its file (or another name) and a few words on what is wrong with it."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)  # both: so that it can be pickled

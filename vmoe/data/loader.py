@@ -43,23 +43,14 @@ class TooManyBadSamples(RuntimeError):
 
 
 class Batch(NamedTuple):
-    """What a worker hands over.
+    """What a worker hands over."""
 
-    Attributes:
-        tensors: "image" (float32, or uint8 (B, H, W, 3) before `Transform.normalize`), "index", "label", "text".
-        bad: (path, reason) of every bad sample met.
-        num_read: samples read, the bad ones and their replacements included.
-        seconds: that reading and augmenting them took.
-        cut: the captions that are longer than the tokenizer's context.
-        error: why the data set cannot be read on, or None. (An exception would reach the main process as a traceback.)
-    """
-
-    tensors: dict[str, torch.Tensor]
-    bad: list[tuple[str, str]]
-    num_read: int
-    seconds: float = 0.0
-    cut: tuple[str, ...] = ()
-    error: str | None = None
+    tensors: dict[str, torch.Tensor]  # "image" (float32, or uint8 (B, H, W, 3) to normalize), "index", "label", "text"
+    bad: list[tuple[str, str]]  # (path, reason) of every bad sample met
+    num_read: int  # samples, the bad ones and their replacements included
+    seconds: float = 0.0  # that reading and augmenting them took
+    cut: tuple[str, ...] = ()  # captions that are longer than the tokenizer's context
+    error: str | None = None  # why the data set cannot be read on (an exception would arrive with a traceback)
 
 
 class BatchReader(Dataset):
@@ -202,13 +193,13 @@ class TrainLoader(_Loader):
     """Endless batches in a shuffled order, new in every epoch.
 
     An iterator of {"image": (B, 3, H, W) float32, "index": (B,) long, "label": (B,) long where the data set has
-    classes, "text": (B, L) long where there is a tokenizer}, where B is this process's part of `batch_size`. "index" is
-    that of the sample asked for, also where another one replaces it because it is bad.
+    classes, "text": (B, L) long where there is a tokenizer}. "index" is that of the sample asked for, also where
+    another one replaces it because it is bad.
 
     Order and augmentation follow from (seed, epoch, index) alone: they do not depend on `num_workers`, on the process's
-    random state, or on where a run was stopped. An epoch's last, incomplete batch is dropped. `config.batch_size`
-    counts the samples of all processes. Process r of W hands out rows r * B/W to (r+1) * B/W of each batch; so the
-    batches of a run, and a position in it, are the same for any number of processes.
+    random state, or on where a run was stopped. `config.batch_size` counts the samples of all processes. Process r of W
+    hands out rows r * B/W to (r+1) * B/W of each batch; so the batches of a run, and a position in it, are the same for
+    any number of processes.
 
     Args:
         dataset: see `build_dataset`.
@@ -229,8 +220,7 @@ class TrainLoader(_Loader):
         num_cut: captions so far that are longer than the tokenizer's context; the first batch with one is logged.
 
     Raises:
-        ValueError: the batch is larger than the data set or no multiple of the number of processes, or text is asked
-            for where there are no captions.
+        ValueError: the batch size does not suit the data set or the number of processes, or there are no captions.
         TooManyBadSamples: while iterating, see LoaderConfig.max_bad_share.
         DataError: while iterating, a file of many samples is broken or has changed.
     """
@@ -318,10 +308,7 @@ class TrainLoader(_Loader):
             )
 
     def state_dict(self) -> dict[str, int]:
-        """Position of the batches handed out so far, and what it is a position in; plain integers.
-
-        It may be loaded by any number of processes. `num_read` and `num_bad` are this process's own.
-        """
+        """Position of the batches handed out so far, for any number of processes; the counts are this process's own."""
         return {
             "step": self.step,
             "num_read": self.num_read,
@@ -332,11 +319,7 @@ class TrainLoader(_Loader):
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continues exactly behind the batches that `state` counts.
-
-        Raises:
-            ValueError: the seed, the batch size or the data set's size is another, so there is no such position.
-        """
+        """Continues exactly behind the batches that `state` counts; ValueError: it is of other data or settings."""
         mine = self.state_dict()
         for name in ("seed", "batch_size", "num_samples"):
             if state[name] != mine[name]:
@@ -357,15 +340,11 @@ class TrainLoader(_Loader):
 class EvalLoader(_Loader):
     """All samples once, in order; the last batch may be smaller. Arguments and batches as for `TrainLoader`.
 
-    Where torch.distributed runs, each process reads its share of the same batches: number rank, rank + world, ... Rows
-    are told apart by "index". A bad sample raises BadSample, which names it, or with `on_bad="skip"` is left out and
-    counted.
-
-    Args:
-        indices: of the samples to read, in this order; None: all.
+    Where torch.distributed runs, each process reads its share of the same batches: number rank, rank + world, ... A bad
+    sample raises BadSample, or with `on_bad="skip"` is left out and counted.
 
     Attributes:
-        indices: of the samples that are read, by all processes together.
+        indices: of the samples that are read, in this order, by all processes together (default: all).
         num_samples: how many they are.
         num_skipped: bad samples left out in the current or last pass.
         skipped_paths: their paths.

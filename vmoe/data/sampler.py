@@ -18,25 +18,16 @@ from vmoe.data.seeding import derive_seed
 
 
 class BatchKey(NamedTuple):
-    """Names a batch: all that is in it follows from this and the seed.
+    """Names a batch: all that is in it follows from this and the seed."""
 
-    Attributes:
-        indices: of its samples in the data set.
-        epochs: for each of them how many epochs of its source are complete.
-    """
-
-    indices: tuple[int, ...]
-    epochs: tuple[int, ...]
+    indices: tuple[int, ...]  # of its samples in the data set
+    epochs: tuple[int, ...]  # for each of them how many epochs of its source are complete
 
 
 class Shuffle(ABC):
-    """An order of a data set's samples, another one in each epoch.
+    """An order of a data set's samples, another one in each epoch."""
 
-    Attributes:
-        size: samples in an epoch, each of which comes once.
-    """
-
-    size: int
+    size: int  # samples in an epoch, each of which comes once
 
     @abstractmethod
     def indices(self, epoch: int, start: int, stop: int) -> np.ndarray:
@@ -71,9 +62,6 @@ class ShuffledShards(Shuffle):
         streams: positions that are read side by side; for W processes with a multiple of W streams, each process reads
             shards of its own.
         window: samples that are shuffled together.
-
-    Raises:
-        ValueError: there are more streams than samples.
     """
 
     def __init__(self, seed: int, sizes: Sequence[int], streams: int, window: int) -> None:
@@ -123,11 +111,7 @@ class ShuffledShards(Shuffle):
 
 
 class EpochBatches:
-    """Batches of one data set; an epoch's last, incomplete batch is dropped.
-
-    Attributes:
-        steps_per_epoch: batches in an epoch.
-    """
+    """Batches of one data set; an epoch's last, incomplete batch is dropped."""
 
     def __init__(self, shuffle: Shuffle, batch_size: int) -> None:
         self.shuffle = shuffle

@@ -1,8 +1,8 @@
 """The samples of a shard: a walk through the headers of an untrusted tar file, and the index that is kept of it.
 
-Only headers are read, nothing is extracted, and memory does not depend on what the headers claim. Python's tarfile is
-not used here: it reads extended headers of any size into memory and loops forever on some negative sizes
-(CVE-2025-8194). Formats: ustar, pax and GNU, with long names; https://www.gnu.org/software/tar/manual/html_node/Standard.html
+Only headers are read, nothing is extracted, and memory does not depend on what the headers claim. Of Python's tarfile
+only the parser of one header is used: the rest reads extended headers of any size into memory and loops forever on some
+negative sizes (CVE-2025-8194). Formats: ustar, pax and GNU, with long names; https://www.gnu.org/software/tar/manual/html_node/Standard.html
 
 A sample is all members of one key, the part of a member's name before the first dot of its last component (the rule of
 WebDataset): 000012.jpg, 000012.txt and 000012.json are one. Members with other endings are skipped; those that only
@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import tarfile
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from vmoe.data.images import DataError
+from vmoe.data.images import DataError, file_errors
 from vmoe.data.sources.emoji import cache_folder
 from vmoe.utils.atomic import whole_file
 from vmoe.utils.printable import printable
@@ -67,19 +68,12 @@ class Member(NamedTuple):
 
 
 class Index(NamedTuple):
-    """What a shard holds.
+    """What a shard holds."""
 
-    Attributes:
-        entries: (N,) of dtype ENTRY, its samples in order, read-only.
-        names: N names, of the first member of each sample.
-        num_dotted: skipped members such as img_1.5.jpg, whose last ending alone is one of KINDS.
-        first_dotted: the first of them; "" where there is none.
-    """
-
-    entries: np.ndarray
-    names: list[str]
-    num_dotted: int = 0
-    first_dotted: str = ""
+    entries: np.ndarray  # (N,) of dtype ENTRY, its samples in order, read-only
+    names: list[str]  # of the first member of each sample
+    num_dotted: int = 0  # skipped members such as img_1.5.jpg, whose last ending alone is one of KINDS
+    first_dotted: str = ""  # the first of them
 
 
 def read_index(path: str) -> Index:
@@ -106,10 +100,8 @@ def read_index(path: str) -> Index:
 
 def cache_file(path: str) -> Path:
     """Where the index of a shard is kept; another file when its path, size or time of change is another."""
-    try:
+    with file_errors(path, "; check the data source's path"):
         status = os.stat(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the data source's path") from None
     facts = f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}\0{FORMAT}"
     name = hashlib.blake2b(facts.encode(errors="replace"), digest_size=16).hexdigest()
     return cache_folder() / "shards" / f"{name}.index"
@@ -184,11 +176,8 @@ def read_members(path: str | Path) -> Iterator[Member]:
         DataError: the file cannot be read, is compressed, cut off, damaged or no tar file, or has a member that is a
             link, a device or sparse, has a name that is absolute or holds "..", or is longer than MAX_MEMBER_BYTES.
     """
-    try:
-        with open(path, "rb", buffering=8192) as file:
-            yield from _walk(file, path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the data source's path") from None
+    with file_errors(path, "; check the data source's path"), open(path, "rb", buffering=8192) as file:
+        yield from _walk(file, path)
 
 
 def _walk(file: BinaryIO, path: str | Path) -> Iterator[Member]:
@@ -204,7 +193,8 @@ def _walk(file: BinaryIO, path: str | Path) -> Iterator[Member]:
         if not any(header):
             _check_end(file, size, path)
             return
-        name, kind, length = _parse(header, position, path)
+        info = _parse(header, position, path)
+        name, kind, length = info.name, info.type, info.size
         offset = position + BLOCK
         shown = f"{path}: member {(long_name or name)[:200]!r}"
         if offset + length > size:
@@ -241,33 +231,23 @@ def _check_end(file: BinaryIO, size: int, path: str | Path) -> None:
         raise DataError(f"{path}: goes on behind its end mark (two tar files in one?); {REMEDY}")
 
 
-def _parse(header: bytes, position: int, path: str | Path) -> tuple[str, bytes, int]:
-    """(name, type, size) of a member from its header."""
-    length = _number(header[124:136])
-    checksum = sum(header) - sum(header[148:156]) + 8 * ord(" ")
-    if length is None or _number(header[148:156]) != checksum:
-        if position:
-            raise DataError(f"{path}: is damaged at byte {position}; {REMEDY}")
-        for magic, name in COMPRESSED.items():
-            if header.startswith(magic):
-                raise DataError(
-                    f"{path}: is compressed ({name}), and its samples could not be read one by one; unpack it to a "
-                    "plain .tar (images are compressed already)"
-                )
-        raise DataError(f"{path}: is no tar file; {REMEDY}")
-    name = header[:100].partition(b"\0")[0]
-    if header[257:263] == b"ustar\0":  # GNU's own format ("ustar ") has other fields where the prefix would be
-        prefix = header[345:500].partition(b"\0")[0]
-        name = prefix + b"/" + name if prefix else name
-    return name.decode("utf-8", "backslashreplace"), header[156:157], length
-
-
-def _number(field: bytes) -> int | None:
-    """Octal digits, or a big number in base 256 where the first bit is set; None: neither, or negative."""
-    if field[:1] == b"\x80":
-        return int.from_bytes(field[1:], "big")
-    digits = field.strip(b" \0")
-    return int(digits or b"0", 8) if re.fullmatch(rb"[0-7]*", digits) else None
+def _parse(header: bytes, position: int, path: str | Path) -> tarfile.TarInfo:
+    """Name, type and size of a member from its header."""
+    try:
+        info = tarfile.TarInfo.frombuf(header, "utf-8", "backslashreplace")
+        if info.size >= 0:
+            return info
+    except tarfile.HeaderError:
+        pass
+    if position:
+        raise DataError(f"{path}: is damaged at byte {position}; {REMEDY}")
+    for magic, name in COMPRESSED.items():
+        if header.startswith(magic):
+            raise DataError(
+                f"{path}: is compressed ({name}), and its samples could not be read one by one; unpack it to a "
+                "plain .tar (images are compressed already)"
+            )
+    raise DataError(f"{path}: is no tar file; {REMEDY}")
 
 
 def _long_name(content: bytes, kind: bytes, shown: str) -> str | None:

@@ -42,21 +42,13 @@ _VARIATION_SELECTOR = "\ufe0f"  # asks for the coloured form; packages disagree 
 
 
 class Emoji(NamedTuple):
-    """One emoji with an image and a name.
+    """One emoji with an image and a name."""
 
-    Attributes:
-        code: code points as OpenMoji's file name writes them ("1F468-1F3FB-200D-1F527").
-        name: English name, lower and upper case as in CLDR, hyphens as spaces ("man mechanic light skin tone").
-        base: the name without its skin tones ("man mechanic").
-        tones: its skin tones in order ("light",); empty for most emoji.
-        group: Unicode's group ("People & Body").
-    """
-
-    code: str
-    name: str
-    base: str
-    tones: tuple[str, ...]
-    group: str
+    code: str  # code points as OpenMoji's file name writes them ("1F468-1F3FB-200D-1F527")
+    name: str  # English name, case as in CLDR, hyphens as spaces ("man mechanic light skin tone")
+    base: str  # the name without its skin tones ("man mechanic")
+    tones: tuple[str, ...]  # its skin tones in order ("light",); empty for most emoji
+    group: str  # Unicode's group ("People & Body")
 
 
 def parse_name(name: str) -> tuple[str, tuple[str, ...]]:

@@ -13,6 +13,7 @@ from timm.data import ImageNetInfo
 
 from vmoe.data.config import SourceConfig
 from vmoe.data.dataset import ImageFiles
+from vmoe.data.images import file_errors
 from vmoe.data.sources.folder_layout import read_class_tree
 from vmoe.utils.printable import escaped, is_unprintable
 from vmoe.utils.safe_json import read_json, read_text
@@ -81,12 +82,8 @@ def read_class_names(file: Path, folders: list[str] | None = None, path: str | P
         ValueError: the file cannot be read, does not fit the folders, or has an empty name or one twice.
     """
     where = f"class_names {file}"
-    try:
+    with file_errors(where):
         names = read_json(file) if file.suffix.lower() == ".json" else read_text(file).splitlines()
-    except OSError as error:
-        raise ValueError(f"{where}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ValueError(f"{where}: not valid UTF-8 text or JSON ({error})") from None
     if folders is None:
         if not isinstance(names, list) or not names:
             raise ValueError(f"{where}: must list the names of the classes, the name of class 0 first")

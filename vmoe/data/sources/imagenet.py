@@ -21,10 +21,10 @@ from timm.data import ImageNetInfo
 
 from vmoe.data.config import SourceConfig
 from vmoe.data.dataset import ImageFiles
-from vmoe.data.images import BadSample
+from vmoe.data.images import BadSample, file_errors
 from vmoe.data.sources.folder import synset_words
 from vmoe.data.sources.folder_layout import TreeReader, read_class_tree
-from vmoe.utils.safe_json import read_json
+from vmoe.utils.safe_json import read_json, read_text
 
 logger = logging.getLogger("vmoe.data")
 
@@ -358,12 +358,8 @@ def read_val_labels(file: str | Path) -> dict[int, int]:
         ModuleNotFoundError: the development kit's file without scipy.
     """
     file, synsets = Path(file), imagenet_synsets()
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise ValueError(f"labels_file {file}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"labels_file {file}: not UTF-8 text") from None
+    with file_errors(f"labels_file {file}"):
+        lines = read_text(file).splitlines()
     label_of = {synset: label for label, synset in enumerate(synsets)}
     kit = _read_devkit_classes(file) if file.name == DEVKIT_FILE else None
     labels: dict[int, int] = {}
@@ -426,13 +422,9 @@ def _read_devkit_classes(file: Path) -> dict[str, str]:
 
 def read_real_labels(file: str | Path | None) -> list[tuple[int, ...]]:
     """The labels of each validation image, from real.json (None: timm's copy); ValueError: it is malformed."""
-    try:
+    with file_errors(f"labels_file {file}"):
         text = pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json")
         lists = json.loads(text) if file is None else read_json(file)
-    except OSError as error:
-        raise ValueError(f"labels_file {file}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ValueError(f"labels_file {file}: {error}") from None
     if not isinstance(lists, list) or not lists:
         raise ValueError(f"labels_file {file}: must be a JSON list with a list of labels for each image")
     for number, labels in enumerate(lists, start=1):
@@ -451,10 +443,8 @@ def read_objectnet_columns(folder: Path) -> dict[str, list[int]]:
     names_file = folder / "imagenet_to_label_2012_v2"
     outputs_file = folder / "pytorch_to_imagenet_2012_id.json"
     classes_file = folder / "objectnet_to_imagenet_1k.json"
-    try:
-        names = [line.strip() for line in names_file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{names_file}: cannot be read ({error})") from None
+    with file_errors(names_file, "; it comes with ObjectNet's download"):
+        names = [line.strip() for line in read_text(names_file).splitlines() if line.strip()]
     mapping = _read_mapping(outputs_file, int)
     outputs = {position: int(output) for output, position in mapping.items() if re.fullmatch("[0-9]{1,9}", output)}
     if sorted(outputs) != list(range(len(names))) or sorted(outputs.values()) != list(range(len(names))):
@@ -474,12 +464,8 @@ def read_objectnet_columns(folder: Path) -> dict[str, list[int]]:
 
 def _read_mapping(file: Path, kind: type) -> dict:
     """A JSON object whose values are all of one kind, str or int."""
-    try:
+    with file_errors(file, "; it comes with ObjectNet's download"):
         content = read_json(file)
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read ({error.strerror}); it comes with ObjectNet's download") from None
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{file}: must be a JSON object")
     for key, value in content.items():

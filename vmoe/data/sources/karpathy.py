@@ -7,7 +7,7 @@ from typing import Any
 
 from vmoe.data.config import SourceConfig
 from vmoe.data.dataset import ImageFiles
-from vmoe.data.images import leads_out
+from vmoe.data.images import file_errors, leads_out
 from vmoe.data.sources.folder_layout import TreeReader
 from vmoe.utils.safe_json import read_json
 
@@ -53,12 +53,8 @@ class KarpathyCaptions(ImageFiles):
 
 
 def _read_images(file: Path) -> list[dict[str, Any]]:
-    try:
+    with file_errors(file, "; give Karpathy's JSON file as path"):
         content = read_json(file, MAX_BYTES)
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read ({error.strerror}); give Karpathy's JSON file as path") from None
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
     images = content.get("images") if isinstance(content, dict) else None
     if not isinstance(images, list) or not images:
         raise ValueError(f"{file}: has no list 'images', as Karpathy's files (dataset_coco.json) have")

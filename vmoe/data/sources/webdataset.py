@@ -20,7 +20,7 @@ from braceexpand import braceexpand
 from vmoe.data.config import SourceConfig
 from vmoe.data.dataset import Sample, ShardedDataset, clean_caption
 from vmoe.data.fingerprint import Fingerprint
-from vmoe.data.images import BadSample, DataError
+from vmoe.data.images import BadSample, DataError, file_errors
 from vmoe.data.shards import BLOCK, Index, dotted_members, read_index, read_members
 from vmoe.data.sources.folder import read_class_names
 from vmoe.utils.printable import printable
@@ -142,11 +142,9 @@ class Shards(ShardedDataset):
 
     def _read(self, path: str, entry: np.void, part: str) -> bytes:
         offset, size = int(entry[f"{part}_block"]) * BLOCK, int(entry[f"{part}_size"])
-        try:
+        with file_errors(path):
             file = _kept(self._files, path, lambda path: open(path, "rb", buffering=0))  # noqa: SIM115 (kept open)
             content = _read_at(file, offset, size)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
         if len(content) != size:
             raise DataError(f"{path}: was changed while it was read; start anew")
         return content
@@ -226,11 +224,6 @@ def _expand(part: str) -> Iterator[str]:
         for name in names:
             if not os.path.isfile(name):
                 raise DataError(f"{printable(name)}: no such shard; check the data source's path {printable(part)}")
-            if name.lower().endswith((".gz", ".tgz", ".bz2", ".xz", ".zst")):
-                raise DataError(
-                    f"{printable(name)}: is compressed, and its samples could not be read one by one; unpack it to a "
-                    "plain .tar"
-                )
         yield from names
 
 
@@ -269,12 +262,10 @@ def _read_sizes(paths: list[str]) -> Iterator[tuple[int, str] | None]:
 
 def _read_json(file: str) -> dict[str, Any]:
     """A JSON object; {} where there is no file."""
-    try:
-        content = read_json(file)
-    except OSError:
+    if not os.path.exists(file):
         return {}
-    except ValueError as error:
-        raise DataError(f"{file}: {error}; remove it, and the shards are counted") from None
+    with file_errors(file, "; remove it, and the shards are counted"):
+        content = read_json(file)
     if not isinstance(content, dict):
         raise DataError(f"{file}: must be a JSON object; remove it, and the shards are counted")
     return content
