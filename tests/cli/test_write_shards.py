@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.conftest import Pictures
+from tests.data.conftest import Images
 from vmoe.cli.write_shards import main, write_shards
 from vmoe.data import BadSample, SourceConfig, build_dataset
 from vmoe.data.dataset import ImageFiles
@@ -18,7 +18,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 
 def test_samples_come_back(tmp_path):
-    assert write_shards(Pictures(7), tmp_path / "out", 3) == (3, 7, 0)
+    assert write_shards(Images(7), tmp_path / "out", 3) == (3, 7, 0)
     assert json.loads((tmp_path / "out" / "sizes.json").read_text()) == {"00000.tar": 3, "00001.tar": 3, "00002.tar": 1}
     dataset = build_dataset(
         SourceConfig("shards", str(tmp_path / "out"), class_names=str(tmp_path / "out" / "classes.txt"))
@@ -26,30 +26,30 @@ def test_samples_come_back(tmp_path):
     assert len(dataset) == 7
     assert dataset.classes == ["even", "odd"]
     for index in range(7):
-        sample, expected = dataset[index], Pictures(7)[index]
+        sample, expected = dataset[index], Images(7)[index]
         assert np.array_equal(np.asarray(sample.image), np.asarray(expected.image))
         assert (sample.label, sample.caption) == (expected.label, expected.caption)
     with pytest.raises(ValueError, match="holds files already"):
-        write_shards(Pictures(7), tmp_path / "out")
-    with pytest.raises(BadSample, match="picture 2"):
-        write_shards(Pictures(7, bad=[2]), tmp_path / "bad")
+        write_shards(Images(7), tmp_path / "out")
+    with pytest.raises(BadSample, match="image 2"):
+        write_shards(Images(7, bad=[2]), tmp_path / "bad")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_bad_samples_are_left_out_and_counted(tmp_path):
-    assert write_shards(Pictures(7, bad=[0, 2, 5]), tmp_path / "out", 3, on_bad="skip") == (2, 4, 3)
+    assert write_shards(Images(7, bad=[0, 2, 5]), tmp_path / "out", 3, on_bad="skip") == (2, 4, 3)
     assert json.loads((tmp_path / "out" / "sizes.json").read_text()) == {"00000.tar": 3, "00001.tar": 1}
     dataset = build_dataset(SourceConfig("shards", str(tmp_path / "out")))
-    assert dataset.captions[:] == [f"picture number {number}" for number in (1, 3, 4, 6)]
+    assert dataset.captions[:] == [f"image number {number}" for number in (1, 3, 4, 6)]
     with pytest.raises(ValueError, match="all 2 samples are bad"):
-        write_shards(Pictures(2, bad=[0, 1]), tmp_path / "none", on_bad="skip")
+        write_shards(Images(2, bad=[0, 1]), tmp_path / "none", on_bad="skip")
     assert not (tmp_path / "none").exists()
 
 
 def test_a_write_that_is_cut_short_leaves_no_shards(tmp_path):
     """They would be read as if they were whole, without the samples that are missing."""
 
-    class Stopped(Pictures):
+    class Stopped(Images):
         def __getitem__(self, index):
             if index == 4:
                 assert not (tmp_path / "out").exists()
@@ -63,7 +63,7 @@ def test_a_write_that_is_cut_short_leaves_no_shards(tmp_path):
     assert not list(tmp_path.iterdir())
     (tmp_path / "out.unfinished").mkdir()  # as a process that is killed leaves it
     with pytest.raises(ValueError, match=r"out.unfinished is there already: .*; remove it"):
-        write_shards(Pictures(7), tmp_path / "out")
+        write_shards(Images(7), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -72,14 +72,14 @@ def test_a_write_that_is_cut_short_leaves_no_shards(tmp_path):
     [(["a", "b\nc"], "more than one line"), (["a", "a"], "'a' is given twice"), (["a", ""], "is empty")],
 )
 def test_names_of_classes_are_looked_at_first(tmp_path, classes, message):
-    dataset = Pictures(7, bad=[0])
+    dataset = Images(7, bad=[0])
     dataset.classes = classes
     with pytest.raises(ValueError, match=f"names of the classes cannot be written.*{message}"):
         write_shards(dataset, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_picture_that_the_data_set_changes_is_not_copied(tmp_path):
+def test_an_image_that_the_data_set_changes_is_not_copied(tmp_path):
     class Cropped(ImageFiles):
         classes = ("only",)
 
@@ -97,7 +97,7 @@ def test_a_picture_that_the_data_set_changes_is_not_copied(tmp_path):
 
 
 @pytest.mark.parametrize("apply", [False, True])
-def test_a_picture_lying_on_its_side_is_written_upright_if_it_is_read_so(tmp_path, photo, apply):
+def test_an_image_lying_on_its_side_is_written_upright_if_it_is_read_so(tmp_path, photo, apply):
     exif = Image.Exif()
     exif[274] = 6
     photo.save(tmp_path / "a.jpg", exif=exif)
@@ -112,15 +112,15 @@ def test_a_picture_lying_on_its_side_is_written_upright_if_it_is_read_so(tmp_pat
 
 @pytest.mark.parametrize("name", ["label_sets", "class_columns", "conditions"])
 def test_what_shards_cannot_hold_is_refused(tmp_path, name):
-    dataset = Pictures(3)
+    dataset = Images(3)
     setattr(dataset, name, [])
-    with pytest.raises(ValueError, match=f"Pictures has {name}, which shards cannot hold"):
+    with pytest.raises(ValueError, match=f"Images has {name}, which shards cannot hold"):
         write_shards(dataset, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_names_for_prompts_are_said_to_be_left_out(tmp_path, caplog):
-    dataset = Pictures(3)
+    dataset = Images(3)
     dataset.prompt_names = ["an even one", "an odd one"]
     write_shards(dataset, tmp_path / "out")
     assert "do not hold the names of the classes for zero-shot prompts" in caplog.text

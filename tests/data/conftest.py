@@ -17,8 +17,8 @@ PREPROCESS = {
 }
 
 
-class Pictures(ImageDataset):
-    """`size` noise pictures with captions; those whose index is in `bad` cannot be read."""
+class Images(ImageDataset):
+    """`size` noise images with captions; those whose index is in `bad` cannot be read."""
 
     has_captions = True
     classes = ("even", "odd")
@@ -32,9 +32,9 @@ class Pictures(ImageDataset):
 
     def __getitem__(self, index):
         if index in self.bad:
-            raise BadSample(f"picture {index}", "made bad")
+            raise BadSample(f"image {index}", "made bad")
         pixels = np.random.default_rng(index).integers(0, 256, (12, 10, 3), dtype=np.uint8)
-        return Sample(Image.fromarray(pixels), index % 2, f"picture number {index}", f"picture {index}")
+        return Sample(Image.fromarray(pixels), index % 2, f"image number {index}", f"image {index}")
 
 
 def tokenize(captions):
@@ -44,7 +44,7 @@ def tokenize(captions):
 
 @pytest.fixture
 def photo():
-    """A smooth 20 x 10 RGB picture."""
+    """A smooth 20 x 10 RGB image."""
     ramp = np.linspace(0, 255, 20, dtype=np.uint8)
     return Image.fromarray(
         np.stack([np.tile(ramp, (10, 1)), np.full((10, 20), 100), np.zeros((10, 20))], 2).astype("u1")

@@ -30,19 +30,19 @@ def test_an_unknown_type_is_refused():
 
 
 def test_every_type_reads_files_as_the_settings_say(tmp_path, monkeypatch, photo):
-    """Its EXIF data say that the picture, 20 x 10, stands on its side; shards and Parquet files hold the same file."""
+    """Its EXIF data say that the image, 20 x 10, stands on its side; shards and Parquet files hold the same file."""
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs datasets")
     pyarrow = pytest.importorskip("pyarrow")
     monkeypatch.setenv("VMOE_CACHE", str(tmp_path / "cache"))
     exif = Image.Exif()
     exif[274] = 6
     (tmp_path / "folder" / "class").mkdir(parents=True)
-    picture = tmp_path / "folder" / "class" / "a.jpg"
-    photo.save(picture, exif=exif)
-    picture.with_suffix(".txt").write_text("a photo")
+    image = tmp_path / "folder" / "class" / "a.jpg"
+    photo.save(image, exif=exif)
+    image.with_suffix(".txt").write_text("a photo")
     (tmp_path / "pairs.csv").write_text("image,caption\nfolder/class/a.jpg,a photo\n")
-    write(tmp_path / "0.tar", [("a.jpg", picture.read_bytes()), ("a.txt", b"a photo")])
-    table = pyarrow.table({"image": [picture.read_bytes()], "text": ["a photo"]})
+    write(tmp_path / "0.tar", [("a.jpg", image.read_bytes()), ("a.txt", b"a photo")])
+    table = pyarrow.table({"image": [image.read_bytes()], "text": ["a photo"]})
     parquet.write_table(table, tmp_path / "train.parquet")
     sources = [
         {"type": "pairs", "path": str(tmp_path / "folder")},
@@ -56,7 +56,7 @@ def test_every_type_reads_files_as_the_settings_say(tmp_path, monkeypatch, photo
     mixed = {"type": "mixture", "sources": [{**sources[1], "path": str(tmp_path / "other.csv")}, sources[2]]}
     for settings in [*sources, mixed]:
         if settings["type"] == "image_folder":
-            picture.with_suffix(".txt").unlink()
+            image.with_suffix(".txt").unlink()
 
         def size(default=False, settings=settings, **more):
             source = SourceConfig(**settings, **more)

@@ -10,7 +10,7 @@ from vmoe.data.fingerprint import BYTES_OF_A_FILE, Fingerprint
 from vmoe.data.sources import emoji as emoji_module
 from vmoe.data.sources.torchvision import TorchvisionDataset
 
-from .conftest import Pictures
+from .conftest import Images
 
 
 @pytest.fixture
@@ -24,8 +24,8 @@ def folder(tmp_path):
     shutil.copytree(root / "tree", root / "pairs")
     rows = ["image,caption", "tree/cat/1.png,a cat", "tree/cat/1.png,one cat", "tree/dog/1.png,a dog"]
     (root / "pairs.csv").write_text("\n".join(rows))
-    for picture in (root / "pairs").rglob("*.png"):
-        picture.with_suffix(".txt").write_text(f"caption of {picture.parent.name} {picture.stem}")
+    for image in (root / "pairs").rglob("*.png"):
+        image.with_suffix(".txt").write_text(f"caption of {image.parent.name} {image.stem}")
     entry = {"filename": "1.png", "filepath": "tree/cat", "split": "test", "sentences": [{"raw": "a"}, {"raw": "b"}]}
     (root / "karpathy.json").write_text(json.dumps({"images": [entry]}))
     return root
@@ -69,14 +69,14 @@ def test_absolute_paths_count_from_the_root_on(folder, tmp_path):
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_one_changed_byte_of_a_picture_changes_it(folder, kind):
+def test_one_changed_byte_of_an_image_changes_it(folder, kind):
     found = fingerprint(folder, kind)
     for place in (100, -100):
         for name in ("tree", "pairs"):
-            picture = folder / name / "cat" / "1.png"
-            content = bytearray(picture.read_bytes())
+            image = folder / name / "cat" / "1.png"
+            content = bytearray(image.read_bytes())
             content[place] ^= 1
-            picture.write_bytes(content)
+            image.write_bytes(content)
         assert fingerprint(folder, kind) != found
         found = fingerprint(folder, kind)
 
@@ -105,7 +105,7 @@ def test_captions_and_their_order_matter(folder):
     assert len(found) == 4
 
 
-def test_a_missing_picture_is_part_of_it(folder):
+def test_a_missing_image_is_part_of_it(folder):
     found = fingerprint(folder, "pairs file")
     (folder / "tree" / "cat" / "1.png").unlink()
     assert fingerprint(folder, "pairs file") != found
@@ -121,23 +121,23 @@ def test_class_names_and_other_attributes_matter():
         {"label_sets": [(0,), (1,), (0, 1)]},
         {"conditions": ["fog/1"], "condition_of": [0, 0, 0]},
         {"image_ids": ["a", "a", "b"]},
-        {"left_out": {"pictures": 3}},
+        {"left_out": {"images": 3}},
         {"labels": [0, 1, 0]},
     ]
     for change in attributes:
-        pictures = Pictures(3)
+        images = Images(3)
         for name, value in change.items():
-            setattr(pictures, name, value)
-        found.add(pictures.fingerprint())
+            setattr(images, name, value)
+        found.add(images.fingerprint())
     assert len(found) == len(attributes)
 
 
 def test_without_files_the_pixels_tell(tmp_path):
-    first, again, more = (Pictures(size).fingerprint() for size in (3, 3, 4))
+    first, again, more = (Images(size).fingerprint() for size in (3, 3, 4))
     assert first == again != more
-    assert Pictures(3, bad=[1]).fingerprint() != first  # an unreadable image is no reason to fail
+    assert Images(3, bad=[1]).fingerprint() != first  # an unreadable image is no reason to fail
 
-    class Brighter(Pictures):
+    class Brighter(Images):
         def __getitem__(self, index):
             sample = super().__getitem__(index)
             if index == 2:
@@ -148,10 +148,10 @@ def test_without_files_the_pixels_tell(tmp_path):
 
 
 def test_it_is_made_once_unless_asked_of_another_object(monkeypatch):
-    pictures = Pictures(3)
-    found = pictures.fingerprint()
-    monkeypatch.setattr(Pictures, "__getitem__", lambda *_: pytest.fail("read again"))
-    assert pictures.fingerprint() == found
+    images = Images(3)
+    found = images.fingerprint()
+    monkeypatch.setattr(Images, "__getitem__", lambda *_: pytest.fail("read again"))
+    assert images.fingerprint() == found
 
 
 def test_torchvision_by_its_pixels(tmp_path):

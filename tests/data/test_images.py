@@ -33,7 +33,7 @@ def test_16_bit_grey_keeps_its_range(tmp_path, suffix):
     assert np.abs(loaded - (values >> 8)[..., None]).max() <= 1
 
 
-def test_a_picture_of_unknown_range_is_bad(tmp_path):
+def test_an_image_of_unknown_range_is_bad(tmp_path):
     for number, pixels in enumerate([np.full((4, 4), 0.5, np.float32), np.full((4, 4), 10**6, np.int32)]):
         with pytest.raises(BadSample, match="unknown range"):
             saved(tmp_path / f"{number}.tif", Image.fromarray(pixels))
@@ -69,8 +69,8 @@ def test_of_an_animation_the_first_frame(tmp_path, suffix):
     assert red > 240 > 20 > max(green, blue)
 
 
-def test_a_cameras_file_of_several_pictures(tmp_path):
-    """MPO: a JPEG file with further pictures behind the first (a preview, the other eye)."""
+def test_a_cameras_file_of_several_images(tmp_path):
+    """MPO: a JPEG file with further images behind the first (a preview, the other eye)."""
     image, other = (Image.new("RGB", (16, 12), colour) for colour in ("red", "blue"))
     image.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[other])
     with Image.open(tmp_path / "a.jpg") as opened:
@@ -86,7 +86,7 @@ def test_grey_one_bit_and_single_pixel(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".gif", ".tif", ".webp", ".bmp"])
-def test_every_truncation_is_bad_or_a_picture(tmp_path, suffix, photo):
+def test_every_truncation_is_bad_or_an_image(tmp_path, suffix, photo):
     """Whatever the cut, BadSample is the only exception, and most cuts are noticed."""
     buffer = io.BytesIO()
     photo.resize((40, 40)).save(buffer, Image.registered_extensions()[suffix])
@@ -118,7 +118,7 @@ def test_broken_bytes_raise_nothing_else(tmp_path, photo):
                 assert load_image(path).mode == "RGB"
 
 
-def test_what_is_no_picture(tmp_path):
+def test_what_is_no_image(tmp_path):
     (tmp_path / "text.jpg").write_text("this is text")
     (tmp_path / "empty.jpg").write_bytes(b"")
     for name, reason in [("text.jpg", "not an image"), ("empty.jpg", "not an image"), ("gone.jpg", "no such file")]:
@@ -162,7 +162,7 @@ def test_exif_orientation(suffix, number, photo):
     assert turned.size == ((10, 20) if number in (5, 6, 7, 8) else (20, 10))
 
 
-def test_exif_orientation_of_transparent_and_grey_pictures(photo):
+def test_exif_orientation_of_transparent_and_grey_images(photo):
     for mode in ("RGBA", "L", "P"):
         turned = load_image("a", with_orientation(photo.convert(mode), 8, ".png"), Reading(exif_orientation=True))
         assert (turned.mode, turned.size) == ("RGB", (10, 20))
@@ -236,7 +236,7 @@ def test_a_photo_of_200_megapixels(tmp_path):
 @pytest.mark.parametrize("compressed", [True, False])
 @pytest.mark.parametrize("after", [True, False])
 def test_a_png_file_with_long_texts(photo, compressed, after):
-    """As programs write that keep how a picture was made; Pillow's limit for a compressed text is 1 MiB."""
+    """As programs write that keep how an image was made; Pillow's limit for a compressed text is 1 MiB."""
     info, file = PngImagePlugin.PngInfo(), io.BytesIO()
     info.add_text("prompt", "word " * 2**20, zip=compressed)
     info.add_itxt("workflow", "node " * 2**20, zip=compressed)

@@ -21,7 +21,7 @@ from vmoe.data import (
 )
 from vmoe.data.loader import _warn_of_workers, own_cores
 
-from .conftest import PREPROCESS, Pictures, tokenize
+from .conftest import PREPROCESS, Images, tokenize
 
 RANDOM = AugmentationConfig(scale=(0.2, 1.0), hflip=0.5, color_jitter=0.4)
 ERASING = AugmentationConfig(auto_augment="rand-m9-mstd0.5", re_prob=0.5)
@@ -30,12 +30,12 @@ ERASING = AugmentationConfig(auto_augment="rand-m9-mstd0.5", re_prob=0.5)
 def train(size=20, bad=(), seed=1, augmentation=RANDOM, tokenizer=tokenize, part=None, **config):
     config = LoaderConfig(**{"batch_size": 4, "num_workers": 0} | config)
     transform = build_transform(PREPROCESS, augmentation)
-    return train_loader(Pictures(size, bad), transform, tokenizer, config, seed, part=part)
+    return train_loader(Images(size, bad), transform, tokenizer, config, seed, part=part)
 
 
 def evaluate(size=10, bad=(), **config):
     config = {"batch_size": 4, "num_workers": 0} | config
-    return eval_loader(Pictures(size, bad), build_transform(PREPROCESS, None), tokenize, LoaderConfig(**config))
+    return eval_loader(Images(size, bad), build_transform(PREPROCESS, None), tokenize, LoaderConfig(**config))
 
 
 def take(loader, count):
@@ -126,7 +126,7 @@ def test_the_number_of_workers_changes_nothing(augmentation):
 
 
 @pytest.mark.parametrize(
-    ("bad", "last"), [((), ", all from before this start"), (range(20), "; the last is picture [0-9]+: made bad")]
+    ("bad", "last"), [((), ", all from before this start"), (range(20), "; the last is image [0-9]+: made bad")]
 )
 def test_too_many_bad_samples_before_a_stop(bad, last):
     """A continued run knows the number of bad samples from before, but not their paths."""
@@ -166,14 +166,14 @@ def test_any_callable_will_do_as_transform():
     def to_tensor(image):
         return torch.from_numpy(np.array(image.resize((5, 6)))).float()
 
-    loader = train_loader(Pictures(8), to_tensor, None, LoaderConfig(batch_size=4, num_workers=0), seed=0)
+    loader = train_loader(Images(8), to_tensor, None, LoaderConfig(batch_size=4, num_workers=0), seed=0)
     assert next(loader)["image"].shape == (4, 6, 5, 3)
 
 
 def test_a_device_is_where_the_batches_are():
     config = LoaderConfig(batch_size=4, num_workers=0)
     transform = build_transform(PREPROCESS, None)
-    loader = train_loader(Pictures(8), transform, tokenize, config, seed=0, device="meta")
+    loader = train_loader(Images(8), transform, tokenize, config, seed=0, device="meta")
     assert {tensor.device.type for tensor in next(loader).values()} == {"meta"}
 
 
@@ -184,17 +184,17 @@ def test_bad_samples_are_replaced_counted_and_logged_once(caplog):
     shown = torch.cat([batch["text"][:, 3] for batch in batches]).tolist()
     assert len(shown) == 40
     assert not {3, 11} & set(shown)
-    assert set(loader.bad_paths) == {"picture 3", "picture 11"}
+    assert set(loader.bad_paths) == {"image 3", "image 11"}
     assert loader.num_bad >= 4
     assert loader.num_read == 40 + loader.num_bad
     assert sorted(record.getMessage() for record in caplog.records) == [
-        f"bad sample replaced by another: picture {number}: made bad" for number in (11, 3)
+        f"bad sample replaced by another: image {number}: made bad" for number in (11, 3)
     ]
     assert_same(take(train(bad=[3, 11], max_bad_share=0.5), 10), batches)
 
 
 def test_too_many_bad_samples_stop_the_run():
-    with pytest.raises(TooManyBadSamples, match=r"max_bad_share 0\.1 allows; the last is picture \d+: made bad"):
+    with pytest.raises(TooManyBadSamples, match=r"max_bad_share 0\.1 allows; the last is image \d+: made bad"):
         take(train(bad=range(6), max_bad_share=0.1), 50)
     with pytest.raises(TooManyBadSamples, match="400 of 404 samples"):
         next(train(bad=range(20), max_bad_share=1.0))
@@ -203,9 +203,9 @@ def test_too_many_bad_samples_stop_the_run():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_fail_names_the_sample(workers):
-    with pytest.raises(BadSample, match="picture 3: made bad"):
+    with pytest.raises(BadSample, match="image 3: made bad"):
         take(train(bad=[3], on_bad="fail", num_workers=workers), 5)
-    with pytest.raises(BadSample, match="picture 3: made bad"):
+    with pytest.raises(BadSample, match="image 3: made bad"):
         list(evaluate(bad=[3], num_workers=workers))
 
 
@@ -227,7 +227,7 @@ def test_evaluation_skips_when_told_and_says_so():
         assert torch.cat([batch["index"] for batch in batches]).tolist() == [0, 2, 3, 8, 9]
         assert len(batches) == 2
         assert loader.num_skipped == 5
-        assert loader.skipped_paths[0] == "picture 1"
+        assert loader.skipped_paths[0] == "image 1"
 
 
 def test_settings_that_cannot_be_met_are_explained():
@@ -246,10 +246,10 @@ def test_settings_that_cannot_be_met_are_explained():
 
 
 def test_text_needs_captions():
-    pictures = Pictures(8)
-    pictures.has_captions = False
+    images = Images(8)
+    images.has_captions = False
     with pytest.raises(ValueError, match="no captions"):
-        train_loader(pictures, build_transform(PREPROCESS, None), tokenize, LoaderConfig(batch_size=4), seed=0)
+        train_loader(images, build_transform(PREPROCESS, None), tokenize, LoaderConfig(batch_size=4), seed=0)
 
 
 def test_a_reader_can_be_sent_to_a_worker():

@@ -113,7 +113,7 @@ def test_files_that_are_no_whole_tar(tmp_path):
         (whole[:1700], "cut off at byte 1700"),
         (whole[:end], "cut off at byte 2560, its end mark is missing"),
         (whole[: end + 512], "within its end mark"),
-        (whole + whole, "goes on behind its end mark"),
+        (whole + whole, "continues after its end mark"),
         (whole[:600] + b"!" + whole[601:1540] + b"!" + whole[1541:], "is damaged at byte 1536"),
     ]:
         path.write_bytes(content)

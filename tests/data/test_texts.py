@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vmoe.data import AugmentationConfig, LoaderConfig, build_transform, eval_loader, train_loader
 from vmoe.data.texts import CutTexts, cut_rows
 
-from .conftest import PREPROCESS, Pictures, tokenize
+from .conftest import PREPROCESS, Images, tokenize
 
 TRANSFORM = build_transform(PREPROCESS, AugmentationConfig())
 CLIP = open_clip.SimpleTokenizer(context_length=6)
@@ -52,7 +52,7 @@ def test_counting():
     assert CutTexts(CLIP).message("texts") == ""
 
 
-class Captions(Pictures):
+class Captions(Images):
     """Captions of 4 tokens, and of 5 in every third sample, where 4 fit."""
 
     def __getitem__(self, index):

@@ -43,7 +43,7 @@ def test_training_is_timms(photo, settings):
         assert torch.equal(seeded(ours, photo, seed), seeded(timms, photo, seed))
 
 
-def test_bytes_normalised_as_a_batch_equal_pictures_normalised_alone(photo):
+def test_bytes_normalised_as_a_batch_equal_images_normalised_alone(photo):
     transform = build_transform(PREPROCESS, None)
     images = [photo, photo.rotate(90), photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
     pixels = torch.stack([torch.from_numpy(np.array(transform.geometry(image))) for image in images])
@@ -55,7 +55,7 @@ def test_bytes_normalised_as_a_batch_equal_pictures_normalised_alone(photo):
 
 @pytest.mark.parametrize("settings", [None, {}, STRONG])
 @pytest.mark.parametrize("size", [(1, 1), (1, 100), (100, 1), (3, 2)])
-def test_tiny_pictures_pass(settings, size):
+def test_tiny_images_pass(settings, size):
     transform = build_transform(PREPROCESS, settings if settings is None else AugmentationConfig(**settings))
     for seed in range(5):
         assert seeded(transform, Image.new("RGB", size, "red"), seed).shape == (3, 8, 8)

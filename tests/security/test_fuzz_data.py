@@ -1,4 +1,4 @@
-"""Damaged pictures, lists of pairs and shards: what is left of them is right, or it is refused in one sentence."""
+"""Damaged images, lists of pairs and shards: what is left of them is right, or it is refused in one sentence."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from vmoe.utils.safe_json import parse_json
 
 from .bounds import NASTY, damaged, fuzz, outcome
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- images --------------------------------------------------------------------------------------------------------
 
 
-def picture(format_: str, mode: str = "RGB", **options) -> bytes:
+def encoded_image(format_: str, mode: str = "RGB", **options) -> bytes:
     pixels = np.random.default_rng(0).integers(0, 255, (24, 40, 3), np.uint8)
     stream = io.BytesIO()
     Image.fromarray(pixels).convert(mode).save(stream, format_, **options)
     return stream.getvalue()
 
 
-PICTURES = [
-    picture("JPEG"),
-    picture("JPEG", progressive=True),
-    picture("JPEG", "CMYK"),
-    picture("PNG"),
-    picture("PNG", "P"),
-    picture("PNG", "LA"),
-    picture("PNG", "1"),
-    picture("WEBP"),
-    picture("WEBP", lossless=True),
-    picture("GIF"),
-    picture("BMP"),
-    picture("PPM"),
-    picture("TIFF"),
-    picture("TIFF", compression="tiff_lzw"),
-    picture("TIFF", "RGBA", compression="tiff_deflate"),
+IMAGES = [
+    encoded_image("JPEG"),
+    encoded_image("JPEG", progressive=True),
+    encoded_image("JPEG", "CMYK"),
+    encoded_image("PNG"),
+    encoded_image("PNG", "P"),
+    encoded_image("PNG", "LA"),
+    encoded_image("PNG", "1"),
+    encoded_image("WEBP"),
+    encoded_image("WEBP", lossless=True),
+    encoded_image("GIF"),
+    encoded_image("BMP"),
+    encoded_image("PPM"),
+    encoded_image("TIFF"),
+    encoded_image("TIFF", compression="tiff_lzw"),
+    encoded_image("TIFF", "RGBA", compression="tiff_deflate"),
 ]
 SIZES = (
     b"\x00\x00\x00\x01",
@@ -59,8 +59,8 @@ SIZES = (
 )
 
 
-def any_picture(data) -> None:
-    content = data.draw(damaged(data.draw(st.sampled_from(PICTURES)), SIZES) | st.binary(max_size=64))
+def any_image(data) -> None:
+    content = data.draw(damaged(data.draw(st.sampled_from(IMAGES)), SIZES) | st.binary(max_size=64))
     image = outcome(lambda: load_image("x", content), (BadSample,), megabytes=1500)
     if not isinstance(image, str):
         assert image.mode == "RGB"
@@ -68,12 +68,12 @@ def any_picture(data) -> None:
         np.asarray(image)
 
 
-test_any_picture, test_many_pictures = fuzz(any_picture, few=80, many=3000)
+test_any_image, test_many_images = fuzz(any_image, few=80, many=3000)
 
 
-def test_undamaged_pictures_of_all_formats_are_read():
-    assert {Image.open(io.BytesIO(content)).format for content in PICTURES} == set(FORMATS) - {"DIB"}
-    for content in PICTURES:
+def test_undamaged_images_of_all_formats_are_read():
+    assert {Image.open(io.BytesIO(content)).format for content in IMAGES} == set(FORMATS) - {"DIB"}
+    for content in IMAGES:
         assert load_image("x", content).size == (40, 24)
 
 
@@ -111,7 +111,7 @@ def any_list_of_pairs(tmp_path_factory, data) -> None:
     def read() -> ImageDataset:
         pairs = build_dataset(SourceConfig("pairs", str(file)))
         for index in range(len(pairs)):
-            with pytest.raises(BadSample):  # there are no pictures
+            with pytest.raises(BadSample):  # there are no images
                 pairs[index]
         pairs.fingerprint()
         return pairs
@@ -141,8 +141,8 @@ def shard(format_: int) -> bytes:
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=format_) as tar:
         for name, content in (
-            ("0.jpg", PICTURES[0]), ("0.txt", b"a cat"), ("0.json", b'{"caption": "a cat"}'),
-            (f"{'long/' * 30}1.png", PICTURES[3]), (f"{'long/' * 30}1.txt", "Hund — ein Hund".encode()),
+            ("0.jpg", IMAGES[0]), ("0.txt", b"a cat"), ("0.json", b'{"caption": "a cat"}'),
+            (f"{'long/' * 30}1.png", IMAGES[3]), (f"{'long/' * 30}1.txt", "Hund — ein Hund".encode()),
         ):  # fmt: skip
             member = tarfile.TarInfo(name)
             member.size = len(content)

@@ -1,4 +1,4 @@
-"""Pictures, lists, shards and caches made to do harm, each with the sentence that refuses it."""
+"""Images, lists, shards and caches made to do harm, each with the sentence that refuses it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
 showpage
 %%EOF
 """
-PICTURES: dict[str, tuple[bytes, str]] = {
+IMAGES: dict[str, tuple[bytes, str]] = {
     "100,000 x 100,000": (png_of(100_000, 100_000), "pixels"),
     "a strip": (png_of(1, 1_000_000), "sides beyond"),
     "no rows": (png_of(100, 100), "unreadable"),
@@ -58,14 +58,14 @@ PICTURES: dict[str, tuple[bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize(("content", "words"), PICTURES.values(), ids=PICTURES)
-def test_pictures(tmp_path, canary, content, words):
+@pytest.mark.parametrize(("content", "words"), IMAGES.values(), ids=IMAGES)
+def test_images(tmp_path, canary, content, words):
     file = tmp_path / "cat.jpg"
     file.write_bytes(content.replace(b"CANARY", str(canary).encode()))
     refused(lambda: load_image(file), words, str(file))
 
 
-def test_pictures_that_are_no_files(tmp_path):
+def test_images_that_are_no_files(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "zeros.jpg").symlink_to("/dev/zero")
     (tmp_path / "loop.jpg").symlink_to("loop.jpg")
@@ -88,7 +88,7 @@ def test_captions_that_are_no_text(tmp_path, monkeypatch, kind, caption):
     folder = tmp_path / "data"
     folder.mkdir()
     Image.new("RGB", (8, 8)).save(folder / "a.png")
-    picture, path, settings = (folder / "a.png").read_bytes(), folder / "list.jsonl", {"type": "pairs"}
+    image, path, settings = (folder / "a.png").read_bytes(), folder / "list.jsonl", {"type": "pairs"}
     if kind == "jsonl":
         path.write_text(json.dumps({"image": "a.png", "caption": caption}))
     elif kind == "csv":
@@ -104,14 +104,14 @@ def test_captions_that_are_no_text(tmp_path, monkeypatch, kind, caption):
     elif kind == "shards":
         path, settings = folder / "0.tar", {"type": "shards"}
         with tarfile.open(path, "w") as tar:
-            for name, content in (("0.png", picture), ("0.json", json.dumps({"caption": caption}).encode())):
+            for name, content in (("0.png", image), ("0.json", json.dumps({"caption": caption}).encode())):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     else:
         datasets = pytest.importorskip("datasets")
         path, settings = tmp_path / "hf", {"type": "hf"}
-        datasets.Dataset.from_list([{"image": picture, "caption": caption}]).save_to_disk(path)
+        datasets.Dataset.from_list([{"image": image, "caption": caption}]).save_to_disk(path)
     dataset = build_dataset(SourceConfig(path=str(path), **settings))
     with pytest.raises(BadSample, match="its caption holds the character"):
         dataset[0]
@@ -128,11 +128,11 @@ def test_lists_that_reach_out_of_their_folder(tmp_path, path, kind):
     if kind == "karpathy":
         entry = {"filename": path, "split": "train", "sentences": [{"raw": "x"}]}
         (folder / "list").write_text(json.dumps({"images": [entry]}))
-        refused(lambda: build_dataset(SourceConfig("karpathy", str(folder / "list"))), "does not lie in image_root")
+        refused(lambda: build_dataset(SourceConfig("karpathy", str(folder / "list"))), "is not inside image_root")
         return
     text = f"image,caption\n{path},x\n" if kind == "csv" else json.dumps({"image": path, "caption": "x"})
     (folder / f"list.{kind}").write_text(text)
-    refused(lambda: build_dataset(SourceConfig("pairs", str(folder / f"list.{kind}"))), "lies outside of", "image_root")
+    refused(lambda: build_dataset(SourceConfig("pairs", str(folder / f"list.{kind}"))), "is outside of", "image_root")
     if not path.startswith("/proc"):
         pairs = build_dataset(SourceConfig("pairs", str(folder / f"list.{kind}"), image_root="/"))
         assert len(pairs) == 1  # for who says so
@@ -144,7 +144,7 @@ def test_lists_that_reach_out_on_windows(tmp_path, path):
     refused(lambda: build_dataset(SourceConfig("pairs", str(tmp_path / "list.jsonl"))), "line 1", "out of its folder")
     entry = {"filename": path, "split": "train", "sentences": [{"raw": "x"}]}
     (tmp_path / "list").write_text(json.dumps({"images": [entry]}))
-    refused(lambda: build_dataset(SourceConfig("karpathy", str(tmp_path / "list"))), "does not lie in image_root")
+    refused(lambda: build_dataset(SourceConfig("karpathy", str(tmp_path / "list"))), "is not inside image_root")
 
 
 LINES = {

@@ -1,4 +1,4 @@
-"""Pictures, captions and labels: data sets, transforms and loaders. Knows neither models nor training."""
+"""Images, captions and labels: data sets, transforms and loaders. Knows neither models nor training."""
 
 from vmoe.data.build import applies_orientation, build_dataset, with_orientation
 from vmoe.data.config import AugmentationConfig, LoaderConfig, SourceConfig

@@ -158,7 +158,7 @@ class SourceConfig:
 
 @dataclass
 class AugmentationConfig:
-    """Augmentation of training images, in timm's words. The defaults are light, as is usual for image-text training.
+    """Augmentation of training images, named as in timm. The defaults are light, as is usual for image-text training.
 
     Args:
         scale: share of the image's area that a random crop takes, smallest and largest.
@@ -222,7 +222,7 @@ class LoaderConfig:
     Args:
         batch_size: samples in a batch, all processes together; each has an equal part of it.
         num_workers: processes that read in the background; 0 reads in the main process. The batches are the same.
-        on_bad: what happens to an unreadable image or an empty caption: "replace" (another sample takes its place; for
+        on_bad: what happens to an unreadable image or an empty caption: "replace" (another sample replaces it; for
             training), "skip" (left out and counted; for evaluation) or "fail". Default: replace in training, fail in
             evaluation.
         max_bad_share: training stops when more than this share of the samples read is bad.

@@ -71,7 +71,7 @@ class Reading(NamedTuple):
     Attributes:
         exif_orientation: whether an image is turned as its EXIF data say. (TIFF files always are, by Pillow.)
         max_pixels: width x height of the largest image. A JPEG file of up to 4 times as many is read at half its size,
-            unless it is progressive, which takes the memory of its whole size.
+            unless it is progressive, which takes the memory of its full size.
     """
 
     exif_orientation: bool = False

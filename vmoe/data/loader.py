@@ -34,7 +34,7 @@ MIN_READ_FOR_SHARE = 1000
 # With a bad share of 0.9 all of these fail once in 37,000 samples; a data set worse than that is no data set.
 MAX_REPLACEMENTS = 100
 MAX_CACHED_CAPTIONS = 100_000
-# How long a worker goes on after SIGTERM.
+# How long a worker continues after SIGTERM.
 GRACE_SECONDS = 5
 
 
@@ -161,7 +161,7 @@ class _Loader:
             loader = DataLoader(
                 self.reader,
                 sampler=keys,
-                batch_size=None,  # a key is a whole batch
+                batch_size=None,  # a key is a batch
                 collate_fn=_identity,
                 num_workers=self.config.num_workers,
                 pin_memory=self.config.pin_memory and torch.cuda.is_available(),
@@ -213,7 +213,7 @@ class TrainLoader(_Loader):
 
     Attributes:
         step: batches handed out so far.
-        steps_per_epoch: whole batches in the data set.
+        steps_per_epoch: complete batches in the data set.
         num_read: samples that this process read for its part, bad ones and replacements included.
         num_bad: bad samples among these (one that is met twice counts twice).
         bad_paths: {path: reason} of the bad samples met by this object.
@@ -238,7 +238,7 @@ class TrainLoader(_Loader):
         on_bad = config.on_bad or "replace"
         self.part = world() if part is None else part
         if on_bad == "skip":
-            raise ValueError("on_bad must be replace or fail in training, got skip: batches must be whole")
+            raise ValueError("on_bad must be replace or fail in training, got skip: batches must be complete")
         if len(dataset) < config.batch_size:
             raise ValueError(
                 f"batch_size {config.batch_size} is more than the data set's {len(dataset)} samples: make it smaller"
@@ -295,9 +295,9 @@ class TrainLoader(_Loader):
             if path not in self.bad_paths:
                 self.bad_paths[path] = reason
                 logger.warning("bad sample replaced by another: %s: %s", printable(path), reason)
-        whole = batch.tensors and len(batch.tensors["image"]) == self.config.batch_size // self.part[1]
+        complete = batch.tensors and len(batch.tensors["image"]) == self.config.batch_size // self.part[1]
         enough = self.num_read >= min(MIN_READ_FOR_SHARE, len(self.reader.dataset))
-        if not whole or (enough and self.num_bad > self.config.max_bad_share * self.num_read):
+        if not complete or (enough and self.num_bad > self.config.max_bad_share * self.num_read):
             # A run that continues knows from before the stop how many were bad, but not which.
             last = next(reversed(batch.bad or list(self.bad_paths.items())), None)
             raise TooManyBadSamples(
@@ -413,7 +413,7 @@ def _warn_of_workers(num_workers: int, cores: int) -> None:
 
 
 def _leave_signals_to_the_main_process(_worker: int) -> None:
-    """A terminal or a scheduler signals the whole group; a worker that dies of it takes the step in progress with it.
+    """A terminal or a scheduler signals the process group; a worker that dies of it ends the step in progress.
 
     So a worker outlives SIGTERM for long enough to let the main process finish its step, and then leaves quietly.
     """

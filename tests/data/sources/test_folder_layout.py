@@ -24,7 +24,7 @@ def complaint(root):
     return str(caught.value)
 
 
-def test_a_class_without_pictures_is_named(tree):
+def test_a_class_without_images_is_named(tree):
     (tree / "cow").mkdir()
     assert complaint(tree).startswith(f"{tree}/cow: holds no image; there must be one folder of images per class")
 
@@ -43,7 +43,7 @@ def test_junk_beside_a_mistake_is_told_once(tree, caplog):
     assert [record.getMessage().partition("own: ")[2] for record in caplog.records] == [f"path {tree}/.DS_Store"]
 
 
-def test_a_file_that_is_no_picture_is_named(tree):
+def test_a_file_that_is_no_image_is_named(tree):
     (tree / "dog" / "notes.txt").touch()
     (tree / "dog" / "list.csv").touch()
     message = complaint(tree)
@@ -154,7 +154,7 @@ def test_the_folder_of_the_mistake_is_opened_in_the_drawing(tmp_path, photo):
     assert "│       └── 1.png" in error
 
 
-def test_pictures_in_any_case_and_linked_folders_count(tree, tmp_path, photo):
+def test_images_in_any_case_and_linked_folders_count(tree, tmp_path, photo):
     photo.save(tree / "cat" / "2.JPEG", "JPEG")
     (tmp_path / "elsewhere").mkdir()
     photo.save(tmp_path / "elsewhere" / "3.png")

@@ -33,14 +33,14 @@ def no_network(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """{kind: folder} of 22 pictures in several layouts; "train" is in two files, of 4 rows a group."""
+    """{kind: folder} of 22 images in several layouts; "train" is in two files, of 4 rows a group."""
     datasets.disable_progress_bars()
     root = tmp_path_factory.mktemp("hf")
     rows = [
         {
             "image": Image.fromarray(np.random.default_rng(number).integers(0, 256, (12, 10, 3), dtype=np.uint8)),
             "label": number % 2,
-            "caption": f"picture number {number}",
+            "caption": f"image number {number}",
             "other": number,
         }
         for number in range(22)
@@ -73,12 +73,12 @@ def test_samples(folders, kind, monkeypatch, tmp_path):
     dataset = source(folders["parquet"], streaming=True) if kind == "streaming" else source(folders[kind])
     assert len(dataset) == 22
     assert dataset.classes == ["even", "odd"]
-    assert dataset.captions[:] == [f"picture number {number}" for number in range(22)]
+    assert dataset.captions[:] == [f"image number {number}" for number in range(22)]
     for index in (0, 3, 4, 14, 15, 21):
         sample = dataset[index]
         expected = np.random.default_rng(index).integers(0, 256, (12, 10, 3), dtype=np.uint8)
         assert np.array_equal(np.asarray(sample.image), expected)
-        assert (sample.label, sample.caption) == (index % 2, f"picture number {index}")
+        assert (sample.label, sample.caption) == (index % 2, f"image number {index}")
     assert len(dataset.fingerprint()) == 64
 
 

@@ -1,4 +1,4 @@
-"""Made-up copies of ImageNet's test sets: the layout of the downloads, a picture or two for each class."""
+"""Made-up copies of ImageNet's test sets: the layout of the downloads, an image or two for each class."""
 
 import io
 import json
@@ -39,7 +39,7 @@ def make_tree(root, folders, name="1.jpg"):
 
 @pytest.fixture(scope="module")
 def val(tmp_path_factory):
-    """The validation set in synset folders: picture i + 1 belongs to class i, and one more to the tench."""
+    """The validation set in synset folders: image i + 1 belongs to class i, and one more to the tench."""
     root = make_tree(tmp_path_factory.mktemp("imagenet") / "val", SYNSETS, lambda place: val_name(place + 1))
     (root / SYNSETS[0] / val_name(1001)).write_bytes(BLUE)
     return root
@@ -47,7 +47,7 @@ def val(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def flat(tmp_path_factory):
-    """The same set flat, in the order of its archive: picture i + 1 belongs to class 999 - i."""
+    """The same set flat, in the order of its archive: image i + 1 belongs to class 999 - i."""
     root = tmp_path_factory.mktemp("archive") / "val"
     root.mkdir()
     for number in range(1, 1001):
@@ -215,7 +215,7 @@ def test_labels_files_that_cannot_be_used(flat, val, tmp_path):
 
 
 @pytest.mark.parametrize("stray", [None, "labels.txt"])
-def test_a_stray_folder_among_the_flat_pictures_is_named(flat, tmp_path, stray):
+def test_a_stray_folder_among_the_flat_images_is_named(flat, tmp_path, stray):
     """The folder is still a flat one: its labels_file is right, and the stray folder is to be moved."""
     (flat / "stray").mkdir()
     try:
@@ -235,7 +235,7 @@ def test_an_empty_folder_with_labels_is_shown_the_layouts(tmp_path):
     assert "(empty)" in message
 
 
-def test_a_stranger_among_the_flat_pictures_is_named(flat, tmp_path):
+def test_a_stranger_among_the_flat_images_is_named(flat, tmp_path):
     labels = write_labels(tmp_path, "val.txt")
     for name, message in [("cat.jpg", "image cat.jpg among those"), ("notes.txt", "notes.txt: not an image")]:
         (flat / name).touch()
@@ -252,7 +252,7 @@ def test_official_names_have_numbers():
         assert val_number(name) is None
 
 
-def test_real_has_several_labels_and_leaves_pictures_out(val, flat, caplog):
+def test_real_has_several_labels_and_leaves_images_out(val, flat, caplog):
     """timm's copy of ReaL starts [], [970, 795], [230, 231], [809]."""
     dataset = build("imagenet_real", flat)
     assert dataset.names[:3] == [val_name(2), val_name(3), val_name(4)]

@@ -87,7 +87,7 @@ def test_a_missing_class_is_named_with_its_condition(root):
     assert f"1 of 3 classes are missing in shot_noise/3/, {SYNSETS[1]}" in complaint(root)
 
 
-def test_conditions_must_have_the_same_pictures(root):
+def test_conditions_must_have_the_same_images(root):
     (root / "shot_noise" / "3" / SYNSETS[2] / "2.JPEG").unlink()
     message = f"{root}: n01484850/2.JPEG is in gaussian_noise/1 and not in shot_noise/3; each condition must"
     assert complaint(root).startswith(message)

@@ -46,7 +46,7 @@ def complaint(file, **settings):
     return str(caught.value)
 
 
-def test_each_caption_is_a_sample_of_its_picture(coco):
+def test_each_caption_is_a_sample_of_its_image(coco):
     dataset = build(coco)
     assert dataset.has_captions
     assert dataset.captions[:] == ["A man rides a bike.", "man on bike", "a car"]
@@ -75,7 +75,7 @@ def test_flickr_lies_flat_in_a_folder_of_its_own(tmp_path):
     assert "├── flickr30k-images/" in message
 
 
-def test_one_missing_picture_or_caption_is_a_bad_sample(coco):
+def test_one_missing_image_or_caption_is_a_bad_sample(coco):
     (coco.parent / "val2014" / "COCO_val2014_1.jpg").unlink()
     with pytest.raises(BadSample, match="COCO_val2014_1.jpg: no such file"):
         build(coco)[0]

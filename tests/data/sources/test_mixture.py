@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.data.conftest import PREPROCESS, Pictures, tokenize
+from tests.data.conftest import PREPROCESS, Images, tokenize
 from vmoe.data import AugmentationConfig, LoaderConfig, SourceConfig, build_dataset, build_transform, train_loader
 from vmoe.data.sources.mixture import Mixture
 from vmoe.training.config import Config
@@ -11,7 +11,7 @@ from vmoe.utils.config import ConfigError, read_config
 
 
 def loader(sizes=(30, 10), weights=(3.0, 1.0), part=None, **settings):
-    dataset = Mixture([Pictures(size) for size in sizes], weights)
+    dataset = Mixture([Images(size) for size in sizes], weights)
     config = LoaderConfig(batch_size=8, num_workers=0)
     transform = build_transform(PREPROCESS, AugmentationConfig(scale=(0.2, 1.0), color_jitter=0.4))
     return train_loader(dataset, transform, tokenize, config, 5, part=part)
@@ -43,19 +43,19 @@ def test_a_repeated_sample_is_augmented_anew():
 
 
 def test_samples_captions_and_classes():
-    dataset = Mixture([Pictures(3), Pictures(2)])
+    dataset = Mixture([Images(3), Images(2)])
     assert len(dataset) == 5
-    assert dataset[4].caption == "picture number 1"
+    assert dataset[4].caption == "image number 1"
     assert dataset.classes == ("even", "odd")
     assert dataset.weights == [3, 2]
-    other = Pictures(2)
+    other = Images(2)
     other.classes = ("left", "right")
-    mixed = Mixture([Pictures(3), other])
+    mixed = Mixture([Images(3), other])
     assert mixed.classes is None
     assert mixed[0].label is None
     other.has_captions = False
     with pytest.raises(ValueError, match="must all have captions, or all the same classes"):
-        Mixture([Pictures(3), other])
+        Mixture([Images(3), other])
 
 
 def test_from_a_config(tmp_path):

@@ -20,7 +20,7 @@ def torchvision_dataset(name, path, split="train"):
 
 @pytest.fixture
 def fashion_mnist(tmp_path):
-    """Three pictures per split in the data set's own file format (idx)."""
+    """Three images per split in the data set's own file format (idx)."""
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     pixels = np.arange(3 * 28 * 28, dtype=np.uint32).astype(np.uint8)

@@ -45,7 +45,7 @@ def cache(tmp_path_factory, monkeypatch):
     return folder
 
 
-def picture(number, format="jpeg", size=(12, 10)):
+def encoded_image(number, format="jpeg", size=(12, 10)):
     pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format)
@@ -63,8 +63,8 @@ def make_shards(folder, sizes=(7, 5, 9)):
                 writer.write(
                     {
                         "__key__": f"{shard:05}{place:04}",
-                        ending: picture(number, "jpeg" if ending == "jpg" else ending),
-                        "txt": f"picture number {number}",
+                        ending: encoded_image(number, "jpeg" if ending == "jpg" else ending),
+                        "txt": f"image number {number}",
                         "json": {"caption": f"other number {number}", "title": f"title {number}"},
                         "cls": number % 2,
                     }
@@ -88,7 +88,7 @@ def test_samples_are_those_that_webdataset_reads(shards):
         assert np.array_equal(np.asarray(dataset[index].image), np.asarray(image))
         assert dataset[index].caption == sample["txt"] == dataset.captions[index]
         assert f"{sample['__key__']}." in dataset[index].path
-    assert dataset.captions[-2:] == ["picture number 19", "picture number 20"]
+    assert dataset.captions[-2:] == ["image number 19", "image number 20"]
     assert dataset.classes is None
     assert dataset[20].label is None
 
@@ -111,9 +111,9 @@ def test_captions_in_json_and_classes(shards, tmp_path):
 
 
 def test_members_whose_key_holds_a_dot_are_counted_and_named(tmp_path, caplog):
-    """As in WebDataset, img_1.5.jpg is the field "5.jpg" of the sample img_1, and no picture."""
+    """As in WebDataset, img_1.5.jpg is the field "5.jpg" of the sample img_1, and no image."""
     names = ["img_1.jpg", "img_1.txt", "img_1.5.jpg", "img_1.5.txt", "a.b/img_2.PNG", "a.b/img_2.txt", "img_3.meta.npy"]
-    content = {"jpg": picture(0), "PNG": picture(1, "png"), "txt": b"text", "npy": b"0"}
+    content = {"jpg": encoded_image(0), "PNG": encoded_image(1, "png"), "txt": b"text", "npy": b"0"}
     for shard in ("0.tar", "1.tar"):
         write(tmp_path / shard, [(name, content[name.rpartition(".")[2]]) for name in names])
     expected = list(webdataset.WebDataset(str(tmp_path / "0.tar"), shardshuffle=False))
@@ -180,6 +180,9 @@ def test_numbers_of_samples_from_beside_the_shards(tmp_path, cache):
         next(loader)
     assert "\n" not in str(caught.value)  # from a worker
     loader.close()
+    for _ in range(2):
+        with pytest.raises(DataError, match="holds 3 samples"):
+            dataset[4]
     for text in ("{", "[]", '{"00001.tar": "3"}', '{"00001.tar": -1}', "[" * 100_000):
         (tmp_path / "sizes.json").write_text(text)
         with pytest.raises(DataError, match=r"sizes.json: .*; remove it, and the shards are counted"):
@@ -193,7 +196,7 @@ def test_shards_that_hold_nothing_are_left_out(tmp_path, caplog):
     for shard, successes in enumerate((4, 0, 2)):
         (tmp_path / f"{shard:05}_stats.json").write_text(json.dumps({"successes": successes}))
     dataset = build_dataset(SourceConfig("shards", str(tmp_path)))
-    expected = [f"picture number {number}" for number in (0, 1, 2, 3, 7, 8)]
+    expected = [f"image number {number}" for number in (0, 1, 2, 3, 7, 8)]
     assert dataset.captions[:] == [dataset[index].caption for index in range(6)] == expected
     assert "1 of 3 shards are empty, as " in caplog.text
     assert "00001.tar, of which " in caplog.text
@@ -208,7 +211,7 @@ def test_shards_that_hold_nothing_are_left_out(tmp_path, caplog):
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 @pytest.mark.parametrize("stem", ["日本語", "ünïcode?", "a" * 150, "é" * 90, "x" * 96])
 def test_names_in_messages_are_whole(tmp_path, stem, format):
-    members = [("0.jpg", picture(0)), ("0.txt", b"zero"), (f"{stem}.jpg", b"broken"), (f"{stem}.txt", b"one")]
+    members = [("0.jpg", encoded_image(0)), ("0.txt", b"zero"), (f"{stem}.jpg", b"broken"), (f"{stem}.txt", b"one")]
     dataset = read_shards(write(tmp_path / "a.tar", members, format))
     with pytest.raises(BadSample, match="unreadable|not an image") as caught:
         dataset[1]
@@ -216,7 +219,7 @@ def test_names_in_messages_are_whole(tmp_path, stem, format):
 
 
 def test_the_index_is_made_once_and_anew_when_the_shard_changes(tmp_path, cache, monkeypatch):
-    path = write(tmp_path / "a.tar", [("1.jpg", picture(1)), ("1.txt", b"one")])
+    path = write(tmp_path / "a.tar", [("1.jpg", encoded_image(1)), ("1.txt", b"one")])
     assert len(read_shards(path)) == 1
     file = cache_file(str(path))
     with monkeypatch.context() as patch:
@@ -224,7 +227,7 @@ def test_the_index_is_made_once_and_anew_when_the_shard_changes(tmp_path, cache,
         assert read_shards(path)[0].caption == "one"
     file.write_bytes(file.read_bytes()[:-3])  # a full disk
     assert read_shards(path)[0].caption == "one"
-    write(path, [("0.jpg", picture(1)), ("0.txt", b"zero"), ("1.jpg", picture(1)), ("1.txt", b"one!")])
+    write(path, [("0.jpg", encoded_image(1)), ("0.txt", b"zero"), ("1.jpg", encoded_image(1)), ("1.txt", b"one!")])
     assert read_shards(path).captions[:] == ["zero", "one!"]
     monkeypatch.setenv("VMOE_CACHE", "/proc/nowhere")
     with pytest.raises(DataError, match="set the environment variable VMOE_CACHE"):
@@ -232,14 +235,14 @@ def test_the_index_is_made_once_and_anew_when_the_shard_changes(tmp_path, cache,
 
 
 def test_bad_samples_are_named_and_counted(tmp_path):
-    good = picture(0)
+    good = encoded_image(0)
     chunks = [b"IHDR" + struct.pack(">2I5B", 10_000, 10_000, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(bytes(9))]
     parts = [struct.pack(">I", len(one) - 4) + one + struct.pack(">I", zlib.crc32(one)) for one in chunks]
     bomb = b"\x89PNG\r\n\x1a\n" + b"".join(parts)
     write(
         tmp_path / "a.tar",
         [
-            ("0.jpg", good), ("0.txt", b"picture number 0"),
+            ("0.jpg", good), ("0.txt", b"image number 0"),
             ("1.jpg", good),
             ("2.txt", b"alone"),
             ("3.jpg", good), ("3.txt", b" "),
@@ -381,4 +384,4 @@ def test_the_fingerprint_follows_the_files(shards, tmp_path):
 def test_a_data_set_can_be_sent_to_a_worker(shards):
     dataset = read_shards(shards)
     dataset[0]
-    assert pickle.loads(pickle.dumps(dataset))[20].caption == "picture number 20"
+    assert pickle.loads(pickle.dumps(dataset))[20].caption == "image number 20"

@@ -108,18 +108,18 @@ def _read_table(path: Path, delimiter: str | None, image_key: str | None) -> Ite
         tsv = path.suffix.lower() == ".tsv"
         delimiter = delimiter or ("\t" if tsv else ",")
         lines = _lines(file, path)
-        first, skipped = next(lines, ""), 0
+        first, skipped, found = next(lines, ""), 0, None
         if re.fullmatch(r"sep=.\s*", first, re.IGNORECASE):  # Excel's
-            _check_delimiter(path, delimiter, first[4])
-            first, skipped = next(lines, ""), 1
+            first, skipped, found = next(lines, ""), 1, first[4]
         # strict: else a stray quotation mark silently swallows the lines up to the next one
         style = {"quoting": csv.QUOTE_NONE} if tsv else {"strict": True, "skipinitialspace": True}
         rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter, **style)
         try:
-            if not _fits(first, delimiter, image_key):
-                for other in DELIMITERS:
-                    if _fits(first, other, image_key):
-                        _check_delimiter(path, delimiter, other)
+            fitting = (one for one in (delimiter, *DELIMITERS) if _fits(first, one, image_key))
+            found = found or next(fitting, delimiter)
+            if found != delimiter:
+                shown = "a tab ('\\t')" if found == "\t" else repr(found)
+                raise ValueError(f"{path}: its columns are separated by {shown}; set delimiter to it")
             columns = [name.strip() for name in next(rows, [])]
             if len(columns) == 2 and _is_image(columns[0]):  # no line of column names
                 first_row, columns = columns, [IMAGE_KEYS[0], CAPTION_KEYS[0]]
@@ -146,13 +146,6 @@ def _fits(line: str, delimiter: str, image_key: str | None) -> bool:
 
 def _is_image(name: str | Path) -> bool:
     return Path(name).suffix.lower() in IMAGE_SUFFIXES
-
-
-def _check_delimiter(path: Path, delimiter: str, found: str) -> None:
-    """Raises ValueError if a file has another delimiter than the one to be used."""
-    if found != delimiter:
-        shown = {"\t": "a tab ('\\t')"}.get(found, repr(found))
-        raise ValueError(f"{path}: its columns are separated by {shown}; set delimiter to it")
 
 
 def _lines(file: TextIO, path: Path) -> Iterator[str]:
@@ -199,7 +192,7 @@ def _name_within(root: str, image: str, where: str) -> str:
     path = Path(os.path.normpath(os.path.join(root, image)))
     if not path.is_relative_to(root):
         raise ValueError(
-            f"{where}: the image {printable(image)} lies outside of {root}; set image_root to the folder that holds "
+            f"{where}: the image {printable(image)} is outside of {root}; set image_root to the folder that holds "
             "all images"
         )
     name = path.relative_to(root).as_posix()

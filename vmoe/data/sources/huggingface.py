@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face's `datasets` that lie on this machine: Parquet or Arrow files, read without the network.
+"""Data sets of Hugging Face's `datasets` on this machine: Parquet or Arrow files, read without the network.
 
 `HuggingFace` goes through `datasets`, which maps Arrow files into memory (and copies Parquet files into such, once).
 `ParquetRows` streams: it reads Parquet files where they are, one row group at a time, with exact positions.
@@ -179,22 +179,19 @@ class ParquetRows(ShardedDataset):
 
     def _check_same(self, schemas: list[tuple[Any, Any]]) -> None:
         """Raises DataError if a file's columns in use are not of the first file's types and classes."""
+        first, (first_schema, first_features) = self.files[0], schemas[0]
         for name in self.columns.names:
-            first_type, first_feature = schemas[0][0].field(name).type, schemas[0][1][name]
+            kind, classes = first_schema.field(name).type, getattr(first_features[name], "names", None)
             for file, (schema, features) in zip(self.files, schemas):
                 if name not in schema.names:
-                    raise DataError(f"{file}: has no column {name!r}, which {self.files[0]} has; all files must")
-                if schema.field(name).type != first_type:
-                    raise DataError(
-                        f"{file}: column {name!r} is of type {schema.field(name).type}, in {self.files[0]} of type "
-                        f"{first_type}; all files must have the same"
-                    )
-                # A file that was not written by `datasets` has no names of classes.
-                if getattr(features[name], "names", None) not in (None, getattr(first_feature, "names", None)):
-                    raise DataError(
-                        f"{file}: column {name!r} has other classes than in {self.files[0]}; all files must have the "
-                        "same"
-                    )
+                    raise DataError(f"{file}: has no column {name!r}, which {first} has; all files must")
+                if schema.field(name).type != kind:
+                    problem = f"is of type {schema.field(name).type}, in {first} of type {kind}"
+                elif getattr(features[name], "names", None) not in (None, classes):  # None: not written by `datasets`
+                    problem = f"has other classes than in {first}"
+                else:
+                    continue
+                raise DataError(f"{file}: column {name!r} {problem}; all files must have the same")
 
     def _table(self, group: int) -> Any:
         """The rows of a group; the groups that the last two windows of each stream met are kept.

@@ -331,7 +331,7 @@ def find_val_images(
         labels_file = next((file for file in candidates if file.is_file()), None)
         if labels_file is None:
             raise tree.error(
-                "the images lie in no class folders, and there is no file of their labels: set labels_file, or put "
+                "the images are in no class folders, and there is no file of their labels: set labels_file, or put "
                 f"one of {', '.join(LABELS_FILES[:4])} beside them"
             )
     label_of = read_val_labels(labels_file)

@@ -77,7 +77,7 @@ def _read_entry(entry: dict[str, Any], where: str) -> tuple[str, str, list[str]]
         raise ValueError(f"{where}: filename is empty")
     path = f"{folder}/{name}" if folder else name
     if leads_out(path):
-        raise ValueError(f"{where}: the image {path} does not lie in image_root")
+        raise ValueError(f"{where}: the image {path} is not inside image_root")
     known = [part for parts in SPLITS.values() for part in parts]
     if split not in known:
         raise ValueError(f"{where}: split must be one of {', '.join(known)}, got {split!r}")

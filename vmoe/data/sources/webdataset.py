@@ -51,7 +51,7 @@ class Shards(ShardedDataset):
         self.streams = source.streams or 1
         self._indices: OrderedDict[str, Index] = OrderedDict()
         self._files: OrderedDict[str, BinaryIO] = OrderedDict()
-        self._told: set[int] = set()  # shards of which skipped members were logged
+        self._warned: set[int] = set()  # shards of which skipped members were logged
         self._count()
         first = self._index(0).entries
         self.has_captions = bool(first["json_block"].any() or (first["txt_block"].any() and self.caption_key is None))
@@ -121,17 +121,15 @@ class Shards(ShardedDataset):
 
     def _index(self, shard: int) -> Index:
         path, said_by = self.paths[shard], self.said_by[shard]
-        if path in self._indices:
-            return _kept(self._indices, path, read_index)
         index = _kept(self._indices, path, read_index)
-        dotted = dotted_members(*index[2:]) if index.num_dotted else ""
         if len(index.entries) != self.sizes[shard]:
-            remedy = dotted or (f"remove {said_by}, and shards are counted anew" if said_by else "start anew")
+            remedy = f"remove {said_by}, and shards are counted anew" if said_by else "start anew"
+            remedy = dotted_members(*index[2:]) if index.num_dotted else remedy
             says = f"{said_by} says" if said_by else "it had"
             raise DataError(f"{path}: holds {len(index.entries)} samples, but {says} {self.sizes[shard]}; {remedy}")
-        if dotted and said_by and shard not in self._told:
-            self._told.add(shard)
-            logger.warning("%s: %s", path, dotted)
+        if index.num_dotted and said_by and shard not in self._warned:
+            self._warned.add(shard)
+            logger.warning("%s: %s", path, dotted_members(*index[2:]))
         return index
 
     def _find(self, index: int) -> tuple[str, np.void, str]:
