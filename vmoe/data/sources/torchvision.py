@@ -13,26 +13,10 @@ from vmoe.data.images import BadSample, to_rgb
 # Those with splits and class names that unpickle nothing, and CIFAR, whose pickles are checked against torchvision's
 # own checksums before they are opened. Others unpickle what they read unchecked, as LSUN does.
 TORCHVISION = (
-    "CIFAR10",
-    "CIFAR100",
-    "Country211",
-    "DTD",
-    "EMNIST",
-    "FGVCAircraft",
-    "FashionMNIST",
-    "Flowers102",
-    "Food101",
-    "ImageNet",
-    "Imagenette",
-    "KMNIST",
-    "MNIST",
-    "OxfordIIITPet",
-    "Places365",
-    "QMNIST",
-    "RenderedSST2",
-    "STL10",
+    "CIFAR10", "CIFAR100", "Country211", "DTD", "EMNIST", "FGVCAircraft", "FashionMNIST", "Flowers102", "Food101",
+    "ImageNet", "Imagenette", "KMNIST", "MNIST", "OxfordIIITPet", "Places365", "QMNIST", "RenderedSST2", "STL10",
     "StanfordCars",
-)
+)  # fmt: skip
 
 
 class TorchvisionDataset(ImageDataset):
