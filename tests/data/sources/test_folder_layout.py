@@ -1,4 +1,4 @@
-"""Trees with something amiss: every mistake is named, nothing is passed over in silence."""
+"""Trees with something amiss: every mistake is named, nothing is skipped silently."""
 
 import logging
 
@@ -36,7 +36,7 @@ def test_a_class_whose_only_content_is_junk_is_empty(tree, caplog):
     assert f"own: path {tree}/cow/.DS_Store" in caplog.text
 
 
-def test_junk_beside_a_mistake_is_told_once(tree, caplog):
+def test_junk_beside_a_mistake_is_logged_once(tree, caplog):
     (tree / ".DS_Store").touch()
     (tree / "stray").touch()
     complaint(tree)
@@ -85,7 +85,7 @@ def test_an_empty_or_missing_folder_is_told(tmp_path):
     assert complaint(tmp_path / "file").startswith(f"{tmp_path}/file: a file, and a folder is needed")
 
 
-def test_what_operating_systems_leave_behind_is_left_aside_and_told(tree, caplog, photo):
+def test_what_operating_systems_leave_behind_is_skipped_with_a_warning(tree, caplog, photo):
     names = [".DS_Store", "cat/Thumbs.db", "cat/._1.png", "dog/desktop.ini", "dog/.hidden.png"]
     for name in names:
         (tree / name).touch()

@@ -66,12 +66,12 @@ def complaint(kind, path, **settings):
 
 
 def test_words_and_prompt_names_are_in_the_order_of_the_labels():
-    words, names, info = imagenet_words(), imagenet_prompt_names(), ImageNetInfo()
-    assert len(words) == len(set(words)) == len(names) == 1000
+    descriptions, names, info = imagenet_words(), imagenet_prompt_names(), ImageNetInfo()
+    assert len(descriptions) == len(set(descriptions)) == len(names) == 1000
     for label in (0, 1, 8, 207, 282, 340, 717, 817, 963, 999):
-        assert words[label].split(",")[0].lower().split()[0] in info.index_to_description(label).lower()
+        assert descriptions[label].split(",")[0].lower().split()[0] in info.index_to_description(label).lower()
     assert (names[0], names[207], names[340], names[999]) == ("tench", "Golden Retriever", "zebra", "toilet paper")
-    assert words[340] == "zebra"
+    assert descriptions[340] == "zebra"
     doubled = {
         name: [label for label in range(1000) if names[label] == name] for name in names if names.count(name) > 1
     }
@@ -235,7 +235,7 @@ def test_an_empty_folder_with_labels_is_shown_the_layouts(tmp_path):
     assert "(empty)" in message
 
 
-def test_a_stranger_among_the_flat_images_is_named(flat, tmp_path):
+def test_another_file_among_the_flat_images_is_named(flat, tmp_path):
     labels = write_labels(tmp_path, "val.txt")
     for name, message in [("cat.jpg", "image cat.jpg among those"), ("notes.txt", "notes.txt: not an image")]:
         (flat / name).touch()

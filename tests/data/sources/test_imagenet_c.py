@@ -43,7 +43,7 @@ def test_every_sample_knows_its_condition(root):
     assert len({dataset[index].path for index in range(30)}) == 30
 
 
-def test_missing_conditions_are_told(root, caplog):
+def test_missing_conditions_are_logged(root, caplog):
     dataset = build_dataset(SourceConfig("imagenet_c", str(root)))
     assert len(dataset.missing_conditions) == 75 - 4
     assert "gaussian_noise/2" in dataset.missing_conditions
