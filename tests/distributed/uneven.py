@@ -2,6 +2,7 @@
 
 import sys
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.fsdp  # before the processes are forked, so that it is imported once
@@ -73,12 +74,8 @@ def compiled_experts_say_what_is_wrong(rank: int) -> None:
     module = parallelize(make_model("top_1").train(), make_meshes(MeshSize(1, 1, 2), CPU), CPU)
     compiled = torch.compile(module, backend="aot_eager")
     compiled(batch("top_1")[0].split((3, 3))[rank])
-    try:
+    with pytest.raises(RuntimeError, match="give all processes batches of the same size"):
         compiled(batch("top_1")[0].split(SIZES["uneven"])[rank])
-    except RuntimeError as error:
-        assert "give all processes batches of the same size" in str(error), error
-    else:
-        raise AssertionError("batches of different sizes were exchanged")
 
 
 if __name__ == "__main__":
