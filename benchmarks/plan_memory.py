@@ -31,9 +31,9 @@ from vmoe.distributed.mesh import MeshSize, make_meshes
 from vmoe.distributed.parallelize import parallelize, split_groups
 from vmoe.evaluation.inference import arithmetic
 from vmoe.models.factory import create_model, is_contrastive, preprocess_config
-from vmoe.planning.candidates import Candidate, Planner
 from vmoe.planning.hardware import HARDWARE
-from vmoe.planning.model_plan import make_subject
+from vmoe.planning.model_plan import make_model_plan
+from vmoe.planning.planner import Candidate, Planner
 from vmoe.planning.simulate import task_loss
 from vmoe.training.optim import create_optimizer
 from vmoe.utils.config import read_config
@@ -122,7 +122,7 @@ def read(options: tuple[str, ...]) -> PlanConfig:
 
 def plan(config: PlanConfig, mesh: MeshSize = ALONE) -> Candidate:
     """What the planner says."""
-    planner = Planner(config, make_subject(config), HARDWARE["cpu"], nodes=1, gpus_per_node=mesh.world)
+    planner = Planner(config, make_model_plan(config), HARDWARE["cpu"], nodes=1, gpus_per_node=mesh.world)
     return planner.candidate(mesh, config.train.grad_checkpointing)
 
 
@@ -142,7 +142,7 @@ def build(config: PlanConfig, mesh: MeshSize = ALONE) -> tuple[nn.Module, ModelE
 def train(
     config: PlanConfig, mesh: MeshSize, model: nn.Module, ema: ModelEmaV3 | None, optimizer: Optimizer, steps: int = 2
 ) -> None:
-    """Some steps as in `vmoe.training.trainer`, on random pictures and texts."""
+    """Some steps as in `vmoe.training.trainer`, on random images and texts."""
     size = config.data.loader.batch_size // mesh.world
     for _ in range(steps):
         batches = [_batch(model, size) for _ in range(config.train.accumulate_steps)]
@@ -168,7 +168,7 @@ def _batch(model: nn.Module, size: int) -> list[Tensor]:
     batch = [torch.randn(size, *preprocess_config(model)["input_size"])]
     if is_contrastive(model):
         batch.append(torch.full((size, model.context_length), model.eot_token_id))
-        batch[1][:, :-1] = 1  # all of it words
+        batch[1][:, :-1] = 1  # all text tokens
     return batch
 
 

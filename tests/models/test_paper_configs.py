@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vmoe.planning.model_plan import make_subject
+from vmoe.planning.model_plan import make_model_plan
 from vmoe.training.config import Config
 from vmoe.training.optim import create_optimizer, create_schedule
 from vmoe.utils.config import read_config
@@ -52,7 +52,7 @@ def test_all_sizes_are_there():
 @pytest.mark.parametrize("name", NAMES)
 def test_it_builds_with_the_published_number_of_parameters(name):
     config = config_of(name)
-    subject = make_subject(config)
+    subject = make_model_plan(config)
     assert all(parameter.is_meta for parameter in subject.model.parameters())
     assert subject.notes == []
     optimizer = create_optimizer(subject.model, config.optim)  # its arguments suit it
@@ -69,6 +69,6 @@ def test_it_builds_with_the_published_number_of_parameters(name):
 def test_limoe_h14_has_both_published_numbers_with_the_papers_vocabulary():
     config = config_of("limoe_h14")
     config.model.kwargs |= {"vocab_size": 32_000, "eot_token_id": 1}
-    subject = make_subject(config)
+    subject = make_model_plan(config)
     assert round(subject.total / 1e9, 1) == 5.6
     assert round(subject.active / 1e6) == 675  # a token goes through, as the authors' article says

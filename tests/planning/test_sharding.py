@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tests.planning.test_candidates import VISION, planner
+from tests.planning.test_planner import VISION, planner
 from vmoe.distributed.mesh import MeshSize, make_meshes
 from vmoe.distributed.parallelize import parallelize
 from vmoe.models.factory import create_model
@@ -53,9 +53,9 @@ def test_weights_of_a_process(eight_processes, mesh, num_experts):
 
 def test_positions_lie_whole_everywhere():
     plan = planner(*VISION)
-    positions = plan.subject.model.pos_embed.numel()
-    rest = next(unit for unit in plan.subject.units if unit.name == "")
-    assert rest.held(MeshSize(1, 8, 1)) > positions + (rest.size - positions) / 8
+    positions = plan.model.model.pos_embed.numel()
+    rest = next(unit for unit in plan.model.units if unit.name == "")
+    assert rest.bytes(MeshSize(1, 8, 1)) > 4 * (positions + (rest.size - positions) / 8)
 
 
 @pytest.mark.parametrize("mesh", [MeshSize(1, 8, 1), MeshSize(2, 4, 1), MeshSize(1, 4, 2)], ids=str)
@@ -63,7 +63,7 @@ def test_every_part_of_an_accumulated_step_gathers_and_reduces(mesh):
     once, thrice = (planner(*VISION, "--train.accumulate_steps", str(n)).candidate(mesh, False) for n in (1, 3))
     for kind in ("all_gather", "reduce_scatter", "all_reduce"):
         assert thrice.traffic[kind] == 3 * once.traffic[kind]
-    whole = 4 * planner(*VISION).subject.total
+    whole = 4 * planner(*VISION).model.total
     assert thrice.memory["weights"] <= thrice.memory["gradients"] < whole  # sharded, but for a unit at work
 
 
@@ -72,7 +72,7 @@ def test_autocast_copies_weights_that_are_gathered_in_float32(mesh):
     # With this batch most is needed at the end of the forward pass, when all copies are there.
     batch = ("--data.loader.batch_size", "8192")
     full, half = (planner(*VISION, *batch, "--train.precision", precision) for precision in ("float32", "bf16"))
-    experts = sum(p.numel() for unit in half.subject.units if unit.experts for p in unit.parameters if p.ndim == 3)
+    experts = sum(p.numel() for unit in half.model.units if unit.experts for p in unit.parameters if p.ndim == 3)
     one, other = half.candidate(mesh, False), full.candidate(mesh, False)
     assert one.memory["low_precision_copies"] >= 2 * experts / mesh.ep
     assert one.traffic.get("all_gather") == other.traffic.get("all_gather")

@@ -50,7 +50,7 @@ def test_checkpointing_keeps_less_and_computes_more():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_lower_precision_copies_the_weights_and_halves_the_products_tensors(checkpointing):
+def test_lower_precision_copies_the_weights_and_halves_tensors_of_matmuls(checkpointing):
     model = meta_model()
     model.set_grad_checkpointing(checkpointing)
     full, half = (simulate_step(model, 64, H100, precision) for precision in ("float32", "bf16"))
@@ -62,15 +62,15 @@ def test_lower_precision_copies_the_weights_and_halves_the_products_tensors(chec
     assert half.peaks[-1]["gradients"] == full.peaks[-1]["gradients"]  # of the float32 weights
 
 
-# Rows are the norm's output, in float32 under autocast too; those of slots come from a product.
+# Rows are the norm's output, in float32 under autocast too; those of slots come from a matrix multiplication.
 @pytest.mark.parametrize(
     ("router", "precision", "size"),
     [("vmoe", "float32", 4), ("vmoe", "bf16", 4), ("expert_choice", "float32", 4), ("soft", "bf16", 2)],
 )
-def test_spread_experts_send_their_rows(router, precision, size):
+def test_experts_in_several_processes_send_their_rows(router, precision, size):
     model = meta_model(num_experts=8, moe_layers=(1,), router_preset=router)
     layer = model.blocks[1].mlp
-    step = simulate_step(model, 4, H100, precision, ep=4)
+    step = simulate_step(model, 4, H100, precision)
     tokens = 37  # 36 patches and the class token
     rows = {
         "vmoe": lambda: expert_capacity(4 * tokens, 8, 2, 1.05) * 8,
@@ -79,15 +79,11 @@ def test_spread_experts_send_their_rows(router, precision, size):
     }[router]()
     assert len(step.exchanges) == 4  # there and back, forward and backward
     assert step.exchanges[0] == rows * 128 * size
-    assert most(step, "all_to_all") >= rows * 128 * size
-    one = simulate_step(model, 4, H100, precision)
-    assert one.exchanges == []
-    assert step.peaks[-1]["expert_gradients"] == one.peaks[-1]["expert_gradients"] / 4
 
 
 def test_without_a_capacity_an_even_load_is_assumed():
     model = meta_model(num_experts=8, moe_layers=(1,), capacity_factor=math.inf)
-    step = simulate_step(model, 4, H100, ep=2)
+    step = simulate_step(model, 4, H100)
     assert step.exchanges[0] == 8 * math.ceil(4 * 37 / 8) * 128 * 4  # a row of each of 37 tokens
 
 
@@ -107,9 +103,9 @@ def test_optimizers_by_what_they_keep():
     sgd = simulate_optimizer(model, OptimConfig(name="sgd"), foreach=True)
     factored = simulate_optimizer(model, OptimConfig(name="adafactor"), foreach=True)
     fused = simulate_optimizer(model, OptimConfig(name="adamw", kwargs={"fused": True}), foreach=True)
-    assert adam.state + adam.expert_state == pytest.approx(2 * everything, rel=1e-3)
-    assert sgd.state + sgd.expert_state == everything
-    assert factored.state + factored.expert_state < 0.1 * everything
+    assert sum(adam.state.values()) == pytest.approx(2 * everything, rel=1e-3)
+    assert sum(sgd.state.values()) == everything
+    assert sum(factored.state.values()) < 0.1 * everything
     assert fused.state == adam.state
     assert fused.step == 0
     assert adam.step > 0.9 * everything  # all tensors at once
@@ -117,6 +113,6 @@ def test_optimizers_by_what_they_keep():
     assert simulate_optimizer(model, OptimConfig(name="adamw"), foreach=False).step == 3 * largest
 
 
-def test_an_optimizer_that_looks_at_numbers_is_refused():
+def test_an_optimizer_that_reads_values_is_refused():
     with pytest.raises(ConfigError, match="optim.name 'kron' cannot be planned"):
         simulate_optimizer(meta_model(), OptimConfig(name="kron"), foreach=False)

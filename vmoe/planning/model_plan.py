@@ -1,9 +1,8 @@
-"""What is planned: the model of a training config on the meta device, and its parameters by where they will lie."""
+"""The model of a training config on the meta device, and its parameters in the units that FSDP2 gathers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,16 +19,12 @@ from vmoe.training.config import Config
 from vmoe.training.optim import freeze
 from vmoe.utils.config import ConfigError
 
+FLOAT32 = 4  # bytes; weights and gradients are stored and sent so, whatever the precision of autocast
+
 
 @dataclass(frozen=True)
 class Unit:
-    """Parameters that FSDP2 gathers together.
-
-    Attributes:
-        name: of the module; "" for what no other unit has.
-        parameters: on the meta device.
-        experts: they belong to the experts of one layer.
-    """
+    """Parameters that FSDP2 gathers together: a block, the experts of a layer, or (named "") the rest of the model."""
 
     name: str
     parameters: list[nn.Parameter]
@@ -40,62 +35,44 @@ class Unit:
         """Number of parameters in the whole model."""
         return sum(parameter.numel() for parameter in self.parameters)
 
-    def held(self, mesh: MeshSize, trained_only: bool = False) -> int:
-        """Number of parameters in the process that has most of them, with what FSDP2 fills up.
+    def bytes(self, mesh: MeshSize, trained_only: bool = False) -> int:
+        """Bytes in the process that holds most of them, FSDP2's padding included.
 
-        FSDP2 cuts one dimension into `dp_shard` parts of equal size, so that of a dimension of 1 (class token,
-        positions) every process has the whole.
+        FSDP2 cuts one dimension into `dp_shard` equal parts, so of a dimension of 1 (class token, position embedding)
+        every process has the whole.
         """
-        return sum(_held(one, self.experts, mesh) for one in self.parameters if one.requires_grad or not trained_only)
+        held = 0
+        for parameter in self.parameters:
+            shape = list(parameter.shape) or [1]
+            if self.experts:
+                shape[0] //= mesh.ep
+            cut = self._cut(shape, mesh) if parameter.ndim else 0
+            shape[cut] = -(-shape[cut] // mesh.dp_shard) if parameter.ndim else 1
+            held += math.prod(shape) if parameter.requires_grad or not trained_only else 0
+        return FLOAT32 * held
 
-    def cut(self, mesh: MeshSize) -> int:
-        """The dimension that FSDP2 cuts."""
-        return max(_cut(parameter.shape, self.experts, mesh) for parameter in self.parameters)
+    def is_cut_along_width(self, mesh: MeshSize) -> bool:
+        """FSDP2 cuts the second dimension, for which it copies what it gathers once more."""
+        return mesh.dp_shard > 1 and any(self._cut(list(p.shape), mesh) for p in self.parameters)
 
-    def gathered(self, mesh: MeshSize, trained_only: bool = False) -> int:
-        """Number of parameters while a process has all parts, with what FSDP2 fills up."""
-        return self.held(mesh, trained_only) * mesh.dp_shard
-
-
-def _cut(shape: Sequence[int], experts: bool, mesh: MeshSize) -> int:
-    """The dimension that FSDP2 cuts as `vmoe.distributed.parallelize` says (compared in tests/planning)."""
-    return int(experts and (mesh.ep > 1 or (shape[0] % mesh.dp_shard > 0 and shape[1] % mesh.dp_shard == 0)))
-
-
-def _held(parameter: nn.Parameter, experts: bool, mesh: MeshSize) -> int:
-    shape = list(parameter.shape)
-    if not shape:
-        return 1
-    if experts:
-        shape[0] //= mesh.ep
-    cut = _cut(shape, experts, mesh)
-    shape[cut] = -(-shape[cut] // mesh.dp_shard)
-    return math.prod(shape)
-
-
-def unit_names(model: nn.Module) -> list[tuple[str, bool]]:
-    """(name of a unit's module, it is a layer's experts), in the order in which their forward passes end."""
-    experts = [name for name, module in model.named_modules() if isinstance(module, Experts)]
-    names: list[tuple[str, bool]] = []
-    for mlp in block_mlps(model):
-        block = mlp.removesuffix(".mlp")
-        names += [(name, True) for name in experts if name.startswith(block + ".")]
-        names.append((block, False))
-    return [*names, ("", False)]
+    def _cut(self, shape: list[int], mesh: MeshSize) -> int:
+        """The dimension that FSDP2 cuts, as in `vmoe.distributed.parallelize` (compared in tests/planning)."""
+        return int(self.experts and (mesh.ep > 1 or (shape[0] % mesh.dp_shard > 0 and shape[1] % mesh.dp_shard == 0)))
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelPlan:
     """A model to plan for.
 
     Attributes:
         model: on the meta device, in training mode.
-        units: all parameters, in the units of `vmoe.distributed.parallelize`.
+        units: all parameters in the units of `vmoe.distributed.parallelize`, in the order in which their forward passes
+            end: experts, their block, ..., the rest of the model.
         total: number of parameters.
-        active: of those, how many a token goes through.
+        active: of those, how many a token passes through.
         num_experts: of each sparse layer.
-        expert_widths: sizes along which FSDP2 would cut the experts' weights when they are spread as well.
-        notes: what the config leaves open, and what was taken.
+        expert_widths: sizes along which FSDP2 cuts experts that are also divided by expert parallelism.
+        notes: what the config leaves open, and what is assumed.
     """
 
     model: nn.Module
@@ -107,8 +84,8 @@ class Subject:
     notes: list[str]
 
 
-def make_subject(config: Config) -> Subject:
-    """The model of a config on the meta device; reads neither data nor weights.
+def make_model_plan(config: Config) -> ModelPlan:
+    """Builds the model of a config on the meta device; reads neither data nor weights.
 
     Raises:
         ConfigError: a setting does not suit the model, or the model does not suit the task.
@@ -116,11 +93,11 @@ def make_subject(config: Config) -> Subject:
     notes: list[str] = []
     name, kwargs = config.model.name, dict(config.model.kwargs)
     upcycled = dict(config.model.upcycle)
-    if name is None:  # all that is known of the model is in the file
+    if name is None:  # the file says which model it holds
         metadata = read_pretrained_metadata(find_weights(config.model.pretrained))
         name, kwargs = metadata["name"], {**metadata["kwargs"], **kwargs}
         upcycled = upcycled or metadata.get("upcycle") or {}
-    if isinstance(kwargs.get("image"), dict):  # weights, which say nothing about size
+    if isinstance(kwargs.get("image"), dict):  # weights do not change the size
         kwargs["image"] = {key: value for key, value in kwargs["image"].items() if key != "pretrained"}
     try:
         with torch.device("meta"):
@@ -138,17 +115,27 @@ def make_subject(config: Config) -> Subject:
     model.train()
     total, active = count_parameters(model)
     layers = [layer.num_experts for layer in model.modules() if isinstance(layer, SparseMoE)]
-    stacked = [layer for layer in model.modules() if isinstance(layer, Experts)]
-    widths = {parameter.shape[1] for layer in stacked for parameter in layer.parameters()}
-    return Subject(model, _units(model), total, active, layers, widths, notes)
+    widths = {parameter.shape[1] for parameter in expert_parameters(model)}
+    return ModelPlan(model, model_units(model), total, active, layers, widths, notes)
 
 
-def _units(model: nn.Module) -> list[Unit]:
+def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The stacked parameters of all experts."""
+    return [parameter for layer in model.modules() if isinstance(layer, Experts) for parameter in layer.parameters()]
+
+
+def model_units(model: nn.Module) -> list[Unit]:
+    """The units of a model, see `ModelPlan`."""
+    experts = [name for name, module in model.named_modules() if isinstance(module, Experts)]
+    names: list[tuple[str, bool]] = []
+    for mlp in block_mlps(model):
+        block = mlp.removesuffix(".mlp")
+        names += [(name, True) for name in experts if name.startswith(block + ".")]
+        names.append((block, False))
     seen: set[int] = set()
-
-    def unit(name: str, experts: bool = False) -> Unit:
+    units = []
+    for name, is_experts in [*names, ("", False)]:
         own = [parameter for parameter in model.get_submodule(name).parameters() if id(parameter) not in seen]
-        seen.update(id(parameter) for parameter in own)
-        return Unit(name, own, experts)
-
-    return [unit(name, experts) for name, experts in unit_names(model)]
+        seen.update(map(id, own))
+        units.append(Unit(name, own, is_experts))
+    return units

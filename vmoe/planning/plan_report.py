@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Collection
 from typing import Any
 
 from rich.console import Console
 
-from vmoe.planning.candidates import Candidate, Planner, Refused, too_large
+from vmoe.distributed.mesh import MeshSize
 from vmoe.planning.hardware import GiB
+from vmoe.planning.planner import Candidate, Planner
 from vmoe.utils.tables import FigureTable
 
 KINDS = {
@@ -26,154 +26,108 @@ KINDS = {
     "input": "input",
     "optimizer_step": "step",
 }
-TRAFFIC = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
-PARTS = {
-    "products": "products",
-    "memory": "memory",
-    "launches": "launch",
-    "all_to_all": "a2a",
-    "weights_and_gradients": "weights",
-    "optimizer": "optim.",
-}
+TRAFFIC = {"all_reduce": "all-reduce", "all_gather": "all-gather", "reduce_scatter": "reduce-scatter",
+           "all_to_all": "a2a"}  # fmt: skip
+PARTS = {"matmul": "matmul", "memory": "memory", "launch": "launch", "all_to_all": "a2a",
+         "weights_and_gradients": "weights", "optimizer": "optim."}  # fmt: skip
 
 
-def show(console: Console, planner: Planner, ranked: list[Candidate], refused: list[Refused], top: int) -> None:
-    """Prints the plan.
-
-    Args:
-        console: where to.
-        planner: what was planned.
-        ranked: all candidates, best first.
-        refused: meshes that cannot be.
-        top: candidates to list.
-    """
+def show(
+    console: Console, planner: Planner, ranked: list[Candidate], impossible: dict[MeshSize, str], top: int
+) -> None:
+    """Prints the plan: the `top` best of the `ranked` candidates, and why others are left out."""
 
     def line(text: str) -> None:
         console.print(text, highlight=False, markup=False)
 
-    subject, hardware = planner.subject, planner.hardware
+    model, times = planner.model, planner.config.train.accumulate_steps
     line(
-        f"{subject.total / 1e6:,.1f} M parameters, {subject.active / 1e6:,.1f} M active; batch "
+        f"{model.total / 1e6:,.1f} M parameters, {model.active / 1e6:,.1f} M active; batch "
         f"{planner.config.data.loader.batch_size} = {planner.world} processes x {planner.local_batch}"
-        f"{_accumulated(planner)}; {planner.precision}; {planner.config.optim.name}"
+        f"{f', accumulated {times} times' if times > 1 else ''}; {planner.precision}; {planner.config.optim.name}"
     )
-    for note in subject.notes:
+    for note in model.notes:
         line(f"note: {note}")
-    fitting = [candidate for candidate in ranked if candidate.fits]
+    fitting = [one for one in ranked if one.fits]
     if not fitting:
-        least = ranked[0]
         line(
-            f"Nothing fits: the smallest, {least.mesh} {_checkpointing(least)}, {too_large(least)}. Take more or "
+            f"Nothing fits: the smallest, {_name(ranked[0])}, {too_large(ranked[0])}. Take more or "
             "larger GPUs, a smaller batch with train.accumulate_steps, or another optimizer."
         )
     shown = (fitting or ranked)[:top]
-    tables = (_overview(shown), _memory_table(shown, hardware.usable), _traffic_table(shown), _time_table(shown))
-    for table in tables:
+    for table in _tables(shown, planner.hardware.usable):
         if len(table.header) > table.keys:  # one process sends nothing
             console.print(table)
-    _leftovers(line, ranked, refused, len(fitting) - len(shown))
+    if len(fitting) > len(shown):
+        line(f"{len(fitting) - len(shown)} more fit (--top shows them).")
+    if 0 < len(fitting) < len(ranked):
+        nearest = ranked[len(fitting)]
+        line(f"{len(ranked) - len(fitting)} do not fit; the nearest, {_name(nearest)}, {too_large(nearest)}.")
+    meshes = defaultdict(list)
+    for mesh, reason in impossible.items():
+        meshes[reason].append(mesh)
+    for reason, own in meshes.items():
+        line(f"{len(own)} are impossible: {reason} ({own[0]}{', ...' if len(own) > 1 else ''}).")
     if fitting:
-        best = fitting[0]
-        checkpointing = str(best.grad_checkpointing).lower()
-        line(
-            f"Best: --parallel.dp_replicate {best.mesh.dp_replicate} --parallel.dp_shard {best.mesh.dp_shard} "
-            f"--parallel.ep {best.mesh.ep} --train.grad_checkpointing {checkpointing}"
-        )
+        options = " ".join(f"--parallel.{name} {size}" for name, size in vars(fitting[0].mesh).items())
+        line(f"Best: {options} --train.grad_checkpointing {str(fitting[0].grad_checkpointing).lower()}")
 
 
-def _accumulated(planner: Planner) -> str:
-    times = planner.config.train.accumulate_steps
-    return f", accumulated {times} times" if times > 1 else ""
-
-
-def _checkpointing(candidate: Candidate) -> str:
-    return "with checkpointing" if candidate.grad_checkpointing else "without checkpointing"
-
-
-def _mesh(candidate: Candidate) -> list[str]:
-    mesh = candidate.mesh
-    return [f"{mesh.dp_replicate} x {mesh.dp_shard} x {mesh.ep}", "yes" if candidate.grad_checkpointing else "no"]
-
-
-def _table(title: str, *columns: str, left: Collection[str] = ()) -> FigureTable:
-    return FigureTable(title, ["mesh", "ckpt", *columns], keys=2, left=left)
-
-
-def _overview(shown: list[Candidate]) -> FigureTable:
-    title = "Meshes (dp_replicate x dp_shard x ep), best first; ckpt: train.grad_checkpointing"
-    columns = ("GiB", "M params", "s/step", "TFLOP", "TFLOP/s", "bound by")
-    table = _table(title, *columns, left=["bound by"])
-    for one in shown:
-        share = one.seconds[one.bound] / one.step_seconds
-        table.add_row(
-            *_mesh(one),
-            f"{one.total / GiB:.1f}",
-            f"{one.parameters / 1e6:,.0f}",
-            f"{one.step_seconds:.3g}",
-            f"{one.flops / 1e12:,.1f}",
-            f"{one.flops / 1e12 / one.step_seconds:,.0f}",
-            f"{PARTS[one.bound]} ({share:.0%})",
-        )
-    return table
-
-
-def _memory_table(shown: list[Candidate], usable: float) -> FigureTable:
+def _tables(shown: list[Candidate], usable: float) -> list[FigureTable]:
     kinds = [kind for kind in KINDS if any(one.memory[kind] for one in shown)]
-    title = f"GiB of one process when most is needed, of {usable / GiB:.1f} usable"
-    table = _table(title, *(KINDS[kind] for kind in kinds), "when", left=["when"])
+    sent = [kind for kind in TRAFFIC if any(one.traffic.get(kind) for one in shown)]
+    title = "Meshes (dp_replicate x dp_shard x ep), best first; ckpt: train.grad_checkpointing"
+    contents = {
+        title: ["GiB", "M params", "s/step", "TFLOP", "TFLOP/s", "bound by"],
+        f"GiB of one process when most is needed, of {usable / GiB:.1f} usable": [*map(KINDS.get, kinds), "when"],
+        "GB that one process sends in a step": [TRAFFIC[kind] for kind in sent],
+        "Milliseconds of a step (memory: its bandwidth)": list(PARTS.values()),
+    }
+    tables = [FigureTable(title, ["mesh", "ckpt", *columns], keys=2, left=["bound by", "when"])
+              for title, columns in contents.items()]  # fmt: skip
     for one in shown:
-        table.add_row(*_mesh(one), *(f"{one.memory[kind] / GiB:.2f}" for kind in kinds), one.moment.partition(" ")[0])
-    return table
+        rows = [
+            [f"{one.total / GiB:.1f}", f"{one.parameters / 1e6:,.0f}", f"{one.step_seconds:.3g}",
+             f"{one.flops / 1e12:,.1f}", f"{one.flops / 1e12 / one.step_seconds:,.0f}",
+             f"{PARTS[one.bound]} ({one.seconds[one.bound] / one.step_seconds:.0%})"],
+            [*(f"{one.memory[kind] / GiB:.2f}" for kind in kinds), one.moment.partition(" ")[0]],
+            [f"{one.traffic.get(kind, 0) / 1e9:.2f}" for kind in sent],
+            [f"{one.seconds[part] * 1e3:.3g}" for part in PARTS],
+        ]  # fmt: skip
+        key = [" x ".join(map(str, vars(one.mesh).values())), "yes" if one.grad_checkpointing else "no"]
+        for table, row in zip(tables, rows, strict=True):
+            table.add_row(*key, *row)
+    return tables
 
 
-def _traffic_table(shown: list[Candidate]) -> FigureTable:
-    kinds = [kind for kind in TRAFFIC if any(one.traffic.get(kind) for one in shown)]
-    names = (kind.replace("_", "-").replace("all-to-all", "a2a") for kind in kinds)
-    table = _table("GB that one process sends in a step", *names)
-    for one in shown:
-        table.add_row(*_mesh(one), *(f"{one.traffic.get(kind, 0) / 1e9:.2f}" for kind in kinds))
-    return table
+def _name(candidate: Candidate) -> str:
+    return f"{candidate.mesh} {'with' if candidate.grad_checkpointing else 'without'} checkpointing"
 
 
-def _time_table(shown: list[Candidate]) -> FigureTable:
-    table = _table("Milliseconds of a step (memory: its bandwidth)", *PARTS.values())
-    for one in shown:
-        table.add_row(*_mesh(one), *(f"{one.seconds[part] * 1e3:.3g}" for part in PARTS))
-    return table
+def too_large(candidate: Candidate) -> str:
+    """Why a candidate does not fit."""
+    kind = max(candidate.memory, key=candidate.memory.__getitem__)
+    return (
+        f"needs {candidate.total / GiB:.0f} GiB of {candidate.usable / GiB:.0f}, most of it {kind.replace('_', ' ')} "
+        f"({candidate.memory[kind] / GiB:.0f} GiB)"
+    )
 
 
-def _leftovers(line, ranked: list[Candidate], refused: list[Refused], hidden: int) -> None:
-    """What the tables leave out, in a line for each reason."""
-    if hidden > 0:
-        line(f"{hidden} more fit (--top shows them).")
-    large = [candidate for candidate in ranked if not candidate.fits]
-    if large and len(large) < len(ranked):
-        nearest = f"{large[0].mesh} {_checkpointing(large[0])}"
-        line(f"{len(large)} do not fit; the nearest, {nearest}, {too_large(large[0])}.")
-    reasons = defaultdict(list)
-    for one in refused:
-        reasons[one.reason].append(one.mesh)
-    for reason, meshes in reasons.items():
-        line(f"{len(meshes)} cannot be: {reason} ({meshes[0]}{', ...' if len(meshes) > 1 else ''}).")
-
-
-def as_json(planner: Planner, ranked: list[Candidate], refused: list[Refused]) -> dict[str, Any]:
-    """The whole plan: settings, candidates best first, and meshes that cannot be. Bytes and seconds."""
-    subject = planner.subject
+def as_json(planner: Planner, ranked: list[Candidate], impossible: dict[MeshSize, str]) -> dict[str, Any]:
+    """The whole plan in bytes and seconds: settings, candidates best first, and impossible meshes."""
+    model = planner.model
     return {
         "processes": planner.world,
         "batch_size_per_process": planner.local_batch,
         "precision": planner.precision,
         "optimizer": planner.config.optim.name,
         "hardware": dataclasses.asdict(planner.hardware),
-        "parameters_total": subject.total,
-        "parameters_active": subject.active,
-        "notes": subject.notes,
+        "parameters_total": model.total,
+        "parameters_active": model.active,
+        "notes": model.notes,
         "candidates": [
             {
-                "dp_replicate": one.mesh.dp_replicate,
-                "dp_shard": one.mesh.dp_shard,
-                "ep": one.mesh.ep,
+                **dataclasses.asdict(one.mesh),
                 "grad_checkpointing": one.grad_checkpointing,
                 "fits": one.fits,
                 "reason": None if one.fits else too_large(one),
@@ -189,8 +143,5 @@ def as_json(planner: Planner, ranked: list[Candidate], refused: list[Refused]) -
             }
             for one in ranked
         ],
-        "impossible": [
-            {"dp_replicate": r.mesh.dp_replicate, "dp_shard": r.mesh.dp_shard, "ep": r.mesh.ep, "reason": r.reason}
-            for r in refused
-        ],
+        "impossible": [{**dataclasses.asdict(mesh), "reason": reason} for mesh, reason in impossible.items()],
     }

@@ -1,16 +1,15 @@
-"""One training step of a real model on the meta device: what it allocates, and how long it should take.
+"""A training step of a real model on the meta device: the memory that it allocates, and a roofline of its time.
 
-The forward pass, the losses, the backward pass and the optimizer are those of training. What the meta device lacks is
-put in here: autocast, fused attention, and the other processes.
-
-Shapes, by suffix: B batch of one process, C embedding width, R rows, D width.
+Meta tensors have shapes and no values: the real model, autograd and optimizer decide which tensors exist and how long
+they are kept. What the meta device lacks is added here: autocast, and attention as GPUs compute it.
 """
 
 from __future__ import annotations
 
-import copy
+import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -19,9 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 import vmoe
-from vmoe.distributed.expert_parallel import ExpertExchange
+import vmoe.models.flops  # completes flop_registry
 from vmoe.evaluation.inference import PRECISIONS
 from vmoe.models.factory import is_contrastive, preprocess_config
 from vmoe.moe.experts import Experts
@@ -30,189 +32,165 @@ from vmoe.moe.grouped_mm import grouped_linear
 from vmoe.moe.router import Gate, is_recomputation
 from vmoe.moe.soft import SoftRouter
 from vmoe.planning.hardware import Hardware
-from vmoe.planning.model_plan import unit_names
-from vmoe.planning.tracker import Tracker, WeightWork
+from vmoe.planning.model_plan import expert_parameters
 from vmoe.training.config import OptimConfig
 from vmoe.training.optim import create_optimizer
 from vmoe.utils.config import ConfigError
 
-# What CUDA's autocast computes in the lower type. Norms, softmax and losses stay in float32, as they are fed with it.
-PRODUCTS = {
-    F.linear: 2,
-    F.conv2d: 2,
-    torch.ops.vmoe.rows_by_matrices.default: 2,
-    torch.matmul: 2,
-    Tensor.matmul: 2,
-    Tensor.__matmul__: 2,
-    torch.bmm: 2,
-    torch.einsum: 3,
-}
 
-
-@dataclass(frozen=True)
-class Moment:
-    """Where in a step a peak was.
-
-    Attributes:
-        unit: index in `vmoe.planning.model_plan.unit_names` of what worked.
-        phase: "forward", "backward", or "reduce" (its last gradient has just become ready).
-        ready: bytes of its gradients that were ready.
-        rest_ready: bytes of the last unit's that were.
-    """
-
-    unit: int
-    phase: str
-    ready: int
-    rest_ready: int
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a forward and backward pass of one process takes, without weights and optimizer.
-
-    Attributes:
-        peaks: {label: bytes} at the moments when most was there, one between any two gradients that become ready.
-            Labels: "activations", "loss", "input", "all_to_all" (rows of other processes), "copies" and "expert_copies"
-            (weights in the lower precision), "gradients" and "expert_gradients", and "expert_weights" (gradients of
-            experts that are not ready yet).
-        moments: where each of the peaks was.
-        flops: floating-point operations, forward and backward.
-        work: {"products", "memory", "launches": seconds}, see `Tracker`; without `weight_work`.
-        weight_work: operations on the experts' weights.
-        exchanges: bytes that one process sends in each all-to-all, its share for itself among them.
-        ep: processes over which the experts are spread.
-    """
-
-    peaks: list[dict[str, int]]
-    moments: list[Moment]
-    flops: int
-    work: dict[str, float]
-    weight_work: list[WeightWork]
-    exchanges: list[int]
-    ep: int
-
-    def seconds(self, ep: int, launch: float) -> dict[str, float]:
-        """{"products", "memory", "launches": seconds} if the experts were spread over `ep` processes.
-
-        Args:
-            ep: as `self.ep`, 1 or more than 1.
-            launch: seconds that any operation takes at least.
-        """
-        seconds = Counter(self.work)
-        for work in self.weight_work:
-            parts = {"products": work.products, "memory": work.rows + work.weights * self.ep / ep, "launches": launch}
-            bound = max(parts, key=parts.__getitem__)
-            seconds[bound] += parts[bound]
-        return {part: seconds[part] for part in ("products", "memory", "launches")}
-
-
-class Meta(TorchFunctionMode):
-    """Autocast and fused attention for the meta device.
+class Tracker(TorchDispatchMode):
+    """Follows the storage of every tensor that is made while the mode is on, until it is freed.
 
     Args:
-        dtype: of autocast; None: none.
-        tracker: is told which storages are copies of weights.
+        hardware: for the time of the operations.
+        expert_sizes: numbers of elements of the experts' stacked weights. Other tensors of these sizes with three
+            dimensions are their gradients and copies, which get the label "expert_weights" unless they have another.
+
+    Attributes:
+        live: {label: bytes} that exist now.
+        flops: of all matrix multiplications so far, a multiply-add counted as two.
+        seconds: {"matmul", "memory", "launch": seconds} so far; each operation counts for what bounds it (a roofline).
+        expert_bytes: of experts' weights read or written, which are not in `seconds`.
     """
+
+    def __init__(self, hardware: Hardware, expert_sizes: Collection[int] = ()) -> None:
+        super().__init__()
+        self.hardware, self.expert_sizes, self.label = hardware, frozenset(expert_sizes), "activations"
+        self.live, self.seconds = Counter(), Counter()
+        self.flops = self.expert_bytes = 0
+        self._storages: dict[int, tuple[str, int, weakref.ref]] = {}
+        self._peak: dict[str, int] = {}
+
+    @contextmanager
+    def labelled(self, label: str):
+        """Storages made inside the block are of this kind."""
+        before, self.label = self.label, label
+        try:
+            yield
+        finally:
+            self.label = before
+
+    def own(self, tensors: Iterable[Tensor], label: str) -> None:
+        """Counts storages that exist already, or gives known ones another label."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key in self._storages:
+                self.live[self._storages[key][0]] -= size
+            self._storages[key] = (label, size, weakref.ref(storage, lambda _, key=key: self._free(key)))
+            self.live[label] += size
+
+    def cut(self) -> dict[str, int]:
+        """`live` when its sum was largest since the last cut."""
+        peak, self._peak = self._peak, dict(self.live)
+        return peak
+
+    def _free(self, key: int) -> None:
+        label, size, _ = self._storages.pop(key)
+        self.live[label] -= size
+
+    def _is_expert_weight(self, tensor: Tensor) -> bool:
+        return tensor.ndim == 3 and tensor.numel() in self.expert_sizes
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.is_view:
+            return out
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        for tensor in outputs:
+            if tensor.untyped_storage()._cdata not in self._storages:
+                stacked = self.label == "activations" and self._is_expert_weight(tensor)
+                self.own([tensor], "expert_weights" if stacked else self.label)
+        if sum(self.live.values()) > sum(self._peak.values()):
+            self._peak = dict(self.live)
+        touched = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)] + outputs
+        formula = flop_registry.get(func._overloadpacket, lambda *_, **__: 0)
+        self._count(touched, formula(*args, **(kwargs or {}), out_val=out))
+        return out
+
+    def _count(self, touched: list[Tensor], flops: int) -> None:
+        moved = sum(tensor.nbytes for tensor in touched)
+        stacked = sum(tensor.nbytes for tensor in touched if self._is_expert_weight(tensor))
+        hardware = self.hardware
+        half = bool(touched) and touched[-1].dtype in (torch.bfloat16, torch.float16)
+        peak = 1e12 * hardware.matmul_efficiency * (hardware.half_tflops if half else hardware.float32_tflops)
+        memory = (moved - stacked) / hardware.bytes_per_second
+        seconds = {"matmul": flops / peak, "memory": memory, "launch": hardware.launch * 1e-6}
+        bound = max(seconds, key=seconds.__getitem__)
+        self.seconds[bound] += seconds[bound]
+        self.flops += flops
+        self.expert_bytes += stacked
+
+
+# What CUDA's autocast computes in the lower type. Norms, softmax and losses get float32 and stay in it.
+AUTOCAST = {F.linear, F.conv2d, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.einsum}
+
+
+class Autocast(TorchFunctionMode):
+    """Autocast to `dtype` (None: none) and fused attention for the meta device; labels the copies of weights."""
 
     def __init__(self, dtype: torch.dtype | None, tracker: Tracker) -> None:
         super().__init__()
-        self.dtype = dtype
-        self.tracker = tracker
-        self.exact = 0  # > 0 inside a router, which always computes in float32
-        self.copies: dict[int, Tensor] = {}  # autocast keeps those of weights until the forward pass is over
+        self.dtype, self.tracker = dtype, tracker
+        self.exact = 0  # > 0 inside a router, which computes in float32
+        self.copies: dict[int, Tensor] = {}  # autocast keeps those of weights until the forward pass ends
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            query, key, value = (self.lower(tensor) for tensor in args[:3])
+            query, key, value = map(self.lower, args[:3])
             mask = kwargs.get("attn_mask")
             mask = None if mask is None else mask.to(query.dtype)
-            # Keeps what the fused kernels of GPUs keep: the output and one number per query and head.
+            # Keeps what fused kernels of GPUs keep: the output and one number per query and head.
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=mask)[0]
-        if func in PRODUCTS:
-            args = tuple(self.lower(arg) if isinstance(arg, Tensor) else arg for arg in args)
-            if isinstance(kwargs.get("bias"), Tensor):
-                kwargs = {**kwargs, "bias": self.lower(kwargs["bias"])}
+        if func in AUTOCAST:
+            args = tuple(map(self.lower, args))
+            kwargs = {name: self.lower(value) for name, value in kwargs.items()}
         return func(*args, **kwargs)
 
-    def lower(self, tensor: Tensor, label: str = "copies") -> Tensor:
-        """The tensor in the type of autocast."""
-        if self.dtype is None or self.exact or tensor.dtype != torch.float32:
-            return tensor
-        if not isinstance(tensor, nn.Parameter):
-            return tensor.to(self.dtype)
-        if label == "copies" and id(tensor) in self.copies:
-            return self.copies[id(tensor)]
+    def lower(self, value, label: str = "copies"):
+        """A tensor in the type of autocast; other values as they are."""
+        if self.dtype is None or self.exact or not isinstance(value, Tensor) or value.dtype != torch.float32:
+            return value
+        if not isinstance(value, nn.Parameter):
+            return value.to(self.dtype)
+        if label == "copies" and id(value) in self.copies:
+            return self.copies[id(value)]
         with self.tracker.labelled(label):
-            copied = tensor.to(self.dtype)
+            copied = value.to(self.dtype)
         if label == "copies" and not is_recomputation():
-            self.copies[id(tensor)] = copied
+            self.copies[id(value)] = copied
         return copied
 
+    def grouped_linear(self, layer: GroupedLinear, x_RI: Tensor, count_E: Tensor) -> Tensor:
+        """As `GroupedLinear.forward` under autocast."""
+        weight_EOI, bias_EO = (self.lower(tensor, "expert_copies") for tensor in (layer.weight, layer.bias))
+        return grouped_linear(self.lower(x_RI), weight_EOI, bias_EO, count_E)
 
-class _Send(torch.autograd.Function):
-    """As many rows come back as are sent, forward and backward: an all-to-all of equal shares."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.send(rows)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return ctx.exchange.send(grad), None
+    def switch(self, *_, exact: int) -> None:
+        """A router begins (1) or ends (-1)."""
+        self.exact += exact
 
 
-class Exchange(ExpertExchange):
-    """The exchange of rows of expert parallelism, with the other processes left out.
+@dataclass(frozen=True)
+class Step:
+    """Forward and backward pass of one process that holds all experts, without weights and optimizer.
 
-    Where the counts are unknown (nothing is dropped) an even load is assumed.
+    Attributes:
+        peaks: {label: bytes} of the largest memory between any two gradients that become ready. Labels: "activations",
+            "loss", "input", "copies" and "expert_copies" (weights in the lower precision), "gradients" and
+            "expert_gradients", "expert_weights" (gradients of experts that are not ready yet).
+        flops: floating-point operations, forward and backward.
+        seconds: see `Tracker`.
+        expert_bytes: see `Tracker`.
+        exchanges: bytes that one process sends in each all-to-all if experts lie in several, its own share included.
     """
 
-    def __init__(self, num_processes: int, meta: Meta) -> None:
-        self.num_processes = num_processes
-        self.meta, self.tracker = meta, meta.tracker
-        self.sent: list[int] = []
-
-    def __call__(self, run: Callable, x_RD: Tensor, count_E: Tensor, max_count: int | None) -> Tensor:
-        def labelled_run(rows: Tensor, counts: Tensor) -> Tensor:
-            rows = self.meta.lower(rows)  # else the experts' first layer would do it
-            with self.tracker.labelled("activations"):
-                return run(rows, counts)
-
-        with self.tracker.labelled("all_to_all"):
-            even = -(-x_RD.shape[0] // len(count_E))
-            return super().__call__(labelled_run, x_RD, count_E, even if max_count is None else max_count)
-
-    def _largest(self, number: int) -> int:
-        return number
-
-    def _all_to_all(self, rows: Tensor, received_P: list[int] | None, sent_P: list[int] | None) -> Tensor:
-        return _Send.apply(rows.contiguous(), self)
-
-    def send(self, rows: Tensor) -> Tensor:
-        """What comes back, of the size of what was sent."""
-        self.sent.append(rows.numel() * rows.element_size())
-        with self.tracker.labelled("all_to_all"):
-            return torch.empty_like(rows)
-
-
-def local_experts(model: nn.Module, num_processes: int) -> nn.Module:
-    """A copy of a meta model with the experts of one process out of `num_processes`."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if isinstance(module, Experts):
-            for part in module.modules():
-                for name, parameter in part.named_parameters(recurse=False):
-                    shape = (parameter.shape[0] // num_processes, *parameter.shape[1:])
-                    local = torch.empty(shape, dtype=parameter.dtype, device="meta")
-                    setattr(part, name, nn.Parameter(local, requires_grad=parameter.requires_grad))
-    return model
-
-
-def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The stacked parameters of all experts."""
-    return [parameter for layer in model.modules() if isinstance(layer, Experts) for parameter in layer.parameters()]
+    peaks: list[dict[str, int]]
+    flops: int
+    seconds: dict[str, float]
+    expert_bytes: int
+    exchanges: list[int]
 
 
 def simulate_step(
@@ -222,224 +200,147 @@ def simulate_step(
     precision: str = "float32",
     loss: str = "softmax",
     num_processes: int = 1,
-    ep: int = 1,
 ) -> Step:
     """The forward and backward pass of one process.
 
     Args:
-        model: on the meta device, in training mode, whole; set its activation checkpointing as it shall be.
-        batch_size: pictures (pairs) of this process.
+        model: on the meta device, in training mode, with activation checkpointing set as wanted.
+        batch_size: images (pairs) of this process.
         hardware: for the times.
         precision: "float32", "bf16" or "fp16".
         loss: of an image-text model: "softmax" or "sigmoid".
-        num_processes: of all, whose features a contrastive loss compares.
-        ep: processes over which the experts are spread.
+        num_processes: all processes, whose features a contrastive loss compares.
     """
-    model = local_experts(model, ep) if ep > 1 else model
-    experts = {id(parameter): parameter.numel() for parameter in expert_parameters(model)}
-    tracker = Tracker(hardware, experts.values())
-    meta = Meta(PRECISIONS[precision], tracker)
-    exchange = Exchange(ep, meta) if ep > 1 else None
-    tracker.own(model.parameters(), "weights")
-    tracker.own(model.buffers(), "weights")
+    stacked = expert_parameters(model)
+    tracker = Tracker(hardware, [parameter.numel() for parameter in stacked])
+    tracker.own([*model.parameters(), *model.buffers()], "weights")
+    autocast = Autocast(PRECISIONS[precision], tracker)
     peaks: list[dict[str, int]] = []
-    moments: list[Moment] = []
-    names = unit_names(model)
-    units = [model.get_submodule(name) for name, _ in names]
-    owner: dict[int, int] = {}  # {id of a parameter: index of its unit}
-    for index, unit in enumerate(units):
-        for parameter in unit.parameters():
-            owner.setdefault(id(parameter), index)
-    ready = [0] * len(units)
-    unready = Counter(owner[id(parameter)] for parameter in model.parameters() if parameter.requires_grad)
+    exchanges: list[int] = []
+    undo = _prepare(model, autocast, exchanges)
 
-    def note(index: int, phase: str, peak: dict[str, int]) -> None:
-        peaks.append(peak)
-        moments.append(Moment(index, phase, ready[index], ready[-1]))
+    def gradient_ready(parameter: nn.Parameter, label: str) -> None:
+        tracker.own([parameter.grad], label)
+        peaks.append(tracker.cut())
 
-    def gradient_ready(parameter: nn.Parameter) -> None:
-        index = owner[id(parameter)]
-        tracker.own([parameter.grad], "expert_gradients" if id(parameter) in experts else "gradients")
-        note(index, "backward", tracker.cut())
-        ready[index] += parameter.grad.numel() * parameter.grad.element_size()
-        unready[index] -= 1
-        if unready[index] == 0:
-            note(index, "reduce", dict(tracker.live))
-
-    def before(index: int) -> None:
-        """The unit begins: until now the one around it worked."""
-        parent = index + 1 if names[index][1] else len(units) - 1
-        note(parent, "backward" if is_recomputation() else "forward", tracker.cut())
-
-    def after(index: int) -> None:
-        note(index, "backward" if is_recomputation() else "forward", tracker.cut())
-
-    undo: list[Callable[[], object]] = []
-    for index, unit in enumerate(units[:-1]):
-        undo.append(unit.register_forward_pre_hook(lambda *_, index=index: before(index)).remove)
-        undo.append(unit.register_forward_hook(lambda *_, index=index: after(index)).remove)
+    experts = set(map(id, stacked))
     for parameter in model.parameters():
         if parameter.requires_grad:
-            undo.append(parameter.register_post_accumulate_grad_hook(gradient_ready).remove)
-    undo += _adapt_layers(model, meta, exchange)
+            label = "expert_gradients" if id(parameter) in experts else "gradients"
+            undo.append(parameter.register_post_accumulate_grad_hook(partial(gradient_ready, label=label)).remove)
     try:
         with tracker:
             with tracker.labelled("input"):
-                batch = _inputs(model, batch_size)
-            with meta, vmoe.record_routing(model) as record:
+                batch = [torch.empty(batch_size, *preprocess_config(model)["input_size"], device="meta")]
+                if is_contrastive(model):
+                    batch.append(torch.empty(batch_size, model.context_length, dtype=torch.long, device="meta"))
+            with autocast, vmoe.record_routing(model) as record:
                 output = model(*batch)
-            meta.copies.clear()
+            autocast.copies.clear()
             with tracker.labelled("loss"):
                 total = task_loss(output, loss, num_processes) + record.auxiliary_loss()
             del output
-            # Checkpointing runs blocks again in the backward pass, in the mode; Tensor.backward would leave it.
-            gradient = torch.ones_like(total)
-            with meta:
-                _engine_run_backward(
-                    (total,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
-                )
-        note(len(units) - 1, "backward", tracker.cut())
-        del record, total
+            # Checkpointing runs blocks again in the backward pass; Tensor.backward would leave the autocast mode.
+            ones = torch.ones_like(total)
+            with autocast:
+                _engine_run_backward((total,), (ones,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+        peaks.append(tracker.cut())
     finally:
         for function in undo:
             function()
-        for parameter in model.parameters():
-            parameter.grad = None
-    peaks = [{label: size for label, size in peak.items() if label != "weights"} for peak in peaks]
-    sent = [] if exchange is None else exchange.sent
-    return Step(peaks, moments, tracker.flops, dict(tracker.seconds), tracker.weight_work, sent, ep)
+        model.zero_grad(set_to_none=True)
+    return Step(peaks, tracker.flops, dict(tracker.seconds), tracker.expert_bytes, exchanges)
 
 
-def _adapt_layers(model: nn.Module, meta: Meta, exchange: Exchange | None) -> list[Callable[[], object]]:
-    """What sparse layers need beside `Meta`; returns functions that take it away again."""
-    undo: list[Callable[[], object]] = []
+def _prepare(model: nn.Module, autocast: Autocast, exchanges: list[int]) -> list[Callable[[], object]]:
+    """Tells autocast of routers and experts, and notes what experts would send; returns functions that undo it."""
 
-    def enter(*_) -> None:
-        meta.exact += 1
+    def note(experts: Experts, args: tuple, out: Tensor) -> None:
+        rows, count_E, max_count = (*args, None)[:3]
+        even = -(-rows.shape[0] // len(count_E))  # without a capacity an even load is assumed
+        number = len(count_E) * (even if max_count is None else max_count)
+        sizes = [number * tensor.shape[1] * tensor.element_size() for tensor in (rows, out)]
+        exchanges.extend(sizes if is_recomputation() else sizes + sizes[::-1])  # forward, and backward once
 
-    def leave(*_) -> None:
-        meta.exact -= 1
-
+    undo = []
     for module in model.modules():
         if isinstance(module, (Gate, SoftRouter)):
-            undo += [module.register_forward_pre_hook(enter).remove, module.register_forward_hook(leave).remove]
+            undo.append(module.register_forward_pre_hook(partial(autocast.switch, exact=1)).remove)
+            undo.append(module.register_forward_hook(partial(autocast.switch, exact=-1)).remove)
         elif isinstance(module, GroupedLinear):
-            module.forward = partial(_grouped_linear, module, meta)
+            module.forward = partial(autocast.grouped_linear, module)
             undo.append(partial(module.__dict__.pop, "forward"))
-        elif isinstance(module, Experts) and exchange is not None:
-            module.exchange = exchange
-            undo.append(partial(module.__dict__.pop, "exchange"))
+        elif isinstance(module, Experts):
+            undo.append(module.register_forward_hook(note).remove)
     return undo
 
 
-def _grouped_linear(layer: GroupedLinear, meta: Meta, x_RI: Tensor, count_E: Tensor) -> Tensor:
-    """As `GroupedLinear.forward` on a GPU: under autocast weights and bias are copied."""
-    weight_EOI = meta.lower(layer.weight, "expert_copies")
-    bias_EO = None if layer.bias is None else meta.lower(layer.bias, "expert_copies")
-    return grouped_linear(meta.lower(x_RI), weight_EOI, bias_EO, count_E)
-
-
-def _inputs(model: nn.Module, batch_size: int) -> list[Tensor]:
-    images = torch.empty(batch_size, *preprocess_config(model)["input_size"], device="meta")
-    if not is_contrastive(model):
-        return [images]
-    return [images, torch.empty(batch_size, model.context_length, dtype=torch.long, device="meta")]
-
-
 def task_loss(output: Tensor | tuple | dict, loss: str, num_processes: int = 1) -> Tensor:
-    """The loss of the task, as in `vmoe.training.tasks`: this process's rows against those of all.
+    """The loss of the task as in `vmoe.training.tasks`, with copies of the features in place of other processes'."""
 
-    Args:
-        output: of the model.
-        loss: "softmax" or "sigmoid", of an image-text model.
-        num_processes: of all; the features of the others are as many copies of these.
-    """
+    def cross_entropy(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits, torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device))
+
     if isinstance(output, Tensor):
-        return F.cross_entropy(output.float(), _labels(output))
+        return cross_entropy(output.float())
     values = list(output.values()) if isinstance(output, dict) else list(output)
-    image_BC, text_BC, scale = (value.float() for value in values[:3])
-    bias = values[3].float() if len(values) > 3 and values[3] is not None else None
-    losses = []
+    image_BC, text_BC, scale, bias = (None if value is None else value.float() for value in [*values, None][:4])
     pairs = [(image_BC, text_BC), (text_BC, image_BC)] if loss == "softmax" else [(image_BC, text_BC)]
+    losses = []
     for own_BC, other_BC in pairs:
         logits = scale * own_BC @ torch.cat([other_BC] * num_processes).T
         if loss == "softmax":
-            losses.append(F.cross_entropy(logits, _labels(logits)))
+            losses.append(cross_entropy(logits))
         else:
             logits = logits if bias is None else logits + bias
             losses.append(-F.logsigmoid(torch.ones_like(logits) * logits).sum())
     return torch.stack(losses).mean()
 
 
-def _labels(logits: Tensor) -> Tensor:
-    return torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device)
-
-
 @dataclass(frozen=True)
 class OptimizerMemory:
-    """What an optimizer keeps and needs.
+    """What an optimizer keeps for {id of a parameter: bytes}, and the temporary bytes and traffic of a step."""
 
-    Attributes:
-        state: bytes kept for all parameters that are no expert's; expert_state: for the experts'.
-        step: bytes that a step needs for a while.
-        touched: bytes read and written by a step, from the operations that it is made of.
-    """
-
-    state: int
-    expert_state: int
+    state: dict[int, int]
     step: int
     touched: float
 
 
 def simulate_optimizer(model: nn.Module, config: OptimConfig, foreach: bool) -> OptimizerMemory:
-    """Makes the optimizer of a config for a meta model and lets it take two steps.
-
-    Args:
-        model: on the meta device.
-        config: of the optimizer.
-        foreach: see `Hardware`.
+    """Creates the optimizer of a config for a meta model and takes steps; `foreach` as in `Hardware`.
 
     Raises:
-        ConfigError: the optimizer asks for numbers, which a meta tensor has not.
+        ConfigError: the optimizer reads values, which a meta tensor has not.
     """
-    # "fused" exists on real devices only; what it keeps is the same, and it needs nothing for a while.
-    fused = bool(config.kwargs.get("fused"))
+    # "fused" needs a real device; it keeps the same state and needs no temporary memory.
     kwargs = {key: value for key, value in config.kwargs.items() if key != "fused"}
-    config = replace(config, kwargs=kwargs)
-    experts = {id(parameter) for parameter in expert_parameters(model)}
-    optimizer = create_optimizer(model, config)
-    tracker = Tracker(Hardware(1, 1, 1, 1, 1, 1, memory_efficiency=1.0, launch=0.0))
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
+    optimizer = create_optimizer(model, replace(config, kwargs=kwargs))
+    tracker = Tracker(Hardware(1, 1, 1, 1, 1, 1, memory_efficiency=1.0, launch=0.0))  # 1 GB/s
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
     for group in optimizer.param_groups:
         if foreach and group.get("foreach", 0) is None:
             group["foreach"] = True
-    tracker.own(trainable, "weights")
-    tracker.own((parameter.grad for parameter in trainable), "weights")
+    tracker.own([*trained, *(parameter.grad for parameter in trained)], "weights")
     try:
         with tracker, tracker.labelled("optimizer"):
-            # The first step makes the state; Lookahead makes its own once in some steps.
+            # The first step creates the state; Lookahead creates its own once in some steps.
             for _ in range(int(optimizer.param_groups[0].get("lookahead_k", 1))):
                 optimizer.step()
             tracker.cut()
             before, seconds = sum(tracker.live.values()), sum(tracker.seconds.values())
             optimizer.step()
-            step = sum(tracker.cut().values()) - before
-            touched = (sum(tracker.seconds.values()) - seconds) * 1e9  # at 1 GB/s
     except (RuntimeError, NotImplementedError) as error:
         raise ConfigError(
-            f"optim.name {config.name!r} cannot be planned, because its step looks at numbers ({error}); plan with a "
+            f"optim.name {config.name!r} cannot be planned, because its step reads values ({error}); plan with a "
             "relative, such as adamw"
         ) from error
     finally:
-        for parameter in trainable:
-            parameter.grad = None
-    state, expert_state = 0, 0
-    for owner, values in getattr(optimizer, "base_optimizer", optimizer).state.items():
-        size = sum(leaf.numel() * leaf.element_size() for leaf in values.values() if isinstance(leaf, Tensor))
-        if id(owner) in experts:
-            expert_state += size
-        else:
-            state += size
-    return OptimizerMemory(state, expert_state, 0 if fused else step, touched)
+        model.zero_grad(set_to_none=True)
+    state = {
+        id(owner): sum(value.nbytes for value in values.values() if isinstance(value, Tensor))
+        for owner, values in getattr(optimizer, "base_optimizer", optimizer).state.items()
+    }
+    step = 0 if config.kwargs.get("fused") else sum(tracker.cut().values()) - before
+    return OptimizerMemory(state, step, (sum(tracker.seconds.values()) - seconds) * 1e9)

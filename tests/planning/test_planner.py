@@ -3,9 +3,9 @@ import dataclasses
 import pytest
 
 from vmoe.cli.plan import PlanConfig
-from vmoe.planning.candidates import Planner, rank
 from vmoe.planning.hardware import HARDWARE
-from vmoe.planning.model_plan import make_subject
+from vmoe.planning.model_plan import make_model_plan
+from vmoe.planning.planner import Planner, rank
 from vmoe.utils.config import ConfigError, read_config
 
 VISION = ("--task", "classification", "--model.name", "vmoe_tiny_patch8_48", "--model.kwargs.num_classes", "10")
@@ -15,7 +15,7 @@ PAIRS = ("--task", "contrastive", "--model.name", "limoe_tiny_patch12_48")
 def planner(*options, nodes=1, per_node=8, hardware=HARDWARE["h100"]) -> Planner:
     options = ("--output_dir", "unused", "--data.loader.batch_size", "64", "--model.kwargs.depth", "2", *options)
     config = read_config(PlanConfig, options)
-    return Planner(config, make_subject(config), hardware, nodes, per_node)
+    return Planner(config, make_model_plan(config), hardware, nodes, per_node)
 
 
 def candidates(plan: Planner) -> dict:
@@ -24,23 +24,23 @@ def candidates(plan: Planner) -> dict:
 
 
 def test_meshes_are_all_ways_to_multiply():
-    possible, refused = planner(*VISION, per_node=16).meshes()
+    possible, impossible = planner(*VISION, per_node=16).meshes()
     assert all(mesh.world == 16 for mesh in possible)
     assert len({(mesh.dp_replicate, mesh.dp_shard, mesh.ep) for mesh in possible}) == len(possible) == 14
-    assert [one.reason for one in refused] == ["ep is no divisor of the 8 experts"]  # ep 16
+    assert list(impossible.values()) == ["ep is no divisor of the 8 experts"]  # ep 16
 
 
 def test_without_experts_there_is_no_expert_parallelism():
-    possible, refused = planner(*VISION, "--model.kwargs.num_experts", "0", per_node=2).meshes()
+    possible, impossible = planner(*VISION, "--model.kwargs.num_experts", "0", per_node=2).meshes()
     assert [mesh.ep for mesh in possible] == [1, 1]
-    assert [one.reason for one in refused] == ["ep > 1 needs experts, and the model has none"]
+    assert list(impossible.values()) == ["ep > 1 needs experts, and the model has none"]
 
 
 def test_weights_lie_where_the_mesh_says():
     plan = planner(*VISION)
     found = candidates(plan)
-    experts = sum(unit.size for unit in plan.subject.units if unit.experts)
-    dense = plan.subject.total - experts
+    experts = sum(unit.size for unit in plan.model.units if unit.experts)
+    dense = plan.model.total - experts
     for (_, dp_shard, ep), one in found.items():
         # What does not divide, such as the positions, adds some; tests/planning/test_sharding.py has the exact numbers.
         assert one.parameters == pytest.approx(dense / dp_shard + experts / dp_shard / ep, rel=0.1)
@@ -53,7 +53,7 @@ def test_weights_lie_where_the_mesh_says():
 def test_what_travels():
     plan = planner(*VISION)
     found = candidates(plan)
-    size = 4 * plan.subject.total
+    size = 4 * plan.model.total
     assert found[8, 1, 1].traffic == {"all_reduce": pytest.approx(2 * size * 7 / 8)}
     sharded = found[1, 8, 1].traffic
     assert sharded["all_gather"] == pytest.approx(2 * size * 7 / 8, rel=0.05)  # forward and backward; some is filling
@@ -73,7 +73,7 @@ def test_accumulation_repeats_the_passes_and_keeps_gradients():
     once, twice = (planner(*VISION, "--train.accumulate_steps", str(n), per_node=1) for n in (1, 2))
     (one,), (two,) = (list(candidates(plan).values()) for plan in (once, twice))
     assert two.flops == 2 * one.flops
-    assert two.memory["gradients"] == 4 * twice.subject.total >= one.memory["gradients"]
+    assert two.memory["gradients"] == 4 * twice.model.total >= one.memory["gradients"]
     assert two.seconds["optimizer"] == one.seconds["optimizer"]
 
 
@@ -122,6 +122,6 @@ def test_a_batch_must_divide_among_the_processes():
     ],
 )
 def test_what_training_refuses_on_sharded_weights_is_not_planned(key, value, reason):
-    possible, refused = planner(*VISION, key, value).meshes()
+    possible, impossible = planner(*VISION, key, value).meshes()
     assert [mesh.dp_replicate for mesh in possible] == [8]
-    assert {one.reason for one in refused} == {reason}
+    assert set(impossible.values()) == {reason}
