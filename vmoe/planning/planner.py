@@ -153,14 +153,15 @@ class Planner:
         stay = (mesh.is_plain and mesh.world > 1) or train.accumulate_steps > 1
         shares = {experts: self._share(mesh, experts) for experts in (False, True)}
         gathered = 0 if mesh.is_plain else self._gathered(mesh)
+        padding = step.padding if mesh.ep > 1 else 1
+        unready = 1 if mesh.is_plain else 0  # FSDP2's whole gradients include them
         largest: dict[str, float] = {}
         for peak in map(Counter, step.peaks):
             ready = peak["gradients"] * shares[False] + peak["expert_gradients"] * shares[True]
             moment = {
                 **always,
                 "gradients": gradients if stay else ready,
-                # FSDP2's whole gradients have those of experts that are not ready yet among them.
-                "activations": peak["activations"] + (peak["expert_weights"] / mesh.ep if mesh.is_plain else 0),
+                "activations": peak["activations"] + padding * peak["expert_rows"] + unready * peak["expert_weights"],
                 "loss": peak["loss"],
                 "all_to_all": BUFFERS * max(step.exchanges, default=0) if mesh.ep > 1 else 0,
                 "low_precision_copies": peak["copies"] + peak["expert_copies"] / mesh.ep,

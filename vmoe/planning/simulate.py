@@ -99,7 +99,7 @@ class Tracker(TorchDispatchMode):
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for tensor in outputs:
             if tensor.untyped_storage()._cdata not in self._storages:
-                stacked = self.label == "activations" and self._is_expert_weight(tensor)
+                stacked = self.label in ("activations", "expert_rows") and self._is_expert_weight(tensor)
                 self.own([tensor], "expert_weights" if stacked else self.label)
         if sum(self.live.values()) > sum(self._peak.values()):
             self._peak = dict(self.live)
@@ -178,12 +178,14 @@ class Step:
 
     Attributes:
         peaks: {label: bytes} of the largest memory between any two gradients that become ready. Labels: "activations",
-            "loss", "input", "copies" and "expert_copies" (weights in the lower precision), "gradients" and
-            "expert_gradients", "expert_weights" (gradients of experts that are not ready yet).
+            "expert_rows" (activations inside experts), "loss", "input", "copies" and "expert_copies" (weights in the
+            lower precision), "gradients" and "expert_gradients", "expert_weights" (gradients of experts that are not
+            ready yet).
         flops: floating-point operations, forward and backward.
         seconds: see `Tracker`.
         expert_bytes: see `Tracker`.
         exchanges: bytes that one process sends in each all-to-all if experts lie in several, its own share included.
+        padding: rows of these buffers over the rows that are routed.
     """
 
     peaks: list[dict[str, int]]
@@ -191,6 +193,7 @@ class Step:
     seconds: dict[str, float]
     expert_bytes: int
     exchanges: list[int]
+    padding: float
 
 
 def simulate_step(
@@ -217,7 +220,8 @@ def simulate_step(
     autocast = Autocast(PRECISIONS[precision], tracker)
     peaks: list[dict[str, int]] = []
     exchanges: list[int] = []
-    undo = _prepare(model, autocast, exchanges)
+    paddings = [1.0]
+    undo = _prepare(model, autocast, exchanges, paddings)
 
     def gradient_ready(parameter: nn.Parameter, label: str) -> None:
         tracker.own([parameter.grad], label)
@@ -249,16 +253,23 @@ def simulate_step(
         for function in undo:
             function()
         model.zero_grad(set_to_none=True)
-    return Step(peaks, tracker.flops, dict(tracker.seconds), tracker.expert_bytes, exchanges)
+    return Step(peaks, tracker.flops, dict(tracker.seconds), tracker.expert_bytes, exchanges, max(paddings))
 
 
-def _prepare(model: nn.Module, autocast: Autocast, exchanges: list[int]) -> list[Callable[[], object]]:
+def _prepare(
+    model: nn.Module, autocast: Autocast, exchanges: list[int], paddings: list[float]
+) -> list[Callable[[], object]]:
     """Tells autocast of routers and experts, and notes what experts would send; returns functions that undo it."""
+
+    def begin(*_) -> None:
+        autocast.tracker.label = "expert_rows"
 
     def note(experts: Experts, args: tuple, out: Tensor) -> None:
         rows, count_E, max_count = (*args, None)[:3]
         even = -(-rows.shape[0] // len(count_E))  # without a capacity an even load is assumed
         number = len(count_E) * (even if max_count is None else max_count)
+        autocast.tracker.label = "activations"
+        paddings.append(number / rows.shape[0])
         sizes = [number * tensor.shape[1] * tensor.element_size() for tensor in (rows, out)]
         exchanges.extend(sizes if is_recomputation() else sizes + sizes[::-1])  # forward, and backward once
 
@@ -271,6 +282,7 @@ def _prepare(model: nn.Module, autocast: Autocast, exchanges: list[int]) -> list
             module.forward = partial(autocast.grouped_linear, module)
             undo.append(partial(module.__dict__.pop, "forward"))
         elif isinstance(module, Experts):
+            undo.append(module.register_forward_pre_hook(begin).remove)
             undo.append(module.register_forward_hook(note).remove)
     return undo
 
