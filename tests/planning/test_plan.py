@@ -16,8 +16,8 @@ def test_a_shipped_config_with_changes(tmp_path, capsys):
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["processes"] == 4
     best = written["candidates"][0]
-    assert f"Best: --parallel.dp_replicate {best['dp_replicate']} --parallel.dp_shard" in shown
-    assert all(one["memory_bytes"] == pytest.approx(sum(one["memory_bytes_by_kind"].values()), abs=20)
+    assert f"Best: --parallel.dp_replicate {best['mesh']['dp_replicate']} --parallel.dp_shard" in shown
+    assert all(one["total"] == pytest.approx(sum(one["memory"].values()))
                for one in written["candidates"])  # fmt: skip
     assert {one["grad_checkpointing"] for one in written["candidates"]} == {False, True}
 
@@ -31,15 +31,15 @@ def test_a_narrow_terminal_shows_every_figure(tmp_path, capsys, monkeypatch):
     assert all(len(line) <= 80 for line in shown.splitlines())
     lines = [[cell.strip() for cell in line.split("│")[1:]] for line in shown.splitlines()]
     for one in json.loads((tmp_path / "plan.json").read_text())["candidates"]:
-        mesh = f"{one['dp_replicate']} x {one['dp_shard']} x {one['ep']}"
+        mesh = " x ".join(str(one["mesh"][name]) for name in ("dp_replicate", "dp_shard", "ep"))
         checkpointing = "yes" if one["grad_checkpointing"] else "no"
         cells = [cell for line in lines if line[:2] == [mesh, checkpointing] for cell in line]
         assert f"{one['step_seconds']:.3g}" in cells
-        for size in one["memory_bytes_by_kind"].values():
+        for size in one["memory"].values():
             assert not size or f"{size / 2**30:.2f}" in cells
-        for size in one["traffic_bytes"].values():
+        for size in one["traffic"].values():
             assert not size or f"{size / 1e9:.2f}" in cells
-        for seconds in one["seconds_by_part"].values():
+        for seconds in one["seconds"].values():
             assert f"{seconds * 1e3:.3g}" in cells
 
 

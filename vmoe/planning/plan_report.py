@@ -115,33 +115,21 @@ def too_large(candidate: Candidate) -> str:
 
 def as_json(planner: Planner, ranked: list[Candidate], impossible: dict[MeshSize, str]) -> dict[str, Any]:
     """The whole plan in bytes and seconds: settings, candidates best first, and impossible meshes."""
-    model = planner.model
+
+    def entry(one: Candidate) -> dict[str, Any]:
+        names = ("fits", "total", "step_seconds", "bound")
+        derived = {name: getattr(one, name) for name in names}
+        reason = None if one.fits else too_large(one)
+        return {**dataclasses.asdict(one), **derived, "mesh": vars(one.mesh), "reason": reason}
+
     return {
         "processes": planner.world,
         "batch_size_per_process": planner.local_batch,
         "precision": planner.precision,
         "optimizer": planner.config.optim.name,
         "hardware": dataclasses.asdict(planner.hardware),
-        "parameters_total": model.total,
-        "parameters_active": model.active,
-        "notes": model.notes,
-        "candidates": [
-            {
-                **dataclasses.asdict(one.mesh),
-                "grad_checkpointing": one.grad_checkpointing,
-                "fits": one.fits,
-                "reason": None if one.fits else too_large(one),
-                "parameters_per_process": one.parameters,
-                "memory_bytes": round(one.total),
-                "memory_bytes_by_kind": {kind: round(size) for kind, size in one.memory.items()},
-                "moment": one.moment,
-                "flops_per_step": one.flops,
-                "traffic_bytes": {kind: round(size) for kind, size in one.traffic.items()},
-                "step_seconds": one.step_seconds,
-                "seconds_by_part": one.seconds,
-                "bound_by": one.bound,
-            }
-            for one in ranked
-        ],
-        "impossible": [{**dataclasses.asdict(mesh), "reason": reason} for mesh, reason in impossible.items()],
+        "parameters": {"total": planner.model.total, "active": planner.model.active},
+        "notes": planner.model.notes,
+        "candidates": [entry(one) for one in ranked],
+        "impossible": [{"mesh": vars(mesh), "reason": reason} for mesh, reason in impossible.items()],
     }
