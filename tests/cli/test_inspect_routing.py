@@ -18,19 +18,19 @@ from vmoe.cli import inspect_routing as command
 from vmoe.cli.inspect_routing import describe, expand_data, main, summary_table, validation_data
 from vmoe.data import BadSample
 from vmoe.data.config import SourceConfig
-from vmoe.inspection import plot_style
+from vmoe.inspection import plots
 from vmoe.models import factory
 from vmoe.models.factory import save_pretrained
 from vmoe.utils.config import ConfigError
 
 LIMOE = {"img_size": 16, "patch_size": 8, "width": 32, "depth": 2, "num_heads": 2, "embed_dim": 16, "num_experts": 4}
-QUICK = ["--loader.num_workers", "0", "--num_pictures", "3", "--num_patches", "2"]
+QUICK = ["--loader.num_workers", "0", "--num_images", "3", "--num_patches", "2"]
 
 
 @pytest.fixture(autouse=True)
 def coarse_figures(monkeypatch):
     """They are looked at in test_figures.py; here they only take time."""
-    monkeypatch.setattr(plot_style, "DPI", 50)
+    monkeypatch.setattr(plots, "DPI", 50)
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +154,8 @@ def test_mistakes_are_one_sentence_with_an_exit_code(run, data, tmp_path, capsys
     assert (code, "eval_capacity_factor must be > 0, got 0" in message) == (2, True)
     code, message = error(capsys, "--checkpoint", str(run), "--loader.on_bad", "replace")
     assert (code, "on_bad must be 'fail' or 'skip' in an inspection" in message) == (2, True)
-    code, message = error(capsys, "--checkpoint", str(run), "--num_picture", "3")
-    assert (code, "the nearest known key is 'num_pictures'" in message) == (2, True)
+    code, message = error(capsys, "--checkpoint", str(run), "--num_image", "3")
+    assert (code, "the nearest known key is 'num_images'" in message) == (2, True)
     code, message = error(capsys, "--checkpoint", str(tmp_path / "missing"), "--data", "emoji")
     assert code == 1
     assert "missing" in message
@@ -216,7 +216,7 @@ def test_what_cannot_work_is_told_before_the_data_are_read(run, data, tmp_path, 
         (of_classifier, ["--templates", "a {}"], "templates are for image-text models"),
         (pairs, ["--loader.max_bad_share", "0.5"], "loader.max_bad_share has no effect in an inspection"),
         (pairs, ["--loader.pin_memory", "false"], "loader.pin_memory has no effect in an inspection"),
-        (pairs, ["--data", str(data / "folder/cat/0.png")], "0.png is a picture: give the folder of pictures"),
+        (pairs, ["--data", str(data / "folder/cat/0.png")], "0.png is an image: give the folder"),
     ]
     for start, arguments, match in wrong:
         code, message = error(capsys, *start, *arguments)
@@ -224,16 +224,16 @@ def test_what_cannot_work_is_told_before_the_data_are_read(run, data, tmp_path, 
         assert re.search(match, message), message
 
     def missing():
-        raise ModuleNotFoundError("the HTML report needs altair")
+        raise ModuleNotFoundError("the HTML report needs vl_convert")
 
     monkeypatch.setattr(command, "chart_library", missing)
     monkeypatch.setattr(command, "load_subject", read)
-    assert error(capsys, *pairs) == (1, "vmoe-inspect: error: the HTML report needs altair")
+    assert error(capsys, *pairs) == (1, "vmoe-inspect: error: the HTML report needs vl_convert")
 
 
 def test_no_typical_patches_at_all(run, data, tmp_path):
     arguments = ["--checkpoint", str(run), "--output_dir", str(tmp_path), "--loader.num_workers", "0"]
-    assert main([*arguments, "--num_pictures", "2", "--num_patches", "0"]) == 0
+    assert main([*arguments, "--num_images", "2", "--num_patches", "0"]) == 0
     assert not list((tmp_path / "figures").glob("patches_*"))
     assert (tmp_path / "report.html").exists()
 

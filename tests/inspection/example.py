@@ -17,14 +17,14 @@ def example_statistics(
     num_layers=2,
     num_experts=8,
     num_selected_experts=1,
-    num_pictures=6,
+    num_images=6,
     grid=4,
     side=48,
     num_classes=5,
     text=True,
     seed=0,
 ):
-    """Random routing of `num_pictures` pictures (grid × grid patches) and, with `text`, their captions.
+    """Random routing of `num_images` pictures (grid × grid patches) and, with `text`, their captions.
 
     The figures of the layers are those of the samples themselves, so that sums can be checked.
     """
@@ -32,7 +32,7 @@ def example_statistics(
     E, K, L = num_experts, num_selected_experts, num_layers
     names = [f"class {c}" for c in range(num_classes)]
     samples = []
-    for index in range(num_pictures):
+    for index in range(num_images):
         label = index % num_classes
         caption = " ".join(rng.choice(["red apple", "cat", "house"], 2)) if text else None
         words = [WORDS[0], *(w for word in (caption or "").split() for w in _pieces(word)), WORDS[-1]] if text else []
@@ -55,10 +55,10 @@ def example_statistics(
         layers=layers,
         agreement={name: agreement.copy() for name in (("image", "text") if text else ("image",))},
         class_names=names,
-        num_samples=num_pictures,
+        num_samples=num_images,
         num_skipped=0,
         samples=samples,
-        sample_index=list(range(num_pictures)),
+        sample_index=list(range(num_images)),
         words_from="captions" if text else None,
         checkpoint="runs/example",
         weights_fingerprint="0" * 64,

@@ -1,3 +1,4 @@
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,7 +8,12 @@ import torch
 from PIL import Image
 
 import vmoe
-from vmoe.inspection.example_plot import example_figure, patch_grid, patch_routing, predict, shorten
+from vmoe.data import build_transform
+from vmoe.evaluation.loaded_model import Subject
+from vmoe.inspection.forward import patch_grid
+from vmoe.inspection.plots import example_figure, shorten
+from vmoe.inspection.routing_statistics import route_images
+from vmoe.models.factory import preprocess_config
 
 TINY = {"depth": 2, "num_heads": 2}
 NAMES = [f"class {i}" for i in range(6)]
@@ -36,33 +42,26 @@ def test_contrastive_and_dense(tmp_path):
     assert Image.open(plain).width < Image.open(sparse).width  # no columns of routing
 
 
-def test_patches_are_coloured_by_what_was_recorded():
-    model = timm.create_model("vmoe_tiny_patch8_48", num_classes=6, embed_dim=32, num_selected_experts=2, **TINY).eval()
-    images = torch.randn(3, 3, 48, 48)
-    probabilities, layers = predict(model, images, NAMES, None)
-    assert probabilities.shape == (3, 6)
-    with vmoe.record_routing(model) as record:
-        model(images)
-    routing = record.layers["blocks.1.mlp"]
-    first_choice = routing.tokens(routing.expert_index)[:, 1:, 0].reshape(3, 6, 6)
-    assert layers[0].name == "blocks.1.mlp"
-    assert (layers[0].expert == first_choice.numpy()).all()
-
-
-def test_dropped_everywhere_is_minus_one_and_second_choices_count():
+def test_the_best_expert_with_capacity_is_drawn():
     model = timm.create_model(
         "vmoe_tiny_patch8_48", num_classes=6, embed_dim=32, num_selected_experts=2, eval_capacity_factor=0.4, **TINY
     ).eval()
+    transform = build_transform(preprocess_config(model), None)
+    subject = Subject(model, None, transform, torch.device("cpu"), "float32", "it", Path())
+    images = [sample.image for sample in samples(2)]
+    _, found = route_images(subject, images, class_names=NAMES)
     with vmoe.record_routing(model) as record:
-        model(torch.randn(2, 3, 48, 48))
+        model(torch.stack([transform(image) for image in images]))
+    assert [len(one.top_classes) for one in found] == [5, 5]
+    assert all(set(one.top_labels) <= set(range(6)) for one in found)
     routing = record.layers["blocks.1.mlp"]
-    found = patch_routing(model, routing, "blocks.1.mlp").expert.reshape(2, 36)
     kept, chosen = routing.tokens(routing.kept)[:, 1:], routing.tokens(routing.expert_index)[:, 1:]
+    best = np.stack([one.patches[0].best_kept.reshape(36) for one in found])
     for b in range(2):
         for patch in range(36):
             allowed = [int(e) for e, k in zip(chosen[b, patch], kept[b, patch]) if k]
-            assert found[b, patch] == (allowed[0] if allowed else -1)
-    assert (found == -1).any()
+            assert best[b, patch] == (allowed[0] if allowed else -1)
+    assert (best == -1).any()
 
 
 def test_mistakes_are_named(tmp_path):

@@ -6,8 +6,7 @@ from PIL import Image
 import vmoe
 from vmoe.evaluation.loaded_model import load_subject
 from vmoe.inspection import explain as logic
-from vmoe.inspection import fragments
-from vmoe.inspection.example_plot import DROPPED, PALETTE
+from vmoe.inspection.plots import DROPPED, PALETTE
 from vmoe.inspection.routing_statistics import TokenRouting
 from vmoe.models.factory import save_pretrained
 
@@ -185,14 +184,14 @@ def test_words_are_coloured_by_the_first_expert_with_room():
     assert colours == {"0 (0.60), 1 (0.20)": PALETTE[0], "dropped": DROPPED}
 
 
-def test_fragments_escape_names_and_say_what_is_left_out():
-    bars = fragments.probability_bars([(f"<b>{i}</b>", 1 / 30) for i in range(30)])
+def test_html_escapes_names_and_say_what_is_left_out():
+    bars = logic.bars_html([(f"<b>{i}</b>", 1 / 30) for i in range(30)])
     assert "<b>" not in bars
     assert "&lt;b&gt;0&lt;/b&gt;" in bars
     assert bars.count("3.33%</td>") == 20
     assert "10 less likely ones are not shown" in bars
     assert bars.index("b&gt;0") < bars.index("b&gt;1")
-    ranked = fragments.probability_bars([("cat", 0.25), ("dog", 0.75)])
+    ranked = logic.bars_html([("cat", 0.25), ("dog", 0.75)])
     assert ranked.index("dog") < ranked.index("cat")
 
 
@@ -203,13 +202,13 @@ def test_numbers_on_every_colour_are_readable():
         return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
 
     for expert, colour in enumerate(PALETTE):
-        ink = 1.0 if "color:#fff" in fragments.chip(expert) else 0.0
+        ink = 1.0 if "color:#ffffff" in logic.chip(expert) else 0.0
         light, dark = sorted((luminance(colour), ink), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.5, colour
 
 
 def test_a_patch_that_nobody_took():
-    assert "No expert took it" in fragments.patch_experts(1, 2, [])
+    assert "No expert took it" in logic.patch_html(1, 2, [])
 
 
 def test_expert_choice_and_soft_models(tmp_path):

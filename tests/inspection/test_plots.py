@@ -8,11 +8,12 @@ from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from PIL import Image
 
-from vmoe.inspection import plot_style
-from vmoe.inspection.example_plot import PALETTE, _tell_missing_glyphs
-from vmoe.inspection.mutual_information import contributions, most_telling, telling_of_expert
+from vmoe.inspection import plots
+from vmoe.inspection.accumulate import contributions, most_telling, telling_of_expert
 from vmoe.inspection.plots import (
-    _picture_name,
+    PALETTE,
+    _image_name,
+    _tell_missing_glyphs,
     agreement_figure,
     class_figure,
     load_figure,
@@ -36,8 +37,8 @@ def heights(ax, place):
 
 
 def test_all_figures_are_written(example_statistics, tmp_path, monkeypatch):
-    monkeypatch.setattr(plot_style, "DPI", 60)
-    files = write_figures(example_statistics(num_experts=4, num_pictures=2), tmp_path / "new")
+    monkeypatch.setattr(plots, "DPI", 60)
+    files = write_figures(example_statistics(num_experts=4, num_images=2), tmp_path / "new")
     assert sorted(file.name for file in files) == sorted(file.name for file in (tmp_path / "new").iterdir())
     per_layer = [f"{kind}_blocks.{b}.mlp.png" for b in (1, 3) for kind in ("classes", "words", "patches")]
     assert {file.name for file in files} == {"load.png", "split.png", "agreement.png", "routing.png", *per_layer}
@@ -96,7 +97,7 @@ def test_agreement_is_written_into_the_squares(example_statistics):
 
 
 def test_heat_map_rows_are_shares_and_the_choice_of_classes_is_told(example_statistics):
-    statistics = example_statistics(num_classes=40, num_pictures=40)
+    statistics = example_statistics(num_classes=40, num_images=40)
     layer = statistics.layers[0]
     figure = class_figure(layer, statistics.class_names)
     top, ax = figure.axes[:2]
@@ -150,7 +151,7 @@ def test_maps_show_the_best_expert_with_room(example_statistics):
     expert = np.array([[[3, 1], [2, 0]], [[1, 2], [0, 3]]])
     kept = np.array([[[True, True], [False, True]], [[False, False], [True, False]]])
     assert TokenRouting(expert, expert * 0.1, kept).best_kept.tolist() == [[3, 0], [-1, 0]]
-    statistics = example_statistics(num_pictures=20)
+    statistics = example_statistics(num_images=20)
     figure = routing_figure(statistics)
     assert len(figure.axes) == 8 * (1 + 2)  # eight pictures, each with a map for both layers
     shown = texts(figure)
@@ -161,7 +162,7 @@ def test_maps_show_the_best_expert_with_room(example_statistics):
 
 @pytest.mark.parametrize("experts", [4, 40])
 def test_legend_and_names_stay_inside_the_figure(example_statistics, experts):
-    statistics = example_statistics(num_layers=6, num_experts=experts, num_pictures=3)
+    statistics = example_statistics(num_layers=6, num_experts=experts, num_images=3)
     for sample in statistics.samples:
         sample.caption = "a very long caption " * 20
     figure = routing_figure(statistics)
@@ -179,8 +180,8 @@ AWKWARD = r"US$ and HK$ or $\frac$"  # no formula, and none that can be drawn
 
 
 def test_a_dollar_sign_is_a_dollar_sign(example_statistics, tmp_path, monkeypatch):
-    monkeypatch.setattr(plot_style, "DPI", 50)
-    statistics = example_statistics(num_experts=4, num_layers=1, num_pictures=2)
+    monkeypatch.setattr(plots, "DPI", 50)
+    statistics = example_statistics(num_experts=4, num_layers=1, num_images=2)
     for sample in statistics.samples:
         sample.caption = AWKWARD
     layer = statistics.layers[0]
@@ -194,9 +195,9 @@ def test_a_dollar_sign_is_a_dollar_sign(example_statistics, tmp_path, monkeypatc
 
 
 def test_characters_without_a_glyph_are_told_once(example_statistics, tmp_path, monkeypatch, caplog, recwarn):
-    monkeypatch.setattr(plot_style, "DPI", 50)
+    monkeypatch.setattr(plots, "DPI", 50)
     _tell_missing_glyphs.cache_clear()
-    statistics = example_statistics(num_experts=4, num_pictures=2)
+    statistics = example_statistics(num_experts=4, num_images=2)
     for sample in statistics.samples:
         sample.caption = "猫と犬"
     names = [f"{name} 猫" for name in statistics.class_names]
@@ -208,11 +209,11 @@ def test_characters_without_a_glyph_are_told_once(example_statistics, tmp_path, 
 
 
 def test_figures_of_an_earlier_inspection_go(example_statistics, tmp_path, monkeypatch):
-    monkeypatch.setattr(plot_style, "DPI", 50)
+    monkeypatch.setattr(plots, "DPI", 50)
     stale = ["split.png", "classes_blocks.9.mlp.png", "words_blocks.1.mlp.png", "patches_visual.blocks.3.mlp.png"]
     for name in [*stale, "mine.png", "notes.txt"]:
         (tmp_path / name).touch()
-    files = write_figures(example_statistics(num_layers=1, num_pictures=1, text=False), tmp_path)
+    files = write_figures(example_statistics(num_layers=1, num_images=1, text=False), tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {*(file.name for file in files), "mine.png", "notes.txt"}
 
 
@@ -221,9 +222,9 @@ def test_right_or_wrong_is_told_by_the_place_of_the_class(example_statistics):
     names = ["crane", "crane", "dog"]  # a bird and a machine
     sample.caption, sample.label, sample.top_classes = None, 0, [("crane", 0.7)]
     sample.top_labels = [1]
-    assert _picture_name(sample, names, 60) == "crane (model: crane 70%)"
+    assert _image_name(sample, names, 60) == "crane (model: crane 70%)"
     sample.top_classes, sample.top_labels = [("crane bird", 0.7)], [0]  # the name in prompts
-    assert _picture_name(sample, names, 60) == "crane"
+    assert _image_name(sample, names, 60) == "crane"
 
 
 def test_layers_that_are_not_compared_are_named(example_statistics):

@@ -66,7 +66,7 @@ def open_report(page, statistics, folder):
 @pytest.fixture(scope="module")
 def report(example_statistics, tmp_path_factory):
     """(statistics, file) of an image-text model with two choices per token and 30 pictures."""
-    statistics = example_statistics(num_selected_experts=2, num_pictures=30)
+    statistics = example_statistics(num_selected_experts=2, num_images=30)
     return statistics, write_report(statistics, tmp_path_factory.mktemp("report") / "report.html")
 
 
@@ -329,7 +329,7 @@ def test_pictures_are_found_ordered_and_turned_over(page):
 
 
 def test_text_of_the_data_is_never_html(browser_page, example_statistics, tmp_path):
-    statistics = example_statistics(num_pictures=3, num_classes=3)
+    statistics = example_statistics(num_images=3, num_classes=3)
     statistics.checkpoint = statistics.data = NASTY
     statistics.class_names = [f"{NASTY} {c}" for c in range(3)]
     statistics.versions = {NASTY: NASTY}

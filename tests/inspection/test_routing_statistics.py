@@ -15,8 +15,8 @@ from vmoe.data import BadSample, ImageDataset, build_transform
 from vmoe.data.dataset import Sample
 from vmoe.evaluation.loaded_model import Subject
 from vmoe.inspection.accumulate import Agreement, ModalityTokens, normalized_mutual_information
+from vmoe.inspection.forward import word_decoder
 from vmoe.inspection.routing_statistics import gather_statistics, sample_routing
-from vmoe.inspection.text_tokens import word_decoder
 from vmoe.models.factory import preprocess_config, save_pretrained
 from vmoe.models.text import text_mask
 from vmoe.moe import SparseMoE
@@ -226,11 +226,11 @@ def test_limited_room_is_for_this_call_only(classifier):
 
 
 def test_bad_samples_are_skipped_and_counted(classifier):
-    found = gather_statistics(classifier, Pictures(broken=[0, 4]), on_bad="skip", num_pictures=NUM)
+    found = gather_statistics(classifier, Pictures(broken=[0, 4]), on_bad="skip", num_images=NUM)
     assert (found.num_samples, found.num_skipped) == (NUM - 2, 2)
     assert found.sample_index == [1, 2, 3, 5, 6, 7, 8]
     assert found.layers[0].tokens["image"] == (NUM - 2) * 17
-    with pytest.raises(ValueError, match="no picture was read"):
+    with pytest.raises(ValueError, match="no image was read"):
         gather_statistics(classifier, Pictures(broken=range(NUM)), on_bad="skip")
 
 
@@ -250,7 +250,7 @@ def test_without_captions_the_class_names_are_the_words(limoe):
 def test_pictures_are_spread_evenly_and_whole(limoe):
     dataset = Pictures(captions=True)
     record, ids = direct(limoe, dataset)
-    found = gather_statistics(limoe, dataset, batch_size=4, num_pictures=3)
+    found = gather_statistics(limoe, dataset, batch_size=4, num_images=3)
     assert found.sample_index == [0, 4, 8]
     call = record.layers["blocks.3.mlp"]
     expert, weight = call.tokens(call.expert_index).numpy(), call.tokens(call.combine_weights).numpy()
@@ -269,11 +269,11 @@ def test_pictures_are_spread_evenly_and_whole(limoe):
         assert sum(probabilities) == pytest.approx(1)
     scores = vmoe.zero_shot_classify(limoe.model, limoe.tokenizer, [dataset.images[4]], CLASSES)[0]
     assert dict(found.samples[1].top_classes) == pytest.approx(dict(zip(CLASSES, scores.tolist())), rel=1e-4)
-    assert gather_statistics(limoe, dataset, num_pictures=0).samples == []
+    assert gather_statistics(limoe, dataset, num_images=0).samples == []
 
 
 def test_pairs_without_classes_are_named_by_the_captions(limoe):
-    found = gather_statistics(limoe, Pictures(labels=False, captions=True), num_pictures=2)
+    found = gather_statistics(limoe, Pictures(labels=False, captions=True), num_images=2)
     assert {name for name, _ in found.samples[0].top_classes} == {CAPTIONS[0], CAPTIONS[-1]}
     assert found.class_names is None
 
@@ -282,7 +282,7 @@ def test_a_classifier_names_pictures_by_its_own_classes(tmp_path):
     torch.manual_seed(0)
     model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=2, **VIT)
     subject = subject_of(model, tmp_path, class_names=["ours", "theirs"])
-    found = gather_statistics(subject, Pictures(), num_pictures=1)
+    found = gather_statistics(subject, Pictures(), num_images=1)
     assert {name for name, _ in found.samples[0].top_classes} == {"ours", "theirs"}
     probabilities = model(subject.transform(Pictures().images[0])[None]).softmax(1)[0].tolist()
     assert dict(found.samples[0].top_classes) == pytest.approx(dict(zip(["ours", "theirs"], probabilities)), rel=1e-4)
@@ -402,7 +402,7 @@ def test_relabelled_experts_agree_and_independent_ones_do_not():
 
 def test_one_picture_is_routed_as_in_the_whole(limoe, classifier):
     dataset = Pictures(captions=True)
-    whole = gather_statistics(limoe, dataset, num_pictures=NUM).samples[3]
+    whole = gather_statistics(limoe, dataset, num_images=NUM).samples[3]
     one = sample_routing(limoe, dataset.images[3], CAPTIONS[3], class_names=CLASSES)
     assert one.words == whole.words
     assert one.caption == CAPTIONS[3]
@@ -415,7 +415,7 @@ def test_one_picture_is_routed_as_in_the_whole(limoe, classifier):
     assert sample_routing(classifier, dataset.images[3]).top_classes[0][0].startswith("class ")
     with pytest.raises(ValueError, match="a run holds a classifier, which reads no text"):
         sample_routing(classifier, dataset.images[3], "red")
-    with pytest.raises(ValueError, match="3 classes apart, but 2 names"):
+    with pytest.raises(ValueError, match="has 3 classes, but 2 names"):
         sample_routing(classifier, dataset.images[3], class_names=["a", "b"])
 
 
@@ -428,8 +428,8 @@ def test_mistakes_are_named(tmp_path, classifier):
         sample_routing(subject, Pictures().images[0])
     with pytest.raises(ConfigError, match="eval_capacity_factor must be > 0, got 0"):
         gather_statistics(classifier, Pictures(), eval_capacity_factor=0)
-    with pytest.raises(ValueError, match="num_pictures and num_patches must be >= 0, got -1"):
-        gather_statistics(classifier, Pictures(), num_pictures=-1)
+    with pytest.raises(ValueError, match="num_images and num_patches must be >= 0, got -1"):
+        gather_statistics(classifier, Pictures(), num_images=-1)
 
 
 def test_words_are_read_back_by_any_tokenizer():
@@ -471,9 +471,9 @@ def test_layers_that_see_other_tokens_are_named():
 def test_likeliest_names_have_their_places_among_the_classes(limoe, tmp_path):
     dataset = Pictures()
     dataset.classes, dataset.prompt_names = ["crane", "crane", "dog"], ["crane bird", "crane machine", "dog"]
-    [sample] = gather_statistics(limoe, dataset, num_pictures=1).samples
+    [sample] = gather_statistics(limoe, dataset, num_images=1).samples
     assert sorted(sample.top_labels) == [0, 1, 2]
     assert [dataset.prompt_names[c] for c in sample.top_labels] == [name for name, _ in sample.top_classes]
     model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=2, **VIT)
     other = subject_of(model, tmp_path, class_names=["ours", "theirs"])
-    assert gather_statistics(other, dataset, num_pictures=1).samples[0].top_labels == []  # not the data's classes
+    assert gather_statistics(other, dataset, num_images=1).samples[0].top_labels == []  # not the data's classes

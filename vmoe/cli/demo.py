@@ -1,7 +1,7 @@
-"""A page to try a model on: `vmoe-demo --checkpoint X`, or `vmoe-demo` (pip install -e '.[demo]').
+"""A page to try a model on: `vmoe-demo --checkpoint X` (pip install -e '.[demo]').
 
-Drop a picture and type labels: the page shows their probabilities and, for each sparse layer, the experts of the
-picture's patches and of a label's words. What it shows is computed in `vmoe.inspection.explain`.
+Drop an image and type labels: the page shows their probabilities and, for each sparse layer, the experts of the
+image's patches and of a label's text tokens. What it shows is computed in `vmoe.inspection.explain`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vmoe.inspection.explain import Explanation, Layer
 
 MAX_UPLOAD = "100mb"
-KEPT_SECONDS = 3600  # pictures in Gradio's temporary folder, and what was computed from them
+KEPT_SECONDS = 3600  # images in Gradio's temporary folder, and what was computed from them
 # Names of emoji; training on the emoji set never sees the last one.
 EXAMPLES = ("dog face", "pizza", "automobile", "sunflower", "guitar", "scientist light skin tone")
 EXAMPLE_PIXELS = 240
@@ -49,13 +49,13 @@ class DemoConfig:
 
     Attributes:
         checkpoint: The model: folder of a run (its last checkpoint) or of a checkpoint, or a .safetensors file.
-        templates: Image-text models: texts with {} in the place of the label (their embeddings are averaged), a file
+        templates: Image-text models: texts with {} where the label goes (their embeddings are averaged), a file
             with one per line, "openai_imagenet" (the 80 of CLIP) or "simple_imagenet" (7 of them); null: the label.
         host: Address to listen on; "0.0.0.0" lets other machines in.
         port: Port to listen on; null takes the first free one from 7860.
-        share: Also open a public link through Gradio's servers. Pictures then travel through them.
+        share: Also open a public link through Gradio's servers. Images then travel through them.
         device: "auto" (CUDA, then MPS, then CPU) or a torch device such as "cuda:1".
-        exif_orientation: Whether pictures are turned as their EXIF data say; null: as the model was trained.
+        exif_orientation: Whether images are turned as their EXIF data say; null: as the model was trained.
     """
 
     checkpoint: str
@@ -115,7 +115,7 @@ def launch(app: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None,
         OSError: the port is taken, or the address is not this machine's.
     """
     gr = _gradio()
-    from vmoe.inspection import fragments
+    from vmoe.inspection.explain import CSS as TABLE_CSS
 
     # Fonts of the reader's system: the page asks no other server for anything.
     theme = gr.themes.Default(
@@ -128,23 +128,11 @@ def launch(app: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None,
         raise OSError(
             f"cannot listen on {host}, port {port or 'any'} ({reason}): choose another --port or --host"
         ) from error
-    _, address, public_address = app.launch(
-        server_name=host,
-        server_port=port,
-        share=share,
-        inbrowser=False,
-        prevent_thread_lock=True,
-        quiet=True,
-        theme=theme,
-        css=CSS + fragments.CSS,
-        footer_links=[],
-        run_history=False,
-        allowed_paths=[],
-        max_file_size=MAX_UPLOAD,
-        ssr_mode=False,
-        mcp_server=False,
-        enable_monitoring=False,
-    )
+    off = dict.fromkeys(("inbrowser", "run_history", "ssr_mode", "mcp_server", "enable_monitoring"), False)
+    files = {"allowed_paths": [], "max_file_size": MAX_UPLOAD}
+    look = {"theme": theme, "css": CSS + TABLE_CSS, "footer_links": []}
+    server = {"server_name": host, "server_port": port, "share": share, "prevent_thread_lock": True, "quiet": True}
+    _, address, public_address = app.launch(**server, **files, **look, **off)
     print(f"the page is at {address}" + (f" and {public_address}" if public_address else "") + " (Ctrl-C ends it)")
     return address
 
@@ -153,7 +141,7 @@ def build_app(subject: Subject, templates: Sequence[str | Callable[[str], str]] 
     """The page for a model.
 
     Args:
-        subject: an image-text model (pictures against labels), or a classifier (pictures against its own classes).
+        subject: an image-text model, which gets labels, or a classifier, which has its own classes.
         templates: of an image-text model, see `vmoe.evaluation.zero_shot.resolve_templates`.
 
     Raises:
@@ -163,7 +151,6 @@ def build_app(subject: Subject, templates: Sequence[str | Callable[[str], str]] 
     gr = _gradio()
     from vmoe.evaluation.zero_shot import resolve_templates
     from vmoe.inspection import explain as logic
-    from vmoe.inspection import fragments
 
     templates = resolve_templates(templates)
     has_text = subject.tokenizer is not None
@@ -177,12 +164,8 @@ def build_app(subject: Subject, templates: Sequence[str | Callable[[str], str]] 
         found = logic.explain(subject, picture, logic.parse_labels(labels) if has_text else None, templates)
         likeliest, _ = max(found.probabilities, key=lambda pair: pair[1])
         names = gr.Dropdown(choices=[name for name, _ in found.probabilities], value=likeliest)
-        bars = fragments.probability_bars(found.probabilities)
+        bars = logic.bars_html(found.probabilities)
         return found, bars, gr.Column(visible=bool(layers)), names, *view(found, layer, row, column, likeliest)
-
-    @answering
-    def show(found: Explanation | None, layer: int, row: int, column: int, label: str | None) -> tuple:
-        return view(found, layer, row, column, label)
 
     @answering
     def show_clicked(found: Explanation | None, layer: int, label: str | None, event: Any) -> tuple:
@@ -209,7 +192,7 @@ def build_app(subject: Subject, templates: Sequence[str | Callable[[str], str]] 
         if patches is not None:
             if row is None or column is None:
                 raise ValueError("Give both a row and a column.")
-            patch = fragments.patch_experts(row, column, logic.patch_experts(patches, row, column))
+            patch = logic.patch_html(row, column, logic.patch_experts(patches, row, column))
             drawn = logic.draw_map(found.sample.image, patches, layers[layer].num_experts, (row, column))
         pieces, colours = logic.colour_words(words, text) if text else ([], {})
         loads = {
@@ -217,7 +200,7 @@ def build_app(subject: Subject, templates: Sequence[str | Callable[[str], str]] 
             for name, routing in (("patches", patches), ("words", text))
             if routing is not None
         }
-        return drawn, patch, gr.HighlightedText(value=pieces, color_map=colours), fragments.load_table(loads)
+        return drawn, patch, gr.HighlightedText(value=pieces, color_map=colours), logic.loads_html(loads)
 
     with gr.Blocks(title="vmoe: what the experts do", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)) as app:
         gr.Markdown(f"# What the experts do\n{_introduction(subject, layers)}")
@@ -277,7 +260,7 @@ def build_app(subject: Subject, templates: Sequence[str | Callable[[str], str]] 
         gr.on([button.click, labels.submit], classify, **press, **private, show_progress_on=probabilities)
         gr.on(
             [layer.input, row.input, column.input, name.input],
-            show, [found, layer, row, column, name], seen, **private, show_progress="hidden",
+            answering(view), [found, layer, row, column, name], seen, **private, show_progress="hidden",
         )  # fmt: skip
         routing_map.select(show_clicked, [found, layer, name], [row, column, *seen], **private, show_progress="hidden")
     return app

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,8 +24,8 @@ from vmoe.inspection.forward import sparse_layers
 from vmoe.inspection.plots import write_figures
 from vmoe.inspection.report import write_report
 from vmoe.inspection.report_charts import chart_library
+from vmoe.inspection.results import write_statistics
 from vmoe.inspection.routing_statistics import RoutingStatistics, gather_statistics
-from vmoe.inspection.statistics_files import write_statistics
 from vmoe.utils.config import ConfigError, check_types, parse_config, read_settings_file
 from vmoe.utils.printable import safe_output
 from vmoe.utils.tables import FigureTable, make_console
@@ -35,21 +36,21 @@ class InspectConfig:
     """An inspection.
 
     Attributes:
-        checkpoint: What to look into: folder of a run (its last checkpoint) or of a checkpoint, or a .safetensors file.
+        checkpoint: The model: folder of a run (its last checkpoint) or of a checkpoint, or a .safetensors file.
         output_dir: Folder for statistics.json, statistics.npz, figures/ and report.html; null: "inspection" beside the
             checkpoint.
-        data: The data to run the model on; without a type, what the run of the checkpoint validated on, with the fields
-            that are given in the place of its own (--data.split train). A single word is the type, or the path of a
-            folder of pictures or a file of pairs: --data emoji_groups, --data photos/.
+        data: The data to run the model on; without a type, what the run of the checkpoint validated on, with single
+            fields replaced (--data.split train). A single word is the type, or the path of a folder of images or a file
+            of pairs: --data emoji_groups, --data photos/.
         loader: Batches and worker processes. The result does not depend on them where nothing is dropped. on_bad "skip"
-            leaves unreadable pictures out and counts them. max_bad_share and pin_memory are for training alone.
-        num_pictures: Pictures whose routing the report shows one by one, spread evenly over the data.
+            skips and counts unreadable images. max_bad_share and pin_memory are for training alone.
+        num_images: Images whose routing the report shows one by one, evenly spread over the data.
         num_patches: Typical patches to keep for each expert.
-        templates: Prompts of the class names, for an image-text model: texts with {} in the place of the name, a file
-            with one per line, "openai_imagenet" or "simple_imagenet"; null: the bare name.
-        eval_capacity_factor: Room in the experts, to see what is dropped with limited room as in training; null: as the
-            model is set, which by default means that nothing is dropped.
-        batch_priority: Whether important tokens go first where room is limited; null: as the model is set.
+        templates: Prompts of the class names, for an image-text model: texts with {} where the name goes, a file with
+            one per line, "openai_imagenet" or "simple_imagenet"; null: the bare name.
+        eval_capacity_factor: Capacity of the experts, to see what is dropped in training; null: as the model is set,
+            which by default means that nothing is dropped.
+        batch_priority: Whether important tokens go first where capacity is limited; null: as the model is set.
         precision: Arithmetic of the forward pass: float32, or autocast to bf16 or fp16.
         device: "auto" (CUDA, then MPS, then CPU) or a torch device such as "cuda:1".
     """
@@ -58,7 +59,7 @@ class InspectConfig:
     output_dir: str | None = None
     data: SourceConfig = field(default_factory=SourceConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
-    num_pictures: int = 200
+    num_images: int = 200
     num_patches: int = 16
     templates: list[str] | str | None = None
     eval_capacity_factor: float | None = None
@@ -73,7 +74,7 @@ class InspectConfig:
         for name in ("max_bad_share", "pin_memory"):
             if getattr(self.loader, name) != getattr(LoaderConfig(), name):
                 raise ConfigError(f"loader.{name} has no effect in an inspection, only in training: leave it out")
-        for name in ("num_pictures", "num_patches"):
+        for name in ("num_images", "num_patches"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be >= 0, got {getattr(self, name)}")
         if self.eval_capacity_factor is not None and not self.eval_capacity_factor > 0:
@@ -96,24 +97,16 @@ def settings(argv: list[str]) -> InspectConfig:
         ConfigError: no such data.
     """
     argv = expand_data(argv)
-    config = read_settings(argv)
+    description = "Inspect a sparse model: which patches and text tokens go to which expert."
+    read = functools.partial(parse_config, InspectConfig, prog="vmoe-inspect", description=description)
+    config = read(argv)
     if config.data.type is None and Path(config.checkpoint).exists():
         with tempfile.TemporaryDirectory() as folder:
             base = Path(folder) / "data.yaml"
             source = dataclasses.asdict(validation_data(config.checkpoint))
             base.write_text(yaml.safe_dump({"data": source}), encoding="utf-8")
-            config = read_settings(["--config", str(base), *argv])
+            config = read(["--config", str(base), *argv])
     return config
-
-
-def read_settings(argv: Sequence[str]) -> InspectConfig:
-    """The settings of a command line; ends the process with one sentence where they are wrong."""
-    return parse_config(
-        InspectConfig,
-        argv,
-        prog="vmoe-inspect",
-        description="Look into a sparse model: which patches and words go to which expert.",
-    )
 
 
 def run(config: InspectConfig, console: Console | None = None) -> RoutingStatistics:
@@ -125,13 +118,12 @@ def run(config: InspectConfig, console: Console | None = None) -> RoutingStatist
 
     Raises:
         ConfigError: a dense model, no data, templates without class names to fill in, or an output_dir that cannot be
-            written to; all before the data are read.
+            written to; all before the data are read, which may take hours.
         ModuleNotFoundError: the extra "report" is not installed; also at once.
-        BadSample: an unreadable picture or empty caption, unless `loader.on_bad` is "skip".
+        BadSample: an unreadable image or empty caption, unless `loader.on_bad` is "skip".
         ValueError: unreadable checkpoint or data.
     """
     console = console or make_console()
-    # What can go wrong is told before the data are read, which may take hours.
     chart_library()
     subject = load_subject(config.checkpoint, config.device, config.precision)
     sparse_layers(subject)
@@ -145,21 +137,18 @@ def run(config: InspectConfig, console: Console | None = None) -> RoutingStatist
     dataset = build_dataset(source)
     check_templates(config, subject, dataset)
     folder = make_output_folder(config)
+    same = ("num_images", "num_patches", "templates", "eval_capacity_factor", "batch_priority")
     statistics = gather_statistics(
         subject,
         dataset,
         batch_size=config.loader.batch_size,
         num_workers=config.loader.num_workers,
         on_bad=config.loader.on_bad or "fail",
-        num_pictures=config.num_pictures,
-        num_patches=config.num_patches,
-        templates=config.templates,
-        eval_capacity_factor=config.eval_capacity_factor,
-        batch_priority=config.batch_priority,
         data=describe(source),
         console=console,
+        **{name: getattr(config, name) for name in same},
     )
-    console.print(summary_table(statistics))  # first: the figures are there even if a file cannot be written
+    console.print(summary_table(statistics))  # first, in case a file cannot be written
     settings = dataclasses.asdict(dataclasses.replace(config, data=source))
     files = write_statistics(statistics, folder, settings)
     with console.status("drawing"):
@@ -171,7 +160,7 @@ def run(config: InspectConfig, console: Console | None = None) -> RoutingStatist
 
 
 def expand_data(argv: list[str]) -> list[str]:
-    """`--data WORD` as the settings that it stands for: a type, a folder of pictures or a file of pairs.
+    """`--data WORD` as the settings that it stands for: a type, a folder of images or a file of pairs.
 
     Raises:
         ConfigError: it is none of them.
@@ -185,19 +174,17 @@ def expand_data(argv: list[str]) -> list[str]:
             continue
         word = word if equals else next(arguments, "")
         if not word:
-            raise ConfigError("--data needs a value: a type of data, a folder of pictures or a file of pairs")
+            raise ConfigError("--data needs a value: a type of data, a folder of images or a file of pairs")
         known = get_args(get_args(get_type_hints(SourceConfig)["type"])[0])
         path = Path(word)
         if word in known:
             expanded += ["--data.type", word]
         elif path.is_dir():
             captions = (text.with_suffix(end) for text in path.rglob("*.txt") for end in IMAGE_SUFFIXES)
-            kind = "pairs" if any(picture.is_file() for picture in captions) else "image_folder"
+            kind = "pairs" if any(image.is_file() for image in captions) else "image_folder"
             expanded += ["--data.type", kind, "--data.path", word]
         elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-            raise ConfigError(
-                f"--data {word} is a picture: give the folder of pictures that it lies in, or a file of pairs"
-            )
+            raise ConfigError(f"--data {word} is an image: give the folder that it lies in, or a file of pairs")
         elif path.is_file():
             expanded += ["--data.type", "pairs", "--data.path", word]
         else:
@@ -214,8 +201,8 @@ def validation_data(checkpoint: str) -> SourceConfig:
     Raises:
         ConfigError: there is no such file, or the run did not validate.
     """
-    place = Path(checkpoint).absolute()
-    for folder in [place, *place.parents][:4]:  # RUN/checkpoints/step_000100/model.safetensors
+    path = Path(checkpoint).absolute()
+    for folder in [path, *path.parents][:4]:  # RUN/checkpoints/step_000100/model.safetensors
         file = folder / "config.yaml"
         if file.is_file():
             settings = read_settings_file(file)
@@ -228,7 +215,7 @@ def validation_data(checkpoint: str) -> SourceConfig:
             break
     raise ConfigError(
         f"data.type is missing, and {checkpoint} is in no run folder whose config.yaml names validation data: say what "
-        "to look at, as in --data emoji_groups or --data FOLDER"
+        "to inspect, as in --data emoji_groups or --data FOLDER"
     )
 
 
@@ -259,12 +246,14 @@ def check_templates(config: InspectConfig, subject: Subject, dataset: ImageDatas
 
 
 def make_output_folder(config: InspectConfig) -> Path:
-    """Makes the folder that the files go to.
+    """Makes `output_dir`, or the folder "inspection" beside the checkpoint (inside, if that is a folder).
 
     Raises:
         ConfigError: it cannot be made or written to.
     """
-    folder = output_folder(config)
+    checkpoint = Path(config.checkpoint)
+    beside = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "inspection"
+    folder = beside if config.output_dir is None else Path(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -272,14 +261,6 @@ def make_output_folder(config: InspectConfig) -> Path:
     except OSError as error:
         raise ConfigError(f"output_dir {folder} cannot be written to ({error.strerror}): choose another") from error
     return folder
-
-
-def output_folder(config: InspectConfig) -> Path:
-    """`output_dir`, or the folder "inspection" beside the checkpoint (inside, if that is a folder)."""
-    if config.output_dir is not None:
-        return Path(config.output_dir)
-    checkpoint = Path(config.checkpoint)
-    return (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "inspection"
 
 
 def summary_table(statistics: RoutingStatistics) -> FigureTable:

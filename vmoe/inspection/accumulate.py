@@ -1,12 +1,13 @@
-"""Running sums over recorded routing: what `gather_statistics` keeps while it streams over the data.
+"""Running sums over recorded routing, and the mutual information of two groupings.
 
-Shapes, by suffix: B batch, T tokens of one modality, S real tokens among them, E experts, K choices, C classes.
+Shapes, by suffix: B batch, T tokens of one modality, S real tokens among them, P patches, E experts, K choices of a
+token, C classes.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +26,7 @@ class ModalityTokens:
         expert_BTK: chosen experts, best first.
         weight_BTK: combine weights.
         asked_BTK: bool, the choice stood (some routers leave out choices themselves).
-        kept_BTK: bool, the expert had room.
+        kept_BTK: bool, the expert had capacity.
     """
 
     real_BT: np.ndarray
@@ -35,53 +36,35 @@ class ModalityTokens:
     asked_BTK: np.ndarray
     kept_BTK: np.ndarray
 
-    @property
-    def load_BTE(self) -> np.ndarray:
-        """Float64, 1 where the expert had room for the token, else 0."""
-        load_BTE = np.zeros(self.gate_BTE.shape)
-        np.put_along_axis(load_BTE, self.expert_BTK, self.kept_BTK.astype(float), axis=-1)
-        return load_BTE
-
-    @property
-    def weights_BTE(self) -> np.ndarray:
-        """Float64 combine weights, 0 for experts that were not chosen."""
-        weights_BTE = np.zeros(self.gate_BTE.shape)
-        np.put_along_axis(weights_BTE, self.expert_BTK, self.weight_BTK.astype(float), axis=-1)
-        return weights_BTE
+    def by_expert(self, values_BTK: np.ndarray) -> np.ndarray:
+        """(B, T, E) float64: a value of each choice at its expert, 0 elsewhere."""
+        values_BTE = np.zeros(self.gate_BTE.shape)
+        np.put_along_axis(values_BTE, self.expert_BTK, values_BTK.astype(float), axis=-1)
+        return values_BTE
 
 
 def split_modalities(call: LayerRouting) -> dict[str, ModalityTokens]:
     """{modality: its tokens} of a call; those that it has.
 
     Raises:
-        ValueError: the modalities do not lie in the same places in every row.
+        ValueError: the modalities do not have the same positions in every row.
     """
-    routing = call.routing
-    grouped = {
-        "real_BT": call.mask,
-        "gate_BTE": call.gates,
-        "expert_BTK": call.expert_index,
-        "weight_BTK": call.combine_weights,
-        "asked_BTK": call.kept | True if routing.chosen_GNK is None else routing.chosen_GNK,
-        "kept_BTK": call.kept,
-    }
-    arrays = {name: _array(call.tokens(tensor)) for name, tensor in grouped.items()}
+
+    def array(tensor: Tensor) -> np.ndarray:
+        tensor = call.tokens(tensor).detach().cpu()
+        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+    chosen_GNK = call.routing.chosen_GNK
+    asked_GNK = call.kept | True if chosen_GNK is None else chosen_GNK
+    grouped = (call.mask, call.gates, call.expert_index, call.combine_weights, asked_GNK, call.kept)
+    arrays = [array(tensor) for tensor in grouped]
     if call.modality is None:
-        return {call.modalities[0]: ModalityTokens(**arrays)}
-    modality_BT = _array(call.tokens(call.modality))
+        return {call.modalities[0]: ModalityTokens(*arrays)}
+    modality_BT = array(call.modality)
     if (modality_BT != modality_BT[:1]).any():
-        raise ValueError("the tokens of a modality must lie in the same places in every row of the batch")
-    places = {name: np.flatnonzero(modality_BT[0] == m) for m, name in enumerate(call.modalities)}
-    return {
-        name: ModalityTokens(**{key: array[:, own] for key, array in arrays.items()})
-        for name, own in places.items()
-        if len(own)
-    }
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+        raise ValueError("the tokens of a modality must have the same positions in every row of the batch")
+    positions = {name: np.flatnonzero(modality_BT[0] == m) for m, name in enumerate(call.modalities)}
+    return {name: ModalityTokens(*(a[:, own] for a in arrays)) for name, own in positions.items() if len(own)}
 
 
 class LayerSums:
@@ -93,11 +76,7 @@ class LayerSums:
         num_patches: typical patches to keep for each expert.
 
     Attributes:
-        tokens: {modality: tokens seen}.
-        asked: {modality: (E,)}, as in `LayerStatistics`.
-        kept: {modality: (E,)}.
-        importance: {modality: (E,)}.
-        expert_class: (E, C) or None.
+        tokens, asked, kept, importance, expert_class, typical: as in `LayerStatistics`.
         expert_word: {token id: (E,)}.
     """
 
@@ -105,91 +84,84 @@ class LayerSums:
         self.router = layer.router_type
         self.num_experts = E = layer.num_experts
         self.num_patches = num_patches
-        self.tokens: dict[str, int] = {}
-        self.asked: dict[str, np.ndarray] = {}
-        self.kept: dict[str, np.ndarray] = {}
-        self.importance: dict[str, np.ndarray] = {}
+        self.tokens: dict[str, int] = defaultdict(int)
+        self.asked, self.kept, self.importance = (defaultdict(lambda: np.zeros(E)) for _ in range(3))
         self.expert_class = None if num_classes is None else np.zeros((E, num_classes))
-        self.expert_word: dict[int, np.ndarray] = {}
-        self._entropy: dict[str, float] = {}
-        self._without_expert: dict[str, int] = {}
-        # For each expert a heap of (gate value, -place in the data, row, column, pixels), the least typical first.
+        self.expert_word: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(E))
+        self._entropy: dict[str, float] = defaultdict(float)
+        self._without_expert: dict[str, int] = defaultdict(int)
+        # For each expert a heap of (gate value, -index in the data, row, column, pixels), the least typical first.
         self._typical: list[list[tuple[float, int, int, int, np.ndarray]]] = [[] for _ in range(E)]
 
     def add(self, modality: str, tokens: ModalityTokens) -> np.ndarray:
         """Adds the tokens of a call.
 
         Returns:
-            (B, T, E) float64, how much each expert did for each token: 1 for one that had room; for soft routing, the
+            (B, T, E) float64, how much each expert did for each token: 1 if it took the token; for soft routing, the
             combine weight; 0 for padding.
         """
-        E, real_BT = self.num_experts, tokens.real_BT
+        real_BT = tokens.real_BT
         gate_SE = tokens.gate_BTE[real_BT].astype(float)
-        done_BTE = tokens.weights_BTE if self.router == "soft" else tokens.load_BTE
+        done_BTE = tokens.by_expert(tokens.weight_BTK if self.router == "soft" else tokens.kept_BTK)
         done_BTE[~real_BT] = 0
-        kept_E = done_BTE.sum((0, 1))
-        asked_E = kept_E
+        kept_E = asked_E = done_BTE.sum((0, 1))
         if self.router == "top_k":
             asked_BTK = tokens.asked_BTK & real_BT[..., None]
-            asked_E = np.bincount(tokens.expert_BTK[asked_BTK], minlength=E)
-        for sums, new_E in ((self.asked, asked_E), (self.kept, kept_E), (self.importance, gate_SE.sum(0))):
-            sums[modality] = sums.get(modality, np.zeros(E)) + new_E
-        self.tokens[modality] = self.tokens.get(modality, 0) + len(gate_SE)
+            asked_E = np.bincount(tokens.expert_BTK[asked_BTK], minlength=self.num_experts)
+        self.asked[modality] += asked_E
+        self.kept[modality] += kept_E
+        self.importance[modality] += gate_SE.sum(0)
+        self.tokens[modality] += len(gate_SE)
         logs_SE = np.log(gate_SE, out=np.zeros_like(gate_SE), where=gate_SE > 0)
-        self._entropy[modality] = self._entropy.get(modality, 0.0) - float((gate_SE * logs_SE).sum())
-        nobody = int((~done_BTE.any(-1) & real_BT).sum())
-        self._without_expert[modality] = self._without_expert.get(modality, 0) + nobody
+        self._entropy[modality] -= float((gate_SE * logs_SE).sum())
+        self._without_expert[modality] += int((~done_BTE.any(-1) & real_BT).sum())
         return done_BTE
 
     def add_classes(self, done_BTE: np.ndarray, label_B: np.ndarray) -> None:
-        """Counts the image tokens by the class of their picture."""
+        """Counts the image tokens by the class of their image."""
         np.add.at(self.expert_class.T, label_B, done_BTE.sum(1))
 
     def add_words(self, done_BTE: np.ndarray, real_BT: np.ndarray, ids_BT: np.ndarray) -> None:
-        """Counts the words by their token id."""
-        ids_U, place_S = np.unique(ids_BT[real_BT], return_inverse=True)
+        """Counts the text tokens by their id."""
+        ids_U, index_S = np.unique(ids_BT[real_BT], return_inverse=True)
         done_UE = np.zeros((len(ids_U), self.num_experts))
-        np.add.at(done_UE, place_S, done_BTE[real_BT])
+        np.add.at(done_UE, index_S, done_BTE[real_BT])
         for word, done_E in zip(ids_U.tolist(), done_UE, strict=True):
-            self.expert_word[word] = self.expert_word.get(word, 0) + done_E
+            self.expert_word[word] += done_E
 
     def add_patches(
-        self,
-        done_BPE: np.ndarray,
-        gate_BPE: np.ndarray,
-        columns: int,
-        index_B: np.ndarray,
-        pixels: Callable[[int, int, int], np.ndarray],
+        self, done_BPE: np.ndarray, gate_BPE: np.ndarray, grid: tuple[int, int], index_B: np.ndarray, pixels_BHWC
     ) -> None:
-        """Looks for typical patches: of each picture, for each expert, the patch with the largest gate value.
+        """Looks for typical patches: of each image, for each expert, the patch with the largest gate value.
 
         Args:
-            done_BPE: what `add` gave, of the P patches of the grid.
+            done_BPE: what `add` gave, of the patches of the grid.
             gate_BPE: the gate's distribution.
-            columns: of the grid.
-            index_B: places of the pictures in the data set.
-            pixels: (place in the batch, row, column) -> (h, w, 3) uint8.
+            grid: (rows, columns).
+            index_B: indices of the images in the data set.
+            pixels_BHWC: the images, uint8.
         """
         if not self.num_patches:
             return
+        h, w = pixels_BHWC.shape[1] // grid[0], pixels_BHWC.shape[2] // grid[1]
         value_BPE = np.where(done_BPE > 0, gate_BPE, 0)
-        best_BE = value_BPE.argmax(1)
-        value_BE = np.take_along_axis(value_BPE, best_BE[:, None], 1)[:, 0]
+        best_BE, value_BE = value_BPE.argmax(1), value_BPE.max(1)
         for expert, heap in enumerate(self._typical):
             for b in np.flatnonzero(value_BE[:, expert]).tolist():
                 key = (float(value_BE[b, expert]), -int(index_B[b]))
                 if len(heap) == self.num_patches and key < heap[0][:2]:
                     continue
-                row, column = divmod(int(best_BE[b, expert]), columns)
-                heapq.heappush(heap, (*key, row, column, pixels(b, row, column)))
+                row, column = divmod(int(best_BE[b, expert]), grid[1])
+                pixels = pixels_BHWC[b, row * h : (row + 1) * h, column * w : (column + 1) * w].copy()
+                heapq.heappush(heap, (*key, row, column, pixels))
                 if len(heap) > self.num_patches:
                     heapq.heappop(heap)
 
     @property
-    def typical(self) -> list[list[tuple[float, int, int, int, np.ndarray]]]:
-        """For each expert [(gate value, place in the data set, row, column, pixels)], the largest value first."""
+    def typical(self) -> list[list[tuple[int, int, int, float, np.ndarray]]]:
+        """For each expert [(index in the data set, row, column, gate value, pixels)], the largest value first."""
         ordered = [sorted(heap, key=lambda entry: (-entry[0], -entry[1])) for heap in self._typical]
-        return [[(value, -place, *rest) for value, place, *rest in heap] for heap in ordered]
+        return [[(-index, row, column, value, pixels) for value, index, row, column, pixels in own] for own in ordered]
 
     @property
     def entropy(self) -> dict[str, float]:
@@ -207,8 +179,8 @@ class LayerSums:
 class Agreement:
     """How far two layers sort the tokens of a modality into the same groups.
 
-    Counts, for each pair of layers, the tokens by their two first choices (the expert with the largest gate, whether or
-    not it had room). Layers that do not see the same tokens as the first one (a tower that merges or leaves out some)
+    Counts, for each pair of layers, the tokens by their two first choices (the expert with the largest gate, with or
+    without capacity). Layers that do not see the same tokens as the first one (a tower that merges or leaves out some)
     cannot be compared with it.
 
     Args:
@@ -239,12 +211,12 @@ class Agreement:
 
     def matrices(self) -> dict[str, np.ndarray]:
         """{modality: (L, L) normalised mutual information, NaN where a layer lacks the modality or was left out}."""
-        place = {name: i for i, name in enumerate(self.num_experts)}
+        index = {name: i for i, name in enumerate(self.num_experts)}
         result = {}
         for modality, tables in self.tables.items():
-            matrix = np.full((len(place), len(place)), np.nan)
+            matrix = np.full((len(index), len(index)), np.nan)
             for (one, other), table in tables.items():
-                i, j = place[one], place[other]
+                i, j = index[one], index[other]
                 matrix[i, j] = matrix[j, i] = normalized_mutual_information(table)
             result[modality] = matrix
         return result
@@ -259,13 +231,50 @@ def normalized_mutual_information(table: np.ndarray) -> float:
     where it is called NMI_sum.
     """
     p_AB = table / table.sum()
-    p_A, p_B = p_AB.sum(1), p_AB.sum(0)
-    entropies = _entropy(p_A) + _entropy(p_B)
-    if entropies == 0:
-        return 1.0
-    return float(np.clip(2 * (entropies - _entropy(p_AB)) / entropies, 0, 1))
+    entropies = sum(-(p * np.log(p, out=np.zeros_like(p), where=p > 0)).sum() for p in (p_AB.sum(1), p_AB.sum(0)))
+    return 1.0 if entropies == 0 else float(np.clip(2 * contributions(table).sum() / entropies, 0, 1))
 
 
-def _entropy(p: np.ndarray) -> float:
-    p = p[p > 0]
-    return float(-(p * np.log(p)).sum())
+def contributions(table_EC: np.ndarray) -> np.ndarray:
+    """How much each pair of expert and class adds to their mutual information, in nats.
+
+    p(e, c) · log(p(e, c) / (p(e) p(c))): large where an expert gets much more of a class than its share, and the class
+    is not rare. The sum over all pairs is the mutual information of expert and class.
+
+    Args:
+        table_EC: counts, (E, C).
+    """
+    p_EC = table_EC / max(1, table_EC.sum())
+    even_EC = p_EC.sum(1, keepdims=True) * p_EC.sum(0, keepdims=True)
+    ratio_EC = np.divide(p_EC, even_EC, out=np.ones_like(p_EC), where=p_EC > 0)
+    return p_EC * np.log(ratio_EC)
+
+
+def most_telling(table_EC: np.ndarray, count: int) -> list[int]:
+    """The `count` columns that add most to the mutual information, those of one expert side by side.
+
+    Args:
+        table_EC: counts, (E, C).
+        count: most columns to return; those without counts are left out.
+    """
+    total_C = contributions(table_EC).sum(0)
+    order = np.lexsort((-table_EC.sum(0), -total_C.round(12)))  # equal ones: the more frequent first
+    chosen = [int(c) for c in order[:count] if table_EC[:, c].sum() > 0]
+    shares_EC = table_EC / np.maximum(table_EC.sum(0), 1)
+    return sorted(chosen, key=lambda c: (shares_EC[:, c].argmax(), -shares_EC[:, c].max()))
+
+
+def telling_of_expert(
+    table_EC: np.ndarray, names: list[str], expert: int, count: int
+) -> list[tuple[str, float, float]]:
+    """At most `count` names that an expert gets more of than its share, those that add most information first.
+
+    Returns:
+        [(name, share of the name's tokens that go to this expert, share of the expert's tokens that have the name)].
+    """
+    own_C = contributions(table_EC)[expert]
+    order = [c for c in np.argsort(-own_C, kind="stable")[:count].tolist() if own_C[c] > 0]
+    of_name_C, of_expert = table_EC.sum(0), table_EC[expert].sum()
+    return [
+        (names[c], float(table_EC[expert, c] / of_name_C[c]), float(table_EC[expert, c] / of_expert)) for c in order
+    ]

@@ -1,12 +1,13 @@
-"""One pass of a model over pictures and texts, with its routing, under given routing settings.
+"""One pass of a model over images and texts, with its routing, under given routing settings.
 
 Shapes, by suffix: B batch, T tokens of one modality, C classes, D width of the embeddings, H and W pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from vmoe.evaluation.loaded_model import Subject
 from vmoe.evaluation.zero_shot import Template, encode_classes
 from vmoe.inspection.accumulate import ModalityTokens, split_modalities
 from vmoe.models.factory import read_pretrained_metadata
+from vmoe.models.flops import unwrapped
 from vmoe.models.text import text_mask
 from vmoe.moe import SparseMoE, record_routing
 from vmoe.moe.record import WRAPPERS, unwrap
@@ -25,18 +27,18 @@ from vmoe.utils.config import ConfigError
 TOP_CLASSES = 5
 
 
-def sparse_layers(subject: Subject) -> dict[str, SparseMoE]:
+def sparse_layers(subject: Subject, required: bool = True) -> dict[str, SparseMoE]:
     """{name: sparse layer} in the order of the model, named as by `record_routing`.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: it has none, and they are `required`.
     """
     layers = {
         ".".join(part for part in name.split(".") if part not in WRAPPERS): module
         for name, module in unwrap(subject.model).named_modules()
         if isinstance(module, SparseMoE)
     }
-    if not layers:
+    if not layers and required:
         raise ConfigError(
             f"{subject.checkpoint} holds a dense model, which has no experts to look at; give a sparse one's "
             "(vmoe.upcycle makes one of it)"
@@ -74,10 +76,10 @@ def routing_settings(
 def routed(
     subject: Subject, image_BCHW: Tensor | None, ids_BT: Tensor | None
 ) -> tuple[dict[str, dict[str, ModalityTokens]], Tensor | None]:
-    """Runs the model on pictures, texts or pairs; call it inside `evaluating`.
+    """Runs the model on images, texts or pairs; call it inside `evaluating`.
 
     Returns:
-        ({modality: {layer name: its tokens}}, a classifier's logits (B, C) or the pictures' embeddings (B, D)).
+        ({modality: {layer name: its tokens}}, a classifier's logits (B, C) or the images' embeddings (B, D)).
     """
     model, device = subject.model, subject.device
     with record_routing(model) as record:
@@ -98,14 +100,16 @@ def routed(
     end = getattr(subject.tokenizer, "eot_token_id", None)
     for name, own in tokens.get("text", {}).items():
         if own.real_BT.shape != ids_BT.shape:
-            raise ValueError(f"{name} sees {own.real_BT.shape[1]} words, but the tokenizer gives {ids_BT.shape[1]}")
+            raise ValueError(
+                f"{name} sees {own.real_BT.shape[1]} text tokens, but the tokenizer gives {ids_BT.shape[1]}"
+            )
         if end is not None:  # some models read their padding too
             own.real_BT = own.real_BT & text_mask(ids_BT, end).cpu().numpy()
     return tokens, output
 
 
 def shown_pixels(subject: Subject, image_BCHW: Tensor) -> np.ndarray:
-    """(B, H, W, 3) uint8: the pictures as the model sees them, without the normalisation."""
+    """(B, H, W, 3) uint8: the images as the model sees them, without the normalisation."""
     image = image_BCHW.detach().float().cpu() * subject.transform.std + subject.transform.mean
     return (image * 255).round().clamp(0, 255).byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
 
@@ -122,7 +126,7 @@ def likeliest_names(
     class_columns: list[list[int]] | None,
     templates: Sequence[Template] | str | None,
 ) -> list[list[tuple[int, str, float]]]:
-    """For each picture the `TOP_CLASSES` likeliest names: (place among the names, name, probability).
+    """For each image the `TOP_CLASSES` likeliest names: (index among the names, name, probability).
 
     Args:
         subject: the model.
@@ -145,9 +149,59 @@ def likeliest_names(
     if names is None:
         names = [f"class {c}" for c in range(scores_BC.shape[1])]
     if len(names) != scores_BC.shape[1]:
-        raise ValueError(
-            f"{subject.checkpoint} tells {scores_BC.shape[1]} classes apart, but {len(names)} names were given"
-        )
+        raise ValueError(f"{subject.checkpoint} has {scores_BC.shape[1]} classes, but {len(names)} names were given")
     top = scores_BC.softmax(1).topk(min(TOP_CLASSES, len(names)))
     rows = zip(top.values.tolist(), top.indices.tolist(), strict=True)
     return [[(c, names[c], value) for value, c in zip(*row, strict=True)] for row in rows]
+
+
+def patch_grid(model: nn.Module, num_tokens: int) -> tuple[int, int, int]:
+    """(prefix tokens, rows, columns) of an image tower's token sequence.
+
+    Raises:
+        ValueError: the tokens are not a grid of patches after some prefix tokens.
+    """
+    model = unwrapped(model)
+    for tower in (model, getattr(model, "visual", None), getattr(getattr(model, "visual", None), "trunk", None)):
+        embed, expected = getattr(tower, "patch_embed", None), getattr(tower, "num_prefix_tokens", 0)
+        if embed is None and hasattr(tower, "class_embedding"):  # open_clip's own vision transformer
+            embed, expected = tower, 1
+        if embed is None:
+            continue
+        rows, columns = getattr(embed, "grid_size", None) or (0, 0)
+        prefix = num_tokens - rows * columns
+        if prefix == expected:
+            return prefix, rows, columns
+    raise ValueError(f"cannot place {num_tokens} tokens on a grid of patches of {type(model).__name__}")
+
+
+def word_decoder(tokenizer: Any) -> Callable[[Sequence[int]], list[str]]:
+    """A function that writes each token id as text, by the tokenizer's own decoding.
+
+    A piece of open_clip's tokenizer that does not end its word gets an ellipsis ("sky…", "scrap…", "ers").
+
+    Args:
+        tokenizer: one of open_clip's, or one of Hugging Face's.
+
+    Raises:
+        ValueError: the tokenizer cannot decode.
+    """
+    inner = tokenizer if hasattr(tokenizer, "decode") else getattr(tokenizer, "tokenizer", None)
+    if not hasattr(inner, "decode"):
+        raise ValueError(f"{type(tokenizer).__name__} has no decode(): the text tokens cannot be named")
+    special = set(getattr(inner, "all_special_ids", ()))
+    symbols = getattr(inner, "decoder", None)  # of open_clip's own tokenizer: {id: symbol}
+    known: dict[int, str] = {}
+
+    def name(token: int) -> str:
+        text = inner.decode([token]).strip() or f"token {token}"
+        goes_on = token not in special and isinstance(symbols, dict) and not symbols[token].endswith("</w>")
+        return f"{text}…" if goes_on else text
+
+    def decode(tokens: Sequence[int]) -> list[str]:
+        for token in tokens:
+            if token not in known:
+                known[token] = name(token)
+        return [known[token] for token in tokens]
+
+    return decode

@@ -1,53 +1,187 @@
-"""Figures of routing statistics (matplotlib): loads, the modalities' split, classes, words, typical patches, maps.
+"""Figures of routing (matplotlib): loads, modalities, classes, words, typical patches, and maps of single images.
 
-Experts have the colours of `vmoe.inspection.example_plot.PALETTE`, and their numbers beside them, in all of them.
+Experts have the colours of `PALETTE`, and their numbers beside them, in all figures.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor, nn
 
-from vmoe.inspection.example_plot import (
-    DROPPED,
-    INK,
-    PALE,
-    PALETTE,
-    draw_legend,
-    draw_picture,
-    draw_routing,
-    layer_title,
-    shorten,
-)
-from vmoe.inspection.mutual_information import most_telling
-from vmoe.inspection.plot_style import (
-    HEAT,
-    MODALITY_COLOURS,
-    expert_axis,
-    heading,
-    new_figure,
-    panels,
-    percent,
-    percent_axis,
-    save_figure,
-    style,
-    swatch,
-)
+from vmoe.evaluation.loaded_model import Subject
+from vmoe.evaluation.zero_shot import Template
+from vmoe.inspection.accumulate import most_telling
 from vmoe.inspection.results import LayerStatistics, RoutingStatistics, SampleRouting
+from vmoe.inspection.routing_statistics import route_images
+from vmoe.models.factory import preprocess_config
+from vmoe.models.flops import unwrapped
+from vmoe.utils.atomic import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Okabe and Ito's colours (https://jfly.uni-koeln.de/color/), told apart with any colour vision; black, which would hide
+# the image, is replaced by a wine red. More experts take the second row, and numbers on the patches tell them apart.
+PALETTE = (
+    *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#882255"),
+    *("#332288", "#DDCC77", "#117733", "#AA4499", "#88CCEE", "#CC6677", "#999933", "#44AA99"),
+)
+NUM_SAFE_COLOURS = 8
+DROPPED, RIGHT, WRONG, INK, PALE, EMPTY = "#8A929C", "#228833", "#AAB2BD", "#20262E", "#5B6570", "#EEF0F3"
+MODALITY_COLOURS = {"image": "#0072B2", "text": "#D55E00"}  # Okabe and Ito's
+HEAT = "Blues"  # from white to dark, for any colour vision and in print
+DPI = 150
+TOP = 5  # likeliest names in a figure of examples
 NAMES_SHOWN = 30
 LAYERS_ON_MAPS = 5
-PICTURES_ON_MAPS = 8
+IMAGES_ON_MAPS = 8
 FILES = ("load.png", "split.png", "agreement.png", "routing.png", "classes_*.png", "words_*.png", "patches_*.png")
+
+logger = logging.getLogger("vmoe.inspection")
+
+
+# ---- what all figures share ----
+
+
+@contextmanager
+def style(constrained: bool = True) -> Iterator[None]:
+    """No file of the user's own changes the look, and nothing here changes theirs."""
+    from matplotlib import rc_context, rcParamsDefault
+
+    look = {
+        "font.family": "DejaVu Sans",
+        "font.size": 8,
+        "text.parse_math": False,  # a "$" in a class name or caption is one
+        "axes.titlesize": 9,
+        "axes.edgecolor": "#AAB2BD",
+        "axes.labelcolor": INK,
+        "axes.titlecolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "hatch.linewidth": 0.6,
+        "hatch.color": "#FFFFFF",
+        "figure.constrained_layout.use": constrained,
+    }
+    kept = {key: value for key, value in rcParamsDefault.items() if not key.startswith(("backend", "datapath"))}
+    with rc_context({**kept, **look}):
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+
+
+def panels(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` axes in rows of up to `columns`, each `height` inches high."""
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    figure = new_figure(max(5.5, 3.6 * columns), height * rows + 0.8)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for ax in axes[count:]:
+        ax.set_visible(False)
+    return figure, axes[:count]
+
+
+def heading(figure: Figure, title: str, note: str) -> None:
+    """A bold title and a pale line below it, at the left; constrained layout makes room for them."""
+    lines = note.count("\n") + 1
+    figure.suptitle(f"{title}\n" + "\n" * lines, x=0.01, ha="left", fontsize=11, weight="bold", color=INK)
+    height = figure.get_figheight()
+    figure.text(0.01, 1 - 0.34 / height, note, fontsize=8, color=PALE, va="top", linespacing=1.3)
+
+
+def percent(value: float, _index: int | None = None) -> str:
+    return f"{value:.0%}"
+
+
+def expert_axis(ax: Axes, num_experts: int, shares: bool = False) -> None:
+    """Experts along x and, with `shares`, percents along y."""
+    ax.set_xticks(range(0, num_experts, math.ceil(num_experts / 16)))
+    ax.set_xlim(-0.6, num_experts - 0.4)
+    ax.set_xlabel("expert", fontsize=7.5, color=PALE)
+    if shares:
+        ax.yaxis.set_major_formatter(percent)
+        ax.spines[["top", "right"]].set_visible(False)
+
+
+def save_figure(figure: Figure, file: Path) -> Path:
+    """Writes the figure atomically."""
+    with whole_file(file) as temporary, one_line_for_missing_glyphs():
+        figure.savefig(temporary)
+    return file
+
+
+@contextmanager
+def one_line_for_missing_glyphs() -> Iterator[None]:
+    """Drawing inside the block tells in one line, once, and not for each character, that the font lacks some."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    others = [warning for warning in caught if "missing from font" not in str(warning.message)]
+    for warning in others:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if len(others) < len(caught):
+        _tell_missing_glyphs()
+
+
+@cache  # once
+def _tell_missing_glyphs() -> None:
+    logger.warning("in the figures, characters that the font DejaVu Sans does not have are drawn as boxes")
+
+
+def layer_title(name: str) -> str:
+    """ "blocks.1.mlp" -> "block 1"; other names as they are."""
+    numbers = [part for part in name.split(".") if part.isdigit()]
+    return f"block {numbers[0]}" if len(numbers) == 1 else name
+
+
+def layer_titles(names: Sequence[str]) -> list[str]:
+    """The titles of a model's layers; their names where two have one title (blocks of two towers)."""
+    titles = [layer_title(name) for name in names]
+    return titles if len(set(titles)) == len(titles) else list(names)
+
+
+def ink_on(colour: str) -> str:
+    """Black or white, whichever has more contrast on the colour, by WCAG's formula."""
+    from matplotlib.colors import to_rgb
+
+    linear = (((np.array(to_rgb(colour)) + 0.055) / 1.055) ** 2.4) @ (0.2126, 0.7152, 0.0722)
+    return "#000000" if linear > 0.179 else "#ffffff"
+
+
+def shorten(name: str, length: int) -> str:
+    """The name in at most `length` characters; the middle goes, for what tells names apart often stands last."""
+    if len(name) <= length:
+        return name
+    half = (length - 1) // 2
+    return f"{name[:half].rstrip()}…{name[-(length - 1 - half) :].lstrip()}"
+
+
+def spread(items: Sequence, count: int) -> list:
+    """At most `count` of the items, evenly spread."""
+    indices = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return [items[index] for index in indices]
+
+
+def _bare(ax: Axes) -> None:
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
+# ---- statistics ----
 
 
 def write_figures(statistics: RoutingStatistics, folder: str | Path) -> list[Path]:
@@ -58,27 +192,27 @@ def write_figures(statistics: RoutingStatistics, folder: str | Path) -> list[Pat
         folder: where the PNG files go; it is made. Figures of an earlier call that this one does not draw are deleted.
 
     Returns:
-        The files: load.png, split.png (two modalities), agreement.png (two layers or more), routing.png (pictures were
+        The files: load.png, split.png (two modalities), agreement.png (two layers or more), routing.png (images were
         kept), and for each layer NAME classes_NAME.png, words_NAME.png and patches_NAME.png.
     """
-    figures: dict[str, Figure | None] = {"load": load_figure(statistics)}
-    if len(statistics.modalities) > 1:
-        figures["split"] = split_figure(statistics)
-    if len(statistics.layers) > 1:
-        figures["agreement"] = agreement_figure(statistics)
-    if maps_to_draw(statistics.samples, {layer.name: layer.num_experts for layer in statistics.layers}):
-        figures["routing"] = routing_figure(statistics)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    written = [save_figure(figure, folder / f"{name}.png") for name, figure in figures.items()]
+    sees_images = maps_to_draw(statistics.samples, {layer.name: layer.num_experts for layer in statistics.layers})
+    wanted = [
+        ("load", True, load_figure, statistics),
+        ("split", len(statistics.modalities) > 1, split_figure, statistics),
+        ("agreement", len(statistics.layers) > 1, agreement_figure, statistics),
+        ("routing", sees_images, routing_figure, statistics),
+    ]
     for layer in statistics.layers:
         name = re.sub(r"[^\w.-]", "_", layer.name)
-        if layer.expert_class is not None:
-            written.append(save_figure(class_figure(layer, statistics.class_names), folder / f"classes_{name}.png"))
-        if layer.expert_word:
-            written.append(save_figure(word_figure(layer), folder / f"words_{name}.png"))
-        if any(layer.typical_patches):
-            written.append(save_figure(patch_figure(layer), folder / f"patches_{name}.png"))
+        classes = partial(class_figure, class_names=statistics.class_names)
+        wanted += [
+            (f"classes_{name}", layer.expert_class is not None, classes, layer),
+            (f"words_{name}", layer.expert_word, word_figure, layer),
+            (f"patches_{name}", any(layer.typical_patches), patch_figure, layer),
+        ]
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [save_figure(draw(of), folder / f"{name}.png") for name, exists, draw, of in wanted if exists]
     for pattern in FILES:  # of an earlier inspection of something else
         for file in set(folder.glob(pattern)) - set(written):
             file.unlink()
@@ -89,9 +223,8 @@ def load_figure(statistics: RoutingStatistics) -> Figure:
     """For each layer and modality a bar per expert: its share of the assignments, and of what was dropped."""
     rows = [(layer, modality) for layer in statistics.layers for modality in layer.tokens]
     with style():
-        figure, axes = panels(
-            len(rows), len(statistics.modalities) if len(statistics.modalities) > 1 else 3, height=2.0
-        )
+        columns = len(statistics.modalities) if len(statistics.modalities) > 1 else 3
+        figure, axes = panels(len(rows), columns, height=2.0)
         for ax, (layer, modality) in zip(axes, rows, strict=True):
             asked_E, kept_E = layer.asked[modality], layer.kept[modality]
             total, experts = max(1, asked_E.sum()), np.arange(layer.num_experts)
@@ -103,18 +236,14 @@ def load_figure(statistics: RoutingStatistics) -> Figure:
             ax.set_title(f"{layer_title(layer.name)} · {modality}", loc="left")
             dropped, entropy = layer.share_dropped[modality], layer.entropy[modality]
             ax.set_title(f"dropped {dropped:.1%} · entropy {entropy:.2f}", loc="right", fontsize=7, color=PALE)
-            expert_axis(ax, layer.num_experts)
-            percent_axis(ax)
-        heading(
-            figure,
-            "Load: share of a layer's assignments that each expert gets",
-            "Dashed: even share. Hatched grey: no room found. Entropy of the gate in nats.\n" + _capacity(statistics),
-        )
+            expert_axis(ax, layer.num_experts, shares=True)
+        note = "Dashed: even share. Hatched grey: no capacity. Entropy of the gate in nats.\n" + _capacity(statistics)
+        heading(figure, "Load: share of a layer's assignments that each expert gets", note)
     return figure
 
 
 def split_figure(statistics: RoutingStatistics) -> Figure:
-    """For each layer and expert: which part of the tokens that it worked on were patches, which words."""
+    """For each layer and expert: the modalities of the tokens that it works on."""
     layers = [layer for layer in statistics.layers if len(layer.tokens) > 1] or statistics.layers
     with style():
         figure, axes = panels(len(layers), 3, height=2.4)
@@ -134,23 +263,16 @@ def split_figure(statistics: RoutingStatistics) -> Figure:
             ax.axhline(overall, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
             ax.set_ylim(0, 1)
             ax.set_title(layer_title(layer.name), loc="left")
-            expert_axis(ax, layer.num_experts)
-            percent_axis(ax)
+            expert_axis(ax, layer.num_experts, shares=True)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-        first = statistics.modalities[0]
-        heading(
-            figure,
-            "What each expert works on",
-            f"Share of its tokens by modality. Dashed: share of {first} tokens over all experts.",
-        )
+        note = f"Share of its tokens by modality. Dashed: share of {statistics.modalities[0]} tokens over all experts."
+        heading(figure, "What each expert works on", note)
     return figure
 
 
 def agreement_figure(statistics: RoutingStatistics) -> Figure:
     """The agreement of the routing of each pair of layers."""
-    from matplotlib.ticker import FixedLocator
-
     names = [layer_title(layer.name) for layer in statistics.layers]
     modalities = list(statistics.agreement)
     side = max(2.4, 0.42 * len(names) + 1.2)
@@ -159,19 +281,16 @@ def agreement_figure(statistics: RoutingStatistics) -> Figure:
         for ax, modality in zip(np.atleast_1d(figure.subplots(1, len(modalities))), modalities, strict=True):
             matrix = statistics.agreement[modality]
             image = ax.imshow(np.ma.masked_invalid(matrix), cmap=HEAT, vmin=0, vmax=1)
-            ax.set_facecolor("#EEF0F3")
+            ax.set_facecolor(EMPTY)
             ax.set_title(modality, loc="left")
-            ax.xaxis.set_major_locator(FixedLocator(range(len(names))))
-            ax.yaxis.set_major_locator(FixedLocator(range(len(names))))
-            ax.set_xticklabels(names, rotation=90 if len(names) > 4 else 0)
-            ax.set_yticklabels(names)
+            ax.set_xticks(range(len(names)), names, rotation=90 if len(names) > 4 else 0)
+            ax.set_yticks(range(len(names)), names)
             if len(names) <= 12:
                 for (i, j), value in np.ndenumerate(matrix):
                     text = "–" if np.isnan(value) else f"{value:.2f}"
                     colour = INK if np.isnan(value) or value < 0.6 else "white"
                     ax.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
-            for spine in ax.spines.values():
-                spine.set_visible(False)
+            _bare(ax)
         figure.colorbar(image, ax=figure.axes, shrink=0.8, label="normalised mutual information")
         note = "Of the tokens' first choices. 1: the same groups of tokens, 0: independent."
         left_out = dict.fromkeys(name for names in statistics.agreement_left_out.values() for name in names)
@@ -182,16 +301,13 @@ def agreement_figure(statistics: RoutingStatistics) -> Figure:
 
 
 def class_figure(layer: LayerStatistics, class_names: list[str]) -> Figure:
-    """Heat map of a layer's experts and the classes of the pictures; of many classes the most telling ones."""
+    """Heat map of a layer's experts and the classes of the images; of many classes the most telling ones."""
     return _table_figure(layer, layer.expert_class, class_names, "classes", "patches")
 
 
 def word_figure(layer: LayerStatistics) -> Figure:
     """Heat map of a layer's experts and word pieces, the most telling ones."""
-    words = list(layer.expert_word)
-    return _table_figure(
-        layer, np.stack([layer.expert_word[word] for word in words], 1), words, "word pieces", "tokens"
-    )
+    return _table_figure(layer, layer.word_table, list(layer.expert_word), "word pieces", "tokens")
 
 
 def _table_figure(layer: LayerStatistics, table_EC: np.ndarray, names: list[str], kind: str, tokens: str) -> Figure:
@@ -213,60 +329,85 @@ def _table_figure(layer: LayerStatistics, table_EC: np.ndarray, names: list[str]
         top.tick_params(axis="x", length=0, labelbottom=False)
         for one in (top, ax):
             one.tick_params(axis="y", length=0)
-            for spine in one.spines.values():
-                spine.set_visible(False)
+            _bare(one)
         figure.colorbar(image, ax=[top, ax], format=percent, label=f"share of the {tokens}", aspect=30)
         number = f"The {len(shown)} of {len(names)} {kind} that say most about the expert"
         which = number if len(shown) < len(names) else f"All {len(names)} {kind}"
-        heading(
-            figure,
-            f"Experts and {kind} · {layer_title(layer.name)}",
-            f"Each row: the experts that take its {tokens}; sums to 100%.\n{which}.",
-        )
+        note = f"Each row: the experts that take its {tokens}; sums to 100%.\n{which}."
+        heading(figure, f"Experts and {kind} · {layer_title(layer.name)}", note)
     return figure
+
+
+def _capacity(statistics: RoutingStatistics) -> str:
+    """The experts' capacity in a sentence."""
+    layers = [layer for layer in statistics.layers if layer.router == "top_k"]
+    if not layers:
+        soft = statistics.layers[0].router == "soft"
+        return "Soft routing drops nothing." if soft else "Experts choose: dropped are tokens that none took."
+    if any(layer.capacity is not None for layer in layers):
+        return "The experts' capacity is fixed."
+    factors = dict.fromkeys(layer.eval_capacity_factor for layer in layers)
+    if list(factors) == [None]:
+        return "No capacity limit."
+    priority = ", important tokens first" if any(layer.batch_priority for layer in layers) else ""
+    return f"Capacity factor {', '.join('none' if f is None else f'{f:g}' for f in factors)}{priority}."
+
+
+class _Sheet:
+    """A figure with contents at inches from its upper left corner."""
+
+    def __init__(self, width: float, height: float, title: str | None, note: str = "") -> None:
+        self.figure, self.width, self.height = new_figure(width, height), width, height
+        if title:
+            self.text(0.2, 0.22, title, fontsize=11, color=INK, weight="bold")
+        self.text(0.2, 0.44, note, fontsize=8, color=PALE)
+
+    def text(self, left: float, top: float, text: str, **look: Any) -> None:
+        self.figure.text(left / self.width, 1 - top / self.height, text, va="center", **look)
+
+    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
+        box = (left / self.width, 1 - (top + height) / self.height, width / self.width, height / self.height)
+        return self.figure.add_axes(box)
 
 
 def patch_figure(layer: LayerStatistics) -> Figure:
     """The typical patches of each expert of a layer, in its colour."""
+    from matplotlib.patches import Rectangle
+
     count = max(len(own) for own in layer.typical_patches)
     across = min(8, max(1, count))
-    down = math.ceil(count / across)
     blocks = min(layer.num_experts, 2 if layer.num_experts <= 8 else 4)
     cell, gap, label, header = 0.42, 0.3, 0.26, 0.75
-    width = blocks * (across * cell + gap) + gap
-    rows = math.ceil(layer.num_experts / blocks)
-    height = header + rows * (down * cell + label + 0.12)
+    block_width, block_height = across * cell + gap, math.ceil(count / across) * cell + label + 0.12
     load_E = layer.kept["image"] / max(1, layer.kept["image"].sum())
+    title = f"Typical patches of each expert · {layer_title(layer.name)}"
+    note = "The largest gate values, largest first; at most one patch per image."
     with style(constrained=False):
-        figure = new_figure(width, height)
+        height = header + math.ceil(layer.num_experts / blocks) * block_height
+        sheet = _Sheet(blocks * block_width + gap, height, title, note)
         for e, own in enumerate(layer.typical_patches):
             row, column = divmod(e, blocks)
-            left, top = gap + column * (across * cell + gap), header + row * (down * cell + label + 0.12)
-            colour = PALETTE[e % len(PALETTE)]
-            swatch(figure, left / width, 1 - (top + 0.19) / height, 0.14 / width, 0.14 / height, colour)
+            left, top = gap + column * block_width, header + row * block_height
+            corner = (left / sheet.width, 1 - (top + 0.19) / sheet.height)
+            look = {"color": PALETTE[e % len(PALETTE)], "transform": sheet.figure.transFigure}
+            sheet.figure.add_artist(Rectangle(corner, 0.14 / sheet.width, 0.14 / sheet.height, **look))
             text = f"expert {e} · {load_E[e]:.1%} of the patches"
-            place = ((left + 0.2) / width, 1 - (top + 0.12) / height)
-            figure.text(*place, text, fontsize=8, color=INK, va="center")
+            sheet.text(left + 0.2, top + 0.12, text, fontsize=8, color=INK)
             for i, patch in enumerate(own):
                 y, x = divmod(i, across)
-                box = (left + x * cell, top + label + y * cell)
-                side = cell - 0.04
-                ax = figure.add_axes((box[0] / width, 1 - (box[1] + side) / height, side / width, side / height))
-                draw_picture(ax, patch.pixels)
+                draw_image(sheet.axes(left + x * cell, top + label + y * cell, cell - 0.04, cell - 0.04), patch.pixels)
             if not own:
-                place = (left / width, 1 - (top + label + 0.15) / height)
-                figure.text(*place, "no patch", fontsize=7.5, color=PALE, va="center")
-        title = f"Typical patches of each expert · {layer_title(layer.name)}"
-        figure.text(gap / width, 1 - 0.22 / height, title, fontsize=11, color=INK, weight="bold", va="center")
-        note = "The largest gate values, largest first; at most one patch per picture."
-        figure.text(gap / width, 1 - 0.46 / height, note, fontsize=8, color=PALE, va="center")
-    return figure
+                sheet.text(left, top + label + 0.15, "no patch", fontsize=7.5, color=PALE)
+    return sheet.figure
+
+
+# ---- maps of single images ----
 
 
 def routing_figure(statistics: RoutingStatistics) -> Figure:
-    """Some of the kept pictures with the expert of every patch, in some layers spread over the depth."""
+    """Some of the kept images with the expert of every patch, in some layers spread over the depth."""
     layers = {layer.name: layer.num_experts for layer in statistics.layers}
-    samples = _spread(statistics.samples, PICTURES_ON_MAPS)
+    samples = spread(statistics.samples, IMAGES_ON_MAPS)
     return draw_maps(samples, maps_to_draw(samples, layers), statistics.class_names)
 
 
@@ -274,65 +415,117 @@ def maps_to_draw(samples: Sequence[SampleRouting], layers: dict[str, int]) -> li
     """Up to `LAYERS_ON_MAPS` of the layers that see patches, spread over the depth; what `draw_maps` takes.
 
     Args:
-        samples: the pictures.
+        samples: the images.
         layers: {name: number of experts}, in the order of `sample.patches`.
     """
     seen = [
-        (name, num_experts, place)
-        for place, (name, num_experts) in enumerate(layers.items())
-        if samples and samples[0].patches[place] is not None
+        (name, num_experts, index)
+        for index, (name, num_experts) in enumerate(layers.items())
+        if samples and samples[0].patches[index] is not None
     ]
-    return _spread(seen, LAYERS_ON_MAPS)
+    return spread(seen, LAYERS_ON_MAPS)
 
 
 def draw_maps(
-    samples: Sequence[SampleRouting], layers: Sequence[tuple[str, int, int]], class_names: list[str] | None
+    samples: Sequence[SampleRouting],
+    layers: Sequence[tuple[str, int, int]],
+    class_names: Sequence[str] | None,
+    *,
+    names: bool = False,
+    title: str | None = "Where the patches go",
 ) -> Figure:
-    """Pictures beside their routing maps: each patch in the colour of its best expert that had room.
+    """Images beside their routing maps: each patch in the colour of its best expert that had capacity.
 
     Args:
-        samples: the pictures, one to a row (two to a row where there are many).
-        layers: (name, number of experts, place in `sample.patches`) of the layers to draw.
+        samples: the images, one to a row (two to a row where there are many).
+        layers: (name, number of experts, index in `sample.patches`) of the layers to draw.
         class_names: names of the labels.
+        names: draw the likeliest names as bars too.
+        title: at the top, or None.
     """
-    maps = [[sample.patches[place].best_kept for _, _, place in layers] for sample in samples]
+    maps = [[sample.patches[index].best_kept for _, _, index in layers] for sample in samples]
     experts = sorted({int(e) for row in maps for expert in row for e in np.unique(expert)})
-    columns = 2 if len(samples) > 2 and len(layers) <= 4 else 1
-    cell, gap, caption, header = 1.25, 0.1, 0.3, 0.75
-    card = (1 + len(layers)) * (cell + gap) + 0.25
+    columns = 2 if len(samples) > (1 if names else 2) and len(layers) <= 4 else 1
+    cell, gap, caption, header, bars = 1.25, 0.1, 0.3, 0.75, 2.7 if names else 0.0
+    card = (1 + len(layers)) * (cell + gap) + bars + 0.25
     rows = math.ceil(len(samples) / columns)
     width = max(5.0, columns * card + 0.2)
     swatches = min(12, int(width / 1.0))  # in a row of the legend
     height = header + rows * (cell + caption) + 0.3 + 0.2 * math.ceil(max(1, len(experts)) / swatches)
     with style(constrained=False):
-        figure = new_figure(width, height)
-
-        def axes(left: float, top: float) -> Axes:
-            return figure.add_axes((left / width, 1 - (top + cell) / height, cell / width, cell / height))
-
+        note = "Each patch in the colour of its best expert that had capacity." if layers else ""
+        sheet = _Sheet(width, height, title, note)
         for index, sample in enumerate(samples):
             column, row = divmod(index, rows)
             left, top = 0.2 + column * card, header + row * (cell + caption)
-            picture = sample.image / 255.0
-            draw_picture(axes(left, top), picture)
-            text = _picture_name(sample, class_names, int(card / 0.065))
-            place = (left / width, 1 - (top + cell + 0.12) / height)
-            figure.text(*place, text, fontsize=7, color=INK, va="center")
-            for i, (name, num_experts, _) in enumerate(layers, start=1):
-                x = left + i * (cell + gap)
-                draw_routing(axes(x, top), picture, maps[index][i - 1], num_experts)
+            image = sample.image / 255.0
+            draw_image(sheet.axes(left, top, cell, cell), image)
+            text = _image_name(sample, class_names, int(card / 0.065))
+            sheet.text(left, top + cell + 0.12, text, fontsize=7, color=INK)
+            if names:
+                _draw_names(sheet.axes(left + cell + gap, top, bars - 0.25, cell), sample)
+            for i, (name, num_experts, _) in enumerate(layers):
+                x = left + bars + (i + 1) * (cell + gap)
+                draw_routing(sheet.axes(x, top, cell, cell), image, maps[index][i], num_experts)
                 if row == 0:
-                    place = ((x + cell / 2) / width, 1 - (header - 0.1) / height)
-                    figure.text(*place, layer_title(name), fontsize=8, color=PALE, ha="center", va="center")
-        title, note = "Where the patches go", "Each patch in the colour of its best expert that had room."
-        figure.text(0.2 / width, 1 - 0.22 / height, title, fontsize=11, color=INK, weight="bold", va="center")
-        figure.text(0.2 / width, 1 - 0.44 / height, note, fontsize=8, color=PALE, va="center")
-        draw_legend(figure, experts, height, swatches)
-    return figure
+                    look = {"fontsize": 8, "color": PALE, "ha": "center"}
+                    sheet.text(x + cell / 2, header - 0.1, layer_title(name), **look)
+        if layers:
+            _draw_legend(sheet, experts, swatches)
+    return sheet.figure
 
 
-def _picture_name(sample: SampleRouting, class_names: list[str] | None, length: int) -> str:
-    """What is written below a picture, in `length` characters: what it is, and what the model takes it for."""
+def example_figure(
+    model: nn.Module,
+    samples: Sequence[Any],
+    class_names: Sequence[str],
+    tokenizer: Callable[[list[str]], Tensor] | None,
+    file: str | Path,
+    *,
+    templates: Sequence[Template] | str | None = None,
+    max_layers: int = 4,
+    title: str | None = None,
+) -> Path:
+    """Draws images with their five likeliest names and, for each sparse layer, the expert of every patch.
+
+    Patches that no expert took are grey and hatched. The image is shown as the model sees it, after its preprocessing.
+
+    Args:
+        model: a classifier, or a contrastive model; without sparse layers the routing columns are left out.
+        samples: with `.image` (PIL) and `.label` (index into `class_names`, or None if unknown); 6 to 8 look best.
+        class_names: what the images may be called.
+        tokenizer: of a contrastive model; None for a classifier.
+        file: where to write; the ending picks the format (.png, .svg, .pdf).
+        templates: of a contrastive model, see `vmoe.evaluation.zero_shot.resolve_templates`.
+        max_layers: at most so many sparse layers, spread over the depth.
+        title: a line at the top; None: none.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: no samples, or class names that do not fit the model.
+    """
+    from vmoe.data import build_transform
+
+    if not samples:
+        raise ValueError("example_figure needs at least one sample")
+    model = unwrapped(model)
+    transform = build_transform(preprocess_config(model), None)
+    device = next(model.parameters()).device
+    subject = Subject(model, tokenizer, transform, device, "float32", "the model", Path())
+    images = [sample.image for sample in samples]
+    layers, found = route_images(subject, images, class_names=class_names, templates=templates)
+    for sample, given in zip(found, samples, strict=True):
+        sample.label = given.label
+    maps = maps_to_draw(found, {name: layer.num_experts for name, layer in layers.items()})
+    figure = draw_maps(found, spread(maps, max_layers), class_names, names=True, title=title)
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    return save_figure(figure, Path(file))
+
+
+def _image_name(sample: SampleRouting, class_names: Sequence[str] | None, length: int) -> str:
+    """The line below an image, in `length` characters: what it is, and what the model takes it for."""
     known = sample.caption
     if known is None and sample.label is not None and class_names is not None:
         known = class_names[sample.label]
@@ -349,22 +542,72 @@ def _picture_name(sample: SampleRouting, class_names: list[str] | None, length: 
     return f"{shorten(known, length - 16 - len(takes))} (model: {takes} {guess[1]:.0%})"
 
 
-def _spread(items: Sequence, count: int) -> list:
-    """At most `count` of the items, spread evenly."""
-    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
-    return [items[place] for place in places]
+def draw_image(ax: Axes, image: np.ndarray) -> None:
+    ax.imshow(image, interpolation="lanczos")
+    _frame(ax)
 
 
-def _capacity(statistics: RoutingStatistics) -> str:
-    """Which room the experts had, in words."""
-    layers = [layer for layer in statistics.layers if layer.router == "top_k"]
-    if not layers:
-        soft = statistics.layers[0].router == "soft"
-        return "Soft routing drops nothing." if soft else "Experts choose: dropped are tokens that none took."
-    if any(layer.capacity is not None for layer in layers):
-        return "The experts' capacity is fixed."
-    factors = dict.fromkeys(layer.eval_capacity_factor for layer in layers)
-    if list(factors) == [None]:
-        return "No capacity limit."
-    priority = ", important tokens first" if any(layer.batch_priority for layer in layers) else ""
-    return f"Capacity factor {', '.join('none' if f is None else f'{f:g}' for f in factors)}{priority}."
+def _frame(ax: Axes) -> None:
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set(color="#D5DAE0", linewidth=0.8)
+
+
+def _draw_names(ax: Axes, sample: SampleRouting) -> None:
+    """The likeliest names as bars; the right one in green with a tick."""
+    ax.set_xlim(0, 1)
+    ax.set_ylim(TOP - 0.5, -0.5)
+    ax.axis("off")
+    for y, ((name, value), index) in enumerate(zip(sample.top_classes, sample.top_labels, strict=True)):
+        right = index == sample.label
+        ax.barh(y + 0.28, value, height=0.26, left=0, color=RIGHT if right else WRONG)
+        ax.barh(y + 0.28, 1 - value, height=0.26, left=value, color=EMPTY)
+        text = f"{shorten(name, 32)}  ✓" if right else shorten(name, 38)  # bold is wider
+        colour, weight = (RIGHT, "bold") if right else (INK, "normal")
+        ax.text(0, y - 0.12, text, fontsize=7, va="center", color=colour, weight=weight)
+        ax.text(1, y - 0.12, f"{100 * value:.0f}%", fontsize=6.5, va="center", ha="right", color=PALE)
+
+
+def draw_routing(
+    ax: Axes, image: np.ndarray, expert: np.ndarray, num_experts: int, number_size: float | None = None
+) -> None:
+    """The image in grey, tinted by each patch's expert; `number_size` (points) writes its number on every patch."""
+    from matplotlib.colors import to_rgb
+    from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
+
+    rows, columns = expert.shape
+    height, width = image.shape[:2]
+    palette = np.array([to_rgb(PALETTE[e % len(PALETTE)]) for e in range(num_experts)] + [to_rgb(DROPPED)])
+    tint = palette[expert]  # -1, dropped, is the last: grey
+    tint = np.repeat(np.repeat(tint, math.ceil(height / rows), axis=0), math.ceil(width / columns), axis=1)
+    light = image @ np.array([0.299, 0.587, 0.114])
+    shade = (0.3 + 0.7 * light)[..., None]
+    ax.imshow(tint[:height, :width] * shade, interpolation="nearest", extent=(0, columns, rows, 0))
+    for line in range(1, rows):
+        ax.axhline(line, color="white", linewidth=0.6, alpha=0.85)
+    for line in range(1, columns):
+        ax.axvline(line, color="white", linewidth=0.6, alpha=0.85)
+    for y, x in zip(*np.nonzero(expert < 0), strict=True):
+        ax.add_patch(Rectangle((x, y), 1, 1, fill=False, hatch="//////", linewidth=0))
+    size = min(7.0, 45 / max(rows, columns)) if number_size is None else number_size
+    wanted = number_size is not None or num_experts > NUM_SAFE_COLOURS
+    if wanted and size > 3:  # smaller is not readable
+        for (y, x), e in np.ndenumerate(expert):
+            if e >= 0:
+                number = ax.text(x + 0.5, y + 0.5, str(e), fontsize=size, color="white", ha="center", va="center")
+                number.set_path_effects([withStroke(linewidth=max(1.2, size / 6), foreground=INK)])
+    _frame(ax)
+
+
+def _draw_legend(sheet: _Sheet, experts: list[int], columns: int) -> None:
+    """One swatch per expert that occurs, and one for dropped patches (-1) if there are any."""
+    from matplotlib.patches import Patch
+
+    handles = [Patch(facecolor=PALETTE[e % len(PALETTE)], label=f"expert {e}") for e in experts if e >= 0]
+    if -1 in experts:
+        handles.append(Patch(facecolor=DROPPED, hatch="//////", label="dropped"))
+    look = {"frameon": False, "fontsize": 8.5, "handlelength": 1.2, "handleheight": 1.2, "columnspacing": 1.4}
+    anchor, ncols = (0.5, 0.05 / sheet.height), min(len(handles), columns)
+    sheet.figure.legend(handles=handles, loc="lower center", bbox_to_anchor=anchor, ncols=ncols, labelcolor=INK, **look)

@@ -5,14 +5,7 @@ const MAX_CLASSES = 40; // rows of the heat map
 
 // ---- header ----
 
-function shortNames() {
-  const short = DATA.layers.map(({ name }) => {
-    const numbers = name.split(".").filter((part) => /^\d+$/.test(part));
-    return numbers.length === 1 ? `block ${numbers[0]}` : name;
-  });
-  return new Set(short).size === short.length ? short : DATA.layers.map(({ name }) => name);
-}
-const LAYER_NAMES = shortNames();
+const LAYER_NAMES = DATA.layers.map(({ title }) => title);
 const expertName = () => (state.expert === null ? "all experts" : `expert ${state.expert}`);
 
 // Room in the experts; a fixed number of rows overrides the factor.
@@ -86,30 +79,16 @@ function drawLayers() {
         show: ({ place }) => make("button", { type: "button", class: "plain", onclick: () => choose({ layer: place }) }, LAYER_NAMES[place]),
       },
       { title: "Of", text: true, value: noun, show: noun },
-      { title: "Tokens", value: ({ layer, modality }) => layer.tokens[modality], show: ({ layer, modality }) => asCount(layer.tokens[modality]) },
-      { title: "Experts", value: ({ layer }) => layer.num_experts, show: ({ layer }) => asCount(layer.num_experts) },
-      ...(DROPPED_TITLE === null
-        ? []
-        : [
-            {
-              title: DROPPED_TITLE,
-              value: ({ layer, modality }) => layer.share_dropped[modality],
-              show: ({ layer, modality }) => asShare(layer.share_dropped[modality]),
-            },
-          ]),
-      {
-        title: "Gate entropy",
-        value: ({ layer, modality }) => layer.entropy[modality],
-        show: ({ layer, modality }) => asFixed(3)(layer.entropy[modality]),
-      },
-      { title: "Idle experts", value: ({ layer, modality }) => idle(layer, modality), show: ({ layer, modality }) => asCount(idle(layer, modality)) },
-      { title: "Largest load", value: ({ busiest }) => busiest.share, show: ({ busiest }) => asShare(busiest.share) },
-      { title: "Of expert", value: ({ busiest }) => busiest.expert, show: ({ busiest }) => (busiest.expert === null ? "–" : tag(busiest.expert)) },
+      column("Tokens", ({ layer, modality }) => layer.tokens[modality], asCount),
+      column("Experts", ({ layer }) => layer.num_experts, asCount),
+      ...(DROPPED_TITLE === null ? [] : [column(DROPPED_TITLE, ({ layer, modality }) => layer.share_dropped[modality], asShare)]),
+      column("Gate entropy", ({ layer, modality }) => layer.entropy[modality], asFixed(3)),
+      column("Idle experts", ({ layer, modality }) => layer.kept[modality].filter((value) => value === 0).length, asCount),
+      column("Largest load", ({ busiest }) => busiest.share, asShare),
+      column("Of expert", ({ busiest }) => busiest.expert, (expert) => (expert === null ? "–" : tag(expert))),
     ],
   });
 }
-
-const idle = (layer, modality) => layer.kept[modality].filter((value) => value === 0).length;
 
 function busiest(layer, modality) {
   const kept = layer.kept[modality];
@@ -207,13 +186,13 @@ function drawExperts() {
         const [kept, asked, importance] = [layer.kept[modality], layer.asked[modality], layer.importance[modality]];
         const [allAsked, allImportance] = [sum(asked), sum(importance)];
         const group = capital(NOUN[modality]);
-        const column = (title, value, show, id = title) => ({ title, group, id: `${group} ${id}`, value, show: (expert) => show(value(expert)) });
+        const own = (title, value, show, id = title) => column(title, value, show, { group, id: `${group} ${id}` });
         return [
-          column("load", (expert) => kept[expert], asCount),
-          column("share", (expert) => ratio(kept[expert], allAsked), asShare, "load share"),
-          ...(layer.router !== "top_k" ? [] : [column("dropped", (expert) => ratio(asked[expert] - kept[expert], asked[expert]), asShare)]),
-          column("importance", (expert) => importance[expert], asDecimal),
-          column("share", (expert) => ratio(importance[expert], allImportance), asShare, "importance share"),
+          own("load", (expert) => kept[expert], asCount),
+          own("share", (expert) => ratio(kept[expert], allAsked), asShare, "load share"),
+          ...(layer.router !== "top_k" ? [] : [own("dropped", (expert) => ratio(asked[expert] - kept[expert], asked[expert]), asShare)]),
+          own("importance", (expert) => importance[expert], asDecimal),
+          own("share", (expert) => ratio(importance[expert], allImportance), asShare, "importance share"),
         ];
       }),
     ],
@@ -293,15 +272,15 @@ function countColumns(title) {
   const expert = state.expert;
   const noun = DATA.layers[state.layer].router === "soft" ? "sum of weights" : "assignments";
   return [
-    { title, text: true, value: ({ name }) => name, show: ({ name }) => name },
-    { title: noun, id: "total", value: ({ total }) => total, show: ({ total }) => asCount(total) },
-    { title: "most to", value: ({ top }) => top, show: ({ top }) => (top === null ? "–" : expertButton(top)) },
-    { title: "share to that", value: ({ share }) => share, show: ({ share }) => asShare(share) },
+    column(title, ({ name }) => name, (name) => name, { text: true }),
+    column(noun, ({ total }) => total, asCount, { id: "total" }),
+    column("most to", ({ top }) => top, (top) => (top === null ? "–" : expertButton(top))),
+    column("share to that", ({ share }) => share, asShare),
     ...(expert === null
       ? []
       : [
-          { title: `to expert ${expert}`, id: "count", value: ({ counts }) => counts[expert], show: ({ counts }) => asCount(counts[expert]) },
-          { title: `share to expert ${expert}`, id: "share", value: ({ counts, total }) => ratio(counts[expert], total), show: ({ counts, total }) => asShare(ratio(counts[expert], total)) },
+          column(`to expert ${expert}`, ({ counts }) => counts[expert], asCount, { id: "count" }),
+          column(`share to expert ${expert}`, ({ counts, total }) => ratio(counts[expert], total), asShare, { id: "share" }),
         ]),
   ];
 }

@@ -1,8 +1,8 @@
-"""The HTML report: one file, without network or server, that shows where patches and words went.
+"""The HTML report: one file, without network or server, that shows where patches and text tokens go.
 
-Figures travel as they were computed and are formatted by the page; the routing of single tokens and larger tables are
-packed as typed arrays (base64), pictures as WebP. The page's own parts are report.html, report.css, report_parts.js
-(texts, tables, charts), report_pictures.js (the routing maps) and report.js (layers, experts, classes, words).
+Values are formatted by the page; the routing of single tokens and larger tables are packed as typed arrays (base64),
+images as WebP. The page's parts are report.html, report.css, report_parts.js (texts, tables, charts),
+report_images.js (the routing maps) and report.js (layers, experts, classes, words).
 
 Shapes, by suffix: E experts, K choices of a token, C classes, S samples, T words.
 """
@@ -23,28 +23,23 @@ from jinja2 import Environment
 from PIL import Image
 from rich.console import Console
 
-from vmoe.inspection.example_plot import DROPPED, PALETTE
+from vmoe.inspection.plots import DROPPED, PALETTE, ink_on, layer_titles
 from vmoe.inspection.report_charts import chart_script, chart_specifications
-from vmoe.inspection.routing_statistics import (
-    LayerStatistics,
-    RoutingStatistics,
-    SampleRouting,
-    TokenRouting,
-    TypicalPatch,
-)
+from vmoe.inspection.results import LayerStatistics, RoutingStatistics, SampleRouting, TokenRouting, TypicalPatch
 from vmoe.utils.atomic import whole_file
 
-MAX_BYTES = 15_000_000  # of the file; beyond it, fewer pictures are shown
-MIN_PICTURES = 24  # a page of them, shown even then
-MAX_SIDE = 224  # of a shown picture, in pixels
+MAX_BYTES = 15_000_000  # of the file; beyond it, fewer images are shown
+MIN_IMAGES = 24  # a page of them, shown even then
+MAX_SIDE = 224  # of a shown image, in pixels
 MAX_SHEET_PIXELS = 4_000_000  # of the typical patches of all layers together
-SCRIPTS = ("report_parts.js", "report_pictures.js", "report.js")
+SCRIPTS = ("report_parts.js", "report_images.js", "report.js")
 WEIGHT_STEPS = 10_000  # weights are shown to four decimals
 KEPT_BIT = 1 << 15  # above the largest weight, 10,000
 MAX_CHOICES = 4  # of a token, where experts or slots choose and K = E
 MAX_WORDS = 300  # per layer, the most frequent
 MAX_TYPICAL = 24  # patches per expert
-EXACT_SIDE = 64  # pictures of up to so many pixels a side lose nothing; larger ones are compressed
+EXACT_SIDE = 64  # images of up to so many pixels a side lose nothing; larger ones are compressed
+LAYER_FACTS = ("name", "num_experts", "num_selected_experts", "router", "capacity", "batch_priority", "tokens")
 BLOCK = 8  # JPEG's blocks do not look at each other, so patches on whole blocks do not mix
 
 
@@ -54,13 +49,13 @@ def write_report(statistics: RoutingStatistics, file: str | Path, console: Conso
     Args:
         statistics: what `gather_statistics` found.
         file: where to write; its folder is made. The same statistics give the same file.
-        console: told when the pictures do not all fit into the file's 15 MB; None: only the page says so.
+        console: told when the images do not all fit into the file's 15 MB; None: only the page says so.
 
     Returns:
         The file.
 
     Raises:
-        ModuleNotFoundError: Altair or vl-convert is not installed (extra `report`).
+        ModuleNotFoundError: vl-convert is not installed (extra `report`).
         ValueError: statistics without a sparse layer, or weights outside 0..1.
     """
     if not statistics.layers:
@@ -69,17 +64,16 @@ def write_report(statistics: RoutingStatistics, file: str | Path, console: Conso
     library, specifications = chart_script(), _script_json(chart_specifications())
     own = "\n".join(_part(name) for name in SCRIPTS)
     around = (library, own, specifications, _part("report.css"), _part("report.html"))
-    told = report_data(statistics, MAX_BYTES - sum(len(part.encode()) for part in around))
-    shown, given = len(told["samples"]), len(statistics.samples)
+    data = report_data(statistics, MAX_BYTES - sum(len(part.encode()) for part in around))
+    shown, given = len(data["samples"]), len(statistics.samples)
     if shown < given and console is not None:
-        console.print(f"the report shows {shown} of {given} pictures, to stay below {MAX_BYTES / 1e6:.0f} MB")
-    data = _script_json(told)
+        console.print(f"the report shows {shown} of {given} images, to stay below {MAX_BYTES / 1e6:.0f} MB")
     page = Environment(autoescape=False).from_string(_part("report.html"))
     html = page.render(
         # The policy lets these two scripts run and nothing else: no text of the data can, nor any request go out.
         script_hashes=" ".join(f"'sha256-{_sha256(script)}'" for script in (library, own)),
         style=_part("report.css"),
-        data=data,
+        data=_script_json(data),
         specifications=specifications,
         library=library,
         own=own,
@@ -91,51 +85,46 @@ def write_report(statistics: RoutingStatistics, file: str | Path, console: Conso
 
 
 def report_data(statistics: RoutingStatistics, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """What the page is told: JSON-able, see the module's docstring.
+    """What the page shows, as JSON; see the module's docstring.
 
-    If it has more than `max_bytes` as JSON, pictures are left out: those that stay are spread evenly over the others.
+    If it has more than `max_bytes` as JSON, some images are left out; the others are evenly spread.
     """
     samples = [_sample_data(statistics, sample) for sample in statistics.samples]
-    facts = {
-        "checkpoint": statistics.checkpoint,
-        "weights": statistics.weights_fingerprint,
-        "data": statistics.data,
-        "data_fingerprint": statistics.data_fingerprint,
-        "num_samples": statistics.num_samples,
-        "num_skipped": statistics.num_skipped,
-        "words_from": statistics.words_from,
-        "versions": statistics.versions,
-    }
+    names = ("checkpoint", "data", "data_fingerprint", "num_samples", "num_skipped", "words_from", "versions")
+    facts = {name: getattr(statistics, name) for name in names} | {"weights": statistics.weights_fingerprint}
     data = {
         "facts": facts,
         "palette": list(PALETTE),
         "dropped": DROPPED,
+        "inks": {colour: ink_on(colour) for colour in (*PALETTE, DROPPED)},
         "modalities": statistics.modalities,
         "class_names": statistics.class_names,
         "agreement": {name: _numbers(matrix) for name, matrix in statistics.agreement.items()},
         "num_samples_given": len(samples),
         "num_typical": _num_typical(statistics.layers),
     }
-    fixed = [_layer_data(layer, data["num_typical"]) for layer in statistics.layers]
+    titles = layer_titles([layer.name for layer in statistics.layers])
+    fixed = [
+        {"title": title, **_layer_data(layer, data["num_typical"])}
+        for title, layer in zip(titles, statistics.layers, strict=True)
+    ]
 
-    def with_pictures(number: int) -> dict[str, Any]:
-        places = np.linspace(0, len(samples) - 1, number).round().astype(int).tolist()
+    def with_images(number: int) -> dict[str, Any]:
+        shown = np.linspace(0, len(samples) - 1, number).round().astype(int).tolist()
         return {
             **data,
-            "layers": [{**layer, **_layer_routing(statistics, i, places)} for i, layer in enumerate(fixed)],
-            "samples": [samples[place] for place in places],
-            "sample_index": [statistics.sample_index[place] for place in places],
+            "layers": [{**layer, **_layer_routing(statistics, i, shown)} for i, layer in enumerate(fixed)],
+            "samples": [samples[index] for index in shown],
+            "sample_index": [statistics.sample_index[index] for index in shown],
         }
 
-    found = with_pictures(len(samples))
-    if len(_script_json(found)) <= max_bytes:
-        return found
-    number, least = len(samples), min(len(samples), MIN_PICTURES)
-    empty = len(_script_json(with_pictures(0)))
+    found = with_images(len(samples))
+    number, least = len(samples), min(len(samples), MIN_IMAGES)
+    empty = len(_script_json(with_images(0)))
     while number > least and (size := len(_script_json(found))) > max_bytes:
-        # Pictures are about equally large; where they are not, one more round follows.
+        # Images are about equally large; where they are not, one more round follows.
         number = max(least, min(number - 1, int(number * (max_bytes - empty) / (size - empty))))
-        found = with_pictures(number)
+        found = with_images(number)
     return found
 
 
@@ -146,9 +135,9 @@ def _sample_data(statistics: RoutingStatistics, sample: SampleRouting) -> dict[s
         "caption": sample.caption,
         "words": sample.words,
         "top": [[name, float(probability)] for name, probability in sample.top_classes],
-        # Place of the right name in "top", or null. Names may be alike, or longer than the class's.
+        # Index of the right name in "top", or null. Names may be alike, or longer than the class's.
         "right": sample.top_labels.index(sample.label) if sample.label in sample.top_labels else None,
-        "source": _picture_source(sample.image),
+        "source": _image_source(sample.image),
     }
 
 
@@ -160,20 +149,12 @@ def _layer_data(layer: LayerStatistics, num_typical: int) -> dict[str, Any]:
     by_frequency = sorted(layer.expert_word.items(), key=lambda item: (-float(item[1].sum()), item[0]))
     words = by_frequency[:MAX_WORDS]
     return {
-        "name": layer.name,
-        "num_experts": layer.num_experts,
-        "num_selected_experts": layer.num_selected_experts,
-        "router": layer.router,
+        **{name: getattr(layer, name) for name in LAYER_FACTS},
         "capacity_factor": layer.eval_capacity_factor,
-        "capacity": layer.capacity,
-        "batch_priority": layer.batch_priority,
-        "tokens": layer.tokens,
         **{
-            name: {modality: _numbers(values_E) for modality, values_E in getattr(layer, name).items()}
-            for name in ("asked", "kept", "importance")
+            name: {modality: _numbers(value) for modality, value in getattr(layer, name).items()}
+            for name in ("asked", "kept", "importance", "entropy", "share_dropped")
         },
-        "entropy": {modality: _number(value) for modality, value in layer.entropy.items()},
-        "share_dropped": {modality: _number(value) for modality, value in layer.share_dropped.items()},
         "expert_class": None if layer.expert_class is None else _packed(layer.expert_class),
         "words": [word for word, _ in words],
         "num_words": len(by_frequency),
@@ -182,11 +163,11 @@ def _layer_data(layer: LayerStatistics, num_typical: int) -> dict[str, Any]:
     }
 
 
-def _layer_routing(statistics: RoutingStatistics, place: int, shown: list[int]) -> dict[str, Any]:
-    layer, samples = statistics.layers[place], [statistics.samples[number] for number in shown]
+def _layer_routing(statistics: RoutingStatistics, index: int, shown: list[int]) -> dict[str, Any]:
+    layer, samples = statistics.layers[index], [statistics.samples[number] for number in shown]
     return {
-        "patches": _routing_data([sample.patches[place] for sample in samples], layer),
-        "text": _routing_data([sample.text[place] for sample in samples if sample.text], layer),
+        "patches": _routing_data([sample.patches[index] for sample in samples], layer),
+        "text": _routing_data([sample.text[index] for sample in samples if sample.text], layer),
     }
 
 
@@ -218,10 +199,8 @@ def _num_typical(layers: list[LayerStatistics]) -> int:
     """Patches per expert, such that their sheets do not fill the file."""
     column = 0  # pixels of one patch of each expert in each layer
     for layer in layers:
-        first = next((own[0] for own in layer.typical_patches if own), None)
-        column += (
-            0 if first is None else len(layer.typical_patches) * math.prod(map(_whole_blocks, first.pixels.shape[:2]))
-        )
+        first = [own[0].pixels.shape[:2] for own in layer.typical_patches if own][:1]
+        column += sum(len(layer.typical_patches) * math.prod(map(_whole_blocks, shape)) for shape in first)
     return MAX_TYPICAL if column == 0 else max(1, min(MAX_TYPICAL, MAX_SHEET_PIXELS // column))
 
 
@@ -248,11 +227,11 @@ def _typical_data(patches: list[list[TypicalPatch]], most: int) -> dict[str, Any
         "patch": [height, width],
         "cell": [cell_height, cell_width],
         "columns": columns,
-        "patches": [[[p.sample, p.row, p.column, _number(p.weight)] for p in own] for own in patches],
+        "patches": [[[p.sample, p.row, p.column, _numbers(p.weight)] for p in own] for own in patches],
     }
 
 
-def _picture_source(pixels: np.ndarray) -> str:
+def _image_source(pixels: np.ndarray) -> str:
     height, width = pixels.shape[:2]
     exact = max(height, width) <= EXACT_SIDE
     if max(height, width) > MAX_SIDE:
@@ -278,13 +257,11 @@ def _packed(values: np.ndarray) -> dict[str, str]:
     return {"kind": kind, "data": base64.b64encode(np.ascontiguousarray(values, dtype=dtype).tobytes()).decode()}
 
 
-def _number(value: float) -> float | None:
-    """JSON has no NaN."""
-    return float(value) if math.isfinite(value) else None
-
-
-def _numbers(values: np.ndarray) -> list:
-    return [_numbers(row) if np.ndim(row) else _number(row) for row in values]
+def _numbers(values: Any) -> Any:
+    """Floats, in lists as the values are; JSON has no NaN, so null stands for it."""
+    if np.ndim(values):
+        return [_numbers(value) for value in values]
+    return float(values) if math.isfinite(values) else None
 
 
 def _script_json(value: Any) -> str:

@@ -45,15 +45,7 @@ function shorten(text, length) {
 
 const colourOf = (expert) => DATA.palette[expert % DATA.palette.length];
 
-// Black or white, whichever is read better on the colour (WCAG's relative luminance); at least 4.58 : 1.
-function inkOn(colour) {
-  const parts = [1, 3, 5].map((place) => {
-    const value = parseInt(colour.slice(place, place + 2), 16) / 255;
-    return value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
-  });
-  const luminance = 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2];
-  return (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) ? "#000000" : "#ffffff";
-}
+const inkOn = (colour) => DATA.inks[colour];
 
 function tag(expert) {
   return make("span", { class: "tag", style: { background: colourOf(expert), color: inkOn(colourOf(expert)) } }, String(expert));
@@ -159,6 +151,9 @@ function whenSeen(element, work) {
 
 // ---- tables ----
 
+// A column of `drawTable` that shows its values by `show`.
+const column = (title, value, show, more = {}) => ({ title, value, show: (row) => show(value(row)), ...more });
+
 const SHORT_TABLE = 100;
 const sorting = {}; // {table: {column, direction}} that the reader chose, kept when the table is drawn again
 
@@ -167,7 +162,7 @@ const sorting = {}; // {table: {column, direction}} that the reader chose, kept 
 function drawTable(box, { label, columns, rows, chosen = () => false, sort = null, key = columns[0].value }) {
   const idOf = ({ id, group, title }) => id ?? `${group ?? ""} ${title}`;
   const saved = sorting[box.id];
-  const known = saved ? columns.findIndex((column) => idOf(column) === saved.id) : -1;
+  const known = saved ? columns.findIndex((one) => idOf(one) === saved.id) : -1;
   const state = known >= 0 ? { column: known, direction: saved.direction } : { ...(sort ?? { column: 0, direction: "ascending" }) };
   let all = rows.length <= SHORT_TABLE + 20;
   const head = make("tr");
@@ -178,28 +173,28 @@ function drawTable(box, { label, columns, rows, chosen = () => false, sort = nul
     const { text, group } = columns[place];
     return [text ? "text" : "", group && group !== columns[place - 1]?.group ? "first" : ""].join(" ").trim() || null;
   };
-  const headers = columns.map((column, place) => {
-    const button = make("button", { type: "button" }, column.title);
+  const headers = columns.map((one, place) => {
+    const button = make("button", { type: "button" }, one.title);
     const header = make("th", { scope: "col", class: classOf(place) }, button);
     button.addEventListener("click", () => {
-      const first = column.text ? "ascending" : "descending";
+      const first = one.text ? "ascending" : "descending";
       const other = first === "ascending" ? "descending" : "ascending";
       state.direction = state.column === place && state.direction === first ? other : first;
       state.column = place;
-      sorting[box.id] = { id: idOf(column), direction: state.direction };
+      sorting[box.id] = { id: idOf(one), direction: state.direction };
       fill();
-      say(`Sorted by ${[column.group, column.title].filter(Boolean).join(", ")}, ${state.direction}`);
+      say(`Sorted by ${[one.group, one.title].filter(Boolean).join(", ")}, ${state.direction}`);
     });
     head.append(header);
     return header;
   });
 
   function fill() {
-    const column = columns[state.column];
+    const { value: valueOf } = columns[state.column];
     const sign = state.direction === "ascending" ? 1 : -1;
     const missing = (value) => value === null || value === undefined || Number.isNaN(value);
     const sorted = rows
-      .map((row) => [column.value(row), row])
+      .map((row) => [valueOf(row), row])
       .sort(([a], [b]) => {
         if (missing(a) || missing(b)) return missing(a) - missing(b);
         if (typeof a === "string") return sign * a.localeCompare(b, "en", { numeric: true });
@@ -229,7 +224,7 @@ function drawTable(box, { label, columns, rows, chosen = () => false, sort = nul
   const groups = make("tr", { class: "groups" });
   for (const [place, { group }] of columns.entries()) {
     if (place > 0 && group === columns[place - 1].group) continue;
-    const span = columns.slice(place).findIndex((column) => column.group !== group);
+    const span = columns.slice(place).findIndex((one) => one.group !== group);
     const width = span < 0 ? columns.length - place : span;
     groups.append(group ? make("th", { scope: "colgroup", colspan: width, class: "first" }, group) : make("td", { colspan: width }));
   }

@@ -89,8 +89,7 @@ def routing_picture(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     from vmoe.evaluation.loaded_model import Subject
-    from vmoe.inspection.example_plot import one_line_for_missing_glyphs
-    from vmoe.inspection.plots import draw_maps, maps_to_draw
+    from vmoe.inspection.plots import draw_maps, maps_to_draw, one_line_for_missing_glyphs
     from vmoe.inspection.routing_statistics import sample_routing, sparse_layers
 
     transform = build_transform(preprocess_config(model), None)

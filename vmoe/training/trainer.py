@@ -46,7 +46,7 @@ from vmoe.distributed.process_group import (
     wait_for_all,
 )
 from vmoe.evaluation.inference import arithmetic, attention_kernel, pick_device, pick_precision
-from vmoe.inspection.example_plot import example_figure
+from vmoe.inspection.plots import example_figure
 from vmoe.models.factory import preprocess_config
 from vmoe.models.flops import model_profile
 from vmoe.models.serialization import WeightsError, checkpoint_weights
