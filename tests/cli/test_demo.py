@@ -99,8 +99,8 @@ def rows(page, name):
 
 
 def routing_map(page, other_than=None):
-    """(source, picture) of the map, once it is there and is not the one of another source."""
-    image = page.get_by_alt_text("The picture under the numbers")
+    """(source, image) of the map, once it is there and is not the one of another source."""
+    image = page.get_by_alt_text("The image under the numbers")
     image.wait_for()
     page.wait_for_function(
         "([image, old]) => image.src !== old && image.complete && image.naturalWidth > 0",
@@ -113,7 +113,7 @@ def routing_map(page, other_than=None):
 def click_patch(page, row, column, grid=6):
     """Clicks a patch that is not the chosen one, and waits until it is framed."""
     source, _ = routing_map(page)
-    image = page.get_by_alt_text("The picture under the numbers")
+    image = page.get_by_alt_text("The image under the numbers")
     box = image.bounding_box()
     image.click(position={"x": (column + 0.5) * box["width"] / grid, "y": (row + 0.5) * box["height"] / grid})
     page.get_by_text(f"Experts of the patch in row {row}, column {column}").wait_for()
@@ -195,7 +195,7 @@ def test_mistakes_are_told_and_the_server_lives_on(limoe, open_demo, photo, fold
         page.get_by_role("status").get_by_text(text).wait_for()
 
     button.click()
-    told("Choose a picture first")
+    told("Choose an image first")
     (folder / "broken.png").write_bytes(photo.read_bytes()[:200])
     page.get_by_label("File upload").set_input_files(folder / "broken.png")
     page.get_by_role("button", name="Remove Image").wait_for()

@@ -129,7 +129,7 @@ def test_header_and_charts_are_there(page):
     header = page.locator("header").inner_text()
     assert "runs/example" in header
     assert "example pictures" in header
-    assert re.search(r"Pictures\s+30", header)
+    assert re.search(r"Images\s+30", header)
     assert page.title() == "Routing report: runs/example"
     for chart in ("#layer-charts", "#agreement", "#expert-charts", "#class-chart"):
         page.locator(chart).scroll_into_view_if_needed()
@@ -190,7 +190,7 @@ def test_bars_have_the_figures_of_the_table(page):
 def test_another_layer_changes_maps_and_figures(page):
     before, rows = maps(page), table(page, "expert-table")
     choose(page, layer=1)
-    assert "block 3" in page.locator("#pictures-title").inner_text()
+    assert "block 3" in page.locator("#images-title").inner_text()
     assert table(page, "expert-table") != rows
     after = maps(page)
     assert all(old != new for old, new in zip(before, after, strict=True))
@@ -227,7 +227,7 @@ def test_an_expert_changes_collage_highlight_and_tables(page):
     assert maps(page) == before
 
 
-def test_patches_of_the_collage_are_those_of_the_pictures(page):
+def test_patches_of_the_collage_are_those_of_the_images(page):
     """The middle of the first patch on screen has the colour of the patch that was found."""
     choose(page, layer=0, expert=1)
     page.locator("#collage").scroll_into_view_if_needed()
@@ -310,11 +310,11 @@ def test_tables_are_sorted_by_their_headers(page):
     assert [n for n in names if n.isalpha()] == sorted(n for n in counts if n.isalpha())
 
 
-def test_pictures_are_found_ordered_and_turned_over(page):
+def test_images_are_found_ordered_and_turned_over(page):
     assert page.locator("#cards .card").count() == 24
     page.click("#next")
     assert page.locator("#cards .card").count() == 6
-    assert page.locator("#page").inner_text() == "page 2 of 2, 30 pictures"
+    assert page.locator("#page").inner_text() == "page 2 of 2, 30 images"
     assert page.evaluate("document.activeElement.id") == "previous"
     page.fill("#find", "0007")
     assert page.locator("#cards .card p").first.inner_text() == "pictures/0007.png"
@@ -386,7 +386,7 @@ def test_layers_of_one_modality_and_data_without_classes(browser_page, example_s
     page = open_report(browser_page, statistics, tmp_path)
     assert page.locator("#layer option").all_inner_texts() == [first.name, second.name]
     assert page.locator("#cards canvas").count() == 0
-    assert "sees no pictures" in page.locator("#collage").inner_text()
+    assert "sees no images" in page.locator("#collage").inner_text()
     choose(page, layer=1, expert=3)
     assert page.locator("#cards canvas").count() == len(statistics.samples)
     assert page.locator("#words-note").inner_text() == "This layer sees no words."
@@ -463,7 +463,7 @@ def test_tables_of_classes_count_assignments_and_say_what_was_dropped(page):
     assert "100% of what was not dropped" in note
 
 
-def test_a_typical_patch_of_a_picture_that_is_not_shown_has_its_place_in_the_data(
+def test_a_typical_patch_of_an_image_that_is_not_shown_has_its_index_in_the_data(
     browser_page, example_statistics, tmp_path
 ):
     statistics = example_statistics()
@@ -471,7 +471,7 @@ def test_a_typical_patch_of_a_picture_that_is_not_shown_has_its_place_in_the_dat
     page = open_report(browser_page, statistics, tmp_path)
     choose(page, expert=2)
     label = page.locator("#collage .patch").first.get_attribute("aria-label")
-    assert label.startswith("picture 17 of the data, row ")
+    assert label.startswith("image 17 of the data, row ")
 
 
 def test_dropped_patches_stay_hatched_when_an_expert_is_chosen(browser_page, example_statistics, tmp_path):

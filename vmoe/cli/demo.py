@@ -53,7 +53,7 @@ class DemoConfig:
             with one per line, "openai_imagenet" (the 80 of CLIP) or "simple_imagenet" (7 of them); null: the label.
         host: Address to listen on; "0.0.0.0" lets other machines in.
         port: Port to listen on; null takes the first free one from 7860.
-        share: Also open a public link through Gradio's servers. Images then travel through them.
+        share: Also open a public link through Gradio's servers. Images are then sent through them.
         device: "auto" (CUDA, then MPS, then CPU) or a torch device such as "cuda:1".
         exif_orientation: Whether images are turned as their EXIF data say; null: as the model was trained.
     """
@@ -158,10 +158,10 @@ def build_app(subject: Subject, templates: Sequence[str | Callable[[str], str]] 
     answering = _answering(gr)
 
     @answering
-    def classify(picture: Image.Image | None, labels: str, layer: int, row: int, column: int) -> tuple:
-        if picture is None:
-            raise ValueError("Choose a picture first: drop one, paste one, or click one of the examples.")
-        found = logic.explain(subject, picture, logic.parse_labels(labels) if has_text else None, templates)
+    def classify(image: Image.Image | None, labels: str, layer: int, row: int, column: int) -> tuple:
+        if image is None:
+            raise ValueError("Choose an image first: drop one, paste one, or click one of the examples.")
+        found = logic.explain(subject, image, logic.parse_labels(labels) if has_text else None, templates)
         likeliest, _ = max(found.probabilities, key=lambda pair: pair[1])
         names = gr.Dropdown(choices=[name for name, _ in found.probabilities], value=likeliest)
         bars = logic.bars_html(found.probabilities)
@@ -178,7 +178,7 @@ def build_app(subject: Subject, templates: Sequence[str | Callable[[str], str]] 
     show_clicked.__annotations__ = {"event": gr.SelectData}  # Gradio hands the event to an argument of this type
 
     def view(found: Explanation | None, layer: int, row: int | None, column: int | None, label: str | None) -> tuple:
-        """Map, experts of the patch, words, loads."""
+        """Map, experts of the patch, text tokens, loads."""
         if found is None:
             raise ValueError("There is nothing to show, or it is no longer kept: press Classify.")
         if not layers:
@@ -188,7 +188,7 @@ def build_app(subject: Subject, templates: Sequence[str | Callable[[str], str]] 
         if has_text and label is not None:
             words, by_layer = logic.route_words(subject, logic.prompt(label, templates))
             text = by_layer.get(layers[layer].name)
-        drawn, patch = None, "<p>This layer sees words only.</p>"
+        drawn, patch = None, "<p>This layer sees text only.</p>"
         if patches is not None:
             if row is None or column is None:
                 raise ValueError("Give both a row and a column.")
@@ -207,18 +207,18 @@ def build_app(subject: Subject, templates: Sequence[str | Callable[[str], str]] 
         found = gr.State(None, time_to_live=KEPT_SECONDS)
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                picture = gr.Image(label="Picture", type="pil", sources=["upload", "clipboard"], height=280, buttons=[])
+                image = gr.Image(label="Image", type="pil", sources=["upload", "clipboard"], height=280, buttons=[])
                 # Not by a subclass, for which Gradio would write a file beside this one.
-                picture.preprocess = _picture_reader(gr, subject.exif_orientation)
+                image.preprocess = _image_reader(gr, subject.exif_orientation)
                 labels = gr.Textbox(
                     label="Labels, one per line or separated by commas", lines=4, max_lines=12, visible=has_text
                 )
                 button = gr.Button("Classify", variant="primary")
-                examples = _example_pictures()
+                examples = _example_images()
                 if examples:
                     gr.Examples(
-                        [[image, "\n".join(EXAMPLES)] for image in examples],
-                        [picture, labels],
+                        [[example, "\n".join(EXAMPLES)] for example in examples],
+                        [image, labels],
                         label="Examples (OpenMoji, CC BY-SA 4.0)",
                         visible_columns=[0],
                     )
@@ -235,7 +235,7 @@ def build_app(subject: Subject, templates: Sequence[str | Callable[[str], str]] 
                             routing_map = gr.Image(
                                 label="Experts of the patches",
                                 show_label=False,  # it would lie over the first patches
-                                alt_text="The picture under the numbers and colours of its patches' experts",
+                                alt_text="The image under the numbers and colours of its patches' experts",
                                 interactive=False,
                                 buttons=[],
                                 format="png",
@@ -248,13 +248,13 @@ def build_app(subject: Subject, templates: Sequence[str | Callable[[str], str]] 
                             patch = gr.HTML(padding=False)
                     with gr.Row(visible=has_text):
                         name = gr.Dropdown(label="Label", scale=2, min_width=200)
-                        words = gr.HighlightedText(label="Experts of the label's words", scale=3, min_width=320)
+                        words = gr.HighlightedText(label="Experts of the label's text tokens", scale=3, min_width=320)
                     loads = gr.HTML(padding=False)
 
         seen = [routing_map, patch, words, loads]
         private = {"api_visibility": "private", "trigger_mode": "always_last"}
         press = {
-            "inputs": [picture, labels, layer, row, column],
+            "inputs": [image, labels, layer, row, column],
             "outputs": [found, probabilities, routing, name, *seen],
         }
         gr.on([button.click, labels.submit], classify, **press, **private, show_progress_on=probabilities)
@@ -294,8 +294,8 @@ def _message(gr: Any, text: str) -> Exception:
     return gr.Error(html.escape(text), duration=None, print_exception=False)
 
 
-def _picture_reader(gr: Any, exif_orientation: bool) -> Callable[[Any], Image.Image | None]:
-    """What makes a picture of an upload: files are read and refused as everywhere in vmoe."""
+def _image_reader(gr: Any, exif_orientation: bool) -> Callable[[Any], Image.Image | None]:
+    """Reads an uploaded image with the checks of the data loaders."""
     from vmoe.data import BadSample
     from vmoe.data.images import Reading, load_image
 
@@ -303,24 +303,24 @@ def _picture_reader(gr: Any, exif_orientation: bool) -> Callable[[Any], Image.Im
         if upload is None:
             return None
         if not upload.path:
-            raise _message(gr, "The picture did not reach the server as a file: drop it once more.")
+            raise _message(gr, "The image did not reach the server as a file: drop it once more.")
         try:
             return load_image(upload.path, reading=Reading(exif_orientation))
         except BadSample as error:
-            raise _message(gr, f"{upload.orig_name or 'The picture'}: {error.reason}.") from None
+            raise _message(gr, f"{upload.orig_name or 'The image'}: {error.reason}.") from None
 
     return read
 
 
 def _introduction(subject: Subject, layers: Sequence[Layer]) -> str:
-    what = "picture and labels" if subject.tokenizer else "picture"
-    routing = "the experts of its patches" + (" and of the labels' words" if subject.tokenizer else "")
+    what = "image and labels" if subject.tokenizer else "image"
+    routing = "the experts of its patches" + (" and of the labels' text tokens" if subject.tokenizer else "")
     if not layers:
         routing = "no experts, for this model has no sparse layer"
-    return f"Give a {what}: the model `{Path(subject.checkpoint).name}` shows probabilities and {routing}."
+    return f"Give an {what}: the model `{Path(subject.checkpoint).name}` shows probabilities and {routing}."
 
 
-def _example_pictures() -> list[Image.Image]:
+def _example_images() -> list[Image.Image]:
     """Some emoji; none where their packages are not installed."""
     from vmoe.data.sources.emoji import draw_emoji, list_emoji
 

@@ -262,12 +262,12 @@ def colour_words(words: Sequence[str], routing: TokenRouting) -> tuple[list[tupl
     """([(word piece, its experts with weights, such as "3 (0.92)")], {experts: colour of the best that took it})."""
     first_T = routing.best_kept
     pieces, colours = [], {}
-    for place, word in enumerate(words):
-        chosen = zip(routing.expert[place], routing.weight[place], routing.kept[place], strict=True)
+    for index, word in enumerate(words):
+        chosen = zip(routing.expert[index], routing.weight[index], routing.kept[index], strict=True)
         kept = [f"{expert} ({weight:.2f})" for expert, weight, took_it in chosen if took_it and weight > 0]
         text = ", ".join(kept[:MAX_CHOICES]) or "dropped"
         pieces.append((word, text))
-        colours[text] = DROPPED if first_T[place] < 0 else PALETTE[first_T[place] % len(PALETTE)]
+        colours[text] = DROPPED if first_T[index] < 0 else PALETTE[first_T[index] % len(PALETTE)]
     return pieces, colours
 
 

@@ -96,7 +96,7 @@ def panels(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]
 
 
 def heading(figure: Figure, title: str, note: str) -> None:
-    """A bold title and a pale line below it, at the left; constrained layout makes room for them."""
+    """A bold title and a pale line below it, at the left; constrained layout leaves space for them."""
     lines = note.count("\n") + 1
     figure.suptitle(f"{title}\n" + "\n" * lines, x=0.01, ha="left", fontsize=11, weight="bold", color=INK)
     height = figure.get_figheight()

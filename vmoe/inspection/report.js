@@ -42,7 +42,7 @@ function drawHeader() {
   facts(byId("facts"), [
     ["Model", known.checkpoint],
     ["Data", known.data],
-    ["Pictures", asCount(known.num_samples) + (known.num_skipped ? `, and ${asCount(known.num_skipped)} unreadable ones left out` : "")],
+    ["Images", asCount(known.num_samples) + (known.num_skipped ? `, and ${asCount(known.num_skipped)} unreadable ones left out` : "")],
     ["Words", known.words_from ?? "none"],
     ["Sparse layers", asCount(DATA.layers.length)],
     ["Experts", every(({ num_experts: experts }) => asCount(experts))],
@@ -51,7 +51,7 @@ function drawHeader() {
   ]);
   byId("dropped-note").textContent = ROUTERS.filter((name) => name in DROPPED_TEXT).map((name) => `${DROPPED_TEXT[name]} `).join("");
   const given = DATA.num_samples_given;
-  byId("few-note").textContent = DATA.samples.length < given ? `To keep this file small, ${asCount(DATA.samples.length)} of the ${asCount(given)} pictures are here, evenly spread.` : "";
+  byId("few-note").textContent = DATA.samples.length < given ? `To keep this file small, ${asCount(DATA.samples.length)} of the ${asCount(given)} images are here, evenly spread.` : "";
   facts(byId("more-facts"), [
     ["Weights (SHA-256)", known.weights],
     ["Data (SHA-256)", known.data_fingerprint],
@@ -209,7 +209,7 @@ function drawCollage() {
   if (sheet) URL.revokeObjectURL(sheet.address);
   sheet = null;
   if (!typical) {
-    box.replaceChildren(make("p", { class: "empty" }, "This layer sees no pictures."));
+    box.replaceChildren(make("p", { class: "empty" }, "This layer sees no images."));
     return;
   }
   const address = URL.createObjectURL(new Blob([bytesOf(typical.sheet)], { type: "image/jpeg" }));
@@ -220,7 +220,7 @@ function drawCollage() {
     const zoom = side / Math.max(height, width);
     const figures = typical.patches[expert].slice(0, most).map(([sample, row, column, weight], place) => {
       const shown = DATA.sample_index.indexOf(sample);
-      const name = shown < 0 ? `picture ${sample} of the data` : DATA.samples[shown].path;
+      const name = shown < 0 ? `image ${sample} of the data` : DATA.samples[shown].path;
       const lines = [[expert, `weight ${asWeight(weight)}`]];
       const title = `${name}, row ${row}, column ${column}`;
       const patch = make("span", {
@@ -298,7 +298,7 @@ function drawClasses() {
   const known = layer.expert_class !== null && DATA.class_names;
   byId("class-parts").hidden = !known;
   if (!known) {
-    byId("classes-note").textContent = layer.patches === null ? "This layer sees no pictures." : "The data has no classes.";
+    byId("classes-note").textContent = layer.patches === null ? "This layer sees no images." : "The data has no classes.";
     return;
   }
   const rows = countRows(DATA.class_names, unpack(layer.expert_class), layer.num_experts, true);
@@ -308,7 +308,7 @@ function drawClasses() {
   if (state.expert === null) drawnRows.sort((a, b) => a.top - b.top || b.share - a.share);
   const few = seen.length > drawnRows.length;
   byId("classes-note").textContent =
-    `Where the patches of each class's pictures went${countNote(layer, "image", "a patch")} ` +
+    `Where the patches of each class's images went${countNote(layer, "image", "a patch")} ` +
     (few
       ? `The map shows the ${drawnRows.length} of ${asCount(seen.length)} classes with the largest share in ${state.expert === null ? "one expert" : expertName()}; the table has all.`
       : `A row of the map adds up to 100%${layer.share_dropped.image > 0 && layer.router === "top_k" ? " of what was not dropped" : ""}.`);
@@ -387,7 +387,7 @@ function choose({ layer = state.layer, expert = state.expert }) {
   drawClasses();
   drawWords();
   drawLegend();
-  drawPictures();
+  drawImages();
   if (!focused.isConnected) place?.()?.focus();
   say(`${LAYER_NAMES[layer]}, ${expertName()}`);
 }
@@ -412,9 +412,9 @@ function start() {
   byId("layer").replaceChildren(...LAYER_NAMES.map((name, place) => make("option", { value: place }, name)));
   byId("layer").addEventListener("change", (event) => choose({ layer: Number(event.target.value) }));
   byId("expert").addEventListener("change", (event) => choose({ expert: event.target.value === "" ? null : Number(event.target.value) }));
-  const sections = { layers: "Layers", experts: "Experts", patches: "Patches", classes: "Classes", words: "Words", pictures: "Pictures" };
+  const sections = { layers: "Layers", experts: "Experts", patches: "Patches", classes: "Classes", words: "Words", images: "Images" };
   byId("sections").replaceChildren(...Object.entries(sections).map(([id, title]) => make("a", { href: `#${id}` }, title)));
-  startPictures();
+  startImages();
   drawLayerCharts();
   choose({});
 }

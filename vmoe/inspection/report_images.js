@@ -1,9 +1,9 @@
-// The pictures with the routing of their patches and words in the chosen layer.
+// The images with the routing of their patches and words in the chosen layer.
 
 const PAGE_SIZE = 24;
 const WEIGHT_STEPS = 10000;
 const KEPT_BIT = 1 << 15;
-const pictures = { page: 0, found: DATA.samples.map((_, place) => place) };
+const images = { page: 0, found: DATA.samples.map((_, place) => place) };
 const unpacked = new Map();
 
 // Typed arrays of a layer's routing, and where each sample's tokens begin; null if the layer never saw the modality.
@@ -51,7 +51,7 @@ function linesOf(choices) {
   return others ? [...taken, [null, `the ${taken.length} largest weights ${all}`]] : taken;
 }
 
-// ---- the map of a picture ----
+// ---- the map of an image ----
 
 function drawMap(canvas, sample, cursor = null) {
   const routing = routingOf(state.layer, "image");
@@ -193,7 +193,7 @@ function makeWords(sample) {
   return rove(make("ul", { class: "chips", "aria-label": "Words of the caption" }, ...buttons.map((button) => make("li", {}, button))), buttons);
 }
 
-// The model's likeliest names of the picture; the right one is marked.
+// The model's likeliest names of the image; the right one is marked.
 function makeNames(top, rightPlace) {
   const items = top.map(([name, share], place) => {
     const right = place === rightPlace;
@@ -206,12 +206,12 @@ function makeCard(sample) {
   const { path, class: label, words, top, right, source } = DATA.samples[sample];
   const name = label ?? path.split("/").pop();
   const maps = routingOf(state.layer, "image");
-  const pair = make("div", { class: "pair" }, make("img", { src: source, alt: `The picture ${path}` }));
+  const pair = make("div", { class: "pair" }, make("img", { src: source, alt: `The image ${path}` }));
   if (maps) pair.append(make("div", { class: "map" }, make("img", { src: source, alt: "" }), makeMap(sample, name)));
-  else pair.append(make("p", {}, "This layer sees no pictures."));
+  else pair.append(make("p", {}, "This layer sees no images."));
   return make(
     "article",
-    { class: "card", "aria-label": `Picture ${path}` },
+    { class: "card", "aria-label": `Image ${path}` },
     pair,
     make("div", {}, make("h3", {}, name), make("p", {}, path)),
     top.length ? makeNames(top.slice(0, 3), right) : null,
@@ -219,7 +219,7 @@ function makeCard(sample) {
   );
 }
 
-// ---- which pictures ----
+// ---- which images ----
 
 function countPatches(sample, wanted) {
   const routing = routingOf(state.layer, "image");
@@ -228,30 +228,30 @@ function countPatches(sample, wanted) {
   return count;
 }
 
-function findPictures() {
+function findImages() {
   const wanted = byId("find").value.trim().toLowerCase();
   const order = byId("order").value;
   const texts = ({ path, class: label, caption, top }) => [path, label, caption, top[0]?.[0]].filter(Boolean).join("\n").toLowerCase();
-  pictures.found = DATA.samples.map((_, place) => place).filter((place) => texts(DATA.samples[place]).includes(wanted));
+  images.found = DATA.samples.map((_, place) => place).filter((place) => texts(DATA.samples[place]).includes(wanted));
   if (order === "data" || !routingOf(state.layer, "image") || (order === "expert" && state.expert === null)) return;
   const test = order === "dropped" ? (choices) => takenBy(choices) === null : (choices) => tookIt(choices, state.expert);
-  const counts = new Map(pictures.found.map((sample) => [sample, countPatches(sample, test)]));
-  pictures.found.sort((a, b) => counts.get(b) - counts.get(a) || a - b);
+  const counts = new Map(images.found.map((sample) => [sample, countPatches(sample, test)]));
+  images.found.sort((a, b) => counts.get(b) - counts.get(a) || a - b);
 }
 
-function drawPictures() {
+function drawImages() {
   hideTip();
   byId("order").options[1].disabled = state.expert === null;
   if (state.expert === null && byId("order").value === "expert") byId("order").value = "data";
-  findPictures();
-  const pages = Math.max(1, Math.ceil(pictures.found.length / PAGE_SIZE));
-  pictures.page = Math.max(0, Math.min(pages - 1, pictures.page));
-  const first = pictures.page * PAGE_SIZE;
-  const shown = pictures.found.slice(first, first + PAGE_SIZE);
-  const number = pictures.found.length;
-  byId("page").textContent = number ? `page ${pictures.page + 1} of ${pages}, ${number} picture${number === 1 ? "" : "s"}` : "none found";
-  byId("previous").disabled = pictures.page === 0;
-  byId("next").disabled = pictures.page >= pages - 1;
+  findImages();
+  const pages = Math.max(1, Math.ceil(images.found.length / PAGE_SIZE));
+  images.page = Math.max(0, Math.min(pages - 1, images.page));
+  const first = images.page * PAGE_SIZE;
+  const shown = images.found.slice(first, first + PAGE_SIZE);
+  const number = images.found.length;
+  byId("page").textContent = number ? `page ${images.page + 1} of ${pages}, ${number} image${number === 1 ? "" : "s"}` : "none found";
+  byId("previous").disabled = images.page === 0;
+  byId("next").disabled = images.page >= pages - 1;
   const columns = routingOf(state.layer, "image")?.grid[1] ?? 0;
   const cards = byId("cards");
   // A map needs some 16 pixels a patch for its numbers.
@@ -260,22 +260,22 @@ function drawPictures() {
   cards.replaceChildren(...shown.map(makeCard));
 }
 
-function startPictures() {
+function startImages() {
   byId("find").addEventListener("input", () => {
-    pictures.page = 0;
-    drawPictures();
+    images.page = 0;
+    drawImages();
   });
   byId("order").addEventListener("change", () => {
-    pictures.page = 0;
-    drawPictures();
+    images.page = 0;
+    drawImages();
   });
   for (const [id, step] of [["previous", -1], ["next", 1]]) {
     byId(id).addEventListener("click", () => {
-      pictures.page += step;
-      drawPictures();
+      images.page += step;
+      drawImages();
       // A button that is switched off loses the focus to the whole page.
       if (byId(id).disabled) byId(step > 0 ? "previous" : "next").focus();
-      byId("pictures").scrollIntoView();
+      byId("images").scrollIntoView();
     });
   }
   let timer = null;
