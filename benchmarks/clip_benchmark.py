@@ -31,9 +31,9 @@ from torch.utils.data import DataLoader, Dataset
 from vmoe.cli.evaluate import check_task
 from vmoe.data import BadSample, ImageDataset, build_dataset
 from vmoe.evaluation.config import EvaluationConfig
-from vmoe.evaluation.loaded_model import Subject, load_subject
+from vmoe.evaluation.loaded_model import LoadedModel, load_model
 from vmoe.evaluation.tasks import TASKS, zero_shot_names, zero_shot_templates
-from vmoe.evaluation.zero_shot import Template, fill, resolve_templates
+from vmoe.evaluation.zero_shot import resolve_templates
 from vmoe.utils.config import ConfigError, parse_config
 
 TOLERANCE = 1e-6
@@ -97,42 +97,46 @@ def compare(config: EvaluationConfig, console: Console) -> list[tuple[str, float
     for name, what in (("label_sets", "several right labels"), ("conditions", "several conditions")):
         if getattr(dataset, name) is not None:
             raise ConfigError(f"data of type {config.data.type!r} has {what}, and CLIP_benchmark has no such figures")
-    subject = load_subject(config.checkpoint, config.device, config.precision, dataset.crop_pct)
-    check_task(config, subject, dataset)
-    ours = TASKS[config.task](config, subject, dataset, console).results
+    loaded = load_model(config.checkpoint, config.device, config.precision, dataset.crop_pct)
+    check_task(config, loaded, dataset)
+    ours = TASKS[config.task](config, loaded, dataset, console).results
     if config.task == "zero_shot":
         names, templates = zero_shot_names(config, dataset), zero_shot_templates(config, dataset)
-        theirs = their_zero_shot(subject, dataset, names, resolve_templates(templates), config.loader.batch_size)
+        theirs = their_zero_shot(loaded, dataset, names, resolve_templates(templates), config.loader.batch_size)
         if "top5" not in ours:
             del theirs["acc5"]  # not a number for fewer than five classes, and 1 for five
             whose = "CLIP_benchmark" if len(names) < 5 else "vmoe"
             console.print(f"top5 is left out: {whose} has none for {len(names)} classes")
     else:
-        theirs = their_retrieval(subject, dataset, config.loader.batch_size)
+        theirs = their_retrieval(loaded, dataset, config.loader.batch_size)
     return [(name, ours[name], theirs[their]) for name, their in THEIR_NAMES.items() if their in theirs]
 
 
 def their_zero_shot(
-    subject: Subject, dataset: ImageDataset, names: Sequence[str], templates: Sequence[Template], batch_size: int
+    loaded: LoadedModel,
+    dataset: ImageDataset,
+    names: Sequence[str],
+    templates: Sequence[Callable[[str], str]],
+    batch_size: int,
 ) -> dict[str, float]:
     """`clip_benchmark.metrics.zeroshot_classification.evaluate` of a data set with labels."""
     from clip_benchmark.metrics import zeroshot_classification
 
-    samples = _Samples(len(dataset), lambda index: _picture_and_label(subject, dataset, index))
+    samples = _Samples(len(dataset), lambda index: _picture_and_label(loaded, dataset, index))
     samples.classes = list(names)
     with _accuracy_for_new_numpy():
         return zeroshot_classification.evaluate(
-            subject.model,
+            loaded.model,
             DataLoader(samples, batch_size=batch_size),
-            subject.tokenizer,
+            loaded.tokenizer,
             list(names),
             [_their_template(template) for template in templates],
-            device=subject.device.type,
-            amp=subject.precision != "float32",
+            device=loaded.device.type,
+            amp=loaded.precision != "float32",
         )
 
 
-def their_retrieval(subject: Subject, dataset: ImageDataset, batch_size: int) -> dict[str, float]:
+def their_retrieval(loaded: LoadedModel, dataset: ImageDataset, batch_size: int) -> dict[str, float]:
     """`clip_benchmark.metrics.zeroshot_retrieval.evaluate` of pictures, each with all of its captions."""
     from clip_benchmark.metrics import zeroshot_retrieval
 
@@ -145,14 +149,14 @@ def their_retrieval(subject: Subject, dataset: ImageDataset, batch_size: int) ->
     images = list(first)
     samples = _Samples(
         len(images),
-        lambda index: (subject.transform(dataset[first[images[index]]].image), captions[images[index]]),
+        lambda index: (loaded.transform(dataset[first[images[index]]].image), captions[images[index]]),
     )
     return zeroshot_retrieval.evaluate(
-        subject.model,
+        loaded.model,
         DataLoader(samples, batch_size=batch_size, collate_fn=_collate),
-        subject.tokenizer,
-        device=subject.device.type,
-        amp=subject.precision != "float32",
+        loaded.tokenizer,
+        device=loaded.device.type,
+        amp=loaded.precision != "float32",
         recall_k_list=[k for k in CUTOFFS if k <= len(images)],
     )
 
@@ -162,8 +166,8 @@ def their_command(argv: Sequence[str]) -> int:
     from clip_benchmark import cli, models
 
     def load(model_name: str, pretrained: str, cache_dir: str | None, device: str) -> tuple:
-        subject = load_subject(pretrained, device)
-        return subject.model, subject.transform, subject.tokenizer
+        loaded = load_model(pretrained, device)
+        return loaded.model, loaded.transform, loaded.tokenizer
 
     models.TYPE2FUNC["vmoe"] = load
     if "vmoe" not in models.MODEL_TYPES:
@@ -202,9 +206,9 @@ class _Samples(Dataset):
         return self.get(index)
 
 
-def _picture_and_label(subject: Subject, dataset: ImageDataset, index: int) -> tuple[Tensor, int]:
+def _picture_and_label(loaded: LoadedModel, dataset: ImageDataset, index: int) -> tuple[Tensor, int]:
     sample = dataset[index]
-    return subject.transform(sample.image), sample.label
+    return loaded.transform(sample.image), sample.label
 
 
 def _collate(samples: list[tuple[Tensor, list[str]]]) -> tuple[Tensor, list[list[str]]]:
@@ -212,9 +216,9 @@ def _collate(samples: list[tuple[Tensor, list[str]]]) -> tuple[Tensor, list[list
     return torch.stack(images), list(captions)
 
 
-def _their_template(template: Template) -> str:
+def _their_template(template: Callable[[str], str]) -> str:
     """Theirs are for str.format, with {c} in the place of the name."""
-    return fill(template, "\0").replace("{", "{{").replace("}", "}}").replace("\0", "{c}")
+    return template("\0").replace("{", "{{").replace("}", "}}").replace("\0", "{c}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import vmoe
-from vmoe.cli.classify import find_pictures, main
+from vmoe.cli.classify import find_images, main
 from vmoe.models.factory import save_pretrained
 
 
@@ -87,15 +87,15 @@ def test_published_names(files, capsys):
 def test_pictures_are_found(files, monkeypatch):
     photos = files / "photos"
     every = [photos / "a.png", photos / "b.JPG", photos / "below" / "c.png"]
-    assert find_pictures([str(photos)]) == every
-    assert find_pictures([str(photos / "*.png")]) == every[:1]
-    assert find_pictures([str(photos / "**" / "*.png")]) == [every[0], every[2]]
-    assert find_pictures([str(every[2]), str(photos)]) == [every[2], *every[:2]]
+    assert find_images([str(photos)]) == every
+    assert find_images([str(photos / "*.png")]) == every[:1]
+    assert find_images([str(photos / "**" / "*.png")]) == [every[0], every[2]]
+    assert find_images([str(every[2]), str(photos)]) == [every[2], *every[:2]]
     odd = files / "odd [1].png"
     shutil.copy(every[0], odd)
-    assert find_pictures([str(odd)]) == [odd]
-    with pytest.raises(ValueError, match=r"\*\.gif: no picture there"):
-        find_pictures([str(photos / "*.gif")])
+    assert find_images([str(odd)]) == [odd]
+    with pytest.raises(ValueError, match=r"\*\.gif: no image there"):
+        find_images([str(photos / "*.gif")])
 
 
 def test_a_broken_file_stops_no_other(files, capsys, tmp_path):
@@ -111,20 +111,20 @@ def test_a_broken_file_stops_no_other(files, capsys, tmp_path):
     found = capsys.readouterr()
     assert json.loads(found.out) == expected
     assert [one["image"] for one in expected] == whole
-    assert f"2 of 4 pictures cannot be read: {tmp_path / '0.jpg'}: not an image file" in found.err
+    assert f"2 of 4 images cannot be read: {tmp_path / '0.jpg'}: not an image file" in found.err
     assert f"; {tmp_path / 'aa.png'}: not an image file" in found.err
 
 
 def test_skipped_files_are_counted(files, tmp_path, caplog):
-    assert len(find_pictures([str(files / "photos")])) == 3
+    assert len(find_images([str(files / "photos")])) == 3
     assert "photos: skipped 1 file with another ending (1 .txt), such as notes.txt" in caplog.text
     for name in ("IMG_1.HEIC", "IMG_2.heic", "clip.mov"):
         (tmp_path / name).touch()
     counts = r"and 3 files with other endings \(2 \.heic, 1 \.mov\), such as IMG_1\.HEIC"
-    with pytest.raises(ValueError, match=rf"no picture there .*, {counts}"):
-        find_pictures([str(tmp_path)])
+    with pytest.raises(ValueError, match=rf"no image there .*, {counts}"):
+        find_images([str(tmp_path)])
     caplog.clear()
-    find_pictures([str(files / "photos" / "*.png")])
+    find_images([str(files / "photos" / "*.png")])
     assert not caplog.text
 
 
@@ -171,9 +171,9 @@ def test_bad_input_is_one_sentence(files, capsys, tmp_path):
     for arguments, code, error in (
         (["no.png", *labels, *limoe], 1, "no.png: no such file or folder"),
         ([str(broken), *labels, *limoe], 1, f"{broken}: unreadable image"),
-        ([str(broken), str(notes), *labels, *limoe], 1, f"2 of 2 pictures cannot be read: {broken}: unreadable"),
+        ([str(broken), str(notes), *labels, *limoe], 1, f"2 of 2 images cannot be read: {broken}: unreadable"),
         ([str(notes), *labels, *limoe], 1, "notes.txt: not an image file"),
-        ([str(tmp_path / "empty"), *labels, *limoe], 1, "empty: no picture there"),
+        ([str(tmp_path / "empty"), *labels, *limoe], 1, "empty: no image there"),
         ([picture, *limoe], 2, "give some, as --labels 'cat,dog'"),
         ([picture, "--labels", "cat,dog,cat", *limoe], 2, "--labels: class_names must be unique; given twice: 'cat'"),
         ([picture, "--labels", "cat,,dog", *limoe], 2, "--labels: label 2 of 3 is empty; is there a comma too many?"),

@@ -226,7 +226,7 @@ def test_models_without_a_limit_to_set(kwargs, message):
 def test_experts_that_only_text_goes_through_are_no_experts_of_pictures():
     routing = {"num_experts": 4, "moe_layers": "every1"}
     model = vmoe.create_model("two_tower_tiny_patch12_48", image={"num_experts": 0}, text=routing).eval()
-    with pytest.raises(ConfigError, match="experts that pictures go through"), torch.no_grad():
+    with pytest.raises(ConfigError, match="experts that images go through"), torch.no_grad():
         sparse_image_layers(model, model.encode_image, torch.zeros(1, 3, 48, 48), "runs/x")
 
 

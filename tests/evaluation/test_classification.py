@@ -91,4 +91,4 @@ def test_scores_that_are_not_numbers_are_told(make_batches, caplog):
     result = predict(lambda images: Shifted()(images) * float("nan"), loader, device="cpu").results()
     assert result["top1"] == 0
     assert "ece" not in result
-    assert "scores of 2 samples are not numbers" in caplog.text
+    assert "scores of 2 samples are NaN" in caplog.text

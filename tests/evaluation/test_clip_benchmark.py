@@ -67,7 +67,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("vmoe.evaluation.text_cache.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("vmoe.evaluation.zero_shot.cache_folder", lambda: tmp_path)
 
 
 def _compare(benchmark, **settings):

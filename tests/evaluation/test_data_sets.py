@@ -13,7 +13,7 @@ from vmoe.cli import evaluate as run_module
 from vmoe.cli.evaluate import main
 from vmoe.data.sources import imagenet as imagenet_module
 from vmoe.data.sources.imagenet import ImageNetC, imagenet_words
-from vmoe.evaluation.loaded_model import load_subject
+from vmoe.evaluation.loaded_model import load_model
 from vmoe.models.factory import save_pretrained
 
 SYNSETS = ImageNetInfo("imagenet-1k").label_names()
@@ -98,7 +98,7 @@ def test_corruptions_have_their_errors_and_what_is_missing_is_told(classifier, t
             picture(tmp_path / "c" / "fog" / str(severity) / synset / "1.JPEG", size=(224, 224))
     shares = []
     monkeypatch.setattr(
-        run_module, "load_subject", lambda *arguments: shares.append(arguments[3]) or load_subject(*arguments)
+        run_module, "load_model", lambda *arguments: shares.append(arguments[3]) or load_model(*arguments)
     )
     report = evaluate(classifier, "classification", "imagenet_c", tmp_path / "c")
     assert shares == [1]
@@ -114,7 +114,7 @@ def test_the_data_may_say_how_much_of_a_picture_is_kept(classifier):
     """ImageNet-C's pictures are cropped already, and must not be cropped again."""
     assert ImageNetC.crop_pct == 1
     image = Image.radial_gradient("L").resize((48, 48)).convert("RGB")
-    whole, half = (load_subject(str(classifier), "cpu", crop_pct=share).transform.geometry(image) for share in (1, 0.5))
+    whole, half = (load_model(str(classifier), "cpu", crop_pct=share).transform.geometry(image) for share in (1, 0.5))
     assert whole.tobytes() == image.tobytes()
     assert half.getextrema()[0][1] < image.getextrema()[0][1]  # the corners are lighter than the middle
 

@@ -13,7 +13,7 @@ from vmoe.cli.evaluate import run
 from vmoe.data import BadSample, ImageDataset, LoaderConfig, Sample, SourceConfig
 from vmoe.evaluation.config import EvaluationConfig, FeatureConfig
 from vmoe.evaluation.features import extract_features, feature_cache, image_features
-from vmoe.evaluation.loaded_model import load_subject
+from vmoe.evaluation.loaded_model import load_model
 from vmoe.models.factory import save_pretrained
 from vmoe.utils.config import ConfigError
 
@@ -52,17 +52,17 @@ def make_classifier(folder, seed=0, **kwargs):
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
-    return load_subject(str(make_classifier(tmp_path_factory.mktemp("classifier"))), "cpu")
+    return load_model(str(make_classifier(tmp_path_factory.mktemp("classifier"))), "cpu")
 
 
 @pytest.fixture(scope="module")
 def limoe(tmp_path_factory):
     folder = save(tmp_path_factory.mktemp("limoe"), "limoe_tiny_patch8_48", width=32, embed_dim=16)
-    return load_subject(str(folder), "cpu")
+    return load_model(str(folder), "cpu")
 
 
-def images_of(dataset, subject):
-    return torch.stack([subject.transform(Image.fromarray(pixels)) for pixels in dataset.pixels])
+def images_of(dataset, loaded):
+    return torch.stack([loaded.transform(Image.fromarray(pixels)) for pixels in dataset.pixels])
 
 
 def test_a_classifier_gives_what_its_last_layer_reads(classifier):
@@ -111,16 +111,16 @@ def test_data_without_classes_or_pictures(classifier):
     dataset.classes = None
     with pytest.raises(ValueError, match="has no classes"):
         extract_features(classifier, dataset, LOADER)
-    with pytest.raises(ValueError, match="gave no picture"):
+    with pytest.raises(ValueError, match="gave no image"):
         extract_features(classifier, Pictures(count=0), LOADER)
 
 
 def test_features_that_are_not_finite(classifier, tmp_path):
-    subject = classifier._replace(model=load_subject(classifier.checkpoint, "cpu").model)
+    loaded = classifier._replace(model=load_model(classifier.checkpoint, "cpu").model)
     with torch.no_grad():
-        subject.model.patch_embed.proj.bias[0] = torch.nan
-    with pytest.raises(ValueError, match=r"those of 10 of 10 pictures hold NaN or infinity; precision is 'float32'"):
-        extract_features(subject, Pictures(), LOADER, cache=tmp_path)
+        loaded.model.patch_embed.proj.bias[0] = torch.nan
+    with pytest.raises(ValueError, match=r"those of 10 of 10 images hold NaN or infinity; precision is 'float32'"):
+        extract_features(loaded, Pictures(), LOADER, cache=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -146,44 +146,44 @@ def test_a_second_time_nothing_is_computed(classifier, tmp_path):
     assert "mean=" in key["transform"]
 
 
-def other_weights(subject, folder):
-    return load_subject(str(make_classifier(folder / "other", seed=1)), "cpu"), Pictures(), LOADER
+def other_weights(loaded, folder):
+    return load_model(str(make_classifier(folder / "other", seed=1)), "cpu"), Pictures(), LOADER
 
 
-def other_size(subject, folder):
+def other_size(loaded, folder):
     torch.manual_seed(0)
     model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=2, embed_dim=32, img_size=64, **TINY)
     save_pretrained(model, folder / "other" / "model.safetensors")
-    return load_subject(str(folder / "other"), "cpu"), Pictures(), LOADER
+    return load_model(str(folder / "other"), "cpu"), Pictures(), LOADER
 
 
-def other_transform(subject, folder):
-    transform = load_subject(subject.checkpoint, "cpu").transform
+def other_transform(loaded, folder):
+    transform = load_model(loaded.checkpoint, "cpu").transform
     transform.mean = transform.mean + 0.1
-    return subject._replace(transform=transform), Pictures(), LOADER
+    return loaded._replace(transform=transform), Pictures(), LOADER
 
 
-def other_precision(subject, folder):
-    return subject._replace(precision="bf16"), Pictures(), LOADER
+def other_precision(loaded, folder):
+    return loaded._replace(precision="bf16"), Pictures(), LOADER
 
 
-def other_routing(subject, folder):
-    model = load_subject(subject.checkpoint, "cpu").model
+def other_routing(loaded, folder):
+    model = load_model(loaded.checkpoint, "cpu").model
     model.blocks[1].mlp.num_selected_experts = 1
     model.blocks[1].mlp.eval_capacity_factor = 0.1
-    return subject._replace(model=model), Pictures(), LOADER
+    return loaded._replace(model=model), Pictures(), LOADER
 
 
-def other_pictures(subject, folder):
-    return subject, Pictures(seed=1), LOADER
+def other_pictures(loaded, folder):
+    return loaded, Pictures(seed=1), LOADER
 
 
-def other_labels(subject, folder):
-    return subject, Pictures(shift=1), LOADER
+def other_labels(loaded, folder):
+    return loaded, Pictures(shift=1), LOADER
 
 
-def other_treatment_of_bad_pictures(subject, folder):
-    return subject, Pictures(), LoaderConfig(batch_size=4, num_workers=0, on_bad="skip")
+def other_treatment_of_bad_pictures(loaded, folder):
+    return loaded, Pictures(), LoaderConfig(batch_size=4, num_workers=0, on_bad="skip")
 
 
 @pytest.mark.parametrize(
@@ -201,21 +201,21 @@ def other_treatment_of_bad_pictures(subject, folder):
 )
 def test_something_else_is_not_taken_from_the_cache(classifier, tmp_path, change):
     extract_features(classifier, Pictures(), LOADER, cache=tmp_path / "cache")
-    subject, dataset, loader = change(classifier, tmp_path)
-    kept = extract_features(subject, dataset, loader, cache=tmp_path / "cache")
+    loaded, dataset, loader = change(classifier, tmp_path)
+    kept = extract_features(loaded, dataset, loader, cache=tmp_path / "cache")
     assert dataset.read > 0
     assert len(list((tmp_path / "cache").iterdir())) == 2
-    new = extract_features(subject, dataset, loader)
+    new = extract_features(loaded, dataset, loader)
     assert kept.features_ND.equal(new.features_ND)
     assert kept.labels_N.equal(new.labels_N)
 
 
 def test_with_limited_room_the_batch_size_is_part_of_the_key(tmp_path):
-    subject = load_subject(str(make_classifier(tmp_path / "limited", eval_capacity_factor=0.2)), "cpu")
+    loaded = load_model(str(make_classifier(tmp_path / "limited", eval_capacity_factor=0.2)), "cpu")
     for size in (2, 5):
         loader = LoaderConfig(batch_size=size, num_workers=0)
-        kept = extract_features(subject, Pictures(), loader, cache=tmp_path / "cache")
-        assert kept.features_ND.equal(extract_features(subject, Pictures(), loader).features_ND)
+        kept = extract_features(loaded, Pictures(), loader, cache=tmp_path / "cache")
+        assert kept.features_ND.equal(extract_features(loaded, Pictures(), loader).features_ND)
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
@@ -281,24 +281,24 @@ def sources(tmp_path_factory):
     return write_tree(root / "train"), write_tree(root / "test", seed=1, count=5)
 
 
-def evaluate(task, subject, sources, tmp_path, **features):
+def evaluate(task, loaded, sources, tmp_path, **features):
     features = FeatureConfig(**{"cache": None, "shots": [1, 3], "k": [1, 5], **features})
     train, test = sources
     output = str(tmp_path / "out.json")
-    return run(EvaluationConfig(subject.checkpoint, task, test, train, LOADER, features=features, output=output))
+    return run(EvaluationConfig(loaded.checkpoint, task, test, train, LOADER, features=features, output=output))
 
 
 @pytest.mark.parametrize("kind", ["classifier", "limoe"])
 def test_what_is_easy_to_tell_is_told(kind, sources, tmp_path, request):
-    subject = request.getfixturevalue(kind)
-    results = evaluate("few_shot", subject, sources, tmp_path)["results"]
+    loaded = request.getfixturevalue(kind)
+    results = evaluate("few_shot", loaded, sources, tmp_path)["results"]
     assert results["3shot"] == 1
     assert results["3shot_std"] == 0
     assert results["1shot"] > 0.7
     assert results["num_samples"] == 10
-    results = evaluate("knn", subject, sources, tmp_path)["results"]
+    results = evaluate("knn", loaded, sources, tmp_path)["results"]
     assert results["k1_top1"] == results["k5_top1"] == 1
-    report = evaluate("linear_probe", subject, sources, tmp_path)
+    report = evaluate("linear_probe", loaded, sources, tmp_path)
     assert report["results"]["top1"] == 1
     details = report["checkpoints"][0]["details"]
     assert report["results"]["l2"] in [tried["l2"] for tried in details["val"]]
@@ -327,7 +327,7 @@ def test_figures_of_several_sets(classifier, sources, tmp_path):
 
 
 def test_more_neighbours_than_pictures(classifier, sources, tmp_path):
-    with pytest.raises(ConfigError, match=r"features.k must be at most 24, the training pictures, got 25"):
+    with pytest.raises(ConfigError, match=r"features.k must be at most 24, the training images, got 25"):
         evaluate("knn", classifier, sources, tmp_path, k=[5, 25])
 
 

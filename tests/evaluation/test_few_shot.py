@@ -137,7 +137,7 @@ def made_up(monkeypatch):
     """{path of the training data: (training, test) features}; no model and no picture is read."""
     pairs = {"main_train": (make_features(0, 80), make_features(1, 200))}
     pairs["other_train"] = (make_features(2, 80), make_features(3, 200))
-    monkeypatch.setattr(module, "fit_and_test_features", lambda config, subject, train, *_: pairs[train.path])
+    monkeypatch.setattr(module, "fit_and_test_features", lambda config, loaded, train, *_: pairs[train.path])
     monkeypatch.setattr(module, "build_dataset", lambda source: SimpleNamespace(classes=CLASSES, label_sets=None))
     return pairs
 
@@ -145,9 +145,9 @@ def made_up(monkeypatch):
 def run_task(console=None, label_sets=None, model=None, **features):
     features = FeatureConfig(**{"shots": [1, 5], "l2_penalties": PENALTIES, **features})
     config = EvaluationConfig("x", "few_shot", FOLDERS[1], FOLDERS[0], features=features)
-    subject = SimpleNamespace(model=model, device=torch.device("cpu"))
+    loaded = SimpleNamespace(model=model, device=torch.device("cpu"))
     dataset = SimpleNamespace(classes=CLASSES, label_sets=label_sets)
-    return few_shot(config, subject, dataset, console or Console(quiet=True))
+    return few_shot(config, loaded, dataset, console or Console(quiet=True))
 
 
 def curves(pair, seed):
@@ -214,7 +214,7 @@ def test_a_class_with_few_examples_gives_all_and_it_is_said(made_up, capsys):
 
 
 def test_several_right_labels_per_picture(made_up):
-    with pytest.raises(ConfigError, match="data: task 'few_shot' needs one right label per picture"):
+    with pytest.raises(ConfigError, match="data: task 'few_shot' needs one right label per image"):
         run_task(label_sets=[(0, 1)])
 
 
@@ -252,7 +252,7 @@ def test_settings_out_of_range(settings, message):
         ({"task": "few_shot", "train_data": FOLDERS[1]}, "train_data and data are the same"),
         (
             {"task": "knn", "train_data": FOLDERS[0], "features": FeatureConfig(sets={"a": FeatureSet(*FOLDERS[2:])})},
-            "features.sets is for task 'few_shot'",
+            "features.sets is for task few_shot",
         ),
     ],
     ids=str,

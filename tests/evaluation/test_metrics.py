@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 
 from vmoe.evaluation.metrics import (
     accuracy_per_class,
-    class_ranks,
     expected_calibration_error,
+    ranks,
     right_classes,
     share_within,
     top_shares,
@@ -14,7 +14,7 @@ from vmoe.evaluation.metrics import (
 
 
 def label_ranks(scores, labels):
-    return class_ranks(scores, right_classes(labels, torch.arange(len(labels)), scores.shape[1], None))
+    return ranks(scores, right_classes(labels, torch.arange(len(labels)), scores.shape[1], None))
 
 
 @given(st.integers(2, 30), st.integers(0, 2**31 - 1))
@@ -65,7 +65,7 @@ def test_any_of_several_right_classes_will_do():
     scores = torch.tensor([[0.1, 0.5, 0.9], [0.9, 0.5, 0.1], [0.2, 0.9, 0.5]])
     right = right_classes(torch.zeros(3).long(), torch.tensor([2, 0, 1]), 3, [(1,), (0, 2), (0, 1)])
     assert right.tolist() == [[True, True, False], [False, True, False], [True, False, True]]
-    assert class_ranks(scores, right).tolist() == [1, 1, 1]
+    assert ranks(scores, right).tolist() == [1, 1, 1]
 
 
 def test_calibration_error_by_hand():

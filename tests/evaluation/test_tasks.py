@@ -7,7 +7,7 @@ from vmoe.data import ImageDataset
 from vmoe.data.sources.imagenet import CORRUPTIONS
 from vmoe.evaluation.classification import Predictions
 from vmoe.evaluation.robustness import ALEXNET_ERRORS
-from vmoe.evaluation.tasks import judged
+from vmoe.evaluation.tasks import classification_outcome
 
 
 class Conditions(ImageDataset):
@@ -34,7 +34,7 @@ def predictions(number):
 
 def test_mean_corruption_error_of_all_conditions():
     dataset = Conditions(CORRUPTIONS)
-    outcome = judged(predictions(len(dataset)), dataset, [])
+    outcome = classification_outcome(predictions(len(dataset)), dataset, [])
     assert outcome.results["mce"] == pytest.approx(sum(0.5 / error for error in ALEXNET_ERRORS.values()) / 15)
     assert outcome.details["conditions"]["fog/3"] == {"top1": 0.5, "num_samples": 2}
     assert outcome.details["missing_conditions"] == []
@@ -43,7 +43,7 @@ def test_mean_corruption_error_of_all_conditions():
 
 def test_without_some_conditions_there_is_no_mean_and_they_are_named():
     dataset = Conditions(["fog", "snow"])
-    outcome = judged(predictions(len(dataset)), dataset, ["torn.png"])
+    outcome = classification_outcome(predictions(len(dataset)), dataset, ["torn.png"])
     assert "mce" not in outcome.results
     assert outcome.details["corruption_errors"] == pytest.approx(
         {name: 0.5 / ALEXNET_ERRORS[name] for name in ("fog", "snow")}
@@ -57,7 +57,7 @@ def test_samples_of_several_classes_are_of_none_alone():
     dataset = Conditions(["fog"])
     dataset.conditions = None
     dataset.label_sets = [(place % 2,) for place in range(len(dataset))]
-    outcome = judged(predictions(len(dataset)), dataset, [])
+    outcome = classification_outcome(predictions(len(dataset)), dataset, [])
     assert "mean_per_class" not in outcome.results
     assert "per_class" not in outcome.details
     assert outcome.results["top1"] == 0.5

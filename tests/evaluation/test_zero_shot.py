@@ -4,7 +4,7 @@ from PIL import Image
 
 from vmoe.evaluation import evaluate_zero_shot, zero_shot_classify
 from vmoe.evaluation.class_names import prompt_names, prompt_templates
-from vmoe.evaluation.zero_shot import fill, resolve_class_names, resolve_templates
+from vmoe.evaluation.zero_shot import encode_classes, resolve_class_names, resolve_templates
 
 NAMES = [f"number {i}" for i in range(20)]
 
@@ -75,7 +75,7 @@ def test_names_and_templates_from_files_named_by_a_path(tmp_path):
     (tmp_path / "names.txt").write_text("cat\ndog\n", encoding="utf-8")
     (tmp_path / "templates.txt").write_text("a {}\n", encoding="utf-8")
     assert resolve_class_names(tmp_path / "names.txt") == ["cat", "dog"]
-    assert [fill(template, "cat") for template in resolve_templates(tmp_path / "templates.txt")] == ["a cat"]
+    assert [template("cat") for template in resolve_templates(tmp_path / "templates.txt")] == ["a cat"]
 
 
 def test_names_that_are_the_same_to_the_tokenizer_are_errors(word_model, tokenize, limoe):
@@ -116,8 +116,6 @@ def test_prompts_that_are_cut_are_counted_once(limoe, caplog):
 
 
 def test_published_lists_are_taken_as_they_are(limoe):
-    from vmoe.evaluation.zero_shot import encode_classes
-
     names = prompt_names("imagenet")
     with torch.no_grad():
         weights = encode_classes(*limoe, names, None, "cpu")
@@ -148,7 +146,7 @@ def test_templates(tmp_path):
     def filled(templates):
         return [template("cat") for template in resolve_templates(templates)]
 
-    assert resolve_templates(None) == ["{}"]
+    assert filled(None) == ["cat"]
     assert filled(["a {}.", "the {0} {}"]) == ["a cat.", "the {0} cat"]
     assert len(filled("openai_imagenet")) == 80
     assert filled("a photo of {}") == ["a photo of cat"]

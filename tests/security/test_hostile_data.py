@@ -211,7 +211,7 @@ def test_class_names(tmp_path):
 
 def test_caches_hold_no_pickles(tmp_path, monkeypatch, canary):
     from vmoe.data.shards import cache_file, scan
-    from vmoe.evaluation.feature_cache import read_tensors
+    from vmoe.evaluation.cache import read_tensors
 
     monkeypatch.setenv("VMOE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache" / "shards").mkdir(parents=True)

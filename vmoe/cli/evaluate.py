@@ -1,6 +1,6 @@
-"""The evaluation command (`eval.py`, `vmoe-eval`): loads checkpoints, measures them, prints a table, writes JSON.
+"""The evaluation command (`eval.py`, `vmoe-eval`): evaluates checkpoints, prints a table, writes JSON.
 
-Read `run`, then the task in `tasks.py`.
+Read `run`, then the task in `vmoe/evaluation/tasks.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vmoe.data.sources.folder import warn_of_text_order
 from vmoe.data.sources.imagenet import imagenet_words
 from vmoe.distributed.process_group import joined
 from vmoe.evaluation.config import EvaluationConfig
-from vmoe.evaluation.loaded_model import Subject, load_subject, trained_on_turned, weights_fingerprint
+from vmoe.evaluation.loaded_model import LoadedModel, load_model, trained_on_turned, weights_fingerprint
 from vmoe.evaluation.results_file import (
     check_writable,
     library_versions,
@@ -41,10 +41,7 @@ from vmoe.utils.world import world
 
 @safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 0, 1 for an error, 2 for a wrong setting, 130 for Ctrl-C.
-
-    An error is one sentence; set VMOE_TRACEBACK=1 to see where it comes from.
-    """
+    """Runs the command; returns its exit code, see `exit_code`."""
     keep_freed_memory()
     config = parse_config(
         EvaluationConfig,
@@ -69,49 +66,40 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
         console: where to print; None: standard output.
 
     Returns:
-        What the JSON file holds: "task", "results" (see the tasks; means of several checkpoints, with their standard
-        deviations in "spread"), "checkpoints" (for each: "checkpoint", "weights", their "sha256", "model",
-        "expert_bytes", the memory of its experts, "results", "details"), "data" ("fingerprint", "num_samples",
-        "left_out"; None but in the first process), "config", "versions", "processes", "seconds".
+        The content of the JSON file, see docs/evaluation.md; its "data" is None but in the first process.
 
     Raises:
         ConfigError: the model, the task and the data do not go together.
-        BadSample: an unreadable picture or empty caption, unless `loader.on_bad` is "skip".
+        BadSample: an unreadable image or empty caption, unless `loader.on_bad` is "skip".
         ValueError: unreadable checkpoint, data, class names or templates.
     """
     rank, num_processes = world()
     console = console or make_console(quiet=rank > 0)
     if config.data.type is None:
         raise ConfigError("data.type is missing: say what to evaluate on")
-    # A wrong name is told before anything is read, and damage that is passed over once.
+    # Finds wrong names before anything is read, and warns of damaged checkpoints once.
     weights = {checkpoint: find_weights(checkpoint) for checkpoint in config.checkpoints}
     config = as_trained(config, [trained_on_turned(file) for file in weights.values()])
     if rank == 0:
         check_writable(output_file(config))
     dataset = build_dataset(config.data)
     for checkpoint in config.checkpoints[1:]:
-        check_task(
-            config, load_subject(checkpoint, "cpu", weights=weights[checkpoint], experts=config.experts), dataset
-        )
+        loaded = load_model(checkpoint, "cpu", weights=weights[checkpoint], experts=config.experts)
+        check_task(config, loaded, dataset)
     start = time.perf_counter()
     entries = []
-    for checkpoint in config.checkpoints:
-        subject = load_subject(
-            checkpoint, config.device, config.precision, dataset.crop_pct, weights[checkpoint], config.experts
-        )
-        check_task(config, subject, dataset)
-        outcome = TASKS[config.task](config, subject, dataset, console)
-        entries.append(
-            {
-                "checkpoint": checkpoint,
-                "weights": str(subject.weights),
-                "sha256": weights_fingerprint(subject.weights),
-                "model": model_spec(subject.model),
-                "expert_bytes": expert_bytes(subject.model),
-                "results": outcome.results,
-                "details": outcome.details,
-            }
-        )
+    for checkpoint, file in weights.items():
+        loaded = load_model(checkpoint, config.device, config.precision, dataset.crop_pct, file, config.experts)
+        check_task(config, loaded, dataset)
+        outcome = TASKS[config.task](config, loaded, dataset, console)
+        facts = {
+            "checkpoint": checkpoint,
+            "weights": str(file),
+            "sha256": weights_fingerprint(file),
+            "model": model_spec(loaded.model),
+            "expert_bytes": expert_bytes(loaded.model),
+        }
+        entries.append({**facts, "results": outcome.results, "details": outcome.details})
     results, spread = mean_and_spread([entry["results"] for entry in entries])
     report = {
         "task": config.task,
@@ -124,14 +112,14 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
         "processes": num_processes,
         "seconds": round(time.perf_counter() - start, 3),
     }
-    # First: the figures are there even if the file cannot be written.
+    # First: the metrics are shown even if the file cannot be written.
     print_table(f"{config.task} of {', '.join(config.checkpoints)}", results, spread, console)
     if rank == 0:
         target = output_file(config)  # now, since another evaluation may have written its file meanwhile
         write_json(report, target)
         files = [target, *(FILES[config.task](report, target) if config.task in FILES else [])]
         written = ", ".join(map(str, files))
-        console.print(f"written to {written}", style="dim", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"results saved to {written}", style="dim", highlight=False, markup=False, soft_wrap=True)
     return report
 
 
@@ -158,45 +146,39 @@ def as_trained(config: EvaluationConfig, turned: list[bool]) -> EvaluationConfig
 
 
 def data_facts(dataset: ImageDataset, console: Console) -> dict[str, Any]:
-    """What the JSON says of the data, besides its settings."""
+    """The data's entry in the JSON file."""
     with console.status("fingerprint of the data"):  # reads the ends of every file
         facts = {"fingerprint": dataset.fingerprint(), "num_samples": len(dataset)}
     return {**facts, "left_out": dataset.left_out} if dataset.left_out else facts
 
 
-def check_task(config: EvaluationConfig, subject: Subject, dataset: ImageDataset) -> None:
+def check_task(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset) -> None:
     """Raises ConfigError unless task, model and data go together."""
     task, kind = config.task, config.data.type
-    contrastive = is_contrastive(subject.model)
+    contrastive = is_contrastive(loaded.model)
     needed = {"classification": False, "zero_shot": True, "retrieval": True}.get(task, contrastive)
     if contrastive != needed:
         holds = "an image-text model" if contrastive else "a classifier"
         fitting = "zero_shot or retrieval" if contrastive else "classification"
-        raise ConfigError(f"task {task!r} does not fit {subject.checkpoint}, which holds {holds}: use {fitting}")
+        raise ConfigError(f"task {task!r} does not fit {loaded.checkpoint}, which holds {holds}: use {fitting}")
     if task == "retrieval" and not dataset.has_captions:
         raise ConfigError(f"task 'retrieval' needs captions, and data of type {kind!r} has none")
     if task != "retrieval" and dataset.classes is None:
         raise ConfigError(f"task {task!r} needs labels, and data of type {kind!r} has none")
     if task in ("classification", "capacity") and not contrastive:
         classes = dataset.classes if dataset.class_columns is None else list(imagenet_words())
-        num_outputs = subject.model.num_classes
+        num_outputs = loaded.model.num_classes
         if dataset.class_columns is not None and num_outputs != len(classes):
             raise ConfigError(
                 f"data of type {kind!r} is judged by the outputs of an ImageNet-1k classifier, and "
-                f"{subject.checkpoint} has {num_outputs} instead of {len(classes):,}: evaluate a model of these classes"
+                f"{loaded.checkpoint} has {num_outputs} instead of {len(classes):,}: evaluate a model of these classes"
             )
-        trained = read_pretrained_metadata(subject.weights)["extra"].get("class_names")
-        check_same_classes(trained, classes, subject.checkpoint)
+        trained = read_pretrained_metadata(loaded.weights)["extra"].get("class_names")
+        check_same_classes(trained, classes, loaded.checkpoint)
 
 
-def check_same_classes(trained: list[str] | None, data: list[str] | None, checkpoint: str) -> None:
-    """Labels are positions in a list: a classifier and its data must have the same list.
-
-    Raises:
-        ConfigError: names the first difference.
-    """
-    if data is None:
-        return
+def check_same_classes(trained: list[str] | None, data: list[str], checkpoint: str) -> None:
+    """Raises ConfigError unless a classifier and its data have the same list of classes: labels are positions in it."""
     if trained is None:
         warn_of_text_order(data, f"{checkpoint}, which holds no class names,")
         return

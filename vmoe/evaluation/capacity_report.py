@@ -1,10 +1,9 @@
-"""What a capacity sweep shows and leaves behind: flat figures, a table, a CSV file and a figure."""
+"""The output of a capacity sweep: flat metrics, a table, a CSV file and a figure."""
 
 from __future__ import annotations
 
 import csv
-import math
-from collections.abc import Iterable, Iterator
+import statistics
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ CURVES = {
     "experts": {"label": "expert choice", "color": "#009E73", "marker": "D", "linestyle": "-"},
 }
 NO_LIMIT = "#5B6570"
+SPEEDS = ("median", "lower_quartile", "upper_quartile")
 COLUMNS = (
     *("checkpoint", "curve", "num_selected_experts", "factor", "top1", "top1_error", "top5", "share_dropped"),
     *("gflops_per_image", "images_per_second", "images_per_second_lower", "images_per_second_upper"),
@@ -29,14 +29,13 @@ COLUMNS = (
 
 
 def flat_results(sweep: Sweep) -> dict[str, float | int]:
-    """{name: figure} of a sweep for the table of results, such as "top1_bpr_0.4" and "top1_no_limit"."""
+    """{name: metric} of a sweep for the table of results, such as "top1_bpr_0.4" and "top1_no_limit"."""
     several = len({point.setting.num_selected_experts for point in sweep.points}) > 1
     results: dict[str, float | int] = {}
     for point in sweep.points:
         setting = point.setting
-        prefix = f"k{setting.num_selected_experts}_" if several else ""
-        place = "no_limit" if setting.factor is None else f"{setting.curve}_{setting.factor:g}"
-        results[f"{prefix}top1_{place}"] = point.top1
+        name = "no_limit" if setting.factor is None else f"{setting.curve}_{setting.factor:g}"
+        results[f"k{setting.num_selected_experts}_top1_{name}" if several else f"top1_{name}"] = point.top1
     for gain in sweep.gains:
         if gain.factor is None:
             prefix = f"k{gain.num_selected_experts}_" if several else ""
@@ -48,11 +47,10 @@ def sweep_details(sweep: Sweep) -> dict[str, Any]:
     """All of a sweep, as JSON can hold it."""
     points = []
     for point in sweep.points:
-        speed = point.images_per_second
-        speed = None if speed is None else dict(zip(("median", "lower_quartile", "upper_quartile"), speed))
-        setting = {"curve": point.setting.curve, **point.setting._asdict()}
-        points.append({**setting, **asdict(point), "images_per_second": speed})
-        del points[-1]["setting"]
+        speed = None if point.images_per_second is None else dict(zip(SPEEDS, point.images_per_second))
+        content = {"curve": point.setting.curve, **point.setting._asdict(), **asdict(point)}
+        del content["setting"]
+        points.append({**content, "images_per_second": speed})
     return {"points": points, "bpr_gain": [gain._asdict() for gain in sweep.gains]}
 
 
@@ -60,7 +58,7 @@ def print_sweep(sweep: Sweep, checkpoint: str, console: Console) -> None:
     """Prints a row per setting, with standard errors and the quartiles of the speed, and what BPR gained."""
     several = len({point.setting.num_selected_experts for point in sweep.points}) > 1
     console.print(f"accuracy, cost and speed of {checkpoint}", highlight=False, markup=False, soft_wrap=True)
-    header = [*(["K"] if several else []), "factor", "order", "top-1", "dropped", "GFLOPs", "pictures/s"]
+    header = [*(["K"] if several else []), "factor", "order", "top-1", "dropped", "GFLOPs", "images/s"]
     table = FigureTable("", header, keys=len(header) - 4, left=["order"])
     for point in sweep.points:
         setting, speed = point.setting, point.images_per_second
@@ -91,43 +89,28 @@ def verdict(num_selected_experts: int, gain: float, error: float) -> str:
 
 
 def write_sweep(report: dict[str, Any], file: Path) -> list[Path]:
-    """Writes CSV and figure of an evaluation's report beside its JSON file.
-
-    Args:
-        report: what the JSON file holds.
-        file: the JSON file.
-
-    Returns:
-        The files written.
-    """
+    """Writes CSV and figure of an evaluation's report beside its JSON file; returns the files."""
     table, figure = file.with_suffix(".csv"), file.with_suffix(".png")
     with open(table, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
+        writer = csv.DictWriter(stream, COLUMNS, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(_csv_rows(report["checkpoints"]))
+        for entry in report["checkpoints"]:
+            for point in entry["details"]["points"]:
+                speeds = [(point["images_per_second"] or {}).get(name) for name in SPEEDS]
+                writer.writerow({**point, "checkpoint": entry["checkpoint"], **dict(zip(COLUMNS[-3:], speeds))})
     draw_sweep([entry["details"]["points"] for entry in report["checkpoints"]], figure)
     return [table, figure]
-
-
-def _csv_rows(entries: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for entry in entries:
-        for point in entry["details"]["points"]:
-            row = {name: point.get(name) for name in COLUMNS}
-            speed = point["images_per_second"] or {}
-            for name, part in (("", "median"), ("_lower", "lower_quartile"), ("_upper", "upper_quartile")):
-                row[f"images_per_second{name}"] = speed.get(part)
-            yield {**row, "checkpoint": entry["checkpoint"]}
 
 
 def draw_sweep(sweeps: list[list[dict[str, Any]]], file: Path) -> None:
     """Accuracy against capacity, cost and speed, as in the V-MoE paper's figures on batch-prioritized routing.
 
-    Bars are standard errors: binomial for one checkpoint, between the checkpoints for several. The speed is drawn with
-    its quartiles. Without a limit both orders give the same, a dotted line.
+    Error bars are standard errors: binomial for one checkpoint, between the checkpoints for several. The speed is drawn
+    with its quartiles. Without a limit both orders give the same, a dotted line or a star.
 
     Args:
         sweeps: "points" of `sweep_details` for each checkpoint, with the same settings.
-        file: where the figure goes.
+        file: of the figure.
 
     Raises:
         ConfigError: the checkpoints were swept with different settings, because their models differ.
@@ -144,69 +127,63 @@ def draw_sweep(sweeps: list[list[dict[str, Any]]], file: Path) -> None:
         )
     points = [_mean_point(same) for same in zip(*sweeps)]
     choices = list(dict.fromkeys(point["num_selected_experts"] for point in points))
-    timed = all(point["speed"] is not None for point in points)
-    axes_of = {"factor": "capacity factor", "gflops": "GFLOPs per picture"}
-    if timed:
-        axes_of["speed"] = "pictures per second"
+    labels = {"factor": "capacity factor", "gflops_per_image": "GFLOPs per image"}
+    if all(point["speed"] is not None for point in points):
+        labels["speed"] = "images per second"
     with rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(4.6 * len(axes_of), 3.9), layout="constrained")
+        figure = Figure(figsize=(4.6 * len(labels), 3.9), layout="constrained")
         FigureCanvasAgg(figure)
-        for axes, (name, label) in zip(figure.subplots(1, len(axes_of), sharey=True), axes_of.items()):
-            for K in choices:
+        for axes, (name, label) in zip(figure.subplots(1, len(labels), sharey=True), labels.items()):
+            for number, K in enumerate(choices):
                 own = [point for point in points if point["num_selected_experts"] == K]
-                _draw_curves(axes, own, name, f", K = {K}" if len(choices) > 1 else "", choices.index(K))
+                _draw_curves(axes, own, name, f", K = {K}" if len(choices) > 1 else "", number)
             axes.set_xlabel(label)
             axes.grid(alpha=0.25)
-        first = figure.axes[0]
-        first.set_ylabel("top-1")
-        first.legend(frameon=False, loc="lower right")
+        figure.axes[0].set_ylabel("top-1")
+        figure.axes[0].legend(frameon=False, loc="lower right")
         figure.savefig(file, dpi=150)
 
 
 def _mean_point(same: tuple[dict[str, Any], ...]) -> dict[str, Any]:
     """One setting over the checkpoints."""
-    accuracies, n = [point["top1"] for point in same], len(same)
-    mean = sum(accuracies) / n
-    error = same[0]["top1_error"]
-    if n > 1:
-        error = math.sqrt(sum((value - mean) ** 2 for value in accuracies) / (n - 1) / n)
-    speed = None
-    if all(point["images_per_second"] for point in same):
-        parts = ("median", "lower_quartile", "upper_quartile")
-        speed = [sum(point["images_per_second"][part] for point in same) / n for part in parts]
-    gflops = sum(point["gflops_per_image"] for point in same) / n
-    return {**same[0], "top1": mean, "top1_error": error, "speed": speed, "gflops": gflops}
+    top1 = [point["top1"] for point in same]
+    speeds = [point["images_per_second"] for point in same]
+    return {
+        **same[0],
+        "top1": statistics.fmean(top1),
+        "top1_error": statistics.stdev(top1) / len(top1) ** 0.5 if len(top1) > 1 else same[0]["top1_error"],
+        "gflops_per_image": statistics.fmean(point["gflops_per_image"] for point in same),
+        "speed": [statistics.fmean(speed[part] for speed in speeds) for part in SPEEDS] if all(speeds) else None,
+    }
 
 
-def _draw_curves(axes, points: list[dict[str, Any]], name: str, suffix: str, place: int) -> None:
+def _draw_curves(axes, points: list[dict[str, Any]], name: str, suffix: str, number: int) -> None:
     """The curves of one K; a later K is paler and hollow."""
-    unlimited = [point for point in points if point["curve"] == "both"]
-    for point in unlimited:
-        if name == "factor":
-            axes.axhline(point["top1"], color=NO_LIMIT, linestyle=":", label=f"no limit{suffix}", alpha=1 / (1 + place))
-        else:
-            x = point[name][0] if name == "speed" else point[name]
-            axes.plot(x, point["top1"], "*", color=NO_LIMIT, markersize=11, alpha=1 / (1 + place), zorder=5)
+    for point in points:
+        if point["curve"] == "both" and name == "factor":
+            label = f"no limit{suffix}"
+            axes.axhline(point["top1"], color=NO_LIMIT, linestyle=":", label=label, alpha=1 / (1 + number))
+        elif point["curve"] == "both":
+            x = point["speed"][0] if name == "speed" else point[name]
+            axes.plot(x, point["top1"], "*", color=NO_LIMIT, markersize=11, alpha=1 / (1 + number), zorder=5)
             axes.annotate("no limit", (x, point["top1"]), (0, 7), textcoords="offset points", ha="center", fontsize=8)
     for curve, style in CURVES.items():
         own = [point for point in points if point["curve"] == curve]
         if not own:
             continue
-        sideways = None
-        x = [point[name] for point in own]
+        x, x_error = [point[name] for point in own], None
         if name == "speed":
-            x = [point["speed"][0] for point in own]
-            lower, upper = ([abs(point["speed"][part] - point["speed"][0]) for point in own] for part in (1, 2))
-            sideways = [lower, upper]
+            x, lower, upper = zip(*(point["speed"] for point in own))
+            x_error = [[abs(end - middle) for end, middle in zip(ends, x)] for ends in (lower, upper)]
         axes.errorbar(
             x,
             [point["top1"] for point in own],
             yerr=[point["top1_error"] for point in own],
-            xerr=sideways,
+            xerr=x_error,
             markersize=5,
             linewidth=1.6,
             elinewidth=0.8,
-            alpha=1 / (1 + 0.6 * place),
-            markerfacecolor="white" if place else style["color"],
+            alpha=1 / (1 + 0.6 * number),
+            markerfacecolor="white" if number else style["color"],
             **{**style, "label": style["label"] + suffix},
         )

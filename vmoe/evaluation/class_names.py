@@ -1,6 +1,6 @@
 """Class names and prompt templates of published zero-shot evaluations, by the name of the data set.
 
-The lists lie in `names/`, one JSON file per set, with their sources; ImageNet's are open_clip's own.
+The lists are in `names/`, one JSON file per set, with their sources; ImageNet's are open_clip's own.
 """
 
 from __future__ import annotations
@@ -25,20 +25,12 @@ logger = logging.getLogger("vmoe.evaluation")
 
 
 class PublishedSet(NamedTuple):
-    """What is published of one data set.
+    """The published lists of one data set."""
 
-    Attributes:
-        names: what stands in the prompts, in the order of the data set's labels (torchvision's, where it has the set).
-        labels: what the data set calls its classes, in the same order ("AnnualCrop" for "annual crop land").
-        aliases: {name: what copies of the data set also call the class}.
-        templates: prompts with {} in the place of a name.
-        source: where the lists come from.
-    """
-
-    names: tuple[str, ...]
-    labels: tuple[str, ...]
-    aliases: dict[str, list[str]]
-    templates: tuple[str, ...]
+    names: tuple[str, ...]  # for prompts, in the order of the data set's labels (torchvision's, where it has the set)
+    labels: tuple[str, ...]  # the data set's own names of its classes ("AnnualCrop" for "annual crop land")
+    aliases: dict[str, list[str]]  # {name: other names that copies of the data set give the class}
+    templates: tuple[str, ...]  # prompts with {} for a name
     source: str
 
 
@@ -73,11 +65,10 @@ def prompt_names(name: str, classes: Sequence[str] | None = None) -> list[str]:
 
     Args:
         name: "imagenet", "cifar10", ...; see :func:`known_sets`.
-        classes: the classes of the data, in the order of its labels. Each must be one of the set's own labels, names
-            or aliases; the names come in the order of the data. Case, spaces, punctuation and leading zeros do not
-            matter, and "three" is 3. Where none is, the numbers from 0 or (with a warning) from 1 are the set's labels.
-            ImageNet's classes must be its synsets, WordNet's words for them or open_clip's names. None: the names come
-            in the published order.
+        classes: the classes of the data, in the order of its labels, which is that of the result. Each must be one of
+            the set's own labels, names or aliases. Case, spaces, punctuation and leading zeros do not matter, and
+            "three" is 3. Where none is, the numbers from 0 or (with a warning) from 1 are the set's labels. ImageNet's
+            classes must be its synsets, WordNet's words for them or open_clip's names. None: the published order.
 
     Raises:
         ValueError: an unknown name, or the data has another number of classes or one that is not of the set.
@@ -107,10 +98,10 @@ def prompt_names(name: str, classes: Sequence[str] | None = None) -> list[str]:
 
 
 def _numbered_labels(name: str, classes: Sequence[str]) -> list[int | None]:
-    """The labels that classes called by numbers stand for: from 0, or from 1 with a warning; else None for each."""
+    """The labels of classes called by numbers: from 0, or from 1 with a warning; else None for each."""
     keys = [_key(one) for one in classes]
     for first in (0, 1):
-        if sorted(keys) == sorted(str(number) for number in range(first, first + len(keys))):
+        if set(keys) == {str(number) for number in range(first, first + len(keys))}:
             labels = [int(key) - first for key in keys]
             if first:
                 pairs = [f"{one!r} is {published_set(name).names[label]!r}" for one, label in zip(classes, labels)]
@@ -128,7 +119,7 @@ def _listed(texts: Sequence[str], most: int = 5) -> str:
 
 
 def prompt_templates(name: str) -> list[str]:
-    """Published prompt templates of a data set, {} in the place of the class name.
+    """Published prompt templates of a data set, with {} for the class name.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.
@@ -137,9 +128,9 @@ def prompt_templates(name: str) -> list[str]:
 
 
 def warn_of_order(names: Sequence[str], classes: Sequence[str]) -> None:
-    """Logs a pairing of given names with the classes of the data that looks mixed up.
+    """Warns of a pairing of given names with the classes of the data that looks mixed up.
 
-    A class's own name stands beside another class (numbers may mean other things), or the classes are sorted as text.
+    A class's own name is paired with another class (numbers may mean other things), or the classes are sorted as text.
     """
     given_to = {_key(name): index for index, name in enumerate(names)}
     keys = [_key(one) for one in classes]
@@ -150,31 +141,31 @@ def warn_of_order(names: Sequence[str], classes: Sequence[str]) -> None:
 
 
 def is_published(names: Sequence[str]) -> bool:
-    """Whether a list holds exactly the names of a published one, in whatever order (see `prompt_names`)."""
+    """Whether a list holds exactly the names of a published one, in any order (see `prompt_names`)."""
     return any(sorted(names) == sorted(published_set(name).names) for name in known_sets())
 
 
 def _imagenet_names(classes: Sequence[str]) -> list[str]:
     """open_clip's names in the order of 1,000 classes that one of the known lists must name.
 
-    Any other thousand classes, or these in an order of their own, would give figures that look plausible and are wrong.
+    Any other thousand classes, or these in an order of their own, would give metrics that look plausible and are wrong.
     """
     from vmoe.data.sources.imagenet import imagenet_synsets, imagenet_words
 
     names = published_set(IMAGENET).names
     keys = [_key(one) for one in classes]
-    for known in (imagenet_words(), imagenet_synsets(), names):
-        known_keys = [_key(one) for one in known]
+    known = [[_key(one) for one in each] for each in (imagenet_words(), imagenet_synsets(), names)]
+    for known_keys in known:
         if Counter(keys) == Counter(known_keys):  # the two pairs that are equal in open_clip's list have equal names
             name_of = dict(zip(known_keys, names))
             return [name_of[key] for key in keys]
-    all_known = {_key(one) for known in (imagenet_words(), imagenet_synsets(), names) for one in known}
-    place = next((place for place, key in enumerate(keys) if key not in all_known), None)
+    all_known = set().union(*known)
+    unknown = next((index for index, key in enumerate(keys) if key not in all_known), None)
     problem = (
         "the classes of the data mix ImageNet's synsets, WordNet's words and open_clip's names, or repeat some"
-        if place is None
-        else f"class {place} of the data, {classes[place]!r}, is none of ImageNet's synsets, of WordNet's words for "
-        "them or of open_clip's names"
+        if unknown is None
+        else f"class {unknown} of the data, {classes[unknown]!r}, is none of ImageNet's synsets, of WordNet's words "
+        "for them or of open_clip's names"
     )
     raise ValueError(
         f"class names 'imagenet': {problem}: use the data set's own type (as imagenet or imagenet_v2), or {AS_FILE}"

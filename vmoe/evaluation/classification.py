@@ -1,4 +1,4 @@
-"""Accuracy and calibration of whatever scores classes: a classifier here, an image-text model in `zero_shot`.
+"""Accuracy and calibration of a model that scores classes: a classifier here, an image-text model in `zero_shot`.
 
 Shapes, by suffix: B batch, N samples, C classes, M outputs of a classifier that stand for one class.
 """
@@ -12,52 +12,42 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vmoe.evaluation.gather import gather_lists, gather_rows
+from vmoe.distributed.process_group import gather_lists
 from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.metrics import (
     accuracy_per_class,
-    class_ranks,
     expected_calibration_error,
+    mean_per_class,
+    ranks,
     right_classes,
     top_shares,
 )
-from vmoe.evaluation.synchronized import Lockstep
+from vmoe.evaluation.synchronized import SynchronizedBatches, gather_rows
 
 logger = logging.getLogger("vmoe.evaluation")
 
 
 class Predictions(NamedTuple):
-    """What became of every sample, in the order of the data; of all processes, on the CPU.
+    """Predictions for all samples of all processes, in the order of the data, on the CPU."""
 
-    Attributes:
-        index_N: place in the data set.
-        label_N: the right class.
-        rank_N: rank of the (best) right class among the scores, 0 = best; ties count against the model.
-        predicted_N: the class with the highest score.
-        confidence_N: its softmax probability.
-        num_classes: C.
-        num_skipped: samples that could not be read.
-    """
-
-    index_N: Tensor
-    label_N: Tensor
-    rank_N: Tensor
-    predicted_N: Tensor
-    confidence_N: Tensor
+    index_N: Tensor  # position in the data set
+    label_N: Tensor  # the right class
+    rank_N: Tensor  # rank of the (best) right class among the scores, see `ranks`
+    predicted_N: Tensor  # the class with the highest score
+    confidence_N: Tensor  # its softmax probability
     num_classes: int
-    num_skipped: int
+    num_skipped: int  # samples that could not be read
 
     def results(self) -> dict[str, float | int]:
-        """The figures that `evaluate_classification` returns."""
+        """The metrics that `evaluate_classification` returns."""
         hits_N = self.rank_N == 0
-        per_class_C, counts_C = accuracy_per_class(hits_N, self.label_N, self.num_classes)
         results = {
             **top_shares(self.rank_N, self.num_classes),
-            "mean_per_class": float(per_class_C[counts_C > 0].mean()),
+            "mean_per_class": mean_per_class(hits_N, self.label_N, self.num_classes),
         }
         undefined = int(self.confidence_N.isnan().sum())
         if undefined:
-            logger.warning("the scores of %d samples are not numbers: they count as misses, without ece", undefined)
+            logger.warning("the scores of %d samples are NaN: they count as misses, and there is no ece", undefined)
         else:
             results["ece"] = expected_calibration_error(self.confidence_N, hits_N)
         return {**results, "num_samples": len(self.rank_N), "num_skipped": self.num_skipped}
@@ -77,7 +67,7 @@ def evaluate_classification(
     precision: str = "float32",
     num_classes: int | None = None,
 ) -> dict[str, float | int]:
-    """Accuracy of `model(images)` on labelled pictures.
+    """Accuracy of `model(images)` on labelled images.
 
     Args:
         model: images (B, 3, H, W) -> logits (B, C); must be on `device`.
@@ -96,7 +86,7 @@ def evaluate_classification(
         SharedError: one of several processes could not read its samples.
     """
     with evaluating(model, device, precision):
-        batches = Lockstep(loader, model)
+        batches = SynchronizedBatches(loader, model)
         return predict(lambda images: checked_logits(model, images, num_classes), batches, device=device).results()
 
 
@@ -123,20 +113,19 @@ def predict(
     class_columns: Sequence[Sequence[int]] | None = None,
     label_sets: Sequence[Sequence[int]] | None = None,
 ) -> Predictions:
-    """Scores all pictures of a loader; call it inside `evaluating`.
+    """Scores all images of a loader; call it inside `evaluating`.
 
     Args:
         score: images (B, 3, H, W) on `device` -> scores (B, C) float32, whose softmax is the confidence.
         loader: see `evaluate_classification`; a batch without "label" is scored, and does not count.
         device: where `score` runs.
-        class_columns: for each class the columns of the scores that stand for it, the largest of which counts; None:
-            each class its own.
-        label_sets: for each sample of the data set its right classes; None: "label" alone.
+        class_columns: see `select_columns`.
+        label_sets: see `right_classes`.
 
     Raises:
         ValueError: a label is out of range, or there are no samples.
     """
-    found: dict[str, list[Tensor]] = {"index": [], "label": [], "rank": [], "predicted": [], "confidence": []}
+    batches: list[tuple[Tensor, ...]] = []
     num_classes = num_rows = 0
     for batch in loader:
         scores_BC = select_columns(score(batch["image"].to(device)), class_columns)
@@ -144,34 +133,18 @@ def predict(
         if "label" not in batch:
             continue
         label_B = batch["label"].to(device)
-        index_B = batch.get("index")
-        if index_B is None:
-            index_B = torch.arange(num_rows, num_rows + len(label_B))
+        index_B = batch.get("index", torch.arange(num_rows, num_rows + len(label_B)))
         num_rows += len(label_B)
-        right_BC = right_classes(label_B, index_B, num_classes, label_sets)
-        found["rank"].append(class_ranks(scores_BC, right_BC))
+        rank_B = ranks(scores_BC, right_classes(label_B, index_B, num_classes, label_sets))
         confidence_B, predicted_B = scores_BC.softmax(dim=1).max(dim=1)
-        for name, value in (
-            ("index", index_B),
-            ("label", label_B),
-            ("predicted", predicted_B),
-            ("confidence", confidence_B),
-        ):
-            found[name].append(value)
-    rows = {name: torch.cat(parts).cpu() if parts else torch.empty(0) for name, parts in found.items()}
-    index_N, rows = gather_rows(rows.pop("index"), **rows)
+        batches.append((index_B, label_B, rank_B, predicted_B, confidence_B))
+    columns = [torch.cat(parts).cpu() for parts in zip(*batches)] or [torch.empty(0)] * 5
+    names = ("label_N", "rank_N", "predicted_N", "confidence_N")
+    index_N, rows = gather_rows(columns[0], **dict(zip(names, columns[1:])))
     num_skipped = sum(gather_lists([int(getattr(loader, "num_skipped", 0))]))
     if not len(index_N):
         raise ValueError(f"nothing to evaluate: the data set gave no sample ({num_skipped} were skipped)")
-    return Predictions(
-        index_N=index_N,
-        label_N=rows["label"],
-        rank_N=rows["rank"],
-        predicted_N=rows["predicted"],
-        confidence_N=rows["confidence"],
-        num_classes=max(gather_lists([num_classes])),
-        num_skipped=num_skipped,
-    )
+    return Predictions(index_N, **rows, num_classes=max(gather_lists([num_classes])), num_skipped=num_skipped)
 
 
 def select_columns(logits_BC: Tensor, class_columns: Sequence[Sequence[int]] | None) -> Tensor:

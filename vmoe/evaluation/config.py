@@ -14,15 +14,10 @@ FEATURE_TASKS = ("few_shot", "linear_probe", "knn")
 
 @dataclass
 class FeatureSet:
-    """One data set of several in a few-shot evaluation.
+    """One data set of several in a few-shot evaluation."""
 
-    Attributes:
-        train: The data that the examples are taken from.
-        test: The data that is classified; of the same classes.
-    """
-
-    train: SourceConfig
-    test: SourceConfig
+    train: SourceConfig  # the examples are taken from it
+    test: SourceConfig  # is classified; of the same classes
 
 
 @dataclass
@@ -30,8 +25,8 @@ class FeatureConfig:
     """Tasks on frozen features: "few_shot", "linear_probe", "knn".
 
     Attributes:
-        cache: Folder where features are kept, under a key of model and data; "auto": `features` in $VMOE_CACHE or
-            ~/.cache/vmoe; null: computed anew each time.
+        cache: Folder that caches features, under a key of model and data; "auto": `features` in $VMOE_CACHE or
+            ~/.cache/vmoe; null: no cache.
         sets: few_shot only: further data sets beside `train_data` and `data`, {name: {train: ..., test: ...}} with the
             keys of `data`. The penalty is chosen over all sets together.
         shots: few_shot only: examples per class. A class with fewer gives all that it has.
@@ -62,8 +57,8 @@ class FeatureConfig:
             values = getattr(self, name)
             if not values or min(values) < least or len(set(values)) < len(values):
                 raise ConfigError(f"features.{name} must be different whole numbers >= {least}, got {values}")
-        penalties = [self.l2_penalties, [1.0 if self.l2 is None else self.l2], self.l2_range]
-        for name, values in zip(("l2_penalties", "l2", "l2_range"), penalties, strict=True):
+        fixed = [1.0 if self.l2 is None else self.l2]
+        for name, values in (("l2_penalties", self.l2_penalties), ("l2", fixed), ("l2_range", self.l2_range)):
             if not values or not all(0 < value < math.inf for value in values) or len(set(values)) < len(values):
                 raise ConfigError(f"features.{name} must be > 0 and finite, each once, got {values}")
         if self.l2_range[0] > self.l2_range[1]:
@@ -99,15 +94,16 @@ def _feature_set(key: str, given: Any) -> FeatureSet:
 
 @dataclass
 class CapacityConfig:
-    """Task "capacity": one sparse model with more and less room in its experts, with and without batch-prioritized
-    routing (BPR). Of an image-text model the pictures alone are limited; class names always find room.
+    """Task "capacity": one sparse model at several expert capacities, with and without batch-prioritized routing (BPR).
+
+    Of an image-text model only the images are limited; no token of a class name is dropped.
 
     Attributes:
         factors: Values of eval_capacity_factor; null is no limit.
         num_selected_experts: Values of K (router top_k only); null: the model's own.
-        images_per_group: Pictures that are routed together and compete for room, next to each other in the data; they
-            are also the batch (loader.batch_size plays no part). Fewer make the limit coarser, since an expert's room
-            is rounded up, and leave BPR less to choose from; expert_choice keeps the model's own groups.
+        images_per_group: Images that are routed together and share the capacity, consecutive in the data; they are
+            also the batch (loader.batch_size is not used). Fewer make the limit coarser, since an expert's capacity is
+            rounded up, and leave BPR less to choose from; expert_choice keeps the model's own groups.
         timing_rounds: How often each setting is timed, in turn with the others; 0: not at all.
     """
 
@@ -127,12 +123,11 @@ class CapacityConfig:
         for factor in self.factors:
             if factor is not None and not 0 < factor < math.inf:
                 raise ConfigError(f"capacity.factors must be > 0 and finite (null: no limit), got {factor}")
-        for K in self.num_selected_experts or ():
-            if K < 1:
-                raise ConfigError(f"capacity.num_selected_experts must be >= 1, got {K}")
-        for name, least in (("images_per_group", 1), ("timing_rounds", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"capacity.{name} must be >= {least}, got {getattr(self, name)}")
+        for name, least in (("num_selected_experts", 1), ("images_per_group", 1), ("timing_rounds", 0)):
+            value = getattr(self, name)
+            value = min(value) if isinstance(value, (list, tuple)) else value
+            if value is not None and value < least:
+                raise ConfigError(f"capacity.{name} must be >= {least}, got {value}")
 
 
 @dataclass
@@ -141,28 +136,28 @@ class EvaluationConfig:
 
     Attributes:
         checkpoint: What to evaluate: folder of a run (its last checkpoint) or of a checkpoint, or a .safetensors file.
-            A list, such as the runs of several seeds, gives the mean and the standard deviation of each figure.
+            A list, such as the runs of several seeds, gives the mean and the standard deviation of each metric.
         task: "classification": top-1 and top-5 of a classifier. "zero_shot": the same of an image-text model, by its
-            similarity to class names. "retrieval": recall@1/5/10 of an image-text model, pictures to captions and back.
+            similarity to class names. "retrieval": recall@1/5/10 of an image-text model, images to captions and back.
             "few_shot", "linear_probe" and "knn": classifiers on frozen features. "capacity": accuracy, cost and speed
-            of a sparse model with more and less room in its experts.
+            of a sparse model at several expert capacities.
         data: The data to evaluate on.
         train_data: few_shot, linear_probe and knn: the data that the classifier on the features learns from.
-        loader: Batches and worker processes. The result does not depend on them. on_bad "skip" leaves unreadable
-            pictures out and counts them.
+        loader: Batches and worker processes. The result does not depend on them. on_bad "skip" skips and counts
+            unreadable images.
         class_names: zero_shot and capacity only: a shipped list ("imagenet", "cifar10", ...) or a UTF-8 file with one
             class name per line, in the order of the labels; null takes the names of the data.
-        templates: zero_shot and capacity only: texts with {} in the place of the class name (their embeddings are
-            averaged), a file with one per line, "openai_imagenet" (the 80 of CLIP), "simple_imagenet" (7 of them) or a
-            shipped list's name; null: those published with the shipped list or with ImageNet, else the bare names.
+        templates: zero_shot and capacity only: texts with {} for the class name (their embeddings are averaged), a
+            file with one per line, "openai_imagenet" (the 80 of CLIP), "simple_imagenet" (7 of them) or a shipped
+            list's name; null: those published with the shipped list or with ImageNet, else the bare names.
         features: Tasks on frozen features.
         capacity: Task "capacity".
-        precision: Arithmetic of the forward pass: float32, or autocast to bf16 or fp16.
-        experts: How the weights of a sparse model's experts are kept in memory, see docs/inference.md: "int8" with a
+        precision: Precision of the forward pass: float32, or autocast to bf16 or fp16.
+        experts: How the weights of a sparse model's experts are stored in memory, see docs/inference.md: "int8" with a
             scale for each expert and output, or "bfloat16"; null: as in the checkpoint.
         device: "auto" (CUDA, then MPS, then CPU) or a torch device such as "cuda:1".
         output: JSON file for the result; null: evaluation_TASK_DATA.json beside the (first) checkpoint,
-            with a number behind the name where that file holds the result of other settings.
+            with a number behind the name if that file holds the result of other settings.
     """
 
     checkpoint: list[str] | str
@@ -185,21 +180,21 @@ class EvaluationConfig:
             raise ConfigError("loader.on_bad must be 'fail' or 'skip' in an evaluation, got 'replace'")
         if not self.checkpoints or len(set(self.checkpoints)) < len(self.checkpoints):
             raise ConfigError(f"checkpoint must name at least one checkpoint and none twice, got {self.checkpoint}")
-        for name in ("class_names", "templates"):
-            if self.task not in ("zero_shot", "capacity") and getattr(self, name) is not None:
-                raise ConfigError(f"{name} is for task 'zero_shot', and task is {self.task!r}; leave it out")
-        if self.task != "capacity" and self.capacity != CapacityConfig():
-            raise ConfigError(f"capacity is for task 'capacity', and task is {self.task!r}; leave it out")
-        if self.task not in FEATURE_TASKS and self.features != FeatureConfig():
-            raise ConfigError(f"features is for {', '.join(FEATURE_TASKS)}, and task is {self.task!r}; leave it out")
-        if self.task not in FEATURE_TASKS and self.train_data.type is not None:
-            raise ConfigError(f"train_data is for {', '.join(FEATURE_TASKS)}, and task is {self.task!r}; leave it out")
+        named = ("zero_shot", "capacity")
+        for name, is_set, tasks in (
+            ("class_names", self.class_names is not None, named),
+            ("templates", self.templates is not None, named),
+            ("capacity", self.capacity != CapacityConfig(), ("capacity",)),
+            ("features.sets", self.features.sets, ("few_shot",)),
+            ("features", self.features != FeatureConfig(), FEATURE_TASKS),
+            ("train_data", self.train_data.type is not None, FEATURE_TASKS),
+        ):
+            if is_set and self.task not in tasks:
+                raise ConfigError(f"{name} is for task {', '.join(tasks)}, and task is {self.task!r}; leave it out")
         if self.task in FEATURE_TASKS and self.train_data.type is None:
             raise ConfigError(f"task {self.task!r} needs train_data: say what the classifier on features learns from")
         if self.task in FEATURE_TASKS and self.train_data == self.data:
-            raise ConfigError("train_data and data are the same: a classifier is tested on what it did not learn from")
-        if self.task != "few_shot" and self.features.sets:
-            raise ConfigError(f"features.sets is for task 'few_shot', and task is {self.task!r}; leave it out")
+            raise ConfigError("train_data and data are the same: test a classifier on data that it did not learn from")
 
     @property
     def checkpoints(self) -> list[str]:

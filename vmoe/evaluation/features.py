@@ -1,10 +1,9 @@
-"""Frozen features of pictures, kept on disk, for few-shot regression, the linear probe and nearest neighbours.
+"""Frozen features of images, cached on disk, for few-shot regression, the linear probe and nearest neighbours.
 
 A classifier gives what its last linear layer reads (the pre-logits), as in the reference's few-shot evaluation; an
-image-text model its image embedding at full length, as CLIP's linear probe takes it. The tasks that want rows of length
-1 scale them.
+image-text model its image embedding, not normalised, as CLIP's linear probe takes it.
 
-Shapes, by suffix: N pictures, B batch, D features.
+Shapes, by suffix: N images, B batch, D features.
 """
 
 from __future__ import annotations
@@ -19,12 +18,13 @@ from torch import Tensor, nn
 
 from vmoe.data import ImageDataset, LoaderConfig, SourceConfig, build_dataset, eval_loader
 from vmoe.data.sources.emoji import cache_folder
+from vmoe.distributed.process_group import gather_lists
+from vmoe.evaluation.cache import file_of_key, key_text, model_facts, read_tensors, write_tensors
 from vmoe.evaluation.config import EvaluationConfig
-from vmoe.evaluation.feature_cache import file_of_key, key_text, read_tensors, subject_facts, write_tensors
-from vmoe.evaluation.gather import gather_lists, gather_rows
 from vmoe.evaluation.inference import evaluating
-from vmoe.evaluation.loaded_model import Subject
-from vmoe.evaluation.results_file import Progress
+from vmoe.evaluation.loaded_model import LoadedModel
+from vmoe.evaluation.results_file import Outcome, Progress
+from vmoe.evaluation.synchronized import gather_rows
 from vmoe.models.factory import is_contrastive
 from vmoe.moe import SparseMoE
 from vmoe.utils.config import ConfigError
@@ -34,23 +34,16 @@ CACHE_FORMAT = 1  # raise it whenever `image_features` changes
 
 
 class Features(NamedTuple):
-    """Features of a data set, in its order, on the CPU.
+    """Features of a data set, in its order, on the CPU."""
 
-    Attributes:
-        features_ND: (N, D) float32.
-        labels_N: (N,) long, classes.
-        index_N: (N,) long, places in the data set (some are missing where pictures were skipped).
-        skipped_paths: pictures that could not be read.
-    """
-
-    features_ND: Tensor
-    labels_N: Tensor
-    index_N: Tensor
-    skipped_paths: list[str]
+    features_ND: Tensor  # float32
+    labels_N: Tensor  # long, classes
+    index_N: Tensor  # long, positions in the data set (those of skipped images are missing)
+    skipped_paths: list[str]  # images that could not be read
 
 
 def extract_features(
-    subject: Subject,
+    loaded: LoadedModel,
     dataset: ImageDataset,
     loader_config: LoaderConfig,
     *,
@@ -58,75 +51,70 @@ def extract_features(
     console: Console | None = None,
     description: str = "features",
 ) -> Features:
-    """Features of all pictures of a data set; all processes of `torchrun` share the work and get the same rows.
-
-    With a cache the rows are read from disk if a file of the same key is there: weights, model and routing settings,
-    transform, precision, kind of device, data, library versions and this package's code. The key lies in clear in the
-    file's metadata. Only the first process reads and writes.
+    """Features of all images of a data set; all processes of `torchrun` share the work and get the same rows.
 
     Args:
-        subject: the model.
+        loaded: the model.
         dataset: has classes.
-        loader_config: batches and workers; the features do not depend on them, unless experts have limited room in
+        loader_config: batches and workers; the features do not depend on them, unless experts have a capacity in
             evaluation (then the batch size is part of the key).
-        cache: folder of the cache; None: no cache.
+        cache: folder where the first process looks for a file of the same key, or writes it; None: no cache.
         console: for the progress bar; None: no bar.
         description: in front of the bar.
 
     Raises:
-        ValueError: the data set has no classes or gave no picture, or the features are no vectors or not finite.
+        ValueError: the data set has no classes or gave no image, or the features are no vectors or not finite.
         ConfigError: the cache folder cannot be written to.
-        BadSample: an unreadable picture, unless `loader_config.on_bad` is "skip".
+        BadSample: an unreadable image, unless `loader_config.on_bad` is "skip".
     """
     if dataset.classes is None:
-        raise ValueError("features are taken of pictures with labels, and this data set has no classes")
-    first = world()[0] == 0
-    file, key = None, ""
-    if cache is not None:
-        found = []
-        if first:
-            _check_writable(cache)
-            key = feature_key(subject, dataset, loader_config)
-            file = file_of_key(cache, "features", key)
-            found = [_read(file, key)]
-        cached = gather_lists(found)[0]
-        if cached is not None:
-            return cached
-    features = _compute(subject, dataset, loader_config, console or Console(quiet=True), description)
+        raise ValueError("features are taken of images with labels, and this data set has no classes")
+    file, key, cached = None, "", []
+    if cache is not None and world()[0] == 0:
+        _check_writable(cache)
+        key = feature_key(loaded, dataset, loader_config)
+        file = file_of_key(cache, "features", key)
+        cached = [read_tensors(file, key)]
+    [stored] = gather_lists(cached) or [None]
+    if stored is not None:
+        tensors, notes = stored
+        return Features(tensors["features"], tensors["labels"], tensors["index"], notes["skipped_paths"])
+    features = _compute(loaded, dataset, loader_config, console or Console(quiet=True), description)
     if file is not None:
-        _write(features, file, key)
+        tensors = {"features": features.features_ND, "labels": features.labels_N, "index": features.index_N}
+        write_tensors(file, key, tensors, {"skipped_paths": features.skipped_paths})
     return features
 
 
 def _compute(
-    subject: Subject, dataset: ImageDataset, loader_config: LoaderConfig, console: Console, description: str
+    loaded: LoadedModel, dataset: ImageDataset, loader_config: LoaderConfig, console: Console, description: str
 ) -> Features:
-    loader = eval_loader(dataset, subject.transform, None, loader_config)
+    loader = eval_loader(dataset, loaded.transform, None, loader_config)
     index, labels, features = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)], []
-    with evaluating(subject.model, subject.device, subject.precision):
+    with evaluating(loaded.model, loaded.device, loaded.precision):
         for batch in Progress(loader, description, console):
-            features.append(image_features(subject.model, batch["image"].to(subject.device)).float().cpu())
+            features.append(image_features(loaded.model, batch["image"].to(loaded.device)).float().cpu())
             index.append(batch["index"].cpu())
             labels.append(batch["label"].cpu())
-    mine_ND = torch.cat(features) if features else torch.empty(0, 0)
-    index_N, rows = gather_rows(torch.cat(index), features=mine_ND, labels=torch.cat(labels))
+    own_ND = torch.cat(features) if features else torch.empty(0, 0)
+    index_N, rows = gather_rows(torch.cat(index), features=own_ND, labels=torch.cat(labels))
     skipped = sorted(gather_lists(list(loader.skipped_paths)))
     if not len(index_N):
-        raise ValueError(f"nothing to take features of: the data set gave no picture ({len(skipped)} were skipped)")
+        raise ValueError(f"nothing to take features of: the data set gave no image ({len(skipped)} were skipped)")
     unusable = int((~rows["features"].isfinite()).any(1).sum())
     if unusable:
         raise ValueError(
-            f"features must be finite, and those of {unusable} of {len(index_N)} pictures hold NaN or infinity; "
-            f"precision is {subject.precision!r}, and float32 has the widest range"
+            f"features must be finite, and those of {unusable} of {len(index_N)} images hold NaN or infinity; "
+            f"precision is {loaded.precision!r}, and float32 has the widest range"
         )
     return Features(rows["features"], rows["labels"], index_N, skipped)
 
 
 def image_features(model: nn.Module, images_B3HW: Tensor) -> Tensor:
-    """(B, D): pre-logits of a classifier, or the image embedding (not scaled to length 1) of an image-text model.
+    """(B, D): pre-logits of a classifier, or the image embedding (not normalised) of an image-text model.
 
     Raises:
-        ValueError: the model has neither, or gives something else than a vector per picture.
+        ValueError: the model has neither, or its features are not one vector per image.
     """
     if is_contrastive(model):
         features_BD = model.encode_image(images_B3HW, normalize=False)
@@ -145,26 +133,47 @@ def image_features(model: nn.Module, images_B3HW: Tensor) -> Tensor:
     return features_BD
 
 
-# --- the pair of data sets that a task takes ---
+def feature_key(loaded: LoadedModel, dataset: ImageDataset, loader_config: LoaderConfig) -> str:
+    """All that the features of a data set depend on; equal texts mean equal features."""
+    layers = [module for module in loaded.model.modules() if isinstance(module, SparseMoE)]
+    # With these an image's features may depend on the rest of its batch. The number of processes is no part of the key:
+    # the batches are the same for any.
+    limits = [limit for each in layers for limit in (each.capacity, each.eval_capacity_factor, each.group_size)]
+    return key_text(
+        {
+            "format": CACHE_FORMAT,
+            **model_facts(loaded),
+            "batch_size": loader_config.batch_size if any(limit is not None for limit in limits) else None,
+            "transform": " ".join(repr(loaded.transform).split()),
+            "data": dataset.fingerprint(),
+            "reading": dataset.reading._asdict(),
+            "on_bad": loader_config.on_bad or "fail",
+        }
+    )
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises ConfigError, before the features are computed, if the cache cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        usable = os.access(folder, os.W_OK)
+    except OSError:
+        usable = False
+    if not usable:
+        raise ConfigError(f"features.cache {folder} cannot be written to: give another folder, or null for no cache")
 
 
 def fit_and_test_features(
     config: EvaluationConfig,
-    subject: Subject,
+    loaded: LoadedModel,
     train_source: SourceConfig,
     test_dataset: ImageDataset,
     console: Console,
     name: str = "",
 ) -> tuple[Features, Features]:
-    """Features of what a classifier is fitted on and of what it is tested on.
+    """Features of the data that a classifier is fitted on and of the data that it is tested on.
 
-    Args:
-        config: the settings.
-        subject: the model.
-        train_source: what is fitted on.
-        test_dataset: what is tested on.
-        console: for the progress bars.
-        name: of the pair, for messages; "" where there is only one.
+    `name` is that of the pair in messages, "" where there is only one.
 
     Raises:
         ConfigError: the two have other classes.
@@ -176,7 +185,7 @@ def fit_and_test_features(
         raise ConfigError(prefix + _difference(train_dataset.classes, test_dataset.classes))
     options = {"cache": feature_cache(config), "console": console}
     train, test = (
-        extract_features(subject, dataset, config.loader, description=f"{prefix}{part} features", **options)
+        extract_features(loaded, dataset, config.loader, description=f"{prefix}{part} features", **options)
         for part, dataset in (("train", train_dataset), ("test", test_dataset))
     )
     absent = sorted(set(test.labels_N.tolist()) - set(train.labels_N.tolist()))
@@ -184,7 +193,7 @@ def fit_and_test_features(
         names = ", ".join(repr(test_dataset.classes[label]) for label in absent[:5])
         raise ValueError(
             f"{prefix}{len(absent)} of the classes that are tested have no training example, among them {names}: "
-            "add some, or leave these classes out of both data sets"
+            "add some, or remove these classes from both data sets"
         )
     return train, test
 
@@ -204,51 +213,8 @@ def feature_cache(config: EvaluationConfig) -> Path | None:
     return cache_folder() / "features" if setting == "auto" else None if setting is None else Path(setting)
 
 
-# --- the files ---
-
-
-def feature_key(subject: Subject, dataset: ImageDataset, loader_config: LoaderConfig) -> str:
-    """All that the features of a data set depend on; equal texts mean equal features."""
-    layers = [module for module in subject.model.modules() if isinstance(module, SparseMoE)]
-    # The number of processes is no part of the key: the loader deals out whole batches, which are the same for any.
-    return key_text(
-        {
-            "format": CACHE_FORMAT,
-            **subject_facts(subject),
-            "batch_size": loader_config.batch_size if any(map(_mixes_pictures, layers)) else None,
-            "transform": " ".join(repr(subject.transform).split()),
-            "data": dataset.fingerprint(),
-            "reading": dataset.reading._asdict(),
-            "on_bad": loader_config.on_bad or "fail",
-        }
-    )
-
-
-def _mixes_pictures(layer: SparseMoE) -> bool:
-    """Whether a picture's result may depend on what else is in its batch."""
-    limits = (layer.capacity, layer.eval_capacity_factor, layer.group_size)
-    return any(limit is not None for limit in limits)
-
-
-def _check_writable(folder: Path) -> None:
-    """Raises ConfigError if the cache cannot be written to; better said before the features are computed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        usable = os.access(folder, os.W_OK)
-    except OSError:
-        usable = False
-    if not usable:
-        raise ConfigError(f"features.cache {folder} cannot be written to: give another folder, or null for no cache")
-
-
-def _read(file: Path, key: str) -> Features | None:
-    kept = read_tensors(file, key)
-    if kept is None:
-        return None
-    tensors, notes = kept
-    return Features(tensors["features"], tensors["labels"], tensors["index"], notes["skipped_paths"])
-
-
-def _write(features: Features, file: Path, key: str) -> None:
-    tensors = {"features": features.features_ND, "labels": features.labels_N, "index": features.index_N}
-    write_tensors(file, key, tensors, {"skipped_paths": features.skipped_paths})
+def feature_outcome(results: dict[str, float | int], details: dict, train: Features, test: Features) -> Outcome:
+    """The outcome of a task on features, with its counts of samples and its skipped images."""
+    counts = {"num_samples": len(test.labels_N), "num_skipped": len(test.skipped_paths)}
+    skipped = {"num_train_samples": len(train.labels_N), "skipped": train.skipped_paths + test.skipped_paths}
+    return Outcome(results | counts, details | skipped)

@@ -1,9 +1,7 @@
 """Few-shot linear regression on frozen features, as the reference evaluates its models while they train.
 
-A least-squares classifier with an L2 penalty, fitted in closed form to a few pictures per class. One eigendecomposition
+A least-squares classifier with an L2 penalty, fitted in closed form to a few images per class. One eigendecomposition
 serves all penalties. Protocol: Big Transfer (arXiv 1912.11370) and V-MoE (arXiv 2106.05974), section 3.
-
-`few_shot` is the task of `eval.py`; below it the regression itself, which needs no model.
 
 Shapes, by suffix: N rows, D features (plus one for the bias), C classes.
 """
@@ -23,7 +21,7 @@ from vmoe.data import ImageDataset, build_dataset
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.features import Features, fit_and_test_features
 from vmoe.evaluation.inference import float64_device
-from vmoe.evaluation.loaded_model import Subject
+from vmoe.evaluation.loaded_model import LoadedModel
 from vmoe.evaluation.results_file import Outcome
 from vmoe.models.factory import is_contrastive
 from vmoe.utils.config import ConfigError
@@ -33,86 +31,82 @@ BIAS_FEATURE = 100.0
 SHOTS = (1, 5, 10, 25)
 L2_PENALTIES = tuple(2.0**power for power in range(-10, 20))
 
+Curve = dict[tuple[int, float], float]  # {(shots, penalty): accuracy}
 
-def few_shot(config: EvaluationConfig, subject: Subject, dataset: ImageDataset, console: Console) -> Outcome:
+
+def few_shot(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset, console: Console) -> Outcome:
     """Task "few_shot": the reference's protocol on one data set or several.
 
     For every data set and seed the examples are drawn anew. For each number of examples one penalty is taken, the best
-    over all data sets and seeds together (`best_penalty`). Embeddings of an image-text model are scaled to length 1
-    first, as the reference's two-tower model gives them.
-
-    Returns:
-        results: "{n}shot" (mean accuracy over the seeds), "{n}shot_std" (its standard deviation over them, if there are
-        several), "{n}shot_l2" (the penalty), "num_samples", "num_skipped" (of the tests). Figures of
-        `features.sets` begin with "{name}/". details: "accuracy", one entry for each set, seed, number of
-        examples and penalty; "short_classes", for each set the classes with fewer examples than asked for; "skipped".
+    over all data sets and seeds together (`best_penalty`). Embeddings of an image-text model are normalised first, as
+    the reference's two-tower model gives them. Metrics of `features.sets` begin with "{name}/".
 
     Raises:
-        ConfigError: the two parts of a set have other classes, or several right labels per picture.
+        ConfigError: the two parts of a set have other classes, or several right labels per image.
         ValueError: a class that is tested has no training example.
     """
     settings = config.features
     penalties = settings.l2_penalties if settings.l2 is None else [settings.l2]
-    pairs = {"": (config.train_data, dataset)}
-    pairs |= {name: (one.train, build_dataset(one.test)) for name, one in settings.sets.items()}
-    accuracy: dict[tuple[str, int], dict[tuple[int, float], float]] = {}
-    results: dict[str, float | int] = {}
+    sets = {"": (config.train_data, dataset)}
+    sets |= {name: (one.train, build_dataset(one.test)) for name, one in settings.sets.items()}
+    accuracy: dict[tuple[str, int], Curve] = {}
     short_classes, skipped, counts = {}, [], {}
-    for name, (train_source, test_dataset) in pairs.items():
+    for name, (train_source, test_dataset) in sets.items():
         if test_dataset.label_sets is not None:
-            raise ConfigError(f"{name or 'data'}: task 'few_shot' needs one right label per picture; here are several")
-        train, test = fit_and_test_features(config, subject, train_source, test_dataset, console, name)
-        short_classes[name] = _short_classes(train, test_dataset.classes, max(settings.shots))
-        if short_classes[name]:
-            console.print(
-                f"{name or 'train_data'}: {len(short_classes[name])} of {len(test_dataset.classes)} classes have fewer "
-                f"than {max(settings.shots)} examples, and give all that they have",
-                style="yellow",
-            )
-        rows = [_rows(part, is_contrastive(subject.model), subject.device) for part in (train, test)]
+            raise ConfigError(f"{name or 'data'}: task 'few_shot' needs one right label per image; here are several")
+        classes = test_dataset.classes
+        train, test = fit_and_test_features(config, loaded, train_source, test_dataset, console, name)
+        short_classes[name] = _short_classes(name, train, classes, max(settings.shots), console)
+        rows = [part for each in (train, test) for part in _rows(each, is_contrastive(loaded.model), loaded.device)]
         for seed in settings.seeds:
-            accuracy[name, seed] = few_shot_accuracy(
-                *rows[0],
-                *rows[1],
-                settings.shots,
-                penalties,
-                len(test_dataset.classes),
-                torch.Generator().manual_seed(seed),
-            )
-        counts[name] = {"num_samples": len(test.labels_N), "num_skipped": len(test.skipped_paths)}
+            generator = torch.Generator().manual_seed(seed)
+            accuracy[name, seed] = few_shot_accuracy(*rows, settings.shots, penalties, len(classes), generator)
+        prefix = f"{name}/" if name else ""
+        counts |= {f"{prefix}num_samples": len(test.labels_N), f"{prefix}num_skipped": len(test.skipped_paths)}
         skipped += train.skipped_paths + test.skipped_paths
-
-    for shot in settings.shots:
-        penalty = best_penalty(list(accuracy.values()), shot)
-        for name in pairs:
-            figures = [accuracy[name, seed][shot, penalty] for seed in settings.seeds]
-            key = f"{name}/{shot}shot" if name else f"{shot}shot"
-            results[key] = statistics.fmean(figures)
-            if len(figures) > 1:
-                results[f"{key}_std"] = statistics.stdev(figures)
-        results[f"{shot}shot_l2"] = penalty
-    for name, found in counts.items():
-        results |= {f"{name}/{key}" if name else key: count for key, count in found.items()}
     curves = [
-        {"set": name, "seed": seed, "shots": shot, "l2": penalty, "accuracy": figure}
-        for (name, seed), found in accuracy.items()
-        for (shot, penalty), figure in found.items()
+        {"set": name, "seed": seed, "shots": shot, "l2": penalty, "accuracy": value}
+        for (name, seed), curve in accuracy.items()
+        for (shot, penalty), value in curve.items()
     ]
-    return Outcome(results, {"accuracy": curves, "short_classes": short_classes, "skipped": skipped})
+    details = {"accuracy": curves, "short_classes": short_classes, "skipped": skipped}
+    return Outcome(_results(accuracy, settings.shots) | counts, details)
 
 
-def _rows(features: Features, unit_length: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+def _results(accuracy: dict[tuple[str, int], Curve], shots: Sequence[int]) -> dict[str, float]:
+    """Mean and deviation over the seeds with the best penalty, from {(set, seed): curve}."""
+    results: dict[str, float] = {}
+    for shot in shots:
+        penalty = best_penalty(list(accuracy.values()), shot)
+        for name in dict.fromkeys(name for name, _ in accuracy):
+            values = [curve[shot, penalty] for (each, _), curve in accuracy.items() if each == name]
+            key = f"{name}/{shot}shot" if name else f"{shot}shot"
+            results[key] = statistics.fmean(values)
+            if len(values) > 1:
+                results[f"{key}_std"] = statistics.stdev(values)
+        results[f"{shot}shot_l2"] = penalty
+    return results
+
+
+def _rows(features: Features, normalize: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """Features and labels where the regression is computed."""
     features_ND, labels_N = (tensor.to(float64_device(device)) for tensor in (features.features_ND, features.labels_N))
-    if unit_length:
+    if normalize:
         features_ND = features_ND / (torch.linalg.vector_norm(features_ND, dim=1, keepdim=True) + 1e-8)
     return features_ND, labels_N
 
 
-def _short_classes(train: Features, classes: list[str], shots: int) -> dict[str, int]:
-    """{class: number of its examples} of the classes with fewer than `shots`."""
+def _short_classes(name: str, train: Features, classes: list[str], shots: int, console: Console) -> dict[str, int]:
+    """{class: number of its examples} of the classes with fewer than `shots`, with a message if there are any."""
     counts_C = train.labels_N.bincount(minlength=len(classes))
-    return {name: count for name, count in zip(classes, counts_C.tolist(), strict=True) if count < shots}
+    short = {label: count for label, count in zip(classes, counts_C.tolist(), strict=True) if count < shots}
+    if short:
+        console.print(
+            f"{name or 'train_data'}: {len(short)} of {len(classes)} classes have fewer than {shots} examples, and "
+            "give all that they have",
+            style="yellow",
+        )
+    return short
 
 
 def few_shot_accuracy(
@@ -124,24 +118,20 @@ def few_shot_accuracy(
     l2_penalties: Sequence[float] = L2_PENALTIES,
     num_classes: int | None = None,
     generator: torch.Generator | None = None,
-) -> dict[tuple[int, float], float]:
+) -> Curve:
     """Accuracy on the test rows for each number of examples per class and each penalty.
 
     Args:
-        train_features_ND: features to take the examples from.
-        train_labels_N: their classes, 0..C-1.
+        train_features_ND, train_labels_N: features to take the examples from, and their classes, 0..C-1.
         test_features_ND, test_labels_N: what is classified.
         shots: examples per class; a class with fewer gives all that it has.
         l2_penalties: weights of the squared norm of the regression's coefficients, > 0.
         num_classes: C, >= 1; None: the largest training label + 1.
         generator: chooses the examples; None: the first rows of each class.
 
-    Returns:
-        {(shots, penalty): accuracy in 0..1}.
-
     Raises:
-        ValueError: if there is nothing to fit or to test, sizes do not belong together, features are not finite, labels
-            are no classes, or a number is out of range.
+        ValueError: there is nothing to fit or to test, sizes do not fit together, features are not finite, labels are
+            no classes, or a number is out of range.
     """
     if len(train_features_ND) == 0 or len(test_features_ND) == 0:
         raise ValueError("few-shot evaluation needs training and test features, got none")
@@ -150,10 +140,10 @@ def few_shot_accuracy(
         raise ValueError(f"shots must be >= 1 and l2_penalties > 0, got {list(shots)} and {list(l2_penalties)}")
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"num_classes must be >= 1, or None for the largest training label + 1, got {num_classes}")
-    _check_labels("train", train_features_ND, train_labels_N, num_classes)
+    _check_rows("train", train_features_ND, train_labels_N, num_classes)
     if num_classes is None:
         num_classes = int(train_labels_N.max()) + 1
-    _check_labels("test", test_features_ND, test_labels_N, num_classes)
+    _check_rows("test", test_features_ND, test_labels_N, num_classes)
     if train_features_ND.shape[1] != test_features_ND.shape[1]:
         widths = f"{train_features_ND.shape[1]} and {test_features_ND.shape[1]}"
         raise ValueError(f"training and test rows must have equally many features, got {widths}")
@@ -171,7 +161,7 @@ def few_shot_accuracy(
     return accuracy
 
 
-def _check_labels(split: str, features_ND: Tensor, labels_N: Tensor, num_classes: int | None) -> None:
+def _check_rows(split: str, features_ND: Tensor, labels_N: Tensor, num_classes: int | None) -> None:
     """Raises ValueError unless there is one class for each row of finite features."""
     if features_ND.ndim != 2 or labels_N.shape != features_ND.shape[:1]:
         shapes = f"{tuple(features_ND.shape)} and {tuple(labels_N.shape)}"
@@ -187,28 +177,20 @@ def _check_labels(split: str, features_ND: Tensor, labels_N: Tensor, num_classes
         )
 
 
-def best_penalty(results: Sequence[dict[tuple[int, float], float]], shot: int) -> float:
+def best_penalty(results: Sequence[Curve], shot: int) -> float:
     """The penalty that ranks best on average over several data sets, so that none is tuned on its own test rows.
 
-    Args:
-        results: what `few_shot_accuracy` gave for each data set.
-        shot: examples per class.
-
     Raises:
-        ValueError: if there are no results for this shot, or not those of the same settings for each data set.
+        ValueError: there are no results for this number of examples, or not the same settings for each data set.
     """
     if not results or not any(shots == shot for shots, _ in results[0]):
         raise ValueError(f"results must be of one or more data sets with {shot} examples per class, there are none")
     if any(accuracy.keys() != results[0].keys() for accuracy in results):
         raise ValueError("results must have the same shots and penalties for each data set")
     penalties = [penalty for shots, penalty in results[0] if shots == shot]
-    ranks = torch.stack(
-        [
-            torch.tensor([accuracy[shot, penalty] for penalty in penalties]).argsort(stable=True).argsort(stable=True)
-            for accuracy in results
-        ]
-    )
-    return penalties[int(ranks.double().mean(0).argmax())]
+    accuracy_SP = torch.tensor([[accuracy[shot, penalty] for penalty in penalties] for accuracy in results])
+    rank_SP = accuracy_SP.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
+    return penalties[int(rank_SP.double().mean(0).argmax())]
 
 
 class _Regression:

@@ -1,4 +1,4 @@
-"""Where and in which arithmetic a model runs; how every evaluation calls it."""
+"""Device, precision and mode of a model that is evaluated."""
 
 from __future__ import annotations
 
@@ -52,11 +52,7 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 @contextmanager
 def arithmetic(precision: str, device: torch.device | str) -> Iterator[None]:
-    """Autocast to a precision; "float32" leaves all as it is.
-
-    Args:
-        precision: "float32", "bf16" or "fp16".
-        device: where the model runs.
+    """Autocast on a device to "bf16" or "fp16"; "float32" changes nothing.
 
     Raises:
         ValueError: unknown precision.
@@ -73,10 +69,10 @@ def arithmetic(precision: str, device: torch.device | str) -> Iterator[None]:
 
 
 def attention_kernel(precision: str, device: torch.device | str) -> AbstractContextManager:
-    """The kernel that attention takes under `arithmetic`, for backward passes too, where checkpointing runs it again.
+    """The attention kernel under `arithmetic`; for backward passes too, where checkpointing runs it again.
 
-    On a CPU the backward pass of PyTorch's fused attention is several times slower in bf16 than the plain products
-    (measured at 36 tokens, 4 heads of 32: 100 ms against 22 ms).
+    On a CPU the backward pass of PyTorch's fused attention is several times slower in bf16 than plain matrix
+    multiplications (measured at 36 tokens, 4 heads of 32: 100 ms against 22 ms).
     """
     plain = torch.device(device).type == "cpu" and PRECISIONS[precision] is not None
     return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
@@ -84,12 +80,7 @@ def attention_kernel(precision: str, device: torch.device | str) -> AbstractCont
 
 @contextmanager
 def evaluating(model: nn.Module, device: torch.device | str, precision: str = "float32") -> Iterator[None]:
-    """Evaluation mode without gradients, under autocast unless precision is "float32"; the mode is restored after.
-
-    Args:
-        model: put into eval() inside the block; its device is not changed.
-        device: where the model runs.
-        precision: "float32", "bf16" or "fp16".
+    """The model in eval() without gradients inside the block, under `arithmetic`; its mode is restored after.
 
     Raises:
         ValueError: unknown precision.

@@ -1,4 +1,4 @@
-"""What is evaluated: a model from a checkpoint, with all that goes with it."""
+"""A model from a checkpoint, with all that its evaluation needs."""
 
 from __future__ import annotations
 
@@ -17,72 +17,59 @@ from vmoe.models.factory import create_model, find_weights, get_tokenizer, is_co
 from vmoe.models.serialization import read_pretrained_metadata
 from vmoe.moe import quantize_experts
 
-BLOCK_BYTES = 1 << 20
 
+class LoadedModel(NamedTuple):
+    """A model to evaluate."""
 
-class Subject(NamedTuple):
-    """A model to evaluate.
-
-    Attributes:
-        model: in eval(), on `device`.
-        tokenizer: list of texts -> tokens (B, L); None for a classifier.
-        transform: PIL picture -> (3, H, W), as the model wants it.
-        device: where it runs.
-        precision: "float32", "bf16" or "fp16" (autocast).
-        checkpoint: folder or file, as the user gave it.
-        weights: the file that was read.
-        exif_orientation: whether it was trained on images that were turned as their EXIF data say.
-    """
-
-    model: nn.Module
-    tokenizer: Callable[[list[str]], Tensor] | None
-    transform: Transform
+    model: nn.Module  # in eval(), on `device`
+    tokenizer: Callable[[list[str]], Tensor] | None  # list of texts -> tokens (B, L); None for a classifier
+    transform: Transform  # PIL image -> (3, H, W), as the model expects it
     device: torch.device
-    precision: str
-    checkpoint: str
-    weights: Path
-    exif_orientation: bool = False
+    precision: str  # "float32", "bf16" or "fp16" (autocast)
+    checkpoint: str  # folder or file, as the user gave it
+    weights: Path  # the file that was read
+    exif_orientation: bool = False  # whether its training applied EXIF orientation
 
 
-def load_subject(
+def load_model(
     checkpoint: str,
     device: str = "auto",
     precision: str = "float32",
     crop_pct: float | None = None,
     weights: Path | None = None,
     experts: str | None = None,
-) -> Subject:
+) -> LoadedModel:
     """Loads a checkpoint for evaluation.
 
     Args:
         checkpoint: folder of a run (its last checkpoint) or of a checkpoint, or a .safetensors file.
-        device: see `pick_device`. Under `torchrun`, "auto" and "cuda" are this process's own GPU.
+        device: see `pick_device`.
         precision: "float32", "bf16" or "fp16".
-        crop_pct: share of the picture's side that the transform keeps, where the data set says so (see `ImageDataset`);
+        crop_pct: share of the image's side that the transform keeps, where the data set says so (see `ImageDataset`);
             None: the model's own.
         weights: what `find_weights` found for the checkpoint; None: finds them.
         experts: how their weights are kept, see `vmoe.quantize_experts`; None: as in the file.
 
     Raises:
-        ValueError: no such checkpoint or device, or the file cannot be used, or its experts not be kept so.
+        ValueError: no such checkpoint or device, or the file cannot be used, or it has no experts to keep so.
     """
-    place = pick_device(device)
+    torch_device = pick_device(device)
     weights = find_weights(checkpoint) if weights is None else weights
     model = create_model(None, pretrained=weights)
     if experts is not None:
         quantize_experts(model, experts)
-    model = model.to(place).eval()
+    model = model.to(torch_device).eval()
     tokenizer = get_tokenizer(model) if is_contrastive(model) else None
     preprocess = preprocess_config(model)
     if crop_pct is not None:
         preprocess["crop_pct"] = crop_pct
     transform = build_transform(preprocess, None)
     turned = trained_on_turned(weights)
-    return Subject(model, tokenizer, transform, place, precision, checkpoint, weights, turned)
+    return LoadedModel(model, tokenizer, transform, torch_device, precision, checkpoint, weights, turned)
 
 
 def trained_on_turned(weights: str | Path) -> bool:
-    """Whether a weights file's model was trained on images that were turned as their EXIF data say."""
+    """Whether the training of a weights file's model applied EXIF orientation."""
     return read_pretrained_metadata(weights)["extra"].get("exif_orientation") is True
 
 
@@ -93,13 +80,14 @@ def weights_fingerprint(weights: str | Path) -> str:
         parts = [f"{file.name} {weights_fingerprint(file)}\n" for file in sorted(weights.iterdir())]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
     stat = weights.stat()
-    return _fingerprint(str(weights.resolve()), stat.st_size, stat.st_mtime_ns)
+    return _file_sha256(str(weights.resolve()), stat.st_size, stat.st_mtime_ns)
 
 
 @lru_cache(maxsize=32)
-def _fingerprint(file: str, _size: int, _modified: int) -> str:
-    digest = hashlib.sha256()
+def _file_sha256(file: str, _size: int, _modified: int) -> str:
     with open(file, "rb") as stream:
-        while block := stream.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# The names until all callers have the new ones.
+Subject, load_subject = LoadedModel, load_model

@@ -1,9 +1,9 @@
-"""Ranks and the figures made from them: top-k accuracy and retrieval recall; calibration.
+"""Ranks and the metrics made from them: top-k accuracy and retrieval recall; calibration.
 
 A rank is the number of wrong answers that score at least as high as the right one: 0 is best. Ties count against the
-model, so one that scores everything equally gets top-1 = 0 instead of a lucky 1. Scores closer than `TIE_TOLERANCE` of
-the row's largest magnitude are tied, which keeps the last bits of a float32 product, and with them the batch size,
-from deciding between equal inputs. A score that is not a number never is a hit.
+model, so one that scores everything equally gets top-1 = 0. Scores closer than `TIE_TOLERANCE` of the row's largest
+magnitude are tied: the last bits of a float32 product, and with them the batch size, do not decide between equal
+inputs. A score that is NaN is never a hit.
 """
 
 from __future__ import annotations
@@ -16,30 +16,17 @@ from torch import Tensor
 TIE_TOLERANCE = 1e-6
 
 
-def ranks(scores_BC: Tensor, best_B: Tensor, wrong_BC: Tensor) -> Tensor:
-    """Rank of the right answer in each row.
+def ranks(scores_BC: Tensor, right_BC: Tensor) -> Tensor:
+    """Rank (B,) of the best right answer of each row among C scores, 0 = best.
 
     Args:
-        scores_BC: scores of all answers, any unit, higher is better.
-        best_B: score of the (best) right answer of each row.
-        wrong_BC: bool, which answers are wrong for the row.
-
-    Returns:
-        Long (B,), 0 = best.
+        scores_BC: floating point scores, higher is better.
+        right_BC: bool, which answers are right for the row.
     """
+    best_B = scores_BC.masked_fill(~right_BC, float("-inf")).amax(dim=1)
     tolerance = TIE_TOLERANCE * scores_BC.abs().amax(dim=1, keepdim=True)
     clearly_below = scores_BC < best_B[:, None] - tolerance  # False for NaN, on either side
-    return (~clearly_below & wrong_BC).sum(dim=1)
-
-
-def class_ranks(scores_BC: Tensor, right_BC: Tensor) -> Tensor:
-    """Rank (B,) of the best right class of each row among C class scores, 0 = best; ties count against it.
-
-    Args:
-        scores_BC: floating point scores.
-        right_BC: bool, see `right_classes`.
-    """
-    return ranks(scores_BC, scores_BC.masked_fill(~right_BC, float("-inf")).amax(dim=1), ~right_BC)
+    return (~clearly_below & ~right_BC).sum(dim=1)
 
 
 def right_classes(
@@ -49,31 +36,25 @@ def right_classes(
 
     Args:
         label_B: long, the class of each sample.
-        index_B: long, its place in the data set.
+        index_B: long, its position in the data set.
         num_classes: C.
         label_sets: for each sample of the data set all its right classes; None: the label alone.
 
     Raises:
         ValueError: a label is outside [0, C).
     """
-    right_BC = torch.zeros(len(label_B), num_classes, dtype=torch.bool, device=label_B.device)
-    if label_sets is None:
-        check_labels(label_B, num_classes)
-        return right_BC.scatter_(1, label_B[:, None], True)
-    for row, index in enumerate(index_B.tolist()):
-        labels = torch.tensor(label_sets[index], device=label_B.device)
-        check_labels(labels, num_classes)
-        right_BC[row, labels] = True
-    return right_BC
-
-
-def check_labels(labels_B: Tensor, num_classes: int) -> None:
-    """Raises ValueError for a label outside [0, num_classes)."""
-    if labels_B.numel() and (int(labels_B.min()) < 0 or int(labels_B.max()) >= num_classes):
+    sets = [[label] for label in label_B.tolist()]
+    if label_sets is not None:
+        sets = [label_sets[index] for index in index_B.tolist()]
+    labels = [label for row in sets for label in row]
+    if labels and (min(labels) < 0 or max(labels) >= num_classes):
         raise ValueError(
-            f"labels must be in 0..{num_classes - 1} for {num_classes} classes, "
-            f"got {int(labels_B.min())}..{int(labels_B.max())}"
+            f"labels must be in 0..{num_classes - 1} for {num_classes} classes, got {min(labels)}..{max(labels)}"
         )
+    rows = torch.tensor([row for row, own in enumerate(sets) for _ in own], dtype=torch.long)
+    right_BC = torch.zeros(len(sets), num_classes, dtype=torch.bool)
+    right_BC[rows, torch.tensor(labels, dtype=torch.long)] = True
+    return right_BC.to(label_B.device)
 
 
 def share_within(ranks_B: Tensor, k: int) -> float:
@@ -82,15 +63,15 @@ def share_within(ranks_B: Tensor, k: int) -> float:
 
 
 def top_shares(ranks_N: Tensor, num_classes: int, prefix: str = "") -> dict[str, float]:
-    """{"top1", "top5"}, the shares (0..1) of rows whose right class is the best, or among the best five.
+    """{"top1", "top5"}: shares (0..1) of rows whose right class is the best, or among the best five.
 
-    With five classes or fewer there is no "top5": every answer is among the best five.
+    There is no "top5" with five classes or fewer, where it would be 1.
     """
     return {f"{prefix}top{k}": share_within(ranks_N, k) for k in ((1, 5) if num_classes > 5 else (1,))}
 
 
 def expected_calibration_error(confidences_N: Tensor, hits_N: Tensor, num_bins: int = 15) -> float:
-    """How far the confidence in the best class is from the accuracy, on average (Guo et al., arXiv 1706.04599, eq. 3).
+    """Mean distance of the confidence in the best class from the accuracy (Guo et al., arXiv 1706.04599, eq. 3).
 
     Predictions are put into bins of equal width by their confidence; the distance between mean confidence and accuracy
     of each bin is weighted with the bin's share of the predictions.
@@ -101,7 +82,7 @@ def expected_calibration_error(confidences_N: Tensor, hits_N: Tensor, num_bins: 
         num_bins: 15 in the paper.
 
     Returns:
-        A share in 0..1, rounded to 1e-6: beyond that the figure is rounding of the forward pass.
+        A share in 0..1, rounded to 1e-6: what is beyond that is rounding of the forward pass.
     """
     confidences_N = confidences_N.double()
     bins_N = (confidences_N * num_bins).ceil().long().clamp(1, num_bins) - 1  # each bin holds its upper end
@@ -110,14 +91,18 @@ def expected_calibration_error(confidences_N: Tensor, hits_N: Tensor, num_bins: 
 
 
 def accuracy_per_class(hits_N: Tensor, labels_N: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Accuracy of each class and its number of samples.
+    """((C,) float64 accuracy of each class, NaN without samples; (C,) long, its number of samples).
 
     Args:
         hits_N: (N,) bool.
         labels_N: (N,) long in [0, num_classes).
-
-    Returns:
-        (C,) float64, NaN for a class without samples; (C,) long.
+        num_classes: C.
     """
     counts_C = labels_N.bincount(minlength=num_classes)
     return labels_N.bincount(hits_N.double(), num_classes) / counts_C, counts_C
+
+
+def mean_per_class(hits_N: Tensor, labels_N: Tensor, num_classes: int) -> float:
+    """Mean of the accuracies of the classes that have samples; arguments as for `accuracy_per_class`."""
+    per_class_C, counts_C = accuracy_per_class(hits_N, labels_N, num_classes)
+    return float(per_class_C[counts_C > 0].mean())

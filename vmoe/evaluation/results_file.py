@@ -1,4 +1,4 @@
-"""What an evaluation shows and leaves behind: the progress bar, the table, the JSON file."""
+"""The output of an evaluation: the progress bar, the table, the JSON file."""
 
 from __future__ import annotations
 
@@ -28,22 +28,17 @@ from vmoe.utils.tables import FigureTable
 from vmoe.utils.world import world
 
 LIBRARIES = ("vmoe", "torchvision", "timm", "open_clip_torch", "numpy", "pillow")
-# Kinds of data of which one place holds several splits: the split tells results apart.
+# Kinds of data whose path holds several splits: the split is part of the file's name.
 NAMED_BY_SPLIT = ("emoji", "emoji_groups", "torchvision", "karpathy")
 MAX_RESULT_BYTES = 2**28
 logger = logging.getLogger("vmoe.evaluation")
 
 
 class Outcome(NamedTuple):
-    """What a task found out about one checkpoint.
+    """The results of a task for one checkpoint."""
 
-    Attributes:
-        results: flat figures, shown as a table; the mean is taken of several checkpoints.
-        details: further figures that JSON can hold; they are only in the file.
-    """
-
-    results: dict[str, float | int]
-    details: dict[str, Any] = {}  # noqa: RUF012  (never changed)
+    results: dict[str, float | int]  # flat metrics, shown as a table; the mean is taken of several checkpoints
+    details: dict[str, Any]  # more metrics, as JSON can hold them; they are only in the file
 
 
 class Progress:
@@ -66,9 +61,9 @@ class Progress:
 
 
 def mean_and_spread(results: list[dict[str, float | int]]) -> tuple[dict[str, float | int], dict[str, float]]:
-    """({name: mean}, {name: standard deviation, n - 1}) of the figures of several checkpoints.
+    """({name: mean}, {name: standard deviation, n - 1}) of the metrics of several checkpoints.
 
-    What is equal for all, such as the number of samples, keeps its value and type. One checkpoint has no spread.
+    What is equal for all, such as the number of samples, keeps its value and type. One checkpoint has no deviations.
     """
     if len(results) == 1:
         return results[0], {}
@@ -76,9 +71,7 @@ def mean_and_spread(results: list[dict[str, float | int]]) -> tuple[dict[str, fl
     for name in dict.fromkeys(name for result in results for name in result):
         values = [result[name] for result in results if name in result]
         if len(values) < len(results):
-            logger.warning(
-                "%s is left out of the means: only %d of %d checkpoints have it", name, len(values), len(results)
-            )
+            logger.warning("%s has no mean: only %d of %d checkpoints have it", name, len(values), len(results))
             continue
         equal = all(value == values[0] for value in values)
         mean[name] = values[0] if equal else statistics.fmean(values)
@@ -88,7 +81,7 @@ def mean_and_spread(results: list[dict[str, float | int]]) -> tuple[dict[str, fl
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide the figures; "source" for one that is not installed."""
+    """Versions of Python and of the libraries that affect the metrics; "source" for one that is not installed."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for name in LIBRARIES:
         try:
@@ -99,29 +92,27 @@ def library_versions() -> dict[str, str]:
 
 
 def output_file(config: EvaluationConfig) -> Path:
-    """Where the result goes: `output`, or a name that says what was evaluated, beside the (first) checkpoint.
+    """The file of the result: `output`, or a name of task and data beside the (first) checkpoint.
 
-    Where a file of that name holds the result of other settings, the name gets a number: NAME_2.json and so on.
+    If a file of that name holds the result of other settings, the name gets a number: NAME_2.json and so on.
     """
     if config.output is not None:
         return Path(config.output)
     checkpoint = Path(config.checkpoints[0])
-    parts = ["evaluation", config.task, config.data.type]
-    if config.data.name is not None:
-        parts.append(config.data.name)
-    elif config.data.path is not None:
-        parts.append(Path(config.data.path).resolve().stem)
-    if config.data.type in NAMED_BY_SPLIT:
-        parts.append(config.data.split)
+    data = config.data
+    parts = ["evaluation", config.task, data.type]
+    if data.name is not None or data.path is not None:
+        parts.append(data.name or Path(data.path).resolve().stem)
+    if data.type in NAMED_BY_SPLIT:
+        parts.append(data.split)
     if len(config.checkpoints) > 1:
         parts.append(f"{len(config.checkpoints)}_checkpoints")
     elif not checkpoint.is_dir() and checkpoint.stem != "model":  # a file of its own among others, such as ema
         parts.append(checkpoint.stem)
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    name = "_".join(parts)
-    names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
     settings = _settings(json.loads(json.dumps(dataclasses.asdict(config))))
-    files = (folder / f"{name}.json" for name in names)
+    numbers = itertools.chain([""], (f"_{number}" for number in itertools.count(2)))
+    files = (folder / f"{'_'.join(parts)}{number}.json" for number in numbers)
     return next(file for file in files if not file.exists() or _settings_in(file) == settings)
 
 
@@ -132,7 +123,7 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _settings_in(file: Path) -> dict[str, Any] | None:
-    """Those of the evaluation that wrote a file, or None if no evaluation did."""
+    """The settings of the evaluation that wrote a file, or None if no evaluation did."""
     try:
         return _settings(read_json(file, MAX_RESULT_BYTES)["config"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -140,11 +131,7 @@ def _settings_in(file: Path) -> dict[str, Any] | None:
 
 
 def check_writable(file: Path) -> None:
-    """Makes the folder of the result; better said before the evaluation than after it.
-
-    Raises:
-        ConfigError: the file cannot be written.
-    """
+    """Makes the folder of the result; raises ConfigError, before the evaluation, if the file cannot be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         usable = not file.is_dir() and os.access(file.parent, os.W_OK)
@@ -155,11 +142,7 @@ def check_writable(file: Path) -> None:
 
 
 def write_json(report: dict[str, Any], file: Path) -> None:
-    """Writes the file whole or not at all.
-
-    Raises:
-        ValueError: a figure is not a number, which JSON cannot hold.
-    """
+    """Writes the file atomically; raises ValueError if a metric is NaN, which JSON cannot hold."""
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     with whole_file(file) as temporary:
         # Names of files need not be UTF-8; what is not becomes an escape of JSON's own.
@@ -167,7 +150,7 @@ def write_json(report: dict[str, Any], file: Path) -> None:
 
 
 def print_table(title: str, results: dict[str, float | int], spread: dict[str, float], console: Console) -> None:
-    """Prints the figures; with a spread as mean ± standard deviation."""
+    """Prints the metrics; with a spread as mean ± standard deviation."""
     console.print(title, highlight=False, markup=False, soft_wrap=True)
     table = FigureTable("", ["measure", "value"], left=["measure"])
     for name, value in results.items():

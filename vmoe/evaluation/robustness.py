@@ -57,7 +57,7 @@ def corruption_errors(errors: Mapping[tuple[str, int], float]) -> dict[str, floa
 
 
 def missing_conditions(errors: Mapping[tuple[str, int], float]) -> list[str]:
-    """Those of the benchmark's 75 conditions, as "fog/3", that are not in `errors`; without them there is no "mce"."""
+    """The benchmark's 75 conditions, as "fog/3", that are not in `errors`; without them there is no "mce"."""
     wanted = [(corruption, severity) for corruption in CORRUPTIONS for severity in SEVERITIES]
     return [f"{corruption}/{severity}" for corruption, severity in wanted if (corruption, severity) not in errors]
 

@@ -1,4 +1,8 @@
-"""Reading the data of an evaluation in several processes: none fails alone, and none calls a sharded model alone."""
+"""Evaluation in several processes: each reads every n-th batch of one list, and all get the rows of all.
+
+The batches do not depend on the number of processes, and metrics are computed from the gathered rows in the order of
+the data, so the results are equal for any number of processes.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,29 @@ import torch
 from torch import Tensor, nn
 
 from vmoe.distributed.parallelize import is_sharded
-from vmoe.distributed.process_group import SharedError
-from vmoe.evaluation.gather import gather_lists
+from vmoe.distributed.process_group import SharedError, gather_lists
 from vmoe.utils.world import world
 
 
-class Lockstep:
+def gather_rows(index_N: Tensor, **rows_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """(index, rows) of all processes, sorted by index, on the CPU of every process.
+
+    Args:
+        index_N: (N,) long, positions in the data set of this process's rows, each once.
+        rows_N: tensors with N rows.
+    """
+    parts = gather_lists([(index_N.cpu(), {name: tensor.cpu() for name, tensor in rows_N.items()})])
+    parts = [part for part in parts if len(part[0])] or parts[:1]  # a process without rows does not know their shapes
+    index_N = torch.cat([index for index, _ in parts])
+    order_N = index_N.argsort()
+    return index_N[order_N], {name: torch.cat([rows[name] for _, rows in parts])[order_N] for name in rows_N}
+
+
+class SynchronizedBatches:
     """The batches of a loader, in step with the loaders of the other processes; with one process, just the batches.
 
-    Where the model's weights lie in several processes, all of these get equally many batches. One that has none left
-    (or whose samples were all skipped) gets a blank one, {"image": zeros}, without the other keys.
+    If the model is sharded, all processes get equally many batches. One that has none left gets a blank one,
+    {"image": zeros}, without the other keys.
 
     Args:
         loader: this process's batches; its `num_skipped` is passed on.
@@ -34,7 +51,6 @@ class Lockstep:
 
     @property
     def num_skipped(self) -> int:
-        """Of this process's loader."""
         return int(getattr(self.loader, "num_skipped", 0))
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -46,28 +62,26 @@ class Lockstep:
             batch, failure = None, None
             try:
                 batch = next(batches, None)
-            except Exception as error:  # told to all, which would wait for this process otherwise
+            except Exception as error:  # raised in all processes, which would wait for this one otherwise
                 failure = error
-            image = None if batch is None else batch["image"]
-            facts: list[tuple[str | None, Any]] = gather_lists(
-                [(failure and str(failure), None if image is None else (image.shape, image.dtype))]
-            )
-            text = next((text for text, _ in facts if text is not None), None)
-            if text is not None:
-                raise SharedError(text) from failure
-            shape, dtype = next((like for _, like in facts if like is not None), (None, None))
-            if shape is None:
+            like = None if batch is None else (batch["image"].shape, batch["image"].dtype)
+            facts = gather_lists([(failure and str(failure), like)])
+            message = next((message for message, _ in facts if message is not None), None)
+            if message is not None:
+                raise SharedError(message) from failure
+            like = next((like for _, like in facts if like is not None), None)
+            if like is None:
                 return
             if batch is not None:
                 yield batch
             elif self.blanks:
-                yield {"image": torch.zeros(1, *shape[1:], dtype=dtype)}
+                yield {"image": torch.zeros(1, *like[0][1:], dtype=like[1])}
 
 
 def equal_shares(parts: list[Any], model: nn.Module) -> list[tuple[Any, bool]]:
-    """[(part, whether it counts)] for this process: every world-th of `parts`.
+    """[(part, whether it counts)] for this process: every n-th of `parts`.
 
-    Where the model's weights lie in several processes, all get equally many; those that do not count fill up.
+    If the model is sharded, all processes get equally many; those that do not count fill up.
     """
     rank, processes = world()
     own = [(part, True) for part in parts[rank::processes]]

@@ -1,10 +1,9 @@
-"""The tasks of an evaluation: each takes (config, subject, dataset, console) and returns an `Outcome`."""
+"""The tasks of an evaluation: each takes (config, loaded model, dataset, console) and returns an `Outcome`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,58 +11,50 @@ import torch
 from rich.console import Console
 
 from vmoe.data import ImageDataset, eval_loader
-from vmoe.evaluation.capacity import sparse_image_layers, sweep_capacity, sweep_settings
+from vmoe.distributed.process_group import gather_lists
+from vmoe.evaluation.capacity import Score, sparse_image_layers, sweep_capacity, sweep_settings
 from vmoe.evaluation.capacity_report import flat_results, print_sweep, sweep_details, write_sweep
 from vmoe.evaluation.class_names import known_sets
 from vmoe.evaluation.classification import Predictions, checked_logits, predict
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.few_shot import few_shot
-from vmoe.evaluation.gather import gather_lists
 from vmoe.evaluation.inference import evaluating
-from vmoe.evaluation.loaded_model import Subject
+from vmoe.evaluation.loaded_model import LoadedModel
 from vmoe.evaluation.metrics import accuracy_per_class
 from vmoe.evaluation.probe import knn, linear_probe
 from vmoe.evaluation.results_file import Outcome, Progress
 from vmoe.evaluation.retrieval import evaluate_retrieval, retrieval_loader
 from vmoe.evaluation.robustness import corruption_errors, missing_conditions, parse_condition
-from vmoe.evaluation.text_cache import cached_classes
-from vmoe.evaluation.zero_shot import class_scorer, resolve_class_names
+from vmoe.evaluation.zero_shot import cached_classes, class_scorer, resolve_class_names
 from vmoe.models.factory import preprocess_config
 from vmoe.utils.config import ConfigError
 
 
-def classification(config: EvaluationConfig, subject: Subject, dataset: ImageDataset, console: Console) -> Outcome:
-    """Task "classification": a classifier's own outputs, or those of its outputs that the data's classes map to."""
-    loader = eval_loader(dataset, subject.transform, None, config.loader)
-    num_classes = None if dataset.class_columns is not None else len(dataset.classes)
-    with evaluating(subject.model, subject.device, subject.precision):
+def classify(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset, console: Console) -> Outcome:
+    """Tasks "classification" and "zero_shot": accuracy and calibration, also of each class and condition."""
+    loader = eval_loader(dataset, loaded.transform, None, config.loader)
+    with evaluating(loaded.model, loaded.device, loaded.precision):
         predictions = predict(
-            lambda images: checked_logits(subject.model, images, num_classes),
+            class_scores(config, loaded, dataset),
             Progress(loader, config.task, console),
-            device=subject.device,
-            class_columns=dataset.class_columns,
+            device=loaded.device,
+            class_columns=None if loaded.tokenizer else dataset.class_columns,
             label_sets=dataset.label_sets,
         )
-    return judged(predictions, dataset, loader.skipped_paths)
+    return classification_outcome(predictions, dataset, loader.skipped_paths)
 
 
-def zero_shot(config: EvaluationConfig, subject: Subject, dataset: ImageDataset, console: Console) -> Outcome:
-    """Task "zero_shot": pictures against class names."""
-    loader = eval_loader(dataset, subject.transform, None, config.loader)
+def class_scores(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset) -> Score:
+    """images -> scores: the outputs of a classifier, or an image-text model's similarities to the class names."""
+    if loaded.tokenizer is None:
+        num_classes = None if dataset.class_columns is not None else len(dataset.classes)
+        return lambda images: checked_logits(loaded.model, images, num_classes)
     names = zero_shot_names(config, dataset)
-    with evaluating(subject.model, subject.device, subject.precision):
-        weights_DC = cached_classes(subject, names, zero_shot_templates(config, dataset))
-        predictions = predict(
-            class_scorer(subject.model, weights_DC, names),
-            Progress(loader, config.task, console),
-            device=subject.device,
-            label_sets=dataset.label_sets,
-        )
-    return judged(predictions, dataset, loader.skipped_paths)
+    return class_scorer(loaded.model, cached_classes(loaded, names, zero_shot_templates(config, dataset)), names)
 
 
 def zero_shot_names(config: EvaluationConfig, dataset: ImageDataset) -> list[str]:
-    """The names that pictures are compared with, one for each class of the data.
+    """The names that images are compared with, one for each class of the data.
 
     Raises:
         ConfigError: `class_names` has more or fewer, or cannot be used.
@@ -85,13 +76,13 @@ def zero_shot_templates(config: EvaluationConfig, dataset: ImageDataset) -> list
     return "imagenet" if config.class_names is None and dataset.prompt_names is not None else None
 
 
-def judged(predictions: Predictions, dataset: ImageDataset, skipped_paths: list[str]) -> Outcome:
-    """The figures of a task with labels: accuracy, calibration, and each class and condition by itself."""
+def classification_outcome(predictions: Predictions, dataset: ImageDataset, skipped_paths: list[str]) -> Outcome:
+    """The metrics of all predictions, and of each class and condition by itself."""
     results, details = predictions.results(), {}
     if dataset.label_sets is None:
         details["per_class"] = predictions.per_class(dataset.classes)
     else:
-        del results["mean_per_class"]  # a picture of several classes is of none alone
+        del results["mean_per_class"]  # an image of several classes is of none alone
     if dataset.conditions is not None:
         condition_N = torch.tensor(dataset.condition_of)[predictions.index_N]
         accuracy_C, counts_C = accuracy_per_class(predictions.rank_N == 0, condition_N, len(dataset.conditions))
@@ -107,60 +98,52 @@ def judged(predictions: Predictions, dataset: ImageDataset, skipped_paths: list[
     return Outcome(results, {**details, "skipped": sorted(gather_lists(list(skipped_paths)))})
 
 
-def retrieval(config: EvaluationConfig, subject: Subject, dataset: ImageDataset, console: Console) -> Outcome:
-    """Task "retrieval": pictures to captions and back."""
-    loader, image_of_caption = retrieval_loader(dataset, subject.transform, config.loader)
+def retrieval(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset, console: Console) -> Outcome:
+    """Task "retrieval": images to captions and back."""
+    loader, image_of_caption = retrieval_loader(dataset, loaded.transform, config.loader)
     results = evaluate_retrieval(
-        subject.model,
-        subject.tokenizer,
+        loaded.model,
+        loaded.tokenizer,
         Progress(loader, config.task, console),
         dataset.captions,
         image_of_caption,
-        device=subject.device,
-        precision=subject.precision,
+        device=loaded.device,
+        precision=loaded.precision,
     )
     return Outcome(results, {"skipped": sorted(gather_lists(list(loader.skipped_paths)))})
 
 
-def capacity(config: EvaluationConfig, subject: Subject, dataset: ImageDataset, console: Console) -> Outcome:
-    """Task "capacity": the accuracy of "classification" or "zero_shot" with more and less room in the experts.
+def capacity(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset, console: Console) -> Outcome:
+    """Task "capacity": the accuracy of "classification" or "zero_shot" at several capacities.
 
-    Class names are encoded without a limit: only the pictures are swept.
+    Class names are encoded without a limit: only the images are swept.
     """
     groups = replace(config.loader, batch_size=config.capacity.images_per_group)
-    loader = eval_loader(dataset, subject.transform, None, groups)
-    class_columns = None
-    with evaluating(subject.model, subject.device, subject.precision):
-        if subject.tokenizer is not None:
-            names = zero_shot_names(config, dataset)
-            weights_DC = cached_classes(subject, names, zero_shot_templates(config, dataset))
-            score = class_scorer(subject.model, weights_DC, names)
-        else:
-            class_columns = dataset.class_columns
-            num_classes = None if class_columns is not None else len(dataset.classes)
-            score = partial(checked_logits, subject.model, num_classes=num_classes)
-        picture = torch.zeros(1, *preprocess_config(subject.model)["input_size"], device=subject.device)
-        layers = sparse_image_layers(subject.model, score, picture, subject.checkpoint)
+    loader = eval_loader(dataset, loaded.transform, None, groups)
+    with evaluating(loaded.model, loaded.device, loaded.precision):
+        score = class_scores(config, loaded, dataset)
+        image = torch.zeros(1, *preprocess_config(loaded.model)["input_size"], device=loaded.device)
+        layers = sparse_image_layers(loaded.model, score, image, loaded.checkpoint)
     sweep = sweep_capacity(
-        subject.model,
+        loaded.model,
         score,
         Progress(loader, config.task, console),
         layers,
         sweep_settings(config.capacity, layers),
-        device=subject.device,
-        precision=subject.precision,
-        class_columns=class_columns,
+        device=loaded.device,
+        precision=loaded.precision,
+        class_columns=None if loaded.tokenizer else dataset.class_columns,
         label_sets=dataset.label_sets,
         timing_rounds=config.capacity.timing_rounds,
     )
-    print_sweep(sweep, subject.checkpoint, console)
+    print_sweep(sweep, loaded.checkpoint, console)
     details = {**sweep_details(sweep), "skipped": gather_lists(list(loader.skipped_paths))}
     return Outcome(flat_results(sweep), details)
 
 
-TASKS: dict[str, Callable[[EvaluationConfig, Subject, ImageDataset, Console], Outcome]] = {
-    "classification": classification,
-    "zero_shot": zero_shot,
+TASKS: dict[str, Callable[[EvaluationConfig, LoadedModel, ImageDataset, Console], Outcome]] = {
+    "classification": classify,
+    "zero_shot": classify,
     "retrieval": retrieval,
     "few_shot": few_shot,
     "linear_probe": linear_probe,

@@ -1,29 +1,40 @@
-"""Zero-shot classification: pictures against class names. The text side is open_clip's `build_zero_shot_classifier`."""
+"""Zero-shot classification: images against class names. The text side is open_clip's `build_zero_shot_classifier`."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from vmoe.data import build_transform
 from vmoe.data.images import DEFAULT, BadSample, Reading, load_image, to_rgb
+from vmoe.data.sources.emoji import cache_folder
 from vmoe.data.texts import CutTexts, cut_rows, knows_length, warn_once
+from vmoe.evaluation.cache import file_of_key, key_text, model_facts, read_tensors, write_tensors
 from vmoe.evaluation.class_names import is_published, known_sets, prompt_names, prompt_templates, warn_of_order
 from vmoe.evaluation.classification import predict
 from vmoe.evaluation.inference import evaluating
+from vmoe.evaluation.loaded_model import LoadedModel
 from vmoe.evaluation.metrics import TIE_TOLERANCE
-from vmoe.evaluation.synchronized import Lockstep
-from vmoe.models.factory import in_chans
+from vmoe.evaluation.synchronized import SynchronizedBatches
+from vmoe.models.factory import in_chans, preprocess_config
 
 Template = str | Callable[[str], str]
-Picture = Image.Image | str | Path | Tensor
+ImageLike = Image.Image | str | Path | Tensor
 TEXTS_PER_CALL = 512
+CACHE_FORMAT = 3  # raise it whenever `encode_classes` changes
+
+
+# --- class names and templates from settings ---
 
 
 def read_lines(file: str | Path) -> list[str]:
@@ -42,8 +53,8 @@ def read_lines(file: str | Path) -> list[str]:
     return lines
 
 
-def resolve_templates(templates: Sequence[Template] | str | None) -> list[Template]:
-    """Prompt templates from a setting.
+def resolve_templates(templates: Sequence[Template] | str | Path | None) -> list[Callable[[str], str]]:
+    """Prompt templates from a setting, as functions of the class name.
 
     Args:
         templates: a list of strings with `{}` for the class name (or functions, as in open_clip), or one such string;
@@ -54,29 +65,9 @@ def resolve_templates(templates: Sequence[Template] | str | None) -> list[Templa
         ValueError: unreadable file, empty list, or a template without `{}`.
     """
     if templates is None:
-        return ["{}"]
-    if isinstance(templates, Path):
-        templates = str(templates)
-    if isinstance(templates, str):
-        import open_clip
-
-        shipped = {
-            "openai_imagenet": open_clip.OPENAI_IMAGENET_TEMPLATES,
-            "simple_imagenet": open_clip.SIMPLE_IMAGENET_TEMPLATES,
-        }
-        if "{}" in templates:
-            templates = [templates]
-        elif templates in shipped:
-            templates = shipped[templates]
-        elif templates in known_sets():
-            templates = prompt_templates(templates)
-        elif not Path(templates).is_file():
-            raise ValueError(
-                f"templates {templates!r}: no such file; give a file, a list of texts with {{}}, "
-                f"or one of {', '.join([*shipped, *known_sets()])}"
-            )
-        else:
-            templates = read_lines(templates)
+        templates = ["{}"]
+    elif isinstance(templates, (str, Path)):
+        templates = _named_templates(str(templates))
     templates = _listed("templates", templates)
     if not templates:
         raise ValueError("templates must hold at least one text")
@@ -84,21 +75,36 @@ def resolve_templates(templates: Sequence[Template] | str | None) -> list[Templa
         if not isinstance(template, str) and not callable(template):
             raise ValueError(f"templates must be texts with {{}} or functions, got {template!r}")
         if isinstance(template, str) and "{}" not in template:
-            raise ValueError(f"template {template!r} must contain {{}}, the place of the class name")
-    # open_clip formats all or calls all; braces in a user's text other than {} stay as they are
-    return [_filler(t) if isinstance(t, str) else t for t in templates]
+            raise ValueError(f"template {template!r} must contain {{}}, the position of the class name")
+    return [_filler(template) if isinstance(template, str) else template for template in templates]
+
+
+def _named_templates(name: str) -> Sequence[Template]:
+    import open_clip
+
+    shipped = {
+        "openai_imagenet": open_clip.OPENAI_IMAGENET_TEMPLATES,
+        "simple_imagenet": open_clip.SIMPLE_IMAGENET_TEMPLATES,
+    }
+    if "{}" in name:
+        return [name]
+    if name in shipped:
+        return shipped[name]
+    if name in known_sets():
+        return prompt_templates(name)
+    if Path(name).is_file():
+        return read_lines(name)
+    raise ValueError(
+        f"templates {name!r}: no such file; give a file, a list of texts with {{}}, "
+        f"or one of {', '.join([*shipped, *known_sets()])}"
+    )
 
 
 def _filler(template: str) -> Callable[[str], str]:
-    return lambda name: template.replace("{}", name)
+    return lambda name: template.replace("{}", name)  # other braces stay as they are
 
 
-def fill(template: Template, name: str) -> str:
-    """The prompt that a resolved template makes of a class name."""
-    return template.format(name) if isinstance(template, str) else template(name)
-
-
-def resolve_class_names(class_names: Sequence[str] | str, classes: Sequence[str] | None = None) -> list[str]:
+def resolve_class_names(class_names: Sequence[str] | str | Path, classes: Sequence[str] | None = None) -> list[str]:
     """Class names from a setting.
 
     Args:
@@ -108,25 +114,31 @@ def resolve_class_names(class_names: Sequence[str] | str, classes: Sequence[str]
     Raises:
         ValueError: unreadable file, bad names, or another number of names than the data has classes.
     """
-    if isinstance(class_names, Path):
-        class_names = str(class_names)
-    if not isinstance(class_names, str):
-        names = class_names
-    elif class_names in known_sets():
+    names, published = class_names, isinstance(class_names, str) and class_names in known_sets()
+    if published:
         names = prompt_names(class_names, classes)
-    elif Path(class_names).is_file():
+    elif isinstance(class_names, (str, Path)):
+        if not Path(class_names).is_file():
+            raise ValueError(
+                f"class_names {class_names!r}: no such file; give a file with one name per line, "
+                f"or one of {', '.join(known_sets())}, or a list of names"
+            )
         names = read_lines(class_names)
-    else:
-        raise ValueError(
-            f"class_names {class_names!r}: no such file; give a file with one name per line, "
-            f"or one of {', '.join(known_sets())}, or a list of names"
-        )
     names = check_class_names(names)
     if classes is not None and len(names) != len(classes):
         raise ValueError(f"class_names {class_names} has {len(names)} names, and the data {len(classes)} classes")
-    if classes is not None and class_names not in known_sets():
+    if classes is not None and not published:
         warn_of_order(names, classes)
     return names
+
+
+def resolve_prompts(
+    class_names: Sequence[str] | str, templates: Sequence[Template] | str | None
+) -> tuple[list[str], Sequence[Template] | str | None]:
+    """Names from a setting, and the templates published with them unless others are given."""
+    if templates is None and isinstance(class_names, str) and class_names in known_sets():
+        templates = class_names
+    return resolve_class_names(class_names), templates
 
 
 def check_class_names(class_names: Sequence[str]) -> list[str]:
@@ -139,11 +151,11 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
     names = _listed("class_names", class_names)
     if not names:
         raise ValueError("class_names must hold at least one name")
-    for name in names:
+    for index, name in enumerate(names):
         if not isinstance(name, str):
             raise ValueError(f"class_names must be a list of texts, one for each class, got the entry {name!r}")
-    if any(not name.strip() for name in names):
-        raise ValueError(f"class_names: name {next(i for i, n in enumerate(names) if not n.strip())} is empty")
+        if not name.strip():
+            raise ValueError(f"class_names: name {index} is empty")
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated and not is_published(names):
         raise ValueError(f"class_names must be unique; given twice: {', '.join(map(repr, repeated[:5]))}")
@@ -159,6 +171,9 @@ def _listed(name: str, values: Iterable) -> list:
     if not isinstance(values, Iterable) or isinstance(values, (bytes, set, frozenset, Mapping)):
         raise ValueError(f"{name} must be a list of texts, got {values!r}; write a list")
     return list(values)
+
+
+# --- class embeddings ---
 
 
 def encode_classes(
@@ -180,51 +195,107 @@ def encode_classes(
     from open_clip import build_zero_shot_classifier
 
     counting = tokenizer if isinstance(tokenizer, CutTexts) else CutTexts(tokenizer)
-    tokenizer = counting.tokenizer
     names, texts = check_class_names(class_names), resolve_templates(templates)
-    check_templates(tokenizer, texts)
+    check_templates(counting.tokenizer, texts)
     if not is_published(names):
-        _check_tokens_differ(tokenizer, names, texts)
-    place = {name: index for index, name in enumerate(dict.fromkeys(names))}
-    weights_DC = build_zero_shot_classifier(
-        model,
-        counting,
-        list(place),
-        texts,
-        num_classes_per_batch=max(1, TEXTS_PER_CALL // len(texts)),
-        device=device,
-    )
+        _check_tokens_differ(counting.tokenizer, names, texts)
+    column = {name: index for index, name in enumerate(dict.fromkeys(names))}
+    names_per_call = max(1, TEXTS_PER_CALL // len(texts))
+    weights_DC = build_zero_shot_classifier(model, counting, list(column), texts, names_per_call, device)
     warn_once(counting.message("prompts"))
-    return weights_DC.float()[:, [place[name] for name in names]]
+    return weights_DC.float()[:, [column[name] for name in names]]
 
 
 def check_templates(tokenizer: Callable[[list[str]], Tensor], templates: Sequence[Template] | str | None) -> None:
-    """Raises ValueError, which shows it, for a template that leaves no room for a class name in the model's context."""
+    """Raises ValueError, which shows it, for a template with which no class name fits into the model's context."""
     if not knows_length(tokenizer):
         return
     templates = resolve_templates(templates)
-    shortest = [fill(template, "a") for template in templates]
+    shortest = [template("a") for template in templates]
     tokens_TL = tokenizer(shortest)
     for row in cut_rows(tokenizer, shortest, tokens_TL):
         raise ValueError(
-            f"template {fill(templates[row], '{}')!r} does not fit: with a class name it has more than the "
+            f"template {templates[row]('{}')!r} does not fit: with a class name it has more than the "
             f"{tokens_TL.shape[1]} tokens that the model takes; shorten it"
         )
 
 
 def _check_tokens_differ(
-    tokenizer: Callable[[list[str]], Tensor], names: Sequence[str], templates: Sequence[Template]
+    tokenizer: Callable[[list[str]], Tensor], names: Sequence[str], templates: Sequence[Callable[[str], str]]
 ) -> None:
     """Raises ValueError, which names both, if two names give the same tokens in all templates."""
     first: dict[bytes, str] = {}
     for name in names:
-        tokens = tokenizer([fill(template, name) for template in templates])
+        tokens = tokenizer([template(name) for template in templates])
         other = first.setdefault(tokens.cpu().numpy().tobytes(), name)
         if other != name:
             raise ValueError(
                 f"class names {other!r} and {name!r} are the same to the tokenizer (it may ignore case and spaces, and "
-                "what is beyond its length), so every picture would tie: give names that differ in their words"
+                "what is beyond its length), so every image would tie: give names that differ in their words"
             )
+
+
+def cached_classes(
+    loaded: LoadedModel, class_names: Sequence[str], templates: Sequence[Template] | str | None = None
+) -> Tensor:
+    """What `encode_classes` gives for an image-text model, cached in `zero_shot` in $VMOE_CACHE or ~/.cache/vmoe.
+
+    The key is `model_facts`, the prompts, and the tokens of the names.
+
+    Returns:
+        (D, C) float32 on the model's device, unit columns.
+
+    Raises:
+        ValueError: bad names or templates.
+    """
+    names, texts = check_class_names(class_names), resolve_templates(templates)
+    key = key_text(
+        {
+            **model_facts(loaded),
+            "format": CACHE_FORMAT,
+            "class_names": names,
+            "prompts": _digest([[template(name) for template in texts] for name in names]),
+            "tokens": _digest(loaded.tokenizer(names).tolist()),
+        }
+    )
+    file = file_of_key(cache_folder() / "zero_shot", "classes", key)
+    stored = read_tensors(file, key)
+    if stored is not None:
+        warn_once(stored[1]["cut"])
+        return stored[0]["class_embeddings_DC"].to(loaded.device)
+    tokenizer = CutTexts(loaded.tokenizer)
+    with evaluating(loaded.model, loaded.device, loaded.precision):
+        weights_DC = encode_classes(loaded.model, tokenizer, names, texts, loaded.device)
+    write_tensors(file, key, {"class_embeddings_DC": weights_DC}, {"cut": tokenizer.message("prompts")})
+    return weights_DC
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+# --- scores ---
+
+
+def class_scorer(model: nn.Module, weights_DC: Tensor, class_names: Sequence[str] = ()) -> Callable[[Tensor], Tensor]:
+    """images (B, 3, H, W) -> logit_scale · cosine (B, C) float32, with class embeddings as `encode_classes` gives.
+
+    Equal names in `class_names`, as ImageNet's published list has, would tie, and a tie is a miss for both classes. The
+    later one therefore scores a little lower: the first of them is the answer, as with an argmax.
+    """
+    scale = model.logit_scale.detach().float().exp()
+    repeats = [list(class_names[:index]).count(name) for index, name in enumerate(class_names)]
+    repeats_C = torch.tensor(repeats, device=weights_DC.device) if any(repeats) else None
+
+    def score(images: Tensor) -> Tensor:
+        features_BD = model.encode_image(images, normalize=True).float()
+        with torch.autocast(images.device.type, enabled=False):
+            scores_BC = scale * (features_BD @ weights_DC)
+            if repeats_C is not None:
+                scores_BC = scores_BC - 4 * TIE_TOLERANCE * scores_BC.abs().amax(dim=1, keepdim=True) * repeats_C
+            return scores_BC
+
+    return score
 
 
 def evaluate_zero_shot(
@@ -258,64 +329,39 @@ def evaluate_zero_shot(
     with evaluating(model, device, precision):
         weights_DC = encode_classes(model, tokenizer, class_names, templates, device)
         score = class_scorer(model, weights_DC, class_names)
-        return predict(score, Lockstep(loader, model), device=device).results()
-
-
-def class_scorer(model: nn.Module, weights_DC: Tensor, class_names: Sequence[str] = ()) -> Callable[[Tensor], Tensor]:
-    """images (B, 3, H, W) -> logit_scale · cosine (B, C) float32, with class embeddings as `encode_classes` gives.
-
-    Equal names in `class_names`, as ImageNet's published list has, would tie, and a tie is a miss for both classes. The
-    later one therefore scores lower by a hair: the first of them is the answer, as it is where an argmax counts.
-    """
-    scale = model.logit_scale.detach().float().exp()
-    seen: Counter[str] = Counter()
-    place = []  # how many equal names stand before each
-    for name in class_names:
-        place.append(seen[name])
-        seen[name] += 1
-    later_C = torch.tensor(place, device=weights_DC.device) if any(place) else None
-
-    def score(images: Tensor) -> Tensor:
-        features_BD = model.encode_image(images, normalize=True).float()
-        with torch.autocast(images.device.type, enabled=False):
-            scores_BC = scale * (features_BD @ weights_DC)
-            if later_C is not None:
-                scores_BC = scores_BC - 4 * TIE_TOLERANCE * scores_BC.abs().amax(dim=1, keepdim=True) * later_C
-            return scores_BC
-
-    return score
+        return predict(score, SynchronizedBatches(loader, model), device=device).results()
 
 
 def zero_shot_classify(
     model: nn.Module,
     tokenizer: Callable[[list[str]], Tensor],
-    images: Picture | Iterable[Picture],
+    images: ImageLike | Iterable[ImageLike],
     class_names: Sequence[str] | str,
     templates: Sequence[Template] | str | None = None,
     batch_size: int = 64,
     exif_orientation: bool = False,
 ) -> Tensor:
-    """Probabilities of class names for pictures: softmax of `logit_scale · cosine`, as CLIP does (arXiv 2103.00020).
+    """Probabilities of class names for images: softmax of `logit_scale · cosine`, as CLIP does (arXiv 2103.00020).
 
     Args:
         model: contrastive model (LIMoE, two-tower, or one of open_clip's); runs where its parameters are.
         tokenizer: list of texts -> tokens, as `vmoe.get_tokenizer` gives.
         images: a PIL image, a file's path, or a preprocessed tensor (3, H, W) or (B, 3, H, W); or a list or iterator
-            of pictures (no (B, 3, H, W) tensors), also of mixed kinds. Images and files are preprocessed as the model
-            wants it, and files are read as they are needed.
+            of images (no (B, 3, H, W) tensors), also of mixed kinds. PIL images and files are preprocessed as the model
+            expects, and files are read as they are needed.
         class_names: C unique names; or a published set or a file, see :func:`resolve_class_names`.
         templates: see :func:`resolve_templates`; None: those published with `class_names`, if it is such a set, else
             the bare names.
-        batch_size: pictures per forward pass; does not change the result.
-        exif_orientation: whether files are turned as their EXIF data say; as the model was trained.
+        batch_size: images per forward pass; does not change the result.
+        exif_orientation: whether EXIF orientation is applied to files; as the model was trained.
 
     Returns:
-        Float32 (B, C) on the CPU, rows sum to 1. A single picture gives B = 1, an empty list B = 0.
+        Float32 (B, C) on the CPU, rows sum to 1. A single image gives B = 1, an empty list B = 0.
 
     Raises:
-        ValueError: bad names or templates, a tensor of another shape, or a picture that cannot be read (the file is
+        ValueError: bad names or templates, a tensor of another shape, or an image that cannot be read (the file is
             named).
-        TypeError: something that is no picture.
+        TypeError: something that is no image.
     """
     names, templates = resolve_prompts(class_names, templates)
     device = next(model.parameters()).device
@@ -327,29 +373,14 @@ def zero_shot_classify(
     return torch.cat(rows)
 
 
-def resolve_prompts(
-    class_names: Sequence[str] | str, templates: Sequence[Template] | str | None
-) -> tuple[list[str], Sequence[Template] | str | None]:
-    """Names from a setting, and the templates published with them unless others are given."""
-    if templates is None and isinstance(class_names, str) and class_names in known_sets():
-        templates = class_names
-    return resolve_class_names(class_names), templates
-
-
 def image_batches(
-    model: nn.Module, images: Picture | Iterable[Picture], batch_size: int, reading: Reading = DEFAULT
+    model: nn.Module, images: ImageLike | Iterable[ImageLike], batch_size: int, reading: Reading = DEFAULT
 ) -> Iterator[Tensor]:
-    """Preprocessed pictures (B, 3, H, W) with the device and dtype of the model's parameters.
-
-    Args:
-        model: says how pictures are preprocessed.
-        images: see :func:`zero_shot_classify`.
-        batch_size: the largest B, >= 1.
-        reading: how files are read.
+    """Preprocessed images (B, 3, H, W) with the device and dtype of the model's parameters.
 
     Raises:
-        ValueError: a tensor of another shape, a picture that cannot be read, or batch_size < 1.
-        TypeError: something that is no picture.
+        ValueError: a tensor of another shape, an image that cannot be read, or batch_size < 1.
+        TypeError: something that is no image.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
@@ -359,9 +390,9 @@ def image_batches(
         yield from (part.to(parameter.device, parameter.dtype) for part in checked.split(batch_size))
         return
     single = isinstance(images, (Tensor, Image.Image, str, Path)) or not isinstance(images, Iterable)
-    pictures = iter([images] if single else images)
+    images = iter([images] if single else images)
     transform = cache(lambda: _evaluation_transform(model))  # not needed for tensors, which any model takes
-    while batch := [_prepare(picture, transform, reading, model) for picture in islice(pictures, batch_size)]:
+    while batch := [_prepare(image, transform, reading, model) for image in islice(images, batch_size)]:
         sizes = {tuple(image.shape) for image in batch}
         if len(sizes) > 1:
             raise ValueError(f"images of one batch must have one size, got {' and '.join(map(str, sorted(sizes)))}")
@@ -377,31 +408,28 @@ def _checked(images: Tensor, model: nn.Module) -> Tensor:
 
 
 def _prepare(
-    picture: Picture, transform: Callable[[], Callable[[Image.Image], Tensor]], reading: Reading, model: nn.Module
+    image: ImageLike, transform: Callable[[], Callable[[Image.Image], Tensor]], reading: Reading, model: nn.Module
 ) -> Tensor:
     """(C, H, W); a tensor is taken as it is."""
-    if isinstance(picture, Tensor):
-        if picture.ndim == 4:
-            raise ValueError(f"a list of images must hold tensors (3, H, W), got {tuple(picture.shape)}")
-        return _checked(picture, model)
-    if isinstance(picture, Image.Image):
-        return transform()(to_rgb(picture))
-    if not isinstance(picture, (str, Path)):
-        raise TypeError(f"images must be tensors, PIL images or paths, got {type(picture).__name__}")
+    if isinstance(image, Tensor):
+        if image.ndim == 4:
+            raise ValueError(f"a list of images must hold tensors (3, H, W), got {tuple(image.shape)}")
+        return _checked(image, model)
+    if isinstance(image, Image.Image):
+        return transform()(to_rgb(image))
+    if not isinstance(image, (str, Path)):
+        raise TypeError(f"images must be tensors, PIL images or paths, got {type(image).__name__}")
     try:
-        return transform()(load_image(picture, reading=reading))
+        return transform()(load_image(image, reading=reading))
     except BadSample as error:
         raise ValueError(str(error)) from error
 
 
 def _evaluation_transform(model: nn.Module) -> Callable[[Image.Image], Tensor]:
-    """PIL picture -> (3, H, W), as the model wants it."""
+    """PIL image -> (3, H, W), as the model expects it."""
     own = getattr(getattr(model, "visual", None), "preprocess_cfg", None)
-    if own is not None:  # a model of open_clip's
-        from open_clip.transform import PreprocessCfg, image_transform_v2
+    if own is None:
+        return build_transform(preprocess_config(model), None)
+    from open_clip.transform import PreprocessCfg, image_transform_v2
 
-        return image_transform_v2(PreprocessCfg(**own), is_train=False)
-    from vmoe.data import build_transform
-    from vmoe.models.factory import preprocess_config
-
-    return build_transform(preprocess_config(model), None)
+    return image_transform_v2(PreprocessCfg(**own), is_train=False)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import vmoe
-from vmoe.evaluation.gather import gather_rows
+from vmoe.evaluation.synchronized import gather_rows
 from vmoe.models.factory import save_pretrained
 
 CLASSES = ("cat", "dog", "eel")

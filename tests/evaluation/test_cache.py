@@ -5,7 +5,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vmoe.evaluation.feature_cache import file_of_key, key_text, read_tensors, write_tensors
+from vmoe.evaluation.cache import file_of_key, key_text, read_tensors, write_tensors
 
 KEY = key_text({"weights": "abc", "size": 48})
 

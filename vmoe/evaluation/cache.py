@@ -1,7 +1,7 @@
-"""Tensors that a model made, kept on disk under a key: the text of all that they depend on.
+"""Tensors that a model computed, cached on disk under a key: the JSON of all that they depend on.
 
-A file holds its key in clear and a checksum, so that it is either just what is asked for, or it is made anew. Files may
-be deleted at any time.
+A file holds its key in clear and a checksum; one that is damaged or of another key is computed anew. Files may be
+deleted at any time.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import functools
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,23 +19,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vmoe.evaluation.loaded_model import Subject, weights_fingerprint
+from vmoe.evaluation.loaded_model import LoadedModel, weights_fingerprint
 from vmoe.evaluation.results_file import library_versions
 from vmoe.models.spec import model_spec
 from vmoe.moe import SparseMoE
+from vmoe.utils.atomic import whole_file
 
 logger = logging.getLogger("vmoe.evaluation")
 
 
-def subject_facts(subject: Subject) -> dict[str, Any]:
-    """All of a model and its surroundings that its results depend on, as JSON can hold it."""
-    layers = {name: layer for name, layer in subject.model.named_modules() if isinstance(layer, SparseMoE)}
+def model_facts(loaded: LoadedModel) -> dict[str, Any]:
+    """All that the outputs of a loaded model depend on, as JSON can hold it."""
+    layers = {name: layer for name, layer in loaded.model.named_modules() if isinstance(layer, SparseMoE)}
     return {
-        "weights": weights_fingerprint(subject.weights),
-        "model": model_spec(subject.model),
+        "weights": weights_fingerprint(loaded.weights),
+        "model": model_spec(loaded.model),
         "routing": {name: dataclasses.asdict(layer.settings) for name, layer in layers.items()},
-        "precision": subject.precision,
-        "device": subject.device.type,
+        "precision": loaded.precision,
+        "device": loaded.device.type,
         "versions": library_versions(),
         "code": _code_fingerprint(),
     }
@@ -47,7 +46,7 @@ def subject_facts(subject: Subject) -> dict[str, Any]:
 def _code_fingerprint() -> str:
     """SHA-256 of the source of models, layers and data."""
     package = Path(__file__).parents[1]
-    files = sorted(file for name in ("data", "models", "moe") for file in (package / name).glob("*.py"))
+    files = sorted(file for name in ("data", "models", "moe") for file in (package / name).rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -57,12 +56,12 @@ def key_text(facts: Mapping[str, Any]) -> str:
 
 
 def file_of_key(folder: Path, kind: str, key: str) -> Path:
-    """Where the tensors of a key lie."""
+    """The file that caches the tensors of a key."""
     return folder / f"{kind}_{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
 
 def read_tensors(file: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """(tensors, notes) as `write_tensors` got them; None if there is no file, or (with a warning) none to trust."""
+    """(tensors, notes) as `write_tensors` got them; None if there is no file, or (with a warning) no usable one."""
     if not file.exists():
         return None
     try:
@@ -80,30 +79,23 @@ def read_tensors(file: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any
 
 
 def write_tensors(file: Path, key: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any] | None = None) -> None:
-    """Writes a file whole or not at all; if it cannot be written, a warning says so.
+    """Writes a file atomically; a warning says if it cannot be written.
 
     Args:
         file: see `file_of_key`.
         key: see `key_text`.
-        tensors: on any device; written as they are on the CPU.
-        notes: JSON-able, kept beside them.
+        tensors: on any device.
+        notes: kept with them as JSON.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(notes or {})
     metadata = {"key": key, "notes": text, "sha256": _checksum(tensors, text)}
-    temporary = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-        os.close(handle)
-        save_file(tensors, temporary, metadata=metadata)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
+        with whole_file(file) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
     except (OSError, SafetensorError) as error:
         logger.warning("%s cannot be written (%s): it will be computed again", file, error)
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
 
 
 def _checksum(tensors: Mapping[str, Tensor], notes: str) -> str:
