@@ -104,10 +104,6 @@ def _parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace, console: Console | None = None) -> list[dict]:
     """Scores the images and prints the result.
 
-    Args:
-        arguments: of the command line.
-        console: where to print; None: standard output.
-
     Returns:
         For each image {"image": path, "predictions": [{"label", "probability"}, ...]}, the most probable first.
 
@@ -167,10 +163,7 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
 
     A folder gives the images in it and below, and so does a pattern (*, ?, [...], ** for any folders) that is no
     existing path. A file given by its name is taken with any ending. Other files of a folder or pattern are counted in
-    a warning.
-
-    Raises:
-        ValueError: no such path, or a folder or pattern with no image.
+    a warning. A path that does not exist, or holds no image, raises ValueError.
     """
     files: list[Path] = []
     for pattern in patterns:
@@ -236,11 +229,7 @@ def _split_labels(text: str) -> list[str]:
 
 
 def _own_classes(loaded: LoadedModel, arguments: argparse.Namespace) -> list[str]:
-    """The class names in a classifier's file.
-
-    Raises:
-        ConfigError: labels or templates were given, which it cannot use, or the file has no names.
-    """
+    """The class names in a classifier's file; raises ConfigError if it has none, or if labels were given too."""
     given = [name for name in ("labels", "labels_file", "templates") if getattr(arguments, name) is not None]
     if given:
         raise ConfigError(
@@ -261,11 +250,7 @@ def _own_classes(loaded: LoadedModel, arguments: argparse.Namespace) -> list[str
 def _probabilities(
     loaded: LoadedModel, images: Iterator[Image.Image], names: Sequence[str], templates: list | None, batch_size: int
 ) -> Tensor:
-    """(N, C) float32 on the CPU, rows sum to 1.
-
-    Raises:
-        ValueError: a classifier has another number of outputs than names.
-    """
+    """(N, C) float32 on the CPU, rows sum to 1."""
     model = score = loaded.model
     if is_contrastive(model):
         score = class_scorer(model, cached_classes(loaded, names, templates), names)

@@ -1,4 +1,4 @@
-"""How the commands (`vmoe-eval`, `vmoe-inspect`, `vmoe-classify`, `vmoe-demo`) end: an exit code and one sentence."""
+"""The exit code and the error message of the commands."""
 
 from __future__ import annotations
 
@@ -15,12 +15,8 @@ from vmoe.utils.printable import escaped
 def exit_code(prog: str, run: Callable[[], object]) -> int:
     """Runs a command; returns its exit code: 0, 1 for an error, 2 for a wrong setting, 130 for Ctrl-C.
 
-    An error is one sentence on standard error; with VMOE_TRACEBACK=1 it is raised. Where it is not one that users can
-    cause, the sentence says so.
-
-    Args:
-        prog: name of the command.
-        run: all of it.
+    An error is one sentence on standard error; with VMOE_TRACEBACK=1 it is raised. The sentence says so if it is not an
+    error that users can cause.
     """
     try:
         run()
@@ -31,7 +27,7 @@ def exit_code(prog: str, run: Callable[[], object]) -> int:
         if os.environ.get("VMOE_TRACEBACK"):
             raise
         wrong_setting = isinstance(error, ConfigError)
-        # What all processes find, one of them says; and a process that stopped the others has told why.
+        # One process reports what all of them find, and none reports again what it told when it stopped the others.
         if tells(error, int(os.environ.get("RANK", 0))) and not getattr(error, "told", False):
             plain = isinstance(error, (ValueError, BadSample, ModuleNotFoundError, LostProcessError))
             hint = "" if plain else " (VMOE_TRACEBACK=1 shows where)"

@@ -59,14 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, Any]:
-    """Evaluates as the config says, prints a table and writes the JSON file.
-
-    Args:
-        config: the settings.
-        console: where to print; None: standard output.
-
-    Returns:
-        The content of the JSON file, see docs/evaluation.md; its "data" is None but in the first process.
+    """Evaluates as the config says, prints a table and writes the JSON file, whose content it returns.
 
     Raises:
         ConfigError: the model, the task and the data do not go together.
@@ -124,11 +117,7 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
 
 
 def as_trained(config: EvaluationConfig, turned: list[bool]) -> EvaluationConfig:
-    """The settings, with EXIF orientation applied to images if the checkpoints' trainings did so.
-
-    Raises:
-        ConfigError: some did, and the data do not say whether to.
-    """
+    """The settings, with EXIF orientation applied to images if the checkpoints' trainings did so."""
     if not any(turned):
         return config
     if not all(turned) and config.data.exif_orientation is None:

@@ -79,14 +79,7 @@ def read_tensors(file: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any
 
 
 def write_tensors(file: Path, key: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any] | None = None) -> None:
-    """Writes a file atomically; a warning says if it cannot be written.
-
-    Args:
-        file: see `file_of_key`.
-        key: see `key_text`.
-        tensors: on any device.
-        notes: kept with them as JSON.
-    """
+    """Writes a file of `file_of_key` atomically, with notes as JSON; a warning says if it cannot be written."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(notes or {})
     metadata = {"key": key, "notes": text, "sha256": _checksum(tensors, text)}

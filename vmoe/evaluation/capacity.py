@@ -83,16 +83,10 @@ class Sweep(NamedTuple):
 
 
 def sparse_image_layers(model: nn.Module, score: Score, images: Tensor, source: str) -> dict[str, SparseMoE]:
-    """{name: layer} of the sparse layers that images go through; call it inside `evaluating`.
-
-    Args:
-        model: the model.
-        score: runs it.
-        images: any image, (1, 3, H, W).
-        source: name of the model for the messages.
+    """{name: layer} of the sparse layers that images (any, for example zeros) go through; call it inside `evaluating`.
 
     Raises:
-        ConfigError: there are none, or they cannot be swept together.
+        ConfigError: there are none, or they cannot be swept together; `source` names the model.
     """
     with record_routing(model) as record:
         score(images)
@@ -199,8 +193,7 @@ def sweep_capacity(
             runs, each process gives batches of its own.
         layers: see :func:`sparse_image_layers`.
         settings: see :func:`sweep_settings`.
-        device: where the model runs.
-        precision: "float32", "bf16" or "fp16".
+        device, precision: see `evaluate_classification`.
         class_columns, label_sets: see `vmoe.evaluation.classification.predict`.
         timing_rounds: how often each setting is timed, on the first batch; 0: not at all.
 

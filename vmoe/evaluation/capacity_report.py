@@ -108,10 +108,6 @@ def draw_sweep(sweeps: list[list[dict[str, Any]]], file: Path) -> None:
     Error bars are standard errors: binomial for one checkpoint, between the checkpoints for several. The speed is drawn
     with its quartiles. Without a limit both orders give the same, a dotted line or a star.
 
-    Args:
-        sweeps: "points" of `sweep_details` for each checkpoint, with the same settings.
-        file: of the figure.
-
     Raises:
         ConfigError: the checkpoints were swept with different settings, because their models differ.
     """

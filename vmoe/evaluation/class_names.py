@@ -41,11 +41,7 @@ def known_sets() -> list[str]:
 
 @cache
 def published_set(name: str) -> PublishedSet:
-    """The lists of a data set.
-
-    Raises:
-        ValueError: an unknown name; the message lists the known ones.
-    """
+    """The lists of a data set; raises ValueError, which lists the known ones, for an unknown name."""
     if name not in known_sets():
         raise ValueError(f"no class names are known by the name {name!r}; known are {', '.join(known_sets())}")
     if name == IMAGENET:
@@ -119,19 +115,12 @@ def _listed(texts: Sequence[str], most: int = 5) -> str:
 
 
 def prompt_templates(name: str) -> list[str]:
-    """Published prompt templates of a data set, with {} for the class name.
-
-    Raises:
-        ValueError: an unknown name; the message lists the known ones.
-    """
+    """Published prompt templates of a data set, with {} for the class name; errors as of `published_set`."""
     return list(published_set(name).templates)
 
 
 def warn_of_order(names: Sequence[str], classes: Sequence[str]) -> None:
-    """Warns of a pairing of given names with the classes of the data that looks mixed up.
-
-    A class's own name is paired with another class (numbers may mean other things), or the classes are sorted as text.
-    """
+    """Warns if a class of the data has the name of another (numbers may mean other things), or is sorted as text."""
     given_to = {_key(name): index for index, name in enumerate(names)}
     keys = [_key(one) for one in classes]
     if any(given_to.get(key, index) != index and not key.isdecimal() for index, key in enumerate(keys)):
@@ -148,7 +137,7 @@ def is_published(names: Sequence[str]) -> bool:
 def _imagenet_names(classes: Sequence[str]) -> list[str]:
     """open_clip's names in the order of 1,000 classes that one of the known lists must name.
 
-    Any other thousand classes, or these in an order of their own, would give metrics that look plausible and are wrong.
+    Any other thousand classes would give metrics that look plausible and are wrong.
     """
     from vmoe.data.sources.imagenet import imagenet_synsets, imagenet_words
 

@@ -91,11 +91,7 @@ def evaluate_classification(
 
 
 def checked_logits(model: nn.Module, images: Tensor, num_classes: int | None) -> Tensor:
-    """`model(images)`, (B, C) float32.
-
-    Raises:
-        ValueError: C is not `num_classes`.
-    """
+    """`model(images)`, (B, C) float32; raises ValueError if C is not `num_classes`."""
     logits_BC = model(images).float()
     if num_classes is not None and logits_BC.shape[1] != num_classes:
         raise ValueError(
@@ -119,8 +115,7 @@ def predict(
         score: images (B, 3, H, W) on `device` -> scores (B, C) float32, whose softmax is the confidence.
         loader: see `evaluate_classification`; a batch without "label" is scored, and does not count.
         device: where `score` runs.
-        class_columns: see `select_columns`.
-        label_sets: see `right_classes`.
+        class_columns, label_sets: see `select_columns` and `right_classes`.
 
     Raises:
         ValueError: a label is out of range, or there are no samples.
@@ -148,17 +143,9 @@ def predict(
 
 
 def select_columns(logits_BC: Tensor, class_columns: Sequence[Sequence[int]] | None) -> Tensor:
-    """Scores of the data's classes from those of a classifier with other, usually more, classes.
+    """Scores of the data's classes: for each the largest of the `class_columns` of a classifier that stand for it.
 
-    Args:
-        logits_BC: the classifier's own.
-        class_columns: for each class of the data the columns that stand for it; None: the logits are the scores.
-
-    Returns:
-        (B, len(class_columns)), the largest of each class's columns.
-
-    Raises:
-        ValueError: a column that the classifier does not have.
+    None: the logits are the scores. Raises ValueError for a column that the classifier does not have.
     """
     if class_columns is None:
         return logits_BC

@@ -53,14 +53,8 @@ def extract_features(
 ) -> Features:
     """Features of all images of a data set; all processes of `torchrun` share the work and get the same rows.
 
-    Args:
-        loaded: the model.
-        dataset: has classes.
-        loader_config: batches and workers; the features do not depend on them, unless experts have a capacity in
-            evaluation (then the batch size is part of the key).
-        cache: folder where the first process looks for a file of the same key, or writes it; None: no cache.
-        console: for the progress bar; None: no bar.
-        description: in front of the bar.
+    They do not depend on the batch size, unless experts have a capacity in evaluation. `cache` is the folder where the
+    first process looks for a file of the same key, or writes it; None: no cache.
 
     Raises:
         ValueError: the data set has no classes or gave no image, or the features are no vectors or not finite.
@@ -173,10 +167,8 @@ def fit_and_test_features(
 ) -> tuple[Features, Features]:
     """Features of the data that a classifier is fitted on and of the data that it is tested on.
 
-    `name` is that of the pair in messages, "" where there is only one.
-
     Raises:
-        ConfigError: the two have other classes.
+        ConfigError: the two have other classes; `name` is that of the pair in messages.
         ValueError: a class that is tested has no training example.
     """
     train_dataset = build_dataset(train_source)

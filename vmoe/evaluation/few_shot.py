@@ -130,8 +130,7 @@ def few_shot_accuracy(
         generator: chooses the examples; None: the first rows of each class.
 
     Raises:
-        ValueError: there is nothing to fit or to test, sizes do not fit together, features are not finite, labels are
-            no classes, or a number is out of range.
+        ValueError: nothing to fit or to test, or unusable shapes, features, labels or numbers.
     """
     if len(train_features_ND) == 0 or len(test_features_ND) == 0:
         raise ValueError("few-shot evaluation needs training and test features, got none")

@@ -16,10 +16,7 @@ PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def pick_device(name: str) -> torch.device:
     """The device of a config: "auto" takes CUDA, then MPS, then the CPU; anything else is torch's own name.
 
-    Under `torchrun`, "auto" and "cuda" are this process's own GPU.
-
-    Raises:
-        ValueError: no such device, or it cannot be used.
+    Under `torchrun`, "auto" and "cuda" are this process's own GPU. Raises ValueError if the device cannot be used.
     """
     own = "LOCAL_RANK" in os.environ and torch.cuda.is_available()
     if own and name in ("auto", "cuda"):
@@ -52,11 +49,7 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 @contextmanager
 def arithmetic(precision: str, device: torch.device | str) -> Iterator[None]:
-    """Autocast on a device to "bf16" or "fp16"; "float32" changes nothing.
-
-    Raises:
-        ValueError: unknown precision.
-    """
+    """Autocast on a device to "bf16" or "fp16"; "float32" changes nothing. Raises ValueError for another precision."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     device_type = torch.device(device).type
@@ -80,11 +73,7 @@ def attention_kernel(precision: str, device: torch.device | str) -> AbstractCont
 
 @contextmanager
 def evaluating(model: nn.Module, device: torch.device | str, precision: str = "float32") -> Iterator[None]:
-    """The model in eval() without gradients inside the block, under `arithmetic`; its mode is restored after.
-
-    Raises:
-        ValueError: unknown precision.
-    """
+    """The model in eval() without gradients inside the block, under `arithmetic`; its mode is restored after."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

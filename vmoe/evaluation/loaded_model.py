@@ -45,8 +45,7 @@ def load_model(
         checkpoint: folder of a run (its last checkpoint) or of a checkpoint, or a .safetensors file.
         device: see `pick_device`.
         precision: "float32", "bf16" or "fp16".
-        crop_pct: share of the image's side that the transform keeps, where the data set says so (see `ImageDataset`);
-            None: the model's own.
+        crop_pct: share of the image's side that the transform keeps; None: the model's own.
         weights: what `find_weights` found for the checkpoint; None: finds them.
         experts: how their weights are kept, see `vmoe.quantize_experts`; None: as in the file.
 

@@ -17,12 +17,7 @@ TIE_TOLERANCE = 1e-6
 
 
 def ranks(scores_BC: Tensor, right_BC: Tensor) -> Tensor:
-    """Rank (B,) of the best right answer of each row among C scores, 0 = best.
-
-    Args:
-        scores_BC: floating point scores, higher is better.
-        right_BC: bool, which answers are right for the row.
-    """
+    """Rank (B,) of the best right answer of each row of scores, 0 = best; `right_BC` says which answers are right."""
     best_B = scores_BC.masked_fill(~right_BC, float("-inf")).amax(dim=1)
     tolerance = TIE_TOLERANCE * scores_BC.abs().amax(dim=1, keepdim=True)
     clearly_below = scores_BC < best_B[:, None] - tolerance  # False for NaN, on either side
@@ -73,16 +68,13 @@ def top_shares(ranks_N: Tensor, num_classes: int, prefix: str = "") -> dict[str,
 def expected_calibration_error(confidences_N: Tensor, hits_N: Tensor, num_bins: int = 15) -> float:
     """Mean distance of the confidence in the best class from the accuracy (Guo et al., arXiv 1706.04599, eq. 3).
 
-    Predictions are put into bins of equal width by their confidence; the distance between mean confidence and accuracy
-    of each bin is weighted with the bin's share of the predictions.
+    The distance between mean confidence and accuracy of each bin of confidences is weighted with the bin's share of the
+    predictions. Rounded to 1e-6: what is beyond that is rounding of the forward pass.
 
     Args:
         confidences_N: (N,) probabilities of the predicted classes, in 0..1; N >= 1.
         hits_N: (N,) bool, the prediction is right.
-        num_bins: 15 in the paper.
-
-    Returns:
-        A share in 0..1, rounded to 1e-6: what is beyond that is rounding of the forward pass.
+        num_bins: of equal width; 15 in the paper.
     """
     confidences_N = confidences_N.double()
     bins_N = (confidences_N * num_bins).ceil().long().clamp(1, num_bins) - 1  # each bin holds its upper end
@@ -91,18 +83,12 @@ def expected_calibration_error(confidences_N: Tensor, hits_N: Tensor, num_bins: 
 
 
 def accuracy_per_class(hits_N: Tensor, labels_N: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """((C,) float64 accuracy of each class, NaN without samples; (C,) long, its number of samples).
-
-    Args:
-        hits_N: (N,) bool.
-        labels_N: (N,) long in [0, num_classes).
-        num_classes: C.
-    """
+    """Accuracy (C,) of each class, NaN without samples, and its number of samples (C,)."""
     counts_C = labels_N.bincount(minlength=num_classes)
     return labels_N.bincount(hits_N.double(), num_classes) / counts_C, counts_C
 
 
 def mean_per_class(hits_N: Tensor, labels_N: Tensor, num_classes: int) -> float:
-    """Mean of the accuracies of the classes that have samples; arguments as for `accuracy_per_class`."""
+    """Mean of the accuracies of the classes that have samples."""
     per_class_C, counts_C = accuracy_per_class(hits_N, labels_N, num_classes)
     return float(per_class_C[counts_C > 0].mean())

@@ -126,12 +126,10 @@ def fit_linear_probe(
     This is scikit-learn's LogisticRegression with C = 1 / penalty. Features may have any mean, scale and correlation:
     they are centred and whitened for the minimisation, which changes its path and not the minimum. The probe has
     converged when no entry of the gradient in those axes is above 1e-6 of the loss. L-BFGS also ends after
-    MAX_ITERATIONS, or when its steps change nothing any more; then the minimum may not have been reached, as with very
-    small penalties on separable classes, whose minimum is far away.
+    MAX_ITERATIONS, or when its steps change nothing any more, as with very small penalties on separable classes.
 
     Args:
-        features_ND: (N, D) floating point, on any device with float64.
-        labels_N: (N,) long, on the same device.
+        features_ND, labels_N: floating point and long, on any device with float64.
         penalty: > 0.
         start: a probe of the same classes to start from; None: zero.
 
@@ -194,7 +192,7 @@ def fit_linear_probe(
 def choose_penalty(
     features_ND: Tensor, labels_N: Tensor, penalties: Sequence[float], val_share: float
 ) -> tuple[float, dict[float, float]]:
-    """The penalty with the best accuracy on a held-out part of the training data.
+    """The penalty with the best accuracy on a held-out part of the training data, and {penalty: accuracy} of all tried.
 
     CLIP's search (appendix A.3): penalties two decades apart, then around the best one of them the distance is halved
     until it is an eighth of a decade. They are counted from the least one, and the greatest is always among the first.
@@ -205,9 +203,6 @@ def choose_penalty(
         features_ND, labels_N: the training data.
         penalties: the least and the greatest one to try.
         val_share: share of each class that is held out, in 0..1.
-
-    Returns:
-        The penalty, and {penalty: accuracy} of all that were tried.
 
     Raises:
         ValueError: the classes have too few examples to hold any out.

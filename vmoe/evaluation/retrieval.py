@@ -23,7 +23,7 @@ TEXTS_PER_CALL = 256
 def retrieval_recall(
     image_features_ID: Tensor, text_features_TD: Tensor, image_of_text_T: Tensor, rows_per_block: int = 1024
 ) -> dict[str, float]:
-    """Recall@1/5/10 both ways.
+    """Recall@1/5/10 both ways, {"image_to_text_recall@k", "text_to_image_recall@k"} as shares in 0..1.
 
     An image is found by its best caption, as usual with several captions per image; ties count as misses. Equal
     captions of different images therefore cost recall: they cannot be told apart.
@@ -33,9 +33,6 @@ def retrieval_recall(
         text_features_TD: unit text features.
         image_of_text_T: long, the image of each text; every image must have one.
         rows_per_block: how many rows of the (I, T) score matrix are held at once.
-
-    Returns:
-        "image_to_text_recall@k" and "text_to_image_recall@k" as shares in 0..1.
     """
     image_I = torch.arange(len(image_features_ID), device=image_features_ID.device)
     images, texts = (image_features_ID, image_I), (text_features_TD, image_of_text_T)
@@ -67,12 +64,10 @@ def evaluate_retrieval(
         loader: batches with "image" (B, 3, H, W) and "index" (B,), the image's identity; see `retrieval_loader`.
         captions: all captions. One whose image the loader skips, or which is empty, is not counted.
         image_of_caption: for each caption the "index" of its image.
-        device: where the model runs.
-        precision: "float32", "bf16" or "fp16" (autocast around both encoders; scores are float32).
+        device, precision: see `evaluate_classification`.
 
     Returns:
-        "image_to_text_recall@k", "text_to_image_recall@k" for k = 1, 5, 10, "num_images", "num_samples" (captions),
-        "num_skipped" (skipped captions).
+        The recalls, "num_images", "num_samples" (captions), "num_skipped" (captions).
 
     Raises:
         ValueError: there are no pairs.
@@ -125,10 +120,7 @@ def _gather_features(index: list[Tensor], rows: list[Tensor]) -> tuple[Tensor, T
 def retrieval_loader(
     dataset: ImageDataset, transform: Callable, config: LoaderConfig, device: torch.device | str | None = None
 ) -> tuple[EvalLoader, list[int]]:
-    """What `evaluate_retrieval` needs of a data set with captions.
-
-    Returns:
-        A loader of its distinct images, and for each caption the index of its image's (first) sample.
+    """A loader of the distinct images of a data set, and for each caption the index of its image's (first) sample.
 
     Raises:
         BadSample: a caption is empty or missing, unless `config.on_bad` is "skip".

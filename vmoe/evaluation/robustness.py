@@ -31,8 +31,7 @@ def corruption_errors(errors: Mapping[tuple[str, int], float]) -> dict[str, floa
     """Corruption errors: a model's mean error over the five severities, divided by AlexNet's. 1 is as bad as AlexNet.
 
     Args:
-        errors: {(corruption, severity 1..5): top-1 error in 0..1}. The four corruptions of the download that the
-            benchmark does not count may be among them.
+        errors: {(corruption, severity 1..5): top-1 error in 0..1}; the download's four other corruptions do not count.
 
     Returns:
         {corruption: its error} for those of the 15 that have all five severities, and "mce", their mean, where all 15

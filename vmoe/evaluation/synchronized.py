@@ -20,9 +20,7 @@ from vmoe.utils.world import world
 def gather_rows(index_N: Tensor, **rows_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """(index, rows) of all processes, sorted by index, on the CPU of every process.
 
-    Args:
-        index_N: (N,) long, positions in the data set of this process's rows, each once.
-        rows_N: tensors with N rows.
+    `index_N` holds the positions in the data set of this process's rows, each once.
     """
     parts = gather_lists([(index_N.cpu(), {name: tensor.cpu() for name, tensor in rows_N.items()})])
     parts = [part for part in parts if len(part[0])] or parts[:1]  # a process without rows does not know their shapes
@@ -35,14 +33,7 @@ class SynchronizedBatches:
     """The batches of a loader, in step with the loaders of the other processes; with one process, just the batches.
 
     If the model is sharded, all processes get equally many batches. One that has none left gets a blank one,
-    {"image": zeros}, without the other keys.
-
-    Args:
-        loader: this process's batches; its `num_skipped` is passed on.
-        model: that they are for.
-
-    Raises:
-        SharedError: while iterating, in all processes: one of them could not read its batch.
+    {"image": zeros}, without the other keys. If one process cannot read its batch, all raise SharedError.
     """
 
     def __init__(self, loader: Iterable[dict[str, Tensor]], model: nn.Module) -> None:

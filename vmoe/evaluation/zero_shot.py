@@ -38,11 +38,7 @@ CACHE_FORMAT = 3  # raise it whenever `encode_classes` changes
 
 
 def read_lines(file: str | Path) -> list[str]:
-    """The non-empty lines of a UTF-8 text file (class names or templates, one per line), stripped.
-
-    Raises:
-        ValueError: the file is missing, not UTF-8, or has no line.
-    """
+    """The non-empty lines of a UTF-8 text file, stripped; raises ValueError if there are none or it cannot be read."""
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -185,8 +181,7 @@ def encode_classes(
 ) -> Tensor:
     """Class embeddings (D, C) float32, unit columns: the mean over the templates, by open_clip's own function.
 
-    Equal names of a published list have the very same column. Prompts that are longer than the model's context are cut,
-    with a warning.
+    Equal names of a published list have the same column. Prompts longer than the context are cut, with a warning.
 
     Raises:
         ValueError: bad names or templates, a template that does not fit the model's context, or two names whose prompts
@@ -241,12 +236,6 @@ def cached_classes(
     """What `encode_classes` gives for an image-text model, cached in `zero_shot` in $VMOE_CACHE or ~/.cache/vmoe.
 
     The key is `model_facts`, the prompts, and the tokens of the names.
-
-    Returns:
-        (D, C) float32 on the model's device, unit columns.
-
-    Raises:
-        ValueError: bad names or templates.
     """
     names, texts = check_class_names(class_names), resolve_templates(templates)
     key = key_text(
@@ -316,8 +305,7 @@ def evaluate_zero_shot(
         loader: batches with "image" (B, 3, H, W) and "label" (B,), an index into `class_names`.
         class_names: C unique names.
         templates: see :func:`resolve_templates`.
-        device: where the model runs.
-        precision: "float32", "bf16" or "fp16" (autocast around both encoders; scores are float32).
+        device, precision: see `evaluate_classification`.
 
     Returns:
         See `evaluate_classification`; the probabilities behind "ece" are those of `zero_shot_classify`.
