@@ -12,7 +12,8 @@ Figure = dict[str, float]
 # The case for which the goals were set.
 LAYER = {"tokens": 6304, "width": 384, "hidden": 1536, "experts": 8, "selected": 1, "capacity": 1.0}
 BOTH = ("forward", "forward + backward")
-# On a GPU: tokens, D, F (of B/16 and L/16), E, K.
+CASE = ("tokens", "width", "hidden", "experts", "selected")
+# Of these sizes on a GPU, with the widths of B/16 and L/16.
 CUDA_CASES = [
     (tokens, width, 4 * width, experts, selected)
     for width in (768, 1024)
@@ -26,23 +27,14 @@ SHORT_RUN, WHOLE_RUN = 20, 300
 
 @dataclass(frozen=True)
 class Bar:
-    """A goal.
+    """A goal."""
 
-    Attributes:
-        what: is compared.
-        limit: of the ratio.
-        at_most: the ratio shall be `limit` at most; else at least.
-        command: that measures it.
-        found: {"median", "min", "max"} of the ratio; None: not measured.
-        said: the goal in words, in place of the limit.
-    """
-
-    what: str
-    limit: float
-    at_most: bool
-    command: str
-    found: Figure | None
-    said: str | None = None
+    what: str  # is compared
+    limit: float  # of the ratio
+    at_most: bool  # the ratio shall be `limit` at most; else at least
+    command: str  # measures it
+    found: Figure | None  # {"median", "min", "max"} of the ratio; None: not measured
+    said: str | None = None  # the goal in words, in place of the limit
 
     @property
     def goal(self) -> str:
@@ -55,12 +47,7 @@ class Bar:
 
 
 def bars(sections: Sequence[dict[str, Any]], kind: str) -> list[Bar]:
-    """All goals for a device.
-
-    Args:
-        sections: of the device's results; among several that measure the same, the one that was finished last counts.
-        kind: "cpu" or "cuda".
-    """
+    """All goals for a device ("cpu" or "cuda"), given the sections of its results."""
     if kind == "cuda":
         return _for_cuda(sections)
     # The goals were set for none of these.
@@ -102,7 +89,7 @@ def _for_cpu(sections: Sequence[dict[str, Any]]) -> list[Bar]:
         size = {"batch": 32, "image_size": 224, "pass": one_pass}
         row = _find(sections, "model", name="dropless", dtype="float32", **size)
         figure = None if row is None else row["speed_ratio"]
-        add(f"V-MoE S/16 / ViT-S/16, pictures per second, {one_pass}", limit, "model", figure, at_most=False)
+        add(f"V-MoE S/16 / ViT-S/16, images per second, {one_pass}", limit, "model", figure, at_most=False)
     sizes = {name: LAYER[name] for name in ("tokens", "width", "hidden")}
     for one_pass in BOTH:
         wanted = {"name": "layer", "dtype": "float32", "pass": one_pass, **sizes}
@@ -127,7 +114,7 @@ def _training(sections: Sequence[dict[str, Any]]) -> list[Bar]:
     row = _find(sections, "train_throughput", name="now")
     figure = None if row is None else row["speed_ratio"]
     what = "`configs/limoe_tiny_emoji.yaml`, now / before"
-    speed = Bar(f"{what}, pictures per second in training", 1.50, False, command, figure)
+    speed = Bar(f"{what}, images per second in training", 1.50, False, command, figure)
     before, now = (_find(sections, "train_throughput", name=name, steps=WHOLE_RUN) for name in ("before", "now"))
     words = {"at_most": False, "command": f"{command} --steps {WHOLE_RUN}", "said": "not below the lowest seed"}
     what = f"{what}, final top-1"
@@ -139,7 +126,7 @@ def _training(sections: Sequence[dict[str, Any]]) -> list[Bar]:
 
 
 def _memory(row: Row | None) -> Figure | None:
-    """Activations less one gathered copy of the kept rows, over the dense twin's: a count, without spread."""
+    """Activations less one gathered copy of the kept rows, over the dense layer's: a count, without spread."""
     if row is None or row["activations_ratio"] == 0:
         return None
     dense_mib = row["activations_mib"] / row["activations_ratio"]
@@ -156,35 +143,31 @@ def _for_cuda(sections: Sequence[dict[str, Any]]) -> list[Bar]:
         if row.get("dtype") == "bfloat16"
     ]
     found, shares, peers, cases = [], [], [], set()
+    layer = "python -m benchmarks.layer --dtype bfloat16"
     for section, row in measured:
         command = section["command"]
         if row.get("pass") != BOTH[1] or section["benchmark"] != "layer" or "--capacity" in command:
             continue
         if (row["comparison"], row["name"]) == ("mlp", "vmoe"):
-            case = tuple(row[name] for name in ("tokens", "width", "hidden", "experts", "selected"))
+            case = tuple(row[name] for name in CASE)
             cases.add(case)
-            found.append(
-                Bar(f"layer / dense MLP, {_size(case)}, {BOTH[1]}", 1.15, True, command, row["ratios"]["dense"])
-            )
-            what = f"layer's share of the large product's speed, {_size(case)}, {BOTH[1]}"
+            found.append(Bar(f"layer / dense MLP, {_size(case)}", 1.15, True, command, row["ratios"]["dense"]))
+            what = f"layer's share of the large product's speed, {_size(case)}"
             shares.append(Bar(what, 0.0, False, command, row.get("share_of_gemm"), "stated"))
         elif row["name"] not in ("dense", "vmoe"):
             what = f"{row['name']} / layer, {row['tokens']} tokens, {BOTH[1]}"
             peers.append(Bar(what, 1.0, False, command, row["ratios"]["vmoe"]))
     for case in CUDA_CASES:
         if case not in cases:
-            words = zip(("tokens", "width", "hidden", "experts", "selected"), case, strict=True)
-            options = " ".join(f"--{name} {value}" for name, value in words)
-            command = f"python -m benchmarks.layer --dtype bfloat16 {options}"
-            found.append(Bar(f"layer / dense MLP, {_size(case)}, {BOTH[1]}", 1.15, True, command, None))
-    layer = "python -m benchmarks.layer --dtype bfloat16"
+            options = " ".join(f"--{name} {value}" for name, value in zip(CASE, case, strict=True))
+            found.append(Bar(f"layer / dense MLP, {_size(case)}", 1.15, True, f"{layer} {options}", None))
     shares = shares or [Bar("layer's share of the large product's speed", 0.0, False, layer, None, "stated")]
     peers = peers or [Bar("every peer that runs / layer", 1.0, False, layer, None)]
     return [*found, *shares, *peers, *(_many_experts(sections, one_pass) for one_pass in BOTH)]
 
 
 def _size(case: tuple[int, ...]) -> str:
-    return "{} tokens, D = {}, F = {}, E = {}, K = {}".format(*case)
+    return "{} tokens, D = {}, F = {}, E = {}, K = {}, forward + backward".format(*case)
 
 
 def _many_experts(sections: Sequence[dict[str, Any]], one_pass: str) -> Bar:

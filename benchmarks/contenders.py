@@ -24,21 +24,13 @@ from vmoe.moe.router import top_k_experts
 
 @dataclass
 class Contender:
-    """A layer to measure.
+    """A layer to measure."""
 
-    Attributes:
-        name: of the package.
-        module: (B, T, D) -> (B, T, D), or something that `output` makes it of.
-        kept: x -> share of the assignments that found room.
-        output: what the module returns -> (B, T, D).
-        compiled: what is called in place of `module`, if anything.
-    """
-
-    name: str
-    module: nn.Module
-    kept: Callable[[Tensor], float] = lambda x: 1.0
-    output: Callable[[Any], Tensor] = lambda y: y
-    compiled: Callable[[Tensor], Any] | None = None
+    name: str  # of the package
+    module: nn.Module  # (B, T, D) -> (B, T, D), or what `output` makes it of
+    kept: Callable[[Tensor], float] = lambda x: 1.0  # x -> share of the assignments that the experts keep
+    output: Callable[[Any], Tensor] = lambda y: y  # what the module returns -> (B, T, D)
+    compiled: Callable[[Tensor], Any] | None = None  # called in place of `module`
 
     def __call__(self, x_BTD: Tensor) -> Tensor:
         call = self.module if self.compiled is None else self.compiled
@@ -58,7 +50,7 @@ def sparse_soft(width: int, hidden: int, num_experts: int, num_slots: int) -> Co
 
 @torch.no_grad()
 def kept_share(layer: SparseMoE, x_BTD: Tensor) -> float:
-    """Share of the assignments that found room in this call."""
+    """Share of the assignments that the experts keep in this call."""
     with vmoe.record_routing(layer) as record:
         layer(x_BTD)
     return 1 - record.calls[-1][1].metrics["share_dropped"].item()
@@ -97,8 +89,7 @@ def mixtral(width: int, hidden: int, num_experts: int, num_selected: int) -> Con
 def st_moe(width: int, hidden: int, num_experts: int, num_selected: int) -> Contender:
     """st_moe_pytorch with timm's MLPs as experts; each sequence of the batch is a routing group.
 
-    Raises:
-        ValueError: for one selected expert, which the package does not know.
+    Raises ValueError for one selected expert, which the package does not know.
     """
     from st_moe_pytorch import MoE
 
@@ -124,7 +115,7 @@ def st_moe(width: int, hidden: int, num_experts: int, num_selected: int) -> Cont
 
 
 def match_st_moe(contender: Contender, x_BTD: Tensor, kept: float) -> None:
-    """Set the capacity of `st_moe` so that the share it keeps is the nearest to `kept` that whole numbers allow."""
+    """Sets the capacity of `st_moe` so that the share it keeps is as near to `kept` as integers allow."""
     gate = contender.module.gate
     length = x_BTD.shape[1]
 

@@ -1,8 +1,8 @@
 """What routing, dispatch and combine cost by themselves, piece by piece, and what batch priority adds.
 
 The pieces are those of the plain path (`vmoe.moe.dispatch`), beside the whole layer and the dense MLP of one expert's
-width. On few tokens the one-hot way of GShard and V-MoE's reference is measured too: products with a tensor of
-tokens x experts x capacity.
+width. On few tokens the one-hot way of GShard and V-MoE's reference is measured too: matrix multiplications with a
+tensor of tokens x experts x capacity.
 
 Shapes, by suffix: G groups, N tokens, D width, E experts, K choices, A assignments, C capacity, R rows.
 """
@@ -19,8 +19,8 @@ from timm.layers import Mlp
 from torch import Tensor
 
 from benchmarks.contenders import kept_share
-from benchmarks.measure import DTYPES, Ceiling, alternate, milliseconds, ratios, synchronizer
-from benchmarks.session import Session, make_parser, measure_ceiling
+from benchmarks.measure import DTYPES
+from benchmarks.session import SIZES, Session, make_parser
 from vmoe.moe import SparseMoE
 from vmoe.moe.dispatch import DispatchPlan, combine, dispatch, expert_capacity, plan_dispatch
 from vmoe.moe.router import Routing
@@ -28,7 +28,7 @@ from vmoe.moe.router import Routing
 
 @dataclass
 class Given:
-    """What the pieces start from in a round; each has what the pieces before it made."""
+    """The input of the pieces in a round; each has what the pieces before it made."""
 
     x_GND: Tensor
     gradient_GND: Tensor
@@ -38,12 +38,12 @@ class Given:
 
 
 def one_hot(x_GND: Tensor, given: Given, num_experts: int, capacity: int) -> Tensor:
-    """Dispatch and combine as products with (N, E, C) tensors, from the same places in the queues."""
+    """Dispatch and combine as matrix multiplications with (N, E, C) tensors, from the same positions in the queues."""
     plan, routing = given.plan, given.routing
     kept_GNK = plan.kept_GNK
     expert_GNKE = F.one_hot(routing.expert_index_GNK, num_experts) * kept_GNK[..., None]
-    place_GNKC = F.one_hot(plan.position_GNK.clamp(max=capacity - 1), capacity)
-    dispatch_GNKEC = (expert_GNKE[..., None] * place_GNKC[..., None, :]).to(x_GND.dtype)
+    position_GNKC = F.one_hot(plan.position_GNK.clamp(max=capacity - 1), capacity)
+    dispatch_GNKEC = (expert_GNKE[..., None] * position_GNKC[..., None, :]).to(x_GND.dtype)
     weights_GNK11 = routing.combine_weights_GNK.to(x_GND.dtype)[..., None, None]
     combine_GNEC = (dispatch_GNKEC * weights_GNK11).sum(2)
     rows_GECD = torch.einsum("gnd,gnec->gecd", x_GND, dispatch_GNKEC.sum(2))
@@ -77,9 +77,8 @@ def measure(session: Session, dtype: str, comparison: str) -> None:
 
     def make_input(number: int) -> Given:
         generator = torch.Generator(device).manual_seed(30_000 + number)
-        x_GND, gradient_GND = torch.randn(
-            2, 1, tokens, D, generator=generator, device=device, dtype=DTYPES[dtype]
-        ).unbind()
+        shape = (2, 1, tokens, D)
+        x_GND, gradient_GND = torch.randn(shape, generator=generator, device=device, dtype=DTYPES[dtype]).unbind()
         with torch.no_grad():
             routing = router.route(x_GND)
             planned = plan(routing)
@@ -94,90 +93,57 @@ def measure(session: Session, dtype: str, comparison: str) -> None:
         given.routing.priority_GN.argsort(dim=1, descending=True, stable=True)
         return given.routing.expert_index_GNK.flatten().sort(stable=True)
 
-    whole = {name: lambda given, layer=layer: layer(given.x_GND) for name, layer in layers.items()}
-    trained: dict[str, Callable[[Tensor], Tensor]] = {}
-    if comparison == "pieces":
-        pieces: dict[str, Callable[[Given], Any]] = {
+    def combined(given: Given, rows_RD: Tensor) -> Tensor:
+        return combine(rows_RD, given.routing.combine_weights_GNK, given.plan)
+
+    modules: dict[str, Callable[[Tensor], Tensor]] = {"all but experts": all_but_experts, **layers}
+    whole = {name: lambda given, module=module: module(given.x_GND) for name, module in modules.items()}
+    pieces: dict[str, dict[str, Callable[[Given], Any]]] = {
+        "pieces": {
             "router": lambda given: router.route(given.x_GND),
             "plan, BPR": lambda given: plan(given.routing),
             "plan, vanilla": lambda given: plan(given.routing, priority=False),
             "two sorts alone": sorting,
             "dispatch": lambda given: dispatch(given.x_GND, given.plan),
-            "combine": lambda given: combine(given.rows_RD, given.routing.combine_weights_GNK, given.plan),
-            "all but experts": lambda given: all_but_experts(given.x_GND),
-            "layer, BPR": whole["layer, BPR"],
-            "dense": whole["dense"],
-        }
-        trained = {"all but experts": all_but_experts, **{name: layers[name] for name in ("layer, BPR", "dense")}}
-    elif comparison == "priority":
-        pieces = {name: whole[name] for name in ("layer, BPR", "layer, vanilla")}
-        trained = {name: layers[name] for name in pieces}
-    else:
-        pieces = {
-            "dispatch and combine": lambda given: combine(
-                dispatch(given.x_GND, given.plan), given.routing.combine_weights_GNK, given.plan
-            ),
+            "combine": lambda given: combined(given, given.rows_RD),
+            **{name: whole[name] for name in ("all but experts", "layer, BPR", "dense")},
+        },
+        "priority": {name: whole[name] for name in ("layer, BPR", "layer, vanilla")},
+        "one-hot": {
+            "dispatch and combine": lambda given: combined(given, dispatch(given.x_GND, given.plan)),
             "one-hot products": lambda given: one_hot(given.x_GND, given, E, capacity),
-        }
-
-    def without_gradient(call: Callable[[Given], Any]) -> Callable[[Given], Any]:
-        return torch.no_grad()(call)
+        },
+    }
 
     def with_backward(module: Callable[[Tensor], Tensor]) -> Callable[[Given], None]:
         return lambda given: module(given.x_GND.detach().requires_grad_()).backward(given.gradient_GND)
 
-    passes = {"forward": {name: without_gradient(call) for name, call in pieces.items()}}
+    passes = {"forward": {name: torch.no_grad()(call) for name, call in pieces[comparison].items()}}
+    trained = {name: with_backward(modules[name]) for name in pieces[comparison] if name in modules}
     if trained:
-        passes["forward + backward"] = {name: with_backward(module) for name, module in trained.items()}
+        passes["forward + backward"] = trained
     kept = round(kept_share(layers["layer, BPR"].eval(), make_input(10_000).x_GND), 4)
     base = {"pieces": "dense", "priority": "layer, vanilla", "one-hot": "dispatch and combine"}[comparison]
+    sizes = {**{name: getattr(args, name) for name in SIZES}, "tokens": tokens}
     for one_pass, calls in passes.items():
         for layer in layers.values():
             layer.train(one_pass != "forward")
-        seconds = alternate(
-            calls,
-            make_input,
-            args.rounds,
-            before=lambda: [layer.zero_grad(set_to_none=True) for layer in layers.values()],
-            synchronize=synchronizer(device),
+        common = {"comparison": comparison, "dtype": dtype, "pass": one_pass, **sizes}
+        seconds = session.alternate(calls, make_input, layers.values())
+        session.add_times(
+            seconds, base, lambda name, common=common: {**common, "kept": 1.0 if name == "dense" else kept}
         )
-        for name, own in seconds.items():
-            row = {
-                "comparison": comparison,
-                "name": name,
-                "dtype": dtype,
-                "pass": one_pass,
-                "tokens": tokens,
-                "width": D,
-                "hidden": args.hidden,
-                "experts": E,
-                "selected": K,
-                "capacity": args.capacity,
-                "kept": 1.0 if name == "dense" else kept,
-                "ms": milliseconds(own),
-                "ratios": {} if name == base else {base: ratios(own, seconds[base])},
-            }
-            session.add(row)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser("dispatch", __doc__.splitlines()[0], rounds=21)
-    parser.add_argument("--tokens", type=int, default=6304, help="of a call (%(default)s: 32 pictures)")
+    parser = make_parser("dispatch", __doc__.splitlines()[0], rounds=21, sizes=tuple(SIZES))
     parser.add_argument("--small", type=int, default=788, help="tokens for the one-hot way (%(default)s)")
-    parser.add_argument("--width", type=int, default=384, help="D (%(default)s)")
-    parser.add_argument("--hidden", type=int, default=1536, help="F, of each expert (%(default)s)")
-    parser.add_argument("--experts", type=int, default=8, help="E (%(default)s)")
-    parser.add_argument("--selected", type=int, default=1, help="K (%(default)s)")
-    parser.add_argument("--capacity", type=float, default=1.0, help="capacity factor (%(default)s)")
-    session = Session("dispatch", parser, argv, compiles=False)
-    for dtype in session.args.dtype:
-        try:
-            measure_ceiling(session, dtype, Ceiling(session.device, DTYPES[dtype]))
-            for comparison in ("pieces", "priority", "one-hot"):
-                measure(session, dtype, comparison)
-        except ValueError as error:
-            parser.error(str(error))
-    session.finish()
+
+    def measure_all(session: Session, dtype: str, _rates: dict) -> None:
+        for comparison in ("pieces", "priority", "one-hot"):
+            measure(session, dtype, comparison)
+
+    Session("dispatch", parser, argv, compiles=False).run(measure_all)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Shapes, by suffix: B batch, T length, D width.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,35 +17,26 @@ from torch import Tensor
 
 from benchmarks import contenders
 from benchmarks.contenders import CUDA_PEERS, Contender, match_st_moe
-from benchmarks.measure import DTYPES, Ceiling, activation_bytes, alternate, milliseconds, ratios, synchronizer
-from benchmarks.session import Session, make_parser, measure_ceiling
+from benchmarks.measure import DTYPES, Ceiling, activation_bytes, milliseconds, ratios
+from benchmarks.session import SIZES, Session, make_parser
 
 # Further inputs, on which shares of dropped tokens are measured.
 SHARE_INPUTS = range(10_000, 10_002)
 PASSES = ("forward", "forward + backward")
+COMPARISONS = ("mlp", "picture", "swiglu", "st_moe", "soft", "dropless")
 
 
 @dataclass
 class Comparison:
-    """Layers that do the same work.
-
-    Attributes:
-        name: of the comparison.
-        shape: (B, T) of the tokens.
-        contenders: to measure in turn; the first is the dense twin, the second ours, the others peers.
-        flops: of a forward pass of the dense twin.
-        selected: K.
-        passes: which of `PASSES`.
-        ceiling: measure a large product and a large copy in turn with the others too.
-    """
+    """Layers that do the same work."""
 
     name: str
-    shape: tuple[int, int]
-    contenders: list[Contender]
-    flops: float
-    selected: int
+    shape: tuple[int, int]  # (B, T) of the tokens
+    contenders: list[Contender]  # to measure in turn: the dense one, ours, the peers
+    flops: float  # of a forward pass of the dense one
+    selected: int  # K
     passes: Sequence[str] = PASSES
-    ceiling: bool = False
+    ceiling: bool = False  # measure a large matrix multiplication and a large copy in turn with the others too
     setting: dict = field(default_factory=dict)
 
 
@@ -56,67 +46,54 @@ def make_comparison(name: str, session: Session) -> Comparison:
     D, F, E, K = args.width, args.hidden, args.experts, args.selected
     sequences = (max(1, args.tokens // args.length), min(args.tokens, args.length))
     several = min(max(K, 2), E)
+    capacity = {"capacity": args.capacity}
 
-    def flops(tokens: int, hidden: int, matrices: int = 2) -> float:
-        return 2 * matrices * tokens * D * hidden
+    def compare(dense: Contender, ours: Contender, peers: Sequence[tuple], hidden: int, **options) -> Comparison:
+        shape = options.pop("shape", (1, args.tokens))
+        flops = 2 * options.pop("matrices", 2) * shape[0] * shape[1] * D * hidden
+        layers = [dense, ours, *_peers(session, [partial(make, D, F, E, *more) for make, *more in peers])]
+        return Comparison(name, shape, layers, flops, options.pop("selected", K), **options)
 
-    def peers(*makers: tuple[Callable[..., Contender], tuple]) -> list[Contender]:
-        found = []
-        for make, shape in makers:
-            try:
-                found.append(make(D, F, E, *shape))
-            except ModuleNotFoundError as error:
-                session.note(f"{make.__name__}: not installed here (no module {error.name})")
-            except ImportError as error:
-                session.note(f"{make.__name__}: cannot be imported here ({str(error).splitlines()[0]})")
-        return found
+    def ours(limit: float | None, selected: int = K, **settings) -> Contender:
+        return contenders.sparse(D, F, limit, num_experts=E, num_selected_experts=selected, **settings)
 
     if name == "mlp":
-        ours = contenders.sparse(D, F, args.capacity, num_experts=E, num_selected_experts=K, batch_priority=True)
-        return Comparison(
-            name,
-            (1, args.tokens),
-            [contenders.dense(D, F * K), ours],
-            flops(args.tokens, F * K),
-            K,
-            ceiling=True,
-            setting={"capacity": args.capacity},
-        )
+        layer = ours(args.capacity, batch_priority=True)
+        return compare(contenders.dense(D, F * K), layer, [], F * K, ceiling=True, setting=capacity)
     if name == "picture":
-        ours = contenders.sparse(D, F, None, num_experts=E, num_selected_experts=K)
-        tokens = min(args.tokens, args.length)
-        layers = [contenders.dense(D, F * K), ours]
-        return Comparison(name, (1, tokens), layers, flops(tokens, F * K), K, passes=PASSES[:1])
+        shape = (1, min(args.tokens, args.length))
+        return compare(contenders.dense(D, F * K), ours(None), [], F * K, shape=shape, passes=PASSES[:1])
     if name == "swiglu":
-        ours = contenders.sparse(
-            D, F, None, bias=False, expert_mlp="swiglu", num_experts=E, num_selected_experts=several,
-            normalize_weights=True,
-        )  # fmt: skip
-        layers = [contenders.dense_swiglu(D, F * several), ours, *peers((contenders.mixtral, (several,)))]
-        return Comparison(name, (1, args.tokens), layers, flops(args.tokens, F * several, 3), several)
+        layer = ours(None, several, bias=False, expert_mlp="swiglu", normalize_weights=True)
+        dense, peers = contenders.dense_swiglu(D, F * several), [(contenders.mixtral, several)]
+        return compare(dense, layer, peers, F * several, matrices=3, selected=several)
     if name == "st_moe":
-        ours = contenders.sparse(
-            D, F, args.capacity, num_experts=E, num_selected_experts=several, batch_priority=True,
-            normalize_weights=True,
-        )  # fmt: skip
-        layers = [contenders.dense(D, F * several), ours, *peers((contenders.st_moe, (several,)))]
-        tokens = sequences[0] * sequences[1]
-        setting = {"capacity": args.capacity}
-        return Comparison(name, sequences, layers, flops(tokens, F * several), several, setting=setting)
+        layer = ours(args.capacity, several, batch_priority=True, normalize_weights=True)
+        dense, peers = contenders.dense(D, F * several), [(contenders.st_moe, several)]
+        return compare(dense, layer, peers, F * several, shape=sequences, selected=several, setting=capacity)
     if name == "soft":
         slots = max(1, -(-sequences[1] // E))
-        ours = contenders.sparse_soft(D, F, E, slots)
-        layers = [contenders.dense(D, F), ours, *peers((contenders.soft_moe, (slots,)))]
-        tokens = sequences[0] * sequences[1]
-        return Comparison(name, sequences, layers, flops(tokens, F), 1, setting={"slots": slots})
+        layer, peers = contenders.sparse_soft(D, F, E, slots), [(contenders.soft_moe, slots)]
+        return compare(contenders.dense(D, F), layer, peers, F, shape=sequences, selected=1, setting={"slots": slots})
     assert name == "dropless"
-    ours = contenders.sparse(D, F, None, num_experts=E, num_selected_experts=K)
-    layers = [contenders.dense(D, F * K), ours, *peers(*((make, (K,)) for make in CUDA_PEERS.values()))]
-    return Comparison(name, (1, args.tokens), layers, flops(args.tokens, F * K), K)
+    return compare(contenders.dense(D, F * K), ours(None), [(make, K) for make in CUDA_PEERS.values()], F * K)
+
+
+def _peers(session: Session, makers: Sequence[partial[Contender]]) -> list[Contender]:
+    """The layers of the packages that are installed; notes name the others."""
+    found = []
+    for make in makers:
+        try:
+            found.append(make())
+        except ModuleNotFoundError as error:
+            session.note(f"{make.func.__name__}: not installed here (no module {error.name})")
+        except ImportError as error:
+            session.note(f"{make.func.__name__}: cannot be imported here ({str(error).splitlines()[0]})")
+    return found
 
 
 def run_comparison(comparison: Comparison, dtype: str, session: Session) -> None:
-    """Measure a comparison in one type and add its rows to the session."""
+    """Measures a comparison in one type and adds its rows to the session."""
     args, device = session.args, session.device
     for contender in comparison.contenders:
         contender.module.to(device, DTYPES[dtype])
@@ -128,71 +105,73 @@ def run_comparison(comparison: Comparison, dtype: str, session: Session) -> None
         shape = (2, *comparison.shape, args.width)
         return torch.randn(shape, generator=generator, device=device, dtype=DTYPES[dtype]).unbind()
 
-    _leave_out_what_fails(comparison, make_input(-100), dtype, session)
+    _remove_what_fails(comparison, make_input(-100), dtype, session)
     layers = {contender.name: contender for contender in comparison.contenders}
-    dense, ours = comparison.contenders[:2]
     ceiling = Ceiling(device, DTYPES[dtype]) if comparison.ceiling else None
     for one_pass in comparison.passes:
         backward = one_pass == PASSES[1]
         for layer in layers.values():
             layer.module.train(backward)
-        shares = {ours.name: _kept(ours, make_input)}
-        if "st_moe_pytorch" in layers:
-            match_st_moe(layers["st_moe_pytorch"], make_input(SHARE_INPUTS[0])[0], shares[ours.name])
-        shares |= {name: _kept(layer, make_input) for name, layer in layers.items() if name not in shares}
-        call = _forward_backward if backward else _forward
-        calls = {name: partial(call, layer) for name, layer in layers.items()}
-        measure = partial(
-            alternate,
-            make_input=make_input,
-            before=lambda: [layer.module.zero_grad(set_to_none=True) for layer in layers.values()],
-            synchronize=synchronizer(device),
-        )
-        # One picture takes next to no time, and peers do not need the precision of the goals.
+        shares = _shares(layers, make_input)
+        calls = {name: partial(_forward_backward if backward else _forward, layer) for name, layer in layers.items()}
+        modules = [layer.module for layer in layers.values()]
+        # One image takes next to no time, and peers do not need the precision of the goals.
         rounds = {"mlp": args.rounds, "picture": 4 * args.rounds}.get(comparison.name, (args.rounds + 1) // 2)
-        seconds = measure(calls, rounds=rounds, warmup=2 if args.compile or ceiling else 1)
-        # By themselves: whoever runs after the large copy finds nothing in the cache.
-        beside = measure({**calls, **ceiling.calls}, rounds=min(args.rounds, 5)) if ceiling else {}
-        memory = {}
+        seconds = session.alternate(calls, make_input, modules, rounds, warmup=2 if args.compile or ceiling else 1)
+        rows = {name: _row(comparison, name, dtype, one_pass, shares[name], seconds, args) for name in layers}
         if backward:
-            memory = {name: _activations(layer, make_input, session) for name, layer in layers.items()}
-        for name in layers:
-            tokens = comparison.shape[0] * comparison.shape[1]
-            row = {
-                "comparison": comparison.name,
-                "name": name,
-                "dtype": dtype,
-                "pass": one_pass,
-                "tokens": tokens,
-                "width": args.width,
-                "hidden": args.hidden,
-                "experts": args.experts,
-                "selected": comparison.selected,
-                **comparison.setting,
-                "kept": round(shares[name], 4),
-                "ms": milliseconds(seconds[name]),
-                "ratios": {
-                    other: ratios(seconds[name], seconds[other])
-                    for other in (dense.name, ours.name)
-                    if other != name and not (name == dense.name and other == ours.name)
-                },
-            }
-            if memory:
-                row |= {"activations_mib": round(memory[name] / 2**20, 2)}
-                row |= {"activations_ratio": round(memory[name] / max(memory[dense.name], 1), 4)}
-                rows = tokens * comparison.selected * shares[name]
-                row |= {"gathered_copy_mib": round(rows * args.width * DTYPES[dtype].itemsize / 2**20, 2)}
-            if ceiling:
+            for name, layer in layers.items():
+                rows[name] |= {"activations_mib": round(_activations(layer, make_input, session) / 2**20, 2)}
+            least = max(rows["dense"]["activations_mib"], 2**-20)
+            for name, row in rows.items():
+                row |= {"activations_ratio": round(row["activations_mib"] / least, 4)}
+                kept = row["tokens"] * comparison.selected * shares[name]
+                row |= {"gathered_copy_mib": round(kept * args.width * DTYPES[dtype].itemsize / 2**20, 2)}
+        if ceiling:
+            # In a run of its own: after the large copy nothing is left in the cache.
+            beside = session.alternate({**calls, **ceiling.calls}, make_input, modules, min(args.rounds, 5))
+            for name, row in rows.items():
                 flops = comparison.flops * (3 if backward else 1) * shares[name]
                 row["share_of_gemm"] = ceiling.share(flops, beside[name], beside["gemm"])
+        for row in rows.values():
             session.add(row)
-        for name, share in shares.items():
-            if name not in (dense.name, ours.name) and abs(share - shares[ours.name]) > 0.01:
-                ratio = ratios(seconds[name], seconds[ours.name])["median"] * shares[ours.name] / share
-                session.note(
-                    f"{comparison.name}, {dtype}, {one_pass}: {name} keeps {share:.1%} of the assignments, {ours.name} "
-                    f"{shares[ours.name]:.1%}; per kept assignment it takes {ratio:.2f} of the time"
-                )
+        _note_other_shares(comparison, dtype, one_pass, shares, seconds, session)
+
+
+def _shares(layers: dict[str, Contender], make_input: Callable) -> dict[str, float]:
+    """Shares of the assignments that the experts keep; the peer with a capacity is set to keep what ours keeps."""
+    inputs = [make_input(number)[0] for number in SHARE_INPUTS]
+
+    def kept(layer: Contender) -> float:
+        return sum(map(layer.kept, inputs)) / len(inputs)
+
+    if "st_moe_pytorch" in layers:
+        match_st_moe(layers["st_moe_pytorch"], inputs[0], kept(layers["vmoe"]))
+    return {name: kept(layer) for name, layer in layers.items()}
+
+
+def _row(comparison: Comparison, name: str, dtype: str, one_pass: str, share: float, seconds: dict, args) -> dict:
+    others = {"dense": [], "vmoe": ["dense"]}.get(name, ["dense", "vmoe"])
+    return {
+        **{"comparison": comparison.name, "name": name, "dtype": dtype, "pass": one_pass},
+        **{"tokens": comparison.shape[0] * comparison.shape[1], "width": args.width, "hidden": args.hidden},
+        **{"experts": args.experts, "selected": comparison.selected, **comparison.setting, "kept": round(share, 4)},
+        "ms": milliseconds(seconds[name]),
+        "ratios": {other: ratios(seconds[name], seconds[other]) for other in others},
+    }
+
+
+def _note_other_shares(
+    comparison: Comparison, dtype: str, one_pass: str, shares: dict, seconds: dict, session: Session
+) -> None:
+    """Notes the peers that keep another share than ours."""
+    for name, share in shares.items():
+        if name not in ("dense", "vmoe") and abs(share - shares["vmoe"]) > 0.01:
+            ratio = ratios(seconds[name], seconds["vmoe"])["median"] * shares["vmoe"] / share
+            session.note(
+                f"{comparison.name}, {dtype}, {one_pass}: {name} keeps {share:.1%} of the assignments, vmoe "
+                f"{shares['vmoe']:.1%}; per kept assignment it takes {ratio:.2f} of the time"
+            )
 
 
 def _forward(layer: Contender, value: tuple[Tensor, Tensor]) -> Tensor:
@@ -205,19 +184,14 @@ def _forward_backward(layer: Contender, value: tuple[Tensor, Tensor]) -> None:
     layer(x_BTD.detach().requires_grad_()).backward(gradient_BTD)
 
 
-def _kept(layer: Contender, make_input: Callable[[int], tuple[Tensor, Tensor]]) -> float:
-    shares = [layer.kept(make_input(number)[0]) for number in SHARE_INPUTS]
-    return sum(shares) / len(shares)
-
-
 def _activations(layer: Contender, make_input: Callable, session: Session) -> int:
     x_BTD, _ = make_input(SHARE_INPUTS[0])
     layer.module.zero_grad(set_to_none=True)
     return activation_bytes(lambda: layer(x_BTD.detach().requires_grad_()), [layer.module], session.device)
 
 
-def _leave_out_what_fails(comparison: Comparison, value: tuple[Tensor, Tensor], dtype: str, session: Session) -> None:
-    """Other packages know fewer types and versions than ours: one that fails is named, and left out."""
+def _remove_what_fails(comparison: Comparison, value: tuple[Tensor, Tensor], dtype: str, session: Session) -> None:
+    """Removes, with a note, peers that do not run: other packages support fewer types and versions than ours."""
     for peer in comparison.contenders[2:]:
         try:
             _forward_backward(peer, value)
@@ -228,47 +202,23 @@ def _leave_out_what_fails(comparison: Comparison, value: tuple[Tensor, Tensor], 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser("layer", __doc__.splitlines()[0], rounds=11)
-    parser.add_argument("--tokens", type=int, default=6304, help="of a call (%(default)s: 32 pictures)")
-    parser.add_argument("--length", type=int, default=197, help="tokens of a picture (%(default)s)")
-    parser.add_argument("--width", type=int, default=384, help="D (%(default)s)")
-    parser.add_argument("--hidden", type=int, default=1536, help="F, of each expert (%(default)s)")
-    parser.add_argument("--experts", type=int, default=8, help="E (%(default)s)")
-    parser.add_argument("--selected", type=int, default=1, help="K (%(default)s); two at least for some peers")
-    parser.add_argument("--capacity", type=float, default=1.0, help="capacity factor (%(default)s)")
-    names = ["mlp", "picture", "swiglu", "st_moe", "soft", "dropless"]
+    parser = make_parser("layer", __doc__.splitlines()[0], rounds=11, sizes=tuple(SIZES))
+    parser.add_argument("--length", type=int, default=197, help="tokens of an image (%(default)s)")
     parser.add_argument(
         "--comparisons",
         nargs="+",
-        choices=names,
-        help="mlp: the dense MLP; picture: the same for the tokens of one; swiglu: transformers' Mixtral block; "
+        choices=COMPARISONS,
+        help="mlp: the dense MLP; picture: the same for the tokens of one image; swiglu: transformers' Mixtral block; "
         "st_moe: st_moe_pytorch; soft: soft_moe_pytorch; dropless: packages for CUDA. Default: all that the device has",
     )
     session = Session("layer", parser, argv)
-    run(
-        session,
-        session.args.comparisons or [name for name in names if name != "dropless" or session.device.type == "cuda"],
-    )
+    on_device = COMPARISONS if session.device.type == "cuda" else COMPARISONS[:-1]
 
+    def measure(session: Session, dtype: str, _rates: dict) -> None:
+        for name in session.args.comparisons or on_device:
+            run_comparison(make_comparison(name, session), dtype, session)
 
-def run(session: Session, names: Sequence[str]) -> None:
-    """Measure the comparisons in each type, and write the section."""
-    _check(session.parser, session.args)
-    for dtype in session.args.dtype:
-        measure_ceiling(session, dtype, Ceiling(session.device, DTYPES[dtype]))
-        for name in names:
-            try:
-                comparison = make_comparison(name, session)
-            except ValueError as error:
-                session.parser.error(str(error))
-            run_comparison(comparison, dtype, session)
-    session.finish()
-
-
-def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    for name in ("tokens", "length", "width", "hidden", "experts", "selected"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    session.run(measure)
 
 
 if __name__ == "__main__":

@@ -51,14 +51,11 @@ def alternate(
     Args:
         calls: {name: what is measured}, given the round's input; what they return is dropped within the time.
         make_input: number of the round -> its input; negative in the warm-up. Not timed.
-        rounds: measured ones.
+        rounds: measured ones; ValueError if there are none.
         warmup: rounds before them.
         before: done before every call, not timed.
         synchronize: waits for the device.
         clock: seconds.
-
-    Raises:
-        ValueError: if `rounds` is not positive.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -101,14 +98,10 @@ def ratios(seconds: Sequence[float], base: Sequence[float]) -> dict[str, float]:
 
 
 def activation_bytes(call: Callable[[], Tensor], modules: Sequence[nn.Module], device: torch.device) -> int:
-    """Memory that the activations of a call take.
+    """Memory that the activations of a call, which gives the output of a forward pass, take.
 
-    On a CPU: what autograd keeps for the backward pass, each storage counted once, without parameters and buffers. On
-    CUDA: the peak during forward and backward pass beyond what was there before and the gradients that stay.
-
-    Args:
-        call: gives the output of a forward pass, with gradients.
-        modules: whose parameters do not count; their gradients are None before and after.
+    On a CPU: what autograd keeps for the backward pass, each storage counted once, without parameters and buffers of
+    the modules. On CUDA: the peak during forward and backward pass beyond what was there before and the gradients.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -138,7 +131,7 @@ def activation_bytes(call: Callable[[], Tensor], modules: Sequence[nn.Module], d
 
 
 class Ceiling:
-    """What the machine can do at most: a large product of one type, and a large copy."""
+    """The most that the machine can do: a large matrix multiplication of one type, and a large copy."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.size, self.bytes = PRODUCT_SIZE[device.type], COPY_BYTES[device.type]
@@ -148,7 +141,7 @@ class Ceiling:
 
     @property
     def calls(self) -> dict[str, Callable[[Any], Any]]:
-        """To be measured in turn with others; they leave the input alone."""
+        """To be measured in turn with others; they ignore the input."""
         return {"gemm": lambda _: self.a @ self.b, "copy": lambda _: self.target.copy_(self.source)}
 
     def rates(self, seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
@@ -160,6 +153,6 @@ class Ceiling:
         }
 
     def share(self, flops: float, seconds: Sequence[float], gemm_seconds: Sequence[float]) -> dict[str, float]:
-        """Share of the large product's speed that calls of so many FLOPs reach, round by round."""
+        """Share of the large matrix multiplication's speed that calls of so many FLOPs reach, round by round."""
         own = 2 * self.size**3
         return spread([flops / s / (own / g) for s, g in zip(seconds, gemm_seconds, strict=True)])

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vmoe
-from benchmarks.measure import DTYPES, Ceiling, alternate, milliseconds, ratios, spread, synchronizer
-from benchmarks.session import Session, make_parser, measure_ceiling
+from benchmarks.measure import DTYPES, ratios, spread
+from benchmarks.session import Session, make_parser
 
 # Widths of timm's vit_small_patch16_224 under the name of a larger V-MoE.
 SMALL = {"embed_dim": 384, "depth": 12, "num_heads": 6}
@@ -35,13 +35,7 @@ VARIANTS = {
 
 
 def vision_models(variants: Sequence[str], image_size: int = 224, **sizes) -> dict[str, nn.Module]:
-    """{"dense": timm's model, name of the variant: V-MoE}, all of the same sizes.
-
-    Args:
-        variants: of `VARIANTS`.
-        image_size: side of the pictures, in pixels.
-        **sizes: over the widths of S/16.
-    """
+    """{"dense": timm's model, name of the variant (of `VARIANTS`): V-MoE}, all of the same sizes."""
     sizes = {**SMALL, **sizes}
     models = {"dense": timm.create_model("vit_small_patch16_224", img_size=image_size, **sizes)}
     for variant in variants:
@@ -62,15 +56,15 @@ def vision_models(variants: Sequence[str], image_size: int = 224, **sizes) -> di
 
 @torch.no_grad()
 def kept_of(model: nn.Module, images: Tensor) -> float:
-    """Share of the assignments of all sparse layers that found room; 1 for a dense model."""
+    """Share of the assignments that the experts of all sparse layers keep; 1 for a dense model."""
     with vmoe.record_routing(model) as record:
         model(images)
     shares = [call.metrics["share_dropped"].item() for _, call in record.calls]
     return 1 - sum(shares) / len(shares) if shares else 1.0
 
 
-def measure(session: Session, dtype: str) -> None:
-    """Inference and training at the batch size, and inference of one picture."""
+def measure(session: Session, dtype: str, _rates: dict) -> None:
+    """Inference and training at the batch size, and inference of one image."""
     args, device = session.args, session.device
     sizes = {} if args.depth is None else {"depth": args.depth}
     models = {
@@ -96,30 +90,26 @@ def measure(session: Session, dtype: str) -> None:
         for model in models.values():
             model.train(one_pass == "training")
         kept = {name: round(kept_of(model, make_input(batch, 10_000)[0]), 4) for name, model in models.items()}
-        seconds = alternate(
-            {name: partial(call, model) for name, model in called.items()},
-            partial(make_input, batch),
-            rounds,
-            warmup=1 if batch > 1 and not args.compile else 2,
-            before=lambda: [model.zero_grad(set_to_none=True) for model in models.values()],
-            synchronize=synchronizer(device),
-        )
-        for name, own in seconds.items():
-            row = {
-                "comparison": "model",
-                "name": name,
-                "dtype": dtype,
-                "pass": one_pass,
-                "batch": batch,
-                "image_size": args.image_size,
+        calls = {name: partial(call, model) for name, model in called.items()}
+        warmup = 1 if batch > 1 and not args.compile else 2
+        seconds = session.alternate(calls, partial(make_input, batch), models.values(), rounds, warmup)
+        common = {
+            "comparison": "model",
+            "dtype": dtype,
+            "pass": one_pass,
+            "batch": batch,
+            "image_size": args.image_size,
+        }
+        rows = {
+            name: {
+                **common,
                 "kept": kept[name],
-                "ms": milliseconds(own),
                 "images_per_second": spread([batch / value for value in own]),
-                # Of speeds, so that more is better.
-                "speed_ratio": ratios(seconds["dense"], own),
-                "ratios": {} if name == "dense" else {"dense": ratios(own, seconds["dense"])},
+                "speed_ratio": ratios(seconds["dense"], own),  # of speeds, so that more is better
             }
-            session.add(row)
+            for name, own in seconds.items()
+        }
+        session.add_times(seconds, "dense", rows.__getitem__)
 
 
 def _infer(model: nn.Module, value: tuple[Tensor, Tensor]) -> Tensor:
@@ -141,14 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS)[:2], help="of the V-MoE (%(default)s)"
     )
-    session = Session("model", parser, argv)
-    for dtype in session.args.dtype:
-        measure_ceiling(session, dtype, Ceiling(session.device, DTYPES[dtype]))
-        try:
-            measure(session, dtype)
-        except (ValueError, AssertionError) as error:  # timm asserts what it is given
-            parser.error(str(error))
-    session.finish()
+    Session("model", parser, argv).run(measure)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ METHOD = (
     "(A B A B ...), on another input in each round, and compared round by round (`train_throughput` needs a process "
     "for each run); tables show the median and "
     '(lowest-highest). Below 1 the left side is quicker. "dense" is timm\'s MLP or ViT of the same active compute: K '
-    'experts\' hidden units. "kept" is the share of the assignments that found room in the experts; the dense side '
+    'experts\' hidden units. "kept" is the share of the assignments that is kept by the experts; the dense side '
     "keeps all. Forward is without gradients in `eval()`, with the capacity in use; forward + backward is in training "
     "mode, with gradients of the input and of all parameters, which are None before each call, as after "
     "`optimizer.zero_grad()`. Activations: on a CPU what autograd keeps for the backward pass, without parameters; on "
@@ -41,7 +41,7 @@ NO_GPU = (
 )
 
 ABOUT = {
-    "layer": "The layer alone. `mlp`: the dense MLP; `picture`: one picture's tokens, nothing dropped; `swiglu`: gated "
+    "layer": "The layer alone. `mlp`: the dense MLP; `picture`: one image's tokens, nothing dropped; `swiglu`: gated "
     "experts without biases, nothing dropped, as transformers' Mixtral block; `st_moe`: st_moe_pytorch with timm's "
     "MLPs as experts and its capacity set to keep the same share; `soft`: Soft MoE with about as many slots as tokens. "
     "Of the rounds below, `mlp` has all, `picture` four times as many, the others half.",
@@ -52,7 +52,7 @@ ABOUT = {
     "reading them twice and writing their gradients).",
     "model": "ViT-S/16's widths, experts in every second block, E = 8, K = 1, exact GELU on both sides, fresh weights. "
     "Fresh routers spread tokens worse than trained ones: equal work is where nothing is dropped. Training is forward "
-    "and backward. Speed is pictures per second over the dense twin's: above 1 is better. One picture has "
+    "and backward. Speed is images per second over the dense model's: above 1 is better. One image has "
     "four times the rounds below.",
     "train_step": "Forward, routing losses, backward, clipping, fused AdamW; bfloat16 is autocast on float32 weights. "
     "The V-MoE has a capacity of 1.05 and batch priority, LIMoE is `limoe_tiny_patch12_48` with capacity 1.25, and "
@@ -173,7 +173,7 @@ def _columns(benchmark: str, comparison: str) -> dict[str, Callable[[Row], str]]
         "setting": _setting,
         "kept": lambda row: f"{row['kept']:.1%}" if "kept" in row else "",
         "ms": lambda row: f"{row['ms']['median']:.4g}",
-        "pictures/s": lambda row: f"{row['images_per_second']['median']:.4g}" if "images_per_second" in row else "",
+        "images/s": lambda row: f"{row['images_per_second']['median']:.4g}" if "images_per_second" in row else "",
         "speed": lambda row: _spread(row["speed_ratio"], ".3f") if "speed_ratio" in row else "",
     }
     for other in ("base", "dense", "vmoe", "layer, vanilla", "dispatch and combine", "before"):

@@ -18,8 +18,8 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from benchmarks.contenders import kept_share
-from benchmarks.measure import DTYPES, Ceiling, alternate, milliseconds, ratios, synchronizer
-from benchmarks.session import Session, make_parser, measure_ceiling
+from benchmarks.measure import DTYPES, milliseconds, ratios
+from benchmarks.session import Session, make_parser
 from vmoe.moe import SparseMoE
 from vmoe.moe.dispatch import dispatch, expert_capacity, plan_dispatch
 
@@ -42,11 +42,7 @@ class Case:
 
 
 def measure_axis(session: Session, axis: str, dtype: str, bandwidth: float) -> None:
-    """Time all cases of an axis in turn and add their rows.
-
-    Args:
-        bandwidth: of a large copy, GB/s.
-    """
+    """Times all cases of an axis in turn and adds their rows; `bandwidth` is that of a large copy, GB/s."""
     args, device = session.args, session.device
     base = Case(args.tokens)
     values = args.values or AXES[axis]
@@ -90,13 +86,7 @@ def measure_axis(session: Session, axis: str, dtype: str, bandwidth: float) -> N
         }
         if axis == "capacity" and not args.compile:
             calls |= {("experts", case): partial(_call_experts, layers[case], case, backward) for case in cases}
-        seconds = alternate(
-            calls,
-            make_input,
-            args.rounds,
-            before=lambda: [layer.zero_grad(set_to_none=True) for layer in layers.values()],
-            synchronize=synchronizer(device),
-        )
+        seconds = session.alternate(calls, make_input, layers.values())
         for key in calls:
             if key in twins.values():
                 continue
@@ -122,27 +112,24 @@ def measure_axis(session: Session, axis: str, dtype: str, bandwidth: float) -> N
 
 
 def _call(layer: nn.Module, tokens: int, backward: bool, value: dict[Any, Tensor]) -> None:
-    x_BTD = value[tokens]
-    if backward:
-        y_BTD = layer(x_BTD.detach().requires_grad_())
-        y_BTD.backward(x_BTD)  # any gradient of this shape
-    else:
-        with torch.no_grad():
-            layer(x_BTD)
+    _pass(layer, backward, value[tokens])
 
 
 def _call_experts(layer: SparseMoE, case: Case, backward: bool, value: dict[Any, Any]) -> None:
-    x_RD, count_E = value["rows", case]
+    _pass(layer.experts, backward, *value["rows", case])
+
+
+def _pass(module: nn.Module, backward: bool, x: Tensor, *more: Tensor) -> None:
     if backward:
-        layer.experts(x_RD.detach().requires_grad_(), count_E).backward(x_RD)
+        module(x.detach().requires_grad_(), *more).backward(x)  # any gradient of this shape
     else:
         with torch.no_grad():
-            layer.experts(x_RD, count_E)
+            module(x, *more)
 
 
 @torch.no_grad()
 def _rows(layer: SparseMoE, case: Case, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-    """What the experts of a layer get from this input: (rows, rows of each expert)."""
+    """The input of the experts of a layer for this input: (rows, rows of each expert)."""
     routing = layer.router.route(x_BTD)
     capacity = expert_capacity(case.tokens, case.experts, case.selected, case.capacity)
     plan = plan_dispatch(routing.expert_index_GNK, case.experts, capacity, routing.priority_GN)
@@ -150,25 +137,20 @@ def _rows(layer: SparseMoE, case: Case, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser("scaling", __doc__.splitlines()[0], rounds=7)
+    parser = make_parser("scaling", __doc__.splitlines()[0], rounds=7, sizes=("tokens", "width", "hidden"))
     parser.set_defaults(dtype=["float32"])
     parser.add_argument("--axis", choices=list(AXES), nargs="+", default=list(AXES), help="which (all)")
     parser.add_argument("--values", type=float, nargs="+", help="on one axis, in place of its own")
-    parser.add_argument("--tokens", type=int, default=6304, help="of a call (%(default)s: 32 pictures)")
-    parser.add_argument("--width", type=int, default=384, help="D (%(default)s)")
-    parser.add_argument("--hidden", type=int, default=1536, help="F, of each expert (%(default)s)")
     session = Session("scaling", parser, argv)
     args = session.args
     if args.values and len(args.axis) != 1:
         parser.error("--values needs one --axis to stand for")
-    for dtype in args.dtype:
-        try:
-            machine = measure_ceiling(session, dtype, Ceiling(session.device, DTYPES[dtype]))
-            for axis in args.axis:
-                measure_axis(session, axis, dtype, machine["copy_gbps"]["median"])
-        except ValueError as error:
-            parser.error(str(error))
-    session.finish()
+
+    def measure(session: Session, dtype: str, rates: dict[str, dict[str, float]]) -> None:
+        for axis in args.axis:
+            measure_axis(session, axis, dtype, rates["copy_gbps"]["median"])
+
+    session.run(measure)
 
 
 if __name__ == "__main__":

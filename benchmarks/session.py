@@ -13,15 +13,16 @@ import platform
 import re
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from benchmarks.measure import DTYPES, Ceiling, alternate, synchronizer
+from benchmarks.measure import DTYPES, WARM_UP, Ceiling, alternate, milliseconds, ratios, synchronizer
 from vmoe.utils.allocator import keep_freed_memory
 from vmoe.utils.atomic import whole_file
 
@@ -36,8 +37,19 @@ FORMAT = 1
 NOT_IN_KEY = ("rounds", "results")
 
 
-def make_parser(benchmark: str, description: str, rounds: int) -> argparse.ArgumentParser:
-    """A parser with the options that every benchmark has."""
+# Sizes of a layer: option -> (type, default, help).
+SIZES = {
+    "tokens": (int, 6304, "of a call (%(default)s: 32 images)"),
+    "width": (int, 384, "D (%(default)s)"),
+    "hidden": (int, 1536, "F, of each expert (%(default)s)"),
+    "experts": (int, 8, "E (%(default)s)"),
+    "selected": (int, 1, "K (%(default)s)"),
+    "capacity": (float, 1.0, "capacity factor (%(default)s)"),
+}
+
+
+def make_parser(benchmark: str, description: str, rounds: int, sizes: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has, and some of `SIZES`."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{benchmark}", description=description)
     parser.add_argument("--rounds", type=int, default=rounds, help="times that each contender runs (%(default)s)")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="types, in turn")
@@ -57,24 +69,14 @@ def make_parser(benchmark: str, description: str, rounds: int) -> argparse.Argum
         help="everything through torch.compile, in this mode",
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    for name in sizes:
+        kind, default, words = SIZES[name]
+        parser.add_argument(f"--{name}", type=kind, default=default, help=words)
     return parser
 
 
 class Session:
-    """One run of a benchmark: collects rows, prints them, writes the section.
-
-    Args:
-        benchmark: its name.
-        parser: of `make_parser`.
-        argv: the command line; None: the process's own.
-        compiles: whether the benchmark has a compiled form.
-
-    Attributes:
-        args: the options.
-        device: where it runs.
-        rows: what was measured.
-        notes: what was not, and why.
-    """
+    """One run of a benchmark: collects rows and notes (what was not measured, and why), and writes the section."""
 
     def __init__(
         self, benchmark: str, parser: argparse.ArgumentParser, argv: Sequence[str] | None, compiles: bool = True
@@ -82,10 +84,10 @@ class Session:
         self.benchmark = benchmark
         self.parser = parser
         self.args = parser.parse_args(argv)
-        if self.args.rounds < 1:
-            parser.error(f"--rounds must be at least 1, got {self.args.rounds}")
-        if self.args.threads is not None and self.args.threads < 1:
-            parser.error(f"--threads must be at least 1, got {self.args.threads}")
+        for name in ("rounds", "threads", "length", *SIZES):
+            value = getattr(self.args, name, None)
+            if value is not None and name != "capacity" and value < 1:
+                parser.error(f"--{name} must be at least 1, got {value}")
         if self.args.device == "cuda" and not torch.cuda.is_available():
             parser.error("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
         if self.args.compile and not compiles:
@@ -108,11 +110,7 @@ class Session:
         return torch.get_num_threads()
 
     def command(self, key: bool = False) -> str:
-        """The command line, without what is left at its default; a path stands as its option's metavar.
-
-        Args:
-            key: only what says what is measured.
-        """
+        """The command line without defaults, or with `key` only what says what is measured; a path as its metavar."""
         words = ["python", "-m", f"benchmarks.{self.benchmark}"]
         for action in self.parser._actions:
             value = getattr(self.args, action.dest, None)
@@ -122,6 +120,40 @@ class Session:
             values = value if isinstance(value, list) else [] if value is True else [value]
             words += [action.option_strings[-1], *(action.metavar if isinstance(v, Path) else str(v) for v in values)]
         return shlex.join(words)
+
+    def alternate(
+        self,
+        calls: Mapping[Any, Callable],
+        make_input: Callable[[int], Any],
+        modules: Iterable[nn.Module] = (),
+        rounds: int | None = None,
+        warmup: int = WARM_UP,
+    ) -> dict[Any, list[float]]:
+        """Seconds of the calls in turn, see `measure.alternate`; the modules' gradients are None before each call."""
+        modules = list(modules)
+        return alternate(
+            calls,
+            make_input,
+            rounds or self.args.rounds,
+            warmup=warmup,
+            before=lambda: [module.zero_grad(set_to_none=True) for module in modules],
+            synchronize=synchronizer(self.device),
+        )
+
+    def add_times(self, seconds: Mapping[str, Sequence[float]], base: str, row_of: Callable[[str], dict]) -> None:
+        """A row for each call: what `row_of` says of its name, its time, and its ratio to the time of `base`."""
+        for name, own in seconds.items():
+            times = {"ms": milliseconds(own), "ratios": {} if name == base else {base: ratios(own, seconds[base])}}
+            self.add({"name": name, **row_of(name), **times})
+
+    def run(self, measure: Callable[[Session, str, dict[str, dict[str, float]]], None]) -> None:
+        """Measures in each type, given the machine's rates, and writes the section; errors are one sentence."""
+        for dtype in self.args.dtype:
+            try:
+                measure(self, dtype, measure_ceiling(self, dtype, Ceiling(self.device, DTYPES[dtype])))
+            except (ValueError, AssertionError) as error:  # timm asserts what it is given
+                self.parser.error(str(error))
+        self.finish()
 
     def add(self, row: dict[str, Any]) -> None:
         """Keep a row and print it: "ms" are milliseconds, "ratios" compare with others of the same rounds."""
@@ -161,16 +193,14 @@ class Session:
 
 
 def measure_ceiling(session: Session, dtype: str, ceiling: Ceiling) -> dict[str, dict[str, float]]:
-    """The large product and the large copy as a row of their own, in turn with one another; see `Ceiling.rates`."""
-    synchronize = synchronizer(session.device)
-    seconds = alternate(ceiling.calls, lambda _: None, session.args.rounds, synchronize=synchronize)
-    rates = ceiling.rates(seconds)
+    """The large matrix multiplication and the large copy, in turn, as a row of their own; see `Ceiling.rates`."""
+    rates = ceiling.rates(session.alternate(ceiling.calls, lambda _: None))
     session.add({"comparison": "ceiling", "name": "machine", "dtype": dtype, **rates})
     return rates
 
 
 def write_section(folder: Path, device: dict[str, Any], when: datetime, key: str, section: dict[str, Any]) -> Path:
-    """Put a section into the file of a device and day, in place of one with the same key; the file is whole or not.
+    """Puts a section into the file of a device and day, atomically, in place of one with the same key.
 
     Raises:
         ValueError: the file there is not one of these.
@@ -188,11 +218,7 @@ def write_section(folder: Path, device: dict[str, Any], when: datetime, key: str
 
 
 def read_results(file: Path) -> dict[str, Any]:
-    """A file of results.
-
-    Raises:
-        ValueError: it is damaged, or of another format.
-    """
+    """A file of results; raises ValueError if it is damaged, or of another format."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if content["format"] == FORMAT and isinstance(content["sections"], dict):
@@ -246,23 +272,13 @@ def allocator(device: torch.device, keeps_memory: bool) -> str:
     if device.type == "cuda":
         return f"PyTorch's for CUDA, PYTORCH_CUDA_ALLOC_CONF={os.environ.get('PYTORCH_CUDA_ALLOC_CONF', 'not set')}"
     preloaded = [Path(word).name for word in re.split("[ :]", os.environ.get("LD_PRELOAD", "")) if word]
-    by_environment = [
-        f"{name}={value}"
-        for name, value in sorted(os.environ.items())
-        if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"
-    ]
-    words = [f"{platform.libc_ver()[0] or 'system'}'s"]
-    if preloaded:
-        words = [f"preloaded: {', '.join(preloaded)}"]
-    if by_environment:
-        words.append(f"set by {', '.join(by_environment)}")
+    names = sorted(name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES")
+    settings = [f"set by {', '.join(f'{name}={os.environ[name]}' for name in names)}"] if names else []
     if keeps_memory:
-        words.append(
-            "set by vmoe.utils.allocator.keep_freed_memory, as in training: freed memory stays with the process"
-        )
-    elif not by_environment:
-        words.append("as it is by itself")
-    return ", ".join(words)
+        by_us = "set by vmoe.utils.allocator.keep_freed_memory, as in training: freed memory stays with the process"
+        settings.append(by_us)
+    whose = f"preloaded: {', '.join(preloaded)}" if preloaded else f"{platform.libc_ver()[0] or 'system'}'s"
+    return ", ".join([whose, *(settings or ["as it is by itself"])])
 
 
 def versions() -> dict[str, str]:

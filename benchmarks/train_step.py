@@ -20,9 +20,9 @@ from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 
 import vmoe
-from benchmarks.measure import DTYPES, Ceiling, activation_bytes, alternate, milliseconds, ratios, spread, synchronizer
+from benchmarks.measure import activation_bytes, spread
 from benchmarks.model import vision_models
-from benchmarks.session import Session, make_parser, measure_ceiling
+from benchmarks.session import Session, make_parser
 from vmoe.evaluation.inference import arithmetic
 from vmoe.models.factory import create_model
 from vmoe.training.config import OptimConfig
@@ -34,17 +34,11 @@ FUSED_ADAMW = OptimConfig(name="adamw", lr=1e-5, kwargs={"fused": True})
 
 @dataclass
 class Trained:
-    """A model in training.
+    """A model in training."""
 
-    Attributes:
-        model: float32.
-        loss: (what is called, input) -> the task's loss.
-        called: the model, or its compiled form.
-    """
-
-    model: nn.Module
-    loss: Callable[[Any, Any], Tensor]
-    called: Any
+    model: nn.Module  # float32
+    loss: Callable[[Any, Any], Tensor]  # (what is called, input) -> the task's loss
+    called: Any  # the model, or its compiled form
 
     def __post_init__(self) -> None:
         self.optimizer = create_optimizer(self.model, FUSED_ADAMW)
@@ -126,7 +120,7 @@ def measure(session: Session, name: str, dtype: str) -> None:
     for kind, one in trained.items():
         one.model.zero_grad(set_to_none=True)
         value = make_input(10_000)
-        memory[kind] = activation_bytes(partial(_total, one, value, precision, device), [one.model], device)
+        memory[kind] = activation_bytes(lambda: one.total(value, precision, device)[0], [one.model], device)  # noqa: B023
         with torch.no_grad():
             _, record = one.total(value, precision, device)
         shares = [call.metrics["share_dropped"].item() for _, call in record.calls]
@@ -134,27 +128,18 @@ def measure(session: Session, name: str, dtype: str) -> None:
     # LIMoE's steps are short: more of them.
     rounds = args.rounds * (4 if name == "limoe_tiny" else 1)
     calls = {kind: partial(one.step, precision, device) for kind, one in trained.items()}
-    seconds = alternate(calls, make_input, rounds, synchronize=synchronizer(device))
+    seconds = session.alternate(calls, make_input, rounds=rounds)
     batch = args.pairs if name == "limoe_tiny" else args.batch
-    for kind, own in seconds.items():
-        row = {
-            "comparison": name,
-            "name": kind,
-            "dtype": dtype,
-            "pass": "step",
-            "batch": batch,
-            "kept": round(kept[kind], 4),
-            "ms": milliseconds(own),
+    rows = {
+        kind: {
+            **{"comparison": name, "dtype": dtype, "pass": "step", "batch": batch, "kept": round(kept[kind], 4)},
             "images_per_second": spread([batch / value for value in own]),
-            "ratios": {} if kind == "dense" else {"dense": ratios(own, seconds["dense"])},
             "activations_mib": round(memory[kind] / 2**20, 1),
             "activations_ratio": round(memory[kind] / memory["dense"], 4),
         }
-        session.add(row)
-
-
-def _total(trained: Trained, value: Any, precision: str, device: torch.device) -> Tensor:
-    return trained.total(value, precision, device)[0]
+        for kind, own in seconds.items()
+    }
+    session.add_times(seconds, "dense", rows.__getitem__)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -164,15 +149,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=256, help="pictures with captions of the LIMoE (%(default)s)")
     parser.add_argument("--image_size", type=int, default=224, help="of the V-MoE, side in pixels (%(default)s)")
     parser.add_argument("--depth", type=int, help="blocks of the V-MoE, in place of 12")
-    session = Session("train_step", parser, argv)
-    for dtype in session.args.dtype:
-        measure_ceiling(session, dtype, Ceiling(session.device, DTYPES[dtype]))
+
+    def measure_all(session: Session, dtype: str, _rates: dict) -> None:
         for name in session.args.models:
-            try:
-                measure(session, name, dtype)
-            except (ValueError, AssertionError) as error:  # timm asserts what it is given
-                parser.error(str(error))
-    session.finish()
+            measure(session, name, dtype)
+
+    Session("train_step", parser, argv).run(measure_all)
 
 
 if __name__ == "__main__":
