@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torchvision import datasets
 
 from vmoe.data.sources.imagenet import imagenet_synsets, imagenet_words
-from vmoe.evaluation.class_names import FOLDER, is_published, known_sets, prompt_names, prompt_templates, published_set
+from vmoe.evaluation.class_names import FOLDER, is_published, known_sets, prompt_names, published_set
 
 SIZES = {
     "birdsnap": 500,
@@ -102,7 +102,7 @@ def test_imagenet_is_open_clips():
     import open_clip
 
     assert prompt_names("imagenet") == list(open_clip.IMAGENET_CLASSNAMES)
-    assert [template.replace("{}", "cat") for template in prompt_templates("imagenet")] == [
+    assert [template.replace("{}", "cat") for template in published_set("imagenet").templates] == [
         template("cat") for template in open_clip.OPENAI_IMAGENET_TEMPLATES
     ]
 

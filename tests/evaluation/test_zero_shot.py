@@ -3,7 +3,7 @@ import torch
 from PIL import Image
 
 from vmoe.evaluation import evaluate_zero_shot, zero_shot_classify
-from vmoe.evaluation.class_names import prompt_names, prompt_templates
+from vmoe.evaluation.class_names import prompt_names, published_set
 from vmoe.evaluation.zero_shot import encode_classes, resolve_class_names, resolve_templates
 
 NAMES = [f"number {i}" for i in range(20)]
@@ -257,7 +257,7 @@ def test_what_is_no_picture_is_named(limoe):
 def test_published_names_come_with_their_templates(limoe):
     picture = _pictures(1)[0]
     found = zero_shot_classify(*limoe, picture, "cifar10")
-    expected = zero_shot_classify(*limoe, picture, prompt_names("cifar10"), prompt_templates("cifar10"))
+    expected = zero_shot_classify(*limoe, picture, prompt_names("cifar10"), published_set("cifar10").templates)
     torch.testing.assert_close(found, expected)
     bare = zero_shot_classify(*limoe, picture, "cifar10", ["{}"])
     assert not torch.allclose(found, bare, atol=1e-4)

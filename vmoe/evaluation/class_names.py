@@ -114,11 +114,6 @@ def _listed(texts: Sequence[str], most: int = 5) -> str:
     return ", ".join([*texts[:most], *([f"... ({len(texts)} in all)"] if len(texts) > most else [])])
 
 
-def prompt_templates(name: str) -> list[str]:
-    """Published prompt templates of a data set, with {} for the class name; errors as of `published_set`."""
-    return list(published_set(name).templates)
-
-
 def warn_of_order(names: Sequence[str], classes: Sequence[str]) -> None:
     """Warns if a class of the data has the name of another (numbers may mean other things), or is sorted as text."""
     given_to = {_key(name): index for index, name in enumerate(names)}

@@ -8,7 +8,6 @@ Shapes, by suffix: N images, B batch, D features.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ from vmoe.evaluation.cache import file_of_key, key_text, model_facts, read_tenso
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.loaded_model import LoadedModel
-from vmoe.evaluation.results_file import Outcome, Progress
+from vmoe.evaluation.results_file import Outcome, Progress, make_writable
 from vmoe.evaluation.synchronized import gather_rows
 from vmoe.models.factory import is_contrastive
 from vmoe.moe import SparseMoE
@@ -65,7 +64,8 @@ def extract_features(
         raise ValueError("features are taken of images with labels, and this data set has no classes")
     file, key, cached = None, "", []
     if cache is not None and world()[0] == 0:
-        _check_writable(cache)
+        if not make_writable(cache):
+            raise ConfigError(f"features.cache {cache} cannot be written to: give another folder, or null for no cache")
         key = feature_key(loaded, dataset, loader_config)
         file = file_of_key(cache, "features", key)
         cached = [read_tensors(file, key)]
@@ -144,17 +144,6 @@ def feature_key(loaded: LoadedModel, dataset: ImageDataset, loader_config: Loade
             "on_bad": loader_config.on_bad or "fail",
         }
     )
-
-
-def _check_writable(folder: Path) -> None:
-    """Raises ConfigError, before the features are computed, if the cache cannot be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        usable = os.access(folder, os.W_OK)
-    except OSError:
-        usable = False
-    if not usable:
-        raise ConfigError(f"features.cache {folder} cannot be written to: give another folder, or null for no cache")
 
 
 def fit_and_test_features(

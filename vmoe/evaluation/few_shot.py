@@ -134,8 +134,7 @@ def few_shot_accuracy(
     """
     if len(train_features_ND) == 0 or len(test_features_ND) == 0:
         raise ValueError("few-shot evaluation needs training and test features, got none")
-    usable = all(0 < penalty < math.inf for penalty in l2_penalties) and len(l2_penalties) > 0
-    if min(shots, default=0) < 1 or not usable:
+    if min(shots, default=0) < 1 or not l2_penalties or not all(0 < penalty < math.inf for penalty in l2_penalties):
         raise ValueError(f"shots must be >= 1 and l2_penalties > 0, got {list(shots)} and {list(l2_penalties)}")
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"num_classes must be >= 1, or None for the largest training label + 1, got {num_classes}")

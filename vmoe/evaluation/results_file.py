@@ -55,9 +55,8 @@ class Progress:
     def __len__(self) -> int:
         return len(self.loader)
 
-    @property
-    def num_skipped(self) -> int:
-        return self.loader.num_skipped
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
 
 
 def mean_and_spread(results: list[dict[str, float | int]]) -> tuple[dict[str, float | int], dict[str, float]]:
@@ -132,13 +131,17 @@ def _settings_in(file: Path) -> dict[str, Any] | None:
 
 def check_writable(file: Path) -> None:
     """Makes the folder of the result; raises ConfigError, before the evaluation, if the file cannot be written."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        usable = not file.is_dir() and os.access(file.parent, os.W_OK)
-    except OSError:
-        usable = False
-    if not usable:
+    if file.is_dir() or not make_writable(file.parent):
         raise ConfigError(f"output {file} cannot be written: give another file, as in --output result.json")
+
+
+def make_writable(folder: Path) -> bool:
+    """Makes a folder if there is none; returns whether it can be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return os.access(folder, os.W_OK)
+    except OSError:
+        return False
 
 
 def write_json(report: dict[str, Any], file: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from vmoe.data.sources.imagenet import CORRUPTIONS, EXTRA_CORRUPTIONS, SEVERITIES
 
@@ -27,11 +27,11 @@ ALEXNET_ERRORS = {
 }
 
 
-def corruption_errors(errors: Mapping[tuple[str, int], float]) -> dict[str, float]:
+def corruption_errors(errors: Mapping[str, float]) -> dict[str, float]:
     """Corruption errors: a model's mean error over the five severities, divided by AlexNet's. 1 is as bad as AlexNet.
 
     Args:
-        errors: {(corruption, severity 1..5): top-1 error in 0..1}; the download's four other corruptions do not count.
+        errors: {"CORRUPTION/SEVERITY": top-1 error in 0..1}; the download's four other corruptions do not count.
 
     Returns:
         {corruption: its error} for those of the 15 that have all five severities, and "mce", their mean, where all 15
@@ -40,14 +40,15 @@ def corruption_errors(errors: Mapping[tuple[str, int], float]) -> dict[str, floa
     Raises:
         ValueError: an unknown corruption or severity, or an error outside 0..1.
     """
-    for (corruption, severity), error in errors.items():
-        if corruption not in (*CORRUPTIONS, *EXTRA_CORRUPTIONS) or severity not in SEVERITIES:
-            raise ValueError(f"{corruption}/{severity} is no condition of ImageNet-C")
+    known = _conditions((*CORRUPTIONS, *EXTRA_CORRUPTIONS))
+    for condition, error in errors.items():
+        if condition not in known:
+            raise ValueError(f"{condition} is no condition of ImageNet-C")
         if not 0 <= error <= 1:
-            raise ValueError(f"the error on {corruption}/{severity} must be a share in 0..1, got {error}")
+            raise ValueError(f"the error on {condition} must be a share in 0..1, got {error}")
     result = {}
     for corruption in CORRUPTIONS:
-        found = [errors[corruption, severity] for severity in SEVERITIES if (corruption, severity) in errors]
+        found = [errors[condition] for condition in _conditions([corruption]) if condition in errors]
         if len(found) == len(SEVERITIES):
             result[corruption] = math.fsum(found) / len(found) / ALEXNET_ERRORS[corruption]
     if len(result) == len(CORRUPTIONS):
@@ -55,13 +56,10 @@ def corruption_errors(errors: Mapping[tuple[str, int], float]) -> dict[str, floa
     return result
 
 
-def missing_conditions(errors: Mapping[tuple[str, int], float]) -> list[str]:
+def missing_conditions(errors: Mapping[str, float]) -> list[str]:
     """The benchmark's 75 conditions, as "fog/3", that are not in `errors`; without them there is no "mce"."""
-    wanted = [(corruption, severity) for corruption in CORRUPTIONS for severity in SEVERITIES]
-    return [f"{corruption}/{severity}" for corruption, severity in wanted if (corruption, severity) not in errors]
+    return [condition for condition in _conditions(CORRUPTIONS) if condition not in errors]
 
 
-def parse_condition(name: str) -> tuple[str, int]:
-    """("fog", 3) from "fog/3", a name among `conditions` of a data set."""
-    corruption, _, severity = name.partition("/")
-    return corruption, int(severity)
+def _conditions(corruptions: Iterable[str]) -> list[str]:
+    return [f"{corruption}/{severity}" for corruption in corruptions for severity in SEVERITIES]

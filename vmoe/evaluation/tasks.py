@@ -24,7 +24,7 @@ from vmoe.evaluation.metrics import accuracy_per_class
 from vmoe.evaluation.probe import knn, linear_probe
 from vmoe.evaluation.results_file import Outcome, Progress
 from vmoe.evaluation.retrieval import evaluate_retrieval, retrieval_loader
-from vmoe.evaluation.robustness import corruption_errors, missing_conditions, parse_condition
+from vmoe.evaluation.robustness import corruption_errors, missing_conditions
 from vmoe.evaluation.zero_shot import cached_classes, class_scorer, resolve_class_names
 from vmoe.models.factory import preprocess_config
 from vmoe.utils.config import ConfigError
@@ -91,7 +91,7 @@ def classification_outcome(predictions: Predictions, dataset: ImageDataset, skip
             for name, accuracy, count in zip(dataset.conditions, accuracy_C.tolist(), counts_C.tolist(), strict=True)
             if count
         }
-        errors = {parse_condition(name): 1 - entry["top1"] for name, entry in details["conditions"].items()}
+        errors = {name: 1 - entry["top1"] for name, entry in details["conditions"].items()}
         details["corruption_errors"] = corruption_errors(errors)
         details["missing_conditions"] = missing_conditions(errors)
         results |= {name: value for name, value in details["corruption_errors"].items() if name == "mce"}

@@ -20,7 +20,7 @@ from vmoe.data.images import DEFAULT, BadSample, Reading, load_image, to_rgb
 from vmoe.data.sources.emoji import cache_folder
 from vmoe.data.texts import CutTexts, cut_rows, knows_length, warn_once
 from vmoe.evaluation.cache import file_of_key, key_text, model_facts, read_tensors, write_tensors
-from vmoe.evaluation.class_names import is_published, known_sets, prompt_names, prompt_templates, warn_of_order
+from vmoe.evaluation.class_names import is_published, known_sets, prompt_names, published_set, warn_of_order
 from vmoe.evaluation.classification import predict
 from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.loaded_model import LoadedModel
@@ -63,7 +63,7 @@ def resolve_templates(templates: Sequence[Template] | str | Path | None) -> list
     if templates is None:
         templates = ["{}"]
     elif isinstance(templates, (str, Path)):
-        templates = _named_templates(str(templates))
+        templates = [templates] if "{}" in str(templates) else _named_templates(str(templates))
     templates = _listed("templates", templates)
     if not templates:
         raise ValueError("templates must hold at least one text")
@@ -81,19 +81,13 @@ def _named_templates(name: str) -> Sequence[Template]:
     shipped = {
         "openai_imagenet": open_clip.OPENAI_IMAGENET_TEMPLATES,
         "simple_imagenet": open_clip.SIMPLE_IMAGENET_TEMPLATES,
+        **{each: published_set(each).templates for each in known_sets()},
     }
-    if "{}" in name:
-        return [name]
-    if name in shipped:
-        return shipped[name]
-    if name in known_sets():
-        return prompt_templates(name)
-    if Path(name).is_file():
-        return read_lines(name)
-    raise ValueError(
-        f"templates {name!r}: no such file; give a file, a list of texts with {{}}, "
-        f"or one of {', '.join([*shipped, *known_sets()])}"
-    )
+    if name not in shipped and not Path(name).is_file():
+        raise ValueError(
+            f"templates {name!r}: no such file; give a file, a list of texts with {{}}, or one of {', '.join(shipped)}"
+        )
+    return shipped.get(name) or read_lines(name)
 
 
 def _filler(template: str) -> Callable[[str], str]:
@@ -373,12 +367,11 @@ def image_batches(
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     parameter = next(model.parameters())
-    if isinstance(images, Tensor) and images.ndim == 4:
-        checked = _checked(images, model)
-        yield from (part.to(parameter.device, parameter.dtype) for part in checked.split(batch_size))
-        return
-    single = isinstance(images, (Tensor, Image.Image, str, Path)) or not isinstance(images, Iterable)
-    images = iter([images] if single else images)
+    if isinstance(images, Tensor):
+        images = _checked(images, model) if images.ndim == 4 else [images]
+    elif isinstance(images, (Image.Image, str, Path)) or not isinstance(images, Iterable):
+        images = [images]
+    images = iter(images)
     transform = cache(lambda: _evaluation_transform(model))  # not needed for tensors, which any model takes
     while batch := [_prepare(image, transform, reading, model) for image in islice(images, batch_size)]:
         sizes = {tuple(image.shape) for image in batch}
