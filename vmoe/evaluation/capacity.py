@@ -147,8 +147,7 @@ def sweep_settings(config: CapacityConfig, layers: Mapping[str, SparseMoE]) -> l
 def limited(layers: Iterable[SparseMoE], setting: Setting) -> Iterator[None]:
     """The layers under a setting inside the block, as they were after it.
 
-    All tokens of a call are one group. Expert choice keeps the model's groups: each image by itself, unless the model
-    says otherwise.
+    All tokens of a call are one group, but expert choice keeps the model's groups (usually a group for each image).
     """
     before: list[tuple[nn.Module, str, Any]] = []
 
@@ -184,18 +183,10 @@ def sweep_capacity(
     label_sets: Sequence[Sequence[int]] | None = None,
     timing_rounds: int = 0,
 ) -> Sweep:
-    """Every setting on every batch; the layers are as they were afterwards, also after an error.
+    """Every setting on every batch, each a routing group; the layers are as they were afterwards, also after an error.
 
-    Args:
-        model: must be on `device`.
-        score: runs `model`.
-        loader: batches with "image", "label" and "index"; each batch is one routing group. Where torch.distributed
-            runs, each process gives batches of its own.
-        layers: see :func:`sparse_image_layers`.
-        settings: see :func:`sweep_settings`.
-        device, precision: see `evaluate_classification`.
-        class_columns, label_sets: see `vmoe.evaluation.classification.predict`.
-        timing_rounds: how often each setting is timed, on the first batch; 0: not at all.
+    `loader` gives "image", "label" and "index"; where torch.distributed runs, each process gives batches of its own.
+    Each setting is timed `timing_rounds` times on the first batch. For the other arguments see `predict`.
 
     Raises:
         ValueError: a label is out of range, or there are no samples.

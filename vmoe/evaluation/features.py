@@ -105,11 +105,7 @@ def _compute(
 
 
 def image_features(model: nn.Module, images_B3HW: Tensor) -> Tensor:
-    """(B, D): pre-logits of a classifier, or the image embedding (not normalised) of an image-text model.
-
-    Raises:
-        ValueError: the model has neither, or its features are not one vector per image.
-    """
+    """(B, D): pre-logits of a classifier, or the image embedding (not normalised) of an image-text model."""
     if is_contrastive(model):
         features_BD = model.encode_image(images_B3HW, normalize=False)
     elif hasattr(model, "forward_features") and hasattr(model, "forward_head"):

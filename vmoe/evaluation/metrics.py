@@ -29,11 +29,7 @@ def right_classes(
 ) -> Tensor:
     """(B, C) bool, which classes are right for each sample.
 
-    Args:
-        label_B: long, the class of each sample.
-        index_B: long, its position in the data set.
-        num_classes: C.
-        label_sets: for each sample of the data set all its right classes; None: the label alone.
+    Either its label alone, or all classes that `label_sets` has at its index (its position in the data set).
 
     Raises:
         ValueError: a label is outside [0, C).
@@ -68,13 +64,8 @@ def top_shares(ranks_N: Tensor, num_classes: int, prefix: str = "") -> dict[str,
 def expected_calibration_error(confidences_N: Tensor, hits_N: Tensor, num_bins: int = 15) -> float:
     """Mean distance of the confidence in the best class from the accuracy (Guo et al., arXiv 1706.04599, eq. 3).
 
-    The distance between mean confidence and accuracy of each bin of confidences is weighted with the bin's share of the
-    predictions. Rounded to 1e-6: what is beyond that is rounding of the forward pass.
-
-    Args:
-        confidences_N: (N,) probabilities of the predicted classes, in 0..1; N >= 1.
-        hits_N: (N,) bool, the prediction is right.
-        num_bins: of equal width; 15 in the paper.
+    The distance between mean confidence and accuracy of each of `num_bins` bins of equal width is weighted with the
+    bin's share of the predictions. Rounded to 1e-6: what is beyond that is rounding of the forward pass.
     """
     confidences_N = confidences_N.double()
     bins_N = (confidences_N * num_bins).ceil().long().clamp(1, num_bins) - 1  # each bin holds its upper end

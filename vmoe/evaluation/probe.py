@@ -123,18 +123,14 @@ def fit_linear_probe(
 ) -> LinearProbe:
     """Minimises sum of cross entropies + penalty / 2 · |W|², without penalty on the bias, in float64.
 
-    This is scikit-learn's LogisticRegression with C = 1 / penalty. Features may have any mean, scale and correlation:
-    they are centred and whitened for the minimisation, which changes its path and not the minimum. The probe has
-    converged when no entry of the gradient in those axes is above 1e-6 of the loss. L-BFGS also ends after
-    MAX_ITERATIONS, or when its steps change nothing any more, as with very small penalties on separable classes.
-
-    Args:
-        features_ND, labels_N: floating point and long, on any device with float64.
-        penalty: > 0.
-        start: a probe of the same classes to start from; None: zero.
+    This is scikit-learn's LogisticRegression with C = 1 / penalty. Features (N, D), with labels (N,), may have any
+    mean, scale and correlation: they are centred and whitened for the minimisation, which changes its path and not the
+    minimum. The probe has converged when no entry of the gradient in those axes is above 1e-6 of the loss. L-BFGS also
+    ends after MAX_ITERATIONS, or when its steps change nothing any more, as with very small penalties on separable
+    classes. It starts from the probe `start` of the same classes, or from zero.
 
     Raises:
-        ValueError: the penalty is out of range, or there are fewer than two classes.
+        ValueError: the penalty is not > 0, or there are fewer than two classes.
     """
     if not penalty > 0:
         raise ValueError(f"the penalty must be > 0, got {penalty}")
@@ -194,15 +190,9 @@ def choose_penalty(
 ) -> tuple[float, dict[float, float]]:
     """The penalty with the best accuracy on a held-out part of the training data, and {penalty: accuracy} of all tried.
 
-    CLIP's search (appendix A.3): penalties two decades apart, then around the best one of them the distance is halved
-    until it is an eighth of a decade. They are counted from the least one, and the greatest is always among the first.
-    Of equally good penalties the greatest is taken. The held-out part is drawn from each class, the same in each call;
-    every class keeps an example.
-
-    Args:
-        features_ND, labels_N: the training data.
-        penalties: the least and the greatest one to try.
-        val_share: share of each class that is held out, in 0..1.
+    CLIP's search (appendix A.3) between the least and the greatest of `penalties`: values two decades apart, then
+    around the best one of them the distance is halved until it is an eighth of a decade. Of equally good penalties the
+    greatest is taken. `val_share` of each class is held out, the same in each call; every class keeps an example.
 
     Raises:
         ValueError: the classes have too few examples to hold any out.
@@ -258,11 +248,7 @@ def _held_out(labels_N: Tensor, share: float) -> Tensor:
 def nearest_neighbours(queries_BD: Tensor, rows_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k rows with the greatest cosine to each query, the greatest first; the earlier row where two are equal.
 
-    Returns:
-        (B, K) float64 cosines, rounded to 2^-20; (B, K) long, the rows.
-
-    Raises:
-        ValueError: k is more than there are rows.
+    Returns (B, K) float64 cosines, rounded to 2^-20, and (B, K) long, the rows.
     """
     N = len(rows_ND)
     if not 1 <= k <= N:

@@ -26,13 +26,8 @@ def retrieval_recall(
     """Recall@1/5/10 both ways, {"image_to_text_recall@k", "text_to_image_recall@k"} as shares in 0..1.
 
     An image is found by its best caption, as usual with several captions per image; ties count as misses. Equal
-    captions of different images therefore cost recall: they cannot be told apart.
-
-    Args:
-        image_features_ID: unit image features, I distinct images.
-        text_features_TD: unit text features.
-        image_of_text_T: long, the image of each text; every image must have one.
-        rows_per_block: how many rows of the (I, T) score matrix are held at once.
+    captions of different images therefore cost recall: they cannot be told apart. Features are unit vectors;
+    `image_of_text_T` is the image of each text, and every image must have one.
     """
     image_I = torch.arange(len(image_features_ID), device=image_features_ID.device)
     images, texts = (image_features_ID, image_I), (text_features_TD, image_of_text_T)

@@ -70,10 +70,7 @@ class SynchronizedBatches:
 
 
 def equal_shares(parts: list[Any], model: nn.Module) -> list[tuple[Any, bool]]:
-    """[(part, whether it counts)] for this process: every n-th of `parts`.
-
-    If the model is sharded, all processes get equally many; those that do not count fill up.
-    """
+    """[(part, whether it counts)] for this process: every n-th of `parts`, padded if the model is sharded."""
     rank, processes = world()
     own = [(part, True) for part in parts[rank::processes]]
     if is_sharded(model) and parts:

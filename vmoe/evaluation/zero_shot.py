@@ -54,8 +54,8 @@ def resolve_templates(templates: Sequence[Template] | str | Path | None) -> list
 
     Args:
         templates: a list of strings with `{}` for the class name (or functions, as in open_clip), or one such string;
-            "openai_imagenet" or "simple_imagenet" for open_clip's lists; a set of `known_sets` for its published
-            ones; a text file with one per line; None: the bare class name.
+            "openai_imagenet" or "simple_imagenet" (open_clip's); a set of `known_sets`; a text file with one per line;
+            None: the bare class name.
 
     Raises:
         ValueError: unreadable file, empty list, or a template without `{}`.
@@ -95,11 +95,9 @@ def _filler(template: str) -> Callable[[str], str]:
 
 
 def resolve_class_names(class_names: Sequence[str] | str | Path, classes: Sequence[str] | None = None) -> list[str]:
-    """Class names from a setting.
+    """Class names from a setting: a list, a set of `known_sets`, or a text file with one per line.
 
-    Args:
-        class_names: a list; a set of `known_sets` for its published names; or a text file with one per line.
-        classes: the classes of the data, in the order of its labels; see `prompt_names`. None: no data to fit.
+    `classes` are those of the data, in the order of its labels; see `prompt_names`. None: no data to fit.
 
     Raises:
         ValueError: unreadable file, bad names, or another number of names than the data has classes.
@@ -135,8 +133,8 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
     """The names as a list.
 
     Raises:
-        ValueError: no list of texts, no names, an empty one, or duplicates (two equal classes cannot be told apart);
-            these are only allowed in a published list, where ImageNet has two "missile" and two "sunglasses".
+        ValueError: no list of texts, no names, an empty one, or duplicates, which cannot be told apart; these are only
+            allowed in a published list, where ImageNet has two "missile" and two "sunglasses".
     """
     names = _listed("class_names", class_names)
     if not names:
