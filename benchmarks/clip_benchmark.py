@@ -1,15 +1,15 @@
-"""Our zero-shot and retrieval figures beside those of LAION's CLIP_benchmark, by its own code, on the same data.
+"""Our zero-shot and retrieval metrics beside those of LAION's CLIP_benchmark, by its own code, on the same data.
 
     python -m benchmarks.clip_benchmark --config configs/eval/emoji_zero_shot.yaml --checkpoint RUN
 
 Takes the settings of eval.py for the tasks zero_shot and retrieval; needs `pip install -e '.[benchmark]'`. Data whose
-pictures have several right labels or stand under several conditions, and `loader.on_bad: skip`, are refused, since
+images have several right labels or stand under several conditions, and `loader.on_bad: skip`, are refused, since
 CLIP_benchmark counts these otherwise. Exit codes:
 
-    0  all figures agree
-    1  an error: a picture or checkpoint cannot be read, CLIP_benchmark is not installed
+    0  all metrics agree
+    1  an error: an image or checkpoint cannot be read, CLIP_benchmark is not installed
     2  a wrong setting, or one that cannot be compared
-    3  a figure differs by more than 1e-6, or is not a number
+    3  a metric differs by more than 1e-6, or is NaN
 
     python -m benchmarks.clip_benchmark cli eval --model_type vmoe --model vmoe --pretrained RUN --dataset cifar10 \\
         --no_amp --output result.json
@@ -72,17 +72,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def agree(rows: Sequence[tuple[str, float, float]]) -> bool:
-    """Whether there are figures and each is equal to theirs within the tolerance; NaN is equal to nothing."""
+    """Whether there are metrics and each is equal to theirs within the tolerance; NaN is equal to nothing."""
     return bool(rows) and all(abs(ours - theirs) <= TOLERANCE for _, ours, theirs in rows)
 
 
 def compare(config: EvaluationConfig, console: Console) -> list[tuple[str, float, float]]:
-    """[(measure, our figure, theirs)] of one checkpoint.
+    """[(measure, our metric, theirs)] of one checkpoint.
 
     Raises:
         ConfigError: a task that CLIP_benchmark is not asked for here, several checkpoints, data or settings that it
             counts otherwise, or model, task and data that do not go together.
-        BadSample: an unreadable picture.
+        BadSample: an unreadable image.
         ModuleNotFoundError: CLIP_benchmark is not installed.
     """
     import clip_benchmark.metrics  # noqa: F401 - if it is missing, this is said before the work is done
@@ -96,7 +96,7 @@ def compare(config: EvaluationConfig, console: Console) -> list[tuple[str, float
     dataset = build_dataset(config.data)
     for name, what in (("label_sets", "several right labels"), ("conditions", "several conditions")):
         if getattr(dataset, name) is not None:
-            raise ConfigError(f"data of type {config.data.type!r} has {what}, and CLIP_benchmark has no such figures")
+            raise ConfigError(f"data of type {config.data.type!r} has {what}, and CLIP_benchmark has no such metrics")
     loaded = load_model(config.checkpoint, config.device, config.precision, dataset.crop_pct)
     check_task(config, loaded, dataset)
     ours = TASKS[config.task](config, loaded, dataset, console).results
@@ -122,7 +122,7 @@ def their_zero_shot(
     """`clip_benchmark.metrics.zeroshot_classification.evaluate` of a data set with labels."""
     from clip_benchmark.metrics import zeroshot_classification
 
-    samples = _Samples(len(dataset), lambda index: _picture_and_label(loaded, dataset, index))
+    samples = _Samples(len(dataset), lambda index: _image_and_label(loaded, dataset, index))
     samples.classes = list(names)
     with _accuracy_for_new_numpy():
         return zeroshot_classification.evaluate(
@@ -137,7 +137,7 @@ def their_zero_shot(
 
 
 def their_retrieval(loaded: LoadedModel, dataset: ImageDataset, batch_size: int) -> dict[str, float]:
-    """`clip_benchmark.metrics.zeroshot_retrieval.evaluate` of pictures, each with all of its captions."""
+    """`clip_benchmark.metrics.zeroshot_retrieval.evaluate` of images, each with all of its captions."""
     from clip_benchmark.metrics import zeroshot_retrieval
 
     captions: dict[object, list[str]] = {}
@@ -206,7 +206,7 @@ class _Samples(Dataset):
         return self.get(index)
 
 
-def _picture_and_label(loaded: LoadedModel, dataset: ImageDataset, index: int) -> tuple[Tensor, int]:
+def _image_and_label(loaded: LoadedModel, dataset: ImageDataset, index: int) -> tuple[Tensor, int]:
     sample = dataset[index]
     return loaded.transform(sample.image), sample.label
 

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.contenders import kept_share
 from benchmarks.measure import DTYPES
 from benchmarks.session import SIZES, Session, make_parser
 from vmoe.moe import SparseMoE
 from vmoe.moe.dispatch import DispatchPlan, combine, dispatch, expert_capacity, plan_dispatch
-from vmoe.moe.router import Routing
+from vmoe.moe.router import Routing, TopKRouter
 
 
 @dataclass
@@ -50,78 +50,95 @@ def one_hot(x_GND: Tensor, given: Given, num_experts: int, capacity: int) -> Ten
     return torch.einsum("gecd,gnec->gnd", rows_GECD, combine_GNEC)
 
 
-def measure(session: Session, dtype: str, comparison: str) -> None:
-    """One comparison: "pieces" of the layer, the layer by "priority" and without, or the "one-hot" way."""
-    args, device = session.args, session.device
-    D, E, K = args.width, args.experts, args.selected
-    tokens = args.small if comparison == "one-hot" else args.tokens
+def make_layers(args, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """Our layer with and without priority, with the same weights, and the dense MLP."""
     settings = {
-        "num_experts": E,
-        "num_selected_experts": K,
+        "num_experts": args.experts,
+        "num_selected_experts": args.selected,
         "capacity_factor": args.capacity,
         "eval_capacity_factor": args.capacity,
     }
     layers = {
-        "layer, BPR": SparseMoE(D, args.hidden, batch_priority=True, **settings),
-        "layer, vanilla": SparseMoE(D, args.hidden, **settings),
-        "dense": Mlp(D, args.hidden * K),
+        "layer, BPR": SparseMoE(args.width, args.hidden, batch_priority=True, **settings),
+        "layer, vanilla": SparseMoE(args.width, args.hidden, **settings),
+        "dense": Mlp(args.width, args.hidden * args.selected),
     }
     layers["layer, vanilla"].load_state_dict(layers["layer, BPR"].state_dict())
-    for layer in layers.values():
-        layer.to(device, DTYPES[dtype])
-    router = layers["layer, BPR"].router
-    capacity = expert_capacity(tokens, E, K, args.capacity)
+    return {name: layer.to(device, dtype) for name, layer in layers.items()}
 
-    def plan(routing: Routing, priority: bool = True) -> DispatchPlan:
-        return plan_dispatch(routing.expert_index_GNK, E, capacity, routing.priority_GN if priority else None)
 
-    def make_input(number: int) -> Given:
-        generator = torch.Generator(device).manual_seed(30_000 + number)
-        shape = (2, 1, tokens, D)
-        x_GND, gradient_GND = torch.randn(shape, generator=generator, device=device, dtype=DTYPES[dtype]).unbind()
-        with torch.no_grad():
-            routing = router.route(x_GND)
-            planned = plan(routing)
-            return Given(x_GND, gradient_GND, routing, planned, dispatch(x_GND, planned))
+class Pieces:
+    """The pieces of a layer, for a number of experts and a capacity."""
 
-    def all_but_experts(x_GND: Tensor) -> Tensor:
-        routing = router.route(x_GND)
-        planned = plan(routing)
-        return combine(dispatch(x_GND, planned), routing.combine_weights_GNK, planned)
+    def __init__(self, router: TopKRouter, num_experts: int, capacity: int) -> None:
+        self.router, self.num_experts, self.capacity = router, num_experts, capacity
 
-    def sorting(given: Given) -> Any:
+    def plan(self, routing: Routing, priority: bool = True) -> DispatchPlan:
+        ranking = routing.priority_GN if priority else None
+        return plan_dispatch(routing.expert_index_GNK, self.num_experts, self.capacity, ranking)
+
+    @torch.no_grad()
+    def given(self, x_GND: Tensor, gradient_GND: Tensor) -> Given:
+        routing = self.router.route(x_GND)
+        plan = self.plan(routing)
+        return Given(x_GND, gradient_GND, routing, plan, dispatch(x_GND, plan))
+
+    def all_but_experts(self, x_GND: Tensor) -> Tensor:
+        routing = self.router.route(x_GND)
+        plan = self.plan(routing)
+        return combine(dispatch(x_GND, plan), routing.combine_weights_GNK, plan)
+
+    @staticmethod
+    def sort(given: Given) -> Any:
         given.routing.priority_GN.argsort(dim=1, descending=True, stable=True)
         return given.routing.expert_index_GNK.flatten().sort(stable=True)
 
-    def combined(given: Given, rows_RD: Tensor) -> Tensor:
+    @staticmethod
+    def combine(given: Given, rows_RD: Tensor) -> Tensor:
         return combine(rows_RD, given.routing.combine_weights_GNK, given.plan)
 
-    modules: dict[str, Callable[[Tensor], Tensor]] = {"all but experts": all_but_experts, **layers}
-    whole = {name: lambda given, module=module: module(given.x_GND) for name, module in modules.items()}
-    pieces: dict[str, dict[str, Callable[[Given], Any]]] = {
-        "pieces": {
-            "router": lambda given: router.route(given.x_GND),
-            "plan, BPR": lambda given: plan(given.routing),
-            "plan, vanilla": lambda given: plan(given.routing, priority=False),
-            "two sorts alone": sorting,
+    def calls(self, comparison: str, whole: dict[str, Callable]) -> dict[str, Callable[[Given], Any]]:
+        """What a comparison measures without gradients."""
+        if comparison == "priority":
+            return {name: whole[name] for name in ("layer, BPR", "layer, vanilla")}
+        if comparison == "one-hot":
+            return {
+                "dispatch and combine": lambda given: self.combine(given, dispatch(given.x_GND, given.plan)),
+                "one-hot products": lambda given: one_hot(given.x_GND, given, self.num_experts, self.capacity),
+            }
+        return {
+            "router": lambda given: self.router.route(given.x_GND),
+            "plan, BPR": lambda given: self.plan(given.routing),
+            "plan, vanilla": lambda given: self.plan(given.routing, priority=False),
+            "two sorts alone": self.sort,
             "dispatch": lambda given: dispatch(given.x_GND, given.plan),
-            "combine": lambda given: combined(given, given.rows_RD),
+            "combine": lambda given: self.combine(given, given.rows_RD),
             **{name: whole[name] for name in ("all but experts", "layer, BPR", "dense")},
-        },
-        "priority": {name: whole[name] for name in ("layer, BPR", "layer, vanilla")},
-        "one-hot": {
-            "dispatch and combine": lambda given: combined(given, dispatch(given.x_GND, given.plan)),
-            "one-hot products": lambda given: one_hot(given.x_GND, given, E, capacity),
-        },
-    }
+        }
+
+
+def measure(session: Session, dtype: str, comparison: str) -> None:
+    """One comparison: "pieces" of the layer, the layer by "priority" and without, or the "one-hot" way."""
+    args, device = session.args, session.device
+    tokens = args.small if comparison == "one-hot" else args.tokens
+    layers = make_layers(args, device, DTYPES[dtype])
+    capacity = expert_capacity(tokens, args.experts, args.selected, args.capacity)
+    pieces = Pieces(layers["layer, BPR"].router, args.experts, capacity)
+
+    def make_input(number: int) -> Given:
+        generator = torch.Generator(device).manual_seed(30_000 + number)
+        shape = (2, 1, tokens, args.width)
+        return pieces.given(*torch.randn(shape, generator=generator, device=device, dtype=DTYPES[dtype]).unbind())
 
     def with_backward(module: Callable[[Tensor], Tensor]) -> Callable[[Given], None]:
         return lambda given: module(given.x_GND.detach().requires_grad_()).backward(given.gradient_GND)
 
-    passes = {"forward": {name: torch.no_grad()(call) for name, call in pieces[comparison].items()}}
-    trained = {name: with_backward(modules[name]) for name in pieces[comparison] if name in modules}
-    if trained:
-        passes["forward + backward"] = trained
+    modules: dict[str, Callable[[Tensor], Tensor]] = {"all but experts": pieces.all_but_experts, **layers}
+    whole = {name: lambda given, module=module: module(given.x_GND) for name, module in modules.items()}
+    calls = pieces.calls(comparison, whole)
+    passes = {"forward": {name: torch.no_grad()(call) for name, call in calls.items()}}
+    if comparison != "one-hot":
+        passes["forward + backward"] = {name: with_backward(modules[name]) for name in calls if name in modules}
     kept = round(kept_share(layers["layer, BPR"].eval(), make_input(10_000).x_GND), 4)
     base = {"pieces": "dense", "priority": "layer, vanilla", "one-hot": "dispatch and combine"}[comparison]
     sizes = {**{name: getattr(args, name) for name in SIZES}, "tokens": tokens}
@@ -129,10 +146,8 @@ def measure(session: Session, dtype: str, comparison: str) -> None:
         for layer in layers.values():
             layer.train(one_pass != "forward")
         common = {"comparison": comparison, "dtype": dtype, "pass": one_pass, **sizes}
-        seconds = session.alternate(calls, make_input, layers.values())
-        session.add_times(
-            seconds, base, lambda name, common=common: {**common, "kept": 1.0 if name == "dense" else kept}
-        )
+        rows = {name: {**common, "kept": 1.0 if name == "dense" else kept} for name in calls}
+        session.add_times(session.alternate(calls, make_input, layers.values()), base, rows.__getitem__)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

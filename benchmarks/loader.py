@@ -1,12 +1,12 @@
-"""Pictures per second of the shard loader beside torchvision's own ways: `python -m benchmarks.loader --help`.
+"""Images per second of the shard loader beside torchvision's own ways: `python -m benchmarks.loader --help`.
 
 All read the same JPEG files (in shards, and one by one in class folders), crop at random, resize to the same side,
 flip, normalise, and hand over batches of (B, 3, side, side) float32 from the same number of worker processes. They run
-in turn (A B C A B C ...), so that a drifting machine slows all. Pictures per second count from the first batch to the
+in turn (A B C A B C ...), so that a drifting machine slows all. Images per second count from the first batch to the
 last, so the start of the workers is not in them. CPU time is that of the workers and the main process together; other
 work on the machine changes it little.
 
-Without --folder the pictures are made: smooth noise with sharp edges and grain, whose JPEG files have about the size of
+Without --folder the images are made: smooth noise with sharp edges and grain, whose JPEG files have about the size of
 photographs of as many pixels.
 """
 
@@ -63,7 +63,7 @@ def photograph(number: int) -> bytes:
     return file.getvalue()
 
 
-def read_pictures(folder: str | None, number: int) -> Iterator[bytes]:
+def read_images(folder: str | None, number: int) -> Iterator[bytes]:
     """The JPEG files of a folder, or made ones."""
     if folder is None:
         yield from map(photograph, range(number))
@@ -72,10 +72,10 @@ def read_pictures(folder: str | None, number: int) -> Iterator[bytes]:
         yield path.read_bytes()
 
 
-def write(root: Path, pictures: Iterator[bytes], per_shard: int) -> int:
-    """The same pictures as files in ten class folders and as shards; returns how many."""
+def write(root: Path, images: Iterator[bytes], per_shard: int) -> int:
+    """The same images as files in ten class folders and as shards; returns how many."""
     tar, number = None, 0
-    for number, content in enumerate(pictures):
+    for number, content in enumerate(images):
         label = number % 10
         folder = root / "folders" / f"class{label}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def write(root: Path, pictures: Iterator[bytes], per_shard: int) -> int:
                 tar.close()
             (root / "shards").mkdir(exist_ok=True)
             tar = tarfile.open(root / "shards" / f"{number // per_shard:05}.tar", "w")  # noqa: SIM115
-        for ending, part in (("jpg", content), ("cls", b"%d" % label), ("txt", b"a picture")):
+        for ending, part in (("jpg", content), ("cls", b"%d" % label), ("txt", b"an image")):
             info = tarfile.TarInfo(f"{number:07}.{ending}")
             info.size = len(part)
             tar.addfile(info, io.BytesIO(part))
@@ -134,10 +134,10 @@ def measure(start: Callable[[], Iterator], batches: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", help="JPEG files to use; left out, pictures are made")
-    parser.add_argument("--pictures", type=int, default=2000)
+    parser.add_argument("--folder", help="JPEG files to use; left out, images are made")
+    parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--per_shard", type=int, default=500)
-    parser.add_argument("--side", type=int, default=224, help="of the pictures handed over, pixels")
+    parser.add_argument("--side", type=int, default=224, help="of the images handed over, pixels")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--batches", type=int, default=20, help="batches of a round")
     parser.add_argument("--workers", type=int, default=2)
@@ -149,10 +149,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         os.environ["VMOE_CACHE"] = folder
-        number = write(root, read_pictures(args.folder, args.pictures), args.per_shard)
+        number = write(root, read_images(args.folder, args.images), args.per_shard)
         size = sum(file.stat().st_size for file in (root / "folders").rglob("*.jpg")) / number
         if number < args.batch_size * (args.batches + 1):
-            parser.error(f"{number} pictures are too few for {args.batches + 1} batches of {args.batch_size}")
+            parser.error(f"{number} images are too few for {args.batches + 1} batches of {args.batch_size}")
 
         dataset = build_dataset(SourceConfig("shards", str(root / "shards")))
         preprocess = {"input_size": (3, args.side, args.side), "mean": MEAN, "std": STD, "interpolation": "bilinear"}
@@ -188,7 +188,7 @@ def main() -> None:
         for name, taken in times.items():
             rate = [args.batch_size / wall for wall, _ in taken]
             cpu = statistics.median(cpu for _, cpu in taken) / args.batch_size
-            line = f"{name:38} {statistics.median(rate):6.0f} pictures/s ({min(rate):.0f} to {max(rate):.0f})"
+            line = f"{name:38} {statistics.median(rate):6.0f} images/s ({min(rate):.0f} to {max(rate):.0f})"
             line += f", {1e3 * cpu:5.2f} ms CPU"
             if taken is not ours:
                 for place, what in ((0, "vmoe is as quick times"), (1, "in CPU time")):

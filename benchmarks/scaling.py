@@ -68,14 +68,13 @@ def measure_axis(session: Session, axis: str, dtype: str, bandwidth: float) -> N
     called = {key: torch.compile(layer, mode=args.compile) if args.compile else layer for key, layer in layers.items()}
     tokens_of = {key: key.tokens if isinstance(key, Case) else key[0] for key in layers}
 
-    def make_input(number: int) -> dict[Any, Tensor]:
+    def make_input(number: int) -> dict[Any, tuple[Tensor, ...]]:
         generator = torch.Generator(device).manual_seed(40_000 + number)
         x_TD = torch.randn(max(tokens_of.values()), args.width, generator=generator, **factory)
-        rows = {}
+        inputs = {tokens: (x_TD[None, :tokens],) for tokens in set(tokens_of.values())}
         if axis == "capacity" and not args.compile:
-            for case in cases:
-                rows["rows", case] = _rows(layers[case], case, x_TD[None, : case.tokens])
-        return {tokens: x_TD[None, :tokens] for tokens in set(tokens_of.values())} | rows
+            inputs |= {case: _rows(layers[case], case, x_TD[None, : case.tokens]) for case in cases}
+        return inputs
 
     for one_pass in ("forward", "forward + backward"):
         backward = one_pass != "forward"
@@ -85,7 +84,7 @@ def measure_axis(session: Session, axis: str, dtype: str, bandwidth: float) -> N
             key: partial(_call, module, tokens_of[key], backward) for key, module in called.items()
         }
         if axis == "capacity" and not args.compile:
-            calls |= {("experts", case): partial(_call_experts, layers[case], case, backward) for case in cases}
+            calls |= {("experts", case): partial(_call, layers[case].experts, case, backward) for case in cases}
         seconds = session.alternate(calls, make_input, layers.values())
         for key in calls:
             if key in twins.values():
@@ -94,14 +93,9 @@ def measure_axis(session: Session, axis: str, dtype: str, bandwidth: float) -> N
             weights = layers[case].experts.fc1.weight.nbytes + layers[case].experts.fc2.weight.nbytes
             others = {"base": (part, base) if part == "experts" else base, "dense": twins[case]}
             row = {
-                "comparison": axis,
-                "name": part,
-                "dtype": dtype,
-                "pass": one_pass,
-                **asdict(case),
-                "width": args.width,
-                "hidden": args.hidden,
-                "kept": round(kept_share(layers[case], make_input(10_000)[case.tokens]), 4),
+                **{"comparison": axis, "name": part, "dtype": dtype, "pass": one_pass},
+                **{**asdict(case), "width": args.width, "hidden": args.hidden},
+                "kept": round(kept_share(layers[case], make_input(10_000)[case.tokens][0]), 4),
                 "ms": milliseconds(seconds[key]),
                 "ratios": {to: ratios(seconds[key], seconds[other]) for to, other in others.items() if other != key},
                 "weights_mib": round(weights / 2**20, 1),
@@ -111,15 +105,8 @@ def measure_axis(session: Session, axis: str, dtype: str, bandwidth: float) -> N
             session.add(row)
 
 
-def _call(layer: nn.Module, tokens: int, backward: bool, value: dict[Any, Tensor]) -> None:
-    _pass(layer, backward, value[tokens])
-
-
-def _call_experts(layer: SparseMoE, case: Case, backward: bool, value: dict[Any, Any]) -> None:
-    _pass(layer.experts, backward, *value["rows", case])
-
-
-def _pass(module: nn.Module, backward: bool, x: Tensor, *more: Tensor) -> None:
+def _call(module: nn.Module, key: Any, backward: bool, inputs: dict[Any, tuple[Tensor, ...]]) -> None:
+    x, *more = inputs[key]
     if backward:
         module(x.detach().requires_grad_(), *more).backward(x)  # any gradient of this shape
     else:

@@ -65,7 +65,7 @@ def test_both_train_in_turn_and_their_steps_are_compared(tmp_path, other, monkey
     assert "| not below the lowest seed | 1.033 (1.025-1.041) | met |" in accuracy
     assert "| now | bf16 | step | 750 | 384 | 2.000 (2.000-2.000) | 0.500 (0.500-0.500) |" in text
     monkeypatch.setattr("benchmarks.bars.SHORT_RUN", 10)
-    assert "pictures per second in training | ≥ 1.50 | not measured |" in report.page(results)
+    assert "images per second in training | ≥ 1.50 | not measured |" in report.page(results)
 
 
 def import_from_elsewhere(other: Path) -> list[str]:
