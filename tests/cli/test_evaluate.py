@@ -265,7 +265,7 @@ def test_a_damaged_checkpoint_is_named_once(tree, classifier, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("second", ["missing", "limoe"])
-def test_a_wrong_checkpoint_among_several_is_told_first(tree, classifier, limoe, tmp_path, capsys, second):
+def test_a_wrong_checkpoint_among_several_is_found_first(tree, classifier, limoe, tmp_path, capsys, second):
     second = limoe if second == "limoe" else tmp_path / "missing"
     argv = ["--task", "classification", *folder_arguments(tree), "--checkpoint", f"[{classifier}, {second}]"]
     assert main([*argv, "--output", str(tmp_path / "out.json")]) != 0
@@ -289,7 +289,7 @@ def test_outputs_of_another_classifier_do_not_stand_for_imagenet(tree, tmp_path,
         assert message in capsys.readouterr().err
 
 
-def test_a_narrow_terminal_shows_every_figure():
+def test_a_narrow_terminal_shows_every_metric():
     console = Console(file=io.StringIO(), width=36)
     results = {"image_to_text_recall@10": 0.12345, "corrupted/brightness/5/top1": 0.5, "num_samples": 123456}
     print_table("retrieval of runs/a", results, {"image_to_text_recall@10": 0.05}, console)

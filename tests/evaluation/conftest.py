@@ -26,7 +26,7 @@ class WordModel(nn.Module):
 
 
 class ConstantModel(WordModel):
-    """Gives every picture and text the same features."""
+    """Gives every image and text the same features."""
 
     def __init__(self):
         super().__init__()
@@ -41,7 +41,7 @@ def _tokenize(texts):
 
 
 class Batches(list):
-    """Batches of numbered pictures, as an evaluation loader gives them."""
+    """Batches of numbered images, as an evaluation loader gives them."""
 
     num_skipped = 0
 

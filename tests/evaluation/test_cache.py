@@ -75,7 +75,7 @@ def test_a_file_of_another_key_is_not_used(file, caplog):
     assert "another key" in caplog.text
 
 
-def test_a_file_that_cannot_be_written_is_said(tmp_path, caplog):
+def test_a_file_that_cannot_be_written_is_a_warning(tmp_path, caplog):
     (tmp_path / "taken").write_text("a file where the folder should be")
     write_tensors(tmp_path / "taken" / "x.safetensors", KEY, {"a": torch.ones(1)})
     assert "cannot be written" in caplog.text

@@ -69,7 +69,7 @@ def test_whatever_changes_the_embeddings_changes_the_key(make_loaded, folder, en
     assert len(encodings) == len(list(folder.iterdir())) == 7
 
 
-def test_prompts_that_were_cut_are_said_again_from_the_cache(make_loaded, folder, encodings, caplog):
+def test_the_cache_repeats_the_warning_of_cut_prompts(make_loaded, folder, encodings, caplog):
     names = ["cat", "a dog " * 20]
     for _ in range(2):
         cached_classes(make_loaded(), names, TEMPLATES)

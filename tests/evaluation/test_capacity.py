@@ -22,26 +22,26 @@ from vmoe.moe.dispatch import expert_capacity
 from vmoe.utils.config import ConfigError
 
 TINY = {"depth": 2, "num_heads": 2, "moe_layers": "every1"}
-NUM_CLASSES, NUM_PICTURES, GROUP = 6, 22, 8  # the last group is smaller
+NUM_CLASSES, NUM_IMAGES, GROUP = 6, 22, 8  # the last group is smaller
 
 
 class Groups(list):
-    """Routing groups of random pictures, labelled by the model itself when nothing is dropped."""
+    """Routing groups of random images, labelled by the model itself when nothing is dropped."""
 
     num_skipped = 0
 
     def __init__(self, model):
-        images = torch.randn(NUM_PICTURES, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+        images = torch.randn(NUM_IMAGES, 3, 48, 48, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             labels = model(images).argmax(1)
-        for index in torch.arange(NUM_PICTURES).split(GROUP):
+        for index in torch.arange(NUM_IMAGES).split(GROUP):
             self.append({"image": images[index], "label": labels[index], "index": index})
 
 
 def classifier(num_classes=NUM_CLASSES, **kwargs):
     torch.manual_seed(0)
     model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=num_classes, embed_dim=32, **TINY, **kwargs).eval()
-    with torch.no_grad():  # a fresh head and fresh gates hardly tell pictures apart
+    with torch.no_grad():  # a fresh head and fresh gates hardly tell images apart
         model.head.weight.normal_()
         for block in model.blocks:
             if getattr(block.mlp, "router_type", None) == "top_k":
@@ -77,7 +77,7 @@ def record(model, setting, images):
 def test_each_expert_keeps_what_the_factor_gives_it(model, factor, K):
     images = Groups(model)[0]["image"]
     for call in record(model, Setting(K, True, factor), images).values():
-        tokens = GROUP * 37  # 36 patches and the class token; all pictures of the call are one group
+        tokens = GROUP * 37  # 36 patches and the class token; all images of the call are one group
         assert call.expert_index.shape == (1, tokens, K)
         asked_E = call.expert_index.flatten().bincount(minlength=8)
         room = expert_capacity(tokens, 8, K, factor)
@@ -104,18 +104,18 @@ def test_without_a_limit_it_is_the_plain_evaluation(model):
     assert (result.points[-1].top1, result.points[-1].top5) == (plain["top1"], plain["top5"])
     assert result.points[-1].top1 == 1.0
     assert result.points[-1].share_dropped == 0
-    assert (result.num_samples, result.num_skipped) == (NUM_PICTURES, 0)
+    assert (result.num_samples, result.num_skipped) == (NUM_IMAGES, 0)
     # and room is what the others lack
     assert all(point.top1 < 1 for point in result.points if point.setting.factor == 0.2)
 
 
-def test_figures_are_those_of_a_run_with_that_setting(model):
+def test_metrics_equal_a_run_with_that_setting(model):
     point = next(point for point in sweep(model).points if point.setting == Setting(2, True, 0.2))
     groups = Groups(model)
     with limited(layers_of(model).values(), point.setting):
         plain = evaluate_classification(model, groups, device="cpu")
     assert point.top1 == plain["top1"]
-    assert point.top1_error == pytest.approx((plain["top1"] * (1 - plain["top1"]) / NUM_PICTURES) ** 0.5)
+    assert point.top1_error == pytest.approx((plain["top1"] * (1 - plain["top1"]) / NUM_IMAGES) ** 0.5)
 
 
 def test_cost_is_that_of_the_rows_kept(model):
@@ -124,7 +124,7 @@ def test_cost_is_that_of_the_rows_kept(model):
     for point in result.points:
         with limited(layers.values(), point.setting), torch.no_grad():
             counted = sum(forward_flops(lambda: model(batch["image"])) for batch in Groups(model))  # noqa: B023
-        assert point.gflops_per_image == pytest.approx(counted / NUM_PICTURES / 1e9, rel=1e-12)
+        assert point.gflops_per_image == pytest.approx(counted / NUM_IMAGES / 1e9, rel=1e-12)
     assert result.points[-1].gflops_per_image == pytest.approx(model_profile(model)["gflops_per_image"], rel=1e-12)
     by_factor = [point.gflops_per_image for point in result.points if point.setting.batch_priority]
     assert by_factor == sorted(by_factor)
@@ -153,7 +153,7 @@ def test_several_k_are_swept_and_named(model):
     assert results["k2_bpr_gain_below_1"] == pytest.approx(results["k2_top1_bpr_0.5"] - results["k2_top1_vanilla_0.5"])
 
 
-def test_gain_and_its_error_come_from_pairs_of_the_same_picture(model):
+def test_gain_and_its_error_come_from_pairs_of_the_same_image(model):
     result = sweep(model)
     by_setting = {point.setting: point.top1 for point in result.points}
     gains = {gain.factor: gain for gain in result.gains}
@@ -198,13 +198,13 @@ def test_expert_choice_has_a_capacity_alone():
     assert [point.setting.curve for point in result.points] == ["experts"] * 3
     dropped = [point.share_dropped for point in result.points]
     assert dropped == sorted(dropped, reverse=True)
-    assert dropped[0] >= 5 / 37 > dropped[-1]  # 8 experts take 4 of a picture's 37 tokens each
+    assert dropped[0] >= 5 / 37 > dropped[-1]  # 8 experts take 4 of an image's 37 tokens each
     assert result.gains == []
     images = torch.cat([batch["image"] for batch in Groups(model)])
     for point in result.points:
         with limited(layers_of(model).values(), point.setting), torch.no_grad():
             counted = forward_flops(lambda: model(images))
-        assert point.gflops_per_image == pytest.approx(counted / NUM_PICTURES / 1e9, rel=1e-12)
+        assert point.gflops_per_image == pytest.approx(counted / NUM_IMAGES / 1e9, rel=1e-12)
     with pytest.raises(ConfigError, match=r"num_selected_experts \[2\] is for router='top_k'"):
         sweep(model, CapacityConfig(factors=[0.5], num_selected_experts=[2]))
     with pytest.raises(ConfigError, match="always has a capacity"):
@@ -223,7 +223,7 @@ def test_models_without_a_limit_to_set(kwargs, message):
         layers_of(classifier(**kwargs))
 
 
-def test_experts_that_only_text_goes_through_are_no_experts_of_pictures():
+def test_experts_of_text_alone_are_not_swept():
     routing = {"num_experts": 4, "moe_layers": "every1"}
     model = vmoe.create_model("two_tower_tiny_patch12_48", image={"num_experts": 0}, text=routing).eval()
     with pytest.raises(ConfigError, match="experts that images go through"), torch.no_grad():
@@ -251,7 +251,7 @@ def test_more_choices_than_experts(model):
         sweep(model, CapacityConfig(num_selected_experts=[9]))
 
 
-def test_speed_is_measured_for_every_setting_or_not_at_all(model):
+def test_speed_is_measured_for_every_setting_or_for_none(model):
     for point in sweep(model, timing_rounds=3).points:
         median, lower, upper = point.images_per_second
         assert 0 < lower <= median <= upper
@@ -294,7 +294,7 @@ def test_table_csv_and_figure_show_the_points(model, tmp_path):
         assert len(timed.convert("RGB").getcolors(1 << 24)) > 3
 
 
-# --- as a user runs it, with an unreadable picture in the middle; test_distributed.py has several processes
+# --- as a user runs it, with an unreadable image in the middle; test_distributed.py has several processes
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ def as_folder(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", known_sets())
-def test_every_set_is_whole(name):
+def test_every_set_is_complete(name):
     published = published_set(name)
     assert len(published.names) == len(published.labels) == SIZES.get(name, len(published.names))
     assert all(text == " ".join(text.split()) for text in published.names)
@@ -213,7 +213,7 @@ def test_unknown_name_lists_the_known_ones():
         prompt_names("cifar11")
 
 
-def test_published_lists_are_known_whole():
+def test_only_complete_lists_count_as_published():
     assert is_published(prompt_names("imagenet"))
     assert not is_published(prompt_names("imagenet")[:-1])
     assert not is_published(["missile", "missile"])

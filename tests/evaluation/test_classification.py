@@ -86,7 +86,7 @@ def test_classes_that_are_some_outputs_of_the_model(make_batches):
         predict(Shifted(), loader, device="cpu", class_columns=[[999], [2]])
 
 
-def test_scores_that_are_not_numbers_are_told(make_batches, caplog):
+def test_nan_scores_are_misses_with_a_warning(make_batches, caplog):
     loader = make_batches([2, 4], labels=[2, 4])
     result = predict(lambda images: Shifted()(images) * float("nan"), loader, device="cpu").results()
     assert result["top1"] == 0

@@ -19,8 +19,8 @@ from vmoe.models.factory import save_pretrained
 pytest.importorskip("clip_benchmark", reason="needs CLIP_benchmark (pip install -e '.[benchmark]')")
 
 TOLERANCE = 1e-6
-NUM_PICTURES = 60
-TEMPLATES = ["{}", "a picture of {}.", "{} in {{braces}}"]
+NUM_IMAGES = 60
+TEMPLATES = ["{}", "an image of {}.", "{} in {{braces}}"]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def benchmark():
 
 @pytest.fixture(scope="module", params=["limoe", "two_tower"])
 def checkpoint(request, tmp_path_factory):
-    """A random model that tells pictures and texts apart."""
+    """A random model that tells images and texts apart."""
     torch.manual_seed(0)
     if request.param == "limoe":
         model = vmoe.create_model("limoe_tiny_patch12_48", depth=2, width=32, num_heads=2, embed_dim=16)
@@ -48,12 +48,12 @@ def checkpoint(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def images(tmp_path_factory):
     """Held-out emoji: in folders of classes, and as a file of pairs, every third with two captions."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     dataset = build_dataset(SourceConfig("emoji", split="held_out"))
     lines = ["image\tcaption"]
-    for index in range(NUM_PICTURES):
+    for index in range(NUM_IMAGES):
         file = folder / "classes" / f"kind {index // 6}" / f"{index}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         sample = dataset[index]
@@ -79,15 +79,15 @@ def _compare(benchmark, **settings):
 
 
 @pytest.mark.parametrize("templates", [None, TEMPLATES], ids=["bare names", "templates"])
-def test_zero_shot_equals_clip_benchmark(benchmark, checkpoint, pictures, templates):
-    data = SourceConfig(type="image_folder", path=str(pictures / "classes"))
+def test_zero_shot_equals_clip_benchmark(benchmark, checkpoint, images, templates):
+    data = SourceConfig(type="image_folder", path=str(images / "classes"))
     figures = _compare(benchmark, checkpoint=checkpoint, task="zero_shot", data=data, templates=templates)
     assert set(figures) == {"top1", "top5", "mean_per_class"}
     assert 0 < figures["top5"] < 1
 
 
-def test_retrieval_with_several_captions_equals_clip_benchmark(benchmark, checkpoint, pictures):
-    data = SourceConfig(type="pairs", path=str(pictures / "pairs.tsv"))
+def test_retrieval_with_several_captions_equals_clip_benchmark(benchmark, checkpoint, images):
+    data = SourceConfig(type="pairs", path=str(images / "pairs.tsv"))
     figures = _compare(benchmark, checkpoint=checkpoint, task="retrieval", data=data)
     assert len(figures) == 6
     assert 0 < figures["text_to_image_recall@10"] < 1
@@ -95,9 +95,9 @@ def test_retrieval_with_several_captions_equals_clip_benchmark(benchmark, checkp
 
 
 @pytest.fixture
-def two_classes(tmp_path, pictures):
+def two_classes(tmp_path, images):
     for name in ("kind 0", "kind 1"):
-        shutil.copytree(pictures / "classes" / name, tmp_path / "two" / name)
+        shutil.copytree(images / "classes" / name, tmp_path / "two" / name)
     return tmp_path / "two"
 
 
@@ -115,31 +115,31 @@ def test_with_two_classes_there_is_no_top5(benchmark, checkpoint, two_classes, c
 
 
 @pytest.mark.parametrize(("theirs", "code"), [(0.5 + 5e-7, 0), (0.5 + 2e-6, 3), (float("nan"), 3), (None, 3)], ids=str)
-def test_the_exit_code_tells_whether_figures_agree(benchmark, monkeypatch, theirs, code):
+def test_the_exit_code_says_whether_metrics_agree(benchmark, monkeypatch, theirs, code):
     rows = [] if theirs is None else [("top1", 0.25, 0.25), ("top5", 0.5, theirs)]
     monkeypatch.setattr(benchmark, "compare", lambda *_: rows)
     assert _run(benchmark, "none", "none") == code
 
 
-def test_what_cannot_be_compared_is_refused(benchmark, checkpoint, pictures, monkeypatch, capsys):
-    folder = pictures / "classes"
+def test_what_cannot_be_compared_is_refused(benchmark, checkpoint, images, monkeypatch, capsys):
+    folder = images / "classes"
     assert _run(benchmark, checkpoint, folder, "--loader.on_bad", "skip") == 2
     assert "loader.on_bad 'skip' cannot be compared" in capsys.readouterr().err
     assert _run(benchmark, checkpoint, folder, "--task", "retrieval", "--templates", "null") == 2
     assert "needs captions" in capsys.readouterr().err
     for name, what in (("label_sets", "several right labels"), ("conditions", "several conditions")):
         dataset = build_dataset(SourceConfig(type="image_folder", path=str(folder)))
-        setattr(dataset, name, [(0,)] * NUM_PICTURES)
+        setattr(dataset, name, [(0,)] * NUM_IMAGES)
         monkeypatch.setattr(benchmark, "build_dataset", lambda _, dataset=dataset: dataset)
         assert _run(benchmark, checkpoint, folder) == 2
         assert f"data of type 'image_folder' has {what}" in capsys.readouterr().err
 
 
-def test_the_data_sets_crop_is_kept(benchmark, checkpoint, pictures, monkeypatch):
+def test_the_data_sets_crop_is_kept(benchmark, checkpoint, images, monkeypatch):
     config = EvaluationConfig(
         checkpoint=checkpoint,
         task="zero_shot",
-        data=SourceConfig(type="image_folder", path=str(pictures / "classes")),
+        data=SourceConfig(type="image_folder", path=str(images / "classes")),
         device="cpu",
     )
     plain = benchmark.compare(config, Console(quiet=True))
@@ -168,12 +168,12 @@ def test_errors_are_one_sentence(benchmark, checkpoint, two_classes, monkeypatch
         assert "pip install -e '.[benchmark]'" in capsys.readouterr().err
 
 
-def test_clip_benchmarks_own_command_knows_our_checkpoints(benchmark, checkpoint, pictures, tmp_path):
+def test_clip_benchmarks_own_command_knows_our_checkpoints(benchmark, checkpoint, images, tmp_path):
     pytest.importorskip("requests", reason="CLIP_benchmark's command needs requests (pip install -e '.[benchmark]')")
-    data = SourceConfig(type="image_folder", path=str(pictures / "classes"))
+    data = SourceConfig(type="image_folder", path=str(images / "classes"))
     config = EvaluationConfig(checkpoint=checkpoint, task="zero_shot", data=data, device="cpu")
     ours = {name: figure for name, figure, _ in benchmark.compare(config, Console(quiet=True))}
-    folders = sorted((pictures / "classes").iterdir())
+    folders = sorted((images / "classes").iterdir())
     (tmp_path / "test").mkdir()
     with tarfile.open(tmp_path / "test" / "0.tar", "w") as tar:
         for label, folder in enumerate(folders):

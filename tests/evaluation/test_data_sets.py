@@ -91,7 +91,7 @@ def test_real_counts_any_of_its_labels_and_reports_what_it_leaves_out(classifier
     assert report["data"]["left_out"] == {"images without a label in ReaL": 1}
 
 
-def test_corruptions_have_their_errors_and_what_is_missing_is_told(classifier, tmp_path, monkeypatch, caplog):
+def test_corruptions_have_their_errors_and_missing_ones_are_named(classifier, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(imagenet_module, "imagenet_synsets", lambda: tuple(SYNSETS[5:8]))  # of labels 0, 1, 2
     for severity in range(1, 6):
         for synset in SYNSETS[5:8]:

@@ -21,8 +21,8 @@ TINY = {"depth": 2, "num_heads": 2}
 LOADER = LoaderConfig(batch_size=4, num_workers=0)
 
 
-class Pictures(ImageDataset):
-    """Random pictures of two classes, of which one may be unreadable."""
+class RandomImages(ImageDataset):
+    """Random images of two classes, of which one may be unreadable."""
 
     def __init__(self, count=10, seed=0, bad=None, shift=0):
         self.classes = ["cat", "dog"]
@@ -66,7 +66,7 @@ def images_of(dataset, loaded):
 
 
 def test_a_classifier_gives_what_its_last_layer_reads(classifier):
-    dataset = Pictures()
+    dataset = RandomImages()
     features = extract_features(classifier, dataset, LOADER)
     with torch.no_grad():
         logits = classifier.model(images_of(dataset, classifier))
@@ -78,7 +78,7 @@ def test_a_classifier_gives_what_its_last_layer_reads(classifier):
 
 
 def test_an_image_text_model_gives_embeddings_of_full_length(limoe):
-    dataset = Pictures()
+    dataset = RandomImages()
     features = extract_features(limoe, dataset, LOADER)
     with torch.no_grad():
         expected = limoe.model.encode_image(images_of(dataset, limoe), normalize=False)
@@ -88,7 +88,7 @@ def test_an_image_text_model_gives_embeddings_of_full_length(limoe):
 
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_the_batch_size_does_not_matter(classifier, size):
-    dataset = Pictures()
+    dataset = RandomImages()
     whole = extract_features(classifier, dataset, LoaderConfig(batch_size=10, num_workers=0))
     parts = extract_features(classifier, dataset, LoaderConfig(batch_size=size, num_workers=0))
     assert torch.allclose(whole.features_ND, parts.features_ND, atol=1e-5)
@@ -106,13 +106,13 @@ def test_a_model_without_pooling():
         image_features(model, torch.zeros(1, 3, 48, 48))
 
 
-def test_data_without_classes_or_pictures(classifier):
-    dataset = Pictures()
+def test_data_without_classes_or_images(classifier):
+    dataset = RandomImages()
     dataset.classes = None
     with pytest.raises(ValueError, match="has no classes"):
         extract_features(classifier, dataset, LOADER)
     with pytest.raises(ValueError, match="gave no image"):
-        extract_features(classifier, Pictures(count=0), LOADER)
+        extract_features(classifier, RandomImages(count=0), LOADER)
 
 
 def test_features_that_are_not_finite(classifier, tmp_path):
@@ -120,7 +120,7 @@ def test_features_that_are_not_finite(classifier, tmp_path):
     with torch.no_grad():
         loaded.model.patch_embed.proj.bias[0] = torch.nan
     with pytest.raises(ValueError, match=r"those of 10 of 10 images hold NaN or infinity; precision is 'float32'"):
-        extract_features(loaded, Pictures(), LOADER, cache=tmp_path)
+        extract_features(loaded, RandomImages(), LOADER, cache=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -128,7 +128,7 @@ def test_features_that_are_not_finite(classifier, tmp_path):
 
 
 def test_a_second_time_nothing_is_computed(classifier, tmp_path):
-    dataset = Pictures()
+    dataset = RandomImages()
     first = extract_features(classifier, dataset, LOADER, cache=tmp_path)
     read = dataset.read
     again = extract_features(classifier, dataset, LoaderConfig(batch_size=3, num_workers=0), cache=tmp_path)
@@ -147,43 +147,43 @@ def test_a_second_time_nothing_is_computed(classifier, tmp_path):
 
 
 def other_weights(loaded, folder):
-    return load_model(str(make_classifier(folder / "other", seed=1)), "cpu"), Pictures(), LOADER
+    return load_model(str(make_classifier(folder / "other", seed=1)), "cpu"), RandomImages(), LOADER
 
 
 def other_size(loaded, folder):
     torch.manual_seed(0)
     model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=2, embed_dim=32, img_size=64, **TINY)
     save_pretrained(model, folder / "other" / "model.safetensors")
-    return load_model(str(folder / "other"), "cpu"), Pictures(), LOADER
+    return load_model(str(folder / "other"), "cpu"), RandomImages(), LOADER
 
 
 def other_transform(loaded, folder):
     transform = load_model(loaded.checkpoint, "cpu").transform
     transform.mean = transform.mean + 0.1
-    return loaded._replace(transform=transform), Pictures(), LOADER
+    return loaded._replace(transform=transform), RandomImages(), LOADER
 
 
 def other_precision(loaded, folder):
-    return loaded._replace(precision="bf16"), Pictures(), LOADER
+    return loaded._replace(precision="bf16"), RandomImages(), LOADER
 
 
 def other_routing(loaded, folder):
     model = load_model(loaded.checkpoint, "cpu").model
     model.blocks[1].mlp.num_selected_experts = 1
     model.blocks[1].mlp.eval_capacity_factor = 0.1
-    return loaded._replace(model=model), Pictures(), LOADER
+    return loaded._replace(model=model), RandomImages(), LOADER
 
 
-def other_pictures(loaded, folder):
-    return loaded, Pictures(seed=1), LOADER
+def other_images(loaded, folder):
+    return loaded, RandomImages(seed=1), LOADER
 
 
 def other_labels(loaded, folder):
-    return loaded, Pictures(shift=1), LOADER
+    return loaded, RandomImages(shift=1), LOADER
 
 
-def other_treatment_of_bad_pictures(loaded, folder):
-    return loaded, Pictures(), LoaderConfig(batch_size=4, num_workers=0, on_bad="skip")
+def other_treatment_of_bad_images(loaded, folder):
+    return loaded, RandomImages(), LoaderConfig(batch_size=4, num_workers=0, on_bad="skip")
 
 
 @pytest.mark.parametrize(
@@ -194,13 +194,13 @@ def other_treatment_of_bad_pictures(loaded, folder):
         other_transform,
         other_precision,
         other_routing,
-        other_pictures,
+        other_images,
         other_labels,
-        other_treatment_of_bad_pictures,
+        other_treatment_of_bad_images,
     ],
 )
 def test_something_else_is_not_taken_from_the_cache(classifier, tmp_path, change):
-    extract_features(classifier, Pictures(), LOADER, cache=tmp_path / "cache")
+    extract_features(classifier, RandomImages(), LOADER, cache=tmp_path / "cache")
     loaded, dataset, loader = change(classifier, tmp_path)
     kept = extract_features(loaded, dataset, loader, cache=tmp_path / "cache")
     assert dataset.read > 0
@@ -210,43 +210,43 @@ def test_something_else_is_not_taken_from_the_cache(classifier, tmp_path, change
     assert kept.labels_N.equal(new.labels_N)
 
 
-def test_with_limited_room_the_batch_size_is_part_of_the_key(tmp_path):
+def test_with_a_capacity_the_batch_size_is_part_of_the_key(tmp_path):
     loaded = load_model(str(make_classifier(tmp_path / "limited", eval_capacity_factor=0.2)), "cpu")
     for size in (2, 5):
         loader = LoaderConfig(batch_size=size, num_workers=0)
-        kept = extract_features(loaded, Pictures(), loader, cache=tmp_path / "cache")
-        assert kept.features_ND.equal(extract_features(loaded, Pictures(), loader).features_ND)
+        kept = extract_features(loaded, RandomImages(), loader, cache=tmp_path / "cache")
+        assert kept.features_ND.equal(extract_features(loaded, RandomImages(), loader).features_ND)
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_a_truncated_file_is_made_anew(classifier, tmp_path, caplog):
-    expected = extract_features(classifier, Pictures(), LOADER, cache=tmp_path)
+    expected = extract_features(classifier, RandomImages(), LOADER, cache=tmp_path)
     [file] = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-100])
     with caplog.at_level(logging.WARNING):
-        again = extract_features(classifier, Pictures(), LOADER, cache=tmp_path)
+        again = extract_features(classifier, RandomImages(), LOADER, cache=tmp_path)
     assert file.name in caplog.text
     assert again.features_ND.equal(expected.features_ND)
-    dataset = Pictures()
+    dataset = RandomImages()
     dataset.fingerprint()
     read = dataset.read
     assert extract_features(classifier, dataset, LOADER, cache=tmp_path).features_ND.equal(expected.features_ND)
     assert dataset.read == read
 
 
-def test_skipped_pictures_are_remembered(classifier, tmp_path):
+def test_skipped_images_are_remembered(classifier, tmp_path):
     loader = LoaderConfig(batch_size=4, num_workers=0, on_bad="skip")
     for _ in range(2):
-        features = extract_features(classifier, Pictures(bad=3), loader, cache=tmp_path)
+        features = extract_features(classifier, RandomImages(bad=3), loader, cache=tmp_path)
         assert features.skipped_paths == ["3.png"]
         assert features.index_N.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
     with pytest.raises(BadSample, match="torn"):
-        extract_features(classifier, Pictures(bad=3), LOADER, cache=tmp_path)
+        extract_features(classifier, RandomImages(bad=3), LOADER, cache=tmp_path)
 
 
 def test_a_cache_that_cannot_be_written_to(classifier, tmp_path):
     (tmp_path / "taken").write_text("a file")
-    dataset = Pictures()
+    dataset = RandomImages()
     with pytest.raises(ConfigError, match=r"features.cache .*taken cannot be written to: give another folder, or null"):
         extract_features(classifier, dataset, LOADER, cache=tmp_path / "taken")
 
@@ -265,7 +265,7 @@ def test_the_folder_of_the_cache(tmp_path, monkeypatch):
 
 
 def write_tree(root, classes=("cat", "dog"), count=12, seed=0):
-    """Pictures whose brightness tells the class."""
+    """Images whose brightness tells the class."""
     generator = np.random.default_rng(seed)
     for number, name in enumerate(classes):
         (root / name).mkdir(parents=True)
@@ -289,7 +289,7 @@ def evaluate(task, loaded, sources, tmp_path, **features):
 
 
 @pytest.mark.parametrize("kind", ["classifier", "limoe"])
-def test_what_is_easy_to_tell_is_told(kind, sources, tmp_path, request):
+def test_separable_classes_are_found_by_every_task(kind, sources, tmp_path, request):
     loaded = request.getfixturevalue(kind)
     results = evaluate("few_shot", loaded, sources, tmp_path)["results"]
     assert results["3shot"] == 1
@@ -313,7 +313,7 @@ def test_a_fixed_penalty_is_taken(classifier, sources, tmp_path):
     assert results["1shot_l2"] == results["3shot_l2"] == 3
 
 
-def test_figures_of_several_sets(classifier, sources, tmp_path):
+def test_metrics_of_several_sets(classifier, sources, tmp_path):
     more = {"train": {"type": "image_folder", "path": str(write_tree(tmp_path / "a", ("ant", "bee"), 4).path)}}
     more["test"] = {"type": "image_folder", "path": str(write_tree(tmp_path / "b", ("ant", "bee"), 3, seed=1).path)}
     report = evaluate("few_shot", classifier, sources, tmp_path, sets={"insects": more}, seeds=[5])
@@ -326,7 +326,7 @@ def test_figures_of_several_sets(classifier, sources, tmp_path):
     assert report["config"]["features"]["sets"]["insects"]["train"]["path"] == more["train"]["path"]
 
 
-def test_more_neighbours_than_pictures(classifier, sources, tmp_path):
+def test_more_neighbours_than_images(classifier, sources, tmp_path):
     with pytest.raises(ConfigError, match=r"features.k must be at most 24, the training images, got 25"):
         evaluate("knn", classifier, sources, tmp_path, k=[5, 25])
 

@@ -134,7 +134,7 @@ def make_features(seed, count, labels=None):
 
 @pytest.fixture
 def made_up(monkeypatch):
-    """{path of the training data: (training, test) features}; no model and no picture is read."""
+    """{path of the training data: (training, test) features}; no model and no image is read."""
     pairs = {"main_train": (make_features(0, 80), make_features(1, 200))}
     pairs["other_train"] = (make_features(2, 80), make_features(3, 200))
     monkeypatch.setattr(module, "fit_and_test_features", lambda config, loaded, train, *_: pairs[train.path])
@@ -203,7 +203,7 @@ def test_embeddings_are_scaled_to_length_one(made_up):
     assert scaled(1.0) != scaled(50.0)
 
 
-def test_a_class_with_few_examples_gives_all_and_it_is_said(made_up, capsys):
+def test_a_class_with_few_examples_gives_all_with_a_message(made_up, capsys):
     labels = torch.tensor([0] * 9 + [1] * 9 + [2] * 3 + [3] * 9)
     made_up["main_train"] = (make_features(0, 0, labels), made_up["main_train"][1])
     outcome = run_task(Console(width=200))
@@ -213,7 +213,7 @@ def test_a_class_with_few_examples_gives_all_and_it_is_said(made_up, capsys):
     )
 
 
-def test_several_right_labels_per_picture(made_up):
+def test_several_right_labels_per_image(made_up):
     with pytest.raises(ConfigError, match="data: task 'few_shot' needs one right label per image"):
         run_task(label_sets=[(0, 1)])
 

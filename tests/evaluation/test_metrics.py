@@ -18,7 +18,7 @@ def label_ranks(scores, labels):
 
 
 @given(st.integers(2, 30), st.integers(0, 2**31 - 1))
-def test_rank_is_the_place_in_the_sorted_list(num_classes, seed):
+def test_rank_is_the_position_in_the_sorted_list(num_classes, seed):
     generator = torch.Generator().manual_seed(seed)
     # whole numbers, far apart against the tolerance, without ties
     scores = torch.stack([torch.randperm(num_classes, generator=generator) for _ in range(5)]).float()

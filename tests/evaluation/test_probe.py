@@ -232,7 +232,7 @@ def test_more_neighbours_than_rows(k):
 
 @pytest.fixture
 def made_up(monkeypatch):
-    """[training, test] features; no model and no picture is read."""
+    """[training, test] features; no model and no image is read."""
     pair = [
         Features(*blobs(120, classes=8, spread=2.0), torch.arange(120), ["torn.jpg"]),
         Features(*blobs(64, classes=8, spread=2.0, seed=1), torch.arange(64), []),
@@ -283,7 +283,7 @@ def test_blocks_of_test_rows_do_not_matter(made_up, monkeypatch):
     assert run_task(linear_probe, l2=1.0).results == whole.results
 
 
-def test_a_probe_that_does_not_converge_is_said(made_up, monkeypatch, capsys):
+def test_a_probe_that_does_not_converge_is_reported(made_up, monkeypatch, capsys):
     monkeypatch.setattr(module, "MAX_ITERATIONS", 2)
     outcome = run_task(linear_probe, l2=1e-3, console=Console(width=200))
     assert not outcome.details["converged"]

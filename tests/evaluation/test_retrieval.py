@@ -37,13 +37,13 @@ def evaluate(model, tokenize, loader, texts, image_of_caption):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_captions_of_one_image_share_it(word_model, tokenize, batch_size, make_batches):
-    # pictures 1, 2, 3; every caption is right
+    # images 1, 2, 3; every caption is right
     loader = make_batches([1, 2, 3], batch_size=batch_size)
     result = evaluate(word_model, tokenize, loader, [1, 1, 2, 2, 3], [0, 0, 1, 1, 2])
     assert result["num_images"] == 3
     assert result["num_samples"] == 5
     assert result["image_to_text_recall@1"] == result["text_to_image_recall@1"] == 1
-    # taken for five pictures, equal ones tie and cost recall
+    # taken for five images, equal ones tie and cost recall
     loader = make_batches([1, 1, 2, 2, 3], batch_size=batch_size)
     result = evaluate(word_model, tokenize, loader, [1, 1, 2, 2, 3], [0, 1, 2, 3, 4])
     assert result["num_images"] == 5
@@ -57,7 +57,7 @@ def test_constant_model_scores_nothing(constant_model, tokenize, make_batches):
 
 
 def test_what_lacks_its_other_half_is_counted(word_model, tokenize, make_batches):
-    # picture 1 was unreadable, and picture 2 has an empty caption alone
+    # image 1 was unreadable, and image 2 has an empty caption alone
     loader = make_batches([1, 2, 3])
     del loader[0]["index"], loader[0]["image"]
     loader[0] = {"image": make_batches([1, 3])[0]["image"], "index": torch.tensor([0, 2])}
@@ -65,7 +65,7 @@ def test_what_lacks_its_other_half_is_counted(word_model, tokenize, make_batches
     result = evaluate_retrieval(word_model, tokenize, loader, captions, image_of_caption, device="cpu")
     assert (result["num_images"], result["num_samples"], result["num_skipped"]) == (2, 2, 2)
     assert result["image_to_text_recall@1"] == 1
-    # a picture without a caption is no candidate
+    # an image without a caption is no candidate
     result = evaluate_retrieval(word_model, tokenize, make_batches([1, 2]), ["1", ""], [0, 1], device="cpu")
     assert (result["num_images"], result["num_samples"], result["num_skipped"]) == (1, 1, 1)
 
@@ -75,11 +75,11 @@ def test_no_pairs(word_model, tokenize):
         evaluate(word_model, tokenize, [], [1, 2], [0, 1])
 
 
-def test_each_picture_is_read_once(tmp_path):
+def test_each_image_is_read_once(tmp_path):
     rows = ["image,caption"]
     for name in ("a", "b"):
         Image.new("RGB", (20, 20)).save(tmp_path / f"{name}.png")
-        rows += [f"{name}.png,a picture of {name}", f"./{name}.png,{name} again"]
+        rows += [f"{name}.png,an image of {name}", f"./{name}.png,{name} again"]
     (tmp_path / "pairs.csv").write_text("\n".join(rows))
     dataset = build_dataset(SourceConfig("pairs", str(tmp_path / "pairs.csv")))
     transform = build_transform(PREPROCESS, None)
@@ -88,9 +88,9 @@ def test_each_picture_is_read_once(tmp_path):
     assert image_of_caption == [0, 0, 2, 2]
 
 
-def test_empty_caption_is_named_or_left_out(tmp_path, caplog):
+def test_empty_caption_is_an_error_or_skipped(tmp_path, caplog):
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
-    (tmp_path / "pairs.csv").write_text('image,caption\na.png,""\na.png,a picture\n')
+    (tmp_path / "pairs.csv").write_text('image,caption\na.png,""\na.png,an image\n')
     dataset = build_dataset(SourceConfig("pairs", str(tmp_path / "pairs.csv")))
     with pytest.raises(BadSample, match=r"a\.png: empty caption"):
         retrieval_loader(dataset, None, LoaderConfig())

@@ -10,7 +10,7 @@ def all_errors(scale=1.0):
 
 def test_the_denominators_are_the_published_ones():
     assert list(ALEXNET_ERRORS) == list(CORRUPTIONS)
-    # Each is a number of mistakes on 5 x 50,000 pictures, which a wrong digit would not be (three in four times).
+    # Each is a number of mistakes on 5 x 50,000 images, which a wrong digit would not be (three in four times).
     mistakes = [error * 250_000 for error in ALEXNET_ERRORS.values()]
     assert mistakes == pytest.approx([round(number) for number in mistakes], abs=1e-6)
     percent = [88.6, 89.4, 92.3, 82.0, 82.6, 78.6, 79.8, 86.7, 82.7, 81.9, 56.5, 85.3, 64.6, 71.8, 60.65]

@@ -95,7 +95,7 @@ def folder(tmp_path_factory):
     settings = {"num_classes": 3, "embed_dim": 32, "num_selected_experts": 1, "moe_layers": "every1"}
     model = vmoe.create_model("vmoe_tiny_patch8_48", **settings, **tiny)
     for weight in (model.head.weight, *(block.mlp.router.weight for block in model.blocks)):
-        torch.nn.init.normal_(weight)  # fresh ones hardly tell pictures apart
+        torch.nn.init.normal_(weight)  # fresh ones hardly tell images apart
     save_pretrained(model, root / "classifier" / "model.safetensors", extra={"class_names": list(CLASSES)})
     (root / "script.py").write_text(SCRIPT)
     return root

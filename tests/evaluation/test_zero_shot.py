@@ -98,7 +98,7 @@ def test_names_that_are_the_same_to_the_tokenizer_are_errors(word_model, tokeniz
 
 
 @pytest.mark.parametrize("template", ["{} " + "very " * 99, "very " * 14 + "{}", lambda name: "very " * 14 + name])
-def test_a_template_without_room_for_a_name_is_an_error(limoe, template):
+def test_a_template_that_fits_no_name_is_an_error(limoe, template):
     """LIMoE takes 16 tokens here: a text's start and end, and 14 between."""
     with pytest.raises(ValueError, match=r"template '.*\{\}.*' does not fit: .* more than the 16 tokens"):
         zero_shot_classify(*limoe, torch.zeros(1, 3, 48, 48), ["cat", "dog"], ["a {}", template])
@@ -129,7 +129,7 @@ def test_published_names_in_the_order_of_the_data_keep_their_equal_pairs():
         resolve_class_names([*classes, "one more"])
 
 
-def test_names_in_another_order_than_the_classes_are_said_aloud(tmp_path, caplog):
+def test_names_in_another_order_than_the_classes_are_a_warning(tmp_path, caplog):
     file = tmp_path / "names.txt"
     file.write_text("dog\ncat\nred fox\n")
     assert resolve_class_names(str(file), ["cat", "dog", "fox"]) == ["dog", "cat", "red fox"]
@@ -173,16 +173,16 @@ def test_equals_open_clip(word_model, tokenize):
     torch.testing.assert_close(found.sum(dim=1), torch.ones(10))
 
 
-def test_classify_one_picture_as_tensor_file_and_image(tmp_path):
+def test_classify_one_image_as_tensor_file_and_image(tmp_path):
     import vmoe
 
     torch.manual_seed(0)
     model = vmoe.create_model("limoe_tiny_patch8_48", depth=2, width=32, num_heads=2, embed_dim=16).eval()
     tokenizer = vmoe.get_tokenizer(model)
-    picture = Image.effect_noise((60, 80), 90).convert("RGB")
-    picture.save(tmp_path / "noise.png")
-    by_image = vmoe.zero_shot_classify(model, tokenizer, picture, ["cat", "dog"])
-    by_file = vmoe.zero_shot_classify(model, tokenizer, [tmp_path / "noise.png", picture], ["cat", "dog"])
+    image = Image.effect_noise((60, 80), 90).convert("RGB")
+    image.save(tmp_path / "noise.png")
+    by_image = vmoe.zero_shot_classify(model, tokenizer, image, ["cat", "dog"])
+    by_file = vmoe.zero_shot_classify(model, tokenizer, [tmp_path / "noise.png", image], ["cat", "dog"])
     assert by_image.shape == (1, 2)
     torch.testing.assert_close(by_file, by_image.expand(2, 2))
     (tmp_path / "broken.png").write_bytes((tmp_path / "noise.png").read_bytes()[:200])
@@ -199,29 +199,29 @@ def limoe():
     return model, vmoe.get_tokenizer(model)
 
 
-def _pictures(count):
+def _images(count):
     return [Image.effect_noise((50 + index, 40), 90).convert("RGB") for index in range(count)]
 
 
-def test_pictures_of_mixed_kinds_in_any_iterable(limoe, tmp_path):
+def test_images_of_mixed_kinds_in_any_iterable(limoe, tmp_path):
     from vmoe.data import build_transform
     from vmoe.models.factory import preprocess_config
 
-    pictures = _pictures(5)
-    pictures[1].save(tmp_path / "one.png")
+    images = _images(5)
+    images[1].save(tmp_path / "one.png")
     transform = build_transform(preprocess_config(limoe[0]), None)
-    expected = zero_shot_classify(*limoe, torch.stack([transform(one) for one in pictures]), ["cat", "dog"])
-    mixed = [pictures[0], tmp_path / "one.png", transform(pictures[2]), pictures[3].convert("RGBA"), pictures[4]]
+    expected = zero_shot_classify(*limoe, torch.stack([transform(one) for one in images]), ["cat", "dog"])
+    mixed = [images[0], tmp_path / "one.png", transform(images[2]), images[3].convert("RGBA"), images[4]]
     for batch_size in (1, 2, 64):
         found = zero_shot_classify(*limoe, (one for one in mixed), ["cat", "dog"], batch_size=batch_size)
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     assert zero_shot_classify(*limoe, str(tmp_path / "one.png"), ["cat", "dog"]).shape == (1, 2)
-    assert zero_shot_classify(*limoe, transform(pictures[0]), ["cat", "dog"]).shape == (1, 2)
+    assert zero_shot_classify(*limoe, transform(images[0]), ["cat", "dog"]).shape == (1, 2)
 
 
 def test_files_are_read_as_they_are_needed(limoe, tmp_path):
     """A generator of many files is not drawn out at once."""
-    _pictures(1)[0].save(tmp_path / "one.png")
+    _images(1)[0].save(tmp_path / "one.png")
     drawn = []
 
     def files():
@@ -234,12 +234,12 @@ def test_files_are_read_as_they_are_needed(limoe, tmp_path):
     assert drawn == [0, 1, 2]
 
 
-def test_no_pictures_give_no_rows(limoe):
+def test_no_images_give_no_rows(limoe):
     for nothing in ([], iter(()), torch.empty(0, 3, 48, 48)):
         assert zero_shot_classify(*limoe, nothing, ["cat", "dog", "fox"]).shape == (0, 3)
 
 
-def test_what_is_no_picture_is_named(limoe):
+def test_what_is_no_image_is_named(limoe):
     for images, error in (
         (torch.zeros(48, 48), r"shape \(B, 3, H, W\) or \(3, H, W\), got \(48, 48\)"),
         (torch.zeros(2, 1, 48, 48), r"got \(2, 1, 48, 48\)"),
@@ -255,14 +255,14 @@ def test_what_is_no_picture_is_named(limoe):
 
 
 def test_published_names_come_with_their_templates(limoe):
-    picture = _pictures(1)[0]
-    found = zero_shot_classify(*limoe, picture, "cifar10")
-    expected = zero_shot_classify(*limoe, picture, prompt_names("cifar10"), published_set("cifar10").templates)
+    image = _images(1)[0]
+    found = zero_shot_classify(*limoe, image, "cifar10")
+    expected = zero_shot_classify(*limoe, image, prompt_names("cifar10"), published_set("cifar10").templates)
     torch.testing.assert_close(found, expected)
-    bare = zero_shot_classify(*limoe, picture, "cifar10", ["{}"])
+    bare = zero_shot_classify(*limoe, image, "cifar10", ["{}"])
     assert not torch.allclose(found, bare, atol=1e-4)
     with pytest.raises(ValueError, match="'cats': no such file; give a file with one name per line, or one of"):
-        zero_shot_classify(*limoe, picture, "cats")
+        zero_shot_classify(*limoe, image, "cats")
 
 
 def test_class_names_from_a_file_must_fit_the_data(tmp_path):
@@ -287,19 +287,19 @@ def test_a_model_of_open_clip(tmp_path):
     model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text).eval()
     model.visual.preprocess_cfg = {"size": 32, "mean": (0.5, 0.4, 0.3), "std": (0.3, 0.2, 0.1)}
     tokenizer = open_clip.SimpleTokenizer(context_length=16)
-    pictures = _pictures(3)
-    pictures[0].save(tmp_path / "one.png")
+    images = _images(3)
+    images[0].save(tmp_path / "one.png")
     transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
     with torch.no_grad():
-        image = model.encode_image(torch.stack([transform(one) for one in pictures]), normalize=True)
+        image = model.encode_image(torch.stack([transform(one) for one in images]), normalize=True)
         words = model.encode_text(tokenizer(["cat", "dog"]), normalize=True)
         expected = (model.logit_scale.exp() * image @ words.T).softmax(dim=-1)
-    found = zero_shot_classify(model, tokenizer, [tmp_path / "one.png", *pictures[1:]], ["cat", "dog"])
+    found = zero_shot_classify(model, tokenizer, [tmp_path / "one.png", *images[1:]], ["cat", "dog"])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 class _FirstWord(torch.nn.Module):
-    """Matches the number in a picture's first pixel with the place of a name in ImageNet's list."""
+    """Matches the number in an image's first pixel with the place of a name in ImageNet's list."""
 
     def __init__(self, names):
         super().__init__()

@@ -149,6 +149,17 @@ def fit_linear_probe(
     if start is not None:
         weight_DC = scale_D[:, None] * (axes_DD.T @ start.weight_DC)
         bias_C = start.bias_C + mean_D @ start.weight_DC
+    iterations, converged = _minimise(x_ND, target_N, penalty, scale_D, weight_DC, bias_C)
+    weight_DC = axes_DD @ (weight_DC.detach() / scale_D[:, None])
+    return LinearProbe(weight_DC, bias_C.detach() - mean_D @ weight_DC, classes_C, iterations, converged)
+
+
+@torch.enable_grad()
+def _minimise(
+    x_ND: Tensor, target_N: Tensor, penalty: float, scale_D: Tensor, weight_DC: Tensor, bias_C: Tensor
+) -> tuple[int, bool]:
+    """(iterations, converged) of L-BFGS, which changes weight and bias in place; see `fit_linear_probe`."""
+    N = len(x_ND)
     optimizer = torch.optim.LBFGS(
         [weight_DC.requires_grad_(), bias_C.requires_grad_()],
         max_iter=MAX_ITERATIONS,
@@ -176,13 +187,10 @@ def fit_linear_probe(
             parameter.grad /= total
         return total.log()
 
-    with torch.enable_grad():
-        optimizer.step(log_loss)
-        log_loss()  # the line search may have left the gradient of another point
+    optimizer.step(log_loss)
+    log_loss()  # the line search may have left the gradient of another point
     converged = all(bool(one.grad.abs().max() <= GRADIENT_TOLERANCE) for one in (weight_DC, bias_C))
-    iterations = optimizer.state[weight_DC]["n_iter"]
-    weight_DC = axes_DD @ (weight_DC.detach() / scale_D[:, None])
-    return LinearProbe(weight_DC, bias_C.detach() - mean_D @ weight_DC, classes_C, iterations, converged)
+    return optimizer.state[weight_DC]["n_iter"], converged
 
 
 def choose_penalty(
