@@ -20,6 +20,7 @@ import vmoe
 from vmoe.data.texts import cut_rows
 from vmoe.models import factory, spec
 from vmoe.models.factory import create_model, load_weights, save_pretrained
+from vmoe.models.manifest import describe_files, write_manifest
 from vmoe.models.serialization import WeightsError, safetensors_metadata
 
 
@@ -115,8 +116,9 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 def test_the_newest_checkpoint_of_a_run_is_found(tmp_path, caplog):
     model = create_model("vmoe_tiny_patch8_48", num_classes=3, depth=2)
     for step in (9, 100, 20):
-        save_pretrained(model, tmp_path / "checkpoints" / f"step_{step:06d}" / "model.safetensors")
-        (tmp_path / "checkpoints" / f"step_{step:06d}" / "trainer.pt").touch()  # as of versions without a manifest
+        folder = tmp_path / "checkpoints" / f"step_{step:06d}"
+        save_pretrained(model, folder / "model.safetensors")
+        write_manifest(folder, {}, describe_files(folder, ["model.safetensors"]))
     assert factory.find_weights(tmp_path).parent.name == "step_000100"
     assert factory.find_weights(tmp_path / "checkpoints" / "step_000020").parent.name == "step_000020"
     # A process died while it saved this one.

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 import vmoe
 from vmoe.models import factory
-from vmoe.models.factory import save_pretrained
 from vmoe.models.manifest import find_problems
 from vmoe.models.serialization import WeightsError, find_weights
 from vmoe.training import checkpoint as module
@@ -141,32 +140,6 @@ def test_an_error_in_the_background_is_raised_at_the_next_call(tmp_path, model, 
     checkpointer.save(4, model, None, optimizer, {}, {})
     checkpointer.wait()
     assert steps(tmp_path) == [1, 4]
-
-
-def test_a_checkpoint_of_an_older_version_goes_on(tmp_path, model, optimizer):
-    folder = tmp_path / "checkpoints" / "step_000004"
-    save_pretrained(model, folder / "model.safetensors")
-    torch.save({"optimizer": optimizer.state_dict(), "step": 4}, folder / "trainer.pt")
-    assert latest_checkpoint(tmp_path) == folder
-    loaded = build()
-    again = torch.optim.AdamW(loaded.parameters())
-    assert load_checkpoint(folder, loaded, None, again) == {"step": 4}
-    ours, theirs = next(model.parameters()), next(loaded.parameters())
-    assert torch.equal(ours, theirs)
-    assert torch.equal(optimizer.state[ours]["exp_avg"], again.state[theirs]["exp_avg"])
-
-
-def test_code_hidden_in_an_old_trainer_state_is_not_run(tmp_path, model):
-    class Evil:
-        def __reduce__(self):
-            return (os.mkdir, (str(tmp_path / "run"),))
-
-    folder = tmp_path / "checkpoints" / "step_000004"
-    save_pretrained(model, folder / "model.safetensors")
-    torch.save({"optimizer": {}, "evil": Evil()}, folder / "trainer.pt")
-    with pytest.raises(CheckpointError, match=r"trainer\.pt cannot be read \(UnpicklingError\); remove"):
-        load_checkpoint(folder, build(), None, None)
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_of_another_model_names_tensors_and_shapes(tmp_path, model, optimizer):

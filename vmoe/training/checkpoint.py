@@ -32,7 +32,6 @@ from torch.optim import Optimizer
 from vmoe.distributed.collectives import CheckpointError, Team
 from vmoe.models.factory import file_metadata, write_tensors
 from vmoe.models.manifest import (
-    OLD_TRAINER,
     TRAINER,
     UNFINISHED,
     describe_files,
@@ -59,6 +58,7 @@ logger = logging.getLogger("vmoe.training")
 
 MODEL, EMA, OPTIMIZER = "model", "ema", "optimizer"
 FORMAT = 1
+OLD_TRAINER = "trainer.pt"
 BYTES_PER_HEADER_ENTRY, BYTES_OF_JSON = 256, 2**20  # generous, for the estimate of the space that is needed
 
 # --- writing ---------------------------------------------------------------------------------------------------------
