@@ -38,13 +38,13 @@ SETTINGS = {
         "no model can be built",
         "much larger",
     ),
-    "deep": (lambda s: s["kwargs"].update(depth=10**8), "whole number of blocks"),
-    "deep in a stage": (lambda s: s["kwargs"].update(depth=[2, 10**8]), "whole number of blocks"),
+    "deep": (lambda s: s["kwargs"].update(depth=10**8), "whole number, at most 1000"),
+    "deep in a stage": (lambda s: s["kwargs"].update(depth=[2, 10**8]), "whole number, at most 1000"),
     "many experts": (lambda s: s["kwargs"].update(num_experts=2**30), "no model can be built", "much larger"),
-    "huge pictures": (lambda s: s["kwargs"].update(img_size=2**20), "whole numbers of pixels"),
-    "huge pictures beside": (
+    "huge images": (lambda s: s["kwargs"].update(img_size=2**20), "whole number, at most 8192"),
+    "huge images beside": (
         lambda s: s["kwargs"].update(pretrained_cfg_overlay={"input_size": [3, 2**20, 2**20]}),
-        "whole numbers of pixels",
+        "whole number, at most 8192",
     ),
     "no number": (lambda s: s["kwargs"].update(drop_rate=float("nan")), "no sensible number", "not a sensible number"),
     "code for an activation": (lambda s: s["kwargs"].update(act_layer="os.system"), ""),
@@ -186,7 +186,7 @@ def test_zarr_arrays_whose_chunks_fill_the_memory(tmp_path):
 MODEL_CONFIGS = {
     "blocks without end": (("encoder", "num_layers", 2**31 - 1), "num_layers"),
     "wide": (("hidden_size", 2**40), "hidden_size"),
-    "huge pictures": (("image_size", 2**20), "image_size"),
+    "huge images": (("image_size", 2**20), "image_size"),
     "a class to call": (("name", "os.system"), "name"),
     "a class to call, with arguments": (("name", "VisionTransformerMoe(x=__import__('os').system('true'))"), "name"),
     "deep code": (("name", "(" * 900), "name"),

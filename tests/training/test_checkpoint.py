@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import vmoe
-from vmoe.models import factory
+from vmoe.models import serialization
 from vmoe.models.manifest import find_problems
 from vmoe.models.serialization import WeightsError, find_weights
 from vmoe.training import checkpoint as module
@@ -293,7 +293,7 @@ def test_a_stop_at_any_moment_of_writing_leaves_the_checkpoint_before(tmp_path, 
         (module, "write_manifest"),
         (module, "_write_text"),
         (module, "_sync"),
-        (factory, "save_file"),
+        (serialization, "save_file"),
         (os, "replace"),
     ]:
         real, calls = getattr(target, name), 0
@@ -353,7 +353,7 @@ def test_an_error_of_the_disk_is_one_sentence_and_leaves_nothing(tmp_path, model
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if place == "save_file":  # as safetensors tells it
         full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    monkeypatch.setattr({"save_file": factory, "write_manifest": module}.get(place, os), place, _raiser(full))
+    monkeypatch.setattr({"save_file": serialization, "write_manifest": module}.get(place, os), place, _raiser(full))
     with pytest.raises(CheckpointError, match=r"step_000002: the disk is full; free some space"):
         save(tmp_path, 2, model, optimizer)
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]

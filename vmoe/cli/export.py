@@ -1,10 +1,9 @@
-"""The exporting command: a checkpoint of any run, whole or in shards, as one safetensors file with all that it needs.
+"""The export command: a checkpoint of any run, sharded or not, as one safetensors file with all that it needs.
 
     vmoe-export RUN_OR_CHECKPOINT --output FILE.safetensors [--raw]
 
-What is exported is what `eval.py` measures: the moving average of the weights, where the run kept one.
-
-The tensors pass from the checkpoint's mapped files into the mapped output file, so the memory need not hold the model.
+It exports what `eval.py` measures: the moving average of the weights, if the run kept one. The tensors pass from mapped
+files to a mapped file, so the memory need not hold the model.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from pathlib import Path
 
 from vmoe.cli.command import exit_code
 from vmoe.models.manifest import is_checkpoint
-from vmoe.models.memory_mapped import mapped_safetensors
 from vmoe.models.serialization import (
     SETTINGS_NAME,
     StoredTensors,
     WeightsError,
     checkpoint_weights,
     find_weights,
+    mapped_safetensors,
     read_pretrained_metadata,
     safetensors_metadata,
 )
@@ -31,19 +30,18 @@ from vmoe.utils.printable import safe_output
 
 
 def export(source: str | Path, output: str | Path, raw: bool = False) -> Path:
-    """Writes a checkpoint's weights as one safetensors file, or leaves what is there as it was.
+    """Writes a checkpoint's weights as one safetensors file, atomically.
 
     Args:
-        source: a run's folder (its newest whole checkpoint), or a checkpoint's.
+        source: a run's folder (its newest undamaged checkpoint), or a checkpoint's.
         output: the file; replaced if it exists.
-        raw: the weights as they were trained, also where the run kept a moving average of them.
+        raw: the weights as they were trained, even if the run kept a moving average of them.
 
     Returns:
         The weights that were read: a file, or a folder of shards.
 
     Raises:
-        WeightsError: no such weights, they are damaged, or the file cannot be written, or must not be, because it would
-            damage a checkpoint.
+        WeightsError: no such weights, they are damaged, or the file cannot be written there.
     """
     output = Path(output)
     if output.suffix != ".safetensors":
@@ -57,7 +55,7 @@ def export(source: str | Path, output: str | Path, raw: bool = False) -> Path:
     inside = next((folder for folder in output.resolve().parents if is_checkpoint(folder)), None)
     if inside is not None:
         raise WeightsError(
-            f"--output {output} lies in the checkpoint {inside}, which a file more would damage; give another folder"
+            f"--output {output} lies in the checkpoint {inside}, which another file would damage; give another folder"
         )
     weights = find_weights(source)  # compares the checkpoint with its checksums
     if raw:
@@ -68,7 +66,7 @@ def export(source: str | Path, output: str | Path, raw: bool = False) -> Path:
             stored.read_into(tensors)
     except OSError as error:
         raise WeightsError(
-            f"{output} cannot be written ({error.strerror or error}); free some space or choose another place"
+            f"{output} cannot be written ({error.strerror or error}); free some space or choose another folder"
         ) from error
     return weights
 
@@ -81,11 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="folder of a run (its newest), or of a checkpoint")
     parser.add_argument("--output", required=True, metavar="FILE.safetensors", help="the file to write")
-    parser.add_argument(
-        "--raw",
-        action="store_true",
-        help="the weights as they were trained, instead of their moving average",
-    )
+    parser.add_argument("--raw", action="store_true", help="the trained weights, instead of their moving average")
     args = parser.parse_args(argv)
 
     def run() -> None:

@@ -131,7 +131,7 @@ def convert_checkpoint(
         ConfigError, CheckpointError: see `from_reference`; names the file and the tensor.
     """
     from vmoe.models.factory import file_metadata
-    from vmoe.models.memory_mapped import mapped_safetensors
+    from vmoe.models.serialization import mapped_safetensors
 
     file = Path(file)
     if file.suffix != ".safetensors":

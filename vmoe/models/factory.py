@@ -1,24 +1,18 @@
 """Models by name, their files, their preprocessing and their tokenizer.
 
-A model's file is one safetensors file whose metadata says how to build the model again, so that a path is all that
-`create_model` needs. Names are those of this package's LIMoEs and two-tower models, and all that timm knows
-(`import vmoe` adds `vmoe_*` and `softmoe_*`).
+Names are those of this package's LIMoEs and two-tower models, and all that timm knows (`import vmoe` adds `vmoe_*` and
+`softmoe_*`). A file's metadata says how to build its model, so that a path is all that `create_model` needs.
 """
 
-import errno
 import inspect
 import json
 import math
-import os
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD, create_transform, resolve_model_data_config
 from timm.utils import unwrap_model
 from torch import Tensor, nn
@@ -31,16 +25,19 @@ from vmoe.models.serialization import (
     find_weights,
     load_weights,
     read_pretrained_metadata,
+    write_tensors,
 )
 from vmoe.models.spec import IMAGE_TEXT_NAMES, build_dense, difference, model_spec, named_tensors, on_meta
 from vmoe.models.text import TextTransformer, clean_beginning
 from vmoe.models.two_tower import TWO_TOWER_CONFIGS, TwoTower, check_towers, merge_settings
 from vmoe.models.upcycle import upcycle
-from vmoe.models.validation import bounded_model, check_metadata, without_loading
+from vmoe.models.validation import bounded_model, check_metadata
 from vmoe.moe.config import SETTING_NAMES
 from vmoe.moe.quantize import quantize_experts
-from vmoe.utils.atomic import whole_file
+from vmoe.utils.channels import to_channels
 from vmoe.utils.printable import printable
+
+# --- models ----------------------------------------------------------------------------------------------------------
 
 
 def create_model(name: str | None = None, pretrained: str | Path | None = None, **kwargs) -> nn.Module:
@@ -59,44 +56,23 @@ def create_model(name: str | None = None, pretrained: str | Path | None = None, 
         ValueError: for an unknown name or setting.
         WeightsError: if the file cannot be read or does not fit.
     """
-    file, spec, own_head = None, {}, "num_classes" in kwargs
     if isinstance(pretrained, bool):
         raise ValueError(f"pretrained must be a file or folder, got {pretrained}: there are no weights to download yet")
-    if pretrained is not None:
-        file = find_weights(pretrained)
-        metadata = read_pretrained_metadata(file)
-        if name is None or name == metadata["name"]:
-            spec = {key: metadata[key] for key in ("upcycle", "experts") if key in metadata}
-            if "upcycle" in spec:  # a dense model by name, whose routing settings are `upcycle`'s
-                for word in {"layers", "moe_layers"} & kwargs.keys():
-                    raise ValueError(
-                        f"{file} holds an upcycled model, whose sparse layers are fixed "
-                        f"({spec['upcycle']['layers']!r}): leave {word} out, or call "
-                        "vmoe.upcycle(dense_model, layers=...)"
-                    )
-                spec["upcycle"] |= {key: kwargs.pop(key) for key in SETTING_NAMES & kwargs.keys()}
-            name = metadata["name"]
-            merge = merge_settings if name in TWO_TOWER_CONFIGS else dict.__or__
-            kwargs = merge(metadata["kwargs"], _without_image_weights(kwargs))
-    if name is None:
-        raise ValueError("create_model needs a name, or pretrained=FILE with one in it")
-    image_weights = None
-    if name in TWO_TOWER_CONFIGS:
-        kwargs, image_weights = (_without_image_weights(kwargs), None) if file else _image_weights(kwargs)
-    spec |= {"name": name, "kwargs": kwargs}
-    if file is not None:
-        model = _build_for_file(file, spec)
-        load_weights(model, file, new_head=own_head, new_size=True)
-        return model
-    model = _build_with_spec(spec, image_weights is True)
-    if isinstance(image_weights, Path):
-        load_weights(model.visual, image_weights, new_head=True, new_size=True)
+    if pretrained is None:
+        if name is None:
+            raise ValueError("create_model needs a name, or pretrained=FILE with one in it")
+        return _new_model(name, kwargs)
+    file = find_weights(pretrained)
+    stored = StoredTensors(file)
+    with bounded_model(file, sum(map(math.prod, stored.shapes.values())), len(stored.shapes)):
+        model = _build_for_file(file, _spec_for_file(file, name, kwargs))
+    load_weights(model, stored, new_head="num_classes" in kwargs, new_size=True)
     return model
 
 
-def _build_with_spec(spec: dict, timm_image_weights: bool = False) -> nn.Module:
+def build(spec: dict) -> nn.Module:
     """A new model by a specification (see `model_spec`), which it remembers."""
-    model = build_dense(spec, timm_image_weights)
+    model = build_dense(spec)
     if "upcycle" in spec:
         model = upcycle(model, **spec["upcycle"])
     if "experts" in spec:
@@ -104,32 +80,19 @@ def _build_with_spec(spec: dict, timm_image_weights: bool = False) -> nn.Module:
     return model
 
 
-def _build_for_file(file: Path, spec: dict) -> nn.Module:
-    """The same for a file's weights, by settings that may be a stranger's."""
-    shapes = StoredTensors(file).shapes
-    with bounded_model(file, sum(map(math.prod, shapes.values())), len(shapes)):
-        try:
-            return _build_with_spec(spec)
-        except ValueError:
-            raise
-        except Exception as error:  # whatever a constructor makes of settings that nobody would give it
-            reason = f"{type(error).__name__}: {printable(error)[:300]}"
-            raise WeightsError(f"no model can be built by the settings in {file} ({reason})") from error
+def build_empty(spec: dict) -> nn.Module:
+    """The model of a specification on the meta device: without memory for its weights."""
+    return on_meta(build, spec)
 
 
-def _without_image_weights(kwargs: dict) -> dict:
-    if "pretrained" not in (kwargs.get("image") or {}):
-        return kwargs
-    return {**kwargs, "image": {key: value for key, value in kwargs["image"].items() if key != "pretrained"}}
-
-
-def _image_weights(kwargs: dict) -> tuple[dict, Path | bool | None]:
-    """Take `image.pretrained` out of a two-tower model's settings; a file brings its model's name and settings in."""
-    check_towers(kwargs)
-    weights = (kwargs.get("image") or {}).get("pretrained")
-    kwargs = _without_image_weights(kwargs)
+def _new_model(name: str, kwargs: dict) -> nn.Module:
+    """A model without a file of its own; a two-tower model may have one for its image tower."""
+    weights = None
+    if name in TWO_TOWER_CONFIGS:
+        check_towers(kwargs)
+        weights = (kwargs.get("image") or {}).get("pretrained")
     if weights is None or isinstance(weights, bool):  # True: timm's own weights of that name
-        return kwargs, weights
+        return build({"name": name, "kwargs": kwargs})
     weights = find_weights(weights)
     metadata = read_pretrained_metadata(weights)
     if not timm.is_model(metadata["name"]) or "upcycle" in metadata:
@@ -137,16 +100,50 @@ def _image_weights(kwargs: dict) -> tuple[dict, Path | bool | None]:
             f"image.pretrained must hold an image model of timm's registry, {weights} holds {metadata['name']!r}"
         )
     own = {key: value for key, value in metadata["kwargs"].items() if key != "num_classes"}
-    return {**kwargs, "image": {"name": metadata["name"], **own, **kwargs["image"]}}, weights
+    kwargs = _without_image_weights(kwargs)
+    model = build({"name": name, "kwargs": {**kwargs, "image": {"name": metadata["name"], **own, **kwargs["image"]}}})
+    load_weights(model.visual, weights, new_head=True, new_size=True)
+    return model
 
 
-def build_empty(spec: dict) -> nn.Module:
-    """The model of a specification (see `model_spec`) on the meta device: without memory for its weights."""
-    return on_meta(_build_with_spec, spec)
+def _spec_for_file(file: Path, name: str | None, kwargs: dict) -> dict:
+    """The specification of a model that takes a file's weights: the file's own, with the user's settings over it."""
+    metadata, kwargs = read_pretrained_metadata(file), _without_image_weights(kwargs)
+    if name is not None and name != metadata["name"]:
+        return {"name": name, "kwargs": kwargs}
+    name = metadata["name"]
+    spec = {key: metadata[key] for key in ("upcycle", "experts") if key in metadata}
+    if "upcycle" in spec:  # a dense model by name, whose routing settings are those of `upcycle`
+        for key in {"layers", "moe_layers"} & kwargs.keys():
+            raise ValueError(
+                f"{file} holds an upcycled model, whose sparse layers are fixed ({spec['upcycle']['layers']!r}): leave "
+                f"{key} out, or call vmoe.upcycle(dense_model, layers=...)"
+            )
+        spec["upcycle"] = spec["upcycle"] | {key: kwargs[key] for key in SETTING_NAMES & kwargs.keys()}
+        kwargs = {key: value for key, value in kwargs.items() if key not in SETTING_NAMES}
+    merge = merge_settings if name in TWO_TOWER_CONFIGS else dict.__or__
+    return {**spec, "name": name, "kwargs": merge(metadata["kwargs"], kwargs)}
+
+
+def _build_for_file(file: Path, spec: dict) -> nn.Module:
+    try:
+        return build(spec)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a constructor raises for settings that nobody would give it
+        reason = f"{type(error).__name__}: {printable(error)[:300]}"
+        raise WeightsError(f"no model can be built by the settings in {file} ({reason})") from error
+
+
+def _without_image_weights(kwargs: dict) -> dict:
+    image = kwargs.get("image")
+    if not isinstance(image, dict):
+        return kwargs
+    return {**kwargs, "image": {key: value for key, value in image.items() if key != "pretrained"}}
 
 
 def is_contrastive(model: nn.Module) -> bool:
-    """The model embeds pictures and text."""
+    """The model embeds images and text."""
     return hasattr(model, "encode_image") and hasattr(model, "encode_text")
 
 
@@ -154,12 +151,12 @@ def is_contrastive(model: nn.Module) -> bool:
 
 
 def save_pretrained(model: nn.Module, file: str | Path, extra: dict | None = None) -> None:
-    """Write a model's weights and settings as one safetensors file: whole or not at all.
+    """Write a model's weights and settings as one safetensors file, atomically.
 
     Args:
         model: made by `create_model`; taken out of `torch.compile`, DataParallel, DistributedDataParallel, or timm's
             average of weights.
-        file: where to; replaced if it exists.
+        file: replaced if it exists.
         extra: JSON-able facts to keep beside the settings, such as class names.
 
     Raises:
@@ -176,36 +173,8 @@ def save_pretrained(model: nn.Module, file: str | Path, extra: dict | None = Non
         ) from error
 
 
-def write_tensors(tensors: dict[str, Tensor], metadata: dict[str, str], file: Path) -> None:
-    """Write a safetensors file: whole or not at all, and on the disk when this returns.
-
-    Args:
-        tensors: on the CPU, contiguous.
-        metadata: what the file says of itself.
-        file: where to; replaced if it exists.
-
-    Raises:
-        OSError: it cannot be written.
-        RuntimeError: tensors share their memory.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(file) as draft:
-        try:
-            save_file(tensors, draft, metadata=metadata)
-        except SafetensorError as error:  # all that can go wrong here is the disk
-            raise OSError(*_system_error(str(error)), str(file)) from error
-        with open(draft, "rb") as written:
-            os.fsync(written.fileno())
-
-
-def _system_error(message: str) -> tuple[int, str]:
-    """The number and text of the system's error in a message of safetensors."""
-    code = re.search(r"os error (\d+)", message)
-    return (int(code[1]), os.strerror(int(code[1]))) if code else (errno.EIO, message)
-
-
 def file_metadata(model: nn.Module, extra: dict | None = None) -> dict[str, str]:
-    """The metadata of a model's safetensors file; a model without weights was built by it, and is the same.
+    """The metadata of a model's safetensors file. It was checked that it gives the same model again.
 
     Args:
         model: made by `create_model`; may be on the meta device.
@@ -214,20 +183,14 @@ def file_metadata(model: nn.Module, extra: dict | None = None) -> dict[str, str]
     Raises:
         ValueError: if the settings are not JSON-able, or do not give the same model again.
     """
-    settings = {**without_loading(model_spec(model)), "preprocess": preprocess_config(model), "extra": extra or {}}
+    settings = {**model_spec(model), "preprocess": preprocess_config(model), "extra": extra or {}}
     try:
         text = json.dumps(settings)
     except TypeError as error:
         raise ValueError(
             f"the settings of {settings['name']} cannot be saved: {error}; use names and numbers"
         ) from error
-    _check_rebuilt(model, json.loads(text))
-    # "pt" is what other libraries look for before they load a file into PyTorch.
-    return {"format": "pt", METADATA_KEY: text}
-
-
-def _check_rebuilt(model: nn.Module, settings: dict) -> None:
-    """Raises ValueError unless a file's settings give the model again."""
+    settings = json.loads(text)
     try:
         check_metadata(settings)
         other = difference(model, build_empty(settings))
@@ -239,6 +202,7 @@ def _check_rebuilt(model: nn.Module, settings: dict) -> None:
             "by arguments of vmoe.create_model, reset_classifier and set_input_size only, or save the state_dict with "
             "torch.save"
         )
+    return {"format": "pt", METADATA_KEY: text}  # "pt": other libraries ask for it before they load into PyTorch
 
 
 # --- preprocessing and text ------------------------------------------------------------------------------------------
@@ -296,8 +260,6 @@ def create_model_and_transforms(
     Raises:
         ValueError: also for a model of other than 1 or 3 channels, see `vmoe.utils.channels.to_channels`.
     """
-    from vmoe.utils.channels import to_channels
-
     model = create_model(model_name, pretrained, **kwargs).to(device).eval()
     config = preprocess_config(model)
     common = {key: config[key] for key in ("input_size", "interpolation", "mean", "std")}
@@ -313,7 +275,7 @@ def create_model_and_transforms(
 def get_tokenizer(model: str | nn.Module, context_length: int | None = None) -> Callable[[list[str] | str], Tensor]:
     """open_clip's CLIP tokenizer at a model's context length.
 
-    Of a text that is much too long only the beginning is read, since the time for a word of n letters grows with n².
+    Only the beginning of a very long text is read, since the time for a word of n letters grows with n².
 
     Args:
         model: an image-text model's name, or the model itself (whose context length may differ from the name's).

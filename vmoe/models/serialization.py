@@ -1,17 +1,24 @@
-"""Files of weights: found, read, and loaded into models.
+"""Files of weights: found, read, loaded into models, and written.
 
-A model's weights are one safetensors file, which `vmoe.models.factory` writes, or the folder of such files that a
-sharded run wrote into a checkpoint, each process its own part. Their metadata says how to build the model.
+A model's weights are one safetensors file, or the folder of such files that a sharded run wrote into a checkpoint, each
+process its own part. Their metadata says how to build the model (`vmoe.models.spec`).
 """
 
+import errno
+import json
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import mmap
+import os
+import re
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultLoadPlanner, HuggingFaceStorageReader
@@ -19,8 +26,8 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata
 
 from vmoe.models.manifest import MANIFEST, find_problems, list_checkpoints, newest_whole
-from vmoe.models.two_tower import TwoTower
 from vmoe.models.validation import check_metadata
+from vmoe.utils.atomic import whole_file
 from vmoe.utils.printable import printable
 from vmoe.utils.safe_json import parse_json, read_json
 
@@ -39,10 +46,10 @@ class WeightsError(ValueError):
 
 
 def find_weights(path: str | Path) -> Path:
-    """The weights of a `.safetensors` path, of a checkpoint's folder, or of a run's folder (its newest whole one).
+    """The weights of a `.safetensors` path, of a checkpoint's folder, or of a run's folder (its newest checkpoint).
 
-    In a folder the moving average stands for the model, if the run kept one. What lies in a checkpoint is compared with
-    the checksums there. A damaged checkpoint of a run is passed over with a warning.
+    In a folder the moving average stands for the model, if the run kept one. Files of a checkpoint are compared with
+    its checksums. A damaged checkpoint of a run is skipped with a warning.
 
     Returns:
         A safetensors file, or a folder of them that a sharded run wrote.
@@ -53,26 +60,31 @@ def find_weights(path: str | Path) -> Path:
     path = Path(path)
     if path.is_file() or (path / SETTINGS_NAME).is_file():
         if (path.parent / MANIFEST).exists():
-            _refuse(path.parent, find_problems(path.parent, only=path.name))
+            _refuse_damage(path.parent, only=path.name)
         return path
     if checkpoint_weights(path) is not None or (path / MANIFEST).exists():
-        _refuse(path, find_problems(path))
-        found = checkpoint_weights(path, average=True) or checkpoint_weights(path)
-        if found is None:
-            raise WeightsError(f"{path} holds no {WEIGHTS_NAME}")
-        return found
-    run = path.parent if path.name == "checkpoints" else path
+        _refuse_damage(path)
+        checkpoint = path
+    else:
+        checkpoint = _newest_checkpoint(path.parent if path.name == "checkpoints" else path, path)
+    found = checkpoint_weights(checkpoint, average=True) or checkpoint_weights(checkpoint)
+    if found is None:
+        raise WeightsError(f"{path} holds no {WEIGHTS_NAME}")
+    return found
+
+
+def _newest_checkpoint(run: Path, path: Path) -> Path:
     checkpoints = list_checkpoints(run)
     if not checkpoints:
         reason = "it does not exist" if not path.exists() else f"it holds no {WEIGHTS_NAME} and no checkpoints"
         raise WeightsError(f"no weights at {path}: {reason}; give a .safetensors file, a checkpoint or a run's folder")
-    last = newest_whole(checkpoints, logger)
-    if last is None:
+    newest = newest_whole(checkpoints, logger)
+    if newest is None:
         problem = find_problems(checkpoints[-1])[0]
         raise WeightsError(
             f"none of the {len(checkpoints)} checkpoints of {run} is whole: {checkpoints[-1].name}: {problem}"
         )
-    return checkpoint_weights(last, average=True) or checkpoint_weights(last)
+    return newest
 
 
 def checkpoint_weights(checkpoint: Path, average: bool = False) -> Path | None:
@@ -81,8 +93,8 @@ def checkpoint_weights(checkpoint: Path, average: bool = False) -> Path | None:
     return next((path for path in (single, single.with_suffix("")) if path.exists()), None)
 
 
-def _refuse(checkpoint: Path, problems: list[str]) -> None:
-    if problems:
+def _refuse_damage(checkpoint: Path, only: str = "") -> None:
+    if problems := find_problems(checkpoint, only=only):
         raise WeightsError(f"{checkpoint} is damaged: {problems[0]}; take another checkpoint")
 
 
@@ -90,7 +102,7 @@ def _refuse(checkpoint: Path, problems: list[str]) -> None:
 
 
 def read_pretrained_metadata(source: str | Path) -> dict:
-    """{"name", "kwargs", "preprocess", "extra"} of weights that `save_pretrained` or a checkpoint wrote."""
+    """{"name", "kwargs", "preprocess", "extra"} of weights that `save_pretrained` or a checkpoint wrote, checked."""
     text = safetensors_metadata(source).get(METADATA_KEY)
     if text is None:
         raise WeightsError(
@@ -105,7 +117,7 @@ def read_pretrained_metadata(source: str | Path) -> dict:
 
 
 def safetensors_metadata(source: str | Path) -> dict[str, str]:
-    """What a safetensors file, or a folder of a sharded run's, says of itself."""
+    """The metadata of a safetensors file, or of a folder that a sharded run wrote."""
     source = Path(source)
     if not source.is_dir():
         with _open(source) as opened:
@@ -120,8 +132,8 @@ def safetensors_metadata(source: str | Path) -> dict[str, str]:
     return metadata
 
 
-def _open(file: str | Path):
-    if not Path(file).is_file():
+def _open(file: Path) -> safe_open:
+    if not file.is_file():
         raise WeightsError(f"no weights at {file}: it does not exist")
     try:
         return safe_open(str(file), framework="pt")
@@ -132,7 +144,7 @@ def _open(file: str | Path):
 class StoredTensors:
     """The tensors in a safetensors file, or in the folder of shards that the processes of a sharded run wrote.
 
-    Nothing but their names and shapes is read before `read_into`. What is then read is what this process needs.
+    Nothing but names and shapes is read before `read_into`, which reads what this process needs.
 
     Args:
         source: file or folder.
@@ -185,26 +197,24 @@ class StoredTensors:
             yield
         except MemoryError:
             raise
-        except Exception as error:  # whatever the libraries make of a damaged file
+        except Exception as error:  # whatever the libraries raise for a damaged file
             raise WeightsError(f"{self.source} cannot be read: {printable(error) or type(error).__name__}") from error
 
 
 def _overlap(parts: set[tuple[torch.Size, torch.Size]]) -> bool:
     """Whether any of a tensor's parts, (offsets, sizes), share an element, or one begins before the tensor."""
     boxes = [(start, [a + b for a, b in zip(start, size)]) for start, size in parts if math.prod(size)]
-    if any(place < 0 for start, _ in boxes for place in start):
+    if any(min(start, default=0) < 0 for start, _ in boxes):
         return True
-    if len(boxes) < 2:
-        return False
     # Sweeps along the dimension that is cut most often, so that few boxes are compared with each other.
-    cut = max(range(len(boxes[0][0])), key=lambda dim: len({start[dim] for start, _ in boxes}), default=0)
-    current = []
-    for start, end in sorted(boxes, key=lambda box: box[0][cut]):
-        current = [box for box in current if box[1][cut] > start[cut]]
-        for other_start, other_end in current:
-            if all(a < d and c < b for a, b, c, d in zip(start, end, other_start, other_end)):
-                return True
-        current.append((start, end))
+    dims = range(len(boxes[0][0])) if boxes else ()
+    cut = max(dims, key=lambda dim: len({start[dim] for start, _ in boxes}), default=None)
+    open_boxes = []
+    for start, end in sorted(boxes, key=lambda box: 0 if cut is None else box[0][cut]):
+        open_boxes = [box for box in open_boxes if cut is None or box[1][cut] > start[cut]]
+        if any(all(a < d and c < b for a, b, c, d in zip(start, end, *box)) for box in open_boxes):
+            return True
+        open_boxes.append((start, end))
     return False
 
 
@@ -218,7 +228,9 @@ class _SafetensorsFiles(FileSystem):
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
-def load_weights(model: nn.Module, source: str | Path, new_head: bool = False, new_size: bool = False) -> None:
+def load_weights(
+    model: nn.Module, source: str | Path | StoredTensors, new_head: bool = False, new_size: bool = False
+) -> None:
     """Load weights into a model; every tensor must fit.
 
     Args:
@@ -231,24 +243,26 @@ def load_weights(model: nn.Module, source: str | Path, new_head: bool = False, n
     Raises:
         WeightsError: names both models if they differ, else the settings or tensors that do.
     """
-    stored = StoredTensors(source)
+    stored = source if isinstance(source, StoredTensors) else StoredTensors(source)
+    metadata = parse_json(safetensors_metadata(stored.source).get(METADATA_KEY, "{}"))
     own, shapes = model.state_dict(), dict(stored.shapes)
-    resized = {}
     if new_head:
-        _leave_new_head(model, own, shapes, source)
-    if new_size:
-        resized = _resized_positions(model, own, stored, safetensors_metadata(source))
-        shapes |= {name: tensor.shape for name, tensor in resized.items()}
-    missing = sorted(own.keys() - shapes.keys())
-    unexpected = sorted(shapes.keys() - own.keys())
-    other = [
-        f"{name} is {tuple(shapes[name])} in the file, {tuple(own[name].shape)} in the model"
-        for name in own
-        if name in shapes and shapes[name] != own[name].shape
-    ]
-    misfits = {"missing from the file": missing, "not in the model": unexpected, "other shape": other}
+        for name in _new_head(model, own, stored):
+            shapes.pop(name, None)
+            own.pop(name, None)
+    resized = _resized_positions(model, own, stored, metadata) if new_size else {}
+    shapes |= {name: tensor.shape for name, tensor in resized.items()}
+    misfits = {
+        "missing from the file": sorted(own.keys() - shapes.keys()),
+        "not in the model": sorted(shapes.keys() - own.keys()),
+        "other shape": [
+            f"{name} is {tuple(shapes[name])} in the file, {tuple(tensor.shape)} in the model"
+            for name, tensor in own.items()
+            if name in shapes and shapes[name] != tensor.shape
+        ],
+    }
     if any(misfits.values()):
-        raise WeightsError(_misfit(model, source, misfits))
+        raise WeightsError(_misfit(model, stored.source, metadata, misfits))
     if any(tensor.is_meta for tensor in own.values()):
         return  # of several processes, another one holds the weights; here they only had to fit
     stored.read_into({name: own[name] for name in own if name not in resized})
@@ -256,9 +270,8 @@ def load_weights(model: nn.Module, source: str | Path, new_head: bool = False, n
         own[name].copy_(tensor)
 
 
-def _misfit(model: nn.Module, source: str | Path, misfits: dict[str, list[str]]) -> str:
+def _misfit(model: nn.Module, source: Path, stored: dict, misfits: dict[str, list[str]]) -> str:
     """Why weights do not fit: they are another model's, or of other settings, or these tensors differ."""
-    stored = parse_json(safetensors_metadata(source).get(METADATA_KEY, "{}"))
     own = getattr(model, "vmoe_spec", None) or {}
     names = [f"{'an upcycled ' * ('upcycle' in spec)}{printable(spec.get('name', ''))}" for spec in (stored, own)]
     if all(names) and names[0] != names[1]:
@@ -282,41 +295,145 @@ def _misfit(model: nn.Module, source: str | Path, misfits: dict[str, list[str]])
     return f"{source} does not fit the model{''.join(parts)}"
 
 
-def _leave_new_head(model: nn.Module, own: dict[str, Tensor], shapes: dict[str, torch.Size], source: str | Path):
-    """Take a classifier of another number of classes out of what is loaded, and out of what must be."""
+def _new_head(model: nn.Module, own: dict[str, Tensor], stored: StoredTensors) -> list[str]:
+    """The tensors of classifiers whose number of classes is not the stored one."""
+    names = []
     classifiers = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     for classifier in (classifiers,) if isinstance(classifiers, str) else classifiers:
-        weight, bias = f"{classifier}.weight", f"{classifier}.bias"
-        old = shapes[weight][0] if weight in shapes else 0
+        weight = f"{classifier}.weight"
+        old = stored.shapes[weight][0] if weight in stored.shapes else 0
         new = own[weight].shape[0] if weight in own else 0
         if old != new:
-            logger.info("%s has a classifier of %d classes: a new one of %d starts anew", source, old, new)
-            for name in (weight, bias):
-                shapes.pop(name, None)
-                own.pop(name, None)
+            logger.info("%s has a classifier of %d classes: a new one of %d starts anew", stored.source, old, new)
+            names += [weight, f"{classifier}.bias"]
+    return names
 
 
 def _resized_positions(
-    model: nn.Module, own: dict[str, Tensor], stored: StoredTensors, metadata: dict[str, str]
+    model: nn.Module, own: dict[str, Tensor], stored: StoredTensors, metadata: dict
 ) -> dict[str, Tensor]:
     """The stored position embeddings, interpolated to the model's grid of patches; those that need it."""
-    preprocess = parse_json(metadata.get(METADATA_KEY, "{}")).get("preprocess")
-    model = model.visual if isinstance(model, TwoTower) else model
+    patches = getattr(getattr(model, "visual", model), "patch_embed", None)
+    grid = getattr(patches, "grid_size", None)
     resized = {}
     for name in ("pos_embed", "visual.pos_embed", "image_pos_embed"):
-        if name not in own or name not in stored.shapes or own[name].shape[2:] != stored.shapes[name][2:]:
-            continue
         # Models with positions of another kind (a map of their own, none for a grid): left to the comparison of shapes.
-        grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-        if grid is None or own[name].ndim != 3 or own[name].shape[1] < math.prod(grid):
+        if grid is None or name not in own or name not in stored.shapes or own[name].ndim != 3:
             continue
         prefix = own[name].shape[1] - math.prod(grid)
-        new_size, old_size = list(grid), None  # None: a square
-        if preprocess is not None:
-            patch = model.patch_embed.patch_size
-            old_size = [side // step for side, step in zip(preprocess["input_size"][1:], patch, strict=True)]
+        if prefix < 0 or own[name].shape[2:] != stored.shapes[name][2:]:
+            continue
+        old_size = None  # a square
+        if "preprocess" in metadata:
+            sides = metadata["preprocess"]["input_size"][1:]
+            old_size = [side // step for side, step in zip(sides, patches.patch_size, strict=True)]
             if math.prod(old_size) != stored.shapes[name][1] - prefix:
                 continue  # another patch size: left to the comparison of shapes
-        if old_size != new_size:
-            resized[name] = resample_abs_pos_embed(stored.read(name), new_size, old_size, num_prefix_tokens=prefix)
+        if old_size != list(grid):
+            resized[name] = resample_abs_pos_embed(stored.read(name), list(grid), old_size, num_prefix_tokens=prefix)
     return resized
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_tensors(tensors: dict[str, Tensor], metadata: dict[str, str], file: Path) -> None:
+    """Writes a safetensors file, atomically, and on the disk when this returns.
+
+    Args:
+        tensors: on the CPU, contiguous.
+        metadata: of the file.
+        file: replaced if it exists; its folder is made.
+
+    Raises:
+        OSError: it cannot be written.
+        RuntimeError: tensors share their memory.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(file) as draft:
+        try:
+            save_file(tensors, draft, metadata=metadata)
+        except SafetensorError as error:  # all that can go wrong here is the disk; the message has the system's number
+            code = re.search(r"os error (\d+)", str(error))
+            number = int(code[1]) if code else errno.EIO
+            raise OSError(number, os.strerror(number) if code else str(error), str(file)) from error
+        with open(draft, "rb") as written:
+            os.fsync(written.fileno())
+
+
+# Names of types in a safetensors file: https://huggingface.co/docs/safetensors, "Format".
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+}
+
+
+class MappedTensors(dict[str, Tensor]):
+    """{name: tensor in the file}; `release` lets the system take the pages that were written."""
+
+    def __init__(self, mapped: mmap.mmap, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self._mapped = mapped
+
+    def release(self) -> None:
+        self._mapped.flush()
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._mapped.madvise(mmap.MADV_DONTNEED)
+
+
+@contextmanager
+def mapped_safetensors(
+    file: Path, shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, torch.dtype], metadata: dict[str, str]
+) -> Iterator[MappedTensors]:
+    """The tensors of a new file, to be filled inside the block one by one, so that memory need not hold them all.
+
+    The file takes its name when the block ends without an error; else it stays as it was, and folders that were made
+    for it are removed.
+
+    Args:
+        file: its folder is made if there is none.
+        shapes: {name: shape}.
+        dtypes: {name: type}, of the same names.
+        metadata: of the file.
+
+    Raises:
+        OSError: it cannot be written; a full disk is found before anything is.
+    """
+    header, end = {"__metadata__": metadata}, 0
+    for name in sorted(shapes, key=lambda name: (-dtypes[name].itemsize, name)):  # so that each is aligned
+        start, end = end, end + math.prod(shapes[name]) * dtypes[name].itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtypes[name]], "shape": list(shapes[name]), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    first = 8 + len(text)
+    made = [folder for folder in file.parents if not folder.exists()]
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(file) as draft, open(draft, "w+b") as opened:
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash while the map is written
+                os.posix_fallocate(opened.fileno(), 0, first + end)
+            else:
+                opened.truncate(first + end)
+            mapped = mmap.mmap(opened.fileno(), first + end)
+            mapped[:first] = struct.pack("<Q", len(text)) + text
+            data = torch.frombuffer(mapped, dtype=torch.uint8)[first:]
+            tensors = {}
+            for name, shape in shapes.items():
+                start, end = header[name]["data_offsets"]
+                tensors[name] = data[start:end].view(dtypes[name]).view(tuple(shape))
+            yield MappedTensors(mapped, tensors)
+            mapped.flush()
+            os.fsync(opened.fileno())
+    finally:
+        if not file.exists():
+            with suppress(OSError):  # something else was written into one of them
+                for folder in made:
+                    folder.rmdir()

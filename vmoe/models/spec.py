@@ -1,12 +1,12 @@
 """What it takes to build a model again: its name and settings, also those that were changed on it since.
 
-`create_model` and upcycling build on this; files hold what it says.
+`create_model` and upcycling build on this; files hold it.
 """
 
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE
 from vmoe.models.text import TextTransformer
 from vmoe.models.two_tower import TOWERS, TWO_TOWER_CONFIGS, TwoTower, merge_settings
+from vmoe.models.validation import without_loading
 from vmoe.models.vision import VisionMoE
 from vmoe.moe import SparseMoE
 from vmoe.moe.config import SETTING_NAMES, preset_settings
@@ -27,25 +28,43 @@ from vmoe.moe.quantize import experts_kept_as
 IMAGE_TEXT_NAMES = (*LIMOE_CONFIGS, *TWO_TOWER_CONFIGS)
 
 
-def build_by_name(name: str, kwargs: dict, timm_image_weights: bool = False) -> nn.Module:
+def list_models() -> list[str]:
+    """Names of this package's models."""
+    return [*IMAGE_TEXT_NAMES, *timm.list_models("vmoe_*"), *timm.list_models("softmoe_*")]
+
+
+# --- building --------------------------------------------------------------------------------------------------------
+
+
+def build_dense(spec: dict) -> nn.Module:
+    """A model by its "name" and "kwargs", which it remembers; "upcycle" and "experts" are left to the factory.
+
+    Raises:
+        ValueError: for an unknown name or setting.
+    """
+    name, kwargs = spec["name"], spec["kwargs"]
     try:
-        if name in LIMOE_CONFIGS:
-            preset = preset_settings(kwargs)  # goes over what the name stands for
-            own = {key: value for key, value in LIMOE_CONFIGS[name].items() if key not in preset}
-            return LIMoE(**{**own, **kwargs})
-        if name in TWO_TOWER_CONFIGS:
-            settings = merge_settings(TWO_TOWER_CONFIGS[name], kwargs)
-            settings["image"]["pretrained"] = timm_image_weights
-            return TwoTower(**settings)
-        if timm.is_model(name):
-            return timm.create_model(name, **kwargs)
+        model = _construct(name, kwargs)
     except TypeError as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown is None:
             raise ValueError(f"model {name!r} does not take these settings ({sorted(kwargs)}): {error}") from error
         raise ValueError(f"model {name!r} has no setting {unknown[1]!r}{_advice(name, kwargs, unknown[1])}") from error
-    known = [*list_models(), *timm.list_models()]
-    near = difflib.get_close_matches(name, known, n=1)
+    model.vmoe_spec = {"name": name, "kwargs": with_slots(model, without_loading(kwargs))}
+    model.vmoe_built = live_settings(model)
+    return model
+
+
+def _construct(name: str, kwargs: dict) -> nn.Module:
+    if name in LIMOE_CONFIGS:
+        preset = preset_settings(kwargs)  # goes over what the name stands for
+        own = {key: value for key, value in LIMOE_CONFIGS[name].items() if key not in preset}
+        return LIMoE(**{**own, **kwargs})
+    if name in TWO_TOWER_CONFIGS:
+        return TwoTower(**merge_settings(TWO_TOWER_CONFIGS[name], kwargs))
+    if timm.is_model(name):
+        return timm.create_model(name, **kwargs)
+    near = difflib.get_close_matches(name, [*list_models(), *timm.list_models()], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else f"; this package has {list_models()}"
     raise ValueError(f"unknown model {name!r}{hint}")
 
@@ -76,26 +95,12 @@ def _advice(name: str, kwargs: dict, unknown: str) -> str:
 
 
 def _parameters(owner: type) -> set[str]:
-    """Names of the arguments that a class takes, with those that it hands to the classes that it is made from."""
+    """Names of the arguments that a class takes, with those that it passes on to its base classes."""
     return {key for one in owner.__mro__[:-1] for key in inspect.signature(one).parameters}
 
 
-def list_models() -> list[str]:
-    """Names of this package's models."""
-    return [*IMAGE_TEXT_NAMES, *timm.list_models("vmoe_*"), *timm.list_models("softmoe_*")]
-
-
-def build_dense(spec: dict, timm_image_weights: bool = False) -> nn.Module:
-    """A model by its "name" and "kwargs", which it remembers; what else a specification says is not done yet."""
-    name, kwargs = spec["name"], spec["kwargs"]
-    model = build_by_name(name, kwargs, timm_image_weights)
-    model.vmoe_spec = {"name": name, "kwargs": with_slots(model, kwargs)}
-    model.vmoe_built = live_settings(model)
-    return model
-
-
 def on_meta(build: Callable[[dict], nn.Module], spec: dict) -> nn.Module:
-    """The model of a specification without memory for its weights: on the meta device."""
+    """The model of a specification on the meta device, without memory for its weights."""
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
@@ -105,20 +110,22 @@ def on_meta(build: Callable[[dict], nn.Module], spec: dict) -> nn.Module:
 
 
 def with_slots(model: nn.Module, kwargs: dict) -> dict:
-    """Settings with the slots of soft routers, which would else follow from a picture size that may change."""
+    """Settings with the slots of soft routers, which would else follow from an image size that may change."""
     if isinstance(model, TwoTower):
-        settings = {name: kwargs.get(name) or {} for name in TOWERS}
-        towers = {"image": model.visual, "text": model.text}
-        new = {name: with_slots(towers[name], own) for name, own in settings.items()}
-        return kwargs | {name: own for name, own in new.items() if own != settings[name]}
-    for layer in model.modules():
-        if isinstance(layer, SparseMoE) and layer.router_type == "soft":
-            return {**kwargs, "num_slots": layer.router.slots.shape[1]}
-    return kwargs
+        for tower, module in zip(TOWERS, (model.visual, model.text), strict=True):
+            own = kwargs.get(tower) or {}
+            if (new := with_slots(module, own)) != own:
+                kwargs = {**kwargs, tower: new}
+        return kwargs
+    slots = [layer.settings.num_slots for layer in model.modules() if isinstance(layer, SparseMoE)]
+    return {**kwargs, "num_slots": slots[0]} if any(slots) else kwargs
+
+
+# --- what a built model is -------------------------------------------------------------------------------------------
 
 
 def model_spec(model: nn.Module) -> dict:
-    """{"name", "kwargs"}: enough to call `create_model` again, with a head or picture size that was changed since.
+    """{"name", "kwargs"}: enough to call `create_model` again, with a head or image size that was changed since.
 
     An upcycled model also has "upcycle", the settings that make the dense one sparse; one that `quantize_experts`
     changed, "experts", how their weights are kept. A dense model by timm needs no more than the settings that its name
@@ -183,18 +190,17 @@ def _changed(before: dict, now: dict) -> dict:
     return changed
 
 
-# Attributes that do not decide what a model computes; a classifier's own shape says how many classes it has.
-_NO_DIFFERENCE = {"training", "grad_checkpointing", "fused_attn", "num_classes", "calls_without_update", "backend"}
-
-
 def difference(model: nn.Module, again: nn.Module) -> str | None:
     """The first thing in which a model built again is not what it was, a few words about it; None: nothing.
 
     Compares names and shapes of tensors, and each module's class, its `extra_repr` and its plain attributes, such as
-    `global_pool`. Attributes that only one of the two has are left out.
+    `global_pool`. Attributes that only one of the two has are ignored.
     """
     shapes = [{name: tuple(tensor.shape) for name, tensor in named_tensors(each).items()} for each in (model, again)]
-    facts = [{name: _facts(module) for name, module in _named_modules(each)} for each in (model, again)]
+    facts = [
+        {name.replace("._orig_mod", ""): _facts(m) for name, m in each.named_modules() if not hasattr(m, "_orig_mod")}
+        for each in (model, again)
+    ]
     for ours, theirs in (shapes, facts):
         for name in sorted(ours.keys() ^ theirs.keys()):
             return f"it {'lacks' if name in ours else 'also has'} {name}"
@@ -206,6 +212,10 @@ def difference(model: nn.Module, again: nn.Module) -> str | None:
             if (other := facts[1][name].get(key, value)) != value:
                 return f"{key} of {name or 'the model'} is {other!r} instead of {value!r}"
     return None
+
+
+# Attributes that do not decide what a model computes; a classifier's own shape says how many classes it has.
+_NO_DIFFERENCE = {"training", "grad_checkpointing", "fused_attn", "num_classes", "calls_without_update", "backend"}
 
 
 def _facts(module: nn.Module) -> dict:
@@ -222,13 +232,6 @@ def _plain(value: Any) -> Any:
         parts = tuple(map(_plain, value))
         return Ellipsis if Ellipsis in parts else parts
     return value if value is None or isinstance(value, (bool, int, float, str)) else Ellipsis
-
-
-def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules`, without the wrappers of `torch.compile` around parts of the model."""
-    for name, module in model.named_modules():
-        if not hasattr(module, "_orig_mod"):
-            yield name.replace("._orig_mod", ""), module
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from vmoe.distributed.collectives import CheckpointError, Team
-from vmoe.models.factory import file_metadata, write_tensors
+from vmoe.models.factory import file_metadata
 from vmoe.models.manifest import (
     TRAINER,
     UNFINISHED,
@@ -41,7 +41,13 @@ from vmoe.models.manifest import (
     step_of,
     write_manifest,
 )
-from vmoe.models.serialization import SETTINGS_NAME, StoredTensors, checkpoint_weights, load_weights
+from vmoe.models.serialization import (
+    SETTINGS_NAME,
+    StoredTensors,
+    checkpoint_weights,
+    load_weights,
+    write_tensors,
+)
 from vmoe.training.optimizer_state import export_state, import_state
 
 __all__ = [
