@@ -7,7 +7,6 @@ functions here only rearrange tensors, so they serve weights and an optimizer's 
 Shapes, by suffix: E experts, D model width, F hidden width, G virtual experts that a dense MLP is split into.
 """
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -30,8 +29,8 @@ class MlpLayout:
         fc1: names of the first linear layer; two for a gated MLP with gate and value apart, the gate first.
         fc2: name of the second linear layer.
         act: name of the activation.
-        norm: name of the norm of the hidden units, which may be an identity.
-        drop: name of the dropout after the activation.
+        norm: name of the norm of the hidden units; None: there is none.
+        drop: name of the dropout after the activation; None: there is none.
         gated: hidden = act(gate) * value.
         gate_last: one fc1 holds both, the value first.
     """
@@ -39,22 +38,16 @@ class MlpLayout:
     fc1: tuple[str, ...] = ("fc1",)
     fc2: str = "fc2"
     act: str = "act"
-    norm: str | None = "norm"
+    norm: str | None = None
     drop: str | None = "drop1"
     gated: bool = False
     gate_last: bool = False
 
-    def hidden_features(self, mlp: nn.Module) -> int:
-        """F."""
-        return mlp.get_submodule(self.fc2).in_features
-
-    def has_norm(self, mlp: nn.Module) -> bool:
-        """The hidden units are normalised."""
-        return self.norm is not None and not isinstance(mlp.get_submodule(self.norm), nn.Identity)
-
-    def drop_rate(self, mlp: nn.Module) -> float:
-        """Dropout after the activation."""
-        return 0.0 if self.drop is None else mlp.get_submodule(self.drop).p
+    def sources(self, name: str) -> list[str]:
+        """The MLP's tensors that an expert's tensor, such as "fc1.weight", is made of; none for other names."""
+        part, _, kind = name.partition(".")
+        parts = {"fc1": self.fc1, "act": (self.act,), "norm": (self.norm,), "fc2": (self.fc2,)}
+        return [f"{each}.{kind}" for each in parts.get(part, ())]
 
 
 @dataclass(frozen=True)
@@ -63,7 +56,7 @@ class UpcycledFrom:
 
     Attributes:
         layout: of the MLP.
-        skeleton: the MLP without weights.
+        skeleton: the MLP on the meta device, without weights.
         granularity: G, the experts that one MLP was split into.
     """
 
@@ -72,30 +65,26 @@ class UpcycledFrom:
     granularity: int
 
 
-_OPEN_CLIP = MlpLayout(("c_fc",), "c_proj", "gelu", None, None)
-
-
 def mlp_layout(mlp: nn.Module) -> MlpLayout:
     """The layout of timm's `Mlp`, `GluMlp` (SwiGLUPacked) or `SwiGLU`, or of open_clip's MLP.
 
     Raises:
         UpcycleError: for any other module, and for layers that experts do not have; names the class.
     """
-    layout = None
+    names = tuple(name for name, _ in mlp.named_children())
+    norm = "norm" if isinstance(getattr(mlp, "norm", None), nn.Module) else None
+    if norm and isinstance(mlp.norm, nn.Identity):
+        norm = None
     # The classes themselves: a subclass may compute something else.
     if type(mlp) is Mlp:
-        layout = MlpLayout()
+        layout = MlpLayout(norm=norm)
     elif type(mlp) is GluMlp:
-        layout = MlpLayout(gated=True, gate_last=mlp.gate_last)
+        layout = MlpLayout(norm=norm, gated=True, gate_last=mlp.gate_last)
     elif type(mlp) is SwiGLU:
-        layout = MlpLayout(("fc1_g", "fc1_x"), gated=True)
-    elif type(mlp) is nn.Sequential:
-        names = tuple(name for name, _ in mlp.named_children())
-        if names == ("c_fc", "gelu", "c_proj"):
-            layout = _OPEN_CLIP
-        elif names == ("c_fc", "gelu", "ln", "c_proj"):
-            layout = MlpLayout(("c_fc",), "c_proj", "gelu", "ln", None)
-    if layout is None:
+        layout = MlpLayout(("fc1_g", "fc1_x"), norm=norm, gated=True)
+    elif type(mlp) is nn.Sequential and names in (("c_fc", "gelu", "c_proj"), ("c_fc", "gelu", "ln", "c_proj")):
+        layout = MlpLayout(("c_fc",), "c_proj", "gelu", "ln" if "ln" in names else None, drop=None)
+    else:
         raise UpcycleError(
             f"an MLP of class {type(mlp).__name__} has no experts' form here; known are timm's Mlp, GluMlp and SwiGLU "
             "and open_clip's c_fc-gelu-c_proj"
@@ -104,7 +93,7 @@ def mlp_layout(mlp: nn.Module) -> MlpLayout:
         if type(mlp.get_submodule(name)) is not nn.Linear:
             kind = type(mlp.get_submodule(name)).__name__
             raise UpcycleError(f"the layer {name} of an MLP is a {kind}; only nn.Linear can be made into experts")
-    if layout.has_norm(mlp) and not isinstance(mlp.get_submodule(layout.norm), nn.LayerNorm):
+    if layout.norm and not isinstance(mlp.get_submodule(layout.norm), nn.LayerNorm):
         kind = type(mlp.get_submodule(layout.norm)).__name__
         raise UpcycleError(f"the norm inside an MLP is a {kind}; experts know only nn.LayerNorm there")
     act = mlp.get_submodule(layout.act)
@@ -128,7 +117,7 @@ def to_experts(
 
     Args:
         layout: of the MLP.
-        tensors: its tensors by their names there, such as "fc1.weight"; biases and norms may be missing.
+        tensors: its tensors by their names there, such as "fc1.weight"; biases may be missing.
         num_experts: E, a multiple of G.
         granularity: G, expert e holds the hidden units of slice e % G; all keep the whole bias of fc2.
         fc2_scale: factor on the second weight.
@@ -140,7 +129,7 @@ def to_experts(
     G, copies = granularity, num_experts // granularity
     experts = {}
     for kind in ("weight", "bias"):
-        parts = [tensors[f"{name}.{kind}"] for name in layout.fc1 if f"{name}.{kind}" in tensors]
+        parts = [tensors[name] for name in layout.sources(f"fc1.{kind}") if name in tensors]
         if parts:
             if layout.gated and len(parts) == 1:
                 parts = list(parts[0].chunk(2))
@@ -183,19 +172,3 @@ def from_experts(layout: MlpLayout, tensors: Mapping[str, Tensor], fc2_scale: fl
         bias_GD = tensors["fc2.bias"]
         dense[f"{layout.fc2}.bias"] = bias_GD[0] if (bias_GD == bias_GD[0]).all() else bias_GD.mean(dim=0)
     return dense
-
-
-def skeleton(mlp: nn.Module) -> nn.Module:
-    """A copy of a module without its weights (on the meta device), to be made real again by `revive`."""
-    memo = {
-        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-        for parameter in mlp.parameters()
-    }
-    return copy.deepcopy(mlp, memo)
-
-
-def revive(bones: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A module from its skeleton and all its tensors, which must have their final device and type."""
-    mlp = copy.deepcopy(bones)
-    mlp.load_state_dict(tensors, strict=True, assign=True)
-    return mlp

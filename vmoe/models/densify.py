@@ -1,11 +1,12 @@
 """From experts back to one MLP, and fewer experts: the ways out of a sparse model.
 
-Shapes, by suffix: E experts, G virtual experts that a dense MLP was split into, F hidden width, D model width.
+Shapes, by suffix: E experts, G virtual experts that a dense MLP was split into.
 """
 
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from numbers import Integral
 from typing import Any
 
@@ -13,26 +14,16 @@ import torch
 from timm.layers import GluMlp, Mlp
 from torch import Tensor, nn
 
-from vmoe.models import factory
-from vmoe.models.dense_mlp import (
-    UpcycledFrom,
-    UpcycleError,
-    from_experts,
-    mlp_layout,
-    revive,
-    skeleton,
-    stacked_parameters,
-)
-from vmoe.models.spec import model_spec
+from vmoe.models.dense_mlp import UpcycledFrom, UpcycleError, from_experts, mlp_layout, stacked_parameters
+from vmoe.models.flops import evaluation_mode
+from vmoe.models.spec import build_dense, model_spec, on_meta
 from vmoe.models.two_tower import TwoTower
-from vmoe.models.upcycle import layer_settings
 from vmoe.moe import SparseMoE, record_routing
 from vmoe.moe.config import SETTING_NAMES
 
 Usage = Mapping[str, Tensor | Sequence[float]]  # or numpy's arrays
 
 
-@torch.no_grad()
 def measure_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     """How many tokens each expert works on, in eval mode.
 
@@ -49,26 +40,21 @@ def measure_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]
         ValueError: if there is no batch, or the model has no sparse layer.
     """
     usage: dict[str, Tensor] = {}
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for batch in batches:
             if isinstance(batch, Mapping):
                 batch = tuple(batch[key] for key in ("image", "text") if key in batch)
             with record_routing(model) as record:
                 model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
             for name, call in record.calls:
-                rows_E = call.load
-                if _layers(model)[name].router_type == "soft":
-                    rows_E = call.gates[call.mask].sum(0)
+                rows_E = call.gates[call.mask].sum(0) if call.router == "soft" else call.load
                 usage[name] = usage.get(name, 0) + rows_E.double().cpu()
-    finally:
-        model.train(was_training)
     if not usage:
         raise ValueError("no usage to measure: there was no batch, or the model has no sparse layer")
     return usage
 
 
+@torch.no_grad()
 def densify(model: nn.Module, how: str | int = "average", usage: Usage | None = None) -> nn.Module:
     """A dense copy of a sparse model: one MLP in place of each layer's experts. Undoes `upcycle` exactly.
 
@@ -95,13 +81,18 @@ def densify(model: nn.Module, how: str | int = "average", usage: Usage | None = 
                 f"{name} has a shared expert beside the others, which one MLP of their width cannot hold"
             )
         origin = getattr(layer, "upcycled_from", None) or _plain_origin(layer)
-        weight_E = _expert_weights(how, usage, name, layer.num_experts, origin.granularity)
+        G = origin.granularity
+        weight_E = _expert_weights(how, usage, name, layer.num_experts, G)
         stacked = stacked_parameters(layer.experts)
-        tensors = {key: _mix(parameter, weight_E, origin.granularity) for key, parameter in stacked.items()}
-        act = {f"{origin.layout.act}.{key}": t.detach().clone() for key, t in layer.experts.act.state_dict().items()}
-        mlp = revive(origin.skeleton, from_experts(origin.layout, tensors, float(origin.granularity)) | act)
-        _replace(dense, name, mlp.train(layer.training))
-    for attribute in ("no_weight_decay", "group_matcher"):  # what `upcycle` put in the place of the class's own
+        tensors = from_experts(
+            origin.layout, {key: _mean(each, weight_E, G) for key, each in stacked.items()}, float(G)
+        )
+        for key, value in layer.experts.act.state_dict().items():
+            tensors[f"{origin.layout.act}.{key}"] = value.clone()
+        mlp = copy.deepcopy(origin.skeleton)
+        mlp.load_state_dict(tensors, assign=True)
+        dense.set_submodule(name, mlp.train(layer.training))
+    for attribute in ("no_weight_decay", "group_matcher"):  # by which `upcycle` replaced the class's own
         vars(dense).pop(attribute, None)
     if getattr(model, "vmoe_spec", None) is not None:
         _set_dense_spec(dense, model.vmoe_spec, layers)
@@ -131,27 +122,23 @@ def prune_experts(model: nn.Module, keep: int | float, usage: Usage) -> nn.Modul
     keep = int(keep) if keep == int(keep) else keep
     layers = _layers(model)
     pruned = copy.deepcopy(model)
-    fewer: dict[str, dict] = {}
+    changed: dict[str, dict] = {}
     for name, layer in layers.items():
-        E, K, G = layer.num_experts, layer.num_selected_experts, _granularity(layer)
-        number = round(keep * E / G) * G if isinstance(keep, float) and keep < 1 else keep
-        least = K if layer.router_type == "top_k" else 1
-        if isinstance(number, float) or not least <= number <= E or number % G:
-            what = f"{number} experts" if number == keep else f"{keep}, that is {number} experts,"
-            raise ValueError(f"keep={what} does not suit {name}: it needs {least}..{E}, in steps of {G}")
-        used_G = _usage(usage, name, [E]).view(-1, G).sum(1)
+        G = layer.upcycled_from.granularity if hasattr(layer, "upcycled_from") else 1
+        number = _number_to_keep(layer, keep, G, name)
+        used_G = _usage(usage, name, [layer.num_experts]).view(-1, G).sum(1)
         groups = used_G.argsort(descending=True, stable=True)[: number // G].sort().values
-        kept = (groups[:, None] * G + torch.arange(G)).flatten()
-        smaller = _pruned_layer(layer, kept)
-        _replace(pruned, name, smaller)
-        old, new = layer_settings(layer), layer_settings(smaller)
-        changed = ("num_experts", "num_slots", "global_entropy_min_experts")
-        # The slots are said even if they are as before: else they would follow from the number of experts.
-        fewer[_tower(model, name)] = {
-            key: new[key] for key in changed if new[key] is not None and (key != changed[-1] or new[key] != old[key])
-        }
+        smaller = _pruned_layer(layer, (groups[:, None] * G + torch.arange(G)).flatten())
+        pruned.set_submodule(name, smaller)
+        old, new = layer.settings, smaller.settings
+        settings = {"num_experts": new.num_experts}
+        if new.num_slots is not None:  # else they would follow from the number of experts
+            settings["num_slots"] = new.num_slots
+        if new.global_entropy_min_experts != old.global_entropy_min_experts:
+            settings["global_entropy_min_experts"] = new.global_entropy_min_experts
+        changed[_tower(model, name)] = settings
     if getattr(model, "vmoe_spec", None) is not None:
-        _set_pruned_spec(pruned, model.vmoe_spec, fewer)
+        _set_pruned_spec(pruned, model.vmoe_spec, changed)
     return pruned
 
 
@@ -162,16 +149,6 @@ def _layers(model: nn.Module) -> dict[str, SparseMoE]:
     if not layers:
         raise UpcycleError(f"{type(model).__name__} has no sparse layer")
     return layers
-
-
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
-
-
-def _granularity(layer: SparseMoE) -> int:
-    origin = getattr(layer, "upcycled_from", None)
-    return 1 if origin is None else origin.granularity
 
 
 def _usage(usage: Usage | None, name: str, numbers: Iterable[int]) -> Tensor:
@@ -190,71 +167,6 @@ def _usage(usage: Usage | None, name: str, numbers: Iterable[int]) -> Tensor:
     if not (used_E.isfinite() & (used_E >= 0)).all():
         raise UpcycleError(f"usage of {name} must be finite and >= 0, got {used_E.tolist()}")
     return used_E
-
-
-# --- how to build it again -------------------------------------------------------------------------------------------
-
-
-def _tower(model: nn.Module, layer: str) -> str:
-    """The tower that holds a layer, as a two-tower model's settings call it; "" for a model that is one tower."""
-    if not isinstance(model, TwoTower):
-        return ""
-    return "image" if layer.startswith("visual.") else "text"
-
-
-def _merge(kwargs: dict, tower: str, settings: dict, without: frozenset = frozenset()) -> dict:
-    """Arguments of a model with other settings of one of its towers."""
-    own = (kwargs.get(tower) or {}) if tower else kwargs
-    own = {**{key: value for key, value in own.items() if key not in without}, **settings}
-    return {**kwargs, tower: own} if tower else own
-
-
-def _set_dense_spec(dense: nn.Module, spec: dict, layers: dict[str, SparseMoE]) -> None:
-    """`vmoe_spec` of a densified model: that of the dense twin, or None if no settings give its MLPs."""
-    kwargs, upcycled, ratios = spec["kwargs"], (spec.get("upcycle") or {}).get("tower"), {}
-    for name, layer in layers.items():
-        tower = _tower(dense, name)
-        if upcycled is None or (tower and upcycled not in (tower, "both")):
-            kwargs = _merge(kwargs, tower, {"num_experts": 0}, without=SETTING_NAMES)
-        if layer.settings.expert_width is not None:
-            ratios[tower] = layer.settings.expert_width / layer.experts.fc1.weight.shape[2]
-    wide = kwargs
-    for tower, ratio in ratios.items():
-        wide = _merge(wide, tower, {"mlp_ratio": ratio})
-    for candidate in (kwargs, wide):
-        dense.vmoe_spec = {"name": spec["name"], "kwargs": candidate}
-        if _mlp_shapes(_twin(dense)) == _mlp_shapes(dense):
-            return
-    dense.vmoe_spec = None
-    dense.vmoe_no_spec = f"densify gave it MLPs of a width or form that no settings of {spec['name']} give"
-
-
-def _twin(model: nn.Module) -> nn.Module:
-    spec = model_spec(model)
-    with torch.device("meta"):
-        return factory.create_model(**{"name": spec["name"], **spec["kwargs"]})
-
-
-def _mlp_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in model.named_parameters() if "mlp." in name}
-
-
-def _set_pruned_spec(pruned: nn.Module, spec: dict, fewer: dict[str, dict]) -> None:
-    """`vmoe_spec` of a pruned model, from the new settings of each tower's layers; None if no settings say them."""
-    kwargs, upcycled = spec["kwargs"], spec.get("upcycle")
-    again = {}
-    for tower, settings in fewer.items():
-        if upcycled is None or (tower and upcycled["tower"] not in (tower, "both")):
-            kwargs = _merge(kwargs, tower, settings)
-        else:
-            again[tower] = settings
-    if len({tuple(settings.items()) for settings in again.values()}) > 1:
-        pruned.vmoe_spec = None
-        pruned.vmoe_no_spec = f"its towers were upcycled together, and prune_experts left them different: {again}"
-        return
-    pruned.vmoe_spec = {**spec, "kwargs": kwargs}
-    if again:
-        pruned.vmoe_spec["upcycle"] = {**upcycled, **next(iter(again.values()))}
 
 
 # --- dense -----------------------------------------------------------------------------------------------------------
@@ -277,86 +189,128 @@ def _expert_weights(how: str | int, usage: Usage | None, name: str, num_experts:
     raise ValueError(f"how must be 'average', 'weighted' or the index of an expert, got {how!r}")
 
 
-def _mix(stacked: nn.Parameter, weight_E: Tensor, granularity: int) -> nn.Parameter:
-    """Weighted mean over the copies, (E, ...) -> (G, ...).
-
-    In float64, so that the mean of equal copies is the copy itself.
-    """
-    copies = stacked.detach().double().unflatten(0, (-1, granularity))
-    mixed = torch.tensordot(weight_E.to(copies.device), copies, dims=1)
-    return mixed.to(stacked.dtype)
+def _mean(stacked: Tensor, weight_E: Tensor, granularity: int) -> Tensor:
+    """Weighted mean over the copies, (E, ...) -> (G, ...); in float64, so that equal copies have themselves as mean."""
+    copies = stacked.double().unflatten(0, (-1, granularity))
+    return torch.tensordot(weight_E.to(copies.device), copies, dims=1).to(stacked.dtype)
 
 
 def _plain_origin(layer: SparseMoE) -> UpcycledFrom:
     """What the experts of a model that was never dense would be as one MLP."""
     experts = layer.experts
-    like = {"device": experts.fc1.weight.device, "dtype": experts.fc1.weight.dtype}
-    width, hidden = experts.fc1.weight.shape[2], experts.fc1.weight.shape[1]
-    norm = None
-    if experts.norm is not None:
-        bias = experts.norm.bias is not None
-        norm = lambda features, **kw: nn.LayerNorm(features, experts.norm.eps, bias=bias, **kw)  # noqa: E731
-    extra = {"gate_last": False} if experts.gated else {}
+    norm = experts.norm
     mlp = (GluMlp if experts.gated else Mlp)(
-        width,
-        hidden,
+        layer.in_features,
+        experts.fc1.weight.shape[1],
         layer.out_features,
         act_layer=lambda: copy.deepcopy(experts.act),
-        norm_layer=norm,
+        norm_layer=norm and (lambda width, **kw: nn.LayerNorm(width, norm.eps, bias=norm.bias is not None, **kw)),
         bias=(experts.fc1.bias is not None, experts.fc2.bias is not None),
         drop=(experts.drop.p, 0.0),
-        **extra,
-        **like,
+        device="meta",
+        **({"gate_last": False} if experts.gated else {}),
     )
-    parameters = dict(experts.named_parameters())
     for name, parameter in mlp.named_parameters():
-        parameter.requires_grad_(parameters[name].requires_grad)
-    return UpcycledFrom(mlp_layout(mlp), skeleton(mlp), 1)
+        parameter.requires_grad_(experts.get_parameter(name).requires_grad)
+    return UpcycledFrom(mlp_layout(mlp), mlp, 1)
 
 
 # --- fewer experts ---------------------------------------------------------------------------------------------------
 
 
+def _number_to_keep(layer: SparseMoE, keep: int | float, granularity: int, name: str) -> int:
+    E, G = layer.num_experts, granularity
+    number = round(keep * E / G) * G if isinstance(keep, float) and keep < 1 else keep
+    least = layer.num_selected_experts if layer.router_type == "top_k" else 1
+    if isinstance(number, float) or not least <= number <= E or number % G:
+        what = f"{number} experts" if number == keep else f"{keep}, that is {number} experts,"
+        raise ValueError(f"keep={what} does not suit {name}: it needs {least}..{E}, in steps of {G}")
+    return number
+
+
 def _pruned_layer(layer: SparseMoE, kept: Tensor) -> SparseMoE:
     """The layer with some of its experts, in the order of `kept`."""
-    experts, E = layer.experts, layer.num_experts
-    settings = {**layer_settings(layer), "num_experts": len(kept)}
-    settings["num_selected_experts"] = min(settings["num_selected_experts"], len(kept))
-    settings["global_entropy_min_experts"] = _at_most(settings["global_entropy_min_experts"], len(kept))
-    norm = experts.norm
+    E, number = layer.num_experts, len(kept)
+    settings = asdict(layer.settings) | {"num_experts": number}
+    settings["num_selected_experts"] = min(settings["num_selected_experts"], number)
+    least = settings["global_entropy_min_experts"]
+    if isinstance(least, dict):
+        settings["global_entropy_min_experts"] = {name: min(value, number) for name, value in least.items()}
+    elif least is not None:
+        settings["global_entropy_min_experts"] = min(least, number)
     pruned = type(layer)(
-        experts.fc1.weight.shape[2],
-        experts.fc2.weight.shape[2],
-        layer.out_features,
-        act_layer=lambda: copy.deepcopy(experts.act),
-        norm_layer=None if norm is None else lambda width: nn.LayerNorm(width, norm.eps, bias=norm.bias is not None),
-        drop=experts.drop.p,
-        modalities=layer.modalities,
-        device=experts.fc1.weight.device,
-        dtype=experts.fc1.weight.dtype,
-        **settings,
+        layer.in_features, out_features=layer.out_features, modalities=layer.modalities, device="meta", **settings
     )
-    pruned.experts = copy.deepcopy(experts)
-    pruned.experts.num_experts = len(kept)
-    pruned.router = copy.deepcopy(layer.router)
-    if hasattr(pruned.router, "num_experts"):
-        pruned.router.num_experts = len(kept)
-    pruned.shared = copy.deepcopy(layer.shared)
+    pruned.experts, pruned.router, pruned.shared = copy.deepcopy((layer.experts, layer.router, layer.shared))
     if hasattr(layer, "upcycled_from"):
         pruned.upcycled_from = layer.upcycled_from
     for part in (pruned.experts, pruned.router):
+        if hasattr(part, "num_experts"):
+            part.num_experts = number
         for module in part.modules():
-            for key, tensor in list(module.named_parameters(recurse=False)) + list(module.named_buffers(recurse=False)):
-                if tensor.ndim == 0 or tensor.shape[0] != E:
-                    continue
-                rows = tensor.detach()[kept.to(tensor.device)].clone()
-                is_parameter = isinstance(tensor, nn.Parameter)
-                setattr(module, key, nn.Parameter(rows, tensor.requires_grad) if is_parameter else rows)
+            for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                if tensor.ndim and tensor.shape[0] == E:
+                    rows = tensor.detach()[kept.to(tensor.device)]
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    setattr(module, key, nn.Parameter(rows, tensor.requires_grad) if is_parameter else rows)
     return pruned.train(layer.training)
 
 
-def _at_most(least: Any, num_experts: int) -> Any:
-    """A threshold of the global entropy loss that may not exceed the number of experts."""
-    if isinstance(least, Mapping):
-        return {name: _at_most(value, num_experts) for name, value in least.items()}
-    return least if least is None else min(least, num_experts)
+# --- how to build it again -------------------------------------------------------------------------------------------
+
+
+def _tower(model: nn.Module, layer: str) -> str:
+    """The tower that holds a layer, as a two-tower model's settings call it; "" for a model that is one tower."""
+    if not isinstance(model, TwoTower):
+        return ""
+    return "image" if layer.startswith("visual.") else "text"
+
+
+def _merge(kwargs: dict, tower: str, settings: dict) -> dict:
+    """Arguments of a model with other settings of one of its towers."""
+    return {**kwargs, tower: {**(kwargs.get(tower) or {}), **settings}} if tower else {**kwargs, **settings}
+
+
+def _was_upcycled(spec: dict, tower: str) -> bool:
+    """Whether it is `upcycle` that makes the layers of a tower sparse, and not the model's arguments."""
+    return "upcycle" in spec and (not tower or spec["upcycle"]["tower"] in (tower, "both"))
+
+
+def _set_dense_spec(dense: nn.Module, spec: dict, layers: dict[str, SparseMoE]) -> None:
+    """`vmoe_spec` of a densified model: that of the dense baseline, or None if no settings give its MLPs."""
+    kwargs, ratios = spec["kwargs"], {}
+    for name, layer in layers.items():
+        tower = _tower(dense, name)
+        if not _was_upcycled(spec, tower):
+            own = (kwargs.get(tower) or {}) if tower else kwargs
+            own = {key: value for key, value in own.items() if key not in SETTING_NAMES}
+            kwargs = _merge({**kwargs, tower: own} if tower else own, tower, {"num_experts": 0})
+        if layer.settings.expert_width is not None:
+            ratios[tower] = layer.settings.expert_width / layer.in_features
+    wide = kwargs
+    for tower, ratio in ratios.items():
+        wide = _merge(wide, tower, {"mlp_ratio": ratio})
+    for candidate in (kwargs, wide):
+        dense.vmoe_spec = {"name": spec["name"], "kwargs": candidate}
+        if _mlp_shapes(on_meta(build_dense, model_spec(dense))) == _mlp_shapes(dense):
+            return
+    dense.vmoe_spec = None
+    dense.vmoe_no_spec = f"densify gave it MLPs of a width or form that no settings of {spec['name']} give"
+
+
+def _mlp_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters() if "mlp." in name}
+
+
+def _set_pruned_spec(pruned: nn.Module, spec: dict, changed: dict[str, dict]) -> None:
+    """`vmoe_spec` of a pruned model, from the new settings of each tower's layers; None if no settings say them."""
+    upcycled = [settings for tower, settings in changed.items() if _was_upcycled(spec, tower)]
+    for tower, settings in changed.items():
+        if not _was_upcycled(spec, tower):
+            spec = {**spec, "kwargs": _merge(spec["kwargs"], tower, settings)}
+    if upcycled:
+        spec = {**spec, "upcycle": {**spec["upcycle"], **upcycled[0]}}
+    pruned.vmoe_spec = spec
+    if any(settings != upcycled[0] for settings in upcycled):
+        pruned.vmoe_spec = None
+        pruned.vmoe_no_spec = "its towers were upcycled together, and prune_experts left them different"

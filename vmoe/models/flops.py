@@ -1,14 +1,15 @@
-"""Size and cost of a model: parameters, those that one token uses, and the products of a forward pass."""
+"""Size and cost of a model: parameters, those that one token uses, and the operations of a forward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapper
 
-from vmoe.evaluation.inference import evaluating
+from vmoe.models.factory import is_contrastive, preprocess_config
 from vmoe.moe import SparseMoE
 from vmoe.moe.quantize import WeightOnlyLinear
 
@@ -18,6 +19,19 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
         model = inner
     return model
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; each module's own mode is restored after, as frozen parts may be in eval."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -36,7 +50,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def _numbers(module: nn.Module) -> int:
-    """Parameters, also those that `vmoe.quantize_experts` made buffers of; scales are none."""
+    """Parameters, also those that `vmoe.quantize_experts` made buffers of, without their scales."""
     stored = sum(part.stored.numel() for part in module.modules() if isinstance(part, WeightOnlyLinear))
     return stored + sum(parameter.numel() for parameter in module.parameters())
 
@@ -69,8 +83,8 @@ for _name in ("_scaled_dot_product_flash_attention{}", "_scaled_dot_product_flas
 def forward_flops(call: Callable[[], object]) -> int:
     """Floating-point operations of a call, a multiply-add counted as two.
 
-    Counts products (linear layers, attention, convolutions, the gate, the experts), not element-wise work. An
-    expert's product counts the rows routed to it, once each.
+    Counts matrix multiplications (linear layers, attention, convolutions, the gate, the experts), not element-wise
+    work. An expert counts the rows routed to it, once each.
     """
     counter = FlopCounterMode(display=False)
     with counter:
@@ -79,7 +93,7 @@ def forward_flops(call: Callable[[], object]) -> int:
 
 
 def model_profile(model: nn.Module) -> dict[str, int | float]:
-    """Parameters and cost of one picture (and one caption) in evaluation mode.
+    """Parameters and cost of one image (and one caption) in evaluation mode.
 
     Args:
         model: a classifier, or a contrastive model with `encode_image` and `encode_text`; runs where it is, also on the
@@ -88,20 +102,16 @@ def model_profile(model: nn.Module) -> dict[str, int | float]:
     Returns:
         "parameters_total" and "parameters_active" (see :func:`count_parameters`); "gflops_per_image" and, for a
         contrastive model, "gflops_per_text": the forward pass of one, in 10^9 floating-point operations (see
-        :func:`forward_flops`). The caption fills the model's context length with words.
+        :func:`forward_flops`). The caption fills the model's context length.
     """
-    from vmoe.models.factory import is_contrastive, preprocess_config
-
     model = unwrapped(model)
     total, active = count_parameters(model)
     parameter = next(model.parameters())
     image: Tensor = parameter.new_zeros(1, *preprocess_config(model)["input_size"])
-    result: dict[str, int | float] = {"parameters_total": total, "parameters_active": active}
-    with evaluating(model, parameter.device):
-        if is_contrastive(model):
-            text = torch.ones(1, model.context_length, dtype=torch.long, device=parameter.device)
-            result["gflops_per_image"] = forward_flops(lambda: model.encode_image(image)) / 1e9
-            result["gflops_per_text"] = forward_flops(lambda: model.encode_text(text)) / 1e9
-        else:
-            result["gflops_per_image"] = forward_flops(lambda: model(image)) / 1e9
-    return result
+    calls = {"image": lambda: model(image)}
+    if is_contrastive(model):
+        text = torch.ones(1, model.context_length, dtype=torch.long, device=parameter.device)
+        calls = {"image": lambda: model.encode_image(image), "text": lambda: model.encode_text(text)}
+    with evaluation_mode(model):
+        costs = {f"gflops_per_{what}": forward_flops(call) / 1e9 for what, call in calls.items()}
+    return {"parameters_total": total, "parameters_active": active, **costs}

@@ -1,30 +1,22 @@
 """Sparse upcycling: a dense transformer whose MLPs become experts that start as copies of them (arXiv 2212.05055).
 
-With the weights of a token's experts divided by their sum, and room for every token, the sparse model computes at its
-start what the dense one does. `vmoe.models.densify` is the way back.
+With the weights of a token's experts divided by their sum, and capacity for every token, the sparse model computes at
+first what the dense one does. `vmoe.models.densify` is the way back.
 
 Shapes, by suffix: E experts, D model width, F hidden width, G virtual experts that a dense MLP is split into.
 """
 
 import copy
-import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from vmoe.models.dense_mlp import (
-    MlpLayout,
-    UpcycledFrom,
-    UpcycleError,
-    mlp_layout,
-    skeleton,
-    stacked_parameters,
-    to_experts,
-)
+from vmoe.models.dense_mlp import MlpLayout, UpcycledFrom, UpcycleError, mlp_layout, stacked_parameters, to_experts
 from vmoe.models.limoe import LIMoE
 from vmoe.models.spec import build_dense, live_settings, model_spec, with_slots
 from vmoe.models.two_tower import TwoTower
@@ -35,7 +27,7 @@ from vmoe.moe.config import SETTING_NAMES, with_preset
 TOWERS = ("image", "text", "both")
 # As in the upcycling paper, section A.1.1; small, so that at first all experts are nearly as probable.
 ROUTER_STD = 0.02
-# A fresh router is far from balanced; with less room, training would start by losing much of the dense model.
+# A fresh router is far from balanced; with less capacity, training would start by losing much of the dense model.
 CAPACITY_FACTOR = 2.0
 
 
@@ -66,17 +58,17 @@ def upcycle(
         num_selected_experts: K, by default the preset's or 2 (times `granularity`). With K = 1 and normalised weights
             the loss of the task gives the router no gradient, only the auxiliary losses do.
         tower: of a model with two towers: "image", "text" or "both".
-        granularity: G, each MLP is split into G experts of F/G hidden units; the routers' rows are such that at first
-            all G of a copy are chosen together (virtual groups, arXiv 2410.07524). E and K must be multiples of G. The
-            default of `noise_std` is 0 then: noise would tear the groups apart.
+        granularity: G, each MLP is split into G experts of F/G hidden units; at first all G of a copy are chosen
+            together (virtual groups, arXiv 2410.07524). E and K must be multiples of G. `noise_std` is 0 by default
+            then: noise would separate the groups.
         expert_noise: standard deviation of the normal noise on the experts' weights, in standard deviations of each
             weight.
         reinit: share r of the hidden units that each expert draws anew, from normal distributions with the mean and
             standard deviation of the weights that they replace (Drop-Upcycling, arXiv 2502.19261: 0.5).
         **settings: of `vmoe.moe.config.RoutingSettings`, and `router_preset`. The defaults here:
             normalize_weights=True and capacity_factor=2.0 (no limit in open_clip's text towers, where padding would
-            take the words' room); a dense LIMoE or V-MoE has its class's own for the rest. A shared expert starts with
-            zero output. `expert_mlp` is that of the model.
+            take the tokens' capacity); a dense LIMoE or V-MoE has its class's own for the rest. A shared expert starts
+            with zero output. `expert_mlp` is that of the model.
 
     Returns:
         A new model of the same class, dtype, device, training mode and frozen parameters. If the dense model was made
@@ -87,101 +79,47 @@ def upcycle(
         ValueError: for a setting out of range.
     """
     _check(model, tower, granularity, expert_noise, reinit, settings)
-    layers, granularity = block_choice(layers), int(granularity)
+    layers, granularity = _block_choice(layers), int(granularity)
     given = {"num_experts": num_experts, "num_selected_experts": num_selected_experts}
     user = {**{name: value for name, value in given.items() if value is not None}, **settings}
-    settings = routing_settings(user, granularity)
+    settings = _routing_settings(user, granularity)
     if settings["router"] == "top_k" and settings["num_selected_experts"] == 1 and settings.get("normalize_weights"):
         warnings.warn(
             "upcycle: with num_selected_experts=1 and normalised weights only the auxiliary losses train the router; "
             "choose 2 experts, or normalize_weights=False, which changes the outputs",
             stacklevel=2,
         )
-    places = mlp_places(model, tower, layers)
-    spec = dense_spec(model)
-    family = _family_layers(model, spec, settings, tower, layers)
-    twice = "upcycle" in (spec or {})
-    if twice:
-        spec = None
-    elif family is not None and granularity == 1:
-        spec = family[1]
-    elif spec is not None:
-        words = {"layers": layers, "tower": tower}
-        spec = {**spec, "upcycle": {**words, "granularity": granularity, **settings}}
-
+    chosen = _chosen_mlps(model, tower, layers)
+    spec = _dense_spec(model)
+    family = _family(model, spec, {**settings, "moe_layers": layers}, tower)
     sparse = copy.deepcopy(model)
-    for name, is_text in places:
+    for name, is_text in chosen:
         mlp = sparse.get_submodule(name)
-        own = {**settings, "modalities": ("text" if is_text else "image",)} if family is None else family[0][name]
+        own = {**settings, "modalities": ("text" if is_text else "image",)} if family is None else family[1][name]
         if is_text and isinstance(mlp, nn.Sequential) and "capacity_factor" not in user and own["router"] == "top_k":
             own = {**own, "capacity_factor": None}
         try:
             layer = _sparse_layer(mlp, own, granularity, sparse, name)
-            _perturb(layer, mlp_layout(mlp), expert_noise, reinit)
         except UpcycleError as error:
             raise UpcycleError(f"{type(model).__name__}.{name}: {error}") from None
-        parent, _, child = name.rpartition(".")
-        setattr(sparse.get_submodule(parent), child, layer)
+        _perturb(layer, expert_noise, reinit)
+        sparse.set_submodule(name, layer)
     _keep_parameter_groups(model, sparse)
     for attribute in ("vmoe_spec", "vmoe_built"):
         vars(sparse).pop(attribute, None)
-    if twice:
+    if "upcycle" in (spec or {}):
         sparse.vmoe_no_spec = "its towers were upcycled one after the other; upcycle both in one call"
-    if spec is not None:
-        sparse.vmoe_spec, sparse.vmoe_built = _with_fixed_slots(sparse, spec), live_settings(sparse)
+    elif family is not None and granularity == 1:
+        sparse.vmoe_spec = {**family[0], "kwargs": with_slots(sparse, family[0]["kwargs"])}
+    elif spec is not None:
+        words = {"layers": layers, "tower": tower, "granularity": granularity}
+        sparse.vmoe_spec = {**spec, "upcycle": {**words, **settings, **_same_slots(sparse)}}
+    if hasattr(sparse, "vmoe_spec"):
+        sparse.vmoe_built = live_settings(sparse)
     return sparse
 
 
-def _with_fixed_slots(sparse: nn.Module, spec: dict) -> dict:
-    """A specification with the slots of soft routers, which would otherwise follow from an image size that may change.
-
-    Two towers whose layers were given different slots keep the rule.
-    """
-    if "upcycle" not in spec:
-        return {**spec, "kwargs": with_slots(sparse, spec["kwargs"])}
-    layers = [module for module in sparse.modules() if isinstance(module, SparseMoE)]
-    slots = {layer.router.slots.shape[1] for layer in layers if layer.router_type == "soft"}
-    return spec if len(slots) != 1 else {**spec, "upcycle": {**spec["upcycle"], "num_slots": slots.pop()}}
-
-
-@dataclasses.dataclass
-class LayerGroups:
-    """A `group_matcher` for timm's layer decay by a table.
-
-    Attributes:
-        layer_of: {name of a parameter: number of its layer, from the bottom}.
-    """
-
-    layer_of: dict[str, int]
-
-    def __call__(self, coarse: bool = False) -> Callable[[str], int]:
-        """A function of a name; names that are not in the table belong to the last layer."""
-        return lambda name: self.layer_of.get(name, max(self.layer_of.values()))
-
-
-def _keep_parameter_groups(dense: nn.Module, sparse: nn.Module) -> None:
-    """Let timm's optimizers treat experts as they treat the MLPs that they were copied from.
-
-    Weight decay goes by the number of axes, and a stacked bias has one more; so `no_weight_decay` names those. Layer
-    decay goes by names, where the model has a `group_matcher`; else timm counts parameters, and what that gave is kept.
-    """
-    from timm.optim import auto_group_layers
-
-    own = getattr(sparse, "no_weight_decay", set)()
-    if not without_decay(sparse) <= own:
-        sparse.no_weight_decay = partial(set, frozenset(own | without_decay(sparse)))
-    if hasattr(dense, "group_matcher"):
-        return
-    layer_of = auto_group_layers(dense)
-    for name, layer in sparse.named_modules():
-        if isinstance(layer, SparseMoE):
-            layout = layer.upcycled_from.layout
-            last = layer_of[f"{name}.{layout.fc2}.weight"]
-            parts = {"fc1": layout.fc1[-1], "act": layout.act, "norm": layout.norm, "fc2": layout.fc2}
-            for key, _ in layer.named_parameters():
-                *_, part, kind = key.split(".")
-                layer_of[f"{name}.{key}"] = layer_of.get(f"{name}.{parts.get(part)}.{kind}", last)
-    sparse.group_matcher = LayerGroups(layer_of)
+# --- settings --------------------------------------------------------------------------------------------------------
 
 
 def _check(model: nn.Module, tower: str, granularity: int, expert_noise: float, reinit: float, settings: dict) -> None:
@@ -206,12 +144,8 @@ def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def block_choice(layers: str | Iterable[int]) -> str | list[int]:
-    """`layers` as a word or a list of whole numbers, of which whole floats and numpy's numbers are some.
-
-    Raises:
-        ValueError: for anything else.
-    """
+def _block_choice(layers: str | Iterable[int]) -> str | list[int]:
+    """`layers` as a word or a list of whole numbers, which may be floats or numpy's numbers."""
     if isinstance(layers, str):
         return layers
     try:
@@ -225,7 +159,7 @@ def block_choice(layers: str | Iterable[int]) -> str | list[int]:
     return blocks
 
 
-def routing_settings(user: dict, granularity: int) -> dict:
+def _routing_settings(user: dict, granularity: int) -> dict:
     """The settings of `upcycle`: its defaults, then the preset's, then the user's."""
     G = granularity
     defaults = {
@@ -252,12 +186,12 @@ def routing_settings(user: dict, granularity: int) -> dict:
     return settings
 
 
-# --- where the MLPs are ----------------------------------------------------------------------------------------------
+# --- which MLPs ------------------------------------------------------------------------------------------------------
 
 
-def mlp_places(model: nn.Module, tower: str, layers: str | Sequence[int]) -> list[tuple[str, bool]]:
-    """[(name of an MLP, it is in a text tower of open_clip)] of the chosen blocks, in the model's order."""
-    places = []
+def _chosen_mlps(model: nn.Module, tower: str, layers: str | Sequence[int]) -> list[tuple[str, bool]]:
+    """[(name of an MLP, it is in a text tower)] of the chosen blocks, in the model's order."""
+    chosen = []
     for root, is_text in _towers(model, tower):
         names = block_mlps(model.get_submodule(root), root)
         if not names:
@@ -270,13 +204,13 @@ def mlp_places(model: nn.Module, tower: str, layers: str | Sequence[int]) -> lis
         if any(isinstance(model.get_submodule(name), SparseMoE) for name in names):
             raise UpcycleError(f"{type(model).__name__} is sparse already; make it dense first with vmoe.densify")
         try:
-            chosen = sparse_blocks(layers, len(names))
+            blocks = sparse_blocks(layers, len(names))
         except ValueError as error:
             raise ValueError(str(error).replace("moe_layers", "layers")) from None
-        places += [(names[index], is_text) for index in chosen]
-    if not places:
+        chosen += [(names[index], is_text) for index in blocks]
+    if not chosen:
         raise ValueError(f"layers chooses no block, got {layers!r}")
-    return places
+    return chosen
 
 
 def _towers(model: nn.Module, tower: str) -> list[tuple[str, bool]]:
@@ -285,11 +219,10 @@ def _towers(model: nn.Module, tower: str) -> list[tuple[str, bool]]:
         if tower == "text":
             raise ValueError(f"tower='text' needs a model with two towers, and {type(model).__name__} has one")
         return [("", False)]
-    text = (
-        "text" if isinstance(getattr(model, "text", None), nn.Module) else "transformer"
-    )  # open_clip's CLIP unpacks it
-    return [(root, is_text) for root, is_text, word in (("visual", False, "image"), (text, True, "text"))
-            if tower in (word, "both")]  # fmt: skip
+    # open_clip's CLIP has the parts of its text tower beside each other
+    text = "text" if isinstance(getattr(model, "text", None), nn.Module) else "transformer"
+    towers = {"image": [("visual", False)], "text": [(text, True)]}
+    return towers.get(tower, towers["image"] + towers["text"])
 
 
 def block_mlps(tower: nn.Module, prefix: str = "") -> list[str]:
@@ -297,13 +230,13 @@ def block_mlps(tower: nn.Module, prefix: str = "") -> list[str]:
     blocks = getattr(tower, "blocks", None)
     if isinstance(blocks, nn.Module):  # not the class-attention blocks of CaiT and XCiT, which see one token
         tower, prefix = blocks, f"{prefix}.blocks".lstrip(".")
-    names = []
-    for name, module in tower.named_modules(prefix=prefix):
-        if isinstance(module, (nn.ModuleList, nn.Sequential)):
-            for child_name, child in module.named_children():
-                if isinstance(getattr(child, "mlp", None), nn.Module):
-                    names.append(".".join(part for part in (name, child_name, "mlp") if part))
-    return names
+    return [
+        ".".join(part for part in (name, child_name, "mlp") if part)
+        for name, module in tower.named_modules(prefix=prefix)
+        if isinstance(module, (nn.ModuleList, nn.Sequential))
+        for child_name, child in module.named_children()
+        if isinstance(getattr(child, "mlp", None), nn.Module)
+    ]
 
 
 # --- one layer -------------------------------------------------------------------------------------------------------
@@ -320,63 +253,57 @@ class OpenClipMoE(SparseMoE):
 
 def _sparse_layer(mlp: nn.Module, settings: dict, granularity: int, model: nn.Module, name: str) -> SparseMoE:
     """The sparse layer in place of an MLP."""
-    layout = mlp_layout(mlp)
-    F, G = layout.hidden_features(mlp), granularity
-    if F % G:
-        raise UpcycleError(f"granularity={G} must divide the hidden width {F} of the MLP")
-    if G > 1 and layout.has_norm(mlp):
+    layout, G = mlp_layout(mlp), granularity
+    act, fc2 = mlp.get_submodule(layout.act), mlp.get_submodule(layout.fc2)
+    norm = mlp.get_submodule(layout.norm) if layout.norm else None
+    if fc2.in_features % G:
+        raise UpcycleError(f"granularity={G} must divide the hidden width {fc2.in_features} of the MLP")
+    if G > 1 and norm is not None:
         raise UpcycleError(f"granularity={G} cannot split an MLP that normalises its hidden units; use 1")
-    settings = dict(settings)
     owners = [model.get_submodule(name.rsplit(".", n)[0]) for n in range(1, name.count(".") + 1)]
     if settings["router"] != "top_k" and any(getattr(owner, "batch_first", True) is False for owner in owners):
         raise ValueError(f"router={settings['router']!r} needs sequences first: this tower has batch_first=False")
-    act = mlp.get_submodule(layout.act)
     own_mlp = "mlp" if not layout.gated else "geglu" if isinstance(act, nn.GELU) else "swiglu"
-    if settings.setdefault("expert_mlp", own_mlp) != own_mlp:
+    settings = {"expert_mlp": own_mlp, **settings}
+    if settings["expert_mlp"] != own_mlp:
         raise ValueError(
             f"expert_mlp={settings['expert_mlp']!r} does not suit the model, whose MLPs are {own_mlp!r}; leave it out"
         )
-    fc2 = mlp.get_submodule(layout.fc2)
-    norm = mlp.get_submodule(layout.norm) if layout.has_norm(mlp) else None
-    dense = dict(mlp.named_parameters())
-    kind = OpenClipMoE if layout.fc2 == "c_proj" else SparseMoE
-    layer = kind(
+    layer = (OpenClipMoE if layout.fc2 == "c_proj" else SparseMoE)(
         mlp.get_submodule(layout.fc1[0]).in_features,
-        F // G,
+        fc2.in_features // G,
         fc2.out_features,
         act_layer=lambda: copy.deepcopy(act),
         norm_layer=None if norm is None else lambda width, **kw: nn.LayerNorm(width, norm.eps, **kw),
-        drop=layout.drop_rate(mlp),
+        drop=mlp.get_submodule(layout.drop).p if layout.drop else 0.0,
         num_tokens=_num_tokens(model, name),
         device=fc2.weight.device,
         dtype=fc2.weight.dtype,
         **settings,
     )
     layer.experts.act = copy.deepcopy(act)  # of gated MLPs too
-    _load_experts(layer, to_experts(layout, dense, layer.num_experts, G, float(G)))
-    learns = {key: torch.tensor(p.requires_grad, device="cpu").expand(p.shape) for key, p in dense.items()}
-    learns = to_experts(layout, learns, G, G)
-    for key, parameter in stacked_parameters(layer.experts).items():
-        parameter.requires_grad_(bool(learns[key].any()))
+    _load_experts(layer, mlp, layout, G)
     with torch.no_grad():
         if hasattr(layer.router, "weight"):
             nn.init.normal_(layer.router.weight, std=ROUTER_STD)
             # One row for all experts of a virtual group: the top K then takes whole groups.
             layer.router.weight.copy_(layer.router.weight[::G].repeat_interleave(G, dim=0))
-        shared = getattr(layer, "shared", None)
-        if isinstance(shared, nn.Module):
-            for parameter in shared.get_submodule("fc2").parameters():
+        if layer.shared is not None:
+            for parameter in layer.shared.fc2.parameters():
                 parameter.zero_()
-    layer.upcycled_from = UpcycledFrom(layout, skeleton(mlp), G)
+    layer.upcycled_from = UpcycledFrom(layout, copy.deepcopy(mlp).to("meta"), G)
     return layer.train(mlp.training)
 
 
-def _load_experts(layer: SparseMoE, experts: dict[str, Tensor]) -> None:
-    """Put the tensors of `to_experts` into a layer; biases that the MLP lacks are taken out of it."""
+@torch.no_grad()
+def _load_experts(layer: SparseMoE, mlp: nn.Module, layout: MlpLayout, granularity: int) -> None:
+    """Copies an MLP's weights into all experts; biases that it lacks are taken out of them."""
+    dense = dict(mlp.named_parameters())
+    experts = to_experts(layout, dense, layer.num_experts, granularity, float(granularity))
     for name, parameter in stacked_parameters(layer.experts).items():
         if name in experts:
-            with torch.no_grad():
-                parameter.copy_(experts[name])
+            parameter.copy_(experts[name])
+            parameter.requires_grad_(any(dense[source].requires_grad for source in layout.sources(name)))
         else:
             owner, _, kind = name.rpartition(".")
             setattr(layer.experts.get_submodule(owner), kind, None)
@@ -396,23 +323,20 @@ def _num_tokens(model: nn.Module, name: str) -> int | None:
 
 
 @torch.no_grad()
-def _perturb(layer: SparseMoE, layout: MlpLayout, expert_noise: float, reinit: float) -> None:
-    """Noise and re-initialised hidden units, for every expert its own."""
-    if reinit > 0:
-        fc1, fc2 = layer.experts.fc1, layer.experts.fc2
-        F = fc2.weight.shape[2]
-        for expert in range(layer.num_experts):
-            units = torch.randperm(F, device=fc2.weight.device)[: round(reinit * F)]
-            for part in range(2 if layout.gated else 1):
-                rows = units + part * F
-                _redraw(fc1.weight[expert], rows, 0)
-                if fc1.bias is not None:
-                    _redraw(fc1.bias[expert], rows, 0)
-            _redraw(fc2.weight[expert], units, 1)
-    if expert_noise > 0:
-        for weight in (layer.experts.fc1.weight, layer.experts.fc2.weight):
-            spread_E11 = weight.float().flatten(1).std(dim=1)[:, None, None].to(weight.dtype)
-            weight.add_(torch.randn_like(weight) * spread_E11 * expert_noise)
+def _perturb(layer: SparseMoE, expert_noise: float, reinit: float) -> None:
+    """Noise and re-initialised hidden units, different ones for each expert."""
+    fc1, fc2 = layer.experts.fc1, layer.experts.fc2
+    F = fc2.weight.shape[2]
+    for expert in range(layer.num_experts if reinit > 0 else 0):
+        units = torch.randperm(F, device=fc2.weight.device)[: round(reinit * F)]
+        for rows in (units, units + F) if layer.experts.gated else (units,):
+            _redraw(fc1.weight[expert], rows, 0)
+            if fc1.bias is not None:
+                _redraw(fc1.bias[expert], rows, 0)
+        _redraw(fc2.weight[expert], units, 1)
+    for weight in (fc1.weight, fc2.weight) if expert_noise > 0 else ():
+        std_E11 = weight.float().flatten(1).std(dim=1)[:, None, None].to(weight.dtype)
+        weight.add_(torch.randn_like(weight) * std_E11 * expert_noise)
 
 
 def _redraw(tensor: Tensor, index: Tensor, dim: int) -> None:
@@ -422,48 +346,69 @@ def _redraw(tensor: Tensor, index: Tensor, dim: int) -> None:
         tensor.index_copy_(dim, index, (torch.randn_like(old) * old.std() + old.mean()).to(tensor.dtype))
 
 
-# --- models of this package, and files -------------------------------------------------------------------------------
+# --- timm's optimizers, and how to build the model again -------------------------------------------------------------
 
 
-def dense_spec(model: nn.Module) -> dict | None:
-    """{"name", "kwargs"} that build a model again; None if they are not known."""
+def _keep_parameter_groups(dense: nn.Module, sparse: nn.Module) -> None:
+    """Let timm's optimizers treat experts as they treat the MLPs that they were copied from.
+
+    Weight decay goes by the number of axes, and a stacked bias has one more; so `no_weight_decay` names those. Layer
+    decay goes by names, where the model has a `group_matcher`; else timm counts parameters, and what that gave is kept.
+    """
+    from timm.optim import auto_group_layers
+
+    own = getattr(sparse, "no_weight_decay", set)()
+    if not without_decay(sparse) <= own:
+        sparse.no_weight_decay = partial(set, frozenset(own | without_decay(sparse)))
+    if hasattr(dense, "group_matcher"):
+        return
+    layer_of = auto_group_layers(dense)
+    for name, layer in sparse.named_modules():
+        if isinstance(layer, SparseMoE):
+            layout = layer.upcycled_from.layout
+            last = layer_of[f"{name}.{layout.fc2}.weight"]
+            for key, _ in layer.named_parameters():
+                sources = layout.sources(".".join(key.split(".")[-2:])) or [""]
+                layer_of[f"{name}.{key}"] = layer_of.get(f"{name}.{sources[-1]}", last)
+    sparse.group_matcher = partial(_group_matcher, layer_of)
+
+
+def _group_matcher(layer_of: dict[str, int], coarse: bool = False) -> Callable[[str], int]:
+    """A function of a parameter's name; names that are not in the table belong to the last layer."""
+    return lambda name: layer_of.get(name, max(layer_of.values()))
+
+
+def _dense_spec(model: nn.Module) -> dict | None:
     try:
         return model_spec(model)
     except ValueError:
         return None
 
 
-def _family_layers(
-    model: nn.Module, spec: dict | None, settings: dict, tower: str, layers: str | Sequence[int]
-) -> tuple[dict[str, dict], dict] | None:
-    """For a dense model of this package: ({name: a sparse layer's settings}, the sparse model's spec); else None."""
-    kwargs = None if spec is None else sparse_kwargs(model, spec["kwargs"], {**settings, "moe_layers": layers}, tower)
-    if kwargs is None:
+def _same_slots(sparse: nn.Module) -> dict:
+    """The slots of soft routers, which would else follow from an image size that may change.
+
+    Two towers whose layers were given different slots keep the rule.
+    """
+    slots = {layer.settings.num_slots for layer in sparse.modules() if isinstance(layer, SparseMoE)}
+    return {"num_slots": slots.pop()} if len(slots) == 1 and None not in slots else {}
+
+
+def _family(model: nn.Module, spec: dict | None, settings: dict, tower: str) -> tuple[dict, dict[str, dict]] | None:
+    """For a dense model of this package: (the sparse model's spec, {name: a sparse layer's settings}); else None."""
+    # timm.create_model leaves out None; infinity says the same.
+    settings = {k: math.inf if v is None and k.endswith("capacity_factor") else v for k, v in settings.items()}
+    towers = [each for each in ("image", "text") if tower in (each, "both")]
+    if spec is None:
+        return None
+    if isinstance(model, (VisionMoE, LIMoE)):
+        kwargs = {**spec["kwargs"], **settings}
+    elif isinstance(model, TwoTower) and ("image" not in towers or isinstance(model.visual, VisionMoE)):
+        kwargs = {**spec["kwargs"], **{each: {**(spec["kwargs"].get(each) or {}), **settings} for each in towers}}
+    else:
         return None
     spec = {"name": spec["name"], "kwargs": kwargs}
     with torch.device("meta"):
         twin = build_dense(spec)
-    found = {name: layer for name, layer in twin.named_modules() if isinstance(layer, SparseMoE)}
-    return {name: {**layer_settings(layer), "modalities": layer.modalities} for name, layer in found.items()}, spec
-
-
-def sparse_kwargs(model: nn.Module, kwargs: dict, settings: dict, tower: str = "both") -> dict | None:
-    """A model's arguments with other routing settings; None if the model's class has none."""
-    # timm.create_model leaves out None; infinity says the same. JSON has lists only.
-    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
-    settings = {k: math.inf if v is None and k.endswith("capacity_factor") else v for k, v in settings.items()}
-    if isinstance(model, (VisionMoE, LIMoE)):
-        return {**kwargs, **settings}
-    if isinstance(model, TwoTower):
-        towers = [each for each in ("image", "text") if tower in (each, "both")]
-        if "image" not in towers or isinstance(model.visual, VisionMoE):
-            return {**kwargs, **{each: {**(kwargs.get(each) or {}), **settings} for each in towers}}
-    return None
-
-
-def layer_settings(layer: SparseMoE) -> dict:
-    """The routing settings that a layer was made with."""
-    settings = {field.name: getattr(layer.settings, field.name) for field in dataclasses.fields(layer.settings)}
-    if layer.router_type == "soft":
-        settings["num_slots"] = layer.router.slots.shape[1]
-    return settings
+    layers = {name: layer for name, layer in twin.named_modules() if isinstance(layer, SparseMoE)}
+    return spec, {name: {**asdict(layer.settings), "modalities": layer.modalities} for name, layer in layers.items()}
