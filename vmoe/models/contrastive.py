@@ -1,4 +1,4 @@
-"""What image-text models have in common: the learned scale and bias of the logits, and what `forward` returns.
+"""What image-text models have in common: open_clip's interface, with the learned scale and bias of the logits.
 
 Shapes, by suffix: B batch, C embedding width.
 """
@@ -6,13 +6,14 @@ Shapes, by suffix: B batch, C embedding width.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 INIT_LOGIT_SCALE = math.log(1 / 0.07)  # CLIP's (arXiv 2103.00020)
 
 
 class ImageTextModel(nn.Module):
-    """open_clip's interface around `encode_image` and `encode_text`, which a subclass has.
+    """open_clip's interface around `embed_images` and `embed_texts`, which a subclass has.
 
     Args:
         init_logit_scale: initial log of the logit scale.
@@ -34,6 +35,16 @@ class ImageTextModel(nn.Module):
         if self.logit_bias is not None:
             nn.init.constant_(self.logit_bias, float(self.init_logit_bias))
 
+    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+        """(B, 3, H, W) -> (B, C)."""
+        features_BC = self.embed_images(image)
+        return F.normalize(features_BC, dim=-1) if normalize else features_BC
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """(B, L) token ids -> (B, C)."""
+        features_BC = self.embed_texts(text)
+        return F.normalize(features_BC, dim=-1) if normalize else features_BC
+
     def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C)-normalised similarities, scaled: logits per image (B, B) and per text, its transpose."""
         logits = self.logit_scale.exp() * self.encode_image(image, True) @ self.encode_text(text, True).T
@@ -41,8 +52,19 @@ class ImageTextModel(nn.Module):
             logits = logits + self.logit_bias
         return logits, logits.T
 
+    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> tuple | dict[str, Tensor]:
+        """Images (B, 3, H, W), texts (B, L), or both.
+
+        Returns:
+            What open_clip's losses take: (image_features, text_features, logit scale[, logit bias]), features
+            normalised and (B, C) or None; with `output_dict` a dictionary of these names.
+        """
+        image_features = None if image is None else self.encode_image(image, normalize=True)
+        text_features = None if text is None else self.encode_text(text, normalize=True)
+        return self.outputs(image_features, text_features)
+
     def outputs(self, image_features: Tensor | None, text_features: Tensor | None) -> tuple | dict[str, Tensor]:
-        """What open_clip's losses take, from normalised features."""
+        """The result of `forward`, from normalised features."""
         outputs = {
             "image_features": image_features,
             "text_features": text_features,

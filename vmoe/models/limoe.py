@@ -1,9 +1,9 @@
-"""LIMoE: one tower for pictures and text, with experts shared by patches and words (arXiv 2206.02770).
+"""LIMoE: one tower for images and text, with experts shared by patches and text tokens (arXiv 2206.02770).
 
 Read top to bottom, this file is the whole model: embed each modality, run both through the same blocks, pool and
-project each. Attention stays within a picture or a caption; at a sparse layer the tokens of both are routed together.
+project each. Attention stays within an image or a text; at a sparse layer the tokens of both are routed together.
 
-Shapes, by suffix: B batch, P patches, L words (text length), T = P + L, D width, C embedding width.
+Shapes, by suffix: B batch, P patches, L text length, T = P + L, D width, C embedding width.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vmoe.models.contrastive import INIT_LOGIT_SCALE, ImageTextModel
-from vmoe.models.text import attention_bias, check_length, make_blocks, masked_mean, text_mask, text_routing
+from vmoe.models.text import STYLE, attention_bias, check_length, make_blocks, masked_mean, text_mask, text_routing
 from vmoe.models.vision import sparse_blocks, without_decay, without_fused_attention
 from vmoe.moe import SparseMoE
 from vmoe.moe.config import PRESETS
@@ -94,10 +94,10 @@ class LIMoEBlock(Block):
 
 
 class LIMoE(ImageTextModel):
-    """One sparse tower for pictures and text, with open_clip's interface.
+    """One sparse tower for images and text, with open_clip's interface.
 
     Args:
-        img_size: side of the (square) picture in pixels, or (height, width).
+        img_size: side of the (square) image in pixels, or (height, width).
         patch_size: side of a patch in pixels.
         in_chans: channels of the images.
         context_length: L, tokens of text.
@@ -108,14 +108,12 @@ class LIMoE(ImageTextModel):
         depth: number of blocks.
         num_heads: attention heads.
         mlp_ratio: hidden width of an MLP or expert over D.
-        pool: "avg", over patches or real words; or "map", attention pooling, for each modality its own.
+        pool: "avg", over patches or real text tokens; or "map", attention pooling, for each modality its own.
         drop_path_rate: stochastic depth.
-        init_logit_scale: initial log of the logit scale.
-        init_logit_bias: initial logit bias, for the sigmoid loss; None: the model has none.
-        output_dict: `forward` returns a dictionary, as in open_clip.
+        init_logit_scale, init_logit_bias, output_dict: see `ImageTextModel`.
         moe_layers: blocks with experts, see `vmoe.models.vision.sparse_blocks`.
         **routing: routing settings (`vmoe.moe.config.RoutingSettings`, `router_preset`); `num_experts=0` makes the
-            dense twin. The defaults are those of the preset "limoe" with 32 experts and a local entropy loss on text;
+            dense baseline. The defaults are the preset "limoe" with 32 experts and a local entropy loss on text;
             the global entropy loss asks for half of the experts for images and a quarter for text (our choice).
 
     Raises:
@@ -154,8 +152,6 @@ class LIMoE(ImageTextModel):
         settings = text_routing(routing, ROUTING_DEFAULTS)
         if own_preset:
             settings["local_entropy_loss"] = ROUTING_DEFAULTS["local_entropy_loss"]
-        if routing:
-            raise TypeError(f"LIMoE got an unexpected keyword argument {next(iter(routing))!r}")
         num_experts = settings["num_experts"]
         if settings.get("global_entropy_loss") and settings.get("global_entropy_min_experts") is None:
             thresholds = {"image": max(1, num_experts / 2), "text": max(1, num_experts / 4)}
@@ -166,7 +162,6 @@ class LIMoE(ImageTextModel):
         self.eot_token_id = eot_token_id
         self.embed_dim = embed_dim
         self.grad_checkpointing = False
-        norm_layer, act_layer = partial(nn.LayerNorm, eps=1e-6), partial(nn.GELU, "tanh")
 
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, width)
         self.image_pos_embed = nn.Parameter(torch.empty(1, self.patch_embed.num_patches, width))
@@ -176,16 +171,13 @@ class LIMoE(ImageTextModel):
         num_tokens = max(self.patch_embed.num_patches, context_length)
         sparse_mlp = partial(SparseMoE, modalities=MODALITIES, num_tokens=num_tokens, **settings)
         chosen = sparse_blocks(moe_layers, depth) if num_experts else ()
-        sizes = (width, depth, num_heads, mlp_ratio, drop_path_rate)
-        self.blocks = make_blocks(LIMoEBlock, *sizes, norm_layer, act_layer, sparse_mlp, chosen)
-        self.norm = norm_layer(width)
-
-        def pooling() -> nn.Module | None:
-            if pool == "avg":
-                return None
-            return AttentionPoolLatent(width, num_heads=num_heads, norm_layer=norm_layer, act_layer=act_layer)
-
-        self.image_pool, self.text_pool = pooling(), pooling()
+        self.blocks = make_blocks(LIMoEBlock, width, depth, num_heads, mlp_ratio, drop_path_rate, sparse_mlp, chosen)
+        self.norm = STYLE["norm_layer"](width)
+        self.image_pool = self.text_pool = None
+        if pool == "map":
+            self.image_pool, self.text_pool = (
+                AttentionPoolLatent(width, num_heads=num_heads, **STYLE) for _ in MODALITIES
+            )
         if settings.get("backend") == "reference":
             without_fused_attention(self)
         self.image_projection = nn.Linear(width, embed_dim, bias=False)
@@ -229,8 +221,8 @@ class LIMoE(ImageTextModel):
     def tower(self, x_BPD: Tensor | None, x_BLD: Tensor | None, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run the blocks over the tokens of one modality or of both.
 
-        Row b of the sequence is [patches of picture b | words of text b], so that a routing group holds both
-        modalities (as long as `group_size` is not smaller than a row).
+        Row b of the sequence is [patches of image b | tokens of text b], so that a routing group holds both modalities
+        (as long as `group_size` is not smaller than a row).
 
         Returns:
             (B, P, D) and (B, L, D) after the final norm; P or L is 0 for a modality that is not there.
@@ -254,7 +246,7 @@ class LIMoE(ImageTextModel):
         return x_BTD[:, :P], x_BTD[:, P:]
 
     def packs(self, x: Tensor) -> bool:
-        """Padding is left out of the blocks: in training on a CPU, where it saves a tenth of a step and no shape is
+        """Padding is skipped by the blocks: in training on a CPU, where that saves a tenth of a step and no shape is
         fixed. Stochastic depth drops rows, so it needs them."""
         if not self.training or x.device.type != "cpu" or torch.compiler.is_compiling():
             return False
@@ -266,67 +258,51 @@ class LIMoE(ImageTextModel):
         return self.image_projection(pooled_BD)
 
     def text_head(self, x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-        """Pool the real words and project: (B, L, D), (B, L) -> (B, C)."""
+        """Pool the real tokens and project: (B, L, D), (B, L) -> (B, C)."""
         if self.text_pool is None:
             pooled_BD = masked_mean(x_BLD, mask_BL)
         else:
             pooled_BD = self.text_pool(x_BLD, attn_mask=attention_bias(mask_BL, x_BLD.dtype))
         return self.text_projection(pooled_BD)
 
-    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+    def embed_images(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C); only the patches are routed."""
         x_BPD, _ = self.tower(self.embed_image(image), None, None)
-        features_BC = self.image_head(x_BPD)
-        return F.normalize(features_BC, dim=-1) if normalize else features_BC
+        return self.image_head(x_BPD)
 
-    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        """(B, L) token ids -> (B, C); only the words are routed."""
+    def embed_texts(self, text: Tensor) -> Tensor:
+        """(B, L) token ids -> (B, C); only the text tokens are routed."""
         x_BLD, mask_BL = self.embed_text(text)
         _, x_BLD = self.tower(None, x_BLD, mask_BL)
-        features_BC = self.text_head(x_BLD, mask_BL)
-        return F.normalize(features_BC, dim=-1) if normalize else features_BC
+        return self.text_head(x_BLD, mask_BL)
 
     def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> tuple | dict[str, Tensor]:
-        """One pass over pictures and texts; at each sparse layer both compete for the same experts.
-
-        Args:
-            image: (B, 3, H, W), or None.
-            text: (B, L) token ids, or None.
-
-        Returns:
-            What open_clip's losses take: (image_features, text_features, logit scale[, logit bias]), features
-            normalised and (B, C); with `output_dict` a dictionary of these names.
+        """One pass over images and texts, as `ImageTextModel.forward`; pairs compete for the same experts.
 
         Raises:
             ValueError: in training, if the two batches differ in size: pairs are routed together.
         """
-        image_features = text_features = None
-        if image is not None and text is not None and image.shape[0] == text.shape[0]:
-            x_BLD, mask_BL = self.embed_text(text)
-            x_BPD, x_BLD = self.tower(self.embed_image(image), x_BLD, mask_BL)
-            image_features = F.normalize(self.image_head(x_BPD), dim=-1)
-            text_features = F.normalize(self.text_head(x_BLD, mask_BL), dim=-1)
-        elif image is not None and text is not None and self.training:
-            raise ValueError(f"training takes pairs, got {image.shape[0]} images and {text.shape[0]} texts")
-        else:
-            if image is not None:
-                image_features = self.encode_image(image, normalize=True)
-            if text is not None:
-                text_features = self.encode_text(text, normalize=True)
-        return self.outputs(image_features, text_features)
+        if image is None or text is None:
+            return super().forward(image, text)
+        if image.shape[0] != text.shape[0]:
+            if self.training:
+                raise ValueError(f"training takes pairs, got {image.shape[0]} images and {text.shape[0]} texts")
+            return super().forward(image, text)
+        x_BLD, mask_BL = self.embed_text(text)
+        x_BPD, x_BLD = self.tower(self.embed_image(image), x_BLD, mask_BL)
+        features = self.image_head(x_BPD), self.text_head(x_BLD, mask_BL)
+        return self.outputs(*(F.normalize(features_BC, dim=-1) for features_BC in features))
 
     def set_grad_checkpointing(self, enable: bool = True, **kwargs) -> None:
         """Recompute the blocks in the backward pass instead of keeping their activations."""
         self.grad_checkpointing = enable
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Change the picture size; position embeddings are interpolated."""
-        old_size = self.patch_embed.grid_size
+        """Change the image size; position embeddings are interpolated."""
+        old, old_size = self.image_pos_embed, self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size=img_size)
-        resized = resample_abs_pos_embed(
-            self.image_pos_embed, new_size=self.patch_embed.grid_size, old_size=old_size, num_prefix_tokens=0
-        )
-        self.image_pos_embed = nn.Parameter(resized.detach(), requires_grad=self.image_pos_embed.requires_grad)
+        resized = resample_abs_pos_embed(old, self.patch_embed.grid_size, old_size, num_prefix_tokens=0)
+        self.image_pos_embed = nn.Parameter(resized.detach(), old.requires_grad)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -341,25 +317,19 @@ class LIMoE(ImageTextModel):
         }
 
 
+_TINY = {"img_size": 48, "width": 128, "depth": 6, "num_heads": 4, "embed_dim": 128, "context_length": 16}
 _SMALL = {"width": 512, "depth": 8, "num_heads": 8, "embed_dim": 512}
 _BASE = {"width": 768, "depth": 12, "num_heads": 12, "embed_dim": 512}
-_TINY = {
-    "img_size": 48,
-    "width": 128,
-    "depth": 6,
-    "num_heads": 4,
-    "embed_dim": 128,
-    "context_length": 16,
-    "num_experts": 8,
-}
+_LARGE = {"width": 1024, "depth": 24, "num_heads": 16, "embed_dim": 768}
+_HUGE = {"width": 1280, "depth": 32, "num_heads": 16, "embed_dim": 1024}
 LIMOE_CONFIGS: dict[str, dict] = {
-    "limoe_tiny_patch8_48": {"patch_size": 8, **_TINY},
-    "limoe_tiny_patch12_48": {"patch_size": 12, **_TINY},
-    "limoe_small_patch32": {"patch_size": 32, **_SMALL},
-    "limoe_small_patch16": {"patch_size": 16, **_SMALL},
-    "limoe_base_patch32": {"patch_size": 32, **_BASE},
-    "limoe_base_patch16": {"patch_size": 16, **_BASE},
-    "limoe_large_patch32": {"patch_size": 32, "width": 1024, "depth": 24, "num_heads": 16, "embed_dim": 768},
-    "limoe_large_patch16": {"patch_size": 16, "width": 1024, "depth": 24, "num_heads": 16, "embed_dim": 768},
-    "limoe_huge_patch14": {"patch_size": 14, "width": 1280, "depth": 32, "num_heads": 16, "embed_dim": 1024},
+    "limoe_tiny_patch8_48": {**_TINY, "patch_size": 8, "num_experts": 8},
+    "limoe_tiny_patch12_48": {**_TINY, "patch_size": 12, "num_experts": 8},
+    "limoe_small_patch32": {**_SMALL, "patch_size": 32},
+    "limoe_small_patch16": {**_SMALL, "patch_size": 16},
+    "limoe_base_patch32": {**_BASE, "patch_size": 32},
+    "limoe_base_patch16": {**_BASE, "patch_size": 16},
+    "limoe_large_patch32": {**_LARGE, "patch_size": 32},
+    "limoe_large_patch16": {**_LARGE, "patch_size": 16},
+    "limoe_huge_patch14": {**_HUGE, "patch_size": 14},
 }

@@ -1,12 +1,12 @@
 """A transformer over texts, with experts in some blocks: the text tower of a two-tower model.
 
-Words attend to all words of their text, as in the reference (no causal mask).
+Tokens attend to all tokens of their text, as in the reference (no causal mask).
 
-Shapes, by suffix: B batch, L words (text length), D width, C classes (or embedding width).
+Shapes, by suffix: B batch, L text length, D width, C classes (or embedding width).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -28,6 +28,7 @@ ROUTING_DEFAULTS = {"num_experts": 8, "num_selected_experts": 1}
 MAX_CHARACTERS = 2**16  # of a text before it is cleaned, which takes a second for a million
 MAX_TOKEN_CHARACTERS = 32  # of the longest token in CLIP's vocabulary
 POOLS = ("last", "first", "gap", "gmp", "map")
+STYLE = {"norm_layer": partial(nn.LayerNorm, eps=1e-6), "act_layer": partial(nn.GELU, approximate="tanh")}
 
 
 def text_mask(text_BL: Tensor, eot_token_id: int) -> Tensor:
@@ -37,13 +38,7 @@ def text_mask(text_BL: Tensor, eot_token_id: int) -> Tensor:
 
 
 def clean_beginning(clean: Callable[[str], str], context_length: int, text: str) -> str:
-    """What a tokenizer with this context reads of a text: all of it, or a beginning that surely has more tokens.
-
-    Args:
-        clean: the tokenizer's own cleaning of a text.
-        context_length: L.
-        text: of any length.
-    """
+    """What a tokenizer reads of a text, cleaned by `clean`: all, or a beginning that surely fills its context."""
     if len(text) > MAX_CHARACTERS:
         text = " ".join(text.split())[:MAX_CHARACTERS]
     return clean(text)[: (context_length + 2) * (MAX_TOKEN_CHARACTERS + 1)]  # + 1: a space behind a word
@@ -58,16 +53,18 @@ def check_length(text_BL: Tensor, context_length: int) -> None:
         )
 
 
-def attention_bias(mask_BL: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, L) True for real words -> (B, 1, 1, L) to be added to the scores.
+def attention_bias(mask_BL: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """(B, L) True for real tokens -> (B, 1, 1, L) to be added to the scores.
 
     Not a boolean mask: timm's attention adds what it is given where it does not use PyTorch's fused kernel.
     """
+    if mask_BL is None:
+        return None
     return torch.zeros_like(mask_BL, dtype=dtype).masked_fill(~mask_BL, -math.inf)[:, None, None, :]
 
 
 def masked_mean(x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-    """Mean over the real words: (B, L, D), (B, L) -> (B, D)."""
+    """Mean over the real tokens: (B, L, D), (B, L) -> (B, D)."""
     weight_BL1 = (mask_BL / mask_BL.sum(dim=1, keepdim=True)).to(x_BLD.dtype)[..., None]
     return (x_BLD * weight_BL1).sum(dim=1)
 
@@ -75,9 +72,14 @@ def masked_mean(x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
 def text_routing(kwargs: dict, defaults: dict) -> dict:
     """Move the routing settings out of a model's arguments, as `take_routing`, for a model with short sequences.
 
-    A capacity raised to a multiple of four is hardly a choice among a dozen words, so expert choice has the exact one.
+    A capacity raised to a multiple of four is hardly a choice among a dozen tokens: expert choice has the exact one.
+
+    Raises:
+        TypeError: for an argument that is none.
     """
     settings = take_routing(kwargs, defaults)
+    if kwargs:
+        raise TypeError(f"the model got an unexpected keyword argument {next(iter(kwargs))!r}")
     if settings.get("router") == "expert_choice":
         settings.setdefault("capacity_multiple_of", 1)
     return settings
@@ -87,8 +89,8 @@ class TextBlock(Block):
     """timm's pre-norm block, with a mask for attention and experts."""
 
     def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None) -> Tensor:
-        """(B, L, D), and a (B, L) mask that is True for real words (None: all) -> (B, L, D)."""
-        bias = None if mask_BL is None else attention_bias(mask_BL, x_BLD.dtype)
+        """(B, L, D), and a (B, L) mask that is True for real tokens (None: all) -> (B, L, D)."""
+        bias = attention_bias(mask_BL, x_BLD.dtype)
         x_BLD = x_BLD + self.drop_path1(self.ls1(self.attn(self.norm1(x_BLD), attn_mask=bias)))
         h_BLD = self.norm2(x_BLD)
         h_BLD = self.mlp(h_BLD, mask_BL) if isinstance(self.mlp, SparseMoE) else self.mlp(h_BLD)
@@ -96,17 +98,9 @@ class TextBlock(Block):
 
 
 def make_blocks(
-    block: type[Block],
-    width: int,
-    depth: int,
-    num_heads: int,
-    mlp_ratio: float,
-    drop_path_rate: float,
-    norm_layer: Callable,
-    act_layer: Callable,
-    sparse_mlp: Callable,
-    chosen: Sequence[int],
-) -> nn.ModuleList:
+    block: type[Block], width: int, depth: int, num_heads: int, mlp_ratio: float, drop_path_rate: float,
+    sparse_mlp: Callable, chosen: Iterable[int],
+) -> nn.ModuleList:  # fmt: skip
     """The blocks of a transformer, with experts in those of `chosen`; stochastic depth grows linearly."""
     return nn.ModuleList(
         block(
@@ -115,9 +109,8 @@ def make_blocks(
             mlp_ratio=mlp_ratio,
             qkv_bias=True,
             drop_path=drop_path_rate * index / max(1, depth - 1),
-            norm_layer=norm_layer,
-            act_layer=act_layer,
             mlp_layer=sparse_mlp if index in chosen else Mlp,
+            **STYLE,
         )
         for index in range(depth)
     )
@@ -133,7 +126,7 @@ class TextTransformer(nn.Module):
         depth: number of blocks.
         num_heads: attention heads.
         mlp_ratio: hidden width of an MLP or expert over D.
-        num_classes: C, outputs of the last layer `head`; 0: there is none, the pooled features come out.
+        num_classes: C, outputs of the last layer `head`; 0: there is none, the result is the pooled features.
         pool: "last" (the end-of-text token), "first", "gap" (mean), "gmp" (maximum) or "map" (attention pooling).
         eot_token_id: what follows the first of these is padding, hidden from attention, experts and pooling; None:
             every position is read, as in the reference.
@@ -173,8 +166,6 @@ class TextTransformer(nn.Module):
         if width % num_heads:
             raise ValueError(f"width must be a multiple of num_heads, got {width} and {num_heads}")
         settings = text_routing(routing, ROUTING_DEFAULTS)
-        if routing:
-            raise TypeError(f"TextTransformer got an unexpected keyword argument {next(iter(routing))!r}")
         self.vocab_size = vocab_size
         self.context_length = context_length
         self.eot_token_id = eot_token_id
@@ -182,21 +173,16 @@ class TextTransformer(nn.Module):
         self.num_features = self.head_hidden_size = width
         self.pool = pool
         self.grad_checkpointing = False
-        norm_layer = partial(nn.LayerNorm, eps=1e-6)
-        act_layer = partial(nn.GELU, approximate="tanh")
 
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.pos_embed = nn.Parameter(torch.empty(1, context_length, width)) if pos_embed == "learn" else None
         sparse_mlp = partial(SparseMoE, modalities=("text",), num_tokens=context_length, **settings)
         chosen = sparse_blocks(moe_layers, depth) if settings["num_experts"] else ()
-        sizes = (width, depth, num_heads, mlp_ratio, drop_path_rate)
-        self.blocks = make_blocks(TextBlock, *sizes, norm_layer, act_layer, sparse_mlp, chosen)
-        self.norm = norm_layer(width)
+        self.blocks = make_blocks(TextBlock, width, depth, num_heads, mlp_ratio, drop_path_rate, sparse_mlp, chosen)
+        self.norm = STYLE["norm_layer"](width)
         self.attn_pool = None
         if pool == "map":
-            self.attn_pool = AttentionPoolLatent(
-                width, num_heads=num_heads, mlp_ratio=mlp_ratio, norm_layer=norm_layer, act_layer=act_layer
-            )
+            self.attn_pool = AttentionPoolLatent(width, num_heads=num_heads, mlp_ratio=mlp_ratio, **STYLE)
         if qk_norm:
             for attention in [block.attn for block in self.blocks] + [self.attn_pool] * (pool == "map"):
                 norm_queries_and_keys(attention)
@@ -223,7 +209,7 @@ class TextTransformer(nn.Module):
         return self.head
 
     def forward_features(self, text_BL: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Token ids -> (B, L, D) after the final norm, and the (B, L) mask of real words or None.
+        """Token ids -> (B, L, D) after the final norm, and the (B, L) mask of real tokens or None.
 
         Raises:
             ValueError: for a text longer than `context_length`.
@@ -241,23 +227,20 @@ class TextTransformer(nn.Module):
         return self.norm(x_BLD), mask_BL
 
     def forward_head(self, x_BLD: Tensor, mask_BL: Tensor | None = None, pre_logits: bool = False) -> Tensor:
-        """Pool the real words and project: (B, L, D), (B, L) -> (B, C), or (B, D) with `pre_logits`."""
-        pooled_BD = self._pooled(x_BLD, mask_BL)
-        return pooled_BD if pre_logits else self.head(pooled_BD)
-
-    def _pooled(self, x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
+        """Pool the real tokens and project: (B, L, D), (B, L) -> (B, C), or (B, D) with `pre_logits`."""
+        if mask_BL is None:
+            mask_BL = torch.ones(x_BLD.shape[:2], dtype=torch.bool, device=x_BLD.device)
         if self.pool == "first":
-            return x_BLD[:, 0]
-        if self.pool == "last":
-            if mask_BL is None:
-                return x_BLD[:, -1]
-            last_B = mask_BL.sum(dim=1) - 1
-            return x_BLD[torch.arange(len(last_B), device=last_B.device), last_B]
-        if self.pool == "gap":
-            return x_BLD.mean(dim=1) if mask_BL is None else masked_mean(x_BLD, mask_BL)
-        if self.pool == "gmp":
-            return (x_BLD if mask_BL is None else x_BLD.masked_fill(~mask_BL[..., None], -math.inf)).amax(dim=1)
-        return self.attn_pool(x_BLD, attn_mask=None if mask_BL is None else attention_bias(mask_BL, x_BLD.dtype))
+            pooled_BD = x_BLD[:, 0]
+        elif self.pool == "last":
+            pooled_BD = x_BLD[torch.arange(len(x_BLD), device=x_BLD.device), mask_BL.sum(dim=1) - 1]
+        elif self.pool == "gap":
+            pooled_BD = masked_mean(x_BLD, mask_BL)
+        elif self.pool == "gmp":
+            pooled_BD = x_BLD.masked_fill(~mask_BL[..., None], -math.inf).amax(dim=1)
+        else:
+            pooled_BD = self.attn_pool(x_BLD, attn_mask=attention_bias(mask_BL, x_BLD.dtype))
+        return pooled_BD if pre_logits else self.head(pooled_BD)
 
     def forward(self, text_BL: Tensor) -> Tensor:
         """(B, L) token ids -> (B, C)."""
@@ -274,7 +257,4 @@ class TextTransformer(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         """Parameter groups by depth, for layer decay."""
-        return {
-            "stem": r"^token_embedding|^pos_embed",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
-        }
+        return {"stem": r"^token_embedding|^pos_embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}

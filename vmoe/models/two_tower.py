@@ -1,45 +1,37 @@
-"""Two towers for pictures and texts, trained contrastively, with experts in either or in both.
+"""Two towers for images and texts, trained contrastively, with experts in either or in both.
 
 The image tower is a V-MoE or any other timm model, the text tower a `TextTransformer`. The last layer of each tower,
 its head, gives the embedding. The interface is open_clip's.
 
-Shapes, by suffix: B batch, L words, C embedding width.
+Shapes, by suffix: B batch, L text length, C embedding width.
 """
 
+import math
 from collections.abc import Mapping
 
 import timm
 import torch
-import torch.nn.functional as F
 from timm.models import group_modules, group_parameters
 from torch import Tensor, nn
 
 from vmoe.models.contrastive import INIT_LOGIT_SCALE, ImageTextModel
 from vmoe.models.text import TextTransformer
 
-IMAGE_NAME = "vmoe_base_patch16_224"
 TOWERS = ("image", "text")
 
 
 class TwoTower(ImageTextModel):
-    """An image tower and a text tower with a common embedding.
+    """An image tower, `visual`, and a text tower, `text`, with a common embedding.
+
+    A tower whose parameters are all frozen stays in evaluation mode: no router noise, no dropped tokens, fixed
+    statistics, so that training does not change its outputs.
 
     Args:
         image: settings of the image tower: "name" (of timm, `vmoe_*` and `softmoe_*` included) and that model's own
-            arguments. "num_classes": 0 leaves its head away, as in LiT (arXiv 2111.07991); `embed_dim` is its width
-            then.
+            arguments. "num_classes": 0 removes its head, as in LiT (arXiv 2111.07991); `embed_dim` is its width then.
         text: settings of `TextTransformer`.
         embed_dim: C, width of the common embedding.
-        init_logit_scale: initial log of the logit scale.
-        init_logit_bias: initial logit bias, for the sigmoid loss; None: the model has none.
-        output_dict: `forward` returns a dictionary, as in open_clip.
-
-    Attributes:
-        visual: the image tower.
-        text: the text tower.
-
-    A tower whose parameters are all frozen stays in evaluation mode: no router noise, no dropped tokens, fixed
-    statistics, so that training changes nothing that it gives.
+        init_logit_scale, init_logit_bias, output_dict: see `ImageTextModel`.
 
     Raises:
         ValueError: for a setting out of range.
@@ -58,10 +50,10 @@ class TwoTower(ImageTextModel):
         super().__init__(init_logit_scale, init_logit_bias, output_dict)
         self.embed_dim = embed_dim
         self.fixed_norms: list[nn.Module] = []
-        image = {"name": IMAGE_NAME, "num_classes": embed_dim, **(image or {})}
+        image = {"name": "vmoe_base_patch16_224", "num_classes": embed_dim, **(image or {})}
         self.visual = timm.create_model(image.pop("name"), **image)
         self.text = TextTransformer(**{"num_classes": embed_dim, **(text or {})})
-        for name, tower in (("image", self.visual), ("text", self.text)):
+        for name, tower in zip(TOWERS, (self.visual, self.text), strict=True):
             width = tower.num_classes or tower.head_hidden_size
             if width != embed_dim:
                 raise ValueError(
@@ -102,31 +94,13 @@ class TwoTower(ImageTextModel):
         """Of the tokenizer."""
         return self.text.vocab_size
 
-    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+    def embed_images(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C)."""
-        features_BC = self.visual(image)
-        return F.normalize(features_BC, dim=-1) if normalize else features_BC
+        return self.visual(image)
 
-    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+    def embed_texts(self, text: Tensor) -> Tensor:
         """(B, L) token ids -> (B, C)."""
-        features_BC = self.text(text)
-        return F.normalize(features_BC, dim=-1) if normalize else features_BC
-
-    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> tuple | dict[str, Tensor]:
-        """Pictures and texts, each through its tower.
-
-        Args:
-            image: (B, 3, H, W), or None.
-            text: (B, L) token ids, or None.
-
-        Returns:
-            What open_clip's losses take: (image_features, text_features, logit scale[, logit bias]), features
-            normalised and (B, C); with `output_dict` a dictionary of these names.
-        """
-        return self.outputs(
-            None if image is None else self.encode_image(image, normalize=True),
-            None if text is None else self.encode_text(text, normalize=True),
-        )
+        return self.text(text)
 
     def train(self, mode: bool = True) -> "TwoTower":
         super().train(mode)
@@ -142,19 +116,14 @@ class TwoTower(ImageTextModel):
 
         Args:
             unlocked_groups: how many groups of `group_matcher`, from the top (the head), stay trainable.
-            freeze_bn_stats: batch norms of the frozen groups keep their statistics; those of a tower that is frozen
-                as a whole keep them anyway.
+            freeze_bn_stats: batch norms of the frozen groups keep their statistics.
         """
         frozen = _lock(self.visual, unlocked_groups)
         if freeze_bn_stats:
             # In eval mode, not open_clip's other class of norm: the model's files stay what they are.
             layers = group_modules(self.visual, self.visual.group_matcher(), reverse=True)
-            names = {name for name, layer in layers.items() if layer in frozen}
-            self.fixed_norms = [
-                module
-                for name, module in self.visual.named_modules()
-                if name in names and isinstance(module, nn.modules.batchnorm._BatchNorm)
-            ]
+            modules = [self.visual.get_submodule(name) for name, layer in layers.items() if layer in frozen]
+            self.fixed_norms = [each for each in modules if isinstance(each, nn.modules.batchnorm._BatchNorm)]
         self.train(self.training)
 
     def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
@@ -174,16 +143,13 @@ class TwoTower(ImageTextModel):
             tower.set_grad_checkpointing(enable)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Change the picture size; position embeddings are interpolated."""
+        """Change the image size; position embeddings are interpolated."""
         self.visual.set_input_size(img_size=img_size)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        names = {"logit_scale", "logit_bias"}
-        for prefix, tower in (("visual", self.visual), ("text", self.text)):
-            if hasattr(tower, "no_weight_decay"):
-                names |= {f"{prefix}.{name}" for name in tower.no_weight_decay()}
-        return names
+        image, text = getattr(self.visual, "no_weight_decay", set)(), self.text.no_weight_decay()
+        return {"logit_scale", "logit_bias", *(f"visual.{n}" for n in image), *(f"text.{n}" for n in text)}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False):
@@ -232,27 +198,27 @@ def merge_settings(settings: Mapping, given: Mapping) -> dict:
 
 
 _TINY_TEXT = {"width": 128, "depth": 6, "num_heads": 4, "context_length": 16}
+_TINY = {"text": _TINY_TEXT, "embed_dim": 128}
 _SMALL_TEXT = {"width": 512, "depth": 8, "num_heads": 8}
 _BASE_TEXT = {"width": 768, "depth": 12, "num_heads": 12}
 _LARGE_TEXT = {"width": 1024, "depth": 24, "num_heads": 16}
-# The Soft MoE paper's contrastive models: a Soft MoE for 256 px pictures, without a head of its own, and a dense B for
-# texts of 16 tokens.
-_SOFT_TEXT = {**_BASE_TEXT, "context_length": 16, "qk_norm": True, "num_experts": 0}
-_SOFT_LOGITS = {"init_logit_scale": 2.302585092994046, "init_logit_bias": -10.0}  # log 10
 
 
 def _soft(image_name: str, embed_dim: int) -> dict:
-    image = {"name": image_name, "img_size": 256, "num_classes": 0}
-    return {"image": image, "text": _SOFT_TEXT, "embed_dim": embed_dim, **_SOFT_LOGITS}
+    """The Soft MoE paper's contrastive models: a Soft MoE for 256 px images, without a head of its own, and a dense B
+    for texts of 16 tokens."""
+    return {
+        "image": {"name": image_name, "img_size": 256, "num_classes": 0},
+        "text": {**_BASE_TEXT, "context_length": 16, "qk_norm": True, "num_experts": 0},
+        "embed_dim": embed_dim,
+        "init_logit_scale": math.log(10),
+        "init_logit_bias": -10.0,
+    }
 
 
 TWO_TOWER_CONFIGS: dict[str, dict] = {
-    "two_tower_tiny_patch8_48": {"image": {"name": "vmoe_tiny_patch8_48"}, "text": _TINY_TEXT, "embed_dim": 128},
-    "two_tower_tiny_patch12_48": {
-        "image": {"name": "vmoe_tiny_patch8_48", "patch_size": 12},
-        "text": _TINY_TEXT,
-        "embed_dim": 128,
-    },
+    "two_tower_tiny_patch8_48": {"image": {"name": "vmoe_tiny_patch8_48"}, **_TINY},
+    "two_tower_tiny_patch12_48": {"image": {"name": "vmoe_tiny_patch8_48", "patch_size": 12}, **_TINY},
     "two_tower_small_patch32": {"image": {"name": "vmoe_small_patch32_224"}, "text": _SMALL_TEXT, "embed_dim": 512},
     "two_tower_base_patch32": {"image": {"name": "vmoe_base_patch32_224"}, "text": _BASE_TEXT, "embed_dim": 512},
     "two_tower_base_patch16": {"image": {"name": "vmoe_base_patch16_224"}, "text": _BASE_TEXT, "embed_dim": 512},

@@ -7,7 +7,8 @@ pooling variants, `features_only`, `reset_classifier`, `set_input_size`, `dynami
 Shapes, by suffix: B batch, P patches, D width.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 
 import torch
 from timm.layers import Mlp
@@ -35,17 +36,15 @@ def sparse_blocks(moe_layers: str | Sequence[int], depth: int) -> tuple[int, ...
     if moe_layers == "second_half":
         return tuple(range(depth // 2, depth))
     if isinstance(moe_layers, str):
-        for word in ("every", "last"):
-            number = moe_layers.removeprefix(word)
-            if number != moe_layers and number.isdecimal() and int(number) > 0:
-                count = int(number)
-                odd = range(1, depth, 2)
-                if count > (depth if word == "every" else len(odd)):
-                    raise ValueError(f"moe_layers={moe_layers!r} asks for more than a model with {depth} blocks has")
-                return tuple(range(count - 1, depth, count) if word == "every" else odd[-count:])
-        raise ValueError(
-            f"moe_layers must be 'everyN', 'lastN', 'second_half' or a list of block indices, got {moe_layers!r}"
-        )
+        word = re.fullmatch(r"(every|last)([1-9][0-9]*)", moe_layers)
+        if word is None:
+            raise ValueError(
+                f"moe_layers must be 'everyN', 'lastN', 'second_half' or a list of block indices, got {moe_layers!r}"
+            )
+        number, odd = int(word[2]), range(1, depth, 2)
+        if number > (depth if word[1] == "every" else len(odd)):
+            raise ValueError(f"moe_layers={moe_layers!r} asks for more than a model with {depth} blocks has")
+        return tuple(range(number - 1, depth, number) if word[1] == "every" else odd[-number:])
     if isinstance(moe_layers, int):
         raise ValueError(f"moe_layers must be a word such as 'last2' or a list, got {moe_layers}; write [{moe_layers}]")
     blocks = tuple(sorted(set(moe_layers)))
@@ -69,10 +68,8 @@ def sincos2d_positions(height: int, width: int, dim: int, temperature: float, de
         raise ValueError(f"pos_embed='sincos2d' needs a width that is a multiple of 4 and at least 8, got {dim}")
     kind = {"device": device, "dtype": dtype}
     frequency = temperature ** -torch.linspace(0, 1, dim // 4, **kind)
-    y, x = (place.reshape(-1, 1) for place in torch.meshgrid(
-        torch.arange(height, **kind), torch.arange(width, **kind), indexing="ij"
-    ))  # fmt: skip
-    angles_x, angles_y = x * frequency, y * frequency
+    y, x = torch.meshgrid(torch.arange(height, **kind), torch.arange(width, **kind), indexing="ij")
+    angles_x, angles_y = x.reshape(-1, 1) * frequency, y.reshape(-1, 1) * frequency
     return torch.cat([angles_x.sin(), angles_x.cos(), angles_y.sin(), angles_y.cos()], dim=1)[None]
 
 
@@ -82,9 +79,13 @@ def norm_queries_and_keys(attention: nn.Module) -> None:
     Args:
         attention: timm's `Attention` or `AttentionPoolLatent`; changed in place.
     """
-    like = {"device": attention.proj.weight.device, "dtype": attention.proj.weight.dtype}
     for name in ("q_norm", "k_norm"):
-        setattr(attention, name, nn.LayerNorm(attention.head_dim, eps=1e-6, bias=False, **like))
+        norm = nn.LayerNorm(attention.head_dim, eps=1e-6, bias=False, **_like(attention.proj.weight))
+        setattr(attention, name, norm)
+
+
+def _like(tensor: Tensor) -> dict:
+    return {"device": tensor.device, "dtype": tensor.dtype}
 
 
 def without_decay(model: nn.Module) -> set[str]:
@@ -128,7 +129,7 @@ class VisionMoE(VisionTransformer):
         qk_norm: a LayerNorm without bias on queries and keys, in the blocks and in `global_pool="map"`.
         representation_size: width of a linear layer with tanh before the classifier, `pre_logits`; None: there is none.
         **kwargs: routing settings (`vmoe.moe.config.RoutingSettings`, `router_preset`; `num_experts=0` makes the
-            dense twin), and arguments of `timm.models.VisionTransformer`.
+            dense baseline), and arguments of `timm.models.VisionTransformer`.
 
     Raises:
         ValueError: for a setting out of range.
@@ -159,12 +160,16 @@ class VisionMoE(VisionTransformer):
         routing = take_routing(kwargs, ROUTING_DEFAULTS)
         chosen = sparse_blocks(moe_layers, depth) if routing["num_experts"] else ()
 
+        block_fn = kwargs.pop("block_fn", Block)
+
         def sparse_mlp(*mlp_args, **mlp_kwargs) -> SparseMoE:
             # Called while timm builds the blocks, when it has the patches and prefix tokens already.
             num_tokens = self.patch_embed.num_patches + self.num_prefix_tokens
             return SparseMoE(*mlp_args, num_tokens=num_tokens, **mlp_kwargs, **routing)
 
-        kwargs["block_fn"] = _block_maker(kwargs.get("block_fn", Block), sparse_mlp, chosen)
+        def make_block(*, depth: int, mlp_layer=Mlp, **block_kwargs) -> nn.Module:
+            return block_fn(depth=depth, mlp_layer=sparse_mlp if depth in chosen else mlp_layer, **block_kwargs)
+
         first_patch = global_pool == "token" and not class_token
         super().__init__(
             *args,
@@ -172,6 +177,7 @@ class VisionMoE(VisionTransformer):
             global_pool="" if first_patch else global_pool,  # timm asks for a class token there
             class_token=class_token,
             pos_embed="none" if pos_embed == "sincos2d" else pos_embed,
+            block_fn=make_block,
             **kwargs,
         )
         self.global_pool = global_pool
@@ -187,8 +193,7 @@ class VisionMoE(VisionTransformer):
             without_fused_attention(self)
         self.pre_logits = nn.Identity()
         if representation_size is not None:
-            like = {"device": self.patch_embed.proj.weight.device, "dtype": self.patch_embed.proj.weight.dtype}
-            self.pre_logits = nn.Linear(self.embed_dim, representation_size, **like)
+            self.pre_logits = nn.Linear(self.embed_dim, representation_size, **_like(self.patch_embed.proj.weight))
             self.head_hidden_size = representation_size
             self._resize_head()
             initialize = get_init_weights_vit(self.weight_init_mode, needs_reset=False)
@@ -218,11 +223,9 @@ class VisionMoE(VisionTransformer):
         return x if pre_logits else self.head(x)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        if global_pool == "token" and not self.has_class_token:  # the first patch, see `__init__`
-            super().reset_classifier(num_classes, "")
-            self.global_pool = global_pool
-        else:
-            super().reset_classifier(num_classes, global_pool)
+        first_patch = global_pool == "token" and not self.has_class_token  # see `__init__`
+        super().reset_classifier(num_classes, "" if first_patch else global_pool)
+        self.global_pool = global_pool if first_patch else self.global_pool
         self._resize_head()
 
     def prune_intermediate_layers(self, indices=1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
@@ -234,8 +237,8 @@ class VisionMoE(VisionTransformer):
     def _resize_head(self) -> None:
         """A classifier of the representation's width, where timm made one of the model's."""
         if isinstance(self.head, nn.Linear) and self.head.in_features != self.head_hidden_size:
-            like = {"device": self.head.weight.device, "dtype": self.head.weight.dtype}
-            self.head = nn.Linear(self.head_hidden_size, self.num_classes, **like).train(self.training)
+            head = nn.Linear(self.head_hidden_size, self.num_classes, **_like(self.head.weight))
+            self.head = head.train(self.training)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -248,12 +251,3 @@ class VisionMoE(VisionTransformer):
             for name, parameter in block.mlp.named_parameters():  # of the MLP, or of experts and the shared expert
                 if name.endswith("fc2.weight"):
                     parameter.data.div_(scale)
-
-
-def _block_maker(block_fn: Callable, sparse_mlp: Callable, chosen: tuple[int, ...]) -> Callable:
-    """A `block_fn` for timm that puts experts into the blocks in `chosen`."""
-
-    def make(*, depth: int, mlp_layer=Mlp, **kwargs) -> nn.Module:
-        return block_fn(depth=depth, mlp_layer=sparse_mlp if depth in chosen else mlp_layer, **kwargs)
-
-    return make
