@@ -22,7 +22,7 @@ def tiny_vmoe(**kwargs):
     return model
 
 
-def pictures(number=4):
+def images(number=4):
     return torch.randn(number, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
@@ -62,26 +62,26 @@ def test_gated_and_normed_experts_of_models_that_never_were_dense(kwargs, tmp_pa
 
 
 @torch.no_grad()
-def test_a_dense_vmoe_is_the_twin_that_its_settings_make(sparse, tmp_path):
+def test_a_dense_vmoe_is_the_baseline_of_its_settings(sparse, tmp_path):
     dense = vmoe.densify(sparse)
     assert repr(dense) == repr(create_model("vmoe_tiny_patch8_48", **TINY, num_experts=0))
     save_pretrained(dense, tmp_path / "m.safetensors")
     again = create_model(pretrained=tmp_path / "m.safetensors").eval()
-    torch.testing.assert_close(again(pictures()), dense(pictures()), rtol=0, atol=0)
+    torch.testing.assert_close(again(images()), dense(images()), rtol=0, atol=0)
     upcycled = vmoe.upcycle(again, num_experts=3, layers=[1])
-    torch.testing.assert_close(upcycled(pictures()), dense(pictures()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(upcycled(images()), dense(images()), rtol=0, atol=1e-5)
 
 
 def test_usage_is_what_the_experts_kept(sparse):
     sparse.train()
-    usage = vmoe.measure_usage(sparse, [pictures(3), (pictures(2),), {"image": pictures(1), "label": torch.zeros(1)}])
+    usage = vmoe.measure_usage(sparse, [images(3), (images(2),), {"image": images(1), "label": torch.zeros(1)}])
     assert sparse.training
     assert list(usage) == ["blocks.1.mlp"]
-    assert usage["blocks.1.mlp"].sum() == 6 * 5 * 2  # six pictures of five tokens, two experts each
+    assert usage["blocks.1.mlp"].sum() == 6 * 5 * 2  # six images of five tokens, two experts each
     with vmoe.record_routing(sparse.eval()) as record, torch.no_grad():
-        sparse(pictures(3))
+        sparse(images(3))
     load = record.layers["blocks.1.mlp"].load
-    torch.testing.assert_close(vmoe.measure_usage(sparse, [pictures(3)])["blocks.1.mlp"], load.double())
+    torch.testing.assert_close(vmoe.measure_usage(sparse, [images(3)])["blocks.1.mlp"], load.double())
     limoe = create_model("limoe_tiny_patch12_48", depth=2, num_experts=4, img_size=24)
     texts = torch.full((2, 16), 49407)
     usage = vmoe.measure_usage(limoe, [{"image": torch.zeros(2, 3, 24, 24), "text": texts}])
@@ -92,18 +92,18 @@ def test_usage_is_what_the_experts_kept(sparse):
 
 @pytest.mark.parametrize("num_selected_experts", [1, 2])
 @torch.no_grad()
-def test_experts_that_nobody_uses_leave_without_a_trace(num_selected_experts):
+def test_removing_unused_experts_changes_no_output(num_selected_experts):
     model = tiny_vmoe(num_selected_experts=num_selected_experts, normalize_weights=True)
     router = model.blocks[1].mlp.router
     # Experts 1 and 4 are nobody's choice, whatever the token: the others have opposite pairs among them.
     router.weight[[1, 4]] = 0
     router.weight[[2, 3]] = -router.weight[[0, 5]]
-    usage = vmoe.measure_usage(model, [pictures(8)])
+    usage = vmoe.measure_usage(model, [images(8)])
     assert usage["blocks.1.mlp"][[1, 4]].sum() == 0
-    usage["blocks.1.mlp"][[0, 2, 3, 5]] += 1  # so few pictures may leave out one of these too
+    usage["blocks.1.mlp"][[0, 2, 3, 5]] += 1  # so few images may leave out one of these too
     pruned = vmoe.prune_experts(model, keep=4, usage=usage)
     torch.testing.assert_close(pruned.blocks[1].mlp.router.weight, router.weight[[0, 2, 3, 5]])
-    torch.testing.assert_close(pruned(pictures(8)), model(pictures(8)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(pruned(images(8)), model(images(8)), rtol=0, atol=1e-5)
     assert model.blocks[1].mlp.num_experts == 6
 
 
@@ -114,7 +114,7 @@ def test_without_normalised_weights_only_the_softmax_changes():
     pruned = vmoe.prune_experts(model, keep=0.67, usage=usage)
     layer, x = pruned.blocks[1].mlp, torch.randn(2, 5, 32)
     with vmoe.record_routing(pruned) as record:
-        pruned(pictures())
+        pruned(images())
     assert record.layers["blocks.1.mlp"].gates.shape[-1] == 4
     logits = x @ model.blocks[1].mlp.router.weight[[0, 2, 4, 5]].T
     best = logits.softmax(-1).max(-1)
@@ -139,13 +139,13 @@ def test_without_normalised_weights_only_the_softmax_changes():
 @torch.no_grad()
 def test_pruned_models_have_files_like_others(settings, tmp_path):
     model = tiny_vmoe(**settings)
-    usage = vmoe.measure_usage(model, [pictures()])
+    usage = vmoe.measure_usage(model, [images()])
     pruned = vmoe.prune_experts(model, 3, usage)
     save_pretrained(pruned, tmp_path / "m.safetensors")
     again = create_model(pretrained=tmp_path / "m.safetensors").eval()
     assert again.blocks[1].mlp.num_experts == 3
-    torch.testing.assert_close(again(pictures()), pruned(pictures()), rtol=0, atol=0)
-    pruned.train()(pictures())  # the losses know the new number of experts
+    torch.testing.assert_close(again(images()), pruned(images()), rtol=0, atol=0)
+    pruned.train()(images())  # the losses know the new number of experts
 
 
 @torch.no_grad()
@@ -160,12 +160,12 @@ def test_a_pruned_limoe_keeps_its_thresholds_in_range(tmp_path):
 
 
 @torch.no_grad()
-def test_virtual_groups_leave_as_a_whole_and_what_is_left_computes_the_same():
+def test_virtual_groups_are_removed_as_a_whole():
     dense = create_model("vmoe_tiny_patch8_48", **TINY, num_experts=0).eval()
     sparse = vmoe.upcycle(dense, 6, [1], 2, granularity=2)
     usage = {"blocks.1.mlp": torch.tensor([9, 0, 1, 1, 4, 4])}
     pruned = vmoe.prune_experts(sparse, 4, usage)
-    torch.testing.assert_close(pruned(pictures()), dense(pictures()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(pruned(images()), dense(images()), rtol=0, atol=1e-5)
     kept = sparse.blocks[1].mlp.router.weight[[0, 1, 4, 5]]
     torch.testing.assert_close(pruned.blocks[1].mlp.router.weight, kept)
     torch.testing.assert_close(vmoe.densify(pruned).state_dict(), dense.state_dict(), rtol=0, atol=0)
@@ -174,7 +174,7 @@ def test_virtual_groups_leave_as_a_whole_and_what_is_left_computes_the_same():
 
 
 def test_bad_input_is_one_sentence(sparse):
-    usage = vmoe.measure_usage(sparse, [pictures()])
+    usage = vmoe.measure_usage(sparse, [images()])
     for keep in (1, 7, 0, 0.05, 2.5):
         with pytest.raises(ValueError, match="does not suit blocks.1.mlp: it needs 2..6"):
             vmoe.prune_experts(sparse, keep, usage)
@@ -222,18 +222,18 @@ def test_usage_may_be_any_numbers_and_bad_ones_are_named(sparse):
 
 # --- two towers ------------------------------------------------------------------------------------------------------
 
-WORDS = {"depth": 2, "width": 32, "num_heads": 2, "num_experts": 4, "num_selected_experts": 1}
-PICTURES = {key: value for key, value in TINY.items() if key != "num_classes"}
+TEXT_SETTINGS = {"depth": 2, "width": 32, "num_heads": 2, "num_experts": 4, "num_selected_experts": 1}
+IMAGE_SETTINGS = {key: value for key, value in TINY.items() if key != "num_classes"}
 
 
 def two_towers(image=None, text=None):
     torch.manual_seed(0)
-    image = {**PICTURES, "num_experts": 8, **(image or {})}
-    return create_model("two_tower_tiny_patch8_48", image=image, text={**WORDS, **(text or {})}).eval()
+    image = {**IMAGE_SETTINGS, "num_experts": 8, **(image or {})}
+    return create_model("two_tower_tiny_patch8_48", image=image, text={**TEXT_SETTINGS, **(text or {})}).eval()
 
 
 def pairs():
-    return pictures(), torch.randint(1, 400, (4, 16), generator=torch.Generator().manual_seed(0))
+    return images(), torch.randint(1, 400, (4, 16), generator=torch.Generator().manual_seed(0))
 
 
 def numbers(model):
@@ -250,7 +250,7 @@ def comes_back(model, file, *inputs):
 
 
 DENSE = {"num_experts": 0}
-TIMM = {"name": "vit_tiny_patch16_224", **PICTURES, "patch_size": 8}
+TIMM = {"name": "vit_tiny_patch16_224", **IMAGE_SETTINGS, "patch_size": 8}
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ TIMM = {"name": "vit_tiny_patch16_224", **PICTURES, "patch_size": 8}
 )
 def test_each_tower_keeps_its_own_number_of_experts(towers, upcycle, expected, tmp_path):
     if "name" in towers.get("image", {}):
-        text = {**WORDS, **towers["text"]}
+        text = {**TEXT_SETTINGS, **towers["text"]}
         model = create_model("two_tower_tiny_patch8_48", image=towers["image"], text=text).eval()
     else:
         model = two_towers(**towers)
@@ -283,7 +283,7 @@ def test_each_tower_keeps_its_own_number_of_experts(towers, upcycle, expected, t
 
 
 def test_two_towers_that_one_upcycle_cannot_give_say_so(tmp_path):
-    text = {**WORDS, **DENSE}
+    text = {**TEXT_SETTINGS, **DENSE}
     dense = create_model("two_tower_tiny_patch8_48", image=TIMM, text=text).eval()
     sparse = vmoe.upcycle(dense, 4, [1], router="soft")
     pruned = vmoe.prune_experts(sparse, 2, vmoe.measure_usage(sparse, [pairs()]))
@@ -294,14 +294,14 @@ def test_two_towers_that_one_upcycle_cannot_give_say_so(tmp_path):
         save_pretrained(twice, tmp_path / "m.safetensors")
 
 
-# --- dense twins -----------------------------------------------------------------------------------------------------
+# --- dense baselines -------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def test_experts_with_a_width_of_their_own(tmp_path):
     file = tmp_path / "m.safetensors"
     alike = vmoe.densify(tiny_vmoe(expert_width=48, moe_layers="every1"))
-    assert comes_back(alike, file, pictures()).blocks[0].mlp.fc1.out_features == 48
+    assert comes_back(alike, file, images()).blocks[0].mlp.fc1.out_features == 48
     towers = vmoe.densify(two_towers({"expert_width": 48, "moe_layers": "every1"}))
     assert comes_back(towers, file, *pairs()).visual.blocks[0].mlp.fc1.out_features == 48
     other = vmoe.densify(tiny_vmoe(expert_width=48))
@@ -319,14 +319,14 @@ def test_experts_with_a_width_of_their_own(tmp_path):
     ],
 )
 @torch.no_grad()
-def test_a_dense_twin_forgets_how_its_experts_were_routed(settings, tmp_path):
+def test_a_dense_baseline_forgets_how_its_experts_were_routed(settings, tmp_path):
     torch.manual_seed(0)
     sparse = create_model(**{"name": "vmoe_tiny_patch8_48", **TINY, "num_experts": 4, **settings}).eval()
     dense = vmoe.densify(sparse)
-    comes_back(dense, tmp_path / "dense.safetensors", pictures())
+    comes_back(dense, tmp_path / "dense.safetensors", images())
     again = vmoe.upcycle(dense, 2, [1])
     assert again.blocks[1].mlp.router_type == "top_k"
-    comes_back(again, tmp_path / "sparse.safetensors", pictures())
+    comes_back(again, tmp_path / "sparse.safetensors", images())
 
 
 def test_learned_activations_of_models_that_never_were_dense():

@@ -33,9 +33,9 @@ def test_a_file_is_all_that_is_needed(tmp_path):
     image = torch.randn(2, 3, 48, 48)
     torch.testing.assert_close(again.encode_image(image), model.encode_image(image))
     assert factory.read_pretrained_metadata(tmp_path / "m.safetensors")["extra"] == {"class_names": ["a", "b"]}
-    picture = Image.new("RGB", (90, 60), "white")
-    assert train(picture).shape == val(picture).shape == (3, 48, 48)
-    torch.testing.assert_close(val(picture), torch.ones(3, 48, 48))  # white is 1, black is -1
+    image = Image.new("RGB", (90, 60), "white")
+    assert train(image).shape == val(image).shape == (3, 48, 48)
+    torch.testing.assert_close(val(image), torch.ones(3, 48, 48))  # white is 1, black is -1
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]  # nothing half-written beside it
 
 
@@ -47,7 +47,7 @@ def test_settings_of_the_call_go_over_the_files(tmp_path):
     assert other.num_classes == 3
 
 
-def test_fine_tuning_with_a_new_head_and_picture_size(tmp_path):
+def test_fine_tuning_with_a_new_head_and_image_size(tmp_path):
     torch.manual_seed(0)
     model = create_model("vmoe_tiny_patch8_48", num_classes=3, depth=2)
     save_pretrained(model, tmp_path / "m.safetensors")
@@ -266,7 +266,7 @@ def test_settings_of_the_reference_survive_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["vmoe_tiny_patch8_48", "limoe_tiny_patch8_48"])
-def test_slots_stay_when_the_picture_size_changes(name, tmp_path):
+def test_slots_stay_when_the_image_size_changes(name, tmp_path):
     model = create_model(name, depth=2, num_experts=4, router="soft")
     slots = model.blocks[1].mlp.router.slots
     assert slots.shape[1] == (9 if name.startswith("v") else 36 // 4)
@@ -291,7 +291,7 @@ def test_settings_that_cannot_be_used_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{"num_slots": None}, {"capacity_factor": 1.0}, {}])
-def test_slots_in_a_file_stay_when_the_picture_size_changes(tmp_path, settings):
+def test_slots_in_a_file_stay_when_the_image_size_changes(tmp_path, settings):
     tiny = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_experts": 4}
     model = create_model("vmoe_tiny_patch8_48", **tiny, router="soft", **settings)
     save_pretrained(model, tmp_path / "model.safetensors")

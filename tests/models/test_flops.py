@@ -25,7 +25,7 @@ def test_experts_count_each_routed_row_once():
         assert round((sparse - dense) * 1e9) == gates + 3 * (k - 1) * 2 * 2 * T * D * H
 
 
-def test_grouped_product_counts_each_row_once():
+def test_grouped_matrix_multiplication_counts_each_row_once():
     counted = forward_flops(
         lambda: torch.nn.functional.grouped_mm(
             torch.zeros(48, 32, dtype=torch.bfloat16),

@@ -67,7 +67,7 @@ def test_open_clips_zero_shot_classifier_works_as_it_stands():
     torch.testing.assert_close(weights[:, 1], expected)
 
 
-def test_training_routes_patches_and_words_together():
+def test_training_routes_patches_and_text_tokens_together():
     model = tiny()
     image, text = pairs()
     with vmoe.record_routing(model) as record:
@@ -81,7 +81,7 @@ def test_training_routes_patches_and_words_together():
     assert set(routing.load_by_modality) == {"image", "text"}
     for name in ("image/share_dropped", "text/share_dropped", "text/local_entropy_loss", "image/global_entropy_loss"):
         assert torch.isfinite(routing.metrics[name])
-    # Words compete with patches: with one place in four for them all, both lose some.
+    # Text tokens compete with patches: with capacity for one in four, both lose some.
     tight = tiny(capacity_factor=0.25)
     with vmoe.record_routing(tight) as record:
         tight(image, text)
@@ -102,7 +102,7 @@ def test_alone_only_its_own_tokens_are_routed():
     assert record.layers["blocks.1.mlp"].load_by_modality["text"].sum() == 0
 
 
-def test_attention_stays_within_a_picture_and_a_caption():
+def test_attention_stays_within_a_image_and_a_caption():
     image, text = pairs()
     model = tiny(num_experts=0).double()  # without experts nothing else could mix them
     image = image.double()
@@ -188,7 +188,7 @@ def test_compiles_as_one_graph():
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_another_picture_size():
+def test_another_image_size():
     model = tiny().eval()
     model.set_input_size(72)
     assert model.encode_image(torch.randn(1, 3, 72, 72)).shape == (1, 128)
@@ -220,7 +220,7 @@ def test_every_router_takes_both_modalities(preset):
         together = model(image, text)
         torch.testing.assert_close(together[0], model.encode_image(image, normalize=True), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(together[1], model.encode_text(text, normalize=True), atol=1e-5, rtol=1e-5)
-        # One more pair in the batch, or other words beside a picture, change nothing.
+        # One more pair in the batch, or other words beside a image, change nothing.
         torch.testing.assert_close(model(image[:1], text[:1])[0], together[0][:1], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(model(image, text.flip(0))[0], together[0], atol=1e-5, rtol=1e-5)
 
@@ -249,7 +249,7 @@ def test_its_own_preset_keeps_the_local_loss_of_text():
     assert weights == vmoe.create_model("limoe_tiny_patch12_48", depth=2).blocks[1].mlp.losses.weights
 
 
-def test_expert_choice_takes_no_more_words_than_the_capacity_says():
+def test_expert_choice_keeps_the_exact_capacity():
     model = vmoe.create_model("limoe_tiny_patch12_48", depth=2, router="expert_choice", capacity_factor=1.0).eval()
     text = torch.randint(1, 400, (3, 16))
     text[:, 7:] = 49407
@@ -267,7 +267,7 @@ def test_expert_choice_takes_no_more_words_than_the_capacity_says():
         {"num_experts": 4, "router": "expert_choice", "capacity_factor": 1.0},
     ],
 )
-def test_leaving_out_padding_in_training_on_a_cpu_changes_no_result(settings):
+def test_packing_in_training_on_a_cpu_changes_no_result(settings):
     torch.manual_seed(0)
     model = vmoe.create_model("limoe_tiny_patch12_48", depth=2, **settings).train()
     image, text = torch.randn(5, 3, 48, 48), torch.randint(1, 100, (5, 16))
@@ -289,7 +289,7 @@ def test_leaving_out_padding_in_training_on_a_cpu_changes_no_result(settings):
         torch.testing.assert_close(own, other)
 
 
-def test_padding_stays_where_leaving_it_out_would_change_or_cost_something():
+def test_padding_is_packed_only_where_that_helps():
     image = torch.zeros(1)
     assert not vmoe.create_model("limoe_tiny_patch12_48", depth=2).eval().packs(image)
     assert not vmoe.create_model("limoe_tiny_patch12_48", depth=2, drop_path_rate=0.1).train().packs(image)

@@ -30,7 +30,7 @@ def test_mask_ends_with_the_first_end_of_text():
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_pooling_over_real_words(pool):
+def test_pooling_over_real_tokens(pool):
     model = tiny(pool=pool, num_classes=0).eval()
     text = texts()
     pooled = model(text)

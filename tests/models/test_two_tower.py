@@ -72,12 +72,12 @@ def test_open_clips_conventions():
 )
 def test_experts_in_either_tower_or_both_learn(image, text, layers):
     model = tiny(image, text)
-    pictures, words = pairs()
+    images, words = pairs()
     optimizer = create_optimizer_v2(model, "adamw", lr=3e-3, weight_decay=0.01, layer_decay=0.9)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for _ in range(18):  # with 12, some draws of the router's noise do not get there
         with vmoe.record_routing(model) as record:
-            loss = ClipLoss()(*model(pictures, words)) + record.auxiliary_loss()
+            loss = ClipLoss()(*model(images, words)) + record.auxiliary_loss()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -179,7 +179,7 @@ def test_image_tower_from_a_file(tmp_path):
     lit = create_model("two_tower_tiny_patch12_48", image={**image, "num_classes": 0}, text={"depth": 2}).eval()
     expected = source.eval().forward_head(source.forward_features(images), pre_logits=True)
     assert torch.equal(lit.encode_image(images), expected)
-    # With a new head, and another picture size.
+    # With a new head, and another image size.
     tuned = create_model("two_tower_tiny_patch12_48", image={**image, "img_size": 64}, text={"depth": 2}, embed_dim=16)
     assert tuned.visual.patch_embed.grid_size == (8, 8)
     assert tuned.visual.head.out_features == 16

@@ -19,7 +19,7 @@ from vmoe.models.factory import create_model, save_pretrained
 pytestmark = pytest.mark.filterwarnings("ignore:Overwriting")
 
 SMALL = {"embed_dim": 64, "num_heads": 4, "depth": 2, "num_classes": 5}
-# timm name: (arguments for a small one, side of its pictures)
+# timm name: (arguments for a small one, side of its images)
 TIMM = {
     "vit_tiny_patch16_224": ({**SMALL, "img_size": 32}, 32),
     "vit_base_patch16_siglip_224": ({**SMALL, "img_size": 32}, 32),
@@ -63,7 +63,7 @@ IMAGE_TEXT = {
         text={"num_experts": 0, "depth": 2},
     ),
 }
-TWINS = {
+BASELINES = {
     "vmoe_tiny_patch8_48": {"num_experts": 0, "depth": 2, "num_classes": 5},
     "limoe_tiny_patch12_48": {"num_experts": 0, "depth": 2},
     "two_tower_tiny_patch12_48": {"image": {"num_experts": 0, "depth": 2}, "text": {"num_experts": 0, "depth": 2}},
@@ -81,7 +81,7 @@ def trained(model):
     return model.eval()
 
 
-def pictures(side=32):
+def images(side=32):
     return torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
@@ -114,7 +114,7 @@ def test_timm_models_compute_the_same_when_made_sparse_and_dense_again(name):
     sparse = vmoe.upcycle(dense, num_experts=3, layers="every1")
     assert type(sparse) is type(dense)
     assert len(routers(sparse)) == (5 if "swin" in name else 2)
-    x = pictures(side)
+    x = images(side)
     expected = dense(x)
     assert expected.std() > 0.01
     torch.testing.assert_close(sparse(x), expected, rtol=0, atol=1e-5)
@@ -142,7 +142,7 @@ def test_image_text_models_compute_the_same_in_either_tower(name, tower):
         return
     sparse = vmoe.upcycle(dense, num_experts=4, layers="every1", tower=tower)
     assert len(routers(sparse)) == (4 if tower == "both" and name != "LIMoE" else 2)
-    x = pictures(36 if name in ("LIMoE", "two towers") else 32)
+    x = images(36 if name in ("LIMoE", "two towers") else 32)
     torch.testing.assert_close(sparse.encode_image(x), dense.encode_image(x), rtol=0, atol=1e-5)
     torch.testing.assert_close(sparse.encode_text(texts()), dense.encode_text(texts()), rtol=0, atol=1e-5)
     again = vmoe.densify(sparse)
@@ -151,12 +151,12 @@ def test_image_text_models_compute_the_same_in_either_tower(name, tower):
 
 
 @torch.no_grad()
-def test_in_training_mode_too_with_room_for_all():
+def test_are_equal_in_training_mode_with_capacity_for_all():
     dense = tiny_vit().train()
     sparse = vmoe.upcycle(dense, layers=[1], capacity_factor=None)
     assert sparse.training
     assert sparse.blocks[1].mlp.training
-    torch.testing.assert_close(sparse(pictures()), dense(pictures()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(sparse(images()), dense(images()), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("granularity", "num_experts", "num_selected_experts"), [(2, 8, 4), (3, 9, 3), (4, 8, 8)])
@@ -171,8 +171,8 @@ def test_virtual_groups_compute_the_same(name, granularity, num_experts, num_sel
     layer = sparse.blocks[1].mlp
     assert layer.experts.fc2.weight.shape == (num_experts, 96, 384 // granularity)
     with vmoe.record_routing(sparse) as record:
-        outputs = sparse(pictures(side))
-    torch.testing.assert_close(outputs, dense(pictures(side)), rtol=0, atol=1e-5)
+        outputs = sparse(images(side))
+    torch.testing.assert_close(outputs, dense(images(side)), rtol=0, atol=1e-5)
     chosen = record.layers["blocks.1.mlp"].expert_index.flatten(0, 1).sort(dim=1).values
     groups = chosen.view(len(chosen), -1, granularity)  # whole groups are chosen
     assert (groups // granularity == groups[..., :1] // granularity).all()
@@ -195,7 +195,7 @@ def test_virtual_groups_that_cannot_be():
         vmoe.upcycle(normed, layers=[1], granularity=2)
 
 
-def test_what_was_frozen_typed_and_dropped_stays_so():
+def test_frozen_parameters_dtype_and_dropout_are_kept():
     dense = tiny_vit(proj_drop_rate=0.3, drop_path_rate=0.2).to(torch.bfloat16)
     for parameter in dense.blocks[1].mlp.parameters():
         parameter.requires_grad_(False)
@@ -206,7 +206,7 @@ def test_what_was_frozen_typed_and_dropped_stays_so():
     assert sparse.blocks[0].mlp.experts.drop.p == 0.3
     assert sparse.blocks[1].drop_path2.drop_prob == dense.blocks[1].drop_path2.drop_prob > 0
     assert vmoe.upcycle(dense, layers=[0], expert_drop=0.1).blocks[0].mlp.experts.drop.p == 0.1
-    assert sparse(pictures().bfloat16()).isfinite().all()
+    assert sparse(images().bfloat16()).isfinite().all()
     assert {p.requires_grad for p in vmoe.densify(sparse).blocks[1].mlp.parameters()} == {False}
 
 
@@ -217,7 +217,7 @@ def test_routing_settings_and_presets_reach_the_layers():
     plain = vmoe.upcycle(tiny_vit(), layers=[1]).blocks[1].mlp.settings
     assert (plain.num_experts, plain.num_selected_experts) == (8, 2)
     assert (plain.capacity_factor, plain.eval_capacity_factor) == (2.0, None)
-    # Padding would take the words' room in open_clip's text tower.
+    # Padding would take the tokens' capacity in open_clip's text tower.
     clip = vmoe.upcycle(trained(IMAGE_TEXT["CLIP"]()), layers=[1])
     assert clip.visual.transformer.resblocks[1].mlp.capacity_factor == 2.0
     assert clip.transformer.resblocks[1].mlp.capacity_factor is None
@@ -238,7 +238,7 @@ def test_a_dense_limoe_gets_the_losses_of_its_own_class():
 def test_one_expert_with_normalised_weights_is_warned_of():
     with pytest.warns(UserWarning, match="only the auxiliary losses train the router"):
         sparse = vmoe.upcycle(tiny_vit(), layers=[1], num_selected_experts=1)
-    sparse(pictures()).square().sum().backward()
+    sparse(images()).square().sum().backward()
     assert sparse.blocks[1].mlp.router.weight.grad.abs().max() < 1e-6
     vmoe.upcycle(tiny_vit(), layers=[1], num_selected_experts=1, normalize_weights=False)
 
@@ -299,14 +299,14 @@ def test_models_without_known_mlps_are_named():
 
 
 @pytest.mark.parametrize("options", [{}, {"granularity": 2}, {"router": "expert_choice"}, {"router": "soft"}])
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", BASELINES)
 @torch.no_grad()
 def test_files_of_upcycled_models_are_all_that_is_needed(name, options, tmp_path):
-    dense = trained(create_model(name, **TWINS[name]))
+    dense = trained(create_model(name, **BASELINES[name]))
     sparse = vmoe.upcycle(dense, num_experts=4, layers=(1,), reinit=0.5, **options)
     save_pretrained(sparse, tmp_path / "m.safetensors")
     again = create_model(pretrained=tmp_path / "m.safetensors").eval()
-    inputs = (pictures(48),) if "vmoe" in name or "vit" in name else (pictures(48), texts())
+    inputs = (images(48),) if "vmoe" in name or "vit" in name else (images(48), texts())
     torch.testing.assert_close(again(*inputs), sparse(*inputs), rtol=0, atol=0)
     # What is given in the call goes over the file's, for routing settings as for others.
     if name == "vit_tiny_patch16_224" and not options:
@@ -332,7 +332,7 @@ def test_models_whose_pooling_is_a_layer():
     torch.manual_seed(0)
     plain = timm.create_model("nest_tiny", img_size=64).eval()
     sparse = vmoe.upcycle(plain, num_experts=2, layers=[3])
-    torch.testing.assert_close(sparse(pictures(64)), plain(pictures(64)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(sparse(images(64)), plain(images(64)), rtol=0, atol=1e-5)
     convolutional = timm.create_model("visformer_tiny")
     with pytest.raises(UpcycleError, match="an MLP of class SpatialMlp"):
         vmoe.upcycle(convolutional, layers=[0])
@@ -368,7 +368,7 @@ def test_whole_numbers_of_other_types_are_whole_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["vit", None])
-def test_what_is_no_model_is_named(what):
+def test_something_else_than_a_model_is_named(what):
     with pytest.raises(UpcycleError, match="upcycle takes a model"):
         vmoe.upcycle(what)
     for function in (vmoe.densify, lambda model: vmoe.prune_experts(model, 2, {})):
@@ -396,7 +396,7 @@ def adam(model, **kwargs):
 
 def step(model, optimizer):
     optimizer.zero_grad()
-    model(pictures()).square().mean().backward()
+    model(images()).square().mean().backward()
     optimizer.step()
 
 
@@ -524,7 +524,7 @@ def test_learned_activations_stay_and_learn(act, options):
             parameter.add_(0.3)
     dense.blocks[0].mlp.act.requires_grad_(False)
     sparse = vmoe.upcycle(dense, num_experts=4, layers="every1", capacity_factor=None, **options)
-    x = pictures()
+    x = images()
     torch.testing.assert_close(sparse(x), dense(x), rtol=0, atol=1e-5)
     dense(x).square().sum().backward()
     sparse(x).square().sum().backward()
@@ -560,7 +560,7 @@ def test_files_and_optimizers_of_learned_activations(tmp_path):
     assert sparse.blocks[1].mlp.experts.act.weight != dense.blocks[1].mlp.act.weight
     save_pretrained(sparse, tmp_path / "m.safetensors")
     again = create_model(pretrained=tmp_path / "m.safetensors").eval()
-    assert torch.equal(again(pictures()), sparse.eval()(pictures()))
+    assert torch.equal(again(images()), sparse.eval()(images()))
     sparse = vmoe.upcycle(dense, num_experts=4, layers=[1])
     smaller = vmoe.prune_experts(sparse, 2, {"blocks.1.mlp": [1, 0, 1, 0]})
     assert torch.equal(smaller.blocks[1].mlp.experts.act.weight, sparse.blocks[1].mlp.experts.act.weight)

@@ -136,18 +136,18 @@ def test_routing_settings_reach_every_layer():
     assert isinstance(layers[0].experts.act, torch.nn.GELU) or "GELUTanh" in type(layers[0].experts.act).__name__
 
 
-def test_dense_twin_has_no_experts_and_takes_timms_weights():
-    twin = timm.create_model("vmoe_tiny_patch8_48", num_experts=0, num_classes=5)
+def test_dense_baseline_has_no_experts_and_takes_timms_weights():
+    baseline = timm.create_model("vmoe_tiny_patch8_48", num_experts=0, num_classes=5)
     dense = timm.create_model(
         "vit_base_patch16_224", img_size=48, patch_size=8, embed_dim=128, depth=6, num_heads=4, num_classes=5,
         act_layer="gelu_tanh",
     )  # fmt: skip
-    twin.load_state_dict(dense.state_dict())
+    baseline.load_state_dict(dense.state_dict())
     x = torch.randn(2, 3, 48, 48)
-    torch.testing.assert_close(twin.eval()(x), dense.eval()(x))
+    torch.testing.assert_close(baseline.eval()(x), dense.eval()(x))
 
 
-def test_a_picture_does_not_depend_on_its_neighbours():
+def test_a_image_does_not_depend_on_its_neighbours():
     torch.manual_seed(0)
     model = timm.create_model("vmoe_tiny_patch8_48", num_classes=10, capacity_factor=0.3, batch_priority=True).eval()
     torch.nn.init.normal_(model.head.weight)
@@ -236,7 +236,7 @@ def test_sincos2d_positions():
 
 
 @pytest.mark.parametrize("class_token", [True, False])
-def test_sincos2d_follows_the_picture(class_token):
+def test_sincos2d_follows_the_image(class_token):
     torch.manual_seed(0)
     kwargs = {**SMALL, "pos_embed": "sincos2d", "class_token": class_token, "global_pool": "token"}
     model = timm.create_model("vmoe_tiny_patch8_48", **kwargs).eval()

@@ -30,15 +30,12 @@ from vmoe.utils.printable import safe_output
 
 
 def export(source: str | Path, output: str | Path, raw: bool = False) -> Path:
-    """Writes a checkpoint's weights as one safetensors file, atomically.
+    """Writes a checkpoint's weights as one safetensors file, atomically; returns the file or folder that was read.
 
     Args:
         source: a run's folder (its newest undamaged checkpoint), or a checkpoint's.
         output: the file; replaced if it exists.
         raw: the weights as they were trained, even if the run kept a moving average of them.
-
-    Returns:
-        The weights that were read: a file, or a folder of shards.
 
     Raises:
         WeightsError: no such weights, they are damaged, or the file cannot be written there.
@@ -84,8 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         weights = export(args.source, args.output, args.raw)
-        shapes = StoredTensors(args.output).shapes.values()
-        name = read_pretrained_metadata(args.output)["name"]
+        shapes, name = StoredTensors(args.output).shapes.values(), read_pretrained_metadata(args.output)["name"]
         if checkpoint_weights(weights.parent, average=True) is None:
             what = "the weights, which eval.py measures too; the run kept no moving average of them"
         elif args.raw:

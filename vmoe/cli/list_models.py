@@ -24,19 +24,12 @@ SOURCES = {
     "two_tower_": "ours, after [CLIP-UP](https://arxiv.org/abs/2502.00965)",
 }
 HEAD = """\
-| name | parameters | active | GFLOPs per picture | GFLOPs per text | source |
+| name | parameters | active | GFLOPs per image | GFLOPs per text | source |
 | --- | ---: | ---: | ---: | ---: | --- |"""
 
 
 def table_row(name: str) -> str:
-    """A line of the table.
-
-    Args:
-        name: of this package's models.
-
-    Raises:
-        ValueError: for an unknown name.
-    """
+    """A line of the table, for the name of one of this package's models."""
     with torch.device("meta"):
         model = create_model(name)
     profile = model_profile(model)

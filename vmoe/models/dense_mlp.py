@@ -72,9 +72,7 @@ def mlp_layout(mlp: nn.Module) -> MlpLayout:
         UpcycleError: for any other module, and for layers that experts do not have; names the class.
     """
     names = tuple(name for name, _ in mlp.named_children())
-    norm = "norm" if isinstance(getattr(mlp, "norm", None), nn.Module) else None
-    if norm and isinstance(mlp.norm, nn.Identity):
-        norm = None
+    norm = None if isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity) else "norm"
     # The classes themselves: a subclass may compute something else.
     if type(mlp) is Mlp:
         layout = MlpLayout(norm=norm)
@@ -86,16 +84,16 @@ def mlp_layout(mlp: nn.Module) -> MlpLayout:
         layout = MlpLayout(("c_fc",), "c_proj", "gelu", "ln" if "ln" in names else None, drop=None)
     else:
         raise UpcycleError(
-            f"an MLP of class {type(mlp).__name__} has no experts' form here; known are timm's Mlp, GluMlp and SwiGLU "
-            "and open_clip's c_fc-gelu-c_proj"
+            f"an MLP of class {type(mlp).__name__} cannot be made into experts; timm's Mlp, GluMlp and SwiGLU and "
+            "open_clip's c_fc-gelu-c_proj can"
         )
     for name in (*layout.fc1, layout.fc2):
-        if type(mlp.get_submodule(name)) is not nn.Linear:
-            kind = type(mlp.get_submodule(name)).__name__
-            raise UpcycleError(f"the layer {name} of an MLP is a {kind}; only nn.Linear can be made into experts")
-    if layout.norm and not isinstance(mlp.get_submodule(layout.norm), nn.LayerNorm):
-        kind = type(mlp.get_submodule(layout.norm)).__name__
-        raise UpcycleError(f"the norm inside an MLP is a {kind}; experts know only nn.LayerNorm there")
+        if (kind := type(mlp.get_submodule(name))) is not nn.Linear:
+            raise UpcycleError(
+                f"the layer {name} of an MLP is a {kind.__name__}; only nn.Linear can be made into experts"
+            )
+    if layout.norm and not isinstance(norm := mlp.get_submodule(layout.norm), nn.LayerNorm):
+        raise UpcycleError(f"the norm inside an MLP is a {type(norm).__name__}; experts know only nn.LayerNorm there")
     act = mlp.get_submodule(layout.act)
     if any(parameter.numel() != 1 for parameter in act.parameters()):
         raise UpcycleError(
@@ -113,14 +111,10 @@ def stacked_parameters(experts: Experts) -> dict[str, nn.Parameter]:
 def to_experts(
     layout: MlpLayout, tensors: Mapping[str, Tensor], num_experts: int, granularity: int = 1, fc2_scale: float = 1.0
 ) -> dict[str, Tensor]:
-    """Copies of an MLP's tensors for E experts.
+    """Copies of an MLP's tensors, given by their names there, for E experts, a multiple of G.
 
-    Args:
-        layout: of the MLP.
-        tensors: its tensors by their names there, such as "fc1.weight"; biases may be missing.
-        num_experts: E, a multiple of G.
-        granularity: G, expert e holds the hidden units of slice e % G; all keep the whole bias of fc2.
-        fc2_scale: factor on the second weight.
+    Expert e holds the hidden units of slice e % G; all keep the full bias of fc2. `fc2_scale` multiplies the second
+    weight.
 
     Returns:
         {"fc1.weight": (E, F/G or 2F/G, D), "fc1.bias": (E, ...), "norm.weight": (E, F), "norm.bias": (E, F),
@@ -146,15 +140,9 @@ def to_experts(
 
 
 def from_experts(layout: MlpLayout, tensors: Mapping[str, Tensor], fc2_scale: float = 1.0) -> dict[str, Tensor]:
-    """The MLP whose G slices are the given experts: the inverse of `to_experts` for E = G.
+    """The tensors of the MLP whose G slices are the given experts: the inverse of `to_experts` for E = G.
 
-    Args:
-        layout: of the MLP.
-        tensors: as `to_experts` returns them, with G experts; G = 1 for whole MLPs.
-        fc2_scale: the factor that `to_experts` put on the second weight.
-
-    Returns:
-        The MLP's tensors by their own names; the slices' biases of fc2 are averaged.
+    The slices' biases of fc2 are averaged.
     """
     dense = {}
     for kind in ("weight", "bias"):
@@ -164,7 +152,7 @@ def from_experts(layout: MlpLayout, tensors: Mapping[str, Tensor], fc2_scale: fl
             if layout.gate_last:
                 parts.reverse()
             parts = parts if len(parts) == len(layout.fc1) else [torch.cat(parts)]
-            dense.update({f"{name}.{kind}": part for name, part in zip(layout.fc1, parts, strict=True)})
+            dense |= dict(zip(layout.sources(f"fc1.{kind}"), parts, strict=True))
         if f"norm.{kind}" in tensors:
             dense[f"{layout.norm}.{kind}"] = tensors[f"norm.{kind}"].flatten(0, 1)
     dense[f"{layout.fc2}.weight"] = (tensors["fc2.weight"] / fc2_scale).transpose(0, 1).flatten(1)

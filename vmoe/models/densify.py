@@ -28,7 +28,7 @@ def measure_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]
     """How many tokens each expert works on, in eval mode.
 
     Args:
-        model: sparse; its mode is as before afterwards.
+        model: sparse.
         batches: what the model is called with: a tensor, a tuple of arguments, or a dictionary with the keys "image"
             and "text", as this package's loaders give.
 
@@ -118,7 +118,7 @@ def prune_experts(model: nn.Module, keep: int | float, usage: Usage) -> nn.Modul
     if isinstance(keep, bool) or not isinstance(keep, (Integral, float)) or not 0 <= keep < math.inf:
         raise ValueError(f"keep must be a number of experts, or a share below 1.0 of them, got {keep!r}")
     if keep == 1 and isinstance(keep, float):
-        raise ValueError("keep=1.0 would keep all experts; a share is below 1.0, and a number of experts is whole (1)")
+        raise ValueError("keep=1.0 would keep all experts; give a share below 1.0, or a number such as 1")
     keep = int(keep) if keep == int(keep) else keep
     layers = _layers(model)
     pruned = copy.deepcopy(model)

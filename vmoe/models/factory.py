@@ -49,8 +49,8 @@ def create_model(name: str | None = None, pretrained: str | Path | None = None, 
             own settings are the defaults then. Position embeddings are interpolated if the image size differs. A
             classifier starts anew if `num_classes` is given and the file's has another number.
         **kwargs: of the model; they go over the file's. `image` and `text` of a two-tower model go over its own setting
-            by setting; `image={"pretrained": FILE}` gives the image tower that file's architecture and weights (as long
-            as there are no weights for the whole model).
+            by setting; `image={"pretrained": FILE}` gives the image tower that file's architecture and weights, if
+            there are none for the whole model.
 
     Raises:
         ValueError: for an unknown name or setting.
@@ -168,17 +168,12 @@ def save_pretrained(model: nn.Module, file: str | Path, extra: dict | None = Non
         write_tensors(tensors, file_metadata(model, extra), Path(file))
     except RuntimeError as error:
         raise ValueError(
-            f"{type(model).__name__} cannot be saved: some of its tensors share their memory, and safetensors "
-            "keeps each alone; save its state_dict with torch.save"
+            f"{type(model).__name__} cannot be saved: some of its tensors share their memory; use torch.save"
         ) from error
 
 
 def file_metadata(model: nn.Module, extra: dict | None = None) -> dict[str, str]:
-    """The metadata of a model's safetensors file. It was checked that it gives the same model again.
-
-    Args:
-        model: made by `create_model`; may be on the meta device.
-        extra: as of `save_pretrained`.
+    """The metadata of a model's safetensors file, from which the same model was built on the meta device as a check.
 
     Raises:
         ValueError: if the settings are not JSON-able, or do not give the same model again.
@@ -187,9 +182,7 @@ def file_metadata(model: nn.Module, extra: dict | None = None) -> dict[str, str]
     try:
         text = json.dumps(settings)
     except TypeError as error:
-        raise ValueError(
-            f"the settings of {settings['name']} cannot be saved: {error}; use names and numbers"
-        ) from error
+        raise ValueError(f"settings of {settings['name']} cannot be saved: {error}; use names and numbers") from error
     settings = json.loads(text)
     try:
         check_metadata(settings)
@@ -199,8 +192,7 @@ def file_metadata(model: nn.Module, extra: dict | None = None) -> dict[str, str]
     if other is not None:
         raise ValueError(
             f"{type(model).__name__} cannot be saved, because its settings give another model ({other}): change models "
-            "by arguments of vmoe.create_model, reset_classifier and set_input_size only, or save the state_dict with "
-            "torch.save"
+            "only by settings, reset_classifier and set_input_size, or save the state_dict with torch.save"
         )
     return {"format": "pt", METADATA_KEY: text}  # "pt": other libraries ask for it before they load into PyTorch
 
@@ -221,15 +213,9 @@ def preprocess_config(model: nn.Module) -> dict:
     channels = in_chans(model)
     if isinstance(model, TwoTower):
         model = model.visual
-    if isinstance(model, LIMoE):
-        config = {
-            "mean": IMAGENET_INCEPTION_MEAN,
-            "std": IMAGENET_INCEPTION_STD,
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-            "crop_mode": "center",
-        }
-    else:
+    config = {"mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD}
+    config |= {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"}
+    if not isinstance(model, LIMoE):
         config = dict(resolve_model_data_config(model))
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)  # the size it was built with, not its name's
     config["input_size"] = (channels, *(size or config["input_size"][1:]))
@@ -248,10 +234,8 @@ def create_model_and_transforms(
     """A model with its transforms, as open_clip's function of this name.
 
     Args:
-        model_name: see `create_model`.
-        pretrained: file or folder, see `create_model`.
+        model_name, pretrained, **kwargs: of `create_model`.
         device: where to put the model.
-        **kwargs: of the model.
 
     Returns:
         (model in eval mode, training transform, evaluation transform); the transforms turn a PIL image into a

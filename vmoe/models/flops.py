@@ -6,19 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapper
 
 from vmoe.models.factory import is_contrastive, preprocess_config
 from vmoe.moe import SparseMoE
 from vmoe.moe.quantize import WeightOnlyLinear
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile` and DDP."""
-    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
-        model = inner
-    return model
 
 
 @contextmanager
@@ -40,13 +34,11 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     Active are those that a token goes through: of each sparse layer some of its E experts (see
     :func:`experts_per_token`), of everything else all. A contrastive model counts with both its modalities.
     """
-    total = _numbers(model)
-    idle = 0
+    total = active = _numbers(model)
     for layer in model.modules():
         if isinstance(layer, SparseMoE):
-            one_expert = _numbers(layer.experts) // layer.num_experts
-            idle += round(one_expert * (layer.num_experts - experts_per_token(layer)))
-    return total, total - idle
+            active -= round(_numbers(layer.experts) * (1 - experts_per_token(layer) / layer.num_experts))
+    return total, active
 
 
 def _numbers(module: nn.Module) -> int:
@@ -86,8 +78,7 @@ def forward_flops(call: Callable[[], object]) -> int:
     Counts matrix multiplications (linear layers, attention, convolutions, the gate, the experts), not element-wise
     work. An expert counts the rows routed to it, once each.
     """
-    counter = FlopCounterMode(display=False)
-    with counter:
+    with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
 
@@ -96,15 +87,14 @@ def model_profile(model: nn.Module) -> dict[str, int | float]:
     """Parameters and cost of one image (and one caption) in evaluation mode.
 
     Args:
-        model: a classifier, or a contrastive model with `encode_image` and `encode_text`; runs where it is, also on the
-            meta device, where no numbers are computed.
+        model: a classifier or a contrastive model; runs where it is, also on the meta device.
 
     Returns:
         "parameters_total" and "parameters_active" (see :func:`count_parameters`); "gflops_per_image" and, for a
-        contrastive model, "gflops_per_text": the forward pass of one, in 10^9 floating-point operations (see
-        :func:`forward_flops`). The caption fills the model's context length.
+        contrastive model, "gflops_per_text": the forward pass of one, in 10^9 operations (see :func:`forward_flops`).
+        The caption fills the model's context length.
     """
-    model = unwrapped(model)
+    model = unwrap_model(model)
     total, active = count_parameters(model)
     parameter = next(model.parameters())
     image: Tensor = parameter.new_zeros(1, *preprocess_config(model)["input_size"])

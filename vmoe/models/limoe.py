@@ -41,7 +41,7 @@ def attention(qkv_BT3D: Tensor, bias_B11T: Tensor | None, num_heads: int, fused:
 
 @dataclass(frozen=True)
 class TowerTokens:
-    """What the blocks know of their tokens: rows of an image's patches and its caption, (B, T, D), or packed, (S, D).
+    """What the blocks know of their tokens: rows of an image's patches and its text, (B, T, D), or packed, (S, D).
 
     Attributes:
         num_patches: P; 0 without images.
@@ -68,10 +68,6 @@ class TowerTokens:
         x_SD = x.new_zeros(self.mask_BT.numel(), x.shape[-1]).index_copy(0, self.index_S, x)
         return x_SD.view(*self.mask_BT.shape, x.shape[-1])
 
-    def through_experts(self, layer: SparseMoE, x: Tensor) -> Tensor:
-        """A sparse layer over the tokens of both modalities, in rows, so that packing changes no routing."""
-        return self.pack(layer(self.unpack(x), self.mask_BT, self.modality_BT))
-
 
 class LIMoEBlock(Block):
     """timm's pre-norm block over patches and text tokens at once: attention per modality, one MLP for both.
@@ -89,7 +85,10 @@ class LIMoEBlock(Block):
             attended.append(attention(qkv_BT3D[:, P:], tokens.bias_B11L, *how))
         x = x + self.drop_path1(self.ls1(self.attn.proj(tokens.pack(torch.cat(attended, dim=1)))))
         h = self.norm2(x)
-        h = tokens.through_experts(self.mlp, h) if isinstance(self.mlp, SparseMoE) else self.mlp(h)
+        if isinstance(self.mlp, SparseMoE):  # over rows, so that packing changes no routing
+            h = tokens.pack(self.mlp(tokens.unpack(h), tokens.mask_BT, tokens.modality_BT))
+        else:
+            h = self.mlp(h)
         return x + self.drop_path2(self.ls2(h))
 
 
@@ -100,18 +99,12 @@ class LIMoE(ImageTextModel):
         img_size: side of the (square) image in pixels, or (height, width).
         patch_size: side of a patch in pixels.
         in_chans: channels of the images.
-        context_length: L, tokens of text.
-        vocab_size: of the tokenizer; the default is that of open_clip's CLIP tokenizer, whose `eot_token_id` is 49407.
         eot_token_id: the token that ends a text; what comes after it is padding.
         embed_dim: C, width of the common embedding.
-        width: D.
-        depth: number of blocks.
-        num_heads: attention heads.
-        mlp_ratio: hidden width of an MLP or expert over D.
         pool: "avg", over patches or real text tokens; or "map", attention pooling, for each modality its own.
-        drop_path_rate: stochastic depth.
-        init_logit_scale, init_logit_bias, output_dict: see `ImageTextModel`.
-        moe_layers: blocks with experts, see `vmoe.models.vision.sparse_blocks`.
+        context_length, vocab_size, width, depth, num_heads, mlp_ratio, drop_path_rate, moe_layers: as of
+            `vmoe.models.text.TextTransformer`.
+        init_logit_scale, init_logit_bias, output_dict: as of `ImageTextModel`.
         **routing: routing settings (`vmoe.moe.config.RoutingSettings`, `router_preset`); `num_experts=0` makes the
             dense baseline. The defaults are the preset "limoe" with 32 experts and a local entropy loss on text;
             the global entropy loss asks for half of the experts for images and a quarter for text (our choice).
@@ -187,8 +180,7 @@ class LIMoE(ImageTextModel):
     def init_weights(self, needs_reset: bool = True) -> None:
         """The reference's ViT initialisation for the blocks; small normal embeddings.
 
-        Args:
-            needs_reset: modules that this does not name reset themselves, for instance after `to_empty`.
+        With `needs_reset` the modules that this does not name reset themselves, for instance after `to_empty`.
         """
         named_apply(get_init_weights_vit("jax", needs_reset=needs_reset), self)
         self.reset_logits()
@@ -238,10 +230,8 @@ class LIMoE(ImageTextModel):
         tokens = TowerTokens(P, mask_BT, modality_BT, bias_B11L, index_S)
         x = tokens.pack(x)
         for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, tokens)
-            else:
-                x = block(x, tokens)
+            recompute = self.grad_checkpointing and torch.is_grad_enabled()
+            x = checkpoint(block, x, tokens) if recompute else block(x, tokens)
         x_BTD = tokens.unpack(self.norm(x))
         return x_BTD[:, :P], x_BTD[:, P:]
 
@@ -311,10 +301,8 @@ class LIMoE(ImageTextModel):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         """Parameter groups by depth, for layer decay."""
-        return {
-            "stem": r"^patch_embed|^token_embedding|^image_pos_embed|^text_pos_embed",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
-        }
+        stem = r"^patch_embed|^token_embedding|^image_pos_embed|^text_pos_embed"
+        return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
 
 _TINY = {"img_size": 48, "width": 128, "depth": 6, "num_heads": 4, "embed_dim": 128, "context_length": 16}

@@ -50,13 +50,7 @@ def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, An
 
 
 def write_manifest(folder: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> Path:
-    """Writes the manifest of a folder and returns its file.
-
-    Args:
-        folder: of the checkpoint.
-        facts: JSON-able, for readers (world size, mesh).
-        files: of `describe_files`; all in the folder.
-    """
+    """Writes the manifest of a folder, with facts for its readers and the `describe_files` of all its files."""
     file = folder / MANIFEST
     file.write_bytes(_encode({"format": FORMAT, **facts, "files": files}))
     return file
@@ -139,12 +133,9 @@ def find_problems(folder: Path, share: tuple[int, int] = (0, 1), only: str = "")
 def newest_whole(
     checkpoints: list[Path], logger: logging.Logger | None, find: Callable[[Path], list[str]] = find_problems
 ) -> Path | None:
-    """The newest checkpoint without problems, or None; damaged ones are named in a warning.
+    """The newest of some checkpoints, oldest first, without problems, or None; damaged ones are named in a warning.
 
-    Args:
-        checkpoints: oldest first.
-        logger: for the warnings; None: another process gives them.
-        find: gives what is wrong with a checkpoint.
+    Without a logger another process gives the warnings.
     """
     found, damaged = None, []
     for checkpoint in reversed(checkpoints):

@@ -15,45 +15,27 @@ from vmoe.moe.config import preset_settings
 logger = logging.getLogger("vmoe.models")
 
 _TINY = {"img_size": 48, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
+_SMALL = {"embed_dim": 512, "depth": 8, "num_heads": 8, "moe_layers": "last2"}
 _BASE = {"embed_dim": 768, "depth": 12, "num_heads": 12}
 _LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
 _HUGE = {"embed_dim": 1280, "depth": 32, "num_heads": 16}
+_15B = {"embed_dim": 1408, "depth": 48, "num_heads": 16, "mlp_ratio": 6400 / 1408}
 # Soft MoE's ViTs: no class token, the mean over the patches after the last norm, QK norm, experts in the upper half,
 # one slot each. Their S is 12 blocks of width 384; V-MoE's is 8 of width 512.
-_SOFT = {
-    "router": "soft",
-    "num_slots": 1,
-    "moe_layers": "second_half",
-    "class_token": False,
-    "global_pool": "avg",
-    "fc_norm": False,
-    "qk_norm": True,
-}
+_SOFT_ROUTING = {"router": "soft", "num_slots": 1, "moe_layers": "second_half"}
+_SOFT = {**_SOFT_ROUTING, "class_token": False, "global_pool": "avg", "fc_norm": False, "qk_norm": True}
 _SOFT_SMALL = {**_SOFT, "embed_dim": 384, "depth": 12, "num_heads": 6}
 
 # What each name stands for: arguments of `VisionMoE`.
 MODELS: dict[str, dict] = {
     "vmoe_tiny_patch8_48": {**_TINY, "num_selected_experts": 1},  # for tests and first steps
-    "vmoe_small_patch32_224": {
-        "patch_size": 32,
-        "embed_dim": 512,
-        "depth": 8,
-        "num_heads": 8,
-        "moe_layers": "last2",
-    },
+    "vmoe_small_patch32_224": {**_SMALL, "patch_size": 32},
     "vmoe_base_patch32_224": {**_BASE, "patch_size": 32},
     "vmoe_base_patch16_224": {**_BASE, "patch_size": 16},
     "vmoe_large_patch32_224": {**_LARGE, "patch_size": 32},
     "vmoe_large_patch16_224": {**_LARGE, "patch_size": 16},
     "vmoe_huge_patch14_224": {**_HUGE, "patch_size": 14},
-    "vmoe_15b_patch14_224": {
-        "patch_size": 14,
-        "embed_dim": 1408,
-        "depth": 48,
-        "num_heads": 16,
-        "mlp_ratio": 6400 / 1408,
-        "num_experts": 32,
-    },
+    "vmoe_15b_patch14_224": {**_15B, "patch_size": 14, "num_experts": 32},
     "softmoe_tiny_patch8_48": {**_SOFT, **_TINY, "num_experts": 32},  # for first steps
     "softmoe_small_patch16_224": {**_SOFT_SMALL, "patch_size": 16, "num_experts": 128},
     "softmoe_small_patch14_224": {**_SOFT_SMALL, "patch_size": 14, "num_experts": 256},
@@ -65,14 +47,7 @@ MODELS: dict[str, dict] = {
 
 def _cfg(name: str) -> dict:
     """timm's description of a model's input; pixels are scaled to -1..1, as in the reference."""
-    tiny = {"input_size": (3, 48, 48), "crop_pct": 1.0, "interpolation": "bicubic"}
-    soft = {"paper_ids": "arXiv:2308.00951", "paper_name": "From Sparse to Soft Mixtures of Experts"}
     return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.875,
         "interpolation": "bilinear",
         "fixed_input_size": True,
         "mean": IMAGENET_INCEPTION_MEAN,
@@ -80,11 +55,7 @@ def _cfg(name: str) -> dict:
         "first_conv": "patch_embed.proj",
         "classifier": "head",
         "license": "apache-2.0",
-        "paper_ids": "arXiv:2106.05974",
-        "paper_name": "Scaling Vision with Sparse Mixture of Experts",
-        "origin_url": "https://github.com/google-research/vmoe",
-        **(tiny if "tiny" in name else {}),
-        **(soft if name.startswith("soft") else {}),
+        **({"input_size": (3, 48, 48), "crop_pct": 1.0, "interpolation": "bicubic"} if "tiny" in name else {}),
     }
 
 
@@ -128,12 +99,9 @@ def _filter(state_dict: dict[str, Tensor], model: VisionMoE) -> dict[str, Tensor
 def _with_settings_of_file(name: str, pretrained: bool, kwargs: dict) -> tuple[str, dict]:
     """The name and settings in a file of this package that timm is told to load, so that the file is all it needs.
 
-    Args:
-        name: that the user gave.
-        pretrained: of timm.
-        kwargs: the user's settings, which win; "file" of its `pretrained_cfg_overlay` or `pretrained_cfg` is the file.
+    `kwargs`, the user's settings, win; "file" of their `pretrained_cfg_overlay` or `pretrained_cfg` is the file.
     """
-    from vmoe.models.serialization import METADATA_KEY, read_pretrained_metadata, safetensors_metadata
+    from vmoe.models.serialization import METADATA_KEY, read_pretrained_metadata, safetensors_metadata  # slow to import
 
     config, overlay = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay") or {}
     config = asdict(config) if is_dataclass(config) else config if isinstance(config, dict) else {}

@@ -78,12 +78,9 @@ def _newest_checkpoint(run: Path, path: Path) -> Path:
     if not checkpoints:
         reason = "it does not exist" if not path.exists() else f"it holds no {WEIGHTS_NAME} and no checkpoints"
         raise WeightsError(f"no weights at {path}: {reason}; give a .safetensors file, a checkpoint or a run's folder")
-    newest = newest_whole(checkpoints, logger)
-    if newest is None:
+    if (newest := newest_whole(checkpoints, logger)) is None:
         problem = find_problems(checkpoints[-1])[0]
-        raise WeightsError(
-            f"none of the {len(checkpoints)} checkpoints of {run} is whole: {checkpoints[-1].name}: {problem}"
-        )
+        raise WeightsError(f"all checkpoints of {run} are damaged, the newest one here: {problem}")
     return newest
 
 
@@ -105,9 +102,7 @@ def read_pretrained_metadata(source: str | Path) -> dict:
     """{"name", "kwargs", "preprocess", "extra"} of weights that `save_pretrained` or a checkpoint wrote, checked."""
     text = safetensors_metadata(source).get(METADATA_KEY)
     if text is None:
-        raise WeightsError(
-            f"{source} holds weights but no settings of a vmoe model: it was not written by this package"
-        )
+        raise WeightsError(f"{source} holds no settings of a vmoe model: it was not written by this package")
     try:
         metadata = parse_json(text)
         check_metadata(metadata)
@@ -338,12 +333,7 @@ def _resized_positions(
 
 
 def write_tensors(tensors: dict[str, Tensor], metadata: dict[str, str], file: Path) -> None:
-    """Writes a safetensors file, atomically, and on the disk when this returns.
-
-    Args:
-        tensors: on the CPU, contiguous.
-        metadata: of the file.
-        file: replaced if it exists; its folder is made.
+    """Writes a safetensors file of contiguous CPU tensors, atomically, and on the disk when this returns.
 
     Raises:
         OSError: it cannot be written.
@@ -362,28 +352,20 @@ def write_tensors(tensors: dict[str, Tensor], metadata: dict[str, str], file: Pa
 
 
 # Names of types in a safetensors file: https://huggingface.co/docs/safetensors, "Format".
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int16: "I16",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.bool: "BOOL",
-}
+DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPE_NAMES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"}
+DTYPE_NAMES |= {torch.uint8: "U8", torch.bool: "BOOL"}
 
 
 class MappedTensors(dict[str, Tensor]):
-    """{name: tensor in the file}; `release` lets the system take the pages that were written."""
+    """{name: tensor in the file}."""
 
     def __init__(self, mapped: mmap.mmap, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(tensors)
         self._mapped = mapped
 
     def release(self) -> None:
+        """Lets the system take the pages that were written."""
         self._mapped.flush()
         if hasattr(mmap, "MADV_DONTNEED"):
             self._mapped.madvise(mmap.MADV_DONTNEED)
@@ -397,12 +379,6 @@ def mapped_safetensors(
 
     The file takes its name when the block ends without an error; else it stays as it was, and folders that were made
     for it are removed.
-
-    Args:
-        file: its folder is made if there is none.
-        shapes: {name: shape}.
-        dtypes: {name: type}, of the same names.
-        metadata: of the file.
 
     Raises:
         OSError: it cannot be written; a full disk is found before anything is.
@@ -418,10 +394,9 @@ def mapped_safetensors(
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(file) as draft, open(draft, "w+b") as opened:
+            opened.truncate(first + end)
             if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash while the map is written
                 os.posix_fallocate(opened.fileno(), 0, first + end)
-            else:
-                opened.truncate(first + end)
             mapped = mmap.mmap(opened.fileno(), first + end)
             mapped[:first] = struct.pack("<Q", len(text)) + text
             data = torch.frombuffer(mapped, dtype=torch.uint8)[first:]

@@ -70,12 +70,9 @@ def masked_mean(x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
 
 
 def text_routing(kwargs: dict, defaults: dict) -> dict:
-    """Move the routing settings out of a model's arguments, as `take_routing`, for a model with short sequences.
+    """As `take_routing`, for a model with short sequences; raises TypeError for an argument that is no setting.
 
     A capacity raised to a multiple of four is hardly a choice among a dozen tokens: expert choice has the exact one.
-
-    Raises:
-        TypeError: for an argument that is none.
     """
     settings = take_routing(kwargs, defaults)
     if kwargs:
@@ -194,8 +191,7 @@ class TextTransformer(nn.Module):
     def init_weights(self, needs_reset: bool = True) -> None:
         """The reference's ViT initialisation for the blocks; small normal embeddings.
 
-        Args:
-            needs_reset: modules that this does not name reset themselves, for instance after `to_empty`.
+        With `needs_reset` the modules that this does not name reset themselves, for instance after `to_empty`.
         """
         named_apply(get_init_weights_vit("jax", needs_reset=needs_reset), self)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -209,21 +205,15 @@ class TextTransformer(nn.Module):
         return self.head
 
     def forward_features(self, text_BL: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Token ids -> (B, L, D) after the final norm, and the (B, L) mask of real tokens or None.
-
-        Raises:
-            ValueError: for a text longer than `context_length`.
-        """
+        """Token ids -> (B, L, D) after the final norm, and the (B, L) mask of real tokens or None."""
         check_length(text_BL, self.context_length)
         mask_BL = None if self.eot_token_id is None else text_mask(text_BL, self.eot_token_id)
         x_BLD = self.token_embedding(text_BL)
         if self.pos_embed is not None:
             x_BLD = x_BLD + self.pos_embed[:, : text_BL.shape[1]]
         for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x_BLD = checkpoint(block, x_BLD, mask_BL)
-            else:
-                x_BLD = block(x_BLD, mask_BL)
+            recompute = self.grad_checkpointing and torch.is_grad_enabled()
+            x_BLD = checkpoint(block, x_BLD, mask_BL) if recompute else block(x_BLD, mask_BL)
         return self.norm(x_BLD), mask_BL
 
     def forward_head(self, x_BLD: Tensor, mask_BL: Tensor | None = None, pre_logits: bool = False) -> Tensor:

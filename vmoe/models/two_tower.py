@@ -63,11 +63,7 @@ class TwoTower(ImageTextModel):
         self._init_image_head()
 
     def init_weights(self) -> None:
-        """The towers' own initialisation, for instance after `to_empty`.
-
-        Raises:
-            TypeError: the image tower is a model of timm without `init_weights`.
-        """
+        """The towers' own initialisation, for instance after `to_empty`; not all of timm's models have one."""
         if not hasattr(self.visual, "init_weights"):
             raise TypeError(f"the image tower {type(self.visual).__name__} has no init_weights; load its weights")
         self.visual.init_weights()
@@ -127,11 +123,7 @@ class TwoTower(ImageTextModel):
         self.train(self.training)
 
     def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
-        """Freeze the text tower but for its last layer groups (blocks; the head counts as one).
-
-        Raises:
-            ValueError: for `freeze_layer_norm=False`, which open_clip has for old models and does not support either.
-        """
+        """Freeze the text tower but for its last layer groups (blocks; the head counts as one)."""
         if not freeze_layer_norm:
             raise ValueError("freeze_layer_norm=False is not supported: norms are frozen with their blocks")
         _lock(self.text, unlocked_layers)
@@ -157,8 +149,7 @@ class TwoTower(ImageTextModel):
         depth_from_top = {}
         for prefix, tower in (("visual", self.visual), ("text", self.text)):
             groups = group_parameters(tower, tower.group_matcher(coarse=coarse), reverse=True)
-            top = max(groups.values())
-            depth_from_top |= {f"{prefix}.{name}": top - layer for name, layer in groups.items()}
+            depth_from_top |= {f"{prefix}.{name}": max(groups.values()) - layer for name, layer in groups.items()}
         return lambda name: -depth_from_top.get(name, 0)
 
 
@@ -185,10 +176,7 @@ def check_towers(given: Mapping) -> None:
 
 
 def merge_settings(settings: Mapping, given: Mapping) -> dict:
-    """Settings of a two-tower model with the user's on top, tower by tower.
-
-    An image tower that is named starts from the settings of that name.
-    """
+    """A two-tower model's settings with the user's over them; a named image tower starts from that name's own."""
     check_towers(given)
     merged = {**settings, **given}
     for tower in TOWERS:

@@ -72,7 +72,7 @@ def upcycle(
 
     Returns:
         A new model of the same class, dtype, device, training mode and frozen parameters. If the dense model was made
-        by `vmoe.create_model`, `save_pretrained` and `create_model(pretrained=...)` work with it.
+        by `vmoe.create_model`, it can be saved with `save_pretrained`.
 
     Raises:
         UpcycleError: for a model without MLPs that are known, or one that is sparse already.
@@ -81,7 +81,7 @@ def upcycle(
     _check(model, tower, granularity, expert_noise, reinit, settings)
     layers, granularity = _block_choice(layers), int(granularity)
     given = {"num_experts": num_experts, "num_selected_experts": num_selected_experts}
-    user = {**{name: value for name, value in given.items() if value is not None}, **settings}
+    user = {name: value for name, value in given.items() if value is not None} | settings
     settings = _routing_settings(user, granularity)
     if settings["router"] == "top_k" and settings["num_selected_experts"] == 1 and settings.get("normalize_weights"):
         warnings.warn(
@@ -135,9 +135,8 @@ def _check(model: nn.Module, tower: str, granularity: int, expert_noise: float, 
         raise ValueError(f"reinit must be 0..1, got {reinit!r}")
     if settings.get("expert_width") is not None:
         raise ValueError("expert_width cannot be set: the experts are copies of the MLPs; granularity makes finer ones")
-    for name in settings:
-        if name not in SETTING_NAMES:
-            raise ValueError(f"upcycle has no setting {name!r}; the routing settings are {sorted(SETTING_NAMES)}")
+    for name in settings.keys() - SETTING_NAMES:
+        raise ValueError(f"upcycle has no setting {name!r}; the routing settings are {sorted(SETTING_NAMES)}")
 
 
 def _is_number(value) -> bool:
@@ -353,7 +352,7 @@ def _keep_parameter_groups(dense: nn.Module, sparse: nn.Module) -> None:
     """Let timm's optimizers treat experts as they treat the MLPs that they were copied from.
 
     Weight decay goes by the number of axes, and a stacked bias has one more; so `no_weight_decay` names those. Layer
-    decay goes by names, where the model has a `group_matcher`; else timm counts parameters, and what that gave is kept.
+    decay goes by `group_matcher`; without one timm counts parameters, and the dense model's groups are kept.
     """
     from timm.optim import auto_group_layers
 
@@ -409,6 +408,6 @@ def _family(model: nn.Module, spec: dict | None, settings: dict, tower: str) -> 
         return None
     spec = {"name": spec["name"], "kwargs": kwargs}
     with torch.device("meta"):
-        twin = build_dense(spec)
-    layers = {name: layer for name, layer in twin.named_modules() if isinstance(layer, SparseMoE)}
+        model = build_dense(spec)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseMoE)}
     return spec, {name: {**asdict(layer.settings), "modalities": layer.modalities} for name, layer in layers.items()}

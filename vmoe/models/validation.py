@@ -25,14 +25,7 @@ SPARE_NUMBERS, SPARE_TENSORS = 2**26, 1000
 
 
 def check_metadata(metadata: Any) -> None:
-    """Refuses settings that no file of this package holds.
-
-    Args:
-        metadata: as `vmoe.models.factory.save_pretrained` writes it.
-
-    Raises:
-        ValueError: names the setting; without the file's name.
-    """
+    """Raises ValueError, which names the setting, unless `metadata` is as `save_pretrained` writes it."""
     if not isinstance(metadata, dict):
         raise ValueError(f"they must be a dictionary, not {type(metadata).__name__}")
     metadata = {"upcycle": {}, **metadata}
@@ -82,31 +75,23 @@ def _check_preprocessing(values: Any, where: str) -> None:
     if not isinstance(values, dict) or not values.keys() <= PREPROCESSING:
         raise ValueError(f"{where} must hold nothing but {', '.join(sorted(PREPROCESSING))}")
     for key, value in values.items():
+        _check_setting(key, value, f"{where}.{key}")
+        parts = value if isinstance(value, list) else [value]
+        kind = str if key in ("interpolation", "crop_mode") else (int, float)
+        good = all(isinstance(each, kind) for each in parts)
         if key == "input_size":
-            _check_setting(key, value, f"{where}.{key}")
-            good = isinstance(value, list) and len(value) == 3 and all(value)
-        elif key in ("mean", "std"):
-            good = isinstance(value, list) and all(map(_is_number, value))
+            good = len(parts) == 3 and all(parts)
         elif key == "crop_pct":
-            good = value is None or (_is_number(value) and 0.01 <= value <= 10)
-        else:
-            good = isinstance(value, str)
+            good = value is None or (good and len(parts) == 1 and 0.01 <= parts[0] <= 10)
         if not good:
             raise ValueError(f"{where}.{key} is not what it should be")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 @contextmanager
 def bounded_model(source: object, numbers: int, tensors: int) -> Iterator[None]:
     """Models built inside that are much larger than their file end in a ValueError before they fill the memory.
 
-    Args:
-        source: the file, for the message.
-        numbers: in its tensors.
-        tensors: how many there are.
+    `source` is the file, for the message; `numbers` are those in its `tensors` tensors.
     """
     thread = threading.get_ident()
     left_numbers, left_tensors = 4 * numbers + SPARE_NUMBERS, 4 * tensors + SPARE_TENSORS

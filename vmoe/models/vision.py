@@ -22,16 +22,11 @@ ROUTING_DEFAULTS = {"num_experts": 8, "num_selected_experts": 2}
 
 
 def sparse_blocks(moe_layers: str | Sequence[int], depth: int) -> tuple[int, ...]:
-    """Indices of the blocks that hold experts.
+    """Indices of the blocks that hold experts, in a model of `depth` blocks.
 
-    Args:
-        moe_layers: "everyN": the last of each N blocks, so "every2" is 1, 3, 5, ...; "lastN": the last N of the blocks
-            of "every2", as in the V-MoE paper (so "last2" of 8 blocks is 5 and 7); "second_half": the upper half of the
-            blocks, as in the Soft MoE paper; or the indices themselves.
-        depth: number of blocks.
-
-    Raises:
-        ValueError: for an unknown word or an index outside the model.
+    `moe_layers` is "everyN": the last of each N blocks, so "every2" is 1, 3, 5, ...; "lastN": the last N of the blocks
+    of "every2", as in the V-MoE paper (so "last2" of 8 blocks is 5 and 7); "second_half": the upper half of the blocks,
+    as in the Soft MoE paper; or the indices themselves. Anything else is a ValueError.
     """
     if moe_layers == "second_half":
         return tuple(range(depth // 2, depth))
@@ -60,9 +55,6 @@ def sincos2d_positions(height: int, width: int, dim: int, temperature: float, de
 
     A quarter of the channels each holds sin(x·w), cos(x·w), sin(y·w) and cos(y·w), with the frequencies w falling
     geometrically from 1 to 1/temperature (MoCo v3, arXiv 2104.02057).
-
-    Raises:
-        ValueError: if `dim` is not a multiple of four, or below eight.
     """
     if dim % 4 or dim < 8:
         raise ValueError(f"pos_embed='sincos2d' needs a width that is a multiple of 4 and at least 8, got {dim}")
@@ -76,8 +68,7 @@ def sincos2d_positions(height: int, width: int, dim: int, temperature: float, de
 def norm_queries_and_keys(attention: nn.Module) -> None:
     """QK norm of the reference (ViT-22B, arXiv 2302.05442): a LayerNorm without bias on each head's queries and keys.
 
-    Args:
-        attention: timm's `Attention` or `AttentionPoolLatent`; changed in place.
+    `attention`, timm's `Attention` or `AttentionPoolLatent`, is changed in place.
     """
     for name in ("q_norm", "k_norm"):
         norm = nn.LayerNorm(attention.head_dim, eps=1e-6, bias=False, **_like(attention.proj.weight))
@@ -89,11 +80,8 @@ def _like(tensor: Tensor) -> dict:
 
 
 def without_decay(model: nn.Module) -> set[str]:
-    """Parameters of sparse layers that weight decay must spare though they have several axes.
-
-    Biases, norms and learned activations, because every expert has its own; and slots of soft routing, whose length
-    means nothing.
-    """
+    """Parameters of sparse layers without weight decay though they have several axes: biases, norms and learned
+    activations, because every expert has its own; and slots of soft routing, whose length means nothing."""
     names = set()
     for name, layer in model.named_modules():
         if isinstance(layer, SparseMoE):
@@ -122,7 +110,7 @@ class VisionMoE(VisionTransformer):
     Args:
         moe_layers: "everyN", "lastN", "second_half", or block indices; see `sparse_blocks`.
         depth: number of blocks.
-        global_pool: timm's words; "token" without a class token pools the first patch.
+        global_pool: as timm's; "token" without a class token pools the first patch.
         class_token: whether there is one.
         pos_embed: "learn", "sincos2d" (fixed, for patches only, no part of the state dict) or "none".
         pos_temperature: of sincos2d.
@@ -182,7 +170,7 @@ class VisionMoE(VisionTransformer):
         )
         self.global_pool = global_pool
         if sum(isinstance(module, SparseMoE) for module in self.modules()) != len(chosen):
-            raise ValueError("this block_fn has no MLP that experts could take the place of; use timm's Block")
+            raise ValueError("this block_fn has no MLP that experts can replace; use timm's Block")
         self.sincos2d_temperature = pos_temperature if pos_embed == "sincos2d" else None
         if pos_embed == "sincos2d":
             sincos2d_positions(1, 1, self.embed_dim, pos_temperature)  # names a width that does not suit
