@@ -10,6 +10,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 
@@ -90,7 +91,9 @@ def upcycle(
             stacklevel=2,
         )
     chosen = _chosen_mlps(model, tower, layers)
-    spec = _dense_spec(model)
+    spec = None
+    with suppress(ValueError):  # it is not known how to build the model again
+        spec = model_spec(model)
     family = _family(model, spec, {**settings, "moe_layers": layers}, tower)
     sparse = copy.deepcopy(model)
     for name, is_text in chosen:
@@ -375,13 +378,6 @@ def _keep_parameter_groups(dense: nn.Module, sparse: nn.Module) -> None:
 def _group_matcher(layer_of: dict[str, int], coarse: bool = False) -> Callable[[str], int]:
     """A function of a parameter's name; names that are not in the table belong to the last layer."""
     return lambda name: layer_of.get(name, max(layer_of.values()))
-
-
-def _dense_spec(model: nn.Module) -> dict | None:
-    try:
-        return model_spec(model)
-    except ValueError:
-        return None
 
 
 def _same_slots(sparse: nn.Module) -> dict:
