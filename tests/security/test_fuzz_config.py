@@ -60,12 +60,12 @@ class Settings:
 
 TEXT = b"""# settings
 output_dir: runs/x
-part: &part
+part:
   rate: 1.0e-3
   sizes: [3, 4]
   kwargs: {depth: 12, image: {num_experts: 8, layers: [1, 3]}, name: "a b"}
 more:
-  <<: *part
+  kwargs: {layers: [1, 3]}
   rate: .5
 task: b
 names:
@@ -83,7 +83,7 @@ def read(content: bytes, folder: Path, config_class: type = Settings) -> Any:
 
 def test_the_undamaged_file_is_read(tmp_path):
     settings = read(TEXT, tmp_path)
-    assert settings.more.kwargs["image"]["layers"] == [1, 3]
+    assert settings.more.kwargs["layers"] == [1, 3]
     assert settings.more.rate == 0.5
 
 

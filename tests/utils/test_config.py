@@ -221,7 +221,7 @@ class LowerFast(str):
         (["--output_dir", "x", "--optim.lrr", "1"], "the nearest known key is 'optim.lr'"),
         (["--output_dir", "x", "--task", "c"], "task must be Literal['a', 'b'], got c"),
         (["--output_dir", "x", "--config", "limoe_tiny_emoij"], "limoe_tiny_emoij: no such file"),
-        (["--output_dir", "x", "--config"], "--config needs a file"),
+        (["--output_dir", "x", "--config"], "--config needs a value"),
         (["--output_dir", "x", "more"], "unrecognized arguments: more"),
     ],
 )

@@ -1,18 +1,16 @@
-"""Reads a configuration for `train.py` and `eval.py`: YAML file, then `--key.sub value` overrides, into a dataclass.
+"""Reads a configuration for `train.py` and `eval.py`: YAML files, then `--key.sub value` overrides, into a dataclass.
 
-jsonargparse does the work (types, nesting, `--help` from docstrings); this file adds what a user meets first: shipped
-configs by their bare name, an unknown key named together with the nearest known one, and errors of one sentence.
+jsonargparse converts the values to their types and writes `--help`; this file adds what a user meets first: shipped
+configs by their bare name, the nearest known key for an unknown one, and errors of one sentence.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import itertools
 import json
 import os
-import re
 import sys
 import types
 import typing
@@ -21,14 +19,15 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, set_loader
 from yaml import YAMLError
 
+from vmoe.utils.files import UnsafeYaml, parse_yaml, read_yaml
 from vmoe.utils.printable import printable
-from vmoe.utils.safe_yaml import UnsafeYaml, check_yaml, read_yaml
 
 ConfigT = TypeVar("ConfigT")
 _UNIONS = (typing.Union, types.UnionType)
+set_loader("settings", parse_yaml, exceptions=(YAMLError, ValueError))  # how jsonargparse reads a text as a value
 
 
 class ConfigError(ValueError):
@@ -55,15 +54,12 @@ def find_config(name: str, folder: str = "") -> Path:
     Raises:
         ConfigError: there is no such file; the message lists the shipped configs.
     """
-    places = [Path(name), *(root / folder / f"{name.removesuffix('.yaml')}.yaml" for root in shipped_config_dirs())]
-    for place in places:  # the shipped ones also by their path, "finetune/vit_upcycled"
-        if _is_file(place):
-            return place
-    shipped = {path.stem: path for root in shipped_config_dirs() for path in sorted((root / folder).glob("*.yaml"))}
     bare = name.removesuffix(".yaml")
-    if bare in shipped:
-        return shipped[bare]
-    nearest = difflib.get_close_matches(Path(bare).name, shipped, n=1)
+    for path in (Path(name), *(root / folder / f"{bare}.yaml" for root in shipped_config_dirs())):
+        if os.path.isfile(path):  # unlike Path.is_file, false for a name that no file can have
+            return path
+    shipped = {path.stem for root in shipped_config_dirs() for path in (root / folder).glob("*.yaml")}
+    nearest = difflib.get_close_matches(Path(bare).name, sorted(shipped), n=1)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     raise ConfigError(
         f"--config {printable(name)}: no such file; {hint}shipped configs: {', '.join(sorted(shipped)) or 'none'}"
@@ -73,15 +69,7 @@ def find_config(name: str, folder: str = "") -> Path:
 def parse_config(
     config_class: type[ConfigT], argv: Sequence[str] | None, prog: str, description: str, folder: str = ""
 ) -> ConfigT:
-    """Reads the command line as :func:`read_config`; on a mistake prints one sentence and exits with code 2.
-
-    Args:
-        config_class: dataclass of the configuration (nested dataclasses are sections).
-        argv: arguments without the program's name; None: those of this process.
-        prog: the program's name, for messages.
-        description: first lines of `--help`.
-        folder: subfolder of the shipped configs in which a bare `--config NAME` is looked up.
-    """
+    """As :func:`read_config`, but prints a mistake as one sentence and exits with code 2."""
     try:
         return read_config(config_class, argv, prog=prog, description=description, folder=folder)
     except ConfigError as error:
@@ -102,257 +90,53 @@ def read_config(
     Overrides win over files wherever they stand. Free-form settings must be declared `dict[str, Any]`, not `dict`, so
     that their values are read as YAML (`--model.kwargs.num_experts 4` gives an int).
 
+    Args:
+        config_class: dataclass of the configuration (nested dataclasses are sections).
+        argv: arguments without the program's name; None: those of this process.
+        prog, description: for `--help`.
+        folder: subfolder of the shipped configs in which a bare `--config NAME` is looked up.
+
     Raises:
         ConfigError: unknown key, wrong type, missing file or setting, or a ValueError of a dataclass's own checks.
-        SystemExit: code 0 after `--help` or `--print_config`.
+        SystemExit: code 0 after `--help`.
     """
-    files, overrides = _split_config_files(list(sys.argv[1:] if argv is None else argv))
-    files = [find_config(name, folder) for name in files]
-    for file in files:
-        _check_keys(read_settings_file(file), config_class, where=str(file))
-    known = ["config", "help", "print_config", *_known_keys(config_class)]
-    for argument, following in zip(overrides, [*overrides[1:], ""]):
-        _check_override(argument, following, config_class, known)
-
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
-    parser.add_argument(
-        "--config", action=ActionConfigFile, help="YAML file with settings, or the bare name of a shipped config."
-    )
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, parser_mode="settings")
+    parser.add_argument("--config", help="YAML file with settings, or the bare name of a shipped config.")
     parser.add_class_arguments(config_class)
+    if "--help" in argv or "-h" in argv:
+        parser.parse_args(["--help"])
+    arguments = list(_key_values(argv))
+    settings: dict[str, Any] = {}
+    for name in (value for key, value in arguments if key == "config"):
+        file = find_config(name, folder)
+        content = read_settings_file(file)
+        _check_keys(content, config_class, where=str(file))
+        _merge(settings, content, config_class)
+    for key, text in arguments:
+        if key != "config":
+            _override(settings, key, text, config_class)
     try:
-        plain, nested = _split_nested(overrides, config_class)
-        plain = [f"--config={file}" for file in files] + plain
-        settings = parser.parse_args(plain).as_dict()
-        for path, depth, arguments in nested:
-            parsed = parser.parse_args(plain + arguments).as_dict()
-            _set(settings, path, _get(parsed, [*path[:depth], path[-1]]))
-        return _build(config_class, settings)
+        return _build(config_class, parser.parse_object(settings).as_dict())
     except ArgumentError as error:
-        raise ConfigError(printable(_one_sentence(str(error), config_class))) from None
+        raise ConfigError(printable(_one_sentence(error, settings, config_class))) from None
     except ValueError as error:  # the dataclasses' own checks
         raise ConfigError(printable(error)) from None
-
-
-def _build(config_class: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
-    """The dataclass from nested, already checked settings."""
-    values = {}
-    for name, annotation in _fields(config_class).items():
-        section = _section(annotation)
-        value = settings[name]
-        values[name] = _build(section, value) if section is not None and value is not None else value
-    return config_class(**values)
-
-
-def _split_config_files(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Takes the `--config` arguments out of argv; returns (config names, the other arguments)."""
-    names, others = [], []
-    arguments = iter(argv)
-    for argument in arguments:
-        if argument == "--config":
-            name = next(arguments, None)
-            if name is None or name.startswith("--"):
-                raise ConfigError("--config needs a file or the name of a shipped config")
-            names.append(name)
-        elif argument.startswith("--config="):
-            names.append(argument.removeprefix("--config="))
-        else:
-            others.append(argument)
-    return names, others
-
-
-def _split_nested(overrides: list[str], config_class: type) -> tuple[list[str], list[tuple[list[str], int, list[str]]]]:
-    """Takes the overrides that lie two or more keys below a free-form setting out of the others.
-
-    jsonargparse would replace what stands between (`image` for `--model.kwargs.image.num_experts 4`), not add to it.
-
-    Returns:
-        (the others, [(path, depth of the free-form setting, arguments that set the last key right below that)]).
-    """
-    plain, nested, current = [], [], None
-    for argument in overrides:
-        if argument.startswith("--"):
-            key, *value = argument[2:].split("=", 1)
-            path = key.split(".")
-            depth = _free_form_depth(path, config_class)
-            current = plain
-            if len(path) > depth + 1:
-                current = []
-                nested.append((path, depth, current))
-                argument = "=".join([f"--{'.'.join([*path[:depth], path[-1]])}", *value])
-        (plain if current is None else current).append(argument)
-    return plain, nested
-
-
-def _free_form_depth(path: list[str], config_class: type) -> int:
-    """How many names of a path lead to the free-form setting on it; more than there are if there is none."""
-    section: type | None = config_class
-    for depth, name in enumerate(path, start=1):
-        fields = _fields(section) if section is not None else {}
-        if name not in fields:
-            break
-        if _is_free_form(fields[name]):
-            return depth
-        section = _section(fields[name])
-    return len(path) + 1
-
-
-def _get(tree: dict[str, Any], path: list[str]) -> Any:
-    for name in path:
-        tree = tree[name]
-    return tree
-
-
-def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
-    for name in path[:-1]:
-        if not isinstance(tree.get(name), dict):
-            tree[name] = {}
-        tree = tree[name]
-    tree[path[-1]] = value
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
 
 
 def read_settings_file(file: Path) -> dict[str, Any]:
     """The settings in a YAML file as they stand there; an empty file has none.
 
     Raises:
-        ConfigError: it cannot be read, or is refused (see :mod:`vmoe.utils.safe_yaml`); the message is one sentence.
+        ConfigError: it cannot be read, or is refused (see :class:`vmoe.utils.files.SettingsLoader`).
     """
     try:
         content = read_yaml(file)
-    except UnsafeYaml as error:
+    except ValueError as error:
         raise ConfigError(str(error)) from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
+    if content is not None and not isinstance(content, dict):
         raise ConfigError(f"{file}: must hold settings as `key: value`, got a {type(content).__name__}")
-    return content
-
-
-def _check_override(argument: str, following: str, config_class: type, known: list[str]) -> None:
-    """Raises ConfigError for an override of an unknown key, or whose value jsonargparse could not stand.
-
-    Args:
-        argument, following: two neighbours of the command line; the first may be a value without a key.
-        config_class: of the settings.
-        known: all dotted keys.
-    """
-    key, equals, value = argument[2:].partition("=") if argument.startswith("--") else ("", "", argument)
-    shown = argument if equals or not key or following.startswith("--") else f"{argument} {following}"
-    if any("\ud800" <= character <= "\udfff" for character in shown):  # what a byte that is no UTF-8 comes as
-        raise ConfigError(f"command line: {printable(shown[:200])}: not UTF-8; use characters that are")
-    try:
-        check_yaml(value)  # jsonargparse reads it as YAML
-    except UnsafeYaml as error:
-        raise ConfigError(f"command line: {printable(argument[:80])}: {error}") from None
-    except YAMLError:
-        pass  # a plain text, or jsonargparse says what is wrong
-    if not argument.startswith("--"):
-        return
-    _check_option(key.removesuffix("+").removesuffix(".help"), config_class, known)
-    section: type | None = config_class
-    for name in key.split("."):
-        section = _section(_fields(section).get(name)) if section is not None else None
-    file = Path(value if equals else following)
-    if section is not None and _is_file(file):  # a whole section from a file of its own
-        _check_keys(read_settings_file(file), section, where=str(file))
-
-
-def _section(annotation: Any) -> type | None:
-    """The dataclass behind a field's type (`Sub`, `Sub | None`), else None."""
-    return next((member for member in _members(annotation) if dataclasses.is_dataclass(member)), None)
-
-
-def _listed_section(annotation: Any) -> type | None:
-    """The dataclass of a list's entries (`list[Sub]`, `list[Sub] | None`), else None."""
-    for member in (annotation, *typing.get_args(annotation)):
-        if typing.get_origin(member) is list:
-            return _section(typing.get_args(member)[0])
-    return None
-
-
-def _is_free_form(annotation: Any) -> bool:
-    """Whether a field takes any keys below it (`dict[str, Any]`, `dict[str, Any] | None`)."""
-    members = (annotation, *typing.get_args(annotation))
-    return any(member is dict or typing.get_origin(member) is dict for member in members)
-
-
-def _fields(config_class: type) -> dict[str, Any]:
-    """{name: type} of the settings of a dataclass."""
-    hints = typing.get_type_hints(config_class)
-    return {field.name: hints[field.name] for field in dataclasses.fields(config_class) if field.init}
-
-
-def _known_keys(config_class: type, prefix: str = "") -> Iterator[str]:
-    """All dotted keys, sections included."""
-    for name, annotation in _fields(config_class).items():
-        yield prefix + name
-        section = _section(annotation)
-        if section is not None:
-            yield from _known_keys(section, f"{prefix}{name}.")
-
-
-def _unknown(key: str, known: list[str], where: str) -> ConfigError:
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if not nearest:  # right name in the wrong section
-        nearest = [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]][:1]
-    hint = f"the nearest known key is {nearest[0]!r}" if nearest else "`--help` lists all keys"
-    return ConfigError(f"{where}: unknown key {key!r}; {hint}")
-
-
-def _check_keys(settings: dict[str, Any], config_class: type, where: str) -> None:
-    """Raises ConfigError on the first key of a YAML tree that the dataclass does not have."""
-    known = list(_known_keys(config_class))
-
-    def walk(tree: dict[str, Any], section: type, prefix: str) -> None:
-        fields = _fields(section)
-        for name, value in tree.items():
-            if name not in fields:
-                raise _unknown(f"{prefix}{name}", known, where)
-            subsection = _section(fields[name])
-            if subsection is None:
-                for number, entry in enumerate(value if isinstance(value, list) else []):
-                    if isinstance(entry, dict) and (listed := _listed_section(fields[name])) is not None:
-                        walk(entry, listed, f"{prefix}{name}[{number}].")
-                continue
-            if isinstance(value, dict):
-                walk(value, subsection, f"{prefix}{name}.")
-            elif value is not None or fields[name] is subsection:
-                raise ConfigError(f"{where}: {prefix}{name} must be {_type_name(fields[name])}, got {printable(value)}")
-
-    walk(settings, config_class, "")
-
-
-def _check_option(key: str, config_class: type, known: list[str]) -> None:
-    """Raises ConfigError if `--key` is not a setting (keys below a free-form one are not checked)."""
-    if key in known:
-        return
-    path = key.split(".")
-    if _free_form_depth(path, config_class) > len(path):
-        raise _unknown(key, known, "command line")
-
-
-def _one_sentence(message: str, config_class: type) -> str:
-    """Turns jsonargparse's multi-line message into `key must be TYPE, got VALUE; REMEDY`."""
-    text = " ".join(message.split())
-    if "arguments are required:" in text:
-        names = text.partition("arguments are required:")[2].strip()
-        first = names.split(",")[0].strip()
-        return f"missing setting {names}: give it in the config file or as --{first} VALUE"
-    key = re.match(r'Parser key "([^"]+)":', text)
-    value = re.search(r"(?:Got|Given) value: (.*?)(?: - Expected|$)", text)
-    if key is None or value is None:
-        return text
-    name = key[1]
-    inner = re.search(r'(\w+)": Expected', text[key.end() :])  # a setting of an optional section
-    if inner is not None:
-        name = f"{name}.{inner[1]}"
-    return _wrong_type(config_class, name, _literal(value[1]), value[1])
+    return content or {}
 
 
 def check_types(settings: Any, prefix: str = "") -> None:
@@ -365,17 +149,152 @@ def check_types(settings: Any, prefix: str = "") -> None:
     Raises:
         ConfigError: the first value that is not of its setting's type.
     """
-    for name, annotation in _fields(type(settings)).items():
-        value = getattr(settings, name)
-        if not _fits(value, annotation):
-            raise ConfigError(f"{prefix}{_wrong_type(type(settings), name, value, repr(value))}")
-        if dataclasses.is_dataclass(value):
-            check_types(value, f"{prefix}{name}.")
+    for name, annotation, value in _walk(vars(settings), type(settings), prefix):
+        if annotation is not None and not _fits(value, annotation):
+            raise ConfigError(_wrong_type(name, annotation, value, repr(value)))
+
+
+# --- from arguments and files to a tree of settings ------------------------------------------------------------------
+
+
+def _key_values(argv: list[str]) -> Iterator[tuple[str, str]]:
+    """("key.sub", "value") of each `--key.sub value` and `--key.sub=value`."""
+    arguments = iter(argv)
+    for argument in arguments:
+        if not argument.startswith("--"):
+            raise ConfigError(f"unrecognized arguments: {printable(argument[:200])}")
+        key, equals, value = argument[2:].partition("=")
+        if not equals:
+            value = next(arguments, "--")
+            if value.startswith("--"):
+                raise ConfigError(f"--{printable(key[:200])} needs a value")
+        yield key, value
+
+
+def _override(settings: dict[str, Any], key: str, text: str, config_class: type) -> None:
+    """Sets the value of one command-line argument in the tree of settings."""
+    shown = printable(f"command line: --{key} {text}"[:300])
+    if any("\ud800" <= character <= "\udfff" for character in key + text):  # what a byte that is no UTF-8 comes as
+        raise ConfigError(f"{shown}: not UTF-8; use characters that are")
+    try:
+        value = parse_yaml(text)
+    except UnsafeYaml as error:
+        raise ConfigError(f"{shown}: {error.problem}") from None
+    except (YAMLError, ValueError):
+        value = text
+    *sections, last = key.split(".")
+    tree = {last: value}
+    for name in reversed(sections):
+        tree = {name: tree}
+    _check_keys(tree, config_class, where="command line")
+    annotation: Any = config_class
+    for name in (*sections, last):  # None below a free-form setting
+        section = _section(annotation)
+        annotation = _fields(section).get(name) if section is not None else None
+    if _section(annotation) is not None:
+        _merge(settings, tree, config_class)
+        return
+    for name in sections:
+        if not isinstance(settings.get(name), dict):
+            settings[name] = {}
+        settings = settings[name]
+    settings[last] = value if annotation is None else text  # jsonargparse reads a text as the setting's type
+
+
+def _parsed(text: str) -> Any:
+    """The number, list, ... that a text stands for in YAML; the text itself if it stands for none."""
+    try:
+        return parse_yaml(text)
+    except (YAMLError, ValueError):
+        return text
+
+
+def _merge(settings: dict[str, Any], update: dict[str, Any], config_class: type) -> None:
+    """Puts `update` over the settings, section by section; other values are replaced."""
+    for name, value in update.items():
+        section = _section(_fields(config_class)[name])
+        if section is not None and isinstance(value, dict) and isinstance(settings.get(name), dict):
+            _merge(settings[name], value, section)
+        else:
+            settings[name] = value
+
+
+def _build(config_class: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
+    """The dataclass from nested, already checked settings."""
+    values = {}
+    for name, annotation in _fields(config_class).items():
+        section = _section(annotation)
+        value = settings[name]
+        values[name] = _build(section, value) if section is not None and value is not None else value
+    return config_class(**values)
+
+
+def _check_keys(settings: dict[str, Any], config_class: type, where: str) -> None:
+    """Raises ConfigError on the first key that the dataclass does not have, and on a section that is none."""
+    for name, annotation, value in _walk(settings, config_class):
+        if annotation is None:
+            raise _unknown(name, config_class, where)
+        if _section(annotation) is not None and not _fits(value, annotation):
+            raise ConfigError(f"{where}: {_wrong_type(name, annotation, value, str(value))}")
+
+
+def _unknown(key: str, config_class: type, where: str) -> ConfigError:
+    """The error for an unknown key, with the nearest known one."""
+    known = list(_known_keys(config_class))
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not nearest:  # right name in the wrong section
+        nearest = [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]][:1]
+    hint = f"the nearest known key is {nearest[0]!r}" if nearest else "`--help` lists all keys"
+    return ConfigError(f"{where}: unknown key {printable(key)!r}; {hint}")
+
+
+def _known_keys(config_class: type, prefix: str = "") -> Iterator[str]:
+    """All dotted keys, sections included."""
+    for name, annotation in _fields(config_class).items():
+        yield prefix + name
+        section = _section(annotation)
+        if section is not None:
+            yield from _known_keys(section, f"{prefix}{name}.")
+
+
+# --- types -----------------------------------------------------------------------------------------------------------
+
+
+def _fields(config_class: type) -> dict[str, Any]:
+    """{name: type} of the settings of a dataclass."""
+    hints = typing.get_type_hints(config_class)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config_class) if field.init}
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
     """The types of a union; of another type itself."""
     return typing.get_args(annotation) if typing.get_origin(annotation) in _UNIONS else (annotation,)
+
+
+def _section(annotation: Any) -> type | None:
+    """The dataclass behind a field's type (`Sub`, `Sub | None`), else None."""
+    return next((member for member in _members(annotation) if dataclasses.is_dataclass(member)), None)
+
+
+def _listed_section(annotation: Any) -> type | None:
+    """The dataclass of a list's entries (`list[Sub]`, `list[Sub] | None`), else None."""
+    lists = (member for member in _members(annotation) if typing.get_origin(member) is list)
+    return next((_section(typing.get_args(member)[0]) for member in lists), None)
+
+
+def _walk(values: Mapping[str, Any], config_class: type, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, type, value) of each setting in a tree; the type is None if there is no such setting."""
+    fields = _fields(config_class)
+    for name, value in values.items():
+        annotation = fields.get(name)
+        section, listed = _section(annotation), _listed_section(annotation)
+        if section is not None and isinstance(value, (dict, section)):
+            yield from _walk(value if isinstance(value, dict) else vars(value), section, f"{prefix}{name}.")
+            continue
+        yield f"{prefix}{name}", annotation, value
+        for number, entry in enumerate(value if listed is not None and isinstance(value, list) else []):
+            if isinstance(entry, dict):
+                yield from _walk(entry, listed, f"{prefix}{name}[{number}].")
 
 
 def _fits(value: Any, annotation: Any) -> bool:
@@ -396,9 +315,25 @@ def _fits(value: Any, annotation: Any) -> bool:
     return isinstance(value, {str: (str, os.PathLike), dict: Mapping}.get(kind, kind))
 
 
-def _wrong_type(config_class: type, name: str, value: Any, shown: str) -> str:
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def _one_sentence(error: ArgumentError, settings: dict[str, Any], config_class: type) -> str:
+    """`key must be TYPE, got VALUE; REMEDY` instead of jsonargparse's message of several lines."""
+    text = " ".join(str(error).split())
+    names = text.partition("arguments are required:")[2].strip()
+    if names:
+        first = names.split(",")[0].strip()
+        return f"missing setting {names}: give it in the config file or as --{first} VALUE"
+    for name, annotation, value in _walk(settings, config_class):
+        meant = _parsed(value) if isinstance(value, str) else value
+        if not _fits(meant, annotation):
+            return _wrong_type(name, annotation, meant, str(value))
+    return text
+
+
+def _wrong_type(name: str, annotation: Any, value: Any, shown: str) -> str:
     """The message for a value of another type than its setting's, with what to write instead where that is known."""
-    annotation = _annotation(config_class, name)
     remedy = _remedy(_members(annotation), value)
     if name.endswith("path") and isinstance(value, (list, tuple)):
         remedy = "give one path; several data sets are a mixture, and shards may be joined by '::'"
@@ -427,32 +362,7 @@ def _remedy(members: tuple[Any, ...], value: Any) -> str:
         return f"write {int(value)}"
     if bool in members:
         return "write true or false"
-    return "leave the quotation marks out" if isinstance(value, str) and _is_number(value) else ""
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return float(text) is not None
-    except ValueError:
-        return False
-
-
-def _literal(text: str) -> Any:
-    """The list, number, ... that a text stands for; the text itself if it stands for none."""
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
-    return text if isinstance(value, tuple) else value  # 0.9,0.95
-
-
-def _annotation(config_class: type, key: str) -> Any:
-    """The type of a setting, by its dotted name."""
-    section: Any = config_class
-    *sections, last = key.split(".")
-    for name in sections:
-        section = _section(_fields(section)[name])
-    return _fields(section)[last]
+    return "leave the quotation marks out" if isinstance(value, str) and _fits(_parsed(value), float) else ""
 
 
 def _type_name(annotation: Any) -> str:

@@ -52,7 +52,7 @@ def safe_output() -> Iterator[None]:
             yield
         finally:
             for stream in filter(None, streams):
-                stream.end()
+                stream.flush()
 
 
 class _SafeStream:
@@ -78,17 +78,11 @@ class _SafeStream:
             self.write(line)
 
     def flush(self) -> None:
-        with suppress(OSError, ValueError):
-            self._stream.flush()
-
-    def end(self) -> None:
-        """Flushes; what cannot be written goes nowhere, else Python fails with it when it exits."""
+        """What cannot be written goes nowhere; else Python fails with it when it exits."""
         try:
             self._stream.flush()
-        except OSError:
-            with suppress(OSError):
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self._stream.fileno())
                 os.close(nowhere)
-        except ValueError:
-            pass

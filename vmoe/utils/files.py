@@ -1,0 +1,177 @@
+"""Files: written atomically, and read as if they came from a stranger, with bounds on size and content."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from vmoe.utils.printable import is_unprintable, printable
+
+# Far above any real config (which has some hundred values, six deep).
+MAX_YAML_BYTES, MAX_VALUES, MAX_DEPTH, MAX_TEXT, MAX_DIGITS = 2**20, 10_000, 32, 20_000, 300
+
+
+@contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """A temporary name beside `file` to write to, which replaces `file` when the block ends without an error.
+
+    Several processes may write the same file; the last one stays. The permissions are those of a new file (umask).
+
+    Args:
+        file: its folder exists.
+    """
+    temporary = file.with_name(f".{file.stem}.{secrets.token_hex(6)}{file.suffix}")
+    try:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        yield temporary
+        os.chmod(temporary, mode)  # some libraries make a new file that is the user's alone
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_text(file: str | Path, max_bytes: int = 16 * 2**20) -> str:
+    """The content of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not UTF-8, no regular file, or larger than `max_bytes`; without the file's name.
+    """
+    facts = Path(file).stat()
+    if not (stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)):  # a folder is an OSError below
+        raise ValueError("not a regular file")
+    if facts.st_size > max_bytes:
+        raise ValueError(f"{facts.st_size} bytes, more than the limit of {max_bytes}")
+    try:
+        return Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text holds.
+
+    Raises:
+        ValueError: it is no JSON, or nested too deep; a few words without the file's name.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON at line {error.lineno}, column {error.colno} ({error.msg})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    except ValueError:  # Python converts no integer of more than some thousand digits
+        raise ValueError("a whole number of thousands of digits") from None
+
+
+def read_json(file: str | Path, max_bytes: int = 16 * 2**20) -> Any:
+    """The content of a JSON file; errors as of :func:`read_text` and :func:`parse_json`."""
+    return parse_json(read_text(file, max_bytes))
+
+
+class UnsafeYaml(yaml.MarkedYAMLError):
+    """YAML that is refused although it is valid."""
+
+
+class SettingsLoader(yaml.SafeLoader):
+    """Plain values only: no aliases, tags or duplicate keys, bounded in number, depth and length.
+
+    As in jsonargparse, "1e-3" is a number and "2026-01-01" a text.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict] = {
+        letter: [pair for pair in pairs if not pair[0].endswith((":timestamp", ":float"))]
+        for letter, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    values = depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        self.values += 1
+        self.depth += 1
+        if isinstance(event, yaml.AliasEvent):
+            self._refuse(event, f"the alias *{event.anchor} is not allowed; write the value itself")
+        if event.tag is not None:
+            self._refuse(event, f"settings are plain values, and the tag {event.tag!r} is none; leave it out")
+        if self.depth > MAX_DEPTH:
+            self._refuse(event, f"nested deeper than {MAX_DEPTH}")
+        if self.values > MAX_VALUES:
+            self._refuse(event, f"more than {MAX_VALUES} values")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def compose_scalar_node(self, anchor: str | None) -> yaml.ScalarNode:
+        node = super().compose_scalar_node(anchor)
+        limit = MAX_DIGITS if node.tag.endswith((":int", ":float")) else MAX_TEXT
+        if len(node.value) > limit:
+            self._refuse(node, f"a value of {len(node.value)} characters is too large (at most {limit})")
+        if any(is_unprintable(character) and character not in "\t\n" for character in node.value):
+            self._refuse(node, f"the text {printable(node.value)!r} holds a control character; leave it out")
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            line, name = key.start_mark.line + 1, (key.tag, str(key.value))
+            if name in lines:
+                self._refuse(
+                    key, f"the key {printable(key.value)!r} is there already, on line {lines[name]}; leave one out"
+                )
+            lines[name] = line
+        return super().construct_mapping(node, deep)
+
+    @staticmethod
+    def _refuse(where: yaml.Event | yaml.Node, problem: str) -> None:
+        raise UnsafeYaml(problem=problem, problem_mark=where.start_mark)
+
+
+SettingsLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"[-+]?((\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+|\d[\d_]*\.[\d_]*|\.\d[\d_]*|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text of settings holds.
+
+    Raises:
+        UnsafeYaml: it holds more than `SettingsLoader` allows.
+        yaml.YAMLError, ValueError: it is no YAML, or holds an impossible number.
+    """
+    return yaml.load(text, Loader=SettingsLoader)
+
+
+def read_yaml(file: str | Path) -> Any:
+    """The content of a YAML file of settings.
+
+    Raises:
+        ValueError: it cannot be read, is no YAML, or is refused (see `SettingsLoader`); names the file and the line.
+    """
+    try:
+        return parse_yaml(read_text(file, MAX_YAML_BYTES))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        problem = printable(getattr(error, "problem", None) or getattr(error, "reason", None) or error)
+        problem = problem if isinstance(error, UnsafeYaml) else f"not valid YAML ({problem})"
+        raise ValueError(f"{file}{line}: {problem}") from None
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror or error})") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {printable(error)}") from None
