@@ -44,7 +44,7 @@ def test_sharded(tmp_path, version, rows, piece):
 
 def test_small_pieces_cover_the_array(tmp_path, monkeypatch):
     write_arrays(tmp_path / "c", ARRAYS, numbers_per_piece=5)
-    monkeypatch.setattr("vmoe.convert.messagepack.row_slices", lambda shape, size: row_slices(shape, size, 16))
+    monkeypatch.setattr("vmoe.convert.sharded.row_slices", lambda shape, size: row_slices(shape, size, 16))
     array = open_sharded(tmp_path / "c")["a"]
     assert max(numbers.nbytes for _, numbers in array.pieces()) == 16
     assert np.array_equal(read_array(array), ARRAYS["a"])

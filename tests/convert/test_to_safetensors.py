@@ -276,7 +276,7 @@ def test_a_released_name_gives_the_published_preprocessing(tmp_path, monkeypatch
     small |= {"hidden_size": 16, "num_classes": 3}
     small["encoder"] |= {"num_layers": 2, "mlp_dim": 16, "num_heads": 2}
     small["encoder"]["moe"] |= {"layers": [1]}
-    monkeypatch.setitem(RELEASED, name, type(RELEASED[name])("", small, RELEASED[name].preprocess))
+    monkeypatch.setitem(RELEASED, name, RELEASED[name]._replace(config=small))
     _, kwargs = model_settings(small, {})
     arrays = to_reference(create_model("vmoe_base_patch16_224", **kwargs))
     write_arrays(tmp_path / "c", arrays)

@@ -1,6 +1,6 @@
-"""What every checkpoint reader gives: arrays by name that are read in pieces, never whole.
+"""What every checkpoint reader gives: arrays by name that are read in pieces.
 
-A reader looks at names, shapes and places first and reads no number; so a checkpoint that does not fit is refused
+A reader looks at names, shapes and positions first and reads no number. So a checkpoint that does not fit is refused
 before anything is written, and a large one passes through a small buffer.
 """
 
@@ -11,10 +11,13 @@ from typing import Protocol
 
 import numpy as np
 
-# Numbers that are in memory at once while an array is read.
-PIECE_BYTES = 32 * 2**20
+PIECE_BYTES = 32 * 2**20  # of an array that are in memory at once
 
 Slices = tuple[slice, ...]
+
+# Prefixes of the weights in the trees that training programs save; the first that fits counts.
+_ROOTS = ("", "params/", "params/params/", "state/params/", "model/params/", "train_state/params/", "target/")
+_PROBES = ("Encoder/encoder_norm/scale", "img/Encoder/encoder_norm/scale", "txt/Encoder/encoder_norm/scale")
 
 
 class CheckpointError(ValueError):
@@ -22,20 +25,14 @@ class CheckpointError(ValueError):
 
 
 class StoredArray(Protocol):
-    """An array of a checkpoint.
-
-    Attributes:
-        shape: its sizes.
-        dtype: the name of the stored type, such as "bfloat16".
-        nbytes: of the stored numbers.
-    """
+    """An array of a checkpoint: its shape, the name of its stored type, and the bytes of its numbers."""
 
     shape: tuple[int, ...]
     dtype: str
     nbytes: int
 
     def pieces(self) -> Iterator[tuple[Slices, np.ndarray]]:
-        """Parts that together cover the array: where each belongs, and its numbers (bfloat16 as float32)."""
+        """Parts that together cover the array: the slices of each, and its numbers (bfloat16 as float32)."""
 
 
 class ArrayInMemory:
@@ -56,13 +53,13 @@ def row_slices(shape: tuple[int, ...], itemsize: int, limit: int = PIECE_BYTES) 
     """Cut an array into runs of neighbours in memory of at most `limit` bytes, in order."""
     if 0 in shape:
         return
-    axis = 0
-    while axis < len(shape) - 1 and math.prod(shape[axis + 1 :]) * itemsize > limit:
-        axis += 1
     if not shape:
         yield ()
         return
-    step = max(1, limit // max(1, math.prod(shape[axis + 1 :]) * itemsize))
+    axis = 0  # that is cut; those before it are walked through one by one
+    while axis < len(shape) - 1 and math.prod(shape[axis + 1 :]) * itemsize > limit:
+        axis += 1
+    step = max(1, limit // (math.prod(shape[axis + 1 :]) * itemsize))
     for lead in np.ndindex(*shape[:axis]):
         for start in range(0, shape[axis], step):
             first = tuple(slice(index, index + 1) for index in lead)
@@ -77,29 +74,17 @@ def copy_into(target: np.ndarray, stored: StoredArray) -> None:
 
 
 def read_array(stored: StoredArray, dtype=np.float32) -> np.ndarray:
-    """A whole array, for the small ones."""
+    """The array in memory."""
     array = np.empty(stored.shape, dtype)
     copy_into(array, stored)
     return array
 
 
-# Where the weights lie in the trees that training programs save; the first that fits counts.
-_ROOTS = ("", "params/", "params/params/", "state/params/", "model/params/", "train_state/params/", "target/")
-_PROBES = ("Encoder/encoder_norm/scale", "img/Encoder/encoder_norm/scale", "txt/Encoder/encoder_norm/scale")
-
-
 def select_params(arrays: Mapping[str, StoredArray], source: str | Path) -> tuple[dict[str, StoredArray], int]:
-    """The model's weights among all arrays of a checkpoint, which may hold optimizer state, step and random seeds.
-
-    Args:
-        arrays: {name: array}, names with slashes.
-        source: the checkpoint's name, for the error.
-
-    Returns:
-        The weights by their names in the model, and the number of arrays left aside.
+    """The model's weights by their names in the model, and the number of other arrays (optimizer state, step, ...).
 
     Raises:
-        CheckpointError: if there are no weights of a reference model.
+        CheckpointError: if there are no weights of a reference model; names `source`.
     """
     for root in _ROOTS:
         if any(root + probe in arrays for probe in _PROBES):

@@ -12,26 +12,16 @@ from pathlib import Path
 import numpy as np
 
 from vmoe.convert.arrays import CheckpointError, Slices
+from vmoe.utils.files import read_json
 from vmoe.utils.printable import printable
-from vmoe.utils.safe_json import read_json
 
 logger = logging.getLogger("vmoe.convert")
 
-# A chunk is decoded as a whole, and a hostile one may be much larger than its array, or as small as a number.
+# A chunk is decoded in one go, and a hostile one may be much larger than its array, or as small as a number.
 MAX_METADATA_BYTES, MAX_CHUNK_BYTES, MAX_CHUNKS = 64 * 2**20, 4 * 2**30, 2**20
 _ERRORS = (ValueError, KeyError, IndexError, OSError, RuntimeError, NotImplementedError)  # tensorstore's
 _MARKS = ("manifest.ocdbt", "_METADATA", "checkpoint")
 _STEP = re.compile(r"((?!.*orbax-checkpoint-tmp).*?)([0-9]+)")  # not what Orbax is still writing
-
-
-def _tensorstore():
-    try:
-        import tensorstore
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Orbax checkpoints are read with tensorstore: pip install -e '.[convert]' in a checkout", name="tensorstore"
-        ) from error
-    return tensorstore
 
 
 def find_orbax(folder: str | Path, step: int | None = None) -> Path | None:
@@ -50,26 +40,27 @@ def find_orbax(folder: str | Path, step: int | None = None) -> Path | None:
     folder = Path(folder)
     if step is None and _is_marked(folder):
         return folder
-    steps = [(match[1], int(match[2]), path) for path in folder.glob("*") if (match := _STEP.fullmatch(path.name))]
-    steps = sorted((each for each in steps if each[2].is_dir() and step in (None, each[1])), key=lambda each: each[1])
+    matches = [(path, _STEP.fullmatch(path.name)) for path in folder.glob("*") if path.is_dir()]
+    steps = sorted(((path, match) for path, match in matches if match), key=lambda pair: int(pair[1][2]))
+    steps = [(path, match[1]) for path, match in steps if step in (None, int(match[2]))]
     if not steps:
         return _arrays_in(folder) if step is None else None
-    whole = [each for each in steps if _arrays_in(each[2])]
-    if not whole:
+    complete = [(path, stem) for path, stem in steps if _arrays_in(path)]
+    if not complete:
         raise CheckpointError(
             f"{folder} holds no arrays in {_listed(steps)}, saves that never ended: give another folder or step"
         )
-    if len({stem for stem, _, _ in whole}) > 1:
-        raise CheckpointError(f"{folder} holds several checkpoints, {_listed(whole)}: give the path of one")
-    if newer := steps[steps.index(whole[-1]) + 1 :]:
-        logger.warning("%s holds no arrays in %s: %s is read", folder, _listed(newer), whole[-1][2].name)
-    return _arrays_in(whole[-1][2])
+    if len({stem for _, stem in complete}) > 1:
+        raise CheckpointError(f"{folder} holds several checkpoints, {_listed(complete)}: give the path of one")
+    newest = complete[-1]
+    if newer := steps[steps.index(newest) + 1 :]:
+        logger.warning("%s holds no arrays in %s: %s is read", folder, _listed(newer), newest[0].name)
+    return _arrays_in(newest[0])
 
 
-def _listed(steps: list[tuple[str, int, Path]]) -> str:
-    return printable(", ".join(path.name for _, _, path in steps[-5:])) + f" and {len(steps) - 5} more" * (
-        len(steps) > 5
-    )
+def _listed(steps: list[tuple[Path, str]]) -> str:
+    more = f" and {len(steps) - 5} more" * (len(steps) > 5)
+    return printable(", ".join(path.name for path, _ in steps[-5:])) + more
 
 
 def _is_marked(folder: Path) -> bool:
@@ -91,33 +82,31 @@ class ZarrArray:
 
     Args:
         store: the open tensorstore.
-        source: folder and name, for errors.
+        source: name and folder, for errors.
     """
 
     def __init__(self, store, source: str) -> None:
         self.store, self.source = store, source
         self.shape, self.dtype = tuple(store.shape), store.dtype.name
-        self.nbytes = math.prod(self.shape) * store.dtype.numpy_dtype.itemsize
+        itemsize = store.dtype.numpy_dtype.itemsize
+        self.nbytes = math.prod(self.shape) * itemsize
+        self.chunk = store.chunk_layout.read_chunk.shape or ()
+        self.grid = tuple(-(-size // step) for size, step in zip(self.shape, self.chunk))
+        chunk_bytes = math.prod(self.chunk) * itemsize
+        bound = 2 ** len(self.chunk) * max(1, self.nbytes)  # the last chunk of an axis may go beyond the array
+        if chunk_bytes > min(bound, MAX_CHUNK_BYTES) or math.prod(self.grid) > MAX_CHUNKS:
+            raise CheckpointError(f"{source}, {self.shape}, is cut into chunks of {self.chunk}, which is not sensible")
 
     def pieces(self) -> Iterator[tuple[Slices, np.ndarray]]:
-        chunk = self.store.chunk_layout.read_chunk.shape or ()
-        # A chunk is decoded as a whole, so asking for less than one would only decode it again.
-        for outer in _grid(self.shape, chunk):
+        for corner in np.ndindex(*self.grid):  # chunk by chunk, since less than one would only be decoded again
+            where = tuple(
+                slice(index * step, min((index + 1) * step, size))
+                for index, step, size in zip(corner, self.chunk, self.shape)
+            )
             try:
-                yield outer, np.asarray(self.store[outer].read().result())
+                yield where, np.asarray(self.store[where].read().result())
             except _ERRORS as error:
                 raise CheckpointError(f"{self.source} is damaged: {_short(error)}") from error
-
-
-def _grid(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Slices]:
-    if not shape:
-        yield ()
-        return
-    for corner in np.ndindex(*(math.ceil(size / step) for size, step in zip(shape, chunk, strict=True))):
-        yield tuple(
-            slice(index * step, min((index + 1) * step, size))
-            for index, step, size in zip(corner, chunk, shape, strict=True)
-        )
 
 
 def _short(error: Exception) -> str:
@@ -131,7 +120,12 @@ def open_orbax(folder: str | Path) -> dict[str, ZarrArray]:
         CheckpointError: for a file that is missing or damaged; names the folder and the tensor.
         ModuleNotFoundError: if tensorstore is not installed; says how to get it.
     """
-    ts = _tensorstore()
+    try:
+        import tensorstore as ts
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Orbax checkpoints are read with tensorstore: pip install -e '.[convert]' in a checkout", name="tensorstore"
+        ) from error
     folder = Path(folder).resolve()
     plain = {"driver": "file", "path": f"{folder}/"}
     base = {"driver": "ocdbt", "base": plain} if (folder / "manifest.ocdbt").is_file() else plain
@@ -140,29 +134,29 @@ def open_orbax(folder: str | Path) -> dict[str, ZarrArray]:
     except _ERRORS as error:
         raise CheckpointError(f"{folder} is not a readable Orbax checkpoint: {_short(error)}") from error
     formats = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
-    stored = {key.removesuffix(end): driver for key in keys for end, driver in formats.items() if key.endswith(end)}
-    names = _names(folder, stored)
+    drivers = {key.removesuffix(end): driver for key in keys for end, driver in formats.items() if key.endswith(end)}
     arrays = {}
-    for name, key in names.items():
-        if key not in stored:
+    for name, key in _names(folder, drivers).items():
+        if key not in drivers:
             raise CheckpointError(f"{folder} has lost {name}: _METADATA names it, the store does not hold it")
         inner = {**base, "path": f"{base['path']}{key}/" if base is plain else key}
         try:
-            store = ts.open({"driver": stored[key], "kvstore": inner}, open=True, read=True).result()
+            store = ts.open({"driver": drivers[key], "kvstore": inner}, open=True, read=True).result()
         except _ERRORS as error:
             raise CheckpointError(f"{name} in {folder} cannot be opened: {_short(error)}") from error
-        arrays[name] = ZarrArray(store, f"{name} in {folder}")
-        _check_layout(arrays[name])
-        if base is plain:
-            _check_chunks(arrays[name], key, keys)
+        array = arrays[name] = ZarrArray(store, f"{name} in {folder}")
+        # A chunk's file that is not there would be read as zeros. (In OCDBT a lost file is an error by itself.)
+        wanted, own = math.prod(array.grid), sum(other.startswith(f"{key}/") for other in keys) - 1
+        if base is plain and own < wanted:
+            raise CheckpointError(f"{array.source} has lost {wanted - own} of its {wanted} chunks")
     return arrays
 
 
-def _names(folder: Path, stored: dict[str, str]) -> dict[str, str]:
+def _names(folder: Path, keys: dict[str, str]) -> dict[str, str]:
     """{name with slashes: key in the store}, in the order of the tree where the folder describes it."""
     file = folder / "_METADATA"
     if not file.is_file():
-        return {key.replace(".", "/"): key for key in sorted(stored)}
+        return {key.replace(".", "/"): key for key in sorted(keys)}
     try:
         tree = read_json(file, MAX_METADATA_BYTES)["tree_metadata"].values()
         paths = [
@@ -173,25 +167,3 @@ def _names(folder: Path, stored: dict[str, str]) -> dict[str, str]:
     except (*_ERRORS, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is damaged: {_short(error)}") from error
     return {"/".join(path): ".".join(path) for path in paths}
-
-
-def _check_layout(array: ZarrArray) -> None:
-    """Refuses chunks that could not be read in a bounded memory and time."""
-    chunk = array.store.chunk_layout.read_chunk.shape or ()
-    bound = 2 ** len(chunk) * max(1, array.nbytes)  # sizes of an array need not be multiples of its chunks'
-    nbytes = math.prod(chunk) * array.store.dtype.numpy_dtype.itemsize
-    if nbytes > min(bound, MAX_CHUNK_BYTES) or _count(array.shape, chunk) > MAX_CHUNKS:
-        raise CheckpointError(f"{array.source}, {array.shape}, is cut into chunks of {chunk}, which is not sensible")
-
-
-def _count(shape: tuple[int, ...], chunk: tuple[int, ...]) -> int:
-    return math.prod(-(-size // step) for size, step in zip(shape, chunk, strict=True))
-
-
-def _check_chunks(array: ZarrArray, key: str, keys: set[str]) -> None:
-    """A chunk's file that is not there would be read as zeros. (In OCDBT a lost file is an error by itself.)"""
-    chunk = array.store.chunk_layout.read_chunk.shape or ()
-    wanted = _count(array.shape, chunk)
-    own = sum(other.startswith(f"{key}/") for other in keys) - 1
-    if own < wanted:
-        raise CheckpointError(f"{array.source} has lost {wanted - own} of its {wanted} chunks")
