@@ -53,7 +53,7 @@ def test_golden_checkpoints(source, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "read     74 arrays, 248,488 bytes" in printed
     assert f'create_model_and_transforms(pretrained="{file}")' in printed
-    assert ("1 others left aside" in printed) == (source == ORBAX)
+    assert ("1 others skipped" in printed) == (source == ORBAX)
     _, figures = load("vmoe_k2_vanilla")
     images = torch.tensor(figures["images_nhwc"]).permute(0, 3, 1, 2)
     model, _, _ = create_model_and_transforms(pretrained=file)
@@ -75,7 +75,7 @@ def test_file_is_what_save_pretrained_writes(tiny, checkpoint, tmp_path):
     assert metadata[0] == metadata[1]
 
 
-def test_training_checkpoint_leaves_the_optimizer_aside(tiny, checkpoint, capsys):
+def test_the_optimizer_of_a_training_checkpoint_is_skipped(tiny, checkpoint, capsys):
     _, config, arrays = tiny
     nested = {f"params/{name}": array for name, array in arrays.items()}
     nested |= {f"opt_state/0/mu/{name}": np.zeros_like(array) for name, array in arrays.items()}
@@ -83,7 +83,7 @@ def test_training_checkpoint_leaves_the_optimizer_aside(tiny, checkpoint, capsys
     write_arrays(checkpoint / "ckpt_7", nested)
     write_arrays(checkpoint / "ckpt_9", nested)
     done = convert_checkpoint(checkpoint / "ckpt", config, checkpoint / "out.safetensors")
-    assert (done.arrays, done.left_aside) == (len(arrays), len(arrays) + 1)
+    assert (done.arrays, done.skipped) == (len(arrays), len(arrays) + 1)
     assert done.source.endswith("ckpt_9")
     assert convert_checkpoint(checkpoint / "ckpt", config, checkpoint / "out.safetensors", step=7).source[-1] == "7"
 
@@ -192,7 +192,7 @@ def test_errors_are_one_sentence_and_write_nothing(checkpoint, capsys, damage, m
     before = sorted(path.name for path in checkpoint.iterdir())
     assert run(checkpoint) == 1
     error = capsys.readouterr().err
-    assert error.startswith("vmoe.convert: error: ")
+    assert error.startswith("vmoe-convert: error: ")
     assert error.count("\n") == 1
     assert re.search(message, error), error
     assert (checkpoint / "out.safetensors").read_text() == "precious"

@@ -16,9 +16,8 @@ from write_sharded import pack_array, write_arrays
 
 from vmoe.convert.arrays import CheckpointError, copy_into
 from vmoe.convert.orbax import find_orbax, open_orbax
-from vmoe.convert.reference import empty_model, fit
-from vmoe.convert.reference_config import ConfigError
-from vmoe.convert.settings import config_grid, model_settings
+from vmoe.convert.reference import plan
+from vmoe.convert.section import ConfigError
 from vmoe.convert.sharded import open_flax, open_sharded
 from vmoe.convert.to_safetensors import convert_checkpoint, resolve_config
 
@@ -120,8 +119,7 @@ def any_model_config(golden_config, data) -> None:
 
     def convert() -> None:
         resolved, _ = resolve_config(config)
-        name, kwargs = model_settings(resolved, {name: array.shape for name, array in stored.items()})
-        fit(empty_model(name, kwargs), stored, "checkpoint", config_grid(resolved))
+        plan(resolved, stored, "checkpoint")
 
     outcome(convert, (ConfigError, CheckpointError))
 

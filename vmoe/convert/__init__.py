@@ -2,9 +2,9 @@
 
 from vmoe.convert.arrays import CheckpointError
 from vmoe.convert.reference import from_reference, to_reference
-from vmoe.convert.reference_config import ConfigError
+from vmoe.convert.reference_config import reference_config
 from vmoe.convert.released import RELEASED
-from vmoe.convert.to_reference import reference_config
+from vmoe.convert.section import ConfigError
 from vmoe.convert.to_safetensors import convert_checkpoint, pretrained_cfg
 
 __all__ = [

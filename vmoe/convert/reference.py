@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from vmoe.convert.arrays import ArrayInMemory, CheckpointError, StoredArray, copy_into, read_array, select_params
 from vmoe.convert.layout import Place, reference_places, stored_grid, zoom_positions
-from vmoe.convert.reference_config import ConfigError
+from vmoe.convert.reference_config import reference_config
+from vmoe.convert.section import ConfigError
 from vmoe.convert.settings import config_grid, model_settings
-from vmoe.convert.to_reference import reference_config
 from vmoe.utils.printable import printable
 
 Zoom = tuple[tuple[int, int], tuple[int, int]]
+Rows = list[tuple[str, Place, Zoom | None]]
 _IMAGE_POSITIONS = tuple(f"{tower}Encoder/posembed_input/pos_embedding" for tower in ("", "img/"))
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -40,11 +41,11 @@ def from_reference(
         image_size: in pixels; else "image_size" of the config, else that of the position embeddings. If it is another
             than theirs they are zoomed, as the reference does when it fine-tunes. Theirs is the config's, if that gives
             as many patches as there are, else a square.
-        context_length: words of a text tower without position embeddings.
+        context_length: tokens of a text tower without position embeddings.
 
     Returns:
         A `VisionMoE` or `TwoTower` in eval mode, which has the reference's capacity, groups and priority there too.
-        Pictures come as (B, 3, H, W). `vmoe.models.factory.save_pretrained` can write it.
+        Images come as (B, 3, H, W). `vmoe.models.factory.save_pretrained` can write it.
 
     Raises:
         ConfigError: for a key or value that cannot be converted.
@@ -54,60 +55,34 @@ def from_reference(
 
     if not isinstance(params, Mapping):
         raise CheckpointError(f"params must be a dictionary of arrays, got {type(params).__name__}")
-    stored = {name: ArrayInMemory(array) for name, array in _flat(params).items()}
-    stored, _ = select_params(stored, "params")
-    shapes = {name: array.shape for name, array in stored.items()}
-    name, kwargs = model_settings(config, shapes, image_size, context_length)
-    rows = fit(empty_model(name, kwargs), stored, "params", config_grid(config))
+    stored, _ = select_params({name: ArrayInMemory(array) for name, array in _flat(params).items()}, "params")
+    name, kwargs, _, rows = plan(config, stored, "params", image_size, context_length)
     model = create_model(name, **kwargs)
-    tensors = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
-    fill(tensors, rows, stored)
+    fill({name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}, rows, stored)
     return model.eval()
-
-
-def empty_model(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
-    """The model on the meta device, which takes no memory however large its config says that it is.
-
-    Raises:
-        ConfigError: it cannot be built.
-    """
-    from vmoe.models.factory import create_model
-
-    try:
-        with torch.device("meta"):
-            return create_model(name, **kwargs)
-    except (RuntimeError, OverflowError, MemoryError, ZeroDivisionError) as error:  # sizes beyond what PyTorch counts
-        raise ConfigError(f"the model of the config cannot be built: {printable(error)[:200]}") from error
 
 
 def to_reference(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> dict[str, np.ndarray]:
     """A model's weights under the reference's names, in its layout.
 
     Args:
-        model: a V-MoE, Soft MoE (or their dense twin), or a two-tower model of them, of what the reference can express;
-            `reference_config` raises for others.
+        model: a V-MoE, Soft MoE (or a dense model of their kind), or a two-tower model of them, of what the reference
+            can express; `reference_config` raises for others.
         tensors: other tensors to rename, such as gradients, by their names in the model; by default its parameters.
 
     Returns:
         {"Encoder/encoder_norm/scale": array, ...}; copies.
 
     Raises:
-        ValueError: for a model that the reference does not have, such as a LIMoE, or with weights that it has no place
-            for; names them.
+        ValueError: for a model or weights that the reference does not have, such as a LIMoE; names them.
     """
     reference_config(model, group_size=1)  # raises for what the reference does not have
-    if tensors is None:
-        tensors = model.state_dict()
+    tensors = model.state_dict() if tensors is None else tensors
     return {
-        name: np.array(place.view(_numpy(tensors[place.tensor])), order="C")
+        name: np.array(place.view(ArrayInMemory(tensors[place.tensor]).array), order="C")
         for name, place in reference_places(model).items()
         if place.tensor in tensors
     }
-
-
-def _numpy(tensor: Tensor) -> np.ndarray:
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -120,22 +95,47 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 # --- fitting weights into tensors ------------------------------------------------------------------------------------
 
 
-def fit(
-    model: nn.Module, stored: Mapping[str, StoredArray], source: object, config_grid: tuple[int, int] | None = None
-) -> list[tuple[str, Place, Zoom | None]]:
-    """Check that the weights are those of the model.
+def plan(
+    config: Mapping[str, Any],
+    stored: Mapping[str, StoredArray],
+    source: object,
+    image_size: int | tuple[int, int] | None = None,
+    context_length: int | None = None,
+    **more: Any,
+) -> tuple[str, dict[str, Any], nn.Module, Rows]:
+    """Check that weights fit a config, before any of their numbers is read.
 
     Args:
-        model, stored: both.
+        config, image_size, context_length: see `from_reference`.
+        stored: the weights by the reference's names.
         source: the checkpoint's name, for errors.
-        config_grid: rows and columns of patches of the config's own image_size, see `stored_grid`.
+        more: further arguments of the model.
 
     Returns:
-        (the reference's name, the place for it, the old and new grid of position embeddings to zoom, or None).
-
-    Raises:
-        CheckpointError: names what is missing, left over, or of another shape or type.
+        The model's name and arguments, the model on the meta device, and the rows for `fill`: the reference's name, the
+        place for it, and the old and new grid of position embeddings to zoom, or None.
     """
+    shapes = {name: array.shape for name, array in stored.items()}
+    name, kwargs = model_settings(config, shapes, image_size, context_length)
+    kwargs |= more
+    model = _empty_model(name, kwargs)
+    return name, kwargs, model, _fit(model, stored, source, config_grid(config))
+
+
+def _empty_model(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    """The model on the meta device, which takes no memory however large its config says that it is."""
+    from vmoe.models.factory import create_model
+
+    try:
+        with torch.device("meta"):
+            return create_model(name, **kwargs)
+    except (RuntimeError, OverflowError, MemoryError, ZeroDivisionError) as error:  # sizes beyond what PyTorch counts
+        raise ConfigError(f"the model of the config cannot be built: {printable(error)[:200]}") from error
+
+
+def _fit(
+    model: nn.Module, stored: Mapping[str, StoredArray], source: object, config_grid: tuple[int, int] | None
+) -> Rows:
     places, rows, problems = reference_places(model), [], []
     own = model.state_dict()
     for name, place in places.items():
@@ -148,7 +148,7 @@ def fit(
             problems.append(f"{name} is of type {array.dtype}")
         elif name in _IMAGE_POSITIONS and len(array.shape) == 3 and array.shape[::2] == shape[::2]:
             try:
-                zoom = _zoom(model, array.shape, shape, config_grid)
+                zoom = _zoom(model, array.shape[1], shape[1], config_grid)
             except ValueError as error:
                 problems.append(f"{name} cannot be resized: {error}")
         elif array.shape != shape:
@@ -161,24 +161,15 @@ def fit(
     return rows
 
 
-def _zoom(model: nn.Module, old: tuple, new: tuple, config_grid: tuple[int, int] | None) -> Zoom | None:
-    """(old, new) grid of position embeddings of these shapes; None if they stay as they are."""
+def _zoom(model: nn.Module, old: int, new: int, config_grid: tuple[int, int] | None) -> Zoom | None:
+    """The grids of so many old and new position embeddings; None if they stay as they are."""
     grid = tuple(getattr(model, "visual", model).patch_embed.grid_size)
-    old_grid = stored_grid(old[1], new[1] - math.prod(grid), config_grid, grid)
+    old_grid = stored_grid(old, new - math.prod(grid), config_grid, grid)
     return None if old_grid == grid else (old_grid, grid)
 
 
-def fill(
-    tensors: Mapping[str, np.ndarray],
-    rows: list[tuple[str, Place, Zoom | None]],
-    stored: Mapping[str, StoredArray],
-) -> None:
-    """Read the weights into our tensors, which may be maps of a file.
-
-    Args:
-        tensors: our arrays by name, writable; changed in place.
-        rows: what `fit` returned.
-        stored: the weights.
+def fill(tensors: Mapping[str, np.ndarray], rows: Rows, stored: Mapping[str, StoredArray]) -> None:
+    """Read the weights into our tensors by name, which are writable and may be maps of a file.
 
     Raises:
         CheckpointError: for a file that cannot be read.

@@ -1,162 +1,217 @@
-"""The reference's config dictionaries, read key by key: what a key means here, and an error for what has no meaning."""
+"""The reference's config of one of our models, or an error that says what the reference cannot express."""
 
-import ast
-import sys
-from collections.abc import Mapping
+import math
 from typing import Any
 
-_UNSET = object()
-MAX_CALL = 1000  # characters of a class with arguments
+from timm.layers import LayerNorm, Mlp
+from timm.layers.activations import GELUTanh
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from vmoe.convert.layout import reference_places, require_vision
+from vmoe.models.text import TextTransformer
+from vmoe.moe import SparseMoE
+from vmoe.moe.config import RoutingSettings
+
+_ROUTERS = {
+    "top_k": "NoisyTopExpertsPerItemRouter",
+    "expert_choice": "NoisyTopItemsPerExpertRouter",
+    "soft": "vmoe.projects.soft_moe.router.SoftRouter",
+}
+# (global_pool, has a class token) -> classifier.
+_POOLS = {("token", True): "token", ("token", False): "0", ("avg", False): "gap", ("map", False): "map"}
+# Settings that the reference does not have, with the value that means "off".
+_FOREIGN = {
+    "learned_noise": False,
+    "input_jitter": 0.0,
+    "gate": "softmax",
+    "normalize_weights": False,
+    "random_threshold": None,
+    "expert_mlp": "mlp",
+    "num_shared_experts": 0,
+    "bias_update_rate": 0.0,
+    "z_loss": 0.0,
+    "local_entropy_loss": 0.0,
+    "global_entropy_loss": 0.0,
+}
 
 
-class ConfigError(ValueError):
-    """A config that cannot be converted; one sentence that names the key, its value and the remedy."""
+def reference_config(model: nn.Module, group_size: int | None = None) -> dict[str, Any]:
+    """The reference's config of a model, which `from_reference` turns into the same model again.
 
-
-def pair(key: str, value: Any) -> tuple[int, int]:
-    """Height and width: one whole number >= 1, or two of them.
-
-    Raises:
-        ConfigError: for anything else; names the key.
-    """
-    sides = value if isinstance(value, (list, tuple)) else (value, value)
-    if len(sides) != 2 or not all(_is_number(side, int) and side >= 1 for side in sides):
-        raise _wrong(key, value, "a whole number >= 1, or two of them")
-    return int(sides[0]), int(sides[1])
-
-
-def _is_number(value: Any, kind: type) -> bool:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return False
-    largest = 2**31 - 1 if kind is int else sys.float_info.max  # also refuses infinity and NaN
-    return abs(value) <= largest and (kind is float or value == int(value))
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else text[:200] + "..."
-
-
-def _wrong(key: str, value: Any, wanted: str) -> ConfigError:
-    return ConfigError(f"{key} = {_shown(value)} cannot be converted: it must be {wanted}")
-
-
-class Section:
-    """One dictionary of a config; every key must be taken, so that none is silently ignored.
+    It describes the model as it is in `eval()`: the capacity is the evaluation's (the reference has one for both;
+    without a limit, one that all tokens fit in). Settings that act in training only and are not the reference's, such
+    as stochastic depth, are left out.
 
     Args:
-        values: a dictionary, or something like ml_collections' ConfigDict.
-        path: its own key, for errors.
+        model: a V-MoE, Soft MoE (or a dense model of their kind), or a two-tower model of them.
+        group_size: tokens routed together in the reference, for a model with group_size=None and limited capacity:
+            there, all tokens of a call are routed together, so the number depends on the batch.
+
+    Returns:
+        A JSON-able dictionary; for images with "image_size", which the converter reads and the reference does not.
+
+    Raises:
+        ValueError: names what the reference cannot express.
     """
+    try:
+        config = _config(model, group_size)
+        places = reference_places(model)
+    except AttributeError as error:  # models of other programs lack parts that are looked at here
+        raise ValueError(f"the reference has no model like this one ({type(model).__name__}): {error}") from error
+    ours, theirs = set(model.state_dict()), {place.tensor for place in places.values()}
+    foreign = [f"{name}, which the reference does not have" for name in sorted(ours - theirs)]
+    lacking = [f"no {name}, which it needs" for name in sorted(theirs - ours)]
+    _need(ours == theirs, "the model has " + "; ".join(foreign + lacking))
+    return config
 
-    def __init__(self, values: Any, path: str = "") -> None:
-        self.path = path
-        if not isinstance(values, Mapping) and hasattr(values, "to_dict"):
-            values = values.to_dict()
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"{self.key('')} must be a dictionary, got {_shown(values)}")
-        self.values = dict(values)
-        self.taken: set[str] = set()
 
-    def key(self, name: str) -> str:
-        """The whole name of a key, as in "encoder.moe.layers"."""
-        return ".".join(part for part in (self.path, name) if part) or "the config"
+def _need(condition: bool, what: str) -> None:
+    if not condition:
+        raise ValueError(f"the reference cannot express this model: {what}")
 
-    def take(self, name: str, default: Any = _UNSET) -> Any:
-        """A key's value; an error if it is not there and has no default."""
-        self.taken.add(name)
-        value = self.values.get(name, default)
-        if value is _UNSET:
-            raise ConfigError(f"the config has no {self.key(name)}, which the reference needs")
-        return value
 
-    def section(self, name: str) -> "Section":
-        """A dictionary inside this one; empty if it is not there or None."""
-        values = self.take(name, None)
-        return Section({} if values is None else values, self.key(name))
+def _config(model: nn.Module, group_size: int | None) -> dict[str, Any]:
+    if not (hasattr(model, "visual") and hasattr(model, "text")):
+        return _image(model, group_size)
+    if not isinstance(model.text, TextTransformer):
+        raise ValueError(f"the reference has no text tower like this one ({type(model.text).__name__})")
+    return {
+        "image": _image(model.visual, group_size, "visual."),
+        "text": _text(model.text, group_size),
+        "scale_init": math.exp(model.logit_scale.item()),
+        "bias_init": None if model.logit_bias is None else model.logit_bias.item(),
+    }
 
-    def number(
-        self,
-        name: str,
-        default: Any = _UNSET,
-        kind: type = int,
-        optional: bool = False,
-        minimum: float | None = None,
-        below: float | None = None,
-    ) -> Any:
-        """A whole number (or, with `kind=float`, any finite one), not outside the bounds."""
-        value = self.take(name, default)
-        if value is None and optional:
-            return None
-        inside = _is_number(value, kind) and (minimum is None or value >= minimum)
-        if not inside or (below is not None and value >= below):
-            wanted = "a finite number" if kind is float else "a whole number"
-            wanted += "" if minimum is None else f" >= {minimum}"
-            raise self.wrong(name, value, wanted + ("" if below is None else f" and < {below}"))
-        return kind(value)
 
-    def rate(self, name: str, default: float) -> float:
-        """A probability of dropout."""
-        return self.number(name, default, float, minimum=0, below=1)
+def _image(model: nn.Module, group_size: int | None, prefix: str = "") -> dict[str, Any]:
+    require_vision(model)
+    _check_image(model)
+    representation = getattr(model, "pre_logits", None)
+    temperature = getattr(model, "sincos2d_temperature", None)
+    position = {"name": "learned" if model.pos_embed is not None else "none"}
+    if model.pos_embed is None and temperature is not None:
+        position = {"name": "sincos2d", "temperature": temperature}
+    encoder = _encoder(model, model.patch_embed.num_patches + model.num_prefix_tokens, group_size, prefix)
+    encoder["dropout_rate"] = _rate(model.pos_drop)
+    config = {
+        "name": "VisionTransformerMoe",
+        "num_classes": model.num_classes or None,
+        "patch_size": list(model.patch_embed.patch_size),
+        "hidden_size": model.embed_dim,
+        "classifier": _POOLS[model.global_pool, model.cls_token is not None],
+        "representation_size": representation.out_features if isinstance(representation, nn.Linear) else None,
+        "encoder": {**encoder, "position_emb": position},
+    }
+    if not (model.dynamic_img_size and model.pos_embed is None):
+        config["image_size"] = list(model.patch_embed.img_size)
+    return config
 
-    def flag(self, name: str, default: Any = _UNSET) -> Any:
-        """True or False (or 1 or 0); None is the default, if there is one."""
-        value = self.take(name, default)
-        if value is None and default is not _UNSET:
-            return default
-        if not isinstance(value, int) or value not in (0, 1):
-            raise self.wrong(name, value, "true or false")
-        return bool(value)
 
-    def choice(self, name: str, default: Any, allowed: tuple) -> Any:
-        """One of several values."""
-        value = self.take(name, default)
-        if value not in allowed:
-            raise self.wrong(name, value, f"one of {allowed}")
-        return value
+def _check_image(model: VisionTransformer) -> None:
+    has_class = model.cls_token is not None
+    patches = model.patch_embed
+    _need((model.global_pool, has_class) in _POOLS, f"global_pool={model.global_pool!r} with class_token={has_class}")
+    _need(model.num_prefix_tokens == has_class, "it has register tokens")
+    _need(not (model.no_embed_class and has_class), "no_embed_class=True")
+    _need(isinstance(model.norm_pre, nn.Identity), "pre_norm=True")
+    _need(isinstance(model.fc_norm, nn.Identity) and isinstance(model.norm, nn.LayerNorm), "fc_norm, or no final norm")
+    _need(isinstance(patches.norm, nn.Identity), "a norm after the patch embedding")
+    _need(patches.proj.in_channels == 3 and patches.proj.bias is not None, "its patch embedding")
 
-    def ignore(self, *names: str) -> None:
-        """Keys that change nothing of what a converted model computes."""
-        self.taken |= set(names)
 
-    def wrong(self, name: str, value: Any, wanted: str) -> ConfigError:
-        """The error for a value that cannot be converted."""
-        return _wrong(self.key(name), value, wanted)
+def _text(model: TextTransformer, group_size: int | None) -> dict[str, Any]:
+    _need(model.eot_token_id is None, "its text tower hides padding (eot_token_id); the reference reads every position")
+    position = {"name": "none" if model.pos_embed is None else "learned"}
+    return {
+        "name": "TextTransformer",
+        "vocab_size": model.vocab_size,
+        "num_classes": model.num_classes or None,
+        "hidden_size": model.num_features,
+        "pool_type": model.pool,
+        "encoder": {**_encoder(model, model.context_length, group_size, "text."), "position_emb": position},
+    }
 
-    def finish(self) -> None:
-        """Raises ConfigError if a key was not taken."""
-        left = sorted(self.values.keys() - self.taken)
-        if left:
-            values = ", ".join(f"{self.key(name)} = {_shown(self.values[name])}" for name in left)
-            raise ConfigError(
-                f"these keys of the config are not known to the converter: {values}; leave them out if the model's "
-                "outputs do not depend on them"
-            )
 
-    def call(self, name: str, default: str, classes: Mapping[str, str]) -> str:
-        """The class that a name such as "SoftRouter", "package.module.SoftRouter" or "SoftRouter(num_slots=3)" means.
+def _encoder(model: nn.Module, tokens: int, group_size: int | None, prefix: str) -> dict[str, Any]:
+    attention = model.blocks[0].attn
+    mlps = dict(enumerate(block.mlp for block in model.blocks))
+    sparse = {i: mlp for i, mlp in mlps.items() if isinstance(mlp, SparseMoE)}
+    moe = {"layers": list(sparse), **(_moe(list(sparse.values()), tokens, group_size) if sparse else {})}
+    for i, block in enumerate(model.blocks):
+        _check_block(block, f"{prefix}blocks.{i}")
+    expert_widths = {mlp.experts.fc1.weight.shape[-2] for mlp in sparse.values()}
+    widths = {mlp.fc1.out_features for i, mlp in mlps.items() if i not in sparse}
+    if (pool := getattr(model, "attn_pool", None)) is not None:
+        widths.add(pool.mlp.fc1.out_features)
+        _need(pool.num_heads == attention.num_heads, "its attention pooling has another number of heads")
+    widths = widths or expert_widths
+    for kind, found in (("MLPs", widths), ("experts", expert_widths)):
+        _need(len(found) < 2, f"{kind} of several widths, {sorted(found)}")
+    if expert_widths - widths:
+        moe["mlp_dim"] = max(expert_widths)
+    return {
+        "num_layers": len(model.blocks),
+        "mlp_dim": max(widths),
+        "num_heads": attention.num_heads,
+        "attention_dropout_rate": _rate(attention.attn_drop),
+        "attention_qk_norm": not isinstance(attention.q_norm, nn.Identity),
+        "moe": moe,
+    }
 
-        Arguments in the name become keys of this section; those given beside it win, as in the reference.
 
-        Args:
-            name: the key that holds the name.
-            default: the class if there is none.
-            classes: {class: the module that the reference has it in}.
-        """
-        text = self.take(name, default)
-        try:
-            if len(text) > MAX_CALL:
-                raise ValueError("too long")
-            expression = ast.parse(text, mode="eval").body
-            if isinstance(expression, ast.Call):
-                if expression.args or any(keyword.arg is None for keyword in expression.keywords):
-                    raise ValueError("arguments without a name")
-                given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in expression.keywords}
-                self.values = {**given, **self.values}
-                expression = expression.func
-            module, _, cls = ast.unparse(expression).rpartition(".")
-        except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
-            raise self.wrong(name, text, f"one of {sorted(classes)}, arguments by name") from error
-        if cls not in classes or module not in ("", classes[cls]):
-            raise self.wrong(name, text, f"one of {sorted(classes)}")
-        return cls
+def _rate(dropout: nn.Module) -> float:
+    return dropout.p if isinstance(dropout, nn.Dropout) else 0.0
+
+
+def _check_block(block: nn.Module, name: str) -> None:
+    parts = {"ls1", "ls2"} & {key for key, module in block.named_children() if not isinstance(module, nn.Identity)}
+    _need(not parts, f"layer scale in {name}")
+    _need(type(block.mlp) in (Mlp, SparseMoE), f"{name}.mlp is a {type(block.mlp).__name__}")
+    experts = block.mlp.experts if isinstance(block.mlp, SparseMoE) else block.mlp
+    act = experts.act
+    tanh = isinstance(act, GELUTanh) or (isinstance(act, nn.GELU) and act.approximate == "tanh")
+    _need(tanh, f"the activation of {name}.mlp is {act}, not GELU with tanh")
+    _need(isinstance(getattr(experts, "norm", None) or nn.Identity(), nn.Identity), f"a norm inside {name}.mlp")
+    _need(experts.fc1.bias is not None and block.attn.qkv.bias is not None, f"{name} has no biases")
+    for norm in (block.norm1, block.norm2):
+        _need(isinstance(norm, (nn.LayerNorm, LayerNorm)) and norm.eps == 1e-6, f"the norms of {name}: {norm}")
+
+
+def _moe(layers: list[SparseMoE], tokens: int, group_size: int | None) -> dict[str, Any]:
+    s: RoutingSettings = layers[0].settings
+    _need(all(layer.settings == s for layer in layers), "sparse layers with different settings")
+    for name, off in _FOREIGN.items():
+        _need(getattr(s, name) == off, f"{name}={getattr(s, name)!r}")
+    size = s.group_size or (group_size if s.router == "top_k" else tokens)
+    router = {"name": _ROUTERS[s.router], "noise_std": s.noise_std}
+    if s.router == "soft":
+        router["num_slots"] = layers[0].router.slots.shape[1]
+    else:
+        router["dispatcher"] = {"name": "einsum", "bfloat16": False, **_capacity(s, size)}
+    if s.router == "top_k":
+        router["num_selected_experts"] = s.num_selected_experts
+        router["dispatcher"]["batch_priority"] = s.batch_priority
+        router |= {f"{name}_loss_weight": getattr(s, f"{name}_loss") for name in ("importance", "load", "gshard")}
+    return {
+        "num_experts": s.num_experts,
+        "group_size": size or tokens,
+        "dropout_rate": layers[0].experts.drop.p,
+        "router": router,
+    }
+
+
+def _capacity(s: RoutingSettings, size: int | None) -> dict[str, Any]:
+    factor = s.eval_capacity_factor or (s.capacity_factor if s.router == "expert_choice" else None)
+    if size is None and (factor is not None or s.capacity is not None):
+        raise ValueError(
+            "group_size is None, all tokens of a call, and the capacity is limited: the reference needs a number; give "
+            "group_size (tokens per image times images per batch)"
+        )
+    if s.capacity is not None:
+        return {"capacity": s.capacity}
+    return {  # without a limit, K choices of at most all tokens for each expert
+        "capacity_factor": s.num_experts / s.num_selected_experts if factor is None else factor,
+        "capacity_ceil_or_round": s.capacity_rounding,
+        "capacity_multiple_of": s.capacity_multiple_of,
+    }

@@ -1,46 +1,38 @@
-"""From a checkpoint on disk to one safetensors file, tensor by tensor, whole or not at all."""
+"""From a checkpoint on disk to one safetensors file, tensor by tensor; if anything fails there is no file."""
 
-import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from vmoe.convert.arrays import CheckpointError, StoredArray, select_params
 from vmoe.convert.orbax import find_orbax, open_orbax
-from vmoe.convert.reference import empty_model, fill, fit
-from vmoe.convert.reference_config import Section
+from vmoe.convert.reference import fill, plan
 from vmoe.convert.released import RELEASED
-from vmoe.convert.settings import config_grid, model_settings
+from vmoe.convert.section import Section
 from vmoe.convert.sharded import find_sharded, open_flax, open_sharded
+from vmoe.utils.files import read_json
 from vmoe.utils.printable import printable
-from vmoe.utils.safe_json import read_json
-
-logger = logging.getLogger("vmoe.convert")
 
 
-@dataclass(frozen=True)
-class Converted:
+class Converted(NamedTuple):
     """What `convert_checkpoint` did.
 
     Attributes:
-        file: what it wrote.
         source: the checkpoint that was read, and its format.
         arrays, nbytes: of the weights that were read.
-        left_aside: arrays of the checkpoint that are no weights, such as optimizer state.
+        skipped: arrays of the checkpoint that are no weights, such as optimizer state.
         name: of the model.
         parameters: numbers in it.
     """
 
-    file: Path
     source: str
     format: str
     arrays: int
     nbytes: int
-    left_aside: int
+    skipped: int
     name: str
     parameters: int
 
@@ -82,11 +74,11 @@ def open_checkpoint(source: str | Path, step: int | None = None) -> tuple[str, s
 
 
 def resolve_config(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The reference's model config, and what is known of the model's pictures.
+    """The reference's model config, and what is known of the model's images.
 
     Args:
         config: the name of a released checkpoint (`vmoe.convert.RELEASED`), a JSON file, or the dictionary itself; also
-            an experiment's whole config, whose "model" it is then.
+            an experiment's config, whose "model" it is then.
 
     Returns:
         (config, fields for timm's `pretrained_cfg`, empty if not known).
@@ -96,8 +88,7 @@ def resolve_config(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, An
     """
     if isinstance(config, (str, Path)):
         if str(config) in RELEASED:
-            released = RELEASED[str(config)]
-            return released.config, released.preprocess
+            return RELEASED[str(config)]
         file = Path(config)
         if not file.is_file():
             raise ValueError(f"--config must be a JSON file or one of {sorted(RELEASED)}, got {str(config)!r}")
@@ -138,30 +129,18 @@ def convert_checkpoint(
         raise ValueError(f"--to must be a .safetensors file, got {str(file)!r}")
     model_config, preprocess = resolve_config(config)
     path, kind, arrays = open_checkpoint(source, step)
-    stored, left_aside = select_params(arrays, path)
-    shapes = {name: array.shape for name, array in stored.items()}
-    name, kwargs = model_settings(model_config, shapes, image_size, context_length)
-    if preprocess:
-        kwargs["pretrained_cfg_overlay"] = preprocess
-    model = empty_model(name, kwargs)
-    rows = fit(model, stored, path, config_grid(model_config))
+    stored, skipped = select_params(arrays, path)
+    overlay = {"pretrained_cfg_overlay": preprocess} if preprocess else {}
+    name, _, model, rows = plan(model_config, stored, path, image_size, context_length, **overlay)
     sizes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    dtypes = dict.fromkeys(sizes, torch.float32)
-    with mapped_safetensors(file, sizes, dtypes, file_metadata(model, {"converted_from": Path(path).name})) as tensors:
+    metadata = file_metadata(model, {"converted_from": Path(path).name})
+    with mapped_safetensors(file, sizes, dict.fromkeys(sizes, torch.float32), metadata) as tensors:
         arrays_in_file = {key: tensor.numpy() for key, tensor in tensors.items()}
         for row in rows:
             fill(arrays_in_file, [row], stored)
             tensors.release()
-    return Converted(
-        file=file,
-        source=path,
-        format=kind,
-        arrays=len(stored),
-        nbytes=sum(array.nbytes for array in stored.values()),
-        left_aside=left_aside,
-        name=name,
-        parameters=sum(math.prod(size) for size in sizes.values()),
-    )
+    nbytes, parameters = sum(array.nbytes for array in stored.values()), sum(map(math.prod, sizes.values()))
+    return Converted(path, kind, len(stored), nbytes, skipped, name, parameters)
 
 
 def pretrained_cfg(file: str | Path) -> dict[str, Any]:
