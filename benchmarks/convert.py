@@ -45,7 +45,7 @@ def write(config: dict, prefix: Path) -> int:
     """Write the checkpoint; returns its bytes."""
     import torch
 
-    from vmoe.convert.layout import reference_places
+    from vmoe.convert.layout import reference_layout
     from vmoe.convert.settings import model_settings
     from vmoe.models.factory import create_model
 
@@ -57,8 +57,8 @@ def write(config: dict, prefix: Path) -> int:
     with torch.device("meta"):
         model = create_model(name, **kwargs)
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    places = reference_places(model)
-    shapes = {name: place.view(np.empty(own[place.tensor], np.float32)).shape for name, place in places.items()}
+    layout = reference_layout(model)
+    shapes = {name: entry.view(np.empty(own[entry.tensor], np.float32)).shape for name, entry in layout.items()}
 
     def read(name: str, where: tuple) -> np.ndarray:
         seed = np.random.default_rng(len(name)).standard_normal(4093).astype(np.float32)

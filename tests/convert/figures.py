@@ -42,7 +42,7 @@ def gradients_close(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) 
 
 
 def check_vision(name: str, folder: Path = GOLDEN) -> None:
-    """Logits, auxiliary losses per layer, and the gradients of the pictures and of all weights."""
+    """Logits, auxiliary losses per layer, and the gradients of the images and of all weights."""
     config, figures = load(name, folder)
     model = from_reference(config, part(figures, "params/"))
     images = torch.tensor(figures["images_nhwc"]).permute(0, 3, 1, 2).requires_grad_()

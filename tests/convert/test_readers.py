@@ -194,8 +194,8 @@ def test_chunk_twice(checkpoint):
 
 def test_chunks_that_overlap_where_others_lack(tmp_path):
     # 2 x 4 numbers in chunks that together have 8, as [0:2, 0:3] and [0:1, 2:4]; [1:2, 3:4] is left out.
-    places = [[(0, 2), (0, 3)], [(0, 1), (2, 4)]]
-    slices = [msgpack.packb([msgpack.packb((*side, None)) for side in place]) for place in places]
+    chunks = [[(0, 2), (0, 3)], [(0, 1), (2, 4)]]
+    slices = [msgpack.packb([msgpack.packb((*side, None)) for side in chunk]) for chunk in chunks]
     entry = msgpack.ExtType(8, msgpack.packb((msgpack.packb(((2, 4), "float32", False, {})), slices, [0, 0])))
     index = {"shard_count": 1, "index": {"a": entry}, "version": "20220622"}
     (tmp_path / "c.index").write_bytes(msgpack.packb(index))

@@ -372,13 +372,13 @@ def test_config_objects():
     )
 
 
-# --- picture sizes ---------------------------------------------------------------------------------------------------
+# --- image sizes -----------------------------------------------------------------------------------------------------
 
 
 def scipy_zoom(grid, size):
     """scipy.ndimage.zoom(..., order=1), which the reference calls, for one row; computed with numpy.interp."""
-    place = np.arange(size) * ((len(grid) - 1) / (size - 1))
-    return np.interp(place, np.arange(len(grid)), grid)
+    position = np.arange(size) * ((len(grid) - 1) / (size - 1))
+    return np.interp(position, np.arange(len(grid)), grid)
 
 
 def test_positions_are_zoomed_like_the_references():
@@ -399,7 +399,7 @@ def test_zoom_keeps_corners_and_constants():
     assert np.array_equal(zoom_positions(np.ones((1, 9, 2)), (3, 3), (1, 5)), np.ones((1, 5, 2)))
 
 
-def test_another_picture_size():
+def test_another_image_size():
     params = random_params({**VISION, "classifier": "token"})
     config = {**VISION, "classifier": "token", "image_size": 16}
     model = from_reference(config, params)
@@ -430,7 +430,7 @@ def test_positions_without_a_grid():
         from_reference(VISION, params, image_size=16)
 
 
-def test_positions_that_are_no_square_need_a_picture_size():
+def test_positions_that_are_no_square_need_an_image_size():
     params = random_params(VISION)
     params["Encoder/posembed_input/pos_embedding"] = np.zeros((1, 6, 8), np.float32)
     with pytest.raises(ConfigError, match="image_size is not in the config and cannot be told from 6"):
@@ -438,7 +438,7 @@ def test_positions_that_are_no_square_need_a_picture_size():
     assert from_reference({**VISION, "image_size": [8, 12]}, params).patch_embed.grid_size == (2, 3)
 
 
-def test_any_picture_size_without_learned_positions():
+def test_any_image_size_without_learned_positions():
     config = changed("encoder.position_emb", {"name": "sincos2d"})
     model = from_reference(config, random_params(config))
     for size in (8, 12):

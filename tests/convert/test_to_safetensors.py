@@ -21,7 +21,7 @@ from write_sharded import write_arrays
 import vmoe
 from vmoe.cli.convert import main
 from vmoe.convert import RELEASED, CheckpointError, convert_checkpoint, from_reference, pretrained_cfg, to_reference
-from vmoe.convert.layout import reference_places
+from vmoe.convert.layout import reference_layout
 from vmoe.convert.settings import model_settings
 from vmoe.models.factory import create_model, create_model_and_transforms, read_pretrained_metadata, save_pretrained
 
@@ -93,7 +93,7 @@ def test_config_of_an_experiment(tiny, checkpoint, wrap):
     convert_checkpoint(checkpoint / "c", wrap(tiny[1]), checkpoint / "out.safetensors")
 
 
-def test_bfloat16_and_another_picture_size(tiny, checkpoint):
+def test_bfloat16_and_another_image_size(tiny, checkpoint):
     model, config, arrays = tiny
     bits = {
         name: (np.ascontiguousarray(array).view(np.uint32) >> 16).astype(np.uint16) for name, array in arrays.items()
@@ -256,8 +256,8 @@ def test_released_structure(name):
     assert sum(tensor.numel() for tensor in model.state_dict().values()) == PARAMETERS[name]
     assert model_name == ("vmoe_small_patch32_224" if "s32" in name else "vmoe_base_patch16_224")
     shapes = {
-        theirs: place.view(np.empty(tuple(model.state_dict()[place.tensor].shape), np.float32)).shape
-        for theirs, place in reference_places(model).items()
+        theirs: entry.view(np.empty(tuple(model.state_dict()[entry.tensor].shape), np.float32)).shape
+        for theirs, entry in reference_layout(model).items()
     }
     width, last = (512, 7) if "s32" in name else (768, 11)
     block = f"Encoder/encoderblock_{last}"

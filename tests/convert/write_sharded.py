@@ -57,13 +57,13 @@ def write_sharded(
     shards: list[dict[int, list]] = [{} for _ in range(num_shards)]
     turn = 0
     for number, name in enumerate(leaves):
-        places, homes = list(chunks_of(shapes[name], rows)), []
-        for where in places:
+        chunks, homes = list(chunks_of(shapes[name], rows)), []
+        for where in chunks:
             shards[turn % num_shards].setdefault(number, []).append(where)
             homes.append(turn % num_shards)
             turn += 1
         shape = msgpack.packb((shapes[name], dtype, False, {}))
-        entry = msgpack.ExtType(8, msgpack.packb((shape, [_slices(where) for where in places], homes)))
+        entry = msgpack.ExtType(8, msgpack.packb((shape, [_slices(where) for where in chunks], homes)))
         *folders, leaf = name.split("/")
         node = tree
         for folder in folders:
@@ -75,9 +75,9 @@ def write_sharded(
     for number, content in enumerate(shards):
         with open(f"{prefix}.data-{number:05d}-of-{num_shards:05d}", "wb") as file:
             file.write(packer.pack_map_header(1 + len(content)) + packer.pack(MAGIC) + packer.pack(True))
-            for leaf, places in content.items():
-                file.write(packer.pack(str(leaf)) + packer.pack_array_header(len(places)))
-                for where in places:
+            for leaf, chunks in content.items():
+                file.write(packer.pack(str(leaf)) + packer.pack_array_header(len(chunks)))
+                for where in chunks:
                     numbers = read(leaves[leaf], tuple(slice(*pair) for pair in where)).ravel()
                     step = numbers_per_piece or max(1, numbers.size)
                     pieces = [numbers[i : i + step] for i in range(0, numbers.size, step)]

@@ -1,6 +1,6 @@
 """Which of our tensors holds which array of the reference, and how its axes lie.
 
-A `Place` turns one of our tensors into a view in the reference's layout. Writing into the view fills the tensor,
+An `Entry` turns one of our tensors into a view in the reference's layout. Writing into the view fills the tensor,
 reading it gives the reference's array; so one table serves both directions, gradients, and files larger than memory.
 Linear layers are transposed; queries, keys and values are three arrays with an axis of heads there, one matrix here.
 """
@@ -18,7 +18,7 @@ from torch import nn
 View = Callable[[np.ndarray], np.ndarray]
 
 
-class Place(NamedTuple):
+class Entry(NamedTuple):
     """Attributes:
     tensor: its name in our state dict.
     view: our array -> a view of it in the reference's layout.
@@ -77,7 +77,7 @@ _ATTENTION = [
 ]
 
 
-def reference_places(model: nn.Module) -> dict[str, Place]:
+def reference_layout(model: nn.Module) -> dict[str, Entry]:
     """{the reference's name: where it lies in the model}, for a V-MoE, a Soft MoE or a two-tower model.
 
     Raises:
@@ -85,13 +85,13 @@ def reference_places(model: nn.Module) -> dict[str, Place]:
     """
     if not (hasattr(model, "visual") and hasattr(model, "text")):
         return _tower(require_vision(model))
-    places = {}
+    layout = {}
     for tower, ours, theirs in ((require_vision(model.visual), "visual.", "img/"), (model.text, "text.", "txt/")):
-        places |= {theirs + name: Place(ours + place.tensor, place.view) for name, place in _tower(tower).items()}
-    places["s"] = Place("logit_scale", _same)
+        layout |= {theirs + name: Entry(ours + entry.tensor, entry.view) for name, entry in _tower(tower).items()}
+    layout["s"] = Entry("logit_scale", _same)
     if model.logit_bias is not None:
-        places["b"] = Place("logit_bias", _same)
-    return places
+        layout["b"] = Entry("logit_bias", _same)
+    return layout
 
 
 def require_vision(model: nn.Module) -> VisionTransformer:
@@ -104,28 +104,28 @@ def require_vision(model: nn.Module) -> VisionTransformer:
     return model
 
 
-def _tower(model: nn.Module) -> dict[str, Place]:
+def _tower(model: nn.Module) -> dict[str, Entry]:
     tensors = model.state_dict()
     own = {"cls_token": "cls", "pos_embed": "Encoder/posembed_input/pos_embedding"}
-    places = {array: Place(tensor, _same) for tensor, array in own.items() if tensor in tensors}
+    layout = {array: Entry(tensor, _same) for tensor, array in own.items() if tensor in tensors}
     for module in dict.fromkeys(name.rpartition(".")[0] for name in tensors):
         for pattern, theirs, arrays in _MODULES:
             match = re.fullmatch(pattern, module)
             if match and any(f"{module}.{tensor}" in tensors for tensor in arrays):
                 for tensor, (array, view) in arrays.items():  # also those that it lacks, which are missed then
-                    places[f"{match.expand(theirs)}/{array}"] = Place(f"{module}.{tensor}", view)
+                    layout[f"{match.expand(theirs)}/{array}"] = Entry(f"{module}.{tensor}", view)
         for pattern, theirs, parts in _ATTENTION:
             if match := re.fullmatch(pattern, module):
                 heads = model.get_submodule(module.rpartition(".")[0]).num_heads
-                for array, place in _projection(module, parts, heads):
-                    places[f"{match.expand(theirs)}/{array}"] = place
-    return places
+                for array, entry in _projection(module, parts, heads):
+                    layout[f"{match.expand(theirs)}/{array}"] = entry
+    return layout
 
 
-def _projection(module: str, parts: tuple[str, ...], heads: int) -> Iterator[tuple[str, Place]]:
+def _projection(module: str, parts: tuple[str, ...], heads: int) -> Iterator[tuple[str, Entry]]:
     if parts == ("out",):
-        yield "out/kernel", Place(f"{module}.weight", lambda w: w.reshape(len(w), heads, -1).transpose(1, 2, 0))
-        yield "out/bias", Place(f"{module}.bias", _same)
+        yield "out/kernel", Entry(f"{module}.weight", lambda w: w.reshape(len(w), heads, -1).transpose(1, 2, 0))
+        yield "out/bias", Entry(f"{module}.bias", _same)
         return
     for index, part in enumerate(parts):
 
@@ -136,8 +136,8 @@ def _projection(module: str, parts: tuple[str, ...], heads: int) -> Iterator[tup
         def bias(array: np.ndarray, index: int = index) -> np.ndarray:
             return np.split(array, len(parts))[index].reshape(heads, -1)
 
-        yield f"{part}/kernel", Place(f"{module}.weight", kernel)
-        yield f"{part}/bias", Place(f"{module}.bias", bias)
+        yield f"{part}/kernel", Entry(f"{module}.weight", kernel)
+        yield f"{part}/bias", Entry(f"{module}.bias", bias)
 
 
 def stored_grid(tokens: int, prefix: int, config_grid: tuple[int, int] | None, new: tuple[int, int]) -> tuple[int, int]:

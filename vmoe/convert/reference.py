@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from vmoe.convert.arrays import ArrayInMemory, CheckpointError, StoredArray, copy_into, read_array, select_params
-from vmoe.convert.layout import Place, reference_places, stored_grid, zoom_positions
+from vmoe.convert.layout import Entry, reference_layout, stored_grid, zoom_positions
 from vmoe.convert.reference_config import reference_config
 from vmoe.convert.section import ConfigError
 from vmoe.convert.settings import config_grid, model_settings
 from vmoe.utils.printable import printable
 
 Zoom = tuple[tuple[int, int], tuple[int, int]]
-Rows = list[tuple[str, Place, Zoom | None]]
+Rows = list[tuple[str, Entry, Zoom | None]]
 _IMAGE_POSITIONS = tuple(f"{tower}Encoder/posembed_input/pos_embedding" for tower in ("", "img/"))
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -79,9 +79,9 @@ def to_reference(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) 
     reference_config(model, group_size=1)  # raises for what the reference does not have
     tensors = model.state_dict() if tensors is None else tensors
     return {
-        name: np.array(place.view(ArrayInMemory(tensors[place.tensor]).array), order="C")
-        for name, place in reference_places(model).items()
-        if place.tensor in tensors
+        name: np.array(entry.view(ArrayInMemory(tensors[entry.tensor]).array), order="C")
+        for name, entry in reference_layout(model).items()
+        if entry.tensor in tensors
     }
 
 
@@ -113,7 +113,7 @@ def plan(
 
     Returns:
         The model's name and arguments, the model on the meta device, and the rows for `fill`: the reference's name, the
-        place for it, and the old and new grid of position embeddings to zoom, or None.
+        entry of it, and the old and new grid of position embeddings to zoom, or None.
     """
     shapes = {name: array.shape for name, array in stored.items()}
     name, kwargs = model_settings(config, shapes, image_size, context_length)
@@ -136,14 +136,14 @@ def _empty_model(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
 def _fit(
     model: nn.Module, stored: Mapping[str, StoredArray], source: object, config_grid: tuple[int, int] | None
 ) -> Rows:
-    places, rows, problems = reference_places(model), [], []
+    layout, rows, problems = reference_layout(model), [], []
     own = model.state_dict()
-    for name, place in places.items():
+    for name, entry in layout.items():
         if name not in stored:
             problems.append(f"{name} is missing")
             continue
         array, zoom = stored[name], None
-        shape = place.view(np.broadcast_to(np.float32(0), tuple(own[place.tensor].shape))).shape  # takes no memory
+        shape = entry.view(np.broadcast_to(np.float32(0), tuple(own[entry.tensor].shape))).shape  # takes no memory
         if array.dtype not in _FLOATS:
             problems.append(f"{name} is of type {array.dtype}")
         elif name in _IMAGE_POSITIONS and len(array.shape) == 3 and array.shape[::2] == shape[::2]:
@@ -153,8 +153,8 @@ def _fit(
                 problems.append(f"{name} cannot be resized: {error}")
         elif array.shape != shape:
             problems.append(f"{name} has shape {array.shape}, the model's is {shape}")
-        rows.append((name, place, zoom))
-    problems += [f"{name} is not part of the model" for name in sorted(stored.keys() - places.keys())]
+        rows.append((name, entry, zoom))
+    problems += [f"{name} is not part of the model" for name in sorted(stored.keys() - layout.keys())]
     if problems:
         more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise CheckpointError(f"{source} does not fit the config: " + "; ".join(problems[:6]) + more)
@@ -174,8 +174,8 @@ def fill(tensors: Mapping[str, np.ndarray], rows: Rows, stored: Mapping[str, Sto
     Raises:
         CheckpointError: for a file that cannot be read.
     """
-    for name, place, zoom in rows:
-        target = place.view(tensors[place.tensor])
+    for name, entry, zoom in rows:
+        target = entry.view(tensors[entry.tensor])
         if zoom is None:
             copy_into(target, stored[name])
         else:

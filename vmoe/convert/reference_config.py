@@ -8,7 +8,7 @@ from timm.layers.activations import GELUTanh
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from vmoe.convert.layout import reference_places, require_vision
+from vmoe.convert.layout import reference_layout, require_vision
 from vmoe.models.text import TextTransformer
 from vmoe.moe import SparseMoE
 from vmoe.moe.config import RoutingSettings
@@ -56,10 +56,10 @@ def reference_config(model: nn.Module, group_size: int | None = None) -> dict[st
     """
     try:
         config = _config(model, group_size)
-        places = reference_places(model)
+        layout = reference_layout(model)
     except AttributeError as error:  # models of other programs lack parts that are looked at here
         raise ValueError(f"the reference has no model like this one ({type(model).__name__}): {error}") from error
-    ours, theirs = set(model.state_dict()), {place.tensor for place in places.values()}
+    ours, theirs = set(model.state_dict()), {entry.tensor for entry in layout.values()}
     foreign = [f"{name}, which the reference does not have" for name in sorted(ours - theirs)]
     lacking = [f"no {name}, which it needs" for name in sorted(theirs - ours)]
     _need(ours == theirs, "the model has " + "; ".join(foreign + lacking))

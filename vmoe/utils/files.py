@@ -1,4 +1,4 @@
-"""Files: written atomically, and read as if they came from a stranger, with bounds on size and content."""
+"""Files: written atomically, and read with bounds on size and content, since they may be hostile."""
 
 from __future__ import annotations
 
