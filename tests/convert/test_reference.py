@@ -263,7 +263,7 @@ def changed(key, value, config=VISION):
         ("encoder.num_layers", 0, "num_layers = 0 .* >= 1"),
         ("encoder.mlp_dim", 0, "mlp_dim = 0 .* >= 1"),
         ("encoder.num_heads", 0, "num_heads = 0 .* >= 1"),
-        ("encoder.position_emb", {"name": "sincos2d", "temperature": 0}, "temperature = 0.0 .* > 0"),
+        ("encoder.position_emb", {"name": "sincos2d", "temperature": 0}, "temperature = 0 .* > 0"),
         ("hidden_size", math.inf, "hidden_size = inf .* a whole number >= 1"),
         ("hidden_size", math.nan, "hidden_size = nan .* a whole number >= 1"),
         ("hidden_size", 0, "hidden_size = 0 .* >= 1"),

@@ -2,8 +2,8 @@
 
 import ast
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 _UNSET = object()
 MAX_CALL = 1000  # characters of a class with arguments
@@ -13,11 +13,39 @@ class ConfigError(ValueError):
     """A config that cannot be converted; one sentence that names the key, its value and the remedy."""
 
 
-def _is_number(value: Any, kind: type) -> bool:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return False
-    largest = 2**31 - 1 if kind is int else sys.float_info.max  # also refuses infinity and NaN
-    return abs(value) <= largest and (kind is float or value == int(value))
+class Kind(NamedTuple):
+    """What a value must be: the words for it, whether a value is that, and how it is used."""
+
+    words: str
+    fits: Callable[[Any], bool]
+    convert: Callable[[Any], Any]
+
+
+def _finite(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max  # also refuses infinity and NaN
+
+
+def _whole(value: Any, minimum: int) -> bool:
+    return _finite(value) and minimum <= value <= 2**31 - 1 and value == int(value)
+
+
+def _sides(value: Any) -> tuple:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value, value)
+
+
+SIZE = Kind("a whole number >= 1", lambda value: _whole(value, 1), int)
+COUNT = Kind("a whole number >= 0", lambda value: _whole(value, 0), int)
+NUMBER = Kind("a finite number", _finite, float)
+NOT_NEGATIVE = Kind("a finite number >= 0", lambda value: _finite(value) and value >= 0, float)
+POSITIVE = Kind("a number > 0", lambda value: _finite(value) and value > 0, float)
+RATE = Kind("a finite number >= 0 and < 1", lambda value: _finite(value) and 0 <= value < 1, float)
+FLAG = Kind("true or false", lambda value: isinstance(value, int) and value in (0, 1), bool)
+PAIR = Kind(
+    "a whole number >= 1, or two of them",
+    lambda value: len(_sides(value)) == 2 and all(_whole(side, 1) for side in _sides(value)),
+    lambda value: tuple(int(side) for side in _sides(value)),
+)
 
 
 def _shown(value: Any) -> str:
@@ -58,55 +86,14 @@ class Section:
         values = self.take(name, None)
         return Section({} if values is None else values, self.key(name))
 
-    def number(
-        self,
-        name: str,
-        default: Any = _UNSET,
-        kind: type = int,
-        minimum: float | None = None,
-        optional: bool = False,
-    ) -> Any:
-        """A whole number (or, with `kind=float`, any finite one) from `minimum` on; None if optional or the default."""
+    def get(self, name: str, kind: Kind, default: Any = _UNSET, optional: bool = False) -> Any:
+        """A key's value of this kind. None is the default, if there is one, and stays None where it is `optional`."""
         value = self.take(name, default)
-        if value is None and (optional or default is None):
-            return None
-        if not _is_number(value, kind) or (minimum is not None and value < minimum):
-            wanted = "a finite number" if kind is float else "a whole number"
-            raise self.wrong(name, value, wanted if minimum is None else f"{wanted} >= {minimum}")
-        return kind(value)
-
-    def positive(self, name: str, default: float) -> float:
-        """A finite number > 0."""
-        value = self.number(name, default, float)
-        if value <= 0:
-            raise self.wrong(name, value, "a number > 0")
-        return value
-
-    def rate(self, name: str, default: float) -> float:
-        """A probability of dropout."""
-        value = self.take(name, default)
-        if not _is_number(value, float) or not 0 <= value < 1:
-            raise self.wrong(name, value, "a finite number >= 0 and < 1")
-        return float(value)
-
-    def pair(self, name: str, default: Any = _UNSET) -> tuple[int, int] | None:
-        """Height and width: one whole number >= 1, or two of them; None if that is the default."""
-        value = self.take(name, default)
-        if value is None and default is None:
-            return None
-        sides = value if isinstance(value, (list, tuple)) else (value, value)
-        if len(sides) != 2 or not all(_is_number(side, int) and side >= 1 for side in sides):
-            raise self.wrong(name, value, "a whole number >= 1, or two of them")
-        return int(sides[0]), int(sides[1])
-
-    def flag(self, name: str, default: Any = _UNSET) -> Any:
-        """True or False (or 1 or 0); None is the default, if there is one."""
-        value = self.take(name, default)
-        if value is None and default is not _UNSET:
-            return default
-        if not isinstance(value, int) or value not in (0, 1):
-            raise self.wrong(name, value, "true or false")
-        return bool(value)
+        if value is None and (optional or default is not _UNSET):
+            return None if optional else default
+        if not kind.fits(value):
+            raise self.wrong(name, value, kind.words)
+        return kind.convert(value)
 
     def choice(self, name: str, default: Any, allowed: tuple) -> Any:
         """One of several values."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vmoe.convert.section import ConfigError, Section
+from vmoe.convert.section import COUNT, FLAG, NOT_NEGATIVE, NUMBER, PAIR, POSITIVE, RATE, SIZE, ConfigError, Section
 from vmoe.moe.dispatch import expert_capacity
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -64,10 +64,10 @@ def config_grid(config: Mapping[str, Any]) -> tuple[int, int] | None:
     """Rows and columns of patches of the config's own image_size; None if it has none."""
     top = Section(config)
     image = top.section("image") if "image" in top.values else top
-    size = top.pair("image_size", None) or image.pair("image_size", None)
+    size = top.get("image_size", PAIR, None) or image.get("image_size", PAIR, None)
     if size is None:
         return None
-    patch = image.pair("patch_size")
+    patch = image.get("patch_size", PAIR)
     return size[0] // patch[0], size[1] // patch[1]
 
 
@@ -87,8 +87,8 @@ def _two_tower(top: Section, shapes: Shapes, context_length: int | None) -> dict
     if width != text_width:
         raise ConfigError(f"the image tower gives {width} features, the text tower {text_width}: they must be equal")
     settings = {"image": image, "text": text, "embed_dim": width}
-    settings["init_logit_scale"] = math.log(top.positive("scale_init", 1.0))
-    if (bias := top.number("bias_init", None, float)) is not None:
+    settings["init_logit_scale"] = math.log(top.get("scale_init", POSITIVE, 1.0))
+    if (bias := top.get("bias_init", NUMBER, None)) is not None:
         settings["init_logit_bias"] = bias
     top.finish("batch")
     return settings
@@ -96,13 +96,13 @@ def _two_tower(top: Section, shapes: Shapes, context_length: int | None) -> dict
 
 def _image(config: Section, shapes: Shapes) -> dict[str, Any]:
     config.call("name", "VisionTransformerMoe", {"VisionTransformerMoe": "vmoe.nn.vit_moe"})
-    width, patch = config.number("hidden_size", minimum=1), config.pair("patch_size")
+    width, patch = config.get("hidden_size", SIZE), config.get("patch_size", PAIR)
     classifier = config.choice("classifier", "token", tuple(_POOLS))
-    representation = config.number("representation_size", None, minimum=1)
+    representation = config.get("representation_size", SIZE, None)
     encoder = config.section("encoder")
     position = encoder.section("position_emb")
     positions = _POSITIONS[position.choice("name", "learned", tuple(_POSITIONS))]
-    temperature = position.positive("temperature", 10_000.0)
+    temperature = position.get("temperature", POSITIVE, 10_000.0)
     position.finish("h", "w")
     tokens = _stored_positions(shapes) if positions == "learn" else None
     size = _image_size(config, patch, tokens, classifier == "token")
@@ -111,7 +111,7 @@ def _image(config: Section, shapes: Shapes) -> dict[str, Any]:
         "name": _NAMES.get((width, blocks["depth"], patch[0]), _ANY_SIZE),
         "img_size": size or [max(1, 224 // side) * side for side in patch],
         "patch_size": list(patch),
-        "num_classes": config.number("num_classes", minimum=0, optional=True) or 0,
+        "num_classes": config.get("num_classes", COUNT, optional=True) or 0,
         "embed_dim": width,
         "class_token": classifier == "token",
         "global_pool": _POOLS[classifier],
@@ -139,7 +139,7 @@ def _stored_positions(shapes: Shapes) -> int:
 
 def _image_size(config: Section, patch: tuple[int, int], tokens: int | None, has_class_token: bool) -> list[int] | None:
     """The config's image_size, else that of a square of the stored position embeddings; None if there are none."""
-    size = config.pair("image_size", None)
+    size = config.get("image_size", PAIR, None)
     if size is not None:
         if max(size) > MAX_SIDE:
             raise config.wrong("image_size", config.values["image_size"], f"<= {MAX_SIDE}")
@@ -160,7 +160,7 @@ def _image_size(config: Section, patch: tuple[int, int], tokens: int | None, has
 
 def _text(config: Section, shapes: Shapes, context_length: int | None) -> dict[str, Any]:
     config.call("name", "TextTransformer", {"TextTransformer": "vmoe.projects.contrastive.models"})
-    width = config.number("hidden_size", minimum=1)
+    width = config.get("hidden_size", SIZE)
     encoder = config.section("encoder")
     position = encoder.section("position_emb")
     learned = position.choice("name", "learned", ("learned", "none")) == "learned"
@@ -181,10 +181,10 @@ def _text(config: Section, shapes: Shapes, context_length: int | None) -> dict[s
         if rate:
             raise encoder.wrong(name, rate, "0: text towers have no dropout here, and it acts in training only")
     settings = {
-        "vocab_size": config.number("vocab_size", minimum=1),
+        "vocab_size": config.get("vocab_size", SIZE),
         "context_length": context_length,
         "width": width,
-        "num_classes": config.number("num_classes", minimum=0, optional=True) or 0,
+        "num_classes": config.get("num_classes", COUNT, optional=True) or 0,
         "pool": config.choice("pool_type", "last", _TEXT_POOLS),
         "eot_token_id": None,
         "pos_embed": "learn" if learned else "none",
@@ -196,7 +196,7 @@ def _text(config: Section, shapes: Shapes, context_length: int | None) -> dict[s
 
 def _encoder(encoder: Section, width: int) -> tuple[dict[str, Any], float, float]:
     """Settings of the blocks, and the rates of dropout and of that in the attention."""
-    depth, heads = encoder.number("num_layers", minimum=1), encoder.number("num_heads", minimum=1)
+    depth, heads = encoder.get("num_layers", SIZE), encoder.get("num_heads", SIZE)
     if depth >= MAX_DEPTH:
         raise encoder.wrong("num_layers", depth, f"a whole number < {MAX_DEPTH}")
     if width % heads:
@@ -204,16 +204,16 @@ def _encoder(encoder: Section, width: int) -> tuple[dict[str, Any], float, float
     dtype = encoder.take("dtype", None)
     if dtype not in (None, "float32", np.float32):
         raise encoder.wrong("dtype", dtype, "float32 or absent; use torch.autocast to compute in less")
-    mlp_dim, dropout = encoder.number("mlp_dim", minimum=1), encoder.rate("dropout_rate", 0.0)
+    mlp_dim, dropout = encoder.get("mlp_dim", SIZE), encoder.get("dropout_rate", RATE, 0.0)
     ratio = mlp_dim / width
     settings = {
         "depth": depth,
         "num_heads": heads,
         "mlp_ratio": ratio if int(width * ratio) == mlp_dim else (mlp_dim + 0.5) / width,  # int(width · ratio) is taken
-        "qk_norm": encoder.flag("attention_qk_norm", False),
+        "qk_norm": encoder.get("attention_qk_norm", FLAG, False),
         **_experts(encoder.section("moe"), depth, mlp_dim, dropout),
     }
-    attention_dropout = encoder.rate("attention_dropout_rate", 0.0)
+    attention_dropout = encoder.get("attention_dropout_rate", RATE, 0.0)
     encoder.finish()
     return settings, dropout, attention_dropout
 
@@ -225,8 +225,8 @@ def _experts(moe: Section, depth: int, mlp_dim: int, dropout: float) -> dict[str
     layers = [layer for layer in range(depth) if layer in layers]  # the reference overlooks others
     if not layers:  # and all other keys
         return {"num_experts": 0}
-    E, size = moe.number("num_experts", minimum=1), moe.number("group_size", minimum=1)
-    expert_width = moe.number("mlp_dim", mlp_dim, minimum=1)
+    E, size = moe.get("num_experts", SIZE), moe.get("group_size", SIZE)
+    expert_width = moe.get("mlp_dim", SIZE, mlp_dim)
     router = moe.section("router")
     kind = router.call("name", "NoisyTopExpertsPerItemRouter", _ROUTERS)
     read = {"NoisyTopExpertsPerItemRouter": _top_k, "NoisyTopItemsPerExpertRouter": _expert_choice, "SoftRouter": _soft}
@@ -234,7 +234,7 @@ def _experts(moe: Section, depth: int, mlp_dim: int, dropout: float) -> dict[str
         "moe_layers": layers,
         "num_experts": E,
         "group_size": size,
-        "expert_drop": moe.rate("dropout_rate", dropout),
+        "expert_drop": moe.get("dropout_rate", RATE, dropout),
         **read[kind](router, E, size),
     }
     if expert_width != mlp_dim:
@@ -244,7 +244,7 @@ def _experts(moe: Section, depth: int, mlp_dim: int, dropout: float) -> dict[str
 
 
 def _top_k(router: Section, E: int, size: int) -> dict[str, Any]:
-    K = router.number("num_selected_experts", 1, minimum=1)
+    K = router.get("num_selected_experts", SIZE, 1)
     if K > E:
         raise router.wrong("num_selected_experts", K, f"1..num_experts, {E}")
     dispatcher = router.section("dispatcher")
@@ -252,13 +252,13 @@ def _top_k(router: Section, E: int, size: int) -> dict[str, Any]:
         "router": "top_k",
         "num_selected_experts": K,
         "noise_std": _noise(router, 1.0),
-        "batch_priority": dispatcher.flag("batch_priority"),
+        "batch_priority": dispatcher.get("batch_priority", FLAG),
         **_capacity(dispatcher, E, size * K, ("einsum", "indices")),
     }
     if "capacity_factor" in settings:
         settings["eval_capacity_factor"] = settings["capacity_factor"]
     for name, default in (("importance", 1.0), ("load", 1.0), ("gshard", 0.0)):
-        weight = router.number(f"{name}_loss_weight", default, float)
+        weight = router.get(f"{name}_loss_weight", NUMBER, default)
         settings[f"{name}_loss"] = max(0.0, weight)  # the reference leaves losses of no positive weight out
     router.finish("dtype")
     return settings
@@ -273,8 +273,8 @@ def _expert_choice(router: Section, E: int, size: int) -> dict[str, Any]:
 
 def _soft(router: Section, E: int, size: int) -> dict[str, Any]:
     slots, factor = (
-        router.number("num_slots", None, minimum=1),
-        router.number("capacity_factor", 1.0, float, optional=True),
+        router.get("num_slots", SIZE, None),
+        router.get("capacity_factor", NUMBER, 1.0, optional=True),
     )
     if slots is None:
         slots = _rows(router, factor or 0.0, size, E, "round")
@@ -284,7 +284,7 @@ def _soft(router: Section, E: int, size: int) -> dict[str, Any]:
 
 
 def _noise(router: Section, default: float) -> float:
-    std, deterministic = router.number("noise_std", default, float, minimum=0), router.flag("deterministic", None)
+    std, deterministic = router.get("noise_std", NOT_NEGATIVE, default), router.get("deterministic", FLAG, None)
     if deterministic is False and std > 0:
         raise router.wrong("deterministic", False, "absent or true: there is no noise outside training here")
     return 0.0 if deterministic else std
@@ -292,10 +292,10 @@ def _noise(router: Section, default: float) -> float:
 
 def _capacity(dispatcher: Section, E: int, tokens: int, names: tuple[str, ...]) -> dict[str, Any]:
     dispatcher.choice("name", None, names)
-    factor = dispatcher.number("capacity_factor", None, float)
-    capacity = dispatcher.number("capacity", None, minimum=1)
+    factor = dispatcher.get("capacity_factor", NUMBER, None)
+    capacity = dispatcher.get("capacity", SIZE, None)
     rounding = dispatcher.choice("capacity_ceil_or_round", "ceil", ("ceil", "round"))
-    multiple = max(1, dispatcher.number("capacity_multiple_of", 4, optional=True) or 1)
+    multiple = max(1, dispatcher.get("capacity_multiple_of", COUNT, 4, optional=True) or 1)
     if (factor is None) == (capacity is None):
         raise ConfigError(
             f"{dispatcher.path} must have either capacity_factor or capacity, got {factor!r} and {capacity!r}"
