@@ -56,7 +56,7 @@ def model_settings(
         return "two_tower_base_patch16", _two_tower(top, shapes, context_length)
     if context_length is not None:
         raise ConfigError("context_length is for two-tower models, this config has no text tower")
-    kwargs = _image(top, shapes)
+    kwargs = _image(top, _stored_positions(shapes))
     return kwargs.pop("name"), kwargs
 
 
@@ -73,15 +73,11 @@ def config_grid(config: Mapping[str, Any]) -> tuple[int, int] | None:
 
 def _two_tower(top: Section, shapes: Shapes, context_length: int | None) -> dict[str, Any]:
     top.call("name", "TwoTower", {"TwoTower": "vmoe.projects.contrastive.models"})
-    towers: dict[str, dict] = {"img": {}, "txt": {}}
-    for name, shape in shapes.items():
-        tower, _, rest = name.partition("/")
-        towers.get(tower, {})[rest] = shape
     image_section = top.section("image")
     if (size := top.take("image_size", None)) is not None:
         image_section.values["image_size"] = size
-    image = _image(image_section, towers["img"])
-    text = _text(top.section("text"), towers["txt"], context_length)
+    image = _image(image_section, _stored_positions(shapes, "img/"))
+    text = _text(top.section("text"), _stored_positions(shapes, "txt/"), context_length)
     width = image["num_classes"] or image.get("representation_size") or image["embed_dim"]
     text_width = text["num_classes"] or text["width"]
     if width != text_width:
@@ -94,7 +90,7 @@ def _two_tower(top: Section, shapes: Shapes, context_length: int | None) -> dict
     return settings
 
 
-def _image(config: Section, shapes: Shapes) -> dict[str, Any]:
+def _image(config: Section, tokens: int) -> dict[str, Any]:
     config.call("name", "VisionTransformerMoe", {"VisionTransformerMoe": "vmoe.nn.vit_moe"})
     width, patch = config.get("hidden_size", SIZE), config.get("patch_size", PAIR)
     classifier = config.choice("classifier", "token", tuple(_POOLS))
@@ -104,8 +100,7 @@ def _image(config: Section, shapes: Shapes) -> dict[str, Any]:
     positions = _POSITIONS[position.choice("name", "learned", tuple(_POSITIONS))]
     temperature = position.get("temperature", POSITIVE, 10_000.0)
     position.finish("h", "w")
-    tokens = _stored_positions(shapes) if positions == "learn" else None
-    size = _image_size(config, patch, tokens, classifier == "token")
+    size = _image_size(config, patch, tokens if positions == "learn" else None, classifier == "token")
     blocks, dropout, attention_dropout = _encoder(encoder, width)
     settings = {
         "name": _NAMES.get((width, blocks["depth"], patch[0]), _ANY_SIZE),
@@ -131,9 +126,9 @@ def _image(config: Section, shapes: Shapes) -> dict[str, Any]:
     return settings
 
 
-def _stored_positions(shapes: Shapes) -> int:
+def _stored_positions(shapes: Shapes, tower: str = "") -> int:
     """Position embeddings of a tower; 0 if there are none, which is an error of its own when the weights are fitted."""
-    shape = shapes.get("Encoder/posembed_input/pos_embedding", ())
+    shape = shapes.get(f"{tower}Encoder/posembed_input/pos_embedding", ())
     return shape[1] if len(shape) == 3 else 0
 
 
@@ -158,7 +153,7 @@ def _image_size(config: Section, patch: tuple[int, int], tokens: int | None, has
     return [side * step for step in patch]
 
 
-def _text(config: Section, shapes: Shapes, context_length: int | None) -> dict[str, Any]:
+def _text(config: Section, tokens: int, context_length: int | None) -> dict[str, Any]:
     config.call("name", "TextTransformer", {"TextTransformer": "vmoe.projects.contrastive.models"})
     width = config.get("hidden_size", SIZE)
     encoder = config.section("encoder")
@@ -168,10 +163,9 @@ def _text(config: Section, shapes: Shapes, context_length: int | None) -> dict[s
     if context_length is not None and (not isinstance(context_length, int) or context_length < 1):
         raise ConfigError(f"context_length must be a whole number >= 1, got {context_length!r}")
     if learned:
-        length = _stored_positions(shapes)
-        if context_length not in (None, length):
-            raise ConfigError(f"context_length is {context_length}, the text tower has {length} position embeddings")
-        context_length = length
+        if context_length not in (None, tokens):
+            raise ConfigError(f"context_length is {context_length}, the text tower has {tokens} position embeddings")
+        context_length = tokens
     if not context_length:
         raise ConfigError(
             "the length of texts cannot be told: the text tower has no position embeddings; give context_length"
