@@ -82,6 +82,13 @@ def test_a_class_path_among_free_settings_is_a_word_like_others(tmp_path, canary
     assert read_config(Config, ["--config", str(file)]).model.kwargs == {"x": harm}
 
 
+@pytest.mark.parametrize("text", ["&a [*a]", "[" * 15_000, "!!python/name:os.system"])
+def test_a_text_is_read_again_with_the_same_bounds(tmp_path, text):
+    file = tmp_path / "config.yaml"
+    file.write_text(json.dumps({"output_dir": "x", "task": "contrastive", "model": {"kwargs": {"x": text}}}))
+    assert read_config(Config, ["--config", str(file)]).model.kwargs == {"x": text}
+
+
 def test_a_command_line_that_is_not_utf8_ends_with_a_sentence(capsys):
     with pytest.raises(SystemExit) as caught:
         parse_config(Config, ["--task=contrastive", "--output_dir", "/tmp/\udcff"], "train.py", "")
