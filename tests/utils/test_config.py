@@ -71,6 +71,11 @@ def test_file_then_overrides_wherever_they_stand(tmp_path):
     assert isinstance(config.optim, Optim)
 
 
+def test_a_text_on_the_command_line_needs_no_quotes():
+    for text in ("*all", "a: b: c", "[", "2026-01-01", "1_0", "@x", "%y"):
+        assert read_config(Settings, ["--output_dir", text]).output_dir == text
+
+
 def test_later_files_win(tmp_path):
     first = write(tmp_path, "output_dir: here\noptim: {lr: 1}\n")
     second = tmp_path / "second.yaml"

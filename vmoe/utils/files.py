@@ -101,9 +101,9 @@ class SettingsLoader(yaml.SafeLoader):
         event = self.peek_event()
         self.values += 1
         self.depth += 1
-        if isinstance(event, yaml.AliasEvent):
+        if isinstance(event, yaml.AliasEvent) and event.anchor in self.anchors:  # PyYAML refuses any other alias
             self._refuse(event, f"the alias *{event.anchor} is not allowed; write the value itself")
-        if event.tag is not None:
+        if getattr(event, "tag", None) is not None:
             self._refuse(event, f"settings are plain values, and the tag {event.tag!r} is none; leave it out")
         if self.depth > MAX_DEPTH:
             self._refuse(event, f"nested deeper than {MAX_DEPTH}")
