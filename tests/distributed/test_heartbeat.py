@@ -4,29 +4,27 @@ import time
 
 import torch.distributed as dist
 
-from vmoe.distributed.heartbeat import Watch, _Peer
+from vmoe.distributed.heartbeat import Heartbeat
 
 
-def test_the_processes_elsewhere_are_told_by_the_length_of_their_stay():
-    watch = Watch(dist.HashStore(), rank=0, world=4, timeout=10)
-    now = time.monotonic()
-    for rank, seconds in enumerate([90, 5, 60, 30]):
-        news = {"host": "node", "pid": rank, "place": f"vmoe/x.py:{rank} (x)", "end": "done" if rank == 3 else None}
-        watch._peers[rank] = _Peer(news, since=now, place_since=now - seconds)
-    first, second = watch.elsewhere(RuntimeError("Connection closed by peer")).split("; ")
-    assert first == "process 2 of 4 (host node, pid 2) has been at vmoe/x.py:2 (x) for 60 s"
-    assert second == "process 1 of 4 (host node, pid 1) has been at vmoe/x.py:1 (x) for 5 s"
+def test_live_processes_at_another_line_are_named():
+    heartbeat = Heartbeat(dist.HashStore(), rank=0, world=3, timeout=10)
+    for rank, end in enumerate([None, None, "done"]):
+        beat = {"host": "node", "pid": rank, "line": f"vmoe/x.py:{rank} (x)", "end": end, "text": ""}
+        heartbeat._peers[rank], heartbeat._seen[rank] = beat, time.monotonic()
+    away = heartbeat.elsewhere(RuntimeError("Connection closed by peer"))
+    assert away == "process 1 of 3 (host node, pid 1) is at vmoe/x.py:1 (x)"
 
 
 def test_processes_know_each_other_before_a_first_interval_is_over():
     store = dist.HashStore()
-    watches = [Watch(store, rank=rank, world=2, timeout=60) for rank in range(2)]
-    for watch in watches:
-        watch.interval = 20.0
-        watch._thread.start()
+    beats = [Heartbeat(store, rank=rank, world=2, timeout=60) for rank in range(2)]
+    for beat in beats:
+        beat.interval = 20.0
+        beat._thread.start()
     try:
-        assert all(watch._wait_until(lambda watch=watch: len(watch._peers) == 2, 15.0) for watch in watches)
+        assert all(beat._wait_until(lambda beat=beat: len(beat._peers) == 2, 15.0) for beat in beats)
     finally:
-        for watch in watches:
-            watch._ending.set()
-            watch._thread.join()
+        for beat in beats:
+            beat._ending.set()
+            beat._thread.join()

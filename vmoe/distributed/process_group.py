@@ -20,8 +20,8 @@ from vmoe.distributed.heartbeat import (
     ERROR,
     LOST,
     REMEDY,
+    Heartbeat,
     LostProcessError,
-    Watch,
     current_generation,
     sentence,
 )
@@ -31,11 +31,11 @@ from vmoe.utils.world import world
 Result = TypeVar("Result")
 DEFAULT_TIMEOUT = 600.0
 # How gloo, NCCL and the system say that another process does not answer, where the error is not a DistError.
-EXCHANGE = re.compile(r"\[\S*[/\\]gloo[/\\]|Gloo connect|NCCL (error|timeout)|Connection (closed|reset) by peer")
+COLLECTIVE = re.compile(r"\[\S*[/\\]gloo[/\\]|Gloo connect|NCCL (error|timeout)|Connection (closed|reset) by peer")
 
 
 class SharedError(ValueError):
-    """An error that all processes raise together, so that one of them can tell it for all.
+    """An error that all processes raise together, so that one of them prints it for all.
 
     Other errors that say `shared = True` are treated alike, and wrong settings, which all processes find.
     """
@@ -62,6 +62,33 @@ def joined(device: torch.device | None = None, timeout: float = DEFAULT_TIMEOUT)
     if device is not None and device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
+    store, rank, processes = _rendezvous(timeout)
+    with Heartbeat(store, rank, processes, timeout) as heartbeat:
+        try:
+            store = dist.PrefixStore("default_pg", store)
+            seconds = timedelta(seconds=timeout)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=seconds)
+            yield
+        except KeyboardInterrupt as stopped:
+            agreed = getattr(stopped, "agreed", False)  # all processes stop, see vmoe.training.signals.Stopped
+            heartbeat.leave(DONE if agreed else ERROR, "interrupted", told=False)
+            raise
+        except Exception as error:
+            lost = _lost_process(error, heartbeat)
+            if lost is None:
+                error.told = heartbeat.first_says(sentence(error))
+                heartbeat.leave(ERROR, sentence(error), told=tells(error, rank))
+                raise
+            heartbeat.leave(LOST, str(lost))
+            raise lost from error
+        finally:
+            # NCCL would wait for the one who is gone.
+            if dist.is_initialized() and (heartbeat.end != LOST or backend == "gloo"):
+                dist.destroy_process_group()
+
+
+def _rendezvous(timeout: float) -> tuple[dist.Store, int, int]:
+    """(store of this start of the job, rank, number of processes)"""
     seconds = timedelta(seconds=timeout)
     try:
         store, rank, processes = next(dist.rendezvous("env://", timeout=seconds))
@@ -71,50 +98,24 @@ def joined(device: torch.device | None = None, timeout: float = DEFAULT_TIMEOUT)
             f"within {timeout:g} s ({first_line(error)}); see that all are started, or raise parallel.timeout"
         ) from error
     store.set_timeout(seconds)
-    store = dist.PrefixStore(f"vmoe/{current_generation(store, rank, processes, timeout)}", store)
-    watch = Watch(store, rank, processes, timeout)
-    with watch:
-        try:
-            store = dist.PrefixStore("default_pg", store)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=seconds)
-            yield
-        except KeyboardInterrupt as stopped:
-            agreed = getattr(stopped, "agreed", False)  # all processes stop, see vmoe.training.signals.Stopped
-            watch.leave(DONE if agreed else ERROR, "interrupted", told=False)
-            raise
-        except Exception as error:
-            lost = _lost_process(error, watch)
-            if lost is None:
-                error.told = watch.first_says(sentence(error))
-                watch.leave(ERROR, sentence(error), told=tells(error, rank))
-                raise
-            watch.leave(LOST, str(lost))
-            raise lost from error
-        finally:
-            # NCCL would wait for the one who is gone.
-            if dist.is_initialized() and (watch.end != LOST or backend == "gloo"):
-                dist.destroy_process_group()
+    return dist.PrefixStore(f"vmoe/{current_generation(store, rank, processes, timeout)}", store), rank, processes
 
 
-def _lost_process(error: Exception, watch: Watch) -> LostProcessError | None:
+def _lost_process(error: Exception, heartbeat: Heartbeat) -> LostProcessError | None:
     """What to say instead of an error that came because another process is gone; None if it is this one's own."""
-    if getattr(error, "shared", False):
+    if getattr(error, "shared", False) or not isinstance(error, RuntimeError):
         return None
-    if not isinstance(error, RuntimeError):
-        return None
-    exchange = isinstance(error, dist.DistError) or EXCHANGE.match(str(error).strip()) is not None
-    lost = watch.explain(waiting=exchange)
-    if lost is None and exchange:
-        elsewhere = watch.elsewhere(error)
-        all_live = f"; all processes live, but {elsewhere}" if elsewhere else "; all processes live"
-        lost = LostProcessError(
-            f"an exchange with the other processes failed ({first_line(error)}){all_live}; {REMEDY}"
-        )
+    collective = isinstance(error, dist.DistError) or COLLECTIVE.match(str(error).strip()) is not None
+    lost = heartbeat.explain(waiting=collective)
+    if lost is None and collective:
+        elsewhere = heartbeat.elsewhere(error)
+        live = f"all processes live, but {elsewhere}" if elsewhere else "all processes live"
+        lost = LostProcessError(f"a collective failed ({first_line(error)}); {live}; {REMEDY}")
     return lost
 
 
 def tells(error: BaseException, rank: int) -> bool:
-    """Whether it is for process `rank` to tell its error, and not for the first one, which has the same."""
+    """Whether process `rank` prints its error, and not the first one, which has the same."""
     shared = isinstance(error, ConfigError) or getattr(error, "shared", False)
     return rank == 0 or not (shared or getattr(error, "told", False))
 
@@ -122,6 +123,23 @@ def tells(error: BaseException, rank: int) -> bool:
 def first_line(error: BaseException) -> str:
     """What an error of PyTorch's says, without the C++ stack below."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def set_timeout(meshes: list[DeviceMesh], timeout: float) -> None:
+    """Seconds that the processes of a mesh wait for each other; its groups do not have those of the job."""
+    set_group_timeout = getattr(dist, "set_timeout", None) or _set_pg_timeout  # public since PyTorch 2.11
+    for mesh in meshes:
+        for group in mesh.get_all_groups():
+            set_group_timeout(timedelta(seconds=timeout), group)
+
+
+# --- what the processes tell each other; all of them call these together ---
+
+
+def wait_for_all() -> None:
+    """Returns when all processes have come here."""
+    if world()[1] > 1:
+        dist.barrier()
 
 
 def from_first(make: Callable[[], Result]) -> Result:
@@ -146,30 +164,6 @@ def from_first(make: Callable[[], Result]) -> Result:
     return made[0]
 
 
-def set_timeout(meshes: list[DeviceMesh], timeout: float) -> None:
-    """Seconds that the processes of a mesh wait for each other; its groups do not have those of the job."""
-    set_group_timeout = getattr(dist, "set_timeout", None) or _set_pg_timeout  # public since PyTorch 2.11
-    for mesh in meshes:
-        for group in mesh.get_all_groups():
-            set_group_timeout(timedelta(seconds=timeout), group)
-
-
-def wait_for_all() -> None:
-    """Returns when all processes have come here."""
-    if world()[1] > 1:
-        dist.barrier()
-
-
-def mean_over_processes(values: list[float]) -> list[float]:
-    """The mean of each number over all processes, the same in all of them."""
-    _, processes = world()
-    if processes == 1:
-        return values
-    sums = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(sums)
-    return (sums / processes).tolist()
-
-
 def sum_over_processes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Each tensor's sum over all processes, in float64 on the CPU; in one message."""
     if world()[1] == 1:
@@ -181,6 +175,21 @@ def sum_over_processes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: part.view(tensor.shape) for name, tensor, part in zip(tensors, flat, parts)}
 
 
+def mean_over_processes(values: list[float]) -> list[float]:
+    """The mean of each number over all processes."""
+    _, processes = world()
+    if processes == 1:
+        return values
+    sums = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return (sums / processes).tolist()
+
+
+def any_process(found: bool) -> bool:
+    """Whether it holds in one of the processes."""
+    return mean_over_processes([float(found)])[0] > 0
+
+
 def gather_lists(values: list) -> list:
     """The elements of all processes' lists, process by process."""
     if world()[1] == 1:
@@ -188,24 +197,3 @@ def gather_lists(values: list) -> list:
     parts: list = [None] * world()[1]
     dist.all_gather_object(parts, values)
     return [value for part in parts for value in part]
-
-
-def any_process(found: bool) -> bool:
-    """Whether it holds in one of the processes; the same answer in all."""
-    return mean_over_processes([float(found)])[0] > 0
-
-
-__all__ = [
-    "LostProcessError",
-    "SharedError",
-    "any_process",
-    "from_first",
-    "gather_lists",
-    "joined",
-    "mean_over_processes",
-    "set_timeout",
-    "sum_over_processes",
-    "tells",
-    "wait_for_all",
-    "world",
-]
