@@ -20,6 +20,7 @@ from vmoe.data.sources.imagenet import imagenet_synsets
 from vmoe.evaluation.config import CapacityConfig, EvaluationConfig, FeatureConfig
 from vmoe.evaluation.results_file import output_file, print_table
 from vmoe.models.factory import find_weights, save_pretrained
+from vmoe.models.manifest import describe_files, write_manifest
 from vmoe.utils.config import find_config, read_config, shipped_config_dirs
 
 A_INDICES = Path(timm.data.__file__).parent / "_info" / "imagenet_a_indices.txt"
@@ -244,10 +245,11 @@ def test_a_folder_stands_for_its_moving_average(tmp_path):
         folder = tmp_path / "checkpoints" / f"step_{step:06d}"
         folder.mkdir(parents=True)
         (folder / "model.safetensors").touch()
-        (folder / "trainer.pt").touch()
+        write_manifest(folder, {}, describe_files(folder, ["model.safetensors"]))
     last = tmp_path / "checkpoints" / "step_000010"
     assert find_weights(str(tmp_path)) == last / "model.safetensors"
     (last / "ema.safetensors").touch()
+    write_manifest(last, {}, describe_files(last, ["model.safetensors", "ema.safetensors"]))
     assert find_weights(str(tmp_path)) == last / "ema.safetensors"
     assert find_weights(str(last)) == last / "ema.safetensors"
     assert find_weights(str(last / "model.safetensors")) == last / "model.safetensors"
@@ -258,7 +260,8 @@ def test_a_damaged_checkpoint_is_named_once(tree, classifier, tmp_path, caplog):
         folder = tmp_path / "checkpoints" / f"step_{step:06d}"
         folder.mkdir(parents=True)
         shutil.copy(Path(classifier) / "model.safetensors", folder / "model.safetensors")
-    (tmp_path / "checkpoints" / "step_000001" / "trainer.pt").touch()  # the other one has no manifest either
+    whole = tmp_path / "checkpoints" / "step_000001"
+    write_manifest(whole, {}, describe_files(whole, ["model.safetensors"]))
     argv = ["--task", "classification", *folder_arguments(tree)]
     assert main(arguments(tmp_path, tmp_path / "out.json", *argv)) == 0
     assert caplog.text.count("step_000002 is damaged (manifest.json is missing); step_000001 is used instead") == 1

@@ -21,6 +21,7 @@ from vmoe.data.config import SourceConfig
 from vmoe.inspection import plots
 from vmoe.models import factory
 from vmoe.models.factory import save_pretrained
+from vmoe.models.manifest import describe_files, write_manifest
 from vmoe.utils.config import ConfigError
 
 LIMOE = {"img_size": 16, "patch_size": 8, "width": 32, "depth": 2, "num_heads": 2, "embed_dim": 16, "num_experts": 4}
@@ -56,8 +57,9 @@ def run(tmp_path_factory, data):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("run")
     model = vmoe.create_model("limoe_tiny_patch8_48", context_length=8, **LIMOE)
-    save_pretrained(model, folder / "checkpoints/step_000002/model.safetensors")
-    (folder / "checkpoints/step_000002/trainer.pt").touch()  # as of versions without a manifest
+    checkpoint = folder / "checkpoints/step_000002"
+    save_pretrained(model, checkpoint / "model.safetensors")
+    write_manifest(checkpoint, {}, describe_files(checkpoint, ["model.safetensors"]))
     config = {"data": {"val": {"type": "pairs", "path": str(data / "pairs.csv")}}}
     (folder / "config.yaml").write_text(json.dumps(config))
     return folder

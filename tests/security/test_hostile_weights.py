@@ -114,17 +114,6 @@ def test_checkpoints_that_reach_out_of_their_folder(good_file, tmp_path):
     refused(lambda: vmoe.create_model(pretrained=checkpoint), "manifest.json")
 
 
-def test_the_state_of_an_older_trainer_is_not_unpickled(good_file, tmp_path, canary):
-    from vmoe.training.checkpoint import load_checkpoint
-
-    checkpoint = tmp_path / "step_000001"
-    checkpoint.mkdir()
-    (checkpoint / "model.safetensors").write_bytes(good_file.read_bytes())
-    torch.save({"optimizer": Harm(canary)}, checkpoint / "trainer.pt")
-    model = vmoe.create_model(pretrained=good_file)
-    refused(lambda: load_checkpoint(checkpoint, model, None, None), "cannot be read")
-
-
 @pytest.mark.parametrize(
     "rest",
     [

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from vmoe.models.manifest import find_problems
+from vmoe.utils.world import world
 
 Result = TypeVar("Result")
 
@@ -33,9 +34,8 @@ class Team:
     """
 
     def __init__(self) -> None:
-        self.rank, self.world, self.group = 0, 1, None
+        (self.rank, self.world), self.group = world(), None
         if dist.is_available() and dist.is_initialized():
-            self.rank, self.world = dist.get_rank(), dist.get_world_size()
             # Of its own, so that a background thread's messages do not mix with those of training; gloo, for CPU data.
             if dist.group.WORLD not in _groups:
                 _groups.clear()
@@ -43,56 +43,43 @@ class Team:
                 _groups[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=timeout)
             self.group = _groups[dist.group.WORLD]
 
-    def run(self, action: Callable[[], Result], path: Path) -> Result:
+    def run(self, action: Callable[[], Result], path: Path, collect: bool = True) -> list[Result]:
         """Does something in every process.
 
         Args:
             action: what to do. If it speaks with other processes, it must not fail in one of them alone.
             path: what it is about, for the message.
-
-        Returns:
-            This process's own result.
+            collect: return the results of all processes, by rank; else this one's alone.
 
         Raises:
             CheckpointError: in all processes, if it failed in one.
         """
-        return self._run(action, path, tell=False)[0]
-
-    def run_first(self, action: Callable[[], Result], path: Path) -> Result:
-        """Does something in process 0; as `run`, and returns what it gave there."""
-        return self._run(action if self.rank == 0 else lambda: None, path)[1][0]
-
-    def run_and_collect(self, action: Callable[[], Result], path: Path) -> list[Result]:
-        """Does something in every process; as `run`, and returns what it gave in each."""
-        return self._run(action, path)[1]
-
-    def find_problems(self, checkpoint: Path) -> list[str]:
-        """As `manifest.find_problems`; each process looks at a share of the files, all get the same answer."""
-        found = self.run_and_collect(lambda: find_problems(checkpoint, (self.rank, self.world)), checkpoint)
-        return list(dict.fromkeys(problem for each in found for problem in each))
-
-    def _run(self, action: Callable[[], Result], path: Path, tell: bool = True) -> tuple[Result, list[Result]]:
         result, failure, cause = None, None, None
         try:
             result = action()
         except (Exception, CheckpointException) as error:
             failure, cause = _sentence(error, path), error
-        everyone = self._gather((failure, result if tell else None))
+        everyone = [(failure, result)]
+        if self.group is not None:
+            everyone = [None] * self.world
+            dist.all_gather_object(everyone, (failure, result if collect else None), group=self.group)
         first = next((each for each, _ in everyone if each is not None), None)
         if first is not None:
             raise CheckpointError(first) from cause
-        return result, [each for _, each in everyone]
+        return [each for _, each in everyone] if collect else [result]
 
-    def _gather(self, value: Any) -> list[Any]:
-        if self.group is None:
-            return [value]
-        values = [None] * self.world
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+    def run_first(self, action: Callable[[], Result], path: Path) -> Result:
+        """Does something in process 0; as `run`, and returns what it gave there."""
+        return self.run(action if self.rank == 0 else lambda: None, path)[0]
+
+    def find_problems(self, checkpoint: Path) -> list[str]:
+        """As `manifest.find_problems`; each process reads a share of the files, all get the same answer."""
+        found = self.run(lambda: find_problems(checkpoint, (self.rank, self.world)), checkpoint)
+        return list(dict.fromkeys(problem for each in found for problem in each))
 
 
 def _sentence(error: BaseException, path: Path) -> str:
-    """What to tell of an error that came while `path` was written or read."""
+    """What to say of an error that came while `path` was written or read."""
     if isinstance(error, CheckpointException):  # torch's, of several processes
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError):

@@ -95,8 +95,9 @@ def find_problems(folder: Path, share: tuple[int, int] = (0, 1), only: str = "")
         only: a file, or a folder of files, in `folder`; all else is ignored.
     """
     if not (folder / MANIFEST).is_symlink() and not (folder / MANIFEST).exists():
-        written_by_run = _in_run(folder.resolve()) or (folder / TRAINER).exists()
-        return [f"{MANIFEST} is missing"] if written_by_run else []
+        if _in_run(folder.resolve()) or any((folder / name).exists() for name in (TRAINER, "optimizer.safetensors", "model")):
+            return [f"{MANIFEST} is missing"]
+        return [] if (folder / "model.safetensors").is_file() else ["model.safetensors is missing"]
     try:
         listed = read_manifest(folder)["files"]
     except OSError as error:

@@ -1,11 +1,11 @@
-"""Checkpoints of a run: written whole or not at all, checked when they are read, nothing in them ever unpickled.
+"""Checkpoints of a run: atomic, checked when they are read, nothing in them ever unpickled.
 
     checkpoints/step_000450/model.safetensors      weights, with what is needed to build the model
                             ema.safetensors        their moving average, if the run keeps one
                             optimizer.safetensors  tensors of the optimizer, by parameter name
-                            model/ ema/ optimizer/ instead of these three if the weights are sharded over processes:
+                            model/ ema/ optimizer/ instead of these three if the weights are sharded:
                                                    torch.distributed.checkpoint's safetensors shards, and settings.json
-                            trainer.json           step, progress, place in the data, all else of the optimizer
+                            trainer.json           step, progress, position in the data, all else of the optimizer
                             manifest.json          every file with its size and SHA-256; written last
 
 A folder that is still being written has another name (`step_000450.unfinished`): a process that dies leaves nothing
@@ -63,11 +63,8 @@ __all__ = [
 logger = logging.getLogger("vmoe.training")
 
 MODEL, EMA, OPTIMIZER = "model", "ema", "optimizer"
-FORMAT = 1
-OLD_TRAINER = "trainer.pt"
+FORMAT = 2
 BYTES_PER_HEADER_ENTRY, BYTES_OF_JSON = 256, 2**20  # generous, for the estimate of the space that is needed
-
-# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -114,12 +111,11 @@ class Checkpointer:
         mesh: dict[str, int] | None = None,
     ) -> None:
         self.parent = run / "checkpoints"
-        self.run, self.keep_last, self.keep_every = run, keep_last, keep_every
-        self.mesh = mesh or {}
+        self.run, self.keep_last, self.keep_every, self.mesh = run, keep_last, keep_every, mesh or {}
         self._team = Team()
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._writing: Future[None] | None = None
-        self._whole: set[Path] = set()  # known to be so, without looking again
+        self._whole: set[Path] = set()  # known to be so, without reading again
 
     def save(
         self,
@@ -150,7 +146,8 @@ class Checkpointer:
         """
         self.wait()
         final = self.parent / f"step_{step:06d}"
-        contents = self._team.run(lambda: self._collect(model, ema, optimizer, trainer, extra), final)
+        weights = {MODEL: model} | ({} if ema is None else {EMA: ema})
+        (contents,) = self._team.run(lambda: self._collect(weights, optimizer, trainer, extra), final, collect=False)
         if self._thread is None:
             self._write(contents, final)
         else:
@@ -158,7 +155,7 @@ class Checkpointer:
         return final
 
     def wait(self) -> None:
-        """Returns when the last checkpoint is whole.
+        """Returns when the last checkpoint is written.
 
         Raises:
             CheckpointError: it could not be written.
@@ -168,7 +165,7 @@ class Checkpointer:
             writing.result()
 
     def close(self) -> None:
-        """The way out, also after another error: waits for the last checkpoint, and logs if it could not be written."""
+        """Waits for the last checkpoint, also after another error; logs if it could not be written."""
         try:
             self.wait()
         except Exception as error:
@@ -177,21 +174,15 @@ class Checkpointer:
             self._thread.shutdown()
 
     def _collect(
-        self,
-        model: nn.Module,
-        ema: nn.Module | None,
-        optimizer: Optimizer,
-        trainer: dict[str, Any],
-        extra: dict[str, Any],
+        self, weights: dict[str, nn.Module], optimizer: Optimizer, trainer: dict[str, Any], extra: dict[str, Any]
     ) -> _Contents:
         """The state to write: the tensors themselves, or copies that training does not change."""
-        weights = {MODEL: model} | ({} if ema is None else {EMA: ema})
         tensors = {part: module.state_dict() for part, module in weights.items()}
         metadata = {part: file_metadata(module, extra) for part, module in weights.items()}
-        tensors[OPTIMIZER], rest = export_state(optimizer, model)
+        tensors[OPTIMIZER], rest = export_state(optimizer, weights[MODEL])
         metadata[OPTIMIZER] = {"format": "pt"}
         sharded = any(isinstance(tensor, DTensor) for tensor in tensors[MODEL].values())
-        trainer = json.dumps({"format": FORMAT, "trainer": trainer, "optimizer": rest})  # as it is now
+        text = json.dumps({"format": FORMAT, "trainer": trainer, "optimizer": rest})  # as it is now
         if not sharded and self._team.rank > 0:  # process 0 writes all of it
             tensors = {part: {} for part in tensors}
 
@@ -201,7 +192,7 @@ class Checkpointer:
             return tensor.detach().contiguous()
 
         tensors = {part: {name: ready(tensor) for name, tensor in each.items()} for part, each in tensors.items()}
-        return _Contents(tensors, metadata, trainer, sharded)
+        return _Contents(tensors, metadata, text, sharded)
 
     def _write(self, contents: _Contents, final: Path) -> None:
         team = self._team
@@ -211,8 +202,9 @@ class Checkpointer:
         try:
             if contents.sharded:
                 for part in contents.tensors:
-                    team.run(lambda part=part: self._write_shards(contents.tensors[part], unfinished / part), final)
-            files = team.run_and_collect(lambda: self._write_own(contents, unfinished), final)
+                    folder = unfinished / part
+                    team.run(lambda f=folder: self._write_shards(contents.tensors[f.name], f), final)
+            files = team.run(lambda: self._write_own(contents, unfinished), final)
             team.run_first(lambda: self._finish(unfinished, final, files), final)
         except CheckpointError:
             if team.rank == 0:
@@ -347,19 +339,16 @@ def load_checkpoint(
     problems = team.find_problems(checkpoint)
     if problems:
         raise CheckpointError(f"{checkpoint} is damaged: {problems[0]}; remove it to continue from the one before")
-    return team.run(lambda: _load(checkpoint, model, ema, optimizer), checkpoint)
+    return team.run(lambda: _load(checkpoint, model, ema, optimizer), checkpoint, collect=False)[0]
 
 
 def _load(checkpoint: Path, model: nn.Module, ema: nn.Module | None, optimizer: Optimizer | None) -> dict[str, Any]:
     for module, average in ((model, False), (ema, True)):
-        if module is None:
-            continue
-        weights = checkpoint_weights(checkpoint, average)
-        if weights is None:
+        weights = None if module is None else checkpoint_weights(checkpoint, average)
+        if weights is not None:
+            load_weights(module, weights)
+        elif module is not None:
             raise CheckpointError(f"{checkpoint} holds no {'moving average' if average else 'weights'}")
-        load_weights(module, weights)
-    if (checkpoint / OLD_TRAINER).is_file():
-        return _load_old_trainer(checkpoint / OLD_TRAINER, optimizer)
     file = checkpoint / TRAINER
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -369,36 +358,15 @@ def _load(checkpoint: Path, model: nn.Module, ema: nn.Module | None, optimizer: 
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
     if optimizer is not None:
-        stored = next(
-            (path for path in (checkpoint / f"{OPTIMIZER}.safetensors", checkpoint / OPTIMIZER) if path.exists()), None
-        )
+        files = [path for path in (checkpoint / f"{OPTIMIZER}.safetensors", checkpoint / OPTIMIZER) if path.exists()]
         try:
-            import_state(optimizer, model, stored and StoredTensors(stored), rest)
+            import_state(optimizer, model, StoredTensors(files[0]) if files else None, rest)
         except ValueError as error:
             raise CheckpointError(f"{checkpoint}: {error}") from error
         except (AttributeError, IndexError, KeyError, RecursionError, RuntimeError, TypeError) as error:
             raise CheckpointError(
                 f"{checkpoint}: its optimizer state cannot be understood ({type(error).__name__}: {error})"
             ) from error
-    return trainer
-
-
-def _load_old_trainer(file: Path, optimizer: Optimizer | None) -> dict[str, Any]:
-    """trainer.pt, by which vmoe kept the state of one process before there was a manifest."""
-    try:
-        trainer = torch.load(file, map_location="cpu", weights_only=True)
-        state = trainer.pop("optimizer")
-    except Exception as error:
-        raise CheckpointError(
-            f"{file} cannot be read ({type(error).__name__}); remove {file.parent} to continue from the one before"
-        ) from error
-    if optimizer is not None:
-        if any(isinstance(each, DTensor) for group in optimizer.param_groups for each in group["params"]):
-            raise CheckpointError(
-                f"{file} is of an older version of vmoe, whose optimizer state cannot be split over processes; "
-                "continue the run with parallel.dp_shard = parallel.ep = 1"
-            )
-        optimizer.load_state_dict(state)
     return trainer
 
 

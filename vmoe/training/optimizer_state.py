@@ -1,12 +1,12 @@
 """The state of an optimizer by parameter name: tensors for a safetensors file, all else for a JSON file.
 
-torch keys an optimizer's state by the place of a parameter in the groups. On another mesh the groups may be others, so
-state and group settings are kept under the parameters' names here.
-
     tensors: {"exp_avg/blocks.0.attn.qkv.weight": Tensor, ...}
-    rest:    {"state": {"blocks.0.attn.qkv.weight": {"exp_avg": {"tensor": "exp_avg/blocks..."}, ...}, ...},
+    rest:    {"state": {"blocks.0.attn.qkv.weight": {"exp_avg": {"tensor": ""}, ...}, ...},
               "groups": [{"parameters": [names], "settings": {"lr": 0.001, ...}}, ...],
               "other": {...}}    what an optimizer adds to its state_dict (random state of Kron)
+
+torch.distributed.checkpoint.state_dict flattens too, but holds no None, tuple or list (SGD, Kron), leaves out "other",
+and makes a step of an optimizer without state.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from torch.optim import Optimizer
 
 from vmoe.models.serialization import StoredTensors
 
+TENSOR = {"tensor": ""}  # stands for one in the JSON: where it stands says its name
+GROUPS = "its groups"
+
 
 def export_state(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, rest) of an optimizer over a model's parameters; the tensors are the optimizer's own.
@@ -27,34 +30,45 @@ def export_state(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str, Tens
     Raises:
         ValueError: there is state that cannot be written, or not be loaded on another mesh.
     """
-    names, full = _names_by_place(optimizer, model), optimizer.state_dict()
+    names, full = _parameter_names(optimizer, model), optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
-    state = {}
-    for place, entries in full["state"].items():
-        name = names[place]
-        parameter = model.get_parameter(name)
-        for key, value in entries.items():
-            if isinstance(parameter, DTensor) and not _follows(value, parameter):
+
+    def encode(value: Any, key: str, name: str) -> Any:
+        if isinstance(value, Tensor) and name == GROUPS and value.ndim == 0:  # it has no parameter's name
+            return {"number": [value.item(), str(value.dtype).removeprefix("torch.")]}
+        if isinstance(value, Tensor) and name != GROUPS:
+            parameter = model.get_parameter(name) if name else value
+            if isinstance(parameter, DTensor) and value.ndim > 0 and value.shape != parameter.shape:
                 raise ValueError(
                     f"the state {key!r} that {type(optimizer).__name__} keeps for {name} does not have its shape, so "
-                    "it cannot be split over processes; take an optimizer such as adamw, sgd or lion, or "
+                    "it cannot be sharded; take an optimizer such as adamw, sgd or lion, or "
                     "parallel.dp_shard = parallel.ep = 1"
                 )
-        state[name] = {key: _encode(value, key, name, tensors) for key, value in entries.items()}
-    groups = []
-    for group in full["param_groups"]:
-        settings = {key: value for key, value in group.items() if key != "params"}
-        groups.append(
-            {
-                "parameters": [names[place] for place in group["params"]],
-                "settings": {
-                    key: _encode(value, f"group.{key}", str(len(groups)), tensors) for key, value in settings.items()
-                },
-            }
-        )
-    other = {key: value for key, value in full.items() if key not in ("state", "param_groups")}
-    other = {key: _encode(value, f"other.{key}", "", tensors) for key, value in other.items()}
-    return tensors, {"state": state, "groups": groups, "other": other}
+            tensors[f"{key}/{name}"] = value.detach()
+            return TENSOR
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if isinstance(value, torch.dtype):
+            return {"dtype": str(value).removeprefix("torch.")}
+        if isinstance(value, list | tuple):
+            encoded = [encode(each, f"{key}.{index}", name) for index, each in enumerate(value)]
+            return {"tuple": encoded} if isinstance(value, tuple) else encoded
+        if isinstance(value, dict) and all(isinstance(each, str) for each in value):
+            return {"dict": {inner: encode(each, f"{key}.{inner}", name) for inner, each in value.items()}}
+        raise ValueError(f"the optimizer's {key} of {name} is a {type(value).__name__}, which a checkpoint cannot hold")
+
+    def encode_all(values: dict[str, Any], name: str = "") -> dict[str, Any]:
+        return {key: encode(value, key, name) for key, value in values.items()}
+
+    rest = {
+        "state": {names[index]: encode_all(values, names[index]) for index, values in full.pop("state").items()},
+        "groups": [
+            {"parameters": [names[index] for index in group.pop("params")], "settings": encode_all(group, GROUPS)}
+            for group in full.pop("param_groups")
+        ],
+        "other": encode_all(full),
+    }
+    return tensors, rest
 
 
 def import_state(optimizer: Optimizer, model: nn.Module, stored: StoredTensors | None, rest: dict[str, Any]) -> None:
@@ -67,106 +81,80 @@ def import_state(optimizer: Optimizer, model: nn.Module, stored: StoredTensors |
         rest: the rest.
 
     Raises:
-        ValueError: the optimizer is over other parameters, or its state does not fit, or is not what `export_state`
-            gave: a value names a tensor of another one, or no value names a tensor.
+        ValueError: the optimizer is over other parameters, or its state does not fit or is not what `export_state`
+            gave.
     """
-    names, full = _names_by_place(optimizer, model), optimizer.state_dict()
-    before = {name: group["settings"] for group in rest["groups"] for name in group["parameters"]}
-    new = set(names.values())
-    for kind, missing in (("has", new - before.keys()), ("lacks", before.keys() - new)):
-        if missing:
-            raise ValueError(
-                f"the optimizer {kind} {sorted(missing)[0]!r} (one of {len(missing)}), unlike the checkpoint's; train "
-                "the same parameters (train.freeze)"
-            )
+    names, full = _parameter_names(optimizer, model), optimizer.state_dict()
     targets: dict[str, Tensor] = {}
 
-    def decode(value: Any, key: str, name: str | None = None, parameter: Tensor | None = None) -> Any:
-        """The value that `_encode` wrote for this key; the name is None where it may be another one than then."""
+    def dtype_of(content: str) -> torch.dtype:
+        if not isinstance(getattr(torch, content, None), torch.dtype):
+            raise ValueError(f"{content!r} is no type of numbers")
+        return getattr(torch, content)
+
+    def decode(value: Any, key: str, name: str) -> Any:
         if isinstance(value, list):
-            return [decode(each, f"{key}.{place}", name, parameter) for place, each in enumerate(value)]
+            return [decode(each, f"{key}.{index}", name) for index, each in enumerate(value)]
         if not isinstance(value, dict):
             return value
         ((kind, content),) = value.items()
         if kind == "tuple":
-            return tuple(decode(content, key, name, parameter))
+            return tuple(decode(content, key, name))
         if kind == "dict":
-            return {inner: decode(each, f"{key}.{inner}", name, parameter) for inner, each in content.items()}
+            return {inner: decode(each, f"{key}.{inner}", name) for inner, each in content.items()}
+        if kind == "number":
+            return torch.tensor(content[0], dtype=dtype_of(content[1]))
         if kind == "dtype":
-            dtype = getattr(torch, content, None)
-            if not isinstance(dtype, torch.dtype):
-                raise ValueError(f"{content!r} is no type of numbers")
-            return dtype
-        if kind != "tensor" or stored is None or content not in stored.shapes:
-            raise ValueError(f"its {kind} {content!r} is not stored")
-        if name is not None and content != f"{key}/{name}":
-            raise ValueError(f"the optimizer's {key} of {name} is said to be {content!r}, which is another one's")
-        shape, dtype = stored.shapes[content], stored.dtypes[content]
+            return dtype_of(content)
+        tensor = f"{key}/{name}"
+        if value != TENSOR or stored is None or tensor not in stored.shapes:
+            raise ValueError(f"its {kind} {tensor!r} is not stored")
+        shape, dtype = stored.shapes[tensor], stored.dtypes[tensor]
+        parameter = model.get_parameter(name) if name else None
         if isinstance(parameter, DTensor) and shape == parameter.shape:
-            targets[content] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+            targets[tensor] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
         elif isinstance(parameter, DTensor) and len(shape) > 0:
-            raise ValueError(
-                f"{content} is {tuple(shape)}, and cannot be split as its parameter {tuple(parameter.shape)}"
-            )
+            raise ValueError(f"{tensor} is {tuple(shape)}, and cannot be sharded as {tuple(parameter.shape)}")
         else:
-            targets[content] = torch.empty(shape, dtype=dtype)
-        return targets[content]
+            targets[tensor] = torch.empty(shape, dtype=dtype)
+        return targets[tensor]
+
+    def decode_all(values: dict[str, Any], name: str = "") -> dict[str, Any]:
+        return {key: decode(value, key, name) for key, value in values.items()}
 
     try:
-        places = {name: place for place, name in names.items()}
-        full["state"] = {}
-        for name, entries in rest["state"].items():
-            parameter = model.get_parameter(name)
-            full["state"][places[name]] = {key: decode(value, key, name, parameter) for key, value in entries.items()}
+        before = {name: group["settings"] for group in rest["groups"] for name in group["parameters"]}
+        new = set(names.values())
+        for kind, missing in (("has", new - before.keys()), ("lacks", before.keys() - new)):
+            if missing:
+                raise ValueError(
+                    f"the optimizer {kind} {min(missing)!r} (one of {len(missing)}), unlike the checkpoint's; train "
+                    "the same parameters (train.freeze)"
+                )
+        indices = {name: index for index, name in names.items()}
+        full["state"] = {indices[name]: decode_all(values, name) for name, values in rest["state"].items()}
         for group in full["param_groups"]:
-            settings = [before[names[place]] for place in group["params"]]
+            settings = [before[names[index]] for index in group["params"]]
             if any(each != settings[0] for each in settings):
                 raise ValueError("parameters that are one group now had different settings then")
-            group |= {key: decode(value, f"group.{key}") for key, value in settings[0].items()} if settings else {}
-        full |= {key: decode(value, f"other.{key}", "") for key, value in rest["other"].items()}
+            group |= decode_all(settings[0]) if settings else {}
+        full |= decode_all(rest["other"])
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"the optimizer's state cannot be understood ({type(error).__name__}: {error})") from error
-    # Of several groups that are one now, one's settings are read; all else must be.
-    left = [] if stored is None else sorted(stored.shapes.keys() - targets.keys())
-    left = [name for name in left if not name.startswith("group.")]
-    if left:
-        raise ValueError(f"its tensor {left[0]!r} (one of {len(left)}) belongs to no state of the optimizer")
+    unread = sorted(stored.shapes.keys() - targets.keys()) if stored is not None else []
+    if unread:
+        raise ValueError(f"its tensor {unread[0]!r} (one of {len(unread)}) belongs to no state of the optimizer")
     if targets:
         stored.read_into(targets)
     optimizer.load_state_dict(full)
 
 
-def _names_by_place(optimizer: Optimizer, model: nn.Module) -> dict[int, str]:
-    """{place of a parameter in the optimizer's state_dict: its name}."""
+def _parameter_names(optimizer: Optimizer, model: nn.Module) -> dict[int, str]:
+    """{index of a parameter in the optimizer's state_dict: its name}."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = zip(optimizer.param_groups, optimizer.state_dict()["param_groups"], strict=True)
     return {
-        place: names[id(parameter)]
+        index: names[id(parameter)]
         for group, saved in groups
-        for parameter, place in zip(group["params"], saved["params"], strict=True)
+        for parameter, index in zip(group["params"], saved["params"], strict=True)
     }
-
-
-def _follows(value: Any, parameter: Tensor) -> bool:
-    """A part of the state that lies in the processes as its parameter does, or is the same in all of them."""
-    if isinstance(value, (list, tuple)):
-        return all(_follows(each, parameter) for each in value)
-    return not isinstance(value, Tensor) or value.ndim == 0 or value.shape == parameter.shape
-
-
-def _encode(value: Any, key: str, name: str, tensors: dict[str, Tensor]) -> Any:
-    """The value as JSON holds it; its tensors go to `tensors`."""
-    if isinstance(value, Tensor):
-        stored = f"{key}/{name}"
-        tensors[stored] = value.detach()
-        return {"tensor": stored}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, torch.dtype):
-        return {"dtype": str(value).removeprefix("torch.")}
-    if isinstance(value, list | tuple):
-        encoded = [_encode(each, f"{key}.{place}", name, tensors) for place, each in enumerate(value)]
-        return {"tuple": encoded} if isinstance(value, tuple) else encoded
-    if isinstance(value, dict) and all(isinstance(each, str) for each in value):
-        return {"dict": {inner: _encode(each, f"{key}.{inner}", name, tensors) for inner, each in value.items()}}
-    raise ValueError(f"the optimizer's {key} of {name} is a {type(value).__name__}, which a checkpoint cannot hold")

@@ -9,7 +9,7 @@ from vmoe.models.dense_mlp import UpcycleError
 from vmoe.models.factory import create_model, find_weights
 from vmoe.models.serialization import checkpoint_weights
 from vmoe.models.upcycle_optimizer import upcycle_optimizer
-from vmoe.training.checkpoint import OLD_TRAINER, TRAINER, load_checkpoint
+from vmoe.training.checkpoint import TRAINER, load_checkpoint
 from vmoe.training.config import Config
 from vmoe.training.optim import create_optimizer, freeze
 from vmoe.utils.config import ConfigError, read_config
@@ -28,8 +28,7 @@ def carry_over_optimizer(pretrained: str, model: nn.Module, optimizer: Optimizer
     """
     checkpoint = find_weights(pretrained).parent
     run_config = checkpoint.parent.parent / "config.yaml"
-    old = (checkpoint / OLD_TRAINER).is_file()
-    for file in (checkpoint / (OLD_TRAINER if old else TRAINER), run_config):
+    for file in (checkpoint / TRAINER, run_config):
         if not file.is_file():
             raise ConfigError(
                 f"model.pretrained_optimizer needs model.pretrained to be a run's folder or checkpoint, and {file} "
