@@ -65,7 +65,7 @@ def test_a_sharded_model_is_evaluated_as_one_process_does(task, forks, config, d
     for name, processes in jobs.items():
         said = "".join(file.read_text() for file in tmp_path.glob(f"{name}.*"))
         assert [process.wait() for process in processes] == [0] * len(processes), said
-        assert "no pictures" not in said
+        assert "no images" not in said
         assert "no examples" not in said
         assert "Exception" not in said
     if task == "classification":

@@ -27,7 +27,7 @@ def test_train_py_trains_and_prints_a_table(make_config, tmp_path, monkeypatch, 
     assert done.value.code == 0
     printed = capsys.readouterr().out
     assert "step 2/2" in printed
-    assert "GFLOPs per picture" in printed
+    assert "GFLOPs per image" in printed
 
 
 @pytest.mark.parametrize("output", ["ascii", "closed pipe"])

@@ -10,18 +10,20 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import vmoe
+from vmoe.training import logger
 from vmoe.training.logger import (
     CollapseWatch,
     DataWatch,
     MetricsLog,
     ProgressDisplay,
     TimeLeft,
-    asked_experts,
-    expert_figures,
+    expert_metrics,
     final_table,
     largest_share,
+    over_processes,
     read_metrics,
-    routing_figures,
+    requested_experts,
+    routing_metrics,
     short_texts,
 )
 
@@ -72,16 +74,16 @@ def test_every_figure_goes_to_tensorboard_too(tmp_path):
 
 
 def test_largest_share_counts_what_was_asked_for():
-    share, idle = largest_share(asked_experts({"layer": routed([0, 0, 0, 1, 2, 0, 0, 0])})["layer"])
+    share, idle = largest_share(requested_experts({"layer": routed([0, 0, 0, 1, 2, 0, 0, 0])})["layer"])
     assert share == pytest.approx(6 / 8)
     assert idle == 1
 
 
-def test_routing_figures_name_layers_and_modalities():
+def test_routing_metrics_name_layers_and_modalities():
     model = vmoe.create_model("vmoe_tiny_patch8_48", img_size=16, embed_dim=16, num_heads=2, depth=4, num_experts=4)
     with vmoe.record_routing(model) as record:
         model(torch.randn(2, 3, 16, 16))
-    figures = routing_figures(record)
+    figures = routing_metrics(record)
     assert figures["routing/load_max_over_mean"] == max(
         figures[f"routing/blocks.{block}.mlp/load_max_over_mean"] for block in (1, 3)
     )
@@ -90,7 +92,7 @@ def test_routing_figures_name_layers_and_modalities():
     dense = torch.nn.Linear(2, 2)
     with vmoe.record_routing(dense) as record:
         dense(torch.ones(1, 2))
-    assert routing_figures(record) == {}
+    assert routing_metrics(record) == {}
 
 
 @pytest.mark.parametrize(
@@ -229,7 +231,7 @@ def test_the_final_table_loses_no_figure(width):
         "5600.00 M",
         "675.00 M",
         "1234.567",
-        "54321 pictures/s",
+        "54321 images/s",
         "987654 s",
         "1.2346",
         "0.9877",
@@ -251,7 +253,7 @@ def test_only_soft_routing_has_no_load(router, has_load):
     assert layer.router == router
     if router == "expert_choice":
         assert layer.kept.all()
-    assert any("/load_" in name for name in expert_figures(record)) == has_load
+    assert any("/load_" in name for name in expert_metrics(record)) == has_load
 
 
 WAITING = {"images_per_second": 300.0, "data_wait_share": 0.5}  # the model could take 600
@@ -275,5 +277,13 @@ def test_waiting_for_data_is_told_once_with_a_remedy(workers, cores, remedy, cap
     for _ in range(20):
         watch.update(WAITING, 200.0)
     (message,) = caplog.messages
-    assert "waits for data 50% of the time: it could take 600 pictures/s" in message
+    assert "waits for data 50% of the time: it could take 600 images/s" in message
     assert remedy in message
+
+
+def test_a_minimum_stays_one_over_processes(monkeypatch):
+    other = {"experts_per_token_min": 0.0, "experts_per_token_max": 4.0, "z_loss": 1.0}
+    monkeypatch.setattr(logger, "gather_lists", lambda own: [*own, other])
+    mine = {"experts_per_token_min": 1.0, "experts_per_token_max": 3.0, "z_loss": 2.0}
+    mean = pytest.approx(1.5)
+    assert over_processes(mine) == {"experts_per_token_min": 0.0, "experts_per_token_max": 4.0, "z_loss": mean}

@@ -18,12 +18,12 @@ import vmoe
 from vmoe.cli.evaluate import run as evaluate
 from vmoe.data import BadSample, SourceConfig
 from vmoe.evaluation.config import EvaluationConfig
-from vmoe.training import trainer
+from vmoe.training import run_images
 from vmoe.training.checkpoint import CheckpointError, list_checkpoints, step_of
 from vmoe.training.diagnosis import NonFiniteError
 from vmoe.training.logger import CollapseWatch, read_metrics
 from vmoe.training.tasks import Classification
-from vmoe.training.trainer import Stopped, lock_folder, train
+from vmoe.training.trainer import Stopped, locked_folder, train
 from vmoe.utils.config import ConfigError
 
 TIMES = ("images_per_second", "data_wait_share")
@@ -170,7 +170,7 @@ def test_a_run_learns_and_leaves_its_records(make_config):
         lines[-1]["task_loss"] + lines[-1]["routing/blocks.1.mlp/auxiliary_loss"], abs=1e-5
     )
     assert [step_of(checkpoint) for checkpoint in list_checkpoints(folder)] == [30]
-    for words in ("active per token", "GFLOPs per picture", "throughput", "top1"):
+    for words in ("active per token", "GFLOPs per image", "throughput", "top1"):
         assert words in printed
 
     # What was trained is what create_model loads, class names included.
@@ -383,10 +383,8 @@ def test_files_of_others_are_not_touched(make_config):
 
 def test_two_processes_do_not_share_a_folder(make_config):
     config = make_config()
-    lock = lock_folder(Path(config.output_dir))
-    with pytest.raises(ConfigError, match="another process is training"):
+    with locked_folder(Path(config.output_dir)), pytest.raises(ConfigError, match="another process is training"):
         train(config)
-    os.close(lock)
     train(config)
 
 
@@ -430,7 +428,7 @@ def test_a_run_is_complete_before_its_examples_are_drawn(make_config, monkeypatc
         seen.extend(path.name for path in _path(config).iterdir())
         raise RuntimeError("the font is broken")
 
-    monkeypatch.setattr(trainer, "example_figure", fail)
+    monkeypatch.setattr(run_images, "example_figure", fail)
     summary, printed = run(config)
     assert "summary.json" in seen
     assert summary == json.loads((_path(config) / "summary.json").read_text())

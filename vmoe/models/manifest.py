@@ -95,7 +95,8 @@ def find_problems(folder: Path, share: tuple[int, int] = (0, 1), only: str = "")
         only: a file, or a folder of files, in `folder`; all else is ignored.
     """
     if not (folder / MANIFEST).is_symlink() and not (folder / MANIFEST).exists():
-        if _in_run(folder.resolve()) or any((folder / name).exists() for name in (TRAINER, "optimizer.safetensors", "model")):
+        of_a_run = any((folder / name).exists() for name in (TRAINER, "optimizer.safetensors", "model"))
+        if of_a_run or _in_run(folder.resolve()):
             return [f"{MANIFEST} is missing"]
         return [] if (folder / "model.safetensors").is_file() else ["model.safetensors is missing"]
     try:

@@ -46,7 +46,7 @@ CHANGEABLE = (
     "train.compile",
     "train.num_threads",
     "train.tensorboard",
-    "train.routing_picture_every",
+    "train.routing_images_every",
 )
 
 
@@ -126,7 +126,7 @@ class TrainConfig:
         num_threads: CPU threads of PyTorch; null leaves its own choice.
         tensorboard: Also write every figure for TensorBoard, to OUTPUT_DIR/tensorboard, and the load and importance of
             each expert.
-        routing_picture_every: Steps between two pictures for TensorBoard of where the patches of some validation
+        routing_images_every: Steps between two pictures for TensorBoard of where the patches of some validation
             pictures go; null: one at each evaluation, 0: none.
     """
 
@@ -149,7 +149,7 @@ class TrainConfig:
     collapse_after: int = 100
     num_threads: int | None = None
     tensorboard: bool = True
-    routing_picture_every: int | None = None
+    routing_images_every: int | None = None
 
 
 @dataclass
@@ -278,7 +278,7 @@ class Config:
             ("train.keep_last", train.keep_last, 1),
             ("train.keep_every", train.keep_every, 0),
             ("train.collapse_after", train.collapse_after, 0),
-            ("train.routing_picture_every", train.routing_picture_every, 0),
+            ("train.routing_images_every", train.routing_images_every, 0),
             ("optim.warmup_steps", optim.warmup_steps, 0),
             ("optim.warmup_lr", optim.warmup_lr, 0),
             ("optim.min_lr", optim.min_lr, 0),

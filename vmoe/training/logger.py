@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, the progress bar, warnings about the routing, the final table."""
+"""What a run reports: metrics.jsonl, TensorBoard, the progress bar, warnings about the routing, the final table."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ logger = logging.getLogger("vmoe.training")
 # Waiting for data is worth a warning above this share of the time, in so many logged steps in a row.
 WAITING_SHARE, WAITING_FOR = 0.2, 5
 LATEST = 200  # durations that the estimate of the time left is made from
-WIDE = 140  # characters of a terminal that has room for a bar beside the figures
+WIDE = 140  # characters of a terminal that has room for a bar beside the metrics
 
 
 class MetricsLog:
@@ -45,8 +45,8 @@ class MetricsLog:
 
     Args:
         run: the run's folder; None in the processes that write nothing.
-        step: the step a continued run starts from; what an earlier process wrote about later steps is dropped, so that
-            no step appears twice. 0 starts anew.
+        step: the step a continued run starts from; lines of later steps are dropped, so that no step appears twice. 0
+            starts anew.
         tensorboard: also write OUTPUT_DIR/tensorboard.
     """
 
@@ -55,74 +55,78 @@ class MetricsLog:
         if run is None:
             return
         file = run / "metrics.jsonl"
-        lines = [json.dumps(entry) + "\n" for entry in read_metrics(file) if entry["step"] <= step]
-        with whole_file(file) as draft:
-            draft.write_text("".join(lines), encoding="utf-8")
+        write_text(file, "".join(json.dumps(line) + "\n" for line in read_metrics(file) if line["step"] <= step))
         self._file = file.open("a", encoding="utf-8")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
-    def write(self, step: int, figures: dict[str, float]) -> None:
-        """One line; figures that are not finite become null (JSON has no NaN)."""
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """One line; metrics that are not finite become null (JSON has no NaN)."""
         if self._file is None:
             return
-        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
-        self.tensorboard(step, figures)
+        self.tensorboard(step, metrics)
 
-    def tensorboard(self, step: int, figures: dict[str, float]) -> None:
-        """Figures for TensorBoard alone, which are too many for a line."""
+    def tensorboard(self, step: int, metrics: dict[str, float]) -> None:
+        """Metrics for TensorBoard alone, which are too many for a line."""
         if self._writer is not None:
-            for name, value in figures.items():
+            for name, value in metrics.items():
                 self._writer.add_scalar(name, value, step)
 
-    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """A picture, (H, W, 3) uint8, for TensorBoard."""
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """An image, (H, W, 3) uint8, for TensorBoard."""
         if self._writer is not None:
             self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        for stream in (self._file, self._writer):
+            if stream is not None:
+                stream.close()
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line that was cut off is left out, a missing file gives none."""
     entries = []
-    if file.is_file():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                entries.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
     return entries
 
 
-def asked_experts(layers: dict[str, LayerRouting]) -> dict[str, Tensor]:
-    """{layer: (E,) assignments that ask for each expert, in all processes}.
+def write_text(file: Path, text: str) -> None:
+    """Writes a text file atomically."""
+    with whole_file(file) as draft:
+        draft.write_text(text, encoding="utf-8")
 
-    Counted before anyone is dropped: with limited room a collapsed router still shows even loads.
+
+# --- metrics of the routing, over all processes; all of them call these together ---
+
+
+def requested_experts(layers: dict[str, LayerRouting]) -> dict[str, Tensor]:
+    """{layer: (E,) assignments that ask for each expert}, before any is dropped.
+
+    With limited capacity a collapsed router still shows even loads.
     """
-    return sum_over_processes(
-        {
-            name: torch.bincount(routing.expert_index[routing.mask].flatten(), minlength=routing.gates.shape[-1])
-            for name, routing in layers.items()
-        }
-    )
+    counts = {
+        name: torch.bincount(routing.expert_index[routing.mask].flatten(), minlength=routing.gates.shape[-1])
+        for name, routing in layers.items()
+    }
+    return sum_over_processes(counts)
 
 
-def largest_share(asked_E: Tensor) -> tuple[float, int]:
-    """(share of the assignments that ask for the busiest expert, experts that nobody asks for)."""
-    return (asked_E.max() / asked_E.sum().clamp(min=1)).item(), int((asked_E == 0).sum())
+def largest_share(requested_E: Tensor) -> tuple[float, int]:
+    """(share of the assignments that ask for the busiest expert, experts that none asks for)."""
+    return (requested_E.max() / requested_E.sum().clamp(min=1)).item(), int((requested_E == 0).sum())
 
 
-def routing_figures(record: RoutingRecord) -> dict[str, float]:
-    """The figures of a step's routing, in all processes together; all call it.
+def routing_metrics(record: RoutingRecord) -> dict[str, float]:
+    """The metrics of a step's routing.
 
     Returns:
         Over all layers "routing/share_dropped" (mean), "routing/load_max_over_mean" (worst layer; 1 is even) and
@@ -136,32 +140,32 @@ def routing_figures(record: RoutingRecord) -> dict[str, float]:
         layers[name] = {key: float(value) for key, value in counted.items()} | means
     if not layers:
         return {}
-    figures = {
-        "routing/share_dropped": sum(m["share_dropped"] for m in layers.values()) / len(layers),
-        "routing/load_max_over_mean": max(m["load_max_over_mean"] for m in layers.values()),
-        "routing/experts_without_tokens": sum(m["experts_without_tokens"] for m in layers.values()),
+    metrics = {
+        "routing/share_dropped": sum(layer["share_dropped"] for layer in layers.values()) / len(layers),
+        "routing/load_max_over_mean": max(layer["load_max_over_mean"] for layer in layers.values()),
+        "routing/experts_without_tokens": sum(layer["experts_without_tokens"] for layer in layers.values()),
     }
-    for name, asked_E in asked_experts(record.layers).items():
-        layers[name]["largest_share"], _ = largest_share(asked_E)
-        figures.update({f"routing/{name}/{key}": value for key, value in layers[name].items()})
-    return figures
+    for name, requested_E in requested_experts(record.layers).items():
+        layers[name]["largest_share"], _ = largest_share(requested_E)
+        metrics.update({f"routing/{name}/{key}": value for key, value in layers[name].items()})
+    return metrics
 
 
-def over_processes(figures: dict[str, float]) -> dict[str, float]:
-    """The mean of each figure over all processes; of those that are called a minimum or maximum, that."""
-    every = gather_lists([figures])
+def over_processes(metrics: dict[str, float]) -> dict[str, float]:
+    """The mean of each metric over all processes; of those that are called a minimum or maximum, that."""
+    every = gather_lists([metrics])
     reduce = {"min": min, "max": max}
-    return {name: reduce.get(name.rpartition("_")[2], fmean)([own[name] for own in every]) for name in figures}
+    return {name: reduce.get(name.rpartition("_")[2], fmean)([own[name] for own in every]) for name in metrics}
 
 
-def expert_figures(record: RoutingRecord) -> dict[str, float]:
-    """The figures of each expert in a step's routing, in all processes together; all call it.
+def expert_metrics(record: RoutingRecord) -> dict[str, float]:
+    """The metrics of each expert in a step's routing.
 
     Returns:
         For each layer, modality and expert "experts/LAYER/MODALITY/load_E", its share of the kept assignments, and
         "experts/LAYER/MODALITY/importance_E", the mean of its gate values. Soft routing has no load.
     """
-    figures = {}
+    metrics = {}
     for name, routing in record.layers.items():
         masks = members(routing.modalities, routing.mask, routing.modality)
         for modality, own_GN in masks.items():
@@ -174,14 +178,17 @@ def expert_figures(record: RoutingRecord) -> dict[str, float]:
                 kinds["load"] = sums["load"] / sums["load"].sum().clamp(min=1)
             for kind, value_E in kinds.items():
                 for expert, value in enumerate(value_E.tolist()):
-                    figures[f"experts/{name}/{modality}/{kind}_{expert:02d}"] = value
-    return figures
+                    metrics[f"experts/{name}/{modality}/{kind}_{expert:02d}"] = value
+    return metrics
+
+
+# --- warnings ---
 
 
 class CollapseWatch:
     """Warns, by name, when the routing of a layer stays collapsed.
 
-    Collapsed means that one expert is asked for by most assignments (over half of those that an even spread would not
+    Collapsed means that one expert is asked for by most assignments (over half of those that an even load would not
     give it), or that some expert is asked for by none.
 
     Args:
@@ -194,12 +201,10 @@ class CollapseWatch:
         self.warned: set[str] = set()
 
     def update(self, step: int, layers: dict[str, LayerRouting]) -> None:
-        """Looks at the routing of a step; all processes call it at every logged one, and the first of them warns."""
-        if not self.after:
-            return
-        for name, asked_E in asked_experts(layers).items():
-            num_experts = len(asked_E)
-            share, idle = largest_share(asked_E)
+        """Reads the routing of a step; all processes call it at every logged one, and the first of them warns."""
+        for name, requested_E in requested_experts(layers).items() if self.after else ():
+            num_experts = len(requested_E)
+            share, idle = largest_share(requested_E)
             even = 1 / num_experts
             crowded = num_experts > 1 and share > even + 0.5 * (1 - even)
             if not crowded and not idle:
@@ -207,24 +212,20 @@ class CollapseWatch:
                 self.warned.discard(name)
                 continue
             since = self.since.setdefault(name, step)
-            if step - since >= self.after and name not in self.warned:
-                self.warned.add(name)
-                if world()[0] > 0:
-                    continue
-                what = f"{share:.0%} of its tokens ask for one expert" if crowded else f"{idle} experts get no token"
+            if step - since < self.after or name in self.warned:
+                continue
+            self.warned.add(name)
+            what = f"{share:.0%} of its tokens ask for one expert" if crowded else f"{idle} experts get no token"
+            if world()[0] == 0:
                 logger.warning(
-                    "the routing of %s has collapsed: %s of %d (steps %d to %d); raise the balancing losses "
-                    "(importance_loss, load_loss, global_entropy_loss), lower optim.lr, or train with more noise_std",
-                    name,
-                    what,
-                    num_experts,
-                    since,
-                    step,
+                    f"the routing of {name} has collapsed: {what} of {num_experts} (steps {since} to {step}); raise "
+                    "the balancing losses (importance_loss, load_loss, global_entropy_loss), lower optim.lr, or train "
+                    "with more noise_std"
                 )
 
 
 class DataWatch:
-    """Says once, with numbers and a remedy, when the model keeps waiting for data.
+    """Warns once, with numbers and a remedy, when the model keeps waiting for data.
 
     Args:
         num_workers: worker processes that read for this process.
@@ -236,37 +237,35 @@ class DataWatch:
         self.cores = own_cores() if cores is None else cores
         self.in_a_row = 0
 
-    def update(self, figures: dict[str, float], readable: float) -> None:
-        """Looks at a logged step; the first process warns.
+    def update(self, metrics: dict[str, float], readable: float) -> None:
+        """Reads a logged step; the first process warns.
 
         Args:
-            figures: with "images_per_second" of all processes and "data_wait_share" of this one.
-            readable: pictures per second that this process's workers could read if they never waited.
+            metrics: with "images_per_second" of all processes and "data_wait_share" of this one.
+            readable: images per second that this process's workers could read if they never waited.
         """
         rank, processes = world()
-        waiting = figures["data_wait_share"]
+        waiting = metrics["data_wait_share"]
         self.in_a_row = self.in_a_row + 1 if waiting > WAITING_SHARE else 0
         if self.in_a_row != WAITING_FOR or rank > 0 or not readable > 0:
             return
-        needed = figures["images_per_second"] / processes / max(1 - waiting, 0.01)
+        needed = metrics["images_per_second"] / processes / max(1 - waiting, 0.01)
         readers = max(1, self.num_workers)
         workers = max(math.ceil(needed / (readable / readers)), self.num_workers + 1)
-        what = f"{readers} worker{'s' * (readers > 1)}" if self.num_workers else "the training process itself"
+        reader = f"{readers} worker{'s' * (readers > 1)}" if self.num_workers else "the training process itself"
         remedy = f"raise data.loader.num_workers to {min(workers, self.cores)}"
         if self.num_workers >= self.cores:
-            remedy = f"all {self.cores} CPU cores read already: store smaller pictures, or take more cores"
+            remedy = f"all {self.cores} CPU cores read already: store smaller images, or take more cores"
         elif workers > self.cores:
-            remedy += f" (the model needs {workers}, and there are {self.cores} CPU cores: store smaller pictures)"
+            remedy += f" (the model needs {workers}, and there are {self.cores} CPU cores: store smaller images)"
+        each = " in each process" if processes > 1 else ""
         logger.warning(
-            "the model waits for data %.0f%% of the time: it could take %.0f pictures/s%s, and %s read%s %.0f; %s",
-            100 * waiting,
-            needed,
-            " in each process" if processes > 1 else "",
-            what,
-            "s" if readers == 1 else "",
-            readable,
-            remedy,
+            f"the model waits for data {waiting:.0%} of the time: it could take {needed:.0f} images/s{each}, and "
+            f"{reader} read{'s' * (readers == 1)} {readable:.0f}; {remedy}"
         )
+
+
+# --- progress ---
 
 
 class TimeLeft:
@@ -318,11 +317,11 @@ class Fitting:
         yield Text(max((text for text in fitting if cell_len(text) <= options.max_width), key=len), no_wrap=True)
 
 
-class FiguresColumn(ProgressColumn):
-    """The figures of a progress bar, as many as its line has room for."""
+class MetricsColumn(ProgressColumn):
+    """The metrics of a progress bar, as many as fit on its line."""
 
     def render(self, task: Task) -> Fitting:
-        return Fitting(task.fields["figures"])
+        return Fitting(task.fields["metrics"])
 
 
 class ProgressDisplay:
@@ -336,30 +335,24 @@ class ProgressDisplay:
     """
 
     def __init__(self, console: Console, step: int, steps: int, **every: int) -> None:
-        self.console = console
-        self.steps = steps
+        self.console, self.steps = console, steps
         self.time_left = TimeLeft(steps, **every)
-        self._bar = None
-        if console.is_terminal:
-            bar = [BarColumn(bar_width=16)] if console.width >= WIDE else []  # else the figures need the room
-            columns = (TextColumn("step"), MofNCompleteColumn(), *bar, TextColumn("{task.fields[left]}"))
-            self._bar = Progress(*columns, FiguresColumn(), console=console)
-            self._task = self._bar.add_task("train", total=steps, completed=step, figures=[], left="-:--:--")
+        bar = [BarColumn(bar_width=16)] if console.width >= WIDE else []
+        columns = (TextColumn("step"), MofNCompleteColumn(), *bar, TextColumn("{task.fields[left]}"), MetricsColumn())
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task("train", total=steps, completed=step, metrics=[], left="-:--:--")
 
     def __enter__(self) -> ProgressDisplay:
-        if self._bar is not None:
-            self._bar.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
 
     def advance(self, step: int, seconds: float) -> None:
         """A step is done, and took that long."""
         self.time_left.add("step", seconds)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, left=self._left(step))
+        self._bar.update(self._task, completed=step, left=self._left(step))
 
     @contextmanager
     def timing(self, kind: str) -> Iterator[None]:
@@ -368,12 +361,11 @@ class ProgressDisplay:
         yield
         self.time_left.add(kind, time.monotonic() - began)
 
-    def show(self, step: int, figures: dict[str, float]) -> None:
-        """The figures of a logged step."""
-        texts = short_texts(figures)
-        if self._bar is not None:
-            self._bar.update(self._task, figures=texts)
-        else:
+    def show(self, step: int, metrics: dict[str, float]) -> None:
+        """The metrics of a logged step."""
+        texts = short_texts(metrics)
+        self._bar.update(self._task, metrics=texts)
+        if self._bar.disable:
             self.message(", ".join([f"step {step}/{self.steps}", *texts, f"{self._left(step)} left"]))
 
     def message(self, text: str) -> None:
@@ -384,30 +376,35 @@ class ProgressDisplay:
         return str(timedelta(seconds=round(self.time_left.seconds(step))))
 
 
-def short_texts(figures: dict[str, float]) -> list[str]:
-    """The few figures that a progress line shows, the most important first."""
-    texts = [f"loss {figures['loss']:.4g}", f"{figures['images_per_second']:.0f} img/s"]
-    if figures["data_wait_share"] >= 0.05:
-        texts.append(f"waiting for data {figures['data_wait_share']:.0%}")
-    if "routing/share_dropped" in figures:
-        texts.append(f"dropped {figures['routing/share_dropped']:.1%}")
-        texts.append(f"max/mean load {figures['routing/load_max_over_mean']:.2f}")
-        texts.append(f"idle experts {figures['routing/experts_without_tokens']:.0f}")
+def short_texts(metrics: dict[str, float]) -> list[str]:
+    """The few metrics that a progress line shows, the most important first."""
+    texts = [f"loss {metrics['loss']:.4g}", f"{metrics['images_per_second']:.0f} img/s"]
+    if metrics["data_wait_share"] >= 0.05:
+        texts.append(f"waiting for data {metrics['data_wait_share']:.0%}")
+    if "routing/share_dropped" in metrics:
+        texts.append(f"dropped {metrics['routing/share_dropped']:.1%}")
+        texts.append(f"max/mean load {metrics['routing/load_max_over_mean']:.2f}")
+        texts.append(f"idle experts {metrics['routing/experts_without_tokens']:.0f}")
     return texts
 
 
 def final_table(summary: dict[str, Any]) -> FigureTable:
     """The summary of a run as a table."""
-    table = FigureTable(f"{summary['model']}, {summary['task']}", ["result", "value"], left=["result"])
-    table.add_row("steps", f"{summary['steps']}")
-    table.add_row("parameters", f"{summary['parameters_total'] / 1e6:.2f} M")
-    table.add_row("  active per token", f"{summary['parameters_active'] / 1e6:.2f} M")
-    table.add_row("GFLOPs per picture", f"{summary['gflops_per_image']:.3f}")
-    if "gflops_per_text" in summary:
-        table.add_row("GFLOPs per caption", f"{summary['gflops_per_text']:.3f}")
-    table.add_row("training throughput", f"{summary['images_per_second']:.0f} pictures/s")
-    table.add_row("training time", f"{summary['train_seconds']:.0f} s")
-    table.add_row("final loss", f"{summary['loss']:.4f}")
+    rows = {
+        "steps": f"{summary['steps']}",
+        "parameters": f"{summary['parameters_total'] / 1e6:.2f} M",
+        "  active per token": f"{summary['parameters_active'] / 1e6:.2f} M",
+        "GFLOPs per image": f"{summary['gflops_per_image']:.3f}",
+        "GFLOPs per caption": f"{summary.get('gflops_per_text', 0):.3f}",
+        "training throughput": f"{summary['images_per_second']:.0f} images/s",
+        "training time": f"{summary['train_seconds']:.0f} s",
+        "final loss": f"{summary['loss']:.4f}",
+    }
+    if "gflops_per_text" not in summary:
+        del rows["GFLOPs per caption"]
     for name, value in summary["evaluation"].items():
-        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+        rows[name] = f"{value:.4f}" if isinstance(value, float) else str(value)
+    table = FigureTable(f"{summary['model']}, {summary['task']}", ["result", "value"], left=["result"])
+    for row in rows.items():
+        table.add_row(*row)
     return table

@@ -1,24 +1,63 @@
-"""The folder of a run: whether it holds one to continue, and the lock that keeps other commands out of it."""
+"""Whether a run may start in its folder: equal settings in all processes, what the folder holds, and its lock."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from vmoe.distributed.process_group import from_first, gather_lists
 from vmoe.training.checkpoint import latest_checkpoint, list_checkpoints
-from vmoe.training.config import Config, changed_settings
-from vmoe.utils.atomic import whole_file
+from vmoe.training.config import Config, changed_settings, flatten, to_yaml
 from vmoe.utils.config import ConfigError
+from vmoe.utils.world import world
 
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
     fcntl = None
 
-# Open run folders' locks; see lock_folder.
 _locks: set[int] = set()
+
+
+def check_same_settings(config: Config) -> None:
+    """Compares the settings of all processes, which call it together; only `device` may differ.
+
+    Raises:
+        ConfigError: in all processes: some differ, or data.loader.batch_size cannot be shared among the processes.
+    """
+    _, processes = world()
+    if processes == 1:
+        return
+    own = flatten(yaml.safe_load(to_yaml(config)))
+    first = from_first(lambda: own)
+    keys = [key for key in {**first, **own} if key != "device"]
+    mine = {key: own.get(key) for key in keys if repr(first.get(key)) != repr(own.get(key))}
+    found = {}
+    for rank, differing in enumerate(gather_lists([mine])):
+        for key, value in differing.items():
+            found.setdefault(key, f"{key} is {first.get(key)!r} in process 0, {value!r} in process {rank}")
+    if found:
+        raise ConfigError(
+            f"the processes have different settings ({'; '.join(found.values())}); start all of them with the same "
+            "config and arguments"
+        )
+    batch_size, augmentation = config.data.loader.batch_size, config.data.augmentation
+    if batch_size % processes:
+        raise ConfigError(
+            f"data.loader.batch_size must be a multiple of the {processes} processes that share each batch, got "
+            f"{batch_size}"
+        )
+    if (augmentation.mixup or augmentation.cutmix) and batch_size // processes % 2:
+        raise ConfigError(
+            f"data.loader.batch_size must give each of the {processes} processes an even number for mixup and cutmix, "
+            f"got {batch_size}"
+        )
 
 
 def find_checkpoint(run: Path, config: Config) -> Path | None:
@@ -30,18 +69,15 @@ def find_checkpoint(run: Path, config: Config) -> Path | None:
     """
     checkpoints = list_checkpoints(run)
     holds_run = bool(checkpoints) or any((run / name).exists() for name in ("metrics.jsonl", "summary.json"))
-    if holds_run and config.resume == "never":
+    if not holds_run:
+        return None
+    if config.resume == "never":
         raise ConfigError(
             f"output_dir {run} already holds a run, and resume is 'never'; nothing was changed. Choose another "
             "output_dir, or continue that run with --resume auto"
         )
-    if not checkpoints:
-        if (run / "summary.json").exists():
-            raise ConfigError(
-                f"output_dir {run} holds a finished run without its checkpoints; choose another output_dir"
-            )
-        if not holds_run:
-            return None
+    if not checkpoints and (run / "summary.json").exists():
+        raise ConfigError(f"output_dir {run} holds a finished run without its checkpoints; choose another output_dir")
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"output_dir {run} holds other files, and no config.yaml of a run; choose another output_dir")
     changed = changed_settings(run / "config.yaml", config)
@@ -54,8 +90,18 @@ def find_checkpoint(run: Path, config: Config) -> Path | None:
     return latest_checkpoint(run)  # None: it stopped before its first checkpoint
 
 
-def lock_folder(run: Path) -> int:
-    """Makes the run's folder and keeps other processes out of it until the returned descriptor is closed.
+def finished_summary(run: Path, step: int, steps: int) -> dict[str, Any] | None:
+    """summary.json of a run that has done all `steps` already, else None."""
+    file = run / "summary.json"
+    if step < steps or not file.is_file():
+        return None
+    summary = json.loads(file.read_text(encoding="utf-8"))
+    return summary if summary["steps"] >= steps else None
+
+
+@contextmanager
+def locked_folder(run: Path) -> Iterator[None]:
+    """Makes the run's folder, and keeps other processes out of it inside the block.
 
     Raises:
         ConfigError: the folder cannot be written to, or another process trains in it.
@@ -65,22 +111,19 @@ def lock_folder(run: Path) -> int:
         lock = os.open(run if fcntl else os.devnull, os.O_RDONLY)
     except OSError as error:
         raise ConfigError(f"output_dir {run} cannot be written to ({error.strerror}); choose another") from error
-    if fcntl is not None:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(lock)
-            raise ConfigError(
-                f"another process is training in output_dir {run}; wait for it or choose another"
-            ) from error
     _locks.add(lock)
-    return lock
-
-
-def unlock_folder(lock: int) -> None:
-    """Lets others into the folder that `lock_folder` locked."""
-    _locks.discard(lock)
-    os.close(lock)
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ConfigError(
+                    f"another process is training in output_dir {run}; wait for it or choose another"
+                ) from error
+        yield
+    finally:
+        _locks.discard(lock)
+        os.close(lock)
 
 
 def _close_locks() -> None:
@@ -91,18 +134,3 @@ def _close_locks() -> None:
 
 if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_close_locks)
-
-
-def finished_summary(run: Path, step: int, steps: int) -> dict[str, Any] | None:
-    """summary.json of a run that has done all `steps` already, else None."""
-    file = run / "summary.json"
-    if step < steps or not file.is_file():
-        return None
-    summary = json.loads(file.read_text(encoding="utf-8"))
-    return summary if summary["steps"] >= steps else None
-
-
-def write_text(file: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    with whole_file(file) as draft:
-        draft.write_text(text, encoding="utf-8")

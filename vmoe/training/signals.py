@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -18,8 +17,8 @@ from vmoe.utils.world import world
 
 # Seconds that a process which waits in C++ (for the others to join) has to hear a signal, before it is ended.
 PATIENCE_SECONDS = 2.0
-
-
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 STOPPED_OUTSIDE = "stopped outside of the steps, nothing to save; the same command starts or continues the run"
 
 
@@ -43,34 +42,27 @@ class StopRequest:
     """What signals asked for.
 
     Attributes:
-        interrupted: Ctrl-C or SIGTERM: stop after this step, the exit code says that the run was interrupted.
+        interrupted: Ctrl-C or SIGTERM: stop after this step; the exit code says that the run was interrupted.
         planned: SIGUSR1: stop after this step; the job is to go on later, and nothing is wrong.
-        noting: inside `between_steps`.
+        in_loop: inside `between_steps`.
         started: that was reached.
         parent: process that started this one.
     """
 
     interrupted: bool = False
     planned: bool = False
-    noting: bool = False
+    in_loop: bool = False
     started: bool = False
     parent: int = field(default_factory=os.getppid)
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
         """Around the loop: in it signals are only noted, for it to stop after a step. Outside they end the run."""
-        self.noting = self.started = True
+        self.in_loop = self.started = True
         try:
             yield
         finally:
-            self.noting = False
-
-    def note(self, number: int) -> None:
-        """A signal came."""
-        if number in (signal.SIGINT, signal.SIGTERM):
-            self.interrupted = True
-        else:
-            self.planned = True
+            self.in_loop = False
 
     @property
     def orphaned(self) -> bool:
@@ -94,37 +86,37 @@ def interruptible() -> Iterator[StopRequest]:
         if stop.interrupted and number == signal.SIGINT and world()[1] == 1:
             raise KeyboardInterrupt
         first = not (stop.interrupted or stop.planned)
-        stop.note(number)
-        if first and not stop.noting:
+        stop.interrupted |= number in INTERRUPTS
+        stop.planned |= number not in INTERRUPTS
+        if first and not stop.in_loop:
             raise Stopped(STOPPED_OUTSIDE, stop.planned)
 
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has no SIGUSR1
-    previous = {name: signal.signal(getattr(signal, name), handle) for name in names}
+    previous = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
-        with _listening(stop):
+        with _acknowledging(stop):
             yield stop
     finally:
-        for name, handler in previous.items():
-            signal.signal(getattr(signal, name), handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
-def _listening(stop: StopRequest) -> Iterator[None]:
-    """Answers signals from a thread, at once: Python's handlers run only when the main thread returns from C++.
+def _acknowledging(stop: StopRequest) -> Iterator[None]:
+    """Answers signals from a thread: Python's handlers run only when the main thread returns from C++.
 
     In the loop it says that the run stops after this step. Before it, where C++ may wait for the other processes
     without end, it ends the process.
     """
-    ours, theirs = socket.socketpair()
-    theirs.setblocking(False)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
     first = os.environ.get("RANK", "0") == "0"
 
     def listen() -> None:
         told = False
-        while number := ours.recv(1):
-            if number[0] not in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", None)):
+        while byte := os.read(reading, 1):
+            if byte[0] not in SIGNALS:
                 continue
-            if stop.noting and first and not told:
+            if stop.in_loop and first and not told:
                 again = "; Ctrl-C again stops at once" if world()[1] == 1 else ""
                 print(f"\nvmoe-train: stopping after this step{again}", file=sys.stderr, flush=True)
                 told = True
@@ -135,30 +127,33 @@ def _listening(stop: StopRequest) -> Iterator[None]:
                 if first:
                     print(f"\nvmoe-train: {STOPPED_OUTSIDE}", file=sys.stderr, flush=True)
                 sys.stdout.flush()
-                os._exit(130 if number[0] in (signal.SIGINT, signal.SIGTERM) else 0)
+                os._exit(130 if byte[0] in INTERRUPTS else 0)
+        os.close(reading)
 
     threading.Thread(target=listen, daemon=True).start()
-    previous = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-    _listeners.add(theirs)
+    previous = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    _writing.add(writing)
     try:
         yield
     finally:
         signal.set_wakeup_fd(previous)
-        _listeners.discard(theirs)
-        theirs.close()  # ends the thread
+        _writing.discard(writing)
+        os.close(writing)  # ends the thread
 
 
-_listeners: set[socket.socket] = set()
+_writing: set[int] = set()
 
 
-def _leave_listeners() -> None:
+def _forget_in_fork() -> None:
     """In a forked child, such as a data worker: its signals are not the run's."""
-    if _listeners:
+    if _writing:
         signal.set_wakeup_fd(-1)
+    while _writing:
+        os.close(_writing.pop())
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_leave_listeners)
+    os.register_at_fork(after_in_child=_forget_in_fork)
 
 
 class TimeBudget:
@@ -173,14 +168,13 @@ class TimeBudget:
 
     def __init__(self, minutes: float | None) -> None:
         self.end = math.inf if minutes is None else time.monotonic() + 60 * minutes
-        self._step_began: float | None = None
-        self._longest_step = self._saving = 0.0
+        self._step_began = math.inf
+        self._longest_step = self._longest_save = 0.0
 
     def next_step(self) -> None:
         """A step begins; with what follows it (evaluation, saving) it lasts until the next one."""
         now = time.monotonic()
-        if self._step_began is not None:
-            self._longest_step = max(self._longest_step, now - self._step_began)
+        self._longest_step = max(self._longest_step, now - self._step_began)
         self._step_began = now
 
     @contextmanager
@@ -188,8 +182,8 @@ class TimeBudget:
         """Around the writing of a checkpoint."""
         began = time.monotonic()
         yield
-        self._saving = max(self._saving, time.monotonic() - began)
+        self._longest_save = max(self._longest_save, time.monotonic() - began)
 
     def used_up(self) -> bool:
         """Whether there is no time for another step after this one."""
-        return time.monotonic() + self._longest_step + self._saving >= self.end
+        return time.monotonic() + self._longest_step + self._longest_save >= self.end

@@ -123,8 +123,8 @@ class Task:
     def after_step(self, model: nn.Module) -> None:
         """What has to hold for the weights after every optimizer step."""
 
-    def figures(self, model: nn.Module) -> dict[str, float]:
-        """Further figures for the log."""
+    def metrics(self, model: nn.Module) -> dict[str, float]:
+        """Further metrics for the log."""
         return {}
 
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
@@ -272,7 +272,7 @@ class Contrastive(Task):
         scale.copy_(torch.where(was_inside, scale.clamp(0, MAX_LOGIT_SCALE), scale))
         self.previous_scale = scale.clone()
 
-    def figures(self, model: nn.Module) -> dict[str, float]:
+    def metrics(self, model: nn.Module) -> dict[str, float]:
         figures = {"logit_scale": model.logit_scale.exp().item()}
         bias = getattr(model, "logit_bias", None)
         return figures if bias is None else {**figures, "logit_bias": bias.item()}

@@ -1,4 +1,4 @@
-"""The training loop: build, continue, train, log, evaluate, save, finish. Read `train` top to bottom.
+"""The training loop: `train` starts or continues a run, `Trainer` makes its steps, evaluates, saves and logs.
 
 A step is a function of (config, step number, weights): its data is a function of the seed and the step, and its random
 numbers (router noise, drop path, mixup) are seeded anew from both. So nothing depends on how often a run was stopped,
@@ -16,13 +16,12 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 import vmoe
 from vmoe.data import TrainLoader, build_transform, train_loader
@@ -46,10 +45,10 @@ from vmoe.distributed.process_group import (
     wait_for_all,
 )
 from vmoe.evaluation.inference import arithmetic, attention_kernel, pick_device, pick_precision
-from vmoe.inspection.plots import example_figure
 from vmoe.models.factory import preprocess_config
 from vmoe.models.flops import model_profile
 from vmoe.models.serialization import WeightsError, checkpoint_weights
+from vmoe.moe import RoutingRecord
 from vmoe.training.checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -59,23 +58,23 @@ from vmoe.training.checkpoint import (
     step_of,
 )
 from vmoe.training.config import Config, to_yaml
-from vmoe.training.config_check import check_same_settings
 from vmoe.training.diagnosis import NonFiniteError, find_non_finite
 from vmoe.training.logger import (
     CollapseWatch,
     DataWatch,
     MetricsLog,
     ProgressDisplay,
-    expert_figures,
+    expert_metrics,
     final_table,
-    routing_figures,
+    routing_metrics,
+    write_text,
 )
 from vmoe.training.optim import create_ema, create_optimizer, create_schedule, freeze
 from vmoe.training.pretrained import carry_over_optimizer
-from vmoe.training.routing_images import RoutingPictures
-from vmoe.training.run_dir import find_checkpoint, finished_summary, lock_folder, unlock_folder, write_text
+from vmoe.training.run_dir import check_same_settings, find_checkpoint, finished_summary, locked_folder
+from vmoe.training.run_images import RoutingImages, draw_examples
 from vmoe.training.signals import Stopped, StopRequest, TimeBudget, interruptible
-from vmoe.training.tasks import Task, create_task
+from vmoe.training.tasks import create_task
 from vmoe.utils.config import ConfigError
 from vmoe.utils.tables import make_console
 from vmoe.utils.world import world
@@ -109,260 +108,390 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
         device = pick_device(config.device)
         with joined(device, config.parallel.timeout):
             check_same_settings(config)
-            first = world()[0] == 0  # who speaks and writes for all processes
-            return _train(config, device, console or make_console() if first else Console(quiet=True), budget, stop)
+            # The first process prints and writes for all.
+            console = console or make_console() if world()[0] == 0 else Console(quiet=True)
+            run = Path(config.output_dir)
+            checkpoint = find_checkpoint(run, config)
+            step = 0 if checkpoint is None else step_of(checkpoint)
+            if summary := finished_summary(run, step, config.train.steps):
+                _print(
+                    console,
+                    f"{run}: this run is finished ({summary['steps']} steps). A larger train.steps continues it; "
+                    "another output_dir starts a new one.",
+                )
+                return summary
+            trainer = Trainer(config, device, console, checkpoint)
+            wait_for_all()  # nobody looks for a run in the folder any more
+            with locked_folder(run) if trainer.first else nullcontext():
+                trainer.fit(stop, budget)
+            return trainer.finish()
 
 
-def _train(
-    config: Config, device: torch.device, console: Console, budget: TimeBudget, stop: StopRequest
-) -> dict[str, Any]:
-    rank, processes = world()
-    first = rank == 0
-    parallel = config.parallel
-    size = mesh_size(parallel.dp_replicate, parallel.dp_shard, parallel.ep, processes)
-    run = Path(config.output_dir)
-    checkpoint = find_checkpoint(run, config)
-    if checkpoint is not None and (summary := finished_summary(run, step_of(checkpoint), config.train.steps)):
-        console.print(
-            f"{run}: this run is finished ({summary['steps']} steps). A larger train.steps continues it; another "
-            "output_dir starts a new one.",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+class Trainer:
+    """A run of one process of a job.
+
+    Args:
+        config: all settings.
+        device: of this process.
+        console: where progress is printed.
+        checkpoint: to continue from; None starts anew.
+
+    Attributes:
+        model: holds the weights.
+        forward: what is called in training: the model, or DDP around it, compiled.
+        ema: moving average of the weights, or None.
+        step: optimizer steps done.
+        progress: what is saved of the run so far, beside the step.
+    """
+
+    def __init__(self, config: Config, device: torch.device, console: Console, checkpoint: Path | None) -> None:
+        self.config, self.device, self.console = config, device, console
+        self.rank, self.processes = world()
+        self.first = self.rank == 0
+        self.run = Path(config.output_dir)
+        parallel = config.parallel
+        self.size = mesh_size(parallel.dp_replicate, parallel.dp_shard, parallel.ep, self.processes)
+        self.precision = pick_precision(config.train.precision, device)
+        if config.train.num_threads is not None:
+            torch.set_num_threads(config.train.num_threads)
+        seed_everything(config.seed)
+        self.task = create_task(config)
+        self.model = self._create_model(checkpoint)
+        self.profile = model_profile(self.model)
+        self._parallelize()
+        self._create_optimizer(new=checkpoint is None)
+        transform = build_transform(preprocess_config(self.model), config.data.augmentation)
+        data, tokenizer = self.task.train_data, self.task.tokenizer
+        loader = train_loader(data, transform, tokenizer, config.data.loader, config.seed, device)
+        self.step, self.progress = 0, {"seconds": 0.0, "loss": math.nan, "evaluation": {}, "evaluated": 0}
+        if checkpoint is not None:
+            state = load_checkpoint(checkpoint, self.model, self.ema and self.ema.module, self.optimizer)
+            self.scaler.load_state_dict(state["scaler"])
+            loader.load_state_dict(state["loader"])
+            self.step, self.progress = state["step"], state["progress"]
+            self.schedule.step_update(self.step)
+            _print(console, f"{self.run}: continuing after step {self.step}")
+        self.batches = Prefetch(loader, config.train.accumulate_steps)
+        self.skipped = 0  # steps in a row, by the fp16 gradient scaler
+        self.images, self.seconds = 0, 0.0  # since the last logged step
+
+    # --- build ---
+
+    def _create_model(self, checkpoint: Path | None) -> nn.Module:
+        # A continued run finds its model in the checkpoint; the file it once started from need not exist any more.
+        pretrained = self.config.model.pretrained if checkpoint is None else str(checkpoint_weights(checkpoint))
+        try:
+            # Where the weights are sharded, the others get their part of what the first process makes.
+            with nullcontext() if self.first or self.size.is_plain else torch.device("meta"):
+                model = self.task.create_model(pretrained, continued=checkpoint is not None).train()
+        except WeightsError as error:
+            if checkpoint is None:
+                raise
+            raise CheckpointError(f"{error}; remove {checkpoint} to continue from the one before") from error
+        if self.size.is_plain:
+            model.to(self.device)
+        if self.config.train.grad_checkpointing:
+            model.set_grad_checkpointing()
+        freeze(model, self.config.train.freeze)
+        return model.train()  # now that it is known what is frozen: a locked tower stays in evaluation mode
+
+    def _parallelize(self) -> None:
+        shard = None
+        if self.processes > 1:
+            meshes = make_meshes(self.size, self.device)
+            set_timeout([meshes.whole, meshes.dense], self.config.parallel.timeout)
+            shard = partial(parallelize, meshes=meshes, device=self.device)
+        self.ema = None
+        if self.config.train.ema_decay is not None:
+            self.ema = create_ema(self.model, self.config.train.ema_decay, None if self.size.is_plain else shard)
+        self.forward = self.model if shard is None else shard(self.model)
+        if self.config.train.compile:
+            self.forward = torch.compile(self.forward)
+
+    def _create_optimizer(self, new: bool) -> None:
+        config, sharded = self.config, is_sharded(self.model)
+        if sharded and self.precision == "fp16":
+            raise ConfigError(
+                "train.precision fp16 needs parallel.dp_shard = parallel.ep = 1; use bf16, which needs no scaler"
+            )
+        self.optimizer = create_optimizer(self.model, config.optim)
+        if sharded:
+            split_groups(self.optimizer)
+        if new and config.model.pretrained_optimizer:
+            if sharded:
+                raise ConfigError(
+                    "model.pretrained_optimizer needs parallel.dp_shard = parallel.ep = 1; set it to false"
+                )
+            carry_over_optimizer(config.model.pretrained, self.model, self.optimizer)
+        self.schedule = create_schedule(self.optimizer, config.optim, config.train.steps)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    # --- train ---
+
+    def fit(self, stop: StopRequest, budget: TimeBudget) -> None:
+        """Makes the steps that are left; logs, evaluates and saves in between."""
+        train = self.config.train
+        self.stop, self.budget = stop, budget
+        if self.first:
+            remove_unfinished(self.run)
+            write_text(self.run / "config.yaml", to_yaml(self.config))
+        self.metrics = MetricsLog(self.run if self.first else None, self.step, train.tensorboard)
+        self.routing_images = RoutingImages(self.config, self.task, self.metrics)
+        self.collapse_watch = CollapseWatch(train.collapse_after)
+        self.data_watch = DataWatch(self.config.data.loader.num_workers)
+        self.checkpointer = Checkpointer(
+            self.run, train.keep_last, train.keep_every, train.async_checkpoints, dataclasses.asdict(self.size)
         )
+        every = {"evaluation": train.eval_every, "checkpoint": train.checkpoint_every}
+        self.display = ProgressDisplay(self.console, self.step, train.steps, **every)
+        try:
+            with self.display, stop.between_steps():
+                while self.step < train.steps:
+                    budget.next_step()
+                    self._step_and_rest()
+                self.checkpointer.wait()
+                if train.eval_every and self.progress["evaluated"] != self.step:  # it failed when this step was made
+                    self.metrics.write(self.step, self.evaluate())
+        finally:
+            self.metrics.close()
+            self.checkpointer.close()
+
+    def _step_and_rest(self) -> None:
+        """One step, and what is due after it."""
+        train = self.config.train
+        metrics, record = self.train_step()
+        last = self.step == train.steps
+        logged: dict[str, float] = {}
+        if last or self.step % train.log_every == 0:
+            logged |= self.log(metrics, record)
+        del record  # it holds the graph of the auxiliary losses
+        if train.eval_every and (last or self.step % train.eval_every == 0):
+            logged |= self.evaluate_or_save()
+        if self.processes == 1 or self.progress["evaluated"] == self.step:  # that took long: ask again
+            self.stopping = mean_over_processes(self._stop_asked())
+        if logged:
+            self.metrics.write(self.step, logged)
+        interrupted, planned = self.stopping
+        stopping = (interrupted or planned) and not last
+        if last or stopping or self.step % train.checkpoint_every == 0:
+            self.save()
+        if self.routing_images.due(self.step):  # after the checkpoint: nothing of it is lost
+            self.routing_images.draw(self.step, self._evaluated_model(), self.device)
+        if stopping:
+            self.checkpointer.wait()
+            message = f"stopped after step {self.step} of {train.steps}; the same command continues the run"
+            raise Stopped(message, planned=not interrupted, agreed=True)
+
+    def train_step(self) -> tuple[dict[str, float], RoutingRecord]:
+        """One optimizer step; nothing that is not finite reaches the weights.
+
+        Returns:
+            Its metrics, and the routing of its last batch.
+        """
+        train, started = self.config.train, time.perf_counter()
+        batches, losses = self.batches.take(), []
+        for part, batch in enumerate(batches):  # each gives its share of the gradient
+            set_gradient_sync(self.forward, part == len(batches) - 1)
+            total, loss, record = self._loss(batch, part, self.forward)
+            with attention_kernel(self.precision, self.device):
+                self.scaler.scale(total / len(batches)).backward()
+            losses.append(torch.stack([total.detach(), loss.detach()]))
+        synchronize_numbers(self.model)
+        self.scaler.unscale_(self.optimizer)
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        grad_norm = clip_grad_norm(trainable, train.clip_grad_norm or math.inf)
+        if self.step + 1 < train.steps:
+            self.batches.fetch()  # while the device works
+
+        # The one host synchronisation; the processes agree.
+        own = [*torch.stack(losses).mean(0).tolist(), *self._stop_asked()]
+        total, loss, *self.stopping = mean_over_processes(own)
+        norm = grad_norm.item()
+        self._check_finite(total, norm, batches)
+        lr = max(group["lr"] for group in self.optimizer.param_groups)  # that this step uses
+        self._update_weights()
+        seconds = time.perf_counter() - started
+        self.progress |= {"seconds": self.progress["seconds"] + seconds, "loss": loss}
+        self.images += self.processes * sum(len(batch["image"]) for batch in batches)
+        self.seconds += seconds
+        self.display.advance(self.step, seconds)
+        return {"loss": total, "task_loss": loss, "lr": lr, "grad_norm": norm}, record
+
+    def _loss(self, batch: dict[str, Tensor], part: int, module: nn.Module) -> tuple[Tensor, Tensor, RoutingRecord]:
+        """(loss with the auxiliary losses, loss of the task, routing record) of a batch of the present step."""
+        number = part * self.processes + self.rank  # among the parts of a step that all processes compute
+        seed_everything(self.config.seed, self.step, number)
+        number += self.step * self.config.train.accumulate_steps * self.processes
+        with vmoe.record_routing(self.model) as record, arithmetic(self.precision, self.device):
+            loss = self.task.loss(module, batch, number)
+        return loss + record.auxiliary_loss().to(self.device), loss, record
+
+    def _update_weights(self) -> None:
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.schedule.step_update(self.step)
+        vmoe.update_expert_bias(self.model)
+        self.task.after_step(self.model)
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.step)
+
+    def _stop_asked(self) -> list[float]:
+        """[interrupted, planned], as this process knows."""
+        interrupted = self.stop.interrupted or self.stop.orphaned
+        return [float(interrupted), float(self.stop.planned or self.budget.used_up())]
+
+    def _check_finite(self, total: float, norm: float, batches: list[dict[str, Tensor]]) -> None:
+        """Raises NonFiniteError, after it repeated the batches to find the first value that is not finite."""
+        self.skipped = self.skipped + 1 if self.scaler.is_enabled() and not math.isfinite(norm) else 0
+        if math.isfinite(total) and (math.isfinite(norm) or 0 < self.skipped <= MAX_SKIPPED_STEPS):
+            return
+        where, found = None, False
+        for part, batch in enumerate(batches):
+            if not found:
+                repeat = partial(lambda *given: self._loss(*given)[0], batch, part, self.model)
+                where = find_non_finite(self.model, repeat, batch, any_process)
+                found = any_process(where is not None)
+        where = where or ("another process" if found else "no layer when repeated")
+        what = "gradient" if math.isfinite(total) else f"loss ({total})"
+        checkpoints = list_checkpoints(self.run)
+        kept = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint was saved yet"
+        raise NonFiniteError(
+            f"step {self.step + 1}: the {what} is not finite. The first such value is in {where}. The weights were not "
+            f"changed by this step; {kept}. A lower optim.lr, a longer optim.warmup_steps, a smaller "
+            "train.clip_grad_norm, or train.precision bf16 or float32 usually help"
+        )
+
+    # --- log, evaluate, save ---
+
+    def log(self, metrics: dict[str, float], record: RoutingRecord) -> dict[str, float]:
+        """Shows the metrics of a step, and warns about the data and the routing; returns all that is to be logged."""
+        metrics |= {
+            "images_per_second": self.images / self.seconds,
+            "data_wait_share": self.batches.waited / self.seconds,
+        }
+        self.images, self.seconds, self.batches.waited = 0, 0.0, 0.0
+        self.data_watch.update(metrics, self.batches.loader.samples_per_second)
+        if self.scaler.is_enabled():
+            metrics["grad_scale"] = self.scaler.get_scale()
+        metrics["bad_samples"] = self._position()["num_bad"]
+        metrics |= {**self.task.metrics(self.model), **routing_metrics(record)}
+        if self.config.train.tensorboard:
+            self.metrics.tensorboard(self.step, expert_metrics(record))
+        self.collapse_watch.update(self.step, record.layers)
+        self.display.show(self.step, metrics)
+        return metrics
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluates on the validation data; returns what is to be logged."""
+        with self.display.timing("evaluation"):
+            results = self.task.evaluate(self._evaluated_model(), self.device)
+        self.progress |= {"evaluation": results, "evaluated": self.step}
+        values = (f"{name} {value:.4f}" for name, value in results.items() if isinstance(value, float))
+        self.display.message(f"step {self.step}: evaluation {', '.join(values)}")
+        return {f"evaluation/{name}": value for name, value in results.items()}
+
+    def evaluate_or_save(self) -> dict[str, float]:
+        """Evaluates; if that fails, saves first: bad validation data must not cost the training up to here."""
+        try:
+            return self.evaluate()
+        except Exception as error:
+            if self.processes == 1 or isinstance(error, SharedError):  # else the others cannot take part
+                self.save()
+            raise
+
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        state = {
+            "step": self.step,
+            "scaler": self.scaler.state_dict(),
+            "loader": self._position(),
+            "rng": {"seed": self.config.seed, "next_step": self.step},  # all there is: see seed_everything
+            "progress": self.progress,
+        }
+        extra = {"class_names": self.task.class_names} if self.config.task == "classification" else {}
+        if self.task.exif_orientation:
+            extra["exif_orientation"] = True
+        with self.budget.saving(), self.display.timing("checkpoint"):
+            self.checkpointer.save(self.step, self.model, self.ema and self.ema.module, self.optimizer, state, extra)
+
+    def _evaluated_model(self) -> nn.Module:
+        return self.model if self.ema is None else self.ema.module
+
+    def _position(self) -> dict[str, int]:
+        """Behind the batches of the steps done, with the counts of all processes; all call it."""
+        state = self.batches.position
+        counts = sum_over_processes({name: torch.tensor(state[name]) for name in ("num_read", "num_bad")})
+        return state | {name: int(count) for name, count in counts.items()}
+
+    # --- finish ---
+
+    def finish(self) -> dict[str, Any]:
+        """Writes summary.json and examples.png, and prints the final table; returns the summary."""
+        config, progress = self.config, self.progress
+        images = self.step * config.data.loader.batch_size * config.train.accumulate_steps
+        summary = {
+            "model": config.model.name or config.model.pretrained,
+            "task": config.task,
+            "seed": config.seed,
+            "steps": self.step,
+            "precision": self.precision,
+            **self.profile,
+            "images_per_second": images / progress["seconds"],
+            "train_seconds": progress["seconds"],
+            "loss": progress["loss"],
+            "evaluation": progress["evaluation"],
+        }
+        if self.first:
+            write_text(self.run / "summary.json", json.dumps(summary, indent=2) + "\n")
+        self.console.print(final_table(summary))
+        if config.evaluate.examples:
+            draw_examples(self.task, self._evaluated_model(), self.run / "examples.png" if self.first else None, config)
+        _print(self.console, f"results saved to {self.run}")
         return summary
 
-    # ---- build
-    precision = pick_precision(config.train.precision, device)
-    if config.train.num_threads is not None:
-        torch.set_num_threads(config.train.num_threads)
-    seed_everything(config.seed)
-    task = create_task(config)
-    # A continued run finds its model in the checkpoint; the file it once started from need not exist any more.
-    pretrained = config.model.pretrained if checkpoint is None else str(checkpoint_weights(checkpoint))
-    try:
-        # Where the weights are sharded, the others get their part of what the first process makes.
-        with nullcontext() if first or size.is_plain else torch.device("meta"):
-            model = task.create_model(pretrained, continued=checkpoint is not None).train()
-    except WeightsError as error:
-        if checkpoint is None:
-            raise
-        raise CheckpointError(f"{error}; remove {checkpoint} to continue from the one before") from error
-    if size.is_plain:
-        model.to(device)
-    if config.train.grad_checkpointing:
-        model.set_grad_checkpointing()
-    freeze(model, config.train.freeze)
-    model.train()  # now that it is known what is frozen: a locked tower stays in evaluation mode
-    profile = model_profile(model)
-    spread = None
-    if processes > 1:
-        meshes = make_meshes(size, device)
-        set_timeout([meshes.whole, meshes.dense], parallel.timeout)
-        spread = partial(parallelize, meshes=meshes, device=device)
-    ema = None
-    if config.train.ema_decay is not None:
-        ema = create_ema(model, config.train.ema_decay, None if size.is_plain else spread)
-    forward = model if spread is None else spread(model)  # what is called in training; `model` holds the weights
-    if config.train.compile:
-        forward = torch.compile(forward)
-    sharded = is_sharded(model)
-    if sharded and precision == "fp16":
-        raise ConfigError(
-            "train.precision fp16 needs parallel.dp_shard = parallel.ep = 1; use bf16, which needs no scaler"
-        )
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = create_optimizer(model, config.optim)
-    if sharded:
-        split_groups(optimizer)
-    if checkpoint is None and config.model.pretrained_optimizer:
-        if sharded:
-            raise ConfigError("model.pretrained_optimizer needs parallel.dp_shard = parallel.ep = 1; set it to false")
-        carry_over_optimizer(config.model.pretrained, model, optimizer)
-    schedule = create_schedule(optimizer, config.optim, config.train.steps)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    transform = build_transform(preprocess_config(model), config.data.augmentation)
-    loader = train_loader(task.train_data, transform, task.tokenizer, config.data.loader, config.seed, device)
 
-    # ---- continue
-    step, progress = 0, {"seconds": 0.0, "loss": math.nan, "evaluation": {}, "evaluated": 0}
-    if checkpoint is not None:
-        state = load_checkpoint(checkpoint, model, ema and ema.module, optimizer)
-        scaler.load_state_dict(state["scaler"])
-        loader.load_state_dict(state["loader"])
-        step, progress = state["step"], state["progress"]
-        schedule.step_update(step)
-        console.print(f"{run}: continuing after step {step}", highlight=False, markup=False, soft_wrap=True)
+class Prefetch:
+    """The batches of each step, which may be fetched before they are taken.
 
-    wait_for_all()  # nobody looks for a run in the folder any more
-    lock = None
-    if first:
-        lock = lock_folder(run)
-        remove_unfinished(run)
-        write_text(run / "config.yaml", to_yaml(config))
-    log = MetricsLog(run if first else None, step, config.train.tensorboard)
-    pictures = RoutingPictures(config, task, log)
-    watch = CollapseWatch(config.train.collapse_after)
-    data_watch = DataWatch(config.data.loader.num_workers)
-    skipped = 0  # by the fp16 gradient scaler, in a row
-    interval = Interval()
+    Args:
+        loader: of single batches.
+        number: of batches in a step.
 
-    checkpointer = Checkpointer(
-        run, config.train.keep_last, config.train.keep_every, config.train.async_checkpoints, dataclasses.asdict(size)
-    )
+    Attributes:
+        position: of the loader, behind the batches that were taken.
+        waited: seconds spent in `fetch` while the device had nothing to do; to be reset by the reader.
+    """
 
-    def save() -> None:
-        trainer = {
-            "step": step,
-            "scaler": scaler.state_dict(),
-            "loader": whole_position(loader),
-            "rng": {"seed": config.seed, "next_step": step},  # all there is: see seed_everything
-            "progress": progress,
-        }
-        extra = {"class_names": task.class_names} if config.task == "classification" else {}
-        if task.exif_orientation:
-            extra["exif_orientation"] = True
-        with budget.saving(), display.timing("checkpoint"):
-            checkpointer.save(step, model, ema and ema.module, optimizer, trainer, extra)
+    def __init__(self, loader: TrainLoader, number: int) -> None:
+        self.loader, self.number = loader, number
+        self.position = loader.state_dict()
+        self.waited = 0.0
+        self._next: list[dict[str, Tensor]] | Exception | None = None
 
-    def evaluate() -> None:
-        with display.timing("evaluation"):
-            progress["evaluation"] = task.evaluate(model if ema is None else ema.module, device)
-        progress["evaluated"] = step
+    def fetch(self) -> None:
+        """Reads the batches of the next step; an error is raised when they are taken, after the present step."""
+        began, done = time.perf_counter(), None
+        if torch.device(self.loader.device).type == "cuda":
+            done = torch.cuda.Event()
+            done.record()  # behind the work that the device has
+        try:
+            self._next = [next(self.loader) for _ in range(self.number)]
+        except Exception as error:
+            self._next = error
+        if done is None or done.query():
+            self.waited += time.perf_counter() - began
 
-    def loss_of(batch: dict[str, torch.Tensor], part: int, module: nn.Module):
-        """(loss with the routing's own, loss of the task, routing record) of a batch of the present step."""
-        number = part * processes + rank  # among the parts of a step that all processes compute
-        seed_everything(config.seed, step, number)
-        with vmoe.record_routing(model) as record, arithmetic(precision, device):
-            loss = task.loss(module, batch, step * config.train.accumulate_steps * processes + number)
-        return loss + record.auxiliary_loss().to(device), loss, record
-
-    # ---- train
-    every = {"evaluation": config.train.eval_every, "checkpoint": config.train.checkpoint_every}
-    display = ProgressDisplay(console, step, config.train.steps, **every)
-    try:
-        with display, stop.between_steps():
-
-            def stop_asked() -> list[float]:
-                return [float(stop.interrupted or stop.orphaned), float(stop.planned or budget.used_up())]
-
-            while step < config.train.steps:
-                budget.next_step()
-                # Data.
-                started = time.perf_counter()
-                batches = [next(loader) for _ in range(config.train.accumulate_steps)]
-                waited = time.perf_counter() - started
-
-                # Forward and backward; each batch gives its share of the gradient.
-                losses = []
-                for part, batch in enumerate(batches):
-                    set_gradient_sync(forward, part == len(batches) - 1)
-                    total, loss, record = loss_of(batch, part, forward)
-                    with attention_kernel(precision, device):
-                        scaler.scale(total / len(batches)).backward()
-                    losses.append(torch.stack([total.detach(), loss.detach()]))
-                synchronize_numbers(model)
-                scaler.unscale_(optimizer)
-                grad_norm = clip_grad_norm(trainable, config.train.clip_grad_norm or math.inf)
-
-                # The one place where the CPU waits for the device, and the processes agree: nothing that is not finite
-                # reaches the weights.
-                own = [*torch.stack(losses).mean(0).tolist(), *stop_asked()]
-                total, loss, interrupted, planned = mean_over_processes(own)
-                norm = grad_norm.item()
-                skipped = skipped + 1 if scaler.is_enabled() and not math.isfinite(norm) else 0
-                if not math.isfinite(total) or (not math.isfinite(norm) and not 0 < skipped <= MAX_SKIPPED_STEPS):
-                    raise non_finite_error(model, loss_of, batches, step, total, run)
-
-                # Step. `lr` is the rate that this step used.
-                lr = max(group["lr"] for group in optimizer.param_groups)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
-                step += 1
-                schedule.step_update(step)
-                vmoe.update_expert_bias(model)
-                task.after_step(model)
-                if ema is not None:
-                    ema.update(model, step=step)
-                seconds = time.perf_counter() - started
-                progress["seconds"] += seconds
-                progress["loss"] = loss
-                interval.add(processes * sum(len(batch["image"]) for batch in batches), seconds, waited)
-                display.advance(step, seconds)
-
-                # Log, evaluate, save.
-                last, figures = step == config.train.steps, {}
-                if last or step % config.train.log_every == 0:
-                    figures = {"loss": total, "task_loss": loss, "lr": lr, "grad_norm": norm, **interval.figures()}
-                    data_watch.update(figures, loader.samples_per_second)
-                    if scaler.is_enabled():
-                        figures["grad_scale"] = scaler.get_scale()
-                    figures |= {"bad_samples": whole_position(loader)["num_bad"]}
-                    figures |= {**task.figures(model), **routing_figures(record)}
-                    if config.train.tensorboard:
-                        log.tensorboard(step, expert_figures(record))
-                    watch.update(step, record.layers)
-                    display.show(step, figures)
-                if config.train.eval_every and (last or step % config.train.eval_every == 0):
-                    try:
-                        evaluate()
-                    except Exception as error:  # bad validation data must not cost the training up to here
-                        if processes == 1 or isinstance(error, SharedError):  # else the others cannot take part
-                            save()
-                        raise
-                    figures |= {f"evaluation/{name}": value for name, value in progress["evaluation"].items()}
-                    values = (f"{k} {v:.4f}" for k, v in progress["evaluation"].items() if isinstance(v, float))
-                    display.message(f"step {step}: evaluation {', '.join(values)}")
-                if processes == 1 or progress["evaluated"] == step:  # that took long: somebody may have asked again
-                    interrupted, planned = mean_over_processes(stop_asked())
-                if figures:
-                    log.write(step, figures)
-                del record  # it holds the graph of the auxiliary losses
-                stopping = interrupted or planned
-                if last or stopping or step % config.train.checkpoint_every == 0:
-                    save()
-                if pictures.due(step):  # after the checkpoint: nothing of it is lost
-                    pictures.draw(step, model if ema is None else ema.module, device)
-                if stopping and not last:
-                    checkpointer.wait()
-                    raise Stopped(
-                        f"stopped after step {step} of {config.train.steps}; the same command continues the run",
-                        planned=not interrupted,
-                        agreed=True,
-                    )
-            checkpointer.wait()
-            if config.train.eval_every and progress["evaluated"] != step:  # it failed when this step was made
-                evaluate()
-                log.write(step, {f"evaluation/{name}": value for name, value in progress["evaluation"].items()})
-    finally:
-        log.close()
-        checkpointer.close()
-        if lock is not None:
-            unlock_folder(lock)
-
-    # ---- finish
-    model = model if ema is None else ema.module
-    summary = {
-        "model": config.model.name or config.model.pretrained,
-        "task": config.task,
-        "seed": config.seed,
-        "steps": step,
-        "precision": precision,
-        **profile,
-        "images_per_second": step * config.data.loader.batch_size * config.train.accumulate_steps / progress["seconds"],
-        "train_seconds": progress["seconds"],
-        "loss": progress["loss"],
-        "evaluation": progress["evaluation"],
-    }
-    if first:
-        write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
-    console.print(final_table(summary))
-    if config.evaluate.examples:
-        draw_examples(task, model, run / "examples.png" if first else None, config)
-    console.print(f"all of it in {run}", highlight=False, markup=False, soft_wrap=True)
-    return summary
+    def take(self) -> list[dict[str, Tensor]]:
+        """The batches of the next step."""
+        if self._next is None:
+            self.fetch()
+        batches, self._next = self._next, None
+        if isinstance(batches, Exception):
+            raise batches
+        self.position = self.loader.state_dict()
+        return batches
 
 
 def seed_everything(*seed: int) -> None:
@@ -373,67 +502,5 @@ def seed_everything(*seed: int) -> None:
     random.seed(number)
 
 
-class Interval:
-    """Throughput since the last time that it was asked for."""
-
-    def __init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
-        self.images, self.seconds, self.waited = 0, 0.0, 0.0
-
-    def add(self, images: int, seconds: float, waited: float) -> None:
-        """Counts a step: its pictures, the time it took, and how much of that went into waiting for data."""
-        self.images += images
-        self.seconds += seconds
-        self.waited += waited
-
-    def figures(self) -> dict[str, float]:
-        """{"images_per_second", "data_wait_share" (0..1)} of the steps counted since the last call."""
-        result = {"images_per_second": self.images / self.seconds, "data_wait_share": self.waited / self.seconds}
-        self._reset()
-        return result
-
-
-def non_finite_error(model: nn.Module, loss_of, batches, step: int, loss: float, run: Path) -> NonFiniteError:
-    """The error for a step whose loss or gradient is not finite: repeats its batches to find the first such value."""
-    place, found = None, False
-    for part, batch in enumerate(batches):
-        if not found:
-            place = find_non_finite(model, lambda b=batch, p=part: loss_of(b, p, model)[0], batch, any_process)
-            found = any_process(place is not None)
-    what = "gradient" if math.isfinite(loss) else f"loss ({loss})"
-    checkpoints = list_checkpoints(run)
-    kept = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint was saved yet"
-    if place is None:
-        place = "another process" if found else "no layer when repeated"
-    return NonFiniteError(
-        f"step {step + 1}: the {what} is not finite. The first such value is in {place}. "
-        f"The weights were not changed by this step; {kept}. A lower optim.lr, a longer optim.warmup_steps, a smaller "
-        "train.clip_grad_norm, or train.precision bf16 or float32 usually help"
-    )
-
-
-def whole_position(loader: TrainLoader) -> dict[str, int]:
-    """The loader's position, with the counts of all processes; all call it."""
-    state = loader.state_dict()
-    counts = sum_over_processes({name: torch.tensor(state[name]) for name in ("num_read", "num_bad")})
-    return state | {name: int(count) for name, count in counts.items()}
-
-
-def draw_examples(task: Task, model: nn.Module, file: Path | None, config: Config) -> None:
-    """The figure at the end of a run: pictures, their most probable names, and where their patches were routed.
-
-    All processes call it. Those of a sharded model draw it together, and one of them keeps it (`file`; None in the
-    others).
-    """
-    try:
-        samples = task.examples(config.evaluate.examples)
-        names = task.example_names(samples)
-        if samples and (file is not None or is_sharded(model)):
-            templates = config.evaluate.templates if task.tokenizer is not None else None
-            with TemporaryDirectory() as unwanted:
-                place = file or Path(unwanted, "examples.png")
-                example_figure(model, samples, names, task.tokenizer, place, templates=templates)
-    except Exception as error:  # the run itself is finished and saved
-        logger.warning("no examples.png: %s", error or type(error).__name__)
+def _print(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

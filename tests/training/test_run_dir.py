@@ -3,7 +3,7 @@
 import pytest
 
 from vmoe.data import AugmentationConfig, LoaderConfig
-from vmoe.training import config_check
+from vmoe.training import run_dir
 from vmoe.training.config import Config, DataConfig
 from vmoe.utils.config import ConfigError
 
@@ -11,9 +11,9 @@ from vmoe.utils.config import ConfigError
 @pytest.fixture
 def two_processes(monkeypatch):
     """This one, and another that has the same settings."""
-    monkeypatch.setattr(config_check, "world", lambda: (0, 2))
-    monkeypatch.setattr(config_check, "from_first", lambda make: make())
-    monkeypatch.setattr(config_check, "gather_lists", lambda own: own * 2)
+    monkeypatch.setattr(run_dir, "world", lambda: (0, 2))
+    monkeypatch.setattr(run_dir, "from_first", lambda make: make())
+    monkeypatch.setattr(run_dir, "gather_lists", lambda own: own * 2)
 
 
 @pytest.mark.usefixtures("two_processes")
@@ -30,7 +30,7 @@ def test_a_batch_is_shared_evenly(batch_size, mixup, message):
     data = DataConfig(loader=LoaderConfig(batch_size=batch_size), augmentation=AugmentationConfig(mixup=mixup))
     config = Config(output_dir="run", task="classification", data=data)
     if message is None:
-        config_check.check_same_settings(config)
+        run_dir.check_same_settings(config)
     else:
         with pytest.raises(ConfigError, match=message):
-            config_check.check_same_settings(config)
+            run_dir.check_same_settings(config)

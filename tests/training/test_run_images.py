@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vmoe
-from vmoe.training import routing_images
-from vmoe.training.logger import expert_figures, read_metrics
-from vmoe.training.routing_images import routing_picture
+from vmoe.training import run_images
+from vmoe.training.logger import expert_metrics, read_metrics
+from vmoe.training.run_images import routing_image
 from vmoe.training.tasks import create_task
 from vmoe.training.trainer import train
 from vmoe.utils.config import ConfigError
@@ -22,7 +22,7 @@ PICTURE = "routing/patches"
 
 @pytest.fixture(autouse=True)
 def few_pictures(monkeypatch):
-    monkeypatch.setattr(routing_images, "NUM_PICTURES", 2)
+    monkeypatch.setattr(run_images, "NUM_IMAGES", 2)
 
 
 def quietly(config):
@@ -53,7 +53,7 @@ def test_pictures_change_nothing_of_training(make_config, tmp_path, task):
                 "output_dir": folder / "run",
                 "train.steps": 2,
                 "train.tensorboard": every > 0,
-                "train.routing_picture_every": every,
+                "train.routing_images_every": every,
                 "train.ema_decay": 0.9,
             },
         )
@@ -70,7 +70,7 @@ def test_pictures_change_nothing_of_training(make_config, tmp_path, task):
     [(2, 0, [2, 4, 5]), (None, 3, [3, 5]), (None, 0, []), (0, 3, [])],
 )
 def test_pictures_come_when_they_are_asked_for(make_config, tmp_path, every, evaluations, expected):
-    settings = {"train.routing_picture_every": every, "train.eval_every": evaluations, "train.tensorboard": True}
+    settings = {"train.routing_images_every": every, "train.eval_every": evaluations, "train.tensorboard": True}
     quietly(make_config(**settings, **{"train.steps": 5}))
     events = events_of(tmp_path)
     found = events.Images(PICTURE) if PICTURE in events.Tags()["images"] else []
@@ -90,12 +90,12 @@ def test_every_expert_has_its_load_and_importance(make_config, tmp_path):
     assert not any(key.startswith("experts/") for line in read_metrics(tmp_path / "run/metrics.jsonl") for key in line)
 
 
-def test_expert_figures_are_those_of_the_record():
+def test_expert_metrics_are_those_of_the_record():
     torch.manual_seed(0)
     model = vmoe.create_model("vmoe_tiny_patch8_48", img_size=16, embed_dim=16, num_heads=2, depth=2, num_experts=4)
     with vmoe.record_routing(model.eval()) as record:
         model(torch.randn(3, 3, 16, 16))
-    layer, figures = record.layers["blocks.1.mlp"], expert_figures(record)
+    layer, figures = record.layers["blocks.1.mlp"], expert_metrics(record)
     for expert in range(4):
         name = f"experts/blocks.1.mlp/image/{{}}_{expert:02d}"
         assert figures[name.format("load")] == pytest.approx(layer.load[expert].item() / layer.load.sum().item())
@@ -103,7 +103,7 @@ def test_expert_figures_are_those_of_the_record():
 
 
 def test_a_dense_model_and_one_with_sparse_text_only_have_no_picture(make_config, tmp_path):
-    settings = {"train.tensorboard": True, "train.steps": 2, "train.routing_picture_every": 1}
+    settings = {"train.tensorboard": True, "train.steps": 2, "train.routing_images_every": 1}
     quietly(make_config(**settings, **{"model.kwargs.num_experts": 0}))
     assert events_of(tmp_path).Tags()["images"] == []
     config = make_config("contrastive", **settings)
@@ -115,12 +115,12 @@ def test_a_dense_model_and_one_with_sparse_text_only_have_no_picture(make_config
     task = create_task(config)
     task.tokenizer = vmoe.get_tokenizer(model)
     with pytest.raises(ValueError, match="no sparse layer sees their patches"):
-        routing_picture(model, task.examples(2), task, torch.device("cpu"), "run")
+        routing_image(model, task.examples(2), task, torch.device("cpu"), "run")
 
 
 def test_a_negative_number_of_steps_is_an_error(make_config):
-    with pytest.raises(ConfigError, match=r"routing_picture_every must be >= 0, got -1"):
-        make_config(**{"train.routing_picture_every": -1}).check()
+    with pytest.raises(ConfigError, match=r"routing_images_every must be >= 0, got -1"):
+        make_config(**{"train.routing_images_every": -1}).check()
 
 
 def test_a_picture_that_cannot_be_drawn_costs_nothing_but_itself(make_config, tmp_path, monkeypatch, caplog):
@@ -130,9 +130,9 @@ def test_a_picture_that_cannot_be_drawn_costs_nothing_but_itself(make_config, tm
         steps.append([folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()])
         raise RuntimeError("the font is broken")
 
-    monkeypatch.setattr(routing_images, "routing_picture", fail)
+    monkeypatch.setattr(run_images, "routing_image", fail)
     settings = {"train.steps": 2, "train.tensorboard": True, "train.checkpoint_every": 1, "train.keep_last": 3}
-    summary = quietly(make_config(**settings, **{"train.routing_picture_every": 1}))
+    summary = quietly(make_config(**settings, **{"train.routing_images_every": 1}))
     assert summary["steps"] == 2
     assert steps == [["step_000001"]]  # saved before, and not tried again
-    assert [r.getMessage() for r in caplog.records] == ["no pictures of the routing: the font is broken"]
+    assert [r.getMessage() for r in caplog.records] == ["no images of the routing: the font is broken"]
