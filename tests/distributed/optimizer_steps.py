@@ -11,7 +11,7 @@ from open_clip.loss import ClipLoss  # noqa: F401  imported before the processes
 from steps import batches, loss_of, make_model, whole
 
 from vmoe.distributed.mesh import MeshSize, make_meshes
-from vmoe.distributed.parallelize import parallelize, split_groups, synchronize_numbers
+from vmoe.distributed.parallelize import parallelize, split_groups, synchronize_scalars
 from vmoe.training.config import OptimConfig
 from vmoe.training.optim import create_optimizer
 from vmoe.training.optimizer_state import export_state
@@ -31,7 +31,7 @@ def trained(name: str, size: MeshSize | None, rank: int, world: int) -> dict[str
     for batch in batches("vmoe")[:2]:
         part = {key: tensor.tensor_split(world)[rank] for key, tensor in batch.items()}
         loss_of(module, part, False, rank, world).backward()
-        synchronize_numbers(model)
+        synchronize_scalars(model)
         optimizer.step()
         optimizer.zero_grad()
     export_state(optimizer, model)  # it can be saved

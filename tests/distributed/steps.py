@@ -23,7 +23,7 @@ from vmoe.distributed.parallelize import (
     parallelize,
     set_gradient_sync,
     split_groups,
-    synchronize_numbers,
+    synchronize_scalars,
 )
 from vmoe.evaluation.inference import arithmetic
 from vmoe.training.optim import create_ema
@@ -141,7 +141,7 @@ def train(case: str, size: MeshSize | None, options: list[str]) -> dict[str, tor
             loss = (loss + record.auxiliary_loss()) / accumulate
             loss.backward()
             total += loss.detach()
-        synchronize_numbers(model)
+        synchronize_scalars(model)
         norm = clip_grad_norm(parameters, 1.0)
         if world > 1:
             dist.all_reduce(total)

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import vmoe
 from vmoe.distributed.mesh import MeshSize, make_meshes
-from vmoe.distributed.parallelize import parallelize, synchronize_numbers
+from vmoe.distributed.parallelize import parallelize, synchronize_scalars
 from vmoe.moe import SparseMoE
 
 CASES = ("top_1", "top_2_bpr", "dropless", "expert_choice", "soft", "deepseek", "limoe")
@@ -35,7 +35,7 @@ def step(model: nn.Module, module: nn.Module, inputs: list[torch.Tensor], world:
     outputs = module(*inputs)
     outputs = outputs[:2] if isinstance(outputs, tuple) else (outputs,)
     (sum(output.square().sum() for output in outputs) * world).backward()  # training averages over the processes
-    synchronize_numbers(model)
+    synchronize_scalars(model)
     loads = [layer.router for layer in model.modules() if isinstance(layer, SparseMoE)]
     vmoe.update_expert_bias(model)
     results = {f"bias {i}": router.expert_bias for i, router in enumerate(loads) if hasattr(router, "expert_bias")}

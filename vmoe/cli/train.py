@@ -18,8 +18,8 @@ from vmoe.utils.tables import make_console
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code.
 
-    An error is one sentence; set VMOE_TRACEBACK=1 to see where it comes from. Of several processes, each tells its own
-    errors, with its number; what all find alike is told once.
+    An error is one sentence; VMOE_TRACEBACK=1 shows where it comes from. Of several processes, each prints its own
+    errors, with its number; what all find alike is printed once.
 
     Returns:
         0: done, or stopped by SIGUSR1 or at the end of train.max_minutes (the same command continues); 1: an error, or
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vmoe.training.config import ConfigError, load_config
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    # Mistakes in the settings are told by the first process of each machine: each may have another file.
+    # The first process of each machine reports mistakes in the settings: each machine may have another file.
     with redirect_stderr(io.StringIO()) if int(os.environ.get("LOCAL_RANK", 0)) else nullcontext():
         config = load_config(argv)
     # Only now: these take seconds to import, and a wrong setting or --help need not wait for them.
@@ -39,35 +39,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vmoe.distributed.heartbeat import told_by
     from vmoe.distributed.process_group import LostProcessError, tells
     from vmoe.training.diagnosis import NonFiniteError
-    from vmoe.training.signals import Stopped
     from vmoe.training.trainer import train
 
     console = make_console()
     handler = RichHandler(console=console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    # What users can cause is one sentence; all else shows where it broke.
+    expected = (ValueError, OSError, ModuleNotFoundError, NonFiniteError, BadSample, TooManyBadSamples)
     try:
         train(config, console)
     except KeyboardInterrupt as stopped:
         text = str(stopped) or "interrupted; the same command continues the run from its last checkpoint"
         if rank == 0:
             print(f"\nvmoe-train: {text}", file=sys.stderr)
-        return 0 if isinstance(stopped, Stopped) and stopped.planned else 130
-    except LostProcessError as lost:
+        return 0 if getattr(stopped, "planned", False) else 130
+    except (LostProcessError, *expected) as error:
         if os.environ.get("VMOE_TRACEBACK"):
             raise
-        if not lost.told:
-            print(f"vmoe-train: {told_by(rank, world)}error: {escaped(lost)}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)  # threads that wait for the lost process (a checkpoint being written, NCCL) would hold up an exit
-    # What users can cause is one sentence; all else shows where it broke.
-    except (ValueError, OSError, ModuleNotFoundError, NonFiniteError, BadSample, TooManyBadSamples) as error:
-        if os.environ.get("VMOE_TRACEBACK"):
-            raise
-        if tells(error, rank):
-            teller = "" if isinstance(error, ConfigError) else told_by(rank, world)
+        lost, wrong_setting = isinstance(error, LostProcessError), isinstance(error, ConfigError)
+        if not error.told if lost else tells(error, rank):
+            teller = "" if wrong_setting else told_by(rank, world)
             print(f"vmoe-train: {teller}error: {escaped(error)}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        if lost:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(
+                1
+            )  # threads that wait for the lost process (a checkpoint being written, NCCL) would hold up an exit
+        return 2 if wrong_setting else 1
     return 0
 
 

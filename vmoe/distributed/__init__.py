@@ -1,1 +1,1 @@
-"""Training in several processes: meshes, sharded weights, experts spread over processes."""
+"""Training in several processes: meshes, sharded weights, expert parallelism."""

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from vmoe.distributed.process_group import run_together
 from vmoe.models.manifest import find_problems
 from vmoe.utils.world import world
 
@@ -25,13 +26,7 @@ class CheckpointError(ValueError):
 
 
 class Team:
-    """The processes of the job, or the only one. All of them make it and call its methods together.
-
-    Attributes:
-        rank: of this process.
-        world: their number.
-        group: for their messages; None for one process.
-    """
+    """The processes of the job, or the only one. All of them make it and call its methods together."""
 
     def __init__(self) -> None:
         (self.rank, self.world), self.group = world(), None
@@ -44,29 +39,8 @@ class Team:
             self.group = _groups[dist.group.WORLD]
 
     def run(self, action: Callable[[], Result], path: Path, collect: bool = True) -> list[Result]:
-        """Does something in every process.
-
-        Args:
-            action: what to do. If it speaks with other processes, it must not fail in one of them alone.
-            path: what it is about, for the message.
-            collect: return the results of all processes, by rank; else this one's alone.
-
-        Raises:
-            CheckpointError: in all processes, if it failed in one.
-        """
-        result, failure, cause = None, None, None
-        try:
-            result = action()
-        except (Exception, CheckpointException) as error:
-            failure, cause = _sentence(error, path), error
-        everyone = [(failure, result)]
-        if self.group is not None:
-            everyone = [None] * self.world
-            dist.all_gather_object(everyone, (failure, result if collect else None), group=self.group)
-        first = next((each for each, _ in everyone if each is not None), None)
-        if first is not None:
-            raise CheckpointError(first) from cause
-        return [each for _, each in everyone] if collect else [result]
+        """As `run_together`, with a CheckpointError about `path`."""
+        return run_together(action, lambda error: _sentence(error, path), CheckpointError, self.group, collect)
 
     def run_first(self, action: Callable[[], Result], path: Path) -> Result:
         """Does something in process 0; as `run`, and returns what it gave there."""

@@ -1,11 +1,9 @@
 """Expert parallelism: each process holds some of the experts, and rows travel to the process of their expert and back.
 
 Process p of P holds the experts p·E/P ... (p+1)·E/P - 1, so the rows for one process lie together among rows that are
-sorted by expert. There are two ways to send them:
-
-- the number of rows that an expert can have is known (capacity): buffers of the size that the largest batch of all
-  processes needs. Nobody waits for a device, and compiled code knows the size.
-- it is not known (nothing is dropped, or evaluation, where batches differ in size): the counts travel first.
+sorted by expert. If the rows that an expert can have are bounded (capacity), they travel in padded buffers of a fixed
+size: no host synchronisation, and compiled code knows the size. Else (no capacity, or evaluation, where batches differ
+in size) the counts travel first.
 
 Shapes, by suffix: P processes, E experts of all, L = E/P experts of one, R rows sorted by expert, C rows of a buffer
 per expert and process, D width, S rows that this process receives.
@@ -23,27 +21,20 @@ from vmoe.moe.experts import RunExperts
 
 
 class ExpertExchange:
-    """Runs rows through experts that are spread over the processes of a group; what `Experts.exchange` is set to.
-
-    Args:
-        group: the processes, in the order of their experts.
-    """
+    """Runs rows through experts that are sharded over a group, in its order; what `Experts.exchange` is set to."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.num_processes = dist.get_world_size(group)
 
     def __call__(self, run: RunExperts, x_RD: Tensor, count_E: Tensor, max_count: int | None) -> Tensor:
-        """The rows of this process through their experts, wherever these are.
+        """The rows of this process through their experts: (R, D) in the order of `x_RD`, zero for unused rows.
 
         Args:
             run: this process's experts, (S, D) rows sorted by expert and (L,) rows of each -> (S, D).
             x_RD: rows sorted by expert; those beyond the sum of `count_E` are unused.
             count_E: rows of each expert.
             max_count: the most rows that an expert can have in this process; None: unknown, in all processes.
-
-        Returns:
-            (R, D) in the order of `x_RD`, zero for unused rows.
         """
         if max_count is None:
             return self._counts_first(run, x_RD, count_E)
@@ -59,8 +50,8 @@ class ExpertExchange:
         device = x_RD.device
         end_E = count_E.cumsum(0)
         start_E = end_E - count_E
-        place_C = torch.arange(C, device=device)
-        row_EC = torch.where(place_C < count_E[:, None], start_E[:, None] + place_C, -1)
+        slot_C = torch.arange(C, device=device)
+        row_EC = torch.where(slot_C < count_E[:, None], start_E[:, None] + slot_C, -1)
         row_R = torch.arange(R, device=device)
         expert_R = torch.searchsorted(end_E, row_R, right=True)
         used_R = expert_R < E
@@ -69,11 +60,11 @@ class ExpertExchange:
 
         # Unused rows of the buffers are copies of the first row: the experts are as finite for them as for that one.
         send = gather_rows(x_RD, row_EC.flatten().clamp(min=0), buffer_R[:, None])
-        mine = self._all_to_all(send, None, None)
+        mine = _AllToAll.apply(send, None, None, self.group)
         mine = mine.view(P, L, C, -1).transpose(0, 1).reshape(L * P * C, -1)
         y = run(mine, torch.full((L,), P * C, dtype=count_E.dtype, device=device))
         y = y.view(L, P, C, -1).transpose(0, 1).reshape(E * C, -1)
-        y = self._all_to_all(y, None, None)
+        y = _AllToAll.apply(y, None, None, self.group)
         return gather_rows(y, buffer_R, row_EC.flatten()[:, None])
 
     def _counts_first(self, run: RunExperts, x_RD: Tensor, count_E: Tensor) -> Tensor:
@@ -81,22 +72,20 @@ class ExpertExchange:
         count_PL = count_E.view(P, -1)
         arriving_PL = torch.empty_like(count_PL)
         dist.all_to_all_single(arriving_PL, count_PL.contiguous(), group=self.group)
-        # The one wait for the device: the sizes of what is sent and received.
+        # The one host synchronisation: the sizes of what is sent and received.
         sent_P, received_P = torch.stack([count_PL.sum(1), arriving_PL.sum(1)]).tolist()
         used = sum(sent_P)
 
-        mine = self._all_to_all(x_RD[:used], received_P, sent_P)
+        mine = _AllToAll.apply(x_RD[:used], received_P, sent_P, self.group)
         # They arrive process by process, and the experts want them expert by expert.
         expert_PL = torch.arange(count_PL.shape[1], device=x_RD.device).expand_as(arriving_PL)
         expert_S = expert_PL.flatten().repeat_interleave(arriving_PL.flatten(), output_size=sum(received_P))
         order_S = expert_S.argsort(stable=True)
         back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
         y = run(gather_rows(mine, order_S, back_S[:, None], False, False), arriving_PL.sum(0))
-        y = self._all_to_all(gather_rows(y, back_S, order_S[:, None], False, False), sent_P, received_P)
+        y = gather_rows(y, back_S, order_S[:, None], False, False)
+        y = _AllToAll.apply(y, sent_P, received_P, self.group)
         return y if used == R else torch.cat([y, y.new_zeros(R - used, y.shape[1])])
-
-    def _all_to_all(self, rows: Tensor, received_P: list[int] | None, sent_P: list[int] | None) -> Tensor:
-        return _AllToAll.apply(rows, received_P, sent_P, self.group)
 
 
 def _extremes(number: int, group: dist.ProcessGroup) -> tuple[int, int]:

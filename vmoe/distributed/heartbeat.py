@@ -37,25 +37,18 @@ REMEDY = "the same command continues the run from its last checkpoint"
 
 
 class LostProcessError(RuntimeError):
-    """Another process of the job died, hangs, or stopped with an error; the message says which.
-
-    Attributes:
-        told: that process has printed its error itself, on this machine.
-    """
+    """Another process of the job died, hangs, or stopped with an error, which it printed itself if `told`."""
 
     def __init__(self, message: str, told: bool = False) -> None:
         super().__init__(message)
         self.told = told
 
 
-def current_generation(store: dist.Store, rank: int, world: int, timeout: float) -> int:
+def generation_of(store: dist.Store, rank: int, world: int, timeout: float) -> int:
     """How often the processes of this job were started.
 
     torchrun restarts all processes with the same store, which still holds what those before wrote. Process 0 opens a
     new generation; the others wait for one in which process 0 has a heartbeat.
-
-    Raises:
-        LostProcessError: process 0 did not come within `timeout` seconds.
     """
     if rank == 0:
         return store.add(GENERATION, 1)
@@ -76,14 +69,7 @@ def current_generation(store: dist.Store, rank: int, world: int, timeout: float)
 class Heartbeat:
     """The heartbeat of this process, and what is known of the others; a context manager around the job.
 
-    Args:
-        store: of the job.
-        rank: of this process.
-        world: number of processes.
-        timeout: seconds without a heartbeat after which a process is given up, and this one ends.
-
-    Attributes:
-        end: how this process left; None: it has not.
+    After `timeout` seconds without a heartbeat of another process, this one ends.
     """
 
     def __init__(self, store: dist.Store, rank: int, world: int, timeout: float) -> None:
@@ -109,16 +95,11 @@ class Heartbeat:
 
     @property
     def end(self) -> str | None:
+        """How this process left; None: it has not."""
         return self._own["end"]
 
     def leave(self, end: str, text: str = "", told: bool = True) -> None:
-        """Tells the others that this process ends, and how; once.
-
-        Args:
-            end: DONE, ERROR or LOST.
-            text: the error.
-            told: this process prints its error itself.
-        """
+        """Tells the others how this process ends, with which error, and whether it prints that itself; once."""
         if self.end is None:
             self._own |= {"end": end, "text": text, "told": told}
             if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -135,8 +116,7 @@ class Heartbeat:
     def explain(self, waiting: bool) -> LostProcessError | None:
         """Why the other processes do not answer; None if they all seem to do well.
 
-        Args:
-            waiting: something is certainly wrong: wait until a missing heartbeat tells who it is.
+        With `waiting`, something is certainly wrong: wait until a missing heartbeat tells who it is.
         """
         deadline = time.monotonic() + (SILENT_INTERVALS + 2) * self.interval if waiting else 0.0
         while True:

@@ -1,4 +1,4 @@
-"""How the processes of a job are arranged: a mesh of copies, shards of weights, and experts."""
+"""How the processes of a job are arranged: a mesh of replicas, shards of weights, and experts."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ NAMES = ("dp_replicate", "dp_shard", "ep")
 class MeshSize:
     """Sizes of the mesh's dimensions; their product is the number of processes.
 
-    Every process has its own part of a batch. The dimensions say where weights lie: copied over `dp_replicate`, sharded
-    over `dp_shard`, and the experts' spread over `ep` by expert, while all else is copied over it.
+    Every process has its own part of a batch. The dimensions say where weights lie: replicated over `dp_replicate`,
+    sharded over `dp_shard`, and experts sharded over `ep`, over which all else is replicated.
     """
 
     dp_replicate: int
@@ -40,10 +40,7 @@ class MeshSize:
 
 
 def mesh_size(dp_replicate: int, dp_shard: int, ep: int, world: int) -> MeshSize:
-    """The sizes for `world` processes.
-
-    Args:
-        dp_replicate: -1 for what the other two leave.
+    """The sizes for `world` processes; `dp_replicate` may be -1, for what the other two leave.
 
     Raises:
         ConfigError: they do not multiply to `world`.
@@ -53,8 +50,8 @@ def mesh_size(dp_replicate: int, dp_shard: int, ep: int, world: int) -> MeshSize
             raise ConfigError(f"parallel.{name} must be >= 1, got {size}")
     if dp_replicate < 1 and dp_replicate != -1:
         raise ConfigError(f"parallel.dp_replicate must be >= 1, or -1 for what is left, got {dp_replicate}")
-    copies = world // (dp_shard * ep) if dp_replicate == -1 else dp_replicate
-    size = MeshSize(max(copies, 1), dp_shard, ep)
+    replicas = world // (dp_shard * ep) if dp_replicate == -1 else dp_replicate
+    size = MeshSize(max(replicas, 1), dp_shard, ep)
     if size.world != world:
         raise ConfigError(
             f"parallel: {size} make {size.world} processes, but {world} {'run' if world > 1 else 'runs'}; start "
@@ -70,8 +67,7 @@ class Meshes:
     Attributes:
         size: sizes of the dimensions.
         whole: (dp_replicate, dp_shard, ep), all processes.
-        dense: (copies, shards), the same processes as those weights see them that are no expert's: copies are
-            dp_replicate x ep.
+        dense: (replicas, shards), the same processes for all that is no expert's: replicas are dp_replicate x ep.
     """
 
     size: MeshSize
@@ -87,9 +83,9 @@ class Meshes:
 def make_meshes(size: MeshSize, device: torch.device) -> Meshes:
     """Arranges the processes of the default group; call it in all of them.
 
-    Neighbours in rank are neighbours in `ep`, then in `dp_shard`: what talks most lies within a machine.
+    Neighbours in rank are neighbours in `ep`, then in `dp_shard`: what communicates most lies within a machine.
     """
     assert size.world == dist.get_world_size()
     whole = init_device_mesh(device.type, (size.dp_replicate, size.dp_shard, size.ep), mesh_dim_names=NAMES)
     ranks = whole.mesh.permute(0, 2, 1).reshape(size.dp_replicate * size.ep, size.dp_shard)
-    return Meshes(size, whole, DeviceMesh(device.type, ranks, mesh_dim_names=("copies", "shards")))
+    return Meshes(size, whole, DeviceMesh(device.type, ranks, mesh_dim_names=("replicas", "shards")))

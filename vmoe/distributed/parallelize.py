@@ -1,13 +1,14 @@
-"""From a model to one whose weights lie in several processes: DDP, FSDP2 and expert parallelism.
+"""From a model to a parallel one: DDP, FSDP2 and expert parallelism.
 
 Every process has its own part of the batch, so the gradient of the mean loss is the mean of the processes' gradients,
-wherever a weight lies. An expert that sits in one of P processes receives the gradients of all P through the exchange
-of rows; `vmoe.moe.experts.local_experts` divides them by P, and FSDP2 averages over the expert's copies.
+wherever a weight lies. An expert that lies in one of P processes receives the gradients of all P through the exchange;
+`vmoe.moe.experts.local_experts` divides them by P, and FSDP2 averages over the expert's replicas.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable
 from functools import partial
 from inspect import signature
 
@@ -30,11 +31,11 @@ FORWARD_METHODS = ("encode_image", "encode_text", "forward_features", "forward_h
 
 
 def parallelize(model: nn.Module, meshes: Meshes, device: torch.device) -> nn.Module:
-    """Spreads a model over the processes of a mesh, all with the weights that process 0 has.
+    """Replicates or shards a model over the processes of a mesh, all with the weights that process 0 has.
 
-    Where the weights are sharded, no process but the first ever holds the whole model, and its whole parameters are on
-    the device one at a time. They travel in float32 whatever the forward pass computes in: the router and the norms
-    need them so, and so does evaluation.
+    Where the weights are sharded, no process but the first ever holds the whole model, and whole parameters are on the
+    device one at a time. They stay float32 whatever the forward pass computes in: the router, the norms and evaluation
+    need them so.
 
     Args:
         model: in process 0 with its weights, on the CPU or on `device`; in the others it may be on the meta device,
@@ -47,59 +48,55 @@ def parallelize(model: nn.Module, meshes: Meshes, device: torch.device) -> nn.Mo
         holds all weights.
 
     Raises:
-        ConfigError: the experts cannot be spread evenly.
+        ConfigError: the experts cannot be sharded evenly.
     """
     if meshes.size.is_plain:
-        model.to(device)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            return model
-        # Buffers are not sent around: the balancing bias is equal everywhere, and its counts must stay each one's own.
-        names = signature(DistributedDataParallel).parameters  # PyTorch 2.15 renames it
-        quiet = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, **{quiet: False})
+        return _replicate(model.to(device))
     whole = {name: tensor.detach() for name, tensor in _parameters_and_buffers(model)}
     model.to("meta")
-    experts = [(name, module) for name, module in model.named_modules() if isinstance(module, Experts)]
+    experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    split, mesh = _by_expert, meshes.dense
     if meshes.size.ep > 1:
         if not experts:
             raise ConfigError(f"parallel.ep is {meshes.size.ep}, but the model has no experts; set it to 1")
-        for name, module in experts:
-            _spread_experts(name, module, meshes)
-    for _, module in experts:
-        split = _within_expert if meshes.size.ep > 1 else _by_expert
-        mesh = meshes.experts if meshes.size.ep > 1 else meshes.dense
+        split, mesh = _within_expert, meshes.experts
+        for name, module in experts.items():
+            _shard_experts(name, module, meshes)
+    for module in experts.values():
         fully_shard(module, mesh=mesh, shard_placement_fn=partial(split, meshes.size.dp_shard))
-    # FSDP2 cannot shard a number; those (the logit scale) stay whole, see `synchronize_numbers`.
-    numbers = {parameter for parameter in model.parameters() if parameter.ndim == 0}
+    # FSDP2 cannot shard a scalar; those (the logit scale) are replicated, see `synchronize_scalars`.
+    scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
     for name in block_mlps(model):
-        block = model.get_submodule(name.removesuffix(".mlp"))
-        fully_shard(block, mesh=meshes.dense, ignored_params=numbers)
-    # The outermost part is sharded again after use, so that a parameter is a DTensor whenever somebody looks.
-    fully_shard(model, mesh=meshes.dense, ignored_params=numbers, reshard_after_forward=True)
+        fully_shard(model.get_submodule(name.removesuffix(".mlp")), mesh=meshes.dense, ignored_params=scalars)
+    # The outermost part is sharded again after use, so that a parameter is a DTensor whenever it is read.
+    fully_shard(model, mesh=meshes.dense, ignored_params=scalars, reshard_after_forward=True)
     for name in FORWARD_METHODS:
         if hasattr(model, name):
             register_fsdp_forward_method(model, name)
     model.to_empty(device=device)
-    _share_weights(model, whole, device)
+    _scatter_weights(model, whole, device)
     return model
 
 
-def _parameters_and_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+def _replicate(model: nn.Module) -> nn.Module:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return model
+    # Buffers are not broadcast: the balancing bias is equal everywhere, and its counts must stay each process's own.
+    names = signature(DistributedDataParallel).parameters  # PyTorch 2.15 renames it
+    quiet = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{quiet: False})
+
+
+def _parameters_and_buffers(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    return itertools.chain(model.named_parameters(), model.named_buffers())
 
 
 @torch.no_grad()
-def _share_weights(model: nn.Module, whole: dict[str, Tensor], device: torch.device) -> None:
-    """Gives each process its part of the weights that process 0 has.
-
-    Args:
-        model: sharded, its tensors not yet filled.
-        whole: {name: tensor} of process 0; what the others hold is not read.
-    """
+def _scatter_weights(model: nn.Module, whole: dict[str, Tensor], device: torch.device) -> None:
+    """Gives each process its part of the weights that process 0 has in `whole`, tensor by tensor."""
     first = dist.get_rank() == 0
     for name, target in _parameters_and_buffers(model):
-        value = whole.pop(name)  # freed as soon as it is spread
+        value = whole.pop(name)  # freed as soon as it is sent
         value = value.to(device) if first else torch.empty(value.shape, dtype=value.dtype, device=device)
         dist.broadcast(value, 0)
         if isinstance(target, DTensor):
@@ -108,7 +105,7 @@ def _share_weights(model: nn.Module, whole: dict[str, Tensor], device: torch.dev
         target.copy_(value)
 
 
-def _spread_experts(name: str, experts: Experts, meshes: Meshes) -> None:
+def _shard_experts(name: str, experts: Experts, meshes: Meshes) -> None:
     """Leaves this process its share of the experts, and lets rows travel to the others."""
     P = meshes.size.ep
     if experts.num_experts % P:
@@ -126,7 +123,7 @@ def _spread_experts(name: str, experts: Experts, meshes: Meshes) -> None:
 
 
 def _within_expert(dp_shard: int, parameter: nn.Parameter) -> Shard:
-    """Stacked parameters are split over `ep` by expert, so FSDP2 splits them along the width."""
+    """Stacked parameters are sharded over `ep` by expert, so FSDP2 shards them along the width."""
     if parameter.shape[1] % dp_shard:
         raise ConfigError(
             f"parallel.dp_shard is {dp_shard}, and the experts' width {parameter.shape[1]} is no multiple of it; "
@@ -136,35 +133,31 @@ def _within_expert(dp_shard: int, parameter: nn.Parameter) -> Shard:
 
 
 def _by_expert(dp_shard: int, parameter: nn.Parameter) -> Shard:
-    """Stacked parameters are split by expert if that comes out even, else along the width if that does.
+    """Stacked parameters are sharded by expert if that comes out even, else along the width if that does.
 
-    FSDP2 fills up what is not even, by default along the first dimension: with more processes than experts most would
-    hold, and gather, nothing but filling.
+    FSDP2 pads what is not even: with more processes than experts most would hold, and gather, nothing but padding.
     """
     sizes = (*parameter.shape, 1)  # a learned activation has one axis
     return Shard(1 if sizes[0] % dp_shard and sizes[1] % dp_shard == 0 else 0)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Some of the model's parameters lie in several processes, so that these must call it together."""
+    """Some of the model's parameters are sharded over processes, so that these must call it together."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def set_gradient_sync(module: nn.Module, sync: bool) -> None:
-    """Whether the next backward pass exchanges gradients; with accumulation only the last one of a step has to.
+    """Whether the next backward pass of what `parallelize` returned averages gradients.
 
-    Sharded models always do: without it FSDP2 would keep the whole gradient, and they are sharded to save memory. So do
-    compiled ones, which would be compiled twice.
-
-    Args:
-        module: what `parallelize` returned.
+    With accumulation only the last one of a step has to. Sharded models always do: without it FSDP2 would keep the
+    whole gradient. So do compiled ones, which would be compiled twice.
     """
     if isinstance(module, DistributedDataParallel):
         module.require_backward_grad_sync = sync
 
 
-def synchronize_numbers(model: nn.Module) -> None:
-    """Averages the gradients of the parameters that FSDP2 leaves alone, after the backward pass of a sharded model."""
+def synchronize_scalars(model: nn.Module) -> None:
+    """Averages the gradients of the scalars, which FSDP2 leaves alone, after the backward pass of a sharded model."""
     if not is_sharded(model):
         return
     grads = [p.grad for p in model.parameters() if not isinstance(p, DTensor) and p.grad is not None]
@@ -178,8 +171,7 @@ def synchronize_numbers(model: nn.Module) -> None:
 def split_groups(optimizer: Optimizer) -> None:
     """Makes each parameter group of one kind of sharding: an optimizer that works on lists cannot mix them.
 
-    Args:
-        optimizer: before its first step; changed in place.
+    To be called before the optimizer's first step.
     """
     groups = []
     for group in optimizer.param_groups:
@@ -193,11 +185,7 @@ def split_groups(optimizer: Optimizer) -> None:
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_` for parameters on different meshes too.
-
-    Args:
-        parameters: with gradients, in the same order in all processes.
-        max_norm: largest norm of the whole gradient.
+    """`torch.nn.utils.clip_grad_norm_` for parameters on different meshes too, in the same order in all processes.
 
     Returns:
         The norm before clipping, a scalar, the same in all processes.

@@ -12,19 +12,11 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from vmoe.distributed.heartbeat import (
-    DONE,
-    ERROR,
-    LOST,
-    REMEDY,
-    Heartbeat,
-    LostProcessError,
-    current_generation,
-    sentence,
-)
+from vmoe.distributed.heartbeat import DONE, ERROR, LOST, REMEDY, Heartbeat, LostProcessError, generation_of, sentence
 from vmoe.utils.config import ConfigError
 from vmoe.utils.world import world
 
@@ -35,10 +27,7 @@ COLLECTIVE = re.compile(r"\[\S*[/\\]gloo[/\\]|Gloo connect|NCCL (error|timeout)|
 
 
 class SharedError(ValueError):
-    """An error that all processes raise together, so that one of them prints it for all.
-
-    Other errors that say `shared = True` are treated alike, and wrong settings, which all processes find.
-    """
+    """An error that all processes raise together, as those with `shared = True`, so that one prints it for all."""
 
     shared = True
 
@@ -98,7 +87,7 @@ def _rendezvous(timeout: float) -> tuple[dist.Store, int, int]:
             f"within {timeout:g} s ({first_line(error)}); see that all are started, or raise parallel.timeout"
         ) from error
     store.set_timeout(seconds)
-    return dist.PrefixStore(f"vmoe/{current_generation(store, rank, processes, timeout)}", store), rank, processes
+    return dist.PrefixStore(f"vmoe/{generation_of(store, rank, processes, timeout)}", store), rank, processes
 
 
 def _lost_process(error: Exception, heartbeat: Heartbeat) -> LostProcessError | None:
@@ -142,26 +131,37 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-def from_first(make: Callable[[], Result]) -> Result:
-    """What process 0 makes, in all processes.
+def run_together(
+    action: Callable[[], Result],
+    describe: Callable[[BaseException], str] = sentence,
+    error_type: type[ValueError] = SharedError,
+    group: dist.ProcessGroup | None = None,
+    collect: bool = True,
+) -> list[Result]:
+    """Does something in every process; returns the results of all by rank, or without `collect` this one's alone.
 
-    Raises:
-        SharedError: in all processes: it could not be made.
+    If it fails in one process, `error_type` is raised in all, with what `describe` says of the first error. An action
+    that speaks with other processes must not fail in one of them alone.
     """
+    result, failure, cause = None, None, None
+    try:
+        result = action()
+    except (Exception, CheckpointException) as error:
+        failure, cause = describe(error), error
+    everyone = [(failure, result)]
+    if dist.is_available() and dist.is_initialized():
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (failure, result if collect else None), group=group)
+    first = next((each for each, _ in everyone if each is not None), None)
+    if first is not None:
+        raise error_type(first) from cause
+    return [each for _, each in everyone] if collect else [result]
+
+
+def from_first(make: Callable[[], Result]) -> Result:
+    """What process 0 makes, in all processes; if it cannot be made, SharedError in all of them."""
     rank, processes = world()
-    if processes == 1:
-        return make()
-    made: list = [None, None]
-    cause = None
-    if rank == 0:
-        try:
-            made[0] = make()
-        except Exception as error:
-            made[1], cause = sentence(error), error
-    dist.broadcast_object_list(made, src=0)
-    if made[1] is not None:
-        raise SharedError(made[1]) from cause
-    return made[0]
+    return make() if processes == 1 else run_together(make if rank == 0 else lambda: None)[0]
 
 
 def sum_over_processes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -177,12 +177,8 @@ def sum_over_processes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def mean_over_processes(values: list[float]) -> list[float]:
     """The mean of each number over all processes."""
-    _, processes = world()
-    if processes == 1:
-        return values
-    sums = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(sums)
-    return (sums / processes).tolist()
+    sums = sum_over_processes({"": torch.tensor(values, dtype=torch.float64)})[""]
+    return (sums / world()[1]).tolist()
 
 
 def any_process(found: bool) -> bool:
@@ -194,6 +190,4 @@ def gather_lists(values: list) -> list:
     """The elements of all processes' lists, process by process."""
     if world()[1] == 1:
         return values
-    parts: list = [None] * world()[1]
-    dist.all_gather_object(parts, values)
-    return [value for part in parts for value in part]
+    return [value for part in run_together(lambda: values) for value in part]

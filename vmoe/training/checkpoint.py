@@ -20,6 +20,7 @@ import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +51,6 @@ from vmoe.models.serialization import (
 )
 from vmoe.training.optimizer_state import export_state, import_state
 
-__all__ = [
-    "CheckpointError",
-    "Checkpointer",
-    "latest_checkpoint",
-    "list_checkpoints",
-    "load_checkpoint",
-    "remove_unfinished",
-    "step_of",
-]
-
 logger = logging.getLogger("vmoe.training")
 
 MODEL, EMA, OPTIMIZER = "model", "ema", "optimizer"
@@ -69,19 +60,12 @@ BYTES_PER_HEADER_ENTRY, BYTES_OF_JSON = 256, 2**20  # generous, for the estimate
 
 @dataclass
 class _Contents:
-    """All of a checkpoint, in memory.
+    """All of a checkpoint, in memory."""
 
-    Attributes:
-        tensors: {"model" | "ema" | "optimizer": {name: tensor}}.
-        metadata: the same keys; what their safetensors files say of themselves.
-        trainer: the text of trainer.json.
-        sharded: the weights are DTensors.
-    """
-
-    tensors: dict[str, dict[str, Tensor]]
-    metadata: dict[str, dict[str, str]]
-    trainer: str
-    sharded: bool
+    tensors: dict[str, dict[str, Tensor]]  # {"model" | "ema" | "optimizer": {name: tensor}}
+    metadata: dict[str, dict[str, str]]  # the same keys; what their safetensors files say of themselves
+    trainer: str  # the text of trainer.json
+    sharded: bool  # the weights are DTensors
 
     @property
     def nbytes(self) -> int:
@@ -155,11 +139,7 @@ class Checkpointer:
         return final
 
     def wait(self) -> None:
-        """Returns when the last checkpoint is written.
-
-        Raises:
-            CheckpointError: it could not be written.
-        """
+        """Returns when the last checkpoint is written; raises CheckpointError if it could not be."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -201,9 +181,8 @@ class Checkpointer:
             return  # it is there already: stopped right after it was saved
         try:
             if contents.sharded:
-                for part in contents.tensors:
-                    folder = unfinished / part
-                    team.run(lambda f=folder: self._write_shards(contents.tensors[f.name], f), final)
+                for part, tensors in contents.tensors.items():
+                    team.run(partial(self._write_shards, tensors, unfinished / part), final)
             files = team.run(lambda: self._write_own(contents, unfinished), final)
             team.run_first(lambda: self._finish(unfinished, final, files), final)
         except CheckpointError:
@@ -239,11 +218,8 @@ class Checkpointer:
 
     def _write_own(self, contents: _Contents, unfinished: Path) -> dict[str, dict[str, Any]]:
         """Writes the files that are this process's alone; returns what the manifest says of all of its files."""
-        names = []
-        if contents.sharded:
-            names += [
-                f.relative_to(unfinished).as_posix() for f in unfinished.glob(f"*/shard-{self._team.rank + 1:05d}-*")
-            ]
+        shards = unfinished.glob(f"*/shard-{self._team.rank + 1:05d}-*") if contents.sharded else ()
+        names = [file.relative_to(unfinished).as_posix() for file in shards]
         if self._team.rank == 0:
             for part, tensors in contents.tensors.items():
                 if not contents.sharded:
@@ -264,8 +240,7 @@ class Checkpointer:
         problems = find_problems(unfinished, share=(len(every), len(every) + 1))  # the hashes were just taken
         if problems:
             raise CheckpointError(
-                f"{final} was not written whole ({problems[0]}); output_dir must be on a file system that all "
-                "processes share"
+                f"{final} is incomplete ({problems[0]}); output_dir must be on a file system that all processes share"
             )
         for folder in {unfinished, *((unfinished / name).parent for name in every)}:
             _sync(folder)
@@ -295,14 +270,10 @@ def remove_unfinished(run: Path) -> None:
         shutil.rmtree(folder)
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
 def latest_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint of a run in which every file is as it was written; None if the run has none.
 
-    All processes of a job call it together, check a share of the files each, and get the same answer. A damaged
-    checkpoint is named in a warning, with what is wrong.
+    All processes of a job call it together, and get the same answer. A damaged checkpoint is named in a warning.
 
     Raises:
         CheckpointError: there are checkpoints, and all of them are damaged.
@@ -370,9 +341,6 @@ def _load(checkpoint: Path, model: nn.Module, ema: nn.Module | None, optimizer: 
     return trainer
 
 
-# --- files ---------------------------------------------------------------------------------------------
-
-
 def _mebibytes(number: int) -> str:
     return f"{number / 2**20:,.1f} MiB"
 
@@ -383,14 +351,14 @@ def _write_text(file: Path, content: str) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a checkpoint so that it is never seen in part."""
+    """Removes a checkpoint atomically."""
     doomed = folder.with_name(f"{folder.name}.old{UNFINISHED}")  # not the name of a new one of the same step
     os.replace(folder, doomed)
     shutil.rmtree(doomed)
 
 
 def _sync(path: Path) -> None:
-    """Makes sure that a file or folder is on the disk; what does not support it is left to the system."""
+    """Makes sure that a file or folder is on the disk, where that is supported."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,13 +11,13 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import yaml
 
 from vmoe.data.config import AugmentationConfig, LoaderConfig, SourceConfig
-from vmoe.evaluation.inference import PRECISIONS
 from vmoe.utils.config import ConfigError, check_types, parse_config, read_settings_file
 
 MAX_TIMEOUT = 30 * 24 * 3600  # seconds
@@ -25,29 +25,29 @@ MAX_TIMEOUT = 30 * 24 * 3600  # seconds
 # A stopped run continues only with the settings it was started with; these may change, because they leave what the
 # remaining steps compute as it is, or (train.steps) only say how far to go.
 CHANGEABLE = (
-    "output_dir",
-    "resume",
-    "device",
-    "data.val",
-    "data.loader.num_workers",
-    "data.loader.pin_memory",
-    "data.loader.max_bad_share",
-    "evaluate",
-    "parallel",
-    "train.steps",
-    "train.log_every",
-    "train.eval_every",
-    "train.checkpoint_every",
-    "train.keep_last",
-    "train.keep_every",
-    "train.async_checkpoints",
-    "train.max_minutes",
-    "train.collapse_after",
-    "train.compile",
-    "train.num_threads",
-    "train.tensorboard",
-    "train.routing_images_every",
+    *("output_dir", "resume", "device", "data.val", "evaluate", "parallel"),
+    *(f"data.loader.{key}" for key in ("num_workers", "pin_memory", "max_bad_share")),
+    *(f"train.{key}" for key in ("steps", "log_every", "eval_every", "checkpoint_every", "keep_last", "keep_every")),
+    *(f"train.{key}" for key in ("async_checkpoints", "max_minutes", "collapse_after", "compile", "num_threads")),
+    *(f"train.{key}" for key in ("tensorboard", "routing_images_every")),
 )
+
+# (least value, settings)
+MINIMA = (
+    (0, "seed", "train.eval_every", "train.keep_every", "train.collapse_after", "train.routing_images_every"),
+    (0, "optim.warmup_steps", "optim.warmup_lr", "optim.min_lr", "optim.weight_decay", "evaluate.examples"),
+    (1, "train.steps", "train.accumulate_steps", "train.log_every", "train.checkpoint_every", "train.keep_last"),
+    (1, "evaluate.batch_size"),
+)
+# {setting above 0: (largest value, what null does)}
+POSITIVE = {
+    "optim.lr": (math.inf, ""),
+    "optim.layer_decay": (1, "; null gives all layers the same learning rate"),
+    "train.clip_grad_norm": (math.inf, "; null does not clip"),
+    "train.ema_decay": (1, "; null keeps no moving average"),
+    "train.max_minutes": (math.inf, "; null sets no limit"),
+    "train.num_threads": (math.inf, "; null leaves PyTorch's own choice"),
+}
 
 
 @dataclass
@@ -58,11 +58,10 @@ class ModelConfig:
         name: A LIMoE ("limoe_tiny_patch8_48"), a two-tower model ("two_tower_tiny_patch8_48") or any timm name
             ("vmoe_tiny_patch8_48", "vit_small_patch16_224"); null takes the name and kwargs stored in `pretrained`.
         pretrained: Weights to start from: a .safetensors file of vmoe, or the folder of a run or a checkpoint. The head
-            is new if the number of classes differs; position embeddings are resized to the new picture size.
-        kwargs: Arguments of the model: routing settings (num_experts, num_selected_experts, moe_layers,
-            capacity_factor, ...), img_size, drop_path_rate, ... The number of classes is taken from the data. A
-            two-tower model has those of its towers below image and text; image.pretrained names a file, or a run's
-            folder, with the image tower.
+            is new if the number of classes differs; position embeddings are resized to the new image size.
+        kwargs: Arguments of the model: routing settings (num_experts, moe_layers, capacity_factor, ...), img_size,
+            drop_path_rate, ... The number of classes is taken from the data. A two-tower model has those of its towers
+            below image and text; image.pretrained names a file, or a run's folder, with the image tower.
         upcycle: Make the dense model sparse before training: arguments of vmoe.upcycle (num_experts, layers,
             num_selected_experts, tower, granularity, expert_noise, reinit, routing settings); empty leaves it as it is.
         pretrained_optimizer: Also take the optimizer's state from the run whose folder (or checkpoint) `pretrained` is;
@@ -84,7 +83,7 @@ class DataConfig:
         train: Data to train on.
         val: Data for the periodic and the final evaluation; unused if train.eval_every is 0.
         loader: Batches and worker processes.
-        augmentation: Random changes of the training pictures.
+        augmentation: Random changes of the training images.
     """
 
     train: SourceConfig = field(default_factory=SourceConfig)
@@ -99,17 +98,15 @@ class TrainConfig:
 
     Attributes:
         steps: Optimizer steps of the whole run.
-        precision: Arithmetic of the forward pass: float32, or autocast to bf16 or fp16 (with a gradient scaler); the
-            router always computes in float32. "auto" takes bf16 where the processor multiplies it faster (GPUs since
-            Ampere, CPUs with AVX512-BF16 or AMX), else float32.
-        accumulate_steps: Batches per optimizer step. Each has data.loader.batch_size pictures; a contrastive loss
+        precision: float32, or autocast to bf16 or fp16 (with a gradient scaler); routers are always float32. "auto" is
+            bf16 where it is faster (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), else float32.
+        accumulate_steps: Batches per optimizer step. Each has data.loader.batch_size images; a contrastive loss
             compares within one batch, so this does not add negatives.
         clip_grad_norm: Largest norm of the whole gradient; null does not clip.
         loss: Contrastive loss, open_clip's softmax (CLIP) or sigmoid (SigLIP); classification uses cross-entropy.
         freeze: Patterns (`*`, `?`) of parameter names to leave untrained, such as "patch_embed.*" or "*.router.*".
             A tower that is frozen as a whole ("visual.*") is locked, as in LiT: nothing that it gives changes.
-        ema_decay: Decay of an exponential moving average of the weights (timm's ModelEmaV3 with warm-up), which is then
-            what gets evaluated; null keeps none.
+        ema_decay: Decay of a moving average of the weights (timm's ModelEmaV3), which gets evaluated; null keeps none.
         compile: Run the model through torch.compile.
         grad_checkpointing: Recompute activations in the backward pass to save memory.
         log_every: Steps between two lines of metrics.jsonl (and points in TensorBoard).
@@ -119,15 +116,13 @@ class TrainConfig:
         keep_every: Checkpoints at multiples of so many steps are kept for good; 0: none.
         async_checkpoints: Copy the state to the CPU's memory, and write it there while training goes on.
         max_minutes: Time for this start of the command: training stops when another step and a checkpoint, as long as
-            the longest of this start, would not fit any more, and the same command continues. The first evaluation and
-            the first checkpoint cannot be foreseen: leave time for them. null: as long as it takes.
-        collapse_after: A layer whose routing stays collapsed (one expert is asked for by most tokens, or some by none)
-            for this many steps is reported by name. 0 never reports.
+            the longest so far, would not fit any more (leave time for the first ones); null sets no limit.
+        collapse_after: Warn of a layer whose routing stays collapsed (one expert is asked for by most tokens, or some
+            by none) for this many steps; 0 never warns.
         num_threads: CPU threads of PyTorch; null leaves its own choice.
-        tensorboard: Also write every figure for TensorBoard, to OUTPUT_DIR/tensorboard, and the load and importance of
-            each expert.
-        routing_images_every: Steps between two pictures for TensorBoard of where the patches of some validation
-            pictures go; null: one at each evaluation, 0: none.
+        tensorboard: Also write OUTPUT_DIR/tensorboard: every metric, and the load and importance of each expert.
+        routing_images_every: Steps between two images for TensorBoard of where the patches of some validation
+            images go; null: one at each evaluation, 0: none.
     """
 
     steps: int = 1000
@@ -154,7 +149,7 @@ class TrainConfig:
 
 @dataclass
 class OptimConfig:
-    """Optimizer and schedule, both made by timm.
+    """Optimizer and schedule, of timm.
 
     Attributes:
         name: Any name of timm.optim.list_optimizers(): adamw, sgd, lamb, lion, muon, ...
@@ -195,10 +190,10 @@ class EvaluateConfig:
     Attributes:
         task: What data.val measures. null: "classification" when training classification; else "zero_shot" if data.val
             has class names, or "retrieval" if it has only captions.
-        batch_size: Pictures per forward pass.
+        batch_size: Images per forward pass.
         templates: Texts around a class name for zero-shot, such as "a photo of a {}".
-        on_bad: An unreadable picture or empty caption: "fail" stops and names it, "skip" leaves it out and counts it.
-        examples: Pictures in examples.png, the figure at the end of a run; 0 draws none.
+        on_bad: An unreadable image or empty caption: "fail" stops and names it, "skip" skips and counts it.
+        examples: Images in examples.png, the figure at the end of a run; 0 draws none.
     """
 
     task: Literal["classification", "zero_shot", "retrieval"] | None = None
@@ -210,14 +205,12 @@ class EvaluateConfig:
 
 @dataclass
 class ParallelConfig:
-    """Several processes (`torchrun`), and where the weights lie in them; docs/scaling.md.
-
-    The three sizes multiply to the number of processes. Each process has its own part of every batch in any case.
+    """Several processes (`torchrun`), and where the weights lie in them; the three sizes multiply to their number.
 
     Attributes:
-        dp_replicate: Copies of everything; -1: the processes that the other two leave.
+        dp_replicate: Replicas of everything; -1: the processes that the other two leave.
         dp_shard: Processes over which all weights, gradients and optimizer states are sharded (FSDP2).
-        ep: Processes over which the experts are spread; tokens travel to them and back (all-to-all). The number of
+        ep: Processes over which the experts are sharded; tokens travel to them and back (all-to-all). The number of
             experts must be a multiple of it.
         timeout: Seconds (1 to 2592000) after which a process that waits for another one gives up, and the job ends with
             an error that names it.
@@ -236,7 +229,7 @@ class Config:
     Attributes:
         output_dir: Folder of the run: config.yaml, metrics.jsonl, checkpoints/, tensorboard/, summary.json,
             examples.png.
-        task: "contrastive" trains image-text models on pictures with captions, "classification" on labelled pictures.
+        task: "contrastive" trains image-text models on images with captions, "classification" on labelled images.
         resume: What to do if output_dir holds a run: "auto" continues it, "never" refuses to touch it.
         seed: Seed of weights, data order, augmentation and router noise. A run is reproducible bit by bit on a CPU.
         device: "auto" (CUDA, then MPS, then CPU) or a torch device such as "cuda:1".
@@ -263,89 +256,81 @@ class Config:
     def check(self) -> None:
         """Raises ConfigError on the first setting that is out of range or does not go with another one."""
         check_types(self)
-        train, optim, augmentation = self.train, self.optim, self.data.augmentation
         if self.model.name is None and self.model.pretrained is None:
             raise ConfigError("model.name is missing: give a model's name, or model.pretrained to take it from a file")
-        if train.precision not in ("auto", *PRECISIONS):
-            raise ConfigError(f"train.precision must be auto, {', '.join(PRECISIONS)}, got {train.precision!r}")
-        for key, value, least in [
-            ("seed", self.seed, 0),
-            ("train.steps", train.steps, 1),
-            ("train.accumulate_steps", train.accumulate_steps, 1),
-            ("train.log_every", train.log_every, 1),
-            ("train.eval_every", train.eval_every, 0),
-            ("train.checkpoint_every", train.checkpoint_every, 1),
-            ("train.keep_last", train.keep_last, 1),
-            ("train.keep_every", train.keep_every, 0),
-            ("train.collapse_after", train.collapse_after, 0),
-            ("train.routing_images_every", train.routing_images_every, 0),
-            ("optim.warmup_steps", optim.warmup_steps, 0),
-            ("optim.warmup_lr", optim.warmup_lr, 0),
-            ("optim.min_lr", optim.min_lr, 0),
-            ("optim.weight_decay", optim.weight_decay, 0),
-            ("evaluate.batch_size", self.evaluate.batch_size, 1),
-            ("evaluate.examples", self.evaluate.examples, 0),
-        ]:
-            if value is not None and not value >= least:
-                raise ConfigError(f"{key} must be >= {least}, got {value}")
-        for key, value, largest, without in [
-            ("optim.lr", optim.lr, math.inf, ""),
-            ("optim.layer_decay", optim.layer_decay, 1, "; null gives all layers the same learning rate"),
-            ("train.clip_grad_norm", train.clip_grad_norm, math.inf, "; null does not clip"),
-            ("train.ema_decay", train.ema_decay, 1, "; null keeps no moving average"),
-            ("train.max_minutes", train.max_minutes, math.inf, "; null sets no limit"),
-            ("train.num_threads", train.num_threads, math.inf, "; null leaves PyTorch's own choice"),
-        ]:
+        for least, *keys in MINIMA:
+            for key in keys:
+                value = attrgetter(key)(self)
+                if value is not None and not value >= least:
+                    raise ConfigError(f"{key} must be >= {least}, got {value}")
+        for key, (largest, null) in POSITIVE.items():
+            value = attrgetter(key)(self)
             if value is not None and not 0 < value <= largest:
                 bounds = "> 0" if largest == math.inf else f"in (0, {largest}]"
-                raise ConfigError(f"{key} must be {bounds}, got {value}{without}")
-        if optim.betas is not None and (len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas)):
-            raise ConfigError(f"optim.betas must be two numbers in [0, 1), got {optim.betas}")
-        if not 1 <= self.parallel.timeout <= MAX_TIMEOUT:
+                raise ConfigError(f"{key} must be {bounds}, got {value}{null}")
+        betas = self.optim.betas
+        if betas is not None and (len(betas) != 2 or not all(0 <= beta < 1 for beta in betas)):
+            raise ConfigError(f"optim.betas must be two numbers in [0, 1), got {betas}")
+        if self.optim.warmup_steps >= self.train.steps:
             raise ConfigError(
-                f"parallel.timeout must be between 1 and {MAX_TIMEOUT} seconds, got {self.parallel.timeout}"
+                f"optim.warmup_steps must be < train.steps ({self.train.steps}), got {self.optim.warmup_steps}"
             )
-        if optim.warmup_steps >= train.steps:
-            raise ConfigError(f"optim.warmup_steps must be < train.steps ({train.steps}), got {optim.warmup_steps}")
-        if self.model.pretrained_optimizer and self.model.pretrained is None:
+        self._check_parallel()
+        self._check_model()
+        self._check_task()
+
+    def _check_parallel(self) -> None:
+        parallel = self.parallel
+        if not 1 <= parallel.timeout <= MAX_TIMEOUT:
+            raise ConfigError(f"parallel.timeout must be between 1 and {MAX_TIMEOUT} seconds, got {parallel.timeout}")
+        if parallel.dp_shard > 1 or parallel.ep > 1:
+            for key, wrong, remedy in (
+                ("train.precision fp16", self.train.precision == "fp16", "use bf16, which needs no scaler"),
+                ("model.pretrained_optimizer", self.model.pretrained_optimizer, "set it to false"),
+            ):
+                if wrong:
+                    raise ConfigError(f"{key} needs parallel.dp_shard = parallel.ep = 1; {remedy}")
+
+    def _check_model(self) -> None:
+        model = self.model
+        if model.pretrained_optimizer and model.pretrained is None:
             raise ConfigError("model.pretrained_optimizer needs model.pretrained, the folder of a run; set it to false")
-        sections = [("kwargs", self.model.kwargs), ("upcycle", self.model.upcycle)]
-        sections += [(f"kwargs.{tower}", self.model.kwargs.get(tower)) for tower in ("image", "text")]
-        for key, kwargs in sections:
+        sections = {"kwargs": model.kwargs, "upcycle": model.upcycle}
+        sections |= {f"kwargs.{tower}": model.kwargs.get(tower) for tower in ("image", "text")}
+        for key, kwargs in sections.items():
             if isinstance(kwargs, dict) and kwargs.get("auxiliary_loss", "record") != "record":
                 raise ConfigError(
                     f"model.{key}.auxiliary_loss must be 'record' here: the loop adds the auxiliary losses "
                     "itself; 'attach' would add them twice"
                 )
+
+    def _check_task(self) -> None:
+        augmentation, task = self.data.augmentation, self.evaluate.task
         if self.task == "contrastive":
             for key in ("mixup", "cutmix", "label_smoothing"):
                 if getattr(augmentation, key):
                     raise ConfigError(
                         f"data.augmentation.{key} mixes labels, and a contrastive run has none; set it to 0"
                     )
-            if self.evaluate.task == "classification":
+            if task == "classification":
                 raise ConfigError("evaluate.task 'classification' needs task 'classification'; use 'zero_shot'")
-        else:
-            if self.evaluate.task not in (None, "classification"):
-                raise ConfigError(f"evaluate.task {self.evaluate.task!r} needs task 'contrastive'")
-            if (augmentation.mixup or augmentation.cutmix) and self.data.loader.batch_size % 2:
-                raise ConfigError(
-                    f"data.loader.batch_size must be even for mixup and cutmix, got {self.data.loader.batch_size}"
-                )
+            return
+        if task not in (None, "classification"):
+            raise ConfigError(f"evaluate.task {task!r} needs task 'contrastive'")
+        if (augmentation.mixup or augmentation.cutmix) and self.data.loader.batch_size % 2:
+            raise ConfigError(
+                f"data.loader.batch_size must be even for mixup and cutmix, got {self.data.loader.batch_size}"
+            )
 
 
 def load_config(argv: Sequence[str] | None = None) -> Config:
-    """The configuration of a command line.
-
-    Args:
-        argv: arguments without the program's name; None: those of this process.
+    """The configuration of a command line; None: that of this process.
 
     Raises:
         SystemExit: after `--help`, or (code 2) with one sentence about a mistake.
     """
-    config = parse_config(
-        Config, argv, prog="vmoe-train", description="Train a model; the same command again continues a stopped run."
-    )
+    description = "Train a model; the same command again continues a stopped run."
+    config = parse_config(Config, argv, prog="vmoe-train", description=description)
     try:
         config.check()
     except ConfigError as error:
@@ -378,12 +363,7 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def changed_settings(file: Path, config: Config) -> dict[str, tuple[Any, Any]]:
-    """{key: (value in file, value in config)} of the settings that a continued run may not change.
-
-    Args:
-        file: config.yaml of the run.
-        config: the new one.
-    """
+    """{key: (value in the run's config.yaml, value in config)} of the settings that a continued run may not change."""
     before = flatten(read_settings_file(file))
     now = flatten(yaml.safe_load(to_yaml(config)))  # through YAML, so that tuples and lists compare equal
     # A setting that is younger than the run has the value that it did not yet know it had.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 
 class NonFiniteError(ArithmeticError):
@@ -22,7 +23,7 @@ def find_non_finite(
     batch: dict[str, Tensor],
     any_process: Callable[[bool], bool] = bool,
 ) -> str | None:
-    """Repeats a forward and backward pass under observation and names the first thing that is not finite.
+    """Repeats a forward and backward pass with hooks, and names the first thing that is not finite.
 
     Several processes do it together: what one of them finds ends the search for all.
 
@@ -30,11 +31,11 @@ def find_non_finite(
         model: the plain module (not compiled), in the mode and state of the step. Gradients are overwritten.
         compute_loss: repeats the forward pass with the same random numbers.
         batch: its input.
-        any_process: whether a thing is so in one of the processes.
+        any_process: whether something holds in one of the processes.
 
     Returns:
-        A phrase such as "the output of the layer blocks.1.mlp.router"; None if all is finite this time, or what is not
-        lies in another process.
+        A phrase such as "the output of the layer blocks.1.mlp.router"; None if all is finite this time, or in this
+        process.
     """
     weights = [*model.named_parameters(), *model.named_buffers()]
     found = [f"the weights {name}" for name, tensor in weights if not _is_finite(tensor)]
@@ -44,7 +45,7 @@ def find_non_finite(
 
     def observer(name: str, module: nn.Module) -> Callable:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if not found and not all(_is_finite(tensor) for tensor in _tensors(output)):
+            if not found and not all(_is_finite(tensor) for tensor in tree_leaves(output)):
                 found.append(f"the output of the layer {name} ({type(module).__name__})")
 
         return hook
@@ -73,19 +74,10 @@ def find_non_finite(
     return None
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def _is_finite(tensor: Any) -> bool:
+    if not isinstance(tensor, Tensor):
+        return True
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):  # this process's part
         tensor = tensor.to_local()
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from _tensors(value)

@@ -45,8 +45,7 @@ class MetricsLog:
 
     Args:
         run: the run's folder; None in the processes that write nothing.
-        step: the step a continued run starts from; lines of later steps are dropped, so that no step appears twice. 0
-            starts anew.
+        step: a continued run starts from; lines of later steps are dropped, so that no step appears twice.
         tensorboard: also write OUTPUT_DIR/tensorboard.
     """
 
@@ -126,12 +125,10 @@ def largest_share(requested_E: Tensor) -> tuple[float, int]:
 
 
 def routing_metrics(record: RoutingRecord) -> dict[str, float]:
-    """The metrics of a step's routing.
+    """The metrics of a step's routing; empty for a dense model.
 
-    Returns:
-        Over all layers "routing/share_dropped" (mean), "routing/load_max_over_mean" (worst layer; 1 is even) and
-        "routing/experts_without_tokens" (sum); then every statistic of each layer as "routing/LAYER/NAME". Empty for a
-        dense model.
+    Over all layers "routing/share_dropped" (mean), "routing/load_max_over_mean" (worst layer; 1 is even) and
+    "routing/experts_without_tokens" (sum); then every statistic of each layer as "routing/LAYER/NAME".
     """
     layers = {}
     for name, routing in record.layers.items():
@@ -161,9 +158,8 @@ def over_processes(metrics: dict[str, float]) -> dict[str, float]:
 def expert_metrics(record: RoutingRecord) -> dict[str, float]:
     """The metrics of each expert in a step's routing.
 
-    Returns:
-        For each layer, modality and expert "experts/LAYER/MODALITY/load_E", its share of the kept assignments, and
-        "experts/LAYER/MODALITY/importance_E", the mean of its gate values. Soft routing has no load.
+    For each layer and modality "experts/LAYER/MODALITY/load_E", its share of the kept assignments (soft routing has
+    none), and "experts/LAYER/MODALITY/importance_E", the mean of its gate values.
     """
     metrics = {}
     for name, routing in record.layers.items():
@@ -189,10 +185,7 @@ class CollapseWatch:
     """Warns, by name, when the routing of a layer stays collapsed.
 
     Collapsed means that one expert is asked for by most assignments (over half of those that an even load would not
-    give it), or that some expert is asked for by none.
-
-    Args:
-        after: steps of uninterrupted collapse before the warning; 0 never warns.
+    give it), or that some expert is asked for by none, for `after` steps in a row; 0 never warns.
     """
 
     def __init__(self, after: int) -> None:
@@ -225,12 +218,7 @@ class CollapseWatch:
 
 
 class DataWatch:
-    """Warns once, with numbers and a remedy, when the model keeps waiting for data.
-
-    Args:
-        num_workers: worker processes that read for this process.
-        cores: CPU cores that this process may use; None: its share of the machine's.
-    """
+    """Warns once, with numbers and a remedy, when the model keeps waiting for data that `num_workers` read."""
 
     def __init__(self, num_workers: int, cores: int | None = None) -> None:
         self.num_workers = num_workers
@@ -238,12 +226,7 @@ class DataWatch:
         self.in_a_row = 0
 
     def update(self, metrics: dict[str, float], readable: float) -> None:
-        """Reads a logged step; the first process warns.
-
-        Args:
-            metrics: with "images_per_second" of all processes and "data_wait_share" of this one.
-            readable: images per second that this process's workers could read if they never waited.
-        """
+        """Reads the metrics of a logged step; `readable` images per second is what the workers can give."""
         rank, processes = world()
         waiting = metrics["data_wait_share"]
         self.in_a_row = self.in_a_row + 1 if waiting > WAITING_SHARE else 0
@@ -274,9 +257,7 @@ class TimeLeft:
     Each kind has the mean of its latest durations without the longest: a step that compiles or waits for a slow disk
     says nothing of the others. An evaluation or checkpoint counts from the first one on.
 
-    Args:
-        steps: of the whole run.
-        every: for each kind besides "step", the steps from one to the next; 0: there is none.
+    `every` has, for each kind besides "step", the steps from one to the next; 0: there is none.
     """
 
     def __init__(self, steps: int, **every: int) -> None:
@@ -285,14 +266,10 @@ class TimeLeft:
         self.durations = {kind: deque(maxlen=LATEST) for kind in self.every}
 
     def add(self, kind: str, seconds: float) -> None:
-        """Something of a kind is done, and took that long."""
         self.durations[kind].append(seconds)
 
     def seconds(self, step: int) -> float:
-        """Seconds to the end after this step, whose evaluation and checkpoint are still to come.
-
-        The last step has one of each kind.
-        """
+        """Seconds to the end after this step, whose evaluation and checkpoint are still to come."""
         left = 0.0
         for kind, every in self.every.items():
             known = sorted(self.durations[kind])
@@ -325,14 +302,7 @@ class MetricsColumn(ProgressColumn):
 
 
 class ProgressDisplay:
-    """A progress bar of one line on a terminal, plain lines elsewhere.
-
-    Args:
-        console: where to.
-        step: steps done before.
-        steps: steps of the whole run.
-        every: see `TimeLeft`.
-    """
+    """A progress bar of one line on a terminal, plain lines elsewhere; `every` as in `TimeLeft`."""
 
     def __init__(self, console: Console, step: int, steps: int, **every: int) -> None:
         self.console, self.steps = console, steps

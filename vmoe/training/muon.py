@@ -2,8 +2,8 @@
 
     optimizer = Muon(parameter_groups(model, weight_decay=0.05, muon=True), lr=1e-3)  # of vmoe.training.optim
 
-Muon (https://kellerjordan.github.io/posts/muon/) is made for the hidden matrices of a network. timm's takes every
-tensor that looks like a matrix, and stacked experts, (E, F, D), for the kernel of a convolution.
+Muon (https://kellerjordan.github.io/posts/muon/) is made for the hidden matrices of a network. timm's takes stacked
+experts, (E, F, D), for the kernel of a convolution.
 
 Shapes, by suffix: E experts, F and D the widths of a linear layer.
 """
@@ -42,7 +42,7 @@ class Muon(timm.optim.Muon):
 
     @contextmanager
     def _unstacked(self) -> Iterator[None]:
-        """Puts the matrices of stacks in their place in the groups and the state."""
+        """The matrices of stacks take their place in the groups and the state."""
         stacks = [(group, group["params"]) for group in self.param_groups if group.get(PER_EXPERT)]
         matrices = {p: _matrices(p) for _, params in stacks for p in params if p.grad is not None}
         for stack, parts in matrices.items():

@@ -11,14 +11,6 @@ from functools import partial
 from typing import Any
 
 import timm.optim
-from timm.optim import (
-    OptimizerRegistry,
-    create_optimizer_v2,
-    get_optimizer_info,
-    list_optimizers,
-    param_groups_layer_decay,
-    param_groups_weight_decay,
-)
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -33,40 +25,15 @@ from vmoe.utils.config import ConfigError
 # timm's optimizers that take the same steps on sharded weights as on whole ones, and whose state is sharded like those:
 # tests/distributed/test_optimizers.py. Others want whole matrices, or operations that PyTorch's DTensor lacks.
 SHARDABLE = (
-    "adabelief",
-    "adagrad",
-    "adam",
-    "adamax",
-    "adamw",
-    "adan",
-    "adanw",
-    "adopt",
-    "adoptw",
-    "laprop",
-    "lars",
-    "lion",
-    "madgrad",
-    "momentum",
-    "nadam",
-    "nadamw",
-    "nesterov",
-    "radam",
-    "rmsprop",
-    "rmsproptf",
-    "sgd",
-    "sgdw",
+    *("adabelief", "adagrad", "adam", "adamax", "adamw", "adan", "adanw", "adopt", "adoptw", "laprop", "lars", "lion"),
+    *("madgrad", "momentum", "nadam", "nadamw", "nesterov", "radam", "rmsprop", "rmsproptf", "sgd", "sgdw"),
 )
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Leaves the parameters whose names match a pattern untrained.
+    """Leaves the parameters whose names match a shell pattern untrained; returns their names.
 
-    Args:
-        model: its parameters get `requires_grad = False`; running statistics of normalisations still update.
-        patterns: shell patterns (`*`, `?`, `[...]`) of whole parameter names.
-
-    Returns:
-        The frozen names, in the model's order.
+    Running statistics of normalisations still update.
 
     Raises:
         ConfigError: a pattern matches no parameter, or nothing is left to train.
@@ -96,29 +63,24 @@ def parameter_groups(
         model: its `no_weight_decay()`, if there is one, names what has no weight decay beside biases and norms.
         weight_decay: of all else.
         layer_decay: factor on the learning rate from each layer to the one below it; None: all the same.
-        muon: for `vmoe.training.muon.Muon`: what is no hidden matrix is marked for AdamW, and the experts' matrices
-            have groups of their own.
+        muon: for `vmoe.training.muon.Muon`, with what is no hidden matrix marked for AdamW.
     """
     spared = getattr(model, "no_weight_decay", set)()
     settings = {"weight_decay": weight_decay, "no_weight_decay_list": spared}
     if muon:
         settings["fallback_list"] = not_for_muon(model)
     if layer_decay is None:
-        groups = param_groups_weight_decay(model, **settings)
+        groups = timm.optim.param_groups_weight_decay(model, **settings)
     else:
-        groups = param_groups_layer_decay(model, layer_decay=layer_decay, **settings)
+        groups = timm.optim.param_groups_layer_decay(model, layer_decay=layer_decay, **settings)
     return divide_stacks(model, groups) if muon else groups
 
 
 def create_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """The optimizer of a config, over the model's trainable parameters, see `parameter_groups`.
-
-    Raises:
-        ConfigError: unknown name, an argument the optimizer does not take, or one that cannot work on sharded weights.
-    """
+    """The optimizer of a config, over the model's trainable parameters; a ConfigError if it cannot be made."""
     base_name = config.name.lower().removeprefix("lookahead_")
-    if base_name not in list_optimizers():
-        nearest = difflib.get_close_matches(base_name, list_optimizers(), n=1, cutoff=0.0)
+    if base_name not in timm.optim.list_optimizers():
+        nearest = difflib.get_close_matches(base_name, timm.optim.list_optimizers(), n=1, cutoff=0.0)
         raise ConfigError(f"optim.name: timm has no optimizer {config.name!r}; the nearest is {nearest[0]!r}")
     if is_sharded(model) and config.name.lower() not in SHARDABLE:
         raise ConfigError(
@@ -127,34 +89,21 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         )
     optional = {"betas": config.betas and tuple(config.betas), "eps": config.eps}
     kwargs = {name: value for name, value in optional.items() if value is not None} | config.kwargs
-    create, info = create_optimizer_v2, get_optimizer_info(base_name)
+    create, info = timm.optim.create_optimizer_v2, timm.optim.get_optimizer_info(base_name)
     muon = info.opt_class is timm.optim.Muon
     if muon:  # timm's way to make it, with our class in the place of timm's
-        registry = OptimizerRegistry()
+        registry = timm.optim.OptimizerRegistry()
         registry.register(dataclasses.replace(info, opt_class=Muon))
         create = registry.create_optimizer
     groups = partial(parameter_groups, weight_decay=config.weight_decay, layer_decay=config.layer_decay, muon=muon)
     try:
-        return create(
-            model,
-            opt=config.name,
-            lr=config.lr,
-            momentum=config.momentum,
-            param_group_fn=groups,
-            **kwargs,
-        )
+        return create(model, opt=config.name, lr=config.lr, momentum=config.momentum, param_group_fn=groups, **kwargs)
     except TypeError as error:
         raise ConfigError(f"optim.kwargs do not suit the optimizer {config.name!r}: {error}") from error
 
 
 def create_schedule(optimizer: Optimizer, config: OptimConfig, steps: int) -> Scheduler:
-    """The learning rate over `steps` optimizer steps; call `.step_update(number of steps done)` after each.
-
-    The rate is a function of the step alone, so that a continued run only has to name its step.
-
-    Raises:
-        ConfigError: an argument the schedule does not take.
-    """
+    """The learning rate over `steps` optimizer steps, a function of the step alone: call `.step_update(steps done)`."""
     name, kwargs = config.schedule, dict(config.schedule_kwargs)
     warmup = int(config.warmup_steps if config.warmup_steps >= 1 else config.warmup_steps * steps)
     if name == "constant":  # timm has it under this name only in its newest versions
@@ -176,18 +125,15 @@ def create_schedule(optimizer: Optimizer, config: OptimConfig, steps: int) -> Sc
     return schedule
 
 
-def create_ema(model: nn.Module, decay: float, spread: Callable[[nn.Module], object] | None = None) -> ModelEmaV3:
-    """An exponential moving average of the model's weights, with timm's warm-up of the decay.
+def create_ema(model: nn.Module, decay: float, shard: Callable[[nn.Module], object] | None = None) -> ModelEmaV3:
+    """An exponential moving average of the weights of a model that is not sharded yet, with timm's warm-up.
 
-    Args:
-        model: not yet spread over processes.
-        decay: in (0, 1].
-        spread: spreads the average over the processes as the model will be; None: it stays whole.
+    `shard` shards the average as the model will be; None leaves it whole.
     """
-    if spread is None:
+    if shard is None:
         return ModelEmaV3(model, decay, use_warmup=True)
     average = copy.deepcopy(model).eval()
-    spread(average)
+    shard(average)
     # timm copies what it is given, and a sharded model cannot be copied; lists of tensors on several meshes do not mix.
     ema = ModelEmaV3(nn.Linear(1, 1), decay, use_warmup=True, foreach=False)
     ema.module = average

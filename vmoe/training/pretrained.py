@@ -16,15 +16,12 @@ from vmoe.utils.config import ConfigError, read_config
 
 
 def carry_over_optimizer(pretrained: str, model: nn.Module, optimizer: Optimizer) -> None:
-    """Give a new optimizer the state that the run behind `pretrained` left.
+    """Gives a new optimizer the state of the run (or checkpoint) whose folder is `pretrained`.
 
     Args:
-        pretrained: the folder of a run or of one of its checkpoints.
+        pretrained: the folder.
         model: the new run's, upcycled from that run's or of the same names.
         optimizer: of `model`, before its first step; changed in place.
-
-    Raises:
-        ConfigError: that is no run's folder, or its optimizer is another.
     """
     checkpoint = find_weights(pretrained).parent
     run_config = checkpoint.parent.parent / "config.yaml"

@@ -26,10 +26,9 @@ _locks: set[int] = set()
 
 
 def check_same_settings(config: Config) -> None:
-    """Compares the settings of all processes, which call it together; only `device` may differ.
+    """Raises ConfigError in all processes, which call it together, if their settings differ or do not suit them.
 
-    Raises:
-        ConfigError: in all processes: some differ, or data.loader.batch_size cannot be shared among the processes.
+    Only `device` may differ.
     """
     _, processes = world()
     if processes == 1:
@@ -61,12 +60,7 @@ def check_same_settings(config: Config) -> None:
 
 
 def find_checkpoint(run: Path, config: Config) -> Path | None:
-    """The checkpoint to continue from; None starts anew.
-
-    Raises:
-        ConfigError: the folder holds a run that may not be touched (`resume: never`), was made with other settings, or
-            has lost its checkpoints.
-    """
+    """The checkpoint to continue from; None starts anew. A ConfigError says why the folder cannot be used."""
     checkpoints = list_checkpoints(run)
     holds_run = bool(checkpoints) or any((run / name).exists() for name in ("metrics.jsonl", "summary.json"))
     if not holds_run:
@@ -101,11 +95,7 @@ def finished_summary(run: Path, step: int, steps: int) -> dict[str, Any] | None:
 
 @contextmanager
 def locked_folder(run: Path) -> Iterator[None]:
-    """Makes the run's folder, and keeps other processes out of it inside the block.
-
-    Raises:
-        ConfigError: the folder cannot be written to, or another process trains in it.
-    """
+    """Makes the run's folder, and keeps other processes out of it; a ConfigError if one trains there already."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock = os.open(run if fcntl else os.devnull, os.O_RDONLY)

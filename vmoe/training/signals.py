@@ -25,8 +25,6 @@ STOPPED_OUTSIDE = "stopped outside of the steps, nothing to save; the same comma
 class Stopped(KeyboardInterrupt):
     """Training was interrupted: between two steps, after saving a checkpoint, or before the first one.
 
-    The message says how to go on.
-
     Attributes:
         planned: by SIGUSR1 or `train.max_minutes`: the job is to go on later.
         agreed: all processes stop, after the same step.
@@ -39,20 +37,12 @@ class Stopped(KeyboardInterrupt):
 
 @dataclass
 class StopRequest:
-    """What signals asked for.
+    """What signals asked for."""
 
-    Attributes:
-        interrupted: Ctrl-C or SIGTERM: stop after this step; the exit code says that the run was interrupted.
-        planned: SIGUSR1: stop after this step; the job is to go on later, and nothing is wrong.
-        in_loop: inside `between_steps`.
-        started: that was reached.
-        parent: process that started this one.
-    """
-
-    interrupted: bool = False
-    planned: bool = False
-    in_loop: bool = False
-    started: bool = False
+    interrupted: bool = False  # Ctrl-C or SIGTERM: stop after this step, with an exit code that says so
+    planned: bool = False  # SIGUSR1: stop after this step; the job is to go on later, and nothing is wrong
+    in_loop: bool = False  # inside `between_steps`
+    started: bool = False  # that was reached
     parent: int = field(default_factory=os.getppid)
 
     @contextmanager
@@ -159,11 +149,8 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 class TimeBudget:
     """Tells when to stop so that the next step and the checkpoint still find time, as long as the longest so far.
 
-    A step with an evaluation counts as one. Before the first evaluation and the first checkpoint nothing is known of
-    them: leave time for them.
-
-    Args:
-        minutes: from now on; None: without end.
+    A step with an evaluation counts as one. Nothing is known of the first evaluation and the first checkpoint. The
+    minutes count from now; None is without end.
     """
 
     def __init__(self, minutes: float | None) -> None:

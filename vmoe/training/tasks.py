@@ -9,6 +9,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -44,22 +45,25 @@ MAX_LOGIT_SCALE = math.log(100)  # with CLIP's loss (arXiv 2103.00020, section 2
 
 
 def create_task(config: Config) -> Classification | Contrastive:
-    """The task of a config, with its data sets opened.
-
-    Raises:
-        ConfigError: the data does not suit the task.
-    """
+    """The task of a config, with its data sets opened; a ConfigError if they do not suit it."""
     return Classification(config) if config.task == "classification" else Contrastive(config)
 
 
 class Task:
-    """What both tasks share.
+    """What both tasks share. Each also has
+
+    - `create_model(pretrained, continued)`: the model of the config on the CPU, in training mode, with the weights of a
+      file or folder (`continued`: of this run). A ConfigError says that it does not suit the task;
+    - `loss(model, batch, number)`: the float32 loss of a batch, without the auxiliary losses. The loss of a batch that
+      several processes share is the mean of what this gives in each. What is random in it follows from `number`;
+    - `evaluate(model, device)`: metrics on the validation data, in float32 as by `eval.py`;
+    - `example_names(samples)`: names among which the example figure ranks the images of these samples.
 
     Attributes:
         train_data: raw samples to train on.
         val_data: raw samples to evaluate on, None if the run never evaluates.
         class_names: of the training data, None if it has none.
-        tokenizer: list of texts -> tokens (B, L); None for classification.
+        tokenizer: list of texts -> text tokens (B, L); None for classification.
     """
 
     tokenizer: Callable[[list[str]], Tensor] | None = None
@@ -76,18 +80,6 @@ class Task:
         self.val_data = build_dataset(val) if config.train.eval_every else None
         self.class_names: list[str] | None = self.train_data.classes
 
-    def create_model(self, pretrained: str | None, continued: bool = False) -> nn.Module:
-        """The model of the config on the CPU, in training mode.
-
-        Args:
-            pretrained: its weights, a file or folder.
-            continued: they are this run's own.
-
-        Raises:
-            ConfigError: the model does not suit the task or cannot be upcycled.
-        """
-        raise NotImplementedError
-
     def _build(self, pretrained: str | None, continued: bool, kwargs: dict[str, Any]) -> nn.Module:
         config = self.config.model
         if continued and config.upcycle:
@@ -98,27 +90,10 @@ class Task:
                 f"model.pretrained {pretrained} keeps its experts as {kept_as}, for inference alone: "
                 "give the file that was not quantized"
             )
-        if not config.upcycle:
-            return model
         try:
-            return upcycle(model, **config.upcycle)
+            return upcycle(model, **config.upcycle) if config.upcycle else model
         except ValueError as error:
             raise ConfigError(f"model.upcycle: {error}") from error
-
-    def loss(self, model: nn.Module, batch: Batch, number: int) -> Tensor:
-        """The loss of a batch, without the auxiliary losses of the routing.
-
-        The loss of a batch that several processes share is the mean of what this gives in each.
-
-        Args:
-            model: in training mode.
-            batch: this process's part of one, on the model's device; not changed.
-            number: of that part in the run; whatever is random here follows from it.
-
-        Returns:
-            A float32 scalar.
-        """
-        raise NotImplementedError
 
     def after_step(self, model: nn.Module) -> None:
         """What has to hold for the weights after every optimizer step."""
@@ -127,16 +102,8 @@ class Task:
         """Further metrics for the log."""
         return {}
 
-    def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """Figures of the model on the validation data, in float32 whatever training computes in, as by `eval.py`."""
-        raise NotImplementedError
-
-    def example_names(self, samples: list[Any]) -> list[str]:
-        """Names among which the example figure ranks the pictures of `samples`."""
-        raise NotImplementedError
-
     def examples(self, number: int) -> list[Any]:
-        """Some raw samples of the validation data (or the training data), spread evenly; unreadable ones left out.
+        """Some raw samples of the validation (or training) data at equal distances; unreadable ones are left out.
 
         The same in all processes, as process 0 reads them; all call it.
         """
@@ -146,10 +113,8 @@ class Task:
         data = self.val_data or self.train_data
         samples = []
         for index in torch.linspace(0, len(data) - 1, min(number, len(data))).round().long().tolist():
-            try:
+            with suppress(BadSample):
                 samples.append(data[index])
-            except BadSample:
-                continue
         return samples
 
     def _val_reading(self, model: nn.Module) -> tuple[Transform, LoaderConfig]:
@@ -164,7 +129,7 @@ class Task:
 
 
 class Classification(Task):
-    """Cross-entropy on labelled pictures, with timm's mixup and cutmix and label smoothing."""
+    """Cross-entropy on labelled images, with timm's mixup and cutmix and label smoothing."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -197,19 +162,15 @@ class Classification(Task):
         return F.cross_entropy(model(images).float(), target)
 
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        return evaluate_classification(
-            model,
-            self._val_loader(model, device),
-            device=device,
-            num_classes=len(self.class_names),
-        )
+        loader = self._val_loader(model, device)
+        return evaluate_classification(model, loader, device=device, num_classes=len(self.class_names))
 
     def example_names(self, samples: list[Any]) -> list[str]:
         return self.class_names
 
 
 class Contrastive(Task):
-    """open_clip's softmax (CLIP) or sigmoid (SigLIP, arXiv 2303.15343) loss on pictures with captions."""
+    """open_clip's softmax (CLIP) or sigmoid (SigLIP, arXiv 2303.15343) loss on images with captions."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -221,21 +182,23 @@ class Contrastive(Task):
         rank, processes = world()
         if config.train.loss == "sigmoid":
             self.criterion = SigLipLoss(rank=rank, world_size=processes)
-        else:  # each process compares its own pictures and captions with those of all
+        else:  # each process compares its own images and captions with those of all
             self.criterion = ClipLoss(local_loss=processes > 1, gather_with_grad=True, rank=rank, world_size=processes)
             # open_clip gathers with a function that newer versions of PyTorch call deprecated.
             warnings.filterwarnings("ignore", message="torch.distributed.nn.functional", category=FutureWarning)
         self.evaluation = config.evaluate.task
         if self.val_data is not None:
-            if self.evaluation is None:
-                self.evaluation = "zero_shot" if self.val_data.classes else "retrieval"
-            if self.evaluation == "zero_shot" and self.val_data.classes:
-                check_class_names(self.val_data.classes)
-                resolve_templates(config.evaluate.templates)
-            if self.evaluation == "zero_shot" and not self.val_data.classes:
-                raise ConfigError("evaluate.task 'zero_shot' needs class names, and data.val has none; use 'retrieval'")
+            names = self.val_data.classes
+            self.evaluation = self.evaluation or ("zero_shot" if names else "retrieval")
             if self.evaluation == "retrieval" and not self.val_data.has_captions:
                 raise ConfigError("evaluate.task 'retrieval' needs captions, and data.val has none; use 'zero_shot'")
+            if self.evaluation == "zero_shot":
+                if not names:
+                    raise ConfigError(
+                        "evaluate.task 'zero_shot' needs class names, and data.val has none; use 'retrieval'"
+                    )
+                check_class_names(names)
+                resolve_templates(config.evaluate.templates)
 
     def create_model(self, pretrained: str | None, continued: bool = False) -> nn.Module:
         model = self._build(pretrained, continued, self.config.model.kwargs)
@@ -246,7 +209,7 @@ class Contrastive(Task):
         self.tokenizer = get_tokenizer(model)
         if self.evaluation == "zero_shot":
             check_templates(self.tokenizer, self.config.evaluate.templates)
-        with torch.device("cpu"):  # where the weights are sharded, the other processes build theirs without values
+        with torch.device("cpu"):  # where the weights are sharded, other processes build the model without values
             self.previous_scale = torch.tensor(from_first(lambda: model.logit_scale.item()))
         return model
 
@@ -259,11 +222,7 @@ class Contrastive(Task):
 
     @torch.no_grad()
     def after_step(self, model: nn.Module) -> None:
-        """Clamps the logit scale as CLIP does.
-
-        A frozen one is left alone, and so is one that started outside the bounds until it is inside: clamping it would
-        change the start value.
-        """
+        """Clamps the logit scale as CLIP does, but not a frozen one, nor one that has always been out of bounds."""
         scale = model.logit_scale
         if self.config.train.loss != "softmax" or not scale.requires_grad:
             return
@@ -273,9 +232,9 @@ class Contrastive(Task):
         self.previous_scale = scale.clone()
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
-        figures = {"logit_scale": model.logit_scale.exp().item()}
         bias = getattr(model, "logit_bias", None)
-        return figures if bias is None else {**figures, "logit_bias": bias.item()}
+        metrics = {} if bias is None else {"logit_bias": bias.item()}
+        return {"logit_scale": model.logit_scale.exp().item(), **metrics}
 
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         if self.evaluation == "retrieval":
@@ -301,7 +260,7 @@ def _name(config: Config) -> str:
 def _check_same_classes(train: list[str], val: list[str] | None) -> None:
     """Labels are indices: both data sets must list the same classes in the same order."""
     if val is None:
-        raise ConfigError("data.val has no labels; task 'classification' evaluates on labelled pictures")
+        raise ConfigError("data.val has no labels; task 'classification' evaluates on labelled images")
     if len(train) != len(val):
         odd = sorted(set(train) ^ set(val))[:5]
         raise ConfigError(

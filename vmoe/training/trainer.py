@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import math
 import random
 import time
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 import vmoe
 from vmoe.data import TrainLoader, build_transform, train_loader
 from vmoe.data.seeding import derive_seed
+from vmoe.distributed import process_group
 from vmoe.distributed.mesh import make_meshes, mesh_size
 from vmoe.distributed.parallelize import (
     clip_grad_norm,
@@ -33,30 +33,16 @@ from vmoe.distributed.parallelize import (
     parallelize,
     set_gradient_sync,
     split_groups,
-    synchronize_numbers,
+    synchronize_scalars,
 )
-from vmoe.distributed.process_group import (
-    SharedError,
-    any_process,
-    joined,
-    mean_over_processes,
-    set_timeout,
-    sum_over_processes,
-    wait_for_all,
-)
+from vmoe.distributed.process_group import SharedError, any_process, mean_over_processes, sum_over_processes
 from vmoe.evaluation.inference import arithmetic, attention_kernel, pick_device, pick_precision
 from vmoe.models.factory import preprocess_config
 from vmoe.models.flops import model_profile
+from vmoe.models.manifest import list_checkpoints, step_of
 from vmoe.models.serialization import WeightsError, checkpoint_weights
 from vmoe.moe import RoutingRecord
-from vmoe.training.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    list_checkpoints,
-    load_checkpoint,
-    remove_unfinished,
-    step_of,
-)
+from vmoe.training.checkpoint import Checkpointer, CheckpointError, load_checkpoint, remove_unfinished
 from vmoe.training.config import Config, to_yaml
 from vmoe.training.diagnosis import NonFiniteError, find_non_finite
 from vmoe.training.logger import (
@@ -75,11 +61,8 @@ from vmoe.training.run_dir import check_same_settings, find_checkpoint, finished
 from vmoe.training.run_images import RoutingImages, draw_examples
 from vmoe.training.signals import Stopped, StopRequest, TimeBudget, interruptible
 from vmoe.training.tasks import create_task
-from vmoe.utils.config import ConfigError
 from vmoe.utils.tables import make_console
 from vmoe.utils.world import world
-
-logger = logging.getLogger("vmoe.training")
 
 # Steps in a row that the fp16 gradient scaler may skip; by then it has halved its scale to nothing.
 MAX_SKIPPED_STEPS = 30
@@ -98,15 +81,14 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
     Raises:
         ConfigError: settings that do not fit each other, the data, or the run in output_dir.
         NonFiniteError: the loss or gradient of a step is not finite; the message names the step and the layer.
-        Stopped: a signal (see `interruptible`) or the end of `train.max_minutes`; if a step was made, after a
-            checkpoint was saved.
-        LostProcessError: another process of the job is gone, see `vmoe.distributed.process_group.joined`.
+        Stopped: a signal or the end of `train.max_minutes`; after a checkpoint, if a step was made.
+        LostProcessError: another process of the job is gone.
     """
     budget = TimeBudget(config.train.max_minutes)
     config.check()
     with interruptible() as stop:
         device = pick_device(config.device)
-        with joined(device, config.parallel.timeout):
+        with process_group.joined(device, config.parallel.timeout):
             check_same_settings(config)
             # The first process prints and writes for all.
             console = console or make_console() if world()[0] == 0 else Console(quiet=True)
@@ -114,34 +96,25 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
             checkpoint = find_checkpoint(run, config)
             step = 0 if checkpoint is None else step_of(checkpoint)
             if summary := finished_summary(run, step, config.train.steps):
-                _print(
-                    console,
-                    f"{run}: this run is finished ({summary['steps']} steps). A larger train.steps continues it; "
-                    "another output_dir starts a new one.",
-                )
+                remedy = "A larger train.steps continues it; another output_dir starts a new one."
+                _print(console, f"{run}: this run is finished ({summary['steps']} steps). {remedy}")
                 return summary
             trainer = Trainer(config, device, console, checkpoint)
-            wait_for_all()  # nobody looks for a run in the folder any more
+            process_group.wait_for_all()  # nobody looks for a run in the folder any more
             with locked_folder(run) if trainer.first else nullcontext():
                 trainer.fit(stop, budget)
             return trainer.finish()
 
 
 class Trainer:
-    """A run of one process of a job.
-
-    Args:
-        config: all settings.
-        device: of this process.
-        console: where progress is printed.
-        checkpoint: to continue from; None starts anew.
+    """A run, as one process of a job makes it.
 
     Attributes:
         model: holds the weights.
         forward: what is called in training: the model, or DDP around it, compiled.
         ema: moving average of the weights, or None.
         step: optimizer steps done.
-        progress: what is saved of the run so far, beside the step.
+        progress: what a checkpoint keeps of the run, beside the step.
     """
 
     def __init__(self, config: Config, device: torch.device, console: Console, checkpoint: Path | None) -> None:
@@ -199,7 +172,7 @@ class Trainer:
         shard = None
         if self.processes > 1:
             meshes = make_meshes(self.size, self.device)
-            set_timeout([meshes.whole, meshes.dense], self.config.parallel.timeout)
+            process_group.set_timeout([meshes.whole, meshes.dense], self.config.parallel.timeout)
             shard = partial(parallelize, meshes=meshes, device=self.device)
         self.ema = None
         if self.config.train.ema_decay is not None:
@@ -209,19 +182,11 @@ class Trainer:
             self.forward = torch.compile(self.forward)
 
     def _create_optimizer(self, new: bool) -> None:
-        config, sharded = self.config, is_sharded(self.model)
-        if sharded and self.precision == "fp16":
-            raise ConfigError(
-                "train.precision fp16 needs parallel.dp_shard = parallel.ep = 1; use bf16, which needs no scaler"
-            )
+        config = self.config
         self.optimizer = create_optimizer(self.model, config.optim)
-        if sharded:
+        if is_sharded(self.model):
             split_groups(self.optimizer)
         if new and config.model.pretrained_optimizer:
-            if sharded:
-                raise ConfigError(
-                    "model.pretrained_optimizer needs parallel.dp_shard = parallel.ep = 1; set it to false"
-                )
             carry_over_optimizer(config.model.pretrained, self.model, self.optimizer)
         self.schedule = create_schedule(self.optimizer, config.optim, config.train.steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
@@ -249,9 +214,9 @@ class Trainer:
                 while self.step < train.steps:
                     budget.next_step()
                     self._step_and_rest()
-                self.checkpointer.wait()
-                if train.eval_every and self.progress["evaluated"] != self.step:  # it failed when this step was made
-                    self.metrics.write(self.step, self.evaluate())
+            self.checkpointer.wait()
+            if train.eval_every and self.progress["evaluated"] != self.step:  # it failed when this step was made
+                self.metrics.write(self.step, self.evaluate())
         finally:
             self.metrics.close()
             self.checkpointer.close()
@@ -266,7 +231,7 @@ class Trainer:
             logged |= self.log(metrics, record)
         del record  # it holds the graph of the auxiliary losses
         if train.eval_every and (last or self.step % train.eval_every == 0):
-            logged |= self.evaluate_or_save()
+            logged |= self.evaluate()
         if self.processes == 1 or self.progress["evaluated"] == self.step:  # that took long: ask again
             self.stopping = mean_over_processes(self._stop_asked())
         if logged:
@@ -283,11 +248,7 @@ class Trainer:
             raise Stopped(message, planned=not interrupted, agreed=True)
 
     def train_step(self) -> tuple[dict[str, float], RoutingRecord]:
-        """One optimizer step; nothing that is not finite reaches the weights.
-
-        Returns:
-            Its metrics, and the routing of its last batch.
-        """
+        """One optimizer step: its metrics, and the routing of its last batch. Only finite values reach the weights."""
         train, started = self.config.train, time.perf_counter()
         batches, losses = self.batches.take(), []
         for part, batch in enumerate(batches):  # each gives its share of the gradient
@@ -296,7 +257,7 @@ class Trainer:
             with attention_kernel(self.precision, self.device):
                 self.scaler.scale(total / len(batches)).backward()
             losses.append(torch.stack([total.detach(), loss.detach()]))
-        synchronize_numbers(self.model)
+        synchronize_scalars(self.model)
         self.scaler.unscale_(self.optimizer)
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         grad_norm = clip_grad_norm(trainable, train.clip_grad_norm or math.inf)
@@ -367,10 +328,8 @@ class Trainer:
 
     def log(self, metrics: dict[str, float], record: RoutingRecord) -> dict[str, float]:
         """Shows the metrics of a step, and warns about the data and the routing; returns all that is to be logged."""
-        metrics |= {
-            "images_per_second": self.images / self.seconds,
-            "data_wait_share": self.batches.waited / self.seconds,
-        }
+        metrics["images_per_second"] = self.images / self.seconds
+        metrics["data_wait_share"] = self.batches.waited / self.seconds
         self.images, self.seconds, self.batches.waited = 0, 0.0, 0.0
         self.data_watch.update(metrics, self.batches.loader.samples_per_second)
         if self.scaler.is_enabled():
@@ -385,21 +344,17 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Evaluates on the validation data; returns what is to be logged."""
-        with self.display.timing("evaluation"):
-            results = self.task.evaluate(self._evaluated_model(), self.device)
+        try:
+            with self.display.timing("evaluation"):
+                results = self.task.evaluate(self._evaluated_model(), self.device)
+        except Exception as error:  # bad validation data must not cost the training up to here
+            if self.processes == 1 or isinstance(error, SharedError):  # else the others cannot take part
+                self.save()
+            raise
         self.progress |= {"evaluation": results, "evaluated": self.step}
         values = (f"{name} {value:.4f}" for name, value in results.items() if isinstance(value, float))
         self.display.message(f"step {self.step}: evaluation {', '.join(values)}")
         return {f"evaluation/{name}": value for name, value in results.items()}
-
-    def evaluate_or_save(self) -> dict[str, float]:
-        """Evaluates; if that fails, saves first: bad validation data must not cost the training up to here."""
-        try:
-            return self.evaluate()
-        except Exception as error:
-            if self.processes == 1 or isinstance(error, SharedError):  # else the others cannot take part
-                self.save()
-            raise
 
     def save(self) -> None:
         """Writes a checkpoint."""
@@ -453,11 +408,7 @@ class Trainer:
 
 
 class Prefetch:
-    """The batches of each step, which may be fetched before they are taken.
-
-    Args:
-        loader: of single batches.
-        number: of batches in a step.
+    """The batches of each step, `number` of a loader's, which may be fetched before they are taken.
 
     Attributes:
         position: of the loader, behind the batches that were taken.
