@@ -27,101 +27,68 @@ GROUPS = "its groups"
 def export_state(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, rest) of an optimizer over a model's parameters; the tensors are the optimizer's own.
 
-    Raises:
-        ValueError: there is state that cannot be written, or not be loaded on another mesh.
+    A ValueError names state that cannot be written, or not be loaded on another mesh.
     """
     names, full = _parameter_names(optimizer, model), optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
+    encoder = _Encoder(model, type(optimizer).__name__)
+    rest = {
+        "state": {names[index]: encoder.all(values, names[index]) for index, values in full.pop("state").items()},
+        "groups": [
+            {"parameters": [names[index] for index in group.pop("params")], "settings": encoder.all(group, GROUPS)}
+            for group in full.pop("param_groups")
+        ],
+        "other": encoder.all(full),
+    }
+    return encoder.tensors, rest
 
-    def encode(value: Any, key: str, name: str) -> Any:
+
+class _Encoder:
+    """Makes JSON of the values of an optimizer's state; their tensors go to `tensors`."""
+
+    def __init__(self, model: nn.Module, optimizer: str) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.tensors: dict[str, Tensor] = {}
+
+    def all(self, values: dict[str, Any], name: str = "") -> dict[str, Any]:
+        return {key: self.encode(value, key, name) for key, value in values.items()}
+
+    def encode(self, value: Any, key: str, name: str) -> Any:
         if isinstance(value, Tensor) and name == GROUPS and value.ndim == 0:  # it has no parameter's name
             return {"number": [value.item(), str(value.dtype).removeprefix("torch.")]}
         if isinstance(value, Tensor) and name != GROUPS:
-            parameter = model.get_parameter(name) if name else value
-            if isinstance(parameter, DTensor) and value.ndim > 0 and value.shape != parameter.shape:
-                raise ValueError(
-                    f"the state {key!r} that {type(optimizer).__name__} keeps for {name} does not have its shape, so "
-                    "it cannot be sharded; take an optimizer such as adamw, sgd or lion, or "
-                    "parallel.dp_shard = parallel.ep = 1"
-                )
-            tensors[f"{key}/{name}"] = value.detach()
-            return TENSOR
+            return self._tensor(value, key, name)
         if value is None or isinstance(value, bool | int | float | str):
             return value
         if isinstance(value, torch.dtype):
             return {"dtype": str(value).removeprefix("torch.")}
         if isinstance(value, list | tuple):
-            encoded = [encode(each, f"{key}.{index}", name) for index, each in enumerate(value)]
+            encoded = [self.encode(each, f"{key}.{index}", name) for index, each in enumerate(value)]
             return {"tuple": encoded} if isinstance(value, tuple) else encoded
         if isinstance(value, dict) and all(isinstance(each, str) for each in value):
-            return {"dict": {inner: encode(each, f"{key}.{inner}", name) for inner, each in value.items()}}
+            return {"dict": {inner: self.encode(each, f"{key}.{inner}", name) for inner, each in value.items()}}
         raise ValueError(f"the optimizer's {key} of {name} is a {type(value).__name__}, which a checkpoint cannot hold")
 
-    def encode_all(values: dict[str, Any], name: str = "") -> dict[str, Any]:
-        return {key: encode(value, key, name) for key, value in values.items()}
-
-    rest = {
-        "state": {names[index]: encode_all(values, names[index]) for index, values in full.pop("state").items()},
-        "groups": [
-            {"parameters": [names[index] for index in group.pop("params")], "settings": encode_all(group, GROUPS)}
-            for group in full.pop("param_groups")
-        ],
-        "other": encode_all(full),
-    }
-    return tensors, rest
+    def _tensor(self, value: Tensor, key: str, name: str) -> dict[str, str]:
+        parameter = self.model.get_parameter(name) if name else value
+        if isinstance(parameter, DTensor) and value.ndim > 0 and value.shape != parameter.shape:
+            raise ValueError(
+                f"the state {key!r} that {self.optimizer} keeps for {name} does not have its shape, so it cannot be "
+                "sharded; take an optimizer such as adamw, sgd or lion, or parallel.dp_shard = parallel.ep = 1"
+            )
+        self.tensors[f"{key}/{name}"] = value.detach()
+        return TENSOR
 
 
 def import_state(optimizer: Optimizer, model: nn.Module, stored: StoredTensors | None, rest: dict[str, Any]) -> None:
-    """Loads what `export_state` gave into an optimizer whose groups may be divided in another way.
+    """Loads what `export_state` gave (the tensors, None if there are none, and the rest) into an optimizer.
 
-    Args:
-        optimizer: over the same parameters; changed in place.
-        model: its parameters' names; they may be DTensors on any mesh.
-        stored: the tensors; None if there are none.
-        rest: the rest.
+    Its groups may be divided in another way, and the parameters may be DTensors on any mesh.
 
     Raises:
-        ValueError: the optimizer is over other parameters, or its state does not fit or is not what `export_state`
-            gave.
+        ValueError: it is over other parameters, or its state does not fit or is not what `export_state` gave.
     """
     names, full = _parameter_names(optimizer, model), optimizer.state_dict()
-    targets: dict[str, Tensor] = {}
-
-    def dtype_of(content: str) -> torch.dtype:
-        if not isinstance(getattr(torch, content, None), torch.dtype):
-            raise ValueError(f"{content!r} is no type of numbers")
-        return getattr(torch, content)
-
-    def decode(value: Any, key: str, name: str) -> Any:
-        if isinstance(value, list):
-            return [decode(each, f"{key}.{index}", name) for index, each in enumerate(value)]
-        if not isinstance(value, dict):
-            return value
-        ((kind, content),) = value.items()
-        if kind == "tuple":
-            return tuple(decode(content, key, name))
-        if kind == "dict":
-            return {inner: decode(each, f"{key}.{inner}", name) for inner, each in content.items()}
-        if kind == "number":
-            return torch.tensor(content[0], dtype=dtype_of(content[1]))
-        if kind == "dtype":
-            return dtype_of(content)
-        tensor = f"{key}/{name}"
-        if value != TENSOR or stored is None or tensor not in stored.shapes:
-            raise ValueError(f"its {kind} {tensor!r} is not stored")
-        shape, dtype = stored.shapes[tensor], stored.dtypes[tensor]
-        parameter = model.get_parameter(name) if name else None
-        if isinstance(parameter, DTensor) and shape == parameter.shape:
-            targets[tensor] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-        elif isinstance(parameter, DTensor) and len(shape) > 0:
-            raise ValueError(f"{tensor} is {tuple(shape)}, and cannot be sharded as {tuple(parameter.shape)}")
-        else:
-            targets[tensor] = torch.empty(shape, dtype=dtype)
-        return targets[tensor]
-
-    def decode_all(values: dict[str, Any], name: str = "") -> dict[str, Any]:
-        return {key: decode(value, key, name) for key, value in values.items()}
-
+    decoder = _Decoder(model, stored)
     try:
         before = {name: group["settings"] for group in rest["groups"] for name in group["parameters"]}
         new = set(names.values())
@@ -132,21 +99,71 @@ def import_state(optimizer: Optimizer, model: nn.Module, stored: StoredTensors |
                     "the same parameters (train.freeze)"
                 )
         indices = {name: index for index, name in names.items()}
-        full["state"] = {indices[name]: decode_all(values, name) for name, values in rest["state"].items()}
+        full["state"] = {indices[name]: decoder.all(values, name) for name, values in rest["state"].items()}
         for group in full["param_groups"]:
             settings = [before[names[index]] for index in group["params"]]
             if any(each != settings[0] for each in settings):
                 raise ValueError("parameters that are one group now had different settings then")
-            group |= decode_all(settings[0]) if settings else {}
-        full |= decode_all(rest["other"])
+            group |= decoder.all(settings[0]) if settings else {}
+        full |= decoder.all(rest["other"])
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"the optimizer's state cannot be understood ({type(error).__name__}: {error})") from error
-    unread = sorted(stored.shapes.keys() - targets.keys()) if stored is not None else []
-    if unread:
-        raise ValueError(f"its tensor {unread[0]!r} (one of {len(unread)}) belongs to no state of the optimizer")
-    if targets:
-        stored.read_into(targets)
+    decoder.read()
     optimizer.load_state_dict(full)
+
+
+class _Decoder:
+    """Reads what `_Encoder` made; the tensors are filled by `read`."""
+
+    def __init__(self, model: nn.Module, stored: StoredTensors | None) -> None:
+        self.model, self.stored = model, stored
+        self.targets: dict[str, Tensor] = {}
+
+    def all(self, values: dict[str, Any], name: str = "") -> dict[str, Any]:
+        return {key: self.decode(value, key, name) for key, value in values.items()}
+
+    def decode(self, value: Any, key: str, name: str) -> Any:
+        if isinstance(value, list):
+            return [self.decode(each, f"{key}.{index}", name) for index, each in enumerate(value)]
+        if not isinstance(value, dict):
+            return value
+        ((kind, content),) = value.items()
+        if kind == "tuple":
+            return tuple(self.decode(content, key, name))
+        if kind == "dict":
+            return {inner: self.decode(each, f"{key}.{inner}", name) for inner, each in content.items()}
+        if kind == "number":
+            return torch.tensor(content[0], dtype=_dtype(content[1]))
+        if kind == "dtype":
+            return _dtype(content)
+        if value != TENSOR:
+            raise ValueError(f"its {kind} {key!r} of {name} is not known")
+        return self._tensor(f"{key}/{name}", self.model.get_parameter(name) if name else None)
+
+    def _tensor(self, name: str, parameter: Tensor | None) -> Tensor:
+        if self.stored is None or name not in self.stored.shapes:
+            raise ValueError(f"its tensor {name!r} is not stored")
+        shape, dtype = self.stored.shapes[name], self.stored.dtypes[name]
+        if isinstance(parameter, DTensor) and shape == parameter.shape:
+            self.targets[name] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        elif isinstance(parameter, DTensor) and len(shape) > 0:
+            raise ValueError(f"{name} is {tuple(shape)}, and cannot be sharded as {tuple(parameter.shape)}")
+        else:
+            self.targets[name] = torch.empty(shape, dtype=dtype)
+        return self.targets[name]
+
+    def read(self) -> None:
+        unread = sorted(self.stored.shapes.keys() - self.targets.keys()) if self.stored is not None else []
+        if unread:
+            raise ValueError(f"its tensor {unread[0]!r} (one of {len(unread)}) belongs to no state of the optimizer")
+        if self.targets:
+            self.stored.read_into(self.targets)
+
+
+def _dtype(name: str) -> torch.dtype:
+    if not isinstance(getattr(torch, name, None), torch.dtype):
+        raise ValueError(f"{name!r} is no type of numbers")
+    return getattr(torch, name)
 
 
 def _parameter_names(optimizer: Optimizer, model: nn.Module) -> dict[int, str]:
