@@ -15,7 +15,7 @@ from vmoe.utils.config import ConfigError
 CPU = torch.device("cpu")
 
 
-def test_what_is_left_is_copies():
+def test_what_is_left_is_replicas():
     assert mesh_size(-1, 2, 2, 8) == MeshSize(2, 2, 2)
     assert mesh_size(-1, 1, 1, 1) == MeshSize(1)
     assert mesh_size(4, 1, 2, 8).world == 8
@@ -53,12 +53,12 @@ def tiny(**settings):
 def test_neighbours_share_a_model(four_processes):
     meshes = make_meshes(MeshSize(1, 2, 2), CPU)
     assert meshes.whole.mesh.tolist() == [[[0, 1], [2, 3]]]
-    # Dense weights are copied over `ep` and sharded over `dp_shard`.
+    # Dense weights are replicated over `ep` and sharded over `dp_shard`.
     assert meshes.dense.mesh.tolist() == [[0, 2], [1, 3]]
     assert meshes.experts.mesh.tolist() == [[0, 2]]
 
 
-def test_every_weight_is_split_as_the_mesh_says(four_processes):
+def test_every_weight_is_sharded_as_the_mesh_says(four_processes):
     model = tiny()
     whole = {name: parameter.shape for name, parameter in model.named_parameters()}
     assert parallelize(model, make_meshes(MeshSize(1, 2, 2), CPU), CPU) is model
@@ -94,6 +94,6 @@ def test_learned_activations_are_sharded_too(four_processes):
         (MeshSize(1, 2, 2), {"expert_width": 63}, "parallel.dp_shard is 2, and the experts' width 63 is no multiple"),
     ],
 )
-def test_experts_that_cannot_be_spread(four_processes, size, settings, message):
+def test_experts_that_cannot_be_sharded_evenly(four_processes, size, settings, message):
     with pytest.raises(ConfigError, match=message):
         parallelize(tiny(**settings), make_meshes(size, CPU), CPU)

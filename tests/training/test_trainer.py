@@ -23,7 +23,7 @@ from vmoe.training.checkpoint import CheckpointError, list_checkpoints, step_of
 from vmoe.training.diagnosis import NonFiniteError
 from vmoe.training.logger import CollapseWatch, read_metrics
 from vmoe.training.tasks import Classification
-from vmoe.training.trainer import Stopped, locked_folder, train
+from vmoe.training.trainer import Prefetch, Stopped, locked_folder, train
 from vmoe.utils.config import ConfigError
 
 TIMES = ("images_per_second", "data_wait_share")
@@ -476,3 +476,31 @@ def test_the_orientation_of_the_training_is_kept_with_the_model(make_config, pic
     assert figures[0] == figures[1]
     assert figures[0]["ece"] != pytest.approx(figures[2]["ece"], abs=1e-6)
     assert figures[0]["top1"] == summary["evaluation"]["top1"]
+
+
+class Numbers:
+    """A loader of the numbers 0, 1, 2; the fourth cannot be read."""
+
+    device, step = "cpu", 0
+
+    def __next__(self):
+        if self.step == 3:
+            raise BadSample("3.png", "torn")
+        self.step += 1
+        return self.step - 1
+
+    def state_dict(self):
+        return {"step": self.step}
+
+
+def test_batches_are_fetched_ahead_and_the_position_stays_behind_those_taken():
+    batches = Prefetch(Numbers(), 1)
+    assert batches.take() == [0]
+    batches.fetch()
+    assert batches.position == {"step": 1}
+    assert batches.take() == [1]
+    assert batches.take() == [2]
+    batches.fetch()  # the error is of the next step, not of the present one
+    assert batches.position == {"step": 3}
+    with pytest.raises(BadSample, match=r"3\.png"):
+        batches.take()

@@ -79,8 +79,6 @@ def parallelize(model: nn.Module, meshes: Meshes, device: torch.device) -> nn.Mo
 
 
 def _replicate(model: nn.Module) -> nn.Module:
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        return model
     # Buffers are not broadcast: the balancing bias is equal everywhere, and its counts must stay each process's own.
     names = signature(DistributedDataParallel).parameters  # PyTorch 2.15 renames it
     quiet = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"

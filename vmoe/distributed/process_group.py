@@ -36,9 +36,7 @@ class SharedError(ValueError):
 def joined(device: torch.device | None = None, timeout: float = DEFAULT_TIMEOUT) -> Iterator[None]:
     """Joins the other processes of `torchrun` inside the block; without torchrun it does nothing.
 
-    Args:
-        device: where tensors are exchanged: GPUs over NCCL. Numbers and objects on the CPU always go over gloo.
-        timeout: seconds to wait for another process, before an error.
+    GPU tensors go over NCCL, numbers and objects on the CPU over gloo.
 
     Raises:
         LostProcessError: another process died, stopped with an error, or has not come within `timeout`. Where the main

@@ -116,10 +116,10 @@ class Checkpointer:
 
         Args:
             step: optimizer steps done.
-            model: the trained weights, plain tensors (the same in all processes) or DTensors.
-            ema: their moving average, or None.
+            model: plain tensors (the same in all processes) or DTensors.
+            ema: its moving average, or None.
             optimizer: of `model`.
-            trainer: JSON-able, the same in all processes; that of process 0 is written.
+            trainer: JSON-able; that of process 0 is written.
             extra: JSON-able, kept beside the weights (class names).
 
         Returns:
@@ -250,10 +250,7 @@ class Checkpointer:
         _sync(self.parent)
 
     def _remove_old(self, step: int) -> None:
-        """Removes what is older than the last whole ones to keep.
-
-        Those newer than `step` were found damaged when the run was continued; they stay until the run is there again.
-        """
+        """Removes what is older than the last whole ones to keep; newer ones were found damaged, and stay."""
         kept = 0
         for folder in reversed([each for each in list_checkpoints(self.run) if step_of(each) <= step]):
             if kept == self.keep_last:
@@ -294,14 +291,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Loads a checkpoint in place, into plain tensors or DTensors of any mesh; all processes call it together.
 
-    Args:
-        checkpoint: its folder.
-        model: of the same names and shapes.
-        ema: its moving average; None: is not loaded.
-        optimizer: of `model`, over the same parameters; None: is not loaded.
-
     Returns:
-        `trainer` as given to `Checkpointer.save`.
+        `trainer` as given to `Checkpointer.save`; an `ema` or `optimizer` of None is not loaded.
 
     Raises:
         CheckpointError: a file is missing or damaged, or something does not fit; the message lists tensors and shapes.

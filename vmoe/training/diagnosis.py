@@ -25,13 +25,11 @@ def find_non_finite(
 ) -> str | None:
     """Repeats a forward and backward pass with hooks, and names the first thing that is not finite.
 
-    Several processes do it together: what one of them finds ends the search for all.
+    Several processes do it together: what one of them finds ends the search for all (`any_process`).
 
     Args:
         model: the plain module (not compiled), in the mode and state of the step. Gradients are overwritten.
-        compute_loss: repeats the forward pass with the same random numbers.
-        batch: its input.
-        any_process: whether something holds in one of the processes.
+        compute_loss: repeats the forward pass of `batch` with the same random numbers.
 
     Returns:
         A phrase such as "the output of the layer blocks.1.mlp.router"; None if all is finite this time, or in this

@@ -365,13 +365,12 @@ def final_table(summary: dict[str, Any]) -> FigureTable:
         "parameters": f"{summary['parameters_total'] / 1e6:.2f} M",
         "  active per token": f"{summary['parameters_active'] / 1e6:.2f} M",
         "GFLOPs per image": f"{summary['gflops_per_image']:.3f}",
-        "GFLOPs per caption": f"{summary.get('gflops_per_text', 0):.3f}",
-        "training throughput": f"{summary['images_per_second']:.0f} images/s",
-        "training time": f"{summary['train_seconds']:.0f} s",
-        "final loss": f"{summary['loss']:.4f}",
     }
-    if "gflops_per_text" not in summary:
-        del rows["GFLOPs per caption"]
+    if "gflops_per_text" in summary:
+        rows["GFLOPs per caption"] = f"{summary['gflops_per_text']:.3f}"
+    rows["training throughput"] = f"{summary['images_per_second']:.0f} images/s"
+    rows["training time"] = f"{summary['train_seconds']:.0f} s"
+    rows["final loss"] = f"{summary['loss']:.4f}"
     for name, value in summary["evaluation"].items():
         rows[name] = f"{value:.4f}" if isinstance(value, float) else str(value)
     table = FigureTable(f"{summary['model']}, {summary['task']}", ["result", "value"], left=["result"])

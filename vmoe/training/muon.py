@@ -25,10 +25,7 @@ PER_EXPERT = "per_expert"  # in a group: its tensors are matrices stacked over e
 
 
 class Muon(timm.optim.Muon):
-    """timm's Muon that takes a stack of matrices, in groups with "per_expert": True, for what it is.
-
-    Its state has the shape of the stack. All arguments are timm's.
-    """
+    """timm's Muon that takes a stack of matrices, in groups with "per_expert": True, for what it is."""
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """One step, after `closure` if there is one."""
@@ -98,8 +95,7 @@ def not_for_muon(model: nn.Module) -> set[str]:
     """Names of the parameters that are no hidden matrices, and AdamW's.
 
     Hidden matrices lie in numbered blocks, such as `blocks.3.attn.qkv.weight`. All else is for AdamW: routers, biases,
-    norms, embeddings, the first convolution, heads, and what the model's `no_weight_decay()` names. (timm's Muon itself
-    leaves very narrow matrices to AdamW.)
+    norms, embeddings, the first convolution, heads, and what the model's `no_weight_decay()` names.
     """
     names = set(getattr(model, "no_weight_decay", set)())
     outside = []  # beginnings of names

@@ -211,9 +211,7 @@ class Trainer:
         self.display = ProgressDisplay(self.console, self.step, train.steps, **every)
         try:
             with self.display, stop.between_steps():
-                while self.step < train.steps:
-                    budget.next_step()
-                    self._step_and_rest()
+                self._loop()
             self.checkpointer.wait()
             if train.eval_every and self.progress["evaluated"] != self.step:  # it failed when this step was made
                 self.metrics.write(self.step, self.evaluate())
@@ -221,31 +219,31 @@ class Trainer:
             self.metrics.close()
             self.checkpointer.close()
 
-    def _step_and_rest(self) -> None:
-        """One step, and what is due after it."""
+    def _loop(self) -> None:
         train = self.config.train
-        metrics, record = self.train_step()
-        last = self.step == train.steps
-        logged: dict[str, float] = {}
-        if last or self.step % train.log_every == 0:
-            logged |= self.log(metrics, record)
-        del record  # it holds the graph of the auxiliary losses
-        if train.eval_every and (last or self.step % train.eval_every == 0):
-            logged |= self.evaluate()
-        if self.processes == 1 or self.progress["evaluated"] == self.step:  # that took long: ask again
-            self.stopping = mean_over_processes(self._stop_asked())
-        if logged:
-            self.metrics.write(self.step, logged)
-        interrupted, planned = self.stopping
-        stopping = (interrupted or planned) and not last
-        if last or stopping or self.step % train.checkpoint_every == 0:
-            self.save()
-        if self.routing_images.due(self.step):  # after the checkpoint: nothing of it is lost
-            self.routing_images.draw(self.step, self._evaluated_model(), self.device)
-        if stopping:
-            self.checkpointer.wait()
-            message = f"stopped after step {self.step} of {train.steps}; the same command continues the run"
-            raise Stopped(message, planned=not interrupted, agreed=True)
+        while self.step < train.steps:
+            self.budget.next_step()
+            metrics, record = self.train_step()
+            last, logged = self.step == train.steps, {}
+            if last or self.step % train.log_every == 0:
+                logged |= self.log(metrics, record)
+            del record  # it holds the graph of the auxiliary losses
+            if train.eval_every and (last or self.step % train.eval_every == 0):
+                logged |= self.evaluate()
+            if self.processes == 1 or self.progress["evaluated"] == self.step:  # that took long: ask again
+                self.stopping = mean_over_processes(self._stop_asked())
+            if logged:
+                self.metrics.write(self.step, logged)
+            interrupted, planned = self.stopping
+            stopping = (interrupted or planned) and not last
+            if last or stopping or self.step % train.checkpoint_every == 0:
+                self.save()
+            if self.routing_images.due(self.step):  # after the checkpoint: nothing of it is lost
+                self.routing_images.draw(self.step, self._evaluated_model(), self.device)
+            if stopping:
+                self.checkpointer.wait()
+                message = f"stopped after step {self.step} of {train.steps}; the same command continues the run"
+                raise Stopped(message, planned=not interrupted, agreed=True)
 
     def train_step(self) -> tuple[dict[str, float], RoutingRecord]:
         """One optimizer step: its metrics, and the routing of its last batch. Only finite values reach the weights."""
@@ -362,7 +360,6 @@ class Trainer:
             "step": self.step,
             "scaler": self.scaler.state_dict(),
             "loader": self._position(),
-            "rng": {"seed": self.config.seed, "next_step": self.step},  # all there is: see seed_everything
             "progress": self.progress,
         }
         extra = {"class_names": self.task.class_names} if self.config.task == "classification" else {}
