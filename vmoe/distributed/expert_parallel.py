@@ -60,11 +60,11 @@ class ExpertExchange:
 
         # Unused rows of the buffers are copies of the first row: the experts are as finite for them as for that one.
         send = gather_rows(x_RD, row_EC.flatten().clamp(min=0), buffer_R[:, None])
-        mine = _AllToAll.apply(send, None, None, self.group)
+        mine = self._all_to_all(send, None, None)
         mine = mine.view(P, L, C, -1).transpose(0, 1).reshape(L * P * C, -1)
         y = run(mine, torch.full((L,), P * C, dtype=count_E.dtype, device=device))
         y = y.view(L, P, C, -1).transpose(0, 1).reshape(E * C, -1)
-        y = _AllToAll.apply(y, None, None, self.group)
+        y = self._all_to_all(y, None, None)
         return gather_rows(y, buffer_R, row_EC.flatten()[:, None])
 
     def _counts_first(self, run: RunExperts, x_RD: Tensor, count_E: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class ExpertExchange:
         sent_P, received_P = torch.stack([count_PL.sum(1), arriving_PL.sum(1)]).tolist()
         used = sum(sent_P)
 
-        mine = _AllToAll.apply(x_RD[:used], received_P, sent_P, self.group)
+        mine = self._all_to_all(x_RD[:used], received_P, sent_P)
         # They arrive process by process, and the experts want them expert by expert.
         expert_PL = torch.arange(count_PL.shape[1], device=x_RD.device).expand_as(arriving_PL)
         expert_S = expert_PL.flatten().repeat_interleave(arriving_PL.flatten(), output_size=sum(received_P))
@@ -84,8 +84,12 @@ class ExpertExchange:
         back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
         y = run(gather_rows(mine, order_S, back_S[:, None], False, False), arriving_PL.sum(0))
         y = gather_rows(y, back_S, order_S[:, None], False, False)
-        y = _AllToAll.apply(y, sent_P, received_P, self.group)
+        y = self._all_to_all(y, sent_P, received_P)
         return y if used == R else torch.cat([y, y.new_zeros(R - used, y.shape[1])])
+
+    def _all_to_all(self, rows: Tensor, received_P: list[int] | None, sent_P: list[int] | None) -> Tensor:
+        """Sends rows to the other processes; planning counts them instead."""
+        return _AllToAll.apply(rows, received_P, sent_P, self.group)
 
 
 def _extremes(number: int, group: dist.ProcessGroup) -> tuple[int, int]:
