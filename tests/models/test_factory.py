@@ -129,6 +129,19 @@ def test_the_newest_checkpoint_of_a_run_is_found(tmp_path, caplog):
     assert "step_000100 is damaged (model.safetensors is missing); step_000020 is used instead" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "advice"),
+    [
+        ({"text": {"img_size": 48}}, r"'img_size'; it is one of a tower: image=\{'img_size': \.\.\.\}$"),
+        ({"image": {"width": 48}}, r"'width'; it is one of a tower: text=\{'width': \.\.\.\}$"),
+        ({"text": {"widht": 48}}, "'widht'; did you mean 'width'"),
+    ],
+)
+def test_a_setting_of_the_other_tower_is_named_with_it(kwargs, advice):
+    with pytest.raises(ValueError, match=advice):
+        create_model("two_tower_tiny_patch8_48", **kwargs)
+
+
 def test_names():
     assert "limoe_base_patch16" in spec.list_models()
     assert "vmoe_base_patch16_224" in spec.list_models()

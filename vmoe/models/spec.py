@@ -74,7 +74,7 @@ def _advice(name: str, kwargs: dict, unknown: str) -> str:
     towers = {"image": _parameters(VisionMoE) | SETTING_NAMES, "text": _parameters(TextTransformer) | SETTING_NAMES}
     if name in TWO_TOWER_CONFIGS:
         known = _parameters(TwoTower).union(*towers.values())
-        owners = [tower for tower, settings in towers.items() if unknown in settings and unknown in kwargs]
+        owners = [tower for tower, own in towers.items() if unknown in own and unknown not in (kwargs.get(tower) or {})]
         if owners:
             return "; it is one of a tower: " + " or ".join(f"{tower}={{{unknown!r}: ...}}" for tower in owners)
     elif name in LIMOE_CONFIGS:
