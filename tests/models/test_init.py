@@ -68,6 +68,7 @@ VARIANTS = {
     ),
     "no head": ("softmoe_tiny_patch8_48", {"num_classes": 0, "reg_tokens": 2}),
     "limoe map": ("limoe_tiny_patch8_48", {"pool": "map", "init_logit_bias": -10.0, "router_preset": "deepseek"}),
+    "a tower of timm with batch norms": ("two_tower_tiny_patch8_48", {"image": {"name": "resnet18"}, "text": {}}),
     "text map": ("two_tower_tiny_patch8_48", {"text": {"pool": "map", "qk_norm": True}, "init_logit_bias": -10.0}),
 }
 

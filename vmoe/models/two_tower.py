@@ -66,6 +66,9 @@ class TwoTower(ImageTextModel):
         """The towers' own initialisation, for instance after `to_empty`; not all of timm's models have one."""
         if not hasattr(self.visual, "init_weights"):
             raise TypeError(f"the image tower {type(self.visual).__name__} has no init_weights; load its weights")
+        for module in self.visual.modules():  # timm's initialisation leaves out some, such as batch norms
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
         self.visual.init_weights()
         self._init_image_head()
         self.text.init_weights()
