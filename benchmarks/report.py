@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.bars import bars
 from benchmarks.session import RESULTS, ROOT, read_results
-from vmoe.utils.atomic import whole_file
+from vmoe.utils.files import atomic_file
 
 PAGE = ROOT / "docs" / "performance.md"
 Row = dict[str, Any]
@@ -249,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             return 1
         return 0
-    with whole_file(args.page) as temporary:
+    with atomic_file(args.page) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return 0
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from benchmarks.measure import DTYPES, WARM_UP, Ceiling, alternate, milliseconds, ratios, synchronizer
 from vmoe.utils.allocator import keep_freed_memory
-from vmoe.utils.atomic import whole_file
+from vmoe.utils.files import atomic_file
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -212,7 +212,7 @@ def write_section(folder: Path, device: dict[str, Any], when: datetime, key: str
     if file.exists():
         content = read_results(file)
     content["sections"][key] = section
-    with whole_file(file) as temporary:
+    with atomic_file(file) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return file
 

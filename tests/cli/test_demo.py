@@ -14,7 +14,7 @@ from PIL import Image
 
 import vmoe
 from vmoe.cli import demo
-from vmoe.evaluation.loaded_model import load_subject
+from vmoe.evaluation.loaded_model import load_model
 from vmoe.models.factory import save_pretrained
 
 CLASSES = ["animal", "<i>plant</i>", "thing"]
@@ -38,7 +38,7 @@ def start(file, model, extra=None):
     """Saves the model and starts the demo on it; (subject, app, address)."""
     pytest.importorskip("gradio", reason="needs Gradio (pip install -e '.[demo]')")
     save_pretrained(model, file, extra)
-    subject = load_subject(str(file), "cpu")
+    subject = load_model(str(file), "cpu")
     app = demo.build_app(subject)
     return subject, app, demo.launch(app)
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import vmoe
 from vmoe.cli.export import main
-from vmoe.evaluation.loaded_model import load_subject
+from vmoe.evaluation.loaded_model import load_model
 from vmoe.models.manifest import find_problems
 from vmoe.training.checkpoint import Checkpointer
 
@@ -46,7 +46,7 @@ def test_a_runs_newest_checkpoint_becomes_one_file(run, tmp_path, capsys):
     assert same(file, build(1))
     made = vmoe.create_model(pretrained=file)  # needs nothing else
     assert same(file, made)
-    assert same(file, load_subject(str(run)).model)  # what eval.py measures
+    assert same(file, load_model(str(run)).model)  # what eval.py measures
     assert main([str(run), "--output", str(file), "--raw"]) == 0
     assert "step_000002/model.safetensors: the weights as they were trained" in capsys.readouterr().out
     assert same(file, build(0))

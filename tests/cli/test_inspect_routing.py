@@ -229,7 +229,7 @@ def test_what_cannot_work_is_told_before_the_data_are_read(run, data, tmp_path, 
         raise ModuleNotFoundError("the HTML report needs vl_convert")
 
     monkeypatch.setattr(command, "chart_library", missing)
-    monkeypatch.setattr(command, "load_subject", read)
+    monkeypatch.setattr(command, "load_model", read)
     assert error(capsys, *pairs) == (1, "vmoe-inspect: error: the HTML report needs vl_convert")
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 import vmoe
 from vmoe.data import build_transform
-from vmoe.evaluation.loaded_model import Subject
+from vmoe.evaluation.loaded_model import LoadedModel
 from vmoe.inspection.forward import patch_grid
 from vmoe.inspection.plots import example_figure, shorten
 from vmoe.inspection.routing_statistics import route_images
@@ -47,7 +47,7 @@ def test_the_best_expert_with_capacity_is_drawn():
         "vmoe_tiny_patch8_48", num_classes=6, embed_dim=32, num_selected_experts=2, eval_capacity_factor=0.4, **TINY
     ).eval()
     transform = build_transform(preprocess_config(model), None)
-    subject = Subject(model, None, transform, torch.device("cpu"), "float32", "it", Path())
+    subject = LoadedModel(model, None, transform, torch.device("cpu"), "float32", "it", Path())
     images = [sample.image for sample in samples(2)]
     _, found = route_images(subject, images, class_names=NAMES)
     with vmoe.record_routing(model) as record:

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 import vmoe
-from vmoe.evaluation.loaded_model import load_subject
+from vmoe.evaluation.loaded_model import load_model
 from vmoe.inspection import explain as logic
 from vmoe.inspection.plots import DROPPED, PALETTE
 from vmoe.inspection.routing_statistics import TokenRouting
@@ -20,7 +20,7 @@ def subject(tmp_path, name, class_names=None, **kwargs):
     model = vmoe.create_model(name, depth=4, num_heads=2, **kwargs)
     extra = None if class_names is None else {"class_names": class_names}
     save_pretrained(model, tmp_path / "model.safetensors", extra)
-    return load_subject(str(tmp_path / "model.safetensors"), "cpu")
+    return load_model(str(tmp_path / "model.safetensors"), "cpu")
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_two_towers_have_layers_of_one_modality(tmp_path):
         embed_dim=16,
     )
     save_pretrained(model, tmp_path / "model.safetensors")
-    towers = load_subject(str(tmp_path / "model.safetensors"), "cpu")
+    towers = load_model(str(tmp_path / "model.safetensors"), "cpu")
     image_layer, text_layer = logic.list_layers(towers)
     assert image_layer.title != text_layer.title
     found = logic.explain(towers, picture(), ["cat", "dog"])

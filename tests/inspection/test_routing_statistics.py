@@ -13,7 +13,7 @@ from PIL import Image
 import vmoe
 from vmoe.data import BadSample, ImageDataset, build_transform
 from vmoe.data.dataset import Sample
-from vmoe.evaluation.loaded_model import Subject
+from vmoe.evaluation.loaded_model import LoadedModel
 from vmoe.inspection.accumulate import Agreement, ModalityTokens, normalized_mutual_information
 from vmoe.inspection.forward import word_decoder
 from vmoe.inspection.routing_statistics import gather_statistics, sample_routing
@@ -73,7 +73,7 @@ def subject_of(model, folder, **extra):
     save_pretrained(model, file, extra)
     tokenizer = vmoe.get_tokenizer(model) if hasattr(model, "encode_text") else None
     transform = build_transform(preprocess_config(model), None)
-    return Subject(model.eval(), tokenizer, transform, torch.device("cpu"), "float32", "a run", file)
+    return LoadedModel(model.eval(), tokenizer, transform, torch.device("cpu"), "float32", "a run", file)
 
 
 @pytest.fixture

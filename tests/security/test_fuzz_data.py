@@ -15,7 +15,7 @@ from PIL import Image
 from vmoe.data import ImageDataset, SourceConfig, build_dataset
 from vmoe.data.images import FORMATS, MAX_PIXELS, BadSample, load_image
 from vmoe.data.shards import read_members
-from vmoe.utils.safe_json import parse_json
+from vmoe.utils.files import parse_json
 
 from .bounds import NASTY, damaged, fuzz, outcome
 

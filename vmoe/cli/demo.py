@@ -28,7 +28,7 @@ from vmoe.utils.printable import safe_output
 if TYPE_CHECKING:
     import gradio
 
-    from vmoe.evaluation.loaded_model import Subject
+    from vmoe.evaluation.loaded_model import LoadedModel
     from vmoe.inspection.explain import Explanation, Layer
 
 MAX_UPLOAD = "100mb"
@@ -85,9 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def serve() -> None:
         _gradio()  # before the model is loaded, which takes longer
-        from vmoe.evaluation.loaded_model import load_subject
+        from vmoe.evaluation.loaded_model import load_model
 
-        subject = load_subject(config.checkpoint, config.device)
+        subject = load_model(config.checkpoint, config.device)
         if config.exif_orientation is not None:
             subject = subject._replace(exif_orientation=config.exif_orientation)
         if subject.tokenizer is None and config.templates is not None:
@@ -137,7 +137,9 @@ def launch(app: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None,
     return address
 
 
-def build_app(subject: Subject, templates: Sequence[str | Callable[[str], str]] | str | None = None) -> gradio.Blocks:
+def build_app(
+    subject: LoadedModel, templates: Sequence[str | Callable[[str], str]] | str | None = None
+) -> gradio.Blocks:
     """The page for a model.
 
     Args:
@@ -312,7 +314,7 @@ def _image_reader(gr: Any, exif_orientation: bool) -> Callable[[Any], Image.Imag
     return read
 
 
-def _introduction(subject: Subject, layers: Sequence[Layer]) -> str:
+def _introduction(subject: LoadedModel, layers: Sequence[Layer]) -> str:
     what = "image and labels" if subject.tokenizer else "image"
     routing = "the experts of its patches" + (" and of the labels' text tokens" if subject.tokenizer else "")
     if not layers:

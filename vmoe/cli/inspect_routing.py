@@ -18,7 +18,7 @@ from vmoe.cli.command import exit_code
 from vmoe.data import ImageDataset, build_dataset, with_orientation
 from vmoe.data.config import LoaderConfig, SourceConfig
 from vmoe.data.images import IMAGE_SUFFIXES
-from vmoe.evaluation.loaded_model import Subject, load_subject
+from vmoe.evaluation.loaded_model import LoadedModel, load_model
 from vmoe.evaluation.zero_shot import resolve_templates
 from vmoe.inspection.forward import sparse_layers
 from vmoe.inspection.plots import write_figures
@@ -125,7 +125,7 @@ def run(config: InspectConfig, console: Console | None = None) -> RoutingStatist
     """
     console = console or make_console()
     chart_library()
-    subject = load_subject(config.checkpoint, config.device, config.precision)
+    subject = load_model(config.checkpoint, config.device, config.precision)
     sparse_layers(subject)
     source = config.data
     if source.type is None:
@@ -227,7 +227,7 @@ def describe(source: SourceConfig) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def check_templates(config: InspectConfig, subject: Subject, dataset: ImageDataset) -> None:
+def check_templates(config: InspectConfig, subject: LoadedModel, dataset: ImageDataset) -> None:
     """Refuses templates that cannot be read, or that nothing would be done with.
 
     Raises:

@@ -18,8 +18,8 @@ from vmoe.planning.model_plan import make_model_plan
 from vmoe.planning.plan_report import as_json, show
 from vmoe.planning.planner import Planner, rank
 from vmoe.training.config import Config
-from vmoe.utils.atomic import whole_file
 from vmoe.utils.config import ConfigError, parse_config
+from vmoe.utils.files import atomic_file
 from vmoe.utils.printable import safe_output
 from vmoe.utils.tables import make_console
 
@@ -81,7 +81,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     ranked = rank([planner.candidate(mesh, checkpointing) for checkpointing in (False, True) for mesh in meshes])
     show(make_console(), planner, ranked, impossible, config.top)
     if output is not None:
-        with whole_file(output) as draft:
+        with atomic_file(output) as draft:
             draft.write_text(json.dumps(as_json(planner, ranked, impossible), indent=2) + "\n", encoding="utf-8")
         print(f"the whole plan is in {output}")
 

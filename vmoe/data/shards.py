@@ -25,7 +25,7 @@ import numpy as np
 
 from vmoe.data.images import DataError, file_errors
 from vmoe.data.sources.emoji import cache_folder
-from vmoe.utils.atomic import whole_file
+from vmoe.utils.files import atomic_file
 from vmoe.utils.printable import printable
 
 BLOCK = 512
@@ -89,7 +89,7 @@ def read_index(path: str) -> Index:
         content = json.dumps(index[1:]).encode() + b"\n" + index.entries.tobytes()
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(file) as draft:
+            with atomic_file(file) as draft:
                 draft.write_bytes(_checksum(content) + content)
         except OSError as error:
             raise DataError(

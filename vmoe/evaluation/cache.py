@@ -23,7 +23,7 @@ from vmoe.evaluation.loaded_model import LoadedModel, weights_fingerprint
 from vmoe.evaluation.results_file import library_versions
 from vmoe.models.spec import model_spec
 from vmoe.moe import SparseMoE
-from vmoe.utils.atomic import whole_file
+from vmoe.utils.files import atomic_file
 
 logger = logging.getLogger("vmoe.evaluation")
 
@@ -85,7 +85,7 @@ def write_tensors(file: Path, key: str, tensors: Mapping[str, Tensor], notes: Ma
     metadata = {"key": key, "notes": text, "sha256": _checksum(tensors, text)}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(file) as temporary:
+        with atomic_file(file) as temporary:
             save_file(tensors, temporary, metadata=metadata)
     except (OSError, SafetensorError) as error:
         logger.warning("%s cannot be written (%s): it will be computed again", file, error)

@@ -86,7 +86,3 @@ def weights_fingerprint(weights: str | Path) -> str:
 def _file_sha256(file: str, _size: int, _modified: int) -> str:
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-# The names until all callers have the new ones.
-Subject, load_subject = LoadedModel, load_model

@@ -21,9 +21,8 @@ from torch import Tensor
 
 from vmoe.data import EvalLoader
 from vmoe.evaluation.config import EvaluationConfig
-from vmoe.utils.atomic import whole_file
 from vmoe.utils.config import ConfigError
-from vmoe.utils.safe_json import read_json
+from vmoe.utils.files import atomic_file, read_json
 from vmoe.utils.tables import FigureTable
 from vmoe.utils.world import world
 
@@ -147,7 +146,7 @@ def make_writable(folder: Path) -> bool:
 def write_json(report: dict[str, Any], file: Path) -> None:
     """Writes the file atomically; raises ValueError if a metric is NaN, which JSON cannot hold."""
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-    with whole_file(file) as temporary:
+    with atomic_file(file) as temporary:
         # Names of files need not be UTF-8; what is not becomes an escape of JSON's own.
         temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 

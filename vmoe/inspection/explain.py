@@ -19,7 +19,7 @@ from PIL import Image
 
 from vmoe.data.images import check_size
 from vmoe.evaluation.inference import evaluating
-from vmoe.evaluation.loaded_model import Subject
+from vmoe.evaluation.loaded_model import LoadedModel
 from vmoe.evaluation.zero_shot import Template, check_class_names, resolve_templates, zero_shot_classify
 from vmoe.inspection.forward import checkpoint_classes, routed, sparse_layers, word_decoder
 from vmoe.inspection.plots import DROPPED, PALETTE, draw_routing, ink_on, layer_titles
@@ -87,7 +87,7 @@ def parse_labels(text: str) -> list[str]:
     return labels
 
 
-def list_layers(subject: Subject) -> list[Layer]:
+def list_layers(subject: LoadedModel) -> list[Layer]:
     """The sparse layers of a model, in its order; none of a dense one."""
     found = sparse_layers(subject, required=False)
     titles = layer_titles(list(found))
@@ -98,7 +98,7 @@ def list_layers(subject: Subject) -> list[Layer]:
 
 
 def explain(
-    subject: Subject,
+    subject: LoadedModel,
     image: Image.Image,
     labels: Sequence[str] | None = None,
     templates: Sequence[Template] | str | None = None,
@@ -138,7 +138,7 @@ def prompt(label: str, templates: Sequence[Template] | str | None = None) -> str
     return resolve_templates(templates)[0](label) if templates is not None else label
 
 
-def route_words(subject: Subject, text: str) -> tuple[list[str], dict[str, TokenRouting]]:
+def route_words(subject: LoadedModel, text: str) -> tuple[list[str], dict[str, TokenRouting]]:
     """The word pieces of a text, and {layer name: their routing (T, K)} in the layers that see text.
 
     The text goes through the model without the image, as it does in zero-shot classification.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmoe.evaluation.loaded_model import Subject
+from vmoe.evaluation.loaded_model import LoadedModel
 from vmoe.evaluation.zero_shot import Template, encode_classes
 from vmoe.inspection.accumulate import ModalityTokens, split_modalities
 from vmoe.models.factory import read_pretrained_metadata
@@ -27,7 +27,7 @@ from vmoe.utils.config import ConfigError
 TOP_CLASSES = 5
 
 
-def sparse_layers(subject: Subject, required: bool = True) -> dict[str, SparseMoE]:
+def sparse_layers(subject: LoadedModel, required: bool = True) -> dict[str, SparseMoE]:
     """{name: sparse layer} in the order of the model, named as by `record_routing`.
 
     Raises:
@@ -74,7 +74,7 @@ def routing_settings(
 
 
 def routed(
-    subject: Subject, image_BCHW: Tensor | None, ids_BT: Tensor | None
+    subject: LoadedModel, image_BCHW: Tensor | None, ids_BT: Tensor | None
 ) -> tuple[dict[str, dict[str, ModalityTokens]], Tensor | None]:
     """Runs the model on images, texts or pairs; call it inside `evaluating`.
 
@@ -108,19 +108,19 @@ def routed(
     return tokens, output
 
 
-def shown_pixels(subject: Subject, image_BCHW: Tensor) -> np.ndarray:
+def shown_pixels(subject: LoadedModel, image_BCHW: Tensor) -> np.ndarray:
     """(B, H, W, 3) uint8: the images as the model sees them, without the normalisation."""
     image = image_BCHW.detach().float().cpu() * subject.transform.std + subject.transform.mean
     return (image * 255).round().clamp(0, 255).byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
 
 
-def checkpoint_classes(subject: Subject) -> list[str] | None:
+def checkpoint_classes(subject: LoadedModel) -> list[str] | None:
     """The names of a classifier's classes, where its file holds them."""
     return read_pretrained_metadata(subject.weights)["extra"].get("class_names")
 
 
 def likeliest_names(
-    subject: Subject,
+    subject: LoadedModel,
     output_BD: Tensor,
     names: list[str] | None,
     class_columns: list[list[int]] | None,

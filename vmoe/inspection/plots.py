@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor, nn
 
-from vmoe.evaluation.loaded_model import Subject
+from vmoe.evaluation.loaded_model import LoadedModel
 from vmoe.evaluation.zero_shot import Template
 from vmoe.inspection.accumulate import most_telling
 from vmoe.inspection.results import LayerStatistics, RoutingStatistics, SampleRouting
 from vmoe.inspection.routing_statistics import route_images
 from vmoe.models.factory import preprocess_config
 from vmoe.models.flops import unwrapped
-from vmoe.utils.atomic import whole_file
+from vmoe.utils.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -119,7 +119,7 @@ def expert_axis(ax: Axes, num_experts: int, shares: bool = False) -> None:
 
 def save_figure(figure: Figure, file: Path) -> Path:
     """Writes the figure atomically."""
-    with whole_file(file) as temporary, one_line_for_missing_glyphs():
+    with atomic_file(file) as temporary, one_line_for_missing_glyphs():
         figure.savefig(temporary)
     return file
 
@@ -513,7 +513,7 @@ def example_figure(
     model = unwrapped(model)
     transform = build_transform(preprocess_config(model), None)
     device = next(model.parameters()).device
-    subject = Subject(model, tokenizer, transform, device, "float32", "the model", Path())
+    subject = LoadedModel(model, tokenizer, transform, device, "float32", "the model", Path())
     images = [sample.image for sample in samples]
     layers, found = route_images(subject, images, class_names=class_names, templates=templates)
     for sample, given in zip(found, samples, strict=True):

@@ -26,7 +26,7 @@ from rich.console import Console
 from vmoe.inspection.plots import DROPPED, PALETTE, ink_on, layer_titles
 from vmoe.inspection.report_charts import chart_script, chart_specifications
 from vmoe.inspection.results import LayerStatistics, RoutingStatistics, SampleRouting, TokenRouting, TypicalPatch
-from vmoe.utils.atomic import whole_file
+from vmoe.utils.files import atomic_file
 
 MAX_BYTES = 15_000_000  # of the file; beyond it, fewer images are shown
 MIN_IMAGES = 24  # a page of them, shown even then
@@ -79,7 +79,7 @@ def write_report(statistics: RoutingStatistics, file: str | Path, console: Conso
         own=own,
     )
     file.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(file) as temporary:
+    with atomic_file(file) as temporary:
         temporary.write_text(html, encoding="utf-8", newline="\n")
     return file
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from vmoe.evaluation.results_file import write_json
 from vmoe.inspection.accumulate import telling_of_expert
-from vmoe.utils.atomic import whole_file
+from vmoe.utils.files import atomic_file
 
 TELLING = 10  # classes and word pieces listed for each expert
 
@@ -204,7 +204,7 @@ def write_statistics(statistics: RoutingStatistics, folder: str | Path, config: 
         if layer.expert_word:
             arrays[f"{layer.name}/expert_word"] = layer.word_table
             arrays[f"{layer.name}/words"] = np.array(list(layer.expert_word))
-    with whole_file(array_file) as temporary:
+    with atomic_file(array_file) as temporary:
         np.savez_compressed(temporary, **arrays)
     return [json_file, array_file]
 

@@ -18,7 +18,7 @@ from vmoe.data import ImageDataset, eval_loader
 from vmoe.data.config import LoaderConfig
 from vmoe.data.images import to_rgb
 from vmoe.evaluation.inference import evaluating
-from vmoe.evaluation.loaded_model import Subject, weights_fingerprint
+from vmoe.evaluation.loaded_model import LoadedModel, weights_fingerprint
 from vmoe.evaluation.results_file import Progress, library_versions
 from vmoe.evaluation.zero_shot import Template, resolve_templates
 from vmoe.inspection.accumulate import Agreement, LayerSums, ModalityTokens
@@ -38,7 +38,7 @@ from vmoe.moe import SparseMoE
 
 
 def gather_statistics(
-    subject: Subject,
+    subject: LoadedModel,
     dataset: ImageDataset,
     *,
     batch_size: int = 64,
@@ -125,7 +125,7 @@ def gather_statistics(
 
 
 def sample_routing(
-    subject: Subject,
+    subject: LoadedModel,
     image: Image.Image,
     text: str | None = None,
     *,
@@ -154,7 +154,7 @@ def sample_routing(
 
 
 def route_images(
-    subject: Subject,
+    subject: LoadedModel,
     images: Sequence[Image.Image],
     texts: list[str] | None = None,
     *,
@@ -187,7 +187,7 @@ def _name(sample: SampleRouting, top: list[tuple[int, str, float]], are_labels: 
 
 
 def _sample(
-    subject: Subject,
+    subject: LoadedModel,
     layers: dict[str, SparseMoE],
     tokens: dict[str, dict[str, ModalityTokens]],
     b: int,
@@ -232,7 +232,7 @@ class _Gatherer:
         samples: {index in the data set: an image that is kept}.
     """
 
-    def __init__(self, subject: Subject, dataset: ImageDataset, num_patches: int) -> None:
+    def __init__(self, subject: LoadedModel, dataset: ImageDataset, num_patches: int) -> None:
         self.subject, self.dataset = subject, dataset
         self.layers = sparse_layers(subject)
         num_classes = None if dataset.classes is None else len(dataset.classes)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from vmoe.utils.safe_json import parse_json
+from vmoe.utils.files import parse_json
 
 MANIFEST, TRAINER = "manifest.json", "trainer.json"
 FORMAT = 1
@@ -132,7 +132,7 @@ def find_problems(folder: Path, share: tuple[int, int] = (0, 1), only: str = "")
     return problems
 
 
-def newest_whole(
+def newest_complete(
     checkpoints: list[Path], logger: logging.Logger | None, find: Callable[[Path], list[str]] = find_problems
 ) -> Path | None:
     """The newest of some checkpoints, oldest first, without problems, or None; damaged ones are named in a warning.

@@ -25,11 +25,10 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, HuggingFaceStorageR
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata
 
-from vmoe.models.manifest import MANIFEST, find_problems, list_checkpoints, newest_whole
+from vmoe.models.manifest import MANIFEST, find_problems, list_checkpoints, newest_complete
 from vmoe.models.validation import check_metadata
-from vmoe.utils.atomic import whole_file
+from vmoe.utils.files import atomic_file, parse_json, read_json
 from vmoe.utils.printable import printable
-from vmoe.utils.safe_json import parse_json, read_json
 
 logger = logging.getLogger("vmoe.models")
 
@@ -78,7 +77,7 @@ def _newest_checkpoint(run: Path, path: Path) -> Path:
     if not checkpoints:
         reason = "it does not exist" if not path.exists() else f"it holds no {WEIGHTS_NAME} and no checkpoints"
         raise WeightsError(f"no weights at {path}: {reason}; give a .safetensors file, a checkpoint or a run's folder")
-    if (newest := newest_whole(checkpoints, logger)) is None:
+    if (newest := newest_complete(checkpoints, logger)) is None:
         problem = find_problems(checkpoints[-1])[0]
         raise WeightsError(f"all checkpoints of {run} are damaged, the newest one here: {problem}")
     return newest
@@ -340,7 +339,7 @@ def write_tensors(tensors: dict[str, Tensor], metadata: dict[str, str], file: Pa
         RuntimeError: tensors share their memory.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(file) as draft:
+    with atomic_file(file) as draft:
         try:
             save_file(tensors, draft, metadata=metadata)
         except SafetensorError as error:  # all that can go wrong here is the disk; the message has the system's number
@@ -393,7 +392,7 @@ def mapped_safetensors(
     made = [folder for folder in file.parents if not folder.exists()]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(file) as draft, open(draft, "w+b") as opened:
+        with atomic_file(file) as draft, open(draft, "w+b") as opened:
             opened.truncate(first + end)
             if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash while the map is written
                 os.posix_fallocate(opened.fileno(), 0, first + end)

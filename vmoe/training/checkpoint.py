@@ -38,7 +38,7 @@ from vmoe.models.manifest import (
     describe_files,
     find_problems,
     list_checkpoints,
-    newest_whole,
+    newest_complete,
     step_of,
     write_manifest,
 )
@@ -277,7 +277,7 @@ def latest_checkpoint(run: Path) -> Path | None:
     """
     team = Team()
     checkpoints = team.run_first(lambda: list_checkpoints(run), run)
-    found = newest_whole(checkpoints, logger if team.rank == 0 else None, team.find_problems)
+    found = newest_complete(checkpoints, logger if team.rank == 0 else None, team.find_problems)
     if found is None and checkpoints:
         raise CheckpointError(
             f"all checkpoints in {run / 'checkpoints'} are damaged, the newest one here: "

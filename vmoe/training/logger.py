@@ -28,7 +28,7 @@ from vmoe.distributed.process_group import gather_lists, sum_over_processes
 from vmoe.moe import LayerRouting, RoutingRecord
 from vmoe.moe.losses import members
 from vmoe.moe.record import statistics_of
-from vmoe.utils.atomic import whole_file
+from vmoe.utils.files import atomic_file
 from vmoe.utils.tables import FigureTable
 from vmoe.utils.world import world
 
@@ -100,7 +100,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 def write_text(file: Path, text: str) -> None:
     """Writes a text file atomically."""
-    with whole_file(file) as draft:
+    with atomic_file(file) as draft:
         draft.write_text(text, encoding="utf-8")
 
 

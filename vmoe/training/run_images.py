@@ -14,7 +14,7 @@ from torch import nn
 from vmoe.data import build_transform
 from vmoe.distributed.parallelize import is_sharded
 from vmoe.distributed.process_group import any_process
-from vmoe.inspection.example_plot import example_figure, one_line_for_missing_glyphs
+from vmoe.inspection.plots import example_figure, one_line_for_missing_glyphs
 from vmoe.models.factory import preprocess_config
 from vmoe.moe import SparseMoE
 from vmoe.training.config import Config
@@ -76,12 +76,12 @@ def routing_image(model: nn.Module, samples: list[Any], task: Task, device: torc
     # Imported here: a run without images needs no matplotlib.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    from vmoe.evaluation.loaded_model import Subject
+    from vmoe.evaluation.loaded_model import LoadedModel
     from vmoe.inspection.plots import draw_maps, maps_to_draw
     from vmoe.inspection.routing_statistics import sample_routing, sparse_layers
 
     transform = build_transform(preprocess_config(model), None)
-    subject = Subject(model, task.tokenizer, transform, device, "float32", run, Path(run))
+    subject = LoadedModel(model, task.tokenizer, transform, device, "float32", run, Path(run))
     names = task.class_names if task.tokenizer is None else None
     drawn = []
     for sample in samples:

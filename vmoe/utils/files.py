@@ -21,7 +21,7 @@ MAX_YAML_BYTES, MAX_VALUES, MAX_DEPTH, MAX_TEXT, MAX_DIGITS = 2**20, 10_000, 32,
 
 
 @contextmanager
-def whole_file(file: Path) -> Iterator[Path]:
+def atomic_file(file: Path) -> Iterator[Path]:
     """A temporary name beside `file` to write to, which replaces `file` when the block ends without an error.
 
     Several processes may write the same file; the last one stays. The permissions are those of a new file (umask).

@@ -15,8 +15,8 @@ from vmoe.data.config import SourceConfig
 from vmoe.data.dataset import ImageFiles, Sample, clean_caption
 from vmoe.data.images import IMAGE_SUFFIXES, BadSample, leads_out
 from vmoe.data.sources.folder_layout import is_junk
+from vmoe.utils.files import parse_json, read_text
 from vmoe.utils.printable import printable
-from vmoe.utils.safe_json import parse_json, read_text
 
 logger = logging.getLogger("vmoe.data")
 

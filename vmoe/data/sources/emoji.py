@@ -25,7 +25,7 @@ from PIL import Image
 from vmoe.data.config import SourceConfig
 from vmoe.data.dataset import ImageDataset, Sample
 from vmoe.data.images import to_rgb
-from vmoe.utils.atomic import whole_file
+from vmoe.utils.files import atomic_file
 
 logger = logging.getLogger("vmoe.data")
 
@@ -169,7 +169,7 @@ def render_emoji(image_size: int) -> np.ndarray:
         pixels = np.stack([draw_emoji(one.code, image_size) for one in emoji])
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(file) as draft:
+            with atomic_file(file) as draft:
                 np.save(draft, pixels)
         except OSError as error:
             raise OSError(

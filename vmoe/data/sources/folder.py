@@ -15,8 +15,8 @@ from vmoe.data.config import SourceConfig
 from vmoe.data.dataset import ImageFiles
 from vmoe.data.images import file_errors
 from vmoe.data.sources.folder_layout import read_class_tree
+from vmoe.utils.files import read_json, read_text
 from vmoe.utils.printable import escaped, is_unprintable
-from vmoe.utils.safe_json import read_json, read_text
 
 logger = logging.getLogger("vmoe.data")
 

@@ -24,7 +24,7 @@ from vmoe.data.dataset import ImageFiles
 from vmoe.data.images import BadSample, file_errors
 from vmoe.data.sources.folder import synset_words
 from vmoe.data.sources.folder_layout import TreeReader, read_class_tree
-from vmoe.utils.safe_json import read_json, read_text
+from vmoe.utils.files import read_json, read_text
 
 logger = logging.getLogger("vmoe.data")
 

@@ -9,7 +9,7 @@ from vmoe.data.config import SourceConfig
 from vmoe.data.dataset import ImageFiles
 from vmoe.data.images import file_errors, leads_out
 from vmoe.data.sources.folder_layout import TreeReader
-from vmoe.utils.safe_json import read_json
+from vmoe.utils.files import read_json
 
 # "restval" is the part of COCO's validation images that joins the training images.
 SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}

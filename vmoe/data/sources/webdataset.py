@@ -23,8 +23,8 @@ from vmoe.data.fingerprint import Fingerprint
 from vmoe.data.images import BadSample, DataError, file_errors
 from vmoe.data.shards import BLOCK, Index, dotted_members, read_index, read_members
 from vmoe.data.sources.folder import read_class_names
+from vmoe.utils.files import parse_json, read_json
 from vmoe.utils.printable import printable
-from vmoe.utils.safe_json import parse_json, read_json
 from vmoe.utils.world import world
 
 logger = logging.getLogger("vmoe.data")

@@ -3,12 +3,12 @@ import os
 import pytest
 from safetensors.torch import save_file
 
-from vmoe.utils.atomic import whole_file
+from vmoe.utils.files import atomic_file
 
 
 def test_writers_of_one_file_do_not_meet(tmp_path):
     file = tmp_path / "table.json"
-    with whole_file(file) as one, whole_file(file) as other:
+    with atomic_file(file) as one, atomic_file(file) as other:
         assert one != other
         assert one.parent == tmp_path
         assert one.suffix == ".json"
@@ -24,7 +24,7 @@ def test_a_failure_leaves_what_was_there(tmp_path):
     file.write_text("before")
 
     def fail():
-        with whole_file(file) as temporary:
+        with atomic_file(file) as temporary:
             temporary.write_text("half")
             raise RuntimeError
 
@@ -38,7 +38,7 @@ def test_a_failure_leaves_what_was_there(tmp_path):
 def test_the_permissions_are_those_that_the_user_asks_for(tmp_path, umask, mode):
     before = os.umask(umask)
     try:
-        with whole_file(tmp_path / "empty.safetensors") as draft:
+        with atomic_file(tmp_path / "empty.safetensors") as draft:
             save_file({}, draft)  # makes a file that is the user's alone
     finally:
         os.umask(before)
