@@ -47,7 +47,7 @@ def make_pictures(folder: Path, per_class: int = 9) -> Path:
 def write_config(file: Path, pictures: Path) -> Path:
     """The configuration as a file."""
     source: dict[str, Any] = {"type": "image_folder", "path": str(pictures)}
-    file.write_text(yaml.safe_dump(CONFIG | {"data": {**CONFIG["data"], "train": source, "val": source}}))
+    file.write_text(yaml.safe_dump(CONFIG | {"data": {**CONFIG["data"], "train": source, "val": dict(source)}}))
     return file
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .hostile import with_settings
-from .test_hostile_data import PICTURES
+from .test_hostile_data import IMAGES
 from .test_hostile_settings import LAUGHS
 from .test_hostile_weights import PACKED
 
@@ -36,8 +36,8 @@ for name, read in (
 def test_all_that_would_fill_the_memory_in_a_process_with_little_of_it(forks, good_file, tmp_path):
     (tmp_path / "laughs.yaml").write_text(LAUGHS)
     (tmp_path / "checkpoint").write_bytes(PACKED["long names"])
-    (tmp_path / "picture.png").write_bytes(PICTURES["100,000 x 100,000"][0])
-    (tmp_path / "comment.png").write_bytes(PICTURES["a comment of 100 MB"][0])
+    (tmp_path / "picture.png").write_bytes(IMAGES["100,000 x 100,000"][0])
+    (tmp_path / "comment.png").write_bytes(IMAGES["a comment of 100 MB"][0])
     with_settings(
         good_file, tmp_path / "model.safetensors", lambda settings: settings["kwargs"].update(embed_dim=2**20)
     )

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from vmoe.evaluation.loaded_model import LoadedModel
 from vmoe.evaluation.zero_shot import Template, encode_classes
 from vmoe.inspection.accumulate import ModalityTokens, split_modalities
 from vmoe.models.factory import read_pretrained_metadata
-from vmoe.models.flops import unwrapped
 from vmoe.models.text import text_mask
 from vmoe.moe import SparseMoE, record_routing
 from vmoe.moe.record import WRAPPERS, unwrap
@@ -161,7 +161,7 @@ def patch_grid(model: nn.Module, num_tokens: int) -> tuple[int, int, int]:
     Raises:
         ValueError: the tokens are not a grid of patches after some prefix tokens.
     """
-    model = unwrapped(model)
+    model = unwrap_model(model)
     for tower in (model, getattr(model, "visual", None), getattr(getattr(model, "visual", None), "trunk", None)):
         embed, expected = getattr(tower, "patch_embed", None), getattr(tower, "num_prefix_tokens", 0)
         if embed is None and hasattr(tower, "class_embedding"):  # open_clip's own vision transformer

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from vmoe.evaluation.loaded_model import LoadedModel
@@ -24,7 +25,6 @@ from vmoe.inspection.accumulate import most_telling
 from vmoe.inspection.results import LayerStatistics, RoutingStatistics, SampleRouting
 from vmoe.inspection.routing_statistics import route_images
 from vmoe.models.factory import preprocess_config
-from vmoe.models.flops import unwrapped
 from vmoe.utils.files import atomic_file
 
 if TYPE_CHECKING:
@@ -510,7 +510,7 @@ def example_figure(
 
     if not samples:
         raise ValueError("example_figure needs at least one sample")
-    model = unwrapped(model)
+    model = unwrap_model(model)
     transform = build_transform(preprocess_config(model), None)
     device = next(model.parameters()).device
     subject = LoadedModel(model, tokenizer, transform, device, "float32", "the model", Path())

@@ -56,10 +56,11 @@ def check(counts, unused, dtype, tolerance, **kwargs):
     y.backward(grad)
     z.backward(grad.double())
     assert y.dtype == dtype
-    pairs = [(y, z), (x.grad, x_exact.grad)]
+    used = sum(counts)
+    pairs = [(y[:used], z[:used]), (x.grad, x_exact.grad)]
     pairs += [(a.grad, b.grad) for a, b in zip(experts.parameters(), exact.parameters(), strict=True)]
     for a, b in pairs:
-        assert (a.double() - b).abs().max() <= tolerance * b.abs().max()
+        assert a.numel() == 0 or (a.double() - b).abs().max() <= tolerance * b.abs().max()
     with use_backend("triton"), torch.no_grad():
         assert torch.equal(experts(x, torch.tensor(counts)), y)
 
