@@ -114,8 +114,8 @@ class DispatchPlan:
         row_A: row of each assignment, -1 if it was dropped or its token is padding.
         count_E: kept rows of each expert.
         position_A: index of each assignment in its expert's queue (0 first), whether it is kept or not.
-        may_drop: False when every assignment surely has a row.
-        may_pad: False when every row surely has an assignment.
+        may_drop: an assignment may have no row: it was dropped, or its token is padding.
+        may_pad: a row may be unused.
         shape: (G, N, K).
     """
 

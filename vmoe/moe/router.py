@@ -1,7 +1,7 @@
 """The learned part of routing, and what every router returns.
 
 A router is called with the tokens and gives an `Assignment`. `TopKRouter`, where each token chooses its experts, is in
-this file; `expert_choice.py` and `soft.py` turn the choice around and share the gate.
+this file. In `expert_choice.py` the experts choose by the same `Gate`; `soft.py` chooses nothing and has slots instead.
 
 Shapes, by suffix: G groups, N tokens in a group, D width, E experts, K choices, R rows handed to the experts.
 """
