@@ -138,3 +138,17 @@ def test_changed_bytes_give_an_error_or_members_within_the_file(tmp_path_factory
         members, message = [], str(error)
     assert "\n" not in message
     assert all(0 < one.offset <= one.offset + one.size <= len(whole) and ".." not in one.name for one in members)
+
+
+def test_times_in_gnus_headers_are_no_part_of_the_name(tmp_path):
+    """GNU tar with -G writes the time of access where the ustar format has the front of a long name."""
+    file = write(tmp_path / "a.tar", [("1.jpg", b"image"), ("1.txt", b"text")], tarfile.GNU_FORMAT)
+    raw = bytearray(file.read_bytes())
+    for start in (0, 1024):
+        header = raw[start : start + 512]
+        header[345:357] = b"07346545000\0"
+        header[148:156] = b" " * 8
+        header[148:156] = f"{sum(header):06o}\0 ".encode()
+        raw[start : start + 512] = header
+    file.write_bytes(raw)
+    assert contents(file) == [("1.jpg", b"image"), ("1.txt", b"text")]

@@ -71,6 +71,11 @@ def test_file_then_overrides_wherever_they_stand(tmp_path):
     assert isinstance(config.optim, Optim)
 
 
+def test_a_dictionary_on_the_command_line_gets_further_keys():
+    config = read_config(Settings, ["--output_dir", "x", "--optim.kwargs", "{a: 1, b: 2}", "--optim.kwargs.b", "3"])
+    assert config.optim.kwargs == {"a": 1, "b": 3}
+
+
 def test_a_text_on_the_command_line_needs_no_quotes():
     for text in ("*all", "a: b: c", "[", "2026-01-01", "1_0", "@x", "%y"):
         assert read_config(Settings, ["--output_dir", text]).output_dir == text
@@ -224,6 +229,7 @@ class LowerFast(str):
         ([], "missing setting output_dir: give it in the config file or as --output_dir VALUE"),
         (["--outputdir", "x"], "unknown key 'outputdir'; the nearest known key is 'output_dir'"),
         (["--output_dir", "x", "--optim.lrr", "1"], "the nearest known key is 'optim.lr'"),
+        (["--output_dir", "x", "--optim.lr.x", "1"], "unknown key 'optim.lr.x'; the nearest known key is 'optim.lr'"),
         (["--output_dir", "x", "--task", "c"], "task must be Literal['a', 'b'], got c"),
         (["--output_dir", "x", "--config", "limoe_tiny_emoij"], "limoe_tiny_emoij: no such file"),
         (["--output_dir", "x", "--config"], "--config needs a value"),

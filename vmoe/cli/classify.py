@@ -179,7 +179,7 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
             raise ValueError(f"{pattern}: no such file or folder")
         matches = sorted(one for one in matches if one.is_file())
         images = [one for one in matches if one.suffix.lower() in IMAGE_SUFFIXES]
-        others = _others([one for one in matches if one not in set(images)])
+        others = _others([one for one in matches if one.suffix.lower() not in IMAGE_SUFFIXES])
         if not images:
             skipped = f", and {others}" if others else ""
             raise ValueError(f"{pattern}: no image there (endings looked for: {', '.join(IMAGE_SUFFIXES)}){skipped}")

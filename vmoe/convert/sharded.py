@@ -229,8 +229,11 @@ def open_flax(file: str | Path) -> dict[str, ArrayInFiles]:
 
 def _other_kind(file: Path) -> str | None:
     """What a file is that is often taken for a checkpoint of the reference; None for others."""
-    with open(file, "rb") as opened:
-        start = opened.read(9)
+    try:
+        with open(file, "rb") as opened:
+            start = opened.read(9)
+    except OSError:  # whoever reads it says so
+        return None
     if start.startswith(b"PK"):
         return "a zip archive (.npz or a PyTorch file)"
     if start[8:] == b"{" and int.from_bytes(start[:8], "little") < file.stat().st_size:

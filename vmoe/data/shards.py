@@ -235,6 +235,8 @@ def _parse(header: bytes, position: int, path: str | Path) -> tarfile.TarInfo:
     """Name, type and size of a member from its header."""
     try:
         info = tarfile.TarInfo.frombuf(header, "utf-8", "backslashreplace")
+        if header[257:263] != b"ustar\0":  # GNU's headers hold times where others have a prefix of the name
+            info.name = header[:100].rstrip(b"\0").decode("utf-8", "backslashreplace")
         if info.size >= 0:
             return info
     except tarfile.HeaderError:

@@ -105,8 +105,11 @@ def find_problems(folder: Path, share: tuple[int, int] = (0, 1), only: str = "")
         return [f"{MANIFEST} cannot be read ({error.strerror})"]
     except ValueError as error:
         return [f"{MANIFEST} is damaged: {error}"]
-    files = [each for each in folder.rglob("*") if each.is_symlink() or not each.is_dir()]
-    found = {each.relative_to(folder).as_posix(): each.lstat() for each in files}
+    try:
+        files = [each for each in folder.rglob("*") if each.is_symlink() or not each.is_dir()]
+        found = {each.relative_to(folder).as_posix(): each.lstat() for each in files}
+    except OSError as error:  # removed meanwhile, by the run that wrote it
+        return [f"{error.filename} cannot be read ({error.strerror})"]
     problems, to_hash = [], []
     for name in sorted({*found, *listed} - {MANIFEST}):
         status, expected = found.get(name), listed.get(name)

@@ -60,12 +60,12 @@ def _check_setting(key: str, value: Any, where: str) -> None:
     elif isinstance(value, dict):
         for name, inner in value.items():
             _check_setting(name, inner, f"{where}.{name}")
-    elif isinstance(value, list):
+    elif isinstance(value, list) and (value or key not in LIMITS):
         for inner in value:
             _check_setting(key, inner, where)
-    elif key in LIMITS and value is not None:
-        if type(value) is not int or not 0 <= value <= LIMITS[key]:
-            raise ValueError(f"{where} must be a whole number, at most {LIMITS[key]}")
+    elif key in LIMITS:
+        if type(value) is not int or not 1 <= value <= LIMITS[key]:
+            raise ValueError(f"{where} must be a positive whole number, at most {LIMITS[key]}")
     # Infinity is a setting that users have: no capacity limit.
     elif isinstance(value, (int, float)) and not (abs(value) < 2**31 or value == math.inf):
         raise ValueError(f"{where} is not a sensible number")
@@ -76,13 +76,16 @@ def _check_preprocessing(values: Any, where: str) -> None:
         raise ValueError(f"{where} must hold nothing but {', '.join(sorted(PREPROCESSING))}")
     for key, value in values.items():
         _check_setting(key, value, f"{where}.{key}")
-        parts = value if isinstance(value, list) else [value]
-        kind = str if key in ("interpolation", "crop_mode") else (int, float)
-        good = all(isinstance(each, kind) for each in parts)
-        if key == "input_size":
-            good = len(parts) == 3 and all(parts)
+        numbers = value if isinstance(value, list) else []
+        numeric = bool(numbers) and all(isinstance(each, (int, float)) and math.isfinite(each) for each in numbers)
+        if key in ("interpolation", "crop_mode"):
+            good = isinstance(value, str)
         elif key == "crop_pct":
-            good = value is None or (good and len(parts) == 1 and 0.01 <= parts[0] <= 10)
+            good = value is None or (isinstance(value, (int, float)) and 0.01 <= value <= 10)
+        elif key == "input_size":
+            good = numeric and len(numbers) == 3 and all(numbers)
+        else:
+            good = numeric
         if not good:
             raise ValueError(f"{where}.{key} is not what it should be")
 

@@ -316,7 +316,10 @@ def _load(checkpoint: Path, model: nn.Module, ema: nn.Module | None, optimizer: 
         content = json.loads(file.read_text(encoding="utf-8"))
         trainer, rest = content["trainer"], content["optimizer"]
         if content["format"] != FORMAT or not isinstance(trainer, dict):
-            raise ValueError(f"its format is not {FORMAT}")
+            raise ValueError(
+                f"its format is not {FORMAT}: another version of vmoe wrote it; choose another output_dir, and start "
+                "from its weights with model.pretrained"
+            )
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
     if optimizer is not None:

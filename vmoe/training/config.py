@@ -283,13 +283,10 @@ class Config:
         parallel = self.parallel
         if not 1 <= parallel.timeout <= MAX_TIMEOUT:
             raise ConfigError(f"parallel.timeout must be between 1 and {MAX_TIMEOUT} seconds, got {parallel.timeout}")
-        if parallel.dp_shard > 1 or parallel.ep > 1:
-            for key, wrong, remedy in (
-                ("train.precision fp16", self.train.precision == "fp16", "use bf16, which needs no scaler"),
-                ("model.pretrained_optimizer", self.model.pretrained_optimizer, "set it to false"),
-            ):
-                if wrong:
-                    raise ConfigError(f"{key} needs parallel.dp_shard = parallel.ep = 1; {remedy}")
+        if self.train.precision == "fp16" and (parallel.dp_shard > 1 or parallel.ep > 1):
+            raise ConfigError(
+                "train.precision fp16 needs parallel.dp_shard = parallel.ep = 1; use bf16, which needs no scaler"
+            )
 
     def _check_model(self) -> None:
         model = self.model

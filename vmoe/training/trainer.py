@@ -61,6 +61,7 @@ from vmoe.training.run_dir import check_same_settings, find_checkpoint, finished
 from vmoe.training.run_images import RoutingImages, draw_examples
 from vmoe.training.signals import Stopped, StopRequest, TimeBudget, interruptible
 from vmoe.training.tasks import create_task
+from vmoe.utils.config import ConfigError
 from vmoe.utils.tables import make_console
 from vmoe.utils.world import world
 
@@ -187,6 +188,10 @@ class Trainer:
         if is_sharded(self.model):
             split_groups(self.optimizer)
         if new and config.model.pretrained_optimizer:
+            if is_sharded(self.model):
+                raise ConfigError(
+                    "model.pretrained_optimizer needs parallel.dp_shard = parallel.ep = 1; set it to false"
+                )
             carry_over_optimizer(config.model.pretrained, self.model, self.optimizer)
         self.schedule = create_schedule(self.optimizer, config.optim, config.train.steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")

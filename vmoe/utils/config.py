@@ -190,6 +190,8 @@ def _override(settings: dict[str, Any], key: str, text: str, config_class: type)
     annotation: Any = config_class
     for name in (*sections, last):  # None below a free-form setting
         section = _section(annotation)
+        if section is None and annotation is not None and dict not in map(typing.get_origin, _members(annotation)):
+            raise _unknown(key, config_class, "command line")
         annotation = _fields(section).get(name) if section is not None else None
     if _section(annotation) is not None:
         _merge(settings, tree, config_class)
@@ -198,7 +200,8 @@ def _override(settings: dict[str, Any], key: str, text: str, config_class: type)
         if not isinstance(settings.get(name), dict):
             settings[name] = {}
         settings = settings[name]
-    settings[last] = value if annotation is None else text  # jsonargparse reads a text as the setting's type
+    # jsonargparse reads a text as the setting's type; a dictionary may get further keys by later arguments.
+    settings[last] = value if annotation is None or isinstance(value, dict) else text
 
 
 def _parsed(text: str) -> Any:
