@@ -22,13 +22,15 @@ Section = dict[str, Any]
 
 MADE = (
     "Made by `python -m benchmarks.report` from the files in `benchmarks/results`; not edited by hand. "
-    "`benchmarks/NOTES.md` is the log of what was tried."
+    "`benchmarks/NOTES.md` says what was tried."
 )
 METHOD = (
     "What a sparse layer costs, beside what one would take instead. Every ratio is measured in one process, in turn "
     "(A B A B ...), on another input in each round, and compared round by round (`train_throughput` needs a process "
     "for each run); tables show the median and "
-    '(lowest-highest). Below 1 the left side is quicker. "dense" is timm\'s MLP or ViT of the same active compute: K '
+    "(lowest-highest). Below 1 the left side is quicker. Results from before 29 November 2026 were measured with CPU "
+    "code that was removed since (fused experts, oneDNN, packed tokens; see the notes): `python -m benchmarks.session` "
+    'measures the present code. "dense" is timm\'s MLP or ViT of the same active compute: K '
     'experts\' hidden units. "kept" is the share of the assignments that is kept by the experts; the dense side '
     "keeps all. Forward is without gradients in `eval()`, with the capacity in use; forward + backward is in training "
     "mode, with gradients of the input and of all parameters, which are None before each call, as after "

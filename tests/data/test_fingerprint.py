@@ -54,7 +54,7 @@ def test_a_copy_elsewhere_has_the_same_fingerprint(folder, tmp_path, kind):
 
 
 def test_absolute_paths_count_from_the_root_on(folder, tmp_path):
-    """Such a file is usually made anew for each place."""
+    """Such a file is usually made again for each place."""
     found = fingerprint(folder, "pairs file")
     other = shutil.copytree(folder, tmp_path / "copy")
     for root in (folder, other):

@@ -148,7 +148,7 @@ def test_loading_a_position_in_the_middle_drops_what_was_read_ahead():
 
 def test_seeds_and_epochs_differ():
     assert not torch.equal(next(train(seed=1))["image"], next(train(seed=2))["image"])
-    loader = train(size=4)  # one batch an epoch: the same images, augmented anew
+    loader = train(size=4)  # one batch an epoch: the same images, augmented again
     first, second = (dict(zip(batch["index"].tolist(), batch["image"])) for batch in take(loader, 2))
     assert all(not torch.equal(first[index], second[index]) for index in first)
 
@@ -222,7 +222,7 @@ def test_evaluation_is_in_order_and_complete(workers):
 
 def test_evaluation_skips_when_told_and_says_so():
     loader = evaluate(bad=[1, 4, 5, 6, 7], on_bad="skip")
-    for _ in range(2):  # a second pass counts anew
+    for _ in range(2):  # a second pass counts again
         batches = list(loader)
         assert torch.cat([batch["index"] for batch in batches]).tolist() == [0, 2, 3, 8, 9]
         assert len(batches) == 2

@@ -67,7 +67,7 @@ def test_a_broken_file_is_not_used(file, harm, caplog):
     harm(file)
     assert read_tensors(file, KEY) is None
     assert str(file) in caplog.text
-    assert "made anew" in caplog.text
+    assert "made again" in caplog.text
 
 
 def test_a_file_of_another_key_is_not_used(file, caplog):

@@ -266,7 +266,7 @@ def test_noise_and_drop_upcycling_make_experts_differ_by_what_was_asked():
     experts = vmoe.upcycle(gated, layers=[1], reinit=0.5).blocks[1].mlp.experts
     original = vmoe.upcycle(gated, layers=[1]).blocks[1].mlp.experts
     gate, value = (experts.fc1.weight != original.fc1.weight).all(dim=2).chunk(2, dim=1)
-    assert torch.equal(gate, value)  # gate and value of a unit are drawn anew together
+    assert torch.equal(gate, value)  # gate and value of a unit are drawn again together
 
 
 def test_models_without_known_mlps_are_named():

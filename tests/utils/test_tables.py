@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from vmoe.utils.tables import FILE_WIDTH, FigureTable, make_console
+from vmoe.utils.tables import FILE_WIDTH, MetricTable, make_console
 
 
 def printed(table, width):
@@ -25,10 +25,10 @@ def cells_of(text):
     st.integers(40, 120),
     st.booleans(),
 )
-def test_no_figure_is_cut_in_any_width(rows, width, several_keys):
+def test_no_metric_is_cut_in_any_width(rows, width, several_keys):
     keys = ["mesh", "ckpt"] if several_keys else ["layer"]
-    header = [*keys, *(f"figure {index}" for index in range(6))]
-    table = FigureTable("a title", header, keys=len(keys))
+    header = [*keys, *(f"metric {index}" for index in range(6))]
+    table = MetricTable("a title", header, keys=len(keys))
     rows = [[*(f"key {number}" for _ in keys), *(f"{value:.4f}" for value in row)] for number, row in enumerate(rows)]
     for row in rows:
         table.add_row(*row)
@@ -43,14 +43,14 @@ def test_no_figure_is_cut_in_any_width(rows, width, several_keys):
 
 
 def test_a_table_that_fits_is_one():
-    table = FigureTable("", ["measure", "value"], left=["measure"])
+    table = MetricTable("", ["measure", "value"], left=["measure"])
     table.add_row("top1", "0.5000")
     assert printed(table, 22).count("measure") == 1
     assert "│ top1    │ 0.5000 │" in printed(table, 22)
 
 
-def test_a_long_name_is_broken_before_a_figure_is():
-    table = FigureTable("", ["measure", "value"], left=["measure"])
+def test_a_long_name_is_broken_before_a_metric_is():
+    table = MetricTable("", ["measure", "value"], left=["measure"])
     table.add_row("visual.trunk.blocks.11.mlp[0]", "0.123456789")
     text = printed(table, 30)
     assert "0.123456789" in text

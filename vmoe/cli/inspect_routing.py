@@ -28,7 +28,7 @@ from vmoe.inspection.results import write_statistics
 from vmoe.inspection.routing_statistics import RoutingStatistics, gather_statistics
 from vmoe.utils.config import ConfigError, check_types, parse_config, read_settings_file
 from vmoe.utils.printable import safe_output
-from vmoe.utils.tables import FigureTable, make_console
+from vmoe.utils.tables import MetricTable, make_console
 
 
 @dataclass
@@ -263,10 +263,10 @@ def make_output_folder(config: InspectConfig) -> Path:
     return folder
 
 
-def summary_table(statistics: RoutingStatistics) -> FigureTable:
+def summary_table(statistics: RoutingStatistics) -> MetricTable:
     """A line per layer and modality: tokens, largest over mean load, experts that got none, drops, entropy."""
     header = ["layer", "modality", "tokens", "max/mean load", "idle", "dropped", "entropy"]
-    table = FigureTable(f"routing of {statistics.checkpoint} on {statistics.data}", header, keys=2, left=header[:2])
+    table = MetricTable(f"routing of {statistics.checkpoint} on {statistics.data}", header, keys=2, left=header[:2])
     for layer in statistics.layers:
         for modality, tokens in layer.tokens.items():
             kept_E = layer.kept[modality]

@@ -35,7 +35,7 @@ class PlanConfig(Config):
         nodes: Machines.
         gpus_per_node: GPUs (processes) of each machine.
         gpu: a100, h100, h200, b200, l40s, or cpu.
-        hardware: Numbers in place of those of gpu. GiB: memory; 10^12 operations per second: half_tflops,
+        hardware: Numbers instead of those of gpu. GiB: memory; 10^12 operations per second: half_tflops,
             float32_tflops; GB/s in one direction: memory_bandwidth, node_bandwidth, network_bandwidth; shares: reserve
             (memory left free), matmul_efficiency, memory_efficiency, link_efficiency; microseconds: launch (of any
             operation), latency (of any collective).

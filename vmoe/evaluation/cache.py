@@ -1,6 +1,6 @@
 """Tensors that a model computed, cached on disk under a key: the JSON of all that they depend on.
 
-A file holds its key in clear and a checksum; one that is damaged or of another key is computed anew. Files may be
+A file holds its key in clear and a checksum; one that is damaged or of another key is computed again. Files may be
 deleted at any time.
 """
 
@@ -74,7 +74,7 @@ def read_tensors(file: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any
             raise ValueError("its checksum is wrong")
         return tensors, json.loads(metadata["notes"])
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        logger.warning("%s cannot be used (%s) and is made anew", file, error)
+        logger.warning("%s cannot be used (%s) and is made again", file, error)
         return None
 
 

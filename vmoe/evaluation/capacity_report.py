@@ -12,7 +12,7 @@ from rich.console import Console
 
 from vmoe.evaluation.capacity import Sweep
 from vmoe.utils.config import ConfigError
-from vmoe.utils.tables import FigureTable
+from vmoe.utils.tables import MetricTable
 
 # Okabe and Ito's colours, told apart with any colour vision; shapes and dashes tell them apart in print.
 CURVES = {
@@ -59,7 +59,7 @@ def print_sweep(sweep: Sweep, checkpoint: str, console: Console) -> None:
     several = len({point.setting.num_selected_experts for point in sweep.points}) > 1
     console.print(f"accuracy, cost and speed of {checkpoint}", highlight=False, markup=False, soft_wrap=True)
     header = [*(["K"] if several else []), "factor", "order", "top-1", "dropped", "GFLOPs", "images/s"]
-    table = FigureTable("", header, keys=len(header) - 4, left=["order"])
+    table = MetricTable("", header, keys=len(header) - 4, left=["order"])
     for point in sweep.points:
         setting, speed = point.setting, point.images_per_second
         table.add_row(

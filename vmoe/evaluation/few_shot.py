@@ -37,7 +37,7 @@ Curve = dict[tuple[int, float], float]  # {(shots, penalty): accuracy}
 def few_shot(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset, console: Console) -> Outcome:
     """Task "few_shot": the reference's protocol on one data set or several.
 
-    For every data set and seed the examples are drawn anew. For each number of examples one penalty is taken, the best
+    For every data set and seed the examples are drawn again. For each number of examples one penalty is taken, the best
     over all data sets and seeds together (`best_penalty`). Embeddings of an image-text model are normalised first, as
     the reference's two-tower model gives them. Metrics of `features.sets` begin with "{name}/".
 

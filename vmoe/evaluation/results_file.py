@@ -23,7 +23,7 @@ from vmoe.data import EvalLoader
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.utils.config import ConfigError
 from vmoe.utils.files import atomic_file, read_json
-from vmoe.utils.tables import FigureTable
+from vmoe.utils.tables import MetricTable
 from vmoe.utils.world import world
 
 LIBRARIES = ("vmoe", "torchvision", "timm", "open_clip_torch", "numpy", "pillow")
@@ -154,7 +154,7 @@ def write_json(report: dict[str, Any], file: Path) -> None:
 def print_table(title: str, results: dict[str, float | int], spread: dict[str, float], console: Console) -> None:
     """Prints the metrics; with a spread as mean ± standard deviation."""
     console.print(title, highlight=False, markup=False, soft_wrap=True)
-    table = FigureTable("", ["measure", "value"], left=["measure"])
+    table = MetricTable("", ["measure", "value"], left=["measure"])
     for name, value in results.items():
         text = f"{value:.4f}" if isinstance(value, float) else str(value)
         table.add_row(name, f"{text} ± {spread[name]:.4f}" if name in spread else text)

@@ -172,7 +172,7 @@ def patch_grid(model: nn.Module, num_tokens: int) -> tuple[int, int, int]:
         prefix = num_tokens - rows * columns
         if prefix == expected:
             return prefix, rows, columns
-    raise ValueError(f"cannot place {num_tokens} tokens on a grid of patches of {type(model).__name__}")
+    raise ValueError(f"cannot arrange {num_tokens} tokens on a grid of patches of {type(model).__name__}")
 
 
 def word_decoder(tokenizer: Any) -> Callable[[Sequence[int]], list[str]]:

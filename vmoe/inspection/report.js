@@ -62,21 +62,21 @@ function drawHeader() {
 // ---- layers ----
 
 function drawLayers() {
-  const rows = DATA.layers.flatMap((layer, place) =>
-    Object.keys(layer.tokens).map((modality) => ({ layer, place, modality, busiest: busiest(layer, modality) })),
+  const rows = DATA.layers.flatMap((layer, index) =>
+    Object.keys(layer.tokens).map((modality) => ({ layer, index, modality, busiest: busiest(layer, modality) })),
   );
   const noun = ({ modality }) => NOUN[modality];
   drawTable(byId("layer-table"), {
     label: "Layers",
-    chosen: ({ place }) => place === state.layer,
-    key: ({ place, modality }) => `${place} ${modality}`,
+    chosen: ({ index }) => index === state.layer,
+    key: ({ index, modality }) => `${index} ${modality}`,
     rows,
     columns: [
       {
         title: "Layer",
         text: true,
-        value: ({ place }) => place,
-        show: ({ place }) => make("button", { type: "button", class: "plain", onclick: () => choose({ layer: place }) }, LAYER_NAMES[place]),
+        value: ({ index }) => index,
+        show: ({ index }) => make("button", { type: "button", class: "plain", onclick: () => choose({ layer: index }) }, LAYER_NAMES[index]),
       },
       { title: "Of", text: true, value: noun, show: noun },
       column("Tokens", ({ layer, modality }) => layer.tokens[modality], asCount),
@@ -105,8 +105,8 @@ function drawLayerCharts() {
   ];
   byId("layer-charts").replaceChildren(
     ...charts.map(([title, key, chart, show]) => {
-      const rows = DATA.layers.flatMap((layer, place) =>
-        Object.entries(layer[key]).map(([modality, value]) => ({ layer: LAYER_NAMES[place], modality: NOUN[modality], value, shown: show(value), spoken: `${LAYER_NAMES[place]}, ${NOUN[modality]}: ${show(value)}` })),
+      const rows = DATA.layers.flatMap((layer, index) =>
+        Object.entries(layer[key]).map(([modality, value]) => ({ layer: LAYER_NAMES[index], modality: NOUN[modality], value, shown: show(value), spoken: `${LAYER_NAMES[index]}, ${NOUN[modality]}: ${show(value)}` })),
       );
       const box = make("div");
       drawChart(box, chart, rows, `${title} of each layer; the table below has the same figures`);
@@ -171,8 +171,8 @@ function drawExperts() {
   if (box.childElementCount !== charts.length) {
     box.replaceChildren(...charts.map(() => make("div", {}, make("h3"), make("div", { class: "chart" }))));
   }
-  charts.forEach(([title, rows], place) => {
-    const [heading, chart] = box.children[place].children;
+  charts.forEach(([title, rows], index) => {
+    const [heading, chart] = box.children[index].children;
     heading.textContent = title;
     drawChart(chart, "bars", rows, `${title} of each expert; the table below has the same figures`, { click: ({ expert }) => isNumber(expert) && toggleExpert(expert) });
   });
@@ -218,7 +218,7 @@ function drawCollage() {
   const [height, width] = typical.patch;
   const patchList = (expert, most, side, captions) => {
     const zoom = side / Math.max(height, width);
-    const figures = typical.patches[expert].slice(0, most).map(([sample, row, column, weight], place) => {
+    const figures = typical.patches[expert].slice(0, most).map(([sample, row, column, weight], index) => {
       const shown = DATA.sample_index.indexOf(sample);
       const name = shown < 0 ? `image ${sample} of the data` : DATA.samples[shown].path;
       const lines = [[expert, `weight ${asWeight(weight)}`]];
@@ -232,7 +232,7 @@ function drawCollage() {
           height: `${height * zoom}px`,
           backgroundImage: "var(--sheet)",
           backgroundSize: `${typical.columns * typical.cell[1] * zoom}px ${numExperts * typical.cell[0] * zoom}px`,
-          backgroundPosition: `${-place * typical.cell[1] * zoom}px ${-expert * typical.cell[0] * zoom}px`,
+          backgroundPosition: `${-index * typical.cell[1] * zoom}px ${-expert * typical.cell[0] * zoom}px`,
         },
       });
       explain(patch, title, lines);
@@ -258,13 +258,13 @@ function drawCollage() {
 
 // ---- classes and words ----
 
-// Rows {name, place, counts (E), total, top, share} of a packed table with a row of counts per name, or per expert.
+// Rows {name, index, counts (E), total, top, share} of a packed table with a row of counts per name, or per expert.
 function countRows(names, counts, numExperts, expertsFirst) {
-  return names.map((name, place) => {
-    const own = Array.from({ length: numExperts }, (_, expert) => counts[expertsFirst ? expert * names.length + place : place * numExperts + expert]);
+  return names.map((name, index) => {
+    const own = Array.from({ length: numExperts }, (_, expert) => counts[expertsFirst ? expert * names.length + index : index * numExperts + expert]);
     const total = sum(own);
     const top = total > 0 ? own.indexOf(Math.max(...own)) : null;
-    return { name, place, counts: own, total, top, share: top === null ? null : own[top] / total };
+    return { name, index, counts: own, total, top, share: top === null ? null : own[top] / total };
   });
 }
 
@@ -317,15 +317,15 @@ function drawClasses() {
   const short = drawnRows.map(({ name }) => shorten(name, most));
   const labelOf = (at) => {
     if (short.indexOf(short[at]) === short.lastIndexOf(short[at])) return short[at];
-    const number = ` (${drawnRows[at].place})`;
+    const number = ` (${drawnRows[at].index})`;
     return shorten(drawnRows[at].name, most - number.length) + number;
   };
-  const cells = drawnRows.flatMap(({ name, counts, total }, place) =>
-    counts.map((count, expert) => ({ row: labelOf(place), name, expert, share: count / total, shown: asShare(count / total), count: asCount(count) })),
+  const cells = drawnRows.flatMap(({ name, counts, total }, index) =>
+    counts.map((count, expert) => ({ row: labelOf(index), name, expert, share: count / total, shown: asShare(count / total), count: asCount(count) })),
   );
   drawChart(byId("class-chart"), "classes", cells, "Share of each class that went to each expert; the table beside it has the figures", { height: 18 * drawnRows.length });
   const sort = { column: state.expert === null ? 3 : 5, direction: "descending" };
-  drawTable(byId("class-table"), { label: "Classes and experts", rows, columns: countColumns("Class"), sort, key: ({ place }) => place });
+  drawTable(byId("class-table"), { label: "Classes and experts", rows, columns: countColumns("Class"), sort, key: ({ index }) => index });
 }
 
 function drawWords() {
@@ -369,7 +369,7 @@ function drawLegend() {
 
 function choose({ layer = state.layer, expert = state.expert }) {
   const focused = document.activeElement;
-  const place = focusPlace(focused);
+  const index = focusPlace(focused);
   state.layer = layer;
   const { num_experts: numExperts } = DATA.layers[layer];
   state.expert = expert !== null && expert < numExperts ? expert : null;
@@ -388,11 +388,11 @@ function choose({ layer = state.layer, expert = state.expert }) {
   drawWords();
   drawLegend();
   drawImages();
-  if (!focused.isConnected) place?.()?.focus();
+  if (!focused.isConnected) index?.()?.focus();
   say(`${LAYER_NAMES[layer]}, ${expertName()}`);
 }
 
-// Finds again what had the focus before its part of the page was drawn anew.
+// Finds again what had the focus before its part of the page was drawn again.
 function focusPlace(element) {
   const part = element?.closest("[id]:not(main, section)");
   if (!part) return null;
@@ -409,7 +409,7 @@ function focusPlace(element) {
 
 function start() {
   drawHeader();
-  byId("layer").replaceChildren(...LAYER_NAMES.map((name, place) => make("option", { value: place }, name)));
+  byId("layer").replaceChildren(...LAYER_NAMES.map((name, index) => make("option", { value: index }, name)));
   byId("layer").addEventListener("change", (event) => choose({ layer: Number(event.target.value) }));
   byId("expert").addEventListener("change", (event) => choose({ expert: event.target.value === "" ? null : Number(event.target.value) }));
   const sections = { layers: "Layers", experts: "Experts", patches: "Patches", classes: "Classes", words: "Words", images: "Images" };

@@ -3,7 +3,7 @@
 const PAGE_SIZE = 24;
 const WEIGHT_STEPS = 10000;
 const KEPT_BIT = 1 << 15;
-const images = { page: 0, found: DATA.samples.map((_, place) => place) };
+const images = { page: 0, found: DATA.samples.map((_, index) => index) };
 const unpacked = new Map();
 
 // Typed arrays of a layer's routing, and where each sample's tokens begin; null if the layer never saw the modality.
@@ -174,8 +174,8 @@ function makeWords(sample) {
   const routing = routingOf(state.layer, "text");
   const { words } = DATA.samples[sample];
   if (!routing) return make("p", {}, "This layer sees no words.");
-  const buttons = words.map((word, place) => {
-    const choices = choicesOf(routing, sample, place);
+  const buttons = words.map((word, index) => {
+    const choices = choicesOf(routing, sample, index);
     const expert = state.expert !== null && tookIt(choices, state.expert) ? state.expert : takenBy(choices);
     const lines = linesOf(choices);
     const colour = expert === null ? DATA.dropped : colourOf(expert);
@@ -194,9 +194,9 @@ function makeWords(sample) {
 }
 
 // The model's likeliest names of the image; the right one is marked.
-function makeNames(top, rightPlace) {
-  const items = top.map(([name, share], place) => {
-    const right = place === rightPlace;
+function makeNames(top, rightIndex) {
+  const items = top.map(([name, share], index) => {
+    const right = index === rightIndex;
     return make("li", { class: right ? "right" : null }, make("span", {}, name, right ? " ✓" : "", right ? make("span", { class: "unseen" }, " right") : null), make("span", {}, asShare(share)));
   });
   return make("ol", { class: "names", "aria-label": "The model's likeliest names" }, ...items);
@@ -232,7 +232,7 @@ function findImages() {
   const wanted = byId("find").value.trim().toLowerCase();
   const order = byId("order").value;
   const texts = ({ path, class: label, caption, top }) => [path, label, caption, top[0]?.[0]].filter(Boolean).join("\n").toLowerCase();
-  images.found = DATA.samples.map((_, place) => place).filter((place) => texts(DATA.samples[place]).includes(wanted));
+  images.found = DATA.samples.map((_, index) => index).filter((index) => texts(DATA.samples[index]).includes(wanted));
   if (order === "data" || !routingOf(state.layer, "image") || (order === "expert" && state.expert === null)) return;
   const test = order === "dropped" ? (choices) => takenBy(choices) === null : (choices) => tookIt(choices, state.expert);
   const counts = new Map(images.found.map((sample) => [sample, countPatches(sample, test)]));

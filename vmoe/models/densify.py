@@ -56,7 +56,7 @@ def measure_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]
 
 @torch.no_grad()
 def densify(model: nn.Module, how: str | int = "average", usage: Usage | None = None) -> nn.Module:
-    """A dense copy of a sparse model: one MLP in place of each layer's experts. Undoes `upcycle` exactly.
+    """A dense copy of a sparse model: one MLP instead of each layer's experts. Undoes `upcycle` exactly.
 
     Combine weights that do not sum to one (V-MoE's own) scale what a sparse layer adds; a dense MLP has no such scale,
     so that such a model needs some training afterwards.

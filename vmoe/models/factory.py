@@ -47,7 +47,7 @@ def create_model(name: str | None = None, pretrained: str | Path | None = None, 
         name: "limoe_...", "two_tower_..." or a timm name such as "vmoe_base_patch16_224"; None: that in `pretrained`.
         pretrained: a `.safetensors` file written by `save_pretrained`, or the folder of a run or checkpoint. The file's
             own settings are the defaults then. Position embeddings are interpolated if the image size differs. A
-            classifier starts anew if `num_classes` is given and the file's has another number.
+            classifier starts from scratch if `num_classes` is given and the file's has another number.
         **kwargs: of the model; they go over the file's. `image` and `text` of a two-tower model go over its own setting
             by setting; `image={"pretrained": FILE}` gives the image tower that file's architecture and weights, if
             there are none for the whole model.

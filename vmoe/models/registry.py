@@ -114,7 +114,7 @@ def _with_settings_of_file(name: str, pretrained: bool, kwargs: dict) -> tuple[s
         raise ValueError(f"{file} holds a {stored_name} that timm cannot make; use vmoe.create_model(pretrained=FILE)")
     if stored_name != name:
         logger.warning("%s holds a %s: that is made, not %s", file, stored_name, name)
-    # What timm compares with the user's settings to know whether the classifier must start anew.
+    # What timm compares with the user's settings to know whether the classifier must start from scratch.
     about = {**metadata["preprocess"], **own.pop("pretrained_cfg_overlay", {}), "file": str(file)}
     about = {key: tuple(value) if isinstance(value, list) else value for key, value in about.items()}
     if "num_classes" in own:

@@ -298,7 +298,9 @@ def _new_head(model: nn.Module, own: dict[str, Tensor], stored: StoredTensors) -
         old = stored.shapes[weight][0] if weight in stored.shapes else 0
         new = own[weight].shape[0] if weight in own else 0
         if old != new:
-            logger.info("%s has a classifier of %d classes: a new one of %d starts anew", stored.source, old, new)
+            logger.info(
+                "%s has a classifier of %d classes: a new one of %d starts from scratch", stored.source, old, new
+            )
             names += [weight, f"{classifier}.bias"]
     return names
 

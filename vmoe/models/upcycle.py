@@ -64,7 +64,7 @@ def upcycle(
             then: noise would separate the groups.
         expert_noise: standard deviation of the normal noise on the experts' weights, in standard deviations of each
             weight.
-        reinit: share r of the hidden units that each expert draws anew, from normal distributions with the mean and
+        reinit: share r of the hidden units that each expert draws again, from normal distributions with the mean and
             standard deviation of the weights that they replace (Drop-Upcycling, arXiv 2502.19261: 0.5).
         **settings: of `vmoe.moe.config.RoutingSettings`, and `router_preset`. The defaults here:
             normalize_weights=True and capacity_factor=2.0 (no limit in open_clip's text towers, where padding would
@@ -254,7 +254,7 @@ class OpenClipMoE(SparseMoE):
 
 
 def _sparse_layer(mlp: nn.Module, settings: dict, granularity: int, model: nn.Module, name: str) -> SparseMoE:
-    """The sparse layer in place of an MLP."""
+    """The sparse layer that replaces an MLP."""
     layout, G = mlp_layout(mlp), granularity
     act, fc2 = mlp.get_submodule(layout.act), mlp.get_submodule(layout.fc2)
     norm = mlp.get_submodule(layout.norm) if layout.norm else None

@@ -68,7 +68,7 @@ def _check_kinds(dense_optimizer: Optimizer, sparse_optimizer: Optimizer) -> Non
         if new and not any(group.get(key) for group in dense_optimizer.param_groups):
             raise UpcycleError(
                 f"{kind} with {key}={new[0]} needs state that the dense model's {kind} does not keep ({key} is off); "
-                f"take the same {key} for both models, or start the state anew"
+                f"take the same {key} for both models, or start the state from scratch"
             )
 
 
@@ -91,7 +91,7 @@ def _expert_states(layer: SparseMoE, mlp: dict[str, Tensor], states: dict[str, d
         if keys or not (single or all(value.shape == mlp[name].shape for name, value in values.items())):
             raise UpcycleError(
                 "this optimizer keeps state that is not one number per weight, which has no copy per expert; use Adam "
-                "or a relative, or start its state anew"
+                "or a relative, or start its state from scratch"
             )
         copies = None if single else to_experts(layout, values, layer.num_experts, G)
         for name in stacked:

@@ -11,7 +11,7 @@ from rich.console import Console
 from vmoe.distributed.mesh import MeshSize
 from vmoe.planning.hardware import GiB
 from vmoe.planning.planner import Candidate, Planner
-from vmoe.utils.tables import FigureTable
+from vmoe.utils.tables import MetricTable
 
 KINDS = {
     "weights": "weights",
@@ -73,7 +73,7 @@ def show(
         line(f"Best: {options} --train.grad_checkpointing {str(fitting[0].grad_checkpointing).lower()}")
 
 
-def _tables(shown: list[Candidate], usable: float) -> list[FigureTable]:
+def _tables(shown: list[Candidate], usable: float) -> list[MetricTable]:
     kinds = [kind for kind in KINDS if any(one.memory[kind] for one in shown)]
     sent = [kind for kind in TRAFFIC if any(one.traffic.get(kind) for one in shown)]
     title = "Meshes (dp_replicate x dp_shard x ep), best first; ckpt: train.grad_checkpointing"
@@ -83,7 +83,7 @@ def _tables(shown: list[Candidate], usable: float) -> list[FigureTable]:
         "GB that one process sends in a step": [TRAFFIC[kind] for kind in sent],
         "Milliseconds of a step (memory: its bandwidth)": list(PARTS.values()),
     }
-    tables = [FigureTable(title, ["mesh", "ckpt", *columns], keys=2, left=["bound by", "when"])
+    tables = [MetricTable(title, ["mesh", "ckpt", *columns], keys=2, left=["bound by", "when"])
               for title, columns in contents.items()]  # fmt: skip
     for one in shown:
         rows = [

@@ -281,7 +281,7 @@ def latest_checkpoint(run: Path) -> Path | None:
     if found is None and checkpoints:
         raise CheckpointError(
             f"all checkpoints in {run / 'checkpoints'} are damaged, the newest one here: "
-            f"{team.find_problems(checkpoints[-1])[0]}; choose another output_dir to start anew"
+            f"{team.find_problems(checkpoints[-1])[0]}; choose another output_dir to start from scratch"
         )
     return found
 

@@ -29,7 +29,7 @@ from vmoe.moe import LayerRouting, RoutingRecord
 from vmoe.moe.losses import members
 from vmoe.moe.record import statistics_of
 from vmoe.utils.files import atomic_file
-from vmoe.utils.tables import FigureTable
+from vmoe.utils.tables import MetricTable
 from vmoe.utils.world import world
 
 logger = logging.getLogger("vmoe.training")
@@ -358,7 +358,7 @@ def short_texts(metrics: dict[str, float]) -> list[str]:
     return texts
 
 
-def final_table(summary: dict[str, Any]) -> FigureTable:
+def final_table(summary: dict[str, Any]) -> MetricTable:
     """The summary of a run as a table."""
     rows = {
         "steps": f"{summary['steps']}",
@@ -373,7 +373,7 @@ def final_table(summary: dict[str, Any]) -> FigureTable:
     rows["final loss"] = f"{summary['loss']:.4f}"
     for name, value in summary["evaluation"].items():
         rows[name] = f"{value:.4f}" if isinstance(value, float) else str(value)
-    table = FigureTable(f"{summary['model']}, {summary['task']}", ["result", "value"], left=["result"])
+    table = MetricTable(f"{summary['model']}, {summary['task']}", ["result", "value"], left=["result"])
     for row in rows.items():
         table.add_row(*row)
     return table

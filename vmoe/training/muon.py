@@ -39,7 +39,7 @@ class Muon(timm.optim.Muon):
 
     @contextmanager
     def _unstacked(self) -> Iterator[None]:
-        """The matrices of stacks take their place in the groups and the state."""
+        """The matrices of stacks replace them in the groups and the state."""
         stacks = [(group, group["params"]) for group in self.param_groups if group.get(PER_EXPERT)]
         matrices = {p: _matrices(p) for _, params in stacks for p in params if p.grad is not None}
         for stack, parts in matrices.items():

@@ -91,7 +91,7 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     kwargs = {name: value for name, value in optional.items() if value is not None} | config.kwargs
     create, info = timm.optim.create_optimizer_v2, timm.optim.get_optimizer_info(base_name)
     muon = info.opt_class is timm.optim.Muon
-    if muon:  # timm's way to make it, with our class in the place of timm's
+    if muon:  # timm's way to make it, with our class instead of timm's
         registry = timm.optim.OptimizerRegistry()
         registry.register(dataclasses.replace(info, opt_class=Muon))
         create = registry.create_optimizer

@@ -29,7 +29,7 @@ def carry_over_optimizer(pretrained: str, model: nn.Module, optimizer: Optimizer
         if not file.is_file():
             raise ConfigError(
                 f"model.pretrained_optimizer needs model.pretrained to be a run's folder or checkpoint, and {file} "
-                "does not exist; set it to false to start the optimizer anew"
+                "does not exist; set it to false to start the optimizer from scratch"
             )
     before = read_config(Config, ["--config", str(run_config)])
     old_model = create_model(pretrained=checkpoint_weights(checkpoint))

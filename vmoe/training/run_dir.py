@@ -60,7 +60,7 @@ def check_same_settings(config: Config) -> None:
 
 
 def find_checkpoint(run: Path, config: Config) -> Path | None:
-    """The checkpoint to continue from; None starts anew. A ConfigError says why the folder cannot be used."""
+    """The checkpoint to continue from; None starts from scratch. A ConfigError says why the folder cannot be used."""
     checkpoints = list_checkpoints(run)
     holds_run = bool(checkpoints) or any((run / name).exists() for name in ("metrics.jsonl", "summary.json"))
     if not holds_run:

@@ -1,7 +1,7 @@
 """The training loop: `train` starts or continues a run, `Trainer` makes its steps, evaluates, saves and logs.
 
 A step is a function of (config, step number, weights): its data is a function of the seed and the step, and its random
-numbers (router noise, drop path, mixup) are seeded anew from both. So nothing depends on how often a run was stopped,
+numbers (router noise, drop path, mixup) are seeded again from both. So nothing depends on how often a run was stopped,
 how often it evaluates, or how many workers read the data.
 """
 

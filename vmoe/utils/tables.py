@@ -1,4 +1,4 @@
-"""Tables of figures that lose none of them in a narrow terminal, and the console that shows them."""
+"""Tables of metrics that lose none of them in a narrow terminal, and the console that shows them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def make_console(**options: Any) -> Console:
     return console
 
 
-class FigureTable:
-    """A table whose figures are never cut; rich prints it.
+class MetricTable:
+    """A table whose metrics are never cut; rich prints it.
 
     Where it is wider than the console, it goes on below with other columns. The first columns, which say what a row is
     about, are repeated; a text in them that is too long is broken into lines.

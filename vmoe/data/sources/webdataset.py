@@ -111,7 +111,9 @@ class Shards(ShardedDataset):
         """Takes shards without samples, {path: the file that says so}, out of `paths`; logs how many."""
         for path, file in empty.items():
             if next(read_members(path), None) is not None:
-                raise DataError(f"{path}: holds samples, but {file} says 0; remove {file}, and shards are counted anew")
+                raise DataError(
+                    f"{path}: holds samples, but {file} says 0; remove {file}, and shards are counted again"
+                )
         path, file = next(iter(empty.items()))
         message = f"{len(empty)} of {len(self.paths)} shards are empty, as {path}, of which {file} says 0 samples"
         if len(empty) == len(self.paths):
@@ -123,7 +125,7 @@ class Shards(ShardedDataset):
         path, said_by = self.paths[shard], self.said_by[shard]
         index = _kept(self._indices, path, read_index)
         if len(index.entries) != self.sizes[shard]:
-            remedy = f"remove {said_by}, and shards are counted anew" if said_by else "start anew"
+            remedy = f"remove {said_by}, and shards are counted again" if said_by else "start from scratch"
             remedy = dotted_members(*index[2:]) if index.num_dotted else remedy
             says = f"{said_by} says" if said_by else "it had"
             raise DataError(f"{path}: holds {len(index.entries)} samples, but {says} {self.sizes[shard]}; {remedy}")
@@ -144,7 +146,7 @@ class Shards(ShardedDataset):
             file = _kept(self._files, path, lambda path: open(path, "rb", buffering=0))  # noqa: SIM115 (kept open)
             content = _read_at(file, offset, size)
         if len(content) != size:
-            raise DataError(f"{path}: was changed while it was read; start anew")
+            raise DataError(f"{path}: was changed while it was read; start from scratch")
         return content
 
     def _caption(self, path: str, entry: np.void, name: str) -> str:
