@@ -70,7 +70,7 @@ def test_mistakes_are_named(tmp_path):
         example_figure(model, samples(1), ["a", "b"], None, tmp_path / "x.png")
     with pytest.raises(ValueError, match="at least one sample"):
         example_figure(model, [], NAMES, None, tmp_path / "x.png")
-    with pytest.raises(ValueError, match="cannot place 40 tokens"):
+    with pytest.raises(ValueError, match="cannot arrange 40 tokens"):
         patch_grid(model, 40)
 
 
