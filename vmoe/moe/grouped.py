@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vmoe.moe.grouped_mm import grouped_linear
+from vmoe.moe.grouped_mm import expert_of_rows, grouped_linear
 
 
 def local_experts(parameter: Tensor | None) -> Tensor | None:
@@ -119,7 +119,6 @@ class GroupedLayerNorm(nn.Module):
         """Rows sorted by expert -> the same shape."""
         weight_EF, bias_EF = local_experts(self.weight), local_experts(self.bias)
         y_RF = F.layer_norm(x_RF, x_RF.shape[-1:], eps=self.eps)
-        row_R = torch.arange(x_RF.shape[0], device=x_RF.device)
-        expert_R = torch.searchsorted(count_E.cumsum(0), row_R, right=True).clamp(max=weight_EF.shape[0] - 1)
+        expert_R = expert_of_rows(count_E.cumsum(0), x_RF.shape[0]).clamp(max=weight_EF.shape[0] - 1)
         y_RF = y_RF * weight_EF[expert_R]
         return (y_RF if bias_EF is None else y_RF + bias_EF[expert_R]).to(x_RF.dtype)

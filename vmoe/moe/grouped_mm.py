@@ -2,8 +2,7 @@
 
 `torch.nn.functional.grouped_mm` multiplies so, but on meta and compiled tensors only in bfloat16 (up to PyTorch 2.13;
 since 2.14 float16 too, on some GPUs). All other types, and a CPU, have operators of their own here: a loop over the
-experts that writes each one's rows and gradients where they belong, and that compilers, FLOP counters and the meta
-device see as one operation.
+experts that compilers, FLOP counters and the meta device see as one operation.
 
 Shapes, by suffix: R rows sorted by expert, E experts, I and O widths.
 """
@@ -28,20 +27,22 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, cou
         where all are unused). Differentiable, any number of times; what unused rows hold reaches no gradient.
     """
     end_E = count_E.cumsum(0)
-    if torch.compiler.is_compiling():
-        function, in_torch = _GroupedLinear, x_RI.dtype == torch.bfloat16
-    else:
-        function, in_torch = _GroupedLinearAndTangents, x_RI.dtype == torch.bfloat16 and x_RI.device.type != "cpu"
-        if x_RI.device.type == "cpu" and int(end_E[-1]) == x_RI.shape[0]:
-            return function.apply(x_RI, weight_EOI, bias_EO, end_E)
+    on_cpu = x_RI.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and int(end_E[-1]) == x_RI.shape[0]:
+        return _GroupedLinear.apply(x_RI, weight_EOI, bias_EO, end_E)
     used_R1 = torch.arange(x_RI.shape[0], device=x_RI.device)[:, None] < end_E[-1]
-    if in_torch:
+    if x_RI.dtype == torch.bfloat16 and not on_cpu:
         y_RO = _by_torch(x_RI, weight_EOI, bias_EO, end_E, used_R1)
     else:
-        y_RO = function.apply(x_RI, weight_EOI, bias_EO, end_E)
+        y_RO = _GroupedLinear.apply(x_RI, weight_EOI, bias_EO, end_E)
     if not y_RO.shape[0]:
         return y_RO
     return torch.where(used_R1, y_RO, torch.where(used_R1[:1], y_RO[:1], 0).detach())
+
+
+def expert_of_rows(end_E: Tensor, num_rows: int) -> Tensor:
+    """(R,) the expert of each row, given the end of each expert's rows; E for unused rows."""
+    return torch.searchsorted(end_E, torch.arange(num_rows, device=end_E.device), right=True)
 
 
 def _by_torch(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, end_E: Tensor, used_R1: Tensor) -> Tensor:
@@ -52,10 +53,7 @@ def _by_torch(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, end_E: T
     if I % 8 or O % 8:
         x_RI, weight_EOI = F.pad(x_RI, (0, -I % 8)), F.pad(weight_EOI, (0, -I % 8, 0, -O % 8))
     y_RO = F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=end_E.to(torch.int32))[:, :O]
-    if bias_EO is None:
-        return y_RO
-    row_R = torch.arange(x_RI.shape[0], device=x_RI.device)
-    return y_RO + bias_EO[torch.searchsorted(end_E, row_R, right=True).clamp(max=E - 1)]
+    return y_RO if bias_EO is None else y_RO + bias_EO[expert_of_rows(end_E, x_RI.shape[0]).clamp(max=E - 1)]
 
 
 @torch.library.custom_op("vmoe::rows_by_matrices", mutates_args=())
@@ -75,25 +73,17 @@ def _rows_by_matrices(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, 
 
 
 @torch.library.custom_op("vmoe::rows_by_rows", mutates_args=())
-def _rows_by_rows(a_RO: Tensor, b_RI: Tensor, end_E: Tensor) -> Tensor:
-    """W[e] = the sum of a[r] b[r]ᵀ over the rows r of expert e."""
-    weight_EOI = a_RO.new_empty(end_E.shape[0], a_RO.shape[1], b_RI.shape[1])
+def _rows_by_rows(a_RO: Tensor, b_RI: Tensor, end_E: Tensor, sums: bool) -> tuple[Tensor, Tensor]:
+    """Over the rows r of expert e: W[e] = the sum of a[r] b[r]ᵀ, and s[e] = that of a[r]; (0, O) without `sums`."""
+    E, O = end_E.shape[0], a_RO.shape[1]
+    weight_EOI, sum_EO = a_RO.new_empty(E, O, b_RI.shape[1]), a_RO.new_empty(E if sums else 0, O)
     start = 0
-    for weight_OI, end in zip(weight_EOI, end_E.tolist(), strict=True):
-        torch.mm(a_RO[start:end].t(), b_RI[start:end], out=weight_OI)
+    for e, end in enumerate(end_E.tolist()):
+        torch.mm(a_RO[start:end].t(), b_RI[start:end], out=weight_EOI[e])
+        if sums:
+            torch.sum(a_RO[start:end], 0, out=sum_EO[e])
         start = end
-    return weight_EOI
-
-
-@torch.library.custom_op("vmoe::sums_of_rows", mutates_args=())
-def _sums_of_rows(x_RO: Tensor, end_E: Tensor) -> Tensor:
-    """s[e] = the sum of x[r] over the rows r of expert e."""
-    sum_EO = x_RO.new_empty(end_E.shape[0], x_RO.shape[1])
-    start = 0
-    for sum_O, end in zip(sum_EO, end_E.tolist(), strict=True):
-        torch.sum(x_RO[start:end], 0, out=sum_O)
-        start = end
-    return sum_EO
+    return weight_EOI, sum_EO
 
 
 @_rows_by_matrices.register_fake
@@ -102,13 +92,9 @@ def _(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, end_E: Tensor) -
 
 
 @_rows_by_rows.register_fake
-def _(a_RO: Tensor, b_RI: Tensor, end_E: Tensor) -> Tensor:
-    return a_RO.new_empty(end_E.shape[0], a_RO.shape[1], b_RI.shape[1])
-
-
-@_sums_of_rows.register_fake
-def _(x_RO: Tensor, end_E: Tensor) -> Tensor:
-    return x_RO.new_empty(end_E.shape[0], x_RO.shape[1])
+def _(a_RO: Tensor, b_RI: Tensor, end_E: Tensor, sums: bool) -> tuple[Tensor, Tensor]:
+    E, O = end_E.shape[0], a_RO.shape[1]
+    return a_RO.new_empty(E, O, b_RI.shape[1]), a_RO.new_empty(E if sums else 0, O)
 
 
 # Autograd functions on top, not `register_autograd`, which torch.func cannot differentiate. The gradients are made of
@@ -122,74 +108,38 @@ class _GroupedLinear(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         x_RI, weight_EOI, _, end_E = inputs
         ctx.save_for_backward(x_RI, weight_EOI, end_E)
-        ctx.save_for_forward(x_RI, weight_EOI, end_E)
 
     @staticmethod
     def backward(ctx, grad_RO: Tensor):
         x_RI, weight_EOI, end_E = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
+        if needs_x:
             grad_x = _GroupedLinear.apply(grad_RO, weight_EOI.transpose(1, 2), None, end_E)
-        if ctx.needs_input_grad[1]:
-            grad_weight = _RowsByRows.apply(grad_RO, x_RI, end_E)
-        if ctx.needs_input_grad[2]:
-            grad_bias = _SumsOfRows.apply(grad_RO, end_E)
-        return grad_x, grad_weight, grad_bias, None
-
-
-class _GroupedLinearAndTangents(_GroupedLinear):
-    """The same with forward-mode derivatives; compilers take no function that has them."""
-
-    @staticmethod
-    def jvp(ctx, x_RI: Tensor | None, weight_EOI: Tensor | None, bias_EO: Tensor | None, _) -> Tensor:
-        own_x_RI, own_weight_EOI, end_E = ctx.saved_tensors
-        parts = []
-        if x_RI is not None or bias_EO is not None:
-            x_RI = torch.zeros_like(own_x_RI) if x_RI is None else x_RI
-            parts.append(_GroupedLinearAndTangents.apply(x_RI, own_weight_EOI, bias_EO, end_E))
-        if weight_EOI is not None:
-            parts.append(_GroupedLinearAndTangents.apply(own_x_RI, weight_EOI, None, end_E))
-        return sum(parts)
+        if needs_weight or needs_bias:
+            grad_weight, grad_bias = _RowsByRows.apply(grad_RO, x_RI, end_E, needs_bias)
+        return grad_x, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None
 
 
 class _RowsByRows(torch.autograd.Function):
     @staticmethod
-    def forward(a_RO: Tensor, b_RI: Tensor, end_E: Tensor) -> Tensor:
-        return _rows_by_rows(a_RO, b_RI, end_E)
+    def forward(a_RO: Tensor, b_RI: Tensor, end_E: Tensor, sums: bool) -> tuple[Tensor, Tensor]:
+        return _rows_by_rows(a_RO, b_RI, end_E, sums)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
+        a_RO, b_RI, end_E, ctx.sums = inputs
+        ctx.save_for_backward(a_RO, b_RI, end_E)
 
     @staticmethod
-    def backward(ctx, grad_EOI: Tensor):
+    def backward(ctx, grad_EOI: Tensor, grad_EO: Tensor):
         a_RO, b_RI, end_E = ctx.saved_tensors
         grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            grad_a = _GroupedLinear.apply(b_RI, grad_EOI, None, end_E)
+            grad_a = _GroupedLinear.apply(b_RI, grad_EOI, grad_EO if ctx.sums else None, end_E)
         if ctx.needs_input_grad[1]:
             grad_b = _GroupedLinear.apply(a_RO, grad_EOI.transpose(1, 2), None, end_E)
-        return grad_a, grad_b, None
-
-
-class _SumsOfRows(torch.autograd.Function):
-    @staticmethod
-    def forward(x_RO: Tensor, end_E: Tensor) -> Tensor:
-        return _sums_of_rows(x_RO, end_E)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        x_RO, end_E = inputs
-        ctx.save_for_backward(end_E)
-        ctx.num_rows = x_RO.shape[0]
-
-    @staticmethod
-    def backward(ctx, grad_EO: Tensor):
-        (end_E,) = ctx.saved_tensors
-        row_R = torch.arange(ctx.num_rows, device=grad_EO.device)
-        expert_R = torch.searchsorted(end_E, row_R, right=True)
-        zero_1O = torch.zeros_like(grad_EO[:1])  # of unused rows
-        return torch.cat([grad_EO, zero_1O])[expert_R], None
+        return grad_a, grad_b, None, None
 
 
 @register_flop_formula(torch.ops.vmoe.rows_by_matrices)
