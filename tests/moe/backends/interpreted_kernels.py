@@ -160,7 +160,7 @@ def test_a_layer_with_an_activation_behind_it(name):
     """The operator by itself."""
     x, w = torch.randn(5, D), torch.randn(1, H, D)
     table = kernels.tile_table(torch.tensor([5]), 5, 16)
-    y, h = kernels.grouped_linear(x, w, None, table, 16, name, True)
+    y, h = kernels.grouped_linear(x, w, None, None, table, 16, name, True)
     expected = F.linear(x, w[0])
     torch.testing.assert_close(h, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(y, expected if name == "none" else ACTIVATIONS[name]()(expected), rtol=1e-4, atol=1e-4)

@@ -35,12 +35,12 @@ def test_kernels_compile_for_a_gpu():
 
     common = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "PRECISION": "ieee", "UPCAST": False}
     tiled = {**common, "GROUP_M": 8}
-    linear, gradient = kernels._linear_kernel, kernels._activation_gradient_kernel
+    linear, plain = kernels._linear_kernel, {**tiled, "slope_of_ptr": None, "x_i": 1}
     cases = [
-        (linear, {**tiled, "ACTIVATION": "gelu", "x_i": 1, "w_i": 1}),
-        (linear, {**tiled, "ACTIVATION": "none", "b_ptr": None, "h_ptr": None, "x_i": 1, "w_o": 1}),
-        (gradient, {**tiled, "ACTIVATION": "gelu_tanh", "g_i": 1, "w_o": 1}),
-        (gradient, {**tiled, "ACTIVATION": "relu", "g_i": 1, "w_o": 1}),
+        (linear, {**plain, "ACTIVATION": "gelu", "w_i": 1}),
+        (linear, {**plain, "ACTIVATION": "none", "b_ptr": None, "h_ptr": None, "w_o": 1}),
+        (linear, {**tiled, "ACTIVATION": "gelu_tanh", "b_ptr": None, "x_i": 1, "w_o": 1}),
+        (linear, {**tiled, "ACTIVATION": "relu", "b_ptr": None, "x_i": 1, "w_o": 1}),
         (kernels._weight_gradient_kernel, {**common, "g_o": 1, "x_i": 1}),
         (kernels._weight_gradient_kernel, {**common, "grad_b_ptr": None, "g_o": 1, "x_i": 1}),
     ]

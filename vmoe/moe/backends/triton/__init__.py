@@ -6,6 +6,7 @@ Shapes, by suffix: R rows sorted by expert, D model width, F hidden width, O the
 """
 
 import os
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -67,11 +68,10 @@ def run(experts: nn.Module, x_RD: Tensor, count_E: Tensor) -> Tensor:
     parameters[1::2] = [None if p is None else p.contiguous() for p in parameters[1::2]]
     block_m = block_rows(x_RD.shape[0], count_E.shape[0])
     tile_T3 = tile_table(count_E, x_RD.shape[0], block_m)
-    indices = (tile_T3, count_E.cumsum(0).int(), block_m, activation_name(experts.act))
     x_RD = x_RD.to(dtype)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_RD, *parameters)):
-        return _TritonExperts.apply(x_RD, *parameters, *indices)
-    return _forward(x_RD, *parameters, *indices, keep_hidden=False)[0]
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_RD, *parameters))
+    layers = _TritonExperts.apply if differentiated else partial(_TritonExperts.forward, None)
+    return layers(x_RD, *parameters, tile_T3, count_E.cumsum(0).int(), block_m, activation_name(experts.act))
 
 
 def _dtype(x: Tensor) -> torch.dtype:
@@ -79,42 +79,35 @@ def _dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _forward(x_RD, w1_EFD, b1_EF, w2_EOF, b2_EO, tile_T3, end_E, block_m, activation, keep_hidden):
-    from vmoe.moe.backends.triton.kernels import grouped_linear
-
-    a_RF, h_RF = grouped_linear(x_RD, w1_EFD, b1_EF, tile_T3, block_m, activation, keep_hidden)
-    y_RO, _ = grouped_linear(a_RF, w2_EOF, b2_EO, tile_T3, block_m, "none", False)
-    return y_RO, h_RF
-
-
 class _TritonExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_RD, w1_EFD, b1_EF, w2_EOF, b2_EO, tile_T3, end_E, block_m, activation):
-        inputs = (x_RD, w1_EFD, b1_EF, w2_EOF, b2_EO, tile_T3, end_E)
-        y_RO, h_RF = _forward(*inputs, block_m, activation, keep_hidden=True)
-        ctx.save_for_backward(x_RD, w1_EFD, w2_EOF, tile_T3, end_E, h_RF)
-        ctx.block_m, ctx.activation = block_m, activation
-        return y_RO
+        from vmoe.moe.backends.triton.kernels import grouped_linear
+
+        a_RF, h_RF = grouped_linear(x_RD, w1_EFD, b1_EF, None, tile_T3, block_m, activation, ctx is not None)
+        if ctx is not None:
+            ctx.save_for_backward(x_RD, w1_EFD, w2_EOF, tile_T3, end_E, h_RF)
+            ctx.block_m, ctx.activation = block_m, activation
+        return grouped_linear(a_RF, w2_EOF, b2_EO, None, tile_T3, block_m, "none", False)[0]
 
     @staticmethod
     def backward(ctx, g_RO):
-        from vmoe.moe.backends.triton import kernels
+        from vmoe.moe.backends.triton.kernels import grouped_linear, grouped_weight_gradient
 
         if torch.is_grad_enabled():
             raise RuntimeError("the Triton kernels have no second derivatives: take the backend 'reference'")
         x_RD, w1_EFD, w2_EOF, tile_T3, end_E, h_RF = ctx.saved_tensors
         needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = ctx.needs_input_grad[:5]
         grad_x = grad_w1 = grad_b1 = grad_w2 = grad_b2 = None
-        grad_h_RF, a_RF = kernels.grouped_activation_gradient(
-            g_RO, w2_EOF.transpose(1, 2), h_RF, tile_T3, ctx.block_m, ctx.activation
-        )
+        w2_EFO = w2_EOF.transpose(1, 2)
+        grad_h_RF, a_RF = grouped_linear(g_RO, w2_EFO, None, h_RF, tile_T3, ctx.block_m, ctx.activation, True)
         if needs_w2 or needs_b2:
-            grad_w2, grad_b2 = kernels.grouped_weight_gradient(g_RO, a_RF, end_E, needs_b2)
+            grad_w2, grad_b2 = grouped_weight_gradient(g_RO, a_RF, end_E, needs_b2)
         del a_RF
         if needs_w1 or needs_b1:
-            grad_w1, grad_b1 = kernels.grouped_weight_gradient(grad_h_RF, x_RD, end_E, needs_b1)
+            grad_w1, grad_b1 = grouped_weight_gradient(grad_h_RF, x_RD, end_E, needs_b1)
         if needs_x:
             w1_EDF = w1_EFD.transpose(1, 2)
-            grad_x, _ = kernels.grouped_linear(grad_h_RF, w1_EDF, None, tile_T3, ctx.block_m, "none", False)
+            grad_x, _ = grouped_linear(grad_h_RF, w1_EDF, None, None, tile_T3, ctx.block_m, "none", False)
         gradients = (grad_x, grad_w1, grad_b1, grad_w2, grad_b2)
         return *(g if need else None for g, need in zip(gradients, ctx.needs_input_grad[:5])), *[None] * 4

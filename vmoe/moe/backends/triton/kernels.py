@@ -1,14 +1,12 @@
-"""Triton kernels for linear layers whose rows are sorted by expert, with bias and activation behind the product.
+"""Triton kernels for linear layers whose rows are sorted by expert, with bias and activation.
 
 A tile is a run of at most BLOCK_M rows of one expert; which rows and whose is looked up in a table on the device
 (`tile_table`), so that the grid depends on shapes alone and the host never waits for a count. No kernel adds with
 atomics: equal inputs give equal results. Each kernel has an operator `vmoe::...` around it, so that `torch.compile`
-takes it as it is.
+takes it as it is. The order of the tiles is that of Triton's tutorial on matrix multiplication.
 
-Shapes, by suffix: R rows sorted by expert, E experts, T tiles, I and O widths of a product's input and output. Inside
-kernels M, N and K are the blocks of a product.
-
-Source: the order of the tiles is that of Triton's tutorial on matrix multiplication.
+Shapes, by suffix: R rows sorted by expert, E experts, T tiles, I and O widths of a layer's input and output. Inside
+kernels M, N and K are the blocks of a matrix multiplication.
 """
 
 import torch
@@ -16,12 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu", "relu")
-
 # Whether Triton interprets its kernels on the CPU (TRITON_INTERPRET=1 when this module was imported).
 INTERPRETED = triton.knobs.runtime.interpret
 
-# Blocks of a product (rows, columns, inner) and the launch's options. Usual sizes, not yet tuned on a GPU.
+# Blocks of a multiplication (columns, inner) and the launch's options. Usual sizes, not yet tuned on a GPU.
 HALF = {"BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
 FULL = {"BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
 MAX_BLOCK_M = 128
@@ -58,7 +54,7 @@ def tile_table(count_E: Tensor, num_rows: int, block_m: int) -> Tensor:
 
 @triton.jit
 def _dot(x_MK, w_KN, acc_MN, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    if UPCAST:  # the interpreter has no product in bfloat16; in float32 the products are the same
+    if UPCAST:  # the interpreter has no bfloat16; in float32 the products are the same
         x_MK = x_MK.to(tl.float32)
         w_KN = w_KN.to(tl.float32)
     return tl.dot(x_MK, w_KN, acc_MN, input_precision=PRECISION)
@@ -99,29 +95,8 @@ def _tile(tile_ptr, num_tiles, E, O, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
 
 
 @triton.jit
-def _multiply(
-    x_ptr, w_ptr, r_M, used_M, o_N, I, O, x_r, x_i, w_o, w_i,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """(BLOCK_M, BLOCK_N) float32: rows `r_M` of x, zero where they are not used, times columns `o_N` of wᵀ."""
-    i_K = tl.arange(0, BLOCK_K)
-    x_at_MK = x_ptr + r_M[:, None].to(tl.int64) * x_r + i_K[None, :] * x_i
-    w_at_KN = w_ptr + o_N[None, :] * w_o + i_K[:, None] * w_i
-    acc_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, I, BLOCK_K):
-        inside_K = first + i_K < I
-        x_MK = tl.load(x_at_MK, mask=used_M[:, None] & inside_K[None, :], other=0.0)
-        w_KN = tl.load(w_at_KN, mask=(o_N < O)[None, :] & inside_K[:, None], other=0.0)
-        acc_MN = _dot(x_MK, w_KN, acc_MN, PRECISION, UPCAST)
-        x_at_MK += BLOCK_K * x_i
-        w_at_KN += BLOCK_K * w_i
-    return acc_MN
-
-
-@triton.jit
 def _linear_kernel(
-    x_ptr, w_ptr, b_ptr, tile_ptr, y_ptr, h_ptr,
+    x_ptr, w_ptr, b_ptr, slope_of_ptr, tile_ptr, y_ptr, h_ptr,
     num_tiles, E, I, O, x_r, x_i, w_e, w_o, w_i,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -130,47 +105,34 @@ def _linear_kernel(
     if tl.max(real_M.to(tl.int32), 0) == 0:
         return
     o_N = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    inner = tl.where(expert < E, I, 0)  # unused rows: no product
-    w_ptr += expert.to(tl.int64) * w_e
-    y_MN = _multiply(
-        x_ptr, w_ptr, r_M, used_M, o_N, inner, O, x_r, x_i, w_o, w_i, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST
-    )
-    if b_ptr is not None:
-        b_N = tl.load(b_ptr + expert * O + o_N, mask=o_N < tl.where(expert < E, O, 0), other=0.0)
-        y_MN += b_N.to(tl.float32)[None, :]
+    i_K = tl.arange(0, BLOCK_K)
+    x_at_MK = x_ptr + r_M[:, None].to(tl.int64) * x_r + i_K[None, :] * x_i
+    w_at_KN = w_ptr + expert.to(tl.int64) * w_e + o_N[None, :] * w_o + i_K[:, None] * w_i
+    y_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, tl.where(expert < E, I, 0), BLOCK_K):  # unused rows: no multiplication
+        inside_K = first + i_K < I
+        x_MK = tl.load(x_at_MK, mask=used_M[:, None] & inside_K[None, :], other=0.0)
+        w_KN = tl.load(w_at_KN, mask=(o_N < O)[None, :] & inside_K[:, None], other=0.0)
+        y_MN = _dot(x_MK, w_KN, y_MN, PRECISION, UPCAST)
+        x_at_MK += BLOCK_K * x_i
+        w_at_KN += BLOCK_K * w_i
     at_MN = r_M[:, None].to(tl.int64) * O + o_N[None, :]
     inside_MN = real_M[:, None] & (o_N < O)[None, :]
-    # The activation sees the hidden value as it is stored, so that the backward pass sees the same.
-    h_MN = y_MN.to(y_ptr.dtype.element_ty)
+    if slope_of_ptr is not None:
+        h_MN = tl.load(slope_of_ptr + at_MN, mask=inside_MN, other=0.0).to(tl.float32)
+        h_MN, slope_MN = _activate(h_MN, ACTIVATION)
+        y_MN *= slope_MN
+    else:
+        if b_ptr is not None:
+            b_N = tl.load(b_ptr + expert * O + o_N, mask=o_N < tl.where(expert < E, O, 0), other=0.0)
+            y_MN += b_N.to(tl.float32)[None, :]
+        # The activation sees the hidden value as it is stored, so that the backward pass sees the same.
+        h_MN = y_MN.to(y_ptr.dtype.element_ty)
+        if ACTIVATION != "none":
+            y_MN, _ = _activate(h_MN.to(tl.float32), ACTIVATION)
     if h_ptr is not None:
-        tl.store(h_ptr + at_MN, h_MN, mask=inside_MN)
-    if ACTIVATION != "none":
-        y_MN, _ = _activate(h_MN.to(tl.float32), ACTIVATION)
+        tl.store(h_ptr + at_MN, h_MN.to(y_ptr.dtype.element_ty), mask=inside_MN)
     tl.store(y_ptr + at_MN, y_MN.to(y_ptr.dtype.element_ty), mask=inside_MN)
-
-
-@triton.jit
-def _activation_gradient_kernel(
-    g_ptr, w_ptr, h_ptr, tile_ptr, grad_h_ptr, a_ptr,
-    num_tiles, E, I, O, g_r, g_i, w_e, w_o, w_i,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    expert, r_M, real_M, used_M, column = _tile(tile_ptr, num_tiles, E, O, BLOCK_M, BLOCK_N, GROUP_M)
-    if tl.max(real_M.to(tl.int32), 0) == 0:
-        return
-    o_N = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    inner = tl.where(expert < E, I, 0)
-    w_ptr += expert.to(tl.int64) * w_e
-    g_MN = _multiply(
-        g_ptr, w_ptr, r_M, used_M, o_N, inner, O, g_r, g_i, w_o, w_i, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST
-    )
-    at_MN = r_M[:, None].to(tl.int64) * O + o_N[None, :]
-    inside_MN = real_M[:, None] & (o_N < O)[None, :]
-    h_MN = tl.load(h_ptr + at_MN, mask=inside_MN, other=0.0).to(tl.float32)
-    a_MN, slope_MN = _activate(h_MN, ACTIVATION)
-    tl.store(grad_h_ptr + at_MN, (g_MN * slope_MN).to(grad_h_ptr.dtype.element_ty), mask=inside_MN)
-    tl.store(a_ptr + at_MN, a_MN.to(a_ptr.dtype.element_ty), mask=inside_MN)
 
 
 @triton.jit
@@ -213,7 +175,7 @@ def _weight_gradient_kernel(
 
 
 def options(dtype: torch.dtype) -> dict:
-    """What the products' launches share: blocks, precision, warps and stages."""
+    """What the launches share: blocks, precision, warps and stages."""
     # Half types ignore the precision; in float32 it is the user's choice, `torch.set_float32_matmul_precision`.
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     upcast = INTERPRETED and dtype == torch.bfloat16
@@ -225,31 +187,32 @@ def grouped_linear(
     x_RI: Tensor,
     w_EOI: Tensor,
     b_EO: Tensor | None,
+    slope_of_RO: Tensor | None,
     tile_T3: Tensor,
     block_m: int,
     activation: str,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y_r = activation(x_r · w_eᵀ + b_e), e the expert of row r.
+    """y_r = activation(x_r · w_eᵀ + b_e), e the expert of row r; or back through an activation and the layer after it.
 
     Args:
         x_RI: rows; they and `w_EOI` may have any strides, all else is contiguous.
-        w_EOI: weights.
+        w_EOI: weights; on the way back those of the layer after the activation, transposed.
         b_EO: biases.
+        slope_of_RO: on the way back, what the activation saw: y_r = x_r · w_eᵀ times the activation's slope there.
         tile_T3: from `tile_table`, of the rows in tiles of `block_m`.
-        activation: one of `ACTIVATIONS`.
-        keep_hidden: give the values before the activation as well.
+        activation: "none" or one of those of `_activate`.
+        keep_hidden: give h as well, the values before the activation; on the way back activation(slope_of).
 
     Returns:
-        (R, O) and (R, O), or (0, O) without `keep_hidden`; rows beyond the counts are zero.
+        y (R, O) and h (R, O), or (0, O) without `keep_hidden`; rows beyond the counts are zero.
     """
-    (E, O, I), R = w_EOI.shape, x_RI.shape[0]
+    (E, O, I), R, T = w_EOI.shape, x_RI.shape[0], tile_T3.shape[0]
     y_RO, h_RO = x_RI.new_empty(R, O), x_RI.new_empty(R if keep_hidden else 0, O)
     launch = options(x_RI.dtype)
-    T = tile_T3.shape[0]
     with torch.cuda.device_of(x_RI):
         _linear_kernel[(T * triton.cdiv(O, launch["BLOCK_N"]),)](
-            x_RI, w_EOI, b_EO, tile_T3, y_RO, h_RO if keep_hidden else None,
+            x_RI, w_EOI, b_EO, slope_of_RO, tile_T3, y_RO, h_RO if keep_hidden else None,
             T, E, I, O, *x_RI.stride(), *w_EOI.stride(),
             ACTIVATION=activation, BLOCK_M=block_m, GROUP_M=GROUP_M, **launch,
         )  # fmt: skip
@@ -257,40 +220,9 @@ def grouped_linear(
 
 
 @grouped_linear.register_fake
-def _(x_RI, w_EOI, b_EO, tile_T3, block_m, activation, keep_hidden):
+def _(x_RI, w_EOI, b_EO, slope_of_RO, tile_T3, block_m, activation, keep_hidden):
     R, O = x_RI.shape[0], w_EOI.shape[1]
     return x_RI.new_empty(R, O), x_RI.new_empty(R if keep_hidden else 0, O)
-
-
-@torch.library.custom_op("vmoe::grouped_activation_gradient", mutates_args=())
-def grouped_activation_gradient(
-    g_RI: Tensor, w_EOI: Tensor, h_RO: Tensor, tile_T3: Tensor, block_m: int, activation: str
-) -> tuple[Tensor, Tensor]:
-    """Back through `activation(h_r) · w_e`, the second linear layer of the experts.
-
-    Args:
-        g_RI: gradient of the result.
-        w_EOI: the layer's weight, transposed: here O is its input's width.
-        h_RO: the activation's input.
-
-    Returns:
-        gradient of `h`, and activation(h), both (R, O).
-    """
-    E, O, I = w_EOI.shape
-    grad_h_RO, a_RO = torch.empty_like(h_RO), torch.empty_like(h_RO)
-    launch = options(g_RI.dtype)
-    T = tile_T3.shape[0]
-    with torch.cuda.device_of(g_RI):
-        _activation_gradient_kernel[(T * triton.cdiv(O, launch["BLOCK_N"]),)](
-            g_RI, w_EOI, h_RO, tile_T3, grad_h_RO, a_RO, T, E, I, O, *g_RI.stride(), *w_EOI.stride(),
-            ACTIVATION=activation, BLOCK_M=block_m, GROUP_M=GROUP_M, **launch,
-        )  # fmt: skip
-    return grad_h_RO, a_RO
-
-
-@grouped_activation_gradient.register_fake
-def _(g_RI, w_EOI, h_RO, tile_T3, block_m, activation):
-    return torch.empty_like(h_RO), torch.empty_like(h_RO)
 
 
 @torch.library.custom_op("vmoe::grouped_weight_gradient", mutates_args=())
