@@ -330,7 +330,7 @@ def test_slots_of_a_soft_name_follow_the_capacity_that_is_asked_for():
     assert slots(capacity_factor=4.0) == round(36 * 4.0 / 32)
     assert slots(router_preset="soft") == round(36 / 32)
     assert slots(num_slots=3, capacity_factor=4.0) == 3
-    with pytest.raises(ValueError, match="num_slots needs router='soft'"):
+    with pytest.raises(ValueError, match="num_slots=4 needs router='soft'"):
         timm.create_model("softmoe_tiny_patch8_48", depth=2, router="top_k", num_slots=4)
 
 

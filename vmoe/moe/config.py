@@ -1,17 +1,19 @@
-"""Every setting of a sparse layer, and the routers that papers use by name.
-
-E experts, K choices per token, C capacity factor.
-"""
+"""Every setting of a sparse layer, and the routers that papers use by name."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import get_args
 
-ROUTERS = ("top_k", "expert_choice", "soft")
-GATES = ("softmax", "sigmoid")
-EXPERT_MLPS = ("mlp", "swiglu", "geglu")
-BACKENDS = ("auto", "reference", "triton")
-
+CHOICES = {
+    "router": ("top_k", "expert_choice", "soft"),
+    "capacity_rounding": ("ceil", "round"),
+    "gate": ("softmax", "sigmoid"),
+    "expert_mlp": ("mlp", "swiglu", "geglu"),
+    "auxiliary_loss": ("record", "attach"),
+    "auxiliary_loss_scope": ("group", "batch"),
+    "backend": ("auto", "reference", "triton"),
+}
 PerModality = float | Mapping[str, float]
 
 
@@ -98,233 +100,154 @@ class RoutingSettings:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a setting out of range, or one that its router has no use for."""
-        self._check_types()
-        E, K = self.num_experts, self.num_selected_experts
-        if not 1 <= K <= E and self.router == "top_k":
-            raise ValueError(f"num_selected_experts must be 1..num_experts ({E}), got {K}")
-        for name, allowed in (
-            ("router", ROUTERS),
-            ("gate", GATES),
-            ("expert_mlp", EXPERT_MLPS),
-            ("capacity_rounding", ("ceil", "round")),
-            ("auxiliary_loss", ("record", "attach")),
-            ("auxiliary_loss_scope", ("group", "batch")),
-            ("backend", BACKENDS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         for name in ("capacity_factor", "eval_capacity_factor"):
-            factor = getattr(self, name)
-            if factor is not None and not factor > 0:
-                raise ValueError(f"{name} must be > 0, or None (or infinity) for no limit, got {factor}")
-            if factor == math.inf:
+            if getattr(self, name) == math.inf:
                 object.__setattr__(self, name, None)
         if self.random_threshold == 0:
             object.__setattr__(self, "random_threshold", None)
-        for name in ("noise_std", "bias_update_rate"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be >= 0 and finite, got {getattr(self, name)}")
-        for name in ("input_jitter", "expert_drop"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise ValueError(f"{name} must be >= 0 and < 1, got {value}")
-        if self.random_threshold is not None and not 0 < self.random_threshold <= 1:
-            raise ValueError(f"random_threshold must be in (0, 1], or None, got {self.random_threshold}")
+        for field in fields(self):
+            kinds = get_args(field.type) or (field.type,)
+            if Mapping[str, float] not in kinds:  # these are checked where the modalities are known
+                self._check(field.name, getattr(self, field.name), *kinds)
+        if self.router == "top_k" and self.num_selected_experts > self.num_experts:
+            raise ValueError(
+                f"num_selected_experts must be 1..num_experts ({self.num_experts}), got {self.num_selected_experts}"
+            )
         self._check_router()
 
-    def _check_types(self) -> None:
-        for name, (least, optional) in _WHOLE.items():
-            value = getattr(self, name)
-            if optional and value is None:
-                continue
-            if not (_is_number(value) and value >= least and value == int(value)):
-                raise ValueError(f"{name} must be a whole number >= {least}{', or None' * optional}, got {value!r}")
+    def _check(self, name: str, value: object, kind: type, none: type | None = None) -> None:
+        """The value's type, which the annotation says, and its range."""
+        if value is None and none is not None:
+            return
+        or_none = "" if none is None else ", or None"
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if kind is str and value not in CHOICES[name]:
+            raise ValueError(f"{name} must be one of {CHOICES[name]}, got {value!r}")
+        if kind is bool and not isinstance(value, bool):
+            raise ValueError(f"{name} must be true or false, got {value!r}")
+        if kind is int:
+            least = 0 if name == "num_shared_experts" else 1
+            if not (number and math.isfinite(value) and value >= least and value == int(value)):
+                raise ValueError(f"{name} must be a whole number >= {least}{or_none}, got {value!r}")
             object.__setattr__(self, name, int(value))
-        for name, optional in _NUMBERS.items():
-            value = getattr(self, name)
-            if not (_is_number(value, finite=False) or (optional and value is None)):
-                raise ValueError(f"{name} must be a number{', or None' * optional}, got {value!r}")
-        for name in ("batch_priority", "learned_noise", "normalize_weights"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if kind is float:
+            if not number:
+                raise ValueError(f"{name} must be a number{or_none}, got {value!r}")
+            is_inside, what = _RANGES.get(name, (lambda x: 0 <= x < math.inf, ">= 0 and finite"))
+            if not is_inside(value):
+                raise ValueError(f"{name} must be {what}, got {value}")
 
     def _check_router(self) -> None:
-        """Settings that a router would silently ignore are errors."""
-        only_top_k = {
-            "batch_priority": False,
-            "learned_noise": False,
-            "random_threshold": None,
-            "bias_update_rate": 0.0,
-            "gate": "softmax",
-            "load_loss": 0.0,
-        }
-        if self.router != "top_k":
-            for name, off in only_top_k.items():
-                if getattr(self, name) != off:
-                    raise ValueError(
-                        f"{name}={getattr(self, name)!r} needs router='top_k', not {self.router!r}; "
-                        f"set it to {off!r} or leave it out"
-                    )
-        if self.router == "soft":
-            for name, off in (("normalize_weights", False), ("eval_capacity_factor", None), ("input_jitter", 0.0)):
-                if getattr(self, name) != off:
-                    raise ValueError(f"{name} has no meaning for router='soft', which drops nothing; leave it out")
-            if self.capacity is not None:
-                raise ValueError("capacity has no meaning for router='soft'; its name there is num_slots")
-        elif self.num_slots is not None:
-            raise ValueError(f"num_slots needs router='soft', not {self.router!r}")
-        by_capacity = (self.router == "expert_choice" and self.capacity is None) or self.router == "soft"
-        if by_capacity and self.num_slots is None and self.capacity_factor is None:
+        """Settings that a router would silently ignore are errors, and so is one that lacks what it needs."""
+        for name, (off, routers) in _USED_BY.items():
+            value = getattr(self, name)
+            if self.router not in routers and value != off:
+                raise ValueError(
+                    f"{name}={value!r} needs router={' or '.join(map(repr, routers))}, not {self.router!r}; "
+                    f"set it to {off!r} or leave it out"
+                )
+        if self.router != "top_k" and (self.capacity_factor, self.capacity, self.num_slots) == (None, None, None):
             raise ValueError(f"router={self.router!r} needs a finite capacity_factor: it says how many tokens it takes")
         if self.learned_noise and self.gate != "softmax":
             raise ValueError("learned_noise needs gate='softmax'")
 
 
-# {setting: (the least it may be, it may be None)}
-_WHOLE = {
-    "num_experts": (1, False),
-    "num_selected_experts": (1, False),
-    "capacity_multiple_of": (1, False),
-    "num_shared_experts": (0, False),
-    "group_size": (1, True),
-    "num_slots": (1, True),
-    "capacity": (1, True),
-    "expert_width": (1, True),
+# {setting: (whether a number is in its range, how the range is called)}; that of the others is >= 0 and finite.
+_RANGES = {
+    **dict.fromkeys(
+        ("capacity_factor", "eval_capacity_factor"), (lambda x: x > 0, "> 0, or None (or infinity) for no limit")
+    ),
+    **dict.fromkeys(("input_jitter", "expert_drop"), (lambda x: 0 <= x < 1, ">= 0 and < 1")),
+    "random_threshold": (lambda x: 0 < x <= 1, "in (0, 1], or None"),
 }
-# {setting: it may be None}
-_NUMBERS = {
-    "capacity_factor": True,
-    "eval_capacity_factor": True,
-    "random_threshold": True,
-    "expert_drop": True,
-    "noise_std": False,
-    "input_jitter": False,
-    "bias_update_rate": False,
-    "importance_loss": False,
-    "load_loss": False,
-    "gshard_loss": False,
-    "z_loss": False,
+# {setting: (the value that switches it off, the routers that use it)}
+_USED_BY = {
+    "batch_priority": (False, ("top_k",)),
+    "learned_noise": (False, ("top_k",)),
+    "random_threshold": (None, ("top_k",)),
+    "bias_update_rate": (0.0, ("top_k",)),
+    "gate": ("softmax", ("top_k",)),
+    "load_loss": (0.0, ("top_k",)),
+    "normalize_weights": (False, ("top_k", "expert_choice")),
+    "eval_capacity_factor": (None, ("top_k", "expert_choice")),
+    "input_jitter": (0.0, ("top_k", "expert_choice")),
+    "capacity": (None, ("top_k", "expert_choice")),
+    "num_slots": (None, ("soft",)),
 }
 
 SETTING_NAMES = frozenset(field.name for field in fields(RoutingSettings)) | {"router_preset"}
 
 # What a router other than top_k does without, whatever the model's own defaults say.
-_NO_LOSSES = {
-    "importance_loss": 0.0,
-    "load_loss": 0.0,
-    "gshard_loss": 0.0,
-    "z_loss": 0.0,
-    "local_entropy_loss": 0.0,
-    "global_entropy_loss": 0.0,
-}
+_NO_LOSSES = {f"{loss}_loss": 0.0 for loss in ("importance", "load", "gshard", "z", "local_entropy", "global_entropy")}
+_CHOOSES_TOKENS = {**_NO_LOSSES, "batch_priority": False, "capacity_factor": 1.0}
 _ROUTER_DEFAULTS = {
     "top_k": {},
-    "expert_choice": {**_NO_LOSSES, "batch_priority": False, "capacity_factor": 1.0},
-    "soft": {
-        **_NO_LOSSES,
-        "batch_priority": False,
-        "capacity_factor": 1.0,
-        "capacity_rounding": "round",
-        "capacity_multiple_of": 1,
-        "noise_std": 0.0,
-    },
+    "expert_choice": _CHOOSES_TOKENS,
+    "soft": {**_CHOOSES_TOKENS, "capacity_rounding": "round", "capacity_multiple_of": 1, "noise_std": 0.0},
 }
-# The plain top-K layer: no noise, no losses, no priority, nothing dropped. Presets say what they add to it.
-_PLAIN = {**_NO_LOSSES, "router": "top_k", "noise_std": 0.0, "batch_priority": False, "capacity_factor": None}
+
+
+def _top_k(**settings) -> dict:
+    """A top-K layer without noise, losses, priority and limit, but for what the preset adds to it."""
+    plain = {"router": "top_k", "noise_std": 0.0, "batch_priority": False, "capacity_factor": None}
+    return {**_NO_LOSSES, **plain, **settings}
+
 
 # Numbers that a paper does not give are marked; docs/routers.md has the formulas.
 PRESETS: dict[str, dict] = {
-    "vmoe": {
-        **_PLAIN,
-        "num_selected_experts": 2,
-        "noise_std": 1.0,
-        "capacity_factor": 1.05,
-        "importance_loss": 0.005,
-        "load_loss": 0.005,
-    },
-    "switch": {
-        **_PLAIN,
-        "num_selected_experts": 1,
-        "input_jitter": 0.01,
-        "capacity_factor": 1.25,
-        "gshard_loss": 0.01,  # the two papers' losses are the same formula
-    },
-    # GShard's capacity is 2 S / E for two choices, our factor counts both.
-    "gshard": {
-        **_PLAIN,
-        "num_selected_experts": 2,
-        "normalize_weights": True,
-        "random_threshold": 0.5,
-        "capacity_factor": 1.0,
-        "gshard_loss": 0.01,  # GLaM's; GShard gives no number
-    },
-    "noisy_topk": {
-        **_PLAIN,
-        "num_selected_experts": 4,
-        "learned_noise": True,
-        "normalize_weights": True,
-        "importance_loss": 0.1,
-        "load_loss": 0.1,
-    },
-    "mixtral": {
-        **_PLAIN,
-        "num_selected_experts": 2,
-        "normalize_weights": True,
-        "expert_mlp": "swiglu",
-        "gshard_loss": 0.01,  # ours: the paper (arXiv 2401.04088) does not describe its training
-    },
-    "dbrx": {
-        **_PLAIN,
-        "num_experts": 16,
-        "num_selected_experts": 4,
-        "normalize_weights": True,
-        "expert_mlp": "swiglu",
-        "gshard_loss": 0.05,  # of its released config
-    },
-    "deepseek": {
-        **_PLAIN,
-        "num_selected_experts": 2,  # ours: the paper has 8 of 256
-        "gate": "sigmoid",
-        "normalize_weights": True,
-        "num_shared_experts": 1,
-        "bias_update_rate": 0.001,
-        "expert_mlp": "swiglu",
-    },
+    "vmoe": _top_k(num_selected_experts=2, noise_std=1.0, capacity_factor=1.05, importance_loss=0.005, load_loss=0.005),
+    # The losses of Switch and GShard are the same formula.
+    "switch": _top_k(num_selected_experts=1, input_jitter=0.01, capacity_factor=1.25, gshard_loss=0.01),
+    # GShard's capacity is 2 S / E for two choices, our factor counts both. The loss's weight is GLaM's; it gives none.
+    "gshard": _top_k(
+        num_selected_experts=2, normalize_weights=True, random_threshold=0.5, capacity_factor=1.0, gshard_loss=0.01
+    ),
+    "noisy_topk": _top_k(
+        num_selected_experts=4, learned_noise=True, normalize_weights=True, importance_loss=0.1, load_loss=0.1
+    ),
+    # The loss is ours: the paper (arXiv 2401.04088) does not describe its training.
+    "mixtral": _top_k(num_selected_experts=2, normalize_weights=True, expert_mlp="swiglu", gshard_loss=0.01),
+    # The loss is that of its released config.
+    "dbrx": _top_k(
+        num_experts=16, num_selected_experts=4, normalize_weights=True, expert_mlp="swiglu", gshard_loss=0.05
+    ),
+    # Two choices are ours: the paper has 8 of 256.
+    "deepseek": _top_k(
+        num_selected_experts=2,
+        gate="sigmoid",
+        normalize_weights=True,
+        num_shared_experts=1,
+        bias_update_rate=0.001,
+        expert_mlp="swiglu",
+    ),
     # The paper (arXiv 2202.08906) counts the capacity 1.25 per token, not per choice.
-    "st_moe": {
-        **_PLAIN,
-        "num_selected_experts": 2,
-        "normalize_weights": True,
-        "random_threshold": 0.2,
-        "capacity_factor": 0.625,
-        "gshard_loss": 0.01,
-        "z_loss": 0.001,
-        "expert_mlp": "geglu",
-    },
-    "limoe": {
-        **_PLAIN,
-        "num_selected_experts": 1,
-        "noise_std": 1.0,
-        "batch_priority": True,
-        "capacity_factor": 1.05,
-        "importance_loss": 0.005,
-        "load_loss": 0.005,
-        "z_loss": 0.001,
-        "global_entropy_loss": 0.01,
-    },
-    "expert_choice": {**_ROUTER_DEFAULTS["expert_choice"], "router": "expert_choice", "capacity_factor": 2.0},
+    "st_moe": _top_k(
+        num_selected_experts=2,
+        normalize_weights=True,
+        random_threshold=0.2,
+        capacity_factor=0.625,
+        gshard_loss=0.01,
+        z_loss=0.001,
+        expert_mlp="geglu",
+    ),
+    "limoe": _top_k(
+        num_selected_experts=1,
+        noise_std=1.0,
+        batch_priority=True,
+        capacity_factor=1.05,
+        importance_loss=0.005,
+        load_loss=0.005,
+        z_loss=0.001,
+        global_entropy_loss=0.01,
+    ),
+    "expert_choice": {**_CHOOSES_TOKENS, "router": "expert_choice", "capacity_factor": 2.0, "noise_std": 0.0},
     "soft": {**_ROUTER_DEFAULTS["soft"], "router": "soft"},
 }
-PRESETS["expert_choice"]["noise_std"] = 0.0
 PRESETS["glam"] = dict(PRESETS["gshard"])
 
 
 def preset_settings(given: Mapping) -> dict:
-    """The settings of `given["router_preset"]`; none without it.
-
-    Raises:
-        ValueError: for an unknown preset.
-    """
+    """The settings of `given["router_preset"]`; none without it. ValueError for an unknown preset."""
     name = given.get("router_preset")
     if name is None:
         return {}
@@ -341,15 +264,10 @@ def with_preset(defaults: Mapping, given: Mapping) -> dict:
         given: by the user; `given["router_preset"]`, if any, names the preset.
 
     Raises:
-        ValueError: for an unknown preset.
+        ValueError: for an unknown preset or router.
     """
     preset = preset_settings(given)
     router = {**defaults, **preset, **given}.get("router", "top_k")
-    if router not in ROUTERS:
-        raise ValueError(f"router must be one of {ROUTERS}, got {router!r}")
-    return {**defaults, **_ROUTER_DEFAULTS.get(router, {}), **preset, **given}
-
-
-def _is_number(value, finite: bool = True) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and (math.isfinite(value) or not finite)
+    if router not in CHOICES["router"]:
+        raise ValueError(f"router must be one of {CHOICES['router']}, got {router!r}")
+    return {**defaults, **_ROUTER_DEFAULTS[router], **preset, **given}

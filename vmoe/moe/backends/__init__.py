@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vmoe.moe.backends import reference, triton
-from vmoe.moe.config import BACKENDS
+from vmoe.moe.config import CHOICES
 
 # Goes over what the experts themselves say; "auto": leaves it to them.
 _forced = os.environ.get("VMOE_BACKEND") or "auto"
@@ -24,8 +24,8 @@ def check_backend(name: str, setting: str = "backend") -> str:
     Raises:
         ValueError: there is none.
     """
-    if name not in BACKENDS:
-        raise ValueError(f"{setting} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if name not in CHOICES["backend"]:
+        raise ValueError(f"{setting} must be one of {', '.join(CHOICES['backend'])}, got {name!r}")
     return name
 
 
