@@ -65,7 +65,7 @@ def draw_sparse(preset: str) -> None:
     left.set(xlabel="tokens", ylabel="experts", xticks=range(0, TOKENS, 4), yticks=range(len(gates)))
     right.barh(range(len(gates)), routing.load.numpy(), color=BLUE)
     right.barh(range(len(gates)), dropped.sum(1), left=routing.load.numpy(), color=RED)
-    capacity, _ = layer._capacity(None, TOKENS)
+    capacity, _ = layer._capacity().rows(TOKENS, layer.num_experts, layer.num_selected_experts, None)
     if capacity is not None:
         right.axvline(capacity, color=GREY, linestyle="--", linewidth=1)
     right.set(xlabel="rows", xlim=(0, None))

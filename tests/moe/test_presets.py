@@ -337,7 +337,10 @@ def test_settings_beside_a_preset_win():
         ({"router": "expert_choice", "load_loss": 0.1}, "load_loss=0.1 needs router='top_k'"),
         ({"router": "expert_choice", "capacity_factor": None}, "needs a finite capacity_factor"),
         ({"router": "soft", "capacity_factor": math.inf}, "needs a finite capacity_factor"),
-        ({"router": "soft", "eval_capacity_factor": 1.0}, "eval_capacity_factor=1.0 needs router='top_k' or 'expert_choice'"),
+        (
+            {"router": "soft", "eval_capacity_factor": 1.0},
+            "eval_capacity_factor=1.0 needs router='top_k' or 'expert_choice'",
+        ),
         ({"router": "soft"}, "needs num_slots, or the number of tokens"),
         ({"router": "soft", "num_slots": 0}, "num_slots must be a whole number >= 1"),
         ({"num_slots": 4}, "num_slots=4 needs router='soft'"),

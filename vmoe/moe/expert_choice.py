@@ -57,9 +57,8 @@ class ExpertChoiceAssignment(Assignment):
         y_SD = y_RD.new_zeros(G * N, y_RD.shape[1]).index_add(0, self.token_R, y_RD)
         return y_SD.view(G, N, y_RD.shape[1])
 
-    def listed(self) -> tuple[Routing, Tensor]:
-        listed = self.routing.with_all_experts(self.weights_GNE)
-        return listed, self.taken_GNE.gather(-1, listed.expert_index_GNK)
+    def listed(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.list_all(self.weights_GNE, self.taken_GNE)
 
     def statistics(self) -> dict[str, Tensor]:
         number_GN = self.taken_GNE.sum(-1)
@@ -70,16 +69,10 @@ class ExpertChoiceAssignment(Assignment):
 
 
 class ExpertChoiceRouter(Gate):
-    """The router of expert choice: softmax over the experts, with the noise of `Gate` in training.
-
-    Args:
-        dim: D.
-        config: normalize_weights, and those of `Gate`.
-    """
+    """The router of expert choice: softmax over the experts, with the noise of `Gate` in training."""
 
     def __init__(self, dim: int, config: RoutingSettings, device=None, dtype=None) -> None:
         super().__init__(dim, config, device, dtype)
-        self.normalize_weights = config.normalize_weights
         self.reset_parameters()
 
     def forward(self, tokens: TokenGroups, capacity: Capacity, batch_priority: bool = False) -> ExpertChoiceAssignment:
@@ -87,16 +80,9 @@ class ExpertChoiceRouter(Gate):
         G, N, _ = tokens.x_GND.shape
         members_GMN = tokens.members_GMN
         rows, max_rows = capacity.rows(N if G else 0, self.num_experts, 1, members_GMN)
-        return choose_tokens(self.route(tokens.x_GND), rows, max_rows, members_GMN, self.normalize_weights)
-
-    def route(self, x_GND: Tensor) -> Routing:
-        """The gates: (G, N, D) -> `Routing`. In float32 (float64 for float64 input), under autocast too."""
-        with without_autocast(x_GND.device):
-            logits_GNE, noisy_logits_GNE, noise_std = self.logits(self.input(x_GND))
-            gates_GNE = noisy_gates_GNE = noisy_logits_GNE.softmax(-1)
-            if noisy_logits_GNE is not logits_GNE:
-                gates_GNE = logits_GNE.softmax(-1)
-        return Routing(logits_GNE, noisy_logits_GNE, gates_GNE, noisy_gates_GNE, noise_std, per_token=False)
+        with without_autocast(tokens.x_GND.device):
+            routing, _ = self.gates(tokens.x_GND)
+        return choose_tokens(routing, rows, max_rows, members_GMN, self.normalize_weights)
 
 
 def choose_tokens(

@@ -146,7 +146,8 @@ class SparseMoE(nn.Module):
         tokens = self._group(x_BTD, mask_BT, modality_BT)
         assignment = self.router(tokens, self._capacity(), self.batch_priority)
         x_RD = assignment.dispatch(tokens.x_GND)
-        y_RD = self.experts(x_RD, assignment.count_E, self._max_count(assignment))
+        # In evaluation batches differ between processes, so what bounds their rows is unknown.
+        y_RD = self.experts(x_RD, assignment.count_E, assignment.max_count if self.training else None)
         y_GND = assignment.combine(y_RD)
         if self.shared is not None:
             y_GND = y_GND + tokens.real(self.shared(tokens.x_GND))
@@ -175,26 +176,23 @@ class SparseMoE(nn.Module):
             factor = self.capacity_factor
         return Capacity(self.capacity, factor, self.capacity_rounding, self.capacity_multiple_of)
 
-    def _max_count(self, assignment: Assignment) -> int | None:
-        """The most rows that an expert can have; unknown in evaluation, where batches differ between processes."""
-        return assignment.max_count if self.training else None
-
     def _report(self, y_GND: Tensor, assignment: Assignment, tokens: TokenGroups) -> Tensor:
         """Hands the routing to the active records. Returns the output, with the losses attached if that is set."""
         attached = self.auxiliary_loss == "attach" and self.training and torch.is_grad_enabled()
         if attached:
-            routing = assignment.routing
-            losses = self.losses.terms(routing, tokens.mask_GN, tokens.modality_GN)
-            y_GND = attach_loss(y_GND, self.losses.weighted(losses, routing.gates_GNE))
+            losses = self.losses.compute(assignment.routing, tokens.mask_GN, tokens.modality_GN)
+            y_GND = attach_loss(y_GND, losses["auxiliary_loss"])
         for record in active_records(self):
             record.add(self, self._routing_of(assignment, tokens, attached))
         return y_GND
 
     def _routing_of(self, assignment: Assignment, tokens: TokenGroups, attached: bool) -> LayerRouting:
-        routing, kept_GNK = assignment.listed()
+        index_GNK, weights_GNK, kept_GNK = assignment.listed()
         leading = tokens.leading
         return LayerRouting(
-            routing=routing,
+            routing=assignment.routing,
+            expert_index=index_GNK,
+            combine_weights=weights_GNK,
             kept=kept_GNK,
             mask=torch.ones_like(kept_GNK[..., 0]) if tokens.mask_GN is None else tokens.mask_GN,
             modality=tokens.modality_GN,

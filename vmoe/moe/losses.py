@@ -29,8 +29,8 @@ def importance_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None, over_batch
 
     Source: V-MoE (arXiv 2106.05974), appendix A.2; Shazeer et al. (arXiv 1701.06538), eq. 6 and 7.
     """
-    # A mean instead of the sum: the coefficient of variation is the same.
-    return _group_mean(_squared_variation(_token_mean(gates_GNE, mask_GN, over_batch)), mask_GN, over_batch)
+    # Of the mean instead of the sum: the coefficient of variation is the same.
+    return _by_group(_squared_variation, gates_GNE, mask_GN, over_batch)
 
 
 def load_loss(
@@ -66,7 +66,7 @@ def load_loss(
         is_chosen_GNE = torch.zeros_like(logits_GNE, dtype=torch.bool).scatter(-1, best_GNK[..., :K], True)
         threshold_GNE = torch.where(is_chosen_GNE, sorted_GNK[..., K, None], threshold_GNE)
     chosen_GNE = torch.special.ndtr((logits_GNE - threshold_GNE) / noise_std)
-    return _group_mean(_squared_variation(_token_mean(chosen_GNE, mask_GN, over_batch)), mask_GN, over_batch)
+    return _by_group(_squared_variation, chosen_GNE, mask_GN, over_batch)
 
 
 def gshard_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None, over_batch: bool = False) -> Tensor:
@@ -80,8 +80,12 @@ def gshard_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None, over_batch: bo
     E = gates_GNE.shape[-1]
     # A comparison, not a one-hot: the same thing without a check of the indices, which would ask the device.
     first_GNE = (gates_GNE.argmax(dim=-1, keepdim=True) == torch.arange(E, device=gates_GNE.device)).to(gates_GNE.dtype)
-    share_GE, gate_GE = _token_mean(torch.cat([first_GNE, gates_GNE], dim=-1), mask_GN, over_batch).chunk(2, dim=-1)
-    return _group_mean((share_GE * gate_GE).mean(-1) * E**2, mask_GN, over_batch)
+
+    def loss_of(mean_GE: Tensor) -> Tensor:
+        share_GE, gate_GE = mean_GE.chunk(2, dim=-1)
+        return (share_GE * gate_GE).mean(-1) * E**2
+
+    return _by_group(loss_of, torch.cat([first_GNE, gates_GNE], dim=-1), mask_GN, over_batch)
 
 
 def z_loss(logits_GNE: Tensor, mask_GN: Tensor | None = None, over_batch: bool = False) -> Tensor:
@@ -89,8 +93,7 @@ def z_loss(logits_GNE: Tensor, mask_GN: Tensor | None = None, over_batch: bool =
 
     Source: ST-MoE (arXiv 2202.08906), eq. 5.
     """
-    square_GN1 = torch.logsumexp(logits_GNE, dim=-1, keepdim=True).square()
-    return _group_mean(_token_mean(square_GN1, mask_GN, over_batch)[..., 0], mask_GN, over_batch)
+    return _by_group(_only, torch.logsumexp(logits_GNE, dim=-1, keepdim=True).square(), mask_GN, over_batch)
 
 
 def local_entropy_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None, over_batch: bool = False) -> Tensor:
@@ -101,7 +104,7 @@ def local_entropy_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None, over_ba
 
     Source: LIMoE (arXiv 2206.02770), section 2.2.
     """
-    return _group_mean(_token_mean(entropy_of(gates_GNE)[..., None], mask_GN, over_batch)[..., 0], mask_GN, over_batch)
+    return _by_group(_only, entropy_of(gates_GNE)[..., None], mask_GN, over_batch)
 
 
 def global_entropy_loss(
@@ -116,12 +119,14 @@ def global_entropy_loss(
 
     Source: LIMoE (arXiv 2206.02770), section 2.2.
     """
-    gate_GE = _token_mean(gates_GNE, mask_GN, over_batch)
-    loss_G = -entropy_of(gate_GE)
-    if min_experts is not None:
-        loss_G = (math.log(min_experts) + loss_G).clamp(min=0)
-        loss_G = torch.where(gate_GE.sum(-1) > 0, loss_G, 0)  # no token, no loss
-    return _group_mean(loss_G, mask_GN, over_batch)
+
+    def loss_of(mean_GE: Tensor) -> Tensor:
+        loss_G = -entropy_of(mean_GE)
+        if min_experts is None:
+            return loss_G
+        return torch.where(mean_GE.sum(-1) > 0, (math.log(min_experts) + loss_G).clamp(min=0), 0)  # no token, no loss
+
+    return _by_group(loss_of, gates_GNE, mask_GN, over_batch)
 
 
 @dataclass(frozen=True)
@@ -143,12 +148,8 @@ class AuxiliaryLosses:
 
     @classmethod
     def from_settings(cls, settings: RoutingSettings, modalities: Sequence[str]) -> "AuxiliaryLosses":
-        """The losses that the settings ask for.
-
-        Raises:
-            ValueError: names the setting that is out of range.
-        """
-        modalities, num_experts = tuple(modalities), settings.num_experts
+        """The losses that the settings ask for. ValueError: names the setting that is out of range."""
+        modalities, E = tuple(modalities), settings.num_experts
         weights = {name: getattr(settings, name) for name in ("importance_loss", "load_loss", "gshard_loss", "z_loss")}
         for loss in ("local_entropy_loss", "global_entropy_loss"):
             for modality, weight in _per_modality(loss, getattr(settings, loss), modalities, 0.0).items():
@@ -159,41 +160,37 @@ class AuxiliaryLosses:
         name = "global_entropy_min_experts"
         min_experts = _per_modality(name, settings.global_entropy_min_experts, modalities, None)
         for modality, least in min_experts.items():
-            if least is not None and not 1 <= least <= num_experts:
-                raise ValueError(f"global_entropy_min_experts of {modality} must be 1..{num_experts}, got {least}")
+            if least is not None and not 1 <= least <= E:
+                raise ValueError(f"{name} of {modality} must be 1..{E}, got {least}")
         return cls(weights, min_experts, modalities, settings.auxiliary_loss_scope == "batch")
 
-    def terms(
-        self, routing: Routing, mask_GN: Tensor | None, modality_GN: Tensor | None
-    ) -> dict[str, Callable[[], Tensor]]:
-        """{name: computes the unweighted loss}; without a graph for those that nobody weighs."""
+    def compute(
+        self, routing: Routing, mask_GN: Tensor | None, modality_GN: Tensor | None, weighted: bool = True
+    ) -> dict[str, Tensor]:
+        """{name: unweighted loss} of those with a weight and their weighted sum, "auxiliary_loss"; or of the others.
+
+        Those without a weight have no gradient.
+        """
         r, over_batch = routing, self.over_batch
-        terms = {
+        losses = {
             "importance_loss": lambda: importance_loss(r.importance_GNE, mask_GN, over_batch),
             "gshard_loss": lambda: gshard_loss(r.noisy_gates_GNE, mask_GN, over_batch),
             "z_loss": lambda: z_loss(r.logits_GNE, mask_GN, over_batch),
         }
         if r.has_noise and r.per_token:  # without noise the load has no gradient, and the reference no such loss
             logits, K = (r.logits_GNE, r.noisy_logits_GNE), r.expert_index_GNK.shape[-1]
-            terms["load_loss"] = lambda: load_loss(*logits, r.noise_std, K, mask_GN, over_batch)
-        for name, member_GN in members(self.modalities, mask_GN, modality_GN).items():
-            local = _own_name("local_entropy_loss", name, self.modalities)
-            overall = _own_name("global_entropy_loss", name, self.modalities)
-            least = self.min_experts[name]
-            terms[local] = lambda own_GN=member_GN: local_entropy_loss(r.gates_GNE, own_GN, over_batch)
-            terms[overall] = lambda own_GN=member_GN, least=least: global_entropy_loss(
-                r.gates_GNE, own_GN, least, over_batch
-            )
-        return {name: partial(self._compute, name, term) for name, term in terms.items()}
-
-    def _compute(self, name: str, term: Callable[[], Tensor]) -> Tensor:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.weights[name] > 0):
-            return term()
-
-    def weighted(self, losses: Mapping[str, Callable[[], Tensor]], like: Tensor) -> Tensor:
-        """The weighted sum of the losses that have a weight; the others are not computed."""
-        weighted = [self.weights[name] * loss() for name, loss in losses.items() if self.weights[name] > 0]
-        return torch.stack(weighted).sum() if weighted else like.new_zeros(())
+            losses["load_loss"] = lambda: load_loss(*logits, r.noise_std, K, mask_GN, over_batch)
+        for name, own_GN in members(self.modalities, mask_GN, modality_GN).items():
+            of_gates, least = (r.gates_GNE, own_GN), self.min_experts[name]
+            local, overall = (_own_name(f"{kind}_entropy_loss", name, self.modalities) for kind in ("local", "global"))
+            losses[local] = partial(local_entropy_loss, *of_gates, over_batch)
+            losses[overall] = partial(global_entropy_loss, *of_gates, least, over_batch)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and weighted):
+            found = {name: loss() for name, loss in losses.items() if (self.weights[name] > 0) == weighted}
+            if weighted:
+                terms = [self.weights[name] * loss for name, loss in found.items()]
+                found["auxiliary_loss"] = torch.stack(terms).sum() if terms else r.gates_GNE.new_zeros(())
+        return found
 
 
 def members(
@@ -233,14 +230,21 @@ def _squared_variation(x_GE: Tensor) -> Tensor:
     return variance_G / mean_G1[:, 0].square().clamp(min=torch.finfo(x_GE.dtype).tiny)
 
 
-def _token_mean(x_GNE: Tensor, mask_GN: Tensor | None, over_batch: bool) -> Tensor:
-    """(G, E) mean over a group's tokens that count; (1, E) over those of all groups and processes."""
+def _only(mean_G1: Tensor) -> Tensor:
+    return mean_G1[..., 0]
+
+
+def _by_group(loss_of: Callable[[Tensor], Tensor], x_GNE: Tensor, mask_GN: Tensor | None, over_batch: bool) -> Tensor:
+    """`loss_of` the (G, E) means over each group's tokens; its mean over the groups that have a token that counts."""
     if over_batch:
-        return _batch_mean(x_GNE, mask_GN)
+        return loss_of(_batch_mean(x_GNE, mask_GN)).sum()
     if mask_GN is None:
-        return x_GNE.mean(1)
+        loss_G = loss_of(x_GNE.mean(1))
+        return loss_G.sum() / max(1, loss_G.numel())  # an empty batch has no group
     # `where`, not a multiplication: padding may hold anything, even NaN.
-    return torch.where(mask_GN[..., None], x_GNE, 0).sum(1) / mask_GN.sum(1, keepdim=True).clamp(min=1)
+    mean_GE = torch.where(mask_GN[..., None], x_GNE, 0).sum(1) / mask_GN.sum(1, keepdim=True).clamp(min=1)
+    used_G = mask_GN.any(1)
+    return torch.where(used_G, loss_of(mean_GE), 0).sum() / used_G.sum().clamp(min=1)
 
 
 def _batch_mean(x_GNE: Tensor, mask_GN: Tensor | None) -> Tensor:
@@ -269,11 +273,3 @@ class _SumOverProcesses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         return _SumOverProcesses.apply(grad)
-
-
-def _group_mean(loss_G: Tensor, mask_GN: Tensor | None, over_batch: bool) -> Tensor:
-    """Mean over the groups that have a token that counts."""
-    if mask_GN is None or over_batch:
-        return loss_G.sum() / max(1, loss_G.numel())  # an empty batch has no group
-    used_G = mask_GN.any(1)
-    return torch.where(used_G, loss_G, 0).sum() / used_G.sum().clamp(min=1)

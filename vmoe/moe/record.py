@@ -7,10 +7,10 @@ Shapes, by suffix: G groups, N tokens in a group, E experts, K choices, B and T 
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,10 @@ class LayerRouting:
     it is recorded, which activation checkpointing relies on: it runs the layer again when the record is long closed.
 
     Attributes:
-        routing: the gate's decisions, with K experts listed for each token.
+        routing: the gate's decisions.
+        expert_index: (G, N, K) chosen experts, best first; all of them (K = E) where experts or slots choose.
+        combine_weights: (G, N, K) their weights (with the noise, in training); zero for experts that did not take the
+            token. Without a gradient where experts or slots choose.
         kept: (G, N, K) bool, the expert had capacity for the token.
         mask: (G, N) bool, False for padding.
         modality: (G, N) index into `modalities`, or None where there is only the first of them.
@@ -42,6 +45,8 @@ class LayerRouting:
     """
 
     routing: Routing
+    expert_index: Tensor
+    combine_weights: Tensor
     kept: Tensor
     mask: Tensor
     modality: Tensor | None
@@ -49,9 +54,9 @@ class LayerRouting:
     loss_function: AuxiliaryLosses
     learns: bool
     attached: bool
-    assignment: Assignment | None = None
-    router: str = "top_k"
-    backend: str = "reference"
+    assignment: Assignment
+    router: str
+    backend: str
 
     @property
     def gates(self) -> Tensor:
@@ -59,61 +64,35 @@ class LayerRouting:
         return self.routing.gates_GNE
 
     @property
-    def expert_index(self) -> Tensor:
-        """(G, N, K) chosen experts, best first; all of them (K = E) where experts or slots choose."""
-        return self.routing.expert_index_GNK
-
-    @property
-    def combine_weights(self) -> Tensor:
-        """(G, N, K) weights of the chosen experts (with the noise, in training); zero for those that passed it over.
-
-        Without a gradient where experts or slots choose.
-        """
-        return self.routing.combine_weights_GNK
-
-    @property
     def modalities(self) -> tuple[str, ...]:
         """Names of the modalities, such as ("image", "text")."""
         return self.loss_function.modalities
 
-    @cached_property
-    def _terms(self) -> dict[str, Callable[[], Tensor]]:
-        """{name: computes the unweighted loss}; without `self`, or memory would wait for the garbage collector."""
-        return self.loss_function.terms(self.routing, self.mask, self.modality)
-
-    @cached_property
-    def _computed(self) -> dict[str, Tensor]:
-        """{name: unweighted loss} of those that were read."""
-        return {}
-
-    def _loss(self, name: str) -> Tensor:
-        if name not in self._computed:
-            self._computed[name] = self._with_graph(self._terms[name])
-        return self._computed[name]
-
-    def _with_graph(self, term: Callable[[], Tensor]) -> Tensor:
+    def _compute(self, weighted: bool) -> dict[str, Tensor]:
         # With a graph wherever the forward pass had one, also if the first who asks does so without gradients.
-        inference = nullcontext()
-        if torch.is_inference_mode_enabled() and not self.gates.is_inference():
-            inference = torch.inference_mode(False)
-        with inference, torch.set_grad_enabled(self.gates.requires_grad):
-            return term()
-
-    @property
-    def losses(self) -> dict[str, Tensor]:
-        """{name: scalar} unweighted and differentiable; those with a weight of zero carry no gradient."""
-        return {name: self._loss(name) for name in self._terms}
+        leave = torch.is_inference_mode_enabled() and not self.gates.is_inference()
+        with torch.inference_mode(False) if leave else nullcontext(), torch.set_grad_enabled(self.gates.requires_grad):
+            return self.loss_function.compute(self.routing, self.mask, self.modality, weighted)
 
     @cached_property
-    def auxiliary_loss(self) -> Tensor:
-        """Scalar, the weighted sum of the losses."""
-        losses = {name: partial(self._loss, name) for name in self._terms}
-        return self._with_graph(lambda: self.loss_function.weighted(losses, self.gates))
+    def _weighted(self) -> dict[str, Tensor]:
+        return self._compute(weighted=True)
 
     @property
     def is_weighted(self) -> bool:
         """One of the losses has a weight."""
-        return any(self.loss_function.weights[name] > 0 for name in self._terms)
+        return len(self._weighted) > 1
+
+    @property
+    def auxiliary_loss(self) -> Tensor:
+        """Scalar, the weighted sum of the losses."""
+        return self._weighted["auxiliary_loss"]
+
+    @cached_property
+    def losses(self) -> dict[str, Tensor]:
+        """{name: scalar} unweighted and differentiable; those with a weight of zero carry no gradient."""
+        found = self._weighted | self._compute(weighted=False)
+        return {name: loss for name, loss in found.items() if name != "auxiliary_loss"}
 
     @cached_property
     def load_by_modality(self) -> dict[str, Tensor]:
@@ -154,8 +133,7 @@ class LayerRouting:
     def means(self) -> dict[str, Tensor]:
         """The rest of the metrics, without gradient: the losses, and those of this kind of router."""
         losses = {name: loss.detach() for name, loss in self.losses.items()}
-        own = {} if self.assignment is None else self.assignment.statistics()
-        return {**own, **losses, "auxiliary_loss": self.auxiliary_loss.detach()}
+        return {**self.assignment.statistics(), **losses, "auxiliary_loss": self.auxiliary_loss.detach()}
 
     def tokens(self, grouped: Tensor) -> Tensor:
         """Brings a (G, N, ...) tensor of this record back to the call's own order, (B, T, ...)."""

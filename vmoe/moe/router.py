@@ -33,11 +33,10 @@ class Routing:
         noisy_gates_GNE: the same of `noisy_logits_GNE`.
         noise_std: standard deviation of the noise that was added to the logits, a number or (G, N, E) where it is
             learned; 0 for none.
-        expert_index_GNK: the K chosen experts, best first; equal ones: lower index first. Where experts or slots
-            choose, None until `with_all_experts`.
+        expert_index_GNK: the K chosen experts, best first; equal ones: lower index first. None where experts or slots
+            choose.
         combine_weights_GNK: their weights; None likewise.
         chosen_GNK: bool, False where the router itself dropped a choice; None: none.
-        per_token: each token chooses its experts. False: the experts or slots choose.
         sparse_importance: importance is the sum of the combine weights (Shazeer et al.), not of the gates.
     """
 
@@ -49,8 +48,12 @@ class Routing:
     expert_index_GNK: Tensor | None = None
     combine_weights_GNK: Tensor | None = None
     chosen_GNK: Tensor | None = None
-    per_token: bool = True
     sparse_importance: bool = False
+
+    @property
+    def per_token(self) -> bool:
+        """Each token chooses its experts. False: the experts or slots choose."""
+        return self.expert_index_GNK is not None
 
     @property
     def has_noise(self) -> bool:
@@ -68,16 +71,6 @@ class Routing:
         if not self.sparse_importance:
             return self.gates_GNE
         return torch.zeros_like(self.gates_GNE).scatter(-1, self.expert_index_GNK, self.combine_weights_GNK)
-
-    def with_all_experts(self, weights_GNE: Tensor) -> "Routing":
-        """For records of routers whose experts or slots choose: K = E lists all experts of each token, best first.
-
-        Args:
-            weights_GNE: the combine weight of each expert; listed without a gradient, since a layer under activation
-                checkpointing must save the same whether or not it is recorded.
-        """
-        index_GNE = self.noisy_gates_GNE.detach().argsort(dim=-1, descending=True, stable=True)
-        return replace(self, expert_index_GNK=index_GNE, combine_weights_GNK=weights_GNE.detach().gather(-1, index_GNE))
 
 
 class Assignment(ABC):
@@ -102,12 +95,20 @@ class Assignment(ABC):
         """The experts' results brought back to the tokens: (G, N, D). Differentiable."""
 
     @abstractmethod
-    def listed(self) -> tuple[Routing, Tensor]:
-        """For records: the routing with its K experts listed, and (G, N, K) bool, whether each of them was kept."""
+    def listed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For records: the K experts of each token, their combine weights, and whether each was kept; (G, N, K)."""
 
     def statistics(self) -> dict[str, Tensor]:
         """{name: scalar} further metrics of this kind of router, computed when they are read."""
         return {}
+
+    def list_all(self, weights_GNE: Tensor, kept_GNE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`listed` of routers whose experts or slots choose: K = E, all experts of each token, best first.
+
+        The weights have no gradient: under activation checkpointing a layer must save the same, recorded or not.
+        """
+        index_GNE = self.routing.noisy_gates_GNE.detach().argsort(dim=-1, descending=True, stable=True)
+        return index_GNE, weights_GNE.detach().gather(-1, index_GNE), kept_GNE.gather(-1, index_GNE)
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,8 @@ class TopKAssignment(Assignment):
     def combine(self, y_RD: Tensor) -> Tensor:
         return combine(y_RD, self.routing.combine_weights_GNK, self.plan)
 
-    def listed(self) -> tuple[Routing, Tensor]:
-        return self.routing, self.plan.kept_GNK
+    def listed(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.routing.expert_index_GNK, self.routing.combine_weights_GNK, self.plan.kept_GNK
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
@@ -190,38 +191,56 @@ class Gate(nn.Module):
 
     Args:
         dim: D.
-        config: of which num_experts, noise_std (in training, normal noise of standard deviation `noise_std / E` is
-            added to the logits) and input_jitter are the gate's.
+        config: of which num_experts, gate, noise_std (in training, normal noise of standard deviation `noise_std / E`
+            is added to the logits), learned_noise, input_jitter and normalize_weights are used here.
 
     Attributes:
         weight: (E, D).
+        noise_weight: (E, D), with `learned_noise`.
     """
 
     def __init__(self, dim: int, config: RoutingSettings, device=None, dtype=None) -> None:
         super().__init__()
         self.num_experts = config.num_experts
-        self.noise_std = config.noise_std
+        self.gate = config.gate
+        self.learned_noise = config.learned_noise
+        self.noise_std = 0.0 if config.learned_noise else config.noise_std
         self.input_jitter = config.input_jitter
+        self.normalize_weights = config.normalize_weights
         self.weight = nn.Parameter(torch.empty(config.num_experts, dim, device=device, dtype=dtype))
+        if self.learned_noise:
+            self.noise_weight = nn.Parameter(torch.empty_like(self.weight))
 
     def reset_parameters(self) -> None:
-        """LeCun normal, as in the reference."""
-        lecun_normal_(self.weight, fan_in=self.weight.shape[1])
+        """LeCun normal; zeros with learned noise (arXiv 1701.06538, appendix A: no signal and some noise)."""
+        if self.learned_noise:
+            nn.init.zeros_(self.weight)
+            nn.init.zeros_(self.noise_weight)
+        else:
+            lecun_normal_(self.weight, fan_in=self.weight.shape[1])
 
-    def input(self, x_GND: Tensor) -> Tensor:
-        """The tokens, in training with jitter if that is set, which has the gate's precision."""
-        if self.training and self.input_jitter > 0:
+    def gates(self, x_GND: Tensor) -> tuple[Routing, Tensor]:
+        """The routing of (G, N, D) tokens without a choice, and what is chosen by and weighted with, (G, N, E)."""
+        if self.training and self.input_jitter > 0:  # in the precision of the gate
             x_GND = x_GND.to(torch.promote_types(x_GND.dtype, torch.float32))
             x_GND = x_GND * torch.empty_like(x_GND).uniform_(1 - self.input_jitter, 1 + self.input_jitter)
-        return x_GND
+        logits_GNE = noisy_logits_GNE = _GateProduct.apply(x_GND, self.weight)
+        noise_std = self.noise_std / self.num_experts if self.training else 0.0
+        if self.training and self.learned_noise:  # arXiv 1701.06538, eq. 4
+            noise_std = F.softplus(_GateProduct.apply(x_GND, self.noise_weight))
+        if isinstance(noise_std, Tensor) or noise_std > 0:
+            noisy_logits_GNE = logits_GNE + noise_std * torch.randn_like(logits_GNE)
+        scores_GNE, noisy_gates_GNE = self._distribution(noisy_logits_GNE)
+        gates_GNE = noisy_gates_GNE if noisy_logits_GNE is logits_GNE else self._distribution(logits_GNE)[1]
+        return Routing(logits_GNE, noisy_logits_GNE, gates_GNE, noisy_gates_GNE, noise_std), scores_GNE
 
-    def logits(self, x_GND: Tensor) -> tuple[Tensor, Tensor, float]:
-        """(logits (G, N, E), the same with noise, standard deviation of that noise); x from `input`."""
-        logits_GNE = _GateProduct.apply(x_GND, self.weight)
-        if not (self.training and self.noise_std > 0):
-            return logits_GNE, logits_GNE, 0.0
-        noise_std = self.noise_std / self.num_experts
-        return logits_GNE, logits_GNE + noise_std * torch.randn_like(logits_GNE), noise_std
+    def _distribution(self, logits_GNE: Tensor) -> tuple[Tensor, Tensor]:
+        """(what is chosen by and weighted with, the distribution over the experts)."""
+        if self.gate == "sigmoid":
+            scores_GNE = logits_GNE.sigmoid()
+            return scores_GNE, normalized(scores_GNE)
+        gates_GNE = logits_GNE.softmax(-1)
+        return gates_GNE, gates_GNE
 
 
 class TopKRouter(Gate):
@@ -229,11 +248,9 @@ class TopKRouter(Gate):
 
     Args:
         dim: D.
-        config: num_selected_experts (K), learned_noise, gate, normalize_weights, random_threshold and bias_update_rate,
-            and those of `Gate`.
+        config: num_selected_experts (K), random_threshold and bias_update_rate, and those of `Gate`.
 
     Attributes:
-        noise_weight: (E, D), with `learned_noise`.
         expert_bias: (E,) float32 buffer, with `bias_update_rate`, whatever the type of the model.
         expert_load: (E,) how often each expert was chosen since the last update of the bias. Not a buffer:
             DistributedDataParallel would overwrite each process's own counts with those of the first.
@@ -245,26 +262,15 @@ class TopKRouter(Gate):
     def __init__(self, dim: int, config: RoutingSettings, device=None, dtype=None) -> None:
         super().__init__(dim, config, device, dtype)
         self.num_selected_experts = config.num_selected_experts
-        self.learned_noise = config.learned_noise
-        self.gate = config.gate
-        self.normalize_weights = config.normalize_weights
         self.random_threshold = config.random_threshold
         self.bias_update_rate = config.bias_update_rate
-        if self.learned_noise:
-            self.noise_std = 0.0
-            self.noise_weight = nn.Parameter(torch.empty_like(self.weight))
         if self.bias_update_rate > 0:
             self.register_buffer("expert_bias", torch.empty(self.num_experts, device=device, dtype=torch.float32))
             self.expert_load = torch.empty(self.num_experts, dtype=torch.long, device=device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """LeCun normal; zeros with learned noise (arXiv 1701.06538, appendix A: no signal and some noise)."""
-        if self.learned_noise:
-            nn.init.zeros_(self.weight)
-            nn.init.zeros_(self.noise_weight)
-        else:
-            super().reset_parameters()
+        super().reset_parameters()
         if self.bias_update_rate > 0:
             nn.init.zeros_(self.expert_bias)
             self.expert_load.zero_()
@@ -281,63 +287,37 @@ class TopKRouter(Gate):
         routing = self.route(tokens.x_GND)
         if self.bias_update_rate > 0 and self.training:
             self._count(routing, tokens.mask_GN)
-        G, N, K = routing.expert_index_GNK.shape
+        index_GNK = routing.expert_index_GNK
+        G, N, K = index_GNK.shape
         rows, max_rows = capacity.rows(N if G else 0, self.num_experts, K, tokens.mask_GN)
+        priority_GN = routing.priority_GN if batch_priority else None
         plan = plan_dispatch(
-            routing.expert_index_GNK,
-            self.num_experts,
-            rows,
-            routing.priority_GN if batch_priority else None,
-            tokens.mask_GN,
-            max_rows,
-            routing.chosen_GNK,
+            index_GNK, self.num_experts, rows, priority_GN, tokens.mask_GN, max_rows, routing.chosen_GNK
         )
         return TopKAssignment(routing, plan, None if max_rows is None else G * max_rows)
 
     def route(self, x_GND: Tensor) -> Routing:
         """The learned part: (G, N, D) -> `Routing`. In float32 (float64 for float64 input), under autocast too."""
         with without_autocast(x_GND.device):
-            x_GND = self.input(x_GND)
-            logits_GNE, noisy_logits_GNE, noise_std = self.logits(x_GND)
-            if self.learned_noise and self.training:  # arXiv 1701.06538, eq. 4
-                noise_std = F.softplus(_GateProduct.apply(x_GND, self.noise_weight))
-                noisy_logits_GNE = logits_GNE + noise_std * torch.randn_like(logits_GNE)
-            scores_GNE, gates_GNE = self._scores(noisy_logits_GNE)
-            noisy_gates_GNE = gates_GNE
-            if noisy_logits_GNE is not logits_GNE:
-                _, gates_GNE = self._scores(logits_GNE)
-
+            routing, scores_GNE = self.gates(x_GND)
             choice_GNE = scores_GNE.detach()
             if self.bias_update_rate > 0:
                 choice_GNE = choice_GNE + self.expert_bias
-            expert_index_GNK = top_k_experts(choice_GNE, self.num_selected_experts)
-            combine_weights_GNK = scores_GNE.gather(-1, expert_index_GNK)
+            index_GNK = top_k_experts(choice_GNE, self.num_selected_experts)
+            weights_GNK = scores_GNE.gather(-1, index_GNK)
             if self.normalize_weights:
-                combine_weights_GNK = normalized(combine_weights_GNK)
+                weights_GNK = normalized(weights_GNK)
             chosen_GNK = None
             if self.random_threshold is not None and self.training:
-                chosen_GNK = torch.rand_like(combine_weights_GNK) * self.random_threshold < combine_weights_GNK
-                first_K = torch.arange(self.num_selected_experts, device=x_GND.device) == 0
-                chosen_GNK = chosen_GNK | first_K
-        return Routing(
-            logits_GNE,
-            noisy_logits_GNE,
-            gates_GNE,
-            noisy_gates_GNE,
-            noise_std,
-            expert_index_GNK,
-            combine_weights_GNK,
-            chosen_GNK,
+                chosen_GNK = torch.rand_like(weights_GNK) * self.random_threshold < weights_GNK
+                chosen_GNK = chosen_GNK | (torch.arange(self.num_selected_experts, device=x_GND.device) == 0)
+        return replace(
+            routing,
+            expert_index_GNK=index_GNK,
+            combine_weights_GNK=weights_GNK,
+            chosen_GNK=chosen_GNK,
             sparse_importance=self.learned_noise,
         )
-
-    def _scores(self, logits_GNE: Tensor) -> tuple[Tensor, Tensor]:
-        """(what is chosen by and weighted with, the distribution over the experts)."""
-        if self.gate == "sigmoid":
-            scores_GNE = logits_GNE.sigmoid()
-            return scores_GNE, normalized(scores_GNE)
-        gates_GNE = logits_GNE.softmax(-1)
-        return gates_GNE, gates_GNE
 
     # --- the balancing bias ---
 

@@ -70,10 +70,12 @@ class SoftAssignment(Assignment):
             return y_GMND.squeeze(1)
         return torch.where(self.members_GMN[..., None], y_GMND, 0).sum(1)
 
-    def listed(self) -> tuple[Routing, Tensor]:
-        listed = self.routing.with_all_experts(self.routing.noisy_gates_GNE)
-        kept_GNK = torch.ones_like(listed.expert_index_GNK, dtype=torch.bool)
-        return listed, kept_GNK if self.members_GMN is None else kept_GNK & self.members_GMN.any(1)[..., None]
+    def listed(self) -> tuple[Tensor, Tensor, Tensor]:
+        gates_GNE = self.routing.noisy_gates_GNE
+        kept_GNE = torch.ones_like(gates_GNE, dtype=torch.bool)
+        if self.members_GMN is not None:
+            kept_GNE = kept_GNE & self.members_GMN.any(1)[..., None]
+        return self.list_all(gates_GNE, kept_GNE)
 
     def statistics(self) -> dict[str, Tensor]:
         """How sharp the weights are: means over tokens (combine) and slots (dispatch) of their extremes."""
@@ -144,5 +146,5 @@ class SoftRouter(nn.Module):
             gates_GNE = noisy_gates_GNE = noisy_GNE.softmax(-1)
             if noisy_GNE is not clean_GNE:
                 gates_GNE = clean_GNE.softmax(-1)
-        routing = Routing(clean_GNE, noisy_GNE, gates_GNE, noisy_gates_GNE, noise_std, per_token=False)
+        routing = Routing(clean_GNE, noisy_GNE, gates_GNE, noisy_gates_GNE, noise_std)
         return SoftAssignment(routing, dispatch_GMNS, combine_GNS, E, members_GMN)
