@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmoe.moe import combine, dispatch, expert_capacity, plan_dispatch, top_k_experts
-from vmoe.moe.dispatch import masked_capacity
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "routing_topk.json").read_text())
@@ -201,8 +200,8 @@ def test_capacity_is_enough_and_rounded_up(num_tokens, num_experts, num_selected
     exact = num_tokens * num_selected * factor / num_experts
     assert capacity % multiple == 0
     assert exact <= capacity < math.ceil(exact) + multiple
-    mask = torch.ones(1, num_tokens, dtype=torch.bool)
-    assert int(masked_capacity(mask, num_experts, num_selected, factor, multiple_of=multiple)) == capacity
+    each = expert_capacity(torch.tensor([num_tokens]), num_experts, num_selected, factor, multiple_of=multiple)
+    assert each.tolist() == [capacity]
 
 
 @pytest.mark.parametrize(("factor", "rounding"), [(0, "ceil"), (-1.0, "ceil"), (float("nan"), "ceil"), (1.0, "floor")])

@@ -17,17 +17,17 @@ from torch import Tensor
 
 
 def expert_capacity(
-    num_tokens: int,
+    num_tokens: int | Tensor,
     num_experts: int,
     num_selected_experts: int,
     capacity_factor: float,
     rounding: str = "ceil",
     multiple_of: int = 4,
-) -> int:
-    """Rows that each expert takes from one group: S·K·C/E, raised to a multiple of `multiple_of`.
+) -> int | Tensor:
+    """Rows that each expert takes from one group: S·K·C/E, raised to a multiple (V-MoE, arXiv 2106.05974, eq. 4).
 
     Args:
-        num_tokens: S, tokens in the group; 0 for an empty batch, whose capacity is 0.
+        num_tokens: S, tokens in the group; 0 for an empty batch, whose capacity is 0. A tensor of numbers: of each.
         num_experts: E.
         num_selected_experts: K.
         capacity_factor: C; 1.0 is just enough if the tokens are distributed evenly.
@@ -35,14 +35,16 @@ def expert_capacity(
         multiple_of: 1 leaves the number as it is.
 
     Raises:
-        ValueError: if `capacity_factor` is not positive or rounds to a capacity of 0, or `rounding` is unknown.
-
-    Source: V-MoE (arXiv 2106.05974), section 2.3, eq. 4.
+        ValueError: `capacity_factor` is not positive or rounds to a capacity of 0, or `rounding` is unknown.
     """
     if not capacity_factor > 0:
         raise ValueError(f"capacity_factor must be > 0 (or None for no limit), got {capacity_factor}")
     if rounding not in ("ceil", "round"):
         raise ValueError(f"rounding must be 'ceil' or 'round', got {rounding!r}")
+    if isinstance(num_tokens, Tensor):
+        exact_G = num_tokens.double() * num_selected_experts * capacity_factor / num_experts
+        capacity_G = exact_G.ceil() if rounding == "ceil" else exact_G.round()
+        return (torch.ceil(capacity_G / multiple_of) * multiple_of).long()
     exact = num_tokens * num_selected_experts * capacity_factor / num_experts
     capacity = math.ceil(exact) if rounding == "ceil" else round(exact)
     if capacity < 1 and num_tokens > 0:
@@ -53,38 +55,8 @@ def expert_capacity(
     return math.ceil(capacity / multiple_of) * multiple_of
 
 
-def masked_capacity(
-    mask_GN: Tensor,
-    num_experts: int,
-    num_selected_experts: int,
-    capacity_factor: float,
-    rounding: str = "ceil",
-    multiple_of: int = 4,
-) -> Tensor:
-    """`expert_capacity` of each group, counting only its real tokens.
-
-    Padding adds no capacity: otherwise the length of other captions in the batch would change what is kept of this one.
-
-    Args:
-        mask_GN: True where the token is real; further leading axes are groups too.
-
-    Returns:
-        (G,) int64.
-    """
-    exact_G = mask_GN.sum(dim=-1).double() * num_selected_experts * capacity_factor / num_experts
-    capacity_G = exact_G.ceil() if rounding == "ceil" else exact_G.round()
-    return (torch.ceil(capacity_G / multiple_of) * multiple_of).long()
-
-
 class Capacity(NamedTuple):
-    """How many rows an expert takes from a group.
-
-    Attributes:
-        fixed: a number; it wins over the factor.
-        factor: C; None: no limit.
-        rounding: "ceil" or "round", of what the factor gives.
-        multiple_of: to which that is raised.
-    """
+    """How many rows an expert takes from a group: a fixed number, or what `expert_capacity` gives for a factor."""
 
     fixed: int | None = None
     factor: float | None = None
@@ -94,14 +66,16 @@ class Capacity(NamedTuple):
     def rows(
         self, num_tokens: int, num_experts: int, num_selected_experts: int, mask: Tensor | None
     ) -> tuple[int | Tensor | None, int | None]:
-        """(a number, or one per group of the mask (its leading axes); the most it can be). None: no limit."""
-        if self.fixed is not None:
+        """(a number, or one per group of the mask (its leading axes); the most it can be). None: no limit.
+
+        Padding adds no capacity: otherwise the length of other captions in the batch would change what is kept of this
+        one.
+        """
+        if self.fixed is not None or self.factor is None:
             return self.fixed, self.fixed
-        if self.factor is None:
-            return None, None
         given = (num_experts, num_selected_experts, self.factor, self.rounding, self.multiple_of)
         most = expert_capacity(num_tokens, *given)
-        return most if mask is None else masked_capacity(mask, *given), most
+        return most if mask is None else expert_capacity(mask.sum(dim=-1), *given), most
 
 
 @dataclass(frozen=True)
@@ -113,7 +87,8 @@ class DispatchPlan:
             come last, and only where the number of rows must not depend on the data (compiled code, GPUs).
         row_A: row of each assignment, -1 if it was dropped or its token is padding.
         count_E: kept rows of each expert.
-        position_A: index of each assignment in its expert's queue (0 first), whether it is kept or not.
+        position_GNK: index of each assignment in its expert's queue (0 first), whether it is kept or not; meaningless
+            for padding.
         may_drop: an assignment may have no row: it was dropped, or its token is padding.
         may_pad: a row may be unused.
         shape: (G, N, K).
@@ -122,7 +97,7 @@ class DispatchPlan:
     assignment_R: Tensor
     row_A: Tensor
     count_E: Tensor
-    position_A: Tensor
+    position_GNK: Tensor
     may_drop: bool
     may_pad: bool
     shape: tuple[int, int, int]
@@ -131,19 +106,12 @@ class DispatchPlan:
     def token_R(self) -> Tensor:
         """Flat index into (G, N) of each row's token; -1 for an unused row."""
         K = self.shape[2]
-        if K == 1:
-            return self.assignment_R
-        return torch.div(self.assignment_R, K, rounding_mode="floor")  # -1 stays -1
+        return self.assignment_R if K == 1 else self.assignment_R.div(K, rounding_mode="floor")  # -1 stays -1
 
     @property
     def kept_GNK(self) -> Tensor:
         """(G, N, K) bool: the expert kept this token and choice."""
         return (self.row_A >= 0).view(self.shape)
-
-    @property
-    def position_GNK(self) -> Tensor:
-        """(G, N, K) index in the expert's queue; meaningless for padding."""
-        return self.position_A.view(self.shape)
 
 
 def plan_dispatch(
@@ -168,42 +136,22 @@ def plan_dispatch(
         mask_GN: True where the token is real; padding takes no capacity.
         max_capacity: upper bound of `capacity` where that is a tensor; bounds the number of rows.
         chosen_GNK: False for a choice that the router itself dropped; it takes no capacity.
-
-    Returns:
-        The plan; integers and booleans only, no gradient.
     """
     G, N, K = expert_index_GNK.shape
-    E, A = num_experts, expert_index_GNK.numel()
-    device = expert_index_GNK.device
-
-    # One queue per expert and group; experts outermost, so that an expert's rows lie together. Padding queues last.
-    queue_GNK = expert_index_GNK
-    if G > 1:
-        queue_GNK = queue_GNK * G + torch.arange(G, device=device)[:, None, None]
-    if mask_GN is not None:
-        queue_GNK = queue_GNK.masked_fill(~mask_GN[..., None], E * G)
-    if chosen_GNK is not None:
-        queue_GNK = queue_GNK.masked_fill(~chosen_GNK, E * G)
-    # The one sort, by a single number: queue, choice, priority. It is stable, so what is equal stays in token order.
-    key_GNK = queue_GNK
-    if K > 1:
-        key_GNK = key_GNK * K + torch.arange(K, device=device)
-    if priority_GN is not None:
-        key_GNK = (key_GNK << 32) | _descending(priority_GN.detach())[..., None]
-    order_A = key_GNK.flatten().sort(stable=True).indices
-    queue_A = queue_GNK.flatten()[order_A]
+    E, A, device = num_experts, expert_index_GNK.numel(), expert_index_GNK.device
+    order_A, queue_A = _queues(expert_index_GNK, E, priority_GN, mask_GN, chosen_GNK)
     length_Q = torch.zeros(E * G + 1, dtype=torch.long, device=device).scatter_add_(
         0, queue_A, torch.ones_like(queue_A)
     )
     start_Q = length_Q.cumsum(0) - length_Q
     served_A = torch.arange(A, device=device) - start_Q[queue_A]
-    position_A = torch.empty_like(served_A).scatter_(0, order_A, served_A)
+    position_GNK = torch.empty_like(served_A).scatter_(0, order_A, served_A).view(G, N, K)
 
     length_EG = length_Q[: E * G].view(E, G)
     may_drop = capacity is not None or mask_GN is not None or chosen_GNK is not None
     if not may_drop:
         row_A = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(A, device=device))
-        return DispatchPlan(order_A, row_A, length_EG.sum(1), position_A, False, False, (G, N, K))
+        return DispatchPlan(order_A, row_A, length_EG.sum(1), position_GNK, False, False, (G, N, K))
 
     kept_A = queue_A < E * G
     if isinstance(capacity, Tensor):
@@ -224,7 +172,34 @@ def plan_dispatch(
         R = A if bound is None else min(A, G * E * bound)
         buffer = torch.full((R + 1,), -1, dtype=torch.long, device=device)
         assignment_R = buffer.scatter_(0, torch.where(kept_A, row_of_kept_A, R), order_A)[:R]
-    return DispatchPlan(assignment_R, row_A, length_EG.sum(1), position_A, True, may_pad, (G, N, K))
+    return DispatchPlan(assignment_R, row_A, length_EG.sum(1), position_GNK, True, may_pad, (G, N, K))
+
+
+def _queues(
+    expert_index_GNK: Tensor,
+    E: int,
+    priority_GN: Tensor | None,
+    mask_GN: Tensor | None,
+    chosen_GNK: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The assignments in the order in which they are served, and the queue of each: expert * G + group, or E * G."""
+    (G, _, K), device = expert_index_GNK.shape, expert_index_GNK.device
+    # One queue per expert and group; experts outermost, so that an expert's rows lie together. Padding queues last.
+    queue_GNK = expert_index_GNK
+    if G > 1:
+        queue_GNK = queue_GNK * G + torch.arange(G, device=device)[:, None, None]
+    if mask_GN is not None:
+        queue_GNK = queue_GNK.masked_fill(~mask_GN[..., None], E * G)
+    if chosen_GNK is not None:
+        queue_GNK = queue_GNK.masked_fill(~chosen_GNK, E * G)
+    # The one sort, by a single number: queue, choice, priority. It is stable, so what is equal stays in token order.
+    key_GNK = queue_GNK
+    if K > 1:
+        key_GNK = key_GNK * K + torch.arange(K, device=device)
+    if priority_GN is not None:
+        key_GNK = (key_GNK << 32) | _descending(priority_GN.detach())[..., None]
+    order_A = key_GNK.flatten().sort(stable=True).indices
+    return order_A, queue_GNK.flatten()[order_A]
 
 
 def _descending(priority_GN: Tensor) -> Tensor:
@@ -240,12 +215,8 @@ def _descending(priority_GN: Tensor) -> Tensor:
 
 
 class _GatherRows(torch.autograd.Function):
-    """Rows of `x` by index, with a backward pass that gathers too.
-
-    The plain backward of indexing adds rows with atomics on a GPU, so its result depends on their order;
-    here the inverse index is known, so each gradient row is a sum in a fixed order.
-    """
-
+    # The plain backward pass of indexing adds rows with atomics on a GPU, so its result depends on their order. Here
+    # the inverse index is known: the backward pass gathers too, and each gradient row is a sum in a fixed order.
     @staticmethod
     def forward(x_MD: Tensor, index_R: Tensor, inverse_MK: Tensor, index_holes: bool, inverse_holes: bool) -> Tensor:
         return _take(x_MD, index_R, index_holes)
@@ -270,9 +241,8 @@ def gather_rows(
 
     Args:
         x_MD: rows.
-        index_R: which row each row of the result is; -1: none.
-        inverse_MK: the same seen from `x`: the rows of the result, K at most, that are made from each row; -1: none.
-            The backward pass adds them up.
+        index_R: which row of `x` each row of the result is; -1: none.
+        inverse_MK: the same seen from `x`: its rows in the result, whose gradients the backward pass adds up; -1: none.
         index_holes: there may be a -1 in `index_R`; `inverse_holes`: in `inverse_MK`.
     """
     return _GatherRows.apply(x_MD, index_R, inverse_MK, index_holes, inverse_holes)
@@ -292,21 +262,16 @@ def _take(x_MD: Tensor, index_R: Tensor, holes: bool) -> Tensor:
 
 
 def dispatch(x_GND: Tensor, plan: DispatchPlan) -> Tensor:
-    """Copy each token to the rows of its experts.
-
-    Returns:
-        (R, D), sorted by expert; unused rows are zero. Differentiable in `x_GND`.
-    """
+    """Each token copied to the rows of its experts: (R, D), sorted by expert; unused rows are zero."""
     G, N, K = plan.shape
     x_SD = x_GND.reshape(G * N, x_GND.shape[2])
     return gather_rows(x_SD, plan.token_R, plan.row_A.view(G * N, K), plan.may_pad, plan.may_drop)
 
 
 def combine(y_RD: Tensor, combine_weights_GNK: Tensor, plan: DispatchPlan) -> Tensor:
-    """Bring the experts' rows back to their tokens: y_n = sum_k w_nk · expert_k(x_n), zero where nothing was kept.
+    """The experts' rows brought back to their tokens: y_n = sum_k w_nk · expert_k(x_n), zero where nothing was kept.
 
-    Returns:
-        (G, N, D) in the rows' dtype. Differentiable in `y_RD` and in the weights.
+    Returns (G, N, D) in the rows' dtype.
     """
     G, N, K = plan.shape
     y_AD = gather_rows(y_RD, plan.row_A, plan.assignment_R[:, None], plan.may_drop, plan.may_pad)

@@ -38,16 +38,10 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 class GroupedLinear(nn.Module):
-    """E linear layers, each applied to its own run of rows.
-
-    Args:
-        num_experts: E.
-        in_features: I.
-        out_features: O.
-        bias: learn a bias per expert.
+    """E linear layers, each applied to its own run of rows; `weight[e]` is laid out as `nn.Linear.weight`.
 
     Attributes:
-        weight: (E, O, I); `weight[e]` is laid out as `nn.Linear.weight`.
+        weight: (E, O, I).
         bias: (E, O) or None.
     """
 
@@ -67,15 +61,7 @@ class GroupedLinear(nn.Module):
             nn.init.normal_(self.bias, std=1e-6)
 
     def forward(self, x_RI: Tensor, count_E: Tensor) -> Tensor:
-        """Rows through their expert's layer.
-
-        Args:
-            x_RI: rows sorted by expert.
-            count_E: rows of each expert; rows beyond their sum are unused.
-
-        Returns:
-            (R, O).
-        """
+        """(R, I) rows sorted by expert, (E,) rows of each -> (R, O); rows beyond the counts are unused."""
         weight_EOI, bias_EO = local_experts(self.weight), local_experts(self.bias)
         device_type = x_RI.device.type
         if device_type != "meta" and torch.is_autocast_enabled(device_type):
@@ -86,17 +72,12 @@ class GroupedLinear(nn.Module):
 
 
 class GroupedLayerNorm(nn.Module):
-    """A layer norm whose weight and bias are each expert's own.
+    """A layer norm whose weight and bias, (E, F), are each expert's own.
 
     Args:
-        like: the norm of one expert; its width, epsilon and kind of parameters are taken over.
-
-    Attributes:
-        weight: (E, F).
-        bias: (E, F) or None.
-
-    Raises:
-        TypeError: if `like` is not an `nn.LayerNorm` with a learned weight.
+        num_experts: E.
+        like: the norm of one expert; its width, epsilon and kind of parameters are taken over. TypeError if it is not
+            an `nn.LayerNorm` with a learned weight.
     """
 
     def __init__(self, num_experts: int, like: nn.Module, device=None, dtype=None) -> None:

@@ -13,7 +13,7 @@ from vmoe.moe.backends import backend_name
 from vmoe.moe.config import RoutingSettings, with_preset
 from vmoe.moe.dispatch import Capacity, expert_capacity
 from vmoe.moe.expert_choice import ExpertChoiceRouter
-from vmoe.moe.experts import Experts, SharedExpert
+from vmoe.moe.experts import Experts, Mlp
 from vmoe.moe.groups import TokenGroups
 from vmoe.moe.losses import AuxiliaryLosses
 from vmoe.moe.record import LayerRouting, active_records, attach_loss
@@ -120,7 +120,7 @@ class SparseMoE(nn.Module):
         )
         self.shared = None
         if config.num_shared_experts:
-            self.shared = SharedExpert(in_features, config.num_shared_experts * hidden_features, **mlp)
+            self.shared = Mlp(in_features, config.num_shared_experts * hidden_features, **mlp)
 
     @property
     def settings(self) -> RoutingSettings:
