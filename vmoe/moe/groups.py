@@ -32,16 +32,9 @@ class TokenGroups:
     def of(
         cls, x: Tensor, mask: Tensor | None, modality: Tensor | None, group_size: int, num_modalities: int
     ) -> "TokenGroups":
-        """Flattens (..., D) tokens and cuts them into groups; the last group is padded.
+        """Flattens (..., D) tokens and cuts them into groups of `group_size`, or fewer; the last group is padded.
 
-        Args:
-            x: tokens.
-            mask: bool, of the tokens' shape.
-            modality: integers, of the tokens' shape.
-            group_size: tokens in a group; all of them if there are fewer.
-
-        Raises:
-            ValueError: mask or modality have another shape or type.
+        ValueError: mask (bool) or modality (integers) have another shape than the tokens, or another type.
         """
         leading = x.shape[:-1]
         for name, tensor, is_bool in (("mask", mask, True), ("modality", modality, False)):
@@ -53,23 +46,17 @@ class TokenGroups:
         N = max(1, min(group_size, S))  # an empty batch is no group
         G, missing = -(-S // N), -S % N
         x_SD = x.reshape(S, D)
-        mask_S = None if mask is None else mask.reshape(S)
-        modality_S = None if modality is None else modality.reshape(S)
         if missing:
-            if mask_S is None:
-                mask_S = torch.ones(S, dtype=torch.bool, device=x.device)
-            x_SD, mask_S = F.pad(x_SD, (0, 0, 0, missing)), F.pad(mask_S, (0, missing))
-            modality_S = None if modality_S is None else F.pad(modality_S, (0, missing))
-        if mask_S is not None:
-            # Padding may hold anything, NaN too; as zeros it reaches neither the gate's gradient nor the output.
-            x_SD = torch.where(mask_S[:, None], x_SD, 0)
-        return cls(
-            x_SD.view(G, N, D),
-            None if mask_S is None else mask_S.view(G, N),
-            None if modality_S is None else modality_S.view(G, N),
-            num_modalities,
-            leading,
+            x_SD = F.pad(x_SD, (0, 0, 0, missing))
+            mask = torch.ones(S, dtype=torch.bool, device=x.device) if mask is None else mask
+        mask_GN, modality_GN = (
+            None if tensor is None else F.pad(tensor.reshape(S), (0, missing)).view(G, N) for tensor in (mask, modality)
         )
+        x_GND = x_SD.view(G, N, D)
+        if mask_GN is not None:
+            # Padding may hold anything, NaN too; as zeros it reaches neither the gate's gradient nor the output.
+            x_GND = torch.where(mask_GN[..., None], x_GND, 0)
+        return cls(x_GND, mask_GN, modality_GN, num_modalities, leading)
 
     @property
     def members_GMN(self) -> Tensor | None:

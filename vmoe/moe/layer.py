@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vmoe.moe.backends import backend_name
 from vmoe.moe.config import RoutingSettings, with_preset
-from vmoe.moe.dispatch import Capacity, expert_capacity
+from vmoe.moe.dispatch import Capacity
 from vmoe.moe.expert_choice import ExpertChoiceRouter
 from vmoe.moe.experts import Experts, Mlp
 from vmoe.moe.groups import TokenGroups
@@ -56,10 +56,10 @@ class SparseMoE(nn.Module):
 
     Args:
         in_features: D.
-        hidden_features: hidden width of each expert, by default D; the setting `expert_width` goes over it.
+        hidden_features: hidden width of each expert, by default D; the setting `expert_width` wins.
         out_features: width of the result, by default D.
         act_layer: makes the experts' activation.
-        norm_layer: makes a norm of each expert's hidden activations, as in `timm.layers.Mlp`; None: no norm.
+        norm_layer: makes a norm of each expert's hidden activations; None: no norm.
         bias: biases in the experts.
         drop: dropout after the activation.
         router_preset: a router that a paper uses, by name (`vmoe.moe.config.PRESETS`); settings given beside it win.
@@ -67,9 +67,7 @@ class SparseMoE(nn.Module):
         modalities: names of the modalities of the input's tokens.
         **settings: see `vmoe.moe.config.RoutingSettings`.
 
-    Raises:
-        ValueError: for a setting out of range.
-        TypeError: for one that does not exist.
+    Raises ValueError for a setting out of range, TypeError for one that does not exist.
     """
 
     capacity_factor, eval_capacity_factor = _Factor(), _Factor()
@@ -151,8 +149,7 @@ class SparseMoE(nn.Module):
         y_GND = assignment.combine(y_RD)
         if self.shared is not None:
             y_GND = y_GND + tokens.real(self.shared(tokens.x_GND))
-        y_GND = self._report(y_GND, assignment, tokens)
-        return tokens.ungroup(y_GND)
+        return tokens.ungroup(self._report(y_GND, assignment, tokens))
 
     def _group(self, x_BTD: Tensor, mask_BT: Tensor | None, modality_BT: Tensor | None) -> TokenGroups:
         """The tokens in groups of `group_size`; without one all are one group, or where tokens are chosen each sequence
@@ -164,10 +161,8 @@ class SparseMoE(nn.Module):
         if x_BTD.shape[-1] != self.in_features:
             raise ValueError(f"the tokens have {x_BTD.shape[-1]} channels, and the layer takes {self.in_features}")
         leading = x_BTD.shape[:-1]
-        size = self.group_size
-        if size is None:
-            by_sequence = self.router_type != "top_k" and len(leading) > 1
-            size = leading[1:].numel() if by_sequence else leading.numel()
+        by_sequence = self.router_type != "top_k" and len(leading) > 1
+        size = self.group_size or (leading[1:] if by_sequence else leading).numel()
         return TokenGroups.of(x_BTD, mask_BT, modality_BT, size, len(self.modalities))
 
     def _capacity(self) -> Capacity:
@@ -215,6 +210,5 @@ def _with_slots(config: RoutingSettings, num_tokens: int | None) -> RoutingSetti
         raise ValueError(
             "router='soft' needs num_slots, or the number of tokens to compute it from (group_size, num_tokens)"
         )
-    rounding = (config.capacity_rounding, config.capacity_multiple_of)
-    num_slots = expert_capacity(tokens, config.num_experts, 1, config.capacity_factor, *rounding)
-    return replace(config, num_slots=num_slots)
+    capacity = Capacity(None, config.capacity_factor, config.capacity_rounding, config.capacity_multiple_of)
+    return replace(config, num_slots=capacity.rows(tokens, config.num_experts, 1, None)[0])

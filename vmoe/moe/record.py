@@ -1,11 +1,11 @@
 """Records what the sparse layers of a model did: the routing and its auxiliary losses.
 
-Nothing is kept on the modules. A layer that runs inside `record_routing` hands its `LayerRouting` to the active record;
-outside, it computes none of this.
+Nothing is kept on the modules. A layer that runs inside `record_routing` hands its `LayerRouting` to the active record.
 
 Shapes, by suffix: G groups, N tokens in a group, E experts, K choices, B and T batch and length of the input.
 """
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -34,8 +34,7 @@ class LayerRouting:
         kept: (G, N, K) bool, the expert had capacity for the token.
         mask: (G, N) bool, False for padding.
         modality: (G, N) index into `modalities`, or None where there is only the first of them.
-        batch_shape: (B, T) of the layer's input; its tokens lie row by row in (G, N), padding last. See `tokens` for
-            the way back.
+        batch_shape: (B, T) of the layer's input; its tokens lie row by row in (G, N), padding last; see `tokens`.
         loss_function: the layer's weighted losses.
         learns: the layer is in training and its gate is not frozen.
         attached: the layer adds the gradients of its losses itself (`auxiliary_loss="attach"`).
@@ -97,7 +96,7 @@ class LayerRouting:
     @cached_property
     def load_by_modality(self) -> dict[str, Tensor]:
         """{modality: (E,) kept rows of each expert}."""
-        return {name: self._load(own_GN) for name, own_GN in self._members().items()}
+        return {name: self._load(own_GN) for name, own_GN in self._members.items()}
 
     @cached_property
     def load(self) -> Tensor:
@@ -118,35 +117,35 @@ class LayerRouting:
     @property
     @torch.no_grad()
     def counts(self) -> dict[str, Tensor]:
-        """What the statistics are made from, all of it sums over tokens; `statistics_of` takes sums of several calls.
+        """Sums over tokens from which `statistics_of` makes statistics, also those of several calls, added up.
 
-        By modality where there are several ("text/load"), and over all: "load" (E,) kept rows of each expert; scalars
-        "assignments" requested, how many of these were "kept" (where experts choose: tokens, and those that
-        some expert took), "tokens", and their summed "gate_entropy".
+        Over all tokens, and by modality where there are several ("text/load"): "load" (E,) kept rows of each expert,
+        "assignments" requested, how many of these were "kept" (where experts choose: tokens, and those that some expert
+        took), "tokens", and their summed "gate_entropy".
         """
         masks = {"": self.mask}
         if self.modality is not None:
-            masks |= {f"{name}/": own_GN for name, own_GN in self._members().items()}
+            masks |= {f"{name}/": own_GN for name, own_GN in self._members.items()}
         return {f"{of}{name}": value for of, own in masks.items() for name, value in self._counts(own).items()}
 
     @property
     def means(self) -> dict[str, Tensor]:
         """The rest of the metrics, without gradient: the losses, and those of this kind of router."""
-        losses = {name: loss.detach() for name, loss in self.losses.items()}
-        return {**self.assignment.statistics(), **losses, "auxiliary_loss": self.auxiliary_loss.detach()}
+        losses = {**self.losses, "auxiliary_loss": self.auxiliary_loss}
+        return {**self.assignment.statistics(), **{name: loss.detach() for name, loss in losses.items()}}
 
     def tokens(self, grouped: Tensor) -> Tensor:
         """Brings a (G, N, ...) tensor of this record back to the call's own order, (B, T, ...)."""
         B, T = self.batch_shape
         return grouped.flatten(0, 1)[: B * T].view(B, T, *grouped.shape[2:])
 
+    @property
     def _members(self) -> dict[str, Tensor]:
         return members(self.modalities, self.mask, self.modality)
 
     def _load(self, own_GN: Tensor) -> Tensor:
         kept_GNK = self.kept & own_GN[..., None]
-        E = self.gates.shape[-1]
-        zeros_E = torch.zeros(E, dtype=torch.long, device=kept_GNK.device)
+        zeros_E = torch.zeros(self.gates.shape[-1], dtype=torch.long, device=kept_GNK.device)
         return zeros_E.scatter_add(0, self.expert_index.flatten(), kept_GNK.flatten().long())
 
     def _counts(self, own_GN: Tensor) -> dict[str, Tensor]:
@@ -161,11 +160,7 @@ class LayerRouting:
 
 
 def statistics_of(counts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """{name: scalar} "share_dropped", "load_max_over_mean", "experts_without_tokens" and "gate_entropy" of counts.
-
-    Args:
-        counts: `LayerRouting.counts`, or their sum over several calls or processes.
-    """
+    """The statistics of `LayerRouting.metrics` from `LayerRouting.counts`, or their sum over calls or processes."""
     statistics = {}
     for of in [name.removesuffix("load") for name in counts if name.endswith("load")]:
         load_E = counts[f"{of}load"]
@@ -206,15 +201,12 @@ class RoutingRecord:
         return {name: last[name] for name in self._names.values() if name in last}
 
     def auxiliary_loss(self) -> Tensor:
-        """Weighted auxiliary losses, summed over the layers (and over the calls, where a layer ran several times).
+        """Weighted auxiliary losses, summed over all calls of the layers; a differentiable scalar, zero without layers.
 
         Layers with `auxiliary_loss="attach"` count without a gradient, since they add it themselves.
 
-        Returns:
-            A scalar, differentiable; zero for a model without sparse layers.
-
         Raises:
-            RuntimeError: if a gradient is expected and cannot be had: no sparse layer ran inside the block though the
+            RuntimeError: a gradient is expected and cannot be had: no sparse layer ran inside the block though the
                 model has some, or a layer whose gate learns ran without gradients.
         """
         expected = torch.is_grad_enabled()
@@ -243,13 +235,10 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model that a user knows, inside torch.compile and data parallelism."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return unwrap(model.module)
+    inner = getattr(model, "_orig_mod", None)
+    return unwrap(inner) if isinstance(inner, nn.Module) else model
 
 
 _ACTIVE: list[RoutingRecord] = []
@@ -264,11 +253,8 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
             loss = criterion(model(images), labels) + record.auxiliary_loss()
         record.layers["blocks.1.mlp"].load
 
-    Args:
-        model: any module; also one wrapped by `torch.compile` or DDP. Layer names are those of the inner module.
-
-    Yields:
-        A `RoutingRecord`. It stays readable after the block, and holds the graph of the losses until it is dropped.
+    The model may be wrapped by `torch.compile` or DDP; layer names are those of the inner module. The record stays
+    readable after the block, and holds the graph of the losses until it is dropped.
     """
     record = RoutingRecord(model)
     _ACTIVE.append(record)
@@ -297,12 +283,9 @@ def set_auxiliary_loss_scale(scale: float) -> None:
 
     Set it, before the forward pass, to whatever the training loop will multiply its own loss with: 1 / accumulation
     steps if it divides, times `scaler.get_scale()` under a gradient scaler. A loop that calls `loss.backward()` on the
-    plain loss, once or several times before a step, needs no call.
-
-    Raises:
-        ValueError: if `scale` is not a finite number.
+    plain loss, once or several times before a step, needs no call. ValueError: `scale` is not a finite number.
     """
-    if not torch.isfinite(torch.tensor(float(scale))):
+    if not math.isfinite(scale):
         raise ValueError(f"the auxiliary loss scale must be finite, got {scale}")
     _ATTACHED_SCALE.fill_(scale)
 
