@@ -1,8 +1,8 @@
 """Expert choice: each expert takes its best tokens (Zhou et al., arXiv 2202.09368; the reference's TopItemsPerExpert).
 
-Every expert is full, some tokens go to several experts and some to none. Tokens of different modalities never compete:
-each expert takes its best patches and, separately, its best text tokens. In a contrastive model a shared choice would
-let an image's features depend on its own caption, which is what the model is asked to guess.
+Tokens of different modalities never compete: each expert takes its best patches and, separately, its best text tokens.
+In a contrastive model a shared choice would let an image's features depend on its own caption, which is what the model
+is asked to guess.
 
 Shapes, by suffix: G groups, N tokens in a group, D width, E experts, M modalities, C capacity, R rows = E*G*M*C.
 """
@@ -27,8 +27,6 @@ class ExpertChoiceAssignment(Assignment):
         token_R: flat index into (G, N) of each row's token; for a row without one, that of the first real token.
         weight_R: combine weight of each row, differentiable; zero for a row without a token.
         filled_R: bool, the row has a token; None: every row has.
-        count_E: rows of each expert.
-        max_count: the same as a number.
         taken_GNE: bool, the expert took the token.
         weights_GNE: the combine weights, zero where it did not.
         real_GN: bool, the token is real; None: all are.
@@ -38,11 +36,17 @@ class ExpertChoiceAssignment(Assignment):
     token_R: Tensor
     weight_R: Tensor
     filled_R: Tensor | None
-    count_E: Tensor
-    max_count: int
     taken_GNE: Tensor
     weights_GNE: Tensor
     real_GN: Tensor | None
+
+    @property
+    def max_count(self) -> int:
+        return self.token_R.numel() // self.taken_GNE.shape[2]
+
+    @property
+    def count_E(self) -> Tensor:
+        return torch.full((self.taken_GNE.shape[2],), self.max_count, dtype=torch.long, device=self.token_R.device)
 
     def dispatch(self, x_GND: Tensor) -> Tensor:
         # A row without a token is a copy of another, without a gradient: the experts are as finite for it as for that.
@@ -99,7 +103,7 @@ def choose_tokens(
         capacity: tokens per expert, group and modality: a number, or (G, M) where masks make it differ.
         max_capacity: the most that `capacity` can be.
         members_GMN: True for the real tokens of each modality; None: all tokens, one modality.
-        normalize_weights: divide the weights of each token by their sum over the experts that took it.
+        normalize_weights: the weights of a token sum to one.
     """
     gates_GNE = routing.noisy_gates_GNE
     G, N, E = gates_GNE.shape
@@ -130,9 +134,5 @@ def choose_tokens(
     if filled_R is not None:
         first_real = members_GMN.any(1).flatten().int().argmax() if members_GMN.numel() else 0
         weight_R, token_R = torch.where(filled_R, weight_R, 0), torch.where(filled_R, token_R, first_real)
-    max_count = token_R.numel() // E
-    count_E = torch.full((E,), max_count, dtype=torch.long, device=device)
     real_GN = None if members_GMN is None else members_GMN.any(1)
-    return ExpertChoiceAssignment(
-        routing, token_R, weight_R, filled_R, count_E, max_count, taken_GNE, weights_GNE, real_GN
-    )
+    return ExpertChoiceAssignment(routing, token_R, weight_R, filled_R, taken_GNE, weights_GNE, real_GN)

@@ -1,9 +1,9 @@
 """Auxiliary losses of routing: pure functions of the gates, and their weighted sum.
 
-Each function takes (G, N, E) tensors and an optional mask (G, N), True where a token counts. It is computed for each
-group by itself; the result is the mean over the groups that have a token at all: a scalar, zero if none has. With
-`over_batch` it is computed once for the tokens of all groups, in training those of all processes. Variances are those
-of a population.
+Each function takes (G, N, E) tensors and an optional mask (G, N), True where a token counts (for the entropy losses the
+tokens of one modality). It is computed for each group by itself; the result is the mean over the groups that have a
+token at all: a scalar, zero if none has. With `over_batch` it is computed once for the tokens of all groups, in
+training those of all processes. Variances are those of a population.
 
 Shapes, by suffix: G groups, N tokens in a group, E experts.
 """
@@ -22,10 +22,7 @@ from vmoe.moe.router import Routing, top_k_experts
 
 
 def importance_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None, over_batch: bool = False) -> Tensor:
-    """Squared coefficient of variation of the experts' importance, the sum of their gates over the tokens.
-
-    Args:
-        gates_GNE: softmax of the logits without noise.
+    """Squared coefficient of variation of the experts' importance, the sum of their gates (without noise).
 
     Source: V-MoE (arXiv 2106.05974), appendix A.2; Shazeer et al. (arXiv 1701.06538), eq. 6 and 7.
     """
@@ -43,14 +40,9 @@ def load_loss(
 ) -> Tensor:
     """Squared coefficient of variation of the experts' expected load.
 
-    The load is the probability that a token would choose the expert if the noise were drawn again: the chance to
-    get above the K-th largest noisy logit. With learned noise it is Shazeer's: the K-th largest of the *other* experts.
-
-    Args:
-        logits_GNE: without noise.
-        noisy_logits_GNE: with the noise of this step.
-        noise_std: standard deviation of that noise, > 0; a (G, N, E) tensor where it is learned.
-        num_selected_experts: K.
+    The load is the probability that a token would choose the expert if the noise, of standard deviation `noise_std`
+    (a (G, N, E) tensor where it is learned), were drawn again: the chance to get above the K-th largest noisy logit.
+    With learned noise it is Shazeer's: the K-th largest of the *other* experts.
 
     Source: V-MoE (arXiv 2106.05974), appendix A.2; Shazeer et al. (arXiv 1701.06538), eq. 8 to 11.
     """
@@ -70,10 +62,7 @@ def load_loss(
 
 
 def gshard_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None, over_batch: bool = False) -> Tensor:
-    """mean_e(share of tokens whose first choice is e · mean gate of e) · E²; 1 when balanced.
-
-    Args:
-        gates_GNE: softmax of the noisy logits.
+    """mean_e(share of tokens whose first choice is e · mean gate of e) · E², of the gates with noise; 1 when balanced.
 
     Source: GShard (arXiv 2006.16668), algorithm 1.
     """
@@ -99,9 +88,6 @@ def z_loss(logits_GNE: Tensor, mask_GN: Tensor | None = None, over_batch: bool =
 def local_entropy_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None, over_batch: bool = False) -> Tensor:
     """Mean entropy of the tokens' gates, in nats: low when each token is sure of its expert.
 
-    Args:
-        mask_GN: the real tokens of one modality.
-
     Source: LIMoE (arXiv 2206.02770), section 2.2.
     """
     return _by_group(_only, entropy_of(gates_GNE)[..., None], mask_GN, over_batch)
@@ -110,12 +96,9 @@ def local_entropy_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None, over_ba
 def global_entropy_loss(
     gates_GNE: Tensor, mask_GN: Tensor | None = None, min_experts: float | None = None, over_batch: bool = False
 ) -> Tensor:
-    """Negative entropy of the mean gate, in nats: low when the modality uses many experts.
+    """Negative entropy -H of the mean gate, in nats: low when the modality uses many experts.
 
-    Args:
-        mask_GN: the real tokens of one modality.
-        min_experts: S, the soft minimum number of experts that the modality should use: the loss becomes
-            max(0, log S - H), and vanishes once it does. None: no threshold.
+    With `min_experts`, the soft minimum S that the modality should use, it is max(0, log S - H).
 
     Source: LIMoE (arXiv 2206.02770), section 2.2.
     """
@@ -134,8 +117,7 @@ class AuxiliaryLosses:
     """All auxiliary losses of a layer, with their weights.
 
     Attributes:
-        weights: {name of the loss: weight}. With several modalities the entropy losses are those of each, by names such
-            as "text/local_entropy_loss".
+        weights: {name of the loss: weight}; with several modalities also by names such as "text/local_entropy_loss".
         min_experts: {modality: threshold of its global entropy loss, or None}.
         modalities: names, in the order of their indices.
         over_batch: computed once for all tokens of a batch, not for each routing group.
@@ -167,10 +149,8 @@ class AuxiliaryLosses:
     def compute(
         self, routing: Routing, mask_GN: Tensor | None, modality_GN: Tensor | None, weighted: bool = True
     ) -> dict[str, Tensor]:
-        """{name: unweighted loss} of those with a weight and their weighted sum, "auxiliary_loss"; or of the others.
-
-        Those without a weight have no gradient.
-        """
+        """{name: unweighted loss} of those with a weight and their weighted sum, "auxiliary_loss"; or of the others,
+        without a gradient."""
         r, over_batch = routing, self.over_batch
         losses = {
             "importance_loss": lambda: importance_loss(r.importance_GNE, mask_GN, over_batch),
@@ -248,10 +228,7 @@ def _by_group(loss_of: Callable[[Tensor], Tensor], x_GNE: Tensor, mask_GN: Tenso
 
 
 def _batch_mean(x_GNE: Tensor, mask_GN: Tensor | None) -> Tensor:
-    """(1, E) mean over the tokens of all groups; where a gradient is required, those of all processes.
-
-    Without one there is no training step that all processes take together, so each looks at its own tokens.
-    """
+    """(1, E) mean over the tokens of all groups; in training steps, which have a gradient, those of all processes."""
     if mask_GN is not None:
         x_GNE = torch.where(mask_GN[..., None], x_GNE, 0)
     sum_E = x_GNE.sum((0, 1))

@@ -1,7 +1,7 @@
 """Experts whose weights are kept in int8 or bfloat16: less memory for inference.
 
-Weight-only: matrix multiplications run in the type of their input, on the weights of one expert at a time. Only the
-stacked weights change, which hold most of a sparse model's memory.
+Weight-only: matrix multiplications run in the type of their input. Only the stacked weights change, which hold most of
+a sparse model's memory.
 
 Shapes, by suffix: E experts, R rows sorted by expert, M rows of one expert, I and O a linear layer's widths.
 """
@@ -20,16 +20,10 @@ STORED = {"int8": torch.int8, "bfloat16": torch.bfloat16}
 class WeightOnlyLinear(nn.Module):
     """A `GroupedLinear` for inference that keeps its weights in fewer bytes.
 
-    Int8 weights have a scale for each expert and output, its largest magnitude / 127 (symmetric).
-
-    On a CPU, outside compiled code, one expert's weights at a time are converted, into one buffer, and the results are
-    scaled instead of the weights. `python -m benchmarks.quantize` compares it with the alternatives (results in
-    docs/inference.md): `torch._weight_int8pack_mm` takes one matrix, and is quicker only in bfloat16 with a handful of
-    rows for each expert, several times slower with many, and far slower in float32. torchao 0.18 can store a stack
-    (`Int8Tensor`), but has no grouped matrix multiplication for it, and converts one expert's weights as this does.
-
-    On other devices and in compiled code nothing may depend on the number of rows, so all weights of the layer are
-    converted in each call, for one grouped matrix multiplication: during the call they need memory too.
+    Int8 weights have a scale for each expert and output, its largest magnitude / 127 (symmetric). On a CPU, outside
+    compiled code, one expert's weights at a time are converted, into one buffer, and the results are scaled instead of
+    the weights; docs/inference.md compares that with the alternatives. Elsewhere nothing may depend on the number of
+    rows, so all weights of the layer are converted in each call, for one grouped matrix multiplication.
 
     Args:
         linear: of which the weights are taken; its bias is shared.
@@ -63,33 +57,27 @@ class WeightOnlyLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Raises RuntimeError: for those who look for the weights of a `GroupedLinear`."""
+        """RuntimeError, for those who look for the weights of a `GroupedLinear`."""
         raise RuntimeError(
             f"the weights of these experts are kept as {self.kind}, for inference alone: load the model without that"
         )
 
     def forward(self, x_RI: Tensor, count_E: Tensor) -> Tensor:
-        """Rows through their expert's layer, as `GroupedLinear.forward`: (R, I), (E,) -> (R, O).
-
-        Raises:
-            RuntimeError: in training mode, or if a gradient is required.
-        """
+        """As `GroupedLinear.forward`. RuntimeError: in training mode, or if a gradient is required."""
         if self.training or (torch.is_grad_enabled() and x_RI.requires_grad):
             raise RuntimeError(
                 f"experts kept as {self.kind} cannot be trained and have no gradients: call model.eval() and compute "
                 "under torch.no_grad(), or load the model without that"
             )
-        bias_EO, device_type = self.bias, x_RI.device.type
+        device_type = x_RI.device.type
         if device_type != "meta" and torch.is_autocast_enabled(device_type):
             x_RI = x_RI.to(torch.get_autocast_dtype(device_type))
-        bias_EO = None if bias_EO is None else bias_EO.to(x_RI.dtype)
+        dtype = x_RI.dtype
+        bias_EO = None if self.bias is None else self.bias.to(dtype)
         if device_type == "cpu" and not torch.compiler.is_compiling():
             return self._forward_segments(x_RI, bias_EO, count_E.tolist())
-        return grouped_linear(x_RI, self._converted(x_RI.dtype), bias_EO, count_E)
-
-    def _converted(self, dtype: torch.dtype) -> Tensor:
-        """(E, O, I) in a type to compute in."""
-        return self.stored.to(dtype) if self.scale is None else self.stored * self.scale.to(dtype)[..., None]
+        weight_EOI = self.stored.to(dtype) if self.scale is None else self.stored * self.scale.to(dtype)[..., None]
+        return grouped_linear(x_RI, weight_EOI, bias_EO, count_E)
 
     def _forward_segments(self, x_RI: Tensor, bias_EO: Tensor | None, counts: list[int]) -> Tensor:
         _, O, I = self.stored.shape
@@ -117,18 +105,11 @@ class WeightOnlyLinear(nn.Module):
 
 @torch.no_grad()
 def quantize_experts(model: nn.Module, kind: str) -> nn.Module:
-    """Keeps the weights of a model's experts in int8 or bfloat16, for inference.
+    """Keeps the weights of a model's experts in "int8" or "bfloat16", for inference.
 
-    The model is changed in place and put into eval(), and none of its parameters asks for a gradient any more. What is
-    kept so already stays as it is. Do it before `torch.compile`. The `state_dict` fits a model that was changed in the
-    same way; files of `save_pretrained` say how it was changed, and `create_model` gives it back.
-
-    Args:
-        model: with sparse layers, whatever their router.
-        kind: "int8" (a scale for each expert and output) or "bfloat16".
-
-    Returns:
-        The model.
+    The model is changed in place, put into eval(), without gradients, and returned. Do it before `torch.compile`. The
+    `state_dict` fits a model that was changed in the same way; files of `save_pretrained` say how it was changed, and
+    `create_model` gives it back.
 
     Raises:
         ValueError: unknown kind; no experts; experts that are sharded over processes, of the other kind already, or not
@@ -136,27 +117,23 @@ def quantize_experts(model: nn.Module, kind: str) -> nn.Module:
     """
     if kind not in STORED:
         raise ValueError(f"experts can be kept as {' or '.join(map(repr, STORED))}, got {kind!r}")
-    linears = {}
-    for name, experts in _named_experts(model):
-        for part in ("fc1", "fc2"):
-            linear = getattr(experts, part)
-            if isinstance(linear, WeightOnlyLinear) and linear.kind == kind:
-                continue
-            linears[experts, part] = linear
-            name_of_part = f"{name}.{part}".removeprefix(".")
-            if isinstance(linear, WeightOnlyLinear):
-                raise ValueError(f"{name_of_part} is kept as {linear.kind} already: load the model again for {kind}")
-            if isinstance(linear.weight, DTensor):
-                raise ValueError(
-                    f"{name_of_part} is sharded over processes: export the run with vmoe-export, and load its file"
-                )
-            largest = torch.linalg.vector_norm(linear.weight, torch.inf)
-            if not linear.weight.is_meta and not torch.isfinite(largest):
-                raise ValueError(f"{name_of_part}.weight is not finite: {kind} cannot keep it; take another checkpoint")
-    if next(_named_experts(model), None) is None:
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, (GroupedLinear, WeightOnlyLinear))
+    }
+    if not linears:
         raise ValueError(f"the model has no experts to keep as {kind}: leave it out for a dense model")
-    for experts, part in list(linears):
-        setattr(experts, part, WeightOnlyLinear(linears.pop((experts, part)), kind))  # frees one before the next
+    for name, linear in linears.items():
+        if isinstance(linear, WeightOnlyLinear):
+            if linear.kind != kind:
+                raise ValueError(f"{name} is kept as {linear.kind} already: load the model again for {kind}")
+        elif isinstance(linear.weight, DTensor):
+            raise ValueError(f"{name} is sharded over processes: export the run with vmoe-export, and load its file")
+        elif not linear.weight.is_meta and not torch.linalg.vector_norm(linear.weight, torch.inf).isfinite():
+            raise ValueError(f"{name}.weight is not finite: {kind} cannot keep it; take another checkpoint")
+    for name in list(linears):
+        linear = linears.pop(name)  # frees one before the next
+        if isinstance(linear, GroupedLinear):
+            model.set_submodule(name, WeightOnlyLinear(linear, kind))
     return model.eval().requires_grad_(False)
 
 
@@ -167,12 +144,5 @@ def experts_kept_as(model: nn.Module) -> str | None:
 
 def expert_bytes(model: nn.Module) -> int:
     """Memory of all experts of a model: weights, scales and biases, in bytes."""
-    return sum(
-        tensor.numel() * tensor.element_size()
-        for _, experts in _named_experts(model)
-        for tensor in (*experts.parameters(), *experts.buffers())
-    )
-
-
-def _named_experts(model: nn.Module):
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, Experts))
+    experts = [module for module in model.modules() if isinstance(module, Experts)]
+    return sum(tensor.nbytes for each in experts for tensor in (*each.parameters(), *each.buffers()))

@@ -1,7 +1,6 @@
-"""The learned part of routing, and what every router returns.
+"""What every router returns, the gate, and the router whose tokens choose their experts.
 
-A router is called with the tokens and gives an `Assignment`. `TopKRouter`, where each token chooses its experts, is in
-this file. In `expert_choice.py` the experts choose by the same `Gate`; `soft.py` chooses nothing and has slots instead.
+In `expert_choice.py` the experts choose, by the same gate; `soft.py` chooses nothing and has slots instead.
 
 Shapes, by suffix: G groups, N tokens in a group, D width, E experts, K choices, R rows handed to the experts.
 """
@@ -28,13 +27,10 @@ class Routing:
     Attributes:
         logits_GNE: the gate's own output, without noise.
         noisy_logits_GNE: what the choice was made from; the same tensor where there is no noise.
-        gates_GNE: the distribution of each token over the experts: softmax of `logits_GNE` (for a sigmoid gate, its
-            values divided by their sum).
+        gates_GNE: softmax of `logits_GNE` (for a sigmoid gate, its values divided by their sum).
         noisy_gates_GNE: the same of `noisy_logits_GNE`.
-        noise_std: standard deviation of the noise that was added to the logits, a number or (G, N, E) where it is
-            learned; 0 for none.
-        expert_index_GNK: the K chosen experts, best first; equal ones: lower index first. None where experts or slots
-            choose.
+        noise_std: standard deviation of the noise, a number or (G, N, E) where it is learned; 0 for none.
+        expert_index_GNK: the K chosen experts, best first; None where experts or slots choose.
         combine_weights_GNK: their weights; None likewise.
         chosen_GNK: bool, False where the router itself dropped a choice; None: none.
         sparse_importance: importance is the sum of the combine weights (Shazeer et al.), not of the gates.
@@ -189,10 +185,7 @@ def lecun_normal_(weight: Tensor, fan_in: int) -> None:
 class Gate(nn.Module):
     """A linear layer without bias from tokens to experts, computed in float32 (float64 for float64 input).
 
-    Args:
-        dim: D.
-        config: of which num_experts, gate, noise_std (in training, normal noise of standard deviation `noise_std / E`
-            is added to the logits), learned_noise, input_jitter and normalize_weights are used here.
+    In training, normal noise of standard deviation `noise_std / E` is added to the logits.
 
     Attributes:
         weight: (E, D).
@@ -246,10 +239,6 @@ class Gate(nn.Module):
 class TopKRouter(Gate):
     """Each token takes its K best experts; V-MoE's router (arXiv 2106.05974, section 2.2) and its relatives.
 
-    Args:
-        dim: D.
-        config: num_selected_experts (K), random_threshold and bias_update_rate, and those of `Gate`.
-
     Attributes:
         expert_bias: (E,) float32 buffer, with `bias_update_rate`, whatever the type of the model.
         expert_load: (E,) how often each expert was chosen since the last update of the bias. Not a buffer:
@@ -277,13 +266,7 @@ class TopKRouter(Gate):
             self.calls_without_update = 0
 
     def forward(self, tokens: TokenGroups, capacity: Capacity, batch_priority: bool = False) -> TopKAssignment:
-        """Routes the tokens, then queues them before their experts.
-
-        Args:
-            tokens: in groups.
-            capacity: of the experts.
-            batch_priority: the tokens that are most sure of their expert go first (V-MoE, section 2.3).
-        """
+        """Routes the tokens and queues them before their experts, with `batch_priority` the surest tokens first."""
         routing = self.route(tokens.x_GND)
         if self.bias_update_rate > 0 and self.training:
             self._count(routing, tokens.mask_GN)
@@ -348,37 +331,32 @@ class TopKRouter(Gate):
         if mask_GN is not None:
             ones_GNK = ones_GNK * mask_GN[..., None]
         self.expert_load.scatter_add_(0, routing.expert_index_GNK.flatten(), ones_GNK.flatten())
-        if torch.compiler.is_compiling() or not routing.gates_GNE.requires_grad:
-            return
-        self.calls_without_update += 1
-        if self.calls_without_update == self.CALLS_BEFORE_WARNING:
-            warnings.warn(
-                f"the expert bias of this router was not updated in {self.CALLS_BEFORE_WARNING} training steps: "
-                "call vmoe.update_expert_bias(model) after each optimizer.step()",
-                stacklevel=5,
-            )
+        if not torch.compiler.is_compiling() and routing.gates_GNE.requires_grad:
+            self.calls_without_update += 1
+            if self.calls_without_update == self.CALLS_BEFORE_WARNING:
+                warnings.warn(
+                    f"the expert bias of this router was not updated in {self.CALLS_BEFORE_WARNING} training steps: "
+                    "call vmoe.update_expert_bias(model) after each optimizer.step()",
+                    stacklevel=5,
+                )
 
     @torch.no_grad()
     def update_bias(self) -> None:
-        """Raises the bias of experts that were chosen less often than the mean, lowers that of the others.
+        """b_e += rate · sign(mean load - load_e), over the choices since the last call in all processes.
 
-        b_e += rate · sign(mean load - load_e), over the choices since the last call and over all processes
-        (arXiv 2408.15664, algorithm 1). A frozen router's bias stays.
+        Source: arXiv 2408.15664, algorithm 1. A frozen router's bias stays.
         """
         load_E = self.expert_load
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(load_E)
-        if self.weight.requires_grad:  # a frozen router keeps its routing
+        if self.weight.requires_grad:
             self.expert_bias.add_((load_E.double().mean() - load_E).sign(), alpha=self.bias_update_rate)
         load_E.zero_()
         self.calls_without_update = 0
 
 
 def update_expert_bias(model: nn.Module) -> None:
-    """Moves the balancing biases of a model's routers, once after each `optimizer.step()`.
-
-    Does nothing for models without such biases (`bias_update_rate`, `router_preset="deepseek"`). `train.py` calls it.
-    """
+    """Moves the balancing biases (`bias_update_rate`) of a model's routers; once after each `optimizer.step()`."""
     for module in model.modules():
         if isinstance(module, TopKRouter) and module.bias_update_rate > 0:
             module.update_bias()

@@ -1,7 +1,6 @@
 """Soft MoE: each slot of an expert sees a weighted average of all tokens, each token gets one of all slots.
 
-Puigcerver et al., arXiv 2308.00951. Nothing is chosen, so nothing is dropped and all of it is differentiable. Tokens of
-different modalities are averaged separately, padding not at all.
+Puigcerver et al., arXiv 2308.00951. Nothing is dropped. Tokens of different modalities are averaged separately.
 
 Shapes, by suffix: G groups, N tokens in a group, D width, E experts, P slots per expert, S = E*P slots, M modalities.
 """
@@ -30,30 +29,29 @@ class SoftAssignment(Assignment):
         routing: the weights per expert, for losses and records: its gates are the combine weights summed over slots.
         dispatch_GMNS: share of each token in each slot's input: sums to 1 over the tokens of its modality.
         combine_GNS: share of each slot's output in each token's: sums to 1 over the slots.
-        num_experts: E.
         members_GMN: True for the real tokens of each modality; None: all tokens, one modality.
     """
 
     routing: Routing
     dispatch_GMNS: Tensor
     combine_GNS: Tensor
-    num_experts: int
     members_GMN: Tensor | None
 
     @property
+    def num_experts(self) -> int:
+        return self.routing.gates_GNE.shape[2]
+
+    @property
     def max_count(self) -> int:
-        """Rows of each expert: G·M·P."""
         G, M, _, S = self.dispatch_GMNS.shape
         return G * M * (S // self.num_experts)
 
     @property
     def count_E(self) -> Tensor:
-        """The same for each."""
         return torch.full((self.num_experts,), self.max_count, dtype=torch.long, device=self.combine_GNS.device)
 
     def dispatch(self, x_GND: Tensor) -> Tensor:
-        G, M, _, S = self.dispatch_GMNS.shape
-        E, D = self.num_experts, x_GND.shape[2]
+        (G, M, _, S), E, D = self.dispatch_GMNS.shape, self.num_experts, x_GND.shape[2]
         # A batched matrix multiplication of (G, S, N) and (G, N, D), once per modality.
         z_GMSD = self.dispatch_GMNS.to(x_GND.dtype).transpose(2, 3) @ x_GND[:, None]
         if self.members_GMN is not None:  # slots of a modality without tokens: the experts are as finite for a mean
@@ -62,8 +60,7 @@ class SoftAssignment(Assignment):
         return z_GMSD.view(G, M, E, S // E, D).permute(2, 0, 1, 3, 4).flatten(0, 3)
 
     def combine(self, y_RD: Tensor) -> Tensor:
-        G, M, _, S = self.dispatch_GMNS.shape
-        E, D = self.num_experts, y_RD.shape[1]
+        (G, M, _, S), E, D = self.dispatch_GMNS.shape, self.num_experts, y_RD.shape[1]
         y_GMSD = y_RD.view(E, G, M, S // E, D).permute(1, 2, 0, 3, 4).flatten(2, 3)
         y_GMND = self.combine_GNS.to(y_RD.dtype)[:, None] @ y_GMSD
         if self.members_GMN is None:
@@ -97,15 +94,9 @@ class SoftAssignment(Assignment):
 
 
 class SoftRouter(nn.Module):
-    """Cosine similarity between tokens and learned slots, times one learned scale.
+    """Cosine similarity between tokens and learned `slots`, (E, P, D), times one learned `scale`.
 
-    Args:
-        dim: D.
-        config: num_experts (E), num_slots (P) and noise_std, of normal noise on the logits in training.
-
-    Attributes:
-        slots: (E, P, D).
-        scale: scalar.
+    In training with normal noise of standard deviation `config.noise_std`.
     """
 
     def __init__(self, dim: int, config: RoutingSettings, device=None, dtype=None) -> None:
@@ -128,23 +119,20 @@ class SoftRouter(nn.Module):
         with without_autocast(x_GND.device):
             slots_SD = unit_norm(self.slots.to(dtype)).flatten(0, 1) * self.scale.to(dtype)
             logits_GNS = unit_norm(x_GND.to(dtype)) @ slots_SD.T
-            clean_GNE = logits_GNS.unflatten(-1, (E, P)).logsumexp(-1)
-            noisy_GNE, noise_std = clean_GNE, 0.0
-            if self.training and self.noise_std > 0:
-                noise_std = self.noise_std
+            clean_GNE = noisy_GNE = logits_GNS.unflatten(-1, (E, P)).logsumexp(-1)
+            noise_std = self.noise_std if self.training else 0.0
+            if noise_std > 0:
                 logits_GNS = logits_GNS + noise_std * torch.randn_like(logits_GNS)
                 noisy_GNE = logits_GNS.unflatten(-1, (E, P)).logsumexp(-1)
             combine_GNS = logits_GNS.softmax(-1)
-            scores_GMNS = logits_GNS[:, None]
             if members_GMN is None:
-                dispatch_GMNS = scores_GMNS.softmax(2)
+                dispatch_GMNS = logits_GNS[:, None].softmax(2)
             else:
                 # A finite minimum, and zero afterwards: a modality without a token must not give NaN.
                 outside = ~members_GMN[..., None]
-                dispatch_GMNS = scores_GMNS.masked_fill(outside, torch.finfo(dtype).min).softmax(2)
+                dispatch_GMNS = logits_GNS[:, None].masked_fill(outside, torch.finfo(dtype).min).softmax(2)
                 dispatch_GMNS = dispatch_GMNS.masked_fill(outside, 0)
-            gates_GNE = noisy_gates_GNE = noisy_GNE.softmax(-1)
-            if noisy_GNE is not clean_GNE:
-                gates_GNE = clean_GNE.softmax(-1)
+            noisy_gates_GNE = noisy_GNE.softmax(-1)
+            gates_GNE = noisy_gates_GNE if noisy_GNE is clean_GNE else clean_GNE.softmax(-1)
         routing = Routing(clean_GNE, noisy_GNE, gates_GNE, noisy_gates_GNE, noise_std)
-        return SoftAssignment(routing, dispatch_GMNS, combine_GNS, E, members_GMN)
+        return SoftAssignment(routing, dispatch_GMNS, combine_GNS, members_GMN)

@@ -14,35 +14,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vmoe.moe.backends import reference, triton
 from vmoe.moe.config import CHOICES
 
-# Goes over what the experts themselves say; "auto": leaves it to them.
-_forced = os.environ.get("VMOE_BACKEND") or "auto"
-
 
 def check_backend(name: str, setting: str = "backend") -> str:
-    """The name, if there is such a backend.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The name; ValueError if there is no such backend."""
     if name not in CHOICES["backend"]:
         raise ValueError(f"{setting} must be one of {', '.join(CHOICES['backend'])}, got {name!r}")
     return name
 
 
-check_backend(_forced, "VMOE_BACKEND")
+# Goes over what the experts themselves say; "auto": leaves it to them.
+_forced = check_backend(os.environ.get("VMOE_BACKEND") or "auto", "VMOE_BACKEND")
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Computes all experts by one backend inside the block, whatever their own setting.
+    """Computes all experts by "reference" or "triton" inside the block, whatever their own setting; "auto": by that.
 
     With "reference" attention is PyTorch's plain one too, so derivatives of any order exist on every device.
-
-    Args:
-        name: "reference" or "triton"; "auto": as without it.
-
-    Raises:
-        ValueError: unknown backend; inside the block, experts that it cannot compute.
+    ValueError: unknown backend; inside the block, experts that it cannot compute.
     """
     global _forced
     before, _forced = _forced, check_backend(name)
@@ -54,20 +43,15 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def backend_name(experts: nn.Module, x_RD: Tensor) -> str:
-    """The backend that computes these experts now: "reference" or "triton".
-
-    Raises:
-        ValueError: the one that was asked for cannot.
-    """
-    wanted = experts.backend if _forced == "auto" else _forced
-    if wanted != "triton":
+    """What computes these experts now, "reference" or "triton"; ValueError if that was asked for and cannot."""
+    if (experts.backend if _forced == "auto" else _forced) != "triton":
         return "reference"
     reason = triton.reason_against(experts, x_RD)
     if reason is not None:
         raise ValueError(f"backend 'triton' cannot compute these experts: {reason}; choose 'auto' or 'reference'")
-    return wanted
+    return "triton"
 
 
 def select_backend(experts: nn.Module, x_RD: Tensor) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
     """The function that computes experts: (experts, (R, D) rows sorted by expert, (E,) rows of each) -> (R, O)."""
-    return {"reference": reference.run, "triton": triton.run}[backend_name(experts, x_RD)]
+    return triton.run if backend_name(experts, x_RD) == "triton" else reference.run
