@@ -1,19 +1,9 @@
 """What a process knows of the others, without starting them."""
 
-import time
 
 import torch.distributed as dist
 
 from vmoe.distributed.heartbeat import Heartbeat
-
-
-def test_live_processes_at_another_line_are_named():
-    heartbeat = Heartbeat(dist.HashStore(), rank=0, world=3, timeout=10)
-    for rank, end in enumerate([None, None, "done"]):
-        beat = {"host": "node", "pid": rank, "line": f"vmoe/x.py:{rank} (x)", "end": end, "text": ""}
-        heartbeat._peers[rank], heartbeat._seen[rank] = beat, time.monotonic()
-    away = heartbeat.elsewhere(RuntimeError("Connection closed by peer"))
-    assert away == "process 1 of 3 (host node, pid 1) is at vmoe/x.py:1 (x)"
 
 
 def test_processes_know_each_other_before_a_first_interval_is_over():

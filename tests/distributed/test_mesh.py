@@ -55,7 +55,7 @@ def test_neighbours_share_a_model(four_processes):
     assert meshes.whole.mesh.tolist() == [[[0, 1], [2, 3]]]
     # Dense weights are replicated over `ep` and sharded over `dp_shard`.
     assert meshes.dense.mesh.tolist() == [[0, 2], [1, 3]]
-    assert meshes.experts.mesh.tolist() == [[0, 2]]
+    assert meshes.whole["dp_replicate", "dp_shard"].mesh.tolist() == [[0, 2]]
 
 
 def test_every_weight_is_sharded_as_the_mesh_says(four_processes):

@@ -18,6 +18,7 @@ from torch.distributed._functional_collectives import all_to_all_single, wait_te
 
 from vmoe.moe.dispatch import gather_rows
 from vmoe.moe.experts import RunExperts
+from vmoe.moe.grouped_mm import expert_of_rows
 
 
 class ExpertExchange:
@@ -28,14 +29,7 @@ class ExpertExchange:
         self.num_processes = dist.get_world_size(group)
 
     def __call__(self, run: RunExperts, x_RD: Tensor, count_E: Tensor, max_count: int | None) -> Tensor:
-        """The rows of this process through their experts: (R, D) in the order of `x_RD`, zero for unused rows.
-
-        Args:
-            run: this process's experts, (S, D) rows sorted by expert and (L,) rows of each -> (S, D).
-            x_RD: rows sorted by expert; those beyond the sum of `count_E` are unused.
-            count_E: rows of each expert.
-            max_count: the most rows that an expert can have in this process; None: unknown, in all processes.
-        """
+        """As `Experts.forward`, in the order of `x_RD`; `run` computes the experts of this process."""
         if max_count is None:
             return self._counts_first(run, x_RD, count_E)
         if torch.compiler.is_compiling():  # compiled code knows one batch size
@@ -52,19 +46,17 @@ class ExpertExchange:
         start_E = end_E - count_E
         slot_C = torch.arange(C, device=device)
         row_EC = torch.where(slot_C < count_E[:, None], start_E[:, None] + slot_C, -1)
-        row_R = torch.arange(R, device=device)
-        expert_R = torch.searchsorted(end_E, row_R, right=True)
-        used_R = expert_R < E
-        expert_R = expert_R.clamp(max=E - 1)
-        buffer_R = torch.where(used_R, expert_R * C + row_R - start_E[expert_R], -1)
+        expert_R = expert_of_rows(end_E, R)
+        first_R = start_E[expert_R.clamp(max=E - 1)]
+        buffer_R = torch.where(expert_R < E, expert_R * C + torch.arange(R, device=device) - first_R, -1)
 
         # Unused rows of the buffers are copies of the first row: the experts are as finite for them as for that one.
         send = gather_rows(x_RD, row_EC.flatten().clamp(min=0), buffer_R[:, None])
-        mine = self._all_to_all(send, None, None)
+        mine = _AllToAll.apply(send, None, None, self.group)
         mine = mine.view(P, L, C, -1).transpose(0, 1).reshape(L * P * C, -1)
         y = run(mine, torch.full((L,), P * C, dtype=count_E.dtype, device=device))
         y = y.view(L, P, C, -1).transpose(0, 1).reshape(E * C, -1)
-        y = self._all_to_all(y, None, None)
+        y = _AllToAll.apply(y, None, None, self.group)
         return gather_rows(y, buffer_R, row_EC.flatten()[:, None])
 
     def _counts_first(self, run: RunExperts, x_RD: Tensor, count_E: Tensor) -> Tensor:
@@ -76,7 +68,7 @@ class ExpertExchange:
         sent_P, received_P = torch.stack([count_PL.sum(1), arriving_PL.sum(1)]).tolist()
         used = sum(sent_P)
 
-        mine = self._all_to_all(x_RD[:used], received_P, sent_P)
+        mine = _AllToAll.apply(x_RD[:used], received_P, sent_P, self.group)
         # They arrive process by process, and the experts want them expert by expert.
         expert_PL = torch.arange(count_PL.shape[1], device=x_RD.device).expand_as(arriving_PL)
         expert_S = expert_PL.flatten().repeat_interleave(arriving_PL.flatten(), output_size=sum(received_P))
@@ -84,12 +76,8 @@ class ExpertExchange:
         back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
         y = run(gather_rows(mine, order_S, back_S[:, None], False, False), arriving_PL.sum(0))
         y = gather_rows(y, back_S, order_S[:, None], False, False)
-        y = self._all_to_all(y, sent_P, received_P)
+        y = _AllToAll.apply(y, sent_P, received_P, self.group)
         return y if used == R else torch.cat([y, y.new_zeros(R - used, y.shape[1])])
-
-    def _all_to_all(self, rows: Tensor, received_P: list[int] | None, sent_P: list[int] | None) -> Tensor:
-        """Sends rows to the other processes; planning counts them instead."""
-        return _AllToAll.apply(rows, received_P, sent_P, self.group)
 
 
 def _extremes(number: int, group: dist.ProcessGroup) -> tuple[int, int]:

@@ -16,8 +16,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from traceback import walk_stack, walk_tb
-from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
@@ -32,7 +30,6 @@ SILENT_INTERVALS = 4
 GRACE_SECONDS = 10.0
 DONE, ERROR, LOST = "done", "error", "lost"  # how a process can leave; LOST: because of another one
 BEATS, GENERATION = "beats", "vmoe_generation"  # keys in the store
-PACKAGE = os.sep + "vmoe" + os.sep
 REMEDY = "the same command continues the run from its last checkpoint"
 
 
@@ -75,14 +72,14 @@ class Heartbeat:
     def __init__(self, store: dist.Store, rank: int, world: int, timeout: float) -> None:
         self.rank, self.world, self.timeout = rank, world, timeout
         self.interval = min(max(INTERVAL, INTERVAL_PER_PROCESS * world), timeout / 20)
+        self.silent = SILENT_INTERVALS * self.interval
         own = store.clone()  # a connection of its own: the main thread may wait in the other one
         own.set_timeout(timedelta(seconds=timeout))
         self._store = dist.PrefixStore(BEATS, own)
-        self._own = {"number": 0, "host": socket.gethostname(), "pid": os.getpid(), "line": "", "end": None, "text": ""}
+        self._own = {"number": 0, "host": socket.gethostname(), "pid": os.getpid(), "end": None, "text": ""}
         self._peers: dict[int, dict[str, Any]] = {}  # the last heartbeat of each process, this one's too
         self._seen: dict[int, float] = {}  # when it came
         self._started = self._read = time.monotonic()
-        self._main = threading.main_thread().ident
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -104,13 +101,13 @@ class Heartbeat:
             self._own |= {"end": end, "text": text, "told": told}
             if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
                 # The store ends with this process, and the others must read this first.
-                self._wait_until(self._all_ended, GRACE_SECONDS + SILENT_INTERVALS * self.interval)
+                self._wait_until(self._all_ended, GRACE_SECONDS + self.silent)
             self._ending.set()
             self._thread.join(GRACE_SECONDS)  # the store's machine may be gone
 
     def first_says(self, text: str) -> bool:
         """Whether process 0 ends with the same error as this one; to be asked before `leave`."""
-        seconds = (SILENT_INTERVALS - 1) * self.interval
+        seconds = self.silent - self.interval
         return self.rank > 0 and self._wait_until(lambda: self._peers.get(0, {}).get("text") == text, seconds)
 
     def explain(self, waiting: bool) -> LostProcessError | None:
@@ -118,20 +115,8 @@ class Heartbeat:
 
         With `waiting`, something is certainly wrong: wait until a missing heartbeat tells who it is.
         """
-        deadline = time.monotonic() + (SILENT_INTERVALS + 2) * self.interval if waiting else 0.0
-        while True:
-            found = self._lost(SILENT_INTERVALS * self.interval)
-            if found is not None or time.monotonic() > deadline:
-                return found
-            time.sleep(self.interval / 4)
-
-    def elsewhere(self, error: BaseException) -> str:
-        """The other processes that live, and are not at the line where this one's error came from."""
-        lines = [line_of(frame, number) for frame, number in walk_tb(error.__traceback__)]
-        here = next((line for line in reversed(lines) if line), None)
-        others = {rank: peer for rank, peer in self._peers.items() if rank != self.rank and peer["end"] is None}
-        away = [f"{self._name(rank)} is at {peer['line']}" for rank, peer in others.items() if peer["line"] != here]
-        return "; ".join(away[:4])
+        self._wait_until(lambda: self._lost(self.silent), self.silent + 2 * self.interval if waiting else 0.0)
+        return self._lost(self.silent)
 
     def _lost(self, silent: float, ended: float = 0.0) -> LostProcessError | None:
         """The processes without a heartbeat for `silent` seconds, or that failed `ended` seconds ago."""
@@ -144,12 +129,12 @@ class Heartbeat:
             if not ranks:
                 continue
             names = ", ".join(map(self._name, ranks[:4])) + " and more" * (len(ranks) > 4)
-            peer = self._peers.get(ranks[0], {"line": "its start"})
             if end is None:
                 return LostProcessError(
-                    f"no heartbeat of {names} for {ages[ranks[0]]:.0f} s, last at {peer['line']}: killed, stopped, or "
-                    f"cut off from the network; {REMEDY}"
+                    f"no heartbeat of {names} for {ages[ranks[0]]:.0f} s: killed, stopped, or cut off from the "
+                    f"network; {REMEDY}"
                 )
+            peer = self._peers[ranks[0]]
             if end == LOST:
                 return LostProcessError(f"{names} gave up: {peer['text']}")
             # The first process of each other machine repeats what that process printed.
@@ -162,18 +147,17 @@ class Heartbeat:
         return self._read - self._seen.get(rank, self._started)
 
     def _all_ended(self) -> bool:
-        limit = SILENT_INTERVALS * self.interval
-        return all(p["end"] or self._age(rank) > limit for rank, p in self._peers.items() if rank != self.rank)
+        return all(p["end"] or self._age(rank) > self.silent for rank, p in self._peers.items() if rank != self.rank)
 
     def _name(self, rank: int) -> str:
         peer = self._peers.get(rank)
         return f"process {rank} of {self.world}" + (f" (host {peer['host']}, pid {peer['pid']})" if peer else "")
 
-    def _wait_until(self, condition: Callable[[], bool], seconds: float) -> bool:
+    def _wait_until(self, condition: Callable[[], object], seconds: float) -> bool:
         deadline = time.monotonic() + seconds
         while not condition() and time.monotonic() < deadline:
             time.sleep(self.interval / 10)
-        return condition()
+        return bool(condition())
 
     # --- the thread ---
 
@@ -195,10 +179,7 @@ class Heartbeat:
                 self._exit(ended or LostProcessError(gone))
 
     def _beat(self) -> None:
-        main = sys._current_frames().get(self._main)
-        stack = () if main is None else walk_stack(main)
-        line = next((found for frame, number in stack if (found := line_of(frame, number))), "its start")
-        self._own |= {"number": self._own["number"] + 1, "line": line}
+        self._own["number"] += 1
         self._store.set(str(self.rank), json.dumps(self._own))
 
     def _read_all(self) -> None:
@@ -221,14 +202,6 @@ class Heartbeat:
             print(f"vmoe: {told_by(self.rank, self.world)}error: {escaped(error)}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)
-
-
-def line_of(frame: FrameType, number: int) -> str | None:
-    """A line of this package as text; None if the frame is of another one, or of this file."""
-    file = frame.f_code.co_filename
-    if PACKAGE not in file or file == __file__:
-        return None
-    return f"vmoe/{file.rpartition(PACKAGE)[2]}:{number} ({frame.f_code.co_name})"
 
 
 def sentence(error: BaseException) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from vmoe.utils.config import ConfigError
@@ -27,7 +26,6 @@ class MeshSize:
 
     @property
     def world(self) -> int:
-        """Number of processes."""
         return self.dp_replicate * self.dp_shard * self.ep
 
     @property
@@ -42,14 +40,12 @@ class MeshSize:
 def mesh_size(dp_replicate: int, dp_shard: int, ep: int, world: int) -> MeshSize:
     """The sizes for `world` processes; `dp_replicate` may be -1, for what the other two leave.
 
-    Raises:
-        ConfigError: they do not multiply to `world`.
+    ConfigError: they do not multiply to `world`.
     """
-    for name, size in (("dp_shard", dp_shard), ("ep", ep)):
-        if size < 1:
-            raise ConfigError(f"parallel.{name} must be >= 1, got {size}")
-    if dp_replicate < 1 and dp_replicate != -1:
-        raise ConfigError(f"parallel.dp_replicate must be >= 1, or -1 for what is left, got {dp_replicate}")
+    for name, size in zip(NAMES, (dp_replicate, dp_shard, ep)):
+        if size < 1 and not (name == "dp_replicate" and size == -1):
+            left = ", or -1 for what is left" if name == "dp_replicate" else ""
+            raise ConfigError(f"parallel.{name} must be >= 1{left}, got {size}")
     replicas = world // (dp_shard * ep) if dp_replicate == -1 else dp_replicate
     size = MeshSize(max(replicas, 1), dp_shard, ep)
     if size.world != world:
@@ -62,22 +58,17 @@ def mesh_size(dp_replicate: int, dp_shard: int, ep: int, world: int) -> MeshSize
 
 @dataclass(frozen=True)
 class Meshes:
-    """The device meshes of a job.
+    """The device meshes of a job, of all its processes.
 
     Attributes:
         size: sizes of the dimensions.
-        whole: (dp_replicate, dp_shard, ep), all processes.
-        dense: (replicas, shards), the same processes for all that is no expert's: replicas are dp_replicate x ep.
+        whole: (dp_replicate, dp_shard, ep). Without the last: the processes that hold the same experts as this one.
+        dense: (replicas, shards) of all that is no expert's; replicas are dp_replicate x ep.
     """
 
     size: MeshSize
     whole: DeviceMesh
     dense: DeviceMesh
-
-    @property
-    def experts(self) -> DeviceMesh:
-        """(dp_replicate, dp_shard), the processes that hold the same experts as this one."""
-        return self.whole["dp_replicate", "dp_shard"]
 
 
 def make_meshes(size: MeshSize, device: torch.device) -> Meshes:
@@ -85,7 +76,6 @@ def make_meshes(size: MeshSize, device: torch.device) -> Meshes:
 
     Neighbours in rank are neighbours in `ep`, then in `dp_shard`: what communicates most lies within a machine.
     """
-    assert size.world == dist.get_world_size()
     whole = init_device_mesh(device.type, (size.dp_replicate, size.dp_shard, size.ep), mesh_dim_names=NAMES)
     ranks = whole.mesh.permute(0, 2, 1).reshape(size.dp_replicate * size.ep, size.dp_shard)
     return Meshes(size, whole, DeviceMesh(device.type, ranks, mesh_dim_names=("replicas", "shards")))

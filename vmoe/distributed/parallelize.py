@@ -7,7 +7,6 @@ wherever a weight lies. An expert that lies in one of P processes receives the g
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from functools import partial
 from inspect import signature
@@ -15,6 +14,7 @@ from inspect import signature
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -38,14 +38,13 @@ def parallelize(model: nn.Module, meshes: Meshes, device: torch.device) -> nn.Mo
     need them so.
 
     Args:
-        model: in process 0 with its weights, on the CPU or on `device`; in the others it may be on the meta device,
-            unless every process holds all weights. Its parameters become DTensors where they are sharded.
+        model: in process 0 with its weights; in the others it may be on the meta device, unless every process holds all
+            weights. Its parameters become DTensors where they are sharded.
         meshes: of the job; not of one process alone.
         device: where the model is to be.
 
     Returns:
-        The module to call in training: the model itself, or a DistributedDataParallel around it where every process
-        holds all weights.
+        The module to call in training: the model, or a DistributedDataParallel where every process holds all weights.
 
     Raises:
         ConfigError: the experts cannot be sharded evenly.
@@ -54,16 +53,15 @@ def parallelize(model: nn.Module, meshes: Meshes, device: torch.device) -> nn.Mo
         return _replicate(model.to(device))
     whole = {name: tensor.detach() for name, tensor in _parameters_and_buffers(model)}
     model.to("meta")
+    ep, dp_shard = meshes.size.ep, meshes.size.dp_shard
     experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
-    split, mesh = _by_expert, meshes.dense
-    if meshes.size.ep > 1:
-        if not experts:
-            raise ConfigError(f"parallel.ep is {meshes.size.ep}, but the model has no experts; set it to 1")
-        split, mesh = _within_expert, meshes.experts
-        for name, module in experts.items():
-            _shard_experts(name, module, meshes)
-    for module in experts.values():
-        fully_shard(module, mesh=mesh, shard_placement_fn=partial(split, meshes.size.dp_shard))
+    if ep > 1 and not experts:
+        raise ConfigError(f"parallel.ep is {ep}, but the model has no experts; set it to 1")
+    for name, module in experts.items():
+        if ep > 1:
+            _shard_experts(name, module, meshes.whole["ep"])
+        mesh = meshes.dense if ep == 1 else meshes.whole["dp_replicate", "dp_shard"]
+        fully_shard(module, mesh=mesh, shard_placement_fn=partial(_placement, dp_shard, ep))
     # FSDP2 cannot shard a scalar; those (the logit scale) are replicated, see `synchronize_scalars`.
     scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
     for name in block_mlps(model):
@@ -85,8 +83,8 @@ def _replicate(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **{quiet: False})
 
 
-def _parameters_and_buffers(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    return itertools.chain(model.named_parameters(), model.named_buffers())
+def _parameters_and_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
 
 
 @torch.no_grad()
@@ -103,16 +101,15 @@ def _scatter_weights(model: nn.Module, whole: dict[str, Tensor], device: torch.d
         target.copy_(value)
 
 
-def _shard_experts(name: str, experts: Experts, meshes: Meshes) -> None:
+def _shard_experts(name: str, experts: Experts, mesh: DeviceMesh) -> None:
     """Leaves this process its share of the experts, and lets rows travel to the others."""
-    P = meshes.size.ep
+    P = mesh.size()
     if experts.num_experts % P:
         raise ConfigError(
             f"parallel.ep is {P}, and {name} has {experts.num_experts} experts; it must be a divisor of that number"
         )
     if next(experts.act.parameters(), None) is not None:
         raise ConfigError(f"parallel.ep is {P}, and all experts of {name} share a learned activation; set it to 1")
-    mesh = meshes.whole["ep"]
     for module in experts.modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
             shard = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
@@ -120,23 +117,17 @@ def _shard_experts(name: str, experts: Experts, meshes: Meshes) -> None:
     experts.exchange = ExpertExchange(mesh.get_group())
 
 
-def _within_expert(dp_shard: int, parameter: nn.Parameter) -> Shard:
-    """Stacked parameters are sharded over `ep` by expert, so FSDP2 shards them along the width."""
-    if parameter.shape[1] % dp_shard:
-        raise ConfigError(
-            f"parallel.dp_shard is {dp_shard}, and the experts' width {parameter.shape[1]} is no multiple of it; "
-            "choose a divisor"
-        )
-    return Shard(1)
-
-
-def _by_expert(dp_shard: int, parameter: nn.Parameter) -> Shard:
-    """Stacked parameters are sharded by expert if that comes out even, else along the width if that does.
+def _placement(dp_shard: int, ep: int, parameter: nn.Parameter) -> Shard:
+    """Where FSDP2 cuts a stacked parameter: along the width if experts are sharded over `ep`, else by expert if even.
 
     FSDP2 pads what is not even: with more processes than experts most would hold, and gather, nothing but padding.
     """
     sizes = (*parameter.shape, 1)  # a learned activation has one axis
-    return Shard(1 if sizes[0] % dp_shard and sizes[1] % dp_shard == 0 else 0)
+    if ep > 1 and sizes[1] % dp_shard:
+        raise ConfigError(
+            f"parallel.dp_shard is {dp_shard}, and the experts' width {sizes[1]} is no multiple of it; choose a divisor"
+        )
+    return Shard(1 if ep > 1 or (sizes[0] % dp_shard and sizes[1] % dp_shard == 0) else 0)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -145,10 +136,10 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def set_gradient_sync(module: nn.Module, sync: bool) -> None:
-    """Whether the next backward pass of what `parallelize` returned averages gradients.
+    """Whether the next backward pass averages gradients: with accumulation only the last one of a step has to.
 
-    With accumulation only the last one of a step has to. Sharded models always do: without it FSDP2 would keep the
-    whole gradient. So do compiled ones, which would be compiled twice.
+    Sharded models always do: without it FSDP2 would keep the whole gradient. So do compiled ones, which would be
+    compiled twice.
     """
     if isinstance(module, DistributedDataParallel):
         module.require_backward_grad_sync = sync
@@ -167,10 +158,7 @@ def synchronize_scalars(model: nn.Module) -> None:
 
 
 def split_groups(optimizer: Optimizer) -> None:
-    """Makes each parameter group of one kind of sharding: an optimizer that works on lists cannot mix them.
-
-    To be called before the optimizer's first step.
-    """
+    """Makes each parameter group of one kind of sharding, before the first step: lists of tensors cannot mix them."""
     groups = []
     for group in optimizer.param_groups:
         kinds: dict[object, list[nn.Parameter]] = {}
@@ -183,11 +171,7 @@ def split_groups(optimizer: Optimizer) -> None:
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_` for parameters on different meshes too, in the same order in all processes.
-
-    Returns:
-        The norm before clipping, a scalar, the same in all processes.
-    """
+    """`torch.nn.utils.clip_grad_norm_` for parameters on different meshes too, in the same order in all processes."""
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     if not any(isinstance(parameter, DTensor) for parameter in parameters):
         return nn.utils.clip_grad_norm_(parameters, max_norm)

@@ -36,11 +36,9 @@ class SharedError(ValueError):
 def joined(device: torch.device | None = None, timeout: float = DEFAULT_TIMEOUT) -> Iterator[None]:
     """Joins the other processes of `torchrun` inside the block; without torchrun it does nothing.
 
-    GPU tensors go over NCCL, numbers and objects on the CPU over gloo.
-
-    Raises:
-        LostProcessError: another process died, stopped with an error, or has not come within `timeout`. Where the main
-            thread cannot be woken (NCCL), the process prints that sentence and exits with code 1 instead.
+    GPU tensors go over NCCL, numbers and objects on the CPU over gloo. LostProcessError: another process died, stopped
+    with an error, or has not come within `timeout`. Where the main thread cannot be woken (NCCL), the process prints
+    that sentence and exits with code 1 instead.
     """
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield
@@ -95,9 +93,7 @@ def _lost_process(error: Exception, heartbeat: Heartbeat) -> LostProcessError | 
     collective = isinstance(error, dist.DistError) or COLLECTIVE.match(str(error).strip()) is not None
     lost = heartbeat.explain(waiting=collective)
     if lost is None and collective:
-        elsewhere = heartbeat.elsewhere(error)
-        live = f"all processes live, but {elsewhere}" if elsewhere else "all processes live"
-        lost = LostProcessError(f"a collective failed ({first_line(error)}); {live}; {REMEDY}")
+        lost = LostProcessError(f"a collective failed ({first_line(error)}), but all processes live; {REMEDY}")
     return lost
 
 
@@ -141,18 +137,18 @@ def run_together(
     If it fails in one process, `error_type` is raised in all, with what `describe` says of the first error. An action
     that speaks with other processes must not fail in one of them alone.
     """
-    result, failure, cause = None, None, None
+    result = cause = None
     try:
         result = action()
     except (Exception, CheckpointException) as error:
-        failure, cause = describe(error), error
-    everyone = [(failure, result)]
+        cause = error
+    own = (None if cause is None else describe(cause), result if collect else None)
+    everyone = [own] * world()[1]
     if dist.is_available() and dist.is_initialized():
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (failure, result if collect else None), group=group)
-    first = next((each for each, _ in everyone if each is not None), None)
-    if first is not None:
-        raise error_type(first) from cause
+        dist.all_gather_object(everyone, own, group=group)
+    for failure, _ in everyone:
+        if failure is not None:
+            raise error_type(failure) from cause
     return [each for _, each in everyone] if collect else [result]
 
 
