@@ -1,6 +1,5 @@
 """What a process knows of the others, without starting them."""
 
-
 import torch.distributed as dist
 
 from vmoe.distributed.heartbeat import Heartbeat

@@ -66,7 +66,7 @@ def test_a_loop_over_the_experts_gives_the_same(counts, unused, I, O, dtype, bia
         torch.testing.assert_close(own.double(), other.nan_to_num(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_is_eager_and_leaves_unused_rows_alone(dtype, filled_memory):
     arguments = example((3, 0, 4), 2, 12, 20, dtype)
     compiled = torch.compile(grouped_linear, fullgraph=True)
