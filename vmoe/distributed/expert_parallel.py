@@ -51,13 +51,13 @@ class ExpertExchange:
         buffer_R = torch.where(expert_R < E, expert_R * C + torch.arange(R, device=device) - first_R, -1)
 
         # Unused rows of the buffers are copies of the first row: the experts are as finite for them as for that one.
-        send = gather_rows(x_RD, row_EC.flatten().clamp(min=0), buffer_R[:, None])
+        send = gather_rows(x_RD, row_EC.flatten().clamp(min=0), buffer_R[:, None], True, True)
         mine = _AllToAll.apply(send, None, None, self.group)
         mine = mine.view(P, L, C, -1).transpose(0, 1).reshape(L * P * C, -1)
         y = run(mine, torch.full((L,), P * C, dtype=count_E.dtype, device=device))
         y = y.view(L, P, C, -1).transpose(0, 1).reshape(E * C, -1)
         y = _AllToAll.apply(y, None, None, self.group)
-        return gather_rows(y, buffer_R, row_EC.flatten()[:, None])
+        return gather_rows(y, buffer_R, row_EC.flatten()[:, None], True, True)
 
     def _counts_first(self, run: RunExperts, x_RD: Tensor, count_E: Tensor) -> Tensor:
         P, R = self.num_processes, x_RD.shape[0]

@@ -1,27 +1,23 @@
 """The sparse layer and its parts; knows only torch."""
 
 from vmoe.moe.backends import use_backend
-from vmoe.moe.config import PRESETS, SETTING_NAMES, RoutingSettings, with_preset
-from vmoe.moe.dispatch import DispatchPlan, combine, dispatch, expert_capacity, plan_dispatch
+from vmoe.moe.config import PRESETS, RoutingSettings, with_preset
+from vmoe.moe.dispatch import combine, dispatch, expert_capacity, plan_dispatch
 from vmoe.moe.experts import Experts
 from vmoe.moe.grouped import GroupedLinear
 from vmoe.moe.layer import SparseMoE
 from vmoe.moe.quantize import quantize_experts
 from vmoe.moe.record import LayerRouting, RoutingRecord, record_routing, set_auxiliary_loss_scale
-from vmoe.moe.router import Routing, TopKRouter, top_k_experts, update_expert_bias
+from vmoe.moe.router import top_k_experts, update_expert_bias
 
 __all__ = [
     "PRESETS",
-    "SETTING_NAMES",
-    "DispatchPlan",
     "Experts",
     "GroupedLinear",
     "LayerRouting",
-    "Routing",
     "RoutingRecord",
     "RoutingSettings",
     "SparseMoE",
-    "TopKRouter",
     "combine",
     "dispatch",
     "expert_capacity",

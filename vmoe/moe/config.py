@@ -26,8 +26,8 @@ class RoutingSettings:
         num_selected_experts: K, experts per token; only for router="top_k".
         router: "top_k": each token takes its K best experts (V-MoE, arXiv 2106.05974); "expert_choice": each expert
             takes its best tokens (arXiv 2202.09368); "soft": experts see averages of tokens (arXiv 2308.00951).
-        capacity_factor: C, rows per expert in training over those of an even distribution. None or infinity:
-            nothing is dropped (top_k only). timm.create_model leaves out arguments that are None, infinity passes.
+        capacity_factor: C, rows per expert in training over those of an even distribution. None or infinity (which
+            timm.create_model passes on): nothing is dropped (top_k only).
         eval_capacity_factor: the same in `eval()`. None: nothing is dropped, so that an output never depends on the
             rest of the batch; for expert_choice: as in training.
         capacity: rows per expert and group, instead of both factors.
@@ -46,7 +46,7 @@ class RoutingSettings:
         random_threshold: in training each choice after the first is kept with probability
             min(1, its weight / random_threshold) (GShard, arXiv 2006.16668: 0.5). None or 0: always.
         num_slots: slots per expert, only for soft; None: by capacity_factor from the number of tokens.
-        expert_mlp: "mlp" with the model's activation, or gated: "swiglu" (SiLU) or "geglu" (GELU) (arXiv 2002.05202).
+        expert_mlp: "mlp" with the model's activation, or gated: "swiglu" or "geglu" (arXiv 2002.05202).
         expert_width: hidden width F of each expert; None: the model's MLP width.
         num_shared_experts: a dense MLP of this many times an expert's width sees every token beside the experts
             (DeepSeekMoE, arXiv 2401.06066).
@@ -59,10 +59,10 @@ class RoutingSettings:
         global_entropy_min_experts: threshold S of the global entropy loss, for every modality or {modality: S}.
         auxiliary_loss: "record": the losses leave through `record_routing`; "attach": their gradients are added in the
             backward pass of the output, for training loops that do not add them.
-        backend: what computes the experts: "auto", "reference" or "triton", see `vmoe.moe.backends`. With "reference"
-            models take no fused attention either, so all of their derivatives exist.
         auxiliary_loss_scope: "group": of each routing group by itself, then their mean, as in the reference; "batch":
             once over the tokens of the whole batch, in training that of all processes.
+        backend: what computes the experts: "auto", "reference" or "triton", see `vmoe.moe.backends`. With "reference"
+            models take no fused attention either, so all of their derivatives exist.
     """
 
     num_experts: int = 8

@@ -1,4 +1,4 @@
-"""Which token goes to which expert, in what order, and which are dropped: pure tensor functions without parameters.
+"""Which token goes to which expert, in what order, and which are dropped: pure tensor functions.
 
 Shapes, by suffix: G groups, N tokens in a group, E experts, K choices per token, A = G*N*K assignments (a token and one
 of its choices), R rows handed to the experts, M any number of rows, D width.
@@ -215,8 +215,14 @@ def _descending(priority_GN: Tensor) -> Tensor:
 
 
 class _GatherRows(torch.autograd.Function):
-    # The plain backward pass of indexing adds rows with atomics on a GPU, so its result depends on their order. Here
-    # the inverse index is known: the backward pass gathers too, and each gradient row is a sum in a fixed order.
+    """Rows of `x` by index: (R, D), zero where the index is -1.
+
+    `inverse_MK` is the index seen from `x`: its rows in the result. `index_holes`, `inverse_holes`: there may be a -1.
+
+    The plain backward pass of indexing adds rows with atomics on a GPU, so its result depends on their order. Here the
+    inverse index is known: the backward pass gathers too, and each gradient row is a sum in a fixed order.
+    """
+
     @staticmethod
     def forward(x_MD: Tensor, index_R: Tensor, inverse_MK: Tensor, index_holes: bool, inverse_holes: bool) -> Tensor:
         return _take(x_MD, index_R, index_holes)
@@ -234,18 +240,7 @@ class _GatherRows(torch.autograd.Function):
         return grad_MKD[:, 0] if K == 1 else grad_MKD.sum(1), None, None, None, None
 
 
-def gather_rows(
-    x_MD: Tensor, index_R: Tensor, inverse_MK: Tensor, index_holes: bool = True, inverse_holes: bool = True
-) -> Tensor:
-    """Rows of `x` by index: (R, D), zero where the index is -1.
-
-    Args:
-        x_MD: rows.
-        index_R: which row of `x` each row of the result is; -1: none.
-        inverse_MK: the same seen from `x`: its rows in the result, whose gradients the backward pass adds up; -1: none.
-        index_holes: there may be a -1 in `index_R`; `inverse_holes`: in `inverse_MK`.
-    """
-    return _GatherRows.apply(x_MD, index_R, inverse_MK, index_holes, inverse_holes)
+gather_rows = _GatherRows.apply
 
 
 def _take(x_MD: Tensor, index_R: Tensor, holes: bool) -> Tensor:

@@ -22,16 +22,8 @@ from vmoe.moe.soft import SoftRouter
 
 ROUTERS = {"top_k": TopKRouter, "expert_choice": ExpertChoiceRouter, "soft": SoftRouter}
 # Settings that may be changed on a layer at any time; the others are built into its parts.
-CHANGEABLE = (
-    "capacity",
-    "capacity_factor",
-    "eval_capacity_factor",
-    "capacity_rounding",
-    "capacity_multiple_of",
-    "batch_priority",
-    "group_size",
-    "auxiliary_loss",
-)
+CHANGEABLE = ("capacity", "capacity_factor", "eval_capacity_factor", "capacity_rounding", "capacity_multiple_of")
+CHANGEABLE += ("batch_priority", "group_size", "auxiliary_loss")
 
 
 class _Factor:
@@ -52,7 +44,7 @@ class _Factor:
 
 
 class SparseMoE(nn.Module):
-    """A sparse mixture of MLPs, a drop-in for `timm.layers.Mlp`.
+    """A sparse mixture of MLPs, a drop-in for `timm.layers.Mlp`, whose arguments come first.
 
     Args:
         in_features: D.
@@ -105,14 +97,9 @@ class SparseMoE(nn.Module):
         self.losses = AuxiliaryLosses.from_settings(config, modalities)
         self.router = ROUTERS[config.router](in_features, config, **factory)
         hidden_features = config.expert_width or hidden_features or in_features
-        mlp = {
-            "out_features": self.out_features,
-            "act_layer": act_layer,
-            "bias": bias,
-            "drop": drop if config.expert_drop is None else config.expert_drop,
-            "kind": config.expert_mlp,
-            **factory,
-        }
+        drop = drop if config.expert_drop is None else config.expert_drop
+        mlp = {"out_features": out_features, "act_layer": act_layer, "bias": bias, "drop": drop, **factory}
+        mlp["kind"] = config.expert_mlp
         self.experts = Experts(
             self.num_experts, in_features, hidden_features, norm_layer=norm_layer, backend=config.backend, **mlp
         )
@@ -134,12 +121,9 @@ class SparseMoE(nn.Module):
             modality_BT: index of each token's modality; None: all of the first.
 
         Returns:
-            (..., O), of the tokens' leading shape; zero for a token that every chosen expert dropped (with shared
-            experts, what they give).
+            (..., O), zero for a token that every chosen expert dropped (with shared experts, what they give).
 
-        Raises:
-            ValueError: the tokens have another width, or mask or modality do not fit them.
-            RuntimeError: under torch.jit.trace.
+        Raises ValueError if the tokens have another width, or mask or modality do not fit them.
         """
         tokens = self._group(x_BTD, mask_BT, modality_BT)
         assignment = self.router(tokens, self._capacity(), self.batch_priority)

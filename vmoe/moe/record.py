@@ -29,8 +29,8 @@ class LayerRouting:
     Attributes:
         routing: the gate's decisions.
         expert_index: (G, N, K) chosen experts, best first; all of them (K = E) where experts or slots choose.
-        combine_weights: (G, N, K) their weights (with the noise, in training); zero for experts that did not take the
-            token. Without a gradient where experts or slots choose.
+        combine_weights: (G, N, K) their weights (with the noise, in training); where experts or slots choose without a
+            gradient, and zero for experts that did not take the token.
         kept: (G, N, K) bool, the expert had capacity for the token.
         mask: (G, N) bool, False for padding.
         modality: (G, N) index into `modalities`, or None where there is only the first of them.
@@ -76,11 +76,6 @@ class LayerRouting:
     @cached_property
     def _weighted(self) -> dict[str, Tensor]:
         return self._compute(weighted=True)
-
-    @property
-    def is_weighted(self) -> bool:
-        """One of the losses has a weight."""
-        return len(self._weighted) > 1
 
     @property
     def auxiliary_loss(self) -> Tensor:
@@ -174,11 +169,7 @@ def statistics_of(counts: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class RoutingRecord:
-    """What `record_routing` yields.
-
-    Attributes:
-        calls: [(layer name, LayerRouting)] of every call inside the block, in order.
-    """
+    """What `record_routing` yields; `calls` lists (layer name, LayerRouting) of every call inside the block."""
 
     def __init__(self, model: nn.Module) -> None:
         model = unwrap(model)
@@ -203,11 +194,9 @@ class RoutingRecord:
     def auxiliary_loss(self) -> Tensor:
         """Weighted auxiliary losses, summed over all calls of the layers; a differentiable scalar, zero without layers.
 
-        Layers with `auxiliary_loss="attach"` count without a gradient, since they add it themselves.
-
-        Raises:
-            RuntimeError: a gradient is expected and cannot be had: no sparse layer ran inside the block though the
-                model has some, or a layer whose gate learns ran without gradients.
+        Layers with `auxiliary_loss="attach"` count without a gradient, since they add it themselves. RuntimeError: a
+        gradient is expected and cannot be had, because no sparse layer of the model ran inside the block, or one whose
+        gate learns ran without gradients.
         """
         expected = torch.is_grad_enabled()
         if not self.calls:
@@ -219,7 +208,8 @@ class RoutingRecord:
             return torch.zeros(())
         losses = []
         for name, routing in self.calls:
-            if expected and routing.is_weighted and routing.learns and not routing.gates.requires_grad:
+            weighted = len(routing._weighted) > 1  # beside their sum
+            if expected and weighted and routing.learns and not routing.gates.requires_grad:
                 raise RuntimeError(
                     f"the auxiliary loss of {name} has no gradient, because its forward pass ran under torch.no_grad() "
                     "or in re-entrant activation checkpointing: use checkpoint(..., use_reentrant=False), or read "

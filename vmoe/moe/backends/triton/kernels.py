@@ -36,8 +36,8 @@ def block_rows(num_rows: int, num_experts: int) -> int:
 def tile_table(count_E: Tensor, num_rows: int, block_m: int) -> Tensor:
     """Tiles that cover all rows: (T, 3) int32, the expert of each, its first row and the end of its expert's rows.
 
-    T is the most there can be. Rows beyond the counts belong to an expert E, which gives zeros; a tile that is not
-    needed starts at the end of the rows or behind it.
+    T is the most there can be; a tile that is not needed starts at the end of the rows or behind it. Rows beyond the
+    counts belong to an expert E, which gives zeros.
     """
     E = count_E.shape[0]
     count_E1 = torch.cat([count_E, (num_rows - count_E.sum()).view(1)])
@@ -198,14 +198,12 @@ def grouped_linear(
     Args:
         x_RI: rows; they and `w_EOI` may have any strides, all else is contiguous.
         w_EOI: weights; on the way back those of the layer after the activation, transposed.
-        b_EO: biases.
         slope_of_RO: on the way back, what the activation saw: y_r = x_r · w_eᵀ times the activation's slope there.
         tile_T3: from `tile_table`, of the rows in tiles of `block_m`.
         activation: "none" or one of those of `_activate`.
-        keep_hidden: give h as well, the values before the activation; on the way back activation(slope_of).
+        keep_hidden: give the values before the activation as well (else (0, O)); on the way back activation(slope_of).
 
-    Returns:
-        y (R, O) and h (R, O), or (0, O) without `keep_hidden`; rows beyond the counts are zero.
+    Returns two (R, O); rows beyond the counts are zero.
     """
     (E, O, I), R, T = w_EOI.shape, x_RI.shape[0], tile_T3.shape[0]
     y_RO, h_RO = x_RI.new_empty(R, O), x_RI.new_empty(R if keep_hidden else 0, O)
@@ -227,11 +225,7 @@ def _(x_RI, w_EOI, b_EO, slope_of_RO, tile_T3, block_m, activation, keep_hidden)
 
 @torch.library.custom_op("vmoe::grouped_weight_gradient", mutates_args=())
 def grouped_weight_gradient(g_RO: Tensor, x_RI: Tensor, end_E: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
-    """Sums over each expert's rows: of g_r ⊗ x_r, (E, O, I), and of g_r, (E, O), or (0, O) without `bias`.
-
-    Args:
-        end_E: int32, the end of each expert's rows.
-    """
+    """Sums over each expert's rows, which end at `end_E` (int32): of g_r ⊗ x_r, and of g_r, (0, O) without `bias`."""
     E, O, I = end_E.shape[0], g_RO.shape[1], x_RI.shape[1]
     grad_w_EOI, grad_b_EO = g_RO.new_empty(E, O, I), g_RO.new_empty(E if bias else 0, O)
     launch = options(g_RO.dtype)
