@@ -65,14 +65,50 @@ def switch_loss(layer: SparseMoE, x: torch.Tensor) -> torch.Tensor:
     return E * (share * p.mean(0)).sum()
 
 
-def test_vmoe():
-    layer, x = preset_layer("vmoe"), tokens()
+def softmax_first(logits, chosen):
+    return logits.softmax(-1)[chosen]  # the weights do not sum to one
+
+
+def softmax_of_the_chosen(logits, chosen):
+    return logits[chosen].softmax(-1)
+
+
+def normalised(logits, chosen):
+    p = logits.softmax(-1)[chosen]
+    return p / p.norm(p=1)
+
+
+def importance(layer, x):
+    return squared_cv(logits_of(layer, x).softmax(-1).sum(0))
+
+
+def switch_and_z_loss(layer, x):  # eq. 5 of ST-MoE
+    return switch_loss(layer, x) + 0.1 * logits_of(layer, x).exp().sum(-1).log().square().mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "K", "weights", "loss_weight", "loss", "act"),
+    [
+        ("vmoe", 2, softmax_first, 0.005, importance, None),
+        ("switch", 1, softmax_first, 0.01, switch_loss, None),
+        ("gshard", 2, normalised, 0.01, switch_loss, None),
+        ("glam", 2, normalised, 0.01, switch_loss, None),
+        ("st_moe", 2, normalised, 0.01, switch_and_z_loss, torch.nn.GELU),
+        ("mixtral", 2, softmax_of_the_chosen, 0.01, switch_loss, torch.nn.SiLU),
+        ("dbrx", 4, normalised, 0.05, switch_loss, torch.nn.SiLU),
+    ],
+)
+def test_outputs_and_losses(name, K, weights, loss_weight, loss, act):
+    layer, x = preset_layer(name), tokens()
     y, routing = run(layer, x)
-    for n in range(N):
-        p = logits_of(layer, x)[n].softmax(-1)  # softmax first, then the choice; the weights do not sum to one
-        torch.testing.assert_close(y[n], sum(p[e] * expert(layer, e, x[0, n]) for e in top(p, 2)))
-    importance = squared_cv(logits_of(layer, x).softmax(-1).sum(0))
-    torch.testing.assert_close(routing.auxiliary_loss, 0.005 * importance)
+    for n, logits in enumerate(logits_of(layer, x)):
+        chosen = top(logits, K)
+        expected = sum(w * expert(layer, e, x[0, n]) for w, e in zip(weights(logits, chosen), chosen))
+        torch.testing.assert_close(y[n], expected)
+    torch.testing.assert_close(routing.auxiliary_loss, loss_weight * loss(layer, x))
+    assert layer.num_experts == (16 if name == "dbrx" else 8)
+    assert layer.experts.gated == (act is not None)
+    assert act is None or isinstance(layer.experts.act, act)
 
 
 def test_vmoe_load_loss():
@@ -89,15 +125,6 @@ def test_vmoe_load_loss():
     assert 0.05 < (noisy - clean).std() < 0.2
 
 
-def test_switch():
-    layer, x = preset_layer("switch"), tokens()
-    y, routing = run(layer, x)
-    for n in range(N):
-        p = logits_of(layer, x)[n].softmax(-1)
-        torch.testing.assert_close(y[n], p.max() * expert(layer, int(p.argmax()), x[0, n]))
-    torch.testing.assert_close(routing.auxiliary_loss, 0.01 * switch_loss(layer, x))
-
-
 def test_switch_jitter_reaches_the_gate_alone():
     layer, x = preset_layer("switch", train=True, capacity_factor=None), tokens()
     y, routing = run(layer, x)
@@ -107,24 +134,6 @@ def test_switch_jitter_reaches_the_gate_alone():
     for n in range(N):
         e = int(routing.expert_index[0, n, 0])
         torch.testing.assert_close(y[n], routing.gates[0, n, e] * expert(layer, e, x[0, n]))
-
-
-@pytest.mark.parametrize("name", ["gshard", "glam", "st_moe"])
-def test_top_2_with_normalised_weights(name):
-    layer, x = preset_layer(name), tokens()
-    y, routing = run(layer, x)
-    for n in range(N):
-        p = logits_of(layer, x)[n].softmax(-1)
-        first, second = top(p, 2)
-        total = p[first] + p[second]
-        expected = (p[first] * expert(layer, first, x[0, n]) + p[second] * expert(layer, second, x[0, n])) / total
-        torch.testing.assert_close(y[n], expected)
-    expected = 0.01 * switch_loss(layer, x)
-    if name == "st_moe":  # eq. 5 of its paper
-        expected = expected + 0.001 * logits_of(layer, x).exp().sum(-1).log().square().mean()
-        assert isinstance(layer.experts.act, torch.nn.GELU)
-        assert layer.experts.gated
-    torch.testing.assert_close(routing.auxiliary_loss, expected)
 
 
 @pytest.mark.parametrize(("name", "threshold"), [("gshard", 0.5), ("glam", 0.5), ("st_moe", 0.2)])
@@ -170,32 +179,12 @@ def test_noisy_topk_starts_without_signal():
     assert not layer.router.noise_weight.any()
 
 
-def test_mixtral():
-    layer, x = preset_layer("mixtral"), tokens()
-    y, _ = run(layer, x)
-    for n in range(N):
-        logits = logits_of(layer, x)[n]
-        chosen = top(logits, 2)
-        weights = logits[chosen].softmax(-1)  # over the chosen two alone
-        torch.testing.assert_close(y[n], sum(w * expert(layer, e, x[0, n]) for w, e in zip(weights, chosen)))
-    assert isinstance(layer.experts.act, torch.nn.SiLU)
-    assert layer.experts.gated
-    layer.train()
+def test_mixtral_drops_nothing():
+    layer = preset_layer("mixtral", train=True)
     with torch.no_grad():
         layer.router.weight.zero_()
         layer.router.weight[0] = 1
-    assert run(layer, tokens().abs())[1].kept.all()  # dropless, in training and in the worst case
-
-
-def test_dbrx():
-    layer, x = preset_layer("dbrx"), tokens()
-    assert layer.num_experts == 16
-    y, _ = run(layer, x)
-    for n in range(N):
-        p = logits_of(layer, x)[n].softmax(-1)
-        chosen = top(p, 4)
-        expected = sum(p[e] / p[chosen].norm(p=1) * expert(layer, e, x[0, n]) for e in chosen)
-        torch.testing.assert_close(y[n], expected)
+    assert run(layer, tokens().abs())[1].kept.all()  # in training and in the worst case
 
 
 def test_deepseek():
