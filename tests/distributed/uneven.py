@@ -16,7 +16,7 @@ from vmoe.distributed.mesh import MeshSize, make_meshes
 from vmoe.distributed.parallelize import parallelize, synchronize_scalars
 from vmoe.moe import SparseMoE
 
-CASES = ("top_1", "top_2_bpr", "dropless", "expert_choice", "soft", "deepseek", "limoe")
+CASES = ("top_2_bpr", "dropless", "expert_choice", "soft", "deepseek", "limoe")
 SIZES = {"uneven": (5, 1), "empty": (6, 0)}
 CPU = torch.device("cpu")
 

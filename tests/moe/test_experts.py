@@ -6,7 +6,6 @@ from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import vmoe
 from vmoe.moe import Experts, SparseMoE
 
 
@@ -169,12 +168,3 @@ def test_layers_of_no_width():
     experts = Experts(3, 8, 0, out_features=6)
     nn.init.ones_(experts.fc2.bias)
     assert torch.equal(experts(torch.randn(5, 8), torch.tensor([2, 0, 3])), torch.ones(5, 6))
-
-
-def test_a_record_names_the_backend():
-    layer = SparseMoE(8, 12, num_experts=3, backend="reference")
-    with vmoe.record_routing(layer) as record:
-        layer(torch.randn(2, 5, 8))
-    assert record.layers[""].backend == "reference"
-    with pytest.raises(ValueError, match=r"backend must be one of .*, got 'fast'"):
-        SparseMoE(8, 12, backend="fast")

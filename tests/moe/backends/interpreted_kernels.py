@@ -129,21 +129,6 @@ def test_the_layer_gives_what_it_gives_without_them(how, tolerance):
         assert (a - b).abs().max() <= tolerance * b.abs().max()
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "reason"),
-    [
-        ({"dtype": torch.float64}, "it has no torch.float64"),
-        ({"act_layer": nn.Tanh}, "it has no Tanh"),
-        ({"norm_layer": nn.LayerNorm}, "a norm between their layers"),
-        ({"expert_mlp": "swiglu"}, "it has no gated experts"),
-    ],
-)
-def test_experts_that_the_kernels_do_not_know_are_an_error(kwargs, reason):
-    layer = SparseMoE(D, H, num_experts=E, backend="triton", **kwargs)
-    with pytest.raises(ValueError, match=reason):
-        layer(torch.randn(3, D, dtype=kwargs.get("dtype")))
-
-
 def test_second_derivatives_are_refused():
     layer = SparseMoE(D, H, num_experts=E, backend="triton")
     x = torch.randn(3, D, requires_grad=True)
