@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from vmoe.distributed.process_group import run_together
+from vmoe.distributed.process_group import SharedError, run_together
 from vmoe.models.manifest import find_problems
 from vmoe.utils.world import world
 
@@ -19,10 +19,8 @@ Result = TypeVar("Result")
 _groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}  # {all processes of the job: the same for messages of ours}
 
 
-class CheckpointError(ValueError):
+class CheckpointError(SharedError):
     """A checkpoint that cannot be written, read, or does not fit; the message is one sentence for the user."""
-
-    shared = True  # see vmoe.distributed.process_group.SharedError
 
 
 class Team:

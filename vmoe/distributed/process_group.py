@@ -27,7 +27,7 @@ COLLECTIVE = re.compile(r"\[\S*[/\\]gloo[/\\]|Gloo connect|NCCL (error|timeout)|
 
 
 class SharedError(ValueError):
-    """An error that all processes raise together, as those with `shared = True`, so that one prints it for all."""
+    """An error that all processes raise together, as others with `shared = True`: one process prints it for all."""
 
     shared = True
 
@@ -116,7 +116,7 @@ def set_timeout(meshes: list[DeviceMesh], timeout: float) -> None:
             set_group_timeout(timedelta(seconds=timeout), group)
 
 
-# --- what the processes tell each other; all of them call these together ---
+# --- all processes call these together ---
 
 
 def wait_for_all() -> None:

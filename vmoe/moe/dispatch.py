@@ -28,11 +28,8 @@ def expert_capacity(
 
     Args:
         num_tokens: S, tokens in the group; 0 for an empty batch, whose capacity is 0. A tensor of numbers: of each.
-        num_experts: E.
-        num_selected_experts: K.
         capacity_factor: C; 1.0 is just enough if the tokens are distributed evenly.
         rounding: "ceil" or "round", before it is raised to the multiple.
-        multiple_of: 1 leaves the number as it is.
 
     Raises:
         ValueError: `capacity_factor` is not positive or rounds to a capacity of 0, or `rounding` is unknown.

@@ -23,7 +23,6 @@ class ExpertChoiceAssignment(Assignment):
     """The tokens that the experts took; rows are sorted by expert, then group, modality and descending gate.
 
     Attributes:
-        routing: the gate's decisions.
         token_R: flat index into (G, N) of each row's token; for a row without one, that of the first real token.
         weight_R: combine weight of each row, differentiable; zero for a row without a token.
         filled_R: bool, the row has a token; None: every row has.
@@ -100,8 +99,7 @@ def choose_tokens(
 
     Args:
         routing: the choice is made from its noisy gates; the combine weights are their entries.
-        capacity: tokens per expert, group and modality: a number, or (G, M) where masks make it differ.
-        max_capacity: the most that `capacity` can be.
+        capacity: tokens per expert, group and modality: a number, or (G, M), at most `max_capacity`.
         members_GMN: True for the real tokens of each modality; None: all tokens, one modality.
         normalize_weights: the weights of a token sum to one.
     """

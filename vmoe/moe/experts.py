@@ -27,10 +27,7 @@ class Mlp(nn.Module):
     Args:
         in_features: D.
         hidden_features: F.
-        out_features: O, by default D.
         act_layer: makes the activation of a plain MLP.
-        bias: biases in both layers.
-        drop: dropout after the activation.
         kind: "mlp", "swiglu" (SiLU) or "geglu" (GELU).
         linear: makes the layers.
     """
@@ -67,9 +64,6 @@ class Experts(Mlp):
     """E MLPs: x -> fc2(norm(drop(act(fc1(x))))), the stacked form of `timm.layers.Mlp`, or gated ones.
 
     Args:
-        num_experts: E.
-        in_features: D.
-        hidden_features: F.
         norm_layer: makes a norm of the hidden activations, given their width; None: no norm.
         backend: what computes them, see `vmoe.moe.backends.select_backend`.
         **kwargs: those of `Mlp`.

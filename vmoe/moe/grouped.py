@@ -38,12 +38,7 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 class GroupedLinear(nn.Module):
-    """E linear layers, each applied to its own run of rows; `weight[e]` is laid out as `nn.Linear.weight`.
-
-    Attributes:
-        weight: (E, O, I).
-        bias: (E, O) or None.
-    """
+    """E linear layers, each applied to its own run of rows: `weight` (E, O, I), `bias` (E, O) or None."""
 
     def __init__(
         self, num_experts: int, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None
@@ -72,13 +67,7 @@ class GroupedLinear(nn.Module):
 
 
 class GroupedLayerNorm(nn.Module):
-    """A layer norm whose weight and bias, (E, F), are each expert's own.
-
-    Args:
-        num_experts: E.
-        like: the norm of one expert; its width, epsilon and kind of parameters are taken over. TypeError if it is not
-            an `nn.LayerNorm` with a learned weight.
-    """
+    """A layer norm whose weight and bias, (E, F), are each expert's own; else as `like`, an `nn.LayerNorm`."""
 
     def __init__(self, num_experts: int, like: nn.Module, device=None, dtype=None) -> None:
         super().__init__()

@@ -12,13 +12,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenGroups:
-    """The tokens of one call of a sparse layer.
+    """The tokens of one call of a sparse layer, zero where there is padding.
 
     Attributes:
-        x_GND: the tokens, zero where there is padding.
         mask_GN: True where the token is real; None: all are.
         modality_GN: index of each token's modality; None: all are of the first.
-        num_modalities: M.
         leading: the shape of the layer's input without its last axis. Its tokens lie row by row in (G, N).
     """
 

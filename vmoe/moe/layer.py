@@ -47,13 +47,8 @@ class SparseMoE(nn.Module):
     """A sparse mixture of MLPs, a drop-in for `timm.layers.Mlp`, whose arguments come first.
 
     Args:
-        in_features: D.
         hidden_features: hidden width of each expert, by default D; the setting `expert_width` wins.
-        out_features: width of the result, by default D.
-        act_layer: makes the experts' activation.
         norm_layer: makes a norm of each expert's hidden activations; None: no norm.
-        bias: biases in the experts.
-        drop: dropout after the activation.
         router_preset: a router that a paper uses, by name (`vmoe.moe.config.PRESETS`); settings given beside it win.
         num_tokens: length of the model's sequences; for router="soft" without `num_slots` or `group_size`.
         modalities: names of the modalities of the input's tokens.

@@ -25,10 +25,6 @@ class WeightOnlyLinear(nn.Module):
     the weights; docs/inference.md compares that with the alternatives. Elsewhere nothing may depend on the number of
     rows, so all weights of the layer are converted in each call, for one grouped matrix multiplication.
 
-    Args:
-        linear: of which the weights are taken; its bias is shared.
-        kind: "int8" or "bfloat16".
-
     Attributes:
         stored: (E, O, I) in the stored type, a buffer.
         scale: (E, O) float32, a buffer; None for bfloat16.

@@ -130,7 +130,7 @@ class LayerRouting:
         return {**self.assignment.statistics(), **{name: loss.detach() for name, loss in losses.items()}}
 
     def tokens(self, grouped: Tensor) -> Tensor:
-        """Brings a (G, N, ...) tensor of this record back to the call's own order, (B, T, ...)."""
+        """A (G, N, ...) tensor of this record in the call's own order, (B, T, ...)."""
         B, T = self.batch_shape
         return grouped.flatten(0, 1)[: B * T].view(B, T, *grouped.shape[2:])
 

@@ -70,17 +70,11 @@ class Routing:
 
 
 class Assignment(ABC):
-    """Which rows the experts compute, and what becomes of the results: what a router returns.
-
-    Attributes:
-        routing: the gate's decisions.
-        count_E: rows of each expert; rows are sorted by expert.
-        max_count: the most rows that an expert can have; None: unknown.
-    """
+    """Which rows the experts compute, and what becomes of the results: what a router returns."""
 
     routing: Routing
-    count_E: Tensor
-    max_count: int | None
+    count_E: Tensor  # rows of each expert; rows are sorted by expert
+    max_count: int | None  # the most rows that an expert can have; None: unknown
 
     @abstractmethod
     def dispatch(self, x_GND: Tensor) -> Tensor:

@@ -27,10 +27,7 @@ GROUP_M = 8
 
 def block_rows(num_rows: int, num_experts: int) -> int:
     """BLOCK_M: rows of a tile, about as many as an expert has, between 16 and `MAX_BLOCK_M`."""
-    block = 16
-    while block < MAX_BLOCK_M and block * num_experts < num_rows:
-        block *= 2
-    return block
+    return min(MAX_BLOCK_M, max(16, triton.next_power_of_2(triton.cdiv(num_rows, num_experts))))
 
 
 def tile_table(count_E: Tensor, num_rows: int, block_m: int) -> Tensor:
