@@ -21,9 +21,9 @@ from vmoe.moe.router import Assignment, TopKRouter
 from vmoe.moe.soft import SoftRouter
 
 ROUTERS = {"top_k": TopKRouter, "expert_choice": ExpertChoiceRouter, "soft": SoftRouter}
+CAPACITY = ("capacity", "capacity_factor", "eval_capacity_factor", "capacity_rounding", "capacity_multiple_of")
 # Settings that may be changed on a layer at any time; the others are built into its parts.
-CHANGEABLE = ("capacity", "capacity_factor", "eval_capacity_factor", "capacity_rounding", "capacity_multiple_of")
-CHANGEABLE += ("batch_priority", "group_size", "auxiliary_loss")
+CHANGEABLE = (*CAPACITY, "batch_priority", "group_size", "auxiliary_loss")
 
 
 class _Factor:
