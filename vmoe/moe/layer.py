@@ -123,8 +123,9 @@ class SparseMoE(nn.Module):
         tokens = self._group(x_BTD, mask_BT, modality_BT)
         assignment = self.router(tokens, self._capacity(), self.batch_priority)
         x_RD = assignment.dispatch(tokens.x_GND)
-        # In evaluation batches differ between processes, so what bounds their rows is unknown.
-        y_RD = self.experts(x_RD, assignment.count_E, assignment.max_count if self.training else None)
+        # Unknown in evaluation, where batches differ between processes.
+        max_count = assignment.max_count if self.training else None
+        y_RD = self.experts(x_RD, assignment.count_E, max_count)
         y_GND = assignment.combine(y_RD)
         if self.shared is not None:
             y_GND = y_GND + tokens.real(self.shared(tokens.x_GND))
