@@ -88,7 +88,7 @@ def test_the_undamaged_file_is_read(tmp_path):
 
 
 def any_file(tmp_path_factory, data) -> None:
-    folder = tmp_path_factory.getbasetemp()
+    folder = tmp_path_factory.mktemp("config")
     content = data.draw(damaged(TEXT, PIECES) | damaged(b"output_dir: x\n", PIECES) | st.binary(max_size=60))
     settings = read(content, folder)
     if isinstance(settings, Settings):
@@ -104,7 +104,7 @@ def any_shipped_config(tmp_path_factory, data) -> None:
 
     files = sorted(file for folder in shipped_config_dirs() for file in folder.rglob("*.yaml"))
     content = data.draw(st.sampled_from(files)).read_bytes()
-    read(data.draw(damaged(content, PIECES)), tmp_path_factory.getbasetemp(), Config)
+    read(data.draw(damaged(content, PIECES)), tmp_path_factory.mktemp("config"), Config)
 
 
 test_any_shipped_config, test_many_shipped_configs = fuzz(any_shipped_config, few=6, many=500)

@@ -1,13 +1,15 @@
 """Reads a configuration for `train.py` and `eval.py`: YAML files, then `--key.sub value` overrides, into a dataclass.
 
-jsonargparse converts the values to their types and writes `--help`; this file adds what a user meets first: shipped
-configs by their bare name, the nearest known key for an unknown one, and errors of one sentence.
+Shipped configs go by their bare name. A mistake is one sentence: an unknown key comes with the nearest known one, a
+value of another type with what to write instead. jsonargparse writes `--help`.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
+import functools
 import itertools
 import json
 import os
@@ -17,17 +19,15 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
-from jsonargparse import ArgumentError, ArgumentParser, set_loader
+from jsonargparse import ArgumentParser
 from yaml import YAMLError
 
 from vmoe.utils.files import UnsafeYaml, parse_yaml, read_yaml
 from vmoe.utils.printable import printable
 
 ConfigT = TypeVar("ConfigT")
-_UNIONS = (typing.Union, types.UnionType)
-set_loader("settings", parse_yaml, exceptions=(YAMLError, ValueError))  # how jsonargparse reads a text as a value
 
 
 class ConfigError(ValueError):
@@ -37,9 +37,8 @@ class ConfigError(ValueError):
 def shipped_config_dirs() -> list[Path]:
     """Folders of the configs that come with vmoe: inside an installed wheel, or beside the package in a checkout."""
     package = Path(__file__).resolve().parents[1]
-    candidates = [package / "configs"]
-    if (package.parent / "pyproject.toml").is_file():  # a checkout; else this would be some site-packages/configs
-        candidates.append(package.parent / "configs")
+    in_checkout = (package.parent / "pyproject.toml").is_file()  # else this would be some site-packages/configs
+    candidates = [package / "configs", *([package.parent / "configs"] if in_checkout else [])]
     return [folder for folder in candidates if folder.is_dir()]
 
 
@@ -58,11 +57,11 @@ def find_config(name: str, folder: str = "") -> Path:
     for path in (Path(name), *(root / folder / f"{bare}.yaml" for root in shipped_config_dirs())):
         if os.path.isfile(path):  # unlike Path.is_file, false for a name that no file can have
             return path
-    shipped = {path.stem for root in shipped_config_dirs() for path in (root / folder).glob("*.yaml")}
-    nearest = difflib.get_close_matches(Path(bare).name, sorted(shipped), n=1)
+    shipped = sorted({path.stem for root in shipped_config_dirs() for path in (root / folder).glob("*.yaml")})
+    nearest = difflib.get_close_matches(Path(bare).name, shipped, n=1)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     raise ConfigError(
-        f"--config {printable(name)}: no such file; {hint}shipped configs: {', '.join(sorted(shipped)) or 'none'}"
+        f"--config {printable(name)}: no such file; {hint}shipped configs: {', '.join(shipped) or 'none'}"
     )
 
 
@@ -87,8 +86,7 @@ def read_config(
 ) -> ConfigT:
     """Builds a configuration from `--config FILE` (repeatable, later files win) and `--key.sub value` overrides.
 
-    Overrides win over files wherever they stand. Free-form settings must be declared `dict[str, Any]`, not `dict`, so
-    that their values are read as YAML (`--model.kwargs.num_experts 4` gives an int).
+    Overrides win over files wherever they stand. Free-form settings must be declared `dict[str, Any]`, not `dict`.
 
     Args:
         config_class: dataclass of the configuration (nested dataclasses are sections).
@@ -101,26 +99,23 @@ def read_config(
         SystemExit: code 0 after `--help`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, parser_mode="settings")
-    parser.add_argument("--config", help="YAML file with settings, or the bare name of a shipped config.")
-    parser.add_class_arguments(config_class)
     if "--help" in argv or "-h" in argv:
-        parser.parse_args(["--help"])
+        _print_help(config_class, prog, description)
     arguments = list(_key_values(argv))
-    settings: dict[str, Any] = {}
-    for name in (value for key, value in arguments if key == "config"):
-        file = find_config(name, folder)
-        content = read_settings_file(file)
-        _check_keys(content, config_class, where=str(file))
-        _merge(settings, content, config_class)
+    files = [find_config(name, folder) for key, name in arguments if key == "config"]
+    trees = [(str(file), read_settings_file(file), 0) for file in files]
     for key, text in arguments:
         if key != "config":
-            _override(settings, key, text, config_class)
+            trees.append(("command line", _tree_of(key, text, config_class), key.count(".") + 1))
+    settings: dict[str, Any] = {}
     try:
-        return _build(config_class, parser.parse_object(settings).as_dict())
-    except ArgumentError as error:
-        raise ConfigError(printable(_one_sentence(error, settings, config_class))) from None
-    except ValueError as error:  # the dataclasses' own checks
+        for where, tree, depth in trees:
+            try:
+                _merge(settings, _converted_section(tree, config_class), config_class, depth)
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {error}") from None
+        return _build(config_class, settings)
+    except ValueError as error:  # also of the dataclasses' own checks
         raise ConfigError(printable(error)) from None
 
 
@@ -149,9 +144,18 @@ def check_types(settings: Any, prefix: str = "") -> None:
     Raises:
         ConfigError: the first value that is not of its setting's type.
     """
-    for name, annotation, value in _walk(vars(settings), type(settings), prefix):
-        if annotation is not None and not _fits(value, annotation):
-            raise ConfigError(_wrong_type(name, annotation, value, repr(value)))
+    _converted_section(settings, type(settings), prefix)
+
+
+def _print_help(config_class: type, prog: str, description: str) -> NoReturn:
+    parser = ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--config", help="YAML file with settings, or the bare name of a shipped config.")
+    parser.add_class_arguments(config_class)
+    for action in parser._actions:  # jsonargparse's forms that are not read here: files of sections, lists by --key+
+        action.option_strings = [option for option in action.option_strings if not option.endswith("+")]
+        if type(action).__name__.startswith("_Action"):
+            action.help = argparse.SUPPRESS
+    parser.parse_args(["--help"])
 
 
 # --- from arguments and files to a tree of settings ------------------------------------------------------------------
@@ -171,87 +175,63 @@ def _key_values(argv: list[str]) -> Iterator[tuple[str, str]]:
         yield key, value
 
 
-def _override(settings: dict[str, Any], key: str, text: str, config_class: type) -> None:
-    """Sets the value of one command-line argument in the tree of settings."""
+def _tree_of(key: str, text: str, config_class: type) -> dict[str, Any]:
+    """The setting of one command-line argument as a file would have it."""
     shown = printable(f"command line: --{key} {text}"[:300])
     if any("\ud800" <= character <= "\udfff" for character in key + text):  # what a byte that is no UTF-8 comes as
         raise ConfigError(f"{shown}: not UTF-8; use characters that are")
+    names = key.split(".")
+    annotation = functools.reduce(_inside, names, config_class)
+    if annotation is None:
+        raise ConfigError(f"command line: {_unknown(key, config_class)}")
     try:
         value = parse_yaml(text)
     except UnsafeYaml as error:
         raise ConfigError(f"{shown}: {error.problem}") from None
     except (YAMLError, ValueError):
         value = text
-    *sections, last = key.split(".")
-    tree = {last: value}
-    for name in reversed(sections):
-        tree = {name: tree}
-    _check_keys(tree, config_class, where="command line")
-    annotation: Any = config_class
-    for name in (*sections, last):  # None below a free-form setting
-        section = _section(annotation)
-        if section is None and annotation is not None and dict not in map(typing.get_origin, _members(annotation)):
-            raise _unknown(key, config_class, "command line")
-        annotation = _fields(section).get(name) if section is not None else None
-    if _section(annotation) is not None:
-        _merge(settings, tree, config_class)
-        return
-    for name in sections:
-        if not isinstance(settings.get(name), dict):
-            settings[name] = {}
-        settings = settings[name]
-    # jsonargparse reads a text as the setting's type; a dictionary may get further keys by later arguments.
-    settings[last] = value if annotation is None or isinstance(value, dict) else text
+    kinds = {typing.get_origin(member) or member for member in _members(annotation)}
+    if str in kinds and type(value) not in kinds - {str}:
+        value = text  # as the shell gives it, with quotation marks
+    return functools.reduce(lambda tree, name: {name: tree}, reversed(names), value)
 
 
-def _parsed(text: str) -> Any:
-    """The number, list, ... that a text stands for in YAML; the text itself if it stands for none."""
-    try:
-        return parse_yaml(text)
-    except (YAMLError, ValueError):
-        return text
-
-
-def _merge(settings: dict[str, Any], update: dict[str, Any], config_class: type) -> None:
-    """Puts `update` over the settings, section by section; other values are replaced."""
+def _merge(settings: dict[str, Any], update: dict[str, Any], config_class: type | None, depth: int) -> None:
+    """Puts `update` over the settings: sections, and dictionaries of the first levels, by key; other values whole."""
     for name, value in update.items():
-        section = _section(_fields(config_class)[name])
-        if section is not None and isinstance(value, dict) and isinstance(settings.get(name), dict):
-            _merge(settings[name], value, section)
+        section = _section(_inside(config_class, name))
+        both = isinstance(value, dict) and isinstance(settings.get(name), dict)
+        if both and (section is not None or depth > 1):
+            _merge(settings[name], value, section, depth - 1)
         else:
             settings[name] = value
 
 
 def _build(config_class: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
-    """The dataclass from nested, already checked settings."""
+    """The dataclass from nested settings that are converted already."""
+    required = (one.name for one in dataclasses.fields(config_class) if one.default is one.default_factory)
+    missing = [name for name in required if name not in settings]
+    if missing:
+        names = ", ".join(missing)
+        raise ConfigError(f"missing setting {names}: give it in the config file or as --{missing[0]} VALUE")
     values = {}
-    for name, annotation in _fields(config_class).items():
-        section = _section(annotation)
-        value = settings[name]
+    for name, value in settings.items():
+        section = _section(_fields(config_class)[name])
         values[name] = _build(section, value) if section is not None and value is not None else value
     return config_class(**values)
 
 
-def _check_keys(settings: dict[str, Any], config_class: type, where: str) -> None:
-    """Raises ConfigError on the first key that the dataclass does not have, and on a section that is none."""
-    for name, annotation, value in _walk(settings, config_class):
-        if annotation is None:
-            raise _unknown(name, config_class, where)
-        if _section(annotation) is not None and not _fits(value, annotation):
-            raise ConfigError(f"{where}: {_wrong_type(name, annotation, value, str(value))}")
-
-
-def _unknown(key: str, config_class: type, where: str) -> ConfigError:
-    """The error for an unknown key, with the nearest known one."""
-    known = list(_known_keys(config_class))
+def _unknown(key: str, config_class: type, prefix: str = "") -> str:
+    """What to say of an unknown key, with the nearest of the dataclass's."""
+    known = list(_known_keys(config_class, prefix))
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if not nearest:  # right name in the wrong section
         nearest = [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]][:1]
     hint = f"the nearest known key is {nearest[0]!r}" if nearest else "`--help` lists all keys"
-    return ConfigError(f"{where}: unknown key {printable(key)!r}; {hint}")
+    return f"unknown key {printable(key)!r}; {hint}"
 
 
-def _known_keys(config_class: type, prefix: str = "") -> Iterator[str]:
+def _known_keys(config_class: type, prefix: str) -> Iterator[str]:
     """All dotted keys, sections included."""
     for name, annotation in _fields(config_class).items():
         yield prefix + name
@@ -262,7 +242,11 @@ def _known_keys(config_class: type, prefix: str = "") -> Iterator[str]:
 
 # --- types -----------------------------------------------------------------------------------------------------------
 
+# A path serves as text, an integer as float.
+_INSTANCES = {int: Integral, float: Real, str: (str, os.PathLike), dict: Mapping}
 
+
+@functools.cache
 def _fields(config_class: type) -> dict[str, Any]:
     """{name: type} of the settings of a dataclass."""
     hints = typing.get_type_hints(config_class)
@@ -271,7 +255,8 @@ def _fields(config_class: type) -> dict[str, Any]:
 
 def _members(annotation: Any) -> tuple[Any, ...]:
     """The types of a union; of another type itself."""
-    return typing.get_args(annotation) if typing.get_origin(annotation) in _UNIONS else (annotation,)
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if is_union else (annotation,)
 
 
 def _section(annotation: Any) -> type | None:
@@ -279,100 +264,70 @@ def _section(annotation: Any) -> type | None:
     return next((member for member in _members(annotation) if dataclasses.is_dataclass(member)), None)
 
 
-def _listed_section(annotation: Any) -> type | None:
-    """The dataclass of a list's entries (`list[Sub]`, `list[Sub] | None`), else None."""
-    lists = (member for member in _members(annotation) if typing.get_origin(member) is list)
-    return next((_section(typing.get_args(member)[0]) for member in lists), None)
+def _inside(annotation: Any, name: str) -> Any:
+    """The type of a key in a setting: of a section's field, Any in a free-form setting; None: there is no such key."""
+    section = _section(annotation)
+    if section is not None:
+        return _fields(section).get(name)
+    return Any if annotation is Any or dict in map(typing.get_origin, _members(annotation)) else None
 
 
-def _walk(values: Mapping[str, Any], config_class: type, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name, type, value) of each setting in a tree; the type is None if there is no such setting."""
+def _converted_section(settings: Any, config_class: type, prefix: str = "") -> dict[str, Any]:
+    """Settings (a dictionary, or the dataclass itself) with values as their types have them; raises ConfigError."""
     fields = _fields(config_class)
-    for name, value in values.items():
-        annotation = fields.get(name)
-        section, listed = _section(annotation), _listed_section(annotation)
-        if section is not None and isinstance(value, (dict, section)):
-            yield from _walk(value if isinstance(value, dict) else vars(value), section, f"{prefix}{name}.")
-            continue
-        yield f"{prefix}{name}", annotation, value
-        for number, entry in enumerate(value if listed is not None and isinstance(value, list) else []):
-            if isinstance(entry, dict):
-                yield from _walk(entry, listed, f"{prefix}{name}[{number}].")
+    if not isinstance(settings, dict):
+        settings = {name: getattr(settings, name) for name in fields}
+    for name in settings:
+        if name not in fields:
+            raise ConfigError(_unknown(f"{prefix}{name}", config_class, prefix))
+    return {name: _converted(f"{prefix}{name}", value, fields[name]) for name, value in settings.items()}
 
 
-def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a value is of a setting's type; a path serves as text, an integer as float, a tuple as list."""
-    if typing.get_origin(annotation) in _UNIONS:
-        return any(_fits(value, member) for member in typing.get_args(annotation))
-    kind, entries = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
-    if kind in (list, tuple):
-        same_length = kind is list or len(value) == len(entries) if isinstance(value, (list, tuple)) else False
-        return same_length and all(_fits(each, entry) for each, entry in zip(value, itertools.cycle(entries)))
-    if kind is Literal:
-        return any(value == entry for entry in entries)
-    if kind is Any or dataclasses.is_dataclass(kind):  # sources of a mixture may be dictionaries
-        return kind is Any or isinstance(value, (kind, dict))
-    number = {int: Integral, float: Real}.get(kind)
-    if number is not None:
-        return isinstance(value, number) and not isinstance(value, bool)
-    return isinstance(value, {str: (str, os.PathLike), dict: Mapping}.get(kind, kind))
-
-
-# --- errors ----------------------------------------------------------------------------------------------------------
-
-
-def _one_sentence(error: ArgumentError, settings: dict[str, Any], config_class: type) -> str:
-    """`key must be TYPE, got VALUE; REMEDY` instead of jsonargparse's message of several lines."""
-    text = " ".join(str(error).split())
-    names = text.partition("arguments are required:")[2].strip()
-    if names:
-        first = names.split(",")[0].strip()
-        return f"missing setting {names}: give it in the config file or as --{first} VALUE"
-    for name, annotation, value in _walk(settings, config_class):
-        meant = _parsed(value) if isinstance(value, str) else value
-        if not _fits(meant, annotation):
-            return _wrong_type(name, annotation, meant, str(value))
-    return text
-
-
-def _wrong_type(name: str, annotation: Any, value: Any, shown: str) -> str:
-    """The message for a value of another type than its setting's, with what to write instead where that is known."""
-    remedy = _remedy(_members(annotation), value)
-    if name.endswith("path") and isinstance(value, (list, tuple)):
-        remedy = "give one path; several data sets are a mixture, and shards may be joined by '::'"
-    return f"{name} must be {_type_name(annotation)}, got {printable(shown)}{remedy and f'; {printable(remedy)}'}"
-
-
-def _remedy(members: tuple[Any, ...], value: Any) -> str:
-    """What to write instead of a value that is of none of a setting's types; "" if that is not known."""
-    if value is None:
-        return "leave it out for its default"
-    for member in members:
+def _converted(name: str, value: Any, annotation: Any) -> Any:
+    """A value as its type has it: sections with converted values, a list as tuple, an integer as float."""
+    for member in _members(annotation):
         kind, entries = typing.get_origin(member) or member, typing.get_args(member)
-        if kind is tuple:
-            return f"write a list of {len(entries)} values"
-        if kind is list and _section(entries[0]) is not None:
-            return "write a list of sections"
-        if kind is list and not isinstance(value, (list, tuple)):
-            return f"write a list, as in {json.dumps([str(value)]) if entries[0] is str else f'[{value}]'}"
-        if kind is dict and not isinstance(value, dict):
-            return "write settings, as in {key: value}"
-    if isinstance(value, (list, tuple)):
-        return "give one value, not a list" if not any(typing.get_origin(member) is list for member in members) else ""
-    if type(None) in members and str(value).lower() in ("none", "off", "no", "false", "never", ""):
-        return "write null for none"
-    if int in members and isinstance(value, float) and value.is_integer():
-        return f"write {int(value)}"
-    if bool in members:
-        return "write true or false"
-    return "leave the quotation marks out" if isinstance(value, str) and _fits(_parsed(value), float) else ""
+        if dataclasses.is_dataclass(kind):
+            if isinstance(value, (dict, kind)):
+                return _converted_section(value, kind, f"{name}.")
+        elif kind in (list, tuple):
+            if isinstance(value, (list, tuple)) and (kind is list or len(value) == len(entries)):
+                pairs = zip(value, itertools.cycle(entries))
+                return kind(_converted(f"{name}[{number}]", *pair) for number, pair in enumerate(pairs))
+        elif kind in (Any, Literal):
+            if kind is Any or value in entries:
+                return value
+        elif isinstance(value, _INSTANCES.get(kind, kind)) and (kind is bool or not isinstance(value, bool)):
+            return float(value) if kind is float and isinstance(value, int) else value
+    shown = f"{name} must be {_type_name(annotation)}, got {printable(repr(value))}"
+    remedy = _remedy(name, _members(annotation), value)
+    raise ConfigError(f"{shown}; {printable(remedy)}" if remedy else shown)
 
 
 def _type_name(annotation: Any) -> str:
     """A setting's type as written in its dataclass."""
-    subsection = _section(annotation)
-    if subsection is not None:
-        return f"a section with the keys {', '.join(_fields(subsection))}"
-    if isinstance(annotation, type) and not typing.get_args(annotation):
-        return annotation.__name__
-    return str(annotation).replace("typing.", "")
+    if section := _section(annotation):
+        return f"a section with the keys {', '.join(_fields(section))}"
+    return annotation.__name__ if type(annotation) is type else str(annotation).replace("typing.", "")
+
+
+def _remedy(name: str, members: tuple[Any, ...], value: Any) -> str:
+    """What to write instead of a value that is of none of a setting's types; "" if that is not known."""
+    if value is None:
+        return "leave it out for its default"
+    kinds = {typing.get_origin(member) or member: typing.get_args(member) for member in members}
+    if tuple in kinds:
+        return f"write a list of {len(kinds[tuple])} values"
+    if isinstance(value, (list, tuple)) and list not in kinds and dict not in kinds:
+        several = "several data sets are a mixture, and shards may be joined by '::'"
+        return f"give one path; {several}" if name.endswith("path") else "give one value, not a list"
+    if list in kinds and not isinstance(value, (list, tuple)):
+        entry = json.dumps(str(value)) if kinds[list][0] is str else value
+        return "write a list of sections" if _section(kinds[list][0]) else f"write a list, as in [{entry}]"
+    if dict in kinds:
+        return "write settings, as in {key: value}"
+    if type(None) in kinds and str(value).lower() in ("none", "off", "no", "false", "never", ""):
+        return "write null for none"
+    if int in kinds and isinstance(value, float) and value.is_integer():
+        return f"write {int(value)}"
+    return "leave the quotation marks out" if isinstance(value, str) and {int, float} & kinds.keys() else ""
