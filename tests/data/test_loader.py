@@ -19,7 +19,8 @@ from vmoe.data import (
     eval_loader,
     train_loader,
 )
-from vmoe.data.loader import _warn_of_workers, own_cores
+from vmoe.data.loader import own_cores
+from vmoe.data.texts import warn_once
 
 from .conftest import PREPROCESS, Images, tokenize
 
@@ -258,7 +259,7 @@ def test_a_reader_can_be_sent_to_a_worker():
 
 def test_too_many_workers_are_told_once(caplog, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
-    _warn_of_workers.cache_clear()
+    warn_once.cache_clear()
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")
         for loader in (train(num_workers=2), evaluate(num_workers=2), train(num_workers=2, seed=2)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -9,7 +10,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ from vmoe.data.dataset import ImageDataset
 from vmoe.data.images import BadSample, DataError
 from vmoe.data.sampler import BatchKey
 from vmoe.data.seeding import derive_seed, isolated_randomness, seed_process
-from vmoe.data.texts import Tokenizer, cut_message, cut_rows
+from vmoe.data.texts import Tokenizer, cut_message, cut_rows, warn_once
 from vmoe.data.transforms import Transform
 from vmoe.utils.printable import printable
 from vmoe.utils.world import world
@@ -53,33 +54,21 @@ class Batch(NamedTuple):
     error: str | None = None  # why the data set cannot be read on (an exception would arrive with a traceback)
 
 
+@dataclass(eq=False)
 class BatchReader(Dataset):
-    """Maps a BatchKey to its Batch; a pure function of key and seed, in whichever worker process it runs.
+    """Maps a BatchKey to its Batch; a pure function of key and seed, in whichever worker process it runs."""
 
-    With `replace_bad` another sample replaces a bad one, else it is left out. A vmoe Transform is split, so that images
-    stay bytes for as long as possible.
-    """
+    dataset: ImageDataset
+    transform: Callable[[Image.Image], torch.Tensor]
+    tokenizer: Tokenizer | None
+    seed: int
+    replace_bad: bool  # by another sample; else it is left out
+    _tokens: dict[str, tuple[torch.Tensor, bool]] = field(default_factory=dict)
 
-    def __init__(
-        self,
-        dataset: ImageDataset,
-        transform: Callable[[Image.Image], torch.Tensor],
-        tokenizer: Tokenizer | None,
-        seed: int,
-        replace_bad: bool,
-    ) -> None:
-        if tokenizer is not None and not dataset.has_captions:
-            raise ValueError(
-                f"{type(dataset).__name__} has no captions: training on text needs a data source with captions, "
-                "such as pairs or shards"
-            )
-        self.dataset = dataset
-        self.transform = transform
-        self.tokenizer = tokenizer
-        self.seed = seed
-        self.replace_bad = replace_bad
-        self.normalize_later = isinstance(transform, Transform) and transform.erase is None
-        self._tokens: dict[str, tuple[torch.Tensor, bool]] = {}
+    @property
+    def normalize_later(self) -> bool:
+        """Whether images stay bytes until the main process has the batch."""
+        return isinstance(self.transform, Transform) and self.transform.erase is None
 
     def __getitem__(self, key: BatchKey) -> Batch:
         started = time.perf_counter()
@@ -103,17 +92,17 @@ class BatchReader(Dataset):
         candidate = index
         for attempt in range(1, MAX_REPLACEMENTS + 1):
             try:
-                sample = self.dataset[candidate]
+                image, label, caption, _ = self.dataset[candidate]
             except BadSample as error:
                 bad.append((error.path, error.reason))
-            else:
-                seed_process(derive_seed(self.seed, epoch, index))
-                if self.normalize_later:  # (H, W, 3) uint8; copied once, into the batch
-                    return np.asarray(self.transform.geometry(sample.image)), sample.label, sample.caption
-                return self.transform(sample.image), sample.label, sample.caption
-            if not self.replace_bad:
-                return None
-            candidate = derive_seed(self.seed, epoch, index, attempt) % len(self.dataset)
+                if not self.replace_bad:
+                    return None
+                candidate = derive_seed(self.seed, epoch, index, attempt) % len(self.dataset)
+                continue
+            seed_process(derive_seed(self.seed, epoch, index))
+            if self.normalize_later:  # (H, W, 3) uint8; copied once, into the batch
+                return np.asarray(self.transform.geometry(image)), label, caption
+            return self.transform(image), label, caption
         return None
 
     def _stack(self, samples: list[tuple]) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
@@ -143,19 +132,23 @@ class BatchReader(Dataset):
 class _Loader:
     """What both loaders share: worker processes that read batches, and what happens to a batch that arrives."""
 
-    def __init__(
-        self, reader: BatchReader, config: LoaderConfig, on_bad: str, device: torch.device | str | None
-    ) -> None:
-        self.reader = reader
-        self.config = config
-        self.device = device
+    def __init__(self, reader: BatchReader, config: LoaderConfig, on_bad: str, device: torch.device | str | None):
+        if reader.tokenizer is not None and not reader.dataset.has_captions:
+            raise ValueError(
+                f"{type(reader.dataset).__name__} has no captions: training on text needs a data source with captions, "
+                "such as pairs or shards"
+            )
+        self.reader, self.config, self.device = reader, config, device
         self.fail = on_bad == "fail"
         self.num_cut = 0
 
-    def _read(self, keys: Iterable[BatchKey]) -> Iterator[Batch]:
+    def _start(self, keys: Iterable[BatchKey]) -> Iterator[Batch]:
         """The batches of the keys, in their order; says once if there are more workers than cores."""
         if world()[0] == 0 and self.config.num_workers > own_cores():
-            _warn_of_workers(self.config.num_workers, own_cores())
+            warn_once(
+                f"num_workers is {self.config.num_workers}, more than the CPU cores of this process ({own_cores()}): "
+                f"reading may be slower than with {own_cores()}"
+            )
         with warnings.catch_warnings():  # PyTorch says the same for each loader, twice
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             loader = DataLoader(
@@ -214,8 +207,7 @@ class TrainLoader(_Loader):
     Attributes:
         step: batches handed out so far.
         steps_per_epoch: complete batches in the data set.
-        num_read: samples that this process read for its part, bad ones and replacements included.
-        num_bad: bad samples among these (one that is met twice counts twice).
+        num_read, num_bad: samples that this process read for its part, replacements included, and bad ones among them.
         bad_paths: {path: reason} of the bad samples met by this object.
         num_cut: captions so far that are longer than the tokenizer's context; the first batch with one is logged.
 
@@ -236,21 +228,20 @@ class TrainLoader(_Loader):
         part: tuple[int, int] | None = None,
     ) -> None:
         on_bad = config.on_bad or "replace"
-        self.part = world() if part is None else part
+        rank, processes = self.part = world() if part is None else part
         if on_bad == "skip":
             raise ValueError("on_bad must be replace or fail in training, got skip: batches must be complete")
         if len(dataset) < config.batch_size:
             raise ValueError(
                 f"batch_size {config.batch_size} is more than the data set's {len(dataset)} samples: make it smaller"
             )
-        if config.batch_size % self.part[1]:
+        if config.batch_size % processes:
             raise ValueError(
-                f"batch_size {config.batch_size} is no multiple of the {self.part[1]} processes that share each batch: "
+                f"batch_size {config.batch_size} is no multiple of the {processes} processes that share each batch: "
                 "set data.loader.batch_size to one"
             )
-        reader = BatchReader(dataset, transform, tokenizer, seed, replace_bad=on_bad == "replace")
-        super().__init__(reader, config, on_bad, device)
-        self.seed = seed
+        super().__init__(BatchReader(dataset, transform, tokenizer, seed, on_bad == "replace"), config, on_bad, device)
+        self.rows = slice(*(number * config.batch_size // processes for number in (rank, rank + 1)))
         self.batches = dataset.batches(seed, config.batch_size)
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.step = self.num_read = self.num_bad = 0
@@ -270,7 +261,7 @@ class TrainLoader(_Loader):
 
     def __next__(self) -> dict[str, torch.Tensor]:
         if self._batches is None:
-            self._batches = self._read(self._keys(self.step))
+            self._batches = self._start(self._keys(self.step))
         batch = next(self._batches)
         self.step += 1
         self._check(batch)
@@ -279,12 +270,9 @@ class TrainLoader(_Loader):
 
     def _keys(self, step: int) -> Iterator[BatchKey]:
         """Keys of this process's part of the batches from `step` on, without end."""
-        rank, processes = self.part
-        rows = slice(*(number * self.config.batch_size // processes for number in (rank, rank + 1)))
-        while True:
-            key = self.batches.batch(step)
-            yield BatchKey(key.indices[rows], key.epochs[rows])
-            step += 1
+        for number in itertools.count(step):
+            indices, epochs = self.batches.batch(number)
+            yield BatchKey(indices[self.rows], epochs[self.rows])
 
     def _count(self, batch: Batch) -> None:
         self.num_read += batch.num_read
@@ -309,14 +297,9 @@ class TrainLoader(_Loader):
 
     def state_dict(self) -> dict[str, int]:
         """Position of the batches handed out so far, for any number of processes; the counts are this process's own."""
-        return {
-            "step": self.step,
-            "num_read": self.num_read,
-            "num_bad": self.num_bad,
-            "seed": self.seed,
-            "batch_size": self.config.batch_size,
-            "num_samples": len(self.reader.dataset),
-        }
+        seed, num_samples = self.reader.seed, len(self.reader.dataset)
+        facts = {"seed": seed, "batch_size": self.config.batch_size, "num_samples": num_samples}
+        return {"step": self.step, "num_read": self.num_read, "num_bad": self.num_bad, **facts}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continues exactly behind the batches that `state` counts; ValueError: it is of other data or settings."""
@@ -346,8 +329,7 @@ class EvalLoader(_Loader):
     Attributes:
         indices: of the samples that are read, in this order, by all processes together (default: all).
         num_samples: how many they are.
-        num_skipped: bad samples left out in the current or last pass.
-        skipped_paths: their paths.
+        num_skipped, skipped_paths: bad samples left out in the current or last pass.
         num_cut: captions in that pass that are longer than the tokenizer's context.
     """
 
@@ -363,12 +345,14 @@ class EvalLoader(_Loader):
         on_bad = config.on_bad or "fail"
         if on_bad == "replace":
             raise ValueError("on_bad must be fail or skip in evaluation, got replace: metrics must be of the samples")
-        reader = BatchReader(dataset, transform, tokenizer, seed=0, replace_bad=False)
-        super().__init__(reader, config, on_bad, device)
+        super().__init__(BatchReader(dataset, transform, tokenizer, 0, replace_bad=False), config, on_bad, device)
         self.indices = range(len(dataset)) if indices is None else indices
         self.num_samples = len(self.indices)
-        self.num_skipped = 0
         self.skipped_paths: list[str] = []
+
+    @property
+    def num_skipped(self) -> int:
+        return len(self.skipped_paths)
 
     def __len__(self) -> int:
         """Number of this process's batches (one fewer for each whose samples are all skipped)."""
@@ -381,10 +365,9 @@ class EvalLoader(_Loader):
         return [BatchKey(indices, (0,) * len(indices)) for indices in batches]
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        self.num_skipped, self.skipped_paths, self.num_cut = 0, [], 0
-        for batch in self._read(self._keys()):
+        self.skipped_paths, self.num_cut = [], 0
+        for batch in self._start(self._keys()):
             self._check(batch)
-            self.num_skipped += len(batch.bad)
             for path, reason in batch.bad:
                 self.skipped_paths.append(path)
                 logger.warning("bad sample skipped: %s: %s", printable(path), reason)
@@ -392,7 +375,6 @@ class EvalLoader(_Loader):
                 yield self._finish(batch.tensors)
 
 
-# The names under which the rest of the package makes them.
 train_loader, eval_loader = TrainLoader, EvalLoader
 
 
@@ -400,16 +382,6 @@ def own_cores() -> int:
     """CPU cores for each of the job's processes on this machine, at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-@cache
-def _warn_of_workers(num_workers: int, cores: int) -> None:
-    logger.warning(
-        "num_workers is %d, more than the CPU cores of this process (%d): reading may be slower than with %d",
-        num_workers,
-        cores,
-        cores,
-    )
 
 
 def _leave_signals_to_the_main_process(_worker: int) -> None:
