@@ -13,9 +13,10 @@ from vmoe.data.sources.captions import PairsFile, PairsFolder
 from vmoe.data.sources.emoji import EmojiGroups, EmojiPairs
 from vmoe.data.sources.folder import ImageFolder
 from vmoe.data.sources.huggingface import HuggingFace, ParquetRows
-from vmoe.data.sources.imagenet import ImageNet, ImageNetC, ImageNetFolders, ImageNetReal, ObjectNet
+from vmoe.data.sources.imagenet import ImageNet, ImageNetC, ImageNetFolders, ImageNetReal
 from vmoe.data.sources.karpathy import KarpathyCaptions
 from vmoe.data.sources.mixture import Mixture
+from vmoe.data.sources.objectnet import ObjectNet
 from vmoe.data.sources.torchvision import TorchvisionDataset
 from vmoe.data.sources.webdataset import Shards
 
@@ -47,7 +48,7 @@ def build_dataset(source: SourceConfig) -> ImageDataset:
         ModuleNotFoundError: an emoji data set without the packages of the extra `demo`.
     """
     if source.type not in SOURCES:
-        raise ValueError(f"type of a data source must be one of those in SourceConfig, got {source.type!r}")
+        raise ValueError(f"type of a data source must be one of {', '.join(SOURCES)}, got {source.type!r}")
     dataset = SOURCES[source.type](source)
     dataset.reading = Reading(bool(source.exif_orientation), source.max_pixels or MAX_PIXELS)
     return dataset

@@ -6,7 +6,6 @@ import logging
 import pkgutil
 import shutil
 
-import numpy as np
 import pytest
 from PIL import Image
 from timm.data import ImageNetInfo
@@ -151,28 +150,6 @@ def test_a_flat_validation_set_with_each_kind_of_labels(flat, tmp_path, name, pl
     assert dataset.labels == list(range(999, -1, -1))
     assert dataset[0].path == str(flat / val_name(1))
     assert dataset[0].label == 999
-
-
-def test_the_development_kits_numbers_are_its_own(flat, tmp_path):
-    savemat = pytest.importorskip("scipy.io").savemat
-    kit = tmp_path / "ILSVRC2012_devkit_t12" / "data"
-    kit.mkdir(parents=True)
-    order = np.random.default_rng(0).permutation(1000)  # class number i + 1 is synset order[i]
-    rows = np.zeros(1001, dtype=[("ILSVRC2012_ID", "u2"), ("WNID", object), ("num_children", "u2")])
-    rows["ILSVRC2012_ID"] = np.arange(1, 1002)
-    rows["WNID"] = [SYNSETS[place] for place in order] + ["n00001740"]
-    rows["num_children"][-1] = 2  # an inner node of WordNet, which is no class
-    savemat(kit / "meta.mat", {"synsets": rows})
-    number_of = {SYNSETS[place]: number for number, place in enumerate(order, start=1)}
-    file = kit / "ILSVRC2012_validation_ground_truth.txt"
-    file.write_text("\n".join(str(number_of[synset]) for synset in LABELS.values()))
-    assert build("imagenet", flat, labels_file=str(file)).labels == list(range(999, -1, -1))
-    (tmp_path / "val").symlink_to(flat)
-    assert len(build("imagenet", tmp_path / "val", labels_file=str(file))) == 1000
-    file.write_text("1\n1001\n")
-    assert "line 2: '1001' is no label" in complaint("imagenet", flat, labels_file=str(file))
-    (kit / "meta.mat").unlink()
-    assert "need the development kit's meta.mat beside it" in complaint("imagenet", flat, labels_file=str(file))
 
 
 def test_a_flat_folder_without_labels_says_what_to_do(flat):

@@ -6,22 +6,19 @@ All raise ValueError where the layout is another, a class is missing, or files d
 
 from __future__ import annotations
 
-import csv
 import functools
 import json
 import logging
 import pkgutil
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from PIL import Image
 from timm.data import ImageNetInfo
 
 from vmoe.data.config import SourceConfig
 from vmoe.data.dataset import ImageFiles
-from vmoe.data.images import BadSample, file_errors
+from vmoe.data.images import file_errors
 from vmoe.data.sources.folder import synset_words
 from vmoe.data.sources.folder_layout import TreeReader, read_class_tree
 from vmoe.utils.files import read_json, read_text
@@ -58,39 +55,14 @@ FOLDER/
 │   └── ...
 └── shot_noise/
 """
-OBJECTNET_LAYOUT = """
-objectnet-1.0/
-├── images/
-│   ├── air_freshener/      (313 class folders)
-│   │   ├── 1.png
-│   │   └── ...
-│   └── ...
-└── mappings/
-    ├── folder_to_objectnet_label.json
-    ├── objectnet_to_imagenet_1k.json
-    ├── pytorch_to_imagenet_2012_id.json
-    └── imagenet_to_label_2012_v2
-"""
 # Images in the published sets; another number is pointed out, since results are then not comparable.
 PUBLISHED_SIZES = {
-    "imagenet": 50_000,
-    "imagenet_v2": 10_000,
-    "imagenet_a": 7_500,
-    "imagenet_r": 30_000,
-    "imagenet_sketch": 50_889,
-    "imagenet_real": 46_837,
+    **{"imagenet": 50_000, "imagenet_v2": 10_000, "imagenet_a": 7_500, "imagenet_r": 30_000},
+    **{"imagenet_sketch": 50_889, "imagenet_real": 46_837},
 }
 OTHER_TREES = "for a tree with other classes use data type image_folder"
 # Looked for in this order, in the folder of the images and in the one above.
-DEVKIT_FILE = "ILSVRC2012_validation_ground_truth.txt"
-LABELS_FILES = (
-    "imagenet_2012_validation_synset_labels.txt",
-    "synset_labels.txt",
-    "LOC_val_solution.csv",
-    "val.txt",
-    DEVKIT_FILE,
-    f"ILSVRC2012_devkit_t12/data/{DEVKIT_FILE}",
-)
+LABELS_FILES = ("imagenet_2012_validation_synset_labels.txt", "synset_labels.txt", "LOC_val_solution.csv", "val.txt")
 # The 15 of the benchmark, in the paper's order; the 4 further ones of its download do not count into the mean.
 CORRUPTIONS = (
     "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
@@ -98,7 +70,6 @@ CORRUPTIONS = (
 )  # fmt: skip
 EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 SEVERITIES = (1, 2, 3, 4, 5)
-OBJECTNET_BORDER = 2  # pixels of red, which its authors ask to cut off
 _VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.jpe?g", re.IGNORECASE)
 
 
@@ -200,9 +171,6 @@ class ImageNetC(_ImageNetFiles):
 
     The images were cropped to 224 pixels before they were corrupted: an evaluation takes all of each, as the authors'
     own does.
-
-    Attributes:
-        missing_conditions: those of the benchmark's 75 that are not there; also logged.
     """
 
     crop_pct = 1.0
@@ -231,13 +199,11 @@ class ImageNetC(_ImageNetFiles):
         self.condition_of = [number for number in range(len(self.conditions)) for _ in names]
         self.name_classes(None)
         wanted = [f"{corruption}/{severity}" for corruption in CORRUPTIONS for severity in SEVERITIES]
-        self.missing_conditions = [condition for condition in wanted if condition not in self.conditions]
-        if self.missing_conditions:
-            absent = [corruption for corruption in CORRUPTIONS if corruption not in found]
-            single = [name for name in self.missing_conditions if name.partition("/")[0] in found]
+        missing = [condition for condition in wanted if condition not in self.conditions]
+        if missing:
             logger.warning(
                 "imagenet_c: %d of 75 conditions are missing, so there is no mean corruption error: %s",
-                len(self.missing_conditions), ", ".join(absent + single),
+                len(missing), ", ".join(missing),
             )  # fmt: skip
 
     @staticmethod
@@ -253,49 +219,6 @@ class ImageNetC(_ImageNetFiles):
         condition, position = divmod(index, len(self.names))
         name = f"{self.conditions[condition]}/{self.names[position]}"
         return name, self.root / name
-
-
-class ObjectNet(ImageFiles):
-    """ObjectNet (Barbu et al., NeurIPS 2019): the images of its 113 classes that are ImageNet's, without their border.
-
-    A class's score is the largest of the ImageNet outputs that its own mapping files give it. Images of the other
-    classes are left out; `left_out` says how many.
-    """
-
-    def __init__(self, source: SourceConfig) -> None:
-        tree = TreeReader(source.path, OBJECTNET_LAYOUT)
-        for name in ("images", "mappings"):
-            if not (tree.root / name).is_dir():
-                raise tree.error(f"has no folder {name}")
-        label_file = tree.root / "mappings" / "folder_to_objectnet_label.json"
-        label_of_folder = _read_mapping(label_file, str)
-        columns_of_label = read_objectnet_columns(tree.root / "mappings")
-        evaluated = {folder: label for folder, label in label_of_folder.items() if label in columns_of_label}
-        if lost := sorted(set(columns_of_label) - set(evaluated.values())):
-            raise ValueError(f"{label_file}: has no folder for class {lost[0]!r}")
-        for label, count in Counter(evaluated.values()).items():
-            if count > 1:  # as two classes they would always tie
-                same = [folder for folder, other in evaluated.items() if other == label]
-                raise ValueError(
-                    f"{label_file}: folders {' and '.join(same)} have one class, {label!r}; each must have its own"
-                )
-        folders = tree.folders("images", known=label_of_folder)
-        tree.check_complete(folders, evaluated, "images")
-        kept = sorted(evaluated)
-        names, labels = tree.class_images([f"images/{folder}" for folder in kept])
-        others = sum(len(tree.images(f"images/{folder}")) for folder in set(folders) - set(kept))
-        tree.warn_of_junk()
-        super().__init__(source.path, names, labels)
-        self.classes = [label_of_folder[folder] for folder in kept]
-        self.prompt_names = [name.lower() for name in self.classes]
-        self.class_columns = [columns_of_label[name] for name in self.classes]
-        self.left_out = {"images of classes that ImageNet-1k does not have": others}
-
-    def read(self, path: Path) -> Image.Image:
-        image, border = self.load(path), OBJECTNET_BORDER
-        if min(image.size) <= 2 * border:
-            raise BadSample(str(path), f"{image.width} x {image.height} pixels, nothing is left within its border")
-        return image.crop((border, border, image.width - border, image.height - border))
 
 
 def val_number(name: str) -> int | None:
@@ -349,26 +272,22 @@ def find_val_images(
 def read_val_labels(file: str | Path) -> dict[int, int]:
     """{number of the image: label} from one of the files in which the labels are published.
 
-    Known are: a line per image in their order, with a synset (TensorFlow's imagenet_2012_validation_synset_labels.txt)
-    or, in the development kit's ground truth, the kit's own class number, which meta.mat beside it explains (needs
-    scipy); a line `NAME LABEL` with a synset or a label 0..999 (Caffe's val.txt); and Kaggle's LOC_val_solution.csv.
+    Known are: a synset per line, in the order of the images (TensorFlow's imagenet_2012_validation_synset_labels.txt);
+    a line `NAME LABEL` with a synset or a label 0..999 (Caffe's val.txt); and Kaggle's LOC_val_solution.csv.
 
     Raises:
         ValueError: the file cannot be read, or a line is none of these.
-        ModuleNotFoundError: the development kit's file without scipy.
     """
     file, synsets = Path(file), imagenet_synsets()
     with file_errors(f"labels_file {file}"):
         lines = read_text(file).splitlines()
     label_of = {synset: label for label, synset in enumerate(synsets)}
-    kit = _read_devkit_classes(file) if file.name == DEVKIT_FILE else None
+    numbered = label_of | {str(label): label for label in range(len(synsets))}
     labels: dict[int, int] = {}
     for line, name, text in _label_rows(file, lines):
         where = f"labels_file {file} line {line}"
         number = line if name is None else val_number(name if "." in name else f"{name}.JPEG")
-        label = label_of.get(text if kit is None else kit.get(text, ""))
-        if kit is None and name is not None and re.fullmatch("[0-9]{1,9}", text) and int(text) < len(synsets):
-            label = int(text)
+        label = (label_of if name is None else numbered).get(text)
         if number is None:
             raise ValueError(f"{where}: {name!r} is no name of a validation image")
         if label is None:
@@ -382,42 +301,15 @@ def read_val_labels(file: str | Path) -> dict[int, int]:
 
 def _label_rows(file: Path, lines: list[str]) -> Iterator[tuple[int, str | None, str]]:
     """(line number, image's name or None, text of its label) of each line that is not empty."""
-    if file.suffix.lower() == ".csv":
-        try:
-            rows = list(csv.reader(lines))
-        except csv.Error as error:
-            raise ValueError(f"labels_file {file}: malformed ({error})") from None
-        for line, row in enumerate(rows, start=1):
-            if len(row) < 2 or not row[1].split():
-                raise ValueError(f"labels_file {file} line {line}: needs two columns, ImageId and PredictionString")
-            if line > 1 or row[0] != "ImageId":
-                yield line, row[0], row[1].split()[0]
-        return
+    is_csv = file.suffix.lower() == ".csv"
     for line, text in enumerate(lines, start=1):
-        parts = text.split()
-        if len(parts) > 2:
+        parts = text.replace(",", " ", 1).split() if is_csv else text.split()
+        if is_csv and len(parts) < 2:
+            raise ValueError(f"labels_file {file} line {line}: needs two columns, ImageId and PredictionString")
+        if len(parts) > 2 and not is_csv:
             raise ValueError(f"labels_file {file} line {line}: {text!r} is neither LABEL nor NAME LABEL")
-        if parts:
-            yield line, parts[0] if len(parts) == 2 else None, parts[-1]
-
-
-def _read_devkit_classes(file: Path) -> dict[str, str]:
-    """{class number of the development kit, as text: synset} from meta.mat beside its ground truth."""
-    try:
-        from scipy.io import loadmat
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            f"{file} needs scipy to read meta.mat (pip install scipy); or give a list of synsets as labels_file"
-        ) from None
-    try:
-        rows = loadmat(file.with_name("meta.mat"), squeeze_me=True)["synsets"]
-        return {str(int(row["ILSVRC2012_ID"])): str(row["WNID"]) for row in rows if int(row["num_children"]) == 0}
-    except OSError:
-        raise ValueError(
-            f"labels_file {file}: its class numbers need the development kit's meta.mat beside it"
-        ) from None
-    except Exception as error:  # on broken bytes scipy raises struct.error, zlib.error, IndexError, MemoryError ...
-        raise ValueError(f"{file.with_name('meta.mat')}: not the development kit's ({error})") from None
+        if parts and parts[0] != "ImageId":
+            yield line, parts[0] if len(parts) > 1 else None, parts[min(1, len(parts) - 1)]
 
 
 def read_real_labels(file: str | Path | None) -> list[tuple[int, ...]]:
@@ -431,45 +323,3 @@ def read_real_labels(file: str | Path | None) -> list[tuple[int, ...]]:
         if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < 1000 for label in labels):
             raise ValueError(f"labels_file {file}: entry {number} must be a list of labels 0..999, got {labels!r}")
     return [tuple(labels) for labels in lists]
-
-
-def read_objectnet_columns(folder: Path) -> dict[str, list[int]]:
-    """{ObjectNet's class: sorted outputs of an ImageNet-1k classifier} from the data set's own files.
-
-    objectnet_to_imagenet_1k.json gives ImageNet's names for a class, with "; " between them;
-    imagenet_to_label_2012_v2 lists those names, a line each, in the order of ILSVRC 2012's class numbers; and
-    pytorch_to_imagenet_2012_id.json gives for each output the position in that list.
-    """
-    names_file = folder / "imagenet_to_label_2012_v2"
-    outputs_file = folder / "pytorch_to_imagenet_2012_id.json"
-    classes_file = folder / "objectnet_to_imagenet_1k.json"
-    with file_errors(names_file, "; it comes with ObjectNet's download"):
-        names = [line.strip() for line in read_text(names_file).splitlines() if line.strip()]
-    mapping = _read_mapping(outputs_file, int)
-    outputs = {position: int(output) for output, position in mapping.items() if re.fullmatch("[0-9]{1,9}", output)}
-    if sorted(outputs) != list(range(len(names))) or sorted(outputs.values()) != list(range(len(names))):
-        raise ValueError(
-            f"{outputs_file}: must give each output 0..{len(names) - 1} one of the {len(names)} lines "
-            f"of {names_file.name}"
-        )
-    columns = {}
-    for label, text in _read_mapping(classes_file, str).items():
-        for name in text.split("; "):
-            if names.count(name) != 1:
-                why = "is given twice" if name in names else "is not"
-                raise ValueError(f"{classes_file}: {name!r}, of class {label!r}, {why} in {names_file.name}")
-        columns[label] = sorted(outputs[names.index(name)] for name in text.split("; "))
-    return columns
-
-
-def _read_mapping(file: Path, kind: type) -> dict:
-    """A JSON object whose values are all of one kind, str or int."""
-    with file_errors(file, "; it comes with ObjectNet's download"):
-        content = read_json(file)
-    if not isinstance(content, dict) or not content:
-        raise ValueError(f"{file}: must be a JSON object")
-    for key, value in content.items():
-        if type(value) is not kind:  # bool is not int here
-            what = "a text" if kind is str else "a whole number"
-            raise ValueError(f"{file}: {key!r} must have {what}, got {value!r}")
-    return content

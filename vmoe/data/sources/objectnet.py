@@ -1,0 +1,110 @@
+"""ObjectNet (Barbu et al., NeurIPS 2019), in the layout of its download."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+from PIL import Image
+
+from vmoe.data.config import SourceConfig
+from vmoe.data.dataset import ImageFiles
+from vmoe.data.images import BadSample, file_errors
+from vmoe.data.sources.folder_layout import TreeReader
+from vmoe.utils.files import read_json, read_text
+
+BORDER = 2  # pixels of red, which its authors ask to cut off
+LAYOUT = """
+objectnet-1.0/
+├── images/
+│   ├── air_freshener/      (313 class folders)
+│   │   ├── 1.png
+│   │   └── ...
+│   └── ...
+└── mappings/
+    ├── folder_to_objectnet_label.json
+    ├── objectnet_to_imagenet_1k.json
+    ├── pytorch_to_imagenet_2012_id.json
+    └── imagenet_to_label_2012_v2
+"""
+
+
+class ObjectNet(ImageFiles):
+    """The images of ObjectNet's 113 classes that are ImageNet's, without their border.
+
+    A class's score is the largest of the ImageNet outputs that its own mapping files give it. Images of the other
+    classes are left out; `left_out` says how many.
+    """
+
+    def __init__(self, source: SourceConfig) -> None:
+        tree = TreeReader(source.path, LAYOUT)
+        for name in ("images", "mappings"):
+            if not (tree.root / name).is_dir():
+                raise tree.error(f"has no folder {name}")
+        label_file = tree.root / "mappings" / "folder_to_objectnet_label.json"
+        label_of_folder = _read_mapping(label_file, str)
+        columns = read_columns(tree.root / "mappings")
+        counts = Counter(label_of_folder.values())
+        for label in columns:
+            if counts[label] != 1:  # of two folders, as two classes, the scores would always tie
+                raise ValueError(f"{label_file}: class {label!r} must have one folder, got {counts[label]}")
+        folders = tree.folders("images", known=label_of_folder)
+        kept = sorted(folder for folder, label in label_of_folder.items() if label in columns)
+        tree.check_complete(folders, kept, "images")
+        names, labels = tree.class_images([f"images/{folder}" for folder in kept])
+        others = sum(len(tree.images(f"images/{folder}")) for folder in set(folders) - set(kept))
+        tree.warn_of_junk()
+        super().__init__(source.path, names, labels)
+        self.classes = [label_of_folder[folder] for folder in kept]
+        self.prompt_names = [name.lower() for name in self.classes]
+        self.class_columns = [columns[name] for name in self.classes]
+        self.left_out = {"images of classes that ImageNet-1k does not have": others}
+
+    def read(self, path: Path) -> Image.Image:
+        image = self.load(path)
+        if min(image.size) <= 2 * BORDER:
+            raise BadSample(str(path), f"{image.width} x {image.height} pixels, nothing is left within its border")
+        return image.crop((BORDER, BORDER, image.width - BORDER, image.height - BORDER))
+
+
+def read_columns(folder: Path) -> dict[str, list[int]]:
+    """{ObjectNet's class: sorted outputs of an ImageNet-1k classifier} from the data set's own files.
+
+    objectnet_to_imagenet_1k.json gives ImageNet's names for a class, with "; " between them;
+    imagenet_to_label_2012_v2 lists those names, a line each, in the order of ILSVRC 2012's class numbers; and
+    pytorch_to_imagenet_2012_id.json gives for each output the position in that list.
+    """
+    names_file, outputs_file = folder / "imagenet_to_label_2012_v2", folder / "pytorch_to_imagenet_2012_id.json"
+    classes_file = folder / "objectnet_to_imagenet_1k.json"
+    with file_errors(names_file, "; it comes with ObjectNet's download"):
+        names = [line.strip() for line in read_text(names_file).splitlines() if line.strip()]
+    mapping = _read_mapping(outputs_file, int)
+    outputs = {position: int(output) for output, position in mapping.items() if re.fullmatch("[0-9]{1,9}", output)}
+    if not sorted(outputs) == sorted(outputs.values()) == list(range(len(names))):
+        raise ValueError(
+            f"{outputs_file}: must give each output 0..{len(names) - 1} one of the {len(names)} lines "
+            f"of {names_file.name}"
+        )
+    columns = {}
+    for label, text in _read_mapping(classes_file, str).items():
+        for name in text.split("; "):
+            if names.count(name) != 1:
+                times = f"comes {names.count(name)} times"
+                raise ValueError(
+                    f"{classes_file}: {name!r}, of class {label!r}, {times} in {names_file.name}, not once"
+                )
+        columns[label] = sorted(outputs[names.index(name)] for name in text.split("; "))
+    return columns
+
+
+def _read_mapping(file: Path, kind: type) -> dict:
+    """A JSON object whose values are all of one kind, str or int."""
+    with file_errors(file, "; it comes with ObjectNet's download"):
+        content = read_json(file)
+        if not isinstance(content, dict) or not content:
+            raise ValueError("must be a JSON object")
+    for key, value in content.items():
+        if type(value) is not kind:  # bool is not int here
+            raise ValueError(f"{file}: {key!r} must have a value of type {kind.__name__}, got {value!r}")
+    return content
