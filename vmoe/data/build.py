@@ -41,12 +41,7 @@ SOURCES: dict[str, Callable[[SourceConfig], ImageDataset]] = {
 
 
 def build_dataset(source: SourceConfig) -> ImageDataset:
-    """Opens the data set that the settings describe.
-
-    Raises:
-        ValueError: files, columns, names or splits are not there; the message says which.
-        ModuleNotFoundError: an emoji data set without the packages of the extra `demo`.
-    """
+    """Opens the data set that the settings describe; ValueError: files, columns, names or splits are not there."""
     if source.type not in SOURCES:
         raise ValueError(f"type of a data source must be one of {', '.join(SOURCES)}, got {source.type!r}")
     dataset = SOURCES[source.type](source)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,30 +11,17 @@ from vmoe.utils.config import check_types
 
 # A setting that the type does not read is a mistake.
 FIELDS_OF_SOME_TYPES = {
-    "name": ("torchvision",),
-    "image_root": ("pairs", "karpathy"),
-    "image_key": ("pairs", "hf"),
-    "caption_key": ("pairs", "shards", "hf"),
-    "delimiter": ("pairs",),
-    "label_key": ("hf",),
-    "class_names": ("image_folder", "shards"),
-    "labels_file": ("imagenet", "imagenet_real"),
-    "shuffle_buffer": ("shards", "hf"),
-    "streams": ("shards", "hf"),
-    "streaming": ("hf",),
-    "sources": ("mixture",),
+    **{"name": ("torchvision",), "delimiter": ("pairs",), "label_key": ("hf",), "streaming": ("hf",)},
+    **{"image_root": ("pairs", "karpathy"), "image_key": ("pairs", "hf"), "caption_key": ("pairs", "shards", "hf")},
+    **{"class_names": ("image_folder", "shards"), "labels_file": ("imagenet", "imagenet_real")},
+    **{"shuffle_buffer": ("shards", "hf"), "streams": ("shards", "hf"), "sources": ("mixture",)},
 }
 # Types whose images are not read from files, or by torchvision, or by the sources of a mixture.
 NOT_FROM_FILES = ("emoji", "emoji_groups", "torchvision", "mixture")
 
-
 General = Literal["emoji", "emoji_groups", "pairs", "shards", "hf", "mixture", "image_folder", "torchvision"]
 ImageNetSets = Literal["imagenet", "imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch", "imagenet_real"]
-SPLITS = {
-    "emoji": ("train", "held_out", "all"),
-    "emoji_groups": ("train", "val"),
-    "karpathy": ("train", "val", "test"),
-}
+SPLITS = {"emoji": ("train", "held_out", "all"), "emoji_groups": ("train", "val"), "karpathy": ("train", "val", "test")}
 
 
 @dataclass
@@ -118,9 +107,7 @@ class SourceConfig:
         for name in ("exif_orientation", "max_pixels"):
             if getattr(self, name) is not None and self.type in NOT_FROM_FILES:
                 raise ValueError(f"{name} is for image files, and type is {self.type!r}; leave it out")
-        for name in ("shuffle_buffer", "streams", "max_pixels", "image_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        _check_range(self, ("shuffle_buffer", "streams", "max_pixels", "image_size"), 1)
         if self.delimiter == r"\t":  # as a shell gives it
             self.delimiter = "\t"
         if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n\0'):
@@ -131,20 +118,17 @@ class SourceConfig:
             raise ValueError("shuffle_buffer and streams of an 'hf' source need streaming: true (else all is shuffled)")
         if self.type == "mixture":
             self._check_mixture()
-        if self.split not in (splits := SPLITS.get(self.type, (self.split,))):
-            raise ValueError(
-                f"split of data source {self.type!r} must be one of {', '.join(splits)}, got {self.split!r}"
-            )
+        if self.type in SPLITS and self.split not in SPLITS[self.type]:
+            splits = ", ".join(SPLITS[self.type])
+            raise ValueError(f"split of data source {self.type!r} must be one of {splits}, got {self.split!r}")
 
     def _check_mixture(self) -> None:
         if not self.sources:
             raise ValueError("data source of type 'mixture' needs sources: list its data sets, each with type and path")
         if self.path:
             raise ValueError(f"a mixture has no path of its own, got {self.path!r}; set those of its sources")
-        try:  # from a command line or a YAML file they come as dictionaries
-            self.sources = [one if isinstance(one, SourceConfig) else SourceConfig(**one) for one in self.sources]
-        except TypeError as error:
-            raise ValueError(f"a source of the mixture has settings that do not exist: {error}") from None
+        # From a command line or a YAML file they come as dictionaries.
+        self.sources = [one if isinstance(one, SourceConfig) else SourceConfig(**one) for one in self.sources]
         for source in self.sources:
             if source.type in (None, "mixture"):
                 raise ValueError(f"type of a mixture's source must be that of a plain data set, got {source.type!r}")
@@ -198,21 +182,15 @@ class AugmentationConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("hflip", "vflip", "grayscale_prob", "re_prob", "mixup_prob", "mixup_switch_prob"):
-            _check_share(name, getattr(self, name))
+        _check_range(self, ("hflip", "vflip", "grayscale_prob", "re_prob", "mixup_prob", "mixup_switch_prob"), 0, 1)
+        _check_range(self, ("color_jitter", "mixup", "cutmix"), 0)
+        _check_range(self, ("re_count",), 1)
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
-        for name in ("color_jitter", "mixup", "cutmix"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0 (0 turns it off), got {getattr(self, name)}")
-        if self.re_count < 1:
-            raise ValueError(f"re_count must be >= 1, got {self.re_count}: set re_prob to 0 to turn erasing off")
-        low, high = self.scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"scale must be two shares of the area, 0 < smallest <= largest <= 1, got {self.scale}")
-        low, high = self.ratio
-        if not 0 < low <= high:
-            raise ValueError(f"ratio must be two ratios of width to height, 0 < smallest <= largest, got {self.ratio}")
+        for name, largest in (("scale", 1), ("ratio", math.inf)):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= largest:
+                raise ValueError(f"{name} must be 0 < smallest <= largest <= {largest}, got {getattr(self, name)}")
 
 
 @dataclass
@@ -237,13 +215,14 @@ class LoaderConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers must be >= 0 (0 reads in the main process), got {self.num_workers}")
-        _check_share("max_bad_share", self.max_bad_share)
+        _check_range(self, ("batch_size",), 1)
+        _check_range(self, ("num_workers",), 0)
+        _check_range(self, ("max_bad_share",), 0, 1)
 
 
-def _check_share(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be between 0 and 1, got {value}")
+def _check_range(settings: object, names: Iterable[str], least: float, largest: float = math.inf) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not least <= value <= largest:
+            bounds = f">= {least}" if largest == math.inf else f"between {least} and {largest}"
+            raise ValueError(f"{name} must be {bounds}, got {value}")

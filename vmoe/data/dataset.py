@@ -84,7 +84,7 @@ class ImageDataset(ABC):
 
     @property
     def captions(self) -> Sequence[str] | None:
-        """All captions ("" where one is missing), each read when it is asked for; None where samples have none."""
+        """All captions ("" for one that cannot be used), each read when it is asked for; None where there are none."""
         return Captions(self) if self.has_captions else None
 
     def file_of(self, index: int) -> tuple[str, Path] | None:
@@ -123,24 +123,26 @@ class ImageDataset(ABC):
         for index in range(len(self)):
             facts.add("sample", [None if values is None else values[index] for values in lists])
             file = self.file_of(index)
-            if file is not None:
-                if file == last_file:  # another caption of the same image
-                    facts.add("file", file[0])
-                else:
-                    facts.add_file(*file)
-                last_file = file
-                continue
-            try:
-                sample = self[index]
-            except BadSample:
-                facts.add("unreadable", None)
+            if file is None:
+                self._add_pixels(facts, index)
+            elif file == last_file:  # another caption of the same image
+                facts.add("file", file[0])
             else:
-                facts.add("label and caption", [sample.label, sample.caption])
-                facts.add_image(sample.image)
+                facts.add_file(*file)
+            last_file = file or last_file
+
+    def _add_pixels(self, facts: Fingerprint, index: int) -> None:
+        try:
+            sample = self[index]
+        except BadSample:
+            facts.add("unreadable", None)
+            return
+        facts.add("label and caption", [sample.label, sample.caption])
+        facts.add_image(sample.image)
 
 
 class Captions(Sequence):
-    """The captions of a data set, read when they are asked for, so that a large data set needs no memory for them."""
+    """The captions of a data set, read when they are asked for."""
 
     def __init__(self, dataset: ImageDataset) -> None:
         self.dataset = dataset
@@ -158,14 +160,7 @@ class Captions(Sequence):
 
 
 class ImageFiles(ImageDataset):
-    """Images in files below one folder.
-
-    Args:
-        root: the folder.
-        names: of the files, with `/` between folders.
-        labels: one for each.
-        captions: one for each, as the data set stores them; bad ones are found when they are read.
-    """
+    """Images in files below the folder `root`, with `/` in their names; bad captions are found when they are read."""
 
     def __init__(
         self,

@@ -66,15 +66,11 @@ class BadSample(Exception):
 
 
 class Reading(NamedTuple):
-    """How image files are read.
+    """How image files are read."""
 
-    Attributes:
-        exif_orientation: whether an image is turned as its EXIF data say. (TIFF files always are, by Pillow.)
-        max_pixels: width x height of the largest image. A JPEG file of up to 4 times as many is read at half its size,
-            unless it is progressive, which takes the memory of its full size.
-    """
-
-    exif_orientation: bool = False
+    exif_orientation: bool = False  # whether an image is turned as its EXIF data say (TIFF files are, by Pillow)
+    # Width x height of the largest image. A JPEG file of up to 4 times as many is read at half its size, unless it is
+    # progressive, which takes the memory of its full size.
     max_pixels: int = MAX_PIXELS
 
 
@@ -84,10 +80,7 @@ DEFAULT = Reading()
 def load_image(path: str | Path, content: bytes | None = None, reading: Reading = DEFAULT) -> Image.Image:
     """Reads an image: the first frame, transparency laid on white, 8 bits, RGB.
 
-    Args:
-        path: the file, or a name for messages where its bytes are given.
-        content: its bytes, where they come from elsewhere.
-        reading: see `Reading`.
+    Where its bytes are given as `content`, `path` is a name for messages.
 
     Raises:
         BadSample: the file is missing, truncated, no image of FORMATS, has too many pixels, or is a strip with sides
@@ -140,16 +133,14 @@ _warned = False
 def _warn_of_orientation(image: Image.Image, path: str) -> None:
     """Logs the first file whose EXIF orientation is not applied."""
     global _warned
-    orientation = None
     with suppress(Exception):
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    if orientation in range(2, 9):
-        _warned = True
-        logger.warning(
-            "%s: its EXIF orientation is not applied, as in torchvision and timm, nor that of others; exif_orientation "
-            "applies it, for training and inference alike",
-            printable(path),
-        )
+        if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
+            _warned = True
+            logger.warning(
+                "%s: its EXIF orientation is not applied, as in torchvision and timm, nor that of others; "
+                "exif_orientation applies it, for training and inference alike",
+                printable(path),
+            )
 
 
 def leads_out(name: str) -> bool:
@@ -168,11 +159,7 @@ def check_size(size: tuple[int, int], max_pixels: int = MAX_PIXELS) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image of any mode to 8-bit RGB.
-
-    Raises:
-        ValueError: a mode without a known range (floating point, 32-bit integers) or without a conversion.
-    """
+    """Converts an image of any mode to 8-bit RGB; ValueError: a mode without a known range or without a conversion."""
     if image.mode == "RGB" and "transparency" not in image.info:
         image.load()
         return image

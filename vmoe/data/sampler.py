@@ -6,10 +6,9 @@ draws batches from several data sets by weight. Only what saves time is kept bet
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,17 +23,16 @@ class BatchKey(NamedTuple):
     epochs: tuple[int, ...]  # for each of them how many epochs of its source are complete
 
 
-class Shuffle(ABC):
+class Shuffle(Protocol):
     """An order of a data set's samples, another one in each epoch."""
 
     size: int  # samples in an epoch, each of which comes once
 
-    @abstractmethod
     def indices(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """(stop - start,) int64, the samples of an epoch at positions start to stop; 0 <= start <= stop <= size."""
 
 
-class ShuffledSamples(Shuffle):
+class ShuffledSamples:
     """All samples in any order."""
 
     def __init__(self, seed: int, num_samples: int) -> None:
@@ -48,20 +46,13 @@ class ShuffledSamples(Shuffle):
         return self._order[1][start:stop]
 
 
-class ShuffledShards(Shuffle):
+class ShuffledShards:
     """An order that reads shards (files of many samples) nearly one after the other.
 
     The shards are shuffled and concatenated to a row. The row is cut into `streams` equal parts, each of which gives an
     equal part of every batch. Within a stream, windows of `window` consecutive samples are shuffled. The remainder of
     the cut (less than one sample per stream) is left out of the epoch. Memory is that of the shards' sizes and of a
-    window per stream.
-
-    Args:
-        seed: of the order.
-        sizes: samples in each shard.
-        streams: positions that are read side by side; for W processes with a multiple of W streams, each process reads
-            shards of its own.
-        window: samples that are shuffled together.
+    window per stream. With a multiple of W streams, each of W processes reads shards of its own.
     """
 
     def __init__(self, seed: int, sizes: Sequence[int], streams: int, window: int) -> None:
@@ -132,11 +123,7 @@ class MixedBatches:
     set have come. After any number of samples, each set has given its share of them, exact to a few samples. An epoch
     of the mixture is as many samples as there are in all sets together; it is a unit of counting only.
 
-    Args:
-        shuffles: the orders of the data sets, whose samples are numbered one set after the other.
-        starts: number of each set's first sample.
-        weights: shares of the samples, on any scale.
-        batch_size: samples in a batch.
+    The samples of the sets are numbered one set after the other, from `starts`; `weights` are on any scale.
     """
 
     def __init__(

@@ -24,13 +24,7 @@ def knows_length(tokenizer: Tokenizer) -> bool:
 
 
 def cut_rows(tokenizer: Tokenizer, texts: Sequence[str], tokens_BL: torch.Tensor) -> list[int]:
-    """Indices of the texts that have more tokens than the tokenizer keeps; none unless `knows_length`.
-
-    Args:
-        tokenizer: gave the tokens.
-        texts: B texts.
-        tokens_BL: of the texts.
-    """
+    """Indices of the texts with more tokens than the tokenizer keeps in `tokens_BL`; none unless `knows_length`."""
     full = [row for row, last in enumerate(tokens_BL[:, -1].tolist()) if last != 0]  # 0: padding, of open_clip's CLIP
     if not full or not knows_length(tokenizer):
         return []
@@ -41,12 +35,7 @@ def cut_rows(tokenizer: Tokenizer, texts: Sequence[str], tokens_BL: torch.Tensor
 
 
 class CutTexts:
-    """Counts the texts of a tokenizer's calls that are cut; callable as the tokenizer is.
-
-    Attributes:
-        num_texts, num_cut: texts so far, and how many of them were cut.
-        first: the first of these.
-    """
+    """A tokenizer that counts its texts, and those of them that are cut, of which it keeps the first."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer

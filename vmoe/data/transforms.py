@@ -76,17 +76,10 @@ def build_transform(preprocess: dict[str, Any], augmentation: AugmentationConfig
     if augmentation is None:
         settings |= {"crop_pct": preprocess.get("crop_pct"), "crop_mode": preprocess.get("crop_mode")}
     else:
-        settings |= {
-            "is_training": True,
-            "scale": augmentation.scale,
-            "ratio": augmentation.ratio,
-            "hflip": augmentation.hflip,
-            "vflip": augmentation.vflip,
-            "color_jitter": augmentation.color_jitter or None,  # timm would apply a jitter of 0, at full cost
-            "grayscale_prob": augmentation.grayscale_prob,
-            "auto_augment": augmentation.auto_augment,
-            "interpolation": augmentation.interpolation or preprocess["interpolation"],
-        }
+        same = ("scale", "ratio", "hflip", "vflip", "grayscale_prob", "auto_augment")
+        settings |= {"is_training": True, **{name: getattr(augmentation, name) for name in same}}
+        settings["color_jitter"] = augmentation.color_jitter or None  # timm would apply a jitter of 0, at full cost
+        settings["interpolation"] = augmentation.interpolation or preprocess["interpolation"]
         if augmentation.re_prob > 0:
             erase = RandomErasing(
                 augmentation.re_prob, mode=augmentation.re_mode, max_count=augmentation.re_count, device="cpu"

@@ -25,14 +25,8 @@ def make_console(**options: Any) -> Console:
 class MetricTable:
     """A table whose metrics are never cut; rich prints it.
 
-    Where it is wider than the console, it goes on below with other columns. The first columns, which say what a row is
-    about, are repeated; a text in them that is too long is broken into lines.
-
-    Args:
-        title: above it.
-        header: names of the columns.
-        keys: how many columns are repeated.
-        left: names of the columns that are aligned to the left.
+    Where it is wider than the console, it goes on below with other columns. The first `keys` columns, which say what a
+    row is about, are repeated; a text in them that is too long is broken into lines. Columns in `left` are aligned so.
     """
 
     def __init__(self, title: str, header: Sequence[str], keys: int = 1, left: Collection[str] = ()) -> None:
