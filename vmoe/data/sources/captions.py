@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from vmoe.data.config import SourceConfig
 from vmoe.data.dataset import ImageFiles, Sample, clean_caption
-from vmoe.data.images import IMAGE_SUFFIXES, BadSample, leads_out
+from vmoe.data.images import IMAGE_SUFFIXES, BadSample, file_errors, leads_out
 from vmoe.data.sources.folder_layout import is_junk
 from vmoe.utils.files import parse_json, read_text
 from vmoe.utils.printable import printable
@@ -43,16 +43,15 @@ class PairsFile(ImageFiles):
             raise ValueError(f"{path}: {rule if path.exists() else 'no such file or folder; check path'}")
         if suffix == ".jsonl" and delimiter is not None:
             raise ValueError(f"delimiter is for .csv and .tsv files, and path is {path}; leave it out")
-        rows = _read_jsonl(path) if suffix == ".jsonl" else _read_table(path, delimiter, source.image_key)
-        names, captions = [], []
+        names, captions, read = [], [], _read_jsonl if suffix == ".jsonl" else _read_table
         try:
-            for line, row in rows:
-                where = f"{path} line {line}"
-                image = row[_key(row, source.image_key, IMAGE_KEYS, "image_key", where)]
-                names.append(
-                    _name_within(os.path.abspath(root), image.strip() if isinstance(image, str) else "", where)
-                )
-                captions.append(row[_key(row, source.caption_key, CAPTION_KEYS, "caption_key", where)])
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                for line, row in read(file, source):
+                    where = f"{path} line {line}"
+                    image = row[_key(row, source.image_key, IMAGE_KEYS, "image_key", where)]
+                    image = image.strip() if isinstance(image, str) else ""
+                    names.append(_name_within(os.path.abspath(root), image, where))
+                    captions.append(row[_key(row, source.caption_key, CAPTION_KEYS, "caption_key", where)])
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror}); check the data source's path") from None
         except UnicodeDecodeError as error:
@@ -102,39 +101,37 @@ class PairsFolder(ImageFiles):
         return clean_caption(caption, path)
 
 
-def _read_table(path: Path, delimiter: str | None, image_key: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_table(file: TextIO, source: SourceConfig) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, {column: cell}) of each row of a .csv or .tsv file."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        tsv = path.suffix.lower() == ".tsv"
-        delimiter = delimiter or ("\t" if tsv else ",")
-        lines = _lines(file, path)
-        first, skipped, found = next(lines, ""), 0, None
-        if re.fullmatch(r"sep=.\s*", first, re.IGNORECASE):  # Excel's
-            first, skipped, found = next(lines, ""), 1, first[4]
-        # strict: else a stray quotation mark silently swallows the lines up to the next one
-        style = {"quoting": csv.QUOTE_NONE} if tsv else {"strict": True, "skipinitialspace": True}
-        rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter, **style)
-        try:
-            fitting = (one for one in (delimiter, *DELIMITERS) if _fits(first, one, image_key))
-            found = found or next(fitting, delimiter)
-            if found != delimiter:
-                shown = "a tab ('\\t')" if found == "\t" else repr(found)
-                raise ValueError(f"{path}: its columns are separated by {shown}; set delimiter to it")
-            columns = [name.strip() for name in next(rows, [])]
-            if len(columns) == 2 and _is_image(columns[0]):  # no line of column names
-                first_row, columns = columns, [IMAGE_KEYS[0], CAPTION_KEYS[0]]
-                yield 1 + skipped, dict(zip(columns, first_row))
-            for row in rows:
-                if len(row) > len(columns):
-                    what = {",": "a comma", "\t": "a tab"}.get(delimiter, repr(delimiter))
-                    remedy = f"take {what} out of it" if tsv else f"put a caption with {what} in quotation marks"
-                    raise ValueError(
-                        f"{path} line {rows.line_num + skipped}: {len(row)} cells for {len(columns)} columns; {remedy}"
-                    )
-                if row:  # not an empty line
-                    yield rows.line_num + skipped, dict.fromkeys(columns) | dict(zip(columns, row))
-        except csv.Error as error:
-            raise ValueError(f"{path} line {max(1, rows.line_num) + skipped}: malformed ({error})") from None
+    path, tsv = source.path, source.path.lower().endswith(".tsv")
+    delimiter = source.delimiter or ("\t" if tsv else ",")
+    lines = _lines(file, path)
+    first, skipped, found = next(lines, ""), 0, None
+    if re.fullmatch(r"sep=.\s*", first, re.IGNORECASE):  # Excel's
+        first, skipped, found = next(lines, ""), 1, first[4]
+    # strict: else a stray quotation mark silently swallows the lines up to the next one
+    style = {"quoting": csv.QUOTE_NONE} if tsv else {"strict": True, "skipinitialspace": True}
+    rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter, **style)
+    try:
+        fitting = (one for one in (delimiter, *DELIMITERS) if _fits(first, one, source.image_key))
+        found = found or next(fitting, delimiter)
+        if found != delimiter:
+            shown = "a tab ('\\t')" if found == "\t" else repr(found)
+            raise ValueError(f"{path}: its columns are separated by {shown}; set delimiter to it")
+        columns = [name.strip() for name in next(rows, [])]
+        if len(columns) == 2 and _is_image(columns[0]):  # no line of column names
+            first_row, columns = columns, [IMAGE_KEYS[0], CAPTION_KEYS[0]]
+            yield 1 + skipped, dict(zip(columns, first_row))
+        for row in rows:
+            line = rows.line_num + skipped
+            if len(row) > len(columns):
+                what = {",": "a comma", "\t": "a tab"}.get(delimiter, repr(delimiter))
+                remedy = f"take {what} out of it" if tsv else f"put a caption with {what} in quotation marks"
+                raise ValueError(f"{path} line {line}: {len(row)} cells for {len(columns)} columns; {remedy}")
+            if row:  # not an empty line
+                yield line, dict.fromkeys(columns) | dict(zip(columns, row))
+    except csv.Error as error:
+        raise ValueError(f"{path} line {max(1, rows.line_num) + skipped}: malformed ({error})") from None
 
 
 def _fits(line: str, delimiter: str, image_key: str | None) -> bool:
@@ -148,30 +145,26 @@ def _is_image(name: str | Path) -> bool:
     return Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
-def _lines(file: TextIO, path: Path) -> Iterator[str]:
+def _lines(file: TextIO, path: str) -> Iterator[str]:
     """The lines of a file, of which none can fill the memory."""
-    for number in itertools.count(1):
-        line = file.readline(MAX_TEXT + 1)
+    number = 0
+    while line := file.readline(MAX_TEXT + 1):
+        number += 1
         if len(line) > MAX_TEXT:
             raise ValueError(f"{path} line {number}: longer than {MAX_TEXT} characters")
-        if not line:
-            return
         yield line
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_jsonl(file: TextIO, source: SourceConfig) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of each line of a .jsonl file."""
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(_lines(file, path), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = parse_json(line)
-            except ValueError as error:
-                raise ValueError(f"{path} line {number}: {error}") from None
+    for number, line in enumerate(_lines(file, source.path), start=1):
+        if not line.strip():
+            continue
+        with file_errors(f"{source.path} line {number}"):
+            row = parse_json(line)
             if not isinstance(row, dict):
-                raise ValueError(f"{path} line {number}: must be a JSON object with an image path and a caption")
-            yield number, row
+                raise ValueError("must be a JSON object with an image path and a caption")
+        yield number, row
 
 
 def _key(row: dict[str, Any], wanted: str | None, usual: tuple[str, ...], setting: str, where: str) -> str:
@@ -185,16 +178,13 @@ def _key(row: dict[str, Any], wanted: str | None, usual: tuple[str, ...], settin
 def _name_within(root: str, image: str, where: str) -> str:
     """An image's path from the root on, so that a copy elsewhere has the same names; "." where there is no path.
 
-    Raises:
-        ValueError: it lies outside, here or (by backslashes) on Windows, so that a list from elsewhere could show what
-            else is on this machine.
+    ValueError: it lies outside, here or (by backslashes) on Windows, so that a list from elsewhere could show what else
+    is on this machine.
     """
     path = Path(os.path.normpath(os.path.join(root, image)))
     if not path.is_relative_to(root):
-        raise ValueError(
-            f"{where}: the image {printable(image)} is outside of {root}; set image_root to the folder that holds "
-            "all images"
-        )
+        remedy = "set image_root to the folder that holds all images"
+        raise ValueError(f"{where}: the image {printable(image)} is outside of {root}; {remedy}")
     name = path.relative_to(root).as_posix()
     if leads_out(name):
         raise ValueError(f"{where}: the image {printable(image)} leads out of its folder on Windows; rename it")

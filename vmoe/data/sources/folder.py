@@ -35,8 +35,6 @@ class ImageFolder(ImageFiles):
 
     Unlike in torchvision, nothing but images may lie in the class folders, and nothing but class folders (and the file
     of class names) beside them.
-
-    Raises ValueError for another layout, and for class_names that do not fit.
     """
 
     def __init__(self, source: SourceConfig) -> None:
@@ -50,17 +48,13 @@ class ImageFolder(ImageFiles):
             self.classes = synset_words(self.folders) or [escaped(folder) for folder in self.folders]
 
 
-@functools.cache
-def _synsets() -> tuple[ImageNetInfo, frozenset[str]]:
-    """WordNet's words, and the synsets of ImageNet; timm reads large files for them."""
-    info = ImageNetInfo("imagenet-22k")
-    return info, frozenset(info.label_names()) | frozenset(ImageNetInfo("imagenet-1k").label_names())
+_imagenet = functools.cache(ImageNetInfo)  # timm reads large files
 
 
 def synset_words(folders: list[str]) -> list[str] | None:
     """WordNet's words for ImageNet synsets, or None if a folder's name is not one."""
-    info, known = _synsets()
-    if not known.issuperset(folders):
+    info = _imagenet("imagenet-22k")
+    if not {*info.label_names(), *_imagenet("imagenet-1k").label_names()}.issuperset(folders):
         return None
     names = [info.label_name_to_description(folder) for folder in folders]
     # "crane" is a bird and a machine; where the words are the same, WordNet's explanation tells them apart.
@@ -73,13 +67,8 @@ def synset_words(folders: list[str]) -> list[str] | None:
 def read_class_names(file: Path, folders: list[str] | None = None, path: str | Path | None = None) -> list[str]:
     """Names of classes from a .txt (a name per line) or .json (list, or {folder: name}) file.
 
-    Args:
-        file: the file.
-        folders: the class folders that they name, in order; None: there are none, so it must be a list.
-        path: the folder that holds those, for messages.
-
-    Raises:
-        ValueError: the file cannot be read, does not fit the folders, or has an empty name or one twice.
+    They are of the class folders of `path`, in order; without folders they must be a list. ValueError: the file cannot
+    be read, does not fit the folders, or has an empty name or one twice.
     """
     where = f"class_names {file}"
     with file_errors(where):
