@@ -24,8 +24,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from vmoe.data.images import DataError, file_errors
-from vmoe.data.sources.emoji import cache_folder
-from vmoe.utils.files import atomic_file
+from vmoe.data.sources.emoji import cache_folder, writing_to_cache
 from vmoe.utils.printable import printable
 
 BLOCK = 512
@@ -40,14 +39,14 @@ MAX_SAMPLES = 1_000_000
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard", b"PK": "zip"}
 REFUSED = {
-    b"1": "a hard link",
-    b"2": "a symbolic link",
-    b"3": "a character device",
-    b"4": "a block device",
-    b"6": "a pipe",
-    b"K": "a link with a long name",
-    b"S": "a sparse file",
-    b"M": "the continuation of another volume",
+    **{
+        b"1": "a hard link",
+        b"2": "a symbolic link",
+        b"3": "a character device",
+        b"4": "a block device",
+        b"6": "a pipe",
+    },
+    **{b"K": "a link with a long name", b"S": "a sparse file", b"M": "the continuation of another volume"},
 }
 REMEDY = "repair, download or write the shard again, or leave it out"
 
@@ -77,24 +76,14 @@ class Index(NamedTuple):
 
 
 def read_index(path: str) -> Index:
-    """The index of a shard, from the cache folder or from its headers.
-
-    Raises:
-        DataError: as `scan`, or the cache folder cannot be written to.
-    """
+    """The index of a shard, from the cache folder or from its headers; DataError: as `scan`, or it cannot be kept."""
     file = cache_file(path)
     index = _load(file)
     if index is None:
         index = scan(path)
         content = json.dumps(index[1:]).encode() + b"\n" + index.entries.tobytes()
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(file) as draft:
-                draft.write_bytes(_checksum(content) + content)
-        except OSError as error:
-            raise DataError(
-                f"cannot write {file} ({error.strerror}): set the environment variable VMOE_CACHE to a writable folder"
-            ) from None
+        with writing_to_cache(file) as draft:
+            draft.write_bytes(_checksum(content) + content)
     return index
 
 
@@ -111,8 +100,7 @@ def scan(path: str) -> Index:
     """The index of a shard from its headers.
 
     Raises:
-        DataError: as `read_members`; a sample has two images or two captions of one kind, or comes twice; there are
-            none or more than MAX_SAMPLES.
+        DataError: as `read_members`; a sample has two members of one kind; there are none or more than MAX_SAMPLES.
     """
     column = {name: number for number, name in enumerate(ENTRY.names)}
     rows, numbers, names = array("L"), {}, []

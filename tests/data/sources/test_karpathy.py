@@ -97,9 +97,9 @@ def test_one_missing_image_or_caption_is_a_bad_sample(coco):
         ([entry("1.jpg", "test", "a") | {"sentences": [{"raw": None}]}], "images[0]: must have"),
         ([entry(7, "test", "a")], "dataset_coco.json: images[0]: filename must be a text, got 7"),
         ([entry(["a"], "test", "a")], "dataset_coco.json: images[0]: filename must be a text, got ['a']"),
-        ([entry("", "test", "a")], "images[0]: filename is empty"),
+        ([entry("", "test", "a")], "images[0]: filename must be a text, got ''"),
         ([entry("1.jpg", "test", "a", folder=3)], "images[0]: filepath must be a text, got 3"),
-        ([entry("1.jpg", ["test"], "a")], "images[0]: split must be a text, got ['test']"),
+        ([entry("1.jpg", ["test"], "a")], "images[0]: split must be one of train, restval, val, test, got ['test']"),
     ],
 )
 def test_a_malformed_file_is_explained(tmp_path, images, message):

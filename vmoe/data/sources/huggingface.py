@@ -53,14 +53,14 @@ class Columns:
         self.caption = pick("caption_key", source.caption_key, (*CAPTION_KEYS, "txt"))
         labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
         self.label = pick("label_key", source.label_key, labels if len(labels) == 1 else ())
-        unnamed = self.label if self.label not in labels else None
         types = {name: getattr(kind, "dtype", kind) for name, kind in features.items()}
+        unnamed = self.label
         if self.caption is None and self.label is None:
             if labels:
                 raise ValueError(f"{where}: has several columns of labels, {', '.join(labels)}; set label_key to one")
-            plain = [name for name in LABEL_KEYS if re.fullmatch(r"u?int\d+|(large_)?string", str(types.get(name)))]
-            unnamed = next(iter(plain), None)
-        if unnamed is not None:
+            plain = (name for name in LABEL_KEYS if re.fullmatch(r"u?int\d+|(large_)?string", str(types.get(name))))
+            unnamed = next(plain, None)
+        if unnamed not in (None, *labels):
             text = types[unnamed] in TEXT_TYPES
             call = f"class_encode_column({unnamed!r})" if text else f"cast_column({unnamed!r}, ClassLabel(names=[...]))"
             raise ValueError(
@@ -134,30 +134,30 @@ class ParquetRows(ShardedDataset):
 
         def metadata(file: Path) -> Any:
             with _reading(file, "cannot be read as Parquet"):
-                return read_metadata(file)
+                facts = read_metadata(file)
+            with _reading(file, "its columns cannot be read"):
+                schema = facts.schema.to_arrow_schema()
+                return facts, (schema, datasets.Features.from_arrow_schema(schema))
 
         self.shuffle_buffer, self.streams = source.shuffle_buffer or 1000, source.streams or 1
         self.files = find_files(path, split, ".parquet")
         if not self.files:
             raise ValueError(f"{path}: holds no .parquet file, and streaming reads no others; leave streaming out")
         with ThreadPoolExecutor(OPENING_THREADS) as pool:
-            facts = list(pool.map(metadata, self.files))
-        groups = [
-            (file, group, one.row_group(group)) for file, one in enumerate(facts) for group in range(one.num_row_groups)
-        ]
-        groups = [(file, group, one) for file, group, one in groups if one.num_rows]
+            facts, schemas = zip(*pool.map(metadata, self.files))
+        every = (
+            (file, number, one.row_group(number))
+            for file, one in zip(self.files, facts)
+            for number in range(one.num_row_groups)
+        )
+        groups = [(file, number, group) for file, number, group in every if group.num_rows]
         if not groups:
             raise ValueError(f"{path}: split {split!r} is empty; check its files")
-        largest = max(one.total_byte_size for _, _, one in groups)
+        largest = max(group.total_byte_size for _, _, group in groups)
         if largest > MAX_GROUP_BYTES:
             raise ValueError(f"{path}: has a row group of {largest} bytes, too large to stream; leave streaming out")
-        self.groups = [(self.files[file], group) for file, group, _ in groups]
-        self.set_sizes([one.num_rows for _, _, one in groups])
-        schemas = []
-        for file, one in zip(self.files, facts):
-            with _reading(file, "its columns cannot be read"):
-                schema = one.schema.to_arrow_schema()
-                schemas.append((schema, datasets.Features.from_arrow_schema(schema)))
+        self.groups = [(file, number) for file, number, _ in groups]
+        self.set_sizes([group.num_rows for _, _, group in groups])
         self.columns = Columns(schemas[0][1], source)
         self._check_same(schemas)
         self.classes, self.has_captions = self.columns.classes, self.columns.caption is not None
@@ -179,19 +179,18 @@ class ParquetRows(ShardedDataset):
 
     def _check_same(self, schemas: list[tuple[Any, Any]]) -> None:
         """Raises DataError if a file's columns in use are not of the first file's types and classes."""
-        first, (first_schema, first_features) = self.files[0], schemas[0]
         for name in self.columns.names:
-            kind, classes = first_schema.field(name).type, getattr(first_features[name], "names", None)
+            facts = []
             for file, (schema, features) in zip(self.files, schemas):
                 if name not in schema.names:
-                    raise DataError(f"{file}: has no column {name!r}, which {first} has; all files must")
-                if schema.field(name).type != kind:
-                    problem = f"is of type {schema.field(name).type}, in {first} of type {kind}"
-                elif getattr(features[name], "names", None) not in (None, classes):  # None: not written by `datasets`
-                    problem = f"has other classes than in {first}"
-                else:
-                    continue
-                raise DataError(f"{file}: column {name!r} {problem}; all files must have the same")
+                    raise DataError(f"{file}: has no column {name!r}, which {self.files[0]} has; all files must")
+                facts.append((schema.field(name).type, getattr(features[name], "names", None)))
+            kind, classes = facts[0]
+            for file, (other, names) in zip(self.files, facts):
+                if other != kind or names not in (None, classes):  # None: not written by `datasets`
+                    problem = f"is of type {other}, in {self.files[0]} of type {kind}"
+                    problem = problem if other != kind else f"has other classes than in {self.files[0]}"
+                    raise DataError(f"{file}: column {name!r} {problem}; all files must have the same")
 
     def _table(self, group: int) -> Any:
         """The rows of a group; the groups that the last two windows of each stream met are kept.

@@ -70,17 +70,15 @@ def _read_entry(entry: dict[str, Any], where: str) -> tuple[str, str, list[str]]
         raise ValueError(
             f"{where}: must have filename, split and sentences with a raw text each ({type(error).__name__}: {error})"
         ) from None
-    for key, value in (("filename", name), ("filepath", folder), ("split", split)):
-        if not isinstance(value, str):
-            raise ValueError(f"{where}: {key} must be a text, got {value!r}")
-    if not name:
-        raise ValueError(f"{where}: filename is empty")
-    path = f"{folder}/{name}" if folder else name
-    if leads_out(path):
-        raise ValueError(f"{where}: the image {path} is not inside image_root")
     known = [part for parts in SPLITS.values() for part in parts]
     if split not in known:
         raise ValueError(f"{where}: split must be one of {', '.join(known)}, got {split!r}")
+    for key, value in (("filename", name), ("filepath", folder)):
+        if not isinstance(value, str) or (key == "filename" and not value):
+            raise ValueError(f"{where}: {key} must be a text, got {value!r}")
+    path = f"{folder}/{name}" if folder else name
+    if leads_out(path):
+        raise ValueError(f"{where}: the image {path} is not inside image_root")
     if not captions:
         raise ValueError(f"{where}: {name} has no sentences")
     return path, split, captions

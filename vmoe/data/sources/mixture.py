@@ -11,16 +11,10 @@ from vmoe.data.seeding import derive_seed
 
 
 class Mixture(ShardedDataset):
-    """The samples of several data sets, one set after the other.
+    """The samples of several data sets, one set after the other; where only some have captions or labels, none has.
 
-    Args:
-        datasets: all with captions, or all with the same classes; where only some have captions (or labels), the
-            mixture has none.
-        weights: share of the samples that training draws from each, on any scale; all None: in proportion to their
-            sizes.
-
-    Raises:
-        ValueError: the data sets have neither captions nor classes in common.
+    `weights` are the shares of the samples that training draws from each, on any scale; None: in proportion to their
+    sizes. ValueError: the data sets have neither captions nor classes in common.
     """
 
     def __init__(self, datasets: Sequence[ImageDataset], weights: Sequence[float | None] = (None,)) -> None:
