@@ -207,7 +207,4 @@ def test_undamaged_shards_are_read(tmp_path, monkeypatch):
         read_shard(content, tmp_path / str(number))
         assert [
             build_dataset(SourceConfig("shards", str(tmp_path / str(number))))[index].caption for index in range(2)
-        ] == [
-            "a cat",
-            "Hund — ein Hund",
-        ]
+        ] == ["a cat", "Hund — ein Hund"]

@@ -133,8 +133,7 @@ def write_labels(folder, name):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["imagenet_2012_validation_synset_labels.txt", "synset_labels.txt", "LOC_val_solution.csv", "val.txt"],
+    "name", ["imagenet_2012_validation_synset_labels.txt", "synset_labels.txt", "LOC_val_solution.csv", "val.txt"]
 )
 @pytest.mark.parametrize("place", ["inside", "beside", "given"])
 def test_a_flat_validation_set_with_each_kind_of_labels(flat, tmp_path, name, place):
