@@ -78,6 +78,5 @@ def test_evaluation_counts_captions_that_are_cut(caplog):
         assert loader.num_cut == 4
     assert "2 of 5 captions of a batch" in caplog.text
     caplog.clear()
-    longer = open_clip.SimpleTokenizer(context_length=7)
-    list(eval_loader(Captions(12), TRANSFORM, longer, LoaderConfig(batch_size=5, num_workers=0)))
+    list(eval_loader(Images(12), TRANSFORM, CLIP, LoaderConfig(batch_size=5, num_workers=0)))
     assert not caplog.text

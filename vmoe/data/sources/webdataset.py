@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import logging
 import math
@@ -23,35 +24,32 @@ from vmoe.data.fingerprint import Fingerprint
 from vmoe.data.images import BadSample, DataError, file_errors
 from vmoe.data.shards import BLOCK, Index, dotted_members, read_index, read_members
 from vmoe.data.sources.folder import read_class_names
+from vmoe.data.texts import warn_once
 from vmoe.utils.files import parse_json, read_json
 from vmoe.utils.printable import printable
-from vmoe.utils.world import world
 
 logger = logging.getLogger("vmoe.data")
 
-CAPTION_KEY = "caption"
 MAX_TEXT_BYTES = 2**20
 MAX_KEPT = 64  # open files, and indices in memory
 INDEX_THREADS = 8
 MAX_SHARDS = 1_000_000
+COUNT_AGAIN = "; remove it, and the shards are counted"
 
 
 class Shards(ShardedDataset):
     """Images in tar files; `dataset[i]` reads just the bytes of sample i, nothing is unpacked.
 
     How many samples a shard holds is taken from `sizes.json` in its folder ({"00000.tar": 10000}) or from img2dataset's
-    `00000_stats.json` beside it ("successes"), else from its headers. These are read when they are first needed, and
-    kept in the cache folder.
+    `00000_stats.json` beside it ("successes"), else from its headers.
     """
 
     def __init__(self, source: SourceConfig) -> None:
         self.paths = find_shards(source.path)
         self.caption_key = source.caption_key
-        self.shuffle_buffer = source.shuffle_buffer or 100_000
-        self.streams = source.streams or 1
+        self.shuffle_buffer, self.streams = source.shuffle_buffer or 100_000, source.streams or 1
         self._indices: OrderedDict[str, Index] = OrderedDict()
         self._files: OrderedDict[str, BinaryIO] = OrderedDict()
-        self._warned: set[int] = set()  # shards of which skipped members were logged
         self._count()
         first = self._index(0).entries
         self.has_captions = bool(first["json_block"].any() or (first["txt_block"].any() and self.caption_key is None))
@@ -77,43 +75,34 @@ class Shards(ShardedDataset):
         return self.__dict__ | {"_files": OrderedDict()}
 
     def _count(self) -> None:
-        """Finds the size of each shard, and the file that says so (None where the shard itself does).
-
-        Shards that hold none, as where all downloads failed, are left out of `paths`.
-        """
-        said = list(_read_sizes(self.paths))
-        empty = {path: one[1] for path, one in zip(self.paths, said) if one is not None and one[0] == 0}
-        if empty:
-            self._leave_out(empty)
-            said = [one for one in said if one is None or one[0]]
-        unknown = [path for path, one in zip(self.paths, said) if one is None]
+        """Finds the size of each shard, and the file that says so (None where the shard itself does)."""
+        said = _said_sizes(self.paths)
+        self._leave_out({path: file for path, (size, file) in said.items() if size == 0})
+        unknown = [path for path in self.paths if said[path][1] is None]
         if unknown:
             logger.info("reading the headers of %d shards in %s, once", len(unknown), os.path.dirname(self.paths[0]))
-        # Each process starts at another shard, so that they share the work where they share the cache folder.
-        rank, processes = world()
-        begin = rank * len(unknown) // processes
+
+        def count(path: str) -> tuple[int, int, str]:
+            index = read_index(path)
+            return len(index.entries), index.num_dotted, index.first_dotted
+
         with ThreadPoolExecutor(INDEX_THREADS) as pool:
-
-            def read(path: str) -> tuple[int, int, str]:
-                index = read_index(path)
-                return len(index.entries), index.num_dotted, index.first_dotted
-
-            turned = unknown[begin:] + unknown[:begin]
-            counted = dict(zip(turned, pool.map(read, turned)))
-        dotted = [(path, *counted[path][1:]) for path in unknown if counted[path][1]]
+            counted = dict(zip(unknown, pool.map(count, unknown)))
+        dotted = [(path, number, first) for path, (_, number, first) in counted.items() if number]
         if dotted:
-            skipped = dotted_members(sum(count for _, count, _ in dotted), f"{dotted[0][0]}: {dotted[0][2]}")
+            skipped = dotted_members(sum(number for _, number, _ in dotted), f"{dotted[0][0]}: {dotted[0][2]}")
             logger.warning("%d of %d shards: %s", len(dotted), len(self.paths), skipped)
-        self.said_by = [one and one[1] for one in said]
-        self.set_sizes([counted[path][0] if one is None else one[0] for path, one in zip(self.paths, said)])
+        self.said_by = [said[path][1] for path in self.paths]
+        self.set_sizes([counted[path][0] if path in counted else said[path][0] for path in self.paths])
 
     def _leave_out(self, empty: dict[str, str]) -> None:
         """Takes shards without samples, {path: the file that says so}, out of `paths`; logs how many."""
         for path, file in empty.items():
             if next(read_members(path), None) is not None:
-                raise DataError(
-                    f"{path}: holds samples, but {file} says 0; remove {file}, and shards are counted again"
-                )
+                remedy = f"remove {file}, and shards are counted again"
+                raise DataError(f"{path}: holds samples, but {file} says 0; {remedy}")
+        if not empty:
+            return
         path, file = next(iter(empty.items()))
         message = f"{len(empty)} of {len(self.paths)} shards are empty, as {path}, of which {file} says 0 samples"
         if len(empty) == len(self.paths):
@@ -129,9 +118,8 @@ class Shards(ShardedDataset):
             remedy = dotted_members(*index[2:]) if index.num_dotted else remedy
             says = f"{said_by} says" if said_by else "it had"
             raise DataError(f"{path}: holds {len(index.entries)} samples, but {says} {self.sizes[shard]}; {remedy}")
-        if index.num_dotted and said_by and shard not in self._warned:
-            self._warned.add(shard)
-            logger.warning("%s: %s", path, dotted_members(*index[2:]))
+        if index.num_dotted and said_by:
+            warn_once(f"{path}: {dotted_members(*index[2:])}")
         return index
 
     def _find(self, index: int) -> tuple[str, np.void, str]:
@@ -144,33 +132,14 @@ class Shards(ShardedDataset):
         offset, size = int(entry[f"{part}_block"]) * BLOCK, int(entry[f"{part}_size"])
         with file_errors(path):
             file = _kept(self._files, path, lambda path: open(path, "rb", buffering=0))  # noqa: SIM115 (kept open)
-            content = _read_at(file, offset, size)
+            if hasattr(os, "pread"):  # else, on Windows, workers are not forked, and share no position
+                content = os.pread(file.fileno(), size, offset)
+            else:
+                file.seek(offset)
+                content = file.read(size)
         if len(content) != size:
             raise DataError(f"{path}: was changed while it was read; start from scratch")
         return content
-
-    def _caption(self, path: str, entry: np.void, name: str) -> str:
-        if self.caption_key is None and entry["txt_block"]:
-            return clean_caption(self._text(path, entry, "txt", name), name)
-        if not entry["json_block"]:
-            raise BadSample(name, "no caption (.txt or .json) beside it")
-        key = self.caption_key or CAPTION_KEY
-        try:
-            content = parse_json(self._text(path, entry, "json", name))
-        except ValueError as error:
-            raise BadSample(name, f"its .json is {error}") from None
-        caption = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(caption, str):
-            raise BadSample(name, f"its .json has no text {key!r}")
-        return clean_caption(caption, name)
-
-    def _label(self, path: str, entry: np.void, name: str) -> int:
-        text = self._text(path, entry, "cls", name).strip() if entry["cls_block"] else None
-        if text is None or not re.fullmatch("[0-9]{1,9}", text):
-            raise BadSample(name, "no label (.cls) beside it" if text is None else f"label {text[:20]!r} is no number")
-        if int(text) >= len(self.classes):
-            raise BadSample(name, f"label {text} is none of the {len(self.classes)} classes")
-        return int(text)
 
     def _text(self, path: str, entry: np.void, part: str, name: str) -> str:
         size = entry[f"{part}_size"]
@@ -181,6 +150,28 @@ class Shards(ShardedDataset):
         except UnicodeDecodeError:
             raise BadSample(name, f"its .{part} is not UTF-8") from None
 
+    def _caption(self, path: str, entry: np.void, name: str) -> str:
+        if self.caption_key is None and entry["txt_block"]:
+            return clean_caption(self._text(path, entry, "txt", name), name)
+        if not entry["json_block"]:
+            raise BadSample(name, "no caption (.txt or .json) beside it")
+        key = self.caption_key or "caption"
+        try:
+            content = parse_json(self._text(path, entry, "json", name))
+        except ValueError as error:
+            raise BadSample(name, f"its .json is {error}") from None
+        if not isinstance(content, dict) or not isinstance(content.get(key), str):
+            raise BadSample(name, f"its .json has no text {key!r}")
+        return clean_caption(content[key], name)
+
+    def _label(self, path: str, entry: np.void, name: str) -> int:
+        text = self._text(path, entry, "cls", name).strip() if entry["cls_block"] else None
+        if text is None or not re.fullmatch("[0-9]{1,9}", text):
+            raise BadSample(name, "no label (.cls) beside it" if text is None else f"label {text[:20]!r} is no number")
+        if int(text) >= len(self.classes):
+            raise BadSample(name, f"label {text} is none of the {len(self.classes)} classes")
+        return int(text)
+
     def _add_facts(self, facts: Fingerprint) -> None:
         facts.add("shards", [self.classes, self.caption_key, self.sizes.tolist()])
         for path in self.paths:
@@ -188,12 +179,7 @@ class Shards(ShardedDataset):
 
 
 def find_shards(path: str) -> list[str]:
-    """The shards that a setting names, sorted within each of its parts; no shard may be named twice.
-
-    Args:
-        path: a .tar file, a folder of them, a glob ("data/*.tar") or a brace pattern ("data/{00000..00099}.tar",
-            "data/{a,b}.tar"), or several of these with "::" between them.
-    """
+    """The shards that a setting names, sorted within each of its parts; no shard may be named twice."""
     shown = printable(path)
     if "\0" in path:
         raise DataError(f"path {shown}: no path has a zero byte; check the data source's path")
@@ -211,6 +197,7 @@ def find_shards(path: str) -> list[str]:
 
 
 def _expand(part: str) -> Iterator[str]:
+    """The shards of a folder, a glob or a brace pattern."""
     if os.path.isdir(part):
         names = glob.glob(os.path.join(glob.escape(part), "*.tar"))
         if not names:
@@ -219,11 +206,10 @@ def _expand(part: str) -> Iterator[str]:
         return
     for pattern in _braces(part):
         names = glob.glob(pattern) if glob.has_magic(pattern) and not os.path.isfile(pattern) else [pattern]
-        if not names:
-            raise DataError(f"{printable(pattern)}: no file fits this pattern; check the data source's path")
-        for name in names:
-            if not os.path.isfile(name):
-                raise DataError(f"{printable(name)}: no such shard; check the data source's path {printable(part)}")
+        missing = [name for name in names if not os.path.isfile(name)]
+        if missing or not names:
+            what = f"{printable(missing[0])}: no such shard" if missing else f"{printable(pattern)}: no file fits this"
+            raise DataError(f"{what}; check the data source's path {printable(part)}")
         yield from names
 
 
@@ -241,33 +227,28 @@ def _braces(pattern: str) -> list[str]:
     raise DataError(f"path {printable(pattern)}: stands for more than {MAX_SHARDS} shards")
 
 
-def _read_sizes(paths: list[str]) -> Iterator[tuple[int, str] | None]:
-    """For each shard (its samples, the file that says so), or None where no file does."""
-    folders: dict[str, dict[str, Any]] = {}
+def _said_sizes(paths: list[str]) -> dict[str, tuple[int | None, str | None]]:
+    """{shard: (its samples, the file beside it that says so)}; (None, None) where no file does."""
+    said, read = {}, functools.cache(_read_json)
     for path in paths:
         folder, name = os.path.split(path)
-        if folder not in folders:
-            folders[folder] = _read_json(os.path.join(folder, "sizes.json"))
-        file, content, key = os.path.join(folder, "sizes.json"), folders[folder], name
-        if name not in content:
-            file, key = f"{os.path.splitext(path)[0]}_stats.json", "successes"
-            content = _read_json(file)
-        size = content.get(key)
-        if key in content and (type(size) is not int or not 0 <= size < 2**40):
-            raise DataError(
-                f"{file}: {key} must be a number of samples, got {size!r}; remove it, and the shards are counted"
-            )
-        yield (size, file) if key in content else None
+        files = {os.path.join(folder, "sizes.json"): name, f"{os.path.splitext(path)[0]}_stats.json": "successes"}
+        file = next((file for file, key in files.items() if key in read(file)), None)
+        size = None if file is None else read(file)[files[file]]
+        if file is not None and (type(size) is not int or not 0 <= size < 2**40):
+            raise DataError(f"{file}: {files[file]} must be a number of samples, got {size!r}{COUNT_AGAIN}")
+        said[path] = size, file
+    return said
 
 
 def _read_json(file: str) -> dict[str, Any]:
     """A JSON object; {} where there is no file."""
     if not os.path.exists(file):
         return {}
-    with file_errors(file, "; remove it, and the shards are counted"):
+    with file_errors(file, COUNT_AGAIN):
         content = read_json(file)
-    if not isinstance(content, dict):
-        raise DataError(f"{file}: must be a JSON object; remove it, and the shards are counted")
+        if not isinstance(content, dict):
+            raise ValueError("must be a JSON object")
     return content
 
 
@@ -280,11 +261,3 @@ def _kept(kept: OrderedDict, path: str, make: Callable[[str], Any]) -> Any:
             getattr(oldest, "close", lambda: None)()
     kept.move_to_end(path)
     return kept[path]
-
-
-def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
-    """Bytes of a file; where the system can, without moving the position that forked workers share."""
-    if hasattr(os, "pread"):
-        return os.pread(file.fileno(), size, offset)
-    file.seek(offset)
-    return file.read(size)
