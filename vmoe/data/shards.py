@@ -102,8 +102,7 @@ def scan(path: str) -> Index:
     Raises:
         DataError: as `read_members`; a sample has two members of one kind; there are none or more than MAX_SAMPLES.
     """
-    column = {name: number for number, name in enumerate(ENTRY.names)}
-    rows, numbers, names = array("L"), {}, []
+    numbers, names, rows = {}, [], array("L")  # a row is an ENTRY; a list of them would need many times the memory
     num_dotted, first_dotted = 0, ""
     for member in read_members(path):
         folder, slash, base = member.name.rpartition("/")
@@ -114,21 +113,20 @@ def scan(path: str) -> Index:
         if kind is None or not stem:
             continue
         key = folder + slash + stem
-        number = numbers.setdefault(key, len(numbers))
+        number = numbers.setdefault(key, len(names))
         if number == MAX_SAMPLES:
             raise DataError(f"{path}: holds more than {MAX_SAMPLES} samples; split it")
         if number == len(names):
             names.append(member.name)
-            rows.extend([0] * len(column))
-        position = number * len(column) + column[f"{kind}_block"]
+            rows.extend([0] * len(ENTRY.names))
+        position = number * len(ENTRY.names) + ENTRY.names.index(f"{kind}_block")
         if rows[position]:
             raise DataError(f"{path}: member {member.name!r}: sample {key!r} has two such members; {REMEDY}")
         rows[position], rows[position + 1] = member.offset // BLOCK, member.size
     if not names:
-        skipped = f"; {dotted_members(num_dotted, first_dotted)}" if num_dotted else "; leave it out"
-        raise DataError(f"{path}: holds no sample ({', '.join(KINDS)}){skipped}")
-    entries = np.array(rows, "<u4").reshape(-1, len(column)).view(ENTRY)[:, 0]
-    return Index(entries, names, num_dotted, first_dotted)
+        skipped = dotted_members(num_dotted, first_dotted) if num_dotted else "leave it out"
+        raise DataError(f"{path}: holds no sample ({', '.join(KINDS)}); {skipped}")
+    return Index(np.array(rows, "<u4").view(ENTRY), names, num_dotted, first_dotted)
 
 
 def dotted_members(count: int, first: str) -> str:
@@ -142,10 +140,7 @@ def dotted_members(count: int, first: str) -> str:
 def _load(file: Path) -> Index | None:
     """The index that was kept, or None if there is none or the file is damaged."""
     # Not as .npy: on Python 3.11 numpy's reader of its header now and then fails in several threads at once.
-    try:
-        content = file.read_bytes()
-    except OSError:
-        return None
+    content = file.read_bytes() if file.is_file() else b""
     checksum, content = content[:CHECKSUM_BYTES], content[CHECKSUM_BYTES:]
     if not content or checksum != _checksum(content):
         return None
@@ -165,49 +160,50 @@ def read_members(path: str | Path) -> Iterator[Member]:
             link, a device or sparse, has a name that is absolute or holds "..", or is longer than MAX_MEMBER_BYTES.
     """
     with file_errors(path, "; check the data source's path"), open(path, "rb", buffering=8192) as file:
-        yield from _walk(file, path)
-
-
-def _walk(file: BinaryIO, path: str | Path) -> Iterator[Member]:
-    size = os.fstat(file.fileno()).st_size
-    position, long_name = 0, None
-    while True:
-        file.seek(position)
-        header = file.read(BLOCK)
+        size = os.fstat(file.fileno()).st_size
         if not size:
             raise DataError(f"{path}: is empty; {REMEDY}")
-        if len(header) < BLOCK and position:
-            raise DataError(f"{path}: cut off at byte {size}, its end mark is missing; {REMEDY}")
-        if not any(header):
-            _check_end(file, size, path)
-            return
-        info = _parse(header, position, path)
-        name, kind, length = info.name, info.type, info.size
-        offset = position + BLOCK
-        shown = f"{path}: member {(long_name or name)[:200]!r}"
-        if offset + length > size:
-            raise DataError(f"{shown}: cut off, it should have {length} bytes and the file ends before; {REMEDY}")
-        position = offset + -(-length // BLOCK) * BLOCK
-        if kind in (b"x", b"g", b"L"):
-            if length > MAX_NAME_BYTES:
-                raise DataError(
-                    f"{shown}: has an extended header of {length} bytes; more than {MAX_NAME_BYTES} are refused"
-                )
-            long_name = _long_name(file.read(length), kind, shown) or long_name
-            continue
-        name, long_name = long_name or name, None
-        parts = re.split(r"[/\\]", name)
-        shown = f"{path}: member {name[:200]!r}"
-        if not name or "\0" in name or ".." in parts or parts[0] == "" or re.match(r"[A-Za-z]:", name):
-            raise DataError(f"{shown} has a name that is empty, absolute or leads out of the shard; refused")
-        if kind == b"5" and not length:  # a folder
-            continue
-        if kind not in (b"0", b"\0", b"7"):
-            what = REFUSED.get(kind, f"of the unknown type {kind!r}")
-            raise DataError(f"{shown} is {what}; only plain files are read, so leave it out of the shard")
-        if length > MAX_MEMBER_BYTES:
-            raise DataError(f"{shown} has {length} bytes; more than {MAX_MEMBER_BYTES} are refused")
-        yield Member(name.removeprefix("./"), offset, length)
+        position, long_name = 0, None
+        while True:
+            file.seek(position)
+            header = file.read(BLOCK)
+            if len(header) < BLOCK and position:
+                raise DataError(f"{path}: cut off at byte {size}, its end mark is missing; {REMEDY}")
+            if not any(header):
+                _check_end(file, size, path)
+                return
+            info = _parse(header, position, path)
+            offset = position + BLOCK
+            shown = f"{path}: member {(long_name or info.name)[:200]!r}"
+            if offset + info.size > size:
+                what = f"cut off, it should have {info.size} bytes and the file ends before"
+                raise DataError(f"{shown}: {what}; {REMEDY}")
+            position = offset + -(-info.size // BLOCK) * BLOCK
+            if info.type in (b"x", b"g", b"L"):
+                if info.size > MAX_NAME_BYTES:
+                    what = f"has an extended header of {info.size} bytes; more than {MAX_NAME_BYTES} are refused"
+                    raise DataError(f"{shown}: {what}")
+                long_name = _long_name(file.read(info.size), info.type, shown) or long_name
+                continue
+            name, long_name = long_name or info.name, None
+            if _check_member(name, info, path):
+                yield Member(name.removeprefix("./"), offset, info.size)
+
+
+def _check_member(name: str, info: tarfile.TarInfo, path: str | Path) -> bool:
+    """Whether a member is a file, else it is a folder; raises DataError if it is refused."""
+    parts = re.split(r"[/\\]", name)
+    shown = f"{path}: member {name[:200]!r}"
+    if not name or "\0" in name or ".." in parts or parts[0] == "" or re.match(r"[A-Za-z]:", name):
+        raise DataError(f"{shown} has a name that is empty, absolute or leads out of the shard; refused")
+    if info.type == tarfile.DIRTYPE and not info.size:
+        return False
+    if info.type not in tarfile.REGULAR_TYPES or info.type == tarfile.GNUTYPE_SPARSE:
+        what = REFUSED.get(info.type, f"of the unknown type {info.type!r}")
+        raise DataError(f"{shown} is {what}; only plain files are read, so leave it out of the shard")
+    if info.size > MAX_MEMBER_BYTES:
+        raise DataError(f"{shown} has {info.size} bytes; more than {MAX_MEMBER_BYTES} are refused")
+    return True
 
 
 def _check_end(file: BinaryIO, size: int, path: str | Path) -> None:
@@ -231,13 +227,11 @@ def _parse(header: bytes, position: int, path: str | Path) -> tarfile.TarInfo:
         pass
     if position:
         raise DataError(f"{path}: is damaged at byte {position}; {REMEDY}")
-    for magic, name in COMPRESSED.items():
-        if header.startswith(magic):
-            raise DataError(
-                f"{path}: is compressed ({name}), and its samples could not be read one by one; unpack it to a "
-                "plain .tar (images are compressed already)"
-            )
-    raise DataError(f"{path}: is no tar file; {REMEDY}")
+    kind = next((kind for magic, kind in COMPRESSED.items() if header.startswith(magic)), None)
+    if kind is None:
+        raise DataError(f"{path}: is no tar file; {REMEDY}")
+    remedy = "unpack it to a plain .tar (images are compressed already)"
+    raise DataError(f"{path}: is compressed ({kind}), and its samples could not be read one by one; {remedy}")
 
 
 def _long_name(content: bytes, kind: bytes, shown: str) -> str | None:
@@ -252,10 +246,9 @@ def _long_name(content: bytes, kind: bytes, shown: str) -> str | None:
         if not equals or length > len(content):
             raise DataError(f"{shown}: has a damaged extended header; {REMEDY}")
         if key == b"size" or key.startswith(b"GNU.sparse") or (key == b"path" and kind == b"g"):
-            what = key.decode("utf-8", "backslashreplace")
+            refused = "sparse files, files of 8 GiB and more, and one name for all members are refused"
             raise DataError(
-                f"{shown}: has an extended header with {what}; sparse files, files of 8 GiB and more, and one name for "
-                "all members are refused"
+                f"{shown}: has an extended header with {key.decode('utf-8', 'backslashreplace')}; {refused}"
             )
         if key == b"path":
             name = value.decode("utf-8", "backslashreplace")
