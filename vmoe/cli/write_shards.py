@@ -80,12 +80,11 @@ def write_shards(
     """
     for name in ("label_sets", "class_columns", "conditions"):
         if getattr(dataset, name) is not None:
-            raise ValueError(
-                f"{type(dataset).__name__} has {name}, which shards cannot hold; evaluate it from its own files"
-            )
+            what = f"{type(dataset).__name__} has {name}, which shards cannot hold"
+            raise ValueError(f"{what}; evaluate it from its own files")
     if dataset.prompt_names is not None:
         logger.warning("shards do not hold the names of the classes for zero-shot prompts, only those that are shown")
-    with _whole_folder(Path(folder)) as draft:
+    with _atomic_folder(Path(folder)) as draft:
         if dataset.classes is not None:
             _write_classes([str(name) for name in dataset.classes], draft / "classes.txt")
         sizes: dict[str, int] = {}
@@ -108,7 +107,7 @@ def write_shards(
 
 
 @contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
+def _atomic_folder(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder` that takes its name when the block ends, and is removed if the block raises."""
     target = Path(os.path.realpath(folder))
     if target.exists():
@@ -121,9 +120,8 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
     try:
         draft.mkdir(parents=True)
     except FileExistsError:
-        raise ValueError(
-            f"output {draft} is there already: another process writes it, or was interrupted and left it; remove it"
-        ) from None
+        why = "another process writes it, or was interrupted and left it"
+        raise ValueError(f"output {draft} is there already: {why}; remove it") from None
     try:
         yield draft
         draft.rename(target)
@@ -146,22 +144,20 @@ def _samples(dataset: ImageDataset, on_bad: str) -> Iterator[tuple[int, dict[str
     """(index, members by ending) of each sample that is not bad."""
     for index in range(len(dataset)):
         try:
-            parts = _parts(dataset, index)
+            yield index, _parts(dataset, index)
         except BadSample as error:
             if on_bad == "fail":
                 raise
             logger.warning("bad sample skipped: %s: %s", printable(error.path), error.reason)
-        else:
-            yield index, parts
 
 
 def _parts(dataset: ImageDataset, index: int) -> dict[str, bytes]:
-    sample, file = dataset[index], dataset.file_of(index)
-    ending = file[1].suffix.lower()[1:] if file is not None else ""
-    content = file[1].read_bytes() if ending in IMAGE_ENDINGS else None
+    sample, (_, file) = dataset[index], dataset.file_of(index) or ("", Path())
+    ending = file.suffix.lower()[1:]
+    content = file.read_bytes() if ending in IMAGE_ENDINGS else None
     as_stored = dataset.reading._replace(exif_orientation=False)
     # Some data sets change what they read: ObjectNet cuts off the border.
-    stored = None if content is None else load_image(file[1], content, as_stored)
+    stored = None if content is None else load_image(file, content, as_stored)
     if stored is None or (stored.size, stored.tobytes()) != (sample.image.size, sample.image.tobytes()):
         png = io.BytesIO()
         sample.image.save(png, "png")

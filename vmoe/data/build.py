@@ -10,7 +10,7 @@ from vmoe.data.config import NOT_FROM_FILES, SourceConfig
 from vmoe.data.dataset import ImageDataset
 from vmoe.data.images import MAX_PIXELS, Reading
 from vmoe.data.sources.captions import PairsFile, PairsFolder
-from vmoe.data.sources.emoji import EmojiGroups, EmojiPairs
+from vmoe.data.sources.emoji import EmojiImages
 from vmoe.data.sources.folder import ImageFolder
 from vmoe.data.sources.huggingface import HuggingFace, ParquetRows
 from vmoe.data.sources.imagenet import ImageNet, ImageNetC, ImageNetFolders, ImageNetReal
@@ -21,8 +21,7 @@ from vmoe.data.sources.torchvision import TorchvisionDataset
 from vmoe.data.sources.webdataset import Shards
 
 SOURCES: dict[str, Callable[[SourceConfig], ImageDataset]] = {
-    "emoji": EmojiPairs,
-    "emoji_groups": EmojiGroups,
+    **dict.fromkeys(("emoji", "emoji_groups"), EmojiImages),
     "pairs": lambda source: (PairsFolder if Path(source.path).is_dir() else PairsFile)(source),
     "shards": Shards,
     "hf": lambda source: (ParquetRows if source.streaming else HuggingFace)(source),

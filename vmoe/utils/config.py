@@ -43,15 +43,10 @@ def shipped_config_dirs() -> list[Path]:
 
 
 def find_config(name: str, folder: str = "") -> Path:
-    """Path of a config file.
+    """A config file by its path, or by the name of a shipped config in `folder` ("" or "eval").
 
-    Args:
-        name: a path, or the bare name of a shipped config, with or without `.yaml` ("limoe_tiny_emoji"), with its
-            subfolder if it lies in one ("finetune/vit_upcycled").
-        folder: subfolder of the shipped configs in which a bare name is looked up ("" or "eval").
-
-    Raises:
-        ConfigError: there is no such file; the message lists the shipped configs.
+    Such a name may lack `.yaml` and have a subfolder ("limoe_tiny_emoji", "finetune/vit_upcycled"). ConfigError: there
+    is no such file; the message lists the shipped configs.
     """
     bare = name.removesuffix(".yaml")
     for path in (Path(name), *(root / folder / f"{bare}.yaml" for root in shipped_config_dirs())):
@@ -92,7 +87,7 @@ def read_config(
         config_class: dataclass of the configuration (nested dataclasses are sections).
         argv: arguments without the program's name; None: those of this process.
         prog, description: for `--help`.
-        folder: subfolder of the shipped configs in which a bare `--config NAME` is looked up.
+        folder: see `find_config`.
 
     Raises:
         ConfigError: unknown key, wrong type, missing file or setting, or a ValueError of a dataclass's own checks.
@@ -120,11 +115,7 @@ def read_config(
 
 
 def read_settings_file(file: Path) -> dict[str, Any]:
-    """The settings in a YAML file as they stand there; an empty file has none.
-
-    Raises:
-        ConfigError: it cannot be read, or is refused (see :class:`vmoe.utils.files.SettingsLoader`).
-    """
+    """The settings in a YAML file as they stand there; ConfigError: unreadable, or refused by `SettingsLoader`."""
     try:
         content = read_yaml(file)
     except ValueError as error:
@@ -137,12 +128,7 @@ def read_settings_file(file: Path) -> dict[str, Any]:
 def check_types(settings: Any, prefix: str = "") -> None:
     """Checks the types of settings that were made in Python, as those of a file or a command line are checked.
 
-    Args:
-        settings: a dataclass of settings; those in its sections are checked too.
-        prefix: of their names in the message, such as "features.".
-
-    Raises:
-        ConfigError: the first value that is not of its setting's type.
+    ConfigError: a value, also of a section, that is not of its setting's type; its name starts with `prefix`.
     """
     _converted_section(settings, type(settings), prefix)
 
@@ -209,15 +195,14 @@ def _merge(settings: dict[str, Any], update: dict[str, Any], config_class: type 
 
 def _build(config_class: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
     """The dataclass from nested settings that are converted already."""
-    required = (one.name for one in dataclasses.fields(config_class) if one.default is one.default_factory)
-    missing = [name for name in required if name not in settings]
-    if missing:
+    required = [one.name for one in dataclasses.fields(config_class) if one.default is one.default_factory]
+    if missing := [name for name in required if name not in settings]:
         names = ", ".join(missing)
         raise ConfigError(f"missing setting {names}: give it in the config file or as --{missing[0]} VALUE")
-    values = {}
-    for name, value in settings.items():
-        section = _section(_fields(config_class)[name])
-        values[name] = _build(section, value) if section is not None and value is not None else value
+    values = dict(settings)
+    for name, annotation in _fields(config_class).items():
+        if _section(annotation) and isinstance(values.get(name), dict):
+            values[name] = _build(_section(annotation), values[name])
     return config_class(**values)
 
 
@@ -235,8 +220,7 @@ def _known_keys(config_class: type, prefix: str) -> Iterator[str]:
     """All dotted keys, sections included."""
     for name, annotation in _fields(config_class).items():
         yield prefix + name
-        section = _section(annotation)
-        if section is not None:
+        if section := _section(annotation):
             yield from _known_keys(section, f"{prefix}{name}.")
 
 
@@ -266,8 +250,7 @@ def _section(annotation: Any) -> type | None:
 
 def _inside(annotation: Any, name: str) -> Any:
     """The type of a key in a setting: of a section's field, Any in a free-form setting; None: there is no such key."""
-    section = _section(annotation)
-    if section is not None:
+    if section := _section(annotation):
         return _fields(section).get(name)
     return Any if annotation is Any or dict in map(typing.get_origin, _members(annotation)) else None
 

@@ -25,9 +25,6 @@ def atomic_file(file: Path) -> Iterator[Path]:
     """A temporary name beside `file` to write to, which replaces `file` when the block ends without an error.
 
     Several processes may write the same file; the last one stays. The permissions are those of a new file (umask).
-
-    Args:
-        file: its folder exists.
     """
     temporary = file.with_name(f".{file.stem}.{secrets.token_hex(6)}{file.suffix}")
     try:
@@ -59,11 +56,7 @@ def read_text(file: str | Path, max_bytes: int = 16 * 2**20) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What a JSON text holds.
-
-    Raises:
-        ValueError: it is no JSON, or nested too deep; a few words without the file's name.
-    """
+    """What a JSON text holds; ValueError: it is no JSON, or nested too deep; a few words without the file's name."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -88,7 +81,7 @@ class UnsafeYaml(yaml.MarkedYAMLError):
 class SettingsLoader(yaml.SafeLoader):
     """Plain values only: no aliases, tags or duplicate keys, bounded in number, depth and length.
 
-    As in jsonargparse, "1e-3" is a number and "2026-01-01" a text.
+    "1e-3" is a number and "2026-01-01" a text.
     """
 
     yaml_implicit_resolvers: ClassVar[dict] = {
@@ -105,10 +98,9 @@ class SettingsLoader(yaml.SafeLoader):
             self._refuse(event, f"the alias *{event.anchor} is not allowed; write the value itself")
         if getattr(event, "tag", None) is not None:
             self._refuse(event, f"settings are plain values, and the tag {event.tag!r} is none; leave it out")
-        if self.depth > MAX_DEPTH:
-            self._refuse(event, f"nested deeper than {MAX_DEPTH}")
-        if self.values > MAX_VALUES:
-            self._refuse(event, f"more than {MAX_VALUES} values")
+        if self.depth > MAX_DEPTH or self.values > MAX_VALUES:
+            deep = self.depth > MAX_DEPTH
+            self._refuse(event, f"nested deeper than {MAX_DEPTH}" if deep else f"more than {MAX_VALUES} values")
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -125,12 +117,11 @@ class SettingsLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:
-            line, name = key.start_mark.line + 1, (key.tag, str(key.value))
+            name = (key.tag, str(key.value))
             if name in lines:
-                self._refuse(
-                    key, f"the key {printable(key.value)!r} is there already, on line {lines[name]}; leave one out"
-                )
-            lines[name] = line
+                there = f"is there already, on line {lines[name]}; leave one out"
+                self._refuse(key, f"the key {printable(key.value)!r} {there}")
+            lines[name] = key.start_mark.line + 1
         return super().construct_mapping(node, deep)
 
     @staticmethod
@@ -148,12 +139,7 @@ SettingsLoader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """What a YAML text of settings holds.
-
-    Raises:
-        UnsafeYaml: it holds more than `SettingsLoader` allows.
-        yaml.YAMLError, ValueError: it is no YAML, or holds an impossible number.
-    """
+    """What a YAML text of settings holds; raises UnsafeYaml, or YAMLError or ValueError where it is no YAML."""
     return yaml.load(text, Loader=SettingsLoader)
 
 

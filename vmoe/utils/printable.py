@@ -41,10 +41,10 @@ codecs.register_error("vmoe.json", lambda error: (json.dumps(error.object[error.
 
 @contextmanager
 def safe_output() -> Iterator[None]:
-    """In it, what is written to standard output and standard error raises nothing.
+    """In it, what is written to standard output and standard error raises nothing; a decorator of each command.
 
     A character that the encoding lacks is written as JSON's escape. Where the reader is gone (`| head`, a closed
-    terminal) or the disk is full, the text is lost and the command goes on. As a decorator it is around each command.
+    terminal) or the disk is full, the text is lost and the command goes on.
     """
     streams = [None if stream is None else _SafeStream(stream) for stream in (sys.stdout, sys.stderr)]
     with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
@@ -82,7 +82,5 @@ class _SafeStream:
         try:
             self._stream.flush()
         except (OSError, ValueError):
-            with suppress(OSError, ValueError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self._stream.fileno())
-                os.close(nowhere)
+            with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())

@@ -107,13 +107,26 @@ def family(base: str) -> str:
     return " ".join(part for part in parts if part not in _PERSONS) or base
 
 
-class _EmojiImages(ImageDataset):
-    """The emoji that `keep` accepts, drawn at a size; subclasses set classes and labels."""
+class EmojiImages(ImageDataset):
+    """Emoji drawn at a size: with their names as captions and classes, or with Unicode's ten groups as classes."""
 
-    def __init__(self, keep: set[str], image_size: int) -> None:
-        self.indices = [index for index, one in enumerate(list_emoji()) if one.code in keep]
+    def __init__(self, source: SourceConfig) -> None:
+        self.has_captions = source.type == "emoji"
+        if self.has_captions:
+            held_out = read_held_out()
+            wanted = {"train": (False,), "held_out": (True,), "all": (False, True)}[source.split]
+            keep = [one.code in held_out for one in list_emoji()]
+        else:
+            val, wanted = choose_val(list_emoji()), (source.split == "val",)
+            keep = [family(one.base) in val for one in list_emoji()]
+        self.indices = [index for index, part in enumerate(keep) if part in wanted]
         self.emoji = [list_emoji()[index] for index in self.indices]
-        self.pixels = render_emoji(image_size)
+        self.pixels = render_emoji(source.image_size)
+        if self.has_captions:
+            self.classes = [one.name for one in self.emoji]
+        else:
+            self.classes = sorted({one.group for one in list_emoji()})
+            self.labels = [self.classes.index(one.group) for one in self.emoji]
 
     def __len__(self) -> int:
         return len(self.emoji)
@@ -124,30 +137,8 @@ class _EmojiImages(ImageDataset):
         caption = self.caption(index) if self.has_captions else None
         return Sample(image, label, caption, f"emoji {self.emoji[index].code}")
 
-
-class EmojiPairs(_EmojiImages):
-    """Emoji with their names: each sample's caption is its name, each name is a class of its own."""
-
-    has_captions = True
-
-    def __init__(self, source: SourceConfig) -> None:
-        codes, held_out = {one.code for one in list_emoji()}, read_held_out()
-        keep = {"train": codes - held_out, "held_out": held_out, "all": codes}
-        super().__init__(keep[source.split], source.image_size)
-        self.classes = [one.name for one in self.emoji]
-
     def caption(self, index: int) -> str:
         return self.classes[index]
-
-
-class EmojiGroups(_EmojiImages):
-    """Emoji with Unicode's ten groups as classes; split "val" has a fifth of each group."""
-
-    def __init__(self, source: SourceConfig) -> None:
-        val, in_val = choose_val(list_emoji()), source.split == "val"
-        super().__init__({one.code for one in list_emoji() if (family(one.base) in val) == in_val}, source.image_size)
-        self.classes = sorted({one.group for one in list_emoji()})
-        self.labels = [self.classes.index(one.group) for one in self.emoji]
 
 
 def cache_folder() -> Path:

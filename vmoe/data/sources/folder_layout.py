@@ -51,9 +51,8 @@ class TreeReader:
                     else:
                         (folders if entry.is_dir() else files).append(entry.name)
         except OSError as error:
-            raise ValueError(
-                f"{self.root / folder}: cannot be read ({error.strerror}); check its permissions"
-            ) from None
+            where = self.root / folder
+            raise ValueError(f"{where}: cannot be read ({error.strerror}); check its permissions") from None
         return sorted(folders), sorted(files)
 
     def folders(
@@ -64,14 +63,9 @@ class TreeReader:
         remedy: str = "",
         allowed: Collection[str] = (),
     ) -> list[str]:
-        """Sorted names of a folder's folders, where nothing else may be.
+        """Sorted names of a folder's folders, where nothing else (but files in `allowed`) may be.
 
-        Args:
-            folder: where to look, within the tree.
-            known: names that folders may have; None: any.
-            kind: what such a folder is called in messages.
-            remedy: closes the message about an unknown folder.
-            allowed: files that may lie beside the folders.
+        They must be among the `known` ones; `kind` is what they are called in messages, `remedy` closes one of those.
         """
         folders, files = self.entries(folder)
         where = f"in {folder}/, " if folder else ""
@@ -112,9 +106,8 @@ class TreeReader:
                 f"a class folder holds images only ({', '.join(IMAGE_SUFFIXES)}); move or remove it"
             )
         if not files:
-            raise ValueError(
-                f"{self.root / folder}: holds no image; there must be one folder of images per class, none empty"
-            )
+            rule = "there must be one folder of images per class, none empty"
+            raise ValueError(f"{self.root / folder}: holds no image; {rule}")
         return files
 
     def class_images(self, folders: Sequence[str], inside: str = "") -> tuple[list[str], list[int]]:
@@ -139,9 +132,8 @@ class TreeReader:
     def warn_of_junk(self) -> None:
         """Logs what was skipped since the last call."""
         if self.junk:
-            logger.warning(
-                "skipped, hidden or an operating system's own: %s", escaped(_names(sorted(self.junk), "path"))
-            )
+            names = escaped(_names(sorted(self.junk), "path"))
+            logger.warning("skipped, hidden or an operating system's own: %s", names)
         self.junk = set()
 
     def _draw(self, where: str, path: tuple[str, ...]) -> list[str]:
@@ -169,11 +161,7 @@ def read_class_tree(
 ) -> tuple[list[str], list[str], list[int]]:
     """(class folders, names of the images, their labels) of a tree with one folder of images per class, nothing else.
 
-    Args:
-        root, layout: see `TreeReader`.
-        classes: names of the folders in the order of their labels, all of which must be there; None: any, sorted.
-        remedy: closes the message about an unknown or missing class.
-        allowed: files that may lie beside the class folders.
+    `classes` are the names of the folders in the order of their labels, all of which must be there; None: any, sorted.
     """
     tree = TreeReader(root, layout)
     try:

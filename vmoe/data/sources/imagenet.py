@@ -169,8 +169,7 @@ class ImageNetFolders(_ImageNetFiles):
 class ImageNetC(_ImageNetFiles):
     """ImageNet-C (arXiv 1903.12261): any of the corruptions and severities; samples know theirs ("gaussian_noise/3").
 
-    The images were cropped to 224 pixels before they were corrupted: an evaluation takes all of each, as the authors'
-    own does.
+    The images were cropped to 224 pixels before they were corrupted: an evaluation takes all of each, as the authors'.
     """
 
     crop_pct = 1.0
@@ -199,12 +198,9 @@ class ImageNetC(_ImageNetFiles):
         self.condition_of = [number for number in range(len(self.conditions)) for _ in names]
         self.name_classes(None)
         wanted = [f"{corruption}/{severity}" for corruption in CORRUPTIONS for severity in SEVERITIES]
-        missing = [condition for condition in wanted if condition not in self.conditions]
-        if missing:
-            logger.warning(
-                "imagenet_c: %d of 75 conditions are missing, so there is no mean corruption error: %s",
-                len(missing), ", ".join(missing),
-            )  # fmt: skip
+        if missing := [condition for condition in wanted if condition not in self.conditions]:
+            message = "imagenet_c: %d of 75 conditions are missing, so there is no mean corruption error: %s"
+            logger.warning(message, len(missing), ", ".join(missing))
 
     @staticmethod
     def _images(tree: TreeReader, condition: str) -> tuple[list[str], list[int]]:
@@ -227,9 +223,7 @@ def val_number(name: str) -> int | None:
     return int(match[1]) if match and int(match[1]) > 0 else None
 
 
-def find_val_images(
-    path: str | Path, labels_file: str | Path | None, need_labels: bool = True
-) -> tuple[list[str], list[int]]:
+def find_val_images(path: str, labels_file: str | None, need_labels: bool = True) -> tuple[list[str], list[int]]:
     """Names and labels of the images of the validation set in either layout.
 
     `labels_file` is for a flat folder; None: the first of LABELS_FILES that is there. Without `need_labels` the images
