@@ -110,31 +110,9 @@ def any_shipped_config(tmp_path_factory, data) -> None:
 test_any_shipped_config, test_many_shipped_configs = fuzz(any_shipped_config, few=6, many=500)
 
 KEYS = (
-    "output_dir",
-    "part",
-    "part.rate",
-    "part.sizes",
-    "part.kwargs",
-    "part.kwargs.a",
-    "part.kwargs.a.b",
-    "more",
-    "more.rate",
-)
-KEYS += (
-    "task",
-    "names",
-    "names+",
-    "count",
-    "",
-    ".",
-    "part.",
-    ".part",
-    "part..rate",
-    "x",
-    "part.kwargs.",
-    "more.x",
-    "-",
-    "conf",
+    *("output_dir", "part", "part.rate", "part.sizes", "part.kwargs", "part.kwargs.a", "part.kwargs.a.b", "more"),
+    *("more.rate", "task", "names", "names+", "count", "", ".", "part.", ".part", "part..rate", "x", "part.kwargs."),
+    *("more.x", "-", "conf"),
 )
 
 

@@ -30,32 +30,14 @@ def encoded_image(format_: str, mode: str = "RGB", **options) -> bytes:
 
 
 IMAGES = [
-    encoded_image("JPEG"),
-    encoded_image("JPEG", progressive=True),
-    encoded_image("JPEG", "CMYK"),
-    encoded_image("PNG"),
-    encoded_image("PNG", "P"),
-    encoded_image("PNG", "LA"),
-    encoded_image("PNG", "1"),
-    encoded_image("WEBP"),
-    encoded_image("WEBP", lossless=True),
-    encoded_image("GIF"),
-    encoded_image("BMP"),
-    encoded_image("PPM"),
-    encoded_image("TIFF"),
-    encoded_image("TIFF", compression="tiff_lzw"),
-    encoded_image("TIFF", "RGBA", compression="tiff_deflate"),
+    *(encoded_image(format_) for format_ in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")),
+    *(encoded_image("PNG", mode) for mode in ("P", "LA", "1")),
+    *(encoded_image("JPEG", progressive=True), encoded_image("JPEG", "CMYK"), encoded_image("WEBP", lossless=True)),
+    *(encoded_image("TIFF", compression="tiff_lzw"), encoded_image("TIFF", "RGBA", compression="tiff_deflate")),
 ]
 SIZES = (
-    b"\x00\x00\x00\x01",
-    b"\x00\x01\x00\x00",
-    b"\x7f\xff\xff\xff",
-    b"\xff\xda",
-    b"\xff\xd8",
-    b"\xff\xc2",
-    b"IHDR",
-    b"iCCP",
-    b"zTXt",
+    *(b"\x00\x00\x00\x01", b"\x00\x01\x00\x00", b"\x7f\xff\xff\xff", b"\xff\xda", b"\xff\xd8", b"\xff\xc2"),
+    *(b"IHDR", b"iCCP", b"zTXt"),
 )
 
 
@@ -85,27 +67,15 @@ LISTS = {
     "pairs.jsonl": '{"image": "cat.jpg", "caption": "a cat"}\n{"image": "b/dog.png", "caption": "Hund"}\n',
 }
 PIECES = (
-    *(
-        b"../",
-        b"/etc/passwd,x\n",
-        b"\0",
-        b"\xff",
-        b"\xef\xbb\xbf",
-        b'"',
-        b"\r",
-        b"\n\n",
-        b"," * 50,
-        b"\t",
-        b"\x1b[31m",
-        b"\\u0000",
-    ),
+    *(b"../", b"/etc/passwd,x\n", b"\0", b"\xff", b"\xef\xbb\xbf", b'"', b"\r", b"\n\n", b"," * 50, b"\t"),
+    *(b"\x1b[31m", b"\\u0000"),
     *(b"[" * 3000, b'{"a":' * 3000, b"9" * 5000, b"null", b"{}", b"[]", b"1", b"\\ud800", b"a" * 200_000, b"NaN"),
 )
 
 
 def any_list_of_pairs(tmp_path_factory, data) -> None:
     name = data.draw(st.sampled_from(list(LISTS)))
-    file = tmp_path_factory.getbasetemp() / name
+    file = tmp_path_factory.mktemp("pairs") / name
     file.write_bytes(data.draw(damaged(LISTS[name].encode(), PIECES)))
 
     def read() -> ImageDataset:
@@ -152,16 +122,8 @@ def shard(format_: int) -> bytes:
 
 TARS = [shard(format_) for format_ in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)]
 HEADERS = (
-    b"\0" * 512,
-    b"../",
-    b"/etc/passwd",
-    b"7777777777",
-    b"\x80" + b"\xff" * 11,
-    b"17 path=../../x\n",
-    b"L",
-    b"x",
-    b"1",
-    b"5",
+    *(b"\0" * 512, b"../", b"/etc/passwd", b"7777777777", b"\x80" + b"\xff" * 11, b"17 path=../../x\n"),
+    *(b"L", b"x", b"1", b"5"),
 )
 
 
@@ -189,9 +151,9 @@ def with_good_checksums(content: bytes) -> bytes:
 
 
 def any_shard(tmp_path_factory, data) -> None:
-    folder = tmp_path_factory.getbasetemp()
+    folder = tmp_path_factory.mktemp("shards")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VMOE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        patch.setenv("VMOE_CACHE", str(folder / "cache"))
         content = data.draw(damaged(data.draw(st.sampled_from(TARS)), HEADERS))
         content = with_good_checksums(content) if data.draw(st.booleans()) else content
         outcome(lambda: read_shard(content, folder), (ValueError,), megabytes=1500)

@@ -174,17 +174,9 @@ def tar_of(name: str = "0.txt", content: bytes = b"x", **facts) -> bytes:
 
 
 TARS = {
-    "absolute": (tar_of("/etc/passwd.txt"), "absolute or leads out"),
-    "out of it": (tar_of("../../x.txt"), "absolute or leads out"),
     "out of it, by a long name": (tar_of("a/" * 60 + "../" * 70 + "x.txt"), "absolute or leads out"),
-    "out of it on Windows": (tar_of("..\\x.txt"), "absolute or leads out"),
-    "a symbolic link": (tar_of("0.txt", type=tarfile.SYMTYPE, linkname="/etc/passwd"), "a symbolic link"),
-    "a hard link": (tar_of("0.txt", type=tarfile.LNKTYPE, linkname="/etc/passwd"), "a hard link"),
-    "a device": (tar_of("0.txt", type=tarfile.CHRTYPE), "a character device"),
-    "a pipe": (tar_of("0.txt", type=tarfile.FIFOTYPE), "a pipe"),
     "a gigantic member": (tar_of("0.jpg", type=tarfile.SYMTYPE, size=2**60), "extended header with size"),
     "a gigantic header": (tar_of("a" * 100_000 + ".txt"), "extended header"),
-    "compressed": (b"\x1f\x8b" + zlib.compress(b"0" * 10**6), "compressed"),
     "a zip archive": (zip_of(b"x"), "compressed (zip)"),
 }
 

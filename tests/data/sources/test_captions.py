@@ -96,7 +96,7 @@ def test_spaces_behind_the_delimiter(folder):
 @given(st.lists(st.text(st.characters(exclude_categories=("C", "Z")), min_size=1), min_size=1, max_size=4), st.data())
 def test_what_pythons_writer_wrote_is_read(tmp_path_factory, captions, data):
     delimiter = data.draw(st.sampled_from([",", ";", "\t", "|"]))
-    file = tmp_path_factory.getbasetemp() / "written.csv"
+    file = tmp_path_factory.mktemp("pairs") / "written.csv"
     with open(file, "w", newline="", encoding="utf-8") as stream:
         rows = csv.writer(stream, delimiter=delimiter)
         rows.writerows([("image", "caption"), *(("a.png", caption) for caption in captions)])
