@@ -37,10 +37,9 @@ class SourceConfig:
             "karpathy" (COCO or Flickr30k with captions).
         path: "pairs": a .csv, .tsv or .jsonl file, or a folder of images with .txt files beside them. "shards": a .tar
             file, a folder, a glob or a brace pattern such as data/{00000..00099}.tar, or several with "::" between
-            them. "hf": a folder of Parquet or Arrow files, or one that save_to_disk wrote. "image_folder":
-            the folder that holds one folder per class. "torchvision": the folder given to torchvision as `root`.
-            "karpathy": dataset_coco.json or dataset_flickr30k.json. Published test sets: the folder that
-            docs/evaluation.md draws. The emoji types need none.
+            them. "hf": a folder of Parquet or Arrow files, or one that save_to_disk wrote. "image_folder": the folder
+            of the class folders. "torchvision": its `root`. "karpathy": dataset_coco.json or dataset_flickr30k.json.
+            Published test sets: the folder that docs/evaluation.md draws. The emoji types need none.
         split: "emoji": "train", "held_out" (400 compositions never seen in training) or "all". "emoji_groups":
             "train" or "val". "torchvision": "train", "test" or what the data set itself offers. "karpathy": "train"
             (with COCO's "restval"), "val" or "test". "hf": a split of the data set. Else unused.
@@ -56,9 +55,9 @@ class SourceConfig:
             and a tab in .tsv).
         label_key: "hf" only: the column of the label (default: the one of type ClassLabel, if there is just one).
         class_names: "shards": a .txt or .json file with the names of the classes that .cls members number from 0
-            (default: samples have no labels). "image_folder": a .txt file with one class name per line, in the order of
-            the sorted folder names, or a .json file with a list of names or a dictionary from folder name to class name
-            (default: the folder names, or WordNet's words where every folder is an ImageNet synset such as n01440764).
+            (default: samples have no labels). "image_folder": a .txt file with a class name per line, in the order of
+            the sorted folder names, or a .json file with a list of names or {folder: class name} (default: the folder
+            names, or WordNet's words where every folder is an ImageNet synset such as n01440764).
         labels_file: "imagenet" only, for images that lie flat in one folder: the file of their labels (default: the
             one found in that folder or the one above). "imagenet_real" only: real.json (default: timm's copy).
         shuffle_buffer: "shards", and "hf" with streaming: samples of neighbouring files that are shuffled together
@@ -134,10 +133,8 @@ class SourceConfig:
                 raise ValueError(f"type of a mixture's source must be that of a plain data set, got {source.type!r}")
         missing = [source for source in self.sources if source.weight is None]
         if missing and len(missing) < len(self.sources):
-            raise ValueError(
-                f"weight must be set for all sources of a mixture or for none; {missing[0].type!r} {missing[0].path} "
-                "has none"
-            )
+            first = f"{missing[0].type!r} {missing[0].path}"
+            raise ValueError(f"weight must be set for all sources of a mixture or for none; {first} has none")
 
 
 @dataclass

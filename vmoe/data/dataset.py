@@ -28,11 +28,10 @@ class Sample(NamedTuple):
 
 
 def clean_caption(caption: object, name: str) -> str:
-    """A caption without the white space around it.
+    """A caption without the white space around it, of the sample `name`.
 
-    Raises:
-        BadSample: it is missing, empty or no text, or holds what tokenizers and files cannot take: NUL, or half of a
-            surrogate pair, which JSON can write (`"\\ud800"`). `name` is that of the sample.
+    BadSample: it is missing, empty or no text, or holds what tokenizers and files cannot take: NUL, or half of a
+    surrogate pair, which JSON can write (`"\\ud800"`).
     """
     if not isinstance(caption, str | None):
         raise BadSample(name, f"its caption is of type {type(caption).__name__}, not a text")
@@ -41,14 +40,6 @@ def clean_caption(caption: object, name: str) -> str:
     if found := _UNUSABLE.search(caption):
         raise BadSample(name, f"its caption holds the character {found[0]!a}, which is no text")
     return caption
-
-
-def caption_or_empty(caption: object) -> str:
-    """As `clean_caption`, with "" for a caption that cannot be used."""
-    try:
-        return clean_caption(caption, "")
-    except BadSample:
-        return ""
 
 
 class ImageDataset(ABC):
@@ -106,8 +97,8 @@ class ImageDataset(ABC):
     def fingerprint(self) -> str:
         """64 hexadecimal digits that identify the data, the same on every machine; computed once.
 
-        They follow from the order of the samples, their labels, captions and the other attributes, the class names, and
-        each image's file (name within the data set, size, first and last 4 KiB) or, without files, its pixels.
+        They follow from the samples' order, labels, captions and the other attributes, the class names, and each
+        image's file (name within the data set, size, first and last 4 KiB) or, without files, its pixels.
         """
         if self._fingerprint is None:
             facts = Fingerprint()
@@ -163,17 +154,10 @@ class ImageFiles(ImageDataset):
     """Images in files below the folder `root`, with `/` in their names; bad captions are found when they are read."""
 
     def __init__(
-        self,
-        root: str | Path,
-        names: Sequence[str],
-        labels: Sequence[int] | None = None,
-        captions: Sequence[object] | None = None,
+        self, root: str | Path, names: Sequence[str], labels: Sequence[int] | None = None, captions: list | None = None
     ) -> None:
-        self.root = Path(root)
-        self.names = names
-        self.labels = labels
+        self.root, self.names, self.labels, self._captions = Path(root), names, labels, captions
         self.has_captions = captions is not None
-        self._captions = captions
 
     def __len__(self) -> int:
         return len(self.names)

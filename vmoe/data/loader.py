@@ -35,7 +35,6 @@ MIN_READ_FOR_SHARE = 1000
 # With a bad share of 0.9 all of these fail once in 37,000 samples; a data set worse than that is no data set.
 MAX_REPLACEMENTS = 100
 MAX_CACHED_CAPTIONS = 100_000
-# How long a worker continues after SIGTERM.
 GRACE_SECONDS = 5
 
 
@@ -195,14 +194,10 @@ class TrainLoader(_Loader):
     any number of processes.
 
     Args:
-        dataset: see `build_dataset`.
         transform: see `build_transform`; any callable from PIL image to (3, H, W) float tensor will do.
         tokenizer: list of captions to (B, L) long; None: no text in the batches.
-        config: batch size, workers, bad samples.
-        seed: with epoch and index, all that order and augmentation depend on.
         device: where the batches go; images travel as bytes and are normalised there. None: they stay on the CPU.
-        part: (r, W): hand out part r of W of each batch. None: this process's own where torch.distributed runs, else
-            all.
+        part: (r, W): hand out part r of W of each batch. None: this process's own, or all without torch.distributed.
 
     Attributes:
         step: batches handed out so far.
@@ -288,28 +283,26 @@ class TrainLoader(_Loader):
         if not complete or (enough and self.num_bad > self.config.max_bad_share * self.num_read):
             # A run that continues knows from before the stop how many were bad, but not which.
             last = next(reversed(batch.bad or list(self.bad_paths.items())), None)
+            which = f"; the last is {printable(last[0])}: {last[1]}" if last else ", all from before this start"
             raise TooManyBadSamples(
                 f"{self.num_bad} of {self.num_read} samples read are bad ({self.num_bad / self.num_read:.1%}), more "
-                f"than max_bad_share {self.config.max_bad_share} allows"
-                + (f"; the last is {printable(last[0])}: {last[1]}. " if last else ", all from before this start. ")
-                + "Repair or remove the files that the log names, or raise max_bad_share"
+                f"than max_bad_share {self.config.max_bad_share} allows{which}. Repair or remove the files that the "
+                "log names, or raise max_bad_share"
             )
 
     def state_dict(self) -> dict[str, int]:
         """Position of the batches handed out so far, for any number of processes; the counts are this process's own."""
-        seed, num_samples = self.reader.seed, len(self.reader.dataset)
-        facts = {"seed": seed, "batch_size": self.config.batch_size, "num_samples": num_samples}
-        return {"step": self.step, "num_read": self.num_read, "num_bad": self.num_bad, **facts}
+        facts = {"batch_size": self.config.batch_size, "num_samples": len(self.reader.dataset)}
+        counts = {"step": self.step, "num_read": self.num_read, "num_bad": self.num_bad}
+        return {**counts, "seed": self.reader.seed, **facts}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continues exactly behind the batches that `state` counts; ValueError: it is of other data or settings."""
         mine = self.state_dict()
         for name in ("seed", "batch_size", "num_samples"):
             if state[name] != mine[name]:
-                raise ValueError(
-                    f"the data position was saved with {name} {state[name]}, but it is now {mine[name]}: "
-                    "continue with the old setting, or start a new run in another folder"
-                )
+                differs = f"the data position was saved with {name} {state[name]}, but it is now {mine[name]}"
+                raise ValueError(f"{differs}: continue with the old setting, or start a new run in another folder")
         self.close()
         self.step = state["step"]
         # One process counts on for all, so that their sum stays right.
@@ -385,10 +378,7 @@ def own_cores() -> int:
 
 
 def _leave_signals_to_the_main_process(_worker: int) -> None:
-    """A terminal or a scheduler signals the process group; a worker that dies of it ends the step in progress.
-
-    So a worker outlives SIGTERM for long enough to let the main process finish its step, and then leaves quietly.
-    """
+    """A signal to the process group must not end the step in progress: a worker outlives SIGTERM by GRACE_SECONDS."""
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):  # Windows has no SIGUSR1
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -20,12 +20,8 @@ class Transform:
     """From an image to a model's input: (C, H, W) float32, C = 1 or 3.
 
     A loader does it in steps, to keep images as bytes for as long as it can, since they are a quarter of the size and
-    cheap to stack: `geometry` on each image and `normalize` on the batch (with `erase`, everything on each image).
-
-    Args:
-        geometry: timm's transforms up to the conversion to a tensor: PIL image to PIL image of the input size.
-        mean, std: of each channel, on a scale of 0 to 1.
-        erase: timm's random erasing of a normalised (C, H, W) tensor, or None.
+    cheap to stack: `geometry`, timm's transforms up to the conversion to a tensor, on each image and `normalize` on the
+    batch. With `erase`, timm's random erasing of a normalised tensor, it does everything on each image.
     """
 
     def __init__(
@@ -101,12 +97,9 @@ class SeededMixup:
         self.seed = seed
 
     def __call__(self, image: torch.Tensor, label: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, 3, H, W) mixed images, and (B, num_classes) float targets for timm's SoftTargetCrossEntropy.
+        """Mixed images (B, 3, H, W), and (B, num_classes) float targets for timm's SoftTargetCrossEntropy.
 
-        Args:
-            image: (B, 3, H, W) float; not changed. B must be even, else ValueError.
-            label: (B,) long.
-            step: of the run; the same step mixes in the same way.
+        `image` (B, 3, H, W) is not changed; ValueError: B is odd. `label` is (B,) long.
         """
         if len(image) % 2:
             raise ValueError(

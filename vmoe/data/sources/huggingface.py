@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from vmoe.data.config import SourceConfig
-from vmoe.data.dataset import ImageDataset, Sample, ShardedDataset, caption_or_empty, clean_caption
+from vmoe.data.dataset import ImageDataset, Sample, ShardedDataset, clean_caption
 from vmoe.data.fingerprint import Fingerprint
 from vmoe.data.images import BadSample, DataError
 from vmoe.data.sources.captions import CAPTION_KEYS
@@ -32,10 +30,7 @@ OPENING_THREADS = 8
 
 
 class Columns:
-    """Which of the `datasets.Features` are read, and how a row becomes a sample.
-
-    `image`, `caption` and `label` are names of columns, the last two may be None; `classes` are the labels' names.
-    """
+    """Which of the `datasets.Features` are read: `image`, and `caption` or `label` (of `classes`) or both."""
 
     def __init__(self, features: Any, source: SourceConfig) -> None:
         import datasets
@@ -68,31 +63,41 @@ class Columns:
                 f"have no names; give them some with dataset.{call} of datasets, and save it again"
             )
         if self.caption is None and self.label is None:
-            raise ValueError(
-                f"{where}: has neither captions nor labels among its columns {', '.join(features)}; set caption_key or "
-                "label_key"
-            )
+            found = f"has neither captions nor labels among its columns {', '.join(features)}"
+            raise ValueError(f"{where}: {found}; set caption_key or label_key")
         if self.caption is not None and types[self.caption] not in TEXT_TYPES:
-            raise ValueError(
-                f"{where}: caption_key {self.caption!r} is a column of {features[self.caption]}, not of text"
-            )
+            kind = features[self.caption]
+            raise ValueError(f"{where}: caption_key {self.caption!r} is a column of {kind}, not of text")
         self.classes = list(features[self.label].names) if self.label is not None else None
         self.names = [name for name in (self.image, self.caption, self.label) if name is not None]
 
-    def sample(self, row: dict[str, Any], name: str, load: Callable[[str, bytes], Image.Image]) -> Sample:
-        """A sample from the values of a row, its image through `load`; raises BadSample."""
-        image, caption, label = (row.get(key) for key in (self.image, self.caption, self.label))
+
+class _Rows(ImageDataset):
+    """Samples in rows of a table; subclasses set `columns`."""
+
+    columns: Columns
+
+    def row(self, index: int) -> tuple[dict[str, Any], str]:
+        """The values of a row by column, and its name for messages."""
+        raise NotImplementedError
+
+    def caption(self, index: int) -> str:
+        row, name = self.row(index)
+        return clean_caption(row[self.columns.caption], name)
+
+    def __getitem__(self, index: int) -> Sample:
+        row, name = self.row(index)
+        image, label = row[self.columns.image], row.get(self.columns.label)
         content = image.get("bytes") if isinstance(image, dict) else image
         if not isinstance(content, bytes):
-            raise BadSample(name, f"column {self.image!r} holds no bytes of an image")
-        if self.caption is not None:
-            caption = clean_caption(caption, name)
-        if self.label is not None and (label is None or not 0 <= label < len(self.classes)):
+            raise BadSample(name, f"column {self.columns.image!r} holds no bytes of an image")
+        caption = clean_caption(row[self.columns.caption], name) if self.has_captions else None
+        if self.classes is not None and (label is None or not 0 <= label < len(self.classes)):
             raise BadSample(name, f"label {label} is none of the {len(self.classes)} classes")
-        return Sample(load(name, content), label, caption, name)
+        return Sample(self.load(name, content), label, caption, name)
 
 
-class HuggingFace(ImageDataset):
+class HuggingFace(_Rows):
     """A split of a data set on disk, through `datasets`."""
 
     def __init__(self, source: SourceConfig) -> None:
@@ -101,30 +106,26 @@ class HuggingFace(ImageDataset):
         self.name = f"{path}[{split}]"
         with _reading(path, "cannot be read"):
             table = _open(datasets, path, split)
+        if not len(table):
+            raise ValueError(f"{path}: split {split!r} is empty; check its files")
         self.columns = columns = Columns(table.features, source)
         if isinstance(table.features[columns.image], datasets.Image):
             table = table.cast_column(columns.image, datasets.Image(decode=False))
         self.table = table.select_columns(columns.names).with_format(None)
-        if not len(self.table):
-            raise ValueError(f"{path}: split {split!r} is empty; check its files")
         self.classes, self.has_captions = columns.classes, columns.caption is not None
 
     @property
     def labels(self) -> list[int] | None:
         return None if self.columns.label is None else self.table[self.columns.label][:]
 
-    @property
-    def captions(self) -> list[str] | None:
-        return [caption_or_empty(text) for text in self.table[self.columns.caption]] if self.has_captions else None
-
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, index: int) -> Sample:
-        return self.columns.sample(self.table[index], f"{self.name}[{index}]", self.load)
+    def row(self, index: int) -> tuple[dict[str, Any], str]:
+        return self.table[index], f"{self.name}[{index}]"
 
 
-class ParquetRows(ShardedDataset):
+class ParquetRows(_Rows, ShardedDataset):
     """The rows of Parquet files, read one row group (a shard) at a time; those that a window covers are kept."""
 
     def __init__(self, source: SourceConfig) -> None:
@@ -145,37 +146,26 @@ class ParquetRows(ShardedDataset):
             raise ValueError(f"{path}: holds no .parquet file, and streaming reads no others; leave streaming out")
         with ThreadPoolExecutor(OPENING_THREADS) as pool:
             facts, schemas = zip(*pool.map(metadata, self.files))
-        every = (
-            (file, number, one.row_group(number))
-            for file, one in zip(self.files, facts)
-            for number in range(one.num_row_groups)
-        )
-        groups = [(file, number, group) for file, number, group in every if group.num_rows]
-        if not groups:
+        groups = {
+            (file, n): one.row_group(n) for file, one in zip(self.files, facts) for n in range(one.num_row_groups)
+        }
+        self.groups = [place for place, group in groups.items() if group.num_rows]
+        if not self.groups:
             raise ValueError(f"{path}: split {split!r} is empty; check its files")
-        largest = max(group.total_byte_size for _, _, group in groups)
+        largest = max(group.total_byte_size for group in groups.values())
         if largest > MAX_GROUP_BYTES:
             raise ValueError(f"{path}: has a row group of {largest} bytes, too large to stream; leave streaming out")
-        self.groups = [(file, number) for file, number, _ in groups]
-        self.set_sizes([group.num_rows for _, _, group in groups])
+        self.set_sizes([groups[place].num_rows for place in self.groups])
         self.columns = Columns(schemas[0][1], source)
         self._check_same(schemas)
         self.classes, self.has_captions = self.columns.classes, self.columns.caption is not None
         self._kept: OrderedDict[int, Any] = OrderedDict()
 
-    @property
-    def captions(self) -> list[str] | None:
-        if not self.has_captions:
-            return None
-        columns = (self._read(group, [self.columns.caption]) for group in range(len(self.groups)))
-        return [caption_or_empty(text) for table in columns for text in table[self.columns.caption].to_pylist()]
-
-    def __getitem__(self, index: int) -> Sample:
+    def row(self, index: int) -> tuple[dict[str, Any], str]:
         group, row = self.locate(index)
         table = self._table(group)
-        values = {name: table[name][row].as_py() for name in self.columns.names}
         file, number = self.groups[group]
-        return self.columns.sample(values, f"{file}: row {row} of group {number}", self.load)
+        return {name: table[name][row].as_py() for name in self.columns.names}, f"{file}: row {row} of group {number}"
 
     def _check_same(self, schemas: list[tuple[Any, Any]]) -> None:
         """Raises DataError if a file's columns in use are not of the first file's types and classes."""
@@ -198,7 +188,7 @@ class ParquetRows(ShardedDataset):
         Two windows in a row cover at most 2 * shuffle_buffer rows and, at both ends, what is left of two groups.
         """
         if group not in self._kept:
-            self._kept[group] = self._read(group, self.columns.names)
+            self._kept[group] = self._read(group)
             rows = sorted(len(table) for table in self._kept.values())
             # One more than needed is read before one is dropped.
             while len(rows) > 1 and sum(rows[: -2 * self.streams]) > 2 * self.shuffle_buffer * self.streams:
@@ -206,12 +196,12 @@ class ParquetRows(ShardedDataset):
         self._kept.move_to_end(group)
         return self._kept[group]
 
-    def _read(self, group: int, names: list[str]) -> Any:
+    def _read(self, group: int) -> Any:
         from pyarrow.parquet import ParquetFile
 
         path, number = self.groups[group]
         with _reading(path, f"row group {number} cannot be read"), ParquetFile(path) as file:
-            return file.read_row_group(number, columns=names)
+            return file.read_row_group(number, columns=self.columns.names)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": OrderedDict()}
@@ -223,10 +213,9 @@ class ParquetRows(ShardedDataset):
 
 
 def find_files(path: str, split: str, suffix: str) -> list[Path]:
-    """The files of a split, sorted.
+    """The files of a split, sorted: as on the hub, those with its name as a word in their name or folder.
 
-    As on the hub, they have the split's name as a word in their name or folder (train-00000-of-00002.parquet,
-    train/0000.parquet); where no file has a word for any split, all are "train".
+    Such as train-00000-of-00002.parquet and train/0000.parquet. Where no file has a word for a split, all are "train".
     """
     root = Path(path)
     if root.is_file():
@@ -237,9 +226,8 @@ def find_files(path: str, split: str, suffix: str) -> list[Path]:
     if not found and split == "train" and not any(parts[file] & SPLIT_NAMES for file in files):
         return files
     if files and not found:
-        raise DataError(
-            f"{path}: has no files of split {split!r}, only such as {files[0].relative_to(root)}; set split"
-        )
+        such = files[0].relative_to(root)
+        raise DataError(f"{path}: has no files of split {split!r}, only such as {such}; set split")
     return found
 
 

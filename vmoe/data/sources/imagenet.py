@@ -11,7 +11,7 @@ import json
 import logging
 import pkgutil
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from timm.data import ImageNetInfo
@@ -268,42 +268,31 @@ def read_val_labels(file: str | Path) -> dict[int, int]:
 
     Known are: a synset per line, in the order of the images (TensorFlow's imagenet_2012_validation_synset_labels.txt);
     a line `NAME LABEL` with a synset or a label 0..999 (Caffe's val.txt); and Kaggle's LOC_val_solution.csv.
-
-    Raises:
-        ValueError: the file cannot be read, or a line is none of these.
+    ValueError: the file cannot be read, or a line is none of these.
     """
-    file, synsets = Path(file), imagenet_synsets()
+    synsets = imagenet_synsets()
     with file_errors(f"labels_file {file}"):
         lines = read_text(file).splitlines()
     label_of = {synset: label for label, synset in enumerate(synsets)}
     numbered = label_of | {str(label): label for label in range(len(synsets))}
     labels: dict[int, int] = {}
-    for line, name, text in _label_rows(file, lines):
+    for line, columns in enumerate((re.split(r"[,\s]+", text.strip()) for text in lines), start=1):
+        if columns[0] in ("", "ImageId"):  # Kaggle's header
+            continue
         where = f"labels_file {file} line {line}"
-        number = line if name is None else val_number(name if "." in name else f"{name}.JPEG")
-        label = (label_of if name is None else numbered).get(text)
+        named = len(columns) > 1
+        name, text = columns[:2] if named else ("", columns[0])
+        number = val_number(name if "." in name else f"{name}.JPEG") if named else line
+        label = (numbered if named else label_of).get(text)
         if number is None:
             raise ValueError(f"{where}: {name!r} is no name of a validation image")
         if label is None:
-            or_number = f", or a number 0..{len(synsets) - 1}" if name is not None else ""
+            or_number = f", or a number 0..{len(synsets) - 1}" if named else ""
             raise ValueError(f"{where}: {text!r} is no label; it must be a synset as {synsets[0]}{or_number}")
         if number in labels:
             raise ValueError(f"{where}: image {number} has a label already")
         labels[number] = label
     return labels
-
-
-def _label_rows(file: Path, lines: list[str]) -> Iterator[tuple[int, str | None, str]]:
-    """(line number, image's name or None, text of its label) of each line that is not empty."""
-    is_csv = file.suffix.lower() == ".csv"
-    for line, text in enumerate(lines, start=1):
-        parts = text.replace(",", " ", 1).split() if is_csv else text.split()
-        if is_csv and len(parts) < 2:
-            raise ValueError(f"labels_file {file} line {line}: needs two columns, ImageId and PredictionString")
-        if len(parts) > 2 and not is_csv:
-            raise ValueError(f"labels_file {file} line {line}: {text!r} is neither LABEL nor NAME LABEL")
-        if parts and parts[0] != "ImageId":
-            yield line, parts[0] if len(parts) > 1 else None, parts[min(1, len(parts) - 1)]
 
 
 def read_real_labels(file: str | Path | None) -> list[tuple[int, ...]]:

@@ -41,10 +41,8 @@ class TorchvisionDataset(ImageDataset):
         try:
             self.dataset = dataset_class(path, **arguments)
         except (RuntimeError, OSError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"torchvision's {name}, split {split!r}, cannot be opened in {path} ({error}); "
-                "check path and split, and download it first with torchvision"
-            ) from None
+            problem = f"torchvision's {name}, split {split!r}, cannot be opened in {path} ({error})"
+            raise ValueError(f"{problem}; check path and split, and download it first with torchvision") from None
         self.name = f"{name}/{split}"
         self.classes = [str(name) for name in getattr(self.dataset, "classes", [])]
         if not self.classes:
