@@ -63,39 +63,30 @@ def find_config(name: str, folder: str = "") -> Path:
 def parse_config(
     config_class: type[ConfigT], argv: Sequence[str] | None, prog: str, description: str, folder: str = ""
 ) -> ConfigT:
-    """As :func:`read_config`, but prints a mistake as one sentence and exits with code 2."""
+    """As :func:`read_config`, but knows `--help`, and prints a mistake as one sentence and exits with code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        _print_help(config_class, prog, description)
     try:
-        return read_config(config_class, argv, prog=prog, description=description, folder=folder)
+        return read_config(config_class, argv, folder)
     except ConfigError as error:
         print(f"{prog}: error: {printable(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def read_config(
-    config_class: type[ConfigT],
-    argv: Sequence[str] | None = None,
-    *,
-    prog: str = "vmoe",
-    description: str = "",
-    folder: str = "",
-) -> ConfigT:
+def read_config(config_class: type[ConfigT], argv: Sequence[str], folder: str = "") -> ConfigT:
     """Builds a configuration from `--config FILE` (repeatable, later files win) and `--key.sub value` overrides.
 
-    Overrides win over files wherever they stand. Free-form settings must be declared `dict[str, Any]`, not `dict`.
+    Overrides win over files wherever they stand.
 
     Args:
-        config_class: dataclass of the configuration (nested dataclasses are sections).
-        argv: arguments without the program's name; None: those of this process.
-        prog, description: for `--help`.
+        config_class: dataclass of the configuration. Nested dataclasses are sections; free-form settings must be
+            declared `dict[str, Any]`, not `dict`.
         folder: see `find_config`.
 
     Raises:
         ConfigError: unknown key, wrong type, missing file or setting, or a ValueError of a dataclass's own checks.
-        SystemExit: code 0 after `--help`.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if "--help" in argv or "-h" in argv:
-        _print_help(config_class, prog, description)
     arguments = list(_key_values(argv))
     files = [find_config(name, folder) for key, name in arguments if key == "config"]
     trees = [(str(file), read_settings_file(file), 0) for file in files]
@@ -103,12 +94,12 @@ def read_config(
         if key != "config":
             trees.append(("command line", _tree_of(key, text, config_class), key.count(".") + 1))
     settings: dict[str, Any] = {}
+    for where, tree, depth in trees:
+        try:
+            _merge(settings, _converted_section(tree, config_class), config_class, depth)
+        except ConfigError as error:
+            raise ConfigError(printable(f"{where}: {error}")) from None
     try:
-        for where, tree, depth in trees:
-            try:
-                _merge(settings, _converted_section(tree, config_class), config_class, depth)
-            except ConfigError as error:
-                raise ConfigError(f"{where}: {error}") from None
         return _build(config_class, settings)
     except ValueError as error:  # also of the dataclasses' own checks
         raise ConfigError(printable(error)) from None
@@ -147,7 +138,7 @@ def _print_help(config_class: type, prog: str, description: str) -> NoReturn:
 # --- from arguments and files to a tree of settings ------------------------------------------------------------------
 
 
-def _key_values(argv: list[str]) -> Iterator[tuple[str, str]]:
+def _key_values(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
     """("key.sub", "value") of each `--key.sub value` and `--key.sub=value`."""
     arguments = iter(argv)
     for argument in arguments:
