@@ -10,6 +10,7 @@ from vmoe.data.sources import emoji as emoji_module
 from vmoe.data.sources.emoji import (
     EMOJI_VERSION,
     choose_val,
+    draw_emoji,
     family,
     list_emoji,
     parse_name,
@@ -24,18 +25,15 @@ def build_emoji(kind, split):
     return build_dataset(SourceConfig(kind, split=split, image_size=SIZE))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """The tests of this file share a fresh cache folder, so that the images are really drawn, once."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
-        patch.setenv("VMOE_CACHE", str(folder))
-        yield folder
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("VMOE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture
-def drawn(monkeypatch):
-    """Drawing is replaced by something quick; the list of codes that were drawn."""
+def drawn(cache, monkeypatch):
+    """Drawing is replaced by something quick, in a fresh cache folder; the list of codes that were drawn."""
     codes = []
 
     def draw(code, image_size):
@@ -171,6 +169,8 @@ def test_images_are_on_white_and_read_only():
     assert not pixels.flags.writeable
     assert (pixels[:, 0, 0] == 255).all(1).mean() > 0.99
     assert pixels.std() > 50
+    for index in range(0, 3953, 400):  # the cache folder may have been filled by another test
+        assert np.array_equal(pixels[index], draw_emoji(list_emoji()[index].code, SIZE))
 
 
 def test_the_second_call_draws_nothing(drawn):

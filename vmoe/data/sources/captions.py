@@ -82,10 +82,8 @@ class PairsFolder(ImageFiles):
         alone = {file.with_suffix("") for file in others if file.suffix == ".txt"}
         pairs = [file for file in others if file.suffix != ".txt" and file.with_suffix("") in alone]
         if pairs:
-            logger.warning(
-                "%s: skipped %d files with a caption that do not end in %s, such as %s",
-                printable(root), len(pairs), ", ".join(IMAGE_SUFFIXES), printable(pairs[0]),
-            )  # fmt: skip
+            rule = f"files with a caption that do not end in {', '.join(IMAGE_SUFFIXES)}"
+            logger.warning("%s: skipped %d %s, such as %s", printable(root), len(pairs), rule, printable(pairs[0]))
         super().__init__(root, [file.as_posix() for file in images])
         self.has_captions = True
 
@@ -168,11 +166,11 @@ def _read_jsonl(file: TextIO, source: SourceConfig) -> Iterator[tuple[int, dict[
 
 
 def _key(row: dict[str, Any], wanted: str | None, usual: tuple[str, ...], setting: str, where: str) -> str:
-    key = wanted if wanted is not None else next((key for key in usual if key in row), None)
-    if key not in row:
-        looked_for = repr(wanted) if wanted is not None else " or ".join(usual)
-        raise ValueError(f"{where}: has no {looked_for}, only {', '.join(map(str, row))}; set {setting}")
-    return key
+    keys = usual if wanted is None else (wanted,)
+    for key in keys:
+        if key in row:
+            return key
+    raise ValueError(f"{where}: has no {' or '.join(keys)}, only {', '.join(map(str, row))}; set {setting}")
 
 
 def _name_within(root: str, image: str, where: str) -> str:

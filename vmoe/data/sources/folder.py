@@ -78,8 +78,7 @@ def read_class_names(file: Path, folders: list[str] | None = None, path: str | P
             raise ValueError(f"{where}: must list the names of the classes, the name of class 0 first")
         folders = [str(number) for number in range(len(names))]
     if isinstance(names, dict):
-        missing = [folder for folder in folders if folder not in names]
-        if missing:
+        if missing := [folder for folder in folders if folder not in names]:
             raise ValueError(f"{where}: has no name for {len(missing)} folders of {path}, as {missing[0]!r}")
         names = [names[folder] for folder in folders]
     elif path is not None:

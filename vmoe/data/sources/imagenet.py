@@ -238,8 +238,7 @@ def find_val_images(path: str, labels_file: str | None, need_labels: bool = True
         return read_class_tree(path, VAL_LAYOUT, synsets, f" ({OTHER_TREES})")[1:]
     names = tree.images("", allowed=[*LABELS_FILES, *([Path(labels_file).name] if labels_file else [])])
     tree.warn_of_junk()
-    strange = [name for name in names if val_number(name) is None]
-    if strange:
+    if strange := [name for name in names if val_number(name) is None]:
         raise tree.error(f"image {strange[0]} among those of the validation set; move or remove it")
     if not need_labels:
         return names, [0] * len(names)
@@ -247,14 +246,11 @@ def find_val_images(path: str, labels_file: str | None, need_labels: bool = True
         candidates = [folder / name for folder in (tree.root, tree.root.resolve().parent) for name in LABELS_FILES]
         labels_file = next((file for file in candidates if file.is_file()), None)
         if labels_file is None:
-            raise tree.error(
-                "the images are in no class folders, and there is no file of their labels: set labels_file, or put "
-                f"one of {', '.join(LABELS_FILES[:4])} beside them"
-            )
+            problem = "the images are in no class folders, and there is no file of their labels"
+            raise tree.error(f"{problem}: set labels_file, or put one of {', '.join(LABELS_FILES)} beside them")
     label_of = read_val_labels(labels_file)
     numbers = [val_number(name) for name in names]
-    missing = [name for name, number in zip(names, numbers) if number not in label_of]
-    if missing:
+    if missing := [name for name, number in zip(names, numbers) if number not in label_of]:
         raise ValueError(f"labels_file {labels_file}: has no label for {len(missing)} images, as {missing[0]}")
     if len(set(numbers)) < len(numbers):
         raise ValueError(f"{path}: two images have one number; a validation image must be there once")
@@ -295,14 +291,15 @@ def read_val_labels(file: str | Path) -> dict[int, int]:
     return labels
 
 
-def read_real_labels(file: str | Path | None) -> list[tuple[int, ...]]:
+def read_real_labels(file: str | None) -> list[tuple[int, ...]]:
     """The labels of each validation image, from real.json (None: timm's copy); ValueError: it is malformed."""
-    with file_errors(f"labels_file {file}"):
+    where = f"labels_file {file}"
+    with file_errors(where):
         text = pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json")
         lists = json.loads(text) if file is None else read_json(file)
     if not isinstance(lists, list) or not lists:
-        raise ValueError(f"labels_file {file}: must be a JSON list with a list of labels for each image")
+        raise ValueError(f"{where}: must be a JSON list with a list of labels for each image")
     for number, labels in enumerate(lists, start=1):
         if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < 1000 for label in labels):
-            raise ValueError(f"labels_file {file}: entry {number} must be a list of labels 0..999, got {labels!r}")
+            raise ValueError(f"{where}: entry {number} must be a list of labels 0..999, got {labels!r}")
     return [tuple(labels) for labels in lists]
