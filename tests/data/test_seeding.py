@@ -2,7 +2,7 @@ import random
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmoe.data.seeding import derive_seed, isolated_randomness, seed_process
@@ -12,6 +12,7 @@ def draw():
     return random.random(), np.random.rand(), torch.rand(()).item()
 
 
+@settings(max_examples=20)
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=4))
 def test_the_same_numbers_give_the_same_draws_and_disturb_nothing(numbers):
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()

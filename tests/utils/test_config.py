@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmoe.utils.config import ConfigError, check_types, find_config, parse_config, read_config, shipped_config_dirs
@@ -207,6 +207,7 @@ def test_mistakes_on_the_command_line_exit_with_2(argv, message, capsys):
     assert error.count("\n") == 1
 
 
+@settings(max_examples=30)
 @given(
     st.floats(0, 10),
     st.sampled_from(["a", "b"]),

@@ -1,7 +1,7 @@
 import io
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -20,6 +20,7 @@ def cells_of(text):
     return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
 
 
+@settings(max_examples=30)
 @given(
     st.lists(st.lists(st.floats(-1e6, 1e6), min_size=6, max_size=6), min_size=1, max_size=4),
     st.integers(40, 120),

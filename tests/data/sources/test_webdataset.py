@@ -315,7 +315,7 @@ def take(loaders, steps):
     return [[number for loader in loaders for number in next(loader)["text"][:, 3].tolist()] for _ in range(steps)]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12)
 @given(
     st.integers(0, 12),
     st.sampled_from([1, 2, 4]),
