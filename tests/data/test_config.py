@@ -7,6 +7,8 @@ from vmoe.data import AugmentationConfig, LoaderConfig, SourceConfig
     ("config_class", "settings", "named"),
     [
         (SourceConfig, {"type": "pairs"}, "path"),
+        (SourceConfig, {"type": "imagenet_c"}, "data source of type 'imagenet_c' needs a path"),
+        (SourceConfig, {"type": "karpathy", "path": "x", "split": "restval"}, "must be one of train, val, test"),
         (SourceConfig, {"type": "torchvision", "path": "x"}, "name"),
         (SourceConfig, {"type": "emoji", "split": "test"}, "held_out"),
         (SourceConfig, {"type": "emoji_groups", "split": "held_out"}, "val"),

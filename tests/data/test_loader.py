@@ -1,6 +1,5 @@
 import logging
 import os
-import pickle
 import random
 import warnings
 
@@ -251,10 +250,6 @@ def test_text_needs_captions():
     images.has_captions = False
     with pytest.raises(ValueError, match="no captions"):
         train_loader(images, build_transform(PREPROCESS, None), tokenize, LoaderConfig(batch_size=4), seed=0)
-
-
-def test_a_reader_can_be_sent_to_a_worker():
-    assert len(pickle.loads(pickle.dumps(train().reader)).dataset) == 20
 
 
 def test_too_many_workers_are_told_once(caplog, monkeypatch):

@@ -113,8 +113,3 @@ def test_files_of_another_kind_are_explained(tmp_path):
     assert "a.json: not valid JSON" in complaint(tmp_path / "a.json")
     (tmp_path / "a.json").write_text("[1]")
     assert "has no list 'images'" in complaint(tmp_path / "a.json")
-
-
-def test_an_unknown_split_is_refused():
-    with pytest.raises(ValueError, match="split of data source 'karpathy' must be one of train, val, test"):
-        SourceConfig("karpathy", "x", "restval")

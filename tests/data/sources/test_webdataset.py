@@ -9,7 +9,6 @@ import zlib
 
 import numpy as np
 import pytest
-import torch
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -344,21 +343,6 @@ def test_the_number_of_workers_may_change_at_a_stop(shards):
         second.load_state_dict(first.state_dict())
         assert take([second], 5) == whole[3:]
         first.close(), second.close()
-
-
-def test_augmentation_and_device_batches_are_as_for_other_data(shards):
-    [loader] = loaders_of(shards, 1)
-    batch = next(loader)
-    assert batch["image"].shape == (4, 3, 8, 8)
-    assert torch.equal(batch["index"], batch["text"][:, 3])
-    assert loader.samples_per_second > 0
-
-
-def test_evaluation_is_in_order(shards):
-    loader = eval_loader(
-        read_shards(shards), build_transform(PREPROCESS, None), tokenize, LoaderConfig(4, num_workers=0)
-    )
-    assert torch.cat([batch["text"][:, 3] for batch in loader]).tolist() == list(range(21))
 
 
 def test_settings_that_do_not_fit(shards):
