@@ -115,12 +115,6 @@ def build_mixup(augmentation: AugmentationConfig, num_classes: int, seed: int) -
     """Mixup, cutmix or a random one of the two per batch, with label smoothing; None where both are off."""
     if augmentation.mixup == 0 and augmentation.cutmix == 0:
         return None
-    mixup = Mixup(
-        mixup_alpha=augmentation.mixup,
-        cutmix_alpha=augmentation.cutmix,
-        prob=augmentation.mixup_prob,
-        switch_prob=augmentation.mixup_switch_prob,
-        label_smoothing=augmentation.label_smoothing,
-        num_classes=num_classes,
-    )
-    return SeededMixup(mixup, seed)
+    probabilities = {"prob": augmentation.mixup_prob, "switch_prob": augmentation.mixup_switch_prob}
+    smoothing = {"label_smoothing": augmentation.label_smoothing, "num_classes": num_classes}
+    return SeededMixup(Mixup(augmentation.mixup, augmentation.cutmix, **probabilities, **smoothing), seed)

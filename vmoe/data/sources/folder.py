@@ -14,7 +14,7 @@ from timm.data import ImageNetInfo
 from vmoe.data.config import SourceConfig
 from vmoe.data.dataset import ImageFiles
 from vmoe.data.images import file_errors
-from vmoe.data.sources.folder_layout import read_class_tree
+from vmoe.data.sources.folder_layout import TreeReader
 from vmoe.utils.files import read_json, read_text
 from vmoe.utils.printable import escaped, is_unprintable
 
@@ -40,7 +40,7 @@ class ImageFolder(ImageFiles):
     def __init__(self, source: SourceConfig) -> None:
         class_names = None if source.class_names is None else Path(source.class_names)
         beside = [class_names.name] if class_names is not None else []
-        self.folders, names, labels = read_class_tree(source.path, LAYOUT, allowed=beside)
+        self.folders, names, labels = TreeReader(source.path, LAYOUT).class_tree(allowed=beside)
         super().__init__(source.path, names, labels)
         if class_names is not None:
             self.classes = read_class_names(class_names, self.folders, source.path)

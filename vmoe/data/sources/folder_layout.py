@@ -119,6 +119,23 @@ class TreeReader:
             labels += [label] * len(images)
         return names, labels
 
+    def class_tree(
+        self, classes: Sequence[str] | None = None, remedy: str = "", allowed: Collection[str] = ()
+    ) -> tuple[list[str], list[str], list[int]]:
+        """(class folders, names of their images, labels) of a tree that holds one folder of images per class.
+
+        `classes` are the names of the folders in the order of their labels, all of which must be there; None: any,
+        sorted.
+        """
+        try:
+            folders = self.folders(known=classes, remedy=remedy, allowed=allowed)
+            if classes is not None:
+                self.check_complete(folders, classes, remedy=remedy)
+                folders = list(classes)
+            return folders, *self.class_images(folders)
+        finally:
+            self.warn_of_junk()
+
     def error(self, problem: str, folder: str = "") -> ValueError:
         """An error that shows the expected tree beside the one found, with `folder` opened in it (or its first one)."""
         path = Path(folder).parts or tuple(self.entries()[0][:1])
@@ -154,24 +171,6 @@ class TreeReader:
                 inner = self._draw(f"{where}/{path[0]}" if where else path[0], path[1:])
                 lines += [("    " if last else "│   ") + line for line in inner]
         return lines
-
-
-def read_class_tree(
-    root: str | Path, layout: str, classes: Sequence[str] | None = None, remedy: str = "", allowed: Collection[str] = ()
-) -> tuple[list[str], list[str], list[int]]:
-    """(class folders, names of the images, their labels) of a tree with one folder of images per class, nothing else.
-
-    `classes` are the names of the folders in the order of their labels, all of which must be there; None: any, sorted.
-    """
-    tree = TreeReader(root, layout)
-    try:
-        folders = tree.folders(known=classes, remedy=remedy, allowed=allowed)
-        if classes is not None:
-            tree.check_complete(folders, classes, remedy=remedy)
-            folders = list(classes)
-        return folders, *tree.class_images(folders)
-    finally:
-        tree.warn_of_junk()
 
 
 def _names(names: list[str], kind: str) -> str:

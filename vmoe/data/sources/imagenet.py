@@ -20,7 +20,7 @@ from vmoe.data.config import SourceConfig
 from vmoe.data.dataset import ImageFiles
 from vmoe.data.images import file_errors
 from vmoe.data.sources.folder import synset_words
-from vmoe.data.sources.folder_layout import TreeReader, read_class_tree
+from vmoe.data.sources.folder_layout import TreeReader
 from vmoe.utils.files import read_json, read_text
 
 logger = logging.getLogger("vmoe.data")
@@ -161,7 +161,7 @@ class ImageNetFolders(_ImageNetFiles):
         folders = [imagenet_synsets()[column] for column in columns]
         if kind == "imagenet_v2":
             folders, remedy = [str(label) for label in columns], " (folders are named 0 to 999)"
-        _, names, labels = read_class_tree(path, LAYOUTS[kind], folders, remedy, allowed)
+        _, names, labels = TreeReader(path, LAYOUTS[kind]).class_tree(folders, remedy, allowed)
         super().__init__(path, names, labels)
         self.name_classes(kind, columns)
 
@@ -235,7 +235,7 @@ def find_val_images(path: str, labels_file: str | None, need_labels: bool = True
     if in_folders or not any(val_number(name) for name in files):
         if in_folders and labels_file is not None:
             raise ValueError(f"labels_file {labels_file}: not for {path}, whose folders are the labels; leave it out")
-        return read_class_tree(path, VAL_LAYOUT, synsets, f" ({OTHER_TREES})")[1:]
+        return tree.class_tree(synsets, f" ({OTHER_TREES})")[1:]
     names = tree.images("", allowed=[*LABELS_FILES, *([Path(labels_file).name] if labels_file else [])])
     tree.warn_of_junk()
     if strange := [name for name in names if val_number(name) is None]:

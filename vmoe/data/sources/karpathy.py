@@ -33,8 +33,13 @@ class KarpathyCaptions(ImageFiles):
     def __init__(self, source: SourceConfig) -> None:
         path, split = Path(source.path), source.split
         root = Path(source.image_root) if source.image_root else path.parent
+        with file_errors(path, "; give Karpathy's JSON file as path"):
+            content = read_json(path, MAX_BYTES)
+        images = content.get("images") if isinstance(content, dict) else None
+        if not isinstance(images, list) or not images:
+            raise ValueError(f"{path}: has no list 'images', as Karpathy's files (dataset_coco.json) have")
         found: dict[str, list[str]] = {}
-        for number, entry in enumerate(_read_images(path)):
+        for number, entry in enumerate(images):
             name, entry_split, captions = _read_entry(entry, f"{path}: images[{number}]")
             if entry_split not in SPLITS[split]:
                 continue
@@ -50,15 +55,6 @@ class KarpathyCaptions(ImageFiles):
             )
         self.image_ids = [name for name, captions in found.items() for _ in captions]
         super().__init__(root, self.image_ids, captions=[one for captions in found.values() for one in captions])
-
-
-def _read_images(file: Path) -> list[dict[str, Any]]:
-    with file_errors(file, "; give Karpathy's JSON file as path"):
-        content = read_json(file, MAX_BYTES)
-    images = content.get("images") if isinstance(content, dict) else None
-    if not isinstance(images, list) or not images:
-        raise ValueError(f"{file}: has no list 'images', as Karpathy's files (dataset_coco.json) have")
-    return images
 
 
 def _read_entry(entry: dict[str, Any], where: str) -> tuple[str, str, list[str]]:
