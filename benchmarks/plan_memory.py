@@ -32,7 +32,6 @@ from vmoe.distributed.parallelize import parallelize, split_groups
 from vmoe.evaluation.inference import arithmetic
 from vmoe.models.factory import create_model, is_contrastive, preprocess_config
 from vmoe.planning.hardware import HARDWARE
-from vmoe.planning.model_plan import make_model_plan
 from vmoe.planning.planner import Candidate, Planner
 from vmoe.planning.simulate import task_loss
 from vmoe.training.optim import create_optimizer
@@ -122,7 +121,7 @@ def read(options: tuple[str, ...]) -> PlanConfig:
 
 def plan(config: PlanConfig, mesh: MeshSize = ALONE) -> Candidate:
     """What the planner says."""
-    planner = Planner(config, make_model_plan(config), HARDWARE["cpu"], nodes=1, gpus_per_node=mesh.world)
+    planner = Planner(config, HARDWARE["cpu"], nodes=1, gpus_per_node=mesh.world)
     return planner.candidate(mesh, config.train.grad_checkpointing)
 
 

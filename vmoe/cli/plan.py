@@ -14,7 +14,6 @@ from typing import Any
 
 from vmoe.cli.command import exit_code
 from vmoe.planning.hardware import pick_hardware
-from vmoe.planning.model_plan import make_model_plan
 from vmoe.planning.plan_report import as_json, show
 from vmoe.planning.planner import Planner, rank
 from vmoe.training.config import Config
@@ -36,9 +35,7 @@ class PlanConfig(Config):
         gpus_per_node: GPUs (processes) of each machine.
         gpu: a100, h100, h200, b200, l40s, or cpu.
         hardware: Numbers instead of those of gpu. GiB: memory; 10^12 operations per second: half_tflops,
-            float32_tflops; GB/s in one direction: memory_bandwidth, node_bandwidth, network_bandwidth; shares: reserve
-            (memory left free), matmul_efficiency, memory_efficiency, link_efficiency; microseconds: launch (of any
-            operation), latency (of any collective).
+            float32_tflops; GB/s in one direction: memory_bandwidth, node_bandwidth, network_bandwidth.
         top: Candidates to show.
         output: File for the whole plan as JSON; null: none.
     """
@@ -76,7 +73,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise ConfigError(f"output {output} is a folder, or lies in none; give the path of a file")
     hardware = pick_hardware(config.gpu, config.hardware)
-    planner = Planner(config, make_model_plan(config), hardware, config.nodes, config.gpus_per_node)
+    planner = Planner(config, hardware, config.nodes, config.gpus_per_node)
     meshes, impossible = planner.meshes()
     ranked = rank([planner.candidate(mesh, checkpointing) for checkpointing in (False, True) for mesh in meshes])
     show(make_console(), planner, ranked, impossible, config.top)
