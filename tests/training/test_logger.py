@@ -13,7 +13,6 @@ import vmoe
 from vmoe.training import logger
 from vmoe.training.logger import (
     CollapseWatch,
-    DataWatch,
     MetricsLog,
     ProgressDisplay,
     TimeLeft,
@@ -254,31 +253,6 @@ def test_only_soft_routing_has_no_load(router, has_load):
     if router == "expert_choice":
         assert layer.kept.all()
     assert any("/load_" in name for name in expert_metrics(record)) == has_load
-
-
-WAITING = {"images_per_second": 300.0, "data_wait_share": 0.5}  # the model could take 600
-
-
-@pytest.mark.parametrize(
-    ("workers", "cores", "remedy"),
-    [
-        (1, 8, "1 worker reads 200; raise data.loader.num_workers to 3"),
-        (0, 8, "the training process itself reads 200; raise data.loader.num_workers to 3"),
-        (1, 2, "to 2 (the model needs 3, and there are 2 CPU cores"),
-        (2, 2, "2 workers read 200; all 2 CPU cores read already"),
-    ],
-)
-def test_waiting_for_data_is_told_once_with_a_remedy(workers, cores, remedy, caplog):
-    watch = DataWatch(workers, cores)
-    for _ in range(4):
-        watch.update(WAITING, 200.0)
-    watch.update({**WAITING, "data_wait_share": 0.1}, 200.0)  # it passed
-    assert caplog.messages == []
-    for _ in range(20):
-        watch.update(WAITING, 200.0)
-    (message,) = caplog.messages
-    assert "waits for data 50% of the time: it could take 600 images/s" in message
-    assert remedy in message
 
 
 def test_a_minimum_stays_one_over_processes(monkeypatch):

@@ -28,24 +28,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     from rich.logging import RichHandler
 
-    from vmoe.training.config import ConfigError, load_config
+    from vmoe.training.config import load_config
 
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
     # The first process of each machine reports mistakes in the settings: each machine may have another file.
     with redirect_stderr(io.StringIO()) if int(os.environ.get("LOCAL_RANK", 0)) else nullcontext():
         config = load_config(argv)
-    # Only now: these take seconds to import, and a wrong setting or --help need not wait for them.
-    from vmoe.data import BadSample, TooManyBadSamples
-    from vmoe.distributed.heartbeat import told_by
-    from vmoe.distributed.process_group import LostProcessError, tells
-    from vmoe.training.diagnosis import NonFiniteError
+    # Only now: it takes seconds to import, and a wrong setting or --help need not wait for it.
     from vmoe.training.trainer import train
 
     console = make_console()
     handler = RichHandler(console=console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    # What users can cause is one sentence; all else shows where it broke.
-    expected = (ValueError, OSError, ModuleNotFoundError, NonFiniteError, BadSample, TooManyBadSamples)
     try:
         train(config, console)
     except KeyboardInterrupt as stopped:
@@ -53,21 +47,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank == 0:
             print(f"\nvmoe-train: {text}", file=sys.stderr)
         return 0 if getattr(stopped, "planned", False) else 130
-    except (LostProcessError, *expected) as error:
-        if os.environ.get("VMOE_TRACEBACK"):
-            raise
-        lost, wrong_setting = isinstance(error, LostProcessError), isinstance(error, ConfigError)
-        if not error.told if lost else tells(error, rank):
-            teller = "" if wrong_setting else told_by(rank, world)
-            print(f"vmoe-train: {teller}error: {escaped(error)}", file=sys.stderr)
-        if lost:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(
-                1
-            )  # threads that wait for the lost process (a checkpoint being written, NCCL) would hold up an exit
-        return 2 if wrong_setting else 1
+    except Exception as error:
+        return _report(error, rank)
     return 0
+
+
+def _report(error: Exception, rank: int) -> int:
+    """Prints what users can cause as one sentence, and returns the exit code; all else is raised again."""
+    from vmoe.data import BadSample, TooManyBadSamples
+    from vmoe.distributed.heartbeat import told_by
+    from vmoe.distributed.process_group import LostProcessError, tells
+    from vmoe.training.diagnosis import NonFiniteError
+    from vmoe.utils.config import ConfigError
+
+    lost, wrong_setting = isinstance(error, LostProcessError), isinstance(error, ConfigError)
+    expected = (ValueError, OSError, ModuleNotFoundError, NonFiniteError, BadSample, TooManyBadSamples)
+    if os.environ.get("VMOE_TRACEBACK") or not (lost or isinstance(error, expected)):
+        raise error
+    if not error.told if lost else tells(error, rank):
+        teller = "" if wrong_setting else told_by(rank, int(os.environ.get("WORLD_SIZE", 1)))
+        print(f"vmoe-train: {teller}error: {escaped(error)}", file=sys.stderr)
+    if lost:  # threads that wait for it (a checkpoint being written, NCCL) would hold up an exit
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    return 2 if wrong_setting else 1
 
 
 if __name__ == "__main__":

@@ -42,13 +42,7 @@ from vmoe.models.manifest import (
     step_of,
     write_manifest,
 )
-from vmoe.models.serialization import (
-    SETTINGS_NAME,
-    StoredTensors,
-    checkpoint_weights,
-    load_weights,
-    write_tensors,
-)
+from vmoe.models.serialization import SETTINGS_NAME, StoredTensors, checkpoint_weights, load_weights, write_tensors
 from vmoe.training.optimizer_state import export_state, import_state
 
 logger = logging.getLogger("vmoe.training")
@@ -67,23 +61,16 @@ class _Contents:
     trainer: str  # the text of trainer.json
     sharded: bool  # the weights are DTensors
 
-    @property
-    def nbytes(self) -> int:
-        """About what the files of all processes take."""
-        every = [tensor for part in self.tensors.values() for tensor in part.values()]
-        data = sum(tensor.numel() * tensor.element_size() for tensor in every)
-        return data + BYTES_PER_HEADER_ENTRY * len(every) + BYTES_OF_JSON
-
 
 class Checkpointer:
     """Writes the checkpoints of a run and removes old ones. All processes of a job make one and call it together.
 
     Args:
         run: the run's folder, the same one for all processes.
-        keep_last: whole checkpoints to keep, at least 1.
+        keep_last: undamaged checkpoints to keep, at least 1.
         keep_every: those at multiples of so many steps are kept for good; 0: none.
         asynchronous: copy the state to the CPU, and write it while training goes on.
-        mesh: {dimension: size} of the processes, for the manifest's readers.
+        mesh: {dimension: size} of the processes, for the manifest.
     """
 
     def __init__(
@@ -110,20 +97,15 @@ class Checkpointer:
         trainer: dict[str, Any],
         extra: dict[str, Any],
     ) -> Path:
-        """Writes a checkpoint, then removes those that are not to be kept.
+        """Writes a checkpoint, then removes those that are not to be kept; returns its folder.
 
-        If it cannot be written, nothing is left of it and the ones before stay as they are.
+        The folder is there when this returns, or if asynchronous, after `wait`. If it cannot be written, nothing is
+        left of it and the ones before stay as they are.
 
         Args:
-            step: optimizer steps done.
             model: plain tensors (the same in all processes) or DTensors.
-            ema: its moving average, or None.
-            optimizer: of `model`.
             trainer: JSON-able; that of process 0 is written.
             extra: JSON-able, kept beside the weights (class names).
-
-        Returns:
-            The checkpoint's folder; it is there when this returns, or if asynchronous, after `wait`.
 
         Raises:
             CheckpointError: in all processes: it, or the one before that was still being written, cannot be written.
@@ -202,11 +184,14 @@ class Checkpointer:
         remove_unfinished(self.run)
         if final.exists() and not find_problems(final):
             return True
-        needed, free = contents.nbytes, shutil.disk_usage(self.parent).free
+        every = [tensor for part in contents.tensors.values() for tensor in part.values()]
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in every)
+        needed += BYTES_PER_HEADER_ENTRY * len(every) + BYTES_OF_JSON
+        free = shutil.disk_usage(self.parent).free
         if needed > free:
             raise CheckpointError(
-                f"{final} needs {_mebibytes(needed)}, and the disk of {self.parent} has {_mebibytes(free)} left; free "
-                "some space, or lower train.keep_last, and continue the run from the checkpoint before"
+                f"{final} needs {needed / 2**20:,.1f} MiB, and the disk of {self.parent} has {free / 2**20:,.1f} MiB "
+                "left; free some space, or lower train.keep_last, and continue the run from the checkpoint before"
             )
         unfinished.mkdir()
         return False
@@ -268,12 +253,9 @@ def remove_unfinished(run: Path) -> None:
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint of a run in which every file is as it was written; None if the run has none.
+    """The newest undamaged checkpoint of a run; None if the run has none, a CheckpointError if all are damaged.
 
     All processes of a job call it together, and get the same answer. A damaged checkpoint is named in a warning.
-
-    Raises:
-        CheckpointError: there are checkpoints, and all of them are damaged.
     """
     team = Team()
     checkpoints = team.run_first(lambda: list_checkpoints(run), run)
@@ -291,11 +273,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Loads a checkpoint in place, into plain tensors or DTensors of any mesh; all processes call it together.
 
-    Returns:
-        `trainer` as given to `Checkpointer.save`; an `ema` or `optimizer` of None is not loaded.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or something does not fit; the message lists tensors and shapes.
+    Returns `trainer` as given to `Checkpointer.save`; an `ema` or `optimizer` of None is not loaded. A CheckpointError
+    says what is missing or damaged, or which tensors do not fit.
     """
     team = Team()
     problems = team.find_problems(checkpoint)
@@ -328,15 +307,7 @@ def _load(checkpoint: Path, model: nn.Module, ema: nn.Module | None, optimizer: 
             import_state(optimizer, model, StoredTensors(files[0]) if files else None, rest)
         except ValueError as error:
             raise CheckpointError(f"{checkpoint}: {error}") from error
-        except (AttributeError, IndexError, KeyError, RecursionError, RuntimeError, TypeError) as error:
-            raise CheckpointError(
-                f"{checkpoint}: its optimizer state cannot be understood ({type(error).__name__}: {error})"
-            ) from error
     return trainer
-
-
-def _mebibytes(number: int) -> str:
-    return f"{number / 2**20:,.1f} MiB"
 
 
 def _write_text(file: Path, content: str) -> None:

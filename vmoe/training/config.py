@@ -7,9 +7,8 @@ before anything slow starts.
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path, PurePath
@@ -32,21 +31,20 @@ CHANGEABLE = (
     *(f"train.{key}" for key in ("tensorboard", "routing_images_every")),
 )
 
-# (least value, settings)
-MINIMA = (
-    (0, "seed", "train.eval_every", "train.keep_every", "train.collapse_after", "train.routing_images_every"),
-    (0, "optim.warmup_steps", "optim.warmup_lr", "optim.min_lr", "optim.weight_decay", "evaluate.examples"),
-    (1, "train.steps", "train.accumulate_steps", "train.log_every", "train.checkpoint_every", "train.keep_last"),
-    (1, "evaluate.batch_size"),
-)
-# {setting above 0: (largest value, what null does)}
-POSITIVE = {
-    "optim.lr": (math.inf, ""),
-    "optim.layer_decay": (1, "; null gives all layers the same learning rate"),
-    "train.clip_grad_norm": (math.inf, "; null does not clip"),
-    "train.ema_decay": (1, "; null keeps no moving average"),
-    "train.max_minutes": (math.inf, "; null sets no limit"),
-    "train.num_threads": (math.inf, "; null leaves PyTorch's own choice"),
+# {setting: (least value, largest value or None, what null does)}; above 0 where the least value is None
+RANGES = {
+    **{f"optim.{key}": (0, None, "") for key in ("warmup_steps", "warmup_lr", "min_lr", "weight_decay")},
+    **{f"train.{key}_every": (0, None, "") for key in ("eval", "keep", "routing_images")},
+    **dict.fromkeys(("seed", "train.collapse_after", "evaluate.examples"), (0, None, "")),
+    **{f"train.{key}": (1, None, "") for key in ("steps", "accumulate_steps", "log_every", "checkpoint_every")},
+    **dict.fromkeys(("train.keep_last", "evaluate.batch_size"), (1, None, "")),
+    "optim.lr": (None, None, ""),
+    "optim.layer_decay": (None, 1, "; null gives all layers the same learning rate"),
+    "train.clip_grad_norm": (None, None, "; null does not clip"),
+    "train.ema_decay": (None, 1, "; null keeps no moving average"),
+    "train.max_minutes": (None, None, "; null sets no limit"),
+    "train.num_threads": (None, None, "; null leaves PyTorch's own choice"),
+    "parallel.timeout": (1, MAX_TIMEOUT, ""),
 }
 
 
@@ -258,74 +256,62 @@ class Config:
         check_types(self)
         if self.model.name is None and self.model.pretrained is None:
             raise ConfigError("model.name is missing: give a model's name, or model.pretrained to take it from a file")
-        for least, *keys in MINIMA:
-            for key in keys:
-                value = attrgetter(key)(self)
-                if value is not None and not value >= least:
-                    raise ConfigError(f"{key} must be >= {least}, got {value}")
-        for key, (largest, null) in POSITIVE.items():
+        for key, (least, largest, null) in RANGES.items():
             value = attrgetter(key)(self)
-            if value is not None and not 0 < value <= largest:
-                bounds = "> 0" if largest == math.inf else f"in (0, {largest}]"
-                raise ConfigError(f"{key} must be {bounds}, got {value}{null}")
+            above = value is None or (value > 0 if least is None else value >= least)
+            if not above or (value is not None and largest is not None and value > largest):
+                low = "> 0" if least is None else f">= {least}"
+                high = "" if largest is None else f" and <= {largest}"
+                raise ConfigError(f"{key} must be {low}{high}, got {value}{null}")
+        for message, wrong in self._conflicts():
+            if wrong:
+                raise ConfigError(message)
+
+    def _conflicts(self) -> Iterator[tuple[str, Any]]:
+        """(what is wrong and what to do, whether it is so) of settings that do not go together."""
+        model, train, augmentation, task = self.model, self.train, self.data.augmentation, self.evaluate.task
         betas = self.optim.betas
-        if betas is not None and (len(betas) != 2 or not all(0 <= beta < 1 for beta in betas)):
-            raise ConfigError(f"optim.betas must be two numbers in [0, 1), got {betas}")
-        if self.optim.warmup_steps >= self.train.steps:
-            raise ConfigError(
-                f"optim.warmup_steps must be < train.steps ({self.train.steps}), got {self.optim.warmup_steps}"
-            )
-        self._check_parallel()
-        self._check_model()
-        self._check_task()
-
-    def _check_parallel(self) -> None:
-        parallel = self.parallel
-        if not 1 <= parallel.timeout <= MAX_TIMEOUT:
-            raise ConfigError(f"parallel.timeout must be between 1 and {MAX_TIMEOUT} seconds, got {parallel.timeout}")
-        if self.train.precision == "fp16" and (parallel.dp_shard > 1 or parallel.ep > 1):
-            raise ConfigError(
-                "train.precision fp16 needs parallel.dp_shard = parallel.ep = 1; use bf16, which needs no scaler"
-            )
-
-    def _check_model(self) -> None:
-        model = self.model
-        if model.pretrained_optimizer and model.pretrained is None:
-            raise ConfigError("model.pretrained_optimizer needs model.pretrained, the folder of a run; set it to false")
+        yield (
+            f"optim.betas must be two numbers in [0, 1), got {betas}",
+            betas is not None and (len(betas) != 2 or not all(0 <= beta < 1 for beta in betas)),
+        )
+        warmup, batch, contrastive = self.optim.warmup_steps, self.data.loader.batch_size, self.task == "contrastive"
+        sharded, mixes = max(self.parallel.dp_shard, self.parallel.ep) > 1, augmentation.mixup or augmentation.cutmix
+        yield f"optim.warmup_steps must be < train.steps ({train.steps}), got {warmup}", warmup >= train.steps
+        yield (
+            "train.precision fp16 needs parallel.dp_shard = parallel.ep = 1; use bf16, which needs no scaler",
+            train.precision == "fp16" and sharded,
+        )
+        yield (
+            "model.pretrained_optimizer needs model.pretrained, the folder of a run; set it to false",
+            model.pretrained_optimizer and model.pretrained is None,
+        )
         sections = {"kwargs": model.kwargs, "upcycle": model.upcycle}
         sections |= {f"kwargs.{tower}": model.kwargs.get(tower) for tower in ("image", "text")}
         for key, kwargs in sections.items():
-            if isinstance(kwargs, dict) and kwargs.get("auxiliary_loss", "record") != "record":
-                raise ConfigError(
-                    f"model.{key}.auxiliary_loss must be 'record' here: the loop adds the auxiliary losses "
-                    "itself; 'attach' would add them twice"
-                )
-
-    def _check_task(self) -> None:
-        augmentation, task = self.data.augmentation, self.evaluate.task
-        if self.task == "contrastive":
-            for key in ("mixup", "cutmix", "label_smoothing"):
-                if getattr(augmentation, key):
-                    raise ConfigError(
-                        f"data.augmentation.{key} mixes labels, and a contrastive run has none; set it to 0"
-                    )
-            if task == "classification":
-                raise ConfigError("evaluate.task 'classification' needs task 'classification'; use 'zero_shot'")
-            return
-        if task not in (None, "classification"):
-            raise ConfigError(f"evaluate.task {task!r} needs task 'contrastive'")
-        if (augmentation.mixup or augmentation.cutmix) and self.data.loader.batch_size % 2:
-            raise ConfigError(
-                f"data.loader.batch_size must be even for mixup and cutmix, got {self.data.loader.batch_size}"
+            yield (
+                f"model.{key}.auxiliary_loss must be 'record' here: the loop adds the auxiliary losses itself; "
+                "'attach' would add them twice",
+                isinstance(kwargs, dict) and kwargs.get("auxiliary_loss", "record") != "record",
             )
+        for key in ("mixup", "cutmix", "label_smoothing"):
+            yield (
+                f"data.augmentation.{key} mixes labels, and a contrastive run has none; set it to 0",
+                contrastive and getattr(augmentation, key),
+            )
+        yield (
+            "evaluate.task 'classification' needs task 'classification'; use 'zero_shot'",
+            contrastive and task == "classification",
+        )
+        yield (
+            f"evaluate.task {task!r} needs task 'contrastive'",
+            not contrastive and task not in (None, "classification"),
+        )
+        yield f"data.loader.batch_size must be even for mixup and cutmix, got {batch}", mixes and batch % 2
 
 
 def load_config(argv: Sequence[str] | None = None) -> Config:
-    """The configuration of a command line; None: that of this process.
-
-    Raises:
-        SystemExit: after `--help`, or (code 2) with one sentence about a mistake.
-    """
+    """The configuration of a command line (None: that of this process); exits with one sentence about a mistake."""
     description = "Train a model; the same command again continues a stopped run."
     config = parse_config(Config, argv, prog="vmoe-train", description=description)
     try:

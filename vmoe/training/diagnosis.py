@@ -32,8 +32,7 @@ def find_non_finite(
         compute_loss: repeats the forward pass of `batch` with the same random numbers.
 
     Returns:
-        A phrase such as "the output of the layer blocks.1.mlp.router"; None if all is finite this time, or in this
-        process.
+        A phrase such as "the output of the layer blocks.1.mlp.router"; None if this process found nothing.
     """
     weights = [*model.named_parameters(), *model.named_buffers()]
     found = [f"the weights {name}" for name, tensor in weights if not _is_finite(tensor)]

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,14 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions
-from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.text import Text
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 from torch import Tensor
 
-from vmoe.data.loader import own_cores
 from vmoe.distributed.process_group import gather_lists, sum_over_processes
 from vmoe.moe import LayerRouting, RoutingRecord
 from vmoe.moe.losses import members
@@ -34,19 +31,14 @@ from vmoe.utils.world import world
 
 logger = logging.getLogger("vmoe.training")
 
-# Waiting for data is worth a warning above this share of the time, in so many logged steps in a row.
-WAITING_SHARE, WAITING_FOR = 0.2, 5
 LATEST = 200  # durations that the estimate of the time left is made from
-WIDE = 140  # characters of a terminal that has room for a bar beside the metrics
 
 
 class MetricsLog:
     """Writes each logged step as a line of metrics.jsonl, and to TensorBoard.
 
-    Args:
-        run: the run's folder; None in the processes that write nothing.
-        step: a continued run starts from; lines of later steps are dropped, so that no step appears twice.
-        tensorboard: also write OUTPUT_DIR/tensorboard.
+    Lines after `step`, from which a run continues, are dropped, so that no step appears twice. `run` is None in the
+    processes that write nothing.
     """
 
     def __init__(self, run: Path | None, step: int, tensorboard: bool) -> None:
@@ -108,10 +100,7 @@ def write_text(file: Path, text: str) -> None:
 
 
 def requested_experts(layers: dict[str, LayerRouting]) -> dict[str, Tensor]:
-    """{layer: (E,) assignments that ask for each expert}, before any is dropped.
-
-    With limited capacity a collapsed router still shows even loads.
-    """
+    """{layer: (E,) assignments that ask for each expert}; where loads are even because of a capacity, these are not."""
     counts = {
         name: torch.bincount(routing.expert_index[routing.mask].flatten(), minlength=routing.gates.shape[-1])
         for name, routing in layers.items()
@@ -156,11 +145,8 @@ def over_processes(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def expert_metrics(record: RoutingRecord) -> dict[str, float]:
-    """The metrics of each expert in a step's routing.
-
-    For each layer and modality "experts/LAYER/MODALITY/load_E", its share of the kept assignments (soft routing has
-    none), and "experts/LAYER/MODALITY/importance_E", the mean of its gate values.
-    """
+    """For each expert "experts/LAYER/MODALITY/load_E", its share of the kept assignments (soft routing has none), and
+    "experts/LAYER/MODALITY/importance_E", the mean of its gate values."""
     metrics = {}
     for name, routing in record.layers.items():
         masks = members(routing.modalities, routing.mask, routing.modality)
@@ -182,10 +168,10 @@ def expert_metrics(record: RoutingRecord) -> dict[str, float]:
 
 
 class CollapseWatch:
-    """Warns, by name, when the routing of a layer stays collapsed.
+    """Warns, by name, when the routing of a layer stays collapsed for `after` steps (0 never warns).
 
-    Collapsed means that one expert is asked for by most assignments (over half of those that an even load would not
-    give it), or that some expert is asked for by none, for `after` steps in a row; 0 never warns.
+    One expert is asked for by most assignments (over half of those that an even load would not give it), or some expert
+    by none.
     """
 
     def __init__(self, after: int) -> None:
@@ -217,56 +203,25 @@ class CollapseWatch:
                 )
 
 
-class DataWatch:
-    """Warns once, with numbers and a remedy, when the model keeps waiting for data that `num_workers` read."""
-
-    def __init__(self, num_workers: int, cores: int | None = None) -> None:
-        self.num_workers = num_workers
-        self.cores = own_cores() if cores is None else cores
-        self.in_a_row = 0
-
-    def update(self, metrics: dict[str, float], readable: float) -> None:
-        """Reads the metrics of a logged step; `readable` images per second is what the workers can give."""
-        rank, processes = world()
-        waiting = metrics["data_wait_share"]
-        self.in_a_row = self.in_a_row + 1 if waiting > WAITING_SHARE else 0
-        if self.in_a_row != WAITING_FOR or rank > 0 or not readable > 0:
-            return
-        needed = metrics["images_per_second"] / processes / max(1 - waiting, 0.01)
-        readers = max(1, self.num_workers)
-        workers = max(math.ceil(needed / (readable / readers)), self.num_workers + 1)
-        reader = f"{readers} worker{'s' * (readers > 1)}" if self.num_workers else "the training process itself"
-        remedy = f"raise data.loader.num_workers to {min(workers, self.cores)}"
-        if self.num_workers >= self.cores:
-            remedy = f"all {self.cores} CPU cores read already: store smaller images, or take more cores"
-        elif workers > self.cores:
-            remedy += f" (the model needs {workers}, and there are {self.cores} CPU cores: store smaller images)"
-        each = " in each process" if processes > 1 else ""
-        logger.warning(
-            f"the model waits for data {waiting:.0%} of the time: it could take {needed:.0f} images/s{each}, and "
-            f"{reader} read{'s' * (readers == 1)} {readable:.0f}; {remedy}"
-        )
-
-
 # --- progress ---
 
 
 class TimeLeft:
-    """Estimates how long the rest of a run takes: its steps, evaluations and checkpoints, each as long as before.
+    """Estimates how long the rest of a run takes: its steps, evaluations and checkpoints.
 
-    Each kind has the mean of its latest durations without the longest: a step that compiles or waits for a slow disk
-    says nothing of the others. An evaluation or checkpoint counts from the first one on.
-
-    `every` has, for each kind besides "step", the steps from one to the next; 0: there is none.
+    Each kind takes the mean of its latest durations without the longest: a step that compiles or waits for a slow disk
+    says nothing of the others. `every`: steps between two evaluations and so on; 0: there is none.
     """
 
     def __init__(self, steps: int, **every: int) -> None:
         self.steps = steps
         self.every = {"step": 1, **{kind: number for kind, number in every.items() if number}}
-        self.durations = {kind: deque(maxlen=LATEST) for kind in self.every}
+        self.durations: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=LATEST))
+        self.longest: dict[str, float] = defaultdict(float)
 
     def add(self, kind: str, seconds: float) -> None:
         self.durations[kind].append(seconds)
+        self.longest[kind] = max(self.longest[kind], seconds)
 
     def seconds(self, step: int) -> float:
         """Seconds to the end after this step, whose evaluation and checkpoint are still to come."""
@@ -279,38 +234,17 @@ class TimeLeft:
         return left
 
 
-class Fitting:
-    """Texts on one line, separated by commas, as many of them as fit; rich prints it."""
-
-    def __init__(self, texts: list[str]) -> None:
-        self.texts = texts
-
-    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        whole = cell_len(", ".join(self.texts))
-        return Measurement(min(whole, options.max_width), whole)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        fitting = [", ".join(self.texts[:number]) for number in range(len(self.texts) + 1)]
-        yield Text(max((text for text in fitting if cell_len(text) <= options.max_width), key=len), no_wrap=True)
-
-
-class MetricsColumn(ProgressColumn):
-    """The metrics of a progress bar, as many as fit on its line."""
-
-    def render(self, task: Task) -> Fitting:
-        return Fitting(task.fields["metrics"])
-
-
 class ProgressDisplay:
-    """A progress bar of one line on a terminal, plain lines elsewhere; `every` as in `TimeLeft`."""
+    """A progress line on a terminal, plain lines elsewhere; `every` as in `TimeLeft`."""
 
     def __init__(self, console: Console, step: int, steps: int, **every: int) -> None:
         self.console, self.steps = console, steps
         self.time_left = TimeLeft(steps, **every)
-        bar = [BarColumn(bar_width=16)] if console.width >= WIDE else []
-        columns = (TextColumn("step"), MofNCompleteColumn(), *bar, TextColumn("{task.fields[left]}"), MetricsColumn())
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._bar.add_task("train", total=steps, completed=step, metrics=[], left="-:--:--")
+        one_line = Column(no_wrap=True, overflow="ellipsis")
+        columns = (TextColumn(f"{{task.fields[{name}]}}", table_column=one_line) for name in ("left", "metrics"))
+        self._bar = Progress(TextColumn("step"), MofNCompleteColumn(), *columns, console=console)
+        self._bar.disable = not console.is_terminal
+        self._task = self._bar.add_task("train", total=steps, completed=step, metrics="", left="-:--:--")
 
     def __enter__(self) -> ProgressDisplay:
         self._bar.start()
@@ -326,24 +260,31 @@ class ProgressDisplay:
 
     @contextmanager
     def timing(self, kind: str) -> Iterator[None]:
-        """Around an evaluation or the saving of a checkpoint."""
+        """Around an evaluation, the saving of a checkpoint, or the drawing of an image."""
         began = time.monotonic()
         yield
         self.time_left.add(kind, time.monotonic() - began)
 
     def show(self, step: int, metrics: dict[str, float]) -> None:
-        """The metrics of a logged step."""
-        texts = short_texts(metrics)
-        self._bar.update(self._task, metrics=texts)
+        """The metrics of a logged step; on a terminal as many as fit on the line."""
+        texts, left = short_texts(metrics), self._left(step)
         if self._bar.disable:
-            self.message(", ".join([f"step {step}/{self.steps}", *texts, f"{self._left(step)} left"]))
+            self.message(", ".join([f"step {step}/{self.steps}", *texts, f"{left} left"]))
+        while texts and len(f"step {self.steps}/{self.steps} {left} {', '.join(texts)}") > self.console.width:
+            texts.pop()
+        self._bar.update(self._task, metrics=", ".join(texts))
 
     def message(self, text: str) -> None:
         """A line of its own, above the bar."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, text)
 
     def _left(self, step: int) -> str:
         return str(timedelta(seconds=round(self.time_left.seconds(step))))
+
+
+def say(console: Console, text: str) -> None:
+    """Prints a line as it is."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def short_texts(metrics: dict[str, float]) -> list[str]:
@@ -361,7 +302,7 @@ def short_texts(metrics: dict[str, float]) -> list[str]:
 def final_table(summary: dict[str, Any]) -> MetricTable:
     """The summary of a run as a table."""
     rows = {
-        "steps": f"{summary['steps']}",
+        "steps": str(summary["steps"]),
         "parameters": f"{summary['parameters_total'] / 1e6:.2f} M",
         "  active per token": f"{summary['parameters_active'] / 1e6:.2f} M",
         "GFLOPs per image": f"{summary['gflops_per_image']:.3f}",

@@ -30,65 +30,84 @@ def export_state(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str, Tens
     A ValueError names state that cannot be written, or not be loaded on another mesh.
     """
     names, full = _parameter_names(optimizer, model), optimizer.state_dict()
-    encoder = _Encoder(model, type(optimizer).__name__)
-    rest = {
-        "state": {names[index]: encoder.all(values, names[index]) for index, values in full.pop("state").items()},
-        "groups": [
-            {"parameters": [names[index] for index in group.pop("params")], "settings": encoder.all(group, GROUPS)}
-            for group in full.pop("param_groups")
-        ],
-        "other": encoder.all(full),
-    }
-    return encoder.tensors, rest
+    tensors: dict[str, Tensor] = {}
 
-
-class _Encoder:
-    """Makes JSON of the values of an optimizer's state; their tensors go to `tensors`."""
-
-    def __init__(self, model: nn.Module, optimizer: str) -> None:
-        self.model, self.optimizer = model, optimizer
-        self.tensors: dict[str, Tensor] = {}
-
-    def all(self, values: dict[str, Any], name: str = "") -> dict[str, Any]:
-        return {key: self.encode(value, key, name) for key, value in values.items()}
-
-    def encode(self, value: Any, key: str, name: str) -> Any:
+    def encode(value: Any, name: str, key: str = "") -> Any:
         if isinstance(value, Tensor) and name == GROUPS and value.ndim == 0:  # it has no parameter's name
             return {"number": [value.item(), str(value.dtype).removeprefix("torch.")]}
         if isinstance(value, Tensor) and name != GROUPS:
-            return self._tensor(value, key, name)
+            parameter = model.get_parameter(name) if name else value
+            if isinstance(parameter, DTensor) and value.ndim > 0 and value.shape != parameter.shape:
+                raise ValueError(
+                    f"the state {key!r} that {type(optimizer).__name__} keeps for {name} does not have its shape, so "
+                    "it cannot be sharded; take an optimizer such as adamw, sgd or lion, or parallel.dp_shard = "
+                    "parallel.ep = 1"
+                )
+            tensors[f"{key}/{name}"] = value.detach()
+            return TENSOR
         if value is None or isinstance(value, bool | int | float | str):
             return value
         if isinstance(value, torch.dtype):
             return {"dtype": str(value).removeprefix("torch.")}
         if isinstance(value, list | tuple):
-            encoded = [self.encode(each, f"{key}.{index}", name) for index, each in enumerate(value)]
+            encoded = [encode(each, name, f"{key}.{index}") for index, each in enumerate(value)]
             return {"tuple": encoded} if isinstance(value, tuple) else encoded
         if isinstance(value, dict) and all(isinstance(each, str) for each in value):
-            return {"dict": {inner: self.encode(each, f"{key}.{inner}", name) for inner, each in value.items()}}
+            encoded = {inner: encode(each, name, f"{key}.{inner}" if key else inner) for inner, each in value.items()}
+            return {"dict": encoded} if key else encoded
         raise ValueError(f"the optimizer's {key} of {name} is a {type(value).__name__}, which a checkpoint cannot hold")
 
-    def _tensor(self, value: Tensor, key: str, name: str) -> dict[str, str]:
-        parameter = self.model.get_parameter(name) if name else value
-        if isinstance(parameter, DTensor) and value.ndim > 0 and value.shape != parameter.shape:
-            raise ValueError(
-                f"the state {key!r} that {self.optimizer} keeps for {name} does not have its shape, so it cannot be "
-                "sharded; take an optimizer such as adamw, sgd or lion, or parallel.dp_shard = parallel.ep = 1"
-            )
-        self.tensors[f"{key}/{name}"] = value.detach()
-        return TENSOR
+    rest = {
+        "state": {names[index]: encode(values, names[index]) for index, values in full.pop("state").items()},
+        "groups": [
+            {"parameters": [names[index] for index in group.pop("params")], "settings": encode(group, GROUPS)}
+            for group in full.pop("param_groups")
+        ],
+        "other": encode(full, ""),
+    }
+    return tensors, rest
 
 
 def import_state(optimizer: Optimizer, model: nn.Module, stored: StoredTensors | None, rest: dict[str, Any]) -> None:
     """Loads what `export_state` gave (the tensors, None if there are none, and the rest) into an optimizer.
 
-    Its groups may be divided in another way, and the parameters may be DTensors on any mesh.
-
-    Raises:
-        ValueError: it is over other parameters, or its state does not fit or is not what `export_state` gave.
+    Its groups may be divided in another way, and the parameters may be DTensors on any mesh. A ValueError says that it
+    is over other parameters, or that its state does not fit or is not what `export_state` gave.
     """
     names, full = _parameter_names(optimizer, model), optimizer.state_dict()
-    decoder = _Decoder(model, stored)
+    shapes = stored.shapes if stored is not None else {}
+    targets: dict[str, Tensor] = {}
+
+    def decode(value: Any, name: str, key: str = "") -> Any:
+        if isinstance(value, list):
+            return [decode(each, name, f"{key}.{index}") for index, each in enumerate(value)]
+        if not isinstance(value, dict):
+            return value
+        if not key:
+            return {inner: decode(each, name, inner) for inner, each in value.items()}
+        ((kind, content),) = value.items()
+        if kind == "tuple":
+            return tuple(decode(content, name, key))
+        if kind == "dict":
+            return {inner: decode(each, name, f"{key}.{inner}") for inner, each in content.items()}
+        if kind == "number":
+            return torch.tensor(content[0], dtype=_dtype(content[1]))
+        if kind == "dtype":
+            return _dtype(content)
+        if value != TENSOR:
+            raise ValueError(f"its {kind} {key!r} of {name} is not known")
+        parameter, full_name = model.get_parameter(name) if name else None, f"{key}/{name}"
+        if full_name not in shapes:
+            raise ValueError(f"its tensor {full_name!r} is not stored")
+        shape, dtype = shapes[full_name], stored.dtypes[full_name]
+        if isinstance(parameter, DTensor) and shape == parameter.shape:
+            targets[full_name] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        elif isinstance(parameter, DTensor) and len(shape) > 0:
+            raise ValueError(f"{full_name} is {tuple(shape)}, and cannot be sharded as {tuple(parameter.shape)}")
+        else:
+            targets[full_name] = torch.empty(shape, dtype=dtype)
+        return targets[full_name]
+
     try:
         before = {name: group["settings"] for group in rest["groups"] for name in group["parameters"]}
         new = set(names.values())
@@ -99,65 +118,21 @@ def import_state(optimizer: Optimizer, model: nn.Module, stored: StoredTensors |
                     "the same parameters (train.freeze)"
                 )
         indices = {name: index for index, name in names.items()}
-        full["state"] = {indices[name]: decoder.all(values, name) for name, values in rest["state"].items()}
+        full["state"] = {indices[name]: decode(values, name) for name, values in rest["state"].items()}
         for group in full["param_groups"]:
             settings = [before[names[index]] for index in group["params"]]
             if any(each != settings[0] for each in settings):
                 raise ValueError("parameters that are one group now had different settings then")
-            group |= decoder.all(settings[0]) if settings else {}
-        full |= decoder.all(rest["other"])
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"the optimizer's state cannot be understood ({type(error).__name__}: {error})") from error
-    decoder.read()
-    optimizer.load_state_dict(full)
-
-
-class _Decoder:
-    """Reads what `_Encoder` made; the tensors are filled by `read`."""
-
-    def __init__(self, model: nn.Module, stored: StoredTensors | None) -> None:
-        self.model, self.stored = model, stored
-        self.targets: dict[str, Tensor] = {}
-
-    def all(self, values: dict[str, Any], name: str = "") -> dict[str, Any]:
-        return {key: self.decode(value, key, name) for key, value in values.items()}
-
-    def decode(self, value: Any, key: str, name: str) -> Any:
-        if isinstance(value, list):
-            return [self.decode(each, f"{key}.{index}", name) for index, each in enumerate(value)]
-        if not isinstance(value, dict):
-            return value
-        ((kind, content),) = value.items()
-        if kind == "tuple":
-            return tuple(self.decode(content, key, name))
-        if kind == "dict":
-            return {inner: self.decode(each, f"{key}.{inner}", name) for inner, each in content.items()}
-        if kind == "number":
-            return torch.tensor(content[0], dtype=_dtype(content[1]))
-        if kind == "dtype":
-            return _dtype(content)
-        if value != TENSOR:
-            raise ValueError(f"its {kind} {key!r} of {name} is not known")
-        return self._tensor(f"{key}/{name}", self.model.get_parameter(name) if name else None)
-
-    def _tensor(self, name: str, parameter: Tensor | None) -> Tensor:
-        if self.stored is None or name not in self.stored.shapes:
-            raise ValueError(f"its tensor {name!r} is not stored")
-        shape, dtype = self.stored.shapes[name], self.stored.dtypes[name]
-        if isinstance(parameter, DTensor) and shape == parameter.shape:
-            self.targets[name] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-        elif isinstance(parameter, DTensor) and len(shape) > 0:
-            raise ValueError(f"{name} is {tuple(shape)}, and cannot be sharded as {tuple(parameter.shape)}")
-        else:
-            self.targets[name] = torch.empty(shape, dtype=dtype)
-        return self.targets[name]
-
-    def read(self) -> None:
-        unread = sorted(self.stored.shapes.keys() - self.targets.keys()) if self.stored is not None else []
+            group |= decode(settings[0], GROUPS) if settings else {}
+        full |= decode(rest["other"], "")
+        unread = sorted(shapes.keys() - targets.keys())
         if unread:
             raise ValueError(f"its tensor {unread[0]!r} (one of {len(unread)}) belongs to no state of the optimizer")
-        if self.targets:
-            self.stored.read_into(self.targets)
+        if targets:
+            stored.read_into(targets)
+        optimizer.load_state_dict(full)
+    except (AttributeError, IndexError, KeyError, RecursionError, RuntimeError, TypeError) as error:
+        raise ValueError(f"its optimizer state cannot be understood ({type(error).__name__}: {error})") from error
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -47,16 +47,11 @@ def check_same_settings(config: Config) -> None:
             "config and arguments"
         )
     batch_size, augmentation = config.data.loader.batch_size, config.data.augmentation
-    if batch_size % processes:
-        raise ConfigError(
-            f"data.loader.batch_size must be a multiple of the {processes} processes that share each batch, got "
-            f"{batch_size}"
-        )
+    wrong = "be a multiple of the {} processes that share each batch" if batch_size % processes else ""
     if (augmentation.mixup or augmentation.cutmix) and batch_size // processes % 2:
-        raise ConfigError(
-            f"data.loader.batch_size must give each of the {processes} processes an even number for mixup and cutmix, "
-            f"got {batch_size}"
-        )
+        wrong = wrong or "give each of the {} processes an even number for mixup and cutmix"
+    if wrong:
+        raise ConfigError(f"data.loader.batch_size must {wrong.format(processes)}, got {batch_size}")
 
 
 def find_checkpoint(run: Path, config: Config) -> Path | None:

@@ -29,10 +29,7 @@ DPI = 100
 
 
 class RoutingImages:
-    """Draws the routing of the same few images again and again, in evaluation mode, for TensorBoard.
-
-    It takes no random number and changes nothing of the model, so training is the same with and without it.
-    """
+    """Draws the routing of the same few images again and again, in evaluation mode, for TensorBoard."""
 
     def __init__(self, config: Config, task: Task, log: MetricsLog) -> None:
         every = config.train.routing_images_every
@@ -43,7 +40,6 @@ class RoutingImages:
         self._samples: list[Any] | None = None
 
     def due(self, step: int) -> bool:
-        """Whether this step has an image."""
         return self.on and (step == self.last or step % self.every == 0)
 
     def draw(self, step: int, model: nn.Module, device: torch.device) -> None:
@@ -68,11 +64,7 @@ class RoutingImages:
 
 
 def routing_image(model: nn.Module, samples: list[Any], task: Task, device: torch.device, run: str) -> np.ndarray:
-    """Images beside the experts of their patches, (H, W, 3) uint8.
-
-    Raises:
-        ValueError: no samples, or the model's sparse layers see no patches on a grid.
-    """
+    """Images beside the experts of their patches, (H, W, 3) uint8; a ValueError if there are none."""
     # Imported here: a run without images needs no matplotlib.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

@@ -1,8 +1,7 @@
-"""When training stops before its last step: signals, and the end of the time that it was given."""
+"""Signals that stop training before its last step."""
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import sys
@@ -23,16 +22,12 @@ STOPPED_OUTSIDE = "stopped outside of the steps, nothing to save; the same comma
 
 
 class Stopped(KeyboardInterrupt):
-    """Training was interrupted: between two steps, after saving a checkpoint, or before the first one.
-
-    Attributes:
-        planned: by SIGUSR1 or `train.max_minutes`: the job is to go on later.
-        agreed: all processes stop, after the same step.
-    """
+    """Training was interrupted: between two steps, after saving a checkpoint, or before the first one."""
 
     def __init__(self, message: str, planned: bool, agreed: bool = False) -> None:
         super().__init__(message)
-        self.planned, self.agreed = planned, agreed
+        self.planned = planned  # by SIGUSR1 or `train.max_minutes`: the job is to go on later
+        self.agreed = agreed  # all processes stop, after the same step
 
 
 @dataclass
@@ -94,8 +89,7 @@ def interruptible() -> Iterator[StopRequest]:
 def _acknowledging(stop: StopRequest) -> Iterator[None]:
     """Answers signals from a thread: Python's handlers run only when the main thread returns from C++.
 
-    In the loop it says that the run stops after this step. Before it, where C++ may wait for the other processes
-    without end, it ends the process.
+    In the loop it says that the run stops after this step. Before it, where C++ may wait, it ends the process.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -144,33 +138,3 @@ def _forget_in_fork() -> None:
 
 if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_forget_in_fork)
-
-
-class TimeBudget:
-    """Tells when to stop so that the next step and the checkpoint still find time, as long as the longest so far.
-
-    A step with an evaluation counts as one. Nothing is known of the first evaluation and the first checkpoint. The
-    minutes count from now; None is without end.
-    """
-
-    def __init__(self, minutes: float | None) -> None:
-        self.end = math.inf if minutes is None else time.monotonic() + 60 * minutes
-        self._step_began = math.inf
-        self._longest_step = self._longest_save = 0.0
-
-    def next_step(self) -> None:
-        """A step begins; with what follows it (evaluation, saving) it lasts until the next one."""
-        now = time.monotonic()
-        self._longest_step = max(self._longest_step, now - self._step_began)
-        self._step_began = now
-
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Around the writing of a checkpoint."""
-        began = time.monotonic()
-        yield
-        self._longest_save = max(self._longest_save, time.monotonic() - began)
-
-    def used_up(self) -> bool:
-        """Whether there is no time for another step after this one."""
-        return time.monotonic() + self._longest_step + self._longest_save >= self.end

@@ -52,24 +52,18 @@ def create_task(config: Config) -> Classification | Contrastive:
 class Task:
     """What both tasks share. Each also has
 
-    - `create_model(pretrained, continued)`: the model of the config on the CPU, in training mode, with the weights of a
-      file or folder (`continued`: of this run). A ConfigError says that it does not suit the task;
-    - `loss(model, batch, number)`: the float32 loss of a batch, without the auxiliary losses. The loss of a batch that
-      several processes share is the mean of what this gives in each. What is random in it follows from `number`;
+    - `create_model(pretrained, continued)`: the model of the config, with the weights of a file or folder (`continued`:
+      of this run);
+    - `loss(model, batch, number)`: the float32 loss of a batch, without the auxiliary losses; several processes that
+      share a batch take the mean. What is random in it follows from `number`;
     - `evaluate(model, device)`: metrics on the validation data, in float32 as by `eval.py`;
     - `example_names(samples)`: names among which the example figure ranks the images of these samples.
-
-    Attributes:
-        train_data: raw samples to train on.
-        val_data: raw samples to evaluate on, None if the run never evaluates.
-        class_names: of the training data, None if it has none.
-        tokenizer: list of texts -> text tokens (B, L); None for classification.
     """
 
     tokenizer: Callable[[list[str]], Tensor] | None = None
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        self.config, self.name = config, config.model.name or config.model.pretrained
         if config.data.train.type is None:
             raise ConfigError("data.train.type is missing: say what to train on")
         if config.train.eval_every and config.data.val.type is None:
@@ -103,22 +97,21 @@ class Task:
         return {}
 
     def examples(self, number: int) -> list[Any]:
-        """Some raw samples of the validation (or training) data at equal distances; unreadable ones are left out.
+        """Some raw samples of the validation (or training) data at equal distances; unreadable ones are skipped.
 
-        The same in all processes, as process 0 reads them; all call it.
+        Process 0 reads them for all, which call it together.
         """
-        return from_first(lambda: self._examples(number))
+        data, samples = self.val_data or self.train_data, []
 
-    def _examples(self, number: int) -> list[Any]:
-        data = self.val_data or self.train_data
-        samples = []
-        for index in torch.linspace(0, len(data) - 1, min(number, len(data))).round().long().tolist():
-            with suppress(BadSample):
-                samples.append(data[index])
-        return samples
+        def read() -> list[Any]:
+            for index in torch.linspace(0, len(data) - 1, min(number, len(data))).round().long().tolist():
+                with suppress(BadSample):
+                    samples.append(data[index])
+            return samples
+
+        return from_first(read)
 
     def _val_reading(self, model: nn.Module) -> tuple[Transform, LoaderConfig]:
-        """How the validation data is read."""
         evaluate = self.config.evaluate
         loader = dataclasses.replace(self.config.data.loader, batch_size=evaluate.batch_size, on_bad=evaluate.on_bad)
         return build_transform(preprocess_config(model), None), loader
@@ -148,9 +141,7 @@ class Classification(Task):
                 "leave num_classes out to take it from the data"
             )
         if self.config.model.name in IMAGE_TEXT_NAMES:
-            raise ConfigError(
-                f"task 'classification' needs a classifier, and {_name(self.config)} is an image-text model"
-            )
+            raise ConfigError(f"task 'classification' needs a classifier, and {self.name} is an image-text model")
         return self._build(pretrained, continued, kwargs)
 
     def loss(self, model: nn.Module, batch: Batch, number: int) -> Tensor:
@@ -192,18 +183,16 @@ class Contrastive(Task):
             self.evaluation = self.evaluation or ("zero_shot" if names else "retrieval")
             if self.evaluation == "retrieval" and not self.val_data.has_captions:
                 raise ConfigError("evaluate.task 'retrieval' needs captions, and data.val has none; use 'zero_shot'")
+            if self.evaluation == "zero_shot" and not names:
+                raise ConfigError("evaluate.task 'zero_shot' needs class names, and data.val has none; use 'retrieval'")
             if self.evaluation == "zero_shot":
-                if not names:
-                    raise ConfigError(
-                        "evaluate.task 'zero_shot' needs class names, and data.val has none; use 'retrieval'"
-                    )
                 check_class_names(names)
                 resolve_templates(config.evaluate.templates)
 
     def create_model(self, pretrained: str | None, continued: bool = False) -> nn.Module:
         model = self._build(pretrained, continued, self.config.model.kwargs)
         if not is_contrastive(model):
-            raise ConfigError(f"task 'contrastive' needs an image-text model, and {_name(self.config)} is none")
+            raise ConfigError(f"task 'contrastive' needs an image-text model, and {self.name} is none")
         if self.config.train.loss == "sigmoid" and getattr(model, "logit_bias", None) is None:
             raise ConfigError("train.loss 'sigmoid' needs a logit bias; set model.kwargs.init_logit_bias (SigLIP: -10)")
         self.tokenizer = get_tokenizer(model)
@@ -253,19 +242,13 @@ class Contrastive(Task):
         return [caption for caption in dict.fromkeys(captions) if caption.strip()]
 
 
-def _name(config: Config) -> str:
-    return config.model.name or config.model.pretrained
-
-
 def _check_same_classes(train: list[str], val: list[str] | None) -> None:
     """Labels are indices: both data sets must list the same classes in the same order."""
     if val is None:
         raise ConfigError("data.val has no labels; task 'classification' evaluates on labelled images")
     if len(train) != len(val):
-        odd = sorted(set(train) ^ set(val))[:5]
-        raise ConfigError(
-            f"data.train has {len(train)} classes and data.val {len(val)}; only one of them has {', '.join(odd)}"
-        )
+        odd = ", ".join(sorted(set(train) ^ set(val))[:5])
+        raise ConfigError(f"data.train has {len(train)} classes and data.val {len(val)}; only one of them has {odd}")
     for index, (ours, theirs) in enumerate(zip(train, val)):
         if ours != theirs:
             raise ConfigError(f"class {index} is {ours!r} in data.train and {theirs!r} in data.val; they must agree")

@@ -47,19 +47,19 @@ from vmoe.training.config import Config, to_yaml
 from vmoe.training.diagnosis import NonFiniteError, find_non_finite
 from vmoe.training.logger import (
     CollapseWatch,
-    DataWatch,
     MetricsLog,
     ProgressDisplay,
     expert_metrics,
     final_table,
     routing_metrics,
+    say,
     write_text,
 )
 from vmoe.training.optim import create_ema, create_optimizer, create_schedule, freeze
 from vmoe.training.pretrained import carry_over_optimizer
 from vmoe.training.run_dir import check_same_settings, find_checkpoint, finished_summary, locked_folder
 from vmoe.training.run_images import RoutingImages, draw_examples
-from vmoe.training.signals import Stopped, StopRequest, TimeBudget, interruptible
+from vmoe.training.signals import Stopped, StopRequest, interruptible
 from vmoe.training.tasks import create_task
 from vmoe.utils.config import ConfigError
 from vmoe.utils.tables import make_console
@@ -70,14 +70,9 @@ MAX_SKIPPED_STEPS = 30
 
 
 def train(config: Config, console: Console | None = None) -> dict[str, Any]:
-    """Trains a model, or continues a run that was stopped.
+    """Trains a model, or continues a run that was stopped; returns the content of summary.json.
 
-    Args:
-        config: all settings.
-        console: where progress and the final table are printed; None: standard output.
-
-    Returns:
-        The content of summary.json.
+    Progress and the final table go to `console`, by default standard output.
 
     Raises:
         ConfigError: settings that do not fit each other, the data, or the run in output_dir.
@@ -85,7 +80,8 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
         Stopped: a signal or the end of `train.max_minutes`; after a checkpoint, if a step was made.
         LostProcessError: another process of the job is gone.
     """
-    budget = TimeBudget(config.train.max_minutes)
+    minutes = config.train.max_minutes
+    end = math.inf if minutes is None else time.monotonic() + 60 * minutes
     config.check()
     with interruptible() as stop:
         device = pick_device(config.device)
@@ -97,25 +93,23 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
             checkpoint = find_checkpoint(run, config)
             step = 0 if checkpoint is None else step_of(checkpoint)
             if summary := finished_summary(run, step, config.train.steps):
-                remedy = "A larger train.steps continues it; another output_dir starts a new one."
-                _print(console, f"{run}: this run is finished ({summary['steps']} steps). {remedy}")
+                say(
+                    console,
+                    f"{run}: this run is finished ({summary['steps']} steps). A larger train.steps continues it; "
+                    "another output_dir starts a new one.",
+                )
                 return summary
             trainer = Trainer(config, device, console, checkpoint)
             process_group.wait_for_all()  # nobody looks for a run in the folder any more
             with locked_folder(run) if trainer.first else nullcontext():
-                trainer.fit(stop, budget)
+                trainer.fit(stop, end)
             return trainer.finish()
 
 
 class Trainer:
     """A run, as one process of a job makes it.
 
-    Attributes:
-        model: holds the weights.
-        forward: what is called in training: the model, or DDP around it, compiled.
-        ema: moving average of the weights, or None.
-        step: optimizer steps done.
-        progress: what a checkpoint keeps of the run, beside the step.
+    `model` holds the weights; `forward`, the model or DDP around it, compiled, is what training calls.
     """
 
     def __init__(self, config: Config, device: torch.device, console: Console, checkpoint: Path | None) -> None:
@@ -123,8 +117,8 @@ class Trainer:
         self.rank, self.processes = world()
         self.first = self.rank == 0
         self.run = Path(config.output_dir)
-        parallel = config.parallel
-        self.size = mesh_size(parallel.dp_replicate, parallel.dp_shard, parallel.ep, self.processes)
+        sizes = (config.parallel.dp_replicate, config.parallel.dp_shard, config.parallel.ep)
+        self.size = mesh_size(*sizes, self.processes)
         self.precision = pick_precision(config.train.precision, device)
         if config.train.num_threads is not None:
             torch.set_num_threads(config.train.num_threads)
@@ -144,7 +138,7 @@ class Trainer:
             loader.load_state_dict(state["loader"])
             self.step, self.progress = state["step"], state["progress"]
             self.schedule.step_update(self.step)
-            _print(console, f"{self.run}: continuing after step {self.step}")
+            say(console, f"{self.run}: continuing after step {self.step}")
         self.batches = Prefetch(loader, config.train.accumulate_steps)
         self.skipped = 0  # steps in a row, by the fp16 gradient scaler
         self.images, self.seconds = 0, 0.0  # since the last logged step
@@ -198,17 +192,16 @@ class Trainer:
 
     # --- train ---
 
-    def fit(self, stop: StopRequest, budget: TimeBudget) -> None:
-        """Makes the steps that are left; logs, evaluates and saves in between."""
+    def fit(self, stop: StopRequest, end: float = math.inf) -> None:
+        """Makes the steps that are left, until time.monotonic() is `end`; logs, evaluates and saves in between."""
         train = self.config.train
-        self.stop, self.budget = stop, budget
+        self.stop, self.end = stop, end
         if self.first:
             remove_unfinished(self.run)
             write_text(self.run / "config.yaml", to_yaml(self.config))
         self.metrics = MetricsLog(self.run if self.first else None, self.step, train.tensorboard)
         self.routing_images = RoutingImages(self.config, self.task, self.metrics)
         self.collapse_watch = CollapseWatch(train.collapse_after)
-        self.data_watch = DataWatch(self.config.data.loader.num_workers)
         self.checkpointer = Checkpointer(
             self.run, train.keep_last, train.keep_every, train.async_checkpoints, dataclasses.asdict(self.size)
         )
@@ -227,7 +220,6 @@ class Trainer:
     def _loop(self) -> None:
         train = self.config.train
         while self.step < train.steps:
-            self.budget.next_step()
             metrics, record = self.train_step()
             last, logged = self.step == train.steps, {}
             if last or self.step % train.log_every == 0:
@@ -244,7 +236,8 @@ class Trainer:
             if last or stopping or self.step % train.checkpoint_every == 0:
                 self.save()
             if self.routing_images.due(self.step):  # after the checkpoint: nothing of it is lost
-                self.routing_images.draw(self.step, self._evaluated_model(), self.device)
+                with self.display.timing("image"):
+                    self.routing_images.draw(self.step, self._evaluated_model(), self.device)
             if stopping:
                 self.checkpointer.wait()
                 message = f"stopped after step {self.step} of {train.steps}; the same command continues the run"
@@ -302,9 +295,13 @@ class Trainer:
             self.ema.update(self.model, step=self.step)
 
     def _stop_asked(self) -> list[float]:
-        """[interrupted, planned], as this process knows."""
+        """[interrupted, planned], as this process knows.
+
+        The time is used up when another step and checkpoint, as long as the longest so far, would not fit any more.
+        """
         interrupted = self.stop.interrupted or self.stop.orphaned
-        return [float(interrupted), float(self.stop.planned or self.budget.used_up())]
+        used_up = time.monotonic() + sum(self.display.time_left.longest.values()) >= self.end
+        return [float(interrupted), float(self.stop.planned or used_up)]
 
     def _check_finite(self, total: float, norm: float, batches: list[dict[str, Tensor]]) -> None:
         """Raises NonFiniteError, after it repeated the batches to find the first value that is not finite."""
@@ -334,7 +331,6 @@ class Trainer:
         metrics["images_per_second"] = self.images / self.seconds
         metrics["data_wait_share"] = self.batches.waited / self.seconds
         self.images, self.seconds, self.batches.waited = 0, 0.0, 0.0
-        self.data_watch.update(metrics, self.batches.loader.samples_per_second)
         if self.scaler.is_enabled():
             metrics["grad_scale"] = self.scaler.get_scale()
         metrics["bad_samples"] = self._position()["num_bad"]
@@ -370,7 +366,7 @@ class Trainer:
         extra = {"class_names": self.task.class_names} if self.config.task == "classification" else {}
         if self.task.exif_orientation:
             extra["exif_orientation"] = True
-        with self.budget.saving(), self.display.timing("checkpoint"):
+        with self.display.timing("checkpoint"):
             self.checkpointer.save(self.step, self.model, self.ema and self.ema.module, self.optimizer, state, extra)
 
     def _evaluated_model(self) -> nn.Module:
@@ -405,22 +401,17 @@ class Trainer:
         self.console.print(final_table(summary))
         if config.evaluate.examples:
             draw_examples(self.task, self._evaluated_model(), self.run / "examples.png" if self.first else None, config)
-        _print(self.console, f"results saved to {self.run}")
+        say(self.console, f"results saved to {self.run}")
         return summary
 
 
 class Prefetch:
-    """The batches of each step, `number` of a loader's, which may be fetched before they are taken.
-
-    Attributes:
-        position: of the loader, behind the batches that were taken.
-        waited: seconds spent in `fetch` while the device had nothing to do; to be reset by the reader.
-    """
+    """The batches of each step, `number` of a loader's, which may be fetched before they are taken."""
 
     def __init__(self, loader: TrainLoader, number: int) -> None:
         self.loader, self.number = loader, number
-        self.position = loader.state_dict()
-        self.waited = 0.0
+        self.position = loader.state_dict()  # behind the batches that were taken
+        self.waited = 0.0  # seconds in `fetch` while the device had nothing to do; to be reset by the reader
         self._next: list[dict[str, Tensor]] | Exception | None = None
 
     def fetch(self) -> None:
@@ -448,12 +439,8 @@ class Prefetch:
 
 
 def seed_everything(*seed: int) -> None:
-    """Seeds torch, numpy and random from some integers; other integers give unrelated random numbers."""
+    """Seeds torch, numpy and random from some integers."""
     number = derive_seed(*seed)
     torch.manual_seed(number)
     np.random.seed(number & 0xFFFFFFFF)
     random.seed(number)
-
-
-def _print(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
