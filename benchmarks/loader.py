@@ -42,6 +42,7 @@ from vmoe.data import (
 from vmoe.utils.allocator import keep_freed_memory
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+OURS = "vmoe, shards"
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
@@ -132,6 +133,41 @@ def measure(start: Callable[[], Iterator], batches: int) -> tuple[float, float]:
     return seconds / batches, (used() - cpu) / (batches + 1)
 
 
+def make_loaders(root: Path, args: argparse.Namespace) -> dict[str, Callable[[], Iterator]]:
+    """{name: starts a loader} of the same images in `root`, with the same changes."""
+    dataset = build_dataset(SourceConfig("shards", str(root / "shards")))
+    preprocess = {"input_size": (3, args.side, args.side), "mean": MEAN, "std": STD, "interpolation": "bilinear"}
+    transform = build_transform(preprocess, AugmentationConfig(scale=SCALE, ratio=RATIO, hflip=0.5))
+    config = LoaderConfig(batch_size=args.batch_size, num_workers=args.workers)
+    crop = [v2.RandomResizedCrop(args.side, SCALE, RATIO, antialias=True), v2.RandomHorizontalFlip()]
+    to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    of_pil = torchvision.datasets.ImageFolder(str(root / "folders"), v2.Compose([*crop, v2.ToImage(), *to_float]))
+    of_tensors = Decoded(str(root / "folders"), v2.Compose([*crop, *to_float]))
+
+    def plain(data: torch.utils.data.Dataset) -> Callable[[], Iterator]:
+        loader = DataLoader(data, args.batch_size, shuffle=True, drop_last=True, num_workers=args.workers)
+        return lambda: iter(loader)
+
+    return {
+        OURS: lambda: train_loader(dataset, transform, None, config, seed=0),
+        "torchvision ImageFolder (Pillow) + v2": plain(of_pil),
+        "torchvision decode_image + v2": plain(of_tensors),
+    }
+
+
+def report(times: dict[str, list[tuple[float, float]]], batch_size: int) -> None:
+    """Prints a line for each loader."""
+    for name, taken in times.items():
+        rate = [batch_size / wall for wall, _ in taken]
+        cpu = statistics.median(cpu for _, cpu in taken) / batch_size
+        line = f"{name:38} {statistics.median(rate):6.0f} images/s ({min(rate):.0f} to {max(rate):.0f})"
+        line += f", {1e3 * cpu:5.2f} ms CPU"
+        for index, what in ((0, "vmoe is as quick times"), (1, "in CPU time")) if name != OURS else ():
+            ratios = sorted(other[index] / own[index] for own, other in zip(times[OURS], taken))
+            line += f"; {what} {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        print(line)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", help="JPEG files to use; left out, images are made")
@@ -153,26 +189,7 @@ def main() -> None:
         size = sum(file.stat().st_size for file in (root / "folders").rglob("*.jpg")) / number
         if number < args.batch_size * (args.batches + 1):
             parser.error(f"{number} images are too few for {args.batches + 1} batches of {args.batch_size}")
-
-        dataset = build_dataset(SourceConfig("shards", str(root / "shards")))
-        preprocess = {"input_size": (3, args.side, args.side), "mean": MEAN, "std": STD, "interpolation": "bilinear"}
-        transform = build_transform(preprocess, AugmentationConfig(scale=SCALE, ratio=RATIO, hflip=0.5))
-        config = LoaderConfig(batch_size=args.batch_size, num_workers=args.workers)
-
-        crop = [v2.RandomResizedCrop(args.side, SCALE, RATIO, antialias=True), v2.RandomHorizontalFlip()]
-        to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-        of_pil = torchvision.datasets.ImageFolder(str(root / "folders"), v2.Compose([*crop, v2.ToImage(), *to_float]))
-        of_tensors = Decoded(str(root / "folders"), v2.Compose([*crop, *to_float]))
-
-        def plain(data: torch.utils.data.Dataset) -> Callable[[], Iterator]:
-            loader = DataLoader(data, args.batch_size, shuffle=True, drop_last=True, num_workers=args.workers)
-            return lambda: iter(loader)
-
-        loaders = {
-            "vmoe, shards": lambda: train_loader(dataset, transform, None, config, seed=0),
-            "torchvision ImageFolder (Pillow) + v2": plain(of_pil),
-            "torchvision decode_image + v2": plain(of_tensors),
-        }
+        loaders = make_loaders(root, args)
         print(
             f"{number} JPEG files of {size / 1000:.0f} kB, {args.workers} workers, batches of {args.batch_size}, side "
             f"{args.side}, {len(os.sched_getaffinity(0))} cores (load {os.getloadavg()[0]:.1f}), "
@@ -184,17 +201,7 @@ def main() -> None:
                 taken = measure(start, args.batches)
                 if number:  # the first round warms up the page cache
                     times[name].append(taken)
-        ours = times["vmoe, shards"]
-        for name, taken in times.items():
-            rate = [args.batch_size / wall for wall, _ in taken]
-            cpu = statistics.median(cpu for _, cpu in taken) / args.batch_size
-            line = f"{name:38} {statistics.median(rate):6.0f} images/s ({min(rate):.0f} to {max(rate):.0f})"
-            line += f", {1e3 * cpu:5.2f} ms CPU"
-            if taken is not ours:
-                for place, what in ((0, "vmoe is as quick times"), (1, "in CPU time")):
-                    ratios = sorted(other[place] / own[place] for own, other in zip(ours, taken))
-                    line += f"; {what} {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-            print(line)
+        report(times, args.batch_size)
 
 
 if __name__ == "__main__":

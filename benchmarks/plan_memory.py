@@ -7,13 +7,10 @@ freed; the peak is the largest sum. This measures what tensors ask for: no fragm
 takes elsewhere (oneDNN), no memory of the interpreter.
 
 Sharded runs are the first process of several, and the others are not there: PyTorch's fake process group answers for
-them at once, with tensors of the right size and any content. Their experts compute as on a GPU, with a
-grouped product: the CPU's way stacks the gradients of single experts, for which it needs those of a layer twice.
+them at once, with tensors of the right size and any content.
 """
 
 from __future__ import annotations
-
-import dataclasses
 
 import torch
 import torch.distributed as dist
@@ -41,21 +38,6 @@ MiB = 2**20
 ALONE = MeshSize(1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A run to compare.
-
-    Attributes:
-        title: what is large in it.
-        options: of the plan.
-        mesh: of the processes.
-    """
-
-    title: str
-    options: tuple[str, ...]
-    mesh: MeshSize = ALONE
-
-
 def classifier(name: str, batch: int, *options: str) -> tuple[str, ...]:
     """Options of a classification run with 1,000 classes."""
     model = ("--model.name", name, "--model.kwargs.num_classes", "1000")
@@ -72,46 +54,34 @@ CHECKPOINTING = ("--train.grad_checkpointing", "true")
 EXPERTS_64 = ("--model.kwargs.num_experts", "64")
 SGD_AND_EMA = ("--optim.name", "sgd", "--train.ema_decay", "0.99")
 DROPLESS = ("--model.kwargs.capacity_factor", ".inf")
-# So much room that nearly nothing is dropped. With experts spread over processes rows then travel in buffers of a fixed
-# size; without a capacity the processes tell each other their numbers of rows, and those that are not there say none.
-ROOMY = ("--model.kwargs.capacity_factor", "2.0")
-CASES = [
-    Case("V-MoE S/32, weights", classifier("vmoe_small_patch32_224", 2, *DROPLESS)),
-    Case("V-MoE S/32, activations", classifier("vmoe_small_patch32_224", 64, *DROPLESS)),
-    Case("V-MoE S/32, checkpointed", classifier("vmoe_small_patch32_224", 64, *DROPLESS, *CHECKPOINTING)),
-    Case("V-MoE S/32, capacity 1.05", classifier("vmoe_small_patch32_224", 64)),
-    Case("V-MoE tiny, activations", classifier("vmoe_tiny_patch8_48", 128, *DROPLESS)),
-    Case("V-MoE tiny, checkpointed", classifier("vmoe_tiny_patch8_48", 128, *DROPLESS, *CHECKPOINTING)),
-    Case("V-MoE tiny, SGD and EMA", classifier("vmoe_tiny_patch8_48", 8, *DROPLESS, *SGD_AND_EMA)),
-    Case("LIMoE tiny, weights", pairs("limoe_tiny_patch12_48", 4, *DROPLESS)),
-    Case("LIMoE tiny, activations", pairs("limoe_tiny_patch12_48", 256, *DROPLESS)),
-    Case("LIMoE tiny, checkpointed", pairs("limoe_tiny_patch12_48", 256, *DROPLESS, *CHECKPOINTING)),
-    Case("Soft MoE tiny, activations", classifier("softmoe_tiny_patch8_48", 64)),
-    *(
-        Case(f"V-MoE tiny, {mesh}", classifier("vmoe_tiny_patch8_48", 16 * mesh.world, *room), mesh)
-        for mesh, room in (
-            (MeshSize(1, 8, 1), DROPLESS),
-            (MeshSize(1, 32, 1), DROPLESS),
-            (MeshSize(1, 1, 8), ROOMY),
-            (MeshSize(1, 2, 4), ROOMY),
-        )
-    ),
-    Case(
-        "V-MoE tiny of 64 experts, ep 8",
-        classifier("vmoe_tiny_patch8_48", 16, *ROOMY, *EXPERTS_64),
-        MeshSize(1, 1, 8),
-    ),
-    Case(
-        "V-MoE tiny of 64 experts, dp_shard 8",
-        classifier("vmoe_tiny_patch8_48", 16, *DROPLESS, *EXPERTS_64),
-        MeshSize(1, 8, 1),
-    ),
-    Case(
-        "the same, 4 parts a step",
-        classifier("vmoe_tiny_patch8_48", 16, *DROPLESS, *EXPERTS_64, "--train.accumulate_steps", "4"),
-        MeshSize(1, 8, 1),
-    ),
-]
+FOUR_PARTS = ("--train.accumulate_steps", "4")
+# A capacity that drops nearly nothing. With experts sharded over processes rows then travel in buffers of a fixed size;
+# without a capacity the processes tell each other their numbers of rows, and those that are not there say none.
+TWICE_EVEN = ("--model.kwargs.capacity_factor", "2.0")
+SMALL, TINY = "vmoe_small_patch32_224", "vmoe_tiny_patch8_48"
+EIGHT_SHARDS = MeshSize(1, 8, 1)
+CASES: list[tuple[str, tuple[str, ...], MeshSize]] = [
+    ("V-MoE S/32, weights", classifier(SMALL, 2, *DROPLESS), ALONE),
+    ("V-MoE S/32, activations", classifier(SMALL, 64, *DROPLESS), ALONE),
+    ("V-MoE S/32, checkpointed", classifier(SMALL, 64, *DROPLESS, *CHECKPOINTING), ALONE),
+    ("V-MoE S/32, capacity 1.05", classifier(SMALL, 64), ALONE),
+    ("V-MoE tiny, activations", classifier(TINY, 128, *DROPLESS), ALONE),
+    ("V-MoE tiny, checkpointed", classifier(TINY, 128, *DROPLESS, *CHECKPOINTING), ALONE),
+    ("V-MoE tiny, SGD and EMA", classifier(TINY, 8, *DROPLESS, *SGD_AND_EMA), ALONE),
+    ("LIMoE tiny, weights", pairs("limoe_tiny_patch12_48", 4, *DROPLESS), ALONE),
+    ("LIMoE tiny, activations", pairs("limoe_tiny_patch12_48", 256, *DROPLESS), ALONE),
+    ("LIMoE tiny, checkpointed", pairs("limoe_tiny_patch12_48", 256, *DROPLESS, *CHECKPOINTING), ALONE),
+    ("Soft MoE tiny, activations", classifier("softmoe_tiny_patch8_48", 64), ALONE),
+    *((f"V-MoE tiny, {mesh}", classifier(TINY, 16 * mesh.world, *capacity), mesh) for mesh, capacity in (
+        (EIGHT_SHARDS, DROPLESS),
+        (MeshSize(1, 32, 1), DROPLESS),
+        (MeshSize(1, 1, 8), TWICE_EVEN),
+        (MeshSize(1, 2, 4), TWICE_EVEN),
+    )),
+    ("64 experts, ep 8", classifier(TINY, 16, *TWICE_EVEN, *EXPERTS_64), MeshSize(1, 1, 8)),
+    ("64 experts, dp_shard 8", classifier(TINY, 16, *DROPLESS, *EXPERTS_64), EIGHT_SHARDS),
+    ("the same, 4 parts a step", classifier(TINY, 16, *DROPLESS, *EXPERTS_64, *FOUR_PARTS), EIGHT_SHARDS),
+]  # fmt: skip
 
 
 def read(options: tuple[str, ...]) -> PlanConfig:
@@ -199,17 +169,12 @@ def main() -> None:
     table = Table(title="Peak memory of one process, MiB")
     for name in ("run", "planned", "measured", "planned / measured", "most of it"):
         table.add_column(name, justify="left" if name in ("run", "most of it") else "right")
-    for case in CASES:
-        config = read(case.options)
-        planned, measured = plan(config, case.mesh), measure(config, case.mesh)
+    for title, options, mesh in CASES:
+        config = read(options)
+        planned, measured = plan(config, mesh), measure(config, mesh)
         kind = max(planned.memory, key=planned.memory.__getitem__)
-        table.add_row(
-            case.title,
-            f"{planned.total / MiB:,.1f}",
-            f"{measured / MiB:,.1f}",
-            f"{planned.total / measured:.3f}",
-            f"{kind} ({planned.memory[kind] / planned.total:.0%})",
-        )
+        sizes = (f"{planned.total / MiB:,.1f}", f"{measured / MiB:,.1f}", f"{planned.total / measured:.3f}")
+        table.add_row(title, *sizes, f"{kind} ({planned.memory[kind] / planned.total:.0%})")
     Console(width=120).print(table)
 
 

@@ -45,36 +45,21 @@ def measure_axis(session: Session, axis: str, dtype: str, bandwidth: float) -> N
     """Times all cases of an axis in turn and adds their rows; `bandwidth` is that of a large copy, GB/s."""
     args, device = session.args, session.device
     base = Case(args.tokens)
-    values = args.values or AXES[axis]
     kind = float if axis == "capacity" else int
-    cases = dict.fromkeys([base, *(replace(base, **{axis: kind(value)}) for value in values)])
+    cases = dict.fromkeys([base, *(replace(base, **{axis: kind(value)}) for value in args.values or AXES[axis])])
+    baselines = {case: (case.tokens, case.selected) for case in cases}
     factory = {"device": device, "dtype": DTYPES[dtype]}
-    layers: dict[Any, nn.Module] = {
-        case: SparseMoE(
-            args.width,
-            args.hidden,
-            num_experts=case.experts,
-            num_selected_experts=case.selected,
-            capacity_factor=case.capacity,
-            eval_capacity_factor=case.capacity,
-            batch_priority=True,
-            **factory,
-        )
-        for case in cases
-    }
-    twins = {case: (case.tokens, case.selected) for case in cases}
-    for tokens, selected in twins.values():
-        layers.setdefault((tokens, selected), Mlp(args.width, args.hidden * selected, **factory))
+    layers: dict[Any, nn.Module] = {case: make_layer(case, args.width, args.hidden, **factory) for case in cases}
+    layers |= {key: Mlp(args.width, args.hidden * key[1], **factory) for key in baselines.values()}
     called = {key: torch.compile(layer, mode=args.compile) if args.compile else layer for key, layer in layers.items()}
     tokens_of = {key: key.tokens if isinstance(key, Case) else key[0] for key in layers}
+    alone = cases if axis == "capacity" and not args.compile else ()  # whose experts are measured alone too
 
     def make_input(number: int) -> dict[Any, tuple[Tensor, ...]]:
         generator = torch.Generator(device).manual_seed(40_000 + number)
         x_TD = torch.randn(max(tokens_of.values()), args.width, generator=generator, **factory)
         inputs = {tokens: (x_TD[None, :tokens],) for tokens in set(tokens_of.values())}
-        if axis == "capacity" and not args.compile:
-            inputs |= {case: _rows(layers[case], case, x_TD[None, : case.tokens]) for case in cases}
-        return inputs
+        return inputs | {case: _rows(layers[case], case, x_TD[None, : case.tokens]) for case in alone}
 
     for one_pass in ("forward", "forward + backward"):
         backward = one_pass != "forward"
@@ -83,26 +68,36 @@ def measure_axis(session: Session, axis: str, dtype: str, bandwidth: float) -> N
         calls: dict[Any, Callable] = {
             key: partial(_call, module, tokens_of[key], backward) for key, module in called.items()
         }
-        if axis == "capacity" and not args.compile:
-            calls |= {("experts", case): partial(_call, layers[case].experts, case, backward) for case in cases}
+        calls |= {("experts", case): partial(_call, layers[case].experts, case, backward) for case in alone}
         seconds = session.alternate(calls, make_input, layers.values())
-        for key in calls:
-            if key in twins.values():
-                continue
+        for key in [key for key in calls if key not in baselines.values()]:
             part, case = key if isinstance(key, tuple) else ("layer", key)
-            weights = layers[case].experts.fc1.weight.nbytes + layers[case].experts.fc2.weight.nbytes
-            others = {"base": (part, base) if part == "experts" else base, "dense": twins[case]}
-            row = {
-                **{"comparison": axis, "name": part, "dtype": dtype, "pass": one_pass},
-                **{**asdict(case), "width": args.width, "hidden": args.hidden},
-                "kept": round(kept_share(layers[case], make_input(10_000)[case.tokens][0]), 4),
-                "ms": milliseconds(seconds[key]),
-                "ratios": {to: ratios(seconds[key], seconds[other]) for to, other in others.items() if other != key},
-                "weights_mib": round(weights / 2**20, 1),
-                # Forward and backward pass each read them, and a gradient of the same size is written.
-                "weights_ms": round(1e3 * weights * (3 if backward else 1) / (1e9 * bandwidth), 3),
-            }
-            session.add(row)
+            others = {"base": (part, base) if part == "experts" else base, "dense": baselines[case]}
+            session.add(
+                {
+                    **{"comparison": axis, "name": part, "dtype": dtype, "pass": one_pass},
+                    **{**asdict(case), "width": args.width, "hidden": args.hidden},
+                    "kept": round(kept_share(layers[case], make_input(10_000)[case.tokens][0]), 4),
+                    "ms": milliseconds(seconds[key]),
+                    "ratios": {to: ratios(seconds[key], seconds[one]) for to, one in others.items() if one != key},
+                    **_reading(layers[case], backward, bandwidth),
+                }
+            )
+
+
+def make_layer(case: Case, width: int, hidden: int, **factory) -> SparseMoE:
+    """Our layer of a case."""
+    sizes = {"num_experts": case.experts, "num_selected_experts": case.selected}
+    capacity = {"capacity_factor": case.capacity, "eval_capacity_factor": case.capacity}
+    return SparseMoE(width, hidden, **sizes, **capacity, batch_priority=True, **factory)
+
+
+def _reading(layer: SparseMoE, backward: bool, bandwidth: float) -> dict[str, float]:
+    """The size of the experts' weights, and the time that reading them takes at the speed of a large copy."""
+    weights = layer.experts.fc1.weight.nbytes + layer.experts.fc2.weight.nbytes
+    # Forward and backward pass each read them, and a gradient of the same size is written.
+    milliseconds = 1e3 * weights * (3 if backward else 1) / (1e9 * bandwidth)
+    return {"weights_mib": round(weights / 2**20, 1), "weights_ms": round(milliseconds, 3)}
 
 
 def _call(module: nn.Module, key: Any, backward: bool, inputs: dict[Any, tuple[Tensor, ...]]) -> None:
