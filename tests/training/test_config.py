@@ -49,6 +49,7 @@ def test_the_dense_baselines_differ_in_their_experts_only():
         (["--train.clip_grad_norm", "0"], ["train.clip_grad_norm must be > 0, got 0.0; null does not clip"]),
         (["--train.num_threads", "0"], ["train.num_threads", "> 0", "null leaves PyTorch's own choice"]),
         (["--train.max_minutes", "-1"], ["train.max_minutes", "> 0", "null sets no limit"]),
+        (["--train.routing_images_every", "-1"], ["train.routing_images_every must be >= 0, got -1"]),
         (["--optim.layer_decay", "2"], ["optim.layer_decay", "<= 1", "null gives all layers"]),
         (["--train.freeze", "head.*"], ["train.freeze", 'write a list, as in ["head.*"]']),
         (["--evaluate.templates", "a {}"], ["evaluate.templates", 'write a list, as in ["a {}"]']),

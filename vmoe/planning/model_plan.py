@@ -38,20 +38,13 @@ class Unit:
         for parameter in self.parameters:
             if parameter.requires_grad or not trained_only:
                 shape = list(parameter.shape) or [1]
-                if self.experts:
-                    shape[0] //= mesh.ep
-                cut = self._cut(shape, mesh)
+                shape[0] //= mesh.ep if self.experts else 1
+                # As in `vmoe.distributed.parallelize`: experts may be cut along their width.
+                uneven = self.experts and shape[0] % mesh.dp_shard > 0 and shape[1] % mesh.dp_shard == 0
+                cut = 1 if uneven or (self.experts and mesh.ep > 1) else 0
                 shape[cut] = -(-shape[cut] // mesh.dp_shard)
                 held += math.prod(shape)
         return FLOAT32 * held
-
-    def is_cut_along_width(self, mesh: MeshSize) -> bool:
-        """FSDP2 cuts the second dimension, for which it copies what it gathers once more."""
-        return mesh.dp_shard > 1 and any(self._cut(list(p.shape), mesh) for p in self.parameters)
-
-    def _cut(self, shape: list[int], mesh: MeshSize) -> int:
-        """The dimension that FSDP2 cuts, as in `vmoe.distributed.parallelize` (compared in tests/planning)."""
-        return int(self.experts and (mesh.ep > 1 or (shape[0] % mesh.dp_shard > 0 and shape[1] % mesh.dp_shard == 0)))
 
 
 def make_model(config: Config) -> tuple[nn.Module, list[str]]:

@@ -150,11 +150,11 @@ class Planner:
     def _gathered(self, mesh: MeshSize) -> float:
         """The most that FSDP2 keeps beside its shards, while a unit is at work.
 
-        The rest of the model and the unit are whole, with their gradients; a unit that is cut along the width has
+        The rest of the model and the unit are whole, with their gradients; experts that are cut along the width have
         another copy. The block around it is whole too, and the next one is gathered meanwhile.
         """
         *units, rest = self.units
-        largest = max(unit.bytes(mesh) * (3 if unit.is_cut_along_width(mesh) else 2) for unit in units)
+        largest = max(unit.bytes(mesh) * (3 if unit.experts and mesh.ep > 1 else 2) for unit in units)
         block = max(unit.bytes(mesh) for unit in units if not unit.experts)
         return mesh.dp_shard * (2 * rest.bytes(mesh) + largest + 2 * block)
 
