@@ -12,15 +12,6 @@ Figure = dict[str, float]
 # The case for which the goals were set.
 LAYER = {"tokens": 6304, "width": 384, "hidden": 1536, "experts": 8, "selected": 1, "capacity": 1.0}
 BOTH = ("forward", "forward + backward")
-CASE = ("tokens", "width", "hidden", "experts", "selected")
-# Of these sizes on a GPU, with the widths of B/16 and L/16.
-CUDA_CASES = [
-    (tokens, width, 4 * width, experts, selected)
-    for width in (768, 1024)
-    for tokens in (12608, 100864)
-    for experts in (8, 32)
-    for selected in (1, 2)
-]
 # Steps of the emoji training: the fewest that say something of its speed, and all that are configured.
 SHORT_RUN, WHOLE_RUN = 20, 300
 
@@ -46,14 +37,11 @@ class Bar:
         return self.found["median"] <= self.limit if self.at_most else self.found["median"] >= self.limit
 
 
-def bars(sections: Sequence[dict[str, Any]], kind: str) -> list[Bar]:
-    """All goals for a device ("cpu" or "cuda"), given the sections of its results."""
-    if kind == "cuda":
-        return _for_cuda(sections)
-    # The goals were set for none of these.
-    other = ("--compile", "--allocator", "--threads", "--depth")
+def bars(sections: Sequence[dict[str, Any]]) -> list[Bar]:
+    """All goals, which are for a CPU, given the sections of its results."""
+    other = ("--compile", "--allocator", "--threads", "--depth")  # for which no goals were set
     fitting = [section for section in sections if not any(option in section["command"] for option in other)]
-    return _for_cpu(sorted(fitting, key=lambda section: section["finished"]))
+    return _goals(sorted(fitting, key=lambda section: section["finished"]))
 
 
 def _find(sections: Sequence[dict[str, Any]], benchmark: str, **wanted: Any) -> Row | None:
@@ -72,7 +60,7 @@ def _kept(row: Row | None) -> str:
     return "" if row is None or row["kept"] == 1 else f" ({row['kept']:.1%} kept)"
 
 
-def _for_cpu(sections: Sequence[dict[str, Any]]) -> list[Bar]:
+def _goals(sections: Sequence[dict[str, Any]]) -> list[Bar]:
     found: list[Bar] = []
 
     def add(what: str, limit: float, benchmark: str, figure: Figure | None, at_most: bool = True) -> None:
@@ -132,52 +120,3 @@ def _memory(row: Row | None) -> Figure | None:
     dense_mib = row["activations_mib"] / row["activations_ratio"]
     ratio = (row["activations_mib"] - row["gathered_copy_mib"]) / dense_mib
     return dict.fromkeys(("median", "min", "max"), ratio)
-
-
-def _for_cuda(sections: Sequence[dict[str, Any]]) -> list[Bar]:
-    """In bfloat16: what was measured, eager or compiled, and the cases of the goals that were not."""
-    measured = [
-        (section, row)
-        for section in sorted(sections, key=lambda section: section["finished"])
-        for row in section["rows"]
-        if row.get("dtype") == "bfloat16"
-    ]
-    found, shares, peers, cases = [], [], [], set()
-    layer = "python -m benchmarks.layer --dtype bfloat16"
-    for section, row in measured:
-        command = section["command"]
-        if row.get("pass") != BOTH[1] or section["benchmark"] != "layer" or "--capacity" in command:
-            continue
-        if (row["comparison"], row["name"]) == ("mlp", "vmoe"):
-            case = tuple(row[name] for name in CASE)
-            cases.add(case)
-            found.append(Bar(f"layer / dense MLP, {_size(case)}", 1.15, True, command, row["ratios"]["dense"]))
-            what = f"layer's share of the large product's speed, {_size(case)}"
-            shares.append(Bar(what, 0.0, False, command, row.get("share_of_gemm"), "stated"))
-        elif row["name"] not in ("dense", "vmoe"):
-            what = f"{row['name']} / layer, {row['tokens']} tokens, {BOTH[1]}"
-            peers.append(Bar(what, 1.0, False, command, row["ratios"]["vmoe"]))
-    for case in CUDA_CASES:
-        if case not in cases:
-            options = " ".join(f"--{name} {value}" for name, value in zip(CASE, case, strict=True))
-            found.append(Bar(f"layer / dense MLP, {_size(case)}", 1.15, True, f"{layer} {options}", None))
-    shares = shares or [Bar("layer's share of the large product's speed", 0.0, False, layer, None, "stated")]
-    peers = peers or [Bar("every peer that runs / layer", 1.0, False, layer, None)]
-    return [*found, *shares, *peers, *(_many_experts(sections, one_pass) for one_pass in BOTH)]
-
-
-def _size(case: tuple[int, ...]) -> str:
-    return "{} tokens, D = {}, F = {}, E = {}, K = {}, forward + backward".format(*case)
-
-
-def _many_experts(sections: Sequence[dict[str, Any]], one_pass: str) -> Bar:
-    """128 experts on a GPU against what they take at least: the time of 8, or of reading their weights."""
-    command = "python -m benchmarks.scaling --dtype bfloat16 --axis experts"
-    wanted = {"comparison": "experts", "name": "layer", "dtype": "bfloat16", "pass": one_pass}
-    few, many = (_find(sections, "scaling", experts=experts, **wanted) for experts in (8, 128))
-    figure = None
-    if few is not None and many is not None:
-        least = max(few["ms"]["median"], many["weights_ms"])
-        figure = {name: value / least for name, value in many["ms"].items()}
-    what = f"E = 128 / the longer of E = 8 and reading the weights, {one_pass}"
-    return Bar(what, 1.15, True, command, figure)

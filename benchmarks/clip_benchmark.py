@@ -142,10 +142,10 @@ def their_retrieval(loaded: LoadedModel, dataset: ImageDataset, batch_size: int)
 
     captions: dict[object, list[str]] = {}
     first: dict[object, int] = {}
-    for place, caption in enumerate(dataset.captions):
-        identity = place if dataset.image_ids is None else dataset.image_ids[place]
+    for index, caption in enumerate(dataset.captions):
+        identity = index if dataset.image_ids is None else dataset.image_ids[index]
         captions.setdefault(identity, []).append(caption)
-        first.setdefault(identity, place)
+        first.setdefault(identity, index)
     images = list(first)
     samples = _Samples(
         len(images),
@@ -217,7 +217,7 @@ def _collate(samples: list[tuple[Tensor, list[str]]]) -> tuple[Tensor, list[list
 
 
 def _their_template(template: Callable[[str], str]) -> str:
-    """Theirs are for str.format, with {c} in the place of the name."""
+    """Theirs are for str.format, with {c} for the name."""
     return template("\0").replace("{", "{{").replace("}", "}}").replace("\0", "{c}")
 
 

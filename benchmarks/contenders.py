@@ -69,7 +69,7 @@ def dense_swiglu(width: int, hidden: int) -> Contender:
 
 
 def mixtral(width: int, hidden: int, num_experts: int, num_selected: int) -> Contender:
-    """transformers' Mixtral block with its grouped product; drops nothing."""
+    """transformers' Mixtral block with its grouped matrix multiplication; drops nothing."""
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -189,7 +189,7 @@ def megablocks(width: int, hidden: int, num_experts: int, num_selected: int) -> 
 
 
 def tutel(width: int, hidden: int, num_experts: int, num_selected: int) -> Contender:
-    """Tutel's layer (arXiv 2206.03382); with capacity factor 0 it makes room for all."""
+    """Tutel's layer (arXiv 2206.03382); with capacity factor 0 it keeps all."""
     from tutel.moe import moe_layer
 
     experts = {

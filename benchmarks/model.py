@@ -1,8 +1,8 @@
-"""A whole V-MoE of ViT-S/16's widths against timm's ViT-S/16: pictures per second, and the time of one picture.
+"""A whole V-MoE of ViT-S/16's widths against timm's ViT-S/16: images per second, and the time of one image.
 
 The V-MoE has experts in every second block, E = 8, K = 1; both have exact GELU. Its weights are fresh, and fresh
-routers spread tokens worse than trained ones, so the rows to compare are those in which nothing is dropped: there both
-sides do the same work. With the capacity of training (1.05, batch priority) the share that found room is given.
+routers balance tokens worse than trained ones, so the rows to compare are those in which nothing is dropped: there both
+sides do the same work. With the capacity of training (1.05, batch priority) the share that is kept is given.
 
 Shapes, by suffix: B batch.
 """
@@ -125,7 +125,7 @@ def _train(model: nn.Module, value: tuple[Tensor, Tensor]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser("model", __doc__.splitlines()[0], rounds=5)
     parser.set_defaults(dtype=["float32"])
-    parser.add_argument("--batch", type=int, default=32, help="pictures (%(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="images (%(default)s)")
     parser.add_argument("--image_size", type=int, default=224, help="side in pixels (%(default)s)")
     parser.add_argument("--depth", type=int, help="blocks, in place of 12")
     parser.add_argument(

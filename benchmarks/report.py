@@ -88,16 +88,17 @@ def page(folder: Path) -> str:
     parts = ["# Performance", _prose(MADE), _prose(METHOD)]
     for one in devices:
         parts.append(f"## {_device_title(one['device'])}")
-        sections = sorted(one["sections"].items(), key=lambda item: _place(*item))
+        sections = sorted(one["sections"].items(), key=lambda item: _position(*item))
         if not sections:
             continue
-        parts.append(_bars_table([section for _, section in sections], one["device"]["kind"]))
+        if one["device"]["kind"] == "cpu":
+            parts.append(_bars_table([section for _, section in sections]))
         for _, section in sections:
             parts += _section(section)
     if not devices:
         parts.append("Nothing was measured: there is no file in `benchmarks/results`.")
     if not any(one["device"]["kind"] == "cuda" for one in devices):
-        parts += [NO_GPU, _bars_table([], "cuda")]
+        parts.append(NO_GPU)
     return "\n\n".join(parts) + "\n"
 
 
@@ -108,13 +109,13 @@ def _device_title(device: dict[str, Any]) -> str:
     return f"{device['name']}, {device['cores']} cores{extra}"
 
 
-def _place(key: str, section: Section) -> tuple[int, str]:
+def _position(key: str, section: Section) -> tuple[int, str]:
     return list(ABOUT).index(section["benchmark"]), key
 
 
-def _bars_table(sections: list[Section], kind: str) -> str:
+def _bars_table(sections: list[Section]) -> str:
     lines = []
-    for bar in bars(sections, kind):
+    for bar in bars(sections):
         if bar.found is None:
             lines.append((bar.what, bar.goal, "not measured", "", f"`{bar.command}`"))
             continue
@@ -147,10 +148,8 @@ def _section(section: Section) -> Iterator[str]:
     for comparison in dict.fromkeys(row["comparison"] for row in rows):
         chosen = [row for row in rows if row["comparison"] == comparison]
         if section["benchmark"] == "scaling":
-            places = list(dict.fromkeys((row["dtype"], row["pass"], row["name"]) for row in chosen))
-            chosen.sort(
-                key=lambda row: (places.index((row["dtype"], row["pass"], row["name"])), row[row["comparison"]])
-            )
+            order = list(dict.fromkeys((row["dtype"], row["pass"], row["name"]) for row in chosen))
+            chosen.sort(key=lambda row: (order.index((row["dtype"], row["pass"], row["name"])), row[row["comparison"]]))
         settings = list(dict.fromkeys(_setting(row) for row in chosen))
         if len(settings) == 1 and settings[0]:
             yield f"{settings[0]}:"
@@ -222,13 +221,13 @@ def _rows_table(benchmark: str, rows: list[Row], with_setting: bool) -> str:
         columns.pop("setting")
     used = {title: text for title, text in columns.items() if any(text(row) for row in rows)}
     lines = [tuple(text(row) for text in used.values()) for row in rows]
-    words = {"part", "type", "pass", "setting"} | ({rows[0]["comparison"]} if benchmark != "scaling" else set())
-    numbers = [place for place, title in enumerate(used) if title not in words]
+    texts = {"part", "type", "pass", "setting"} | ({rows[0]["comparison"]} if benchmark != "scaling" else set())
+    numbers = [index for index, title in enumerate(used) if title not in texts]
     return _table(tuple(used), lines, numbers)
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]], numbers: Sequence[int]) -> str:
-    rule = ["---:" if place in numbers else "---" for place in range(len(head))]
+    rule = ["---:" if index in numbers else "---" for index in range(len(head))]
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
 
 

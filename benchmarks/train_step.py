@@ -1,10 +1,10 @@
-"""A whole training step: forward, the routing's losses, backward, clipping, fused AdamW. V-MoE and LIMoE, with twins.
+"""A whole training step: forward, the routing's losses, backward, clipping, fused AdamW. V-MoE and LIMoE.
 
-The V-MoE and its twin are those of `benchmarks.model`, with the capacity of training; LIMoE is the tiny one of
-`configs/limoe_tiny_emoji.yaml`, against itself with num_experts=0. As in training, weights are float32 and bfloat16
+The V-MoE and its dense baseline are those of `benchmarks.model`, with the capacity of training; LIMoE is the tiny one
+of `configs/limoe_tiny_emoji.yaml`, against itself with num_experts=0. As in training, weights are float32 and bfloat16
 means autocast.
 
-Shapes, by suffix: B batch, L words.
+Shapes, by suffix: B batch, L text tokens.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _contrast(model: Any, value: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def vision(args, device: torch.device) -> tuple[dict[str, nn.Module], Callable, Callable]:
-    """(models, loss, number of the round -> input) of the V-MoE and its twin."""
+    """(models, loss, number of the round -> input) of the V-MoE and its dense baseline."""
     sizes = {} if args.depth is None else {"depth": args.depth}
     models = vision_models(["capacity 1.05"], args.image_size, **sizes)
 
@@ -85,7 +85,7 @@ def vision(args, device: torch.device) -> tuple[dict[str, nn.Module], Callable, 
 
 
 def limoe(args, device: torch.device) -> tuple[dict[str, nn.Module], Callable, Callable]:
-    """The same of the tiny LIMoE; captions have 4 to 12 words, as the emoji's names do with their ends."""
+    """The same of the tiny LIMoE; captions have 4 to 12 tokens, as the emoji's names do with their ends."""
     name = "limoe_tiny_patch12_48"
     models = {
         "dense": create_model(name, num_experts=0),
@@ -96,9 +96,9 @@ def limoe(args, device: torch.device) -> tuple[dict[str, nn.Module], Callable, C
     def make_input(number: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator(device).manual_seed(70_000 + number)
         images = torch.randn(args.pairs, 3, 48, 48, generator=generator, device=device)
-        words_BL = torch.randint(1, end - 1, (args.pairs, length), generator=generator, device=device)
+        tokens_BL = torch.randint(1, end - 1, (args.pairs, length), generator=generator, device=device)
         last_B = torch.randint(3, 12, (args.pairs,), generator=generator, device=device)
-        return images, words_BL.scatter(1, last_B[:, None], end)
+        return images, tokens_BL.scatter(1, last_B[:, None], end)
 
     return models, _contrast, make_input
 
@@ -107,7 +107,7 @@ MODELS = {"vmoe_small": vision, "limoe_tiny": limoe}
 
 
 def measure(session: Session, name: str, dtype: str) -> None:
-    """Steps of a sparse model and its dense twin, in turn."""
+    """Steps of a sparse model and its dense baseline, in turn."""
     args, device = session.args, session.device
     models, loss, make_input = MODELS[name](args, device)
     trained = {}
@@ -145,8 +145,8 @@ def measure(session: Session, name: str, dtype: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser("train_step", __doc__.splitlines()[0], rounds=5)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="which (both)")
-    parser.add_argument("--batch", type=int, default=32, help="pictures of the V-MoE (%(default)s)")
-    parser.add_argument("--pairs", type=int, default=256, help="pictures with captions of the LIMoE (%(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="images of the V-MoE (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=256, help="images with captions of the LIMoE (%(default)s)")
     parser.add_argument("--image_size", type=int, default=224, help="of the V-MoE, side in pixels (%(default)s)")
     parser.add_argument("--depth", type=int, help="blocks of the V-MoE, in place of 12")
 

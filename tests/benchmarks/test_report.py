@@ -107,7 +107,7 @@ def test_goals_that_want_more_are_missed_from_below():
             }
         ],
     }
-    (bar,) = [bar for bar in bars([section], "cpu") if bar.what.endswith("per second, inference")]
+    (bar,) = [bar for bar in bars([section]) if bar.what.endswith("per second, inference")]
     assert bar.goal == "≥ 0.95"
     assert not bar.met
     assert bar.found["median"] == 0.90
@@ -125,7 +125,7 @@ def test_goals_that_want_more_are_missed_from_below():
     ],
 )
 def test_goals_take_no_other_setting(other):
-    bar = bars([layer_section(1.0, **other)], "cpu")[0]
+    bar = bars([layer_section(1.0, **other)])[0]
     assert bar.what == "layer / dense MLP, float32, forward"
     assert bar.found is None
 
@@ -142,7 +142,7 @@ def test_activations_are_judged_without_one_gathered_copy():
         "activations_ratio": 1.3,
         "gathered_copy_mib": 20.0,
     }
-    (bar, _) = [bar for bar in bars([layer_section(1.0, row=memory)], "cpu") if bar.what.startswith("activations")]
+    (bar, _) = [bar for bar in bars([layer_section(1.0, row=memory)]) if bar.what.startswith("activations")]
     assert bar.found["median"] == pytest.approx(1.1)
     assert bar.met
 
@@ -164,41 +164,12 @@ def test_gpus_are_shown_only_where_one_was_measured(tmp_path):
     text = report.page(tmp_path)
     assert "None was measured" not in text
     assert "## Some GPU, 79.6 GiB (host: Some CPU)" in text
-    assert "| ≤ 1.15 | 1.200 (1.190-1.220) | missed by 0.050 |" in text
 
 
 def test_an_empty_folder_says_that_nothing_was_measured(tmp_path):
     assert "Nothing was measured" in report.page(tmp_path)
 
 
-def test_every_goal_of_a_gpu_is_named_whether_it_was_measured_or_not():
-    assert all(bar.found is None for bar in bars([], "cuda"))
-    names = [bar.what for bar in bars([], "cuda")]
-    assert len(set(names)) == len(names)
-    size = {"tokens": 12608, "width": 768, "hidden": 3072, "experts": 32, "selected": 2}
-    row = {**size, "dtype": "bfloat16", "pass": "forward + backward", "share_of_gemm": figure(0.7)}
-    ours = layer_section(1.1, row=row)
-    peer = {**ours["rows"][0], "comparison": "dropless", "name": "a peer", "ratios": {"vmoe": figure(0.9)}}
-    found = {bar.what: bar for bar in bars([{**ours, "rows": [*ours["rows"], peer]}], "cuda")}
-    case = "12608 tokens, D = 768, F = 3072, E = 32, K = 2, forward + backward"
-    assert found[f"layer / dense MLP, {case}"].met
-    assert found[f"layer's share of the large product's speed, {case}"].found["median"] == 0.7
-    assert not found["a peer / layer, 12608 tokens, forward + backward"].met
-    assert sum(bar.what.startswith("layer / dense") for bar in found.values()) == 16
-    half = {**ours, "command": "python -m benchmarks.layer --capacity 0.5"}
-    assert all(bar.found is None for bar in bars([half], "cuda"))
-
-
-def test_many_experts_on_a_gpu_are_judged_by_the_reading_of_their_weights():
-    common = {"comparison": "experts", "name": "layer", "dtype": "bfloat16", "pass": "forward"}
-    few = {**common, "experts": 8, "ms": figure(2.0), "weights_ms": 0.1}
-    many = {**common, "experts": 128, "ms": {"median": 3.0, "min": 2.5, "max": 5.0}, "weights_ms": 2.5}
-    section = {**layer_section(1.0), "benchmark": "scaling", "rows": [few, many]}
-    (bar,) = [bar for bar in bars([section], "cuda") if bar.what.startswith("E = 128") and bar.found]
-    assert bar.found == {"median": 1.2, "min": 1.0, "max": 2.0}
-    assert not bar.met
-
-
 def test_goals_say_how_much_was_computed():
-    (bar,) = [bar for bar in bars([layer_section(1.0)], "cpu") if bar.found]
+    (bar,) = [bar for bar in bars([layer_section(1.0)]) if bar.found]
     assert bar.what == "layer / dense MLP, float32, forward (98.0% kept)"
