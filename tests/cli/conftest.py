@@ -2,6 +2,6 @@
 
 from tests.data.conftest import photo
 from tests.inspection.conftest import example_statistics
-from tests.training.conftest import make_config, pictures
+from tests.training.conftest import images_dir, make_config
 
-__all__ = ["example_statistics", "make_config", "photo", "pictures"]
+__all__ = ["example_statistics", "images_dir", "make_config", "photo"]

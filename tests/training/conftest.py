@@ -24,9 +24,9 @@ TINY_LIMOE = {
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
+def images_dir(tmp_path_factory):
     """Folder with one folder per colour, 8 noisy squares each, and pairs.csv that captions them."""
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(0)
     lines = ["image,caption"]
     for name, colour in COLOURS.items():
@@ -41,15 +41,15 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture
-def make_config(pictures, tmp_path):
+def make_config(images_dir, tmp_path):
     """make_config(task, **{"train.steps": 3}) -> Config of a run in tmp_path/run."""
 
     def make(task: str = "classification", **overrides) -> Config:
         if task == "classification":
-            source = {"type": "image_folder", "path": str(pictures / "folders")}
+            source = {"type": "image_folder", "path": str(images_dir / "folders")}
             model = {"name": "vmoe_tiny_patch8_48", "kwargs": copy.deepcopy(TINY_VIT)}
         else:
-            source = {"type": "pairs", "path": str(pictures / "pairs.csv")}
+            source = {"type": "pairs", "path": str(images_dir / "pairs.csv")}
             model = {"name": "limoe_tiny_patch8_48", "kwargs": copy.deepcopy(TINY_LIMOE)}
         settings = {
             "output_dir": str(tmp_path / "run"),

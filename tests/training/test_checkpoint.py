@@ -162,8 +162,8 @@ def test_an_optimizer_over_other_parameters_is_refused(tmp_path, model, optimize
 # --- damage ----------------------------------------------------------------------------------------------------------
 
 
-def test_damage_to_any_file_is_found_named_and_passed_over(tmp_path, model, optimizer, caplog):
-    """100 flipped bytes and 60 cuts, spread over all files."""
+def test_damage_to_any_file_is_found_named_and_skipped(tmp_path, model, optimizer, caplog):
+    """100 flipped bytes and 60 cuts, in all files."""
     older = save(tmp_path, 1, model, optimizer, ema=model)
     newer = save(tmp_path, 2, model, optimizer, ema=model)
     assert latest_checkpoint(tmp_path) == newer
@@ -360,7 +360,7 @@ def test_an_error_of_the_disk_is_one_sentence_and_leaves_nothing(tmp_path, model
     assert contents(tmp_path / "checkpoints" / "step_000001") == before
 
 
-def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, model, optimizer, monkeypatch):
+def test_a_disk_without_space_is_told_before_anything_is_written(tmp_path, model, optimizer, monkeypatch):
     save(tmp_path, 1, model, optimizer, keep_last=1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
     monkeypatch.setattr(module, "write_tensors", _raiser(AssertionError("something was written")))

@@ -123,7 +123,7 @@ def test_an_optimizer_without_tensors(processes):
     assert all(found["sgd"] for found in processes)
 
 
-def test_all_processes_pass_over_a_damaged_checkpoint_and_one_says_so(processes):
+def test_all_processes_skip_a_damaged_checkpoint_and_one_says_so(processes):
     assert [found["latest"] for found in processes] == ["step_000001"] * 4
     (warning,) = processes[0]["warnings"]
     assert "step_000002 is damaged (model/shard-00004-model-00001-of-00001.safetensors does not have" in warning

@@ -35,7 +35,7 @@ def events_of(folder):
 
 
 def results_of(folder):
-    """(weights, logged figures without clock times) of a run."""
+    """(weights, logged metrics without clock times) of a run."""
     weights = load_file(sorted((folder / "run" / "checkpoints").iterdir())[-1] / "model.safetensors")
     lines = read_metrics(folder / "run" / "metrics.jsonl")
     return weights, [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
@@ -80,11 +80,11 @@ def test_expert_metrics_are_those_of_the_record():
     model = vmoe.create_model("vmoe_tiny_patch8_48", img_size=16, embed_dim=16, num_heads=2, depth=2, num_experts=4)
     with vmoe.record_routing(model.eval()) as record:
         model(torch.randn(3, 3, 16, 16))
-    layer, figures = record.layers["blocks.1.mlp"], expert_metrics(record)
+    layer, measured = record.layers["blocks.1.mlp"], expert_metrics(record)
     for expert in range(4):
         name = f"experts/blocks.1.mlp/image/{{}}_{expert:02d}"
-        assert figures[name.format("load")] == pytest.approx(layer.load[expert].item() / layer.load.sum().item())
-        assert figures[name.format("importance")] == pytest.approx(layer.gates[..., expert].mean().item())
+        assert measured[name.format("load")] == pytest.approx(layer.load[expert].item() / layer.load.sum().item())
+        assert measured[name.format("importance")] == pytest.approx(layer.gates[..., expert].mean().item())
 
 
 def test_a_dense_model_and_one_with_sparse_text_only_have_no_image(make_config, tmp_path):

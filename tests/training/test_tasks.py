@@ -162,22 +162,22 @@ def test_a_model_of_the_other_kind_is_refused(make_config, kind, name, words):
         task.create_model(None)
 
 
-def test_data_without_labels_or_captions_is_refused(make_config, pictures):
-    labels = {"data.train.type": "image_folder", "data.train.path": pictures / "folders"}
-    captions = {"data.train.type": "pairs", "data.train.path": pictures / "pairs.csv"}
+def test_data_without_labels_or_captions_is_refused(make_config, images_dir):
+    labels = {"data.train.type": "image_folder", "data.train.path": images_dir / "folders"}
+    captions = {"data.train.type": "pairs", "data.train.path": images_dir / "pairs.csv"}
     with pytest.raises(ConfigError, match=r"needs captions, and data\.train has none"):
         create_task(make_config("contrastive", **labels))
     with pytest.raises(ConfigError, match="needs labels"):
         create_task(make_config("classification", **captions))
 
 
-def test_contrastive_evaluation_follows_the_data(make_config, pictures):
+def test_contrastive_evaluation_follows_the_data(make_config, images_dir):
     config = make_config("contrastive", **{"train.eval_every": 1})
     task = create_task(config)
-    figures = task.evaluate(task.create_model(None), CPU)
-    assert figures["num_samples"] == 24
-    assert 0 <= figures["image_to_text_recall@1"] <= figures["image_to_text_recall@5"] <= 1
-    labels = {"data.val.type": "image_folder", "data.val.path": pictures / "folders"}
+    measured = task.evaluate(task.create_model(None), CPU)
+    assert measured["num_samples"] == 24
+    assert 0 <= measured["image_to_text_recall@1"] <= measured["image_to_text_recall@5"] <= 1
+    labels = {"data.val.type": "image_folder", "data.val.path": images_dir / "folders"}
     task = create_task(make_config("contrastive", **{"train.eval_every": 1, **labels}))
     assert {"top1", "ece"} < set(task.evaluate(task.create_model(None), CPU))
     with pytest.raises(ConfigError, match="'zero_shot' needs class names"):

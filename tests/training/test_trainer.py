@@ -261,7 +261,7 @@ def test_reduced_precision_trains(make_config, kind, precision):
 
 
 def test_accumulation_is_the_mean_gradient_of_its_batches(make_config, monkeypatch):
-    """Two batches of 8 in one step: the gradient is that of their 16 pictures, for a dense model without noise."""
+    """Two batches of 8 in one step: the gradient is that of their 16 images, for a dense model without noise."""
     gradients = {}
     for name, size, count in (("one", 16, 1), ("two", 8, 2)):
         config = make_config(
@@ -353,10 +353,10 @@ def test_gradient_checkpointing_gives_the_same_step(make_config, tmp_path, task,
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
 
 
-def test_bad_validation_data_does_not_cost_the_training(make_config, pictures, tmp_path):
-    lines = (pictures / "pairs.csv").read_text()
-    (tmp_path / "val.csv").write_text(lines + "nowhere.png,a picture that is not there\n")
-    overrides = {"data.val.path": str(tmp_path / "val.csv"), "data.val.image_root": str(pictures)}
+def test_bad_validation_data_does_not_cost_the_training(make_config, images_dir, tmp_path):
+    lines = (images_dir / "pairs.csv").read_text()
+    (tmp_path / "val.csv").write_text(lines + "nowhere.png,an image that is not there\n")
+    overrides = {"data.val.path": str(tmp_path / "val.csv"), "data.val.image_root": str(images_dir)}
     config = make_config("contrastive", **overrides, **{"train.steps": 2, "train.eval_every": 2})
     with pytest.raises(BadSample, match=r"nowhere\.png"):
         train(config)
@@ -436,10 +436,10 @@ def test_a_run_is_complete_before_its_examples_are_drawn(make_config, monkeypatc
     assert "no examples.png: the font is broken" in caplog.text
 
 
-def test_class_names_with_dollar_signs_are_drawn(make_config, tmp_path, pictures, caplog):
-    for place, folder in enumerate(sorted((pictures / "folders").iterdir())):
-        (tmp_path / "priced" / rf"{place} US$ and HK$ or $\frac$").parent.mkdir(exist_ok=True)
-        shutil.copytree(folder, tmp_path / "priced" / rf"{place} US$ and HK$ or $\frac$")
+def test_class_names_with_dollar_signs_are_drawn(make_config, tmp_path, images_dir, caplog):
+    for index, folder in enumerate(sorted((images_dir / "folders").iterdir())):
+        (tmp_path / "priced" / rf"{index} US$ and HK$ or $\frac$").parent.mkdir(exist_ok=True)
+        shutil.copytree(folder, tmp_path / "priced" / rf"{index} US$ and HK$ or $\frac$")
     config = make_config(
         **{
             "train.steps": 1,
@@ -454,28 +454,28 @@ def test_class_names_with_dollar_signs_are_drawn(make_config, tmp_path, pictures
     assert not caplog.records
 
 
-def test_the_orientation_of_the_training_is_kept_with_the_model(make_config, pictures, tmp_path):
-    """Evaluation of the same pictures lying on their sides, with EXIF data that say so, gives the same figures."""
+def test_the_orientation_of_the_training_is_kept_with_the_model(make_config, images_dir, tmp_path):
+    """Evaluation of the same images lying on their sides, with EXIF data that say so, gives the same metrics."""
     exif = Image.Exif()
     exif[274] = 6
-    for file in (pictures / "folders").rglob("*.png"):
-        side = tmp_path / "side" / file.relative_to(pictures / "folders")
+    for file in (images_dir / "folders").rglob("*.png"):
+        side = tmp_path / "side" / file.relative_to(images_dir / "folders")
         side.parent.mkdir(parents=True, exist_ok=True)
         with Image.open(file) as image:
             image.transpose(Image.Transpose.ROTATE_90).save(side, exif=exif)
     settings = {"data.train.exif_orientation": True, "data.val.path": tmp_path / "side", "train.eval_every": 6}
     config = make_config(**settings)
     summary, _ = run(config)
-    figures = []
+    measured = []
     side = str(tmp_path / "side")
-    for path, settings in ((str(pictures / "folders"), {}), (side, {}), (side, {"exif_orientation": False})):
+    for path, settings in ((str(images_dir / "folders"), {}), (side, {}), (side, {"exif_orientation": False})):
         data, output = SourceConfig("image_folder", path, **settings), str(tmp_path / "out.json")
         evaluation = EvaluationConfig(str(_path(config)), "classification", data, output=output)
         evaluation.loader.num_workers = 0
-        figures.append(evaluate(evaluation)["results"])
-    assert figures[0] == figures[1]
-    assert figures[0]["ece"] != pytest.approx(figures[2]["ece"], abs=1e-6)
-    assert figures[0]["top1"] == summary["evaluation"]["top1"]
+        measured.append(evaluate(evaluation)["results"])
+    assert measured[0] == measured[1]
+    assert measured[0]["ece"] != pytest.approx(measured[2]["ece"], abs=1e-6)
+    assert measured[0]["top1"] == summary["evaluation"]["top1"]
 
 
 class Numbers:
