@@ -28,7 +28,14 @@ def test_meshes_are_all_ways_to_multiply():
     possible, impossible = planner(*VISION, per_node=16).meshes()
     assert all(mesh.world == 16 for mesh in possible)
     assert len({(mesh.dp_replicate, mesh.dp_shard, mesh.ep) for mesh in possible}) == len(possible) == 14
-    assert list(impossible.values()) == ["ep is no divisor of the [8] experts"]  # ep 16
+    assert list(impossible.values()) == ["ep is no divisor of the 8 experts"]  # ep 16
+
+
+def test_a_model_without_blocks_is_planned():
+    model = ("--task", "classification", "--model.name", "resnet18", "--model.kwargs", "{num_classes: 10}")
+    config = read_config(PlanConfig, ["--output_dir", "unused", "--data.loader.batch_size", "8", *model])
+    plan = Planner(config, HARDWARE["h100"], 1, 2)
+    assert candidates(plan)[1, 2, 1].memory["gathered"] > 0
 
 
 def test_without_experts_there_is_no_expert_parallelism():

@@ -79,9 +79,9 @@ class Planner:
     def _obstacle(self, mesh: MeshSize) -> str | None:
         config, sharded = self.config, not mesh.is_plain
         numbers = {layer.num_experts for layer in self.model.modules() if isinstance(layer, SparseMoE)}
-        uneven = [number for number in numbers if number % mesh.ep]
+        uneven = ", ".join(str(number) for number in numbers if number % mesh.ep)
         widths = {parameter.shape[1] for unit in self.units if unit.experts for parameter in unit.parameters}
-        odd = [width for width in widths if mesh.ep > 1 and width % mesh.dp_shard]
+        odd = ", ".join(str(width) for width in widths if mesh.ep > 1 and width % mesh.dp_shard)
         name = config.optim.name
         reasons = {
             f"optim.name {name!r} does not work on sharded weights": sharded and name.lower() not in SHARDABLE,
@@ -128,7 +128,7 @@ class Planner:
         # Autocast keeps copies of the weights in 16 bits; with checkpointing those of the block at work.
         copies = [low * unit.bytes(ALONE) / 2 / (mesh.ep if unit.experts else 1) for unit in self.units]
         # An optimizer's step: all tensors at once, or one after the other (two copies, and one of the tensor before).
-        *_, second, largest = sorted(parameter.nbytes for parameter in self.model.parameters())
+        *_, second, largest = sorted([0, 0, *(p.nbytes for p in self.model.parameters() if p.requires_grad)])
         temporary = gradients if self.hardware.foreach else 2 * largest + second
         temporary *= not self.config.optim.kwargs.get("fused")
         gathered = 0 if mesh.is_plain else self._gathered(mesh)
@@ -154,13 +154,15 @@ class Planner:
         another copy. The block around it is whole too, and the next one is gathered meanwhile.
         """
         *units, rest = self.units
-        largest = max(unit.bytes(mesh) * (3 if unit.experts and mesh.ep > 1 else 2) for unit in units)
-        block = max(unit.bytes(mesh) for unit in units if not unit.experts)
+        sizes = (unit.bytes(mesh) * (3 if unit.experts and mesh.ep > 1 else 2) for unit in units)
+        largest, block = max(sizes, default=0), max((unit.bytes(mesh) for unit in units if not unit.experts), default=0)
         return mesh.dp_shard * (2 * rest.bytes(mesh) + largest + 2 * block)
 
     def _time(self, mesh: MeshSize, step: Step, memory: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
-        """({collective: bytes sent}, {part: seconds}), a roofline: matrix multiplications at the peak of their type,
-        all other operations at the memory's bandwidth."""
+        """({collective: bytes sent}, {part: seconds}).
+
+        A roofline: matrix multiplications at the peak of their type, all other operations at the memory's bandwidth.
+        """
         repeats, hardware, low = self.config.train.accumulate_steps, self.hardware, self.precision != "float32"
         peak = 1e12 * MATMUL_EFFICIENCY * (hardware.half_tflops if low else hardware.float32_tflops)
         bandwidth = 1e9 * MEMORY_EFFICIENCY * hardware.memory_bandwidth
