@@ -23,16 +23,13 @@ def find_non_finite(
     batch: dict[str, Tensor],
     any_process: Callable[[bool], bool] = bool,
 ) -> str | None:
-    """Repeats a forward and backward pass with hooks, and names the first thing that is not finite.
+    """Names the first thing that is not finite in a repeated step, as "the output of the layer blocks.1.mlp.router".
 
-    Several processes do it together: what one of them finds ends the search for all (`any_process`).
+    None if this process found nothing. Several processes do it together: what one finds ends the search for all.
 
     Args:
         model: the plain module (not compiled), in the mode and state of the step. Gradients are overwritten.
         compute_loss: repeats the forward pass of `batch` with the same random numbers.
-
-    Returns:
-        A phrase such as "the output of the layer blocks.1.mlp.router"; None if this process found nothing.
     """
     weights = [*model.named_parameters(), *model.named_buffers()]
     found = [f"the weights {name}" for name, tensor in weights if not _is_finite(tensor)]

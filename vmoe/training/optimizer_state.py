@@ -11,6 +11,7 @@ and makes a step of an optimizer without state.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,24 +79,8 @@ def import_state(optimizer: Optimizer, model: nn.Module, stored: StoredTensors |
     shapes = stored.shapes if stored is not None else {}
     targets: dict[str, Tensor] = {}
 
-    def decode(value: Any, name: str, key: str = "") -> Any:
-        if isinstance(value, list):
-            return [decode(each, name, f"{key}.{index}") for index, each in enumerate(value)]
-        if not isinstance(value, dict):
-            return value
-        if not key:
-            return {inner: decode(each, name, inner) for inner, each in value.items()}
-        ((kind, content),) = value.items()
-        if kind == "tuple":
-            return tuple(decode(content, name, key))
-        if kind == "dict":
-            return {inner: decode(each, name, f"{key}.{inner}") for inner, each in content.items()}
-        if kind == "number":
-            return torch.tensor(content[0], dtype=_dtype(content[1]))
-        if kind == "dtype":
-            return _dtype(content)
-        if value != TENSOR:
-            raise ValueError(f"its {kind} {key!r} of {name} is not known")
+    def target(key: str, name: str) -> Tensor:
+        """A tensor for what is stored under this name, filled later."""
         parameter, full_name = model.get_parameter(name) if name else None, f"{key}/{name}"
         if full_name not in shapes:
             raise ValueError(f"its tensor {full_name!r} is not stored")
@@ -118,13 +103,13 @@ def import_state(optimizer: Optimizer, model: nn.Module, stored: StoredTensors |
                     "the same parameters (train.freeze)"
                 )
         indices = {name: index for index, name in names.items()}
-        full["state"] = {indices[name]: decode(values, name) for name, values in rest["state"].items()}
+        full["state"] = {indices[name]: _decode(values, name, target) for name, values in rest["state"].items()}
         for group in full["param_groups"]:
             settings = [before[names[index]] for index in group["params"]]
             if any(each != settings[0] for each in settings):
                 raise ValueError("parameters that are one group now had different settings then")
-            group |= decode(settings[0], GROUPS) if settings else {}
-        full |= decode(rest["other"], "")
+            group |= _decode(settings[0], GROUPS, target) if settings else {}
+        full |= _decode(rest["other"], "", target)
         unread = sorted(shapes.keys() - targets.keys())
         if unread:
             raise ValueError(f"its tensor {unread[0]!r} (one of {len(unread)}) belongs to no state of the optimizer")
@@ -133,6 +118,28 @@ def import_state(optimizer: Optimizer, model: nn.Module, stored: StoredTensors |
         optimizer.load_state_dict(full)
     except (AttributeError, IndexError, KeyError, RecursionError, RuntimeError, TypeError) as error:
         raise ValueError(f"its optimizer state cannot be understood ({type(error).__name__}: {error})") from error
+
+
+def _decode(value: Any, name: str, target: Callable[[str, str], Tensor], key: str = "") -> Any:
+    """What `export_state` made JSON of; `target` gives the tensor that a key of a parameter stands for."""
+    if isinstance(value, list):
+        return [_decode(each, name, target, f"{key}.{index}") for index, each in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    if not key:
+        return {inner: _decode(each, name, target, inner) for inner, each in value.items()}
+    ((kind, content),) = value.items()
+    if kind == "tuple":
+        return tuple(_decode(content, name, target, key))
+    if kind == "dict":
+        return {inner: _decode(each, name, target, f"{key}.{inner}") for inner, each in content.items()}
+    if kind == "number":
+        return torch.tensor(content[0], dtype=_dtype(content[1]))
+    if kind == "dtype":
+        return _dtype(content)
+    if value != TENSOR:
+        raise ValueError(f"its {kind} {key!r} of {name} is not known")
+    return target(key, name)
 
 
 def _dtype(name: str) -> torch.dtype:

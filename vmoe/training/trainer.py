@@ -100,7 +100,7 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
                 )
                 return summary
             trainer = Trainer(config, device, console, checkpoint)
-            process_group.wait_for_all()  # nobody looks for a run in the folder any more
+            process_group.wait_for_all()  # all have looked for a run in the folder
             with locked_folder(run) if trainer.first else nullcontext():
                 trainer.fit(stop, end)
             return trainer.finish()
@@ -327,7 +327,7 @@ class Trainer:
     # --- log, evaluate, save ---
 
     def log(self, metrics: dict[str, float], record: RoutingRecord) -> dict[str, float]:
-        """Shows the metrics of a step, and warns about the data and the routing; returns all that is to be logged."""
+        """Shows the metrics of a step, and warns about the routing; returns all that is to be logged."""
         metrics["images_per_second"] = self.images / self.seconds
         metrics["data_wait_share"] = self.batches.waited / self.seconds
         self.images, self.seconds, self.batches.waited = 0, 0.0, 0.0
