@@ -30,8 +30,7 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("VMOE_CACHE", str(tmp_path))
+def _no_traceback(monkeypatch):
     monkeypatch.delenv("VMOE_TRACEBACK", raising=False)
 
 
@@ -117,11 +116,10 @@ def test_a_broken_file_stops_no_other(files, capsys, tmp_path):
 
 def test_skipped_files_are_counted(files, tmp_path, caplog):
     assert len(find_images([str(files / "photos")])) == 3
-    assert "photos: skipped 1 file with another ending (1 .txt), such as notes.txt" in caplog.text
+    assert "photos: skipped 1 other file (1 .txt)" in caplog.text
     for name in ("IMG_1.HEIC", "IMG_2.heic", "clip.mov"):
         (tmp_path / name).touch()
-    counts = r"and 3 files with other endings \(2 \.heic, 1 \.mov\), such as IMG_1\.HEIC"
-    with pytest.raises(ValueError, match=rf"no image there .*, {counts}"):
+    with pytest.raises(ValueError, match=r"no image there .*, but 3 other files \(2 \.heic, 1 \.mov\)"):
         find_images([str(tmp_path)])
     caplog.clear()
     find_images([str(files / "photos" / "*.png")])
@@ -176,7 +174,7 @@ def test_bad_input_is_one_sentence(files, capsys, tmp_path):
         ([str(tmp_path / "empty"), *labels, *limoe], 1, "empty: no image there"),
         ([picture, *limoe], 2, "give some, as --labels 'cat,dog'"),
         ([picture, "--labels", "cat,dog,cat", *limoe], 2, "--labels: class_names must be unique; given twice: 'cat'"),
-        ([picture, "--labels", "cat,,dog", *limoe], 2, "--labels: label 2 of 3 is empty; is there a comma too many?"),
+        ([picture, "--labels", "cat,,dog", *limoe], 2, "--labels: class_names: name 1 is empty"),
         (
             [picture, "--labels", '["cat", "dog"]', *limoe],
             2,

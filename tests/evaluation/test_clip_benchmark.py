@@ -65,11 +65,6 @@ def images(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("vmoe.evaluation.zero_shot.cache_folder", lambda: tmp_path)
-
-
 def _compare(benchmark, **settings):
     config = EvaluationConfig(**settings, device="cpu", loader=LoaderConfig(batch_size=7))
     rows = benchmark.compare(config, Console(quiet=True))

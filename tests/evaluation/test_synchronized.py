@@ -45,8 +45,7 @@ def evaluate(folder, world, sizes):
         "few_shot": [*fit, "--features.cache", f"{folder}/cache_{world}"],
         "linear_probe": [*fit, "--features.cache", "null"],
         "knn": [*fit, "--features.cache", "null"],
-        "capacity": [*data, "--capacity.images_per_group", "6", "--capacity.timing_rounds", "0",
-                     "--capacity.factors", "[0.2, 0.5, null]"],
+        "capacity": [*data, "--capacity.images_per_group", "6", "--capacity.factors", "[0.2, 0.5, null]"],
     }
     common = ["--loader.num_workers", "0", "--device", "cpu", "--loader.on_bad", "skip"]
     for size in sizes:

@@ -6,7 +6,6 @@ import argparse
 import glob
 import json
 import logging
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,6 @@ from vmoe.evaluation.class_names import known_sets
 from vmoe.evaluation.inference import PRECISIONS, evaluating
 from vmoe.evaluation.loaded_model import LoadedModel, load_model
 from vmoe.evaluation.zero_shot import (
-    cached_classes,
     check_class_names,
     class_scorer,
     image_batches,
@@ -67,36 +65,26 @@ def _parser() -> argparse.ArgumentParser:
         epilog="known sets of class names: " + ", ".join(known_sets()),
     )
     add = parser.add_argument
-    add(
-        "images",
-        nargs="+",
-        metavar="IMAGE",
-        help="an image, a folder (all images in it and below, except hidden ones) or a quoted pattern such as "
-        "'photos/*.jpg'",
+    images = (
+        "an image, a folder (all images in and below it, except hidden ones) or a quoted pattern like 'photos/*.jpg'"
     )
+    add("images", nargs="+", metavar="IMAGE", help=images)
     add("--checkpoint", required=True, help="folder of a run or of a checkpoint, or a .safetensors file")
     labels = parser.add_mutually_exclusive_group()
     labels.add_argument("--labels", metavar="TEXT,TEXT", help="what an image may show, separated by commas")
-    labels.add_argument(
-        "--labels_file", metavar="FILE", help="the same, one per line; or a known set of class names, as imagenet"
+    labels.add_argument("--labels_file", metavar="FILE", help="the same, one per line; or a known set, as imagenet")
+    templates = (
+        "text with {} for the label; may be given several times (the embeddings are averaged). Or a file with one per "
+        "line, openai_imagenet, simple_imagenet or a known set. Without it: the set's own, or {}"
     )
-    add(
-        "--templates",
-        action="append",
-        metavar="TEXT",
-        help="text with {} for the label; may be given several times (the embeddings are averaged). Or a file with one "
-        "per line, openai_imagenet, simple_imagenet or a known set. Without it: the set's own, or {}",
-    )
+    add("--templates", action="append", metavar="TEXT", help=templates)
     add("--top", type=int, default=5, metavar="K", help="how many labels to show (default 5)")
     add("--json", action="store_true", help="print JSON instead of tables")
     add("--batch_size", type=int, default=64, help="images per forward pass (default 64)")
     add("--precision", choices=list(PRECISIONS), default="float32", help="of the forward pass")
     add("--device", default="auto", help="auto (default), cpu, cuda, mps")
-    add(
-        "--exif_orientation",
-        action=argparse.BooleanOptionalAction,
-        help="apply the orientation in images' EXIF data (default: as the model was trained, else not)",
-    )
+    exif = "apply the orientation in images' EXIF data (default: as the model was trained, else not)"
+    add("--exif_orientation", action=argparse.BooleanOptionalAction, help=exif)
     add("--max_pixels", type=int, default=MAX_PIXELS, help=f"the largest image, in pixels (default {MAX_PIXELS})")
     return parser
 
@@ -179,24 +167,16 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
             raise ValueError(f"{pattern}: no such file or folder")
         matches = sorted(one for one in matches if one.is_file())
         images = [one for one in matches if one.suffix.lower() in IMAGE_SUFFIXES]
-        others = _others([one for one in matches if one.suffix.lower() not in IMAGE_SUFFIXES])
+        others = Counter(one.suffix.lower() or "none" for one in matches if one.suffix.lower() not in IMAGE_SUFFIXES)
+        counts = ", ".join(f"{count} {printable(ending)}" for ending, count in others.most_common(5))
+        skipped = f"{others.total()} other file{'s' if others.total() > 1 else ''} ({counts})"
         if not images:
-            skipped = f", and {others}" if others else ""
-            raise ValueError(f"{pattern}: no image there (endings looked for: {', '.join(IMAGE_SUFFIXES)}){skipped}")
+            but = f", but {skipped}" if others else ""
+            raise ValueError(f"{pattern}: no image there (endings looked for: {', '.join(IMAGE_SUFFIXES)}){but}")
         if others:
-            logger.warning("%s: skipped %s", printable(pattern), others)
+            logger.warning("%s: skipped %s", printable(pattern), skipped)
         files.extend(images)
     return list(dict.fromkeys(files))
-
-
-def _others(files: Sequence[Path]) -> str:
-    """`3 files with other endings (2 .heic, 1 .txt), such as IMG_1.heic`; "" without files."""
-    if not files:
-        return ""
-    endings = Counter(file.suffix.lower() or "none" for file in files)
-    counts = ", ".join(f"{count} {printable(ending)}" for ending, count in endings.most_common(5))
-    what = "1 file with another ending" if len(files) == 1 else f"{len(files)} files with other endings"
-    return f"{what} ({counts}), such as {printable(files[0].name)}"
 
 
 def _read_labels(arguments: argparse.Namespace) -> tuple[list[str] | None, list | None]:
@@ -207,7 +187,9 @@ def _read_labels(arguments: argparse.Namespace) -> tuple[list[str] | None, list 
     option, names = "--labels", None
     try:
         if arguments.labels is not None:
-            names = _split_labels(arguments.labels)
+            if arguments.labels.strip().startswith("["):
+                raise ValueError(f"must be one text with commas, as in 'cat,hot dog', got {arguments.labels}")
+            names = check_class_names([label.strip() for label in arguments.labels.split(",")])
         elif arguments.labels_file is not None:
             option = "--labels_file"
             names, templates = resolve_prompts(arguments.labels_file, templates)
@@ -217,15 +199,6 @@ def _read_labels(arguments: argparse.Namespace) -> tuple[list[str] | None, list 
         return names, None if templates is None else resolve_templates(templates)
     except ValueError as error:
         raise ConfigError(f"{option}: {error}") from None
-
-
-def _split_labels(text: str) -> list[str]:
-    if re.fullmatch(r"\s*\[.*\]\s*", text, re.DOTALL):
-        raise ValueError(f"must be one text with commas, as in 'cat,hot dog', got the list {text}")
-    labels = [label.strip() for label in text.split(",")]
-    if "" in labels:
-        raise ValueError(f"label {labels.index('') + 1} of {len(labels)} is empty; is there a comma too many?")
-    return check_class_names(labels)
 
 
 def _own_classes(loaded: LoadedModel, arguments: argparse.Namespace) -> list[str]:
@@ -242,8 +215,6 @@ def _own_classes(loaded: LoadedModel, arguments: argparse.Namespace) -> list[str
             f"{loaded.weights} holds a classifier without class names; save it again with "
             "vmoe.models.factory.save_pretrained(model, file, extra={'class_names': [...]})"
         )
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"the class names in {loaded.weights} are no list of texts")
     return [escaped(name) for name in names]
 
 
@@ -252,10 +223,10 @@ def _probabilities(
 ) -> Tensor:
     """(N, C) float32 on the CPU, rows sum to 1."""
     model = score = loaded.model
-    if is_contrastive(model):
-        score = class_scorer(model, cached_classes(loaded, names, templates), names)
     rows = [torch.empty(0, len(names))]
     with evaluating(model, loaded.device, loaded.precision):
+        if is_contrastive(model):
+            score = class_scorer(model, loaded.tokenizer, names, templates, loaded.device)
         for images_B3HW in image_batches(model, images, batch_size):
             rows.append(score(images_B3HW).float().softmax(dim=1).cpu())
             if rows[-1].shape[1] != len(names):

@@ -18,17 +18,18 @@ from vmoe.data import ImageDataset, build_dataset, with_orientation
 from vmoe.data.sources.folder import warn_of_text_order
 from vmoe.data.sources.imagenet import imagenet_words
 from vmoe.distributed.process_group import joined
+from vmoe.evaluation.capacity_report import draw_sweep
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.loaded_model import LoadedModel, load_model, trained_on_turned, weights_fingerprint
 from vmoe.evaluation.results_file import (
-    check_writable,
     library_versions,
+    make_writable,
     mean_and_spread,
     output_file,
     print_table,
     write_json,
 )
-from vmoe.evaluation.tasks import FILES, TASKS
+from vmoe.evaluation.tasks import TASKS
 from vmoe.models.factory import find_weights, is_contrastive, read_pretrained_metadata
 from vmoe.models.spec import model_spec
 from vmoe.moe.quantize import expert_bytes
@@ -43,13 +44,8 @@ from vmoe.utils.world import world
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see `exit_code`."""
     keep_freed_memory()
-    config = parse_config(
-        EvaluationConfig,
-        argv,
-        prog="vmoe-eval",
-        description="Evaluate checkpoints: classification, zero-shot, retrieval, few-shot, probes, capacity.",
-        folder="eval",
-    )
+    description = "Evaluate checkpoints: classification, zero-shot, retrieval, few-shot, probes, capacity."
+    config = parse_config(EvaluationConfig, argv, prog="vmoe-eval", description=description, folder="eval")
 
     def evaluate() -> None:
         with joined():
@@ -73,8 +69,9 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
     # Finds wrong names before anything is read, and warns of damaged checkpoints once.
     weights = {checkpoint: find_weights(checkpoint) for checkpoint in config.checkpoints}
     config = as_trained(config, [trained_on_turned(file) for file in weights.values()])
-    if rank == 0:
-        check_writable(output_file(config))
+    target = output_file(config)
+    if rank == 0 and (target.is_dir() or not make_writable(target.parent)):
+        raise ConfigError(f"output {target} cannot be written: give another file, as in --output result.json")
     dataset = build_dataset(config.data)
     for checkpoint in config.checkpoints[1:]:
         loaded = load_model(checkpoint, "cpu", weights=weights[checkpoint], experts=config.experts)
@@ -94,6 +91,8 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
         }
         entries.append({**facts, "results": outcome.results, "details": outcome.details})
     results, spread = mean_and_spread([entry["results"] for entry in entries])
+    # First: the metrics are shown even if the file cannot be written.
+    print_table(f"{config.task} of {', '.join(config.checkpoints)}", results, spread, console)
     report = {
         "task": config.task,
         "results": results,
@@ -105,12 +104,12 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
         "processes": num_processes,
         "seconds": round(time.perf_counter() - start, 3),
     }
-    # First: the metrics are shown even if the file cannot be written.
-    print_table(f"{config.task} of {', '.join(config.checkpoints)}", results, spread, console)
     if rank == 0:
-        target = output_file(config)  # now, since another evaluation may have written its file meanwhile
-        write_json(report, target)
-        files = [target, *(FILES[config.task](report, target) if config.task in FILES else [])]
+        files = [output_file(config)]  # now, since another evaluation may have written its file meanwhile
+        write_json(report, files[0])
+        if config.task == "capacity":
+            files.append(files[0].with_suffix(".png"))
+            draw_sweep([entry["details"]["points"] for entry in entries], files[1])
         written = ", ".join(map(str, files))
         console.print(f"results saved to {written}", style="dim", highlight=False, markup=False, soft_wrap=True)
     return report
@@ -122,16 +121,7 @@ def as_trained(config: EvaluationConfig, turned: list[bool]) -> EvaluationConfig
         return config
     if not all(turned) and config.data.exif_orientation is None:
         raise ConfigError("some of the checkpoints were trained with exif_orientation: set data.exif_orientation")
-    sets = {
-        name: replace(one, train=with_orientation(one.train), test=with_orientation(one.test))
-        for name, one in config.features.sets.items()
-    }
-    return replace(
-        config,
-        data=with_orientation(config.data),
-        train_data=with_orientation(config.train_data),
-        features=replace(config.features, sets=sets),
-    )
+    return replace(config, data=with_orientation(config.data), train_data=with_orientation(config.train_data))
 
 
 def data_facts(dataset: ImageDataset, console: Console) -> dict[str, Any]:

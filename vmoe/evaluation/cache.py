@@ -1,4 +1,4 @@
-"""Tensors that a model computed, cached on disk under a key: the JSON of all that they depend on.
+"""Tensors that a model computed, cached on disk under a key that says all that they depend on.
 
 A file holds its key in clear and a checksum; one that is damaged or of another key is computed again. Files may be
 deleted at any time.
@@ -6,8 +6,6 @@ deleted at any time.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import hashlib
 import json
 import logging
@@ -19,45 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vmoe.evaluation.loaded_model import LoadedModel, weights_fingerprint
-from vmoe.evaluation.results_file import library_versions
-from vmoe.models.spec import model_spec
-from vmoe.moe import SparseMoE
 from vmoe.utils.files import atomic_file
 
 logger = logging.getLogger("vmoe.evaluation")
-
-
-def model_facts(loaded: LoadedModel) -> dict[str, Any]:
-    """All that the outputs of a loaded model depend on, as JSON can hold it."""
-    layers = {name: layer for name, layer in loaded.model.named_modules() if isinstance(layer, SparseMoE)}
-    return {
-        "weights": weights_fingerprint(loaded.weights),
-        "model": model_spec(loaded.model),
-        "routing": {name: dataclasses.asdict(layer.settings) for name, layer in layers.items()},
-        "precision": loaded.precision,
-        "device": loaded.device.type,
-        "versions": library_versions(),
-        "code": _code_fingerprint(),
-    }
-
-
-@functools.cache
-def _code_fingerprint() -> str:
-    """SHA-256 of the source of models, layers and data."""
-    package = Path(__file__).parents[1]
-    files = sorted(file for name in ("data", "models", "moe") for file in (package / name).rglob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def key_text(facts: Mapping[str, Any]) -> str:
-    """The facts as a key: equal facts give equal text."""
-    return json.dumps(facts, indent=1, sort_keys=True)
-
-
-def file_of_key(folder: Path, kind: str, key: str) -> Path:
-    """The file that caches the tensors of a key."""
-    return folder / f"{kind}_{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
 
 def read_tensors(file: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -79,20 +41,19 @@ def read_tensors(file: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any
 
 
 def write_tensors(file: Path, key: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any] | None = None) -> None:
-    """Writes a file of `file_of_key` atomically, with notes as JSON; a warning says if it cannot be written."""
+    """Writes a file atomically, with notes as JSON; a warning says if it cannot be written."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(notes or {})
-    metadata = {"key": key, "notes": text, "sha256": _checksum(tensors, text)}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(file) as temporary:
+            metadata = {"key": key, "notes": text, "sha256": _checksum(tensors, text)}
             save_file(tensors, temporary, metadata=metadata)
     except (OSError, SafetensorError) as error:
         logger.warning("%s cannot be written (%s): it will be computed again", file, error)
 
 
 def _checksum(tensors: Mapping[str, Tensor], notes: str) -> str:
-    """SHA-256 of the notes and of the tensors' names, types, shapes and bytes."""
     digest = hashlib.sha256(notes.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())

@@ -1,4 +1,4 @@
-"""One sparse model at several expert capacities: accuracy, cost and speed.
+"""One sparse model at several expert capacities: accuracy and cost.
 
 After V-MoE (arXiv 2106.05974, section 4). Batch-prioritized routing (BPR) keeps the tokens with the largest gates,
 vanilla routing those that come first. Which tokens are dropped depends on who is routed together, so the routing group
@@ -9,28 +9,24 @@ Shapes, by suffix: B images of a group, N samples, S settings, C classes, D widt
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vmoe.distributed.process_group import gather_lists
-from vmoe.evaluation.classification import right_classes, select_columns
+from vmoe.evaluation.classification import num_skipped, right_classes, select_columns
 from vmoe.evaluation.config import CapacityConfig
-from vmoe.evaluation.inference import evaluating
+from vmoe.evaluation.inference import changed, evaluating
 from vmoe.evaluation.metrics import ranks, top_shares
 from vmoe.evaluation.synchronized import gather_rows
 from vmoe.models.flops import forward_flops
 from vmoe.moe import SparseMoE
 from vmoe.moe.record import LayerRouting, record_routing
 from vmoe.utils.config import ConfigError
-from vmoe.utils.world import world
 
 Score = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> scores of the classes (B, C)
 
@@ -50,8 +46,7 @@ class Setting(NamedTuple):
         return {True: "bpr", False: "vanilla", None: "both"}[self.batch_priority]
 
 
-@dataclass
-class Point:
+class Point(NamedTuple):
     """The results of one setting."""
 
     setting: Setting
@@ -60,8 +55,6 @@ class Point:
     top5: float | None  # None with five classes or fewer
     share_dropped: float  # of the choices of an expert, over all layers; for expert choice, tokens that no expert took
     gflops_per_image: float  # 10^9 operations of the forward pass, counting the rows that the experts kept
-    images_per_second: tuple[float, float, float] | None  # median, lower and upper quartile; None: not timed
-    dropped_by_layer: dict[str, float]  # {layer: share_dropped}
 
 
 class Gain(NamedTuple):
@@ -93,21 +86,15 @@ def sparse_image_layers(model: nn.Module, score: Score, images: Tensor, source: 
     modules = dict(model.named_modules())
     layers = {name: modules[name] for name in record.layers}
     kinds = {(layer.router_type, layer.num_selected_experts) for layer in layers.values()}
+    problem = None
     if not layers:
-        raise ConfigError(
-            f"task 'capacity' needs experts that images go through, and {source} has none (a dense model): "
-            "evaluate a sparse model"
-        )
-    if "soft" in {router for router, _ in kinds}:
-        raise ConfigError(
-            f"task 'capacity' has no meaning for {source}: soft routing drops nothing (router='soft'); "
-            "evaluate a model with router='top_k' or 'expert_choice'"
-        )
-    if len(kinds) > 1:
-        raise ConfigError(
-            f"task 'capacity' needs sparse layers of one kind, and {source} has router and num_selected_experts of "
-            f"{sorted(kinds)}"
-        )
+        problem = f"needs experts that images go through, and {source} has none (a dense model)"
+    elif "soft" in {router for router, _ in kinds}:
+        problem = f"has no meaning for {source}: soft routing drops nothing"
+    elif len(kinds) > 1:
+        problem = f"needs layers of one router and num_selected_experts, and {source} has {sorted(kinds)}"
+    if problem:
+        raise ConfigError(f"task 'capacity' {problem}: evaluate a model with router='top_k' or 'expert_choice'")
     return layers
 
 
@@ -149,25 +136,16 @@ def limited(layers: Iterable[SparseMoE], setting: Setting) -> Iterator[None]:
 
     All tokens of a call are one group, but expert choice keeps the model's groups (usually a group for each image).
     """
-    before: list[tuple[nn.Module, str, Any]] = []
-
-    def change(module: nn.Module, **changes: Any) -> None:
-        for name, value in changes.items():
-            before.append((module, name, getattr(module, name)))
-            setattr(module, name, value)
-
-    try:
-        for layer in layers:
-            change(layer, capacity=None, eval_capacity_factor=setting.factor)
-            if setting.num_selected_experts is not None:
-                change(layer, group_size=None, num_selected_experts=setting.num_selected_experts)
-                change(layer.router, num_selected_experts=setting.num_selected_experts)
-            if setting.batch_priority is not None:
-                change(layer, batch_priority=setting.batch_priority)
+    layers, K = list(layers), setting.num_selected_experts
+    values = {"capacity": None, "eval_capacity_factor": setting.factor}
+    if setting.batch_priority is not None:
+        values["batch_priority"] = setting.batch_priority
+    with ExitStack() as stack:
+        if K is not None:
+            values |= {"group_size": None, "num_selected_experts": K}
+            stack.enter_context(changed([layer.router for layer in layers], num_selected_experts=K))
+        stack.enter_context(changed(layers, **values))
         yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
 
 
 def sweep_capacity(
@@ -181,24 +159,21 @@ def sweep_capacity(
     precision: str = "float32",
     class_columns: Sequence[Sequence[int]] | None = None,
     label_sets: Sequence[Sequence[int]] | None = None,
-    timing_rounds: int = 0,
 ) -> Sweep:
     """Every setting on every batch, each a routing group; the layers are as they were afterwards, also after an error.
 
     `loader` gives "image", "label" and "index"; where torch.distributed runs, each process gives batches of its own.
-    Each setting is timed `timing_rounds` times on the first batch. For the other arguments see `predict`.
+    For the other arguments see `predict`.
 
     Raises:
         ValueError: a label is out of range, or there are no samples.
     """
     counts_S3 = {name: torch.zeros(len(settings), 3, dtype=torch.long) for name in layers}  # see `_count`
-    index, found, first, num_classes = [torch.empty(0, dtype=torch.long)], [], None, 0
-    speeds: list = [None] * len(settings)
+    index, found, num_classes, flops = [torch.empty(0, dtype=torch.long)], [], 0, None
     with evaluating(model, device, precision):
         for batch in loader:
-            images = batch["image"].to(device)
-            first = images if first is None else first
-            rank_S = []
+            images, rank_S = batch["image"].to(device), []
+            flops = flops or _flops(score, layers, images[:1])
             for number, setting in enumerate(settings):
                 with limited(layers.values(), setting), record_routing(model) as record:
                     scores_BC = select_columns(score(images), class_columns)
@@ -209,21 +184,20 @@ def sweep_capacity(
                 rank_S.append(ranks(scores_BC, right_BC).cpu())
             index.append(batch["index"])
             found.append(torch.stack(rank_S, dim=1))
-        flops = _flops(model, score, layers, settings[0], first) if first is not None else (0, {})
-        if timing_rounds and world()[0] == 0 and first is not None:
-            speeds = _time(score, layers, settings, first, timing_rounds)
     _, rows = gather_rows(torch.cat(index), rank=torch.cat(found) if found else torch.empty(0, 0))
-    num_skipped = sum(gather_lists([int(getattr(loader, "num_skipped", 0))]))
-    if not len(rows["rank"]):
-        raise ValueError(f"nothing to evaluate: the data set gave no sample ({num_skipped} were skipped)")
-    # Processes without a batch measured nothing; the first has one.
-    fixed, per_row, speeds, num_classes = gather_lists([(*flops, speeds, num_classes)])[0]
+    skipped = num_skipped(loader, len(rows["rank"]))
+    # Processes without a batch know nothing of these; the first has one.
+    (fixed_flops, row_flops), num_classes = gather_lists([(flops, num_classes)])[0]
     counts_S3 = {name: sum(gather_lists([count_S3])) for name, count_S3 in counts_S3.items()}
     points = []
-    for number, (setting, rank_N, speed) in enumerate(zip(settings, rows["rank"].T, speeds)):
-        own = {name: count_S3[number].tolist() for name, count_S3 in counts_S3.items()}
-        points.append(_point(setting, rank_N, num_classes, own, fixed, per_row, speed))
-    return Sweep(points, _gains(settings, rows["rank"] == 0), len(rows["rank"]), num_skipped)
+    for number, (setting, rank_N) in enumerate(zip(settings, rows["rank"].T)):
+        counts = {name: count_S3[number].tolist() for name, count_S3 in counts_S3.items()}
+        asked, dropped, _ = map(sum, zip(*counts.values()))
+        flops = fixed_flops + sum(count[2] * row_flops[name] for name, count in counts.items()) / len(rank_N)
+        shares = top_shares(rank_N, num_classes)
+        error = (shares["top1"] * (1 - shares["top1"]) / len(rank_N)) ** 0.5
+        points.append(Point(setting, shares["top1"], error, shares.get("top5"), dropped / asked, flops / 1e9))
+    return Sweep(points, _gains(settings, rows["rank"] == 0), len(rows["rank"]), skipped)
 
 
 def _count(call: LayerRouting) -> tuple[int, int, int]:
@@ -235,102 +209,48 @@ def _count(call: LayerRouting) -> tuple[int, int, int]:
     return tokens, tokens - int((call.kept.any(-1) & call.mask).sum()), rows
 
 
-def _point(
-    setting: Setting,
-    rank_N: Tensor,
-    num_classes: int,
-    counts: Mapping[str, Sequence[int]],
-    fixed_flops: int,
-    row_flops: Mapping[str, int],
-    speed: tuple[float, float, float] | None,
-) -> Point:
-    N, shares = len(rank_N), top_shares(rank_N, num_classes)
-    top1 = shares["top1"]
-    return Point(
-        setting,
-        top1,
-        (top1 * (1 - top1) / N) ** 0.5,
-        shares.get("top5"),
-        sum(dropped for _, dropped, _ in counts.values()) / sum(asked for asked, _, _ in counts.values()),
-        (fixed_flops + sum(rows * row_flops[name] for name, (_, _, rows) in counts.items()) / N) / 1e9,
-        speed,
-        {name: dropped / asked for name, (asked, dropped, _) in counts.items()},
-    )
+class _NoExperts(nn.Module):
+    """Takes the place of experts and computes nothing."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x_RD: Tensor, *_) -> Tensor:
+        return x_RD.new_zeros(len(x_RD), self.width)
 
 
-def _flops(
-    model: nn.Module, score: Score, layers: Mapping[str, SparseMoE], setting: Setting, images: Tensor
-) -> tuple[int, dict[str, int]]:
+def _flops(score: Score, layers: Mapping[str, SparseMoE], image_1CHW: Tensor) -> tuple[int, dict[str, int]]:
     """Operations of one image outside the experts, and {layer: operations of one row of its experts}.
 
     Separately, since the number of rows depends on the images, and on some devices more are computed than were kept.
     """
-    calls: dict[nn.Module, tuple[Tensor, ...]] = {}
-
-    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        calls[module] = args
-
-    hooks = [layer.experts.register_forward_pre_hook(keep) for layer in layers.values()]
-    try:
-        with limited(layers.values(), setting._replace(batch_priority=None)):
-            outside = forward_flops(lambda: score(images[:1]))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    per_row = {}
-    for name, layer in layers.items():
-        x_RD, count_E, *_ = calls[layer.experts]
-        outside -= forward_flops(partial(layer.experts, x_RD, count_E))
-        one_E = torch.zeros_like(count_E)
-        one_E[0] = 1
-        per_row[name] = forward_flops(partial(layer.experts, x_RD.new_zeros(1, x_RD.shape[1]), one_E))
-    return outside, per_row
-
-
-def _time(
-    score: Score, layers: Mapping[str, SparseMoE], settings: Sequence[Setting], images: Tensor, rounds: int
-) -> list[tuple[float, float, float]]:
-    """(median, lower and upper quartile) of the images per second of each setting.
-
-    Each round times all settings, in a new order, so that other load on the machine affects them alike.
-    """
-    order, shuffle = list(range(len(settings))), random.Random(0).shuffle
-    seconds = torch.zeros(rounds + 1, len(settings), dtype=torch.float64)
-    for round_ in range(rounds + 1):  # the first warms up
-        shuffle(order)
-        for number in order:
-            with limited(layers.values(), settings[number]):
-                _synchronize(images.device)
-                start = time.perf_counter()
-                score(images)
-                _synchronize(images.device)
-                seconds[round_, number] = time.perf_counter() - start
-    speed_RS = len(images) / seconds[1:]
-    lower_S, median_S, upper_S = speed_RS.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), dim=0)
-    return list(zip(median_S.tolist(), lower_S.tolist(), upper_S.tolist()))
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    row_flops = {}
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            x_1D = image_1CHW.new_zeros(1, layer.in_features)
+            count_E = torch.eye(1, layer.num_experts, dtype=torch.long, device=x_1D.device)[0]
+            row_flops[name] = forward_flops(partial(layer.experts, x_1D, count_E))
+            stack.enter_context(changed([layer], experts=_NoExperts(layer.out_features)))
+        return forward_flops(partial(score, image_1CHW)), row_flops
 
 
 def _gains(settings: Sequence[Setting], hit_NS: Tensor) -> list[Gain]:
     """See `Sweep.gains`."""
+
+    def gain(num_selected_experts: int, factor: float | None, better_N: Tensor) -> Gain:
+        error = float(better_N.std(correction=0) / len(better_N) ** 0.5)
+        return Gain(num_selected_experts, factor, float(better_N.mean()), error)
+
     hit_of = dict(zip(settings, hit_NS.double().T))
     better = {
         setting: hit_N - hit_of[setting._replace(batch_priority=False)]
         for setting, hit_N in hit_of.items()
         if setting.batch_priority
     }
-    gains = [_gain(setting.num_selected_experts, setting.factor, better_N) for setting, better_N in better.items()]
+    gains = [gain(setting.num_selected_experts, setting.factor, better_N) for setting, better_N in better.items()]
     for K in dict.fromkeys(setting.num_selected_experts for setting in better):
         below = [each for setting, each in better.items() if setting.num_selected_experts == K and setting.factor < 1]
         if below:
-            gains.append(_gain(K, None, torch.stack(below).mean(0)))
+            gains.append(gain(K, None, torch.stack(below).mean(0)))
     return gains
-
-
-def _gain(num_selected_experts: int, factor: float | None, better_N: Tensor) -> Gain:
-    error = float(better_N.std(correction=0) / len(better_N) ** 0.5)
-    return Gain(num_selected_experts, factor, float(better_N.mean()), error)

@@ -79,35 +79,24 @@ def prompt_names(name: str, classes: Sequence[str] | None = None) -> list[str]:
     label_of = {_key(alias): published.names.index(one) for one, many in published.aliases.items() for alias in many}
     for labels in (published.names, published.labels):
         label_of |= {_key(label): index for index, label in enumerate(labels)}
-    found = [label_of.get(_key(one)) for one in classes]
-    if not any(index is not None for index in found):
-        found = _numbered_labels(name, classes)
-    unknown = [one for one, index in zip(classes, found) if index is None]
-    left = [one for index, one in enumerate(published.names) if index not in found]
+    keys = [_key(one) for one in classes]
+    if not any(key in label_of for key in keys):  # numbers from 0 or from 1 are the labels
+        first = next((first for first in (0, 1) if set(keys) == set(map(str, range(first, first + len(keys))))), None)
+        if first is not None:
+            label_of = {str(first + label): label for label in range(len(keys))}
+        if first == 1:
+            pairs = [f"{one!r} is {published.names[label_of[key]]!r}" for one, key in zip(classes, keys)]
+            logger.warning("classes of the data count from 1; with class names %r %s", name, _listed(pairs))
+    unknown = [repr(one) for one, key in zip(classes, keys) if key not in label_of]
+    found = [label_of.get(key) for key in keys]
+    left = [repr(one) for index, one in enumerate(published.names) if index not in found]
     if unknown or left:
-        problem = f"of which {_shown(unknown)} are none of the set's" if unknown else "of which two are the same"
+        problem = f"of which {_listed(unknown)} are none of the set's" if unknown else "of which two are the same"
         raise ValueError(
-            f"class names {name!r} do not fit the classes of the data, {problem}, and the set's {_shown(left)} are "
+            f"class names {name!r} do not fit the classes of the data, {problem}, and the set's {_listed(left)} are "
             f"left: {AS_FILE}"
         )
     return [published.names[index] for index in found]
-
-
-def _numbered_labels(name: str, classes: Sequence[str]) -> list[int | None]:
-    """The labels of classes called by numbers: from 0, or from 1 with a warning; else None for each."""
-    keys = [_key(one) for one in classes]
-    for first in (0, 1):
-        if set(keys) == {str(number) for number in range(first, first + len(keys))}:
-            labels = [int(key) - first for key in keys]
-            if first:
-                pairs = [f"{one!r} is {published_set(name).names[label]!r}" for one, label in zip(classes, labels)]
-                logger.warning("classes of the data count from 1; with class names %r %s", name, _listed(pairs))
-            return labels
-    return [None] * len(classes)
-
-
-def _shown(names: Sequence[str]) -> str:
-    return _listed([repr(name) for name in names])
 
 
 def _listed(texts: Sequence[str], most: int = 5) -> str:
@@ -143,14 +132,13 @@ def _imagenet_names(classes: Sequence[str]) -> list[str]:
         if Counter(keys) == Counter(known_keys):  # the two pairs that are equal in open_clip's list have equal names
             name_of = dict(zip(known_keys, names))
             return [name_of[key] for key in keys]
-    all_known = set().union(*known)
-    unknown = next((index for index, key in enumerate(keys) if key not in all_known), None)
-    problem = (
-        "the classes of the data mix ImageNet's synsets, WordNet's words and open_clip's names, or repeat some"
-        if unknown is None
-        else f"class {unknown} of the data, {classes[unknown]!r}, is none of ImageNet's synsets, of WordNet's words "
-        "for them or of open_clip's names"
-    )
+    unknown = [index for index, key in enumerate(keys) if not any(key in known_keys for known_keys in known)]
+    problem = "the classes of the data mix ImageNet's synsets, WordNet's words and open_clip's names, or repeat some"
+    if unknown:
+        problem = (
+            f"class {unknown[0]} of the data, {classes[unknown[0]]!r}, is none of ImageNet's synsets, of WordNet's "
+            "words for them or of open_clip's names"
+        )
     raise ValueError(
         f"class names 'imagenet': {problem}: use the data set's own type (as imagenet or imagenet_v2), or {AS_FILE}"
     )

@@ -1,6 +1,6 @@
 """Accuracy and calibration of a model that scores classes: a classifier here, an image-text model in `zero_shot`.
 
-Shapes, by suffix: B batch, N samples, C classes, M outputs of a classifier that stand for one class.
+Shapes, by suffix: B batch, N samples, C classes.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ class Predictions(NamedTuple):
             **top_shares(self.rank_N, self.num_classes),
             "mean_per_class": mean_per_class(hits_N, self.label_N, self.num_classes),
         }
-        undefined = int(self.confidence_N.isnan().sum())
-        if undefined:
+        if undefined := int(self.confidence_N.isnan().sum()):
             logger.warning("the scores of %d samples are NaN: they count as misses, and there is no ece", undefined)
         else:
             results["ece"] = expected_calibration_error(self.confidence_N, hits_N)
@@ -73,9 +72,8 @@ def evaluate_classification(
         model: images (B, 3, H, W) -> logits (B, C); must be on `device`.
         loader: batches with "image" (B, 3, H, W) float and "label" (B,) long; `vmoe.data.eval_loader` gives one. Where
             torch.distributed runs, each process gives its own samples, told apart by "index" (B,).
-        device: where the model runs.
-        precision: "float32", "bf16" or "fp16" (autocast).
-        num_classes: number of classes of the data set, checked against the model's; None: not checked.
+        device, precision: where the model runs, in "float32", "bf16" or "fp16" (autocast).
+        num_classes: of the data set, checked against the model's; None: not checked.
 
     Returns:
         "top1", "top5" (shares in 0..1, ties count as misses; no "top5" with five classes or fewer), "mean_per_class"
@@ -114,7 +112,6 @@ def predict(
     Args:
         score: images (B, 3, H, W) on `device` -> scores (B, C) float32, whose softmax is the confidence.
         loader: see `evaluate_classification`; a batch without "label" is scored, and does not count.
-        device: where `score` runs.
         class_columns, label_sets: see `select_columns` and `right_classes`.
 
     Raises:
@@ -136,10 +133,16 @@ def predict(
     columns = [torch.cat(parts).cpu() for parts in zip(*batches)] or [torch.empty(0)] * 5
     names = ("label_N", "rank_N", "predicted_N", "confidence_N")
     index_N, rows = gather_rows(columns[0], **dict(zip(names, columns[1:])))
-    num_skipped = sum(gather_lists([int(getattr(loader, "num_skipped", 0))]))
-    if not len(index_N):
-        raise ValueError(f"nothing to evaluate: the data set gave no sample ({num_skipped} were skipped)")
-    return Predictions(index_N, **rows, num_classes=max(gather_lists([num_classes])), num_skipped=num_skipped)
+    skipped = num_skipped(loader, len(index_N))
+    return Predictions(index_N, **rows, num_classes=max(gather_lists([num_classes])), num_skipped=skipped)
+
+
+def num_skipped(loader: Iterable, num_read: int) -> int:
+    """Samples that all processes skipped; raises ValueError if they read none."""
+    skipped = sum(gather_lists([int(getattr(loader, "num_skipped", 0))]))
+    if not num_read:
+        raise ValueError(f"nothing to evaluate: the data set gave no sample ({skipped} were skipped)")
+    return skipped
 
 
 def select_columns(logits_BC: Tensor, class_columns: Sequence[Sequence[int]] | None) -> Tensor:
@@ -149,14 +152,10 @@ def select_columns(logits_BC: Tensor, class_columns: Sequence[Sequence[int]] | N
     """
     if class_columns is None:
         return logits_BC
-    widest = max(map(len, class_columns))
-    # A class with fewer columns repeats its first, which does not change the largest.
-    columns_CM = torch.tensor(
-        [[*columns, *[columns[0]] * (widest - len(columns))] for columns in class_columns], device=logits_BC.device
-    )
-    if int(columns_CM.max()) >= logits_BC.shape[1]:
+    last = max(map(max, class_columns))
+    if last >= logits_BC.shape[1]:
         raise ValueError(
-            f"the data is judged by outputs 0..{int(columns_CM.max())} of an ImageNet-1k classifier, and the model has "
+            f"the data is judged by outputs 0..{last} of an ImageNet-1k classifier, and the model has "
             f"{logits_BC.shape[1]} classes: evaluate a model with 1,000 classes"
         )
-    return logits_BC[:, columns_CM].amax(dim=2)
+    return torch.stack([logits_BC[:, list(columns)].amax(dim=1) for columns in class_columns], dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vmoe.data.config import LoaderConfig, SourceConfig
@@ -12,12 +12,13 @@ from vmoe.utils.config import ConfigError, check_types
 FEATURE_TASKS = ("few_shot", "linear_probe", "knn")
 
 
-@dataclass
-class FeatureSet:
-    """One data set of several in a few-shot evaluation."""
-
-    train: SourceConfig  # the examples are taken from it
-    test: SourceConfig  # is classified; of the same classes
+def check_numbers(name: str, value: Any, least: int | None = None) -> None:
+    """Raises ConfigError unless a number, or each of a list of different ones, is >= `least` (None: > 0 and finite)."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    fitting = [0 < one < math.inf if least is None else one >= least for one in values]
+    if not all(fitting) or not values or len(set(values)) < len(values):
+        bound = "> 0 and finite" if least is None else f">= {least}"
+        raise ConfigError(f"{name} must be {bound}{'' if values is not value else ', each once'}, got {value}")
 
 
 @dataclass
@@ -27,8 +28,6 @@ class FeatureConfig:
     Attributes:
         cache: Folder that caches features, under a key of model and data; "auto": `features` in $VMOE_CACHE or
             ~/.cache/vmoe; null: no cache.
-        sets: few_shot only: further data sets beside `train_data` and `data`, {name: {train: ..., test: ...}} with the
-            keys of `data`. The penalty is chosen over all sets together.
         shots: few_shot only: examples per class. A class with fewer gives all that it has.
         seeds: few_shot only: the examples are drawn once with each of these seeds, and the mean is reported.
         l2: few_shot and linear_probe: the penalty, fixed; null: it is chosen, see docs/evaluation.md.
@@ -40,7 +39,6 @@ class FeatureConfig:
     """
 
     cache: str | None = "auto"
-    sets: dict[str, Any] = field(default_factory=dict)
     shots: list[int] = field(default_factory=lambda: [1, 5, 10, 25])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     l2: float | None = None
@@ -52,44 +50,15 @@ class FeatureConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "features.")
-        self.sets = {name: _feature_set(f"features.sets.{name}", given) for name, given in self.sets.items()}
-        for name, least in (("shots", 1), ("k", 1), ("seeds", 0)):
-            values = getattr(self, name)
-            if not values or min(values) < least or len(set(values)) < len(values):
-                raise ConfigError(f"features.{name} must be different whole numbers >= {least}, got {values}")
-        fixed = [1.0 if self.l2 is None else self.l2]
-        for name, values in (("l2_penalties", self.l2_penalties), ("l2", fixed), ("l2_range", self.l2_range)):
-            if not values or not all(0 < value < math.inf for value in values) or len(set(values)) < len(values):
-                raise ConfigError(f"features.{name} must be > 0 and finite, each once, got {values}")
+        for name, least in (("shots", 1), ("seeds", 0), ("k", 1), ("l2_penalties", None), ("temperature", None)):
+            check_numbers(f"features.{name}", getattr(self, name), least)
+        if self.l2 is not None:
+            check_numbers("features.l2", self.l2)
+        check_numbers("features.l2_range", self.l2_range)
         if self.l2_range[0] > self.l2_range[1]:
             raise ConfigError(f"features.l2_range must be the least and the greatest penalty, got {self.l2_range}")
         if not 0 < self.val_share < 1:
             raise ConfigError(f"features.val_share must be between 0 and 1, got {self.val_share}")
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"features.temperature must be > 0, got {self.temperature}")
-
-
-def _feature_set(key: str, given: Any) -> FeatureSet:
-    """The two sources of one of `features.sets`, which come as dictionaries from a file.
-
-    Raises:
-        ConfigError: a key is missing or unknown, or a source's own checks fail.
-    """
-    if isinstance(given, FeatureSet):
-        return given
-    if not isinstance(given, dict) or set(given) != {"train", "test"}:
-        raise ConfigError(f"{key} must have the keys train and test, got {given!r}")
-    known = {one.name for one in fields(SourceConfig)}
-    for part, settings in given.items():
-        if not isinstance(settings, dict) or settings.get("type") is None:
-            raise ConfigError(f"{key}.{part} must be a data source with a type, as `data`, got {settings!r}")
-        unknown = [name for name in settings if name not in known]
-        if unknown:
-            raise ConfigError(f"{key}.{part}: unknown key {unknown[0]!r}; it takes {', '.join(sorted(known))}")
-    try:
-        return FeatureSet(**{part: SourceConfig(**settings) for part, settings in given.items()})
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{key}: {error}") from None
 
 
 @dataclass
@@ -104,30 +73,19 @@ class CapacityConfig:
         images_per_group: Images that are routed together and share the capacity, consecutive in the data; they are
             also the batch (loader.batch_size is not used). Fewer make the limit coarser, since an expert's capacity is
             rounded up, and leave BPR less to choose from; expert_choice keeps the model's own groups.
-        timing_rounds: How often each setting is timed, in turn with the others; 0: not at all.
     """
 
-    factors: list[float | None] = field(
-        default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0, None]
-    )
+    factors: list[float | None] = field(default_factory=lambda: [*(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.5, 2), None])
     num_selected_experts: list[int] | None = None
     images_per_group: int = 64
-    timing_rounds: int = 20
 
     def __post_init__(self) -> None:
         check_types(self, "capacity.")
-        for name in ("factors", "num_selected_experts"):
-            values = getattr(self, name)
-            if values is not None and (not values or len(set(values)) < len(values)):
-                raise ConfigError(f"capacity.{name} must hold at least one value and none twice, got {values}")
-        for factor in self.factors:
-            if factor is not None and not 0 < factor < math.inf:
-                raise ConfigError(f"capacity.factors must be > 0 and finite (null: no limit), got {factor}")
-        for name, least in (("num_selected_experts", 1), ("images_per_group", 1), ("timing_rounds", 0)):
-            value = getattr(self, name)
-            value = min(value) if isinstance(value, (list, tuple)) else value
-            if value is not None and value < least:
-                raise ConfigError(f"capacity.{name} must be >= {least}, got {value}")
+        if self.factors != [None]:
+            check_numbers("capacity.factors", [factor for factor in self.factors if factor is not None])
+        if self.num_selected_experts is not None:
+            check_numbers("capacity.num_selected_experts", self.num_selected_experts, 1)
+        check_numbers("capacity.images_per_group", self.images_per_group, 1)
 
 
 @dataclass
@@ -139,8 +97,8 @@ class EvaluationConfig:
             A list, such as the runs of several seeds, gives the mean and the standard deviation of each metric.
         task: "classification": top-1 and top-5 of a classifier. "zero_shot": the same of an image-text model, by its
             similarity to class names. "retrieval": recall@1/5/10 of an image-text model, images to captions and back.
-            "few_shot", "linear_probe" and "knn": classifiers on frozen features. "capacity": accuracy, cost and speed
-            of a sparse model at several expert capacities.
+            "few_shot", "linear_probe" and "knn": classifiers on frozen features. "capacity": accuracy and cost of a
+            sparse model at several expert capacities.
         data: The data to evaluate on.
         train_data: few_shot, linear_probe and knn: the data that the classifier on the features learns from.
         loader: Batches and worker processes. The result does not depend on them. on_bad "skip" skips and counts
@@ -185,7 +143,6 @@ class EvaluationConfig:
             ("class_names", self.class_names is not None, named),
             ("templates", self.templates is not None, named),
             ("capacity", self.capacity != CapacityConfig(), ("capacity",)),
-            ("features.sets", self.features.sets, ("few_shot",)),
             ("features", self.features != FeatureConfig(), FEATURE_TASKS),
             ("train_data", self.train_data.type is not None, FEATURE_TASKS),
         ):

@@ -8,6 +8,10 @@ Shapes, by suffix: N images, B batch, D features.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import hashlib
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,21 +19,23 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from vmoe.data import ImageDataset, LoaderConfig, SourceConfig, build_dataset, eval_loader
+from vmoe.data import ImageDataset, LoaderConfig, build_dataset, eval_loader
 from vmoe.data.sources.emoji import cache_folder
 from vmoe.distributed.process_group import gather_lists
-from vmoe.evaluation.cache import file_of_key, key_text, model_facts, read_tensors, write_tensors
+from vmoe.evaluation.cache import read_tensors, write_tensors
+from vmoe.evaluation.classification import num_skipped
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.inference import evaluating
-from vmoe.evaluation.loaded_model import LoadedModel
-from vmoe.evaluation.results_file import Outcome, Progress, make_writable
+from vmoe.evaluation.loaded_model import LoadedModel, weights_fingerprint
+from vmoe.evaluation.results_file import Outcome, Progress, library_versions, make_writable
 from vmoe.evaluation.synchronized import gather_rows
 from vmoe.models.factory import is_contrastive
+from vmoe.models.spec import model_spec
 from vmoe.moe import SparseMoE
 from vmoe.utils.config import ConfigError
 from vmoe.utils.world import world
 
-CACHE_FORMAT = 1  # raise it whenever `image_features` changes
+CACHE_FORMAT = 2  # raise it whenever `image_features` changes
 
 
 class Features(NamedTuple):
@@ -67,7 +73,7 @@ def extract_features(
         if not make_writable(cache):
             raise ConfigError(f"features.cache {cache} cannot be written to: give another folder, or null for no cache")
         key = feature_key(loaded, dataset, loader_config)
-        file = file_of_key(cache, "features", key)
+        file = cache / f"features_{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         cached = [read_tensors(file, key)]
     [stored] = gather_lists(cached) or [None]
     if stored is not None:
@@ -92,16 +98,13 @@ def _compute(
             labels.append(batch["label"].cpu())
     own_ND = torch.cat(features) if features else torch.empty(0, 0)
     index_N, rows = gather_rows(torch.cat(index), features=own_ND, labels=torch.cat(labels))
-    skipped = sorted(gather_lists(list(loader.skipped_paths)))
-    if not len(index_N):
-        raise ValueError(f"nothing to take features of: the data set gave no image ({len(skipped)} were skipped)")
-    unusable = int((~rows["features"].isfinite()).any(1).sum())
-    if unusable:
+    num_skipped(loader, len(index_N))
+    if unusable := int((~rows["features"].isfinite()).any(1).sum()):
         raise ValueError(
             f"features must be finite, and those of {unusable} of {len(index_N)} images hold NaN or infinity; "
             f"precision is {loaded.precision!r}, and float32 has the widest range"
         )
-    return Features(rows["features"], rows["labels"], index_N, skipped)
+    return Features(rows["features"], rows["labels"], index_N, sorted(gather_lists(list(loader.skipped_paths))))
 
 
 def image_features(model: nn.Module, images_B3HW: Tensor) -> Tensor:
@@ -124,70 +127,71 @@ def image_features(model: nn.Module, images_B3HW: Tensor) -> Tensor:
 
 
 def feature_key(loaded: LoadedModel, dataset: ImageDataset, loader_config: LoaderConfig) -> str:
-    """All that the features of a data set depend on; equal texts mean equal features."""
-    layers = [module for module in loaded.model.modules() if isinstance(module, SparseMoE)]
+    """All that the features of a data set depend on, as JSON; equal texts mean equal features."""
+    layers = {name: layer for name, layer in loaded.model.named_modules() if isinstance(layer, SparseMoE)}
     # With these an image's features may depend on the rest of its batch. The number of processes is no part of the key:
     # the batches are the same for any.
-    limits = [limit for each in layers for limit in (each.capacity, each.eval_capacity_factor, each.group_size)]
-    return key_text(
-        {
-            "format": CACHE_FORMAT,
-            **model_facts(loaded),
-            "batch_size": loader_config.batch_size if any(limit is not None for limit in limits) else None,
-            "transform": " ".join(repr(loaded.transform).split()),
-            "data": dataset.fingerprint(),
-            "reading": dataset.reading._asdict(),
-            "on_bad": loader_config.on_bad or "fail",
-        }
-    )
+    limits = [limit for one in layers.values() for limit in (one.capacity, one.eval_capacity_factor, one.group_size)]
+    facts = {
+        "format": CACHE_FORMAT,
+        "weights": weights_fingerprint(loaded.weights),
+        "model": model_spec(loaded.model),
+        "routing": {name: dataclasses.asdict(layer.settings) for name, layer in layers.items()},
+        "precision": loaded.precision,
+        "device": loaded.device.type,
+        "versions": library_versions(),
+        "code": _code_fingerprint(),
+        "batch_size": loader_config.batch_size if any(limit is not None for limit in limits) else None,
+        "transform": " ".join(repr(loaded.transform).split()),
+        "data": dataset.fingerprint(),
+        "reading": dataset.reading._asdict(),
+        "on_bad": loader_config.on_bad or "fail",
+    }
+    return json.dumps(facts, indent=1, sort_keys=True)
+
+
+@functools.cache
+def _code_fingerprint() -> str:
+    """SHA-256 of the source of models, layers and data."""
+    package = Path(__file__).parents[1]
+    files = sorted(file for name in ("data", "models", "moe") for file in (package / name).rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def fit_and_test_features(
-    config: EvaluationConfig,
-    loaded: LoadedModel,
-    train_source: SourceConfig,
-    test_dataset: ImageDataset,
-    console: Console,
-    name: str = "",
+    config: EvaluationConfig, loaded: LoadedModel, test_dataset: ImageDataset, console: Console
 ) -> tuple[Features, Features]:
-    """Features of the data that a classifier is fitted on and of the data that it is tested on.
+    """Features of `train_data`, that a classifier is fitted on, and of the data that it is tested on.
 
     Raises:
-        ConfigError: the two have other classes; `name` is that of the pair in messages.
+        ConfigError: the two have other classes.
         ValueError: a class that is tested has no training example.
     """
-    train_dataset = build_dataset(train_source)
-    prefix = f"{name}: " if name else ""
-    if train_dataset.classes is None or train_dataset.classes != test_dataset.classes:
-        raise ConfigError(prefix + _difference(train_dataset.classes, test_dataset.classes))
-    options = {"cache": feature_cache(config), "console": console}
+    train_dataset = build_dataset(config.train_data)
+    trained, tested = train_dataset.classes, test_dataset.classes
+    if trained is None:
+        raise ConfigError("train_data has no classes: give data with labels")
+    if trained != tested:
+        only = [name for name in tested if name not in trained] + [name for name in trained if name not in tested]
+        named = f"only one of them has {', '.join(map(repr, only[:5]))}" if only else "the order differs"
+        raise ConfigError(
+            f"train_data has {len(trained)} classes and data {len(tested)}, and they must be the same: {named}"
+        )
+    cache = None if config.features.cache is None else Path(config.features.cache)
+    if config.features.cache == "auto":
+        cache = cache_folder() / "features"
     train, test = (
-        extract_features(loaded, dataset, config.loader, description=f"{prefix}{part} features", **options)
+        extract_features(loaded, dataset, config.loader, cache=cache, console=console, description=f"{part} features")
         for part, dataset in (("train", train_dataset), ("test", test_dataset))
     )
     absent = sorted(set(test.labels_N.tolist()) - set(train.labels_N.tolist()))
     if absent:
-        names = ", ".join(repr(test_dataset.classes[label]) for label in absent[:5])
+        names = ", ".join(repr(tested[label]) for label in absent[:5])
         raise ValueError(
-            f"{prefix}{len(absent)} of the classes that are tested have no training example, among them {names}: "
+            f"{len(absent)} of the classes that are tested have no training example, among them {names}: "
             "add some, or remove these classes from both data sets"
         )
     return train, test
-
-
-def _difference(trained: list[str] | None, tested: list[str] | None) -> str:
-    """One sentence on two lists of classes that are not the same."""
-    if trained is None or tested is None:
-        return f"{'train_data' if trained is None else 'data'} has no classes: give data with labels"
-    only = [name for name in tested if name not in trained] + [name for name in trained if name not in tested]
-    named = f"only one of them has {', '.join(map(repr, only[:5]))}" if only else "the order differs"
-    return f"train_data has {len(trained)} classes and data {len(tested)}, and they must be the same: {named}"
-
-
-def feature_cache(config: EvaluationConfig) -> Path | None:
-    """The folder that `features.cache` stands for."""
-    setting = config.features.cache
-    return cache_folder() / "features" if setting == "auto" else None if setting is None else Path(setting)
 
 
 def feature_outcome(results: dict[str, float | int], details: dict, train: Features, test: Features) -> Outcome:

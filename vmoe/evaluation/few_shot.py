@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from vmoe.data import ImageDataset, build_dataset
+from vmoe.data import ImageDataset
 from vmoe.evaluation.config import EvaluationConfig
-from vmoe.evaluation.features import Features, fit_and_test_features
+from vmoe.evaluation.features import Features, feature_outcome, fit_and_test_features
 from vmoe.evaluation.inference import float64_device
 from vmoe.evaluation.loaded_model import LoadedModel
 from vmoe.evaluation.results_file import Outcome
@@ -35,57 +35,48 @@ Curve = dict[tuple[int, float], float]  # {(shots, penalty): accuracy}
 
 
 def few_shot(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset, console: Console) -> Outcome:
-    """Task "few_shot": the reference's protocol on one data set or several.
+    """Task "few_shot": the reference's protocol on one data set.
 
-    For every data set and seed the examples are drawn again. For each number of examples one penalty is taken, the best
-    over all data sets and seeds together (`best_penalty`). Embeddings of an image-text model are normalised first, as
-    the reference's two-tower model gives them. Metrics of `features.sets` begin with "{name}/".
+    For every seed the examples are drawn again. For each number of examples one penalty is taken, the best over all
+    seeds together (`best_penalty`). Embeddings of an image-text model are normalised first, as the reference's
+    two-tower model gives them.
 
     Raises:
-        ConfigError: the two parts of a set have other classes, or several right labels per image.
+        ConfigError: training and test data have other classes, or several right labels per image.
         ValueError: a class that is tested has no training example.
     """
-    settings = config.features
+    settings, num_classes = config.features, len(dataset.classes)
+    if dataset.label_sets is not None:
+        raise ConfigError("data: task 'few_shot' needs one right label per image; here are several")
+    train, test = fit_and_test_features(config, loaded, dataset, console)
+    counts = dict(zip(dataset.classes, train.labels_N.bincount(minlength=num_classes).tolist(), strict=True))
+    short = {name: count for name, count in counts.items() if count < max(settings.shots)}
+    if short:
+        console.print(
+            f"train_data: {len(short)} of {num_classes} classes have fewer than {max(settings.shots)} examples, and "
+            "give all that they have",
+            style="yellow",
+        )
     penalties = settings.l2_penalties if settings.l2 is None else [settings.l2]
-    sets = {"": (config.train_data, dataset)}
-    sets |= {name: (one.train, build_dataset(one.test)) for name, one in settings.sets.items()}
-    accuracy: dict[tuple[str, int], Curve] = {}
-    short_classes, skipped, counts = {}, [], {}
-    for name, (train_source, test_dataset) in sets.items():
-        if test_dataset.label_sets is not None:
-            raise ConfigError(f"{name or 'data'}: task 'few_shot' needs one right label per image; here are several")
-        classes = test_dataset.classes
-        train, test = fit_and_test_features(config, loaded, train_source, test_dataset, console, name)
-        short_classes[name] = _short_classes(name, train, classes, max(settings.shots), console)
-        rows = [part for each in (train, test) for part in _rows(each, is_contrastive(loaded.model), loaded.device)]
-        for seed in settings.seeds:
-            generator = torch.Generator().manual_seed(seed)
-            accuracy[name, seed] = few_shot_accuracy(*rows, settings.shots, penalties, len(classes), generator)
-        prefix = f"{name}/" if name else ""
-        counts |= {f"{prefix}num_samples": len(test.labels_N), f"{prefix}num_skipped": len(test.skipped_paths)}
-        skipped += train.skipped_paths + test.skipped_paths
-    curves = [
-        {"set": name, "seed": seed, "shots": shot, "l2": penalty, "accuracy": value}
-        for (name, seed), curve in accuracy.items()
+    rows = [part for each in (train, test) for part in _rows(each, is_contrastive(loaded.model), loaded.device)]
+    curves = {
+        seed: few_shot_accuracy(*rows, settings.shots, penalties, num_classes, torch.Generator().manual_seed(seed))
+        for seed in settings.seeds
+    }
+    results: dict[str, float] = {}
+    for shot in settings.shots:
+        penalty = best_penalty(list(curves.values()), shot)
+        values = [curve[shot, penalty] for curve in curves.values()]
+        results[f"{shot}shot"] = statistics.fmean(values)
+        if len(values) > 1:
+            results[f"{shot}shot_std"] = statistics.stdev(values)
+        results[f"{shot}shot_l2"] = penalty
+    accuracy = [
+        {"seed": seed, "shots": shot, "l2": penalty, "accuracy": value}
+        for seed, curve in curves.items()
         for (shot, penalty), value in curve.items()
     ]
-    details = {"accuracy": curves, "short_classes": short_classes, "skipped": skipped}
-    return Outcome(_results(accuracy, settings.shots) | counts, details)
-
-
-def _results(accuracy: dict[tuple[str, int], Curve], shots: Sequence[int]) -> dict[str, float]:
-    """Mean and deviation over the seeds with the best penalty, from {(set, seed): curve}."""
-    results: dict[str, float] = {}
-    for shot in shots:
-        penalty = best_penalty(list(accuracy.values()), shot)
-        for name in dict.fromkeys(name for name, _ in accuracy):
-            values = [curve[shot, penalty] for (each, _), curve in accuracy.items() if each == name]
-            key = f"{name}/{shot}shot" if name else f"{shot}shot"
-            results[key] = statistics.fmean(values)
-            if len(values) > 1:
-                results[f"{key}_std"] = statistics.stdev(values)
-        results[f"{shot}shot_l2"] = penalty
-    return results
+    return feature_outcome(results, {"accuracy": accuracy, "short_classes": short}, train, test)
 
 
 def _rows(features: Features, normalize: bool, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -94,19 +85,6 @@ def _rows(features: Features, normalize: bool, device: torch.device) -> tuple[Te
     if normalize:
         features_ND = features_ND / (torch.linalg.vector_norm(features_ND, dim=1, keepdim=True) + 1e-8)
     return features_ND, labels_N
-
-
-def _short_classes(name: str, train: Features, classes: list[str], shots: int, console: Console) -> dict[str, int]:
-    """{class: number of its examples} of the classes with fewer than `shots`, with a message if there are any."""
-    counts_C = train.labels_N.bincount(minlength=len(classes))
-    short = {label: count for label, count in zip(classes, counts_C.tolist(), strict=True) if count < shots}
-    if short:
-        console.print(
-            f"{name or 'train_data'}: {len(short)} of {len(classes)} classes have fewer than {shots} examples, and "
-            "give all that they have",
-            style="yellow",
-        )
-    return short
 
 
 def few_shot_accuracy(
@@ -126,25 +104,18 @@ def few_shot_accuracy(
         test_features_ND, test_labels_N: what is classified.
         shots: examples per class; a class with fewer gives all that it has.
         l2_penalties: weights of the squared norm of the regression's coefficients, > 0.
-        num_classes: C, >= 1; None: the largest training label + 1.
+        num_classes: C; None: the largest training label + 1.
         generator: chooses the examples; None: the first rows of each class.
 
     Raises:
-        ValueError: nothing to fit or to test, or unusable shapes, features, labels or numbers.
+        ValueError: features that are not finite, labels out of range, no rows, or settings out of range.
     """
-    if len(train_features_ND) == 0 or len(test_features_ND) == 0:
-        raise ValueError("few-shot evaluation needs training and test features, got none")
     if min(shots, default=0) < 1 or not l2_penalties or not all(0 < penalty < math.inf for penalty in l2_penalties):
         raise ValueError(f"shots must be >= 1 and l2_penalties > 0, got {list(shots)} and {list(l2_penalties)}")
-    if num_classes is not None and num_classes < 1:
-        raise ValueError(f"num_classes must be >= 1, or None for the largest training label + 1, got {num_classes}")
-    _check_rows("train", train_features_ND, train_labels_N, num_classes)
     if num_classes is None:
         num_classes = int(train_labels_N.max()) + 1
+    _check_rows("train", train_features_ND, train_labels_N, num_classes)
     _check_rows("test", test_features_ND, test_labels_N, num_classes)
-    if train_features_ND.shape[1] != test_features_ND.shape[1]:
-        widths = f"{train_features_ND.shape[1]} and {test_features_ND.shape[1]}"
-        raise ValueError(f"training and test rows must have equally many features, got {widths}")
     rows_of_class = [torch.nonzero(train_labels_N == label).flatten() for label in range(num_classes)]
     if generator is not None:
         rows_of_class = [rows[torch.randperm(len(rows), generator=generator)] for rows in rows_of_class]
@@ -159,32 +130,24 @@ def few_shot_accuracy(
     return accuracy
 
 
-def _check_rows(split: str, features_ND: Tensor, labels_N: Tensor, num_classes: int | None) -> None:
+def _check_rows(split: str, features_ND: Tensor, labels_N: Tensor, num_classes: int) -> None:
     """Raises ValueError unless there is one class for each row of finite features."""
-    if features_ND.ndim != 2 or labels_N.shape != features_ND.shape[:1]:
+    if features_ND.ndim != 2 or labels_N.shape != features_ND.shape[:1] or not len(labels_N):
         shapes = f"{tuple(features_ND.shape)} and {tuple(labels_N.shape)}"
         raise ValueError(f"{split} features and labels must have shapes (N, D) and (N,), got {shapes}")
-    if not features_ND.isfinite().all():
-        rows = int((~features_ND.isfinite()).any(1).sum())
+    if rows := int((~features_ND.isfinite()).any(1).sum()):
         raise ValueError(f"{split} features must be finite, {rows} of {len(features_ND)} rows hold NaN or infinity")
     low, high = labels_N.min().item(), labels_N.max().item()
-    if labels_N.is_floating_point() or low < 0 or (num_classes is not None and high >= num_classes):
-        classes = "0..C-1" if num_classes is None else f"0..{num_classes - 1}"
-        raise ValueError(
-            f"{split} labels must be whole numbers in {classes}, got {labels_N.dtype} from {low} to {high}"
-        )
+    if labels_N.is_floating_point() or low < 0 or high >= num_classes:
+        found = f"{labels_N.dtype} from {low} to {high}"
+        raise ValueError(f"{split} labels must be whole numbers in 0..{num_classes - 1}, got {found}")
 
 
 def best_penalty(results: Sequence[Curve], shot: int) -> float:
-    """The penalty that ranks best on average over several data sets, so that none is tuned on its own test rows.
+    """The penalty that ranks best on average over several draws or data sets, as in the reference.
 
-    Raises:
-        ValueError: there are no results for this number of examples, or not the same settings for each data set.
+    All results must have the same penalties for this number of examples.
     """
-    if not results or not any(shots == shot for shots, _ in results[0]):
-        raise ValueError(f"results must be of one or more data sets with {shot} examples per class, there are none")
-    if any(accuracy.keys() != results[0].keys() for accuracy in results):
-        raise ValueError("results must have the same shots and penalties for each data set")
     penalties = [penalty for shots, penalty in results[0] if shots == shot]
     accuracy_SP = torch.tensor([[accuracy[shot, penalty] for penalty in penalties] for accuracy in results])
     rank_SP = accuracy_SP.argsort(dim=1, stable=True).argsort(dim=1, stable=True)

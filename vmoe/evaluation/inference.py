@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -82,3 +83,18 @@ def evaluating(model: nn.Module, device: torch.device | str, precision: str = "f
     finally:
         for module in training:  # module by module: frozen parts may have been in eval mode
             module.training = True
+
+
+@contextmanager
+def changed(modules: Iterable[nn.Module], **values: Any) -> Iterator[None]:
+    """The modules with other attributes inside the block."""
+    before = [(module, {name: getattr(module, name) for name in values}) for module in modules]
+    try:
+        for module, _ in before:
+            for name, value in values.items():
+                setattr(module, name, value)
+        yield
+    finally:
+        for module, own in before:
+            for name, value in own.items():
+                setattr(module, name, value)

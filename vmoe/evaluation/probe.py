@@ -38,7 +38,7 @@ COSINE_STEPS = 1 << 20  # cosines are rounded to this part, so that the last bit
 def linear_probe(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset, console: Console) -> Outcome:
     """Task "linear_probe"; the details hold the accuracy of each penalty tried on the held-out part ("val")."""
     settings = config.features
-    train, test = fit_and_test_features(config, loaded, config.train_data, dataset, console)
+    train, test = fit_and_test_features(config, loaded, dataset, console)
     device = float64_device(loaded.device)
     features_ND, labels_N = train.features_ND.to(device), train.labels_N.to(device)
     penalty, tried = settings.l2, None
@@ -72,7 +72,7 @@ def knn(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset, co
         ConfigError: k is more than there are training images.
     """
     settings, num_classes = config.features, len(dataset.classes)
-    train, test = fit_and_test_features(config, loaded, config.train_data, dataset, console)
+    train, test = fit_and_test_features(config, loaded, dataset, console)
     largest = max(settings.k)
     if largest > len(train.labels_N):
         raise ConfigError(f"features.k must be at most {len(train.labels_N)}, the training images, got {largest}")

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from vmoe.data import EvalLoader
 from vmoe.evaluation.config import EvaluationConfig
-from vmoe.utils.config import ConfigError
 from vmoe.utils.files import atomic_file, read_json
 from vmoe.utils.tables import MetricTable
 from vmoe.utils.world import world
@@ -50,9 +49,6 @@ class Progress:
         if world()[0] > 0:
             return iter(self.loader)
         return iter(track(self.loader, self.description, total=len(self.loader), console=self.console, transient=True))
-
-    def __len__(self) -> int:
-        return len(self.loader)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)
@@ -96,8 +92,7 @@ def output_file(config: EvaluationConfig) -> Path:
     """
     if config.output is not None:
         return Path(config.output)
-    checkpoint = Path(config.checkpoints[0])
-    data = config.data
+    checkpoint, data = Path(config.checkpoints[0]), config.data
     parts = ["evaluation", config.task, data.type]
     if data.name is not None or data.path is not None:
         parts.append(data.name or Path(data.path).resolve().stem)
@@ -109,29 +104,21 @@ def output_file(config: EvaluationConfig) -> Path:
         parts.append(checkpoint.stem)
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     settings = _settings(json.loads(json.dumps(dataclasses.asdict(config))))
-    numbers = itertools.chain([""], (f"_{number}" for number in itertools.count(2)))
-    files = (folder / f"{'_'.join(parts)}{number}.json" for number in numbers)
-    return next(file for file in files if not file.exists() or _settings_in(file) == settings)
+    for number in itertools.count(1):
+        file = folder / f"{'_'.join(parts)}{f'_{number}' if number > 1 else ''}.json"
+        try:
+            if _settings(read_json(file, MAX_RESULT_BYTES)["config"]) == settings:
+                return file
+        except FileNotFoundError:
+            return file
+        except (OSError, ValueError, KeyError, TypeError):  # no result of an evaluation
+            continue
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that a result depends on."""
     loader = {"on_bad": config["loader"]["on_bad"]}
     return {**config, "loader": loader, "device": None, "output": None}
-
-
-def _settings_in(file: Path) -> dict[str, Any] | None:
-    """The settings of the evaluation that wrote a file, or None if no evaluation did."""
-    try:
-        return _settings(read_json(file, MAX_RESULT_BYTES)["config"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def check_writable(file: Path) -> None:
-    """Makes the folder of the result; raises ConfigError, before the evaluation, if the file cannot be written."""
-    if file.is_dir() or not make_writable(file.parent):
-        raise ConfigError(f"output {file} cannot be written: give another file, as in --output result.json")
 
 
 def make_writable(folder: Path) -> bool:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -13,7 +11,7 @@ from rich.console import Console
 from vmoe.data import ImageDataset, eval_loader
 from vmoe.distributed.process_group import gather_lists
 from vmoe.evaluation.capacity import Score, sparse_image_layers, sweep_capacity, sweep_settings
-from vmoe.evaluation.capacity_report import flat_results, print_sweep, sweep_details, write_sweep
+from vmoe.evaluation.capacity_report import flat_results, print_sweep, sweep_details
 from vmoe.evaluation.class_names import known_sets
 from vmoe.evaluation.classification import Predictions, checked_logits, predict
 from vmoe.evaluation.config import EvaluationConfig
@@ -25,7 +23,7 @@ from vmoe.evaluation.probe import knn, linear_probe
 from vmoe.evaluation.results_file import Outcome, Progress
 from vmoe.evaluation.retrieval import evaluate_retrieval, retrieval_loader
 from vmoe.evaluation.robustness import corruption_errors, missing_conditions
-from vmoe.evaluation.zero_shot import cached_classes, class_scorer, resolve_class_names
+from vmoe.evaluation.zero_shot import class_scorer, resolve_class_names
 from vmoe.models.factory import preprocess_config
 from vmoe.utils.config import ConfigError
 
@@ -45,12 +43,13 @@ def classify(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDatase
 
 
 def class_scores(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset) -> Score:
-    """images -> scores: the outputs of a classifier, or an image-text model's similarities to the class names."""
+    """images -> scores: the outputs of a classifier, or an image-text model's similarities to the class names; call it
+    inside `evaluating`."""
     if loaded.tokenizer is None:
         num_classes = None if dataset.class_columns is not None else len(dataset.classes)
         return lambda images: checked_logits(loaded.model, images, num_classes)
-    names = zero_shot_names(config, dataset)
-    return class_scorer(loaded.model, cached_classes(loaded, names, zero_shot_templates(config, dataset)), names)
+    prompts = zero_shot_names(config, dataset), zero_shot_templates(config, dataset)
+    return class_scorer(loaded.model, loaded.tokenizer, *prompts, loaded.device)
 
 
 def zero_shot_names(config: EvaluationConfig, dataset: ImageDataset) -> list[str]:
@@ -134,7 +133,6 @@ def capacity(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDatase
         precision=loaded.precision,
         class_columns=None if loaded.tokenizer else dataset.class_columns,
         label_sets=dataset.label_sets,
-        timing_rounds=config.capacity.timing_rounds,
     )
     print_sweep(sweep, loaded.checkpoint, console)
     details = {**sweep_details(sweep), "skipped": gather_lists(list(loader.skipped_paths))}
@@ -150,6 +148,3 @@ TASKS: dict[str, Callable[[EvaluationConfig, LoadedModel, ImageDataset, Console]
     "knn": knn,
     "capacity": capacity,
 }
-
-# What a task writes beside the JSON file: (report, JSON file) -> files.
-FILES: dict[str, Callable[[dict[str, Any], Path], list[Path]]] = {"capacity": write_sweep}

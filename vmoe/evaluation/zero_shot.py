@@ -1,37 +1,35 @@
-"""Zero-shot classification: images against class names. The text side is open_clip's `build_zero_shot_classifier`."""
+"""Zero-shot classification: images against class names. The text side is open_clip's `build_zero_shot_classifier`.
+
+Shapes, by suffix: B images, T templates, L tokens of a prompt, D width of the embeddings, C classes.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from vmoe.data import build_transform
-from vmoe.data.images import DEFAULT, BadSample, Reading, load_image, to_rgb
-from vmoe.data.sources.emoji import cache_folder
+from vmoe.data.images import DEFAULT, BadSample, Reading, file_errors, load_image, to_rgb
 from vmoe.data.texts import CutTexts, cut_rows, knows_length, warn_once
-from vmoe.evaluation.cache import file_of_key, key_text, model_facts, read_tensors, write_tensors
 from vmoe.evaluation.class_names import is_published, known_sets, prompt_names, published_set, warn_of_order
 from vmoe.evaluation.classification import predict
 from vmoe.evaluation.inference import evaluating
-from vmoe.evaluation.loaded_model import LoadedModel
 from vmoe.evaluation.metrics import TIE_TOLERANCE
 from vmoe.evaluation.synchronized import SynchronizedBatches
 from vmoe.models.factory import in_chans, preprocess_config
+from vmoe.utils.files import read_text
 
 Template = str | Callable[[str], str]
+Tokenizer = Callable[[list[str]], Tensor]  # texts -> tokens (B, L)
 ImageLike = Image.Image | str | Path | Tensor
 TEXTS_PER_CALL = 512
-CACHE_FORMAT = 3  # raise it whenever `encode_classes` changes
 
 
 # --- class names and templates from settings ---
@@ -39,11 +37,8 @@ CACHE_FORMAT = 3  # raise it whenever `encode_classes` changes
 
 def read_lines(file: str | Path) -> list[str]:
     """The non-empty lines of a UTF-8 text file, stripped; raises ValueError if there are none or it cannot be read."""
-    try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: cannot be read as UTF-8 text ({error})") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    with file_errors(str(file)):
+        lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{file}: holds no line; expected one entry per line")
     return lines
@@ -64,14 +59,9 @@ def resolve_templates(templates: Sequence[Template] | str | Path | None) -> list
         templates = ["{}"]
     elif isinstance(templates, (str, Path)):
         templates = [templates] if "{}" in str(templates) else _named_templates(str(templates))
-    templates = _listed("templates", templates)
-    if not templates:
-        raise ValueError("templates must hold at least one text")
-    for template in templates:
-        if not isinstance(template, str) and not callable(template):
-            raise ValueError(f"templates must be texts with {{}} or functions, got {template!r}")
-        if isinstance(template, str) and "{}" not in template:
-            raise ValueError(f"template {template!r} must contain {{}}, the position of the class name")
+    for template in _listed("templates", templates):
+        if not callable(template) and not (isinstance(template, str) and "{}" in template):
+            raise ValueError(f"template {template!r} must be a text with {{}} for the class name, or a function")
     return [_filler(template) if isinstance(template, str) else template for template in templates]
 
 
@@ -137,8 +127,6 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
             allowed in a published list, where ImageNet has two "missile" and two "sunglasses".
     """
     names = _listed("class_names", class_names)
-    if not names:
-        raise ValueError("class_names must hold at least one name")
     for index, name in enumerate(names):
         if not isinstance(name, str):
             raise ValueError(f"class_names must be a list of texts, one for each class, got the entry {name!r}")
@@ -151,14 +139,13 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
 
 
 def _listed(name: str, values: Iterable) -> list:
-    """The values as a list; raises ValueError for a bare value and for what has no order."""
-    if isinstance(values, str):
-        raise ValueError(f"{name} must be a list of texts, got {values!r}; write [{values!r}]")
-    if callable(values):
-        raise ValueError(f"{name} must be a list, got one function; put it in a list")
-    if not isinstance(values, Iterable) or isinstance(values, (bytes, set, frozenset, Mapping)):
+    """The values as a list; raises ValueError for none, for a bare value and for what has no order."""
+    if isinstance(values, (str, bytes, set, frozenset, Mapping)) or not isinstance(values, Iterable):
         raise ValueError(f"{name} must be a list of texts, got {values!r}; write a list")
-    return list(values)
+    values = list(values)
+    if not values:
+        raise ValueError(f"{name} must hold at least one text")
+    return values
 
 
 # --- class embeddings ---
@@ -166,7 +153,7 @@ def _listed(name: str, values: Iterable) -> list:
 
 def encode_classes(
     model: nn.Module,
-    tokenizer: Callable[[list[str]], Tensor],
+    tokenizer: Tokenizer,
     class_names: Sequence[str],
     templates: Sequence[Template] | str | None,
     device: torch.device | str,
@@ -181,11 +168,11 @@ def encode_classes(
     """
     from open_clip import build_zero_shot_classifier
 
-    counting = tokenizer if isinstance(tokenizer, CutTexts) else CutTexts(tokenizer)
     names, texts = check_class_names(class_names), resolve_templates(templates)
-    check_templates(counting.tokenizer, texts)
+    check_templates(tokenizer, texts)
     if not is_published(names):
-        _check_tokens_differ(counting.tokenizer, names, texts)
+        _check_tokens_differ(tokenizer, names, texts)
+    counting = CutTexts(tokenizer)
     column = {name: index for index, name in enumerate(dict.fromkeys(names))}
     names_per_call = max(1, TEXTS_PER_CALL // len(texts))
     weights_DC = build_zero_shot_classifier(model, counting, list(column), texts, names_per_call, device)
@@ -193,7 +180,7 @@ def encode_classes(
     return weights_DC.float()[:, [column[name] for name in names]]
 
 
-def check_templates(tokenizer: Callable[[list[str]], Tensor], templates: Sequence[Template] | str | None) -> None:
+def check_templates(tokenizer: Tokenizer, templates: Sequence[Template] | str | None) -> None:
     """Raises ValueError, which shows it, for a template with which no class name fits into the model's context."""
     if not knows_length(tokenizer):
         return
@@ -207,9 +194,7 @@ def check_templates(tokenizer: Callable[[list[str]], Tensor], templates: Sequenc
         )
 
 
-def _check_tokens_differ(
-    tokenizer: Callable[[list[str]], Tensor], names: Sequence[str], templates: Sequence[Callable[[str], str]]
-) -> None:
+def _check_tokens_differ(tokenizer: Tokenizer, names: Sequence[str], templates: Sequence[Callable[[str], str]]) -> None:
     """Raises ValueError, which names both, if two names give the same tokens in all templates."""
     first: dict[bytes, str] = {}
     for name in names:
@@ -222,48 +207,22 @@ def _check_tokens_differ(
             )
 
 
-def cached_classes(
-    loaded: LoadedModel, class_names: Sequence[str], templates: Sequence[Template] | str | None = None
-) -> Tensor:
-    """What `encode_classes` gives for an image-text model, cached in `zero_shot` in $VMOE_CACHE or ~/.cache/vmoe.
-
-    The key is `model_facts`, the prompts, and the tokens of the names.
-    """
-    names, texts = check_class_names(class_names), resolve_templates(templates)
-    key = key_text(
-        {
-            **model_facts(loaded),
-            "format": CACHE_FORMAT,
-            "class_names": names,
-            "prompts": _digest([[template(name) for template in texts] for name in names]),
-            "tokens": _digest(loaded.tokenizer(names).tolist()),
-        }
-    )
-    file = file_of_key(cache_folder() / "zero_shot", "classes", key)
-    stored = read_tensors(file, key)
-    if stored is not None:
-        warn_once(stored[1]["cut"])
-        return stored[0]["class_embeddings_DC"].to(loaded.device)
-    tokenizer = CutTexts(loaded.tokenizer)
-    with evaluating(loaded.model, loaded.device, loaded.precision):
-        weights_DC = encode_classes(loaded.model, tokenizer, names, texts, loaded.device)
-    write_tensors(file, key, {"class_embeddings_DC": weights_DC}, {"cut": tokenizer.message("prompts")})
-    return weights_DC
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
 # --- scores ---
 
 
-def class_scorer(model: nn.Module, weights_DC: Tensor, class_names: Sequence[str] = ()) -> Callable[[Tensor], Tensor]:
-    """images (B, 3, H, W) -> logit_scale · cosine (B, C) float32, with class embeddings as `encode_classes` gives.
+def class_scorer(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    class_names: Sequence[str],
+    templates: Sequence[Template] | str | None,
+    device: torch.device | str,
+) -> Callable[[Tensor], Tensor]:
+    """images (B, 3, H, W) -> logit_scale · cosine (B, C) float32; for the arguments see `encode_classes`.
 
-    Equal names in `class_names`, as ImageNet's published list has, would tie, and a tie is a miss for both classes. The
-    later one therefore scores a little lower: the first of them is the answer, as with an argmax.
+    Equal names, as ImageNet's published list has, would tie, and a tie is a miss for both classes. The later one
+    therefore scores a little lower: the first of them is the answer, as with an argmax.
     """
+    weights_DC = encode_classes(model, tokenizer, class_names, templates, device)
     scale = model.logit_scale.detach().float().exp()
     repeats = [list(class_names[:index]).count(name) for index, name in enumerate(class_names)]
     repeats_C = torch.tensor(repeats, device=weights_DC.device) if any(repeats) else None
@@ -281,7 +240,7 @@ def class_scorer(model: nn.Module, weights_DC: Tensor, class_names: Sequence[str
 
 def evaluate_zero_shot(
     model: nn.Module,
-    tokenizer: Callable[[list[str]], Tensor],
+    tokenizer: Tokenizer,
     loader: Iterable[dict[str, Tensor]],
     class_names: Sequence[str],
     templates: Sequence[Template] | str | None = ("{}",),
@@ -307,14 +266,13 @@ def evaluate_zero_shot(
         SharedError: one of several processes could not read its samples.
     """
     with evaluating(model, device, precision):
-        weights_DC = encode_classes(model, tokenizer, class_names, templates, device)
-        score = class_scorer(model, weights_DC, class_names)
+        score = class_scorer(model, tokenizer, class_names, templates, device)
         return predict(score, SynchronizedBatches(loader, model), device=device).results()
 
 
 def zero_shot_classify(
     model: nn.Module,
-    tokenizer: Callable[[list[str]], Tensor],
+    tokenizer: Tokenizer,
     images: ImageLike | Iterable[ImageLike],
     class_names: Sequence[str] | str,
     templates: Sequence[Template] | str | None = None,
@@ -347,7 +305,7 @@ def zero_shot_classify(
     device = next(model.parameters()).device
     rows = [torch.empty(0, len(names))]
     with evaluating(model, device):
-        score = class_scorer(model, encode_classes(model, tokenizer, names, templates, device))
+        score = class_scorer(model, tokenizer, names, templates, device)
         for images_B3HW in image_batches(model, images, batch_size, Reading(exif_orientation)):
             rows.append(score(images_B3HW).softmax(dim=1).cpu())
     return torch.cat(rows)
@@ -364,44 +322,28 @@ def image_batches(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-    parameter = next(model.parameters())
-    if isinstance(images, Tensor):
-        images = _checked(images, model) if images.ndim == 4 else [images]
-    elif isinstance(images, (Image.Image, str, Path)) or not isinstance(images, Iterable):
-        images = [images]
-    images = iter(images)
+    parameter, channels = next(model.parameters()), in_chans(model)
+    single = images.ndim != 4 if isinstance(images, Tensor) else isinstance(images, (Image.Image, str, Path))
+    images = iter([images] if single else images)
     transform = cache(lambda: _evaluation_transform(model))  # not needed for tensors, which any model takes
-    while batch := [_prepare(image, transform, reading, model) for image in islice(images, batch_size)]:
-        sizes = {tuple(image.shape) for image in batch}
-        if len(sizes) > 1:
-            raise ValueError(f"images of one batch must have one size, got {' and '.join(map(str, sorted(sizes)))}")
-        yield torch.stack([image.to(parameter.device, parameter.dtype) for image in batch])
 
+    def prepared(image: ImageLike) -> Tensor:
+        if isinstance(image, Tensor):
+            if image.ndim != 3 or len(image) != channels:
+                shapes = f"({channels}, H, W), or all of them (B, {channels}, H, W)"
+                raise ValueError(f"an image's tensor must have the shape {shapes}, got {tuple(image.shape)}")
+            return image
+        if isinstance(image, Image.Image):
+            return transform()(to_rgb(image))
+        if not isinstance(image, (str, Path)):
+            raise TypeError(f"images must be tensors, PIL images or paths, got {type(image).__name__}")
+        try:
+            return transform()(load_image(image, reading=reading))
+        except BadSample as error:
+            raise ValueError(str(error)) from error
 
-def _checked(images: Tensor, model: nn.Module) -> Tensor:
-    channels = in_chans(model)
-    if images.ndim not in (3, 4) or images.shape[-3] != channels:
-        shapes = f"(B, {channels}, H, W) or ({channels}, H, W)"
-        raise ValueError(f"images must have the shape {shapes}, got {tuple(images.shape)}")
-    return images
-
-
-def _prepare(
-    image: ImageLike, transform: Callable[[], Callable[[Image.Image], Tensor]], reading: Reading, model: nn.Module
-) -> Tensor:
-    """(C, H, W); a tensor is taken as it is."""
-    if isinstance(image, Tensor):
-        if image.ndim == 4:
-            raise ValueError(f"a list of images must hold tensors (3, H, W), got {tuple(image.shape)}")
-        return _checked(image, model)
-    if isinstance(image, Image.Image):
-        return transform()(to_rgb(image))
-    if not isinstance(image, (str, Path)):
-        raise TypeError(f"images must be tensors, PIL images or paths, got {type(image).__name__}")
-    try:
-        return transform()(load_image(image, reading=reading))
-    except BadSample as error:
-        raise ValueError(str(error)) from error
+    while batch := [prepared(image).to(parameter) for image in islice(images, batch_size)]:
+        yield torch.stack(batch)
 
 
 def _evaluation_transform(model: nn.Module) -> Callable[[Image.Image], Tensor]:
