@@ -170,7 +170,7 @@ def test_another_layer_and_another_patch(limoe, open_demo, photo):
     assert [table[str(expert)][0] for expert in range(4)] == [str(number) for number in load]
 
 
-def test_words_of_a_label(limoe, open_demo, photo):
+def test_text_tokens_of_a_label(limoe, open_demo, photo):
     subject, address = limoe
     page = open_demo(address)
     classify(page, photo, LABELS)

@@ -18,7 +18,7 @@ from vmoe.cli import inspect_routing as command
 from vmoe.cli.inspect_routing import describe, expand_data, main, summary_table, validation_data
 from vmoe.data import BadSample
 from vmoe.data.config import SourceConfig
-from vmoe.inspection import plots
+from vmoe.inspection import style
 from vmoe.models import factory
 from vmoe.models.factory import save_pretrained
 from vmoe.models.manifest import describe_files, write_manifest
@@ -30,8 +30,8 @@ QUICK = ["--loader.num_workers", "0", "--num_images", "3", "--num_patches", "2"]
 
 @pytest.fixture(autouse=True)
 def coarse_figures(monkeypatch):
-    """They are looked at in test_figures.py; here they only take time."""
-    monkeypatch.setattr(plots, "DPI", 50)
+    """They are looked at in test_plots.py; here they only take time."""
+    monkeypatch.setattr(style, "DPI", 50)
 
 
 @pytest.fixture(scope="module")
@@ -86,17 +86,17 @@ def test_all_that_it_writes(run, data, capsys):
     assert first["name"] in printed
     assert f"{first['modalities']['text']['share_dropped']:.1%}" in printed
     assert found["agreement"]["image"][0][0] == pytest.approx(1)
-    words = [word["name"] for expert in first["experts"] for word in expert["words"]]
+    words = [word["name"] for expert in first["experts"] for word in expert["text_tokens"]]
     assert set(words) & {"cat", "dog"}
     arrays = np.load(out / "statistics.npz")
-    assert set(arrays["blocks.1.mlp/words"]) >= {"cat", "dog", "number"}
-    assert arrays["blocks.1.mlp/expert_word"].sum() == sum(first["modalities"]["text"]["kept"])
+    assert set(arrays["blocks.1.mlp/text_tokens"]) >= {"cat", "dog", "number"}
+    assert arrays["blocks.1.mlp/expert_token"].sum() == sum(first["modalities"]["text"]["kept"])
 
 
 def test_labelled_pictures_by_a_plain_word(run, data, tmp_path):
     assert main(["--checkpoint", str(run), "--data", str(data / "folder"), f"--output_dir={tmp_path}", *QUICK]) == 0
     found = json.loads((tmp_path / "statistics.json").read_text())
-    assert found["data"]["words_from"] == "class names"
+    assert found["data"]["texts_from"] == "class names"
     arrays = np.load(tmp_path / "statistics.npz")
     assert arrays["class_names"].tolist() == ["cat", "dog"]
     assert arrays["blocks.1.mlp/expert_class"].shape == (4, 2)

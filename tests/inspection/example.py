@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vmoe.inspection.routing_statistics import (
+from vmoe.inspection.results import (
     LayerStatistics,
     RoutingStatistics,
     SampleRouting,
@@ -42,7 +42,7 @@ def example_statistics(
                 path=f"pictures/{index:04d}.png",
                 label=label,
                 caption=caption,
-                words=words,
+                text_tokens=words,
                 patches=[_routing(rng, (grid, grid), E, K, range(E // 2)) for _ in range(L)],
                 text=[_routing(rng, (len(words),), E, K, range(E // 2 - 1, E)) for _ in range(L)] if text else [],
                 top_classes=[(names[(label + i) % num_classes], p) for i, p in enumerate((0.7, 0.2, 0.1))],
@@ -59,7 +59,7 @@ def example_statistics(
         num_skipped=0,
         samples=samples,
         sample_index=list(range(num_images)),
-        words_from="captions" if text else None,
+        texts_from="captions" if text else None,
         checkpoint="runs/example",
         weights_fingerprint="0" * 64,
         data="example pictures",
@@ -99,7 +99,7 @@ def _layer(i, samples, E, K, C, grid, text):
     routings = {"image": [s.patches[i] for s in samples]} | ({"text": [s.text[i] for s in samples]} if text else {})
     counts = {name: _count(own, E) for name, own in routings.items()}
     expert_class = np.zeros((E, C), int)
-    expert_word = {}
+    expert_token = {}
     typical = [[] for _ in range(E)]
     for index, sample in enumerate(samples):
         patches = sample.patches[i]
@@ -112,10 +112,10 @@ def _layer(i, samples, E, K, C, grid, text):
                 pixels = sample.image[row * side : (row + 1) * side, column * side : (column + 1) * side]
                 typical[e].append(TypicalPatch(index, int(row), int(column), float(weight[row, column]), pixels))
         if text:
-            for place, word in enumerate(sample.words):
+            for place, word in enumerate(sample.text_tokens):
                 words = sample.text[i]
-                expert_word.setdefault(word, np.zeros(E, int))
-                expert_word[word] += np.bincount(words.expert[place][words.kept[place]], minlength=E)
+                expert_token.setdefault(word, np.zeros(E, int))
+                expert_token[word] += np.bincount(words.expert[place][words.kept[place]], minlength=E)
     return LayerStatistics(
         name=f"blocks.{2 * i + 1}.mlp",
         num_experts=E,
@@ -130,6 +130,6 @@ def _layer(i, samples, E, K, C, grid, text):
         entropy=dict.fromkeys(routings, 1.0),
         share_dropped={name: float(1 - count[1].sum() / count[0].sum()) for name, count in counts.items()},
         expert_class=expert_class,
-        expert_word=expert_word,
+        expert_token=expert_token,
         typical_patches=[sorted(own, key=lambda p: -p.weight) for own in typical],
     )

@@ -6,8 +6,8 @@ from PIL import Image
 import vmoe
 from vmoe.evaluation.loaded_model import load_model
 from vmoe.inspection import explain as logic
-from vmoe.inspection.plots import DROPPED, PALETTE
-from vmoe.inspection.routing_statistics import TokenRouting
+from vmoe.inspection.results import TokenRouting
+from vmoe.inspection.style import DROPPED, PALETTE
 from vmoe.models.factory import save_pretrained
 
 
@@ -73,16 +73,15 @@ def test_image_text_model_as_zero_shot_classify_and_the_record_have_it(limoe):
         assert (patches.expert.reshape(36, -1) == recorded.tokens(recorded.expert_index)[0].numpy()).all()
 
 
-def test_words_of_a_label(limoe):
-    words, by_layer = logic.route_words(limoe, logic.prompt("guide dog", ["a photo of a {}", "the {}"]))
-    assert words == ["<start_of_text>", "a", "photo", "of", "a", "guide", "dog", "<end_of_text>"]
+def test_text_tokens_of_a_label(limoe):
+    tokens, by_layer = logic.route_text(limoe, "guide dog", ["a photo of a {}", "the {}"])
+    assert tokens == ["<start_of_text>", "a", "photo", "of", "a", "guide", "dog", "<end_of_text>"]
     with torch.no_grad(), vmoe.record_routing(limoe.model) as record:
         limoe.model.encode_text(limoe.tokenizer(["a photo of a guide dog"]))
     for name, own in by_layer.items():
         recorded = record.layers[name]
         assert (own.expert == recorded.tokens(recorded.expert_index)[0, :8].numpy()).all()
     assert list(by_layer) == ["blocks.1.mlp", "blocks.3.mlp"]
-    assert logic.prompt("dog") == "dog"
 
 
 def test_classifier_with_its_own_names(tight_vmoe):
@@ -119,7 +118,7 @@ def test_two_towers_have_layers_of_one_modality(tmp_path):
     found = logic.explain(towers, picture(), ["cat", "dog"])
     assert found.sample.patches[0].expert.shape[:2] == (6, 6)
     assert found.sample.patches[1] is None
-    assert list(logic.route_words(towers, "cat")[1]) == [text_layer.name]
+    assert list(logic.route_text(towers, "cat")[1]) == [text_layer.name]
 
 
 @pytest.mark.parametrize(("size", "match"), [((1, 500), "sides beyond"), ((20_000, 20_000), "pixels, more than")])
@@ -177,10 +176,10 @@ def test_load_of_a_soft_layer_is_the_sum_of_weights():
     assert [own.share for own in load] == [0.625, 0.375]
 
 
-def test_words_are_coloured_by_the_first_expert_with_room():
+def test_text_tokens_are_coloured_by_the_first_expert_with_capacity():
     first_column = [array[[0, 1, 0], 0] for array in (GRID.expert, GRID.weight, GRID.kept)]
-    words, colours = logic.colour_words(["a", "b", "c"], TokenRouting(*first_column))
-    assert words == [("a", "0 (0.60), 1 (0.20)"), ("b", "dropped"), ("c", "0 (0.60), 1 (0.20)")]
+    tokens, colours = logic.colour_tokens(["a", "b", "c"], TokenRouting(*first_column))
+    assert tokens == [("a", "0 (0.60), 1 (0.20)"), ("b", "dropped"), ("c", "0 (0.60), 1 (0.20)")]
     assert colours == {"0 (0.60), 1 (0.20)": PALETTE[0], "dropped": DROPPED}
 
 

@@ -49,7 +49,7 @@ def test_200_pictures_in_twelve_layers_stay_below_15_megabytes(example_statistic
         sample.image, sample.patches, sample.text = picture, sample.patches * 12, sample.text * 12
     own = [patch for patches in one.layers[0].typical_patches for patch in patches]
     one.layers[0].typical_patches = [(own * 16)[:16]] * 64
-    one.layers[0].expert_word = {f"word {i}": np.arange(64) for i in range(2000)}
+    one.layers[0].expert_token = {f"word {i}": np.arange(64) for i in range(2000)}
     statistics = dataclasses.replace(
         one, layers=one.layers * 12, samples=one.samples * 20, sample_index=list(range(200)), agreement={}
     )
@@ -149,8 +149,8 @@ def test_tables_are_packed_without_loss(example_statistics):
     second.expert_class = second.expert_class + 0.25
     for layer, data in zip(statistics.layers, report_data(statistics)["layers"], strict=True):
         np.testing.assert_array_equal(unpacked(data["expert_class"]).reshape(8, -1), layer.expert_class)
-        words = unpacked(data["word_expert"]).reshape(-1, 8)
-        np.testing.assert_array_equal(words, [layer.expert_word[word] for word in data["words"]])
+        words = unpacked(data["token_expert"]).reshape(-1, 8)
+        np.testing.assert_array_equal(words, [layer.expert_token[word] for word in data["text_tokens"]])
 
 
 def test_where_experts_choose_the_largest_weights_of_a_token_are_kept(example_statistics):

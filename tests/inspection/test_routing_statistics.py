@@ -14,8 +14,9 @@ import vmoe
 from vmoe.data import BadSample, ImageDataset, build_transform
 from vmoe.data.dataset import Sample
 from vmoe.evaluation.loaded_model import LoadedModel
-from vmoe.inspection.accumulate import Agreement, ModalityTokens, normalized_mutual_information
-from vmoe.inspection.forward import word_decoder
+from vmoe.inspection.accumulate import Agreement, ModalityTokens
+from vmoe.inspection.forward import token_decoder
+from vmoe.inspection.information import normalized_mutual_information
 from vmoe.inspection.routing_statistics import gather_statistics, sample_routing
 from vmoe.models.factory import preprocess_config, save_pretrained
 from vmoe.models.text import text_mask
@@ -130,7 +131,7 @@ def test_sums_of_a_classifier_are_those_of_a_direct_computation(classifier, fact
         assert layer.share_dropped["image"] == pytest.approx(1 - sum(kept_E) / sum(asked_E))
         assert (layer.share_dropped["image"] > 0) == (factor is not None)
         assert layer.eval_capacity_factor == factor
-    assert found.words_from is None
+    assert found.texts_from is None
     assert found.num_samples == NUM
 
 
@@ -139,9 +140,9 @@ def test_words_and_patches_of_a_limoe_are_counted_apart(limoe):
     record, ids = direct(limoe, dataset)
     real = text_mask(ids, limoe.tokenizer.eot_token_id)
     found = gather_statistics(limoe, dataset, batch_size=4)
-    assert found.words_from == "captions"
+    assert found.texts_from == "captions"
     assert found.modalities == ["image", "text"]
-    names = word_decoder(limoe.tokenizer)
+    names = token_decoder(limoe.tokenizer)
     for layer in found.layers:
         call = record.layers[layer.name]
         assert layer.tokens == {"image": NUM * 16, "text": int(real.sum())}
@@ -157,11 +158,11 @@ def test_words_and_patches_of_a_limoe_are_counted_apart(limoe):
         for b, t in np.argwhere(real.numpy()):
             words[names([int(ids[b, t])])[0], int(expert[b, t])] += 1
         assert {
-            (word, e): n for word, own in layer.expert_word.items() for e, n in enumerate(own.tolist()) if n
+            (word, e): n for word, own in layer.expert_token.items() for e, n in enumerate(own.tolist()) if n
         } == words
         assert layer.expert_class is None
-    assert "sky…" in found.layers[0].expert_word
-    assert sum(found.layers[0].expert_word["apple"]) == 2
+    assert "sky…" in found.layers[0].expert_token
+    assert sum(found.layers[0].expert_token["apple"]) == 2
 
 
 @pytest.mark.parametrize("captions", [False, True])
@@ -174,8 +175,8 @@ def test_batches_make_no_difference_where_nothing_is_dropped(limoe, captions):
                 assert (ours.kept[modality] == theirs.kept[modality]).all()
                 np.testing.assert_allclose(ours.importance[modality], theirs.importance[modality], rtol=1e-6)
             assert (ours.expert_class == theirs.expert_class).all()
-            assert {word: own.tolist() for word, own in ours.expert_word.items()} == {
-                word: own.tolist() for word, own in theirs.expert_word.items()
+            assert {word: own.tolist() for word, own in ours.expert_token.items()} == {
+                word: own.tolist() for word, own in theirs.expert_token.items()
             }
             for one, two in zip(ours.typical_patches, theirs.typical_patches, strict=True):
                 assert [(p.sample, p.row, p.column) for p in one] == [(p.sample, p.row, p.column) for p in two]
@@ -236,15 +237,15 @@ def test_bad_samples_are_skipped_and_counted(classifier):
 
 def test_without_captions_the_class_names_are_the_words(limoe):
     found = gather_statistics(limoe, Pictures(), templates=["{}", "a {}"])
-    assert found.words_from == "class names"
+    assert found.texts_from == "class names"
     layer = found.layers[0]
-    assert layer.expert_word["red"].sum() == 2
-    assert layer.expert_word["a"].sum() == 3
+    assert layer.expert_token["red"].sum() == 2
+    assert layer.expert_token["a"].sum() == 3
     assert layer.expert_class.sum() == layer.kept["image"].sum() == NUM * 16
     assert found.samples[0].text == []
     assert {name for name, _ in found.samples[0].top_classes} == set(CLASSES)
     bare = gather_statistics(limoe, Pictures(labels=False))
-    assert (bare.words_from, bare.modalities, bare.samples[0].top_classes) == (None, ["image"], [])
+    assert (bare.texts_from, bare.modalities, bare.samples[0].top_classes) == (None, ["image"], [])
 
 
 def test_pictures_are_spread_evenly_and_whole(limoe):
@@ -260,9 +261,9 @@ def test_pictures_are_spread_evenly_and_whole(limoe):
         assert sample.patches[1].expert.shape == (4, 4, 1)
         assert (sample.patches[1].expert.reshape(16, 1) == expert[index, :16]).all()
         real = int(text_mask(ids, limoe.tokenizer.eot_token_id)[index].sum())
-        assert len(sample.words) == real == len(sample.text[1].expert)
-        assert sample.words[0] == "<start_of_text>"
-        assert sample.words[-1] == "<end_of_text>"
+        assert len(sample.text_tokens) == real == len(sample.text[1].expert)
+        assert sample.text_tokens[0] == "<start_of_text>"
+        assert sample.text_tokens[-1] == "<end_of_text>"
         np.testing.assert_allclose(sample.text[1].weight, weight[index, 16 : 16 + real], rtol=1e-5)
         probabilities = [probability for _, probability in sample.top_classes]
         assert probabilities == sorted(probabilities, reverse=True)
@@ -324,7 +325,7 @@ def test_every_kind_of_routing(tmp_path, settings, name):
             assert 0 <= layer.entropy[modality] <= math.log(4) + 1e-9
         assert layer.expert_class.sum() == pytest.approx(layer.kept["image"].sum())
         if "text" in layer.tokens:
-            assert sum(own.sum() for own in layer.expert_word.values()) == pytest.approx(layer.kept["text"].sum())
+            assert sum(own.sum() for own in layer.expert_token.values()) == pytest.approx(layer.kept["text"].sum())
     assert found.samples[0].patches[0].expert.shape == (4, 4, K if found.layers[0].router == "top_k" else 4)
     assert sum(len(own) for own in found.layers[0].typical_patches) > 4
 
@@ -345,13 +346,13 @@ def test_two_towers_have_layers_of_one_modality_each(tmp_path):
     assert np.isnan(found.agreement["image"]).tolist() == [[False, True], [True, True]]
     assert np.isnan(found.agreement["text"]).tolist() == [[True, True], [True, False]]
     image, text = found.layers
-    assert not image.expert_word
+    assert not image.expert_token
     assert text.expert_class is None
     assert text.typical_patches == [[], [], []]
     sample = found.samples[0]
     assert sample.patches[1] is None
     assert sample.text[0] is None
-    assert sample.text[1].expert.shape == (len(sample.words), 1)
+    assert sample.text[1].expert.shape == (len(sample.text_tokens), 1)
 
 
 def test_upcycled_models_of_timm_and_open_clip(tmp_path):
@@ -373,7 +374,7 @@ def test_upcycled_models_of_timm_and_open_clip(tmp_path):
     found = gather_statistics(subject, Pictures(captions=True), batch_size=4)
     real = text_mask(subject.tokenizer(CAPTIONS), subject.tokenizer.eot_token_id).sum()
     assert found.layers[1].tokens == {"text": int(real)}  # its padding is routed, and not counted
-    assert "!" not in found.layers[1].expert_word
+    assert "!" not in found.layers[1].expert_token
     assert found.samples[0].patches[0].expert.shape[:2] == (4, 4)
 
 
@@ -404,14 +405,14 @@ def test_one_picture_is_routed_as_in_the_whole(limoe, classifier):
     dataset = Pictures(captions=True)
     whole = gather_statistics(limoe, dataset, num_images=NUM).samples[3]
     one = sample_routing(limoe, dataset.images[3], CAPTIONS[3], class_names=CLASSES)
-    assert one.words == whole.words
+    assert one.text_tokens == whole.text_tokens
     assert one.caption == CAPTIONS[3]
     for ours, theirs in zip([*one.patches, *one.text], [*whole.patches, *whole.text], strict=True):
         assert (ours.expert == theirs.expert).all()
         np.testing.assert_allclose(ours.weight, theirs.weight, rtol=1e-5)
     assert one.top_classes[0] == (whole.top_classes[0][0], pytest.approx(whole.top_classes[0][1], rel=1e-4))
     alone = sample_routing(limoe, dataset.images[3])
-    assert (alone.text, alone.words, alone.top_classes) == ([], [], [])
+    assert (alone.text, alone.text_tokens, alone.top_classes) == ([], [], [])
     assert sample_routing(classifier, dataset.images[3]).top_classes[0][0].startswith("class ")
     with pytest.raises(ValueError, match="a run holds a classifier, which reads no text"):
         sample_routing(classifier, dataset.images[3], "red")
@@ -442,10 +443,10 @@ def test_words_are_read_back_by_any_tokenizer():
     class Wrapper:
         tokenizer = OfHuggingFace()
 
-    assert word_decoder(OfHuggingFace())([0, 1, 2]) == ["[CLS]", "apple", "##s"]
-    assert word_decoder(Wrapper())([1]) == ["apple"]
+    assert token_decoder(OfHuggingFace())([0, 1, 2]) == ["[CLS]", "apple", "##s"]
+    assert token_decoder(Wrapper())([1]) == ["apple"]
     with pytest.raises(ValueError, match=r"has no decode\(\)"):
-        word_decoder(object())
+        token_decoder(object())
 
 
 def test_no_typical_patches(limoe):

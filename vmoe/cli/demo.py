@@ -74,14 +74,9 @@ class DemoConfig:
 
 @safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command until Ctrl-C, which ends the server; returns the exit code: 0, 1 for an error, 2 for a wrong
-    setting, 130 for Ctrl-C before the server runs.
-
-    An error is one sentence; set VMOE_TRACEBACK=1 to see where it comes from.
-    """
-    config = parse_config(
-        DemoConfig, argv, prog="vmoe-demo", description="A page in the browser to try a model and see its routing."
-    )
+    """Runs the command until Ctrl-C, which ends the server; returns its exit code, see `exit_code`."""
+    description = "A page in the browser to try a model and see its routing."
+    config = parse_config(DemoConfig, argv, prog="vmoe-demo", description=description)
 
     def serve() -> None:
         _gradio()  # before the model is loaded, which takes longer
@@ -100,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def launch(app: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None, share: bool = False) -> str:
-    """Starts the server in a thread and prints its address; it serves the page, its own temporary files, nothing else.
+    """Starts the server in a thread; it serves the page, its own temporary files, nothing else.
 
     Args:
         app: from `build_app`; `app.close()` ends the server.
@@ -109,7 +104,7 @@ def launch(app: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None,
         share: also through a public link of Gradio's.
 
     Returns:
-        The page's address.
+        The page's address, which is printed too.
 
     Raises:
         OSError: the port is taken, or the address is not this machine's.
@@ -125,9 +120,8 @@ def launch(app: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None,
         socket.create_server((host, port or 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
         reason = str(error.strerror).partition(" (while")[0]
-        raise OSError(
-            f"cannot listen on {host}, port {port or 'any'} ({reason}): choose another --port or --host"
-        ) from error
+        where = f"{host}, port {port or 'any'}"
+        raise OSError(f"cannot listen on {where} ({reason}): choose another --port or --host") from error
     off = dict.fromkeys(("inbrowser", "run_history", "ssr_mode", "mcp_server", "enable_monitoring"), False)
     files = {"allowed_paths": [], "max_file_size": MAX_UPLOAD}
     look = {"theme": theme, "css": CSS + TABLE_CSS, "footer_links": []}
@@ -138,7 +132,7 @@ def launch(app: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None,
 
 
 def build_app(
-    subject: LoadedModel, templates: Sequence[str | Callable[[str], str]] | str | None = None
+    subject: LoadedModel, templates: Sequence[Callable[[str], str] | str] | str | None = None
 ) -> gradio.Blocks:
     """The page for a model.
 
@@ -185,24 +179,20 @@ def build_app(
             raise ValueError("There is nothing to show, or it is no longer kept: press Classify.")
         if not layers:
             return None, None, None, None
+        loads, drawn, patch, tokens = {}, None, "<p>This layer sees text only.</p>", ([], {})
         patches = found.sample.patches[layer]
-        words, text = [], None
-        if has_text and label is not None:
-            words, by_layer = logic.route_words(subject, logic.prompt(label, templates))
-            text = by_layer.get(layers[layer].name)
-        drawn, patch = None, "<p>This layer sees text only.</p>"
         if patches is not None:
             if row is None or column is None:
                 raise ValueError("Give both a row and a column.")
             patch = logic.patch_html(row, column, logic.patch_experts(patches, row, column))
             drawn = logic.draw_map(found.sample.image, patches, layers[layer].num_experts, (row, column))
-        pieces, colours = logic.colour_words(words, text) if text else ([], {})
-        loads = {
-            name: logic.expert_loads(layers[layer], routing)
-            for name, routing in (("patches", patches), ("words", text))
-            if routing is not None
-        }
-        return drawn, patch, gr.HighlightedText(value=pieces, color_map=colours), logic.loads_html(loads)
+            loads["patches"] = logic.expert_loads(layers[layer], patches)
+        if has_text and label is not None:
+            texts, by_layer = logic.route_text(subject, label, templates)
+            if text := by_layer.get(layers[layer].name):
+                tokens = logic.colour_tokens(texts, text)
+                loads["text tokens"] = logic.expert_loads(layers[layer], text)
+        return drawn, patch, gr.HighlightedText(value=tokens[0], color_map=tokens[1]), logic.loads_html(loads)
 
     with gr.Blocks(title="vmoe: what the experts do", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)) as app:
         gr.Markdown(f"# What the experts do\n{_introduction(subject, layers)}")
@@ -250,21 +240,20 @@ def build_app(
                             patch = gr.HTML(padding=False)
                     with gr.Row(visible=has_text):
                         name = gr.Dropdown(label="Label", scale=2, min_width=200)
-                        words = gr.HighlightedText(label="Experts of the label's text tokens", scale=3, min_width=320)
+                        text_tokens = gr.HighlightedText(
+                            label="Experts of the label's text tokens", scale=3, min_width=320
+                        )
                     loads = gr.HTML(padding=False)
 
-        seen = [routing_map, patch, words, loads]
+        seen = [routing_map, patch, text_tokens, loads]
         private = {"api_visibility": "private", "trigger_mode": "always_last"}
-        press = {
-            "inputs": [image, labels, layer, row, column],
-            "outputs": [found, probabilities, routing, name, *seen],
-        }
-        gr.on([button.click, labels.submit], classify, **press, **private, show_progress_on=probabilities)
-        gr.on(
-            [layer.input, row.input, column.input, name.input],
-            answering(view), [found, layer, row, column, name], seen, **private, show_progress="hidden",
-        )  # fmt: skip
-        routing_map.select(show_clicked, [found, layer, name], [row, column, *seen], **private, show_progress="hidden")
+        quick = {**private, "show_progress": "hidden"}
+        inputs = [image, labels, layer, row, column]
+        outputs = [found, probabilities, routing, name, *seen]
+        gr.on([button.click, labels.submit], classify, inputs, outputs, **private, show_progress_on=probabilities)
+        changes = [layer.input, row.input, column.input, name.input]
+        gr.on(changes, answering(view), [found, layer, row, column, name], seen, **quick)
+        routing_map.select(show_clicked, [found, layer, name], [row, column, *seen], **quick)
     return app
 
 
@@ -304,8 +293,6 @@ def _image_reader(gr: Any, exif_orientation: bool) -> Callable[[Any], Image.Imag
     def read(upload: Any) -> Image.Image | None:
         if upload is None:
             return None
-        if not upload.path:
-            raise _message(gr, "The image did not reach the server as a file: drop it once more.")
         try:
             return load_image(upload.path, reading=Reading(exif_orientation))
         except BadSample as error:
@@ -315,10 +302,8 @@ def _image_reader(gr: Any, exif_orientation: bool) -> Callable[[Any], Image.Imag
 
 
 def _introduction(subject: LoadedModel, layers: Sequence[Layer]) -> str:
-    what = "image and labels" if subject.tokenizer else "image"
-    routing = "the experts of its patches" + (" and of the labels' text tokens" if subject.tokenizer else "")
-    if not layers:
-        routing = "no experts, for this model has no sparse layer"
+    what, tokens = ("image and labels", " and of the labels' text tokens") if subject.tokenizer else ("image", "")
+    routing = f"the experts of its patches{tokens}" if layers else "no experts, for this model has no sparse layer"
     return f"Give an {what}: the model `{Path(subject.checkpoint).name}` shows probabilities and {routing}."
 
 
@@ -337,9 +322,8 @@ def _gradio() -> Any:
     try:
         return importlib.import_module("gradio")
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"the demo needs the package {error.name}: pip install -e '.[demo]' in a checkout"
-        ) from None
+        missing = f"the demo needs the package {error.name}: pip install -e '.[demo]' in a checkout"
+        raise ModuleNotFoundError(missing) from None
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""One pass of a model over images and texts, with its routing, under given routing settings.
+"""One pass of a model over images and texts, with its routing.
 
 Shapes, by suffix: B batch, T tokens of one modality, C classes, D width of the embeddings, H and W pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from vmoe.evaluation.classification import select_columns
 from vmoe.evaluation.loaded_model import LoadedModel
 from vmoe.evaluation.zero_shot import Template, encode_classes
 from vmoe.inspection.accumulate import ModalityTokens, split_modalities
@@ -44,33 +45,6 @@ def sparse_layers(subject: LoadedModel, required: bool = True) -> dict[str, Spar
             "(vmoe.upcycle makes one of it)"
         )
     return layers
-
-
-@contextmanager
-def routing_settings(
-    model: nn.Module, eval_capacity_factor: float | None, batch_priority: bool | None
-) -> Iterator[None]:
-    """Inside the block the sparse layers have these settings; None leaves one as it is.
-
-    Raises:
-        ConfigError: a capacity factor that is not above 0.
-    """
-    if eval_capacity_factor is not None and not eval_capacity_factor > 0:
-        raise ConfigError(f"eval_capacity_factor must be > 0, got {eval_capacity_factor}")
-    given = {} if batch_priority is None else {"batch_priority": batch_priority}
-    if eval_capacity_factor is not None:
-        given |= {"eval_capacity_factor": eval_capacity_factor, "capacity": None}  # a fixed one would override it
-    layers = [module for module in model.modules() if isinstance(module, SparseMoE)]
-    before = [{name: getattr(layer, name) for name in given} for layer in layers]
-    try:
-        for layer in layers:
-            for name, value in given.items():
-                setattr(layer, name, value)
-        yield
-    finally:
-        for layer, own in zip(layers, before, strict=True):
-            for name, value in own.items():
-                setattr(layer, name, value)
 
 
 def routed(
@@ -123,8 +97,8 @@ def likeliest_names(
     subject: LoadedModel,
     output_BD: Tensor,
     names: list[str] | None,
-    class_columns: list[list[int]] | None,
-    templates: Sequence[Template] | str | None,
+    class_columns: list[list[int]] | None = None,
+    templates: Sequence[Template] | str | None = None,
 ) -> list[list[tuple[int, str, float]]]:
     """For each image the `TOP_CLASSES` likeliest names: (index among the names, name, probability).
 
@@ -144,8 +118,7 @@ def likeliest_names(
         scale = subject.model.logit_scale.detach().float().exp()
         with torch.autocast(subject.device.type, enabled=False):  # similarities need more than 8 bits
             scores_BC = scale * F.normalize(scores_BC, dim=-1) @ weights_DC
-    elif class_columns is not None:
-        scores_BC = torch.stack([scores_BC[:, columns].amax(1) for columns in class_columns], dim=1)
+    scores_BC = select_columns(scores_BC, class_columns)
     if names is None:
         names = [f"class {c}" for c in range(scores_BC.shape[1])]
     if len(names) != scores_BC.shape[1]:
@@ -166,22 +139,16 @@ def patch_grid(model: nn.Module, num_tokens: int) -> tuple[int, int, int]:
         embed, expected = getattr(tower, "patch_embed", None), getattr(tower, "num_prefix_tokens", 0)
         if embed is None and hasattr(tower, "class_embedding"):  # open_clip's own vision transformer
             embed, expected = tower, 1
-        if embed is None:
-            continue
         rows, columns = getattr(embed, "grid_size", None) or (0, 0)
-        prefix = num_tokens - rows * columns
-        if prefix == expected:
-            return prefix, rows, columns
+        if embed is not None and num_tokens - rows * columns == expected:
+            return expected, rows, columns
     raise ValueError(f"cannot arrange {num_tokens} tokens on a grid of patches of {type(model).__name__}")
 
 
-def word_decoder(tokenizer: Any) -> Callable[[Sequence[int]], list[str]]:
-    """A function that writes each token id as text, by the tokenizer's own decoding.
+def token_decoder(tokenizer: Any) -> Callable[[Sequence[int]], list[str]]:
+    """A function that writes each token id as text, by the decoding of open_clip's or Hugging Face's tokenizer.
 
-    A piece of open_clip's tokenizer that does not end its word gets an ellipsis ("sky…", "scrap…", "ers").
-
-    Args:
-        tokenizer: one of open_clip's, or one of Hugging Face's.
+    A token of open_clip's tokenizer that does not end its word gets an ellipsis ("sky…", "scrap…", "ers").
 
     Raises:
         ValueError: the tokenizer cannot decode.
@@ -191,17 +158,11 @@ def word_decoder(tokenizer: Any) -> Callable[[Sequence[int]], list[str]]:
         raise ValueError(f"{type(tokenizer).__name__} has no decode(): the text tokens cannot be named")
     special = set(getattr(inner, "all_special_ids", ()))
     symbols = getattr(inner, "decoder", None)  # of open_clip's own tokenizer: {id: symbol}
-    known: dict[int, str] = {}
 
+    @cache
     def name(token: int) -> str:
         text = inner.decode([token]).strip() or f"token {token}"
         goes_on = token not in special and isinstance(symbols, dict) and not symbols[token].endswith("</w>")
         return f"{text}…" if goes_on else text
 
-    def decode(tokens: Sequence[int]) -> list[str]:
-        for token in tokens:
-            if token not in known:
-                known[token] = name(token)
-        return [known[token] for token in tokens]
-
-    return decode
+    return lambda tokens: [name(token) for token in tokens]

@@ -10,7 +10,6 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-MODALITY_COLOURS = {"patches": "#0072B2", "words": "#D55E00"}  # also told apart by the shape of the points
 LABEL_LIMIT = 260  # pixels of a class's name; the page shortens names that are longer
 FLAT = {"labelAngle": 0, "labelOverlap": True}
 
@@ -40,18 +39,11 @@ def chart_script() -> str:
 
 
 def chart_specifications() -> dict[str, dict[str, Any]]:
-    """{name: Vega-Lite specification}: "bars", "lines", "share_lines", "classes" and "agreement"."""
+    """{name: Vega-Lite specification}: "bars" and "classes"."""
     major = chart_library().get_vegalite_versions()[-1].partition(".")[0]
-    charts = {
-        "bars": _bars(),
-        "lines": _lines(".3~f", {}),
-        "share_lines": _lines(".1~%", {"domain": {"unionWith": [0, 0.05]}}),  # zeros alone have an axis too
-        "classes": _classes(),
-        "agreement": _agreement(),
-    }
-    fixed = {"$schema": f"https://vega.github.io/schema/vega-lite/v{major}.json", "data": {"name": "rows"},
-             "width": "container"}  # fmt: skip
-    return {name: {**fixed, **chart} for name, chart in charts.items()}
+    schema = f"https://vega.github.io/schema/vega-lite/v{major}.json"
+    fixed = {"$schema": schema, "data": {"name": "rows"}, "width": "container"}
+    return {"bars": {**fixed, **_bars()}, "classes": {**fixed, **_classes()}}
 
 
 def _field(name: str, kind: str = "nominal", title: str | None = None, **more: Any) -> dict[str, Any]:
@@ -76,21 +68,6 @@ def _bars() -> dict[str, Any]:
     return {"height": 170, "mark": {"type": "bar", "cornerRadius": 1}, "encoding": encoding}
 
 
-def _lines(number_format: str, scale: dict[str, Any]) -> dict[str, Any]:
-    """A value over the layers; rows: layer, modality, value, shown (the value as the tables show it)."""
-    names, colours = list(MODALITY_COLOURS), list(MODALITY_COLOURS.values())
-    encoding = {
-        "x": _field("layer", sort=None, axis=FLAT),
-        "y": _field("value", "quantitative", scale=scale, axis={"tickCount": 4, "format": number_format}),
-        "color": _field("modality", scale={"domain": names, "range": colours}),
-        "shape": _field("modality", scale={"domain": names, "range": ["circle", "square"]}),
-        "tooltip": _tooltip(layer="layer", modality="modality", shown="value"),
-        "description": _field("spoken"),
-    }
-    mark = {"type": "line", "point": {"size": 60, "filled": True}, "strokeWidth": 2}
-    return {"height": 150, "mark": mark, "encoding": encoding}
-
-
 def _classes() -> dict[str, Any]:
     """Experts by classes, as high as the page says; rows: row (its label), name, expert, share, shown, count."""
     legend = {"format": "%", "orient": "bottom", "gradientLength": 180, "titleLimit": 240, "tickCount": 4}
@@ -103,22 +80,3 @@ def _classes() -> dict[str, Any]:
     }
     # Thousands of cells; the table beside them has the same values.
     return {"mark": {"type": "rect", "aria": False}, "encoding": encoding}
-
-
-def _agreement() -> dict[str, Any]:
-    """Layers by layers, as high as the page says; rows: a, b, value (None: the two cannot be compared), shown."""
-    cells = {
-        "color": _field("value", "quantitative", scale={"scheme": "viridis", "domain": [0, 1]}, legend=None),
-        "tooltip": _tooltip(a="layer", b="layer", shown="agreement"),
-        "description": _field("spoken"),
-    }
-    text = {"type": "text", "aria": False, "fontSize": 11}
-    # viridis is light above the middle
-    ink = {"condition": {"test": "datum.value > 0.6", "value": "#000000"}, "value": "#ffffff"}
-    return {
-        "encoding": {"x": _field("a", sort=None, axis={**FLAT, "orient": "top"}), "y": _field("b", sort=None)},
-        "layer": [
-            {"mark": "rect", "encoding": cells},
-            {"mark": text, "encoding": {"text": _field("shown"), "color": ink}},
-        ],
-    }

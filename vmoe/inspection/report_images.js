@@ -1,29 +1,25 @@
-// The images with the routing of their patches and words in the chosen layer.
+// The images with the routing of their patches and text tokens in the chosen layer.
 
 const PAGE_SIZE = 24;
 const WEIGHT_STEPS = 10000;
 const KEPT_BIT = 1 << 15;
-const images = { page: 0, found: DATA.samples.map((_, index) => index) };
 const unpacked = new Map();
+let page = 0;
 
 // Typed arrays of a layer's routing, and where each sample's tokens begin; null if the layer never saw the modality.
 function routingOf(layerIndex, modality) {
   const key = `${layerIndex} ${modality}`;
-  if (!unpacked.has(key)) {
-    const layer = DATA.layers[layerIndex];
-    const packed = modality === "image" ? layer.patches : layer.text;
-    if (!packed) unpacked.set(key, null);
-    else {
-      const starts = [];
-      let start = 0;
-      for (const sample of DATA.samples) {
-        starts.push(start);
-        start += modality === "image" ? packed.grid[0] * packed.grid[1] : sample.words.length;
-      }
-      unpacked.set(key, { ...packed, starts, expert: unpack(packed.expert), weight: unpack(packed.weight) });
-    }
+  const packed = DATA.layers[layerIndex][modality === "image" ? "patches" : "text"];
+  if (packed && !unpacked.has(key)) {
+    let next = 0;
+    const starts = DATA.samples.map(({ text_tokens: tokens }) => {
+      const start = next;
+      next += modality === "image" ? packed.grid[0] * packed.grid[1] : tokens.length;
+      return start;
+    });
+    unpacked.set(key, { ...packed, starts, expert: unpack(packed.expert), weight: unpack(packed.weight) });
   }
-  return unpacked.get(key);
+  return unpacked.get(key) ?? null;
 }
 
 // The choices of a token, best first: {expert, weight, kept}.
@@ -31,7 +27,8 @@ function choicesOf(routing, sample, token) {
   const first = (routing.starts[sample] + token) * routing.shown;
   return Array.from({ length: routing.shown }, (_, choice) => {
     const weight = routing.weight[first + choice];
-    return { expert: routing.expert[first + choice], weight: (weight & (KEPT_BIT - 1)) / WEIGHT_STEPS, kept: weight >= KEPT_BIT };
+    const value = (weight & (KEPT_BIT - 1)) / WEIGHT_STEPS;
+    return { expert: routing.expert[first + choice], weight: value, kept: weight >= KEPT_BIT };
   });
 }
 
@@ -42,7 +39,8 @@ const tookIt = (choices, expert) => choices.some((choice) => choice.kept && choi
 function linesOf(choices) {
   const layer = DATA.layers[state.layer];
   if (layer.router === "top_k") {
-    return choices.map(({ expert, weight, kept }) => [expert, `weight ${asWeight(weight)}${kept ? "" : ", dropped: no room"}`]);
+    const fate = ({ kept }) => (kept ? "" : ", dropped: no capacity");
+    return choices.map((choice) => [choice.expert, `weight ${asWeight(choice.weight)}${fate(choice)}`]);
   }
   const taken = choices.filter(({ kept }) => kept).map(({ expert, weight }) => [expert, `weight ${asWeight(weight)}`]);
   if (!taken.length) return [[null, "taken by no expert"]];
@@ -52,6 +50,11 @@ function linesOf(choices) {
 }
 
 // ---- the map of an image ----
+
+// A map is drawn when its size is known, and again when it changes.
+const resized = new ResizeObserver((entries) => {
+  for (const { target } of entries) drawMap(target, Number(target.dataset.sample));
+});
 
 function drawMap(canvas, sample, cursor = null) {
   const routing = routingOf(state.layer, "image");
@@ -140,8 +143,8 @@ function makeMap(sample, name) {
   const underPointer = (event) => {
     const box = canvas.getBoundingClientRect();
     const within = (value, size) => Math.max(0, Math.min(size - 1, Math.floor(value * size)));
-    const [row, column] = [within((event.clientY - box.top) / box.height, rows), within((event.clientX - box.left) / box.width, columns)];
-    point(row * columns + column, false);
+    const row = within((event.clientY - box.top) / box.height, rows);
+    point(row * columns + within((event.clientX - box.left) / box.width, columns), false);
   };
   canvas.addEventListener("pointermove", underPointer);
   canvas.addEventListener("pointerdown", underPointer);
@@ -149,61 +152,55 @@ function makeMap(sample, name) {
   canvas.addEventListener("focus", () => canvas.matches(":focus-visible") && point(cursor, true));
   canvas.addEventListener("blur", leave);
   canvas.addEventListener("keydown", (event) => {
-    const [row, column] = [Math.floor(cursor / columns), cursor % columns];
-    const targets = {
-      ArrowLeft: [row, column - 1],
-      ArrowRight: [row, column + 1],
-      ArrowUp: [row - 1, column],
-      ArrowDown: [row + 1, column],
-      Home: [row, 0],
-      End: [row, columns - 1],
-    };
-    const target = targets[event.key];
-    if (!target) return;
+    const [down, right] = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key] ?? [];
+    if (down === undefined) return;
     event.preventDefault();
-    const [newRow, newColumn] = [Math.max(0, Math.min(rows - 1, target[0])), Math.max(0, Math.min(columns - 1, target[1]))];
-    point(newRow * columns + newColumn, true);
+    const row = Math.max(0, Math.min(rows - 1, Math.floor(cursor / columns) + down));
+    const column = Math.max(0, Math.min(columns - 1, (cursor % columns) + right));
+    point(row * columns + column, true);
   });
-  whenSeen(canvas, () => drawMap(canvas, sample));
+  resized.observe(canvas);
   return canvas;
 }
 
-// ---- the words of a caption ----
+// ---- the tokens of a caption ----
 
-function makeWords(sample) {
+function makeTokens(sample) {
   const routing = routingOf(state.layer, "text");
-  const { words } = DATA.samples[sample];
-  if (!routing) return make("p", {}, "This layer sees no words.");
-  const buttons = words.map((word, index) => {
+  if (!routing) return make("p", {}, "This layer sees no texts.");
+  const buttons = DATA.samples[sample].text_tokens.map((token, index) => {
     const choices = choicesOf(routing, sample, index);
     const expert = state.expert !== null && tookIt(choices, state.expert) ? state.expert : takenBy(choices);
     const lines = linesOf(choices);
     const colour = expert === null ? DATA.dropped : colourOf(expert);
     const dim = state.expert !== null && expert !== null && expert !== state.expert;
+    const look = `${dim ? "dim" : ""} ${expert === null ? "lost" : ""}`.trim();
     const button = make(
       "button",
-      { type: "button", class: `${dim ? "dim" : ""} ${expert === null ? "lost" : ""}`.trim(), style: { background: colour, color: inkOn(colour) } },
-      word,
+      { type: "button", class: look, style: { background: colour, color: inkOn(colour) } },
+      token,
       make("span", { class: "number", "aria-hidden": "true" }, expert === null ? "–" : String(expert)),
       make("span", { class: "unseen" }, ` ${sentence("", lines).slice(2)}`),
     );
-    if (expert !== null) button.addEventListener("click", () => choose({ expert: state.expert === expert ? null : expert }));
-    return explain(button, word, lines);
+    if (expert !== null) button.addEventListener("click", () => toggleExpert(expert));
+    return explain(button, token, lines);
   });
-  return rove(make("ul", { class: "chips", "aria-label": "Words of the caption" }, ...buttons.map((button) => make("li", {}, button))), buttons);
+  const items = buttons.map((button) => make("li", {}, button));
+  return rove(make("ul", { class: "chips", "aria-label": "Text tokens of the caption" }, ...items), buttons);
 }
 
 // The model's likeliest names of the image; the right one is marked.
 function makeNames(top, rightIndex) {
   const items = top.map(([name, share], index) => {
     const right = index === rightIndex;
-    return make("li", { class: right ? "right" : null }, make("span", {}, name, right ? " ✓" : "", right ? make("span", { class: "unseen" }, " right") : null), make("span", {}, asShare(share)));
+    const mark = right ? [" ✓", make("span", { class: "unseen" }, " right")] : [];
+    return make("li", { class: right ? "right" : null }, make("span", {}, name, ...mark), make("span", {}, asShare(share)));
   });
   return make("ol", { class: "names", "aria-label": "The model's likeliest names" }, ...items);
 }
 
 function makeCard(sample) {
-  const { path, class: label, words, top, right, source } = DATA.samples[sample];
+  const { path, class: label, text_tokens: tokens, top, right, source } = DATA.samples[sample];
   const name = label ?? path.split("/").pop();
   const maps = routingOf(state.layer, "image");
   const pair = make("div", { class: "pair" }, make("img", { src: source, alt: `The image ${path}` }));
@@ -215,74 +212,46 @@ function makeCard(sample) {
     pair,
     make("div", {}, make("h3", {}, name), make("p", {}, path)),
     top.length ? makeNames(top.slice(0, 3), right) : null,
-    words.length ? makeWords(sample) : null,
+    tokens.length ? makeTokens(sample) : null,
   );
 }
 
 // ---- which images ----
 
-function countPatches(sample, wanted) {
-  const routing = routingOf(state.layer, "image");
-  let count = 0;
-  for (let token = 0; token < routing.grid[0] * routing.grid[1]; token++) count += wanted(choicesOf(routing, sample, token));
-  return count;
-}
-
 function findImages() {
   const wanted = byId("find").value.trim().toLowerCase();
-  const order = byId("order").value;
-  const texts = ({ path, class: label, caption, top }) => [path, label, caption, top[0]?.[0]].filter(Boolean).join("\n").toLowerCase();
-  images.found = DATA.samples.map((_, index) => index).filter((index) => texts(DATA.samples[index]).includes(wanted));
-  if (order === "data" || !routingOf(state.layer, "image") || (order === "expert" && state.expert === null)) return;
-  const test = order === "dropped" ? (choices) => takenBy(choices) === null : (choices) => tookIt(choices, state.expert);
-  const counts = new Map(images.found.map((sample) => [sample, countPatches(sample, test)]));
-  images.found.sort((a, b) => counts.get(b) - counts.get(a) || a - b);
+  const text = ({ path, class: label, caption, top }) => [path, label, caption, top[0]?.[0]].filter(Boolean).join("\n");
+  return range(DATA.samples.length).filter((index) => text(DATA.samples[index]).toLowerCase().includes(wanted));
 }
 
 function drawImages() {
   hideTip();
-  byId("order").options[1].disabled = state.expert === null;
-  if (state.expert === null && byId("order").value === "expert") byId("order").value = "data";
-  findImages();
-  const pages = Math.max(1, Math.ceil(images.found.length / PAGE_SIZE));
-  images.page = Math.max(0, Math.min(pages - 1, images.page));
-  const first = images.page * PAGE_SIZE;
-  const shown = images.found.slice(first, first + PAGE_SIZE);
-  const number = images.found.length;
-  byId("page").textContent = number ? `page ${images.page + 1} of ${pages}, ${number} image${number === 1 ? "" : "s"}` : "none found";
-  byId("previous").disabled = images.page === 0;
-  byId("next").disabled = images.page >= pages - 1;
+  const found = findImages();
+  const pages = Math.max(1, Math.ceil(found.length / PAGE_SIZE));
+  page = Math.max(0, Math.min(pages - 1, page));
+  const number = `${found.length} image${found.length === 1 ? "" : "s"}`;
+  byId("page").textContent = found.length ? `page ${page + 1} of ${pages}, ${number}` : "none found";
+  byId("previous").disabled = page === 0;
+  byId("next").disabled = page >= pages - 1;
   const columns = routingOf(state.layer, "image")?.grid[1] ?? 0;
   const cards = byId("cards");
   // A map needs some 16 pixels a patch for its numbers.
   cards.style.setProperty("--card", `${Math.max(296, Math.min(600, 2 * 16 * columns + 40))}px`);
-  for (const canvas of cards.querySelectorAll("canvas")) waiting.delete(canvas);
-  cards.replaceChildren(...shown.map(makeCard));
+  cards.replaceChildren(...found.slice(page * PAGE_SIZE, (page + 1) * PAGE_SIZE).map(makeCard));
 }
 
 function startImages() {
   byId("find").addEventListener("input", () => {
-    images.page = 0;
-    drawImages();
-  });
-  byId("order").addEventListener("change", () => {
-    images.page = 0;
+    page = 0;
     drawImages();
   });
   for (const [id, step] of [["previous", -1], ["next", 1]]) {
     byId(id).addEventListener("click", () => {
-      images.page += step;
+      page += step;
       drawImages();
       // A button that is switched off loses the focus to the whole page.
       if (byId(id).disabled) byId(step > 0 ? "previous" : "next").focus();
       byId("images").scrollIntoView();
     });
   }
-  let timer = null;
-  window.addEventListener("resize", () => {
-    clearTimeout(timer);
-    timer = setTimeout(() => {
-      for (const canvas of document.querySelectorAll(".map canvas")) whenSeen(canvas, () => drawMap(canvas, Number(canvas.dataset.sample)));
-    }, 150);
-  });
 }

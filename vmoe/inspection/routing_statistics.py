@@ -6,7 +6,7 @@ slots choose), C classes, D width of the embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from vmoe.data import ImageDataset, eval_loader
 from vmoe.data.config import LoaderConfig
 from vmoe.data.images import to_rgb
-from vmoe.evaluation.inference import evaluating
+from vmoe.evaluation.inference import changed, evaluating
 from vmoe.evaluation.loaded_model import LoadedModel, weights_fingerprint
 from vmoe.evaluation.results_file import Progress, library_versions
 from vmoe.evaluation.zero_shot import Template, resolve_templates
@@ -27,14 +27,14 @@ from vmoe.inspection.forward import (
     likeliest_names,
     patch_grid,
     routed,
-    routing_settings,
     shown_pixels,
     sparse_layers,
-    word_decoder,
+    token_decoder,
 )
-from vmoe.inspection.results import LayerStatistics, RoutingStatistics, SampleRouting, TokenRouting, TypicalPatch
+from vmoe.inspection.results import RoutingStatistics, SampleRouting, TokenRouting
 from vmoe.models.text import text_mask
 from vmoe.moe import SparseMoE
+from vmoe.utils.config import ConfigError
 
 
 def gather_statistics(
@@ -66,13 +66,12 @@ def gather_statistics(
         batch_size: images per forward pass.
         num_workers: processes that read images.
         on_bad: "fail" at the first unreadable image, or "skip" and count them.
-        num_images: samples to keep, evenly spread over the data.
+        num_images: samples to keep, evenly spaced in the data.
         num_patches: typical patches to keep for each expert.
         templates: prompts of class names, see `vmoe.evaluation.zero_shot.resolve_templates`.
-        eval_capacity_factor: capacity of the experts in this call, to see what is dropped with the capacity of
-            training; None: as the model is set.
-        batch_priority: whether important tokens go first, for this call; None: as the model is set.
-        data: the data set in a few words; None: the name of its class.
+        eval_capacity_factor, batch_priority: of all sparse layers in this call, to see what is dropped with the
+            capacity of training; None: as the model is set.
+        data: the data set in short; None: the name of its class.
         console: shows a progress bar; None: none.
 
     Raises:
@@ -81,31 +80,35 @@ def gather_statistics(
     """
     if num_images < 0 or num_patches < 0:
         raise ValueError(f"num_images and num_patches must be >= 0, got {num_images} and {num_patches}")
-    gatherer = _Gatherer(subject, dataset, num_patches)
-    captions = subject.tokenizer is not None and dataset.has_captions
-    fingerprint = dataset.fingerprint()
+    settings = {} if batch_priority is None else {"batch_priority": batch_priority}
+    if eval_capacity_factor is not None:
+        if not eval_capacity_factor > 0:
+            raise ConfigError(f"eval_capacity_factor must be > 0, got {eval_capacity_factor}")
+        settings |= {"eval_capacity_factor": eval_capacity_factor, "capacity": None}  # a fixed one would override it
+    tokenizer = subject.tokenizer if dataset.has_captions else None
+    names = dataset.prompt_names or dataset.classes
+    texts_from = "captions" if tokenizer is not None else None
     loader_config = LoaderConfig(batch_size=batch_size, num_workers=num_workers, on_bad=on_bad)
-    tokenizer = subject.tokenizer if captions else None
     loader = eval_loader(dataset, subject.transform, tokenizer, loader_config, subject.device)
     wanted = np.linspace(0, len(dataset) - 1, min(num_images, len(dataset))).round().astype(int).tolist()
     with (
-        routing_settings(subject.model, eval_capacity_factor, batch_priority),
+        changed(sparse_layers(subject).values(), **settings),
         evaluating(subject.model, subject.device, subject.precision),
     ):
+        gatherer = _Gatherer(subject, dataset, num_patches)
         for batch in loader if console is None else Progress(loader, "routing", console):
             gatherer.add_batch(batch, wanted)
         if not gatherer.num_samples:
             raise ValueError("no image was read: the data set is empty or none of its images is readable")
-        words_from = "captions" if captions else None
-        names = dataset.prompt_names or dataset.classes
-        if subject.tokenizer is not None and not captions and names is not None:
-            words_from = "class names"
+        if subject.tokenizer is not None and tokenizer is None and names is not None:
+            texts_from = "class names"
             prompts = resolve_templates(templates)
-            texts = [t(name) if callable(t) else t.replace("{}", name) for name in names for t in prompts]
+            texts = [prompt(name) for name in names for prompt in prompts]
             for start in range(0, len(texts), batch_size):
-                gatherer.add_texts(texts[start : start + batch_size])
+                gatherer.add_texts(subject.tokenizer(texts[start : start + batch_size]))
         gatherer.name_images(templates)
-        layers = [gatherer.layer_statistics(name) for name in gatherer.layers]
+        decode = token_decoder(subject.tokenizer) if subject.tokenizer is not None else None
+        layers = [sums.finish(decode) for sums in gatherer.sums.values()]
     return RoutingStatistics(
         layers=layers,
         agreement=gatherer.agreement.matrices(),
@@ -115,11 +118,11 @@ def gather_statistics(
         num_skipped=loader.num_skipped,
         samples=list(gatherer.samples.values()),
         sample_index=list(gatherer.samples),
-        words_from=words_from,
+        texts_from=texts_from,
         checkpoint=subject.checkpoint,
         weights_fingerprint=weights_fingerprint(subject.weights),
         data=type(dataset).__name__ if data is None else data,
-        data_fingerprint=fingerprint,
+        data_fingerprint=dataset.fingerprint(),
         versions=library_versions(),
     )
 
@@ -173,29 +176,29 @@ def route_images(
         if names is None and subject.tokenizer is None:
             names = checkpoint_classes(subject)
         if names is not None or subject.tokenizer is None:
-            tops = likeliest_names(subject, output_BD, names, None, templates)
-            for sample, top in zip(found, tops, strict=True):
-                _name(sample, top, class_names is not None)
+            tops = likeliest_names(subject, output_BD, names, templates=templates)
+            _name(found, tops, class_names is not None)
     for sample, text in zip(found, texts or [], strict=bool(texts)):
         sample.caption = text
     return layers, found
 
 
-def _name(sample: SampleRouting, top: list[tuple[int, str, float]], are_labels: bool) -> None:
-    sample.top_classes = [(name, value) for _, name, value in top]
-    sample.top_labels = [c for c, _, _ in top] if are_labels else []
+def _name(samples: Iterable[SampleRouting], tops: list[list[tuple[int, str, float]]], are_labels: bool) -> None:
+    for sample, top in zip(samples, tops, strict=True):
+        sample.top_classes = [(name, value) for _, name, value in top]
+        sample.top_labels = [c for c, _, _ in top] if are_labels else []
 
 
 def _sample(
     subject: LoadedModel,
-    layers: dict[str, SparseMoE],
+    layers: Iterable[str],
     tokens: dict[str, dict[str, ModalityTokens]],
     b: int,
     pixels: np.ndarray,
     ids_BT: Tensor | None,
 ) -> SampleRouting:
     """Row `b` of a batch; path, label, caption and names are left open."""
-    words, text, patches = [], [], []
+    text_tokens, text, patches = [], [], []
     images, captions = tokens.get("image", {}), tokens.get("text", {})
     if ids_BT is not None:
         end = getattr(subject.tokenizer, "eot_token_id", None)
@@ -203,48 +206,34 @@ def _sample(
             real_T = next(iter(captions.values())).real_BT[b]
         else:  # the sparse layers see no text
             real_T = (ids_BT[b] != 0 if end is None else text_mask(ids_BT[b : b + 1], end)[0]).cpu().numpy()
-        words = word_decoder(subject.tokenizer)(ids_BT[b][torch.from_numpy(real_T)].tolist())
-        text = [token_routing(captions[name], b, real_T) if name in captions else None for name in layers]
+        text_tokens = token_decoder(subject.tokenizer)(ids_BT[b][torch.from_numpy(real_T)].tolist())
+        text = [captions[name].routing(b, real_T) if name in captions else None for name in layers]
     for name in layers:
-        if name not in images:
-            patches.append(None)
-            continue
-        prefix, rows, columns = patch_grid(subject.model, images[name].real_BT.shape[1])
-        flat = token_routing(images[name], b, slice(prefix, None))
-        arrays = (flat.expert, flat.weight, flat.kept)
-        patches.append(TokenRouting(*(array.reshape(rows, columns, -1) for array in arrays)))
-    return SampleRouting(pixels.copy(), "", None, None, words, patches, text, [])
-
-
-def token_routing(tokens: ModalityTokens, b: int, positions) -> TokenRouting:
-    """The routing of some tokens of row `b`."""
-    return TokenRouting(*(array[b][positions] for array in (tokens.expert_BTK, tokens.weight_BTK, tokens.kept_BTK)))
+        patches.append(None)
+        if name in images:
+            prefix, *grid = patch_grid(subject.model, images[name].real_BT.shape[1])
+            flat = images[name].routing(b, slice(prefix, None))
+            arrays = (flat.expert, flat.weight, flat.kept)
+            patches[-1] = TokenRouting(*(array.reshape(*grid, -1) for array in arrays))
+    return SampleRouting(pixels.copy(), "", None, None, text_tokens, patches, text, [])
 
 
 class _Gatherer:
-    """Streams batches through a model and keeps what `RoutingStatistics` needs.
-
-    Attributes:
-        layers: {name: sparse layer}.
-        sums: {layer name: running sums}.
-        agreement: of all pairs of layers.
-        num_samples: images read so far.
-        samples: {index in the data set: an image that is kept}.
-    """
+    """Streams batches through a model and keeps what `RoutingStatistics` needs."""
 
     def __init__(self, subject: LoadedModel, dataset: ImageDataset, num_patches: int) -> None:
         self.subject, self.dataset = subject, dataset
-        self.layers = sparse_layers(subject)
+        layers = sparse_layers(subject)
         num_classes = None if dataset.classes is None else len(dataset.classes)
-        self.sums = {name: LayerSums(layer, num_classes, num_patches) for name, layer in self.layers.items()}
-        self.agreement = Agreement({name: layer.num_experts for name, layer in self.layers.items()})
+        self.sums = {name: LayerSums(name, layer, num_classes, num_patches) for name, layer in layers.items()}
+        self.agreement = Agreement({name: layer.num_experts for name, layer in layers.items()})
         self.num_samples = 0
-        self.samples: dict[int, SampleRouting] = {}
+        self.samples: dict[int, SampleRouting] = {}  # by their index in the data set
         ids = dataset.image_ids or range(len(dataset))
-        first = {own: index for index, own in reversed(list(enumerate(ids)))}
+        first = dict(zip(reversed(ids), reversed(range(len(dataset)))))
         self._first = np.zeros(len(dataset), bool)  # not another caption of an earlier image
         self._first[list(first.values())] = True
-        self._outputs: dict[int, Tensor] = {}
+        self._outputs: list[Tensor] = []
 
     def add_batch(self, batch: dict[str, Tensor], wanted: list[int]) -> None:
         """Runs a batch of the loader; images whose indices are in `wanted` are kept."""
@@ -253,34 +242,30 @@ class _Gatherer:
         self.num_samples += len(index_B)
         pixels_BHWC = shown_pixels(self.subject, batch["image"])
         for name, own in tokens.get("image", {}).items():
-            sums = self.sums[name]
-            done_BTE = sums.add("image", own)
-            if "label" in batch and sums.expert_class is not None:
-                sums.add_classes(done_BTE, batch["label"].cpu().numpy())
+            done_BTE = self.sums[name].add("image", own)
+            if "label" in batch and self.dataset.classes is not None:
+                self.sums[name].add_classes(done_BTE, batch["label"].cpu().numpy())
             prefix, *grid = patch_grid(self.subject.model, own.real_BT.shape[1])
             done_BPE = done_BTE[:, prefix:] * self._first[index_B][:, None, None]
-            sums.add_patches(done_BPE, own.gate_BTE[:, prefix:], grid, index_B, pixels_BHWC)
+            self.sums[name].add_patches(done_BPE, own.gate_BTE[:, prefix:], grid, index_B, pixels_BHWC)
         if "image" in tokens:
             self.agreement.add("image", tokens["image"])
-        self._add_words(tokens.get("text", {}), batch.get("text"))
+        self._add_text(tokens.get("text", {}), batch.get("text"))
         for b in np.flatnonzero(np.isin(index_B, wanted)).tolist():
-            index = int(index_B[b])
-            sample = _sample(self.subject, self.layers, tokens, b, pixels_BHWC[b], batch.get("text"))
-            raw = self.dataset[index]
+            sample = _sample(self.subject, self.sums, tokens, b, pixels_BHWC[b], batch.get("text"))
+            raw = self.dataset[int(index_B[b])]
             sample.path, sample.label, sample.caption = raw.path, raw.label, raw.caption
-            self.samples[index] = sample
-            self._outputs[index] = output_BD[b].float().cpu()
+            self.samples[int(index_B[b])] = sample
+            self._outputs.append(output_BD[b].float())
 
-    def add_texts(self, texts: list[str]) -> None:
+    def add_texts(self, ids_BT: Tensor) -> None:
         """Runs texts without images."""
-        ids_BT = self.subject.tokenizer(texts)
-        tokens, _ = routed(self.subject, None, ids_BT)
-        self._add_words(tokens.get("text", {}), ids_BT)
+        self._add_text(routed(self.subject, None, ids_BT)[0].get("text", {}), ids_BT)
 
-    def _add_words(self, layers: dict[str, ModalityTokens], ids_BT: Tensor | None) -> None:
+    def _add_text(self, layers: dict[str, ModalityTokens], ids_BT: Tensor | None) -> None:
         for name, own in layers.items():
             done_BTE = self.sums[name].add("text", own)
-            self.sums[name].add_words(done_BTE, own.real_BT, ids_BT.cpu().numpy())
+            self.sums[name].add_text_tokens(done_BTE, own.real_BT, ids_BT.cpu().numpy())
         if layers:
             self.agreement.add("text", layers)
 
@@ -292,51 +277,17 @@ class _Gatherer:
         """
         if not self.samples:
             return
-        names, columns = self.dataset.classes, self.dataset.class_columns
+        output_BD, classes = torch.stack(self._outputs), self.dataset.classes
+        names, columns = classes, self.dataset.class_columns
         if self.subject.tokenizer is not None:
             captions = dict.fromkeys(sample.caption for sample in self.samples.values() if sample.caption)
-            names, columns = self.dataset.prompt_names or names or list(captions), None
-            templates = templates if self.dataset.classes else None
+            names, columns = self.dataset.prompt_names or classes or list(captions), None
+            templates = templates if classes else None
             if not names:
                 return
         elif columns is None:
-            num_outputs = next(iter(self._outputs.values())).shape[-1]
-            fitting = names if names is not None and len(names) == num_outputs else None
-            names = checkpoint_classes(self.subject) or fitting
-        output_BD = torch.stack(list(self._outputs.values())).to(self.subject.device)
-        found = likeliest_names(self.subject, output_BD, names, columns, templates)
-        of_data = self.dataset.classes is not None and names is not None and len(names) == len(self.dataset.classes)
-        for sample, top in zip(self.samples.values(), found, strict=True):
-            _name(sample, top, of_data)
-
-    def layer_statistics(self, name: str) -> LayerStatistics:
-        """The sums of a layer in their final form."""
-        layer, sums = self.layers[name], self.sums[name]
-
-        def final(array: np.ndarray) -> np.ndarray:
-            return array if layer.router_type == "soft" else array.round().astype(np.int64)
-
-        words: dict[str, np.ndarray] = {}
-        if sums.expert_word:
-            decode = word_decoder(self.subject.tokenizer)
-            for word, done_E in zip(decode(list(sums.expert_word)), sums.expert_word.values(), strict=True):
-                words[word] = words.get(word, 0) + done_E  # two ids may read the same
-        sees_classes = "image" in sums.tokens and sums.expert_class is not None
-        return LayerStatistics(
-            name=name,
-            num_experts=layer.num_experts,
-            num_selected_experts=layer.num_selected_experts if layer.router_type == "top_k" else layer.num_experts,
-            router=layer.router_type,
-            eval_capacity_factor=layer.eval_capacity_factor,
-            batch_priority=layer.batch_priority,
-            capacity=layer.capacity,
-            tokens=dict(sums.tokens),
-            asked={modality: final(asked_E) for modality, asked_E in sums.asked.items()},
-            kept={modality: final(kept_E) for modality, kept_E in sums.kept.items()},
-            importance=dict(sums.importance),
-            entropy=sums.entropy,
-            share_dropped=sums.share_dropped,
-            expert_class=final(sums.expert_class) if sees_classes else None,
-            expert_word={word: final(done_E) for word, done_E in words.items()},
-            typical_patches=[[TypicalPatch(*patch) for patch in own] for own in sums.typical],
-        )
+            fitting = classes is not None and len(classes) == output_BD.shape[1]
+            names = checkpoint_classes(self.subject) or (classes if fitting else None)
+        tops = likeliest_names(self.subject, output_BD, names, columns, templates)
+        of_data = classes is not None and names is not None and len(names) == len(classes)
+        _name(self.samples.values(), tops, of_data)

@@ -14,7 +14,8 @@ from torch import nn
 from vmoe.data import build_transform
 from vmoe.distributed.parallelize import is_sharded
 from vmoe.distributed.process_group import any_process
-from vmoe.inspection.plots import example_figure, one_line_for_missing_glyphs
+from vmoe.inspection.maps import draw_maps, example_figure, maps_to_draw
+from vmoe.inspection.style import without_glyph_warnings
 from vmoe.models.factory import preprocess_config
 from vmoe.moe import SparseMoE
 from vmoe.training.config import Config
@@ -69,7 +70,6 @@ def routing_image(model: nn.Module, samples: list[Any], task: Task, device: torc
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     from vmoe.evaluation.loaded_model import LoadedModel
-    from vmoe.inspection.plots import draw_maps, maps_to_draw
     from vmoe.inspection.routing_statistics import sample_routing, sparse_layers
 
     transform = build_transform(preprocess_config(model), None)
@@ -86,7 +86,7 @@ def routing_image(model: nn.Module, samples: list[Any], task: Task, device: torc
     figure = draw_maps(drawn, maps, task.class_names)
     figure.set_dpi(DPI)
     canvas = FigureCanvasAgg(figure)
-    with one_line_for_missing_glyphs():
+    with without_glyph_warnings():
         canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 

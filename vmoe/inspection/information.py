@@ -1,0 +1,49 @@
+"""The mutual information of two groupings, such as experts and classes.
+
+Shapes, by suffix: E experts, C classes (or text tokens); A and B two groupings.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def normalized_mutual_information(table_AB: np.ndarray) -> float:
+    """I(A; B) / ((H(A) + H(B)) / 2) of a contingency table of two groupings; 0..1.
+
+    1 if they are equal but for the names of the groups (also if both put all into one group), 0 if independent.
+
+    Source: Vinh, Epps and Bailey, "Information Theoretic Measures for Clusterings Comparison", JMLR 11 (2010),
+    where it is called NMI_sum.
+    """
+    p_AB = table_AB / table_AB.sum()
+    entropies = sum(-(p * np.log(p, out=np.zeros_like(p), where=p > 0)).sum() for p in (p_AB.sum(1), p_AB.sum(0)))
+    return 1.0 if entropies == 0 else float(np.clip(2 * contributions(table_AB).sum() / entropies, 0, 1))
+
+
+def contributions(table_EC: np.ndarray) -> np.ndarray:
+    """(E, C) how much each pair of expert and class adds to their mutual information, in nats, from their counts.
+
+    p(e, c) · log(p(e, c) / (p(e) p(c))): large where an expert gets much more of a class than its share, and the class
+    is not rare. The sum over all pairs is the mutual information of expert and class.
+    """
+    p_EC = table_EC / max(1, table_EC.sum())
+    even_EC = p_EC.sum(1, keepdims=True) * p_EC.sum(0, keepdims=True)
+    ratio_EC = np.divide(p_EC, even_EC, out=np.ones_like(p_EC), where=p_EC > 0)
+    return p_EC * np.log(ratio_EC)
+
+
+def most_telling_names(table_EC: np.ndarray, names: list[str], expert: int, count: int) -> list[dict[str, Any]]:
+    """At most `count` names that an expert gets more of than its share, those that add most information first.
+
+    {"name", "share_of_name": of the name's tokens, that go to this expert, "share_of_expert": of the expert's tokens,
+    that have the name}.
+    """
+    own_C = contributions(table_EC)[expert]
+    order = [c for c in np.argsort(-own_C, kind="stable")[:count].tolist() if own_C[c] > 0]
+    name_share_C = table_EC[expert] / np.maximum(table_EC.sum(0), 1)
+    expert_share_C = table_EC[expert] / max(1, table_EC[expert].sum())
+    shares = {"share_of_name": name_share_C, "share_of_expert": expert_share_C}
+    return [{"name": names[c], **{key: float(share_C[c]) for key, share_C in shares.items()}} for c in order]
