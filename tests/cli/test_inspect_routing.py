@@ -114,9 +114,11 @@ def test_what_a_plain_word_stands_for(data, tmp_path):
     assert expand_data(["--data", folder]) == ["--data.type", "image_folder", "--data.path", folder]
     assert expand_data(["--data", pairs]) == ["--data.type", "pairs", "--data.path", pairs]
     assert expand_data(["--data.type", "emoji"]) == ["--data.type", "emoji"]
-    with pytest.raises(ConfigError, match="--data nowhere: no such folder or file, and no type of data"):
+    with pytest.raises(
+        ConfigError, match="--data nowhere: neither a folder of images, nor a file of pairs, nor a type of data"
+    ):
         expand_data(["--data", "nowhere"])
-    with pytest.raises(ConfigError, match="--data needs a value"):
+    with pytest.raises(ConfigError, match="--data : neither a folder"):
         expand_data(["--data"])
 
 
@@ -212,13 +214,17 @@ def test_what_cannot_work_is_told_before_the_data_are_read(run, data, tmp_path, 
     save_pretrained(classifier, tmp_path / "classifier.safetensors")
     of_classifier = ["--checkpoint", str(tmp_path / "classifier.safetensors"), "--data", str(data / "folder")]
     wrong = [
-        (folders, ["--output_dir", str(tmp_path / "file" / "x")], r"output_dir .*file/x cannot be written to \("),
+        (
+            folders,
+            ["--output_dir", str(tmp_path / "file" / "x")],
+            r"output_dir .*file/x cannot be written to: choose",
+        ),
         (folders, ["--templates", "a photo"], "templates 'a photo': no such file"),
         (pairs, ["--templates", "a {}"], "templates are prompts of class names, and the data have none"),
         (of_classifier, ["--templates", "a {}"], "templates are for image-text models"),
         (pairs, ["--loader.max_bad_share", "0.5"], "loader.max_bad_share has no effect in an inspection"),
         (pairs, ["--loader.pin_memory", "false"], "loader.pin_memory has no effect in an inspection"),
-        (pairs, ["--data", str(data / "folder/cat/0.png")], "0.png is an image: give the folder"),
+        (pairs, ["--data", str(data / "folder/cat/0.png")], "0.png: neither a folder of images"),
     ]
     for start, arguments, match in wrong:
         code, message = error(capsys, *start, *arguments)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import vmoe
-from vmoe.evaluation.synchronized import gather_rows
+from vmoe.evaluation.synchronized import Rows
 from vmoe.models.factory import save_pretrained
 
 CLASSES = ("cat", "dog", "eel")
@@ -36,7 +36,7 @@ from vmoe.cli.evaluate import main
 def evaluate(folder, world, sizes):
     data = ["--data.type", "image_folder", "--data.path", folder + "/tree"]
     fit = [*data, "--train_data.type", "image_folder", "--train_data.path", folder + "/train"]
-    fit += ["--features.k", "[1, 10]", "--features.shots", "[1, 5]", "--features.l2_range", "[1, 100]"]
+    fit += ["--features.k", "[1, 10]", "--features.shots", "[1, 5]", "--features.l2_range", "[1, 10]"]
     arguments = {
         "classification": data,
         "zero_shot": data,
@@ -45,7 +45,7 @@ def evaluate(folder, world, sizes):
         "few_shot": [*fit, "--features.cache", f"{folder}/cache_{world}"],
         "linear_probe": [*fit, "--features.cache", "null"],
         "knn": [*fit, "--features.cache", "null"],
-        "capacity": [*data, "--capacity.images_per_group", "6", "--capacity.factors", "[0.2, 0.5, null]"],
+        "capacity": [*data, "--capacity.images_per_group", "6", "--capacity.factors", "[0.2, null]"],
     }
     common = ["--loader.num_workers", "0", "--device", "cpu", "--loader.on_bad", "skip"]
     for size in sizes:
@@ -144,7 +144,10 @@ def test_processes_and_batch_sizes_do_not_matter(forks, folder, sizes_of_world, 
 
 
 def test_rows_come_in_the_order_of_the_data():
-    index, rows = gather_rows(torch.tensor([3, 0, 2]), a=torch.tensor([30, 0, 20]), b=torch.eye(3))
+    rows = Rows()
+    rows.add(torch.tensor([3, 0]), a=torch.tensor([30, 0]), b=torch.eye(3)[:2])
+    rows.add(torch.tensor([2]), a=torch.tensor([20]), b=torch.eye(3)[2:])
+    index, rows = rows.gather()
     assert index.tolist() == [0, 2, 3]
     assert rows["a"].tolist() == [0, 20, 30]
     assert rows["b"].argmax(1).tolist() == [1, 2, 0]

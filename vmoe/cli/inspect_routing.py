@@ -19,6 +19,7 @@ from vmoe.data import ImageDataset, build_dataset, with_orientation
 from vmoe.data.config import LoaderConfig, SourceConfig
 from vmoe.data.images import IMAGE_SUFFIXES
 from vmoe.evaluation.loaded_model import LoadedModel, load_model
+from vmoe.evaluation.results_file import make_writable
 from vmoe.evaluation.zero_shot import resolve_templates
 from vmoe.inspection.forward import sparse_layers
 from vmoe.inspection.plots import write_figures
@@ -40,11 +41,11 @@ class InspectConfig:
         output_dir: Folder for statistics.json, statistics.npz, figures/ and report.html; null: "inspection" beside the
             checkpoint.
         data: The data to run the model on; without a type, what the run of the checkpoint validated on, with single
-            fields replaced (--data.split train). A single word is the type, or the path of a folder of images or a file
-            of pairs: --data emoji_groups, --data photos/.
+            fields replaced (--data.split train). A single value is the type, or the path of a folder of images or a
+            file of pairs: --data emoji_groups, --data photos/.
         loader: Batches and worker processes. The result does not depend on them where nothing is dropped. on_bad "skip"
             skips and counts unreadable images. max_bad_share and pin_memory are for training alone.
-        num_images: Images whose routing the report shows one by one, evenly spread over the data.
+        num_images: Images whose routing the report shows one by one, evenly spaced in the data.
         num_patches: Typical patches to keep for each expert.
         templates: Prompts of the class names, for an image-text model: texts with {} where the name goes, a file with
             one per line, "openai_imagenet" or "simple_imagenet"; null: the bare name.
@@ -83,10 +84,7 @@ class InspectConfig:
 
 @safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 0, 1 for an error, 2 for a wrong setting, 130 for Ctrl-C.
-
-    An error is one sentence; set VMOE_TRACEBACK=1 to see where it comes from.
-    """
+    """Runs the command; returns its exit code, see `exit_code`."""
     return exit_code("vmoe-inspect", lambda: run(settings(list(sys.argv[1:] if argv is None else argv))))
 
 
@@ -111,10 +109,6 @@ def settings(argv: list[str]) -> InspectConfig:
 
 def run(config: InspectConfig, console: Console | None = None) -> RoutingStatistics:
     """Gathers the statistics, writes files, figures and report, and prints a table and their paths.
-
-    Args:
-        config: the settings.
-        console: where to print; None: standard output.
 
     Raises:
         ConfigError: a dense model, no data, templates without class names to fill in, or an output_dir that cannot be
@@ -149,18 +143,17 @@ def run(config: InspectConfig, console: Console | None = None) -> RoutingStatist
         **{name: getattr(config, name) for name in same},
     )
     console.print(summary_table(statistics))  # first, in case a file cannot be written
-    settings = dataclasses.asdict(dataclasses.replace(config, data=source))
-    files = write_statistics(statistics, folder, settings)
+    files = write_statistics(statistics, folder, dataclasses.asdict(dataclasses.replace(config, data=source)))
     with console.status("drawing"):
-        figures = write_figures(statistics, folder / "figures")
+        files += write_figures(statistics, folder / "figures")
     files.append(write_report(statistics, folder / "report.html", console))
-    for text in (*files, f"{len(figures)} figures in {folder / 'figures'}"):
-        console.print(str(text), highlight=False, markup=False, soft_wrap=True)
+    for file in files:
+        console.print(str(file), highlight=False, markup=False, soft_wrap=True)
     return statistics
 
 
 def expand_data(argv: list[str]) -> list[str]:
-    """`--data WORD` as the settings that it stands for: a type, a folder of images or a file of pairs.
+    """`--data NAME` as the settings that it stands for: a type, a folder of images or a file of pairs.
 
     Raises:
         ConfigError: it is none of them.
@@ -168,39 +161,31 @@ def expand_data(argv: list[str]) -> list[str]:
     expanded: list[str] = []
     arguments = iter(argv)
     for argument in arguments:
-        name, equals, word = argument.partition("=")
-        if name != "--data":
+        option, equals, name = argument.partition("=")
+        if option != "--data":
             expanded.append(argument)
             continue
-        word = word if equals else next(arguments, "")
-        if not word:
-            raise ConfigError("--data needs a value: a type of data, a folder of images or a file of pairs")
+        name = name if equals else next(arguments, "")
         known = get_args(get_args(get_type_hints(SourceConfig)["type"])[0])
-        path = Path(word)
-        if word in known:
-            expanded += ["--data.type", word]
-        elif path.is_dir():
+        path = Path(name)
+        if name in known:
+            expanded += ["--data.type", name]
+        elif name and path.is_dir():
             captions = (text.with_suffix(end) for text in path.rglob("*.txt") for end in IMAGE_SUFFIXES)
             kind = "pairs" if any(image.is_file() for image in captions) else "image_folder"
-            expanded += ["--data.type", kind, "--data.path", word]
-        elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-            raise ConfigError(f"--data {word} is an image: give the folder that it lies in, or a file of pairs")
-        elif path.is_file():
-            expanded += ["--data.type", "pairs", "--data.path", word]
+            expanded += ["--data.type", kind, "--data.path", name]
+        elif path.is_file() and path.suffix.lower() not in IMAGE_SUFFIXES:
+            expanded += ["--data.type", "pairs", "--data.path", name]
         else:
             raise ConfigError(
-                f"--data {word}: no such folder or file, and no type of data; types: {', '.join(known)} "
-                "(with --data.path PATH where they need one)"
+                f"--data {name}: neither a folder of images, nor a file of pairs, nor a type of data; types: "
+                f"{', '.join(known)} (with --data.path PATH where they need one)"
             )
     return expanded
 
 
 def validation_data(checkpoint: str) -> SourceConfig:
-    """What the run that a checkpoint belongs to validated on, by its config.yaml.
-
-    Raises:
-        ConfigError: there is no such file, or the run did not validate.
-    """
+    """What the run that a checkpoint belongs to validated on, by its config.yaml; ConfigError if there is none."""
     path = Path(checkpoint).absolute()
     for folder in [path, *path.parents][:4]:  # RUN/checkpoints/step_000100/model.safetensors
         file = folder / "config.yaml"
@@ -228,11 +213,7 @@ def describe(source: SourceConfig) -> str:
 
 
 def check_templates(config: InspectConfig, subject: LoadedModel, dataset: ImageDataset) -> None:
-    """Refuses templates that cannot be read, or that nothing would be done with.
-
-    Raises:
-        ConfigError: see above.
-    """
+    """Raises ConfigError for templates that cannot be read, or that nothing would be done with."""
     if config.templates is None:
         return
     if subject.tokenizer is None:
@@ -246,20 +227,12 @@ def check_templates(config: InspectConfig, subject: LoadedModel, dataset: ImageD
 
 
 def make_output_folder(config: InspectConfig) -> Path:
-    """Makes `output_dir`, or the folder "inspection" beside the checkpoint (inside, if that is a folder).
-
-    Raises:
-        ConfigError: it cannot be made or written to.
-    """
+    """Makes `output_dir`, or the folder "inspection" beside the checkpoint (inside, if that is a folder)."""
     checkpoint = Path(config.checkpoint)
     beside = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "inspection"
     folder = beside if config.output_dir is None else Path(config.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(f"output_dir {folder} cannot be written to ({error.strerror}): choose another") from error
+    if not make_writable(folder):
+        raise ConfigError(f"output_dir {folder} cannot be written to: choose another")
     return folder
 
 

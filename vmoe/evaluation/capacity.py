@@ -22,7 +22,7 @@ from vmoe.evaluation.classification import num_skipped, right_classes, select_co
 from vmoe.evaluation.config import CapacityConfig
 from vmoe.evaluation.inference import changed, evaluating
 from vmoe.evaluation.metrics import ranks, top_shares
-from vmoe.evaluation.synchronized import gather_rows
+from vmoe.evaluation.synchronized import Rows
 from vmoe.models.flops import forward_flops
 from vmoe.moe import SparseMoE
 from vmoe.moe.record import LayerRouting, record_routing
@@ -169,7 +169,7 @@ def sweep_capacity(
         ValueError: a label is out of range, or there are no samples.
     """
     counts_S3 = {name: torch.zeros(len(settings), 3, dtype=torch.long) for name in layers}  # see `_count`
-    index, found, num_classes, flops = [torch.empty(0, dtype=torch.long)], [], 0, None
+    rows, num_classes, flops = Rows(), 0, None
     with evaluating(model, device, precision):
         for batch in loader:
             images, rank_S = batch["image"].to(device), []
@@ -182,22 +182,21 @@ def sweep_capacity(
                 num_classes = scores_BC.shape[1]
                 right_BC = right_classes(batch["label"].to(device), batch["index"], num_classes, label_sets)
                 rank_S.append(ranks(scores_BC, right_BC).cpu())
-            index.append(batch["index"])
-            found.append(torch.stack(rank_S, dim=1))
-    _, rows = gather_rows(torch.cat(index), rank=torch.cat(found) if found else torch.empty(0, 0))
-    skipped = num_skipped(loader, len(rows["rank"]))
+            rows.add(batch["index"], rank_NS=torch.stack(rank_S, dim=1))
+    index_N, columns = rows.gather()
+    skipped = num_skipped(loader, len(index_N))
     # Processes without a batch know nothing of these; the first has one.
     (fixed_flops, row_flops), num_classes = gather_lists([(flops, num_classes)])[0]
     counts_S3 = {name: sum(gather_lists([count_S3])) for name, count_S3 in counts_S3.items()}
     points = []
-    for number, (setting, rank_N) in enumerate(zip(settings, rows["rank"].T)):
+    for number, (setting, rank_N) in enumerate(zip(settings, columns["rank_NS"].T)):
         counts = {name: count_S3[number].tolist() for name, count_S3 in counts_S3.items()}
         asked, dropped, _ = map(sum, zip(*counts.values()))
         flops = fixed_flops + sum(count[2] * row_flops[name] for name, count in counts.items()) / len(rank_N)
         shares = top_shares(rank_N, num_classes)
         error = (shares["top1"] * (1 - shares["top1"]) / len(rank_N)) ** 0.5
         points.append(Point(setting, shares["top1"], error, shares.get("top5"), dropped / asked, flops / 1e9))
-    return Sweep(points, _gains(settings, rows["rank"] == 0), len(rows["rank"]), skipped)
+    return Sweep(points, _gains(settings, columns["rank_NS"] == 0), len(index_N), skipped)
 
 
 def _count(call: LayerRouting) -> tuple[int, int, int]:

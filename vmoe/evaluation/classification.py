@@ -22,7 +22,7 @@ from vmoe.evaluation.metrics import (
     right_classes,
     top_shares,
 )
-from vmoe.evaluation.synchronized import SynchronizedBatches, gather_rows
+from vmoe.evaluation.synchronized import Rows, SynchronizedBatches
 
 logger = logging.getLogger("vmoe.evaluation")
 
@@ -117,8 +117,7 @@ def predict(
     Raises:
         ValueError: a label is out of range, or there are no samples.
     """
-    batches: list[tuple[Tensor, ...]] = []
-    num_classes = num_rows = 0
+    rows, num_classes, num_rows = Rows(), 0, 0
     for batch in loader:
         scores_BC = select_columns(score(batch["image"].to(device)), class_columns)
         num_classes = scores_BC.shape[1]
@@ -129,12 +128,10 @@ def predict(
         num_rows += len(label_B)
         rank_B = ranks(scores_BC, right_classes(label_B, index_B, num_classes, label_sets))
         confidence_B, predicted_B = scores_BC.softmax(dim=1).max(dim=1)
-        batches.append((index_B, label_B, rank_B, predicted_B, confidence_B))
-    columns = [torch.cat(parts).cpu() for parts in zip(*batches)] or [torch.empty(0)] * 5
-    names = ("label_N", "rank_N", "predicted_N", "confidence_N")
-    index_N, rows = gather_rows(columns[0], **dict(zip(names, columns[1:])))
+        rows.add(index_B, label_N=label_B, rank_N=rank_B, predicted_N=predicted_B, confidence_N=confidence_B)
+    index_N, columns = rows.gather()
     skipped = num_skipped(loader, len(index_N))
-    return Predictions(index_N, **rows, num_classes=max(gather_lists([num_classes])), num_skipped=skipped)
+    return Predictions(index_N, **columns, num_classes=max(gather_lists([num_classes])), num_skipped=skipped)
 
 
 def num_skipped(loader: Iterable, num_read: int) -> int:

@@ -15,7 +15,6 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -28,7 +27,7 @@ from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.loaded_model import LoadedModel, weights_fingerprint
 from vmoe.evaluation.results_file import Outcome, Progress, library_versions, make_writable
-from vmoe.evaluation.synchronized import gather_rows
+from vmoe.evaluation.synchronized import Rows
 from vmoe.models.factory import is_contrastive
 from vmoe.models.spec import model_spec
 from vmoe.moe import SparseMoE
@@ -77,12 +76,11 @@ def extract_features(
         cached = [read_tensors(file, key)]
     [stored] = gather_lists(cached) or [None]
     if stored is not None:
-        tensors, notes = stored
-        return Features(tensors["features"], tensors["labels"], tensors["index"], notes["skipped_paths"])
+        return Features(**stored[0], **stored[1])
     features = _compute(loaded, dataset, loader_config, console or Console(quiet=True), description)
     if file is not None:
-        tensors = {"features": features.features_ND, "labels": features.labels_N, "index": features.index_N}
-        write_tensors(file, key, tensors, {"skipped_paths": features.skipped_paths})
+        tensors = features._asdict()
+        write_tensors(file, key, tensors, {"skipped_paths": tensors.pop("skipped_paths")})
     return features
 
 
@@ -90,21 +88,19 @@ def _compute(
     loaded: LoadedModel, dataset: ImageDataset, loader_config: LoaderConfig, console: Console, description: str
 ) -> Features:
     loader = eval_loader(dataset, loaded.transform, None, loader_config)
-    index, labels, features = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)], []
+    rows = Rows()
     with evaluating(loaded.model, loaded.device, loaded.precision):
         for batch in Progress(loader, description, console):
-            features.append(image_features(loaded.model, batch["image"].to(loaded.device)).float().cpu())
-            index.append(batch["index"].cpu())
-            labels.append(batch["label"].cpu())
-    own_ND = torch.cat(features) if features else torch.empty(0, 0)
-    index_N, rows = gather_rows(torch.cat(index), features=own_ND, labels=torch.cat(labels))
+            features_BD = image_features(loaded.model, batch["image"].to(loaded.device)).float()
+            rows.add(batch["index"], features_ND=features_BD, labels_N=batch["label"])
+    index_N, columns = rows.gather()
     num_skipped(loader, len(index_N))
-    if unusable := int((~rows["features"].isfinite()).any(1).sum()):
+    if unusable := int((~columns["features_ND"].isfinite()).any(1).sum()):
         raise ValueError(
             f"features must be finite, and those of {unusable} of {len(index_N)} images hold NaN or infinity; "
             f"precision is {loaded.precision!r}, and float32 has the widest range"
         )
-    return Features(rows["features"], rows["labels"], index_N, sorted(gather_lists(list(loader.skipped_paths))))
+    return Features(**columns, index_N=index_N, skipped_paths=sorted(gather_lists(list(loader.skipped_paths))))
 
 
 def image_features(model: nn.Module, images_B3HW: Tensor) -> Tensor:

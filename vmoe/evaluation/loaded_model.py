@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,8 +42,7 @@ def load_model(
 
     Args:
         checkpoint: folder of a run (its last checkpoint) or of a checkpoint, or a .safetensors file.
-        device: see `pick_device`.
-        precision: "float32", "bf16" or "fp16".
+        device, precision: see `pick_device` and `LoadedModel`.
         crop_pct: share of the image's side that the transform keeps; None: the model's own.
         weights: what `find_weights` found for the checkpoint; None: finds them.
         experts: how their weights are kept, see `vmoe.quantize_experts`; None: as in the file.
@@ -73,16 +71,10 @@ def trained_on_turned(weights: str | Path) -> bool:
 
 
 def weights_fingerprint(weights: str | Path) -> str:
-    """SHA-256 (hex) of a weights file, or of a folder's files together; each is read once for each of its states."""
+    """SHA-256 (hex) of a weights file, or of a folder's files together."""
     weights = Path(weights)
     if weights.is_dir():  # the shards of a sharded run
         parts = [f"{file.name} {weights_fingerprint(file)}\n" for file in sorted(weights.iterdir())]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
-    stat = weights.stat()
-    return _file_sha256(str(weights.resolve()), stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=32)
-def _file_sha256(file: str, _size: int, _modified: int) -> str:
-    with open(file, "rb") as stream:
+    with open(weights, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

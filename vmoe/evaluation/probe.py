@@ -123,11 +123,9 @@ def fit_linear_probe(
 ) -> LinearProbe:
     """Minimises sum of cross entropies + penalty / 2 · |W|², without penalty on the bias, in float64.
 
-    This is scikit-learn's LogisticRegression with C = 1 / penalty. Features (N, D), with labels (N,), may have any
-    mean, scale and correlation: they are centred and whitened for the minimisation, which changes its path and not the
-    minimum. The probe has converged when no entry of the gradient in those axes is above 1e-6 of the loss. L-BFGS also
-    ends after MAX_ITERATIONS, or when its steps change nothing any more, as with very small penalties on separable
-    classes. It starts from the probe `start` of the same classes, or from zero.
+    This is scikit-learn's LogisticRegression with C = 1 / penalty. Features (N, D), with labels (N,), are centred and
+    whitened for the minimisation, which changes its path and not the minimum. The probe has converged when no entry of
+    the gradient in those axes is above 1e-6 of the loss. It starts from the probe `start` of the same classes, or zero.
 
     Raises:
         ValueError: the penalty is not > 0, or there are fewer than two classes.
@@ -173,8 +171,7 @@ def _minimise(
     def log_loss() -> Tensor:
         """The logarithm of the loss, whose gradient it leaves in the parameters; by blocks, to bound the memory.
 
-        The logarithm has the same minimum. Where a small penalty lets the loss go to nearly zero, it makes all
-        tolerances relative to the loss.
+        The logarithm makes all tolerances relative to the loss, which a small penalty lets go to nearly zero.
         """
         optimizer.zero_grad()
         total = penalty / (2 * N) * (weight_DC / scale_D[:, None]).square().sum()

@@ -12,7 +12,7 @@ from vmoe.data import BadSample, EvalLoader, ImageDataset, LoaderConfig, eval_lo
 from vmoe.data.texts import CutTexts, warn_once
 from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.metrics import ranks, share_within
-from vmoe.evaluation.synchronized import SynchronizedBatches, equal_shares, gather_rows
+from vmoe.evaluation.synchronized import Rows, SynchronizedBatches, equal_shares
 
 logger = logging.getLogger("vmoe.evaluation")
 
@@ -68,26 +68,22 @@ def evaluate_retrieval(
         ValueError: there are no pairs.
         SharedError: one of several processes could not read its images.
     """
-    image_rows, image_index = [], []
-    text_rows, text_index = [], []
+    image_rows, text_rows = Rows(), Rows()
     with evaluating(model, device, precision):
         for batch in SynchronizedBatches(loader, model):
-            features_BD = model.encode_image(batch["image"].to(device), normalize=True).float().cpu()
+            features_BD = model.encode_image(batch["image"].to(device), normalize=True).float()
             if "index" in batch:  # else a blank one
-                image_rows.append(features_BD)
-                image_index.append(batch["index"])
+                image_rows.add(batch["index"], features=features_BD)
         nonempty = [index for index, caption in enumerate(captions) if caption.strip()]
         counting = CutTexts(tokenizer)
         calls = [nonempty[start : start + TEXTS_PER_CALL] for start in range(0, len(nonempty), TEXTS_PER_CALL)]
         for call, counts in equal_shares(calls, model):
             tokens_BL = (counting if counts else tokenizer)([captions[index] for index in call]).to(device)
-            features_BD = model.encode_text(tokens_BL, normalize=True).float().cpu()
+            features_BD = model.encode_text(tokens_BL, normalize=True).float()
             if counts:
-                text_rows.append(features_BD)
-                text_index.append(torch.tensor(call))
+                text_rows.add(torch.tensor(call), features=features_BD)
     warn_once(counting.message("captions"))
-    image_index_I, image_features_ID = _gather_features(image_index, image_rows)
-    text_index_T, text_features_TD = _gather_features(text_index, text_rows)
+    (image_index_I, images), (text_index_T, texts) = image_rows.gather(), text_rows.gather()
     row_of_image = {index: row for row, index in enumerate(image_index_I.tolist())}
     image_of_text_T = torch.tensor([row_of_image.get(image_of_caption[index], -1) for index in text_index_T.tolist()])
     found_T = image_of_text_T >= 0
@@ -96,20 +92,13 @@ def evaluate_retrieval(
     # Images whose captions are all empty are no candidates.
     rows_with_caption, image_of_text_T = image_of_text_T[found_T].unique(return_inverse=True)
     result = retrieval_recall(
-        image_features_ID[rows_with_caption].to(device),
-        text_features_TD[found_T].to(device),
+        images["features"][rows_with_caption].to(device),
+        texts["features"][found_T].to(device),
         image_of_text_T.to(device),
     )
     num_samples = int(found_T.sum())
     counts = {"num_samples": num_samples, "num_skipped": len(captions) - num_samples}
     return {**result, "num_images": len(rows_with_caption), **counts}
-
-
-def _gather_features(index: list[Tensor], rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """(index, features) of all processes, in the order of the data."""
-    own = torch.cat(index) if index else torch.empty(0, dtype=torch.long)
-    index_N, gathered = gather_rows(own, features=torch.cat(rows) if rows else torch.empty(0, 0))
-    return index_N, gathered["features"]
 
 
 def retrieval_loader(

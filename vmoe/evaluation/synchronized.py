@@ -17,16 +17,24 @@ from vmoe.distributed.process_group import SharedError, gather_lists
 from vmoe.utils.world import world
 
 
-def gather_rows(index_N: Tensor, **rows_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """(index, rows) of all processes, sorted by index, on the CPU of every process.
+class Rows:
+    """Tensors with a row for each sample, added batch by batch."""
 
-    `index_N` holds the positions in the data set of this process's rows, each once.
-    """
-    parts = gather_lists([(index_N.cpu(), {name: tensor.cpu() for name, tensor in rows_N.items()})])
-    parts = [part for part in parts if len(part[0])] or parts[:1]  # a process without rows does not know their shapes
-    index_N = torch.cat([index for index, _ in parts])
-    order_N = index_N.argsort()
-    return index_N[order_N], {name: torch.cat([rows[name] for _, rows in parts])[order_N] for name in rows_N}
+    def __init__(self) -> None:
+        self.parts: list[tuple[Tensor, dict[str, Tensor]]] = []
+
+    def add(self, index_B: Tensor, **rows_B: Tensor) -> None:
+        """Adds the rows of a batch; `index_B` holds their positions in the data set, each once over all processes."""
+        self.parts.append((index_B.cpu(), {name: tensor.cpu() for name, tensor in rows_B.items()}))
+
+    def gather(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """(index, rows) of all processes, sorted by index, on the CPU of every process; no names if there are none."""
+        parts = gather_lists(self.parts)
+        if not parts:
+            return torch.empty(0, dtype=torch.long), {}
+        index_N = torch.cat([index for index, _ in parts])
+        order_N = index_N.argsort()
+        return index_N[order_N], {name: torch.cat([rows[name] for _, rows in parts])[order_N] for name in parts[0][1]}
 
 
 class SynchronizedBatches:
