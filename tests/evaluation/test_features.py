@@ -1,11 +1,7 @@
-import json
-import logging
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 from torch import nn
 
 import vmoe
@@ -24,9 +20,9 @@ LOADER = LoaderConfig(batch_size=4, num_workers=0)
 class RandomImages(ImageDataset):
     """Random images of two classes, of which one may be unreadable."""
 
-    def __init__(self, count=10, seed=0, bad=None, shift=0):
+    def __init__(self, count=10, seed=0, bad=None):
         self.classes = ["cat", "dog"]
-        self.bad, self.shift, self.read = bad, shift, 0
+        self.bad = bad
         generator = np.random.default_rng(seed)
         self.pixels = generator.integers(0, 255, (count, 40, 40, 3), dtype=np.uint8)
 
@@ -34,10 +30,9 @@ class RandomImages(ImageDataset):
         return len(self.pixels)
 
     def __getitem__(self, index):
-        self.read += 1
         if index == self.bad:
             raise BadSample(f"{index}.png", "torn")
-        return Sample(Image.fromarray(self.pixels[index]), (index + self.shift) % 2, None, f"{index}.png")
+        return Sample(Image.fromarray(self.pixels[index]), index % 2, None, f"{index}.png")
 
 
 def save(folder, name, seed=0, **kwargs):
@@ -115,140 +110,21 @@ def test_data_without_classes_or_images(classifier):
         extract_features(classifier, RandomImages(count=0), LOADER)
 
 
-def test_features_that_are_not_finite(classifier, tmp_path):
+def test_features_that_are_not_finite(classifier):
     loaded = classifier._replace(model=load_model(classifier.checkpoint, "cpu").model)
     with torch.no_grad():
         loaded.model.patch_embed.proj.bias[0] = torch.nan
     with pytest.raises(ValueError, match=r"those of 10 of 10 images hold NaN or infinity; precision is 'float32'"):
-        extract_features(loaded, RandomImages(), LOADER, cache=tmp_path)
-    assert not list(tmp_path.iterdir())
+        extract_features(loaded, RandomImages(), LOADER)
 
 
-# --- the cache ---
-
-
-def test_a_second_time_nothing_is_computed(classifier, tmp_path):
-    dataset = RandomImages()
-    first = extract_features(classifier, dataset, LOADER, cache=tmp_path)
-    read = dataset.read
-    again = extract_features(classifier, dataset, LoaderConfig(batch_size=3, num_workers=0), cache=tmp_path)
-    assert dataset.read == read
-    assert again.features_ND.equal(first.features_ND)
-    assert again.labels_N.equal(first.labels_N)
-    assert again.index_N.equal(first.index_N)
-    [file] = tmp_path.iterdir()
-    with safe_open(file, "pt") as stream:
-        key = json.loads(stream.metadata()["key"])
-    assert key["data"] == dataset.fingerprint()
-    assert key["model"]["name"] == "vmoe_tiny_patch8_48"
-    assert key["precision"] == "float32"
-    assert key["versions"]["torch"] == torch.__version__
-    assert "mean=" in key["transform"]
-
-
-def other_weights(loaded, folder):
-    return load_model(str(make_classifier(folder / "other", seed=1)), "cpu"), RandomImages(), LOADER
-
-
-def other_size(loaded, folder):
-    torch.manual_seed(0)
-    model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=2, embed_dim=32, img_size=64, **TINY)
-    save_pretrained(model, folder / "other" / "model.safetensors")
-    return load_model(str(folder / "other"), "cpu"), RandomImages(), LOADER
-
-
-def other_transform(loaded, folder):
-    transform = load_model(loaded.checkpoint, "cpu").transform
-    transform.mean = transform.mean + 0.1
-    return loaded._replace(transform=transform), RandomImages(), LOADER
-
-
-def other_precision(loaded, folder):
-    return loaded._replace(precision="bf16"), RandomImages(), LOADER
-
-
-def other_routing(loaded, folder):
-    model = load_model(loaded.checkpoint, "cpu").model
-    model.blocks[1].mlp.num_selected_experts = 1
-    model.blocks[1].mlp.eval_capacity_factor = 0.1
-    return loaded._replace(model=model), RandomImages(), LOADER
-
-
-def other_images(loaded, folder):
-    return loaded, RandomImages(seed=1), LOADER
-
-
-def other_labels(loaded, folder):
-    return loaded, RandomImages(shift=1), LOADER
-
-
-def other_treatment_of_bad_images(loaded, folder):
-    return loaded, RandomImages(), LoaderConfig(batch_size=4, num_workers=0, on_bad="skip")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        other_weights,
-        other_size,
-        other_transform,
-        other_precision,
-        other_routing,
-        other_images,
-        other_labels,
-        other_treatment_of_bad_images,
-    ],
-)
-def test_something_else_is_not_taken_from_the_cache(classifier, tmp_path, change):
-    extract_features(classifier, RandomImages(), LOADER, cache=tmp_path / "cache")
-    loaded, dataset, loader = change(classifier, tmp_path)
-    kept = extract_features(loaded, dataset, loader, cache=tmp_path / "cache")
-    assert dataset.read > 0
-    assert len(list((tmp_path / "cache").iterdir())) == 2
-    new = extract_features(loaded, dataset, loader)
-    assert kept.features_ND.equal(new.features_ND)
-    assert kept.labels_N.equal(new.labels_N)
-
-
-def test_with_a_capacity_the_batch_size_is_part_of_the_key(tmp_path):
-    loaded = load_model(str(make_classifier(tmp_path / "limited", eval_capacity_factor=0.2)), "cpu")
-    for size in (2, 5):
-        loader = LoaderConfig(batch_size=size, num_workers=0)
-        kept = extract_features(loaded, RandomImages(), loader, cache=tmp_path / "cache")
-        assert kept.features_ND.equal(extract_features(loaded, RandomImages(), loader).features_ND)
-    assert len(list((tmp_path / "cache").iterdir())) == 2
-
-
-def test_a_truncated_file_is_made_anew(classifier, tmp_path, caplog):
-    expected = extract_features(classifier, RandomImages(), LOADER, cache=tmp_path)
-    [file] = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:-100])
-    with caplog.at_level(logging.WARNING):
-        again = extract_features(classifier, RandomImages(), LOADER, cache=tmp_path)
-    assert file.name in caplog.text
-    assert again.features_ND.equal(expected.features_ND)
-    dataset = RandomImages()
-    dataset.fingerprint()
-    read = dataset.read
-    assert extract_features(classifier, dataset, LOADER, cache=tmp_path).features_ND.equal(expected.features_ND)
-    assert dataset.read == read
-
-
-def test_skipped_images_are_remembered(classifier, tmp_path):
+def test_skipped_images_are_named(classifier):
     loader = LoaderConfig(batch_size=4, num_workers=0, on_bad="skip")
-    for _ in range(2):
-        features = extract_features(classifier, RandomImages(bad=3), loader, cache=tmp_path)
-        assert features.skipped_paths == ["3.png"]
-        assert features.index_N.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    features = extract_features(classifier, RandomImages(bad=3), loader)
+    assert features.skipped_paths == ["3.png"]
+    assert features.index_N.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
     with pytest.raises(BadSample, match="torn"):
-        extract_features(classifier, RandomImages(bad=3), LOADER, cache=tmp_path)
-
-
-def test_a_cache_that_cannot_be_written_to(classifier, tmp_path):
-    (tmp_path / "taken").write_text("a file")
-    dataset = RandomImages()
-    with pytest.raises(ConfigError, match=r"features.cache .*taken cannot be written to: give another folder, or null"):
-        extract_features(classifier, dataset, LOADER, cache=tmp_path / "taken")
+        extract_features(classifier, RandomImages(bad=3), LOADER)
 
 
 # --- the tasks, from settings to metrics ---
@@ -272,7 +148,7 @@ def sources(tmp_path_factory):
 
 
 def evaluate(task, loaded, sources, tmp_path, **features):
-    defaults = {"cache": None, "shots": [1, 3], "k": [1, 5], "l2_range": (1.0, 100.0)}
+    defaults = {"shots": [1, 3], "k": [1, 5], "l2_range": (1.0, 100.0)}
     features = FeatureConfig(**{**defaults, **features})
     train, test = sources
     output = str(tmp_path / "out.json")
@@ -330,7 +206,7 @@ def test_a_class_without_a_training_example(classifier, sources, tmp_path):
         sources[1],
         train,
         LoaderConfig(batch_size=4, num_workers=0, on_bad="skip"),
-        features=FeatureConfig(cache=None, k=[1]),
+        features=FeatureConfig(k=[1]),
     )
     with pytest.raises(
         ValueError, match=r"1 of the classes that are tested have no training example, among them 'dog'"

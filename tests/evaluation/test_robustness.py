@@ -46,17 +46,3 @@ def test_without_all_75_conditions_there_is_no_mean():
 def test_the_further_corruptions_do_not_count():
     extra = {f"spatter/{severity}": 1.0 for severity in range(1, 6)}
     assert corruption_errors(all_errors() | extra) == corruption_errors(all_errors())
-
-
-@pytest.mark.parametrize(
-    ("errors", "message"),
-    [
-        ({"rain/1": 0.5}, "rain/1 is no condition of ImageNet-C"),
-        ({"fog/6": 0.5}, "fog/6 is no condition"),
-        ({"fog/1": 50.0}, "error on fog/1 must be a share in 0..1, got 50.0"),
-        ({"fog/1": float("nan")}, "must be a share in 0..1, got nan"),
-    ],
-)
-def test_wrong_errors_are_refused(errors, message):
-    with pytest.raises(ValueError, match=message):
-        corruption_errors(errors)

@@ -41,10 +41,7 @@ def evaluate(folder, world, sizes):
         "classification": data,
         "zero_shot": data,
         "retrieval": ["--data.type", "pairs", "--data.path", folder + "/pairs.csv"],
-        # From the second batch size on from the cache.
-        "few_shot": [*fit, "--features.cache", f"{folder}/cache_{world}"],
-        "linear_probe": [*fit, "--features.cache", "null"],
-        "knn": [*fit, "--features.cache", "null"],
+        **dict.fromkeys(["few_shot", "linear_probe", "knn"], fit),
         "capacity": [*data, "--capacity.images_per_group", "6", "--capacity.factors", "[0.2, null]"],
     }
     common = ["--loader.num_workers", "0", "--device", "cpu", "--loader.on_bad", "skip"]

@@ -1,4 +1,4 @@
-"""Frozen features of images, cached on disk, for few-shot regression, the linear probe and nearest neighbours.
+"""Frozen features of images, for few-shot regression, the linear probe and nearest neighbours.
 
 A classifier gives what its last linear layer reads (the pre-logits), as in the reference's few-shot evaluation; an
 image-text model its image embedding, not normalised, as CLIP's linear probe takes it.
@@ -8,33 +8,21 @@ Shapes, by suffix: N images, B batch, D features.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import hashlib
-import json
-from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
 from torch import Tensor, nn
 
 from vmoe.data import ImageDataset, LoaderConfig, build_dataset, eval_loader
-from vmoe.data.sources.emoji import cache_folder
 from vmoe.distributed.process_group import gather_lists
-from vmoe.evaluation.cache import read_tensors, write_tensors
 from vmoe.evaluation.classification import num_skipped
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.inference import evaluating
-from vmoe.evaluation.loaded_model import LoadedModel, weights_fingerprint
-from vmoe.evaluation.results_file import Outcome, Progress, library_versions, make_writable
+from vmoe.evaluation.loaded_model import LoadedModel
+from vmoe.evaluation.results_file import Outcome, Progress
 from vmoe.evaluation.synchronized import Rows
 from vmoe.models.factory import is_contrastive
-from vmoe.models.spec import model_spec
-from vmoe.moe import SparseMoE
 from vmoe.utils.config import ConfigError
-from vmoe.utils.world import world
-
-CACHE_FORMAT = 2  # raise it whenever `image_features` changes
 
 
 class Features(NamedTuple):
@@ -51,46 +39,23 @@ def extract_features(
     dataset: ImageDataset,
     loader_config: LoaderConfig,
     *,
-    cache: Path | None = None,
     console: Console | None = None,
     description: str = "features",
 ) -> Features:
     """Features of all images of a data set; all processes of `torchrun` share the work and get the same rows.
 
-    They do not depend on the batch size, unless experts have a capacity in evaluation. `cache` is the folder where the
-    first process looks for a file of the same key, or writes it; None: no cache.
+    They do not depend on the batch size, unless experts have a capacity in evaluation.
 
     Raises:
         ValueError: the data set has no classes or gave no image, or the features are no vectors or not finite.
-        ConfigError: the cache folder cannot be written to.
         BadSample: an unreadable image, unless `loader_config.on_bad` is "skip".
     """
     if dataset.classes is None:
         raise ValueError("features are taken of images with labels, and this data set has no classes")
-    file, key, cached = None, "", []
-    if cache is not None and world()[0] == 0:
-        if not make_writable(cache):
-            raise ConfigError(f"features.cache {cache} cannot be written to: give another folder, or null for no cache")
-        key = feature_key(loaded, dataset, loader_config)
-        file = cache / f"features_{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-        cached = [read_tensors(file, key)]
-    [stored] = gather_lists(cached) or [None]
-    if stored is not None:
-        return Features(**stored[0], **stored[1])
-    features = _compute(loaded, dataset, loader_config, console or Console(quiet=True), description)
-    if file is not None:
-        tensors = features._asdict()
-        write_tensors(file, key, tensors, {"skipped_paths": tensors.pop("skipped_paths")})
-    return features
-
-
-def _compute(
-    loaded: LoadedModel, dataset: ImageDataset, loader_config: LoaderConfig, console: Console, description: str
-) -> Features:
     loader = eval_loader(dataset, loaded.transform, None, loader_config)
     rows = Rows()
     with evaluating(loaded.model, loaded.device, loaded.precision):
-        for batch in Progress(loader, description, console):
+        for batch in Progress(loader, description, console or Console(quiet=True)):
             features_BD = image_features(loaded.model, batch["image"].to(loaded.device)).float()
             rows.add(batch["index"], features_ND=features_BD, labels_N=batch["label"])
     index_N, columns = rows.gather()
@@ -122,38 +87,6 @@ def image_features(model: nn.Module, images_B3HW: Tensor) -> Tensor:
     return features_BD
 
 
-def feature_key(loaded: LoadedModel, dataset: ImageDataset, loader_config: LoaderConfig) -> str:
-    """All that the features of a data set depend on, as JSON; equal texts mean equal features."""
-    layers = {name: layer for name, layer in loaded.model.named_modules() if isinstance(layer, SparseMoE)}
-    # With these an image's features may depend on the rest of its batch. The number of processes is no part of the key:
-    # the batches are the same for any.
-    limits = [limit for one in layers.values() for limit in (one.capacity, one.eval_capacity_factor, one.group_size)]
-    facts = {
-        "format": CACHE_FORMAT,
-        "weights": weights_fingerprint(loaded.weights),
-        "model": model_spec(loaded.model),
-        "routing": {name: dataclasses.asdict(layer.settings) for name, layer in layers.items()},
-        "precision": loaded.precision,
-        "device": loaded.device.type,
-        "versions": library_versions(),
-        "code": _code_fingerprint(),
-        "batch_size": loader_config.batch_size if any(limit is not None for limit in limits) else None,
-        "transform": " ".join(repr(loaded.transform).split()),
-        "data": dataset.fingerprint(),
-        "reading": dataset.reading._asdict(),
-        "on_bad": loader_config.on_bad or "fail",
-    }
-    return json.dumps(facts, indent=1, sort_keys=True)
-
-
-@functools.cache
-def _code_fingerprint() -> str:
-    """SHA-256 of the source of models, layers and data."""
-    package = Path(__file__).parents[1]
-    files = sorted(file for name in ("data", "models", "moe") for file in (package / name).rglob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
 def fit_and_test_features(
     config: EvaluationConfig, loaded: LoadedModel, test_dataset: ImageDataset, console: Console
 ) -> tuple[Features, Features]:
@@ -173,11 +106,8 @@ def fit_and_test_features(
         raise ConfigError(
             f"train_data has {len(trained)} classes and data {len(tested)}, and they must be the same: {named}"
         )
-    cache = None if config.features.cache is None else Path(config.features.cache)
-    if config.features.cache == "auto":
-        cache = cache_folder() / "features"
     train, test = (
-        extract_features(loaded, dataset, config.loader, cache=cache, console=console, description=f"{part} features")
+        extract_features(loaded, dataset, config.loader, console=console, description=f"{part} features")
         for part, dataset in (("train", train_dataset), ("test", test_dataset))
     )
     absent = sorted(set(test.labels_N.tolist()) - set(train.labels_N.tolist()))

@@ -103,7 +103,7 @@ def few_shot_accuracy(
         train_features_ND, train_labels_N: features to take the examples from, and their classes, 0..C-1.
         test_features_ND, test_labels_N: what is classified.
         shots: examples per class; a class with fewer gives all that it has.
-        l2_penalties: weights of the squared norm of the regression's coefficients, > 0.
+        l2_penalties: weights of the squared norm of the coefficients, > 0.
         num_classes: C; None: the largest training label + 1.
         generator: chooses the examples; None: the first rows of each class.
 

@@ -27,12 +27,9 @@ def ranks(scores_BC: Tensor, right_BC: Tensor) -> Tensor:
 def right_classes(
     label_B: Tensor, index_B: Tensor, num_classes: int, label_sets: Sequence[Sequence[int]] | None
 ) -> Tensor:
-    """(B, C) bool, which classes are right for each sample.
+    """(B, C) bool, which classes are right: each sample's label, or all that `label_sets` has at its index in the data.
 
-    Either its label alone, or all classes that `label_sets` has at its index (its position in the data set).
-
-    Raises:
-        ValueError: a label is outside [0, C).
+    Raises ValueError for a label outside [0, C).
     """
     sets = [[label] for label in label_B.tolist()]
     if label_sets is not None:

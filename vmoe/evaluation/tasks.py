@@ -76,7 +76,7 @@ def zero_shot_templates(config: EvaluationConfig, dataset: ImageDataset) -> list
 
 
 def classification_outcome(predictions: Predictions, dataset: ImageDataset, skipped_paths: list[str]) -> Outcome:
-    """The metrics of all predictions, and of each class and condition by itself."""
+    """The metrics of all predictions, and of each class and condition."""
     results, details = predictions.results(), {}
     if dataset.label_sets is None:
         details["per_class"] = predictions.per_class(dataset.classes)
@@ -85,15 +85,13 @@ def classification_outcome(predictions: Predictions, dataset: ImageDataset, skip
     if dataset.conditions is not None:
         condition_N = torch.tensor(dataset.condition_of)[predictions.index_N]
         accuracy_C, counts_C = accuracy_per_class(predictions.rank_N == 0, condition_N, len(dataset.conditions))
-        details["conditions"] = {
-            name: {"top1": accuracy, "num_samples": count}
-            for name, accuracy, count in zip(dataset.conditions, accuracy_C.tolist(), counts_C.tolist(), strict=True)
-            if count
-        }
-        errors = {name: 1 - entry["top1"] for name, entry in details["conditions"].items()}
-        details["corruption_errors"] = corruption_errors(errors)
-        details["missing_conditions"] = missing_conditions(errors)
-        results |= {name: value for name, value in details["corruption_errors"].items() if name == "mce"}
+        rows = zip(dataset.conditions, accuracy_C.tolist(), counts_C.tolist(), strict=True)
+        found = {name: {"top1": accuracy, "num_samples": count} for name, accuracy, count in rows if count}
+        errors = {name: 1 - entry["top1"] for name, entry in found.items()}
+        corrupted = corruption_errors(errors)
+        missing = missing_conditions(errors)
+        details |= {"conditions": found, "corruption_errors": corrupted, "missing_conditions": missing}
+        results |= {name: value for name, value in corrupted.items() if name == "mce"}
     return Outcome(results, {**details, "skipped": sorted(gather_lists(list(skipped_paths)))})
 
 

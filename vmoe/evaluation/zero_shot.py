@@ -92,10 +92,10 @@ def resolve_class_names(class_names: Sequence[str] | str | Path, classes: Sequen
     Raises:
         ValueError: unreadable file, bad names, or another number of names than the data has classes.
     """
-    names, published = class_names, isinstance(class_names, str) and class_names in known_sets()
-    if published:
-        names = prompt_names(class_names, classes)
-    elif isinstance(class_names, (str, Path)):
+    if isinstance(class_names, str) and class_names in known_sets():
+        return prompt_names(class_names, classes)
+    names = class_names
+    if isinstance(class_names, (str, Path)):
         if not Path(class_names).is_file():
             raise ValueError(
                 f"class_names {class_names!r}: no such file; give a file with one name per line, "
@@ -103,9 +103,9 @@ def resolve_class_names(class_names: Sequence[str] | str | Path, classes: Sequen
             )
         names = read_lines(class_names)
     names = check_class_names(names)
-    if classes is not None and len(names) != len(classes):
-        raise ValueError(f"class_names {class_names} has {len(names)} names, and the data {len(classes)} classes")
-    if classes is not None and not published:
+    if classes is not None:
+        if len(names) != len(classes):
+            raise ValueError(f"class_names {class_names} has {len(names)} names, and the data {len(classes)} classes")
         warn_of_order(names, classes)
     return names
 
@@ -248,18 +248,14 @@ def evaluate_zero_shot(
     device: torch.device | str,
     precision: str = "float32",
 ) -> dict[str, float | int]:
-    """Zero-shot accuracy of a contrastive model.
+    """Zero-shot accuracy of a contrastive model, as `evaluate_classification` gives it.
 
     Args:
         model: has `encode_image(images, normalize)` and `encode_text(tokens, normalize)`; must be on `device`.
         tokenizer: list of B texts -> tokens (B, L).
         loader: batches with "image" (B, 3, H, W) and "label" (B,), an index into `class_names`.
-        class_names: C unique names.
-        templates: see :func:`resolve_templates`.
+        class_names, templates: C unique names, and see :func:`resolve_templates`.
         device, precision: see `evaluate_classification`.
-
-    Returns:
-        See `evaluate_classification`; the probabilities behind "ece" are those of `zero_shot_classify`.
 
     Raises:
         ValueError: bad names or templates, a label outside the names, or no samples.
@@ -279,7 +275,7 @@ def zero_shot_classify(
     batch_size: int = 64,
     exif_orientation: bool = False,
 ) -> Tensor:
-    """Probabilities of class names for images: softmax of `logit_scale · cosine`, as CLIP does (arXiv 2103.00020).
+    """Probabilities of class names for images: softmax of `logit_scale · cosine`, as in CLIP (arXiv 2103.00020).
 
     Args:
         model: contrastive model (LIMoE, two-tower, or one of open_clip's); runs where its parameters are.
@@ -288,8 +284,7 @@ def zero_shot_classify(
             of images (no (B, 3, H, W) tensors), also of mixed kinds. PIL images and files are preprocessed as the model
             expects, and files are read as they are needed.
         class_names: C unique names; or a published set or a file, see :func:`resolve_class_names`.
-        templates: see :func:`resolve_templates`; None: those published with `class_names`, if it is such a set, else
-            the bare names.
+        templates: see :func:`resolve_templates`; None: those published with `class_names`, else the bare names.
         batch_size: images per forward pass; does not change the result.
         exif_orientation: whether EXIF orientation is applied to files; as the model was trained.
 

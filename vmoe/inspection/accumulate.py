@@ -131,12 +131,8 @@ class LayerSums:
     ) -> None:
         """Looks for typical patches: of each image, for each expert, the patch with the largest gate value.
 
-        Args:
-            done_BPE: what `add` gave, of the patches of the grid.
-            gate_BPE: the gate's distribution.
-            grid: (rows, columns).
-            index_B: indices of the images in the data set.
-            pixels_BHWC: the images, uint8.
+        `done_BPE` is what `add` gave, of the patches of the grid (rows, columns); `index_B` are the images' indices in
+        the data set, `pixels_BHWC` their pixels, uint8.
         """
         if not self.num_patches:
             return

@@ -108,11 +108,7 @@ def explain(
 ) -> Explanation:
     """Probabilities of an image's labels or classes, and the experts of its patches.
 
-    Args:
-        subject: an image-text model, or a classifier.
-        image: 8-bit RGB.
-        labels: of an image-text model; of a classifier, None.
-        templates: of an image-text model, see `resolve_templates`.
+    The image is 8-bit RGB; labels and templates (see `resolve_templates`) are for an image-text model.
 
     Raises:
         ValueError: bad labels or templates, an image too large or too narrow for the model, or a file whose class
@@ -161,16 +157,10 @@ def map_size(image: np.ndarray) -> tuple[int, int]:
 def draw_map(
     image: np.ndarray, routing: TokenRouting, num_experts: int, chosen: tuple[int, int] | None = None
 ) -> Image.Image:
-    """The image in grey under the colours and numbers of its patches' experts.
+    """The image (H, W, 3), uint8, in grey under the colours and numbers of its patches' experts.
 
-    Args:
-        image: (H, W, 3) uint8.
-        routing: of the patches, (rows, columns, K).
-        num_experts: E.
-        chosen: (row, column) of a patch to frame, or None.
-
-    Returns:
-        RGB, of `map_size`; the patches divide it evenly.
+    `routing` is that of the patches, (rows, columns, K); `chosen` is the (row, column) of a patch to frame. The result
+    is RGB, of `map_size`; the patches divide it evenly.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg

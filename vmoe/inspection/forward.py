@@ -106,7 +106,7 @@ def likeliest_names(
         subject: the model.
         output_BD: what `routed` gave.
         names: C names; of a classifier None: "class 0", "class 1" ...
-        class_columns: for each name the outputs of the classifier that stand for it; None: output by output.
+        class_columns: see `vmoe.evaluation.classification.select_columns`.
         templates: of an image-text model.
 
     Raises:

@@ -31,9 +31,7 @@ RIGHT, WRONG, EMPTY = "#228833", "#AAB2BD", "#EEF0F3"  # bars of names
 def maps_to_draw(samples: Sequence[SampleRouting], layers: dict[str, int]) -> list[tuple[str, int, int]]:
     """Up to `MAX_LAYERS` of the layers that see patches, evenly spaced in depth; what `draw_maps` takes.
 
-    Args:
-        samples: the images.
-        layers: {name: number of experts}, in the order of `sample.patches`.
+    `layers` is {name: number of experts}, in the order of `sample.patches`.
     """
     seen = [
         (name, num_experts, index)
@@ -113,17 +111,13 @@ def example_figure(
     Patches that no expert took are grey and hatched. The image is shown as the model sees it, after its preprocessing.
 
     Args:
-        model: a classifier, or a contrastive model; without sparse layers the routing columns are left out.
+        model: a classifier, or a contrastive model; a dense one has no maps.
         samples: with `.image` (PIL) and `.label` (index into `class_names`, or None if unknown); 6 to 8 look best.
         class_names: what the images may be called.
-        tokenizer: of a contrastive model; None for a classifier.
-        file: where to write; the ending picks the format (.png, .svg, .pdf).
-        templates: of a contrastive model, see `vmoe.evaluation.zero_shot.resolve_templates`.
+        tokenizer, templates: of a contrastive model, see `vmoe.evaluation.zero_shot.resolve_templates`.
+        file: where to write, which is returned; the ending picks the format (.png, .svg, .pdf).
         max_layers: at most so many sparse layers, evenly spaced in depth.
-        title: a line at the top; None: none.
-
-    Returns:
-        The file.
+        title: a line at the top.
 
     Raises:
         ValueError: no samples, or class names that do not fit the model.

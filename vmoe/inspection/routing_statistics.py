@@ -63,16 +63,14 @@ def gather_statistics(
     Args:
         subject: a classifier or an image-text model with sparse layers.
         dataset: with labels, captions, both or neither.
-        batch_size: images per forward pass.
-        num_workers: processes that read images.
-        on_bad: "fail" at the first unreadable image, or "skip" and count them.
+        batch_size, num_workers, on_bad: as in `vmoe.data.LoaderConfig`.
         num_images: samples to keep, evenly spaced in the data.
         num_patches: typical patches to keep for each expert.
         templates: prompts of class names, see `vmoe.evaluation.zero_shot.resolve_templates`.
         eval_capacity_factor, batch_priority: of all sparse layers in this call, to see what is dropped with the
             capacity of training; None: as the model is set.
         data: the data set in short; None: the name of its class.
-        console: shows a progress bar; None: none.
+        console: shows a progress bar.
 
     Raises:
         ValueError: a dense model, unusable settings, or no readable image.
@@ -137,13 +135,8 @@ def sample_routing(
 ) -> SampleRouting:
     """The routing of one image, and of a text with it, in every sparse layer.
 
-    Args:
-        subject: a classifier or an image-text model with sparse layers.
-        image: of any size.
-        text: for an image-text model; None: the image alone.
-        class_names: what the image may be called, for `top_classes`. A classifier has its own, from its file; an
-            image-text model without names gives none.
-        templates: prompts of the class names, see `vmoe.evaluation.zero_shot.resolve_templates`.
+    The image may have any size. `class_names` are what it may be called, for `top_classes`, with `templates` as in
+    `vmoe.evaluation.zero_shot.resolve_templates`; a classifier has its own, from its file.
 
     Raises:
         ValueError: a dense model, a text for a classifier, or class names that do not fit the model.
