@@ -231,13 +231,6 @@ def test_what_cannot_work_is_told_before_the_data_are_read(run, data, tmp_path, 
         assert code == 2, message
         assert re.search(match, message), message
 
-    def missing():
-        raise ModuleNotFoundError("the HTML report needs vl_convert")
-
-    monkeypatch.setattr(command, "chart_library", missing)
-    monkeypatch.setattr(command, "load_model", read)
-    assert error(capsys, *pairs) == (1, "vmoe-inspect: error: the HTML report needs vl_convert")
-
 
 def test_no_typical_patches_at_all(run, data, tmp_path):
     arguments = ["--checkpoint", str(run), "--output_dir", str(tmp_path), "--loader.num_workers", "0"]

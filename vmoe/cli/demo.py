@@ -29,13 +29,10 @@ if TYPE_CHECKING:
     import gradio
 
     from vmoe.evaluation.loaded_model import LoadedModel
-    from vmoe.inspection.explain import Explanation, Layer
+    from vmoe.inspection.explain import Explanation
 
 MAX_UPLOAD = "100mb"
 KEPT_SECONDS = 3600  # images in Gradio's temporary folder, and what was computed from them
-# Names of emoji; training on the emoji set never sees the last one.
-EXAMPLES = ("dog face", "pizza", "automobile", "sunflower", "guitar", "scientist light skin tone")
-EXAMPLE_PIXELS = 240
 CSS = """
 .gradio-container {width: 100%; max-width: 1400px !important; margin: 0 auto !important}
 .token.highlighted {padding: 4px 6px !important}
@@ -156,7 +153,7 @@ def build_app(
     @answering
     def classify(image: Image.Image | None, labels: str, layer: int, row: int, column: int) -> tuple:
         if image is None:
-            raise ValueError("Choose an image first: drop one, paste one, or click one of the examples.")
+            raise ValueError("Choose an image first: drop or paste one.")
         found = logic.explain(subject, image, logic.parse_labels(labels) if has_text else None, templates)
         likeliest, _ = max(found.probabilities, key=lambda pair: pair[1])
         names = gr.Dropdown(choices=[name for name, _ in found.probabilities], value=likeliest)
@@ -195,7 +192,7 @@ def build_app(
         return drawn, patch, gr.HighlightedText(value=tokens[0], color_map=tokens[1]), logic.loads_html(loads)
 
     with gr.Blocks(title="vmoe: what the experts do", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)) as app:
-        gr.Markdown(f"# What the experts do\n{_introduction(subject, layers)}")
+        gr.Markdown(f"# What the experts of `{Path(subject.checkpoint).name}` do" + ("" if layers else ": it has none"))
         found = gr.State(None, time_to_live=KEPT_SECONDS)
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
@@ -206,14 +203,6 @@ def build_app(
                     label="Labels, one per line or separated by commas", lines=4, max_lines=12, visible=has_text
                 )
                 button = gr.Button("Classify", variant="primary")
-                examples = _example_images()
-                if examples:
-                    gr.Examples(
-                        [[example, "\n".join(EXAMPLES)] for example in examples],
-                        [image, labels],
-                        label="Examples (OpenMoji, CC BY-SA 4.0)",
-                        visible_columns=[0],
-                    )
             with gr.Column(scale=4, min_width=320):
                 probabilities = gr.HTML("<p>The answer appears here.</p>", padding=False)
                 with gr.Column(visible=False) as routing:  # shown with the first answer
@@ -299,23 +288,6 @@ def _image_reader(gr: Any, exif_orientation: bool) -> Callable[[Any], Image.Imag
             raise _message(gr, f"{upload.orig_name or 'The image'}: {error.reason}.") from None
 
     return read
-
-
-def _introduction(subject: LoadedModel, layers: Sequence[Layer]) -> str:
-    what, tokens = ("image and labels", " and of the labels' text tokens") if subject.tokenizer else ("image", "")
-    routing = f"the experts of its patches{tokens}" if layers else "no experts, for this model has no sparse layer"
-    return f"Give an {what}: the model `{Path(subject.checkpoint).name}` shows probabilities and {routing}."
-
-
-def _example_images() -> list[Image.Image]:
-    """Some emoji; none where their packages are not installed."""
-    from vmoe.data.sources.emoji import draw_emoji, list_emoji
-
-    try:
-        codes = {emoji.name: emoji.code for emoji in list_emoji()}
-        return [Image.fromarray(draw_emoji(codes[name], EXAMPLE_PIXELS)) for name in EXAMPLES]
-    except ModuleNotFoundError:
-        return []
 
 
 def _gradio() -> Any:

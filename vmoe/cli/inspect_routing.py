@@ -24,7 +24,6 @@ from vmoe.evaluation.zero_shot import resolve_templates
 from vmoe.inspection.forward import sparse_layers
 from vmoe.inspection.plots import write_figures
 from vmoe.inspection.report import write_report
-from vmoe.inspection.report_charts import chart_library
 from vmoe.inspection.results import write_statistics
 from vmoe.inspection.routing_statistics import RoutingStatistics, gather_statistics
 from vmoe.utils.config import ConfigError, check_types, parse_config, read_settings_file
@@ -113,12 +112,10 @@ def run(config: InspectConfig, console: Console | None = None) -> RoutingStatist
     Raises:
         ConfigError: a dense model, no data, templates without class names to fill in, or an output_dir that cannot be
             written to; all before the data are read, which may take hours.
-        ModuleNotFoundError: the extra "report" is not installed; also at once.
         BadSample: an unreadable image or empty caption, unless `loader.on_bad` is "skip".
         ValueError: unreadable checkpoint or data.
     """
     console = console or make_console()
-    chart_library()
     subject = load_model(config.checkpoint, config.device, config.precision)
     sparse_layers(subject)
     source = config.data

@@ -123,16 +123,6 @@ function expertButton(expert) {
   return make("button", { ...properties, onclick: () => toggleExpert(expert) }, tag(expert));
 }
 
-// Rows of a chart of bars: one part of each expert's bar.
-function bars(part, order, values, total, colour) {
-  return values.map((value, expert) => {
-    const [count, share] = [asCount(value), ratio(value, total)];
-    const opacity = state.expert === null || state.expert === expert ? 1 : 0.3;
-    const spoken = `expert ${expert}, ${part}: ${count}, ${asShare(share)}`;
-    return { expert, spoken, part, order, count, share, shown: asShare(share), colour: colour(expert), opacity };
-  });
-}
-
 function drawExperts() {
   const layer = DATA.layers[state.layer];
   const modalities = Object.keys(layer.tokens);
@@ -142,25 +132,16 @@ function drawExperts() {
     "Choose an expert by its number or bar.";
   const charts = modalities.flatMap((modality) => {
     const [kept, asked, importance] = [layer.kept[modality], layer.asked[modality], layer.importance[modality]];
+    const load = [{ name: "taken", values: kept, colour: colourOf }];
     const dropped = asked.map((value, expert) => value - kept[expert]);
-    const load = bars("taken", 0, kept, sum(asked), colourOf);
-    if (dropped.some((value) => value > 0)) load.push(...bars("dropped", 1, dropped, sum(asked), () => DATA.dropped));
-    return [
-      [`Load, ${NOUN[modality]}`, load],
-      [`Importance, ${NOUN[modality]}`, bars("importance", 0, importance, sum(importance), colourOf)],
-    ];
+    if (sum(dropped) > 0) load.push({ name: "dropped", values: dropped, colour: () => DATA.dropped });
+    const [loadBox, importanceBox] = [make("div"), make("div")];
+    drawBars(loadBox, `Load, ${NOUN[modality]}`, load, sum(asked));
+    const parts = [{ name: "importance", values: importance, colour: colourOf }];
+    drawBars(importanceBox, `Importance, ${NOUN[modality]}`, parts, sum(importance));
+    return [loadBox, importanceBox];
   });
-  // The boxes stay, so that the page does not jump when the expert changes.
-  const box = byId("expert-charts");
-  if (box.childElementCount !== charts.length) {
-    box.replaceChildren(...charts.map(() => make("div", {}, make("h3"), make("div", { class: "chart" }))));
-  }
-  charts.forEach(([title, rows], index) => {
-    const [heading, chart] = box.children[index].children;
-    heading.textContent = title;
-    const click = ({ expert }) => isNumber(expert) && toggleExpert(expert);
-    drawChart(chart, "bars", rows, `${title} of each expert; the table below has the same values`, { click });
-  });
+  byId("expert-charts").replaceChildren(...charts);
   drawTable(byId("expert-table"), {
     label: `Experts of ${LAYER_NAMES[state.layer]}`,
     chosen: (expert) => expert === state.expert,
@@ -287,21 +268,19 @@ function drawClasses() {
     const partly = layer.share_dropped.image > 0 && layer.router === "top_k" ? " of what was not dropped" : "";
     note.textContent += `A row of the map adds up to 100%${partly}.`;
   }
-  // A label that stands for two classes would draw them on top of each other: then the class's number tells them apart.
-  const most = byId("class-chart").clientWidth >= 480 ? 36 : 20;
-  const short = drawnRows.map(({ name }) => shorten(name, most));
-  const labels = drawnRows.map(({ name, index }, at) => {
-    const number = short.indexOf(short[at]) === short.lastIndexOf(short[at]) ? "" : ` (${index})`;
-    return shorten(name, most - number.length) + number;
-  });
-  const cells = drawnRows.flatMap(({ name, counts, total }, at) =>
-    counts.map((count, expert) => {
+  const experts = range(layer.num_experts);
+  const strongest = Math.max(...drawnRows.flatMap(({ counts, total }) => counts.map((count) => count / total)));
+  const cells = drawnRows.map(({ name, counts, total }) => {
+    const shades = counts.map((count, expert) => {
       const share = count / total;
-      return { row: labels[at], name, expert, share, shown: asShare(share), count: asCount(count) };
-    }),
-  );
-  const title = "Share of each class that went to each expert; the table beside it has the values";
-  drawChart(byId("class-chart"), "classes", cells, title, { height: 18 * drawnRows.length });
+      const title = `${name}, expert ${expert}: ${asShare(share)} (${asCount(count)})`;
+      return make("td", { title, style: { "--share": `${(100 * share) / strongest}%` } });
+    });
+    return make("tr", {}, make("th", { scope: "row", title: name }, name), ...shades);
+  });
+  const head = make("tr", {}, make("td"), ...experts.map((expert) => make("th", { scope: "col" }, String(expert))));
+  const caption = make("caption", {}, `Share of each class that went to each expert; full colour: ${asShare(strongest)}`);
+  byId("class-chart").replaceChildren(make("table", { class: "heat" }, caption, make("thead", {}, head), make("tbody", {}, ...cells)));
   const sort = { column: state.expert === null ? 3 : 5, direction: "descending" };
   const columns = countColumns("Class");
   drawTable(byId("class-table"), { label: "Classes and experts", rows, columns, sort, key: ({ index }) => index });

@@ -1,7 +1,7 @@
 """The HTML report: one file, without network or server, that shows where patches and text tokens go.
 
 Values are formatted by the page; the routing of single tokens and larger tables are packed as typed arrays (base64),
-images as WebP. The page's parts are report.html, report.css, report_parts.js (texts, tables, charts),
+images as WebP. The page's parts are report.html, report.css, report_parts.js (texts, tables, bars),
 report_images.js (the routing maps) and report.js (layers, experts, classes, text tokens).
 
 Shapes, by suffix: E experts, K choices of a token, C classes, T tokens.
@@ -24,7 +24,6 @@ from PIL import Image
 from rich.console import Console
 
 from vmoe.inspection import style
-from vmoe.inspection.report_charts import chart_script, chart_specifications
 from vmoe.inspection.results import LayerStatistics, RoutingStatistics, SampleRouting, TokenRouting, TypicalPatch
 from vmoe.utils.files import atomic_file
 
@@ -58,21 +57,15 @@ def write_report(statistics: RoutingStatistics, file: str | Path, console: Conso
         The file.
 
     Raises:
-        ModuleNotFoundError: vl-convert is not installed (extra `report`).
         ValueError: statistics without a sparse layer, or weights outside 0..1.
     """
     if not statistics.layers:
         raise ValueError(f"{statistics.checkpoint} has no sparse layer, so there is no routing to report")
     file = Path(file)
-    parts = {
-        "library": chart_script(),
-        "own": "\n".join(_part(name) for name in SCRIPTS),
-        "specifications": _script_json(chart_specifications()),
-        "style": _part("report.css"),
-    }
-    # The policy lets these two scripts run and nothing else: no text of the data can, nor any request go out.
-    digests = [hashlib.sha256(parts[name].encode()).digest() for name in ("library", "own")]
-    parts["script_hashes"] = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+    script = "\n".join(_part(name) for name in SCRIPTS)
+    # The policy lets this script run and nothing else: no text of the data can, nor any request go out.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    parts = {"script": script, "script_hash": f"'sha256-{digest}'", "style": _part("report.css")}
     page = Environment(autoescape=False).from_string(_part("report.html"))
     data = report_data(statistics, MAX_BYTES - len(page.render(parts).encode()))
     shown, given = len(data["samples"]), len(statistics.samples)

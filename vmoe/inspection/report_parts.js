@@ -1,17 +1,21 @@
 "use strict";
-// What the page is made of: elements, numbers as texts, the shared tooltip, sortable tables, charts.
+// What the page is made of: elements, numbers as texts, the shared tooltip, sortable tables, bars.
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
-const SPECIFICATIONS = JSON.parse(document.getElementById("specifications").textContent);
 const NOUN = { image: "patches", text: "text tokens" };
 const byId = (id) => document.getElementById(id);
+
+function setStyle(element, key, text) {
+  if (key.startsWith("--")) element.style.setProperty(key, text);
+  else element.style[key] = text;
+}
 
 // Texts of the data enter the page as text nodes and attributes alone, never as HTML.
 function make(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
     if (value === null || value === undefined) continue;
-    if (name === "style") Object.assign(element.style, value);
+    if (name === "style") for (const [key, text] of Object.entries(value)) setStyle(element, key, text);
     else if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else element.setAttribute(name, value);
   }
@@ -185,51 +189,26 @@ function drawTable(box, { label, columns, rows, chosen = () => false, sort = nul
   box.replaceChildren(make("div", scroll, table));
 }
 
-// ---- charts ----
+// ---- bars ----
 
-const drawn = new Map(); // {element: {name, rows, label, click, height}}
-const dark = window.matchMedia("(prefers-color-scheme: dark)");
-
-function chartConfig() {
-  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const [ink, soft, line] = ["--ink", "--soft", "--line"].map(colour);
-  const font = getComputedStyle(document.body).fontFamily;
-  const text = { labelColor: ink, titleColor: soft, labelFontSize: 12, titleFontSize: 12, titleFontWeight: "normal" };
-  return {
-    background: "transparent",
-    font,
-    view: { stroke: null },
-    axis: { ...text, gridColor: line, domainColor: soft, tickColor: soft },
-    axisX: { grid: false },
-    legend: { ...text, orient: "bottom" },
-    bar: { stroke: soft, strokeWidth: 0.5 },
-  };
-}
-
-function embed(box) {
-  const { name, rows, label, click, height } = drawn.get(box);
-  const specification = { ...SPECIFICATIONS[name], datasets: { rows }, description: label };
-  if (height) Object.assign(specification, { height, autosize: { type: "fit-x", contains: "padding" } });
-  const tooltip = { theme: dark.matches ? "dark" : "light" };
-  const options = { actions: false, renderer: "svg", ast: true, config: chartConfig(), tooltip };
-  // One after the other: a drawing that is still under way must not land on top of a later one.
-  box.turn = (box.turn ?? Promise.resolve()).then(async () => {
-    if (drawn.get(box)?.rows !== rows) return;
-    box.result?.finalize();
-    box.result = await vegaEmbed(box, specification, options);
-    if (click) box.result.view.addEventListener("click", (_, item) => item?.datum && click(item.datum));
+// A bar for each expert. parts: {name, values, colour(expert)}, stacked, as shares of `total`.
+function drawBars(box, title, parts, total) {
+  const experts = range(parts[0].values.length);
+  const most = Math.max(...experts.map((expert) => sum(parts.map(({ values }) => values[expert]))));
+  const items = experts.map((expert) => {
+    const lines = parts.map(({ name, values }) => {
+      return [null, `${name}: ${asCount(values[expert])}, ${asShare(ratio(values[expert], total))}`];
+    });
+    const pieces = parts.map(({ values, colour }) =>
+      make("span", { style: { height: `${100 * (ratio(values[expert], most) ?? 0)}%`, background: colour(expert) } }),
+    );
+    const label = experts.length <= 32 ? make("small", { "aria-hidden": "true" }, String(expert)) : null;
+    const look = { class: state.expert === null || state.expert === expert ? "bar" : "bar pale", type: "button" };
+    const spoken = { "aria-label": sentence(`expert ${expert}`, lines), onclick: () => toggleExpert(expert) };
+    const bar = make("button", { ...look, ...spoken }, make("span", { class: "pile" }, ...pieces), label);
+    return explain(bar, `Expert ${expert}`, lines);
   });
-  box.turn.catch((error) => console.error(error));
+  const scale = `largest: ${asShare(ratio(most, total))}`;
+  const group = make("div", { class: "bars", role: "group", "aria-label": `${title} of each expert` }, ...items);
+  box.replaceChildren(make("h3", {}, title, make("small", {}, scale)), rove(group, items));
 }
-
-// height: of the plot without its axes, where the number of rows decides it.
-function drawChart(box, name, rows, label, { click = null, height = null } = {}) {
-  drawn.set(box, { name, rows, label, click, height });
-  box.classList.add("chart", name);
-  box.classList.toggle("clickable", Boolean(click));
-  embed(box);
-}
-
-dark.addEventListener("change", () => {
-  for (const box of drawn.keys()) if (box.isConnected) embed(box);
-});
