@@ -1,7 +1,5 @@
 """The HTML report in a browser, opened from the disk without a network: what it shows is what was computed."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from decimal import ROUND_HALF_UP, Decimal
@@ -117,7 +115,7 @@ def shown_tip(page):
     )
 
 
-def test_header_and_charts_are_there(page):
+def check_header(page):
     header = page.locator("header").inner_text()
     assert "runs/example" in header
     assert "example pictures" in header
@@ -127,7 +125,7 @@ def test_header_and_charts_are_there(page):
     assert (first, second) == (["block 1", "1.00", "0.25"], ["block 3", "0.25", "1.00"])
 
 
-def test_figures_of_layers_are_those_computed(page):
+def check_layers(page):
     expected = []
     for place, layer in enumerate(page.statistics.layers):
         for modality, noun in (("image", "patches"), ("text", "text tokens")):
@@ -148,7 +146,7 @@ def test_figures_of_layers_are_those_computed(page):
     assert table(page, "layer-table") == expected
 
 
-def test_figures_of_experts_are_those_computed(page):
+def check_experts(page):
     choose(page, layer=1)
     layer = page.statistics.layers[1]
     for expert, row in enumerate(table(page, "expert-table")):
@@ -165,7 +163,7 @@ def test_figures_of_experts_are_those_computed(page):
         assert row == expected
 
 
-def test_bars_have_the_values_of_the_table(page):
+def check_bars(page):
     layer = page.statistics.layers[0]
     labels = page.eval_on_selector_all(
         "#expert-charts > :first-child .bar", "bars => bars.map(bar => bar.getAttribute('aria-label'))"
@@ -177,13 +175,20 @@ def test_bars_have_the_values_of_the_table(page):
     assert page.input_value("#expert") == "2"
 
 
-def test_the_heat_map_has_the_shares_of_the_table(page):
+def check_heat_map(page):
     layer = page.statistics.layers[0]
     titles = page.eval_on_selector_all("#class-chart tbody td", "cells => cells.map(cell => cell.title)")
     for c, name in enumerate(page.statistics.class_names):
         counts = layer.expert_class[:, c]
         for expert, count in enumerate(counts):
             assert f"{name}, expert {expert}: {percent(count / counts.sum())} ({count})" in titles
+
+
+def test_what_is_shown_is_what_was_computed(page):
+    checks = (check_header, check_layers, check_experts, check_heat_map, check_text_tokens, check_notes)
+    for check in (*checks, check_tooltips, check_collage, check_bars):
+        choose(page, layer=0, expert="")
+        check(page)
 
 
 def test_another_layer_changes_maps_and_figures(page):
@@ -226,7 +231,7 @@ def test_an_expert_changes_collage_highlight_and_tables(page):
     assert maps(page) == before
 
 
-def test_patches_of_the_collage_are_those_of_the_images(page):
+def check_collage(page):
     """The middle of the first patch on screen has the colour of the patch that was found."""
     choose(page, layer=0, expert=1)
     page.locator("#collage").scroll_into_view_if_needed()
@@ -247,7 +252,7 @@ def test_patches_of_the_collage_are_those_of_the_images(page):
         np.testing.assert_allclose(pixels, own[own.shape[0] // 2, own.shape[1] // 2], atol=16)
 
 
-def test_pointing_at_a_patch_shows_its_choices(page):
+def check_tooltips(page):
     choose(page, layer=1)
     canvas = page.locator("#cards canvas").nth(2)
     canvas.scroll_into_view_if_needed()
@@ -284,7 +289,7 @@ def test_the_keyboard_reaches_patches_and_text_tokens(page):
     assert lines == tip_lines(sample.text[0], 1)
 
 
-def test_text_tokens_have_the_number_of_their_expert(page):
+def check_text_tokens(page):
     chips = page.locator("#cards .card").first.locator(".chips button")
     sample = page.statistics.samples[0]
     for place, word in enumerate(sample.text_tokens):
@@ -440,7 +445,7 @@ def test_nothing_is_dropped_where_experts_or_slots_choose(browser_page, example_
     assert page.problems == []
 
 
-def test_tables_of_classes_count_assignments_and_say_what_was_dropped(page):
+def check_notes(page):
     layer = page.statistics.layers[0]
     titles = page.eval_on_selector_all("#class-table thead button", "all => all.map(button => button.textContent)")
     assert titles == ["Class", "assignments", "most to", "share to that"]

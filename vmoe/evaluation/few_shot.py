@@ -8,7 +8,6 @@ Shapes, by suffix: N rows, D features (plus one for the bias), C classes.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 
@@ -108,14 +107,15 @@ def few_shot_accuracy(
         generator: chooses the examples; None: the first rows of each class.
 
     Raises:
-        ValueError: features that are not finite, labels out of range, no rows, or settings out of range.
+        ValueError: features that are not finite, or none, or labels out of range.
     """
-    if min(shots, default=0) < 1 or not l2_penalties or not all(0 < penalty < math.inf for penalty in l2_penalties):
-        raise ValueError(f"shots must be >= 1 and l2_penalties > 0, got {list(shots)} and {list(l2_penalties)}")
     if num_classes is None:
         num_classes = int(train_labels_N.max()) + 1
-    _check_rows("train", train_features_ND, train_labels_N, num_classes)
-    _check_rows("test", test_features_ND, test_labels_N, num_classes)
+    for features_ND, labels_N in ((train_features_ND, train_labels_N), (test_features_ND, test_labels_N)):
+        if not len(features_ND) or not features_ND.isfinite().all():
+            raise ValueError(f"features must be finite, and of one image or more, got shape {tuple(features_ND.shape)}")
+        if labels_N.min() < 0 or labels_N.max() >= num_classes:
+            raise ValueError(f"labels must be in 0..{num_classes - 1}, got {labels_N.min()}..{labels_N.max()}")
     rows_of_class = [torch.nonzero(train_labels_N == label).flatten() for label in range(num_classes)]
     if generator is not None:
         rows_of_class = [rows[torch.randperm(len(rows), generator=generator)] for rows in rows_of_class]
@@ -128,19 +128,6 @@ def few_shot_accuracy(
             predicted_N = regression.predict(scaled_ND, penalty)
             accuracy[shot, penalty] = (predicted_N == test_labels_N).double().mean().item()
     return accuracy
-
-
-def _check_rows(split: str, features_ND: Tensor, labels_N: Tensor, num_classes: int) -> None:
-    """Raises ValueError unless there is one class for each row of finite features."""
-    if features_ND.ndim != 2 or labels_N.shape != features_ND.shape[:1] or not len(labels_N):
-        shapes = f"{tuple(features_ND.shape)} and {tuple(labels_N.shape)}"
-        raise ValueError(f"{split} features and labels must have shapes (N, D) and (N,), got {shapes}")
-    if rows := int((~features_ND.isfinite()).any(1).sum()):
-        raise ValueError(f"{split} features must be finite, {rows} of {len(features_ND)} rows hold NaN or infinity")
-    low, high = labels_N.min().item(), labels_N.max().item()
-    if labels_N.is_floating_point() or low < 0 or high >= num_classes:
-        found = f"{labels_N.dtype} from {low} to {high}"
-        raise ValueError(f"{split} labels must be whole numbers in 0..{num_classes - 1}, got {found}")
 
 
 def best_penalty(results: Sequence[Curve], shot: int) -> float:
@@ -161,7 +148,7 @@ class _Regression:
         x_ND = x_ND.double()  # the constant feature squares the condition: float32 changes predictions
         self.mean_D, self.std_D = x_ND.mean(0), x_ND.std(0, correction=0) + 1e-5
         x_ND = self.scaled(x_ND)
-        y_NC = 2.0 * F.one_hot(labels_N.long(), num_classes).to(x_ND) - 1.0
+        y_NC = 2.0 * F.one_hot(labels_N, num_classes).to(x_ND) - 1.0
         # W = Xᵀ(XXᵀ + l2)⁻¹Y = (XᵀX + l2)⁻¹XᵀY: the smaller of the two matrices is decomposed.
         if x_ND.shape[0] >= x_ND.shape[1]:
             self.eigenvalues, vectors = torch.linalg.eigh(x_ND.T @ x_ND)
