@@ -27,6 +27,7 @@ SCRIPT = (
     f"RUNS = {RUNS}"
     + """
 import sys
+import torch
 import matplotlib.pyplot, open_clip  # what the tasks import when they need it
 from PIL import Image
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -53,6 +54,7 @@ def evaluate(folder, world, sizes):
             assert code == 0, code
 
 def work(*arguments):
+    torch.set_num_threads(1)  # the processes share the cores
     with processes():
         evaluate(*arguments)
 

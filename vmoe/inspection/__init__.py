@@ -1,1 +1,1 @@
-"""Looking into a model: its size and cost, and figures of what the experts do. Figures need matplotlib."""
+"""What the experts of a model do: routing statistics, figures, the HTML report."""

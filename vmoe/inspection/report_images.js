@@ -37,16 +37,14 @@ const tookIt = (choices, expert) => choices.some((choice) => choice.kept && choi
 
 // Lines of the tooltip of a token.
 function linesOf(choices) {
-  const layer = DATA.layers[state.layer];
-  if (layer.router === "top_k") {
-    const fate = ({ kept }) => (kept ? "" : ", dropped: no capacity");
-    return choices.map((choice) => [choice.expert, `weight ${asWeight(choice.weight)}${fate(choice)}`]);
-  }
-  const taken = choices.filter(({ kept }) => kept).map(({ expert, weight }) => [expert, `weight ${asWeight(weight)}`]);
+  const { router, num_selected_experts: all } = DATA.layers[state.layer];
+  const fate = (kept) => (kept ? "" : ", dropped: no capacity");
+  const lines = choices.map(({ expert, weight, kept }) => [expert, `weight ${asWeight(weight)}${fate(kept)}`]);
+  if (router === "top_k") return lines;
+  const taken = lines.filter((_, index) => choices[index].kept);
   if (!taken.length) return [[null, "taken by no expert"]];
-  const others = taken.length === choices.length && choices.length < layer.num_selected_experts;
-  const all = layer.router === "soft" ? `of ${layer.num_experts}` : "of those that took it";
-  return others ? [...taken, [null, `the ${taken.length} largest weights ${all}`]] : taken;
+  const more = taken.length === choices.length && choices.length < all;
+  return more ? [...taken, [null, `the ${taken.length} largest weights`]] : taken;
 }
 
 // ---- the map of an image ----
