@@ -12,7 +12,7 @@ from vmoe.models.factory import save_pretrained
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """An image-text model, a classifier with and one without class names, and three pictures."""
+    """An image-text model, a classifier with and one without class names, and three images."""
     folder = tmp_path_factory.mktemp("classify")
     torch.manual_seed(0)
     model = vmoe.create_model("limoe_tiny_patch8_48", depth=2, width=32, num_heads=2, embed_dim=16)
@@ -50,7 +50,7 @@ def test_json_equals_zero_shot_classify(files, capsys):
     assert values == sorted(values, reverse=True)
 
 
-def test_a_table_for_every_picture_of_a_folder(files, capsys, tmp_path):
+def test_a_table_for_every_image_of_a_folder(files, capsys, tmp_path):
     labels = tmp_path / "labels.txt"
     labels.write_text("cat\nfox, red\n[bold]dog\n", encoding="utf-8")
     options = ["--checkpoint", str(files / "limoe.safetensors"), "--labels_file", str(labels), "--top", "2"]
@@ -83,7 +83,7 @@ def test_published_names(files, capsys):
     assert len(json.loads(capsys.readouterr().out)[0]["predictions"]) == 10
 
 
-def test_pictures_are_found(files, monkeypatch):
+def test_images_are_found(files, monkeypatch):
     photos = files / "photos"
     every = [photos / "a.png", photos / "b.JPG", photos / "below" / "c.png"]
     assert find_images([str(photos)]) == every

@@ -29,7 +29,7 @@ TINY = {"depth": 2, "num_heads": 2}
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """Two classes of three pictures each, and pairs of the same pictures with two captions each."""
+    """Two classes of three images each, and pairs of the same images with two captions each."""
     root = tmp_path_factory.mktemp("data")
     generator = np.random.default_rng(0)
     with open(root / "pairs.csv", "w", newline="") as file:

@@ -36,7 +36,7 @@ def coarse_figures(monkeypatch):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Two class folders of three pictures, and a file of pairs of the same pictures."""
+    """Two class folders of three images, and a file of pairs of the same images."""
     root = tmp_path_factory.mktemp("data")
     generator = np.random.default_rng(0)
     lines = ["image,caption"]
@@ -93,7 +93,7 @@ def test_all_that_it_writes(run, data, capsys):
     assert arrays["blocks.1.mlp/expert_token"].sum() == sum(first["modalities"]["text"]["kept"])
 
 
-def test_labelled_pictures_by_a_plain_word(run, data, tmp_path):
+def test_labelled_images_by_a_plain_word(run, data, tmp_path):
     assert main(["--checkpoint", str(run), "--data", str(data / "folder"), f"--output_dir={tmp_path}", *QUICK]) == 0
     found = json.loads((tmp_path / "statistics.json").read_text())
     assert found["data"]["texts_from"] == "class names"
@@ -122,7 +122,7 @@ def test_what_a_plain_word_stands_for(data, tmp_path):
         expand_data(["--data"])
 
 
-def test_the_data_of_a_run_are_found_from_any_of_its_places(run, tmp_path):
+def test_the_data_of_a_run_are_found_from_any_of_its_folders(run, tmp_path):
     step = run / "checkpoints/step_000002"
     for place in (run, step, step / "model.safetensors"):
         assert validation_data(str(place)).type == "pairs"

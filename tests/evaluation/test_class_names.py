@@ -142,7 +142,7 @@ def test_names_that_do_not_fit_the_data_are_errors():
     ],
 )
 def test_folders_that_are_not_the_sets_are_refused(name, folders):
-    """The published order would give figures that look plausible and are wrong."""
+    """The published order would give metrics that look plausible and are wrong."""
     with pytest.raises(ValueError, match=f"'{name}' do not fit the classes of the data.*give the names as a file"):
         prompt_names(name, folders)
 

@@ -1,4 +1,4 @@
-"""ImageNet's test sets, ObjectNet and Karpathy's captions, from made-up files to figures, by the command."""
+"""ImageNet's test sets, ObjectNet and Karpathy's captions, from made-up files to metrics, by the command."""
 
 import json
 import pkgutil
@@ -21,7 +21,7 @@ SYNSETS = ImageNetInfo("imagenet-1k").label_names()
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
-    """1,000 outputs; its answer to any picture is class 6, then 11, then 0 (by the bias of its head)."""
+    """1,000 outputs; its answer to any image is class 6, then 11, then 0 (by the bias of its head)."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("classifier")
     model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=1000, embed_dim=32, depth=2, num_heads=2)
@@ -80,7 +80,7 @@ def test_a_subset_zero_shot(limoe, tmp_path):
 
 
 def test_real_counts_any_of_its_labels_and_reports_what_it_leaves_out(classifier, tmp_path):
-    """The classifier answers 6, 11, 0, 1, 2: the first picture is right, the third within five, the second neither."""
+    """The classifier answers 6, 11, 0, 1, 2: the first image is right, the third within five, the second neither."""
     for number in (1, 2, 3, 4):
         picture(tmp_path / "val" / f"ILSVRC2012_val_{number:08d}.JPEG")
     (tmp_path / "real.json").write_text(json.dumps([[500, 6], [500, 600], [700, 2], []]))
@@ -110,8 +110,8 @@ def test_corruptions_have_their_errors_and_missing_ones_are_named(classifier, tm
     assert "70 of 75 conditions are missing" in caplog.text
 
 
-def test_the_data_may_say_how_much_of_a_picture_is_kept(classifier):
-    """ImageNet-C's pictures are cropped already, and must not be cropped again."""
+def test_the_data_may_say_how_much_of_an_image_is_kept(classifier):
+    """ImageNet-C's images are cropped already, and must not be cropped again."""
     assert ImageNetC.crop_pct == 1
     image = Image.radial_gradient("L").resize((48, 48)).convert("RGB")
     whole, half = (load_model(str(classifier), "cpu", crop_pct=share).transform.geometry(image) for share in (1, 0.5))

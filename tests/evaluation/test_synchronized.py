@@ -1,4 +1,4 @@
-"""The same figures from 1, 2 and 3 processes and with batch sizes 1, 7 and 64."""
+"""The same metrics from 1, 2 and 3 processes and with batch sizes 1, 7 and 64."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What a task makes of the predictions: figures of each class and of each condition."""
+"""What a task makes of the predictions: metrics of each class and of each condition."""
 
 import pytest
 import torch

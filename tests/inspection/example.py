@@ -24,7 +24,7 @@ def example_statistics(
     text=True,
     seed=0,
 ):
-    """Random routing of `num_images` pictures (grid × grid patches) and, with `text`, their captions.
+    """Random routing of `num_images` images (grid × grid patches) and, with `text`, their captions.
 
     The figures of the layers are those of the samples themselves, so that sums can be checked.
     """

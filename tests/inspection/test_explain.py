@@ -122,7 +122,7 @@ def test_two_towers_have_layers_of_one_modality(tmp_path):
 
 
 @pytest.mark.parametrize(("size", "match"), [((1, 500), "sides beyond"), ((20_000, 20_000), "pixels, more than")])
-def test_pictures_that_do_not_fit_are_refused(limoe, size, match):
+def test_images_that_do_not_fit_are_refused(limoe, size, match):
     large = Image.new("1", size)
     with pytest.raises(ValueError, match=match):
         logic.explain(limoe, large, ["cat", "dog"])
@@ -160,7 +160,7 @@ def test_experts_of_a_patch():
         logic.patch_experts(GRID, 0, -1)
 
 
-def test_load_counts_what_had_room():
+def test_load_counts_what_had_capacity():
     load = logic.expert_loads(LAYER, GRID)
     assert [own.tokens for own in load] == [2, 2, 4, 0]
     assert [own.dropped for own in load] == [2, 2, 0, 0]

@@ -37,7 +37,7 @@ def unpacked(packed):
     return np.frombuffer(base64.b64decode(packed["data"]), dtype)
 
 
-def test_200_pictures_in_twelve_layers_stay_below_15_megabytes(example_statistics, tmp_path, monkeypatch):
+def test_200_images_in_twelve_layers_stay_below_15_megabytes(example_statistics, tmp_path, monkeypatch):
     encode, known = report._image_source, {}  # ten pictures, each encoded once
     monkeypatch.setattr(report, "_image_source", lambda p: known.get(id(p)) or known.setdefault(id(p), encode(p)))
     one = example_statistics(
@@ -56,7 +56,7 @@ def test_200_pictures_in_twelve_layers_stay_below_15_megabytes(example_statistic
 
 
 def large_statistics(example_statistics, router):
-    """Noisy pictures of 384 px with 24 × 24 patches, 12 layers of 64 experts; 200 pictures that repeat eight."""
+    """Noisy images of 384 px with 24 × 24 patches, 12 layers of 64 experts; 200 images that repeat eight."""
     rng = np.random.default_rng(0)
     choices = 2 if router == "top_k" else 8
     one = example_statistics(
@@ -75,7 +75,7 @@ def large_statistics(example_statistics, router):
 
 
 @pytest.mark.parametrize("router", ["top_k", "expert_choice"])
-def test_a_report_that_grows_too_large_shows_fewer_pictures_and_says_so(
+def test_a_report_that_grows_too_large_shows_fewer_images_and_says_so(
     example_statistics, tmp_path, monkeypatch, router
 ):
     encode, known = report._image_source, {}
@@ -95,7 +95,7 @@ def test_a_report_that_grows_too_large_shows_fewer_pictures_and_says_so(
         assert len(unpacked(layer["patches"]["expert"])) == shown * 24 * 24 * layer["patches"]["shown"]
 
 
-def test_large_pictures_are_shown_smaller(example_statistics):
+def test_large_images_are_shown_smaller(example_statistics):
     statistics = example_statistics(side=384, num_images=1)
     source = report_data(statistics)["samples"][0]["source"]
     picture = Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/webp;base64,"))))
@@ -116,7 +116,7 @@ def test_the_same_statistics_give_the_same_file(example_statistics, tmp_path):
     assert [path.name for path in first.parent.iterdir()] == ["report.html"]
 
 
-def test_small_pictures_lose_nothing(example_statistics):
+def test_small_images_lose_nothing(example_statistics):
     statistics = example_statistics(side=48)
     source = report_data(statistics)["samples"][2]["source"]
     picture = Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/webp;base64,"))))

@@ -62,7 +62,7 @@ def open_report(page, statistics, folder):
 
 @pytest.fixture(scope="module")
 def report(example_statistics, tmp_path_factory):
-    """(statistics, file) of an image-text model with two choices per token and 30 pictures."""
+    """(statistics, file) of an image-text model with two choices per token and 30 images."""
     statistics = example_statistics(num_selected_experts=2, num_images=30)
     return statistics, write_report(statistics, tmp_path_factory.mktemp("report") / "report.html")
 
@@ -191,7 +191,7 @@ def test_what_is_shown_is_what_was_computed(page):
         check(page)
 
 
-def test_another_layer_changes_maps_and_figures(page):
+def test_another_layer_changes_maps_and_tables(page):
     before, rows = maps(page), table(page, "expert-table")
     choose(page, layer=1)
     assert "block 3" in page.locator("#images-title").inner_text()
@@ -420,7 +420,7 @@ def test_a_fixed_capacity_is_told(browser_page, example_statistics, tmp_path):
 
 
 def as_router(statistics, router):
-    """The same figures as another router would have them."""
+    """The same statistics as another router would have them."""
     for layer in statistics.layers:
         layer.router, layer.num_selected_experts = router, layer.num_experts
         layer.asked = layer.kept

@@ -42,7 +42,7 @@ LIMOE = {"img_size": 16, "patch_size": 4, "width": 32, "embed_dim": 16, "context
 
 
 class Pictures(ImageDataset):
-    """Random pictures with labels, captions, both or neither; some may be broken."""
+    """Random images with labels, captions, both or neither; some may be broken."""
 
     def __init__(self, labels=True, captions=False, broken=(), image_ids=None):
         pixels = np.random.default_rng(0).integers(0, 255, (NUM, 16, 16, 3), dtype=np.uint8)
@@ -135,7 +135,7 @@ def test_sums_of_a_classifier_are_those_of_a_direct_computation(classifier, fact
     assert found.num_samples == NUM
 
 
-def test_words_and_patches_of_a_limoe_are_counted_apart(limoe):
+def test_text_tokens_and_patches_of_a_limoe_are_counted_apart(limoe):
     dataset = Pictures(labels=False, captions=True)
     record, ids = direct(limoe, dataset)
     real = text_mask(ids, limoe.tokenizer.eot_token_id)
@@ -184,7 +184,7 @@ def test_batches_make_no_difference_where_nothing_is_dropped(limoe, captions):
             np.testing.assert_allclose(matrix, other.agreement[modality], atol=1e-12)
 
 
-def test_typical_patches_are_the_largest_gate_values_one_per_picture(classifier):
+def test_typical_patches_are_the_largest_gate_values_one_per_image(classifier):
     dataset = Pictures()
     record, _ = direct(classifier, dataset)
     found = gather_statistics(classifier, dataset, batch_size=2, num_patches=3)
@@ -205,14 +205,14 @@ def test_typical_patches_are_the_largest_gate_values_one_per_picture(classifier)
     assert total > 12
 
 
-def test_captions_of_one_picture_give_one_typical_patch(limoe):
+def test_captions_of_one_image_give_one_typical_patch(limoe):
     ids = [f"picture {i // 3}" for i in range(NUM)]
     found = gather_statistics(limoe, Pictures(captions=True, image_ids=ids), batch_size=2)
     for own in found.layers[0].typical_patches:
         assert {patch.sample for patch in own} <= {0, 3, 6}
 
 
-def test_limited_room_is_for_this_call_only(classifier):
+def test_limited_capacity_is_for_this_call_only(classifier):
     layers = [module for module in classifier.model.modules() if isinstance(module, SparseMoE)]
     before = [layer.settings for layer in layers]
     found = gather_statistics(classifier, Pictures(), eval_capacity_factor=0.5, batch_priority=True)
@@ -235,7 +235,7 @@ def test_bad_samples_are_skipped_and_counted(classifier):
         gather_statistics(classifier, Pictures(broken=range(NUM)), on_bad="skip")
 
 
-def test_without_captions_the_class_names_are_the_words(limoe):
+def test_without_captions_the_class_names_are_the_texts(limoe):
     found = gather_statistics(limoe, Pictures(), templates=["{}", "a {}"])
     assert found.texts_from == "class names"
     layer = found.layers[0]
@@ -248,7 +248,7 @@ def test_without_captions_the_class_names_are_the_words(limoe):
     assert (bare.texts_from, bare.modalities, bare.samples[0].top_classes) == (None, ["image"], [])
 
 
-def test_pictures_are_spread_evenly_and_whole(limoe):
+def test_images_are_spaced_evenly_and_complete(limoe):
     dataset = Pictures(captions=True)
     record, ids = direct(limoe, dataset)
     found = gather_statistics(limoe, dataset, batch_size=4, num_images=3)
@@ -279,7 +279,7 @@ def test_pairs_without_classes_are_named_by_the_captions(limoe):
     assert found.class_names is None
 
 
-def test_a_classifier_names_pictures_by_its_own_classes(tmp_path):
+def test_a_classifier_names_images_by_its_own_classes(tmp_path):
     torch.manual_seed(0)
     model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=2, **VIT)
     subject = subject_of(model, tmp_path, class_names=["ours", "theirs"])
@@ -401,7 +401,7 @@ def test_relabelled_experts_agree_and_independent_ones_do_not():
     assert 0 < normalized_mutual_information(np.array([[7, 3], [2, 8]])) < 1
 
 
-def test_one_picture_is_routed_as_in_the_whole(limoe, classifier):
+def test_one_image_is_routed_as_in_the_whole(limoe, classifier):
     dataset = Pictures(captions=True)
     whole = gather_statistics(limoe, dataset, num_images=NUM).samples[3]
     one = sample_routing(limoe, dataset.images[3], CAPTIONS[3], class_names=CLASSES)
@@ -433,7 +433,7 @@ def test_mistakes_are_named(tmp_path, classifier):
         gather_statistics(classifier, Pictures(), num_images=-1)
 
 
-def test_words_are_read_back_by_any_tokenizer():
+def test_tokens_are_read_back_by_any_tokenizer():
     class OfHuggingFace:
         all_special_ids = (0,)
 
@@ -469,7 +469,7 @@ def test_layers_that_see_other_tokens_are_named():
     assert matrix[0, 2] == pytest.approx(1)
 
 
-def test_likeliest_names_have_their_places_among_the_classes(limoe, tmp_path):
+def test_likeliest_names_have_their_indices_among_the_classes(limoe, tmp_path):
     dataset = Pictures()
     dataset.classes, dataset.prompt_names = ["crane", "crane", "dog"], ["crane bird", "crane machine", "dog"]
     [sample] = gather_statistics(limoe, dataset, num_images=1).samples

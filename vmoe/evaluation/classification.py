@@ -109,10 +109,8 @@ def predict(
 ) -> Predictions:
     """Scores all images of a loader; call it inside `evaluating`.
 
-    Args:
-        score: images (B, 3, H, W) on `device` -> scores (B, C) float32, whose softmax is the confidence.
-        loader: see `evaluate_classification`; a batch without "label" is scored, and does not count.
-        class_columns, label_sets: see `select_columns` and `right_classes`.
+    `score` makes scores (B, C) float32, whose softmax is the confidence, of images (B, 3, H, W) on `device`. A batch
+    without "label" is scored, and does not count. For the rest see `select_columns` and `right_classes`.
 
     Raises:
         ValueError: a label is out of range, or there are no samples.

@@ -54,12 +54,10 @@ def evaluate_retrieval(
     Captions that are longer than the model's context are cut, with a warning that counts them.
 
     Args:
-        model: has `encode_image(images, normalize)` and `encode_text(tokens, normalize)`; must be on `device`.
-        tokenizer: list of texts -> tokens (B, L).
+        model, tokenizer, device, precision: see `vmoe.evaluation.evaluate_zero_shot`.
         loader: batches with "image" (B, 3, H, W) and "index" (B,), the image's identity; see `retrieval_loader`.
         captions: all captions. One whose image the loader skips, or which is empty, is not counted.
         image_of_caption: for each caption the "index" of its image.
-        device, precision: see `evaluate_classification`.
 
     Returns:
         The recalls, "num_images", "num_samples" (captions), "num_skipped" (captions).
