@@ -278,7 +278,9 @@ function drawClasses() {
     });
     return make("tr", {}, make("th", { scope: "row", title: name }, name), ...shades);
   });
-  const head = make("tr", {}, make("td"), ...experts.map((expert) => make("th", { scope: "col" }, String(expert))));
+  const step = Math.ceil(experts.length / 16); // between two numbers
+  const numbers = experts.map((expert) => make("th", { scope: "col" }, expert % step ? "" : String(expert)));
+  const head = make("tr", {}, make("td"), ...numbers);
   const caption = make("caption", {}, `Share of each class that went to each expert; full colour: ${asShare(strongest)}`);
   byId("class-chart").replaceChildren(make("table", { class: "heat" }, caption, make("thead", {}, head), make("tbody", {}, ...cells)));
   const sort = { column: state.expert === null ? 3 : 5, direction: "descending" };
