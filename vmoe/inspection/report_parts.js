@@ -43,13 +43,6 @@ const sum = (values) => values.reduce((total, value) => total + value, 0);
 const range = (length) => Array.from({ length }, (_, index) => index);
 const capital = (text) => text[0].toUpperCase() + text.slice(1);
 
-// In the middle, for what tells names apart often stands last.
-function shorten(text, length) {
-  if (text.length <= length) return text;
-  const half = Math.floor((length - 1) / 2);
-  return `${text.slice(0, half).trimEnd()}…${text.slice(text.length - (length - 1 - half)).trimStart()}`;
-}
-
 const colourOf = (expert) => DATA.palette[expert % DATA.palette.length];
 const inkOn = (colour) => DATA.inks[colour];
 
