@@ -117,7 +117,9 @@ def main() -> None:
     result = measure(args.mebibytes, args.folder)
     print(f"checkpoint           {result['model_mebibytes']:>6} MiB")
     print(f"memory after imports {result['start_mebibytes']:>6} MiB")
-    print(f"peak memory          {result['peak_mebibytes']:>6} MiB (bound: {result['model_mebibytes'] + 1024})")
+    largest = 8 * 4 * result["width"] ** 2 * 4 / 2**20  # the experts' first or second matrix
+    bound = round(result["start_mebibytes"] + 2 * largest + 128)
+    print(f"peak memory          {result['peak_mebibytes']:>6} MiB (bound: {bound}, with two of {largest:.0f})")
     print(f"time                 {result['seconds']:>6} s")
 
 

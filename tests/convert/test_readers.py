@@ -7,17 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 import msgpack
 from figures import GOLDEN, load, part
-from write_sharded import MAGIC, chunks_of, pack_array, write_arrays
+from write_sharded import MAGIC, pack_array, write_arrays
 
-from vmoe.convert.arrays import CheckpointError, copy_into, read_array, row_slices
-from vmoe.convert.messagepack import Reader
+from vmoe.convert.arrays import CheckpointError
 from vmoe.convert.orbax import open_orbax
 from vmoe.convert.sharded import find_sharded, open_flax, open_sharded
 from vmoe.convert.to_safetensors import open_checkpoint
@@ -32,7 +29,7 @@ ARRAYS = {
 
 
 def equal(read, wanted) -> bool:
-    return read.keys() == wanted.keys() and all(np.array_equal(read_array(read[k]), wanted[k]) for k in wanted)
+    return read.keys() == wanted.keys() and all(np.array_equal(read[k].read(), wanted[k]) for k in wanted)
 
 
 @pytest.mark.parametrize("version", ["20220622", None])
@@ -42,30 +39,13 @@ def test_sharded(tmp_path, version, rows, piece):
     assert equal(open_sharded(tmp_path / "c"), ARRAYS)
 
 
-def test_small_pieces_cover_the_array(tmp_path, monkeypatch):
-    write_arrays(tmp_path / "c", ARRAYS, numbers_per_piece=5)
-    monkeypatch.setattr("vmoe.convert.sharded.row_slices", lambda shape, size: row_slices(shape, size, 16))
-    array = open_sharded(tmp_path / "c")["a"]
-    assert max(numbers.nbytes for _, numbers in array.pieces()) == 16
-    assert np.array_equal(read_array(array), ARRAYS["a"])
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(0, 5), max_size=4), st.integers(1, 200))
-def test_row_slices_cover_every_number_once_and_in_order(shape, limit):
-    numbers = np.arange(np.prod(shape, dtype=int)).reshape(shape)
-    runs = [numbers[where].ravel() for where in row_slices(tuple(shape), 4, limit)]
-    assert np.array_equal(np.concatenate([*runs, np.zeros(0, int)]), numbers.ravel())
-    assert all(run.size <= max(1, limit // 4) for run in runs)
-
-
 def test_bfloat16(tmp_path):
     numbers = np.array([[1.0, -2.5], [0.0, 3.0e38]], np.float32)
     write_arrays(tmp_path / "c", {"x": (numbers.view(np.uint32) >> 16).astype(np.uint16)}, dtype="bfloat16")
     array = open_sharded(tmp_path / "c")["x"]
     assert array.dtype == "bfloat16"
     assert array.nbytes == 8
-    np.testing.assert_allclose(read_array(array), numbers, rtol=1e-2)
+    np.testing.assert_allclose(array.read(), numbers, rtol=1e-2)
 
 
 def test_golden_checkpoints_hold_equal_tensors():
@@ -131,9 +111,44 @@ def checkpoint(tmp_path):
     return tmp_path / "c"
 
 
-def test_missing_shard_names_the_file_and_the_tensor(checkpoint):
-    (checkpoint.parent / SHARD).unlink()
-    with pytest.raises(CheckpointError, match=rf"{SHARD} is missing: c.index says that it holds part of a$"):
+def edit(file, change):
+    content = msgpack.unpackb(file.read_bytes())
+    change(content)
+    file.write_bytes(msgpack.packb(content))
+
+
+def edit_shard(change):
+    return lambda folder: edit(folder / SHARD, change)
+
+
+def cut_inside_a_tensor(folder):
+    data = (folder / SHARD).read_bytes()
+    (folder / SHARD).write_bytes(data[: data.index(b"float32") + 12])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / SHARD).unlink(), f"{SHARD} is missing: c.index says that it holds part of a$"),
+        (cut_inside_a_tensor, rf"{SHARD} is truncated \(in a\)"),
+        (
+            edit_shard(lambda shard: shard["1"][0].__setitem__(0, [msgpack.ExtType(77, b"abc")])),
+            rf"{SHARD} is damaged: its extension type 77 is not known \(in b/10\)",
+        ),
+        (
+            edit_shard(lambda shard: shard["1"].pop(0)),
+            r"the 6 of 7 chunks in the shards of .*c.index do not cover b/10, \(7, 5\), exactly once",
+        ),
+        (edit_shard(lambda shard: shard["1"].append(shard["1"][0])), "the 8 of 7 chunks .* b/10, .* exactly once"),
+        (
+            edit_shard(lambda shard: shard["1"][0].__setitem__(0, [pack_array(np.zeros(3, np.float32))])),
+            rf"{SHARD} is damaged: 3 numbers of type float32 for the chunk at .*, which has 5 .*\(in b/10\)",
+        ),
+    ],
+)
+def test_damage_names_the_file_and_the_tensor(checkpoint, damage, message):
+    damage(checkpoint.parent)
+    with pytest.raises(CheckpointError, match=message):
         open_sharded(checkpoint)
 
 
@@ -142,54 +157,13 @@ def test_missing_index(tmp_path):
         open_checkpoint(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("keep", [0, 1, 40, 100, 200, -1])
-def test_truncated_shard(checkpoint, keep):
+def test_truncated_shard(checkpoint):
     file = checkpoint.parent / SHARD
-    file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=f"{SHARD} is truncated"):
-        open_sharded(checkpoint)
-
-
-def test_truncated_inside_a_tensor_names_it(checkpoint):
-    file = checkpoint.parent / SHARD
-    data = file.read_bytes()
-    file.write_bytes(data[: data.index(b"float32") + 12])
-    with pytest.raises(CheckpointError, match=r"truncated.*\(in a\)"):
-        open_sharded(checkpoint)
-
-
-def test_unknown_extension_type(checkpoint):
-    file = checkpoint.parent / SHARD
-    shard = msgpack.unpackb(file.read_bytes())
-    shard["1"] = [[[msgpack.ExtType(77, b"abc")], shard["1"][0][1]]]
-    file.write_bytes(msgpack.packb(shard))
-    with pytest.raises(CheckpointError, match=rf"{SHARD} has an extension type that is not known, 77, .*\(in b/10\)"):
-        open_sharded(checkpoint)
-
-
-def edit_index(checkpoint, change):
-    file = Path(f"{checkpoint}.index")
-    index = msgpack.unpackb(file.read_bytes())
-    change(index)
-    file.write_bytes(msgpack.packb(index))
-
-
-def test_chunks_that_do_not_cover(checkpoint):
-    file = checkpoint.parent / SHARD
-    shard = msgpack.unpackb(file.read_bytes())
-    del shard["1"][0]
-    file.write_bytes(msgpack.packb(shard))
-    with pytest.raises(CheckpointError, match=r"c.index do not cover b/10: 30 of 35 numbers in 6 of 7 chunks"):
-        open_sharded(checkpoint)
-
-
-def test_chunk_twice(checkpoint):
-    file = checkpoint.parent / SHARD
-    shard = msgpack.unpackb(file.read_bytes())
-    shard["1"].append(shard["1"][0])
-    file.write_bytes(msgpack.packb(shard))
-    with pytest.raises(CheckpointError, match="overlap in b/10"):
-        open_sharded(checkpoint)
+    content = file.read_bytes()
+    for keep in (0, 1, 40, 100, 200, -1):
+        file.write_bytes(content[:keep])
+        with pytest.raises(CheckpointError, match=f"{SHARD} is truncated"):
+            open_sharded(checkpoint)
 
 
 def test_chunks_that_overlap_where_others_lack(tmp_path):
@@ -204,7 +178,7 @@ def test_chunks_that_overlap_where_others_lack(tmp_path):
         for size, where in zip((6, 2), slices, strict=True)
     ]
     (tmp_path / "c.data-00000-of-00001").write_bytes(msgpack.packb({MAGIC: True, "0": chunks}))
-    with pytest.raises(CheckpointError, match="overlap in a: 8 of 8 numbers in 2 of 2 chunks"):
+    with pytest.raises(CheckpointError, match="2 of 2 chunks .* do not cover a, .* exactly once"):
         open_sharded(tmp_path / "c")
 
 
@@ -217,15 +191,6 @@ def test_many_chunks_open_quickly(tmp_path):
     assert equal(arrays, {"a": array})
 
 
-def test_chunk_of_another_size(checkpoint):
-    file = checkpoint.parent / SHARD
-    shard = msgpack.unpackb(file.read_bytes())
-    shard["1"][0][0] = [pack_array(np.zeros(3, np.float32))]
-    file.write_bytes(msgpack.packb(shard))
-    with pytest.raises(CheckpointError, match=rf"{SHARD} has 3 numbers for the chunk of b/10 .*which has 5"):
-        open_sharded(checkpoint)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -234,58 +199,39 @@ def test_chunk_of_another_size(checkpoint):
         (lambda index: index.update(shard_count=1), "places a in shards"),
         (lambda index: index.update(index=3), "no tree named 'index'"),
         (lambda index: index["index"].update(a=3), "describes a by int"),
-        (lambda index: index["index"].update(a=msgpack.ExtType(8, b"\x93\xc4\x01")), "truncated"),
+        (lambda index: index["index"].update(a=msgpack.ExtType(8, b"\x93\xc4\x01")), r"damaged: .*\(in index/a\)"),
         (lambda index: index["index"].update(a=msgpack.ExtType(8, msgpack.packb([1, 2, 3]))), "damaged"),
         (lambda index: index["index"].pop("b"), "of which the index knows nothing"),
     ],
 )
 def test_damaged_index(checkpoint, change, message):
-    edit_index(checkpoint, change)
+    edit(Path(f"{checkpoint}.index"), change)
     with pytest.raises(CheckpointError, match=message):
         open_sharded(checkpoint)
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.data())
-def test_any_damage_is_an_error_or_harmless(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("c")
-    write_arrays(folder / "c", ARRAYS, rows=2, num_shards=1)
-    file = folder / data.draw(st.sampled_from(["c.index", "c.data-00000-of-00001"]))
-    content = bytearray(file.read_bytes())
-    for _ in range(data.draw(st.integers(1, 3))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    file.write_bytes(content)
-    try:
-        arrays = open_sharded(folder / "c")
-        for array in arrays.values():
-            if np.prod(array.shape) < 1e6:
-                copy_into(np.empty(array.shape, np.complex128), array)
-    except CheckpointError:
-        pass
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"\x91" * 100 + b"\x01", "nests deeper"),
-        (b"\xdd\xff\xff\xff\xff", "truncated"),
-        (b"\xdb\xff\xff\xff\xff", "string of 4294967295 bytes"),
-        (b"\xc6\xff\xff\xff\xff", "go past its end"),
-        (b"\xc1", "not MessagePack"),
-        (b"\x01\x01", "1 bytes too many"),
+        (b"\x91" * 2000 + b"\x01", "StackError"),
+        (b"\x81\xa1a" * 2000 + b"\x01", "has more than 500 characters"),
+        (b"\x81\xa0" * 2000 + b"\x01", "maximum recursion depth"),
+        (b"\xdd\xff\xff\xff\xff", r"4294967295 exceeds max_array_len\(1024\)"),
+        (b"\xdf\xff\xff\xff\xff", "holds more than 262144 objects"),
+        (b"\xdb\xff\xff\xff\xff", "4294967295 exceeds max_str_len|is truncated"),
+        (b"\xc6\xff\xff\xff\xff", "is truncated"),
+        (b"\xc1", "is damaged: FormatError"),
+        (b"\x80\x01", "there is more behind the end"),
         (b"\x81\xc0\x01", "neither text nor a number"),
-        (b"\xa1\xff", "not text"),
+        (b"\xa1\xff", "'utf-8' codec can't decode"),
+        (b"\xc7\x0a\x01\x93\x91\x01\xa5int32\xc0", "has other than 4 bytes|shape, type and numbers"),
     ],
 )
 def test_hostile_files(tmp_path, content, message):
     file = tmp_path / "x"
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=message):
-        Reader(file).read()
-
-
-def test_chunks_of_the_writer_cover():
-    assert list(chunks_of((3, 2), 2)) == [[(0, 2), (0, 2)], [(2, 3), (0, 2)]]
+    with pytest.raises(CheckpointError, match=f"x is .*{message}|x .*{message}"):
+        open_flax(file)
 
 
 # --- Orbax -----------------------------------------------------------------------------------------------------------
@@ -367,7 +313,7 @@ def test_folders_without_one_sharded_checkpoint_say_what_they_hold(tmp_path):
 
 def read_all(folder):
     for array in open_orbax(folder).values():
-        read_array(array)
+        array.read()
 
 
 def test_orbax_lost_data_file(orbax):

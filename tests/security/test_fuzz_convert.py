@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parents[1] / "convert"))
 from write_sharded import pack_array, write_arrays
 
-from vmoe.convert.arrays import CheckpointError, copy_into
+from vmoe.convert.arrays import CheckpointError, in_memory
 from vmoe.convert.orbax import find_orbax, open_orbax
 from vmoe.convert.reference import plan
 from vmoe.convert.section import ConfigError
@@ -46,7 +46,7 @@ def read_all(arrays) -> None:
     for array in arrays.values():
         size = int(np.prod(array.shape))
         if size < 1e6:
-            copy_into(np.empty(array.shape, np.complex128), array)
+            array.read(np.complex128)
 
 
 def any_damage_to_shards(tmp_path_factory, data) -> None:
@@ -111,11 +111,9 @@ def golden_config() -> tuple[dict, dict]:
 
 
 def any_model_config(golden_config, data) -> None:
-    from vmoe.convert.arrays import ArrayInMemory
-
     config, arrays = golden_config
     config = data.draw(damaged_tree(config))
-    stored = {name: ArrayInMemory(array) for name, array in arrays.items()}
+    stored = {name: in_memory(array) for name, array in arrays.items()}
 
     def convert() -> None:
         resolved, _ = resolve_config(config)

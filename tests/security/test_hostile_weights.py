@@ -156,6 +156,7 @@ PACKED = {
     "long names": msgpack.packb(
         {"k" * 60_000: {str(i): msgpack.ExtType(1, b"\x93\x90\xa5int32\xc4\x00") for i in range(9)}}
     ),
+    "long names inside each other": b"".join(b"\x81" + msgpack.packb("k" * 60_000) for _ in range(100)) + b"\x01",
     "a pickle": pickle.dumps([1, 2, 3]),
 }
 

@@ -1,19 +1,16 @@
-"""What every checkpoint reader gives: arrays by name that are read in pieces.
+"""What every checkpoint reader gives: arrays by name, whose numbers are read part by part when they are asked for."""
 
-A reader looks at names, shapes and positions first and reads no number. So a checkpoint that does not fit is refused
-before anything is written, and a large one passes through a small buffer.
-"""
-
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
-PIECE_BYTES = 32 * 2**20  # of an array that are in memory at once
-
 Slices = tuple[slice, ...]
+FLAX_CHUNKS = "__msgpack_chunked_array__"  # flax's mark of a dictionary that holds one array
 
 # Prefixes of the weights in the trees that training programs save; the first that fits counts.
 _ROOTS = ("", "params/", "params/params/", "state/params/", "model/params/", "train_state/params/", "target/")
@@ -24,67 +21,61 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read or does not fit; one sentence that names the file and the tensor."""
 
 
-class StoredArray(Protocol):
-    """An array of a checkpoint: its shape, the name of its stored type, and the bytes of its numbers."""
+@dataclass(frozen=True)
+class StoredArray:
+    """An array of a checkpoint.
+
+    Attributes:
+        shape, dtype, nbytes: as it is stored.
+        parts: that together cover the array: where each lies, and a function that reads it (bfloat16 as float32).
+    """
 
     shape: tuple[int, ...]
     dtype: str
     nbytes: int
+    parts: Sequence[tuple[Any, Callable[[], np.ndarray]]]
 
-    def pieces(self) -> Iterator[tuple[Slices, np.ndarray]]:
-        """Parts that together cover the array: the slices of each, and its numbers (bfloat16 as float32)."""
+    def read_into(self, target: np.ndarray) -> None:
+        """Fills a writable view of the array's shape; other types are converted."""
+        for where, read in self.parts:
+            target[where] = read()
 
-
-class ArrayInMemory:
-    """A `StoredArray` around anything that NumPy can read; also the bfloat16 of other libraries."""
-
-    def __init__(self, array) -> None:
-        if hasattr(array, "detach"):  # a torch tensor, which NumPy cannot read in bfloat16 or with a gradient
-            array = array.detach().cpu()
-            array = array.float() if array.dtype.is_floating_point and array.dtype.itemsize == 2 else array
-        self.array = np.asarray(array)
-        self.shape, self.dtype, self.nbytes = self.array.shape, self.array.dtype.name, self.array.nbytes
-
-    def pieces(self) -> Iterator[tuple[Slices, np.ndarray]]:
-        yield (..., self.array)
+    def read(self, dtype=np.float32) -> np.ndarray:
+        """The array in memory."""
+        array = np.empty(self.shape, dtype)
+        self.read_into(array)
+        return array
 
 
-def row_slices(shape: tuple[int, ...], itemsize: int, limit: int = PIECE_BYTES) -> Iterator[Slices]:
-    """Cut an array into runs of neighbours in memory of at most `limit` bytes, in order."""
-    if 0 in shape:
-        return
-    if not shape:
-        yield ()
-        return
-    axis = 0  # that is cut; those before it are walked through one by one
-    while axis < len(shape) - 1 and math.prod(shape[axis + 1 :]) * itemsize > limit:
-        axis += 1
-    step = max(1, limit // (math.prod(shape[axis + 1 :]) * itemsize))
-    for lead in np.ndindex(*shape[:axis]):
-        for start in range(0, shape[axis], step):
-            first = tuple(slice(index, index + 1) for index in lead)
-            rest = tuple(slice(0, size) for size in shape[axis + 1 :])
-            yield (*first, slice(start, min(start + step, shape[axis])), *rest)
+def to_numpy(array: Any) -> np.ndarray:
+    """Anything that NumPy can read, or a torch tensor; 16-bit floats of torch as float32."""
+    if hasattr(array, "detach"):  # NumPy cannot read tensors in bfloat16 or with a gradient
+        array = array.detach().cpu()
+        array = array.float() if array.dtype.is_floating_point and array.dtype.itemsize == 2 else array
+    return np.asarray(array)
 
 
-def copy_into(target: np.ndarray, stored: StoredArray) -> None:
-    """Read an array, piece by piece, into a writable view of its shape; other types are converted."""
-    for where, piece in stored.pieces():
-        target[where] = piece
+def in_memory(array: Any) -> StoredArray:
+    """An array that was read already."""
+    array = to_numpy(array)
+    return StoredArray(array.shape, array.dtype.name, array.nbytes, [(..., lambda: array)])
 
 
-def read_array(stored: StoredArray, dtype=np.float32) -> np.ndarray:
-    """The array in memory."""
-    array = np.empty(stored.shape, dtype)
-    copy_into(array, stored)
-    return array
+def flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("a/b", leaf) of nested dictionaries in the order in which JAX walks them: by sorted key at every level."""
+    for key in sorted(tree, key=str):
+        name, value = f"{prefix}{key}", tree[key]
+        if isinstance(value, Mapping) and FLAX_CHUNKS not in value:
+            yield from flatten(value, f"{name}/")
+        elif value is not None:
+            yield name, value
 
 
 def select_params(arrays: Mapping[str, StoredArray], source: str | Path) -> tuple[dict[str, StoredArray], int]:
     """The model's weights by their names in the model, and the number of other arrays (optimizer state, step, ...).
 
     Raises:
-        CheckpointError: if there are no weights of a reference model; names `source`.
+        CheckpointError: there are no weights of a reference model; names `source`.
     """
     for root in _ROOTS:
         if any(root + probe in arrays for probe in _PROBES):
@@ -94,3 +85,12 @@ def select_params(arrays: Mapping[str, StoredArray], source: str | Path) -> tupl
     raise CheckpointError(
         f"{source} holds no weights of a V-MoE of the reference (an array named [params/]{_PROBES[0]}); it holds {some}"
     )
+
+
+def optional_package(name: str) -> ModuleType:
+    """A package that reads checkpoints; if it is not installed, a ModuleNotFoundError says how to get it."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        hint = "pip install -e '.[convert]' in a checkout"
+        raise ModuleNotFoundError(f"this checkpoint is read with the package {name}: {hint}", name=name) from error

@@ -1,17 +1,15 @@
-"""Orbax checkpoints: a folder in which every array is a Zarr array, all in one OCDBT store or each in its own folder.
-
-Read with tensorstore (`pip install -e '.[convert]'`), without JAX.
-"""
+"""Orbax checkpoints: a folder of Zarr arrays, all in one OCDBT store or each in a folder of its own."""
 
 import logging
 import math
 import re
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from vmoe.convert.arrays import CheckpointError, Slices
+from vmoe.convert.arrays import CheckpointError, Slices, StoredArray, optional_package
 from vmoe.utils.files import read_json
 from vmoe.utils.printable import printable
 
@@ -24,43 +22,37 @@ _MARKS = ("manifest.ocdbt", "_METADATA", "checkpoint")
 _STEP = re.compile(r"((?!.*orbax-checkpoint-tmp).*?)([0-9]+)")  # not what Orbax is still writing
 
 
-def find_orbax(folder: str | Path, step: int | None = None) -> Path | None:
+def find_orbax(folder: Path, step: int | None = None) -> Path | None:
     """The folder of the arrays: `folder` itself, or inside a checkpoint manager's numbered folders; None if none.
 
-    Numbered folders are called "10", "checkpoint_10" and the like. The newest one with arrays is taken; newer ones
-    without, of a save that never ended, are named in a warning.
-
-    Args:
-        folder: where to look.
-        step: the number, instead of the newest.
+    Numbered folders are called "10", "checkpoint_10" and the like. The one of `step` or else the newest with arrays is
+    taken; newer ones without, of a save that never ended, are named in a warning.
 
     Raises:
         CheckpointError: there are several to choose from, or numbered folders without arrays.
     """
-    folder = Path(folder)
     if step is None and _is_marked(folder):
         return folder
-    matches = [(path, _STEP.fullmatch(path.name)) for path in folder.glob("*") if path.is_dir()]
-    steps = sorted(((path, match) for path, match in matches if match), key=lambda pair: int(pair[1][2]))
-    steps = [(path, match[1]) for path, match in steps if step in (None, int(match[2]))]
-    if not steps:
+    matches = [match for path in folder.glob("*") if path.is_dir() and (match := _STEP.fullmatch(path.name))]
+    matches = [match for match in sorted(matches, key=lambda match: int(match[2])) if step in (None, int(match[2]))]
+    if not matches:
         return _arrays_in(folder) if step is None else None
-    complete = [(path, stem) for path, stem in steps if _arrays_in(path)]
+    complete = [match for match in matches if _arrays_in(folder / match[0])]
     if not complete:
         raise CheckpointError(
-            f"{folder} holds no arrays in {_listed(steps)}, saves that never ended: give another folder or step"
+            f"{folder} holds no arrays in {_listed(matches)}, saves that never ended: give another folder or step"
         )
-    if len({stem for _, stem in complete}) > 1:
+    if len({match[1] for match in complete}) > 1:
         raise CheckpointError(f"{folder} holds several checkpoints, {_listed(complete)}: give the path of one")
     newest = complete[-1]
-    if newer := steps[steps.index(newest) + 1 :]:
-        logger.warning("%s holds no arrays in %s: %s is read", folder, _listed(newer), newest[0].name)
-    return _arrays_in(newest[0])
+    if newer := matches[matches.index(newest) + 1 :]:
+        logger.warning("%s holds no arrays in %s: %s is read", folder, _listed(newer), newest[0])
+    return _arrays_in(folder / newest[0])
 
 
-def _listed(steps: list[tuple[Path, str]]) -> str:
-    more = f" and {len(steps) - 5} more" * (len(steps) > 5)
-    return printable(", ".join(path.name for path, _ in steps[-5:])) + more
+def _listed(matches: list[re.Match]) -> str:
+    more = f" and {len(matches) - 5} more" * (len(matches) > 5)
+    return printable(", ".join(match[0] for match in matches[-5:])) + more
 
 
 def _is_marked(folder: Path) -> bool:
@@ -77,55 +69,40 @@ def _arrays_in(folder: Path) -> Path | None:
     return inside[0] if inside else None
 
 
-class ZarrArray:
-    """A `StoredArray` that tensorstore reads.
+def _stored(store: Any, source: str) -> StoredArray:
+    """An array that tensorstore reads, chunk by chunk, since less than one would only be decoded again."""
+    shape, chunk = tuple(store.shape), store.chunk_layout.read_chunk.shape or ()
+    itemsize = store.dtype.numpy_dtype.itemsize
+    nbytes, grid = math.prod(shape) * itemsize, tuple(-(-size // step) for size, step in zip(shape, chunk))
+    bound = 2 ** len(chunk) * max(1, nbytes)  # the last chunk of an axis may go beyond the array
+    if math.prod(chunk) * itemsize > min(bound, MAX_CHUNK_BYTES) or math.prod(grid) > MAX_CHUNKS:
+        raise CheckpointError(f"{source}, {shape}, is cut into chunks of {chunk}, which is not sensible")
 
-    Args:
-        store: the open tensorstore.
-        source: name and folder, for errors.
-    """
+    def read(where: Slices) -> np.ndarray:
+        try:
+            return np.asarray(store[where].read().result())
+        except _ERRORS as error:
+            raise CheckpointError(f"{source} is damaged: {_short(error)}") from error
 
-    def __init__(self, store, source: str) -> None:
-        self.store, self.source = store, source
-        self.shape, self.dtype = tuple(store.shape), store.dtype.name
-        itemsize = store.dtype.numpy_dtype.itemsize
-        self.nbytes = math.prod(self.shape) * itemsize
-        self.chunk = store.chunk_layout.read_chunk.shape or ()
-        self.grid = tuple(-(-size // step) for size, step in zip(self.shape, self.chunk))
-        chunk_bytes = math.prod(self.chunk) * itemsize
-        bound = 2 ** len(self.chunk) * max(1, self.nbytes)  # the last chunk of an axis may go beyond the array
-        if chunk_bytes > min(bound, MAX_CHUNK_BYTES) or math.prod(self.grid) > MAX_CHUNKS:
-            raise CheckpointError(f"{source}, {self.shape}, is cut into chunks of {self.chunk}, which is not sensible")
-
-    def pieces(self) -> Iterator[tuple[Slices, np.ndarray]]:
-        for corner in np.ndindex(*self.grid):  # chunk by chunk, since less than one would only be decoded again
-            where = tuple(
-                slice(index * step, min((index + 1) * step, size))
-                for index, step, size in zip(corner, self.chunk, self.shape)
-            )
-            try:
-                yield where, np.asarray(self.store[where].read().result())
-            except _ERRORS as error:
-                raise CheckpointError(f"{self.source} is damaged: {_short(error)}") from error
+    parts = []
+    for corner in np.ndindex(*grid):
+        sides = zip(corner, chunk, shape)
+        where = tuple(slice(index * step, min((index + 1) * step, size)) for index, step, size in sides)
+        parts.append((where, partial(read, where)))
+    return StoredArray(shape, store.dtype.name, nbytes, parts)
 
 
 def _short(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:300]
 
 
-def open_orbax(folder: str | Path) -> dict[str, ZarrArray]:
+def open_orbax(folder: str | Path) -> dict[str, StoredArray]:
     """The arrays of an Orbax checkpoint by name, "params/Encoder/encoder_norm/scale".
 
     Raises:
-        CheckpointError: for a file that is missing or damaged; names the folder and the tensor.
-        ModuleNotFoundError: if tensorstore is not installed; says how to get it.
+        CheckpointError: a file is missing or damaged; names the folder and the tensor.
     """
-    try:
-        import tensorstore as ts
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Orbax checkpoints are read with tensorstore: pip install -e '.[convert]' in a checkout", name="tensorstore"
-        ) from error
+    ts = optional_package("tensorstore")
     folder = Path(folder).resolve()
     plain = {"driver": "file", "path": f"{folder}/"}
     base = {"driver": "ocdbt", "base": plain} if (folder / "manifest.ocdbt").is_file() else plain
@@ -144,11 +121,11 @@ def open_orbax(folder: str | Path) -> dict[str, ZarrArray]:
             store = ts.open({"driver": drivers[key], "kvstore": inner}, open=True, read=True).result()
         except _ERRORS as error:
             raise CheckpointError(f"{name} in {folder} cannot be opened: {_short(error)}") from error
-        array = arrays[name] = ZarrArray(store, f"{name} in {folder}")
+        arrays[name] = _stored(store, f"{name} in {folder}")
         # A chunk's file that is not there would be read as zeros. (In OCDBT a lost file is an error by itself.)
-        wanted, own = math.prod(array.grid), sum(other.startswith(f"{key}/") for other in keys) - 1
+        wanted, own = len(arrays[name].parts), sum(other.startswith(f"{key}/") for other in keys) - 1
         if base is plain and own < wanted:
-            raise CheckpointError(f"{array.source} has lost {wanted - own} of its {wanted} chunks")
+            raise CheckpointError(f"{name} in {folder} has lost {wanted - own} of its {wanted} chunks")
     return arrays
 
 

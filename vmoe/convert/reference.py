@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vmoe.convert.arrays import ArrayInMemory, CheckpointError, StoredArray, copy_into, read_array, select_params
+from vmoe.convert.arrays import CheckpointError, StoredArray, flatten, in_memory, select_params, to_numpy
 from vmoe.convert.layout import Entry, reference_layout, stored_grid, zoom_positions
 from vmoe.convert.reference_config import reference_config
 from vmoe.convert.section import ConfigError
@@ -55,7 +55,7 @@ def from_reference(
 
     if not isinstance(params, Mapping):
         raise CheckpointError(f"params must be a dictionary of arrays, got {type(params).__name__}")
-    stored, _ = select_params({name: ArrayInMemory(array) for name, array in _flat(params).items()}, "params")
+    stored, _ = select_params({name: in_memory(array) for name, array in flatten(params)}, "params")
     name, kwargs, _, rows = plan(config, stored, "params", image_size, context_length)
     model = create_model(name, **kwargs)
     fill({name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}, rows, stored)
@@ -79,17 +79,10 @@ def to_reference(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) 
     reference_config(model, group_size=1)  # raises for what the reference does not have
     tensors = model.state_dict() if tensors is None else tensors
     return {
-        name: np.array(entry.view(ArrayInMemory(tensors[entry.tensor]).array), order="C")
+        name: np.array(entry.view(to_numpy(tensors[entry.tensor])), order="C")
         for name, entry in reference_layout(model).items()
         if entry.tensor in tensors
     }
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 # --- fitting weights into tensors ------------------------------------------------------------------------------------
@@ -177,6 +170,6 @@ def fill(tensors: Mapping[str, np.ndarray], rows: Rows, stored: Mapping[str, Sto
     for name, entry, zoom in rows:
         target = entry.view(tensors[entry.tensor])
         if zoom is None:
-            copy_into(target, stored[name])
+            stored[name].read_into(target)
         else:
-            target[...] = zoom_positions(read_array(stored[name]), *zoom)
+            target[...] = zoom_positions(stored[name].read(), *zoom)

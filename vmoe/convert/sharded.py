@@ -7,100 +7,69 @@ the arrays have numbers, in the order in which JAX walks the tree: by sorted key
 import math
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from vmoe.convert.arrays import CheckpointError, Slices, StoredArray, flatten
+from vmoe.convert.messagepack import IndexEntry, Piece, itemsize, open_messagepack, read_numbers, sizes
+from vmoe.models.serialization import covers_once
 
-from vmoe.convert.arrays import CheckpointError, Slices, row_slices
-from vmoe.convert.messagepack import IndexEntry, Piece, Reader, itemsize, sizes
-
-_CHUNKS, _FLAX_CHUNKS = "__msgpack_array_chunk_a87ca2__", "__msgpack_chunked_array__"
-# More than any real checkpoint has: a few long keys inside each other would give each of their many leaves a long name.
-MAX_NAME, MAX_ARRAYS = 500, 100_000
+_CHUNKS = "__msgpack_array_chunk_a87ca2__"
 _VERSIONS = (None, "20220622")  # None: from before the format had a version; the same but for that key
 
 
-class ArrayInFiles:
-    """A `StoredArray` made of chunks, each a part of the array given by slices, whose numbers lie in pieces.
-
-    Args:
-        shape: of the array.
-        dtype: name of its type.
-        chunks: [(slices, pieces)]; the caller has checked that they cover the array.
-    """
-
-    def __init__(self, shape: tuple[int, ...], dtype: str, chunks: list[tuple[Slices, list[Piece]]]) -> None:
-        self.shape, self.dtype, self.chunks = shape, dtype, chunks
-        self.nbytes = math.prod(shape) * itemsize(dtype)
-
-    def pieces(self) -> Iterator[tuple[Slices, np.ndarray]]:
-        for where, pieces in self.chunks:
-            done = 0
-            for inner in row_slices(_shape(where), max(4, itemsize(self.dtype))):
-                count = math.prod(_shape(inner))
-                numbers = _read_run(pieces, done, done + count).reshape(_shape(inner))
-                done += count
-                yield tuple(slice(w.start + i.start, w.start + i.stop) for w, i in zip(where, inner)), numbers
+def _bounds(where: Slices) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(part.start for part in where), tuple(part.stop for part in where)
 
 
-def _read_run(pieces: list[Piece], start: int, stop: int) -> np.ndarray:
-    """Numbers start..stop of several pieces laid end to end."""
-    found, offset = [], 0
-    for piece in pieces:
-        low, high = max(start, offset), min(stop, offset + piece.size)
-        if low < high:
-            found.append(piece.read(low - offset, high - offset))
-        offset += piece.size
-    return found[0] if len(found) == 1 else np.concatenate(found)
-
-
-def _shape(where: Slices) -> tuple[int, ...]:
-    return tuple(part.stop - part.start for part in where)
-
-
-def _bounds(where: Slices) -> tuple[tuple[int, int], ...]:
-    return tuple((part.start, part.stop) for part in where)
+def _stored(shape: tuple[int, ...], dtype: str, chunks: list[tuple[Slices, list[Piece]]]) -> StoredArray:
+    parts = []
+    for where, pieces in chunks:
+        sides = tuple(part.stop - part.start for part in where)
+        parts.append((where, partial(read_numbers, pieces, dtype, sides)))
+    return StoredArray(shape, dtype, math.prod(shape) * itemsize(dtype), parts)
 
 
 # --- sharded ---------------------------------------------------------------------------------------------------------
 
 
-def open_sharded(prefix: str | Path) -> dict[str, ArrayInFiles]:
+def open_sharded(prefix: str | Path) -> dict[str, StoredArray]:
     """The arrays of a sharded checkpoint by name, "Encoder/encoder_norm/scale".
 
     Args:
         prefix: the common beginning of the files' names.
 
     Raises:
-        CheckpointError: for a missing or truncated file, an unknown version or extension type, or chunks that do not
-            cover their array; names the file and the tensor.
+        CheckpointError: a file is missing or damaged, or chunks do not cover their array; names the file and the
+            tensor.
     """
     index_file = Path(f"{prefix}.index")
     entries, shard_count = _read_index(index_file)
     names = {str(number): name for number, name in enumerate(entries)}
-    wanted = {
-        (name, shard, _bounds(where))
-        for name, entry in entries.items()
-        for shard, where in zip(entry.shards, entry.slices)
-    }
+    placed = {(name, *pair) for name, e in entries.items() for pair in zip(e.shards, map(_bounds, e.slices))}
     chunks: dict[str, list[tuple[Slices, list[Piece]]]] = {name: [] for name in entries}
     for shard in sorted({shard for entry in entries.values() for shard in entry.shards}):
         file = Path(f"{prefix}.data-{shard:05d}-of-{shard_count:05d}")
         if not file.is_file():
             needed = next(name for name, entry in entries.items() if shard in entry.shards)
             raise CheckpointError(f"{file} is missing: {index_file.name} says that it holds part of {needed}")
-        for name, where, pieces in _read_shard(file, names):
-            if (name, shard, _bounds(where)) in wanted:
-                _check_chunk(file, name, entries[name], where, pieces)
+        for name, where, pieces in _read_shard(file, names, entries):
+            if (name, shard, _bounds(where)) in placed:
                 chunks[name].append((where, pieces))
     for name, entry in entries.items():
-        _check_cover(index_file, name, entry, [where for where, _ in chunks[name]])
-    return {name: ArrayInFiles(entry.shape, entry.dtype, chunks[name]) for name, entry in entries.items()}
+        boxes = [_bounds(where) for where, _ in chunks[name]]
+        if not covers_once(entry.shape, boxes):
+            raise CheckpointError(
+                f"the {len(boxes)} of {len(entry.slices)} chunks in the shards of {index_file} do not cover {name}, "
+                f"{entry.shape}, exactly once"
+            )
+    return {name: _stored(entry.shape, entry.dtype, chunks[name]) for name, entry in entries.items()}
 
 
 def _read_index(file: Path) -> tuple[dict[str, IndexEntry], int]:
-    index = Reader(file).read()
+    with open_messagepack(file) as reader:
+        index = reader.tree()
     if not isinstance(index, dict) or not isinstance(index.get("index"), dict):
         raise CheckpointError(f"{file} is not the index of a checkpoint: it has no tree named 'index'")
     if index.get("version") not in _VERSIONS:
@@ -108,7 +77,7 @@ def _read_index(file: Path) -> tuple[dict[str, IndexEntry], int]:
     count = index.get("shard_count")
     if not isinstance(count, int) or count < 1:
         raise CheckpointError(f"{file} has a shard_count of {count!r}")
-    entries = _flat(file, index["index"])
+    entries = dict(flatten(index["index"]))
     for name, entry in entries.items():
         if not isinstance(entry, IndexEntry):
             raise CheckpointError(f"{file} describes {name} by {type(entry).__name__}, not by a shape and its chunks")
@@ -117,74 +86,36 @@ def _read_index(file: Path) -> tuple[dict[str, IndexEntry], int]:
     return entries, count
 
 
-def _flat(file: Path, tree: dict, prefix: str = "", flat: dict | None = None) -> dict[str, Any]:
-    """{"a/b": leaf} in JAX's order."""
-    flat = {} if flat is None else flat
-    for key in sorted(tree):
-        name, value = f"{prefix}{key}", tree[key]
-        if isinstance(value, dict) and _FLAX_CHUNKS not in value:
-            _flat(file, value, f"{name}/", flat)
-        elif value is not None:
-            flat[name] = value
-            if len(name) > MAX_NAME or len(flat) > MAX_ARRAYS:
-                raise CheckpointError(f"{file} has more than {MAX_ARRAYS} arrays, or names longer than {MAX_NAME}")
-    return flat
-
-
-def _read_shard(file: Path, names: dict[str, str]) -> Iterator[tuple[str, Slices, list[Piece]]]:
+def _read_shard(
+    file: Path, names: dict[str, str], entries: dict[str, IndexEntry]
+) -> Iterator[tuple[str, Slices, list[Piece]]]:
     """(array name, slices, pieces) of every chunk of a shard."""
-    shard = Reader(file, names).read()
-    if not isinstance(shard, dict) or shard.pop(_CHUNKS, None) is None:
-        raise CheckpointError(f"{file} is not a shard of a checkpoint: it holds no chunks of arrays")
-    for number, chunks in shard.items():
-        if number not in names:
-            raise CheckpointError(f"{file} holds array number {number}, of which the index knows nothing")
-        for chunk in chunks if isinstance(chunks, list) else [None]:
-            match chunk:
-                case [list(pieces), tuple(where)] if all(isinstance(piece, Piece) for piece in pieces):
-                    yield names[number], where, pieces
-                case _:
-                    raise CheckpointError(f"{file} has a damaged chunk of {names[number]}")
+    with open_messagepack(file) as reader:
+        for number in reader.keys():  # noqa: SIM118
+            if number == _CHUNKS:
+                reader.leaf()
+                continue
+            if number not in names:
+                raise CheckpointError(f"{file} holds array number {number}, of which the index knows nothing")
+            name = reader.name = names[number]
+            for _ in reader.items():
+                if len(reader.items()) != 2:
+                    raise ValueError("a chunk is not made of pieces and slices")
+                pieces, where = [reader.leaf() for _ in reader.items()], reader.leaf()
+                _check_chunk(entries[name], where, pieces)
+                yield name, where, pieces
 
 
-def _check_chunk(file: Path, name: str, entry: IndexEntry, where: Slices, pieces: list[Piece]) -> None:
-    inside = len(where) == len(entry.shape) and all(
-        part.start <= part.stop <= size for part, size in zip(where, entry.shape)
-    )
-    if not inside:
-        raise CheckpointError(f"{file} has a chunk of {name} at {_bounds(where)}, outside its shape {entry.shape}")
-    size, wanted = sum(piece.size for piece in pieces), math.prod(_shape(where))
-    if size != wanted:
-        raise CheckpointError(
-            f"{file} has {size} numbers for the chunk of {name} at {_bounds(where)}, which has {wanted}"
+def _check_chunk(entry: IndexEntry, where: Any, pieces: list) -> None:
+    if not (isinstance(where, tuple) and all(isinstance(piece, Piece) for piece in pieces)):
+        raise ValueError("a chunk is not made of pieces and slices")
+    found = sum(math.prod(piece.shape) for piece in pieces)
+    wanted = math.prod(part.stop - part.start for part in where)
+    if found != wanted or {piece.dtype for piece in pieces} - {entry.dtype}:
+        types = ", ".join(sorted({piece.dtype for piece in pieces}))
+        raise ValueError(
+            f"{found} numbers of type {types} for the chunk at {_bounds(where)}, which has {wanted} of {entry.dtype}"
         )
-    types = {piece.dtype for piece in pieces} - {entry.dtype}
-    if types:
-        raise CheckpointError(f"{file} has {name} in {types.pop()}, the index says {entry.dtype}")
-
-
-def _check_cover(index_file: Path, name: str, entry: IndexEntry, found: list[Slices]) -> None:
-    volume, size = sum(math.prod(_shape(where)) for where in found), math.prod(entry.shape)
-    overlap = volume > size or (volume == size > 0 and _overlap(found, len(entry.shape)))
-    if volume < size or overlap:
-        how = "overlap in" if overlap else "do not cover"
-        raise CheckpointError(
-            f"the chunks in the shards of {index_file} {how} {name}: {volume} of {size} numbers "
-            f"in {len(found)} of {len(entry.slices)} chunks"
-        )
-
-
-def _overlap(found: list[Slices], axes: int) -> bool:
-    """Do any two chunks share a number? Marks cells between the chunks' edges, of which a grid has one per chunk."""
-    edges = [sorted({edge for where in found for edge in _bounds(where)[axis]}) for axis in range(axes)]
-    cell_of = [{edge: cell for cell, edge in enumerate(axis)} for axis in edges]
-    taken = np.zeros([len(axis) for axis in edges], bool)
-    for where in found:
-        cells = tuple(slice(at[part.start], at[part.stop]) for at, part in zip(cell_of, where))
-        if taken[cells].any():
-            return True
-        taken[cells] = True
-    return False
 
 
 def find_sharded(prefix: str | Path, step: int | None = None) -> str | None:
@@ -211,20 +142,21 @@ def find_sharded(prefix: str | Path, step: int | None = None) -> str | None:
 # --- flax ------------------------------------------------------------------------------------------------------------
 
 
-def open_flax(file: str | Path) -> dict[str, ArrayInFiles]:
+def open_flax(file: str | Path) -> dict[str, StoredArray]:
     """The arrays of one file that flax wrote (`flax.serialization.to_bytes`), by name.
 
     Raises:
-        CheckpointError: as `open_sharded`.
+        CheckpointError: the file is damaged or something else; names it and the tensor.
     """
     file = Path(file)
     if kind := _other_kind(file):
         raise CheckpointError(f"{file} is no MessagePack checkpoint but {kind}, which the converter does not read")
-    tree = Reader(file).read()
+    with open_messagepack(file) as reader:
+        tree = reader.tree()
     if not isinstance(tree, dict):
         raise CheckpointError(f"{file} is not a checkpoint: it holds no dictionary of arrays")
-    leaves = _flat(file, tree).items()  # plain numbers and texts are no weights
-    return {name: _flax_array(file, name, leaf) for name, leaf in leaves if isinstance(leaf, (Piece, dict))}
+    # Plain numbers and texts are no weights.
+    return {name: _flax_array(file, name, leaf) for name, leaf in flatten(tree) if isinstance(leaf, (Piece, dict))}
 
 
 def _other_kind(file: Path) -> str | None:
@@ -241,17 +173,16 @@ def _other_kind(file: Path) -> str | None:
     return None
 
 
-def _flax_array(file: Path, name: str, leaf: Piece | dict) -> ArrayInFiles:
+def _flax_array(file: Path, name: str, leaf: Piece | dict) -> StoredArray:
     if isinstance(leaf, Piece):
         pieces, shape = [leaf], leaf.shape
     else:
         try:
             shape = sizes(leaf["shape"][str(axis)] for axis in range(len(leaf["shape"])))
             pieces = [leaf["chunks"][str(number)] for number in range(len(leaf["chunks"]))]
-            fits = sum(piece.size for piece in pieces) == math.prod(shape)
-            types = {piece.dtype for piece in pieces}
+            found = sum(math.prod(piece.shape) for piece in pieces)
+            if found != math.prod(shape) or len({piece.dtype for piece in pieces}) != 1:
+                raise ValueError("numbers are missing")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{file} has a damaged chunk of {name}") from error
-        if not fits or len(types) != 1:
-            raise CheckpointError(f"{file} has chunks of {name} that do not cover its shape {shape}")
-    return ArrayInFiles(shape, pieces[0].dtype, [(tuple(slice(0, size) for size in shape), pieces)])
+            raise CheckpointError(f"{file} has damaged chunks of {name}, which do not make an array") from error
+    return _stored(shape, pieces[0].dtype, [(tuple(slice(0, size) for size in shape), pieces)])

@@ -12,7 +12,6 @@ from vmoe.convert.orbax import find_orbax, open_orbax
 from vmoe.convert.reference import fill, plan
 from vmoe.convert.released import RELEASED
 from vmoe.convert.section import Section
-from vmoe.convert.sharded import find_sharded, open_flax, open_sharded
 from vmoe.utils.files import read_json
 from vmoe.utils.printable import printable
 
@@ -51,6 +50,8 @@ def open_checkpoint(source: str | Path, step: int | None = None) -> tuple[str, s
     Raises:
         CheckpointError: if there is none, or it is damaged.
     """
+    from vmoe.convert.sharded import find_sharded, open_flax, open_sharded  # needs msgpack
+
     prefix = find_sharded(source, step)
     if prefix is not None:
         return prefix, "sharded", open_sharded(prefix)

@@ -164,7 +164,8 @@ class StoredTensors:
             self.dtypes = {name: entry.properties.dtype for name, entry in entries.items()}
             for name, entry in entries.items():
                 parts = {(chunk.offsets, chunk.sizes) for chunk in entry.chunks}
-                if sum(math.prod(sizes) for _, sizes in parts) != math.prod(entry.size) or _overlap(parts):
+                ends = [(start, [a + b for a, b in zip(start, size)]) for start, size in parts]
+                if not covers_once(entry.size, ends):
                     raise ValueError(f"its shards do not make the whole of {name}, {tuple(entry.size)}")
 
     def read_into(self, targets: dict[str, Tensor]) -> None:
@@ -195,21 +196,26 @@ class StoredTensors:
             raise WeightsError(f"{self.source} cannot be read: {printable(error) or type(error).__name__}") from error
 
 
-def _overlap(parts: set[tuple[torch.Size, torch.Size]]) -> bool:
-    """Whether any of a tensor's parts, (offsets, sizes), share an element, or one begins before the tensor."""
-    boxes = [(start, [a + b for a, b in zip(start, size)]) for start, size in parts if math.prod(size)]
-    if any(min(start, default=0) < 0 for start, _ in boxes):
+def covers_once(shape: Sequence[int], boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> bool:
+    """Whether boxes, (first corner, corner behind the last), make the whole of an array without sharing an element."""
+    for start, end in boxes:
+        if len(start) != len(shape) or not all(0 <= a <= b <= size for a, b, size in zip(start, end, shape)):
+            return False
+    volumes = [math.prod(b - a for a, b in zip(start, end)) for start, end in boxes]
+    if sum(volumes) != math.prod(shape):
+        return False
+    boxes = [box for box, volume in zip(boxes, volumes) if volume]
+    if not shape:
         return True
     # Sweeps along the dimension that is cut most often, so that few boxes are compared with each other.
-    dims = range(len(boxes[0][0])) if boxes else ()
-    cut = max(dims, key=lambda dim: len({start[dim] for start, _ in boxes}), default=None)
+    cut = max(range(len(shape)), key=lambda dim: len({start[dim] for start, _ in boxes}))
     open_boxes = []
-    for start, end in sorted(boxes, key=lambda box: 0 if cut is None else box[0][cut]):
-        open_boxes = [box for box in open_boxes if cut is None or box[1][cut] > start[cut]]
+    for start, end in sorted(boxes, key=lambda box: box[0][cut]):
+        open_boxes = [box for box in open_boxes if box[1][cut] > start[cut]]
         if any(all(a < d and c < b for a, b, c, d in zip(start, end, *box)) for box in open_boxes):
-            return True
+            return False
         open_boxes.append((start, end))
-    return False
+    return True
 
 
 class _SafetensorsFiles(FileSystem):
