@@ -8,6 +8,7 @@ Linear layers are transposed; queries, keys and values are three arrays with an 
 import math
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,10 +20,7 @@ View = Callable[[np.ndarray], np.ndarray]
 
 
 class Entry(NamedTuple):
-    """Attributes:
-    tensor: its name in our state dict.
-    view: our array -> a view of it in the reference's layout.
-    """
+    """A tensor of our state dict, and what gives a view of it in the reference's layout."""
 
     tensor: str
     view: View
@@ -127,27 +125,21 @@ def _projection(module: str, parts: tuple[str, ...], heads: int) -> Iterator[tup
         yield "out/kernel", Entry(f"{module}.weight", lambda w: w.reshape(len(w), heads, -1).transpose(1, 2, 0))
         yield "out/bias", Entry(f"{module}.bias", _same)
         return
+
+    def kernel(index: int, array: np.ndarray) -> np.ndarray:
+        return np.split(array, len(parts))[index].reshape(heads, -1, array.shape[1]).transpose(2, 0, 1)
+
+    def bias(index: int, array: np.ndarray) -> np.ndarray:
+        return np.split(array, len(parts))[index].reshape(heads, -1)
+
     for index, part in enumerate(parts):
-
-        def kernel(array: np.ndarray, index: int = index) -> np.ndarray:
-            width = array.shape[1]
-            return np.split(array, len(parts))[index].reshape(heads, -1, width).transpose(2, 0, 1)
-
-        def bias(array: np.ndarray, index: int = index) -> np.ndarray:
-            return np.split(array, len(parts))[index].reshape(heads, -1)
-
-        yield f"{part}/kernel", Entry(f"{module}.weight", kernel)
-        yield f"{part}/bias", Entry(f"{module}.bias", bias)
+        yield f"{part}/kernel", Entry(f"{module}.weight", partial(kernel, index))
+        yield f"{part}/bias", Entry(f"{module}.bias", partial(bias, index))
 
 
 def stored_grid(tokens: int, prefix: int, config_grid: tuple[int, int] | None, new: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns that position embeddings were made for: the config's if they fit, else a square.
-
-    Args:
-        tokens: position embeddings, with that of a class token.
-        prefix: class tokens of the model, 0 or 1.
-        config_grid: what the config's own image_size gives, or None.
-        new: the model's; for patches that fit nothing else.
+    """Rows and columns that position embeddings were made for: those of the config's image_size if they fit, else a
+    square, else the model's own (`new`). `tokens` counts `prefix` class tokens too.
 
     Raises:
         ValueError: if no grid has so many patches.
@@ -162,14 +154,11 @@ def stored_grid(tokens: int, prefix: int, config_grid: tuple[int, int] | None, n
 
 
 def zoom_positions(positions_1TD: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
-    """Position embeddings of a grid of patches, for another grid; as the reference's `vit_zoom`.
+    """Position embeddings (1, T, D) of a grid of patches, for another grid; as the reference's `vit_zoom`.
 
-    Linear interpolation with aligned corners. (The reference calls scipy.ndimage.zoom, whose rounding makes the last
-    row zero for some pairs of sizes, such as 15 -> 26; that is not repeated here.)
-
-    Args:
-        positions_1TD: (1, T, D); T is the old grid's patches, after class tokens, whose embeddings are kept.
-        old, new: rows and columns.
+    Linear interpolation with aligned corners; embeddings of class tokens, which come first, stay. (The reference calls
+    scipy.ndimage.zoom, whose rounding makes the last row zero for some pairs of sizes, such as 15 -> 26; that is not
+    repeated here.)
     """
     prefix = positions_1TD.shape[1] - math.prod(old)
     kept, patches = np.split(positions_1TD, [prefix], axis=1)

@@ -96,69 +96,62 @@ def plan(
     context_length: int | None = None,
     **more: Any,
 ) -> tuple[str, dict[str, Any], nn.Module, Rows]:
-    """Check that weights fit a config, before any of their numbers is read.
+    """Check that the weights of a checkpoint, `source` in errors, fit a config, before any number is read.
 
-    Args:
-        config, image_size, context_length: see `from_reference`.
-        stored: the weights by the reference's names.
-        source: the checkpoint's name, for errors.
-        more: further arguments of the model.
+    Other arguments as of `from_reference`; `more` are further arguments of the model.
 
     Returns:
         The model's name and arguments, the model on the meta device, and the rows for `fill`: the reference's name, the
         entry of it, and the old and new grid of position embeddings to zoom, or None.
     """
+    from vmoe.models.factory import create_model
+
     shapes = {name: array.shape for name, array in stored.items()}
     name, kwargs = model_settings(config, shapes, image_size, context_length)
     kwargs |= more
-    model = _empty_model(name, kwargs)
-    return name, kwargs, model, _fit(model, stored, source, config_grid(config))
-
-
-def _empty_model(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
-    """The model on the meta device, which takes no memory however large its config says that it is."""
-    from vmoe.models.factory import create_model
-
     try:
-        with torch.device("meta"):
-            return create_model(name, **kwargs)
+        with torch.device("meta"):  # takes no memory however large the config says that the model is
+            model = create_model(name, **kwargs)
     except (RuntimeError, OverflowError, MemoryError, ZeroDivisionError) as error:  # sizes beyond what PyTorch counts
         raise ConfigError(f"the model of the config cannot be built: {printable(error)[:200]}") from error
+    layout, own, rows, problems = reference_layout(model), model.state_dict(), [], []
+    for array, entry in layout.items():
+        shape = entry.view(_shaped(own[entry.tensor])).shape
+        try:
+            rows.append((array, entry, _fit(model, array, shape, stored, config)))
+        except ValueError as error:
+            problems.append(f"{array} {error}")
+    problems += [f"{array} is not part of the model" for array in sorted(stored.keys() - layout.keys())]
+    if problems:
+        more_problems = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise CheckpointError(f"{source} does not fit the config: " + "; ".join(problems[:6]) + more_problems)
+    return name, kwargs, model, rows
+
+
+def _shaped(tensor: Tensor) -> np.ndarray:
+    """An array of a tensor's shape that takes no memory."""
+    return np.broadcast_to(np.float32(0), tuple(tensor.shape))
 
 
 def _fit(
-    model: nn.Module, stored: Mapping[str, StoredArray], source: object, config_grid: tuple[int, int] | None
-) -> Rows:
-    layout, rows, problems = reference_layout(model), [], []
-    own = model.state_dict()
-    for name, entry in layout.items():
-        if name not in stored:
-            problems.append(f"{name} is missing")
-            continue
-        array, zoom = stored[name], None
-        shape = entry.view(np.broadcast_to(np.float32(0), tuple(own[entry.tensor].shape))).shape  # takes no memory
-        if array.dtype not in _FLOATS:
-            problems.append(f"{name} is of type {array.dtype}")
-        elif name in _IMAGE_POSITIONS and len(array.shape) == 3 and array.shape[::2] == shape[::2]:
-            try:
-                zoom = _zoom(model, array.shape[1], shape[1], config_grid)
-            except ValueError as error:
-                problems.append(f"{name} cannot be resized: {error}")
-        elif array.shape != shape:
-            problems.append(f"{name} has shape {array.shape}, the model's is {shape}")
-        rows.append((name, entry, zoom))
-    problems += [f"{name} is not part of the model" for name in sorted(stored.keys() - layout.keys())]
-    if problems:
-        more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise CheckpointError(f"{source} does not fit the config: " + "; ".join(problems[:6]) + more)
-    return rows
-
-
-def _zoom(model: nn.Module, old: int, new: int, config_grid: tuple[int, int] | None) -> Zoom | None:
-    """The grids of so many old and new position embeddings; None if they stay as they are."""
-    grid = tuple(getattr(model, "visual", model).patch_embed.grid_size)
-    old_grid = stored_grid(old, new - math.prod(grid), config_grid, grid)
-    return None if old_grid == grid else (old_grid, grid)
+    model: nn.Module, name: str, shape: tuple[int, ...], stored: Mapping[str, StoredArray], config: Mapping[str, Any]
+) -> Zoom | None:
+    """The grids to zoom stored position embeddings between, if it takes that; a ValueError if an array does not fit."""
+    if name not in stored:
+        raise ValueError("is missing")
+    array = stored[name]
+    if array.dtype not in _FLOATS:
+        raise ValueError(f"is of type {array.dtype}")
+    if name in _IMAGE_POSITIONS and len(array.shape) == 3 and array.shape[::2] == shape[::2]:
+        grid = tuple(getattr(model, "visual", model).patch_embed.grid_size)
+        try:
+            old = stored_grid(array.shape[1], shape[1] - math.prod(grid), config_grid(config), grid)
+        except ValueError as error:
+            raise ValueError(f"cannot be resized: {error}") from None
+        return None if old == grid else (old, grid)
+    if array.shape != shape:
+        raise ValueError(f"has shape {array.shape}, the model's is {shape}")
+    return None
 
 
 def fill(tensors: Mapping[str, np.ndarray], rows: Rows, stored: Mapping[str, StoredArray]) -> None:

@@ -5,7 +5,6 @@ from typing import Any
 
 from timm.layers import LayerNorm, Mlp
 from timm.layers.activations import GELUTanh
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vmoe.convert.layout import reference_layout, require_vision
@@ -39,14 +38,12 @@ _FOREIGN = {
 def reference_config(model: nn.Module, group_size: int | None = None) -> dict[str, Any]:
     """The reference's config of a model, which `from_reference` turns into the same model again.
 
-    It describes the model as it is in `eval()`: the capacity is the evaluation's (the reference has one for both;
-    without a limit, one that all tokens fit in). Settings that act in training only and are not the reference's, such
-    as stochastic depth, are left out.
+    It describes the model as it is in `eval()`: the capacity is the evaluation's (without a limit, one that all tokens
+    fit in). Settings that act in training only and are not the reference's, such as stochastic depth, are left out.
 
     Args:
         model: a V-MoE, Soft MoE (or a dense model of their kind), or a two-tower model of them.
-        group_size: tokens routed together in the reference, for a model with group_size=None and limited capacity:
-            there, all tokens of a call are routed together, so the number depends on the batch.
+        group_size: tokens routed together in the reference, for a model with group_size=None and limited capacity.
 
     Returns:
         A JSON-able dictionary; for images with "image_size", which the converter reads and the reference does not.
@@ -86,31 +83,7 @@ def _config(model: nn.Module, group_size: int | None) -> dict[str, Any]:
 
 def _image(model: nn.Module, group_size: int | None, prefix: str = "") -> dict[str, Any]:
     require_vision(model)
-    _check_image(model)
-    representation = getattr(model, "pre_logits", None)
-    temperature = getattr(model, "sincos2d_temperature", None)
-    position = {"name": "learned" if model.pos_embed is not None else "none"}
-    if model.pos_embed is None and temperature is not None:
-        position = {"name": "sincos2d", "temperature": temperature}
-    encoder = _encoder(model, model.patch_embed.num_patches + model.num_prefix_tokens, group_size, prefix)
-    encoder["dropout_rate"] = _rate(model.pos_drop)
-    config = {
-        "name": "VisionTransformerMoe",
-        "num_classes": model.num_classes or None,
-        "patch_size": list(model.patch_embed.patch_size),
-        "hidden_size": model.embed_dim,
-        "classifier": _POOLS[model.global_pool, model.cls_token is not None],
-        "representation_size": representation.out_features if isinstance(representation, nn.Linear) else None,
-        "encoder": {**encoder, "position_emb": position},
-    }
-    if not (model.dynamic_img_size and model.pos_embed is None):
-        config["image_size"] = list(model.patch_embed.img_size)
-    return config
-
-
-def _check_image(model: VisionTransformer) -> None:
-    has_class = model.cls_token is not None
-    patches = model.patch_embed
+    patches, has_class = model.patch_embed, model.cls_token is not None
     _need((model.global_pool, has_class) in _POOLS, f"global_pool={model.global_pool!r} with class_token={has_class}")
     _need(model.num_prefix_tokens == has_class, "it has register tokens")
     _need(not (model.no_embed_class and has_class), "no_embed_class=True")
@@ -118,6 +91,27 @@ def _check_image(model: VisionTransformer) -> None:
     _need(isinstance(model.fc_norm, nn.Identity) and isinstance(model.norm, nn.LayerNorm), "fc_norm, or no final norm")
     _need(isinstance(patches.norm, nn.Identity), "a norm after the patch embedding")
     _need(patches.proj.in_channels == 3 and patches.proj.bias is not None, "its patch embedding")
+    representation = getattr(model, "pre_logits", None)
+    temperature = getattr(model, "sincos2d_temperature", None)
+    position = {"name": "learned" if model.pos_embed is not None else "none"}
+    if model.pos_embed is None and temperature is not None:
+        position = {"name": "sincos2d", "temperature": temperature}
+    config = {
+        "name": "VisionTransformerMoe",
+        "num_classes": model.num_classes or None,
+        "patch_size": list(patches.patch_size),
+        "hidden_size": model.embed_dim,
+        "classifier": _POOLS[model.global_pool, has_class],
+        "representation_size": representation.out_features if isinstance(representation, nn.Linear) else None,
+        "encoder": {
+            **_encoder(model, patches.num_patches + model.num_prefix_tokens, group_size, prefix),
+            "dropout_rate": _rate(model.pos_drop),
+            "position_emb": position,
+        },
+    }
+    if not (model.dynamic_img_size and model.pos_embed is None):
+        config["image_size"] = list(patches.img_size)
+    return config
 
 
 def _text(model: TextTransformer, group_size: int | None) -> dict[str, Any]:
@@ -135,13 +129,12 @@ def _text(model: TextTransformer, group_size: int | None) -> dict[str, Any]:
 
 def _encoder(model: nn.Module, tokens: int, group_size: int | None, prefix: str) -> dict[str, Any]:
     attention = model.blocks[0].attn
-    mlps = dict(enumerate(block.mlp for block in model.blocks))
-    sparse = {i: mlp for i, mlp in mlps.items() if isinstance(mlp, SparseMoE)}
+    sparse = {index: block.mlp for index, block in enumerate(model.blocks) if isinstance(block.mlp, SparseMoE)}
     moe = {"layers": list(sparse), **(_moe(list(sparse.values()), tokens, group_size) if sparse else {})}
-    for i, block in enumerate(model.blocks):
-        _check_block(block, f"{prefix}blocks.{i}")
+    for index, block in enumerate(model.blocks):
+        _check_block(block, f"{prefix}blocks.{index}")
     expert_widths = {mlp.experts.fc1.weight.shape[-2] for mlp in sparse.values()}
-    widths = {mlp.fc1.out_features for i, mlp in mlps.items() if i not in sparse}
+    widths = {block.mlp.fc1.out_features for block in model.blocks if not isinstance(block.mlp, SparseMoE)}
     if (pool := getattr(model, "attn_pool", None)) is not None:
         widths.add(pool.mlp.fc1.out_features)
         _need(pool.num_heads == attention.num_heads, "its attention pooling has another number of heads")

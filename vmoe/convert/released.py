@@ -8,12 +8,7 @@ from typing import Any, NamedTuple
 
 
 class Released(NamedTuple):
-    """A released checkpoint.
-
-    Attributes:
-        config: the reference's model config.
-        preprocess: of its evaluation, in the words of timm's `pretrained_cfg`.
-    """
+    """A released checkpoint: the reference's model config, and the preprocessing in timm's words."""
 
     config: dict[str, Any]
     preprocess: dict[str, Any]

@@ -1,8 +1,9 @@
 """The reference's config dictionaries, read key by key: an error for every key or value that has no meaning here."""
 
 import ast
+import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 _UNSET = object()
@@ -14,38 +15,37 @@ class ConfigError(ValueError):
 
 
 class Kind(NamedTuple):
-    """What a value must be: the words for it, whether a value is that, and how it is used."""
+    """What a value must be: the words for it, and a function that gives the value in use, or a ValueError."""
 
     words: str
-    fits: Callable[[Any], bool]
     convert: Callable[[Any], Any]
 
 
-def _finite(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and abs(value) <= sys.float_info.max  # also refuses infinity and NaN
+def _number(kind: type, low: float, high: float = sys.float_info.max) -> Callable[[Any], Any]:
+    def convert(value: Any) -> Any:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (number and low <= value <= high and value == kind(value)):
+            raise ValueError
+        return kind(value)
+
+    return convert
 
 
-def _whole(value: Any, minimum: int) -> bool:
-    return _finite(value) and minimum <= value <= 2**31 - 1 and value == int(value)
+SIZE = Kind("a whole number >= 1", _number(int, 1, 2**31 - 1))
+COUNT = Kind("a whole number >= 0", _number(int, 0, 2**31 - 1))
+NUMBER = Kind("a finite number", _number(float, -sys.float_info.max))
+NOT_NEGATIVE = Kind("a finite number >= 0", _number(float, 0))
+POSITIVE = Kind("a number > 0", _number(float, math.ulp(0)))
+RATE = Kind("a finite number >= 0 and < 1", _number(float, 0, math.nextafter(1, 0)))
+FLAG = Kind("true or false", lambda value: bool(_number(int, 0, 1)(value + 0)))
 
 
-def _sides(value: Any) -> tuple:
-    return tuple(value) if isinstance(value, (list, tuple)) else (value, value)
+def _pair(value: Any) -> tuple[int, int]:
+    rows, columns = value if isinstance(value, (list, tuple)) else (value, value)
+    return SIZE.convert(rows), SIZE.convert(columns)
 
 
-SIZE = Kind("a whole number >= 1", lambda value: _whole(value, 1), int)
-COUNT = Kind("a whole number >= 0", lambda value: _whole(value, 0), int)
-NUMBER = Kind("a finite number", _finite, float)
-NOT_NEGATIVE = Kind("a finite number >= 0", lambda value: _finite(value) and value >= 0, float)
-POSITIVE = Kind("a number > 0", lambda value: _finite(value) and value > 0, float)
-RATE = Kind("a finite number >= 0 and < 1", lambda value: _finite(value) and 0 <= value < 1, float)
-FLAG = Kind("true or false", lambda value: isinstance(value, int) and value in (0, 1), bool)
-PAIR = Kind(
-    "a whole number >= 1, or two of them",
-    lambda value: len(_sides(value)) == 2 and all(_whole(side, 1) for side in _sides(value)),
-    lambda value: tuple(int(side) for side in _sides(value)),
-)
+PAIR = Kind("a whole number >= 1, or two of them", _pair)
 
 
 def _shown(value: Any) -> str:
@@ -87,39 +87,34 @@ class Section:
         return Section({} if values is None else values, self.key(name))
 
     def get(self, name: str, kind: Kind, default: Any = _UNSET, optional: bool = False) -> Any:
-        """A key's value of this kind. None is the default, if there is one, and stays None where it is `optional`."""
+        """A key's value of this kind; None only where that is the default, or where it is `optional`."""
         value = self.take(name, default)
-        if value is None and (optional or default is not _UNSET):
-            return None if optional else default
-        if not kind.fits(value):
-            raise self.wrong(name, value, kind.words)
-        return kind.convert(value)
+        if value is None and (optional or default is None):
+            return None
+        try:
+            return kind.convert(value)
+        except (TypeError, ValueError):
+            raise self.wrong(name, value, kind.words) from None
 
-    def choice(self, name: str, default: Any, allowed: tuple) -> Any:
+    def choice(self, name: str, default: Any, allowed: Sequence) -> Any:
         """One of several values."""
-        value = self.take(name, default)
-        if value not in allowed:
-            raise self.wrong(name, value, f"one of {allowed}")
-        return value
+        kind = Kind(f"one of {tuple(allowed)}", lambda value: allowed[allowed.index(value)])
+        return self.get(name, kind, default)
 
     def call(self, name: str, default: str, classes: Mapping[str, str]) -> str:
         """The class that a name such as "SoftRouter", "package.module.SoftRouter" or "SoftRouter(num_slots=3)" means.
 
         Arguments in the name become keys of this section; those given beside it win, as in the reference.
-
-        Args:
-            name: the key that holds the name.
-            default: the class if there is none.
-            classes: {class: the module that the reference has it in}.
+        `classes` is {class: the module that the reference has it in}.
         """
         text = self.take(name, default)
         try:
             if len(text) > MAX_CALL:
-                raise ValueError("too long")
+                raise ValueError
             expression = ast.parse(text, mode="eval").body
             if isinstance(expression, ast.Call):
                 if expression.args or any(keyword.arg is None for keyword in expression.keywords):
-                    raise ValueError("arguments without a name")
+                    raise ValueError
                 given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in expression.keywords}
                 self.values = {**given, **self.values}
                 expression = expression.func

@@ -24,13 +24,7 @@ _NAMES = {
     (1024, 24, 16): "vmoe_large_patch16_224",
     (1280, 32, 14): "vmoe_huge_patch14_224",
 }
-_ROUTERS = {
-    "NoisyTopExpertsPerItemRouter": "vmoe.nn.routing",
-    "NoisyTopItemsPerExpertRouter": "vmoe.nn.routing",
-    "SoftRouter": "vmoe.projects.soft_moe.router",
-}
 _POOLS = {"token": "token", "0": "token", "gap": "avg", "map": "map"}
-_TEXT_POOLS = ("last", "first", "gap", "gmp", "map")
 _POSITIONS = {"learned": "learn", "none": "none", "sincos2d": "sincos2d"}
 
 
@@ -50,13 +44,14 @@ def model_settings(
         ConfigError: for a key or value that cannot be converted.
     """
     top = Section(config)
+    two_towers = "image" in top.values and "text" in top.values
+    if context_length is not None and not two_towers:
+        raise ConfigError("context_length is for two-tower models, this config has no text tower")
     if image_size is not None:
         top.values["image_size"] = image_size
-    if "image" in top.values and "text" in top.values:
+    if two_towers:
         return "two_tower_base_patch16", _two_tower(top, shapes, context_length)
-    if context_length is not None:
-        raise ConfigError("context_length is for two-tower models, this config has no text tower")
-    kwargs = _image(top, _stored_positions(shapes))
+    kwargs = _image(top, shapes)
     return kwargs.pop("name"), kwargs
 
 
@@ -76,8 +71,8 @@ def _two_tower(top: Section, shapes: Shapes, context_length: int | None) -> dict
     image_section = top.section("image")
     if (size := top.take("image_size", None)) is not None:
         image_section.values["image_size"] = size
-    image = _image(image_section, _stored_positions(shapes, "img/"))
-    text = _text(top.section("text"), _stored_positions(shapes, "txt/"), context_length)
+    image = _image(image_section, shapes, "img/")
+    text = _text(top.section("text"), shapes, context_length)
     width = image["num_classes"] or image.get("representation_size") or image["embed_dim"]
     text_width = text["num_classes"] or text["width"]
     if width != text_width:
@@ -90,17 +85,22 @@ def _two_tower(top: Section, shapes: Shapes, context_length: int | None) -> dict
     return settings
 
 
-def _image(config: Section, tokens: int) -> dict[str, Any]:
+# --- towers ----------------------------------------------------------------------------------------------------------
+
+
+def _image(config: Section, shapes: Shapes, tower: str = "") -> dict[str, Any]:
     config.call("name", "VisionTransformerMoe", {"VisionTransformerMoe": "vmoe.nn.vit_moe"})
     width, patch = config.get("hidden_size", SIZE), config.get("patch_size", PAIR)
-    classifier = config.choice("classifier", "token", tuple(_POOLS))
+    classifier = config.choice("classifier", "token", list(_POOLS))
     representation = config.get("representation_size", SIZE, None)
     encoder = config.section("encoder")
     position = encoder.section("position_emb")
-    positions = _POSITIONS[position.choice("name", "learned", tuple(_POSITIONS))]
+    positions = _POSITIONS[position.choice("name", "learned", list(_POSITIONS))]
     temperature = position.get("temperature", POSITIVE, 10_000.0)
     position.finish("h", "w")
-    size = _image_size(config, patch, tokens if positions == "learn" else None, classifier == "token")
+    size = _image_size(config, patch)
+    if size is None and positions == "learn":
+        size = _square_size(_stored_positions(shapes, tower), classifier == "token", patch)
     blocks, dropout, attention_dropout = _encoder(encoder, width)
     settings = {
         "name": _NAMES.get((width, blocks["depth"], patch[0]), _ANY_SIZE),
@@ -126,26 +126,25 @@ def _image(config: Section, tokens: int) -> dict[str, Any]:
     return settings
 
 
-def _stored_positions(shapes: Shapes, tower: str = "") -> int:
+def _stored_positions(shapes: Shapes, tower: str) -> int:
     """Position embeddings of a tower; 0 if there are none, which is an error of its own when the weights are fitted."""
     shape = shapes.get(f"{tower}Encoder/posembed_input/pos_embedding", ())
     return shape[1] if len(shape) == 3 else 0
 
 
-def _image_size(config: Section, patch: tuple[int, int], tokens: int | None, has_class_token: bool) -> list[int] | None:
-    """The config's image_size, else that of a square of the stored position embeddings; None if there are none."""
+def _image_size(config: Section, patch: tuple[int, int]) -> list[int] | None:
     size = config.get("image_size", PAIR, None)
-    if size is not None:
-        if max(size) > MAX_SIDE:
-            raise config.wrong("image_size", config.values["image_size"], f"<= {MAX_SIDE}")
-        if any(side < step for side, step in zip(size, patch)):
-            raise config.wrong("image_size", config.values["image_size"], f"at least one patch, {list(patch)}")
-        return list(size)
-    if tokens is None:
+    if size is None:
         return None
-    patches = tokens - has_class_token
-    side = math.isqrt(max(0, patches))
-    if side == 0 or side * side != patches:
+    if max(size) > MAX_SIDE or any(side < step for side, step in zip(size, patch)):
+        raise config.wrong("image_size", config.values["image_size"], f"<= {MAX_SIDE}, and at least one patch, {patch}")
+    return list(size)
+
+
+def _square_size(tokens: int, has_class_token: bool, patch: tuple[int, int]) -> list[int]:
+    """The size of images whose patches are a square of the stored position embeddings."""
+    side = math.isqrt(max(0, tokens - has_class_token))
+    if side == 0 or side**2 != tokens - has_class_token:
         raise ConfigError(
             f"image_size is not in the config and cannot be told from {tokens} position embeddings, which are no "
             "square grid of patches; add image_size"
@@ -153,16 +152,17 @@ def _image_size(config: Section, patch: tuple[int, int], tokens: int | None, has
     return [side * step for step in patch]
 
 
-def _text(config: Section, tokens: int, context_length: int | None) -> dict[str, Any]:
+def _text(config: Section, shapes: Shapes, context_length: int | None) -> dict[str, Any]:
     config.call("name", "TextTransformer", {"TextTransformer": "vmoe.projects.contrastive.models"})
     width = config.get("hidden_size", SIZE)
     encoder = config.section("encoder")
     position = encoder.section("position_emb")
-    learned = position.choice("name", "learned", ("learned", "none")) == "learned"
+    learned = position.choice("name", "learned", ["learned", "none"]) == "learned"
     position.finish()
     if context_length is not None and (not isinstance(context_length, int) or context_length < 1):
         raise ConfigError(f"context_length must be a whole number >= 1, got {context_length!r}")
     if learned:
+        tokens = _stored_positions(shapes, "txt/")
         if context_length not in (None, tokens):
             raise ConfigError(f"context_length is {context_length}, the text tower has {tokens} position embeddings")
         context_length = tokens
@@ -179,13 +179,16 @@ def _text(config: Section, tokens: int, context_length: int | None) -> dict[str,
         "context_length": context_length,
         "width": width,
         "num_classes": config.get("num_classes", COUNT, optional=True) or 0,
-        "pool": config.choice("pool_type", "last", _TEXT_POOLS),
+        "pool": config.choice("pool_type", "last", ["last", "first", "gap", "gmp", "map"]),
         "eot_token_id": None,
         "pos_embed": "learn" if learned else "none",
         **blocks,
     }
     config.finish("head_bias_init", "head_kernel_zero_init")
     return settings
+
+
+# --- blocks and experts ----------------------------------------------------------------------------------------------
 
 
 def _encoder(encoder: Section, width: int) -> tuple[dict[str, Any], float, float]:
@@ -221,15 +224,12 @@ def _experts(moe: Section, depth: int, mlp_dim: int, dropout: float) -> dict[str
         return {"num_experts": 0}
     E, size = moe.get("num_experts", SIZE), moe.get("group_size", SIZE)
     expert_width = moe.get("mlp_dim", SIZE, mlp_dim)
-    router = moe.section("router")
-    kind = router.call("name", "NoisyTopExpertsPerItemRouter", _ROUTERS)
-    read = {"NoisyTopExpertsPerItemRouter": _top_k, "NoisyTopItemsPerExpertRouter": _expert_choice, "SoftRouter": _soft}
     settings = {
         "moe_layers": layers,
         "num_experts": E,
         "group_size": size,
         "expert_drop": moe.get("dropout_rate", RATE, dropout),
-        **read[kind](router, E, size),
+        **_router(moe.section("router"), E, size),
     }
     if expert_width != mlp_dim:
         settings["expert_width"] = expert_width
@@ -237,43 +237,32 @@ def _experts(moe: Section, depth: int, mlp_dim: int, dropout: float) -> dict[str
     return settings
 
 
-def _top_k(router: Section, E: int, size: int) -> dict[str, Any]:
-    K = router.get("num_selected_experts", SIZE, 1)
-    if K > E:
-        raise router.wrong("num_selected_experts", K, f"1..num_experts, {E}")
+def _router(router: Section, E: int, size: int) -> dict[str, Any]:
+    top_k, choice = "NoisyTopExpertsPerItemRouter", "NoisyTopItemsPerExpertRouter"
+    classes = {top_k: "vmoe.nn.routing", choice: "vmoe.nn.routing", "SoftRouter": "vmoe.projects.soft_moe.router"}
+    kind = router.call("name", top_k, classes)
+    if kind == "SoftRouter":
+        slots, factor = router.get("num_slots", SIZE, None), router.get("capacity_factor", NUMBER, 1.0, optional=True)
+        slots = _rows(router, factor or 0.0, size, E, "round") if slots is None else slots
+        settings = {"router": "soft", "noise_std": _noise(router, 0.0), "num_slots": slots}
+        router.finish("dtype", "precision", "partition_spec", "compute_similarity_metrics", "mu_init", "scale_init")
+        return settings
+    settings = {"router": "top_k" if kind == top_k else "expert_choice", "noise_std": _noise(router, 1.0)}
     dispatcher = router.section("dispatcher")
-    settings = {
-        "router": "top_k",
-        "num_selected_experts": K,
-        "noise_std": _noise(router, 1.0),
-        "batch_priority": dispatcher.get("batch_priority", FLAG),
-        **_capacity(dispatcher, E, size * K, ("einsum", "indices")),
-    }
-    if "capacity_factor" in settings:
-        settings["eval_capacity_factor"] = settings["capacity_factor"]
-    for name, default in (("importance", 1.0), ("load", 1.0), ("gshard", 0.0)):
-        weight = router.get(f"{name}_loss_weight", NUMBER, default)
-        settings[f"{name}_loss"] = max(0.0, weight)  # the reference leaves losses of no positive weight out
+    if kind == choice:
+        settings |= _capacity(dispatcher, E, size, ("einsum",))
+    else:
+        K = router.get("num_selected_experts", SIZE, 1)
+        if K > E:
+            raise router.wrong("num_selected_experts", K, f"1..num_experts, {E}")
+        settings |= {"num_selected_experts": K, "batch_priority": dispatcher.get("batch_priority", FLAG)}
+        settings |= _capacity(dispatcher, E, size * K, ("einsum", "indices"))
+        if "capacity_factor" in settings:
+            settings["eval_capacity_factor"] = settings["capacity_factor"]
+        for name, default in (("importance", 1.0), ("load", 1.0), ("gshard", 0.0)):
+            weight = router.get(f"{name}_loss_weight", NUMBER, default)
+            settings[f"{name}_loss"] = max(0.0, weight)  # the reference leaves losses of no positive weight out
     router.finish("dtype")
-    return settings
-
-
-def _expert_choice(router: Section, E: int, size: int) -> dict[str, Any]:
-    capacity = _capacity(router.section("dispatcher"), E, size, ("einsum",))
-    settings = {"router": "expert_choice", "noise_std": _noise(router, 1.0), **capacity}
-    router.finish("dtype")
-    return settings
-
-
-def _soft(router: Section, E: int, size: int) -> dict[str, Any]:
-    slots, factor = (
-        router.get("num_slots", SIZE, None),
-        router.get("capacity_factor", NUMBER, 1.0, optional=True),
-    )
-    if slots is None:
-        slots = _rows(router, factor or 0.0, size, E, "round")
-    settings = {"router": "soft", "noise_std": _noise(router, 0.0), "num_slots": slots}
-    router.finish("dtype", "precision", "partition_spec", "compute_similarity_metrics", "mu_init", "scale_init")
     return settings
 
 
@@ -285,10 +274,9 @@ def _noise(router: Section, default: float) -> float:
 
 
 def _capacity(dispatcher: Section, E: int, tokens: int, names: tuple[str, ...]) -> dict[str, Any]:
-    dispatcher.choice("name", None, names)
-    factor = dispatcher.get("capacity_factor", NUMBER, None)
-    capacity = dispatcher.get("capacity", SIZE, None)
-    rounding = dispatcher.choice("capacity_ceil_or_round", "ceil", ("ceil", "round"))
+    dispatcher.choice("name", "", names)
+    factor, capacity = dispatcher.get("capacity_factor", NUMBER, None), dispatcher.get("capacity", SIZE, None)
+    rounding = dispatcher.choice("capacity_ceil_or_round", "ceil", ["ceil", "round"])
     multiple = max(1, dispatcher.get("capacity_multiple_of", COUNT, 4, optional=True) or 1)
     if (factor is None) == (capacity is None):
         raise ConfigError(

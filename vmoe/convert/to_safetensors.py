@@ -17,15 +17,8 @@ from vmoe.utils.printable import printable
 
 
 class Converted(NamedTuple):
-    """What `convert_checkpoint` did.
-
-    Attributes:
-        source: the checkpoint that was read, and its format.
-        arrays, nbytes: of the weights that were read.
-        skipped: arrays of the checkpoint that are no weights, such as optimizer state.
-        name: of the model.
-        parameters: numbers in it.
-    """
+    """What `convert_checkpoint` did: `skipped` arrays, such as optimizer state, are no weights; the others became the
+    model `name` with so many parameters."""
 
     source: str
     format: str
@@ -37,15 +30,11 @@ class Converted(NamedTuple):
 
 
 def open_checkpoint(source: str | Path, step: int | None = None) -> tuple[str, str, dict[str, StoredArray]]:
-    """Find out what a checkpoint is, and look at it without reading its numbers.
+    """(path, format, arrays by name) of a checkpoint, without reading its numbers.
 
     Args:
         source: the prefix of a sharded checkpoint, one flax MessagePack file, or the folder of an Orbax checkpoint; of
-            a training run's checkpoints the last is taken.
-        step: instead of the last.
-
-    Returns:
-        (the checkpoint's path, its format, its arrays by name).
+            a training run's checkpoints that of `step`, by default the last, is taken.
 
     Raises:
         CheckpointError: if there is none, or it is damaged.
@@ -75,14 +64,11 @@ def open_checkpoint(source: str | Path, step: int | None = None) -> tuple[str, s
 
 
 def resolve_config(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The reference's model config, and what is known of the model's images.
+    """The reference's model config, and fields for timm's `pretrained_cfg`, if they are known.
 
     Args:
         config: the name of a released checkpoint (`vmoe.convert.RELEASED`), a JSON file, or the dictionary itself; also
             an experiment's config, whose "model" it is then.
-
-    Returns:
-        (config, fields for timm's `pretrained_cfg`, empty if not known).
 
     Raises:
         ValueError: for a name or file that is not there.
