@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 import msgpack
@@ -71,17 +70,11 @@ def test_flax_file(tmp_path):
     assert equal(open_flax(tmp_path / "file"), {"params/x": ARRAYS["a"], "params/y": ARRAYS["b/10"]})
 
 
-@pytest.mark.parametrize(
-    ("write", "kind"),
-    [
-        (lambda file: np.savez(f"{file}.npz", a=ARRAYS["a"]), "a zip archive .*npz"),
-        (lambda file: save_file({"a": ARRAYS["a"]}, file), "a safetensors file"),
-    ],
-)
-def test_files_of_other_kinds(tmp_path, write, kind):
+@pytest.mark.parametrize("write", [lambda f: np.savez(f"{f}.npz", a=ARRAYS["a"]), lambda f: f.write_bytes(b"PK")])
+def test_files_of_other_kinds(tmp_path, write):
     write(tmp_path / "file")
     (file,) = tmp_path.iterdir()
-    with pytest.raises(CheckpointError, match=rf"{file.name} is no MessagePack checkpoint but {kind}"):
+    with pytest.raises(CheckpointError, match=f"{file.name} is not a MessagePack checkpoint: it holds no dictionary"):
         open_checkpoint(file)
 
 

@@ -12,15 +12,18 @@ from vmoe.moe import SparseMoE
 
 
 def small(name):
-    """Settings that leave two blocks of a model, one of them with two experts."""
-    blocks = {"depth": 2, "num_experts": 2, "num_selected_experts": 1, "moe_layers": [1]}
-    soft = "soft" in name
-    if soft:
-        del blocks["num_selected_experts"]
-    words = {"vocab_size": 64, "eot_token_id": 63}
+    """Settings that leave two narrow blocks of a model, one of them with two experts."""
+    blocks = {"depth": 2, "num_experts": 2, "num_selected_experts": 1, "moe_layers": [1], "num_heads": 4}
+    image, text = {**blocks, "embed_dim": 64}, {**blocks, "width": 64, "vocab_size": 64, "eot_token_id": 63}
+    if "soft" in name:
+        del image["num_selected_experts"]
+        text = {
+            key: value for key, value in text.items() if key in ("vocab_size", "eot_token_id", "width", "num_heads")
+        }
+        text["depth"] = 2
     if name in TWO_TOWER_CONFIGS:
-        return {"image": blocks, "text": {**words, **({"depth": 2} if soft else blocks)}}
-    return {**blocks, **(words if name in LIMOE_CONFIGS else {})}
+        return {"image": image, "text": text, **({"embed_dim": 64} if "soft" in name else {})}
+    return text if name in LIMOE_CONFIGS else image
 
 
 def all_tensors(module):

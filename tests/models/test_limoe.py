@@ -164,7 +164,7 @@ def test_gradient_checkpointing_and_autocast():
     image, text = pairs()
     gradients = []
     for enable in (False, True):
-        model = tiny(noise_std=0.0)
+        model = tiny(depth=2, noise_std=0.0)
         model.set_grad_checkpointing(enable)
         with vmoe.record_routing(model) as record:
             loss = ClipLoss()(*model(image, text)) + record.auxiliary_loss()

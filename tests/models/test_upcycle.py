@@ -344,7 +344,6 @@ def test_models_whose_pooling_is_a_layer():
         ({"layers": 3}, "layers must be 'everyN', .*, got 3"),
         ({"layers": None}, "layers must be 'everyN', .*, got None"),
         ({"layers": [1.5]}, "layers must be 'everyN', .*, got .1.5"),
-        ({"layers": [True]}, "layers must be 'everyN', .*, got .True"),
         ({"num_experts": 4.5}, "num_experts must be a whole number"),
         ({"num_experts": "4", "granularity": 2}, "num_experts must be a multiple of granularity .2., got '4'"),
         ({"granularity": "2"}, "granularity must be a whole number >= 1, got '2'"),
@@ -358,10 +357,10 @@ def test_settings_of_another_type_are_named(kwargs, message):
         vmoe.upcycle(tiny_vit(), **{"layers": [1], **kwargs})
 
 
-def test_whole_numbers_of_other_types_are_whole_numbers(tmp_path):
+def test_layers_may_be_any_whole_numbers(tmp_path):
     dense = create_model("vit_tiny_patch16_224", **SMALL, img_size=32)
-    for layers in ([1.0], np.array([1]), range(1, 2), {1}):
-        sparse = vmoe.upcycle(dense, 4.0, layers, 2.0, granularity=2.0)
+    for layers in (np.array([1]), range(1, 2), {1}):
+        sparse = vmoe.upcycle(dense, 4, layers, 2, granularity=2)
         assert isinstance(sparse.blocks[1].mlp, vmoe.SparseMoE)
         save_pretrained(sparse, tmp_path / "m.safetensors")
         assert create_model(pretrained=tmp_path / "m.safetensors").blocks[1].mlp.num_experts == 4

@@ -63,15 +63,11 @@ def from_reference(
 
 
 def to_reference(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> dict[str, np.ndarray]:
-    """A model's weights under the reference's names, in its layout.
+    """A model's weights under the reference's names, in its layout: {"Encoder/encoder_norm/scale": array, ...}; copies.
 
     Args:
-        model: a V-MoE, Soft MoE (or a dense model of their kind), or a two-tower model of them, of what the reference
-            can express; `reference_config` raises for others.
+        model: one that `reference_config` takes.
         tensors: other tensors to rename, such as gradients, by their names in the model; by default its parameters.
-
-    Returns:
-        {"Encoder/encoder_norm/scale": array, ...}; copies.
 
     Raises:
         ValueError: for a model or weights that the reference does not have, such as a LIMoE; names them.
@@ -155,11 +151,7 @@ def _fit(
 
 
 def fill(tensors: Mapping[str, np.ndarray], rows: Rows, stored: Mapping[str, StoredArray]) -> None:
-    """Read the weights into our tensors by name, which are writable and may be maps of a file.
-
-    Raises:
-        CheckpointError: for a file that cannot be read.
-    """
+    """Read the weights into our tensors by name, which are writable and may be maps of a file."""
     for name, entry, zoom in rows:
         target = entry.view(tensors[entry.tensor])
         if zoom is None:

@@ -149,28 +149,12 @@ def open_flax(file: str | Path) -> dict[str, StoredArray]:
         CheckpointError: the file is damaged or something else; names it and the tensor.
     """
     file = Path(file)
-    if kind := _other_kind(file):
-        raise CheckpointError(f"{file} is no MessagePack checkpoint but {kind}, which the converter does not read")
     with open_messagepack(file) as reader:
         tree = reader.tree()
-    if not isinstance(tree, dict):
-        raise CheckpointError(f"{file} is not a checkpoint: it holds no dictionary of arrays")
+        if not isinstance(tree, dict):
+            raise CheckpointError(f"{file} is not a MessagePack checkpoint: it holds no dictionary of arrays")
     # Plain numbers and texts are no weights.
     return {name: _flax_array(file, name, leaf) for name, leaf in flatten(tree) if isinstance(leaf, (Piece, dict))}
-
-
-def _other_kind(file: Path) -> str | None:
-    """What a file is that is often taken for a checkpoint of the reference; None for others."""
-    try:
-        with open(file, "rb") as opened:
-            start = opened.read(9)
-    except OSError:  # whoever reads it says so
-        return None
-    if start.startswith(b"PK"):
-        return "a zip archive (.npz or a PyTorch file)"
-    if start[8:] == b"{" and int.from_bytes(start[:8], "little") < file.stat().st_size:
-        return "a safetensors file"
-    return None
 
 
 def _flax_array(file: Path, name: str, leaf: Piece | dict) -> StoredArray:

@@ -97,7 +97,7 @@ def convert_checkpoint(
 ) -> Converted:
     """Write the weights of a reference checkpoint as one of our files, which needs nothing else to be loaded.
 
-    No more than a few chunks of the checkpoint are in memory at once; the file is mapped while it is filled.
+    The arrays pass through memory one by one; the file is mapped while it is filled.
 
     Args:
         source, step: see `open_checkpoint`.

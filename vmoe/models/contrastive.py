@@ -13,7 +13,7 @@ INIT_LOGIT_SCALE = math.log(1 / 0.07)  # CLIP's (arXiv 2103.00020)
 
 
 class ImageTextModel(nn.Module):
-    """open_clip's interface around `embed_images` and `embed_texts`, which a subclass has.
+    """open_clip's interface around `features`, which a subclass has.
 
     Args:
         init_logit_scale: initial log of the logit scale.
@@ -35,14 +35,18 @@ class ImageTextModel(nn.Module):
         if self.logit_bias is not None:
             nn.init.constant_(self.logit_bias, float(self.init_logit_bias))
 
+    def features(self, image: Tensor | None, text: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Images (B, 3, H, W) and token ids (B, L) -> (B, C) each; None for what is not given."""
+        raise NotImplementedError
+
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """(B, 3, H, W) -> (B, C)."""
-        features_BC = self.embed_images(image)
+        features_BC, _ = self.features(image, None)
         return F.normalize(features_BC, dim=-1) if normalize else features_BC
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """(B, L) token ids -> (B, C)."""
-        features_BC = self.embed_texts(text)
+        _, features_BC = self.features(None, text)
         return F.normalize(features_BC, dim=-1) if normalize else features_BC
 
     def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,17 +63,8 @@ class ImageTextModel(nn.Module):
             What open_clip's losses take: (image_features, text_features, logit scale[, logit bias]), features
             normalised and (B, C) or None; with `output_dict` a dictionary of these names.
         """
-        image_features = None if image is None else self.encode_image(image, normalize=True)
-        text_features = None if text is None else self.encode_text(text, normalize=True)
-        return self.outputs(image_features, text_features)
-
-    def outputs(self, image_features: Tensor | None, text_features: Tensor | None) -> tuple | dict[str, Tensor]:
-        """The result of `forward`, from normalised features."""
-        outputs = {
-            "image_features": image_features,
-            "text_features": text_features,
-            "logit_scale": self.logit_scale.exp(),
-        }
+        image_BC, text_BC = (each if each is None else F.normalize(each, dim=-1) for each in self.features(image, text))
+        outputs = {"image_features": image_BC, "text_features": text_BC, "logit_scale": self.logit_scale.exp()}
         if self.logit_bias is not None:
             outputs["logit_bias"] = self.logit_bias
         return outputs if self.output_dict else tuple(outputs.values())

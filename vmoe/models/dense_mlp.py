@@ -23,16 +23,10 @@ class UpcycleError(ValueError):
 
 @dataclass(frozen=True)
 class MlpLayout:
-    """Where an MLP keeps its parts.
+    """Names of an MLP's parts; `norm` (of the hidden units) and `drop` are None where there is none.
 
-    Attributes:
-        fc1: names of the first linear layer; two for a gated MLP with gate and value apart, the gate first.
-        fc2: name of the second linear layer.
-        act: name of the activation.
-        norm: name of the norm of the hidden units; None: there is none.
-        drop: name of the dropout after the activation; None: there is none.
-        gated: hidden = act(gate) * value.
-        gate_last: one fc1 holds both, the value first.
+    `fc1` are two layers for a gated MLP, hidden = act(gate) * value, with gate and value apart, the gate first; with
+    `gate_last` one layer holds both, the value first.
     """
 
     fc1: tuple[str, ...] = ("fc1",)
@@ -52,12 +46,8 @@ class MlpLayout:
 
 @dataclass(frozen=True)
 class UpcycledFrom:
-    """What a sparse layer remembers of the MLP that it was made from.
-
-    Attributes:
-        layout: of the MLP.
-        skeleton: the MLP on the meta device, without weights.
-        granularity: G, the experts that one MLP was split into.
+    """What a sparse layer remembers of the MLP that it was made from, whose `skeleton` lies on the meta device;
+    `granularity` is G, the experts that one MLP was split into.
     """
 
     layout: MlpLayout

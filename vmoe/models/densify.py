@@ -25,19 +25,13 @@ Usage = Mapping[str, Tensor | Sequence[float]]  # or numpy's arrays
 
 
 def measure_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
-    """How many tokens each expert works on, in eval mode.
+    """How many tokens each expert works on, in eval mode: {name of a sparse layer: (E,) float64 on the CPU}.
 
-    Args:
-        model: sparse.
-        batches: what the model is called with: a tensor, a tuple of arguments, or a dictionary with the keys "image"
-            and "text", as this package's loaders give.
-
-    Returns:
-        {name of a layer: (E,) float64 rows that the expert kept, on the CPU}; for soft routing, the sum over the tokens
-        of the weights of its slots.
+    For soft routing, the sum over the tokens of the weights of its slots. A batch is what the model is called with: a
+    tensor, a tuple of arguments, or a dictionary with the keys "image" and "text", as this package's loaders give.
 
     Raises:
-        ValueError: if there is no batch, or the model has no sparse layer.
+        ValueError: there is no batch, or the model has no sparse layer.
     """
     usage: dict[str, Tensor] = {}
     with evaluation_mode(model):
@@ -59,15 +53,13 @@ def densify(model: nn.Module, how: str | int = "average", usage: Usage | None = 
     """A dense copy of a sparse model: one MLP instead of each layer's experts. Undoes `upcycle` exactly.
 
     Combine weights that do not sum to one (V-MoE's own) scale what a sparse layer adds; a dense MLP has no such scale,
-    so that such a model needs some training afterwards.
+    so that such a model needs some training afterwards. A layer becomes what it was before `upcycle`, else timm's `Mlp`
+    or `GluMlp`.
 
     Args:
         model: not changed.
-        how: "average" of the experts, "weighted" by `usage`, or the index of the one that is kept.
-        usage: for "weighted": {name of a layer: (E,)}, see `measure_usage`.
-
-    Returns:
-        A new model of the same class, its layers of the class they had before `upcycle`, else timm's `Mlp` or `GluMlp`.
+        how: "average" of the experts, "weighted" by `usage` (see `measure_usage`), or the index of the one that is
+        kept.
 
     Raises:
         UpcycleError: for layers that one MLP cannot stand for (shared experts), or usage that does not fit.
@@ -108,18 +100,13 @@ def prune_experts(model: nn.Module, keep: int | float, usage: Usage) -> nn.Modul
             made with `granularity` lose whole virtual groups.
         usage: {name of a layer: (E,)}, see `measure_usage`; equal use: the lower index stays.
 
-    Returns:
-        A new model of the same class; `save_pretrained` and `create_model` work with it if they did before.
-
     Raises:
-        ValueError: for a `keep` out of range.
-        UpcycleError: for usage that does not fit.
+        UpcycleError, ValueError: for usage that does not fit, or a `keep` out of range.
     """
     if isinstance(keep, bool) or not isinstance(keep, (Integral, float)) or not 0 <= keep < math.inf:
         raise ValueError(f"keep must be a number of experts, or a share below 1.0 of them, got {keep!r}")
     if keep == 1 and isinstance(keep, float):
         raise ValueError("keep=1.0 would keep all experts; give a share below 1.0, or a number such as 1")
-    keep = int(keep) if keep == int(keep) else keep
     layers = _layers(model)
     pruned = copy.deepcopy(model)
     changed: dict[str, dict] = {}
@@ -130,12 +117,11 @@ def prune_experts(model: nn.Module, keep: int | float, usage: Usage) -> nn.Modul
         groups = used_G.argsort(descending=True, stable=True)[: number // G].sort().values
         smaller = _pruned_layer(layer, (groups[:, None] * G + torch.arange(G)).flatten())
         pruned.set_submodule(name, smaller)
-        old, new = layer.settings, smaller.settings
-        settings = {"num_experts": new.num_experts}
-        if new.num_slots is not None:  # else they would follow from the number of experts
-            settings["num_slots"] = new.num_slots
-        if new.global_entropy_min_experts != old.global_entropy_min_experts:
-            settings["global_entropy_min_experts"] = new.global_entropy_min_experts
+        old, new = asdict(layer.settings), asdict(smaller.settings)
+        # num_slots: they would follow from the number of experts.
+        own = ("num_experts", "global_entropy_min_experts")
+        settings = {key: new[key] for key in own if new[key] != old[key] or key == "num_experts"}
+        settings |= {} if new["num_slots"] is None else {"num_slots": new["num_slots"]}
         changed[_tower(model, name)] = settings
     if getattr(model, "vmoe_spec", None) is not None:
         _set_pruned_spec(pruned, model.vmoe_spec, changed)
@@ -153,17 +139,18 @@ def _layers(model: nn.Module) -> dict[str, SparseMoE]:
 
 def _usage(usage: Usage | None, name: str, numbers: Iterable[int]) -> Tensor:
     """(E,) float64 on the CPU, where E is one of `numbers`."""
-    if usage is not None and not isinstance(usage, Mapping):
+    if not isinstance(usage or {}, Mapping):
         raise UpcycleError(f"usage must be a dictionary, {{name of a layer: (E,)}}, got a {type(usage).__name__}")
-    used = (usage or {}).get(name)
+    used = (usage or {}).get(name, ())
     try:
-        used_E = None if used is None else torch.as_tensor(used).double().cpu()
+        used_E = torch.as_tensor(used).double().cpu()
     except (TypeError, ValueError, RuntimeError):
         raise UpcycleError(f"usage of {name} must be numbers, got {used!r}") from None
-    if used_E is None or used_E.ndim != 1 or len(used_E) not in numbers:
-        has = "nothing" if used_E is None else f"shape {tuple(used_E.shape)}"
+    if used_E.ndim != 1 or len(used_E) not in numbers:
         shapes = " or ".join(f"({number},)" for number in dict.fromkeys(numbers))
-        raise UpcycleError(f"usage of {name} must have shape {shapes}, got {has}; see vmoe.measure_usage")
+        raise UpcycleError(
+            f"usage of {name} must have shape {shapes}, got {tuple(used_E.shape)}; see vmoe.measure_usage"
+        )
     if not (used_E.isfinite() & (used_E >= 0)).all():
         raise UpcycleError(f"usage of {name} must be finite and >= 0, got {used_E.tolist()}")
     return used_E
@@ -218,14 +205,15 @@ def _plain_origin(layer: SparseMoE) -> UpcycledFrom:
 # --- fewer experts ---------------------------------------------------------------------------------------------------
 
 
-def _number_to_keep(layer: SparseMoE, keep: int | float, granularity: int, name: str) -> int:
-    E, G = layer.num_experts, granularity
-    number = round(keep * E / G) * G if isinstance(keep, float) and keep < 1 else keep
+def _number_to_keep(layer: SparseMoE, keep: int | float, G: int, name: str) -> int:
+    E = layer.num_experts
+    number = round(keep * E / G) * G if 0 < keep < 1 else keep
     least = layer.num_selected_experts if layer.router_type == "top_k" else 1
-    if isinstance(number, float) or not least <= number <= E or number % G:
-        what = f"{number} experts" if number == keep else f"{keep}, that is {number} experts,"
-        raise ValueError(f"keep={what} does not suit {name}: it needs {least}..{E}, in steps of {G}")
-    return number
+    if number != int(number) or not least <= number <= E or number % G:
+        raise ValueError(
+            f"keep={keep}, that is {number} experts, does not suit {name}: it needs {least}..{E}, in steps of {G}"
+        )
+    return int(number)
 
 
 def _pruned_layer(layer: SparseMoE, kept: Tensor) -> SparseMoE:

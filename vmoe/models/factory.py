@@ -154,8 +154,7 @@ def save_pretrained(model: nn.Module, file: str | Path, extra: dict | None = Non
     """Write a model's weights and settings as one safetensors file, atomically.
 
     Args:
-        model: made by `create_model`; taken out of `torch.compile`, DataParallel, DistributedDataParallel, or timm's
-            average of weights.
+        model: made by `create_model`; taken out of `torch.compile`, (Distributed)DataParallel, or timm's average.
         file: replaced if it exists.
         extra: JSON-able facts to keep beside the settings, such as class names.
 
@@ -231,11 +230,7 @@ def create_model_and_transforms(
     device: str | torch.device = "cpu",
     **kwargs,
 ) -> tuple[nn.Module, Callable, Callable]:
-    """A model with its transforms, as open_clip's function of this name.
-
-    Args:
-        model_name, pretrained, **kwargs: of `create_model`.
-        device: where to put the model.
+    """A model with its transforms, as open_clip's function of this name; arguments as of `create_model`.
 
     Returns:
         (model in eval mode, training transform, evaluation transform); the transforms turn a PIL image into a
@@ -257,16 +252,13 @@ def create_model_and_transforms(
 
 
 def get_tokenizer(model: str | nn.Module, context_length: int | None = None) -> Callable[[list[str] | str], Tensor]:
-    """open_clip's CLIP tokenizer at a model's context length.
+    """open_clip's CLIP tokenizer: text or list of texts -> (B, context_length) token ids, zero after a text's end.
 
     Only the beginning of a very long text is read, since the time for a word of n letters grows with n².
 
     Args:
         model: an image-text model's name, or the model itself (whose context length may differ from the name's).
         context_length: tokens per text, instead of the model's.
-
-    Returns:
-        A function of a text or a list of texts that gives (B, context_length) token ids, zero after a text's end.
     """
     from open_clip.tokenizer import SimpleTokenizer
 

@@ -84,15 +84,12 @@ def forward_flops(call: Callable[[], object]) -> int:
 
 
 def model_profile(model: nn.Module) -> dict[str, int | float]:
-    """Parameters and cost of one image (and one caption) in evaluation mode.
-
-    Args:
-        model: a classifier or a contrastive model; runs where it is, also on the meta device.
+    """Parameters and cost of one image (and one caption that fills the context) in evaluation mode, also on the meta
+    device.
 
     Returns:
         "parameters_total" and "parameters_active" (see :func:`count_parameters`); "gflops_per_image" and, for a
         contrastive model, "gflops_per_text": the forward pass of one, in 10^9 operations (see :func:`forward_flops`).
-        The caption fills the model's context length.
     """
     model = unwrap_model(model)
     total, active = count_parameters(model)

@@ -9,7 +9,6 @@ Shapes, by suffix: B batch, P patches, L text length, T = P + L, D width, C embe
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vmoe.models.contrastive import INIT_LOGIT_SCALE, ImageTextModel
-from vmoe.models.text import STYLE, attention_bias, check_length, make_blocks, masked_mean, text_mask, text_routing
-from vmoe.models.vision import sparse_blocks, without_decay, without_fused_attention
+from vmoe.models.text import SIZES, STYLE, attention_bias, embed_text, make_blocks, masked_mean, text_mask, text_routing
+from vmoe.models.vision import without_decay, without_fused_attention
 from vmoe.moe import SparseMoE
 from vmoe.moe.config import PRESETS
 
@@ -43,12 +42,9 @@ def attention(qkv_BT3D: Tensor, bias_B11T: Tensor | None, num_heads: int, fused:
 class TowerTokens:
     """What the blocks know of their tokens: rows of an image's patches and its text, (B, T, D), or packed, (S, D).
 
-    Attributes:
-        num_patches: P; 0 without images.
-        mask_BT: True for patches and real text tokens.
-        modality_BT: 0 for patches, 1 for text tokens.
-        bias_B11L: hides padding from attention; None without text.
-        index_S: packed: flat index into (B, T) of the tokens, all but padding, in the order of the batch. None: rows.
+    P is 0 without images, `bias_B11L` (hides padding from attention) None without text; the mask is True for patches
+    and real text tokens. `index_S` is the flat index into (B, T) of all tokens but padding, in the order of the batch;
+    None: rows.
     """
 
     num_patches: int
@@ -92,26 +88,35 @@ class LIMoEBlock(Block):
         return x + self.drop_path2(self.ls2(h))
 
 
+def _routing(kwargs: dict) -> dict:
+    """The routing settings, with the defaults that depend on others."""
+    # The preset knows no modalities, so the loss of one of them is the model's own.
+    own_preset = kwargs.get("router_preset") == "limoe" and "local_entropy_loss" not in kwargs
+    settings = text_routing(kwargs, ROUTING_DEFAULTS)
+    if own_preset:
+        settings["local_entropy_loss"] = ROUTING_DEFAULTS["local_entropy_loss"]
+    if settings.get("global_entropy_loss") and settings.get("global_entropy_min_experts") is None:
+        E = settings["num_experts"]
+        settings["global_entropy_min_experts"] = {"image": max(1, E / 2), "text": max(1, E / 4)}
+    return settings
+
+
 class LIMoE(ImageTextModel):
     """One sparse tower for images and text, with open_clip's interface.
 
     Args:
-        img_size: side of the (square) image in pixels, or (height, width).
-        patch_size: side of a patch in pixels.
-        in_chans: channels of the images.
-        eot_token_id: the token that ends a text; what comes after it is padding.
+        img_size, patch_size, in_chans: of the images, in pixels: side or (height, width), side of a patch, channels.
         embed_dim: C, width of the common embedding.
         pool: "avg", over patches or real text tokens; or "map", attention pooling, for each modality its own.
-        context_length, vocab_size, width, depth, num_heads, mlp_ratio, drop_path_rate, moe_layers: as of
+        eot_token_id, context_length, vocab_size, width, depth, num_heads, mlp_ratio, drop_path_rate, moe_layers: as of
             `vmoe.models.text.TextTransformer`.
         init_logit_scale, init_logit_bias, output_dict: as of `ImageTextModel`.
-        **routing: routing settings (`vmoe.moe.config.RoutingSettings`, `router_preset`); `num_experts=0` makes the
-            dense baseline. The defaults are the preset "limoe" with 32 experts and a local entropy loss on text;
-            the global entropy loss asks for half of the experts for images and a quarter for text (our choice).
+        **routing: `vmoe.moe.config.RoutingSettings`, `router_preset`; `num_experts=0` makes the dense baseline. The
+            defaults are the preset "limoe" with 32 experts and a local entropy loss on text; the global entropy loss
+            asks for half of the experts for images and a quarter for text (our choice).
 
     Raises:
-        ValueError: for a setting out of range.
-        TypeError: for an unknown setting.
+        ValueError, TypeError: for a setting out of range, or unknown.
     """
 
     def __init__(
@@ -138,39 +143,22 @@ class LIMoE(ImageTextModel):
         super().__init__(init_logit_scale, init_logit_bias, output_dict)
         if pool not in ("avg", "map"):
             raise ValueError(f"pool must be 'avg' or 'map', got {pool!r}")
-        if width % num_heads:
-            raise ValueError(f"width must be a multiple of num_heads, got {width} and {num_heads}")
-        # The preset knows no modalities, so the loss of one of them is the model's own.
-        own_preset = routing.get("router_preset") == "limoe" and "local_entropy_loss" not in routing
-        settings = text_routing(routing, ROUTING_DEFAULTS)
-        if own_preset:
-            settings["local_entropy_loss"] = ROUTING_DEFAULTS["local_entropy_loss"]
-        num_experts = settings["num_experts"]
-        if settings.get("global_entropy_loss") and settings.get("global_entropy_min_experts") is None:
-            thresholds = {"image": max(1, num_experts / 2), "text": max(1, num_experts / 4)}
-            settings["global_entropy_min_experts"] = thresholds
-        self.in_chans = in_chans
-        self.context_length = context_length
-        self.vocab_size = vocab_size
-        self.eot_token_id = eot_token_id
-        self.embed_dim = embed_dim
+        settings = _routing(routing)
+        self.in_chans, self.embed_dim = in_chans, embed_dim
+        self.context_length, self.vocab_size, self.eot_token_id = context_length, vocab_size, eot_token_id
         self.grad_checkpointing = False
-
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, width)
         self.image_pos_embed = nn.Parameter(torch.empty(1, self.patch_embed.num_patches, width))
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.text_pos_embed = nn.Parameter(torch.empty(1, context_length, width))
-
         num_tokens = max(self.patch_embed.num_patches, context_length)
-        sparse_mlp = partial(SparseMoE, modalities=MODALITIES, num_tokens=num_tokens, **settings)
-        chosen = sparse_blocks(moe_layers, depth) if num_experts else ()
-        self.blocks = make_blocks(LIMoEBlock, width, depth, num_heads, mlp_ratio, drop_path_rate, sparse_mlp, chosen)
+        self.blocks = make_blocks(
+            LIMoEBlock, width, depth, num_heads, mlp_ratio, drop_path_rate,
+            moe_layers, modalities=MODALITIES, num_tokens=num_tokens, **settings,
+        )  # fmt: skip
         self.norm = STYLE["norm_layer"](width)
-        self.image_pool = self.text_pool = None
-        if pool == "map":
-            self.image_pool, self.text_pool = (
-                AttentionPoolLatent(width, num_heads=num_heads, **STYLE) for _ in MODALITIES
-            )
+        pools = [AttentionPoolLatent(width, num_heads=num_heads, **STYLE) if pool == "map" else None for _ in range(2)]
+        self.image_pool, self.text_pool = pools
         if settings.get("backend") == "reference":
             without_fused_attention(self)
         self.image_projection = nn.Linear(width, embed_dim, bias=False)
@@ -178,9 +166,8 @@ class LIMoE(ImageTextModel):
         self.init_weights(needs_reset=False)
 
     def init_weights(self, needs_reset: bool = True) -> None:
-        """The reference's ViT initialisation for the blocks; small normal embeddings.
-
-        With `needs_reset` the modules that this does not name reset themselves, for instance after `to_empty`.
+        """The reference's ViT initialisation for the blocks; small normal embeddings. With `needs_reset` (after
+        `to_empty`) the modules that this does not name reset themselves.
         """
         named_apply(get_init_weights_vit("jax", needs_reset=needs_reset), self)
         self.reset_logits()
@@ -200,24 +187,12 @@ class LIMoE(ImageTextModel):
         """The tower itself: code written for open_clip asks for `model.visual.image_size`."""
         return self
 
-    def embed_image(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) pixels in -1..1 -> (B, P, D)."""
-        return self.patch_embed(image) + self.image_pos_embed
-
-    def embed_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L) token ids -> (B, L, D) and (B, L) mask, True up to and including the end-of-text token."""
-        check_length(text, self.context_length)
-        mask_BL = text_mask(text, self.eot_token_id)
-        return self.token_embedding(text) + self.text_pos_embed[:, : text.shape[1]], mask_BL
-
     def tower(self, x_BPD: Tensor | None, x_BLD: Tensor | None, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Run the blocks over the tokens of one modality or of both.
+        """(B, P, D) and (B, L, D) -> the same after blocks and final norm; P or L is 0 for a modality that is not
+        there.
 
         Row b of the sequence is [patches of image b | tokens of text b], so that a routing group holds both modalities
         (as long as `group_size` is not smaller than a row).
-
-        Returns:
-            (B, P, D) and (B, L, D) after the final norm; P or L is 0 for a modality that is not there.
         """
         x = torch.cat([x for x in (x_BPD, x_BLD) if x is not None], dim=1)
         B, T, _ = x.shape
@@ -242,46 +217,33 @@ class LIMoE(ImageTextModel):
             return False
         return not any(isinstance(module, DropPath) for module in self.blocks.modules())
 
-    def image_head(self, x_BPD: Tensor) -> Tensor:
-        """Pool and project: (B, P, D) -> (B, C)."""
-        pooled_BD = x_BPD.mean(dim=1) if self.image_pool is None else self.image_pool(x_BPD)
-        return self.image_projection(pooled_BD)
-
-    def text_head(self, x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-        """Pool the real tokens and project: (B, L, D), (B, L) -> (B, C)."""
-        if self.text_pool is None:
-            pooled_BD = masked_mean(x_BLD, mask_BL)
-        else:
-            pooled_BD = self.text_pool(x_BLD, attn_mask=attention_bias(mask_BL, x_BLD.dtype))
-        return self.text_projection(pooled_BD)
-
-    def embed_images(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, C); only the patches are routed."""
-        x_BPD, _ = self.tower(self.embed_image(image), None, None)
-        return self.image_head(x_BPD)
-
-    def embed_texts(self, text: Tensor) -> Tensor:
-        """(B, L) token ids -> (B, C); only the text tokens are routed."""
-        x_BLD, mask_BL = self.embed_text(text)
-        _, x_BLD = self.tower(None, x_BLD, mask_BL)
-        return self.text_head(x_BLD, mask_BL)
-
-    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> tuple | dict[str, Tensor]:
-        """One pass over images and texts, as `ImageTextModel.forward`; pairs compete for the same experts.
+    def features(self, image: Tensor | None, text: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Images (B, 3, H, W) in -1..1 and token ids (B, L) -> (B, C) each; pairs compete for the same experts.
 
         Raises:
             ValueError: in training, if the two batches differ in size: pairs are routed together.
         """
-        if image is None or text is None:
-            return super().forward(image, text)
-        if image.shape[0] != text.shape[0]:
+        if image is not None and text is not None and len(image) != len(text):
             if self.training:
-                raise ValueError(f"training takes pairs, got {image.shape[0]} images and {text.shape[0]} texts")
-            return super().forward(image, text)
-        x_BLD, mask_BL = self.embed_text(text)
-        x_BPD, x_BLD = self.tower(self.embed_image(image), x_BLD, mask_BL)
-        features = self.image_head(x_BPD), self.text_head(x_BLD, mask_BL)
-        return self.outputs(*(F.normalize(features_BC, dim=-1) for features_BC in features))
+                raise ValueError(f"training takes pairs, got {len(image)} images and {len(text)} texts")
+            return self.features(image, None)[0], self.features(None, text)[1]
+        x_BPD = x_BLD = mask_BL = image_BC = text_BC = None
+        if text is not None:
+            x_BLD = embed_text(text, self.context_length, self.token_embedding, self.text_pos_embed)
+            mask_BL = text_mask(text, self.eot_token_id)
+        if image is not None:
+            x_BPD = self.patch_embed(image) + self.image_pos_embed
+        x_BPD, x_BLD = self.tower(x_BPD, x_BLD, mask_BL)
+        if image is not None:
+            pooled_BD = x_BPD.mean(dim=1) if self.image_pool is None else self.image_pool(x_BPD)
+            image_BC = self.image_projection(pooled_BD)
+        if text is not None:
+            if self.text_pool is None:
+                pooled_BD = masked_mean(x_BLD, mask_BL)
+            else:
+                pooled_BD = self.text_pool(x_BLD, attn_mask=attention_bias(mask_BL, x_BLD.dtype))
+            text_BC = self.text_projection(pooled_BD)
+        return image_BC, text_BC
 
     def set_grad_checkpointing(self, enable: bool = True, **kwargs) -> None:
         """Recompute the blocks in the backward pass instead of keeping their activations."""
@@ -305,19 +267,15 @@ class LIMoE(ImageTextModel):
         return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
 
-_TINY = {"img_size": 48, "width": 128, "depth": 6, "num_heads": 4, "embed_dim": 128, "context_length": 16}
-_SMALL = {"width": 512, "depth": 8, "num_heads": 8, "embed_dim": 512}
-_BASE = {"width": 768, "depth": 12, "num_heads": 12, "embed_dim": 512}
-_LARGE = {"width": 1024, "depth": 24, "num_heads": 16, "embed_dim": 768}
-_HUGE = {"width": 1280, "depth": 32, "num_heads": 16, "embed_dim": 1024}
+_TINY = {**SIZES["tiny"], "img_size": 48, "embed_dim": 128, "context_length": 16, "num_experts": 8}
 LIMOE_CONFIGS: dict[str, dict] = {
-    "limoe_tiny_patch8_48": {**_TINY, "patch_size": 8, "num_experts": 8},
-    "limoe_tiny_patch12_48": {**_TINY, "patch_size": 12, "num_experts": 8},
-    "limoe_small_patch32": {**_SMALL, "patch_size": 32},
-    "limoe_small_patch16": {**_SMALL, "patch_size": 16},
-    "limoe_base_patch32": {**_BASE, "patch_size": 32},
-    "limoe_base_patch16": {**_BASE, "patch_size": 16},
-    "limoe_large_patch32": {**_LARGE, "patch_size": 32},
-    "limoe_large_patch16": {**_LARGE, "patch_size": 16},
-    "limoe_huge_patch14": {**_HUGE, "patch_size": 14},
+    "limoe_tiny_patch8_48": {**_TINY, "patch_size": 8},
+    "limoe_tiny_patch12_48": {**_TINY, "patch_size": 12},
+    "limoe_small_patch32": {**SIZES["small"], "patch_size": 32, "embed_dim": 512},
+    "limoe_small_patch16": {**SIZES["small"], "patch_size": 16, "embed_dim": 512},
+    "limoe_base_patch32": {**SIZES["base"], "patch_size": 32, "embed_dim": 512},
+    "limoe_base_patch16": {**SIZES["base"], "patch_size": 16, "embed_dim": 512},
+    "limoe_large_patch32": {**SIZES["large"], "patch_size": 32, "embed_dim": 768},
+    "limoe_large_patch16": {**SIZES["large"], "patch_size": 16, "embed_dim": 768},
+    "limoe_huge_patch14": {**SIZES["huge"], "patch_size": 14, "embed_dim": 1024},
 }

@@ -45,13 +45,11 @@ class WeightsError(ValueError):
 
 
 def find_weights(path: str | Path) -> Path:
-    """The weights of a `.safetensors` path, of a checkpoint's folder, or of a run's folder (its newest checkpoint).
+    """The weights of a `.safetensors` path, of a checkpoint's folder, or of a run's folder (its newest checkpoint): a
+    file, or a folder of files that a sharded run wrote.
 
     In a folder the moving average stands for the model, if the run kept one. Files of a checkpoint are compared with
     its checksums. A damaged checkpoint of a run is skipped with a warning.
-
-    Returns:
-        A safetensors file, or a folder of them that a sharded run wrote.
 
     Raises:
         WeightsError: if there is none, or what `path` names is damaged.
@@ -65,22 +63,20 @@ def find_weights(path: str | Path) -> Path:
         _refuse_damage(path)
         checkpoint = path
     else:
-        checkpoint = _newest_checkpoint(path.parent if path.name == "checkpoints" else path, path)
+        run = path.parent if path.name == "checkpoints" else path
+        if not (checkpoints := list_checkpoints(run)):
+            reason = f"it holds no {WEIGHTS_NAME} and no checkpoints" if path.exists() else "it does not exist"
+            raise WeightsError(
+                f"no weights at {path}: {reason}; give a .safetensors file, a checkpoint or a run's folder"
+            )
+        checkpoint = newest_complete(checkpoints, logger)
+        if checkpoint is None:
+            problem = find_problems(checkpoints[-1])[0]
+            raise WeightsError(f"all checkpoints of {run} are damaged, the newest one here: {problem}")
     found = checkpoint_weights(checkpoint, average=True) or checkpoint_weights(checkpoint)
     if found is None:
         raise WeightsError(f"{path} holds no {WEIGHTS_NAME}")
     return found
-
-
-def _newest_checkpoint(run: Path, path: Path) -> Path:
-    checkpoints = list_checkpoints(run)
-    if not checkpoints:
-        reason = "it does not exist" if not path.exists() else f"it holds no {WEIGHTS_NAME} and no checkpoints"
-        raise WeightsError(f"no weights at {path}: {reason}; give a .safetensors file, a checkpoint or a run's folder")
-    if (newest := newest_complete(checkpoints, logger)) is None:
-        problem = find_problems(checkpoints[-1])[0]
-        raise WeightsError(f"all checkpoints of {run} are damaged, the newest one here: {problem}")
-    return newest
 
 
 def checkpoint_weights(checkpoint: Path, average: bool = False) -> Path | None:
@@ -138,14 +134,7 @@ def _open(file: Path) -> safe_open:
 class StoredTensors:
     """The tensors in a safetensors file, or in the folder of shards that the processes of a sharded run wrote.
 
-    Nothing but names and shapes is read before `read_into`, which reads what this process needs.
-
-    Args:
-        source: file or folder.
-
-    Attributes:
-        shapes: {name: shape of the whole tensor}.
-        dtypes: {name: type}.
+    Nothing but {name: shape} and {name: type} is read before `read_into`, which reads what this process needs.
 
     Raises:
         WeightsError: a file cannot be read, or the shards do not make whole tensors.
@@ -169,11 +158,7 @@ class StoredTensors:
                     raise ValueError(f"its shards do not make the whole of {name}, {tuple(entry.size)}")
 
     def read_into(self, targets: dict[str, Tensor]) -> None:
-        """Fills tensors of the stored shapes; of a DTensor this process's part, however it was sharded when written.
-
-        Raises:
-            WeightsError: a file cannot be read.
-        """
+        """Fills tensors of the stored shapes; of a DTensor this process's part, however it was sharded when written."""
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         with self._readable(), torch.no_grad():
             planner.set_up_planner(targets, self._metadata)
@@ -273,21 +258,21 @@ def load_weights(
 def _misfit(model: nn.Module, source: Path, stored: dict, misfits: dict[str, list[str]]) -> str:
     """Why weights do not fit: they are another model's, or of other settings, or these tensors differ."""
     own = getattr(model, "vmoe_spec", None) or {}
-    names = [f"{'an upcycled ' * ('upcycle' in spec)}{printable(spec.get('name', ''))}" for spec in (stored, own)]
-    if all(names) and names[0] != names[1]:
+    theirs, ours = (
+        f"{'an upcycled ' * ('upcycle' in spec)}{printable(spec.get('name', ''))}" for spec in (stored, own)
+    )
+    if theirs and ours and theirs != ours:
         return (
-            f"{source} holds the weights of {names[0]}, which do not fit {names[1]}: leave the model's name out to get "
-            f"{names[0]}, or give weights of {names[1]}"
+            f"{source} holds the weights of {theirs}, which do not fit {ours}: leave the model's name out to get "
+            f"{theirs}, or give weights of {ours}"
         )
-    theirs, ours = stored.get("kwargs", {}), own.get("kwargs", {})
+    kwargs = stored.get("kwargs", {})
     changed = [
-        f"{key}={value!r}, not {repr(theirs[key]) if key in theirs else 'the default'}"
-        for key, value in ours.items()
-        if (key not in theirs or theirs[key] != value) and key not in ("num_classes", "img_size")  # those may differ
+        f"{key}={value!r}, not {repr(kwargs[key]) if key in kwargs else 'the default'}"
+        for key, value in own.get("kwargs", {}).items()
+        if (key not in kwargs or kwargs[key] != value) and key not in ("num_classes", "img_size")  # those may differ
     ]
-    parts = []
-    if changed and names[0]:
-        parts.append(f", which has {'; '.join(changed)} as in the file: leave such settings out")
+    parts = [f", which has {'; '.join(changed)} as in the file: leave such settings out"] if changed and theirs else []
     for kind, tensors in misfits.items():
         if tensors:
             more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
@@ -367,15 +352,13 @@ DTYPE_NAMES |= {torch.uint8: "U8", torch.bool: "BOOL"}
 class MappedTensors(dict[str, Tensor]):
     """{name: tensor in the file}."""
 
-    def __init__(self, mapped: mmap.mmap, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__(tensors)
-        self._mapped = mapped
+    mapped: mmap.mmap
 
     def release(self) -> None:
         """Lets the system take the pages that were written."""
-        self._mapped.flush()
+        self.mapped.flush()
         if hasattr(mmap, "MADV_DONTNEED"):
-            self._mapped.madvise(mmap.MADV_DONTNEED)
+            self.mapped.madvise(mmap.MADV_DONTNEED)
 
 
 @contextmanager
@@ -407,11 +390,12 @@ def mapped_safetensors(
             mapped = mmap.mmap(opened.fileno(), first + end)
             mapped[:first] = struct.pack("<Q", len(text)) + text
             data = torch.frombuffer(mapped, dtype=torch.uint8)[first:]
-            tensors = {}
+            tensors = MappedTensors()
+            tensors.mapped = mapped
             for name, shape in shapes.items():
                 start, end = header[name]["data_offsets"]
                 tensors[name] = data[start:end].view(dtypes[name]).view(tuple(shape))
-            yield MappedTensors(mapped, tensors)
+            yield tensors
             mapped.flush()
             os.fsync(opened.fileno())
     finally:

@@ -71,21 +71,20 @@ def _construct(name: str, kwargs: dict) -> nn.Module:
 
 def _advice(name: str, kwargs: dict, unknown: str) -> str:
     """What to give instead of a setting that a model does not have; "" where nothing is near."""
-    towers = {"image": _parameters(VisionMoE) | SETTING_NAMES, "text": _parameters(TextTransformer) | SETTING_NAMES}
     if name in TWO_TOWER_CONFIGS:
+        towers = {"image": _parameters(VisionMoE), "text": _parameters(TextTransformer)}
         known = _parameters(TwoTower).union(*towers.values())
         owners = [tower for tower, own in towers.items() if unknown in own and unknown not in (kwargs.get(tower) or {})]
         if owners:
             return "; it is one of a tower: " + " or ".join(f"{tower}={{{unknown!r}: ...}}" for tower in owners)
     elif name in LIMOE_CONFIGS:
-        known = _parameters(LIMoE) | SETTING_NAMES
+        known = _parameters(LIMoE)
     else:
         try:
             with torch.device("meta"):
-                owner = type(timm.create_model(name))
+                known = _parameters(type(timm.create_model(name)))
         except Exception:  # a constructor that reads the numbers that it makes
             return ""
-        known = _parameters(owner) | (SETTING_NAMES if issubclass(owner, VisionMoE) else set())
         if unknown in SETTING_NAMES:
             return "; it is one of sparse models, which vmoe.upcycle makes of dense ones"
         if unknown == "img_size":
@@ -95,8 +94,9 @@ def _advice(name: str, kwargs: dict, unknown: str) -> str:
 
 
 def _parameters(owner: type) -> set[str]:
-    """Names of the arguments that a class takes, with those that it passes on to its base classes."""
-    return {key for one in owner.__mro__[:-1] for key in inspect.signature(one).parameters}
+    """Names of the arguments that a class takes, with those that it passes on to its base classes and experts."""
+    routing = SETTING_NAMES if issubclass(owner, (VisionMoE, TextTransformer, LIMoE)) else set()
+    return routing.union(*(inspect.signature(one).parameters for one in owner.__mro__[:-1]))
 
 
 def on_meta(build: Callable[[dict], nn.Module], spec: dict) -> nn.Module:

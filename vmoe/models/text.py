@@ -6,8 +6,9 @@ Shapes, by suffix: B batch, L text length, D width, C classes (or embedding widt
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import AttentionPoolLatent, Mlp, trunc_normal_
@@ -28,6 +29,13 @@ ROUTING_DEFAULTS = {"num_experts": 8, "num_selected_experts": 1}
 MAX_CHARACTERS = 2**16  # of a text before it is cleaned, which takes a second for a million
 MAX_TOKEN_CHARACTERS = 32  # of the longest token in CLIP's vocabulary
 POOLS = ("last", "first", "gap", "gmp", "map")
+SIZES = {
+    "tiny": {"width": 128, "depth": 6, "num_heads": 4},
+    "small": {"width": 512, "depth": 8, "num_heads": 8},
+    "base": {"width": 768, "depth": 12, "num_heads": 12},
+    "large": {"width": 1024, "depth": 24, "num_heads": 16},
+    "huge": {"width": 1280, "depth": 32, "num_heads": 16},
+}
 STYLE = {"norm_layer": partial(nn.LayerNorm, eps=1e-6), "act_layer": partial(nn.GELU, approximate="tanh")}
 
 
@@ -44,13 +52,15 @@ def clean_beginning(clean: Callable[[str], str], context_length: int, text: str)
     return clean(text)[: (context_length + 2) * (MAX_TOKEN_CHARACTERS + 1)]  # + 1: a space behind a word
 
 
-def check_length(text_BL: Tensor, context_length: int) -> None:
-    """Raises ValueError if a text has more tokens than the model takes."""
+def embed_text(text_BL: Tensor, context_length: int, embedding: nn.Embedding, positions_1LD: Tensor | None) -> Tensor:
+    """Token ids -> (B, L, D); a ValueError if a text has more tokens than the model takes."""
     if text_BL.shape[1] > context_length:
         raise ValueError(
             f"text has {text_BL.shape[1]} tokens, the model takes {context_length}; tokenize with "
             "vmoe.get_tokenizer(model)"
         )
+    x_BLD = embedding(text_BL)
+    return x_BLD if positions_1LD is None else x_BLD + positions_1LD[:, : text_BL.shape[1]]
 
 
 def attention_bias(mask_BL: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -96,9 +106,15 @@ class TextBlock(Block):
 
 def make_blocks(
     block: type[Block], width: int, depth: int, num_heads: int, mlp_ratio: float, drop_path_rate: float,
-    sparse_mlp: Callable, chosen: Iterable[int],
+    moe_layers: str | Sequence[int], **sparse: Any,
 ) -> nn.ModuleList:  # fmt: skip
-    """The blocks of a transformer, with experts in those of `chosen`; stochastic depth grows linearly."""
+    """The blocks of a transformer; those of `moe_layers` have experts, made with the arguments `sparse` of `SparseMoE`.
+
+    Stochastic depth grows linearly.
+    """
+    if width % num_heads:
+        raise ValueError(f"width must be a multiple of num_heads, got {width} and {num_heads}")
+    chosen = sparse_blocks(moe_layers, depth) if sparse["num_experts"] else ()
     return nn.ModuleList(
         block(
             dim=width,
@@ -106,7 +122,7 @@ def make_blocks(
             mlp_ratio=mlp_ratio,
             qkv_bias=True,
             drop_path=drop_path_rate * index / max(1, depth - 1),
-            mlp_layer=sparse_mlp if index in chosen else Mlp,
+            mlp_layer=partial(SparseMoE, **sparse) if index in chosen else Mlp,
             **STYLE,
         )
         for index in range(depth)
@@ -117,25 +133,22 @@ class TextTransformer(nn.Module):
     """Token ids -> classes or an embedding.
 
     Args:
-        vocab_size: of the tokenizer; the default is that of open_clip's CLIP tokenizer, whose `eot_token_id` is 49407.
+        vocab_size, eot_token_id: of the tokenizer, by default open_clip's CLIP tokenizer. What follows the first
+            end-of-text token is padding, hidden from attention, experts and pooling; None: every position is read, as
+            in the reference.
         context_length: L, the most tokens of a text.
-        width: D.
-        depth: number of blocks.
-        num_heads: attention heads.
-        mlp_ratio: hidden width of an MLP or expert over D.
+        width, depth, num_heads, mlp_ratio: D, number of blocks, attention heads, hidden width of an MLP or expert over
+        D.
         num_classes: C, outputs of the last layer `head`; 0: there is none, the result is the pooled features.
         pool: "last" (the end-of-text token), "first", "gap" (mean), "gmp" (maximum) or "map" (attention pooling).
-        eot_token_id: what follows the first of these is padding, hidden from attention, experts and pooling; None:
-            every position is read, as in the reference.
         pos_embed: "learn" or "none".
         qk_norm: a LayerNorm without bias on queries and keys.
         drop_path_rate: stochastic depth.
         moe_layers: blocks with experts, see `vmoe.models.vision.sparse_blocks`.
-        **routing: routing settings (`vmoe.moe.config.RoutingSettings`, `router_preset`); `num_experts=0`: no experts.
+        **routing: `vmoe.moe.config.RoutingSettings`, `router_preset`; `num_experts=0`: no experts.
 
     Raises:
-        ValueError: for a setting out of range.
-        TypeError: for an unknown setting.
+        ValueError, TypeError: for a setting out of range, or unknown.
     """
 
     def __init__(
@@ -160,38 +173,30 @@ class TextTransformer(nn.Module):
             raise ValueError(f"pool must be one of {POOLS}, got {pool!r}")
         if pos_embed not in ("learn", "none"):
             raise ValueError(f"pos_embed must be 'learn' or 'none' for text, got {pos_embed!r}")
-        if width % num_heads:
-            raise ValueError(f"width must be a multiple of num_heads, got {width} and {num_heads}")
         settings = text_routing(routing, ROUTING_DEFAULTS)
-        self.vocab_size = vocab_size
-        self.context_length = context_length
-        self.eot_token_id = eot_token_id
-        self.num_classes = num_classes
+        self.vocab_size, self.context_length, self.eot_token_id = vocab_size, context_length, eot_token_id
+        self.num_classes, self.pool, self.grad_checkpointing = num_classes, pool, False
         self.num_features = self.head_hidden_size = width
-        self.pool = pool
-        self.grad_checkpointing = False
-
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.pos_embed = nn.Parameter(torch.empty(1, context_length, width)) if pos_embed == "learn" else None
-        sparse_mlp = partial(SparseMoE, modalities=("text",), num_tokens=context_length, **settings)
-        chosen = sparse_blocks(moe_layers, depth) if settings["num_experts"] else ()
-        self.blocks = make_blocks(TextBlock, width, depth, num_heads, mlp_ratio, drop_path_rate, sparse_mlp, chosen)
+        self.blocks = make_blocks(
+            TextBlock, width, depth, num_heads, mlp_ratio, drop_path_rate,
+            moe_layers, modalities=("text",), num_tokens=context_length, **settings,
+        )  # fmt: skip
         self.norm = STYLE["norm_layer"](width)
         self.attn_pool = None
         if pool == "map":
             self.attn_pool = AttentionPoolLatent(width, num_heads=num_heads, mlp_ratio=mlp_ratio, **STYLE)
         if qk_norm:
-            for attention in [block.attn for block in self.blocks] + [self.attn_pool] * (pool == "map"):
-                norm_queries_and_keys(attention)
+            norm_queries_and_keys(self)
         if settings.get("backend") == "reference":
             without_fused_attention(self)
         self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
         self.init_weights(needs_reset=False)
 
     def init_weights(self, needs_reset: bool = True) -> None:
-        """The reference's ViT initialisation for the blocks; small normal embeddings.
-
-        With `needs_reset` the modules that this does not name reset themselves, for instance after `to_empty`.
+        """The reference's ViT initialisation for the blocks; small normal embeddings. With `needs_reset` (after
+        `to_empty`) the modules that this does not name reset themselves.
         """
         named_apply(get_init_weights_vit("jax", needs_reset=needs_reset), self)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -206,11 +211,8 @@ class TextTransformer(nn.Module):
 
     def forward_features(self, text_BL: Tensor) -> tuple[Tensor, Tensor | None]:
         """Token ids -> (B, L, D) after the final norm, and the (B, L) mask of real tokens or None."""
-        check_length(text_BL, self.context_length)
+        x_BLD = embed_text(text_BL, self.context_length, self.token_embedding, self.pos_embed)
         mask_BL = None if self.eot_token_id is None else text_mask(text_BL, self.eot_token_id)
-        x_BLD = self.token_embedding(text_BL)
-        if self.pos_embed is not None:
-            x_BLD = x_BLD + self.pos_embed[:, : text_BL.shape[1]]
         for block in self.blocks:
             recompute = self.grad_checkpointing and torch.is_grad_enabled()
             x_BLD = checkpoint(block, x_BLD, mask_BL) if recompute else block(x_BLD, mask_BL)

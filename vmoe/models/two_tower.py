@@ -15,7 +15,7 @@ from timm.models import group_modules, group_parameters
 from torch import Tensor, nn
 
 from vmoe.models.contrastive import INIT_LOGIT_SCALE, ImageTextModel
-from vmoe.models.text import TextTransformer
+from vmoe.models.text import SIZES, TextTransformer
 
 TOWERS = ("image", "text")
 
@@ -34,8 +34,7 @@ class TwoTower(ImageTextModel):
         init_logit_scale, init_logit_bias, output_dict: see `ImageTextModel`.
 
     Raises:
-        ValueError: for a setting out of range.
-        TypeError: for an unknown setting.
+        ValueError, TypeError: for a setting out of range, or unknown.
     """
 
     def __init__(
@@ -93,13 +92,9 @@ class TwoTower(ImageTextModel):
         """Of the tokenizer."""
         return self.text.vocab_size
 
-    def embed_images(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, C)."""
-        return self.visual(image)
-
-    def embed_texts(self, text: Tensor) -> Tensor:
-        """(B, L) token ids -> (B, C)."""
-        return self.text(text)
+    def features(self, image: Tensor | None, text: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Images (B, 3, H, W) and token ids (B, L) -> (B, C) each."""
+        return None if image is None else self.visual(image), None if text is None else self.text(text)
 
     def train(self, mode: bool = True) -> "TwoTower":
         super().train(mode)
@@ -111,11 +106,8 @@ class TwoTower(ImageTextModel):
         return self
 
     def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
-        """Freeze the image tower but for its last layer groups, as in LiT (arXiv 2111.07991).
-
-        Args:
-            unlocked_groups: how many groups of `group_matcher`, from the top (the head), stay trainable.
-            freeze_bn_stats: batch norms of the frozen groups keep their statistics.
+        """Freeze the image tower but for its last `unlocked_groups` of `group_matcher` (the head is the last), as in
+        LiT (arXiv 2111.07991). With `freeze_bn_stats` batch norms of the frozen groups keep their statistics.
         """
         frozen = _lock(self.visual, unlocked_groups)
         if freeze_bn_stats:
@@ -188,11 +180,7 @@ def merge_settings(settings: Mapping, given: Mapping) -> dict:
     return merged
 
 
-_TINY_TEXT = {"width": 128, "depth": 6, "num_heads": 4, "context_length": 16}
-_TINY = {"text": _TINY_TEXT, "embed_dim": 128}
-_SMALL_TEXT = {"width": 512, "depth": 8, "num_heads": 8}
-_BASE_TEXT = {"width": 768, "depth": 12, "num_heads": 12}
-_LARGE_TEXT = {"width": 1024, "depth": 24, "num_heads": 16}
+_TINY = {"text": {**SIZES["tiny"], "context_length": 16}, "embed_dim": 128}
 
 
 def _soft(image_name: str, embed_dim: int) -> dict:
@@ -200,7 +188,7 @@ def _soft(image_name: str, embed_dim: int) -> dict:
     for texts of 16 tokens."""
     return {
         "image": {"name": image_name, "img_size": 256, "num_classes": 0},
-        "text": {**_BASE_TEXT, "context_length": 16, "qk_norm": True, "num_experts": 0},
+        "text": {**SIZES["base"], "context_length": 16, "qk_norm": True, "num_experts": 0},
         "embed_dim": embed_dim,
         "init_logit_scale": math.log(10),
         "init_logit_bias": -10.0,
@@ -210,10 +198,10 @@ def _soft(image_name: str, embed_dim: int) -> dict:
 TWO_TOWER_CONFIGS: dict[str, dict] = {
     "two_tower_tiny_patch8_48": {"image": {"name": "vmoe_tiny_patch8_48"}, **_TINY},
     "two_tower_tiny_patch12_48": {"image": {"name": "vmoe_tiny_patch8_48", "patch_size": 12}, **_TINY},
-    "two_tower_small_patch32": {"image": {"name": "vmoe_small_patch32_224"}, "text": _SMALL_TEXT, "embed_dim": 512},
-    "two_tower_base_patch32": {"image": {"name": "vmoe_base_patch32_224"}, "text": _BASE_TEXT, "embed_dim": 512},
-    "two_tower_base_patch16": {"image": {"name": "vmoe_base_patch16_224"}, "text": _BASE_TEXT, "embed_dim": 512},
-    "two_tower_large_patch16": {"image": {"name": "vmoe_large_patch16_224"}, "text": _LARGE_TEXT, "embed_dim": 768},
+    "two_tower_small_patch32": {"image": {"name": "vmoe_small_patch32_224"}, "text": SIZES["small"], "embed_dim": 512},
+    "two_tower_base_patch32": {"image": {"name": "vmoe_base_patch32_224"}, "text": SIZES["base"], "embed_dim": 512},
+    "two_tower_base_patch16": {"image": {"name": "vmoe_base_patch16_224"}, "text": SIZES["base"], "embed_dim": 512},
+    "two_tower_large_patch16": {"image": {"name": "vmoe_large_patch16_224"}, "text": SIZES["large"], "embed_dim": 768},
     "two_tower_soft_small_patch16_256": _soft("softmoe_small_patch16_224", 384),
     "two_tower_soft_base_patch16_256": _soft("softmoe_base_patch16_224", 768),
     "two_tower_soft_large_patch16_256": _soft("softmoe_large_patch16_224", 1024),

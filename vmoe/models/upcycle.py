@@ -8,8 +8,9 @@ Shapes, by suffix: E experts, D model width, F hidden width, G virtual experts t
 
 import copy
 import math
+import operator
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -80,16 +81,15 @@ def upcycle(
         ValueError: for a setting out of range.
     """
     _check(model, tower, granularity, expert_noise, reinit, settings)
-    layers, granularity = _block_choice(layers), int(granularity)
+    try:
+        layers = layers if isinstance(layers, str) else [operator.index(block) for block in layers]
+    except TypeError:
+        raise ValueError(
+            f"layers must be 'everyN', 'lastN', 'second_half' or a list of block indices, got {layers!r}"
+        ) from None
     given = {"num_experts": num_experts, "num_selected_experts": num_selected_experts}
     user = {name: value for name, value in given.items() if value is not None} | settings
     settings = _routing_settings(user, granularity)
-    if settings["router"] == "top_k" and settings["num_selected_experts"] == 1 and settings.get("normalize_weights"):
-        warnings.warn(
-            "upcycle: with num_selected_experts=1 and normalised weights only the auxiliary losses train the router; "
-            "choose 2 experts, or normalize_weights=False, which changes the outputs",
-            stacklevel=2,
-        )
     chosen = _chosen_mlps(model, tower, layers)
     spec = None
     with suppress(ValueError):  # it is not known how to build the model again
@@ -108,17 +108,8 @@ def upcycle(
         _perturb(layer, expert_noise, reinit)
         sparse.set_submodule(name, layer)
     _keep_parameter_groups(model, sparse)
-    for attribute in ("vmoe_spec", "vmoe_built"):
-        vars(sparse).pop(attribute, None)
-    if "upcycle" in (spec or {}):
-        sparse.vmoe_no_spec = "its towers were upcycled one after the other; upcycle both in one call"
-    elif family is not None and granularity == 1:
-        sparse.vmoe_spec = {**family[0], "kwargs": with_slots(sparse, family[0]["kwargs"])}
-    elif spec is not None:
-        words = {"layers": layers, "tower": tower, "granularity": granularity}
-        sparse.vmoe_spec = {**spec, "upcycle": {**words, **settings, **_same_slots(sparse)}}
-    if hasattr(sparse, "vmoe_spec"):
-        sparse.vmoe_built = live_settings(sparse)
+    words = {"layers": layers, "tower": tower, "granularity": granularity}
+    _set_spec(sparse, spec, family and family[0], {**words, **settings})
     return sparse
 
 
@@ -130,11 +121,11 @@ def _check(model: nn.Module, tower: str, granularity: int, expert_noise: float, 
         raise UpcycleError(f"upcycle takes a model (an nn.Module), got {model!r}; make one with vmoe.create_model")
     if tower not in TOWERS:
         raise ValueError(f"tower must be one of {TOWERS}, got {tower!r}")
-    if not _is_number(granularity) or granularity != int(granularity) or granularity < 1:
+    if type(granularity) is not int or granularity < 1:
         raise ValueError(f"granularity must be a whole number >= 1, got {granularity!r}")
-    if not _is_number(expert_noise) or expert_noise < 0:
+    if not isinstance(expert_noise, (int, float)) or not 0 <= expert_noise < math.inf:
         raise ValueError(f"expert_noise must be a number >= 0 and finite, got {expert_noise!r}")
-    if not _is_number(reinit) or not 0 <= reinit <= 1:
+    if not isinstance(reinit, (int, float)) or not 0 <= reinit <= 1:
         raise ValueError(f"reinit must be 0..1, got {reinit!r}")
     if settings.get("expert_width") is not None:
         raise ValueError("expert_width cannot be set: the experts are copies of the MLPs; granularity makes finer ones")
@@ -142,49 +133,27 @@ def _check(model: nn.Module, tower: str, granularity: int, expert_noise: float, 
         raise ValueError(f"upcycle has no setting {name!r}; the routing settings are {sorted(SETTING_NAMES)}")
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _block_choice(layers: str | Iterable[int]) -> str | list[int]:
-    """`layers` as a word or a list of whole numbers, which may be floats or numpy's numbers."""
-    if isinstance(layers, str):
-        return layers
-    try:
-        numbers = list(layers)
-        blocks = [int(index) for index in numbers]
-        whole = blocks == numbers and not any(isinstance(index, (bool, str)) for index in numbers)
-    except (TypeError, ValueError, OverflowError):
-        whole = False
-    if not whole:
-        raise ValueError(f"layers must be 'everyN', 'lastN', 'second_half' or a list of block indices, got {layers!r}")
-    return blocks
-
-
-def _routing_settings(user: dict, granularity: int) -> dict:
+def _routing_settings(user: dict, G: int) -> dict:
     """The settings of `upcycle`: its defaults, then the preset's, then the user's."""
-    G = granularity
-    defaults = {
-        "router": "top_k",
-        "num_experts": 8 * G,
-        "num_selected_experts": 2 * G,
-        "normalize_weights": True,
-        "capacity_factor": CAPACITY_FACTOR,
-    }
-    if G > 1:
-        defaults["noise_std"] = 0.0
+    defaults = {"router": "top_k", "num_experts": 8 * G, "num_selected_experts": 2 * G}
+    defaults |= {"normalize_weights": True, "capacity_factor": CAPACITY_FACTOR, **({"noise_std": 0.0} if G > 1 else {})}
     settings = with_preset(defaults, user)
     settings.pop("router_preset", None)
     if settings["router"] == "soft" and "normalize_weights" not in user:
         settings.pop("normalize_weights", None)  # its weights sum to one anyway
     if "expert_mlp" not in user:
         settings.pop("expert_mlp", None)  # a preset's word; here the dense model decides
-    if G > 1:
-        if settings["router"] != "top_k":
-            raise ValueError(f"granularity={G} needs router='top_k', not {settings['router']!r}")
-        for name in ("num_experts", "num_selected_experts"):
-            if not _is_number(settings[name]) or settings[name] % G:
-                raise ValueError(f"{name} must be a multiple of granularity ({G}), got {settings[name]!r}")
+    if G > 1 and settings["router"] != "top_k":
+        raise ValueError(f"granularity={G} needs router='top_k', not {settings['router']!r}")
+    for name in ("num_experts", "num_selected_experts") if G > 1 else ():
+        if not isinstance(settings[name], int) or settings[name] % G:
+            raise ValueError(f"{name} must be a multiple of granularity ({G}), got {settings[name]!r}")
+    if settings["router"] == "top_k" and settings["num_selected_experts"] == 1 and settings.get("normalize_weights"):
+        warnings.warn(
+            "upcycle: with num_selected_experts=1 and normalised weights only the auxiliary losses train the router; "
+            "choose 2 experts, or normalize_weights=False, which changes the outputs",
+            stacklevel=3,
+        )
     return settings
 
 
@@ -193,23 +162,21 @@ def _routing_settings(user: dict, granularity: int) -> dict:
 
 def _chosen_mlps(model: nn.Module, tower: str, layers: str | Sequence[int]) -> list[tuple[str, bool]]:
     """[(name of an MLP, it is in a text tower)] of the chosen blocks, in the model's order."""
-    chosen = []
+    chosen, owner = [], type(model).__name__
     for root, is_text in _towers(model, tower):
         names = block_mlps(model.get_submodule(root), root)
         if not names:
-            what = f"{type(model).__name__}.{root}" if root else type(model).__name__
             hint = "; choose another tower" if len(_towers(model, "both")) > 1 else ""
             raise UpcycleError(
-                f"{what} has no blocks with an `.mlp` of their own to make experts of (it is a "
-                f"{type(model.get_submodule(root)).__name__}){hint}"
+                f"{f'{owner}.{root}'.rstrip('.')} has no blocks with an `.mlp` of their own to make experts of (it is "
+                f"a {type(model.get_submodule(root)).__name__}){hint}"
             )
         if any(isinstance(model.get_submodule(name), SparseMoE) for name in names):
-            raise UpcycleError(f"{type(model).__name__} is sparse already; make it dense first with vmoe.densify")
+            raise UpcycleError(f"{owner} is sparse already; make it dense first with vmoe.densify")
         try:
-            blocks = sparse_blocks(layers, len(names))
+            chosen += [(names[index], is_text) for index in sparse_blocks(layers, len(names))]
         except ValueError as error:
             raise ValueError(str(error).replace("moe_layers", "layers")) from None
-        chosen += [(names[index], is_text) for index in blocks]
     if not chosen:
         raise ValueError(f"layers chooses no block, got {layers!r}")
     return chosen
@@ -223,8 +190,7 @@ def _towers(model: nn.Module, tower: str) -> list[tuple[str, bool]]:
         return [("", False)]
     # open_clip's CLIP has the parts of its text tower beside each other
     text = "text" if isinstance(getattr(model, "text", None), nn.Module) else "transformer"
-    towers = {"image": [("visual", False)], "text": [(text, True)]}
-    return towers.get(tower, towers["image"] + towers["text"])
+    return [("visual", False)] * (tower != "text") + [(text, True)] * (tower != "image")
 
 
 def block_mlps(tower: nn.Module, prefix: str = "") -> list[str]:
@@ -380,13 +346,21 @@ def _group_matcher(layer_of: dict[str, int], coarse: bool = False) -> Callable[[
     return lambda name: layer_of.get(name, max(layer_of.values()))
 
 
-def _same_slots(sparse: nn.Module) -> dict:
-    """The slots of soft routers, which would else follow from an image size that may change.
-
-    Two towers whose layers were given different slots keep the rule.
-    """
-    slots = {layer.settings.num_slots for layer in sparse.modules() if isinstance(layer, SparseMoE)}
-    return {"num_slots": slots.pop()} if len(slots) == 1 and None not in slots else {}
+def _set_spec(sparse: nn.Module, dense_spec: dict | None, family_spec: dict | None, settings: dict) -> None:
+    """How to build the model again: by its family's own settings, or by upcycling the dense model as `settings` say."""
+    for attribute in ("vmoe_spec", "vmoe_built"):
+        vars(sparse).pop(attribute, None)
+    if "upcycle" in (dense_spec or {}):
+        sparse.vmoe_no_spec = "its towers were upcycled one after the other; upcycle both in one call"
+    elif family_spec is not None and settings["granularity"] == 1:
+        sparse.vmoe_spec = {**family_spec, "kwargs": with_slots(sparse, family_spec["kwargs"])}
+    elif dense_spec is not None:
+        # Soft routers' slots would else follow from an image size that may change; if the towers differ they do.
+        slots = {layer.settings.num_slots for layer in sparse.modules() if isinstance(layer, SparseMoE)}
+        own = {"num_slots": slots.pop()} if len(slots) == 1 and None not in slots else {}
+        sparse.vmoe_spec = {**dense_spec, "upcycle": {**settings, **own}}
+    if hasattr(sparse, "vmoe_spec"):
+        sparse.vmoe_built = live_settings(sparse)
 
 
 def _family(model: nn.Module, spec: dict | None, settings: dict, tower: str) -> tuple[dict, dict[str, dict]] | None:

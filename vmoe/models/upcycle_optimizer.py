@@ -20,17 +20,12 @@ def upcycle_optimizer(
     """Carry an optimizer's state over to the upcycled model, so that a run goes on without a new warm-up of it.
 
     Every expert gets the moments of the MLP that it was copied from, all else its own by name; a router, and whatever
-    the dense model does not have, starts fresh. Learning rates and other settings stay those of the new optimizer.
-
-    Args:
-        dense_optimizer: of the dense model; both optimizers of the same kind, with state for each element of a tensor
-            (SGD, Adam and its relatives, Lion).
-        dense_model: as it was upcycled.
-        sparse_model: what `upcycle` made of it; also another dense model with the same names, to go on with.
-        sparse_optimizer: its new optimizer, before the first step; changed in place.
+    the dense model does not have, starts fresh. Learning rates and other settings stay those of the new optimizer,
+    which is changed in place before its first step. Both optimizers are of the same kind, with state for each element
+    of a tensor (SGD, Adam and its relatives, Lion); `sparse_model` may also be another dense model with the same names.
 
     Raises:
-        UpcycleError: if the optimizers differ, or keep state that is no tensor of a parameter's shape.
+        UpcycleError: the optimizers differ, or keep state that is no tensor of a parameter's shape.
     """
     _check_kinds(dense_optimizer, sparse_optimizer)
     states = dense_optimizer.state

@@ -76,16 +76,14 @@ def _check_preprocessing(values: Any, where: str) -> None:
         raise ValueError(f"{where} must hold nothing but {', '.join(sorted(PREPROCESSING))}")
     for key, value in values.items():
         _check_setting(key, value, f"{where}.{key}")
-        numbers = value if isinstance(value, list) else []
-        numeric = bool(numbers) and all(isinstance(each, (int, float)) and math.isfinite(each) for each in numbers)
         if key in ("interpolation", "crop_mode"):
             good = isinstance(value, str)
         elif key == "crop_pct":
             good = value is None or (isinstance(value, (int, float)) and 0.01 <= value <= 10)
-        elif key == "input_size":
-            good = numeric and len(numbers) == 3 and all(numbers)
         else:
-            good = numeric
+            good = isinstance(value, list) and len(value) > 0
+            good = good and all(isinstance(each, (int, float)) and math.isfinite(each) for each in value)
+            good = good and (key != "input_size" or (len(value) == 3 and all(value)))
         if not good:
             raise ValueError(f"{where}.{key} is not what it should be")
 

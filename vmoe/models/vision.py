@@ -65,14 +65,13 @@ def sincos2d_positions(height: int, width: int, dim: int, temperature: float, de
     return torch.cat([angles_x.sin(), angles_x.cos(), angles_y.sin(), angles_y.cos()], dim=1)[None]
 
 
-def norm_queries_and_keys(attention: nn.Module) -> None:
-    """QK norm of the reference (ViT-22B, arXiv 2302.05442): a LayerNorm without bias on each head's queries and keys.
-
-    `attention`, timm's `Attention` or `AttentionPoolLatent`, is changed in place.
-    """
-    for name in ("q_norm", "k_norm"):
-        norm = nn.LayerNorm(attention.head_dim, eps=1e-6, bias=False, **_like(attention.proj.weight))
-        setattr(attention, name, norm)
+def norm_queries_and_keys(model: nn.Module) -> None:
+    """QK norm of the reference (ViT-22B, arXiv 2302.05442) in all attention layers of a model by timm, in place: a
+    LayerNorm without bias on each head's queries and keys."""
+    for attention in [module for module in model.modules() if hasattr(module, "q_norm")]:
+        for name in ("q_norm", "k_norm"):
+            norm = nn.LayerNorm(attention.head_dim, eps=1e-6, bias=False, **_like(attention.proj.weight))
+            setattr(attention, name, norm)
 
 
 def _like(tensor: Tensor) -> dict:
@@ -109,9 +108,7 @@ class VisionMoE(VisionTransformer):
 
     Args:
         moe_layers: "everyN", "lastN", "second_half", or block indices; see `sparse_blocks`.
-        depth: number of blocks.
-        global_pool: as timm's; "token" without a class token pools the first patch.
-        class_token: whether there is one.
+        depth, global_pool, class_token: as timm's; pooling "token" without a class token takes the first patch.
         pos_embed: "learn", "sincos2d" (fixed, for patches only, no part of the state dict) or "none".
         pos_temperature: of sincos2d.
         qk_norm: a LayerNorm without bias on queries and keys, in the blocks and in `global_pool="map"`.
@@ -120,8 +117,7 @@ class VisionMoE(VisionTransformer):
             dense baseline), and arguments of `timm.models.VisionTransformer`.
 
     Raises:
-        ValueError: for a setting out of range.
-        TypeError: for an unknown setting.
+        ValueError, TypeError: for a setting out of range, or unknown.
     """
 
     def __init__(
@@ -175,8 +171,7 @@ class VisionMoE(VisionTransformer):
         if pos_embed == "sincos2d":
             sincos2d_positions(1, 1, self.embed_dim, pos_temperature)  # names a width that does not suit
         if qk_norm:
-            for attention in [block.attn for block in self.blocks] + [self.attn_pool] * (global_pool == "map"):
-                norm_queries_and_keys(attention)
+            norm_queries_and_keys(self)
         if routing.get("backend") == "reference":
             without_fused_attention(self)
         self.pre_logits = nn.Identity()
