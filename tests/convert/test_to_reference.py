@@ -18,11 +18,13 @@ TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads
         ({"router_preset": "mixtral"}, "expert_mlp='swiglu'|normalize_weights=True"),
         ({"z_loss": 0.1}, "z_loss=0.1"),
         ({"act_layer": "gelu"}, "the activation of blocks.0.mlp"),
-        ({"init_values": 0.1}, "layer scale in blocks.0"),
-        ({"reg_tokens": 2}, "register tokens"),
+        ({"init_values": 0.1}, r"blocks\.0\.ls1\.gamma, which the reference does not have"),
+        ({"reg_tokens": 2}, "reg_token, which the reference does not have"),
         ({"global_pool": "avg"}, "global_pool='avg' with class_token=True"),
-        ({"qkv_bias": False}, "blocks.0 has no biases"),
-        ({"pre_norm": True}, "pre_norm"),
+        ({"qkv_bias": False}, r"no blocks\.0\.attn\.qkv\.bias, which it needs"),
+        ({"pre_norm": True}, "norm_pre.bias, which the reference does not have"),
+        ({"in_chans": 1}, "in_chans=1"),
+        ({"class_token": False, "global_pool": "avg"}, "no norm before the pooling"),
     ],
 )
 def test_models_that_the_reference_does_not_have(settings, message):

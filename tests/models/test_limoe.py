@@ -10,7 +10,6 @@ from timm.optim import create_optimizer_v2
 
 import vmoe
 from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE
-from vmoe.moe import SparseMoE
 from vmoe.moe.config import PRESETS
 
 
@@ -24,15 +23,6 @@ def pairs(B: int = 6):
     words = ["cat", "a dog", "the sun over the sea", "one two three four five six", "x", "blue car"]
     text = vmoe.get_tokenizer("limoe_tiny_patch12_48")([words[b % len(words)] for b in range(B)])
     return torch.randn(B, 3, 48, 48, generator=generator), text
-
-
-def test_all_sizes_exist_and_build():
-    wanted = "tiny_patch8_48 small_patch32 small_patch16 base_patch32 base_patch16 large_patch16 huge_patch14"
-    assert {f"limoe_{size}" for size in wanted.split()} <= set(LIMOE_CONFIGS)
-    for name, config in LIMOE_CONFIGS.items():
-        with torch.device("meta"):
-            model = LIMoE(**config)
-        assert sum(isinstance(block.mlp, SparseMoE) for block in model.blocks) == config["depth"] // 2, name
 
 
 def test_open_clips_conventions():
@@ -102,7 +92,7 @@ def test_alone_only_its_own_tokens_are_routed():
     assert record.layers["blocks.1.mlp"].load_by_modality["text"].sum() == 0
 
 
-def test_attention_stays_within_a_image_and_a_caption():
+def test_attention_stays_within_an_image_and_a_caption():
     image, text = pairs()
     model = tiny(num_experts=0).double()  # without experts nothing else could mix them
     image = image.double()
@@ -133,7 +123,7 @@ def test_padding_after_a_text_changes_nothing(pool, fused):
 
 
 def test_a_result_does_not_depend_on_the_batch():
-    model = tiny(capacity_factor=0.3).eval()
+    model = tiny(depth=2, capacity_factor=0.3).eval()
     image, text = pairs(64)
     with torch.no_grad():
         image_features, text_features, _ = model(image, text)

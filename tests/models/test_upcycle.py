@@ -180,21 +180,6 @@ def test_virtual_groups_compute_the_same(name, granularity, num_experts, num_sel
     torch.testing.assert_close(again, dense.state_dict(), rtol=2e-7, atol=0)  # a third is no binary fraction
 
 
-def test_virtual_groups_that_cannot_be():
-    for kwargs, message in [
-        ({"granularity": 3}, "must divide the hidden width 256"),
-        ({"granularity": 2, "num_experts": 7}, "num_experts must be a multiple of granularity"),
-        ({"granularity": 2, "num_selected_experts": 3}, "num_selected_experts must be a multiple of granularity"),
-        ({"granularity": 2, "router": "soft"}, "needs router='top_k'"),
-        ({"granularity": 0}, "granularity must be a whole number >= 1"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            vmoe.upcycle(tiny_vit(), layers=[1], **kwargs)
-    normed = timm.create_model("eva02_base_patch14_224", **TIMM["eva02_base_patch14_224"][0])
-    with pytest.raises(UpcycleError, match="cannot split an MLP that normalises"):
-        vmoe.upcycle(normed, layers=[1], granularity=2)
-
-
 def test_frozen_parameters_dtype_and_dropout_are_kept():
     dense = tiny_vit(proj_drop_rate=0.3, drop_path_rate=0.2).to(torch.bfloat16)
     for parameter in dense.blocks[1].mlp.parameters():
@@ -285,17 +270,6 @@ def test_models_without_known_mlps_are_named():
     odd.blocks[1].mlp = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
     with pytest.raises(UpcycleError, match="blocks.1.mlp: an MLP of class Sequential"):
         vmoe.upcycle(odd, layers=[1])
-    for kwargs, message in [
-        ({"layers": "last9"}, "layers='last9' asks for more"),
-        ({"layers": []}, "layers chooses no block"),
-        ({"layers": [1], "tower": "audio"}, "tower must be one of"),
-        ({"layers": [1], "num_expert": 4}, "upcycle has no setting 'num_expert'"),
-        ({"layers": [1], "reinit": 1.5}, "reinit must be 0..1"),
-        ({"layers": [1], "expert_noise": -1}, "expert_noise must be a number >= 0"),
-        ({"layers": [1], "expert_mlp": "swiglu"}, "does not suit the model, whose MLPs are 'mlp'"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            vmoe.upcycle(tiny_vit(), **kwargs)
 
 
 @pytest.mark.parametrize("options", [{}, {"granularity": 2}, {"router": "expert_choice"}, {"router": "soft"}])
@@ -338,23 +312,33 @@ def test_models_whose_pooling_is_a_layer():
         vmoe.upcycle(convolutional, layers=[0])
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
+def test_wrong_settings_are_named():
+    for kwargs, message in [
+        ({"layers": "last9"}, "layers='last9' asks for more"),
+        ({"layers": []}, "layers chooses no block"),
         ({"layers": 3}, "layers must be 'everyN', .*, got 3"),
-        ({"layers": None}, "layers must be 'everyN', .*, got None"),
         ({"layers": [1.5]}, "layers must be 'everyN', .*, got .1.5"),
+        ({"tower": "audio"}, "tower must be one of"),
+        ({"num_expert": 4}, "upcycle has no setting 'num_expert'"),
         ({"num_experts": 4.5}, "num_experts must be a whole number"),
-        ({"num_experts": "4", "granularity": 2}, "num_experts must be a multiple of granularity .2., got '4'"),
-        ({"granularity": "2"}, "granularity must be a whole number >= 1, got '2'"),
-        ({"granularity": None}, "granularity must be a whole number >= 1, got None"),
-        ({"expert_noise": "a"}, "expert_noise must be a number >= 0 and finite, got 'a'"),
+        ({"reinit": 1.5}, "reinit must be 0..1"),
         ({"reinit": "a"}, "reinit must be 0..1, got 'a'"),
-    ],
-)
-def test_settings_of_another_type_are_named(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        vmoe.upcycle(tiny_vit(), **{"layers": [1], **kwargs})
+        ({"expert_noise": -1}, "expert_noise must be a number >= 0"),
+        ({"expert_noise": "a"}, "expert_noise must be a number >= 0 and finite, got 'a'"),
+        ({"expert_mlp": "swiglu"}, "does not suit the model, whose MLPs are 'mlp'"),
+        ({"granularity": 3}, "must divide the hidden width 256"),
+        ({"granularity": 2, "num_experts": 7}, "num_experts must be a multiple of granularity"),
+        ({"granularity": 2, "num_experts": "4"}, "num_experts must be a multiple of granularity .2., got '4'"),
+        ({"granularity": 2, "num_selected_experts": 3}, "num_selected_experts must be a multiple of granularity"),
+        ({"granularity": 2, "router": "soft"}, "needs router='top_k'"),
+        ({"granularity": 0}, "granularity must be a whole number >= 1"),
+        ({"granularity": "2"}, "granularity must be a whole number >= 1, got '2'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            vmoe.upcycle(tiny_vit(), **{"layers": [1], **kwargs})
+    normed = timm.create_model("eva02_base_patch14_224", **TIMM["eva02_base_patch14_224"][0])
+    with pytest.raises(UpcycleError, match="cannot split an MLP that normalises"):
+        vmoe.upcycle(normed, layers=[1], granularity=2)
 
 
 def test_layers_may_be_any_whole_numbers(tmp_path):

@@ -13,13 +13,6 @@ NAMES = timm.list_models("vmoe_*") + timm.list_models("softmoe_*")
 SMALL = {"img_size": 28, "patch_size": 14, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
 
 
-def test_the_papers_sizes_are_registered():
-    sizes = {"small_patch32", "base_patch32", "base_patch16", "large_patch32", "large_patch16", "huge_patch14"}
-    assert {f"vmoe_{size}_224" for size in sizes} <= set(NAMES)
-    sizes = {"small_patch16", "base_patch16", "large_patch16", "huge_patch14"}
-    assert {f"softmoe_{size}_224" for size in sizes} <= set(NAMES)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_training_step_of_each(name):
     torch.manual_seed(0)
@@ -92,11 +85,11 @@ def test_presets_train(preset):
     layer = model.blocks[1].mlp
     assert layer.experts.fc2.weight.grad.abs().sum() > 0
     assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "noise" not in name)
-    decay = create_optimizer_v2(model, "adamw", weight_decay=0.1, layer_decay=0.8).param_groups
-    decayed = {id(p) for group in decay if group["weight_decay"] > 0 for p in group["params"]}
-    for name, parameter in model.named_parameters():
-        wants_decay = name.endswith("weight") and "norm" not in name
-        assert (id(parameter) in decayed) == wants_decay, name
+    for layer_decay in (None, 0.8):
+        decay = create_optimizer_v2(model, "adamw", weight_decay=0.1, layer_decay=layer_decay).param_groups
+        decayed = {id(p) for group in decay if group["weight_decay"] > 0 for p in group["params"]}
+        for name, parameter in model.named_parameters():
+            assert (id(parameter) in decayed) == (name.endswith("weight") and "norm" not in name), name
 
 
 def test_sparse_blocks():
@@ -147,7 +140,7 @@ def test_dense_baseline_has_no_experts_and_takes_timms_weights():
     torch.testing.assert_close(baseline.eval()(x), dense.eval()(x))
 
 
-def test_a_image_does_not_depend_on_its_neighbours():
+def test_an_image_does_not_depend_on_its_neighbours():
     torch.manual_seed(0)
     model = timm.create_model("vmoe_tiny_patch8_48", num_classes=10, capacity_factor=0.3, batch_priority=True).eval()
     torch.nn.init.normal_(model.head.weight)
@@ -178,7 +171,7 @@ def test_what_timm_does_with_a_vit_works():
 
 def test_gradient_checkpointing_changes_no_gradient():
     torch.manual_seed(0)
-    model = timm.create_model("vmoe_tiny_patch8_48", num_classes=10)
+    model = timm.create_model("vmoe_tiny_patch8_48", depth=2, num_classes=10)
     torch.nn.init.normal_(model.head.weight)
     x = torch.randn(3, 3, 48, 48)
     gradients = []
@@ -202,16 +195,6 @@ def test_compiles_as_one_graph():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(3, 3, 48, 48)
     torch.testing.assert_close(compiled(x), model(x))
-
-
-@pytest.mark.parametrize("layer_decay", [None, 0.8])
-def test_biases_of_experts_do_not_decay(layer_decay):
-    model = timm.create_model("vmoe_tiny_patch8_48")
-    optimizer = create_optimizer_v2(model, "adamw", weight_decay=0.1, layer_decay=layer_decay)
-    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] > 0 for p in group["params"]}
-    layer = model.blocks[1].mlp
-    assert id(layer.experts.fc1.bias) not in decayed
-    assert id(layer.experts.fc1.weight) in decayed
 
 
 def test_fix_init_scales_the_experts_too():

@@ -100,7 +100,7 @@ def any_flax_file(tmp_path_factory, data) -> None:
     outcome(lambda: read_all(open_flax(file)), (CheckpointError,))
 
 
-test_any_flax_file, test_many_flax_files = fuzz(any_flax_file, few=60, many=3000)
+test_any_flax_file, test_many_flax_files = fuzz(any_flax_file, few=40, many=3000)
 
 
 @pytest.fixture(scope="module")

@@ -143,17 +143,13 @@ def pretrained_cfg(file: str | Path) -> dict[str, Any]:
     """
     import timm
 
-    from vmoe.models.factory import create_model, read_pretrained_metadata
+    from vmoe.models.factory import read_pretrained_metadata
 
     metadata = read_pretrained_metadata(file)
-    if not timm.is_model(metadata["name"]):
-        raise ValueError(f"{file} holds a {metadata['name']}, which timm does not know; use vmoe.create_model")
-    with torch.device("meta"):
-        model = create_model(metadata["name"], **metadata["kwargs"])
-    return {
-        **model.pretrained_cfg,
-        **{key: tuple(v) if isinstance(v, list) else v for key, v in metadata["preprocess"].items()},
-        "architecture": metadata["name"],
-        "num_classes": model.num_classes,
-        "file": str(file),
-    }
+    name, settings = metadata["name"], metadata["kwargs"]
+    if not timm.is_model(name):
+        raise ValueError(f"{file} holds a {name}, which timm does not know; use vmoe.create_model")
+    config = timm.get_pretrained_cfg(name).to_dict()
+    preprocess = {key: tuple(v) if isinstance(v, list) else v for key, v in metadata["preprocess"].items()}
+    own = {"architecture": name, "num_classes": settings.get("num_classes", config["num_classes"]), "file": str(file)}
+    return {**config, **preprocess, **own}

@@ -133,17 +133,15 @@ class VisionMoE(VisionTransformer):
         representation_size: int | None = None,
         **kwargs,
     ) -> None:
+        first_patch = global_pool == "token" and not class_token
         if pos_embed not in ("learn", "sincos2d", "none", ""):
             raise ValueError(f"pos_embed must be 'learn', 'sincos2d' or 'none', got {pos_embed!r}")
         if not pos_temperature > 0:
             raise ValueError(f"pos_temperature must be > 0, got {pos_temperature}")
-        if representation_size is not None and not (isinstance(representation_size, int) and representation_size > 0):
-            raise ValueError(f"representation_size must be a whole number >= 1, or None, got {representation_size}")
-        if global_pool == "token" and not class_token and kwargs.get("reg_tokens"):
+        if first_patch and kwargs.get("reg_tokens"):
             raise ValueError("global_pool='token' without a class token pools the first patch; leave reg_tokens out")
         routing = take_routing(kwargs, ROUTING_DEFAULTS)
         chosen = sparse_blocks(moe_layers, depth) if routing["num_experts"] else ()
-
         block_fn = kwargs.pop("block_fn", Block)
 
         def sparse_mlp(*mlp_args, **mlp_kwargs) -> SparseMoE:
@@ -154,7 +152,6 @@ class VisionMoE(VisionTransformer):
         def make_block(*, depth: int, mlp_layer=Mlp, **block_kwargs) -> nn.Module:
             return block_fn(depth=depth, mlp_layer=sparse_mlp if depth in chosen else mlp_layer, **block_kwargs)
 
-        first_patch = global_pool == "token" and not class_token
         super().__init__(
             *args,
             depth=depth,
@@ -176,12 +173,17 @@ class VisionMoE(VisionTransformer):
             without_fused_attention(self)
         self.pre_logits = nn.Identity()
         if representation_size is not None:
-            self.pre_logits = nn.Linear(self.embed_dim, representation_size, **_like(self.patch_embed.proj.weight))
-            self.head_hidden_size = representation_size
-            self._resize_head()
-            initialize = get_init_weights_vit(self.weight_init_mode, needs_reset=False)
-            initialize(self.pre_logits, "pre_logits")
-            initialize(self.head, "head")
+            self._add_representation(representation_size)
+
+    def _add_representation(self, size: int) -> None:
+        if not (isinstance(size, int) and size > 0):
+            raise ValueError(f"representation_size must be a whole number >= 1, or None, got {size}")
+        self.pre_logits = nn.Linear(self.embed_dim, size, **_like(self.patch_embed.proj.weight))
+        self.head_hidden_size = size
+        self._resize_head()
+        initialize = get_init_weights_vit(self.weight_init_mode, needs_reset=False)
+        initialize(self.pre_logits, "pre_logits")
+        initialize(self.head, "head")
 
     @property
     def image_size(self) -> tuple[int, int]:
