@@ -313,6 +313,7 @@ def test_models_whose_pooling_is_a_layer():
 
 
 def test_wrong_settings_are_named():
+    dense = tiny_vit()
     for kwargs, message in [
         ({"layers": "last9"}, "layers='last9' asks for more"),
         ({"layers": []}, "layers chooses no block"),
@@ -335,7 +336,7 @@ def test_wrong_settings_are_named():
         ({"granularity": "2"}, "granularity must be a whole number >= 1, got '2'"),
     ]:
         with pytest.raises(ValueError, match=message):
-            vmoe.upcycle(tiny_vit(), **{"layers": [1], **kwargs})
+            vmoe.upcycle(dense, **{"layers": [1], **kwargs})
     normed = timm.create_model("eva02_base_patch14_224", **TIMM["eva02_base_patch14_224"][0])
     with pytest.raises(UpcycleError, match="cannot split an MLP that normalises"):
         vmoe.upcycle(normed, layers=[1], granularity=2)
@@ -427,7 +428,7 @@ def test_optimizers_that_cannot_go_on_say_so():
         vmoe.upcycle_optimizer(factored, dense, sparse, torch.optim.Adafactor(sparse.parameters()))
     sgd = torch.optim.SGD(dense.parameters(), lr=0.1)
     step(dense, sgd)
-    with pytest.raises(UpcycleError, match="SGD without momentum keeps no state"):
+    with pytest.raises(UpcycleError, match=r"keeps none \(SGD without momentum\)"):
         vmoe.upcycle_optimizer(sgd, dense, sparse, torch.optim.SGD(sparse.parameters(), lr=0.1))
     with pytest.raises(UpcycleError, match="SGD with momentum=0.9 needs state that the dense model's SGD does not"):
         vmoe.upcycle_optimizer(sgd, dense, sparse, torch.optim.SGD(sparse.parameters(), lr=0.1, momentum=0.9))

@@ -45,11 +45,10 @@ def from_reference(
 
     Returns:
         A `VisionMoE` or `TwoTower` in eval mode, which has the reference's capacity, groups and priority there too.
-        Images come as (B, 3, H, W). `vmoe.models.factory.save_pretrained` can write it.
+        Images come as (B, 3, H, W).
 
     Raises:
-        ConfigError: for a key or value that cannot be converted.
-        CheckpointError: if the weights do not fit the config; names the tensors.
+        ConfigError, CheckpointError: a key or value cannot be converted; the weights do not fit the config.
     """
     from vmoe.models.factory import create_model
 

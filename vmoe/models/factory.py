@@ -48,13 +48,11 @@ def create_model(name: str | None = None, pretrained: str | Path | None = None, 
         pretrained: a `.safetensors` file written by `save_pretrained`, or the folder of a run or checkpoint. The file's
             own settings are the defaults then. Position embeddings are interpolated if the image size differs. A
             classifier starts from scratch if `num_classes` is given and the file's has another number.
-        **kwargs: of the model; they go over the file's. `image` and `text` of a two-tower model go over its own setting
-            by setting; `image={"pretrained": FILE}` gives the image tower that file's architecture and weights, if
-            there are none for the whole model.
+        **kwargs: of the model; they go over the file's, and `image` and `text` of a two-tower model setting by setting.
+            `image={"pretrained": FILE}` gives the image tower that file's architecture and weights.
 
     Raises:
-        ValueError: for an unknown name or setting.
-        WeightsError: if the file cannot be read or does not fit.
+        ValueError, WeightsError: for an unknown name or setting; if the file cannot be read or does not fit.
     """
     if isinstance(pretrained, bool):
         raise ValueError(f"pretrained must be a file or folder, got {pretrained}: there are no weights to download yet")
@@ -172,10 +170,8 @@ def save_pretrained(model: nn.Module, file: str | Path, extra: dict | None = Non
 
 
 def file_metadata(model: nn.Module, extra: dict | None = None) -> dict[str, str]:
-    """The metadata of a model's safetensors file, from which the same model was built on the meta device as a check.
-
-    Raises:
-        ValueError: if the settings are not JSON-able, or do not give the same model again.
+    """The metadata of a model's safetensors file, from which the same model was built on the meta device as a check; a
+    ValueError if the settings are not JSON-able, or give another model.
     """
     settings = {**model_spec(model), "preprocess": preprocess_config(model), "extra": extra or {}}
     try:

@@ -48,10 +48,8 @@ def _numbers(module: nn.Module) -> int:
 
 
 def experts_per_token(layer: SparseMoE) -> float:
-    """Experts that a token goes through in evaluation.
-
-    K for top_k. The mean, which is the capacity factor, for expert_choice; with a fixed capacity, whose mean depends on
-    the number of tokens, E. E for soft: each slot holds a part of every token.
+    """Experts that a token goes through in evaluation: K for top_k; the mean, which is the capacity factor, for
+    expert_choice (with a fixed capacity E, since the mean depends on the number of tokens); E for soft.
     """
     if layer.router_type == "top_k":
         return layer.num_selected_experts

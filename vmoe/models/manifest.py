@@ -57,12 +57,7 @@ def write_manifest(folder: Path, facts: dict[str, Any], files: dict[str, dict[st
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The content of a folder's manifest.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is damaged; the message says how.
-    """
+    """The content of a folder's manifest; an OSError or ValueError says why it cannot be read or how it is damaged."""
     file = folder / MANIFEST
     if not stat.S_ISREG(file.lstat().st_mode):
         raise ValueError("it is not a plain file")
@@ -89,10 +84,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def find_problems(folder: Path, share: tuple[int, int] = (0, 1), only: str = "") -> list[str]:
     """What is wrong with a checkpoint, a sentence for each file; none if it is as it was written.
 
-    Args:
-        folder: of the checkpoint. A folder of weights that no run wrote needs no manifest.
-        share: (process, number of processes): hashes this process's share of the files. Together they hash all.
-        only: a file, or a folder of files, in `folder`; all else is ignored.
+    A folder of weights that no run wrote needs no manifest. `share`, (process, number of processes), hashes this
+    process's share of the files; together they hash all. `only` is a file, or a folder of files, in `folder`; all else
+    is ignored.
     """
     if not (folder / MANIFEST).is_symlink() and not (folder / MANIFEST).exists():
         of_a_run = any((folder / name).exists() for name in (TRAINER, "optimizer.safetensors", "model"))

@@ -222,7 +222,7 @@ def load_weights(
         model: changed in place, or not at all if a tensor does not fit. Its tensors may be DTensors on any mesh. One on
             the meta device stays there.
         source: a safetensors file, or a folder that a sharded run wrote.
-        new_head: for fine-tuning: the model keeps its own classifier if the stored one has another number of classes.
+        new_head: the model keeps its own classifier if the stored one has another number of classes.
         new_size: position embeddings of another image size are interpolated.
 
     Raises:
@@ -328,8 +328,7 @@ def write_tensors(tensors: dict[str, Tensor], metadata: dict[str, str], file: Pa
     """Writes a safetensors file of contiguous CPU tensors, atomically, and on the disk when this returns.
 
     Raises:
-        OSError: it cannot be written.
-        RuntimeError: tensors share their memory.
+        OSError, RuntimeError: it cannot be written; tensors share their memory.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as draft:
@@ -368,10 +367,7 @@ def mapped_safetensors(
     """The tensors of a new file, to be filled inside the block one by one, so that memory need not hold them all.
 
     The file takes its name when the block ends without an error; else it stays as it was, and folders that were made
-    for it are removed.
-
-    Raises:
-        OSError: it cannot be written; a full disk is found before anything is.
+    for it are removed. A full disk is an OSError before anything is written.
     """
     header, end = {"__metadata__": metadata}, 0
     for name in sorted(shapes, key=lambda name: (-dtypes[name].itemsize, name)):  # so that each is aligned

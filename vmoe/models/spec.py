@@ -37,10 +37,8 @@ def list_models() -> list[str]:
 
 
 def build_dense(spec: dict) -> nn.Module:
-    """A model by its "name" and "kwargs", which it remembers; "upcycle" and "experts" are left to the factory.
-
-    Raises:
-        ValueError: for an unknown name or setting.
+    """A model by its "name" and "kwargs", which it remembers; "upcycle" and "experts" are left to the factory. A
+    ValueError names an unknown name or setting.
     """
     name, kwargs = spec["name"], spec["kwargs"]
     try:
@@ -128,11 +126,10 @@ def model_spec(model: nn.Module) -> dict:
     """{"name", "kwargs"}: enough to call `create_model` again, with a head or image size that was changed since.
 
     An upcycled model also has "upcycle", the settings that make the dense one sparse; one that `quantize_experts`
-    changed, "experts", how their weights are kept. A dense model by timm needs no more than the settings that its name
-    gives, and those that it shows.
+    changed, "experts", how their weights are kept. A dense model by timm needs only its name and what it shows.
 
     Raises:
-        ValueError: if it is not known how to build the model.
+        ValueError: it is not known how to build the model.
     """
     spec = getattr(model, "vmoe_spec", None)
     if spec is None and (spec := _timm_spec(model)) is not None:

@@ -318,7 +318,7 @@ def _redraw(tensor: Tensor, index: Tensor, dim: int) -> None:
 
 
 def _keep_parameter_groups(dense: nn.Module, sparse: nn.Module) -> None:
-    """Let timm's optimizers treat experts as they treat the MLPs that they were copied from.
+    """Let timm's optimizers treat experts as the MLPs that they were copied from.
 
     Weight decay goes by the number of axes, and a stacked bias has one more; so `no_weight_decay` names those. Layer
     decay goes by `group_matcher`; without one timm counts parameters, and the dense model's groups are kept.

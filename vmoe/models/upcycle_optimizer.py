@@ -30,10 +30,11 @@ def upcycle_optimizer(
     _check_kinds(dense_optimizer, sparse_optimizer)
     states = dense_optimizer.state
     dense = {name: p for name, p in dense_model.named_parameters() if states.get(p)}
-    if not dense and isinstance(dense_optimizer, torch.optim.SGD) and not dense_optimizer.defaults["momentum"]:
-        raise UpcycleError("SGD without momentum keeps no state, so there is nothing to carry over; leave it out")
     if not dense:
-        raise UpcycleError("the dense optimizer has no state for the dense model's parameters: it made no step yet")
+        raise UpcycleError(
+            "the dense optimizer has no state for the dense model's parameters: it made no step yet, or keeps none "
+            "(SGD without momentum); leave it out"
+        )
     carried = {}
     for name, parameter in sparse_model.named_parameters():
         if name in dense and dense[name].shape == parameter.shape:
@@ -55,8 +56,7 @@ def _check_kinds(dense_optimizer: Optimizer, sparse_optimizer: Optimizer) -> Non
     kind = type(dense_optimizer).__name__
     if type(dense_optimizer) is not type(sparse_optimizer):
         raise UpcycleError(
-            f"the state of {kind} is of no use to {type(sparse_optimizer).__name__}; take the same optimizer for both "
-            "models"
+            f"the state of {kind} is of no use to {type(sparse_optimizer).__name__}; take one kind for both models"
         )
     for key in ("momentum", "amsgrad", "centered"):
         new = [group[key] for group in sparse_optimizer.param_groups if group.get(key)]
