@@ -16,7 +16,7 @@ from vmoe.utils.printable import printable
 logger = logging.getLogger("vmoe.convert")
 
 # A chunk is decoded in one go, and a hostile one may be much larger than its array, or as small as a number.
-MAX_METADATA_BYTES, MAX_CHUNK_BYTES, MAX_CHUNKS = 64 * 2**20, 4 * 2**30, 2**20
+MAX_METADATA_BYTES, MAX_CHUNK_BYTES, MAX_CHUNKS = 64 * 2**20, 4 * 2**30, 2**16
 _ERRORS = (ValueError, KeyError, IndexError, OSError, RuntimeError, NotImplementedError)  # tensorstore's
 _MARKS = ("manifest.ocdbt", "_METADATA", "checkpoint")
 _STEP = re.compile(r"((?!.*orbax-checkpoint-tmp).*?)([0-9]+)")  # not what Orbax is still writing
