@@ -13,6 +13,7 @@ import vmoe
 from vmoe.training import logger
 from vmoe.training.logger import (
     CollapseWatch,
+    DataWatch,
     MetricsLog,
     ProgressDisplay,
     TimeLeft,
@@ -109,6 +110,28 @@ def test_a_collapse_is_reported_once_by_name_after_many_steps(caplog, bad, words
     assert len(caplog.records) == 1
     assert "blocks.1.mlp" in caplog.text
     assert words in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("workers", "cores", "words"),
+    [
+        (1, 8, "data.loader.num_workers 1 reads 200; raise it to 3"),
+        (0, 8, "data.loader.num_workers 0 reads 200; raise it to 3"),
+        (1, 2, "data.loader.num_workers 1 reads 200; raise it to 2"),
+        (2, 2, "data.loader.num_workers 2 reads 200; all 2 CPU cores read already"),
+    ],
+)
+def test_waiting_for_data_is_reported_once_with_a_remedy(workers, cores, words, caplog, monkeypatch):
+    monkeypatch.setattr(logger, "own_cores", lambda: cores)
+    waiting, watch = {"images_per_second": 300.0, "data_wait_share": 0.5}, DataWatch(workers)
+    for share in (0.5, 0.5, 0.5, 0.5, 0.1):  # it passed
+        watch.update({**waiting, "data_wait_share": share}, 200.0)
+    assert caplog.messages == []
+    for share in (*[0.5] * 20, 0.1, *[0.5] * 20):
+        watch.update({**waiting, "data_wait_share": share}, 200.0)
+    (message,) = caplog.messages
+    assert "waits for data 50% of the time: each process could take 600 images/s" in message
+    assert words in message
 
 
 def test_a_layer_that_recovers_or_shares_evenly_is_not_reported(caplog):

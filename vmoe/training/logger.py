@@ -21,6 +21,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 from torch import Tensor
 
+from vmoe.data.loader import own_cores
 from vmoe.distributed.process_group import gather_lists, sum_over_processes
 from vmoe.moe import LayerRouting, RoutingRecord
 from vmoe.moe.losses import members
@@ -31,6 +32,7 @@ from vmoe.utils.world import world
 
 logger = logging.getLogger("vmoe.training")
 
+WAITING_SHARE, WAITING_FOR = 0.2, 5  # a warning follows above this share of the time, in so many logged steps in a row
 LATEST = 200  # durations that the estimate of the time left is made from
 
 
@@ -201,6 +203,31 @@ class CollapseWatch:
                     "the balancing losses (importance_loss, load_loss, global_entropy_loss), lower optim.lr, or train "
                     "with more noise_std"
                 )
+
+
+class DataWatch:
+    """Warns once, with a remedy, when the model waits for data in several logged steps in a row."""
+
+    def __init__(self, num_workers: int) -> None:
+        self.num_workers, self.in_a_row, self.warned = num_workers, 0, False
+
+    def update(self, metrics: dict[str, float], readable: float) -> None:
+        """Reads the metrics of a logged step; `readable`: images per second that this process's workers can read."""
+        rank, processes = world()
+        waiting = metrics["data_wait_share"]
+        self.in_a_row = self.in_a_row + 1 if waiting > WAITING_SHARE else 0
+        if self.in_a_row < WAITING_FOR or self.warned or rank > 0 or not readable > 0:
+            return
+        self.warned = True
+        needed = metrics["images_per_second"] / processes / max(1 - waiting, 0.01)
+        workers = max(math.ceil(needed / readable * max(self.num_workers, 1)), self.num_workers + 1)
+        remedy = f"raise it to {min(workers, own_cores())}"
+        if self.num_workers >= own_cores():
+            remedy = f"all {own_cores()} CPU cores read already: store smaller images, or take more cores"
+        logger.warning(
+            f"the model waits for data {waiting:.0%} of the time: each process could take {needed:.0f} images/s, and "
+            f"data.loader.num_workers {self.num_workers} reads {readable:.0f}; {remedy}"
+        )
 
 
 # --- progress ---

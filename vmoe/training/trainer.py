@@ -47,6 +47,7 @@ from vmoe.training.config import Config, to_yaml
 from vmoe.training.diagnosis import NonFiniteError, find_non_finite
 from vmoe.training.logger import (
     CollapseWatch,
+    DataWatch,
     MetricsLog,
     ProgressDisplay,
     expert_metrics,
@@ -202,6 +203,7 @@ class Trainer:
         self.metrics = MetricsLog(self.run if self.first else None, self.step, train.tensorboard)
         self.routing_images = RoutingImages(self.config, self.task, self.metrics)
         self.collapse_watch = CollapseWatch(train.collapse_after)
+        self.data_watch = DataWatch(self.config.data.loader.num_workers)
         self.checkpointer = Checkpointer(
             self.run, train.keep_last, train.keep_every, train.async_checkpoints, dataclasses.asdict(self.size)
         )
@@ -327,10 +329,11 @@ class Trainer:
     # --- log, evaluate, save ---
 
     def log(self, metrics: dict[str, float], record: RoutingRecord) -> dict[str, float]:
-        """Shows the metrics of a step, and warns about the routing; returns all that is to be logged."""
+        """Shows the metrics of a step, and warns about the data and the routing; returns all that is to be logged."""
         metrics["images_per_second"] = self.images / self.seconds
         metrics["data_wait_share"] = self.batches.waited / self.seconds
         self.images, self.seconds, self.batches.waited = 0, 0.0, 0.0
+        self.data_watch.update(metrics, self.batches.loader.samples_per_second)
         if self.scaler.is_enabled():
             metrics["grad_scale"] = self.scaler.get_scale()
         metrics["bad_samples"] = self._position()["num_bad"]
