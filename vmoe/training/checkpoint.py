@@ -1,15 +1,7 @@
 """Checkpoints of a run: atomic, checked when they are read, nothing in them ever unpickled.
 
-    checkpoints/step_000450/model.safetensors      weights, with what is needed to build the model
-                            ema.safetensors        their moving average, if the run keeps one
-                            optimizer.safetensors  tensors of the optimizer, by parameter name
-                            model/ ema/ optimizer/ instead of these three if the weights are sharded:
-                                                   torch.distributed.checkpoint's safetensors shards, and settings.json
-                            trainer.json           step, progress, position in the data, all else of the optimizer
-                            manifest.json          every file with its size and SHA-256; written last
-
-A folder that is still being written has another name (`step_000450.unfinished`): a process that dies leaves nothing
-that looks like a checkpoint. Layout and guarantees: docs/checkpoints.md.
+docs/checkpoints.md has the files and the guarantees. A folder that is still being written has another name
+(`step_000450.unfinished`): a process that dies leaves nothing that looks like a checkpoint.
 """
 
 from __future__ import annotations
@@ -24,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor
@@ -57,7 +48,7 @@ class _Contents:
     """All of a checkpoint, in memory."""
 
     tensors: dict[str, dict[str, Tensor]]  # {"model" | "ema" | "optimizer": {name: tensor}}
-    metadata: dict[str, dict[str, str]]  # the same keys; what their safetensors files say of themselves
+    metadata: dict[str, dict[str, str]]  # the same keys; of their safetensors files
     trainer: str  # the text of trainer.json
     sharded: bool  # the weights are DTensors
 
@@ -65,12 +56,8 @@ class _Contents:
 class Checkpointer:
     """Writes the checkpoints of a run and removes old ones. All processes of a job make one and call it together.
 
-    Args:
-        run: the run's folder, the same one for all processes.
-        keep_last: undamaged checkpoints to keep, at least 1.
-        keep_every: those at multiples of so many steps are kept for good; 0: none.
-        asynchronous: copy the state to the CPU, and write it while training goes on.
-        mesh: {dimension: size} of the processes, for the manifest.
+    It keeps the last `keep_last` undamaged ones, and for good those at multiples of `keep_every` steps (0: none). If
+    `asynchronous`, it copies the state to the CPU, and writes it while training goes on. `mesh` is for the manifest.
     """
 
     def __init__(
@@ -99,25 +86,18 @@ class Checkpointer:
     ) -> Path:
         """Writes a checkpoint, then removes those that are not to be kept; returns its folder.
 
-        The folder is there when this returns, or if asynchronous, after `wait`. If it cannot be written, nothing is
-        left of it and the ones before stay as they are.
-
-        Args:
-            model: plain tensors (the same in all processes) or DTensors.
-            trainer: JSON-able; that of process 0 is written.
-            extra: JSON-able, kept beside the weights (class names).
-
-        Raises:
-            CheckpointError: in all processes: it, or the one before that was still being written, cannot be written.
+        The folder is there when this returns, or if asynchronous, after `wait`. A CheckpointError in all processes says
+        that it, or the one before that was still being written, cannot be written: nothing is left of it then. The JSON
+        of `trainer` is that of process 0; `extra` is kept beside the weights (class names).
         """
         self.wait()
         final = self.parent / f"step_{step:06d}"
         weights = {MODEL: model} | ({} if ema is None else {EMA: ema})
         (contents,) = self._team.run(lambda: self._collect(weights, optimizer, trainer, extra), final, collect=False)
-        if self._thread is None:
-            self._write(contents, final)
-        else:
+        if self._thread is not None:
             self._writing = self._thread.submit(self._write, contents, final)
+        else:
+            self._write(contents, final)
         return final
 
     def wait(self) -> None:
@@ -149,9 +129,8 @@ class Checkpointer:
             tensors = {part: {} for part in tensors}
 
         def ready(tensor: Tensor) -> Tensor:
-            if self._thread is not None:
-                return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            return tensor.detach().contiguous()
+            copy = tensor if self._thread is None else tensor.to("cpu", copy=True)
+            return copy.detach().contiguous()
 
         tensors = {part: {name: ready(tensor) for name, tensor in each.items()} for part, each in tensors.items()}
         return _Contents(tensors, metadata, text, sharded)

@@ -7,11 +7,13 @@ before anything slow starts.
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -324,14 +326,17 @@ def load_config(argv: Sequence[str] | None = None) -> Config:
 
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML, which `--config` reads back."""
-    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
 
 
-class _Dumper(yaml.SafeDumper):
-    """Also takes paths, which settings made in Python may be."""
+def _plain(config: Config) -> dict[str, Any]:
+    """The settings as YAML gives them: lists for tuples, strings for the paths that settings made in Python may be."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=os.fspath))
 
 
-_Dumper.add_multi_representer(PurePath, lambda dumper, path: dumper.represent_str(str(path)))
+def flat_settings(config: Config) -> dict[str, Any]:
+    """{"train.steps": 1000, ...}"""
+    return flatten(_plain(config))
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -348,9 +353,9 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def changed_settings(file: Path, config: Config) -> dict[str, tuple[Any, Any]]:
     """{key: (value in the run's config.yaml, value in config)} of the settings that a continued run may not change."""
     before = flatten(read_settings_file(file))
-    now = flatten(yaml.safe_load(to_yaml(config)))  # through YAML, so that tuples and lists compare equal
+    now = flat_settings(config)
     # A setting that is younger than the run has the value that it did not yet know it had.
-    defaults = flatten(yaml.safe_load(to_yaml(Config(output_dir=config.output_dir, task=config.task))))
+    defaults = flat_settings(Config(output_dir=config.output_dir, task=config.task))
     changed = {}
     for key in {**before, **now}:
         fixed = not any(key == free or key.startswith(f"{free}.") for free in CHANGEABLE)

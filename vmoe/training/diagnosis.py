@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
+from vmoe.distributed.process_group import any_process
+
 
 class NonFiniteError(ArithmeticError):
     """The loss or the gradient of a step is not finite; nothing of that step reached the weights."""
@@ -17,19 +19,11 @@ class NonFiniteError(ArithmeticError):
     shared = True  # see vmoe.distributed.process_group.SharedError
 
 
-def find_non_finite(
-    model: nn.Module,
-    compute_loss: Callable[[], Tensor],
-    batch: dict[str, Tensor],
-    any_process: Callable[[bool], bool] = bool,
-) -> str | None:
+def find_non_finite(model: nn.Module, compute_loss: Callable[[], Tensor], batch: dict[str, Tensor]) -> str | None:
     """Names the first thing that is not finite in a repeated step, as "the output of the layer blocks.1.mlp.router".
 
     None if this process found nothing. Several processes do it together: what one finds ends the search for all.
-
-    Args:
-        model: the plain module (not compiled), in the mode and state of the step. Gradients are overwritten.
-        compute_loss: repeats the forward pass of `batch` with the same random numbers.
+    `compute_loss` repeats the forward pass of `batch` with the same random numbers; gradients are overwritten.
     """
     weights = [*model.named_parameters(), *model.named_buffers()]
     found = [f"the weights {name}" for name, tensor in weights if not _is_finite(tensor)]

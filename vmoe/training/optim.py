@@ -33,22 +33,18 @@ SHARDABLE = (
 def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Leaves the parameters whose names match a shell pattern untrained; returns their names.
 
-    Running statistics of normalisations still update.
-
-    Raises:
-        ConfigError: a pattern matches no parameter, or nothing is left to train.
+    Running statistics of normalisations still update. A ConfigError names a pattern that matches no parameter, or says
+    that nothing is left to train.
     """
-    names = [name for name, _ in model.named_parameters()]
+    names, frozen = [name for name, _ in model.named_parameters()], []
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            nearest = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
-            raise ConfigError(
-                f"train.freeze: the pattern {pattern!r} matches no parameter; the nearest name is {nearest[0]!r}"
-            )
-    frozen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    for name, parameter in model.named_parameters():
-        if name in frozen:
-            parameter.requires_grad_(False)
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        if not matching:
+            nearest = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"train.freeze: {pattern!r} matches no parameter; the nearest name is {nearest!r}")
+        frozen += matching
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(f"train.freeze {list(patterns)} leaves nothing to train")
     return frozen
@@ -59,20 +55,16 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """timm's groups of the trainable parameters.
 
-    Args:
-        model: its `no_weight_decay()`, if there is one, names what has no weight decay beside biases and norms.
-        weight_decay: of all else.
-        layer_decay: factor on the learning rate from each layer to the one below it; None: all the same.
-        muon: for `vmoe.training.muon.Muon`, with what is no hidden matrix marked for AdamW.
+    Biases, norms and what the model's `no_weight_decay()` names have no weight decay. `layer_decay` is a factor on the
+    learning rate from each layer to the one below it. With `muon`, for `vmoe.training.muon.Muon`.
     """
-    spared = getattr(model, "no_weight_decay", set)()
-    settings = {"weight_decay": weight_decay, "no_weight_decay_list": spared}
+    settings = {"weight_decay": weight_decay, "no_weight_decay_list": getattr(model, "no_weight_decay", set)()}
     if muon:
         settings["fallback_list"] = not_for_muon(model)
-    if layer_decay is None:
-        groups = timm.optim.param_groups_weight_decay(model, **settings)
-    else:
-        groups = timm.optim.param_groups_layer_decay(model, layer_decay=layer_decay, **settings)
+    make = timm.optim.param_groups_weight_decay
+    if layer_decay is not None:
+        make = partial(timm.optim.param_groups_layer_decay, layer_decay=layer_decay)
+    groups = make(model, **settings)
     return divide_stacks(model, groups) if muon else groups
 
 

@@ -18,10 +18,7 @@ from vmoe.utils.config import ConfigError, read_config
 def carry_over_optimizer(pretrained: str, model: nn.Module, optimizer: Optimizer) -> None:
     """Gives a new optimizer the state of the run (or checkpoint) whose folder is `pretrained`.
 
-    Args:
-        pretrained: the folder.
-        model: the new run's, upcycled from that run's or of the same names.
-        optimizer: of `model`, before its first step; changed in place.
+    `model` is upcycled from that run's, or has the same names.
     """
     checkpoint = find_weights(pretrained).parent
     run_config = checkpoint.parent.parent / "config.yaml"

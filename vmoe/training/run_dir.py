@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vmoe.distributed.process_group import from_first, gather_lists
 from vmoe.training.checkpoint import latest_checkpoint, list_checkpoints
-from vmoe.training.config import Config, changed_settings, flatten, to_yaml
+from vmoe.training.config import Config, changed_settings, flat_settings
+from vmoe.training.signals import closed_in_fork
 from vmoe.utils.config import ConfigError
 from vmoe.utils.world import world
 
@@ -21,8 +20,6 @@ try:
     import fcntl
 except ImportError:  # Windows has no such locks
     fcntl = None
-
-_locks: set[int] = set()
 
 
 def check_same_settings(config: Config) -> None:
@@ -33,7 +30,7 @@ def check_same_settings(config: Config) -> None:
     _, processes = world()
     if processes == 1:
         return
-    own = flatten(yaml.safe_load(to_yaml(config)))
+    own = flat_settings(config)
     first = from_first(lambda: own)
     keys = [key for key in {**first, **own} if key != "device"]
     mine = {key: own.get(key) for key in keys if repr(first.get(key)) != repr(own.get(key))}
@@ -57,8 +54,7 @@ def check_same_settings(config: Config) -> None:
 def find_checkpoint(run: Path, config: Config) -> Path | None:
     """The checkpoint to continue from; None starts from scratch. A ConfigError says why the folder cannot be used."""
     checkpoints = list_checkpoints(run)
-    holds_run = bool(checkpoints) or any((run / name).exists() for name in ("metrics.jsonl", "summary.json"))
-    if not holds_run:
+    if not checkpoints and not any((run / name).exists() for name in ("metrics.jsonl", "summary.json")):
         return None
     if config.resume == "never":
         raise ConfigError(
@@ -96,26 +92,15 @@ def locked_folder(run: Path) -> Iterator[None]:
         lock = os.open(run if fcntl else os.devnull, os.O_RDONLY)
     except OSError as error:
         raise ConfigError(f"output_dir {run} cannot be written to ({error.strerror}); choose another") from error
-    _locks.add(lock)
+    closed_in_fork.add(lock)  # a data worker lives a few seconds longer than a killed run, and would keep its folder
     try:
-        if fcntl is not None:
-            try:
+        try:
+            if fcntl is not None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ConfigError(
-                    f"another process is training in output_dir {run}; wait for it or choose another"
-                ) from error
+        except OSError as error:
+            taken = f"another process is training in output_dir {run}; wait for it or choose another"
+            raise ConfigError(taken) from error
         yield
     finally:
-        _locks.discard(lock)
+        closed_in_fork.discard(lock)
         os.close(lock)
-
-
-def _close_locks() -> None:
-    """In a forked child: a data worker lives a few seconds longer than a killed run, and would keep its folder."""
-    while _locks:
-        os.close(_locks.pop())
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_close_locks)

@@ -30,12 +30,15 @@ class Stopped(KeyboardInterrupt):
         self.agreed = agreed  # all processes stop, after the same step
 
 
+closed_in_fork: set[int] = set()  # file descriptors that are not for forked children, such as data workers
+
+
 @dataclass
 class StopRequest:
-    """What signals asked for."""
+    """What signals asked for: to stop after this step."""
 
-    interrupted: bool = False  # Ctrl-C or SIGTERM: stop after this step, with an exit code that says so
-    planned: bool = False  # SIGUSR1: stop after this step; the job is to go on later, and nothing is wrong
+    interrupted: bool = False  # Ctrl-C or SIGTERM: the exit code says so
+    planned: bool = False  # SIGUSR1: the job is to go on later, and nothing is wrong
     in_loop: bool = False  # inside `between_steps`
     started: bool = False  # that was reached
     parent: int = field(default_factory=os.getppid)
@@ -116,25 +119,21 @@ def _acknowledging(stop: StopRequest) -> Iterator[None]:
 
     threading.Thread(target=listen, daemon=True).start()
     previous = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    _writing.add(writing)
+    closed_in_fork.add(writing)
     try:
         yield
     finally:
         signal.set_wakeup_fd(previous)
-        _writing.discard(writing)
+        closed_in_fork.discard(writing)
         os.close(writing)  # ends the thread
 
 
-_writing: set[int] = set()
-
-
-def _forget_in_fork() -> None:
-    """In a forked child, such as a data worker: its signals are not the run's."""
-    if _writing:
-        signal.set_wakeup_fd(-1)
-    while _writing:
-        os.close(_writing.pop())
+def _close_in_fork() -> None:
+    if closed_in_fork:
+        signal.set_wakeup_fd(-1)  # a child's signals are not the run's
+    while closed_in_fork:
+        os.close(closed_in_fork.pop())
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_forget_in_fork)
+    os.register_at_fork(after_in_child=_close_in_fork)

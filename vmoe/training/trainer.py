@@ -94,11 +94,8 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
             checkpoint = find_checkpoint(run, config)
             step = 0 if checkpoint is None else step_of(checkpoint)
             if summary := finished_summary(run, step, config.train.steps):
-                say(
-                    console,
-                    f"{run}: this run is finished ({summary['steps']} steps). A larger train.steps continues it; "
-                    "another output_dir starts a new one.",
-                )
+                remedy = "a larger train.steps continues it, another output_dir starts a new one"
+                say(console, f"{run}: this run is finished ({summary['steps']} steps); {remedy}")
                 return summary
             trainer = Trainer(config, device, console, checkpoint)
             process_group.wait_for_all()  # all have looked for a run in the folder
@@ -239,7 +236,7 @@ class Trainer:
                 self.save()
             if self.routing_images.due(self.step):  # after the checkpoint: nothing of it is lost
                 with self.display.timing("image"):
-                    self.routing_images.draw(self.step, self._evaluated_model(), self.device)
+                    self.routing_images.draw(self.step, self._evaluated_model())
             if stopping:
                 self.checkpointer.wait()
                 message = f"stopped after step {self.step} of {train.steps}; the same command continues the run"
@@ -314,7 +311,7 @@ class Trainer:
         for part, batch in enumerate(batches):
             if not found:
                 repeat = partial(lambda *given: self._loss(*given)[0], batch, part, self.model)
-                where = find_non_finite(self.model, repeat, batch, any_process)
+                where = find_non_finite(self.model, repeat, batch)
                 found = any_process(where is not None)
         where = where or ("another process" if found else "no layer when repeated")
         what = "gradient" if math.isfinite(total) else f"loss ({total})"
@@ -402,8 +399,9 @@ class Trainer:
         if self.first:
             write_text(self.run / "summary.json", json.dumps(summary, indent=2) + "\n")
         self.console.print(final_table(summary))
-        if config.evaluate.examples:
-            draw_examples(self.task, self._evaluated_model(), self.run / "examples.png" if self.first else None, config)
+        if number := config.evaluate.examples:
+            file = self.run / "examples.png"
+            draw_examples(self.task, self._evaluated_model(), config, number, file, "examples.png")
         say(self.console, f"results saved to {self.run}")
         return summary
 
