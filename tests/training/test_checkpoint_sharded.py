@@ -137,7 +137,7 @@ def test_a_disk_that_is_full_for_one_process_is_an_error_in_all(processes, place
 
 
 def test_state_that_cannot_be_split_is_an_error(processes):
-    assert all("the state 'rows' that SGD keeps for" in found["rows"] for found in processes)
+    assert all("SGD's state 'rows' of" in found["rows"] for found in processes)
 
 
 def test_nothing_is_left_of_checkpoints_that_failed(processes):

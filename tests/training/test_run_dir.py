@@ -22,8 +22,8 @@ def two_processes(monkeypatch):
     [
         (8, 0.5, None),
         (6, 0.0, None),
-        (7, 0.0, "must be a multiple of the 2 processes .* got 7"),
-        (6, 0.5, "must give each of the 2 processes an even number for mixup and cutmix, got 6"),
+        (7, 0.0, "must be a multiple of 2, got 7: 2 processes share each batch$"),
+        (6, 0.5, "must be a multiple of 4, got 6: 2 processes share each batch, in pairs for mixup and cutmix"),
     ],
 )
 def test_a_batch_is_shared_evenly(batch_size, mixup, message):

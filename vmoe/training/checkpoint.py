@@ -234,7 +234,7 @@ def remove_unfinished(run: Path) -> None:
 def latest_checkpoint(run: Path) -> Path | None:
     """The newest undamaged checkpoint of a run; None if the run has none, a CheckpointError if all are damaged.
 
-    All processes of a job call it together, and get the same answer. A damaged checkpoint is named in a warning.
+    All processes call it together, and get the same answer. A damaged checkpoint is named in a warning.
     """
     team = Team()
     checkpoints = team.run_first(lambda: list_checkpoints(run), run)

@@ -285,8 +285,9 @@ class Config:
             train.precision == "fp16" and sharded,
         )
         yield (
-            "model.pretrained_optimizer needs model.pretrained, the folder of a run; set it to false",
-            model.pretrained_optimizer and model.pretrained is None,
+            "model.pretrained_optimizer needs model.pretrained, the folder of a run, and parallel.dp_shard = "
+            "parallel.ep = 1; set it to false",
+            model.pretrained_optimizer and (model.pretrained is None or sharded),
         )
         sections = {"kwargs": model.kwargs, "upcycle": model.upcycle}
         sections |= {f"kwargs.{tower}": model.kwargs.get(tower) for tower in ("image", "text")}

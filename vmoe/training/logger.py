@@ -37,10 +37,9 @@ LATEST = 200  # durations that the estimate of the time left is made from
 
 
 class MetricsLog:
-    """Writes each logged step as a line of metrics.jsonl, and to TensorBoard.
+    """Writes each logged step as a line of metrics.jsonl, and to TensorBoard; nothing if `run` is None.
 
-    Lines after `step`, from which a run continues, are dropped, so that no step appears twice. `run` is None in the
-    processes that write nothing.
+    Lines after `step`, from which a run continues, are dropped, so that no step appears twice.
     """
 
     def __init__(self, run: Path | None, step: int, tensorboard: bool) -> None:
@@ -101,18 +100,13 @@ def write_text(file: Path, text: str) -> None:
 # --- metrics of the routing, over all processes; all of them call these together ---
 
 
-def requested_experts(layers: dict[str, LayerRouting]) -> dict[str, Tensor]:
-    """{layer: (E,) assignments that ask for each expert}; where loads are even because of a capacity, these are not."""
+def requested_shares(layers: dict[str, LayerRouting]) -> dict[str, Tensor]:
+    """{layer: (E,) share of the assignments that ask for each expert, before any is dropped}."""
     counts = {
         name: torch.bincount(routing.expert_index[routing.mask].flatten(), minlength=routing.gates.shape[-1])
         for name, routing in layers.items()
     }
-    return sum_over_processes(counts)
-
-
-def largest_share(requested_E: Tensor) -> tuple[float, int]:
-    """(share of the assignments that ask for the busiest expert, experts that none asks for)."""
-    return (requested_E.max() / requested_E.sum().clamp(min=1)).item(), int((requested_E == 0).sum())
+    return {name: count_E / count_E.sum().clamp(min=1) for name, count_E in sum_over_processes(counts).items()}
 
 
 def routing_metrics(record: RoutingRecord) -> dict[str, float]:
@@ -133,8 +127,8 @@ def routing_metrics(record: RoutingRecord) -> dict[str, float]:
         "routing/load_max_over_mean": max(layer["load_max_over_mean"] for layer in layers.values()),
         "routing/experts_without_tokens": sum(layer["experts_without_tokens"] for layer in layers.values()),
     }
-    for name, requested_E in requested_experts(record.layers).items():
-        layers[name]["largest_share"], _ = largest_share(requested_E)
+    for name, share_E in requested_shares(record.layers).items():
+        layers[name]["largest_share"] = share_E.max().item()
         metrics.update({f"routing/{name}/{key}": value for key, value in layers[name].items()})
     return metrics
 
@@ -151,17 +145,14 @@ def expert_metrics(record: RoutingRecord) -> dict[str, float]:
     "experts/LAYER/MODALITY/importance_E", the mean of its gate values."""
     metrics = {}
     for name, routing in record.layers.items():
-        masks = members(routing.modalities, routing.mask, routing.modality)
-        for modality, own_GN in masks.items():
+        for modality, own_GN in members(routing.modalities, routing.mask, routing.modality).items():
             sums = {"importance": routing.gates.detach()[own_GN].sum(0), "tokens": own_GN.sum()}
             if routing.router != "soft":
                 sums["load"] = routing.load_by_modality[modality]
             sums = sum_over_processes(sums)
-            kinds = {"importance": sums["importance"] / sums["tokens"].clamp(min=1)}
-            if "load" in sums:
-                kinds["load"] = sums["load"] / sums["load"].sum().clamp(min=1)
-            for kind, value_E in kinds.items():
-                for expert, value in enumerate(value_E.tolist()):
+            totals = {"importance": sums.pop("tokens"), "load": sums.get("load", torch.zeros(1)).sum()}
+            for kind, sum_E in sums.items():
+                for expert, value in enumerate((sum_E / totals[kind].clamp(min=1)).tolist()):
                     metrics[f"experts/{name}/{modality}/{kind}_{expert:02d}"] = value
     return metrics
 
@@ -183,9 +174,8 @@ class CollapseWatch:
 
     def update(self, step: int, layers: dict[str, LayerRouting]) -> None:
         """Reads the routing of a step; all processes call it at every logged one, and the first of them warns."""
-        for name, requested_E in requested_experts(layers).items() if self.after else ():
-            num_experts = len(requested_E)
-            share, idle = largest_share(requested_E)
+        for name, share_E in requested_shares(layers).items() if self.after else ():
+            num_experts, share, idle = len(share_E), share_E.max().item(), int((share_E == 0).sum())
             even = 1 / num_experts
             crowded = num_experts > 1 and share > even + 0.5 * (1 - even)
             if not crowded and not idle:
@@ -287,7 +277,6 @@ class ProgressDisplay:
 
     @contextmanager
     def timing(self, kind: str) -> Iterator[None]:
-        """Around an evaluation, the saving of a checkpoint, or the drawing of an image."""
         began = time.monotonic()
         yield
         self.time_left.add(kind, time.monotonic() - began)

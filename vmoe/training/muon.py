@@ -2,10 +2,8 @@
 
     optimizer = Muon(parameter_groups(model, weight_decay=0.05, muon=True), lr=1e-3)  # of vmoe.training.optim
 
-Muon (https://kellerjordan.github.io/posts/muon/) is made for the hidden matrices of a network. timm's takes stacked
-experts, (E, F, D), for the kernel of a convolution.
-
-Shapes, by suffix: E experts, F and D the widths of a linear layer.
+Muon (https://kellerjordan.github.io/posts/muon/) is for the hidden matrices of a network. timm's takes stacked experts,
+(E, F, D) with E experts and a linear layer's widths F and D, for the kernel of a convolution.
 """
 
 from __future__ import annotations
@@ -29,10 +27,7 @@ class Muon(timm.optim.Muon):
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """One step, after `closure` if there is one."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         with self._unstacked():
             super().step()
         return loss
@@ -41,10 +36,11 @@ class Muon(timm.optim.Muon):
     def _unstacked(self) -> Iterator[None]:
         """The matrices of stacks replace them in the groups and the state."""
         stacks = [(group, group["params"]) for group in self.param_groups if group.get(PER_EXPERT)]
-        matrices = {p: _matrices(p) for _, params in stacks for p in params if p.grad is not None}
+        matrices = {p: list(p.detach().unbind()) for _, params in stacks for p in params if p.grad is not None}
         for stack, parts in matrices.items():
             state = self.state.pop(stack, {})
             for e, part in enumerate(parts):
+                part.grad = stack.grad[e]
                 self.state[part] = {key: _of_expert(value, e, stack) for key, value in state.items()}
         for group, params in stacks:
             group["params"] = [part for stack in params for part in matrices.get(stack, ())]
@@ -55,14 +51,6 @@ class Muon(timm.optim.Muon):
                 group["params"] = params
         for stack, parts in matrices.items():
             self.state[stack] = _of_stack([self.state.pop(part) for part in parts])
-
-
-def _matrices(stack_EFD: nn.Parameter) -> list[Tensor]:
-    """The experts' (F, D) with their gradients, in the memory of the stack."""
-    parts = list(stack_EFD.detach().unbind())
-    for part_FD, grad_FD in zip(parts, stack_EFD.grad.unbind(), strict=True):
-        part_FD.grad = grad_FD
-    return parts
 
 
 def _of_expert(value: Any, expert: int, stack_EFD: Tensor) -> Any:
@@ -92,10 +80,9 @@ def divide_stacks(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[s
 
 
 def not_for_muon(model: nn.Module) -> set[str]:
-    """Names of the parameters that are no hidden matrices, and AdamW's.
+    """Names of the parameters for AdamW: all but the hidden matrices, in numbered blocks (`blocks.3.attn.qkv.weight`).
 
-    Hidden matrices lie in numbered blocks, such as `blocks.3.attn.qkv.weight`. All else is for AdamW: routers, biases,
-    norms, embeddings, the first convolution, heads, and what the model's `no_weight_decay()` names.
+    These are routers, biases, norms, embeddings, the first convolution, heads, and `no_weight_decay()` of the model.
     """
     names = set(getattr(model, "no_weight_decay", set)())
     outside = []  # beginnings of names

@@ -18,9 +18,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from vmoe.distributed.parallelize import is_sharded
-from vmoe.training.config import OptimConfig
+from vmoe.models.dense_mlp import UpcycleError
+from vmoe.models.factory import create_model, find_weights
+from vmoe.models.serialization import checkpoint_weights
+from vmoe.models.upcycle_optimizer import upcycle_optimizer
+from vmoe.training.checkpoint import TRAINER, load_checkpoint
+from vmoe.training.config import Config, OptimConfig
 from vmoe.training.muon import Muon, divide_stacks, not_for_muon
-from vmoe.utils.config import ConfigError
+from vmoe.utils.config import ConfigError, read_config
 
 # timm's optimizers that take the same steps on sharded weights as on whole ones, and whose state is sharded like those:
 # tests/distributed/test_optimizers.py. Others want whole matrices, or operations that PyTorch's DTensor lacks.
@@ -92,6 +97,30 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         return create(model, opt=config.name, lr=config.lr, momentum=config.momentum, param_group_fn=groups, **kwargs)
     except TypeError as error:
         raise ConfigError(f"optim.kwargs do not suit the optimizer {config.name!r}: {error}") from error
+
+
+def carry_over_optimizer(pretrained: str, model: nn.Module, optimizer: Optimizer) -> None:
+    """Gives a new optimizer the state of the run (or checkpoint) whose folder is `pretrained`.
+
+    `model` is upcycled from that run's, or has the same names.
+    """
+    checkpoint = find_weights(pretrained).parent
+    run_config = checkpoint.parent.parent / "config.yaml"
+    for file in (checkpoint / TRAINER, run_config):
+        if not file.is_file():
+            raise ConfigError(
+                f"model.pretrained_optimizer needs model.pretrained to be a run's folder or checkpoint, and {file} "
+                "does not exist; set it to false to start the optimizer from scratch"
+            )
+    before = read_config(Config, ["--config", str(run_config)])
+    old_model = create_model(pretrained=checkpoint_weights(checkpoint))
+    freeze(old_model, before.train.freeze)
+    old_optimizer = create_optimizer(old_model, before.optim)
+    load_checkpoint(checkpoint, old_model, None, old_optimizer)
+    try:
+        upcycle_optimizer(old_optimizer, old_model, model, optimizer)
+    except UpcycleError as error:
+        raise ConfigError(f"model.pretrained_optimizer: {error}") from error
 
 
 def create_schedule(optimizer: Optimizer, config: OptimConfig, steps: int) -> Scheduler:

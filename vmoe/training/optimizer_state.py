@@ -40,9 +40,8 @@ def export_state(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str, Tens
             parameter = model.get_parameter(name) if name else value
             if isinstance(parameter, DTensor) and value.ndim > 0 and value.shape != parameter.shape:
                 raise ValueError(
-                    f"the state {key!r} that {type(optimizer).__name__} keeps for {name} does not have its shape, so "
-                    "it cannot be sharded; take an optimizer such as adamw, sgd or lion, or parallel.dp_shard = "
-                    "parallel.ep = 1"
+                    f"{type(optimizer).__name__}'s state {key!r} of {name} does not have its shape, so it cannot be "
+                    "sharded; take an optimizer such as adamw, sgd or lion, or parallel.dp_shard = parallel.ep = 1"
                 )
             tensors[f"{key}/{name}"] = value.detach()
             return TENSOR
@@ -72,8 +71,8 @@ def export_state(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str, Tens
 def import_state(optimizer: Optimizer, model: nn.Module, stored: StoredTensors | None, rest: dict[str, Any]) -> None:
     """Loads what `export_state` gave (the tensors, None if there are none, and the rest) into an optimizer.
 
-    Its groups may be divided in another way, and the parameters may be DTensors on any mesh. A ValueError says that it
-    is over other parameters, or that its state does not fit or is not what `export_state` gave.
+    Its groups may be divided in another way, and the parameters may be DTensors on any mesh. A ValueError says what
+    does not fit, or is not what `export_state` gave.
     """
     names, full = _parameter_names(optimizer, model), optimizer.state_dict()
     shapes = stored.shapes if stored is not None else {}

@@ -44,11 +44,12 @@ def check_same_settings(config: Config) -> None:
             "config and arguments"
         )
     batch_size, augmentation = config.data.loader.batch_size, config.data.augmentation
-    wrong = "be a multiple of the {} processes that share each batch" if batch_size % processes else ""
-    if (augmentation.mixup or augmentation.cutmix) and batch_size // processes % 2:
-        wrong = wrong or "give each of the {} processes an even number for mixup and cutmix"
-    if wrong:
-        raise ConfigError(f"data.loader.batch_size must {wrong.format(processes)}, got {batch_size}")
+    each, why = (2, ", in pairs for mixup and cutmix") if augmentation.mixup or augmentation.cutmix else (1, "")
+    if batch_size % (each * processes):
+        raise ConfigError(
+            f"data.loader.batch_size must be a multiple of {each * processes}, got {batch_size}: {processes} processes "
+            f"share each batch{why}"
+        )
 
 
 def find_checkpoint(run: Path, config: Config) -> Path | None:

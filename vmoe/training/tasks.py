@@ -52,10 +52,9 @@ def create_task(config: Config) -> Classification | Contrastive:
 class Task:
     """What both tasks share. Each also has
 
-    - `create_model(pretrained, continued)`: the model of the config, with the weights of a file or folder (`continued`:
-      of this run);
-    - `loss(model, batch, number)`: the float32 loss of a batch, without the auxiliary losses; several processes that
-      share a batch take the mean. What is random in it follows from `number`;
+    - `create_model(pretrained, continued)`: the config's model, with the weights of a file, or `continued`;
+    - `loss(model, batch, number)`: the float32 loss of a batch, without the auxiliary losses; what is random in it
+      follows from `number`. Several processes that share a batch take the mean;
     - `evaluate(model, device)`: metrics on the validation data, in float32 as by `eval.py`;
     - `example_names(samples)`: names among which the example figure ranks the images of these samples.
     """

@@ -56,13 +56,11 @@ from vmoe.training.logger import (
     say,
     write_text,
 )
-from vmoe.training.optim import create_ema, create_optimizer, create_schedule, freeze
-from vmoe.training.pretrained import carry_over_optimizer
+from vmoe.training.optim import carry_over_optimizer, create_ema, create_optimizer, create_schedule, freeze
 from vmoe.training.run_dir import check_same_settings, find_checkpoint, finished_summary, locked_folder
 from vmoe.training.run_images import RoutingImages, draw_examples
 from vmoe.training.signals import Stopped, StopRequest, interruptible
 from vmoe.training.tasks import create_task
-from vmoe.utils.config import ConfigError
 from vmoe.utils.tables import make_console
 from vmoe.utils.world import world
 
@@ -180,10 +178,6 @@ class Trainer:
         if is_sharded(self.model):
             split_groups(self.optimizer)
         if new and config.model.pretrained_optimizer:
-            if is_sharded(self.model):
-                raise ConfigError(
-                    "model.pretrained_optimizer needs parallel.dp_shard = parallel.ep = 1; set it to false"
-                )
             carry_over_optimizer(config.model.pretrained, self.model, self.optimizer)
         self.schedule = create_schedule(self.optimizer, config.optim, config.train.steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
@@ -307,13 +301,13 @@ class Trainer:
         self.skipped = self.skipped + 1 if self.scaler.is_enabled() and not math.isfinite(norm) else 0
         if math.isfinite(total) and (math.isfinite(norm) or 0 < self.skipped <= MAX_SKIPPED_STEPS):
             return
-        where, found = None, False
         for part, batch in enumerate(batches):
-            if not found:
-                repeat = partial(lambda *given: self._loss(*given)[0], batch, part, self.model)
-                where = find_non_finite(self.model, repeat, batch)
-                found = any_process(where is not None)
-        where = where or ("another process" if found else "no layer when repeated")
+            repeat = partial(lambda *given: self._loss(*given)[0], batch, part, self.model)
+            where = find_non_finite(self.model, repeat, batch)
+            if any_process(where is not None):
+                where = where or "another process"
+                break
+        where = where or "no layer when repeated"
         what = "gradient" if math.isfinite(total) else f"loss ({total})"
         checkpoints = list_checkpoints(self.run)
         kept = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint was saved yet"
@@ -357,12 +351,8 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint."""
-        state = {
-            "step": self.step,
-            "scaler": self.scaler.state_dict(),
-            "loader": self._position(),
-            "progress": self.progress,
-        }
+        state = {"step": self.step, "progress": self.progress}
+        state |= {"scaler": self.scaler.state_dict(), "loader": self._position()}
         extra = {"class_names": self.task.class_names} if self.config.task == "classification" else {}
         if self.task.exif_orientation:
             extra["exif_orientation"] = True
