@@ -33,7 +33,7 @@ def export_state(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str, Tens
     names, full = _parameter_names(optimizer, model), optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
 
-    def encode(value: Any, name: str, key: str = "") -> Any:
+    def encode(value: Any, name: str, key: str) -> Any:
         if isinstance(value, Tensor) and name == GROUPS and value.ndim == 0:  # it has no parameter's name
             return {"number": [value.item(), str(value.dtype).removeprefix("torch.")]}
         if isinstance(value, Tensor) and name != GROUPS:
@@ -52,18 +52,18 @@ def export_state(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str, Tens
         if isinstance(value, list | tuple):
             encoded = [encode(each, name, f"{key}.{index}") for index, each in enumerate(value)]
             return {"tuple": encoded} if isinstance(value, tuple) else encoded
-        if isinstance(value, dict) and all(isinstance(each, str) for each in value):
-            encoded = {inner: encode(each, name, f"{key}.{inner}" if key else inner) for inner, each in value.items()}
-            return {"dict": encoded} if key else encoded
         raise ValueError(f"the optimizer's {key} of {name} is a {type(value).__name__}, which a checkpoint cannot hold")
 
+    def encode_all(values: dict[str, Any], name: str) -> dict[str, Any]:
+        return {key: encode(value, name, key) for key, value in values.items()}
+
     rest = {
-        "state": {names[index]: encode(values, names[index]) for index, values in full.pop("state").items()},
+        "state": {names[index]: encode_all(values, names[index]) for index, values in full.pop("state").items()},
         "groups": [
-            {"parameters": [names[index] for index in group.pop("params")], "settings": encode(group, GROUPS)}
+            {"parameters": [names[index] for index in group.pop("params")], "settings": encode_all(group, GROUPS)}
             for group in full.pop("param_groups")
         ],
-        "other": encode(full, ""),
+        "other": encode_all(full, ""),
     }
     return tensors, rest
 
@@ -92,6 +92,9 @@ def import_state(optimizer: Optimizer, model: nn.Module, stored: StoredTensors |
             targets[full_name] = torch.empty(shape, dtype=dtype)
         return targets[full_name]
 
+    def decode(values: dict[str, Any], name: str) -> dict[str, Any]:
+        return {key: _decode(value, name, target, key) for key, value in values.items()}
+
     try:
         before = {name: group["settings"] for group in rest["groups"] for name in group["parameters"]}
         new = set(names.values())
@@ -102,13 +105,13 @@ def import_state(optimizer: Optimizer, model: nn.Module, stored: StoredTensors |
                     "the same parameters (train.freeze)"
                 )
         indices = {name: index for index, name in names.items()}
-        full["state"] = {indices[name]: _decode(values, name, target) for name, values in rest["state"].items()}
+        full["state"] = {indices[name]: decode(values, name) for name, values in rest["state"].items()}
         for group in full["param_groups"]:
             settings = [before[names[index]] for index in group["params"]]
             if any(each != settings[0] for each in settings):
                 raise ValueError("parameters that are one group now had different settings then")
-            group |= _decode(settings[0], GROUPS, target) if settings else {}
-        full |= _decode(rest["other"], "", target)
+            group |= decode(settings[0], GROUPS) if settings else {}
+        full |= decode(rest["other"], "")
         unread = sorted(shapes.keys() - targets.keys())
         if unread:
             raise ValueError(f"its tensor {unread[0]!r} (one of {len(unread)}) belongs to no state of the optimizer")
@@ -119,19 +122,15 @@ def import_state(optimizer: Optimizer, model: nn.Module, stored: StoredTensors |
         raise ValueError(f"its optimizer state cannot be understood ({type(error).__name__}: {error})") from error
 
 
-def _decode(value: Any, name: str, target: Callable[[str, str], Tensor], key: str = "") -> Any:
+def _decode(value: Any, name: str, target: Callable[[str, str], Tensor], key: str) -> Any:
     """What `export_state` made JSON of; `target` gives the tensor that a key of a parameter stands for."""
     if isinstance(value, list):
         return [_decode(each, name, target, f"{key}.{index}") for index, each in enumerate(value)]
     if not isinstance(value, dict):
         return value
-    if not key:
-        return {inner: _decode(each, name, target, inner) for inner, each in value.items()}
     ((kind, content),) = value.items()
     if kind == "tuple":
         return tuple(_decode(content, name, target, key))
-    if kind == "dict":
-        return {inner: _decode(each, name, target, f"{key}.{inner}") for inner, each in content.items()}
     if kind == "number":
         return torch.tensor(content[0], dtype=_dtype(content[1]))
     if kind == "dtype":
