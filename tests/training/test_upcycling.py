@@ -143,7 +143,7 @@ def groups_config(file: Path, run: Path, folders: Path, **overrides) -> Config:
         "data.val.path": str(folders / "val"),
         "data.train.type": "image_folder",
         "data.val.type": "image_folder",
-        "data.loader.batch_size": 64,
+        "data.loader.batch_size": 32,
         "data.loader.num_workers": 0,
         "train.precision": "float32",
         "train.accumulate_steps": 1,
@@ -218,7 +218,7 @@ def test_a_dense_vit_is_made_sparse_and_fine_tuned(folders, tmp_path):
         FINETUNE / "vit_upcycled.yaml",
         tmp_path / "run",
         folders,
-        **{"model.pretrained": str(tmp_path / "vit.safetensors"), "optim.lr": 0.003},
+        **{"model.pretrained": str(tmp_path / "vit.safetensors"), "optim.lr": 0.003, "data.loader.batch_size": 64},
     )
     summary = train(config)
     first, last = first_and_last(config)

@@ -7,13 +7,11 @@ before anything slow starts.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import yaml
@@ -327,17 +325,19 @@ def load_config(argv: Sequence[str] | None = None) -> Config:
 
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML, which `--config` reads back."""
-    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _plain(config: Config) -> dict[str, Any]:
-    """The settings as YAML gives them: lists for tuples, strings for the paths that settings made in Python may be."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=os.fspath))
+class _Dumper(yaml.SafeDumper):
+    """Also takes paths, which settings made in Python may be."""
+
+
+_Dumper.add_multi_representer(PurePath, lambda dumper, path: dumper.represent_str(str(path)))
 
 
 def flat_settings(config: Config) -> dict[str, Any]:
-    """{"train.steps": 1000, ...}"""
-    return flatten(_plain(config))
+    """{"train.steps": 1000, ...}, through YAML, so that tuples and lists compare equal."""
+    return flatten(yaml.safe_load(to_yaml(config)))
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
