@@ -45,7 +45,7 @@ class StopRequest:
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
-        """Around the loop: in it signals are only noted, for it to stop after a step. Outside they end the run."""
+        """Around the loop, which stops after a step."""
         self.in_loop = self.started = True
         try:
             yield
@@ -60,10 +60,9 @@ class StopRequest:
 
 @contextmanager
 def interruptible() -> Iterator[StopRequest]:
-    """Collects Ctrl-C, SIGTERM and SIGUSR1 instead of dying of them, so that a step is never cut in two.
+    """Notes Ctrl-C, SIGTERM and SIGUSR1 in `StopRequest.between_steps`; before and after, the first raises Stopped.
 
-    Outside of `StopRequest.between_steps` the first of them raises Stopped at once. A second Ctrl-C stops at once, but
-    not one of several processes: it comes from the terminal and from torchrun.
+    A second Ctrl-C stops at once, but not one of several processes: it comes from the terminal and from torchrun.
     """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals

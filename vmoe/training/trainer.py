@@ -288,11 +288,9 @@ class Trainer:
             self.ema.update(self.model, step=self.step)
 
     def _stop_asked(self) -> list[float]:
-        """[interrupted, planned], as this process knows.
-
-        The time is used up when another step and checkpoint, as long as the longest so far, would not fit any more.
-        """
+        """[interrupted, planned], as this process knows."""
         interrupted = self.stop.interrupted or self.stop.orphaned
+        # Another step and checkpoint, as long as the longest so far, would not fit any more.
         used_up = time.monotonic() + sum(self.display.time_left.longest.values()) >= self.end
         return [float(interrupted), float(self.stop.planned or used_up)]
 
