@@ -1,6 +1,6 @@
-"""docs/performance.md, made whole from the files in benchmarks/results: `python -m benchmarks.report`.
+"""Generates docs/performance.md from the files in benchmarks/results: `python -m benchmarks.report`.
 
-With --check nothing is written; the exit code is 1 if the page is not what the files give.
+With --check nothing is written; the exit code is 1 if the page is out of date.
 """
 
 from __future__ import annotations
@@ -21,47 +21,47 @@ Row = dict[str, Any]
 Section = dict[str, Any]
 
 MADE = (
-    "Made by `python -m benchmarks.report` from the files in `benchmarks/results`; not edited by hand. "
-    "`benchmarks/NOTES.md` says what was tried."
+    "`python -m benchmarks.report` generates this page from the files in `benchmarks/results`; do not edit it by "
+    "hand. `benchmarks/NOTES.md` says what was tried."
 )
 METHOD = (
-    "What a sparse layer costs, beside what one would take instead. Every ratio is measured in one process, in turn "
-    "(A B A B ...), on another input in each round, and compared round by round (`train_throughput` needs a process "
-    "for each run); tables show the median and "
-    "(lowest-highest). Below 1 the left side is quicker. Results from before 29 November 2026 were measured with CPU "
-    "code that was removed since (fused experts, oneDNN, packed tokens; see the notes): `python -m benchmarks.session` "
-    'measures the present code. "dense" is timm\'s MLP or ViT of the same active compute: K '
-    'experts\' hidden units. "kept" is the share of the assignments that is kept by the experts; the dense side '
-    "keeps all. Forward is without gradients in `eval()`, with the capacity in use; forward + backward is in training "
-    "mode, with gradients of the input and of all parameters, which are None before each call, as after "
-    "`optimizer.zero_grad()`. Activations: on a CPU what autograd keeps for the backward pass, without parameters; on "
-    "CUDA the peak beyond parameters and their gradients."
+    "The cost of a sparse layer, compared with a dense baseline and other libraries. Ratios are measured in one "
+    "process, alternating (A B A B ...), with a new input in each round, and computed per round (`train_throughput` "
+    "starts a process for each run). Tables show the median and (lowest-highest). Below 1 the numerator is faster. "
+    "Results from before 29 November 2026 were measured with CPU code that has been removed (fused experts, oneDNN, "
+    'packed tokens; see the notes); `python -m benchmarks.session` measures the present code. "dense" is timm\'s MLP '
+    'or ViT with the same active compute: the hidden units of K experts. "kept" is the share of the assignments that '
+    "the experts keep; the dense baseline keeps all. Forward is in `eval()` without gradients, with the capacity in "
+    "use. Forward + backward is in training mode, with gradients of the input and of all parameters, which are None "
+    "before each call, as after `optimizer.zero_grad()`. Activations are, on a CPU, what autograd keeps for the "
+    "backward pass, without parameters; on CUDA, the peak beyond parameters and their gradients."
 )
 
 NO_GPU = (
-    "## GPUs\n\nNone was measured: there is no file of a GPU in `benchmarks/results`. The same commands run on one."
+    "## GPUs\n\nNone was measured: there is no file of a GPU in `benchmarks/results`. The same commands work on one."
 )
 
 ABOUT = {
-    "layer": "The layer alone. `mlp`: the dense MLP; `picture`: one image's tokens, nothing dropped; `swiglu`: gated "
-    "experts without biases, nothing dropped, as transformers' Mixtral block; `st_moe`: st_moe_pytorch with timm's "
-    "MLPs as experts and its capacity set to keep the same share; `soft`: Soft MoE with about as many slots as tokens. "
-    "Of the rounds below, `mlp` has all, `picture` four times as many, the others half.",
-    "dispatch": "The layer without its experts, piece by piece, on the plain path; batch priority (BPR) against token "
-    "order, these two in turn by themselves; and GShard's one-hot products on few tokens.",
+    "layer": "The layer alone. `mlp`: the dense MLP; `picture`: the tokens of one image, nothing dropped; `swiglu`: "
+    "gated experts without biases, nothing dropped, as in transformers' Mixtral block; `st_moe`: st_moe_pytorch with "
+    "timm's MLPs as experts, its capacity set to keep the same share; `soft`: Soft MoE with about as many slots as "
+    "tokens; `dropless`: packages for CUDA. `mlp` has the number of rounds below, `picture` four times as many, the "
+    "others half.",
+    "dispatch": "The layer without its experts, step by step; batch priority (BPR) against token order, alternating; "
+    "and GShard's one-hot matrix multiplications on few tokens.",
     "scaling": 'One axis at a time around E = 8, K = 1, capacity 1.0; "base" is that case. "experts" is the expert '
-    "MLPs alone. The last column is what reading the weights costs at the speed of a large copy (forward + backward: "
-    "reading them twice and writing their gradients).",
-    "model": "ViT-S/16's widths, experts in every second block, E = 8, K = 1, exact GELU on both sides, fresh weights. "
-    "Fresh routers spread tokens worse than trained ones: equal work is where nothing is dropped. Training is forward "
-    "and backward. Speed is images per second over the dense model's: above 1 is better. One image has "
-    "four times the rounds below.",
+    "MLPs alone. The last column is the time to read the weights at the speed of a large copy (forward + backward: to "
+    "read them twice and write their gradients).",
+    "model": "The widths of ViT-S/16, experts in every second block, E = 8, K = 1, exact GELU in both models, "
+    "untrained weights. Untrained routers balance tokens worse than trained ones; the compute is equal only if "
+    "nothing is dropped. Training is forward and backward. Speed is images per second over the dense model's: above 1 "
+    "the sparse model is faster. One image has four times the number of rounds below.",
     "train_step": "Forward, routing losses, backward, clipping, fused AdamW; bfloat16 is autocast on float32 weights. "
-    "The V-MoE has a capacity of 1.05 and batch priority, LIMoE is `limoe_tiny_patch12_48` with capacity 1.25, and "
-    "four times the rounds below.",
-    "train_throughput": "`configs/limoe_tiny_emoji.yaml` with this checkout and with an earlier one (DIR), in fresh "
-    "processes in turn, each round with its own seed. Times are the medians of the steps after the first five of each "
-    "run, reading the data included. Top-1 is the evaluation after the last step.",
+    "The V-MoE has a capacity of 1.05 and batch priority. The LIMoE is `limoe_tiny_patch12_48` with capacity 1.25 and "
+    "four times the number of rounds below.",
+    "train_throughput": "`configs/limoe_tiny_emoji.yaml` with this checkout and with an earlier one (DIR), "
+    "alternating in new processes, each round with its own seed. Times are medians of the steps after the first five "
+    "of each run, including reading the data. Top-1 is the evaluation after the last step.",
 }
 
 
@@ -122,7 +122,7 @@ def _bars_table(sections: list[Section]) -> str:
         median, low, high = bar.found["median"], bar.found["min"], bar.found["max"]
         verdict = "met" if bar.met else f"missed by {abs(median - bar.limit):.3f}"
         lines.append((bar.what, bar.goal, f"{median:.3f} ({low:.3f}-{high:.3f})", verdict, f"`{bar.command}`"))
-    head = ("what, as a ratio", "goal", "median (lowest-highest)", "", "command")
+    head = ("ratio", "goal", "median (lowest-highest)", "", "command")
     return "### Goals\n\n" + _table(head, lines, numbers=(2,))
 
 
@@ -138,7 +138,7 @@ def _section(section: Section) -> Iterator[str]:
     )
     ceilings = [row for row in section["rows"] if row["comparison"] == "ceiling"]
     machine = [
-        f"in {row['dtype']} a large product {_spread(row['gemm_gflops'], '.0f')} GFLOP/s, a large copy "
+        f"in {row['dtype']} a large matrix multiplication {_spread(row['gemm_gflops'], '.0f')} GFLOP/s, a large copy "
         f"{_spread(row['copy_gbps'], '.1f')} GB/s"
         for row in ceilings
     ]
@@ -182,7 +182,7 @@ def _columns(benchmark: str, comparison: str) -> dict[str, Callable[[Row], str]]
         columns[title] = lambda row, other=other: _ratio(row, other)
     columns |= {
         "top-1": lambda row: _spread(row["top1"], ".4f") if "top1" in row else "",
-        "share of large product": lambda row: f"{row['share_of_gemm']['median']:.0%}" if "share_of_gemm" in row else "",
+        "share of large matmul": lambda row: f"{row['share_of_gemm']['median']:.0%}" if "share_of_gemm" in row else "",
         "activations / dense": lambda row: f"{row['activations_ratio']:.2f}" if "activations_ratio" in row else "",
         "weights, MiB": lambda row: f"{row['weights_mib']:g}" if "weights_mib" in row else "",
         "reading them, ms": lambda row: f"{row['weights_ms']:.3g}" if "weights_ms" in row else "",
