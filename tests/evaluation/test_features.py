@@ -1,7 +1,14 @@
+import json
+import pickle
+from dataclasses import replace
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import vmoe
@@ -20,9 +27,9 @@ LOADER = LoaderConfig(batch_size=4, num_workers=0)
 class RandomImages(ImageDataset):
     """Random images of two classes, of which one may be unreadable."""
 
-    def __init__(self, count=10, seed=0, bad=None):
+    def __init__(self, count=10, seed=0, bad=None, shift=0):
         self.classes = ["cat", "dog"]
-        self.bad = bad
+        self.bad, self.shift, self.read = bad, shift, 0
         generator = np.random.default_rng(seed)
         self.pixels = generator.integers(0, 255, (count, 40, 40, 3), dtype=np.uint8)
 
@@ -30,9 +37,10 @@ class RandomImages(ImageDataset):
         return len(self.pixels)
 
     def __getitem__(self, index):
+        self.read += 1
         if index == self.bad:
             raise BadSample(f"{index}.png", "torn")
-        return Sample(Image.fromarray(self.pixels[index]), index % 2, None, f"{index}.png")
+        return Sample(Image.fromarray(self.pixels[index]), (index + self.shift) % 2, None, f"{index}.png")
 
 
 def save(folder, name, seed=0, **kwargs):
@@ -110,21 +118,126 @@ def test_data_without_classes_or_images(classifier):
         extract_features(classifier, RandomImages(count=0), LOADER)
 
 
-def test_features_that_are_not_finite(classifier):
+def test_features_that_are_not_finite(classifier, tmp_path):
     loaded = classifier._replace(model=load_model(classifier.checkpoint, "cpu").model)
     with torch.no_grad():
         loaded.model.patch_embed.proj.bias[0] = torch.nan
     with pytest.raises(ValueError, match=r"those of 10 of 10 images hold NaN or infinity; precision is 'float32'"):
-        extract_features(loaded, RandomImages(), LOADER)
+        extract_features(loaded, RandomImages(), LOADER, cache=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
-def test_skipped_images_are_named(classifier):
-    loader = LoaderConfig(batch_size=4, num_workers=0, on_bad="skip")
-    features = extract_features(classifier, RandomImages(bad=3), loader)
-    assert features.skipped_paths == ["3.png"]
-    assert features.index_N.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+# --- the cache ---
+
+
+def test_a_second_time_nothing_is_computed(classifier, tmp_path):
+    dataset, skip = RandomImages(bad=3), LoaderConfig(batch_size=4, num_workers=0, on_bad="skip")
+    first = extract_features(classifier, dataset, skip, cache=tmp_path)
+    assert first.skipped_paths == ["3.png"]
+    assert first.index_N.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    [file] = tmp_path.iterdir()  # nothing half-written stays behind
+    read = dataset.read
+    again = extract_features(classifier, dataset, replace(skip, batch_size=3), cache=tmp_path)
+    assert dataset.read == read
+    assert all(torch.equal(*pair) for pair in zip(again[:3], first[:3]))
+    assert again.skipped_paths == first.skipped_paths
+    with safe_open(file, "pt") as stream:
+        key = json.loads(stream.metadata()["key"])
+    assert (key["data"], key["precision"]) == (dataset.fingerprint(), "float32")
+    assert key["model"]["name"] == "vmoe_tiny_patch8_48"
+    assert key["versions"]["torch"] == torch.__version__
     with pytest.raises(BadSample, match="torn"):
-        extract_features(classifier, RandomImages(bad=3), LOADER)
+        extract_features(classifier, RandomImages(bad=3), LOADER, cache=tmp_path)
+
+
+def other_weights(loaded, folder):
+    return load_model(str(make_classifier(folder / "other", seed=1)), "cpu")
+
+
+def other_size(loaded, folder):
+    return load_model(str(make_classifier(folder / "other", img_size=64)), "cpu")
+
+
+def other_transform(loaded, folder):
+    transform = load_model(loaded.checkpoint, "cpu").transform
+    transform.mean = transform.mean + 0.1
+    return loaded._replace(transform=transform)
+
+
+def other_precision(loaded, folder):
+    return loaded._replace(precision="bf16")
+
+
+def other_experts(loaded, folder):
+    return load_model(loaded.checkpoint, "cpu", experts="int8")
+
+
+def other_routing(loaded, folder):
+    model = load_model(loaded.checkpoint, "cpu").model
+    model.blocks[1].mlp.eval_capacity_factor = 0.1
+    return loaded._replace(model=model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(other_weights, other_size, other_transform, other_precision, other_experts, other_routing),
+        *({"seed": 1}, {"shift": 1}, {"on_bad": "skip"}),
+    ],
+)
+def test_something_else_is_not_taken_from_the_cache(classifier, tmp_path, change):
+    cache = tmp_path / "cache"
+    extract_features(classifier, RandomImages(), LOADER, cache=cache)
+    loaded = change(classifier, tmp_path) if callable(change) else classifier
+    changes = {} if callable(change) else dict(change)
+    loader = replace(LOADER, on_bad=changes.pop("on_bad", None))
+    kept = extract_features(loaded, RandomImages(**changes), loader, cache=cache)
+    assert len(list(cache.iterdir())) == 2
+    new = extract_features(loaded, RandomImages(**changes), loader)
+    assert kept.features_ND.equal(new.features_ND)
+    assert kept.labels_N.equal(new.labels_N)
+
+
+def test_with_a_capacity_the_batch_size_is_part_of_the_key(tmp_path):
+    loaded = load_model(str(make_classifier(tmp_path / "limited", eval_capacity_factor=0.2)), "cpu")
+    for size in (2, 5):
+        loader = LoaderConfig(batch_size=size, num_workers=0)
+        kept = extract_features(loaded, RandomImages(), loader, cache=tmp_path / "cache")
+        assert kept.features_ND.equal(extract_features(loaded, RandomImages(), loader).features_ND)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda file: file.write_bytes(file.read_bytes()[:-100]),
+        lambda file: file.write_bytes(file.read_bytes()[:20]),
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1])),
+        lambda file: save_file({"features_ND": torch.ones(2)}, file),
+        lambda file: file.write_bytes(pickle.dumps(ConfigError)),
+    ],
+    ids=["truncated", "header", "empty", "bit", "another", "pickle"],
+)
+def test_a_damaged_file_is_made_again(harm, classifier, tmp_path, caplog):
+    expected = extract_features(classifier, RandomImages(), LOADER, cache=tmp_path)
+    [file] = tmp_path.iterdir()
+    harm(file)
+    for warned in (True, False):
+        caplog.clear()
+        again = extract_features(classifier, RandomImages(), LOADER, cache=tmp_path)
+        assert again.features_ND.equal(expected.features_ND)
+        assert (f"{file} cannot be used" in caplog.text) is warned
+
+
+def test_a_cache_that_cannot_be_written_to(classifier, tmp_path, monkeypatch, caplog):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(ConfigError, match=r"features.cache .*taken cannot be written to: give another folder, or null"):
+        extract_features(classifier, RandomImages(), LOADER, cache=tmp_path / "taken")
+    full = Mock(side_effect=OSError("No space left on device"))
+    monkeypatch.setattr("vmoe.evaluation.cache.save_file", full)
+    assert len(extract_features(classifier, RandomImages(), LOADER, cache=tmp_path).labels_N) == 10
+    assert "No space left on device): the features will be computed again" in caplog.text
 
 
 # --- the tasks, from settings to metrics ---
@@ -148,7 +261,7 @@ def sources(tmp_path_factory):
 
 
 def evaluate(task, loaded, sources, tmp_path, **features):
-    defaults = {"shots": [1, 3], "k": [1, 5], "l2_range": (1.0, 100.0)}
+    defaults = {"cache": None, "shots": [1, 3], "k": [1, 5], "l2_range": (1.0, 100.0)}
     features = FeatureConfig(**{**defaults, **features})
     train, test = sources
     output = str(tmp_path / "out.json")
@@ -180,6 +293,15 @@ def test_a_fixed_penalty_is_taken(classifier, sources, tmp_path):
     assert results["1shot_l2"] == results["3shot_l2"] == 3
 
 
+def test_the_folder_of_the_cache(classifier, sources, tmp_path, monkeypatch):
+    monkeypatch.setenv("VMOE_CACHE", str(tmp_path / "cache"))
+    evaluate("knn", classifier, sources, tmp_path, cache=None)
+    assert not (tmp_path / "cache").exists()
+    for setting, folder in (("auto", tmp_path / "cache" / "features"), (str(tmp_path / "here"), tmp_path / "here")):
+        evaluate("knn", classifier, sources, tmp_path, cache=setting)
+        assert len(list(folder.iterdir())) == 2
+
+
 def test_more_neighbours_than_images(classifier, sources, tmp_path):
     with pytest.raises(ConfigError, match=r"features.k must be at most 24, the training images, got 25"):
         evaluate("knn", classifier, sources, tmp_path, k=[5, 25])
@@ -206,7 +328,7 @@ def test_a_class_without_a_training_example(classifier, sources, tmp_path):
         sources[1],
         train,
         LoaderConfig(batch_size=4, num_workers=0, on_bad="skip"),
-        features=FeatureConfig(k=[1]),
+        features=FeatureConfig(k=[1], cache=None),
     )
     with pytest.raises(
         ValueError, match=r"1 of the classes that are tested have no training example, among them 'dog'"

@@ -42,7 +42,8 @@ def evaluate(folder, world, sizes):
         "classification": data,
         "zero_shot": data,
         "retrieval": ["--data.type", "pairs", "--data.path", folder + "/pairs.csv"],
-        **dict.fromkeys(["few_shot", "linear_probe", "knn"], fit),
+        "few_shot": [*fit, "--features.cache", f"{folder}/cache_{world}"],
+        **dict.fromkeys(["linear_probe", "knn"], [*fit, "--features.cache", "null"]),
         "capacity": [*data, "--capacity.images_per_group", "6", "--capacity.factors", "[0.2, null]"],
     }
     common = ["--loader.num_workers", "0", "--device", "cpu", "--loader.on_bad", "skip"]

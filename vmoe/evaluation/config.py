@@ -26,6 +26,8 @@ class FeatureConfig:
     """Tasks on frozen features: "few_shot", "linear_probe", "knn".
 
     Attributes:
+        cache: Folder that caches features, under a key of model and data; "auto": `features` in $VMOE_CACHE or
+            ~/.cache/vmoe; null: no cache.
         shots: few_shot only: examples per class. A class with fewer gives all that it has.
         seeds: few_shot only: the examples are drawn once with each of these seeds, and the mean is reported.
         l2: few_shot and linear_probe: the penalty, fixed; null: it is chosen, see docs/evaluation.md.
@@ -36,6 +38,7 @@ class FeatureConfig:
         temperature: knn only: a neighbour votes with the weight exp(cosine / temperature).
     """
 
+    cache: str | None = "auto"
     shots: list[int] = field(default_factory=lambda: [1, 5, 10, 25])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     l2: float | None = None

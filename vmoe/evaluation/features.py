@@ -8,21 +8,25 @@ Shapes, by suffix: N images, B batch, D features.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
 from torch import Tensor, nn
 
 from vmoe.data import ImageDataset, LoaderConfig, build_dataset, eval_loader
+from vmoe.data.sources.emoji import cache_folder
 from vmoe.distributed.process_group import gather_lists
+from vmoe.evaluation.cache import cache_file, feature_key, read_cache, write_cache
 from vmoe.evaluation.classification import num_skipped
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.loaded_model import LoadedModel
-from vmoe.evaluation.results_file import Outcome, Progress
+from vmoe.evaluation.results_file import Outcome, Progress, make_writable
 from vmoe.evaluation.synchronized import Rows
 from vmoe.models.factory import is_contrastive
 from vmoe.utils.config import ConfigError
+from vmoe.utils.world import world
 
 
 class Features(NamedTuple):
@@ -39,19 +43,32 @@ def extract_features(
     dataset: ImageDataset,
     loader_config: LoaderConfig,
     *,
+    cache: Path | None = None,
     console: Console | None = None,
     description: str = "features",
 ) -> Features:
     """Features of all images of a data set; all processes of `torchrun` share the work and get the same rows.
 
-    They do not depend on the batch size, unless experts have a capacity in evaluation.
+    They do not depend on the batch size, unless experts have a capacity in evaluation. `cache` is the folder where the
+    first process looks for a file of the same key, or writes it; None: no cache.
 
     Raises:
         ValueError: the data set has no classes or gave no image, or the features are no vectors or not finite.
+        ConfigError: the cache folder cannot be written to.
         BadSample: an unreadable image, unless `loader_config.on_bad` is "skip".
     """
     if dataset.classes is None:
         raise ValueError("features are taken of images with labels, and this data set has no classes")
+    file, cached = None, []
+    if cache is not None and world()[0] == 0:
+        if not make_writable(cache):
+            raise ConfigError(f"features.cache {cache} cannot be written to: give another folder, or null for no cache")
+        key = feature_key(loaded, dataset, loader_config)
+        file = cache_file(cache, key)
+        cached = [read_cache(file, key)]
+    [stored] = gather_lists(cached) or [None]
+    if stored is not None:
+        return Features(**stored)
     loader = eval_loader(dataset, loaded.transform, None, loader_config)
     rows = Rows()
     with evaluating(loaded.model, loaded.device, loaded.precision):
@@ -65,7 +82,10 @@ def extract_features(
             f"features must be finite, and those of {unusable} of {len(index_N)} images hold NaN or infinity; "
             f"precision is {loaded.precision!r}, and float32 has the widest range"
         )
-    return Features(**columns, index_N=index_N, skipped_paths=sorted(gather_lists(list(loader.skipped_paths))))
+    tensors, skipped_paths = {**columns, "index_N": index_N}, sorted(gather_lists(list(loader.skipped_paths)))
+    if file is not None:
+        write_cache(file, key, tensors, skipped_paths)
+    return Features(**tensors, skipped_paths=skipped_paths)
 
 
 def image_features(model: nn.Module, images_B3HW: Tensor) -> Tensor:
@@ -106,8 +126,11 @@ def fit_and_test_features(
         raise ConfigError(
             f"train_data has {len(trained)} classes and data {len(tested)}, and they must be the same: {named}"
         )
+    folder = config.features.cache
+    cache = cache_folder() / "features" if folder == "auto" else Path(folder) if folder else None
+    options = {"cache": cache, "console": console}
     train, test = (
-        extract_features(loaded, dataset, config.loader, console=console, description=f"{part} features")
+        extract_features(loaded, dataset, config.loader, description=f"{part} features", **options)
         for part, dataset in (("train", train_dataset), ("test", test_dataset))
     )
     absent = sorted(set(test.labels_N.tolist()) - set(train.labels_N.tolist()))
