@@ -173,7 +173,7 @@ def test_layers_are_as_before_also_after_an_error(model):
 
     before = state()
     config = CapacityConfig(factors=[0.5, None], num_selected_experts=[1])
-    sweep(model, config)
+    sweep(model, config, timing_rounds=1)
     assert state() == before
 
     calls = []
@@ -236,6 +236,7 @@ def test_experts_of_text_alone_are_not_swept():
         ({"factors": []}, r"factors must be .*, got \[\]"),
         ({"num_selected_experts": [0]}, "num_selected_experts must be >= 1"),
         ({"images_per_group": 0}, "images_per_group must be >= 1"),
+        ({"timing_rounds": -1}, "timing_rounds must be >= 0"),
     ],
 )
 def test_wrong_settings(wrong, message):
@@ -257,7 +258,7 @@ def test_verdict(gain, error, words):
 
 
 def test_table_and_figure_show_the_points(model, tmp_path):
-    result = sweep(model)
+    result = sweep(model, timing_rounds=3)
     points = json.loads(json.dumps(sweep_details(result)))["points"]  # plain JSON
     assert [point["top1"] for point in points] == [point.top1 for point in result.points]
     text = io.StringIO()
@@ -267,9 +268,19 @@ def test_table_and_figure_show_the_points(model, tmp_path):
     assert "…" not in text.getvalue()
     for row, point in zip(rows, result.points):
         assert f"{point.top1:.3f} ± {point.top1_error:.3f}" in row
-    draw_sweep([points, points], tmp_path / "out.png")
-    with Image.open(tmp_path / "out.png") as figure:
-        assert len(figure.convert("RGB").getcolors(1 << 24)) > 3
+        median, lower, upper = point.images_per_second
+        assert 0 < lower <= median <= upper
+        assert f"{median:.0f} ({lower:.0f}-{upper:.0f})" in row
+    assert points[0]["images_per_second"] == result.points[0].images_per_second._asdict()
+    untimed = sweep_details(sweep(model))["points"]
+    assert all(point["images_per_second"] is None for point in untimed)
+    widths = []
+    for name, drawn in (("timed", points), ("untimed", untimed)):
+        draw_sweep([drawn, drawn], tmp_path / f"{name}.png")
+        with Image.open(tmp_path / f"{name}.png") as figure:
+            assert len(figure.convert("RGB").getcolors(1 << 24)) > 3
+            widths.append(figure.width)
+    assert widths[0] > widths[1]  # no speed, no panel for it
     other = sweep_details(sweep(model, CapacityConfig(factors=[0.2, 0.5, 1.0, None], num_selected_experts=[1])))
     with pytest.raises(ConfigError, match="evaluate them one by one"):
         draw_sweep([points, other["points"]], tmp_path / "mixed.png")
@@ -305,7 +316,7 @@ def test_no_limit_equals_the_task_itself(folder, tmp_path, checkpoint, task):
     }
     config = parse(arguments, tmp_path, task)
     plain = run(config, Console(quiet=True))["results"]
-    config = parse({**arguments, "capacity": {"factors": [None]}}, tmp_path, "capacity")
+    config = parse({**arguments, "capacity": {"factors": [None], "timing_rounds": 0}}, tmp_path, "capacity")
     swept = run(config, Console(quiet=True))
     assert swept["results"]["top1_no_limit"] == plain["top1"]
     assert "top5" not in plain  # of three classes

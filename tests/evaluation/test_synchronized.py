@@ -44,7 +44,8 @@ def evaluate(folder, world, sizes):
         "retrieval": ["--data.type", "pairs", "--data.path", folder + "/pairs.csv"],
         "few_shot": [*fit, "--features.cache", f"{folder}/cache_{world}"],
         **dict.fromkeys(["linear_probe", "knn"], [*fit, "--features.cache", "null"]),
-        "capacity": [*data, "--capacity.images_per_group", "6", "--capacity.factors", "[0.2, null]"],
+        "capacity": [*data, "--capacity.images_per_group", "6", "--capacity.factors", "[0.2, null]",
+                     "--capacity.timing_rounds", "0"],
     }
     common = ["--loader.num_workers", "0", "--device", "cpu", "--loader.on_bad", "skip"]
     for size in sizes:

@@ -1,4 +1,4 @@
-"""One sparse model at several expert capacities: accuracy and cost.
+"""One sparse model at several expert capacities: accuracy, cost and speed.
 
 After V-MoE (arXiv 2106.05974, section 4). Batch-prioritized routing (BPR) keeps the tokens with the largest gates,
 vanilla routing those that come first. Which tokens are dropped depends on who is routed together, so the routing group
@@ -9,6 +9,8 @@ Shapes, by suffix: B images of a group, N samples, S settings, C classes, D widt
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -27,6 +29,7 @@ from vmoe.models.flops import forward_flops
 from vmoe.moe import SparseMoE
 from vmoe.moe.record import LayerRouting, record_routing
 from vmoe.utils.config import ConfigError
+from vmoe.utils.world import world
 
 Score = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> scores of the classes (B, C)
 
@@ -46,6 +49,14 @@ class Setting(NamedTuple):
         return {True: "bpr", False: "vanilla", None: "both"}[self.batch_priority]
 
 
+class Speed(NamedTuple):
+    """Images per second over the rounds of timing."""
+
+    median: float
+    lower_quartile: float
+    upper_quartile: float
+
+
 class Point(NamedTuple):
     """The results of one setting."""
 
@@ -55,6 +66,7 @@ class Point(NamedTuple):
     top5: float | None  # None with five classes or fewer
     share_dropped: float  # of the choices of an expert, over all layers; for expert choice, tokens that no expert took
     gflops_per_image: float  # 10^9 operations of the forward pass, counting the rows that the experts kept
+    images_per_second: Speed | None  # None: not timed
 
 
 class Gain(NamedTuple):
@@ -159,20 +171,22 @@ def sweep_capacity(
     precision: str = "float32",
     class_columns: Sequence[Sequence[int]] | None = None,
     label_sets: Sequence[Sequence[int]] | None = None,
+    timing_rounds: int = 0,
 ) -> Sweep:
     """Every setting on every batch, each a routing group; the layers are as they were afterwards, also after an error.
 
     `loader` gives "image", "label" and "index"; where torch.distributed runs, each process gives batches of its own.
-    For the other arguments see `predict`.
+    Each setting is timed `timing_rounds` times on the first batch. For the other arguments see `predict`.
 
     Raises:
         ValueError: a label is out of range, or there are no samples.
     """
     counts_S3 = {name: torch.zeros(len(settings), 3, dtype=torch.long) for name in layers}  # see `_count`
-    rows, num_classes, flops = Rows(), 0, None
+    rows, num_classes, flops, first, speeds = Rows(), 0, None, None, [None] * len(settings)
     with evaluating(model, device, precision):
         for batch in loader:
             images, rank_S = batch["image"].to(device), []
+            first = images if first is None else first
             flops = flops or _flops(score, layers, images[:1])
             for number, setting in enumerate(settings):
                 with limited(layers.values(), setting), record_routing(model) as record:
@@ -183,19 +197,21 @@ def sweep_capacity(
                 right_BC = right_classes(batch["label"].to(device), batch["index"], num_classes, label_sets)
                 rank_S.append(ranks(scores_BC, right_BC).cpu())
             rows.add(batch["index"], rank_NS=torch.stack(rank_S, dim=1))
+        if timing_rounds and first is not None and world()[0] == 0:  # the others wait below
+            speeds = _time(score, layers, settings, first, timing_rounds)
     index_N, columns = rows.gather()
     skipped = num_skipped(loader, len(index_N))
     # Processes without a batch know nothing of these; the first has one.
-    (fixed_flops, row_flops), num_classes = gather_lists([(flops, num_classes)])[0]
+    (fixed_flops, row_flops), num_classes, speeds = gather_lists([(flops, num_classes, speeds)])[0]
     counts_S3 = {name: sum(gather_lists([count_S3])) for name, count_S3 in counts_S3.items()}
     points = []
-    for number, (setting, rank_N) in enumerate(zip(settings, columns["rank_NS"].T)):
+    for number, (setting, rank_N, speed) in enumerate(zip(settings, columns["rank_NS"].T, speeds)):
         counts = {name: count_S3[number].tolist() for name, count_S3 in counts_S3.items()}
         asked, dropped, _ = map(sum, zip(*counts.values()))
         flops = fixed_flops + sum(count[2] * row_flops[name] for name, count in counts.items()) / len(rank_N)
         shares = top_shares(rank_N, num_classes)
         error = (shares["top1"] * (1 - shares["top1"]) / len(rank_N)) ** 0.5
-        points.append(Point(setting, shares["top1"], error, shares.get("top5"), dropped / asked, flops / 1e9))
+        points.append(Point(setting, shares["top1"], error, shares.get("top5"), dropped / asked, flops / 1e9, speed))
     return Sweep(points, _gains(settings, columns["rank_NS"] == 0), len(index_N), skipped)
 
 
@@ -232,6 +248,22 @@ def _flops(score: Score, layers: Mapping[str, SparseMoE], image_1CHW: Tensor) ->
             row_flops[name] = forward_flops(partial(layer.experts, x_1D, count_E))
             stack.enter_context(changed([layer], experts=_NoExperts(layer.out_features)))
         return forward_flops(partial(score, image_1CHW)), row_flops
+
+
+def _time(
+    score: Score, layers: Mapping[str, SparseMoE], settings: Sequence[Setting], images: Tensor, rounds: int
+) -> list[Speed]:
+    """The speed of each setting; rounds of all in new orders, so that other load on the machine affects them alike."""
+    seconds_RS = torch.zeros(rounds + 1, len(settings), dtype=torch.float64)
+    orders = random.Random(0)
+    for seconds_S in seconds_RS:  # the first round warms up
+        for number in orders.sample(range(len(settings)), len(settings)):
+            with limited(layers.values(), settings[number]):
+                start = time.perf_counter()
+                score(images).cpu()  # waits for the device
+                seconds_S[number] = time.perf_counter() - start
+    quantiles = torch.tensor([0.5, 0.25, 0.75], dtype=torch.float64)
+    return [Speed(*speeds) for speeds in (len(images) / seconds_RS[1:]).quantile(quantiles, dim=0).T.tolist()]
 
 
 def _gains(settings: Sequence[Setting], hit_NS: Tensor) -> list[Gain]:

@@ -39,17 +39,18 @@ def sweep_details(sweep: Sweep) -> dict[str, Any]:
     points = [{"curve": point.setting.curve, **point.setting._asdict(), **point._asdict()} for point in sweep.points]
     for point in points:
         del point["setting"]
+        point["images_per_second"] = point["images_per_second"] and point["images_per_second"]._asdict()
     return {"points": points, "bpr_gain": [gain._asdict() for gain in sweep.gains]}
 
 
 def print_sweep(sweep: Sweep, checkpoint: str, console: Console) -> None:
-    """Prints a row per setting, with standard errors, and what BPR gained."""
+    """Prints a row per setting, with standard errors and the quartiles of the speed, and what BPR gained."""
     several = len({point.setting.num_selected_experts for point in sweep.points}) > 1
-    console.print(f"accuracy and cost of {checkpoint}", highlight=False, markup=False, soft_wrap=True)
-    header = [*(["K"] if several else []), "factor", "order", "top-1", "dropped", "GFLOPs"]
-    table = MetricTable("", header, keys=len(header) - 3, left=["order"])
+    console.print(f"accuracy, cost and speed of {checkpoint}", highlight=False, markup=False, soft_wrap=True)
+    header = [*(["K"] if several else []), "factor", "order", "top-1", "dropped", "GFLOPs", "images/s"]
+    table = MetricTable("", header, keys=len(header) - 4, left=["order"])
     for point in sweep.points:
-        setting = point.setting
+        setting, speed = point.setting, point.images_per_second
         table.add_row(
             *([str(setting.num_selected_experts)] if several else []),
             "none" if setting.factor is None else f"{setting.factor:g}",
@@ -57,6 +58,7 @@ def print_sweep(sweep: Sweep, checkpoint: str, console: Console) -> None:
             f"{point.top1:.3f} ± {point.top1_error:.3f}",
             f"{point.share_dropped:.1%}",
             f"{point.gflops_per_image:.4g}",
+            "" if speed is None else f"{speed.median:.0f} ({speed.lower_quartile:.0f}-{speed.upper_quartile:.0f})",
         )
     console.print(table)
     for gain in sweep.gains:
@@ -73,10 +75,11 @@ def verdict(num_selected_experts: int, gain: float, error: float) -> str:
 
 
 def draw_sweep(sweeps: list[list[dict[str, Any]]], file: Path) -> None:
-    """Accuracy against capacity and cost, as in the V-MoE paper's figures on batch-prioritized routing.
+    """Accuracy against capacity, cost and speed, as in the V-MoE paper's figures on batch-prioritized routing.
 
     `sweeps` are the points of each checkpoint, as in `sweep_details`. Error bars are standard errors: binomial for one
-    checkpoint, between the checkpoints for several. Without a limit both orders give the same, a dotted line or a star.
+    checkpoint, between the checkpoints for several. The speed, if all settings were timed, has its quartiles. Without a
+    limit both orders give the same, a dotted line or a star.
 
     Raises:
         ConfigError: the checkpoints were swept with different settings, because their models differ.
@@ -93,11 +96,13 @@ def draw_sweep(sweeps: list[list[dict[str, Any]]], file: Path) -> None:
         )
     points = [_mean_point(same) for same in zip(*sweeps)]
     choices = list(dict.fromkeys(point["num_selected_experts"] for point in points))
+    labels = {"factor": "capacity factor", "gflops_per_image": "GFLOPs per image"}
+    if all(point["images_per_second"] for point in points):
+        labels["images_per_second"] = "images per second"
     with rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(9.2, 3.9), layout="constrained")
+        figure = Figure(figsize=(4.6 * len(labels), 3.9), layout="constrained")
         FigureCanvasAgg(figure)
-        labels = {"factor": "capacity factor", "gflops_per_image": "GFLOPs per image"}
-        for axes, (name, label) in zip(figure.subplots(1, 2, sharey=True), labels.items()):
+        for axes, (name, label) in zip(figure.subplots(1, len(labels), sharey=True), labels.items()):
             for number, K in enumerate(choices):
                 own = [point for point in points if point["num_selected_experts"] == K]
                 _draw_curves(axes, own, name, f", K = {K}" if len(choices) > 1 else "", number)
@@ -109,11 +114,17 @@ def draw_sweep(sweeps: list[list[dict[str, Any]]], file: Path) -> None:
 
 
 def _mean_point(same: tuple[dict[str, Any], ...]) -> dict[str, Any]:
-    """One setting over the checkpoints."""
+    """One setting over the checkpoints; the speed as a number, with the distances of its quartiles."""
     top1 = [point["top1"] for point in same]
     error = statistics.stdev(top1) / len(top1) ** 0.5 if len(top1) > 1 else same[0]["top1_error"]
     flops = statistics.fmean(point["gflops_per_image"] for point in same)
-    return {**same[0], "top1": statistics.fmean(top1), "top1_error": error, "gflops_per_image": flops}
+    mean = {**same[0], "top1": statistics.fmean(top1), "top1_error": error, "gflops_per_image": flops}
+    speeds = [point["images_per_second"] for point in same]
+    if not all(speeds):
+        return {**mean, "images_per_second": None}
+    parts = ("median", "lower_quartile", "upper_quartile")
+    median, lower, upper = (statistics.fmean(speed[part] for speed in speeds) for part in parts)
+    return {**mean, "images_per_second": median, "speed_error": (median - lower, upper - median)}
 
 
 def _draw_curves(axes, points: list[dict[str, Any]], name: str, suffix: str, number: int) -> None:
@@ -134,6 +145,7 @@ def _draw_curves(axes, points: list[dict[str, Any]], name: str, suffix: str, num
                 [point[name] for point in own],
                 [point["top1"] for point in own],
                 yerr=[point["top1_error"] for point in own],
+                xerr=list(zip(*(point["speed_error"] for point in own))) if name == "images_per_second" else None,
                 markersize=5,
                 linewidth=1.6,
                 elinewidth=0.8,

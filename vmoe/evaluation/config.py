@@ -73,11 +73,13 @@ class CapacityConfig:
         images_per_group: Images that are routed together and share the capacity, consecutive in the data; they are
             also the batch (loader.batch_size is not used). Fewer make the limit coarser, since an expert's capacity is
             rounded up, and leave BPR less to choose from; expert_choice keeps the model's own groups.
+        timing_rounds: How often each setting is timed, in turn with the others; 0: not at all.
     """
 
     factors: list[float | None] = field(default_factory=lambda: [*(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.5, 2), None])
     num_selected_experts: list[int] | None = None
     images_per_group: int = 64
+    timing_rounds: int = 20
 
     def __post_init__(self) -> None:
         check_types(self, "capacity.")
@@ -86,6 +88,7 @@ class CapacityConfig:
         if self.num_selected_experts is not None:
             check_numbers("capacity.num_selected_experts", self.num_selected_experts, 1)
         check_numbers("capacity.images_per_group", self.images_per_group, 1)
+        check_numbers("capacity.timing_rounds", self.timing_rounds, 0)
 
 
 @dataclass
@@ -97,8 +100,8 @@ class EvaluationConfig:
             A list, such as the runs of several seeds, gives the mean and the standard deviation of each metric.
         task: "classification": top-1 and top-5 of a classifier. "zero_shot": the same of an image-text model, by its
             similarity to class names. "retrieval": recall@1/5/10 of an image-text model, images to captions and back.
-            "few_shot", "linear_probe" and "knn": classifiers on frozen features. "capacity": accuracy and cost of a
-            sparse model at several expert capacities.
+            "few_shot", "linear_probe" and "knn": classifiers on frozen features. "capacity": accuracy, cost and speed
+            of a sparse model at several expert capacities.
         data: The data to evaluate on.
         train_data: few_shot, linear_probe and knn: the data that the classifier on the features learns from.
         loader: Batches and worker processes. The result does not depend on them. on_bad "skip" skips and counts

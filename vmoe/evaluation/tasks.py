@@ -131,6 +131,7 @@ def capacity(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDatase
         precision=loaded.precision,
         class_columns=None if loaded.tokenizer else dataset.class_columns,
         label_sets=dataset.label_sets,
+        timing_rounds=config.capacity.timing_rounds,
     )
     print_sweep(sweep, loaded.checkpoint, console)
     details = {**sweep_details(sweep), "skipped": gather_lists(list(loader.skipped_paths))}
