@@ -9,7 +9,7 @@ from PIL import Image
 from vmoe.inspection import style
 from vmoe.inspection.information import contributions, most_telling_names
 from vmoe.inspection.maps import _image_name, draw_maps, maps_to_draw
-from vmoe.inspection.plots import patch_figure, split_figure, write_figures
+from vmoe.inspection.plots import load_figure, patch_figure, split_figure, write_figures
 from vmoe.inspection.results import TokenRouting
 
 
@@ -27,14 +27,24 @@ def test_figures_are_written_and_those_of_an_earlier_inspection_go(example_stati
     for name in ("patches_visual.blocks.3.mlp.png", "mine.png"):
         (tmp_path / name).touch()
     files = write_figures(example_statistics(num_experts=4, num_images=2), tmp_path)
-    names = {"split.png", "patches_blocks.1.mlp.png", "patches_blocks.3.mlp.png"}
+    names = {"load.png", "split.png", "patches_blocks.1.mlp.png", "patches_blocks.3.mlp.png"}
     assert {file.name for file in files} == names
     assert {file.name for file in tmp_path.iterdir()} == {*names, "mine.png"}
     assert all(min(Image.open(file).size) > 100 for file in files)
     statistics = example_statistics(num_layers=1, text=False)
     statistics.layers[0].typical_patches = [[]] * 8
-    assert write_figures(statistics, tmp_path) == []
-    assert [file.name for file in tmp_path.iterdir()] == ["mine.png"]
+    assert [file.name for file in write_figures(statistics, tmp_path)] == ["load.png"]
+    assert {file.name for file in tmp_path.iterdir()} == {"load.png", "mine.png"}
+
+
+def test_load_bars_are_shares_of_the_assignments(example_statistics):
+    statistics = example_statistics()
+    panels = [(layer, modality) for layer in statistics.layers for modality in ("image", "text")]
+    for ax, (layer, modality) in zip(load_figure(statistics).axes, panels, strict=True):
+        asked, kept = layer.asked[modality], layer.kept[modality]
+        for bars, number in zip(ax.containers, (kept, asked - kept), strict=True):
+            assert [bar.get_height() for bar in bars] == pytest.approx(number / asked.sum())
+        assert f"dropped {layer.share_dropped[modality]:.1%}" in ax.get_title(loc="right")
 
 
 def test_split_bars_are_shares_of_each_expert(example_statistics):

@@ -1,4 +1,4 @@
-"""Figures of routing statistics: what each expert works on, and its typical patches (matplotlib)."""
+"""Figures of routing statistics: the load of each expert, what it works on, and its typical patches (matplotlib)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def write_figures(statistics: RoutingStatistics, folder: str | Path) -> list[Path]:
-    """Writes split.png, if there are two modalities, and for each layer NAME that sees images patches_NAME.png.
+    """Writes load.png, split.png (of two modalities), and for each layer NAME that sees images patches_NAME.png.
 
     The folder is made. Figures of an earlier call that this one does not draw are deleted. Returns the files.
     """
-    folder, drawn = Path(folder), {}
+    folder, drawn = Path(folder), {"load": load_figure(statistics)}
     if len(statistics.modalities) > 1:
         drawn["split"] = split_figure(statistics)
     for layer in statistics.layers:
@@ -32,6 +32,27 @@ def write_figures(statistics: RoutingStatistics, folder: str | Path) -> list[Pat
     for file in {*folder.glob("split.png"), *folder.glob("patches_*.png")} - set(written):
         file.unlink()
     return written
+
+
+def load_figure(statistics: RoutingStatistics) -> Figure:
+    """For each layer and modality a bar per expert: its share of the assignments, and of what was dropped."""
+    rows = [(layer, modality) for layer in statistics.layers for modality in layer.tokens]
+    with style.look():
+        figure, axes = _panels(len(rows), 2 if len(statistics.modalities) == 2 else 3, 2.0)
+        for ax, (layer, modality) in zip(axes, rows, strict=True):
+            asked_E, kept_E = layer.asked[modality], layer.kept[modality]
+            total, experts = max(1, asked_E.sum()), np.arange(layer.num_experts)
+            ax.bar(experts, kept_E / total, color=style.MODALITY_COLOURS.get(modality, style.INK), width=0.8)
+            dropped_E = (asked_E - kept_E) / total
+            ax.bar(experts, dropped_E, bottom=kept_E / total, color=style.DROPPED, hatch="//////", width=0.8)
+            ax.axhline(1 / layer.num_experts, color=style.INK, linewidth=0.8, linestyle=(0, (4, 3)))
+            ax.set_title(f"{style.layer_title(layer.name)} · {modality}", loc="left")
+            note = f"dropped {layer.share_dropped[modality]:.1%} · entropy {layer.entropy[modality]:.2f}"
+            ax.set_title(note, loc="right", fontsize=7, color=style.PALE)
+            _expert_axis(ax, layer.num_experts)
+        title = "Load: share of a layer's assignments that each expert gets"
+        _heading(figure, title, "Dashed: even share. Hatched grey: dropped. Entropy of the gate in nats.")
+    return figure
 
 
 def split_figure(statistics: RoutingStatistics) -> Figure:
@@ -52,11 +73,9 @@ def split_figure(statistics: RoutingStatistics) -> Figure:
             overall = kept_ME[0].sum() / max(1, total_E.sum())
             ax.axhline(overall, color="white", linewidth=1.6)
             ax.axhline(overall, color=style.INK, linewidth=0.8, linestyle=(0, (4, 3)))
-            ax.set(xlim=(-0.6, len(experts) - 0.4), ylim=(0, 1), xticks=experts[:: math.ceil(len(experts) / 16)])
+            ax.set_ylim(0, 1)
             ax.set_title(style.layer_title(layer.name), loc="left")
-            ax.set_xlabel("expert", fontsize=7.5, color=style.PALE)
-            ax.yaxis.set_major_formatter("{x:.0%}")
-            ax.spines[["top", "right"]].set_visible(False)
+            _expert_axis(ax, layer.num_experts)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
         note = f"Share of its tokens by modality. Dashed: share of {statistics.modalities[0]} tokens over all experts."
@@ -106,6 +125,14 @@ def _panels(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]
     for ax in axes[count:]:
         ax.set_visible(False)
     return figure, axes[:count]
+
+
+def _expert_axis(ax: Axes, num_experts: int) -> None:
+    """Experts along x, percents along y."""
+    ax.set(xlim=(-0.6, num_experts - 0.4), xticks=range(0, num_experts, math.ceil(num_experts / 16)))
+    ax.set_xlabel("expert", fontsize=7.5, color=style.PALE)
+    ax.yaxis.set_major_formatter("{x:.0%}")
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 def _heading(figure: Figure, title: str, note: str) -> None:
