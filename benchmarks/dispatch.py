@@ -104,7 +104,7 @@ class Pieces:
         if comparison == "one-hot":
             return {
                 "dispatch and combine": lambda given: self.combine(given, dispatch(given.x_GND, given.plan)),
-                "one-hot products": lambda given: one_hot(given.x_GND, given, self.num_experts, self.capacity),
+                "one-hot matrices": lambda given: one_hot(given.x_GND, given, self.num_experts, self.capacity),
             }
         return {
             "router": lambda given: self.router.route(given.x_GND),

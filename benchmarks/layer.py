@@ -23,7 +23,7 @@ from benchmarks.session import SIZES, Session, make_parser
 # Further inputs, on which shares of dropped tokens are measured.
 SHARE_INPUTS = range(10_000, 10_002)
 PASSES = ("forward", "forward + backward")
-COMPARISONS = ("mlp", "picture", "swiglu", "st_moe", "soft", "dropless")
+COMPARISONS = ("mlp", "image", "swiglu", "st_moe", "soft", "dropless")
 
 
 @dataclass
@@ -60,7 +60,7 @@ def make_comparison(name: str, session: Session) -> Comparison:
     if name == "mlp":
         layer = ours(args.capacity, batch_priority=True)
         return compare(contenders.dense(D, F * K), layer, [], F * K, ceiling=True, setting=capacity)
-    if name == "picture":
+    if name == "image":
         shape = (1, min(args.tokens, args.length))
         return compare(contenders.dense(D, F * K), ours(None), [], F * K, shape=shape, passes=PASSES[:1])
     if name == "swiglu":
@@ -116,7 +116,7 @@ def run_comparison(comparison: Comparison, dtype: str, session: Session) -> None
         calls = {name: partial(_forward_backward if backward else _forward, layer) for name, layer in layers.items()}
         modules = [layer.module for layer in layers.values()]
         # One image takes next to no time, and peers do not need the precision of the goals.
-        rounds = {"mlp": args.rounds, "picture": 4 * args.rounds}.get(comparison.name, (args.rounds + 1) // 2)
+        rounds = {"mlp": args.rounds, "image": 4 * args.rounds}.get(comparison.name, (args.rounds + 1) // 2)
         seconds = session.alternate(calls, make_input, modules, rounds, warmup=2 if args.compile or ceiling else 1)
         rows = {name: _row(comparison, name, dtype, one_pass, shares[name], seconds, args) for name in layers}
         if backward:
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--comparisons",
         nargs="+",
         choices=COMPARISONS,
-        help="mlp: the dense MLP; picture: the same for the tokens of one image; swiglu: transformers' Mixtral block; "
+        help="mlp: the dense MLP; image: the same for the tokens of one image; swiglu: transformers' Mixtral block; "
         "st_moe: st_moe_pytorch; soft: soft_moe_pytorch; dropless: packages for CUDA. Default: all that the device has",
     )
     session = Session("layer", parser, argv)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 WARM_UP = 2
-# Side of the large product's matrices and bytes that the large copy reads, by kind of device.
+# Side of the large matrix multiplication's matrices and bytes that the large copy reads, by kind of device.
 PRODUCT_SIZE = {"cpu": 2048, "cuda": 8192}
 COPY_BYTES = {"cpu": 2**27, "cuda": 2**30}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

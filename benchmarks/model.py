@@ -84,7 +84,7 @@ def measure(session: Session, dtype: str, _rates: dict) -> None:
     cases: tuple[tuple[str, Callable, int, int], ...] = (
         ("inference", _infer, args.batch, args.rounds),
         ("training", _train, args.batch, args.rounds),
-        ("one picture", _infer, 1, args.rounds * 4),
+        ("one image", _infer, 1, args.rounds * 4),
     )
     for one_pass, call, batch, rounds in cases:
         for model in models.values():

@@ -42,10 +42,10 @@ NO_GPU = (
 )
 
 ABOUT = {
-    "layer": "The layer alone. `mlp`: the dense MLP; `picture`: the tokens of one image, nothing dropped; `swiglu`: "
+    "layer": "The layer alone. `mlp`: the dense MLP; `image`: the tokens of one image, nothing dropped; `swiglu`: "
     "gated experts without biases, nothing dropped, as in transformers' Mixtral block; `st_moe`: st_moe_pytorch with "
     "timm's MLPs as experts, its capacity set to keep the same share; `soft`: Soft MoE with about as many slots as "
-    "tokens; `dropless`: packages for CUDA. `mlp` has the number of rounds below, `picture` four times as many, the "
+    "tokens; `dropless`: packages for CUDA. `mlp` has the number of rounds below, `image` four times as many, the "
     "others half.",
     "dispatch": "The layer without its experts, step by step; batch priority (BPR) against token order, alternating; "
     "and GShard's one-hot matrix multiplications on few tokens.",

@@ -61,7 +61,7 @@ def rows(section: dict, **wanted) -> list[dict]:
 
 
 def test_layer(tmp_path):
-    words = [*SIZES, "--length", "16", "--dtype", "float32", "--comparisons", "mlp", "picture"]
+    words = [*SIZES, "--length", "16", "--dtype", "float32", "--comparisons", "mlp", "image"]
     section = section_of(layer, tmp_path, *words)
     for one_pass in BOTH:
         dense, ours = rows(section, comparison="mlp", **{"pass": one_pass})
@@ -72,7 +72,7 @@ def test_layer(tmp_path):
     (ours,) = rows(section, comparison="mlp", name="vmoe", **{"pass": "forward + backward"})
     assert ours["activations_mib"] > 0
     assert ours["activations_ratio"] > 0
-    assert [row["pass"] for row in rows(section, comparison="picture")] == ["forward"] * 2
+    assert [row["pass"] for row in rows(section, comparison="image")] == ["forward"] * 2
 
 
 @pytest.mark.slow  # these packages take seconds to import
@@ -169,12 +169,12 @@ def test_scaling_wants_one_axis_for_values(tmp_path, capsys):
 
 def test_model(tmp_path):
     section = section_of(model, tmp_path, "--batch", "2", "--image_size", "32", "--depth", "2")
-    for one_pass in ("inference", "training", "one picture"):
+    for one_pass in ("inference", "training", "one image"):
         dense, dropless, limited = rows(section, comparison="model", **{"pass": one_pass})
         assert dense["speed_ratio"]["median"] == 1
         assert dropless["kept"] == 1
         assert limited["ratios"].keys() == {"dense"}
-        assert dense["batch"] == (1 if one_pass == "one picture" else 2)
+        assert dense["batch"] == (1 if one_pass == "one image" else 2)
 
 
 def test_both_sides_of_the_model_have_the_same_parts():

@@ -17,7 +17,7 @@ given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 folder, seed = Path(given["--output_dir"]), int(given["--seed"])
 with Path({log!r}).open("a") as log:
     log.write(f"{name} {{seed}}\\n")
-# The first five are slow and do not count, nor does the one that is late; seconds of a batch of 256 pictures.
+# The first five are slow and do not count, nor does the one that is late; seconds of a batch of 256 images.
 seconds = [9.0] * 5 + [{seconds} * (1 + seed)] * (int(given["--train.steps"]) - 6) + [7.0]
 lines = [json.dumps({{"step": s, "images_per_second": 256 / t}}) for s, t in enumerate(seconds, start=1)]
 (folder / "metrics.jsonl").write_text("\\n".join([*lines, json.dumps({{"step": len(seconds), "loss": 1.0}})]))
