@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from vmoe.data import BadSample
-from vmoe.distributed.process_group import LostProcessError, tells
+from vmoe.distributed.process_group import LostProcessError, must_report
 from vmoe.utils.config import ConfigError
 from vmoe.utils.printable import escaped
 
@@ -27,8 +27,8 @@ def exit_code(prog: str, run: Callable[[], object]) -> int:
         if os.environ.get("VMOE_TRACEBACK"):
             raise
         wrong_setting = isinstance(error, ConfigError)
-        # One process reports what all of them find, and none reports again what it told when it stopped the others.
-        if tells(error, int(os.environ.get("RANK", 0))) and not getattr(error, "told", False):
+        # One process reports what all of them find, and none reports again what it reported when it stopped the others.
+        if must_report(error, int(os.environ.get("RANK", 0))) and not getattr(error, "reported", False):
             plain = isinstance(error, (ValueError, BadSample, ModuleNotFoundError, LostProcessError))
             hint = "" if plain else " (VMOE_TRACEBACK=1 shows where)"
             print(f"{prog}: error: {escaped(error) or type(error).__name__}{hint}", file=sys.stderr)

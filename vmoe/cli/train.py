@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(error: Exception, rank: int) -> int:
     """Prints what users can cause as one sentence, and returns the exit code; all else is raised again."""
     from vmoe.data import BadSample, TooManyBadSamples
-    from vmoe.distributed.heartbeat import told_by
-    from vmoe.distributed.process_group import LostProcessError, tells
+    from vmoe.distributed.heartbeat import speaker
+    from vmoe.distributed.process_group import LostProcessError, must_report
     from vmoe.training.diagnosis import NonFiniteError
     from vmoe.utils.config import ConfigError
 
@@ -64,9 +64,9 @@ def _report(error: Exception, rank: int) -> int:
     expected = (ValueError, OSError, ModuleNotFoundError, NonFiniteError, BadSample, TooManyBadSamples)
     if os.environ.get("VMOE_TRACEBACK") or not (lost or isinstance(error, expected)):
         raise error
-    if not error.told if lost else tells(error, rank):
-        teller = "" if wrong_setting else told_by(rank, int(os.environ.get("WORLD_SIZE", 1)))
-        print(f"vmoe-train: {teller}error: {escaped(error)}", file=sys.stderr)
+    if not error.reported if lost else must_report(error, rank):
+        prefix = "" if wrong_setting else speaker(rank, int(os.environ.get("WORLD_SIZE", 1)))
+        print(f"vmoe-train: {prefix}error: {escaped(error)}", file=sys.stderr)
     if lost:  # threads that wait for it (a checkpoint being written, NCCL) would hold up an exit
         sys.stdout.flush()
         sys.stderr.flush()

@@ -34,11 +34,11 @@ REMEDY = "the same command continues the run from its last checkpoint"
 
 
 class LostProcessError(RuntimeError):
-    """Another process of the job died, hangs, or stopped with an error, which it printed itself if `told`."""
+    """Another process of the job died, hangs, or stopped with an error, which it printed itself if `reported`."""
 
-    def __init__(self, message: str, told: bool = False) -> None:
+    def __init__(self, message: str, reported: bool = False) -> None:
         super().__init__(message)
-        self.told = told
+        self.reported = reported
 
 
 def generation_of(store: dist.Store, rank: int, world: int, timeout: float) -> int:
@@ -95,10 +95,10 @@ class Heartbeat:
         """How this process left; None: it has not."""
         return self._own["end"]
 
-    def leave(self, end: str, text: str = "", told: bool = True) -> None:
+    def leave(self, end: str, text: str = "", reported: bool = True) -> None:
         """Tells the others how this process ends, with which error, and whether it prints that itself; once."""
         if self.end is None:
-            self._own |= {"end": end, "text": text, "told": told}
+            self._own |= {"end": end, "text": text, "reported": reported}
             if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
                 # The store ends with this process, and the others must read this first.
                 self._wait_until(self._all_ended, GRACE_SECONDS + self.silent)
@@ -139,7 +139,7 @@ class Heartbeat:
                 return LostProcessError(f"{names} gave up: {peer['text']}")
             # The first process of each other machine repeats what that process printed.
             repeats = peer["host"] != self._own["host"] and os.environ.get("LOCAL_RANK", "0") == "0"
-            return LostProcessError(f"{names} stopped with an error: {peer['text']}", peer["told"] and not repeats)
+            return LostProcessError(f"{names} stopped with an error: {peer['text']}", peer["reported"] and not repeats)
         return None
 
     def _age(self, rank: int) -> float:
@@ -198,8 +198,8 @@ class Heartbeat:
         self._own |= {"end": LOST, "text": str(error)}
         with suppress(RuntimeError):  # the store may be gone
             self._beat()
-        if not error.told:
-            print(f"vmoe: {told_by(self.rank, self.world)}error: {escaped(error)}", file=sys.stderr, flush=True)
+        if not error.reported:
+            print(f"vmoe: {speaker(self.rank, self.world)}error: {escaped(error)}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)
 
@@ -209,6 +209,6 @@ def sentence(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def told_by(rank: int, world: int) -> str:
+def speaker(rank: int, world: int) -> str:
     """The process that speaks, as the start of a message; "" where there is only one."""
     return f"process {rank} of {world}: " if world > 1 else ""

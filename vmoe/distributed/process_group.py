@@ -56,13 +56,13 @@ def joined(device: torch.device | None = None, timeout: float = DEFAULT_TIMEOUT)
             yield
         except KeyboardInterrupt as stopped:
             agreed = getattr(stopped, "agreed", False)  # all processes stop, see vmoe.training.signals.Stopped
-            heartbeat.leave(DONE if agreed else ERROR, "interrupted", told=False)
+            heartbeat.leave(DONE if agreed else ERROR, "interrupted", reported=False)
             raise
         except Exception as error:
             lost = _lost_process(error, heartbeat)
             if lost is None:
-                error.told = heartbeat.first_says(sentence(error))
-                heartbeat.leave(ERROR, sentence(error), told=tells(error, rank))
+                error.reported = heartbeat.first_says(sentence(error))
+                heartbeat.leave(ERROR, sentence(error), reported=must_report(error, rank))
                 raise
             heartbeat.leave(LOST, str(lost))
             raise lost from error
@@ -97,10 +97,10 @@ def _lost_process(error: Exception, heartbeat: Heartbeat) -> LostProcessError | 
     return lost
 
 
-def tells(error: BaseException, rank: int) -> bool:
+def must_report(error: BaseException, rank: int) -> bool:
     """Whether process `rank` prints its error, and not the first one, which has the same."""
     shared = isinstance(error, ConfigError) or getattr(error, "shared", False)
-    return rank == 0 or not (shared or getattr(error, "told", False))
+    return rank == 0 or not (shared or getattr(error, "reported", False))
 
 
 def first_line(error: BaseException) -> str:

@@ -98,14 +98,14 @@ def _acknowledging(stop: StopRequest) -> Iterator[None]:
     first = os.environ.get("RANK", "0") == "0"
 
     def listen() -> None:
-        told = False
+        reported = False
         while byte := os.read(reading, 1):
             if byte[0] not in SIGNALS:
                 continue
-            if stop.in_loop and first and not told:
+            if stop.in_loop and first and not reported:
                 again = "; Ctrl-C again stops at once" if world()[1] == 1 else ""
                 print(f"\nvmoe-train: stopping after this step{again}", file=sys.stderr, flush=True)
-                told = True
+                reported = True
             elif not stop.started:
                 time.sleep(PATIENCE_SECONDS)
                 if stop.interrupted or stop.planned or stop.started:
