@@ -13,7 +13,7 @@ from vmoe.data.sources.captions import PairsFile, PairsFolder
 from vmoe.data.sources.emoji import EmojiImages
 from vmoe.data.sources.folder import ImageFolder
 from vmoe.data.sources.huggingface import HuggingFace, ParquetRows
-from vmoe.data.sources.imagenet import ImageNet, ImageNetC, ImageNetFolders, ImageNetReal
+from vmoe.data.sources.imagenet import ImageNet, ImageNetC, ImageNetReal
 from vmoe.data.sources.karpathy import KarpathyCaptions
 from vmoe.data.sources.mixture import Mixture
 from vmoe.data.sources.objectnet import ObjectNet
@@ -30,9 +30,8 @@ SOURCES: dict[str, Callable[[SourceConfig], ImageDataset]] = {
     ),
     "image_folder": ImageFolder,
     "torchvision": TorchvisionDataset,
-    "imagenet": ImageNet,
+    **dict.fromkeys(("imagenet", "imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch"), ImageNet),
     "imagenet_real": ImageNetReal,
-    **dict.fromkeys(("imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch"), ImageNetFolders),
     "imagenet_c": ImageNetC,
     "objectnet": ObjectNet,
     "karpathy": KarpathyCaptions,

@@ -69,9 +69,12 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("a whole number of thousands of digits") from None
 
 
-def read_json(file: str | Path, max_bytes: int = 16 * 2**20) -> Any:
-    """The content of a JSON file; errors as of :func:`read_text` and :func:`parse_json`."""
-    return parse_json(read_text(file, max_bytes))
+def read_json(file: str | Path, max_bytes: int = 16 * 2**20, kind: type = object) -> Any:
+    """The content of a JSON file; ValueError: it is not of `kind`, list or dict, or as of `read_text`, `parse_json`."""
+    content = parse_json(read_text(file, max_bytes))
+    if not isinstance(content, kind):
+        raise ValueError(f"must be a JSON {'object' if kind is dict else 'list'}")
+    return content
 
 
 class UnsafeYaml(yaml.MarkedYAMLError):

@@ -56,38 +56,25 @@ def test_missing_conditions_are_logged(root, caplog):
     assert not caplog.records
 
 
-def test_an_unknown_corruption_or_severity_is_named(root):
+def test_folders_and_files_that_do_not_belong_are_named(root):
     (root / "gaussian_noise" / "6").mkdir()
     message = complaint(root)
-    assert message.startswith(
-        f"{root}: in gaussian_noise/, folder 6 is not among the severity folders of this data set\n"
-    )
+    assert message.startswith(f"{root}/gaussian_noise: holds folder 6, not of this data set\n")
     assert "│   ├── 1/                  (severities, 1 to 5)" in message
-    (root / "gaussian_noise" / "6").rmdir()
-    (root / "noise").mkdir()
-    assert complaint(root).startswith(f"{root}: folder noise is not among the corruption folders of this data set\n")
-
-
-def test_files_at_the_wrong_level_are_named(root):
+    (root / "gaussian_noise" / "6").rename(root / "noise")
+    assert complaint(root).startswith(f"{root}: holds folder noise, not of this data set\n")
+    (root / "noise").rename(root / "fog")
+    assert f"{root}/fog: holds no folders" in complaint(root)
+    (root / "fog").rmdir()
     (root / "shot_noise" / "readme.txt").touch()
-    assert "in shot_noise/, beside the severity folders lies file readme.txt" in complaint(root)
-
-
-def test_a_corruption_without_severities_is_named(root):
-    (root / "fog").mkdir()
-    assert "in fog/, there is no severity folder" in complaint(root)
-
-
-def test_a_missing_class_is_named_with_its_condition(root):
+    assert "shot_noise: holds file readme.txt beside its folders" in complaint(root)
+    (root / "shot_noise" / "readme.txt").unlink()
+    assert "holds 2 folders (1, 3), not of this data set" in complaint(root / "shot_noise")
     shutil.rmtree(root / "shot_noise" / "3" / SYNSETS[1])
-    assert f"1 of 3 classes are missing in shot_noise/3/, {SYNSETS[1]}" in complaint(root)
+    assert f"{root}/shot_noise/3: 1 of 3 folders are missing, {SYNSETS[1]}" in complaint(root)
 
 
 def test_conditions_must_have_the_same_images(root):
     (root / "shot_noise" / "3" / SYNSETS[2] / "2.JPEG").unlink()
     message = f"{root}: n01484850/2.JPEG is in gaussian_noise/1 and not in shot_noise/3; each condition must"
     assert complaint(root).startswith(message)
-
-
-def test_one_condition_given_as_the_whole_is_refused(root):
-    assert "2 folders (1, 3) are not among the corruption folders of this data set" in complaint(root / "shot_noise")

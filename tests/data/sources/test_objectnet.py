@@ -63,18 +63,17 @@ def test_the_images_folder_alone_is_refused_with_both_trees(root):
     message = complaint(root / "images")
     assert message.startswith(f"{root}/images: has no folder images\n")
     assert "└── mappings/" in message
-    assert "├── alarm_clock/" in message
 
 
 def test_unknown_and_missing_folders_are_named(root):
     (root / "images" / "spoon").mkdir()
-    assert "in images/, folder spoon is not among the class folders of this data set" in complaint(root)
+    assert "images: holds folder spoon, not of this data set" in complaint(root)
     (root / "images" / "spoon").rmdir()
     for file in (root / "images" / "banana").iterdir():
         file.unlink()
     assert complaint(root).startswith(f"{root}/images/banana: holds no image")
     (root / "images" / "banana").rmdir()
-    assert "1 of 3 classes are missing in images/, banana" in complaint(root)
+    assert "images: 1 of 3 folders are missing, banana" in complaint(root)
 
 
 @pytest.mark.parametrize(
@@ -83,9 +82,9 @@ def test_unknown_and_missing_folders_are_named(root):
         (
             "objectnet_to_imagenet_1k.json",
             {"Banana": "pear"},
-            "'pear', of class 'Banana', comes 0 times in imagenet_to_label",
+            "class 'Banana': each of 'pear' must be once",
         ),
-        ("objectnet_to_imagenet_1k.json", {"Banana": "crane"}, "'crane', of class 'Banana', comes 2 times in"),
+        ("objectnet_to_imagenet_1k.json", {"Banana": "crane"}, "class 'Banana': each of 'crane' must be once in"),
         ("objectnet_to_imagenet_1k.json", {"Banana": 3}, "1k.json: 'Banana' must have a value of type str, got 3"),
         (
             "objectnet_to_imagenet_1k.json",

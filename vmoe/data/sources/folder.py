@@ -39,13 +39,13 @@ class ImageFolder(ImageFiles):
 
     def __init__(self, source: SourceConfig) -> None:
         class_names = None if source.class_names is None else Path(source.class_names)
-        beside = [class_names.name] if class_names is not None else []
+        beside = [] if class_names is None else [class_names.name]
         self.folders, names, labels = TreeReader(source.path, LAYOUT).class_tree(allowed=beside)
         super().__init__(source.path, names, labels)
-        if class_names is not None:
-            self.classes = read_class_names(class_names, self.folders, source.path)
+        if class_names is None:
+            self.classes = synset_words(self.folders) or list(map(escaped, self.folders))
         else:
-            self.classes = synset_words(self.folders) or [escaped(folder) for folder in self.folders]
+            self.classes = read_class_names(class_names, self.folders)
 
 
 _imagenet = functools.cache(ImageNetInfo)  # timm reads large files
@@ -64,37 +64,32 @@ def synset_words(folders: list[str]) -> list[str] | None:
     ]
 
 
-def read_class_names(file: Path, folders: list[str] | None = None, path: str | Path | None = None) -> list[str]:
+def read_class_names(file: Path, folders: list[str] | None = None) -> list[str]:
     """Names of classes from a .txt (a name per line) or .json (list, or {folder: name}) file.
 
-    They are of the class folders of `path`, in order; without folders they must be a list. ValueError: the file cannot
-    be read, does not fit the folders, or has an empty name or one twice.
+    They are of the class folders in their order; without folders they must be a list. ValueError: the file cannot be
+    read, does not fit the folders, or has an empty name or one twice.
     """
     where = f"class_names {file}"
     with file_errors(where):
         names = read_json(file) if file.suffix.lower() == ".json" else read_text(file).splitlines()
-    if folders is None:
+        if isinstance(names, dict) and folders is not None:
+            if missing := [folder for folder in folders if folder not in names]:
+                raise ValueError(f"has no name for {len(missing)} class folders, as {missing[0]!r}")
+            names = [names[folder] for folder in folders]
+        elif folders is not None:
+            warn_of_text_order(folders, where)
         if not isinstance(names, list) or not names:
-            raise ValueError(f"{where}: must list the names of the classes, the name of class 0 first")
-        folders = [str(number) for number in range(len(names))]
-    if isinstance(names, dict):
-        if missing := [folder for folder in folders if folder not in names]:
-            raise ValueError(f"{where}: has no name for {len(missing)} folders of {path}, as {missing[0]!r}")
-        names = [names[folder] for folder in folders]
-    elif path is not None:
-        warn_of_text_order(folders, where)
-    if not isinstance(names, list) or len(names) != len(folders):
-        got = len(names) if isinstance(names, list) else "no list of"
-        raise ValueError(f"{where}: has {got} names, but {path} has {len(folders)} class folders")
-    names = [str(name) for name in names]
-    for folder, name in zip(folders, names):
-        if not name.strip():
-            raise ValueError(f"{where}: the name of class folder {folder} is empty")
-        if any(map(is_unprintable, name)):
-            raise ValueError(f"{where}: the name {escaped(name)} holds a control character")
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
-        raise ValueError(f"{where}: {repeated[0]!r} is given twice; names of classes must differ")
+            raise ValueError("must list the names of the classes, the name of class 0 first")
+        if folders is not None and len(names) != len(folders):
+            raise ValueError(f"has {len(names)} names, but there are {len(folders)} class folders")
+        names = [str(name) for name in names]
+        for label, name in enumerate(names):
+            if not name.strip() or any(map(is_unprintable, name)):
+                raise ValueError(f"the name of class {label} is empty or holds a control character, {name!r}")
+        if len(set(names)) < len(names):
+            repeated = Counter(names).most_common(1)[0][0]
+            raise ValueError(f"{repeated!r} is given twice; names of classes must differ")
     return names
 
 

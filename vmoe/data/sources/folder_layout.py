@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterable, Sequence
-from itertools import zip_longest
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from vmoe.data.images import IMAGE_SUFFIXES
+from vmoe.data.images import IMAGE_SUFFIXES, file_errors
 from vmoe.utils.printable import escaped
 
 logger = logging.getLogger("vmoe.data")
 
 JUNK = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir"})
-MAX_SHOWN = 3  # of many names in a message, or of a folder's entries in a drawing
+MAX_SHOWN = 3  # of many names in a message
 
 
 def is_junk(name: str) -> bool:
@@ -29,7 +28,7 @@ def is_junk(name: str) -> bool:
 class TreeReader:
     """Lists the folders and images of a data set.
 
-    Every mistake is a ValueError that shows the expected `layout`, drawn in a few lines, beside the one found.
+    Every mistake is a ValueError; those of the layout show the expected one, drawn in a few lines.
     """
 
     def __init__(self, root: str | Path, layout: str) -> None:
@@ -43,61 +42,43 @@ class TreeReader:
     def entries(self, folder: str = "") -> tuple[list[str], list[str]]:
         """(names of folders, names of files) in a folder of the tree, each sorted."""
         folders, files = [], []
-        try:
-            with os.scandir(self.root / folder) as scan:
-                for entry in scan:
-                    if is_junk(entry.name):
-                        self.junk.add(entry.path)
-                    else:
-                        (folders if entry.is_dir() else files).append(entry.name)
-        except OSError as error:
-            where = self.root / folder
-            raise ValueError(f"{where}: cannot be read ({error.strerror}); check its permissions") from None
+        with file_errors(self.root / folder, "; check its permissions"), os.scandir(self.root / folder) as scan:
+            for entry in scan:
+                if is_junk(entry.name):
+                    self.junk.add(entry.path)
+                else:
+                    (folders if entry.is_dir() else files).append(entry.name)
         return sorted(folders), sorted(files)
 
     def folders(
         self,
         folder: str = "",
         known: Collection[str] | None = None,
-        kind: str = "class",
-        remedy: str = "",
+        wanted: Collection[str] = (),
         allowed: Collection[str] = (),
     ) -> list[str]:
-        """Sorted names of a folder's folders, where nothing else (but files in `allowed`) may be.
-
-        They must be among the `known` ones; `kind` is what they are called in messages, `remedy` closes one of those.
-        """
+        """Sorted names of a folder's folders: none but the `known` ones, all `wanted` ones, no files but `allowed`."""
         folders, files = self.entries(folder)
-        where = f"in {folder}/, " if folder else ""
         files = [name for name in files if name not in allowed]
-        if files and folders:
-            lie = "lies" if len(files) == 1 else "lie"
-            raise self.error(f"{where}beside the {kind} folders {lie} {_names(files, 'file')}; move or remove", folder)
-        if not folders:
-            holds = _names(files, "file") + f", and no {kind} folder" if files else f"no {kind} folder"
-            rule = "; there must be one folder of images per class" if kind == "class" else ""
-            raise self.error(f"{where}there is {holds}{rule}", folder)
         unknown = sorted(set(folders).difference(known)) if known is not None else []
-        if unknown:
-            verb = "is" if len(unknown) == 1 else "are"
-            problem = f"{_names(unknown, 'folder')} {verb} not among the {kind} folders of this data set{remedy}"
-            raise self.error(where + problem, folder)
-        return folders
+        missing = sorted(set(wanted).difference(folders))
+        if not folders:
+            problem = "holds no folders" + (f", only {_names(files, 'file')}" if files else "")
+        elif files:
+            problem = f"holds {_names(files, 'file')} beside its folders; move or remove"
+        elif unknown:
+            problem = f"holds {_names(unknown, 'folder')}, not of this data set"
+        elif missing:
+            problem = f"{len(missing)} of {len(wanted)} folders are missing, {_first(missing)}"
+        else:
+            return folders
+        raise self.error(problem, folder)
 
-    def check_complete(self, found: Iterable[str], wanted: Collection[str], folder: str = "", remedy: str = "") -> None:
-        """Raises ValueError unless all wanted class folders are there; the message names some that are not."""
-        missing = sorted(set(wanted) - set(found))
-        if missing:
-            where = f" in {folder}/" if folder else ""
-            problem = f"{len(missing)} of {len(wanted)} classes are missing{where}, {_first(missing)}{remedy}"
-            raise self.error(problem, folder)
-
-    def images(self, folder: str, allowed: Collection[str] = ()) -> list[str]:
+    def images(self, folder: str = "", allowed: Collection[str] = ()) -> list[str]:
         """Sorted names of the images in a folder where nothing else (but files in `allowed`) may be."""
         folders, files = self.entries(folder)
         if folders:
-            where = f"{folder}/" if folder else "it"
-            raise self.error(f"{where} holds {_names(folders, 'folder')}, and only images may be there", folder)
+            raise self.error(f"holds {_names(folders, 'folder')}, and only images may be there", folder)
         files = [name for name in files if name not in allowed]
         others = [name for name in files if not name.lower().endswith(IMAGE_SUFFIXES)]
         if others:
@@ -106,8 +87,7 @@ class TreeReader:
                 f"a class folder holds images only ({', '.join(IMAGE_SUFFIXES)}); move or remove it"
             )
         if not files:
-            rule = "there must be one folder of images per class, none empty"
-            raise ValueError(f"{self.root / folder}: holds no image; {rule}")
+            raise ValueError(f"{self.root / folder}: holds no image; there must be one folder of images per class")
         return files
 
     def class_images(self, folders: Sequence[str], inside: str = "") -> tuple[list[str], list[int]]:
@@ -120,31 +100,29 @@ class TreeReader:
         return names, labels
 
     def class_tree(
-        self, classes: Sequence[str] | None = None, remedy: str = "", allowed: Collection[str] = ()
+        self, classes: Sequence[str] | None = None, allowed: Collection[str] = (), inside: str = ""
     ) -> tuple[list[str], list[str], list[int]]:
-        """(class folders, names of their images, labels) of a tree that holds one folder of images per class.
+        """(class folders, names of their images, labels) of a folder that holds one folder of images per class.
 
         `classes` are the names of the folders in the order of their labels, all of which must be there; None: any,
         sorted.
         """
         try:
-            folders = self.folders(known=classes, remedy=remedy, allowed=allowed)
-            if classes is not None:
-                self.check_complete(folders, classes, remedy=remedy)
-                folders = list(classes)
-            return folders, *self.class_images(folders)
+            folders = self.folders(inside, known=classes, wanted=classes or (), allowed=allowed)
+            folders = folders if classes is None else list(classes)
+            return folders, *self.class_images(folders, inside)
         finally:
             self.warn_of_junk()
 
     def error(self, problem: str, folder: str = "") -> ValueError:
-        """An error that shows the expected tree beside the one found, with `folder` opened in it (or its first one)."""
-        path = Path(folder).parts or tuple(self.entries()[0][:1])
-        found = self._draw("", path) or ["(empty)"]
-        left = ["expected", *self.layout.strip("\n").splitlines()]
-        right = ["found", f"{self.root.resolve().name}/", *found]
-        width = max(map(len, left)) + 4
-        rows = [f"  {a:<{width}}{b}".rstrip() for a, b in zip_longest(left, right, fillvalue="")]
-        return ValueError("\n".join([f"{self.root}: {problem}", *rows, "All layouts are in docs/evaluation.md."]))
+        """An error about a folder of the tree that shows what is in it, and the expected tree."""
+        folders, files = self.entries(folder)
+        names = [f"{name}/" for name in folders] + files
+        more = f", ... ({len(names) - MAX_SHOWN:,} more)" if len(names) > MAX_SHOWN else ""
+        found = ", ".join(names[:MAX_SHOWN]) + more if names else "nothing"
+        lines = [f"  {line}" for line in self.layout.strip("\n").splitlines()]
+        first = f"{self.root / folder}: {problem}"
+        return ValueError("\n".join([first, f"found: {found}", "expected (see docs/evaluation.md):", *lines]))
 
     def warn_of_junk(self) -> None:
         """Logs what was skipped since the last call."""
@@ -152,25 +130,6 @@ class TreeReader:
             names = escaped(_names(sorted(self.junk), "path"))
             logger.warning("skipped, hidden or an operating system's own: %s", names)
         self.junk = set()
-
-    def _draw(self, where: str, path: tuple[str, ...]) -> list[str]:
-        """The first entries of a folder as branches of a tree, with those of the folders on the path in it."""
-        folders, files = self.entries(where)
-        entries = [f"{name}/" for name in folders] + files
-        opened = f"{path[0]}/" if path else None
-        drawn = entries[:MAX_SHOWN]
-        if opened and opened not in drawn:
-            drawn[-1] = opened
-        if len(entries) > MAX_SHOWN:
-            drawn.append(f"... ({len(entries) - MAX_SHOWN:,} more)")
-        lines = []
-        for entry in drawn:
-            last = entry == drawn[-1]
-            lines.append(f"{'└' if last else '├'}── {entry}")
-            if entry == opened:
-                inner = self._draw(f"{where}/{path[0]}" if where else path[0], path[1:])
-                lines += [("    " if last else "│   ") + line for line in inner]
-        return lines
 
 
 def _names(names: list[str], kind: str) -> str:

@@ -21,12 +21,12 @@ from vmoe.data.dataset import ImageFiles
 from vmoe.data.images import file_errors
 from vmoe.data.sources.folder import synset_words
 from vmoe.data.sources.folder_layout import TreeReader
-from vmoe.utils.files import read_json, read_text
+from vmoe.utils.files import read_text
 
 logger = logging.getLogger("vmoe.data")
 
 _CLASS_FOLDERS = """
-FOLDER/
+FOLDER/   (for other classes use data type image_folder)
 ├── {:<16} (a folder per {})
 │   ├── {}
 │   └── ...
@@ -37,14 +37,13 @@ FOLDER/
 ├── ILSVRC2012_val_00000001.JPEG
 └── ... (50,000 images)
 """
-VAL_LAYOUT = _CLASS_FOLDERS.format("n01440764/", "synset", "ILSVRC2012_val_00000293.JPEG", "(1,000 folders)") + _FLAT
 LAYOUTS = {
+    "imagenet": _CLASS_FOLDERS.format("n01440764/", "synset", "ILSVRC2012_val_00000293.JPEG", "(1,000)") + _FLAT,
     "imagenet_v2": _CLASS_FOLDERS.format("0/", "label", "1.jpeg", "(up to 999)"),
     "imagenet_a": _CLASS_FOLDERS.format("n01498041/", "synset, 200 in all", "1.jpg", "(and README.txt)"),
     "imagenet_r": _CLASS_FOLDERS.format("n01443537/", "synset, 200 in all", "art_0.jpg", "(and README.txt)"),
     "imagenet_sketch": _CLASS_FOLDERS.format("n01440764/", "synset", "sketch_0.JPEG", "(1,000 folders)"),
-}
-CORRUPTIONS_LAYOUT = """
+    "imagenet_c": """
 FOLDER/
 ├── gaussian_noise/         (corruptions)
 │   ├── 1/                  (severities, 1 to 5)
@@ -54,13 +53,13 @@ FOLDER/
 │   │   └── ...
 │   └── ...
 └── shot_noise/
-"""
+""",
+}
 # Images in the published sets; another number is pointed out, since results are then not comparable.
 PUBLISHED_SIZES = {
     **{"imagenet": 50_000, "imagenet_v2": 10_000, "imagenet_a": 7_500, "imagenet_r": 30_000},
     **{"imagenet_sketch": 50_889, "imagenet_real": 46_837},
 }
-OTHER_TREES = "for a tree with other classes use data type image_folder"
 # Looked for in this order, in the folder of the images and in the one above.
 LABELS_FILES = ("imagenet_2012_validation_synset_labels.txt", "synset_labels.txt", "LOC_val_solution.csv", "val.txt")
 # The 15 of the benchmark, in the paper's order; the 4 further ones of its download do not count into the mean.
@@ -70,7 +69,7 @@ CORRUPTIONS = (
 )  # fmt: skip
 EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 SEVERITIES = (1, 2, 3, 4, 5)
-_VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.jpe?g", re.IGNORECASE)
+_VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})(\.jpe?g)?", re.IGNORECASE)
 
 
 @functools.cache
@@ -99,7 +98,7 @@ def imagenet_prompt_names() -> tuple[str, ...]:
 class _ImageNetFiles(ImageFiles):
     """Images of ImageNet's classes, or of those in the given columns of its outputs."""
 
-    def name_classes(self, kind: str | None, columns: Sequence[int] = range(1000)) -> None:
+    def name_classes(self, kind: str, columns: Sequence[int] = range(1000)) -> None:
         """Sets the names of the classes, and logs if the set `kind` was published with another number of images."""
         self.classes = [imagenet_words()[column] for column in columns]
         self.prompt_names = [imagenet_prompt_names()[column] for column in columns]
@@ -109,11 +108,28 @@ class _ImageNetFiles(ImageFiles):
 
 
 class ImageNet(_ImageNetFiles):
-    """ImageNet-1k's validation set: in synset folders, or flat as in its archive, with a file of labels."""
+    """ImageNet-1k's validation set; ImageNet-V2 (1902.10811), -A (1907.07174), -R (2006.16241), -Sketch (1905.13549).
+
+    A folder per class: named by label in V2, else by synset; the validation set may also be flat, with a file of
+    labels. -A and -R have 200 of the classes, by timm's tables, and labels 0 to 199; a classifier of 1,000 classes is
+    judged by its outputs for the 200, as in the papers.
+    """
 
     def __init__(self, source: SourceConfig) -> None:
-        super().__init__(source.path, *find_val_images(source.path, source.labels_file))
-        self.name_classes("imagenet")
+        path, kind, columns = source.path, source.type, range(1000)
+        if kind == "imagenet":
+            names, labels = find_val_images(path, source.labels_file)
+        else:
+            allowed = ()
+            if kind in ("imagenet_a", "imagenet_r"):
+                columns = [int(line) for line in pkgutil.get_data("timm.data", f"_info/{kind}_indices.txt").split()]
+                self.class_columns = [[column] for column in columns]
+                allowed = ("README.txt",)  # in both downloads
+            named = kind != "imagenet_v2"
+            folders = [imagenet_synsets()[column] if named else str(column) for column in columns]
+            _, names, labels = TreeReader(path, LAYOUTS[kind]).class_tree(folders, allowed)
+        super().__init__(path, names, labels)
+        self.name_classes(kind, columns)
 
 
 class ImageNetReal(_ImageNetFiles):
@@ -123,47 +139,21 @@ class ImageNetReal(_ImageNetFiles):
     """
 
     def __init__(self, source: SourceConfig) -> None:
-        path, real = source.path, read_real_labels(source.labels_file)
+        path, real = source.path, real_labels()
         names, _ = find_val_images(path, None, need_labels=False)
-        kept = {}
-        for name in names:
-            number = val_number(name)
-            if number is None or number > len(real):
-                raise ValueError(
-                    f"{Path(path) / name}: ReaL knows images by their official names, ILSVRC2012_val_00000001.JPEG "
-                    f"to {len(real):08d}; rename it or remove it"
-                )
-            if real[number - 1]:
-                kept[name] = real[number - 1]
+        numbers = [val_number(name) for name in names]
+        if strange := [name for name, number in zip(names, numbers) if number not in range(1, len(real) + 1)]:
+            raise ValueError(
+                f"{Path(path) / strange[0]}: ReaL knows images by their official names, ILSVRC2012_val_00000001.JPEG "
+                f"to {len(real):08d}; rename it or remove it"
+            )
+        kept = {name: tuple(real[number - 1]) for name, number in zip(names, numbers) if real[number - 1]}
         if not kept:
             raise ValueError(f"{path}: none of the {len(names)} images has a label in ReaL")
         self.label_sets = list(kept.values())
         super().__init__(path, list(kept), [labels[0] for labels in self.label_sets])
         self.left_out = {"images without a label in ReaL": len(names) - len(kept)}
         self.name_classes("imagenet_real")
-
-
-class ImageNetFolders(_ImageNetFiles):
-    """ImageNet-V2 (arXiv 1902.10811), -A (1907.07174), -R (2006.16241) or -Sketch (1905.13549): a folder per class.
-
-    V2's folders are named by label, the others' by synset. -A and -R have 200 of the classes, by timm's tables, and
-    labels 0 to 199; a classifier of 1,000 classes is judged by its outputs for the 200, as in the papers.
-    """
-
-    def __init__(self, source: SourceConfig) -> None:
-        path, kind = source.path, source.type
-        columns, remedy, allowed = range(1000), f" ({OTHER_TREES})", ()
-        if kind in ("imagenet_a", "imagenet_r"):
-            columns = [int(line) for line in pkgutil.get_data("timm.data", f"_info/{kind}_indices.txt").split()]
-            self.class_columns = [[column] for column in columns]
-            remedy = f" ({kind} has 200 of ImageNet's synsets; {OTHER_TREES})"
-            allowed = ("README.txt",)  # in both downloads
-        folders = [imagenet_synsets()[column] for column in columns]
-        if kind == "imagenet_v2":
-            folders, remedy = [str(label) for label in columns], " (folders are named 0 to 999)"
-        _, names, labels = TreeReader(path, LAYOUTS[kind]).class_tree(folders, remedy, allowed)
-        super().__init__(path, names, labels)
-        self.name_classes(kind, columns)
 
 
 class ImageNetC(_ImageNetFiles):
@@ -175,38 +165,29 @@ class ImageNetC(_ImageNetFiles):
     crop_pct = 1.0
 
     def __init__(self, source: SourceConfig) -> None:
-        path = source.path
-        tree = TreeReader(path, CORRUPTIONS_LAYOUT)
-        known = (*CORRUPTIONS, *EXTRA_CORRUPTIONS)
-        found = tree.folders(known=known, kind="corruption")
+        path, known = source.path, (*CORRUPTIONS, *EXTRA_CORRUPTIONS)
+        tree = TreeReader(path, LAYOUTS["imagenet_c"])
         self.conditions = []
-        for corruption in (name for name in known if name in found):
-            severities = tree.folders(corruption, known=list(map(str, SEVERITIES)), kind="severity")
+        for corruption in sorted(tree.folders(known=known), key=known.index):
+            severities = tree.folders(corruption, known=list(map(str, SEVERITIES)))
             self.conditions += [f"{corruption}/{severity}" for severity in severities]
         # One list of names serves all conditions: the whole benchmark is 3.75 million images.
         first, *others = self.conditions
-        names, labels = self._images(tree, first)
+        _, names, labels = tree.class_tree(imagenet_synsets(), inside=first)
         for condition in others:
-            if (here := self._images(tree, condition)[0]) != names:
+            if (here := tree.class_tree(imagenet_synsets(), inside=condition)[1]) != names:
                 other = min(set(names).symmetric_difference(here))
                 has, lacks = (first, condition) if other in names else (condition, first)
                 raise ValueError(
                     f"{path}: {other} is in {has} and not in {lacks}; each condition must have the same images"
                 )
-        tree.warn_of_junk()
         super().__init__(path, names, labels * len(self.conditions))
         self.condition_of = [number for number in range(len(self.conditions)) for _ in names]
-        self.name_classes(None)
+        self.name_classes("imagenet_c")
         wanted = [f"{corruption}/{severity}" for corruption in CORRUPTIONS for severity in SEVERITIES]
         if missing := [condition for condition in wanted if condition not in self.conditions]:
             message = "imagenet_c: %d of 75 conditions are missing, so there is no mean corruption error: %s"
             logger.warning(message, len(missing), ", ".join(missing))
-
-    @staticmethod
-    def _images(tree: TreeReader, condition: str) -> tuple[list[str], list[int]]:
-        folders = tree.folders(condition, known=imagenet_synsets())
-        tree.check_complete(folders, imagenet_synsets(), condition)
-        return tree.class_images(folders, condition)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -220,7 +201,7 @@ class ImageNetC(_ImageNetFiles):
 def val_number(name: str) -> int | None:
     """The number in an image's official name (ILSVRC2012_val_00000001.JPEG: 1), or None for another name."""
     match = _VAL_NAME.fullmatch(name.rpartition("/")[2])
-    return int(match[1]) if match and int(match[1]) > 0 else None
+    return int(match[1]) if match else None
 
 
 def find_val_images(path: str, labels_file: str | None, need_labels: bool = True) -> tuple[list[str], list[int]]:
@@ -229,17 +210,17 @@ def find_val_images(path: str, labels_file: str | None, need_labels: bool = True
     `labels_file` is for a flat folder; None: the first of LABELS_FILES that is there. Without `need_labels` the images
     of a flat folder get the label 0 and need no file.
     """
-    tree, synsets = TreeReader(path, VAL_LAYOUT), imagenet_synsets()
+    tree, synsets = TreeReader(path, LAYOUTS["imagenet"]), imagenet_synsets()
     folders, files = tree.entries()
     in_folders = not set(synsets).isdisjoint(folders)
-    if in_folders or not any(val_number(name) for name in files):
-        if in_folders and labels_file is not None:
-            raise ValueError(f"labels_file {labels_file}: not for {path}, whose folders are the labels; leave it out")
-        return tree.class_tree(synsets, f" ({OTHER_TREES})")[1:]
-    names = tree.images("", allowed=[*LABELS_FILES, *([Path(labels_file).name] if labels_file else [])])
+    if in_folders and labels_file is not None:
+        raise ValueError(f"labels_file {labels_file}: not for {path}, whose folders are the labels; leave it out")
+    if in_folders or not any(map(val_number, files)):
+        return tree.class_tree(synsets)[1:]
+    names = tree.images("", allowed=[*LABELS_FILES, Path(labels_file or "").name])
     tree.warn_of_junk()
     if strange := [name for name in names if val_number(name) is None]:
-        raise tree.error(f"image {strange[0]} among those of the validation set; move or remove it")
+        raise tree.error(f"holds {strange[0]} among the images of the validation set; move or remove it")
     if not need_labels:
         return names, [0] * len(names)
     if labels_file is None:
@@ -249,13 +230,11 @@ def find_val_images(path: str, labels_file: str | None, need_labels: bool = True
             problem = "the images are in no class folders, and there is no file of their labels"
             raise tree.error(f"{problem}: set labels_file, or put one of {', '.join(LABELS_FILES)} beside them")
     label_of = read_val_labels(labels_file)
-    numbers = [val_number(name) for name in names]
-    if missing := [name for name, number in zip(names, numbers) if number not in label_of]:
+    if missing := [name for name in names if val_number(name) not in label_of]:
         raise ValueError(f"labels_file {labels_file}: has no label for {len(missing)} images, as {missing[0]}")
-    if len(set(numbers)) < len(numbers):
-        raise ValueError(f"{path}: two images have one number; a validation image must be there once")
-    labels = [label_of[number] for number in numbers]
-    tree.check_complete([synsets[label] for label in set(labels)], synsets)
+    labels = [label_of[val_number(name)] for name in names]
+    if missing := set(range(len(synsets))).difference(labels):
+        raise ValueError(f"{path}: {len(missing)} of {len(synsets)} classes have no image, as {synsets[min(missing)]}")
     return names, labels
 
 
@@ -266,40 +245,25 @@ def read_val_labels(file: str | Path) -> dict[int, int]:
     a line `NAME LABEL` with a synset or a label 0..999 (Caffe's val.txt); and Kaggle's LOC_val_solution.csv.
     ValueError: the file cannot be read, or a line is none of these.
     """
-    synsets = imagenet_synsets()
     with file_errors(f"labels_file {file}"):
         lines = read_text(file).splitlines()
-    label_of = {synset: label for label, synset in enumerate(synsets)}
-    numbered = label_of | {str(label): label for label in range(len(synsets))}
+    synsets = {synset: label for label, synset in enumerate(imagenet_synsets())}
+    numbered = synsets | {str(label): label for label in synsets.values()}
     labels: dict[int, int] = {}
-    for line, columns in enumerate((re.split(r"[,\s]+", text.strip()) for text in lines), start=1):
-        if columns[0] in ("", "ImageId"):  # Kaggle's header
+    for line, text in enumerate(lines, start=1):
+        first, *others = re.split(r"[,\s]+", text.strip())
+        if first in ("", "ImageId"):  # Kaggle's header
             continue
-        where = f"labels_file {file} line {line}"
-        named = len(columns) > 1
-        name, text = columns[:2] if named else ("", columns[0])
-        number = val_number(name if "." in name else f"{name}.JPEG") if named else line
-        label = (numbered if named else label_of).get(text)
-        if number is None:
-            raise ValueError(f"{where}: {name!r} is no name of a validation image")
-        if label is None:
-            or_number = f", or a number 0..{len(synsets) - 1}" if named else ""
-            raise ValueError(f"{where}: {text!r} is no label; it must be a synset as {synsets[0]}{or_number}")
-        if number in labels:
-            raise ValueError(f"{where}: image {number} has a label already")
+        number, label = (val_number(first), numbered.get(others[0])) if others else (line, synsets.get(first))
+        if number is None or label is None or number in labels:
+            raise ValueError(
+                f"labels_file {file} line {line}: must be a synset as n01440764, or the name of a validation image "
+                f"with a synset or a label 0..999, each image once; got {text!r}"
+            )
         labels[number] = label
     return labels
 
 
-def read_real_labels(file: str | None) -> list[tuple[int, ...]]:
-    """The labels of each validation image, from real.json (None: timm's copy); ValueError: it is malformed."""
-    where = f"labels_file {file}"
-    with file_errors(where):
-        text = pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json")
-        lists = json.loads(text) if file is None else read_json(file)
-    if not isinstance(lists, list) or not lists:
-        raise ValueError(f"{where}: must be a JSON list with a list of labels for each image")
-    for number, labels in enumerate(lists, start=1):
-        if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < 1000 for label in labels):
-            raise ValueError(f"{where}: entry {number} must be a list of labels 0..999, got {labels!r}")
-    return [tuple(labels) for labels in lists]
+def real_labels() -> list[list[int]]:
+    """The labels of each validation image in timm's copy of ReaL's real.json."""
+    return json.loads(pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json"))

@@ -34,18 +34,17 @@ class KarpathyCaptions(ImageFiles):
         path, split = Path(source.path), source.split
         root = Path(source.image_root) if source.image_root else path.parent
         with file_errors(path, "; give Karpathy's JSON file as path"):
-            content = read_json(path, MAX_BYTES)
-        images = content.get("images") if isinstance(content, dict) else None
-        if not isinstance(images, list) or not images:
-            raise ValueError(f"{path}: has no list 'images', as Karpathy's files (dataset_coco.json) have")
+            images = read_json(path, MAX_BYTES, dict).get("images")
+            if not isinstance(images, list):
+                raise ValueError("has no list 'images', as Karpathy's files (dataset_coco.json) have")
         found: dict[str, list[str]] = {}
         for number, entry in enumerate(images):
-            name, entry_split, captions = _read_entry(entry, f"{path}: images[{number}]")
-            if entry_split not in SPLITS[split]:
-                continue
-            if name in found:
-                raise ValueError(f"{path}: images[{number}]: {name} is there already; an image must be listed once")
-            found[name] = captions
+            with file_errors(f"{path}: images[{number}]"):
+                name, entry_split, captions = _read_entry(entry)
+                if entry_split in SPLITS[split]:
+                    if name in found:
+                        raise ValueError(f"{name} is there already; an image must be listed once")
+                    found[name] = captions
         if not found:
             raise ValueError(f"{path}: holds no captions of split {split!r}")
         if not any((root / name).is_file() for name in found):
@@ -57,24 +56,18 @@ class KarpathyCaptions(ImageFiles):
         super().__init__(root, self.image_ids, captions=[one for captions in found.values() for one in captions])
 
 
-def _read_entry(entry: dict[str, Any], where: str) -> tuple[str, str, list[str]]:
+def _read_entry(entry: dict[str, Any]) -> tuple[str, str, list[str]]:
     """(name of the image, its split, its captions) of an entry of `images`."""
     try:
-        folder, name, split = entry.get("filepath", ""), entry["filename"], entry["split"]
+        name, split = "/".join(filter(None, (entry.get("filepath"), entry["filename"]))), entry["split"]
         captions = [sentence["raw"].strip() for sentence in entry["sentences"]]
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{where}: must have filename, split and sentences with a raw text each ({type(error).__name__}: {error})"
-        ) from None
-    known = [part for parts in SPLITS.values() for part in parts]
-    if split not in known:
-        raise ValueError(f"{where}: split must be one of {', '.join(known)}, got {split!r}")
-    for key, value in (("filename", name), ("filepath", folder)):
-        if not isinstance(value, str) or (key == "filename" and not value):
-            raise ValueError(f"{where}: {key} must be a text, got {value!r}")
-    path = f"{folder}/{name}" if folder else name
-    if leads_out(path):
-        raise ValueError(f"{where}: the image {path} is not inside image_root")
+        problem = f"must have filename, split and sentences with a raw text each ({type(error).__name__}: {error})"
+        raise ValueError(problem) from None
+    if split not in (known := [part for parts in SPLITS.values() for part in parts]):
+        raise ValueError(f"split must be one of {', '.join(known)}, got {split!r}")
+    if not entry["filename"] or leads_out(name):
+        raise ValueError(f"the image {name!r} is not inside image_root")
     if not captions:
-        raise ValueError(f"{where}: {name} has no sentences")
-    return path, split, captions
+        raise ValueError(f"{name} has no sentences")
+    return name, split, captions

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vmoe.data.config import SourceConfig
 from vmoe.data.dataset import ImageFiles
@@ -15,6 +14,7 @@ from vmoe.data.sources.folder_layout import TreeReader
 from vmoe.utils.files import read_json, read_text
 
 BORDER = 2  # pixels of red, which its authors ask to cut off
+DOWNLOAD = "; it comes with ObjectNet's download"
 LAYOUT = """
 objectnet-1.0/
 ├── images/
@@ -49,9 +49,8 @@ class ObjectNet(ImageFiles):
         for label in columns:
             if counts[label] != 1:  # of two folders, as two classes, the scores would always tie
                 raise ValueError(f"{label_file}: class {label!r} must have one folder, got {counts[label]}")
-        folders = tree.folders("images", known=label_of_folder)
         kept = sorted(folder for folder, label in label_of_folder.items() if label in columns)
-        tree.check_complete(folders, kept, "images")
+        folders = tree.folders("images", known=label_of_folder, wanted=kept)
         names, labels = tree.class_images([f"images/{folder}" for folder in kept])
         others = sum(len(tree.images(f"images/{folder}")) for folder in set(folders) - set(kept))
         tree.warn_of_junk()
@@ -65,7 +64,7 @@ class ObjectNet(ImageFiles):
         image = self.load(path)
         if min(image.size) <= 2 * BORDER:
             raise BadSample(str(path), f"{image.width} x {image.height} pixels, nothing is left within its border")
-        return image.crop((BORDER, BORDER, image.width - BORDER, image.height - BORDER))
+        return ImageOps.crop(image, BORDER)
 
 
 def read_columns(folder: Path) -> dict[str, list[int]]:
@@ -77,33 +76,26 @@ def read_columns(folder: Path) -> dict[str, list[int]]:
     """
     names_file, outputs_file = folder / "imagenet_to_label_2012_v2", folder / "pytorch_to_imagenet_2012_id.json"
     classes_file = folder / "objectnet_to_imagenet_1k.json"
-    with file_errors(names_file, "; it comes with ObjectNet's download"):
+    with file_errors(names_file, DOWNLOAD):
         names = [line.strip() for line in read_text(names_file).splitlines() if line.strip()]
-    mapping = _read_mapping(outputs_file, int)
-    outputs = {position: int(output) for output, position in mapping.items() if re.fullmatch("[0-9]{1,9}", output)}
-    if not sorted(outputs) == sorted(outputs.values()) == list(range(len(names))):
-        raise ValueError(
-            f"{outputs_file}: must give each output 0..{len(names) - 1} one of the {len(names)} lines "
-            f"of {names_file.name}"
-        )
+    mapping, numbers = _read_mapping(outputs_file, int), range(len(names))
+    if set(mapping) != set(map(str, numbers)) or sorted(mapping.values()) != list(numbers):
+        lines = f"one of the {len(names)} lines of {names_file.name}"
+        raise ValueError(f"{outputs_file}: must give each output 0..{len(names) - 1} {lines}")
+    output_of = {position: int(output) for output, position in mapping.items()}
     columns = {}
     for label, text in _read_mapping(classes_file, str).items():
-        for name in text.split("; "):
-            if names.count(name) != 1:
-                times = f"comes {names.count(name)} times"
-                raise ValueError(
-                    f"{classes_file}: {name!r}, of class {label!r}, {times} in {names_file.name}, not once"
-                )
-        columns[label] = sorted(outputs[names.index(name)] for name in text.split("; "))
+        positions = [[number for number in numbers if names[number] == name] for name in text.split("; ")]
+        if any(len(found) != 1 for found in positions):
+            raise ValueError(f"{classes_file}: class {label!r}: each of {text!r} must be once in {names_file.name}")
+        columns[label] = sorted(output_of[position] for (position,) in positions)
     return columns
 
 
 def _read_mapping(file: Path, kind: type) -> dict:
     """A JSON object whose values are all of one kind, str or int."""
-    with file_errors(file, "; it comes with ObjectNet's download"):
-        content = read_json(file)
-        if not isinstance(content, dict) or not content:
-            raise ValueError("must be a JSON object")
+    with file_errors(file, DOWNLOAD):
+        content = read_json(file, kind=dict)
     for key, value in content.items():
         if type(value) is not kind:  # bool is not int here
             raise ValueError(f"{file}: {key!r} must have a value of type {kind.__name__}, got {value!r}")
