@@ -124,8 +124,8 @@ def test_row_groups_are_read_once(folders, monkeypatch, window, streams):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"image": [b"x"], "text": ["a"]}, "has no column 'label', which .*a.parquet has; all files must"),
-        ({"image": [b"x"], "label": [0], "text": [3]}, "column 'text' is of type int64, in .*a.parquet of type string"),
+        ({"image": [b"x"], "text": ["a"]}, "column 'label' is missing, and is in .*a.parquet; all files must"),
+        ({"image": [b"x"], "label": [0], "text": [3]}, "column 'text' is of type int64, not string as in .*a.parquet"),
         ({"image": [b"x"], "label": [0], "text": ["a"]}, "column 'label' has other classes than in .*a.parquet"),
     ],
 )
@@ -174,7 +174,7 @@ def test_mistakes_are_explained(folders, tmp_path):
         ({"label": [3, 1]}, "label", r"label_key 'label' is no .* but of int64.*cast_column\('label'"),
         ({"label": ["cat", "dog"]}, None, r"'label' is no .* but of string.*class_encode_column\('label'\)"),
         ({"fine": ("a", "b"), "coarse": ("c", "d")}, None, "several columns of labels, fine, coarse; set label_key to"),
-        ({"size": [3, 1]}, None, "has neither captions nor labels among its columns image, size; set caption_key or"),
+        ({"size": [3, 1]}, None, "has neither captions nor labels among image, size; set caption_key or"),
     ],
 )
 def test_labels_that_need_a_setting_or_names(tmp_path, monkeypatch, streaming, columns, label_key, message):

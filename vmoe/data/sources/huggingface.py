@@ -29,31 +29,33 @@ MAX_GROUP_BYTES = 2 * 2**30
 OPENING_THREADS = 8
 
 
-class Columns:
-    """Which of the `datasets.Features` are read: `image`, and `caption` or `label` (of `classes`) or both."""
+class _Rows(ImageDataset):
+    """Samples in rows of a table: a column of images, and one of captions or labels or both."""
 
-    def __init__(self, features: Any, source: SourceConfig) -> None:
+    def choose_columns(self, features: Any, source: SourceConfig) -> None:
+        """Sets which of the `datasets.Features` are read, by the settings or their usual names, and the classes."""
         import datasets
 
-        where = source.path
+        where, names = source.path, ", ".join(features)
 
-        def pick(setting: str, key: str | None, usual: Sequence[str]) -> str | None:
+        def pick(setting: str, usual: Sequence[str]) -> str | None:
+            key = getattr(source, setting)
             if key is not None and key not in features:
-                raise ValueError(f"{where}: has no column {key!r}, only {', '.join(features)}; set {setting}")
+                raise ValueError(f"{where}: has no column {key!r}, only {names}; set {setting}")
             return key if key is not None else next((one for one in usual if one in features), None)
 
-        self.image = pick("image_key", source.image_key, IMAGE_KEYS)
-        if self.image is None:
-            raise ValueError(f"{where}: has no column of images, only {', '.join(features)}; set image_key")
-        self.caption = pick("caption_key", source.caption_key, (*CAPTION_KEYS, "txt"))
+        types = {name: str(getattr(kind, "dtype", kind)) for name, kind in features.items()}
         labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-        self.label = pick("label_key", source.label_key, labels if len(labels) == 1 else ())
-        types = {name: getattr(kind, "dtype", kind) for name, kind in features.items()}
-        unnamed = self.label
-        if self.caption is None and self.label is None:
-            if labels:
-                raise ValueError(f"{where}: has several columns of labels, {', '.join(labels)}; set label_key to one")
-            plain = (name for name in LABEL_KEYS if re.fullmatch(r"u?int\d+|(large_)?string", str(types.get(name))))
+        self.image_column = pick("image_key", IMAGE_KEYS)
+        self.caption_column = pick("caption_key", (*CAPTION_KEYS, "txt"))
+        self.label_column = unnamed = pick("label_key", labels if len(labels) == 1 else ())
+        nothing = self.caption_column is None and self.label_column is None
+        if self.image_column is None:
+            raise ValueError(f"{where}: has no column of images, only {names}; set image_key")
+        if nothing and labels:
+            raise ValueError(f"{where}: has several columns of labels, {', '.join(labels)}; set label_key to one")
+        if nothing:
+            plain = (name for name in LABEL_KEYS if re.fullmatch(r"u?int\d+|(large_)?string", types.get(name, "")))
             unnamed = next(plain, None)
         if unnamed not in (None, *labels):
             text = types[unnamed] in TEXT_TYPES
@@ -62,20 +64,14 @@ class Columns:
                 f"{where}: label_key {unnamed!r} is no column of type ClassLabel but of {types[unnamed]}: its classes "
                 f"have no names; give them some with dataset.{call} of datasets, and save it again"
             )
-        if self.caption is None and self.label is None:
-            found = f"has neither captions nor labels among its columns {', '.join(features)}"
-            raise ValueError(f"{where}: {found}; set caption_key or label_key")
-        if self.caption is not None and types[self.caption] not in TEXT_TYPES:
-            kind = features[self.caption]
-            raise ValueError(f"{where}: caption_key {self.caption!r} is a column of {kind}, not of text")
-        self.classes = list(features[self.label].names) if self.label is not None else None
-        self.names = [name for name in (self.image, self.caption, self.label) if name is not None]
-
-
-class _Rows(ImageDataset):
-    """Samples in rows of a table; subclasses set `columns`."""
-
-    columns: Columns
+        if nothing:
+            raise ValueError(f"{where}: has neither captions nor labels among {names}; set caption_key or label_key")
+        self.has_captions = self.caption_column is not None
+        if self.has_captions and types[self.caption_column] not in TEXT_TYPES:
+            kind = features[self.caption_column]
+            raise ValueError(f"{where}: caption_key {self.caption_column!r} is a column of {kind}, not of text")
+        self.classes = None if self.label_column is None else list(features[self.label_column].names)
+        self.columns = list(filter(None, (self.image_column, self.caption_column, self.label_column)))
 
     def row(self, index: int) -> tuple[dict[str, Any], str]:
         """The values of a row by column, and its name for messages."""
@@ -83,15 +79,15 @@ class _Rows(ImageDataset):
 
     def caption(self, index: int) -> str:
         row, name = self.row(index)
-        return clean_caption(row[self.columns.caption], name)
+        return clean_caption(row[self.caption_column], name)
 
     def __getitem__(self, index: int) -> Sample:
         row, name = self.row(index)
-        image, label = row[self.columns.image], row.get(self.columns.label)
+        image, label = row[self.image_column], row.get(self.label_column)
         content = image.get("bytes") if isinstance(image, dict) else image
         if not isinstance(content, bytes):
-            raise BadSample(name, f"column {self.columns.image!r} holds no bytes of an image")
-        caption = clean_caption(row[self.columns.caption], name) if self.has_captions else None
+            raise BadSample(name, f"column {self.image_column!r} holds no bytes of an image")
+        caption = clean_caption(row[self.caption_column], name) if self.has_captions else None
         if self.classes is not None and (label is None or not 0 <= label < len(self.classes)):
             raise BadSample(name, f"label {label} is none of the {len(self.classes)} classes")
         return Sample(self.load(name, content), label, caption, name)
@@ -108,15 +104,14 @@ class HuggingFace(_Rows):
             table = _open(datasets, path, split)
         if not len(table):
             raise ValueError(f"{path}: split {split!r} is empty; check its files")
-        self.columns = columns = Columns(table.features, source)
-        if isinstance(table.features[columns.image], datasets.Image):
-            table = table.cast_column(columns.image, datasets.Image(decode=False))
-        self.table = table.select_columns(columns.names).with_format(None)
-        self.classes, self.has_captions = columns.classes, columns.caption is not None
+        self.choose_columns(table.features, source)
+        if isinstance(table.features[self.image_column], datasets.Image):
+            table = table.cast_column(self.image_column, datasets.Image(decode=False))
+        self.table = table.select_columns(self.columns).with_format(None)
 
     @property
     def labels(self) -> list[int] | None:
-        return None if self.columns.label is None else self.table[self.columns.label][:]
+        return None if self.label_column is None else self.table[self.label_column][:]
 
     def __len__(self) -> int:
         return len(self.table)
@@ -133,12 +128,10 @@ class ParquetRows(_Rows, ShardedDataset):
         datasets = _datasets(path)
         from pyarrow.parquet import read_metadata
 
-        def metadata(file: Path) -> Any:
+        def metadata(file: Path) -> tuple[Any, Any]:
             with _reading(file, "cannot be read as Parquet"):
                 facts = read_metadata(file)
-            with _reading(file, "its columns cannot be read"):
-                schema = facts.schema.to_arrow_schema()
-                return facts, (schema, datasets.Features.from_arrow_schema(schema))
+                return facts, facts.schema.to_arrow_schema()
 
         self.shuffle_buffer, self.streams = source.shuffle_buffer or 1000, source.streams or 1
         self.files = find_files(path, split, ".parquet")
@@ -146,41 +139,44 @@ class ParquetRows(_Rows, ShardedDataset):
             raise ValueError(f"{path}: holds no .parquet file, and streaming reads no others; leave streaming out")
         with ThreadPoolExecutor(OPENING_THREADS) as pool:
             facts, schemas = zip(*pool.map(metadata, self.files))
-        groups = {
-            (file, n): one.row_group(n) for file, one in zip(self.files, facts) for n in range(one.num_row_groups)
-        }
-        self.groups = [place for place, group in groups.items() if group.num_rows]
+        numbers = [(file, one, number) for file, one in zip(self.files, facts) for number in range(one.num_row_groups)]
+        groups = {(file, number): one.row_group(number) for file, one, number in numbers}
+        self.groups = [key for key, group in groups.items() if group.num_rows]
         if not self.groups:
             raise ValueError(f"{path}: split {split!r} is empty; check its files")
         largest = max(group.total_byte_size for group in groups.values())
         if largest > MAX_GROUP_BYTES:
             raise ValueError(f"{path}: has a row group of {largest} bytes, too large to stream; leave streaming out")
-        self.set_sizes([groups[place].num_rows for place in self.groups])
-        self.columns = Columns(schemas[0][1], source)
+        self.set_sizes([groups[key].num_rows for key in self.groups])
+        with _reading(self.files[0], "its columns cannot be read"):
+            features = datasets.Features.from_arrow_schema(schemas[0])
+        self.choose_columns(features, source)
         self._check_same(schemas)
-        self.classes, self.has_captions = self.columns.classes, self.columns.caption is not None
         self._kept: OrderedDict[int, Any] = OrderedDict()
 
     def row(self, index: int) -> tuple[dict[str, Any], str]:
         group, row = self.locate(index)
         table = self._table(group)
         file, number = self.groups[group]
-        return {name: table[name][row].as_py() for name in self.columns.names}, f"{file}: row {row} of group {number}"
+        return {name: table[name][row].as_py() for name in self.columns}, f"{file}: row {row} of group {number}"
 
-    def _check_same(self, schemas: list[tuple[Any, Any]]) -> None:
+    def _check_same(self, schemas: Sequence[Any]) -> None:
         """Raises DataError if a file's columns in use are not of the first file's types and classes."""
-        for name in self.columns.names:
-            facts = []
-            for file, (schema, features) in zip(self.files, schemas):
+        from datasets import Features
+
+        for file, schema in zip(self.files, schemas):
+            for name in self.columns:
+                kind = schemas[0].field(name).type
                 if name not in schema.names:
-                    raise DataError(f"{file}: has no column {name!r}, which {self.files[0]} has; all files must")
-                facts.append((schema.field(name).type, getattr(features[name], "names", None)))
-            kind, classes = facts[0]
-            for file, (other, names) in zip(self.files, facts):
-                if other != kind or names not in (None, classes):  # None: not written by `datasets`
-                    problem = f"is of type {other}, in {self.files[0]} of type {kind}"
-                    problem = problem if other != kind else f"has other classes than in {self.files[0]}"
-                    raise DataError(f"{file}: column {name!r} {problem}; all files must have the same")
+                    problem = "is missing, and is in"
+                elif schema.field(name).type != kind:
+                    problem = f"is of type {schema.field(name).type}, not {kind} as in"
+                # None: not written by `datasets`
+                elif getattr(Features.from_arrow_schema(schema)[name], "names", None) not in (None, self.classes):
+                    problem = "has other classes than in"
+                else:
+                    continue
+                raise DataError(f"{file}: column {name!r} {problem} {self.files[0]}; all files must have the same")
 
     def _table(self, group: int) -> Any:
         """The rows of a group; the groups that the last two windows of each stream met are kept.
@@ -201,13 +197,13 @@ class ParquetRows(_Rows, ShardedDataset):
 
         path, number = self.groups[group]
         with _reading(path, f"row group {number} cannot be read"), ParquetFile(path) as file:
-            return file.read_row_group(number, columns=self.columns.names)
+            return file.read_row_group(number, columns=self.columns)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": OrderedDict()}
 
     def _add_facts(self, facts: Fingerprint) -> None:
-        facts.add("parquet", [self.columns.names, self.classes, self.sizes.tolist()])
+        facts.add("parquet", [self.columns, self.classes, self.sizes.tolist()])
         for file in self.files:
             facts.add_file(file.name, file)
 

@@ -9,11 +9,10 @@ import math
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 from braceexpand import braceexpand
@@ -31,10 +30,10 @@ from vmoe.utils.printable import printable
 logger = logging.getLogger("vmoe.data")
 
 MAX_TEXT_BYTES = 2**20
-MAX_KEPT = 64  # open files, and indices in memory
+MAX_KEPT = 64  # indices in memory
 INDEX_THREADS = 8
 MAX_SHARDS = 1_000_000
-COUNT_AGAIN = "; remove it, and the shards are counted"
+COUNT_AGAIN = "; remove {}, and the shards are counted again"
 
 
 class Shards(ShardedDataset):
@@ -49,7 +48,6 @@ class Shards(ShardedDataset):
         self.caption_key = source.caption_key
         self.shuffle_buffer, self.streams = source.shuffle_buffer or 100_000, source.streams or 1
         self._indices: OrderedDict[str, Index] = OrderedDict()
-        self._files: OrderedDict[str, BinaryIO] = OrderedDict()
         self._count()
         first = self._index(0).entries
         self.has_captions = bool(first["json_block"].any() or (first["txt_block"].any() and self.caption_key is None))
@@ -71,9 +69,6 @@ class Shards(ShardedDataset):
     def caption(self, index: int) -> str:
         return self._caption(*self._find(index))
 
-    def __getstate__(self) -> dict[str, Any]:  # a worker opens files of its own
-        return self.__dict__ | {"_files": OrderedDict()}
-
     def _count(self) -> None:
         """Finds the size of each shard, and the file that says so (None where the shard itself does)."""
         said = _said_sizes(self.paths)
@@ -81,43 +76,42 @@ class Shards(ShardedDataset):
         unknown = [path for path in self.paths if said[path][1] is None]
         if unknown:
             logger.info("reading the headers of %d shards in %s, once", len(unknown), os.path.dirname(self.paths[0]))
-
-        def count(path: str) -> tuple[int, int, str]:
-            index = read_index(path)
-            return len(index.entries), index.num_dotted, index.first_dotted
-
-        with ThreadPoolExecutor(INDEX_THREADS) as pool:
-            counted = dict(zip(unknown, pool.map(count, unknown)))
-        dotted = [(path, number, first) for path, (_, number, first) in counted.items() if number]
+        with ThreadPoolExecutor(INDEX_THREADS) as pool:  # the indices themselves would fill the memory
+            facts = pool.map(lambda path: (len((index := read_index(path)).entries), *index[2:]), unknown)
+            counted = dict(zip(unknown, facts))
+        dotted = [(number, f"{path}: {first}") for path, (_, number, first) in counted.items() if number]
         if dotted:
-            skipped = dotted_members(sum(number for _, number, _ in dotted), f"{dotted[0][0]}: {dotted[0][2]}")
+            skipped = dotted_members(sum(number for number, _ in dotted), dotted[0][1])
             logger.warning("%d of %d shards: %s", len(dotted), len(self.paths), skipped)
         self.said_by = [said[path][1] for path in self.paths]
-        self.set_sizes([counted[path][0] if path in counted else said[path][0] for path in self.paths])
+        self.set_sizes([counted.get(path, said[path])[0] for path in self.paths])
 
     def _leave_out(self, empty: dict[str, str]) -> None:
         """Takes shards without samples, {path: the file that says so}, out of `paths`; logs how many."""
         for path, file in empty.items():
             if next(read_members(path), None) is not None:
-                remedy = f"remove {file}, and shards are counted again"
-                raise DataError(f"{path}: holds samples, but {file} says 0; {remedy}")
-        if not empty:
-            return
-        path, file = next(iter(empty.items()))
-        message = f"{len(empty)} of {len(self.paths)} shards are empty, as {path}, of which {file} says 0 samples"
-        if len(empty) == len(self.paths):
-            raise DataError(f"{message}; all downloads may have failed, so download them again")
-        logger.warning("%s; they are left out", message)
-        self.paths = [path for path in self.paths if path not in empty]
+                raise DataError(f"{path}: holds samples, but {file} says 0{COUNT_AGAIN.format(file)}")
+        if empty:
+            path, file = next(iter(empty.items()))
+            message = f"{len(empty)} of {len(self.paths)} shards are empty, as {path}, of which {file} says 0 samples"
+            if len(empty) == len(self.paths):
+                raise DataError(f"{message}; all downloads may have failed, so download them again")
+            logger.warning("%s; they are left out", message)
+            self.paths = [path for path in self.paths if path not in empty]
 
     def _index(self, shard: int) -> Index:
         path, said_by = self.paths[shard], self.said_by[shard]
-        index = _kept(self._indices, path, read_index)
+        if path not in self._indices:
+            self._indices[path] = read_index(path)
+            if len(self._indices) > MAX_KEPT:
+                self._indices.popitem(last=False)
+        self._indices.move_to_end(path)
+        index = self._indices[path]
         if len(index.entries) != self.sizes[shard]:
-            remedy = f"remove {said_by}, and shards are counted again" if said_by else "start from scratch"
-            remedy = dotted_members(*index[2:]) if index.num_dotted else remedy
+            remedy = COUNT_AGAIN.format(said_by) if said_by else "; start from scratch"
+            remedy = f"; {dotted_members(*index[2:])}" if index.num_dotted else remedy
             says = f"{said_by} says" if said_by else "it had"
-            raise DataError(f"{path}: holds {len(index.entries)} samples, but {says} {self.sizes[shard]}; {remedy}")
+            raise DataError(f"{path}: holds {len(index.entries)} samples, but {says} {self.sizes[shard]}{remedy}")
         if index.num_dotted and said_by:
             warn_once(f"{path}: {dotted_members(*index[2:])}")
         return index
@@ -130,13 +124,9 @@ class Shards(ShardedDataset):
 
     def _read(self, path: str, entry: np.void, part: str) -> bytes:
         offset, size = int(entry[f"{part}_block"]) * BLOCK, int(entry[f"{part}_size"])
-        with file_errors(path):
-            file = _kept(self._files, path, lambda path: open(path, "rb", buffering=0))  # noqa: SIM115 (kept open)
-            if hasattr(os, "pread"):  # else, on Windows, workers are not forked, and share no position
-                content = os.pread(file.fileno(), size, offset)
-            else:
-                file.seek(offset)
-                content = file.read(size)
+        with file_errors(path), open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            content = file.read(size)
         if len(content) != size:
             raise DataError(f"{path}: was changed while it was read; start from scratch")
         return content
@@ -229,35 +219,18 @@ def _braces(pattern: str) -> list[str]:
 
 def _said_sizes(paths: list[str]) -> dict[str, tuple[int | None, str | None]]:
     """{shard: (its samples, the file beside it that says so)}; (None, None) where no file does."""
-    said, read = {}, functools.cache(_read_json)
+    said = dict.fromkeys(paths, (None, None))
+    read = functools.cache(lambda file: read_json(file, kind=dict) if os.path.exists(file) else {})
     for path in paths:
         folder, name = os.path.split(path)
-        files = {os.path.join(folder, "sizes.json"): name, f"{os.path.splitext(path)[0]}_stats.json": "successes"}
-        file = next((file for file, key in files.items() if key in read(file)), None)
-        size = None if file is None else read(file)[files[file]]
-        if file is not None and (type(size) is not int or not 0 <= size < 2**40):
-            raise DataError(f"{file}: {files[file]} must be a number of samples, got {size!r}{COUNT_AGAIN}")
-        said[path] = size, file
+        for file, key in (
+            (f"{os.path.splitext(path)[0]}_stats.json", "successes"),
+            (os.path.join(folder, "sizes.json"), name),
+        ):
+            with file_errors(file, COUNT_AGAIN.format("it")):
+                size = read(file).get(key, -1)
+                if key in read(file) and (type(size) is not int or not 0 <= size < 2**40):
+                    raise ValueError(f"{key} must be a number of samples, got {size!r}")
+            if size >= 0:
+                said[path] = size, file
     return said
-
-
-def _read_json(file: str) -> dict[str, Any]:
-    """A JSON object; {} where there is no file."""
-    if not os.path.exists(file):
-        return {}
-    with file_errors(file, COUNT_AGAIN):
-        content = read_json(file)
-        if not isinstance(content, dict):
-            raise ValueError("must be a JSON object")
-    return content
-
-
-def _kept(kept: OrderedDict, path: str, make: Callable[[str], Any]) -> Any:
-    """The value for a path, made if it is not among the MAX_KEPT last used ones."""
-    if path not in kept:
-        kept[path] = make(path)
-        if len(kept) > MAX_KEPT:
-            _, oldest = kept.popitem(last=False)
-            getattr(oldest, "close", lambda: None)()
-    kept.move_to_end(path)
-    return kept[path]
