@@ -49,6 +49,8 @@ def file_errors(where: str | Path, remedy: str = "") -> Iterator[None]:
         raise
     except OSError as error:
         raise DataError(f"{where}: cannot be read ({error.strerror}){remedy}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except ValueError as error:
         raise DataError(f"{where}: {error}{remedy}") from None
 

@@ -8,12 +8,13 @@ import logging
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from vmoe.data.config import SourceConfig
 from vmoe.data.dataset import ImageFiles, Sample, clean_caption
-from vmoe.data.images import IMAGE_SUFFIXES, BadSample, file_errors, leads_out
+from vmoe.data.images import IMAGE_SUFFIXES, BadSample, DataError, file_errors, leads_out
 from vmoe.data.sources.folder_layout import is_junk
 from vmoe.utils.files import parse_json, read_text
 from vmoe.utils.printable import printable
@@ -35,27 +36,24 @@ class PairsFile(ImageFiles):
     """
 
     def __init__(self, source: SourceConfig) -> None:
-        path, delimiter = Path(source.path), source.delimiter
+        path = Path(source.path)
         root = Path(source.image_root) if source.image_root else path.parent
         suffix = path.suffix.lower()
         if suffix not in (".csv", ".tsv", ".jsonl"):
             rule = "a file of pairs must end in .csv, .tsv or .jsonl"
             raise ValueError(f"{path}: {rule if path.exists() else 'no such file or folder; check path'}")
-        if suffix == ".jsonl" and delimiter is not None:
+        if suffix == ".jsonl" and source.delimiter is not None:
             raise ValueError(f"delimiter is for .csv and .tsv files, and path is {path}; leave it out")
         names, captions, read = [], [], _read_jsonl if suffix == ".jsonl" else _read_table
-        try:
-            with open(path, newline="", encoding="utf-8-sig") as file:
-                for line, row in read(file, source):
-                    where = f"{path} line {line}"
-                    image = row[_key(row, source.image_key, IMAGE_KEYS, "image_key", where)]
-                    image = image.strip() if isinstance(image, str) else ""
-                    names.append(_name_within(os.path.abspath(root), image, where))
-                    captions.append(row[_key(row, source.caption_key, CAPTION_KEYS, "caption_key", where)])
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror}); check the data source's path") from None
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        with (
+            file_errors(path, "; check the data source's path"),
+            open(path, newline="", encoding="utf-8-sig") as file,
+        ):
+            for line, row in read(file, source):
+                with file_errors(f"{path} line {line}"):
+                    image = _value(row, source.image_key, IMAGE_KEYS, "image_key")
+                    names.append(_name_within(os.path.abspath(root), image.strip() if isinstance(image, str) else ""))
+                    captions.append(_value(row, source.caption_key, CAPTION_KEYS, "caption_key"))
         if not names:
             raise ValueError(f"{path}: holds no pairs; it needs an image path and a caption per line")
         super().__init__(root, names, captions=captions)
@@ -107,15 +105,14 @@ def _read_table(file: TextIO, source: SourceConfig) -> Iterator[tuple[int, dict[
     first, skipped, found = next(lines, ""), 0, None
     if re.fullmatch(r"sep=.\s*", first, re.IGNORECASE):  # Excel's
         first, skipped, found = next(lines, ""), 1, first[4]
+    found = found or next((one for one in (delimiter, *DELIMITERS) if _fits(first, one, source.image_key)), delimiter)
+    if found != delimiter:
+        shown = "a tab ('\\t')" if found == "\t" else repr(found)
+        raise DataError(f"{path}: its columns are separated by {shown}; set delimiter to it")
     # strict: else a stray quotation mark silently swallows the lines up to the next one
     style = {"quoting": csv.QUOTE_NONE} if tsv else {"strict": True, "skipinitialspace": True}
     rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter, **style)
     try:
-        fitting = (one for one in (delimiter, *DELIMITERS) if _fits(first, one, source.image_key))
-        found = found or next(fitting, delimiter)
-        if found != delimiter:
-            shown = "a tab ('\\t')" if found == "\t" else repr(found)
-            raise ValueError(f"{path}: its columns are separated by {shown}; set delimiter to it")
         columns = [name.strip() for name in next(rows, [])]
         if len(columns) == 2 and _is_image(columns[0]):  # no line of column names
             first_row, columns = columns, [IMAGE_KEYS[0], CAPTION_KEYS[0]]
@@ -125,18 +122,20 @@ def _read_table(file: TextIO, source: SourceConfig) -> Iterator[tuple[int, dict[
             if len(row) > len(columns):
                 what = {",": "a comma", "\t": "a tab"}.get(delimiter, repr(delimiter))
                 remedy = f"take {what} out of it" if tsv else f"put a caption with {what} in quotation marks"
-                raise ValueError(f"{path} line {line}: {len(row)} cells for {len(columns)} columns; {remedy}")
+                raise DataError(f"{path} line {line}: {len(row)} cells for {len(columns)} columns; {remedy}")
             if row:  # not an empty line
                 yield line, dict.fromkeys(columns) | dict(zip(columns, row))
     except csv.Error as error:
-        raise ValueError(f"{path} line {max(1, rows.line_num) + skipped}: malformed ({error})") from None
+        raise DataError(f"{path} line {max(1, rows.line_num) + skipped}: malformed ({error})") from None
 
 
 def _fits(line: str, delimiter: str, image_key: str | None) -> bool:
     """Whether the first line of a table, cut so, names the images' column, or is a path and a caption."""
-    columns = [name.strip() for name in next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])]
-    keys = IMAGE_KEYS if image_key is None else (image_key,)
-    return any(name in keys for name in columns) or (len(columns) == 2 and _is_image(columns[0]))
+    with suppress(csv.Error):
+        columns = [name.strip() for name in next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])]
+        named = not set(columns).isdisjoint(IMAGE_KEYS if image_key is None else (image_key,))
+        return named or (len(columns) == 2 and _is_image(columns[0]))
+    return False
 
 
 def _is_image(name: str | Path) -> bool:
@@ -145,35 +144,35 @@ def _is_image(name: str | Path) -> bool:
 
 def _lines(file: TextIO, path: str) -> Iterator[str]:
     """The lines of a file, of which none can fill the memory."""
-    number = 0
-    while line := file.readline(MAX_TEXT + 1):
-        number += 1
+    for number in itertools.count(1):
+        line = file.readline(MAX_TEXT + 1)
         if len(line) > MAX_TEXT:
-            raise ValueError(f"{path} line {number}: longer than {MAX_TEXT} characters")
+            raise DataError(f"{path} line {number}: longer than {MAX_TEXT} characters")
+        if not line:
+            return
         yield line
 
 
 def _read_jsonl(file: TextIO, source: SourceConfig) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of each line of a .jsonl file."""
     for number, line in enumerate(_lines(file, source.path), start=1):
-        if not line.strip():
-            continue
-        with file_errors(f"{source.path} line {number}"):
-            row = parse_json(line)
-            if not isinstance(row, dict):
-                raise ValueError("must be a JSON object with an image path and a caption")
-        yield number, row
+        if line.strip():
+            with file_errors(f"{source.path} line {number}"):
+                row = parse_json(line)
+                if not isinstance(row, dict):
+                    raise ValueError("must be a JSON object with an image path and a caption")
+            yield number, row
 
 
-def _key(row: dict[str, Any], wanted: str | None, usual: tuple[str, ...], setting: str, where: str) -> str:
+def _value(row: dict[str, Any], wanted: str | None, usual: tuple[str, ...], setting: str) -> Any:
     keys = usual if wanted is None else (wanted,)
     for key in keys:
         if key in row:
-            return key
-    raise ValueError(f"{where}: has no {' or '.join(keys)}, only {', '.join(map(str, row))}; set {setting}")
+            return row[key]
+    raise ValueError(f"has no {' or '.join(keys)}, only {', '.join(map(str, row))}; set {setting}")
 
 
-def _name_within(root: str, image: str, where: str) -> str:
+def _name_within(root: str, image: str) -> str:
     """An image's path from the root on, so that a copy elsewhere has the same names; "." where there is no path.
 
     ValueError: it lies outside, here or (by backslashes) on Windows, so that a list from elsewhere could show what else
@@ -182,8 +181,8 @@ def _name_within(root: str, image: str, where: str) -> str:
     path = Path(os.path.normpath(os.path.join(root, image)))
     if not path.is_relative_to(root):
         remedy = "set image_root to the folder that holds all images"
-        raise ValueError(f"{where}: the image {printable(image)} is outside of {root}; {remedy}")
+        raise ValueError(f"the image {printable(image)} is outside of {root}; {remedy}")
     name = path.relative_to(root).as_posix()
     if leads_out(name):
-        raise ValueError(f"{where}: the image {printable(image)} leads out of its folder on Windows; rename it")
+        raise ValueError(f"the image {printable(image)} leads out of its folder on Windows; rename it")
     return name
