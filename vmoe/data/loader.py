@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import os
 import signal
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -46,48 +43,45 @@ class Batch(NamedTuple):
     """What a worker hands over."""
 
     tensors: dict[str, torch.Tensor]  # "image" (float32, or uint8 (B, H, W, 3) to normalize), "index", "label", "text"
-    bad: list[tuple[str, str]]  # (path, reason) of every bad sample met
-    num_read: int  # samples, the bad ones and their replacements included
-    seconds: float = 0.0  # that reading and augmenting them took
+    bad: Sequence[tuple[str, str]] = ()  # (path, reason) of every bad sample met
+    num_read: int = 0  # samples, the bad ones and their replacements included
     cut: tuple[str, ...] = ()  # captions that are longer than the tokenizer's context
     error: str | None = None  # why the data set cannot be read on (an exception would arrive with a traceback)
 
 
-@dataclass(eq=False)
 class BatchReader(Dataset):
-    """Maps a BatchKey to its Batch; a pure function of key and seed, in whichever worker process it runs."""
+    """Maps a BatchKey to its Batch; a pure function of key and seed, in whichever worker process it runs.
 
-    dataset: ImageDataset
-    transform: Callable[[Image.Image], torch.Tensor]
-    tokenizer: Tokenizer | None
-    seed: int
-    replace_bad: bool  # by another sample; else it is left out
-    _tokens: dict[str, tuple[torch.Tensor, bool]] = field(default_factory=dict)
+    A bad sample is replaced by another with `replace_bad`, else left out.
+    """
 
-    @property
-    def normalize_later(self) -> bool:
-        """Whether images stay bytes until the main process has the batch."""
-        return isinstance(self.transform, Transform) and self.transform.erase is None
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        transform: Callable[[Image.Image], torch.Tensor],
+        tokenizer: Tokenizer | None,
+        seed: int,
+        replace_bad: bool,
+    ) -> None:
+        self.dataset, self.transform, self.tokenizer = dataset, transform, tokenizer
+        self.seed, self.replace_bad = seed, replace_bad
+        # Images stay bytes until the main process has the batch.
+        self.normalize_later = isinstance(transform, Transform) and transform.erase is None
+        self._tokens: dict[str, tuple[torch.Tensor, bool]] = {}
 
     def __getitem__(self, key: BatchKey) -> Batch:
-        started = time.perf_counter()
         samples, bad = [], []
         try:
             with isolated_randomness():
                 for index, epoch in zip(key.indices, key.epochs, strict=True):
-                    sample = self._read(epoch, index, bad)
-                    if sample is not None:
-                        samples.append((index, *sample))
+                    samples += self._read(epoch, index, bad)
         except DataError as error:
             return Batch({}, bad, 0, error=str(error))
         num_read = len(key.indices) + (len(bad) if self.replace_bad else 0)
-        tensors, cut = self._stack(samples) if samples else ({}, ())
-        return Batch(tensors, bad, num_read, time.perf_counter() - started, cut)
+        return Batch({}, bad, num_read) if not samples else self._stack(samples)._replace(bad=bad, num_read=num_read)
 
-    def _read(
-        self, epoch: int, index: int, bad: list[tuple[str, str]]
-    ) -> tuple[np.ndarray | torch.Tensor, int | None, str | None] | None:
-        """(image, label, caption) of a sample or its replacement; None where it is left out."""
+    def _read(self, epoch: int, index: int, bad: list[tuple[str, str]]) -> list[tuple]:
+        """[(index, image, label, caption)] of a sample or its replacement; [] where it is left out."""
         candidate = index
         for attempt in range(1, MAX_REPLACEMENTS + 1):
             try:
@@ -95,36 +89,36 @@ class BatchReader(Dataset):
             except BadSample as error:
                 bad.append((error.path, error.reason))
                 if not self.replace_bad:
-                    return None
+                    return []
                 candidate = derive_seed(self.seed, epoch, index, attempt) % len(self.dataset)
                 continue
             seed_process(derive_seed(self.seed, epoch, index))
-            if self.normalize_later:  # (H, W, 3) uint8; copied once, into the batch
-                return np.asarray(self.transform.geometry(image)), label, caption
-            return self.transform(image), label, caption
-        return None
+            # (H, W, 3) uint8 is copied once, into the batch
+            pixels = np.asarray(self.transform.geometry(image)) if self.normalize_later else self.transform(image)
+            return [(index, pixels, label, caption)]
+        return []
 
-    def _stack(self, samples: list[tuple]) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-        """(tensors of a batch of (index, image, label, caption), the captions that were cut)."""
+    def _stack(self, samples: list[tuple]) -> Batch:
+        """The tensors of a batch of (index, image, label, caption), and the captions that were cut."""
         indices, images, labels, captions = zip(*samples)
         image = torch.from_numpy(np.stack(images)) if self.normalize_later else torch.stack(images)
         tensors = {"image": image, "index": torch.tensor(indices)}
         if self.dataset.classes is not None:
             tensors["label"] = torch.tensor(labels)
         if self.tokenizer is None:
-            return tensors, ()
+            return Batch(tensors)
         tokens, is_cut = zip(*map(self._tokenize, captions))
         tensors["text"] = torch.stack(tokens)
-        return tensors, tuple(caption for caption, cut in zip(captions, is_cut) if cut)
+        return Batch(tensors, cut=tuple(caption for caption, cut in zip(captions, is_cut) if cut))
 
     def _tokenize(self, caption: str) -> tuple[torch.Tensor, bool]:
         """((L,) long, whether it is cut); kept, since tokenizing takes longer than cropping the image."""
-        found = self._tokens.get(caption)
-        if found is None:
-            tokens_1L = self.tokenizer([caption])
-            found = tokens_1L[0], bool(cut_rows(self.tokenizer, [caption], tokens_1L))
-            if len(self._tokens) < MAX_CACHED_CAPTIONS:
-                self._tokens[caption] = found
+        if caption in self._tokens:
+            return self._tokens[caption]
+        tokens_1L = self.tokenizer([caption])
+        found = tokens_1L[0], bool(cut_rows(self.tokenizer, [caption], tokens_1L))
+        if len(self._tokens) < MAX_CACHED_CAPTIONS:
+            self._tokens[caption] = found
         return found
 
 
@@ -141,7 +135,7 @@ class _Loader:
         self.fail = on_bad == "fail"
         self.num_cut = 0
 
-    def _start(self, keys: Iterable[BatchKey]) -> Iterator[Batch]:
+    def _start(self) -> Iterator[Batch]:
         """The batches of the keys, in their order; says once if there are more workers than cores."""
         if world()[0] == 0 and self.config.num_workers > own_cores():
             warn_once(
@@ -152,7 +146,7 @@ class _Loader:
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             loader = DataLoader(
                 self.reader,
-                sampler=keys,
+                sampler=self._keys(),
                 batch_size=None,  # a key is a batch
                 collate_fn=_identity,
                 num_workers=self.config.num_workers,
@@ -189,9 +183,8 @@ class TrainLoader(_Loader):
     another one replaces it because it is bad.
 
     Order and augmentation follow from (seed, epoch, index) alone: they do not depend on `num_workers`, on the process's
-    random state, or on where a run was stopped. `config.batch_size` counts the samples of all processes. Process r of W
-    hands out rows r * B/W to (r+1) * B/W of each batch; so the batches of a run, and a position in it, are the same for
-    any number of processes.
+    random state, or on where a run was stopped. Process r of W hands out rows r * B/W to (r+1) * B/W of each batch; so
+    the batches of a run, and a position in it, are the same for any number of processes.
 
     Args:
         transform: see `build_transform`; any callable from PIL image to (3, H, W) float tensor will do.
@@ -200,16 +193,14 @@ class TrainLoader(_Loader):
         part: (r, W): hand out part r of W of each batch. None: this process's own, or all without torch.distributed.
 
     Attributes:
-        step: batches handed out so far.
-        steps_per_epoch: complete batches in the data set.
+        step: batches handed out so far; an epoch has steps_per_epoch.
         num_read, num_bad: samples that this process read for its part, replacements included, and bad ones among them.
         bad_paths: {path: reason} of the bad samples met by this object.
         num_cut: captions so far that are longer than the tokenizer's context; the first batch with one is logged.
 
     Raises:
         ValueError: the batch size does not suit the data set or the number of processes, or there are no captions.
-        TooManyBadSamples: while iterating, see LoaderConfig.max_bad_share.
-        DataError: while iterating, a file of many samples is broken or has changed.
+        TooManyBadSamples, DataError: while iterating; see LoaderConfig.max_bad_share, or a file is broken or changed.
     """
 
     def __init__(
@@ -241,39 +232,29 @@ class TrainLoader(_Loader):
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.step = self.num_read = self.num_bad = 0
         self.bad_paths: dict[str, str] = {}
-        self._read_seconds, self._read_samples = 0.0, 0
         self._batches: Iterator[Batch] | None = None
-
-    @property
-    def samples_per_second(self) -> float:
-        """Samples per second of all workers of this process together, as if none ever waited; NaN before the first."""
-        if not self._read_samples:
-            return math.nan
-        return max(1, self.config.num_workers) * self._read_samples / self._read_seconds
 
     def __iter__(self) -> TrainLoader:
         return self
 
     def __next__(self) -> dict[str, torch.Tensor]:
         if self._batches is None:
-            self._batches = self._start(self._keys(self.step))
+            self._batches = self._start()
         batch = next(self._batches)
         self.step += 1
         self._check(batch)
         self._count(batch)
         return self._finish(batch.tensors)
 
-    def _keys(self, step: int) -> Iterator[BatchKey]:
-        """Keys of this process's part of the batches from `step` on, without end."""
-        for number in itertools.count(step):
+    def _keys(self) -> Iterator[BatchKey]:
+        """Keys of this process's part of the coming batches, without end."""
+        for number in itertools.count(self.step):
             indices, epochs = self.batches.batch(number)
             yield BatchKey(indices[self.rows], epochs[self.rows])
 
     def _count(self, batch: Batch) -> None:
         self.num_read += batch.num_read
         self.num_bad += len(batch.bad)
-        self._read_seconds += batch.seconds
-        self._read_samples += batch.num_read
         for path, reason in batch.bad:
             if path not in self.bad_paths:
                 self.bad_paths[path] = reason
@@ -292,9 +273,8 @@ class TrainLoader(_Loader):
 
     def state_dict(self) -> dict[str, int]:
         """Position of the batches handed out so far, for any number of processes; the counts are this process's own."""
-        facts = {"batch_size": self.config.batch_size, "num_samples": len(self.reader.dataset)}
-        counts = {"step": self.step, "num_read": self.num_read, "num_bad": self.num_bad}
-        return {**counts, "seed": self.reader.seed, **facts}
+        counts = {"step": self.step, "num_read": self.num_read, "num_bad": self.num_bad, "seed": self.reader.seed}
+        return {**counts, "batch_size": self.config.batch_size, "num_samples": len(self.reader.dataset)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continues exactly behind the batches that `state` counts; ValueError: it is of other data or settings."""
@@ -359,7 +339,7 @@ class EvalLoader(_Loader):
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         self.skipped_paths, self.num_cut = [], 0
-        for batch in self._start(self._keys()):
+        for batch in self._start():
             self._check(batch)
             for path, reason in batch.bad:
                 self.skipped_paths.append(path)
@@ -379,10 +359,9 @@ def own_cores() -> int:
 
 def _leave_signals_to_the_main_process(_worker: int) -> None:
     """A signal to the process group must not end the step in progress: a worker outlives SIGTERM by GRACE_SECONDS."""
-    for name in ("SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):  # Windows has no SIGUSR1
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGALRM"):  # not on Windows
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
 
