@@ -16,8 +16,12 @@ from vmoe.data import AugmentationConfig, LoaderConfig, SourceConfig
         (SourceConfig, {"type": "pairs", "path": "x", "delimiter": ";;"}, "delimiter must be one character"),
         (SourceConfig, {"type": "shards", "path": "x", "delimiter": ";"}, "delimiter is for pairs"),
         (SourceConfig, {"type": "pairs", "path": "x", "max_pixels": 0}, "max_pixels must be >= 1"),
-        (SourceConfig, {"type": "emoji", "max_pixels": 9}, "max_pixels is for image files"),
-        (SourceConfig, {"type": "emoji", "exif_orientation": False}, "exif_orientation is for image files"),
+        (SourceConfig, {"type": "emoji", "max_pixels": 9}, "max_pixels are for image files"),
+        (
+            SourceConfig,
+            {"type": "emoji", "exif_orientation": False},
+            "exif_orientation and max_pixels are for image files",
+        ),
         (SourceConfig, {"image_size": "48"}, "image_size must be int, got '48'; leave the quotation marks out"),
         (SourceConfig, {"type": "shards", "path": ["a.tar", "b.tar"]}, "path must be .* shards may be joined by '::'"),
         (

@@ -37,39 +37,38 @@ class SourceConfig:
             "karpathy" (COCO or Flickr30k with captions).
         path: "pairs": a .csv, .tsv or .jsonl file, or a folder of images with .txt files beside them. "shards": a .tar
             file, a folder, a glob or a brace pattern such as data/{00000..00099}.tar, or several with "::" between
-            them. "hf": a folder of Parquet or Arrow files, or one that save_to_disk wrote. "image_folder": the folder
-            of the class folders. "torchvision": its `root`. "karpathy": dataset_coco.json or dataset_flickr30k.json.
-            Published test sets: the folder that docs/evaluation.md draws. The emoji types need none.
+            them. "hf": a folder of Parquet or Arrow files, or one that save_to_disk wrote. "torchvision": its `root`.
+            "karpathy": dataset_coco.json or dataset_flickr30k.json. Others: the folder that docs/evaluation.md draws.
         split: "emoji": "train", "held_out" (400 compositions never seen in training) or "all". "emoji_groups":
-            "train" or "val". "torchvision": "train", "test" or what the data set itself offers. "karpathy": "train"
-            (with COCO's "restval"), "val" or "test". "hf": a split of the data set. Else unused.
-        name: "torchvision" only: the class name in torchvision.datasets, for example "FashionMNIST".
-        image_size: emoji types only: side in pixels at which the images are drawn, once.
-        image_root: "pairs" file and "karpathy" only: the folder that relative image paths start from (default: the
-            file's folder).
+            "train" or "val". "karpathy": "train" (with COCO's "restval"), "val" or "test". "torchvision", "hf": what
+            the data set has.
+        name: "torchvision": the class name in torchvision.datasets, for example "FashionMNIST".
+        image_size: emoji types: side in pixels at which the images are drawn, once.
+        image_root: "pairs" file and "karpathy": the folder that relative image paths start from (default: the file's
+            folder).
         image_key: "pairs" file: the column or key of the image path (default: image, path, filepath, ...). "hf": the
             column of the images (default: image, jpg, png, webp or img).
         caption_key: "pairs" file and "hf": the column or key of the caption (default: caption, title, text or txt).
             "shards": the key of the caption in the .json members (default: the .txt member, else "caption").
         delimiter: "pairs" in a .csv or .tsv file: the character between columns, \\t for a tab (default: "," in .csv
             and a tab in .tsv).
-        label_key: "hf" only: the column of the label (default: the one of type ClassLabel, if there is just one).
         class_names: "shards": a .txt or .json file with the names of the classes that .cls members number from 0
-            (default: samples have no labels). "image_folder": a .txt file with a class name per line, in the order of
-            the sorted folder names, or a .json file with a list of names or {folder: class name} (default: the folder
-            names, or WordNet's words where every folder is an ImageNet synset such as n01440764).
-        labels_file: "imagenet" only, for images that lie flat in one folder: the file of their labels (default: the
-            one found in that folder or the one above).
+            (default: samples have no labels). "image_folder": a .txt file with a name per line, in the order of the
+            sorted folders, or a .json file with a list or {folder: name} (default: the folder names, or WordNet's words
+            where every folder is an ImageNet synset such as n01440764).
+        labels_file: "imagenet" with all images in one folder: the file of their labels (default: the one found in that
+            folder or the one above).
+        label_key: "hf": the column of the label (default: the one of type ClassLabel, if there is just one).
         shuffle_buffer: "shards", and "hf" with streaming: samples of neighbouring files that are shuffled together
             (default: 100000 and 1000).
         streams: "shards", and "hf" with streaming: positions of the data that are read side by side, each giving an
             equal part of every batch (default: 1). The number of machines, so that each reads files of its own.
-        streaming: "hf" only: read the Parquet files where they are, without the copy that datasets makes of them.
+        streaming: "hf": read the Parquet files where they are, without the copy that datasets makes of them.
         exif_orientation: whether images are turned as their EXIF data say; not for the emoji types and "torchvision"
             (default: as the model was trained, or data.train in a training; else false, as in torchvision and timm).
         max_pixels: the largest image, in pixels (default: 89478485). A JPEG file of up to 4 times as many is read at
             half its size; a larger image is a bad sample.
-        sources: "mixture" only: the data sets, each a section as this one, with its weight.
+        sources: "mixture": the data sets, each a section as this one, with its weight.
         weight: share of the samples of a mixture, on any scale; set it for all of its sources or for none (then each
             sample of each source comes equally often).
     """
@@ -103,15 +102,14 @@ class SourceConfig:
         for name, types in FIELDS_OF_SOME_TYPES.items():
             if getattr(self, name) is not None and self.type is not None and self.type not in types:
                 raise ValueError(f"{name} is for {' and '.join(types)}, and type is {self.type!r}; leave it out")
-        for name in ("exif_orientation", "max_pixels"):
-            if getattr(self, name) is not None and self.type in NOT_FROM_FILES:
-                raise ValueError(f"{name} is for image files, and type is {self.type!r}; leave it out")
+        if self.type in NOT_FROM_FILES and (self.exif_orientation, self.max_pixels) != (None, None):
+            raise ValueError(f"exif_orientation and max_pixels are for image files, and type is {self.type!r}")
         _check_range(self, ("shuffle_buffer", "streams", "max_pixels", "image_size"), 1)
         if self.delimiter == r"\t":  # as a shell gives it
             self.delimiter = "\t"
         if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n\0'):
             raise ValueError(f"delimiter must be one character, such as ';' or '\\t', got {self.delimiter!r}")
-        if self.weight is not None and not 0 < self.weight < float("inf"):
+        if self.weight is not None and not 0 < self.weight < math.inf:
             raise ValueError(f"weight must be > 0, got {self.weight}; leave a source out to draw nothing from it")
         if self.type == "hf" and not self.streaming and (self.shuffle_buffer or self.streams):
             raise ValueError("shuffle_buffer and streams of an 'hf' source need streaming: true (else all is shuffled)")

@@ -114,22 +114,18 @@ class ImageDataset(ABC):
         for index in range(len(self)):
             facts.add("sample", [None if values is None else values[index] for values in lists])
             file = self.file_of(index)
-            if file is None:
-                self._add_pixels(facts, index)
-            elif file == last_file:  # another caption of the same image
+            if file is not None and file == last_file:  # another caption of the same image
                 facts.add("file", file[0])
-            else:
+            elif file is not None:
                 facts.add_file(*file)
-            last_file = file or last_file
-
-    def _add_pixels(self, facts: Fingerprint, index: int) -> None:
-        try:
-            sample = self[index]
-        except BadSample:
-            facts.add("unreadable", None)
-            return
-        facts.add("label and caption", [sample.label, sample.caption])
-        facts.add_image(sample.image)
+            else:
+                try:
+                    image, label, caption, _ = self[index]
+                    facts.add("label and caption", [label, caption])
+                    facts.add_image(image)
+                except BadSample:
+                    facts.add("unreadable", None)
+            last_file = file
 
 
 class Captions(Sequence):

