@@ -177,7 +177,7 @@ TARS = {
     "out of it, by a long name": (tar_of("a/" * 60 + "../" * 70 + "x.txt"), "absolute or leads out"),
     "a gigantic member": (tar_of("0.jpg", type=tarfile.SYMTYPE, size=2**60), "extended header with size"),
     "a gigantic header": (tar_of("a" * 100_000 + ".txt"), "extended header"),
-    "a zip archive": (zip_of(b"x"), "compressed (zip)"),
+    "a zip archive": (zip_of(b"x"), "unpack a compressed one"),
 }
 
 

@@ -28,10 +28,9 @@ class Sample(NamedTuple):
 
 
 def clean_caption(caption: object, name: str) -> str:
-    """A caption without the white space around it, of the sample `name`.
+    """A caption without the white space around it, of the sample `name`; BadSample: it is missing, empty or no text.
 
-    BadSample: it is missing, empty or no text, or holds what tokenizers and files cannot take: NUL, or half of a
-    surrogate pair, which JSON can write (`"\\ud800"`).
+    Tokenizers and files cannot take NUL, or half of a surrogate pair, which JSON can write (`"\\ud800"`).
     """
     if not isinstance(caption, str | None):
         raise BadSample(name, f"its caption is of type {type(caption).__name__}, not a text")
@@ -97,8 +96,7 @@ class ImageDataset(ABC):
     def fingerprint(self) -> str:
         """64 hexadecimal digits that identify the data, the same on every machine; computed once.
 
-        They follow from the samples' order, labels, captions and the other attributes, the class names, and each
-        image's file (name within the data set, size, first and last 4 KiB) or, without files, its pixels.
+        They follow from the samples' order and attributes, the class names, and each image's file or its pixels.
         """
         if self._fingerprint is None:
             facts = Fingerprint()
@@ -198,8 +196,6 @@ class ShardedDataset(ImageDataset):
 
     def shuffle(self, seed: int, batch_size: int) -> Shuffle:
         if batch_size % self.streams:
-            raise ValueError(
-                f"streams must divide data.loader.batch_size {batch_size}, got {self.streams}: each stream gives an "
-                "equal part of every batch"
-            )
+            equal = "each stream gives an equal part of every batch"
+            raise ValueError(f"streams must divide data.loader.batch_size {batch_size}, got {self.streams}: {equal}")
         return ShuffledShards(seed, self.sizes, self.streams, self.shuffle_buffer)

@@ -127,10 +127,8 @@ class _Loader:
 
     def __init__(self, reader: BatchReader, config: LoaderConfig, on_bad: str, device: torch.device | str | None):
         if reader.tokenizer is not None and not reader.dataset.has_captions:
-            raise ValueError(
-                f"{type(reader.dataset).__name__} has no captions: training on text needs a data source with captions, "
-                "such as pairs or shards"
-            )
+            name = type(reader.dataset).__name__
+            raise ValueError(f"{name} has no captions: text needs a data source with captions, such as pairs or shards")
         self.reader, self.config, self.device = reader, config, device
         self.fail = on_bad == "fail"
         self.num_cut = 0
@@ -138,10 +136,8 @@ class _Loader:
     def _start(self) -> Iterator[Batch]:
         """The batches of the keys, in their order; says once if there are more workers than cores."""
         if world()[0] == 0 and self.config.num_workers > own_cores():
-            warn_once(
-                f"num_workers is {self.config.num_workers}, more than the CPU cores of this process ({own_cores()}): "
-                f"reading may be slower than with {own_cores()}"
-            )
+            workers = f"num_workers is {self.config.num_workers}, more than"
+            warn_once(f"{workers} the CPU cores of this process ({own_cores()}), which may make reading slower")
         with warnings.catch_warnings():  # PyTorch says the same for each loader, twice
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             loader = DataLoader(
@@ -217,18 +213,14 @@ class TrainLoader(_Loader):
         rank, processes = self.part = world() if part is None else part
         if on_bad == "skip":
             raise ValueError("on_bad must be replace or fail in training, got skip: batches must be complete")
-        if len(dataset) < config.batch_size:
-            raise ValueError(
-                f"batch_size {config.batch_size} is more than the data set's {len(dataset)} samples: make it smaller"
-            )
-        if config.batch_size % processes:
-            raise ValueError(
-                f"batch_size {config.batch_size} is no multiple of the {processes} processes that share each batch: "
-                "set data.loader.batch_size to one"
-            )
+        if len(dataset) < (size := config.batch_size):
+            raise ValueError(f"batch_size {size} is more than the data set's {len(dataset)} samples: make it smaller")
+        if size % processes:
+            problem = f"batch_size {size} is no multiple of the {processes} processes that share each batch"
+            raise ValueError(f"{problem}: set data.loader.batch_size to one")
         super().__init__(BatchReader(dataset, transform, tokenizer, seed, on_bad == "replace"), config, on_bad, device)
-        self.rows = slice(*(number * config.batch_size // processes for number in (rank, rank + 1)))
-        self.batches = dataset.batches(seed, config.batch_size)
+        self.rows = slice(rank * size // processes, (rank + 1) * size // processes)
+        self.batches = dataset.batches(seed, size)
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.step = self.num_read = self.num_bad = 0
         self.bad_paths: dict[str, str] = {}
@@ -297,13 +289,8 @@ class EvalLoader(_Loader):
     """All samples once, in order; the last batch may be smaller. Arguments and batches as for `TrainLoader`.
 
     Where torch.distributed runs, each process reads its share of the same batches: number rank, rank + world, ... A bad
-    sample raises BadSample, or with `on_bad="skip"` is left out and counted.
-
-    Attributes:
-        indices: of the samples that are read, in this order, by all processes together (default: all).
-        num_samples: how many they are.
-        num_skipped, skipped_paths: bad samples left out in the current or last pass.
-        num_cut: captions in that pass that are longer than the tokenizer's context.
+    sample raises BadSample, or with `on_bad="skip"` is left out and counted. `indices` are of the samples that all
+    processes read together, in this order (default: all). `skipped_paths` and `num_cut` are of the last pass.
     """
 
     def __init__(

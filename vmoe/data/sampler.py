@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,17 +23,8 @@ class BatchKey(NamedTuple):
     epochs: tuple[int, ...]  # for each of them how many epochs of its source are complete
 
 
-class Shuffle(Protocol):
-    """An order of a data set's samples, another one in each epoch."""
-
-    size: int  # samples in an epoch, each of which comes once
-
-    def indices(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """(stop - start,) int64, the samples of an epoch at positions start to stop; 0 <= start <= stop <= size."""
-
-
 class ShuffledSamples:
-    """All samples in any order."""
+    """All samples in any order, another one in each epoch of `size` samples."""
 
     def __init__(self, seed: int, num_samples: int) -> None:
         self.seed = seed
@@ -41,6 +32,7 @@ class ShuffledSamples:
         self._order: tuple[int | None, np.ndarray] = (None, np.empty(0, np.int64))
 
     def indices(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """(stop - start,) int64, the samples of an epoch at positions start to stop; 0 <= start <= stop <= size."""
         if self._order[0] != epoch:
             self._order = epoch, _permutation(self.size, self.seed, epoch)
         return self._order[1][start:stop]
@@ -69,7 +61,7 @@ class ShuffledShards:
         self._windows: dict[int, tuple[tuple[int, int], np.ndarray]] = {}
 
     def indices(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """As for any order; the samples of one stream are adjacent, so that parts of a batch are parts of streams."""
+        """As of `ShuffledSamples`; those of a stream are adjacent, so that parts of a batch are parts of streams."""
         if self._row[0] != epoch:
             shards = _permutation(len(self.sizes), self.seed, epoch)
             self._row = epoch, shards, self.sizes[shards].cumsum()
@@ -99,6 +91,9 @@ class ShuffledShards:
             parts.append(base + order[offset : offset + count])
             start += count
         return np.concatenate(parts)
+
+
+Shuffle = ShuffledSamples | ShuffledShards
 
 
 class EpochBatches:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,9 +19,9 @@ from vmoe.utils.channels import to_channels
 class Transform:
     """From an image to a model's input: (C, H, W) float32, C = 1 or 3.
 
-    A loader does it in steps, to keep images as bytes for as long as it can, since they are a quarter of the size and
-    cheap to stack: `geometry`, timm's transforms up to the conversion to a tensor, on each image and `normalize` on the
-    batch. With `erase`, timm's random erasing of a normalised tensor, it does everything on each image.
+    A loader keeps images as bytes, which are a quarter of the size: it applies `geometry`, timm's transforms up to the
+    conversion to a tensor, to each image and `normalize` to the batch. With `erase`, timm's random erasing of a
+    normalised tensor, it does everything on each image.
     """
 
     def __init__(
@@ -41,10 +41,7 @@ class Transform:
         return self.erase(normalized) if self.erase is not None else normalized
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(..., H, W, 3) uint8 to (..., 3, H, W) float32, (value / 255 - mean) / std, on the device of `pixels`.
-
-        Gray images are (..., H, W), and get an axis for their channel.
-        """
+        """(..., H, W, 3) or gray (..., H, W) uint8 to (..., C, H, W) float32, (value / 255 - mean) / std."""
         pixels = pixels if len(self.mean) > 1 else pixels[..., None]
         image = pixels.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
         mean, std = self.mean.to(pixels.device), self.std.to(pixels.device)
@@ -58,13 +55,9 @@ class Transform:
 def build_transform(preprocess: dict[str, Any], augmentation: AugmentationConfig | None) -> Transform:
     """timm's transform for a model's input.
 
-    Args:
-        preprocess: "input_size" (C, H, W), "mean", "std", "interpolation", and for evaluation "crop_pct" and
-            "crop_mode"; see vmoe.models.factory.preprocess_config.
-        augmentation: of training; None gives the evaluation transform (resize, then crop the middle).
-
-    Raises:
-        ValueError: a policy that timm does not know, or C other than 1 or 3.
+    `preprocess` holds "input_size" (C, H, W), "mean", "std", "interpolation", and for evaluation "crop_pct" and
+    "crop_mode"; see vmoe.models.factory.preprocess_config. Without an augmentation it is the evaluation transform
+    (resize, then crop the middle). ValueError: a policy that timm does not know, or C other than 1 or 3.
     """
     mean, std = tuple(preprocess["mean"]), tuple(preprocess["std"])
     settings = {"input_size": tuple(preprocess["input_size"]), "interpolation": preprocess["interpolation"]}
@@ -77,9 +70,8 @@ def build_transform(preprocess: dict[str, Any], augmentation: AugmentationConfig
         settings["color_jitter"] = augmentation.color_jitter or None  # timm would apply a jitter of 0, at full cost
         settings["interpolation"] = augmentation.interpolation or preprocess["interpolation"]
         if augmentation.re_prob > 0:
-            erase = RandomErasing(
-                augmentation.re_prob, mode=augmentation.re_mode, max_count=augmentation.re_count, device="cpu"
-            )
+            mode, count = augmentation.re_mode, augmentation.re_count
+            erase = RandomErasing(augmentation.re_prob, mode=mode, max_count=count, device="cpu")
     try:
         composed = create_transform(mean=mean, std=std, use_prefetcher=True, **settings)
     except AssertionError as error:  # timm checks its policy strings by assertions
@@ -89,12 +81,11 @@ def build_transform(preprocess: dict[str, Any], augmentation: AugmentationConfig
     return Transform(composed, mean, std, erase)
 
 
-class SeededMixup:
+class SeededMixup(NamedTuple):
     """timm's mixup and cutmix of a batch, random by (seed, step) only."""
 
-    def __init__(self, mixup: Mixup, seed: int) -> None:
-        self.mixup = mixup
-        self.seed = seed
+    mixup: Mixup
+    seed: int
 
     def __call__(self, image: torch.Tensor, label: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Mixed images (B, 3, H, W), and (B, num_classes) float targets for timm's SoftTargetCrossEntropy.

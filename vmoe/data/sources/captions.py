@@ -30,9 +30,9 @@ MAX_TEXT = 2**20  # characters of a line, bytes of a caption's file
 class PairsFile(ImageFiles):
     """Pairs listed in a file in UTF-8.
 
-    A .csv or .tsv file starts with a line of column names; without one it has exactly two columns, path and caption.
-    A .tsv file knows no quotation marks (each is part of its caption). Excel's line `sep=;` may come first. A .jsonl
-    file has one object per line. ValueError: the file is malformed, or names an image outside of image_root.
+    A .csv or .tsv file starts with a line of column names; Excel's line `sep=;` may come before it. A .tsv file knows
+    no quotation marks (each is part of its caption). A .jsonl file has one object per line. ValueError: the file is
+    malformed, or names an image outside of image_root.
     """
 
     def __init__(self, source: SourceConfig) -> None:
@@ -72,7 +72,7 @@ class PairsFolder(ImageFiles):
         root = Path(source.path)
         files = [file.relative_to(root) for file in sorted(root.rglob("*"))]
         files = [file for file in files if not any(map(is_junk, file.parts))]
-        images = [file for file in files if _is_image(file)]
+        images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
         if not images:
             raise ValueError(f"{root}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
         used = {file.with_suffix("") for file in images}
@@ -114,9 +114,6 @@ def _read_table(file: TextIO, source: SourceConfig) -> Iterator[tuple[int, dict[
     rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter, **style)
     try:
         columns = [name.strip() for name in next(rows, [])]
-        if len(columns) == 2 and _is_image(columns[0]):  # no line of column names
-            first_row, columns = columns, [IMAGE_KEYS[0], CAPTION_KEYS[0]]
-            yield 1 + skipped, dict(zip(columns, first_row))
         for row in rows:
             line = rows.line_num + skipped
             if len(row) > len(columns):
@@ -130,16 +127,11 @@ def _read_table(file: TextIO, source: SourceConfig) -> Iterator[tuple[int, dict[
 
 
 def _fits(line: str, delimiter: str, image_key: str | None) -> bool:
-    """Whether the first line of a table, cut so, names the images' column, or is a path and a caption."""
+    """Whether the first line of a table, cut so, names the images' column."""
     with suppress(csv.Error):
         columns = [name.strip() for name in next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])]
-        named = not set(columns).isdisjoint(IMAGE_KEYS if image_key is None else (image_key,))
-        return named or (len(columns) == 2 and _is_image(columns[0]))
+        return not set(columns).isdisjoint(IMAGE_KEYS if image_key is None else (image_key,))
     return False
-
-
-def _is_image(name: str | Path) -> bool:
-    return Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _lines(file: TextIO, path: str) -> Iterator[str]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import functools
 import glob
 import logging
-import math
 import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +30,6 @@ logger = logging.getLogger("vmoe.data")
 MAX_TEXT_BYTES = 2**20
 MAX_KEPT = 64  # indices in memory
 INDEX_THREADS = 8
-MAX_SHARDS = 1_000_000
 COUNT_AGAIN = "; remove {}, and the shards are counted again"
 
 
@@ -187,34 +184,24 @@ def find_shards(path: str) -> list[str]:
 
 
 def _expand(part: str) -> Iterator[str]:
-    """The shards of a folder, a glob or a brace pattern."""
+    """The shards of a folder, a glob or a brace pattern (`{00..02}`, `{a,b}`)."""
     if os.path.isdir(part):
         names = glob.glob(os.path.join(glob.escape(part), "*.tar"))
         if not names:
             raise DataError(f"{printable(part)}: this folder holds no .tar file; check the data source's path")
         yield from names
         return
-    for pattern in _braces(part):
+    try:
+        patterns = list(braceexpand(part, escape=False))
+    except ValueError:  # braces that do not match are part of the name
+        patterns = [part]
+    for pattern in patterns:
         names = glob.glob(pattern) if glob.has_magic(pattern) and not os.path.isfile(pattern) else [pattern]
         missing = [name for name in names if not os.path.isfile(name)]
         if missing or not names:
             what = f"{printable(missing[0])}: no such shard" if missing else f"{printable(pattern)}: no file fits this"
             raise DataError(f"{what}; check the data source's path {printable(part)}")
         yield from names
-
-
-def _braces(pattern: str) -> list[str]:
-    """`{00..02}` and `{a,b}` written out, as by a shell."""
-    ranges = re.findall(r"\{(\d{1,12})\.\.(\d{1,12})", pattern)
-    # braceexpand writes each range out before it combines them
-    if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) <= MAX_SHARDS:
-        try:
-            patterns = list(islice(braceexpand(pattern, escape=False), MAX_SHARDS + 1))
-        except ValueError:  # braces that do not match are part of the name
-            return [pattern]
-        if len(patterns) <= MAX_SHARDS:
-            return patterns
-    raise DataError(f"path {printable(pattern)}: stands for more than {MAX_SHARDS} shards")
 
 
 def _said_sizes(paths: list[str]) -> dict[str, tuple[int | None, str | None]]:
