@@ -26,8 +26,7 @@ MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
 # Of the text in a PNG file, which is not used; Pillow's 1 MiB for a compressed one is less than some programs write.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
-# What Pillow may take a file for, whatever its name says. It reads many more, some by calling other programs (a file
-# that begins like EPS goes to Ghostscript), some by decoders that few people use and test.
+# What Pillow may take a file for. It reads more, some by calling other programs (Ghostscript), some by rare decoders.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "PPM", "TIFF")
 
 # What follows "ftyp" in files of formats that phones write and that are not read.
@@ -82,11 +81,8 @@ DEFAULT = Reading()
 def load_image(path: str | Path, content: bytes | None = None, reading: Reading = DEFAULT) -> Image.Image:
     """Reads an image: the first frame, transparency laid on white, 8 bits, RGB.
 
-    Where its bytes are given as `content`, `path` is a name for messages.
-
-    Raises:
-        BadSample: the file is missing, truncated, no image of FORMATS, has too many pixels, or is a strip with sides
-            beyond 1 : MAX_ASPECT_RATIO.
+    Where its bytes are given as `content`, `path` is a name for messages. BadSample: the file is missing, truncated, no
+    image of FORMATS, has too many pixels, or is a strip with sides beyond 1 : MAX_ASPECT_RATIO.
     """
     try:
         if content is None and not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never end
@@ -138,11 +134,8 @@ def _warn_of_orientation(image: Image.Image, path: str) -> None:
     with suppress(Exception):
         if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
             _warned = True
-            logger.warning(
-                "%s: its EXIF orientation is not applied, as in torchvision and timm, nor that of others; "
-                "exif_orientation applies it, for training and inference alike",
-                printable(path),
-            )
+            rule = "as in torchvision and timm, nor that of others; set exif_orientation to apply it"
+            logger.warning("%s: its EXIF orientation is not applied, %s", printable(path), rule)
 
 
 def leads_out(name: str) -> bool:

@@ -307,7 +307,6 @@ class EvalLoader(_Loader):
             raise ValueError("on_bad must be fail or skip in evaluation, got replace: metrics must be of the samples")
         super().__init__(BatchReader(dataset, transform, tokenizer, 0, replace_bad=False), config, on_bad, device)
         self.indices = range(len(dataset)) if indices is None else indices
-        self.num_samples = len(self.indices)
         self.skipped_paths: list[str] = []
 
     @property

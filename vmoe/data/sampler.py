@@ -42,9 +42,8 @@ class ShuffledShards:
     """An order that reads shards (files of many samples) nearly one after the other.
 
     The shards are shuffled and concatenated to a row. The row is cut into `streams` equal parts, each of which gives an
-    equal part of every batch. Within a stream, windows of `window` consecutive samples are shuffled. The remainder of
-    the cut (less than one sample per stream) is left out of the epoch. Memory is that of the shards' sizes and of a
-    window per stream. With a multiple of W streams, each of W processes reads shards of its own.
+    equal part of every batch; the remainder is left out of the epoch. Within a stream, windows of `window` consecutive
+    samples are shuffled. Memory is that of the shards' sizes and of a window per stream.
     """
 
     def __init__(self, seed: int, sizes: Sequence[int], streams: int, window: int) -> None:
@@ -114,11 +113,9 @@ class EpochBatches:
 class MixedBatches:
     """Batches from several data sets, each with its share of the samples by weight.
 
-    Every data set goes through its own epochs and leaves nothing out: a sample comes again only when all others of its
-    set have come. After any number of samples, each set has given its share of them, exact to a few samples. An epoch
-    of the mixture is as many samples as there are in all sets together; it is a unit of counting only.
-
-    The samples of the sets are numbered one set after the other, from `starts`; `weights` are on any scale.
+    Every data set goes through its own epochs: a sample comes again only when all others of its set have come. After
+    any number of samples, each set has given its share of them, exact to a few. `steps_per_epoch` is that of all sets
+    together. Their samples are numbered one set after the other, from `starts`; `weights` are on any scale.
     """
 
     def __init__(

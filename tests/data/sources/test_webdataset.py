@@ -105,7 +105,7 @@ def test_captions_in_json_and_classes(shards, tmp_path):
     assert [dataset[index].label for index in range(4)] == [0, 1, 0, 1]
     (tmp_path / "names.json").write_text('["even"]')
     dataset = build_dataset(SourceConfig("shards", str(shards), class_names=str(tmp_path / "names.json")))
-    with pytest.raises(BadSample, match="label 1 is none of the 1 classes"):
+    with pytest.raises(BadSample, match="label '1' is none of the 1 classes"):
         dataset[1]
 
 

@@ -1,8 +1,4 @@
-"""Data sets of Hugging Face's `datasets` on this machine: Parquet or Arrow files, read without the network.
-
-`HuggingFace` goes through `datasets`, which maps Arrow files into memory (and copies Parquet files into such, once).
-`ParquetRows` streams: it reads Parquet files where they are, one row group at a time, with exact positions.
-"""
+"""Data sets of Hugging Face's `datasets` on this machine: Parquet or Arrow files, read without the network."""
 
 from __future__ import annotations
 
@@ -94,7 +90,7 @@ class _Rows(ImageDataset):
 
 
 class HuggingFace(_Rows):
-    """A split of a data set on disk, through `datasets`."""
+    """A split of a data set, through `datasets`: Arrow files are mapped into memory, Parquet ones copied into such."""
 
     def __init__(self, source: SourceConfig) -> None:
         path, split = source.path, source.split
@@ -209,9 +205,9 @@ class ParquetRows(_Rows, ShardedDataset):
 
 
 def find_files(path: str, split: str, suffix: str) -> list[Path]:
-    """The files of a split, sorted: as on the hub, those with its name as a word in their name or folder.
+    """The files of a split, sorted: with its name as a word in their name or folder (train-00000-of-00002.parquet).
 
-    Such as train-00000-of-00002.parquet and train/0000.parquet. Where no file has a word for a split, all are "train".
+    Where no file has a word for a split, all are "train".
     """
     root = Path(path)
     if root.is_file():
@@ -222,8 +218,9 @@ def find_files(path: str, split: str, suffix: str) -> list[Path]:
     if not found and split == "train" and not any(parts[file] & SPLIT_NAMES for file in files):
         return files
     if files and not found:
-        such = files[0].relative_to(root)
-        raise DataError(f"{path}: has no files of split {split!r}, only such as {such}; set split")
+        raise DataError(
+            f"{path}: has no files of split {split!r}, only such as {files[0].relative_to(root)}; set split"
+        )
     return found
 
 

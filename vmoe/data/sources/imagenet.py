@@ -207,8 +207,8 @@ def val_number(name: str) -> int | None:
 def find_val_images(path: str, labels_file: str | None, need_labels: bool = True) -> tuple[list[str], list[int]]:
     """Names and labels of the images of the validation set in either layout.
 
-    `labels_file` is for a flat folder; None: the first of LABELS_FILES that is there. Without `need_labels` the images
-    of a flat folder get the label 0 and need no file.
+    `labels_file` is for a flat folder; None: the first of LABELS_FILES that is there. Without `need_labels` its images
+    get the label 0.
     """
     tree, synsets = TreeReader(path, LAYOUTS["imagenet"]), imagenet_synsets()
     folders, files = tree.entries()
@@ -227,8 +227,8 @@ def find_val_images(path: str, labels_file: str | None, need_labels: bool = True
         candidates = [folder / name for folder in (tree.root, tree.root.resolve().parent) for name in LABELS_FILES]
         labels_file = next((file for file in candidates if file.is_file()), None)
         if labels_file is None:
-            problem = "the images are in no class folders, and there is no file of their labels"
-            raise tree.error(f"{problem}: set labels_file, or put one of {', '.join(LABELS_FILES)} beside them")
+            remedy = f"set labels_file, or put one of {', '.join(LABELS_FILES)} beside them"
+            raise tree.error(f"holds images without class folders, and no file of their labels: {remedy}")
     label_of = read_val_labels(labels_file)
     if missing := [name for name in names if val_number(name) not in label_of]:
         raise ValueError(f"labels_file {labels_file}: has no label for {len(missing)} images, as {missing[0]}")
@@ -239,11 +239,10 @@ def find_val_images(path: str, labels_file: str | None, need_labels: bool = True
 
 
 def read_val_labels(file: str | Path) -> dict[int, int]:
-    """{number of the image: label} from one of the files in which the labels are published.
+    """{number of the image: label} from one of the files in which the labels are published; ValueError: it is none.
 
-    Known are: a synset per line, in the order of the images (TensorFlow's imagenet_2012_validation_synset_labels.txt);
-    a line `NAME LABEL` with a synset or a label 0..999 (Caffe's val.txt); and Kaggle's LOC_val_solution.csv.
-    ValueError: the file cannot be read, or a line is none of these.
+    They hold a synset per line, in the order of the images (TensorFlow's imagenet_2012_validation_synset_labels.txt),
+    or lines `NAME LABEL` with a synset or a label 0..999 (Caffe's val.txt), as Kaggle's LOC_val_solution.csv does.
     """
     with file_errors(f"labels_file {file}"):
         lines = read_text(file).splitlines()

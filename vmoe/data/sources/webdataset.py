@@ -129,8 +129,7 @@ class Shards(ShardedDataset):
         return content
 
     def _text(self, path: str, entry: np.void, part: str, name: str) -> str:
-        size = entry[f"{part}_size"]
-        if size > MAX_TEXT_BYTES:
+        if (size := entry[f"{part}_size"]) > MAX_TEXT_BYTES:
             raise BadSample(name, f"its .{part} has {size} bytes, more than the limit of {MAX_TEXT_BYTES}")
         try:
             return self._read(path, entry, part).decode("utf-8-sig")
@@ -152,11 +151,11 @@ class Shards(ShardedDataset):
         return clean_caption(content[key], name)
 
     def _label(self, path: str, entry: np.void, name: str) -> int:
-        text = self._text(path, entry, "cls", name).strip() if entry["cls_block"] else None
-        if text is None or not re.fullmatch("[0-9]{1,9}", text):
-            raise BadSample(name, "no label (.cls) beside it" if text is None else f"label {text[:20]!r} is no number")
-        if int(text) >= len(self.classes):
-            raise BadSample(name, f"label {text} is none of the {len(self.classes)} classes")
+        if not entry["cls_block"]:
+            raise BadSample(name, "no label (.cls) beside it")
+        text = self._text(path, entry, "cls", name).strip()
+        if not re.fullmatch("[0-9]{1,9}", text) or int(text) >= len(self.classes):
+            raise BadSample(name, f"label {text[:20]!r} is none of the {len(self.classes)} classes")
         return int(text)
 
     def _add_facts(self, facts: Fingerprint) -> None:
