@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from vmoe.cli.command import exit_code
 from vmoe.data.build import build_dataset
@@ -56,18 +56,12 @@ class WriteConfig:
             raise ValueError(f"per_shard must be >= 1, got {self.per_shard}")
 
 
-class Written(NamedTuple):
-    """How much is in the folder, and how many bad samples are not."""
-
-    num_shards: int
-    num_samples: int
-    num_skipped: int
-
-
 def write_shards(
     dataset: ImageDataset, folder: str | Path, per_shard: int = PER_SHARD, on_bad: Literal["fail", "skip"] = "fail"
-) -> Written:
+) -> tuple[int, int, int]:
     """Writes 00000.tar, 00001.tar, ... with .jpg (or .png, .webp), .txt and .cls members, in the data set's order.
+
+    Returns (shards, samples in them, bad samples that were skipped).
 
     An image's file is copied as it is if shards may hold it and the data set takes the whole image; else the data set's
     image is saved as PNG. `sizes.json` tells how many samples each shard has, `classes.txt` the names of the classes,
@@ -75,8 +69,7 @@ def write_shards(
 
     Raises:
         BadSample: at the first sample that cannot be read or is too long for a shard, unless it is to be skipped.
-        ValueError: the folder holds something already, the data set has what shards cannot hold, its classes have
-            names that cannot be written to a file of class names, or all samples are bad.
+        ValueError: the folder is not empty, the data set has what shards cannot hold, or all samples are bad.
     """
     for name in ("label_sets", "class_columns", "conditions"):
         if getattr(dataset, name) is not None:
@@ -103,7 +96,7 @@ def write_shards(
             raise ValueError(f"all {len(dataset)} samples are bad; there is nothing to write")
         (draft / "sizes.json").write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
     written = sum(sizes.values())
-    return Written(len(sizes), written, len(dataset) - written)
+    return len(sizes), written, len(dataset) - written
 
 
 @contextmanager
@@ -181,9 +174,9 @@ def main() -> int:
         if config.source.type is None:
             raise ConfigError("source.type is missing: say which data set to write")
         dataset = build_dataset(config.source)
-        written = write_shards(dataset, config.output, config.per_shard, config.on_bad)
-        skipped = f", {written.num_skipped} bad ones left out" if written.num_skipped else ""
-        print(f"{written.num_samples} samples in {written.num_shards} shards in {config.output}{skipped}")
+        shards, samples, skipped = write_shards(dataset, config.output, config.per_shard, config.on_bad)
+        more = f", {skipped} bad ones left out" if skipped else ""
+        print(f"{samples} samples in {shards} shards in {config.output}{more}")
 
     return exit_code("write_shards", run)
 

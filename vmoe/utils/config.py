@@ -48,16 +48,15 @@ def find_config(name: str, folder: str = "") -> Path:
     Such a name may lack `.yaml` and have a subfolder ("limoe_tiny_emoji", "finetune/vit_upcycled"). ConfigError: there
     is no such file; the message lists the shipped configs.
     """
-    bare = name.removesuffix(".yaml")
-    for path in (Path(name), *(root / folder / f"{bare}.yaml" for root in shipped_config_dirs())):
+    bare, folders = name.removesuffix(".yaml"), [root / folder for root in shipped_config_dirs()]
+    for path in (Path(name), *(one / f"{bare}.yaml" for one in folders)):
         if os.path.isfile(path):  # unlike Path.is_file, false for a name that no file can have
             return path
-    shipped = sorted({path.stem for root in shipped_config_dirs() for path in (root / folder).glob("*.yaml")})
+    shipped = sorted({path.stem for one in folders for path in one.glob("*.yaml")})
     nearest = difflib.get_close_matches(Path(bare).name, shipped, n=1)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    raise ConfigError(
-        f"--config {printable(name)}: no such file; {hint}shipped configs: {', '.join(shipped) or 'none'}"
-    )
+    configs = ", ".join(shipped) or "none"
+    raise ConfigError(f"--config {printable(name)}: no such file; {hint}shipped configs: {configs}")
 
 
 def parse_config(
@@ -77,22 +76,15 @@ def parse_config(
 def read_config(config_class: type[ConfigT], argv: Sequence[str], folder: str = "") -> ConfigT:
     """Builds a configuration from `--config FILE` (repeatable, later files win) and `--key.sub value` overrides.
 
-    Overrides win over files wherever they stand.
-
-    Args:
-        config_class: dataclass of the configuration. Nested dataclasses are sections; free-form settings must be
-            declared `dict[str, Any]`, not `dict`.
-        folder: see `find_config`.
-
-    Raises:
-        ConfigError: unknown key, wrong type, missing file or setting, or a ValueError of a dataclass's own checks.
+    Overrides win over files wherever they stand. `config_class` is a dataclass; nested ones are sections, free-form
+    settings must be declared `dict[str, Any]`. `folder` is that of `find_config`. ConfigError: unknown key, wrong type,
+    missing file or setting, or a ValueError of a dataclass's own checks.
     """
     arguments = list(_key_values(argv))
     files = [find_config(name, folder) for key, name in arguments if key == "config"]
     trees = [(str(file), read_settings_file(file), 0) for file in files]
-    for key, text in arguments:
-        if key != "config":
-            trees.append(("command line", _tree_of(key, text, config_class), key.count(".") + 1))
+    overrides = [pair for pair in arguments if pair[0] != "config"]
+    trees += [("command line", _tree_of(key, text, config_class), key.count(".") + 1) for key, text in overrides]
     settings: dict[str, Any] = {}
     for where, tree, depth in trees:
         try:
@@ -188,8 +180,8 @@ def _build(config_class: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
     """The dataclass from nested settings that are converted already."""
     required = [one.name for one in dataclasses.fields(config_class) if one.default is one.default_factory]
     if missing := [name for name in required if name not in settings]:
-        names = ", ".join(missing)
-        raise ConfigError(f"missing setting {names}: give it in the config file or as --{missing[0]} VALUE")
+        remedy = f"give it in the config file or as --{missing[0]} VALUE"
+        raise ConfigError(f"missing setting {', '.join(missing)}: {remedy}")
     values = dict(settings)
     for name, annotation in _fields(config_class).items():
         if _section(annotation) and isinstance(values.get(name), dict):
@@ -290,12 +282,13 @@ def _remedy(name: str, members: tuple[Any, ...], value: Any) -> str:
     if value is None:
         return "leave it out for its default"
     kinds = {typing.get_origin(member) or member: typing.get_args(member) for member in members}
+    is_list = isinstance(value, (list, tuple))
     if tuple in kinds:
         return f"write a list of {len(kinds[tuple])} values"
-    if isinstance(value, (list, tuple)) and list not in kinds and dict not in kinds:
-        several = "several data sets are a mixture, and shards may be joined by '::'"
-        return f"give one path; {several}" if name.endswith("path") else "give one value, not a list"
-    if list in kinds and not isinstance(value, (list, tuple)):
+    if is_list and list not in kinds and dict not in kinds:
+        several = "give one path; several data sets are a mixture, and shards may be joined by '::'"
+        return several if name.endswith("path") else "give one value, not a list"
+    if list in kinds and not is_list:
         entry = json.dumps(str(value)) if kinds[list][0] is str else value
         return "write a list of sections" if _section(kinds[list][0]) else f"write a list, as in [{entry}]"
     if dict in kinds:

@@ -40,9 +40,7 @@ def atomic_file(file: Path) -> Iterator[Path]:
 def read_text(file: str | Path, max_bytes: int = 16 * 2**20) -> str:
     """The content of a UTF-8 file, without a byte order mark.
 
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is not UTF-8, no regular file, or larger than `max_bytes`; without the file's name.
+    OSError: it cannot be read. ValueError, without the file's name: not UTF-8, no regular file, or over `max_bytes`.
     """
     facts = Path(file).stat()
     if not (stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)):  # a folder is an OSError below
@@ -101,9 +99,10 @@ class SettingsLoader(yaml.SafeLoader):
             self._refuse(event, f"the alias *{event.anchor} is not allowed; write the value itself")
         if getattr(event, "tag", None) is not None:
             self._refuse(event, f"settings are plain values, and the tag {event.tag!r} is none; leave it out")
-        if self.depth > MAX_DEPTH or self.values > MAX_VALUES:
-            deep = self.depth > MAX_DEPTH
-            self._refuse(event, f"nested deeper than {MAX_DEPTH}" if deep else f"more than {MAX_VALUES} values")
+        if self.depth > MAX_DEPTH:
+            self._refuse(event, f"nested deeper than {MAX_DEPTH}")
+        if self.values > MAX_VALUES:
+            self._refuse(event, f"more than {MAX_VALUES} values")
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -149,8 +148,7 @@ def parse_yaml(text: str) -> Any:
 def read_yaml(file: str | Path) -> Any:
     """The content of a YAML file of settings.
 
-    Raises:
-        ValueError: it cannot be read, is no YAML, or is refused (see `SettingsLoader`); names the file and the line.
+    ValueError: it cannot be read, is no YAML, or is refused (see `SettingsLoader`); names the file and the line.
     """
     try:
         return parse_yaml(read_text(file, MAX_YAML_BYTES))
