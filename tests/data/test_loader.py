@@ -59,7 +59,7 @@ def test_a_batch_holds_what_it_says():
     assert "text" not in next(train(tokenizer=None))
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(st.integers(1, 30), st.integers(1, 10), st.integers(0, 1000))
 def test_an_epoch_visits_samples_once_and_the_next_in_another_order(size, batch_size, seed):
     batch_size = min(batch_size, size)
@@ -72,7 +72,7 @@ def test_an_epoch_visits_samples_once_and_the_next_in_another_order(size, batch_
         assert not torch.equal(*epochs)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(st.integers(0, 17), st.sets(st.integers(0, 19), max_size=3))
 def test_a_stopped_run_continues_with_the_same_batches(stop, bad):
     arguments = {"bad": bad, "max_bad_share": 1.0}
@@ -89,7 +89,7 @@ def test_a_stopped_run_continues_with_the_same_batches(stop, bad):
     assert second.state_dict() == whole.state_dict()
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(st.data())
 def test_processes_share_each_batch_and_a_position_fits_any_number_of_them(data):
     batch_size, size = 12, data.draw(st.integers(12, 60))

@@ -12,7 +12,7 @@ from vmoe.data.sampler import EpochBatches, MixedBatches, ShuffledSamples, Shuff
 sizes = st.lists(st.integers(1, 30), min_size=1, max_size=8)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(sizes, st.integers(1, 5), st.integers(1, 40), st.integers(0, 3), st.integers(0, 99))
 def test_an_epoch_of_shards_has_each_sample_once(sizes, streams, window, epoch, seed):
     if streams > sum(sizes):
@@ -26,7 +26,7 @@ def test_an_epoch_of_shards_has_each_sample_once(sizes, streams, window, epoch, 
     assert set(indices.tolist()) <= set(range(sum(sizes)))
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(sizes, st.integers(1, 4), st.integers(1, 3), st.integers(1, 40), st.data())
 def test_any_batch_is_the_same_without_those_before_it(sizes, streams, rows, window, data):
     batch_size = streams * rows

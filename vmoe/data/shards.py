@@ -4,9 +4,8 @@ Only headers are read, nothing is extracted, and memory does not depend on what 
 only the parser of one header is used: the rest reads extended headers of any size into memory and loops forever on some
 negative sizes (CVE-2025-8194). Formats: ustar, pax and GNU, with long names; https://www.gnu.org/software/tar/manual/html_node/Standard.html
 
-A sample is all members of one key, the part of a member's name before the first dot of its last component (the rule of
-WebDataset): 000012.jpg, 000012.txt and 000012.json are one. Members with other endings are skipped; those that only
-look like a sample's, as the image img_1.5.jpg with the ending "5.jpg", are counted.
+A sample is all members of one key, the part of a member's name before the first dot of its last component, as in
+WebDataset. Members with other endings are skipped; those that look like a sample's (img_1.5.jpg) are counted.
 """
 
 from __future__ import annotations

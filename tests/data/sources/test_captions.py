@@ -91,7 +91,7 @@ def test_spaces_behind_the_delimiter(folder):
     assert pairs.captions[:] == ["a cat, asleep", 'a "dog"']
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(st.lists(st.text(st.characters(exclude_categories=("C", "Z")), min_size=1), min_size=1, max_size=4), st.data())
 def test_what_pythons_writer_wrote_is_read(tmp_path_factory, captions, data):
     delimiter = data.draw(st.sampled_from([",", ";", "\t", "|"]))
@@ -109,7 +109,7 @@ def test_named_keys_and_image_root(folder, tmp_path_factory):
     assert pairs[0].caption == "eine Katze"
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(st.lists(st.text(st.characters(exclude_categories=("C", "Z")), min_size=1), min_size=1, max_size=5))
 def test_jsonl_keeps_any_caption(tmp_path_factory, captions):
     file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"

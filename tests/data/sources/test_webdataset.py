@@ -313,7 +313,7 @@ def take(loaders, steps):
     return [[number for loader in loaders for number in next(loader)["text"][:, 3].tolist()] for _ in range(steps)]
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(
     st.integers(0, 12),
     st.sampled_from([1, 2, 4]),

