@@ -79,12 +79,13 @@ def test_a_subset_zero_shot(limoe, tmp_path):
     assert len(report["checkpoints"][0]["details"]["per_class"]) == 200
 
 
-def test_real_counts_any_of_its_labels_and_reports_what_it_leaves_out(classifier, tmp_path, monkeypatch):
+def test_real_counts_any_of_its_labels_and_reports_what_it_leaves_out(classifier, tmp_path):
     """The classifier answers 6, 11, 0, 1, 2: the first image is right, the third within five, the second neither."""
     for number in (1, 2, 3, 4):
         picture(tmp_path / "val" / f"ILSVRC2012_val_{number:08d}.JPEG")
-    monkeypatch.setattr(imagenet_module, "real_labels", lambda: [[500, 6], [500, 600], [700, 2], []])
-    report = evaluate(classifier, "classification", "imagenet_real", tmp_path / "val")
+    (tmp_path / "real.json").write_text(json.dumps([[500, 6], [500, 600], [700, 2], []]))
+    labels = ["--data.labels_file", str(tmp_path / "real.json")]
+    report = evaluate(classifier, "classification", "imagenet_real", tmp_path / "val", *labels)
     assert report["results"]["top1"] == pytest.approx(1 / 3)
     assert report["results"]["top5"] == pytest.approx(2 / 3)
     assert report["data"]["left_out"] == {"images without a label in ReaL": 1}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import signal
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -45,6 +47,7 @@ class Batch(NamedTuple):
     tensors: dict[str, torch.Tensor]  # "image" (float32, or uint8 (B, H, W, 3) to normalize), "index", "label", "text"
     bad: Sequence[tuple[str, str]] = ()  # (path, reason) of every bad sample met
     num_read: int = 0  # samples, the bad ones and their replacements included
+    seconds: float = 0.0  # that reading and augmenting them took
     cut: tuple[str, ...] = ()  # captions that are longer than the tokenizer's context
     error: str | None = None  # why the data set cannot be read on (an exception would arrive with a traceback)
 
@@ -70,7 +73,7 @@ class BatchReader(Dataset):
         self._tokens: dict[str, tuple[torch.Tensor, bool]] = {}
 
     def __getitem__(self, key: BatchKey) -> Batch:
-        samples, bad = [], []
+        samples, bad, began = [], [], time.perf_counter()
         try:
             with isolated_randomness():
                 for index, epoch in zip(key.indices, key.epochs, strict=True):
@@ -78,7 +81,8 @@ class BatchReader(Dataset):
         except DataError as error:
             return Batch({}, bad, 0, error=str(error))
         num_read = len(key.indices) + (len(bad) if self.replace_bad else 0)
-        return Batch({}, bad, num_read) if not samples else self._stack(samples)._replace(bad=bad, num_read=num_read)
+        batch = self._stack(samples) if samples else Batch({})
+        return batch._replace(bad=bad, num_read=num_read, seconds=time.perf_counter() - began)
 
     def _read(self, epoch: int, index: int, bad: list[tuple[str, str]]) -> list[tuple]:
         """[(index, image, label, caption)] of a sample or its replacement; [] where it is left out."""
@@ -223,11 +227,18 @@ class TrainLoader(_Loader):
         self.batches = dataset.batches(seed, size)
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.step = self.num_read = self.num_bad = 0
+        self._seconds, self._samples = 0.0, 0
         self.bad_paths: dict[str, str] = {}
         self._batches: Iterator[Batch] | None = None
 
     def __iter__(self) -> TrainLoader:
         return self
+
+    @property
+    def samples_per_second(self) -> float:
+        """Samples per second of all workers of this process together, as if none ever waited; NaN before the first."""
+        workers = max(1, self.config.num_workers)
+        return workers * self._samples / self._seconds if self._samples else math.nan
 
     def __next__(self) -> dict[str, torch.Tensor]:
         if self._batches is None:
@@ -246,6 +257,8 @@ class TrainLoader(_Loader):
 
     def _count(self, batch: Batch) -> None:
         self.num_read += batch.num_read
+        self._seconds += batch.seconds
+        self._samples += batch.num_read
         self.num_bad += len(batch.bad)
         for path, reason in batch.bad:
             if path not in self.bad_paths:

@@ -1,6 +1,7 @@
 """Made-up copies of ImageNet's test sets: the layout of the downloads, an image or two for each class."""
 
 import io
+import json
 import pkgutil
 
 import pytest
@@ -8,7 +9,6 @@ from PIL import Image
 from timm.data import ImageNetInfo
 
 from vmoe.data import SourceConfig, build_dataset
-from vmoe.data.sources import imagenet as imagenet_module
 from vmoe.data.sources.imagenet import imagenet_prompt_names, imagenet_words
 
 SYNSETS = ImageNetInfo("imagenet-1k").label_names()
@@ -162,7 +162,7 @@ def test_a_flat_set_that_is_incomplete_is_explained(flat, val, tmp_path):
     (tmp_path / "one.txt").write_text("\n".join([SYNSETS[0]] * 1000))
     message = complaint("imagenet", flat, labels_file=str(tmp_path / "one.txt"))
     assert "999 of 1000 classes have no image, as n01443537" in message
-    with pytest.raises(ValueError, match="labels_file is for imagenet, and type is 'imagenet_v2'"):
+    with pytest.raises(ValueError, match="labels_file is for imagenet and imagenet_real, and type is 'imagenet_v2'"):
         SourceConfig("imagenet_v2", "x", labels_file="y")
 
 
@@ -184,7 +184,7 @@ def test_what_else_lies_among_the_flat_images_is_named(flat, tmp_path, name, mes
         (flat / name).parent.rmdir()
 
 
-def test_real_has_several_labels_and_leaves_images_out(val, flat, caplog, monkeypatch):
+def test_real_has_several_labels_and_leaves_images_out(val, flat, caplog):
     """timm's copy of ReaL starts [], [970, 795], [230, 231], [809]."""
     dataset = build("imagenet_real", flat)
     assert dataset.names[:3] == [val_name(2), val_name(3), val_name(4)]
@@ -198,10 +198,26 @@ def test_real_has_several_labels_and_leaves_images_out(val, flat, caplog, monkey
     by_name.pop(val_name(1001), None)
     assert by_name == dict(zip(dataset.names, dataset.label_sets))
     assert "the published set has 46,837" in caplog.text
-    monkeypatch.setattr(imagenet_module, "real_labels", lambda: [[1]] * 10)
-    assert "ILSVRC2012_val_00000011.JPEG: ReaL knows images by" in complaint("imagenet_real", flat)
-    monkeypatch.setattr(imagenet_module, "real_labels", lambda: [[]] * 1000)
-    assert "none of the 1000 images has a label" in complaint("imagenet_real", flat)
+
+
+def test_real_labels_of_the_user(flat, tmp_path):
+    file = tmp_path / "real.json"
+    file.write_text(json.dumps([[5, 7], [], [3]] + [[]] * 997))
+    dataset = build("imagenet_real", flat, labels_file=str(file))
+    assert dataset.label_sets == [(5, 7), (3,)]
+    assert dataset.left_out == {"images without a label in ReaL": 998}
+    for content, message in [
+        ([[5, 1000]] * 1000, r"entry 1 must be a list of labels 0..999, got \[5, 1000\]"),
+        ([5] * 1000, "entry 1 must be a list"),
+        ([[]] * 1000, "none of the 1000 images has a label"),
+        ([[1]] * 10, "ILSVRC2012_val_00000011.JPEG: ReaL knows images by .* to 00000010"),
+        ({}, "must be a JSON list"),
+    ]:
+        file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            build("imagenet_real", flat, labels_file=str(file))
+    file.write_text("[")
+    assert "not valid JSON" in complaint("imagenet_real", flat, labels_file=str(file))
 
 
 def test_v2_folders_are_numbers(tmp_path):

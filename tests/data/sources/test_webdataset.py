@@ -155,6 +155,7 @@ def test_patterns(tmp_path, monkeypatch):
         ("a/{00008..00011}.tar", "a/00011.tar: no such shard"),
         ("a/*.tgz", "no file fits this; check"),
         ("a::a/00008.tar", "names a/00008.tar twice"),
+        ("{0..9999999}", "stands for more than"),
         ("a/00008.tar::./a/00008.tar", r"names \./a/00008.tar twice, also as a/00008.tar"),
         ("b::link.tar", "names link.tar twice, also as b/x.tar"),
         ("b::", "path b::: has an empty part"),

@@ -30,9 +30,9 @@ MAX_TEXT = 2**20  # characters of a line, bytes of a caption's file
 class PairsFile(ImageFiles):
     """Pairs listed in a file in UTF-8.
 
-    A .csv or .tsv file starts with a line of column names; Excel's line `sep=;` may come before it. A .tsv file knows
-    no quotation marks (each is part of its caption). A .jsonl file has one object per line. ValueError: the file is
-    malformed, or names an image outside of image_root.
+    A .csv or .tsv file starts with a line of column names; without one it has exactly two columns, path and caption.
+    Excel's line `sep=;` may come first. A .tsv file knows no quotation marks (each is part of its caption). A .jsonl
+    file has one object per line. ValueError: it is malformed, or names an image outside of image_root.
     """
 
     def __init__(self, source: SourceConfig) -> None:
@@ -114,6 +114,9 @@ def _read_table(file: TextIO, source: SourceConfig) -> Iterator[tuple[int, dict[
     rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter, **style)
     try:
         columns = [name.strip() for name in next(rows, [])]
+        if _is_pair(columns):  # no line of column names
+            first_row, columns = columns, [IMAGE_KEYS[0], CAPTION_KEYS[0]]
+            yield 1 + skipped, dict(zip(columns, first_row))
         for row in rows:
             line = rows.line_num + skipped
             if len(row) > len(columns):
@@ -127,11 +130,16 @@ def _read_table(file: TextIO, source: SourceConfig) -> Iterator[tuple[int, dict[
 
 
 def _fits(line: str, delimiter: str, image_key: str | None) -> bool:
-    """Whether the first line of a table, cut so, names the images' column."""
+    """Whether the first line of a table, cut so, names the images' column, or is a path and a caption."""
     with suppress(csv.Error):
         columns = [name.strip() for name in next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])]
-        return not set(columns).isdisjoint(IMAGE_KEYS if image_key is None else (image_key,))
+        keys = IMAGE_KEYS if image_key is None else (image_key,)
+        return not set(columns).isdisjoint(keys) or _is_pair(columns)
     return False
+
+
+def _is_pair(columns: list[str]) -> bool:
+    return len(columns) == 2 and Path(columns[0]).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _lines(file: TextIO, path: str) -> Iterator[str]:

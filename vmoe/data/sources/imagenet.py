@@ -21,7 +21,7 @@ from vmoe.data.dataset import ImageFiles
 from vmoe.data.images import file_errors
 from vmoe.data.sources.folder import synset_words
 from vmoe.data.sources.folder_layout import TreeReader
-from vmoe.utils.files import read_text
+from vmoe.utils.files import read_json, read_text
 
 logger = logging.getLogger("vmoe.data")
 
@@ -139,7 +139,7 @@ class ImageNetReal(_ImageNetFiles):
     """
 
     def __init__(self, source: SourceConfig) -> None:
-        path, real = source.path, real_labels()
+        path, real = source.path, read_real_labels(source.labels_file)
         names, _ = find_val_images(path, None, need_labels=False)
         numbers = [val_number(name) for name in names]
         if strange := [name for name, number in zip(names, numbers) if number not in range(1, len(real) + 1)]:
@@ -263,6 +263,15 @@ def read_val_labels(file: str | Path) -> dict[int, int]:
     return labels
 
 
-def real_labels() -> list[list[int]]:
-    """The labels of each validation image in timm's copy of ReaL's real.json."""
-    return json.loads(pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json"))
+def read_real_labels(file: str | None) -> list[list[int]]:
+    """The labels of each validation image, from ReaL's real.json (None: timm's copy); ValueError: it is malformed."""
+    if file is None:
+        return json.loads(pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json"))
+    with file_errors(f"labels_file {file}"):
+        lists = read_json(file)
+        if not isinstance(lists, list) or not lists:
+            raise ValueError("must be a JSON list with a list of labels for each image")
+        for number, labels in enumerate(lists, start=1):
+            if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < 1000 for label in labels):
+                raise ValueError(f"entry {number} must be a list of labels 0..999, got {labels!r}")
+    return lists

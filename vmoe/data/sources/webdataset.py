@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import glob
+import itertools
 import logging
+import math
 import os
 import re
 from collections import OrderedDict
@@ -30,6 +32,7 @@ logger = logging.getLogger("vmoe.data")
 MAX_TEXT_BYTES = 2**20
 MAX_KEPT = 64  # indices in memory
 INDEX_THREADS = 8
+MAX_SHARDS = 1_000_000
 COUNT_AGAIN = "; remove {}, and the shards are counted again"
 
 
@@ -190,10 +193,15 @@ def _expand(part: str) -> Iterator[str]:
             raise DataError(f"{printable(part)}: this folder holds no .tar file; check the data source's path")
         yield from names
         return
+    # braceexpand writes each range out before it combines them
+    ranges = re.findall(r"\{(\d{1,4000})\.\.(\d{1,4000})", part)
+    many = math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > MAX_SHARDS
     try:
-        patterns = list(braceexpand(part, escape=False))
+        patterns = [] if many else list(itertools.islice(braceexpand(part, escape=False), MAX_SHARDS + 1))
     except ValueError:  # braces that do not match are part of the name
         patterns = [part]
+    if many or len(patterns) > MAX_SHARDS:
+        raise DataError(f"path {printable(part)}: stands for more than {MAX_SHARDS} shards")
     for pattern in patterns:
         names = glob.glob(pattern) if glob.has_magic(pattern) and not os.path.isfile(pattern) else [pattern]
         missing = [name for name in names if not os.path.isfile(name)]
