@@ -58,7 +58,7 @@ def test_a_table_for_every_image_of_a_folder(files, capsys, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     shown = [line for line in lines if line.startswith(str(files))]
     assert shown == [str(files / "photos" / name) for name in ("a.png", "b.JPG", "below/c.png")]
-    rows = [line.strip() for line in lines if line.strip().startswith(("cat ", "fox, red ", "[bold]dog "))]
+    rows = [line for line in lines if line.strip(" │").startswith(("cat ", "fox, red ", "[bold]dog "))]
     assert len(rows) == 6
 
 

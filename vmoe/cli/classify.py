@@ -12,32 +12,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import torch
 from PIL import Image
-from rich import box
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-from rich.text import Text
-from torch import Tensor
 
 from vmoe.cli.command import exit_code
 from vmoe.data.images import IMAGE_SUFFIXES, MAX_PIXELS, BadSample, Reading, load_image
 from vmoe.evaluation.class_names import known_sets
 from vmoe.evaluation.inference import PRECISIONS, evaluating
 from vmoe.evaluation.loaded_model import LoadedModel, load_model
-from vmoe.evaluation.zero_shot import (
-    check_class_names,
-    class_scorer,
-    image_batches,
-    resolve_prompts,
-    resolve_templates,
-)
-from vmoe.models.factory import is_contrastive
-from vmoe.models.serialization import read_pretrained_metadata
+from vmoe.evaluation.zero_shot import check_class_names, image_batches, resolve_prompts, resolve_templates
 from vmoe.utils.config import ConfigError
 from vmoe.utils.printable import escaped, printable, safe_output
-from vmoe.utils.tables import make_console
+from vmoe.utils.tables import MetricTable, make_console
 
 PROG = "vmoe-classify"
 logger = logging.getLogger("vmoe.cli.classify")
@@ -90,10 +77,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace, console: Console | None = None) -> list[dict]:
-    """Scores the images and prints the result.
-
-    Returns:
-        For each image {"image": path, "predictions": [{"label", "probability"}, ...]}, the most probable first.
+    """Scores the images and prints the result: for each image {"image": path, "predictions": [{"label", "probability"},
+    ...]}, the most probable first, which it returns too.
 
     Raises:
         ConfigError: settings that do not go together, or labels that cannot be used.
@@ -105,7 +90,7 @@ def run(arguments: argparse.Namespace, console: Console | None = None) -> list[d
     names, templates = _read_labels(arguments)
     files = find_images(arguments.images)
     loaded = load_model(arguments.checkpoint, arguments.device, arguments.precision)
-    if not is_contrastive(loaded.model):
+    if loaded.tokenizer is None:
         names = _own_classes(loaded, arguments)
     elif names is None:
         raise ConfigError(f"{arguments.checkpoint} compares images with texts: give some, as --labels 'cat,dog'")
@@ -113,16 +98,25 @@ def run(arguments: argparse.Namespace, console: Console | None = None) -> list[d
     read: list[Path] = []
     bad: list[BadSample] = []
     images = _images(files, Reading(turned, arguments.max_pixels), arguments.batch_size, read, bad)
-    probabilities_NC = _probabilities(loaded, images, names, templates, arguments.batch_size)
-    values_NK, index_NK = (part[:, : arguments.top] for part in probabilities_NC.sort(descending=True, stable=True))
+    with evaluating(loaded.model, loaded.device, loaded.precision):
+        score = loaded.scorer(names, templates)
+        batches = image_batches(loaded.model, images, arguments.batch_size)
+        probabilities_NC = [row for images_B3HW in batches for row in score(images_B3HW).softmax(dim=1).cpu()]
     found = []
-    for file, values, indices in zip(read, values_NK.tolist(), index_NK.tolist(), strict=True):
-        rows = [{"label": names[index], "probability": value} for index, value in zip(indices, values)]
+    for file, probabilities_C in zip(read, probabilities_NC, strict=True):
+        top = zip(*(part[: arguments.top].tolist() for part in probabilities_C.sort(descending=True, stable=True)))
+        rows = [{"label": names[index], "probability": value} for value, index in top]
         found.append({"image": str(file), "predictions": rows})
     if arguments.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     elif found:
-        _print_tables(found, console or make_console())
+        console = console or make_console()
+        for one in found:
+            table = MetricTable("", ["label", "probability"], left=["label"])
+            for prediction in one["predictions"]:
+                table.add_row(prediction["label"], f"{prediction['probability']:.4f}")
+            console.print(one["image"], style="bold", markup=False, highlight=False, soft_wrap=True)
+            console.print(table)
     if bad:
         several = f"{len(bad)} of {len(files)} images cannot be read: " if len(files) > 1 else ""
         raise ValueError(several + "; ".join(map(str, bad)))
@@ -134,9 +128,8 @@ def _images(
 ) -> Iterator[Image.Image]:
     """The images in files, each read when it is needed; `read` and `bad` collect what could and could not be read."""
     console = Console(stderr=True)
-    if len(files) > batch_size and console.is_terminal:
-        files = track(files, "images", console=console, transient=True)
-    for file in files:
+    hidden = len(files) <= batch_size or not console.is_terminal
+    for file in track(files, "images", console=console, transient=True, disable=hidden):
         try:
             image = load_image(file, reading=reading)
         except BadSample as error:
@@ -147,11 +140,9 @@ def _images(
 
 
 def find_images(patterns: Sequence[str]) -> list[Path]:
-    """The image files of the arguments, each once, in the order of the arguments; those of a folder sorted.
+    """The image files of files (with any ending), folders and patterns, each once, in their order; sorted in a folder.
 
-    A folder gives the images in it and below, and so does a pattern (*, ?, [...], ** for any folders) that is no
-    existing path. A file given by its name is taken with any ending. Other files of a folder or pattern are counted in
-    a warning. A path that does not exist, or holds no image, raises ValueError.
+    Other files of a folder or pattern are counted in a warning. ValueError: a path that does not exist or has no image.
     """
     files: list[Path] = []
     for pattern in patterns:
@@ -209,40 +200,12 @@ def _own_classes(loaded: LoadedModel, arguments: argparse.Namespace) -> list[str
             f"{loaded.checkpoint} holds a classifier, which knows only its own classes: leave --{given[0]} out, "
             "or take an image-text model"
         )
-    names = read_pretrained_metadata(loaded.weights)["extra"].get("class_names")
-    if not names:
+    if not loaded.class_names:
         raise ConfigError(
             f"{loaded.weights} holds a classifier without class names; save it again with "
             "vmoe.models.factory.save_pretrained(model, file, extra={'class_names': [...]})"
         )
-    return [escaped(name) for name in names]
-
-
-def _probabilities(
-    loaded: LoadedModel, images: Iterator[Image.Image], names: Sequence[str], templates: list | None, batch_size: int
-) -> Tensor:
-    """(N, C) float32 on the CPU, rows sum to 1."""
-    model = score = loaded.model
-    rows = [torch.empty(0, len(names))]
-    with evaluating(model, loaded.device, loaded.precision):
-        if is_contrastive(model):
-            score = class_scorer(model, loaded.tokenizer, names, templates, loaded.device)
-        for images_B3HW in image_batches(model, images, batch_size):
-            rows.append(score(images_B3HW).float().softmax(dim=1).cpu())
-            if rows[-1].shape[1] != len(names):
-                raise ValueError(f"{loaded.weights} names {len(names)} classes and has {rows[-1].shape[1]} outputs")
-    return torch.cat(rows)
-
-
-def _print_tables(found: list[dict], console: Console) -> None:
-    for one in found:
-        table = Table(box=box.SIMPLE_HEAD)
-        table.add_column("label", overflow="fold")
-        table.add_column("probability", justify="right", no_wrap=True)
-        for prediction in one["predictions"]:
-            table.add_row(Text(prediction["label"]), f"{prediction['probability']:.4f}")
-        console.print(one["image"], style="bold", markup=False, highlight=False, soft_wrap=True)
-        console.print(table)
+    return [escaped(name) for name in loaded.class_names]
 
 
 if __name__ == "__main__":

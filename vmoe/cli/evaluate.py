@@ -30,7 +30,7 @@ from vmoe.evaluation.results_file import (
     write_json,
 )
 from vmoe.evaluation.tasks import TASKS
-from vmoe.models.factory import find_weights, is_contrastive, read_pretrained_metadata
+from vmoe.models.factory import find_weights
 from vmoe.models.spec import model_spec
 from vmoe.moe.quantize import expert_bytes
 from vmoe.utils.allocator import keep_freed_memory
@@ -134,7 +134,7 @@ def data_facts(dataset: ImageDataset, console: Console) -> dict[str, Any]:
 def check_task(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset) -> None:
     """Raises ConfigError unless task, model and data go together."""
     task, kind = config.task, config.data.type
-    contrastive = is_contrastive(loaded.model)
+    contrastive = loaded.tokenizer is not None
     needed = {"classification": False, "zero_shot": True, "retrieval": True}.get(task, contrastive)
     if contrastive != needed:
         holds = "an image-text model" if contrastive else "a classifier"
@@ -152,8 +152,7 @@ def check_task(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageData
                 f"data of type {kind!r} is judged by the outputs of an ImageNet-1k classifier, and "
                 f"{loaded.checkpoint} has {num_outputs} instead of {len(classes):,}: evaluate a model of these classes"
             )
-        trained = read_pretrained_metadata(loaded.weights)["extra"].get("class_names")
-        check_same_classes(trained, classes, loaded.checkpoint)
+        check_same_classes(loaded.class_names, classes, loaded.checkpoint)
 
 
 def check_same_classes(trained: list[str] | None, data: list[str], checkpoint: str) -> None:

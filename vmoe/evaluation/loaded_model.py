@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vmoe.data import Transform, build_transform
 from vmoe.evaluation.inference import pick_device
+from vmoe.evaluation.zero_shot import Template, class_scorer
 from vmoe.models.factory import create_model, find_weights, get_tokenizer, is_contrastive, preprocess_config
 from vmoe.models.serialization import read_pretrained_metadata
 from vmoe.moe import quantize_experts
@@ -29,6 +30,21 @@ class LoadedModel(NamedTuple):
     weights: Path  # the file that was read
     exif_orientation: bool = False  # whether its training applied EXIF orientation
 
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of a classifier's classes, where its file holds them; raises ValueError unless they are as many."""
+        names = read_pretrained_metadata(self.weights)["extra"].get("class_names")
+        if names is not None and len(names) != self.model.num_classes:
+            outputs = self.model.num_classes
+            raise ValueError(f"{self.weights} names {len(names)} classes, but the model tells {outputs} apart")
+        return names
+
+    def scorer(self, names: Sequence[str], templates: Sequence[Template] | str | None) -> Callable[[Tensor], Tensor]:
+        """images (B, 3, H, W) -> scores (B, C) of its classes or of `names`; call it inside `evaluating`."""
+        if self.tokenizer is not None:
+            return class_scorer(self.model, self.tokenizer, names, templates, self.device)
+        return lambda images: self.model(images).float()
+
 
 def load_model(
     checkpoint: str,
@@ -38,17 +54,11 @@ def load_model(
     weights: Path | None = None,
     experts: str | None = None,
 ) -> LoadedModel:
-    """Loads a checkpoint for evaluation.
+    """Loads a checkpoint (folder of a run, whose last one it is, or of a checkpoint, or a .safetensors file).
 
-    Args:
-        checkpoint: folder of a run (its last checkpoint) or of a checkpoint, or a .safetensors file.
-        device, precision: see `pick_device` and `LoadedModel`.
-        crop_pct: share of the image's side that the transform keeps; None: the model's own.
-        weights: what `find_weights` found for the checkpoint; None: finds them.
-        experts: how their weights are kept, see `vmoe.quantize_experts`; None: as in the file.
-
-    Raises:
-        ValueError: no such checkpoint or device, or the file cannot be used, or it has no experts to keep so.
+    `crop_pct` is the share of the image's side that the transform keeps, `weights` what `find_weights` finds for the
+    checkpoint, `experts` how their weights are kept (see `vmoe.quantize_experts`); None: as the checkpoint has them.
+    Raises ValueError for no such checkpoint or device, or a file that cannot be used or has no experts to keep so.
     """
     torch_device = pick_device(device)
     weights = find_weights(checkpoint) if weights is None else weights

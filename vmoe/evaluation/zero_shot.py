@@ -6,8 +6,8 @@ Shapes, by suffix: B images, T templates, L tokens of a prompt, D width of the e
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vmoe.data import build_transform
 from vmoe.data.images import DEFAULT, BadSample, Reading, file_errors, load_image, to_rgb
 from vmoe.data.texts import CutTexts, cut_rows, knows_length, warn_once
-from vmoe.evaluation.class_names import is_published, known_sets, prompt_names, published_set, warn_of_order
+from vmoe.evaluation.class_names import IMAGENET, is_published, known_sets, prompt_names, published_set, warn_of_order
 from vmoe.evaluation.classification import predict
 from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.metrics import TIE_TOLERANCE
@@ -47,13 +47,9 @@ def read_lines(file: str | Path) -> list[str]:
 def resolve_templates(templates: Sequence[Template] | str | Path | None) -> list[Callable[[str], str]]:
     """Prompt templates from a setting, as functions of the class name.
 
-    Args:
-        templates: a list of strings with `{}` for the class name (or functions, as in open_clip), or one such string;
-            "openai_imagenet" or "simple_imagenet" (open_clip's); a set of `known_sets`; a text file with one per line;
-            None: the bare class name.
-
-    Raises:
-        ValueError: unreadable file, empty list, or a template without `{}`.
+    The setting is a list of strings with `{}` for the class name (or functions, as in open_clip), or one such string;
+    "openai_imagenet" or "simple_imagenet" (open_clip's); a set of `known_sets`; a text file with one per line; None for
+    the bare class name. Raises ValueError for an unreadable file, an empty list, or a template without `{}`.
     """
     if templates is None:
         templates = ["{}"]
@@ -62,26 +58,21 @@ def resolve_templates(templates: Sequence[Template] | str | Path | None) -> list
     for template in _listed("templates", templates):
         if not callable(template) and not (isinstance(template, str) and "{}" in template):
             raise ValueError(f"template {template!r} must be a text with {{}} for the class name, or a function")
-    return [_filler(template) if isinstance(template, str) else template for template in templates]
+    # Other braces than "{}" stay as they are.
+    return [partial(one.replace, "{}") if isinstance(one, str) else one for one in templates]
 
 
 def _named_templates(name: str) -> Sequence[Template]:
-    import open_clip
+    if name == "simple_imagenet":
+        from open_clip import SIMPLE_IMAGENET_TEMPLATES
 
-    shipped = {
-        "openai_imagenet": open_clip.OPENAI_IMAGENET_TEMPLATES,
-        "simple_imagenet": open_clip.SIMPLE_IMAGENET_TEMPLATES,
-        **{each: published_set(each).templates for each in known_sets()},
-    }
-    if name not in shipped and not Path(name).is_file():
-        raise ValueError(
-            f"templates {name!r}: no such file; give a file, a list of texts with {{}}, or one of {', '.join(shipped)}"
-        )
-    return shipped.get(name) or read_lines(name)
-
-
-def _filler(template: str) -> Callable[[str], str]:
-    return lambda name: template.replace("{}", name)  # other braces stay as they are
+        return SIMPLE_IMAGENET_TEMPLATES
+    if name in ("openai_imagenet", *known_sets()):
+        return published_set(IMAGENET if name == "openai_imagenet" else name).templates
+    if not Path(name).is_file():
+        known = ", ".join(("openai_imagenet", "simple_imagenet", *known_sets()))
+        raise ValueError(f"templates {name!r}: no such file; give a file, a list of texts with {{}}, or one of {known}")
+    return read_lines(name)
 
 
 def resolve_class_names(class_names: Sequence[str] | str | Path, classes: Sequence[str] | None = None) -> list[str]:
@@ -94,19 +85,18 @@ def resolve_class_names(class_names: Sequence[str] | str | Path, classes: Sequen
     """
     if isinstance(class_names, str) and class_names in known_sets():
         return prompt_names(class_names, classes)
-    names = class_names
-    if isinstance(class_names, (str, Path)):
-        if not Path(class_names).is_file():
-            raise ValueError(
-                f"class_names {class_names!r}: no such file; give a file with one name per line, "
-                f"or one of {', '.join(known_sets())}, or a list of names"
-            )
-        names = read_lines(class_names)
-    names = check_class_names(names)
-    if classes is not None:
-        if len(names) != len(classes):
-            raise ValueError(f"class_names {class_names} has {len(names)} names, and the data {len(classes)} classes")
-        warn_of_order(names, classes)
+    is_file = isinstance(class_names, (str, Path))
+    if is_file and not Path(class_names).is_file():
+        raise ValueError(
+            f"class_names {class_names!r}: no such file; give a file with one name per line, "
+            f"or one of {', '.join(known_sets())}, or a list of names"
+        )
+    names = check_class_names(read_lines(class_names) if is_file else class_names)
+    if classes is None:
+        return names
+    if len(names) != len(classes):
+        raise ValueError(f"class_names {class_names} has {len(names)} names, and the data {len(classes)} classes")
+    warn_of_order(names, classes)
     return names
 
 
@@ -120,11 +110,9 @@ def resolve_prompts(
 
 
 def check_class_names(class_names: Sequence[str]) -> list[str]:
-    """The names as a list.
+    """The names as a list; raises ValueError for no list of texts, no names, an empty one, or duplicates.
 
-    Raises:
-        ValueError: no list of texts, no names, an empty one, or duplicates, which cannot be told apart; these are only
-            allowed in a published list, where ImageNet has two "missile" and two "sunglasses".
+    Duplicates cannot be told apart. Only a published list may have them: ImageNet's, two "missile", two "sunglasses".
     """
     names = _listed("class_names", class_names)
     for index, name in enumerate(names):
@@ -138,9 +126,9 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
     return names
 
 
-def _listed(name: str, values: Iterable) -> list:
+def _listed(name: str, values: Sequence) -> list:
     """The values as a list; raises ValueError for none, for a bare value and for what has no order."""
-    if isinstance(values, (str, bytes, set, frozenset, Mapping)) or not isinstance(values, Iterable):
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
         raise ValueError(f"{name} must be a list of texts, got {values!r}; write a list")
     values = list(values)
     if not values:
@@ -161,10 +149,8 @@ def encode_classes(
     """Class embeddings (D, C) float32, unit columns: the mean over the templates, by open_clip's own function.
 
     Equal names of a published list have the same column. Prompts longer than the context are cut, with a warning.
-
-    Raises:
-        ValueError: bad names or templates, a template that does not fit the model's context, or two names whose prompts
-            are the same tokens.
+    Raises ValueError for bad names or templates, a template that does not fit the model's context, or two names whose
+    prompts are the same tokens.
     """
     from open_clip import build_zero_shot_classifier
 
@@ -248,18 +234,10 @@ def evaluate_zero_shot(
     device: torch.device | str,
     precision: str = "float32",
 ) -> dict[str, float | int]:
-    """Zero-shot accuracy of a contrastive model, as `evaluate_classification` gives it.
+    """Zero-shot accuracy of a contrastive model; arguments, result and errors as of `evaluate_classification`.
 
-    Args:
-        model: has `encode_image(images, normalize)` and `encode_text(tokens, normalize)`; must be on `device`.
-        tokenizer: list of B texts -> tokens (B, L).
-        loader: batches with "image" (B, 3, H, W) and "label" (B,), an index into `class_names`.
-        class_names, templates: C unique names, and see :func:`resolve_templates`.
-        device, precision: see `evaluate_classification`.
-
-    Raises:
-        ValueError: bad names or templates, a label outside the names, or no samples.
-        SharedError: one of several processes could not read its samples.
+    `model` has `encode_image(images, normalize)` and `encode_text(tokens, normalize)`; "label" (B,) of the loader's
+    batches is an index into the unique `class_names`; `templates` as in :func:`resolve_templates`.
     """
     with evaluating(model, device, precision):
         score = class_scorer(model, tokenizer, class_names, templates, device)
@@ -298,23 +276,18 @@ def zero_shot_classify(
     """
     names, templates = resolve_prompts(class_names, templates)
     device = next(model.parameters()).device
-    rows = [torch.empty(0, len(names))]
+    batches = image_batches(model, images, batch_size, Reading(exif_orientation))
     with evaluating(model, device):
         score = class_scorer(model, tokenizer, names, templates, device)
-        for images_B3HW in image_batches(model, images, batch_size, Reading(exif_orientation)):
-            rows.append(score(images_B3HW).softmax(dim=1).cpu())
-    return torch.cat(rows)
+        rows = [score(images_B3HW).softmax(dim=1).cpu() for images_B3HW in batches]
+    return torch.cat([torch.empty(0, len(names)), *rows])
 
 
 def image_batches(
     model: nn.Module, images: ImageLike | Iterable[ImageLike], batch_size: int, reading: Reading = DEFAULT
 ) -> Iterator[Tensor]:
-    """Preprocessed images (B, 3, H, W) with the device and dtype of the model's parameters.
-
-    Raises:
-        ValueError: a tensor of another shape, an image that cannot be read, or batch_size < 1.
-        TypeError: something that is no image.
-    """
+    """Preprocessed images (B, 3, H, W) with the device and dtype of the model's parameters; raises as
+    `zero_shot_classify` does."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     parameter, channels = next(model.parameters()), in_chans(model)
