@@ -203,7 +203,19 @@ def class_scorer(
     templates: Sequence[Template] | str | None,
     device: torch.device | str,
 ) -> Callable[[Tensor], Tensor]:
-    """images (B, 3, H, W) -> logit_scale · cosine (B, C) float32; for the arguments see `encode_classes`.
+    """images (B, 3, H, W) -> scores (B, C) float32 of `feature_scorer`."""
+    score = feature_scorer(model, tokenizer, class_names, templates, device)
+    return lambda images: score(model.encode_image(images, normalize=True))
+
+
+def feature_scorer(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    class_names: Sequence[str],
+    templates: Sequence[Template] | str | None,
+    device: torch.device | str,
+) -> Callable[[Tensor], Tensor]:
+    """unit features (B, D) of images -> logit_scale · cosine (B, C) float32; for the arguments see `encode_classes`.
 
     Equal names, as ImageNet's published list has, would tie, and a tie is a miss for both classes. The later one
     therefore scores a little lower: the first of them is the answer, as with an argmax.
@@ -213,10 +225,9 @@ def class_scorer(
     repeats = [list(class_names[:index]).count(name) for index, name in enumerate(class_names)]
     repeats_C = torch.tensor(repeats, device=weights_DC.device) if any(repeats) else None
 
-    def score(images: Tensor) -> Tensor:
-        features_BD = model.encode_image(images, normalize=True).float()
-        with torch.autocast(images.device.type, enabled=False):
-            scores_BC = scale * (features_BD @ weights_DC)
+    def score(features_BD: Tensor) -> Tensor:
+        with torch.autocast(features_BD.device.type, enabled=False):  # similarities need more than 8 bits
+            scores_BC = scale * (features_BD.float() @ weights_DC)
             if repeats_C is not None:
                 scores_BC = scores_BC - 4 * TIE_TOLERANCE * scores_BC.abs().amax(dim=1, keepdim=True) * repeats_C
             return scores_BC

@@ -19,9 +19,9 @@ from PIL import Image
 from vmoe.data.images import check_size
 from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.loaded_model import LoadedModel
-from vmoe.evaluation.zero_shot import Template, check_class_names, resolve_templates, zero_shot_classify
+from vmoe.evaluation.zero_shot import Template, check_class_names, resolve_templates
 from vmoe.inspection import style
-from vmoe.inspection.forward import checkpoint_classes, routed, sparse_layers, token_decoder
+from vmoe.inspection.forward import routed, sparse_layers, token_decoder
 from vmoe.inspection.maps import draw_routing
 from vmoe.inspection.results import SampleRouting, TokenRouting
 from vmoe.inspection.routing_statistics import sample_routing
@@ -61,29 +61,8 @@ class Explanation(NamedTuple):
     sample: SampleRouting | None  # the image with the routing of its patches; None for a dense model
 
 
-class PatchExpert(NamedTuple):
-    """An expert that a patch chose, or that took it."""
-
-    expert: int
-    weight: float
-    kept: bool  # it took the patch
-
-
-class Load(NamedTuple):
-    """What one expert of a layer got of one image or one text."""
-
-    tokens: float  # that it took; in a soft layer, which chooses nothing, the sum of the tokens' weights
-    share: float  # of all of that in the layer, 0..1
-    mean_weight: float  # of these tokens for it; 0 without tokens
-    dropped: int  # tokens that chose it and were dropped; 0 where the experts or slots choose
-
-
 def parse_labels(text: str) -> list[str]:
-    """Labels from what was typed, one per line or separated by commas; empty ones do not count.
-
-    Raises:
-        ValueError: no label, or one that is given twice.
-    """
+    """Labels from what was typed, one per line or separated by commas; ValueError: none, or one that stands twice."""
     labels = [part.strip() for part in re.split(r"[,\n]", text or "") if part.strip()]
     if not labels:
         raise ValueError("Type at least one label: one per line, or separated by commas.")
@@ -108,36 +87,25 @@ def explain(
 ) -> Explanation:
     """Probabilities of an image's labels or classes, and the experts of its patches.
 
-    The image is 8-bit RGB; labels and templates (see `resolve_templates`) are for an image-text model.
-
-    Raises:
-        ValueError: bad labels or templates, an image too large or too narrow for the model, or a file whose class
-            names are not as many as the classes.
+    The image is 8-bit RGB; labels and templates (see `resolve_templates`) are for an image-text model. ValueError: bad
+    labels or templates, or an image too large or too narrow for the model.
     """
     check_size(image.size)
-    image_3HW = subject.transform(image)
     if subject.tokenizer is not None:
         names = check_class_names(labels or [])
-        probabilities_C = zero_shot_classify(subject.model, subject.tokenizer, image_3HW, names, templates)[0]
     else:
-        with evaluating(subject.model, subject.device, subject.precision):
-            probabilities_C = subject.model(image_3HW[None].to(subject.device))[0].float().softmax(dim=0).cpu()
-        names = checkpoint_classes(subject) or [f"class {c}" for c in range(len(probabilities_C))]
-        if len(names) != len(probabilities_C):
-            raise ValueError(
-                f"{subject.weights} names {len(names)} classes, but the model tells {len(probabilities_C)} apart"
-            )
-    probabilities = list(zip(names, probabilities_C.tolist(), strict=True))
+        names = subject.class_names or [f"class {c}" for c in range(subject.model.num_classes)]
+    with evaluating(subject.model, subject.device, subject.precision):
+        [scores_C] = subject.scorer(names, templates)(subject.transform(image)[None].to(subject.device))
+    probabilities = list(zip(names, scores_C.softmax(dim=0).tolist(), strict=True))
     return Explanation(probabilities, sample_routing(subject, image) if list_layers(subject) else None)
 
 
 def route_text(
     subject: LoadedModel, label: str, templates: Sequence[Template] | str | None = None
 ) -> tuple[list[str], dict[str, TokenRouting]]:
-    """The text tokens of a label in the first template, and {layer name: their routing (T, K)} in layers that see text.
-
-    The text goes through the model without the image, as it does in zero-shot classification.
-    """
+    """The text tokens of a label in the first template, and {layer name: their routing (T, K)} in layers that see text;
+    without the image, as in zero-shot classification."""
     ids_1T = subject.tokenizer([resolve_templates(templates)[0](label)])
     with evaluating(subject.model, subject.device, subject.precision):
         layers = routed(subject, None, ids_1T)[0].get("text", {})
@@ -157,10 +125,9 @@ def map_size(image: np.ndarray) -> tuple[int, int]:
 def draw_map(
     image: np.ndarray, routing: TokenRouting, num_experts: int, chosen: tuple[int, int] | None = None
 ) -> Image.Image:
-    """The image (H, W, 3), uint8, in grey under the colours and numbers of its patches' experts.
+    """The image (H, W, 3), uint8, in grey under the colours and numbers of its patches' experts; RGB, of `map_size`.
 
-    `routing` is that of the patches, (rows, columns, K); `chosen` is the (row, column) of a patch to frame. The result
-    is RGB, of `map_size`; the patches divide it evenly.
+    `routing` is that of the patches, (rows, columns, K); `chosen` is the (row, column) of a patch to frame.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -188,31 +155,30 @@ def patch_at(x: float, y: float, grid: tuple[int, int], size: tuple[int, int]) -
     return min(max(row, 0), grid[0] - 1), min(max(column, 0), grid[1] - 1)
 
 
-def patch_experts(routing: TokenRouting, row: int, column: int) -> list[PatchExpert]:
-    """The experts of a patch, best first; at most MAX_CHOICES, and only those with a weight.
-
-    Raises:
-        ValueError: there is no such patch.
-    """
+def patch_experts(routing: TokenRouting, row: int, column: int) -> list[tuple[int, float, bool]]:
+    """(expert, weight, whether it took the patch), best first; at most MAX_CHOICES, and only those with a weight."""
     rows, columns = routing.expert.shape[:2]
     if not (0 <= row < rows and 0 <= column < columns):
         raise ValueError(
             f"There is no patch in row {row}, column {column}: rows are 0 to {rows - 1}, columns 0 to {columns - 1}."
         )
     choices = (array[row, column].tolist() for array in (routing.expert, routing.weight, routing.kept))
-    return [PatchExpert(*choice) for choice in zip(*choices, strict=True) if choice[1] > 0][:MAX_CHOICES]
+    return [choice for choice in zip(*choices, strict=True) if choice[1] > 0][:MAX_CHOICES]
 
 
-def expert_loads(layer: Layer, routing: TokenRouting) -> list[Load]:
-    """The load of each of the layer's E experts."""
+def expert_loads(layer: Layer, routing: TokenRouting) -> dict[str, np.ndarray]:
+    """What each of the layer's E experts got of an image or a text, {measure: (E,)}.
+
+    "number" of tokens that it took (in a soft layer, which chooses nothing, the sum of their weights), their "share" of
+    all in the layer and "mean weight", and how many chose it and were "dropped" (0 where experts or slots choose).
+    """
     kept = routing.kept & (routing.weight > 0)
     number_E = np.bincount(routing.expert[kept], minlength=layer.num_experts)
     weight_E = np.bincount(routing.expert[kept], routing.weight[kept], layer.num_experts)
     dropped_E = np.bincount(routing.expert[~routing.kept], minlength=layer.num_experts) * (layer.router == "top_k")
     tokens_E = weight_E if layer.router == "soft" else number_E
     share_E, mean_E = tokens_E / max(tokens_E.sum(), 1e-12), weight_E / np.maximum(number_E, 1)
-    columns = (column_E.tolist() for column_E in (tokens_E, share_E, mean_E, dropped_E))
-    return [Load(*row) for row in zip(*columns, strict=True)]
+    return {"number": tokens_E, "share": share_E, "mean weight": mean_E, "dropped": dropped_E}
 
 
 def colour_tokens(tokens: Sequence[str], routing: TokenRouting) -> tuple[list[tuple[str, str]], dict[str, str]]:
@@ -248,29 +214,26 @@ def bars_html(probabilities: Sequence[tuple[str, float]]) -> str:
     return _table("Probabilities", "", rows) + (f"<p>{left} less likely ones are not shown.</p>" if left > 0 else "")
 
 
-def patch_html(row: int, column: int, experts: Sequence[PatchExpert]) -> str:
-    """The experts of a patch with their weights, best first."""
+def patch_html(row: int, column: int, experts: Sequence[tuple[int, float, bool]]) -> str:
+    """The experts of a patch with their weights, best first, as from `patch_experts`."""
     caption = f"Experts of the patch in row {row}, column {column}"
     if not experts:
         return f'<div class="experts"><p><b>{caption}</b></p><p>No expert took it.</p></div>'
-    rows = ((chip(own.expert), f"{own.weight:.4f}", "yes" if own.kept else "no") for own in experts)
+    rows = ((chip(expert), f"{weight:.4f}", "yes" if kept else "no") for expert, weight, kept in experts)
     return _table(caption, _headings("expert", "weight", "taken"), rows)
 
 
-def loads_html(loads: dict[str, Sequence[Load]]) -> str:
-    """What each expert of a layer got: `loads` is {"patches" or "text tokens": the load of each of E experts}."""
+def loads_html(loads: dict[str, dict[str, np.ndarray]]) -> str:
+    """What each expert of a layer got: {"patches" or "text tokens": its `expert_loads`}."""
     groups = "".join(f'<th scope="colgroup" colspan="4">{escape(name)}</th>' for name in loads)
-    head = _headings("expert", *("number", "share", "mean weight", "dropped") * len(loads))
-    rows = (
-        [chip(expert), *(cell for load in own for cell in _load_cells(load))]
-        for expert, own in enumerate(zip(*loads.values(), strict=True))
-    )
-    return _table("Load of the experts", f"<tr><th></th>{groups}</tr>{head}", rows)
-
-
-def _load_cells(load: Load) -> tuple[str, ...]:
-    tokens = f"{load.tokens:.2f}" if isinstance(load.tokens, float) else str(load.tokens)
-    return tokens, f"{load.share:.1%}", f"{load.mean_weight:.3f}" if load.tokens else "–", str(load.dropped)
+    columns, headings = [], ["expert"]
+    for load in loads.values():
+        headings += load
+        number = "{:.2f}" if load["number"].dtype.kind == "f" else "{}"
+        for form, column_E in zip((number, "{:.1%}", "{:.3f}", "{}"), load.values(), strict=True):
+            columns.append([form.format(value) for value in column_E])
+    rows = ([chip(expert), *cells] for expert, cells in enumerate(zip(*columns, strict=True)))
+    return _table("Load of the experts", f"<tr><th></th>{groups}</tr>{_headings(*headings)}", rows)
 
 
 def _headings(*names: str) -> str:

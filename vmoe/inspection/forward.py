@@ -10,16 +10,14 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from vmoe.evaluation.classification import select_columns
 from vmoe.evaluation.loaded_model import LoadedModel
-from vmoe.evaluation.zero_shot import Template, encode_classes
+from vmoe.evaluation.zero_shot import Template, feature_scorer
 from vmoe.inspection.accumulate import ModalityTokens, split_modalities
-from vmoe.models.factory import read_pretrained_metadata
 from vmoe.models.text import text_mask
 from vmoe.moe import SparseMoE, record_routing
 from vmoe.moe.record import WRAPPERS, unwrap
@@ -29,11 +27,7 @@ TOP_CLASSES = 5
 
 
 def sparse_layers(subject: LoadedModel, required: bool = True) -> dict[str, SparseMoE]:
-    """{name: sparse layer} in the order of the model, named as by `record_routing`.
-
-    Raises:
-        ConfigError: it has none, and they are `required`.
-    """
+    """{name: sparse layer} in the order of the model, named as by `record_routing`; ConfigError: none, and required."""
     layers = {
         ".".join(part for part in name.split(".") if part not in WRAPPERS): module
         for name, module in unwrap(subject.model).named_modules()
@@ -52,8 +46,7 @@ def routed(
 ) -> tuple[dict[str, dict[str, ModalityTokens]], Tensor | None]:
     """Runs the model on images, texts or pairs; call it inside `evaluating`.
 
-    Returns:
-        ({modality: {layer name: its tokens}}, a classifier's logits (B, C) or the images' embeddings (B, D)).
+    Returns ({modality: {layer name: its tokens}}, a classifier's logits (B, C) or the images' embeddings (B, D)).
     """
     model, device = subject.model, subject.device
     with record_routing(model) as record:
@@ -88,11 +81,6 @@ def shown_pixels(subject: LoadedModel, image_BCHW: Tensor) -> np.ndarray:
     return (image * 255).round().clamp(0, 255).byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
 
 
-def checkpoint_classes(subject: LoadedModel) -> list[str] | None:
-    """The names of a classifier's classes, where its file holds them."""
-    return read_pretrained_metadata(subject.weights)["extra"].get("class_names")
-
-
 def likeliest_names(
     subject: LoadedModel,
     output_BD: Tensor,
@@ -102,22 +90,13 @@ def likeliest_names(
 ) -> list[list[tuple[int, str, float]]]:
     """For each image the `TOP_CLASSES` likeliest names: (index among the names, name, probability).
 
-    Args:
-        subject: the model.
-        output_BD: what `routed` gave.
-        names: C names; of a classifier None: "class 0", "class 1" ...
-        class_columns: see `vmoe.evaluation.classification.select_columns`.
-        templates: of an image-text model.
-
-    Raises:
-        ValueError: a classifier with another number of classes.
+    `output_BD` is what `routed` gave, `names` are C names (None, of a classifier: "class 0", ...), `class_columns` as
+    in `vmoe.evaluation.classification.select_columns`. Raises ValueError for a classifier of another number of classes.
     """
     scores_BC = output_BD.float()
     if subject.tokenizer is not None:
-        weights_DC = encode_classes(subject.model, subject.tokenizer, names, templates, subject.device)
-        scale = subject.model.logit_scale.detach().float().exp()
-        with torch.autocast(subject.device.type, enabled=False):  # similarities need more than 8 bits
-            scores_BC = scale * F.normalize(scores_BC, dim=-1) @ weights_DC
+        score = feature_scorer(subject.model, subject.tokenizer, names, templates, subject.device)
+        scores_BC = score(F.normalize(scores_BC, dim=-1))
     scores_BC = select_columns(scores_BC, class_columns)
     if names is None:
         names = [f"class {c}" for c in range(scores_BC.shape[1])]
@@ -129,11 +108,7 @@ def likeliest_names(
 
 
 def patch_grid(model: nn.Module, num_tokens: int) -> tuple[int, int, int]:
-    """(prefix tokens, rows, columns) of an image tower's token sequence.
-
-    Raises:
-        ValueError: the tokens are not a grid of patches after some prefix tokens.
-    """
+    """(prefix tokens, rows, columns) of an image tower's token sequence; ValueError if it has no such order."""
     model = unwrap_model(model)
     for tower in (model, getattr(model, "visual", None), getattr(getattr(model, "visual", None), "trunk", None)):
         embed, expected = getattr(tower, "patch_embed", None), getattr(tower, "num_prefix_tokens", 0)
@@ -148,10 +123,7 @@ def patch_grid(model: nn.Module, num_tokens: int) -> tuple[int, int, int]:
 def token_decoder(tokenizer: Any) -> Callable[[Sequence[int]], list[str]]:
     """A function that writes each token id as text, by the decoding of open_clip's or Hugging Face's tokenizer.
 
-    A token of open_clip's tokenizer that does not end its word gets an ellipsis ("sky…", "scrap…", "ers").
-
-    Raises:
-        ValueError: the tokenizer cannot decode.
+    A token of open_clip's that does not end its word gets an ellipsis ("sky…"). ValueError: it cannot decode.
     """
     inner = tokenizer if hasattr(tokenizer, "decode") else getattr(tokenizer, "tokenizer", None)
     if not hasattr(inner, "decode"):

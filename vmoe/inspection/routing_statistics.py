@@ -23,7 +23,6 @@ from vmoe.evaluation.results_file import Progress, library_versions
 from vmoe.evaluation.zero_shot import Template, resolve_templates
 from vmoe.inspection.accumulate import Agreement, LayerSums, ModalityTokens
 from vmoe.inspection.forward import (
-    checkpoint_classes,
     likeliest_names,
     patch_grid,
     routed,
@@ -167,7 +166,7 @@ def route_images(
         pixels_BHWC = shown_pixels(subject, image_BCHW)
         found = [_sample(subject, layers, tokens, b, pixels_BHWC[b], ids_BT) for b in range(len(images))]
         if names is None and subject.tokenizer is None:
-            names = checkpoint_classes(subject)
+            names = subject.class_names
         if names is not None or subject.tokenizer is None:
             tops = likeliest_names(subject, output_BD, names, templates=templates)
             _name(found, tops, class_names is not None)
@@ -280,7 +279,7 @@ class _Gatherer:
                 return
         elif columns is None:
             fitting = classes is not None and len(classes) == output_BD.shape[1]
-            names = checkpoint_classes(self.subject) or (classes if fitting else None)
+            names = self.subject.class_names or (classes if fitting else None)
         tops = likeliest_names(self.subject, output_BD, names, columns, templates)
         of_data = classes is not None and names is not None and len(names) == len(classes)
         _name(self.samples.values(), tops, of_data)
