@@ -222,8 +222,6 @@ def test_what_cannot_work_is_told_before_the_data_are_read(run, data, tmp_path, 
         (folders, ["--templates", "a photo"], "templates 'a photo': no such file"),
         (pairs, ["--templates", "a {}"], "templates are prompts of class names, and the data have none"),
         (of_classifier, ["--templates", "a {}"], "templates are for image-text models"),
-        (pairs, ["--loader.max_bad_share", "0.5"], "loader.max_bad_share has no effect in an inspection"),
-        (pairs, ["--loader.pin_memory", "false"], "loader.pin_memory has no effect in an inspection"),
         (pairs, ["--data", str(data / "folder/cat/0.png")], "0.png: neither a folder of images"),
     ]
     for start, arguments, match in wrong:

@@ -19,7 +19,7 @@ from vmoe.data import ImageDataset, build_dataset, with_orientation
 from vmoe.data.config import LoaderConfig, SourceConfig
 from vmoe.data.images import IMAGE_SUFFIXES
 from vmoe.evaluation.loaded_model import LoadedModel, load_model
-from vmoe.evaluation.results_file import make_writable
+from vmoe.evaluation.results_file import NAMED_BY_SPLIT, make_writable
 from vmoe.evaluation.zero_shot import resolve_templates
 from vmoe.inspection.forward import sparse_layers
 from vmoe.inspection.plots import write_figures
@@ -43,7 +43,7 @@ class InspectConfig:
             fields replaced (--data.split train). A single value is the type, or the path of a folder of images or a
             file of pairs: --data emoji_groups, --data photos/.
         loader: Batches and worker processes. The result does not depend on them where nothing is dropped. on_bad "skip"
-            skips and counts unreadable images. max_bad_share and pin_memory are for training alone.
+            skips and counts unreadable images.
         num_images: Images whose routing the report shows one by one, evenly spaced in the data.
         num_patches: Typical patches to keep for each expert.
         templates: Prompts of the class names, for an image-text model: texts with {} where the name goes, a file with
@@ -71,14 +71,6 @@ class InspectConfig:
         check_types(self)
         if self.loader.on_bad == "replace":
             raise ConfigError("loader.on_bad must be 'fail' or 'skip' in an inspection, got 'replace'")
-        for name in ("max_bad_share", "pin_memory"):
-            if getattr(self.loader, name) != getattr(LoaderConfig(), name):
-                raise ConfigError(f"loader.{name} has no effect in an inspection, only in training: leave it out")
-        for name in ("num_images", "num_patches"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be >= 0, got {getattr(self, name)}")
-        if self.eval_capacity_factor is not None and not self.eval_capacity_factor > 0:
-            raise ConfigError(f"eval_capacity_factor must be > 0, got {self.eval_capacity_factor}; null: as set")
 
 
 @safe_output()
@@ -88,11 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def settings(argv: list[str]) -> InspectConfig:
-    """The settings of a command line, on top of what the checkpoint's run validated on if it names no type of data.
-
-    Raises:
-        ConfigError: no such data.
-    """
+    """The settings of a command line, on top of what the checkpoint's run validated on if it names no type of data."""
     argv = expand_data(argv)
     description = "Inspect a sparse model: which patches and text tokens go to which expert."
     read = functools.partial(parse_config, InspectConfig, prog="vmoe-inspect", description=description)
@@ -109,25 +97,22 @@ def settings(argv: list[str]) -> InspectConfig:
 def run(config: InspectConfig, console: Console | None = None) -> RoutingStatistics:
     """Gathers the statistics, writes files, figures and report, and prints a table and their paths.
 
-    Raises:
-        ConfigError: a dense model, no data, templates without class names to fill in, or an output_dir that cannot be
-            written to; all before the data are read, which may take hours.
-        BadSample: an unreadable image or empty caption, unless `loader.on_bad` is "skip".
-        ValueError: unreadable checkpoint or data.
+    What cannot work (a dense model, no data, an output_dir that cannot be written to, ...) is a ConfigError before the
+    data are read, which may take hours.
     """
     console = console or make_console()
     subject = load_model(config.checkpoint, config.device, config.precision)
     sparse_layers(subject)
-    source = config.data
-    if source.type is None:
-        if source != SourceConfig():
-            raise ConfigError("data has settings, but no type: set data.type")
-        source = validation_data(config.checkpoint)
-    if subject.exif_orientation:
-        source = with_orientation(source)
+    if config.data.type is None:
+        raise ConfigError("data has no type: set data.type")
+    source = with_orientation(config.data) if subject.exif_orientation else config.data
     dataset = build_dataset(source)
     check_templates(config, subject, dataset)
-    folder = make_output_folder(config)
+    checkpoint = Path(config.checkpoint)
+    beside = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "inspection"
+    folder = beside if config.output_dir is None else Path(config.output_dir)
+    if not make_writable(folder):
+        raise ConfigError(f"output_dir {folder} cannot be written to: choose another")
     same = ("num_images", "num_patches", "templates", "eval_capacity_factor", "batch_priority")
     statistics = gather_statistics(
         subject,
@@ -150,11 +135,7 @@ def run(config: InspectConfig, console: Console | None = None) -> RoutingStatist
 
 
 def expand_data(argv: list[str]) -> list[str]:
-    """`--data NAME` as the settings that it stands for: a type, a folder of images or a file of pairs.
-
-    Raises:
-        ConfigError: it is none of them.
-    """
+    """`--data NAME` as the settings that it stands for: a type, a folder of images or a file of pairs."""
     expanded: list[str] = []
     arguments = iter(argv)
     for argument in arguments:
@@ -203,10 +184,8 @@ def validation_data(checkpoint: str) -> SourceConfig:
 
 def describe(source: SourceConfig) -> str:
     """The data in a few words, for titles."""
-    parts = [source.type, source.name, source.path]
-    if source.type in ("emoji", "emoji_groups", "torchvision", "karpathy"):
-        parts.append(source.split)
-    return " · ".join(part for part in parts if part)
+    split = source.split if source.type in NAMED_BY_SPLIT else None
+    return " · ".join(part for part in (source.type, source.name, source.path, split) if part)
 
 
 def check_templates(config: InspectConfig, subject: LoadedModel, dataset: ImageDataset) -> None:
@@ -221,16 +200,6 @@ def check_templates(config: InspectConfig, subject: LoadedModel, dataset: ImageD
         resolve_templates(config.templates)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def make_output_folder(config: InspectConfig) -> Path:
-    """Makes `output_dir`, or the folder "inspection" beside the checkpoint (inside, if that is a folder)."""
-    checkpoint = Path(config.checkpoint)
-    beside = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "inspection"
-    folder = beside if config.output_dir is None else Path(config.output_dir)
-    if not make_writable(folder):
-        raise ConfigError(f"output_dir {folder} cannot be written to: choose another")
-    return folder
 
 
 def summary_table(statistics: RoutingStatistics) -> MetricTable:

@@ -36,17 +36,14 @@ class ModalityTokens:
         np.put_along_axis(values_BTE, self.expert_BTK, values_BTK.astype(float), axis=-1)
         return values_BTE
 
-    def routing(self, b: int, positions) -> TokenRouting:
-        """The routing of some tokens of row `b`."""
-        return TokenRouting(*(array[b][positions] for array in (self.expert_BTK, self.weight_BTK, self.kept_BTK)))
+    def routing(self, b: int, positions: np.ndarray | slice, shape: Sequence[int] = (-1,)) -> TokenRouting:
+        """The routing of some tokens of row `b`, in an array of a shape."""
+        arrays = (array[b][positions] for array in (self.expert_BTK, self.weight_BTK, self.kept_BTK))
+        return TokenRouting(*(array.reshape(*shape, array.shape[-1]) for array in arrays))
 
 
 def split_modalities(call: LayerRouting) -> dict[str, ModalityTokens]:
-    """{modality: its tokens} of a call; those that it has.
-
-    Raises:
-        ValueError: the modalities do not have the same positions in every row.
-    """
+    """{modality: its tokens} of a call; ValueError: they do not have the same positions in every row."""
 
     def array(tensor: Tensor) -> np.ndarray:
         tensor = call.tokens(tensor).detach().cpu()
@@ -93,9 +90,8 @@ class LayerSums:
     def add(self, modality: str, tokens: ModalityTokens) -> np.ndarray:
         """Adds the tokens of a call.
 
-        Returns:
-            (B, T, E) float64, how much each expert did for each token: 1 if it took the token; for soft routing, the
-            combine weight; 0 for padding.
+        Returns (B, T, E) float64, how much each expert did for each token: 1 if it took the token; for soft routing the
+        combine weight; 0 for padding.
         """
         sums, real_BT = self.statistics, tokens.real_BT
         gate_SE = tokens.gate_BTE[real_BT].astype(float)

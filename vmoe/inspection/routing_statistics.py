@@ -30,7 +30,7 @@ from vmoe.inspection.forward import (
     sparse_layers,
     token_decoder,
 )
-from vmoe.inspection.results import RoutingStatistics, SampleRouting, TokenRouting
+from vmoe.inspection.results import RoutingStatistics, SampleRouting
 from vmoe.models.text import text_mask
 from vmoe.moe import SparseMoE
 from vmoe.utils.config import ConfigError
@@ -63,8 +63,7 @@ def gather_statistics(
         subject: a classifier or an image-text model with sparse layers.
         dataset: with labels, captions, both or neither.
         batch_size, num_workers, on_bad: as in `vmoe.data.LoaderConfig`.
-        num_images: samples to keep, evenly spaced in the data.
-        num_patches: typical patches to keep for each expert.
+        num_images, num_patches: samples to keep, evenly spaced in the data, and typical patches for each expert.
         templates: prompts of class names, see `vmoe.evaluation.zero_shot.resolve_templates`.
         eval_capacity_factor, batch_priority: of all sparse layers in this call, to see what is dropped with the
             capacity of training; None: as the model is set.
@@ -76,7 +75,7 @@ def gather_statistics(
         BadSample: an unreadable image, unless `on_bad` is "skip".
     """
     if num_images < 0 or num_patches < 0:
-        raise ValueError(f"num_images and num_patches must be >= 0, got {num_images} and {num_patches}")
+        raise ConfigError(f"num_images and num_patches must be >= 0, got {num_images} and {num_patches}")
     settings = {} if batch_priority is None else {"batch_priority": batch_priority}
     if eval_capacity_factor is not None:
         if not eval_capacity_factor > 0:
@@ -132,13 +131,11 @@ def sample_routing(
     class_names: Sequence[str] | None = None,
     templates: Sequence[Template] | str | None = None,
 ) -> SampleRouting:
-    """The routing of one image, and of a text with it, in every sparse layer.
+    """The routing of one image (of any size), and of a text with it, in every sparse layer.
 
-    The image may have any size. `class_names` are what it may be called, for `top_classes`, with `templates` as in
-    `vmoe.evaluation.zero_shot.resolve_templates`; a classifier has its own, from its file.
-
-    Raises:
-        ValueError: a dense model, a text for a classifier, or class names that do not fit the model.
+    `class_names` are what it may be called, for `top_classes`, with `templates` as in
+    `vmoe.evaluation.zero_shot.resolve_templates`; a classifier has its own, from its file. ValueError: a dense model, a
+    text for a classifier, or class names that do not fit the model.
     """
     if text is not None and subject.tokenizer is None:
         raise ValueError(f"{subject.checkpoint} holds a classifier, which reads no text: leave the text out")
@@ -165,11 +162,9 @@ def route_images(
         tokens, output_BD = routed(subject, image_BCHW, ids_BT)
         pixels_BHWC = shown_pixels(subject, image_BCHW)
         found = [_sample(subject, layers, tokens, b, pixels_BHWC[b], ids_BT) for b in range(len(images))]
-        if names is None and subject.tokenizer is None:
-            names = subject.class_names
         if names is not None or subject.tokenizer is None:
-            tops = likeliest_names(subject, output_BD, names, templates=templates)
-            _name(found, tops, class_names is not None)
+            own = subject.class_names if names is None else names
+            _name(found, likeliest_names(subject, output_BD, own, templates=templates), names is not None)
     for sample, text in zip(found, texts or [], strict=bool(texts)):
         sample.caption = text
     return layers, found
@@ -204,9 +199,7 @@ def _sample(
         patches.append(None)
         if name in images:
             prefix, *grid = patch_grid(subject.model, images[name].real_BT.shape[1])
-            flat = images[name].routing(b, slice(prefix, None))
-            arrays = (flat.expert, flat.weight, flat.kept)
-            patches[-1] = TokenRouting(*(array.reshape(*grid, -1) for array in arrays))
+            patches[-1] = images[name].routing(b, slice(prefix, None), grid)
     return SampleRouting(pixels.copy(), "", None, None, text_tokens, patches, text, [])
 
 
@@ -262,11 +255,8 @@ class _Gatherer:
             self.agreement.add("text", layers)
 
     def name_images(self, templates: Sequence[Template] | str | None) -> None:
-        """Fills in the likeliest names of the kept images.
-
-        Of an image-text model, names are those of the data's classes, or, without classes, the kept captions. Of a
-        classifier they are its own; where its file does not hold them, those of the data if it has as many classes.
-        """
+        """Fills in the likeliest names of the kept images: of the data's classes or else the kept captions; of a
+        classifier its own, or those of the data where its file does not hold them and it has as many classes."""
         if not self.samples:
             return
         output_BD, classes = torch.stack(self._outputs), self.dataset.classes
