@@ -223,7 +223,7 @@ def test_votes_are_weighted(made_up):
 
 @pytest.mark.parametrize("k", [0, 6])
 def test_more_neighbours_than_rows(k):
-    with pytest.raises(ValueError, match=rf"k must be in 1\.\.5, the number of training images, got {k}"):
+    with pytest.raises(ValueError, match=rf"features.k must be in 1\.\.5, the number of training images, got {k}"):
         nearest_neighbours(torch.ones(2, 3), torch.ones(5, 3), k)
 
 

@@ -22,14 +22,15 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from vmoe.cli.command import exit_code
+from vmoe.data.images import BadSample, Reading, load_image
+from vmoe.evaluation.loaded_model import LoadedModel, load_model
+from vmoe.evaluation.zero_shot import Template, resolve_templates
+from vmoe.inspection import explain as logic
 from vmoe.utils.config import ConfigError, check_types, parse_config
 from vmoe.utils.printable import safe_output
 
 if TYPE_CHECKING:
     import gradio
-
-    from vmoe.evaluation.loaded_model import LoadedModel
-    from vmoe.inspection.explain import Explanation
 
 MAX_UPLOAD = "100mb"
 KEPT_SECONDS = 3600  # images in Gradio's temporary folder, and what was computed from them
@@ -77,8 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def serve() -> None:
         _gradio()  # before the model is loaded, which takes longer
-        from vmoe.evaluation.loaded_model import load_model
-
         subject = load_model(config.checkpoint, config.device)
         if config.exif_orientation is not None:
             subject = subject._replace(exif_orientation=config.exif_orientation)
@@ -94,21 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def launch(app: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None, share: bool = False) -> str:
     """Starts the server in a thread; it serves the page, its own temporary files, nothing else.
 
-    Args:
-        app: from `build_app`; `app.close()` ends the server.
-        host: address to listen on.
-        port: to listen on; None: the first free one from 7860.
-        share: also through a public link of Gradio's.
-
-    Returns:
-        The page's address, which is printed too.
-
-    Raises:
-        OSError: the port is taken, or the address is not this machine's.
+    `app.close()` ends it. The arguments are those of `DemoConfig`. Returns the page's address, which is printed too.
+    OSError: the port is taken, or the address is not this machine's.
     """
     gr = _gradio()
-    from vmoe.inspection.explain import CSS as TABLE_CSS
-
     # Fonts of the reader's system: the page asks no other server for anything.
     theme = gr.themes.Default(
         primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
@@ -121,30 +109,19 @@ def launch(app: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None,
         raise OSError(f"cannot listen on {where} ({reason}): choose another --port or --host") from error
     off = dict.fromkeys(("inbrowser", "run_history", "ssr_mode", "mcp_server", "enable_monitoring"), False)
     files = {"allowed_paths": [], "max_file_size": MAX_UPLOAD}
-    look = {"theme": theme, "css": CSS + TABLE_CSS, "footer_links": []}
+    look = {"theme": theme, "css": CSS + logic.CSS, "footer_links": []}
     server = {"server_name": host, "server_port": port, "share": share, "prevent_thread_lock": True, "quiet": True}
     _, address, public_address = app.launch(**server, **files, **look, **off)
     print(f"the page is at {address}" + (f" and {public_address}" if public_address else "") + " (Ctrl-C ends it)")
     return address
 
 
-def build_app(
-    subject: LoadedModel, templates: Sequence[Callable[[str], str] | str] | str | None = None
-) -> gradio.Blocks:
-    """The page for a model.
+def build_app(subject: LoadedModel, templates: Sequence[Template] | str | None = None) -> gradio.Blocks:
+    """The page for an image-text model, which gets labels (and templates, see `resolve_templates`), or a classifier.
 
-    Args:
-        subject: an image-text model, which gets labels, or a classifier, which has its own classes.
-        templates: of an image-text model, see `vmoe.evaluation.zero_shot.resolve_templates`.
-
-    Raises:
-        ModuleNotFoundError: Gradio is not installed.
-        ValueError: templates that cannot be used.
+    ModuleNotFoundError: Gradio is not installed.
     """
     gr = _gradio()
-    from vmoe.evaluation.zero_shot import resolve_templates
-    from vmoe.inspection import explain as logic
-
     templates = resolve_templates(templates)
     has_text = subject.tokenizer is not None
     layers = logic.list_layers(subject)
@@ -161,7 +138,7 @@ def build_app(
         return found, bars, gr.Column(visible=bool(layers)), names, *view(found, layer, row, column, likeliest)
 
     @answering
-    def show_clicked(found: Explanation | None, layer: int, label: str | None, event: Any) -> tuple:
+    def show_clicked(found: logic.Explanation | None, layer: int, label: str | None, event: Any) -> tuple:
         row, column = 0, 0
         if found is not None:
             grid = found.sample.patches[layer].expert.shape[:2]
@@ -170,7 +147,9 @@ def build_app(
 
     show_clicked.__annotations__ = {"event": gr.SelectData}  # Gradio hands the event to an argument of this type
 
-    def view(found: Explanation | None, layer: int, row: int | None, column: int | None, label: str | None) -> tuple:
+    def view(
+        found: logic.Explanation | None, layer: int, row: int | None, column: int | None, label: str | None
+    ) -> tuple:
         """Map, experts of the patch, text tokens, loads."""
         if found is None:
             raise ValueError("There is nothing to show, or it is no longer kept: press Classify.")
@@ -198,19 +177,15 @@ def build_app(
             with gr.Column(scale=2, min_width=320):
                 image = gr.Image(label="Image", type="pil", sources=["upload", "clipboard"], height=280, buttons=[])
                 # Not by a subclass, for which Gradio would write a file beside this one.
-                image.preprocess = _image_reader(gr, subject.exif_orientation)
-                labels = gr.Textbox(
-                    label="Labels, one per line or separated by commas", lines=4, max_lines=12, visible=has_text
-                )
+                image.preprocess = functools.partial(_read_upload, gr, Reading(subject.exif_orientation))
+                typing = "Labels, one per line or separated by commas"
+                labels = gr.Textbox(label=typing, lines=4, max_lines=12, visible=has_text)
                 button = gr.Button("Classify", variant="primary")
             with gr.Column(scale=4, min_width=320):
                 probabilities = gr.HTML("<p>The answer appears here.</p>", padding=False)
                 with gr.Column(visible=False) as routing:  # shown with the first answer
-                    layer = gr.Radio(
-                        [(one.title, index) for index, one in enumerate(layers)],
-                        value=len(layers) - 1 if layers else None,
-                        label="Sparse layer",
-                    )
+                    choices = [(one.title, index) for index, one in enumerate(layers)]
+                    layer = gr.Radio(choices, value=len(layers) - 1 if layers else None, label="Sparse layer")
                     with gr.Row():
                         with gr.Column(scale=3):
                             routing_map = gr.Image(
@@ -229,9 +204,8 @@ def build_app(
                             patch = gr.HTML(padding=False)
                     with gr.Row(visible=has_text):
                         name = gr.Dropdown(label="Label", scale=2, min_width=200)
-                        text_tokens = gr.HighlightedText(
-                            label="Experts of the label's text tokens", scale=3, min_width=320
-                        )
+                        of_tokens = "Experts of the label's text tokens"
+                        text_tokens = gr.HighlightedText(label=of_tokens, scale=3, min_width=320)
                     loads = gr.HTML(padding=False)
 
         seen = [routing_map, patch, text_tokens, loads]
@@ -248,8 +222,6 @@ def build_app(
 
 def _answering(gr: Any) -> Callable[[Callable], Callable]:
     """A decorator for what answers an event: one at a time, and a failure is a message on the page."""
-    from vmoe.data import BadSample
-
     one_at_a_time = threading.Lock()  # what is recorded of a model holds all that runs meanwhile
 
     def decorate(function: Callable) -> Callable:
@@ -274,20 +246,11 @@ def _message(gr: Any, text: str) -> Exception:
     return gr.Error(html.escape(text), duration=None, print_exception=False)
 
 
-def _image_reader(gr: Any, exif_orientation: bool) -> Callable[[Any], Image.Image | None]:
-    """Reads an uploaded image with the checks of the data loaders."""
-    from vmoe.data import BadSample
-    from vmoe.data.images import Reading, load_image
-
-    def read(upload: Any) -> Image.Image | None:
-        if upload is None:
-            return None
-        try:
-            return load_image(upload.path, reading=Reading(exif_orientation))
-        except BadSample as error:
-            raise _message(gr, f"{upload.orig_name or 'The image'}: {error.reason}.") from None
-
-    return read
+def _read_upload(gr: Any, reading: Reading, upload: Any) -> Image.Image | None:
+    try:
+        return None if upload is None else load_image(upload.path, reading=reading)
+    except BadSample as error:
+        raise _message(gr, f"{upload.orig_name or 'The image'}: {error.reason}.") from None
 
 
 def _gradio() -> Any:

@@ -46,11 +46,8 @@ def linear_probe(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDa
         penalty, tried = choose_penalty(features_ND, labels_N, settings.l2_range, settings.val_share)
     probe = fit_linear_probe(features_ND, labels_N, penalty)
     if not probe.converged:
-        console.print(
-            f"the linear probe did not converge: with features.l2 {penalty:g} it ended after {probe.iterations} "
-            "iterations short of the minimum",
-            style="yellow",
-        )
+        ended = f"it ended after {probe.iterations} iterations short of the minimum"
+        console.print(f"the linear probe did not converge: with features.l2 {penalty:g} {ended}", style="yellow")
     blocks = (probe.scores(block_BD.to(device)) for block_BD in test.features_ND.split(PROBE_BLOCK))
     rank_N = _ranks(blocks, probe.classes_C, test, dataset)
     results = {
@@ -58,27 +55,17 @@ def linear_probe(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDa
         "mean_per_class": mean_per_class(rank_N == 0, test.labels_N, len(dataset.classes)),
         "l2": penalty,
     }
-    details = {
-        "val": None if tried is None else [{"l2": value, "top1": tried[value]} for value in sorted(tried)],
-        "converged": probe.converged,
-    }
-    return feature_outcome(results, details, train, test)
+    val = None if tried is None else [{"l2": value, "top1": tried[value]} for value in sorted(tried)]
+    return feature_outcome(results, {"val": val, "converged": probe.converged}, train, test)
 
 
 def knn(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset, console: Console) -> Outcome:
-    """Task "knn": "k{k}_top1" and "k{k}_top5" for each k. A class without a vote is never a hit.
-
-    Raises:
-        ConfigError: k is more than there are training images.
-    """
+    """Task "knn": "k{k}_top1" and "k{k}_top5" for each k. A class without a vote is never a hit."""
     settings, num_classes = config.features, len(dataset.classes)
     train, test = fit_and_test_features(config, loaded, dataset, console)
-    largest = max(settings.k)
-    if largest > len(train.labels_N):
-        raise ConfigError(f"features.k must be at most {len(train.labels_N)}, the training images, got {largest}")
     rows_ND, labels_N = train.features_ND.to(loaded.device), train.labels_N.to(loaded.device)
     queries = test.features_ND.split(QUERY_BLOCK)
-    nearest = [nearest_neighbours(block_BD.to(loaded.device), rows_ND, largest) for block_BD in queries]
+    nearest = [nearest_neighbours(block_BD.to(loaded.device), rows_ND, max(settings.k)) for block_BD in queries]
     results = {}
     for k in settings.k:
         blocks = (
@@ -126,9 +113,6 @@ def fit_linear_probe(
     This is scikit-learn's LogisticRegression with C = 1 / penalty. Features (N, D), with labels (N,), are centred and
     whitened for the minimisation, which changes its path and not the minimum. The probe has converged when no entry of
     the gradient in those axes is above 1e-6 of the loss. It starts from the probe `start` of the same classes, or zero.
-
-    Raises:
-        ValueError: the penalty is not > 0, or there are fewer than two classes.
     """
     if not penalty > 0:
         raise ValueError(f"the penalty must be > 0, got {penalty}")
@@ -198,9 +182,6 @@ def choose_penalty(
     CLIP's search (appendix A.3) between the least and the greatest of `penalties`: values two decades apart, then
     around the best one of them the distance is halved until it is an eighth of a decade. Of equally good penalties the
     greatest is taken. `val_share` of each class is held out, the same in each call; every class keeps an example.
-
-    Raises:
-        ValueError: the classes have too few examples to hold any out.
     """
     held_N = _held_out(labels_N, val_share)
     if not held_N.any():
@@ -208,32 +189,25 @@ def choose_penalty(
             f"val_share {val_share} of the training data leaves nothing to choose a penalty on, as no class has "
             "enough examples: set features.l2 to a penalty"
         )
-    # Positions in a grid of eighths of a decade: integers, so that none is tried twice. Both ends are as given.
+    # A grid of eighths of a decade, both ends as given; what is tried is known by its position in it.
     low, high = penalties
     last = math.ceil(STEPS_PER_DECADE * (math.log10(high) - math.log10(low)) - 1e-6)
+    inner = (10 ** (math.log10(low) + position / STEPS_PER_DECADE) for position in range(1, last))
+    grid = [low, *inner, high][: last + 1]
     accuracy: dict[int, float] = {}
     probe: LinearProbe | None = None
-
-    def penalty_at(position: int) -> float:
-        if position in (0, last):
-            return high if position else low
-        return 10 ** (math.log10(low) + position / STEPS_PER_DECADE)
-
-    def best() -> int:
-        return max(accuracy, key=lambda position: (accuracy[position], position))
-
     step = 2 * STEPS_PER_DECADE
     positions = sorted({*range(0, last, step), last}, reverse=True)  # from the easiest fit to the hardest
-    while True:
+    while step:
         for position in positions:
             if 0 <= position <= last and position not in accuracy:
-                probe = fit_linear_probe(features_ND[~held_N], labels_N[~held_N], penalty_at(position), start=probe)
+                probe = fit_linear_probe(features_ND[~held_N], labels_N[~held_N], grid[position], start=probe)
                 right_BC = labels_N[held_N][:, None] == probe.classes_C
                 accuracy[position] = share_within(ranks(probe.scores(features_ND[held_N]), right_BC), 1)
-        if step == 1:
-            return penalty_at(best()), {penalty_at(position): value for position, value in accuracy.items()}
+        best = max(accuracy, key=lambda position: (accuracy[position], position))
         step //= 2
-        positions = [best() + step, best() - step]
+        positions = [best + step, best - step]
+    return grid[best], {grid[position]: value for position, value in accuracy.items()}
 
 
 def _held_out(labels_N: Tensor, share: float) -> Tensor:
@@ -257,7 +231,7 @@ def nearest_neighbours(queries_BD: Tensor, rows_ND: Tensor, k: int) -> tuple[Ten
     """
     N = len(rows_ND)
     if not 1 <= k <= N:
-        raise ValueError(f"k must be in 1..{N}, the number of training images, got {k}")
+        raise ConfigError(f"features.k must be in 1..{N}, the number of training images, got {k}")
     cosine_BN = F.normalize(queries_BD, dim=1) @ F.normalize(rows_ND, dim=1).T
     # A key is cosine and row in one integer: all are different, so the order is the same everywhere.
     backwards_N = N - 1 - torch.arange(N, device=rows_ND.device)
