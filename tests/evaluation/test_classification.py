@@ -75,7 +75,7 @@ def test_classes_that_are_some_outputs_of_the_model(make_batches):
     columns = [[4, 6], [2]]
     assert select_columns(torch.tensor([[0.0, 1, 9, 1, 3, 1, 5]]), columns).tolist() == [[5, 9]]
     loader = make_batches([6, 4, 2, 2], labels=[0, 0, 1, 0], batch_size=2)
-    predictions = predict(Shifted(), loader, device="cpu", class_columns=columns)
+    predictions = predict(lambda images: select_columns(Shifted()(images), columns), loader, device="cpu")
     assert predictions.predicted_N.tolist() == [0, 0, 1, 1]
     assert predictions.results()["top1"] == 0.75
     assert predictions.per_class(["a", "b"]) == [
@@ -83,7 +83,7 @@ def test_classes_that_are_some_outputs_of_the_model(make_batches):
         {"class": "b", "top1": 1, "num_samples": 1},
     ]
     with pytest.raises(ValueError, match=r"outputs 0\.\.999 .* model has 10 classes"):
-        predict(Shifted(), loader, device="cpu", class_columns=[[999], [2]])
+        select_columns(torch.zeros(1, 10), [[999], [2]])
 
 
 def test_nan_scores_are_misses_with_a_warning(make_batches, caplog):

@@ -303,7 +303,7 @@ def test_the_folder_of_the_cache(classifier, sources, tmp_path, monkeypatch):
 
 
 def test_more_neighbours_than_images(classifier, sources, tmp_path):
-    with pytest.raises(ConfigError, match=r"features.k must be at most 24, the training images, got 25"):
+    with pytest.raises(ConfigError, match=r"features.k must be in 1\.\.24, the number of training images, got 25"):
         evaluate("knn", classifier, sources, tmp_path, k=[5, 25])
 
 

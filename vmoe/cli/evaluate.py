@@ -57,10 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, Any]:
     """Evaluates as the config says, prints a table and writes the JSON file, whose content it returns.
 
-    Raises:
-        ConfigError: the model, the task and the data do not go together.
-        BadSample: an unreadable image or empty caption, unless `loader.on_bad` is "skip".
-        ValueError: unreadable checkpoint, data, class names or templates.
+    ConfigError: the model, the task and the data do not go together. ValueError or BadSample: unreadable files.
     """
     rank, num_processes = world()
     console = console or make_console(quiet=rank > 0)
@@ -82,13 +79,8 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
         loaded = load_model(checkpoint, config.device, config.precision, dataset.crop_pct, file, config.experts)
         check_task(config, loaded, dataset)
         outcome = TASKS[config.task](config, loaded, dataset, console)
-        facts = {
-            "checkpoint": checkpoint,
-            "weights": str(file),
-            "sha256": weights_fingerprint(file),
-            "model": model_spec(loaded.model),
-            "expert_bytes": expert_bytes(loaded.model),
-        }
+        facts = {"checkpoint": checkpoint, "weights": str(file), "sha256": weights_fingerprint(file)}
+        facts |= {"model": model_spec(loaded.model), "expert_bytes": expert_bytes(loaded.model)}
         entries.append({**facts, "results": outcome.results, "details": outcome.details})
     results, spread = mean_and_spread([entry["results"] for entry in entries])
     # First: the metrics are shown even if the file cannot be written.
@@ -105,12 +97,12 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
         "seconds": round(time.perf_counter() - start, 3),
     }
     if rank == 0:
-        files = [output_file(config)]  # now, since another evaluation may have written its file meanwhile
-        write_json(report, files[0])
+        file = output_file(config)  # now, since another evaluation may have written its file meanwhile
+        write_json(report, file)
+        written = str(file)
         if config.task == "capacity":
-            files.append(files[0].with_suffix(".png"))
-            draw_sweep([entry["details"]["points"] for entry in entries], files[1])
-        written = ", ".join(map(str, files))
+            draw_sweep([entry["details"]["points"] for entry in entries], file.with_suffix(".png"))
+            written += f", {file.with_suffix('.png')}"
         console.print(f"results saved to {written}", style="dim", highlight=False, markup=False, soft_wrap=True)
     return report
 
@@ -137,9 +129,8 @@ def check_task(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageData
     contrastive = loaded.tokenizer is not None
     needed = {"classification": False, "zero_shot": True, "retrieval": True}.get(task, contrastive)
     if contrastive != needed:
-        holds = "an image-text model" if contrastive else "a classifier"
-        fitting = "zero_shot or retrieval" if contrastive else "classification"
-        raise ConfigError(f"task {task!r} does not fit {loaded.checkpoint}, which holds {holds}: use {fitting}")
+        holds = "an image-text model: use zero_shot or retrieval" if contrastive else "a classifier: use classification"
+        raise ConfigError(f"task {task!r} does not fit {loaded.checkpoint}, which holds {holds}")
     if task == "retrieval" and not dataset.has_captions:
         raise ConfigError(f"task 'retrieval' needs captions, and data of type {kind!r} has none")
     if task != "retrieval" and dataset.classes is None:
@@ -161,11 +152,7 @@ def check_same_classes(trained: list[str] | None, data: list[str], checkpoint: s
         warn_of_text_order(data, f"{checkpoint}, which holds no class names,")
         return
     if len(trained) != len(data):
-        only = [name for name in data if name not in trained] or [name for name in trained if name not in data]
-        raise ConfigError(
-            f"{checkpoint} was trained on {len(trained)} classes, and the data has {len(data)}"
-            + (f"; only one of them has {', '.join(map(repr, only[:5]))}" if only else "")
-        )
+        raise ConfigError(f"{checkpoint} was trained on {len(trained)} classes, and the data has {len(data)}")
     for index, (ours, theirs) in enumerate(zip(trained, data)):
         if ours != theirs:
             raise ConfigError(f"class {index} is {ours!r} in {checkpoint} and {theirs!r} in the data; they must agree")

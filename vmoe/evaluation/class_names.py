@@ -57,17 +57,12 @@ def published_set(name: str) -> PublishedSet:
 
 
 def prompt_names(name: str, classes: Sequence[str] | None = None) -> list[str]:
-    """Published class names of a data set, for prompts.
+    """Published class names of a data set ("imagenet", "cifar10", ...; see :func:`known_sets`), for prompts.
 
-    Args:
-        name: "imagenet", "cifar10", ...; see :func:`known_sets`.
-        classes: the classes of the data, in the order of its labels, which is that of the result. Each must be one of
-            the set's own labels, names or aliases. Case, spaces, punctuation and leading zeros do not matter, and
-            "three" is 3. Where none is, the numbers from 0 or (with a warning) from 1 are the set's labels. ImageNet's
-            classes must be its synsets, WordNet's words for them or open_clip's names. None: the published order.
-
-    Raises:
-        ValueError: an unknown name, or the data has another number of classes or one that is not of the set.
+    `classes` are those of the data, in the order of its labels, which is that of the result; None: the published order.
+    Each must be one of the set's own labels, names or aliases. Case, spaces, punctuation and leading zeros do not
+    matter, and "three" is 3. Where none is, the numbers from 0 or (with a warning) from 1 are the set's labels.
+    ImageNet's classes must be its synsets, WordNet's words for them or open_clip's names. Others are a ValueError.
     """
     published = published_set(name)
     if classes is None:
@@ -132,13 +127,12 @@ def _imagenet_names(classes: Sequence[str]) -> list[str]:
         if Counter(keys) == Counter(known_keys):  # the two pairs that are equal in open_clip's list have equal names
             name_of = dict(zip(known_keys, names))
             return [name_of[key] for key in keys]
-    unknown = [index for index, key in enumerate(keys) if not any(key in known_keys for known_keys in known)]
-    problem = "the classes of the data mix ImageNet's synsets, WordNet's words and open_clip's names, or repeat some"
-    if unknown:
-        problem = (
-            f"class {unknown[0]} of the data, {classes[unknown[0]]!r}, is none of ImageNet's synsets, of WordNet's "
-            "words for them or of open_clip's names"
-        )
+    lists = "ImageNet's synsets, WordNet's words for them and open_clip's names"
+    problem = f"the classes of the data mix {lists}, or repeat some"
+    for index, key in enumerate(keys):
+        if not any(key in known_keys for known_keys in known):
+            problem = f"class {index} of the data, {classes[index]!r}, is none of {lists}"
+            break
     raise ValueError(
         f"class names 'imagenet': {problem}: use the data set's own type (as imagenet or imagenet_v2), or {AS_FILE}"
     )

@@ -14,14 +14,7 @@ from torch import Tensor, nn
 
 from vmoe.distributed.process_group import gather_lists
 from vmoe.evaluation.inference import evaluating
-from vmoe.evaluation.metrics import (
-    accuracy_per_class,
-    expected_calibration_error,
-    mean_per_class,
-    ranks,
-    right_classes,
-    top_shares,
-)
+from vmoe.evaluation.metrics import accuracies, accuracy_per_class, expected_calibration_error, ranks, right_classes
 from vmoe.evaluation.synchronized import Rows, SynchronizedBatches
 
 logger = logging.getLogger("vmoe.evaluation")
@@ -40,15 +33,11 @@ class Predictions(NamedTuple):
 
     def results(self) -> dict[str, float | int]:
         """The metrics that `evaluate_classification` returns."""
-        hits_N = self.rank_N == 0
-        results = {
-            **top_shares(self.rank_N, self.num_classes),
-            "mean_per_class": mean_per_class(hits_N, self.label_N, self.num_classes),
-        }
+        results = accuracies(self.rank_N, self.label_N, self.num_classes)
         if undefined := int(self.confidence_N.isnan().sum()):
             logger.warning("the scores of %d samples are NaN: they count as misses, and there is no ece", undefined)
         else:
-            results["ece"] = expected_calibration_error(self.confidence_N, hits_N)
+            results["ece"] = expected_calibration_error(self.confidence_N, self.rank_N == 0)
         return {**results, "num_samples": len(self.rank_N), "num_skipped": self.num_skipped}
 
     def per_class(self, class_names: Sequence[str]) -> list[dict[str, Any]]:
@@ -104,20 +93,17 @@ def predict(
     loader: Iterable[dict[str, Tensor]],
     *,
     device: torch.device | str,
-    class_columns: Sequence[Sequence[int]] | None = None,
     label_sets: Sequence[Sequence[int]] | None = None,
 ) -> Predictions:
     """Scores all images of a loader; call it inside `evaluating`.
 
     `score` makes scores (B, C) float32, whose softmax is the confidence, of images (B, 3, H, W) on `device`. A batch
-    without "label" is scored, and does not count. For the rest see `select_columns` and `right_classes`.
-
-    Raises:
-        ValueError: a label is out of range, or there are no samples.
+    without "label" is scored, and does not count. For `label_sets` see `right_classes`. Raises ValueError for a label
+    out of range, or no samples.
     """
     rows, num_classes, num_rows = Rows(), 0, 0
     for batch in loader:
-        scores_BC = select_columns(score(batch["image"].to(device)), class_columns)
+        scores_BC = score(batch["image"].to(device))
         num_classes = scores_BC.shape[1]
         if "label" not in batch:
             continue

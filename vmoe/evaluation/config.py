@@ -13,7 +13,9 @@ FEATURE_TASKS = ("few_shot", "linear_probe", "knn")
 
 
 def check_numbers(name: str, value: Any, least: int | None = None) -> None:
-    """Raises ConfigError unless a number, or each of a list of different ones, is >= `least` (None: > 0 and finite)."""
+    """ConfigError unless a number (or None), or each of a list of different ones, is >= `least` (None: > 0, finite)."""
+    if value is None:
+        return
     values = value if isinstance(value, (list, tuple)) else [value]
     fitting = [0 < one < math.inf if least is None else one >= least for one in values]
     if not all(fitting) or not values or len(set(values)) < len(values):
@@ -50,11 +52,10 @@ class FeatureConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "features.")
-        for name, least in (("shots", 1), ("seeds", 0), ("k", 1), ("l2_penalties", None), ("temperature", None)):
+        for name, least in {"shots": 1, "seeds": 0, "k": 1}.items():
             check_numbers(f"features.{name}", getattr(self, name), least)
-        if self.l2 is not None:
-            check_numbers("features.l2", self.l2)
-        check_numbers("features.l2_range", self.l2_range)
+        for name in ("l2", "l2_penalties", "l2_range", "temperature"):
+            check_numbers(f"features.{name}", getattr(self, name))
         if self.l2_range[0] > self.l2_range[1]:
             raise ConfigError(f"features.l2_range must be the least and the greatest penalty, got {self.l2_range}")
         if not 0 < self.val_share < 1:
@@ -85,9 +86,8 @@ class CapacityConfig:
         check_types(self, "capacity.")
         if self.factors != [None]:
             check_numbers("capacity.factors", [factor for factor in self.factors if factor is not None])
-        if self.num_selected_experts is not None:
-            check_numbers("capacity.num_selected_experts", self.num_selected_experts, 1)
-        check_numbers("capacity.images_per_group", self.images_per_group, 1)
+        for name in ("num_selected_experts", "images_per_group"):
+            check_numbers(f"capacity.{name}", getattr(self, name), 1)
         check_numbers("capacity.timing_rounds", self.timing_rounds, 0)
 
 

@@ -51,10 +51,7 @@ def share_within(ranks_B: Tensor, k: int) -> float:
 
 
 def top_shares(ranks_N: Tensor, num_classes: int, prefix: str = "") -> dict[str, float]:
-    """{"top1", "top5"}: shares (0..1) of rows whose right class is the best, or among the best five.
-
-    There is no "top5" with five classes or fewer, where it would be 1.
-    """
+    """{"top1", "top5"}: shares of rows whose right class is the best, or among the best five of more than five."""
     return {f"{prefix}top{k}": share_within(ranks_N, k) for k in ((1, 5) if num_classes > 5 else (1,))}
 
 
@@ -76,7 +73,7 @@ def accuracy_per_class(hits_N: Tensor, labels_N: Tensor, num_classes: int) -> tu
     return labels_N.bincount(hits_N.double(), num_classes) / counts_C, counts_C
 
 
-def mean_per_class(hits_N: Tensor, labels_N: Tensor, num_classes: int) -> float:
-    """Mean of the accuracies of the classes that have samples."""
-    per_class_C, counts_C = accuracy_per_class(hits_N, labels_N, num_classes)
-    return float(per_class_C[counts_C > 0].mean())
+def accuracies(ranks_N: Tensor, labels_N: Tensor, num_classes: int) -> dict[str, float]:
+    """`top_shares`, and "mean_per_class": the mean of the accuracies of the classes that have samples."""
+    per_class_C, counts_C = accuracy_per_class(ranks_N == 0, labels_N, num_classes)
+    return {**top_shares(ranks_N, num_classes), "mean_per_class": float(per_class_C[counts_C > 0].mean())}

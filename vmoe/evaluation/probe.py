@@ -23,7 +23,7 @@ from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.features import Features, feature_outcome, fit_and_test_features
 from vmoe.evaluation.inference import float64_device
 from vmoe.evaluation.loaded_model import LoadedModel
-from vmoe.evaluation.metrics import mean_per_class, ranks, right_classes, share_within, top_shares
+from vmoe.evaluation.metrics import accuracies, ranks, right_classes, share_within, top_shares
 from vmoe.evaluation.results_file import Outcome
 from vmoe.utils.config import ConfigError
 
@@ -50,11 +50,7 @@ def linear_probe(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDa
         console.print(f"the linear probe did not converge: with features.l2 {penalty:g} {ended}", style="yellow")
     blocks = (probe.scores(block_BD.to(device)) for block_BD in test.features_ND.split(PROBE_BLOCK))
     rank_N = _ranks(blocks, probe.classes_C, test, dataset)
-    results = {
-        **top_shares(rank_N, len(dataset.classes)),
-        "mean_per_class": mean_per_class(rank_N == 0, test.labels_N, len(dataset.classes)),
-        "l2": penalty,
-    }
+    results = {**accuracies(rank_N, test.labels_N, len(dataset.classes)), "l2": penalty}
     val = None if tried is None else [{"l2": value, "top1": tried[value]} for value in sorted(tried)]
     return feature_outcome(results, {"val": val, "converged": probe.converged}, train, test)
 

@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +19,14 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+import vmoe
 from vmoe.data import EvalLoader
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.utils.files import atomic_file, read_json
 from vmoe.utils.tables import MetricTable
 from vmoe.utils.world import world
 
-LIBRARIES = ("vmoe", "torchvision", "timm", "open_clip_torch", "numpy", "pillow")
+LIBRARIES = ("torchvision", "timm", "open_clip_torch", "numpy", "pillow")
 # Kinds of data whose path holds several splits: the split is part of the file's name.
 NAMED_BY_SPLIT = ("emoji", "emoji_groups", "torchvision", "karpathy")
 MAX_RESULT_BYTES = 2**28
@@ -67,22 +68,16 @@ def mean_and_spread(results: list[dict[str, float | int]]) -> tuple[dict[str, fl
         if len(values) < len(results):
             logger.warning("%s has no mean: only %d of %d checkpoints have it", name, len(values), len(results))
             continue
-        equal = all(value == values[0] for value in values)
-        mean[name] = values[0] if equal else statistics.fmean(values)
+        mean[name] = values[0] if len(set(values)) == 1 else statistics.fmean(values)
         if isinstance(values[0], float):
             spread[name] = statistics.stdev(values)
     return mean, spread
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that affect the metrics; "source" for one that is not installed."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:  # vmoe run from a checkout
-            versions[name] = "source"
-    return versions
+    """Versions of Python and of the libraries that affect the metrics."""
+    own = {"python": platform.python_version(), "torch": torch.__version__, "vmoe": vmoe.__version__}
+    return own | {name: version(name) for name in LIBRARIES}
 
 
 def output_file(config: EvaluationConfig) -> Path:

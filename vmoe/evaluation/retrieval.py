@@ -54,17 +54,13 @@ def evaluate_retrieval(
     Captions that are longer than the model's context are cut, with a warning that counts them.
 
     Args:
-        model, tokenizer, device, precision: see `vmoe.evaluation.evaluate_zero_shot`.
+        model, tokenizer, device, precision: see `vmoe.evaluation.evaluate_zero_shot`, also for the errors.
         loader: batches with "image" (B, 3, H, W) and "index" (B,), the image's identity; see `retrieval_loader`.
         captions: all captions. One whose image the loader skips, or which is empty, is not counted.
         image_of_caption: for each caption the "index" of its image.
 
     Returns:
         The recalls, "num_images", "num_samples" (captions), "num_skipped" (captions).
-
-    Raises:
-        ValueError: there are no pairs.
-        SharedError: one of several processes could not read its images.
     """
     image_rows, text_rows = Rows(), Rows()
     with evaluating(model, device, precision):
@@ -89,11 +85,8 @@ def evaluate_retrieval(
         raise ValueError(f"nothing to evaluate: the data set gave no pair ({len(captions)} were skipped)")
     # Images whose captions are all empty are no candidates.
     rows_with_caption, image_of_text_T = image_of_text_T[found_T].unique(return_inverse=True)
-    result = retrieval_recall(
-        images["features"][rows_with_caption].to(device),
-        texts["features"][found_T].to(device),
-        image_of_text_T.to(device),
-    )
+    features = images["features"][rows_with_caption], texts["features"][found_T]
+    result = retrieval_recall(*(tensor.to(device) for tensor in (*features, image_of_text_T)))
     num_samples = int(found_T.sum())
     counts = {"num_samples": num_samples, "num_skipped": len(captions) - num_samples}
     return {**result, "num_images": len(rows_with_caption), **counts}
@@ -104,8 +97,7 @@ def retrieval_loader(
 ) -> tuple[EvalLoader, list[int]]:
     """A loader of the distinct images of a data set, and for each caption the index of its image's (first) sample.
 
-    Raises:
-        BadSample: a caption is empty or missing, unless `config.on_bad` is "skip".
+    BadSample: a caption is empty or missing, unless `config.on_bad` is "skip".
     """
     first: dict[Hashable, int] = {}
     image_of_caption = []

@@ -13,7 +13,7 @@ from vmoe.distributed.process_group import gather_lists
 from vmoe.evaluation.capacity import Score, sparse_image_layers, sweep_capacity, sweep_settings
 from vmoe.evaluation.capacity_report import flat_results, print_sweep, sweep_details
 from vmoe.evaluation.class_names import known_sets
-from vmoe.evaluation.classification import Predictions, checked_logits, predict
+from vmoe.evaluation.classification import Predictions, checked_logits, predict, select_columns
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.few_shot import few_shot
 from vmoe.evaluation.inference import evaluating
@@ -23,7 +23,7 @@ from vmoe.evaluation.probe import knn, linear_probe
 from vmoe.evaluation.results_file import Outcome, Progress
 from vmoe.evaluation.retrieval import evaluate_retrieval, retrieval_loader
 from vmoe.evaluation.robustness import corruption_errors, missing_conditions
-from vmoe.evaluation.zero_shot import class_scorer, resolve_class_names
+from vmoe.evaluation.zero_shot import resolve_class_names
 from vmoe.models.factory import preprocess_config
 from vmoe.utils.config import ConfigError
 
@@ -36,28 +36,23 @@ def classify(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDatase
             class_scores(config, loaded, dataset),
             Progress(loader, config.task, console),
             device=loaded.device,
-            class_columns=None if loaded.tokenizer else dataset.class_columns,
             label_sets=dataset.label_sets,
         )
     return classification_outcome(predictions, dataset, loader.skipped_paths)
 
 
 def class_scores(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset) -> Score:
-    """images -> scores: the outputs of a classifier, or an image-text model's similarities to the class names; call it
+    """images -> scores of the data's classes, by a classifier's outputs or the similarity to class names; call it
     inside `evaluating`."""
-    if loaded.tokenizer is None:
-        num_classes = None if dataset.class_columns is not None else len(dataset.classes)
-        return lambda images: checked_logits(loaded.model, images, num_classes)
-    prompts = zero_shot_names(config, dataset), zero_shot_templates(config, dataset)
-    return class_scorer(loaded.model, loaded.tokenizer, *prompts, loaded.device)
+    if loaded.tokenizer is not None:
+        return loaded.scorer(zero_shot_names(config, dataset), zero_shot_templates(config, dataset))
+    if dataset.class_columns is not None:
+        return lambda images: select_columns(loaded.model(images).float(), dataset.class_columns)
+    return lambda images: checked_logits(loaded.model, images, len(dataset.classes))
 
 
 def zero_shot_names(config: EvaluationConfig, dataset: ImageDataset) -> list[str]:
-    """The names that images are compared with, one for each class of the data.
-
-    Raises:
-        ConfigError: `class_names` has more or fewer, or cannot be used.
-    """
+    """The names that images are compared with, one for each class of the data."""
     if config.class_names is None:
         return dataset.prompt_names or dataset.classes
     try:
@@ -88,8 +83,7 @@ def classification_outcome(predictions: Predictions, dataset: ImageDataset, skip
         rows = zip(dataset.conditions, accuracy_C.tolist(), counts_C.tolist(), strict=True)
         found = {name: {"top1": accuracy, "num_samples": count} for name, accuracy, count in rows if count}
         errors = {name: 1 - entry["top1"] for name, entry in found.items()}
-        corrupted = corruption_errors(errors)
-        missing = missing_conditions(errors)
+        corrupted, missing = corruption_errors(errors), missing_conditions(errors)
         details |= {"conditions": found, "corruption_errors": corrupted, "missing_conditions": missing}
         results |= {name: value for name, value in corrupted.items() if name == "mce"}
     return Outcome(results, {**details, "skipped": sorted(gather_lists(list(skipped_paths)))})
@@ -111,10 +105,7 @@ def retrieval(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDatas
 
 
 def capacity(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset, console: Console) -> Outcome:
-    """Task "capacity": the accuracy of "classification" or "zero_shot" at several capacities.
-
-    Class names are encoded without a limit: only the images are swept.
-    """
+    """Task "capacity": the accuracy of "classification" or "zero_shot" at several capacities of the images."""
     groups = replace(config.loader, batch_size=config.capacity.images_per_group)
     loader = eval_loader(dataset, loaded.transform, None, groups)
     with evaluating(loaded.model, loaded.device, loaded.precision):
@@ -129,7 +120,6 @@ def capacity(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDatase
         sweep_settings(config.capacity, layers),
         device=loaded.device,
         precision=loaded.precision,
-        class_columns=None if loaded.tokenizer else dataset.class_columns,
         label_sets=dataset.label_sets,
         timing_rounds=config.capacity.timing_rounds,
     )
