@@ -52,9 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="known sets of class names: " + ", ".join(known_sets()),
     )
     add = parser.add_argument
-    images = (
-        "an image, a folder (all images in and below it, except hidden ones) or a quoted pattern like 'photos/*.jpg'"
-    )
+    images = "an image, a folder (all images in and below it, but hidden ones) or a quoted pattern like 'photos/*.jpg'"
     add("images", nargs="+", metavar="IMAGE", help=images)
     add("--checkpoint", required=True, help="folder of a run or of a checkpoint, or a .safetensors file")
     labels = parser.add_mutually_exclusive_group()
@@ -77,13 +75,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace, console: Console | None = None) -> list[dict]:
-    """Scores the images and prints the result: for each image {"image": path, "predictions": [{"label", "probability"},
-    ...]}, the most probable first, which it returns too.
-
-    Raises:
-        ConfigError: settings that do not go together, or labels that cannot be used.
-        ValueError: a file or checkpoint that cannot be read, or an image, once all others are printed.
-    """
+    """Prints and returns, for each image, {"image": path, "predictions": [{"label", "probability"}, ...]}, the most
+    probable first. ValueError: what cannot be read or used; of an image, once all others are printed."""
     for name in ("top", "batch_size", "max_pixels"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name} must be >= 1, got {getattr(arguments, name)}")

@@ -85,12 +85,17 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
     results, spread = mean_and_spread([entry["results"] for entry in entries])
     # First: the metrics are shown even if the file cannot be written.
     print_table(f"{config.task} of {', '.join(config.checkpoints)}", results, spread, console)
+    data = None
+    if rank == 0:
+        with console.status("fingerprint of the data"):  # reads the ends of every file
+            data = {"fingerprint": dataset.fingerprint(), "num_samples": len(dataset)}
+        data |= {"left_out": dataset.left_out} if dataset.left_out else {}
     report = {
         "task": config.task,
         "results": results,
         **({"spread": spread} if spread else {}),
         "checkpoints": entries,
-        "data": data_facts(dataset, console) if rank == 0 else None,
+        "data": data,
         "config": dataclasses.asdict(config),
         "versions": library_versions(),
         "processes": num_processes,
@@ -114,13 +119,6 @@ def as_trained(config: EvaluationConfig, turned: list[bool]) -> EvaluationConfig
     if not all(turned) and config.data.exif_orientation is None:
         raise ConfigError("some of the checkpoints were trained with exif_orientation: set data.exif_orientation")
     return replace(config, data=with_orientation(config.data), train_data=with_orientation(config.train_data))
-
-
-def data_facts(dataset: ImageDataset, console: Console) -> dict[str, Any]:
-    """The data's entry in the JSON file."""
-    with console.status("fingerprint of the data"):  # reads the ends of every file
-        facts = {"fingerprint": dataset.fingerprint(), "num_samples": len(dataset)}
-    return {**facts, "left_out": dataset.left_out} if dataset.left_out else facts
 
 
 def check_task(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset) -> None:

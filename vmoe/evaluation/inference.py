@@ -19,8 +19,7 @@ def pick_device(name: str) -> torch.device:
 
     Under `torchrun`, "auto" and "cuda" are this process's own GPU. Raises ValueError if the device cannot be used.
     """
-    own = "LOCAL_RANK" in os.environ and torch.cuda.is_available()
-    if own and name in ("auto", "cuda"):
+    if name in ("auto", "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     if name != "auto":
         try:
@@ -53,12 +52,10 @@ def arithmetic(precision: str, device: torch.device | str) -> Iterator[None]:
     """Autocast on a device to "bf16" or "fp16"; "float32" changes nothing. Raises ValueError for another precision."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    device_type = torch.device(device).type
-    dtype = PRECISIONS[precision]
-    if dtype is None:
+    if PRECISIONS[precision] is None:
         yield
         return
-    with torch.autocast(device_type, dtype), attention_kernel(precision, device):
+    with torch.autocast(torch.device(device).type, PRECISIONS[precision]), attention_kernel(precision, device):
         yield
 
 
@@ -88,13 +85,11 @@ def evaluating(model: nn.Module, device: torch.device | str, precision: str = "f
 @contextmanager
 def changed(modules: Iterable[nn.Module], **values: Any) -> Iterator[None]:
     """The modules with other attributes inside the block."""
-    before = [(module, {name: getattr(module, name) for name in values}) for module in modules]
+    before = [(module, name, getattr(module, name)) for module in modules for name in values]
     try:
-        for module, _ in before:
-            for name, value in values.items():
-                setattr(module, name, value)
+        for module, name, _ in before:
+            setattr(module, name, values[name])
         yield
     finally:
-        for module, own in before:
-            for name, value in own.items():
-                setattr(module, name, value)
+        for module, name, value in before:
+            setattr(module, name, value)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vmoe.data import Transform, build_transform
 from vmoe.evaluation.inference import pick_device
-from vmoe.evaluation.zero_shot import Template, class_scorer
+from vmoe.evaluation.zero_shot import Template, feature_scorer
 from vmoe.models.factory import create_model, find_weights, get_tokenizer, is_contrastive, preprocess_config
 from vmoe.models.serialization import read_pretrained_metadata
 from vmoe.moe import quantize_experts
@@ -42,7 +42,8 @@ class LoadedModel(NamedTuple):
     def scorer(self, names: Sequence[str], templates: Sequence[Template] | str | None) -> Callable[[Tensor], Tensor]:
         """images (B, 3, H, W) -> scores (B, C) of its classes or of `names`; call it inside `evaluating`."""
         if self.tokenizer is not None:
-            return class_scorer(self.model, self.tokenizer, names, templates, self.device)
+            score = feature_scorer(self.model, self.tokenizer, names, templates, self.device)
+            return lambda images: score(self.model.encode_image(images, normalize=True))
         return lambda images: self.model(images).float()
 
 
@@ -67,10 +68,8 @@ def load_model(
         quantize_experts(model, experts)
     model = model.to(torch_device).eval()
     tokenizer = get_tokenizer(model) if is_contrastive(model) else None
-    preprocess = preprocess_config(model)
-    if crop_pct is not None:
-        preprocess["crop_pct"] = crop_pct
-    transform = build_transform(preprocess, None)
+    own_crop = {} if crop_pct is None else {"crop_pct": crop_pct}
+    transform = build_transform(preprocess_config(model) | own_crop, None)
     turned = trained_on_turned(weights)
     return LoadedModel(model, tokenizer, transform, torch_device, precision, checkpoint, weights, turned)
 

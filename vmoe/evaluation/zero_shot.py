@@ -78,10 +78,8 @@ def _named_templates(name: str) -> Sequence[Template]:
 def resolve_class_names(class_names: Sequence[str] | str | Path, classes: Sequence[str] | None = None) -> list[str]:
     """Class names from a setting: a list, a set of `known_sets`, or a text file with one per line.
 
-    `classes` are those of the data, in the order of its labels; see `prompt_names`. None: no data to fit.
-
-    Raises:
-        ValueError: unreadable file, bad names, or another number of names than the data has classes.
+    `classes` are those of the data, in the order of its labels; see `prompt_names`. ValueError: unreadable file, bad
+    names, or another number of names than the data has classes.
     """
     if isinstance(class_names, str) and class_names in known_sets():
         return prompt_names(class_names, classes)
@@ -196,18 +194,6 @@ def _check_tokens_differ(tokenizer: Tokenizer, names: Sequence[str], templates: 
 # --- scores ---
 
 
-def class_scorer(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    class_names: Sequence[str],
-    templates: Sequence[Template] | str | None,
-    device: torch.device | str,
-) -> Callable[[Tensor], Tensor]:
-    """images (B, 3, H, W) -> scores (B, C) float32 of `feature_scorer`."""
-    score = feature_scorer(model, tokenizer, class_names, templates, device)
-    return lambda images: score(model.encode_image(images, normalize=True))
-
-
 def feature_scorer(
     model: nn.Module,
     tokenizer: Tokenizer,
@@ -251,8 +237,11 @@ def evaluate_zero_shot(
     batches is an index into the unique `class_names`; `templates` as in :func:`resolve_templates`.
     """
     with evaluating(model, device, precision):
-        score = class_scorer(model, tokenizer, class_names, templates, device)
-        return predict(score, SynchronizedBatches(loader, model), device=device).results()
+        score = feature_scorer(model, tokenizer, class_names, templates, device)
+        batches = SynchronizedBatches(loader, model)
+        return predict(
+            lambda images: score(model.encode_image(images, normalize=True)), batches, device=device
+        ).results()
 
 
 def zero_shot_classify(
@@ -270,8 +259,8 @@ def zero_shot_classify(
         model: contrastive model (LIMoE, two-tower, or one of open_clip's); runs where its parameters are.
         tokenizer: list of texts -> tokens, as `vmoe.get_tokenizer` gives.
         images: a PIL image, a file's path, or a preprocessed tensor (3, H, W) or (B, 3, H, W); or a list or iterator
-            of images (no (B, 3, H, W) tensors), also of mixed kinds. PIL images and files are preprocessed as the model
-            expects, and files are read as they are needed.
+            of such images, also mixed. PIL images and files are preprocessed as the model expects; files are read as
+            they are needed.
         class_names: C unique names; or a published set or a file, see :func:`resolve_class_names`.
         templates: see :func:`resolve_templates`; None: those published with `class_names`, else the bare names.
         batch_size: images per forward pass; does not change the result.
@@ -281,16 +270,15 @@ def zero_shot_classify(
         Float32 (B, C) on the CPU, rows sum to 1. A single image gives B = 1, an empty list B = 0.
 
     Raises:
-        ValueError: bad names or templates, a tensor of another shape, or an image that cannot be read (the file is
-            named).
+        ValueError: bad names or templates, a tensor of another shape, or an image that cannot be read.
         TypeError: something that is no image.
     """
     names, templates = resolve_prompts(class_names, templates)
     device = next(model.parameters()).device
     batches = image_batches(model, images, batch_size, Reading(exif_orientation))
     with evaluating(model, device):
-        score = class_scorer(model, tokenizer, names, templates, device)
-        rows = [score(images_B3HW).softmax(dim=1).cpu() for images_B3HW in batches]
+        score = feature_scorer(model, tokenizer, names, templates, device)
+        rows = [score(model.encode_image(images, normalize=True)).softmax(dim=1).cpu() for images in batches]
     return torch.cat([torch.empty(0, len(names)), *rows])
 
 

@@ -7,6 +7,7 @@ token, C classes.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,12 +30,6 @@ class ModalityTokens:
     weight_BTK: np.ndarray  # combine weights
     asked_BTK: np.ndarray  # bool, the choice stood (some routers leave out choices themselves)
     kept_BTK: np.ndarray  # bool, the expert had capacity
-
-    def by_expert(self, values_BTK: np.ndarray) -> np.ndarray:
-        """(B, T, E) float64: a value of each choice at its expert, 0 elsewhere."""
-        values_BTE = np.zeros(self.gate_BTE.shape)
-        np.put_along_axis(values_BTE, self.expert_BTK, values_BTK.astype(float), axis=-1)
-        return values_BTE
 
     def routing(self, b: int, positions: np.ndarray | slice, shape: Sequence[int] = (-1,)) -> TokenRouting:
         """The routing of some tokens of row `b`, in an array of a shape."""
@@ -87,15 +82,19 @@ class LayerSums:
         # For each expert a heap of (gate value, -index in the data, patch), the least typical first.
         self._typical: list[list[tuple[float, int, TypicalPatch]]] = [[] for _ in range(E)]
 
-    def add(self, modality: str, tokens: ModalityTokens) -> np.ndarray:
-        """Adds the tokens of a call.
+    def add(
+        self, modality: str, tokens: ModalityTokens, label_B: np.ndarray | None = None, ids_BT: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Adds the tokens of a call, those of images by their labels and those of texts by their ids.
 
         Returns (B, T, E) float64, how much each expert did for each token: 1 if it took the token; for soft routing the
         combine weight; 0 for padding.
         """
         sums, real_BT = self.statistics, tokens.real_BT
         gate_SE = tokens.gate_BTE[real_BT].astype(float)
-        done_BTE = tokens.by_expert(tokens.weight_BTK if sums.router == "soft" else tokens.kept_BTK)
+        done_BTE = np.zeros(tokens.gate_BTE.shape)
+        done_BTK = tokens.weight_BTK if sums.router == "soft" else tokens.kept_BTK
+        np.put_along_axis(done_BTE, tokens.expert_BTK, done_BTK.astype(float), axis=-1)
         done_BTE[~real_BT] = 0
         kept_E = asked_E = done_BTE.sum((0, 1))
         if sums.router == "top_k":
@@ -108,27 +107,22 @@ class LayerSums:
         logs_SE = np.log(gate_SE, out=np.zeros_like(gate_SE), where=gate_SE > 0)
         sums.entropy[modality] -= float((gate_SE * logs_SE).sum())
         self._without_expert[modality] += int((~done_BTE.any(-1) & real_BT).sum())
+        if label_B is not None and sums.expert_class is not None:
+            np.add.at(sums.expert_class.T, label_B, done_BTE.sum(1))
+        if ids_BT is not None:
+            ids_U, index_S = np.unique(ids_BT[real_BT], return_inverse=True)
+            done_UE = np.zeros((len(ids_U), sums.num_experts))
+            np.add.at(done_UE, index_S, done_BTE[real_BT])
+            for token, done_E in zip(ids_U.tolist(), done_UE, strict=True):
+                self._of_token[token] += done_E
         return done_BTE
-
-    def add_classes(self, done_BTE: np.ndarray, label_B: np.ndarray) -> None:
-        """Counts the image tokens by the class of their image."""
-        np.add.at(self.statistics.expert_class.T, label_B, done_BTE.sum(1))
-
-    def add_text_tokens(self, done_BTE: np.ndarray, real_BT: np.ndarray, ids_BT: np.ndarray) -> None:
-        """Counts the text tokens by their id."""
-        ids_U, index_S = np.unique(ids_BT[real_BT], return_inverse=True)
-        done_UE = np.zeros((len(ids_U), self.statistics.num_experts))
-        np.add.at(done_UE, index_S, done_BTE[real_BT])
-        for token, done_E in zip(ids_U.tolist(), done_UE, strict=True):
-            self._of_token[token] += done_E
 
     def add_patches(
         self, done_BPE: np.ndarray, gate_BPE: np.ndarray, grid: tuple[int, int], index_B: np.ndarray, pixels_BHWC
     ) -> None:
         """Looks for typical patches: of each image, for each expert, the patch with the largest gate value.
 
-        `done_BPE` is what `add` gave, of the patches of the grid (rows, columns); `index_B` are the images' indices in
-        the data set, `pixels_BHWC` their pixels, uint8.
+        `done_BPE` is what `add` gave, of the patches of the grid (rows, columns); `index_B` are the images' indices.
         """
         if not self.num_patches:
             return
@@ -173,11 +167,10 @@ class LayerSums:
 
 
 class Agreement:
-    """How far two layers sort the tokens of a modality into the same groups.
+    """How far two layers sort the tokens of a modality into the same groups; `num_experts` is {layer name: E}.
 
     Counts, for each pair of layers, the tokens by their two first choices (the expert with the largest gate, with or
-    without capacity). Layers that do not see the same tokens as the first one (a tower that merges or leaves out some)
-    cannot be compared with it. `num_experts` is {layer name: E}, in the order of the model.
+    without capacity). Layers that do not see the same tokens as the first one cannot be compared with it.
     """
 
     def __init__(self, num_experts: dict[str, int]) -> None:
@@ -194,12 +187,9 @@ class Agreement:
         if others:
             self.left_out[modality] = list(dict.fromkeys([*self.left_out.get(modality, []), *others]))
         first = {name: layers[name].expert_BTK[..., 0][real_BT] for name in names if name not in others}
-        for one in first:
-            for other in list(first)[list(first).index(one) :]:
-                shape = (self.num_experts[one], self.num_experts[other])
-                pairs = np.ravel_multi_index((first[one], first[other]), shape)
-                counts = np.bincount(pairs, minlength=shape[0] * shape[1]).reshape(shape)
-                tables[one, other] = tables.get((one, other), 0) + counts
+        for one, other in itertools.combinations_with_replacement(first, 2):
+            table = tables.setdefault((one, other), np.zeros((self.num_experts[one], self.num_experts[other]), int))
+            np.add.at(table, (first[one], first[other]), 1)
 
     def matrices(self) -> dict[str, np.ndarray]:
         """{modality: (L, L) normalised mutual information, NaN where a layer lacks the modality or was left out}."""

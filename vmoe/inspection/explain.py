@@ -8,7 +8,6 @@ Shapes, by suffix: E experts, K choices of a token, C classes, T text tokens, H 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import NamedTuple
@@ -62,13 +61,10 @@ class Explanation(NamedTuple):
 
 
 def parse_labels(text: str) -> list[str]:
-    """Labels from what was typed, one per line or separated by commas; ValueError: none, or one that stands twice."""
+    """Labels from what was typed, one per line or separated by commas; ValueError: none."""
     labels = [part.strip() for part in re.split(r"[,\n]", text or "") if part.strip()]
     if not labels:
         raise ValueError("Type at least one label: one per line, or separated by commas.")
-    repeated = [label for label, count in Counter(labels).items() if count > 1]
-    if repeated:
-        raise ValueError(f"Each label may stand there once; given twice: {', '.join(map(repr, repeated[:5]))}.")
     return labels
 
 

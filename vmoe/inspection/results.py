@@ -17,9 +17,6 @@ from vmoe.inspection.information import most_telling_names
 from vmoe.utils.files import atomic_file
 
 MOST_TELLING = 10  # classes and text tokens listed for each expert
-LAYER_SETTINGS = (
-    *("name", "num_experts", "num_selected_experts", "router", "eval_capacity_factor", "capacity", "batch_priority"),
-)
 
 
 @dataclass
@@ -189,4 +186,6 @@ def _layer_json(layer: LayerStatistics, class_names: list[str] | None) -> dict[s
         telling = {kind: most_telling_names(*table, e, MOST_TELLING) for kind, table in tables.items()}
         where = [{key: getattr(patch, key) for key in ("sample", "row", "column", "weight")} for patch in patches]
         experts.append({**telling, "typical_patches": where})
-    return {**{name: getattr(layer, name) for name in LAYER_SETTINGS}, "modalities": modalities, "experts": experts}
+    settings = ("name", "num_experts", "num_selected_experts", "router", "eval_capacity_factor", "capacity")
+    facts = {name: getattr(layer, name) for name in (*settings, "batch_priority")}
+    return {**facts, "modalities": modalities, "experts": experts}

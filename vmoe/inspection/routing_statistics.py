@@ -31,7 +31,6 @@ from vmoe.inspection.forward import (
     token_decoder,
 )
 from vmoe.inspection.results import RoutingStatistics, SampleRouting
-from vmoe.models.text import text_mask
 from vmoe.moe import SparseMoE
 from vmoe.utils.config import ConfigError
 
@@ -187,12 +186,8 @@ def _sample(
     """Row `b` of a batch; path, label, caption and names are left open."""
     text_tokens, text, patches = [], [], []
     images, captions = tokens.get("image", {}), tokens.get("text", {})
-    if ids_BT is not None:
-        end = getattr(subject.tokenizer, "eot_token_id", None)
-        if captions:
-            real_T = next(iter(captions.values())).real_BT[b]
-        else:  # the sparse layers see no text
-            real_T = (ids_BT[b] != 0 if end is None else text_mask(ids_BT[b : b + 1], end)[0]).cpu().numpy()
+    if captions:
+        real_T = next(iter(captions.values())).real_BT[b]
         text_tokens = token_decoder(subject.tokenizer)(ids_BT[b][torch.from_numpy(real_T)].tolist())
         text = [captions[name].routing(b, real_T) if name in captions else None for name in layers]
     for name in layers:
@@ -227,9 +222,7 @@ class _Gatherer:
         self.num_samples += len(index_B)
         pixels_BHWC = shown_pixels(self.subject, batch["image"])
         for name, own in tokens.get("image", {}).items():
-            done_BTE = self.sums[name].add("image", own)
-            if "label" in batch and self.dataset.classes is not None:
-                self.sums[name].add_classes(done_BTE, batch["label"].cpu().numpy())
+            done_BTE = self.sums[name].add("image", own, batch["label"].cpu().numpy() if "label" in batch else None)
             prefix, *grid = patch_grid(self.subject.model, own.real_BT.shape[1])
             done_BPE = done_BTE[:, prefix:] * self._first[index_B][:, None, None]
             self.sums[name].add_patches(done_BPE, own.gate_BTE[:, prefix:], grid, index_B, pixels_BHWC)
@@ -249,8 +242,7 @@ class _Gatherer:
 
     def _add_text(self, layers: dict[str, ModalityTokens], ids_BT: Tensor | None) -> None:
         for name, own in layers.items():
-            done_BTE = self.sums[name].add("text", own)
-            self.sums[name].add_text_tokens(done_BTE, own.real_BT, ids_BT.cpu().numpy())
+            self.sums[name].add("text", own, ids_BT=ids_BT.cpu().numpy())
         if layers:
             self.agreement.add("text", layers)
 
