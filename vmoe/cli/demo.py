@@ -188,13 +188,10 @@ def build_app(subject: LoadedModel, templates: Sequence[Template] | str | None =
                     layer = gr.Radio(choices, value=len(layers) - 1 if layers else None, label="Sparse layer")
                     with gr.Row():
                         with gr.Column(scale=3):
+                            alt = "The image under the numbers and colours of its patches' experts"
+                            # A label would lie over the first patches.
                             routing_map = gr.Image(
-                                label="Experts of the patches",
-                                show_label=False,  # it would lie over the first patches
-                                alt_text="The image under the numbers and colours of its patches' experts",
-                                interactive=False,
-                                buttons=[],
-                                format="png",
+                                show_label=False, alt_text=alt, interactive=False, buttons=[], format="png"
                             )
                         with gr.Column(scale=2):
                             gr.Markdown("Click a patch, or choose its row and column; both count from 0.")
@@ -230,12 +227,11 @@ def _answering(gr: Any) -> Callable[[Callable], Callable]:
             try:
                 with one_at_a_time:
                     return function(*arguments)
-            except (ValueError, BadSample) as error:
-                raise _message(gr, str(error)) from None
             except Exception as error:
                 if os.environ.get("VMOE_TRACEBACK"):
                     traceback.print_exc()
-                raise _message(gr, f"This could not be computed: {str(error) or type(error).__name__}") from None
+                start = "" if isinstance(error, (ValueError, BadSample)) else "This could not be computed: "
+                raise _message(gr, f"{start}{str(error) or type(error).__name__}") from None
 
         return answer
 

@@ -1,8 +1,7 @@
 """Two classifiers on frozen features: the linear probe, and the vote of the nearest neighbours.
 
-Linear probe: multinomial logistic regression by L-BFGS, its penalty chosen on a part of the training data: CLIP (arXiv
-2103.00020), appendix A.3. Neighbours: weighted vote by cosine similarity: DINO (arXiv 2104.14294), section 4.1 and
-appendix, after Wu et al. (arXiv 1805.01978), section 3.4.
+Linear probe: logistic regression by L-BFGS, its penalty chosen on a part of the training data: CLIP (arXiv 2103.00020),
+appendix A.3. Neighbours: vote weighted by cosine similarity: DINO (arXiv 2104.14294), after arXiv 1805.01978.
 
 Shapes, by suffix: N rows, B rows of a block, D features, C classes, K neighbours.
 """
@@ -43,7 +42,7 @@ def linear_probe(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDa
     features_ND, labels_N = train.features_ND.to(device), train.labels_N.to(device)
     penalty, tried = settings.l2, None
     if penalty is None:
-        penalty, tried = choose_penalty(features_ND, labels_N, settings.l2_range, settings.val_share)
+        penalty, tried = choose_penalty(features_ND, labels_N, settings.l2_range)
     probe = fit_linear_probe(features_ND, labels_N, penalty)
     if not probe.converged:
         ended = f"it ended after {probe.iterations} iterations short of the minimum"
@@ -171,7 +170,7 @@ def _minimise(
 
 
 def choose_penalty(
-    features_ND: Tensor, labels_N: Tensor, penalties: Sequence[float], val_share: float
+    features_ND: Tensor, labels_N: Tensor, penalties: Sequence[float], val_share: float = 0.2
 ) -> tuple[float, dict[float, float]]:
     """The penalty with the best accuracy on a held-out part of the training data, and {penalty: accuracy} of all tried.
 
@@ -182,7 +181,7 @@ def choose_penalty(
     held_N = _held_out(labels_N, val_share)
     if not held_N.any():
         raise ValueError(
-            f"val_share {val_share} of the training data leaves nothing to choose a penalty on, as no class has "
+            f"a share of {val_share} of the training data leaves nothing to choose a penalty on, as no class has "
             "enough examples: set features.l2 to a penalty"
         )
     # A grid of eighths of a decade, both ends as given; what is tried is known by its position in it.

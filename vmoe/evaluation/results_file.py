@@ -89,10 +89,8 @@ def output_file(config: EvaluationConfig) -> Path:
         return Path(config.output)
     checkpoint, data = Path(config.checkpoints[0]), config.data
     parts = ["evaluation", config.task, data.type]
-    if data.name is not None or data.path is not None:
-        parts.append(data.name or Path(data.path).resolve().stem)
-    if data.type in NAMED_BY_SPLIT:
-        parts.append(data.split)
+    parts += [data.name or Path(data.path).resolve().stem] if data.name or data.path else []
+    parts += [data.split] if data.type in NAMED_BY_SPLIT else []
     if len(config.checkpoints) > 1:
         parts.append(f"{len(config.checkpoints)}_checkpoints")
     elif not checkpoint.is_dir() and checkpoint.stem != "model":  # a file of its own among others, such as ema

@@ -20,7 +20,7 @@ from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.loaded_model import LoadedModel
 from vmoe.evaluation.zero_shot import Template, check_class_names, resolve_templates
 from vmoe.inspection import style
-from vmoe.inspection.forward import routed, sparse_layers, token_decoder
+from vmoe.inspection.forward import routed, sparse_layers, text_routing
 from vmoe.inspection.maps import draw_routing
 from vmoe.inspection.results import SampleRouting, TokenRouting
 from vmoe.inspection.routing_statistics import sample_routing
@@ -45,10 +45,10 @@ CSS = """
 
 
 class Layer(NamedTuple):
-    """A sparse layer; `title` is its name for people, such as "block 1", which no other layer has."""
+    """A sparse layer."""
 
     name: str
-    title: str
+    title: str  # its name for people, such as "block 1", which no other layer has
     num_experts: int
     router: str
 
@@ -104,12 +104,7 @@ def route_text(
     without the image, as in zero-shot classification."""
     ids_1T = subject.tokenizer([resolve_templates(templates)[0](label)])
     with evaluating(subject.model, subject.device, subject.precision):
-        layers = routed(subject, None, ids_1T)[0].get("text", {})
-    if not layers:
-        return [], {}
-    real_T = next(iter(layers.values())).real_BT[0]
-    texts = token_decoder(subject.tokenizer)(ids_1T[0].cpu().numpy()[real_T].tolist())
-    return texts, {name: tokens.routing(0, real_T) for name, tokens in layers.items()}
+        return text_routing(subject, routed(subject, None, ids_1T)[0].get("text", {}), ids_1T, 0)
 
 
 def map_size(image: np.ndarray) -> tuple[int, int]:

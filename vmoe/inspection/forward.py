@@ -18,6 +18,7 @@ from vmoe.evaluation.classification import select_columns
 from vmoe.evaluation.loaded_model import LoadedModel
 from vmoe.evaluation.zero_shot import Template, feature_scorer
 from vmoe.inspection.accumulate import ModalityTokens, split_modalities
+from vmoe.inspection.results import TokenRouting
 from vmoe.models.text import text_mask
 from vmoe.moe import SparseMoE, record_routing
 from vmoe.moe.record import WRAPPERS, unwrap
@@ -118,6 +119,17 @@ def patch_grid(model: nn.Module, num_tokens: int) -> tuple[int, int, int]:
         if embed is not None and num_tokens - rows * columns == expected:
             return expected, rows, columns
     raise ValueError(f"cannot arrange {num_tokens} tokens on a grid of patches of {type(model).__name__}")
+
+
+def text_routing(
+    subject: LoadedModel, layers: dict[str, ModalityTokens], ids_BT: Tensor | None, b: int
+) -> tuple[list[str], dict[str, TokenRouting]]:
+    """The text tokens of row `b`, and {layer name: their routing (T, K)}; nothing where no layer sees text."""
+    if not layers:
+        return [], {}
+    real_T = next(iter(layers.values())).real_BT[b]
+    texts = token_decoder(subject.tokenizer)(ids_BT[b].cpu().numpy()[real_T].tolist())
+    return texts, {name: tokens.routing(b, real_T) for name, tokens in layers.items()}
 
 
 def token_decoder(tokenizer: Any) -> Callable[[Sequence[int]], list[str]]:

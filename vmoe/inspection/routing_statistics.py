@@ -28,6 +28,7 @@ from vmoe.inspection.forward import (
     routed,
     shown_pixels,
     sparse_layers,
+    text_routing,
     token_decoder,
 )
 from vmoe.inspection.results import RoutingStatistics, SampleRouting
@@ -184,17 +185,14 @@ def _sample(
     ids_BT: Tensor | None,
 ) -> SampleRouting:
     """Row `b` of a batch; path, label, caption and names are left open."""
-    text_tokens, text, patches = [], [], []
-    images, captions = tokens.get("image", {}), tokens.get("text", {})
-    if captions:
-        real_T = next(iter(captions.values())).real_BT[b]
-        text_tokens = token_decoder(subject.tokenizer)(ids_BT[b][torch.from_numpy(real_T)].tolist())
-        text = [captions[name].routing(b, real_T) if name in captions else None for name in layers]
+    images, patches = tokens.get("image", {}), []
+    text_tokens, texts = text_routing(subject, tokens.get("text", {}), ids_BT, b)
     for name in layers:
         patches.append(None)
         if name in images:
             prefix, *grid = patch_grid(subject.model, images[name].real_BT.shape[1])
             patches[-1] = images[name].routing(b, slice(prefix, None), grid)
+    text = [texts.get(name) for name in layers] if texts else []
     return SampleRouting(pixels.copy(), "", None, None, text_tokens, patches, text, [])
 
 
