@@ -159,6 +159,7 @@ def test_several_right_labels_per_image(made_up):
         ({"l2": 0.0}, r"l2 must be > 0 and finite, got 0.0"),
         ({"l2_penalties": [1.0, math.inf]}, "l2_penalties must be > 0 and finite"),
         ({"l2_range": (10.0, 1.0)}, "l2_range must be the least and the greatest"),
+        ({"val_share": 1.0}, "val_share must be between 0 and 1"),
         ({"temperature": 0.0}, "temperature must be > 0"),
     ],
     ids=str,

@@ -171,7 +171,7 @@ def test_the_ends_of_the_range_are_tried_as_given(ends):
 
 def test_nothing_to_hold_back():
     features, _ = blobs(4)
-    with pytest.raises(ValueError, match=r"a share of 0.2 .* leaves nothing to choose a penalty on.*set features.l2"):
+    with pytest.raises(ValueError, match=r"val_share 0.2 .* leaves nothing to choose a penalty on.*set features.l2"):
         choose_penalty(features, torch.arange(4), (1e-6, 1e6), 0.2)
 
 

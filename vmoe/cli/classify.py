@@ -187,12 +187,10 @@ def _read_labels(arguments: argparse.Namespace) -> tuple[list[str] | None, list 
 
 def _own_classes(loaded: LoadedModel, arguments: argparse.Namespace) -> list[str]:
     """The class names in a classifier's file; raises ConfigError if it has none, or if labels were given too."""
-    given = [name for name in ("labels", "labels_file", "templates") if getattr(arguments, name) is not None]
-    if given:
-        raise ConfigError(
-            f"{loaded.checkpoint} holds a classifier, which knows only its own classes: leave --{given[0]} out, "
-            "or take an image-text model"
-        )
+    for name in ("labels", "labels_file", "templates"):
+        if getattr(arguments, name) is not None:
+            classifier = f"{loaded.checkpoint} holds a classifier, which knows only its own classes"
+            raise ConfigError(f"{classifier}: leave --{name} out, or take an image-text model")
     if not loaded.class_names:
         raise ConfigError(
             f"{loaded.weights} holds a classifier without class names; save it again with "

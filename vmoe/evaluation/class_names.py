@@ -114,10 +114,7 @@ def is_published(names: Sequence[str]) -> bool:
 
 
 def _imagenet_names(classes: Sequence[str]) -> list[str]:
-    """open_clip's names in the order of 1,000 classes that one of the known lists must name.
-
-    Any other thousand classes would give metrics that look plausible and are wrong.
-    """
+    """open_clip's names in the order of 1,000 classes that one of the known lists must name; others would be wrong."""
     from vmoe.data.sources.imagenet import imagenet_synsets, imagenet_words
 
     names = published_set(IMAGENET).names

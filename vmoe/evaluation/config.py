@@ -35,6 +35,7 @@ class FeatureConfig:
         l2: few_shot and linear_probe: the penalty, fixed; null: it is chosen, see docs/evaluation.md.
         l2_penalties: few_shot only: the penalties to choose from.
         l2_range: linear_probe only: the least and the greatest penalty to choose from.
+        val_share: linear_probe only: share of the training data on which penalties are compared, in 0..1.
         k: knn only: numbers of neighbours.
         temperature: knn only: a neighbour votes with the weight exp(cosine / temperature).
     """
@@ -45,6 +46,7 @@ class FeatureConfig:
     l2: float | None = None
     l2_penalties: list[float] = field(default_factory=lambda: [2.0**power for power in range(-10, 20)])
     l2_range: tuple[float, float] = (1e-6, 1e6)
+    val_share: float = 0.2
     k: list[int] = field(default_factory=lambda: [10, 20, 100, 200])
     temperature: float = 0.07
 
@@ -56,6 +58,8 @@ class FeatureConfig:
             check_numbers(f"features.{name}", getattr(self, name))
         if self.l2_range[0] > self.l2_range[1]:
             raise ConfigError(f"features.l2_range must be the least and the greatest penalty, got {self.l2_range}")
+        if not 0 < self.val_share < 1:
+            raise ConfigError(f"features.val_share must be between 0 and 1, got {self.val_share}")
 
 
 @dataclass

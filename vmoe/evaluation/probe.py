@@ -42,7 +42,7 @@ def linear_probe(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDa
     features_ND, labels_N = train.features_ND.to(device), train.labels_N.to(device)
     penalty, tried = settings.l2, None
     if penalty is None:
-        penalty, tried = choose_penalty(features_ND, labels_N, settings.l2_range)
+        penalty, tried = choose_penalty(features_ND, labels_N, settings.l2_range, settings.val_share)
     probe = fit_linear_probe(features_ND, labels_N, penalty)
     if not probe.converged:
         ended = f"it ended after {probe.iterations} iterations short of the minimum"
@@ -148,10 +148,7 @@ def _minimise(
     )
 
     def log_loss() -> Tensor:
-        """The logarithm of the loss, whose gradient it leaves in the parameters; by blocks, to bound the memory.
-
-        The logarithm makes all tolerances relative to the loss, which a small penalty lets go to nearly zero.
-        """
+        # The logarithm makes all tolerances relative to the loss, which a small penalty lets go to nearly zero.
         optimizer.zero_grad()
         total = penalty / (2 * N) * (weight_DC / scale_D[:, None]).square().sum()
         total.backward()
@@ -170,7 +167,7 @@ def _minimise(
 
 
 def choose_penalty(
-    features_ND: Tensor, labels_N: Tensor, penalties: Sequence[float], val_share: float = 0.2
+    features_ND: Tensor, labels_N: Tensor, penalties: Sequence[float], val_share: float
 ) -> tuple[float, dict[float, float]]:
     """The penalty with the best accuracy on a held-out part of the training data, and {penalty: accuracy} of all tried.
 
@@ -181,7 +178,7 @@ def choose_penalty(
     held_N = _held_out(labels_N, val_share)
     if not held_N.any():
         raise ValueError(
-            f"a share of {val_share} of the training data leaves nothing to choose a penalty on, as no class has "
+            f"val_share {val_share} of the training data leaves nothing to choose a penalty on, as no class has "
             "enough examples: set features.l2 to a penalty"
         )
     # A grid of eighths of a decade, both ends as given; what is tried is known by its position in it.

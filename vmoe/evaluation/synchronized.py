@@ -1,7 +1,5 @@
-"""Evaluation in several processes: each reads every n-th batch of one list, and all get the rows of all.
-
-The batches do not depend on the number of processes, and metrics are computed from the gathered rows in the order of
-the data, so the results are equal for any number of processes.
+"""Evaluation in several processes: each reads every n-th batch of one list, and all get the rows of all, in the order
+of the data. The batches do not depend on the number of processes, and so neither do the results.
 """
 
 from __future__ import annotations

@@ -32,18 +32,13 @@ def classify(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDatase
     """Tasks "classification" and "zero_shot": accuracy and calibration, also of each class and condition."""
     loader = eval_loader(dataset, loaded.transform, None, config.loader)
     with evaluating(loaded.model, loaded.device, loaded.precision):
-        predictions = predict(
-            class_scores(config, loaded, dataset),
-            Progress(loader, config.task, console),
-            device=loaded.device,
-            label_sets=dataset.label_sets,
-        )
+        score, batches = class_scores(config, loaded, dataset), Progress(loader, config.task, console)
+        predictions = predict(score, batches, device=loaded.device, label_sets=dataset.label_sets)
     return classification_outcome(predictions, dataset, loader.skipped_paths)
 
 
 def class_scores(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset) -> Score:
-    """images -> scores of the data's classes, by a classifier's outputs or the similarity to class names; call it
-    inside `evaluating`."""
+    """images -> scores of the data's classes; call it inside `evaluating`."""
     if loaded.tokenizer is not None:
         return loaded.scorer(zero_shot_names(config, dataset), zero_shot_templates(config, dataset))
     if dataset.class_columns is not None:

@@ -239,9 +239,8 @@ def evaluate_zero_shot(
     with evaluating(model, device, precision):
         score = feature_scorer(model, tokenizer, class_names, templates, device)
         batches = SynchronizedBatches(loader, model)
-        return predict(
-            lambda images: score(model.encode_image(images, normalize=True)), batches, device=device
-        ).results()
+        predictions = predict(lambda x_B3HW: score(model.encode_image(x_B3HW, normalize=True)), batches, device=device)
+    return predictions.results()
 
 
 def zero_shot_classify(
@@ -285,8 +284,7 @@ def zero_shot_classify(
 def image_batches(
     model: nn.Module, images: ImageLike | Iterable[ImageLike], batch_size: int, reading: Reading = DEFAULT
 ) -> Iterator[Tensor]:
-    """Preprocessed images (B, 3, H, W) with the device and dtype of the model's parameters; raises as
-    `zero_shot_classify` does."""
+    """Preprocessed images (B, 3, H, W) with the device and dtype of the model's parameters."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     parameter, channels = next(model.parameters()), in_chans(model)

@@ -1,6 +1,4 @@
-"""What a model makes of one image: probabilities, the experts of its patches and of a label's text tokens, as HTML too.
-
-The demo shows what these functions return.
+"""What a model makes of one image, for the demo: probabilities, experts of its patches and of a label's text tokens.
 
 Shapes, by suffix: E experts, K choices of a token, C classes, T text tokens, H and W pixels.
 """

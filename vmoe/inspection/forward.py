@@ -68,9 +68,8 @@ def routed(
     end = getattr(subject.tokenizer, "eot_token_id", None)
     for name, own in tokens.get("text", {}).items():
         if own.real_BT.shape != ids_BT.shape:
-            raise ValueError(
-                f"{name} sees {own.real_BT.shape[1]} text tokens, but the tokenizer gives {ids_BT.shape[1]}"
-            )
+            seen, given = own.real_BT.shape[1], ids_BT.shape[1]
+            raise ValueError(f"{name} sees {seen} text tokens, but the tokenizer gives {given}")
         if end is not None:  # some models read their padding too
             own.real_BT = own.real_BT & text_mask(ids_BT, end).cpu().numpy()
     return tokens, output

@@ -133,9 +133,7 @@ def write_statistics(statistics: RoutingStatistics, folder: str | Path, config: 
     folder.mkdir(parents=True, exist_ok=True)
     json_file, array_file = folder / "statistics.json", folder / "statistics.npz"
     write_json(statistics_json(statistics, config), json_file)
-    arrays: dict[str, np.ndarray] = {}
-    if statistics.class_names is not None:
-        arrays["class_names"] = np.array(statistics.class_names)
+    arrays = {} if statistics.class_names is None else {"class_names": np.array(statistics.class_names)}
     for layer in statistics.layers:
         if layer.expert_class is not None:
             arrays[f"{layer.name}/expert_class"] = layer.expert_class
@@ -160,10 +158,7 @@ def statistics_json(statistics: RoutingStatistics, config: dict[str, Any]) -> di
             "texts_from": statistics.texts_from,
         },
         "layers": [_layer_json(layer, statistics.class_names) for layer in statistics.layers],
-        "agreement": {
-            modality: np.where(np.isnan(matrix), None, matrix).tolist()
-            for modality, matrix in statistics.agreement.items()
-        },
+        "agreement": {name: np.where(np.isnan(one), None, one).tolist() for name, one in statistics.agreement.items()},
         "agreement_left_out": statistics.agreement_left_out,
         "config": config,
         "versions": statistics.versions,

@@ -60,8 +60,7 @@ def gather_statistics(
     sees the images by themselves, and then the prompts of the class names, each once.
 
     Args:
-        subject: a classifier or an image-text model with sparse layers.
-        dataset: with labels, captions, both or neither.
+        subject, dataset: a model with sparse layers; data with labels, captions, both or neither.
         batch_size, num_workers, on_bad: as in `vmoe.data.LoaderConfig`.
         num_images, num_patches: samples to keep, evenly spaced in the data, and typical patches for each expert.
         templates: prompts of class names, see `vmoe.evaluation.zero_shot.resolve_templates`.
@@ -70,9 +69,7 @@ def gather_statistics(
         data: the data set in short; None: the name of its class.
         console: shows a progress bar.
 
-    Raises:
-        ValueError: a dense model, unusable settings, or no readable image.
-        BadSample: an unreadable image, unless `on_bad` is "skip".
+    ValueError: a dense model, unusable settings, or no readable image. BadSample: as `on_bad` says.
     """
     if num_images < 0 or num_patches < 0:
         raise ConfigError(f"num_images and num_patches must be >= 0, got {num_images} and {num_patches}")
