@@ -214,7 +214,7 @@ def test_a_file_that_shrinks_while_it_is_read_leaves_nothing(tiny, checkpoint, m
     monkeypatch.setattr(files, "open_checkpoint", open_then_cut)
     before = sorted(path.name for path in checkpoint.iterdir())
     with pytest.raises(CheckpointError, match="was cut short"):
-        convert_checkpoint(checkpoint / "c", tiny[1], checkpoint / "new" / "deep" / "out.safetensors")
+        convert_checkpoint(checkpoint / "c", tiny[1], checkpoint / "out.safetensors")
     assert sorted(path.name for path in checkpoint.iterdir()) == before
 
 

@@ -1,8 +1,8 @@
 """Which of our tensors holds which array of the reference, and how its axes lie.
 
-An `Entry` turns one of our tensors into a view in the reference's layout. Writing into the view fills the tensor,
-reading it gives the reference's array; so one table serves both directions, gradients, and files larger than memory.
-Linear layers are transposed; queries, keys and values are three arrays with an axis of heads there, one matrix here.
+An `Entry` turns one of our tensors into a view in the reference's layout, to be written or read: one table serves both
+directions, gradients, and files larger than memory. Linear layers are transposed; queries, keys and values are three
+arrays with an axis of heads there, one matrix here.
 """
 
 import math
@@ -76,11 +76,7 @@ _ATTENTION = [
 
 
 def reference_layout(model: nn.Module) -> dict[str, Entry]:
-    """{the reference's name: where it lies in the model}, for a V-MoE, a Soft MoE or a two-tower model.
-
-    Raises:
-        ValueError: for a model that the reference does not have.
-    """
+    """{the reference's name: where it lies in the model}; a ValueError for a model that the reference does not have."""
     if not (hasattr(model, "visual") and hasattr(model, "text")):
         return _tower(require_vision(model))
     layout = {}
@@ -140,9 +136,6 @@ def _projection(module: str, parts: tuple[str, ...], heads: int) -> Iterator[tup
 def stored_grid(tokens: int, prefix: int, config_grid: tuple[int, int] | None, new: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns that position embeddings were made for: those of the config's image_size if they fit, else a
     square, else the model's own (`new`). `tokens` counts `prefix` class tokens too.
-
-    Raises:
-        ValueError: if no grid has so many patches.
     """
     patches = tokens - prefix
     side = math.isqrt(max(0, patches))
@@ -156,9 +149,8 @@ def stored_grid(tokens: int, prefix: int, config_grid: tuple[int, int] | None, n
 def zoom_positions(positions_1TD: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
     """Position embeddings (1, T, D) of a grid of patches, for another grid; as the reference's `vit_zoom`.
 
-    Linear interpolation with aligned corners; embeddings of class tokens, which come first, stay. (The reference calls
-    scipy.ndimage.zoom, whose rounding makes the last row zero for some pairs of sizes, such as 15 -> 26; that is not
-    repeated here.)
+    Linear, corners aligned; class tokens, which come first, stay. (The reference's scipy.ndimage.zoom makes the last
+    row zero for some pairs of sizes, such as 15 -> 26; that is not repeated.)
     """
     prefix = positions_1TD.shape[1] - math.prod(old)
     kept, patches = np.split(positions_1TD, [prefix], axis=1)

@@ -1,12 +1,10 @@
-"""MessagePack files of flax and of the reference: what lies where in them. Numbers are read when they are asked for.
-
-Extension types: flax's arrays and scalars (1, 3), the reference's slices (6) and entries of an index (8).
-"""
+"""MessagePack files of flax and of the reference: what lies where in them; numbers are read when they are asked for."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -18,7 +16,7 @@ from vmoe.utils.printable import printable
 msgpack = optional_package("msgpack")
 
 # More than any real checkpoint has; a hostile file of a few bytes must not fill the memory.
-MAX_ITEMS, MAX_CHUNKS, MAX_LIST, MAX_STRING, MAX_NAME = 2**18, 2**17, 2**10, 2**16, 500
+MAX_ITEMS, MAX_CHUNKS, MAX_STRING, MAX_NAME = 2**18, 2**17, 2**16, 500
 MAX_AXES, MAX_SIZE = 8, 2**48
 HEADER = 2**8  # bytes that hold all of an array but its numbers
 
@@ -57,7 +55,7 @@ def itemsize(dtype: str) -> int:
 
 
 def sizes(numbers) -> tuple[int, ...]:
-    """Sizes of an array, which a hostile file may give in any number and of any kind; else a ValueError."""
+    """Sizes of an array; a ValueError for what a hostile file may give instead."""
     numbers = tuple(numbers)
     if len(numbers) > MAX_AXES or not all(type(number) is int and 0 <= number <= MAX_SIZE for number in numbers):
         raise ValueError("an array or chunk has sizes that are none")
@@ -92,7 +90,7 @@ def open_messagepack(file: Path) -> Iterator["Reader"]:
         raise
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
-    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, msgpack.UnpackException) as error:
         truncated = isinstance(error, msgpack.OutOfData)
         reason = "truncated" if truncated else f"damaged: {printable(error) or type(error).__name__}"
         where = f" (in {printable(reader.name)})" if reader and reader.name else ""
@@ -100,53 +98,40 @@ def open_messagepack(file: Path) -> Iterator["Reader"]:
 
 
 class Reader:
-    """Reads a file object by object, and of arrays only where their numbers lie.
-
-    Attributes:
-        name: of the tensor that is being read, for errors.
-    """
+    """Reads a file object by object, and of arrays only where their numbers lie; `name` is what is read, for errors."""
 
     def __init__(self, file: Path, opened: BinaryIO) -> None:
         self.file, self.opened, self.name, self._items = file, opened, "", 0
         self._start(0)
 
     def _start(self, offset: int) -> None:
-        limits = {"max_str_len": MAX_STRING, "max_array_len": MAX_LIST, "max_map_len": MAX_LIST}
         self._offset, size = self.opened.seek(offset), self.file.stat().st_size + 1
-        self.unpacker = msgpack.Unpacker(self.opened, max_buffer_size=size, ext_hook=_extension, **limits)
+        limits = {"max_buffer_size": size, "max_str_len": MAX_STRING}
+        self.unpacker = msgpack.Unpacker(self.opened, ext_hook=_extension, **limits)
 
     def tell(self) -> int:
         """Bytes that were read."""
         return self._offset + self.unpacker.tell()
 
-    def leaf(self) -> Any:
-        """One object; arrays are a `Piece`, slices a tuple of Python's `slice`."""
-        value = self.unpacker.unpack()
+    def tree(self, name: str = "", names: Mapping[str, str] = MappingProxyType({})) -> Any:
+        """A dictionary or list with all that is in it, or a leaf: of an array a `Piece`, of slices a tuple of `slice`.
+
+        `names` are other names of the keys, for errors.
+        """
+        if len(name) > MAX_NAME:
+            raise ValueError(f"the name of an array has more than {MAX_NAME} characters")
+        self.name, unpacker = name, self.unpacker
+        if (count := self._count(unpacker.read_map_header)) is not None:
+            keys = map(self._key, range(count))
+            return {key: self.tree(names.get(key, f"{name}/{key}".lstrip("/"))) for key in keys}
+        if (count := self._count(unpacker.read_array_header)) is not None:
+            return [self.tree(name) for _ in range(count)]
+        value = unpacker.unpack()
         if isinstance(value, Piece):  # its numbers are what was read last
             value = value._replace(file=self.file, offset=self.tell() - value.nbytes)
             if value.nbytes > 2**20:
                 self._start(self.tell())  # frees a buffer that is as large as the array, or larger
         return value
-
-    def items(self) -> range:
-        """Reads the head of a list: one number for each item, which the caller reads."""
-        return range(self._counted(self.unpacker.read_array_header()))
-
-    def keys(self) -> Iterator[str]:
-        """Reads the head of a dictionary: its keys, one by one; the caller reads the value of each."""
-        return map(self._key, range(self._counted(self.unpacker.read_map_header())))
-
-    def tree(self, name: str = "") -> Any:
-        """A dictionary with all that is in it, or a leaf."""
-        if len(name) > MAX_NAME:
-            raise ValueError(f"the name of an array has more than {MAX_NAME} characters")
-        self.name = name
-        try:
-            count = self.unpacker.read_map_header()
-        except ValueError:  # it is no dictionary; nothing was read
-            return self.leaf()
-        numbers = range(self._counted(count))
-        return {key: self.tree(f"{name}/{key}".lstrip("/")) for key in map(self._key, numbers)}
 
     def _key(self, _: int) -> str:
         key = self.unpacker.unpack()
@@ -154,19 +139,23 @@ class Reader:
             raise ValueError("a key is neither text nor a number")
         return str(key)
 
-    def _counted(self, count: int) -> int:
+    def _count(self, read_header: Callable[[], int]) -> int | None:
+        try:
+            count = read_header()
+        except ValueError:  # it is something else; nothing was read
+            return None
         self._items += count
         if self._items > MAX_ITEMS:
-            raise ValueError(f"it holds more than {MAX_ITEMS} objects")
+            raise CheckpointError(f"{self.file} is damaged: it holds more than {MAX_ITEMS} objects")
         return count
 
 
 def _extension(code: int, data: bytes) -> Piece | Slices | IndexEntry:
-    if code in (1, 3):
+    if code in (1, 3):  # flax's arrays and scalars
         return _array(data)
-    if code == 6:
+    if code == 6:  # the reference's slices
         return _slices(data)
-    if code != 8:
+    if code != 8:  # its entries of an index
         raise ValueError(f"its extension type {code} is not known")
     header, chunks, shards = _unpack(data)
     shape, dtype, *_ = _unpack(header)

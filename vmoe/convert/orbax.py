@@ -25,16 +25,13 @@ _STEP = re.compile(r"((?!.*orbax-checkpoint-tmp).*?)([0-9]+)")  # not what Orbax
 def find_orbax(folder: Path, step: int | None = None) -> Path | None:
     """The folder of the arrays: `folder` itself, or inside a checkpoint manager's numbered folders; None if none.
 
-    Numbered folders are called "10", "checkpoint_10" and the like. The one of `step` or else the newest with arrays is
-    taken; newer ones without, of a save that never ended, are named in a warning.
-
-    Raises:
-        CheckpointError: there are several to choose from, or numbered folders without arrays.
+    Of folders such as "10" or "checkpoint_10" that of `step`, else the newest with arrays is taken; newer ones without,
+    of a save that never ended, are named in a warning. A CheckpointError if there are several to choose from.
     """
     if step is None and _is_marked(folder):
         return folder
     matches = [match for path in folder.glob("*") if path.is_dir() and (match := _STEP.fullmatch(path.name))]
-    matches = [match for match in sorted(matches, key=lambda match: int(match[2])) if step in (None, int(match[2]))]
+    matches = sorted((m for m in matches if step in (None, int(m[2]))), key=lambda match: int(match[2]))
     if not matches:
         return _arrays_in(folder) if step is None else None
     complete = [match for match in matches if _arrays_in(folder / match[0])]
@@ -97,11 +94,7 @@ def _short(error: Exception) -> str:
 
 
 def open_orbax(folder: str | Path) -> dict[str, StoredArray]:
-    """The arrays of an Orbax checkpoint by name, "params/Encoder/encoder_norm/scale".
-
-    Raises:
-        CheckpointError: a file is missing or damaged; names the folder and the tensor.
-    """
+    """The arrays of an Orbax checkpoint by name, "params/Encoder/encoder_norm/scale"."""
     ts = optional_package("tensorstore")
     folder = Path(folder).resolve()
     plain = {"driver": "file", "path": f"{folder}/"}

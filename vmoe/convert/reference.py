@@ -38,9 +38,8 @@ def from_reference(
         config: the reference's model config (`config.model` of its experiments): of VisionTransformerMoe, or of
             TwoTower with "image" and "text". Keys that are absent have the reference's defaults.
         params: {"Encoder/encoder_norm/scale": array, ...}, flat or nested, with or without "params/" in front.
-        image_size: in pixels; else "image_size" of the config, else that of the position embeddings. If it is another
-            than theirs they are zoomed, as the reference does when it fine-tunes. Theirs is the config's, if that gives
-            as many patches as there are, else a square.
+        image_size: in pixels; else "image_size" of the config, else that of the position embeddings, which are zoomed
+            if they are for another, as the reference does when it fine-tunes.
         context_length: tokens of a text tower without position embeddings.
 
     Returns:
@@ -64,12 +63,8 @@ def from_reference(
 def to_reference(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> dict[str, np.ndarray]:
     """A model's weights under the reference's names, in its layout: {"Encoder/encoder_norm/scale": array, ...}; copies.
 
-    Args:
-        model: one that `reference_config` takes.
-        tensors: other tensors to rename, such as gradients, by their names in the model; by default its parameters.
-
-    Raises:
-        ValueError: for a model or weights that the reference does not have, such as a LIMoE; names them.
+    `tensors` are others to rename, such as gradients, by their names in the model. A ValueError names what the
+    reference does not have.
     """
     reference_config(model, group_size=1)  # raises for what the reference does not have
     tensors = model.state_dict() if tensors is None else tensors
@@ -93,11 +88,9 @@ def plan(
 ) -> tuple[str, dict[str, Any], nn.Module, Rows]:
     """Check that the weights of a checkpoint, `source` in errors, fit a config, before any number is read.
 
-    Other arguments as of `from_reference`; `more` are further arguments of the model.
-
     Returns:
-        The model's name and arguments, the model on the meta device, and the rows for `fill`: the reference's name, the
-        entry of it, and the old and new grid of position embeddings to zoom, or None.
+        The model's name and arguments, with `more`; the model on the meta device; and the rows for `fill`: the
+        reference's name, the entry of it, and the old and new grid of position embeddings to zoom, or None.
     """
     from vmoe.models.factory import create_model
 
@@ -111,7 +104,7 @@ def plan(
         raise ConfigError(f"the model of the config cannot be built: {printable(error)[:200]}") from error
     layout, own, rows, problems = reference_layout(model), model.state_dict(), [], []
     for array, entry in layout.items():
-        shape = entry.view(_shaped(own[entry.tensor])).shape
+        shape = entry.view(np.broadcast_to(np.float32(0), own[entry.tensor].shape)).shape  # takes no memory
         try:
             rows.append((array, entry, _fit(model, array, shape, stored, config)))
         except ValueError as error:
@@ -121,11 +114,6 @@ def plan(
         more_problems = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise CheckpointError(f"{source} does not fit the config: " + "; ".join(problems[:6]) + more_problems)
     return name, kwargs, model, rows
-
-
-def _shaped(tensor: Tensor) -> np.ndarray:
-    """An array of a tensor's shape that takes no memory."""
-    return np.broadcast_to(np.float32(0), tuple(tensor.shape))
 
 
 def _fit(

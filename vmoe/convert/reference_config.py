@@ -46,10 +46,8 @@ def reference_config(model: nn.Module, group_size: int | None = None) -> dict[st
         group_size: tokens routed together in the reference, for a model with group_size=None and limited capacity.
 
     Returns:
-        A JSON-able dictionary; for images with "image_size", which the converter reads and the reference does not.
-
-    Raises:
-        ValueError: names what the reference cannot express.
+        A JSON-able dictionary; for images with "image_size", which the converter reads and the reference does not. A
+        ValueError names what the reference cannot express.
     """
     try:
         config = _config(model, group_size)

@@ -54,11 +54,9 @@ def _shown(value: Any) -> str:
 
 
 class Section:
-    """One dictionary of a config; every key must be taken, so that none is silently ignored.
+    """One dictionary of a config, or ml_collections' ConfigDict; every key must be taken, so that none is ignored.
 
-    Args:
-        values: a dictionary, or something like ml_collections' ConfigDict.
-        path: its own key, for errors.
+    `path` is its own key, for errors.
     """
 
     def __init__(self, values: Any, path: str = "") -> None:

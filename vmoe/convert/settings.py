@@ -1,7 +1,4 @@
-"""The reference's model config as arguments of `vmoe.create_model`.
-
-Nothing is guessed: a key without a meaning here, or a value that cannot be expressed, is an error that names it.
-"""
+"""The reference's model config as arguments of `vmoe.create_model`; a key or value without a meaning is an error."""
 
 import math
 from collections.abc import Mapping
@@ -34,14 +31,9 @@ def model_settings(
     image_size: int | tuple[int, int] | None = None,
     context_length: int | None = None,
 ) -> tuple[str, dict[str, Any]]:
-    """A name and keyword arguments for `vmoe.create_model`.
+    """A name and keyword arguments for `vmoe.create_model`; `shapes` are of the weights, by the reference's names.
 
-    Args:
-        config, image_size, context_length: see `vmoe.convert.from_reference`.
-        shapes: of the weights, by the reference's names.
-
-    Raises:
-        ConfigError: for a key or value that cannot be converted.
+    See `vmoe.convert.from_reference`. A ConfigError for a key or value that cannot be converted.
     """
     top = Section(config)
     two_towers = "image" in top.values and "text" in top.values

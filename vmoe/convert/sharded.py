@@ -1,12 +1,11 @@
 """The reference's own checkpoints: PREFIX.index and PREFIX.data-i-of-n, or one flax MessagePack file.
 
-The index is a tree of arrays' shapes; each array is cut into chunks, each chunk lies in one of the n shards. In a shard
-the arrays have numbers, in the order in which JAX walks the tree: by sorted key at every level.
+The index is a tree of arrays' shapes and chunks, each of which lies in one of the n shards. In a shard the arrays have
+numbers, in the order in which JAX walks the tree: by sorted key at every level.
 """
 
 import math
 import re
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,14 +34,9 @@ def _stored(shape: tuple[int, ...], dtype: str, chunks: list[tuple[Slices, list[
 
 
 def open_sharded(prefix: str | Path) -> dict[str, StoredArray]:
-    """The arrays of a sharded checkpoint by name, "Encoder/encoder_norm/scale".
+    """The arrays of a sharded checkpoint by name, "Encoder/encoder_norm/scale"; `prefix` is that of its files' names.
 
-    Args:
-        prefix: the common beginning of the files' names.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or chunks do not cover their array; names the file and the
-            tensor.
+    A CheckpointError names the file that is missing or damaged, and the tensor.
     """
     index_file = Path(f"{prefix}.index")
     entries, shard_count = _read_index(index_file)
@@ -88,41 +82,37 @@ def _read_index(file: Path) -> tuple[dict[str, IndexEntry], int]:
 
 def _read_shard(
     file: Path, names: dict[str, str], entries: dict[str, IndexEntry]
-) -> Iterator[tuple[str, Slices, list[Piece]]]:
+) -> list[tuple[str, Slices, list[Piece]]]:
     """(array name, slices, pieces) of every chunk of a shard."""
+    chunks = []
     with open_messagepack(file) as reader:
-        for number in reader.keys():  # noqa: SIM118
+        for number, content in reader.tree(names=names).items():
             if number == _CHUNKS:
-                reader.leaf()
                 continue
             if number not in names:
                 raise CheckpointError(f"{file} holds array number {number}, of which the index knows nothing")
-            name = reader.name = names[number]
-            for _ in reader.items():
-                if len(reader.items()) != 2:
-                    raise ValueError("a chunk is not made of pieces and slices")
-                pieces, where = [reader.leaf() for _ in reader.items()], reader.leaf()
-                _check_chunk(entries[name], where, pieces)
-                yield name, where, pieces
+            reader.name = names[number]
+            chunks += [(names[number], *_chunk(entries[names[number]], chunk)) for chunk in content]
+    return chunks
 
 
-def _check_chunk(entry: IndexEntry, where: Any, pieces: list) -> None:
-    if not (isinstance(where, tuple) and all(isinstance(piece, Piece) for piece in pieces)):
-        raise ValueError("a chunk is not made of pieces and slices")
-    found = sum(math.prod(piece.shape) for piece in pieces)
-    wanted = math.prod(part.stop - part.start for part in where)
-    if found != wanted or {piece.dtype for piece in pieces} - {entry.dtype}:
-        types = ", ".join(sorted({piece.dtype for piece in pieces}))
+def _chunk(entry: IndexEntry, chunk: Any) -> tuple[Slices, list[Piece]]:
+    try:
+        pieces, where = chunk
+        found, types = sum(math.prod(piece.shape) for piece in pieces), {piece.dtype for piece in pieces}
+        wanted = math.prod(part.stop - part.start for part in where)
+    except (TypeError, ValueError, AttributeError):
+        raise ValueError("a chunk is not made of pieces and slices") from None
+    if found != wanted or types - {entry.dtype}:
         raise ValueError(
-            f"{found} numbers of type {types} for the chunk at {_bounds(where)}, which has {wanted} of {entry.dtype}"
+            f"{found} numbers of type {', '.join(sorted(types))} for the chunk at {_bounds(where)}, which has {wanted} "
+            f"of {entry.dtype}"
         )
+    return where, pieces
 
 
 def find_sharded(prefix: str | Path, step: int | None = None) -> str | None:
-    """The prefix itself or, in training, where each step has its own, that of the last step or of `step`.
-
-    A folder stands for the checkpoint in it, if there is one (or one for each step).
-    """
+    """The prefix itself or, of a training run, that of the last step or of `step`; a folder may stand for it."""
     prefix = str(prefix).removesuffix(".index")
     if step is None and Path(f"{prefix}.index").is_file():
         return prefix
@@ -143,11 +133,7 @@ def find_sharded(prefix: str | Path, step: int | None = None) -> str | None:
 
 
 def open_flax(file: str | Path) -> dict[str, StoredArray]:
-    """The arrays of one file that flax wrote (`flax.serialization.to_bytes`), by name.
-
-    Raises:
-        CheckpointError: the file is damaged or something else; names it and the tensor.
-    """
+    """The arrays of one file that flax wrote (`flax.serialization.to_bytes`), by name."""
     file = Path(file)
     with open_messagepack(file) as reader:
         tree = reader.tree()

@@ -1,4 +1,4 @@
-"""From a checkpoint on disk to one safetensors file, tensor by tensor; if anything fails there is no file."""
+"""From a checkpoint on disk to one safetensors file, tensor by tensor."""
 
 import math
 from collections.abc import Mapping
@@ -17,8 +17,7 @@ from vmoe.utils.printable import printable
 
 
 class Converted(NamedTuple):
-    """What `convert_checkpoint` did: `skipped` arrays, such as optimizer state, are no weights; the others became the
-    model `name` with so many parameters."""
+    """What `convert_checkpoint` did; `skipped` arrays, such as optimizer state, are no weights of the model `name`."""
 
     source: str
     format: str
@@ -30,15 +29,7 @@ class Converted(NamedTuple):
 
 
 def open_checkpoint(source: str | Path, step: int | None = None) -> tuple[str, str, dict[str, StoredArray]]:
-    """(path, format, arrays by name) of a checkpoint, without reading its numbers.
-
-    Args:
-        source: the prefix of a sharded checkpoint, one flax MessagePack file, or the folder of an Orbax checkpoint; of
-            a training run's checkpoints that of `step`, by default the last, is taken.
-
-    Raises:
-        CheckpointError: if there is none, or it is damaged.
-    """
+    """(path, format, arrays by name) of a checkpoint, without reading its numbers."""
     from vmoe.convert.sharded import find_sharded, open_flax, open_sharded  # needs msgpack
 
     prefix = find_sharded(source, step)
@@ -64,15 +55,7 @@ def open_checkpoint(source: str | Path, step: int | None = None) -> tuple[str, s
 
 
 def resolve_config(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The reference's model config, and fields for timm's `pretrained_cfg`, if they are known.
-
-    Args:
-        config: the name of a released checkpoint (`vmoe.convert.RELEASED`), a JSON file, or the dictionary itself; also
-            an experiment's config, whose "model" it is then.
-
-    Raises:
-        ValueError: for a name or file that is not there.
-    """
+    """The reference's model config, and fields for timm's `pretrained_cfg`, if they are known."""
     if isinstance(config, (str, Path)):
         if str(config) in RELEASED:
             return RELEASED[str(config)]
@@ -100,13 +83,12 @@ def convert_checkpoint(
     The arrays pass through memory one by one; the file is mapped while it is filled.
 
     Args:
-        source, step: see `open_checkpoint`.
-        config: see `resolve_config`.
+        source, step: the prefix of a sharded checkpoint, one flax MessagePack file, or the folder of an Orbax
+            checkpoint; of a training run's checkpoints that of `step`, by default the last, is taken.
+        config: the name of a released checkpoint (`vmoe.convert.RELEASED`), a JSON file, or the dictionary itself; also
+            an experiment's config, whose "model" it is then.
         file: a `.safetensors` file; replaced if it exists, untouched if anything fails.
-        image_size, context_length: see `from_reference`.
-
-    Raises:
-        ConfigError, CheckpointError: see `from_reference`; names the file and the tensor.
+        image_size, context_length: see `from_reference`, as for the errors.
     """
     from vmoe.models.factory import file_metadata
     from vmoe.models.serialization import mapped_safetensors
@@ -131,25 +113,20 @@ def convert_checkpoint(
 
 
 def pretrained_cfg(file: str | Path) -> dict[str, Any]:
-    """timm's description of a file, all that `timm.create_model` needs:
+    """timm's description of a file, whose settings are all that `timm.create_model` needs:
 
-        cfg = vmoe.convert.pretrained_cfg(FILE)
-        timm.create_model(cfg["architecture"], pretrained=True, pretrained_cfg=cfg)
-
-    The model's settings come out of the file itself.
-
-    Raises:
-        WeightsError: for a file that this package did not write.
+    cfg = vmoe.convert.pretrained_cfg(FILE)
+    timm.create_model(cfg["architecture"], pretrained=True, pretrained_cfg=cfg)
     """
     import timm
 
     from vmoe.models.factory import read_pretrained_metadata
 
     metadata = read_pretrained_metadata(file)
-    name, settings = metadata["name"], metadata["kwargs"]
+    name = metadata["name"]
     if not timm.is_model(name):
         raise ValueError(f"{file} holds a {name}, which timm does not know; use vmoe.create_model")
     config = timm.get_pretrained_cfg(name).to_dict()
-    preprocess = {key: tuple(v) if isinstance(v, list) else v for key, v in metadata["preprocess"].items()}
-    own = {"architecture": name, "num_classes": settings.get("num_classes", config["num_classes"]), "file": str(file)}
-    return {**config, **preprocess, **own}
+    config |= {key: tuple(v) if isinstance(v, list) else v for key, v in metadata["preprocess"].items()}
+    classes = metadata["kwargs"].get("num_classes", config["num_classes"])
+    return {**config, "architecture": name, "num_classes": classes, "file": str(file)}
