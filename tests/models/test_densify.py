@@ -185,10 +185,9 @@ def test_bad_input_is_one_sentence(sparse):
             vmoe.densify(sparse, "weighted", bad)
     with pytest.raises(UpcycleError, match="must be positive for some"):
         vmoe.densify(sparse, "weighted", {"blocks.1.mlp": torch.zeros(6)})
-    with pytest.raises(ValueError, match="how must be 'average'"):
-        vmoe.densify(sparse, "best")
-    with pytest.raises(ValueError, match=r"how must be 0..5"):
-        vmoe.densify(sparse, 6)
+    for how in ("best", 6):
+        with pytest.raises(ValueError, match=r"how must be 'average', .* expert of blocks.1.mlp, 0..5, got '?(best|6)"):
+            vmoe.densify(sparse, how)
     with pytest.raises(UpcycleError, match="has no sparse layer"):
         vmoe.densify(vmoe.densify(sparse))
     with pytest.raises(UpcycleError, match="has a shared expert"):
@@ -213,11 +212,9 @@ def test_usage_may_be_any_numbers_and_bad_ones_are_named(sparse):
         with pytest.raises(UpcycleError, match=message):
             vmoe.densify(sparse, "weighted", usage)
     usage = {"blocks.1.mlp": [1, 1, 1, 1, 1, 1]}
-    for keep in (None, "4", True, float("nan")):
+    for keep in (None, "4", True, float("nan"), 1.0):
         with pytest.raises(ValueError, match="keep must be a number of experts, or a share below 1.0"):
             vmoe.prune_experts(sparse, keep, usage)
-    with pytest.raises(ValueError, match="keep=1.0 would keep all experts"):
-        vmoe.prune_experts(sparse, 1.0, usage)
 
 
 # --- two towers ------------------------------------------------------------------------------------------------------

@@ -317,8 +317,8 @@ def test_wrong_settings_are_named():
     for kwargs, message in [
         ({"layers": "last9"}, "layers='last9' asks for more"),
         ({"layers": []}, "layers chooses no block"),
-        ({"layers": 3}, "layers must be 'everyN', .*, got 3"),
-        ({"layers": [1.5]}, "layers must be 'everyN', .*, got .1.5"),
+        ({"layers": 3}, "layers must be a word such as 'last2' or a list, got 3"),
+        ({"layers": [1.5]}, "layers must lie in 0..1 .*, got .1.5"),
         ({"tower": "audio"}, "tower must be one of"),
         ({"num_expert": 4}, "upcycle has no setting 'num_expert'"),
         ({"num_experts": 4.5}, "num_experts must be a whole number"),
@@ -430,9 +430,7 @@ def test_optimizers_that_cannot_go_on_say_so():
     step(dense, sgd)
     with pytest.raises(UpcycleError, match=r"keeps none \(SGD without momentum\)"):
         vmoe.upcycle_optimizer(sgd, dense, sparse, torch.optim.SGD(sparse.parameters(), lr=0.1))
-    with pytest.raises(UpcycleError, match="SGD with momentum=0.9 needs state that the dense model's SGD does not"):
-        vmoe.upcycle_optimizer(sgd, dense, sparse, torch.optim.SGD(sparse.parameters(), lr=0.1, momentum=0.9))
-    with pytest.raises(UpcycleError, match="AdamW with amsgrad=True needs state that the dense model's AdamW does not"):
+    with pytest.raises(UpcycleError, match="AdamW with amsgrad needs state that the dense model's AdamW does not"):
         vmoe.upcycle_optimizer(optimizer, dense, sparse, adam(sparse, amsgrad=True))
     frozen = copy.deepcopy(dense)
     frozen.blocks[1].mlp.requires_grad_(False)

@@ -1,7 +1,4 @@
-"""What image-text models have in common: open_clip's interface, with the learned scale and bias of the logits.
-
-Shapes, by suffix: B batch, C embedding width.
-"""
+"""What image-text models have in common: open_clip's interface. Shapes, by suffix: B batch, C embedding width."""
 
 import math
 

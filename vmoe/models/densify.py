@@ -1,11 +1,11 @@
-"""From experts back to one MLP, and fewer experts: the ways out of a sparse model.
+"""From experts back to one MLP, and fewer experts.
 
 Shapes, by suffix: E experts, G virtual experts that a dense MLP was split into.
 """
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from numbers import Integral
 from typing import Any
@@ -19,7 +19,7 @@ from vmoe.models.flops import evaluation_mode
 from vmoe.models.spec import build_dense, model_spec, on_meta
 from vmoe.models.two_tower import TwoTower
 from vmoe.moe import SparseMoE, record_routing
-from vmoe.moe.config import SETTING_NAMES
+from vmoe.moe.config import SETTING_NAMES, RoutingSettings
 
 Usage = Mapping[str, Tensor | Sequence[float]]  # or numpy's arrays
 
@@ -28,10 +28,7 @@ def measure_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]
     """How many tokens each expert works on, in eval mode: {name of a sparse layer: (E,) float64 on the CPU}.
 
     For soft routing, the sum over the tokens of the weights of its slots. A batch is what the model is called with: a
-    tensor, a tuple of arguments, or a dictionary with the keys "image" and "text", as this package's loaders give.
-
-    Raises:
-        ValueError: there is no batch, or the model has no sparse layer.
+    tensor, a tuple of arguments, or a dictionary with "image" and "text". A ValueError if there is nothing to measure.
     """
     usage: dict[str, Tensor] = {}
     with evaluation_mode(model):
@@ -52,33 +49,26 @@ def measure_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]
 def densify(model: nn.Module, how: str | int = "average", usage: Usage | None = None) -> nn.Module:
     """A dense copy of a sparse model: one MLP instead of each layer's experts. Undoes `upcycle` exactly.
 
-    Combine weights that do not sum to one (V-MoE's own) scale what a sparse layer adds; a dense MLP has no such scale,
-    so that such a model needs some training afterwards. A layer becomes what it was before `upcycle`, else timm's `Mlp`
-    or `GluMlp`.
+    A layer becomes what it was before `upcycle`, else timm's `Mlp` or `GluMlp`. Combine weights that do not sum to one
+    (V-MoE's own) scale what a sparse layer adds; a dense MLP has no such scale, so the model needs some training.
 
     Args:
         model: not changed.
-        how: "average" of the experts, "weighted" by `usage` (see `measure_usage`), or the index of the one that is
-        kept.
+        how: "average" of the experts, "weighted" by `usage` (see `measure_usage`), or the index of the one to keep.
 
     Raises:
-        UpcycleError: for layers that one MLP cannot stand for (shared experts), or usage that does not fit.
-        ValueError: for an unknown `how`.
+        UpcycleError, ValueError: for layers with shared experts, usage that does not fit, or an unknown `how`.
     """
     layers = _layers(model)
     dense = copy.deepcopy(model)
     for name, layer in layers.items():
         if layer.shared is not None:
-            raise UpcycleError(
-                f"{name} has a shared expert beside the others, which one MLP of their width cannot hold"
-            )
+            raise UpcycleError(f"{name} has a shared expert, which one MLP of the others' width cannot hold")
         origin = getattr(layer, "upcycled_from", None) or _plain_origin(layer)
         G = origin.granularity
         weight_E = _expert_weights(how, usage, name, layer.num_experts, G)
-        stacked = stacked_parameters(layer.experts)
-        tensors = from_experts(
-            origin.layout, {key: _mean(each, weight_E, G) for key, each in stacked.items()}, float(G)
-        )
+        means = {key: _mean(each, weight_E, G) for key, each in stacked_parameters(layer.experts).items()}
+        tensors = from_experts(origin.layout, means, float(G))
         for key, value in layer.experts.act.state_dict().items():
             tensors[f"{origin.layout.act}.{key}"] = value.clone()
         mlp = copy.deepcopy(origin.skeleton)
@@ -96,17 +86,16 @@ def prune_experts(model: nn.Module, keep: int | float, usage: Usage) -> nn.Modul
 
     Args:
         model: not changed.
-        keep: experts to keep in every layer, a number, or below 1.0 (a float) their share; at least K of them. Layers
-            made with `granularity` lose whole virtual groups.
-        usage: {name of a layer: (E,)}, see `measure_usage`; equal use: the lower index stays.
+        keep: experts to keep in every layer, a number, or below 1.0 their share; at least K of them. Layers made with
+            `granularity` lose whole virtual groups.
+        usage: {name of a layer: (E,)}, see `measure_usage`; of equally used experts the lower index stays.
 
     Raises:
         UpcycleError, ValueError: for usage that does not fit, or a `keep` out of range.
     """
-    if isinstance(keep, bool) or not isinstance(keep, (Integral, float)) or not 0 <= keep < math.inf:
+    kind = Integral if keep == 1 else (Integral, float)  # 1.0 may mean one expert or all
+    if isinstance(keep, bool) or not isinstance(keep, kind) or not 0 <= keep < math.inf:
         raise ValueError(f"keep must be a number of experts, or a share below 1.0 of them, got {keep!r}")
-    if keep == 1 and isinstance(keep, float):
-        raise ValueError("keep=1.0 would keep all experts; give a share below 1.0, or a number such as 1")
     layers = _layers(model)
     pruned = copy.deepcopy(model)
     changed: dict[str, dict] = {}
@@ -115,13 +104,8 @@ def prune_experts(model: nn.Module, keep: int | float, usage: Usage) -> nn.Modul
         number = _number_to_keep(layer, keep, G, name)
         used_G = _usage(usage, name, [layer.num_experts]).view(-1, G).sum(1)
         groups = used_G.argsort(descending=True, stable=True)[: number // G].sort().values
-        smaller = _pruned_layer(layer, (groups[:, None] * G + torch.arange(G)).flatten())
-        pruned.set_submodule(name, smaller)
-        old, new = asdict(layer.settings), asdict(smaller.settings)
-        # num_slots: they would follow from the number of experts.
-        own = ("num_experts", "global_entropy_min_experts")
-        settings = {key: new[key] for key in own if new[key] != old[key] or key == "num_experts"}
-        settings |= {} if new["num_slots"] is None else {"num_slots": new["num_slots"]}
+        settings = _pruned_settings(layer.settings, number)
+        pruned.set_submodule(name, _pruned_layer(layer, (groups[:, None] * G + torch.arange(G)).flatten(), settings))
         changed[_tower(model, name)] = settings
     if getattr(model, "vmoe_spec", None) is not None:
         _set_pruned_spec(pruned, model.vmoe_spec, changed)
@@ -162,10 +146,6 @@ def _usage(usage: Usage | None, name: str, numbers: Iterable[int]) -> Tensor:
 def _expert_weights(how: str | int, usage: Usage | None, name: str, num_experts: int, granularity: int) -> Tensor:
     """(copies,) float64, summing to one: the share of each expert (or of each virtual group) in the dense MLP."""
     num_copies = num_experts // granularity
-    if isinstance(how, Integral) and not isinstance(how, bool):
-        if not 0 <= how < num_copies:
-            raise ValueError(f"how must be 0..{num_copies - 1} for {name}, got {how}")
-        return torch.eye(num_copies, dtype=torch.float64)[int(how)]
     if how == "average":
         return torch.full((num_copies,), 1 / num_copies, dtype=torch.float64)
     if how == "weighted":
@@ -173,7 +153,9 @@ def _expert_weights(how: str | int, usage: Usage | None, name: str, num_experts:
         if not used.sum() > 0:
             raise UpcycleError(f"usage of {name} must be positive for some of its experts, got {used.tolist()}")
         return used / used.sum()
-    raise ValueError(f"how must be 'average', 'weighted' or the index of an expert, got {how!r}")
+    if not isinstance(how, Integral) or isinstance(how, bool) or not 0 <= how < num_copies:
+        raise ValueError(f"how must be 'average', 'weighted' or an expert of {name}, 0..{num_copies - 1}, got {how!r}")
+    return torch.eye(num_copies, dtype=torch.float64)[int(how)]
 
 
 def _mean(stacked: Tensor, weight_E: Tensor, granularity: int) -> Tensor:
@@ -209,26 +191,30 @@ def _number_to_keep(layer: SparseMoE, keep: int | float, G: int, name: str) -> i
     E = layer.num_experts
     number = round(keep * E / G) * G if 0 < keep < 1 else keep
     least = layer.num_selected_experts if layer.router_type == "top_k" else 1
-    if number != int(number) or not least <= number <= E or number % G:
+    if number % G or not least <= number <= E:
         raise ValueError(
             f"keep={keep}, that is {number} experts, does not suit {name}: it needs {least}..{E}, in steps of {G}"
         )
     return int(number)
 
 
-def _pruned_layer(layer: SparseMoE, kept: Tensor) -> SparseMoE:
-    """The layer with some of its experts, in the order of `kept`."""
-    E, number = layer.num_experts, len(kept)
-    settings = asdict(layer.settings) | {"num_experts": number}
-    settings["num_selected_experts"] = min(settings["num_selected_experts"], number)
-    least = settings["global_entropy_min_experts"]
+def _pruned_settings(old: RoutingSettings, number: int) -> dict[str, Any]:
+    """The settings that change with the number of experts, and the slots, which would follow from it."""
+    least = old.global_entropy_min_experts
     if isinstance(least, dict):
-        settings["global_entropy_min_experts"] = {name: min(value, number) for name, value in least.items()}
+        least = {name: min(value, number) for name, value in least.items()}
     elif least is not None:
-        settings["global_entropy_min_experts"] = min(least, number)
-    pruned = type(layer)(
-        layer.in_features, out_features=layer.out_features, modalities=layer.modalities, device="meta", **settings
-    )
+        least = min(least, number)
+    new = {"num_experts": number, "num_selected_experts": min(old.num_selected_experts, number)}
+    new |= {"global_entropy_min_experts": least, "num_slots": old.num_slots}
+    return {name: value for name, value in new.items() if value is not None}
+
+
+def _pruned_layer(layer: SparseMoE, kept: Tensor, new: dict[str, Any]) -> SparseMoE:
+    """The layer with some of its experts, in the order of `kept`, and new settings."""
+    E, number = layer.num_experts, len(kept)
+    sizes = {"in_features": layer.in_features, "out_features": layer.out_features, "modalities": layer.modalities}
+    pruned = type(layer)(**sizes, device="meta", **{**asdict(layer.settings), **new})
     pruned.experts, pruned.router, pruned.shared = copy.deepcopy((layer.experts, layer.router, layer.shared))
     if hasattr(layer, "upcycled_from"):
         pruned.upcycled_from = layer.upcycled_from
@@ -254,32 +240,26 @@ def _tower(model: nn.Module, layer: str) -> str:
     return "image" if layer.startswith("visual.") else "text"
 
 
-def _merge(kwargs: dict, tower: str, settings: dict) -> dict:
-    """Arguments of a model with other settings of one of its towers."""
-    return {**kwargs, tower: {**(kwargs.get(tower) or {}), **settings}} if tower else {**kwargs, **settings}
-
-
-def _was_upcycled(spec: dict, tower: str) -> bool:
-    """Whether it is `upcycle` that makes the layers of a tower sparse, and not the model's arguments."""
-    return "upcycle" in spec and (not tower or spec["upcycle"]["tower"] in (tower, "both"))
+def _with_settings(spec: dict, tower: str, settings: dict, without: Collection[str] = ()) -> dict:
+    """A specification with other settings of a tower; as it is where `upcycle` makes that tower sparse."""
+    if "upcycle" in spec and (not tower or spec["upcycle"]["tower"] in (tower, "both")):
+        return spec
+    own = (spec["kwargs"].get(tower) or {}) if tower else spec["kwargs"]
+    own = {key: value for key, value in own.items() if key not in without} | settings
+    return {**spec, "kwargs": {**spec["kwargs"], tower: own} if tower else own}
 
 
 def _set_dense_spec(dense: nn.Module, spec: dict, layers: dict[str, SparseMoE]) -> None:
     """`vmoe_spec` of a densified model: that of the dense baseline, or None if no settings give its MLPs."""
-    kwargs, ratios = spec["kwargs"], {}
+    wide = spec  # with MLPs of the experts' own width everywhere
     for name, layer in layers.items():
-        tower = _tower(dense, name)
-        if not _was_upcycled(spec, tower):
-            own = (kwargs.get(tower) or {}) if tower else kwargs
-            own = {key: value for key, value in own.items() if key not in SETTING_NAMES}
-            kwargs = _merge({**kwargs, tower: own} if tower else own, tower, {"num_experts": 0})
+        tower, ratio = _tower(dense, name), {}
         if layer.settings.expert_width is not None:
-            ratios[tower] = layer.settings.expert_width / layer.in_features
-    wide = kwargs
-    for tower, ratio in ratios.items():
-        wide = _merge(wide, tower, {"mlp_ratio": ratio})
-    for candidate in (kwargs, wide):
-        dense.vmoe_spec = {"name": spec["name"], "kwargs": candidate}
+            ratio = {"mlp_ratio": layer.settings.expert_width / layer.in_features}
+        spec = _with_settings(spec, tower, {"num_experts": 0}, SETTING_NAMES)
+        wide = _with_settings(wide, tower, {"num_experts": 0, **ratio}, SETTING_NAMES)
+    for candidate in (spec, wide):
+        dense.vmoe_spec = {"name": candidate["name"], "kwargs": candidate["kwargs"]}
         if _mlp_shapes(on_meta(build_dense, model_spec(dense))) == _mlp_shapes(dense):
             return
     dense.vmoe_spec = None
@@ -292,13 +272,12 @@ def _mlp_shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 def _set_pruned_spec(pruned: nn.Module, spec: dict, changed: dict[str, dict]) -> None:
     """`vmoe_spec` of a pruned model, from the new settings of each tower's layers; None if no settings say them."""
-    upcycled = [settings for tower, settings in changed.items() if _was_upcycled(spec, tower)]
+    upcycled = []
     for tower, settings in changed.items():
-        if not _was_upcycled(spec, tower):
-            spec = {**spec, "kwargs": _merge(spec["kwargs"], tower, settings)}
-    if upcycled:
-        spec = {**spec, "upcycle": {**spec["upcycle"], **upcycled[0]}}
-    pruned.vmoe_spec = spec
+        new = _with_settings(spec, tower, settings)
+        upcycled += [settings] if new is spec else []
+        spec = new
+    pruned.vmoe_spec = {**spec, "upcycle": {**spec["upcycle"], **upcycled[0]}} if upcycled else spec
     if any(settings != upcycled[0] for settings in upcycled):
         pruned.vmoe_spec = None
         pruned.vmoe_no_spec = "its towers were upcycled together, and prune_experts left them different"

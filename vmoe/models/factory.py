@@ -4,7 +4,6 @@ Names are those of this package's LIMoEs and two-tower models, and all that timm
 `softmoe_*`). A file's metadata says how to build its model, so that a path is all that `create_model` needs.
 """
 
-import inspect
 import json
 import math
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD, create_tr
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE
+from vmoe.models.limoe import LIMoE
 from vmoe.models.serialization import (
     METADATA_KEY,
     StoredTensors,
@@ -28,7 +27,7 @@ from vmoe.models.serialization import (
     write_tensors,
 )
 from vmoe.models.spec import IMAGE_TEXT_NAMES, build_dense, difference, model_spec, named_tensors, on_meta
-from vmoe.models.text import TextTransformer, clean_beginning
+from vmoe.models.text import clean_beginning
 from vmoe.models.two_tower import TWO_TOWER_CONFIGS, TwoTower, check_towers, merge_settings
 from vmoe.models.upcycle import upcycle
 from vmoe.models.validation import bounded_model, check_metadata
@@ -45,9 +44,9 @@ def create_model(name: str | None = None, pretrained: str | Path | None = None, 
 
     Args:
         name: "limoe_...", "two_tower_..." or a timm name such as "vmoe_base_patch16_224"; None: that in `pretrained`.
-        pretrained: a `.safetensors` file written by `save_pretrained`, or the folder of a run or checkpoint. The file's
-            own settings are the defaults then. Position embeddings are interpolated if the image size differs. A
-            classifier starts from scratch if `num_classes` is given and the file's has another number.
+        pretrained: a `.safetensors` file written by `save_pretrained`, or the folder of a run or checkpoint, whose
+            settings are the defaults then. Position embeddings are interpolated if the image size differs; a classifier
+            starts from scratch if `num_classes` is given and differs.
         **kwargs: of the model; they go over the file's, and `image` and `text` of a two-tower model setting by setting.
             `image={"pretrained": FILE}` gives the image tower that file's architecture and weights.
 
@@ -62,8 +61,14 @@ def create_model(name: str | None = None, pretrained: str | Path | None = None, 
         return _new_model(name, kwargs)
     file = find_weights(pretrained)
     stored = StoredTensors(file)
-    with bounded_model(file, sum(map(math.prod, stored.shapes.values())), len(stored.shapes)):
-        model = _build_for_file(file, _spec_for_file(file, name, kwargs))
+    try:
+        with bounded_model(file, sum(map(math.prod, stored.shapes.values())), len(stored.shapes)):
+            model = build(_spec_for_file(file, name, kwargs))
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a constructor raises for settings that nobody would give it
+        reason = f"{type(error).__name__}: {printable(error)[:300]}"
+        raise WeightsError(f"no model can be built by the settings in {file} ({reason})") from error
     load_weights(model, stored, new_head="num_classes" in kwargs, new_size=True)
     return model
 
@@ -123,16 +128,6 @@ def _spec_for_file(file: Path, name: str | None, kwargs: dict) -> dict:
     return {**spec, "name": name, "kwargs": merge(metadata["kwargs"], kwargs)}
 
 
-def _build_for_file(file: Path, spec: dict) -> nn.Module:
-    try:
-        return build(spec)
-    except ValueError:
-        raise
-    except Exception as error:  # whatever a constructor raises for settings that nobody would give it
-        reason = f"{type(error).__name__}: {printable(error)[:300]}"
-        raise WeightsError(f"no model can be built by the settings in {file} ({reason})") from error
-
-
 def _without_image_weights(kwargs: dict) -> dict:
     image = kwargs.get("image")
     if not isinstance(image, dict):
@@ -170,9 +165,7 @@ def save_pretrained(model: nn.Module, file: str | Path, extra: dict | None = Non
 
 
 def file_metadata(model: nn.Module, extra: dict | None = None) -> dict[str, str]:
-    """The metadata of a model's safetensors file, from which the same model was built on the meta device as a check; a
-    ValueError if the settings are not JSON-able, or give another model.
-    """
+    """The metadata of a model's safetensors file; a ValueError if the model built again by it would be another."""
     settings = {**model_spec(model), "preprocess": preprocess_config(model), "extra": extra or {}}
     try:
         text = json.dumps(settings)
@@ -203,7 +196,7 @@ def in_chans(model: nn.Module) -> int:
 def preprocess_config(model: nn.Module) -> dict:
     """How images reach the model: "input_size" (C, H, W), "mean", "std", "interpolation", "crop_pct", "crop_mode".
 
-    Mean and standard deviation of C other than 3 channels are the averages of those of red, green and blue.
+    For other than 3 channels mean and standard deviation are the averages over red, green and blue.
     """
     channels = in_chans(model)
     if isinstance(model, TwoTower):
@@ -226,22 +219,16 @@ def create_model_and_transforms(
     device: str | torch.device = "cpu",
     **kwargs,
 ) -> tuple[nn.Module, Callable, Callable]:
-    """A model with its transforms, as open_clip's function of this name; arguments as of `create_model`.
+    """A model with its transforms, as open_clip's function of this name; arguments and errors as of `create_model`.
 
     Returns:
         (model in eval mode, training transform, evaluation transform); the transforms turn a PIL image into a
-        (C, H, W) float tensor. The training transform is a random crop; augment further in your own loop.
-
-    Raises:
-        ValueError: also for a model of other than 1 or 3 channels, see `vmoe.utils.channels.to_channels`.
+        (C, H, W) float tensor, C = 1 or 3. The training transform is a random crop; augment further in your own loop.
     """
     model = create_model(model_name, pretrained, **kwargs).to(device).eval()
     config = preprocess_config(model)
-    common = {key: config[key] for key in ("input_size", "interpolation", "mean", "std")}
-    train = create_transform(
-        **common, is_training=True, scale=(0.9, 1.0), ratio=(0.75, 4 / 3), hflip=0.0, color_jitter=0.0
-    )
-    val = create_transform(**common, crop_pct=config["crop_pct"], crop_mode=config["crop_mode"])
+    random_crop = {"is_training": True, "scale": (0.9, 1.0), "ratio": (0.75, 4 / 3), "hflip": 0.0, "color_jitter": 0.0}
+    train, val = create_transform(**config, **random_crop), create_transform(**config)
     for transform in (train, val):
         transform.transforms[:0] = to_channels(in_chans(model))
     return model, train, val
@@ -261,14 +248,9 @@ def get_tokenizer(model: str | nn.Module, context_length: int | None = None) -> 
     if isinstance(model, str):
         if model not in IMAGE_TEXT_NAMES:
             raise ValueError(f"no tokenizer for {model!r}: models with text are {list(IMAGE_TEXT_NAMES)}")
-        owner, settings = LIMoE, LIMOE_CONFIGS.get(model)
-        if settings is None:
-            owner, settings = TextTransformer, TWO_TOWER_CONFIGS[model]["text"]
-        own = settings.get("context_length", inspect.signature(owner).parameters["context_length"].default)
-    elif is_contrastive(model):
-        own = model.context_length
-    else:
+        model = build_empty({"name": model, "kwargs": {}})
+    if not is_contrastive(model):
         raise ValueError(f"{type(model).__name__} has no text side, so it has no tokenizer")
-    tokenizer = SimpleTokenizer(context_length=context_length or own)
+    tokenizer = SimpleTokenizer(context_length=context_length or model.context_length)
     tokenizer.clean_fn = partial(clean_beginning, tokenizer.clean_fn, tokenizer.context_length)
     return tokenizer

@@ -42,9 +42,8 @@ def attention(qkv_BT3D: Tensor, bias_B11T: Tensor | None, num_heads: int, fused:
 class TowerTokens:
     """What the blocks know of their tokens: rows of an image's patches and its text, (B, T, D), or packed, (S, D).
 
-    P is 0 without images, `bias_B11L` (hides padding from attention) None without text; the mask is True for patches
-    and real text tokens. `index_S` is the flat index into (B, T) of all tokens but padding, in the order of the batch;
-    None: rows.
+    The mask is True for patches and real text tokens; `bias_B11L`, None without text, hides padding from attention.
+    `index_S` holds the flat indices into (B, T) of all tokens but padding; None: rows.
     """
 
     num_patches: int
@@ -68,8 +67,7 @@ class TowerTokens:
 class LIMoEBlock(Block):
     """timm's pre-norm block over patches and text tokens at once: attention per modality, one MLP for both.
 
-    `attn` holds the weights of queries, keys, values and the projection; its own forward pass is not called, since it
-    knows one sequence only.
+    Of `attn` only the weights are used, since its forward pass knows one sequence.
     """
 
     def forward(self, x: Tensor, tokens: TowerTokens) -> Tensor:
@@ -105,12 +103,11 @@ class LIMoE(ImageTextModel):
     """One sparse tower for images and text, with open_clip's interface.
 
     Args:
-        img_size, patch_size, in_chans: of the images, in pixels: side or (height, width), side of a patch, channels.
+        img_size, patch_size: in pixels: side or (height, width) of the images, side of a patch.
         embed_dim: C, width of the common embedding.
         pool: "avg", over patches or real text tokens; or "map", attention pooling, for each modality its own.
         eot_token_id, context_length, vocab_size, width, depth, num_heads, mlp_ratio, drop_path_rate, moe_layers: as of
-            `vmoe.models.text.TextTransformer`.
-        init_logit_scale, init_logit_bias, output_dict: as of `ImageTextModel`.
+            `vmoe.models.text.TextTransformer`; init_logit_scale, init_logit_bias, output_dict: of `ImageTextModel`.
         **routing: `vmoe.moe.config.RoutingSettings`, `router_preset`; `num_experts=0` makes the dense baseline. The
             defaults are the preset "limoe" with 32 experts and a local entropy loss on text; the global entropy loss
             asks for half of the experts for images and a quarter for text (our choice).
@@ -188,8 +185,7 @@ class LIMoE(ImageTextModel):
         return self
 
     def tower(self, x_BPD: Tensor | None, x_BLD: Tensor | None, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, P, D) and (B, L, D) -> the same after blocks and final norm; P or L is 0 for a modality that is not
-        there.
+        """(B, P, D) and (B, L, D), or None -> the same after blocks and final norm, P or L being 0 for None.
 
         Row b of the sequence is [patches of image b | tokens of text b], so that a routing group holds both modalities
         (as long as `group_size` is not smaller than a row).
@@ -218,11 +214,7 @@ class LIMoE(ImageTextModel):
         return not any(isinstance(module, DropPath) for module in self.blocks.modules())
 
     def features(self, image: Tensor | None, text: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Images (B, 3, H, W) in -1..1 and token ids (B, L) -> (B, C) each; pairs compete for the same experts.
-
-        Raises:
-            ValueError: in training, if the two batches differ in size: pairs are routed together.
-        """
+        """Images (B, 3, H, W) in -1..1 and token ids (B, L) -> (B, C) each; pairs compete for the same experts."""
         if image is not None and text is not None and len(image) != len(text):
             if self.training:
                 raise ValueError(f"training takes pairs, got {len(image)} images and {len(text)} texts")

@@ -1,9 +1,6 @@
 """Checkpoint folders of a run: which there are, and whether every file is still as it was written.
 
-    RUN/checkpoints/step_000450/manifest.json    every other file of the folder with its size and SHA-256
-
-The manifest is written last and holds the hash of its own content, so a file that was truncated, changed, removed or
-added is found and named.
+RUN/checkpoints/step_000450/manifest.json is written last: every other file with its size and SHA-256, and its own hash.
 """
 
 from __future__ import annotations
@@ -76,17 +73,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 raise ValueError("its list of files cannot be read")
     except (AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError("it is not a manifest of vmoe") from error
-    except UnicodeDecodeError as error:
-        raise ValueError("it is not text") from error
     return manifest
 
 
 def find_problems(folder: Path, share: tuple[int, int] = (0, 1), only: str = "") -> list[str]:
     """What is wrong with a checkpoint, a sentence for each file; none if it is as it was written.
 
-    A folder of weights that no run wrote needs no manifest. `share`, (process, number of processes), hashes this
-    process's share of the files; together they hash all. `only` is a file, or a folder of files, in `folder`; all else
-    is ignored.
+    A folder of weights that no run wrote needs no manifest. `share`: (rank, number of processes) among which the files
+    to hash are divided. `only`: the file, or folder of files, in `folder` that is checked.
     """
     if not (folder / MANIFEST).is_symlink() and not (folder / MANIFEST).exists():
         of_a_run = any((folder / name).exists() for name in (TRAINER, "optimizer.safetensors", "model"))
@@ -136,16 +130,17 @@ def newest_complete(
 
     Without a logger another process gives the warnings.
     """
-    found, damaged = None, []
-    for checkpoint in reversed(checkpoints):
-        problems = find(checkpoint)
-        if not problems:
-            found = checkpoint
+    damaged: dict[Path, list[str]] = {}
+    for found in reversed(checkpoints):
+        if not (problems := find(found)):
             break
-        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
-        damaged.append(f"{checkpoint} is damaged ({problems[0]}{more})")
-    for damage in damaged if logger is not None else ():
-        logger.warning("%s; %s", damage, f"{found.name} is used instead" if found else "there is no other one")
+        damaged[found] = problems
+    else:
+        found = None
+    instead = f"{found.name} is used instead" if found else "there is no other one"
+    for checkpoint, (first, *rest) in damaged.items() if logger is not None else ():
+        more = f", and {len(rest)} more" if rest else ""
+        logger.warning("%s is damaged (%s%s); %s", checkpoint, first, more, instead)
     return found
 
 

@@ -13,7 +13,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -48,11 +48,8 @@ def find_weights(path: str | Path) -> Path:
     """The weights of a `.safetensors` path, of a checkpoint's folder, or of a run's folder (its newest checkpoint): a
     file, or a folder of files that a sharded run wrote.
 
-    In a folder the moving average stands for the model, if the run kept one. Files of a checkpoint are compared with
-    its checksums. A damaged checkpoint of a run is skipped with a warning.
-
-    Raises:
-        WeightsError: if there is none, or what `path` names is damaged.
+    Of a checkpoint it is the moving average, if the run kept one. Its files are compared with their checksums; damaged
+    checkpoints of a run are skipped with a warning. A WeightsError if nothing is left.
     """
     path = Path(path)
     if path.is_file() or (path / SETTINGS_NAME).is_file():
@@ -69,8 +66,7 @@ def find_weights(path: str | Path) -> Path:
             raise WeightsError(
                 f"no weights at {path}: {reason}; give a .safetensors file, a checkpoint or a run's folder"
             )
-        checkpoint = newest_complete(checkpoints, logger)
-        if checkpoint is None:
+        if (checkpoint := newest_complete(checkpoints, logger)) is None:
             problem = find_problems(checkpoints[-1])[0]
             raise WeightsError(f"all checkpoints of {run} are damaged, the newest one here: {problem}")
     found = checkpoint_weights(checkpoint, average=True) or checkpoint_weights(checkpoint)
@@ -134,10 +130,8 @@ def _open(file: Path) -> safe_open:
 class StoredTensors:
     """The tensors in a safetensors file, or in the folder of shards that the processes of a sharded run wrote.
 
-    Nothing but {name: shape} and {name: type} is read before `read_into`, which reads what this process needs.
-
-    Raises:
-        WeightsError: a file cannot be read, or the shards do not make whole tensors.
+    Only `shapes` and `dtypes` by name are read at first. A WeightsError if a file cannot be read, or if the shards do
+    not make complete tensors.
     """
 
     def __init__(self, source: str | Path) -> None:
@@ -175,9 +169,9 @@ class StoredTensors:
     def _readable(self) -> Iterator[None]:
         try:
             yield
-        except MemoryError:
-            raise
         except Exception as error:  # whatever the libraries raise for a damaged file
+            if isinstance(error, MemoryError):
+                raise
             raise WeightsError(f"{self.source} cannot be read: {printable(error) or type(error).__name__}") from error
 
 
@@ -187,11 +181,9 @@ def covers_once(shape: Sequence[int], boxes: Sequence[tuple[Sequence[int], Seque
         if len(start) != len(shape) or not all(0 <= a <= b <= size for a, b, size in zip(start, end, shape)):
             return False
     volumes = [math.prod(b - a for a, b in zip(start, end)) for start, end in boxes]
-    if sum(volumes) != math.prod(shape):
-        return False
+    if sum(volumes) != math.prod(shape) or not shape:
+        return sum(volumes) == math.prod(shape)
     boxes = [box for box, volume in zip(boxes, volumes) if volume]
-    if not shape:
-        return True
     # Sweeps along the dimension that is cut most often, so that few boxes are compared with each other.
     cut = max(range(len(shape)), key=lambda dim: len({start[dim] for start, _ in boxes}))
     open_boxes = []
@@ -216,12 +208,11 @@ class _SafetensorsFiles(FileSystem):
 def load_weights(
     model: nn.Module, source: str | Path | StoredTensors, new_head: bool = False, new_size: bool = False
 ) -> None:
-    """Load weights into a model; every tensor must fit.
+    """Load a safetensors file, or a folder that a sharded run wrote, into a model; every tensor must fit.
 
     Args:
-        model: changed in place, or not at all if a tensor does not fit. Its tensors may be DTensors on any mesh. One on
-            the meta device stays there.
-        source: a safetensors file, or a folder that a sharded run wrote.
+        model: changed in place, or not at all if a tensor does not fit. Its tensors may be DTensors on any mesh; those
+            on the meta device stay there.
         new_head: the model keeps its own classifier if the stored one has another number of classes.
         new_size: position embeddings of another image size are interpolated.
 
@@ -266,11 +257,11 @@ def _misfit(model: nn.Module, source: Path, stored: dict, misfits: dict[str, lis
             f"{source} holds the weights of {theirs}, which do not fit {ours}: leave the model's name out to get "
             f"{theirs}, or give weights of {ours}"
         )
-    kwargs = stored.get("kwargs", {})
+    kwargs, may_differ = stored.get("kwargs", {}), ("num_classes", "img_size")
     changed = [
         f"{key}={value!r}, not {repr(kwargs[key]) if key in kwargs else 'the default'}"
         for key, value in own.get("kwargs", {}).items()
-        if (key not in kwargs or kwargs[key] != value) and key not in ("num_classes", "img_size")  # those may differ
+        if (key not in kwargs or kwargs[key] != value) and key not in may_differ
     ]
     parts = [f", which has {'; '.join(changed)} as in the file: leave such settings out"] if changed and theirs else []
     for kind, tensors in misfits.items():
@@ -289,9 +280,7 @@ def _new_head(model: nn.Module, own: dict[str, Tensor], stored: StoredTensors) -
         old = stored.shapes[weight][0] if weight in stored.shapes else 0
         new = own[weight].shape[0] if weight in own else 0
         if old != new:
-            logger.info(
-                "%s has a classifier of %d classes: a new one of %d starts from scratch", stored.source, old, new
-            )
+            logger.info("%s has %d classes: a new classifier of %d starts from scratch", stored.source, old, new)
             names += [weight, f"{classifier}.bias"]
     return names
 
@@ -301,22 +290,17 @@ def _resized_positions(
 ) -> dict[str, Tensor]:
     """The stored position embeddings, interpolated to the model's grid of patches; those that need it."""
     patches = getattr(getattr(model, "visual", model), "patch_embed", None)
-    grid = getattr(patches, "grid_size", None)
-    resized = {}
-    for name in ("pos_embed", "visual.pos_embed", "image_pos_embed"):
-        # Models with positions of another kind (a map of their own, none for a grid): left to the comparison of shapes.
-        if grid is None or name not in own or name not in stored.shapes or own[name].ndim != 3:
-            continue
-        prefix = own[name].shape[1] - math.prod(grid)
-        if prefix < 0 or own[name].shape[2:] != stored.shapes[name][2:]:
-            continue
-        old_size = None  # a square
-        if "preprocess" in metadata:
-            sides = metadata["preprocess"]["input_size"][1:]
-            old_size = [side // step for side, step in zip(sides, patches.patch_size, strict=True)]
-            if math.prod(old_size) != stored.shapes[name][1] - prefix:
-                continue  # another patch size: left to the comparison of shapes
-        if old_size != list(grid):
+    if (grid := getattr(patches, "grid_size", None)) is None:
+        return {}
+    resized, old_size = {}, None  # None: a square
+    if "preprocess" in metadata:
+        sides = metadata["preprocess"]["input_size"][1:]
+        old_size = [side // step for side, step in zip(sides, patches.patch_size, strict=True)]
+    for name in {"pos_embed", "visual.pos_embed", "image_pos_embed"} & own.keys() & stored.shapes.keys():
+        prefix = own[name].shape[1] - math.prod(grid) if own[name].ndim == 3 else -1
+        if prefix < 0 or own[name].shape[2:] != stored.shapes[name][2:] or old_size == list(grid):
+            continue  # positions of another kind are left to the comparison of shapes
+        if old_size is None or math.prod(old_size) == stored.shapes[name][1] - prefix:
             resized[name] = resample_abs_pos_embed(stored.read(name), list(grid), old_size, num_prefix_tokens=prefix)
     return resized
 
@@ -351,7 +335,9 @@ DTYPE_NAMES |= {torch.uint8: "U8", torch.bool: "BOOL"}
 class MappedTensors(dict[str, Tensor]):
     """{name: tensor in the file}."""
 
-    mapped: mmap.mmap
+    def __init__(self, mapped: mmap.mmap) -> None:
+        super().__init__()
+        self.mapped = mapped
 
     def release(self) -> None:
         """Lets the system take the pages that were written."""
@@ -366,8 +352,8 @@ def mapped_safetensors(
 ) -> Iterator[MappedTensors]:
     """The tensors of a new file, to be filled inside the block one by one, so that memory need not hold them all.
 
-    The file takes its name when the block ends without an error; else it stays as it was, and folders that were made
-    for it are removed. A full disk is an OSError before anything is written.
+    The file takes its name when the block ends without an error; else it stays as it was. A full disk is an OSError
+    before anything is written.
     """
     header, end = {"__metadata__": metadata}, 0
     for name in sorted(shapes, key=lambda name: (-dtypes[name].itemsize, name)):  # so that each is aligned
@@ -376,26 +362,18 @@ def mapped_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     first = 8 + len(text)
-    made = [folder for folder in file.parents if not folder.exists()]
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(file) as draft, open(draft, "w+b") as opened:
-            opened.truncate(first + end)
-            if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash while the map is written
-                os.posix_fallocate(opened.fileno(), 0, first + end)
-            mapped = mmap.mmap(opened.fileno(), first + end)
-            mapped[:first] = struct.pack("<Q", len(text)) + text
-            data = torch.frombuffer(mapped, dtype=torch.uint8)[first:]
-            tensors = MappedTensors()
-            tensors.mapped = mapped
-            for name, shape in shapes.items():
-                start, end = header[name]["data_offsets"]
-                tensors[name] = data[start:end].view(dtypes[name]).view(tuple(shape))
-            yield tensors
-            mapped.flush()
-            os.fsync(opened.fileno())
-    finally:
-        if not file.exists():
-            with suppress(OSError):  # something else was written into one of them
-                for folder in made:
-                    folder.rmdir()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(file) as draft, open(draft, "w+b") as opened:
+        opened.truncate(first + end)
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash while the map is written
+            os.posix_fallocate(opened.fileno(), 0, first + end)
+        mapped = mmap.mmap(opened.fileno(), first + end)
+        mapped[:first] = struct.pack("<Q", len(text)) + text
+        data = torch.frombuffer(mapped, dtype=torch.uint8)[first:]
+        tensors = MappedTensors(mapped)
+        for name, shape in shapes.items():
+            start, end = header[name]["data_offsets"]
+            tensors[name] = data[start:end].view(dtypes[name]).view(tuple(shape))
+        yield tensors
+        mapped.flush()
+        os.fsync(opened.fileno())

@@ -1,7 +1,4 @@
-"""What it takes to build a model again: its name and settings, also those that were changed on it since.
-
-`create_model` and upcycling build on this; files hold it.
-"""
+"""What it takes to build a model again: its name and settings, also those that were changed on it since."""
 
 import difflib
 import inspect
@@ -37,9 +34,7 @@ def list_models() -> list[str]:
 
 
 def build_dense(spec: dict) -> nn.Module:
-    """A model by its "name" and "kwargs", which it remembers; "upcycle" and "experts" are left to the factory. A
-    ValueError names an unknown name or setting.
-    """
+    """A model by its "name" and "kwargs", which it remembers; a ValueError names an unknown name or setting."""
     name, kwargs = spec["name"], spec["kwargs"]
     try:
         model = _construct(name, kwargs)
@@ -56,8 +51,7 @@ def build_dense(spec: dict) -> nn.Module:
 def _construct(name: str, kwargs: dict) -> nn.Module:
     if name in LIMOE_CONFIGS:
         preset = preset_settings(kwargs)  # goes over what the name stands for
-        own = {key: value for key, value in LIMOE_CONFIGS[name].items() if key not in preset}
-        return LIMoE(**{**own, **kwargs})
+        return LIMoE(**{key: v for key, v in LIMOE_CONFIGS[name].items() if key not in preset} | kwargs)
     if name in TWO_TOWER_CONFIGS:
         return TwoTower(**merge_settings(TWO_TOWER_CONFIGS[name], kwargs))
     if timm.is_model(name):
@@ -126,10 +120,7 @@ def model_spec(model: nn.Module) -> dict:
     """{"name", "kwargs"}: enough to call `create_model` again, with a head or image size that was changed since.
 
     An upcycled model also has "upcycle", the settings that make the dense one sparse; one that `quantize_experts`
-    changed, "experts", how their weights are kept. A dense model by timm needs only its name and what it shows.
-
-    Raises:
-        ValueError: it is not known how to build the model.
+    changed, "experts". A ValueError if it is not known how to build the model.
     """
     spec = getattr(model, "vmoe_spec", None)
     if spec is None and (spec := _timm_spec(model)) is not None:
@@ -159,10 +150,7 @@ def _timm_spec(model: nn.Module) -> dict | None:
 
 
 def live_settings(model: nn.Module) -> dict:
-    """Settings that a model's own methods change after it was built (`reset_classifier`, `set_input_size`).
-
-    Of a two-tower model: those of its image tower.
-    """
+    """Settings that `reset_classifier` and `set_input_size` change; of a two-tower model those of its image tower."""
     model = unwrap_model(model.visual if isinstance(model, TwoTower) else model)
     settings = {key: getattr(model, key) for key in ("num_classes", "global_pool", "in_chans") if hasattr(model, key)}
     if not isinstance(settings.get("global_pool", ""), str):  # some of timm's models call their pooling layer so
@@ -188,10 +176,9 @@ def _changed(before: dict, now: dict) -> dict:
 
 
 def difference(model: nn.Module, again: nn.Module) -> str | None:
-    """The first thing in which a model built again is not what it was, a few words about it; None: nothing.
+    """The first thing in which a model built again is not what it was, in a few words; None: nothing.
 
-    Compares names and shapes of tensors, and each module's class, its `extra_repr` and its plain attributes, such as
-    `global_pool`. Attributes that only one of the two has are ignored.
+    Compares names and shapes of tensors, and each module's class, `extra_repr` and plain attributes that both have.
     """
     shapes = [{name: tuple(tensor.shape) for name, tensor in named_tensors(each).items()} for each in (model, again)]
     facts = [
@@ -217,8 +204,8 @@ _NO_DIFFERENCE = {"training", "grad_checkpointing", "fused_attn", "num_classes",
 
 def _facts(module: nn.Module) -> dict:
     known = vars(module) | (asdict(module.settings) if isinstance(module, SparseMoE) else {})
-    plain = {key: _plain(value) for key, value in known.items() if key[0] != "_" and key not in _NO_DIFFERENCE}
-    plain = {key: value for key, value in plain.items() if value is not Ellipsis}
+    named = [(key, _plain(value)) for key, value in known.items() if key[0] != "_" and key not in _NO_DIFFERENCE]
+    plain = {key: value for key, value in named if value is not Ellipsis}
     # FSDP2 gives a module a class of its own, with the old one's name in it.
     return {"class": type(module).__name__.removeprefix("FSDP"), "description": module.extra_repr(), **plain}
 

@@ -64,10 +64,7 @@ def embed_text(text_BL: Tensor, context_length: int, embedding: nn.Embedding, po
 
 
 def attention_bias(mask_BL: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """(B, L) True for real tokens -> (B, 1, 1, L) to be added to the scores.
-
-    Not a boolean mask: timm's attention adds what it is given where it does not use PyTorch's fused kernel.
-    """
+    """(B, L) True for real tokens -> (B, 1, 1, L) to be added to the scores, as timm's attention does with a mask."""
     if mask_BL is None:
         return None
     return torch.zeros_like(mask_BL, dtype=dtype).masked_fill(~mask_BL, -math.inf)[:, None, None, :]
@@ -80,14 +77,11 @@ def masked_mean(x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
 
 
 def text_routing(kwargs: dict, defaults: dict) -> dict:
-    """As `take_routing`, for a model with short sequences; raises TypeError for an argument that is no setting.
-
-    A capacity raised to a multiple of four is hardly a choice among a dozen tokens: expert choice has the exact one.
-    """
+    """As `take_routing`, for a model with short sequences; raises TypeError for an argument that is no setting."""
     settings = take_routing(kwargs, defaults)
     if kwargs:
         raise TypeError(f"the model got an unexpected keyword argument {next(iter(kwargs))!r}")
-    if settings.get("router") == "expert_choice":
+    if settings.get("router") == "expert_choice":  # a multiple of four is hardly a choice among a dozen tokens
         settings.setdefault("capacity_multiple_of", 1)
     return settings
 
@@ -108,10 +102,7 @@ def make_blocks(
     block: type[Block], width: int, depth: int, num_heads: int, mlp_ratio: float, drop_path_rate: float,
     moe_layers: str | Sequence[int], **sparse: Any,
 ) -> nn.ModuleList:  # fmt: skip
-    """The blocks of a transformer; those of `moe_layers` have experts, made with the arguments `sparse` of `SparseMoE`.
-
-    Stochastic depth grows linearly.
-    """
+    """Transformer blocks; those of `moe_layers` have a `SparseMoE(**sparse)`. Stochastic depth grows linearly."""
     if width % num_heads:
         raise ValueError(f"width must be a multiple of num_heads, got {width} and {num_heads}")
     chosen = sparse_blocks(moe_layers, depth) if sparse["num_experts"] else ()
@@ -133,17 +124,14 @@ class TextTransformer(nn.Module):
     """Token ids -> classes or an embedding.
 
     Args:
-        vocab_size, eot_token_id: of the tokenizer, by default open_clip's CLIP tokenizer. What follows the first
-            end-of-text token is padding, hidden from attention, experts and pooling; None: every position is read, as
-            in the reference.
+        vocab_size, eot_token_id: of the tokenizer, by default open_clip's. What follows the first end-of-text token is
+            padding, hidden from attention, experts and pooling; None: every position is read, as in the reference.
         context_length: L, the most tokens of a text.
-        width, depth, num_heads, mlp_ratio: D, number of blocks, attention heads, hidden width of an MLP or expert over
-        D.
+        width, depth, num_heads, mlp_ratio: D, number of blocks, attention heads, hidden width of an MLP or expert / D.
         num_classes: C, outputs of the last layer `head`; 0: there is none, the result is the pooled features.
         pool: "last" (the end-of-text token), "first", "gap" (mean), "gmp" (maximum) or "map" (attention pooling).
         pos_embed: "learn" or "none".
         qk_norm: a LayerNorm without bias on queries and keys.
-        drop_path_rate: stochastic depth.
         moe_layers: blocks with experts, see `vmoe.models.vision.sparse_blocks`.
         **routing: `vmoe.moe.config.RoutingSettings`, `router_preset`; `num_experts=0`: no experts.
 

@@ -1,7 +1,6 @@
 """Two towers for images and texts, trained contrastively, with experts in either or in both.
 
-The image tower is a V-MoE or any other timm model, the text tower a `TextTransformer`. The last layer of each tower,
-its head, gives the embedding. The interface is open_clip's.
+The image tower is a V-MoE or any other timm model, the text tower a `TextTransformer`; their heads give the embedding.
 
 Shapes, by suffix: B batch, L text length, C embedding width.
 """
@@ -184,8 +183,7 @@ _TINY = {"text": {**SIZES["tiny"], "context_length": 16}, "embed_dim": 128}
 
 
 def _soft(image_name: str, embed_dim: int) -> dict:
-    """The Soft MoE paper's contrastive models: a Soft MoE for 256 px images, without a head of its own, and a dense B
-    for texts of 16 tokens."""
+    """The Soft MoE paper's contrastive models: a Soft MoE without a head, and a dense B for texts of 16 tokens."""
     return {
         "image": {"name": image_name, "img_size": 256, "num_classes": 0},
         "text": {**SIZES["base"], "context_length": 16, "qk_norm": True, "num_experts": 0},

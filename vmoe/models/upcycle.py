@@ -16,6 +16,7 @@ from dataclasses import asdict
 from functools import partial
 
 import torch
+from timm.optim import auto_group_layers
 from torch import Tensor, nn
 
 from vmoe.models.dense_mlp import MlpLayout, UpcycledFrom, UpcycleError, mlp_layout, stacked_parameters, to_experts
@@ -27,10 +28,8 @@ from vmoe.moe import SparseMoE
 from vmoe.moe.config import SETTING_NAMES, with_preset
 
 TOWERS = ("image", "text", "both")
-# As in the upcycling paper, section A.1.1; small, so that at first all experts are nearly as probable.
-ROUTER_STD = 0.02
-# A fresh router is far from balanced; with less capacity, training would start by losing much of the dense model.
-CAPACITY_FACTOR = 2.0
+ROUTER_STD = 0.02  # section A.1.1 of the paper; small, so that at first all experts are nearly as probable
+CAPACITY_FACTOR = 2.0  # a fresh router is far from balanced, and with less the dense model would lose much at first
 
 
 def upcycle(
@@ -47,9 +46,8 @@ def upcycle(
 ) -> nn.Module:
     """A sparse copy of a dense model: experts copied from the MLPs, router fresh, all else as it was.
 
-    In eval mode its outputs are those of the dense model up to rounding, if `normalize_weights` is left on, nothing is
-    dropped (the default in eval mode), and neither noise nor re-initialisation is asked for. That holds for
-    router="top_k"; other routers mix or choose tokens in ways that a dense MLP cannot.
+    With router="top_k" and the defaults, its outputs in eval mode are those of the dense model up to rounding: weights
+    are normalised, nothing is dropped, nothing is perturbed.
 
     Args:
         model: any timm ViT or other model of blocks with an `.mlp`, an open_clip model, or a dense model of this
@@ -57,20 +55,17 @@ def upcycle(
         num_experts: E, by default the preset's or 8 (times `granularity`).
         layers: which MLPs: "everyN", "lastN", "second_half" or indices, see `vmoe.models.vision.sparse_blocks`; with
             two towers the same in each.
-        num_selected_experts: K, by default the preset's or 2 (times `granularity`). With K = 1 and normalised weights
-            the loss of the task gives the router no gradient, only the auxiliary losses do.
+        num_selected_experts: K, by default the preset's or 2 (times `granularity`).
         tower: of a model with two towers: "image", "text" or "both".
         granularity: G, each MLP is split into G experts of F/G hidden units; at first all G of a copy are chosen
             together (virtual groups, arXiv 2410.07524). E and K must be multiples of G. `noise_std` is 0 by default
             then: noise would separate the groups.
-        expert_noise: standard deviation of the normal noise on the experts' weights, in standard deviations of each
-            weight.
-        reinit: share r of the hidden units that each expert draws again, from normal distributions with the mean and
+        expert_noise: standard deviation of normal noise on the experts' weights, in standard deviations of each weight.
+        reinit: share of the hidden units that each expert draws again, from normal distributions with the mean and
             standard deviation of the weights that they replace (Drop-Upcycling, arXiv 2502.19261: 0.5).
-        **settings: of `vmoe.moe.config.RoutingSettings`, and `router_preset`. The defaults here:
+        **settings: of `vmoe.moe.config.RoutingSettings`, and `router_preset`. The defaults here are
             normalize_weights=True and capacity_factor=2.0 (no limit in open_clip's text towers, where padding would
-            take the tokens' capacity); a dense LIMoE or V-MoE has its class's own for the rest. A shared expert starts
-            with zero output. `expert_mlp` is that of the model.
+            take the tokens' capacity); a dense LIMoE or V-MoE has its class's own for the rest.
 
     Returns:
         A new model of the same class, dtype, device, training mode and frozen parameters. If the dense model was made
@@ -81,16 +76,12 @@ def upcycle(
         ValueError: for a setting out of range.
     """
     _check(model, tower, granularity, expert_noise, reinit, settings)
-    try:
+    with suppress(TypeError):  # `sparse_blocks` says what is wrong with them
         layers = layers if isinstance(layers, str) else [operator.index(block) for block in layers]
-    except TypeError:
-        raise ValueError(
-            f"layers must be 'everyN', 'lastN', 'second_half' or a list of block indices, got {layers!r}"
-        ) from None
+    chosen = _chosen_mlps(model, tower, layers)
     given = {"num_experts": num_experts, "num_selected_experts": num_selected_experts}
     user = {name: value for name, value in given.items() if value is not None} | settings
     settings = _routing_settings(user, granularity)
-    chosen = _chosen_mlps(model, tower, layers)
     spec = None
     with suppress(ValueError):  # it is not known how to build the model again
         spec = model_spec(model)
@@ -108,8 +99,8 @@ def upcycle(
         _perturb(layer, expert_noise, reinit)
         sparse.set_submodule(name, layer)
     _keep_parameter_groups(model, sparse)
-    words = {"layers": layers, "tower": tower, "granularity": granularity}
-    _set_spec(sparse, spec, family and family[0], {**words, **settings})
+    options = {"layers": layers, "tower": tower, "granularity": granularity}
+    _set_spec(sparse, spec, family and family[0], {**options, **settings})
     return sparse
 
 
@@ -320,11 +311,9 @@ def _redraw(tensor: Tensor, index: Tensor, dim: int) -> None:
 def _keep_parameter_groups(dense: nn.Module, sparse: nn.Module) -> None:
     """Let timm's optimizers treat experts as the MLPs that they were copied from.
 
-    Weight decay goes by the number of axes, and a stacked bias has one more; so `no_weight_decay` names those. Layer
-    decay goes by `group_matcher`; without one timm counts parameters, and the dense model's groups are kept.
+    `no_weight_decay` names the stacked biases, which have one axis more; without a `group_matcher` timm counts
+    parameters for layer decay, and the dense model's groups are kept.
     """
-    from timm.optim import auto_group_layers
-
     own = getattr(sparse, "no_weight_decay", set)()
     if not without_decay(sparse) <= own:
         sparse.no_weight_decay = partial(set, frozenset(own | without_decay(sparse)))
@@ -348,8 +337,7 @@ def _group_matcher(layer_of: dict[str, int], coarse: bool = False) -> Callable[[
 
 def _set_spec(sparse: nn.Module, dense_spec: dict | None, family_spec: dict | None, settings: dict) -> None:
     """How to build the model again: by its family's own settings, or by upcycling the dense model as `settings` say."""
-    for attribute in ("vmoe_spec", "vmoe_built"):
-        vars(sparse).pop(attribute, None)
+    sparse.vmoe_spec, sparse.vmoe_built = None, live_settings(sparse)
     if "upcycle" in (dense_spec or {}):
         sparse.vmoe_no_spec = "its towers were upcycled one after the other; upcycle both in one call"
     elif family_spec is not None and settings["granularity"] == 1:
@@ -359,8 +347,6 @@ def _set_spec(sparse: nn.Module, dense_spec: dict | None, family_spec: dict | No
         slots = {layer.settings.num_slots for layer in sparse.modules() if isinstance(layer, SparseMoE)}
         own = {"num_slots": slots.pop()} if len(slots) == 1 and None not in slots else {}
         sparse.vmoe_spec = {**dense_spec, "upcycle": {**settings, **own}}
-    if hasattr(sparse, "vmoe_spec"):
-        sparse.vmoe_built = live_settings(sparse)
 
 
 def _family(model: nn.Module, spec: dict | None, settings: dict, tower: str) -> tuple[dict, dict[str, dict]] | None:
@@ -379,5 +365,5 @@ def _family(model: nn.Module, spec: dict | None, settings: dict, tower: str) -> 
     spec = {"name": spec["name"], "kwargs": kwargs}
     with torch.device("meta"):
         model = build_dense(spec)
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseMoE)}
-    return spec, {name: {**asdict(layer.settings), "modalities": layer.modalities} for name, layer in layers.items()}
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, SparseMoE)]
+    return spec, {name: {**asdict(layer.settings), "modalities": layer.modalities} for name, layer in layers}

@@ -17,24 +17,30 @@ from vmoe.moe import SparseMoE
 def upcycle_optimizer(
     dense_optimizer: Optimizer, dense_model: nn.Module, sparse_model: nn.Module, sparse_optimizer: Optimizer
 ) -> None:
-    """Carry an optimizer's state over to the upcycled model, so that a run goes on without a new warm-up of it.
+    """Carry an optimizer's state over to the upcycled model's optimizer, in place, before its first step.
 
     Every expert gets the moments of the MLP that it was copied from, all else its own by name; a router, and whatever
-    the dense model does not have, starts fresh. Learning rates and other settings stay those of the new optimizer,
-    which is changed in place before its first step. Both optimizers are of the same kind, with state for each element
-    of a tensor (SGD, Adam and its relatives, Lion); `sparse_model` may also be another dense model with the same names.
+    the dense model does not have, starts fresh. Learning rates and other settings stay those of the new optimizer. Both
+    are of the same kind, with state for each element of a tensor (SGD, Adam and its relatives, Lion).
 
     Raises:
         UpcycleError: the optimizers differ, or keep state that is no tensor of a parameter's shape.
     """
-    _check_kinds(dense_optimizer, sparse_optimizer)
-    states = dense_optimizer.state
+    kind, states = type(dense_optimizer).__name__, dense_optimizer.state
+    if type(dense_optimizer) is not type(sparse_optimizer):
+        raise UpcycleError(
+            f"the state of {kind} is of no use to {type(sparse_optimizer).__name__}; take one kind for both models"
+        )
     dense = {name: p for name, p in dense_model.named_parameters() if states.get(p)}
     if not dense:
         raise UpcycleError(
             "the dense optimizer has no state for the dense model's parameters: it made no step yet, or keeps none "
             "(SGD without momentum); leave it out"
         )
+    for key in ("amsgrad", "centered"):  # they need state of their own
+        old, new = (any(g.get(key) for g in each.param_groups) for each in (dense_optimizer, sparse_optimizer))
+        if new and not old:
+            raise UpcycleError(f"{kind} with {key} needs state that the dense model's {kind} does not keep")
     carried = {}
     for name, parameter in sparse_model.named_parameters():
         if name in dense and dense[name].shape == parameter.shape:
@@ -50,21 +56,6 @@ def upcycle_optimizer(
             sparse_optimizer.state[parameter] = state
     # Its own rules say what lies on which device and in which type (Adam's step counts, for example).
     sparse_optimizer.load_state_dict(sparse_optimizer.state_dict())
-
-
-def _check_kinds(dense_optimizer: Optimizer, sparse_optimizer: Optimizer) -> None:
-    kind = type(dense_optimizer).__name__
-    if type(dense_optimizer) is not type(sparse_optimizer):
-        raise UpcycleError(
-            f"the state of {kind} is of no use to {type(sparse_optimizer).__name__}; take one kind for both models"
-        )
-    for key in ("momentum", "amsgrad", "centered"):
-        new = [group[key] for group in sparse_optimizer.param_groups if group.get(key)]
-        if new and not any(group.get(key) for group in dense_optimizer.param_groups):
-            raise UpcycleError(
-                f"{kind} with {key}={new[0]} needs state that the dense model's {kind} does not keep ({key} is off); "
-                f"take the same {key} for both models, or start the state from scratch"
-            )
 
 
 def _expert_states(layer: SparseMoE, mlp: dict[str, Tensor], states: dict[str, dict]) -> dict[str, dict]:

@@ -1,7 +1,7 @@
-"""What a file of weights says of its model, checked before a model is built by it, since anybody may have written it.
+"""Checks of what a file says of its model, since anybody may have written it.
 
-The settings are arguments of a constructor. They must not name other files or addresses, nor ask for a model that is
-much larger than the weights beside them.
+Its settings, arguments of a constructor, must not name other files or addresses, nor ask for a model that is much
+larger than the weights beside them.
 """
 
 import math
@@ -90,10 +90,7 @@ def _check_preprocessing(values: Any, where: str) -> None:
 
 @contextmanager
 def bounded_model(source: object, numbers: int, tensors: int) -> Iterator[None]:
-    """Models built inside that are much larger than their file end in a ValueError before they fill the memory.
-
-    `source` is the file, for the message; `numbers` are those in its `tensors` tensors.
-    """
+    """A ValueError for a model built inside that is much larger than `source`, which has so many numbers in tensors."""
     thread = threading.get_ident()
     left_numbers, left_tensors = 4 * numbers + SPARE_NUMBERS, 4 * tensors + SPARE_TENSORS
 

@@ -1,8 +1,7 @@
-"""V-MoE (arXiv 2106.05974) and Soft MoE (arXiv 2308.00951): ViTs with experts in some blocks.
+"""V-MoE (arXiv 2106.05974) and Soft MoE (arXiv 2308.00951): timm's ViT with experts in some blocks.
 
-The model is timm's `VisionTransformer` with another MLP in the sparse blocks, so all that timm does with a ViT works:
-pooling variants, `features_only`, `reset_classifier`, `set_input_size`, `dynamic_img_size`, layer decay, drop path.
-`vmoe.models.registry` gives the sizes their names.
+All that timm does with a ViT works: pooling variants, `features_only`, `reset_classifier`, `set_input_size`,
+`dynamic_img_size`, layer decay, drop path. `vmoe.models.registry` gives the sizes their names.
 
 Shapes, by suffix: B batch, P patches, D width.
 """
@@ -24,9 +23,9 @@ ROUTING_DEFAULTS = {"num_experts": 8, "num_selected_experts": 2}
 def sparse_blocks(moe_layers: str | Sequence[int], depth: int) -> tuple[int, ...]:
     """Indices of the blocks that hold experts, in a model of `depth` blocks.
 
-    `moe_layers` is "everyN": the last of each N blocks, so "every2" is 1, 3, 5, ...; "lastN": the last N of the blocks
-    of "every2", as in the V-MoE paper (so "last2" of 8 blocks is 5 and 7); "second_half": the upper half of the blocks,
-    as in the Soft MoE paper; or the indices themselves. Anything else is a ValueError.
+    `moe_layers` is "everyN": the last of each N blocks, so "every2" is 1, 3, 5, ...; "lastN": the last N of "every2",
+    as in the V-MoE paper (so "last2" of 8 blocks is 5 and 7); "second_half": the upper half, as in the Soft MoE paper;
+    or the indices themselves.
     """
     if moe_layers == "second_half":
         return tuple(range(depth // 2, depth))
@@ -66,8 +65,7 @@ def sincos2d_positions(height: int, width: int, dim: int, temperature: float, de
 
 
 def norm_queries_and_keys(model: nn.Module) -> None:
-    """QK norm of the reference (ViT-22B, arXiv 2302.05442) in all attention layers of a model by timm, in place: a
-    LayerNorm without bias on each head's queries and keys."""
+    """Adds the reference's QK norm (ViT-22B, arXiv 2302.05442): a LayerNorm without bias on queries and keys."""
     for attention in [module for module in model.modules() if hasattr(module, "q_norm")]:
         for name in ("q_norm", "k_norm"):
             norm = nn.LayerNorm(attention.head_dim, eps=1e-6, bias=False, **_like(attention.proj.weight))
