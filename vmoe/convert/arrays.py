@@ -1,4 +1,4 @@
-"""What every checkpoint reader gives: arrays by name, whose numbers are read part by part when they are asked for."""
+"""What every checkpoint reader gives: arrays by name, whose numbers are read when they are asked for."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,12 +23,8 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class StoredArray:
-    """An array of a checkpoint.
-
-    Attributes:
-        shape, dtype, nbytes: as it is stored.
-        parts: that together cover the array: where each lies, and a function that reads it (bfloat16 as float32).
-    """
+    """An array of a checkpoint, as it is stored; `parts` that together cover it: where each lies, and a function that
+    reads it (bfloat16 as float32)."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -72,11 +68,7 @@ def flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def select_params(arrays: Mapping[str, StoredArray], source: str | Path) -> tuple[dict[str, StoredArray], int]:
-    """The model's weights by their names in the model, and the number of other arrays (optimizer state, step, ...).
-
-    Raises:
-        CheckpointError: there are no weights of a reference model; names `source`.
-    """
+    """The model's weights by their names in the model, and the number of other arrays (optimizer state, step, ...)."""
     for root in _ROOTS:
         if any(root + probe in arrays for probe in _PROBES):
             chosen = {name.removeprefix(root): array for name, array in arrays.items() if name.startswith(root)}

@@ -91,10 +91,8 @@ def reference_layout(model: nn.Module) -> dict[str, Entry]:
 def require_vision(model: nn.Module) -> VisionTransformer:
     """The model itself; a ValueError if it is none of timm's vision transformers."""
     if not isinstance(model, VisionTransformer):
-        raise ValueError(
-            f"the reference has no model like this one ({type(model).__name__}): only V-MoE, Soft MoE and two-tower "
-            "models of them can be written for it"
-        )
+        what = "only V-MoE, Soft MoE and two-tower models of them can be written for it"
+        raise ValueError(f"the reference has no model like this one ({type(model).__name__}): {what}")
     return model
 
 

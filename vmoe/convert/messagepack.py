@@ -39,7 +39,7 @@ class Piece(NamedTuple):
 
 
 class IndexEntry(NamedTuple):
-    """What the reference's index says of one array: the slices of its chunks, and the shard that holds each."""
+    """What the index says of one array: the slices of its chunks, and the shard that holds each."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -164,7 +164,7 @@ def _extension(code: int, data: bytes) -> Piece | Slices | IndexEntry:
 
 
 def _array(data: bytes) -> Piece:
-    """Looks at shape and type only: to unpack the numbers too would copy them once more."""
+    """Looks at shape and type only, since unpacking the numbers would copy them once more."""
     header = msgpack.Unpacker(max_array_len=MAX_AXES)
     header.feed(data[:HEADER])
     if header.read_array_header() != 3:

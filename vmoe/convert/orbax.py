@@ -79,7 +79,7 @@ def _stored(store: Any, source: str) -> StoredArray:
         try:
             return np.asarray(store[where].read().result())
         except _ERRORS as error:
-            raise CheckpointError(f"{source} is damaged: {_short(error)}") from error
+            raise CheckpointError(f"{source} is damaged: {printable(error)[:300]}") from error
 
     parts = []
     for corner in np.ndindex(*grid):
@@ -87,10 +87,6 @@ def _stored(store: Any, source: str) -> StoredArray:
         where = tuple(slice(index * step, min((index + 1) * step, size)) for index, step, size in sides)
         parts.append((where, partial(read, where)))
     return StoredArray(shape, store.dtype.name, nbytes, parts)
-
-
-def _short(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:300]
 
 
 def open_orbax(folder: str | Path) -> dict[str, StoredArray]:
@@ -102,7 +98,7 @@ def open_orbax(folder: str | Path) -> dict[str, StoredArray]:
     try:
         keys = {key.decode() for key in ts.KvStore.open(base).result().list().result()}
     except _ERRORS as error:
-        raise CheckpointError(f"{folder} is not a readable Orbax checkpoint: {_short(error)}") from error
+        raise CheckpointError(f"{folder} is not a readable Orbax checkpoint: {printable(error)[:300]}") from error
     formats = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
     drivers = {key.removesuffix(end): driver for key in keys for end, driver in formats.items() if key.endswith(end)}
     arrays = {}
@@ -113,7 +109,7 @@ def open_orbax(folder: str | Path) -> dict[str, StoredArray]:
         try:
             store = ts.open({"driver": drivers[key], "kvstore": inner}, open=True, read=True).result()
         except _ERRORS as error:
-            raise CheckpointError(f"{name} in {folder} cannot be opened: {_short(error)}") from error
+            raise CheckpointError(f"{name} in {folder} cannot be opened: {printable(error)[:300]}") from error
         arrays[name] = _stored(store, f"{name} in {folder}")
         # A chunk's file that is not there would be read as zeros. (In OCDBT a lost file is an error by itself.)
         wanted, own = len(arrays[name].parts), sum(other.startswith(f"{key}/") for other in keys) - 1
@@ -135,5 +131,5 @@ def _names(folder: Path, keys: dict[str, str]) -> dict[str, str]:
             if leaf["value_metadata"].get("value_type") not in ("None", "Dict", "List")
         ]
     except (*_ERRORS, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is damaged: {_short(error)}") from error
+        raise CheckpointError(f"{file} is damaged: {printable(error)[:300]}") from error
     return {"/".join(path): ".".join(path) for path in paths}

@@ -19,20 +19,9 @@ _ROUTERS = {
 }
 # (global_pool, has a class token) -> classifier.
 _POOLS = {("token", True): "token", ("token", False): "0", ("avg", False): "gap", ("map", False): "map"}
-# Settings that the reference does not have, with the value that means "off".
-_FOREIGN = {
-    "learned_noise": False,
-    "input_jitter": 0.0,
-    "gate": "softmax",
-    "normalize_weights": False,
-    "random_threshold": None,
-    "expert_mlp": "mlp",
-    "num_shared_experts": 0,
-    "bias_update_rate": 0.0,
-    "z_loss": 0.0,
-    "local_entropy_loss": 0.0,
-    "global_entropy_loss": 0.0,
-}
+# Settings that the reference does not have; their defaults mean "off".
+_FOREIGN = ("learned_noise", "input_jitter", "gate", "normalize_weights", "random_threshold", "expert_mlp")
+_FOREIGN += ("num_shared_experts", "bias_update_rate", "z_loss", "local_entropy_loss", "global_entropy_loss")
 
 
 def reference_config(model: nn.Module, group_size: int | None = None) -> dict[str, Any]:
@@ -88,7 +77,7 @@ def _image(model: nn.Module, group_size: int | None, prefix: str = "") -> dict[s
     _need(patches.proj.in_channels == 3, f"in_chans={patches.proj.in_channels}")
     representation = getattr(model, "pre_logits", None)
     temperature = getattr(model, "sincos2d_temperature", None)
-    position = {"name": "learned" if model.pos_embed is not None else "none"}
+    position = {"name": "none" if model.pos_embed is None else "learned"}
     if model.pos_embed is None and temperature is not None:
         position = {"name": "sincos2d", "temperature": temperature}
     config = {
@@ -164,8 +153,8 @@ def _check_block(block: nn.Module, name: str) -> None:
 def _moe(layers: list[SparseMoE], tokens: int, group_size: int | None) -> dict[str, Any]:
     s: RoutingSettings = layers[0].settings
     _need(all(layer.settings == s for layer in layers), "sparse layers with different settings")
-    for name, off in _FOREIGN.items():
-        _need(getattr(s, name) == off, f"{name}={getattr(s, name)!r}")
+    for name in _FOREIGN:
+        _need(getattr(s, name) == getattr(RoutingSettings, name), f"{name}={getattr(s, name)!r}")
     size = s.group_size or (group_size if s.router == "top_k" else tokens)
     router = {"name": _ROUTERS[s.router], "noise_std": s.noise_std}
     if s.router == "soft":
@@ -176,12 +165,8 @@ def _moe(layers: list[SparseMoE], tokens: int, group_size: int | None) -> dict[s
         router["num_selected_experts"] = s.num_selected_experts
         router["dispatcher"]["batch_priority"] = s.batch_priority
         router |= {f"{name}_loss_weight": getattr(s, f"{name}_loss") for name in ("importance", "load", "gshard")}
-    return {
-        "num_experts": s.num_experts,
-        "group_size": size or tokens,
-        "dropout_rate": layers[0].experts.drop.p,
-        "router": router,
-    }
+    sizes = {"num_experts": s.num_experts, "group_size": size or tokens}
+    return {**sizes, "dropout_rate": layers[0].experts.drop.p, "router": router}
 
 
 def _capacity(s: RoutingSettings, size: int | None) -> dict[str, Any]:

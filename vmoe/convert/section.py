@@ -1,4 +1,4 @@
-"""The reference's config dictionaries, read key by key: an error for every key or value that has no meaning here."""
+"""The reference's config dictionaries, read key by key."""
 
 import ast
 import math
@@ -111,16 +111,15 @@ class Section:
                 raise ValueError
             expression = ast.parse(text, mode="eval").body
             if isinstance(expression, ast.Call):
-                if expression.args or any(keyword.arg is None for keyword in expression.keywords):
-                    raise ValueError
                 given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in expression.keywords}
-                self.values = {**given, **self.values}
-                expression = expression.func
+                if expression.args or None in given:
+                    raise ValueError
+                self.values, expression = {**given, **self.values}, expression.func
             module, _, cls = ast.unparse(expression).rpartition(".")
         except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
             raise self.wrong(name, text, f"one of {sorted(classes)}, arguments by name") from error
         if cls not in classes or module not in ("", classes[cls]):
-            raise self.wrong(name, text, f"one of {sorted(classes)}")
+            raise self.wrong(name, text, f"one of {sorted(classes)}, arguments by name")
         return cls
 
     def wrong(self, name: str, value: Any, wanted: str) -> ConfigError:
@@ -128,9 +127,8 @@ class Section:
         return ConfigError(f"{self.key(name)} = {_shown(value)} cannot be converted: it must be {wanted}")
 
     def finish(self, *ignored: str) -> None:
-        """Raises ConfigError if a key was neither taken nor is one of those that change nothing of a forward pass."""
-        left = sorted(self.values.keys() - self.taken - {*ignored, "deterministic"})
-        if left:
+        """A ConfigError for a key that was neither taken nor is one of those that change nothing of a forward pass."""
+        if left := sorted(self.values.keys() - self.taken - {*ignored, "deterministic"}, key=str):
             values = ", ".join(f"{self.key(name)} = {_shown(self.values[name])}" for name in left)
             raise ConfigError(
                 f"these keys of the config are not known to the converter: {values}; leave them out if the model's "

@@ -36,13 +36,12 @@ def model_settings(
     See `vmoe.convert.from_reference`. A ConfigError for a key or value that cannot be converted.
     """
     top = Section(config)
-    two_towers = "image" in top.values and "text" in top.values
-    if context_length is not None and not two_towers:
-        raise ConfigError("context_length is for two-tower models, this config has no text tower")
     if image_size is not None:
         top.values["image_size"] = image_size
-    if two_towers:
+    if "image" in top.values and "text" in top.values:
         return "two_tower_base_patch16", _two_tower(top, shapes, context_length)
+    if context_length is not None:
+        raise ConfigError("context_length is for two-tower models, this config has no text tower")
     kwargs = _image(top, shapes)
     return kwargs.pop("name"), kwargs
 
@@ -119,7 +118,7 @@ def _image(config: Section, shapes: Shapes, tower: str = "") -> dict[str, Any]:
 
 
 def _stored_positions(shapes: Shapes, tower: str) -> int:
-    """Position embeddings of a tower; 0 if there are none, which is an error of its own when the weights are fitted."""
+    """Position embeddings of a tower; 0 if there are none."""
     shape = shapes.get(f"{tower}Encoder/posembed_input/pos_embedding", ())
     return shape[1] if len(shape) == 3 else 0
 
@@ -135,8 +134,8 @@ def _image_size(config: Section, patch: tuple[int, int]) -> list[int] | None:
 
 def _square_size(tokens: int, has_class_token: bool, patch: tuple[int, int]) -> list[int]:
     """The size of images whose patches are a square of the stored position embeddings."""
-    side = math.isqrt(max(0, tokens - has_class_token))
-    if side == 0 or side**2 != tokens - has_class_token:
+    side = math.isqrt(max(0, patches := tokens - has_class_token))
+    if side == 0 or side**2 != patches:
         raise ConfigError(
             f"image_size is not in the config and cannot be told from {tokens} position embeddings, which are no "
             "square grid of patches; add image_size"
@@ -151,16 +150,15 @@ def _text(config: Section, shapes: Shapes, context_length: int | None) -> dict[s
     position = encoder.section("position_emb")
     learned = position.choice("name", "learned", ["learned", "none"]) == "learned"
     position.finish()
-    if context_length is not None and (not isinstance(context_length, int) or context_length < 1):
-        raise ConfigError(f"context_length must be a whole number >= 1, got {context_length!r}")
     if learned:
         tokens = _stored_positions(shapes, "txt/")
         if context_length not in (None, tokens):
             raise ConfigError(f"context_length is {context_length}, the text tower has {tokens} position embeddings")
         context_length = tokens
-    if not context_length:
+    if type(context_length) is not int or context_length < 1:
         raise ConfigError(
-            "the length of texts cannot be told: the text tower has no position embeddings; give context_length"
+            f"context_length must be a whole number >= 1, got {context_length!r}: the text tower has no position "
+            "embeddings that tell the length of texts"
         )
     blocks, *dropouts = _encoder(encoder, width)
     for name, rate in zip(("dropout_rate", "attention_dropout_rate"), dropouts):
@@ -223,10 +221,8 @@ def _experts(moe: Section, depth: int, mlp_dim: int, dropout: float) -> dict[str
         "expert_drop": moe.get("dropout_rate", RATE, dropout),
         **_router(moe.section("router"), E, size),
     }
-    if expert_width != mlp_dim:
-        settings["expert_width"] = expert_width
     moe.finish("split_rngs")
-    return settings
+    return settings if expert_width == mlp_dim else {**settings, "expert_width": expert_width}
 
 
 def _router(router: Section, E: int, size: int) -> dict[str, Any]:

@@ -13,8 +13,7 @@ class ImageTextModel(nn.Module):
     """open_clip's interface around `features`, which a subclass has.
 
     Args:
-        init_logit_scale: initial log of the logit scale.
-        init_logit_bias: initial logit bias, for the sigmoid loss; None: the model has none.
+        init_logit_scale, init_logit_bias: initial log of the scale; initial bias, for the sigmoid loss, or None.
         output_dict: `forward` returns a dictionary, as in open_clip.
     """
 
@@ -54,11 +53,10 @@ class ImageTextModel(nn.Module):
         return logits, logits.T
 
     def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> tuple | dict[str, Tensor]:
-        """Images (B, 3, H, W), texts (B, L), or both.
+        """Images (B, 3, H, W), texts (B, L), or both -> what open_clip's losses take.
 
-        Returns:
-            What open_clip's losses take: (image_features, text_features, logit scale[, logit bias]), features
-            normalised and (B, C) or None; with `output_dict` a dictionary of these names.
+        (image_features, text_features, logit_scale[, logit_bias]), features normalised and (B, C) or None; with
+        `output_dict` a dictionary of these names.
         """
         image_BC, text_BC = (each if each is None else F.normalize(each, dim=-1) for each in self.features(image, text))
         outputs = {"image_features": image_BC, "text_features": text_BC, "logit_scale": self.logit_scale.exp()}

@@ -1,8 +1,7 @@
 """The dense MLPs of timm and open_clip, and their weights as experts and back.
 
 Whatever an MLP calls its layers, its experts are `fc1` (of a gated MLP: gate first, then value), an optional `norm` of
-the hidden units, and `fc2`. All experts share the activation; one that learns, such as PReLU, keeps its numbers. The
-functions here only rearrange tensors, so they serve weights and an optimizer's moments alike.
+the hidden units, and `fc2`; they share the activation. Weights and an optimizer's moments are rearranged alike.
 
 Shapes, by suffix: E experts, D model width, F hidden width, G virtual experts that a dense MLP is split into.
 """
@@ -23,10 +22,10 @@ class UpcycleError(ValueError):
 
 @dataclass(frozen=True)
 class MlpLayout:
-    """Names of an MLP's parts; `norm` (of the hidden units) and `drop` are None where there is none.
+    """Names of an MLP's parts; `norm` and `drop` are None where there is none.
 
-    `fc1` are two layers for a gated MLP, hidden = act(gate) * value, with gate and value apart, the gate first; with
-    `gate_last` one layer holds both, the value first.
+    A gated MLP, hidden = act(gate) * value, has two layers `fc1`, the gate's first, or one that holds both, with
+    `gate_last` the value first.
     """
 
     fc1: tuple[str, ...] = ("fc1",)
@@ -46,9 +45,7 @@ class MlpLayout:
 
 @dataclass(frozen=True)
 class UpcycledFrom:
-    """What a sparse layer remembers of the MLP that it was made from, whose `skeleton` lies on the meta device;
-    `granularity` is G, the experts that one MLP was split into.
-    """
+    """What a sparse layer remembers of its MLP, which was split into G experts; `skeleton` is it on the meta device."""
 
     layout: MlpLayout
     skeleton: nn.Module
@@ -56,11 +53,7 @@ class UpcycledFrom:
 
 
 def mlp_layout(mlp: nn.Module) -> MlpLayout:
-    """The layout of timm's `Mlp`, `GluMlp` (SwiGLUPacked) or `SwiGLU`, or of open_clip's MLP.
-
-    Raises:
-        UpcycleError: for any other module, and for layers that experts do not have; names the class.
-    """
+    """The layout of timm's `Mlp`, `GluMlp` (SwiGLUPacked) or `SwiGLU`, or of open_clip's MLP; else an UpcycleError."""
     names = tuple(name for name, _ in mlp.named_children())
     norm = None if isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity) else "norm"
     # The classes themselves: a subclass may compute something else.
@@ -101,14 +94,13 @@ def stacked_parameters(experts: Experts) -> dict[str, nn.Parameter]:
 def to_experts(
     layout: MlpLayout, tensors: Mapping[str, Tensor], num_experts: int, granularity: int = 1, fc2_scale: float = 1.0
 ) -> dict[str, Tensor]:
-    """Copies of an MLP's tensors, given by their names there, for E experts, a multiple of G.
+    """Fresh copies of an MLP's tensors for E experts, a multiple of G; `fc2_scale` multiplies the second weight.
 
-    Expert e holds the hidden units of slice e % G; all keep the full bias of fc2. `fc2_scale` multiplies the second
-    weight.
+    Expert e holds the hidden units of slice e % G; all keep the full bias of fc2.
 
     Returns:
         {"fc1.weight": (E, F/G or 2F/G, D), "fc1.bias": (E, ...), "norm.weight": (E, F), "norm.bias": (E, F),
-        "fc2.weight": (E, D, F/G), "fc2.bias": (E, D)}, without those that the MLP lacks; freshly allocated.
+        "fc2.weight": (E, D, F/G), "fc2.bias": (E, D)}, without those that the MLP lacks.
     """
     G, copies = granularity, num_experts // granularity
     experts = {}
@@ -130,10 +122,7 @@ def to_experts(
 
 
 def from_experts(layout: MlpLayout, tensors: Mapping[str, Tensor], fc2_scale: float = 1.0) -> dict[str, Tensor]:
-    """The tensors of the MLP whose G slices are the given experts: the inverse of `to_experts` for E = G.
-
-    The slices' biases of fc2 are averaged.
-    """
+    """The inverse of `to_experts` for E = G: the tensors of an MLP; the slices' biases of fc2 are averaged."""
     dense = {}
     for kind in ("weight", "bias"):
         if f"fc1.{kind}" in tensors:

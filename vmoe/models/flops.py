@@ -29,10 +29,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(all parameters, active ones).
+    """(all parameters, those that a token goes through: of a sparse layer `experts_per_token` of its experts).
 
-    Active are those that a token goes through: of each sparse layer some of its E experts (see
-    :func:`experts_per_token`), of everything else all. A contrastive model counts with both its modalities.
+    A contrastive model counts with both its modalities.
     """
     total = active = _numbers(model)
     for layer in model.modules():
@@ -49,8 +48,7 @@ def _numbers(module: nn.Module) -> int:
 
 def experts_per_token(layer: SparseMoE) -> float:
     """Experts that a token goes through in evaluation: K for top_k; the mean, which is the capacity factor, for
-    expert_choice (with a fixed capacity E, since the mean depends on the number of tokens); E for soft.
-    """
+    expert_choice (E with a fixed capacity, where the mean depends on the number of tokens); E for soft."""
     if layer.router_type == "top_k":
         return layer.num_selected_experts
     if layer.router_type == "expert_choice" and layer.capacity is None:
@@ -71,10 +69,9 @@ for _name in ("_scaled_dot_product_flash_attention{}", "_scaled_dot_product_flas
 
 
 def forward_flops(call: Callable[[], object]) -> int:
-    """Floating-point operations of a call, a multiply-add counted as two.
+    """Floating-point operations of a call's matrix multiplications, a multiply-add counted as two.
 
-    Counts matrix multiplications (linear layers, attention, convolutions, the gate, the experts), not element-wise
-    work. An expert counts the rows routed to it, once each.
+    An expert counts the rows routed to it, once each; element-wise work is not counted.
     """
     with FlopCounterMode(display=False) as counter:
         call()
@@ -82,12 +79,11 @@ def forward_flops(call: Callable[[], object]) -> int:
 
 
 def model_profile(model: nn.Module) -> dict[str, int | float]:
-    """Parameters and cost of one image (and one caption that fills the context) in evaluation mode, also on the meta
-    device.
+    """Size and cost in evaluation mode, also on the meta device.
 
     Returns:
-        "parameters_total" and "parameters_active" (see :func:`count_parameters`); "gflops_per_image" and, for a
-        contrastive model, "gflops_per_text": the forward pass of one, in 10^9 operations (see :func:`forward_flops`).
+        "parameters_total" and "parameters_active", see `count_parameters`; "gflops_per_image" and, for a contrastive
+        model, "gflops_per_text", of a caption that fills the context: the forward pass in 10^9 `forward_flops`.
     """
     model = unwrap_model(model)
     total, active = count_parameters(model)

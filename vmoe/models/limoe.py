@@ -111,9 +111,6 @@ class LIMoE(ImageTextModel):
         **routing: `vmoe.moe.config.RoutingSettings`, `router_preset`; `num_experts=0` makes the dense baseline. The
             defaults are the preset "limoe" with 32 experts and a local entropy loss on text; the global entropy loss
             asks for half of the experts for images and a quarter for text (our choice).
-
-    Raises:
-        ValueError, TypeError: for a setting out of range, or unknown.
     """
 
     def __init__(
@@ -207,8 +204,7 @@ class LIMoE(ImageTextModel):
         return x_BTD[:, :P], x_BTD[:, P:]
 
     def packs(self, x: Tensor) -> bool:
-        """Padding is skipped by the blocks: in training on a CPU, where that saves a tenth of a step and no shape is
-        fixed. Stochastic depth drops rows, so it needs them."""
+        """Blocks skip padding: in training on a CPU, where it saves a tenth of a step. Stochastic depth needs rows."""
         if not self.training or x.device.type != "cpu" or torch.compiler.is_compiling():
             return False
         return not any(isinstance(module, DropPath) for module in self.blocks.modules())

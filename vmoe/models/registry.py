@@ -97,10 +97,7 @@ def _filter(state_dict: dict[str, Tensor], model: VisionMoE) -> dict[str, Tensor
 
 
 def _with_settings_of_file(name: str, pretrained: bool, kwargs: dict) -> tuple[str, dict]:
-    """The name and settings in a file of this package that timm is told to load, so that the file is all it needs.
-
-    `kwargs`, the user's settings, win; "file" of their `pretrained_cfg_overlay` or `pretrained_cfg` is the file.
-    """
+    """The name and settings in the file of this package that the user's `pretrained_cfg` or its overlay names."""
     from vmoe.models.serialization import METADATA_KEY, read_pretrained_metadata, safetensors_metadata  # slow to import
 
     config, overlay = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay") or {}
@@ -122,14 +119,7 @@ def _with_settings_of_file(name: str, pretrained: bool, kwargs: dict) -> tuple[s
     return stored_name, {**own, **kwargs, "pretrained_cfg_overlay": {**about, **overlay}}
 
 
-def _register(name: str) -> None:
-    def build(pretrained: bool = False, **kwargs) -> VisionMoE:
-        return _create(name, pretrained, **kwargs)
-
-    build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"The model {name}, see docs/models.md; `kwargs` are those of `VisionMoE`."
-    globals()[name] = register_model(build)
-
-
 for _name in MODELS:
-    _register(_name)
+    _build = partial(_create, _name)
+    _build.__name__, _build.__module__ = _name, __name__
+    globals()[_name] = register_model(_build)

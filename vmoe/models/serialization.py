@@ -12,10 +12,12 @@ import mmap
 import os
 import re
 import struct
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -34,6 +36,7 @@ logger = logging.getLogger("vmoe.models")
 
 METADATA_KEY = "vmoe"
 WEIGHTS_NAME, AVERAGE_NAME = "model.safetensors", "ema.safetensors"
+MAX_CELLS = 2**24  # into which shards or chunks may cut a tensor
 SETTINGS_NAME = "settings.json"  # in a folder of shards, the metadata that a single file carries itself
 
 
@@ -180,19 +183,15 @@ def covers_once(shape: Sequence[int], boxes: Sequence[tuple[Sequence[int], Seque
     for start, end in boxes:
         if len(start) != len(shape) or not all(0 <= a <= b <= size for a, b, size in zip(start, end, shape)):
             return False
-    volumes = [math.prod(b - a for a, b in zip(start, end)) for start, end in boxes]
-    if sum(volumes) != math.prod(shape) or not shape:
-        return sum(volumes) == math.prod(shape)
-    boxes = [box for box, volume in zip(boxes, volumes) if volume]
-    # Sweeps along the dimension that is cut most often, so that few boxes are compared with each other.
-    cut = max(range(len(shape)), key=lambda dim: len({start[dim] for start, _ in boxes}))
-    open_boxes = []
-    for start, end in sorted(boxes, key=lambda box: box[0][cut]):
-        open_boxes = [box for box in open_boxes if box[1][cut] > start[cut]]
-        if any(all(a < d and c < b for a, b, c, d in zip(start, end, *box)) for box in open_boxes):
-            return False
-        open_boxes.append((start, end))
-    return True
+    # The edges of all boxes cut the array into cells, each of which one box must hold.
+    cuts = [sorted({0, size, *(corner[dim] for box in boxes for corner in box)}) for dim, size in enumerate(shape)]
+    if math.prod(map(len, cuts)) > MAX_CELLS:
+        return False
+    times = np.zeros([len(edges) - 1 for edges in cuts], dtype=np.int32)
+    for corners in boxes:
+        first, last = ([bisect_left(*each) for each in zip(cuts, corner)] for corner in corners)
+        times[tuple(map(slice, first, last))] += 1
+    return bool((times == 1).all())
 
 
 class _SafetensorsFiles(FileSystem):
@@ -309,11 +308,8 @@ def _resized_positions(
 
 
 def write_tensors(tensors: dict[str, Tensor], metadata: dict[str, str], file: Path) -> None:
-    """Writes a safetensors file of contiguous CPU tensors, atomically, and on the disk when this returns.
-
-    Raises:
-        OSError, RuntimeError: it cannot be written; tensors share their memory.
-    """
+    """Writes a safetensors file of contiguous CPU tensors, atomically, and on the disk when this returns; an OSError if
+    it cannot be written, a RuntimeError for tensors that share their memory."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as draft:
         try:

@@ -134,9 +134,6 @@ class TextTransformer(nn.Module):
         qk_norm: a LayerNorm without bias on queries and keys.
         moe_layers: blocks with experts, see `vmoe.models.vision.sparse_blocks`.
         **routing: `vmoe.moe.config.RoutingSettings`, `router_preset`; `num_experts=0`: no experts.
-
-    Raises:
-        ValueError, TypeError: for a setting out of range, or unknown.
     """
 
     def __init__(

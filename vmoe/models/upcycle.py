@@ -1,7 +1,6 @@
 """Sparse upcycling: a dense transformer whose MLPs become experts that start as copies of them (arXiv 2212.05055).
 
-With the weights of a token's experts divided by their sum, and capacity for every token, the sparse model computes at
-first what the dense one does. `vmoe.models.densify` is the way back.
+At first the sparse model computes what the dense one does; `vmoe.models.densify` is the way back.
 
 Shapes, by suffix: E experts, D model width, F hidden width, G virtual experts that a dense MLP is split into.
 """
@@ -53,8 +52,7 @@ def upcycle(
         model: any timm ViT or other model of blocks with an `.mlp`, an open_clip model, or a dense model of this
             package (`num_experts=0`); not changed.
         num_experts: E, by default the preset's or 8 (times `granularity`).
-        layers: which MLPs: "everyN", "lastN", "second_half" or indices, see `vmoe.models.vision.sparse_blocks`; with
-            two towers the same in each.
+        layers: "everyN", "lastN", "second_half" or block indices, the same in both towers; see `sparse_blocks`.
         num_selected_experts: K, by default the preset's or 2 (times `granularity`).
         tower: of a model with two towers: "image", "text" or "both".
         granularity: G, each MLP is split into G experts of F/G hidden units; at first all G of a copy are chosen
@@ -110,14 +108,15 @@ def upcycle(
 def _check(model: nn.Module, tower: str, granularity: int, expert_noise: float, reinit: float, settings: dict) -> None:
     if not isinstance(model, nn.Module):
         raise UpcycleError(f"upcycle takes a model (an nn.Module), got {model!r}; make one with vmoe.create_model")
-    if tower not in TOWERS:
-        raise ValueError(f"tower must be one of {TOWERS}, got {tower!r}")
-    if type(granularity) is not int or granularity < 1:
-        raise ValueError(f"granularity must be a whole number >= 1, got {granularity!r}")
-    if not isinstance(expert_noise, (int, float)) or not 0 <= expert_noise < math.inf:
-        raise ValueError(f"expert_noise must be a number >= 0 and finite, got {expert_noise!r}")
-    if not isinstance(reinit, (int, float)) or not 0 <= reinit <= 1:
-        raise ValueError(f"reinit must be 0..1, got {reinit!r}")
+    noise_is_number, reinit_is_number = (isinstance(number, (int, float)) for number in (expert_noise, reinit))
+    for name, value, holds, what in [
+        ("tower", tower, tower in TOWERS, f"one of {TOWERS}"),
+        ("granularity", granularity, type(granularity) is int and granularity >= 1, "a whole number >= 1"),
+        ("expert_noise", expert_noise, noise_is_number and 0 <= expert_noise < math.inf, "a number >= 0 and finite"),
+        ("reinit", reinit, reinit_is_number and 0 <= reinit <= 1, "0..1"),
+    ]:
+        if not holds:
+            raise ValueError(f"{name} must be {what}, got {value!r}")
     if settings.get("expert_width") is not None:
         raise ValueError("expert_width cannot be set: the experts are copies of the MLPs; granularity makes finer ones")
     for name in settings.keys() - SETTING_NAMES:
@@ -220,7 +219,7 @@ def _sparse_layer(mlp: nn.Module, settings: dict, granularity: int, model: nn.Mo
     if G > 1 and norm is not None:
         raise UpcycleError(f"granularity={G} cannot split an MLP that normalises its hidden units; use 1")
     owners = [model.get_submodule(name.rsplit(".", n)[0]) for n in range(1, name.count(".") + 1)]
-    if settings["router"] != "top_k" and any(getattr(owner, "batch_first", True) is False for owner in owners):
+    if settings["router"] != "top_k" and not all(getattr(owner, "batch_first", True) for owner in owners):
         raise ValueError(f"router={settings['router']!r} needs sequences first: this tower has batch_first=False")
     own_mlp = "mlp" if not layout.gated else "geglu" if isinstance(act, nn.GELU) else "swiglu"
     settings = {"expert_mlp": own_mlp, **settings}

@@ -50,10 +50,9 @@ def sparse_blocks(moe_layers: str | Sequence[int], depth: int) -> tuple[int, ...
 
 
 def sincos2d_positions(height: int, width: int, dim: int, temperature: float, device=None, dtype=None) -> Tensor:
-    """Fixed position embeddings of a grid of patches, (1, height·width, dim), row by row.
+    """Fixed position embeddings of a grid of patches, (1, height·width, dim), row by row (MoCo v3, arXiv 2104.02057).
 
-    A quarter of the channels each holds sin(x·w), cos(x·w), sin(y·w) and cos(y·w), with the frequencies w falling
-    geometrically from 1 to 1/temperature (MoCo v3, arXiv 2104.02057).
+    A quarter of the channels each holds sin(x·w), cos(x·w), sin(y·w) and cos(y·w), w from 1 to 1/temperature.
     """
     if dim % 4 or dim < 8:
         raise ValueError(f"pos_embed='sincos2d' needs a width that is a multiple of 4 and at least 8, got {dim}")
@@ -77,8 +76,8 @@ def _like(tensor: Tensor) -> dict:
 
 
 def without_decay(model: nn.Module) -> set[str]:
-    """Parameters of sparse layers without weight decay though they have several axes: biases, norms and learned
-    activations, because every expert has its own; and slots of soft routing, whose length means nothing."""
+    """Parameters of sparse layers without weight decay though they have several axes: biases, norms and activations
+    of experts; and slots of soft routing, whose length means nothing."""
     names = set()
     for name, layer in model.named_modules():
         if isinstance(layer, SparseMoE):
@@ -113,9 +112,6 @@ class VisionMoE(VisionTransformer):
         representation_size: width of a linear layer with tanh before the classifier, `pre_logits`; None: there is none.
         **kwargs: routing settings (`vmoe.moe.config.RoutingSettings`, `router_preset`; `num_experts=0` makes the
             dense baseline), and arguments of `timm.models.VisionTransformer`.
-
-    Raises:
-        ValueError, TypeError: for a setting out of range, or unknown.
     """
 
     def __init__(
