@@ -16,7 +16,7 @@ from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD, create_tr
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from vmoe.models.limoe import LIMoE
+from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE
 from vmoe.models.serialization import (
     METADATA_KEY,
     StoredTensors,
@@ -27,7 +27,7 @@ from vmoe.models.serialization import (
     write_tensors,
 )
 from vmoe.models.spec import IMAGE_TEXT_NAMES, build_dense, difference, model_spec, named_tensors, on_meta
-from vmoe.models.text import clean_beginning
+from vmoe.models.text import CONTEXT_LENGTH, clean_beginning
 from vmoe.models.two_tower import TWO_TOWER_CONFIGS, TwoTower, check_towers, merge_settings
 from vmoe.models.upcycle import upcycle
 from vmoe.models.validation import bounded_model, check_metadata
@@ -248,8 +248,9 @@ def get_tokenizer(model: str | nn.Module, context_length: int | None = None) -> 
     if isinstance(model, str):
         if model not in IMAGE_TEXT_NAMES:
             raise ValueError(f"no tokenizer for {model!r}: models with text are {list(IMAGE_TEXT_NAMES)}")
-        model = build_empty({"name": model, "kwargs": {}})
-    if not is_contrastive(model):
+        settings = LIMOE_CONFIGS.get(model) or TWO_TOWER_CONFIGS[model]["text"]
+        context_length = context_length or settings.get("context_length", CONTEXT_LENGTH)
+    elif not is_contrastive(model):
         raise ValueError(f"{type(model).__name__} has no text side, so it has no tokenizer")
     tokenizer = SimpleTokenizer(context_length=context_length or model.context_length)
     tokenizer.clean_fn = partial(clean_beginning, tokenizer.clean_fn, tokenizer.context_length)

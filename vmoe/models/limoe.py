@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import AttentionPoolLatent, DropPath, PatchEmbed, resample_abs_pos_embed, trunc_normal_
-from timm.models import checkpoint, named_apply
+from timm.models import named_apply
 from timm.models.vision_transformer import Block, get_init_weights_vit
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vmoe.models.contrastive import INIT_LOGIT_SCALE, ImageTextModel
 from vmoe.models.text import SIZES, STYLE, attention_bias, embed_text, make_blocks, masked_mean, text_mask, text_routing
-from vmoe.models.vision import without_decay, without_fused_attention
+from vmoe.models.vision import BlocksMixin, without_fused_attention
 from vmoe.moe import SparseMoE
 from vmoe.moe.config import PRESETS
 
@@ -99,7 +99,7 @@ def _routing(kwargs: dict) -> dict:
     return settings
 
 
-class LIMoE(ImageTextModel):
+class LIMoE(BlocksMixin, ImageTextModel):
     """One sparse tower for images and text, with open_clip's interface.
 
     Args:
@@ -140,7 +140,6 @@ class LIMoE(ImageTextModel):
         settings = _routing(routing)
         self.in_chans, self.embed_dim = in_chans, embed_dim
         self.context_length, self.vocab_size, self.eot_token_id = context_length, vocab_size, eot_token_id
-        self.grad_checkpointing = False
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, width)
         self.image_pos_embed = nn.Parameter(torch.empty(1, self.patch_embed.num_patches, width))
         self.token_embedding = nn.Embedding(vocab_size, width)
@@ -196,11 +195,7 @@ class LIMoE(ImageTextModel):
             mask_BT, bias_B11L = torch.cat([mask_BT, mask_BL], dim=1), attention_bias(mask_BL, x.dtype)
         index_S = mask_BT.flatten().nonzero()[:, 0] if mask_BL is not None and self.packs(x) else None
         tokens = TowerTokens(P, mask_BT, modality_BT, bias_B11L, index_S)
-        x = tokens.pack(x)
-        for block in self.blocks:
-            recompute = self.grad_checkpointing and torch.is_grad_enabled()
-            x = checkpoint(block, x, tokens) if recompute else block(x, tokens)
-        x_BTD = tokens.unpack(self.norm(x))
+        x_BTD = tokens.unpack(self.forward_blocks(tokens.pack(x), tokens))
         return x_BTD[:, :P], x_BTD[:, P:]
 
     def packs(self, x: Tensor) -> bool:
@@ -233,26 +228,12 @@ class LIMoE(ImageTextModel):
             text_BC = self.text_projection(pooled_BD)
         return image_BC, text_BC
 
-    def set_grad_checkpointing(self, enable: bool = True, **kwargs) -> None:
-        """Recompute the blocks in the backward pass instead of keeping their activations."""
-        self.grad_checkpointing = enable
-
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Change the image size; position embeddings are interpolated."""
         old, old_size = self.image_pos_embed, self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size=img_size)
         resized = resample_abs_pos_embed(old, self.patch_embed.grid_size, old_size, num_prefix_tokens=0)
         self.image_pos_embed = nn.Parameter(resized.detach(), old.requires_grad)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return {"image_pos_embed", "text_pos_embed", "logit_scale", "logit_bias"} | without_decay(self)
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
-        """Parameter groups by depth, for layer decay."""
-        stem = r"^patch_embed|^token_embedding|^image_pos_embed|^text_pos_embed"
-        return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
 
 _TINY = {**SIZES["tiny"], "img_size": 48, "embed_dim": 128, "context_length": 16, "num_experts": 8}

@@ -12,20 +12,15 @@ from typing import Any
 
 import torch
 from timm.layers import AttentionPoolLatent, Mlp, trunc_normal_
-from timm.models import checkpoint, named_apply
+from timm.models import named_apply
 from timm.models.vision_transformer import Block, get_init_weights_vit
 from torch import Tensor, nn
 
-from vmoe.models.vision import (
-    norm_queries_and_keys,
-    sparse_blocks,
-    take_routing,
-    without_decay,
-    without_fused_attention,
-)
+from vmoe.models.vision import BlocksMixin, norm_queries_and_keys, sparse_blocks, take_routing, without_fused_attention
 from vmoe.moe import SparseMoE
 
 ROUTING_DEFAULTS = {"num_experts": 8, "num_selected_experts": 1}
+CONTEXT_LENGTH = 64  # by default, here and in LIMoE
 MAX_CHARACTERS = 2**16  # of a text before it is cleaned, which takes a second for a million
 MAX_TOKEN_CHARACTERS = 32  # of the longest token in CLIP's vocabulary
 POOLS = ("last", "first", "gap", "gmp", "map")
@@ -120,7 +115,7 @@ def make_blocks(
     )
 
 
-class TextTransformer(nn.Module):
+class TextTransformer(BlocksMixin, nn.Module):
     """Token ids -> classes or an embedding.
 
     Args:
@@ -160,7 +155,7 @@ class TextTransformer(nn.Module):
             raise ValueError(f"pos_embed must be 'learn' or 'none' for text, got {pos_embed!r}")
         settings = text_routing(routing, ROUTING_DEFAULTS)
         self.vocab_size, self.context_length, self.eot_token_id = vocab_size, context_length, eot_token_id
-        self.num_classes, self.pool, self.grad_checkpointing = num_classes, pool, False
+        self.num_classes, self.pool = num_classes, pool
         self.num_features = self.head_hidden_size = width
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.pos_embed = nn.Parameter(torch.empty(1, context_length, width)) if pos_embed == "learn" else None
@@ -198,10 +193,7 @@ class TextTransformer(nn.Module):
         """Token ids -> (B, L, D) after the final norm, and the (B, L) mask of real tokens or None."""
         x_BLD = embed_text(text_BL, self.context_length, self.token_embedding, self.pos_embed)
         mask_BL = None if self.eot_token_id is None else text_mask(text_BL, self.eot_token_id)
-        for block in self.blocks:
-            recompute = self.grad_checkpointing and torch.is_grad_enabled()
-            x_BLD = checkpoint(block, x_BLD, mask_BL) if recompute else block(x_BLD, mask_BL)
-        return self.norm(x_BLD), mask_BL
+        return self.forward_blocks(x_BLD, mask_BL), mask_BL
 
     def forward_head(self, x_BLD: Tensor, mask_BL: Tensor | None = None, pre_logits: bool = False) -> Tensor:
         """Pool the real tokens and project: (B, L, D), (B, L) -> (B, C), or (B, D) with `pre_logits`."""
@@ -222,16 +214,3 @@ class TextTransformer(nn.Module):
     def forward(self, text_BL: Tensor) -> Tensor:
         """(B, L) token ids -> (B, C)."""
         return self.forward_head(*self.forward_features(text_BL))
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass instead of keeping their activations."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return {"pos_embed"} | without_decay(self)
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
-        """Parameter groups by depth, for layer decay."""
-        return {"stem": r"^token_embedding|^pos_embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}

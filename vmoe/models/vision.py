@@ -8,9 +8,11 @@ Shapes, by suffix: B batch, P patches, D width.
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.layers import Mlp
+from timm.models import checkpoint
 from timm.models.vision_transformer import Block, VisionTransformer, get_init_weights_vit
 from torch import Tensor, nn
 
@@ -98,6 +100,33 @@ def take_routing(kwargs: dict, defaults: dict) -> dict:
     """Move the routing settings out of a model's arguments, completed by its preset and defaults."""
     given = {name: kwargs.pop(name) for name in SETTING_NAMES & kwargs.keys()}
     return with_preset(defaults, given)
+
+
+class BlocksMixin:
+    """What a model with `blocks`, a final `norm` and timm's interface has, whatever reaches its blocks."""
+
+    grad_checkpointing = False
+
+    def forward_blocks(self, x: Tensor, *args: Any) -> Tensor:
+        """Blocks, each called with `args` too, and the final norm."""
+        for block in self.blocks:
+            recompute = self.grad_checkpointing and torch.is_grad_enabled()
+            x = checkpoint(block, x, *args) if recompute else block(x, *args)
+        return self.norm(x)
+
+    def set_grad_checkpointing(self, enable: bool = True, **kwargs) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed", "image_pos_embed", "text_pos_embed", "logit_scale", "logit_bias"} | without_decay(self)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Parameter groups by depth, for layer decay."""
+        stem = r"^patch_embed|^token_embedding|^(?:image_|text_)?pos_embed"
+        return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
 
 class VisionMoE(VisionTransformer):
