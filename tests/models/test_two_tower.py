@@ -126,6 +126,8 @@ def test_locked_towers_do_not_change():
     assert trainable(model.text) == set()
     assert not model.train().text.training
     assert model.visual.training
+    with pytest.raises(ValueError, match="freeze_layer_norm=False is not supported"):
+        model.lock_text_tower(freeze_layer_norm=False)
     with pytest.raises(ValueError, match="must be >= 0, got -1"):
         model.lock_image_tower(-1)
 
@@ -209,3 +211,18 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="unknown model 'two_tower_base_patch61'; did you mean"):
         create_model("two_tower_base_patch61")
     assert timm.list_models("two_tower_*") == []  # timm knows no text
+
+
+def test_fixed_batch_norms_stay_in_files(tmp_path):
+    image = {"name": "resnet10t", "num_classes": 128}
+    model = create_model("two_tower_tiny_patch8_48", image=image, text={"depth": 2}).train()
+    model.lock_image_tower(unlocked_groups=1, freeze_bn_stats=True)
+    model.train()
+    norms = [module for module in model.visual.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert any(not norm.training for norm in norms)
+    before = model.visual.bn1.running_mean.clone() if hasattr(model.visual, "bn1") else norms[0].running_mean.clone()
+    model.encode_image(torch.randn(2, 3, 48, 48))
+    after = model.visual.bn1.running_mean if hasattr(model.visual, "bn1") else norms[0].running_mean
+    assert torch.equal(before, after)
+    save_pretrained(model, tmp_path / "model.safetensors")
+    create_model(pretrained=tmp_path / "model.safetensors")

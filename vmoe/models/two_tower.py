@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import timm
 import torch
-from timm.models import group_parameters
+from timm.models import group_modules, group_parameters
 from torch import Tensor, nn
 
 from vmoe.models.contrastive import INIT_LOGIT_SCALE, ImageTextModel
@@ -43,6 +43,7 @@ class TwoTower(ImageTextModel):
     ) -> None:
         super().__init__(init_logit_scale, init_logit_bias, output_dict)
         self.embed_dim = embed_dim
+        self.fixed_norms: list[nn.Module] = []
         image = {"name": "vmoe_base_patch16_224", "num_classes": embed_dim, **(image or {})}
         self.visual = timm.create_model(image.pop("name"), **image)
         self.text = TextTransformer(**{"num_classes": embed_dim, **(text or {})})
@@ -95,25 +96,27 @@ class TwoTower(ImageTextModel):
         for tower in (self.visual, self.text):
             if not any(parameter.requires_grad for parameter in tower.parameters()):
                 tower.eval()
+        for norm in self.fixed_norms:
+            norm.eval()
         return self
 
-    def lock_image_tower(self, unlocked_groups: int = 0) -> None:
-        """Freeze the image tower but for its last groups of `group_matcher`, of which the head is the last (LiT, arXiv
-        2111.07991)."""
-        self._lock(self.visual, unlocked_groups)
+    def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """Freeze the image tower but for its last `unlocked_groups` of `group_matcher` (the head is the last), as in
+        LiT (arXiv 2111.07991). With `freeze_bn_stats` batch norms of the frozen groups keep their statistics.
+        """
+        frozen = _lock(self.visual, unlocked_groups)
+        if freeze_bn_stats:
+            # In eval mode, not open_clip's other class of norm: the model's files stay what they are.
+            layers = group_modules(self.visual, self.visual.group_matcher(), reverse=True)
+            modules = [self.visual.get_submodule(name) for name, layer in layers.items() if layer in frozen]
+            self.fixed_norms = [each for each in modules if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+        self.train(self.training)
 
-    def lock_text_tower(self, unlocked_layers: int = 0) -> None:
+    def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
         """Freeze the text tower but for its last layer groups (blocks; the head counts as one)."""
-        self._lock(self.text, unlocked_layers)
-
-    def _lock(self, tower: nn.Module, unlocked_groups: int) -> None:
-        if unlocked_groups < 0:
-            raise ValueError(f"the number of unlocked groups must be >= 0, got {unlocked_groups}")
-        groups = group_parameters(tower, tower.group_matcher())
-        for layer, names in groups.items():
-            if unlocked_groups == 0 or layer <= max(groups) - unlocked_groups:
-                for name in names:
-                    tower.get_parameter(name).requires_grad_(False)
+        if not freeze_layer_norm:
+            raise ValueError("freeze_layer_norm=False is not supported: norms are frozen with their blocks")
+        _lock(self.text, unlocked_layers)
         self.train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True, **kwargs) -> None:
@@ -138,6 +141,18 @@ class TwoTower(ImageTextModel):
             groups = group_parameters(tower, tower.group_matcher(coarse=coarse), reverse=True)
             depth_from_top |= {f"{prefix}.{name}": max(groups.values()) - layer for name, layer in groups.items()}
         return lambda name: -depth_from_top.get(name, 0)
+
+
+def _lock(tower: nn.Module, unlocked_groups: int) -> set[int]:
+    """Freeze all layer groups but the last ones; returns the frozen groups."""
+    if unlocked_groups < 0:
+        raise ValueError(f"the number of unlocked groups must be >= 0, got {unlocked_groups}")
+    groups = group_parameters(tower, tower.group_matcher())
+    frozen = {layer for layer in groups if unlocked_groups == 0 or layer <= max(groups) - unlocked_groups}
+    for layer in frozen:
+        for name in groups[layer]:
+            tower.get_parameter(name).requires_grad_(False)
+    return frozen
 
 
 def check_towers(given: Mapping) -> None:
