@@ -33,7 +33,7 @@ from tests.forked import Fork, Forks
 from vmoe.models.manifest import list_checkpoints
 from vmoe.training.logger import read_metrics
 
-from .tiny import arguments, make_pictures, write_config
+from .tiny import arguments, make_images, write_config
 
 CLOCKS = ("images_per_second", "data_wait_share")
 LONGEST = 240.0  # seconds without a step, a checkpoint or an end: it hangs
@@ -61,7 +61,7 @@ class Chaos:
 
     def __init__(self, forks: Forks, folder: Path, settings: dict[str, Any], processes: int = 1, seed: int = 0) -> None:
         self.forks, self.folder, self.settings, self.processes = forks, folder, settings, processes
-        self.config = write_config(folder / "config.yaml", make_pictures(folder / "pictures"))
+        self.config = write_config(folder / "config.yaml", make_images(folder / "images"))
         self.random = random.Random(seed)
         self.kills: list[Kill] = []
         self.seconds = 0.0  # of the undisturbed run

@@ -2,10 +2,10 @@
 
 import pytest
 
-from .tiny import make_pictures, write_config
+from .tiny import make_images, write_config
 
 
 @pytest.fixture(scope="session")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    return write_config(folder / "config.yaml", make_pictures(folder / "pictures"))
+    return write_config(folder / "config.yaml", make_images(folder / "images"))

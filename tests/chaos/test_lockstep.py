@@ -8,7 +8,7 @@ from tests.forked import free_port, printed
 
 from .tiny import arguments
 
-# 27 validation pictures, one of them torn.
+# 27 validation images, one of them torn.
 MESHES = {
     # 4 batches of 7 for 2 processes, the last of them with one sample too few
     "fsdp": {"parallel__dp_shard": 2, "evaluate__batch_size": 7},
@@ -23,8 +23,8 @@ COMMON = {
     "optim__lr": 1e-12,  # routing groups differ: the weights must not
     "optim__kwargs": "{fused: true}",  # one operation on sharded weights, each of which has to be planned first
 }
-# Both draw pictures with the model; once is enough, it takes the time
-PICTURES = {"evaluate__examples": 2, "train__tensorboard": True}
+# Both draw images with the model; once is enough, it takes the time
+IMAGES = {"evaluate__examples": 2, "train__tensorboard": True}
 CONTRASTIVE = {
     "task": "contrastive",
     "model__name": "limoe_tiny_patch8_48",
@@ -37,17 +37,17 @@ CONTRASTIVE = {
 
 @pytest.fixture(scope="module")
 def data(config, tmp_path_factory):
-    """{"val": a folder with a torn picture, "pairs": all pictures with captions}"""
-    pictures = config.parent / "pictures"
+    """{"val": a folder with a torn image, "pairs": all images with captions}"""
+    images = config.parent / "images"
     root = tmp_path_factory.mktemp("val")
     lines = ["image,caption"]
-    for number, file in enumerate(sorted(pictures.glob("*/*.png"))):
-        copy = root / "pictures" / file.relative_to(pictures)
+    for number, file in enumerate(sorted(images.glob("*/*.png"))):
+        copy = root / "images" / file.relative_to(images)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(b"torn" if number == 13 else file.read_bytes())
         lines.append(f"{file},a {file.parent.name} square number {number}")
     (root / "pairs.csv").write_text("\n".join(lines) + "\n")
-    return {"val": root / "pictures", "pairs": root / "pairs.csv"}
+    return {"val": root / "images", "pairs": root / "pairs.csv"}
 
 
 @pytest.mark.parametrize("task", ["classification", "contrastive"])
@@ -59,8 +59,8 @@ def test_a_sharded_model_is_evaluated_as_one_process_does(task, forks, config, d
             settings |= {f"{source}__path": data["pairs"], f"{source}__image_root": config.parent}
     jobs = {"alone": [forks.start(arguments(config, tmp_path / "alone", **settings), tmp_path / "alone.txt")]}
     for name, mesh in MESHES.items():
-        pictures = PICTURES if (task, name) == ("classification", "fsdp") else {}
-        given = arguments(config, tmp_path / name, **settings, **mesh, **pictures)
+        images = IMAGES if (task, name) == ("classification", "fsdp") else {}
+        given = arguments(config, tmp_path / name, **settings, **mesh, **images)
         jobs[name] = forks.group(given, tmp_path / f"{name}.txt", free_port())
     for name, processes in jobs.items():
         said = "".join(file.read_text() for file in tmp_path.glob(f"{name}.*"))
@@ -78,7 +78,7 @@ def test_a_sharded_model_is_evaluated_as_one_process_does(task, forks, config, d
         assert figures[name] == pytest.approx(expected, abs=1e-4), name
 
 
-def test_a_bad_validation_picture_stops_all_processes_with_one_sentence(forks, config, data, tmp_path):
+def test_a_bad_validation_image_stops_all_processes_with_one_sentence(forks, config, data, tmp_path):
     given = arguments(
         config,
         tmp_path / "run",

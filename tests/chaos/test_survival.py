@@ -11,7 +11,7 @@ from tests.forked import free_port, printed
 from vmoe.training.checkpoint import list_checkpoints
 from vmoe.training.logger import read_metrics
 
-from .tiny import arguments, make_pictures
+from .tiny import arguments, make_images
 
 TIMEOUT = 10
 ENDLESS = 1_000_000
@@ -85,9 +85,9 @@ def test_a_process_that_hangs_does_not_outlive_the_job(killed, forks, config, tm
 
 
 def test_an_error_in_one_process_alone_is_told_once_and_ends_the_others(forks, config, tmp_path):
-    pictures = make_pictures(tmp_path / "pictures")
-    (pictures / "red" / "0.png").write_bytes(b"torn")  # one process reads it, in its part of a batch
-    settings = {"data__train__path": pictures, "data__loader__on_bad": "fail", "parallel__timeout": TIMEOUT}
+    images = make_images(tmp_path / "images")
+    (images / "red" / "0.png").write_bytes(b"torn")  # one process reads it, in its part of a batch
+    settings = {"data__train__path": images, "data__loader__on_bad": "fail", "parallel__timeout": TIMEOUT}
     given = arguments(config, tmp_path / "run", train__steps=50, **settings)
     processes = forks.group(given, tmp_path / "out", free_port())
     assert [process.wait() for process in processes] == [1, 1]

@@ -1,4 +1,4 @@
-"""The run that the chaos script and the survival tests train: a V-MoE of two blocks on generated pictures."""
+"""The run that the chaos script and the survival tests train: a V-MoE of two blocks on generated images."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONFIG = {
 }
 
 
-def make_pictures(folder: Path, per_class: int = 9) -> Path:
+def make_images(folder: Path, per_class: int = 9) -> Path:
     """A folder with one folder per colour of noisy squares."""
     random = np.random.default_rng(0)
     for name, colour in {"blue": (30, 40, 220), "green": (40, 200, 60), "red": (220, 30, 40)}.items():
@@ -44,9 +44,9 @@ def make_pictures(folder: Path, per_class: int = 9) -> Path:
     return folder
 
 
-def write_config(file: Path, pictures: Path) -> Path:
+def write_config(file: Path, images: Path) -> Path:
     """The configuration as a file."""
-    source: dict[str, Any] = {"type": "image_folder", "path": str(pictures)}
+    source: dict[str, Any] = {"type": "image_folder", "path": str(images)}
     file.write_text(yaml.safe_dump(CONFIG | {"data": {**CONFIG["data"], "train": source, "val": dict(source)}}))
     return file
 

@@ -35,14 +35,14 @@ def _no_traceback(monkeypatch):
 
 
 def test_json_equals_zero_shot_classify(files, capsys):
-    picture = str(files / "photos" / "a.png")
+    image = str(files / "photos" / "a.png")
     options = ["--checkpoint", str(files / "limoe.safetensors"), "--templates", "a {}", "--templates", "the {}"]
-    assert main([picture, "--labels", "cat, dog,fox", *options, "--json"]) == 0
+    assert main([image, "--labels", "cat, dog,fox", *options, "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     model = vmoe.create_model(pretrained=files / "limoe.safetensors")
     labels = ["cat", "dog", "fox"]
-    expected = vmoe.zero_shot_classify(model, vmoe.get_tokenizer(model), picture, labels, ["a {}", "the {}"])[0]
-    assert found["image"] == picture
+    expected = vmoe.zero_shot_classify(model, vmoe.get_tokenizer(model), image, labels, ["a {}", "the {}"])[0]
+    assert found["image"] == image
     assert {one["label"]: one["probability"] for one in found["predictions"]} == pytest.approx(
         dict(zip(labels, expected.tolist())), abs=1e-6
     )
@@ -63,23 +63,23 @@ def test_a_table_for_every_image_of_a_folder(files, capsys, tmp_path):
 
 
 def test_a_classifier_shows_its_own_classes(files, capsys):
-    picture = files / "photos" / "a.png"
-    assert main([str(picture), "--checkpoint", str(files / "vit.safetensors"), "--json"]) == 0
+    image = files / "photos" / "a.png"
+    assert main([str(image), "--checkpoint", str(files / "vit.safetensors"), "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     model, _, transform = vmoe.create_model_and_transforms(pretrained=files / "vit.safetensors")
     with torch.no_grad():
-        expected = model(transform(Image.open(picture))[None]).softmax(dim=1)[0].tolist()
+        expected = model(transform(Image.open(image))[None]).softmax(dim=1)[0].tolist()
     assert {one["label"]: one["probability"] for one in found["predictions"]} == pytest.approx(
         dict(zip(["[red]apple", "pear", "fig"], expected)), abs=1e-6
     )
-    assert main([str(picture), "--checkpoint", str(files / "vit.safetensors")]) == 0
+    assert main([str(image), "--checkpoint", str(files / "vit.safetensors")]) == 0
     assert "[red]apple" in capsys.readouterr().out
 
 
 def test_published_names(files, capsys):
-    picture = str(files / "photos" / "a.png")
+    image = str(files / "photos" / "a.png")
     options = ["--checkpoint", str(files / "limoe.safetensors"), "--labels_file", "stl10", "--json", "--top", "20"]
-    assert main([picture, *options]) == 0
+    assert main([image, *options]) == 0
     assert len(json.loads(capsys.readouterr().out)[0]["predictions"]) == 10
 
 
@@ -137,8 +137,8 @@ def test_exif_orientation_is_that_of_the_training(files, capsys, tmp_path):
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "side.png", exif=exif)
     upright.save(tmp_path / "upright.png")
 
-    def probabilities(picture, checkpoint, *options):
-        assert main([str(tmp_path / picture), "--checkpoint", str(tmp_path / checkpoint), "--json", *options]) == 0
+    def probabilities(image, checkpoint, *options):
+        assert main([str(tmp_path / image), "--checkpoint", str(tmp_path / checkpoint), "--json", *options]) == 0
         return json.loads(capsys.readouterr().out)[0]["predictions"]
 
     right, wrong = probabilities("upright.png", "plain.safetensors"), probabilities("side.png", "plain.safetensors")
@@ -160,7 +160,7 @@ def _error(capsys, arguments, code):
 
 
 def test_bad_input_is_one_sentence(files, capsys, tmp_path):
-    picture, limoe = str(files / "photos" / "a.png"), ["--checkpoint", str(files / "limoe.safetensors")]
+    image, limoe = str(files / "photos" / "a.png"), ["--checkpoint", str(files / "limoe.safetensors")]
     labels = ["--labels", "cat,dog"]
     broken = tmp_path / "broken.png"
     broken.write_bytes((files / "photos" / "a.png").read_bytes()[:300])
@@ -172,26 +172,26 @@ def test_bad_input_is_one_sentence(files, capsys, tmp_path):
         ([str(broken), str(notes), *labels, *limoe], 1, f"2 of 2 images cannot be read: {broken}: unreadable"),
         ([str(notes), *labels, *limoe], 1, "notes.txt: not an image file"),
         ([str(tmp_path / "empty"), *labels, *limoe], 1, "empty: no image there"),
-        ([picture, *limoe], 2, "give some, as --labels 'cat,dog'"),
-        ([picture, "--labels", "cat,dog,cat", *limoe], 2, "--labels: class_names must be unique; given twice: 'cat'"),
-        ([picture, "--labels", "cat,,dog", *limoe], 2, "--labels: class_names: name 1 is empty"),
+        ([image, *limoe], 2, "give some, as --labels 'cat,dog'"),
+        ([image, "--labels", "cat,dog,cat", *limoe], 2, "--labels: class_names must be unique; given twice: 'cat'"),
+        ([image, "--labels", "cat,,dog", *limoe], 2, "--labels: class_names: name 1 is empty"),
         (
-            [picture, "--labels", '["cat", "dog"]', *limoe],
+            [image, "--labels", '["cat", "dog"]', *limoe],
             2,
             "--labels: must be one text with commas, as in 'cat,hot dog'",
         ),
-        ([picture, "--labels", "cat", "dog", *limoe], 2, "arguments: dog; labels are one text with commas"),
-        ([picture, "--labels", "cat", *limoe], 2, "'cat' alone would always get the probability 1"),
-        ([picture, "--labels_file", "cifar11", *limoe], 2, "--labels_file: class_names 'cifar11': no such file"),
-        ([picture, *labels, "--templates", "a photo", *limoe], 2, "--templates: templates 'a photo': no such file"),
-        ([picture, *labels, "--labels_file", "stl10", *limoe], 2, "--labels_file: not allowed with argument --labels"),
-        ([picture, *labels, "--top", "0", *limoe], 2, "--top must be >= 1, got 0"),
-        ([picture, *labels], 2, "the following arguments are required: --checkpoint"),
+        ([image, "--labels", "cat", "dog", *limoe], 2, "arguments: dog; labels are one text with commas"),
+        ([image, "--labels", "cat", *limoe], 2, "'cat' alone would always get the probability 1"),
+        ([image, "--labels_file", "cifar11", *limoe], 2, "--labels_file: class_names 'cifar11': no such file"),
+        ([image, *labels, "--templates", "a photo", *limoe], 2, "--templates: templates 'a photo': no such file"),
+        ([image, *labels, "--labels_file", "stl10", *limoe], 2, "--labels_file: not allowed with argument --labels"),
+        ([image, *labels, "--top", "0", *limoe], 2, "--top must be >= 1, got 0"),
+        ([image, *labels], 2, "the following arguments are required: --checkpoint"),
         (limoe, 2, "the following arguments are required: IMAGE"),
-        ([picture, *labels, "--checkpoint", "nowhere"], 1, "no weights at nowhere: it does not exist"),
-        ([picture, *labels, "--checkpoint", str(files / "vit.safetensors")], 2, "leave --labels out"),
+        ([image, *labels, "--checkpoint", "nowhere"], 1, "no weights at nowhere: it does not exist"),
+        ([image, *labels, "--checkpoint", str(files / "vit.safetensors")], 2, "leave --labels out"),
         (
-            [picture, "--checkpoint", str(files / "nameless.safetensors")],
+            [image, "--checkpoint", str(files / "nameless.safetensors")],
             2,
             "without class names; save it again with vmoe.models.factory.save_pretrained(",
         ),

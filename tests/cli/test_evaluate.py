@@ -41,7 +41,7 @@ def tree(tmp_path_factory):
                 pixels = generator.integers(0, 255, (50, 60, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(root / "folder" / name / f"{i}.png")
                 rows.writerow([f"folder/{name}/{i}.png", f"{name} number {i}"])
-                rows.writerow([f"./folder/{name}/{i}.png", f"a picture of {name} {i}"])
+                rows.writerow([f"./folder/{name}/{i}.png", f"a image of {name} {i}"])
     return root
 
 

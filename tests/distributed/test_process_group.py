@@ -18,7 +18,7 @@ class AllLive:
 @pytest.mark.parametrize(
     "error",
     [
-        RuntimeError("cannot restore the picture"),
+        RuntimeError("cannot restore the image"),
         RuntimeError("no socket in the socket store; read about gloo/ and NCCL error codes"),
         ValueError("[/pytorch/third_party/gloo/gloo/transport/" + PEER),
     ],

@@ -49,7 +49,7 @@ def evaluate(checkpoint, task, kind, path, *others):
     return json.loads(output.read_text())
 
 
-def picture(file, colour="red", size=(12, 10)):
+def make_image(file, colour="red", size=(12, 10)):
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(file)
 
@@ -57,7 +57,7 @@ def picture(file, colour="red", size=(12, 10)):
 def test_a_subset_is_judged_by_its_own_outputs(classifier, tmp_path):
     columns = subset_columns("imagenet_a")
     for column in columns:
-        picture(tmp_path / "a" / SYNSETS[column] / "1.jpg")
+        make_image(tmp_path / "a" / SYNSETS[column] / "1.jpg")
     report = evaluate(classifier, "classification", "imagenet_a", tmp_path / "a")
     assert columns[:2] == [6, 11]
     assert report["results"]["num_samples"] == 200
@@ -73,7 +73,7 @@ def subset_columns(kind):
 
 def test_a_subset_zero_shot(limoe, tmp_path):
     for column in subset_columns("imagenet_r"):
-        picture(tmp_path / "r" / SYNSETS[column] / "1.jpg")
+        make_image(tmp_path / "r" / SYNSETS[column] / "1.jpg")
     report = evaluate(limoe, "zero_shot", "imagenet_r", tmp_path / "r", "--templates", "[a {}]")
     assert report["results"]["num_samples"] == 200
     assert len(report["checkpoints"][0]["details"]["per_class"]) == 200
@@ -82,7 +82,7 @@ def test_a_subset_zero_shot(limoe, tmp_path):
 def test_real_counts_any_of_its_labels_and_reports_what_it_leaves_out(classifier, tmp_path):
     """The classifier answers 6, 11, 0, 1, 2: the first image is right, the third within five, the second neither."""
     for number in (1, 2, 3, 4):
-        picture(tmp_path / "val" / f"ILSVRC2012_val_{number:08d}.JPEG")
+        make_image(tmp_path / "val" / f"ILSVRC2012_val_{number:08d}.JPEG")
     (tmp_path / "real.json").write_text(json.dumps([[500, 6], [500, 600], [700, 2], []]))
     labels = ["--data.labels_file", str(tmp_path / "real.json")]
     report = evaluate(classifier, "classification", "imagenet_real", tmp_path / "val", *labels)
@@ -95,7 +95,7 @@ def test_corruptions_have_their_errors_and_missing_ones_are_named(classifier, tm
     monkeypatch.setattr(imagenet_module, "imagenet_synsets", lambda: tuple(SYNSETS[5:8]))  # of labels 0, 1, 2
     for severity in range(1, 6):
         for synset in SYNSETS[5:8]:
-            picture(tmp_path / "c" / "fog" / str(severity) / synset / "1.JPEG", size=(224, 224))
+            make_image(tmp_path / "c" / "fog" / str(severity) / synset / "1.JPEG", size=(224, 224))
     shares = []
     monkeypatch.setattr(
         run_module, "load_model", lambda *arguments: shares.append(arguments[3]) or load_model(*arguments)
@@ -122,7 +122,7 @@ def test_the_data_may_say_how_much_of_an_image_is_kept(classifier):
 def test_karpathys_captions(limoe, tmp_path):
     images = []
     for number, colour in enumerate(("red", "green", "blue")):
-        picture(tmp_path / "val2014" / f"{number}.jpg", colour)
+        make_image(tmp_path / "val2014" / f"{number}.jpg", colour)
         sentences = [{"raw": f"{text} {colour}"} for text in ("a", "all", "so very")]
         images.append({"filename": f"{number}.jpg", "filepath": "val2014", "split": "test", "sentences": sentences})
     (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": images}))
@@ -135,7 +135,7 @@ def test_karpathys_captions(limoe, tmp_path):
 def test_a_strangers_tree(classifier, tmp_path, capsys, caplog):
     """One empty class folder, one .DS_Store, one broken JPEG: each is named, by the command."""
     for name in ("cat", "dog"):
-        picture(tmp_path / "tree" / name / "1.jpg")
+        make_image(tmp_path / "tree" / name / "1.jpg")
     (tmp_path / "tree" / "cat" / ".DS_Store").touch()
     (tmp_path / "tree" / "cow").mkdir()
     arguments = ["--checkpoint", str(classifier), "--task", "classification", "--loader.num_workers", "0"]

@@ -38,8 +38,8 @@ def example_statistics(
         words = [WORDS[0], *(w for word in (caption or "").split() for w in _pieces(word)), WORDS[-1]] if text else []
         samples.append(
             SampleRouting(
-                image=_picture(rng, side),
-                path=f"pictures/{index:04d}.png",
+                image=_image(rng, side),
+                path=f"images/{index:04d}.png",
                 label=label,
                 caption=caption,
                 text_tokens=words,
@@ -62,7 +62,7 @@ def example_statistics(
         texts_from="captions" if text else None,
         checkpoint="runs/example",
         weights_fingerprint="0" * 64,
-        data="example pictures",
+        data="example images",
         data_fingerprint="1" * 64,
         versions={"torch": "2.0"},
     )
@@ -72,7 +72,7 @@ def _pieces(word):
     return ["app…", "le"] if word == "apple" else [word]
 
 
-def _picture(rng, side):
+def _image(rng, side):
     y, x = np.mgrid[:side, :side] / side
     colours = rng.uniform(60, 255, (2, 3))
     return (colours[0] * x[..., None] + colours[1] * (1 - y[..., None])).clip(0, 255).astype(np.uint8)

@@ -11,7 +11,7 @@ from vmoe.inspection.style import DROPPED, PALETTE
 from vmoe.models.factory import save_pretrained
 
 
-def picture(width=64, height=48):
+def make_image(width=64, height=48):
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
@@ -55,10 +55,10 @@ def test_labels_are_separated_by_lines_and_commas():
 
 
 def test_image_text_model_as_zero_shot_classify_and_the_record_have_it(limoe):
-    found = logic.explain(limoe, picture(), ["cat", "dog"], ["a {}", "the {}"])
-    expected = vmoe.zero_shot_classify(limoe.model, limoe.tokenizer, picture(), ["cat", "dog"], ["a {}", "the {}"])
+    found = logic.explain(limoe, make_image(), ["cat", "dog"], ["a {}", "the {}"])
+    expected = vmoe.zero_shot_classify(limoe.model, limoe.tokenizer, make_image(), ["cat", "dog"], ["a {}", "the {}"])
     with pytest.raises(ValueError, match="given twice: 'cat'"):
-        logic.explain(limoe, picture(), ["cat", "dog", "cat"])
+        logic.explain(limoe, make_image(), ["cat", "dog", "cat"])
     assert [name for name, _ in found.probabilities] == ["cat", "dog"]
     assert [value for _, value in found.probabilities] == pytest.approx(expected[0].tolist(), abs=1e-6)
     layers = logic.list_layers(limoe)
@@ -67,7 +67,7 @@ def test_image_text_model_as_zero_shot_classify_and_the_record_have_it(limoe):
         ("blocks.3.mlp", "block 3", 4),
     ]
     with torch.no_grad(), vmoe.record_routing(limoe.model) as record:
-        limoe.model.encode_image(limoe.transform(picture())[None])
+        limoe.model.encode_image(limoe.transform(make_image())[None])
     for layer, patches in zip(layers, found.sample.patches, strict=True):
         recorded = record.layers[layer.name]
         assert (patches.expert.reshape(36, -1) == recorded.tokens(recorded.expert_index)[0].numpy()).all()
@@ -85,9 +85,9 @@ def test_text_tokens_of_a_label(limoe):
 
 
 def test_classifier_with_its_own_names(tight_vmoe):
-    found = logic.explain(tight_vmoe, picture())
+    found = logic.explain(tight_vmoe, make_image())
     with torch.no_grad():
-        expected = tight_vmoe.model(tight_vmoe.transform(picture())[None]).softmax(1)[0]
+        expected = tight_vmoe.model(tight_vmoe.transform(make_image())[None]).softmax(1)[0]
     assert dict(found.probabilities) == pytest.approx(dict(zip("abc", expected.tolist(), strict=True)), abs=1e-6)
     load = logic.expert_loads(logic.list_layers(tight_vmoe)[0], found.sample.patches[0])
     assert (load["number"] + load["dropped"]).sum() == 2 * 36
@@ -96,7 +96,7 @@ def test_classifier_with_its_own_names(tight_vmoe):
 
 def test_a_classifier_without_names_and_without_experts(tmp_path):
     dense = subject(tmp_path, "vmoe_tiny_patch8_48", embed_dim=32, num_classes=2, num_experts=0)
-    found = logic.explain(dense, picture())
+    found = logic.explain(dense, make_image())
     assert [name for name, _ in found.probabilities] == ["class 0", "class 1"]
     assert found.sample is None
     assert logic.list_layers(dense) == []
@@ -115,7 +115,7 @@ def test_two_towers_have_layers_of_one_modality(tmp_path):
     towers = load_model(str(tmp_path / "model.safetensors"), "cpu")
     image_layer, text_layer = logic.list_layers(towers)
     assert image_layer.title != text_layer.title
-    found = logic.explain(towers, picture(), ["cat", "dog"])
+    found = logic.explain(towers, make_image(), ["cat", "dog"])
     assert found.sample.patches[0].expert.shape[:2] == (6, 6)
     assert found.sample.patches[1] is None
     assert list(logic.route_text(towers, "cat")[1]) == [text_layer.name]
@@ -213,7 +213,7 @@ def test_a_patch_that_nobody_took():
 def test_expert_choice_and_soft_models(tmp_path):
     for router in ("expert_choice", "soft"):
         loaded = subject(tmp_path, "vmoe_tiny_patch8_48", embed_dim=32, num_classes=2, num_experts=4, router=router)
-        found = logic.explain(loaded, picture())
+        found = logic.explain(loaded, make_image())
         layer = logic.list_layers(loaded)[0]
         load = logic.expert_loads(layer, found.sample.patches[0])
         assert load["share"].sum() == pytest.approx(1)
@@ -226,10 +226,10 @@ def test_expert_choice_and_soft_models(tmp_path):
 
 def test_classes_of_one_name_stay_apart_and_missing_names_are_told(tmp_path):
     settings = {"embed_dim": 32, "num_classes": 3, "num_experts": 0}
-    found = logic.explain(subject(tmp_path, "vmoe_tiny_patch8_48", ["crane", "crane", "dog"], **settings), picture())
+    found = logic.explain(subject(tmp_path, "vmoe_tiny_patch8_48", ["crane", "crane", "dog"], **settings), make_image())
     assert [name for name, _ in found.probabilities] == ["crane", "crane", "dog"]
     assert sum(value for _, value in found.probabilities) == pytest.approx(1)
     for names in (["a", "b"], ["a", "b", "c", "d"]):
         few = subject(tmp_path, "vmoe_tiny_patch8_48", names, **settings)
         with pytest.raises(ValueError, match=f"model.safetensors names {len(names)} classes, but the model tells 3"):
-            logic.explain(few, picture())
+            logic.explain(few, make_image())

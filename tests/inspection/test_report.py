@@ -19,16 +19,16 @@ from vmoe.inspection.report import report_data, write_report
 MEGABYTE = 1e6
 
 
-def smooth_pictures(number, side, seed=0):
+def smooth_images(number, side, seed=0):
     """(number, side, side, 3) uint8 with the detail of photographs: strong at large scales, weak at small ones."""
     rng = np.random.default_rng(seed)
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side)))
     frequency[0, 0] = 1
     spectrum = np.fft.fft2(rng.normal(size=(number, 3, side, side))) / frequency
-    pictures = np.fft.ifft2(spectrum).real
-    pictures -= pictures.min(axis=(2, 3), keepdims=True)
-    pictures *= 255 / pictures.max(axis=(2, 3), keepdims=True)
-    return pictures.transpose(0, 2, 3, 1).astype(np.uint8)
+    images = np.fft.ifft2(spectrum).real
+    images -= images.min(axis=(2, 3), keepdims=True)
+    images *= 255 / images.max(axis=(2, 3), keepdims=True)
+    return images.transpose(0, 2, 3, 1).astype(np.uint8)
 
 
 def unpacked(packed):
@@ -38,13 +38,13 @@ def unpacked(packed):
 
 
 def test_200_images_in_twelve_layers_stay_below_15_megabytes(example_statistics, tmp_path, monkeypatch):
-    encode, known = report._image_source, {}  # ten pictures, each encoded once
+    encode, known = report._image_source, {}  # ten images, each encoded once
     monkeypatch.setattr(report, "_image_source", lambda p: known.get(id(p)) or known.setdefault(id(p), encode(p)))
     one = example_statistics(
         num_layers=1, num_experts=64, num_selected_experts=2, num_images=10, grid=14, side=224, num_classes=1000
     )
-    for sample, picture in zip(one.samples, smooth_pictures(10, 224), strict=True):
-        sample.image, sample.patches, sample.text = picture, sample.patches * 12, sample.text * 12
+    for sample, image in zip(one.samples, smooth_images(10, 224), strict=True):
+        sample.image, sample.patches, sample.text = image, sample.patches * 12, sample.text * 12
     own = [patch for patches in one.layers[0].typical_patches for patch in patches]
     one.layers[0].typical_patches = [(own * 16)[:16]] * 64
     one.layers[0].expert_token = {f"word {i}": np.arange(64) for i in range(2000)}
@@ -98,8 +98,8 @@ def test_a_report_that_grows_too_large_shows_fewer_images_and_says_so(
 def test_large_images_are_shown_smaller(example_statistics):
     statistics = example_statistics(side=384, num_images=1)
     source = report_data(statistics)["samples"][0]["source"]
-    picture = Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/webp;base64,"))))
-    assert picture.size == (224, 224)
+    image = Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/webp;base64,"))))
+    assert image.size == (224, 224)
 
 
 def test_the_page_asks_for_nothing_from_outside(example_statistics, tmp_path):
@@ -119,8 +119,8 @@ def test_the_same_statistics_give_the_same_file(example_statistics, tmp_path):
 def test_small_images_lose_nothing(example_statistics):
     statistics = example_statistics(side=48)
     source = report_data(statistics)["samples"][2]["source"]
-    picture = Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/webp;base64,"))))
-    np.testing.assert_array_equal(np.asarray(picture.convert("RGB")), statistics.samples[2].image)
+    image = Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/webp;base64,"))))
+    np.testing.assert_array_equal(np.asarray(image.convert("RGB")), statistics.samples[2].image)
 
 
 @pytest.mark.parametrize("num_experts", [8, 300])

@@ -118,7 +118,7 @@ def shown_tip(page):
 def check_header(page):
     header = page.locator("header").inner_text()
     assert "runs/example" in header
-    assert "example pictures" in header
+    assert "example images" in header
     assert re.search(r"Images\s+30", header)
     assert page.title() == "Routing report: runs/example"
     [first, second] = table(page, "agreement-text")
@@ -208,7 +208,7 @@ def test_an_expert_changes_collage_highlight_and_tables(page):
     layer = page.statistics.layers[0]
     labels = page.eval_on_selector_all("#collage .patch", "all => all.map(patch => patch.getAttribute('aria-label'))")
     assert labels == [
-        f"pictures/{p.sample:04d}.png, row {p.row}, column {p.column}: expert 2, weight {weight(p.weight)}"
+        f"images/{p.sample:04d}.png, row {p.row}, column {p.column}: expert 2, weight {weight(p.weight)}"
         for p in layer.typical_patches[2][:24]
     ]
     assert maps(page) != before
@@ -321,7 +321,7 @@ def test_images_are_found_and_turned_over(page):
     assert page.locator("#page").inner_text() == "page 2 of 2, 30 images"
     assert page.evaluate("document.activeElement.id") == "previous"
     page.fill("#find", "0007")
-    assert page.locator("#cards .card p").first.inner_text() == "pictures/0007.png"
+    assert page.locator("#cards .card p").first.inner_text() == "images/0007.png"
     assert page.locator("#cards .card").count() == 1
     page.fill("#find", "")
     assert page.locator("#page").inner_text() == "page 1 of 2, 30 images"

@@ -41,7 +41,7 @@ VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 32, **SMALL}
 LIMOE = {"img_size": 16, "patch_size": 4, "width": 32, "embed_dim": 16, "context_length": 8, **SMALL}
 
 
-class Pictures(ImageDataset):
+class Images(ImageDataset):
     """Random images with labels, captions, both or neither; some may be broken."""
 
     def __init__(self, labels=True, captions=False, broken=(), image_ids=None):
@@ -106,7 +106,7 @@ def test_sums_of_a_classifier_are_those_of_a_direct_computation(classifier, fact
     for module in classifier.model.modules():
         if isinstance(module, SparseMoE):
             module.eval_capacity_factor = factor
-    dataset = Pictures()
+    dataset = Images()
     record, _ = direct(classifier, dataset)
     found = gather_statistics(classifier, dataset, batch_size=NUM)  # one batch: who is dropped depends on the others
     assert [layer.name for layer in found.layers] == list(record.layers) == ["blocks.1.mlp", "blocks.3.mlp"]
@@ -136,7 +136,7 @@ def test_sums_of_a_classifier_are_those_of_a_direct_computation(classifier, fact
 
 
 def test_text_tokens_and_patches_of_a_limoe_are_counted_apart(limoe):
-    dataset = Pictures(labels=False, captions=True)
+    dataset = Images(labels=False, captions=True)
     record, ids = direct(limoe, dataset)
     real = text_mask(ids, limoe.tokenizer.eot_token_id)
     found = gather_statistics(limoe, dataset, batch_size=4)
@@ -167,7 +167,7 @@ def test_text_tokens_and_patches_of_a_limoe_are_counted_apart(limoe):
 
 @pytest.mark.parametrize("captions", [False, True])
 def test_batches_make_no_difference_where_nothing_is_dropped(limoe, captions):
-    results = [gather_statistics(limoe, Pictures(captions=captions), batch_size=size) for size in (1, 4, NUM)]
+    results = [gather_statistics(limoe, Images(captions=captions), batch_size=size) for size in (1, 4, NUM)]
     for other in results[1:]:
         for ours, theirs in zip(results[0].layers, other.layers, strict=True):
             for modality in ours.tokens:
@@ -185,7 +185,7 @@ def test_batches_make_no_difference_where_nothing_is_dropped(limoe, captions):
 
 
 def test_typical_patches_are_the_largest_gate_values_one_per_image(classifier):
-    dataset = Pictures()
+    dataset = Images()
     record, _ = direct(classifier, dataset)
     found = gather_statistics(classifier, dataset, batch_size=2, num_patches=3)
     total = 0
@@ -206,8 +206,8 @@ def test_typical_patches_are_the_largest_gate_values_one_per_image(classifier):
 
 
 def test_captions_of_one_image_give_one_typical_patch(limoe):
-    ids = [f"picture {i // 3}" for i in range(NUM)]
-    found = gather_statistics(limoe, Pictures(captions=True, image_ids=ids), batch_size=2)
+    ids = [f"image {i // 3}" for i in range(NUM)]
+    found = gather_statistics(limoe, Images(captions=True, image_ids=ids), batch_size=2)
     for own in found.layers[0].typical_patches:
         assert {patch.sample for patch in own} <= {0, 3, 6}
 
@@ -215,28 +215,28 @@ def test_captions_of_one_image_give_one_typical_patch(limoe):
 def test_limited_capacity_is_for_this_call_only(classifier):
     layers = [module for module in classifier.model.modules() if isinstance(module, SparseMoE)]
     before = [layer.settings for layer in layers]
-    found = gather_statistics(classifier, Pictures(), eval_capacity_factor=0.5, batch_priority=True)
+    found = gather_statistics(classifier, Images(), eval_capacity_factor=0.5, batch_priority=True)
     assert found.layers[0].eval_capacity_factor == 0.5
     assert found.layers[0].batch_priority
     assert found.layers[0].share_dropped["image"] > 0.4
     assert (found.layers[0].kept["image"] <= found.layers[0].asked["image"]).all()
     with pytest.raises(BadSample):
-        gather_statistics(classifier, Pictures(broken=[4]), eval_capacity_factor=0.5)
+        gather_statistics(classifier, Images(broken=[4]), eval_capacity_factor=0.5)
     assert [layer.settings for layer in layers] == before
-    assert gather_statistics(classifier, Pictures()).layers[0].share_dropped["image"] == 0
+    assert gather_statistics(classifier, Images()).layers[0].share_dropped["image"] == 0
 
 
 def test_bad_samples_are_skipped_and_counted(classifier):
-    found = gather_statistics(classifier, Pictures(broken=[0, 4]), on_bad="skip", num_images=NUM)
+    found = gather_statistics(classifier, Images(broken=[0, 4]), on_bad="skip", num_images=NUM)
     assert (found.num_samples, found.num_skipped) == (NUM - 2, 2)
     assert found.sample_index == [1, 2, 3, 5, 6, 7, 8]
     assert found.layers[0].tokens["image"] == (NUM - 2) * 17
     with pytest.raises(ValueError, match="no image was read"):
-        gather_statistics(classifier, Pictures(broken=range(NUM)), on_bad="skip")
+        gather_statistics(classifier, Images(broken=range(NUM)), on_bad="skip")
 
 
 def test_without_captions_the_class_names_are_the_texts(limoe):
-    found = gather_statistics(limoe, Pictures(), templates=["{}", "a {}"])
+    found = gather_statistics(limoe, Images(), templates=["{}", "a {}"])
     assert found.texts_from == "class names"
     layer = found.layers[0]
     assert layer.expert_token["red"].sum() == 2
@@ -244,12 +244,12 @@ def test_without_captions_the_class_names_are_the_texts(limoe):
     assert layer.expert_class.sum() == layer.kept["image"].sum() == NUM * 16
     assert found.samples[0].text == []
     assert {name for name, _ in found.samples[0].top_classes} == set(CLASSES)
-    bare = gather_statistics(limoe, Pictures(labels=False))
+    bare = gather_statistics(limoe, Images(labels=False))
     assert (bare.texts_from, bare.modalities, bare.samples[0].top_classes) == (None, ["image"], [])
 
 
 def test_images_are_spaced_evenly_and_complete(limoe):
-    dataset = Pictures(captions=True)
+    dataset = Images(captions=True)
     record, ids = direct(limoe, dataset)
     found = gather_statistics(limoe, dataset, batch_size=4, num_images=3)
     assert found.sample_index == [0, 4, 8]
@@ -274,7 +274,7 @@ def test_images_are_spaced_evenly_and_complete(limoe):
 
 
 def test_pairs_without_classes_are_named_by_the_captions(limoe):
-    found = gather_statistics(limoe, Pictures(labels=False, captions=True), num_images=2)
+    found = gather_statistics(limoe, Images(labels=False, captions=True), num_images=2)
     assert {name for name, _ in found.samples[0].top_classes} == {CAPTIONS[0], CAPTIONS[-1]}
     assert found.class_names is None
 
@@ -283,9 +283,9 @@ def test_a_classifier_names_images_by_its_own_classes(tmp_path):
     torch.manual_seed(0)
     model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=2, **VIT)
     subject = subject_of(model, tmp_path, class_names=["ours", "theirs"])
-    found = gather_statistics(subject, Pictures(), num_images=1)
+    found = gather_statistics(subject, Images(), num_images=1)
     assert {name for name, _ in found.samples[0].top_classes} == {"ours", "theirs"}
-    probabilities = model(subject.transform(Pictures().images[0])[None]).softmax(1)[0].tolist()
+    probabilities = model(subject.transform(Images().images[0])[None]).softmax(1)[0].tolist()
     assert dict(found.samples[0].top_classes) == pytest.approx(dict(zip(["ours", "theirs"], probabilities)), rel=1e-4)
 
 
@@ -306,7 +306,7 @@ def test_every_kind_of_routing(tmp_path, settings, name):
     if settings.get("router") == "soft":
         settings = {"num_slots": 2, **settings}
     subject = subject_of(vmoe.create_model(name, **{**kwargs, **settings}), tmp_path)
-    dataset = Pictures(captions=name.startswith("limoe"))
+    dataset = Images(captions=name.startswith("limoe"))
     record, _ = direct(subject, dataset)
     found = gather_statistics(subject, dataset, batch_size=4)
     K = settings.get("num_selected_experts", 1)
@@ -338,7 +338,7 @@ def test_two_towers_have_layers_of_one_modality_each(tmp_path):
         image={"img_size": 16, "patch_size": 4, "embed_dim": 32, **sizes},
         text={"width": 32, "context_length": 8, **sizes, "num_experts": 3},
     )
-    found = gather_statistics(subject_of(model, tmp_path), Pictures(captions=True), batch_size=4)
+    found = gather_statistics(subject_of(model, tmp_path), Images(captions=True), batch_size=4)
     assert [(layer.name, list(layer.tokens)) for layer in found.layers] == [
         ("visual.blocks.1.mlp", ["image"]),
         ("text.blocks.1.mlp", ["text"]),
@@ -362,7 +362,7 @@ def test_upcycled_models_of_timm_and_open_clip(tmp_path):
     torch.manual_seed(0)
     dense = vmoe.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, num_classes=3, depth=4)
     sparse = vmoe.upcycle(dense, num_experts=4, layers="last2")
-    found = gather_statistics(subject_of(sparse, tmp_path), Pictures())
+    found = gather_statistics(subject_of(sparse, tmp_path), Images())
     assert [layer.name for layer in found.layers] == ["blocks.1.mlp", "blocks.3.mlp"]
     assert found.samples[0].patches[0].expert.shape[:2] == (4, 4)
 
@@ -371,7 +371,7 @@ def test_upcycled_models_of_timm_and_open_clip(tmp_path):
     clip = vmoe.upcycle(clip, num_experts=4, layers="last1")
     classifier = subject_of(sparse, tmp_path)
     subject = classifier._replace(model=clip.eval(), tokenizer=SimpleTokenizer(context_length=9))
-    found = gather_statistics(subject, Pictures(captions=True), batch_size=4)
+    found = gather_statistics(subject, Images(captions=True), batch_size=4)
     real = text_mask(subject.tokenizer(CAPTIONS), subject.tokenizer.eot_token_id).sum()
     assert found.layers[1].tokens == {"text": int(real)}  # its padding is routed, and not counted
     assert "!" not in found.layers[1].expert_token
@@ -379,7 +379,7 @@ def test_upcycled_models_of_timm_and_open_clip(tmp_path):
 
 
 def test_agreement_is_normalised_mutual_information_of_first_choices(classifier):
-    dataset = Pictures()
+    dataset = Images()
     record, _ = direct(classifier, dataset)
     one, other = (call.tokens(call.expert_index)[..., 0].flatten().tolist() for call in record.layers.values())
 
@@ -402,7 +402,7 @@ def test_relabelled_experts_agree_and_independent_ones_do_not():
 
 
 def test_one_image_is_routed_as_in_the_whole(limoe, classifier):
-    dataset = Pictures(captions=True)
+    dataset = Images(captions=True)
     whole = gather_statistics(limoe, dataset, num_images=NUM).samples[3]
     one = sample_routing(limoe, dataset.images[3], CAPTIONS[3], class_names=CLASSES)
     assert one.text_tokens == whole.text_tokens
@@ -424,13 +424,13 @@ def test_mistakes_are_named(tmp_path, classifier):
     dense = timm.create_model("vmoe_tiny_patch8_48", num_classes=3, **{**VIT, "num_experts": 0})
     subject = classifier._replace(model=dense, checkpoint="runs/dense")
     with pytest.raises(ConfigError, match="runs/dense holds a dense model"):
-        gather_statistics(subject, Pictures())
+        gather_statistics(subject, Images())
     with pytest.raises(ConfigError, match="runs/dense holds a dense model"):
-        sample_routing(subject, Pictures().images[0])
+        sample_routing(subject, Images().images[0])
     with pytest.raises(ConfigError, match="eval_capacity_factor must be > 0, got 0"):
-        gather_statistics(classifier, Pictures(), eval_capacity_factor=0)
+        gather_statistics(classifier, Images(), eval_capacity_factor=0)
     with pytest.raises(ValueError, match="num_images and num_patches must be >= 0, got -1"):
-        gather_statistics(classifier, Pictures(), num_images=-1)
+        gather_statistics(classifier, Images(), num_images=-1)
 
 
 def test_tokens_are_read_back_by_any_tokenizer():
@@ -450,7 +450,7 @@ def test_tokens_are_read_back_by_any_tokenizer():
 
 
 def test_no_typical_patches(limoe):
-    found = gather_statistics(limoe, Pictures(captions=True), num_patches=0)
+    found = gather_statistics(limoe, Images(captions=True), num_patches=0)
     assert all(layer.typical_patches == [[]] * 4 for layer in found.layers)
 
 
@@ -470,7 +470,7 @@ def test_layers_that_see_other_tokens_are_named():
 
 
 def test_likeliest_names_have_their_indices_among_the_classes(limoe, tmp_path):
-    dataset = Pictures()
+    dataset = Images()
     dataset.classes, dataset.prompt_names = ["crane", "crane", "dog"], ["crane bird", "crane machine", "dog"]
     [sample] = gather_statistics(limoe, dataset, num_images=1).samples
     assert sorted(sample.top_labels) == [0, 1, 2]

@@ -22,7 +22,7 @@ resource.setrlimit(resource.RLIMIT_AS, (pages + 400 * 2**20,) * 2)
 for name, read in (
     ("laughs.yaml", lambda file: read_config(Config, ["--config", str(file)])),
     ("checkpoint", open_flax),
-    ("picture.png", load_image),
+    ("image.png", load_image),
     ("comment.png", load_image),
     ("model.safetensors", lambda file: vmoe.create_model(pretrained=file)),
 ):
@@ -36,7 +36,7 @@ for name, read in (
 def test_all_that_would_fill_the_memory_in_a_process_with_little_of_it(forks, good_file, tmp_path):
     (tmp_path / "laughs.yaml").write_text(LAUGHS)
     (tmp_path / "checkpoint").write_bytes(PACKED["long names"])
-    (tmp_path / "picture.png").write_bytes(IMAGES["100,000 x 100,000"][0])
+    (tmp_path / "image.png").write_bytes(IMAGES["100,000 x 100,000"][0])
     (tmp_path / "comment.png").write_bytes(IMAGES["a comment of 100 MB"][0])
     with_settings(
         good_file, tmp_path / "model.safetensors", lambda settings: settings["kwargs"].update(embed_dim=2**20)
@@ -46,7 +46,7 @@ def test_all_that_would_fill_the_memory_in_a_process_with_little_of_it(forks, go
     assert said.split("\n")[:-1] == [
         "laughs.yaml ConfigError 1",
         "checkpoint CheckpointError 1",
-        "picture.png BadSample 1",
+        "image.png BadSample 1",
         "comment.png BadSample 1",
         "model.safetensors WeightsError 1",
     ]
