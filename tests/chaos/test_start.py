@@ -29,7 +29,9 @@ def test_a_batch_that_cannot_be_shared_is_a_wrong_setting(forks, config, tmp_pat
     given = arguments(config, tmp_path / "run", data__loader__batch_size=7, parallel__timeout=30)
     processes = forks.group(given, tmp_path / "out", free_port())
     assert [process.wait() for process in processes] == [2, 2]
-    assert "data.loader.batch_size must be a multiple of the 2 processes" in printed(tmp_path / "out.0")
+    assert "data.loader.batch_size must be a multiple of 2, got 7: 2 processes share each batch" in printed(
+        tmp_path / "out.0"
+    )
     assert printed(tmp_path / "out.1") == ""
 
 
