@@ -10,7 +10,8 @@ import os
 import platform
 import statistics
 from collections.abc import Iterator
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,6 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-import vmoe
 from vmoe.data import EvalLoader
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.utils.files import atomic_file, read_json
@@ -76,8 +76,10 @@ def mean_and_spread(results: list[dict[str, float | int]]) -> tuple[dict[str, fl
 
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that affect the metrics."""
-    own = {"python": platform.python_version(), "torch": torch.__version__, "vmoe": vmoe.__version__}
-    return own | {name: version(name) for name in LIBRARIES}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "vmoe": "source"}
+    with suppress(PackageNotFoundError):
+        versions["vmoe"] = version("vmoe")
+    return versions | {name: version(name) for name in LIBRARIES}
 
 
 def output_file(config: EvaluationConfig) -> Path:
