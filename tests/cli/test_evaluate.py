@@ -374,6 +374,13 @@ def test_results_of_other_settings_are_kept(tree, limoe, tmp_path):
     assert (checkpoint / f"{name}_6.json").exists()
 
 
+def test_a_result_whose_name_no_file_can_have_is_refused(limoe):
+    """And not searched for without end."""
+    data = SourceConfig("image_folder", path="y" * 250)
+    config = EvaluationConfig(checkpoint=str(limoe), task="zero_shot", data=data)
+    assert len(output_file(config).name) > 255
+
+
 @pytest.mark.parametrize("path", sorted((shipped_config_dirs()[0] / "eval").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_are_read(path):
     assert find_config(path.stem, "eval").samefile(path)

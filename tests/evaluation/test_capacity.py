@@ -231,8 +231,9 @@ def test_experts_of_text_alone_are_not_swept():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"factors": [0.5, 0]}, r"factors must be > 0 and finite, each once, got \[0.5, 0\]"),
-        ({"factors": [0.5, 0.5, None]}, "factors must be > 0 and finite, each once"),
+        ({"factors": [0.5, 0]}, r"factors must be > 0 and finite \(null: no limit\), each once, got \[0.5, 0\]"),
+        ({"factors": [0.5, 0.5, None]}, "factors must be > 0 and finite .*, each once"),
+        ({"factors": [1, None, None]}, "factors must be .*, each once"),
         ({"factors": []}, r"factors must be .*, got \[\]"),
         ({"num_selected_experts": [0]}, "num_selected_experts must be >= 1"),
         ({"images_per_group": 0}, "images_per_group must be >= 1"),

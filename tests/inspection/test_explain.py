@@ -231,5 +231,10 @@ def test_classes_of_one_name_stay_apart_and_missing_names_are_told(tmp_path):
     assert sum(value for _, value in found.probabilities) == pytest.approx(1)
     for names in (["a", "b"], ["a", "b", "c", "d"]):
         few = subject(tmp_path, "vmoe_tiny_patch8_48", names, **settings)
-        with pytest.raises(ValueError, match=f"model.safetensors names {len(names)} classes, but the model tells 3"):
+        with pytest.raises(
+            ValueError, match=f"model.safetensors names {len(names)} classes, but the model has 3 outputs"
+        ):
             logic.explain(few, make_image())
+    for names in ("abc", [1, 2, 3], 3):
+        with pytest.raises(ValueError, match="the class names in .*model.safetensors must be a list of texts, got"):
+            logic.explain(subject(tmp_path, "vmoe_tiny_patch8_48", names, **settings), make_image())

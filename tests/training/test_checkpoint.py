@@ -244,7 +244,7 @@ def test_one_file_of_a_checkpoint_is_compared_too(tmp_path, model, optimizer):
         (b"9" * 10_000, "a whole number of thousands of digits"),
         (b"[]", "not a manifest"),
         (b'{"files": {}}', "does not have the SHA-256|not a manifest"),
-        (b"\xff\xfe", "not text"),
+        (b"\xff\xfe", "not UTF-8 at byte 0|not valid JSON"),
         (b"", "Expecting value"),
     ],
 )

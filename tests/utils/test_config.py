@@ -155,6 +155,7 @@ class Kinds:
         ("share", "none", "write null for none"),
         ("share", False, "write null for none"),
         ("share", "0.5", "leave the quotation marks out"),
+        ("flag", 1, "write true or false"),
         ("count", 1000.0, "write 1000"),
         ("free", "depth", "write settings, as in {key: value}"),
         ("free", ["depth"], "write settings, as in {key: value}"),
@@ -172,6 +173,12 @@ def test_a_value_of_another_type_comes_with_the_remedy(tmp_path, name, value, re
     assert in_python.startswith(f"{name} must be ")
     assert f"; {remedy}" in in_python
     assert "\n" not in in_python
+
+
+def test_a_text_for_a_number_gets_no_advice_on_quotation_marks():
+    with pytest.raises(ConfigError) as caught:
+        read_config(Kinds, ["--share", "abc"])
+    assert "quotation" not in str(caught.value)
 
 
 def test_types_of_sections_are_checked_too():

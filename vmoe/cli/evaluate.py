@@ -150,7 +150,11 @@ def check_same_classes(trained: list[str] | None, data: list[str], checkpoint: s
         warn_of_text_order(data, f"{checkpoint}, which holds no class names,")
         return
     if len(trained) != len(data):
-        raise ConfigError(f"{checkpoint} was trained on {len(trained)} classes, and the data has {len(data)}")
+        only = [name for name in data if name not in trained] or [name for name in trained if name not in data]
+        raise ConfigError(
+            f"{checkpoint} was trained on {len(trained)} classes, and the data has {len(data)}"
+            + (f"; only one of them has {', '.join(map(repr, only[:5]))}" if only else "")
+        )
     for index, (ours, theirs) in enumerate(zip(trained, data)):
         if ours != theirs:
             raise ConfigError(f"class {index} is {ours!r} in {checkpoint} and {theirs!r} in the data; they must agree")

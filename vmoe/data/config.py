@@ -185,7 +185,8 @@ class AugmentationConfig:
         for name, largest in (("scale", 1), ("ratio", math.inf)):
             low, high = getattr(self, name)
             if not 0 < low <= high <= largest:
-                raise ValueError(f"{name} must be 0 < smallest <= largest <= {largest}, got {getattr(self, name)}")
+                bound = " <= 1" if largest == 1 else ""
+                raise ValueError(f"{name} must be 0 < smallest <= largest{bound}, got {getattr(self, name)}")
 
 
 @dataclass

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vmoe.distributed.process_group import gather_lists
-from vmoe.evaluation.classification import num_skipped, right_classes, select_columns
+from vmoe.evaluation.classification import num_skipped, right_classes
 from vmoe.evaluation.config import CapacityConfig
 from vmoe.evaluation.inference import changed, evaluating
 from vmoe.evaluation.metrics import ranks, top_shares
@@ -169,14 +169,13 @@ def sweep_capacity(
     *,
     device: torch.device | str,
     precision: str = "float32",
-    class_columns: Sequence[Sequence[int]] | None = None,
     label_sets: Sequence[Sequence[int]] | None = None,
     timing_rounds: int = 0,
 ) -> Sweep:
     """Every setting on every batch, each a routing group; the layers are as they were afterwards, also after an error.
 
     `loader` gives "image", "label" and "index"; where torch.distributed runs, each process gives batches of its own.
-    Each setting is timed `timing_rounds` times on the first batch. For the other arguments see `predict`.
+    Each setting is timed `timing_rounds` times on the first batch. For `label_sets` see `predict`.
 
     Raises:
         ValueError: a label is out of range, or there are no samples.
@@ -190,7 +189,7 @@ def sweep_capacity(
             flops = flops or _flops(score, layers, images[:1])
             for number, setting in enumerate(settings):
                 with limited(layers.values(), setting), record_routing(model) as record:
-                    scores_BC = select_columns(score(images), class_columns)
+                    scores_BC = score(images)
                 for name, call in record.layers.items():
                     counts_S3[name][number] += torch.tensor(_count(call))
                 num_classes = scores_BC.shape[1]

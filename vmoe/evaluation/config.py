@@ -84,8 +84,11 @@ class CapacityConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "capacity.")
-        if self.factors != [None]:
-            check_numbers("capacity.factors", [factor for factor in self.factors if factor is not None])
+        fitting = [factor is None or 0 < factor < math.inf for factor in self.factors]
+        if not self.factors or not all(fitting) or len(set(self.factors)) < len(self.factors):
+            raise ConfigError(
+                f"capacity.factors must be > 0 and finite (null: no limit), each once, got {self.factors}"
+            )
         for name in ("num_selected_experts", "images_per_group"):
             check_numbers(f"capacity.{name}", getattr(self, name), 1)
         check_numbers("capacity.timing_rounds", self.timing_rounds, 0)

@@ -16,6 +16,7 @@ from vmoe.evaluation.zero_shot import Template, feature_scorer
 from vmoe.models.factory import create_model, find_weights, get_tokenizer, is_contrastive, preprocess_config
 from vmoe.models.serialization import read_pretrained_metadata
 from vmoe.moe import quantize_experts
+from vmoe.utils.printable import printable
 
 
 class LoadedModel(NamedTuple):
@@ -34,9 +35,13 @@ class LoadedModel(NamedTuple):
     def class_names(self) -> list[str] | None:
         """Names of a classifier's classes, where its file holds them; raises ValueError unless they are as many."""
         names = read_pretrained_metadata(self.weights)["extra"].get("class_names")
-        if names is not None and len(names) != self.model.num_classes:
+        if names is None:
+            return None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"the class names in {self.weights} must be a list of texts, got {printable(names)}")
+        if len(names) != self.model.num_classes:
             outputs = self.model.num_classes
-            raise ValueError(f"{self.weights} names {len(names)} classes, but the model tells {outputs} apart")
+            raise ValueError(f"{self.weights} names {len(names)} classes, but the model has {outputs} outputs")
         return names
 
     def scorer(self, names: Sequence[str], templates: Sequence[Template] | str | None) -> Callable[[Tensor], Tensor]:

@@ -104,9 +104,9 @@ def output_file(config: EvaluationConfig) -> Path:
         try:
             if _settings(read_json(file, MAX_RESULT_BYTES)["config"]) == settings:
                 return file
-        except FileNotFoundError:
+        except OSError:  # there is none, or it could not be written to either
             return file
-        except (OSError, ValueError, KeyError, TypeError):  # no result of an evaluation
+        except (ValueError, KeyError, TypeError):  # no result of an evaluation
             continue
 
 

@@ -125,7 +125,9 @@ def _usage(usage: Usage | None, name: str, numbers: Iterable[int]) -> Tensor:
     """(E,) float64 on the CPU, where E is one of `numbers`."""
     if not isinstance(usage or {}, Mapping):
         raise UpcycleError(f"usage must be a dictionary, {{name of a layer: (E,)}}, got a {type(usage).__name__}")
-    used = (usage or {}).get(name, ())
+    used = (usage or {}).get(name)
+    if used is None:
+        raise UpcycleError(f"usage of {name} is missing; vmoe.measure_usage gives that of all layers")
     try:
         used_E = torch.as_tensor(used).double().cpu()
     except (TypeError, ValueError, RuntimeError):

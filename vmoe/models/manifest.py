@@ -62,7 +62,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"it has {file.stat().st_size} bytes")
     content = file.read_bytes()
     try:
-        manifest = parse_json(content.decode())
+        manifest = parse_json(content)
         # To the byte: a changed space is a changed file too.
         if _encode({key: value for key, value in manifest.items() if key != "sha256"}) != content:
             raise ValueError("its content does not have the SHA-256 that it names")

@@ -286,6 +286,9 @@ def _load(checkpoint: Path, model: nn.Module, ema: nn.Module | None, optimizer: 
             import_state(optimizer, model, StoredTensors(files[0]) if files else None, rest)
         except ValueError as error:
             raise CheckpointError(f"{checkpoint}: {error}") from error
+        except (AttributeError, IndexError, KeyError, RecursionError, RuntimeError, TypeError) as error:
+            problem = f"its optimizer state cannot be understood ({type(error).__name__}: {error})"
+            raise CheckpointError(f"{checkpoint}: {problem}") from error
     return trainer
 
 

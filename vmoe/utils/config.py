@@ -12,6 +12,7 @@ import difflib
 import functools
 import itertools
 import json
+import math
 import os
 import sys
 import types
@@ -297,4 +298,13 @@ def _remedy(name: str, members: tuple[Any, ...], value: Any) -> str:
         return "write null for none"
     if int in kinds and isinstance(value, float) and value.is_integer():
         return f"write {int(value)}"
-    return "leave the quotation marks out" if isinstance(value, str) and {int, float} & kinds.keys() else ""
+    if bool in kinds:
+        return "write true or false"
+    return "leave the quotation marks out" if {int, float} & kinds.keys() and _is_number(value) else ""
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False
