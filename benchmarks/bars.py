@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Row = dict[str, Any]
-Figure = dict[str, float]
+Ratio = dict[str, float]
 
 # The case for which the goals were set.
 LAYER = {"tokens": 6304, "width": 384, "hidden": 1536, "experts": 8, "selected": 1, "capacity": 1.0}
@@ -24,7 +24,7 @@ class Bar:
     limit: float  # of the ratio
     at_most: bool  # the ratio shall be `limit` at most; else at least
     command: str  # measures it
-    found: Figure | None  # {"median", "min", "max"} of the ratio; None: not measured
+    found: Ratio | None  # {"median", "min", "max"} of the ratio; None: not measured
     said: str | None = None  # the goal in words, in place of the limit
 
     @property
@@ -51,7 +51,7 @@ def _find(sections: Sequence[dict[str, Any]], benchmark: str, **wanted: Any) -> 
     return fitting[-1] if fitting else None
 
 
-def _ratio(row: Row | None, other: str) -> Figure | None:
+def _ratio(row: Row | None, other: str) -> Ratio | None:
     return None if row is None else row["ratios"].get(other)
 
 
@@ -63,8 +63,8 @@ def _kept(row: Row | None) -> str:
 def _goals(sections: Sequence[dict[str, Any]]) -> list[Bar]:
     found: list[Bar] = []
 
-    def add(what: str, limit: float, benchmark: str, figure: Figure | None, at_most: bool = True) -> None:
-        found.append(Bar(what, limit, at_most, f"python -m benchmarks.{benchmark}", figure))
+    def add(what: str, limit: float, benchmark: str, ratio: Ratio | None, at_most: bool = True) -> None:
+        found.append(Bar(what, limit, at_most, f"python -m benchmarks.{benchmark}", ratio))
 
     for dtype, limits in (("float32", (1.05, 1.05)), ("bfloat16", (1.10, 1.15))):
         for one_pass, limit in zip(BOTH, limits, strict=True):
@@ -76,8 +76,8 @@ def _goals(sections: Sequence[dict[str, Any]]) -> list[Bar]:
     for one_pass, limit in (("inference", 0.95), ("training", 0.93)):
         size = {"batch": 32, "image_size": 224, "pass": one_pass}
         row = _find(sections, "model", name="dropless", dtype="float32", **size)
-        figure = None if row is None else row["speed_ratio"]
-        add(f"V-MoE S/16 / ViT-S/16, images per second, {one_pass}", limit, "model", figure, at_most=False)
+        ratio = None if row is None else row["speed_ratio"]
+        add(f"V-MoE S/16 / ViT-S/16, images per second, {one_pass}", limit, "model", ratio, at_most=False)
     sizes = {name: LAYER[name] for name in ("tokens", "width", "hidden")}
     for one_pass in BOTH:
         wanted = {"name": "layer", "dtype": "float32", "pass": one_pass, **sizes}
@@ -100,20 +100,20 @@ def _training(sections: Sequence[dict[str, Any]]) -> list[Bar]:
     of_training = [section for section in sections if section["benchmark"] == "train_throughput"]
     sections = [section for section in of_training if all(row["steps"] >= SHORT_RUN for row in section["rows"])]
     row = _find(sections, "train_throughput", name="now")
-    figure = None if row is None else row["speed_ratio"]
+    ratio = None if row is None else row["speed_ratio"]
     what = "`configs/limoe_tiny_emoji.yaml`, now / before"
-    speed = Bar(f"{what}, images per second in training", 1.50, False, command, figure)
+    speed = Bar(f"{what}, images per second in training", 1.50, False, command, ratio)
     before, now = (_find(sections, "train_throughput", name=name, steps=WHOLE_RUN) for name in ("before", "now"))
     words = {"at_most": False, "command": f"{command} --steps {WHOLE_RUN}", "said": "not below the lowest seed"}
     what = f"{what}, final top-1"
     if before is None or now is None:
         return [speed, Bar(what, 1.0, found=None, **words)]
     old, new = before["top1"], now["top1"]
-    figure = {name: new[name] / old["median"] for name in ("median", "min", "max")}
-    return [speed, Bar(what, old["min"] / old["median"], found=figure, **words)]
+    ratio = {name: new[name] / old["median"] for name in ("median", "min", "max")}
+    return [speed, Bar(what, old["min"] / old["median"], found=ratio, **words)]
 
 
-def _memory(row: Row | None) -> Figure | None:
+def _memory(row: Row | None) -> Ratio | None:
     """Activations less one gathered copy of the kept rows, over the dense layer's: a count, without spread."""
     if row is None or row["activations_ratio"] == 0:
         return None

@@ -212,8 +212,8 @@ def test_unreadable_file_is_named_or_skipped(tree, classifier, tmp_path, capsys)
     ],
 )
 def test_settings_that_do_not_fit(tree, classifier, tmp_path, capsys, change, message):
-    places = {"PAIRS": str(tree / "pairs.csv"), "FOLDER": str(tree)}
-    change = [places.get(word, word) for word in change]
+    paths = {"PAIRS": str(tree / "pairs.csv"), "FOLDER": str(tree)}
+    change = [paths.get(word, word) for word in change]
     argv = arguments(classifier, tmp_path / "out.json", "--task", "classification", *folder_arguments(tree), *change)
     try:
         code = main(argv)
@@ -280,12 +280,12 @@ def test_a_wrong_checkpoint_among_several_is_found_first(tree, classifier, limoe
 def test_outputs_of_another_classifier_do_not_stand_for_imagenet(tree, tmp_path, capsys):
     # ImageNet-A's classes are 200 outputs of a classifier of 1,000; this one has more, of other classes
     synsets = imagenet_synsets()
-    for synset in [synsets[int(place)] for place in A_INDICES.read_text().split()]:
+    for synset in [synsets[int(position)] for position in A_INDICES.read_text().split()]:
         (tmp_path / "tree" / synset).mkdir(parents=True)
         (tmp_path / "tree" / synset / "0.png").write_bytes((tree / "folder" / "cat" / "0.png").read_bytes())
     for number, message in ((1500, "has 1500 instead of 1,000"), (1000, "class 0 is 'bird 0'")):
         model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=number, embed_dim=32, **TINY)
-        names = [f"bird {place}" for place in range(number)]
+        names = [f"bird {position}" for position in range(number)]
         save_pretrained(model, tmp_path / "model.safetensors", extra={"class_names": names})
         argv = ["--config", "imagenet_a", "--data.path", str(tmp_path / "tree"), "--loader.num_workers", "0"]
         assert main(arguments(tmp_path / "model.safetensors", tmp_path / "out.json", *argv)) == 2

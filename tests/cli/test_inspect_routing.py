@@ -121,8 +121,8 @@ def test_what_a_plain_word_stands_for(data, tmp_path):
 
 def test_the_data_of_a_run_are_found_from_any_of_its_folders(run, tmp_path):
     step = run / "checkpoints/step_000002"
-    for place in (run, step, step / "model.safetensors"):
-        assert validation_data(str(place)).type == "pairs"
+    for source in (run, step, step / "model.safetensors"):
+        assert validation_data(str(source)).type == "pairs"
     with pytest.raises(ConfigError, match="data.type is missing"):
         validation_data(str(tmp_path))
     (tmp_path / "config.yaml").write_text("data: {val: {type: null}}")

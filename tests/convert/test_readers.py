@@ -189,7 +189,7 @@ def test_many_chunks_open_quickly(tmp_path):
     [
         (lambda index: index.update(version="20991231"), "has version '20991231'"),
         (lambda index: index.update(shard_count="3"), "shard_count of '3'"),
-        (lambda index: index.update(shard_count=1), "places a in shards"),
+        (lambda index: index.update(shard_count=1), "puts a into shards"),
         (lambda index: index.update(index=3), "no tree named 'index'"),
         (lambda index: index["index"].update(a=3), "describes a by int"),
         (lambda index: index["index"].update(a=msgpack.ExtType(8, b"\x93\xc4\x01")), r"damaged: .*\(in index/a\)"),

@@ -49,12 +49,12 @@ def test_a_copy_elsewhere_has_the_same_fingerprint(folder, tmp_path, kind):
     found = fingerprint(folder, kind)
     assert len(found) == 64
     assert int(found, 16)
-    shutil.copytree(folder, tmp_path / "another place" / "copy")
-    assert fingerprint(tmp_path / "another place" / "copy", kind) == found
+    shutil.copytree(folder, tmp_path / "elsewhere" / "copy")
+    assert fingerprint(tmp_path / "elsewhere" / "copy", kind) == found
 
 
 def test_absolute_paths_count_from_the_root_on(folder, tmp_path):
-    """Such a file is usually made again for each place."""
+    """Such a file is usually made again in each folder."""
     found = fingerprint(folder, "pairs file")
     other = shutil.copytree(folder, tmp_path / "copy")
     for root in (folder, other):
@@ -71,11 +71,11 @@ def test_absolute_paths_count_from_the_root_on(folder, tmp_path):
 @pytest.mark.parametrize("kind", SOURCES)
 def test_one_changed_byte_of_an_image_changes_it(folder, kind):
     found = fingerprint(folder, kind)
-    for place in (100, -100):
+    for offset in (100, -100):
         for name in ("tree", "pairs"):
             image = folder / name / "cat" / "1.png"
             content = bytearray(image.read_bytes())
-            content[place] ^= 1
+            content[offset] ^= 1
             image.write_bytes(content)
         assert fingerprint(folder, kind) != found
         found = fingerprint(folder, kind)

@@ -68,12 +68,12 @@ def test_hostile_members_are_refused_by_name(tmp_path, member, message):
     assert "\n" not in str(caught.value)
 
 
-def set_size(path, field, place=0):
+def set_size(path, field, start=0):
     """Gives a header another size field, and the checksum that belongs to it."""
     whole = bytearray(path.read_bytes())
-    whole[place + 124 : place + 136] = field
-    whole[place + 148 : place + 156] = b" " * 8
-    whole[place + 148 : place + 156] = b"%06o\0 " % sum(whole[place : place + 512])
+    whole[start + 124 : start + 136] = field
+    whole[start + 148 : start + 156] = b" " * 8
+    whole[start + 148 : start + 156] = b"%06o\0 " % sum(whole[start : start + 512])
     path.write_bytes(whole)
 
 

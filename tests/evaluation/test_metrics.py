@@ -81,8 +81,8 @@ def test_calibration_error_equals_the_definition(num_samples, seed):
     confidences = torch.rand(num_samples, generator=generator)
     hits = torch.rand(num_samples, generator=generator) < 0.5
     expected = 0.0
-    for place in range(15):
-        inside = (confidences.double() > place / 15) & (confidences.double() <= (place + 1) / 15)
+    for bin_index in range(15):
+        inside = (confidences.double() > bin_index / 15) & (confidences.double() <= (bin_index + 1) / 15)
         if inside.any():
             distance = hits[inside].double().mean() - confidences[inside].double().mean()
             expected += inside.double().mean() * distance.abs()

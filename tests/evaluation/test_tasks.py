@@ -17,7 +17,7 @@ class Conditions(ImageDataset):
 
     def __init__(self, corruptions):
         self.conditions = [f"{corruption}/{severity}" for corruption in corruptions for severity in range(1, 6)]
-        self.condition_of = [place for place, _ in enumerate(self.conditions) for _ in range(2)]
+        self.condition_of = [position for position, _ in enumerate(self.conditions) for _ in range(2)]
 
     def __len__(self):
         return len(self.condition_of)
@@ -56,7 +56,7 @@ def test_without_some_conditions_there_is_no_mean_and_they_are_named():
 def test_samples_of_several_classes_are_of_none_alone():
     dataset = Conditions(["fog"])
     dataset.conditions = None
-    dataset.label_sets = [(place % 2,) for place in range(len(dataset))]
+    dataset.label_sets = [(position % 2,) for position in range(len(dataset))]
     outcome = classification_outcome(predictions(len(dataset)), dataset, [])
     assert "mean_per_class" not in outcome.results
     assert "per_class" not in outcome.details

@@ -286,16 +286,16 @@ def test_a_model_of_open_clip(tmp_path):
 
 
 class _FirstWord(torch.nn.Module):
-    """Matches the number in an image's first pixel with the place of a name in ImageNet's list."""
+    """Matches the number in an image's first pixel with the position of a name in ImageNet's list."""
 
     def __init__(self, names):
         super().__init__()
-        place = {name: index for index, name in reversed(list(enumerate(names)))}
-        self.place = [place[name] for name in names]
+        position = {name: index for index, name in reversed(list(enumerate(names)))}
+        self.position = [position[name] for name in names]
         self.logit_scale = torch.nn.Parameter(torch.tensor(3.0))
 
     def encode_image(self, image, normalize=True):
-        return torch.eye(1000)[[self.place[int(number)] for number in image[:, 0, 0, 0]]]
+        return torch.eye(1000)[[self.position[int(number)] for number in image[:, 0, 0, 0]]]
 
     def encode_text(self, tokens, normalize=True):
         return torch.eye(1000)[tokens[:, 0]]

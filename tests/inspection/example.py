@@ -112,10 +112,10 @@ def _layer(i, samples, E, K, C, grid, text):
                 pixels = sample.image[row * side : (row + 1) * side, column * side : (column + 1) * side]
                 typical[e].append(TypicalPatch(index, int(row), int(column), float(weight[row, column]), pixels))
         if text:
-            for place, word in enumerate(sample.text_tokens):
+            for position, word in enumerate(sample.text_tokens):
                 words = sample.text[i]
                 expert_token.setdefault(word, np.zeros(E, int))
-                expert_token[word] += np.bincount(words.expert[place][words.kept[place]], minlength=E)
+                expert_token[word] += np.bincount(words.expert[position][words.kept[position]], minlength=E)
     return LayerStatistics(
         name=f"blocks.{2 * i + 1}.mlp",
         num_experts=E,

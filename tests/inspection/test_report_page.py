@@ -127,12 +127,12 @@ def check_header(page):
 
 def check_layers(page):
     expected = []
-    for place, layer in enumerate(page.statistics.layers):
+    for index, layer in enumerate(page.statistics.layers):
         for modality, noun in (("image", "patches"), ("text", "text tokens")):
             kept = layer.kept[modality]
             expected.append(
                 [
-                    f"block {2 * place + 1}",
+                    f"block {2 * index + 1}",
                     noun,
                     f"{layer.tokens[modality]:,}",
                     "8",
@@ -236,8 +236,8 @@ def check_collage(page):
     choose(page, layer=0, expert=1)
     page.locator("#collage").scroll_into_view_if_needed()
     page.wait_for_timeout(200)
-    for place in (0, 5):
-        shot = page.locator("#collage .patch").nth(place).screenshot()
+    for index in (0, 5):
+        shot = page.locator("#collage .patch").nth(index).screenshot()
         pixels = page.evaluate(
             """async (bytes) => {
               const bitmap = await createImageBitmap(new Blob([new Uint8Array(bytes)]));
@@ -248,7 +248,7 @@ def check_collage(page):
             }""",
             list(shot),
         )
-        own = page.statistics.layers[0].typical_patches[1][place].pixels
+        own = page.statistics.layers[0].typical_patches[1][index].pixels
         np.testing.assert_allclose(pixels, own[own.shape[0] // 2, own.shape[1] // 2], atol=16)
 
 
@@ -292,10 +292,10 @@ def test_the_keyboard_reaches_patches_and_text_tokens(page):
 def check_text_tokens(page):
     chips = page.locator("#cards .card").first.locator(".chips button")
     sample = page.statistics.samples[0]
-    for place, word in enumerate(sample.text_tokens):
-        kept = np.flatnonzero(sample.text[0].kept[place])
-        expert = str(sample.text[0].expert[place, kept[0]]) if len(kept) else "–"
-        assert chips.nth(place).inner_text().split("\n")[0].startswith(f"{word}{expert}")
+    for index, word in enumerate(sample.text_tokens):
+        kept = np.flatnonzero(sample.text[0].kept[index])
+        expert = str(sample.text[0].expert[index, kept[0]]) if len(kept) else "–"
+        assert chips.nth(index).inner_text().split("\n")[0].startswith(f"{word}{expert}")
 
 
 def test_tables_are_sorted_by_their_headers(page):
@@ -369,11 +369,11 @@ def test_a_classifier_of_64_experts_without_text(browser_page, example_statistic
 def test_layers_of_one_modality_and_data_without_classes(browser_page, example_statistics, tmp_path):
     statistics = example_statistics()
     first, second = statistics.layers
-    for modality, layer, place in (("image", first, 0), ("text", second, 1)):
+    for modality, layer, index in (("image", first, 0), ("text", second, 1)):
         for name in ("tokens", "asked", "kept", "importance", "entropy", "share_dropped"):
             del getattr(layer, name)[modality]
         for sample in statistics.samples:
-            (sample.patches if modality == "image" else sample.text)[place] = None
+            (sample.patches if modality == "image" else sample.text)[index] = None
     first.name, second.name = "text.blocks.1.mlp", "visual.blocks.1.mlp"
     first.typical_patches, second.expert_token = [[] for _ in range(8)], {}
     first.expert_class = second.expert_class = None

@@ -81,9 +81,9 @@ def test_one_sort_is_the_plain_order(data):
                 for k in range(K)
                 if index[g, n, k] == e and (mask is None or mask[g, n]) and (chosen is None or chosen[g, n, k])
             ]
-            for place, (k, _, n) in enumerate(sorted(waiting)):
-                position[g, n, k] = place
-                if capacity is None or place < capacity:
+            for rank, (k, _, n) in enumerate(sorted(waiting)):
+                position[g, n, k] = rank
+                if capacity is None or rank < capacity:
                     rows.append((g * N + n) * K + k)
                     count[e] += 1
     plan = plan_dispatch(index, E, capacity, priority, mask, capacity, chosen)

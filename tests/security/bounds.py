@@ -70,21 +70,21 @@ def damaged(draw, content: bytes, pieces: tuple[bytes, ...] = ()) -> bytes:
     """Bytes with some of them changed, cut out, doubled, or with something else between them."""
     content = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
-        place = draw(st.integers(0, max(0, len(content) - 1)))
+        offset = draw(st.integers(0, max(0, len(content) - 1)))
         length = draw(st.sampled_from([1, 1, 2, 4, 8, 64]))
         kind = draw(st.sampled_from(["change", "insert", "remove", "double", "cut", "extreme"]))
         if kind == "change":
-            content[place : place + length] = draw(st.binary(min_size=length, max_size=length))
+            content[offset : offset + length] = draw(st.binary(min_size=length, max_size=length))
         elif kind == "extreme":
-            content[place : place + length] = draw(st.sampled_from([b"\xff", b"\x00", b"\x7f", b"\x80"])) * length
+            content[offset : offset + length] = draw(st.sampled_from([b"\xff", b"\x00", b"\x7f", b"\x80"])) * length
         elif kind == "insert":
-            content[place:place] = draw(st.sampled_from(pieces) if pieces else st.binary(max_size=16))
+            content[offset:offset] = draw(st.sampled_from(pieces) if pieces else st.binary(max_size=16))
         elif kind == "remove":
-            del content[place : place + length]
+            del content[offset : offset + length]
         elif kind == "double":
-            content[place:place] = content[place : place + length]
+            content[offset:offset] = content[offset : offset + length]
         elif draw(st.booleans()):  # not too often: most of what is left after a cut is refused at once
-            del content[place:]
+            del content[offset:]
     return bytes(content)
 
 

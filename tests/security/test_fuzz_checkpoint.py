@@ -31,7 +31,7 @@ def build():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder with a whole checkpoint, and a place for a damaged copy."""
+    """A folder with an undamaged checkpoint, and a path for a damaged copy."""
     model, optimizer = build()
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)

@@ -118,7 +118,7 @@ def process(rank: int, root: Path, reference: dict) -> None:
     for number, (name, size) in enumerate(MESHES.items()):
         model, ema, optimizer = spread(size, number + 1)
         trainer = load_checkpoint(before, model, ema, optimizer)
-        results["loads"][name] = trainer == {"place": 0.1} and same(everything(model, ema, optimizer), reference)
+        results["loads"][name] = trainer == {"position": 0.1} and same(everything(model, ema, optimizer), reference)
         mesh = dataclasses.asdict(size)
         checkpointer = Checkpointer(root / name, 2, asynchronous=number % 2 == 1, mesh=mesh)
         before = checkpointer.save(1, model, ema, optimizer, trainer, {"class_names": ["a"]})
@@ -163,14 +163,14 @@ def process(rank: int, root: Path, reference: dict) -> None:
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for key, place, function in (("full in torch", os, "fsync"), ("full in ours", module, "describe_files")):
-        real = getattr(place, function)
+    for key, owner, function in (("full in torch", os, "fsync"), ("full in ours", module, "describe_files")):
+        real = getattr(owner, function)
         if rank == 2:
-            setattr(place, function, full)
+            setattr(owner, function, full)
         checkpointer = Checkpointer(run, 2, asynchronous=True)
         checkpointer.save(3, model, None, optimizer, {}, {})
         results[key] = error_of(checkpointer.wait)
-        setattr(place, function, real)
+        setattr(owner, function, real)
     parameter = next(each for each in model.parameters() if hasattr(each, "full_tensor"))
     optimizer.state[parameter]["rows"] = torch.zeros(3)
     results["rows"] = error_of(lambda: Checkpointer(run, 2).save(4, model, None, optimizer, {}, {}))
@@ -196,7 +196,7 @@ def main() -> None:
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     reference = everything(model, ema, optimizer)
-    Checkpointer(root / "one process", 2).save(1, model, ema, optimizer, {"place": 0.1}, {"class_names": ["a"]})
+    Checkpointer(root / "one process", 2).save(1, model, ema, optimizer, {"position": 0.1}, {"class_names": ["a"]})
     mp.start_processes(process, (root, reference), nprocs=WORLD, start_method="fork")
 
     # One process again.

@@ -167,17 +167,17 @@ def test_damage_to_any_file_is_found_named_and_skipped(tmp_path, model, optimize
     for number in range(160):
         name = FILES[number % len(FILES)]
         content = bytearray(whole[name])
-        place = draw.randrange(len(content))
+        offset = draw.randrange(len(content))
         if number < 100:
-            content[place] ^= draw.randrange(1, 256)
+            content[offset] ^= draw.randrange(1, 256)
         else:
-            del content[place:]
+            del content[offset:]
         (newer / name).write_bytes(content)
         caplog.clear()
         if number % 4 == 0:
-            assert latest_checkpoint(tmp_path) == older, (name, place)
+            assert latest_checkpoint(tmp_path) == older, (name, offset)
         elif number % 4 == 1:
-            assert find_weights(tmp_path).parent == older, (name, place)
+            assert find_weights(tmp_path).parent == older, (name, offset)
         elif number % 4 == 2:
             with pytest.raises(CheckpointError, match=f"step_000002 is damaged: {name}"):
                 load_checkpoint(newer, model, None, None)
@@ -340,13 +340,15 @@ def test_a_stop_while_a_damaged_one_is_replaced_leaves_no_half_of_it(tmp_path, m
     assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == ["step_000001", "step_000002"]
 
 
-@pytest.mark.parametrize("place", ["save_file", "replace", "fsync", "write_manifest"])
-def test_an_error_of_the_disk_is_one_sentence_and_leaves_nothing(tmp_path, model, optimizer, monkeypatch, place):
+@pytest.mark.parametrize("function", ["save_file", "replace", "fsync", "write_manifest"])
+def test_an_error_of_the_disk_is_one_sentence_and_leaves_nothing(tmp_path, model, optimizer, monkeypatch, function):
     before = contents(save(tmp_path, 1, model, optimizer))
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    if place == "save_file":  # as safetensors tells it
+    if function == "save_file":  # as safetensors tells it
         full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    monkeypatch.setattr({"save_file": serialization, "write_manifest": module}.get(place, os), place, _raiser(full))
+    monkeypatch.setattr(
+        {"save_file": serialization, "write_manifest": module}.get(function, os), function, _raiser(full)
+    )
     with pytest.raises(CheckpointError, match=r"step_000002: the disk is full; free some space"):
         save(tmp_path, 2, model, optimizer)
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
@@ -402,7 +404,7 @@ def test_a_damaged_one_does_not_count_among_the_kept(tmp_path, model, optimizer)
     save(tmp_path, 30, model, optimizer, keep_last=2)
     assert steps(tmp_path) == [15, 20, 30]
     assert latest_checkpoint(tmp_path).name == "step_000030"
-    save(tmp_path, 20, model, optimizer, keep_last=3)  # in place of the damaged one
+    save(tmp_path, 20, model, optimizer, keep_last=3)  # replaces the damaged one
     assert not find_problems(damaged)
 
 

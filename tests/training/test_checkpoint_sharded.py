@@ -131,9 +131,9 @@ def test_all_processes_skip_a_damaged_checkpoint_and_one_says_so(processes):
     assert all("step_000002 is damaged: model/shard-00004" in found["damaged"] for found in processes)
 
 
-@pytest.mark.parametrize("place", ["full in torch", "full in ours"])
-def test_a_disk_that_is_full_for_one_process_is_an_error_in_all(processes, place):
-    assert all("step_000003: the disk is full; free some space" in found[place] for found in processes)
+@pytest.mark.parametrize("writer", ["full in torch", "full in ours"])
+def test_a_disk_that_is_full_for_one_process_is_an_error_in_all(processes, writer):
+    assert all("step_000003: the disk is full; free some space" in found[writer] for found in processes)
 
 
 def test_state_that_cannot_be_split_is_an_error(processes):

@@ -76,7 +76,7 @@ def _read_index(file: Path) -> tuple[dict[str, IndexEntry], int]:
         if not isinstance(entry, IndexEntry):
             raise CheckpointError(f"{file} describes {name} by {type(entry).__name__}, not by a shape and its chunks")
         if len(entry.slices) != len(entry.shards) or any(shard >= count for shard in entry.shards):
-            raise CheckpointError(f"{file} places {name} in shards {entry.shards[:8]} of {count}")
+            raise CheckpointError(f"{file} puts {name} into shards {entry.shards[:8]} of {count}")
     return entries, count
 
 

@@ -28,16 +28,16 @@ def val_name(number):
 
 
 def make_tree(root, folders, name="1.jpg"):
-    for place, folder in enumerate(folders):
+    for position, folder in enumerate(folders):
         (root / folder).mkdir(parents=True)
-        (root / folder / (name if isinstance(name, str) else name(place))).write_bytes(BLUE)
+        (root / folder / (name if isinstance(name, str) else name(position))).write_bytes(BLUE)
     return root
 
 
 @pytest.fixture(scope="module")
 def val(tmp_path_factory):
     """The validation set in synset folders: image i + 1 belongs to class i, and one more to the tench."""
-    root = make_tree(tmp_path_factory.mktemp("imagenet") / "val", SYNSETS, lambda place: val_name(place + 1))
+    root = make_tree(tmp_path_factory.mktemp("imagenet") / "val", SYNSETS, lambda position: val_name(position + 1))
     (root / SYNSETS[0] / val_name(1001)).write_bytes(BLUE)
     return root
 

@@ -15,10 +15,10 @@ def root(tmp_path, monkeypatch):
     """Two corruptions with two severities each, and one further corruption; three classes stand for the 1,000."""
     monkeypatch.setattr(imagenet_module, "imagenet_synsets", lambda: SYNSETS)
     for condition in ("shot_noise/1", "shot_noise/3", "gaussian_noise/5", "gaussian_noise/1", "spatter/2"):
-        for place, synset in enumerate(SYNSETS):
+        for position, synset in enumerate(SYNSETS):
             folder = tmp_path / "C" / condition / synset
             folder.mkdir(parents=True)
-            for number in range(place + 1):
+            for number in range(position + 1):
                 Image.new("RGB", (4, 4), "red").save(folder / f"{number}.JPEG")
     return tmp_path / "C"
 

@@ -26,10 +26,10 @@ def root(tmp_path):
         (mappings / f"{name}.json").write_text(json.dumps(content))
     for number, folder in enumerate(FOLDERS, start=1):
         (mappings.parent / "images" / folder).mkdir(parents=True)
-        for place in range(number):
+        for position in range(number):
             image = Image.new("RGB", (10, 8), "red")
             image.paste((0, 0, 255), (2, 2, 8, 6))
-            image.save(mappings.parent / "images" / folder / f"{place}.png")
+            image.save(mappings.parent / "images" / folder / f"{position}.png")
     (mappings.parent / "license.txt").touch()  # the download's root holds more than the two folders
     return mappings.parent
 

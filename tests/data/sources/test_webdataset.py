@@ -57,11 +57,11 @@ def make_shards(folder, sizes=(7, 5, 9)):
     number = 0
     for shard, size in enumerate(sizes):
         with webdataset.TarWriter(str(folder / f"{shard:05}.tar")) as writer:
-            for place in range(size):
+            for position in range(size):
                 ending = ("jpg", "png", "webp", "jpeg")[number % 4]
                 writer.write(
                     {
-                        "__key__": f"{shard:05}{place:04}",
+                        "__key__": f"{shard:05}{position:04}",
                         ending: encoded_image(number, "jpeg" if ending == "jpg" else ending),
                         "txt": f"image number {number}",
                         "json": {"caption": f"other number {number}", "title": f"title {number}"},
