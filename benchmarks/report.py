@@ -26,15 +26,13 @@ MADE = (
 )
 METHOD = (
     "The cost of a sparse layer, compared with a dense baseline and other libraries. Ratios are measured in one "
-    "process, alternating (A B A B ...), with a new input in each round, and computed per round (`train_throughput` "
-    "starts a process for each run). Tables show the median and (lowest-highest). Below 1 the numerator is faster. "
-    "Results from before 29 November 2026 were measured with CPU code that has been removed (fused experts, oneDNN, "
-    'packed tokens; see the notes); `python -m benchmarks.session` measures the present code. "dense" is timm\'s MLP '
-    'or ViT with the same active compute: the hidden units of K experts. "kept" is the share of the assignments that '
-    "the experts keep; the dense baseline keeps all. Forward is in `eval()` without gradients, with the capacity in "
-    "use. Forward + backward is in training mode, with gradients of the input and of all parameters, which are None "
-    "before each call, as after `optimizer.zero_grad()`. Activations are, on a CPU, what autograd keeps for the "
-    "backward pass, without parameters; on CUDA, the peak beyond parameters and their gradients."
+    "process, alternating (A B A B ...), with a new input in each round, and computed per round. Tables show the "
+    "median and (lowest-highest). Below 1 the numerator is faster. \"dense\" is timm's MLP or ViT with the same active "
+    'compute: the hidden units of K experts. "kept" is the share of the assignments that the experts keep; the dense '
+    "baseline keeps all. Forward is in `eval()` without gradients, with the capacity in use. Forward + backward is in "
+    "training mode, with gradients of the input and of all parameters, which are None before each call, as after "
+    "`optimizer.zero_grad()`. Activations are, on a CPU, what autograd keeps for the backward pass, without "
+    "parameters; on CUDA, the peak beyond parameters and their gradients."
 )
 
 NO_GPU = (
@@ -59,9 +57,6 @@ ABOUT = {
     "train_step": "Forward, routing losses, backward, clipping, fused AdamW; bfloat16 is autocast on float32 weights. "
     "The V-MoE has a capacity of 1.05 and batch priority. The LIMoE is `limoe_tiny_patch12_48` with capacity 1.25 and "
     "four times the number of rounds below.",
-    "train_throughput": "`configs/limoe_tiny_emoji.yaml` with this checkout and with an earlier one (DIR), "
-    "alternating in new processes, each round with its own seed. Times are medians of the steps after the first five "
-    "of each run, including reading the data. Top-1 is the evaluation after the last step.",
 }
 
 
@@ -177,11 +172,10 @@ def _columns(benchmark: str, comparison: str) -> dict[str, Callable[[Row], str]]
         "images/s": lambda row: f"{row['images_per_second']['median']:.4g}" if "images_per_second" in row else "",
         "speed": lambda row: _spread(row["speed_ratio"], ".3f") if "speed_ratio" in row else "",
     }
-    for other in ("base", "dense", "vmoe", "layer, vanilla", "dispatch and combine", "before"):
+    for other in ("base", "dense", "vmoe", "layer, vanilla", "dispatch and combine"):
         title = f"time / {other}"
         columns[title] = lambda row, other=other: _ratio(row, other)
     columns |= {
-        "top-1": lambda row: _spread(row["top1"], ".4f") if "top1" in row else "",
         "share of large matmul": lambda row: f"{row['share_of_gemm']['median']:.0%}" if "share_of_gemm" in row else "",
         "activations / dense": lambda row: f"{row['activations_ratio']:.2f}" if "activations_ratio" in row else "",
         "weights, MiB": lambda row: f"{row['weights_mib']:g}" if "weights_mib" in row else "",
@@ -195,7 +189,6 @@ def _setting(row: Row) -> str:
     names = {
         "batch": "batch {:g}",
         "image_size": "{:g} px",
-        "steps": "{:g} steps",
         "tokens": "{:g} tokens",
         "width": "D = {:g}",
         "hidden": "F = {:g}",
