@@ -127,8 +127,6 @@ class Kinds:
         pair: Two numbers.
         path: A path.
         share: A number or none.
-        count: A whole number.
-        flag: Yes or no.
         free: Anything.
     """
 
@@ -137,8 +135,6 @@ class Kinds:
     pair: tuple[float, float] = (0.0, 1.0)
     path: str | None = None
     share: float | None = None
-    count: int = 1
-    flag: bool = False
     free: dict[str, Any] = field(default_factory=dict)
 
 
@@ -150,13 +146,11 @@ class Kinds:
         ("numbers", 0.9, "write a list, as in [0.9]"),
         ("pair", 0.9, "write a list of 2 values"),
         ("pair", [0.9], "write a list of 2 values"),
-        ("path", ["a", "b"], "give one path"),
+        ("path", ["a", "b"], "give one value, not a list"),
         ("share", ["a"], "give one value, not a list"),
         ("share", "none", "write null for none"),
         ("share", False, "write null for none"),
         ("share", "0.5", "leave the quotation marks out"),
-        ("flag", 1, "write true or false"),
-        ("count", 1000.0, "write 1000"),
         ("free", "depth", "write settings, as in {key: value}"),
         ("free", ["depth"], "write settings, as in {key: value}"),
         ("texts", None, "leave it out for its default"),

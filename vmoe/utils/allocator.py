@@ -9,15 +9,12 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc to keep freed memory for the next tensor instead of giving it back to the system; whether it does.
+    """Tell glibc to keep freed memory for the next tensor; False where the C library or the environment forbids it.
 
-    On a CPU every large activation is otherwise mapped and unmapped in each layer, and the system clears its pages each
-    time: up to half the time of a step. Does nothing where the C library is not glibc, or its environment variables say
-    otherwise.
+    Otherwise a CPU maps and unmaps every large activation in each layer, and the system clears its pages each time: up
+    to half the time of a step.
     """
     if not sys.platform.startswith("linux") or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
     return all([mallopt(M_MMAP_THRESHOLD, 2**30), mallopt(M_TRIM_THRESHOLD, 2**31 - 1)])

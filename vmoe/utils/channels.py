@@ -7,7 +7,7 @@ from torchvision.transforms import Grayscale
 
 
 def to_channels(channels: int) -> list[Callable[[Image.Image], Image.Image]]:
-    """What turns RGB images into those of a model: nothing for 3 channels, gray for 1; ValueError: another number."""
+    """Transforms of RGB images for a model: none for 3 channels, gray for 1; ValueError: another number."""
     if channels not in (1, 3):
         raise ValueError(
             f"in_chans={channels}: image files are read as 3 channels (RGB) or 1 (gray); call the model, made by "

@@ -1,7 +1,7 @@
-"""Reads a configuration for `train.py` and `eval.py`: YAML files, then `--key.sub value` overrides, into a dataclass.
+"""Reads a command's configuration: YAML files, then `--key.sub value` overrides, into a dataclass.
 
-Shipped configs go by their bare name. A mistake is one sentence: an unknown key comes with the nearest known one, a
-value of another type with what to write instead. jsonargparse writes `--help`.
+A mistake is one sentence: an unknown key comes with the nearest known one, a value of another type with what to write
+instead. jsonargparse writes `--help`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import difflib
 import functools
 import itertools
 import json
-import math
 import os
 import sys
 import types
@@ -32,7 +31,7 @@ ConfigT = TypeVar("ConfigT")
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message is one sentence for the user."""
+    """A configuration that cannot be used, in one sentence."""
 
 
 def shipped_config_dirs() -> list[Path]:
@@ -44,10 +43,9 @@ def shipped_config_dirs() -> list[Path]:
 
 
 def find_config(name: str, folder: str = "") -> Path:
-    """A config file by its path, or by the name of a shipped config in `folder` ("" or "eval").
+    """A config file by its path, or by the name of a shipped config in `folder`, such as "finetune/vit_upcycled".
 
-    Such a name may lack `.yaml` and have a subfolder ("limoe_tiny_emoji", "finetune/vit_upcycled"). ConfigError: there
-    is no such file; the message lists the shipped configs.
+    ConfigError: there is no such file; the message lists the shipped configs.
     """
     bare, folders = name.removesuffix(".yaml"), [root / folder for root in shipped_config_dirs()]
     for path in (Path(name), *(one / f"{bare}.yaml" for one in folders)):
@@ -56,8 +54,7 @@ def find_config(name: str, folder: str = "") -> Path:
     shipped = sorted({path.stem for one in folders for path in one.glob("*.yaml")})
     nearest = difflib.get_close_matches(Path(bare).name, shipped, n=1)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    configs = ", ".join(shipped) or "none"
-    raise ConfigError(f"--config {printable(name)}: no such file; {hint}shipped configs: {configs}")
+    raise ConfigError(f"--config {printable(name)}: no such file; {hint}shipped configs: {', '.join(shipped)}")
 
 
 def parse_config(
@@ -75,11 +72,10 @@ def parse_config(
 
 
 def read_config(config_class: type[ConfigT], argv: Sequence[str], folder: str = "") -> ConfigT:
-    """Builds a configuration from `--config FILE` (repeatable, later files win) and `--key.sub value` overrides.
+    """Builds a configuration from `--config FILE` (later files win) and `--key.sub value` overrides, which win.
 
-    Overrides win over files wherever they stand. `config_class` is a dataclass; nested ones are sections, free-form
-    settings must be declared `dict[str, Any]`. `folder` is that of `find_config`. ConfigError: unknown key, wrong type,
-    missing file or setting, or a ValueError of a dataclass's own checks.
+    Dataclasses inside `config_class` are sections; free-form settings must be declared `dict[str, Any]`. ConfigError:
+    unknown key, wrong type, missing file or setting, or a ValueError of a dataclass's own checks.
     """
     arguments = list(_key_values(argv))
     files = [find_config(name, folder) for key, name in arguments if key == "config"]
@@ -99,7 +95,7 @@ def read_config(config_class: type[ConfigT], argv: Sequence[str], folder: str = 
 
 
 def read_settings_file(file: Path) -> dict[str, Any]:
-    """The settings in a YAML file as they stand there; ConfigError: unreadable, or refused by `SettingsLoader`."""
+    """The settings in a YAML file; ConfigError: unreadable, or refused by `SettingsLoader`."""
     try:
         content = read_yaml(file)
     except ValueError as error:
@@ -110,10 +106,7 @@ def read_settings_file(file: Path) -> dict[str, Any]:
 
 
 def check_types(settings: Any, prefix: str = "") -> None:
-    """Checks the types of settings that were made in Python, as those of a file or a command line are checked.
-
-    ConfigError: a value, also of a section, that is not of its setting's type; its name starts with `prefix`.
-    """
+    """ConfigError if a value of a dataclass, or of its sections, is not of its setting's type."""
     _converted_section(settings, type(settings), prefix)
 
 
@@ -121,18 +114,15 @@ def _print_help(config_class: type, prog: str, description: str) -> NoReturn:
     parser = ArgumentParser(prog=prog, description=description)
     parser.add_argument("--config", help="YAML file with settings, or the bare name of a shipped config.")
     parser.add_class_arguments(config_class)
-    for action in parser._actions:  # jsonargparse's forms that are not read here: files of sections, lists by --key+
+    for action in parser._actions:  # files of sections and lists by --key+ are jsonargparse's forms, not read here
         action.option_strings = [option for option in action.option_strings if not option.endswith("+")]
         if type(action).__name__.startswith("_Action"):
             action.help = argparse.SUPPRESS
     parser.parse_args(["--help"])
 
 
-# --- from arguments and files to a tree of settings ------------------------------------------------------------------
-
-
 def _key_values(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """("key.sub", "value") of each `--key.sub value` and `--key.sub=value`."""
+    """(key, value) of each `--key value` and `--key=value`."""
     arguments = iter(argv)
     for argument in arguments:
         if not argument.startswith("--"):
@@ -146,7 +136,7 @@ def _key_values(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _tree_of(key: str, text: str, config_class: type) -> dict[str, Any]:
-    """The setting of one command-line argument as a file would have it."""
+    """One command-line argument as a file would have it."""
     shown = printable(f"command line: --{key} {text}"[:300])
     if any("\ud800" <= character <= "\udfff" for character in key + text):  # what a byte that is no UTF-8 comes as
         raise ConfigError(f"{shown}: not UTF-8; use characters that are")
@@ -162,7 +152,7 @@ def _tree_of(key: str, text: str, config_class: type) -> dict[str, Any]:
         value = text
     kinds = {typing.get_origin(member) or member for member in _members(annotation)}
     if str in kinds and type(value) not in kinds - {str}:
-        value = text  # as the shell gives it, with quotation marks
+        value = text  # as the shell gives it
     return functools.reduce(lambda tree, name: {name: tree}, reversed(names), value)
 
 
@@ -170,8 +160,7 @@ def _merge(settings: dict[str, Any], update: dict[str, Any], config_class: type 
     """Puts `update` over the settings: sections, and dictionaries of the first levels, by key; other values whole."""
     for name, value in update.items():
         section = _section(_inside(config_class, name))
-        both = isinstance(value, dict) and isinstance(settings.get(name), dict)
-        if both and (section is not None or depth > 1):
+        if isinstance(value, dict) and isinstance(settings.get(name), dict) and (section or depth > 1):
             _merge(settings[name], value, section, depth - 1)
         else:
             settings[name] = value
@@ -191,7 +180,6 @@ def _build(config_class: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
 
 
 def _unknown(key: str, config_class: type, prefix: str = "") -> str:
-    """What to say of an unknown key, with the nearest of the dataclass's."""
     known = list(_known_keys(config_class, prefix))
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if not nearest:  # right name in the wrong section
@@ -201,16 +189,13 @@ def _unknown(key: str, config_class: type, prefix: str = "") -> str:
 
 
 def _known_keys(config_class: type, prefix: str) -> Iterator[str]:
-    """All dotted keys, sections included."""
+    """All dotted keys, those of sections too."""
     for name, annotation in _fields(config_class).items():
         yield prefix + name
         if section := _section(annotation):
             yield from _known_keys(section, f"{prefix}{name}.")
 
 
-# --- types -----------------------------------------------------------------------------------------------------------
-
-# A path serves as text, an integer as float.
 _INSTANCES = {int: Integral, float: Real, str: (str, os.PathLike), dict: Mapping}
 
 
@@ -267,7 +252,7 @@ def _converted(name: str, value: Any, annotation: Any) -> Any:
         elif isinstance(value, _INSTANCES.get(kind, kind)) and (kind is bool or not isinstance(value, bool)):
             return float(value) if kind is float and isinstance(value, int) else value
     shown = f"{name} must be {_type_name(annotation)}, got {printable(repr(value))}"
-    remedy = _remedy(name, _members(annotation), value)
+    remedy = _remedy(_members(annotation), value)
     raise ConfigError(f"{shown}; {printable(remedy)}" if remedy else shown)
 
 
@@ -278,17 +263,16 @@ def _type_name(annotation: Any) -> str:
     return annotation.__name__ if type(annotation) is type else str(annotation).replace("typing.", "")
 
 
-def _remedy(name: str, members: tuple[Any, ...], value: Any) -> str:
+def _remedy(members: tuple[Any, ...], value: Any) -> str:
     """What to write instead of a value that is of none of a setting's types; "" if that is not known."""
-    if value is None:
-        return "leave it out for its default"
     kinds = {typing.get_origin(member) or member: typing.get_args(member) for member in members}
     is_list = isinstance(value, (list, tuple))
+    if value is None:
+        return "leave it out for its default"
     if tuple in kinds:
         return f"write a list of {len(kinds[tuple])} values"
     if is_list and list not in kinds and dict not in kinds:
-        several = "give one path; several data sets are a mixture, and shards may be joined by '::'"
-        return several if name.endswith("path") else "give one value, not a list"
+        return "give one value, not a list"
     if list in kinds and not is_list:
         entry = json.dumps(str(value)) if kinds[list][0] is str else value
         return "write a list of sections" if _section(kinds[list][0]) else f"write a list, as in [{entry}]"
@@ -296,15 +280,5 @@ def _remedy(name: str, members: tuple[Any, ...], value: Any) -> str:
         return "write settings, as in {key: value}"
     if type(None) in kinds and str(value).lower() in ("none", "off", "no", "false", "never", ""):
         return "write null for none"
-    if int in kinds and isinstance(value, float) and value.is_integer():
-        return f"write {int(value)}"
-    if bool in kinds:
-        return "write true or false"
-    return "leave the quotation marks out" if {int, float} & kinds.keys() and _is_number(value) else ""
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and math.isfinite(float(value))
-    except ValueError:
-        return False
+    is_number = isinstance(value, str) and value.replace(".", "", 1).isdecimal()
+    return "leave the quotation marks out" if is_number and {int, float} & kinds.keys() else ""

@@ -22,7 +22,7 @@ MAX_YAML_BYTES, MAX_VALUES, MAX_DEPTH, MAX_TEXT, MAX_DIGITS = 2**20, 10_000, 32,
 
 @contextmanager
 def atomic_file(file: Path) -> Iterator[Path]:
-    """A temporary name beside `file` to write to, which replaces `file` when the block ends without an error.
+    """A temporary file, which replaces `file` when the block ends without an error.
 
     Several processes may write the same file; the last one stays. The permissions are those of a new file (umask).
     """
@@ -38,10 +38,7 @@ def atomic_file(file: Path) -> Iterator[Path]:
 
 
 def read_text(file: str | Path, max_bytes: int = 16 * 2**20) -> str:
-    """The content of a UTF-8 file, without a byte order mark.
-
-    OSError: it cannot be read. ValueError, without the file's name: not UTF-8, no regular file, or over `max_bytes`.
-    """
+    """The content of a UTF-8 file. ValueError, without its name: not UTF-8, no regular file, or over `max_bytes`."""
     facts = Path(file).stat()
     if not (stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)):  # a folder is an OSError below
         raise ValueError("not a regular file")
@@ -54,7 +51,7 @@ def read_text(file: str | Path, max_bytes: int = 16 * 2**20) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What a JSON text holds; ValueError: it is no JSON, or nested too deep; a few words without the file's name."""
+    """What a JSON text holds; ValueError, in a few words: it is no JSON, or nested too deep."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -68,7 +65,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(file: str | Path, max_bytes: int = 16 * 2**20, kind: type = object) -> Any:
-    """The content of a JSON file; ValueError: it is not of `kind`, list or dict, or as of `read_text`, `parse_json`."""
+    """The content of a JSON file; ValueError: not of `kind`, list or dict, or as of `read_text` and `parse_json`."""
     content = parse_json(read_text(file, max_bytes))
     if not isinstance(content, kind):
         raise ValueError(f"must be a JSON {'object' if kind is dict else 'list'}")
@@ -117,13 +114,11 @@ class SettingsLoader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        lines: dict[tuple[str, str], int] = {}
+        first: dict[tuple[str, str], yaml.Node] = {}
         for key, _ in node.value:
-            name = (key.tag, str(key.value))
-            if name in lines:
-                there = f"is there already, on line {lines[name]}; leave one out"
+            if (other := first.setdefault((key.tag, str(key.value)), key)) is not key:
+                there = f"is there already, on line {other.start_mark.line + 1}; leave one out"
                 self._refuse(key, f"the key {printable(key.value)!r} {there}")
-            lines[name] = key.start_mark.line + 1
         return super().construct_mapping(node, deep)
 
     @staticmethod
@@ -141,15 +136,12 @@ SettingsLoader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """What a YAML text of settings holds; raises UnsafeYaml, or YAMLError or ValueError where it is no YAML."""
+    """What a YAML text of settings holds; raises UnsafeYaml, or YAMLError or ValueError if it is no YAML."""
     return yaml.load(text, Loader=SettingsLoader)
 
 
 def read_yaml(file: str | Path) -> Any:
-    """The content of a YAML file of settings.
-
-    ValueError: it cannot be read, is no YAML, or is refused (see `SettingsLoader`); names the file and the line.
-    """
+    """The content of a YAML file; ValueError, with file and line: it cannot be read, is no YAML, or is refused."""
     try:
         return parse_yaml(read_text(file, MAX_YAML_BYTES))
     except yaml.YAMLError as error:

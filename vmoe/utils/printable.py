@@ -17,7 +17,7 @@ _MOVING = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u206
 
 
 def is_unprintable(character: str) -> bool:
-    """Whether a character acts on a terminal instead of being shown there, or cannot be written (half a surrogate)."""
+    """Whether a character acts on a terminal, or cannot be written (half a surrogate)."""
     return unicodedata.category(character) in ("Cc", "Cs") or character in _MOVING
 
 
@@ -41,10 +41,10 @@ codecs.register_error("vmoe.json", lambda error: (json.dumps(error.object[error.
 
 @contextmanager
 def safe_output() -> Iterator[None]:
-    """In it, what is written to standard output and standard error raises nothing; a decorator of each command.
+    """Standard output and error raise nothing in it; a decorator of each command.
 
-    A character that the encoding lacks is written as JSON's escape. Where the reader is gone (`| head`, a closed
-    terminal) or the disk is full, the text is lost and the command goes on.
+    A character that the encoding lacks becomes JSON's escape. If the reader is gone or the disk is full, the text is
+    lost and the command goes on.
     """
     streams = [None if stream is None else _SafeStream(stream) for stream in (sys.stdout, sys.stderr)]
     with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
@@ -56,7 +56,7 @@ def safe_output() -> Iterator[None]:
 
 
 class _SafeStream:
-    """A text stream whose `write` and `flush` raise nothing; everything else is the stream's own."""
+    """A text stream whose `write` and `flush` raise nothing."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

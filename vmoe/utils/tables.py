@@ -15,7 +15,7 @@ FILE_WIDTH = 200  # characters of a line that is not for a terminal
 
 
 def make_console(**options: Any) -> Console:
-    """A console; where it is no terminal, its lines are wide, unless COLUMNS says how wide."""
+    """A console, with wide lines if it is no terminal and COLUMNS is not set."""
     console = Console(**options)
     if not console.is_terminal and not os.environ.get("COLUMNS"):
         console.width = FILE_WIDTH
@@ -23,10 +23,10 @@ def make_console(**options: Any) -> Console:
 
 
 class MetricTable:
-    """A table whose metrics are never cut; rich prints it.
+    """A table for rich whose metrics are never cut: if it is too wide, more columns follow in a second table below.
 
-    Where it is wider than the console, it goes on below with other columns. The first `keys` columns, which say what a
-    row is about, are repeated; a text in them that is too long is broken into lines. Columns in `left` are aligned so.
+    The first `keys` columns, which say what a row is about, are repeated; long text in them is broken into lines.
+    Columns in `left` are aligned left.
     """
 
     def __init__(self, title: str, header: Sequence[str], keys: int = 1, left: Collection[str] = ()) -> None:
