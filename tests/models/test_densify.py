@@ -57,7 +57,7 @@ def test_gated_and_normed_experts_of_models_that_never_were_dense(kwargs, tmp_pa
     count = torch.tensor([0, 0, 0, 7, 0, 0])
     torch.testing.assert_close(dense.blocks[1].mlp(x), sparse.blocks[1].mlp.experts(x, count))
     if "expert_mlp" in kwargs:  # no settings of a V-MoE give it gated dense MLPs
-        with pytest.raises(ValueError, match="how to build this model again is not known"):
+        with pytest.raises(ValueError, match="its settings give another model"):
             save_pretrained(dense, tmp_path / "m.safetensors")
 
 
@@ -175,7 +175,7 @@ def test_virtual_groups_are_removed_as_a_whole():
 
 def test_bad_input_is_one_sentence(sparse):
     usage = vmoe.measure_usage(sparse, [images()])
-    for keep in (1, 7, 0, 0.05, 2.5):
+    for keep in (1, 7, 0, 0.05, 2.5, float("nan"), 1.0):
         with pytest.raises(ValueError, match="does not suit blocks.1.mlp: it needs 2..6"):
             vmoe.prune_experts(sparse, keep, usage)
     for bad, message in (({}, "is missing"), ({"blocks.1.mlp": torch.ones(4)}, r"must have shape \(6,\)")):
@@ -204,17 +204,11 @@ def test_usage_may_be_any_numbers_and_bad_ones_are_named(sparse):
     for usage, message in [
         ({"blocks.1.mlp": [1, 1, float("nan"), 1, 1, 1]}, "usage of blocks.1.mlp must be finite and >= 0"),
         ({"blocks.1.mlp": [1, 1, -1, 1, 1, 1]}, "usage of blocks.1.mlp must be finite and >= 0"),
-        ({"blocks.1.mlp": list("abcdef")}, "usage of blocks.1.mlp must be numbers"),
-        ([1, 1, 1, 1, 1, 1], "usage must be a dictionary"),
     ]:
         with pytest.raises(UpcycleError, match=message):
             vmoe.prune_experts(sparse, 2, usage)
         with pytest.raises(UpcycleError, match=message):
             vmoe.densify(sparse, "weighted", usage)
-    usage = {"blocks.1.mlp": [1, 1, 1, 1, 1, 1]}
-    for keep in (None, "4", True, float("nan"), 1.0):
-        with pytest.raises(ValueError, match="keep must be a number of experts, or a share below 1.0"):
-            vmoe.prune_experts(sparse, keep, usage)
 
 
 # --- two towers ------------------------------------------------------------------------------------------------------
@@ -284,10 +278,10 @@ def test_two_towers_that_one_upcycle_cannot_give_say_so(tmp_path):
     dense = create_model("two_tower_tiny_patch8_48", image=TIMM, text=text).eval()
     sparse = vmoe.upcycle(dense, 4, [1], router="soft")
     pruned = vmoe.prune_experts(sparse, 2, vmoe.measure_usage(sparse, [pairs()]))
-    with pytest.raises(ValueError, match="its towers were upcycled together, and prune_experts left them different"):
+    with pytest.raises(ValueError, match="its settings give another model"):
         save_pretrained(pruned, tmp_path / "m.safetensors")
     twice = vmoe.upcycle(vmoe.upcycle(dense, 4, [1], tower="image"), 2, [1], tower="text")
-    with pytest.raises(ValueError, match="its towers were upcycled one after the other"):
+    with pytest.raises(ValueError, match="is not known: .* upcycle it in one call"):
         save_pretrained(twice, tmp_path / "m.safetensors")
 
 
@@ -303,7 +297,7 @@ def test_experts_with_a_width_of_their_own(tmp_path):
     assert comes_back(towers, file, *pairs()).visual.blocks[0].mlp.fc1.out_features == 48
     other = vmoe.densify(tiny_vmoe(expert_width=48))
     assert other.blocks[1].mlp.fc1.out_features == 48
-    with pytest.raises(ValueError, match="MLPs of a width or form that no settings of vmoe_tiny_patch8_48 give"):
+    with pytest.raises(ValueError, match="its settings give another model"):
         save_pretrained(other, file)
 
 

@@ -1,7 +1,7 @@
 """The dense MLPs of timm and open_clip, and their weights as experts and back.
 
-Whatever an MLP calls its layers, its experts are `fc1` (of a gated MLP: gate first, then value), an optional `norm` of
-the hidden units, and `fc2`; they share the activation. Weights and an optimizer's moments are rearranged alike.
+Experts are `fc1` (of a gated MLP: gate first, then value), an optional `norm` of the hidden units, and `fc2`; they
+share the activation. Weights and an optimizer's moments are rearranged alike.
 
 Shapes, by suffix: E experts, D model width, F hidden width, G virtual experts that a dense MLP is split into.
 """
@@ -17,12 +17,12 @@ from vmoe.moe.experts import Experts
 
 
 class UpcycleError(ValueError):
-    """A model that cannot be made sparse or dense; one sentence that says why."""
+    """A model that cannot be made sparse or dense."""
 
 
 @dataclass(frozen=True)
 class MlpLayout:
-    """Names of an MLP's parts; `norm` and `drop` are None where there is none.
+    """Names of an MLP's parts, or None.
 
     A gated MLP, hidden = act(gate) * value, has two layers `fc1`, the gate's first, or one that holds both, with
     `gate_last` the value first.
@@ -37,7 +37,7 @@ class MlpLayout:
     gate_last: bool = False
 
     def sources(self, name: str) -> list[str]:
-        """The MLP's tensors that an expert's tensor, such as "fc1.weight", is made of; none for other names."""
+        """The MLP's tensors that an expert's tensor, such as "fc1.weight", is made of."""
         part, _, kind = name.partition(".")
         parts = {"fc1": self.fc1, "act": (self.act,), "norm": (self.norm,), "fc2": (self.fc2,)}
         return [f"{each}.{kind}" for each in parts.get(part, ())]
@@ -68,15 +68,14 @@ def mlp_layout(mlp: nn.Module) -> MlpLayout:
     else:
         raise UpcycleError(
             f"an MLP of class {type(mlp).__name__} cannot be made into experts; timm's Mlp, GluMlp and SwiGLU and "
-            "open_clip's c_fc-gelu-c_proj can"
+            "open_clip's can"
         )
-    for name in (*layout.fc1, layout.fc2):
-        if (kind := type(mlp.get_submodule(name))) is not nn.Linear:
+    for name in (*layout.fc1, layout.fc2, *filter(None, [layout.norm])):
+        kind = type(mlp.get_submodule(name))
+        if not (issubclass(kind, nn.LayerNorm) if name == layout.norm else kind is nn.Linear):
             raise UpcycleError(
-                f"the layer {name} of an MLP is a {kind.__name__}; only nn.Linear can be made into experts"
+                f"the layer {name} of an MLP is a {kind.__name__}; experts have linear layers, LayerNorm"
             )
-    if layout.norm and not isinstance(norm := mlp.get_submodule(layout.norm), nn.LayerNorm):
-        raise UpcycleError(f"the norm inside an MLP is a {type(norm).__name__}; experts know only nn.LayerNorm there")
     act = mlp.get_submodule(layout.act)
     if any(parameter.numel() != 1 for parameter in act.parameters()):
         raise UpcycleError(
@@ -96,11 +95,8 @@ def to_experts(
 ) -> dict[str, Tensor]:
     """Fresh copies of an MLP's tensors for E experts, a multiple of G; `fc2_scale` multiplies the second weight.
 
-    Expert e holds the hidden units of slice e % G; all keep the full bias of fc2.
-
-    Returns:
-        {"fc1.weight": (E, F/G or 2F/G, D), "fc1.bias": (E, ...), "norm.weight": (E, F), "norm.bias": (E, F),
-        "fc2.weight": (E, D, F/G), "fc2.bias": (E, D)}, without those that the MLP lacks.
+    "fc1.weight" (E, F/G or 2F/G, D), "fc2.weight" (E, D, F/G), and those of "norm.weight" (E, F) and the biases that
+    the MLP has. Expert e holds the hidden units of slice e % G; all keep the full bias of fc2.
     """
     G, copies = granularity, num_experts // granularity
     experts = {}
@@ -108,9 +104,9 @@ def to_experts(
         parts = [tensors[name] for name in layout.sources(f"fc1.{kind}") if name in tensors]
         if parts:
             if layout.gated and len(parts) == 1:
-                parts = list(parts[0].chunk(2))
+                parts = parts[0].chunk(2)
             if layout.gate_last:
-                parts.reverse()
+                parts = parts[::-1]
             experts[f"fc1.{kind}"] = torch.cat([part.unflatten(0, (G, -1)) for part in parts], dim=1)
         norm = f"{layout.norm}.{kind}"
         if norm in tensors:

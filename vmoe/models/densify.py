@@ -4,7 +4,6 @@ Shapes, by suffix: E experts, G virtual experts that a dense MLP was split into.
 """
 
 import copy
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from numbers import Integral
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 from vmoe.models.dense_mlp import UpcycledFrom, UpcycleError, from_experts, mlp_layout, stacked_parameters
 from vmoe.models.flops import evaluation_mode
-from vmoe.models.spec import build_dense, model_spec, on_meta
 from vmoe.models.two_tower import TwoTower
 from vmoe.moe import SparseMoE, record_routing
 from vmoe.moe.config import SETTING_NAMES, RoutingSettings
@@ -27,8 +25,8 @@ Usage = Mapping[str, Tensor | Sequence[float]]  # or numpy's arrays
 def measure_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     """How many tokens each expert works on, in eval mode: {name of a sparse layer: (E,) float64 on the CPU}.
 
-    For soft routing, the sum over the tokens of the weights of its slots. A batch is what the model is called with: a
-    tensor, a tuple of arguments, or a dictionary with "image" and "text". A ValueError if there is nothing to measure.
+    For soft routing, the sum of the weights of its slots. A batch is what the model is called with: a tensor, a tuple,
+    or a dictionary with "image" and "text". A ValueError if there is nothing to measure.
     """
     usage: dict[str, Tensor] = {}
     with evaluation_mode(model):
@@ -52,21 +50,16 @@ def densify(model: nn.Module, how: str | int = "average", usage: Usage | None = 
     A layer becomes what it was before `upcycle`, else timm's `Mlp` or `GluMlp`. Combine weights that do not sum to one
     (V-MoE's own) scale what a sparse layer adds; a dense MLP has no such scale, so the model needs some training.
 
-    Args:
-        model: not changed.
-        how: "average" of the experts, "weighted" by `usage` (see `measure_usage`), or the index of the one to keep.
-
-    Raises:
-        UpcycleError, ValueError: for layers with shared experts, usage that does not fit, or an unknown `how`.
+    `how` is "average" of the experts, "weighted" by `usage` (see `measure_usage`), or the index of the one to keep. An
+    UpcycleError or ValueError for layers with shared experts, usage that does not fit, or an unknown `how`.
     """
-    layers = _layers(model)
-    dense = copy.deepcopy(model)
-    for name, layer in layers.items():
+    dense, spec = copy.deepcopy(model), getattr(model, "vmoe_spec", None)
+    for name, layer in _layers(model).items():
         if layer.shared is not None:
             raise UpcycleError(f"{name} has a shared expert, which one MLP of the others' width cannot hold")
         origin = getattr(layer, "upcycled_from", None) or _plain_origin(layer)
         G = origin.granularity
-        weight_E = _expert_weights(how, usage, name, layer.num_experts, G)
+        weight_E = _expert_weights(how, usage, name, layer.num_experts, layer.num_experts // G)
         means = {key: _mean(each, weight_E, G) for key, each in stacked_parameters(layer.experts).items()}
         tensors = from_experts(origin.layout, means, float(G))
         for key, value in layer.experts.act.state_dict().items():
@@ -74,10 +67,12 @@ def densify(model: nn.Module, how: str | int = "average", usage: Usage | None = 
         mlp = copy.deepcopy(origin.skeleton)
         mlp.load_state_dict(tensors, assign=True)
         dense.set_submodule(name, mlp.train(layer.training))
+        width = layer.settings.expert_width
+        ratio = {} if width is None else {"mlp_ratio": width / layer.in_features}
+        spec = _with_settings(spec, _tower(model, name), {"num_experts": 0, **ratio}, SETTING_NAMES)
     for attribute in ("no_weight_decay", "group_matcher"):  # by which `upcycle` replaced the class's own
         vars(dense).pop(attribute, None)
-    if getattr(model, "vmoe_spec", None) is not None:
-        _set_dense_spec(dense, model.vmoe_spec, layers)
+    dense.vmoe_spec = spec and {"name": spec["name"], "kwargs": spec["kwargs"]}
     return dense
 
 
@@ -85,7 +80,6 @@ def prune_experts(model: nn.Module, keep: int | float, usage: Usage) -> nn.Modul
     """A copy with only the most used experts of each layer; the gate's softmax is then over those alone.
 
     Args:
-        model: not changed.
         keep: experts to keep in every layer, a number, or below 1.0 their share; at least K of them. Layers made with
             `granularity` lose whole virtual groups.
         usage: {name of a layer: (E,)}, see `measure_usage`; of equally used experts the lower index stays.
@@ -93,61 +87,40 @@ def prune_experts(model: nn.Module, keep: int | float, usage: Usage) -> nn.Modul
     Raises:
         UpcycleError, ValueError: for usage that does not fit, or a `keep` out of range.
     """
-    kind = Integral if keep == 1 else (Integral, float)  # 1.0 may mean one expert or all
-    if isinstance(keep, bool) or not isinstance(keep, kind) or not 0 <= keep < math.inf:
-        raise ValueError(f"keep must be a number of experts, or a share below 1.0 of them, got {keep!r}")
-    layers = _layers(model)
-    pruned = copy.deepcopy(model)
-    changed: dict[str, dict] = {}
-    for name, layer in layers.items():
+    pruned, spec = copy.deepcopy(model), getattr(model, "vmoe_spec", None)
+    for name, layer in _layers(model).items():
         G = layer.upcycled_from.granularity if hasattr(layer, "upcycled_from") else 1
         number = _number_to_keep(layer, keep, G, name)
         used_G = _usage(usage, name, [layer.num_experts]).view(-1, G).sum(1)
         groups = used_G.argsort(descending=True, stable=True)[: number // G].sort().values
         settings = _pruned_settings(layer.settings, number)
         pruned.set_submodule(name, _pruned_layer(layer, (groups[:, None] * G + torch.arange(G)).flatten(), settings))
-        changed[_tower(model, name)] = settings
-    if getattr(model, "vmoe_spec", None) is not None:
-        _set_pruned_spec(pruned, model.vmoe_spec, changed)
+        spec = _with_settings(spec, _tower(model, name), settings)
+    pruned.vmoe_spec = spec
     return pruned
 
 
 def _layers(model: nn.Module) -> dict[str, SparseMoE]:
-    if not isinstance(model, nn.Module):
-        raise UpcycleError(f"this takes a model (an nn.Module) with sparse layers, got {model!r}")
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseMoE)}
-    if not layers:
-        raise UpcycleError(f"{type(model).__name__} has no sparse layer")
-    return layers
+    if layers := {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseMoE)}:
+        return layers
+    raise UpcycleError(f"{type(model).__name__} has no sparse layer")
 
 
 def _usage(usage: Usage | None, name: str, numbers: Iterable[int]) -> Tensor:
     """(E,) float64 on the CPU, where E is one of `numbers`."""
-    if not isinstance(usage or {}, Mapping):
-        raise UpcycleError(f"usage must be a dictionary, {{name of a layer: (E,)}}, got a {type(usage).__name__}")
-    used = (usage or {}).get(name)
-    if used is None:
+    if name not in (usage or ()):
         raise UpcycleError(f"usage of {name} is missing; vmoe.measure_usage gives that of all layers")
-    try:
-        used_E = torch.as_tensor(used).double().cpu()
-    except (TypeError, ValueError, RuntimeError):
-        raise UpcycleError(f"usage of {name} must be numbers, got {used!r}") from None
+    used_E = torch.as_tensor(usage[name]).double().cpu()
     if used_E.ndim != 1 or len(used_E) not in numbers:
         shapes = " or ".join(f"({number},)" for number in dict.fromkeys(numbers))
-        raise UpcycleError(
-            f"usage of {name} must have shape {shapes}, got {tuple(used_E.shape)}; see vmoe.measure_usage"
-        )
+        raise UpcycleError(f"usage of {name} must have shape {shapes}, got {tuple(used_E.shape)}")
     if not (used_E.isfinite() & (used_E >= 0)).all():
         raise UpcycleError(f"usage of {name} must be finite and >= 0, got {used_E.tolist()}")
     return used_E
 
 
-# --- dense -----------------------------------------------------------------------------------------------------------
-
-
-def _expert_weights(how: str | int, usage: Usage | None, name: str, num_experts: int, granularity: int) -> Tensor:
-    """(copies,) float64, summing to one: the share of each expert (or of each virtual group) in the dense MLP."""
-    num_copies = num_experts // granularity
+def _expert_weights(how: str | int, usage: Usage | None, name: str, num_experts: int, num_copies: int) -> Tensor:
+    """(copies,) float64, summing to one: the share of each expert, or virtual group, in the dense MLP."""
     if how == "average":
         return torch.full((num_copies,), 1 / num_copies, dtype=torch.float64)
     if how == "weighted":
@@ -155,7 +128,7 @@ def _expert_weights(how: str | int, usage: Usage | None, name: str, num_experts:
         if not used.sum() > 0:
             raise UpcycleError(f"usage of {name} must be positive for some of its experts, got {used.tolist()}")
         return used / used.sum()
-    if not isinstance(how, Integral) or isinstance(how, bool) or not 0 <= how < num_copies:
+    if not isinstance(how, Integral) or not 0 <= how < num_copies:
         raise ValueError(f"how must be 'average', 'weighted' or an expert of {name}, 0..{num_copies - 1}, got {how!r}")
     return torch.eye(num_copies, dtype=torch.float64)[int(how)]
 
@@ -168,8 +141,7 @@ def _mean(stacked: Tensor, weight_E: Tensor, granularity: int) -> Tensor:
 
 def _plain_origin(layer: SparseMoE) -> UpcycledFrom:
     """What the experts of a model that was never dense would be as one MLP."""
-    experts = layer.experts
-    norm = experts.norm
+    experts, norm = layer.experts, layer.experts.norm
     mlp = (GluMlp if experts.gated else Mlp)(
         layer.in_features,
         experts.fc1.weight.shape[1],
@@ -186,30 +158,27 @@ def _plain_origin(layer: SparseMoE) -> UpcycledFrom:
     return UpcycledFrom(mlp_layout(mlp), mlp, 1)
 
 
-# --- fewer experts ---------------------------------------------------------------------------------------------------
-
-
 def _number_to_keep(layer: SparseMoE, keep: int | float, G: int, name: str) -> int:
     E = layer.num_experts
     number = round(keep * E / G) * G if 0 < keep < 1 else keep
     least = layer.num_selected_experts if layer.router_type == "top_k" else 1
-    if number % G or not least <= number <= E:
+    one_or_all = keep == 1 and isinstance(keep, float)
+    if one_or_all or number % G or not least <= number <= E:
         raise ValueError(
-            f"keep={keep}, that is {number} experts, does not suit {name}: it needs {least}..{E}, in steps of {G}"
+            f"keep={keep}, that is {number} experts, does not suit {name}: it needs {least}..{E}, in steps of {G}, or "
+            "a share below 1.0"
         )
     return int(number)
 
 
 def _pruned_settings(old: RoutingSettings, number: int) -> dict[str, Any]:
     """The settings that change with the number of experts, and the slots, which would follow from it."""
-    least = old.global_entropy_min_experts
-    if isinstance(least, dict):
-        least = {name: min(value, number) for name, value in least.items()}
-    elif least is not None:
-        least = min(least, number)
     new = {"num_experts": number, "num_selected_experts": min(old.num_selected_experts, number)}
-    new |= {"global_entropy_min_experts": least, "num_slots": old.num_slots}
-    return {name: value for name, value in new.items() if value is not None}
+    if isinstance(least := old.global_entropy_min_experts, Mapping):
+        new["global_entropy_min_experts"] = {name: min(value, number) for name, value in least.items()}
+    elif least is not None:
+        new["global_entropy_min_experts"] = min(least, number)
+    return new if old.num_slots is None else {**new, "num_slots": old.num_slots}
 
 
 def _pruned_layer(layer: SparseMoE, kept: Tensor, new: dict[str, Any]) -> SparseMoE:
@@ -232,9 +201,6 @@ def _pruned_layer(layer: SparseMoE, kept: Tensor, new: dict[str, Any]) -> Sparse
     return pruned.train(layer.training)
 
 
-# --- how to build it again -------------------------------------------------------------------------------------------
-
-
 def _tower(model: nn.Module, layer: str) -> str:
     """The tower that holds a layer, as a two-tower model's settings call it; "" for a model that is one tower."""
     if not isinstance(model, TwoTower):
@@ -242,44 +208,12 @@ def _tower(model: nn.Module, layer: str) -> str:
     return "image" if layer.startswith("visual.") else "text"
 
 
-def _with_settings(spec: dict, tower: str, settings: dict, without: Collection[str] = ()) -> dict:
-    """A specification with other settings of a tower; as it is where `upcycle` makes that tower sparse."""
+def _with_settings(spec: dict | None, tower: str, settings: dict, without: Collection[str] = ()) -> dict | None:
+    """A specification with other settings of a tower; saving a model finds out if they do not describe it."""
+    if spec is None:
+        return None
     if "upcycle" in spec and (not tower or spec["upcycle"]["tower"] in (tower, "both")):
-        return spec
+        return {**spec, "upcycle": spec["upcycle"] | settings}
     own = (spec["kwargs"].get(tower) or {}) if tower else spec["kwargs"]
     own = {key: value for key, value in own.items() if key not in without} | settings
     return {**spec, "kwargs": {**spec["kwargs"], tower: own} if tower else own}
-
-
-def _set_dense_spec(dense: nn.Module, spec: dict, layers: dict[str, SparseMoE]) -> None:
-    """`vmoe_spec` of a densified model: that of the dense baseline, or None if no settings give its MLPs."""
-    wide = spec  # with MLPs of the experts' own width everywhere
-    for name, layer in layers.items():
-        tower, ratio = _tower(dense, name), {}
-        if layer.settings.expert_width is not None:
-            ratio = {"mlp_ratio": layer.settings.expert_width / layer.in_features}
-        spec = _with_settings(spec, tower, {"num_experts": 0}, SETTING_NAMES)
-        wide = _with_settings(wide, tower, {"num_experts": 0, **ratio}, SETTING_NAMES)
-    for candidate in (spec, wide):
-        dense.vmoe_spec = {"name": candidate["name"], "kwargs": candidate["kwargs"]}
-        if _mlp_shapes(on_meta(build_dense, model_spec(dense))) == _mlp_shapes(dense):
-            return
-    dense.vmoe_spec = None
-    dense.vmoe_no_spec = f"densify gave it MLPs of a width or form that no settings of {spec['name']} give"
-
-
-def _mlp_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in model.named_parameters() if "mlp." in name}
-
-
-def _set_pruned_spec(pruned: nn.Module, spec: dict, changed: dict[str, dict]) -> None:
-    """`vmoe_spec` of a pruned model, from the new settings of each tower's layers; None if no settings say them."""
-    upcycled = []
-    for tower, settings in changed.items():
-        new = _with_settings(spec, tower, settings)
-        upcycled += [settings] if new is spec else []
-        spec = new
-    pruned.vmoe_spec = {**spec, "upcycle": {**spec["upcycle"], **upcycled[0]}} if upcycled else spec
-    if any(settings != upcycled[0] for settings in upcycled):
-        pruned.vmoe_spec = None
-        pruned.vmoe_no_spec = "its towers were upcycled together, and prune_experts left them different"

@@ -1,4 +1,4 @@
-"""What it takes to build a model again: its name and settings, also those that were changed on it since."""
+"""How to build a model again: its name and settings, also those that were changed since."""
 
 import difflib
 import inspect
@@ -26,11 +26,8 @@ IMAGE_TEXT_NAMES = (*LIMOE_CONFIGS, *TWO_TOWER_CONFIGS)
 
 
 def list_models() -> list[str]:
-    """Names of this package's models."""
+    """This package's models."""
     return [*IMAGE_TEXT_NAMES, *timm.list_models("vmoe_*"), *timm.list_models("softmoe_*")]
-
-
-# --- building --------------------------------------------------------------------------------------------------------
 
 
 def build_dense(spec: dict) -> nn.Module:
@@ -62,7 +59,7 @@ def _construct(name: str, kwargs: dict) -> nn.Module:
 
 
 def _advice(name: str, kwargs: dict, unknown: str) -> str:
-    """What to give instead of a setting that a model does not have; "" where nothing is near."""
+    """What to give instead of a setting that a model does not have, or ""."""
     if name in TWO_TOWER_CONFIGS:
         towers = {"image": _parameters(VisionMoE), "text": _parameters(TextTransformer)}
         known = _parameters(TwoTower).union(*towers.values())
@@ -71,38 +68,32 @@ def _advice(name: str, kwargs: dict, unknown: str) -> str:
             return "; it is one of a tower: " + " or ".join(f"{tower}={{{unknown!r}: ...}}" for tower in owners)
     elif name in LIMOE_CONFIGS:
         known = _parameters(LIMoE)
+    elif unknown in SETTING_NAMES:  # which V-MoEs have
+        return "; it is one of sparse models, which vmoe.upcycle makes of dense ones"
     else:
-        try:
-            with torch.device("meta"):
-                known = _parameters(type(timm.create_model(name)))
-        except Exception:  # a constructor that reads the numbers that it makes
-            return ""
-        if unknown in SETTING_NAMES:
-            return "; it is one of sparse models, which vmoe.upcycle makes of dense ones"
-        if unknown == "img_size":
-            return "; leave it out, since the model takes images of any size"
+        known = _parameters(type(on_meta(timm.create_model, name)))
     near = difflib.get_close_matches(unknown, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _parameters(owner: type) -> set[str]:
-    """Names of the arguments that a class takes, with those that it passes on to its base classes and experts."""
+    """The arguments of a class, of its base classes and experts."""
     routing = SETTING_NAMES if issubclass(owner, (VisionMoE, TextTransformer, LIMoE)) else set()
     return routing.union(*(inspect.signature(one).parameters for one in owner.__mro__[:-1]))
 
 
-def on_meta(build: Callable[[dict], nn.Module], spec: dict) -> nn.Module:
-    """The model of a specification on the meta device, without memory for its weights."""
+def on_meta(build: Callable[[Any], nn.Module], spec: Any) -> nn.Module:
+    """A model on the meta device, without memory for its weights."""
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
                 return build(spec)
-        except RuntimeError:  # a few constructors of older versions of timm read the numbers that they make
+        except RuntimeError:  # a few constructors of timm read the numbers that they make
             return build(spec)
 
 
 def with_slots(model: nn.Module, kwargs: dict) -> dict:
-    """Settings with the slots of soft routers, which would else follow from an image size that may change."""
+    """Settings with the slots of soft routers, which else follow from an image size that may change."""
     if isinstance(model, TwoTower):
         for tower, module in zip(TOWERS, (model.visual, model.text), strict=True):
             own = kwargs.get(tower) or {}
@@ -113,21 +104,20 @@ def with_slots(model: nn.Module, kwargs: dict) -> dict:
     return {**kwargs, "num_slots": slots[0]} if any(slots) else kwargs
 
 
-# --- what a built model is -------------------------------------------------------------------------------------------
-
-
 def model_spec(model: nn.Module) -> dict:
-    """{"name", "kwargs"}: enough to call `create_model` again, with a head or image size that was changed since.
+    """{"name", "kwargs"} for `create_model`, with a head or image size that was changed since.
 
-    An upcycled model also has "upcycle", the settings that make the dense one sparse; one that `quantize_experts`
-    changed, "experts". A ValueError if it is not known how to build the model.
+    An upcycled model also has "upcycle", the arguments of `upcycle`; one that `quantize_experts` changed, "experts". A
+    ValueError if it is not known how to build the model.
     """
     spec = getattr(model, "vmoe_spec", None)
     if spec is None and (spec := _timm_spec(model)) is not None:
         return spec
     if spec is None:
-        why = "it was not made by vmoe.create_model (make the dense model with that before you upcycle it)"
-        raise ValueError(f"how to build this model again is not known: {getattr(model, 'vmoe_no_spec', why)}")
+        raise ValueError(
+            "how to build this model again is not known: it was not made by vmoe.create_model (make the dense model "
+            "with that, and upcycle it in one call)"
+        )
     changed = _changed(model.vmoe_built, live_settings(model))
     if isinstance(model, TwoTower) and changed:
         changed = {"image": {**(spec["kwargs"].get("image") or {}), **changed}}
@@ -136,7 +126,7 @@ def model_spec(model: nn.Module) -> dict:
 
 
 def _timm_spec(model: nn.Module) -> dict | None:
-    """The specification of a dense model that timm.create_model made; None if its name does not tell it all."""
+    """The specification of a dense model that timm.create_model made; None if its name does not say it all."""
     config = getattr(model, "pretrained_cfg", None) or {}
     name = ".".join(config[key] for key in ("architecture", "tag") if config.get(key))
     if not timm.is_model(name) or any(isinstance(module, SparseMoE) for module in model.modules()):
@@ -150,7 +140,7 @@ def _timm_spec(model: nn.Module) -> dict | None:
 
 
 def live_settings(model: nn.Module) -> dict:
-    """Settings that `reset_classifier` and `set_input_size` change; of a two-tower model those of its image tower."""
+    """Settings that `reset_classifier` and `set_input_size` change, of two towers those of the image tower."""
     model = unwrap_model(model.visual if isinstance(model, TwoTower) else model)
     settings = {key: getattr(model, key) for key in ("num_classes", "global_pool", "in_chans") if hasattr(model, key)}
     if not isinstance(settings.get("global_pool", ""), str):  # some of timm's models call their pooling layer so
@@ -168,7 +158,7 @@ def live_settings(model: nn.Module) -> dict:
 
 
 def _changed(before: dict, now: dict) -> dict:
-    """Those of the live settings that differ; with a new pooling also what would follow from it in a new model."""
+    """The live settings that differ; with a new pooling also what would follow from it."""
     changed = {key: value for key, value in now.items() if before.get(key) != value}
     if "global_pool" in changed and "fc_norm" in now:
         changed["fc_norm"] = now["fc_norm"]
@@ -176,38 +166,36 @@ def _changed(before: dict, now: dict) -> dict:
 
 
 def difference(model: nn.Module, again: nn.Module) -> str | None:
-    """The first thing in which a model built again is not what it was, in a few words; None: nothing.
+    """In a few words, the first difference of a model that was built again, or None.
 
-    Compares names and shapes of tensors, and each module's class, `extra_repr` and plain attributes that both have.
+    Compared are tensors' shapes, and modules' classes, `extra_repr` and plain attributes that both have.
     """
-    shapes = [{name: tuple(tensor.shape) for name, tensor in named_tensors(each).items()} for each in (model, again)]
-    facts = [
-        {name.replace("._orig_mod", ""): _facts(m) for name, m in each.named_modules() if not hasattr(m, "_orig_mod")}
-        for each in (model, again)
-    ]
-    for ours, theirs in (shapes, facts):
-        for name in sorted(ours.keys() ^ theirs.keys()):
-            return f"it {'lacks' if name in ours else 'also has'} {name}"
-    for name, shape in shapes[0].items():
-        if shape != shapes[1][name]:
-            return f"{name} is {shapes[1][name]} instead of {shape}"
-    for name, ours in facts[0].items():
-        for key, value in ours.items():
-            if (other := facts[1][name].get(key, value)) != value:
+    ours, theirs = _facts(model), _facts(again)
+    for name in sorted(ours.keys() ^ theirs.keys()):
+        return f"it {'lacks' if name in ours else 'also has'} {name}"
+    for name, facts in ours.items():
+        for key, value in facts.items():
+            if (other := theirs[name].get(key, value)) != value:
                 return f"{key} of {name or 'the model'} is {other!r} instead of {value!r}"
     return None
 
 
-# Attributes that do not decide what a model computes; a classifier's own shape says how many classes it has.
+# Attributes that do not decide what a model computes, or that a classifier's shape says.
 _NO_DIFFERENCE = {"training", "grad_checkpointing", "fused_attn", "num_classes", "calls_without_update", "backend"}
 
 
-def _facts(module: nn.Module) -> dict:
-    known = vars(module) | (asdict(module.settings) if isinstance(module, SparseMoE) else {})
-    named = [(key, _plain(value)) for key, value in known.items() if key[0] != "_" and key not in _NO_DIFFERENCE]
-    plain = {key: value for key, value in named if value is not Ellipsis}
-    # FSDP2 gives a module a class of its own, with the old one's name in it.
-    return {"class": type(module).__name__.removeprefix("FSDP"), "description": module.extra_repr(), **plain}
+def _facts(model: nn.Module) -> dict[str, dict]:
+    """{name of a tensor or module: what describes it}, tensors first."""
+    found = {name: {"shape": tuple(tensor.shape)} for name, tensor in named_tensors(model).items()}
+    for name, module in model.named_modules():
+        known = vars(module) | (asdict(module.settings) if isinstance(module, SparseMoE) else {})
+        named = [(key, _plain(value)) for key, value in known.items() if key[0] != "_" and key not in _NO_DIFFERENCE]
+        plain = {key: value for key, value in named if value is not Ellipsis}
+        # FSDP2 gives a module a class of its own, with the old one's name in it.
+        plain |= {"class": type(module).__name__.removeprefix("FSDP"), "description": module.extra_repr()}
+        if not hasattr(module, "_orig_mod"):
+            found[name.replace("._orig_mod", "")] = plain
+    return found
 
 
 def _plain(value: Any) -> Any:

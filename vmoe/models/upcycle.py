@@ -25,6 +25,7 @@ from vmoe.models.two_tower import TwoTower
 from vmoe.models.vision import VisionMoE, sparse_blocks, without_decay
 from vmoe.moe import SparseMoE
 from vmoe.moe.config import SETTING_NAMES, with_preset
+from vmoe.moe.experts import Experts
 
 TOWERS = ("image", "text", "both")
 ROUTER_STD = 0.02  # section A.1.1 of the paper; small, so that at first all experts are nearly as probable
@@ -39,84 +40,60 @@ def upcycle(
     *,
     tower: str = "both",
     granularity: int = 1,
-    expert_noise: float = 0.0,
     reinit: float = 0.0,
     **settings,
 ) -> nn.Module:
     """A sparse copy of a dense model: experts copied from the MLPs, router fresh, all else as it was.
 
-    With router="top_k" and the defaults, its outputs in eval mode are those of the dense model up to rounding: weights
-    are normalised, nothing is dropped, nothing is perturbed.
+    With router="top_k" and the defaults, its outputs in eval mode are those of the dense model up to rounding.
 
     Args:
-        model: any timm ViT or other model of blocks with an `.mlp`, an open_clip model, or a dense model of this
-            package (`num_experts=0`); not changed.
-        num_experts: E, by default the preset's or 8 (times `granularity`).
-        layers: "everyN", "lastN", "second_half" or block indices, the same in both towers; see `sparse_blocks`.
-        num_selected_experts: K, by default the preset's or 2 (times `granularity`).
+        model: any timm or open_clip model of blocks with an `.mlp`, or a dense model of this package; not changed.
+        num_experts, num_selected_experts: E and K, by default the preset's, or 8 and 2 (times `granularity`).
+        layers: see `sparse_blocks`; the same in both towers.
         tower: of a model with two towers: "image", "text" or "both".
         granularity: G, each MLP is split into G experts of F/G hidden units; at first all G of a copy are chosen
-            together (virtual groups, arXiv 2410.07524). E and K must be multiples of G. `noise_std` is 0 by default
-            then: noise would separate the groups.
-        expert_noise: standard deviation of normal noise on the experts' weights, in standard deviations of each weight.
+            together (virtual groups, arXiv 2410.07524), so `noise_std` is 0 by default. It must divide E and K.
         reinit: share of the hidden units that each expert draws again, from normal distributions with the mean and
             standard deviation of the weights that they replace (Drop-Upcycling, arXiv 2502.19261: 0.5).
         **settings: of `vmoe.moe.config.RoutingSettings`, and `router_preset`. The defaults here are
             normalize_weights=True and capacity_factor=2.0 (no limit in open_clip's text towers, where padding would
             take the tokens' capacity); a dense LIMoE or V-MoE has its class's own for the rest.
 
-    Returns:
-        A new model of the same class, dtype, device, training mode and frozen parameters. If the dense model was made
-        by `vmoe.create_model`, it can be saved with `save_pretrained`.
-
     Raises:
         UpcycleError: for a model without MLPs that are known, or one that is sparse already.
         ValueError: for a setting out of range.
     """
-    _check(model, tower, granularity, expert_noise, reinit, settings)
+    _check(tower, granularity, reinit, settings)
     with suppress(TypeError):  # `sparse_blocks` says what is wrong with them
         layers = layers if isinstance(layers, str) else [operator.index(block) for block in layers]
-    chosen = _chosen_mlps(model, tower, layers)
+    mlps = _chosen_mlps(model, tower, layers)
     given = {"num_experts": num_experts, "num_selected_experts": num_selected_experts}
     user = {name: value for name, value in given.items() if value is not None} | settings
     settings = _routing_settings(user, granularity)
     spec = None
     with suppress(ValueError):  # it is not known how to build the model again
         spec = model_spec(model)
-    family = _family(model, spec, {**settings, "moe_layers": layers}, tower)
+    family_spec, layer_settings = _family(model, spec, {**settings, "moe_layers": layers}, tower)
     sparse = copy.deepcopy(model)
-    for name, is_text in chosen:
-        mlp = sparse.get_submodule(name)
-        own = {**settings, "modalities": ("text" if is_text else "image",)} if family is None else family[1][name]
-        if is_text and isinstance(mlp, nn.Sequential) and "capacity_factor" not in user and own["router"] == "top_k":
-            own = {**own, "capacity_factor": None}
-        try:
-            layer = _sparse_layer(mlp, own, granularity, sparse, name)
-        except UpcycleError as error:
-            raise UpcycleError(f"{type(model).__name__}.{name}: {error}") from None
-        _perturb(layer, expert_noise, reinit)
+    for name, is_text in mlps.items():
+        own = layer_settings.get(name) or _outside_settings(sparse.get_submodule(name), is_text, settings, user)
+        layer = _sparse_layer(own, granularity, sparse, name)
+        _redraw_units(layer.experts, reinit)
         sparse.set_submodule(name, layer)
     _keep_parameter_groups(model, sparse)
     options = {"layers": layers, "tower": tower, "granularity": granularity}
-    _set_spec(sparse, spec, family and family[0], {**options, **settings})
+    _set_spec(sparse, spec, family_spec, {**options, **settings})
     return sparse
 
 
-# --- settings --------------------------------------------------------------------------------------------------------
-
-
-def _check(model: nn.Module, tower: str, granularity: int, expert_noise: float, reinit: float, settings: dict) -> None:
-    if not isinstance(model, nn.Module):
-        raise UpcycleError(f"upcycle takes a model (an nn.Module), got {model!r}; make one with vmoe.create_model")
-    noise_is_number, reinit_is_number = (isinstance(number, (int, float)) for number in (expert_noise, reinit))
-    for name, value, holds, what in [
-        ("tower", tower, tower in TOWERS, f"one of {TOWERS}"),
-        ("granularity", granularity, type(granularity) is int and granularity >= 1, "a whole number >= 1"),
-        ("expert_noise", expert_noise, noise_is_number and 0 <= expert_noise < math.inf, "a number >= 0 and finite"),
-        ("reinit", reinit, reinit_is_number and 0 <= reinit <= 1, "0..1"),
-    ]:
-        if not holds:
-            raise ValueError(f"{name} must be {what}, got {value!r}")
+def _check(tower: str, granularity: int, reinit: float, settings: dict) -> None:
+    if tower not in TOWERS:
+        raise ValueError(f"tower must be one of {TOWERS}, got {tower!r}")
+    if type(granularity) is not int or granularity < 1:
+        raise ValueError(f"granularity must be a whole number >= 1, got {granularity!r}")
+    if not (isinstance(reinit, (int, float)) and 0 <= reinit <= 1):
+        raise ValueError(f"reinit must be 0..1, got {reinit!r}")
     if settings.get("expert_width") is not None:
         raise ValueError("expert_width cannot be set: the experts are copies of the MLPs; granularity makes finer ones")
     for name in settings.keys() - SETTING_NAMES:
@@ -132,7 +109,7 @@ def _routing_settings(user: dict, G: int) -> dict:
     if settings["router"] == "soft" and "normalize_weights" not in user:
         settings.pop("normalize_weights", None)  # its weights sum to one anyway
     if "expert_mlp" not in user:
-        settings.pop("expert_mlp", None)  # a preset's word; here the dense model decides
+        settings.pop("expert_mlp", None)  # the dense model decides, not a preset
     if G > 1 and settings["router"] != "top_k":
         raise ValueError(f"granularity={G} needs router='top_k', not {settings['router']!r}")
     for name in ("num_experts", "num_selected_experts") if G > 1 else ():
@@ -147,24 +124,25 @@ def _routing_settings(user: dict, G: int) -> dict:
     return settings
 
 
-# --- which MLPs ------------------------------------------------------------------------------------------------------
+def _outside_settings(mlp: nn.Module, is_text: bool, settings: dict, user: dict) -> dict:
+    """The settings of a layer in a model that is not of this package."""
+    settings = {**settings, "modalities": ("text" if is_text else "image",)}
+    if is_text and isinstance(mlp, nn.Sequential) and "capacity_factor" not in user and settings["router"] == "top_k":
+        settings["capacity_factor"] = None  # open_clip's, which passes padding on
+    return settings
 
 
-def _chosen_mlps(model: nn.Module, tower: str, layers: str | Sequence[int]) -> list[tuple[str, bool]]:
-    """[(name of an MLP, it is in a text tower)] of the chosen blocks, in the model's order."""
-    chosen, owner = [], type(model).__name__
+def _chosen_mlps(model: nn.Module, tower: str, layers: str | Sequence[int]) -> dict[str, bool]:
+    """{name of an MLP: it is in a text tower} of the chosen blocks, in the model's order."""
+    chosen, owner = {}, type(model).__name__
     for root, is_text in _towers(model, tower):
         names = block_mlps(model.get_submodule(root), root)
         if not names:
-            hint = "; choose another tower" if len(_towers(model, "both")) > 1 else ""
-            raise UpcycleError(
-                f"{f'{owner}.{root}'.rstrip('.')} has no blocks with an `.mlp` of their own to make experts of (it is "
-                f"a {type(model.get_submodule(root)).__name__}){hint}"
-            )
+            raise UpcycleError(f"{f'{owner}.{root}'.rstrip('.')} has no blocks with an `.mlp` to make experts of")
         if any(isinstance(model.get_submodule(name), SparseMoE) for name in names):
             raise UpcycleError(f"{owner} is sparse already; make it dense first with vmoe.densify")
         try:
-            chosen += [(names[index], is_text) for index in sparse_blocks(layers, len(names))]
+            chosen |= {names[index]: is_text for index in sparse_blocks(layers, len(names))}
         except ValueError as error:
             raise ValueError(str(error).replace("moe_layers", "layers")) from None
     if not chosen:
@@ -184,7 +162,7 @@ def _towers(model: nn.Module, tower: str) -> list[tuple[str, bool]]:
 
 
 def block_mlps(tower: nn.Module, prefix: str = "") -> list[str]:
-    """Names of the MLPs of a tower's blocks: of the members of its module lists that have an `.mlp`."""
+    """Names of the MLPs of a tower's blocks, the members of its module lists that have an `.mlp`."""
     blocks = getattr(tower, "blocks", None)
     if isinstance(blocks, nn.Module):  # not the class-attention blocks of CaiT and XCiT, which see one token
         tower, prefix = blocks, f"{prefix}.blocks".lstrip(".")
@@ -197,11 +175,8 @@ def block_mlps(tower: nn.Module, prefix: str = "") -> list[str]:
     ]
 
 
-# --- one layer -------------------------------------------------------------------------------------------------------
-
-
 class OpenClipMoE(SparseMoE):
-    """A sparse layer where open_clip expects its own MLP, whose `c_fc` tells it the type of the weights."""
+    """A sparse layer where open_clip expects its own MLP, in whose `c_fc` it looks for the type of the weights."""
 
     @property
     def c_fc(self) -> nn.Module:
@@ -209,9 +184,13 @@ class OpenClipMoE(SparseMoE):
         return self.experts.fc1
 
 
-def _sparse_layer(mlp: nn.Module, settings: dict, granularity: int, model: nn.Module, name: str) -> SparseMoE:
-    """The sparse layer that replaces an MLP."""
-    layout, G = mlp_layout(mlp), granularity
+def _sparse_layer(settings: dict, G: int, model: nn.Module, name: str) -> SparseMoE:
+    """The sparse layer that replaces an MLP, split into G experts."""
+    mlp = model.get_submodule(name)
+    try:
+        layout = mlp_layout(mlp)
+    except UpcycleError as error:
+        raise UpcycleError(f"{type(model).__name__}.{name}: {error}") from None
     act, fc2 = mlp.get_submodule(layout.act), mlp.get_submodule(layout.fc2)
     norm = mlp.get_submodule(layout.norm) if layout.norm else None
     if fc2.in_features % G:
@@ -254,10 +233,10 @@ def _sparse_layer(mlp: nn.Module, settings: dict, granularity: int, model: nn.Mo
 
 
 @torch.no_grad()
-def _load_experts(layer: SparseMoE, mlp: nn.Module, layout: MlpLayout, granularity: int) -> None:
-    """Copies an MLP's weights into all experts; biases that it lacks are taken out of them."""
+def _load_experts(layer: SparseMoE, mlp: nn.Module, layout: MlpLayout, G: int) -> None:
+    """Copies an MLP's weights into all experts; biases that it lacks are removed."""
     dense = dict(mlp.named_parameters())
-    experts = to_experts(layout, dense, layer.num_experts, granularity, float(granularity))
+    experts = to_experts(layout, dense, layer.num_experts, G, float(G))
     for name, parameter in stacked_parameters(layer.experts).items():
         if name in experts:
             parameter.copy_(experts[name])
@@ -268,7 +247,7 @@ def _load_experts(layer: SparseMoE, mlp: nn.Module, layout: MlpLayout, granulari
 
 
 def _num_tokens(model: nn.Module, name: str) -> int | None:
-    """Tokens per sequence of the tower that holds a layer; None where its attributes do not tell."""
+    """Tokens per sequence of the tower that holds a layer; None if no attribute says it."""
     if name.startswith(("text.", "transformer.")):
         return getattr(model, "context_length", None)
     tower = getattr(model, "visual", model)
@@ -281,36 +260,30 @@ def _num_tokens(model: nn.Module, name: str) -> int | None:
 
 
 @torch.no_grad()
-def _perturb(layer: SparseMoE, expert_noise: float, reinit: float) -> None:
-    """Noise and re-initialised hidden units, different ones for each expert."""
-    fc1, fc2 = layer.experts.fc1, layer.experts.fc2
+def _redraw_units(experts: Experts, share: float) -> None:
+    """Draws a share of the hidden units again, different ones for each expert."""
+    fc1, fc2 = experts.fc1, experts.fc2
     F = fc2.weight.shape[2]
-    for expert in range(layer.num_experts if reinit > 0 else 0):
-        units = torch.randperm(F, device=fc2.weight.device)[: round(reinit * F)]
-        for rows in (units, units + F) if layer.experts.gated else (units,):
+    for expert in range(len(fc2.weight) if share > 0 else 0):
+        units = torch.randperm(F, device=fc2.weight.device)[: round(share * F)]
+        for rows in (units, units + F) if experts.gated else (units,):
             _redraw(fc1.weight[expert], rows, 0)
             if fc1.bias is not None:
                 _redraw(fc1.bias[expert], rows, 0)
         _redraw(fc2.weight[expert], units, 1)
-    for weight in (fc1.weight, fc2.weight) if expert_noise > 0 else ():
-        std_E11 = weight.float().flatten(1).std(dim=1)[:, None, None].to(weight.dtype)
-        weight.add_(torch.randn_like(weight) * std_E11 * expert_noise)
 
 
 def _redraw(tensor: Tensor, index: Tensor, dim: int) -> None:
-    """Replace some rows (dim 0) or columns (dim 1) by normal numbers of the same mean and standard deviation."""
+    """Replaces some rows (dim 0) or columns (dim 1) by normal numbers of the same mean and standard deviation."""
     old = tensor.index_select(dim, index).float()
     if old.numel() > 1:
         tensor.index_copy_(dim, index, (torch.randn_like(old) * old.std() + old.mean()).to(tensor.dtype))
 
 
-# --- timm's optimizers, and how to build the model again -------------------------------------------------------------
-
-
 def _keep_parameter_groups(dense: nn.Module, sparse: nn.Module) -> None:
-    """Let timm's optimizers treat experts as the MLPs that they were copied from.
+    """Lets timm's optimizers treat experts as the MLPs that they were copied from.
 
-    `no_weight_decay` names the stacked biases, which have one axis more; without a `group_matcher` timm counts
+    `no_weight_decay` names the stacked biases, which have two axes; for a model without a `group_matcher` timm counts
     parameters for layer decay, and the dense model's groups are kept.
     """
     own = getattr(sparse, "no_weight_decay", set)()
@@ -337,30 +310,30 @@ def _group_matcher(layer_of: dict[str, int], coarse: bool = False) -> Callable[[
 def _set_spec(sparse: nn.Module, dense_spec: dict | None, family_spec: dict | None, settings: dict) -> None:
     """How to build the model again: by its family's own settings, or by upcycling the dense model as `settings` say."""
     sparse.vmoe_spec, sparse.vmoe_built = None, live_settings(sparse)
-    if "upcycle" in (dense_spec or {}):
-        sparse.vmoe_no_spec = "its towers were upcycled one after the other; upcycle both in one call"
-    elif family_spec is not None and settings["granularity"] == 1:
+    if dense_spec is None or "upcycle" in dense_spec:  # towers upcycled one after the other have no settings
+        return
+    if family_spec is not None and settings["granularity"] == 1:
         sparse.vmoe_spec = {**family_spec, "kwargs": with_slots(sparse, family_spec["kwargs"])}
-    elif dense_spec is not None:
+    else:
         # Soft routers' slots would else follow from an image size that may change; if the towers differ they do.
         slots = {layer.settings.num_slots for layer in sparse.modules() if isinstance(layer, SparseMoE)}
         own = {"num_slots": slots.pop()} if len(slots) == 1 and None not in slots else {}
         sparse.vmoe_spec = {**dense_spec, "upcycle": {**settings, **own}}
 
 
-def _family(model: nn.Module, spec: dict | None, settings: dict, tower: str) -> tuple[dict, dict[str, dict]] | None:
-    """For a dense model of this package: (the sparse model's spec, {name: a sparse layer's settings}); else None."""
+def _family(model: nn.Module, spec: dict | None, settings: dict, tower: str) -> tuple[dict | None, dict[str, dict]]:
+    """For a dense model of this package: (the sparse model's spec, {name: a sparse layer's settings})."""
     # timm.create_model leaves out None; infinity says the same.
     settings = {k: math.inf if v is None and k.endswith("capacity_factor") else v for k, v in settings.items()}
     towers = [each for each in ("image", "text") if tower in (each, "both")]
     if spec is None:
-        return None
+        return None, {}
     if isinstance(model, (VisionMoE, LIMoE)):
         kwargs = {**spec["kwargs"], **settings}
     elif isinstance(model, TwoTower) and ("image" not in towers or isinstance(model.visual, VisionMoE)):
         kwargs = {**spec["kwargs"], **{each: {**(spec["kwargs"].get(each) or {}), **settings} for each in towers}}
     else:
-        return None
+        return None, {}
     spec = {"name": spec["name"], "kwargs": kwargs}
     with torch.device("meta"):
         model = build_dense(spec)

@@ -1,8 +1,4 @@
-"""The state of a dense model's optimizer, carried over to the model that was upcycled from it.
-
-Adam's moments are running means of the gradients; a run that goes on with them needs no new warm-up (arXiv 2212.05055,
-appendix B).
-"""
+"""A dense model's optimizer state for the model upcycled from it: no new warm-up (arXiv 2212.05055, appendix B)."""
 
 import copy
 
@@ -19,28 +15,16 @@ def upcycle_optimizer(
 ) -> None:
     """Carry an optimizer's state over to the upcycled model's optimizer, in place, before its first step.
 
-    Every expert gets the moments of the MLP that it was copied from, all else its own by name; a router, and whatever
-    the dense model does not have, starts fresh. Learning rates and other settings stay those of the new optimizer. Both
-    are of the same kind, with state for each element of a tensor (SGD, Adam and its relatives, Lion).
-
-    Raises:
-        UpcycleError: the optimizers differ, or keep state that is no tensor of a parameter's shape.
+    Every expert gets the moments of the MLP that it was copied from, all else its own by name; routers start fresh.
+    Learning rates and other settings stay those of the new optimizer. An UpcycleError if the optimizers are of two
+    kinds, or keep state that is not one number per weight (SGD, Adam and its relatives, and Lion do).
     """
     kind, states = type(dense_optimizer).__name__, dense_optimizer.state
-    if type(dense_optimizer) is not type(sparse_optimizer):
-        raise UpcycleError(
-            f"the state of {kind} is of no use to {type(sparse_optimizer).__name__}; take one kind for both models"
-        )
+    if (other := type(sparse_optimizer)) is not type(dense_optimizer):
+        raise UpcycleError(f"the state of {kind} is of no use to {other.__name__}; take one kind for both models")
     dense = {name: p for name, p in dense_model.named_parameters() if states.get(p)}
     if not dense:
-        raise UpcycleError(
-            "the dense optimizer has no state for the dense model's parameters: it made no step yet, or keeps none "
-            "(SGD without momentum); leave it out"
-        )
-    for key in ("amsgrad", "centered"):  # they need state of their own
-        old, new = (any(g.get(key) for g in each.param_groups) for each in (dense_optimizer, sparse_optimizer))
-        if new and not old:
-            raise UpcycleError(f"{kind} with {key} needs state that the dense model's {kind} does not keep")
+        raise UpcycleError("the dense optimizer has no state: it made no step yet, or keeps none; leave it out")
     carried = {}
     for name, parameter in sparse_model.named_parameters():
         if name in dense and dense[name].shape == parameter.shape:
@@ -54,7 +38,7 @@ def upcycle_optimizer(
     for name, state in carried.items():
         if (parameter := sparse_model.get_parameter(name)) in trained:
             sparse_optimizer.state[parameter] = state
-    # Its own rules say what lies on which device and in which type (Adam's step counts, for example).
+    # Its own rules say what lies on which device and in which type, such as Adam's step counts.
     sparse_optimizer.load_state_dict(sparse_optimizer.state_dict())
 
 

@@ -61,7 +61,7 @@ class ModelConfig:
             drop_path_rate, ... The number of classes is taken from the data. A two-tower model has those of its towers
             below image and text; image.pretrained names a file, or a run's folder, with the image tower.
         upcycle: Make the dense model sparse before training: arguments of vmoe.upcycle (num_experts, layers,
-            num_selected_experts, tower, granularity, expert_noise, reinit, routing settings); empty leaves it as it is.
+            num_selected_experts, tower, granularity, reinit, routing settings); empty leaves it as it is.
         pretrained_optimizer: Also take the optimizer's state from the run whose folder (or checkpoint) `pretrained` is;
             every expert gets that of the MLP it was copied from. Needs the same optimizer.
     """
