@@ -1,11 +1,10 @@
 import pytest
 import timm
 import torch
-from timm.models import checkpoint_seq  # noqa: F401  (what set_grad_checkpointing uses)
 from timm.optim import create_optimizer_v2
 
 import vmoe
-from vmoe.models.vision import VisionMoE, sincos2d_positions, sparse_blocks
+from vmoe.models.vision import sincos2d_positions, sparse_blocks
 from vmoe.moe import SparseMoE
 from vmoe.moe.config import PRESETS
 
@@ -77,7 +76,7 @@ def test_a_preset_goes_over_a_names_settings_and_under_the_users():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_train(preset):
     torch.manual_seed(0)
-    model = timm.create_model("vmoe_tiny_patch8_48", **SMALL, router_preset=preset, fix_init=True)
+    model = timm.create_model("vmoe_tiny_patch8_48", **SMALL, router_preset=preset)
     torch.nn.init.normal_(model.head.weight)
     with vmoe.record_routing(model) as record:
         loss = model(torch.randn(6, 3, 28, 28)).square().mean() + record.auxiliary_loss()
@@ -195,16 +194,6 @@ def test_compiles_as_one_graph():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(3, 3, 48, 48)
     torch.testing.assert_close(compiled(x), model(x))
-
-
-def test_fix_init_scales_the_experts_too():
-    kwargs = {"embed_dim": 32, "num_heads": 2, "depth": 2}
-    torch.manual_seed(0)
-    plain = timm.create_model("vmoe_tiny_patch8_48", **kwargs)
-    torch.manual_seed(0)
-    fixed = timm.create_model("vmoe_tiny_patch8_48", fix_init=True, **kwargs)
-    torch.testing.assert_close(fixed.blocks[1].mlp.experts.fc2.weight, plain.blocks[1].mlp.experts.fc2.weight / 2)
-    assert isinstance(fixed, VisionMoE)
 
 
 def test_sincos2d_positions():

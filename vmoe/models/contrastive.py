@@ -1,4 +1,4 @@
-"""What image-text models have in common: open_clip's interface. Shapes, by suffix: B batch, C embedding width."""
+"""open_clip's interface of image-text models. Shapes, by suffix: B batch, C embedding width."""
 
 import math
 
@@ -12,9 +12,8 @@ INIT_LOGIT_SCALE = math.log(1 / 0.07)  # CLIP's (arXiv 2103.00020)
 class ImageTextModel(nn.Module):
     """open_clip's interface around `features`, which a subclass has.
 
-    Args:
-        init_logit_scale, init_logit_bias: initial log of the scale; initial bias, for the sigmoid loss, or None.
-        output_dict: `forward` returns a dictionary, as in open_clip.
+    `init_logit_scale` is the log of the initial scale, `init_logit_bias` the initial bias for the sigmoid loss or None.
+    With `output_dict`, `forward` returns a dictionary.
     """
 
     def __init__(self, init_logit_scale: float, init_logit_bias: float | None, output_dict: bool) -> None:
@@ -53,10 +52,9 @@ class ImageTextModel(nn.Module):
         return logits, logits.T
 
     def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> tuple | dict[str, Tensor]:
-        """Images (B, 3, H, W), texts (B, L), or both -> what open_clip's losses take.
+        """Images (B, 3, H, W), texts (B, L), or both -> (image_features, text_features, logit_scale[, logit_bias]).
 
-        (image_features, text_features, logit_scale[, logit_bias]), features normalised and (B, C) or None; with
-        `output_dict` a dictionary of these names.
+        Features are normalised, (B, C) or None; with `output_dict` it is a dictionary of these names.
         """
         image_BC, text_BC = (each if each is None else F.normalize(each, dim=-1) for each in self.features(image, text))
         outputs = {"image_features": image_BC, "text_features": text_BC, "logit_scale": self.logit_scale.exp()}

@@ -1,7 +1,6 @@
 """Models by name, their files, their preprocessing and their tokenizer.
 
-Names are those of this package's LIMoEs and two-tower models, and all that timm knows (`import vmoe` adds `vmoe_*` and
-`softmoe_*`). A file's metadata says how to build its model, so that a path is all that `create_model` needs.
+A file's metadata says how to build its model, so that a path is all that `create_model` needs.
 """
 
 import json
@@ -28,7 +27,7 @@ from vmoe.models.serialization import (
 )
 from vmoe.models.spec import IMAGE_TEXT_NAMES, build_dense, difference, model_spec, named_tensors, on_meta
 from vmoe.models.text import CONTEXT_LENGTH, clean_beginning
-from vmoe.models.two_tower import TWO_TOWER_CONFIGS, TwoTower, check_towers, merge_settings
+from vmoe.models.two_tower import TWO_TOWER_CONFIGS, TwoTower, merge_settings
 from vmoe.models.upcycle import upcycle
 from vmoe.models.validation import bounded_model, check_metadata
 from vmoe.moe.config import SETTING_NAMES
@@ -36,18 +35,15 @@ from vmoe.moe.quantize import quantize_experts
 from vmoe.utils.channels import to_channels
 from vmoe.utils.printable import printable
 
-# --- models ----------------------------------------------------------------------------------------------------------
-
 
 def create_model(name: str | None = None, pretrained: str | Path | None = None, **kwargs) -> nn.Module:
     """Build a LIMoE, a two-tower model or any timm model, with the weights of a file if one is given.
 
     Args:
         name: "limoe_...", "two_tower_..." or a timm name such as "vmoe_base_patch16_224"; None: that in `pretrained`.
-        pretrained: a `.safetensors` file written by `save_pretrained`, or the folder of a run or checkpoint, whose
-            settings are the defaults then. Position embeddings are interpolated if the image size differs; a classifier
-            starts from scratch if `num_classes` is given and differs.
-        **kwargs: of the model; they go over the file's, and `image` and `text` of a two-tower model setting by setting.
+        pretrained: a file of `save_pretrained`, or the folder of a run or checkpoint. Position embeddings are
+            interpolated for another image size; a classifier starts from scratch if `num_classes` is given and differs.
+        **kwargs: of the model, over the file's; `image` and `text` of a two-tower model setting by setting.
             `image={"pretrained": FILE}` gives the image tower that file's architecture and weights.
 
     Raises:
@@ -66,7 +62,7 @@ def create_model(name: str | None = None, pretrained: str | Path | None = None, 
             model = build(_spec_for_file(file, name, kwargs))
     except ValueError:
         raise
-    except Exception as error:  # whatever a constructor raises for settings that nobody would give it
+    except Exception as error:  # whatever a constructor raises for strange settings
         reason = f"{type(error).__name__}: {printable(error)[:300]}"
         raise WeightsError(f"no model can be built by the settings in {file} ({reason})") from error
     load_weights(model, stored, new_head="num_classes" in kwargs, new_size=True)
@@ -74,7 +70,7 @@ def create_model(name: str | None = None, pretrained: str | Path | None = None, 
 
 
 def build(spec: dict) -> nn.Module:
-    """A new model by a specification (see `model_spec`), which it remembers."""
+    """A new model by its `model_spec`, which it remembers."""
     model = build_dense(spec)
     if "upcycle" in spec:
         model = upcycle(model, **spec["upcycle"])
@@ -83,25 +79,16 @@ def build(spec: dict) -> nn.Module:
     return model
 
 
-def build_empty(spec: dict) -> nn.Module:
-    """The model of a specification on the meta device: without memory for its weights."""
-    return on_meta(build, spec)
-
-
 def _new_model(name: str, kwargs: dict) -> nn.Module:
-    """A model without a file of its own; a two-tower model may have one for its image tower."""
-    weights = None
-    if name in TWO_TOWER_CONFIGS:
-        check_towers(kwargs)
-        weights = (kwargs.get("image") or {}).get("pretrained")
+    """A model without a file; a two-tower model may have one for its image tower."""
+    image = kwargs.get("image") if name in TWO_TOWER_CONFIGS else None
+    weights = image.get("pretrained") if isinstance(image, dict) else None
     if weights is None or isinstance(weights, bool):  # True: timm's own weights of that name
         return build({"name": name, "kwargs": kwargs})
     weights = find_weights(weights)
     metadata = read_pretrained_metadata(weights)
     if not timm.is_model(metadata["name"]) or "upcycle" in metadata:
-        raise ValueError(
-            f"image.pretrained must hold an image model of timm's registry, {weights} holds {metadata['name']!r}"
-        )
+        raise ValueError(f"image.pretrained must hold an image model of timm, {weights} holds {metadata['name']!r}")
     own = {key: value for key, value in metadata["kwargs"].items() if key != "num_classes"}
     kwargs = _without_image_weights(kwargs)
     model = build({"name": name, "kwargs": {**kwargs, "image": {"name": metadata["name"], **own, **kwargs["image"]}}})
@@ -110,13 +97,13 @@ def _new_model(name: str, kwargs: dict) -> nn.Module:
 
 
 def _spec_for_file(file: Path, name: str | None, kwargs: dict) -> dict:
-    """The specification of a model that takes a file's weights: the file's own, with the user's settings over it."""
+    """The specification of a model that takes a file's weights: the file's, with the user's settings over it."""
     metadata, kwargs = read_pretrained_metadata(file), _without_image_weights(kwargs)
     if name is not None and name != metadata["name"]:
         return {"name": name, "kwargs": kwargs}
     name = metadata["name"]
     spec = {key: metadata[key] for key in ("upcycle", "experts") if key in metadata}
-    if "upcycle" in spec:  # a dense model by name, whose routing settings are those of `upcycle`
+    if "upcycle" in spec:  # routing settings are those of `upcycle`
         for key in {"layers", "moe_layers"} & kwargs.keys():
             raise ValueError(
                 f"{file} holds an upcycled model, whose sparse layers are fixed ({spec['upcycle']['layers']!r}): leave "
@@ -140,19 +127,12 @@ def is_contrastive(model: nn.Module) -> bool:
     return hasattr(model, "encode_image") and hasattr(model, "encode_text")
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
 def save_pretrained(model: nn.Module, file: str | Path, extra: dict | None = None) -> None:
     """Write a model's weights and settings as one safetensors file, atomically.
 
-    Args:
-        model: made by `create_model`; taken out of `torch.compile`, (Distributed)DataParallel, or timm's average.
-        file: replaced if it exists.
-        extra: JSON-able facts to keep beside the settings, such as class names.
-
-    Raises:
-        ValueError: the file would not give the same model again, or tensors share their memory.
+    The model is taken out of `torch.compile`, (Distributed)DataParallel or timm's average; `extra` are JSON-able facts
+    beside its settings, such as class names. A ValueError if the file would not give the same model again, or if
+    tensors share their memory.
     """
     model = unwrap_model(model)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named_tensors(model).items()}
@@ -165,7 +145,7 @@ def save_pretrained(model: nn.Module, file: str | Path, extra: dict | None = Non
 
 
 def file_metadata(model: nn.Module, extra: dict | None = None) -> dict[str, str]:
-    """The metadata of a model's safetensors file; a ValueError if the model built again by it would be another."""
+    """The metadata of a model's safetensors file; a ValueError if it would give another model."""
     settings = {**model_spec(model), "preprocess": preprocess_config(model), "extra": extra or {}}
     try:
         text = json.dumps(settings)
@@ -174,7 +154,7 @@ def file_metadata(model: nn.Module, extra: dict | None = None) -> dict[str, str]
     settings = json.loads(text)
     try:
         check_metadata(settings)
-        other = difference(model, build_empty(settings))
+        other = difference(model, on_meta(build, settings))
     except (TypeError, ValueError, RuntimeError) as error:
         other = str(error)
     if other is not None:
@@ -183,9 +163,6 @@ def file_metadata(model: nn.Module, extra: dict | None = None) -> dict[str, str]
             "only by settings, reset_classifier and set_input_size, or save the state_dict with torch.save"
         )
     return {"format": "pt", METADATA_KEY: text}  # "pt": other libraries ask for it before they load into PyTorch
-
-
-# --- preprocessing and text ------------------------------------------------------------------------------------------
 
 
 def in_chans(model: nn.Module) -> int:
@@ -219,11 +196,10 @@ def create_model_and_transforms(
     device: str | torch.device = "cpu",
     **kwargs,
 ) -> tuple[nn.Module, Callable, Callable]:
-    """A model with its transforms, as open_clip's function of this name; arguments and errors as of `create_model`.
+    """(model in eval mode, training transform, evaluation transform), as open_clip's function of this name.
 
-    Returns:
-        (model in eval mode, training transform, evaluation transform); the transforms turn a PIL image into a
-        (C, H, W) float tensor, C = 1 or 3. The training transform is a random crop; augment further in your own loop.
+    Arguments and errors are those of `create_model`. The transforms turn a PIL image into a (C, H, W) float tensor,
+    C = 1 or 3; that for training is a random crop.
     """
     model = create_model(model_name, pretrained, **kwargs).to(device).eval()
     config = preprocess_config(model)
@@ -235,13 +211,9 @@ def create_model_and_transforms(
 
 
 def get_tokenizer(model: str | nn.Module, context_length: int | None = None) -> Callable[[list[str] | str], Tensor]:
-    """open_clip's CLIP tokenizer: text or list of texts -> (B, context_length) token ids, zero after a text's end.
+    """open_clip's CLIP tokenizer for a model or its name: texts -> (B, context_length) token ids, zero after their end.
 
     Only the beginning of a very long text is read, since the time for a word of n letters grows with n².
-
-    Args:
-        model: an image-text model's name, or the model itself (whose context length may differ from the name's).
-        context_length: tokens per text, instead of the model's.
     """
     from open_clip.tokenizer import SimpleTokenizer
 

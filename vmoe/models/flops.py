@@ -1,4 +1,4 @@
-"""Size and cost of a model: parameters, those that one token uses, and the operations of a forward pass."""
+"""Size and cost of a model: parameters, those that a token uses, and the operations of a forward pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vmoe.moe.quantize import WeightOnlyLinear
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; each module's own mode is restored after, as frozen parts may be in eval."""
+    """Evaluation mode without gradients; each module's own mode is restored, as frozen parts may be in eval."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -29,10 +29,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(all parameters, those that a token goes through: of a sparse layer `experts_per_token` of its experts).
-
-    A contrastive model counts with both its modalities.
-    """
+    """(all parameters, those that a token of either modality goes through, see `experts_per_token`)."""
     total = active = _numbers(model)
     for layer in model.modules():
         if isinstance(layer, SparseMoE):
@@ -47,8 +44,8 @@ def _numbers(module: nn.Module) -> int:
 
 
 def experts_per_token(layer: SparseMoE) -> float:
-    """Experts that a token goes through in evaluation: K for top_k; the mean, which is the capacity factor, for
-    expert_choice (E with a fixed capacity, where the mean depends on the number of tokens); E for soft."""
+    """Experts that a token goes through in evaluation: K for top_k, E for soft, for expert_choice the mean, which is
+    the capacity factor (E with a fixed capacity, where it depends on the number of tokens)."""
     if layer.router_type == "top_k":
         return layer.num_selected_experts
     if layer.router_type == "expert_choice" and layer.capacity is None:
@@ -56,23 +53,16 @@ def experts_per_token(layer: SparseMoE) -> float:
     return layer.num_experts
 
 
-def grouped_mm_flops(a_shape, b_shape, *args, out_shape=None, **kwargs) -> int:
-    """Each row meets the matrix of its own expert only: 2 · R · I · O, whatever E."""
-    return 2 * a_shape[-2] * a_shape[-1] * b_shape[-1]
-
-
-# What PyTorch's counter does not know in every version that is supported.
+# What PyTorch's counter does not know in every version that is supported. In a grouped matrix multiplication each row
+# meets the matrix of its own expert only.
 _ATEN = torch.ops.aten
-flop_registry.setdefault(_ATEN._grouped_mm, shape_wrapper(grouped_mm_flops))
+flop_registry.setdefault(_ATEN._grouped_mm, shape_wrapper(lambda a, b, *_, **__: 2 * a[-2] * a[-1] * b[-1]))
 for _name in ("_scaled_dot_product_flash_attention{}", "_scaled_dot_product_flash_attention{}_backward"):
     flop_registry.setdefault(getattr(_ATEN, _name.format("_for_cpu")), flop_registry[getattr(_ATEN, _name.format(""))])
 
 
 def forward_flops(call: Callable[[], object]) -> int:
-    """Floating-point operations of a call's matrix multiplications, a multiply-add counted as two.
-
-    An expert counts the rows routed to it, once each; element-wise work is not counted.
-    """
+    """Floating-point operations of a call's matrix multiplications, two for a multiply-add."""
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
@@ -81,9 +71,8 @@ def forward_flops(call: Callable[[], object]) -> int:
 def model_profile(model: nn.Module) -> dict[str, int | float]:
     """Size and cost in evaluation mode, also on the meta device.
 
-    Returns:
-        "parameters_total" and "parameters_active", see `count_parameters`; "gflops_per_image" and, for a contrastive
-        model, "gflops_per_text", of a caption that fills the context: the forward pass in 10^9 `forward_flops`.
+    "parameters_total" and "parameters_active", see `count_parameters`; "gflops_per_image" and, for a contrastive
+    model, "gflops_per_text" of a caption that fills the context: the forward pass in 10^9 `forward_flops`.
     """
     model = unwrap_model(model)
     total, active = count_parameters(model)

@@ -1,7 +1,7 @@
 """LIMoE: one tower for images and text, with experts shared by patches and text tokens (arXiv 2206.02770).
 
-Read top to bottom, this file is the whole model: embed each modality, run both through the same blocks, pool and
-project each. Attention stays within an image or a text; at a sparse layer the tokens of both are routed together.
+Each modality is embedded, both run through the same blocks, each is pooled and projected. Attention stays within an
+image or a text; at a sparse layer the tokens of both are routed together.
 
 Shapes, by suffix: B batch, P patches, L text length, T = P + L, D width, C embedding width.
 """
@@ -42,8 +42,8 @@ def attention(qkv_BT3D: Tensor, bias_B11T: Tensor | None, num_heads: int, fused:
 class TowerTokens:
     """What the blocks know of their tokens: rows of an image's patches and its text, (B, T, D), or packed, (S, D).
 
-    The mask is True for patches and real text tokens; `bias_B11L`, None without text, hides padding from attention.
-    `index_S` holds the flat indices into (B, T) of all tokens but padding; None: rows.
+    The mask is True for all tokens but padding, `bias_B11L`, None without text, hides padding from attention, and
+    `index_S` holds the flat indices into (B, T) of packed tokens, or None.
     """
 
     num_patches: int
@@ -53,11 +53,11 @@ class TowerTokens:
     index_S: Tensor | None
 
     def pack(self, x_BTD: Tensor) -> Tensor:
-        """Rows -> what the blocks pass on."""
+        """Rows -> the blocks' input."""
         return x_BTD if self.index_S is None else x_BTD.flatten(0, 1).index_select(0, self.index_S)
 
     def unpack(self, x: Tensor) -> Tensor:
-        """The way back; zero for padding."""
+        """The blocks' output -> rows, zero for padding."""
         if self.index_S is None:
             return x
         x_SD = x.new_zeros(self.mask_BT.numel(), x.shape[-1]).index_copy(0, self.index_S, x)
@@ -65,10 +65,7 @@ class TowerTokens:
 
 
 class LIMoEBlock(Block):
-    """timm's pre-norm block over patches and text tokens at once: attention per modality, one MLP for both.
-
-    Of `attn` only the weights are used, since its forward pass knows one sequence.
-    """
+    """timm's pre-norm block: attention per modality, with the weights of `attn`, and one MLP for both."""
 
     def forward(self, x: Tensor, tokens: TowerTokens) -> Tensor:
         """(B, T, D) or (S, D), as `tokens` says -> the same."""
@@ -88,11 +85,9 @@ class LIMoEBlock(Block):
 
 def _routing(kwargs: dict) -> dict:
     """The routing settings, with the defaults that depend on others."""
-    # The preset knows no modalities, so the loss of one of them is the model's own.
-    own_preset = kwargs.get("router_preset") == "limoe" and "local_entropy_loss" not in kwargs
+    if kwargs.get("router_preset") == "limoe":  # the preset knows no modalities, so the loss of text is the model's own
+        kwargs.setdefault("local_entropy_loss", ROUTING_DEFAULTS["local_entropy_loss"])
     settings = text_routing(kwargs, ROUTING_DEFAULTS)
-    if own_preset:
-        settings["local_entropy_loss"] = ROUTING_DEFAULTS["local_entropy_loss"]
     if settings.get("global_entropy_loss") and settings.get("global_entropy_min_experts") is None:
         E = settings["num_experts"]
         settings["global_entropy_min_experts"] = {"image": max(1, E / 2), "text": max(1, E / 4)}
@@ -103,14 +98,14 @@ class LIMoE(BlocksMixin, ImageTextModel):
     """One sparse tower for images and text, with open_clip's interface.
 
     Args:
-        img_size, patch_size: in pixels: side or (height, width) of the images, side of a patch.
+        img_size, patch_size: side or (height, width) of the images, side of a patch, in pixels.
         embed_dim: C, width of the common embedding.
         pool: "avg", over patches or real text tokens; or "map", attention pooling, for each modality its own.
-        eot_token_id, context_length, vocab_size, width, depth, num_heads, mlp_ratio, drop_path_rate, moe_layers: as of
-            `vmoe.models.text.TextTransformer`; init_logit_scale, init_logit_bias, output_dict: of `ImageTextModel`.
         **routing: `vmoe.moe.config.RoutingSettings`, `router_preset`; `num_experts=0` makes the dense baseline. The
             defaults are the preset "limoe" with 32 experts and a local entropy loss on text; the global entropy loss
             asks for half of the experts for images and a quarter for text (our choice).
+
+    The other arguments are those of `vmoe.models.text.TextTransformer` and of `ImageTextModel`.
     """
 
     def __init__(
@@ -159,9 +154,7 @@ class LIMoE(BlocksMixin, ImageTextModel):
         self.init_weights(needs_reset=False)
 
     def init_weights(self, needs_reset: bool = True) -> None:
-        """The reference's ViT initialisation for the blocks; small normal embeddings. With `needs_reset` (after
-        `to_empty`) the modules that this does not name reset themselves.
-        """
+        """The reference's ViT initialisation; `needs_reset` after `to_empty`, when all modules reset themselves."""
         named_apply(get_init_weights_vit("jax", needs_reset=needs_reset), self)
         self.reset_logits()
         trunc_normal_(self.image_pos_embed, std=0.02)
@@ -177,14 +170,13 @@ class LIMoE(BlocksMixin, ImageTextModel):
 
     @property
     def visual(self) -> "LIMoE":
-        """The tower itself: code written for open_clip asks for `model.visual.image_size`."""
+        """The tower itself, for open_clip's `model.visual.image_size`."""
         return self
 
     def tower(self, x_BPD: Tensor | None, x_BLD: Tensor | None, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:
         """(B, P, D) and (B, L, D), or None -> the same after blocks and final norm, P or L being 0 for None.
 
-        Row b of the sequence is [patches of image b | tokens of text b], so that a routing group holds both modalities
-        (as long as `group_size` is not smaller than a row).
+        Row b of the sequence is [patches of image b | tokens of text b]: a routing group holds both modalities.
         """
         x = torch.cat([x for x in (x_BPD, x_BLD) if x is not None], dim=1)
         B, T, _ = x.shape
@@ -199,13 +191,13 @@ class LIMoE(BlocksMixin, ImageTextModel):
         return x_BTD[:, :P], x_BTD[:, P:]
 
     def packs(self, x: Tensor) -> bool:
-        """Blocks skip padding: in training on a CPU, where it saves a tenth of a step. Stochastic depth needs rows."""
+        """In training on a CPU blocks skip padding, a tenth of a step. Stochastic depth needs rows."""
         if not self.training or x.device.type != "cpu" or torch.compiler.is_compiling():
             return False
         return not any(isinstance(module, DropPath) for module in self.blocks.modules())
 
     def features(self, image: Tensor | None, text: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Images (B, 3, H, W) in -1..1 and token ids (B, L) -> (B, C) each; pairs compete for the same experts."""
+        """Images (B, 3, H, W) in -1..1 and token ids (B, L) -> (B, C) each; both compete for the same experts."""
         if image is not None and text is not None and len(image) != len(text):
             if self.training:
                 raise ValueError(f"training takes pairs, got {len(image)} images and {len(text)} texts")
@@ -218,13 +210,10 @@ class LIMoE(BlocksMixin, ImageTextModel):
             x_BPD = self.patch_embed(image) + self.image_pos_embed
         x_BPD, x_BLD = self.tower(x_BPD, x_BLD, mask_BL)
         if image is not None:
-            pooled_BD = x_BPD.mean(dim=1) if self.image_pool is None else self.image_pool(x_BPD)
-            image_BC = self.image_projection(pooled_BD)
+            image_BC = self.image_projection(self.image_pool(x_BPD) if self.image_pool else x_BPD.mean(dim=1))
         if text is not None:
-            if self.text_pool is None:
-                pooled_BD = masked_mean(x_BLD, mask_BL)
-            else:
-                pooled_BD = self.text_pool(x_BLD, attn_mask=attention_bias(mask_BL, x_BLD.dtype))
+            bias = attention_bias(mask_BL, x_BLD.dtype)
+            pooled_BD = self.text_pool(x_BLD, attn_mask=bias) if self.text_pool else masked_mean(x_BLD, mask_BL)
             text_BC = self.text_projection(pooled_BD)
         return image_BC, text_BC
 

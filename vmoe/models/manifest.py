@@ -1,6 +1,6 @@
-"""Checkpoint folders of a run: which there are, and whether every file is still as it was written.
+"""A run's checkpoints: which there are, and whether every file is still as it was written.
 
-RUN/checkpoints/step_000450/manifest.json is written last: every other file with its size and SHA-256, and its own hash.
+RUN/checkpoints/step_000450/manifest.json is written last: the size and SHA-256 of every other file, and its own hash.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vmoe.utils.files import parse_json
 
 MANIFEST, TRAINER = "manifest.json", "trainer.json"
 FORMAT = 1
-MAX_MANIFEST_BYTES = 2**28  # far more than the files of any checkpoint need
+MAX_MANIFEST_BYTES = 2**28  # far more than any checkpoint needs
 UNFINISHED = ".unfinished"
 
 
@@ -47,14 +47,14 @@ def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, An
 
 
 def write_manifest(folder: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> Path:
-    """Writes the manifest of a folder, with facts for its readers and the `describe_files` of all its files."""
+    """Writes a folder's manifest: facts for its readers, and the `describe_files` of all its files."""
     file = folder / MANIFEST
     file.write_bytes(_encode({"format": FORMAT, **facts, "files": files}))
     return file
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The content of a folder's manifest; an OSError or ValueError says why it cannot be read or how it is damaged."""
+    """A folder's manifest; an OSError or ValueError says why it cannot be read or how it is damaged."""
     file = folder / MANIFEST
     if not stat.S_ISREG(file.lstat().st_mode):
         raise ValueError("it is not a plain file")
@@ -79,8 +79,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def find_problems(folder: Path, share: tuple[int, int] = (0, 1), only: str = "") -> list[str]:
     """What is wrong with a checkpoint, a sentence for each file; none if it is as it was written.
 
-    A folder of weights that no run wrote needs no manifest. `share`: (rank, number of processes) among which the files
-    to hash are divided. `only`: the file, or folder of files, in `folder` that is checked.
+    A folder of weights that no run wrote needs no manifest. `share` is (rank, number of processes) that hash the files
+    together, `only` the file or folder in `folder` that is checked.
     """
     if not (folder / MANIFEST).is_symlink() and not (folder / MANIFEST).exists():
         of_a_run = any((folder / name).exists() for name in (TRAINER, "optimizer.safetensors", "model"))
@@ -89,15 +89,12 @@ def find_problems(folder: Path, share: tuple[int, int] = (0, 1), only: str = "")
         return [] if (folder / "model.safetensors").is_file() else ["model.safetensors is missing"]
     try:
         listed = read_manifest(folder)["files"]
-    except OSError as error:
-        return [f"{MANIFEST} cannot be read ({error.strerror})"]
-    except ValueError as error:
-        return [f"{MANIFEST} is damaged: {error}"]
-    try:
         files = [each for each in folder.rglob("*") if each.is_symlink() or not each.is_dir()]
         found = {each.relative_to(folder).as_posix(): each.lstat() for each in files}
-    except OSError as error:  # removed meanwhile, by the run that wrote it
-        return [f"{error.filename} cannot be read ({error.strerror})"]
+    except OSError as error:  # also files that the run that wrote them removed meanwhile
+        return [f"{Path(error.filename).name} cannot be read ({error.strerror})"]
+    except ValueError as error:
+        return [f"{MANIFEST} is damaged: {error}"]
     problems, to_hash = [], []
     for name in sorted({*found, *listed} - {MANIFEST}):
         status, expected = found.get(name), listed.get(name)
@@ -126,21 +123,17 @@ def find_problems(folder: Path, share: tuple[int, int] = (0, 1), only: str = "")
 def newest_complete(
     checkpoints: list[Path], logger: logging.Logger | None, find: Callable[[Path], list[str]] = find_problems
 ) -> Path | None:
-    """The newest of some checkpoints, oldest first, without problems, or None; damaged ones are named in a warning.
+    """The newest of some checkpoints, oldest first, without problems, or None.
 
-    Without a logger another process gives the warnings.
+    Damaged ones are named in warnings; without a logger another process gives them.
     """
     damaged: dict[Path, list[str]] = {}
-    for found in reversed(checkpoints):
-        if not (problems := find(found)):
-            break
-        damaged[found] = problems
-    else:
-        found = None
+    found = next((each for each in reversed(checkpoints) if not damaged.setdefault(each, find(each))), None)
     instead = f"{found.name} is used instead" if found else "there is no other one"
-    for checkpoint, (first, *rest) in damaged.items() if logger is not None else ():
-        more = f", and {len(rest)} more" if rest else ""
-        logger.warning("%s is damaged (%s%s); %s", checkpoint, first, more, instead)
+    for checkpoint, problems in damaged.items():
+        if problems and logger is not None:
+            more = f", and {len(problems) - 1} more" if problems[1:] else ""
+            logger.warning("%s is damaged (%s%s); %s", checkpoint, problems[0], more, instead)
     return found
 
 

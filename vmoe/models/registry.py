@@ -1,11 +1,11 @@
 """V-MoE and Soft MoE by name, in timm's registry; importing this file registers them."""
 
 import logging
-from dataclasses import asdict, is_dataclass
 from functools import partial
 
+import timm
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, model_entrypoint, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -20,13 +20,13 @@ _BASE = {"embed_dim": 768, "depth": 12, "num_heads": 12}
 _LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
 _HUGE = {"embed_dim": 1280, "depth": 32, "num_heads": 16}
 _15B = {"embed_dim": 1408, "depth": 48, "num_heads": 16, "mlp_ratio": 6400 / 1408}
-# Soft MoE's ViTs: no class token, the mean over the patches after the last norm, QK norm, experts in the upper half,
-# one slot each. Their S is 12 blocks of width 384; V-MoE's is 8 of width 512.
-_SOFT_ROUTING = {"router": "soft", "num_slots": 1, "moe_layers": "second_half"}
-_SOFT = {**_SOFT_ROUTING, "class_token": False, "global_pool": "avg", "fc_norm": False, "qk_norm": True}
+# Soft MoE's ViTs pool the mean over the patches after the last norm. Their S is 12 blocks of width 384, V-MoE's is 8
+# of width 512.
+_SOFT = {"router": "soft", "num_slots": 1, "moe_layers": "second_half"}
+_SOFT |= {"class_token": False, "global_pool": "avg", "fc_norm": False, "qk_norm": True}
 _SOFT_SMALL = {**_SOFT, "embed_dim": 384, "depth": 12, "num_heads": 6}
 
-# What each name stands for: arguments of `VisionMoE`.
+# The arguments of `VisionMoE` that each name stands for.
 MODELS: dict[str, dict] = {
     "vmoe_tiny_patch8_48": {**_TINY, "num_selected_experts": 1},  # for tests and first steps
     "vmoe_small_patch32_224": {**_SMALL, "patch_size": 32},
@@ -45,69 +45,49 @@ MODELS: dict[str, dict] = {
 }
 
 
-def _cfg(name: str) -> dict:
-    """timm's description of a model's input; pixels are scaled to -1..1, as in the reference."""
-    return {
-        "interpolation": "bilinear",
-        "fixed_input_size": True,
-        "mean": IMAGENET_INCEPTION_MEAN,
-        "std": IMAGENET_INCEPTION_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-        **({"input_size": (3, 48, 48), "crop_pct": 1.0, "interpolation": "bicubic"} if "tiny" in name else {}),
-    }
-
-
-default_cfgs = generate_default_cfgs({name: _cfg(name) for name in MODELS})  # `register_model` looks for this name
+# Pixels are scaled to -1..1, as in the reference.
+_CFG = {"mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD, "interpolation": "bilinear"}
+_CFG |= {"fixed_input_size": True, "first_conv": "patch_embed.proj", "classifier": "head", "license": "apache-2.0"}
+_TINY_CFG = {**_CFG, "input_size": (3, 48, 48), "crop_pct": 1.0, "interpolation": "bicubic"}
+# `register_model` looks for this name.
+default_cfgs = generate_default_cfgs({name: _TINY_CFG if "tiny" in name else _CFG for name in MODELS})
 
 
 def _create(name: str, pretrained: bool = False, **kwargs) -> VisionMoE:
     """The model of a name; the user's settings go over its preset, and that over what the name stands for."""
     stored_name, kwargs = _with_settings_of_file(name, pretrained, kwargs)
     if stored_name != name:
-        return model_entrypoint(stored_name)(pretrained, **kwargs)
+        return timm.model_entrypoint(stored_name)(pretrained, **kwargs)
     preset = preset_settings(kwargs)
     asked = {**preset, **kwargs}
     own = {key: value for key, value in MODELS[name].items() if key not in preset}
     if asked.get("router", "soft") != "soft" or "capacity_factor" in asked:
         own.pop("num_slots", None)
-    model_args = {
-        "act_layer": "gelu_tanh",
-        "norm_layer": partial(nn.LayerNorm, eps=1e-6),
-        "weight_init": "jax",
-        **own,
-        **kwargs,
-    }
-    return build_model_with_cfg(
-        VisionMoE,
-        name,
-        pretrained,
-        pretrained_filter_fn=_filter,
-        feature_cfg={"out_indices": model_args.pop("out_indices", 3), "feature_cls": "getter"},
-        **model_args,
-    )
+    style = {"act_layer": "gelu_tanh", "norm_layer": partial(nn.LayerNorm, eps=1e-6), "weight_init": "jax"}
+    model_args = {**style, **own, **kwargs}
+    feature_cfg = {"out_indices": model_args.pop("out_indices", 3), "feature_cls": "getter"}
+    options = {"pretrained_filter_fn": _filter, "feature_cfg": feature_cfg}
+    return build_model_with_cfg(VisionMoE, name, pretrained, **options, **model_args)
 
 
 def _filter(state_dict: dict[str, Tensor], model: VisionMoE) -> dict[str, Tensor]:
-    """timm's own filter (resized positions and patches), which removes representation layers."""
+    """timm's filter, which resizes positions and patches, without its removal of representation layers."""
     kept = {name: tensor for name, tensor in state_dict.items() if name.startswith("pre_logits.")}
     filtered = checkpoint_filter_fn(state_dict, model)
     return {**filtered, **kept} if isinstance(model.pre_logits, nn.Linear) else filtered
 
 
 def _with_settings_of_file(name: str, pretrained: bool, kwargs: dict) -> tuple[str, dict]:
-    """The name and settings in the file of this package that the user's `pretrained_cfg` or its overlay names."""
+    """The name and settings in a file of this package to which `pretrained_cfg` or its overlay points."""
     from vmoe.models.serialization import METADATA_KEY, read_pretrained_metadata, safetensors_metadata  # slow to import
 
-    config, overlay = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay") or {}
-    config = asdict(config) if is_dataclass(config) else config if isinstance(config, dict) else {}
-    file = overlay.get("file", config.get("file"))
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    file = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), overlay).file
     if not pretrained or not str(file).endswith(".safetensors") or METADATA_KEY not in safetensors_metadata(file):
         return name, kwargs
     metadata = read_pretrained_metadata(file)
     stored_name, own = metadata["name"], dict(metadata["kwargs"])
-    if not is_model(stored_name) or metadata.keys() & {"upcycle", "experts"}:
+    if not timm.is_model(stored_name) or metadata.keys() & {"upcycle", "experts"}:
         raise ValueError(f"{file} holds a {stored_name} that timm cannot make; use vmoe.create_model(pretrained=FILE)")
     if stored_name != name:
         logger.warning("%s holds a %s: that is made, not %s", file, stored_name, name)

@@ -1,7 +1,7 @@
-"""Files of weights: found, read, loaded into models, and written.
+"""Weights in files: found, read, loaded into models, and written.
 
-A model's weights are one safetensors file, or the folder of such files that a sharded run wrote into a checkpoint, each
-process its own part. Their metadata says how to build the model (`vmoe.models.spec`).
+They are one safetensors file, or the folder of such files to which each process of a sharded run wrote its part. The
+metadata says how to build the model (`vmoe.models.spec`).
 """
 
 import errno
@@ -15,6 +15,7 @@ import struct
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import add
 from pathlib import Path
 
 import numpy as np
@@ -36,22 +37,21 @@ logger = logging.getLogger("vmoe.models")
 
 METADATA_KEY = "vmoe"
 WEIGHTS_NAME, AVERAGE_NAME = "model.safetensors", "ema.safetensors"
-MAX_CELLS = 2**24  # into which shards or chunks may cut a tensor
-SETTINGS_NAME = "settings.json"  # in a folder of shards, the metadata that a single file carries itself
+SETTINGS_NAME = "settings.json"  # the metadata of a folder of shards
+MAX_CELLS = 2**24  # into which shards may cut a tensor
 
 
 class WeightsError(ValueError):
-    """A file of weights that cannot be read or does not fit the model."""
+    """Weights that cannot be read or do not fit the model."""
 
 
 # --- finding ---------------------------------------------------------------------------------------------------------
 
 
 def find_weights(path: str | Path) -> Path:
-    """The weights of a `.safetensors` path, of a checkpoint's folder, or of a run's folder (its newest checkpoint): a
-    file, or a folder of files that a sharded run wrote.
+    """The file or folder of weights for a `.safetensors` path, a checkpoint, or a run (its newest checkpoint).
 
-    Of a checkpoint it is the moving average, if the run kept one. Its files are compared with their checksums; damaged
+    Of a checkpoint it is the moving average, if the run kept one. Files are compared with their checksums; damaged
     checkpoints of a run are skipped with a warning. A WeightsError if nothing is left.
     """
     path = Path(path)
@@ -66,9 +66,7 @@ def find_weights(path: str | Path) -> Path:
         run = path.parent if path.name == "checkpoints" else path
         if not (checkpoints := list_checkpoints(run)):
             reason = f"it holds no {WEIGHTS_NAME} and no checkpoints" if path.exists() else "it does not exist"
-            raise WeightsError(
-                f"no weights at {path}: {reason}; give a .safetensors file, a checkpoint or a run's folder"
-            )
+            raise WeightsError(f"no weights at {path}: {reason}; give a .safetensors file, a checkpoint or a run")
         if (checkpoint := newest_complete(checkpoints, logger)) is None:
             problem = find_problems(checkpoints[-1])[0]
             raise WeightsError(f"all checkpoints of {run} are damaged, the newest one here: {problem}")
@@ -79,7 +77,7 @@ def find_weights(path: str | Path) -> Path:
 
 
 def checkpoint_weights(checkpoint: Path, average: bool = False) -> Path | None:
-    """The model's weights in a checkpoint, or their moving average: a file or, of a sharded run, a folder, or None."""
+    """The weights in a checkpoint, or their moving average: a file or, of a sharded run, a folder, or None."""
     single = checkpoint / (AVERAGE_NAME if average else WEIGHTS_NAME)
     return next((path for path in (single, single.with_suffix("")) if path.exists()), None)
 
@@ -106,7 +104,7 @@ def read_pretrained_metadata(source: str | Path) -> dict:
 
 
 def safetensors_metadata(source: str | Path) -> dict[str, str]:
-    """The metadata of a safetensors file, or of a folder that a sharded run wrote."""
+    """The metadata of a safetensors file or of a folder of shards."""
     source = Path(source)
     if not source.is_dir():
         with _open(source) as opened:
@@ -131,10 +129,9 @@ def _open(file: Path) -> safe_open:
 
 
 class StoredTensors:
-    """The tensors in a safetensors file, or in the folder of shards that the processes of a sharded run wrote.
+    """The tensors in a safetensors file or a folder of shards; only `shapes` and `dtypes` by name are read at first.
 
-    Only `shapes` and `dtypes` by name are read at first. A WeightsError if a file cannot be read, or if the shards do
-    not make complete tensors.
+    A WeightsError if a file cannot be read, or if the shards do not make complete tensors.
     """
 
     def __init__(self, source: str | Path) -> None:
@@ -150,12 +147,11 @@ class StoredTensors:
             self.dtypes = {name: entry.properties.dtype for name, entry in entries.items()}
             for name, entry in entries.items():
                 parts = {(chunk.offsets, chunk.sizes) for chunk in entry.chunks}
-                ends = [(start, [a + b for a, b in zip(start, size)]) for start, size in parts]
-                if not covers_once(entry.size, ends):
+                if not covers_once(entry.size, [(start, [*map(add, start, size)]) for start, size in parts]):
                     raise ValueError(f"its shards do not make the whole of {name}, {tuple(entry.size)}")
 
     def read_into(self, targets: dict[str, Tensor]) -> None:
-        """Fills tensors of the stored shapes; of a DTensor this process's part, however it was sharded when written."""
+        """Fills tensors of the stored shapes; of a DTensor this process's part, whatever wrote it."""
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         with self._readable(), torch.no_grad():
             planner.set_up_planner(targets, self._metadata)
@@ -172,14 +168,14 @@ class StoredTensors:
     def _readable(self) -> Iterator[None]:
         try:
             yield
+        except MemoryError:
+            raise
         except Exception as error:  # whatever the libraries raise for a damaged file
-            if isinstance(error, MemoryError):
-                raise
             raise WeightsError(f"{self.source} cannot be read: {printable(error) or type(error).__name__}") from error
 
 
 def covers_once(shape: Sequence[int], boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> bool:
-    """Whether boxes, (first corner, corner behind the last), make the whole of an array without sharing an element."""
+    """Whether boxes, (first corner, corner behind the last), hold each element of an array exactly once."""
     for start, end in boxes:
         if len(start) != len(shape) or not all(0 <= a <= b <= size for a, b, size in zip(start, end, shape)):
             return False
@@ -195,7 +191,7 @@ def covers_once(shape: Sequence[int], boxes: Sequence[tuple[Sequence[int], Seque
 
 
 class _SafetensorsFiles(FileSystem):
-    """Lets DCP's reader of folders read a single file, too."""
+    """Lets DCP's reader of folders read a single file."""
 
     def ls(self, path) -> list[str]:
         return sorted(super().ls(path)) if Path(path).is_dir() else [str(path)]
@@ -207,16 +203,11 @@ class _SafetensorsFiles(FileSystem):
 def load_weights(
     model: nn.Module, source: str | Path | StoredTensors, new_head: bool = False, new_size: bool = False
 ) -> None:
-    """Load a safetensors file, or a folder that a sharded run wrote, into a model; every tensor must fit.
+    """Load a safetensors file or a folder of shards into a model.
 
-    Args:
-        model: changed in place, or not at all if a tensor does not fit. Its tensors may be DTensors on any mesh; those
-            on the meta device stay there.
-        new_head: the model keeps its own classifier if the stored one has another number of classes.
-        new_size: position embeddings of another image size are interpolated.
-
-    Raises:
-        WeightsError: names both models if they differ, else the settings or tensors that do.
+    The tensors may be DTensors on any mesh; those on the meta device stay there. With `new_head` the model keeps its
+    classifier if the stored one has another number of classes, with `new_size` position embeddings of another image
+    size are interpolated. If anything else does not fit, a WeightsError names it and nothing is loaded.
     """
     stored = source if isinstance(source, StoredTensors) else StoredTensors(source)
     metadata = parse_json(safetensors_metadata(stored.source).get(METADATA_KEY, "{}"))
@@ -239,7 +230,7 @@ def load_weights(
     if any(misfits.values()):
         raise WeightsError(_misfit(model, stored.source, metadata, misfits))
     if any(tensor.is_meta for tensor in own.values()):
-        return  # of several processes, another one holds the weights; here they only had to fit
+        return  # another process holds the weights; here they only had to fit
     stored.read_into({name: own[name] for name in own if name not in resized})
     for name, tensor in resized.items():
         own[name].copy_(tensor)
@@ -248,9 +239,8 @@ def load_weights(
 def _misfit(model: nn.Module, source: Path, stored: dict, misfits: dict[str, list[str]]) -> str:
     """Why weights do not fit: they are another model's, or of other settings, or these tensors differ."""
     own = getattr(model, "vmoe_spec", None) or {}
-    theirs, ours = (
-        f"{'an upcycled ' * ('upcycle' in spec)}{printable(spec.get('name', ''))}" for spec in (stored, own)
-    )
+    upcycled = "an upcycled "
+    theirs, ours = (upcycled * ("upcycle" in spec) + printable(spec.get("name", "")) for spec in (stored, own))
     if theirs and ours and theirs != ours:
         return (
             f"{source} holds the weights of {theirs}, which do not fit {ours}: leave the model's name out to get "
@@ -262,12 +252,14 @@ def _misfit(model: nn.Module, source: Path, stored: dict, misfits: dict[str, lis
         for key, value in own.get("kwargs", {}).items()
         if (key not in kwargs or kwargs[key] != value) and key not in may_differ
     ]
-    parts = [f", which has {'; '.join(changed)} as in the file: leave such settings out"] if changed and theirs else []
+    message = f"{source} does not fit the model"
+    if changed and theirs:
+        message += f", which has {'; '.join(changed)} as in the file: leave such settings out"
     for kind, tensors in misfits.items():
         if tensors:
             more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
-            parts.append(f"; {kind}: {', '.join(tensors[:3])}{more}")
-    return f"{source} does not fit the model{''.join(parts)}"
+            message += f"; {kind}: {', '.join(tensors[:3])}{more}"
+    return message
 
 
 def _new_head(model: nn.Module, own: dict[str, Tensor], stored: StoredTensors) -> list[str]:
@@ -276,10 +268,9 @@ def _new_head(model: nn.Module, own: dict[str, Tensor], stored: StoredTensors) -
     classifiers = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     for classifier in (classifiers,) if isinstance(classifiers, str) else classifiers:
         weight = f"{classifier}.weight"
-        old = stored.shapes[weight][0] if weight in stored.shapes else 0
-        new = own[weight].shape[0] if weight in own else 0
-        if old != new:
-            logger.info("%s has %d classes: a new classifier of %d starts from scratch", stored.source, old, new)
+        new, old = own[weight].shape if weight in own else (), stored.shapes.get(weight, ())
+        if new[:1] != old[:1]:
+            logger.info("%s has another number of classes: %s starts from scratch", stored.source, classifier)
             names += [weight, f"{classifier}.bias"]
     return names
 
@@ -308,16 +299,18 @@ def _resized_positions(
 
 
 def write_tensors(tensors: dict[str, Tensor], metadata: dict[str, str], file: Path) -> None:
-    """Writes a safetensors file of contiguous CPU tensors, atomically, and on the disk when this returns; an OSError if
-    it cannot be written, a RuntimeError for tensors that share their memory."""
+    """Writes contiguous CPU tensors atomically and to the disk itself.
+
+    An OSError if the file cannot be written, a RuntimeError for tensors that share their memory.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as draft:
         try:
             save_file(tensors, draft, metadata=metadata)
-        except SafetensorError as error:  # all that can go wrong here is the disk; the message has the system's number
+        except SafetensorError as error:  # only the disk can fail here; the message has the system's number
             code = re.search(r"os error (\d+)", str(error))
             number = int(code[1]) if code else errno.EIO
-            raise OSError(number, os.strerror(number) if code else str(error), str(file)) from error
+            raise OSError(number, os.strerror(number), str(file)) from error
         with open(draft, "rb") as written:
             os.fsync(written.fileno())
 
@@ -346,16 +339,15 @@ class MappedTensors(dict[str, Tensor]):
 def mapped_safetensors(
     file: Path, shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, torch.dtype], metadata: dict[str, str]
 ) -> Iterator[MappedTensors]:
-    """The tensors of a new file, to be filled inside the block one by one, so that memory need not hold them all.
+    """The tensors of a new file, to be filled in the block one by one, so that memory need not hold them all.
 
-    The file takes its name when the block ends without an error; else it stays as it was. A full disk is an OSError
-    before anything is written.
+    The file takes its name when the block ends without an error. A full disk is an OSError before anything is written.
     """
     header, end = {"__metadata__": metadata}, 0
     for name in sorted(shapes, key=lambda name: (-dtypes[name].itemsize, name)):  # so that each is aligned
         start, end = end, end + math.prod(shapes[name]) * dtypes[name].itemsize
         header[name] = {"dtype": DTYPE_NAMES[dtypes[name]], "shape": list(shapes[name]), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     first = 8 + len(text)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -368,8 +360,7 @@ def mapped_safetensors(
         data = torch.frombuffer(mapped, dtype=torch.uint8)[first:]
         tensors = MappedTensors(mapped)
         for name, shape in shapes.items():
-            start, end = header[name]["data_offsets"]
-            tensors[name] = data[start:end].view(dtypes[name]).view(tuple(shape))
+            tensors[name] = data[slice(*header[name]["data_offsets"])].view(dtypes[name]).view(tuple(shape))
         yield tensors
         mapped.flush()
         os.fsync(opened.fileno())

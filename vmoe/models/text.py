@@ -1,6 +1,4 @@
-"""A transformer over texts, with experts in some blocks: the text tower of a two-tower model.
-
-Tokens attend to all tokens of their text, as in the reference (no causal mask).
+"""The text tower of a two-tower model: a transformer without causal mask, with experts in some blocks.
 
 Shapes, by suffix: B batch, L text length, D width, C classes (or embedding width).
 """
@@ -41,7 +39,7 @@ def text_mask(text_BL: Tensor, eot_token_id: int) -> Tensor:
 
 
 def clean_beginning(clean: Callable[[str], str], context_length: int, text: str) -> str:
-    """What a tokenizer reads of a text, cleaned by `clean`: all, or a beginning that surely fills its context."""
+    """The cleaned text, or a beginning of it that surely fills the tokenizer's context."""
     if len(text) > MAX_CHARACTERS:
         text = " ".join(text.split())[:MAX_CHARACTERS]
     return clean(text)[: (context_length + 2) * (MAX_TOKEN_CHARACTERS + 1)]  # + 1: a space behind a word
@@ -49,19 +47,14 @@ def clean_beginning(clean: Callable[[str], str], context_length: int, text: str)
 
 def embed_text(text_BL: Tensor, context_length: int, embedding: nn.Embedding, positions_1LD: Tensor | None) -> Tensor:
     """Token ids -> (B, L, D); a ValueError if a text has more tokens than the model takes."""
-    if text_BL.shape[1] > context_length:
-        raise ValueError(
-            f"text has {text_BL.shape[1]} tokens, the model takes {context_length}; tokenize with "
-            "vmoe.get_tokenizer(model)"
-        )
+    if (L := text_BL.shape[1]) > context_length:
+        raise ValueError(f"text has {L} tokens, the model takes {context_length}; use vmoe.get_tokenizer(model)")
     x_BLD = embedding(text_BL)
-    return x_BLD if positions_1LD is None else x_BLD + positions_1LD[:, : text_BL.shape[1]]
+    return x_BLD if positions_1LD is None else x_BLD + positions_1LD[:, :L]
 
 
-def attention_bias(mask_BL: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """(B, L) True for real tokens -> (B, 1, 1, L) to be added to the scores, as timm's attention does with a mask."""
-    if mask_BL is None:
-        return None
+def attention_bias(mask_BL: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, L) True for real tokens -> (B, 1, 1, L) that timm's attention adds to the scores."""
     return torch.zeros_like(mask_BL, dtype=dtype).masked_fill(~mask_BL, -math.inf)[:, None, None, :]
 
 
@@ -72,11 +65,11 @@ def masked_mean(x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
 
 
 def text_routing(kwargs: dict, defaults: dict) -> dict:
-    """As `take_routing`, for a model with short sequences; raises TypeError for an argument that is no setting."""
+    """As `take_routing`, for short sequences; raises TypeError for an argument that is no setting."""
     settings = take_routing(kwargs, defaults)
     if kwargs:
         raise TypeError(f"the model got an unexpected keyword argument {next(iter(kwargs))!r}")
-    if settings.get("router") == "expert_choice":  # a multiple of four is hardly a choice among a dozen tokens
+    if settings.get("router") == "expert_choice":  # a dozen tokens need no multiple of four
         settings.setdefault("capacity_multiple_of", 1)
     return settings
 
@@ -85,8 +78,8 @@ class TextBlock(Block):
     """timm's pre-norm block, with a mask for attention and experts."""
 
     def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None) -> Tensor:
-        """(B, L, D), and a (B, L) mask that is True for real tokens (None: all) -> (B, L, D)."""
-        bias = attention_bias(mask_BL, x_BLD.dtype)
+        """(B, L, D) and a (B, L) mask, True for real tokens (None: all) -> (B, L, D)."""
+        bias = None if mask_BL is None else attention_bias(mask_BL, x_BLD.dtype)
         x_BLD = x_BLD + self.drop_path1(self.ls1(self.attn(self.norm1(x_BLD), attn_mask=bias)))
         h_BLD = self.norm2(x_BLD)
         h_BLD = self.mlp(h_BLD, mask_BL) if isinstance(self.mlp, SparseMoE) else self.mlp(h_BLD)
@@ -119,14 +112,13 @@ class TextTransformer(BlocksMixin, nn.Module):
     """Token ids -> classes or an embedding.
 
     Args:
-        vocab_size, eot_token_id: of the tokenizer, by default open_clip's. What follows the first end-of-text token is
-            padding, hidden from attention, experts and pooling; None: every position is read, as in the reference.
         context_length: L, the most tokens of a text.
-        width, depth, num_heads, mlp_ratio: D, number of blocks, attention heads, hidden width of an MLP or expert / D.
-        num_classes: C, outputs of the last layer `head`; 0: there is none, the result is the pooled features.
+        width: D; `mlp_ratio` is the hidden width of an MLP or expert over it.
+        num_classes: C, outputs of the last layer `head`; 0: the result is the pooled features.
         pool: "last" (the end-of-text token), "first", "gap" (mean), "gmp" (maximum) or "map" (attention pooling).
+        eot_token_id: what follows the first such token is padding, hidden from attention, experts and pooling; None:
+            every position is read, as in the reference.
         pos_embed: "learn" or "none".
-        qk_norm: a LayerNorm without bias on queries and keys.
         moe_layers: blocks with experts, see `vmoe.models.vision.sparse_blocks`.
         **routing: `vmoe.moe.config.RoutingSettings`, `router_preset`; `num_experts=0`: no experts.
     """
@@ -175,9 +167,7 @@ class TextTransformer(BlocksMixin, nn.Module):
         self.init_weights(needs_reset=False)
 
     def init_weights(self, needs_reset: bool = True) -> None:
-        """The reference's ViT initialisation for the blocks; small normal embeddings. With `needs_reset` (after
-        `to_empty`) the modules that this does not name reset themselves.
-        """
+        """The reference's ViT initialisation; `needs_reset` after `to_empty`, when all modules reset themselves."""
         named_apply(get_init_weights_vit("jax", needs_reset=needs_reset), self)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         if self.pos_embed is not None:
@@ -185,12 +175,8 @@ class TextTransformer(BlocksMixin, nn.Module):
         if self.num_classes:  # zeros, timm's choice for classifiers, have no direction for a contrastive loss
             nn.init.normal_(self.head.weight, std=self.head.in_features**-0.5)
 
-    def get_classifier(self) -> nn.Module:
-        """The last layer."""
-        return self.head
-
     def forward_features(self, text_BL: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Token ids -> (B, L, D) after the final norm, and the (B, L) mask of real tokens or None."""
+        """Token ids -> (B, L, D) after the final norm, and the (B, L) mask or None."""
         x_BLD = embed_text(text_BL, self.context_length, self.token_embedding, self.pos_embed)
         mask_BL = None if self.eot_token_id is None else text_mask(text_BL, self.eot_token_id)
         return self.forward_blocks(x_BLD, mask_BL), mask_BL
@@ -198,7 +184,7 @@ class TextTransformer(BlocksMixin, nn.Module):
     def forward_head(self, x_BLD: Tensor, mask_BL: Tensor | None = None, pre_logits: bool = False) -> Tensor:
         """Pool the real tokens and project: (B, L, D), (B, L) -> (B, C), or (B, D) with `pre_logits`."""
         if mask_BL is None:
-            mask_BL = torch.ones(x_BLD.shape[:2], dtype=torch.bool, device=x_BLD.device)
+            mask_BL = x_BLD.new_ones(x_BLD.shape[:2], dtype=torch.bool)
         if self.pool == "first":
             pooled_BD = x_BLD[:, 0]
         elif self.pool == "last":

@@ -17,19 +17,16 @@ from vmoe.models.contrastive import INIT_LOGIT_SCALE, ImageTextModel
 from vmoe.models.text import SIZES, TextTransformer
 
 TOWERS = ("image", "text")
+IMAGE_TOWER = "vmoe_base_patch16_224"  # if no name is given
 
 
 class TwoTower(ImageTextModel):
-    """An image tower, `visual`, and a text tower, `text`, with a common embedding.
+    """An image tower, `visual`, and a text tower, `text`, with a common embedding of width `embed_dim`.
 
-    A tower whose parameters are all frozen stays in evaluation mode, so that training does not change its outputs.
-
-    Args:
-        image: settings of the image tower: "name" (of timm, `vmoe_*` and `softmoe_*` included) and that model's own
-            arguments. "num_classes": 0 removes its head, as in LiT (arXiv 2111.07991); `embed_dim` is its width then.
-        text: settings of `TextTransformer`.
-        embed_dim: C, width of the common embedding.
-        init_logit_scale, init_logit_bias, output_dict: see `ImageTextModel`.
+    `image` holds a "name" of timm and that model's own arguments; "num_classes": 0 removes its head, as in LiT (arXiv
+    2111.07991), and `embed_dim` is its width then. `text` holds settings of `TextTransformer`, the other arguments are
+    those of `ImageTextModel`. A tower whose parameters are all frozen stays in evaluation mode, so that training does
+    not change its outputs.
     """
 
     def __init__(
@@ -44,9 +41,11 @@ class TwoTower(ImageTextModel):
         super().__init__(init_logit_scale, init_logit_bias, output_dict)
         self.embed_dim = embed_dim
         self.fixed_norms: list[nn.Module] = []
-        image = {"name": "vmoe_base_patch16_224", "num_classes": embed_dim, **(image or {})}
+        image = {"name": IMAGE_TOWER, "num_classes": embed_dim, **(image or {})}
         self.visual = timm.create_model(image.pop("name"), **image)
         self.text = TextTransformer(**{"num_classes": embed_dim, **(text or {})})
+        self.in_chans = getattr(self.visual, "in_chans", 3)
+        self.context_length, self.vocab_size = self.text.context_length, self.text.vocab_size
         for name, tower in zip(TOWERS, (self.visual, self.text), strict=True):
             width = tower.num_classes or tower.head_hidden_size
             if width != embed_dim:
@@ -57,10 +56,10 @@ class TwoTower(ImageTextModel):
         self._init_image_head()
 
     def init_weights(self) -> None:
-        """The towers' own initialisation, for instance after `to_empty`; not all of timm's models have one."""
+        """The towers' own initialisation; not all of timm's models have one."""
         if not hasattr(self.visual, "init_weights"):
             raise TypeError(f"the image tower {type(self.visual).__name__} has no init_weights; load its weights")
-        for module in self.visual.modules():  # timm's initialisation leaves out some, such as batch norms
+        for module in self.visual.modules():  # timm's leaves out some, such as batch norms
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         self.visual.init_weights()
@@ -70,22 +69,7 @@ class TwoTower(ImageTextModel):
 
     def _init_image_head(self) -> None:
         if isinstance(head := self.visual.get_classifier(), nn.Linear):
-            nn.init.normal_(head.weight, std=head.in_features**-0.5)  # zeros, a classifier's start, have no direction
-
-    @property
-    def in_chans(self) -> int:
-        """Channels of the images."""
-        return getattr(self.visual, "in_chans", 3)
-
-    @property
-    def context_length(self) -> int:
-        """The most tokens of a text."""
-        return self.text.context_length
-
-    @property
-    def vocab_size(self) -> int:
-        """Of the tokenizer."""
-        return self.text.vocab_size
+            nn.init.normal_(head.weight, std=head.in_features**-0.5)  # timm's zeros have no direction
 
     def features(self, image: Tensor | None, text: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Images (B, 3, H, W) and token ids (B, L) -> (B, C) each."""
@@ -101,8 +85,9 @@ class TwoTower(ImageTextModel):
         return self
 
     def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
-        """Freeze the image tower but for its last `unlocked_groups` of `group_matcher` (the head is the last), as in
-        LiT (arXiv 2111.07991). With `freeze_bn_stats` batch norms of the frozen groups keep their statistics.
+        """Freeze the image tower but for its last `unlocked_groups` of `group_matcher` (the head is the last).
+
+        With `freeze_bn_stats` batch norms of the frozen groups keep their statistics.
         """
         frozen = _lock(self.visual, unlocked_groups)
         if freeze_bn_stats:
@@ -155,23 +140,20 @@ def _lock(tower: nn.Module, unlocked_groups: int) -> set[int]:
     return frozen
 
 
-def check_towers(given: Mapping) -> None:
-    """Raises ValueError unless what is given for a tower is settings, and the name of an image tower one of timm's."""
-    for tower in TOWERS:
-        if not isinstance(given.get(tower) or {}, Mapping):
-            raise ValueError(f"{tower} must hold the {tower} tower's settings, got {given[tower]!r}")
-    image = given.get("image") or {}
-    if "name" in image and not (isinstance(image["name"], str) and timm.is_model(image["name"])):
-        raise ValueError(f"image.name must be a model of timm's registry, got {image['name']!r}")
-
-
 def merge_settings(settings: Mapping, given: Mapping) -> dict:
-    """A two-tower model's settings with the user's over them; a named image tower starts from that name's own."""
-    check_towers(given)
+    """A two-tower model's settings with the user's over them; a named image tower starts from that name's own.
+
+    A ValueError unless towers are given as settings, and the name of an image tower is one of timm's.
+    """
     merged = {**settings, **given}
     for tower in TOWERS:
         own, users = settings.get(tower) or {}, given.get(tower) or {}
+        if not isinstance(users, Mapping):
+            raise ValueError(f"{tower} must hold the {tower} tower's settings, got {users!r}")
         merged[tower] = {**({} if "name" in users else own), **users}
+    name = merged["image"].get("name", IMAGE_TOWER)
+    if not (isinstance(name, str) and timm.is_model(name)):
+        raise ValueError(f"image.name must be a model of timm's registry, got {name!r}")
     return merged
 
 

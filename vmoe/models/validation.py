@@ -1,7 +1,7 @@
-"""Checks of what a file says of its model, since anybody may have written it.
+"""Checks of the settings in a file of weights, which anybody may have written.
 
-Its settings, arguments of a constructor, must not name other files or addresses, nor ask for a model that is much
-larger than the weights beside them.
+They are arguments of a constructor, and must not name other files or addresses, nor ask for a model that is much larger
+than the weights beside them.
 """
 
 import math
@@ -18,7 +18,7 @@ from vmoe.moe.quantize import STORED
 # Arguments of timm.create_model that load or fetch something.
 LOADING = frozenset({"pretrained", "pretrained_cfg", "checkpoint_path", "cache_dir", "pretrained_model_args"})
 PREPROCESSING = frozenset({"input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"})
-# The largest whole number that a setting may hold: blocks, and pixels of an image's side.
+# The largest value of a setting: blocks, and pixels of an image's side.
 LIMITS = {"depth": 1000, "img_size": 2**13, "image_size": 2**13, "input_size": 2**13}
 # A classifier of other classes, and positions for other images, may be larger than those of the file.
 SPARE_NUMBERS, SPARE_TENSORS = 2**26, 1000
@@ -81,16 +81,15 @@ def _check_preprocessing(values: Any, where: str) -> None:
         elif key == "crop_pct":
             good = value is None or (isinstance(value, (int, float)) and 0.01 <= value <= 10)
         else:
-            good = isinstance(value, list) and len(value) > 0
+            good = isinstance(value, list) and (len(value) == 3 if key == "input_size" else len(value) > 0)
             good = good and all(isinstance(each, (int, float)) and math.isfinite(each) for each in value)
-            good = good and (key != "input_size" or (len(value) == 3 and all(value)))
         if not good:
             raise ValueError(f"{where}.{key} is not what it should be")
 
 
 @contextmanager
 def bounded_model(source: object, numbers: int, tensors: int) -> Iterator[None]:
-    """A ValueError for a model built inside that is much larger than `source`, which has so many numbers in tensors."""
+    """A ValueError for a model built in it that is much larger than `source`, with its numbers in so many tensors."""
     thread = threading.get_ident()
     left_numbers, left_tensors = 4 * numbers + SPARE_NUMBERS, 4 * tensors + SPARE_TENSORS
 

@@ -1,7 +1,7 @@
 """V-MoE (arXiv 2106.05974) and Soft MoE (arXiv 2308.00951): timm's ViT with experts in some blocks.
 
-All that timm does with a ViT works: pooling variants, `features_only`, `reset_classifier`, `set_input_size`,
-`dynamic_img_size`, layer decay, drop path. `vmoe.models.registry` gives the sizes their names.
+Pooling variants, `features_only`, `reset_classifier`, `set_input_size`, `dynamic_img_size`, layer decay and drop path
+work as in timm. `vmoe.models.registry` gives the sizes their names.
 
 Shapes, by suffix: B batch, P patches, D width.
 """
@@ -25,9 +25,8 @@ ROUTING_DEFAULTS = {"num_experts": 8, "num_selected_experts": 2}
 def sparse_blocks(moe_layers: str | Sequence[int], depth: int) -> tuple[int, ...]:
     """Indices of the blocks that hold experts, in a model of `depth` blocks.
 
-    `moe_layers` is "everyN": the last of each N blocks, so "every2" is 1, 3, 5, ...; "lastN": the last N of "every2",
-    as in the V-MoE paper (so "last2" of 8 blocks is 5 and 7); "second_half": the upper half, as in the Soft MoE paper;
-    or the indices themselves.
+    `moe_layers` is "everyN": the last of each N blocks ("every2": 1, 3, 5, ...); "lastN": the last N of "every2", as in
+    the V-MoE paper; "second_half", as in the Soft MoE paper; or the indices themselves.
     """
     if moe_layers == "second_half":
         return tuple(range(depth // 2, depth))
@@ -45,9 +44,7 @@ def sparse_blocks(moe_layers: str | Sequence[int], depth: int) -> tuple[int, ...
         raise ValueError(f"moe_layers must be a word such as 'last2' or a list, got {moe_layers}; write [{moe_layers}]")
     blocks = tuple(sorted(set(moe_layers)))
     if any(index not in range(depth) for index in blocks):
-        raise ValueError(
-            f"moe_layers must lie in 0..{depth - 1} (the model has {depth} blocks), got {list(moe_layers)}"
-        )
+        raise ValueError(f"moe_layers must lie in 0..{depth - 1}, the model's blocks, got {list(moe_layers)}")
     return blocks
 
 
@@ -58,6 +55,8 @@ def sincos2d_positions(height: int, width: int, dim: int, temperature: float, de
     """
     if dim % 4 or dim < 8:
         raise ValueError(f"pos_embed='sincos2d' needs a width that is a multiple of 4 and at least 8, got {dim}")
+    if not temperature > 0:
+        raise ValueError(f"pos_temperature must be > 0, got {temperature}")
     kind = {"device": device, "dtype": dtype}
     frequency = temperature ** -torch.linspace(0, 1, dim // 4, **kind)
     y, x = torch.meshgrid(torch.arange(height, **kind), torch.arange(width, **kind), indexing="ij")
@@ -68,9 +67,9 @@ def sincos2d_positions(height: int, width: int, dim: int, temperature: float, de
 def norm_queries_and_keys(model: nn.Module) -> None:
     """Adds the reference's QK norm (ViT-22B, arXiv 2302.05442): a LayerNorm without bias on queries and keys."""
     for attention in [module for module in model.modules() if hasattr(module, "q_norm")]:
-        for name in ("q_norm", "k_norm"):
-            norm = nn.LayerNorm(attention.head_dim, eps=1e-6, bias=False, **_like(attention.proj.weight))
-            setattr(attention, name, norm)
+        kwargs = {"eps": 1e-6, "bias": False, **_like(attention.proj.weight)}
+        attention.q_norm = nn.LayerNorm(attention.head_dim, **kwargs)
+        attention.k_norm = nn.LayerNorm(attention.head_dim, **kwargs)
 
 
 def _like(tensor: Tensor) -> dict:
@@ -78,8 +77,7 @@ def _like(tensor: Tensor) -> dict:
 
 
 def without_decay(model: nn.Module) -> set[str]:
-    """Parameters of sparse layers without weight decay though they have several axes: biases, norms and activations
-    of experts; and slots of soft routing, whose length means nothing."""
+    """Names of the experts' biases, norms and activations, and of slots of soft routing, whose length means nothing."""
     names = set()
     for name, layer in model.named_modules():
         if isinstance(layer, SparseMoE):
@@ -90,7 +88,7 @@ def without_decay(model: nn.Module) -> set[str]:
 
 
 def without_fused_attention(model: nn.Module) -> None:
-    """Computes attention by plain operations, whose derivatives of any order exist."""
+    """Computes attention by plain operations, which have derivatives of any order."""
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
@@ -103,12 +101,12 @@ def take_routing(kwargs: dict, defaults: dict) -> dict:
 
 
 class BlocksMixin:
-    """What a model with `blocks`, a final `norm` and timm's interface has, whatever reaches its blocks."""
+    """timm's interface for a model with `blocks` and a final `norm`."""
 
     grad_checkpointing = False
 
     def forward_blocks(self, x: Tensor, *args: Any) -> Tensor:
-        """Blocks, each called with `args` too, and the final norm."""
+        """Blocks, which also get `args`, and the final norm."""
         for block in self.blocks:
             recompute = self.grad_checkpointing and torch.is_grad_enabled()
             x = checkpoint(block, x, *args) if recompute else block(x, *args)
@@ -133,14 +131,13 @@ class VisionMoE(VisionTransformer):
     """A `timm` ViT with experts in some blocks.
 
     Args:
-        moe_layers: "everyN", "lastN", "second_half", or block indices; see `sparse_blocks`.
-        depth, global_pool, class_token: as timm's; pooling "token" without a class token takes the first patch.
-        pos_embed: "learn", "sincos2d" (fixed, for patches only, no part of the state dict) or "none".
-        pos_temperature: of sincos2d.
+        moe_layers: see `sparse_blocks`.
+        global_pool: as timm's; "token" without a class token takes the first patch.
+        pos_embed: "learn", "sincos2d" (fixed, for patches only, not in the state dict) or "none".
         qk_norm: a LayerNorm without bias on queries and keys, in the blocks and in `global_pool="map"`.
-        representation_size: width of a linear layer with tanh before the classifier, `pre_logits`; None: there is none.
-        **kwargs: routing settings (`vmoe.moe.config.RoutingSettings`, `router_preset`; `num_experts=0` makes the
-            dense baseline), and arguments of `timm.models.VisionTransformer`.
+        representation_size: width of a linear layer with tanh before the classifier, `pre_logits`, or None.
+        **kwargs: of `timm.models.VisionTransformer` and of `vmoe.moe.config.RoutingSettings`, and `router_preset`;
+            `num_experts=0` makes the dense baseline.
     """
 
     def __init__(
@@ -159,21 +156,18 @@ class VisionMoE(VisionTransformer):
         first_patch = global_pool == "token" and not class_token
         if pos_embed not in ("learn", "sincos2d", "none", ""):
             raise ValueError(f"pos_embed must be 'learn', 'sincos2d' or 'none', got {pos_embed!r}")
-        if not pos_temperature > 0:
-            raise ValueError(f"pos_temperature must be > 0, got {pos_temperature}")
         if first_patch and kwargs.get("reg_tokens"):
             raise ValueError("global_pool='token' without a class token pools the first patch; leave reg_tokens out")
         routing = take_routing(kwargs, ROUTING_DEFAULTS)
         chosen = sparse_blocks(moe_layers, depth) if routing["num_experts"] else ()
-        block_fn = kwargs.pop("block_fn", Block)
 
         def sparse_mlp(*mlp_args, **mlp_kwargs) -> SparseMoE:
-            # Called while timm builds the blocks, when it has the patches and prefix tokens already.
+            # timm builds the blocks after the patch embedding.
             num_tokens = self.patch_embed.num_patches + self.num_prefix_tokens
             return SparseMoE(*mlp_args, num_tokens=num_tokens, **mlp_kwargs, **routing)
 
         def make_block(*, depth: int, mlp_layer=Mlp, **block_kwargs) -> nn.Module:
-            return block_fn(depth=depth, mlp_layer=sparse_mlp if depth in chosen else mlp_layer, **block_kwargs)
+            return Block(depth=depth, mlp_layer=sparse_mlp if depth in chosen else mlp_layer, **block_kwargs)
 
         super().__init__(
             *args,
@@ -185,11 +179,9 @@ class VisionMoE(VisionTransformer):
             **kwargs,
         )
         self.global_pool = global_pool
-        if sum(isinstance(module, SparseMoE) for module in self.modules()) != len(chosen):
-            raise ValueError("this block_fn has no MLP that experts can replace; use timm's Block")
         self.sincos2d_temperature = pos_temperature if pos_embed == "sincos2d" else None
         if pos_embed == "sincos2d":
-            sincos2d_positions(1, 1, self.embed_dim, pos_temperature)  # names a width that does not suit
+            sincos2d_positions(1, 1, self.embed_dim, pos_temperature)  # checks its arguments
         if qk_norm:
             norm_queries_and_keys(self)
         if routing.get("backend") == "reference":
@@ -251,11 +243,3 @@ class VisionMoE(VisionTransformer):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() | without_decay(self)
-
-    def fix_init_weight(self) -> None:
-        for index, block in enumerate(self.blocks):
-            scale = (2.0 * (index + 1)) ** 0.5
-            block.attn.proj.weight.data.div_(scale)
-            for name, parameter in block.mlp.named_parameters():  # of the MLP, or of experts and the shared expert
-                if name.endswith("fc2.weight"):
-                    parameter.data.div_(scale)
