@@ -15,7 +15,7 @@ def test_every_type_of_number_and_shape_is_read_by_safetensors(tmp_path):
     file = tmp_path / "all.safetensors"
     shapes = {name: tensor.shape for name, tensor in wanted.items()}
     dtypes = {name: tensor.dtype for name, tensor in wanted.items()}
-    with mapped_safetensors(file, shapes, dtypes, {"format": "pt"}) as tensors:
+    with mapped_safetensors(file, shapes, dtypes, {"format": "pt"}) as (tensors, _):
         for name, tensor in tensors.items():
             tensor.copy_(wanted[name])
     for found in (load_file(file), {name: StoredTensors(file).read(name) for name in wanted}):
@@ -27,9 +27,9 @@ def test_an_error_leaves_the_file_as_it_was(tmp_path):
     file = tmp_path / "new" / "w.safetensors"
 
     def write(value: float, fail: bool) -> None:
-        with mapped_safetensors(file, {"x": (3,)}, {"x": torch.float32}, {"format": "pt"}) as tensors:
+        with mapped_safetensors(file, {"x": (3,)}, {"x": torch.float32}, {"format": "pt"}) as (tensors, release):
             tensors["x"].fill_(value)
-            tensors.release()
+            release()
             if fail:
                 raise RuntimeError("half way")
 

@@ -59,7 +59,7 @@ def export(source: str | Path, output: str | Path, raw: bool = False) -> Path:
         weights = checkpoint_weights(weights.parent)
     stored = StoredTensors(weights)
     try:
-        with mapped_safetensors(output, stored.shapes, stored.dtypes, safetensors_metadata(weights)) as tensors:
+        with mapped_safetensors(output, stored.shapes, stored.dtypes, safetensors_metadata(weights)) as (tensors, _):
             stored.read_into(tensors)
     except OSError as error:
         raise WeightsError(

@@ -103,11 +103,11 @@ def convert_checkpoint(
     name, _, model, rows = plan(model_config, stored, path, image_size, context_length, **overlay)
     sizes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     metadata = file_metadata(model, {"converted_from": Path(path).name})
-    with mapped_safetensors(file, sizes, dict.fromkeys(sizes, torch.float32), metadata) as tensors:
+    with mapped_safetensors(file, sizes, dict.fromkeys(sizes, torch.float32), metadata) as (tensors, release):
         arrays_in_file = {key: tensor.numpy() for key, tensor in tensors.items()}
         for row in rows:
             fill(arrays_in_file, [row], stored)
-            tensors.release()
+            release()
     nbytes, parameters = sum(array.nbytes for array in stored.values()), sum(map(math.prod, sizes.values()))
     return Converted(path, kind, len(stored), nbytes, skipped, name, parameters)
 

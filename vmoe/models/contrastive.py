@@ -10,11 +10,8 @@ INIT_LOGIT_SCALE = math.log(1 / 0.07)  # CLIP's (arXiv 2103.00020)
 
 
 class ImageTextModel(nn.Module):
-    """open_clip's interface around `features`, which a subclass has.
-
-    `init_logit_scale` is the log of the initial scale, `init_logit_bias` the initial bias for the sigmoid loss or None.
-    With `output_dict`, `forward` returns a dictionary.
-    """
+    """open_clip's interface around the `features` of a subclass. `init_logit_scale` is the log of the initial scale,
+    `init_logit_bias` the initial bias for the sigmoid loss or None."""
 
     def __init__(self, init_logit_scale: float, init_logit_bias: float | None, output_dict: bool) -> None:
         super().__init__()
@@ -52,10 +49,8 @@ class ImageTextModel(nn.Module):
         return logits, logits.T
 
     def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> tuple | dict[str, Tensor]:
-        """Images (B, 3, H, W), texts (B, L), or both -> (image_features, text_features, logit_scale[, logit_bias]).
-
-        Features are normalised, (B, C) or None; with `output_dict` it is a dictionary of these names.
-        """
+        """Images (B, 3, H, W), texts (B, L), or both -> (image_features, text_features, logit_scale[, logit_bias]), or
+        with `output_dict` a dictionary of these names; features are normalised, (B, C) or None."""
         image_BC, text_BC = (each if each is None else F.normalize(each, dim=-1) for each in self.features(image, text))
         outputs = {"image_features": image_BC, "text_features": text_BC, "logit_scale": self.logit_scale.exp()}
         if self.logit_bias is not None:

@@ -22,11 +22,8 @@ class UpcycleError(ValueError):
 
 @dataclass(frozen=True)
 class MlpLayout:
-    """Names of an MLP's parts, or None.
-
-    A gated MLP, hidden = act(gate) * value, has two layers `fc1`, the gate's first, or one that holds both, with
-    `gate_last` the value first.
-    """
+    """Names of an MLP's parts. A gated MLP, hidden = act(gate) * value, has two layers `fc1`, the gate's first, or one
+    that holds both, with `gate_last` the value first."""
 
     fc1: tuple[str, ...] = ("fc1",)
     fc2: str = "fc2"
@@ -66,10 +63,7 @@ def mlp_layout(mlp: nn.Module) -> MlpLayout:
     elif type(mlp) is nn.Sequential and names in (("c_fc", "gelu", "c_proj"), ("c_fc", "gelu", "ln", "c_proj")):
         layout = MlpLayout(("c_fc",), "c_proj", "gelu", "ln" if "ln" in names else None, drop=None)
     else:
-        raise UpcycleError(
-            f"an MLP of class {type(mlp).__name__} cannot be made into experts; timm's Mlp, GluMlp and SwiGLU and "
-            "open_clip's can"
-        )
+        raise UpcycleError(f"an MLP of class {type(mlp).__name__} cannot be made into experts; see docs/upcycling.md")
     for name in (*layout.fc1, layout.fc2, *filter(None, [layout.norm])):
         kind = type(mlp.get_submodule(name))
         if not (issubclass(kind, nn.LayerNorm) if name == layout.norm else kind is nn.Linear):
@@ -78,10 +72,8 @@ def mlp_layout(mlp: nn.Module) -> MlpLayout:
             )
     act = mlp.get_submodule(layout.act)
     if any(parameter.numel() != 1 for parameter in act.parameters()):
-        raise UpcycleError(
-            f"the activation {type(act).__name__} of an MLP learns a number for each channel; experts can share only "
-            "activations that learn single numbers, such as nn.PReLU()"
-        )
+        name = type(act).__name__
+        raise UpcycleError(f"the activation {name} of an MLP learns a number for each channel; experts can share one")
     return layout
 
 

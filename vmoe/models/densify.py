@@ -1,7 +1,4 @@
-"""From experts back to one MLP, and fewer experts.
-
-Shapes, by suffix: E experts, G virtual experts that a dense MLP was split into.
-"""
+"""From experts back to one MLP, and fewer experts. Shapes: E experts, G virtual experts that an MLP was split into."""
 
 import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -23,11 +20,8 @@ Usage = Mapping[str, Tensor | Sequence[float]]  # or numpy's arrays
 
 
 def measure_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
-    """How many tokens each expert works on, in eval mode: {name of a sparse layer: (E,) float64 on the CPU}.
-
-    For soft routing, the sum of the weights of its slots. A batch is what the model is called with: a tensor, a tuple,
-    or a dictionary with "image" and "text". A ValueError if there is nothing to measure.
-    """
+    """How many tokens each expert works on in eval mode, for soft routing the sum of the weights of its slots: {name of
+    a sparse layer: (E,) float64 on the CPU}. A batch is a tensor, a tuple, or a dict with "image" and "text"."""
     usage: dict[str, Tensor] = {}
     with evaluation_mode(model):
         for batch in batches:
@@ -79,13 +73,9 @@ def densify(model: nn.Module, how: str | int = "average", usage: Usage | None = 
 def prune_experts(model: nn.Module, keep: int | float, usage: Usage) -> nn.Module:
     """A copy with only the most used experts of each layer; the gate's softmax is then over those alone.
 
-    Args:
-        keep: experts to keep in every layer, a number, or below 1.0 their share; at least K of them. Layers made with
-            `granularity` lose whole virtual groups.
-        usage: {name of a layer: (E,)}, see `measure_usage`; of equally used experts the lower index stays.
-
-    Raises:
-        UpcycleError, ValueError: for usage that does not fit, or a `keep` out of range.
+    `keep` is their number in every layer, or below 1.0 their share; at least K. Layers made with `granularity` lose
+    whole virtual groups. Of equally used experts in `usage` (see `measure_usage`) the lower index stays. A ValueError
+    for usage that does not fit, or a `keep` out of range.
     """
     pruned, spec = copy.deepcopy(model), getattr(model, "vmoe_spec", None)
     for name, layer in _layers(model).items():
@@ -164,10 +154,7 @@ def _number_to_keep(layer: SparseMoE, keep: int | float, G: int, name: str) -> i
     least = layer.num_selected_experts if layer.router_type == "top_k" else 1
     one_or_all = keep == 1 and isinstance(keep, float)
     if one_or_all or number % G or not least <= number <= E:
-        raise ValueError(
-            f"keep={keep}, that is {number} experts, does not suit {name}: it needs {least}..{E}, in steps of {G}, or "
-            "a share below 1.0"
-        )
+        raise ValueError(f"keep={keep} does not suit {name}: it needs {least}..{E} in steps of {G}, or a share below 1")
     return int(number)
 
 

@@ -1,7 +1,4 @@
-"""Models by name, their files, their preprocessing and their tokenizer.
-
-A file's metadata says how to build its model, so that a path is all that `create_model` needs.
-"""
+"""Models by name or file, their preprocessing and their tokenizer."""
 
 import json
 import math
@@ -46,8 +43,7 @@ def create_model(name: str | None = None, pretrained: str | Path | None = None, 
         **kwargs: of the model, over the file's; `image` and `text` of a two-tower model setting by setting.
             `image={"pretrained": FILE}` gives the image tower that file's architecture and weights.
 
-    Raises:
-        ValueError, WeightsError: for an unknown name or setting; if the file cannot be read or does not fit.
+    A ValueError for an unknown name or setting, a WeightsError if the file cannot be read or does not fit.
     """
     if isinstance(pretrained, bool):
         raise ValueError(f"pretrained must be a file or folder, got {pretrained}: there are no weights to download yet")
@@ -105,10 +101,7 @@ def _spec_for_file(file: Path, name: str | None, kwargs: dict) -> dict:
     spec = {key: metadata[key] for key in ("upcycle", "experts") if key in metadata}
     if "upcycle" in spec:  # routing settings are those of `upcycle`
         for key in {"layers", "moe_layers"} & kwargs.keys():
-            raise ValueError(
-                f"{file} holds an upcycled model, whose sparse layers are fixed ({spec['upcycle']['layers']!r}): leave "
-                f"{key} out, or call vmoe.upcycle(dense_model, layers=...)"
-            )
+            raise ValueError(f"{file} holds an upcycled model, whose sparse layers are fixed: leave {key} out")
         spec["upcycle"] = spec["upcycle"] | {key: kwargs[key] for key in SETTING_NAMES & kwargs.keys()}
         kwargs = {key: value for key, value in kwargs.items() if key not in SETTING_NAMES}
     merge = merge_settings if name in TWO_TOWER_CONFIGS else dict.__or__
@@ -139,9 +132,7 @@ def save_pretrained(model: nn.Module, file: str | Path, extra: dict | None = Non
     try:
         write_tensors(tensors, file_metadata(model, extra), Path(file))
     except RuntimeError as error:
-        raise ValueError(
-            f"{type(model).__name__} cannot be saved: some of its tensors share their memory; use torch.save"
-        ) from error
+        raise ValueError(f"{type(model).__name__} cannot be saved: some of its tensors share their memory") from error
 
 
 def file_metadata(model: nn.Module, extra: dict | None = None) -> dict[str, str]:
@@ -171,10 +162,8 @@ def in_chans(model: nn.Module) -> int:
 
 
 def preprocess_config(model: nn.Module) -> dict:
-    """How images reach the model: "input_size" (C, H, W), "mean", "std", "interpolation", "crop_pct", "crop_mode".
-
-    For other than 3 channels mean and standard deviation are the averages over red, green and blue.
-    """
+    """How images reach the model: "input_size" (C, H, W), "mean", "std", "interpolation", "crop_pct", "crop_mode"; for
+    other than 3 channels mean and std are averages over red, green and blue."""
     channels = in_chans(model)
     if isinstance(model, TwoTower):
         model = model.visual
@@ -191,16 +180,10 @@ def preprocess_config(model: nn.Module) -> dict:
 
 
 def create_model_and_transforms(
-    model_name: str | None = None,
-    pretrained: str | Path | None = None,
-    device: str | torch.device = "cpu",
-    **kwargs,
+    model_name: str | None = None, pretrained: str | Path | None = None, device: str | torch.device = "cpu", **kwargs
 ) -> tuple[nn.Module, Callable, Callable]:
-    """(model in eval mode, training transform, evaluation transform), as open_clip's function of this name.
-
-    Arguments and errors are those of `create_model`. The transforms turn a PIL image into a (C, H, W) float tensor,
-    C = 1 or 3; that for training is a random crop.
-    """
+    """(model in eval mode, training transform, evaluation transform), as open_clip's function of this name, by the
+    arguments of `create_model`. The transforms turn a PIL image into (C, H, W); that for training is a random crop."""
     model = create_model(model_name, pretrained, **kwargs).to(device).eval()
     config = preprocess_config(model)
     random_crop = {"is_training": True, "scale": (0.9, 1.0), "ratio": (0.75, 4 / 3), "hflip": 0.0, "color_jitter": 0.0}
@@ -212,9 +195,7 @@ def create_model_and_transforms(
 
 def get_tokenizer(model: str | nn.Module, context_length: int | None = None) -> Callable[[list[str] | str], Tensor]:
     """open_clip's CLIP tokenizer for a model or its name: texts -> (B, context_length) token ids, zero after their end.
-
-    Only the beginning of a very long text is read, since the time for a word of n letters grows with n².
-    """
+    Only the beginning of a very long text is read, since the time for a word of n letters grows with n²."""
     from open_clip.tokenizer import SimpleTokenizer
 
     if isinstance(model, str):

@@ -29,11 +29,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(all parameters, those that a token of either modality goes through, see `experts_per_token`)."""
+    """(all parameters, those that a token goes through in evaluation): of E experts K for top_k, E for soft, and for
+    expert_choice the mean, which is the capacity factor (E with a fixed capacity, where it depends on the tokens)."""
     total = active = _numbers(model)
     for layer in model.modules():
         if isinstance(layer, SparseMoE):
-            active -= round(_numbers(layer.experts) * (1 - experts_per_token(layer) / layer.num_experts))
+            used = E = layer.num_experts
+            if layer.router_type == "top_k":
+                used = layer.num_selected_experts
+            elif layer.router_type == "expert_choice" and layer.capacity is None:
+                used = min(E, layer.eval_capacity_factor or layer.capacity_factor)
+            active -= round(_numbers(layer.experts) * (1 - used / E))
     return total, active
 
 
@@ -41,16 +47,6 @@ def _numbers(module: nn.Module) -> int:
     """Parameters, also those that `vmoe.quantize_experts` made buffers of, without their scales."""
     stored = sum(part.stored.numel() for part in module.modules() if isinstance(part, WeightOnlyLinear))
     return stored + sum(parameter.numel() for parameter in module.parameters())
-
-
-def experts_per_token(layer: SparseMoE) -> float:
-    """Experts that a token goes through in evaluation: K for top_k, E for soft, for expert_choice the mean, which is
-    the capacity factor (E with a fixed capacity, where it depends on the number of tokens)."""
-    if layer.router_type == "top_k":
-        return layer.num_selected_experts
-    if layer.router_type == "expert_choice" and layer.capacity is None:
-        return min(layer.num_experts, layer.eval_capacity_factor or layer.capacity_factor)
-    return layer.num_experts
 
 
 # What PyTorch's counter does not know in every version that is supported. In a grouped matrix multiplication each row

@@ -98,7 +98,6 @@ class LIMoE(BlocksMixin, ImageTextModel):
     """One sparse tower for images and text, with open_clip's interface.
 
     Args:
-        img_size, patch_size: side or (height, width) of the images, side of a patch, in pixels.
         embed_dim: C, width of the common embedding.
         pool: "avg", over patches or real text tokens; or "map", attention pooling, for each modality its own.
         **routing: `vmoe.moe.config.RoutingSettings`, `router_preset`; `num_experts=0` makes the dense baseline. The
@@ -175,9 +174,7 @@ class LIMoE(BlocksMixin, ImageTextModel):
 
     def tower(self, x_BPD: Tensor | None, x_BLD: Tensor | None, mask_BL: Tensor | None) -> tuple[Tensor, Tensor]:
         """(B, P, D) and (B, L, D), or None -> the same after blocks and final norm, P or L being 0 for None.
-
-        Row b of the sequence is [patches of image b | tokens of text b]: a routing group holds both modalities.
-        """
+        Row b of the sequence is [patches of image b | tokens of text b]: a routing group holds both modalities."""
         x = torch.cat([x for x in (x_BPD, x_BLD) if x is not None], dim=1)
         B, T, _ = x.shape
         P = 0 if x_BPD is None else x_BPD.shape[1]

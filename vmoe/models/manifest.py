@@ -77,11 +77,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def find_problems(folder: Path, share: tuple[int, int] = (0, 1), only: str = "") -> list[str]:
-    """What is wrong with a checkpoint, a sentence for each file; none if it is as it was written.
-
-    A folder of weights that no run wrote needs no manifest. `share` is (rank, number of processes) that hash the files
-    together, `only` the file or folder in `folder` that is checked.
-    """
+    """What is wrong with a checkpoint, a sentence for each file. A folder that no run wrote needs no manifest. `share`
+    is (rank, number of processes) that hash the files together, `only` the file or folder in `folder` to check."""
     if not (folder / MANIFEST).is_symlink() and not (folder / MANIFEST).exists():
         of_a_run = any((folder / name).exists() for name in (TRAINER, "optimizer.safetensors", "model"))
         if of_a_run or _in_run(folder.resolve()):
@@ -123,10 +120,8 @@ def find_problems(folder: Path, share: tuple[int, int] = (0, 1), only: str = "")
 def newest_complete(
     checkpoints: list[Path], logger: logging.Logger | None, find: Callable[[Path], list[str]] = find_problems
 ) -> Path | None:
-    """The newest of some checkpoints, oldest first, without problems, or None.
-
-    Damaged ones are named in warnings; without a logger another process gives them.
-    """
+    """The newest of some checkpoints, oldest first, without problems, or None. Damaged ones are named in warnings, but
+    without a logger, where another process gives them."""
     damaged: dict[Path, list[str]] = {}
     found = next((each for each in reversed(checkpoints) if not damaged.setdefault(each, find(each))), None)
     instead = f"{found.name} is used instead" if found else "there is no other one"

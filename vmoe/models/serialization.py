@@ -13,7 +13,7 @@ import os
 import re
 import struct
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import add
 from pathlib import Path
@@ -43,9 +43,6 @@ MAX_CELLS = 2**24  # into which shards may cut a tensor
 
 class WeightsError(ValueError):
     """Weights that cannot be read or do not fit the model."""
-
-
-# --- finding ---------------------------------------------------------------------------------------------------------
 
 
 def find_weights(path: str | Path) -> Path:
@@ -85,9 +82,6 @@ def checkpoint_weights(checkpoint: Path, average: bool = False) -> Path | None:
 def _refuse_damage(checkpoint: Path, only: str = "") -> None:
     if problems := find_problems(checkpoint, only=only):
         raise WeightsError(f"{checkpoint} is damaged: {problems[0]}; take another checkpoint")
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_pretrained_metadata(source: str | Path) -> dict:
@@ -130,9 +124,7 @@ def _open(file: Path) -> safe_open:
 
 class StoredTensors:
     """The tensors in a safetensors file or a folder of shards; only `shapes` and `dtypes` by name are read at first.
-
-    A WeightsError if a file cannot be read, or if the shards do not make complete tensors.
-    """
+    A WeightsError if a file cannot be read, or if the shards do not make complete tensors."""
 
     def __init__(self, source: str | Path) -> None:
         self.source = Path(source)
@@ -195,9 +187,6 @@ class _SafetensorsFiles(FileSystem):
 
     def ls(self, path) -> list[str]:
         return sorted(super().ls(path)) if Path(path).is_dir() else [str(path)]
-
-
-# --- loading ---------------------------------------------------------------------------------------------------------
 
 
 def load_weights(
@@ -295,14 +284,9 @@ def _resized_positions(
     return resized
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
 def write_tensors(tensors: dict[str, Tensor], metadata: dict[str, str], file: Path) -> None:
-    """Writes contiguous CPU tensors atomically and to the disk itself.
-
-    An OSError if the file cannot be written, a RuntimeError for tensors that share their memory.
-    """
+    """Writes contiguous CPU tensors atomically and to the disk itself; an OSError if the file cannot be written, a
+    RuntimeError for tensors that share their memory."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as draft:
         try:
@@ -321,28 +305,12 @@ DTYPE_NAMES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torc
 DTYPE_NAMES |= {torch.uint8: "U8", torch.bool: "BOOL"}
 
 
-class MappedTensors(dict[str, Tensor]):
-    """{name: tensor in the file}."""
-
-    def __init__(self, mapped: mmap.mmap) -> None:
-        super().__init__()
-        self.mapped = mapped
-
-    def release(self) -> None:
-        """Lets the system take the pages that were written."""
-        self.mapped.flush()
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self.mapped.madvise(mmap.MADV_DONTNEED)
-
-
 @contextmanager
 def mapped_safetensors(
     file: Path, shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, torch.dtype], metadata: dict[str, str]
-) -> Iterator[MappedTensors]:
-    """The tensors of a new file, to be filled in the block one by one, so that memory need not hold them all.
-
-    The file takes its name when the block ends without an error. A full disk is an OSError before anything is written.
-    """
+) -> Iterator[tuple[dict[str, Tensor], Callable[[], None]]]:
+    """(the tensors of a new file, a function that takes filled ones out of memory). The file takes its name when the
+    block ends without an error; a full disk is an OSError before anything is written."""
     header, end = {"__metadata__": metadata}, 0
     for name in sorted(shapes, key=lambda name: (-dtypes[name].itemsize, name)):  # so that each is aligned
         start, end = end, end + math.prod(shapes[name]) * dtypes[name].itemsize
@@ -358,9 +326,16 @@ def mapped_safetensors(
         mapped = mmap.mmap(opened.fileno(), first + end)
         mapped[:first] = struct.pack("<Q", len(text)) + text
         data = torch.frombuffer(mapped, dtype=torch.uint8)[first:]
-        tensors = MappedTensors(mapped)
-        for name, shape in shapes.items():
-            tensors[name] = data[slice(*header[name]["data_offsets"])].view(dtypes[name]).view(tuple(shape))
-        yield tensors
+        tensors = {
+            name: data[slice(*header[name]["data_offsets"])].view(dtypes[name]).view(tuple(shape))
+            for name, shape in shapes.items()
+        }
+
+        def release() -> None:
+            mapped.flush()
+            if hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+        yield tensors, release
         mapped.flush()
         os.fsync(opened.fileno())

@@ -105,11 +105,8 @@ def with_slots(model: nn.Module, kwargs: dict) -> dict:
 
 
 def model_spec(model: nn.Module) -> dict:
-    """{"name", "kwargs"} for `create_model`, with a head or image size that was changed since.
-
-    An upcycled model also has "upcycle", the arguments of `upcycle`; one that `quantize_experts` changed, "experts". A
-    ValueError if it is not known how to build the model.
-    """
+    """{"name", "kwargs"} for `create_model`, with a head or image size that was changed since, and "upcycle", the
+    arguments of `upcycle`, or "experts", that of `quantize_experts`; a ValueError if that is not known."""
     spec = getattr(model, "vmoe_spec", None)
     if spec is None and (spec := _timm_spec(model)) is not None:
         return spec
@@ -166,10 +163,8 @@ def _changed(before: dict, now: dict) -> dict:
 
 
 def difference(model: nn.Module, again: nn.Module) -> str | None:
-    """In a few words, the first difference of a model that was built again, or None.
-
-    Compared are tensors' shapes, and modules' classes, `extra_repr` and plain attributes that both have.
-    """
+    """The first difference of a model that was built again, or None: of tensors' shapes, and of modules' classes,
+    `extra_repr` and plain attributes that both have."""
     ours, theirs = _facts(model), _facts(again)
     for name in sorted(ours.keys() ^ theirs.keys()):
         return f"it {'lacks' if name in ours else 'also has'} {name}"

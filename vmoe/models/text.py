@@ -118,8 +118,7 @@ class TextTransformer(BlocksMixin, nn.Module):
         pool: "last" (the end-of-text token), "first", "gap" (mean), "gmp" (maximum) or "map" (attention pooling).
         eot_token_id: what follows the first such token is padding, hidden from attention, experts and pooling; None:
             every position is read, as in the reference.
-        pos_embed: "learn" or "none".
-        moe_layers: blocks with experts, see `vmoe.models.vision.sparse_blocks`.
+        moe_layers: see `vmoe.models.vision.sparse_blocks`.
         **routing: `vmoe.moe.config.RoutingSettings`, `router_preset`; `num_experts=0`: no experts.
     """
 

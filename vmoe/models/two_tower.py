@@ -1,7 +1,5 @@
 """Two towers for images and texts, trained contrastively, with experts in either or in both.
 
-The image tower is a V-MoE or any other timm model, the text tower a `TextTransformer`; their heads give the embedding.
-
 Shapes, by suffix: B batch, L text length, C embedding width.
 """
 
@@ -10,7 +8,7 @@ from collections.abc import Mapping
 
 import timm
 import torch
-from timm.models import group_modules, group_parameters
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from vmoe.models.contrastive import INIT_LOGIT_SCALE, ImageTextModel
@@ -21,12 +19,11 @@ IMAGE_TOWER = "vmoe_base_patch16_224"  # if no name is given
 
 
 class TwoTower(ImageTextModel):
-    """An image tower, `visual`, and a text tower, `text`, with a common embedding of width `embed_dim`.
+    """An image tower, `visual`, and a text tower, `text`, whose heads give an embedding of width `embed_dim`.
 
     `image` holds a "name" of timm and that model's own arguments; "num_classes": 0 removes its head, as in LiT (arXiv
-    2111.07991), and `embed_dim` is its width then. `text` holds settings of `TextTransformer`, the other arguments are
-    those of `ImageTextModel`. A tower whose parameters are all frozen stays in evaluation mode, so that training does
-    not change its outputs.
+    2111.07991), and `embed_dim` is its width then. `text` holds settings of `TextTransformer`. A tower whose parameters
+    are all frozen stays in evaluation mode, so that training does not change its outputs.
     """
 
     def __init__(
@@ -40,7 +37,7 @@ class TwoTower(ImageTextModel):
     ) -> None:
         super().__init__(init_logit_scale, init_logit_bias, output_dict)
         self.embed_dim = embed_dim
-        self.fixed_norms: list[nn.Module] = []
+        self._freeze_bn_stats = False
         image = {"name": IMAGE_TOWER, "num_classes": embed_dim, **(image or {})}
         self.visual = timm.create_model(image.pop("name"), **image)
         self.text = TextTransformer(**{"num_classes": embed_dim, **(text or {})})
@@ -50,8 +47,7 @@ class TwoTower(ImageTextModel):
             width = tower.num_classes or tower.head_hidden_size
             if width != embed_dim:
                 raise ValueError(
-                    f"the {name} tower gives {width} features, embed_dim is {embed_dim}; "
-                    f"set embed_dim={width}, or leave {name}.num_classes out"
+                    f"the {name} tower gives {width} features, embed_dim is {embed_dim}; set embed_dim={width}"
                 )
         self._init_image_head()
 
@@ -78,23 +74,18 @@ class TwoTower(ImageTextModel):
     def train(self, mode: bool = True) -> "TwoTower":
         super().train(mode)
         for tower in (self.visual, self.text):
-            if not any(parameter.requires_grad for parameter in tower.parameters()):
+            if not _is_trained(tower):
                 tower.eval()
-        for norm in self.fixed_norms:
-            norm.eval()
+        for norm in self.visual.modules() if self._freeze_bn_stats else ():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and not _is_trained(norm):
+                norm.eval()  # open_clip puts another class there, which the model's files would not know
         return self
 
     def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
-        """Freeze the image tower but for its last `unlocked_groups` of `group_matcher` (the head is the last).
-
-        With `freeze_bn_stats` batch norms of the frozen groups keep their statistics.
-        """
-        frozen = _lock(self.visual, unlocked_groups)
-        if freeze_bn_stats:
-            # In eval mode, not open_clip's other class of norm: the model's files stay what they are.
-            layers = group_modules(self.visual, self.visual.group_matcher(), reverse=True)
-            modules = [self.visual.get_submodule(name) for name, layer in layers.items() if layer in frozen]
-            self.fixed_norms = [each for each in modules if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+        """Freeze the image tower but for its last `unlocked_groups` of `group_matcher` (the head is the last), with
+        `freeze_bn_stats` also the statistics of its frozen batch norms."""
+        _lock(self.visual, unlocked_groups)
+        self._freeze_bn_stats = freeze_bn_stats
         self.train(self.training)
 
     def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
@@ -128,23 +119,22 @@ class TwoTower(ImageTextModel):
         return lambda name: -depth_from_top.get(name, 0)
 
 
-def _lock(tower: nn.Module, unlocked_groups: int) -> set[int]:
-    """Freeze all layer groups but the last ones; returns the frozen groups."""
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _lock(tower: nn.Module, unlocked_groups: int) -> None:
+    """Freezes all layer groups but the last ones."""
     if unlocked_groups < 0:
         raise ValueError(f"the number of unlocked groups must be >= 0, got {unlocked_groups}")
     groups = group_parameters(tower, tower.group_matcher())
-    frozen = {layer for layer in groups if unlocked_groups == 0 or layer <= max(groups) - unlocked_groups}
-    for layer in frozen:
-        for name in groups[layer]:
+    for layer, names in groups.items():
+        for name in names if unlocked_groups == 0 or layer <= max(groups) - unlocked_groups else ():
             tower.get_parameter(name).requires_grad_(False)
-    return frozen
 
 
 def merge_settings(settings: Mapping, given: Mapping) -> dict:
-    """A two-tower model's settings with the user's over them; a named image tower starts from that name's own.
-
-    A ValueError unless towers are given as settings, and the name of an image tower is one of timm's.
-    """
+    """A two-tower model's settings with the user's over them; a named image tower starts from that name's own."""
     merged = {**settings, **given}
     for tower in TOWERS:
         own, users = settings.get(tower) or {}, given.get(tower) or {}

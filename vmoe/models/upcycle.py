@@ -1,7 +1,5 @@
 """Sparse upcycling: a dense transformer whose MLPs become experts that start as copies of them (arXiv 2212.05055).
 
-At first the sparse model computes what the dense one does; `vmoe.models.densify` is the way back.
-
 Shapes, by suffix: E experts, D model width, F hidden width, G virtual experts that a dense MLP is split into.
 """
 
@@ -50,8 +48,7 @@ def upcycle(
     Args:
         model: any timm or open_clip model of blocks with an `.mlp`, or a dense model of this package; not changed.
         num_experts, num_selected_experts: E and K, by default the preset's, or 8 and 2 (times `granularity`).
-        layers: see `sparse_blocks`; the same in both towers.
-        tower: of a model with two towers: "image", "text" or "both".
+        layers: see `sparse_blocks`; the same in both towers of a model, or in one `tower`, "image" or "text".
         granularity: G, each MLP is split into G experts of F/G hidden units; at first all G of a copy are chosen
             together (virtual groups, arXiv 2410.07524), so `noise_std` is 0 by default. It must divide E and K.
         reinit: share of the hidden units that each expert draws again, from normal distributions with the mean and
@@ -60,9 +57,7 @@ def upcycle(
             normalize_weights=True and capacity_factor=2.0 (no limit in open_clip's text towers, where padding would
             take the tokens' capacity); a dense LIMoE or V-MoE has its class's own for the rest.
 
-    Raises:
-        UpcycleError: for a model without MLPs that are known, or one that is sparse already.
-        ValueError: for a setting out of range.
+    An UpcycleError for a model without known MLPs or with experts, a ValueError for a setting out of range.
     """
     _check(tower, granularity, reinit, settings)
     with suppress(TypeError):  # `sparse_blocks` says what is wrong with them
@@ -118,7 +113,7 @@ def _routing_settings(user: dict, G: int) -> dict:
     if settings["router"] == "top_k" and settings["num_selected_experts"] == 1 and settings.get("normalize_weights"):
         warnings.warn(
             "upcycle: with num_selected_experts=1 and normalised weights only the auxiliary losses train the router; "
-            "choose 2 experts, or normalize_weights=False, which changes the outputs",
+            "choose 2 experts, or normalize_weights=False",
             stacklevel=3,
         )
     return settings
@@ -203,9 +198,7 @@ def _sparse_layer(settings: dict, G: int, model: nn.Module, name: str) -> Sparse
     own_mlp = "mlp" if not layout.gated else "geglu" if isinstance(act, nn.GELU) else "swiglu"
     settings = {"expert_mlp": own_mlp, **settings}
     if settings["expert_mlp"] != own_mlp:
-        raise ValueError(
-            f"expert_mlp={settings['expert_mlp']!r} does not suit the model, whose MLPs are {own_mlp!r}; leave it out"
-        )
+        raise ValueError(f"expert_mlp must be left out, since the model's MLPs are {own_mlp!r}")
     layer = (OpenClipMoE if layout.fc2 == "c_proj" else SparseMoE)(
         mlp.get_submodule(layout.fc1[0]).in_features,
         fc2.in_features // G,
@@ -281,11 +274,8 @@ def _redraw(tensor: Tensor, index: Tensor, dim: int) -> None:
 
 
 def _keep_parameter_groups(dense: nn.Module, sparse: nn.Module) -> None:
-    """Lets timm's optimizers treat experts as the MLPs that they were copied from.
-
-    `no_weight_decay` names the stacked biases, which have two axes; for a model without a `group_matcher` timm counts
-    parameters for layer decay, and the dense model's groups are kept.
-    """
+    """Lets timm's optimizers treat experts as the MLPs that they were copied from: stacked biases have two axes, and
+    for layer decay timm counts parameters if there is no `group_matcher`."""
     own = getattr(sparse, "no_weight_decay", set)()
     if not without_decay(sparse) <= own:
         sparse.no_weight_decay = partial(set, frozenset(own | without_decay(sparse)))
@@ -326,15 +316,12 @@ def _family(model: nn.Module, spec: dict | None, settings: dict, tower: str) -> 
     # timm.create_model leaves out None; infinity says the same.
     settings = {k: math.inf if v is None and k.endswith("capacity_factor") else v for k, v in settings.items()}
     towers = [each for each in ("image", "text") if tower in (each, "both")]
-    if spec is None:
+    is_two_tower = isinstance(model, TwoTower) and ("image" not in towers or isinstance(model.visual, VisionMoE))
+    if spec is None or not (is_two_tower or isinstance(model, (VisionMoE, LIMoE))):
         return None, {}
-    if isinstance(model, (VisionMoE, LIMoE)):
-        kwargs = {**spec["kwargs"], **settings}
-    elif isinstance(model, TwoTower) and ("image" not in towers or isinstance(model.visual, VisionMoE)):
-        kwargs = {**spec["kwargs"], **{each: {**(spec["kwargs"].get(each) or {}), **settings} for each in towers}}
-    else:
-        return None, {}
-    spec = {"name": spec["name"], "kwargs": kwargs}
+    if is_two_tower:
+        settings = {each: {**(spec["kwargs"].get(each) or {}), **settings} for each in towers}
+    spec = {"name": spec["name"], "kwargs": {**spec["kwargs"], **settings}}
     with torch.device("meta"):
         model = build_dense(spec)
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, SparseMoE)]

@@ -16,8 +16,8 @@ def upcycle_optimizer(
     """Carry an optimizer's state over to the upcycled model's optimizer, in place, before its first step.
 
     Every expert gets the moments of the MLP that it was copied from, all else its own by name; routers start fresh.
-    Learning rates and other settings stay those of the new optimizer. An UpcycleError if the optimizers are of two
-    kinds, or keep state that is not one number per weight (SGD, Adam and its relatives, and Lion do).
+    Settings stay those of the new optimizer. An UpcycleError if the optimizers are of two kinds, or keep state that is
+    not one number per weight.
     """
     kind, states = type(dense_optimizer).__name__, dense_optimizer.state
     if (other := type(sparse_optimizer)) is not type(dense_optimizer):
@@ -59,10 +59,7 @@ def _expert_states(layer: SparseMoE, mlp: dict[str, Tensor], states: dict[str, d
         # A number for the whole tensor, such as Adam's step, is the same for all tensors that were updated together.
         single = all(not torch.is_tensor(value) or value.numel() == 1 for value in values.values())
         if keys or not (single or all(value.shape == mlp[name].shape for name, value in values.items())):
-            raise UpcycleError(
-                "this optimizer keeps state that is not one number per weight, which has no copy per expert; use Adam "
-                "or a relative, or start its state from scratch"
-            )
+            raise UpcycleError("this optimizer keeps state that is not one number per weight; use Adam or a relative")
         copies = None if single else to_experts(layout, values, layer.num_experts, G)
         for name in stacked:
             number = values[layout.sources(name)[0]] if single else copies[name]

@@ -1,7 +1,6 @@
 """Checks of the settings in a file of weights, which anybody may have written.
 
-They are arguments of a constructor, and must not name other files or addresses, nor ask for a model that is much larger
-than the weights beside them.
+They must not name other files or addresses, nor ask for a model that is much larger than the weights beside them.
 """
 
 import math

@@ -33,9 +33,7 @@ def sparse_blocks(moe_layers: str | Sequence[int], depth: int) -> tuple[int, ...
     if isinstance(moe_layers, str):
         word = re.fullmatch(r"(every|last)([1-9][0-9]*)", moe_layers)
         if word is None:
-            raise ValueError(
-                f"moe_layers must be 'everyN', 'lastN', 'second_half' or a list of block indices, got {moe_layers!r}"
-            )
+            raise ValueError(f"moe_layers must be 'everyN', 'lastN', 'second_half' or a list, got {moe_layers!r}")
         number, odd = int(word[2]), range(1, depth, 2)
         if number > (depth if word[1] == "every" else len(odd)):
             raise ValueError(f"moe_layers={moe_layers!r} asks for more than a model with {depth} blocks has")

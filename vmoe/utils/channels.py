@@ -9,8 +9,5 @@ from torchvision.transforms import Grayscale
 def to_channels(channels: int) -> list[Callable[[Image.Image], Image.Image]]:
     """Transforms of RGB images for a model: none for 3 channels, gray for 1; ValueError: another number."""
     if channels not in (1, 3):
-        raise ValueError(
-            f"in_chans={channels}: image files are read as 3 channels (RGB) or 1 (gray); call the model, made by "
-            "vmoe.create_model, on tensors of your own"
-        )
+        raise ValueError(f"in_chans={channels}: image files are read as 3 channels or 1; give the model tensors")
     return [Grayscale()] if channels == 1 else []

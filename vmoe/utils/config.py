@@ -1,7 +1,6 @@
 """Reads a command's configuration: YAML files, then `--key.sub value` overrides, into a dataclass.
 
-A mistake is one sentence: an unknown key comes with the nearest known one, a value of another type with what to write
-instead. jsonargparse writes `--help`.
+A mistake is one sentence with what to write instead. jsonargparse writes `--help`.
 """
 
 from __future__ import annotations
@@ -43,10 +42,7 @@ def shipped_config_dirs() -> list[Path]:
 
 
 def find_config(name: str, folder: str = "") -> Path:
-    """A config file by its path, or by the name of a shipped config in `folder`, such as "finetune/vit_upcycled".
-
-    ConfigError: there is no such file; the message lists the shipped configs.
-    """
+    """A config file by its path, or by the name of a shipped config in `folder`, such as "finetune/vit_upcycled"."""
     bare, folders = name.removesuffix(".yaml"), [root / folder for root in shipped_config_dirs()]
     for path in (Path(name), *(one / f"{bare}.yaml" for one in folders)):
         if os.path.isfile(path):  # unlike Path.is_file, false for a name that no file can have

@@ -22,10 +22,8 @@ MAX_YAML_BYTES, MAX_VALUES, MAX_DEPTH, MAX_TEXT, MAX_DIGITS = 2**20, 10_000, 32,
 
 @contextmanager
 def atomic_file(file: Path) -> Iterator[Path]:
-    """A temporary file, which replaces `file` when the block ends without an error.
-
-    Several processes may write the same file; the last one stays. The permissions are those of a new file (umask).
-    """
+    """A temporary file, which replaces `file` when the block ends without an error. Several processes may write the
+    same file, the last one stays; the permissions are those of a new file (umask)."""
     temporary = file.with_name(f".{file.stem}.{secrets.token_hex(6)}{file.suffix}")
     try:
         temporary.touch()
@@ -77,10 +75,8 @@ class UnsafeYaml(yaml.MarkedYAMLError):
 
 
 class SettingsLoader(yaml.SafeLoader):
-    """Plain values only: no aliases, tags or duplicate keys, bounded in number, depth and length.
-
-    "1e-3" is a number and "2026-01-01" a text.
-    """
+    """Plain values only: no aliases, tags or duplicate keys, bounded in number, depth and length. "1e-3" is a number,
+    "2026-01-01" a text."""
 
     yaml_implicit_resolvers: ClassVar[dict] = {
         letter: [pair for pair in pairs if not pair[0].endswith((":timestamp", ":float"))]

@@ -23,10 +23,7 @@ def is_unprintable(character: str) -> bool:
 
 def escaped(text: object) -> str:
     """The text with its control characters as `\\x1b`; its lines stay."""
-    return "".join(
-        repr(character)[1:-1] if is_unprintable(character) and character != "\n" else character
-        for character in str(text)
-    )
+    return "".join(repr(each)[1:-1] if is_unprintable(each) and each != "\n" else each for each in str(text))
 
 
 def printable(text: object) -> str:
@@ -41,11 +38,8 @@ codecs.register_error("vmoe.json", lambda error: (json.dumps(error.object[error.
 
 @contextmanager
 def safe_output() -> Iterator[None]:
-    """Standard output and error raise nothing in it; a decorator of each command.
-
-    A character that the encoding lacks becomes JSON's escape. If the reader is gone or the disk is full, the text is
-    lost and the command goes on.
-    """
+    """A decorator of each command: standard output and error raise nothing. A character that the encoding lacks becomes
+    JSON's escape; if the reader is gone or the disk is full, the text is lost."""
     streams = [None if stream is None else _SafeStream(stream) for stream in (sys.stdout, sys.stderr)]
     with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
         try:

@@ -23,11 +23,8 @@ def make_console(**options: Any) -> Console:
 
 
 class MetricTable:
-    """A table for rich whose metrics are never cut: if it is too wide, more columns follow in a second table below.
-
-    The first `keys` columns, which say what a row is about, are repeated; long text in them is broken into lines.
-    Columns in `left` are aligned left.
-    """
+    """A table for rich whose metrics are never cut: if it is too wide, more columns follow in a second table below,
+    with the first `keys` columns, which say what a row is about. Columns in `left` are aligned left."""
 
     def __init__(self, title: str, header: Sequence[str], keys: int = 1, left: Collection[str] = ()) -> None:
         self.title, self.header, self.keys, self.left = title, list(header), keys, left
