@@ -82,8 +82,8 @@ def test_usage_is_what_the_experts_kept(sparse):
         sparse(images(3))
     load = record.layers["blocks.1.mlp"].load
     torch.testing.assert_close(vmoe.measure_usage(sparse, [images(3)])["blocks.1.mlp"], load.double())
-    limoe = create_model("limoe_tiny_patch12_48", depth=2, num_experts=4, img_size=24)
-    texts = torch.full((2, 16), 49407)
+    limoe = create_model("limoe_tiny_patch12_48", depth=2, num_experts=4, img_size=24, vocab_size=9, eot_token_id=8)
+    texts = torch.full((2, 16), 8)
     usage = vmoe.measure_usage(limoe, [{"image": torch.zeros(2, 3, 24, 24), "text": texts}])
     assert usage["blocks.1.mlp"].sum() == 2 * (4 + 1)
     with pytest.raises(ValueError, match="no usage to measure"):
@@ -214,12 +214,13 @@ def test_usage_may_be_any_numbers_and_bad_ones_are_named(sparse):
 # --- two towers ------------------------------------------------------------------------------------------------------
 
 TEXT_SETTINGS = {"depth": 2, "width": 32, "num_heads": 2, "num_experts": 4, "num_selected_experts": 1}
+TEXT_SETTINGS |= {"vocab_size": 512, "eot_token_id": 511}
 IMAGE_SETTINGS = {key: value for key, value in TINY.items() if key != "num_classes"}
 
 
 def two_towers(image=None, text=None):
     torch.manual_seed(0)
-    image = {**IMAGE_SETTINGS, "num_experts": 8, **(image or {})}
+    image = image if image is TIMM else {**IMAGE_SETTINGS, "num_experts": 8, **(image or {})}
     return create_model("two_tower_tiny_patch8_48", image=image, text={**TEXT_SETTINGS, **(text or {})}).eval()
 
 
@@ -228,8 +229,7 @@ def pairs():
 
 
 def numbers(model):
-    layers = [module for module in model.modules() if isinstance(module, vmoe.SparseMoE)]
-    return [layer.num_experts for layer in layers]
+    return [module.num_experts for module in model.modules() if isinstance(module, vmoe.SparseMoE)]
 
 
 @torch.no_grad()
@@ -259,11 +259,7 @@ TIMM = {"name": "vit_tiny_patch16_224", **IMAGE_SETTINGS, "patch_size": 8}
     ],
 )
 def test_each_tower_keeps_its_own_number_of_experts(towers, upcycle, expected, tmp_path):
-    if "name" in towers.get("image", {}):
-        text = {**TEXT_SETTINGS, **towers["text"]}
-        model = create_model("two_tower_tiny_patch8_48", image=towers["image"], text=text).eval()
-    else:
-        model = two_towers(**towers)
+    model = two_towers(**towers)
     if upcycle is not None:
         model = vmoe.upcycle(model, 4, [1], 2, **upcycle)
     pruned = vmoe.prune_experts(model, 0.5, vmoe.measure_usage(model, [pairs()]))
@@ -274,8 +270,7 @@ def test_each_tower_keeps_its_own_number_of_experts(towers, upcycle, expected, t
 
 
 def test_two_towers_that_one_upcycle_cannot_give_say_so(tmp_path):
-    text = {**TEXT_SETTINGS, **DENSE}
-    dense = create_model("two_tower_tiny_patch8_48", image=TIMM, text=text).eval()
+    dense = two_towers(TIMM, DENSE)
     sparse = vmoe.upcycle(dense, 4, [1], router="soft")
     pruned = vmoe.prune_experts(sparse, 2, vmoe.measure_usage(sparse, [pairs()]))
     with pytest.raises(ValueError, match="its settings give another model"):

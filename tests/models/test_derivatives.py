@@ -1,19 +1,31 @@
-"""Second derivatives of whole models on a CPU, where fused attention has none."""
+"""Gradients of whole models, recomputed ones, and second derivatives, which fused attention on a CPU does not have."""
 
 import pytest
 import torch
 
 import vmoe
+from vmoe.models.factory import save_pretrained
 from vmoe.moe import use_backend
 
-TINY = {"depth": 2, "num_experts": 4, "num_selected_experts": 2, "noise_std": 0.0, "load_loss": 0.0}
-WORDS = {"vocab_size": 128, "eot_token_id": 127}
+MODELS = ["vmoe_tiny_patch8_48", "limoe_tiny_patch12_48", "two_tower_tiny_patch12_48"]
+TINY = {"depth": 2, "num_heads": 2, "num_experts": 4, "num_selected_experts": 2, "noise_std": 0.0, "load_loss": 0.0}
+TEXT = {"width": 32, "vocab_size": 128, "eot_token_id": 127}
 
 
-def inputs(name):
+def make(name, **settings):
+    torch.manual_seed(1)
+    image, text = {**TINY, "img_size": 24, "embed_dim": 32, **settings}, {**TINY, **TEXT, **settings}
+    if name.startswith("two_tower"):
+        return vmoe.create_model(name, image=image, text=text)
+    model = vmoe.create_model(name, **(image if name.startswith("vmoe") else {**text, "img_size": 24}))
+    if hasattr(model, "head"):
+        torch.nn.init.normal_(model.head.weight, std=0.1)
+    return model
+
+
+def inputs(name, dtype=torch.float64):
     torch.manual_seed(0)
-    images = torch.randn(2, 3, 48, 48, dtype=torch.float64)
-    text = torch.randint(1, 100, (2, 16))
+    images, text = torch.randn(2, 3, 24, 24, dtype=dtype), torch.randint(1, 100, (2, 16))
     text[0, 5:] = 127
     return (images,) if name.startswith("vmoe") else (images, text)
 
@@ -32,17 +44,10 @@ def penalty(model, *given):
     return total, torch.autograd.grad(total, parameters, allow_unused=True)
 
 
-@pytest.mark.parametrize("name", ["vmoe_tiny_patch8_48", "limoe_tiny_patch12_48", "two_tower_tiny_patch12_48"])
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("training", [True, False])
 def test_second_derivatives_exist_with_the_reference_backend(name, training):
-    tower = {**TINY, "backend": "reference"}
-    settings = {"image": tower, "text": {**tower, **WORDS}} if name.startswith("two_tower") else tower
-    settings |= WORDS if name.startswith("limoe") else {}
-    torch.manual_seed(1)
-    model = vmoe.create_model(name, **settings).double().train(training)
-    if hasattr(model, "head"):
-        torch.nn.init.normal_(model.head.weight, std=0.1)
-    given = inputs(name)
+    model, given = make(name, backend="reference").double().train(training), inputs(name)
     _, gradients = penalty(model, *given)
     # Against a difference quotient along one direction.
     torch.manual_seed(2)
@@ -61,9 +66,7 @@ def test_second_derivatives_exist_with_the_reference_backend(name, training):
 
 
 def test_the_context_manager_does_the_same_for_any_model():
-    torch.manual_seed(0)
-    model = vmoe.create_model("vmoe_tiny_patch8_48", **TINY).double()
-    torch.nn.init.normal_(model.head.weight, std=0.1)
+    model = make("vmoe_tiny_patch8_48").double()
     with pytest.raises(RuntimeError, match="not implemented"):
         penalty(model, *inputs("vmoe"))
     with use_backend("reference"):
@@ -71,9 +74,20 @@ def test_the_context_manager_does_the_same_for_any_model():
 
 
 def test_the_backend_is_a_setting_of_the_file(tmp_path):
-    model = vmoe.create_model("limoe_tiny_patch12_48", depth=2, backend="reference")
+    model = make("limoe_tiny_patch12_48", backend="reference")
     assert all(not block.attn.fused_attn for block in model.blocks)
-    from vmoe.models.factory import save_pretrained
-
     save_pretrained(model, tmp_path / "m.safetensors")
     assert vmoe.create_model(pretrained=tmp_path / "m.safetensors").blocks[1].mlp.experts.backend == "reference"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradient_checkpointing_changes_no_gradient(name):
+    model, given, gradients = make(name), inputs(name, torch.float32), []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        with vmoe.record_routing(model) as record:
+            loss = outputs_of(model, *given).square().mean() + record.auxiliary_loss()
+        loss.backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-4)

@@ -123,8 +123,7 @@ def test_the_newest_checkpoint_of_a_run_is_found(tmp_path, caplog):
 
 
 def test_names():
-    assert "limoe_base_patch16" in spec.list_models()
-    assert "vmoe_base_patch16_224" in spec.list_models()
+    assert {"limoe_base_patch16", "vmoe_base_patch16_224"} <= set(spec.list_models())
     with pytest.raises(ValueError, match="unknown model 'limoe_base_patch61'; did you mean 'limoe_base_patch16'"):
         create_model("limoe_base_patch61")
     for name in ("limoe_tiny_patch8_48", "vmoe_tiny_patch8_48"):
@@ -171,7 +170,7 @@ TOKENIZERS = SimpleTokenizer(context_length=9), vmoe.get_tokenizer("limoe_tiny_p
 
 
 @given(st.text(st.sampled_from("ab  é日😂!-\n\t&;"), max_size=400), st.integers(1, 60))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_the_tokenizer_gives_what_open_clips_does(text, times):
     plain, bounded = TOKENIZERS
     for one in (text, " ".join([text] * times)):

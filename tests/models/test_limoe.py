@@ -4,7 +4,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from open_clip.loss import ClipLoss, SigLipLoss
+from open_clip.loss import ClipLoss
 from timm.layers import set_fused_attn
 from timm.optim import create_optimizer_v2
 
@@ -12,44 +12,27 @@ import vmoe
 from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE
 from vmoe.moe.config import PRESETS
 
+SMALL_VOCABULARY = {"vocab_size": 64, "eot_token_id": 63}
+CLIPS_VOCABULARY = {"vocab_size": 49408, "eot_token_id": 49407}
+
 
 def tiny(**kwargs) -> LIMoE:
     torch.manual_seed(0)
-    return LIMoE(**{**LIMOE_CONFIGS["limoe_tiny_patch12_48"], **kwargs})
+    return LIMoE(**{**LIMOE_CONFIGS["limoe_tiny_patch12_48"], **SMALL_VOCABULARY, **kwargs})
 
 
 def pairs(B: int = 6):
+    """Images, and texts of 3 to 8 tokens, of which six are different."""
     generator = torch.Generator().manual_seed(1)
-    words = ["cat", "a dog", "the sun over the sea", "one two three four five six", "x", "blue car"]
-    text = vmoe.get_tokenizer("limoe_tiny_patch12_48")([words[b % len(words)] for b in range(B)])
-    return torch.randn(B, 3, 48, 48, generator=generator), text
-
-
-def test_open_clips_conventions():
-    image, text = pairs()
-    model = tiny().eval()
-    image_features, text_features, scale = model(image, text)
-    assert image_features.shape == text_features.shape == (6, 128)
-    torch.testing.assert_close(image_features.norm(dim=-1), torch.ones(6))
-    torch.testing.assert_close(image_features, F.normalize(model.encode_image(image), dim=-1))
-    torch.testing.assert_close(text_features, model.encode_text(text, normalize=True))
-    torch.testing.assert_close(scale, model.logit_scale.exp())
-    torch.testing.assert_close(model.logit_scale, torch.tensor(math.log(1 / 0.07)))
-    assert model.logit_bias is None
-    assert torch.isfinite(ClipLoss()(image_features, text_features, scale))
-
-    model = tiny(init_logit_scale=math.log(10), init_logit_bias=-10.0, output_dict=True)
-    outputs = model(image, text)
-    assert set(outputs) == {"image_features", "text_features", "logit_scale", "logit_bias"}
-    assert torch.isfinite(SigLipLoss()(**outputs))
-    assert model(image=image)["text_features"] is None
-    logits, transposed = model.eval().get_logits(image, text)
-    assert torch.equal(logits.T, transposed)
-    assert model.visual.image_size == (48, 48)
+    text = torch.randint(1, 63, (6, 16), generator=generator)
+    for row, length in enumerate((3, 4, 7, 8, 3, 4)):
+        text[row, length - 1 :] = 0
+        text[row, length - 1] = 63
+    return torch.randn(B, 3, 48, 48, generator=generator), text[torch.arange(B) % 6]
 
 
 def test_open_clips_zero_shot_classifier_works_as_it_stands():
-    model = tiny().eval()
+    model = tiny(**CLIPS_VOCABULARY).eval()
     tokenizer = vmoe.get_tokenizer(model)
     weights = open_clip.build_zero_shot_classifier(model, tokenizer, ["cat", "dog", "car"], ["{}", "a {}"])
     assert weights.shape == (128, 3)
@@ -106,7 +89,7 @@ def test_attention_stays_within_an_image_and_a_caption():
 def test_padding_after_a_text_changes_nothing(pool, fused):
     set_fused_attn(fused)  # timm's pooling takes masks in another way than PyTorch's fused kernel
     try:
-        model = tiny(pool=pool).eval()
+        model = tiny(pool=pool, depth=2, **CLIPS_VOCABULARY).eval()
     finally:
         set_fused_attn(True)
     tokenizer = vmoe.get_tokenizer(model)
@@ -120,6 +103,13 @@ def test_padding_after_a_text_changes_nothing(pool, fused):
     changed = exclaimed.clone()
     changed[0, 1] = 320
     assert not torch.allclose(model.encode_text(exclaimed), model.encode_text(changed))
+
+
+def test_autocast_keeps_the_loss_finite():
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ClipLoss()(*tiny(depth=2)(*pairs()))
+    loss.backward()
+    assert torch.isfinite(loss)
 
 
 def test_a_result_does_not_depend_on_the_batch():
@@ -150,28 +140,10 @@ def test_it_learns_pairs(num_experts):
     assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
-def test_gradient_checkpointing_and_autocast():
-    image, text = pairs()
-    gradients = []
-    for enable in (False, True):
-        model = tiny(depth=2, noise_std=0.0)
-        model.set_grad_checkpointing(enable)
-        with vmoe.record_routing(model) as record:
-            loss = ClipLoss()(*model(image, text)) + record.auxiliary_loss()
-        loss.backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-    for plain, recomputed in zip(*gradients):
-        torch.testing.assert_close(recomputed, plain, atol=1e-6, rtol=1e-4)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = ClipLoss()(*model(image, text))
-    loss.backward()
-    assert torch.isfinite(loss)
-
-
 @pytest.mark.slow
 def test_compiles_as_one_graph():
     torch._dynamo.reset()
-    model = tiny(depth=2, noise_std=0.0)
+    model = tiny(depth=1, moe_layers=[0], noise_std=0.0)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     image, text = pairs()
     for ours, theirs in zip(compiled(image, text), model(image, text)):
@@ -179,7 +151,7 @@ def test_compiles_as_one_graph():
 
 
 def test_another_image_size():
-    model = tiny().eval()
+    model = tiny(depth=2).eval()
     model.set_input_size(72)
     assert model.encode_image(torch.randn(1, 3, 72, 72)).shape == (1, 128)
 
@@ -227,22 +199,20 @@ def test_losses_are_off_where_the_router_needs_none():
 
 
 def test_a_preset_goes_over_what_the_name_stands_for():
-    layer = vmoe.create_model("limoe_tiny_patch12_48", depth=2, router_preset="dbrx").blocks[1].mlp
-    assert (layer.num_experts, layer.num_selected_experts) == (16, 4)
-    layer = vmoe.create_model("limoe_tiny_patch12_48", depth=2, router_preset="dbrx", num_experts=5).blocks[1].mlp
-    assert layer.num_experts == 5
+    def layer(**kwargs):
+        return vmoe.create_model("limoe_tiny_patch12_48", depth=2, **SMALL_VOCABULARY, **kwargs).blocks[1].mlp
 
-
-def test_its_own_preset_keeps_the_local_loss_of_text():
-    weights = vmoe.create_model("limoe_tiny_patch12_48", depth=2, router_preset="limoe").blocks[1].mlp.losses.weights
-    assert weights["text/local_entropy_loss"] == 0.01
-    assert weights == vmoe.create_model("limoe_tiny_patch12_48", depth=2).blocks[1].mlp.losses.weights
+    assert (layer(router_preset="dbrx").num_experts, layer(router_preset="dbrx").num_selected_experts) == (16, 4)
+    assert layer(router_preset="dbrx", num_experts=5).num_experts == 5
+    weights = layer(router_preset="limoe").losses.weights
+    assert weights["text/local_entropy_loss"] == 0.01  # which the preset does not have
+    assert weights == layer().losses.weights
 
 
 def test_expert_choice_keeps_the_exact_capacity():
-    model = vmoe.create_model("limoe_tiny_patch12_48", depth=2, router="expert_choice", capacity_factor=1.0).eval()
-    text = torch.randint(1, 400, (3, 16))
-    text[:, 7:] = 49407
+    model = tiny(depth=2, router="expert_choice", capacity_factor=1.0).eval()
+    text = torch.randint(1, 63, (3, 16))
+    text[:, 7:] = 63
     with vmoe.record_routing(model) as record:
         model.encode_text(text)
     assert (record.layers["blocks.1.mlp"].load == 3).all()  # ceil(8 words / 8 experts) in each of three texts
@@ -258,9 +228,8 @@ def test_expert_choice_keeps_the_exact_capacity():
     ],
 )
 def test_packing_in_training_on_a_cpu_changes_no_result(settings):
-    torch.manual_seed(0)
-    model = vmoe.create_model("limoe_tiny_patch12_48", depth=2, **settings).train()
-    image, text = torch.randn(5, 3, 48, 48), torch.randint(1, 100, (5, 16))
+    model = tiny(depth=2, **settings).train()
+    image, text = torch.randn(5, 3, 48, 48), torch.randint(1, 63, (5, 16))
     text = text.scatter(1, torch.tensor([[2], [15], [1], [7], [7]]), model.eot_token_id)
     assert model.packs(image)
     outcomes = []
@@ -280,6 +249,5 @@ def test_packing_in_training_on_a_cpu_changes_no_result(settings):
 
 
 def test_padding_is_packed_only_where_that_helps():
-    image = torch.zeros(1)
-    assert not vmoe.create_model("limoe_tiny_patch12_48", depth=2).eval().packs(image)
-    assert not vmoe.create_model("limoe_tiny_patch12_48", depth=2, drop_path_rate=0.1).train().packs(image)
+    assert not tiny(depth=2).eval().packs(torch.zeros(1))
+    assert not tiny(depth=2, drop_path_rate=0.1).train().packs(torch.zeros(1))

@@ -4,8 +4,7 @@ import re
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
-from open_clip.loss import ClipLoss, SigLipLoss
+from open_clip.loss import ClipLoss
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 
@@ -17,6 +16,7 @@ from vmoe.moe import SparseMoE
 
 IMAGE = {"name": "vmoe_tiny_patch8_48", "img_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_experts": 4}
 TEXT = {"width": 32, "depth": 3, "num_heads": 2, "num_experts": 4, "context_length": 8}
+TEXT |= {"vocab_size": 64, "eot_token_id": 63}
 
 
 def tiny(image: dict | None = None, text: dict | None = None, **kwargs) -> TwoTower:
@@ -26,8 +26,8 @@ def tiny(image: dict | None = None, text: dict | None = None, **kwargs) -> TwoTo
 
 def pairs(B: int = 4):
     generator = torch.Generator().manual_seed(1)
-    words = ["cat", "a dog", "the sun", "one two three"]
-    text = vmoe.get_tokenizer("two_tower_tiny_patch8_48", context_length=8)([words[b % 4] for b in range(B)])
+    text = torch.randint(1, 63, (B, 8), generator=generator)
+    text[:, 5:] = 63
     return torch.randn(B, 3, 16, 16, generator=generator), text
 
 
@@ -36,28 +36,7 @@ def test_all_names_build():
         with torch.device("meta"):
             model = create_model(name, image={"depth": 4}, text={"depth": 1, "num_experts": 0})
         assert any(isinstance(module, SparseMoE) for module in model.visual.modules()), name
-        assert vmoe.get_tokenizer(name)("a cat").shape == (1, model.context_length), name
-
-
-def test_open_clips_conventions():
-    image, text = pairs()
-    model = tiny().eval()
-    image_features, text_features, scale = model(image, text)
-    assert image_features.shape == text_features.shape == (4, 24)
-    torch.testing.assert_close(image_features, F.normalize(model.encode_image(image), dim=-1))
-    torch.testing.assert_close(text_features, model.encode_text(text, normalize=True))
-    torch.testing.assert_close(model.logit_scale, torch.tensor(math.log(1 / 0.07)))
-    assert model.logit_bias is None
-    assert torch.isfinite(ClipLoss()(image_features, text_features, scale))
-
-    model = tiny(init_logit_scale=math.log(10), init_logit_bias=-10.0, output_dict=True).eval()
-    outputs = model(image, text)
-    assert set(outputs) == {"image_features", "text_features", "logit_scale", "logit_bias"}
-    assert torch.isfinite(SigLipLoss()(**outputs))
-    assert model(text=text)["image_features"] is None
-    logits, transposed = model.get_logits(image, text)
-    torch.testing.assert_close(logits, 10 * outputs["image_features"] @ outputs["text_features"].T - 10)
-    assert torch.equal(logits.T, transposed)
+    assert vmoe.get_tokenizer(name)("a cat").shape == (1, model.context_length) == (1, 16)
 
 
 @pytest.mark.parametrize(
@@ -220,9 +199,8 @@ def test_fixed_batch_norms_stay_in_files(tmp_path):
     model.train()
     norms = [module for module in model.visual.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert any(not norm.training for norm in norms)
-    before = model.visual.bn1.running_mean.clone() if hasattr(model.visual, "bn1") else norms[0].running_mean.clone()
+    before = model.visual.bn1.running_mean.clone()
     model.encode_image(torch.randn(2, 3, 48, 48))
-    after = model.visual.bn1.running_mean if hasattr(model.visual, "bn1") else norms[0].running_mean
-    assert torch.equal(before, after)
+    assert torch.equal(before, model.visual.bn1.running_mean)
     save_pretrained(model, tmp_path / "model.safetensors")
     create_model(pretrained=tmp_path / "model.safetensors")

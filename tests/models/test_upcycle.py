@@ -41,7 +41,8 @@ TIMM = {
     ),
 }
 VISION = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16, "head_width": 32}
-TEXT = {"context_length": 16, "vocab_size": 49408, "width": 48, "heads": 4, "layers": 2}
+TEXT = {"context_length": 16, "vocab_size": 512, "width": 48, "heads": 4, "layers": 2}
+VOCABULARY = {"vocab_size": 512, "eot_token_id": 511}
 IMAGE_TEXT = {
     "CLIP": lambda: open_clip.CLIP(32, VISION, TEXT),
     "CLIP, QuickGELU": lambda: open_clip.CLIP(32, VISION, TEXT, quick_gelu=True),
@@ -56,17 +57,14 @@ IMAGE_TEXT = {
         {"image_size": 32, "timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "timm_proj": None},
         TEXT,
     ),
-    "LIMoE": lambda: create_model("limoe_tiny_patch12_48", num_experts=0, depth=2, img_size=36),
-    "two towers": lambda: create_model(
-        "two_tower_tiny_patch12_48",
-        image={"num_experts": 0, "depth": 2, "img_size": 36},
-        text={"num_experts": 0, "depth": 2},
-    ),
+    "LIMoE": lambda: create_model("limoe_tiny_patch12_48", **BASELINES["limoe_tiny_patch12_48"]),
+    "two towers": lambda: create_model("two_tower_tiny_patch12_48", **BASELINES["two_tower_tiny_patch12_48"]),
 }
+DENSE = {"num_experts": 0, "depth": 2}
 BASELINES = {
-    "vmoe_tiny_patch8_48": {"num_experts": 0, "depth": 2, "num_classes": 5},
-    "limoe_tiny_patch12_48": {"num_experts": 0, "depth": 2},
-    "two_tower_tiny_patch12_48": {"image": {"num_experts": 0, "depth": 2}, "text": {"num_experts": 0, "depth": 2}},
+    "vmoe_tiny_patch8_48": {**DENSE, "num_classes": 5},
+    "limoe_tiny_patch12_48": {**DENSE, **VOCABULARY},
+    "two_tower_tiny_patch12_48": {"image": DENSE, "text": {**DENSE, **VOCABULARY}},
     "vit_tiny_patch16_224": {**SMALL, "img_size": 48},
 }
 
@@ -86,9 +84,9 @@ def images(side=32):
 
 
 def texts(length=16):
-    tokens = torch.randint(1, 49405, (3, length), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(1, 510, (3, length), generator=torch.Generator().manual_seed(0))
     tokens[:, 9:] = 0
-    tokens[:, 9] = 49407
+    tokens[:, 9] = 511
     return tokens
 
 
@@ -142,7 +140,7 @@ def test_image_text_models_compute_the_same_in_either_tower(name, tower):
         return
     sparse = vmoe.upcycle(dense, num_experts=4, layers="every1", tower=tower)
     assert len(routers(sparse)) == (4 if tower == "both" and name != "LIMoE" else 2)
-    x = images(36 if name in ("LIMoE", "two towers") else 32)
+    x = images(48 if name in ("LIMoE", "two towers") else 32)
     torch.testing.assert_close(sparse.encode_image(x), dense.encode_image(x), rtol=0, atol=1e-5)
     torch.testing.assert_close(sparse.encode_text(texts()), dense.encode_text(texts()), rtol=0, atol=1e-5)
     again = vmoe.densify(sparse)
@@ -155,12 +153,13 @@ def test_are_equal_in_training_mode_with_capacity_for_all():
     dense = tiny_vit().train()
     sparse = vmoe.upcycle(dense, layers=[1], capacity_factor=None)
     assert sparse.training
-    assert sparse.blocks[1].mlp.training
     torch.testing.assert_close(sparse(images()), dense(images()), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("granularity", "num_experts", "num_selected_experts"), [(2, 8, 4), (3, 9, 3), (4, 8, 8)])
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+@pytest.mark.parametrize(
+    ("name", "granularity", "num_experts", "num_selected_experts"),
+    [("vit_tiny_patch16_224", 2, 8, 4), ("vit_tiny_patch16_224", 4, 8, 8), ("eva02_tiny_patch14_224", 3, 9, 3)],
+)
 @torch.no_grad()
 def test_virtual_groups_compute_the_same(name, granularity, num_experts, num_selected_experts):
     kwargs, side = TIMM[name]
@@ -236,31 +235,27 @@ def test_drop_upcycling_draws_the_asked_share_of_units_again():
     assert fresh.sum(dim=1).tolist() == [64] * 8
     assert ((experts.fc1.weight != weight).any(dim=2) == fresh).all()
     assert not torch.equal(fresh[0], fresh[1])
-    changed = (experts.fc2.weight != dense.blocks[1].mlp.fc2.weight).transpose(1, 2)  # (E, F, D)
-    assert (changed.all(dim=2) == fresh).all()
-    assert (changed.any(dim=2) == fresh).all()
+    changed = experts.fc2.weight != dense.blocks[1].mlp.fc2.weight  # (E, D, F)
+    assert (changed.all(dim=1) == fresh).all()
+    assert (changed.any(dim=1) == fresh).all()
     for expert in range(8):
         old, new = weight[fresh[expert]], experts.fc1.weight[expert][fresh[expert]]
         torch.testing.assert_close(new.std(), old.std(), rtol=0.1, atol=0)
     gated = timm.create_model("eva02_tiny_patch14_224", **TIMM["eva02_tiny_patch14_224"][0])
-    experts = vmoe.upcycle(gated, layers=[1], reinit=0.5).blocks[1].mlp.experts
-    original = vmoe.upcycle(gated, layers=[1]).blocks[1].mlp.experts
+    experts, original = (vmoe.upcycle(gated, 2, [1], reinit=r).blocks[1].mlp.experts for r in (0.5, 0))
     gate, value = (experts.fc1.weight != original.fc1.weight).all(dim=2).chunk(2, dim=1)
     assert torch.equal(gate, value)  # gate and value of a unit are drawn again together
 
 
 def test_models_without_known_mlps_are_named():
-    for make, message in [
-        (lambda: timm.create_model("resnet18"), "ResNet has no blocks with an `.mlp`"),
-        (lambda: timm.create_model("vit_base_patch16_xp_224", **SMALL), "VisionTransformer has no blocks"),
-        (
-            lambda: timm.create_model("convnext_atto"),
-            "ConvNeXt.stages.3.blocks.1.mlp: the layer fc1 of an MLP is a Conv",
-        ),
-        (lambda: vmoe.upcycle(tiny_vit(), layers=[1]), "is sparse already"),
+    for model, message in [
+        (timm.create_model("resnet10t"), "ResNet has no blocks with an `.mlp`"),
+        (timm.create_model("vit_base_patch16_xp_224", **SMALL), "VisionTransformer has no blocks"),
+        (timm.create_model("convnext_atto"), "ConvNeXt.stages.3.blocks.1.mlp: the layer fc1 of an MLP is a Conv"),
+        (vmoe.upcycle(tiny_vit(), layers=[1]), "is sparse already"),
     ]:
         with pytest.raises(UpcycleError, match=message):
-            vmoe.upcycle(make(), layers="last1")
+            vmoe.upcycle(model, layers="last1")
     odd = tiny_vit()
     odd.blocks[1].mlp = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
     with pytest.raises(UpcycleError, match="blocks.1.mlp: an MLP of class Sequential"):
@@ -319,7 +314,7 @@ def test_wrong_settings_are_named():
         ({"num_experts": 4.5}, "num_experts must be a whole number"),
         ({"reinit": 1.5}, "reinit must be 0..1"),
         ({"reinit": "a"}, "reinit must be 0..1, got 'a'"),
-        ({"expert_mlp": "swiglu"}, "does not suit the model, whose MLPs are 'mlp'"),
+        ({"expert_mlp": "swiglu"}, "must be left out, since the model's MLPs are 'mlp'"),
         ({"granularity": 3}, "must divide the hidden width 256"),
         ({"granularity": 2, "num_experts": 7}, "num_experts must be a multiple of granularity"),
         ({"granularity": 2, "num_experts": "4"}, "num_experts must be a multiple of granularity .2., got '4'"),
@@ -343,7 +338,7 @@ def test_layers_may_be_any_whole_numbers(tmp_path):
         save_pretrained(sparse, tmp_path / "m.safetensors")
         assert create_model(pretrained=tmp_path / "m.safetensors").blocks[1].mlp.num_experts == 4
     for word in ("moe_layers", "layers"):
-        with pytest.raises(ValueError, match=f"whose sparse layers are fixed .*: leave {word} out"):
+        with pytest.raises(ValueError, match=f"whose sparse layers are fixed: leave {word} out"):
             create_model(pretrained=tmp_path / "m.safetensors", **{word: [0]})
 
 
@@ -387,9 +382,7 @@ def test_adam_goes_on_as_before(name):
     for key, parameter in sparse.named_parameters():
         if key in own:
             torch.testing.assert_close(parameter, own[key], rtol=1e-4, atol=2e-6)
-    assert (
-        new.state[sparse.head.weight]["exp_avg"].data_ptr() != optimizer.state[dense.head.weight]["exp_avg"].data_ptr()
-    )
+    assert new.state[sparse.head.weight]["exp_avg"] is not optimizer.state[dense.head.weight]["exp_avg"]
 
 
 def test_optimizers_that_cannot_go_on_say_so():
@@ -441,7 +434,7 @@ PIT = {"base_dims": [16] * 3, "depth": [2, 1, 1], "heads": [2, 2, 2]}  # has no 
           for name in ("CLIP", "CustomTextCLIP, norm in the MLP", "LIMoE", "two towers")),
         pytest.param(lambda: create_model(
             "two_tower_tiny_patch12_48", image={"name": "vit_tiny_patch16_224", **SMALL, "num_classes": 128},
-            text={"num_experts": 0, "depth": 2},
+            text={**DENSE, **VOCABULARY},
         ), id="two towers, timm's image tower"),
     ],
 )  # fmt: skip
