@@ -247,8 +247,6 @@ TIMM = {"name": "vit_tiny_patch16_224", **IMAGE_SETTINGS, "patch_size": 8}
 @pytest.mark.parametrize(
     ("towers", "upcycle", "expected"),
     [
-        ({"text": DENSE}, None, [4]),
-        ({"image": DENSE}, None, [2]),
         ({}, None, [4, 2]),
         ({"image": {"router": "soft"}, "text": {"router": "soft"}}, None, [4, 2]),
         ({"image": DENSE, "text": DENSE}, {"tower": "image"}, [2]),

@@ -71,8 +71,13 @@ def test_active_parameters_of_the_other_routers():
 
 
 def test_the_meta_device_counts_the_same():
-    for name in ("vmoe_tiny_patch8_48", "softmoe_tiny_patch8_48", "limoe_tiny_patch8_48", "two_tower_tiny_patch8_48"):
-        depth = {"image": {"depth": 2}, "text": {"depth": 2}} if name.startswith("two") else {"depth": 2}
+    image, text = {"depth": 2}, {"depth": 2, "vocab_size": 64, "eot_token_id": 63}
+    for name, kwargs in {
+        "vmoe_tiny_patch8_48": image,
+        "softmoe_tiny_patch8_48": image,
+        "limoe_tiny_patch8_48": text,
+        "two_tower_tiny_patch8_48": {"image": image, "text": text},
+    }.items():
         with torch.device("meta"):
-            model = vmoe.create_model(name, **depth)
-        assert model_profile(model) == model_profile(vmoe.create_model(name, **depth)), name
+            model = vmoe.create_model(name, **kwargs)
+        assert model_profile(model) == model_profile(vmoe.create_model(name, **kwargs)), name

@@ -10,17 +10,16 @@ from vmoe.models.spec import list_models
 from vmoe.models.two_tower import TWO_TOWER_CONFIGS
 from vmoe.moe import SparseMoE
 
+VOCABULARY = {"vocab_size": 64, "eot_token_id": 63}
+
 
 def small(name):
     """Settings that leave two narrow blocks of a model, one of them with two experts."""
     blocks = {"depth": 2, "num_experts": 2, "num_selected_experts": 1, "moe_layers": [1], "num_heads": 4}
-    image, text = {**blocks, "embed_dim": 64}, {**blocks, "width": 64, "vocab_size": 64, "eot_token_id": 63}
+    image, text = {**blocks, "embed_dim": 64}, {**blocks, "width": 64, **VOCABULARY}
     if "soft" in name:
         del image["num_selected_experts"]
-        text = {
-            key: value for key, value in text.items() if key in ("vocab_size", "eot_token_id", "width", "num_heads")
-        }
-        text["depth"] = 2
+        text = {**VOCABULARY, "width": 64, "num_heads": 4, "depth": 2}
     if name in TWO_TOWER_CONFIGS:
         return {"image": image, "text": text, **({"embed_dim": 64} if "soft" in name else {})}
     return text if name in LIMOE_CONFIGS else image
@@ -70,9 +69,15 @@ VARIANTS = {
         {"global_pool": "map", "qk_norm": True, "representation_size": 8, "init_values": 0.1},
     ),
     "no head": ("softmoe_tiny_patch8_48", {"num_classes": 0, "reg_tokens": 2}),
-    "limoe map": ("limoe_tiny_patch8_48", {"pool": "map", "init_logit_bias": -10.0, "router_preset": "deepseek"}),
-    "a tower of timm with batch norms": ("two_tower_tiny_patch8_48", {"image": {"name": "resnet18"}, "text": {}}),
-    "text map": ("two_tower_tiny_patch8_48", {"text": {"pool": "map", "qk_norm": True}, "init_logit_bias": -10.0}),
+    "limoe map": ("limoe_tiny_patch8_48", {"pool": "map", "router_preset": "deepseek", **VOCABULARY}),
+    "a tower of timm with batch norms, text map": (
+        "two_tower_tiny_patch8_48",
+        {
+            "image": {"name": "resnet10t"},
+            "text": {"pool": "map", "qk_norm": True, "depth": 2, **VOCABULARY},
+            "init_logit_bias": -10.0,
+        },
+    ),
 }
 
 
