@@ -1,12 +1,9 @@
-import math
-
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 from timm.layers import set_fused_attn
-from timm.optim import create_optimizer_v2
 
 import vmoe
 from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE
@@ -58,18 +55,12 @@ def test_training_routes_patches_and_text_tokens_together():
     tight = tiny(capacity_factor=0.25)
     with vmoe.record_routing(tight) as record:
         tight(image, text)
-    metrics = record.layers["blocks.1.mlp"].metrics
-    assert metrics["share_dropped"] > 0.5
-
-
-def test_alone_only_its_own_tokens_are_routed():
-    model = tiny()
-    image, text = pairs()
+    assert record.layers["blocks.1.mlp"].metrics["share_dropped"] > 0.5
+    # Alone only its own tokens are routed.
     with vmoe.record_routing(model) as record:
         model.encode_text(text)
-    routing = record.layers["blocks.1.mlp"]
-    assert routing.load_by_modality["image"].sum() == 0
-    assert routing.mask.sum() == (text != 0).sum()
+    assert record.layers["blocks.1.mlp"].load_by_modality["image"].sum() == 0
+    assert record.layers["blocks.1.mlp"].mask.sum() == (text != 0).sum()
     with vmoe.record_routing(model) as record:
         model.encode_image(image)
     assert record.layers["blocks.1.mlp"].load_by_modality["text"].sum() == 0
@@ -124,22 +115,6 @@ def test_a_result_does_not_depend_on_the_batch():
         torch.testing.assert_close(model(image, text[:5])[0], image_features, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("num_experts", [0, 4])
-def test_it_learns_pairs(num_experts):
-    model = tiny(num_experts=num_experts, depth=2, global_entropy_min_experts=2)
-    image, text = pairs()
-    optimizer = create_optimizer_v2(model, "adamw", lr=2e-3, weight_decay=0.0)
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    for _ in range(12):
-        with vmoe.record_routing(model) as record:
-            loss = ClipLoss()(*model(image, text)) + record.auxiliary_loss()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.5 * math.log(6)
-    assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
-
-
 @pytest.mark.slow
 def test_compiles_as_one_graph():
     torch._dynamo.reset()
@@ -148,12 +123,6 @@ def test_compiles_as_one_graph():
     image, text = pairs()
     for ours, theirs in zip(compiled(image, text), model(image, text)):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-
-
-def test_another_image_size():
-    model = tiny(depth=2).eval()
-    model.set_input_size(72)
-    assert model.encode_image(torch.randn(1, 3, 72, 72)).shape == (1, 128)
 
 
 def test_mistakes_are_named():
