@@ -136,7 +136,7 @@ class Kinds:
         ("numbers", 0.9, "write a list, as in [0.9]"),
         ("pair", 0.9, "write a list of 2 values"),
         ("pair", [0.9], "write a list of 2 values"),
-        ("path", ["a", "b"], "give one value, not a list"),
+        ("path", ["a", "b"], "give one path"),
         ("share", ["a"], "give one value, not a list"),
         ("share", "none", "write null for none"),
         ("share", False, "write null for none"),

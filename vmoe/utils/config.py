@@ -248,7 +248,7 @@ def _converted(name: str, value: Any, annotation: Any) -> Any:
         elif isinstance(value, _INSTANCES.get(kind, kind)) and (kind is bool or not isinstance(value, bool)):
             return float(value) if kind is float and isinstance(value, int) else value
     shown = f"{name} must be {_type_name(annotation)}, got {printable(repr(value))}"
-    remedy = _remedy(_members(annotation), value)
+    remedy = _remedy(name, _members(annotation), value)
     raise ConfigError(f"{shown}; {printable(remedy)}" if remedy else shown)
 
 
@@ -259,7 +259,7 @@ def _type_name(annotation: Any) -> str:
     return annotation.__name__ if type(annotation) is type else str(annotation).replace("typing.", "")
 
 
-def _remedy(members: tuple[Any, ...], value: Any) -> str:
+def _remedy(name: str, members: tuple[Any, ...], value: Any) -> str:
     """What to write instead of a value that is of none of a setting's types; "" if that is not known."""
     kinds = {typing.get_origin(member) or member: typing.get_args(member) for member in members}
     is_list = isinstance(value, (list, tuple))
@@ -268,7 +268,8 @@ def _remedy(members: tuple[Any, ...], value: Any) -> str:
     if tuple in kinds:
         return f"write a list of {len(kinds[tuple])} values"
     if is_list and list not in kinds and dict not in kinds:
-        return "give one value, not a list"
+        several = "give one path; several data sets are a mixture, and shards may be joined by '::'"
+        return several if name.endswith("path") else "give one value, not a list"
     if list in kinds and not is_list:
         entry = json.dumps(str(value)) if kinds[list][0] is str else value
         return "write a list of sections" if _section(kinds[list][0]) else f"write a list, as in [{entry}]"
