@@ -13,7 +13,7 @@ from vmoe.utils.config import check_types
 FIELDS_OF_SOME_TYPES = {
     **{"name": ("torchvision",), "delimiter": ("pairs",), "label_key": ("hf",), "streaming": ("hf",)},
     **{"image_root": ("pairs", "karpathy"), "image_key": ("pairs", "hf"), "caption_key": ("pairs", "shards", "hf")},
-    **{"class_names": ("image_folder", "shards"), "labels_file": ("imagenet", "imagenet_real")},
+    **{"class_names": ("image_folder", "shards"), "labels_file": ("imagenet_real",)},
     **{"shuffle_buffer": ("shards", "hf"), "streams": ("shards", "hf"), "sources": ("mixture",)},
 }
 # Types whose images are not read from files, or by torchvision, or by the sources of a mixture.
@@ -56,8 +56,7 @@ class SourceConfig:
             (default: samples have no labels). "image_folder": a .txt file with a name per line, in the order of the
             sorted folders, or a .json file with a list or {folder: name} (default: the folder names, or WordNet's words
             where every folder is an ImageNet synset such as n01440764).
-        labels_file: "imagenet" with all images in one folder: the file of their labels (default: the one found in that
-            folder or the one above). "imagenet_real": real.json (default: timm's copy).
+        labels_file: "imagenet_real": real.json (default: timm's copy).
         label_key: "hf": the column of the label (default: the one of type ClassLabel, if there is just one).
         shuffle_buffer: "shards", and "hf" with streaming: samples of neighbouring files that are shuffled together
             (default: 100000 and 1000).

@@ -59,10 +59,10 @@ def test_missing_conditions_are_logged(root, caplog):
 def test_folders_and_files_that_do_not_belong_are_named(root):
     (root / "gaussian_noise" / "6").mkdir()
     message = complaint(root)
-    assert message.startswith(f"{root}/gaussian_noise: holds folder 6, not of this data set\n")
-    assert "│   ├── 1/                  (severities, 1 to 5)" in message
+    assert message.startswith(f"{root}/gaussian_noise: holds folder 6, not of this data set; ")
+    assert "; expected CORRUPTION/SEVERITY/SYNSET/IMAGE, such as " in message
     (root / "gaussian_noise" / "6").rename(root / "noise")
-    assert complaint(root).startswith(f"{root}: holds folder noise, not of this data set\n")
+    assert complaint(root).startswith(f"{root}: holds folder noise, not of this data set; ")
     (root / "noise").rename(root / "fog")
     assert f"{root}/fog: holds no folders" in complaint(root)
     (root / "fog").rmdir()

@@ -59,10 +59,10 @@ def test_the_red_border_is_cut_off(root):
         build_dataset(SourceConfig("objectnet", str(root)))[0]
 
 
-def test_the_images_folder_alone_is_refused_with_both_trees(root):
+def test_the_images_folder_alone_is_refused_with_both_layouts(root):
     message = complaint(root / "images")
-    assert message.startswith(f"{root}/images: has no folder images\n")
-    assert "└── mappings/" in message
+    assert message.startswith(f"{root}/images: has no folder images; ")
+    assert "and mappings/ (see docs/evaluation.md)" in message
 
 
 def test_unknown_and_missing_folders_are_named(root):

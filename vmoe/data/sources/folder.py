@@ -20,14 +20,7 @@ from vmoe.utils.printable import escaped, is_unprintable
 
 logger = logging.getLogger("vmoe.data")
 
-LAYOUT = """
-FOLDER/
-├── cat/        (one folder per class)
-│   ├── 1.jpg
-│   └── 2.png
-└── dog/
-    └── 1.jpg
-"""
+LAYOUT = "CLASS/IMAGE, such as cat/1.jpg"
 
 
 class ImageFolder(ImageFiles):

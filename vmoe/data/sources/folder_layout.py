@@ -26,9 +26,9 @@ def is_junk(name: str) -> bool:
 
 
 class TreeReader:
-    """Lists the folders and images of a data set.
+    """Lists the folders and images of a data set; every mistake is a ValueError.
 
-    Every mistake is a ValueError; those of the layout show the expected one, drawn in a few lines.
+    `layout` is a line that errors show: the expected path of an image below the root.
     """
 
     def __init__(self, root: str | Path, layout: str) -> None:
@@ -74,12 +74,11 @@ class TreeReader:
             return folders
         raise self.error(problem, folder)
 
-    def images(self, folder: str = "", allowed: Collection[str] = ()) -> list[str]:
-        """Sorted names of the images in a folder where nothing else (but files in `allowed`) may be."""
+    def images(self, folder: str = "") -> list[str]:
+        """Sorted names of the images in a folder where nothing else may be."""
         folders, files = self.entries(folder)
         if folders:
             raise self.error(f"holds {_names(folders, 'folder')}, and only images may be there", folder)
-        files = [name for name in files if name not in allowed]
         others = [name for name in files if not name.lower().endswith(IMAGE_SUFFIXES)]
         if others:
             raise ValueError(
@@ -115,14 +114,11 @@ class TreeReader:
             self.warn_of_junk()
 
     def error(self, problem: str, folder: str = "") -> ValueError:
-        """An error about a folder of the tree that shows what is in it, and the expected tree."""
+        """An error about a folder of the tree that shows what is in it, and what is expected."""
         folders, files = self.entries(folder)
-        names = [f"{name}/" for name in folders] + files
-        more = f", ... ({len(names) - MAX_SHOWN:,} more)" if len(names) > MAX_SHOWN else ""
-        found = ", ".join(names[:MAX_SHOWN]) + more if names else "nothing"
-        lines = [f"  {line}" for line in self.layout.strip("\n").splitlines()]
-        first = f"{self.root / folder}: {problem}"
-        return ValueError("\n".join([first, f"found: {found}", "expected (see docs/evaluation.md):", *lines]))
+        found = _first([*(f"{name}/" for name in folders), *files]) or "nothing"
+        expected = f"expected {self.layout} (see docs/evaluation.md)"
+        return ValueError(f"{self.root / folder}: {problem}; found {found}; {expected}")
 
     def warn_of_junk(self) -> None:
         """Logs what was skipped since the last call."""

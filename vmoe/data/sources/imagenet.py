@@ -21,47 +21,23 @@ from vmoe.data.dataset import ImageFiles
 from vmoe.data.images import file_errors
 from vmoe.data.sources.folder import synset_words
 from vmoe.data.sources.folder_layout import TreeReader
-from vmoe.utils.files import read_json, read_text
+from vmoe.utils.files import read_json
 
 logger = logging.getLogger("vmoe.data")
 
-_CLASS_FOLDERS = """
-FOLDER/   (for other classes use data type image_folder)
-├── {:<16} (a folder per {})
-│   ├── {}
-│   └── ...
-└── ... {}
-"""
-_FLAT = """or, with a file of labels in it or beside it,
-FOLDER/
-├── ILSVRC2012_val_00000001.JPEG
-└── ... (50,000 images)
-"""
 LAYOUTS = {
-    "imagenet": _CLASS_FOLDERS.format("n01440764/", "synset", "ILSVRC2012_val_00000293.JPEG", "(1,000)") + _FLAT,
-    "imagenet_v2": _CLASS_FOLDERS.format("0/", "label", "1.jpeg", "(up to 999)"),
-    "imagenet_a": _CLASS_FOLDERS.format("n01498041/", "synset, 200 in all", "1.jpg", "(and README.txt)"),
-    "imagenet_r": _CLASS_FOLDERS.format("n01443537/", "synset, 200 in all", "art_0.jpg", "(and README.txt)"),
-    "imagenet_sketch": _CLASS_FOLDERS.format("n01440764/", "synset", "sketch_0.JPEG", "(1,000 folders)"),
-    "imagenet_c": """
-FOLDER/
-├── gaussian_noise/         (corruptions)
-│   ├── 1/                  (severities, 1 to 5)
-│   │   ├── n01440764/      (1,000 synset folders)
-│   │   │   ├── ILSVRC2012_val_00000293.JPEG
-│   │   │   └── ...
-│   │   └── ...
-│   └── ...
-└── shot_noise/
-""",
+    "imagenet": "SYNSET/IMAGE, such as n01440764/ILSVRC2012_val_00000293.JPEG, in 1,000 folders",
+    "imagenet_v2": "LABEL/IMAGE, such as 0/1.jpeg, in folders 0 to 999",
+    "imagenet_a": "SYNSET/IMAGE, such as n01498041/1.jpg, in 200 folders",
+    "imagenet_r": "SYNSET/IMAGE, such as n01443537/art_0.jpg, in 200 folders",
+    "imagenet_sketch": "SYNSET/IMAGE, such as n01440764/sketch_0.JPEG, in 1,000 folders",
+    "imagenet_c": "CORRUPTION/SEVERITY/SYNSET/IMAGE, such as fog/1/n01440764/ILSVRC2012_val_00000293.JPEG",
 }
 # Images in the published sets; another number is pointed out, since results are then not comparable.
 PUBLISHED_SIZES = {
     **{"imagenet": 50_000, "imagenet_v2": 10_000, "imagenet_a": 7_500, "imagenet_r": 30_000},
     **{"imagenet_sketch": 50_889, "imagenet_real": 46_837},
 }
-# Looked for in this order, in the folder of the images and in the one above.
-LABELS_FILES = ("imagenet_2012_validation_synset_labels.txt", "synset_labels.txt", "LOC_val_solution.csv", "val.txt")
 # The 15 of the benchmark, in the paper's order; the 4 further ones of its download do not count into the mean.
 CORRUPTIONS = (
     "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
@@ -69,7 +45,7 @@ CORRUPTIONS = (
 )  # fmt: skip
 EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 SEVERITIES = (1, 2, 3, 4, 5)
-_VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})(\.jpe?g)?", re.IGNORECASE)
+_VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.jpe?g", re.IGNORECASE)
 
 
 @functools.cache
@@ -110,24 +86,19 @@ class _ImageNetFiles(ImageFiles):
 class ImageNet(_ImageNetFiles):
     """ImageNet-1k's validation set; ImageNet-V2 (1902.10811), -A (1907.07174), -R (2006.16241), -Sketch (1905.13549).
 
-    A folder per class: named by label in V2, else by synset; the validation set may also be flat, with a file of
-    labels. -A and -R have 200 of the classes, by timm's tables, and labels 0 to 199; a classifier of 1,000 classes is
-    judged by its outputs for the 200, as in the papers.
+    A folder per class: named by label in V2, else by synset. -A and -R have 200 of the classes, by timm's tables, and
+    labels 0 to 199; a classifier of 1,000 classes is judged by its outputs for the 200, as in the papers.
     """
 
     def __init__(self, source: SourceConfig) -> None:
-        path, kind, columns = source.path, source.type, range(1000)
-        if kind == "imagenet":
-            names, labels = find_val_images(path, source.labels_file)
-        else:
-            allowed = ()
-            if kind in ("imagenet_a", "imagenet_r"):
-                columns = [int(line) for line in pkgutil.get_data("timm.data", f"_info/{kind}_indices.txt").split()]
-                self.class_columns = [[column] for column in columns]
-                allowed = ("README.txt",)  # in both downloads
-            named = kind != "imagenet_v2"
-            folders = [imagenet_synsets()[column] if named else str(column) for column in columns]
-            _, names, labels = TreeReader(path, LAYOUTS[kind]).class_tree(folders, allowed)
+        path, kind, columns, allowed = source.path, source.type, range(1000), ()
+        if kind in ("imagenet_a", "imagenet_r"):
+            columns = [int(line) for line in pkgutil.get_data("timm.data", f"_info/{kind}_indices.txt").split()]
+            self.class_columns = [[column] for column in columns]
+            allowed = ("README.txt",)  # in both downloads
+        named = kind != "imagenet_v2"
+        folders = [imagenet_synsets()[column] if named else str(column) for column in columns]
+        _, names, labels = TreeReader(path, LAYOUTS[kind]).class_tree(folders, allowed)
         super().__init__(path, names, labels)
         self.name_classes(kind, columns)
 
@@ -135,14 +106,18 @@ class ImageNet(_ImageNetFiles):
 class ImageNetReal(_ImageNetFiles):
     """ImageNet-1k's validation set with the reassessed labels of "Are we done with ImageNet?" (arXiv 2006.07159).
 
-    An image has all labels that its raters found in it. Those with none are left out, as the paper does.
+    The images are in synset folders, or all in one folder. An image has all labels that its raters found in it. Those
+    with none are left out, as the paper does.
     """
 
     def __init__(self, source: SourceConfig) -> None:
         path, real = source.path, read_real_labels(source.labels_file)
-        names, _ = find_val_images(path, None, need_labels=False)
-        numbers = [val_number(name) for name in names]
-        if strange := [name for name, number in zip(names, numbers) if number not in range(1, len(real) + 1)]:
+        tree = TreeReader(path, LAYOUTS["imagenet"])
+        names = tree.class_tree(imagenet_synsets())[1] if tree.entries()[0] else tree.images()
+        tree.warn_of_junk()
+        matches = [_VAL_NAME.fullmatch(name.rpartition("/")[2]) for name in names]
+        numbers = [int(match[1]) if match else 0 for match in matches]
+        if strange := [name for name, number in zip(names, numbers) if not 1 <= number <= len(real)]:
             raise ValueError(
                 f"{Path(path) / strange[0]}: ReaL knows images by their official names, ILSVRC2012_val_00000001.JPEG "
                 f"to {len(real):08d}; rename it or remove it"
@@ -196,71 +171,6 @@ class ImageNetC(_ImageNetFiles):
         condition, position = divmod(index, len(self.names))
         name = f"{self.conditions[condition]}/{self.names[position]}"
         return name, self.root / name
-
-
-def val_number(name: str) -> int | None:
-    """The number in an image's official name (ILSVRC2012_val_00000001.JPEG: 1), or None for another name."""
-    match = _VAL_NAME.fullmatch(name.rpartition("/")[2])
-    return int(match[1]) if match else None
-
-
-def find_val_images(path: str, labels_file: str | None, need_labels: bool = True) -> tuple[list[str], list[int]]:
-    """Names and labels of the images of the validation set in either layout.
-
-    `labels_file` is for a flat folder; None: the first of LABELS_FILES that is there. Without `need_labels` its images
-    get the label 0.
-    """
-    tree, synsets = TreeReader(path, LAYOUTS["imagenet"]), imagenet_synsets()
-    folders, files = tree.entries()
-    in_folders = not set(synsets).isdisjoint(folders)
-    if in_folders and labels_file is not None:
-        raise ValueError(f"labels_file {labels_file}: not for {path}, whose folders are the labels; leave it out")
-    if in_folders or not any(map(val_number, files)):
-        return tree.class_tree(synsets)[1:]
-    names = tree.images("", allowed=[*LABELS_FILES, Path(labels_file or "").name])
-    tree.warn_of_junk()
-    if strange := [name for name in names if val_number(name) is None]:
-        raise tree.error(f"holds {strange[0]} among the images of the validation set; move or remove it")
-    if not need_labels:
-        return names, [0] * len(names)
-    if labels_file is None:
-        candidates = [folder / name for folder in (tree.root, tree.root.resolve().parent) for name in LABELS_FILES]
-        labels_file = next((file for file in candidates if file.is_file()), None)
-        if labels_file is None:
-            remedy = f"set labels_file, or put one of {', '.join(LABELS_FILES)} beside them"
-            raise tree.error(f"holds images without class folders, and no file of their labels: {remedy}")
-    label_of = read_val_labels(labels_file)
-    if missing := [name for name in names if val_number(name) not in label_of]:
-        raise ValueError(f"labels_file {labels_file}: has no label for {len(missing)} images, as {missing[0]}")
-    labels = [label_of[val_number(name)] for name in names]
-    if missing := set(range(len(synsets))).difference(labels):
-        raise ValueError(f"{path}: {len(missing)} of {len(synsets)} classes have no image, as {synsets[min(missing)]}")
-    return names, labels
-
-
-def read_val_labels(file: str | Path) -> dict[int, int]:
-    """{number of the image: label} from one of the files in which the labels are published; ValueError: it is none.
-
-    They hold a synset per line, in the order of the images (TensorFlow's imagenet_2012_validation_synset_labels.txt),
-    or lines `NAME LABEL` with a synset or a label 0..999 (Caffe's val.txt), as Kaggle's LOC_val_solution.csv does.
-    """
-    with file_errors(f"labels_file {file}"):
-        lines = read_text(file).splitlines()
-    synsets = {synset: label for label, synset in enumerate(imagenet_synsets())}
-    numbered = synsets | {str(label): label for label in synsets.values()}
-    labels: dict[int, int] = {}
-    for line, text in enumerate(lines, start=1):
-        first, *others = re.split(r"[,\s]+", text.strip())
-        if first in ("", "ImageId"):  # Kaggle's header
-            continue
-        number, label = (val_number(first), numbered.get(others[0])) if others else (line, synsets.get(first))
-        if number is None or label is None or number in labels:
-            raise ValueError(
-                f"labels_file {file} line {line}: must be a synset as n01440764, or the name of a validation image "
-                f"with a synset or a label 0..999, each image once; got {text!r}"
-            )
-        labels[number] = label
-    return labels
 
 
 def read_real_labels(file: str | None) -> list[list[int]]:

@@ -14,17 +14,7 @@ from vmoe.utils.files import read_json
 # "restval" is the part of COCO's validation images that joins the training images.
 SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
 MAX_BYTES = 2**30  # dataset_coco.json has 144 MB
-LAYOUT = """
-image_root/
-├── train2014/                    (COCO)
-│   └── COCO_train2014_000000000009.jpg
-└── val2014/
-    └── COCO_val2014_000000000042.jpg
-or
-image_root/
-├── 1000092795.jpg                (Flickr30k)
-└── ...
-"""
+LAYOUT = "val2014/COCO_val2014_000000000042.jpg (COCO) or 1000092795.jpg (Flickr30k)"
 
 
 class KarpathyCaptions(ImageFiles):

@@ -15,19 +15,7 @@ from vmoe.utils.files import read_json, read_text
 
 BORDER = 2  # pixels of red, which its authors ask to cut off
 DOWNLOAD = "; it comes with ObjectNet's download"
-LAYOUT = """
-objectnet-1.0/
-├── images/
-│   ├── air_freshener/      (313 class folders)
-│   │   ├── 1.png
-│   │   └── ...
-│   └── ...
-└── mappings/
-    ├── folder_to_objectnet_label.json
-    ├── objectnet_to_imagenet_1k.json
-    ├── pytorch_to_imagenet_2012_id.json
-    └── imagenet_to_label_2012_v2
-"""
+LAYOUT = "images/CLASS/IMAGE, such as images/air_freshener/1.png, and mappings/"
 
 
 class ObjectNet(ImageFiles):
