@@ -122,14 +122,14 @@ def test_row_groups_are_read_once(folders, monkeypatch, window, streams):
 
 
 @pytest.mark.parametrize(
-    ("other", "message"),
+    ("other", "column"),
     [
-        ({"image": [b"x"], "text": ["a"]}, "column 'label' is missing, and is in .*a.parquet; all files must"),
-        ({"image": [b"x"], "label": [0], "text": [3]}, "column 'text' is of type int64, not string as in .*a.parquet"),
-        ({"image": [b"x"], "label": [0], "text": ["a"]}, "column 'label' has other classes than in .*a.parquet"),
+        ({"image": [b"x"], "text": ["a"]}, "label"),
+        ({"image": [b"x"], "label": [0], "text": [3]}, "text"),
+        ({"image": [b"x"], "label": [0], "text": ["a"]}, "label"),  # with the classes the other way round
     ],
 )
-def test_files_with_other_columns(tmp_path, other, message):
+def test_files_with_other_columns(tmp_path, other, column):
     def write(name, rows, classes):
         whole = datasets.Dataset.from_dict(rows)
         if "label" in rows:
@@ -137,10 +137,10 @@ def test_files_with_other_columns(tmp_path, other, message):
         whole.to_parquet(tmp_path / name)
 
     write("a.parquet", {"image": [b"x"], "label": [1], "text": ["b"]}, ["cat", "dog"])
-    write("b.parquet", other, ["dog", "cat"])
-    with pytest.raises(DataError, match=f"b.parquet: {message}") as caught:
+    write("b.parquet", other, ["cat", "dog"] if column == "text" else ["dog", "cat"])
+    problem = f"column '{column}' is missing, of another type or with other classes than in .*a.parquet; all files"
+    with pytest.raises(DataError, match=f"b.parquet: {problem}"):
         source(str(tmp_path), streaming=True)
-    assert "\n" not in str(caught.value)
 
 
 def test_mistakes_are_explained(folders, tmp_path):

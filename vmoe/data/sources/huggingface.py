@@ -30,7 +30,7 @@ class _Rows(ImageDataset):
 
     def choose_columns(self, features: Any, source: SourceConfig) -> None:
         """Sets which of the `datasets.Features` are read, by the settings or their usual names, and the classes."""
-        import datasets
+        from datasets import ClassLabel
 
         where, names = source.path, ", ".join(features)
 
@@ -40,31 +40,29 @@ class _Rows(ImageDataset):
                 raise ValueError(f"{where}: has no column {key!r}, only {names}; set {setting}")
             return key if key is not None else next((one for one in usual if one in features), None)
 
-        types = {name: str(getattr(kind, "dtype", kind)) for name, kind in features.items()}
-        labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+        labels = [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
         self.image_column = pick("image_key", IMAGE_KEYS)
         self.caption_column = pick("caption_key", (*CAPTION_KEYS, "txt"))
-        self.label_column = unnamed = pick("label_key", labels if len(labels) == 1 else ())
-        nothing = self.caption_column is None and self.label_column is None
+        self.label_column = pick("label_key", labels if len(labels) == 1 else ())
         if self.image_column is None:
             raise ValueError(f"{where}: has no column of images, only {names}; set image_key")
-        if nothing and labels:
-            raise ValueError(f"{where}: has several columns of labels, {', '.join(labels)}; set label_key to one")
-        if nothing:
-            plain = (name for name in LABEL_KEYS if re.fullmatch(r"u?int\d+|(large_)?string", types.get(name, "")))
-            unnamed = next(plain, None)
-        if unnamed not in (None, *labels):
-            text = types[unnamed] in TEXT_TYPES
-            call = f"class_encode_column({unnamed!r})" if text else f"cast_column({unnamed!r}, ClassLabel(names=[...]))"
+        if self.caption_column is None and self.label_column is None:
+            if labels:
+                raise ValueError(f"{where}: has several columns of labels, {', '.join(labels)}; set label_key to one")
+            self.label_column = next((name for name in LABEL_KEYS if name in features), None)  # for the advice below
+        if self.label_column not in (None, *labels):
+            name, kind = self.label_column, _type(features[self.label_column])
+            call = f"cast_column({name!r}, ClassLabel(names=[...]))"
+            if kind in TEXT_TYPES:
+                call = f"class_encode_column({name!r})"
             raise ValueError(
-                f"{where}: label_key {unnamed!r} is no column of type ClassLabel but of {types[unnamed]}: its classes "
-                f"have no names; give them some with dataset.{call} of datasets, and save it again"
+                f"{where}: label_key {name!r} is no column of type ClassLabel but of {kind}: its classes have no "
+                f"names; give them some with dataset.{call} of datasets, and save it again"
             )
-        if nothing:
-            raise ValueError(f"{where}: has neither captions nor labels among {names}; set caption_key or label_key")
         self.has_captions = self.caption_column is not None
-        if self.has_captions and types[self.caption_column] not in TEXT_TYPES:
-            kind = features[self.caption_column]
+        if not self.has_captions and self.label_column is None:
+            raise ValueError(f"{where}: has neither captions nor labels among {names}; set caption_key or label_key")
+        if self.has_captions and (kind := _type(features[self.caption_column])) not in TEXT_TYPES:
             raise ValueError(f"{where}: caption_key {self.caption_column!r} is a column of {kind}, not of text")
         self.classes = None if self.label_column is None else list(features[self.label_column].names)
         self.columns = list(filter(None, (self.image_column, self.caption_column, self.label_column)))
@@ -127,27 +125,30 @@ class ParquetRows(_Rows, ShardedDataset):
         def metadata(file: Path) -> tuple[Any, Any]:
             with _reading(file, "cannot be read as Parquet"):
                 facts = read_metadata(file)
-                return facts, facts.schema.to_arrow_schema()
+                return facts, datasets.Features.from_arrow_schema(facts.schema.to_arrow_schema())
 
         self.shuffle_buffer, self.streams = source.shuffle_buffer or 1000, source.streams or 1
         self.files = find_files(path, split, ".parquet")
         if not self.files:
             raise ValueError(f"{path}: holds no .parquet file, and streaming reads no others; leave streaming out")
         with ThreadPoolExecutor(OPENING_THREADS) as pool:
-            facts, schemas = zip(*pool.map(metadata, self.files))
-        numbers = [(file, one, number) for file, one in zip(self.files, facts) for number in range(one.num_row_groups)]
-        groups = {(file, number): one.row_group(number) for file, one, number in numbers}
-        self.groups = [key for key, group in groups.items() if group.num_rows]
-        if not self.groups:
+            facts, features = zip(*pool.map(metadata, self.files))
+        numbered = [(file, one, number) for file, one in zip(self.files, facts) for number in range(one.num_row_groups)]
+        groups = {(file, number): one.row_group(number) for file, one, number in numbered}
+        groups = {key: group for key, group in groups.items() if group.num_rows}
+        if not groups:
             raise ValueError(f"{path}: split {split!r} is empty; check its files")
         largest = max(group.total_byte_size for group in groups.values())
         if largest > MAX_GROUP_BYTES:
             raise ValueError(f"{path}: has a row group of {largest} bytes, too large to stream; leave streaming out")
-        self.set_sizes([groups[key].num_rows for key in self.groups])
-        with _reading(self.files[0], "its columns cannot be read"):
-            features = datasets.Features.from_arrow_schema(schemas[0])
-        self.choose_columns(features, source)
-        self._check_same(schemas)
+        self.groups = list(groups)
+        self.set_sizes([group.num_rows for group in groups.values()])
+        self.choose_columns(features[0], source)
+        for file, others in zip(self.files, features):
+            for name in self.columns:
+                if others.get(name) != features[0][name]:
+                    problem = f"column {name!r} is missing, of another type or with other classes than in"
+                    raise DataError(f"{file}: {problem} {self.files[0]}; all files must have the same")
         self._kept: OrderedDict[int, Any] = OrderedDict()
 
     def row(self, index: int) -> tuple[dict[str, Any], str]:
@@ -155,24 +156,6 @@ class ParquetRows(_Rows, ShardedDataset):
         table = self._table(group)
         file, number = self.groups[group]
         return {name: table[name][row].as_py() for name in self.columns}, f"{file}: row {row} of group {number}"
-
-    def _check_same(self, schemas: Sequence[Any]) -> None:
-        """Raises DataError if a file's columns in use are not of the first file's types and classes."""
-        from datasets import Features
-
-        for file, schema in zip(self.files, schemas):
-            for name in self.columns:
-                kind = schemas[0].field(name).type
-                if name not in schema.names:
-                    problem = "is missing, and is in"
-                elif schema.field(name).type != kind:
-                    problem = f"is of type {schema.field(name).type}, not {kind} as in"
-                # None: not written by `datasets`
-                elif getattr(Features.from_arrow_schema(schema)[name], "names", None) not in (None, self.classes):
-                    problem = "has other classes than in"
-                else:
-                    continue
-                raise DataError(f"{file}: column {name!r} {problem} {self.files[0]}; all files must have the same")
 
     def _table(self, group: int) -> Any:
         """The rows of a group; the groups that the last two windows of each stream met are kept.
@@ -258,9 +241,12 @@ def _datasets(path: str) -> Any:
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"data of type 'hf' need the package {error.name}: pip install -e '.[hf]' in a checkout"
-        ) from None
+        remedy = "pip install -e '.[hf]' in a checkout"
+        raise ModuleNotFoundError(f"data of type 'hf' need the package {error.name}: {remedy}") from None
     if not Path(path).exists():
         raise DataError(f"{path}: no such folder; download the data set first, nothing is read from the network")
     return datasets
+
+
+def _type(feature: Any) -> str:
+    return str(getattr(feature, "dtype", feature))
