@@ -55,7 +55,7 @@ class Batch(NamedTuple):
 class BatchReader(Dataset):
     """Maps a BatchKey to its Batch; a pure function of key and seed, in whichever worker process it runs.
 
-    A bad sample is replaced by another with `replace_bad`, else left out.
+    A bad sample is replaced by another with `replace_bad`, else skipped.
     """
 
     def __init__(
@@ -77,33 +77,31 @@ class BatchReader(Dataset):
         try:
             with isolated_randomness():
                 for index, epoch in zip(key.indices, key.epochs, strict=True):
-                    samples += self._read(epoch, index, bad)
+                    if sample := self._read(epoch, index, bad):
+                        samples.append(sample)
         except DataError as error:
             return Batch({}, bad, 0, error=str(error))
         num_read = len(key.indices) + (len(bad) if self.replace_bad else 0)
         batch = self._stack(samples) if samples else Batch({})
         return batch._replace(bad=bad, num_read=num_read, seconds=time.perf_counter() - began)
 
-    def _read(self, epoch: int, index: int, bad: list[tuple[str, str]]) -> list[tuple]:
-        """[(index, image, label, caption)] of a sample or its replacement; [] where it is left out."""
-        candidate = index
-        for attempt in range(1, MAX_REPLACEMENTS + 1):
+    def _read(self, epoch: int, index: int, bad: list[tuple[str, str]]) -> tuple | None:
+        """(index, image, label, caption) of a sample or its replacement; None where it is skipped."""
+        for attempt in range(MAX_REPLACEMENTS if self.replace_bad else 1):
+            candidate = derive_seed(self.seed, epoch, index, attempt) % len(self.dataset) if attempt else index
             try:
                 image, label, caption, _ = self.dataset[candidate]
             except BadSample as error:
                 bad.append((error.path, error.reason))
-                if not self.replace_bad:
-                    return []
-                candidate = derive_seed(self.seed, epoch, index, attempt) % len(self.dataset)
                 continue
             seed_process(derive_seed(self.seed, epoch, index))
             # (H, W, 3) uint8 is copied once, into the batch
             pixels = np.asarray(self.transform.geometry(image)) if self.normalize_later else self.transform(image)
-            return [(index, pixels, label, caption)]
-        return []
+            return index, pixels, label, caption
+        return None
 
     def _stack(self, samples: list[tuple]) -> Batch:
-        """The tensors of a batch of (index, image, label, caption), and the captions that were cut."""
+        """The batch of (index, image, label, caption) tuples."""
         indices, images, labels, captions = zip(*samples)
         image = torch.from_numpy(np.stack(images)) if self.normalize_later else torch.stack(images)
         tensors = {"image": image, "index": torch.tensor(indices)}
@@ -127,7 +125,7 @@ class BatchReader(Dataset):
 
 
 class _Loader:
-    """What both loaders share: worker processes that read batches, and what happens to a batch that arrives."""
+    """What both loaders share: the worker processes, and what is done with a batch that arrives."""
 
     def __init__(self, reader: BatchReader, config: LoaderConfig, on_bad: str, device: torch.device | str | None):
         if reader.tokenizer is not None and not reader.dataset.has_captions:
@@ -138,7 +136,7 @@ class _Loader:
         self.num_cut = 0
 
     def _start(self) -> Iterator[Batch]:
-        """The batches of the keys, in their order; says once if there are more workers than cores."""
+        """The batches of the keys, in their order; warns once if there are more workers than cores."""
         if world()[0] == 0 and self.config.num_workers > own_cores():
             workers = f"num_workers is {self.config.num_workers}, more than"
             warn_once(f"{workers} the CPU cores of this process ({own_cores()}), which may make reading slower")
@@ -148,7 +146,6 @@ class _Loader:
                 self.reader,
                 sampler=self._keys(),
                 batch_size=None,  # a key is a batch
-                collate_fn=_identity,
                 num_workers=self.config.num_workers,
                 pin_memory=self.config.pin_memory and torch.cuda.is_available(),
                 worker_init_fn=_leave_signals_to_the_main_process,
@@ -157,7 +154,7 @@ class _Loader:
             return iter(loader)
 
     def _check(self, batch: Batch) -> None:
-        """Raises if the batch tells to stop; counts the captions that were cut, and logs the first batch with one."""
+        """Raises a batch's error; counts the captions that were cut, and logs the first batch with one."""
         if batch.error is not None:
             raise DataError(batch.error)
         if batch.bad and self.fail:
@@ -182,9 +179,8 @@ class TrainLoader(_Loader):
     classes, "text": (B, L) long where there is a tokenizer}. "index" is that of the sample asked for, also where
     another one replaces it because it is bad.
 
-    Order and augmentation follow from (seed, epoch, index) alone: they do not depend on `num_workers`, on the process's
-    random state, or on where a run was stopped. Process r of W hands out rows r * B/W to (r+1) * B/W of each batch; so
-    the batches of a run, and a position in it, are the same for any number of processes.
+    Order and augmentation follow from (seed, epoch, index) alone. Process r of W hands out rows r * B/W to
+    (r+1) * B/W of each batch, so a position is the same for any number of processes.
 
     Args:
         transform: see `build_transform`; any callable from PIL image to (3, H, W) float tensor will do.
@@ -194,13 +190,13 @@ class TrainLoader(_Loader):
 
     Attributes:
         step: batches handed out so far; an epoch has steps_per_epoch.
-        num_read, num_bad: samples that this process read for its part, replacements included, and bad ones among them.
+        num_read, num_bad: samples that this process read, replacements included, and bad ones among them.
         bad_paths: {path: reason} of the bad samples met by this object.
         num_cut: captions so far that are longer than the tokenizer's context; the first batch with one is logged.
 
     Raises:
         ValueError: the batch size does not suit the data set or the number of processes, or there are no captions.
-        TooManyBadSamples, DataError: while iterating; see LoaderConfig.max_bad_share, or a file is broken or changed.
+        TooManyBadSamples, DataError: while iterating: more than `max_bad_share` are bad, or a file is broken.
     """
 
     def __init__(
@@ -236,7 +232,7 @@ class TrainLoader(_Loader):
 
     @property
     def samples_per_second(self) -> float:
-        """Samples per second of all workers of this process together, as if none ever waited; NaN before the first."""
+        """Samples per second that this process's workers can read together; NaN before the first."""
         workers = max(1, self.config.num_workers)
         return workers * self._samples / self._seconds if self._samples else math.nan
 
@@ -302,7 +298,7 @@ class EvalLoader(_Loader):
     """All samples once, in order; the last batch may be smaller. Arguments and batches as for `TrainLoader`.
 
     Where torch.distributed runs, each process reads its share of the same batches: number rank, rank + world, ... A bad
-    sample raises BadSample, or with `on_bad="skip"` is left out and counted. `indices` are of the samples that all
+    bad sample raises BadSample, or with `on_bad="skip"` is skipped and counted. `indices` are of the samples that all
     processes read together, in this order (default: all). `skipped_paths` and `num_cut` are of the last pass.
     """
 
@@ -363,7 +359,3 @@ def _leave_signals_to_the_main_process(_worker: int) -> None:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
-
-
-def _identity(batch: Batch) -> Batch:
-    return batch
