@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from braceexpand import braceexpand
@@ -26,14 +27,40 @@ from vmoe.data.sources.folder import read_class_names
 from vmoe.data.texts import warn_once
 from vmoe.utils.files import parse_json, read_json
 from vmoe.utils.printable import printable
+from vmoe.utils.world import world
 
 logger = logging.getLogger("vmoe.data")
 
 MAX_TEXT_BYTES = 2**20
-MAX_KEPT = 64  # indices in memory
+MAX_OPEN = 64  # shards whose index is in memory and whose file is open
 INDEX_THREADS = 8
 MAX_SHARDS = 1_000_000
 COUNT_AGAIN = "; remove {}, and the shards are counted again"
+
+
+class _Members(NamedTuple):
+    """Where the members of a sample are."""
+
+    file: BinaryIO
+    entry: np.void  # of dtype ENTRY
+    name: str  # for messages
+
+    def read(self, part: str) -> bytes:
+        offset, size = int(self.entry[f"{part}_block"]) * BLOCK, int(self.entry[f"{part}_size"])
+        with file_errors(self.file.name):
+            # At an offset, since forked workers share the position of an open file.
+            content = os.pread(self.file.fileno(), size, offset)
+        if len(content) != size:
+            raise DataError(f"{self.file.name}: was changed while it was read; start from scratch")
+        return content
+
+    def text(self, part: str) -> str:
+        if (size := self.entry[f"{part}_size"]) > MAX_TEXT_BYTES:
+            raise BadSample(self.name, f"its .{part} has {size} bytes, more than the limit of {MAX_TEXT_BYTES}")
+        try:
+            return self.read(part).decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise BadSample(self.name, f"its .{part} is not UTF-8") from None
 
 
 class Shards(ShardedDataset):
@@ -47,9 +74,9 @@ class Shards(ShardedDataset):
         self.paths = find_shards(source.path)
         self.caption_key = source.caption_key
         self.shuffle_buffer, self.streams = source.shuffle_buffer or 100_000, source.streams or 1
-        self._indices: OrderedDict[str, Index] = OrderedDict()
+        self._shards: OrderedDict[int, tuple[Index, BinaryIO]] = OrderedDict()  # the last MAX_OPEN
         self._count()
-        first = self._index(0).entries
+        first = self._open(0)[0].entries
         self.has_captions = bool(first["json_block"].any() or (first["txt_block"].any() and self.caption_key is None))
         if source.class_names is not None:
             self.classes = read_class_names(Path(source.class_names))
@@ -58,16 +85,19 @@ class Shards(ShardedDataset):
                 f"{self.paths[0]}: its samples have no captions (.txt or .json); for labels (.cls) set class_names"
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_shards": OrderedDict()}  # open files cannot be sent to a worker
+
     def __getitem__(self, index: int) -> Sample:
-        path, entry, name = self._find(index)
-        if not entry["image_block"]:
-            raise BadSample(name, "no image (.jpg, .jpeg, .png, .webp) beside it")
-        caption = self._caption(path, entry, name) if self.has_captions else None
-        label = self._label(path, entry, name) if self.classes is not None else None
-        return Sample(self.load(name, self._read(path, entry, "image")), label, caption, name)
+        members = self._find(index)
+        if not members.entry["image_block"]:
+            raise BadSample(members.name, "no image (.jpg, .jpeg, .png, .webp) beside it")
+        caption = self._caption(members) if self.has_captions else None
+        label = self._label(members) if self.classes is not None else None
+        return Sample(self.load(members.name, members.read("image")), label, caption, members.name)
 
     def caption(self, index: int) -> str:
-        return self._caption(*self._find(index))
+        return self._caption(self._find(index))
 
     def _count(self) -> None:
         """Finds the size of each shard, and the file that says so (None where the shard itself does)."""
@@ -76,10 +106,14 @@ class Shards(ShardedDataset):
         unknown = [path for path in self.paths if said[path][1] is None]
         if unknown:
             logger.info("reading the headers of %d shards in %s, once", len(unknown), os.path.dirname(self.paths[0]))
+        # Each process starts elsewhere, and finds in the cache what others have indexed.
+        rank, processes = world()
+        start = rank * len(unknown) // processes
+        unknown = unknown[start:] + unknown[:start]
         with ThreadPoolExecutor(INDEX_THREADS) as pool:  # the indices themselves would fill the memory
             facts = pool.map(lambda path: (len((index := read_index(path)).entries), *index[2:]), unknown)
             counted = dict(zip(unknown, facts))
-        dotted = [(number, f"{path}: {first}") for path, (_, number, first) in counted.items() if number]
+        dotted = [(number, f"{path}: {first}") for path, (_, number, first) in sorted(counted.items()) if number]
         if dotted:
             skipped = dotted_members(sum(number for number, _ in dotted), dotted[0][1])
             logger.warning("%d of %d shards: %s", len(dotted), len(self.paths), skipped)
@@ -96,69 +130,55 @@ class Shards(ShardedDataset):
             message = f"{len(empty)} of {len(self.paths)} shards are empty, as {path}, of which {file} says 0 samples"
             if len(empty) == len(self.paths):
                 raise DataError(f"{message}; all downloads may have failed, so download them again")
-            logger.warning("%s; they are left out", message)
+            logger.warning("%s; they are skipped", message)
             self.paths = [path for path in self.paths if path not in empty]
 
-    def _index(self, shard: int) -> Index:
+    def _open(self, shard: int) -> tuple[Index, BinaryIO]:
+        """The index and the file of a shard; DataError: it does not hold as many samples as it should."""
         path, said_by = self.paths[shard], self.said_by[shard]
-        if path not in self._indices:
-            self._indices[path] = read_index(path)
-            if len(self._indices) > MAX_KEPT:
-                self._indices.popitem(last=False)
-        self._indices.move_to_end(path)
-        index = self._indices[path]
-        if len(index.entries) != self.sizes[shard]:
-            remedy = COUNT_AGAIN.format(said_by) if said_by else "; start from scratch"
-            remedy = f"; {dotted_members(*index[2:])}" if index.num_dotted else remedy
-            says = f"{said_by} says" if said_by else "it had"
-            raise DataError(f"{path}: holds {len(index.entries)} samples, but {says} {self.sizes[shard]}{remedy}")
-        if index.num_dotted and said_by:
-            warn_once(f"{path}: {dotted_members(*index[2:])}")
-        return index
+        if shard not in self._shards:
+            index = read_index(path)
+            dotted = dotted_members(*index[2:]) if index.num_dotted else None
+            if len(index.entries) != self.sizes[shard]:
+                remedy = COUNT_AGAIN.format(said_by) if said_by else "; start from scratch"
+                says = f"{said_by} says" if said_by else "it had"
+                problem = f"holds {len(index.entries)} samples, but {says} {self.sizes[shard]}"
+                raise DataError(f"{path}: {problem}{f'; {dotted}' if dotted else remedy}")
+            if dotted and said_by:
+                warn_once(f"{path}: {dotted}")
+            with file_errors(path):
+                self._shards[shard] = index, open(path, "rb", buffering=0)  # noqa: SIM115 (it stays open)
+            if len(self._shards) > MAX_OPEN:
+                self._shards.popitem(last=False)
+        self._shards.move_to_end(shard)
+        return self._shards[shard]
 
-    def _find(self, index: int) -> tuple[str, np.void, str]:
-        """(shard, entry, name for messages) of a sample."""
+    def _find(self, index: int) -> _Members:
         shard, number = self.locate(index)
-        path, found = self.paths[shard], self._index(shard)
-        return path, found.entries[number], f"{path}: {found.names[number]!r}"
+        found, file = self._open(shard)
+        return _Members(file, found.entries[number], f"{self.paths[shard]}: {found.names[number]!r}")
 
-    def _read(self, path: str, entry: np.void, part: str) -> bytes:
-        offset, size = int(entry[f"{part}_block"]) * BLOCK, int(entry[f"{part}_size"])
-        with file_errors(path), open(path, "rb", buffering=0) as file:
-            file.seek(offset)
-            content = file.read(size)
-        if len(content) != size:
-            raise DataError(f"{path}: was changed while it was read; start from scratch")
-        return content
-
-    def _text(self, path: str, entry: np.void, part: str, name: str) -> str:
-        if (size := entry[f"{part}_size"]) > MAX_TEXT_BYTES:
-            raise BadSample(name, f"its .{part} has {size} bytes, more than the limit of {MAX_TEXT_BYTES}")
-        try:
-            return self._read(path, entry, part).decode("utf-8-sig")
-        except UnicodeDecodeError:
-            raise BadSample(name, f"its .{part} is not UTF-8") from None
-
-    def _caption(self, path: str, entry: np.void, name: str) -> str:
+    def _caption(self, members: _Members) -> str:
+        entry, name = members.entry, members.name
         if self.caption_key is None and entry["txt_block"]:
-            return clean_caption(self._text(path, entry, "txt", name), name)
+            return clean_caption(members.text("txt"), name)
         if not entry["json_block"]:
             raise BadSample(name, "no caption (.txt or .json) beside it")
         key = self.caption_key or "caption"
         try:
-            content = parse_json(self._text(path, entry, "json", name))
+            content = parse_json(members.text("json"))
         except ValueError as error:
             raise BadSample(name, f"its .json is {error}") from None
         if not isinstance(content, dict) or not isinstance(content.get(key), str):
             raise BadSample(name, f"its .json has no text {key!r}")
         return clean_caption(content[key], name)
 
-    def _label(self, path: str, entry: np.void, name: str) -> int:
-        if not entry["cls_block"]:
-            raise BadSample(name, "no label (.cls) beside it")
-        text = self._text(path, entry, "cls", name).strip()
+    def _label(self, members: _Members) -> int:
+        if not members.entry["cls_block"]:
+            raise BadSample(members.name, "no label (.cls) beside it")
+        text = members.text("cls").strip()
         if not re.fullmatch("[0-9]{1,9}", text) or int(text) >= len(self.classes):
-            raise BadSample(name, f"label {text[:20]!r} is none of the {len(self.classes)} classes")
+            raise BadSample(members.name, f"label {text[:20]!r} is none of the {len(self.classes)} classes")
         return int(text)
 
     def _add_facts(self, facts: Fingerprint) -> None:
@@ -169,28 +189,23 @@ class Shards(ShardedDataset):
 
 def find_shards(path: str) -> list[str]:
     """The shards that a setting names, sorted within each of its parts; no shard may be named twice."""
-    shown = printable(path)
-    if "\0" in path:
-        raise DataError(f"path {shown}: no path has a zero byte; check the data source's path")
     found: dict[str, str] = {}  # by the path that links lead to
     for part in path.split("::"):
-        if not part:
-            raise DataError(f"path {shown}: has an empty part; name shards on both sides of each ::")
         for name in sorted(_expand(part)):
-            real = os.path.realpath(name)
-            if real in found:
-                also = f", also as {printable(found[real])}" if found[real] != name else ""
-                raise DataError(f"path {shown}: names {printable(name)} twice{also}; each sample must come once")
+            if (real := os.path.realpath(name)) in found:
+                both = f"{printable(name)} and {printable(found[real])}, which are one shard"
+                raise DataError(f"path {printable(path)}: names {both}; each sample must come once")
             found[real] = name
     return list(found.values())
 
 
 def _expand(part: str) -> Iterator[str]:
     """The shards of a folder, a glob or a brace pattern (`{00..02}`, `{a,b}`)."""
+    shown = f"path {printable(part)!r}"
     if os.path.isdir(part):
         names = glob.glob(os.path.join(glob.escape(part), "*.tar"))
         if not names:
-            raise DataError(f"{printable(part)}: this folder holds no .tar file; check the data source's path")
+            raise DataError(f"{shown}: this folder holds no .tar file; check the data source's path")
         yield from names
         return
     # braceexpand writes each range out before it combines them
@@ -201,13 +216,12 @@ def _expand(part: str) -> Iterator[str]:
     except ValueError:  # braces that do not match are part of the name
         patterns = [part]
     if many or len(patterns) > MAX_SHARDS:
-        raise DataError(f"path {printable(part)}: stands for more than {MAX_SHARDS} shards")
+        raise DataError(f"{shown}: stands for more than {MAX_SHARDS} shards")
     for pattern in patterns:
         names = glob.glob(pattern) if glob.has_magic(pattern) and not os.path.isfile(pattern) else [pattern]
-        missing = [name for name in names if not os.path.isfile(name)]
-        if missing or not names:
-            what = f"{printable(missing[0])}: no such shard" if missing else f"{printable(pattern)}: no file fits this"
-            raise DataError(f"{what}; check the data source's path {printable(part)}")
+        missing = [name for name in names or [pattern] if not os.path.isfile(name)]
+        if missing:
+            raise DataError(f"{shown}: there is no shard {printable(missing[0])!r}; check the data source's path")
         yield from names
 
 
@@ -217,14 +231,12 @@ def _said_sizes(paths: list[str]) -> dict[str, tuple[int | None, str | None]]:
     read = functools.cache(lambda file: read_json(file, kind=dict) if os.path.exists(file) else {})
     for path in paths:
         folder, name = os.path.split(path)
-        for file, key in (
-            (f"{os.path.splitext(path)[0]}_stats.json", "successes"),
-            (os.path.join(folder, "sizes.json"), name),
-        ):
+        stats = f"{os.path.splitext(path)[0]}_stats.json"
+        for file, key in ((stats, "successes"), (os.path.join(folder, "sizes.json"), name)):
             with file_errors(file, COUNT_AGAIN.format("it")):
-                size = read(file).get(key, -1)
-                if key in read(file) and (type(size) is not int or not 0 <= size < 2**40):
+                size = read(file).get(key)
+                if size is not None and (type(size) is not int or not 0 <= size < 2**40):
                     raise ValueError(f"{key} must be a number of samples, got {size!r}")
-            if size >= 0:
+            if size is not None:
                 said[path] = size, file
     return said
