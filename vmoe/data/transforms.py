@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from vmoe.data.seeding import derive_seed, isolated_randomness, seed_process
 from vmoe.utils.channels import to_channels
 
 
+@dataclass(eq=False, repr=False)
 class Transform:
     """From an image to a model's input: (C, H, W) float32, C = 1 or 3.
 
@@ -24,17 +26,10 @@ class Transform:
     normalised tensor, it does everything on each image.
     """
 
-    def __init__(
-        self,
-        geometry: Callable[[Image.Image], Image.Image],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        erase: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    ) -> None:
-        self.geometry = geometry
-        self.mean = torch.tensor(mean).view(-1, 1, 1)
-        self.std = torch.tensor(std).view(-1, 1, 1)
-        self.erase = erase
+    geometry: Callable[[Image.Image], Image.Image]
+    mean: torch.Tensor  # (C, 1, 1)
+    std: torch.Tensor
+    erase: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         normalized = self.normalize(torch.from_numpy(np.array(self.geometry(image))))
@@ -78,7 +73,7 @@ def build_transform(preprocess: dict[str, Any], augmentation: AugmentationConfig
         raise ValueError(f"auto_augment {settings.get('auto_augment')!r} is no policy of timm: {error}") from error
     # timm's last step makes a tensor; Transform does that itself, which is several times quicker
     composed.transforms = composed.transforms[:-1] + to_channels(preprocess["input_size"][0])
-    return Transform(composed, mean, std, erase)
+    return Transform(composed, torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1), erase)
 
 
 class SeededMixup(NamedTuple):
