@@ -49,7 +49,6 @@ def test_every_type_reads_files_as_the_settings_say(tmp_path, monkeypatch, photo
         {"type": "pairs", "path": str(tmp_path / "pairs.csv")},
         {"type": "shards", "path": str(tmp_path / "0.tar")},
         {"type": "hf", "path": str(tmp_path / "train.parquet")},
-        {"type": "hf", "path": str(tmp_path / "train.parquet"), "streaming": True},
         {"type": "image_folder", "path": str(tmp_path / "folder")},
     ]
     (tmp_path / "other.csv").write_text("image,caption\nfolder/class/a.jpg,a photo\n")

@@ -12,7 +12,7 @@ from vmoe.data.images import MAX_PIXELS, Reading
 from vmoe.data.sources.captions import PairsFile, PairsFolder
 from vmoe.data.sources.emoji import EmojiImages
 from vmoe.data.sources.folder import ImageFolder
-from vmoe.data.sources.huggingface import HuggingFace, ParquetRows
+from vmoe.data.sources.huggingface import HuggingFace
 from vmoe.data.sources.imagenet import ImageNet, ImageNetC, ImageNetReal
 from vmoe.data.sources.karpathy import KarpathyCaptions
 from vmoe.data.sources.mixture import Mixture
@@ -24,7 +24,7 @@ SOURCES: dict[str, Callable[[SourceConfig], ImageDataset]] = {
     **dict.fromkeys(("emoji", "emoji_groups"), EmojiImages),
     "pairs": lambda source: (PairsFolder if Path(source.path).is_dir() else PairsFile)(source),
     "shards": Shards,
-    "hf": lambda source: (ParquetRows if source.streaming else HuggingFace)(source),
+    "hf": HuggingFace,
     "mixture": lambda source: Mixture(
         [build_dataset(one) for one in source.sources], [one.weight for one in source.sources]
     ),

@@ -11,10 +11,10 @@ from vmoe.utils.config import check_types
 
 # A setting that the type does not read is a mistake.
 FIELDS_OF_SOME_TYPES = {
-    **{"name": ("torchvision",), "delimiter": ("pairs",), "label_key": ("hf",), "streaming": ("hf",)},
+    **{"name": ("torchvision",), "delimiter": ("pairs",), "label_key": ("hf",)},
     **{"image_root": ("pairs", "karpathy"), "image_key": ("pairs", "hf"), "caption_key": ("pairs", "shards", "hf")},
     **{"class_names": ("image_folder", "shards"), "labels_file": ("imagenet_real",)},
-    **{"shuffle_buffer": ("shards", "hf"), "streams": ("shards", "hf"), "sources": ("mixture",)},
+    **{"shuffle_buffer": ("shards",), "streams": ("shards",), "sources": ("mixture",)},
 }
 # Types whose images are not read from files, or by torchvision, or by the sources of a mixture.
 NOT_FROM_FILES = ("emoji", "emoji_groups", "torchvision", "mixture")
@@ -58,11 +58,9 @@ class SourceConfig:
             where every folder is an ImageNet synset such as n01440764).
         labels_file: "imagenet_real": real.json (default: timm's copy).
         label_key: "hf": the column of the label (default: the one of type ClassLabel, if there is just one).
-        shuffle_buffer: "shards", and "hf" with streaming: samples of neighbouring files that are shuffled together
-            (default: 100000 and 1000).
-        streams: "shards", and "hf" with streaming: positions of the data that are read side by side, each giving an
-            equal part of every batch (default: 1). The number of machines, so that each reads files of its own.
-        streaming: "hf": read the Parquet files where they are, without the copy that datasets makes of them.
+        shuffle_buffer: "shards": samples of neighbouring files that are shuffled together (default: 100000).
+        streams: "shards": positions of the data that are read side by side, each giving an equal part of every batch
+            (default: 1). The number of machines, so that each reads files of its own.
         exif_orientation: whether images are turned as their EXIF data say; not for the emoji types and "torchvision"
             (default: as the model was trained, or data.train in a training; else false, as in torchvision and timm).
         max_pixels: the largest image, in pixels (default: 89478485). A JPEG file of up to 4 times as many is read at
@@ -86,7 +84,6 @@ class SourceConfig:
     label_key: str | None = None
     shuffle_buffer: int | None = None
     streams: int | None = None
-    streaming: bool | None = None
     exif_orientation: bool | None = None
     max_pixels: int | None = None
     sources: list[SourceConfig] | None = None
@@ -110,8 +107,6 @@ class SourceConfig:
             raise ValueError(f"delimiter must be one character, such as ';' or '\\t', got {self.delimiter!r}")
         if self.weight is not None and not 0 < self.weight < math.inf:
             raise ValueError(f"weight must be > 0, got {self.weight}; leave a source out to draw nothing from it")
-        if self.type == "hf" and not self.streaming and (self.shuffle_buffer or self.streams):
-            raise ValueError("shuffle_buffer and streams of an 'hf' source need streaming: true (else all is shuffled)")
         if self.type == "mixture":
             self._check_mixture()
         if self.type in SPLITS and self.split not in SPLITS[self.type]:

@@ -353,7 +353,7 @@ def test_settings_that_do_not_fit(shards):
     for name in ("streams", "shuffle_buffer"):
         with pytest.raises(ValueError, match=f"{name} must be >= 1, got 0"):
             SourceConfig("shards", "x", **{name: 0})
-        with pytest.raises(ValueError, match=f"{name} is for shards and hf, and type is 'pairs'"):
+        with pytest.raises(ValueError, match=f"{name} is for shards, and type is 'pairs'"):
             SourceConfig("pairs", "x", **{name: 2})
 
 
