@@ -1,7 +1,5 @@
 """From a setting to a data set."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

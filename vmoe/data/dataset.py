@@ -1,7 +1,5 @@
 """The base classes of all data sets: a list of samples, each an image with a label, a caption or both."""
 
-from __future__ import annotations
-
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

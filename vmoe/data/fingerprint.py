@@ -1,7 +1,5 @@
 """A short text that identifies the data that results were made on: equal for equal data, on every machine."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Reads any image file as 8-bit RGB, or says in one sentence why it cannot."""
 
-from __future__ import annotations
-
 import io
 import logging
 import math

@@ -1,7 +1,5 @@
 """Batches for training (endless, at an exact position) and for evaluation (once, in order)."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import math
@@ -10,7 +8,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -227,7 +225,7 @@ class TrainLoader(_Loader):
         self.bad_paths: dict[str, str] = {}
         self._batches: Iterator[Batch] | None = None
 
-    def __iter__(self) -> TrainLoader:
+    def __iter__(self) -> Self:
         return self
 
     @property

@@ -4,8 +4,6 @@ A `Shuffle` is the order of one data set, a new one in every epoch. `EpochBatche
 draws batches from several data sets by weight. Only what saves time is kept between calls.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Randomness that depends on named numbers only, and leaves the process's own random state as it was."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import random

@@ -8,8 +8,6 @@ A sample is all members of one key, the part of a member's name before the first
 WebDataset. Members with other endings are skipped; those that look like a sample's (img_1.5.jpg) are counted.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

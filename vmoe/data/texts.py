@@ -1,7 +1,5 @@
 """Texts that are longer than a model's context: found, counted and logged once."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import logging

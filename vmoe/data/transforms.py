@@ -1,7 +1,5 @@
 """Images to tensors: timm's transforms and augmentation, and mixup over a batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Images with captions: from a CSV, TSV or JSONL file, or from a folder with a .txt file beside each image."""
 
-from __future__ import annotations
-
 import csv
 import itertools
 import logging

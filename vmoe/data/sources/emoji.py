@@ -1,7 +1,5 @@
 """Emoji as a data set that needs no download: OpenMoji's images (CC BY-SA 4.0) with their English names or groups."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import importlib

@@ -1,7 +1,5 @@
 """Image folders: one folder per class, labels as in torchvision."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import re

@@ -4,8 +4,6 @@ Only hidden files and folders (their name starts with a dot) and the few that op
 skipped, with a warning; see `is_junk`.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Collection, Sequence

@@ -1,7 +1,5 @@
 """Data sets of Hugging Face's `datasets` on this machine: Parquet or Arrow files, read without the network."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ Labels and words are timm's (sorted synsets), names for prompts open_clip's; bot
 All raise ValueError where the layout is another, a class is missing, or files do not fit together.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import logging

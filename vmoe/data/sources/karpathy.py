@@ -1,7 +1,5 @@
 """COCO and Flickr30k with captions, in Karpathy's splits (arXiv 1412.2306)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Several data sets as one, each with its share of the samples that training draws."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

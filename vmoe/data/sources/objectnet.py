@@ -1,7 +1,5 @@
 """ObjectNet (Barbu et al., NeurIPS 2019), in the layout of its download."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 

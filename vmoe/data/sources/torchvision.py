@@ -1,7 +1,5 @@
 """torchvision's own classification data sets, from disk."""
 
-from __future__ import annotations
-
 import inspect
 
 from torchvision import datasets

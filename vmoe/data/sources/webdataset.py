@@ -1,7 +1,5 @@
 """Images with captions or classes in shards: tar files in the layout of WebDataset, img2dataset and open_clip."""
 
-from __future__ import annotations
-
 import functools
 import glob
 import itertools
