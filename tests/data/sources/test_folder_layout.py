@@ -47,7 +47,7 @@ def test_a_file_that_is_no_image_is_named(tree):
     (tree / "dog" / "notes.txt").touch()
     (tree / "dog" / "list.csv").touch()
     message = complaint(tree)
-    assert message.startswith(f"{tree}/dog/list.csv: not an image (2 such in this folder)")
+    assert message.startswith(f"{tree}/dog: holds 2 files (list.csv, notes.txt), no image (.jpg, ")
     assert ".jpeg" in message
 
 

@@ -69,9 +69,7 @@ def test_flickr_lies_flat_in_a_folder_of_its_own(tmp_path):
     dataset = build(file, image_root=str(tmp_path / "flickr30k-images"))
     assert dataset.image_ids == ["1007129816.jpg"] * 5
     assert dataset[4].caption == "e"
-    message = complaint(file)
-    assert "holds none of the 1 images of dataset_coco.json, as 1007129816.jpg; set image_root" in message
-    assert "; found flickr30k-images/, dataset_coco.json; expected val2014/COCO_val2014_000000000042.jpg " in message
+    assert complaint(file) == f"{tmp_path}: holds none of the 1 images, as 1007129816.jpg; set image_root"
 
 
 def test_one_missing_image_or_caption_is_a_bad_sample(coco):

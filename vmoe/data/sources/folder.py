@@ -18,8 +18,6 @@ from vmoe.utils.printable import escaped, is_unprintable
 
 logger = logging.getLogger("vmoe.data")
 
-LAYOUT = "CLASS/IMAGE, such as cat/1.jpg"
-
 
 class ImageFolder(ImageFiles):
     """One folder per class; labels are the positions of the sorted folder names, as in torchvision.
@@ -31,7 +29,8 @@ class ImageFolder(ImageFiles):
     def __init__(self, source: SourceConfig) -> None:
         class_names = None if source.class_names is None else Path(source.class_names)
         beside = [] if class_names is None else [class_names.name]
-        self.folders, names, labels = TreeReader(source.path, LAYOUT).class_tree(allowed=beside)
+        tree = TreeReader(source.path, "CLASS/IMAGE, such as cat/1.jpg")
+        self.folders, names, labels = tree.class_tree(allowed=beside)
         super().__init__(source.path, names, labels)
         if class_names is None:
             self.classes = synset_words(self.folders) or list(map(escaped, self.folders))
@@ -42,7 +41,7 @@ class ImageFolder(ImageFiles):
 _imagenet = functools.cache(ImageNetInfo)  # timm reads large files
 
 
-def synset_words(folders: list[str]) -> list[str] | None:
+def synset_words(folders: Sequence[str]) -> list[str] | None:
     """WordNet's words for ImageNet synsets, or None if a folder's name is not one."""
     info = _imagenet("imagenet-22k")
     if not {*info.label_names(), *_imagenet("imagenet-1k").label_names()}.issuperset(folders):
@@ -78,9 +77,8 @@ def read_class_names(file: Path, folders: list[str] | None = None) -> list[str]:
         for label, name in enumerate(names):
             if not name.strip() or any(map(is_unprintable, name)):
                 raise ValueError(f"the name of class {label} is empty or holds a control character, {name!r}")
-        if len(set(names)) < len(names):
-            repeated = Counter(names).most_common(1)[0][0]
-            raise ValueError(f"{repeated!r} is given twice; names of classes must differ")
+        if repeated := [name for name, count in Counter(names).items() if count > 1]:
+            raise ValueError(f"{repeated[0]!r} is given twice; names of classes must differ")
     return names
 
 

@@ -1,8 +1,4 @@
-"""Reads folders strictly: anything but an image or a class folder is an error that names it.
-
-Only hidden files and folders (their name starts with a dot) and the few that operating systems leave behind are
-skipped, with a warning; see `is_junk`.
-"""
+"""Reads folders strictly: anything but an image or a class folder is an error that names it."""
 
 import logging
 import os
@@ -19,7 +15,7 @@ MAX_SHOWN = 3  # of many names in a message
 
 
 def is_junk(name: str) -> bool:
-    """Whether a file or folder of this name is hidden (`.DS_Store`, `._cat.jpg`) or an operating system's own."""
+    """Whether a file or folder is hidden (`.DS_Store`, `._cat.jpg`) or an operating system's own, and is skipped."""
     return name.startswith(".") or name.lower() in JUNK
 
 
@@ -75,16 +71,14 @@ class TreeReader:
     def images(self, folder: str = "") -> list[str]:
         """Sorted names of the images in a folder where nothing else may be."""
         folders, files = self.entries(folder)
+        others = [name for name in files if not name.lower().endswith(IMAGE_SUFFIXES)]
         if folders:
             raise self.error(f"holds {_names(folders, 'folder')}, and only images may be there", folder)
-        others = [name for name in files if not name.lower().endswith(IMAGE_SUFFIXES)]
         if others:
-            raise ValueError(
-                f"{self.root / folder / others[0]}: not an image ({len(others)} such in this folder): "
-                f"a class folder holds images only ({', '.join(IMAGE_SUFFIXES)}); move or remove it"
-            )
+            suffixes = ", ".join(IMAGE_SUFFIXES)
+            raise self.error(f"holds {_names(others, 'file')}, no image ({suffixes}); move or remove", folder)
         if not files:
-            raise ValueError(f"{self.root / folder}: holds no image; there must be one folder of images per class")
+            raise self.error("holds no image; there must be one folder of images per class", folder)
         return files
 
     def class_images(self, folders: Sequence[str], inside: str = "") -> tuple[list[str], list[int]]:
@@ -101,8 +95,7 @@ class TreeReader:
     ) -> tuple[list[str], list[str], list[int]]:
         """(class folders, names of their images, labels) of a folder that holds one folder of images per class.
 
-        `classes` are the names of the folders in the order of their labels, all of which must be there; None: any,
-        sorted.
+        `classes` are the wanted folders in the order of their labels; None: any, sorted.
         """
         try:
             folders = self.folders(inside, known=classes, wanted=classes or (), allowed=allowed)

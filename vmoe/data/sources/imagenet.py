@@ -55,7 +55,7 @@ def imagenet_synsets() -> tuple[str, ...]:
 @functools.cache
 def imagenet_words() -> tuple[str, ...]:
     """WordNet's words for the 1,000 classes, in the order of the labels; no two are equal."""
-    return tuple(synset_words(ImageNetInfo("imagenet-1k").label_names()))
+    return tuple(synset_words(imagenet_synsets()))
 
 
 @functools.cache
@@ -70,10 +70,15 @@ def imagenet_prompt_names() -> tuple[str, ...]:
 
 
 class _ImageNetFiles(ImageFiles):
-    """Images of ImageNet's classes, or of those in the given columns of its outputs."""
+    """Images of ImageNet's classes, or of those in the given columns of its outputs.
 
-    def name_classes(self, kind: str, columns: Sequence[int] = range(1000)) -> None:
-        """Sets the names of the classes, and logs if the set `kind` was published with another number of images."""
+    Logs if the set `kind` was published with another number of images.
+    """
+
+    def __init__(
+        self, path: str, names: list[str], labels: list[int], kind: str, columns: Sequence[int] = range(1000)
+    ) -> None:
+        super().__init__(path, names, labels)
         self.classes = [imagenet_words()[column] for column in columns]
         self.prompt_names = [imagenet_prompt_names()[column] for column in columns]
         published = PUBLISHED_SIZES.get(kind, len(self))
@@ -97,8 +102,7 @@ class ImageNet(_ImageNetFiles):
         named = kind != "imagenet_v2"
         folders = [imagenet_synsets()[column] if named else str(column) for column in columns]
         _, names, labels = TreeReader(path, LAYOUTS[kind]).class_tree(folders, allowed)
-        super().__init__(path, names, labels)
-        self.name_classes(kind, columns)
+        super().__init__(path, names, labels, kind, columns)
 
 
 class ImageNetReal(_ImageNetFiles):
@@ -124,9 +128,8 @@ class ImageNetReal(_ImageNetFiles):
         if not kept:
             raise ValueError(f"{path}: none of the {len(names)} images has a label in ReaL")
         self.label_sets = list(kept.values())
-        super().__init__(path, list(kept), [labels[0] for labels in self.label_sets])
         self.left_out = {"images without a label in ReaL": len(names) - len(kept)}
-        self.name_classes("imagenet_real")
+        super().__init__(path, list(kept), [labels[0] for labels in self.label_sets], source.type)
 
 
 class ImageNetC(_ImageNetFiles):
@@ -150,13 +153,10 @@ class ImageNetC(_ImageNetFiles):
         for condition in others:
             if (here := tree.class_tree(imagenet_synsets(), inside=condition)[1]) != names:
                 other = min(set(names).symmetric_difference(here))
-                has, lacks = (first, condition) if other in names else (condition, first)
-                raise ValueError(
-                    f"{path}: {other} is in {has} and not in {lacks}; each condition must have the same images"
-                )
-        super().__init__(path, names, labels * len(self.conditions))
+                problem = f"{other} is in one of {first} and {condition}"
+                raise ValueError(f"{path}: {problem}; each condition must have the same images")
         self.condition_of = [number for number in range(len(self.conditions)) for _ in names]
-        self.name_classes("imagenet_c")
+        super().__init__(path, names, labels * len(self.conditions), source.type)
         wanted = [f"{corruption}/{severity}" for corruption in CORRUPTIONS for severity in SEVERITIES]
         if missing := [condition for condition in wanted if condition not in self.conditions]:
             message = "imagenet_c: %d of 75 conditions are missing, so there is no mean corruption error: %s"

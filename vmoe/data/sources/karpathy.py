@@ -6,13 +6,11 @@ from typing import Any
 from vmoe.data.config import SourceConfig
 from vmoe.data.dataset import ImageFiles
 from vmoe.data.images import file_errors, leads_out
-from vmoe.data.sources.folder_layout import TreeReader
 from vmoe.utils.files import read_json
 
 # "restval" is the part of COCO's validation images that joins the training images.
 SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
 MAX_BYTES = 2**30  # dataset_coco.json has 144 MB
-LAYOUT = "val2014/COCO_val2014_000000000042.jpg (COCO) or 1000092795.jpg (Flickr30k)"
 
 
 class KarpathyCaptions(ImageFiles):
@@ -36,10 +34,8 @@ class KarpathyCaptions(ImageFiles):
         if not found:
             raise ValueError(f"{path}: holds no captions of split {split!r}")
         if not any((root / name).is_file() for name in found):
-            raise TreeReader(root, LAYOUT).error(
-                f"holds none of the {len(found)} images of {path.name}, as {next(iter(found))}; "
-                "set image_root to their folder"
-            )
+            first = next(iter(found))
+            raise ValueError(f"{root}: holds none of the {len(found)} images, as {first}; set image_root")
         self.image_ids = [name for name, captions in found.items() for _ in captions]
         super().__init__(root, self.image_ids, captions=[one for captions in found.values() for one in captions])
 
