@@ -2,7 +2,7 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from vmoe.data.fingerprint import Fingerprint
 from vmoe.data.images import BadSample, Reading, load_image
-from vmoe.data.sampler import EpochBatches, MixedBatches, Shuffle, ShuffledSamples, ShuffledShards
+from vmoe.data.sampler import EpochBatches, MixedBatches, Shuffle, ShuffledSamples
 
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")
 
@@ -70,10 +70,20 @@ class ImageDataset(ABC):
         """A sample's caption; data sets that can do so find it without reading the image. Raises BadSample."""
         return self[index].caption
 
+    def read_captions(self, indices: Iterable[int]) -> list[str]:
+        """The captions of some samples, "" for one that cannot be used."""
+        captions = []
+        for index in indices:
+            try:
+                captions.append(self.caption(index))
+            except BadSample:
+                captions.append("")
+        return captions
+
     @property
-    def captions(self) -> Sequence[str] | None:
-        """All captions ("" for one that cannot be used), each read when it is asked for; None where there are none."""
-        return Captions(self) if self.has_captions else None
+    def captions(self) -> list[str] | None:
+        """All captions, read now, as `read_captions`; None where the data set has none."""
+        return self.read_captions(range(len(self))) if self.has_captions else None
 
     def file_of(self, index: int) -> tuple[str, Path] | None:
         """An image's file: its name within the data set (with `/`), and its path; None where it has no file."""
@@ -124,24 +134,6 @@ class ImageDataset(ABC):
             last_file = file
 
 
-class Captions(Sequence):
-    """The captions of a data set, read when they are asked for."""
-
-    def __init__(self, dataset: ImageDataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
-        try:
-            return self.dataset.caption(range(len(self))[index])
-        except BadSample:
-            return ""
-
-
 class ImageFiles(ImageDataset):
     """Images in files below the folder `root`, with `/` in their names; bad captions are found when they are read."""
 
@@ -164,20 +156,14 @@ class ImageFiles(ImageDataset):
         path = self.file_of(index)[1]
         caption = self.caption(index) if self.has_captions else None
         label = None if self.labels is None else self.labels[index]
-        return Sample(self.read(path), label, caption, str(path))
-
-    def read(self, path: Path) -> Image.Image:
-        """The image in a file, as the data set wants it; raises BadSample."""
-        return self.load(path)
+        return Sample(self.load(path), label, caption, str(path))
 
 
-class ShardedDataset(ImageDataset):
-    """Samples in shards: files or parts of files that are read one after the other; see `ShuffledShards`."""
+class ConcatenatedDataset(ImageDataset):
+    """Samples in several parts, one part after the other."""
 
-    sizes: np.ndarray  # samples in each shard
-    ends: np.ndarray  # for each shard the number of samples up to its end
-    shuffle_buffer: int = 100_000
-    streams: int = 1
+    sizes: np.ndarray  # samples in each part
+    ends: np.ndarray  # for each part the number of samples up to its end
 
     def set_sizes(self, sizes: Sequence[int]) -> None:
         """Sets `sizes` and what follows from them."""
@@ -188,12 +174,6 @@ class ShardedDataset(ImageDataset):
         return int(self.ends[-1])
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(shard, index in it) of a sample."""
-        shard = int(self.ends.searchsorted(index, side="right"))
-        return shard, index - int(self.ends[shard] - self.sizes[shard])
-
-    def shuffle(self, seed: int, batch_size: int) -> Shuffle:
-        if batch_size % self.streams:
-            equal = "each stream gives an equal part of every batch"
-            raise ValueError(f"streams must divide data.loader.batch_size {batch_size}, got {self.streams}: {equal}")
-        return ShuffledShards(seed, self.sizes, self.streams, self.shuffle_buffer)
+        """(part, index in it) of a sample."""
+        part = int(self.ends.searchsorted(index, side="right"))
+        return part, index - int(self.ends[part] - self.sizes[part])

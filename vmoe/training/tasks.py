@@ -237,7 +237,7 @@ class Contrastive(Task):
         data = self.val_data or self.train_data
         if data.classes:
             return data.classes
-        captions = [sample.caption for sample in samples] + data.captions[:1000]
+        captions = [sample.caption for sample in samples] + data.read_captions(range(min(1000, len(data))))
         return [caption for caption in dict.fromkeys(captions) if caption.strip()]
 
 

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from vmoe.data.dataset import ImageDataset, Sample, ShardedDataset
+from vmoe.data.dataset import ConcatenatedDataset, ImageDataset, Sample
 from vmoe.data.sampler import MixedBatches
 from vmoe.data.seeding import derive_seed
 
 
-class Mixture(ShardedDataset):
+class Mixture(ConcatenatedDataset):
     """The samples of several data sets, one set after the other; where only some have captions or labels, none has.
 
     `weights` are the shares of the samples that training draws from each, on any scale; None: in proportion to their

@@ -13,7 +13,6 @@ from vmoe.utils.files import read_json, read_text
 
 BORDER = 2  # pixels of red, which its authors ask to cut off
 DOWNLOAD = "; it comes with ObjectNet's download"
-LAYOUT = "images/CLASS/IMAGE, such as images/air_freshener/1.png, and mappings/"
 
 
 class ObjectNet(ImageFiles):
@@ -24,7 +23,7 @@ class ObjectNet(ImageFiles):
     """
 
     def __init__(self, source: SourceConfig) -> None:
-        tree = TreeReader(source.path, LAYOUT)
+        tree = TreeReader(source.path, "images/CLASS/IMAGE, such as images/air_freshener/1.png, and mappings/")
         for name in ("images", "mappings"):
             if not (tree.root / name).is_dir():
                 raise tree.error(f"has no folder {name}")
@@ -46,8 +45,8 @@ class ObjectNet(ImageFiles):
         self.class_columns = [columns[name] for name in self.classes]
         self.left_out = {"images of classes that ImageNet-1k does not have": others}
 
-    def read(self, path: Path) -> Image.Image:
-        image = self.load(path)
+    def load(self, path: str | Path, content: bytes | None = None) -> Image.Image:
+        image = super().load(path, content)
         if min(image.size) <= 2 * BORDER:
             raise BadSample(str(path), f"{image.width} x {image.height} pixels, nothing is left within its border")
         return ImageOps.crop(image, BORDER)
@@ -56,9 +55,8 @@ class ObjectNet(ImageFiles):
 def read_columns(folder: Path) -> dict[str, list[int]]:
     """{ObjectNet's class: sorted outputs of an ImageNet-1k classifier} from the data set's own files.
 
-    objectnet_to_imagenet_1k.json gives ImageNet's names for a class, with "; " between them;
-    imagenet_to_label_2012_v2 lists those names, a line each, in the order of ILSVRC 2012's class numbers; and
-    pytorch_to_imagenet_2012_id.json gives for each output the position in that list.
+    objectnet_to_imagenet_1k.json gives the names for a class, imagenet_to_label_2012_v2 these names in the order of
+    ILSVRC 2012's class numbers, and pytorch_to_imagenet_2012_id.json the position in that list for each output.
     """
     names_file, outputs_file = folder / "imagenet_to_label_2012_v2", folder / "pytorch_to_imagenet_2012_id.json"
     classes_file = folder / "objectnet_to_imagenet_1k.json"

@@ -17,9 +17,10 @@ import numpy as np
 from braceexpand import braceexpand
 
 from vmoe.data.config import SourceConfig
-from vmoe.data.dataset import Sample, ShardedDataset, clean_caption
+from vmoe.data.dataset import ConcatenatedDataset, Sample, clean_caption
 from vmoe.data.fingerprint import Fingerprint
 from vmoe.data.images import BadSample, DataError, file_errors
+from vmoe.data.sampler import Shuffle, ShuffledShards
 from vmoe.data.shards import BLOCK, Index, dotted_members, read_index, read_members
 from vmoe.data.sources.folder import read_class_names
 from vmoe.data.texts import warn_once
@@ -61,7 +62,7 @@ class _Members(NamedTuple):
             raise BadSample(self.name, f"its .{part} is not UTF-8") from None
 
 
-class Shards(ShardedDataset):
+class Shards(ConcatenatedDataset):
     """Images in tar files; `dataset[i]` reads just the bytes of sample i, nothing is unpacked.
 
     How many samples a shard holds is taken from `sizes.json` in its folder ({"00000.tar": 10000}) or from img2dataset's
@@ -79,9 +80,8 @@ class Shards(ShardedDataset):
         if source.class_names is not None:
             self.classes = read_class_names(Path(source.class_names))
         elif not self.has_captions:
-            raise ValueError(
-                f"{self.paths[0]}: its samples have no captions (.txt or .json); for labels (.cls) set class_names"
-            )
+            problem = "its samples have no captions (.txt or .json); for labels (.cls) set class_names"
+            raise ValueError(f"{self.paths[0]}: {problem}")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_shards": OrderedDict()}  # open files cannot be sent to a worker
@@ -96,6 +96,12 @@ class Shards(ShardedDataset):
 
     def caption(self, index: int) -> str:
         return self._caption(self._find(index))
+
+    def shuffle(self, seed: int, batch_size: int) -> Shuffle:
+        if batch_size % self.streams:
+            equal = "each stream gives an equal part of every batch"
+            raise ValueError(f"streams must divide data.loader.batch_size {batch_size}, got {self.streams}: {equal}")
+        return ShuffledShards(seed, self.sizes, self.streams, self.shuffle_buffer)
 
     def _count(self) -> None:
         """Finds the size of each shard, and the file that says so (None where the shard itself does)."""
