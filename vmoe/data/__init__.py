@@ -5,7 +5,7 @@ from vmoe.data.config import AugmentationConfig, LoaderConfig, SourceConfig
 from vmoe.data.dataset import ImageDataset, Sample
 from vmoe.data.images import BadSample, load_image
 from vmoe.data.loader import EvalLoader, TooManyBadSamples, TrainLoader, eval_loader, train_loader
-from vmoe.data.transforms import SeededMixup, Transform, build_mixup, build_transform
+from vmoe.data.transforms import Transform, build_mixup, build_transform
 
 __all__ = [
     "AugmentationConfig",
@@ -14,7 +14,6 @@ __all__ = [
     "ImageDataset",
     "LoaderConfig",
     "Sample",
-    "SeededMixup",
     "SourceConfig",
     "TooManyBadSamples",
     "TrainLoader",

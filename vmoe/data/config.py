@@ -32,30 +32,24 @@ class SourceConfig:
         type: "emoji" (images with their names), "emoji_groups" (emoji with their Unicode group as class), "pairs"
             (images with captions), "shards" (tar files in the layout of WebDataset and img2dataset), "hf" (Hugging Face
             datasets), "mixture" (several of these), "image_folder" (one folder per class), "torchvision" (a data set of
-            torchvision), or a published test set in the layout of its download: "imagenet" (the validation set),
-            "imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch", "imagenet_real", "imagenet_c", "objectnet",
-            "karpathy" (COCO or Flickr30k with captions).
+            torchvision), "karpathy" (COCO or Flickr30k with captions), or a published test set, as it is downloaded.
         path: "pairs": a .csv, .tsv or .jsonl file, or a folder of images with .txt files beside them. "shards": a .tar
             file, a folder, a glob or a brace pattern such as data/{00000..00099}.tar, or several with "::" between
             them. "hf": a folder of Parquet or Arrow files, or one that save_to_disk wrote. "torchvision": its `root`.
             "karpathy": dataset_coco.json or dataset_flickr30k.json. Others: the folder that docs/evaluation.md draws.
-        split: "emoji": "train", "held_out" (400 compositions never seen in training) or "all". "emoji_groups":
-            "train" or "val". "karpathy": "train" (with COCO's "restval"), "val" or "test". "torchvision", "hf": what
-            the data set has.
+        split: "emoji": "train", "held_out" (400 compositions never seen in training) or "all". "emoji_groups": "train"
+            or "val". "karpathy": "train" (with "restval"), "val" or "test". "torchvision", "hf": what the data set has.
         name: "torchvision": the class name in torchvision.datasets, for example "FashionMNIST".
         image_size: emoji types: side in pixels at which the images are drawn, once.
-        image_root: "pairs" file and "karpathy": the folder that relative image paths start from (default: the file's
-            folder).
+        image_root: "pairs" file, "karpathy": the folder that relative image paths start from (default: the file's).
         image_key: "pairs" file: the column or key of the image path (default: image, path, filepath, ...). "hf": the
             column of the images (default: image, jpg, png, webp or img).
         caption_key: "pairs" file and "hf": the column or key of the caption (default: caption, title, text or txt).
             "shards": the key of the caption in the .json members (default: the .txt member, else "caption").
-        delimiter: "pairs" in a .csv or .tsv file: the character between columns, \\t for a tab (default: "," in .csv
-            and a tab in .tsv).
+        delimiter: "pairs" in a .csv or .tsv file: the character between columns (default: "," in .csv, a tab in .tsv).
         class_names: "shards": a .txt or .json file with the names of the classes that .cls members number from 0
-            (default: samples have no labels). "image_folder": a .txt file with a name per line, in the order of the
-            sorted folders, or a .json file with a list or {folder: name} (default: the folder names, or WordNet's words
-            where every folder is an ImageNet synset such as n01440764).
+            (default: samples have no labels). "image_folder": the same in the order of the sorted folders, or a .json
+            file of {folder: name} (default: the folder names, or WordNet's words for ImageNet's synsets).
         labels_file: "imagenet_real": real.json (default: timm's copy).
         label_key: "hf": the column of the label (default: the one of type ClassLabel, if there is just one).
         shuffle_buffer: "shards": samples of neighbouring files that are shuffled together (default: 100000).
@@ -66,8 +60,8 @@ class SourceConfig:
         max_pixels: the largest image, in pixels (default: 89478485). A JPEG file of up to 4 times as many is read at
             half its size; a larger image is a bad sample.
         sources: "mixture": the data sets, each a section as this one, with its weight.
-        weight: share of the samples of a mixture, on any scale; set it for all of its sources or for none (then each
-            sample of each source comes equally often).
+        weight: share of the samples of a mixture, on any scale; set it for all of its sources or for none (then all
+            samples are equally frequent).
     """
 
     type: Literal[General, ImageNetSets, "imagenet_c", "objectnet", "karpathy"] | None = None
@@ -190,9 +184,8 @@ class LoaderConfig:
     Args:
         batch_size: samples in a batch, all processes together; each has an equal part of it.
         num_workers: processes that read in the background; 0 reads in the main process. The batches are the same.
-        on_bad: what happens to an unreadable image or an empty caption: "replace" (another sample replaces it; for
-            training), "skip" (left out and counted; for evaluation) or "fail". Default: replace in training, fail in
-            evaluation.
+        on_bad: what happens to an unreadable image or an empty caption: "replace" (by another sample; the default in
+            training), "skip" (and count; in evaluation) or "fail" (the default in evaluation).
         max_bad_share: training stops when more than this share of the samples read is bad.
         pin_memory: keep batches in page-locked memory, for quicker copies to a GPU (unused without one).
     """

@@ -9,8 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-# Of each end of a file: an image's header, first and last rows tell images apart, and 50,000 files take seconds.
-BYTES_OF_A_FILE = 4096
+BYTES_OF_A_FILE = 4096  # of each end: an image's header, first and last rows; so 50,000 files take seconds
 
 
 class Fingerprint:

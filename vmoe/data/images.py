@@ -17,8 +17,7 @@ from vmoe.utils.printable import printable
 
 logger = logging.getLogger("vmoe.data")
 
-# A longer strip would make the evaluation transform, which scales the short side up, need gigabytes.
-MAX_ASPECT_RATIO = 100
+MAX_ASPECT_RATIO = 100  # evaluation scales the short side up, for which a longer strip would need gigabytes
 # Pillow's own limit of 89 million pixels, at which it warns of a decompression bomb (an error only at twice that).
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
 # Of the text in a PNG file, which is not used; Pillow's 1 MiB for a compressed one is less than some programs write.

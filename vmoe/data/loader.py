@@ -27,10 +27,8 @@ from vmoe.utils.world import world
 
 logger = logging.getLogger("vmoe.data")
 
-# The share of bad samples means little before this many are read (or all of them, where there are fewer).
-MIN_READ_FOR_SHARE = 1000
-# With a bad share of 0.9 all of these fail once in 37,000 samples; a data set worse than that is no data set.
-MAX_REPLACEMENTS = 100
+MIN_READ_FOR_SHARE = 1000  # before, a share of bad samples means little (or all of them, where there are fewer)
+MAX_REPLACEMENTS = 100  # with a bad share of 0.9 all of these fail once in 37,000 samples
 MAX_CACHED_CAPTIONS = 100_000
 GRACE_SECONDS = 5
 
@@ -184,17 +182,13 @@ class TrainLoader(_Loader):
         transform: see `build_transform`; any callable from PIL image to (3, H, W) float tensor will do.
         tokenizer: list of captions to (B, L) long; None: no text in the batches.
         device: where the batches go; images travel as bytes and are normalised there. None: they stay on the CPU.
-        part: (r, W): hand out part r of W of each batch. None: this process's own, or all without torch.distributed.
+        part: (r, W): hand out part r of W of each batch. None: this process's own.
 
-    Attributes:
-        step: batches handed out so far; an epoch has steps_per_epoch.
-        num_read, num_bad: samples that this process read, replacements included, and bad ones among them.
-        bad_paths: {path: reason} of the bad samples met by this object.
-        num_cut: captions so far that are longer than the tokenizer's context; the first batch with one is logged.
+    `step` counts the batches handed out; `num_read` and `num_bad` the samples that this process read, replacements
+    included, and the bad ones; `num_cut` the captions that are longer than the tokenizer's context.
 
-    Raises:
-        ValueError: the batch size does not suit the data set or the number of processes, or there are no captions.
-        TooManyBadSamples, DataError: while iterating: more than `max_bad_share` are bad, or a file is broken.
+    ValueError: the batch size does not suit the data set or the number of processes, or there are no captions.
+    TooManyBadSamples, DataError: while iterating: more than `max_bad_share` are bad, or a file is broken.
     """
 
     def __init__(
@@ -222,7 +216,7 @@ class TrainLoader(_Loader):
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.step = self.num_read = self.num_bad = 0
         self._seconds, self._samples = 0.0, 0
-        self.bad_paths: dict[str, str] = {}
+        self.bad_paths: dict[str, str] = {}  # {path: reason}
         self._batches: Iterator[Batch] | None = None
 
     def __iter__(self) -> Self:

@@ -109,11 +109,11 @@ class EpochBatches:
 
 
 class MixedBatches:
-    """Batches from several data sets, each with its share of the samples by weight.
+    """Batches from several data sets, each with its share of the samples by weight, exact to a few.
 
-    Every data set goes through its own epochs: a sample comes again only when all others of its set have come. After
-    any number of samples, each set has given its share of them, exact to a few. `steps_per_epoch` is that of all sets
-    together. Their samples are numbered one set after the other, from `starts`; `weights` are on any scale.
+    Every data set goes through its own epochs: a sample comes again only when all others of its set have come.
+    `steps_per_epoch` is that of all sets together. Samples are numbered one set after the other, from `starts`;
+    `weights` are on any scale.
     """
 
     def __init__(

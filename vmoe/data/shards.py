@@ -1,8 +1,8 @@
 """The samples of a shard: a walk through the headers of an untrusted tar file, and the index that is kept of it.
 
-Only headers are read, nothing is extracted, and memory does not depend on what the headers claim. Of Python's tarfile
-only the parser of one header is used: the rest reads extended headers of any size into memory and loops forever on some
-negative sizes (CVE-2025-8194). Formats: ustar, pax and GNU, with long names; https://www.gnu.org/software/tar/manual/html_node/Standard.html
+Only headers are read, and memory does not depend on what they claim. Of Python's tarfile only the parser of one header
+is used: the rest reads extended headers of any size into memory and loops forever on some negative sizes
+(CVE-2025-8194). Formats: ustar, pax and GNU, with long names.
 
 A sample is all members of one key, the part of a member's name before the first dot of its last component, as in
 WebDataset. Members with other endings are skipped; those that look like a sample's (img_1.5.jpg) are counted.
@@ -25,23 +25,18 @@ from vmoe.data.sources.emoji import cache_folder, writing_to_cache
 from vmoe.utils.printable import printable
 
 BLOCK = 512
-# Of a header's long name; file systems allow 4096 bytes.
-MAX_NAME_BYTES = 16 * 1024
-# An image with its caption; so that a header cannot ask for the memory of a shard.
-MAX_MEMBER_BYTES = 64 * 2**20
-# Zeros behind the end: tar fills up to a multiple of its blocking factor, 10 KiB and rarely more.
-MAX_PADDING = 2**20
-# So that a hostile shard of millions of empty members cannot fill the memory; usual are 1,000 to 10,000.
-MAX_SAMPLES = 1_000_000
+MAX_NAME_BYTES = 16 * 1024  # of a header's long name; file systems allow 4096 bytes
+MAX_MEMBER_BYTES = 64 * 2**20  # of an image, so that a header cannot ask for the memory of a shard
+MAX_PADDING = 2**20  # zeros behind the end: tar fills up to its blocking factor, 10 KiB and rarely more
+MAX_SAMPLES = 1_000_000  # so that millions of empty members cannot fill the memory; usual are 1,000 to 10,000
 
 REMEDY = "repair, download or write the shard again, or leave it out"
 
-FORMAT = 3
+FORMAT = 4
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 KINDS = {**dict.fromkeys(IMAGE_ENDINGS, "image"), "txt": "txt", "json": "json", "cls": "cls"}
 # Each part's position (in blocks of 512 bytes; 0: there is none) and size in bytes: 32 bytes a sample.
 ENTRY = np.dtype([(f"{part}_{what}", "<u4") for part in ("image", "txt", "json", "cls") for what in ("block", "size")])
-CHECKSUM_BYTES = 16
 
 
 class Member(NamedTuple):
@@ -66,13 +61,14 @@ def read_index(path: str) -> Index:
     file = cache_file(path)
     # Not as .npy: on Python 3.11 numpy's reader of its header now and then fails in several threads at once.
     content = file.read_bytes() if file.is_file() else b""
-    if content and content[:CHECKSUM_BYTES] == _checksum(content[CHECKSUM_BYTES:]):
-        facts, _, entries = content[CHECKSUM_BYTES:].partition(b"\n")
+    checksum, content = content[:32], content[32:]
+    if content and checksum == hashlib.sha256(content).digest():
+        facts, _, entries = content.partition(b"\n")
         return Index(np.frombuffer(entries, ENTRY), *json.loads(facts))
     index = scan(path)
     content = json.dumps(index[1:]).encode() + b"\n" + index.entries.tobytes()
     with writing_to_cache(file) as draft:
-        draft.write_bytes(_checksum(content) + content)
+        draft.write_bytes(hashlib.sha256(content).digest() + content)
     return index
 
 
@@ -86,11 +82,7 @@ def cache_file(path: str) -> Path:
 
 
 def scan(path: str) -> Index:
-    """The index of a shard from its headers.
-
-    Raises:
-        DataError: as `read_members`; a sample has two members of one kind; there are none or more than MAX_SAMPLES.
-    """
+    """The index of a shard from its headers; DataError: as `read_members`, or its samples are refused."""
     numbers, names, rows = {}, [], array("L")  # a row is an ENTRY; a list of them would need many times the memory
     num_dotted, first_dotted = 0, ""
     for member in read_members(path):
@@ -120,14 +112,8 @@ def scan(path: str) -> Index:
 
 def dotted_members(count: int, first: str) -> str:
     """What to say of skipped members."""
-    return (
-        f"{count} members such as {printable(first)!r} are skipped, because a sample's name ends at its first dot (as "
-        "in WebDataset): write the shards again without dots in the names"
-    )
-
-
-def _checksum(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=CHECKSUM_BYTES).digest()
+    rule = "a sample's name ends at its first dot (as in WebDataset): write the shards again without dots in the names"
+    return f"{count} members such as {printable(first)!r} are skipped, because {rule}"
 
 
 def read_members(path: str | Path) -> Iterator[Member]:
@@ -205,9 +191,7 @@ def _parse(header: bytes, position: int, path: str | Path) -> tarfile.TarInfo:
         pass
     if position:
         raise DataError(f"{path}: is damaged at byte {position}; {REMEDY}")
-    raise DataError(
-        f"{path}: is no tar file; unpack a compressed one to a plain .tar (its images are compressed already)"
-    )
+    raise DataError(f"{path}: is no tar file; unpack a compressed one to a plain .tar")
 
 
 def _long_name(content: bytes, kind: bytes, shown: str) -> str | None:

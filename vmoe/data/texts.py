@@ -4,6 +4,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -32,13 +33,14 @@ def cut_rows(tokenizer: Tokenizer, texts: Sequence[str], tokens_BL: torch.Tensor
     return [row for row, tokens_L in zip(full, longer_BL) if not tokens_L.equal(tokens_BL[row])]
 
 
+@dataclass
 class CutTexts:
     """A tokenizer that counts its texts, and those of them that are cut, of which it keeps the first."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.num_texts = self.num_cut = 0
-        self.first: str | None = None
+    tokenizer: Tokenizer
+    num_texts: int = 0
+    num_cut: int = 0
+    first: str | None = None
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
         tokens_BL = self.tokenizer(texts)

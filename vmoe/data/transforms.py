@@ -86,10 +86,8 @@ class SeededMixup(NamedTuple):
         `image` (B, 3, H, W) is not changed; ValueError: B is odd. `label` is (B,) long.
         """
         if len(image) % 2:
-            raise ValueError(
-                f"mixup and cutmix need an even number of images in each process, got {len(image)}; "
-                "change data.loader.batch_size (it counts those of all processes)"
-            )
+            problem = f"mixup and cutmix need an even number of images in each process, got {len(image)}"
+            raise ValueError(f"{problem}; change data.loader.batch_size (it counts those of all processes)")
         with isolated_randomness():
             seed_process(derive_seed(self.seed, step))
             return self.mixup(image.clone(), label)  # a clone: timm mixes in place

@@ -43,10 +43,7 @@ class PairsFile(ImageFiles):
         if suffix == ".jsonl" and source.delimiter is not None:
             raise ValueError(f"delimiter is for .csv and .tsv files, and path is {path}; leave it out")
         names, captions, read = [], [], _read_jsonl if suffix == ".jsonl" else _read_table
-        with (
-            file_errors(path, "; check the data source's path"),
-            open(path, newline="", encoding="utf-8-sig") as file,
-        ):
+        with file_errors(path, "; check path"), open(path, newline="", encoding="utf-8-sig") as file:
             for line, row in read(file, source):
                 with file_errors(f"{path} line {line}"):
                     image = _value(row, source.image_key, IMAGE_KEYS, "image_key")
@@ -173,8 +170,7 @@ def _value(row: dict[str, Any], wanted: str | None, usual: tuple[str, ...], sett
 def _name_within(root: str, image: str) -> str:
     """An image's path from the root on, so that a copy elsewhere has the same names; "." where there is no path.
 
-    ValueError: it lies outside, here or (by backslashes) on Windows, so that a list from elsewhere could show what else
-    is on this machine.
+    ValueError: it lies outside, here or on Windows, where a list from elsewhere could show what else is there.
     """
     path = Path(os.path.normpath(os.path.join(root, image)))
     if not path.is_relative_to(root):

@@ -82,7 +82,7 @@ def read_held_out() -> set[str]:
 
 
 def choose_val(emoji: Sequence[Emoji]) -> set[str]:
-    """Families of the validation part of the groups' task: VAL_SHARE of each group's families, at least one."""
+    """Codes of the validation part of the groups' task: VAL_SHARE of each group's families, at least one."""
     families = defaultdict(set)
     for one in emoji:
         families[one.group].add(one.family)
@@ -91,7 +91,7 @@ def choose_val(emoji: Sequence[Emoji]) -> set[str]:
         # A hash looks random and is the same on every machine and with every library version.
         ranked = sorted(names, key=lambda name: hashlib.sha256(f"0 {name}".encode()).digest())
         val.update(ranked[: max(1, round(VAL_SHARE * len(ranked)))])
-    return val
+    return {one.code for one in emoji if one.family in val}
 
 
 class EmojiImages(ImageDataset):
@@ -99,12 +99,8 @@ class EmojiImages(ImageDataset):
 
     def __init__(self, source: SourceConfig) -> None:
         everything, self.has_captions = list_emoji(), source.type == "emoji"
-        if self.has_captions:
-            held_out = read_held_out()
-            parts = ["held_out" if one.code in held_out else "train" for one in everything]
-        else:
-            val = choose_val(everything)
-            parts = ["val" if one.family in val else "train" for one in everything]
+        other, codes = ("held_out", read_held_out()) if self.has_captions else ("val", choose_val(everything))
+        parts = [other if one.code in codes else "train" for one in everything]
         self.indices = [index for index, part in enumerate(parts) if source.split in (part, "all")]
         self.emoji = [everything[index] for index in self.indices]
         self.pixels = render_emoji(source.image_size)
