@@ -43,7 +43,7 @@ class Fingerprint:
 
     def add_image(self, image: Image.Image) -> None:
         """Adds an image by its size and pixels."""
-        self.add("picture", [image.mode, *image.size])
+        self.add("image", [image.mode, *image.size])
         self._add_bytes("pixels", image.tobytes())
 
     def hexdigest(self) -> str:
