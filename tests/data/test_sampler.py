@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from vmoe.data.sampler import EpochBatches, MixedBatches, ShuffledSamples, ShuffledShards
 
-sizes = st.lists(st.integers(1, 30), min_size=1, max_size=8)
+sizes = st.lists(st.integers(1, 12), min_size=1, max_size=5)
 
 
-@settings(max_examples=20)
-@given(sizes, st.integers(1, 5), st.integers(1, 40), st.integers(0, 3), st.integers(0, 99))
+@settings(max_examples=12)
+@given(sizes, st.integers(1, 5), st.integers(1, 20), st.integers(0, 3), st.integers(0, 99))
 def test_an_epoch_of_shards_has_each_sample_once(sizes, streams, window, epoch, seed):
     if streams > sum(sizes):
         with pytest.raises(ValueError, match=f"streams must be at most the .* {sum(sizes)}, got {streams}"):
@@ -26,8 +26,8 @@ def test_an_epoch_of_shards_has_each_sample_once(sizes, streams, window, epoch, 
     assert set(indices.tolist()) <= set(range(sum(sizes)))
 
 
-@settings(max_examples=20)
-@given(sizes, st.integers(1, 4), st.integers(1, 3), st.integers(1, 40), st.data())
+@settings(max_examples=12)
+@given(sizes, st.integers(1, 4), st.integers(1, 3), st.integers(1, 20), st.data())
 def test_any_batch_is_the_same_without_those_before_it(sizes, streams, rows, window, data):
     batch_size = streams * rows
     if sum(sizes) < batch_size:
@@ -71,7 +71,7 @@ def test_forty_thousand_shards_need_little_memory_and_time():
     assert held < 8 * 2**20
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     st.lists(st.tuples(st.integers(1, 20), st.floats(0.1, 5)), min_size=2, max_size=5), st.integers(1, 16), st.data()
 )

@@ -1,7 +1,5 @@
 """What every test of hostile input asks: a right result or a refusal of one sentence, in bounded time and memory."""
 
-from __future__ import annotations
-
 import copy
 import json
 import resource

@@ -1,7 +1,5 @@
 """No test here may start a program, open a connection, or unpickle."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import socket

@@ -1,7 +1,5 @@
 """What the lists of inputs made to do harm share. Nothing in them may run or be unpickled: see conftest.py."""
 
-from __future__ import annotations
-
 import io
 import json
 import zipfile

@@ -1,8 +1,6 @@
 """Any bytes of a checkpoint changed, where no manifest tells: what is loaded is what the files hold, all of it, or one
 sentence says what is wrong."""
 
-from __future__ import annotations
-
 import json
 import shutil
 
@@ -75,7 +73,7 @@ def any_bytes_under_a_fitting_manifest(saved, data):
     outcome(lambda: load_and_look(folder, model, optimizer), (CheckpointError, WeightsError), megabytes=None)
 
 
-test_any_bytes, test_many_bytes = fuzz(any_bytes_under_a_fitting_manifest, few=40, many=3000)
+test_any_bytes, test_many_bytes = fuzz(any_bytes_under_a_fitting_manifest, few=20, many=3000)
 
 
 def any_change_of_the_trainers_state(saved, data):
@@ -87,7 +85,7 @@ def any_change_of_the_trainers_state(saved, data):
     outcome(lambda: load_and_look(folder, model, optimizer), (CheckpointError,), megabytes=None)
 
 
-test_any_trainers_state, test_many_trainers_states = fuzz(any_change_of_the_trainers_state, few=40, many=3000)
+test_any_trainers_state, test_many_trainers_states = fuzz(any_change_of_the_trainers_state, few=20, many=3000)
 
 
 def any_bytes_without_a_fitting_manifest(saved, data):
@@ -104,7 +102,7 @@ def any_bytes_without_a_fitting_manifest(saved, data):
         assert f"is damaged: {file.name}" in found
 
 
-test_any_bytes_are_found, test_many_bytes_are_found = fuzz(any_bytes_without_a_fitting_manifest, few=40, many=3000)
+test_any_bytes_are_found, test_many_bytes_are_found = fuzz(any_bytes_without_a_fitting_manifest, few=20, many=3000)
 
 
 @pytest.fixture(scope="module")
@@ -144,4 +142,4 @@ def any_bytes_of_shards(shards, data):
     outcome(lambda: read_all(folder), (WeightsError,), megabytes=None)
 
 
-test_any_bytes_of_shards, test_many_bytes_of_shards = fuzz(any_bytes_of_shards, few=80, many=10_000)
+test_any_bytes_of_shards, test_many_bytes_of_shards = fuzz(any_bytes_of_shards, few=40, many=10_000)

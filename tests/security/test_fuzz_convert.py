@@ -1,7 +1,5 @@
 """The converter on damaged checkpoints and configs: arrays of the shapes that it says, or one sentence."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path
@@ -59,7 +57,7 @@ def any_damage_to_shards(tmp_path_factory, data) -> None:
     outcome(lambda: read_all(open_sharded(folder / "c")), (CheckpointError,))
 
 
-test_any_damage_to_shards, test_much_damage_to_shards = fuzz(any_damage_to_shards, few=60, many=3000)
+test_any_damage_to_shards, test_much_damage_to_shards = fuzz(any_damage_to_shards, few=30, many=3000)
 
 
 def packed_objects():
@@ -100,7 +98,7 @@ def any_flax_file(tmp_path_factory, data) -> None:
     outcome(lambda: read_all(open_flax(file)), (CheckpointError,))
 
 
-test_any_flax_file, test_many_flax_files = fuzz(any_flax_file, few=40, many=3000)
+test_any_flax_file, test_many_flax_files = fuzz(any_flax_file, few=20, many=3000)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +120,7 @@ def any_model_config(golden_config, data) -> None:
     outcome(convert, (ConfigError, CheckpointError))
 
 
-test_any_model_config, test_many_model_configs = fuzz(any_model_config, few=40, many=2000)
+test_any_model_config, test_many_model_configs = fuzz(any_model_config, few=20, many=2000)
 
 
 def any_config_file(tmp_path_factory, data) -> None:
@@ -144,7 +142,7 @@ def any_config_file(tmp_path_factory, data) -> None:
     outcome(lambda: resolve_config(file), (ValueError,))
 
 
-test_any_config_file, test_many_config_files = fuzz(any_config_file, few=40, many=2000)
+test_any_config_file, test_many_config_files = fuzz(any_config_file, few=20, many=2000)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +183,7 @@ def any_damage_to_orbax(zarr_folders, data) -> None:
         file.write_bytes(content)
 
 
-test_any_damage_to_orbax, test_much_damage_to_orbax = fuzz(any_damage_to_orbax, few=40, many=3000)
+test_any_damage_to_orbax, test_much_damage_to_orbax = fuzz(any_damage_to_orbax, few=20, many=3000)
 
 
 def test_undamaged_orbax_is_read(zarr_folders):

@@ -1,7 +1,5 @@
 """Images, lists, shards and caches made to do harm, each with the sentence that refuses it."""
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -50,7 +48,7 @@ IMAGES: dict[str, tuple[bytes, str]] = {
     "100,000 x 100,000": (png_of(100_000, 100_000), "pixels"),
     "a strip": (png_of(1, 1_000_000), "sides beyond"),
     "no rows": (png_of(100, 100), "unreadable"),
-    "a comment of 100 MB": (png_with_text(100 * 2**20), "unreadable"),
+    "a comment of 70 MB": (png_with_text(70 * 2**20), "unreadable"),
     "PostScript, which Ghostscript would run": (EPS, "not an image file"),
     "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>', "not an image file"),
     "a pickle": (pickle.dumps({"a": 1}), "not an image file"),

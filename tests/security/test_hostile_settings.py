@@ -1,7 +1,5 @@
 """Configs and command lines made to do harm, each with the sentence that refuses it."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Weights and checkpoints made to do harm, each with the sentence that refuses it."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import struct
