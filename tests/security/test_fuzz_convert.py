@@ -29,13 +29,8 @@ ARRAYS = {
 }
 PIECES = (
     *(b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xdb\x7f\xff\xff\xff", b"\xc6\xff\xff\xff\xff", b"\x91" * 70),
-    *(
-        b"\xcf" + b"\xff" * 8,
-        b"\xd3" + b"\xff" * 8,
-        b"\xcb\x7f\xf0" + b"\0" * 6,
-        b"\xc9\0\0\0\x01\x08\x90",
-        b"\xd4\x01\xc0",
-    ),
+    *(b"\xcf" + b"\xff" * 8, b"\xd3" + b"\xff" * 8, b"\xcb\x7f\xf0" + b"\0" * 6),
+    *(b"\xc9\0\0\0\x01\x08\x90", b"\xd4\x01\xc0"),
     *(b"\xc7\x09\x08\x93\xc4\x01\x90\x90\x90", b"\x9f", b"\x8f", b"\xa1\xff", b"\xc1", b"\xc0", b"\xd4\x63\x01"),
 )
 
@@ -126,18 +121,7 @@ test_any_model_config, test_many_model_configs = fuzz(any_model_config, few=20, 
 def any_config_file(tmp_path_factory, data) -> None:
     file = tmp_path_factory.getbasetemp() / "config.json"
     content = (GOLDEN / "vmoe_k2_vanilla.json").read_bytes()
-    pieces = (
-        b"[" * 3000,
-        b'{"a":' * 3000,
-        b"9" * 5000,
-        b"NaN",
-        b"-Infinity",
-        b'"\\ud800"',
-        b"\xff",
-        b"\0",
-        b"1e999",
-        b"//",
-    )
+    pieces = (b"[" * 3000, b'{"a":' * 3000, b"9" * 5000, b"NaN", b"-Infinity", b'"\\ud800"', b"\xff", b"\0", b"//")
     file.write_bytes(data.draw(damaged(content, pieces)))
     outcome(lambda: resolve_config(file), (ValueError,))
 

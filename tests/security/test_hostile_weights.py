@@ -23,19 +23,12 @@ from .hostile import REFUSALS, Harm, refused, with_settings, zip_of
 SETTINGS = {
     "another file": (lambda s: s["kwargs"].update(checkpoint_path="/etc/passwd"), "kwargs.checkpoint_path would load"),
     "a download": (lambda s: s["kwargs"].update(pretrained=True), "kwargs.pretrained would load"),
-    "an address": (
-        lambda s: s["kwargs"].update(pretrained_cfg={"url": "http://x"}),
-        "kwargs.pretrained_cfg would load",
-    ),
+    "an address": (lambda s: s["kwargs"].update(pretrained_cfg={"url": "http://x"}), "pretrained_cfg would load"),
     "an address beside": (lambda s: s["kwargs"].update(pretrained_cfg_overlay={"url": "http://x"}), "nothing but"),
     "a hub": (lambda s: s.update(name="hf-hub:some/model"), "no name of a model"),
     "a tower of a hub": (lambda s: s["kwargs"].update(image={"name": "hf-hub:some/model"}), "no name of a model"),
     "wide": (lambda s: s["kwargs"].update(embed_dim=2**20), "no model can be built", "much larger"),
-    "wider than PyTorch counts": (
-        lambda s: s["kwargs"].update(embed_dim=2**30),
-        "no model can be built",
-        "much larger",
-    ),
+    "wider than PyTorch": (lambda s: s["kwargs"].update(embed_dim=2**30), "no model can be built", "much larger"),
     "deep": (lambda s: s["kwargs"].update(depth=10**8), "whole number, at most 1000"),
     "deep in a stage": (lambda s: s["kwargs"].update(depth=[2, 10**8]), "whole number, at most 1000"),
     "many experts": (lambda s: s["kwargs"].update(num_experts=2**30), "no model can be built", "much larger"),

@@ -33,10 +33,7 @@ def write(path, text):
         ("pairs.csv", 'a.png,"a cat, asleep"\nb.jpg,"says ""hi"""\n'),
         ("pairs.csv", '\ufefffilepath,id,title\na.png,1,"a cat, asleep"\n\nb.jpg,2,"says ""hi"""\n'),
         ("pairs.tsv", 'path\tcaption\na.png\ta cat, asleep\nb.jpg\tsays "hi"\n'),
-        (
-            "pairs.jsonl",
-            '{"image": "a.png", "caption": "a cat, asleep"}\n\n{"image":"b.jpg","caption":"says \\"hi\\""}',
-        ),
+        ("a.jsonl", '{"image": "a.png", "caption": "a cat, asleep"}\n\n{"image":"b.jpg","caption":"says \\"hi\\""}'),
     ],
 )
 def test_the_same_pairs_from_every_kind_of_file(folder, name, text):
@@ -137,7 +134,11 @@ def test_a_malformed_file_is_explained(tmp_path, name, text, message):
         read_pairs(write(tmp_path / name, text))
 
 
-def test_a_missing_or_foreign_file_is_explained(tmp_path):
+def test_missing_foreign_and_empty_data_are_explained(tmp_path):
+    with pytest.raises(ValueError, match="no images"):
+        read_pairs(tmp_path)
+    with pytest.raises(ValueError, match="no such file or folder"):
+        read_pairs(tmp_path / "gone")
     with pytest.raises(ValueError, match="cannot be read"):
         read_pairs(tmp_path / "gone.csv")
     (tmp_path / "latin.csv").write_bytes("image,caption\na.png,Stra\xdfe\n".encode("latin-1"))
@@ -194,19 +195,6 @@ def test_files_of_other_kinds_with_captions_are_counted(folder, caplog):
         (folder / name).unlink()
     read_pairs(folder)
     assert not caplog.text
-
-
-def test_a_folder_without_images_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no images"):
-        read_pairs(tmp_path)
-    with pytest.raises(ValueError, match="no such file or folder"):
-        read_pairs(tmp_path / "gone")
-
-
-def test_a_caption_with_an_unquoted_comma_is_not_cut(tmp_path):
-    (tmp_path / "pairs.csv").write_text("image,caption\na.png,a cat, on a mat\n")
-    with pytest.raises(ValueError, match="line 2: 3 cells for 2 columns"):
-        read_pairs(tmp_path / "pairs.csv")
 
 
 def test_hidden_images_are_none_of_a_folder(folder):

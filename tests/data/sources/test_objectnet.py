@@ -79,44 +79,15 @@ def test_unknown_and_missing_folders_are_named(root):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (
-            "objectnet_to_imagenet_1k.json",
-            {"Banana": "pear"},
-            "class 'Banana': each of 'pear' must be once",
-        ),
+        ("objectnet_to_imagenet_1k.json", {"Banana": "pear"}, "class 'Banana': each of 'pear' must be once"),
         ("objectnet_to_imagenet_1k.json", {"Banana": "crane"}, "class 'Banana': each of 'crane' must be once in"),
-        ("objectnet_to_imagenet_1k.json", {"Banana": 3}, "1k.json: 'Banana' must have a value of type str, got 3"),
-        (
-            "objectnet_to_imagenet_1k.json",
-            {"Banana": ["banana"]},
-            "1k.json: 'Banana' must have a value of type str, got ['banana']",
-        ),
-        (
-            "folder_to_objectnet_label.json",
-            FOLDERS | {"banana": ["B"]},
-            "label.json: 'banana' must have a value of type str, got ['B",
-        ),
-        (
-            "folder_to_objectnet_label.json",
-            FOLDERS | {"coaster": "Banana"},
-            "label.json: class 'Banana' must have one folder, got 2",
-        ),
-        (
-            "pytorch_to_imagenet_2012_id.json",
-            OUTPUTS | {"0": "0"},
-            "id.json: '0' must have a value of type int, got '0'",
-        ),
-        (
-            "pytorch_to_imagenet_2012_id.json",
-            OUTPUTS | {"3": True},
-            "id.json: '3' must have a value of type int, got True",
-        ),
-        (
-            "objectnet_to_imagenet_1k.json",
-            {"Sofa": "cup"},
-            "folder_to_objectnet_label.json: class 'Sofa' must have one folder, got 0",
-        ),
+        ("objectnet_to_imagenet_1k.json", {"Banana": ["x"]}, "1k.json: 'Banana' must have a value of type str"),
+        ("objectnet_to_imagenet_1k.json", {"Sofa": "cup"}, "label.json: class 'Sofa' must have one folder, got 0"),
         ("objectnet_to_imagenet_1k.json", ["Sofa"], "must be a JSON object"),
+        ("folder_to_objectnet_label.json", FOLDERS | {"coaster": "Banana"}, "'Banana' must have one folder, got 2"),
+        ("folder_to_objectnet_label.json", FOLDERS | {"banana": ["B"]}, "label.json: 'banana' must have a value of"),
+        ("pytorch_to_imagenet_2012_id.json", OUTPUTS | {"0": "0"}, "id.json: '0' must have a value of type int"),
+        ("pytorch_to_imagenet_2012_id.json", OUTPUTS | {"3": True}, "id.json: '3' must have a value of type int"),
         ("pytorch_to_imagenet_2012_id.json", OUTPUTS | {"5": 6}, "must give each output 0..5 one of the 6 lines of"),
         ("pytorch_to_imagenet_2012_id.json", {"0": 0}, "must give each output 0..5"),
         ("folder_to_objectnet_label.json", None, "folder_to_objectnet_label.json: cannot be read"),
