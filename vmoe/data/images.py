@@ -1,4 +1,4 @@
-"""Reads any image file as 8-bit RGB, or says in one sentence why it cannot."""
+"""Reads any image file as 8-bit RGB; an error gives the reason in one sentence."""
 
 import io
 import logging

@@ -40,7 +40,7 @@ class ShuffledShards:
     """An order that reads shards (files of many samples) nearly one after the other.
 
     The shards are shuffled and concatenated to a row. The row is cut into `streams` equal parts, each of which gives an
-    equal part of every batch; the remainder is left out of the epoch. Within a stream, windows of `window` consecutive
+    equal part of every batch; the remainder is skipped in this epoch. Within a stream, windows of `window` consecutive
     samples are shuffled. Memory is that of the shards' sizes and of a window per stream.
     """
 
@@ -109,11 +109,10 @@ class EpochBatches:
 
 
 class MixedBatches:
-    """Batches from several data sets, each with its share of the samples by weight, exact to a few.
+    """Batches from several data sets, each with its share of the samples by weight (on any scale), exact to a few.
 
     Every data set goes through its own epochs: a sample comes again only when all others of its set have come.
-    `steps_per_epoch` is that of all sets together. Samples are numbered one set after the other, from `starts`;
-    `weights` are on any scale.
+    `steps_per_epoch` is that of all sets together. Samples are numbered one set after the other, from `starts`.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ from vmoe.utils.files import atomic_file
 
 logger = logging.getLogger("vmoe.data")
 
-# Emoji of a later version are left out, so that a newer package changes neither the data set nor its splits.
+# Emoji of a later version are skipped, so that a newer package changes neither the data set nor its splits.
 EMOJI_VERSION = 17
 VAL_SHARE = 0.2
 HELD_OUT_FILE = Path(__file__).with_name("emoji_held_out.txt")

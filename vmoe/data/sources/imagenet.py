@@ -109,7 +109,7 @@ class ImageNetReal(_ImageNetFiles):
     """ImageNet-1k's validation set with the reassessed labels of "Are we done with ImageNet?" (arXiv 2006.07159).
 
     The images are in synset folders, or all in one folder. An image has all labels that its raters found in it. Those
-    with none are left out, as the paper does.
+    with none are excluded, as in the paper.
     """
 
     def __init__(self, source: SourceConfig) -> None:

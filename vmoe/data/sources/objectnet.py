@@ -19,7 +19,7 @@ class ObjectNet(ImageFiles):
     """The images of ObjectNet's 113 classes that are ImageNet's, without their border.
 
     A class's score is the largest of the ImageNet outputs that its own mapping files give it. Images of the other
-    classes are left out; `left_out` says how many.
+    classes are excluded; `left_out` counts them.
     """
 
     def __init__(self, source: SourceConfig) -> None:

@@ -104,10 +104,10 @@ class Shards(ConcatenatedDataset):
         return ShuffledShards(seed, self.sizes, self.streams, self.shuffle_buffer)
 
     def _count(self) -> None:
-        """Finds the size of each shard, and the file that says so (None where the shard itself does)."""
-        said = _said_sizes(self.paths)
-        self._leave_out({path: file for path, (size, file) in said.items() if size == 0})
-        unknown = [path for path in self.paths if said[path][1] is None]
+        """Finds the size of each shard, and the file that gives it (None: the shard itself)."""
+        known = _sizes_beside(self.paths)
+        self._skip_empty({path: file for path, (size, file) in known.items() if size == 0})
+        unknown = [path for path in self.paths if known[path][1] is None]
         if unknown:
             logger.info("reading the headers of %d shards in %s, once", len(unknown), os.path.dirname(self.paths[0]))
         # Each process starts elsewhere, and finds in the cache what others have indexed.
@@ -121,11 +121,11 @@ class Shards(ConcatenatedDataset):
         if dotted:
             skipped = dotted_members(sum(number for number, _ in dotted), dotted[0][1])
             logger.warning("%d of %d shards: %s", len(dotted), len(self.paths), skipped)
-        self.said_by = [said[path][1] for path in self.paths]
-        self.set_sizes([counted.get(path, said[path])[0] for path in self.paths])
+        self.size_files = [known[path][1] for path in self.paths]
+        self.set_sizes([counted.get(path, known[path])[0] for path in self.paths])
 
-    def _leave_out(self, empty: dict[str, str]) -> None:
-        """Takes shards without samples, {path: the file that says so}, out of `paths`; logs how many."""
+    def _skip_empty(self, empty: dict[str, str]) -> None:
+        """Takes shards without samples, {path: the file that gives the size}, out of `paths`; logs how many."""
         for path, file in empty.items():
             if next(read_members(path), None) is not None:
                 raise DataError(f"{path}: holds samples, but {file} says 0{COUNT_AGAIN.format(file)}")
@@ -139,16 +139,16 @@ class Shards(ConcatenatedDataset):
 
     def _open(self, shard: int) -> tuple[Index, BinaryIO]:
         """The index and the file of a shard; DataError: it does not hold as many samples as it should."""
-        path, said_by = self.paths[shard], self.said_by[shard]
+        path, size_file = self.paths[shard], self.size_files[shard]
         if shard not in self._shards:
             index = read_index(path)
             dotted = dotted_members(*index[2:]) if index.num_dotted else None
             if len(index.entries) != self.sizes[shard]:
-                remedy = COUNT_AGAIN.format(said_by) if said_by else "; start from scratch"
-                says = f"{said_by} says" if said_by else "it had"
+                remedy = COUNT_AGAIN.format(size_file) if size_file else "; start from scratch"
+                says = f"{size_file} says" if size_file else "it had"
                 problem = f"holds {len(index.entries)} samples, but {says} {self.sizes[shard]}"
                 raise DataError(f"{path}: {problem}{f'; {dotted}' if dotted else remedy}")
-            if dotted and said_by:
+            if dotted and size_file:
                 warn_once(f"{path}: {dotted}")
             with file_errors(path):
                 self._shards[shard] = index, open(path, "rb", buffering=0)  # noqa: SIM115 (it stays open)
@@ -229,9 +229,9 @@ def _expand(part: str) -> Iterator[str]:
         yield from names
 
 
-def _said_sizes(paths: list[str]) -> dict[str, tuple[int | None, str | None]]:
-    """{shard: (its samples, the file beside it that says so)}; (None, None) where no file does."""
-    said = dict.fromkeys(paths, (None, None))
+def _sizes_beside(paths: list[str]) -> dict[str, tuple[int | None, str | None]]:
+    """{shard: (its samples, the file beside it that gives them)}; (None, None) where there is none."""
+    known = dict.fromkeys(paths, (None, None))
     read = functools.cache(lambda file: read_json(file, kind=dict) if os.path.exists(file) else {})
     for path in paths:
         folder, name = os.path.split(path)
@@ -242,5 +242,5 @@ def _said_sizes(paths: list[str]) -> dict[str, tuple[int | None, str | None]]:
                 if size is not None and (type(size) is not int or not 0 <= size < 2**40):
                     raise ValueError(f"{key} must be a number of samples, got {size!r}")
             if size is not None:
-                said[path] = size, file
-    return said
+                known[path] = size, file
+    return known
