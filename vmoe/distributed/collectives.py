@@ -16,11 +16,11 @@ from vmoe.utils.world import world
 
 Result = TypeVar("Result")
 
-_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}  # {all processes of the job: the same for messages of ours}
+_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}  # {group of the whole job: the same for checkpoints}
 
 
 class CheckpointError(SharedError):
-    """A checkpoint that cannot be written, read, or does not fit; the message is one sentence for the user."""
+    """A checkpoint that cannot be written, read, or does not fit."""
 
 
 class Team:
@@ -29,7 +29,7 @@ class Team:
     def __init__(self) -> None:
         (self.rank, self.world), self.group = world(), None
         if dist.is_available() and dist.is_initialized():
-            # Of its own, so that a background thread's messages do not mix with those of training; gloo, for CPU data.
+            # A group of its own: collectives of a background thread must not mix with those of training.
             if dist.group.WORLD not in _groups:
                 _groups.clear()
                 timeout = dist.group.WORLD.get_group_store().timeout  # parallel.timeout, see process_group.py
@@ -37,21 +37,21 @@ class Team:
             self.group = _groups[dist.group.WORLD]
 
     def run(self, action: Callable[[], Result], path: Path, collect: bool = True) -> list[Result]:
-        """As `run_together`, with a CheckpointError about `path`."""
+        """`run_together`, with a CheckpointError about `path`."""
         return run_together(action, lambda error: _sentence(error, path), CheckpointError, self.group, collect)
 
     def run_first(self, action: Callable[[], Result], path: Path) -> Result:
-        """Does something in process 0; as `run`, and returns what it gave there."""
+        """Runs something in process 0; its result in all."""
         return self.run(action if self.rank == 0 else lambda: None, path)[0]
 
     def find_problems(self, checkpoint: Path) -> list[str]:
-        """As `manifest.find_problems`; each process reads a share of the files, all get the same answer."""
+        """`manifest.find_problems`, with the files shared among the processes."""
         found = self.run(lambda: find_problems(checkpoint, (self.rank, self.world)), checkpoint)
         return list(dict.fromkeys(problem for each in found for problem in each))
 
 
 def _sentence(error: BaseException, path: Path) -> str:
-    """What to say of an error that came while `path` was written or read."""
+    """The message for an error while `path` was written or read."""
     if isinstance(error, CheckpointException):  # torch's, of several processes
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError):

@@ -1,9 +1,8 @@
-"""Expert parallelism: each process holds some of the experts, and rows travel to the process of their expert and back.
+"""Expert parallelism: each process holds some experts, and rows are sent to the process of their expert and back.
 
-Process p of P holds the experts p·E/P ... (p+1)·E/P - 1, so the rows for one process lie together among rows that are
-sorted by expert. If the rows that an expert can have are bounded (capacity), they travel in padded buffers of a fixed
-size: no host synchronisation, and compiled code knows the size. Else (no capacity, or evaluation, where batches differ
-in size) the counts travel first.
+Process p of P holds the experts p·E/P ... (p+1)·E/P - 1, so the rows for one process are contiguous among rows that are
+sorted by expert. With a capacity the rows are sent in padded buffers of a fixed size: no host synchronisation, and
+compiled code knows the size. Else (no capacity, or evaluation, where batches differ in size) the counts are sent first.
 
 Shapes, by suffix: P processes, E experts of all, L = E/P experts of one, R rows sorted by expert, C rows of a buffer
 per expert and process, D width, S rows that this process receives.
@@ -22,14 +21,14 @@ from vmoe.moe.grouped_mm import expert_of_rows
 
 
 class ExpertExchange:
-    """Runs rows through experts that are sharded over a group, in its order; what `Experts.exchange` is set to."""
+    """Runs rows through experts that are sharded over a group; the value of `Experts.exchange`."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.num_processes = dist.get_world_size(group)
 
     def __call__(self, run: RunExperts, x_RD: Tensor, count_E: Tensor, max_count: int | None) -> Tensor:
-        """As `Experts.forward`, in the order of `x_RD`; `run` computes the experts of this process."""
+        """`Experts.forward`; `run` computes the experts of this process."""
         if max_count is None:
             return self._counts_first(run, x_RD, count_E)
         if torch.compiler.is_compiling():  # compiled code knows one batch size

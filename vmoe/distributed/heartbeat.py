@@ -1,6 +1,6 @@
-"""Which processes of a job live: each writes a heartbeat to the job's store, and a thread in each reads all of them.
+"""Which processes of a job are alive: each writes a heartbeat to the job's store, and a thread in each reads them all.
 
-A process that was killed, stopped or cut off has no heartbeat any more; one that raised an error leaves a note. So a
+A process that was killed, stopped or cut off has no heartbeat any more; one that raised an error leaves it there. So a
 process that waits for it can name it, and end: NCCL does not notice a lost peer, and gloo knows no ranks.
 """
 
@@ -42,10 +42,9 @@ class LostProcessError(RuntimeError):
 
 
 def generation_of(store: dist.Store, rank: int, world: int, timeout: float) -> int:
-    """How often the processes of this job were started.
+    """How often the processes of this job were started: torchrun restarts them with the same store, still filled.
 
-    torchrun restarts all processes with the same store, which still holds what those before wrote. Process 0 opens a
-    new generation; the others wait for one in which process 0 has a heartbeat.
+    Process 0 opens a new generation; the others wait for one in which process 0 has a heartbeat.
     """
     if rank == 0:
         return store.add(GENERATION, 1)
@@ -64,9 +63,9 @@ def generation_of(store: dist.Store, rank: int, world: int, timeout: float) -> i
 
 
 class Heartbeat:
-    """The heartbeat of this process, and what is known of the others; a context manager around the job.
+    """The heartbeat of this process, and the last ones of the others; a context manager around the job.
 
-    After `timeout` seconds without a heartbeat of another process, this one ends.
+    This process ends after `timeout` seconds without a heartbeat of another one.
     """
 
     def __init__(self, store: dist.Store, rank: int, world: int, timeout: float) -> None:
@@ -92,29 +91,21 @@ class Heartbeat:
 
     @property
     def end(self) -> str | None:
-        """How this process left; None: it has not."""
+        """How this process left, if it has."""
         return self._own["end"]
 
     def leave(self, end: str, text: str = "", reported: bool = True) -> None:
-        """Tells the others how this process ends, with which error, and whether it prints that itself; once."""
+        """Writes a last heartbeat: how this process ends, with which error, and whether it prints that itself."""
         if self.end is None:
             self._own |= {"end": end, "text": text, "reported": reported}
             if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
                 # The store ends with this process, and the others must read this first.
                 self._wait_until(self._all_ended, GRACE_SECONDS + self.silent)
             self._ending.set()
-            self._thread.join(GRACE_SECONDS)  # the store's machine may be gone
-
-    def first_says(self, text: str) -> bool:
-        """Whether process 0 ends with the same error as this one; to be asked before `leave`."""
-        seconds = self.silent - self.interval
-        return self.rank > 0 and self._wait_until(lambda: self._peers.get(0, {}).get("text") == text, seconds)
+            self._thread.join(GRACE_SECONDS)  # the store may be gone
 
     def explain(self, waiting: bool) -> LostProcessError | None:
-        """Why the other processes do not answer; None if they all seem to do well.
-
-        With `waiting`, something is certainly wrong: wait until a missing heartbeat tells who it is.
-        """
+        """Why other processes do not answer; None if all seem alive. `waiting`: until a heartbeat can be missing."""
         self._wait_until(lambda: self._lost(self.silent), self.silent + 2 * self.interval if waiting else 0.0)
         return self._lost(self.silent)
 
@@ -143,7 +134,6 @@ class Heartbeat:
         return None
 
     def _age(self, rank: int) -> float:
-        """Seconds since the last heartbeat of a process."""
         return self._read - self._seen.get(rank, self._started)
 
     def _all_ended(self) -> bool:
@@ -210,5 +200,5 @@ def sentence(error: BaseException) -> str:
 
 
 def speaker(rank: int, world: int) -> str:
-    """The process that speaks, as the start of a message; "" where there is only one."""
+    """The process that speaks, as the start of a message; "" for the only one."""
     return f"process {rank} of {world}: " if world > 1 else ""

@@ -14,10 +14,10 @@ NAMES = ("dp_replicate", "dp_shard", "ep")
 
 @dataclass(frozen=True)
 class MeshSize:
-    """Sizes of the mesh's dimensions; their product is the number of processes.
+    """Sizes of the mesh's dimensions; their product is the number of processes, each with its own part of a batch.
 
-    Every process has its own part of a batch. The dimensions say where weights lie: replicated over `dp_replicate`,
-    sharded over `dp_shard`, and experts sharded over `ep`, over which all else is replicated.
+    Weights are replicated over `dp_replicate` and sharded over `dp_shard`. Over `ep` experts are sharded too, and all
+    else is replicated.
     """
 
     dp_replicate: int
@@ -38,10 +38,7 @@ class MeshSize:
 
 
 def mesh_size(dp_replicate: int, dp_shard: int, ep: int, world: int) -> MeshSize:
-    """The sizes for `world` processes; `dp_replicate` may be -1, for what the other two leave.
-
-    ConfigError: they do not multiply to `world`.
-    """
+    """The sizes for `world` processes, or a ConfigError; -1 for `dp_replicate` is what the other two leave."""
     for name, size in zip(NAMES, (dp_replicate, dp_shard, ep)):
         if size < 1 and not (name == "dp_replicate" and size == -1):
             left = ", or -1 for what is left" if name == "dp_replicate" else ""
@@ -58,23 +55,17 @@ def mesh_size(dp_replicate: int, dp_shard: int, ep: int, world: int) -> MeshSize
 
 @dataclass(frozen=True)
 class Meshes:
-    """The device meshes of a job, of all its processes.
-
-    Attributes:
-        size: sizes of the dimensions.
-        whole: (dp_replicate, dp_shard, ep). Without the last: the processes that hold the same experts as this one.
-        dense: (replicas, shards) of all that is no expert's; replicas are dp_replicate x ep.
-    """
+    """The device meshes of a job, of all its processes."""
 
     size: MeshSize
-    whole: DeviceMesh
-    dense: DeviceMesh
+    whole: DeviceMesh  # (dp_replicate, dp_shard, ep); without the last: processes that hold the same experts
+    dense: DeviceMesh  # (replicas, shards) of all but the experts; replicas are dp_replicate x ep
 
 
 def make_meshes(size: MeshSize, device: torch.device) -> Meshes:
-    """Arranges the processes of the default group; call it in all of them.
+    """The meshes of the default group; all processes call it.
 
-    Neighbours in rank are neighbours in `ep`, then in `dp_shard`: what communicates most lies within a machine.
+    Neighbours in rank are neighbours in `ep`, then in `dp_shard`: what communicates most is within a machine.
     """
     whole = init_device_mesh(device.type, (size.dp_replicate, size.dp_shard, size.ep), mesh_dim_names=NAMES)
     ranks = whole.mesh.permute(0, 2, 1).reshape(size.dp_replicate * size.ep, size.dp_shard)

@@ -1,7 +1,7 @@
-"""From a model to a parallel one: DDP, FSDP2 and expert parallelism.
+"""Makes a model parallel: DDP, FSDP2 and expert parallelism.
 
-Every process has its own part of the batch, so the gradient of the mean loss is the mean of the processes' gradients,
-wherever a weight lies. An expert that lies in one of P processes receives the gradients of all P through the exchange;
+Every process has its own part of the batch, so the gradient of the mean loss is the mean of the processes' gradients.
+An expert that is in one of P processes gets the gradients of all P through the exchange;
 `vmoe.moe.experts.local_experts` divides them by P, and FSDP2 averages over the expert's replicas.
 """
 
@@ -26,28 +26,17 @@ from vmoe.models.upcycle import block_mlps
 from vmoe.moe.experts import Experts
 from vmoe.utils.config import ConfigError
 
-# Methods by which models are called beside forward().
+# Methods by which models are called, beside forward().
 FORWARD_METHODS = ("encode_image", "encode_text", "forward_features", "forward_head", "forward_intermediates")
 
 
 def parallelize(model: nn.Module, meshes: Meshes, device: torch.device) -> nn.Module:
-    """Replicates or shards a model over the processes of a mesh, all with the weights that process 0 has.
+    """Replicates or shards a model over several processes, with the weights of process 0; returns the module to call.
 
-    Where the weights are sharded, no process but the first ever holds the whole model, and whole parameters are on the
-    device one at a time. They stay float32 whatever the forward pass computes in: the router, the norms and evaluation
-    need them so.
-
-    Args:
-        model: in process 0 with its weights; in the others it may be on the meta device, unless every process holds all
-            weights. Its parameters become DTensors where they are sharded.
-        meshes: of the job; not of one process alone.
-        device: where the model is to be.
-
-    Returns:
-        The module to call in training: the model, or a DistributedDataParallel where every process holds all weights.
-
-    Raises:
-        ConfigError: the experts cannot be sharded evenly.
+    That is a DistributedDataParallel if every process holds all weights. Else it is the model, whose parameters become
+    DTensors; in all processes but the first it may be on the meta device before. Only process 0 ever holds the whole
+    model, and whole parameters are on the device one at a time. They stay float32 whatever the forward pass computes
+    in: the router, the norms and evaluation need that. ConfigError: the experts cannot be sharded evenly.
     """
     if meshes.size.is_plain:
         return _replicate(model.to(device))
@@ -66,7 +55,7 @@ def parallelize(model: nn.Module, meshes: Meshes, device: torch.device) -> nn.Mo
     scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
     for name in block_mlps(model):
         fully_shard(model.get_submodule(name.removesuffix(".mlp")), mesh=meshes.dense, ignored_params=scalars)
-    # The outermost part is sharded again after use, so that a parameter is a DTensor whenever it is read.
+    # The root is resharded too, so that a parameter is a DTensor whenever it is read.
     fully_shard(model, mesh=meshes.dense, ignored_params=scalars, reshard_after_forward=True)
     for name in FORWARD_METHODS:
         if hasattr(model, name):
@@ -89,7 +78,7 @@ def _parameters_and_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def _scatter_weights(model: nn.Module, whole: dict[str, Tensor], device: torch.device) -> None:
-    """Gives each process its part of the weights that process 0 has in `whole`, tensor by tensor."""
+    """Gives each process its part of process 0's weights, tensor by tensor."""
     first = dist.get_rank() == 0
     for name, target in _parameters_and_buffers(model):
         value = whole.pop(name)  # freed as soon as it is sent
@@ -102,7 +91,7 @@ def _scatter_weights(model: nn.Module, whole: dict[str, Tensor], device: torch.d
 
 
 def _shard_experts(name: str, experts: Experts, mesh: DeviceMesh) -> None:
-    """Leaves this process its share of the experts, and lets rows travel to the others."""
+    """Keeps this process's share of the experts, and exchanges rows with the others."""
     P = mesh.size()
     if experts.num_experts % P:
         raise ConfigError(
@@ -118,10 +107,8 @@ def _shard_experts(name: str, experts: Experts, mesh: DeviceMesh) -> None:
 
 
 def _placement(dp_shard: int, ep: int, parameter: nn.Parameter) -> Shard:
-    """Where FSDP2 cuts a stacked parameter: along the width if experts are sharded over `ep`, else by expert if even.
-
-    FSDP2 pads what is not even: with more processes than experts most would hold, and gather, nothing but padding.
-    """
+    """The axis along which FSDP2 shards a stacked parameter: the width with `ep`, else the experts if that is even."""
+    # FSDP2 pads what is not even: with more processes than experts most would hold, and gather, nothing but padding.
     sizes = (*parameter.shape, 1)  # a learned activation has one axis
     if ep > 1 and sizes[1] % dp_shard:
         raise ConfigError(
@@ -131,22 +118,21 @@ def _placement(dp_shard: int, ep: int, parameter: nn.Parameter) -> Shard:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Some of the model's parameters are sharded over processes, so that these must call it together."""
+    """Whether some parameters are sharded over processes, so that these must call the model together."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def set_gradient_sync(module: nn.Module, sync: bool) -> None:
-    """Whether the next backward pass averages gradients: with accumulation only the last one of a step has to.
+    """Whether the next backward pass of DDP averages gradients: with accumulation only the last one of a step has to.
 
-    Sharded models always do: without it FSDP2 would keep the whole gradient. So do compiled ones, which would be
-    compiled twice.
+    Sharded models always do (else FSDP2 would keep the whole gradient), and compiled ones (else they compile twice).
     """
     if isinstance(module, DistributedDataParallel):
         module.require_backward_grad_sync = sync
 
 
 def synchronize_scalars(model: nn.Module) -> None:
-    """Averages the gradients of the scalars, which FSDP2 leaves alone, after the backward pass of a sharded model."""
+    """Averages the gradients of scalars, which FSDP2 does not, after the backward pass of a sharded model."""
     if not is_sharded(model):
         return
     grads = [p.grad for p in model.parameters() if not isinstance(p, DTensor) and p.grad is not None]
@@ -158,7 +144,7 @@ def synchronize_scalars(model: nn.Module) -> None:
 
 
 def split_groups(optimizer: Optimizer) -> None:
-    """Makes each parameter group of one kind of sharding, before the first step: lists of tensors cannot mix them."""
+    """Splits parameter groups by their mesh, before the first step: lists of tensors cannot mix them."""
     groups = []
     for group in optimizer.param_groups:
         kinds: dict[object, list[nn.Parameter]] = {}
@@ -171,7 +157,7 @@ def split_groups(optimizer: Optimizer) -> None:
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_` for parameters on different meshes too, in the same order in all processes."""
+    """`torch.nn.utils.clip_grad_norm_` that takes parameters on different meshes too."""
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     if not any(isinstance(parameter, DTensor) for parameter in parameters):
         return nn.utils.clip_grad_norm_(parameters, max_norm)
@@ -184,7 +170,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
             parts = torch.Size(size for placement, size in sizes if placement.is_shard()).numel()
             grad = grad.to_local()
         locals_.append(grad)
-        # A part that several processes hold alike counts once.
+        # A part that several processes hold counts once.
         squares.append(torch.linalg.vector_norm(grad, dtype=torch.float32).square() * (parts / world))
     total = torch.stack(squares).sum()
     dist.all_reduce(total)

@@ -21,8 +21,7 @@ from vmoe.utils.config import ConfigError
 from vmoe.utils.world import world
 
 Result = TypeVar("Result")
-DEFAULT_TIMEOUT = 600.0
-# How gloo, NCCL and the system say that another process does not answer, where the error is not a DistError.
+# How gloo, NCCL and the system say that another process does not answer, where the error is no DistError.
 COLLECTIVE = re.compile(r"\[\S*[/\\]gloo[/\\]|Gloo connect|NCCL (error|timeout)|Connection (closed|reset) by peer")
 
 
@@ -33,12 +32,12 @@ class SharedError(ValueError):
 
 
 @contextmanager
-def joined(device: torch.device | None = None, timeout: float = DEFAULT_TIMEOUT) -> Iterator[None]:
+def joined(device: torch.device | None = None, timeout: float = 600.0) -> Iterator[None]:
     """Joins the other processes of `torchrun` inside the block; without torchrun it does nothing.
 
-    GPU tensors go over NCCL, numbers and objects on the CPU over gloo. LostProcessError: another process died, stopped
-    with an error, or has not come within `timeout`. Where the main thread cannot be woken (NCCL), the process prints
-    that sentence and exits with code 1 instead.
+    GPU tensors go over NCCL, all else over gloo. LostProcessError: another process died, stopped with an error, or did
+    not come within `timeout` seconds. Where the main thread cannot be woken (NCCL), the process prints that sentence
+    and exits with code 1 instead.
     """
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield
@@ -61,7 +60,6 @@ def joined(device: torch.device | None = None, timeout: float = DEFAULT_TIMEOUT)
         except Exception as error:
             lost = _lost_process(error, heartbeat)
             if lost is None:
-                error.reported = heartbeat.first_says(sentence(error))
                 heartbeat.leave(ERROR, sentence(error), reported=must_report(error, rank))
                 raise
             heartbeat.leave(LOST, str(lost))
@@ -87,7 +85,7 @@ def _rendezvous(timeout: float) -> tuple[dist.Store, int, int]:
 
 
 def _lost_process(error: Exception, heartbeat: Heartbeat) -> LostProcessError | None:
-    """What to say instead of an error that came because another process is gone; None if it is this one's own."""
+    """What to raise instead of an error that came because another process is gone; None if it is this one's own."""
     if getattr(error, "shared", False) or not isinstance(error, RuntimeError):
         return None
     collective = isinstance(error, dist.DistError) or COLLECTIVE.match(str(error).strip()) is not None
@@ -98,18 +96,17 @@ def _lost_process(error: Exception, heartbeat: Heartbeat) -> LostProcessError | 
 
 
 def must_report(error: BaseException, rank: int) -> bool:
-    """Whether process `rank` prints its error, and not the first one, which has the same."""
-    shared = isinstance(error, ConfigError) or getattr(error, "shared", False)
-    return rank == 0 or not (shared or getattr(error, "reported", False))
+    """Whether process `rank` prints its error: process 0 prints those that all of them have."""
+    return rank == 0 or not (isinstance(error, ConfigError) or getattr(error, "shared", False))
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of PyTorch's says, without the C++ stack below."""
+    """An error of PyTorch without the C++ stack below."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def set_timeout(meshes: list[DeviceMesh], timeout: float) -> None:
-    """Seconds that the processes of a mesh wait for each other; its groups do not have those of the job."""
+    """Sets the seconds that processes wait for each other in meshes, whose groups do not take the job's timeout."""
     set_group_timeout = getattr(dist, "set_timeout", None) or _set_pg_timeout  # public since PyTorch 2.11
     for mesh in meshes:
         for group in mesh.get_all_groups():
@@ -119,12 +116,6 @@ def set_timeout(meshes: list[DeviceMesh], timeout: float) -> None:
 # --- all processes call these together ---
 
 
-def wait_for_all() -> None:
-    """Returns when all processes have come here."""
-    if world()[1] > 1:
-        dist.barrier()
-
-
 def run_together(
     action: Callable[[], Result],
     describe: Callable[[BaseException], str] = sentence,
@@ -132,10 +123,10 @@ def run_together(
     group: dist.ProcessGroup | None = None,
     collect: bool = True,
 ) -> list[Result]:
-    """Does something in every process; returns the results of all by rank, or without `collect` this one's alone.
+    """Runs `action` in every process; returns the results of all by rank, or without `collect` this one's alone.
 
-    If it fails in one process, `error_type` is raised in all, with what `describe` says of the first error. An action
-    that speaks with other processes must not fail in one of them alone.
+    If it fails in one process, `error_type` is raised in all, with what `describe` makes of the first error. An action
+    with collectives must not fail in one process alone.
     """
     result = cause = None
     try:
@@ -153,18 +144,18 @@ def run_together(
 
 
 def from_first(make: Callable[[], Result]) -> Result:
-    """What process 0 makes, in all processes; if it cannot be made, SharedError in all of them."""
+    """What process 0 makes, in all processes; SharedError in all of them if it fails."""
     rank, processes = world()
     return make() if processes == 1 else run_together(make if rank == 0 else lambda: None)[0]
 
 
 def sum_over_processes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor's sum over all processes, in float64 on the CPU; in one message."""
+    """Each tensor's sum over all processes, in float64 on the CPU."""
     if world()[1] == 1:
         return tensors
     flat = [tensor.detach().double().cpu() for tensor in tensors.values()]
     sums = torch.cat([tensor.flatten() for tensor in flat])
-    dist.all_reduce(sums)
+    dist.all_reduce(sums)  # one message for all
     parts = sums.split([tensor.numel() for tensor in flat])
     return {name: part.view(tensor.shape) for name, tensor, part in zip(tensors, flat, parts)}
 
@@ -176,12 +167,10 @@ def mean_over_processes(values: list[float]) -> list[float]:
 
 
 def any_process(found: bool) -> bool:
-    """Whether it holds in one of the processes."""
+    """Whether it is true in one of the processes."""
     return mean_over_processes([float(found)])[0] > 0
 
 
 def gather_lists(values: list) -> list:
     """The elements of all processes' lists, process by process."""
-    if world()[1] == 1:
-        return values
     return [value for part in run_together(lambda: values) for value in part]
