@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300, help="N")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/upcycling"))
-    parser.add_argument("--set", nargs="*", default=[], help="settings of all runs, such as train.num_threads=2")
+    parser.add_argument("--set", nargs="*", default=[], help="settings of all runs, such as optim.lr=0.001")
     parser.add_argument("--set_upcycled", nargs="*", default=[], help="such as model.upcycle.reinit=0.5")
     args = parser.parse_args()
     keep_freed_memory()

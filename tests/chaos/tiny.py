@@ -27,7 +27,7 @@ CONFIG = {
         },
     },
     "data": {"loader": {"batch_size": 8, "num_workers": 0}},
-    "train": {"num_threads": 1, "log_every": 1, "ema_decay": 0.99, "tensorboard": False},
+    "train": {"log_every": 1, "ema_decay": 0.99, "tensorboard": False},
     "optim": {"warmup_steps": 2},
     "evaluate": {"examples": 0, "batch_size": 8},
 }

@@ -62,7 +62,6 @@ def make_config(images_dir, tmp_path):
             "data.loader.batch_size": 8,
             "data.loader.num_workers": 0,
             "train.steps": 6,
-            "train.num_threads": 1,
             "train.log_every": 1,
             "train.tensorboard": False,
             "evaluate.examples": 0,

@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -355,27 +354,6 @@ def test_an_error_of_the_disk_is_one_sentence_and_leaves_nothing(tmp_path, model
     assert contents(tmp_path / "checkpoints" / "step_000001") == before
 
 
-def test_a_disk_without_space_is_told_before_anything_is_written(tmp_path, model, optimizer, monkeypatch):
-    save(tmp_path, 1, model, optimizer, keep_last=1)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
-    monkeypatch.setattr(module, "write_tensors", _raiser(AssertionError("something was written")))
-    message = r"step_000002 needs [\d.]+ MiB, and the disk of .*checkpoints has 0\.0 MiB left; free some space"
-    with pytest.raises(CheckpointError, match=message):
-        save(tmp_path, 2, model, optimizer, keep_last=1)
-    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
-    assert latest_checkpoint(tmp_path).name == "step_000001"
-
-
-def test_the_space_is_enough_for_what_is_written(tmp_path, model, optimizer, monkeypatch):
-    folder = save(tmp_path, 1, model, optimizer, ema=model)
-    written = sum(file.stat().st_size for file in folder.iterdir())
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1.2 * written + 2**20))
-    save(tmp_path, 2, model, optimizer, ema=model)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=written - 1))
-    with pytest.raises(CheckpointError, match="step_000003 needs"):
-        save(tmp_path, 3, model, optimizer, ema=model)
-
-
 def test_what_json_cannot_hold_is_an_error_at_once(tmp_path, model, optimizer):
     with pytest.raises(CheckpointError, match="not JSON serializable"):
         save(tmp_path, 1, model, optimizer, trainer={"model": model}, asynchronous=True)
@@ -384,14 +362,10 @@ def test_what_json_cannot_hold_is_an_error_at_once(tmp_path, model, optimizer):
 # --- which are kept --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("saved", "keep_every", "kept"),
-    [((5, 999_999, 1_000_000, 1_000_001), 0, [1_000_000, 1_000_001]), (range(1, 8), 3, [3, 6, 7])],
-)
-def test_the_last_and_multiples_of_keep_every_stay(tmp_path, model, optimizer, saved, keep_every, kept):
-    for step in saved:
-        save(tmp_path, step, model, optimizer, keep_last=2, keep_every=keep_every)
-    assert steps(tmp_path) == kept
+def test_the_last_ones_stay(tmp_path, model, optimizer):
+    for step in (5, 999_999, 1_000_000, 1_000_001):
+        save(tmp_path, step, model, optimizer, keep_last=2)
+    assert steps(tmp_path) == [1_000_000, 1_000_001]
 
 
 def test_a_damaged_one_does_not_count_among_the_kept(tmp_path, model, optimizer):

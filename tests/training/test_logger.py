@@ -15,7 +15,7 @@ from vmoe.training.logger import (
     CollapseWatch,
     DataWatch,
     MetricsLog,
-    ProgressDisplay,
+    ProgressBar,
     TimeLeft,
     expert_metrics,
     final_table,
@@ -23,6 +23,7 @@ from vmoe.training.logger import (
     read_metrics,
     requested_shares,
     routing_metrics,
+    say,
     short_texts,
 )
 
@@ -61,16 +62,17 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path):
     assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 2.0}, {"step": 6, "loss": None}]
 
 
-def test_every_metric_goes_to_tensorboard_too(tmp_path):
+def test_every_metric_goes_to_tensorboard_and_those_of_experts_only_there(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = MetricsLog(tmp_path, 0, tensorboard=True)
-    log.write(3, METRICS)
+    log.write(3, {**METRICS, "experts/blocks.1.mlp/image/load_00": 0.5})
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == set(METRICS)
+    assert set(events.Tags()["scalars"]) == {*METRICS, "experts/blocks.1.mlp/image/load_00"}
     assert events.Scalars("loss")[0].step == 3
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 3, **METRICS}]
 
 
 def test_largest_share_counts_what_was_asked_for():
@@ -145,10 +147,10 @@ def test_a_layer_that_recovers_or_shares_evenly_is_not_reported(caplog):
 def test_progress_shows_loss_throughput_routing_and_time_left(terminal):
     output = io.StringIO()
     console = Console(file=output, force_terminal=terminal, width=140)
-    with ProgressDisplay(console, 5, 100) as display:
-        display.advance(6, seconds=2.0)
+    with ProgressBar(console, 5, 100) as display:
+        display.step_done(6, seconds=2.0)
         display.show(6, {**METRICS, **HEALTH})
-        display.message("a message")
+        say(console, "a message")
     text = output.getvalue()
     shown = ("loss 1.5", "320 img/s", "waiting for data 20%", "dropped 3.4%", "1.42", "idle experts 2", "a message")
     for words in shown:
@@ -162,11 +164,11 @@ def test_progress_shows_loss_throughput_routing_and_time_left(terminal):
 @given(st.integers(50, 200), st.integers(2, 10**6))
 def test_progress_takes_one_line_of_whole_metrics(width, steps):
     console = Console(file=io.StringIO(), force_terminal=True, width=width)
-    display = ProgressDisplay(console, 0, steps)
-    display.advance(1, seconds=0.3)
+    display = ProgressBar(console, 0, steps)
+    display.step_done(1, seconds=0.3)
     display.show(1, {**METRICS, **HEALTH})
     plain = Console(file=io.StringIO(), width=width)
-    plain.print(display._bar.get_renderable())
+    plain.print(display.get_renderable())
     (line,) = plain.file.getvalue().splitlines()
     assert len(line) <= width
     shown = line[line.index("loss") :].rstrip().split(", ")
@@ -206,8 +208,8 @@ def test_the_time_left_follows_a_run_that_becomes_slower():
 @pytest.mark.parametrize(("seconds", "text"), [(0.2, "0:00:01 left"), (59.7, "0:04:58 left"), (3600.0, "5:00:00 left")])
 def test_the_time_left_in_plain_lines(seconds, text):
     console = Console(file=io.StringIO(), width=200)
-    display = ProgressDisplay(console, 0, 6)
-    display.advance(1, seconds)
+    display = ProgressBar(console, 0, 6)
+    display.step_done(1, seconds)
     display.show(1, METRICS)
     assert text in console.file.getvalue()
 
@@ -224,21 +226,28 @@ def test_the_final_table_loses_no_metric(width):
         assert metric in console.file.getvalue()
 
 
-@pytest.mark.parametrize(("router", "has_load"), [("top_k", True), ("expert_choice", True), ("soft", False)])
-def test_only_soft_routing_has_no_load(router, has_load):
-    settings = {} if router == "top_k" else {"router": router}
-    if router == "expert_choice":
-        settings["capacity_factor"] = 8.0  # every expert takes every token: all is kept
+@pytest.mark.parametrize(("router", "settings"), [("top_k", {}), ("expert_choice", {"capacity_factor": 8.0}), ("soft", {})])
+def test_metrics_of_experts_are_those_of_the_record_and_soft_routing_has_no_load(router, settings):
     model = vmoe.create_model(
-        "vmoe_tiny_patch8_48", img_size=16, embed_dim=16, num_heads=2, depth=2, num_experts=4, **settings
+        "vmoe_tiny_patch8_48",
+        **{"img_size": 16, "embed_dim": 16, "num_heads": 2, "depth": 2, "num_experts": 4},
+        **({} if router == "top_k" else {"router": router}),
+        **settings,
     )
-    with vmoe.record_routing(model) as record:
-        model(torch.randn(2, 3, 16, 16))
-    [layer] = record.layers.values()
+    with vmoe.record_routing(model.eval()) as record:
+        model(torch.randn(3, 3, 16, 16))
+    layer, measured = record.layers["blocks.1.mlp"], expert_metrics(record)
     assert layer.router == router
-    if router == "expert_choice":
-        assert layer.kept.all()
-    assert any("/load_" in name for name in expert_metrics(record)) == has_load
+    for expert in range(4):
+        name = f"experts/blocks.1.mlp/image/{{}}_{expert:02d}"
+        assert measured[name.format("importance")] == pytest.approx(layer.gates[..., expert].mean().item())
+        if router == "soft":
+            assert name.format("load") not in measured
+        else:
+            share = layer.load[expert].item() / layer.load.sum().item()
+            assert measured[name.format("load")] == pytest.approx(share)
+    assert measured.items() <= routing_metrics(record, experts=True).items()
+    assert not any(name.startswith("experts/") for name in routing_metrics(record))
 
 
 def test_a_minimum_stays_one_over_processes(monkeypatch):

@@ -12,7 +12,6 @@ from vmoe.utils.config import ConfigError
 def two_processes(monkeypatch):
     """This one, and another that has the same settings."""
     monkeypatch.setattr(run_dir, "world", lambda: (0, 2))
-    monkeypatch.setattr(run_dir, "from_first", lambda make: make())
     monkeypatch.setattr(run_dir, "gather_lists", lambda own: own * 2)
 
 

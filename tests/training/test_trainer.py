@@ -18,7 +18,7 @@ import vmoe
 from vmoe.cli.evaluate import run as evaluate
 from vmoe.data import BadSample, SourceConfig
 from vmoe.evaluation.config import EvaluationConfig
-from vmoe.training import run_images
+from vmoe.training import tasks
 from vmoe.training.checkpoint import CheckpointError, list_checkpoints, step_of
 from vmoe.training.diagnosis import NonFiniteError
 from vmoe.training.logger import CollapseWatch, read_metrics
@@ -415,7 +415,7 @@ def test_a_run_is_complete_before_its_examples_are_drawn(make_config, monkeypatc
         seen.extend(path.name for path in _path(config).iterdir())
         raise RuntimeError("the font is broken")
 
-    monkeypatch.setattr(run_images, "example_figure", fail)
+    monkeypatch.setattr(tasks, "example_figure", fail)
     summary, printed = run(config)
     assert "summary.json" in seen
     assert summary == json.loads((_path(config) / "summary.json").read_text())

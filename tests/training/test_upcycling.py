@@ -147,7 +147,6 @@ def groups_config(file: Path, run: Path, folders: Path, **overrides) -> Config:
         "data.loader.num_workers": 0,
         "train.precision": "float32",
         "train.accumulate_steps": 1,
-        "train.num_threads": 1,
         "train.log_every": 1,
         "train.eval_every": 20,
         "train.steps": 20,

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: atomic, checked when they are read, nothing in them ever unpickled.
+"""Checkpoints of a run: atomic, checked when they are read, never unpickled (docs/checkpoints.md).
 
-docs/checkpoints.md has the files and the guarantees. A folder that is still being written has another name
-(`step_000450.unfinished`): a process that dies leaves nothing that looks like a checkpoint.
+A folder that is still being written has another name (`step_000450.unfinished`), so that a process which dies leaves
+nothing that looks like a checkpoint.
 """
 
 from __future__ import annotations
@@ -40,40 +40,31 @@ logger = logging.getLogger("vmoe.training")
 
 MODEL, EMA, OPTIMIZER = "model", "ema", "optimizer"
 FORMAT = 2
-BYTES_PER_HEADER_ENTRY, BYTES_OF_JSON = 256, 2**20  # generous, for the estimate of the space that is needed
 
 
 @dataclass
 class _Contents:
-    """All of a checkpoint, in memory."""
-
     tensors: dict[str, dict[str, Tensor]]  # {"model" | "ema" | "optimizer": {name: tensor}}
-    metadata: dict[str, dict[str, str]]  # the same keys; of their safetensors files
+    metadata: dict[str, dict[str, str]]  # of their safetensors files
     trainer: str  # the text of trainer.json
     sharded: bool  # the weights are DTensors
 
 
 class Checkpointer:
-    """Writes the checkpoints of a run and removes old ones. All processes of a job make one and call it together.
+    """Writes the checkpoints of a run and keeps the last undamaged ones. All processes make one and call it together.
 
-    It keeps the last `keep_last` undamaged ones, and for good those at multiples of `keep_every` steps (0: none). If
-    `asynchronous`, it copies the state to the CPU, and writes it while training goes on. `mesh` is for the manifest.
+    If `asynchronous`, it copies the state to the CPU, and writes it while training goes on. `mesh` is for the manifest.
     """
 
     def __init__(
-        self,
-        run: Path,
-        keep_last: int,
-        keep_every: int = 0,
-        asynchronous: bool = False,
-        mesh: dict[str, int] | None = None,
+        self, run: Path, keep_last: int, asynchronous: bool = False, mesh: dict[str, int] | None = None
     ) -> None:
-        self.parent = run / "checkpoints"
-        self.run, self.keep_last, self.keep_every, self.mesh = run, keep_last, keep_every, mesh or {}
+        self.run, self.parent = run, run / "checkpoints"
+        self.keep_last, self.mesh = keep_last, mesh or {}
         self._team = Team()
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._writing: Future[None] | None = None
-        self._whole: set[Path] = set()  # known to be so, without reading again
+        self._complete: set[Path] = set()  # known to be undamaged without reading them again
 
     def save(
         self,
@@ -86,9 +77,9 @@ class Checkpointer:
     ) -> Path:
         """Writes a checkpoint, then removes those that are not to be kept; returns its folder.
 
-        The folder is there when this returns, or if asynchronous, after `wait`. A CheckpointError in all processes says
-        that it, or the one before that was still being written, cannot be written: nothing is left of it then. The JSON
-        of `trainer` is that of process 0; `extra` is kept beside the weights (class names).
+        The folder exists when this returns, or if asynchronous, after `wait`. `trainer` is stored as JSON (that of
+        process 0), `extra` beside the weights (class names). A CheckpointError in all processes says that it, or
+        asynchronously the one before, cannot be written; nothing is left of that one.
         """
         self.wait()
         final = self.parent / f"step_{step:06d}"
@@ -118,7 +109,7 @@ class Checkpointer:
     def _collect(
         self, weights: dict[str, nn.Module], optimizer: Optimizer, trainer: dict[str, Any], extra: dict[str, Any]
     ) -> _Contents:
-        """The state to write: the tensors themselves, or copies that training does not change."""
+        """The state to write: the tensors themselves, or if asynchronous, copies."""
         tensors = {part: module.state_dict() for part, module in weights.items()}
         metadata = {part: file_metadata(module, extra) for part, module in weights.items()}
         tensors[OPTIMIZER], rest = export_state(optimizer, weights[MODEL])
@@ -138,8 +129,8 @@ class Checkpointer:
     def _write(self, contents: _Contents, final: Path) -> None:
         team = self._team
         unfinished = final.with_name(final.name + UNFINISHED)
-        if team.run_first(lambda: self._begin(contents, unfinished, final), final):
-            return  # it is there already: stopped right after it was saved
+        if team.run_first(lambda: self._begin(unfinished, final), final):
+            return  # stopped right after it was saved
         try:
             if contents.sharded:
                 for part, tensors in contents.tensors.items():
@@ -151,27 +142,18 @@ class Checkpointer:
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise
         if team.rank == 0:
-            self._whole.add(final)
+            self._complete.add(final)
             try:
                 self._remove_old(step_of(final))
             except OSError as error:
                 logger.warning("an old checkpoint in %s could not be removed: %s", self.parent, error)
 
-    def _begin(self, contents: _Contents, unfinished: Path, final: Path) -> bool:
-        """Makes the folder and sees to the space for it; True if there is such a checkpoint already."""
+    def _begin(self, unfinished: Path, final: Path) -> bool:
+        """Makes the folder; True if there is such a checkpoint already."""
         self.parent.mkdir(parents=True, exist_ok=True)
         remove_unfinished(self.run)
         if final.exists() and not find_problems(final):
             return True
-        every = [tensor for part in contents.tensors.values() for tensor in part.values()]
-        needed = sum(tensor.numel() * tensor.element_size() for tensor in every)
-        needed += BYTES_PER_HEADER_ENTRY * len(every) + BYTES_OF_JSON
-        free = shutil.disk_usage(self.parent).free
-        if needed > free:
-            raise CheckpointError(
-                f"{final} needs {needed / 2**20:,.1f} MiB, and the disk of {self.parent} has {free / 2**20:,.1f} MiB "
-                "left; free some space, or lower train.keep_last, and continue the run from the checkpoint before"
-            )
         unfinished.mkdir()
         return False
 
@@ -181,7 +163,7 @@ class Checkpointer:
         dcp.save(tensors, storage_writer=writer, planner=planner, process_group=self._team.group)
 
     def _write_own(self, contents: _Contents, unfinished: Path) -> dict[str, dict[str, Any]]:
-        """Writes the files that are this process's alone; returns what the manifest says of all of its files."""
+        """Writes what is not in shards; returns the manifest's entries of this process's files."""
         shards = unfinished.glob(f"*/shard-{self._team.rank + 1:05d}-*") if contents.sharded else ()
         names = [file.relative_to(unfinished).as_posix() for file in shards]
         if self._team.rank == 0:
@@ -214,14 +196,13 @@ class Checkpointer:
         _sync(self.parent)
 
     def _remove_old(self, step: int) -> None:
-        """Removes what is older than the last whole ones to keep; newer ones were found damaged, and stay."""
+        """Removes what is older than the last undamaged ones to keep; newer ones were found damaged, and stay."""
         kept = 0
         for folder in reversed([each for each in list_checkpoints(self.run) if step_of(each) <= step]):
             if kept == self.keep_last:
-                if self.keep_every == 0 or step_of(folder) % self.keep_every:
-                    _remove(folder)
-            elif folder in self._whole or not find_problems(folder):
-                self._whole.add(folder)
+                _remove(folder)
+            elif folder in self._complete or not find_problems(folder):
+                self._complete.add(folder)
                 kept += 1
 
 
@@ -234,7 +215,7 @@ def remove_unfinished(run: Path) -> None:
 def latest_checkpoint(run: Path) -> Path | None:
     """The newest undamaged checkpoint of a run; None if the run has none, a CheckpointError if all are damaged.
 
-    All processes call it together, and get the same answer. A damaged checkpoint is named in a warning.
+    All processes call it together. A damaged checkpoint is named in a warning.
     """
     team = Team()
     checkpoints = team.run_first(lambda: list_checkpoints(run), run)
@@ -252,8 +233,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Loads a checkpoint in place, into plain tensors or DTensors of any mesh; all processes call it together.
 
-    Returns `trainer` as given to `Checkpointer.save`; an `ema` or `optimizer` of None is not loaded. A CheckpointError
-    says what is missing or damaged, or which tensors do not fit.
+    Returns the `trainer` of `Checkpointer.save`. None for `ema` or `optimizer` does not load it. A CheckpointError
+    names what is missing or damaged, or the tensors that do not fit.
     """
     team = Team()
     problems = team.find_problems(checkpoint)
@@ -286,9 +267,6 @@ def _load(checkpoint: Path, model: nn.Module, ema: nn.Module | None, optimizer: 
             import_state(optimizer, model, StoredTensors(files[0]) if files else None, rest)
         except ValueError as error:
             raise CheckpointError(f"{checkpoint}: {error}") from error
-        except (AttributeError, IndexError, KeyError, RecursionError, RuntimeError, TypeError) as error:
-            problem = f"its optimizer state cannot be understood ({type(error).__name__}: {error})"
-            raise CheckpointError(f"{checkpoint}: {problem}") from error
     return trainer
 
 
@@ -305,7 +283,7 @@ def _remove(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Makes sure that a file or folder is on the disk, where that is supported."""
+    """Flushes a file or folder to the disk, where that is supported."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -26,16 +26,14 @@ MAX_TIMEOUT = 30 * 24 * 3600  # seconds
 CHANGEABLE = (
     *("output_dir", "resume", "device", "data.val", "evaluate", "parallel"),
     *(f"data.loader.{key}" for key in ("num_workers", "pin_memory", "max_bad_share")),
-    *(f"train.{key}" for key in ("steps", "log_every", "eval_every", "checkpoint_every", "keep_last", "keep_every")),
-    *(f"train.{key}" for key in ("async_checkpoints", "max_minutes", "collapse_after", "compile", "num_threads")),
-    *(f"train.{key}" for key in ("tensorboard", "routing_images_every")),
+    *(f"train.{key}" for key in ("steps", "log_every", "eval_every", "checkpoint_every", "keep_last", "max_minutes")),
+    *(f"train.{key}" for key in ("async_checkpoints", "collapse_after", "compile", "tensorboard")),
 )
 
 # {setting: (least value, largest value or None, what null does)}; above 0 where the least value is None
 RANGES = {
     **{f"optim.{key}": (0, None, "") for key in ("warmup_steps", "warmup_lr", "min_lr", "weight_decay")},
-    **{f"train.{key}_every": (0, None, "") for key in ("eval", "keep", "routing_images")},
-    **dict.fromkeys(("seed", "train.collapse_after", "evaluate.examples"), (0, None, "")),
+    **dict.fromkeys(("seed", "train.eval_every", "train.collapse_after", "evaluate.examples"), (0, None, "")),
     **{f"train.{key}": (1, None, "") for key in ("steps", "accumulate_steps", "log_every", "checkpoint_every")},
     **dict.fromkeys(("train.keep_last", "evaluate.batch_size"), (1, None, "")),
     "optim.lr": (None, None, ""),
@@ -43,7 +41,6 @@ RANGES = {
     "train.clip_grad_norm": (None, None, "; null does not clip"),
     "train.ema_decay": (None, 1, "; null keeps no moving average"),
     "train.max_minutes": (None, None, "; null sets no limit"),
-    "train.num_threads": (None, None, "; null leaves PyTorch's own choice"),
     "parallel.timeout": (1, MAX_TIMEOUT, ""),
 }
 
@@ -111,16 +108,12 @@ class TrainConfig:
         eval_every: Steps between two evaluations on data.val; the last step always has one. 0 never evaluates.
         checkpoint_every: Steps between two checkpoints; the last step always has one.
         keep_last: Checkpoints to keep.
-        keep_every: Checkpoints at multiples of so many steps are kept for good; 0: none.
         async_checkpoints: Copy the state to the CPU's memory, and write it there while training goes on.
         max_minutes: Time for this start of the command: training stops when another step and a checkpoint, as long as
             the longest so far, would not fit any more (leave time for the first ones); null sets no limit.
         collapse_after: Warn of a layer whose routing stays collapsed (one expert is asked for by most tokens, or some
             by none) for this many steps; 0 never warns.
-        num_threads: CPU threads of PyTorch; null leaves its own choice.
         tensorboard: Also write OUTPUT_DIR/tensorboard: every metric, and the load and importance of each expert.
-        routing_images_every: Steps between two images for TensorBoard of where the patches of some validation
-            images go; null: one at each evaluation, 0: none.
     """
 
     steps: int = 1000
@@ -136,13 +129,10 @@ class TrainConfig:
     eval_every: int = 0
     checkpoint_every: int = 100
     keep_last: int = 2
-    keep_every: int = 0
     async_checkpoints: bool = False
     max_minutes: float | None = None
     collapse_after: int = 100
-    num_threads: int | None = None
     tensorboard: bool = True
-    routing_images_every: int | None = None
 
 
 @dataclass

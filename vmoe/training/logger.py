@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard, the progress bar, warnings about the routing, the final table."""
+"""What a run reports: metrics.jsonl, TensorBoard, progress, warnings, the final table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn
@@ -47,7 +46,9 @@ class MetricsLog:
         if run is None:
             return
         file = run / "metrics.jsonl"
-        write_text(file, "".join(json.dumps(line) + "\n" for line in read_metrics(file) if line["step"] <= step))
+        kept = "".join(json.dumps(line) + "\n" for line in read_metrics(file) if line["step"] <= step)
+        with atomic_file(file) as draft:
+            draft.write_text(kept, encoding="utf-8")
         self._file = file.open("a", encoding="utf-8")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -55,24 +56,16 @@ class MetricsLog:
             self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One line; metrics that are not finite become null (JSON has no NaN)."""
+        """Writes a line without "experts/...", too many for it; what is not finite becomes null (JSON has no NaN)."""
         if self._file is None:
             return
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        line = {name: value for name, value in metrics.items() if not name.startswith("experts/")}
+        finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
-        self.tensorboard(step, metrics)
-
-    def tensorboard(self, step: int, metrics: dict[str, float]) -> None:
-        """Metrics for TensorBoard alone, which are too many for a line."""
         if self._writer is not None:
             for name, value in metrics.items():
                 self._writer.add_scalar(name, value, step)
-
-    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """An image, (H, W, 3) uint8, for TensorBoard."""
-        if self._writer is not None:
-            self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         for stream in (self._file, self._writer):
@@ -81,7 +74,7 @@ class MetricsLog:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that was cut off is left out, a missing file gives none."""
+    """The lines of a metrics.jsonl without one that was cut off; none of a missing file."""
     entries = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:
@@ -91,13 +84,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def write_text(file: Path, text: str) -> None:
-    """Writes a text file atomically."""
-    with atomic_file(file) as draft:
-        draft.write_text(text, encoding="utf-8")
-
-
-# --- metrics of the routing, over all processes; all of them call these together ---
+# --- metrics of the routing over all processes, which call these together ---
 
 
 def requested_shares(layers: dict[str, LayerRouting]) -> dict[str, Tensor]:
@@ -109,12 +96,8 @@ def requested_shares(layers: dict[str, LayerRouting]) -> dict[str, Tensor]:
     return {name: count_E / count_E.sum().clamp(min=1) for name, count_E in sum_over_processes(counts).items()}
 
 
-def routing_metrics(record: RoutingRecord) -> dict[str, float]:
-    """The metrics of a step's routing; empty for a dense model.
-
-    Over all layers "routing/share_dropped" (mean), "routing/load_max_over_mean" (worst layer; 1 is even) and
-    "routing/experts_without_tokens" (sum); then every statistic of each layer as "routing/LAYER/NAME".
-    """
+def routing_metrics(record: RoutingRecord, experts: bool = False) -> dict[str, float]:
+    """The metrics of a step's routing (docs/training.md), with those of each `expert`; empty for a dense model."""
     layers = {}
     for name, routing in record.layers.items():
         means = over_processes({key: float(value) for key, value in routing.means.items()})
@@ -130,11 +113,11 @@ def routing_metrics(record: RoutingRecord) -> dict[str, float]:
     for name, share_E in requested_shares(record.layers).items():
         layers[name]["largest_share"] = share_E.max().item()
         metrics.update({f"routing/{name}/{key}": value for key, value in layers[name].items()})
-    return metrics
+    return metrics | (expert_metrics(record) if experts else {})
 
 
 def over_processes(metrics: dict[str, float]) -> dict[str, float]:
-    """The mean of each metric over all processes; of those that are called a minimum or maximum, that."""
+    """The mean of each metric over all processes; the minimum or maximum of those that are named so."""
     every = gather_lists([metrics])
     reduce = {"min": min, "max": max}
     return {name: reduce.get(name.rpartition("_")[2], fmean)([own[name] for own in every]) for name in metrics}
@@ -161,7 +144,7 @@ def expert_metrics(record: RoutingRecord) -> dict[str, float]:
 
 
 class CollapseWatch:
-    """Warns, by name, when the routing of a layer stays collapsed for `after` steps (0 never warns).
+    """Warns when the routing of a layer stays collapsed for `after` steps (0 never warns).
 
     One expert is asked for by most assignments (over half of those that an even load would not give it), or some expert
     by none.
@@ -173,7 +156,7 @@ class CollapseWatch:
         self.warned: set[str] = set()
 
     def update(self, step: int, layers: dict[str, LayerRouting]) -> None:
-        """Reads the routing of a step; all processes call it at every logged one, and the first of them warns."""
+        """Takes the routing of a logged step; all processes call it, and the first one warns."""
         for name, share_E in requested_shares(layers).items() if self.after else ():
             num_experts, share, idle = len(share_E), share_E.max().item(), int((share_E == 0).sum())
             even = 1 / num_experts
@@ -202,7 +185,7 @@ class DataWatch:
         self.num_workers, self.in_a_row, self.warned = num_workers, 0, False
 
     def update(self, metrics: dict[str, float], readable: float) -> None:
-        """Reads the metrics of a logged step; `readable`: images per second that this process's workers can read."""
+        """Takes the metrics of a logged step; `readable`: images per second that this process's workers can read."""
         rank, processes = world()
         waiting = metrics["data_wait_share"]
         self.in_a_row = self.in_a_row + 1 if waiting > WAITING_SHARE else 0
@@ -224,10 +207,10 @@ class DataWatch:
 
 
 class TimeLeft:
-    """Estimates how long the rest of a run takes: its steps, evaluations and checkpoints.
+    """Estimates how long the remaining steps, evaluations and checkpoints take.
 
     Each kind takes the mean of its latest durations without the longest: a step that compiles or waits for a slow disk
-    says nothing of the others. `every`: steps between two evaluations and so on; 0: there is none.
+    says nothing about the others. `every`: steps between two evaluations and so on; 0: there is none.
     """
 
     def __init__(self, steps: int, **every: int) -> None:
@@ -241,7 +224,7 @@ class TimeLeft:
         self.longest[kind] = max(self.longest[kind], seconds)
 
     def seconds(self, step: int) -> float:
-        """Seconds to the end after this step, whose evaluation and checkpoint are still to come."""
+        """Seconds to the end after a step, whose evaluation and checkpoint are still to come."""
         left = 0.0
         for kind, every in self.every.items():
             known = sorted(self.durations[kind])
@@ -251,29 +234,20 @@ class TimeLeft:
         return left
 
 
-class ProgressDisplay:
+class ProgressBar(Progress):
     """A progress line on a terminal, plain lines elsewhere; `every` as in `TimeLeft`."""
 
     def __init__(self, console: Console, step: int, steps: int, **every: int) -> None:
-        self.console, self.steps = console, steps
-        self.time_left = TimeLeft(steps, **every)
         one_line = Column(no_wrap=True, overflow="ellipsis")
         columns = (TextColumn(f"{{task.fields[{name}]}}", table_column=one_line) for name in ("left", "metrics"))
-        self._bar = Progress(TextColumn("step"), MofNCompleteColumn(), *columns, console=console)
-        self._bar.disable = not console.is_terminal
-        self._task = self._bar.add_task("train", total=steps, completed=step, metrics="", left="-:--:--")
+        columns = (TextColumn("step"), MofNCompleteColumn(), *columns)
+        super().__init__(*columns, console=console, disable=not console.is_terminal)
+        self.steps, self.time_left = steps, TimeLeft(steps, **every)
+        self._task = self.add_task("train", total=steps, completed=step, metrics="", left="-:--:--")
 
-    def __enter__(self) -> ProgressDisplay:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._bar.stop()
-
-    def advance(self, step: int, seconds: float) -> None:
-        """A step is done, and took that long."""
+    def step_done(self, step: int, seconds: float) -> None:
         self.time_left.add("step", seconds)
-        self._bar.update(self._task, completed=step, left=self._left(step))
+        self.update(self._task, completed=step, left=self._left(step))
 
     @contextmanager
     def timing(self, kind: str) -> Iterator[None]:
@@ -282,29 +256,25 @@ class ProgressDisplay:
         self.time_left.add(kind, time.monotonic() - began)
 
     def show(self, step: int, metrics: dict[str, float]) -> None:
-        """The metrics of a logged step; on a terminal as many as fit on the line."""
+        """Shows the metrics of a logged step; on a terminal as many as fit on the line."""
         texts, left = short_texts(metrics), self._left(step)
-        if self._bar.disable:
-            self.message(", ".join([f"step {step}/{self.steps}", *texts, f"{left} left"]))
+        if self.disable:
+            say(self.console, ", ".join([f"step {step}/{self.steps}", *texts, f"{left} left"]))
         while texts and len(f"step {self.steps}/{self.steps} {left} {', '.join(texts)}") > self.console.width:
             texts.pop()
-        self._bar.update(self._task, metrics=", ".join(texts))
-
-    def message(self, text: str) -> None:
-        """A line of its own, above the bar."""
-        say(self.console, text)
+        self.update(self._task, metrics=", ".join(texts))
 
     def _left(self, step: int) -> str:
         return str(timedelta(seconds=round(self.time_left.seconds(step))))
 
 
 def say(console: Console, text: str) -> None:
-    """Prints a line as it is."""
+    """Prints a line as it is; above the progress line, if there is one."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def short_texts(metrics: dict[str, float]) -> list[str]:
-    """The few metrics that a progress line shows, the most important first."""
+    """The metrics of a progress line, the most important first."""
     texts = [f"loss {metrics['loss']:.4g}", f"{metrics['images_per_second']:.0f} img/s"]
     if metrics["data_wait_share"] >= 0.05:
         texts.append(f"waiting for data {metrics['data_wait_share']:.0%}")
@@ -316,7 +286,7 @@ def short_texts(metrics: dict[str, float]) -> list[str]:
 
 
 def final_table(summary: dict[str, Any]) -> MetricTable:
-    """The summary of a run as a table."""
+    """The table of a run's summary."""
     rows = {
         "steps": str(summary["steps"]),
         "parameters": f"{summary['parameters_total'] / 1e6:.2f} M",

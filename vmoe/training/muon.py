@@ -1,9 +1,8 @@
-"""timm's Muon for models with experts: every expert's matrix is orthogonalised by itself.
+"""timm's Muon (https://kellerjordan.github.io/posts/muon/) that orthogonalises each expert's matrix by itself.
 
     optimizer = Muon(parameter_groups(model, weight_decay=0.05, muon=True), lr=1e-3)  # of vmoe.training.optim
 
-Muon (https://kellerjordan.github.io/posts/muon/) is for the hidden matrices of a network. timm's takes stacked experts,
-(E, F, D) with E experts and a linear layer's widths F and D, for the kernel of a convolution.
+timm's own takes stacked experts, (E, F, D) with E experts and a layer's widths F and D, for a convolution's kernel.
 """
 
 from __future__ import annotations
@@ -23,10 +22,9 @@ PER_EXPERT = "per_expert"  # in a group: its tensors are matrices stacked over e
 
 
 class Muon(timm.optim.Muon):
-    """timm's Muon that takes a stack of matrices, in groups with "per_expert": True, for what it is."""
+    """timm's Muon that takes the tensors of groups with "per_expert": True for stacks of matrices."""
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One step, after `closure` if there is one."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         with self._unstacked():
             super().step()
@@ -34,7 +32,7 @@ class Muon(timm.optim.Muon):
 
     @contextmanager
     def _unstacked(self) -> Iterator[None]:
-        """The matrices of stacks replace them in the groups and the state."""
+        """Replaces stacks by their matrices in the groups and the state."""
         stacks = [(group, group["params"]) for group in self.param_groups if group.get(PER_EXPERT)]
         matrices = {p: list(p.detach().unbind()) for _, params in stacks for p in params if p.grad is not None}
         for stack, parts in matrices.items():
@@ -54,14 +52,14 @@ class Muon(timm.optim.Muon):
 
 
 def _of_expert(value: Any, expert: int, stack_EFD: Tensor) -> Any:
-    """An expert's entry in the state: its part of a tensor like the stack, and its own copy of a number."""
+    """An expert's part of a state, or its own copy of a number."""
     if not isinstance(value, Tensor):
         return value
     return value[expert] if value.shape == stack_EFD.shape else value.clone()
 
 
 def _of_stack(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """The state of a stack from those of its matrices, which share their numbers."""
+    """The state of a stack from those of its matrices."""
     return {
         key: torch.stack([state[key] for state in states]) if isinstance(value, Tensor) and value.ndim > 0 else value
         for key, value in states[0].items()
@@ -69,7 +67,7 @@ def _of_stack(states: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def divide_stacks(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Groups of parameters with the matrices of the experts in groups of their own, as `Muon` takes them."""
+    """The groups, with stacks of experts in groups of their own."""
     stacks = {module.weight for module in model.modules() if isinstance(module, GroupedLinear)}
     divided = []
     for group in groups:
@@ -80,9 +78,9 @@ def divide_stacks(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[s
 
 
 def not_for_muon(model: nn.Module) -> set[str]:
-    """Names of the parameters for AdamW: all but the hidden matrices, in numbered blocks (`blocks.3.attn.qkv.weight`).
+    """Names of the parameters for AdamW: all but the matrices in numbered blocks (`blocks.3.attn.qkv.weight`).
 
-    These are routers, biases, norms, embeddings, the first convolution, heads, and `no_weight_decay()` of the model.
+    Routers, biases, norms, embeddings, the first convolution, heads, and the model's `no_weight_decay()`.
     """
     names = set(getattr(model, "no_weight_decay", set)())
     outside = []  # beginnings of names

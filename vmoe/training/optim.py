@@ -1,4 +1,4 @@
-"""What is trained and how fast: freezing, timm's optimizers, schedules and moving averages."""
+"""Freezing, and timm's optimizers, schedules and moving averages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
-from vmoe.distributed.parallelize import is_sharded
+from vmoe.distributed.parallelize import is_sharded, split_groups
 from vmoe.models.dense_mlp import UpcycleError
 from vmoe.models.factory import create_model, find_weights
 from vmoe.models.serialization import checkpoint_weights
@@ -27,8 +27,8 @@ from vmoe.training.config import Config, OptimConfig
 from vmoe.training.muon import Muon, divide_stacks, not_for_muon
 from vmoe.utils.config import ConfigError, read_config
 
-# timm's optimizers that take the same steps on sharded weights as on whole ones, and whose state is sharded like those:
-# tests/distributed/test_optimizers.py. Others want whole matrices, or operations that PyTorch's DTensor lacks.
+# timm's optimizers that take the same steps on sharded weights, with state that is sharded like them
+# (tests/distributed/test_optimizers.py). Others need whole matrices, or operations that PyTorch's DTensor lacks.
 SHARDABLE = (
     *("adabelief", "adagrad", "adam", "adamax", "adamw", "adan", "adanw", "adopt", "adoptw", "laprop", "lars", "lion"),
     *("madgrad", "momentum", "nadam", "nadamw", "nesterov", "radam", "rmsprop", "rmsproptf", "sgd", "sgdw"),
@@ -36,10 +36,10 @@ SHARDABLE = (
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Leaves the parameters whose names match a shell pattern untrained; returns their names.
+    """Freezes the parameters whose names match a shell pattern; returns their names.
 
-    Running statistics of normalisations still update. A ConfigError names a pattern that matches no parameter, or says
-    that nothing is left to train.
+    Running statistics of normalisations still update. A ConfigError: a pattern that matches no parameter, or nothing
+    left to train.
     """
     names, frozen = [name for name, _ in model.named_parameters()], []
     for pattern in patterns:
@@ -58,23 +58,23 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
 def parameter_groups(
     model: nn.Module, weight_decay: float = 0.0, layer_decay: float | None = None, muon: bool = False
 ) -> list[dict[str, Any]]:
-    """timm's groups of the trainable parameters.
+    """timm's groups of the trainable parameters; with `muon`, for `vmoe.training.muon.Muon`.
 
-    Biases, norms and what the model's `no_weight_decay()` names have no weight decay. `layer_decay` is a factor on the
-    learning rate from each layer to the one below it. With `muon`, for `vmoe.training.muon.Muon`.
+    Biases, norms and `model.no_weight_decay()` have no weight decay. `layer_decay` is a factor on the learning rate
+    from each layer to the one below it.
     """
     settings = {"weight_decay": weight_decay, "no_weight_decay_list": getattr(model, "no_weight_decay", set)()}
     if muon:
         settings["fallback_list"] = not_for_muon(model)
-    make = timm.optim.param_groups_weight_decay
-    if layer_decay is not None:
-        make = partial(timm.optim.param_groups_layer_decay, layer_decay=layer_decay)
-    groups = make(model, **settings)
+    if layer_decay is None:
+        groups = timm.optim.param_groups_weight_decay(model, **settings)
+    else:
+        groups = timm.optim.param_groups_layer_decay(model, layer_decay=layer_decay, **settings)
     return divide_stacks(model, groups) if muon else groups
 
 
 def create_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """The optimizer of a config, over the model's trainable parameters; a ConfigError if it cannot be made."""
+    """The optimizer of a config for the trainable parameters, or a ConfigError."""
     base_name = config.name.lower().removeprefix("lookahead_")
     if base_name not in timm.optim.list_optimizers():
         nearest = difflib.get_close_matches(base_name, timm.optim.list_optimizers(), n=1, cutoff=0.0)
@@ -88,22 +88,23 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     kwargs = {name: value for name, value in optional.items() if value is not None} | config.kwargs
     create, info = timm.optim.create_optimizer_v2, timm.optim.get_optimizer_info(base_name)
     muon = info.opt_class is timm.optim.Muon
-    if muon:  # timm's way to make it, with our class instead of timm's
+    if muon:  # made by timm, with our class
         registry = timm.optim.OptimizerRegistry()
         registry.register(dataclasses.replace(info, opt_class=Muon))
         create = registry.create_optimizer
     groups = partial(parameter_groups, weight_decay=config.weight_decay, layer_decay=config.layer_decay, muon=muon)
+    rates = {"lr": config.lr, "momentum": config.momentum}
     try:
-        return create(model, opt=config.name, lr=config.lr, momentum=config.momentum, param_group_fn=groups, **kwargs)
+        optimizer = create(model, opt=config.name, param_group_fn=groups, **rates, **kwargs)
     except TypeError as error:
         raise ConfigError(f"optim.kwargs do not suit the optimizer {config.name!r}: {error}") from error
+    if is_sharded(model):
+        split_groups(optimizer)
+    return optimizer
 
 
 def carry_over_optimizer(pretrained: str, model: nn.Module, optimizer: Optimizer) -> None:
-    """Gives a new optimizer the state of the run (or checkpoint) whose folder is `pretrained`.
-
-    `model` is upcycled from that run's, or has the same names.
-    """
+    """Gives a new optimizer the state of a run (or checkpoint), from whose model `model` is upcycled, or a copy."""
     checkpoint = find_weights(pretrained).parent
     run_config = checkpoint.parent.parent / "config.yaml"
     for file in (checkpoint / TRAINER, run_config):
@@ -124,10 +125,10 @@ def carry_over_optimizer(pretrained: str, model: nn.Module, optimizer: Optimizer
 
 
 def create_schedule(optimizer: Optimizer, config: OptimConfig, steps: int) -> Scheduler:
-    """The learning rate over `steps` optimizer steps, a function of the step alone: call `.step_update(steps done)`."""
+    """The learning rate over the steps; a function of the step alone: call `.step_update(steps done)`."""
     name, kwargs = config.schedule, dict(config.schedule_kwargs)
     warmup = int(config.warmup_steps if config.warmup_steps >= 1 else config.warmup_steps * steps)
-    if name == "constant":  # timm has it under this name only in its newest versions
+    if name == "constant":  # only the newest versions of timm have it
         name, kwargs = "step", {**kwargs, "decay_rate": 1.0}
     try:
         schedule, _ = create_scheduler_v2(
@@ -147,15 +148,12 @@ def create_schedule(optimizer: Optimizer, config: OptimConfig, steps: int) -> Sc
 
 
 def create_ema(model: nn.Module, decay: float, shard: Callable[[nn.Module], object] | None = None) -> ModelEmaV3:
-    """An exponential moving average of the weights of a model that is not sharded yet, with timm's warm-up.
-
-    `shard` shards the average as the model will be; None leaves it whole.
-    """
+    """timm's moving average, with warm-up, of a model that is not sharded yet; `shard` shards the average too."""
     if shard is None:
         return ModelEmaV3(model, decay, use_warmup=True)
     average = copy.deepcopy(model).eval()
     shard(average)
-    # timm copies what it is given, and a sharded model cannot be copied; lists of tensors on several meshes do not mix.
+    # timm copies its model, and a sharded one cannot be copied; foreach takes no tensors on several meshes.
     ema = ModelEmaV3(nn.Linear(1, 1), decay, use_warmup=True, foreach=False)
     ema.module = average
     return ema

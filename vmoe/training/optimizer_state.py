@@ -26,7 +26,7 @@ GROUPS = "its groups"
 
 
 def export_state(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, rest) of an optimizer over a model's parameters; the tensors are the optimizer's own.
+    """(tensors, rest) of an optimizer; the tensors are its own.
 
     A ValueError names state that cannot be written, or not be loaded on another mesh.
     """
@@ -69,7 +69,7 @@ def export_state(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str, Tens
 
 
 def import_state(optimizer: Optimizer, model: nn.Module, stored: StoredTensors | None, rest: dict[str, Any]) -> None:
-    """Loads what `export_state` gave (the tensors, None if there are none, and the rest) into an optimizer.
+    """Loads what `export_state` gave (`stored` is None without tensors) into an optimizer.
 
     Its groups may be divided in another way, and the parameters may be DTensors on any mesh. A ValueError says what
     does not fit, or is not what `export_state` gave.
@@ -79,7 +79,7 @@ def import_state(optimizer: Optimizer, model: nn.Module, stored: StoredTensors |
     targets: dict[str, Tensor] = {}
 
     def target(key: str, name: str) -> Tensor:
-        """A tensor for what is stored under this name, filled later."""
+        """A tensor to read a stored one into, later."""
         parameter, full_name = model.get_parameter(name) if name else None, f"{key}/{name}"
         if full_name not in shapes:
             raise ValueError(f"its tensor {full_name!r} is not stored")
@@ -97,13 +97,11 @@ def import_state(optimizer: Optimizer, model: nn.Module, stored: StoredTensors |
 
     try:
         before = {name: group["settings"] for group in rest["groups"] for name in group["parameters"]}
-        new = set(names.values())
-        for kind, missing in (("has", new - before.keys()), ("lacks", before.keys() - new)):
-            if missing:
-                raise ValueError(
-                    f"the optimizer {kind} {min(missing)!r} (one of {len(missing)}), unlike the checkpoint's; train "
-                    "the same parameters (train.freeze)"
-                )
+        if differing := sorted(before.keys() ^ set(names.values())):
+            raise ValueError(
+                f"the optimizer {'lacks' if differing[0] in before else 'has'} {differing[0]!r} (one of "
+                f"{len(differing)}), unlike the checkpoint's; train the same parameters (train.freeze)"
+            )
         indices = {name: index for index, name in names.items()}
         full["state"] = {indices[name]: decode(values, name) for name, values in rest["state"].items()}
         for group in full["param_groups"]:
@@ -123,7 +121,7 @@ def import_state(optimizer: Optimizer, model: nn.Module, stored: StoredTensors |
 
 
 def _decode(value: Any, name: str, target: Callable[[str, str], Tensor], key: str) -> Any:
-    """What `export_state` made JSON of; `target` gives the tensor that a key of a parameter stands for."""
+    """The value that `export_state` encoded; `target` gives the tensor of a key and a parameter's name."""
     if isinstance(value, list):
         return [_decode(each, name, target, f"{key}.{index}") for index, each in enumerate(value)]
     if not isinstance(value, dict):

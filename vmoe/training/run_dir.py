@@ -1,7 +1,8 @@
-"""Whether a run may start in its folder: equal settings in all processes, what the folder holds, and its lock."""
+"""Checks whether a run may start in its folder: equal settings in all processes, what the folder holds, its lock."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -9,35 +10,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vmoe.distributed.process_group import from_first, gather_lists
+from vmoe.distributed.process_group import gather_lists
 from vmoe.training.checkpoint import latest_checkpoint, list_checkpoints
 from vmoe.training.config import Config, changed_settings, flat_settings
 from vmoe.training.signals import closed_in_fork
 from vmoe.utils.config import ConfigError
 from vmoe.utils.world import world
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
-
 
 def check_same_settings(config: Config) -> None:
-    """Raises ConfigError in all processes, which call it together, if their settings differ or do not suit them.
+    """Raises ConfigError in all processes, which call it together, if more than their `device` differs.
 
-    Only `device` may differ.
+    Or if they cannot share a batch evenly.
     """
     _, processes = world()
     if processes == 1:
         return
-    own = flat_settings(config)
-    first = from_first(lambda: own)
-    keys = [key for key in {**first, **own} if key != "device"]
-    mine = {key: own.get(key) for key in keys if repr(first.get(key)) != repr(own.get(key))}
     found = {}
-    for rank, differing in enumerate(gather_lists([mine])):
-        for key, value in differing.items():
-            found.setdefault(key, f"{key} is {first.get(key)!r} in process 0, {value!r} in process {rank}")
+    first, *others = gather_lists([flat_settings(config)])
+    for rank, own in enumerate(others, start=1):
+        for key in {**first, **own}:
+            ours, theirs = repr(first.get(key)), repr(own.get(key))
+            if ours != theirs and key != "device":
+                found.setdefault(key, f"{key} is {ours} in process 0, {theirs} in process {rank}")
     if found:
         raise ConfigError(
             f"the processes have different settings ({'; '.join(found.values())}); start all of them with the same "
@@ -53,7 +48,7 @@ def check_same_settings(config: Config) -> None:
 
 
 def find_checkpoint(run: Path, config: Config) -> Path | None:
-    """The checkpoint to continue from; None starts from scratch. A ConfigError says why the folder cannot be used."""
+    """The checkpoint to continue from, or None; a ConfigError says why the folder cannot be used."""
     checkpoints = list_checkpoints(run)
     if not checkpoints and not any((run / name).exists() for name in ("metrics.jsonl", "summary.json")):
         return None
@@ -77,7 +72,7 @@ def find_checkpoint(run: Path, config: Config) -> Path | None:
 
 
 def finished_summary(run: Path, step: int, steps: int) -> dict[str, Any] | None:
-    """summary.json of a run that has done all `steps` already, else None."""
+    """summary.json of a run that has done all `steps`, else None."""
     file = run / "summary.json"
     if step < steps or not file.is_file():
         return None
@@ -87,17 +82,16 @@ def finished_summary(run: Path, step: int, steps: int) -> dict[str, Any] | None:
 
 @contextmanager
 def locked_folder(run: Path) -> Iterator[None]:
-    """Makes the run's folder, and keeps other processes out of it; a ConfigError if one trains there already."""
+    """Makes and locks the run's folder; a ConfigError if another process trains there."""
     try:
         run.mkdir(parents=True, exist_ok=True)
-        lock = os.open(run if fcntl else os.devnull, os.O_RDONLY)
+        lock = os.open(run, os.O_RDONLY)
     except OSError as error:
         raise ConfigError(f"output_dir {run} cannot be written to ({error.strerror}); choose another") from error
-    closed_in_fork.add(lock)  # a data worker lives a few seconds longer than a killed run, and would keep its folder
+    closed_in_fork.add(lock)  # a data worker lives a few seconds longer than a killed run, and would keep the lock
     try:
         try:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             taken = f"another process is training in output_dir {run}; wait for it or choose another"
             raise ConfigError(taken) from error

@@ -1,37 +1,29 @@
-"""What a model is trained for: the loss of a batch, and the evaluation that goes with it.
-
-A task knows the data (both sets), the tokenizer and the loss; the loop knows steps, the optimizer and files.
-"""
+"""The tasks: their data (both sets), tokenizer, loss and evaluation."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmoe.data import (
-    BadSample,
-    EvalLoader,
-    LoaderConfig,
-    Transform,
-    applies_orientation,
-    build_dataset,
-    build_mixup,
-    build_transform,
-    eval_loader,
-    with_orientation,
-)
+from vmoe.data import BadSample, EvalLoader, LoaderConfig, Transform, build_mixup, build_transform, eval_loader
+from vmoe.data.build import applies_orientation, build_dataset, with_orientation
+from vmoe.distributed.parallelize import is_sharded
 from vmoe.distributed.process_group import from_first
 from vmoe.evaluation import evaluate_classification, evaluate_retrieval, evaluate_zero_shot
 from vmoe.evaluation.retrieval import retrieval_loader
 from vmoe.evaluation.zero_shot import check_class_names, check_templates, resolve_templates
+from vmoe.inspection.maps import example_figure
 from vmoe.models.factory import create_model, get_tokenizer, is_contrastive, preprocess_config
 from vmoe.models.spec import IMAGE_TEXT_NAMES
 from vmoe.models.upcycle import upcycle
@@ -40,23 +32,25 @@ from vmoe.training.config import Config
 from vmoe.utils.config import ConfigError
 from vmoe.utils.world import world
 
+logger = logging.getLogger("vmoe.training")
+
 Batch = dict[str, Tensor]
 MAX_LOGIT_SCALE = math.log(100)  # with CLIP's loss (arXiv 2103.00020, section 2.5); big_vision's SigLIP has no bound
 
 
 def create_task(config: Config) -> Classification | Contrastive:
-    """The task of a config, with its data sets opened; a ConfigError if they do not suit it."""
+    """The task of a config, with its data sets opened, or a ConfigError."""
     return Classification(config) if config.task == "classification" else Contrastive(config)
 
 
 class Task:
     """What both tasks share. Each also has
 
-    - `create_model(pretrained, continued)`: the config's model, with the weights of a file, or `continued`;
-    - `loss(model, batch, number)`: the float32 loss of a batch, without the auxiliary losses; what is random in it
-      follows from `number`. Several processes that share a batch take the mean;
+    - `create_model(pretrained, continued)`: the config's model, with the weights of a file, or of the continued run;
+    - `loss(model, batch, number)`: the float32 loss of a batch, without the auxiliary losses; `number` seeds what is
+      random in it. It is averaged over the processes that share a batch;
     - `evaluate(model, device)`: metrics on the validation data, in float32 as by `eval.py`;
-    - `example_names(samples)`: names among which the example figure ranks the images of these samples.
+    - `example_names(samples)`: the names among which `draw_examples` ranks images.
     """
 
     tokenizer: Callable[[list[str]], Tensor] | None = None
@@ -76,7 +70,7 @@ class Task:
     def _build(self, pretrained: str | None, continued: bool, kwargs: dict[str, Any]) -> nn.Module:
         config = self.config.model
         if continued and config.upcycle:
-            return create_model(pretrained=pretrained)  # what the settings made of the dense model is in the file
+            return create_model(pretrained=pretrained)  # the file's model is upcycled already
         model = create_model(config.name, pretrained=pretrained, **kwargs)
         if kept_as := experts_kept_as(model):
             raise ConfigError(
@@ -89,17 +83,14 @@ class Task:
             raise ConfigError(f"model.upcycle: {error}") from error
 
     def after_step(self, model: nn.Module) -> None:
-        """What has to hold for the weights after every optimizer step."""
+        """Changes weights after an optimizer step."""
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
         """Further metrics for the log."""
         return {}
 
     def examples(self, number: int) -> list[Any]:
-        """Some raw samples of the validation (or training) data at equal distances; unreadable ones are skipped.
-
-        Process 0 reads them for all, which call it together.
-        """
+        """Some readable samples of the validation (or training) data, which process 0 reads for all."""
         data, samples = self.val_data or self.train_data, []
 
         def read() -> list[Any]:
@@ -109,6 +100,23 @@ class Task:
             return samples
 
         return from_first(read)
+
+    def draw_examples(self, model: nn.Module, file: Path) -> None:
+        """Draws examples, their most probable names, and the expert of each patch, into a file of process 0.
+
+        All processes call it: they draw together if the model is sharded. If it fails, a warning says why.
+        """
+        first, evaluate = world()[0] == 0, self.config.evaluate
+        try:
+            samples = self.examples(evaluate.examples)
+            if samples and (first or is_sharded(model)):
+                templates = evaluate.templates if self.tokenizer is not None else None
+                names = self.example_names(samples)
+                with TemporaryDirectory() as unwanted:
+                    output = file if first else Path(unwanted, file.name)
+                    example_figure(model, samples, names, self.tokenizer, output, templates=templates)
+        except Exception as error:
+            logger.warning("no %s: %s", file.name, error or type(error).__name__)
 
     def _val_reading(self, model: nn.Module) -> tuple[Transform, LoaderConfig]:
         evaluate = self.config.evaluate

@@ -1,6 +1,6 @@
 """The training loop: `train` starts or continues a run, `Trainer` makes its steps, evaluates, saves and logs.
 
-A step is a function of (config, step number, weights): its data is a function of the seed and the step, and its random
+A step is a function of (config, step number, weights): its data depends on the seed and the step, and its random
 numbers (router noise, drop path, mixup) are seeded again from both. So nothing depends on how often a run was stopped,
 how often it evaluates, or how many workers read the data.
 """
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -27,14 +28,7 @@ from vmoe.data import TrainLoader, build_transform, train_loader
 from vmoe.data.seeding import derive_seed
 from vmoe.distributed import process_group
 from vmoe.distributed.mesh import make_meshes, mesh_size
-from vmoe.distributed.parallelize import (
-    clip_grad_norm,
-    is_sharded,
-    parallelize,
-    set_gradient_sync,
-    split_groups,
-    synchronize_scalars,
-)
+from vmoe.distributed.parallelize import clip_grad_norm, parallelize, set_gradient_sync, synchronize_scalars
 from vmoe.distributed.process_group import SharedError, any_process, mean_over_processes, sum_over_processes
 from vmoe.evaluation.inference import arithmetic, attention_kernel, pick_device, pick_precision
 from vmoe.models.factory import preprocess_config
@@ -45,22 +39,12 @@ from vmoe.moe import RoutingRecord
 from vmoe.training.checkpoint import Checkpointer, CheckpointError, load_checkpoint, remove_unfinished
 from vmoe.training.config import Config, to_yaml
 from vmoe.training.diagnosis import NonFiniteError, find_non_finite
-from vmoe.training.logger import (
-    CollapseWatch,
-    DataWatch,
-    MetricsLog,
-    ProgressDisplay,
-    expert_metrics,
-    final_table,
-    routing_metrics,
-    say,
-    write_text,
-)
+from vmoe.training.logger import CollapseWatch, DataWatch, MetricsLog, ProgressBar, final_table, routing_metrics, say
 from vmoe.training.optim import carry_over_optimizer, create_ema, create_optimizer, create_schedule, freeze
 from vmoe.training.run_dir import check_same_settings, find_checkpoint, finished_summary, locked_folder
-from vmoe.training.run_images import RoutingImages, draw_examples
 from vmoe.training.signals import Stopped, StopRequest, interruptible
 from vmoe.training.tasks import create_task
+from vmoe.utils.files import atomic_file
 from vmoe.utils.tables import make_console
 from vmoe.utils.world import world
 
@@ -70,8 +54,6 @@ MAX_SKIPPED_STEPS = 30
 
 def train(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Trains a model, or continues a run that was stopped; returns the content of summary.json.
-
-    Progress and the final table go to `console`, by default standard output.
 
     Raises:
         ConfigError: settings that do not fit each other, the data, or the run in output_dir.
@@ -96,16 +78,17 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
                 say(console, f"{run}: this run is finished ({summary['steps']} steps); {remedy}")
                 return summary
             trainer = Trainer(config, device, console, checkpoint)
-            process_group.wait_for_all()  # all have looked for a run in the folder
+            if trainer.processes > 1:
+                dist.barrier()  # all have looked for a run in the folder
             with locked_folder(run) if trainer.first else nullcontext():
                 trainer.fit(stop, end)
             return trainer.finish()
 
 
 class Trainer:
-    """A run, as one process of a job makes it.
+    """A run, in one process of the job.
 
-    `model` holds the weights; `forward`, the model or DDP around it, compiled, is what training calls.
+    `model` holds the weights; training calls `forward`: the model or DDP around it, compiled if the config says so.
     """
 
     def __init__(self, config: Config, device: torch.device, console: Console, checkpoint: Path | None) -> None:
@@ -116,8 +99,6 @@ class Trainer:
         sizes = (config.parallel.dp_replicate, config.parallel.dp_shard, config.parallel.ep)
         self.size = mesh_size(*sizes, self.processes)
         self.precision = pick_precision(config.train.precision, device)
-        if config.train.num_threads is not None:
-            torch.set_num_threads(config.train.num_threads)
         seed_everything(config.seed)
         self.task = create_task(config)
         self.model = self._create_model(checkpoint)
@@ -136,16 +117,16 @@ class Trainer:
             self.schedule.step_update(self.step)
             say(console, f"{self.run}: continuing after step {self.step}")
         self.batches = Prefetch(loader, config.train.accumulate_steps)
-        self.skipped = 0  # steps in a row, by the fp16 gradient scaler
+        self.skipped = 0  # steps in a row, that the fp16 gradient scaler skipped
         self.images, self.seconds = 0, 0.0  # since the last logged step
 
     # --- build ---
 
     def _create_model(self, checkpoint: Path | None) -> nn.Module:
-        # A continued run finds its model in the checkpoint; the file it once started from need not exist any more.
+        # A continued run has its model in the checkpoint; the file it started from may be gone.
         pretrained = self.config.model.pretrained if checkpoint is None else str(checkpoint_weights(checkpoint))
         try:
-            # Where the weights are sharded, the others get their part of what the first process makes.
+            # Where the weights are sharded, the other processes get their part from the first one.
             with nullcontext() if self.first or self.size.is_plain else torch.device("meta"):
                 model = self.task.create_model(pretrained, continued=checkpoint is not None).train()
         except WeightsError as error:
@@ -157,7 +138,7 @@ class Trainer:
         if self.config.train.grad_checkpointing:
             model.set_grad_checkpointing()
         freeze(model, self.config.train.freeze)
-        return model.train()  # now that it is known what is frozen: a locked tower stays in evaluation mode
+        return model.train()  # again: a locked tower stays in evaluation mode
 
     def _parallelize(self) -> None:
         shard = None
@@ -175,8 +156,6 @@ class Trainer:
     def _create_optimizer(self, new: bool) -> None:
         config = self.config
         self.optimizer = create_optimizer(self.model, config.optim)
-        if is_sharded(self.model):
-            split_groups(self.optimizer)
         if new and config.model.pretrained_optimizer:
             carry_over_optimizer(config.model.pretrained, self.model, self.optimizer)
         self.schedule = create_schedule(self.optimizer, config.optim, config.train.steps)
@@ -185,21 +164,20 @@ class Trainer:
     # --- train ---
 
     def fit(self, stop: StopRequest, end: float = math.inf) -> None:
-        """Makes the steps that are left, until time.monotonic() is `end`; logs, evaluates and saves in between."""
+        """Makes the remaining steps, until time.monotonic() is `end`; logs, evaluates and saves in between."""
         train = self.config.train
         self.stop, self.end = stop, end
         if self.first:
             remove_unfinished(self.run)
-            write_text(self.run / "config.yaml", to_yaml(self.config))
+            with atomic_file(self.run / "config.yaml") as draft:
+                draft.write_text(to_yaml(self.config), encoding="utf-8")
         self.metrics = MetricsLog(self.run if self.first else None, self.step, train.tensorboard)
-        self.routing_images = RoutingImages(self.config, self.task, self.metrics)
         self.collapse_watch = CollapseWatch(train.collapse_after)
         self.data_watch = DataWatch(self.config.data.loader.num_workers)
-        self.checkpointer = Checkpointer(
-            self.run, train.keep_last, train.keep_every, train.async_checkpoints, dataclasses.asdict(self.size)
-        )
+        mesh = dataclasses.asdict(self.size)
+        self.checkpointer = Checkpointer(self.run, train.keep_last, train.async_checkpoints, mesh)
         every = {"evaluation": train.eval_every, "checkpoint": train.checkpoint_every}
-        self.display = ProgressDisplay(self.console, self.step, train.steps, **every)
+        self.display = ProgressBar(self.console, self.step, train.steps, **every)
         try:
             with self.display, stop.between_steps():
                 self._loop()
@@ -220,7 +198,7 @@ class Trainer:
             del record  # it holds the graph of the auxiliary losses
             if train.eval_every and (last or self.step % train.eval_every == 0):
                 logged |= self.evaluate()
-            if self.processes == 1 or self.progress["evaluated"] == self.step:  # that took long: ask again
+            if self.processes == 1 or self.progress["evaluated"] == self.step:  # an evaluation takes long: ask again
                 self.stopping = mean_over_processes(self._stop_asked())
             if logged:
                 self.metrics.write(self.step, logged)
@@ -228,16 +206,13 @@ class Trainer:
             stopping = (interrupted or planned) and not last
             if last or stopping or self.step % train.checkpoint_every == 0:
                 self.save()
-            if self.routing_images.due(self.step):  # after the checkpoint: nothing of it is lost
-                with self.display.timing("image"):
-                    self.routing_images.draw(self.step, self._evaluated_model())
             if stopping:
                 self.checkpointer.wait()
                 message = f"stopped after step {self.step} of {train.steps}; the same command continues the run"
                 raise Stopped(message, planned=not interrupted, agreed=True)
 
     def train_step(self) -> tuple[dict[str, float], RoutingRecord]:
-        """One optimizer step: its metrics, and the routing of its last batch. Only finite values reach the weights."""
+        """Makes an optimizer step; its metrics, and the routing of its last batch. Weights stay finite."""
         train, started = self.config.train, time.perf_counter()
         batches, losses = self.batches.take(), []
         for part, batch in enumerate(batches):  # each gives its share of the gradient
@@ -264,7 +239,7 @@ class Trainer:
         self.progress |= {"seconds": self.progress["seconds"] + seconds, "loss": loss}
         self.images += self.processes * sum(len(batch["image"]) for batch in batches)
         self.seconds += seconds
-        self.display.advance(self.step, seconds)
+        self.display.step_done(self.step, seconds)
         return {"loss": total, "task_loss": loss, "lr": lr, "grad_norm": norm}, record
 
     def _loss(self, batch: dict[str, Tensor], part: int, module: nn.Module) -> tuple[Tensor, Tensor, RoutingRecord]:
@@ -295,7 +270,7 @@ class Trainer:
         return [float(interrupted), float(self.stop.planned or used_up)]
 
     def _check_finite(self, total: float, norm: float, batches: list[dict[str, Tensor]]) -> None:
-        """Raises NonFiniteError, after it repeated the batches to find the first value that is not finite."""
+        """Raises NonFiniteError if so, and repeats the batches to find the first value that is not finite."""
         self.skipped = self.skipped + 1 if self.scaler.is_enabled() and not math.isfinite(norm) else 0
         if math.isfinite(total) and (math.isfinite(norm) or 0 < self.skipped <= MAX_SKIPPED_STEPS):
             return
@@ -318,7 +293,7 @@ class Trainer:
     # --- log, evaluate, save ---
 
     def log(self, metrics: dict[str, float], record: RoutingRecord) -> dict[str, float]:
-        """Shows the metrics of a step, and warns about the data and the routing; returns all that is to be logged."""
+        """Shows the metrics of a step, and warns about the data and the routing; returns all metrics to log."""
         metrics["images_per_second"] = self.images / self.seconds
         metrics["data_wait_share"] = self.batches.waited / self.seconds
         self.images, self.seconds, self.batches.waited = 0, 0.0, 0.0
@@ -326,15 +301,13 @@ class Trainer:
         if self.scaler.is_enabled():
             metrics["grad_scale"] = self.scaler.get_scale()
         metrics["bad_samples"] = self._position()["num_bad"]
-        metrics |= {**self.task.metrics(self.model), **routing_metrics(record)}
-        if self.config.train.tensorboard:
-            self.metrics.tensorboard(self.step, expert_metrics(record))
+        metrics |= {**self.task.metrics(self.model), **routing_metrics(record, experts=self.config.train.tensorboard)}
         self.collapse_watch.update(self.step, record.layers)
         self.display.show(self.step, metrics)
         return metrics
 
     def evaluate(self) -> dict[str, float]:
-        """Evaluates on the validation data; returns what is to be logged."""
+        """Evaluates on the validation data; returns the metrics to log."""
         try:
             with self.display.timing("evaluation"):
                 results = self.task.evaluate(self._evaluated_model(), self.device)
@@ -344,7 +317,7 @@ class Trainer:
             raise
         self.progress |= {"evaluation": results, "evaluated": self.step}
         values = (f"{name} {value:.4f}" for name, value in results.items() if isinstance(value, float))
-        self.display.message(f"step {self.step}: evaluation {', '.join(values)}")
+        say(self.console, f"step {self.step}: evaluation {', '.join(values)}")
         return {f"evaluation/{name}": value for name, value in results.items()}
 
     def save(self) -> None:
@@ -361,7 +334,7 @@ class Trainer:
         return self.model if self.ema is None else self.ema.module
 
     def _position(self) -> dict[str, int]:
-        """Behind the batches of the steps done, with the counts of all processes; all call it."""
+        """The loader's state after the steps done, with the counts of all processes, which call it together."""
         state = self.batches.position
         counts = sum_over_processes({name: torch.tensor(state[name]) for name in ("num_read", "num_bad")})
         return state | {name: int(count) for name, count in counts.items()}
@@ -385,22 +358,22 @@ class Trainer:
             "evaluation": progress["evaluation"],
         }
         if self.first:
-            write_text(self.run / "summary.json", json.dumps(summary, indent=2) + "\n")
+            with atomic_file(self.run / "summary.json") as draft:
+                draft.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         self.console.print(final_table(summary))
-        if number := config.evaluate.examples:
-            file = self.run / "examples.png"
-            draw_examples(self.task, self._evaluated_model(), config, number, file, "examples.png")
+        if config.evaluate.examples:
+            self.task.draw_examples(self._evaluated_model(), self.run / "examples.png")
         say(self.console, f"results saved to {self.run}")
         return summary
 
 
 class Prefetch:
-    """The batches of each step, `number` of a loader's, which may be fetched before they are taken."""
+    """Takes `number` batches of a loader for each step, and can fetch those of the next step earlier."""
 
     def __init__(self, loader: TrainLoader, number: int) -> None:
         self.loader, self.number = loader, number
-        self.position = loader.state_dict()  # behind the batches that were taken
-        self.waited = 0.0  # seconds in `fetch` while the device had nothing to do; to be reset by the reader
+        self.position = loader.state_dict()  # after the batches that were taken
+        self.waited = 0.0  # seconds in `fetch` while the device had nothing to do; the reader resets it
         self._next: list[dict[str, Tensor]] | Exception | None = None
 
     def fetch(self) -> None:
@@ -408,7 +381,7 @@ class Prefetch:
         began, done = time.perf_counter(), None
         if torch.device(self.loader.device).type == "cuda":
             done = torch.cuda.Event()
-            done.record()  # behind the work that the device has
+            done.record()  # after the work that the device has
         try:
             self._next = [next(self.loader) for _ in range(self.number)]
         except Exception as error:
@@ -417,7 +390,6 @@ class Prefetch:
             self.waited += time.perf_counter() - began
 
     def take(self) -> list[dict[str, Tensor]]:
-        """The batches of the next step."""
         if self._next is None:
             self.fetch()
         batches, self._next = self._next, None
