@@ -67,13 +67,7 @@ class Checkpointer:
         self._complete: set[Path] = set()  # known to be undamaged without reading them again
 
     def save(
-        self,
-        step: int,
-        model: nn.Module,
-        ema: nn.Module | None,
-        optimizer: Optimizer,
-        trainer: dict[str, Any],
-        extra: dict[str, Any],
+        self, step: int, model: nn.Module, ema: nn.Module | None, optimizer: Optimizer, trainer: dict, extra: dict
     ) -> Path:
         """Writes a checkpoint, then removes those that are not to be kept; returns its folder.
 
@@ -92,7 +86,7 @@ class Checkpointer:
         return final
 
     def wait(self) -> None:
-        """Returns when the last checkpoint is written; raises CheckpointError if it could not be."""
+        """Waits until the last checkpoint is written; raises CheckpointError if it could not be."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()

@@ -1,8 +1,4 @@
-"""All settings of a training run, as dataclasses: the YAML's sections, `--key.sub value`, and `--help`.
-
-Types, defaults and descriptions live here and nowhere else. What a whole run depends on is checked in `Config.check`,
-before anything slow starts.
-"""
+"""All settings of a training run: the sections of the YAML, `--key.sub value`, and the text of `--help`."""
 
 from __future__ import annotations
 
@@ -21,8 +17,7 @@ from vmoe.utils.config import ConfigError, check_types, parse_config, read_setti
 
 MAX_TIMEOUT = 30 * 24 * 3600  # seconds
 
-# A stopped run continues only with the settings it was started with; these may change, because they leave what the
-# remaining steps compute as it is, or (train.steps) only say how far to go.
+# Settings that may change when a run continues: they do not change what a step computes.
 CHANGEABLE = (
     *("output_dir", "resume", "device", "data.val", "evaluate", "parallel"),
     *(f"data.loader.{key}" for key in ("num_workers", "pin_memory", "max_bad_share")),
@@ -51,16 +46,16 @@ class ModelConfig:
 
     Attributes:
         name: A LIMoE ("limoe_tiny_patch8_48"), a two-tower model ("two_tower_tiny_patch8_48") or any timm name
-            ("vmoe_tiny_patch8_48", "vit_small_patch16_224"); null takes the name and kwargs stored in `pretrained`.
+            ("vmoe_tiny_patch8_48", "vit_small_patch16_224"); null takes name and kwargs from `pretrained`.
         pretrained: Weights to start from: a .safetensors file of vmoe, or the folder of a run or a checkpoint. The head
             is new if the number of classes differs; position embeddings are resized to the new image size.
         kwargs: Arguments of the model: routing settings (num_experts, moe_layers, capacity_factor, ...), img_size,
             drop_path_rate, ... The number of classes is taken from the data. A two-tower model has those of its towers
             below image and text; image.pretrained names a file, or a run's folder, with the image tower.
-        upcycle: Make the dense model sparse before training: arguments of vmoe.upcycle (num_experts, layers,
-            num_selected_experts, tower, granularity, reinit, routing settings); empty leaves it as it is.
-        pretrained_optimizer: Also take the optimizer's state from the run whose folder (or checkpoint) `pretrained` is;
-            every expert gets that of the MLP it was copied from. Needs the same optimizer.
+        upcycle: Make the dense model sparse before training: arguments of vmoe.upcycle (num_experts, layers, tower,
+            num_selected_experts, granularity, expert_noise, reinit, routing settings); empty leaves it dense.
+        pretrained_optimizer: Also take the optimizer's state of `pretrained`, a run with the same optimizer; every
+            expert gets that of its MLP.
     """
 
     name: str | None = None
@@ -95,20 +90,20 @@ class TrainConfig:
         steps: Optimizer steps of the whole run.
         precision: float32, or autocast to bf16 or fp16 (with a gradient scaler); routers are always float32. "auto" is
             bf16 where it is faster (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), else float32.
-        accumulate_steps: Batches per optimizer step. Each has data.loader.batch_size images; a contrastive loss
-            compares within one batch, so this does not add negatives.
+        accumulate_steps: Batches (of data.loader.batch_size images) per optimizer step. A contrastive loss compares
+            within one batch, so this adds no negatives.
         clip_grad_norm: Largest norm of the whole gradient; null does not clip.
         loss: Contrastive loss, open_clip's softmax (CLIP) or sigmoid (SigLIP); classification uses cross-entropy.
-        freeze: Patterns (`*`, `?`) of parameter names to leave untrained, such as "patch_embed.*" or "*.router.*".
-            A tower that is frozen as a whole ("visual.*") is locked, as in LiT: nothing that it gives changes.
-        ema_decay: Decay of a moving average of the weights (timm's ModelEmaV3), which gets evaluated; null keeps none.
-        compile: Run the model through torch.compile.
+        freeze: Patterns (`*`, `?`) of parameter names to freeze, such as "patch_embed.*" or "*.router.*". A tower that
+            is frozen as a whole ("visual.*") is locked, as in LiT: its outputs do not change.
+        ema_decay: Decay of a moving average of the weights (timm's ModelEmaV3), which is evaluated; null keeps none.
+        compile: Use torch.compile.
         grad_checkpointing: Recompute activations in the backward pass to save memory.
         log_every: Steps between two lines of metrics.jsonl (and points in TensorBoard).
         eval_every: Steps between two evaluations on data.val; the last step always has one. 0 never evaluates.
         checkpoint_every: Steps between two checkpoints; the last step always has one.
         keep_last: Checkpoints to keep.
-        async_checkpoints: Copy the state to the CPU's memory, and write it there while training goes on.
+        async_checkpoints: Copy the state to CPU memory, and write it while training goes on.
         max_minutes: Time for this start of the command: training stops when another step and a checkpoint, as long as
             the longest so far, would not fit any more (leave time for the first ones); null sets no limit.
         collapse_after: Warn of a layer whose routing stays collapsed (one expert is asked for by most tokens, or some
@@ -146,20 +141,19 @@ class OptimConfig:
         betas: Betas of Adam-like optimizers; null takes the optimizer's own.
         eps: Epsilon of Adam-like optimizers; null takes the optimizer's own.
         momentum: Momentum, for optimizers that have one.
-        layer_decay: Factor on the learning rate from each layer to the one below it, as in BEiT; null: all the same.
+        layer_decay: Factor on the learning rate from each layer to the one below, as in BEiT; null: all the same.
         kwargs: Further arguments of the optimizer.
-        schedule: Learning rate over the steps; all are timm's schedulers, "constant" stays at lr after the warm-up.
-        warmup_steps: Steps of linear warm-up, part of train.steps; a number below 1 is their share of train.steps.
+        schedule: One of timm's schedulers; "constant" stays at lr after the warm-up.
+        warmup_steps: Steps of linear warm-up, part of train.steps; below 1 a share of train.steps.
         warmup_lr: Learning rate of the first warm-up step.
         min_lr: Learning rate at the end of schedules that decay to one (cosine, tanh, poly).
-        schedule_kwargs: Further arguments of timm.scheduler.create_scheduler_v2, counted in steps: decay_epochs,
-            decay_rate, decay_milestones, cycle_limit, ...
+        schedule_kwargs: Further arguments of timm.scheduler.create_scheduler_v2 (decay_epochs, ...); epochs are steps.
     """
 
     name: str = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.05
-    betas: list[float] | None = None
+    betas: tuple[float, float] | None = None
     eps: float | None = None
     momentum: float = 0.9
     layer_decay: float | None = None
@@ -176,15 +170,14 @@ class EvaluateConfig:
     """Evaluation during and at the end of training.
 
     Attributes:
-        task: What data.val measures. null: "classification" when training classification; else "zero_shot" if data.val
-            has class names, or "retrieval" if it has only captions.
+        task: What a contrastive run measures on data.val. null: "zero_shot" if it has class names, else "retrieval".
         batch_size: Images per forward pass.
         templates: Texts around a class name for zero-shot, such as "a photo of a {}".
         on_bad: An unreadable image or empty caption: "fail" stops and names it, "skip" skips and counts it.
-        examples: Images in examples.png, the figure at the end of a run; 0 draws none.
+        examples: Images in examples.png, which is drawn at the end of a run; 0 draws none.
     """
 
-    task: Literal["classification", "zero_shot", "retrieval"] | None = None
+    task: Literal["zero_shot", "retrieval"] | None = None
     batch_size: int = 256
     templates: list[str] = field(default_factory=lambda: ["{}"])
     on_bad: Literal["fail", "skip"] = "fail"
@@ -193,15 +186,13 @@ class EvaluateConfig:
 
 @dataclass
 class ParallelConfig:
-    """Several processes (`torchrun`), and where the weights lie in them; the three sizes multiply to their number.
+    """Several processes (`torchrun`), over which weights are sharded; the three sizes multiply to their number.
 
     Attributes:
         dp_replicate: Replicas of everything; -1: the processes that the other two leave.
         dp_shard: Processes over which all weights, gradients and optimizer states are sharded (FSDP2).
-        ep: Processes over which the experts are sharded; tokens travel to them and back (all-to-all). The number of
-            experts must be a multiple of it.
-        timeout: Seconds (1 to 2592000) after which a process that waits for another one gives up, and the job ends with
-            an error that names it.
+        ep: Processes over which the experts are sharded (all-to-all); must divide the number of experts.
+        timeout: Seconds (1 to 2592000) that a process waits for another one before the job ends and names it.
     """
 
     dp_replicate: int = -1
@@ -218,7 +209,7 @@ class Config:
         output_dir: Folder of the run: config.yaml, metrics.jsonl, checkpoints/, tensorboard/, summary.json,
             examples.png.
         task: "contrastive" trains image-text models on images with captions, "classification" on labelled images.
-        resume: What to do if output_dir holds a run: "auto" continues it, "never" refuses to touch it.
+        resume: If output_dir holds a run: "auto" continues it, "never" is an error.
         seed: Seed of weights, data order, augmentation and router noise. A run is reproducible bit by bit on a CPU.
         device: "auto" (CUDA, then MPS, then CPU) or a torch device such as "cuda:1".
         model: The model.
@@ -258,13 +249,8 @@ class Config:
                 raise ConfigError(message)
 
     def _conflicts(self) -> Iterator[tuple[str, Any]]:
-        """(what is wrong and what to do, whether it is so) of settings that do not go together."""
+        """(what is wrong and the remedy, whether it is so) of settings that do not go together."""
         model, train, augmentation, task = self.model, self.train, self.data.augmentation, self.evaluate.task
-        betas = self.optim.betas
-        yield (
-            f"optim.betas must be two numbers in [0, 1), got {betas}",
-            betas is not None and (len(betas) != 2 or not all(0 <= beta < 1 for beta in betas)),
-        )
         warmup, batch, contrastive = self.optim.warmup_steps, self.data.loader.batch_size, self.task == "contrastive"
         sharded, mixes = max(self.parallel.dp_shard, self.parallel.ep) > 1, augmentation.mixup or augmentation.cutmix
         yield f"optim.warmup_steps must be < train.steps ({train.steps}), got {warmup}", warmup >= train.steps
@@ -290,19 +276,12 @@ class Config:
                 f"data.augmentation.{key} mixes labels, and a contrastive run has none; set it to 0",
                 contrastive and getattr(augmentation, key),
             )
-        yield (
-            "evaluate.task 'classification' needs task 'classification'; use 'zero_shot'",
-            contrastive and task == "classification",
-        )
-        yield (
-            f"evaluate.task {task!r} needs task 'contrastive'",
-            not contrastive and task not in (None, "classification"),
-        )
+        yield f"evaluate.task {task!r} needs task 'contrastive'", not contrastive and task is not None
         yield f"data.loader.batch_size must be even for mixup and cutmix, got {batch}", mixes and batch % 2
 
 
 def load_config(argv: Sequence[str] | None = None) -> Config:
-    """The configuration of a command line (None: that of this process); exits with one sentence about a mistake."""
+    """The configuration of a command line (None: that of this process); exits with a sentence about a mistake."""
     description = "Train a model; the same command again continues a stopped run."
     config = parse_config(Config, argv, prog="vmoe-train", description=description)
     try:
@@ -319,19 +298,19 @@ def to_yaml(config: Config) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Also takes paths, which settings made in Python may be."""
+    """Also takes paths, from settings made in Python."""
 
 
 _Dumper.add_multi_representer(PurePath, lambda dumper, path: dumper.represent_str(str(path)))
 
 
 def flat_settings(config: Config) -> dict[str, Any]:
-    """{"train.steps": 1000, ...}, through YAML, so that tuples and lists compare equal."""
+    """{"train.steps": 1000, ...}, through YAML, so that tuples and lists are equal."""
     return flatten(yaml.safe_load(to_yaml(config)))
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; an empty dict counts as not there."""
+    """{"a": {"b": 1}} -> {"a.b": 1}; without empty dicts."""
     flat = {}
     for key, value in settings.items():
         if isinstance(value, dict):
@@ -345,7 +324,7 @@ def changed_settings(file: Path, config: Config) -> dict[str, tuple[Any, Any]]:
     """{key: (value in the run's config.yaml, value in config)} of the settings that a continued run may not change."""
     before = flatten(read_settings_file(file))
     now = flat_settings(config)
-    # A setting that is younger than the run has the value that it did not yet know it had.
+    # A setting that is newer than the run had its default.
     defaults = flat_settings(Config(output_dir=config.output_dir, task=config.task))
     changed = {}
     for key in {**before, **now}:

@@ -1,4 +1,4 @@
-"""Where the first value that is not a number, or infinite, came from."""
+"""Finds the first value that is not finite in a training step."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves
 
 from vmoe.distributed.process_group import any_process
 
 
 class NonFiniteError(ArithmeticError):
-    """The loss or the gradient of a step is not finite; nothing of that step reached the weights."""
+    """The loss or the gradient of a step is not finite; the step did not change the weights."""
 
     shared = True  # see vmoe.distributed.process_group.SharedError
 
@@ -22,7 +23,7 @@ class NonFiniteError(ArithmeticError):
 def find_non_finite(model: nn.Module, compute_loss: Callable[[], Tensor], batch: dict[str, Tensor]) -> str | None:
     """Names the first thing that is not finite in a repeated step, as "the output of the layer blocks.1.mlp.router".
 
-    None if this process found nothing. Several processes do it together: what one finds ends the search for all.
+    None if this process finds nothing. All processes call it together: what one finds ends the search for all.
     `compute_loss` repeats the forward pass of `batch` with the same random numbers; gradients are overwritten.
     """
     weights = [*model.named_parameters(), *model.named_buffers()]
@@ -31,24 +32,19 @@ def find_non_finite(model: nn.Module, compute_loss: Callable[[], Tensor], batch:
     if any_process(bool(found)):
         return found[0] if found else None
 
-    def observer(name: str, module: nn.Module) -> Callable:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if not found and not all(_is_finite(tensor) for tensor in tree_leaves(output)):
-                found.append(f"the output of the layer {name} ({type(module).__name__})")
+    # An identity computes nothing, so it is not the first.
+    names = {module: name or "model" for name, module in model.named_modules() if not isinstance(module, nn.Identity)}
 
-        return hook
+    def observe(module: nn.Module, _inputs: Any, output: Any) -> None:
+        if module in names and not found and not all(map(_is_finite, tree_leaves(output))):
+            found.append(f"the output of the layer {names[module]} ({type(module).__name__})")
 
     # A module's hook runs after those of its parts, so the first to report is the innermost.
-    hooks = [
-        module.register_forward_hook(observer(name or "model", module))
-        for name, module in model.named_modules()
-        if not isinstance(module, nn.Identity)  # it makes nothing of its own, so it is not the first
-    ]
+    handle = register_module_forward_hook(observe)
     try:
         loss = compute_loss()
     finally:
-        for handle in hooks:
-            handle.remove()
+        handle.remove()
     if not found and not _is_finite(loss):
         found.append("the loss itself (all layers' outputs are finite)")
     if any_process(bool(found)):

@@ -14,10 +14,10 @@ from typing import Any
 
 from vmoe.utils.world import world
 
-# Seconds that a process which waits in C++ (for the others to join) has to hear a signal, before it is ended.
+# Seconds that a process which waits in C++ (for the others to join) has to handle a signal, before it is ended.
 PATIENCE_SECONDS = 2.0
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (*INTERRUPTS, signal.SIGUSR1)
 STOPPED_OUTSIDE = "stopped outside of the steps, nothing to save; the same command starts or continues the run"
 
 
@@ -40,7 +40,7 @@ class StopRequest:
     interrupted: bool = False  # Ctrl-C or SIGTERM: the exit code says so
     planned: bool = False  # SIGUSR1: the job is to go on later, and nothing is wrong
     in_loop: bool = False  # inside `between_steps`
-    started: bool = False  # that was reached
+    started: bool = False  # `between_steps` was entered
     parent: int = field(default_factory=os.getppid)
 
     @contextmanager
@@ -78,53 +78,44 @@ def interruptible() -> Iterator[StopRequest]:
         if first and not stop.in_loop:
             raise Stopped(STOPPED_OUTSIDE, stop.planned)
 
-    previous = {number: signal.signal(number, handle) for number in SIGNALS}
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    threading.Thread(target=_acknowledge, args=(stop, reading), daemon=True).start()
+    handlers = {number: signal.signal(number, handle) for number in SIGNALS}
+    descriptor = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    closed_in_fork.add(writing)
     try:
-        with _acknowledging(stop):
-            yield stop
+        yield stop
     finally:
-        for number, handler in previous.items():
+        signal.set_wakeup_fd(descriptor)
+        closed_in_fork.discard(writing)
+        os.close(writing)  # ends the thread
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-@contextmanager
-def _acknowledging(stop: StopRequest) -> Iterator[None]:
+def _acknowledge(stop: StopRequest, reading: int) -> None:
     """Answers signals from a thread: Python's handlers run only when the main thread returns from C++.
 
     In the loop it says that the run stops after this step. Before it, where C++ may wait, it ends the process.
     """
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    first = os.environ.get("RANK", "0") == "0"
-
-    def listen() -> None:
-        reported = False
-        while byte := os.read(reading, 1):
-            if byte[0] not in SIGNALS:
+    first, reported = os.environ.get("RANK", "0") == "0", False
+    while byte := os.read(reading, 1):
+        if byte[0] not in SIGNALS:
+            continue
+        if stop.in_loop and first and not reported:
+            again = "; Ctrl-C again stops at once" if world()[1] == 1 else ""
+            print(f"\nvmoe-train: stopping after this step{again}", file=sys.stderr, flush=True)
+            reported = True
+        elif not stop.started:
+            time.sleep(PATIENCE_SECONDS)
+            if stop.interrupted or stop.planned or stop.started:
                 continue
-            if stop.in_loop and first and not reported:
-                again = "; Ctrl-C again stops at once" if world()[1] == 1 else ""
-                print(f"\nvmoe-train: stopping after this step{again}", file=sys.stderr, flush=True)
-                reported = True
-            elif not stop.started:
-                time.sleep(PATIENCE_SECONDS)
-                if stop.interrupted or stop.planned or stop.started:
-                    continue
-                if first:
-                    print(f"\nvmoe-train: {STOPPED_OUTSIDE}", file=sys.stderr, flush=True)
-                sys.stdout.flush()
-                os._exit(130 if byte[0] in INTERRUPTS else 0)
-        os.close(reading)
-
-    threading.Thread(target=listen, daemon=True).start()
-    previous = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    closed_in_fork.add(writing)
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(previous)
-        closed_in_fork.discard(writing)
-        os.close(writing)  # ends the thread
+            if first:
+                print(f"\nvmoe-train: {STOPPED_OUTSIDE}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(130 if byte[0] in INTERRUPTS else 0)
+    os.close(reading)
 
 
 def _close_in_fork() -> None:
@@ -134,5 +125,4 @@ def _close_in_fork() -> None:
         os.close(closed_in_fork.pop())
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_close_in_fork)
+os.register_at_fork(after_in_child=_close_in_fork)
