@@ -226,7 +226,9 @@ def test_the_final_table_loses_no_metric(width):
         assert metric in console.file.getvalue()
 
 
-@pytest.mark.parametrize(("router", "settings"), [("top_k", {}), ("expert_choice", {"capacity_factor": 8.0}), ("soft", {})])
+@pytest.mark.parametrize(
+    ("router", "settings"), [("top_k", {}), ("expert_choice", {"capacity_factor": 8.0}), ("soft", {})]
+)
 def test_metrics_of_experts_are_those_of_the_record_and_soft_routing_has_no_load(router, settings):
     model = vmoe.create_model(
         "vmoe_tiny_patch8_48",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,8 +17,6 @@ from vmoe.utils.world import world
 
 Result = TypeVar("Result")
 
-_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}  # {group of the whole job: the same for checkpoints}
-
 
 class CheckpointError(SharedError):
     """A checkpoint that cannot be written, read, or does not fit."""
@@ -27,14 +26,8 @@ class Team:
     """The processes of the job, or the only one. All of them make it and call its methods together."""
 
     def __init__(self) -> None:
-        (self.rank, self.world), self.group = world(), None
-        if dist.is_available() and dist.is_initialized():
-            # A group of its own: collectives of a background thread must not mix with those of training.
-            if dist.group.WORLD not in _groups:
-                _groups.clear()
-                timeout = dist.group.WORLD.get_group_store().timeout  # parallel.timeout, see process_group.py
-                _groups[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=timeout)
-            self.group = _groups[dist.group.WORLD]
+        self.rank, self.world = world()
+        self.group = _own_group(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else None
 
     def run(self, action: Callable[[], Result], path: Path, collect: bool = True) -> list[Result]:
         """`run_together`, with a CheckpointError about `path`."""
@@ -48,6 +41,12 @@ class Team:
         """`manifest.find_problems`, with the files shared among the processes."""
         found = self.run(lambda: find_problems(checkpoint, (self.rank, self.world)), checkpoint)
         return list(dict.fromkeys(problem for each in found for problem in each))
+
+
+@lru_cache(maxsize=1)
+def _own_group(job: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A second group of the same processes: collectives of a background thread must not mix with those of training."""
+    return dist.new_group(backend="gloo", timeout=job.get_group_store().timeout)  # that is parallel.timeout
 
 
 def _sentence(error: BaseException, path: Path) -> str:

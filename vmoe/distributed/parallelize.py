@@ -39,7 +39,10 @@ def parallelize(model: nn.Module, meshes: Meshes, device: torch.device) -> nn.Mo
     in: the router, the norms and evaluation need that. ConfigError: the experts cannot be sharded evenly.
     """
     if meshes.size.is_plain:
-        return _replicate(model.to(device))
+        # Buffers are not broadcast: the balancing bias is equal everywhere, and its counts are each process's own.
+        names = signature(DistributedDataParallel).parameters  # PyTorch 2.15 renames it
+        quiet = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+        return DistributedDataParallel(model.to(device), gradient_as_bucket_view=True, **{quiet: False})
     whole = {name: tensor.detach() for name, tensor in _parameters_and_buffers(model)}
     model.to("meta")
     ep, dp_shard = meshes.size.ep, meshes.size.dp_shard
@@ -63,13 +66,6 @@ def parallelize(model: nn.Module, meshes: Meshes, device: torch.device) -> nn.Mo
     model.to_empty(device=device)
     _scatter_weights(model, whole, device)
     return model
-
-
-def _replicate(model: nn.Module) -> nn.Module:
-    # Buffers are not broadcast: the balancing bias is equal everywhere, and its counts must stay each process's own.
-    names = signature(DistributedDataParallel).parameters  # PyTorch 2.15 renames it
-    quiet = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{quiet: False})
 
 
 def _parameters_and_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:

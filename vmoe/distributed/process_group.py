@@ -166,11 +166,6 @@ def mean_over_processes(values: list[float]) -> list[float]:
     return (sums / world()[1]).tolist()
 
 
-def any_process(found: bool) -> bool:
-    """Whether it is true in one of the processes."""
-    return mean_over_processes([float(found)])[0] > 0
-
-
 def gather_lists(values: list) -> list:
     """The elements of all processes' lists, process by process."""
     return [value for part in run_together(lambda: values) for value in part]

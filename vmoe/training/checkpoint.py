@@ -53,14 +53,11 @@ class _Contents:
 class Checkpointer:
     """Writes the checkpoints of a run and keeps the last undamaged ones. All processes make one and call it together.
 
-    If `asynchronous`, it copies the state to the CPU, and writes it while training goes on. `mesh` is for the manifest.
+    If `asynchronous`, it copies the state to the CPU, and writes it while training goes on.
     """
 
-    def __init__(
-        self, run: Path, keep_last: int, asynchronous: bool = False, mesh: dict[str, int] | None = None
-    ) -> None:
-        self.run, self.parent = run, run / "checkpoints"
-        self.keep_last, self.mesh = keep_last, mesh or {}
+    def __init__(self, run: Path, keep_last: int, asynchronous: bool = False) -> None:
+        self.run, self.parent, self.keep_last = run, run / "checkpoints", keep_last
         self._team = Team()
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._writing: Future[None] | None = None
@@ -145,7 +142,8 @@ class Checkpointer:
     def _begin(self, unfinished: Path, final: Path) -> bool:
         """Makes the folder; True if there is such a checkpoint already."""
         self.parent.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(self.run)
+        for folder in self.parent.glob(f"step_*{UNFINISHED}"):  # of a process that died while saving
+            shutil.rmtree(folder)
         if final.exists() and not find_problems(final):
             return True
         unfinished.mkdir()
@@ -175,8 +173,7 @@ class Checkpointer:
 
     def _finish(self, unfinished: Path, final: Path, files: list[dict[str, Any]]) -> None:
         every = {name: entry for own in files for name, entry in own.items()}
-        facts = {"step": step_of(final), "world_size": self._team.world, "mesh": self.mesh}
-        _sync(write_manifest(unfinished, facts, every))
+        _sync(write_manifest(unfinished, {"step": step_of(final), "world_size": self._team.world}, every))
         problems = find_problems(unfinished, share=(len(every), len(every) + 1))  # the hashes were just taken
         if problems:
             raise CheckpointError(
@@ -198,12 +195,6 @@ class Checkpointer:
             elif folder in self._complete or not find_problems(folder):
                 self._complete.add(folder)
                 kept += 1
-
-
-def remove_unfinished(run: Path) -> None:
-    """Removes what a process that died while saving left behind."""
-    for folder in (run / "checkpoints").glob(f"step_*{UNFINISHED}"):
-        shutil.rmtree(folder)
 
 
 def latest_checkpoint(run: Path) -> Path | None:

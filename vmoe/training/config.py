@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from vmoe.data.config import AugmentationConfig, LoaderConfig, SourceConfig
-from vmoe.utils.config import ConfigError, check_types, parse_config, read_settings_file
-
-MAX_TIMEOUT = 30 * 24 * 3600  # seconds
+from vmoe.utils.config import ConfigError, check_types, parse_config, read_config
 
 # Settings that may change when a run continues: they do not change what a step computes.
 CHANGEABLE = (
@@ -36,7 +36,7 @@ RANGES = {
     "train.clip_grad_norm": (None, None, "; null does not clip"),
     "train.ema_decay": (None, 1, "; null keeps no moving average"),
     "train.max_minutes": (None, None, "; null sets no limit"),
-    "parallel.timeout": (1, MAX_TIMEOUT, ""),
+    "parallel.timeout": (1, 30 * 24 * 3600, ""),
 }
 
 
@@ -294,19 +294,17 @@ def load_config(argv: Sequence[str] | None = None) -> Config:
 
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML, which `--config` reads back."""
-    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
 
 
-class _Dumper(yaml.SafeDumper):
-    """Also takes paths, from settings made in Python."""
-
-
-_Dumper.add_multi_representer(PurePath, lambda dumper, path: dumper.represent_str(str(path)))
+def _plain(config: Config) -> dict[str, Any]:
+    """All settings; tuples as lists and paths as text, which settings made in Python may hold."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=os.fspath))
 
 
 def flat_settings(config: Config) -> dict[str, Any]:
-    """{"train.steps": 1000, ...}, through YAML, so that tuples and lists are equal."""
-    return flatten(yaml.safe_load(to_yaml(config)))
+    """{"train.steps": 1000, ...}"""
+    return flatten(_plain(config))
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -322,13 +320,10 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def changed_settings(file: Path, config: Config) -> dict[str, tuple[Any, Any]]:
     """{key: (value in the run's config.yaml, value in config)} of the settings that a continued run may not change."""
-    before = flatten(read_settings_file(file))
-    now = flat_settings(config)
-    # A setting that is newer than the run had its default.
-    defaults = flat_settings(Config(output_dir=config.output_dir, task=config.task))
+    before, now = flat_settings(read_config(Config, ["--config", str(file)])), flat_settings(config)
     changed = {}
     for key in {**before, **now}:
         fixed = not any(key == free or key.startswith(f"{free}.") for free in CHANGEABLE)
-        if fixed and before.get(key, defaults.get(key)) != now.get(key, defaults.get(key)):
+        if fixed and before.get(key) != now.get(key):
             changed[key] = (before.get(key, "not set"), now.get(key, "not set"))
     return changed

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves
 
-from vmoe.distributed.process_group import any_process
+from vmoe.distributed.process_group import gather_lists
 
 
 class NonFiniteError(ArithmeticError):
@@ -29,7 +29,7 @@ def find_non_finite(model: nn.Module, compute_loss: Callable[[], Tensor], batch:
     weights = [*model.named_parameters(), *model.named_buffers()]
     found = [f"the weights {name}" for name, tensor in weights if not _is_finite(tensor)]
     found += [f"the input ({name})" for name, tensor in batch.items() if not _is_finite(tensor)]
-    if any_process(bool(found)):
+    if gather_lists(found):
         return found[0] if found else None
 
     # An identity computes nothing, so it is not the first.
@@ -47,7 +47,7 @@ def find_non_finite(model: nn.Module, compute_loss: Callable[[], Tensor], batch:
         handle.remove()
     if not found and not _is_finite(loss):
         found.append("the loss itself (all layers' outputs are finite)")
-    if any_process(bool(found)):
+    if gather_lists(found):
         return found[0] if found else None
     model.zero_grad()
     loss.backward()

@@ -152,8 +152,7 @@ class CollapseWatch:
 
     def __init__(self, after: int) -> None:
         self.after = after
-        self.since: dict[str, int] = {}
-        self.warned: set[str] = set()
+        self.since: dict[str, float] = {}  # {layer: the step at which it collapsed, or infinity once it was reported}
 
     def update(self, step: int, layers: dict[str, LayerRouting]) -> None:
         """Takes the routing of a logged step; all processes call it, and the first one warns."""
@@ -163,12 +162,11 @@ class CollapseWatch:
             crowded = num_experts > 1 and share > even + 0.5 * (1 - even)
             if not crowded and not idle:
                 self.since.pop(name, None)
-                self.warned.discard(name)
                 continue
             since = self.since.setdefault(name, step)
-            if step - since < self.after or name in self.warned:
+            if step - since < self.after:
                 continue
-            self.warned.add(name)
+            self.since[name] = math.inf
             what = f"{share:.0%} of its tokens ask for one expert" if crowded else f"{idle} experts get no token"
             if world()[0] == 0:
                 logger.warning(
@@ -287,20 +285,16 @@ def short_texts(metrics: dict[str, float]) -> list[str]:
 
 def final_table(summary: dict[str, Any]) -> MetricTable:
     """The table of a run's summary."""
-    rows = {
-        "steps": str(summary["steps"]),
-        "parameters": f"{summary['parameters_total'] / 1e6:.2f} M",
-        "  active per token": f"{summary['parameters_active'] / 1e6:.2f} M",
-        "GFLOPs per image": f"{summary['gflops_per_image']:.3f}",
-    }
-    if "gflops_per_text" in summary:
-        rows["GFLOPs per caption"] = f"{summary['gflops_per_text']:.3f}"
-    rows["training throughput"] = f"{summary['images_per_second']:.0f} images/s"
-    rows["training time"] = f"{summary['train_seconds']:.0f} s"
-    rows["final loss"] = f"{summary['loss']:.4f}"
-    for name, value in summary["evaluation"].items():
-        rows[name] = f"{value:.4f}" if isinstance(value, float) else str(value)
     table = MetricTable(f"{summary['model']}, {summary['task']}", ["result", "value"], left=["result"])
-    for row in rows.items():
-        table.add_row(*row)
+    table.add_row("steps", str(summary["steps"]))
+    table.add_row("parameters", f"{summary['parameters_total'] / 1e6:.2f} M")
+    table.add_row("  active per token", f"{summary['parameters_active'] / 1e6:.2f} M")
+    table.add_row("GFLOPs per image", f"{summary['gflops_per_image']:.3f}")
+    if "gflops_per_text" in summary:
+        table.add_row("GFLOPs per caption", f"{summary['gflops_per_text']:.3f}")
+    table.add_row("training throughput", f"{summary['images_per_second']:.0f} images/s")
+    table.add_row("training time", f"{summary['train_seconds']:.0f} s")
+    table.add_row("final loss", f"{summary['loss']:.4f}")
+    for name, value in summary["evaluation"].items():
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     return table

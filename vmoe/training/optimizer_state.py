@@ -97,12 +97,12 @@ def import_state(optimizer: Optimizer, model: nn.Module, stored: StoredTensors |
 
     try:
         before = {name: group["settings"] for group in rest["groups"] for name in group["parameters"]}
-        if differing := sorted(before.keys() ^ set(names.values())):
+        if differing := sorted(before.keys() ^ set(names)):
             raise ValueError(
                 f"the optimizer {'lacks' if differing[0] in before else 'has'} {differing[0]!r} (one of "
                 f"{len(differing)}), unlike the checkpoint's; train the same parameters (train.freeze)"
             )
-        indices = {name: index for index, name in names.items()}
+        indices = {name: index for index, name in enumerate(names)}
         full["state"] = {indices[name]: decode(values, name) for name, values in rest["state"].items()}
         for group in full["param_groups"]:
             settings = [before[names[index]] for index in group["params"]]
@@ -144,12 +144,7 @@ def _dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _parameter_names(optimizer: Optimizer, model: nn.Module) -> dict[int, str]:
-    """{index of a parameter in the optimizer's state_dict: its name}."""
+def _parameter_names(optimizer: Optimizer, model: nn.Module) -> list[str]:
+    """The parameters' names in the order of the optimizer's state_dict."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = zip(optimizer.param_groups, optimizer.state_dict()["param_groups"], strict=True)
-    return {
-        index: names[id(parameter)]
-        for group, saved in groups
-        for parameter, index in zip(group["params"], saved["params"], strict=True)
-    }
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]

@@ -59,9 +59,10 @@ def find_checkpoint(run: Path, config: Config) -> Path | None:
         )
     if not checkpoints and (run / "summary.json").exists():
         raise ConfigError(f"output_dir {run} holds a finished run without its checkpoints; choose another output_dir")
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"output_dir {run} holds other files, and no config.yaml of a run; choose another output_dir")
-    changed = changed_settings(run / "config.yaml", config)
+    try:
+        changed = changed_settings(run / "config.yaml", config)
+    except ConfigError as error:
+        raise ConfigError(f"output_dir {run} holds no run to continue ({error}); choose another output_dir") from error
     if changed:
         listed = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
         raise ConfigError(

@@ -7,7 +7,6 @@ how often it evaluates, or how many workers read the data.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import random
@@ -29,14 +28,14 @@ from vmoe.data.seeding import derive_seed
 from vmoe.distributed import process_group
 from vmoe.distributed.mesh import make_meshes, mesh_size
 from vmoe.distributed.parallelize import clip_grad_norm, parallelize, set_gradient_sync, synchronize_scalars
-from vmoe.distributed.process_group import SharedError, any_process, mean_over_processes, sum_over_processes
+from vmoe.distributed.process_group import SharedError, gather_lists, mean_over_processes, sum_over_processes
 from vmoe.evaluation.inference import arithmetic, attention_kernel, pick_device, pick_precision
 from vmoe.models.factory import preprocess_config
 from vmoe.models.flops import model_profile
 from vmoe.models.manifest import list_checkpoints, step_of
 from vmoe.models.serialization import WeightsError, checkpoint_weights
 from vmoe.moe import RoutingRecord
-from vmoe.training.checkpoint import Checkpointer, CheckpointError, load_checkpoint, remove_unfinished
+from vmoe.training.checkpoint import Checkpointer, CheckpointError, load_checkpoint
 from vmoe.training.config import Config, to_yaml
 from vmoe.training.diagnosis import NonFiniteError, find_non_finite
 from vmoe.training.logger import CollapseWatch, DataWatch, MetricsLog, ProgressBar, final_table, routing_metrics, say
@@ -168,14 +167,12 @@ class Trainer:
         train = self.config.train
         self.stop, self.end = stop, end
         if self.first:
-            remove_unfinished(self.run)
             with atomic_file(self.run / "config.yaml") as draft:
                 draft.write_text(to_yaml(self.config), encoding="utf-8")
         self.metrics = MetricsLog(self.run if self.first else None, self.step, train.tensorboard)
         self.collapse_watch = CollapseWatch(train.collapse_after)
         self.data_watch = DataWatch(self.config.data.loader.num_workers)
-        mesh = dataclasses.asdict(self.size)
-        self.checkpointer = Checkpointer(self.run, train.keep_last, train.async_checkpoints, mesh)
+        self.checkpointer = Checkpointer(self.run, train.keep_last, train.async_checkpoints)
         every = {"evaluation": train.eval_every, "checkpoint": train.checkpoint_every}
         self.display = ProgressBar(self.console, self.step, train.steps, **every)
         try:
@@ -270,14 +267,14 @@ class Trainer:
         return [float(interrupted), float(self.stop.planned or used_up)]
 
     def _check_finite(self, total: float, norm: float, batches: list[dict[str, Tensor]]) -> None:
-        """Raises NonFiniteError if so, and repeats the batches to find the first value that is not finite."""
+        """Raises NonFiniteError, which names the first such value when the batches are repeated."""
         self.skipped = self.skipped + 1 if self.scaler.is_enabled() and not math.isfinite(norm) else 0
         if math.isfinite(total) and (math.isfinite(norm) or 0 < self.skipped <= MAX_SKIPPED_STEPS):
             return
         for part, batch in enumerate(batches):
             repeat = partial(lambda *given: self._loss(*given)[0], batch, part, self.model)
             where = find_non_finite(self.model, repeat, batch)
-            if any_process(where is not None):
+            if any(gather_lists([where])):
                 where = where or "another process"
                 break
         where = where or "no layer when repeated"
