@@ -1,4 +1,4 @@
-"""Signals before and after the steps; those between steps are in test_loop.py and test_cli.py."""
+"""Signals before and after the steps; those between steps are in test_trainer.py and tests/cli/test_train.py."""
 
 import hashlib
 import io
@@ -64,12 +64,12 @@ def test_a_signal_in_a_long_operation_is_answered_at_once(number, monkeypatch):
     monkeypatch.setattr(sys, "stderr", said)
 
     def send():
-        time.sleep(0.2)
+        time.sleep(0.05)
         os.kill(os.getpid(), number)
 
     with interruptible() as said.stop, said.stop.between_steps():
         threading.Thread(target=send).start()
-        hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)  # Python's handlers wait for its end
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000_000)  # Python's handlers wait for its end
         assert said.written.wait(60)
         os.kill(os.getpid(), signal.SIGUSR1)  # another one is not told again
         assert said.stop.planned

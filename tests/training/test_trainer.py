@@ -136,14 +136,14 @@ def test_the_number_of_workers_changes_nothing(make_config, tmp_path):
 def test_a_run_learns_and_leaves_its_records(make_config):
     config = make_config(
         **{
-            "train.steps": 30,
+            "train.steps": 20,
             "train.log_every": 10,
             "train.eval_every": 15,
             "train.tensorboard": True,
             "train.keep_last": 1,
             "train.checkpoint_every": 10,
-            "optim.lr": 0.003,
-            "evaluate.examples": 3,
+            "optim.lr": 0.005,
+            "evaluate.examples": 2,
         }
     )
     summary, printed = run(config)
@@ -162,14 +162,14 @@ def test_a_run_learns_and_leaves_its_records(make_config):
     assert summary["gflops_per_image"] > 0
     assert summary["images_per_second"] > 0
     lines = read_metrics(folder / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [10, 15, 20, 30]
+    assert [line["step"] for line in lines] == [10, 15, 20]
     assert lines[-1]["evaluation/top1"] == summary["evaluation"]["top1"]
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert 0 <= lines[-1]["data_wait_share"] <= 1
     assert lines[-1]["loss"] == pytest.approx(
         lines[-1]["task_loss"] + lines[-1]["routing/blocks.1.mlp/auxiliary_loss"], abs=1e-5
     )
-    assert [step_of(checkpoint) for checkpoint in list_checkpoints(folder)] == [30]
+    assert [step_of(checkpoint) for checkpoint in list_checkpoints(folder)] == [20]
     for words in ("active per token", "GFLOPs per image", "throughput", "top1"):
         assert words in printed
 
@@ -179,7 +179,7 @@ def test_a_run_learns_and_leaves_its_records(make_config):
 
     again, printed = run(config)
     assert again == summary
-    assert "this run is finished (30 steps)" in printed
+    assert "this run is finished (20 steps)" in printed
 
 
 def test_a_finished_run_goes_on_with_more_steps(make_config):
@@ -369,7 +369,7 @@ def test_files_of_others_are_not_touched(make_config):
 
 
 def test_two_processes_do_not_share_a_folder(make_config):
-    config = make_config()
+    config = make_config(**{"train.steps": 1})
     with locked_folder(Path(config.output_dir)), pytest.raises(ConfigError, match="another process is training"):
         train(config)
     train(config)
@@ -450,8 +450,8 @@ def test_the_orientation_of_the_training_is_kept_with_the_model(make_config, ima
         side.parent.mkdir(parents=True, exist_ok=True)
         with Image.open(file) as image:
             image.transpose(Image.Transpose.ROTATE_90).save(side, exif=exif)
-    settings = {"data.train.exif_orientation": True, "data.val.path": tmp_path / "side", "train.eval_every": 6}
-    config = make_config(**settings)
+    settings = {"data.train.exif_orientation": True, "data.val.path": tmp_path / "side", "train.eval_every": 2}
+    config = make_config(**settings, **{"train.steps": 2})
     summary, _ = run(config)
     measured = []
     side = str(tmp_path / "side")

@@ -27,11 +27,12 @@ def run(config):
 
 def only(kwargs: dict, **overrides) -> dict:
     """Overrides for `make_config` that replace the model's settings."""
-    return {"model.name": NAME, "model.kwargs": json.dumps(kwargs), "train.eval_every": 3, **overrides}
+    return {"model.name": NAME, "model.kwargs": json.dumps(kwargs), **overrides}
 
 
 def test_experts_in_both_towers_train_and_are_evaluated(make_config):
-    config = make_config("contrastive", **only({"image": IMAGE, "text": TEXT, "embed_dim": 16}))
+    kwargs = {"image": IMAGE, "text": TEXT, "embed_dim": 16}
+    config = make_config("contrastive", **only(kwargs, **{"train.steps": 2, "train.eval_every": 2}))
     summary = run(config)
     assert summary["evaluation"]["image_to_text_recall@10"] > 0
     model = vmoe.create_model(pretrained=config.output_dir)
@@ -45,10 +46,9 @@ def test_a_locked_image_tower_does_not_change(make_config, tmp_path):
     source = vmoe.create_model(pretrained=tmp_path / "source")
     image = {"pretrained": str(tmp_path / "source"), "num_classes": 0, "drop_path_rate": 0.5, "capacity_factor": 0.3}
     kwargs = {"image": image, "text": TEXT, "embed_dim": 32}
-    summary = run(make_config("contrastive", **only(kwargs, **settings, **{"train.steps": 4})))
+    run(make_config("contrastive", **only(kwargs, **settings, **{"train.steps": 2})))
     shutil.rmtree(tmp_path / "source")
-    longer = run(make_config("contrastive", **only(kwargs, **settings, **{"train.steps": 8})))
-    assert (summary["steps"], longer["steps"]) == (4, 8)
+    assert run(make_config("contrastive", **only(kwargs, **settings, **{"train.steps": 4})))["steps"] == 4
     model = vmoe.create_model(pretrained=tmp_path / "run")
     for name, tensor in model.visual.state_dict().items():
         assert torch.equal(tensor, source.state_dict()[name]), name
