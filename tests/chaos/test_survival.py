@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tests.forked import free_port, printed
-from vmoe.training.checkpoint import list_checkpoints
+from vmoe.models.manifest import list_checkpoints
 from vmoe.training.logger import read_metrics
 
 from .tiny import arguments, make_images

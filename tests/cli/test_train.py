@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from vmoe.cli import train
-from vmoe.training.checkpoint import list_checkpoints
+from vmoe.models.manifest import list_checkpoints
 from vmoe.training.config import to_yaml
 
 ROOT = Path(__file__).parents[2]

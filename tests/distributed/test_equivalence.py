@@ -21,16 +21,18 @@ CASES = [
     "limoe_dropless",
     "limoe_sigmoid",
 ]
-ALL = ["accumulate", "ema", "checkpointing"]
+ALL = ["accumulate", "ema", "checkpointing", "fused"]
 COMPILED = ("top_1", "dropless", "expert_choice", "limoe")
 RUNS = {
     2: [
-        *([case, mesh, []] for case in CASES for mesh in (DDP, EP)),
-        *([case, FSDP, []] for case in ("top_1", "dropless", "expert_choice", "deepseek", "limoe")),
+        *([case, DDP, []] for case in CASES),
+        *(["top_1", mesh, []] for mesh in (FSDP, EP)),
+        # A fused optimizer: one operation on sharded weights, each of which has to be planned first in every process.
+        *([case, EP, ["fused"]] for case in CASES[1:]),
+        *([case, FSDP, ["fused"]] for case in ("dropless", "expert_choice", "deepseek", "limoe")),
         *([["limoe_dropless", mesh, ALL] for mesh in (DDP, FSDP, EP)]),
         *(["dropless", mesh, ["bf16"]] for mesh in (FSDP, EP)),
     ],
-    # A fused optimizer: one operation on sharded weights, each of which has to be planned first in every process.
     4: [
         *([case, [1, 2, 2], ["fused"]] for case in ("top_2_bpr", "dropless", "limoe")),
         ["top_1", [2, 1, 2], ["fused"]],

@@ -11,18 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import vmoe
-from vmoe.models import serialization
-from vmoe.models.manifest import describe_files, find_problems, write_manifest
+from vmoe.models import manifest, serialization
+from vmoe.models.manifest import describe_files, find_problems, list_checkpoints, step_of, write_manifest
 from vmoe.models.serialization import WeightsError, find_weights
 from vmoe.training import checkpoint as module
-from vmoe.training.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    latest_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    step_of,
-)
+from vmoe.training.checkpoint import Checkpointer, CheckpointError, latest_checkpoint, load_checkpoint
 
 from .conftest import TINY_VIT
 
@@ -282,7 +275,7 @@ def test_a_stop_at_any_moment_of_writing_leaves_the_checkpoint_before(tmp_path, 
     reached, moment = [], 0
     for target, name in [
         (module, "write_tensors"),
-        (module, "write_manifest"),
+        (manifest, "write_manifest"),
         (module, "_write_text"),
         (module, "_sync"),
         (serialization, "save_file"),
@@ -346,7 +339,7 @@ def test_an_error_of_the_disk_is_one_sentence_and_leaves_nothing(tmp_path, model
     if function == "save_file":  # as safetensors tells it
         full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     monkeypatch.setattr(
-        {"save_file": serialization, "write_manifest": module}.get(function, os), function, _raiser(full)
+        {"save_file": serialization, "write_manifest": manifest}.get(function, os), function, _raiser(full)
     )
     with pytest.raises(CheckpointError, match=r"step_000002: the disk is full; free some space"):
         save(tmp_path, 2, model, optimizer)

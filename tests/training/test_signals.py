@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from vmoe.cli import train
+from vmoe.models.manifest import list_checkpoints
 from vmoe.training import trainer
-from vmoe.training.checkpoint import list_checkpoints
 from vmoe.training.config import to_yaml
 from vmoe.training.signals import interruptible
 

@@ -18,8 +18,9 @@ import vmoe
 from vmoe.cli.evaluate import run as evaluate
 from vmoe.data import BadSample, SourceConfig
 from vmoe.evaluation.config import EvaluationConfig
+from vmoe.models.manifest import list_checkpoints, step_of
 from vmoe.training import tasks
-from vmoe.training.checkpoint import CheckpointError, list_checkpoints, step_of
+from vmoe.training.checkpoint import CheckpointError
 from vmoe.training.diagnosis import NonFiniteError
 from vmoe.training.logger import CollapseWatch, read_metrics
 from vmoe.training.tasks import Classification

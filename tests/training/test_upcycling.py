@@ -105,7 +105,7 @@ def test_bad_settings_are_config_errors(make_second, make_config, dense_run, tmp
     save_pretrained(create_model(pretrained=dense_run), file)
     config = make_second("bad", ALL)
     config.model.pretrained = str(file)
-    with pytest.raises(ConfigError, match="trainer.json does not exist; set it to false"):
+    with pytest.raises(ConfigError, match="config.yaml does not exist; set it to false"):
         train(config)
     with pytest.raises(ConfigError, match="state of AdamW is of no use to Lion"):
         train(make_second("bad", ALL, **{"optim.name": "lion"}))

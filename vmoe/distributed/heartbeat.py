@@ -149,9 +149,8 @@ class Heartbeat:
             time.sleep(self.interval / 10)
         return bool(condition())
 
-    # --- the thread ---
-
     def _run(self) -> None:
+        """The thread."""
         try:
             self._beat()
             # Often at first: a process that is lost before it was seen could not be named.

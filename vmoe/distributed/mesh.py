@@ -63,10 +63,7 @@ class Meshes:
 
 
 def make_meshes(size: MeshSize, device: torch.device) -> Meshes:
-    """The meshes of the default group; all processes call it.
-
-    Neighbours in rank are neighbours in `ep`, then in `dp_shard`: what communicates most is within a machine.
-    """
+    """The meshes of the default group. Neighbours in rank are neighbours in `ep`, which communicates most."""
     whole = init_device_mesh(device.type, (size.dp_replicate, size.dp_shard, size.ep), mesh_dim_names=NAMES)
     ranks = whole.mesh.permute(0, 2, 1).reshape(size.dp_replicate * size.ep, size.dp_shard)
     return Meshes(size, whole, DeviceMesh(device.type, ranks, mesh_dim_names=("replicas", "shards")))

@@ -43,7 +43,7 @@ def parallelize(model: nn.Module, meshes: Meshes, device: torch.device) -> nn.Mo
         names = signature(DistributedDataParallel).parameters  # PyTorch 2.15 renames it
         quiet = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
         return DistributedDataParallel(model.to(device), gradient_as_bucket_view=True, **{quiet: False})
-    whole = {name: tensor.detach() for name, tensor in _parameters_and_buffers(model)}
+    whole = {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     model.to("meta")
     ep, dp_shard = meshes.size.ep, meshes.size.dp_shard
     experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
@@ -68,15 +68,11 @@ def parallelize(model: nn.Module, meshes: Meshes, device: torch.device) -> nn.Mo
     return model
 
 
-def _parameters_and_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
-
-
 @torch.no_grad()
 def _scatter_weights(model: nn.Module, whole: dict[str, Tensor], device: torch.device) -> None:
     """Gives each process its part of process 0's weights, tensor by tensor."""
     first = dist.get_rank() == 0
-    for name, target in _parameters_and_buffers(model):
+    for name, target in [*model.named_parameters(), *model.named_buffers()]:
         value = whole.pop(name)  # freed as soon as it is sent
         value = value.to(device) if first else torch.empty(value.shape, dtype=value.dtype, device=device)
         dist.broadcast(value, 0)

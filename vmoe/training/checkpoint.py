@@ -22,17 +22,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from vmoe.distributed.collectives import CheckpointError, Team
+from vmoe.models import manifest
 from vmoe.models.factory import file_metadata
-from vmoe.models.manifest import (
-    TRAINER,
-    UNFINISHED,
-    describe_files,
-    find_problems,
-    list_checkpoints,
-    newest_complete,
-    step_of,
-    write_manifest,
-)
+from vmoe.models.manifest import TRAINER, UNFINISHED, find_problems, list_checkpoints, newest_complete, step_of
 from vmoe.models.serialization import SETTINGS_NAME, StoredTensors, checkpoint_weights, load_weights, write_tensors
 from vmoe.training.optimizer_state import export_state, import_state
 
@@ -169,11 +161,12 @@ class Checkpointer:
                     names.append(f"{part}/{SETTINGS_NAME}")
             _write_text(unfinished / TRAINER, contents.trainer)
             names.append(TRAINER)
-        return describe_files(unfinished, names)
+        return manifest.describe_files(unfinished, names)
 
     def _finish(self, unfinished: Path, final: Path, files: list[dict[str, Any]]) -> None:
         every = {name: entry for own in files for name, entry in own.items()}
-        _sync(write_manifest(unfinished, {"step": step_of(final), "world_size": self._team.world}, every))
+        facts = {"step": step_of(final), "world_size": self._team.world}
+        _sync(manifest.write_manifest(unfinished, facts, every))
         problems = find_problems(unfinished, share=(len(every), len(every) + 1))  # the hashes were just taken
         if problems:
             raise CheckpointError(

@@ -50,12 +50,11 @@ class ModelConfig:
         pretrained: Weights to start from: a .safetensors file of vmoe, or the folder of a run or a checkpoint. The head
             is new if the number of classes differs; position embeddings are resized to the new image size.
         kwargs: Arguments of the model: routing settings (num_experts, moe_layers, capacity_factor, ...), img_size,
-            drop_path_rate, ... The number of classes is taken from the data. A two-tower model has those of its towers
-            below image and text; image.pretrained names a file, or a run's folder, with the image tower.
+            drop_path_rate, ... A two-tower model has those of its towers below image and text; image.pretrained names
+            a file, or a run's folder, with the image tower.
         upcycle: Make the dense model sparse before training: arguments of vmoe.upcycle (num_experts, layers, tower,
             num_selected_experts, granularity, expert_noise, reinit, routing settings); empty leaves it dense.
-        pretrained_optimizer: Also take the optimizer's state of `pretrained`, a run with the same optimizer; every
-            expert gets that of its MLP.
+        pretrained_optimizer: Also take the optimizer's state of the run `pretrained`; experts get that of their MLP.
     """
 
     name: str | None = None
@@ -72,8 +71,6 @@ class DataConfig:
     Attributes:
         train: Data to train on.
         val: Data for the periodic and the final evaluation; unused if train.eval_every is 0.
-        loader: Batches and worker processes.
-        augmentation: Random changes of the training images.
     """
 
     train: SourceConfig = field(default_factory=SourceConfig)
@@ -90,8 +87,7 @@ class TrainConfig:
         steps: Optimizer steps of the whole run.
         precision: float32, or autocast to bf16 or fp16 (with a gradient scaler); routers are always float32. "auto" is
             bf16 where it is faster (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), else float32.
-        accumulate_steps: Batches (of data.loader.batch_size images) per optimizer step. A contrastive loss compares
-            within one batch, so this adds no negatives.
+        accumulate_steps: Batches per optimizer step. They add no negatives: a contrastive loss compares within one.
         clip_grad_norm: Largest norm of the whole gradient; null does not clip.
         loss: Contrastive loss, open_clip's softmax (CLIP) or sigmoid (SigLIP); classification uses cross-entropy.
         freeze: Patterns (`*`, `?`) of parameter names to freeze, such as "patch_embed.*" or "*.router.*". A tower that
@@ -108,7 +104,7 @@ class TrainConfig:
             the longest so far, would not fit any more (leave time for the first ones); null sets no limit.
         collapse_after: Warn of a layer whose routing stays collapsed (one expert is asked for by most tokens, or some
             by none) for this many steps; 0 never warns.
-        tensorboard: Also write OUTPUT_DIR/tensorboard: every metric, and the load and importance of each expert.
+        tensorboard: Also write every metric to OUTPUT_DIR/tensorboard.
     """
 
     steps: int = 1000
@@ -212,12 +208,6 @@ class Config:
         resume: If output_dir holds a run: "auto" continues it, "never" is an error.
         seed: Seed of weights, data order, augmentation and router noise. A run is reproducible bit by bit on a CPU.
         device: "auto" (CUDA, then MPS, then CPU) or a torch device such as "cuda:1".
-        model: The model.
-        data: Training and validation data.
-        train: The training loop.
-        optim: Optimizer and schedule.
-        evaluate: Evaluation during and at the end of training.
-        parallel: Several processes.
     """
 
     output_dir: str

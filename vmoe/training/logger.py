@@ -23,7 +23,6 @@ from torch import Tensor
 from vmoe.data.loader import own_cores
 from vmoe.distributed.process_group import gather_lists, sum_over_processes
 from vmoe.moe import LayerRouting, RoutingRecord
-from vmoe.moe.losses import members
 from vmoe.moe.record import statistics_of
 from vmoe.utils.files import atomic_file
 from vmoe.utils.tables import MetricTable
@@ -56,11 +55,10 @@ class MetricsLog:
             self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes a line without "experts/...", too many for it; what is not finite becomes null (JSON has no NaN)."""
+        """Writes a line; metrics that are not finite become null (JSON has no NaN)."""
         if self._file is None:
             return
-        line = {name: value for name, value in metrics.items() if not name.startswith("experts/")}
-        finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
         if self._writer is not None:
@@ -96,8 +94,8 @@ def requested_shares(layers: dict[str, LayerRouting]) -> dict[str, Tensor]:
     return {name: count_E / count_E.sum().clamp(min=1) for name, count_E in sum_over_processes(counts).items()}
 
 
-def routing_metrics(record: RoutingRecord, experts: bool = False) -> dict[str, float]:
-    """The metrics of a step's routing (docs/training.md), with those of each `expert`; empty for a dense model."""
+def routing_metrics(record: RoutingRecord) -> dict[str, float]:
+    """The metrics of a step's routing (docs/training.md); empty for a dense model."""
     layers = {}
     for name, routing in record.layers.items():
         means = over_processes({key: float(value) for key, value in routing.means.items()})
@@ -113,7 +111,7 @@ def routing_metrics(record: RoutingRecord, experts: bool = False) -> dict[str, f
     for name, share_E in requested_shares(record.layers).items():
         layers[name]["largest_share"] = share_E.max().item()
         metrics.update({f"routing/{name}/{key}": value for key, value in layers[name].items()})
-    return metrics | (expert_metrics(record) if experts else {})
+    return metrics
 
 
 def over_processes(metrics: dict[str, float]) -> dict[str, float]:
@@ -121,26 +119,6 @@ def over_processes(metrics: dict[str, float]) -> dict[str, float]:
     every = gather_lists([metrics])
     reduce = {"min": min, "max": max}
     return {name: reduce.get(name.rpartition("_")[2], fmean)([own[name] for own in every]) for name in metrics}
-
-
-def expert_metrics(record: RoutingRecord) -> dict[str, float]:
-    """For each expert "experts/LAYER/MODALITY/load_E", its share of the kept assignments (soft routing has none), and
-    "experts/LAYER/MODALITY/importance_E", the mean of its gate values."""
-    metrics = {}
-    for name, routing in record.layers.items():
-        for modality, own_GN in members(routing.modalities, routing.mask, routing.modality).items():
-            sums = {"importance": routing.gates.detach()[own_GN].sum(0), "tokens": own_GN.sum()}
-            if routing.router != "soft":
-                sums["load"] = routing.load_by_modality[modality]
-            sums = sum_over_processes(sums)
-            totals = {"importance": sums.pop("tokens"), "load": sums.get("load", torch.zeros(1)).sum()}
-            for kind, sum_E in sums.items():
-                for expert, value in enumerate((sum_E / totals[kind].clamp(min=1)).tolist()):
-                    metrics[f"experts/{name}/{modality}/{kind}_{expert:02d}"] = value
-    return metrics
-
-
-# --- warnings ---
 
 
 class CollapseWatch:
@@ -199,9 +177,6 @@ class DataWatch:
             f"the model waits for data {waiting:.0%} of the time: each process could take {needed:.0f} images/s, and "
             f"data.loader.num_workers {self.num_workers} reads {readable:.0f}; {remedy}"
         )
-
-
-# --- progress ---
 
 
 class TimeLeft:

@@ -22,7 +22,7 @@ from vmoe.models.dense_mlp import UpcycleError
 from vmoe.models.factory import create_model, find_weights
 from vmoe.models.serialization import checkpoint_weights
 from vmoe.models.upcycle_optimizer import upcycle_optimizer
-from vmoe.training.checkpoint import TRAINER, load_checkpoint
+from vmoe.training.checkpoint import load_checkpoint
 from vmoe.training.config import Config, OptimConfig
 from vmoe.training.muon import Muon, divide_stacks, not_for_muon
 from vmoe.utils.config import ConfigError, read_config
@@ -107,12 +107,11 @@ def carry_over_optimizer(pretrained: str, model: nn.Module, optimizer: Optimizer
     """Gives a new optimizer the state of a run (or checkpoint), from whose model `model` is upcycled, or a copy."""
     checkpoint = find_weights(pretrained).parent
     run_config = checkpoint.parent.parent / "config.yaml"
-    for file in (checkpoint / TRAINER, run_config):
-        if not file.is_file():
-            raise ConfigError(
-                f"model.pretrained_optimizer needs model.pretrained to be a run's folder or checkpoint, and {file} "
-                "does not exist; set it to false to start the optimizer from scratch"
-            )
+    if not run_config.is_file():
+        raise ConfigError(
+            f"model.pretrained_optimizer needs model.pretrained to be a run's folder or checkpoint, and {run_config} "
+            "does not exist; set it to false to start the optimizer from scratch"
+        )
     before = read_config(Config, ["--config", str(run_config)])
     old_model = create_model(pretrained=checkpoint_weights(checkpoint))
     freeze(old_model, before.train.freeze)
@@ -130,18 +129,11 @@ def create_schedule(optimizer: Optimizer, config: OptimConfig, steps: int) -> Sc
     warmup = int(config.warmup_steps if config.warmup_steps >= 1 else config.warmup_steps * steps)
     if name == "constant":  # only the newest versions of timm have it
         name, kwargs = "step", {**kwargs, "decay_rate": 1.0}
+    rates = {"warmup_lr": config.warmup_lr, "min_lr": config.min_lr}
+    # timm's epochs are our steps.
+    epochs = {"num_epochs": steps, "warmup_epochs": warmup, "step_on_epochs": False, "updates_per_epoch": 1}
     try:
-        schedule, _ = create_scheduler_v2(
-            optimizer,
-            sched=name,
-            num_epochs=steps,
-            warmup_epochs=warmup,
-            warmup_lr=config.warmup_lr,
-            min_lr=config.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=1,  # "epochs" are steps
-            **kwargs,
-        )
+        schedule, _ = create_scheduler_v2(optimizer, sched=name, **rates, **epochs, **kwargs)
     except TypeError as error:
         raise ConfigError(f"optim.schedule_kwargs do not suit the schedule {config.schedule!r}: {error}") from error
     return schedule

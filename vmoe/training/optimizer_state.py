@@ -5,8 +5,7 @@
               "groups": [{"parameters": [names], "settings": {"lr": 0.001, ...}}, ...],
               "other": {...}}    what an optimizer adds to its state_dict (random state of Kron)
 
-torch.distributed.checkpoint.state_dict flattens too, but holds no None, tuple or list (SGD, Kron), leaves out "other",
-and makes a step of an optimizer without state.
+torch.distributed.checkpoint.state_dict holds no None, tuple or list (SGD, Kron), and leaves out "other".
 """
 
 from __future__ import annotations
@@ -26,10 +25,7 @@ GROUPS = "its groups"
 
 
 def export_state(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, rest) of an optimizer; the tensors are its own.
-
-    A ValueError names state that cannot be written, or not be loaded on another mesh.
-    """
+    """(tensors, rest) of an optimizer; a ValueError names state that cannot be written, or not for another mesh."""
     names, full = _parameter_names(optimizer, model), optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from vmoe.distributed.process_group import gather_lists
-from vmoe.training.checkpoint import latest_checkpoint, list_checkpoints
+from vmoe.models.manifest import list_checkpoints
+from vmoe.training.checkpoint import latest_checkpoint
 from vmoe.training.config import Config, changed_settings, flat_settings
 from vmoe.training.signals import closed_in_fork
 from vmoe.utils.config import ConfigError

@@ -54,11 +54,9 @@ MAX_SKIPPED_STEPS = 30
 def train(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Trains a model, or continues a run that was stopped; returns the content of summary.json.
 
-    Raises:
-        ConfigError: settings that do not fit each other, the data, or the run in output_dir.
-        NonFiniteError: the loss or gradient of a step is not finite; the message names the step and the layer.
-        Stopped: a signal or the end of `train.max_minutes`; after a checkpoint, if a step was made.
-        LostProcessError: another process of the job is gone.
+    ConfigError: the settings do not fit each other, the data, or the run in output_dir. NonFiniteError: the loss or
+    gradient of a step, whose number and layer it names. Stopped: by a signal or `train.max_minutes`, after a checkpoint
+    if a step was made. LostProcessError: another process is gone.
     """
     minutes = config.train.max_minutes
     end = math.inf if minutes is None else time.monotonic() + 60 * minutes
@@ -85,10 +83,7 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
 
 
 class Trainer:
-    """A run, in one process of the job.
-
-    `model` holds the weights; training calls `forward`: the model or DDP around it, compiled if the config says so.
-    """
+    """A run, in one process of the job. `forward` is what training calls: `model` or DDP around it, maybe compiled."""
 
     def __init__(self, config: Config, device: torch.device, console: Console, checkpoint: Path | None) -> None:
         self.config, self.device, self.console = config, device, console
@@ -118,8 +113,6 @@ class Trainer:
         self.batches = Prefetch(loader, config.train.accumulate_steps)
         self.skipped = 0  # steps in a row, that the fp16 gradient scaler skipped
         self.images, self.seconds = 0, 0.0  # since the last logged step
-
-    # --- build ---
 
     def _create_model(self, checkpoint: Path | None) -> nn.Module:
         # A continued run has its model in the checkpoint; the file it started from may be gone.
@@ -159,8 +152,6 @@ class Trainer:
             carry_over_optimizer(config.model.pretrained, self.model, self.optimizer)
         self.schedule = create_schedule(self.optimizer, config.optim, config.train.steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-
-    # --- train ---
 
     def fit(self, stop: StopRequest, end: float = math.inf) -> None:
         """Makes the remaining steps, until time.monotonic() is `end`; logs, evaluates and saves in between."""
@@ -287,8 +278,6 @@ class Trainer:
             "train.clip_grad_norm, or train.precision bf16 or float32 usually help"
         )
 
-    # --- log, evaluate, save ---
-
     def log(self, metrics: dict[str, float], record: RoutingRecord) -> dict[str, float]:
         """Shows the metrics of a step, and warns about the data and the routing; returns all metrics to log."""
         metrics["images_per_second"] = self.images / self.seconds
@@ -298,7 +287,7 @@ class Trainer:
         if self.scaler.is_enabled():
             metrics["grad_scale"] = self.scaler.get_scale()
         metrics["bad_samples"] = self._position()["num_bad"]
-        metrics |= {**self.task.metrics(self.model), **routing_metrics(record, experts=self.config.train.tensorboard)}
+        metrics |= {**self.task.metrics(self.model), **routing_metrics(record)}
         self.collapse_watch.update(self.step, record.layers)
         self.display.show(self.step, metrics)
         return metrics
@@ -335,8 +324,6 @@ class Trainer:
         state = self.batches.position
         counts = sum_over_processes({name: torch.tensor(state[name]) for name in ("num_read", "num_bad")})
         return state | {name: int(count) for name, count in counts.items()}
-
-    # --- finish ---
 
     def finish(self) -> dict[str, Any]:
         """Writes summary.json and examples.png, and prints the final table; returns the summary."""
