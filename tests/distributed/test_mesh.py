@@ -4,8 +4,6 @@ import re
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import vmoe
 from vmoe.distributed.mesh import MeshSize, make_meshes, mesh_size
@@ -35,14 +33,6 @@ def test_what_is_left_is_replicas():
 def test_sizes_that_make_no_mesh(sizes, world, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         mesh_size(*sizes, world)
-
-
-@pytest.fixture
-def four_processes():
-    """This one and three that are not there: enough for what needs no answer from them."""
-    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
-    yield
-    dist.destroy_process_group()
 
 
 def tiny(**settings):

@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from vmoe.distributed.mesh import MeshSize, make_meshes
 from vmoe.distributed.parallelize import clip_grad_norm, parallelize, split_groups
@@ -24,23 +22,19 @@ def test_plain_parameters_are_clipped_as_by_torch():
         torch.testing.assert_close(parameter.grad, grad * 0.5 / norm)
 
 
-def test_a_group_of_the_optimizer_holds_one_kind_of_sharding():
-    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
-    try:
-        model = tiny()
-        parallelize(model, make_meshes(MeshSize(1, 2, 2), torch.device("cpu")), torch.device("cpu"))
-        named = dict(model.named_parameters())
-        decayed = [p for p in named.values() if p.ndim > 1]
-        optimizer = torch.optim.AdamW([{"params": decayed, "lr": 0.5}, {"params": [named["head.bias"]], "lr": 0.1}])
-        split_groups(optimizer)
-        assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5, 0.1]
-        for group in optimizer.param_groups:
-            assert len({parameter.device_mesh for parameter in group["params"]}) == 1
-        kept = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        assert len(kept) == len(decayed) + 1
-        assert {id(parameter) for parameter in kept} == {id(p) for p in [*decayed, named["head.bias"]]}
-    finally:
-        dist.destroy_process_group()
+def test_a_group_of_the_optimizer_holds_one_kind_of_sharding(four_processes):
+    model = tiny()
+    parallelize(model, make_meshes(MeshSize(1, 2, 2), torch.device("cpu")), torch.device("cpu"))
+    named = dict(model.named_parameters())
+    decayed = [p for p in named.values() if p.ndim > 1]
+    optimizer = torch.optim.AdamW([{"params": decayed, "lr": 0.5}, {"params": [named["head.bias"]], "lr": 0.1}])
+    split_groups(optimizer)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5, 0.1]
+    for group in optimizer.param_groups:
+        assert len({parameter.device_mesh for parameter in group["params"]}) == 1
+    kept = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert len(kept) == len(decayed) + 1
+    assert {id(parameter) for parameter in kept} == {id(p) for p in [*decayed, named["head.bias"]]}
 
 
 def test_optimizers_of_one_process_stay_as_they_are():

@@ -2,14 +2,12 @@
 
 import copy
 
-import numpy as np
 import pytest
-from PIL import Image
 
+from tests.chaos.tiny import make_images
 from vmoe.training.config import Config
 from vmoe.utils.config import read_config
 
-COLOURS = {"blue": (30, 40, 220), "green": (40, 200, 60), "red": (220, 30, 40)}
 TINY_VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_experts": 4}
 TINY_LIMOE = {
     "img_size": 16,
@@ -27,16 +25,9 @@ TINY_LIMOE = {
 def images_dir(tmp_path_factory):
     """Folder with one folder per colour, 8 noisy squares each, and pairs.csv that captions them."""
     root = tmp_path_factory.mktemp("images")
-    random = np.random.default_rng(0)
-    lines = ["image,caption"]
-    for name, colour in COLOURS.items():
-        (root / "folders" / name).mkdir(parents=True)
-        for index in range(8):
-            pixels = np.clip(random.normal(colour, 40, (16, 16, 3)), 0, 255).astype(np.uint8)
-            file = f"folders/{name}/{index}.png"
-            Image.fromarray(pixels).save(root / file)
-            lines.append(f"{file},a {name} square number {index}")
-    (root / "pairs.csv").write_text("\n".join(lines) + "\n")
+    files = sorted(make_images(root / "folders", per_class=8).glob("*/*.png"))
+    lines = [f"folders/{f.parent.name}/{f.name},a {f.parent.name} square number {f.stem}" for f in files]
+    (root / "pairs.csv").write_text("\n".join(["image,caption", *lines]) + "\n")
     return root
 
 

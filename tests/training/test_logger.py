@@ -204,15 +204,6 @@ def test_the_time_left_follows_a_run_that_becomes_slower():
     assert estimate.seconds(1000) == pytest.approx(9000 * 3)
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.2, "0:00:01 left"), (59.7, "0:04:58 left"), (3600.0, "5:00:00 left")])
-def test_the_time_left_in_plain_lines(seconds, text):
-    console = Console(file=io.StringIO(), width=200)
-    display = ProgressBar(console, 0, 6)
-    display.step_done(1, seconds)
-    display.show(1, METRICS)
-    assert text in console.file.getvalue()
-
-
 @pytest.mark.parametrize("width", [40, 80])
 def test_the_final_table_loses_no_metric(width):
     summary = {"model": "limoe_huge_patch14", "task": "contrastive", "steps": 123_456_789, "parameters_total": 5.6e9}

@@ -63,10 +63,7 @@ def generation_of(store: dist.Store, rank: int, world: int, timeout: float) -> i
 
 
 class Heartbeat:
-    """The heartbeat of this process, and the last ones of the others; a context manager around the job.
-
-    This process ends after `timeout` seconds without a heartbeat of another one.
-    """
+    """The heartbeat of this process, and the last ones of the others; a context manager around the job."""
 
     def __init__(self, store: dist.Store, rank: int, world: int, timeout: float) -> None:
         self.rank, self.world, self.timeout = rank, world, timeout

@@ -191,10 +191,7 @@ class Checkpointer:
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """The newest undamaged checkpoint of a run; None if the run has none, a CheckpointError if all are damaged.
-
-    All processes call it together. A damaged checkpoint is named in a warning.
-    """
+    """The newest undamaged checkpoint of a run, for all processes, or None; CheckpointError: all are damaged."""
     team = Team()
     checkpoints = team.run_first(lambda: list_checkpoints(run), run)
     found = newest_complete(checkpoints, logger if team.rank == 0 else None, team.find_problems)

@@ -65,10 +65,9 @@ def export_state(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str, Tens
 
 
 def import_state(optimizer: Optimizer, model: nn.Module, stored: StoredTensors | None, rest: dict[str, Any]) -> None:
-    """Loads what `export_state` gave (`stored` is None without tensors) into an optimizer.
+    """Loads what `export_state` gave (`stored` is None without tensors); a ValueError says what does not fit.
 
-    Its groups may be divided in another way, and the parameters may be DTensors on any mesh. A ValueError says what
-    does not fit, or is not what `export_state` gave.
+    The groups may be divided in another way, and the parameters may be DTensors on any mesh.
     """
     names, full = _parameter_names(optimizer, model), optimizer.state_dict()
     shapes = stored.shapes if stored is not None else {}
