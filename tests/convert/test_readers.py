@@ -146,7 +146,7 @@ def test_damage_names_the_file_and_the_tensor(checkpoint, damage, message):
 
 
 def test_missing_index(tmp_path):
-    with pytest.raises(CheckpointError, match="no checkpoint at .*nothing: there is neither"):
+    with pytest.raises(CheckpointError, match="no checkpoint at .*nothing: there is nothing of that name; give the prefix"):
         open_checkpoint(tmp_path / "nothing")
 
 
@@ -294,7 +294,7 @@ def test_folders_without_one_checkpoint_say_what_they_hold(orbax, names, step, m
 
 
 def test_folders_without_one_sharded_checkpoint_say_what_they_hold(tmp_path):
-    with pytest.raises(CheckpointError, match="the folder is empty; give the prefix of one PREFIX.index"):
+    with pytest.raises(CheckpointError, match="the folder holds nothing; give the prefix of one PREFIX.index"):
         open_checkpoint(tmp_path)
     for prefix in ("a_1", "b_2"):
         write_arrays(tmp_path / prefix, ARRAYS)

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-Slices = tuple[slice, ...]
+from vmoe.utils.printable import printable
+
 FLAX_CHUNKS = "__msgpack_chunked_array__"  # flax's mark of a dictionary that holds one array
 
 # Prefixes of the weights in the trees that training programs save; the first that fits counts.
@@ -73,10 +74,14 @@ def select_params(arrays: Mapping[str, StoredArray], source: str | Path) -> tupl
         if any(root + probe in arrays for probe in _PROBES):
             chosen = {name.removeprefix(root): array for name, array in arrays.items() if name.startswith(root)}
             return chosen, len(arrays) - len(chosen)
-    some = ", ".join(sorted(arrays)[:4]) or "nothing"
-    raise CheckpointError(
-        f"{source} holds no weights of a V-MoE of the reference (an array named [params/]{_PROBES[0]}); it holds {some}"
-    )
+    wanted = f"holds no weights of a V-MoE of the reference (an array named [params/]{_PROBES[0]})"
+    raise CheckpointError(f"{source} {wanted}; it holds {list_names(sorted(arrays))}")
+
+
+def list_names(names: Sequence[str]) -> str:
+    """The first five names, for errors."""
+    more = f" and {len(names) - 5} more" * (len(names) > 5)
+    return printable(", ".join(names[:5])) + more if names else "nothing"
 
 
 def optional_package(name: str) -> ModuleType:

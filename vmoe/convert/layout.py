@@ -131,19 +131,6 @@ def _projection(module: str, parts: tuple[str, ...], heads: int) -> Iterator[tup
         yield f"{part}/bias", Entry(f"{module}.bias", partial(bias, index))
 
 
-def stored_grid(tokens: int, prefix: int, config_grid: tuple[int, int] | None, new: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns that position embeddings were made for: those of the config's image_size if they fit, else a
-    square, else the model's own (`new`). `tokens` counts `prefix` class tokens too.
-    """
-    patches = tokens - prefix
-    side = math.isqrt(max(0, patches))
-    for grid in (config_grid, (side, side), new):
-        if grid is not None and math.prod(grid) == patches > 0:
-            return grid
-    kind = "with" if prefix else "without"
-    raise ValueError(f"{tokens} position embeddings are no square grid {kind} a class token, as the model is")
-
-
 def zoom_positions(positions_1TD: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
     """Position embeddings (1, T, D) of a grid of patches, for another grid; as the reference's `vit_zoom`.
 

@@ -1,8 +1,7 @@
 """MessagePack files of flax and of the reference: what lies where in them; numbers are read when they are asked for."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 
-from vmoe.convert.arrays import CheckpointError, Slices, optional_package
+from vmoe.convert.arrays import CheckpointError, optional_package
 from vmoe.utils.printable import printable
 
 msgpack = optional_package("msgpack")
@@ -24,11 +23,14 @@ _DTYPES = {name: np.dtype(name) for name in ("float16", "float32", "float64", "c
 _DTYPES |= {f"{sign}int{bits}": np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)}
 _DTYPES["bfloat16"] = np.dtype(np.uint16)
 
+Shape = tuple[int, ...]
+Box = tuple[Shape, Shape]  # of a chunk in its array: the first corner, and the corner behind the last
+
 
 class Piece(NamedTuple):
     """Numbers of one type that lie together in a file, in C order, from byte `offset` on."""
 
-    shape: tuple[int, ...]
+    shape: Shape
     dtype: str
     file: Path = Path()
     offset: int = 0
@@ -39,12 +41,12 @@ class Piece(NamedTuple):
 
 
 class IndexEntry(NamedTuple):
-    """What the index says of one array: the slices of its chunks, and the shard that holds each."""
+    """What the index says of one array: its chunks, and the number of the shard that holds each."""
 
-    shape: tuple[int, ...]
+    shape: Shape
     dtype: str
-    slices: list[Slices]
-    shards: list[int]
+    boxes: list[Box]
+    shards: list[Any]
 
 
 def itemsize(dtype: str) -> int:
@@ -54,7 +56,7 @@ def itemsize(dtype: str) -> int:
     return _DTYPES[dtype].itemsize
 
 
-def sizes(numbers) -> tuple[int, ...]:
+def sizes(numbers) -> Shape:
     """Sizes of an array; a ValueError for what a hostile file may give instead."""
     numbers = tuple(numbers)
     if len(numbers) > MAX_AXES or not all(type(number) is int and 0 <= number <= MAX_SIZE for number in numbers):
@@ -62,10 +64,9 @@ def sizes(numbers) -> tuple[int, ...]:
     return numbers
 
 
-def read_numbers(pieces: list[Piece], dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+def read_numbers(pieces: list[Piece], shape: Shape) -> np.ndarray:
     """An array from the pieces of its numbers, laid end to end; bfloat16 as float32."""
-    numbers = bytearray(sum(piece.nbytes for piece in pieces))
-    start = 0
+    numbers, start, dtype = bytearray(sum(piece.nbytes for piece in pieces)), 0, pieces[0].dtype
     for piece in pieces:
         with open(piece.file, "rb") as opened:
             opened.seek(piece.offset)
@@ -76,16 +77,22 @@ def read_numbers(pieces: list[Piece], dtype: str, shape: tuple[int, ...]) -> np.
     return torch.from_numpy(array).view(torch.bfloat16).float().numpy() if dtype == "bfloat16" else array
 
 
-@contextmanager
-def open_messagepack(file: Path) -> Iterator["Reader"]:
-    """A `Reader`; what goes wrong in the block is a CheckpointError that names the file and the tensor."""
+def read_tree(file: Path, names: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    """All that a file holds but the numbers; a CheckpointError names the file and the tensor.
+
+    Dictionaries and lists; of an array a `Piece`, of the reference's slices a `Box`, of an entry of its index an
+    `IndexEntry`. `names` are other names of the keys, for errors.
+    """
     reader = None
     try:
         with open(file, "rb") as opened:
-            reader = Reader(file, opened)
-            yield reader
+            reader = _Reader(file, opened, names)
+            tree = reader.tree("")
+            if not isinstance(tree, dict):
+                raise CheckpointError(f"{file} is not a MessagePack checkpoint: it holds no dictionary of arrays")
             if reader.tell() != file.stat().st_size:
                 raise ValueError("there is more behind the end")
+            return tree
     except CheckpointError:
         raise
     except OSError as error:
@@ -97,11 +104,11 @@ def open_messagepack(file: Path) -> Iterator["Reader"]:
         raise CheckpointError(f"{file} is {reason}{where}") from error
 
 
-class Reader:
+class _Reader:
     """Reads a file object by object, and of arrays only where their numbers lie; `name` is what is read, for errors."""
 
-    def __init__(self, file: Path, opened: BinaryIO) -> None:
-        self.file, self.opened, self.name, self._items = file, opened, "", 0
+    def __init__(self, file: Path, opened: BinaryIO, names: Mapping[str, str]) -> None:
+        self.file, self.opened, self.names, self.name, self._items = file, opened, names, "", 0
         self._start(0)
 
     def _start(self, offset: int) -> None:
@@ -113,17 +120,13 @@ class Reader:
         """Bytes that were read."""
         return self._offset + self.unpacker.tell()
 
-    def tree(self, name: str = "", names: Mapping[str, str] = MappingProxyType({})) -> Any:
-        """A dictionary or list with all that is in it, or a leaf: of an array a `Piece`, of slices a tuple of `slice`.
-
-        `names` are other names of the keys, for errors.
-        """
+    def tree(self, name: str) -> Any:
         if len(name) > MAX_NAME:
             raise ValueError(f"the name of an array has more than {MAX_NAME} characters")
         self.name, unpacker = name, self.unpacker
         if (count := self._count(unpacker.read_map_header)) is not None:
             keys = map(self._key, range(count))
-            return {key: self.tree(names.get(key, f"{name}/{key}".lstrip("/"))) for key in keys}
+            return {key: self.tree(self.names.get(key, f"{name}/{key}".lstrip("/"))) for key in keys}
         if (count := self._count(unpacker.read_array_header)) is not None:
             return [self.tree(name) for _ in range(count)]
         value = unpacker.unpack()
@@ -150,17 +153,17 @@ class Reader:
         return count
 
 
-def _extension(code: int, data: bytes) -> Piece | Slices | IndexEntry:
+def _extension(code: int, data: bytes) -> Piece | Box | IndexEntry:
     if code in (1, 3):  # flax's arrays and scalars
         return _array(data)
     if code == 6:  # the reference's slices
-        return _slices(data)
+        return _box(data)
     if code != 8:  # its entries of an index
         raise ValueError(f"its extension type {code} is not known")
     header, chunks, shards = _unpack(data)
     shape, dtype, *_ = _unpack(header)
     itemsize(dtype)
-    return IndexEntry(sizes(shape), dtype, [_slices(chunk) for chunk in chunks], [sizes([one])[0] for one in shards])
+    return IndexEntry(sizes(shape), dtype, [_box(chunk) for chunk in chunks], list(shards))
 
 
 def _array(data: bytes) -> Piece:
@@ -176,13 +179,11 @@ def _array(data: bytes) -> Piece:
     return piece
 
 
-def _slices(data: bytes) -> Slices:
-    slices = []
-    for start, stop, step in map(_unpack, _unpack(data)):
-        if step not in (None, 1):
-            raise ValueError("a chunk has a step")
-        slices.append(slice(*sizes((start or 0, stop))))
-    return tuple(slices)
+def _box(data: bytes) -> Box:
+    slices = [_unpack(one) for one in _unpack(data)]
+    if any(step not in (None, 1) for _, _, step in slices):
+        raise ValueError("a chunk has a step")
+    return sizes(start or 0 for start, _, _ in slices), sizes(stop for _, stop, _ in slices)
 
 
 def _unpack(data: bytes) -> Any:

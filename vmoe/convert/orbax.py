@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vmoe.convert.arrays import CheckpointError, Slices, StoredArray, optional_package
+from vmoe.convert.arrays import CheckpointError, StoredArray, list_names, optional_package
 from vmoe.utils.files import read_json
 from vmoe.utils.printable import printable
 
@@ -48,8 +48,7 @@ def find_orbax(folder: Path, step: int | None = None) -> Path | None:
 
 
 def _listed(matches: list[re.Match]) -> str:
-    more = f" and {len(matches) - 5} more" * (len(matches) > 5)
-    return printable(", ".join(match[0] for match in matches[-5:])) + more
+    return list_names([match[0] for match in matches])
 
 
 def _is_marked(folder: Path) -> bool:
@@ -61,7 +60,7 @@ def _arrays_in(folder: Path) -> Path | None:
         return folder
     inside = sorted(path for path in folder.glob("*") if _is_marked(path))
     if len(inside) > 1:
-        names = printable(", ".join(path.name for path in inside[:5]))
+        names = list_names([path.name for path in inside])
         raise CheckpointError(f"{folder} holds several checkpoints, {names}: give the path of one")
     return inside[0] if inside else None
 
@@ -75,7 +74,7 @@ def _stored(store: Any, source: str) -> StoredArray:
     if math.prod(chunk) * itemsize > min(bound, MAX_CHUNK_BYTES) or math.prod(grid) > MAX_CHUNKS:
         raise CheckpointError(f"{source}, {shape}, is cut into chunks of {chunk}, which is not sensible")
 
-    def read(where: Slices) -> np.ndarray:
+    def read(where: tuple[slice, ...]) -> np.ndarray:
         try:
             return np.asarray(store[where].read().result())
         except _ERRORS as error:

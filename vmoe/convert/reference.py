@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from vmoe.convert.arrays import CheckpointError, StoredArray, flatten, in_memory, select_params, to_numpy
-from vmoe.convert.layout import Entry, reference_layout, stored_grid, zoom_positions
+from vmoe.convert.layout import Entry, reference_layout, zoom_positions
 from vmoe.convert.reference_config import reference_config
 from vmoe.convert.section import ConfigError
-from vmoe.convert.settings import config_grid, model_settings
+from vmoe.convert.settings import model_settings, stored_grid
 from vmoe.utils.printable import printable
 
 Zoom = tuple[tuple[int, int], tuple[int, int]]
@@ -32,7 +32,10 @@ def from_reference(
     image_size: int | tuple[int, int] | None = None,
     context_length: int | None = None,
 ) -> nn.Module:
-    """Build one of the reference's models and load its weights.
+    """One of the reference's models: a `VisionMoE` or `TwoTower` in eval mode, for images (B, 3, H, W).
+
+    It has the reference's capacity, groups and priority in eval mode too. ConfigError: a key or value cannot be
+    converted. CheckpointError: the weights do not fit the config.
 
     Args:
         config: the reference's model config (`config.model` of its experiments): of VisionTransformerMoe, or of
@@ -41,13 +44,6 @@ def from_reference(
         image_size: in pixels; else "image_size" of the config, else that of the position embeddings, which are zoomed
             if they are for another, as the reference does when it fine-tunes.
         context_length: tokens of a text tower without position embeddings.
-
-    Returns:
-        A `VisionMoE` or `TwoTower` in eval mode, which has the reference's capacity, groups and priority there too.
-        Images come as (B, 3, H, W).
-
-    Raises:
-        ConfigError, CheckpointError: a key or value cannot be converted; the weights do not fit the config.
     """
     from vmoe.models.factory import create_model
 
@@ -86,11 +82,10 @@ def plan(
     context_length: int | None = None,
     **more: Any,
 ) -> tuple[str, dict[str, Any], nn.Module, Rows]:
-    """Check that the weights of a checkpoint, `source` in errors, fit a config, before any number is read.
+    """Checks that the weights of a checkpoint, `source` in errors, fit a config, before any number is read.
 
-    Returns:
-        The model's name and arguments, with `more`; the model on the meta device; and the rows for `fill`: the
-        reference's name, the entry of it, and the old and new grid of position embeddings to zoom, or None.
+    Returns the model's name and arguments, with `more`; the model on the meta device; and the rows for `fill`: the
+    reference's name, its entry, and the old and new grid of position embeddings to zoom, or None.
     """
     from vmoe.models.factory import create_model
 
@@ -111,15 +106,15 @@ def plan(
             problems.append(f"{array} {error}")
     problems += [f"{array} is not part of the model" for array in sorted(stored.keys() - layout.keys())]
     if problems:
-        more_problems = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise CheckpointError(f"{source} does not fit the config: " + "; ".join(problems[:6]) + more_problems)
+        others = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise CheckpointError(f"{source} does not fit the config: {'; '.join(problems[:6])}{others}")
     return name, kwargs, model, rows
 
 
 def _fit(
     model: nn.Module, name: str, shape: tuple[int, ...], stored: Mapping[str, StoredArray], config: Mapping[str, Any]
 ) -> Zoom | None:
-    """The grids to zoom stored position embeddings between, if it takes that; a ValueError if an array does not fit."""
+    """The grids to zoom position embeddings between, if they need it; a ValueError if an array does not fit."""
     if name not in stored:
         raise ValueError("is missing")
     array = stored[name]
@@ -128,7 +123,7 @@ def _fit(
     if name in _IMAGE_POSITIONS and len(array.shape) == 3 and array.shape[::2] == shape[::2]:
         grid = tuple(getattr(model, "visual", model).patch_embed.grid_size)
         try:
-            old = stored_grid(array.shape[1], shape[1] - math.prod(grid), config_grid(config), grid)
+            old = stored_grid(config, array.shape[1], shape[1] - math.prod(grid), grid)
         except ValueError as error:
             raise ValueError(f"cannot be resized: {error}") from None
         return None if old == grid else (old, grid)
@@ -138,7 +133,7 @@ def _fit(
 
 
 def fill(tensors: Mapping[str, np.ndarray], rows: Rows, stored: Mapping[str, StoredArray]) -> None:
-    """Read the weights into our tensors by name, which are writable and may be maps of a file."""
+    """Reads the weights into our tensors by name, which are writable and may be maps of a file."""
     for name, entry, zoom in rows:
         target = entry.view(tensors[entry.tensor])
         if zoom is None:

@@ -8,35 +8,29 @@ from timm.layers.activations import GELUTanh
 from torch import nn
 
 from vmoe.convert.layout import reference_layout, require_vision
+from vmoe.convert.settings import CLASSIFIERS, ROUTERS
 from vmoe.models.text import TextTransformer
 from vmoe.moe import SparseMoE
 from vmoe.moe.config import RoutingSettings
 
-_ROUTERS = {
-    "top_k": "NoisyTopExpertsPerItemRouter",
-    "expert_choice": "NoisyTopItemsPerExpertRouter",
-    "soft": "vmoe.projects.soft_moe.router.SoftRouter",
-}
-# (global_pool, has a class token) -> classifier.
-_POOLS = {("token", True): "token", ("token", False): "0", ("avg", False): "gap", ("map", False): "map"}
+_ROUTERS = {ours: theirs for theirs, ours in ROUTERS.items()} | {"soft": "vmoe.projects.soft_moe.router.SoftRouter"}
+_CLASSIFIERS = {ours: theirs for theirs, ours in CLASSIFIERS.items()}
 # Settings that the reference does not have; their defaults mean "off".
 _FOREIGN = ("learned_noise", "input_jitter", "gate", "normalize_weights", "random_threshold", "expert_mlp")
 _FOREIGN += ("num_shared_experts", "bias_update_rate", "z_loss", "local_entropy_loss", "global_entropy_loss")
 
 
 def reference_config(model: nn.Module, group_size: int | None = None) -> dict[str, Any]:
-    """The reference's config of a model, which `from_reference` turns into the same model again.
+    """The reference's config of a model, which `from_reference` turns into the same model again; it goes into JSON.
 
     It describes the model as it is in `eval()`: the capacity is the evaluation's (without a limit, one that all tokens
-    fit in). Settings that act in training only and are not the reference's, such as stochastic depth, are left out.
+    fit in). Settings of the training alone that the reference lacks, such as stochastic depth, are left out. There is
+    an "image_size", which the converter reads and the reference does not. A ValueError names what the reference cannot
+    express.
 
     Args:
         model: a V-MoE, Soft MoE (or a dense model of their kind), or a two-tower model of them.
         group_size: tokens routed together in the reference, for a model with group_size=None and limited capacity.
-
-    Returns:
-        A JSON-able dictionary; for images with "image_size", which the converter reads and the reference does not. A
-        ValueError names what the reference cannot express.
     """
     try:
         config = _config(model, group_size)
@@ -71,26 +65,22 @@ def _config(model: nn.Module, group_size: int | None) -> dict[str, Any]:
 def _image(model: nn.Module, group_size: int | None, prefix: str = "") -> dict[str, Any]:
     require_vision(model)
     patches, has_class = model.patch_embed, model.cls_token is not None
-    _need((model.global_pool, has_class) in _POOLS, f"global_pool={model.global_pool!r} with class_token={has_class}")
+    pool = model.global_pool, has_class
+    _need(pool in _CLASSIFIERS, f"global_pool={model.global_pool!r} with class_token={has_class}")
     _need(not (model.no_embed_class and has_class), "no_embed_class=True")
     _need(isinstance(model.norm, nn.LayerNorm), "no norm before the pooling")
     _need(patches.proj.in_channels == 3, f"in_chans={patches.proj.in_channels}")
     representation = getattr(model, "pre_logits", None)
-    temperature = getattr(model, "sincos2d_temperature", None)
-    position = {"name": "none" if model.pos_embed is None else "learned"}
-    if model.pos_embed is None and temperature is not None:
-        position = {"name": "sincos2d", "temperature": temperature}
     config = {
         "name": "VisionTransformerMoe",
         "num_classes": model.num_classes or None,
         "patch_size": list(patches.patch_size),
         "hidden_size": model.embed_dim,
-        "classifier": _POOLS[model.global_pool, has_class],
+        "classifier": _CLASSIFIERS[pool],
         "representation_size": representation.out_features if isinstance(representation, nn.Linear) else None,
         "encoder": {
             **_encoder(model, patches.num_patches + model.num_prefix_tokens, group_size, prefix),
             "dropout_rate": _rate(model.pos_drop),
-            "position_emb": position,
         },
     }
     if not (model.dynamic_img_size and model.pos_embed is None):
@@ -100,14 +90,13 @@ def _image(model: nn.Module, group_size: int | None, prefix: str = "") -> dict[s
 
 def _text(model: TextTransformer, group_size: int | None) -> dict[str, Any]:
     _need(model.eot_token_id is None, "its text tower hides padding (eot_token_id); the reference reads every position")
-    position = {"name": "none" if model.pos_embed is None else "learned"}
     return {
         "name": "TextTransformer",
         "vocab_size": model.vocab_size,
         "num_classes": model.num_classes or None,
         "hidden_size": model.num_features,
         "pool_type": model.pool,
-        "encoder": {**_encoder(model, model.context_length, group_size, "text."), "position_emb": position},
+        "encoder": _encoder(model, model.context_length, group_size, "text."),
     }
 
 
@@ -117,8 +106,8 @@ def _encoder(model: nn.Module, tokens: int, group_size: int | None, prefix: str)
     moe = {"layers": list(sparse), **(_moe(list(sparse.values()), tokens, group_size) if sparse else {})}
     for index, block in enumerate(model.blocks):
         _check_block(block, f"{prefix}blocks.{index}")
-    expert_widths = {mlp.experts.fc1.weight.shape[-2] for mlp in sparse.values()}
     widths = {block.mlp.fc1.out_features for block in model.blocks if not isinstance(block.mlp, SparseMoE)}
+    expert_widths = {mlp.experts.fc1.weight.shape[-2] for mlp in sparse.values()}
     if (pool := getattr(model, "attn_pool", None)) is not None:
         widths.add(pool.mlp.fc1.out_features)
         _need(pool.num_heads == attention.num_heads, "its attention pooling has another number of heads")
@@ -127,7 +116,11 @@ def _encoder(model: nn.Module, tokens: int, group_size: int | None, prefix: str)
         _need(len(found) < 2, f"{kind} of several widths, {sorted(found)}")
     if expert_widths - widths:
         moe["mlp_dim"] = max(expert_widths)
+    position = {"name": "none" if model.pos_embed is None else "learned"}
+    if model.pos_embed is None and (temperature := getattr(model, "sincos2d_temperature", None)) is not None:
+        position = {"name": "sincos2d", "temperature": temperature}
     return {
+        "position_emb": position,
         "num_layers": len(model.blocks),
         "mlp_dim": max(widths),
         "num_heads": attention.num_heads,

@@ -23,8 +23,11 @@ _B16 = {"width": 768, "depth": 12, "patch": 16, "layers": [1, 3, 5, 7, 9, 11]}
 
 
 def _released(
-    size: dict[str, Any],
     capacity_factor: float,
+    width: int,
+    depth: int,
+    patch: int,
+    layers: list[int],
     num_classes: int = 1000,
     representation_size: int | None = None,
     expert_drop: float = 0.0,
@@ -32,46 +35,34 @@ def _released(
 ) -> Released:
     """capacity_factor: the evaluation's where the reference's config has one of its own (4.0), else the training's."""
     image_size = 384 if fine_tuned else 224
-    dispatcher = {"name": "einsum", "bfloat16": True, "capacity_factor": capacity_factor, "batch_priority": False}
-    moe = {
-        "num_experts": 8,
-        "layers": size["layers"],
-        "dropout_rate": expert_drop,
-        "group_size": 8 * ((image_size // size["patch"]) ** 2 + 1),  # of eight images
-        "router": {
-            "num_selected_experts": 2,
-            "noise_std": 1.0,
-            "importance_loss_weight": 0.005,
-            "load_loss_weight": 0.005,
-            "dispatcher": dispatcher,
-        },
+    router = {
+        "num_selected_experts": 2,
+        "noise_std": 1.0,
+        "importance_loss_weight": 0.005,
+        "load_loss_weight": 0.005,
+        "dispatcher": {"name": "einsum", "capacity_factor": capacity_factor, "batch_priority": False},
     }
+    moe = {"num_experts": 8, "layers": layers, "dropout_rate": expert_drop, "router": router}
+    moe["group_size"] = 8 * ((image_size // patch) ** 2 + 1)  # of eight images
     config = {
         "name": "VisionTransformerMoe",
         "image_size": image_size,
         "num_classes": num_classes,
-        "patch_size": [size["patch"]] * 2,
-        "hidden_size": size["width"],
+        "patch_size": [patch, patch],
+        "hidden_size": width,
         "classifier": "token",
         "representation_size": representation_size,
-        "encoder": {
-            "num_layers": size["depth"],
-            "mlp_dim": 4 * size["width"],
-            "num_heads": size["width"] // 64,
-            "dropout_rate": 0.0,
-            "attention_dropout_rate": 0.0,
-            "moe": moe,
-        },
+        "encoder": {"num_layers": depth, "mlp_dim": 4 * width, "num_heads": width // 64, "moe": moe},
     }
     return Released(config, _SQUASHED if fine_tuned else _CROPPED)
 
 
-_S32_SCRATCH = _released(_S32, 4.0, representation_size=512, expert_drop=0.2)
+_S32_SCRATCH = _released(4.0, **_S32, representation_size=512, expert_drop=0.2)
 
 RELEASED: dict[str, Released] = {
     "vmoe_s32_last2_ilsvrc2012_randaug_light1": _S32_SCRATCH,
-    "vmoe_s32_last2_ilsvrc2012_randaug_light1_ft_ilsvrc2012": _released(_S32, 1.5, fine_tuned=True),
+    "vmoe_s32_last2_ilsvrc2012_randaug_light1_ft_ilsvrc2012": _released(1.5, **_S32, fine_tuned=True),
     "vmoe_s32_last2_ilsvrc2012_randaug_medium": _S32_SCRATCH,  # the reference has no config file for this one
-    "vmoe_b16_imagenet21k_randaug_strong": _released(_B16, 1.05, num_classes=21843),
-    "vmoe_b16_imagenet21k_randaug_strong_ft_ilsvrc2012": _released(_B16, 1.5, fine_tuned=True),
+    "vmoe_b16_imagenet21k_randaug_strong": _released(1.05, **_B16, num_classes=21843),
+    "vmoe_b16_imagenet21k_randaug_strong_ft_ilsvrc2012": _released(1.5, **_B16, fine_tuned=True),
 }

@@ -3,7 +3,7 @@
 import ast
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 _UNSET = object()
@@ -15,29 +15,20 @@ class ConfigError(ValueError):
 
 
 class Kind(NamedTuple):
-    """What a value must be: the words for it, and a function that gives the value in use, or a ValueError."""
+    """What a value must be, in words, and a function that converts it; it raises for what it must not be."""
 
     words: str
     convert: Callable[[Any], Any]
 
 
-def _number(kind: type, low: float, high: float = sys.float_info.max) -> Callable[[Any], Any]:
+def _number(words: str, kind: type, low: float, high: float = sys.float_info.max) -> Kind:
     def convert(value: Any) -> Any:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not (number and low <= value <= high and value == kind(value)):
             raise ValueError
         return kind(value)
 
-    return convert
-
-
-SIZE = Kind("a whole number >= 1", _number(int, 1, 2**31 - 1))
-COUNT = Kind("a whole number >= 0", _number(int, 0, 2**31 - 1))
-NUMBER = Kind("a finite number", _number(float, -sys.float_info.max))
-NOT_NEGATIVE = Kind("a finite number >= 0", _number(float, 0))
-POSITIVE = Kind("a number > 0", _number(float, math.ulp(0)))
-RATE = Kind("a finite number >= 0 and < 1", _number(float, 0, math.nextafter(1, 0)))
-FLAG = Kind("true or false", lambda value: bool(_number(int, 0, 1)(value + 0)))
+    return Kind(words, convert)
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -45,12 +36,14 @@ def _pair(value: Any) -> tuple[int, int]:
     return SIZE.convert(rows), SIZE.convert(columns)
 
 
+SIZE = _number("a whole number >= 1", int, 1, 2**31 - 1)
+COUNT = _number("a whole number >= 0", int, 0, 2**31 - 1)
+NUMBER = _number("a finite number", float, -sys.float_info.max)
+NOT_NEGATIVE = _number("a finite number >= 0", float, 0)
+POSITIVE = _number("a number > 0", float, math.ulp(0))
+RATE = _number("a finite number >= 0 and < 1", float, 0, math.nextafter(1, 0))
+FLAG = Kind("true or false", {0: False, 1: True}.__getitem__)
 PAIR = Kind("a whole number >= 1, or two of them", _pair)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else text[:200] + "..."
 
 
 class Section:
@@ -63,7 +56,7 @@ class Section:
         self.path = path
         values = values.to_dict() if hasattr(values, "to_dict") else values
         if not isinstance(values, Mapping):
-            raise ConfigError(f"{path or 'the config'} must be a dictionary, got {_shown(values)}")
+            raise ConfigError(f"{path or 'the config'} must be a dictionary, got {values!r:.200}")
         self.values = dict(values)
         self.taken: set[str] = set()
 
@@ -91,13 +84,13 @@ class Section:
             return None
         try:
             return kind.convert(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, LookupError):
             raise self.wrong(name, value, kind.words) from None
 
-    def choice(self, name: str, default: Any, allowed: Sequence) -> Any:
-        """One of several values."""
-        kind = Kind(f"one of {tuple(allowed)}", lambda value: allowed[allowed.index(value)])
-        return self.get(name, kind, default)
+    def choice(self, name: str, default: str, allowed: Collection[str]) -> Any:
+        """One of several names, or what it means if `allowed` is a dictionary."""
+        meanings = allowed if isinstance(allowed, Mapping) else dict(zip(allowed, allowed))
+        return self.get(name, Kind(f"one of {tuple(allowed)}", meanings.__getitem__), default)
 
     def call(self, name: str, default: str, classes: Mapping[str, str]) -> str:
         """The class that a name such as "SoftRouter", "package.module.SoftRouter" or "SoftRouter(num_slots=3)" means.
@@ -107,29 +100,27 @@ class Section:
         """
         text = self.take(name, default)
         try:
-            if len(text) > MAX_CALL:
-                raise ValueError
-            expression = ast.parse(text, mode="eval").body
+            expression = ast.parse(text if len(text) <= MAX_CALL else "", mode="eval").body
             if isinstance(expression, ast.Call):
                 given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in expression.keywords}
                 if expression.args or None in given:
                     raise ValueError
                 self.values, expression = {**given, **self.values}, expression.func
             module, _, cls = ast.unparse(expression).rpartition(".")
-        except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+            if module not in ("", classes[cls]):
+                raise ValueError
+        except (SyntaxError, ValueError, TypeError, LookupError, RecursionError, MemoryError) as error:
             raise self.wrong(name, text, f"one of {sorted(classes)}, arguments by name") from error
-        if cls not in classes or module not in ("", classes[cls]):
-            raise self.wrong(name, text, f"one of {sorted(classes)}, arguments by name")
         return cls
 
     def wrong(self, name: str, value: Any, wanted: str) -> ConfigError:
         """The error for a value that cannot be converted."""
-        return ConfigError(f"{self.key(name)} = {_shown(value)} cannot be converted: it must be {wanted}")
+        return ConfigError(f"{self.key(name)} = {value!r:.200} cannot be converted: it must be {wanted}")
 
     def finish(self, *ignored: str) -> None:
         """A ConfigError for a key that was neither taken nor is one of those that change nothing of a forward pass."""
         if left := sorted(self.values.keys() - self.taken - {*ignored, "deterministic"}, key=str):
-            values = ", ".join(f"{self.key(name)} = {_shown(self.values[name])}" for name in left)
+            values = ", ".join(f"{self.key(name)} = {self.values[name]!r:.200}" for name in left)
             raise ConfigError(
                 f"these keys of the config are not known to the converter: {values}; leave them out if the model's "
                 "outputs do not depend on them"

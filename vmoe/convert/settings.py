@@ -21,8 +21,16 @@ _NAMES = {
     (1024, 24, 16): "vmoe_large_patch16_224",
     (1280, 32, 14): "vmoe_huge_patch14_224",
 }
-_POOLS = {"token": "token", "0": "token", "gap": "avg", "map": "map"}
-_POSITIONS = {"learned": "learn", "none": "none", "sincos2d": "sincos2d"}
+# The reference's words and ours; `reference_config` reads these tables the other way. A classifier is (global_pool,
+# whether there is a class token).
+CLASSIFIERS = {"token": ("token", True), "0": ("token", False), "gap": ("avg", False), "map": ("map", False)}
+ROUTERS = {
+    "NoisyTopExpertsPerItemRouter": "top_k",
+    "NoisyTopItemsPerExpertRouter": "expert_choice",
+    "SoftRouter": "soft",
+}
+_ROUTER_MODULES = dict.fromkeys(ROUTERS, "vmoe.nn.routing") | {"SoftRouter": "vmoe.projects.soft_moe.router"}
+_TOWERS = "vmoe.projects.contrastive.models"
 
 
 def model_settings(
@@ -46,19 +54,24 @@ def model_settings(
     return kwargs.pop("name"), kwargs
 
 
-def config_grid(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns of patches of the config's own image_size; None if it has none."""
+def stored_grid(config: Mapping[str, Any], tokens: int, prefix: int, new: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns that position embeddings were made for: those of the config's image_size if they fit, else a
+    square, else the model's own (`new`). `tokens` counts `prefix` class tokens too.
+    """
     top = Section(config)
     image = top.section("image") if "image" in top.values else top
-    size = top.get("image_size", PAIR, None) or image.get("image_size", PAIR, None)
-    if size is None:
-        return None
+    size = top.get("image_size", PAIR, None) or image.get("image_size", PAIR, None) or (0, 0)
     patch = image.get("patch_size", PAIR)
-    return size[0] // patch[0], size[1] // patch[1]
+    side = math.isqrt(max(0, tokens - prefix))
+    for grid in ((size[0] // patch[0], size[1] // patch[1]), (side, side), new):
+        if math.prod(grid) == tokens - prefix > 0:
+            return grid
+    kind = "with" if prefix else "without"
+    raise ValueError(f"{tokens} position embeddings are no square grid {kind} a class token, as the model is")
 
 
 def _two_tower(top: Section, shapes: Shapes, context_length: int | None) -> dict[str, Any]:
-    top.call("name", "TwoTower", {"TwoTower": "vmoe.projects.contrastive.models"})
+    top.call("name", "TwoTower", {"TwoTower": _TOWERS})
     image_section = top.section("image")
     if (size := top.take("image_size", None)) is not None:
         image_section.values["image_size"] = size
@@ -68,12 +81,10 @@ def _two_tower(top: Section, shapes: Shapes, context_length: int | None) -> dict
     text_width = text["num_classes"] or text["width"]
     if width != text_width:
         raise ConfigError(f"the image tower gives {width} features, the text tower {text_width}: they must be equal")
-    settings = {"image": image, "text": text, "embed_dim": width}
-    settings["init_logit_scale"] = math.log(top.get("scale_init", POSITIVE, 1.0))
-    if (bias := top.get("bias_init", NUMBER, None)) is not None:
-        settings["init_logit_bias"] = bias
+    scale, bias = top.get("scale_init", POSITIVE, 1.0), top.get("bias_init", NUMBER, None)
     top.finish("batch")
-    return settings
+    settings = {"image": image, "text": text, "embed_dim": width, "init_logit_scale": math.log(scale)}
+    return settings if bias is None else {**settings, "init_logit_bias": bias}
 
 
 # --- towers ----------------------------------------------------------------------------------------------------------
@@ -82,16 +93,14 @@ def _two_tower(top: Section, shapes: Shapes, context_length: int | None) -> dict
 def _image(config: Section, shapes: Shapes, tower: str = "") -> dict[str, Any]:
     config.call("name", "VisionTransformerMoe", {"VisionTransformerMoe": "vmoe.nn.vit_moe"})
     width, patch = config.get("hidden_size", SIZE), config.get("patch_size", PAIR)
-    classifier = config.choice("classifier", "token", list(_POOLS))
+    pool, class_token = config.choice("classifier", "token", CLASSIFIERS)
     representation = config.get("representation_size", SIZE, None)
     encoder = config.section("encoder")
     position = encoder.section("position_emb")
-    positions = _POSITIONS[position.choice("name", "learned", list(_POSITIONS))]
+    positions = position.choice("name", "learned", {"learned": "learn", "none": "none", "sincos2d": "sincos2d"})
     temperature = position.get("temperature", POSITIVE, 10_000.0)
     position.finish("h", "w")
-    size = _image_size(config, patch)
-    if size is None and positions == "learn":
-        size = _square_size(_stored_positions(shapes, tower), classifier == "token", patch)
+    size = _image_size(config, patch, None if positions != "learn" else _stored_positions(shapes, tower) - class_token)
     blocks, dropout, attention_dropout = _encoder(encoder, width)
     settings = {
         "name": _NAMES.get((width, blocks["depth"], patch[0]), _ANY_SIZE),
@@ -99,8 +108,8 @@ def _image(config: Section, shapes: Shapes, tower: str = "") -> dict[str, Any]:
         "patch_size": list(patch),
         "num_classes": config.get("num_classes", COUNT, optional=True) or 0,
         "embed_dim": width,
-        "class_token": classifier == "token",
-        "global_pool": _POOLS[classifier],
+        "class_token": class_token,
+        "global_pool": pool,
         "fc_norm": False,
         "pos_embed": positions,
         "pos_temperature": temperature,
@@ -123,34 +132,30 @@ def _stored_positions(shapes: Shapes, tower: str) -> int:
     return shape[1] if len(shape) == 3 else 0
 
 
-def _image_size(config: Section, patch: tuple[int, int]) -> list[int] | None:
+def _image_size(config: Section, patch: tuple[int, int], stored: int | None) -> list[int] | None:
+    """The config's, else that of a square of the `stored` learned positions of patches; None if there are none."""
     size = config.get("image_size", PAIR, None)
-    if size is None:
-        return None
-    if max(size) > MAX_SIDE or any(side < step for side, step in zip(size, patch)):
+    if size is None and stored is not None:
+        side = math.isqrt(max(0, stored))
+        if side == 0 or side**2 != stored:
+            raise ConfigError(
+                f"image_size is not in the config and cannot be told from position embeddings of {stored} patches, "
+                "which are no square grid; add image_size"
+            )
+        return [side * step for step in patch]
+    if size is not None and (max(size) > MAX_SIDE or any(side < step for side, step in zip(size, patch))):
         raise config.wrong("image_size", config.values["image_size"], f"<= {MAX_SIDE}, and at least one patch, {patch}")
-    return list(size)
-
-
-def _square_size(tokens: int, has_class_token: bool, patch: tuple[int, int]) -> list[int]:
-    """The size of images whose patches are a square of the stored position embeddings."""
-    side = math.isqrt(max(0, patches := tokens - has_class_token))
-    if side == 0 or side**2 != patches:
-        raise ConfigError(
-            f"image_size is not in the config and cannot be told from {tokens} position embeddings, which are no "
-            "square grid of patches; add image_size"
-        )
-    return [side * step for step in patch]
+    return size and list(size)
 
 
 def _text(config: Section, shapes: Shapes, context_length: int | None) -> dict[str, Any]:
-    config.call("name", "TextTransformer", {"TextTransformer": "vmoe.projects.contrastive.models"})
+    config.call("name", "TextTransformer", {"TextTransformer": _TOWERS})
     width = config.get("hidden_size", SIZE)
     encoder = config.section("encoder")
     position = encoder.section("position_emb")
-    learned = position.choice("name", "learned", ["learned", "none"]) == "learned"
+    positions = position.choice("name", "learned", {"learned": "learn", "none": "none"})
     position.finish()
-    if learned:
+    if positions == "learn":
         tokens = _stored_positions(shapes, "txt/")
         if context_length not in (None, tokens):
             raise ConfigError(f"context_length is {context_length}, the text tower has {tokens} position embeddings")
@@ -171,7 +176,7 @@ def _text(config: Section, shapes: Shapes, context_length: int | None) -> dict[s
         "num_classes": config.get("num_classes", COUNT, optional=True) or 0,
         "pool": config.choice("pool_type", "last", ["last", "first", "gap", "gmp", "map"]),
         "eot_token_id": None,
-        "pos_embed": "learn" if learned else "none",
+        "pos_embed": positions,
         **blocks,
     }
     config.finish("head_bias_init", "head_kernel_zero_init")
@@ -226,18 +231,15 @@ def _experts(moe: Section, depth: int, mlp_dim: int, dropout: float) -> dict[str
 
 
 def _router(router: Section, E: int, size: int) -> dict[str, Any]:
-    top_k, choice = "NoisyTopExpertsPerItemRouter", "NoisyTopItemsPerExpertRouter"
-    classes = {top_k: "vmoe.nn.routing", choice: "vmoe.nn.routing", "SoftRouter": "vmoe.projects.soft_moe.router"}
-    kind = router.call("name", top_k, classes)
-    if kind == "SoftRouter":
+    kind = ROUTERS[router.call("name", "NoisyTopExpertsPerItemRouter", _ROUTER_MODULES)]
+    settings = {"router": kind, "noise_std": _noise(router, 0.0 if kind == "soft" else 1.0)}
+    if kind == "soft":
         slots, factor = router.get("num_slots", SIZE, None), router.get("capacity_factor", NUMBER, 1.0, optional=True)
-        slots = _rows(router, factor or 0.0, size, E, "round") if slots is None else slots
-        settings = {"router": "soft", "noise_std": _noise(router, 0.0), "num_slots": slots}
+        settings["num_slots"] = _rows(router, factor or 0.0, size, E, "round") if slots is None else slots
         router.finish("dtype", "precision", "partition_spec", "compute_similarity_metrics", "mu_init", "scale_init")
         return settings
-    settings = {"router": "top_k" if kind == top_k else "expert_choice", "noise_std": _noise(router, 1.0)}
     dispatcher = router.section("dispatcher")
-    if kind == choice:
+    if kind == "expert_choice":
         settings |= _capacity(dispatcher, E, size, ("einsum",))
     else:
         K = router.get("num_selected_experts", SIZE, 1)

@@ -6,27 +6,25 @@ numbers, in the order in which JAX walks the tree: by sorted key at every level.
 
 import math
 import re
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vmoe.convert.arrays import CheckpointError, Slices, StoredArray, flatten
-from vmoe.convert.messagepack import IndexEntry, Piece, itemsize, open_messagepack, read_numbers, sizes
+from vmoe.convert.arrays import CheckpointError, StoredArray, flatten
+from vmoe.convert.messagepack import Box, IndexEntry, Piece, Shape, itemsize, read_numbers, read_tree, sizes
 from vmoe.models.serialization import covers_once
 
 _CHUNKS = "__msgpack_array_chunk_a87ca2__"
 _VERSIONS = (None, "20220622")  # None: from before the format had a version; the same but for that key
 
 
-def _bounds(where: Slices) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return tuple(part.start for part in where), tuple(part.stop for part in where)
-
-
-def _stored(shape: tuple[int, ...], dtype: str, chunks: list[tuple[Slices, list[Piece]]]) -> StoredArray:
+def _stored(shape: Shape, dtype: str, chunks: list[tuple[Box, list[Piece]]]) -> StoredArray:
     parts = []
-    for where, pieces in chunks:
-        sides = tuple(part.stop - part.start for part in where)
-        parts.append((where, partial(read_numbers, pieces, dtype, sides)))
+    for (start, stop), pieces in chunks:
+        sides = tuple(b - a for a, b in zip(start, stop))
+        if math.prod(sides):
+            parts.append((tuple(map(slice, start, stop)), partial(read_numbers, pieces, sides)))
     return StoredArray(shape, dtype, math.prod(shape) * itemsize(dtype), parts)
 
 
@@ -40,31 +38,28 @@ def open_sharded(prefix: str | Path) -> dict[str, StoredArray]:
     """
     index_file = Path(f"{prefix}.index")
     entries, shard_count = _read_index(index_file)
-    names = {str(number): name for number, name in enumerate(entries)}
-    placed = {(name, *pair) for name, e in entries.items() for pair in zip(e.shards, map(_bounds, e.slices))}
-    chunks: dict[str, list[tuple[Slices, list[Piece]]]] = {name: [] for name in entries}
+    placed = {(name, *pair) for name, entry in entries.items() for pair in zip(entry.shards, entry.boxes)}
+    chunks: dict[str, list[tuple[Box, list[Piece]]]] = {name: [] for name in entries}
     for shard in sorted({shard for entry in entries.values() for shard in entry.shards}):
         file = Path(f"{prefix}.data-{shard:05d}-of-{shard_count:05d}")
         if not file.is_file():
             needed = next(name for name, entry in entries.items() if shard in entry.shards)
             raise CheckpointError(f"{file} is missing: {index_file.name} says that it holds part of {needed}")
-        for name, where, pieces in _read_shard(file, names, entries):
-            if (name, shard, _bounds(where)) in placed:
-                chunks[name].append((where, pieces))
+        for name, box, pieces in _read_shard(file, entries):
+            if (name, shard, box) in placed:
+                chunks[name].append((box, pieces))
     for name, entry in entries.items():
-        boxes = [_bounds(where) for where, _ in chunks[name]]
-        if not covers_once(entry.shape, boxes):
+        if not covers_once(entry.shape, [box for box, _ in chunks[name]]):
             raise CheckpointError(
-                f"the {len(boxes)} of {len(entry.slices)} chunks in the shards of {index_file} do not cover {name}, "
-                f"{entry.shape}, exactly once"
+                f"the {len(chunks[name])} of {len(entry.boxes)} chunks in the shards of {index_file} do not cover "
+                f"{name}, {entry.shape}, exactly once"
             )
     return {name: _stored(entry.shape, entry.dtype, chunks[name]) for name, entry in entries.items()}
 
 
 def _read_index(file: Path) -> tuple[dict[str, IndexEntry], int]:
-    with open_messagepack(file) as reader:
-        index = reader.tree()
-    if not isinstance(index, dict) or not isinstance(index.get("index"), dict):
+    index = read_tree(file)
+    if not isinstance(index.get("index"), dict):
         raise CheckpointError(f"{file} is not the index of a checkpoint: it has no tree named 'index'")
     if index.get("version") not in _VERSIONS:
         raise CheckpointError(f"{file} has version {index['version']!r}; this reader knows {_VERSIONS[1:]}")
@@ -75,40 +70,41 @@ def _read_index(file: Path) -> tuple[dict[str, IndexEntry], int]:
     for name, entry in entries.items():
         if not isinstance(entry, IndexEntry):
             raise CheckpointError(f"{file} describes {name} by {type(entry).__name__}, not by a shape and its chunks")
-        if len(entry.slices) != len(entry.shards) or any(shard >= count for shard in entry.shards):
+        known = all(type(shard) is int and 0 <= shard < count for shard in entry.shards)
+        if len(entry.boxes) != len(entry.shards) or not known:
             raise CheckpointError(f"{file} puts {name} into shards {entry.shards[:8]} of {count}")
     return entries, count
 
 
-def _read_shard(
-    file: Path, names: dict[str, str], entries: dict[str, IndexEntry]
-) -> list[tuple[str, Slices, list[Piece]]]:
-    """(array name, slices, pieces) of every chunk of a shard."""
-    chunks = []
-    with open_messagepack(file) as reader:
-        for number, content in reader.tree(names=names).items():
-            if number == _CHUNKS:
-                continue
-            if number not in names:
-                raise CheckpointError(f"{file} holds array number {number}, of which the index knows nothing")
-            reader.name = names[number]
-            chunks += [(names[number], *_chunk(entries[names[number]], chunk)) for chunk in content]
-    return chunks
+def _read_shard(file: Path, entries: dict[str, IndexEntry]) -> Iterator[tuple[str, Box, list[Piece]]]:
+    """(array name, chunk, pieces) of every chunk of a shard."""
+    names = {str(number): name for number, name in enumerate(entries)}
+    for number, content in read_tree(file, names).items():
+        if number == _CHUNKS:
+            continue
+        if number not in names:
+            raise CheckpointError(f"{file} holds array number {number}, of which the index knows nothing")
+        try:
+            for chunk in content:
+                yield names[number], *_chunk(entries[names[number]], chunk)
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{file} is damaged: {error} (in {names[number]})") from error
 
 
-def _chunk(entry: IndexEntry, chunk: Any) -> tuple[Slices, list[Piece]]:
+def _chunk(entry: IndexEntry, chunk: Any) -> tuple[Box, list[Piece]]:
     try:
-        pieces, where = chunk
+        pieces, box = chunk
+        start, stop = map(sizes, box)
         found, types = sum(math.prod(piece.shape) for piece in pieces), {piece.dtype for piece in pieces}
-        wanted = math.prod(part.stop - part.start for part in where)
+        wanted = math.prod(b - a for a, b in zip(start, stop, strict=True))
     except (TypeError, ValueError, AttributeError):
         raise ValueError("a chunk is not made of pieces and slices") from None
     if found != wanted or types - {entry.dtype}:
         raise ValueError(
-            f"{found} numbers of type {', '.join(sorted(types))} for the chunk at {_bounds(where)}, which has {wanted} "
-            f"of {entry.dtype}"
+            f"{found} numbers of type {', '.join(sorted(types))} for the chunk at {(start, stop)}, which has "
+            f"{wanted} of {entry.dtype}"
         )
-    return where, pieces
+    return (start, stop), pieces
 
 
 def find_sharded(prefix: str | Path, step: int | None = None) -> str | None:
@@ -135,12 +131,8 @@ def find_sharded(prefix: str | Path, step: int | None = None) -> str | None:
 def open_flax(file: str | Path) -> dict[str, StoredArray]:
     """The arrays of one file that flax wrote (`flax.serialization.to_bytes`), by name."""
     file = Path(file)
-    with open_messagepack(file) as reader:
-        tree = reader.tree()
-        if not isinstance(tree, dict):
-            raise CheckpointError(f"{file} is not a MessagePack checkpoint: it holds no dictionary of arrays")
-    # Plain numbers and texts are no weights.
-    return {name: _flax_array(file, name, leaf) for name, leaf in flatten(tree) if isinstance(leaf, (Piece, dict))}
+    leaves = flatten(read_tree(file))  # plain numbers and texts among them are no weights
+    return {name: _flax_array(file, name, leaf) for name, leaf in leaves if isinstance(leaf, (Piece, dict))}
 
 
 def _flax_array(file: Path, name: str, leaf: Piece | dict) -> StoredArray:
@@ -155,4 +147,4 @@ def _flax_array(file: Path, name: str, leaf: Piece | dict) -> StoredArray:
                 raise ValueError("numbers are missing")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{file} has damaged chunks of {name}, which do not make an array") from error
-    return _stored(shape, pieces[0].dtype, [(tuple(slice(0, size) for size in shape), pieces)])
+    return _stored(shape, pieces[0].dtype, [(((0,) * len(shape), shape), pieces)])

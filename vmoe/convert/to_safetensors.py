@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vmoe.convert.arrays import CheckpointError, StoredArray, select_params
+from vmoe.convert.arrays import CheckpointError, StoredArray, list_names, select_params
 from vmoe.convert.orbax import find_orbax, open_orbax
 from vmoe.convert.reference import fill, plan
 from vmoe.convert.released import RELEASED
 from vmoe.convert.section import Section
 from vmoe.utils.files import read_json
-from vmoe.utils.printable import printable
 
 
 class Converted(NamedTuple):
@@ -40,17 +39,13 @@ def open_checkpoint(source: str | Path, step: int | None = None) -> tuple[str, s
         return str(path), "flax", open_flax(path)
     if path.is_dir() and (folder := find_orbax(path, step)):
         return str(folder), "orbax", open_orbax(folder)
+    found = "there is nothing of that name"
+    if path.is_dir():
+        found = f"the folder holds {list_names(sorted(each.name for each in path.iterdir()))}"
     at = "" if step is None else f" of step {step}"
-    if not path.is_dir():
-        raise CheckpointError(
-            f"no checkpoint{at} at {source}: there is neither {source}.index (a sharded checkpoint), nor an Orbax "
-            "folder, nor a file of that name"
-        )
-    names = sorted(each.name for each in path.iterdir())
-    held = f"holds {', '.join(names[:5])}{f' and {len(names) - 5} more' * (len(names) > 5)}" if names else "is empty"
     raise CheckpointError(
-        f"no checkpoint{at} at {source}: the folder {printable(held)}; give the prefix of one PREFIX.index, one Orbax "
-        "folder or one MessagePack file"
+        f"no checkpoint{at} at {source}: {found}; give the prefix of one PREFIX.index, one Orbax folder or one "
+        "MessagePack file"
     )
 
 
@@ -78,7 +73,7 @@ def convert_checkpoint(
     image_size: int | None = None,
     context_length: int | None = None,
 ) -> Converted:
-    """Write the weights of a reference checkpoint as one of our files, which needs nothing else to be loaded.
+    """Writes the weights of a reference checkpoint as one of our files, which needs nothing else to be loaded.
 
     The arrays pass through memory one by one; the file is mapped while it is filled.
 
