@@ -27,7 +27,7 @@ def samples(count):
 
 def test_classifier_with_class_token_and_dropped_patches(tmp_path):
     model = timm.create_model("vmoe_tiny_patch8_48", num_classes=6, embed_dim=32, eval_capacity_factor=0.5, **TINY)
-    file = example_figure(model, samples(3), NAMES, None, tmp_path / "new" / "examples.png", title="Examples")
+    file = example_figure(model, samples(3), NAMES, None, tmp_path / "new" / "examples.png")
     assert file.exists()
     assert [path.name for path in file.parent.iterdir()] == ["examples.png"]
     assert Image.open(file).width > 800
@@ -47,9 +47,9 @@ def test_the_best_expert_with_capacity_is_drawn():
         "vmoe_tiny_patch8_48", num_classes=6, embed_dim=32, num_selected_experts=2, eval_capacity_factor=0.4, **TINY
     ).eval()
     transform = build_transform(preprocess_config(model), None)
-    subject = LoadedModel(model, None, transform, torch.device("cpu"), "float32", "it", Path())
+    loaded = LoadedModel(model, None, transform, torch.device("cpu"), "float32", "it", Path())
     images = [sample.image for sample in samples(2)]
-    _, found = route_images(subject, images, class_names=NAMES)
+    found = route_images(loaded, images, class_names=NAMES)
     with vmoe.record_routing(model) as record:
         model(torch.stack([transform(image) for image in images]))
     assert [len(one.top_classes) for one in found] == [5, 5]

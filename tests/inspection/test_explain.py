@@ -15,7 +15,7 @@ def make_image(width=64, height=48):
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
-def subject(tmp_path, name, class_names=None, **kwargs):
+def new_model(tmp_path, name, class_names=None, **kwargs):
     torch.manual_seed(0)
     model = vmoe.create_model(name, depth=4, num_heads=2, **kwargs)
     extra = None if class_names is None else {"class_names": class_names}
@@ -25,14 +25,14 @@ def subject(tmp_path, name, class_names=None, **kwargs):
 
 @pytest.fixture
 def limoe(tmp_path):
-    return subject(tmp_path, "limoe_tiny_patch8_48", width=32, embed_dim=16, num_experts=4)
+    return new_model(tmp_path, "limoe_tiny_patch8_48", width=32, embed_dim=16, num_experts=4)
 
 
 @pytest.fixture
 def tight_vmoe(tmp_path):
     """A classifier that drops patches."""
     settings = {"embed_dim": 32, "num_classes": 3, "num_experts": 4, "num_selected_experts": 2}
-    return subject(tmp_path, "vmoe_tiny_patch8_48", ["a", "b", "c"], eval_capacity_factor=0.3, **settings)
+    return new_model(tmp_path, "vmoe_tiny_patch8_48", ["a", "b", "c"], eval_capacity_factor=0.3, **settings)
 
 
 def routing(expert, weight, kept):
@@ -95,7 +95,7 @@ def test_classifier_with_its_own_names(tight_vmoe):
 
 
 def test_a_classifier_without_names_and_without_experts(tmp_path):
-    dense = subject(tmp_path, "vmoe_tiny_patch8_48", embed_dim=32, num_classes=2, num_experts=0)
+    dense = new_model(tmp_path, "vmoe_tiny_patch8_48", embed_dim=32, num_classes=2, num_experts=0)
     found = logic.explain(dense, make_image())
     assert [name for name, _ in found.probabilities] == ["class 0", "class 1"]
     assert found.sample is None
@@ -212,7 +212,7 @@ def test_a_patch_that_nobody_took():
 
 def test_expert_choice_and_soft_models(tmp_path):
     for router in ("expert_choice", "soft"):
-        loaded = subject(tmp_path, "vmoe_tiny_patch8_48", embed_dim=32, num_classes=2, num_experts=4, router=router)
+        loaded = new_model(tmp_path, "vmoe_tiny_patch8_48", embed_dim=32, num_classes=2, num_experts=4, router=router)
         found = logic.explain(loaded, make_image())
         layer = logic.list_layers(loaded)[0]
         load = logic.expert_loads(layer, found.sample.patches[0])
@@ -226,15 +226,15 @@ def test_expert_choice_and_soft_models(tmp_path):
 
 def test_classes_of_one_name_stay_apart_and_missing_names_are_told(tmp_path):
     settings = {"embed_dim": 32, "num_classes": 3, "num_experts": 0}
-    found = logic.explain(subject(tmp_path, "vmoe_tiny_patch8_48", ["crane", "crane", "dog"], **settings), make_image())
+    found = logic.explain(new_model(tmp_path, "vmoe_tiny_patch8_48", ["crane", "crane", "dog"], **settings), make_image())
     assert [name for name, _ in found.probabilities] == ["crane", "crane", "dog"]
     assert sum(value for _, value in found.probabilities) == pytest.approx(1)
     for names in (["a", "b"], ["a", "b", "c", "d"]):
-        few = subject(tmp_path, "vmoe_tiny_patch8_48", names, **settings)
+        few = new_model(tmp_path, "vmoe_tiny_patch8_48", names, **settings)
         with pytest.raises(
             ValueError, match=f"model.safetensors names {len(names)} classes, but the model has 3 outputs"
         ):
             logic.explain(few, make_image())
     for names in ("abc", [1, 2, 3], 3):
         with pytest.raises(ValueError, match="the class names in .*model.safetensors must be a list of texts, got"):
-            logic.explain(subject(tmp_path, "vmoe_tiny_patch8_48", names, **settings), make_image())
+            logic.explain(new_model(tmp_path, "vmoe_tiny_patch8_48", names, **settings), make_image())

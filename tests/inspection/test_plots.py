@@ -8,7 +8,7 @@ from PIL import Image
 
 from vmoe.inspection import style
 from vmoe.inspection.information import contributions, most_telling_names
-from vmoe.inspection.maps import _image_name, draw_maps, maps_to_draw
+from vmoe.inspection.maps import _image_name, draw_maps
 from vmoe.inspection.plots import load_figure, patch_figure, split_figure, write_figures
 from vmoe.inspection.results import TokenRouting
 
@@ -20,7 +20,7 @@ def coarse(monkeypatch):
 
 def map_figure(statistics):
     layers = {layer.name: layer.num_experts for layer in statistics.layers}
-    return draw_maps(statistics.samples, maps_to_draw(statistics.samples, layers), statistics.class_names)
+    return draw_maps(statistics.samples, layers, statistics.class_names)
 
 
 def test_figures_are_written_and_those_of_an_earlier_inspection_go(example_statistics, tmp_path):
@@ -86,17 +86,16 @@ def test_maps_show_the_best_expert_that_had_capacity(example_statistics):
     assert TokenRouting(expert, expert * 0.1, kept).best_kept.tolist() == [[3, 0], [-1, 0]]
     statistics = example_statistics(num_images=8)
     figure = map_figure(statistics)
-    assert len(figure.axes) == 8 * (1 + 2)  # eight images, each with a map for both layers
+    assert len(figure.axes) == 8 * (2 + 2)  # eight images, each with its names and a map for both layers
     shown = [text.get_text() for text in figure.texts]
-    assert any(text.startswith(statistics.samples[0].caption) for text in shown)
+    assert statistics.class_names[0] in shown
     assert shown.count("block 1") == shown.count("block 3") == 2
 
 
 @pytest.mark.parametrize("experts", [4, 40])
 def test_legend_and_names_stay_inside_the_figure(example_statistics, experts):
     statistics = example_statistics(num_layers=6, num_experts=experts, num_images=3)
-    for sample in statistics.samples:
-        sample.caption = "a very long caption " * 20
+    statistics.class_names = ["a very long name " * 20] * 5
     figure = map_figure(statistics)
     figure.draw_without_rendering()
     width, height = figure.bbox.size
@@ -108,8 +107,7 @@ def test_legend_and_names_stay_inside_the_figure(example_statistics, experts):
 def test_awkward_characters_are_drawn_without_a_word(example_statistics, tmp_path, recwarn):
     """A dollar sign begins no formula, and a character that the font lacks is no warning."""
     statistics = example_statistics(num_experts=4, num_layers=1, num_images=2)
-    for sample in statistics.samples:
-        sample.caption = r"US$ and HK$ or $\frac$ 猫"
+    statistics.class_names = [r"US$ and HK$ or $\frac$ 猫"] * 5
     figure = map_figure(statistics)
     style.save_figure(figure, tmp_path / "x.png")
     awkward = [text for text in figure.findobj(Text) if "$" in text.get_text()]
@@ -121,7 +119,7 @@ def test_awkward_characters_are_drawn_without_a_word(example_statistics, tmp_pat
 def test_right_or_wrong_is_told_by_the_index_of_the_class(example_statistics):
     sample = example_statistics(text=False).samples[0]
     names = ["crane", "crane", "dog"]  # a bird and a machine
-    sample.caption, sample.label, sample.top_classes = None, 0, [("crane", 0.7)]
+    sample.label, sample.top_classes = 0, [("crane", 0.7)]
     sample.top_labels = [1]
     assert _image_name(sample, names, 60) == "crane (model: crane 70%)"
     sample.top_classes, sample.top_labels = [("crane bird", 0.7)], [0]  # the name in prompts

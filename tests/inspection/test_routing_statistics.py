@@ -68,7 +68,7 @@ class Images(ImageDataset):
         return Sample(self.images[index], label, CAPTIONS[index] if self.has_captions else None, f"{index}.png")
 
 
-def subject_of(model, folder, **extra):
+def load(model, folder, **extra):
     """The model with all that goes with it; its file is in the folder."""
     file = Path(folder) / "model.safetensors"
     save_pretrained(model, file, extra)
@@ -80,24 +80,24 @@ def subject_of(model, folder, **extra):
 @pytest.fixture
 def classifier(tmp_path):
     torch.manual_seed(0)
-    return subject_of(vmoe.create_model("vmoe_tiny_patch8_48", num_classes=3, num_selected_experts=2, **VIT), tmp_path)
+    return load(vmoe.create_model("vmoe_tiny_patch8_48", num_classes=3, num_selected_experts=2, **VIT), tmp_path)
 
 
 @pytest.fixture
 def limoe(tmp_path):
     torch.manual_seed(0)
-    return subject_of(vmoe.create_model("limoe_tiny_patch8_48", **LIMOE), tmp_path)
+    return load(vmoe.create_model("limoe_tiny_patch8_48", **LIMOE), tmp_path)
 
 
-def direct(subject, dataset):
+def direct(loaded, dataset):
     """(record of all samples in one call, token ids or None)"""
-    images = torch.stack([subject.transform(dataset[i].image) for i in range(len(dataset))])
-    with torch.no_grad(), vmoe.record_routing(subject.model) as record:
-        if subject.tokenizer is None:
-            subject.model(images)
+    images = torch.stack([loaded.transform(dataset[i].image) for i in range(len(dataset))])
+    with torch.no_grad(), vmoe.record_routing(loaded.model) as record:
+        if loaded.tokenizer is None:
+            loaded.model(images)
             return record, None
-        ids = subject.tokenizer(CAPTIONS)
-        subject.model(images, ids)
+        ids = loaded.tokenizer(CAPTIONS)
+        loaded.model(images, ids)
     return record, ids
 
 
@@ -282,10 +282,10 @@ def test_pairs_without_classes_are_named_by_the_captions(limoe):
 def test_a_classifier_names_images_by_its_own_classes(tmp_path):
     torch.manual_seed(0)
     model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=2, **VIT)
-    subject = subject_of(model, tmp_path, class_names=["ours", "theirs"])
-    found = gather_statistics(subject, Images(), num_images=1)
+    loaded = load(model, tmp_path, class_names=["ours", "theirs"])
+    found = gather_statistics(loaded, Images(), num_images=1)
     assert {name for name, _ in found.samples[0].top_classes} == {"ours", "theirs"}
-    probabilities = model(subject.transform(Images().images[0])[None]).softmax(1)[0].tolist()
+    probabilities = model(loaded.transform(Images().images[0])[None]).softmax(1)[0].tolist()
     assert dict(found.samples[0].top_classes) == pytest.approx(dict(zip(["ours", "theirs"], probabilities)), rel=1e-4)
 
 
@@ -305,10 +305,10 @@ def test_every_kind_of_routing(tmp_path, settings, name):
     kwargs = {**VIT, "num_classes": 3} if name.startswith("vmoe") else LIMOE
     if settings.get("router") == "soft":
         settings = {"num_slots": 2, **settings}
-    subject = subject_of(vmoe.create_model(name, **{**kwargs, **settings}), tmp_path)
+    loaded = load(vmoe.create_model(name, **{**kwargs, **settings}), tmp_path)
     dataset = Images(captions=name.startswith("limoe"))
-    record, _ = direct(subject, dataset)
-    found = gather_statistics(subject, dataset, batch_size=4)
+    record, _ = direct(loaded, dataset)
+    found = gather_statistics(loaded, dataset, batch_size=4)
     K = settings.get("num_selected_experts", 1)
     for layer in found.layers:
         call = record.layers[layer.name]
@@ -338,7 +338,7 @@ def test_two_towers_have_layers_of_one_modality_each(tmp_path):
         image={"img_size": 16, "patch_size": 4, "embed_dim": 32, **sizes},
         text={"width": 32, "context_length": 8, **sizes, "num_experts": 3},
     )
-    found = gather_statistics(subject_of(model, tmp_path), Images(captions=True), batch_size=4)
+    found = gather_statistics(load(model, tmp_path), Images(captions=True), batch_size=4)
     assert [(layer.name, list(layer.tokens)) for layer in found.layers] == [
         ("visual.blocks.1.mlp", ["image"]),
         ("text.blocks.1.mlp", ["text"]),
@@ -362,17 +362,17 @@ def test_upcycled_models_of_timm_and_open_clip(tmp_path):
     torch.manual_seed(0)
     dense = vmoe.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, num_classes=3, depth=4)
     sparse = vmoe.upcycle(dense, num_experts=4, layers="last2")
-    found = gather_statistics(subject_of(sparse, tmp_path), Images())
+    found = gather_statistics(load(sparse, tmp_path), Images())
     assert [layer.name for layer in found.layers] == ["blocks.1.mlp", "blocks.3.mlp"]
     assert found.samples[0].patches[0].expert.shape[:2] == (4, 4)
 
     text = {"context_length": 9, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
     clip = CLIP(16, {"layers": 2, "width": 32, "patch_size": 4, "image_size": 16, "head_width": 16}, text)
     clip = vmoe.upcycle(clip, num_experts=4, layers="last1")
-    classifier = subject_of(sparse, tmp_path)
-    subject = classifier._replace(model=clip.eval(), tokenizer=SimpleTokenizer(context_length=9))
-    found = gather_statistics(subject, Images(captions=True), batch_size=4)
-    real = text_mask(subject.tokenizer(CAPTIONS), subject.tokenizer.eot_token_id).sum()
+    classifier = load(sparse, tmp_path)
+    loaded = classifier._replace(model=clip.eval(), tokenizer=SimpleTokenizer(context_length=9))
+    found = gather_statistics(loaded, Images(captions=True), batch_size=4)
+    real = text_mask(loaded.tokenizer(CAPTIONS), loaded.tokenizer.eot_token_id).sum()
     assert found.layers[1].tokens == {"text": int(real)}  # its padding is routed, and not counted
     assert "!" not in found.layers[1].expert_token
     assert found.samples[0].patches[0].expert.shape[:2] == (4, 4)
@@ -422,11 +422,11 @@ def test_one_image_is_routed_as_in_the_whole(limoe, classifier):
 
 def test_mistakes_are_named(tmp_path, classifier):
     dense = timm.create_model("vmoe_tiny_patch8_48", num_classes=3, **{**VIT, "num_experts": 0})
-    subject = classifier._replace(model=dense, checkpoint="runs/dense")
+    loaded = classifier._replace(model=dense, checkpoint="runs/dense")
     with pytest.raises(ConfigError, match="runs/dense holds a dense model"):
-        gather_statistics(subject, Images())
+        gather_statistics(loaded, Images())
     with pytest.raises(ConfigError, match="runs/dense holds a dense model"):
-        sample_routing(subject, Images().images[0])
+        sample_routing(loaded, Images().images[0])
     with pytest.raises(ConfigError, match="eval_capacity_factor must be > 0, got 0"):
         gather_statistics(classifier, Images(), eval_capacity_factor=0)
     with pytest.raises(ValueError, match="num_images and num_patches must be >= 0, got -1"):
@@ -476,5 +476,5 @@ def test_likeliest_names_have_their_indices_among_the_classes(limoe, tmp_path):
     assert sorted(sample.top_labels) == [0, 1, 2]
     assert [dataset.prompt_names[c] for c in sample.top_labels] == [name for name, _ in sample.top_classes]
     model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=2, **VIT)
-    other = subject_of(model, tmp_path, class_names=["ours", "theirs"])
+    other = load(model, tmp_path, class_names=["ours", "theirs"])
     assert gather_statistics(other, dataset, num_images=1).samples[0].top_labels == []  # not the data's classes

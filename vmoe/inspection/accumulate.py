@@ -6,9 +6,8 @@ token, C classes.
 
 from __future__ import annotations
 
-import heapq
+import bisect
 import itertools
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,8 @@ from torch import Tensor
 from vmoe.inspection.information import normalized_mutual_information
 from vmoe.inspection.results import LayerStatistics, TokenRouting, TypicalPatch
 from vmoe.moe import LayerRouting, SparseMoE
+
+Decoder = Callable[[Sequence[int]], list[str]]  # ids of text tokens -> their texts
 
 
 @dataclass
@@ -60,10 +61,13 @@ def split_modalities(call: LayerRouting) -> dict[str, ModalityTokens]:
 class LayerSums:
     """Sums of one sparse layer as it is set now, in float64; `finish` makes statistics of them.
 
-    `num_classes` is None without labels; `num_patches` typical patches are kept for each expert.
+    `num_classes` is None without labels, `decode` gives the texts of token ids; `num_patches` typical patches are kept
+    for each expert.
     """
 
-    def __init__(self, name: str, layer: SparseMoE, num_classes: int | None, num_patches: int) -> None:
+    def __init__(
+        self, name: str, layer: SparseMoE, num_classes: int | None, num_patches: int, decode: Decoder | None
+    ) -> None:
         E, router = layer.num_experts, layer.router_type
         settings = ("eval_capacity_factor", "batch_priority", "capacity")
         self.statistics = LayerStatistics(
@@ -72,15 +76,11 @@ class LayerSums:
             num_selected_experts=layer.num_selected_experts if router == "top_k" else E,
             router=router,
             **{setting: getattr(layer, setting) for setting in settings},
-            **{sums: defaultdict(lambda: np.zeros(E)) for sums in ("asked", "kept", "importance")},
-            **{sums: defaultdict(int) for sums in ("tokens", "entropy", "share_dropped")},
+            **{name: {} for name in ("tokens", "asked", "kept", "importance", "entropy", "share_dropped")},
             expert_class=None if num_classes is None else np.zeros((E, num_classes)),
+            typical_patches=[[] for _ in range(E)],
         )
-        self.num_patches = num_patches
-        self._of_token: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(E))
-        self._without_expert: dict[str, int] = defaultdict(int)
-        # For each expert a heap of (gate value, -index in the data, patch), the least typical first.
-        self._typical: list[list[tuple[float, int, TypicalPatch]]] = [[] for _ in range(E)]
+        self.num_patches, self.decode = num_patches, decode
 
     def add(
         self, modality: str, tokens: ModalityTokens, label_B: np.ndarray | None = None, ids_BT: np.ndarray | None = None
@@ -100,21 +100,24 @@ class LayerSums:
         if sums.router == "top_k":
             asked_BTK = tokens.asked_BTK & real_BT[..., None]
             asked_E = np.bincount(tokens.expert_BTK[asked_BTK], minlength=sums.num_experts)
-        sums.asked[modality] += asked_E
-        sums.kept[modality] += kept_E
-        sums.importance[modality] += gate_SE.sum(0)
-        sums.tokens[modality] += len(gate_SE)
         logs_SE = np.log(gate_SE, out=np.zeros_like(gate_SE), where=gate_SE > 0)
-        sums.entropy[modality] -= float((gate_SE * logs_SE).sum())
-        self._without_expert[modality] += int((~done_BTE.any(-1) & real_BT).sum())
+        for table, value in (
+            (sums.asked, asked_E),
+            (sums.kept, kept_E),
+            (sums.importance, gate_SE.sum(0)),
+            (sums.tokens, len(gate_SE)),
+            (sums.entropy, -float((gate_SE * logs_SE).sum())),
+            (sums.share_dropped, int((~done_BTE.any(-1) & real_BT).sum())),  # tokens without an expert, until `finish`
+        ):
+            table[modality] = table.get(modality, 0) + value
         if label_B is not None and sums.expert_class is not None:
             np.add.at(sums.expert_class.T, label_B, done_BTE.sum(1))
         if ids_BT is not None:
             ids_U, index_S = np.unique(ids_BT[real_BT], return_inverse=True)
             done_UE = np.zeros((len(ids_U), sums.num_experts))
             np.add.at(done_UE, index_S, done_BTE[real_BT])
-            for token, done_E in zip(ids_U.tolist(), done_UE, strict=True):
-                self._of_token[token] += done_E
+            for text, done_E in zip(self.decode(ids_U.tolist()), done_UE, strict=True):  # two ids may read the same
+                sums.expert_token[text] = sums.expert_token.get(text, 0) + done_E
         return done_BTE
 
     def add_patches(
@@ -129,41 +132,37 @@ class LayerSums:
         h, w = pixels_BHWC.shape[1] // grid[0], pixels_BHWC.shape[2] // grid[1]
         value_BPE = np.where(done_BPE > 0, gate_BPE, 0)
         best_BE, value_BE = value_BPE.argmax(1), value_BPE.max(1)
-        for expert, heap in enumerate(self._typical):
+        for expert, found in enumerate(self.statistics.typical_patches):
             for b in np.flatnonzero(value_BE[:, expert]).tolist():
                 value, index = float(value_BE[b, expert]), int(index_B[b])
-                if len(heap) == self.num_patches and (value, -index) < heap[0][:2]:
+                if len(found) == self.num_patches and (-value, index) > _order(found[-1]):
                     continue
                 row, column = divmod(int(best_BE[b, expert]), grid[1])
                 pixels = pixels_BHWC[b, row * h : (row + 1) * h, column * w : (column + 1) * w].copy()
-                heapq.heappush(heap, (value, -index, TypicalPatch(index, row, column, value, pixels)))
-                if len(heap) > self.num_patches:
-                    heapq.heappop(heap)
+                bisect.insort(found, TypicalPatch(index, row, column, value, pixels), key=_order)
+                del found[self.num_patches :]
 
-    def finish(self, decode: Callable[[Sequence[int]], list[str]] | None) -> LayerStatistics:
-        """The statistics; call it once. `decode` gives the texts of token ids."""
+    def finish(self) -> LayerStatistics:
+        """The statistics; call it once."""
         sums = self.statistics
         for modality, tokens in sums.tokens.items():
             sums.entropy[modality] /= max(1, tokens)
-            sums.share_dropped[modality] = self._without_expert[modality] / max(1, tokens)
+            sums.share_dropped[modality] /= max(1, tokens)
             if sums.router == "top_k":
-                asked = sums.asked[modality].sum()
-                sums.share_dropped[modality] = float(1 - sums.kept[modality].sum() / max(1, asked))
-        for name in ("tokens", "asked", "kept", "importance", "entropy", "share_dropped"):
-            setattr(sums, name, dict(getattr(sums, name)))
+                asked, kept = sums.asked[modality].sum(), sums.kept[modality].sum()
+                sums.share_dropped[modality] = float(1 - kept / max(1, asked))
         if "image" not in sums.tokens:
             sums.expert_class = None
-        for text, done_E in zip(decode(list(self._of_token)) if self._of_token else [], self._of_token.values()):
-            sums.expert_token[text] = sums.expert_token.get(text, 0) + done_E  # two ids may read the same
         if sums.router != "soft":  # counts
             for table in (sums.asked, sums.kept, sums.expert_token):
                 table.update({key: counts.round().astype(np.int64) for key, counts in table.items()})
             if sums.expert_class is not None:
                 sums.expert_class = sums.expert_class.round().astype(np.int64)
-        sums.typical_patches = [
-            [patch for *_, patch in sorted(heap, key=lambda entry: (-entry[0], -entry[1]))] for heap in self._typical
-        ]
         return sums
+
+
+def _order(patch: TypicalPatch) -> tuple[float, int]:
+    return -patch.weight, patch.sample
 
 
 class Agreement:

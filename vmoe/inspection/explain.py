@@ -18,7 +18,7 @@ from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.loaded_model import LoadedModel
 from vmoe.evaluation.zero_shot import Template, check_class_names, resolve_templates
 from vmoe.inspection import style
-from vmoe.inspection.forward import routed, sparse_layers, text_routing
+from vmoe.inspection.forward import routed, sparse_layers
 from vmoe.inspection.maps import draw_routing
 from vmoe.inspection.results import SampleRouting, TokenRouting
 from vmoe.inspection.routing_statistics import sample_routing
@@ -66,15 +66,15 @@ def parse_labels(text: str) -> list[str]:
     return labels
 
 
-def list_layers(subject: LoadedModel) -> list[Layer]:
+def list_layers(loaded: LoadedModel) -> list[Layer]:
     """The sparse layers of a model, in its order; none of a dense one."""
-    found = sparse_layers(subject, required=False)
+    found = sparse_layers(loaded, required=False)
     named = zip(found.items(), style.layer_titles(list(found)), strict=True)
     return [Layer(name, title, module.num_experts, module.router_type) for (name, module), title in named]
 
 
 def explain(
-    subject: LoadedModel,
+    loaded: LoadedModel,
     image: Image.Image,
     labels: Sequence[str] | None = None,
     templates: Sequence[Template] | str | None = None,
@@ -85,24 +85,24 @@ def explain(
     labels or templates, or an image too large or too narrow for the model.
     """
     check_size(image.size)
-    if subject.tokenizer is not None:
+    if loaded.tokenizer is not None:
         names = check_class_names(labels or [])
     else:
-        names = subject.class_names or [f"class {c}" for c in range(subject.model.num_classes)]
-    with evaluating(subject.model, subject.device, subject.precision):
-        [scores_C] = subject.scorer(names, templates)(subject.transform(image)[None].to(subject.device))
+        names = loaded.class_names or [f"class {c}" for c in range(loaded.model.num_classes)]
+    with evaluating(loaded.model, loaded.device, loaded.precision):
+        [scores_C] = loaded.scorer(names, templates)(loaded.transform(image)[None].to(loaded.device))
     probabilities = list(zip(names, scores_C.softmax(dim=0).tolist(), strict=True))
-    return Explanation(probabilities, sample_routing(subject, image) if list_layers(subject) else None)
+    return Explanation(probabilities, sample_routing(loaded, image) if list_layers(loaded) else None)
 
 
 def route_text(
-    subject: LoadedModel, label: str, templates: Sequence[Template] | str | None = None
+    loaded: LoadedModel, label: str, templates: Sequence[Template] | str | None = None
 ) -> tuple[list[str], dict[str, TokenRouting]]:
     """The text tokens of a label in the first template, and {layer name: their routing (T, K)} in layers that see text;
     without the image, as in zero-shot classification."""
-    ids_1T = subject.tokenizer([resolve_templates(templates)[0](label)])
-    with evaluating(subject.model, subject.device, subject.precision):
-        return text_routing(subject, routed(subject, None, ids_1T)[0].get("text", {}), ids_1T, 0)
+    ids_1T = loaded.tokenizer([resolve_templates(templates)[0](label)])
+    with evaluating(loaded.model, loaded.device, loaded.precision):
+        return routed(loaded, None, ids_1T).text(0)
 
 
 def map_size(image: np.ndarray) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Maps of single images: each patch in the colour of its expert (matplotlib)."""
+"""Examples: images, their likeliest names, and maps with each patch in the colour of its expert (matplotlib)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from vmoe.data import build_transform
 from vmoe.evaluation.loaded_model import LoadedModel
 from vmoe.evaluation.zero_shot import Template
 from vmoe.inspection import style
-from vmoe.inspection.results import SampleRouting
+from vmoe.inspection.forward import sparse_layers
+from vmoe.inspection.results import SampleRouting, evenly_spaced
 from vmoe.inspection.routing_statistics import route_images
 from vmoe.models.factory import preprocess_config
 
@@ -23,76 +24,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TOP = 5  # likeliest names in a figure of examples
-MAX_LAYERS = 5
+TOP = 5  # likeliest names of an image
+MAX_LAYERS = 4
 RIGHT, WRONG, EMPTY = "#228833", "#AAB2BD", "#EEF0F3"  # bars of names
-
-
-def maps_to_draw(samples: Sequence[SampleRouting], layers: dict[str, int]) -> list[tuple[str, int, int]]:
-    """Up to `MAX_LAYERS` of the layers that see patches, evenly spaced in depth; what `draw_maps` takes.
-
-    `layers` is {name: number of experts}, in the order of `sample.patches`.
-    """
-    seen = [
-        (name, num_experts, index)
-        for index, (name, num_experts) in enumerate(layers.items())
-        if samples and samples[0].patches[index] is not None
-    ]
-    return spread(seen, MAX_LAYERS)
-
-
-def draw_maps(
-    samples: Sequence[SampleRouting],
-    layers: Sequence[tuple[str, int, int]],
-    class_names: Sequence[str] | None,
-    *,
-    names: bool = False,
-    title: str | None = "Where the patches go",
-) -> Figure:
-    """Images beside their routing maps: each patch in the colour of its best expert that had capacity.
-
-    Args:
-        samples: the images, one to a row (two to a row where there are many).
-        layers: (name, number of experts, index in `sample.patches`) of the layers to draw.
-        class_names: names of the labels.
-        names: draw the likeliest names as bars too.
-        title: at the top, or None.
-    """
-    columns = 2 if len(samples) > (1 if names else 2) and len(layers) <= 4 else 1
-    experts = sorted({int(e) for one in samples for *_, i in layers for e in np.unique(one.patches[i].best_kept)})
-    cell, gap, caption, header, bars = 1.25, 0.1, 0.3, 0.75, 2.7 if names else 0.0  # inches
-    card = (1 + len(layers)) * (cell + gap) + bars + 0.25
-    rows = math.ceil(len(samples) / columns)
-    width = max(5.0, columns * card + 0.2)
-    swatches = min(12, int(width))  # in a row of the legend
-    height = header + rows * (cell + caption) + 0.3 + 0.2 * math.ceil(max(1, len(experts)) / swatches)
-    with style.look(constrained=False):
-        figure = style.new_figure(width, height)
-
-        def text(left: float, top: float, content: str, **look: Any) -> None:
-            figure.text(left / width, 1 - top / height, content, va="center", **look)
-
-        def axes(left: float, top: float, wide: float = cell) -> Axes:
-            return figure.add_axes((left / width, 1 - (top + cell) / height, wide / width, cell / height))
-
-        text(0.2, 0.22, title or "", fontsize=11, color=style.INK, weight="bold")
-        if layers:
-            text(0.2, 0.44, "Each patch in the colour of its best expert that had capacity.", color=style.PALE)
-            _draw_legend(figure, experts, swatches)
-        for index, sample in enumerate(samples):
-            column, row = divmod(index, rows)
-            left, top = 0.2 + column * card, header + row * (cell + caption)
-            draw_image(axes(left, top), sample.image)
-            known = _image_name(sample, class_names, int(card / 0.065))
-            text(left, top + cell + 0.12, known, fontsize=7, color=style.INK)
-            if names:
-                _draw_names(axes(left + cell + gap, top, bars - 0.25), sample)
-            for i, (name, num_experts, layer) in enumerate(layers):
-                x = left + bars + (i + 1) * (cell + gap)
-                draw_routing(axes(x, top), sample.image / 255, sample.patches[layer].best_kept, num_experts)
-                if row == 0:
-                    text(x + cell / 2, header - 0.1, style.layer_title(name), color=style.PALE, ha="center")
-    return figure
+CELL, GAP, CAPTION, HEADER, BARS = 1.25, 0.1, 0.3, 0.55, 2.7  # inches
 
 
 def example_figure(
@@ -103,12 +38,11 @@ def example_figure(
     file: str | Path,
     *,
     templates: Sequence[Template] | str | None = None,
-    max_layers: int = 4,
-    title: str | None = None,
 ) -> Path:
-    """Draws images with their five likeliest names and, for each sparse layer, the expert of every patch.
+    """Draws images with their five likeliest names and, for up to four sparse layers, the expert of every patch.
 
-    Patches that no expert took are grey and hatched. The image is shown as the model sees it, after its preprocessing.
+    Patches that no expert took are grey and hatched. The image is shown as the model sees it. ValueError: no samples,
+    or class names that do not fit the model.
 
     Args:
         model: a classifier, or a contrastive model; a dense one has no maps.
@@ -116,38 +50,68 @@ def example_figure(
         class_names: what the images may be called.
         tokenizer, templates: of a contrastive model, see `vmoe.evaluation.zero_shot.resolve_templates`.
         file: where to write, which is returned; the ending picks the format (.png, .svg, .pdf).
-        max_layers: at most so many sparse layers, evenly spaced in depth.
-        title: a line at the top.
-
-    Raises:
-        ValueError: no samples, or class names that do not fit the model.
     """
     if not samples:
         raise ValueError("example_figure needs at least one sample")
     model = unwrap_model(model)
-    transform = build_transform(preprocess_config(model), None)
-    device = next(model.parameters()).device
-    subject = LoadedModel(model, tokenizer, transform, device, "float32", "the model", Path())
+    transform, device = build_transform(preprocess_config(model), None), next(model.parameters()).device
+    loaded = LoadedModel(model, tokenizer, transform, device, "float32", "the model", Path())
     images = [sample.image for sample in samples]
-    layers, found = route_images(subject, images, class_names=class_names, templates=templates)
+    found = route_images(loaded, images, class_names=class_names, templates=templates)
     for sample, given in zip(found, samples, strict=True):
         sample.label = given.label
-    maps = maps_to_draw(found, {name: layer.num_experts for name, layer in layers.items()})
-    figure = draw_maps(found, spread(maps, max_layers), class_names, names=True, title=title)
-    return style.save_figure(figure, Path(file))
+    layers = {name: layer.num_experts for name, layer in sparse_layers(loaded, required=False).items()}
+    return style.save_figure(draw_maps(found, layers, class_names), Path(file))
 
 
-def _image_name(sample: SampleRouting, class_names: Sequence[str] | None, length: int) -> str:
+def draw_maps(samples: Sequence[SampleRouting], layers: dict[str, int], class_names: Sequence[str]) -> Figure:
+    """The figure of `example_figure`, two images to a row.
+
+    `layers` is {name: number of experts}, in the order of `sample.patches`; of those that see patches `MAX_LAYERS` are
+    drawn, evenly spaced in depth.
+    """
+    seen = [(name, i) for i, name in enumerate(layers) if samples[0].patches[i] is not None]
+    drawn = [seen[index] for index in evenly_spaced(len(seen), MAX_LAYERS)]
+    experts = sorted({int(e) for one in samples for _, i in drawn for e in np.unique(one.patches[i].best_kept)})
+    columns = min(2, len(samples))
+    rows = math.ceil(len(samples) / columns)
+    card = (1 + len(drawn)) * (CELL + GAP) + BARS + 0.25
+    width = max(5.0, columns * card + 0.2)
+    swatches = min(12, int(width))  # in a row of the legend
+    height = HEADER + rows * (CELL + CAPTION) + 0.3 + 0.2 * math.ceil(max(1, len(experts)) / swatches)
+    with style.look(constrained=False):
+        figure = style.new_figure(width, height)
+
+        def text(left: float, top: float, content: str, **look: Any) -> None:
+            figure.text(left / width, 1 - top / height, content, va="center", **look)
+
+        def axes(left: float, top: float, wide: float = CELL) -> Axes:
+            return figure.add_axes((left / width, 1 - (top + CELL) / height, wide / width, CELL / height))
+
+        if drawn:
+            text(0.2, 0.2, "Each patch in the colour of its best expert that had capacity.", color=style.PALE)
+            _draw_legend(figure, experts, swatches)
+        for index, sample in enumerate(samples):
+            column, row = divmod(index, rows)
+            left, top = 0.2 + column * card, HEADER + row * (CELL + CAPTION)
+            draw_image(axes(left, top), sample.image)
+            name = _image_name(sample, class_names, int(card / 0.065))
+            text(left, top + CELL + 0.12, name, fontsize=7, color=style.INK)
+            _draw_names(axes(left + CELL + GAP, top, BARS - 0.25), sample)
+            for i, (layer, position) in enumerate(drawn):
+                x = left + BARS + (i + 1) * (CELL + GAP)
+                draw_routing(axes(x, top), sample.image / 255, sample.patches[position].best_kept, layers[layer])
+                if row == 0:
+                    text(x + CELL / 2, HEADER - 0.1, style.layer_title(layer), color=style.PALE, ha="center")
+    return figure
+
+
+def _image_name(sample: SampleRouting, class_names: Sequence[str], length: int) -> str:
     """The line below an image, in `length` characters: what it is, and what the model takes it for."""
-    known = sample.caption
-    if known is None and sample.label is not None and class_names is not None:
-        known = class_names[sample.label]
-    guess, share = sample.top_classes[0] if sample.top_classes else (None, 0)
-    right = guess is None or guess == known
-    if sample.top_labels and sample.label is not None:
-        right = sample.top_labels[0] == sample.label
-    if right:
-        return shorten(known or Path(sample.path).name, length)
+    known = None if sample.label is None else class_names[sample.label]
+    guess, share = sample.top_classes[0]
+    if known is not None and sample.top_labels[0] == sample.label:
+        return shorten(known, length)
     if known is None:
         return f"model: {shorten(guess, length - 12)} {share:.0%}"
     guess = shorten(guess, (length - 16) // 2)
@@ -222,9 +186,3 @@ def shorten(name: str, length: int) -> str:
         return name
     half = (length - 1) // 2
     return f"{name[:half].rstrip()}…{name[-(length - 1 - half) :].lstrip()}"
-
-
-def spread(items: Sequence, count: int) -> list:
-    """At most `count` of the items, evenly spaced."""
-    indices = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
-    return [items[index] for index in indices]

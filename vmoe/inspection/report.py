@@ -24,7 +24,14 @@ from PIL import Image
 from rich.console import Console
 
 from vmoe.inspection import style
-from vmoe.inspection.results import LayerStatistics, RoutingStatistics, SampleRouting, TokenRouting, TypicalPatch
+from vmoe.inspection.results import (
+    LayerStatistics,
+    RoutingStatistics,
+    SampleRouting,
+    TokenRouting,
+    TypicalPatch,
+    evenly_spaced,
+)
 from vmoe.utils.files import atomic_file
 
 MAX_BYTES = 15_000_000  # of the file; beyond it, fewer images are shown
@@ -102,7 +109,7 @@ def report_data(statistics: RoutingStatistics, max_bytes: int = MAX_BYTES) -> di
     }
 
     def with_images(number: int) -> dict[str, Any]:
-        shown = np.linspace(0, len(samples) - 1, number).round().astype(int).tolist()
+        shown = evenly_spaced(len(samples), number)
         return {
             **data,
             "layers": [{**layer, **_layer_routing(statistics, i, shown)} for i, layer in enumerate(layers)],

@@ -19,6 +19,11 @@ from vmoe.utils.files import atomic_file
 MOST_TELLING = 10  # classes and text tokens listed for each expert
 
 
+def evenly_spaced(length: int, count: int) -> list[int]:
+    """At most `count` indices of a list, evenly spaced."""
+    return np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()
+
+
 @dataclass
 class TypicalPatch:
     """A patch whose gate value (`weight`, 0..1) for an expert is large."""
