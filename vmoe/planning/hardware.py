@@ -31,9 +31,8 @@ class Hardware:
         return self.memory * GiB * (1 - RESERVE)
 
     def gather(self, size: float, ranks: Sequence[int], per_node: int) -> float:
-        """Seconds of a ring all-gather or reduce-scatter of `size` bytes in total; an all-reduce is both.
-
-        `per_node` consecutive ranks share a machine; the members of a machine use all their adapters.
+        """Seconds of a ring all-gather or reduce-scatter of `size` bytes in total; an all-reduce is both. `per_node`
+        consecutive ranks share a machine, whose members use all their adapters.
         """
         n, local = len(ranks), _on_first_machine(ranks, per_node)
         machines = n / local
@@ -71,10 +70,8 @@ HARDWARE = {
 def pick_hardware(name: str, changes: dict[str, float]) -> Hardware:
     """The entry `name` of `HARDWARE` with some numbers replaced; a ConfigError names what is not known or not > 0."""
     if name not in HARDWARE:
-        raise ConfigError(
-            f"--gpu must be one of {', '.join(HARDWARE)}, got {name!r}; for another one take the nearest and give its "
-            "numbers as --hardware.KEY"
-        )
+        another = "for another one take the nearest and give its numbers as --hardware.KEY"
+        raise ConfigError(f"--gpu must be one of {', '.join(HARDWARE)}, got {name!r}; {another}")
     known = [field.name for field in fields(Hardware) if field.name != "foreach"]
     for key, value in changes.items():
         if key not in known:

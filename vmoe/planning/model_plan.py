@@ -29,10 +29,8 @@ class Unit:
     experts: bool
 
     def bytes(self, mesh: MeshSize, trained_only: bool = False) -> int:
-        """Bytes in the process that holds most of them.
-
-        FSDP2 cuts one dimension into `dp_shard` equal parts, so of a dimension of 1 (class token, position embedding)
-        every process has the whole.
+        """Bytes in the process that holds most of them: FSDP2 cuts one dimension into `dp_shard` equal parts, so of a
+        dimension of 1 (class token, position embedding) every process has the whole.
         """
         held = 0
         for parameter in self.parameters:
@@ -76,15 +74,13 @@ def make_model(config: Config) -> tuple[nn.Module, list[str]]:
 def model_units(model: nn.Module) -> list[Unit]:
     """All parameters in the units of `vmoe.distributed.parallelize`, in the order in which their forward passes end."""
     experts = [name for name, module in model.named_modules() if isinstance(module, Experts)]
-    names: list[tuple[str, bool]] = []
-    for mlp in block_mlps(model):
-        block = mlp.removesuffix(".mlp")
-        names += [(name, True) for name in experts if name.startswith(block + ".")]
-        names.append((block, False))
+    names = []
+    for block in (mlp.removesuffix(".mlp") for mlp in block_mlps(model)):
+        names += [*(name for name in experts if name.startswith(f"{block}.")), block]
     seen: set[int] = set()
     units = []
-    for name, is_experts in [*names, ("", False)]:
+    for name in [*names, ""]:
         own = [parameter for parameter in model.get_submodule(name).parameters() if id(parameter) not in seen]
         seen.update(map(id, own))
-        units.append(Unit(name, own, is_experts))
+        units.append(Unit(name, own, name in experts))
     return units

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -20,9 +21,7 @@ def show(
 ) -> None:
     """Prints the plan: the `top` best of the `ranked` candidates, and why others are left out."""
 
-    def line(text: str) -> None:
-        console.print(text, highlight=False, markup=False)
-
+    line = partial(console.print, highlight=False, markup=False)
     (total, active), times = count_parameters(planner.model), planner.config.train.accumulate_steps
     line(
         f"{total / 1e6:,.1f} M parameters, {active / 1e6:,.1f} M active; batch {planner.config.data.loader.batch_size} "
@@ -53,7 +52,7 @@ def show(
 
 
 def _tables(shown: list[Candidate], usable: float) -> Iterator[MetricTable]:
-    """The tables that have columns: those of kinds that are not zero everywhere."""
+    """Tables with the columns of kinds that are not zero everywhere."""
     meshes = "Meshes (dp_replicate x dp_shard x ep), best first; ckpt: train.grad_checkpointing"
     memory = f"GiB of one process when most is needed, of {usable / GiB:.1f} usable"
     for title, form, unit, rows in (

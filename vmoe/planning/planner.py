@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 from vmoe.distributed.mesh import MeshSize
 from vmoe.moe import SparseMoE
@@ -66,7 +66,7 @@ class Planner:
             self.precision = "bf16" if hardware.half_tflops > hardware.float32_tflops else "float32"
         self.model, self.notes = make_model(config)
         self.units = model_units(self.model)
-        self._step = cache(self._simulate)
+        self._steps: dict[bool, Step] = {}  # with and without checkpointing
 
     def meshes(self) -> tuple[list[MeshSize], dict[MeshSize, str]]:
         """(possible meshes, {impossible ones: reason}); their sizes multiply to the number of processes."""
@@ -77,16 +77,15 @@ class Planner:
         return [mesh for mesh in every if mesh not in reasons], reasons
 
     def _obstacle(self, mesh: MeshSize) -> str | None:
-        config, sharded = self.config, not mesh.is_plain
+        sharded, name = not mesh.is_plain, self.config.optim.name
         numbers = {layer.num_experts for layer in self.model.modules() if isinstance(layer, SparseMoE)}
         uneven = ", ".join(str(number) for number in numbers if number % mesh.ep)
         widths = {parameter.shape[1] for unit in self.units if unit.experts for parameter in unit.parameters}
         odd = ", ".join(str(width) for width in widths if mesh.ep > 1 and width % mesh.dp_shard)
-        name = config.optim.name
         reasons = {
             f"optim.name {name!r} does not work on sharded weights": sharded and name.lower() not in SHARDABLE,
-            "train.precision fp16 needs dp_shard = ep = 1": sharded and config.train.precision == "fp16",
-            "model.pretrained_optimizer needs dp_shard = ep = 1": sharded and config.model.pretrained_optimizer,
+            "train.precision fp16 needs dp_shard = ep = 1": sharded and self.config.train.precision == "fp16",
+            "model.pretrained_optimizer needs dp_shard = ep = 1": sharded and self.config.model.pretrained_optimizer,
             "ep > 1 needs experts, and the model has none": mesh.ep > 1 and not numbers,
             f"ep is no divisor of the {uneven} experts": uneven,
             f"with ep > 1, dp_shard must divide the experts' width {odd}": odd,
@@ -95,13 +94,13 @@ class Planner:
 
     def candidate(self, mesh: MeshSize, grad_checkpointing: bool) -> Candidate:
         """Memory and time of a mesh."""
-        step = self._step(grad_checkpointing)
+        if grad_checkpointing not in self._steps:
+            self.model.set_grad_checkpointing(grad_checkpointing)
+            step = simulate_step(self.model, self.local_batch, self.config.train.loss, self.world)
+            self._steps[grad_checkpointing] = step
+        step = self._steps[grad_checkpointing]
         memory = self._memory(mesh, step, grad_checkpointing)
         return Candidate(mesh, grad_checkpointing, memory, *self._time(mesh, step, memory), self.hardware.usable)
-
-    def _simulate(self, grad_checkpointing: bool) -> Step:
-        self.model.set_grad_checkpointing(grad_checkpointing)
-        return simulate_step(self.model, self.local_batch, self.config.train.loss, self.world)
 
     @cached_property
     def _state(self) -> dict[int, int]:
@@ -115,14 +114,13 @@ class Planner:
         """{kind: bytes} at the moment of the backward pass, or of the optimizer's step, when the sum is largest."""
         train, low = self.config.train, self.precision != "float32"
         weights, gradients = self._bytes(mesh), self._bytes(mesh, trained_only=True)
-        share = {experts: self._bytes(mesh, True, experts) / max(1, self._bytes(ALONE, True, experts))
-                 for experts in (True, False)}  # fmt: skip
-        owners = [(share[unit.experts], id(parameter)) for unit in self.units for parameter in unit.parameters]
-        always = {
-            "weights": weights,
-            "optimizer": sum(part * self._state.get(owner, 0) for part, owner in owners),
-            "EMA": weights if train.ema_decay is not None else 0,
-        }
+        others, experts = (
+            self._bytes(mesh, True, which) / max(1, self._bytes(ALONE, True, which)) for which in (False, True)
+        )
+        state = 0
+        for unit in self.units:
+            state += (experts if unit.experts else others) * sum(self._state.get(id(one), 0) for one in unit.parameters)
+        always = {"weights": weights, "optimizer": state, "EMA": weights if train.ema_decay is not None else 0}
         # DDP's buckets stay, and so do gradients that are accumulated, which FSDP2 reduces after every part of a step.
         stay = (mesh.is_plain and mesh.world > 1) or train.accumulate_steps > 1
         # Autocast keeps copies of the weights in 16 bits; with checkpointing those of the block at work.
@@ -131,27 +129,24 @@ class Planner:
         *_, second, largest = sorted([0, 0, *(p.nbytes for p in self.model.parameters() if p.requires_grad)])
         temporary = gradients if self.hardware.foreach else 2 * largest + second
         temporary *= not self.config.optim.kwargs.get("fused")
-        gathered = 0 if mesh.is_plain else self._gathered(mesh)
+        always_in_backward = {
+            **always,
+            "all-to-all": BUFFERS * max(step.exchanges, default=0) if mesh.ep > 1 else 0,
+            "copies": max(copies) if grad_checkpointing else sum(copies),
+            "gathered": 0 if mesh.is_plain else self._gathered(mesh),
+        }
         moments = [{**always, "gradients": gradients, "step": temporary}]
-        for activations, of_experts, others in step.peaks:
-            ready = of_experts * share[True] + others * share[False]
-            moments.append(
-                {
-                    **always,
-                    "gradients": gradients if stay else ready,
-                    "activations": activations * (AUTOCAST[grad_checkpointing] if low else 1),
-                    "all-to-all": BUFFERS * max(step.exchanges, default=0) if mesh.ep > 1 else 0,
-                    "copies": max(copies) if grad_checkpointing else sum(copies),
-                    "gathered": gathered,
-                }
-            )
+        for activations, of_experts, of_others in step.peaks:
+            ready = gradients if stay else of_experts * experts + of_others * others
+            activations *= AUTOCAST[grad_checkpointing] if low else 1
+            moments.append({**always_in_backward, "gradients": ready, "activations": activations})
         return max(moments, key=lambda sizes: sum(sizes.values()))
 
     def _gathered(self, mesh: MeshSize) -> float:
-        """The most that FSDP2 keeps beside its shards, while a unit is at work.
+        """The most that FSDP2 keeps beside its shards.
 
-        The rest of the model and the unit are whole, with their gradients; experts that are cut along the width have
-        another copy. The block around it is whole too, and the next one is gathered meanwhile.
+        The rest of the model and a unit with their gradients (experts that are cut along the width have another copy),
+        the block around it, and the next one, which is gathered meanwhile.
         """
         *units, rest = self.units
         sizes = (unit.bytes(mesh) * (3 if unit.experts and mesh.ep > 1 else 2) for unit in units)

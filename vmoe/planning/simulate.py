@@ -95,9 +95,9 @@ class Step:
 
 
 def simulate_step(model: nn.Module, batch_size: int, loss: str = "softmax", num_processes: int = 1) -> Step:
-    """The forward and backward pass of one process on `batch_size` images (pairs).
+    """The forward and backward pass of one process on `batch_size` images (pairs), of a meta model in training mode.
 
-    The model is on the meta device, in training mode. A contrastive loss compares with the features of all processes.
+    A contrastive loss compares with the features of all processes.
     """
     layers = [module for module in model.modules() if isinstance(module, Experts)]
     experts = {id(parameter): parameter.numel() for layer in layers for parameter in layer.parameters()}
@@ -105,9 +105,7 @@ def simulate_step(model: nn.Module, batch_size: int, loss: str = "softmax", num_
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)  # exists already, so that only `ready` counts it
     known = [*model.parameters(), *model.buffers(), *(parameter.grad for parameter in trained)]
-    tracker, ready = Tracker(known, experts.values()), {True: 0, False: 0}
-    peaks: list[tuple[int, int, int]] = []
-    exchanges: list[int] = []
+    tracker, ready, peaks, exchanges = Tracker(known, experts.values()), {True: 0, False: 0}, [], []
 
     def gradient_ready(parameter: nn.Parameter) -> None:
         ready[id(parameter) in experts] += parameter.nbytes
@@ -167,10 +165,8 @@ def optimizer_state(model: nn.Module, config: OptimConfig) -> dict[int, int]:
         for _ in range(int(optimizer.param_groups[0].get("lookahead_k", 1))):  # the last of them makes Lookahead's own
             optimizer.step()
     except (RuntimeError, NotImplementedError) as error:
-        raise ConfigError(
-            f"optim.name {config.name!r} cannot be planned, because its step reads values ({error}); plan with a "
-            "relative, such as adamw"
-        ) from error
+        reason = f"because its step reads values ({error}); plan with a relative, such as adamw"
+        raise ConfigError(f"optim.name {config.name!r} cannot be planned, {reason}") from error
     finally:
         model.zero_grad(set_to_none=True)
     return {
