@@ -8,7 +8,7 @@ from PIL import Image
 
 from vmoe.inspection import style
 from vmoe.inspection.information import contributions, most_telling_names
-from vmoe.inspection.maps import _image_name, draw_maps
+from vmoe.inspection.maps import draw_maps
 from vmoe.inspection.plots import load_figure, patch_figure, split_figure, write_figures
 from vmoe.inspection.results import TokenRouting
 
@@ -114,16 +114,6 @@ def test_awkward_characters_are_drawn_without_a_word(example_statistics, tmp_pat
     assert len(awkward) >= 2
     assert not any(text.get_parse_math() for text in awkward)
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
-
-
-def test_right_or_wrong_is_told_by_the_index_of_the_class(example_statistics):
-    sample = example_statistics(text=False).samples[0]
-    names = ["crane", "crane", "dog"]  # a bird and a machine
-    sample.label, sample.top_classes = 0, [("crane", 0.7)]
-    sample.top_labels = [1]
-    assert _image_name(sample, names, 60) == "crane (model: crane 70%)"
-    sample.top_classes, sample.top_labels = [("crane bird", 0.7)], [0]  # the name in prompts
-    assert _image_name(sample, names, 60) == "crane"
 
 
 def test_layer_titles_are_unique():

@@ -41,11 +41,10 @@ class Piece(NamedTuple):
 
 
 class IndexEntry(NamedTuple):
-    """What the index says of one array: its chunks, and the number of the shard that holds each."""
+    """What the index says of one array; `shards` are the numbers of those that hold its chunks."""
 
     shape: Shape
     dtype: str
-    boxes: list[Box]
     shards: list[Any]
 
 
@@ -160,10 +159,10 @@ def _extension(code: int, data: bytes) -> Piece | Box | IndexEntry:
         return _box(data)
     if code != 8:  # its entries of an index
         raise ValueError(f"its extension type {code} is not known")
-    header, chunks, shards = _unpack(data)
+    header, _, shards = _unpack(data)
     shape, dtype, *_ = _unpack(header)
     itemsize(dtype)
-    return IndexEntry(sizes(shape), dtype, [_box(chunk) for chunk in chunks], list(shards))
+    return IndexEntry(sizes(shape), dtype, list(shards))
 
 
 def _array(data: bytes) -> Piece:

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from vmoe.convert.arrays import CheckpointError, StoredArray, list_names, optional_package
-from vmoe.utils.files import read_json
 from vmoe.utils.printable import printable
 
 logger = logging.getLogger("vmoe.convert")
 
 # A chunk is decoded in one go, and a hostile one may be much larger than its array, or as small as a number.
-MAX_METADATA_BYTES, MAX_CHUNK_BYTES, MAX_CHUNKS = 64 * 2**20, 4 * 2**30, 2**16
+MAX_CHUNK_BYTES, MAX_CHUNKS = 4 * 2**30, 2**16
 _ERRORS = (ValueError, KeyError, IndexError, OSError, RuntimeError, NotImplementedError)  # tensorstore's
 _MARKS = ("manifest.ocdbt", "_METADATA", "checkpoint")
 _STEP = re.compile(r"((?!.*orbax-checkpoint-tmp).*?)([0-9]+)")  # not what Orbax is still writing
@@ -30,25 +29,21 @@ def find_orbax(folder: Path, step: int | None = None) -> Path | None:
     """
     if step is None and _is_marked(folder):
         return folder
-    matches = [match for path in folder.glob("*") if path.is_dir() and (match := _STEP.fullmatch(path.name))]
-    matches = sorted((m for m in matches if step in (None, int(m[2]))), key=lambda match: int(match[2]))
-    if not matches:
+    steps = {path.name: match for path in folder.glob("*") if path.is_dir() and (match := _STEP.fullmatch(path.name))}
+    names = [name for name, match in steps.items() if step in (None, int(match[2]))]
+    names.sort(key=lambda name: int(steps[name][2]))
+    if not names:
         return _arrays_in(folder) if step is None else None
-    complete = [match for match in matches if _arrays_in(folder / match[0])]
+    complete = [name for name in names if _arrays_in(folder / name)]
     if not complete:
         raise CheckpointError(
-            f"{folder} holds no arrays in {_listed(matches)}, saves that never ended: give another folder or step"
+            f"{folder} holds no arrays in {list_names(names)}, saves that never ended: give another folder or step"
         )
-    if len({match[1] for match in complete}) > 1:
-        raise CheckpointError(f"{folder} holds several checkpoints, {_listed(complete)}: give the path of one")
-    newest = complete[-1]
-    if newer := matches[matches.index(newest) + 1 :]:
-        logger.warning("%s holds no arrays in %s: %s is read", folder, _listed(newer), newest[0])
-    return _arrays_in(folder / newest[0])
-
-
-def _listed(matches: list[re.Match]) -> str:
-    return list_names([match[0] for match in matches])
+    if len({steps[name][1] for name in complete}) > 1:
+        raise CheckpointError(f"{folder} holds several checkpoints, {list_names(complete)}: give the path of one")
+    if newer := names[names.index(complete[-1]) + 1 :]:
+        logger.warning("%s holds no arrays in %s: %s is read", folder, list_names(newer), complete[-1])
+    return _arrays_in(folder / complete[-1])
 
 
 def _is_marked(folder: Path) -> bool:
@@ -101,12 +96,11 @@ def open_orbax(folder: str | Path) -> dict[str, StoredArray]:
     formats = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
     drivers = {key.removesuffix(end): driver for key in keys for end, driver in formats.items() if key.endswith(end)}
     arrays = {}
-    for name, key in _names(folder, drivers).items():
-        if key not in drivers:
-            raise CheckpointError(f"{folder} has lost {name}: _METADATA names it, the store does not hold it")
+    for key, driver in sorted(drivers.items()):
+        name = key.replace(".", "/")
         inner = {**base, "path": f"{base['path']}{key}/" if base is plain else key}
         try:
-            store = ts.open({"driver": drivers[key], "kvstore": inner}, open=True, read=True).result()
+            store = ts.open({"driver": driver, "kvstore": inner}, open=True, read=True).result()
         except _ERRORS as error:
             raise CheckpointError(f"{name} in {folder} cannot be opened: {printable(error)[:300]}") from error
         arrays[name] = _stored(store, f"{name} in {folder}")
@@ -115,20 +109,3 @@ def open_orbax(folder: str | Path) -> dict[str, StoredArray]:
         if base is plain and own < wanted:
             raise CheckpointError(f"{name} in {folder} has lost {wanted - own} of its {wanted} chunks")
     return arrays
-
-
-def _names(folder: Path, keys: dict[str, str]) -> dict[str, str]:
-    """{name with slashes: key in the store}, in the order of the tree where the folder describes it."""
-    file = folder / "_METADATA"
-    if not file.is_file():
-        return {key.replace(".", "/"): key for key in sorted(keys)}
-    try:
-        tree = read_json(file, MAX_METADATA_BYTES)["tree_metadata"].values()
-        paths = [
-            [str(part["key"]) for part in leaf["key_metadata"]]
-            for leaf in tree
-            if leaf["value_metadata"].get("value_type") not in ("None", "Dict", "List")
-        ]
-    except (*_ERRORS, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is damaged: {printable(error)[:300]}") from error
-    return {"/".join(path): ".".join(path) for path in paths}

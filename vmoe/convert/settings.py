@@ -9,11 +9,8 @@ import numpy as np
 from vmoe.convert.section import COUNT, FLAG, NOT_NEGATIVE, NUMBER, PAIR, POSITIVE, RATE, SIZE, ConfigError, Section
 from vmoe.moe.dispatch import expert_capacity
 
-Shapes = Mapping[str, tuple[int, ...]]
-
 MAX_SIDE, MAX_DEPTH = 2**14, 1000  # pixels of an image's side; blocks, each of which takes time to build
-# A registered name for each known size, so that a file says what it is; every setting is given beside it.
-_ANY_SIZE = "vmoe_base_patch16_224"
+# A registered name for each known (width, depth, patch), so that a file says what it is; every setting is given too.
 _NAMES = {
     (512, 8, 32): "vmoe_small_patch32_224",
     (768, 12, 32): "vmoe_base_patch32_224",
@@ -21,16 +18,13 @@ _NAMES = {
     (1024, 24, 16): "vmoe_large_patch16_224",
     (1280, 32, 14): "vmoe_huge_patch14_224",
 }
-# The reference's words and ours; `reference_config` reads these tables the other way. A classifier is (global_pool,
-# whether there is a class token).
+# The reference's words and ours, read the other way by `reference_config`. A classifier is (global_pool, class_token).
 CLASSIFIERS = {"token": ("token", True), "0": ("token", False), "gap": ("avg", False), "map": ("map", False)}
-ROUTERS = {
-    "NoisyTopExpertsPerItemRouter": "top_k",
-    "NoisyTopItemsPerExpertRouter": "expert_choice",
-    "SoftRouter": "soft",
-}
-_ROUTER_MODULES = dict.fromkeys(ROUTERS, "vmoe.nn.routing") | {"SoftRouter": "vmoe.projects.soft_moe.router"}
-_TOWERS = "vmoe.projects.contrastive.models"
+TOP_K, EXPERT_CHOICE, SOFT = "NoisyTopExpertsPerItemRouter", "NoisyTopItemsPerExpertRouter", "SoftRouter"
+ROUTERS = {TOP_K: "top_k", EXPERT_CHOICE: "expert_choice", SOFT: "soft"}
+_ROUTING, _SOFT, _TWO_TOWER = "vmoe.nn.routing", "vmoe.projects.soft_moe.router", "vmoe.projects.contrastive.models"
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def model_settings(
@@ -61,8 +55,7 @@ def stored_grid(config: Mapping[str, Any], tokens: int, prefix: int, new: tuple[
     top = Section(config)
     image = top.section("image") if "image" in top.values else top
     size = top.get("image_size", PAIR, None) or image.get("image_size", PAIR, None) or (0, 0)
-    patch = image.get("patch_size", PAIR)
-    side = math.isqrt(max(0, tokens - prefix))
+    patch, side = image.get("patch_size", PAIR), math.isqrt(max(0, tokens - prefix))
     for grid in ((size[0] // patch[0], size[1] // patch[1]), (side, side), new):
         if math.prod(grid) == tokens - prefix > 0:
             return grid
@@ -70,13 +63,16 @@ def stored_grid(config: Mapping[str, Any], tokens: int, prefix: int, new: tuple[
     raise ValueError(f"{tokens} position embeddings are no square grid {kind} a class token, as the model is")
 
 
+# --- towers ----------------------------------------------------------------------------------------------------------
+
+
 def _two_tower(top: Section, shapes: Shapes, context_length: int | None) -> dict[str, Any]:
-    top.call("name", "TwoTower", {"TwoTower": _TOWERS})
+    top.call("name", "TwoTower", {"TwoTower": _TWO_TOWER})
     image_section = top.section("image")
     if (size := top.take("image_size", None)) is not None:
         image_section.values["image_size"] = size
     image = _image(image_section, shapes, "img/")
-    text = _text(top.section("text"), shapes, context_length)
+    text = _text(top.section("text"), _stored_positions(shapes, "txt/"), context_length)
     width = image["num_classes"] or image.get("representation_size") or image["embed_dim"]
     text_width = text["num_classes"] or text["width"]
     if width != text_width:
@@ -87,36 +83,26 @@ def _two_tower(top: Section, shapes: Shapes, context_length: int | None) -> dict
     return settings if bias is None else {**settings, "init_logit_bias": bias}
 
 
-# --- towers ----------------------------------------------------------------------------------------------------------
-
-
 def _image(config: Section, shapes: Shapes, tower: str = "") -> dict[str, Any]:
     config.call("name", "VisionTransformerMoe", {"VisionTransformerMoe": "vmoe.nn.vit_moe"})
-    width, patch = config.get("hidden_size", SIZE), config.get("patch_size", PAIR)
+    patch, representation = config.get("patch_size", PAIR), config.get("representation_size", SIZE, None)
     pool, class_token = config.choice("classifier", "token", CLASSIFIERS)
-    representation = config.get("representation_size", SIZE, None)
-    encoder = config.section("encoder")
-    position = encoder.section("position_emb")
-    positions = position.choice("name", "learned", {"learned": "learn", "none": "none", "sincos2d": "sincos2d"})
-    temperature = position.get("temperature", POSITIVE, 10_000.0)
-    position.finish("h", "w")
-    size = _image_size(config, patch, None if positions != "learn" else _stored_positions(shapes, tower) - class_token)
-    blocks, dropout, attention_dropout = _encoder(encoder, width)
-    settings = {
-        "name": _NAMES.get((width, blocks["depth"], patch[0]), _ANY_SIZE),
+    width, encoder, settings = _tower(config, {"learned": "learn", "none": "none", "sincos2d": "sincos2d"})
+    dropout = encoder.get("dropout_rate", RATE, 0.0)
+    learned = settings["pos_embed"] == "learn"
+    size = _image_size(config, patch, _stored_positions(shapes, tower) - class_token if learned else None)
+    settings |= {
+        "name": _NAMES.get((width, settings["depth"], patch[0]), "vmoe_base_patch16_224"),
         "img_size": size or [max(1, 224 // side) * side for side in patch],
         "patch_size": list(patch),
-        "num_classes": config.get("num_classes", COUNT, optional=True) or 0,
         "embed_dim": width,
         "class_token": class_token,
         "global_pool": pool,
         "fc_norm": False,
-        "pos_embed": positions,
-        "pos_temperature": temperature,
+        "pos_temperature": encoder.section("position_emb").get("temperature", POSITIVE, 10_000.0),
         "pos_drop_rate": dropout,
         "proj_drop_rate": dropout,
-        "attn_drop_rate": attention_dropout,
-        **blocks,
+        "attn_drop_rate": encoder.get("attention_dropout_rate", RATE, 0.0),
     }
     if representation is not None:
         settings["representation_size"] = representation
@@ -148,36 +134,27 @@ def _image_size(config: Section, patch: tuple[int, int], stored: int | None) -> 
     return size and list(size)
 
 
-def _text(config: Section, shapes: Shapes, context_length: int | None) -> dict[str, Any]:
-    config.call("name", "TextTransformer", {"TextTransformer": _TOWERS})
-    width = config.get("hidden_size", SIZE)
-    encoder = config.section("encoder")
-    position = encoder.section("position_emb")
-    positions = position.choice("name", "learned", {"learned": "learn", "none": "none"})
-    position.finish()
-    if positions == "learn":
-        tokens = _stored_positions(shapes, "txt/")
-        if context_length not in (None, tokens):
-            raise ConfigError(f"context_length is {context_length}, the text tower has {tokens} position embeddings")
-        context_length = tokens
+def _text(config: Section, stored: int, context_length: int | None) -> dict[str, Any]:
+    config.call("name", "TextTransformer", {"TextTransformer": _TWO_TOWER})
+    width, encoder, settings = _tower(config, {"learned": "learn", "none": "none"})
+    if settings["pos_embed"] == "learn":
+        if context_length not in (None, stored):
+            raise ConfigError(f"context_length is {context_length}, the text tower has {stored} position embeddings")
+        context_length = stored
     if type(context_length) is not int or context_length < 1:
         raise ConfigError(
             f"context_length must be a whole number >= 1, got {context_length!r}: the text tower has no position "
             "embeddings that tell the length of texts"
         )
-    blocks, *dropouts = _encoder(encoder, width)
-    for name, rate in zip(("dropout_rate", "attention_dropout_rate"), dropouts):
-        if rate:
+    for name in ("dropout_rate", "attention_dropout_rate"):
+        if rate := encoder.get(name, RATE, 0.0):
             raise encoder.wrong(name, rate, "0: text towers have no dropout here, and it acts in training only")
-    settings = {
+    settings |= {
         "vocab_size": config.get("vocab_size", SIZE),
         "context_length": context_length,
         "width": width,
-        "num_classes": config.get("num_classes", COUNT, optional=True) or 0,
         "pool": config.choice("pool_type", "last", ["last", "first", "gap", "gmp", "map"]),
         "eot_token_id": None,
-        "pos_embed": positions,
-        **blocks,
     }
     config.finish("head_bias_init", "head_kernel_zero_init")
     return settings
@@ -186,8 +163,10 @@ def _text(config: Section, shapes: Shapes, context_length: int | None) -> dict[s
 # --- blocks and experts ----------------------------------------------------------------------------------------------
 
 
-def _encoder(encoder: Section, width: int) -> tuple[dict[str, Any], float, float]:
-    """Settings of the blocks, and the rates of dropout and of that in the attention."""
+def _tower(config: Section, positions: Mapping[str, str]) -> tuple[int, Section, dict[str, Any]]:
+    """(width, the section of the encoder, settings that both towers have)."""
+    width, encoder = config.get("hidden_size", SIZE), config.section("encoder")
+    position = encoder.section("position_emb")
     depth, heads = encoder.get("num_layers", SIZE), encoder.get("num_heads", SIZE)
     if depth >= MAX_DEPTH:
         raise encoder.wrong("num_layers", depth, f"a whole number < {MAX_DEPTH}")
@@ -199,15 +178,17 @@ def _encoder(encoder: Section, width: int) -> tuple[dict[str, Any], float, float
     mlp_dim, dropout = encoder.get("mlp_dim", SIZE), encoder.get("dropout_rate", RATE, 0.0)
     ratio = mlp_dim / width
     settings = {
+        "num_classes": config.get("num_classes", COUNT, optional=True) or 0,
+        "pos_embed": position.choice("name", "learned", positions),
         "depth": depth,
         "num_heads": heads,
         "mlp_ratio": ratio if int(width * ratio) == mlp_dim else (mlp_dim + 0.5) / width,  # int(width · ratio) is taken
         "qk_norm": encoder.get("attention_qk_norm", FLAG, False),
         **_experts(encoder.section("moe"), depth, mlp_dim, dropout),
     }
-    attention_dropout = encoder.get("attention_dropout_rate", RATE, 0.0)
-    encoder.finish()
-    return settings, dropout, attention_dropout
+    position.finish("h", "w", "temperature")
+    encoder.finish("attention_dropout_rate")
+    return width, encoder, settings
 
 
 def _experts(moe: Section, depth: int, mlp_dim: int, dropout: float) -> dict[str, Any]:
@@ -231,7 +212,7 @@ def _experts(moe: Section, depth: int, mlp_dim: int, dropout: float) -> dict[str
 
 
 def _router(router: Section, E: int, size: int) -> dict[str, Any]:
-    kind = ROUTERS[router.call("name", "NoisyTopExpertsPerItemRouter", _ROUTER_MODULES)]
+    kind = ROUTERS[router.call("name", TOP_K, {TOP_K: _ROUTING, EXPERT_CHOICE: _ROUTING, SOFT: _SOFT})]
     settings = {"router": kind, "noise_std": _noise(router, 0.0 if kind == "soft" else 1.0)}
     if kind == "soft":
         slots, factor = router.get("num_slots", SIZE, None), router.get("capacity_factor", NUMBER, 1.0, optional=True)

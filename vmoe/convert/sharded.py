@@ -38,7 +38,6 @@ def open_sharded(prefix: str | Path) -> dict[str, StoredArray]:
     """
     index_file = Path(f"{prefix}.index")
     entries, shard_count = _read_index(index_file)
-    placed = {(name, *pair) for name, entry in entries.items() for pair in zip(entry.shards, entry.boxes)}
     chunks: dict[str, list[tuple[Box, list[Piece]]]] = {name: [] for name in entries}
     for shard in sorted({shard for entry in entries.values() for shard in entry.shards}):
         file = Path(f"{prefix}.data-{shard:05d}-of-{shard_count:05d}")
@@ -46,13 +45,12 @@ def open_sharded(prefix: str | Path) -> dict[str, StoredArray]:
             needed = next(name for name, entry in entries.items() if shard in entry.shards)
             raise CheckpointError(f"{file} is missing: {index_file.name} says that it holds part of {needed}")
         for name, box, pieces in _read_shard(file, entries):
-            if (name, shard, box) in placed:
-                chunks[name].append((box, pieces))
+            chunks[name].append((box, pieces))
     for name, entry in entries.items():
         if not covers_once(entry.shape, [box for box, _ in chunks[name]]):
+            counts = f"{len(chunks[name])} of {len(entry.shards)} chunks"
             raise CheckpointError(
-                f"the {len(chunks[name])} of {len(entry.boxes)} chunks in the shards of {index_file} do not cover "
-                f"{name}, {entry.shape}, exactly once"
+                f"the {counts} in the shards of {index_file} do not cover {name}, {entry.shape}, exactly once"
             )
     return {name: _stored(entry.shape, entry.dtype, chunks[name]) for name, entry in entries.items()}
 
@@ -70,8 +68,7 @@ def _read_index(file: Path) -> tuple[dict[str, IndexEntry], int]:
     for name, entry in entries.items():
         if not isinstance(entry, IndexEntry):
             raise CheckpointError(f"{file} describes {name} by {type(entry).__name__}, not by a shape and its chunks")
-        known = all(type(shard) is int and 0 <= shard < count for shard in entry.shards)
-        if len(entry.boxes) != len(entry.shards) or not known:
+        if not all(type(shard) is int and 0 <= shard < count for shard in entry.shards):
             raise CheckpointError(f"{file} puts {name} into shards {entry.shards[:8]} of {count}")
     return entries, count
 

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from vmoe.inspection.information import normalized_mutual_information
-from vmoe.inspection.results import LayerStatistics, TokenRouting, TypicalPatch
+from vmoe.inspection.results import MEASURES, LayerStatistics, TokenRouting, TypicalPatch
 from vmoe.moe import LayerRouting, SparseMoE
 
 Decoder = Callable[[Sequence[int]], list[str]]  # ids of text tokens -> their texts
@@ -69,14 +69,13 @@ class LayerSums:
         self, name: str, layer: SparseMoE, num_classes: int | None, num_patches: int, decode: Decoder | None
     ) -> None:
         E, router = layer.num_experts, layer.router_type
-        settings = ("eval_capacity_factor", "batch_priority", "capacity")
         self.statistics = LayerStatistics(
             name=name,
             num_experts=E,
             num_selected_experts=layer.num_selected_experts if router == "top_k" else E,
             router=router,
-            **{setting: getattr(layer, setting) for setting in settings},
-            **{name: {} for name in ("tokens", "asked", "kept", "importance", "entropy", "share_dropped")},
+            **{name: getattr(layer, name) for name in ("eval_capacity_factor", "batch_priority", "capacity")},
+            **{name: {} for name in MEASURES},
             expert_class=None if num_classes is None else np.zeros((E, num_classes)),
             typical_patches=[[] for _ in range(E)],
         )
@@ -101,14 +100,11 @@ class LayerSums:
             asked_BTK = tokens.asked_BTK & real_BT[..., None]
             asked_E = np.bincount(tokens.expert_BTK[asked_BTK], minlength=sums.num_experts)
         logs_SE = np.log(gate_SE, out=np.zeros_like(gate_SE), where=gate_SE > 0)
-        for table, value in (
-            (sums.asked, asked_E),
-            (sums.kept, kept_E),
-            (sums.importance, gate_SE.sum(0)),
-            (sums.tokens, len(gate_SE)),
-            (sums.entropy, -float((gate_SE * logs_SE).sum())),
-            (sums.share_dropped, int((~done_BTE.any(-1) & real_BT).sum())),  # tokens without an expert, until `finish`
-        ):
+        unused, entropy = int((~done_BTE.any(-1) & real_BT).sum()), -float((gate_SE * logs_SE).sum())
+        # Sums until `finish`; of `share_dropped` that of the tokens without an expert.
+        added = (len(gate_SE), asked_E, kept_E, gate_SE.sum(0), unused, entropy)
+        for name, value in zip(MEASURES, added, strict=True):
+            table = getattr(sums, name)
             table[modality] = table.get(modality, 0) + value
         if label_B is not None and sums.expert_class is not None:
             np.add.at(sums.expert_class.T, label_B, done_BTE.sum(1))
@@ -169,7 +165,7 @@ class Agreement:
     """How far two layers sort the tokens of a modality into the same groups; `num_experts` is {layer name: E}.
 
     Counts, for each pair of layers, the tokens by their two first choices (the expert with the largest gate, with or
-    without capacity). Layers that do not see the same tokens as the first one cannot be compared with it.
+    without capacity). Layers that see other tokens than the first one cannot be compared with it.
     """
 
     def __init__(self, num_experts: dict[str, int]) -> None:
@@ -178,7 +174,6 @@ class Agreement:
         self.left_out: dict[str, list[str]] = {}  # {modality: layers that see other tokens than the first}
 
     def add(self, modality: str, layers: dict[str, ModalityTokens]) -> None:
-        """Adds the tokens of one pass; layers that see other tokens than the first one go to `left_out`."""
         tables = self.tables.setdefault(modality, {})
         names = [name for name in self.num_experts if name in layers]
         real_BT = layers[names[0]].real_BT

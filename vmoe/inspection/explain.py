@@ -1,6 +1,6 @@
 """What a model makes of one image, for the demo: probabilities, experts of its patches and of a label's text tokens.
 
-Shapes, by suffix: E experts, K choices of a token, C classes, T text tokens, H and W pixels.
+Shapes, by suffix: E experts, K choices of a token, T text tokens, H and W pixels.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Explanation(NamedTuple):
 
 
 def parse_labels(text: str) -> list[str]:
-    """Labels from what was typed, one per line or separated by commas; ValueError: none."""
+    """Labels from a text, one per line or separated by commas; ValueError: none."""
     labels = [part.strip() for part in re.split(r"[,\n]", text or "") if part.strip()]
     if not labels:
         raise ValueError("Type at least one label: one per line, or separated by commas.")
@@ -79,10 +79,9 @@ def explain(
     labels: Sequence[str] | None = None,
     templates: Sequence[Template] | str | None = None,
 ) -> Explanation:
-    """Probabilities of an image's labels or classes, and the experts of its patches.
+    """Probabilities of an 8-bit RGB image's labels or classes, and the experts of its patches.
 
-    The image is 8-bit RGB; labels and templates (see `resolve_templates`) are for an image-text model. ValueError: bad
-    labels or templates, or an image too large or too narrow for the model.
+    Labels and templates (see `resolve_templates`) are for an image-text model. ValueError: these, or the image's size.
     """
     check_size(image.size)
     if loaded.tokenizer is not None:
@@ -98,8 +97,7 @@ def explain(
 def route_text(
     loaded: LoadedModel, label: str, templates: Sequence[Template] | str | None = None
 ) -> tuple[list[str], dict[str, TokenRouting]]:
-    """The text tokens of a label in the first template, and {layer name: their routing (T, K)} in layers that see text;
-    without the image, as in zero-shot classification."""
+    """The text tokens of a label in the first template, and {layer name: their routing (T, K)}, without the image."""
     ids_1T = loaded.tokenizer([resolve_templates(templates)[0](label)])
     with evaluating(loaded.model, loaded.device, loaded.precision):
         return routed(loaded, None, ids_1T).text(0)
@@ -116,7 +114,7 @@ def draw_map(
 ) -> Image.Image:
     """The image (H, W, 3), uint8, in grey under the colours and numbers of its patches' experts; RGB, of `map_size`.
 
-    `routing` is that of the patches, (rows, columns, K); `chosen` is the (row, column) of a patch to frame.
+    `routing` is (rows, columns, K); `chosen` is the (row, column) of a patch to frame.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -158,8 +156,8 @@ def patch_experts(routing: TokenRouting, row: int, column: int) -> list[tuple[in
 def expert_loads(layer: Layer, routing: TokenRouting) -> dict[str, np.ndarray]:
     """What each of the layer's E experts got of an image or a text, {measure: (E,)}.
 
-    "number" of tokens that it took (in a soft layer, which chooses nothing, the sum of their weights), their "share" of
-    all in the layer and "mean weight", and how many chose it and were "dropped" (0 where experts or slots choose).
+    "number" of tokens that it took (soft: the sum of their weights), their "share" of all in the layer and "mean
+    weight", and how many chose it and were "dropped" (0 where experts or slots choose).
     """
     kept = routing.kept & (routing.weight > 0)
     number_E = np.bincount(routing.expert[kept], minlength=layer.num_experts)
@@ -200,7 +198,7 @@ def bars_html(probabilities: Sequence[tuple[str, float]]) -> str:
         for name, value in ranked[:MAX_BARS]
     )
     left = len(ranked) - MAX_BARS
-    return _table("Probabilities", "", rows) + (f"<p>{left} less likely ones are not shown.</p>" if left > 0 else "")
+    return _table("Probabilities", (), rows) + (f"<p>{left} less likely ones are not shown.</p>" if left > 0 else "")
 
 
 def patch_html(row: int, column: int, experts: Sequence[tuple[int, float, bool]]) -> str:
@@ -209,7 +207,7 @@ def patch_html(row: int, column: int, experts: Sequence[tuple[int, float, bool]]
     if not experts:
         return f'<div class="experts"><p><b>{caption}</b></p><p>No expert took it.</p></div>'
     rows = ((chip(expert), f"{weight:.4f}", "yes" if kept else "no") for expert, weight, kept in experts)
-    return _table(caption, _headings("expert", "weight", "taken"), rows)
+    return _table(caption, ("expert", "weight", "taken"), rows)
 
 
 def loads_html(loads: dict[str, dict[str, np.ndarray]]) -> str:
@@ -222,18 +220,15 @@ def loads_html(loads: dict[str, dict[str, np.ndarray]]) -> str:
         for form, column_E in zip((number, "{:.1%}", "{:.3f}", "{}"), load.values(), strict=True):
             columns.append([form.format(value) for value in column_E])
     rows = ([chip(expert), *cells] for expert, cells in enumerate(zip(*columns, strict=True)))
-    return _table("Load of the experts", f"<tr><th></th>{groups}</tr>{_headings(*headings)}", rows)
+    return _table("Load of the experts", headings, rows, f"<tr><th></th>{groups}</tr>")
 
 
-def _headings(*names: str) -> str:
-    return "<tr>" + "".join(f'<th scope="col">{name}</th>' for name in names) + "</tr>"
-
-
-def _table(caption: str, head: str, rows: Iterable[Sequence[str]]) -> str:
+def _table(caption: str, headings: Iterable[str], rows: Iterable[Sequence[str]], groups: str = "") -> str:
     """A table of HTML cells, the first of each row its heading."""
+    head = "".join(f'<th scope="col">{name}</th>' for name in headings)
     body = "".join(
         f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
         for first, *cells in rows
     )
-    table = f"<table><caption>{caption}</caption><thead>{head}</thead><tbody>{body}</tbody></table>"
-    return f'<div class="experts">{table}</div>'
+    caption, head = f"<caption>{caption}</caption>", f"<thead>{groups}<tr>{head}</tr></thead>"
+    return f'<div class="experts"><table>{caption}{head}<tbody>{body}</tbody></table></div>'

@@ -1,6 +1,6 @@
 """One pass of a model over images and texts, with its routing.
 
-Shapes, by suffix: B batch, T tokens of one modality, C classes, D width of the embeddings, H and W pixels.
+Shapes, by suffix: B batch, T tokens of one modality, K choices, C classes, D width of the embeddings.
 """
 
 from __future__ import annotations

@@ -11,12 +11,9 @@ import numpy as np
 
 
 def normalized_mutual_information(table_AB: np.ndarray) -> float:
-    """I(A; B) / ((H(A) + H(B)) / 2) of a contingency table of two groupings; 0..1.
+    """I(A; B) / ((H(A) + H(B)) / 2) of a contingency table of two groupings (NMI_sum of Vinh et al., JMLR 11, 2010).
 
     1 if they are equal but for the names of the groups (also if both put all into one group), 0 if independent.
-
-    Source: Vinh, Epps and Bailey, "Information Theoretic Measures for Clusterings Comparison", JMLR 11 (2010),
-    where it is called NMI_sum.
     """
     p_AB = table_AB / table_AB.sum()
     entropies = sum(-(p * np.log(p, out=np.zeros_like(p), where=p > 0)).sum() for p in (p_AB.sum(1), p_AB.sum(0)))
@@ -24,10 +21,9 @@ def normalized_mutual_information(table_AB: np.ndarray) -> float:
 
 
 def contributions(table_EC: np.ndarray) -> np.ndarray:
-    """(E, C) how much each pair of expert and class adds to their mutual information, in nats, from their counts.
+    """(E, C) p(e, c) · log(p(e, c) / (p(e) p(c))): what each pair adds to the mutual information, in nats.
 
-    p(e, c) · log(p(e, c) / (p(e) p(c))): large where an expert gets much more of a class than its share, and the class
-    is not rare. The sum over all pairs is the mutual information of expert and class.
+    It is large where an expert gets much more of a class than its share, and the class is not rare.
     """
     p_EC = table_EC / max(1, table_EC.sum())
     even_EC = p_EC.sum(1, keepdims=True) * p_EC.sum(0, keepdims=True)
@@ -38,8 +34,7 @@ def contributions(table_EC: np.ndarray) -> np.ndarray:
 def most_telling_names(table_EC: np.ndarray, names: list[str], expert: int, count: int) -> list[dict[str, Any]]:
     """At most `count` names that an expert gets more of than its share, those that add most information first.
 
-    {"name", "share_of_name": of the name's tokens, that go to this expert, "share_of_expert": of the expert's tokens,
-    that have the name}.
+    "share_of_name" is the part of the name's tokens that the expert gets, "share_of_expert" that of its tokens.
     """
     own_C = contributions(table_EC)[expert]
     order = [c for c in np.argsort(-own_C, kind="stable")[:count].tolist() if own_C[c] > 0]

@@ -95,8 +95,9 @@ def draw_maps(samples: Sequence[SampleRouting], layers: dict[str, int], class_na
             column, row = divmod(index, rows)
             left, top = 0.2 + column * card, HEADER + row * (CELL + CAPTION)
             draw_image(axes(left, top), sample.image)
-            name = _image_name(sample, class_names, int(card / 0.065))
-            text(left, top + CELL + 0.12, name, fontsize=7, color=style.INK)
+            if sample.label is not None:
+                name = shorten(class_names[sample.label], int(card / 0.065))
+                text(left, top + CELL + 0.12, name, fontsize=7, color=style.INK)
             _draw_names(axes(left + CELL + GAP, top, BARS - 0.25), sample)
             for i, (layer, position) in enumerate(drawn):
                 x = left + BARS + (i + 1) * (CELL + GAP)
@@ -104,18 +105,6 @@ def draw_maps(samples: Sequence[SampleRouting], layers: dict[str, int], class_na
                 if row == 0:
                     text(x + CELL / 2, HEADER - 0.1, style.layer_title(layer), color=style.PALE, ha="center")
     return figure
-
-
-def _image_name(sample: SampleRouting, class_names: Sequence[str], length: int) -> str:
-    """The line below an image, in `length` characters: what it is, and what the model takes it for."""
-    known = None if sample.label is None else class_names[sample.label]
-    guess, share = sample.top_classes[0]
-    if known is not None and sample.top_labels[0] == sample.label:
-        return shorten(known, length)
-    if known is None:
-        return f"model: {shorten(guess, length - 12)} {share:.0%}"
-    guess = shorten(guess, (length - 16) // 2)
-    return f"{shorten(known, length - 16 - len(guess))} (model: {guess} {share:.0%})"
 
 
 def _draw_names(ax: Axes, sample: SampleRouting) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def write_figures(statistics: RoutingStatistics, folder: str | Path) -> list[Path]:
     """Writes load.png, split.png (of two modalities), and for each layer NAME that sees images patches_NAME.png.
 
-    The folder is made. Figures of an earlier call that this one does not draw are deleted. Returns the files.
+    Figures of an earlier call that this one does not draw are deleted. Returns the files.
     """
     folder, drawn = Path(folder), {"load": load_figure(statistics)}
     if len(statistics.modalities) > 1:
@@ -85,7 +85,7 @@ def split_figure(statistics: RoutingStatistics) -> Figure:
 
 def patch_figure(layer: LayerStatistics) -> Figure:
     """The typical patches of each expert of a layer, beside its colour."""
-    count = max(len(own) for own in layer.typical_patches)
+    count = max(map(len, layer.typical_patches))
     across = min(8, count)
     rows = math.ceil(count / across)
     load_E = layer.kept["image"] / max(1, layer.kept["image"].sum())
@@ -107,13 +107,10 @@ def patch_figure(layer: LayerStatistics) -> Figure:
 
 def _mosaic(patches: list[np.ndarray], rows: int, columns: int) -> np.ndarray:
     """Patches (h, w, 3) row by row in one white image, with gaps of a tenth of their size."""
-    height, width = patches[0].shape[:2]
-    gap = max(1, round(0.1 * max(height, width)))
-    sheet = np.full((rows * (height + gap), columns * (width + gap), 3), 255, np.uint8)
-    for index, patch in enumerate(patches):
-        top, left = index // columns * (height + gap), index % columns * (width + gap) + gap
-        sheet[top : top + height, left : left + width] = patch
-    return sheet
+    gap = max(1, round(0.1 * max(patches[0].shape[:2])))
+    cells = [np.pad(patch, ((0, gap), (gap, 0), (0, 0)), constant_values=255) for patch in patches]
+    cells += [np.full_like(cells[0], 255)] * (rows * columns - len(cells))
+    return np.concatenate([np.concatenate(cells[i : i + columns], 1) for i in range(0, len(cells), columns)])
 
 
 def _panels(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
@@ -123,7 +120,7 @@ def _panels(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]
     figure = style.new_figure(max(5.5, 3.6 * columns), height * rows + 0.8)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax in axes[count:]:
-        ax.set_visible(False)
+        ax.remove()
     return figure, axes[:count]
 
 

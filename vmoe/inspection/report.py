@@ -1,10 +1,7 @@
 """The HTML report: one file, without network or server, that shows where patches and text tokens go.
 
 Values are formatted by the page; the routing of single tokens and larger tables are packed as typed arrays (base64),
-images as WebP. The page's parts are report.html, report.css, report_parts.js (texts, tables, bars),
-report_images.js (the routing maps) and report.js (layers, experts, classes, text tokens).
-
-Shapes, by suffix: E experts, K choices of a token, C classes, T tokens.
+images as WebP. Shapes, by suffix: E experts, K choices of a token, T tokens.
 """
 
 from __future__ import annotations
@@ -25,6 +22,7 @@ from rich.console import Console
 
 from vmoe.inspection import style
 from vmoe.inspection.results import (
+    MEASURES,
     LayerStatistics,
     RoutingStatistics,
     SampleRouting,
@@ -46,25 +44,13 @@ MAX_CHOICES = 4  # of a token, where experts or slots choose and K = E
 MAX_TEXT_TOKENS = 300  # per layer, the most frequent
 SCRIPTS = ("report_parts.js", "report_images.js", "report.js")
 FACTS = ("checkpoint", "data", "data_fingerprint", "num_samples", "num_skipped", "texts_from", "versions")
-LAYER_FACTS = (
-    *("name", "num_experts", "num_selected_experts", "router", "capacity", "eval_capacity_factor", "batch_priority"),
-    "tokens",
-)
 
 
 def write_report(statistics: RoutingStatistics, file: str | Path, console: Console | None = None) -> Path:
-    """Write the report as one HTML file that opens from the disk.
+    """Writes the report as one HTML file that opens from the disk, and returns it; its folder is made.
 
-    Args:
-        statistics: what `gather_statistics` found.
-        file: where to write; its folder is made. The same statistics give the same file.
-        console: told when the images do not all fit into the file's 15 MB; None: only the page says so.
-
-    Returns:
-        The file.
-
-    Raises:
-        ValueError: statistics without a sparse layer, or weights outside 0..1.
+    The same statistics give the same file. The page, and the `console` if there is one, say so if not all images fit
+    into 15 MB. ValueError: statistics without a sparse layer, or weights outside 0..1.
     """
     if not statistics.layers:
         raise ValueError(f"{statistics.checkpoint} has no sparse layer, so there is no routing to report")
@@ -85,20 +71,14 @@ def write_report(statistics: RoutingStatistics, file: str | Path, console: Conso
 
 
 def report_data(statistics: RoutingStatistics, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """What the page shows, as JSON; see the module's docstring.
-
-    If it has more than `max_bytes` as JSON, some images are left out; the others are evenly spaced.
-    """
+    """What the page shows, for JSON; if that has more than `max_bytes`, of fewer images, evenly spaced."""
     samples = [_sample_data(statistics, sample) for sample in statistics.samples]
-    facts = {name: getattr(statistics, name) for name in FACTS} | {"weights": statistics.weights_fingerprint}
     titles = style.layer_titles([layer.name for layer in statistics.layers])
     num_typical = _num_typical(statistics.layers)
-    layers = [
-        {"title": title, **_layer_data(layer, num_typical)}
-        for title, layer in zip(titles, statistics.layers, strict=True)
-    ]
+    pairs = zip(titles, statistics.layers, strict=True)
+    layers = [{"title": title, **_layer_data(layer, num_typical)} for title, layer in pairs]
     data = {
-        "facts": facts,
+        "facts": {name: getattr(statistics, name) for name in FACTS} | {"weights": statistics.weights_fingerprint},
         "palette": list(style.PALETTE),
         "dropped": style.DROPPED,
         "inks": {colour: style.ink_on(colour) for colour in (*style.PALETTE, style.DROPPED)},
@@ -110,15 +90,19 @@ def report_data(statistics: RoutingStatistics, max_bytes: int = MAX_BYTES) -> di
 
     def with_images(number: int) -> dict[str, Any]:
         shown = evenly_spaced(len(samples), number)
+        routed = [statistics.samples[index] for index in shown]
+        for i, layer in enumerate(statistics.layers):
+            layers[i]["patches"] = _routing_data([sample.patches[i] for sample in routed], layer)
+            layers[i]["text"] = _routing_data([sample.text[i] for sample in routed if sample.text], layer)
         return {
             **data,
-            "layers": [{**layer, **_layer_routing(statistics, i, shown)} for i, layer in enumerate(layers)],
+            "layers": layers,
             "samples": [samples[index] for index in shown],
             "sample_index": [statistics.sample_index[index] for index in shown],
         }
 
-    number, least = len(samples), min(len(samples), MIN_IMAGES)
-    found, empty = with_images(number), len(_script_json(with_images(0)))
+    number, least, empty = len(samples), min(len(samples), MIN_IMAGES), len(_script_json(with_images(0)))
+    found = with_images(number)
     while number > least and (size := len(_script_json(found))) > max_bytes:
         # Images are about equally large; where they are not, one more round follows.
         number = max(least, min(number - 1, int(number * (max_bytes - empty) / (size - empty))))
@@ -144,24 +128,13 @@ def _layer_data(layer: LayerStatistics, num_typical: int) -> dict[str, Any]:
     by_frequency = sorted(layer.expert_token.items(), key=lambda item: (-float(item[1].sum()), item[0]))
     listed = by_frequency[:MAX_TEXT_TOKENS]
     return {
-        **{name: getattr(layer, name) for name in LAYER_FACTS},
-        **{
-            name: {modality: _numbers(value) for modality, value in getattr(layer, name).items()}
-            for name in ("asked", "kept", "importance", "entropy", "share_dropped")
-        },
+        **layer.settings,
+        **{name: {modality: _numbers(value) for modality, value in getattr(layer, name).items()} for name in MEASURES},
         "expert_class": None if layer.expert_class is None else _packed(layer.expert_class),
         "text_tokens": [token for token, _ in listed],
         "num_text_tokens": len(by_frequency),
         "token_expert": _packed(np.array([counts_E for _, counts_E in listed])),
         "typical": _typical_data([own[:num_typical] for own in layer.typical_patches]),
-    }
-
-
-def _layer_routing(statistics: RoutingStatistics, index: int, shown: list[int]) -> dict[str, Any]:
-    layer, samples = statistics.layers[index], [statistics.samples[number] for number in shown]
-    return {
-        "patches": _routing_data([sample.patches[index] for sample in samples], layer),
-        "text": _routing_data([sample.text[index] for sample in samples if sample.text], layer),
     }
 
 
@@ -200,7 +173,7 @@ def _num_typical(layers: list[LayerStatistics]) -> int:
 
 def _typical_data(patches: list[list[TypicalPatch]]) -> dict[str, Any] | None:
     """One image with a row of patches per expert, and what is known of each patch."""
-    columns = max((len(own) for own in patches), default=0)
+    columns = max(map(len, patches), default=0)
     if columns == 0:
         return None
     height, width = next(own for own in patches if own)[0].pixels.shape[:2]

@@ -1,7 +1,6 @@
 """Routing statistics: what they hold, and their files.
 
-Shapes, by suffix: E experts, K choices of a token (K = E where experts or slots choose), C classes, L sparse layers,
-T text tokens, H and W pixels of an image.
+Shapes: E experts, K choices of a token (E where experts or slots choose), C classes, L sparse layers, T text tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +16,10 @@ from vmoe.inspection.information import most_telling_names
 from vmoe.utils.files import atomic_file
 
 MOST_TELLING = 10  # classes and text tokens listed for each expert
+# Fields of `LayerStatistics`: what the layer is; what was measured, each {modality: value}.
+SETTINGS = ("name", "num_experts", "num_selected_experts", "router", "eval_capacity_factor", "capacity")
+SETTINGS += ("batch_priority",)
+MEASURES = ("tokens", "asked", "kept", "importance", "share_dropped", "entropy")
 
 
 def evenly_spaced(length: int, count: int) -> list[int]:
@@ -40,8 +43,8 @@ class LayerStatistics:
     """What one sparse layer did with all tokens of the data; padding is never counted.
 
     Soft routing has no assignments: there, `asked`, `kept`, `expert_class` and `expert_token` hold sums of the tokens'
-    combine weights (how many tokens' worth of output came from each expert), and nothing is dropped. Where experts
-    choose (expert choice), `asked` equals `kept`, and dropped are the tokens that no expert took.
+    combine weights, and nothing is dropped. In expert choice `asked` equals `kept`, and dropped are the tokens that no
+    expert took.
     """
 
     name: str  # such as "blocks.1.mlp"
@@ -60,6 +63,11 @@ class LayerStatistics:
     expert_token: dict[str, np.ndarray] = field(default_factory=dict)  # {text token: (E,) kept assignments of it}
     typical_patches: list[list[TypicalPatch]] = field(default_factory=list)  # of each expert, largest gate value first
     capacity: int | None = None  # a fixed number of rows that each expert takes from a group; overrides the factor
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the layer is, by the names in `SETTINGS`."""
+        return {name: getattr(self, name) for name in SETTINGS}
 
     @property
     def token_table(self) -> np.ndarray:
@@ -95,8 +103,7 @@ class SampleRouting:
     patches: list[TokenRouting | None]  # of each layer, (rows, columns, K); None for a layer that sees text only
     text: list[TokenRouting | None]  # of each layer, (T, K); None for one that sees images only; [] without a caption
     top_classes: list[tuple[str, float]]  # the model's likeliest names with their probabilities, likeliest first
-    # Their indices into `RoutingStatistics.class_names`, to compare with `label` (names may be alike, or longer than
-    # the model's); [] where they are no classes of the data.
+    # Their indices among the data's classes, to compare with `label` (two names may be alike); [] if they are none.
     top_labels: list[int] = field(default_factory=list)
 
 
@@ -105,8 +112,7 @@ class RoutingStatistics:
     """What the experts of a model did with a data set."""
 
     layers: list[LayerStatistics]  # in the order of the model
-    # {modality: (L, L) normalised mutual information of two layers' first choices, 0..1}; NaN where a layer does not
-    # see the modality, or not the same tokens as the first one.
+    # {modality: (L, L) normalised mutual information of two layers' first choices, 0..1}; NaN where there is none.
     agreement: dict[str, np.ndarray]
     class_names: list[str] | None
     num_samples: int  # images that were read
@@ -131,13 +137,12 @@ class RoutingStatistics:
 def write_statistics(statistics: RoutingStatistics, folder: str | Path, config: dict[str, Any]) -> list[Path]:
     """Writes statistics.json, with the `config` of the inspection, and statistics.npz to a folder; returns both files.
 
-    The arrays are, for each layer NAME, "NAME/expert_class" (E, C), "NAME/expert_token" (E, T) and "NAME/text_tokens"
-    (T,) texts, as far as there are any; "class_names" (C,).
+    The arrays: "class_names" (C,); of each layer NAME "NAME/expert_class" (E, C), "NAME/expert_token" (E, T) and
+    "NAME/text_tokens" (T,), as far as there are any.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    json_file, array_file = folder / "statistics.json", folder / "statistics.npz"
-    write_json(statistics_json(statistics, config), json_file)
+    json_file, array_file = Path(folder, "statistics.json"), Path(folder, "statistics.npz")
+    json_file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(_statistics_json(statistics, config), json_file)
     arrays = {} if statistics.class_names is None else {"class_names": np.array(statistics.class_names)}
     for layer in statistics.layers:
         if layer.expert_class is not None:
@@ -150,8 +155,8 @@ def write_statistics(statistics: RoutingStatistics, folder: str | Path, config: 
     return [json_file, array_file]
 
 
-def statistics_json(statistics: RoutingStatistics, config: dict[str, Any]) -> dict[str, Any]:
-    """What statistics.json holds: all but the large tables, of which it lists the most telling entries."""
+def _statistics_json(statistics: RoutingStatistics, config: dict[str, Any]) -> dict[str, Any]:
+    """All but the large tables, of which it lists the most telling entries."""
     return {
         "checkpoint": statistics.checkpoint,
         "sha256": statistics.weights_fingerprint,
@@ -171,9 +176,8 @@ def statistics_json(statistics: RoutingStatistics, config: dict[str, Any]) -> di
 
 
 def _layer_json(layer: LayerStatistics, class_names: list[str] | None) -> dict[str, Any]:
-    measures = ("tokens", "asked", "kept", "importance", "share_dropped", "entropy")
     modalities = {
-        modality: {name: np.asarray(getattr(layer, name)[modality]).tolist() for name in measures}
+        modality: {name: np.asarray(getattr(layer, name)[modality]).tolist() for name in MEASURES}
         for modality in layer.tokens
     }
     tables = {}
@@ -181,11 +185,9 @@ def _layer_json(layer: LayerStatistics, class_names: list[str] | None) -> dict[s
         tables["classes"] = (layer.expert_class, class_names)
     if layer.expert_token:
         tables["text_tokens"] = (layer.token_table, list(layer.expert_token))
-    experts: list[dict[str, Any]] = []
+    experts = []
     for e, patches in enumerate(layer.typical_patches):
         telling = {kind: most_telling_names(*table, e, MOST_TELLING) for kind, table in tables.items()}
         where = [{key: getattr(patch, key) for key in ("sample", "row", "column", "weight")} for patch in patches]
         experts.append({**telling, "typical_patches": where})
-    settings = ("name", "num_experts", "num_selected_experts", "router", "eval_capacity_factor", "capacity")
-    facts = {name: getattr(layer, name) for name in (*settings, "batch_priority")}
-    return {**facts, "modalities": modalities, "experts": experts}
+    return {**layer.settings, "modalities": modalities, "experts": experts}

@@ -35,7 +35,7 @@ def colour_of(expert: int) -> str:
 @contextmanager
 def look(constrained: bool = True) -> Iterator[None]:
     """No file of the user's own changes the look, and nothing here changes theirs."""
-    from matplotlib import rc_context, rcParamsDefault
+    from matplotlib.style import context
 
     own = {
         "font.family": "DejaVu Sans",
@@ -48,8 +48,7 @@ def look(constrained: bool = True) -> Iterator[None]:
         "hatch.color": "#FFFFFF",
         "figure.constrained_layout.use": constrained,
     }
-    kept = {key: value for key, value in rcParamsDefault.items() if not key.startswith(("backend", "datapath"))}
-    with rc_context({**kept, **own}):
+    with context(["default", own]):
         yield
 
 
@@ -60,19 +59,12 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, file: Path) -> Path:
-    """Writes the figure atomically."""
+    """Writes the figure atomically; a character that the font lacks is a box, without a warning."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(file) as temporary, without_glyph_warnings():
+    with atomic_file(file) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(temporary)
     return file
-
-
-@contextmanager
-def without_glyph_warnings() -> Iterator[None]:
-    """Characters that the font lacks are drawn as boxes, without a warning for each of them."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        yield
 
 
 def layer_title(name: str) -> str:
