@@ -14,8 +14,9 @@ from figures import GOLDEN, load, part
 from write_sharded import MAGIC, pack_array, write_arrays
 
 from vmoe.convert.arrays import CheckpointError
+from vmoe.convert.messagepack import read_tree
 from vmoe.convert.orbax import open_orbax
-from vmoe.convert.sharded import find_sharded, open_flax, open_sharded
+from vmoe.convert.sharded import find_sharded, open_sharded
 from vmoe.convert.to_safetensors import open_checkpoint
 
 ARRAYS = {
@@ -56,26 +57,10 @@ def test_golden_checkpoints_hold_equal_tensors():
         assert equal(own, wanted)
 
 
-def test_flax_file(tmp_path):
-    tree = {
-        "params": {"x": pack_array(ARRAYS["a"]), "y": {
-            "__msgpack_chunked_array__": True,
-            "shape": {"0": 7, "1": 5},
-            "chunks": {"0": pack_array(ARRAYS["b/10"].ravel()[:20]), "1": pack_array(ARRAYS["b/10"].ravel()[20:])},
-        }},
-        "step": 3,
-        "none": None,
-    }  # fmt: skip
-    (tmp_path / "file").write_bytes(msgpack.packb(tree))
-    assert equal(open_flax(tmp_path / "file"), {"params/x": ARRAYS["a"], "params/y": ARRAYS["b/10"]})
-
-
-@pytest.mark.parametrize("write", [lambda f: np.savez(f"{f}.npz", a=ARRAYS["a"]), lambda f: f.write_bytes(b"PK")])
-def test_files_of_other_kinds(tmp_path, write):
-    write(tmp_path / "file")
-    (file,) = tmp_path.iterdir()
-    with pytest.raises(CheckpointError, match=f"{file.name} is not a MessagePack checkpoint: it holds no dictionary"):
-        open_checkpoint(file)
+def test_files_of_other_kinds(tmp_path):
+    (tmp_path / "file.npz").touch()
+    with pytest.raises(CheckpointError, match="no checkpoint at .*file.npz: it is a file of another format; give the"):
+        open_checkpoint(tmp_path / "file.npz")
 
 
 def test_last_step_or_the_one_asked_for(tmp_path):
@@ -146,7 +131,7 @@ def test_damage_names_the_file_and_the_tensor(checkpoint, damage, message):
 
 
 def test_missing_index(tmp_path):
-    with pytest.raises(CheckpointError, match="no checkpoint at .*nothing: there is nothing of that name; give the prefix"):
+    with pytest.raises(CheckpointError, match="no checkpoint at .*nothing: there is nothing of that name; give"):
         open_checkpoint(tmp_path / "nothing")
 
 
@@ -224,7 +209,7 @@ def test_hostile_files(tmp_path, content, message):
     file = tmp_path / "x"
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=f"x is .*{message}|x .*{message}"):
-        open_flax(file)
+        read_tree(file)
 
 
 # --- Orbax -----------------------------------------------------------------------------------------------------------
@@ -294,12 +279,12 @@ def test_folders_without_one_checkpoint_say_what_they_hold(orbax, names, step, m
 
 
 def test_folders_without_one_sharded_checkpoint_say_what_they_hold(tmp_path):
-    with pytest.raises(CheckpointError, match="the folder holds nothing; give the prefix of one PREFIX.index"):
+    with pytest.raises(CheckpointError, match="the folder holds nothing; give the PREFIX of PREFIX.index"):
         open_checkpoint(tmp_path)
     for prefix in ("a_1", "b_2"):
         write_arrays(tmp_path / prefix, ARRAYS)
     with pytest.raises(
-        CheckpointError, match=r"the folder holds a_1.data.*, a_1.index, .* and \d+ more; give the prefix"
+        CheckpointError, match=r"the folder holds a_1.data.*, a_1.index, .* and \d+ more; give the PREFIX"
     ):
         open_checkpoint(tmp_path)
 

@@ -436,7 +436,7 @@ def test_positions_without_a_grid():
 def test_positions_that_are_no_square_need_an_image_size():
     params = random_params(VISION)
     params["Encoder/posembed_input/pos_embedding"] = np.zeros((1, 6, 8), np.float32)
-    with pytest.raises(ConfigError, match="image_size is not in the config and cannot be told from position embeddings of 6 patches"):
+    with pytest.raises(ConfigError, match="image_size is not in the config and cannot be told from .* 6 patches"):
         from_reference(VISION, params)
     assert from_reference({**VISION, "image_size": [8, 12]}, params).patch_embed.grid_size == (2, 3)
 

@@ -226,7 +226,9 @@ def test_expert_choice_and_soft_models(tmp_path):
 
 def test_classes_of_one_name_stay_apart_and_missing_names_are_told(tmp_path):
     settings = {"embed_dim": 32, "num_classes": 3, "num_experts": 0}
-    found = logic.explain(new_model(tmp_path, "vmoe_tiny_patch8_48", ["crane", "crane", "dog"], **settings), make_image())
+    found = logic.explain(
+        new_model(tmp_path, "vmoe_tiny_patch8_48", ["crane", "crane", "dog"], **settings), make_image()
+    )
     assert [name for name, _ in found.probabilities] == ["crane", "crane", "dog"]
     assert sum(value for _, value in found.probabilities) == pytest.approx(1)
     for names in (["a", "b"], ["a", "b", "c", "d"]):

@@ -1,4 +1,5 @@
 import dataclasses
+from functools import cache
 
 import pytest
 
@@ -13,6 +14,7 @@ VISION = ("--task", "classification", "--model.name", "vmoe_tiny_patch8_48", "--
 PAIRS = ("--task", "contrastive", "--model.name", "limoe_tiny_patch12_48")
 
 
+@cache  # simulated steps are kept
 def planner(*options, nodes=1, per_node=8, hardware=HARDWARE["h100"]) -> Planner:
     options = ("--output_dir", "unused", "--data.loader.batch_size", "64", "--model.kwargs.depth", "2", *options)
     config = read_config(PlanConfig, options)

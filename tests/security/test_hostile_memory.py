@@ -3,7 +3,7 @@
 import multiprocessing
 
 import vmoe
-from vmoe.convert.sharded import open_flax
+from vmoe.convert.sharded import open_sharded
 from vmoe.data.images import load_image
 from vmoe.training.config import Config
 from vmoe.utils.config import read_config
@@ -20,7 +20,7 @@ def read_all(folder):
     with limited_memory(400), open(folder / "said.txt", "w") as said:
         for name, read in (
             ("laughs.yaml", lambda file: read_config(Config, ["--config", str(file)])),
-            ("checkpoint", open_flax),
+            ("checkpoint.index", lambda file: open_sharded(file.with_suffix(""))),
             ("image.png", load_image),
             ("comment.png", load_image),
             ("model.safetensors", lambda file: vmoe.create_model(pretrained=file)),
@@ -33,7 +33,7 @@ def read_all(folder):
 
 def test_all_that_would_fill_the_memory_in_a_process_with_little_of_it(good_file, tmp_path):
     (tmp_path / "laughs.yaml").write_text(LAUGHS)
-    (tmp_path / "checkpoint").write_bytes(PACKED["long names"])
+    (tmp_path / "checkpoint.index").write_bytes(PACKED["long names"])
     (tmp_path / "image.png").write_bytes(IMAGES["100,000 x 100,000"][0])
     (tmp_path / "comment.png").write_bytes(IMAGES["a comment of 70 MB"][0])
     with_settings(
@@ -45,7 +45,7 @@ def test_all_that_would_fill_the_memory_in_a_process_with_little_of_it(good_file
     assert process.exitcode == 0
     assert (tmp_path / "said.txt").read_text().splitlines() == [
         "laughs.yaml ConfigError 1",
-        "checkpoint CheckpointError 1",
+        "checkpoint.index CheckpointError 1",
         "image.png BadSample 1",
         "comment.png BadSample 1",
         "model.safetensors WeightsError 1",

@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Write a checkpoint of the reference (google-research/vmoe) as a safetensors file of this package.",
         epilog="released checkpoints, known by name: " + ", ".join(RELEASED),
     )
-    source_help = "prefix of PREFIX.index and PREFIX.data-i-of-n, an Orbax folder, or one flax MessagePack file"
+    source_help = "prefix of PREFIX.index and PREFIX.data-i-of-n, or an Orbax folder"
     parser.add_argument("--from", dest="source", required=True, metavar="PREFIX_OR_DIR", help=source_help)
     parser.add_argument("--config", required=True, metavar="NAME_OR_JSON", help="a released name, or a JSON file")
     parser.add_argument("--to", dest="file", required=True, metavar="FILE.safetensors", help="the file to write")

@@ -11,8 +11,6 @@ import numpy as np
 
 from vmoe.utils.printable import printable
 
-FLAX_CHUNKS = "__msgpack_chunked_array__"  # flax's mark of a dictionary that holds one array
-
 # Prefixes of the weights in the trees that training programs save; the first that fits counts.
 _ROOTS = ("", "params/", "params/params/", "state/params/", "model/params/", "train_state/params/", "target/")
 _PROBES = ("Encoder/encoder_norm/scale", "img/Encoder/encoder_norm/scale", "txt/Encoder/encoder_norm/scale")
@@ -62,7 +60,7 @@ def flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """("a/b", leaf) of nested dictionaries in the order in which JAX walks them: by sorted key at every level."""
     for key in sorted(tree, key=str):
         name, value = f"{prefix}{key}", tree[key]
-        if isinstance(value, Mapping) and FLAX_CHUNKS not in value:
+        if isinstance(value, Mapping):
             yield from flatten(value, f"{name}/")
         elif value is not None:
             yield name, value

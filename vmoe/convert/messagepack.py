@@ -1,4 +1,4 @@
-"""MessagePack files of flax and of the reference: what lies where in them; numbers are read when they are asked for."""
+"""The reference's MessagePack files: what lies where in them; numbers are read when they are asked for."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -63,9 +63,9 @@ def sizes(numbers) -> Shape:
     return numbers
 
 
-def read_numbers(pieces: list[Piece], shape: Shape) -> np.ndarray:
+def read_numbers(pieces: list[Piece], dtype: str, shape: Shape) -> np.ndarray:
     """An array from the pieces of its numbers, laid end to end; bfloat16 as float32."""
-    numbers, start, dtype = bytearray(sum(piece.nbytes for piece in pieces)), 0, pieces[0].dtype
+    numbers, start = bytearray(sum(piece.nbytes for piece in pieces)), 0
     for piece in pieces:
         with open(piece.file, "rb") as opened:
             opened.seek(piece.offset)
@@ -88,7 +88,7 @@ def read_tree(file: Path, names: Mapping[str, str] = MappingProxyType({})) -> di
             reader = _Reader(file, opened, names)
             tree = reader.tree("")
             if not isinstance(tree, dict):
-                raise CheckpointError(f"{file} is not a MessagePack checkpoint: it holds no dictionary of arrays")
+                raise CheckpointError(f"{file} is damaged: it holds no dictionary of arrays")
             if reader.tell() != file.stat().st_size:
                 raise ValueError("there is more behind the end")
             return tree

@@ -5,7 +5,7 @@ bandwidth on its hardware and are no part of the model.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,7 @@ from vmoe.convert.section import ConfigError
 from vmoe.convert.settings import model_settings, stored_grid
 from vmoe.utils.printable import printable
 
-Zoom = tuple[tuple[int, int], tuple[int, int]]
-Rows = list[tuple[str, Entry, Zoom | None]]
+Rows = list[tuple[Entry, Callable[[np.ndarray], None]]]  # a tensor's entry, and what fills its view
 _IMAGE_POSITIONS = tuple(f"{tower}Encoder/posembed_input/pos_embedding" for tower in ("", "img/"))
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -52,7 +51,9 @@ def from_reference(
     stored, _ = select_params({name: in_memory(array) for name, array in flatten(params)}, "params")
     name, kwargs, _, rows = plan(config, stored, "params", image_size, context_length)
     model = create_model(name, **kwargs)
-    fill({name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}, rows, stored)
+    tensors = model.state_dict()
+    for entry, fill in rows:
+        fill(entry.view(tensors[entry.tensor].numpy()))
     return model.eval()
 
 
@@ -84,8 +85,8 @@ def plan(
 ) -> tuple[str, dict[str, Any], nn.Module, Rows]:
     """Checks that the weights of a checkpoint, `source` in errors, fit a config, before any number is read.
 
-    Returns the model's name and arguments, with `more`; the model on the meta device; and the rows for `fill`: the
-    reference's name, its entry, and the old and new grid of position embeddings to zoom, or None.
+    Returns the model's name and arguments, with `more`; the model on the meta device; and for each tensor its entry and
+    a function that reads the weights into its view.
     """
     from vmoe.models.factory import create_model
 
@@ -101,7 +102,7 @@ def plan(
     for array, entry in layout.items():
         shape = entry.view(np.broadcast_to(np.float32(0), own[entry.tensor].shape)).shape  # takes no memory
         try:
-            rows.append((array, entry, _fit(model, array, shape, stored, config)))
+            rows.append((entry, _reader(model, array, shape, stored, config)))
         except ValueError as error:
             problems.append(f"{array} {error}")
     problems += [f"{array} is not part of the model" for array in sorted(stored.keys() - layout.keys())]
@@ -111,10 +112,10 @@ def plan(
     return name, kwargs, model, rows
 
 
-def _fit(
+def _reader(
     model: nn.Module, name: str, shape: tuple[int, ...], stored: Mapping[str, StoredArray], config: Mapping[str, Any]
-) -> Zoom | None:
-    """The grids to zoom position embeddings between, if they need it; a ValueError if an array does not fit."""
+) -> Callable[[np.ndarray], None]:
+    """What reads an array into a view of this shape, zooming position embeddings; a ValueError if it does not fit."""
     if name not in stored:
         raise ValueError("is missing")
     array = stored[name]
@@ -126,17 +127,8 @@ def _fit(
             old = stored_grid(config, array.shape[1], shape[1] - math.prod(grid), grid)
         except ValueError as error:
             raise ValueError(f"cannot be resized: {error}") from None
-        return None if old == grid else (old, grid)
-    if array.shape != shape:
+        if old != grid:
+            return lambda target: np.copyto(target, zoom_positions(array.read(), old, grid))
+    elif array.shape != shape:
         raise ValueError(f"has shape {array.shape}, the model's is {shape}")
-    return None
-
-
-def fill(tensors: Mapping[str, np.ndarray], rows: Rows, stored: Mapping[str, StoredArray]) -> None:
-    """Reads the weights into our tensors by name, which are writable and may be maps of a file."""
-    for name, entry, zoom in rows:
-        target = entry.view(tensors[entry.tensor])
-        if zoom is None:
-            stored[name].read_into(target)
-        else:
-            target[...] = zoom_positions(stored[name].read(), *zoom)
+    return array.read_into

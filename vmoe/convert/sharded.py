@@ -1,4 +1,4 @@
-"""The reference's own checkpoints: PREFIX.index and PREFIX.data-i-of-n, or one flax MessagePack file.
+"""The reference's own checkpoints: PREFIX.index and PREFIX.data-i-of-n.
 
 The index is a tree of arrays' shapes and chunks, each of which lies in one of the n shards. In a shard the arrays have
 numbers, in the order in which JAX walks the tree: by sorted key at every level.
@@ -6,29 +6,17 @@ numbers, in the order in which JAX walks the tree: by sorted key at every level.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vmoe.convert.arrays import CheckpointError, StoredArray, flatten
-from vmoe.convert.messagepack import Box, IndexEntry, Piece, Shape, itemsize, read_numbers, read_tree, sizes
+from vmoe.convert.messagepack import Box, IndexEntry, itemsize, read_numbers, read_tree, sizes
 from vmoe.models.serialization import covers_once
 
 _CHUNKS = "__msgpack_array_chunk_a87ca2__"
 _VERSIONS = (None, "20220622")  # None: from before the format had a version; the same but for that key
-
-
-def _stored(shape: Shape, dtype: str, chunks: list[tuple[Box, list[Piece]]]) -> StoredArray:
-    parts = []
-    for (start, stop), pieces in chunks:
-        sides = tuple(b - a for a, b in zip(start, stop))
-        if math.prod(sides):
-            parts.append((tuple(map(slice, start, stop)), partial(read_numbers, pieces, sides)))
-    return StoredArray(shape, dtype, math.prod(shape) * itemsize(dtype), parts)
-
-
-# --- sharded ---------------------------------------------------------------------------------------------------------
 
 
 def open_sharded(prefix: str | Path) -> dict[str, StoredArray]:
@@ -38,21 +26,25 @@ def open_sharded(prefix: str | Path) -> dict[str, StoredArray]:
     """
     index_file = Path(f"{prefix}.index")
     entries, shard_count = _read_index(index_file)
-    chunks: dict[str, list[tuple[Box, list[Piece]]]] = {name: [] for name in entries}
+    chunks: dict[str, list[tuple[Box, Callable]]] = {name: [] for name in entries}
     for shard in sorted({shard for entry in entries.values() for shard in entry.shards}):
         file = Path(f"{prefix}.data-{shard:05d}-of-{shard_count:05d}")
         if not file.is_file():
             needed = next(name for name, entry in entries.items() if shard in entry.shards)
             raise CheckpointError(f"{file} is missing: {index_file.name} says that it holds part of {needed}")
-        for name, box, pieces in _read_shard(file, entries):
-            chunks[name].append((box, pieces))
+        for name, chunk in _read_shard(file, entries):
+            chunks[name].append(chunk)
+    arrays = {}
     for name, entry in entries.items():
         if not covers_once(entry.shape, [box for box, _ in chunks[name]]):
             counts = f"{len(chunks[name])} of {len(entry.shards)} chunks"
             raise CheckpointError(
                 f"the {counts} in the shards of {index_file} do not cover {name}, {entry.shape}, exactly once"
             )
-    return {name: _stored(entry.shape, entry.dtype, chunks[name]) for name, entry in entries.items()}
+        parts = [(tuple(map(slice, *box)), read) for box, read in chunks[name]]
+        nbytes = math.prod(entry.shape) * itemsize(entry.dtype)
+        arrays[name] = StoredArray(entry.shape, entry.dtype, nbytes, parts)
+    return arrays
 
 
 def _read_index(file: Path) -> tuple[dict[str, IndexEntry], int]:
@@ -73,8 +65,8 @@ def _read_index(file: Path) -> tuple[dict[str, IndexEntry], int]:
     return entries, count
 
 
-def _read_shard(file: Path, entries: dict[str, IndexEntry]) -> Iterator[tuple[str, Box, list[Piece]]]:
-    """(array name, chunk, pieces) of every chunk of a shard."""
+def _read_shard(file: Path, entries: dict[str, IndexEntry]) -> Iterator[tuple[str, tuple[Box, Callable]]]:
+    """(array name, (where it is in the array, function that reads it)) of every chunk of a shard."""
     names = {str(number): name for number, name in enumerate(entries)}
     for number, content in read_tree(file, names).items():
         if number == _CHUNKS:
@@ -83,25 +75,25 @@ def _read_shard(file: Path, entries: dict[str, IndexEntry]) -> Iterator[tuple[st
             raise CheckpointError(f"{file} holds array number {number}, of which the index knows nothing")
         try:
             for chunk in content:
-                yield names[number], *_chunk(entries[names[number]], chunk)
+                yield names[number], _chunk(entries[names[number]], chunk)
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{file} is damaged: {error} (in {names[number]})") from error
 
 
-def _chunk(entry: IndexEntry, chunk: Any) -> tuple[Box, list[Piece]]:
+def _chunk(entry: IndexEntry, chunk: Any) -> tuple[Box, Callable]:
     try:
         pieces, box = chunk
         start, stop = map(sizes, box)
         found, types = sum(math.prod(piece.shape) for piece in pieces), {piece.dtype for piece in pieces}
-        wanted = math.prod(b - a for a, b in zip(start, stop, strict=True))
+        sides = tuple(b - a for a, b in zip(start, stop, strict=True))
     except (TypeError, ValueError, AttributeError):
         raise ValueError("a chunk is not made of pieces and slices") from None
-    if found != wanted or types - {entry.dtype}:
+    if found != math.prod(sides) or types - {entry.dtype}:
         raise ValueError(
             f"{found} numbers of type {', '.join(sorted(types))} for the chunk at {(start, stop)}, which has "
-            f"{wanted} of {entry.dtype}"
+            f"{math.prod(sides)} of {entry.dtype}"
         )
-    return (start, stop), pieces
+    return (start, stop), partial(read_numbers, pieces, entry.dtype, sides)
 
 
 def find_sharded(prefix: str | Path, step: int | None = None) -> str | None:
@@ -120,28 +112,3 @@ def find_sharded(prefix: str | Path, step: int | None = None) -> str | None:
     stem, last = max(found, key=lambda pair: pair[1])
     step = last if step is None else step
     return str(folder / f"{stem}_{step}") if (stem, step) in found else None
-
-
-# --- flax ------------------------------------------------------------------------------------------------------------
-
-
-def open_flax(file: str | Path) -> dict[str, StoredArray]:
-    """The arrays of one file that flax wrote (`flax.serialization.to_bytes`), by name."""
-    file = Path(file)
-    leaves = flatten(read_tree(file))  # plain numbers and texts among them are no weights
-    return {name: _flax_array(file, name, leaf) for name, leaf in leaves if isinstance(leaf, (Piece, dict))}
-
-
-def _flax_array(file: Path, name: str, leaf: Piece | dict) -> StoredArray:
-    if isinstance(leaf, Piece):
-        pieces, shape = [leaf], leaf.shape
-    else:
-        try:
-            shape = sizes(leaf["shape"][str(axis)] for axis in range(len(leaf["shape"])))
-            pieces = [leaf["chunks"][str(number)] for number in range(len(leaf["chunks"]))]
-            found = sum(math.prod(piece.shape) for piece in pieces)
-            if found != math.prod(shape) or len({piece.dtype for piece in pieces}) != 1:
-                raise ValueError("numbers are missing")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{file} has damaged chunks of {name}, which do not make an array") from error
-    return _stored(shape, pieces[0].dtype, [(((0,) * len(shape), shape), pieces)])

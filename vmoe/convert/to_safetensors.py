@@ -9,7 +9,7 @@ import torch
 
 from vmoe.convert.arrays import CheckpointError, StoredArray, list_names, select_params
 from vmoe.convert.orbax import find_orbax, open_orbax
-from vmoe.convert.reference import fill, plan
+from vmoe.convert.reference import plan
 from vmoe.convert.released import RELEASED
 from vmoe.convert.section import Section
 from vmoe.utils.files import read_json
@@ -29,24 +29,19 @@ class Converted(NamedTuple):
 
 def open_checkpoint(source: str | Path, step: int | None = None) -> tuple[str, str, dict[str, StoredArray]]:
     """(path, format, arrays by name) of a checkpoint, without reading its numbers."""
-    from vmoe.convert.sharded import find_sharded, open_flax, open_sharded  # needs msgpack
+    from vmoe.convert.sharded import find_sharded, open_sharded  # needs msgpack
 
     prefix = find_sharded(source, step)
     if prefix is not None:
         return prefix, "sharded", open_sharded(prefix)
     path = Path(source)
-    if path.is_file() and step is None:
-        return str(path), "flax", open_flax(path)
     if path.is_dir() and (folder := find_orbax(path, step)):
         return str(folder), "orbax", open_orbax(folder)
-    found = "there is nothing of that name"
+    found = "it is a file of another format" if path.is_file() else "there is nothing of that name"
     if path.is_dir():
         found = f"the folder holds {list_names(sorted(each.name for each in path.iterdir()))}"
     at = "" if step is None else f" of step {step}"
-    raise CheckpointError(
-        f"no checkpoint{at} at {source}: {found}; give the prefix of one PREFIX.index, one Orbax folder or one "
-        "MessagePack file"
-    )
+    raise CheckpointError(f"no checkpoint{at} at {source}: {found}; give the PREFIX of PREFIX.index or an Orbax folder")
 
 
 def resolve_config(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -78,8 +73,8 @@ def convert_checkpoint(
     The arrays pass through memory one by one; the file is mapped while it is filled.
 
     Args:
-        source, step: the prefix of a sharded checkpoint, one flax MessagePack file, or the folder of an Orbax
-            checkpoint; of a training run's checkpoints that of `step`, by default the last, is taken.
+        source, step: the prefix of a sharded checkpoint, or the folder of an Orbax checkpoint; of a training run's
+            checkpoints that of `step`, by default the last, is taken.
         config: the name of a released checkpoint (`vmoe.convert.RELEASED`), a JSON file, or the dictionary itself; also
             an experiment's config, whose "model" it is then.
         file: a `.safetensors` file; replaced if it exists, untouched if anything fails.
@@ -99,9 +94,8 @@ def convert_checkpoint(
     sizes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     metadata = file_metadata(model, {"converted_from": Path(path).name})
     with mapped_safetensors(file, sizes, dict.fromkeys(sizes, torch.float32), metadata) as (tensors, release):
-        arrays_in_file = {key: tensor.numpy() for key, tensor in tensors.items()}
-        for row in rows:
-            fill(arrays_in_file, [row], stored)
+        for entry, fill in rows:
+            fill(entry.view(tensors[entry.tensor].numpy()))
             release()
     nbytes, parameters = sum(array.nbytes for array in stored.values()), sum(map(math.prod, sizes.values()))
     return Converted(path, kind, len(stored), nbytes, skipped, name, parameters)

@@ -170,28 +170,21 @@ class Agreement:
 
     def __init__(self, num_experts: dict[str, int]) -> None:
         self.num_experts = num_experts
-        self.tables: dict[str, dict[tuple[str, str], np.ndarray]] = {}
-        self.left_out: dict[str, list[str]] = {}  # {modality: layers that see other tokens than the first}
+        self.tables: dict[str, dict[tuple[int, int], np.ndarray]] = {}  # {modality: {indices of two layers: counts}}
 
     def add(self, modality: str, layers: dict[str, ModalityTokens]) -> None:
-        tables = self.tables.setdefault(modality, {})
-        names = [name for name in self.num_experts if name in layers]
-        real_BT = layers[names[0]].real_BT
-        others = [name for name in names if layers[name].real_BT.shape != real_BT.shape]
-        if others:
-            self.left_out[modality] = list(dict.fromkeys([*self.left_out.get(modality, []), *others]))
-        first = {name: layers[name].expert_BTK[..., 0][real_BT] for name in names if name not in others}
-        for one, other in itertools.combinations_with_replacement(first, 2):
-            table = tables.setdefault((one, other), np.zeros((self.num_experts[one], self.num_experts[other]), int))
-            np.add.at(table, (first[one], first[other]), 1)
+        """Adds the tokens of one pass."""
+        seen = [(i, E, layers[name]) for i, (name, E) in enumerate(self.num_experts.items()) if name in layers]
+        real_BT, tables = seen[0][2].real_BT, self.tables.setdefault(modality, {})
+        first = [(i, E, own.expert_BTK[..., 0][real_BT]) for i, E, own in seen if own.real_BT.shape == real_BT.shape]
+        for (i, E, one), (j, F, other) in itertools.combinations_with_replacement(first, 2):
+            np.add.at(tables.setdefault((i, j), np.zeros((E, F), int)), (one, other), 1)
 
     def matrices(self) -> dict[str, np.ndarray]:
-        """{modality: (L, L) normalised mutual information, NaN where a layer lacks the modality or was left out}."""
-        index = {name: i for i, name in enumerate(self.num_experts)}
-        result = {}
+        """{modality: (L, L) normalised mutual information, NaN where a layer lacks the modality or is not compared}."""
+        size = len(self.num_experts)
+        result = {modality: np.full((size, size), np.nan) for modality in self.tables}
         for modality, tables in self.tables.items():
-            result[modality] = matrix = np.full((len(index), len(index)), np.nan)
-            for (one, other), table in tables.items():
-                i, j = index[one], index[other]
-                matrix[i, j] = matrix[j, i] = normalized_mutual_information(table)
+            for (i, j), table in tables.items():
+                result[modality][[i, j], [j, i]] = normalized_mutual_information(table)
         return result

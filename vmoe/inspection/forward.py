@@ -35,10 +35,8 @@ def sparse_layers(loaded: LoadedModel, required: bool = True) -> dict[str, Spars
         if isinstance(module, SparseMoE)
     }
     if not layers and required:
-        raise ConfigError(
-            f"{loaded.checkpoint} holds a dense model, which has no experts to look at; give a sparse one's "
-            "(vmoe.upcycle makes one of it)"
-        )
+        what = "a dense model, which has no experts to look at; give a sparse one's (vmoe.upcycle makes one of it)"
+        raise ConfigError(f"{loaded.checkpoint} holds {what}")
     return layers
 
 

@@ -125,8 +125,6 @@ class RoutingStatistics:
     data: str  # the data set in short
     data_fingerprint: str  # SHA-256 (hex) of what is in it
     versions: dict[str, str] = field(default_factory=dict)
-    # {modality: names of the layers without agreement, since they see other tokens than the first layer does}
-    agreement_left_out: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def modalities(self) -> list[str]:
@@ -169,7 +167,6 @@ def _statistics_json(statistics: RoutingStatistics, config: dict[str, Any]) -> d
         },
         "layers": [_layer_json(layer, statistics.class_names) for layer in statistics.layers],
         "agreement": {name: np.where(np.isnan(one), None, one).tolist() for name, one in statistics.agreement.items()},
-        "agreement_left_out": statistics.agreement_left_out,
         "config": config,
         "versions": statistics.versions,
     }

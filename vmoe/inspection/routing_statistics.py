@@ -83,25 +83,15 @@ def _capacity_settings(eval_capacity_factor: float | None, batch_priority: bool 
     return settings | {"eval_capacity_factor": eval_capacity_factor, "capacity": None}  # a fixed one would override it
 
 
-def sample_routing(
-    loaded: LoadedModel,
-    image: Image.Image,
-    text: str | None = None,
-    *,
-    class_names: Sequence[str] | None = None,
-    templates: Sequence[Template] | str | None = None,
-) -> SampleRouting:
-    """The routing of one image (of any size), and of a text with it, in every sparse layer.
+def sample_routing(loaded: LoadedModel, image: Image.Image, text: str | None = None) -> SampleRouting:
+    """The routing of one image, and of a text with it, in every sparse layer; a classifier also names the image.
 
-    `class_names` are what it may be called, for `top_classes`, with `templates` as in
-    `vmoe.evaluation.zero_shot.resolve_templates`; a classifier has its own, from its file. ValueError: a dense model, a
-    text for a classifier, or class names that do not fit the model.
+    ValueError: a dense model, or a text for a classifier.
     """
     if text is not None and loaded.tokenizer is None:
         raise ValueError(f"{loaded.checkpoint} holds a classifier, which reads no text: leave the text out")
     sparse_layers(loaded)
-    [sample] = route_images(loaded, [image], None if text is None else [text], class_names, templates)
-    return sample
+    return route_images(loaded, [image], None if text is None else [text])[0]
 
 
 def route_images(
@@ -111,7 +101,12 @@ def route_images(
     class_names: Sequence[str] | None = None,
     templates: Sequence[Template] | str | None = None,
 ) -> list[SampleRouting]:
-    """The routing of some images in one pass, of a dense model too; arguments as of `sample_routing`."""
+    """The routing of some images in one pass; a dense model has none.
+
+    `class_names` are what they may be called, for `top_classes`, with `templates` as in
+    `vmoe.evaluation.zero_shot.resolve_templates`; a classifier has its own, from its file. ValueError: names that do
+    not fit the model.
+    """
     image_BCHW = torch.stack([loaded.transform(to_rgb(image)) for image in images]).to(loaded.device)
     with evaluating(loaded.model, loaded.device, loaded.precision):
         found = routed(loaded, image_BCHW, None if texts is None else loaded.tokenizer(texts))
@@ -192,7 +187,6 @@ class _Gatherer:
         return RoutingStatistics(
             layers=[sums.finish() for sums in self.sums.values()],
             agreement=self.agreement.matrices(),
-            agreement_left_out=self.agreement.left_out,
             class_names=dataset.classes,
             num_samples=self.num_samples,
             num_skipped=0,

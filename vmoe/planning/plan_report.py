@@ -20,7 +20,6 @@ def show(
     console: Console, planner: Planner, ranked: list[Candidate], impossible: dict[MeshSize, str], top: int
 ) -> None:
     """Prints the plan: the `top` best of the `ranked` candidates, and why others are left out."""
-
     line = partial(console.print, highlight=False, markup=False)
     (total, active), times = count_parameters(planner.model), planner.config.train.accumulate_steps
     line(

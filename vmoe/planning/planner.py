@@ -114,9 +114,8 @@ class Planner:
         """{kind: bytes} at the moment of the backward pass, or of the optimizer's step, when the sum is largest."""
         train, low = self.config.train, self.precision != "float32"
         weights, gradients = self._bytes(mesh), self._bytes(mesh, trained_only=True)
-        others, experts = (
-            self._bytes(mesh, True, which) / max(1, self._bytes(ALONE, True, which)) for which in (False, True)
-        )
+        shares = [self._bytes(mesh, True, kind) / max(1, self._bytes(ALONE, True, kind)) for kind in (False, True)]
+        others, experts = shares
         state = 0
         for unit in self.units:
             state += (experts if unit.experts else others) * sum(self._state.get(id(one), 0) for one in unit.parameters)
