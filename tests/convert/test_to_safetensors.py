@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from figures import GOLDEN, close, load, part
 from write_sharded import write_arrays
 
 import vmoe
+from benchmarks import convert as benchmark
 from vmoe.cli.convert import main
 from vmoe.convert import RELEASED, CheckpointError, convert_checkpoint, from_reference, pretrained_cfg, to_reference
 from vmoe.convert.layout import reference_layout
@@ -297,10 +297,9 @@ def test_a_released_name_gives_the_published_preprocessing(tmp_path, monkeypatch
 # --- what it needs ---------------------------------------------------------------------------------------------------
 
 
-IN_A_FRESH_PROCESS = """
+IN_ANOTHER_PROCESS = """
 import pickle, sys
 from pathlib import Path
-import vmoe.models.factory
 from benchmarks.convert import convert
 
 pickle.loads = pickle.load = pickle.Unpickler = None
@@ -311,21 +310,17 @@ assert not bad, bad
 
 
 @pytest.mark.slow
-def test_memory_stays_small_and_neither_jax_nor_tensorflow_nor_pickle_is_used(tmp_path):
+def test_memory_stays_small_and_neither_jax_nor_tensorflow_nor_pickle_is_used(forks, tmp_path):
     """The short form of benchmarks/convert.py, with many arrays: only one passes through the memory at a time."""
-    root = Path(__file__).parents[2]
-    spec = importlib.util.spec_from_file_location("convert_benchmark", root / "benchmarks" / "convert.py")
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
     config = benchmark.config_of(16)  # of which the experts' two arrays in each of 12 blocks have 4.5 MiB
     config["encoder"]["num_layers"] = 12
     config["encoder"]["moe"]["layers"] = list(range(12))
     (tmp_path / "synthetic.json").write_text(json.dumps(config))
     mebibytes = benchmark.write(config, tmp_path / "synthetic") / 2**20
     assert mebibytes >= 100
-    command = [sys.executable, "-c", IN_A_FRESH_PROCESS, str(tmp_path)]
-    done = subprocess.run(command, check=True, timeout=240, cwd=root, stdout=subprocess.PIPE, text=True)
-    memory = json.loads(done.stdout.splitlines()[-1])
+    (tmp_path / "script.py").write_text(IN_ANOTHER_PROCESS)
+    said = forks.run(tmp_path / "script.py", [str(tmp_path)], tmp_path / "output.txt")
+    memory = json.loads(said.splitlines()[-1])
     # Beyond what importing takes: two copies and the pages of one array, never the whole model once more.
     assert memory["peak"] - memory["start"] < 0.5 * mebibytes
     assert vmoe.create_model(pretrained=tmp_path / "synthetic.safetensors").embed_dim == config["hidden_size"]

@@ -26,13 +26,13 @@ def map_figure(statistics):
 def test_figures_are_written_and_those_of_an_earlier_inspection_go(example_statistics, tmp_path):
     for name in ("patches_visual.blocks.3.mlp.png", "mine.png"):
         (tmp_path / name).touch()
-    files = write_figures(example_statistics(num_experts=4, num_images=2), tmp_path)
+    files = write_figures(example_statistics(num_experts=2, num_images=2), tmp_path)
     names = {"load.png", "split.png", "patches_blocks.1.mlp.png", "patches_blocks.3.mlp.png"}
     assert {file.name for file in files} == names
     assert {file.name for file in tmp_path.iterdir()} == {*names, "mine.png"}
-    assert all(min(Image.open(file).size) > 100 for file in files)
-    statistics = example_statistics(num_layers=1, text=False)
-    statistics.layers[0].typical_patches = [[]] * 8
+    assert all(min(Image.open(file).size) > 50 for file in files)
+    statistics = example_statistics(num_layers=1, num_experts=2, text=False)
+    statistics.layers[0].typical_patches = [[], []]
     assert [file.name for file in write_figures(statistics, tmp_path)] == ["load.png"]
     assert {file.name for file in tmp_path.iterdir()} == {"load.png", "mine.png"}
 
@@ -94,7 +94,7 @@ def test_maps_show_the_best_expert_that_had_capacity(example_statistics):
 
 @pytest.mark.parametrize("experts", [4, 40])
 def test_legend_and_names_stay_inside_the_figure(example_statistics, experts):
-    statistics = example_statistics(num_layers=6, num_experts=experts, num_images=3)
+    statistics = example_statistics(num_layers=6, num_experts=experts, num_images=2, grid=3)
     statistics.class_names = ["a very long name " * 20] * 5
     figure = map_figure(statistics)
     figure.draw_without_rendering()

@@ -37,9 +37,14 @@ def unpacked(packed):
     return np.frombuffer(base64.b64decode(packed["data"]), dtype)
 
 
-def test_200_images_in_twelve_layers_stay_below_15_megabytes(example_statistics, tmp_path, monkeypatch):
-    encode, known = report._image_source, {}  # ten images, each encoded once
+@pytest.fixture
+def images_once(monkeypatch):
+    """Images that repeat are encoded once."""
+    encode, known = report._image_source, {}
     monkeypatch.setattr(report, "_image_source", lambda p: known.get(id(p)) or known.setdefault(id(p), encode(p)))
+
+
+def test_200_images_in_twelve_layers_stay_below_15_megabytes(example_statistics, tmp_path, images_once):
     one = example_statistics(
         num_layers=1, num_experts=64, num_selected_experts=2, num_images=10, grid=14, side=224, num_classes=1000
     )
@@ -55,18 +60,15 @@ def test_200_images_in_twelve_layers_stay_below_15_megabytes(example_statistics,
     assert 5 * MEGABYTE < size < 15 * MEGABYTE, f"{size / MEGABYTE:.1f} MB"
 
 
-def large_statistics(example_statistics, router):
+def large_statistics(example_statistics):
     """Noisy images of 384 px with 24 × 24 patches, 12 layers of 64 experts; 200 images that repeat eight."""
     rng = np.random.default_rng(0)
-    choices = 2 if router == "top_k" else 8
-    one = example_statistics(
-        num_layers=1, num_experts=64, num_selected_experts=choices, num_images=8, grid=24, side=384
-    )
+    one = example_statistics(num_layers=1, num_experts=64, num_selected_experts=8, num_images=8, grid=24, side=384)
     for sample in one.samples:
         sample.image = rng.integers(0, 256, (384, 384, 3), np.uint8)
         sample.patches, sample.text = sample.patches * 12, sample.text * 12
     layer = one.layers[0]
-    layer.router = router
+    layer.router = "expert_choice"
     own = [patch for patches in layer.typical_patches for patch in patches]
     for patch in own:
         patch.pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
@@ -74,13 +76,8 @@ def large_statistics(example_statistics, router):
     return dataclasses.replace(one, layers=[layer] * 12, samples=one.samples * 25, sample_index=list(range(200)))
 
 
-@pytest.mark.parametrize("router", ["top_k", "expert_choice"])
-def test_a_report_that_grows_too_large_shows_fewer_images_and_says_so(
-    example_statistics, tmp_path, monkeypatch, router
-):
-    encode, known = report._image_source, {}
-    monkeypatch.setattr(report, "_image_source", lambda p: known.get(id(p)) or known.setdefault(id(p), encode(p)))
-    statistics, told = large_statistics(example_statistics, router), io.StringIO()
+def test_a_report_that_grows_too_large_shows_fewer_images_and_says_so(example_statistics, tmp_path, images_once):
+    statistics, told = large_statistics(example_statistics), io.StringIO()
     file = write_report(statistics, tmp_path / "report.html", Console(file=told, width=200))
     assert 13 * MEGABYTE < file.stat().st_size < 15 * MEGABYTE
     data = json.loads(re.search(r'id="data">(.*?)</script>', file.read_text("utf-8"), re.S).group(1))
@@ -95,32 +92,26 @@ def test_a_report_that_grows_too_large_shows_fewer_images_and_says_so(
         assert len(unpacked(layer["patches"]["expert"])) == shown * 24 * 24 * layer["patches"]["shown"]
 
 
-def test_large_images_are_shown_smaller(example_statistics):
-    statistics = example_statistics(side=384, num_images=1)
+def first_image(statistics):
     source = report_data(statistics)["samples"][0]["source"]
-    image = Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/webp;base64,"))))
-    assert image.size == (224, 224)
+    return Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/webp;base64,"))))
 
 
-def test_the_page_asks_for_nothing_from_outside(example_statistics, tmp_path):
-    html = write_report(example_statistics(), tmp_path / "report.html").read_text("utf-8")
-    assert not re.search(r"""(src|href)=["']?(https?:)?//""", html)
-    assert "default-src 'none'" in html
+def test_large_images_are_shown_smaller_and_small_ones_lose_nothing(example_statistics):
+    assert first_image(example_statistics(side=384, num_images=1)).size == (224, 224)
+    statistics = example_statistics(side=48)
+    np.testing.assert_array_equal(np.asarray(first_image(statistics).convert("RGB")), statistics.samples[0].image)
 
 
-def test_the_same_statistics_give_the_same_file(example_statistics, tmp_path):
+def test_the_same_statistics_give_the_same_file_which_asks_for_nothing_from_outside(example_statistics, tmp_path):
     first = write_report(example_statistics(), tmp_path / "a" / "report.html")
     second = write_report(example_statistics(), tmp_path / "b.html")
     assert first == tmp_path / "a" / "report.html"
     assert first.read_bytes() == second.read_bytes()
     assert [path.name for path in first.parent.iterdir()] == ["report.html"]
-
-
-def test_small_images_lose_nothing(example_statistics):
-    statistics = example_statistics(side=48)
-    source = report_data(statistics)["samples"][2]["source"]
-    image = Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/webp;base64,"))))
-    np.testing.assert_array_equal(np.asarray(image.convert("RGB")), statistics.samples[2].image)
+    html = first.read_text("utf-8")
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", html)
+    assert "default-src 'none'" in html
 
 
 @pytest.mark.parametrize("num_experts", [8, 300])
@@ -171,13 +162,10 @@ def test_a_figure_that_does_not_exist_is_null(example_statistics):
     assert data["layers"][0]["entropy"]["text"] is None
 
 
-def test_no_sparse_layer_is_an_error(example_statistics, tmp_path):
+def test_no_sparse_layer_and_weights_that_are_none_are_errors(example_statistics, tmp_path):
     statistics = dataclasses.replace(example_statistics(), layers=[], checkpoint="runs/dense")
     with pytest.raises(ValueError, match="runs/dense has no sparse layer"):
         write_report(statistics, tmp_path / "report.html")
-
-
-def test_weights_that_are_none_are_an_error(example_statistics):
     statistics = example_statistics()
     statistics.samples[0].patches[0].weight[0, 0, 0] = np.nan
     with pytest.raises(ValueError, match=r"weights of blocks\.1\.mlp must be in 0\.\.1"):

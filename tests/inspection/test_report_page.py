@@ -191,19 +191,12 @@ def test_what_is_shown_is_what_was_computed(page):
         check(page)
 
 
-def test_another_layer_changes_maps_and_tables(page):
+def test_another_layer_or_expert_changes_maps_collage_and_tables(page):
     before, rows = maps(page), table(page, "expert-table")
     choose(page, layer=1)
     assert "block 3" in page.locator("#images-title").inner_text()
     assert table(page, "expert-table") != rows
-    after = maps(page)
-    assert all(old != new for old, new in zip(before, after, strict=True))
-    choose(page, layer=0)
-    assert maps(page) == before
-
-
-def test_an_expert_changes_collage_highlight_and_tables(page):
-    before = maps(page)
+    assert all(old != new for old, new in zip(before, maps(page), strict=True))
     choose(page, layer=0, expert=2)
     layer = page.statistics.layers[0]
     labels = page.eval_on_selector_all("#collage .patch", "all => all.map(patch => patch.getAttribute('aria-label'))")
@@ -298,7 +291,7 @@ def check_text_tokens(page):
         assert chips.nth(index).inner_text().split("\n")[0].startswith(f"{word}{expert}")
 
 
-def test_tables_are_sorted_by_their_headers(page):
+def test_tables_are_sorted_by_their_headers_and_stay_so(page):
     header = page.locator("#token-table thead th").nth(1)
     counts = {word: int(own.sum()) for word, own in page.statistics.layers[0].expert_token.items()}
     assert header.get_attribute("aria-sort") == "descending"
@@ -312,6 +305,15 @@ def test_tables_are_sorted_by_their_headers(page):
     names = [row[0] for row in table(page, "token-table")]
     assert sorted(names) == sorted(counts)
     assert [n for n in names if n.isalpha()] == sorted(n for n in counts if n.isalpha())
+    # Sorting and focus stay when an expert or another layer is chosen.
+    page.click("#class-table thead th:nth-child(1) button")
+    names = [row[0] for row in table(page, "class-table")]
+    page.locator("#class-table tbody tr").nth(3).locator("button").focus()
+    page.keyboard.press("Enter")
+    assert [row[0] for row in table(page, "class-table")] == names
+    assert page.locator("#class-table th").first.get_attribute("aria-sort") == "ascending"
+    choose(page, layer=1)
+    assert [row[0] for row in table(page, "class-table")] == names
 
 
 def test_images_are_found_and_turned_over(page):
@@ -389,16 +391,14 @@ def test_layers_of_one_modality_and_data_without_classes(browser_page, example_s
     assert page.problems == []
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_is_readable_on_what_is_behind_it(page, scheme):
-    page.emulate_media(color_scheme=scheme)
+def test_text_is_readable_and_a_narrow_window_needs_no_scrolling_sideways(page):
     choose(page, expert=1)
-    found = page.evaluate(CONTRAST)
-    assert len(found) > 250
-    assert [entry for entry in found if entry[0] < 4.5] == []
-
-
-def test_a_narrow_window_needs_no_scrolling_sideways(page):
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        found = page.evaluate(CONTRAST)
+        assert len(found) > 250
+        assert [entry for entry in found if entry[0] < 4.5] == []
+    choose(page, expert="")
     page.set_viewport_size({"width": 400, "height": 800})
     page.locator("#cards").scroll_into_view_if_needed()
     page.wait_for_timeout(300)
@@ -408,15 +408,6 @@ def test_a_narrow_window_needs_no_scrolling_sideways(page):
     cut = """() => [...document.querySelectorAll("#collage .collage")].filter(
       (list) => list.scrollHeight > list.clientHeight + 1 || list.scrollWidth > list.clientWidth + 1).length"""
     assert page.evaluate(cut) == 0
-
-
-def test_a_fixed_capacity_is_told(browser_page, example_statistics, tmp_path):
-    statistics = example_statistics()
-    for layer in statistics.layers:
-        layer.capacity, layer.eval_capacity_factor = 4, None
-    header = open_report(browser_page, statistics, tmp_path).locator("header").inner_text()
-    assert "4 rows per expert, largest weights first" in header
-    assert "nothing is dropped" not in header
 
 
 def as_router(statistics, router):
@@ -455,25 +446,23 @@ def check_notes(page):
     assert "100% of what was not dropped" in note
 
 
-def test_a_typical_patch_of_an_image_that_is_not_shown_has_its_index_in_the_data(
-    browser_page, example_statistics, tmp_path
-):
+def test_fixed_capacity_patches_of_other_images_and_dropped_patches(browser_page, example_statistics, tmp_path):
     statistics = example_statistics()
-    statistics.layers[0].typical_patches[2][0].sample = 17
-    page = open_report(browser_page, statistics, tmp_path)
-    choose(page, expert=2)
-    label = page.locator("#collage .patch").first.get_attribute("aria-label")
-    assert label.startswith("image 17 of the data, row ")
-
-
-def test_dropped_patches_stay_hatched_when_an_expert_is_chosen(browser_page, example_statistics, tmp_path):
-    statistics = example_statistics()
+    for layer in statistics.layers:
+        layer.capacity, layer.eval_capacity_factor = 4, None
+    statistics.layers[0].typical_patches[1][0].sample = 17
     routing = statistics.samples[0].patches[0]
     routing.kept[...], routing.expert[...] = True, 2
     routing.kept[0, 0] = False
     page = open_report(browser_page, statistics, tmp_path)
+    header = page.locator("header").inner_text()
+    assert "4 rows per expert, largest weights first" in header
+    assert "nothing is dropped" not in header
     choose(page, layer=0, expert=1)
+    label = page.locator("#collage .patch").first.get_attribute("aria-label")
+    assert label.startswith("image 17 of the data, row ")
     maps(page)
+    # Dropped patches stay hatched when an expert is chosen.
     colours = """([column]) => {
       const canvas = document.querySelector("#cards canvas");
       const brush = canvas.getContext("2d");
@@ -485,15 +474,3 @@ def test_dropped_patches_stay_hatched_when_an_expert_is_chosen(browser_page, exa
     }"""
     assert page.evaluate(colours, [1]) == 1  # dimmed
     assert page.evaluate(colours, [0]) > 2  # stripes
-
-
-def test_the_sorting_and_the_focus_stay_when_an_expert_is_chosen(page):
-    page.click("#class-table thead th:nth-child(1) button")
-    names = [row[0] for row in table(page, "class-table")]
-    button = page.locator("#class-table tbody tr").nth(3).locator("button")
-    button.focus()
-    page.keyboard.press("Enter")
-    assert [row[0] for row in table(page, "class-table")] == names
-    assert page.locator("#class-table th").first.get_attribute("aria-sort") == "ascending"
-    choose(page, layer=1)
-    assert [row[0] for row in table(page, "class-table")] == names

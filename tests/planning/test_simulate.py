@@ -69,7 +69,7 @@ def test_the_contrastive_loss_sees_all_processes(loss):
 
 
 def test_optimizers_by_what_they_keep():
-    model = meta_model()
+    model = meta_model(moe_layers=(1,))
     everything = 4 * sum(parameter.numel() for parameter in model.parameters())
     adam, sgd, factored, fused = (
         sum(optimizer_state(model, OptimConfig(name=name, kwargs=kwargs)).values())

@@ -213,7 +213,11 @@ def _experts(moe: Section, depth: int, mlp_dim: int, dropout: float) -> dict[str
 
 def _router(router: Section, E: int, size: int) -> dict[str, Any]:
     kind = ROUTERS[router.call("name", TOP_K, {TOP_K: _ROUTING, EXPERT_CHOICE: _ROUTING, SOFT: _SOFT})]
-    settings = {"router": kind, "noise_std": _noise(router, 0.0 if kind == "soft" else 1.0)}
+    std = router.get("noise_std", NOT_NEGATIVE, 0.0 if kind == "soft" else 1.0)
+    deterministic = router.get("deterministic", FLAG, None)
+    if deterministic is False and std > 0:
+        raise router.wrong("deterministic", False, "absent or true: there is no noise outside training here")
+    settings = {"router": kind, "noise_std": 0.0 if deterministic else std}
     if kind == "soft":
         slots, factor = router.get("num_slots", SIZE, None), router.get("capacity_factor", NUMBER, 1.0, optional=True)
         settings["num_slots"] = _rows(router, factor or 0.0, size, E, "round") if slots is None else slots
@@ -235,13 +239,6 @@ def _router(router: Section, E: int, size: int) -> dict[str, Any]:
             settings[f"{name}_loss"] = max(0.0, weight)  # the reference leaves losses of no positive weight out
     router.finish("dtype")
     return settings
-
-
-def _noise(router: Section, default: float) -> float:
-    std, deterministic = router.get("noise_std", NOT_NEGATIVE, default), router.get("deterministic", FLAG, None)
-    if deterministic is False and std > 0:
-        raise router.wrong("deterministic", False, "absent or true: there is no noise outside training here")
-    return 0.0 if deterministic else std
 
 
 def _capacity(dispatcher: Section, E: int, tokens: int, names: tuple[str, ...]) -> dict[str, Any]:

@@ -68,17 +68,15 @@ def convert_checkpoint(
     image_size: int | None = None,
     context_length: int | None = None,
 ) -> Converted:
-    """Writes the weights of a reference checkpoint as one of our files, which needs nothing else to be loaded.
-
-    The arrays pass through memory one by one; the file is mapped while it is filled.
+    """Writes a reference checkpoint as one of our files; the arrays pass through memory one by one.
 
     Args:
         source, step: the prefix of a sharded checkpoint, or the folder of an Orbax checkpoint; of a training run's
             checkpoints that of `step`, by default the last, is taken.
-        config: the name of a released checkpoint (`vmoe.convert.RELEASED`), a JSON file, or the dictionary itself; also
-            an experiment's config, whose "model" it is then.
+        config: the name of a released checkpoint (`vmoe.convert.RELEASED`), a JSON file, or the dictionary itself; or
+            an experiment's config with it as "model".
         file: a `.safetensors` file; replaced if it exists, untouched if anything fails.
-        image_size, context_length: see `from_reference`, as for the errors.
+        image_size, context_length: see `from_reference`, also for the errors.
     """
     from vmoe.models.factory import file_metadata
     from vmoe.models.serialization import mapped_safetensors

@@ -1,10 +1,7 @@
 """Running sums over recorded routing.
 
-Shapes, by suffix: B batch, T tokens of one modality, S real tokens among them, P patches, E experts, K choices of a
-token, C classes.
+Shapes, by suffix: B batch, T tokens of a modality, S real ones, P patches, E experts, K choices of a token.
 """
-
-from __future__ import annotations
 
 import bisect
 import itertools
@@ -61,8 +58,7 @@ def split_modalities(call: LayerRouting) -> dict[str, ModalityTokens]:
 class LayerSums:
     """Sums of one sparse layer as it is set now, in float64; `finish` makes statistics of them.
 
-    `num_classes` is None without labels, `decode` gives the texts of token ids; `num_patches` typical patches are kept
-    for each expert.
+    `num_classes` is None without labels; `num_patches` typical patches are kept for each expert.
     """
 
     def __init__(
@@ -86,8 +82,7 @@ class LayerSums:
     ) -> np.ndarray:
         """Adds the tokens of a call, those of images by their labels and those of texts by their ids.
 
-        Returns (B, T, E) float64, how much each expert did for each token: 1 if it took the token; for soft routing the
-        combine weight; 0 for padding.
+        Returns (B, T, E) float64: 1 where an expert took a token; for soft routing the combine weight; 0 for padding.
         """
         sums, real_BT = self.statistics, tokens.real_BT
         gate_SE = tokens.gate_BTE[real_BT].astype(float)
@@ -119,7 +114,7 @@ class LayerSums:
     def add_patches(
         self, done_BPE: np.ndarray, gate_BPE: np.ndarray, grid: tuple[int, int], index_B: np.ndarray, pixels_BHWC
     ) -> None:
-        """Looks for typical patches: of each image, for each expert, the patch with the largest gate value.
+        """Keeps typical patches: of each image, for each expert, the patch with the largest gate value.
 
         `done_BPE` is what `add` gave, of the patches of the grid (rows, columns); `index_B` are the images' indices.
         """

@@ -3,8 +3,6 @@
 Shapes, by suffix: E experts, K choices of a token, T text tokens, H and W pixels.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from html import escape

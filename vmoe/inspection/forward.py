@@ -3,8 +3,6 @@
 Shapes, by suffix: B batch, T tokens of one modality, K choices, C classes, D width of the embeddings.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple

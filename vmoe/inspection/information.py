@@ -3,8 +3,6 @@
 Shapes, by suffix: E experts, C classes (or text tokens); A and B two groupings.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -4,8 +4,6 @@ Values are formatted by the page; the routing of single tokens and larger tables
 images as WebP. Shapes, by suffix: E experts, K choices of a token, T tokens.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import io

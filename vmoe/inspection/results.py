@@ -3,8 +3,6 @@
 Shapes: E experts, K choices of a token (E where experts or slots choose), C classes, L sparse layers, T text tokens.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,9 +40,8 @@ class TypicalPatch:
 class LayerStatistics:
     """What one sparse layer did with all tokens of the data; padding is never counted.
 
-    Soft routing has no assignments: there, `asked`, `kept`, `expert_class` and `expert_token` hold sums of the tokens'
-    combine weights, and nothing is dropped. In expert choice `asked` equals `kept`, and dropped are the tokens that no
-    expert took.
+    Soft routing has sums of combine weights for assignments, and drops nothing. In expert choice `asked` equals `kept`,
+    and dropped are the tokens that no expert took.
     """
 
     name: str  # such as "blocks.1.mlp"

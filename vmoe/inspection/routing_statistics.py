@@ -3,8 +3,6 @@
 Shapes, by suffix: B batch, T tokens of one modality, P patches, E experts, C classes, D width of the embeddings.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,12 +41,11 @@ def gather_statistics(
     data: str | None = None,
     console: Console | None = None,
 ) -> RoutingStatistics:
-    """Runs a model over a data set and sums up its routing.
+    """Runs a model over a data set and sums up its routing; memory does not grow with the data.
 
-    Memory does not grow with the data. Images go through the model with their captions, as in training; without
-    captions an image-text model sees the images alone, and then the prompts of the class names, each once. The loader's
-    settings are those of `LoaderConfig`; where nothing is dropped, `batch_size` does not matter. ValueError: a dense
-    model, unusable settings, or no readable image. BadSample: as `on_bad` says.
+    Images go through the model with their captions, as in training; without captions an image-text model sees the
+    images alone, and then the prompts of the class names, each once. The loader's settings are those of `LoaderConfig`.
+    ValueError: a dense model, unusable settings, or no readable image. BadSample: as `on_bad` says.
 
     Args:
         num_images, num_patches: samples to keep, evenly spaced in the data, and typical patches for each expert.
@@ -101,11 +98,10 @@ def route_images(
     class_names: Sequence[str] | None = None,
     templates: Sequence[Template] | str | None = None,
 ) -> list[SampleRouting]:
-    """The routing of some images in one pass; a dense model has none.
+    """The routing of some images in one pass (of a dense model: none).
 
-    `class_names` are what they may be called, for `top_classes`, with `templates` as in
-    `vmoe.evaluation.zero_shot.resolve_templates`; a classifier has its own, from its file. ValueError: names that do
-    not fit the model.
+    `class_names` are what they may be called, for `top_classes`, with `templates` as for `resolve_templates`; a
+    classifier has its own, from its file. ValueError: names that do not fit the model.
     """
     image_BCHW = torch.stack([loaded.transform(to_rgb(image)) for image in images]).to(loaded.device)
     with evaluating(loaded.model, loaded.device, loaded.precision):
@@ -201,8 +197,8 @@ class _Gatherer:
         )
 
     def _name_images(self, templates: Sequence[Template] | str | None) -> None:
-        """Fills in the likeliest names of the kept images: of the data's classes or else the kept captions; of a
-        classifier its own, or those of the data where its file does not hold them and it has as many classes."""
+        """Names the kept images: by the data's classes or else the kept captions; with a classifier by its own classes,
+        or those of the data where its file does not hold them and it has as many."""
         if not self.samples:
             return
         output_BD, classes = torch.stack(self._outputs), self.dataset.classes

@@ -15,8 +15,8 @@ from vmoe.utils.files import atomic_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours (https://jfly.uni-koeln.de/color/), told apart with any colour vision; black, which would hide
-# the image, is replaced by a wine red. More experts take the second row, and numbers on the patches tell them apart.
+# Okabe and Ito's colours (https://jfly.uni-koeln.de/color/) for any colour vision, with a wine red for black, which
+# would hide the image. More experts take the second row, and have numbers on the patches.
 PALETTE = (
     *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#882255"),
     *("#332288", "#DDCC77", "#117733", "#AA4499", "#88CCEE", "#CC6677", "#999933", "#44AA99"),

@@ -1,7 +1,5 @@
 """GPUs to plan for: peaks from their data sheets, and the shares of a peak that the plan counts on."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 

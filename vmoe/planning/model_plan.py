@@ -1,7 +1,5 @@
 """The model of a training config on the meta device, and its parameters in the units that FSDP2 gathers."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

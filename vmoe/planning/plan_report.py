@@ -1,7 +1,5 @@
 """The plan as tables for the terminal and as JSON."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from functools import partial

@@ -1,7 +1,5 @@
 """Every mesh that a number of processes allows: memory of a process, time of a step, and what bounds it."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Meta tensors have shapes and no values: the real model, autograd and optimizer d
 they are kept. All is in float32; the planner scales it to autocast.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
