@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -236,8 +237,6 @@ def changed(key, value, config=VISION):
         (f"{ROUTER}.name", "other.module.SoftRouter", "cannot be converted: it must be one of"),
         (f"{ROUTER}.name", "SoftRouter(3)", "arguments by name"),
         ("encoder.dropout_rate", None, "encoder.dropout_rate = None .* >= 0 and < 1"),
-        ("encoder.moe.mlp_dim", None, "encoder.moe.mlp_dim = None .* >= 1"),
-        (f"{ROUTER}.num_selected_experts", None, "router.num_selected_experts = None .* >= 1"),
         (f"{ROUTER}.num_selected_experts", 4, r"1\.\.num_experts, 3"),
         (f"{ROUTER}.deterministic", False, "there is no noise outside training here"),
         (f"{DISPATCHER}.name", "magic", "dispatcher.name = 'magic'"),
@@ -246,9 +245,6 @@ def changed(key, value, config=VISION):
         (f"{DISPATCHER}.capacity_factor", 0.0, "large enough for one token"),
         (f"{DISPATCHER}.capacity_ceil_or_round", "floor", "capacity_ceil_or_round = 'floor'"),
         (f"{DISPATCHER}.batch_priority", "False", "batch_priority = 'False' .* true or false"),
-        (f"{DISPATCHER}.batch_priority", None, "batch_priority = None .* true or false"),
-        ("encoder.attention_qk_norm", "no", "encoder.attention_qk_norm = 'no' .* true or false"),
-        (f"{ROUTER}.deterministic", "True", "router.deterministic = 'True' .* true or false"),
         (f"{DISPATCHER}.capacity_factor", math.inf, "capacity_factor = inf .* a finite number"),
         (f"{DISPATCHER}.capacity_factor", 1e308, "capacity_factor = 1e\\+308"),
         (DISPATCHER, {"name": "einsum", "batch_priority": 0, "capacity": -1}, "dispatcher.capacity = -1 .* >= 1"),
@@ -258,26 +254,17 @@ def changed(key, value, config=VISION):
         (f"{ROUTER}.name", "(" * 5000, "router.name = '"),
         (f"{ROUTER}.noise_std", -1, "router.noise_std = -1 .* >= 0"),
         ("encoder.moe", 0, "encoder.moe must be a dictionary, got 0"),
-        ("encoder.moe.layers", ["1"], r"encoder.moe.layers = \['1'\]"),
         ("encoder.moe.group_size", 0, "group_size = 0 .* >= 1"),
         ("encoder.moe.num_experts", 10**30, "num_experts = 10+ .* a whole number"),
-        ("encoder.moe.dropout_rate", 1.5, "moe.dropout_rate = 1.5 .* >= 0 and < 1"),
         ("encoder.dropout_rate", 1.0, "encoder.dropout_rate = 1.0 .* >= 0 and < 1"),
         ("encoder.num_layers", 0, "num_layers = 0 .* >= 1"),
-        ("encoder.mlp_dim", 0, "mlp_dim = 0 .* >= 1"),
-        ("encoder.num_heads", 0, "num_heads = 0 .* >= 1"),
         ("encoder.position_emb", {"name": "sincos2d", "temperature": 0}, "temperature = 0 .* > 0"),
         ("hidden_size", math.inf, "hidden_size = inf .* a whole number >= 1"),
-        ("hidden_size", math.nan, "hidden_size = nan .* a whole number >= 1"),
-        ("hidden_size", 0, "hidden_size = 0 .* >= 1"),
-        ("hidden_size", -24, "hidden_size = -24 .* >= 1"),
         ("num_classes", -3, "num_classes = -3 .* >= 0"),
         ("image_size", "16", "image_size = '16' .* a whole number >= 1, or two of them"),
         ("image_size", [8, 8, 8], r"image_size = \[8, 8, 8\] .* or two of them"),
         ("image_size", 2, r"image_size = 2 .* at least one patch, \(4, 4\)"),
         ("patch_size", None, "patch_size = None .* or two of them"),
-        ("patch_size", "44", "patch_size = '44' .* or two of them"),
-        ("patch_size", [4, 4, 4], r"patch_size = \[4, 4, 4\] .* or two of them"),
     ],
 )
 def test_what_cannot_be_converted_names_the_key_and_the_value(key, value, message):
@@ -307,15 +294,10 @@ def test_numbers_and_flags_in_other_words():
     assert again["encoder"]["moe"]["router"]["dispatcher"]["batch_priority"] is False
 
 
-@pytest.mark.parametrize("key", ["patch_size", "num_classes", "encoder.num_layers", "encoder.moe.group_size"])
-def test_keys_that_the_reference_needs(key):
-    config = copy.deepcopy(VISION)
-    *folders, leaf = key.split(".")
-    node = config
-    for folder in folders:
-        node = node[folder]
-    del node[leaf]
-    with pytest.raises(ConfigError, match=f"the config has no {key}, which the reference needs"):
+def test_keys_that_the_reference_needs():
+    moe = {key: value for key, value in VISION["encoder"]["moe"].items() if key != "group_size"}
+    config = changed("encoder.moe", moe)
+    with pytest.raises(ConfigError, match="the config has no encoder.moe.group_size, which the reference needs"):
         from_reference(config, random_params(VISION))
 
 
@@ -334,9 +316,6 @@ def test_weights_that_do_not_fit_are_named():
         "embedding/bias is of type int32",
     ):
         assert message in str(error.value)
-
-
-def test_weights_of_something_else():
     with pytest.raises(CheckpointError, match=r"params holds no weights of a V-MoE .* it holds conv1/kernel"):
         from_reference(VISION, {"conv1/kernel": np.zeros(3)})
 
@@ -357,22 +336,15 @@ def test_nested_and_prefixed_parameters_and_other_types():
         assert other.state_dict()[name].dtype == torch.float32
 
 
-class ConfigDict:
-    """Like that of ml_collections, which is no dictionary."""
-
-    def __init__(self, values):
-        self.values = values
-
-    def to_dict(self):
-        return self.values
+def config_dict(values):
+    """Like ml_collections' ConfigDict, which is no dictionary."""
+    return SimpleNamespace(to_dict=lambda: values)
 
 
 def test_config_objects():
     params = random_params(VISION)
-    config = {**VISION, "encoder": ConfigDict(VISION["encoder"])}
-    assert reference_config(from_reference(ConfigDict(config), params)) == reference_config(
-        from_reference(VISION, params)
-    )
+    config = config_dict({**VISION, "encoder": config_dict(VISION["encoder"])})
+    assert reference_config(from_reference(config, params)) == reference_config(from_reference(VISION, params))
 
 
 # --- image sizes -----------------------------------------------------------------------------------------------------
@@ -393,9 +365,7 @@ def test_positions_are_zoomed_like_the_references():
     rows = np.stack([[scipy_zoom(grid[:, j, d], 6) for d in range(3)] for j in range(4)])  # (4, 3, 6)
     both = np.stack([[scipy_zoom(rows[:, d, i], 3) for d in range(3)] for i in range(6)])  # (6, 3, 3)
     np.testing.assert_allclose(ours[0, 1:].reshape(6, 3, 3), both.transpose(0, 2, 1), atol=1e-6)
-
-
-def test_zoom_keeps_corners_and_constants():
+    # Corners and constants stay.
     positions = np.arange(225, dtype=np.float32).reshape(1, 225, 1)
     zoomed = zoom_positions(positions, (15, 15), (26, 26)).reshape(26, 26)
     assert [zoomed[i, j] for i in (0, -1) for j in (0, -1)] == [0, 14, 210, 224]
@@ -427,16 +397,13 @@ def test_another_grid_of_as_many_patches():
     assert np.array_equal(back.pos_embed.detach(), zoom_positions(positions, (1, 4), (2, 2)))
 
 
-def test_positions_without_a_grid():
+def test_positions_that_are_no_square_need_an_image_size():
     params = random_params({**VISION, "classifier": "token"})
     with pytest.raises(CheckpointError, match="cannot be resized: 5 position embeddings .* without a class token"):
         from_reference(VISION, params, image_size=16)
-
-
-def test_positions_that_are_no_square_need_an_image_size():
     params = random_params(VISION)
     params["Encoder/posembed_input/pos_embedding"] = np.zeros((1, 6, 8), np.float32)
-    with pytest.raises(ConfigError, match="image_size is not in the config and cannot be told from .* 6 patches"):
+    with pytest.raises(ConfigError, match="image_size is not in the config and cannot be inferred from .* 6 patches"):
         from_reference(VISION, params)
     assert from_reference({**VISION, "image_size": [8, 12]}, params).patch_embed.grid_size == (2, 3)
 

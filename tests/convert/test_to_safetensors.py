@@ -82,15 +82,10 @@ def test_the_optimizer_of_a_training_checkpoint_is_skipped(tiny, checkpoint, cap
     nested |= {"step": np.zeros((), np.float32)}
     write_arrays(checkpoint / "ckpt_7", nested)
     write_arrays(checkpoint / "ckpt_9", nested)
-    done = convert_checkpoint(checkpoint / "ckpt", config, checkpoint / "out.safetensors")
+    done = convert_checkpoint(checkpoint / "ckpt", {"model": config, "seed": 0}, checkpoint / "out.safetensors")
     assert (done.arrays, done.skipped) == (len(arrays), len(arrays) + 1)
     assert done.source.endswith("ckpt_9")
     assert convert_checkpoint(checkpoint / "ckpt", config, checkpoint / "out.safetensors", step=7).source[-1] == "7"
-
-
-@pytest.mark.parametrize("wrap", [lambda config: {"model": config, "seed": 0}, lambda config: config])
-def test_config_of_an_experiment(tiny, checkpoint, wrap):
-    convert_checkpoint(checkpoint / "c", wrap(tiny[1]), checkpoint / "out.safetensors")
 
 
 def test_bfloat16_and_another_image_size(tiny, checkpoint):
@@ -173,10 +168,7 @@ def cut_last_shard(folder):
         (lambda folder: (folder / "c.data-00001-of-00003").unlink(), "c.data-00001-of-00003 is missing"),
         (lambda folder: (folder / "c.index").unlink(), "no checkpoint at"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is not a readable JSON file"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "the config must be a dictionary"),
         (lambda folder: (folder / "config.json").write_text('{"model": null}'), "model must be a dictionary, got None"),
-        (lambda folder: (folder / "config.json").write_text('{"model": 3}'), "model must be a dictionary, got 3"),
-        (lambda folder: (folder / "config.json").write_text("[" * 100_000), "config.json is not a readable JSON file"),
         (lambda folder: (folder / "config.json").unlink(), "--config must be a JSON file or one of"),
         (
             lambda folder: (folder / "config.json").write_text(
@@ -211,16 +203,13 @@ def test_a_file_that_shrinks_while_it_is_read_leaves_nothing(tiny, checkpoint, m
             file.write_bytes(file.read_bytes()[:200])
         return result
 
+    with pytest.raises(ValueError, match=r"--to must be a \.safetensors file"):
+        convert_checkpoint(checkpoint / "c", tiny[1], checkpoint / "out.bin")
     monkeypatch.setattr(files, "open_checkpoint", open_then_cut)
     before = sorted(path.name for path in checkpoint.iterdir())
     with pytest.raises(CheckpointError, match="was cut short"):
         convert_checkpoint(checkpoint / "c", tiny[1], checkpoint / "out.safetensors")
     assert sorted(path.name for path in checkpoint.iterdir()) == before
-
-
-def test_other_file_endings(tiny, checkpoint):
-    with pytest.raises(ValueError, match=r"--to must be a \.safetensors file"):
-        convert_checkpoint(checkpoint / "c", tiny[1], checkpoint / "out.bin")
 
 
 # --- released checkpoints --------------------------------------------------------------------------------------------

@@ -23,9 +23,10 @@ def new_model(tmp_path, name, class_names=None, **kwargs):
     return load_model(str(tmp_path / "model.safetensors"), "cpu")
 
 
-@pytest.fixture
-def limoe(tmp_path):
-    return new_model(tmp_path, "limoe_tiny_patch8_48", width=32, embed_dim=16, num_experts=4)
+@pytest.fixture(scope="module")
+def limoe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("limoe")
+    return new_model(folder, "limoe_tiny_patch8_48", width=32, embed_dim=16, num_experts=4)
 
 
 @pytest.fixture
@@ -121,11 +122,10 @@ def test_two_towers_have_layers_of_one_modality(tmp_path):
     assert list(logic.route_text(towers, "cat")[1]) == [text_layer.name]
 
 
-@pytest.mark.parametrize(("size", "match"), [((1, 500), "sides beyond"), ((20_000, 20_000), "pixels, more than")])
-def test_images_that_do_not_fit_are_refused(limoe, size, match):
-    large = Image.new("1", size)
-    with pytest.raises(ValueError, match=match):
-        logic.explain(limoe, large, ["cat", "dog"])
+def test_images_that_do_not_fit_are_refused(limoe):
+    for size, match in (((1, 500), "sides beyond"), ((20_000, 20_000), "pixels, more than")):
+        with pytest.raises(ValueError, match=match):
+            logic.explain(limoe, Image.new("1", size), ["cat", "dog"])
 
 
 def test_a_pixel_of_the_map_belongs_to_the_patch_drawn_there():
@@ -158,6 +158,7 @@ def test_experts_of_a_patch():
         logic.patch_experts(GRID, 2, 0)
     with pytest.raises(ValueError, match="no patch in row 0, column -1"):
         logic.patch_experts(GRID, 0, -1)
+    assert "No expert took it" in logic.patch_html(1, 2, [])
 
 
 def test_load_counts_what_had_capacity():
@@ -206,10 +207,6 @@ def test_numbers_on_every_colour_are_readable():
         assert (light + 0.05) / (dark + 0.05) >= 4.5, colour
 
 
-def test_a_patch_that_nobody_took():
-    assert "No expert took it" in logic.patch_html(1, 2, [])
-
-
 def test_expert_choice_and_soft_models(tmp_path):
     for router in ("expert_choice", "soft"):
         loaded = new_model(tmp_path, "vmoe_tiny_patch8_48", embed_dim=32, num_classes=2, num_experts=4, router=router)
@@ -231,12 +228,8 @@ def test_classes_of_one_name_stay_apart_and_missing_names_are_told(tmp_path):
     )
     assert [name for name, _ in found.probabilities] == ["crane", "crane", "dog"]
     assert sum(value for _, value in found.probabilities) == pytest.approx(1)
-    for names in (["a", "b"], ["a", "b", "c", "d"]):
-        few = new_model(tmp_path, "vmoe_tiny_patch8_48", names, **settings)
-        with pytest.raises(
-            ValueError, match=f"model.safetensors names {len(names)} classes, but the model has 3 outputs"
-        ):
-            logic.explain(few, make_image())
-    for names in ("abc", [1, 2, 3], 3):
-        with pytest.raises(ValueError, match="the class names in .*model.safetensors must be a list of texts, got"):
-            logic.explain(new_model(tmp_path, "vmoe_tiny_patch8_48", names, **settings), make_image())
+    few = new_model(tmp_path, "vmoe_tiny_patch8_48", ["a", "b"], **settings)
+    with pytest.raises(ValueError, match="model.safetensors names 2 classes, but the model has 3 outputs"):
+        logic.explain(few, make_image())
+    with pytest.raises(ValueError, match="the class names in .*model.safetensors must be a list of texts, got"):
+        logic.explain(new_model(tmp_path, "vmoe_tiny_patch8_48", [1, 2, 3], **settings), make_image())

@@ -7,7 +7,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from vmoe.inspection import style
-from vmoe.inspection.information import contributions, most_telling_names
+from vmoe.inspection.information import contributions, most_informative
 from vmoe.inspection.maps import draw_maps
 from vmoe.inspection.plots import load_figure, patch_figure, split_figure, write_figures
 from vmoe.inspection.results import TokenRouting
@@ -55,14 +55,14 @@ def test_split_bars_are_shares_of_each_expert(example_statistics):
             assert [bar.get_height() for bar in bars] == pytest.approx(kept / np.maximum(image + text, 1))
 
 
-def test_most_telling_are_those_that_differ_from_the_whole():
+def test_most_informative_names_are_those_that_differ_from_the_whole():
     names = ["even", "third", "first", "second", "none"]
     table = np.array([[10, 10, 10], [0, 0, 30], [30, 0, 0], [0, 30, 0], [0, 0, 0]]).T
     p = table / table.sum()
     pairs = [(e, c) for e, c in np.ndindex(*p.shape) if p[e, c] > 0]
     information = sum(p[e, c] * np.log(p[e, c] / (p[e].sum() * p[:, c].sum())) for e, c in pairs)
     assert contributions(table).sum() == pytest.approx(information)
-    assert most_telling_names(table, names, 1, 5) == [{"name": "second", "share_of_name": 1.0, "share_of_expert": 0.75}]
+    assert most_informative(table, names, 1, 5) == [{"name": "second", "share_of_name": 1.0, "share_of_expert": 0.75}]
     assert contributions(np.zeros((2, 3))).tolist() == [[0, 0, 0], [0, 0, 0]]
 
 

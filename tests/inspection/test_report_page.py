@@ -474,3 +474,16 @@ def test_fixed_capacity_patches_of_other_images_and_dropped_patches(browser_page
     }"""
     assert page.evaluate(colours, [1]) == 1  # dimmed
     assert page.evaluate(colours, [0]) > 2  # stripes
+
+
+def test_errors_exceptions_and_requests_of_a_page_are_noticed(browser_page, tmp_path):
+    """The fixture `browser_page`: what goes wrong on a page must not go unseen."""
+    file = tmp_path / "page.html"
+    file.write_text(
+        "<!doctype html><script>console.error('one'); setTimeout(() => {throw Error('two')}, 0)</script>"
+        "<img src='https://example.com/three.png'><img src='four.png'>"
+    )
+    browser_page.goto(file.as_uri(), wait_until="networkidle")
+    problems = "\n".join(browser_page.problems)
+    for problem in ("console: one", "exception: two", "failed: https://example.com/three.png", "four.png"):
+        assert problem in problems

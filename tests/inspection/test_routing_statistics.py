@@ -13,14 +13,14 @@ from PIL import Image
 import vmoe
 from vmoe.data import BadSample, ImageDataset, build_transform
 from vmoe.data.dataset import Sample
+from vmoe.evaluation.inference import changed
 from vmoe.evaluation.loaded_model import LoadedModel
 from vmoe.inspection.accumulate import Agreement, ModalityTokens
-from vmoe.inspection.forward import token_decoder
+from vmoe.inspection.forward import sparse_layers, token_decoder
 from vmoe.inspection.information import normalized_mutual_information
 from vmoe.inspection.routing_statistics import gather_statistics, route_images, sample_routing
 from vmoe.models.factory import preprocess_config, save_pretrained
 from vmoe.models.text import text_mask
-from vmoe.moe import SparseMoE
 from vmoe.utils.config import ConfigError
 
 CLASSES = ["red", "green", "blue"]
@@ -77,16 +77,17 @@ def load(model, folder, **extra):
     return LoadedModel(model.eval(), tokenizer, transform, torch.device("cpu"), "float32", "a run", file)
 
 
-@pytest.fixture
-def classifier(tmp_path):
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
     torch.manual_seed(0)
-    return load(vmoe.create_model("vmoe_tiny_patch8_48", num_classes=3, num_selected_experts=2, **VIT), tmp_path)
+    model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=3, num_selected_experts=2, **VIT)
+    return load(model, tmp_path_factory.mktemp("classifier"))
 
 
-@pytest.fixture
-def limoe(tmp_path):
+@pytest.fixture(scope="module")
+def limoe(tmp_path_factory):
     torch.manual_seed(0)
-    return load(vmoe.create_model("limoe_tiny_patch8_48", **LIMOE), tmp_path)
+    return load(vmoe.create_model("limoe_tiny_patch8_48", **LIMOE), tmp_path_factory.mktemp("limoe"))
 
 
 def direct(loaded, dataset):
@@ -103,12 +104,10 @@ def direct(loaded, dataset):
 
 @pytest.mark.parametrize("factor", [None, 0.7])
 def test_sums_of_a_classifier_are_those_of_a_direct_computation(classifier, factor):
-    for module in classifier.model.modules():
-        if isinstance(module, SparseMoE):
-            module.eval_capacity_factor = factor
     dataset = Images()
-    record, _ = direct(classifier, dataset)
-    found = gather_statistics(classifier, dataset, batch_size=NUM)  # one batch: who is dropped depends on the others
+    with changed(sparse_layers(classifier).values(), eval_capacity_factor=factor):
+        record, _ = direct(classifier, dataset)
+        found = gather_statistics(classifier, dataset, batch_size=NUM)  # one batch: a drop depends on the others
     assert [layer.name for layer in found.layers] == list(record.layers) == ["blocks.1.mlp", "blocks.3.mlp"]
     for layer in found.layers:
         call = record.layers[layer.name]
@@ -167,7 +166,7 @@ def test_text_tokens_and_patches_of_a_limoe_are_counted_apart(limoe):
 
 @pytest.mark.parametrize("captions", [False, True])
 def test_batches_make_no_difference_where_nothing_is_dropped(limoe, captions):
-    results = [gather_statistics(limoe, Images(captions=captions), batch_size=size) for size in (1, 4, NUM)]
+    results = [gather_statistics(limoe, Images(captions=captions), batch_size=size) for size in (1, 4)]
     for other in results[1:]:
         for ours, theirs in zip(results[0].layers, other.layers, strict=True):
             for modality in ours.tokens:
@@ -213,7 +212,7 @@ def test_captions_of_one_image_give_one_typical_patch(limoe):
 
 
 def test_limited_capacity_is_for_this_call_only(classifier):
-    layers = [module for module in classifier.model.modules() if isinstance(module, SparseMoE)]
+    layers = sparse_layers(classifier).values()
     before = [layer.settings for layer in layers]
     found = gather_statistics(classifier, Images(), eval_capacity_factor=0.5, batch_priority=True)
     assert found.layers[0].eval_capacity_factor == 0.5
@@ -274,7 +273,8 @@ def test_images_are_spaced_evenly_and_complete(limoe):
 
 
 def test_pairs_without_classes_are_named_by_the_captions(limoe):
-    found = gather_statistics(limoe, Images(labels=False, captions=True), num_images=2)
+    found = gather_statistics(limoe, Images(labels=False, captions=True), num_images=2, num_patches=0)
+    assert all(layer.typical_patches == [[]] * 4 for layer in found.layers)
     assert {name for name, _ in found.samples[0].top_classes} == {CAPTIONS[0], CAPTIONS[-1]}
     assert found.class_names is None
 
@@ -447,11 +447,6 @@ def test_tokens_are_read_back_by_any_tokenizer():
     assert token_decoder(Wrapper())([1]) == ["apple"]
     with pytest.raises(ValueError, match=r"has no decode\(\)"):
         token_decoder(object())
-
-
-def test_no_typical_patches(limoe):
-    found = gather_statistics(limoe, Images(captions=True), num_patches=0)
-    assert all(layer.typical_patches == [[]] * 4 for layer in found.layers)
 
 
 def test_layers_that_see_other_tokens_are_not_compared():

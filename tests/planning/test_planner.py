@@ -31,6 +31,9 @@ def test_meshes_are_all_ways_to_multiply():
     assert all(mesh.world == 16 for mesh in possible)
     assert len({(mesh.dp_replicate, mesh.dp_shard, mesh.ep) for mesh in possible}) == len(possible) == 14
     assert list(impossible.values()) == ["ep is no divisor of the 8 experts"]  # ep 16
+    possible, impossible = planner(*VISION, "--model.kwargs.num_experts", "0", per_node=2).meshes()
+    assert [mesh.ep for mesh in possible] == [1, 1]
+    assert list(impossible.values()) == ["ep > 1 needs experts, and the model has none"]
 
 
 def test_a_model_without_blocks_is_planned():
@@ -38,12 +41,6 @@ def test_a_model_without_blocks_is_planned():
     config = read_config(PlanConfig, ["--output_dir", "unused", "--data.loader.batch_size", "8", *model])
     plan = Planner(config, HARDWARE["h100"], 1, 2)
     assert candidates(plan)[1, 2, 1].memory["gathered"] > 0
-
-
-def test_without_experts_there_is_no_expert_parallelism():
-    possible, impossible = planner(*VISION, "--model.kwargs.num_experts", "0", per_node=2).meshes()
-    assert [mesh.ep for mesh in possible] == [1, 1]
-    assert list(impossible.values()) == ["ep > 1 needs experts, and the model has none"]
 
 
 def test_weights_lie_where_the_mesh_says():
@@ -72,30 +69,22 @@ def test_what_travels():
     assert all(one.step_seconds == sum(one.seconds.values()) > 0 for one in found.values())
 
 
-def test_one_process_sends_nothing():
-    (one,) = candidates(planner(*VISION, per_node=1)).values()
-    assert one.traffic == {"all-reduce": 0}
-    assert one.seconds["weights"] == one.seconds["all-to-all"] == 0
-
-
 def test_accumulation_repeats_the_passes_and_keeps_gradients():
     once, twice = (planner(*VISION, "--train.accumulate_steps", str(n), per_node=1) for n in (1, 2))
     (one,), (two,) = (list(candidates(plan).values()) for plan in (once, twice))
     assert two.seconds["matmul"] == 2 * one.seconds["matmul"]
     assert two.memory["gradients"] == 4 * sum(p.numel() for p in twice.model.parameters()) >= one.memory["gradients"]
     assert two.seconds["optimizer"] == one.seconds["optimizer"]
+    # One process sends nothing.
+    assert one.traffic == {"all-reduce": 0}
+    assert one.seconds["weights"] == one.seconds["all-to-all"] == 0
 
 
-def test_averaged_weights_are_counted():
-    (plain,), (averaged,) = (
-        list(candidates(planner(*VISION, *extra, per_node=1)).values()) for extra in ((), ("--train.ema_decay", "0.99"))
-    )
+def test_averaged_weights_are_counted_and_frozen_ones_have_neither_gradients_nor_state():
+    options = ("--train.ema_decay", "0.99", "--train.freeze", "[blocks.*]")
+    (plain,), (one,) = (list(candidates(planner(*VISION, *more, per_node=1)).values()) for more in ((), options))
     assert plain.memory["EMA"] == 0
-    assert averaged.memory["EMA"] == averaged.memory["weights"]
-
-
-def test_frozen_weights_have_neither_gradients_nor_state():
-    (one,) = candidates(planner(*VISION, "--train.freeze", "[blocks.*]", per_node=1)).values()
+    assert one.memory["EMA"] == one.memory["weights"]
     assert one.memory["optimizer"] < 0.5 * one.memory["weights"]
 
 

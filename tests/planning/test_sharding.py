@@ -26,7 +26,6 @@ def eight_processes():
 @pytest.mark.parametrize(
     ("mesh", "num_experts"),
     [
-        (MeshSize(1, 8, 1), 8),
         (MeshSize(1, 8, 1), 12),
         (MeshSize(2, 4, 1), 6),
         (MeshSize(1, 4, 2), 4),

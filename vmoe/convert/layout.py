@@ -115,20 +115,18 @@ def _tower(model: nn.Module) -> dict[str, Entry]:
 
 
 def _projection(module: str, parts: tuple[str, ...], heads: int) -> Iterator[tuple[str, Entry]]:
+    weight, bias = f"{module}.weight", f"{module}.bias"
     if parts == ("out",):
-        yield "out/kernel", Entry(f"{module}.weight", lambda w: w.reshape(len(w), heads, -1).transpose(1, 2, 0))
-        yield "out/bias", Entry(f"{module}.bias", _same)
+        yield "out/kernel", Entry(weight, lambda array: array.reshape(len(array), heads, -1).transpose(1, 2, 0))
+        yield "out/bias", Entry(bias, _same)
         return
 
-    def kernel(index: int, array: np.ndarray) -> np.ndarray:
-        return np.split(array, len(parts))[index].reshape(heads, -1, array.shape[1]).transpose(2, 0, 1)
-
-    def bias(index: int, array: np.ndarray) -> np.ndarray:
-        return np.split(array, len(parts))[index].reshape(heads, -1)
+    def rows(index: int, array: np.ndarray) -> np.ndarray:
+        return np.split(array, len(parts))[index].reshape(heads, -1, *array.shape[1:])
 
     for index, part in enumerate(parts):
-        yield f"{part}/kernel", Entry(f"{module}.weight", partial(kernel, index))
-        yield f"{part}/bias", Entry(f"{module}.bias", partial(bias, index))
+        yield f"{part}/kernel", Entry(weight, lambda array, index=index: rows(index, array).transpose(2, 0, 1))
+        yield f"{part}/bias", Entry(bias, partial(rows, index))
 
 
 def zoom_positions(positions_1TD: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:

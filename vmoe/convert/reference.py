@@ -17,6 +17,7 @@ from vmoe.convert.layout import Entry, reference_layout, zoom_positions
 from vmoe.convert.reference_config import reference_config
 from vmoe.convert.section import ConfigError
 from vmoe.convert.settings import model_settings, stored_grid
+from vmoe.models.factory import create_model
 from vmoe.utils.printable import printable
 
 Rows = list[tuple[Entry, Callable[[np.ndarray], None]]]  # a tensor's entry, and what fills its view
@@ -44,8 +45,6 @@ def from_reference(
             if they are for another, as the reference does when it fine-tunes.
         context_length: tokens of a text tower without position embeddings.
     """
-    from vmoe.models.factory import create_model
-
     if not isinstance(params, Mapping):
         raise CheckpointError(f"params must be a dictionary of arrays, got {type(params).__name__}")
     stored, _ = select_params({name: in_memory(array) for name, array in flatten(params)}, "params")
@@ -88,8 +87,6 @@ def plan(
     Returns the model's name and arguments, with `more`; the model on the meta device; and for each tensor its entry and
     a function that reads the weights into its view.
     """
-    from vmoe.models.factory import create_model
-
     shapes = {name: array.shape for name, array in stored.items()}
     name, kwargs = model_settings(config, shapes, image_size, context_length)
     kwargs |= more

@@ -15,20 +15,20 @@ class ConfigError(ValueError):
 
 
 class Kind(NamedTuple):
-    """What a value must be, in words, and a function that converts it; it raises for what it must not be."""
+    """What a value must be, in English, and a function that converts it or raises."""
 
-    words: str
+    description: str
     convert: Callable[[Any], Any]
 
 
-def _number(words: str, kind: type, low: float, high: float = sys.float_info.max) -> Kind:
+def _number(description: str, kind: type, low: float, high: float = sys.float_info.max) -> Kind:
     def convert(value: Any) -> Any:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not (number and low <= value <= high and value == kind(value)):
             raise ValueError
         return kind(value)
 
-    return Kind(words, convert)
+    return Kind(description, convert)
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -85,7 +85,7 @@ class Section:
         try:
             return kind.convert(value)
         except (TypeError, ValueError, LookupError):
-            raise self.wrong(name, value, kind.words) from None
+            raise self.wrong(name, value, kind.description) from None
 
     def choice(self, name: str, default: str, allowed: Collection[str]) -> Any:
         """One of several names, or what it means if `allowed` is a dictionary."""

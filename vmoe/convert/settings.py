@@ -125,7 +125,7 @@ def _image_size(config: Section, patch: tuple[int, int], stored: int | None) -> 
         side = math.isqrt(max(0, stored))
         if side == 0 or side**2 != stored:
             raise ConfigError(
-                f"image_size is not in the config and cannot be told from position embeddings of {stored} patches, "
+                f"image_size is not in the config and cannot be inferred from position embeddings of {stored} patches, "
                 "which are no square grid; add image_size"
             )
         return [side * step for step in patch]

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import timm
 import torch
 
 from vmoe.convert.arrays import CheckpointError, StoredArray, list_names, select_params
@@ -12,6 +13,8 @@ from vmoe.convert.orbax import find_orbax, open_orbax
 from vmoe.convert.reference import plan
 from vmoe.convert.released import RELEASED
 from vmoe.convert.section import Section
+from vmoe.models.factory import file_metadata
+from vmoe.models.serialization import mapped_safetensors, read_pretrained_metadata
 from vmoe.utils.files import read_json
 
 
@@ -78,9 +81,6 @@ def convert_checkpoint(
         file: a `.safetensors` file; replaced if it exists, untouched if anything fails.
         image_size, context_length: see `from_reference`, also for the errors.
     """
-    from vmoe.models.factory import file_metadata
-    from vmoe.models.serialization import mapped_safetensors
-
     file = Path(file)
     if file.suffix != ".safetensors":
         raise ValueError(f"--to must be a .safetensors file, got {str(file)!r}")
@@ -105,10 +105,6 @@ def pretrained_cfg(file: str | Path) -> dict[str, Any]:
     cfg = vmoe.convert.pretrained_cfg(FILE)
     timm.create_model(cfg["architecture"], pretrained=True, pretrained_cfg=cfg)
     """
-    import timm
-
-    from vmoe.models.factory import read_pretrained_metadata
-
     metadata = read_pretrained_metadata(file)
     name = metadata["name"]
     if not timm.is_model(name):

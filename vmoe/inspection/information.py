@@ -29,7 +29,7 @@ def contributions(table_EC: np.ndarray) -> np.ndarray:
     return p_EC * np.log(ratio_EC)
 
 
-def most_telling_names(table_EC: np.ndarray, names: list[str], expert: int, count: int) -> list[dict[str, Any]]:
+def most_informative(table_EC: np.ndarray, names: list[str], expert: int, count: int) -> list[dict[str, Any]]:
     """At most `count` names that an expert gets more of than its share, those that add most information first.
 
     "share_of_name" is the part of the name's tokens that the expert gets, "share_of_expert" that of its tokens.

@@ -51,7 +51,7 @@ function tag(expert) {
   return make("span", { class: "tag", style: { background: colour, color: inkOn(colour) } }, String(expert));
 }
 
-// A stripe pattern for what was dropped, so that it is told apart without colour.
+// A stripe pattern for what was dropped, which needs no colour to be recognised.
 function hatch(scale) {
   const tile = make("canvas", { width: 6 * scale, height: 6 * scale });
   const brush = tile.getContext("2d");

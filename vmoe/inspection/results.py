@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from vmoe.evaluation.results_file import write_json
-from vmoe.inspection.information import most_telling_names
+from vmoe.inspection.information import most_informative
 from vmoe.utils.files import atomic_file
 
-MOST_TELLING = 10  # classes and text tokens listed for each expert
+MAX_INFORMATIVE = 10  # classes and text tokens listed for each expert
 # Fields of `LayerStatistics`: what the layer is; what was measured, each {modality: value}.
 SETTINGS = ("name", "num_experts", "num_selected_experts", "router", "eval_capacity_factor", "capacity")
 SETTINGS += ("batch_priority",)
@@ -151,7 +151,7 @@ def write_statistics(statistics: RoutingStatistics, folder: str | Path, config: 
 
 
 def _statistics_json(statistics: RoutingStatistics, config: dict[str, Any]) -> dict[str, Any]:
-    """All but the large tables, of which it lists the most telling entries."""
+    """All but the large tables, of which it lists the most informative entries."""
     return {
         "checkpoint": statistics.checkpoint,
         "sha256": statistics.weights_fingerprint,
@@ -181,7 +181,7 @@ def _layer_json(layer: LayerStatistics, class_names: list[str] | None) -> dict[s
         tables["text_tokens"] = (layer.token_table, list(layer.expert_token))
     experts = []
     for e, patches in enumerate(layer.typical_patches):
-        telling = {kind: most_telling_names(*table, e, MOST_TELLING) for kind, table in tables.items()}
+        informative = {kind: most_informative(*table, e, MAX_INFORMATIVE) for kind, table in tables.items()}
         where = [{key: getattr(patch, key) for key in ("sample", "row", "column", "weight")} for patch in patches]
-        experts.append({**telling, "typical_patches": where})
+        experts.append({**informative, "typical_patches": where})
     return {**layer.settings, "modalities": modalities, "experts": experts}
