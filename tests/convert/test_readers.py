@@ -5,14 +5,12 @@ import sys
 import time
 from pathlib import Path
 
+import msgpack
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-import msgpack
-from figures import GOLDEN, load, part
-from write_sharded import MAGIC, pack_array, write_arrays
-
+from tests.convert.figures import GOLDEN, load, part
+from tests.convert.write_sharded import MAGIC, pack_array, write_arrays
 from vmoe.convert.arrays import CheckpointError
 from vmoe.convert.messagepack import read_tree
 from vmoe.convert.orbax import open_orbax

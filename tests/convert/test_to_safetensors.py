@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +11,10 @@ import torch
 from safetensors import safe_open
 from timm.data import resolve_model_data_config
 
-sys.path.insert(0, str(Path(__file__).parent))
-from figures import GOLDEN, close, load, part
-from write_sharded import write_arrays
-
 import vmoe
 from benchmarks import convert as benchmark
+from tests.convert.figures import GOLDEN, close, load, part
+from tests.convert.write_sharded import write_arrays
 from vmoe.cli.convert import main
 from vmoe.convert import RELEASED, CheckpointError, convert_checkpoint, from_reference, pretrained_cfg, to_reference
 from vmoe.convert.layout import reference_layout

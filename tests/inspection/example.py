@@ -2,13 +2,7 @@
 
 import numpy as np
 
-from vmoe.inspection.results import (
-    LayerStatistics,
-    RoutingStatistics,
-    SampleRouting,
-    TokenRouting,
-    TypicalPatch,
-)
+from vmoe.inspection.results import LayerStatistics, RoutingStatistics, SampleRouting, TokenRouting, TypicalPatch
 
 WORDS = ["<start_of_text>", "red", "app…", "le", "cat", "house", "<end_of_text>"]
 

@@ -1,13 +1,11 @@
 """The reference's config dictionaries, read key by key."""
 
-import ast
 import math
 import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 _UNSET = object()
-MAX_CALL = 1000  # characters of a class with arguments
 
 
 class ConfigError(ValueError):
@@ -92,26 +90,16 @@ class Section:
         meanings = allowed if isinstance(allowed, Mapping) else dict(zip(allowed, allowed))
         return self.get(name, Kind(f"one of {tuple(allowed)}", meanings.__getitem__), default)
 
-    def call(self, name: str, default: str, classes: Mapping[str, str]) -> str:
-        """The class that a name such as "SoftRouter", "package.module.SoftRouter" or "SoftRouter(num_slots=3)" means.
+    def class_name(self, default: str, classes: Mapping[str, str]) -> str:
+        """The class that this section's "name", such as "SoftRouter" or "package.module.SoftRouter", means.
 
-        Arguments in the name become keys of this section; those given beside it win, as in the reference.
         `classes` is {class: the module that the reference has it in}.
         """
-        text = self.take(name, default)
-        try:
-            expression = ast.parse(text if len(text) <= MAX_CALL else "", mode="eval").body
-            if isinstance(expression, ast.Call):
-                given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in expression.keywords}
-                if expression.args or None in given:
-                    raise ValueError
-                self.values, expression = {**given, **self.values}, expression.func
-            module, _, cls = ast.unparse(expression).rpartition(".")
-            if module not in ("", classes[cls]):
-                raise ValueError
-        except (SyntaxError, ValueError, TypeError, LookupError, RecursionError, MemoryError) as error:
-            raise self.wrong(name, text, f"one of {sorted(classes)}, arguments by name") from error
-        return cls
+        given = self.take("name", default)
+        module, _, name = str(given).rpartition(".")
+        if name not in classes or module not in ("", classes[name]):
+            raise self.wrong("name", given, f"one of {sorted(classes)}, with its arguments as keys beside it")
+        return name
 
     def wrong(self, name: str, value: Any, wanted: str) -> ConfigError:
         """The error for a value that cannot be converted."""

@@ -67,7 +67,7 @@ def stored_grid(config: Mapping[str, Any], tokens: int, prefix: int, new: tuple[
 
 
 def _two_tower(top: Section, shapes: Shapes, context_length: int | None) -> dict[str, Any]:
-    top.call("name", "TwoTower", {"TwoTower": _TWO_TOWER})
+    top.class_name("TwoTower", {"TwoTower": _TWO_TOWER})
     image_section = top.section("image")
     if (size := top.take("image_size", None)) is not None:
         image_section.values["image_size"] = size
@@ -84,7 +84,7 @@ def _two_tower(top: Section, shapes: Shapes, context_length: int | None) -> dict
 
 
 def _image(config: Section, shapes: Shapes, tower: str = "") -> dict[str, Any]:
-    config.call("name", "VisionTransformerMoe", {"VisionTransformerMoe": "vmoe.nn.vit_moe"})
+    config.class_name("VisionTransformerMoe", {"VisionTransformerMoe": "vmoe.nn.vit_moe"})
     patch, representation = config.get("patch_size", PAIR), config.get("representation_size", SIZE, None)
     pool, class_token = config.choice("classifier", "token", CLASSIFIERS)
     width, encoder, settings = _tower(config, {"learned": "learn", "none": "none", "sincos2d": "sincos2d"})
@@ -135,7 +135,7 @@ def _image_size(config: Section, patch: tuple[int, int], stored: int | None) -> 
 
 
 def _text(config: Section, stored: int, context_length: int | None) -> dict[str, Any]:
-    config.call("name", "TextTransformer", {"TextTransformer": _TWO_TOWER})
+    config.class_name("TextTransformer", {"TextTransformer": _TWO_TOWER})
     width, encoder, settings = _tower(config, {"learned": "learn", "none": "none"})
     if settings["pos_embed"] == "learn":
         if context_length not in (None, stored):
@@ -212,7 +212,7 @@ def _experts(moe: Section, depth: int, mlp_dim: int, dropout: float) -> dict[str
 
 
 def _router(router: Section, E: int, size: int) -> dict[str, Any]:
-    kind = ROUTERS[router.call("name", TOP_K, {TOP_K: _ROUTING, EXPERT_CHOICE: _ROUTING, SOFT: _SOFT})]
+    kind = ROUTERS[router.class_name(TOP_K, {TOP_K: _ROUTING, EXPERT_CHOICE: _ROUTING, SOFT: _SOFT})]
     std = router.get("noise_std", NOT_NEGATIVE, 0.0 if kind == "soft" else 1.0)
     deterministic = router.get("deterministic", FLAG, None)
     if deterministic is False and std > 0:
