@@ -169,7 +169,7 @@ def random_params(config, context_length=5):
     return arrays
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.one_of(vision_configs(), vision_configs(), two_tower_configs()))
 def test_there_and_back_is_the_same(config):
     params = random_params(config)

@@ -162,10 +162,7 @@ def test_a_figure_that_does_not_exist_is_null(example_statistics):
     assert data["layers"][0]["entropy"]["text"] is None
 
 
-def test_no_sparse_layer_and_weights_that_are_none_are_errors(example_statistics, tmp_path):
-    statistics = dataclasses.replace(example_statistics(), layers=[], checkpoint="runs/dense")
-    with pytest.raises(ValueError, match="runs/dense has no sparse layer"):
-        write_report(statistics, tmp_path / "report.html")
+def test_weights_that_are_none_are_an_error(example_statistics):
     statistics = example_statistics()
     statistics.samples[0].patches[0].weight[0, 0, 0] = np.nan
     with pytest.raises(ValueError, match=r"weights of blocks\.1\.mlp must be in 0\.\.1"):

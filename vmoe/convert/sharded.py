@@ -106,9 +106,9 @@ def find_sharded(prefix: str | Path, step: int | None = None) -> str | None:
     names = [file.name.removesuffix(".index") for file in folder.glob("*.index")]
     if path.is_dir() and len(names) == 1 and step is None:
         return str(folder / names[0])
-    found = [(match[1], int(match[2])) for name in names if (match := re.fullmatch(rf"({stem})_(\d+)", name))]
-    if len({stem for stem, _ in found}) != 1:
+    matches = [match for name in names if (match := re.fullmatch(rf"({stem})_(\d+)", name))]
+    if len({match[1] for match in matches}) != 1:  # none, or which of several?
         return None
-    stem, last = max(found, key=lambda pair: pair[1])
-    step = last if step is None else step
-    return str(folder / f"{stem}_{step}") if (stem, step) in found else None
+    found = {int(match[2]): match[0] for match in matches}
+    name = found.get(max(found) if step is None else step)
+    return name and str(folder / name)

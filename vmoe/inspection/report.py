@@ -48,10 +48,8 @@ def write_report(statistics: RoutingStatistics, file: str | Path, console: Conso
     """Writes the report as one HTML file that opens from the disk, and returns it; its folder is made.
 
     The same statistics give the same file. The page, and the `console` if there is one, say so if not all images fit
-    into 15 MB. ValueError: statistics without a sparse layer, or weights outside 0..1.
+    into 15 MB. ValueError: weights outside 0..1.
     """
-    if not statistics.layers:
-        raise ValueError(f"{statistics.checkpoint} has no sparse layer, so there is no routing to report")
     file = Path(file)
     script = "\n".join(_part(name) for name in SCRIPTS)
     # The policy lets this script run and nothing else: no text of the data can, nor any request go out.
