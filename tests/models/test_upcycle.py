@@ -222,9 +222,14 @@ def test_one_expert_with_normalised_weights_is_warned_of():
     vmoe.upcycle(tiny_vit(), layers=[1], num_selected_experts=1, normalize_weights=False)
 
 
-def test_drop_upcycling_draws_the_asked_share_of_units_again():
+def test_noise_and_drop_upcycling_make_experts_differ_by_what_was_asked():
     dense = tiny_vit()
     weight = dense.blocks[1].mlp.fc1.weight.detach()
+    noisy = vmoe.upcycle(dense, layers=[1], expert_noise=0.1).blocks[1].mlp.experts.fc1.weight.detach()
+    difference = (noisy - weight).flatten(1)
+    torch.testing.assert_close(difference.std(dim=1) / weight.std(), torch.full((8,), 0.1), rtol=0.05, atol=0)
+    assert not torch.equal(noisy[0], noisy[1])
+
     experts = vmoe.upcycle(dense, layers=[1], reinit=0.25).blocks[1].mlp.experts
     fresh = (experts.fc1.weight != weight).all(dim=2)  # (E, F)
     assert fresh.sum(dim=1).tolist() == [64] * 8
@@ -306,6 +311,8 @@ def test_wrong_settings_are_named():
         ({"num_experts": 4.5}, "num_experts must be a whole number"),
         ({"reinit": 1.5}, "reinit must be 0..1"),
         ({"reinit": "a"}, "reinit must be 0..1, got 'a'"),
+        ({"expert_noise": -1}, "expert_noise must be a number >= 0"),
+        ({"expert_noise": "a"}, "expert_noise must be a number >= 0 and finite, got 'a'"),
         ({"expert_mlp": "swiglu"}, "must be left out, since the model's MLPs are 'mlp'"),
         ({"granularity": 3}, "must divide the hidden width 256"),
         ({"granularity": 2, "num_experts": 7}, "num_experts must be a multiple of granularity"),

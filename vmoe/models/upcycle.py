@@ -38,6 +38,7 @@ def upcycle(
     *,
     tower: str = "both",
     granularity: int = 1,
+    expert_noise: float = 0.0,
     reinit: float = 0.0,
     **settings,
 ) -> nn.Module:
@@ -51,6 +52,7 @@ def upcycle(
         layers: see `sparse_blocks`; the same in both towers of a model, or in one `tower`, "image" or "text".
         granularity: G, each MLP is split into G experts of F/G hidden units; at first all G of a copy are chosen
             together (virtual groups, arXiv 2410.07524), so `noise_std` is 0 by default. It must divide E and K.
+        expert_noise: standard deviation of normal noise on the experts' weights, in standard deviations of each weight.
         reinit: share of the hidden units that each expert draws again, from normal distributions with the mean and
             standard deviation of the weights that they replace (Drop-Upcycling, arXiv 2502.19261: 0.5).
         **settings: of `vmoe.moe.config.RoutingSettings`, and `router_preset`. The defaults here are
@@ -59,7 +61,7 @@ def upcycle(
 
     An UpcycleError for a model without known MLPs or with experts, a ValueError for a setting out of range.
     """
-    _check(tower, granularity, reinit, settings)
+    _check(tower, granularity, expert_noise, reinit, settings)
     with suppress(TypeError):  # `sparse_blocks` says what is wrong with them
         layers = layers if isinstance(layers, str) else [operator.index(block) for block in layers]
     mlps = _chosen_mlps(model, tower, layers)
@@ -75,6 +77,7 @@ def upcycle(
         own = layer_settings.get(name) or _outside_settings(sparse.get_submodule(name), is_text, settings, user)
         layer = _sparse_layer(own, granularity, sparse, name)
         _redraw_units(layer.experts, reinit)
+        _add_noise(layer.experts, expert_noise)
         sparse.set_submodule(name, layer)
     _keep_parameter_groups(model, sparse)
     options = {"layers": layers, "tower": tower, "granularity": granularity}
@@ -82,11 +85,13 @@ def upcycle(
     return sparse
 
 
-def _check(tower: str, granularity: int, reinit: float, settings: dict) -> None:
+def _check(tower: str, granularity: int, expert_noise: float, reinit: float, settings: dict) -> None:
     if tower not in TOWERS:
         raise ValueError(f"tower must be one of {TOWERS}, got {tower!r}")
     if type(granularity) is not int or granularity < 1:
         raise ValueError(f"granularity must be a whole number >= 1, got {granularity!r}")
+    if not (isinstance(expert_noise, (int, float)) and 0 <= expert_noise < math.inf):
+        raise ValueError(f"expert_noise must be a number >= 0 and finite, got {expert_noise!r}")
     if not (isinstance(reinit, (int, float)) and 0 <= reinit <= 1):
         raise ValueError(f"reinit must be 0..1, got {reinit!r}")
     if settings.get("expert_width") is not None:
@@ -264,6 +269,14 @@ def _redraw_units(experts: Experts, share: float) -> None:
             if fc1.bias is not None:
                 _redraw(fc1.bias[expert], rows, 0)
         _redraw(fc2.weight[expert], units, 1)
+
+
+@torch.no_grad()
+def _add_noise(experts: Experts, share: float) -> None:
+    """Adds normal noise, with this share of the standard deviation of each expert's weights."""
+    for weight in (experts.fc1.weight, experts.fc2.weight) if share > 0 else ():
+        std_E11 = weight.float().flatten(1).std(dim=1)[:, None, None].to(weight.dtype)
+        weight.add_(torch.randn_like(weight) * std_E11 * share)
 
 
 def _redraw(tensor: Tensor, index: Tensor, dim: int) -> None:
