@@ -27,7 +27,7 @@ MADE = (
 METHOD = (
     "The cost of a sparse layer, compared with a dense baseline and other libraries. Ratios are measured in one "
     "process, alternating (A B A B ...), with a new input in each round, and computed per round. Tables show the "
-    "median and (lowest-highest). Below 1 the numerator is faster. \"dense\" is timm's MLP or ViT with the same active "
+    'median and (lowest-highest). Below 1 the numerator is faster. "dense" is timm\'s MLP or ViT with the same active '
     'compute: the hidden units of K experts. "kept" is the share of the assignments that the experts keep; the dense '
     "baseline keeps all. Forward is in `eval()` without gradients, with the capacity in use. Forward + backward is in "
     "training mode, with gradients of the input and of all parameters, which are None before each call, as after "

@@ -24,9 +24,7 @@ def test_an_optimizer_of_whole_matrices_is_refused(four_processes):
     model = tiny()
     create_optimizer(model, OptimConfig(name="muon"))  # whole weights
     parallelize(model, make_meshes(MeshSize(1, 2, 2), CPU), CPU)
-    with pytest.raises(
-        ConfigError, match=r"optim.name 'muon' does not work on sharded weights.*take one of.*adamw"
-    ):
+    with pytest.raises(ConfigError, match=r"optim.name 'muon' does not work on sharded weights.*take one of.*adamw"):
         create_optimizer(model, OptimConfig(name="muon"))
     groups = create_optimizer(model, OptimConfig(name="AdamW")).param_groups
     assert all(len({parameter.device_mesh for parameter in group["params"]}) == 1 for group in groups)

@@ -13,7 +13,7 @@ from vmoe.utils.config import check_types
 FIELDS_OF_SOME_TYPES = {
     **{"name": ("torchvision",), "delimiter": ("pairs",), "label_key": ("hf",)},
     **{"image_root": ("pairs", "karpathy"), "image_key": ("pairs", "hf"), "caption_key": ("pairs", "shards", "hf")},
-    **{"class_names": ("image_folder", "shards"), "labels_file": ("imagenet_real",)},
+    **{"class_names": ("image_folder", "shards"), "labels_file": ("imagenet", "imagenet_real")},
     **{"shuffle_buffer": ("shards",), "streams": ("shards",), "sources": ("mixture",)},
 }
 # Types whose images are not read from files, or by torchvision, or by the sources of a mixture.
@@ -50,7 +50,8 @@ class SourceConfig:
         class_names: "shards": a .txt or .json file with the names of the classes that .cls members number from 0
             (default: samples have no labels). "image_folder": the same in the order of the sorted folders, or a .json
             file of {folder: name} (default: the folder names, or WordNet's words for ImageNet's synsets).
-        labels_file: "imagenet_real": real.json (default: timm's copy).
+        labels_file: "imagenet" with all images in one folder: the file of their labels (default: the one found in that
+            folder or the one above). "imagenet_real": real.json (default: timm's copy).
         label_key: "hf": the column of the label (default: the one of type ClassLabel, if there is just one).
         shuffle_buffer: "shards": samples of neighbouring files that are shuffled together (default: 100000).
         streams: "shards": positions of the data that are read side by side, each giving an equal part of every batch

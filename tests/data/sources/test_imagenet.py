@@ -44,7 +44,7 @@ def val(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def flat(tmp_path_factory):
-    """The same 1,000 images in one folder, as in the official archive."""
+    """The same set flat, in the order of its archive: image i + 1 belongs to class 999 - i."""
     root = tmp_path_factory.mktemp("archive") / "val"
     root.mkdir()
     for number in range(1, 1001):
@@ -101,10 +101,87 @@ def test_a_missing_and_an_unknown_class_are_named(val):
     (val.parent / "tench").rename(val / "n01440764")
 
 
-def test_flat_images_without_synsets_are_explained(flat):
-    assert "holds no folders, only 1,000 files (as ILSVRC2012_val_00000001.JPEG, " in complaint("imagenet", flat)
-    with pytest.raises(ValueError, match="labels_file is for imagenet_real, and type is 'imagenet'"):
-        SourceConfig("imagenet", "x", labels_file="y")
+LABELS = {number: SYNSETS[1000 - number] for number in range(1, 1001)}  # of the flat copy
+
+
+def write_labels(folder, name):
+    folder.mkdir(parents=True, exist_ok=True)
+    if name.endswith(".csv"):  # Kaggle's, in no order, with boxes after the synset
+        rows = [f"{val_name(number)[:-5]},{synset} 1 2 3 4" for number, synset in reversed(LABELS.items())]
+        text = "\n".join(["ImageId,PredictionString", *rows])
+    elif name == "val.txt":  # Caffe's
+        text = "\n".join(f"{val_name(number)} {1000 - number}" for number in LABELS)
+    else:
+        text = "\n".join(LABELS.values())
+    (folder / name).write_text(text + "\n")
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("imagenet_2012_validation_synset_labels.txt", "inside"),
+        ("synset_labels.txt", "beside"),
+        ("LOC_val_solution.csv", "inside"),
+        ("val.txt", "given"),
+    ],
+)
+def test_a_flat_validation_set_with_each_kind_of_labels(flat, tmp_path, name, where):
+    file = write_labels({"inside": flat, "beside": flat.parent, "given": tmp_path}[where], name)
+    dataset = build("imagenet", flat, labels_file=str(file) if where == "given" else None)
+    file.unlink()
+    assert dataset.labels == list(range(999, -1, -1))
+    assert dataset[0].path == str(flat / val_name(1))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("n01440764\nn00000000\n", "line 2: must be a synset as n01440764, or .*; got 'n00000000'"),
+        ("n01440764\n7\n", "line 2: must be a synset"),
+        ("n01440764\n", "has no label for 999 images, as ILSVRC2012_val_00000002.JPEG"),
+        (f"{val_name(1)} 1000\n", "line 1: must be .* a label 0..999"),
+        (f"{val_name(1)} -1\n", "line 1: must be"),
+        ("cat.jpg 3\n", "line 1: must be .* the name of a validation image"),
+        (f"{val_name(1)} 1\n{val_name(1)} 2\n", "line 2: must be .* each image once"),
+        ("ImageId,PredictionString\nILSVRC2012_val_00000001\n", "line 2: must be"),
+    ],
+)
+def test_labels_that_do_not_fit_are_named(flat, tmp_path, text, message):
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(ValueError, match=rf"labels_file .*a.txt:? {message}"):
+        build("imagenet", flat, labels_file=str(tmp_path / "a.txt"))
+
+
+def test_a_flat_set_that_is_incomplete_is_explained(flat, val, tmp_path):
+    message = complaint("imagenet", flat)
+    assert "set labels_file, or put one of imagenet_2012_validation_synset_labels.txt" in message
+    assert "or all images in one folder, with a file of labels" in message
+    assert "gone.txt: cannot be read" in complaint("imagenet", flat, labels_file=str(tmp_path / "gone.txt"))
+    assert "whose folders are the labels; leave it out" in complaint("imagenet", val, labels_file="x.txt")
+    (tmp_path / "one.txt").write_text("\n".join([SYNSETS[0]] * 1000))
+    message = complaint("imagenet", flat, labels_file=str(tmp_path / "one.txt"))
+    assert "999 of 1000 classes have no image, as n01443537" in message
+    with pytest.raises(ValueError, match="labels_file is for imagenet and imagenet_real, and type is 'imagenet_v2'"):
+        SourceConfig("imagenet_v2", "x", labels_file="y")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("stray/labels.txt", "holds folder stray, and only images may be there"),
+        ("cat.jpg", "has no label for 1 images, as cat.jpg"),
+        ("notes.txt", "holds file notes.txt, no image"),
+    ],
+)
+def test_what_else_lies_among_the_flat_images_is_named(flat, tmp_path, name, message):
+    """The folder is still a flat one: its labels_file is right, and the stray one is to be moved."""
+    (flat / name).parent.mkdir(exist_ok=True)
+    (flat / name).touch()
+    assert message in complaint("imagenet", flat, labels_file=str(write_labels(tmp_path, "val.txt")))
+    (flat / name).unlink()
+    if "/" in name:
+        (flat / name).parent.rmdir()
 
 
 def test_real_has_several_labels_and_leaves_images_out(val, flat, caplog):

@@ -68,9 +68,10 @@ class TreeReader:
             return folders
         raise self.error(problem, folder)
 
-    def images(self, folder: str = "") -> list[str]:
-        """Sorted names of the images in a folder where nothing else may be."""
+    def images(self, folder: str = "", allowed: Collection[str] = ()) -> list[str]:
+        """Sorted names of the images in a folder where nothing else (but files in `allowed`) may be."""
         folders, files = self.entries(folder)
+        files = [name for name in files if name not in allowed]
         others = [name for name in files if not name.lower().endswith(IMAGE_SUFFIXES)]
         if folders:
             raise self.error(f"holds {_names(folders, 'folder')}, and only images may be there", folder)

@@ -19,12 +19,13 @@ from vmoe.data.dataset import ImageFiles
 from vmoe.data.images import file_errors
 from vmoe.data.sources.folder import synset_words
 from vmoe.data.sources.folder_layout import TreeReader
-from vmoe.utils.files import read_json
+from vmoe.utils.files import read_json, read_text
 
 logger = logging.getLogger("vmoe.data")
 
 LAYOUTS = {
-    "imagenet": "SYNSET/IMAGE, such as n01440764/ILSVRC2012_val_00000293.JPEG, in 1,000 folders",
+    "imagenet": "SYNSET/IMAGE, such as n01440764/ILSVRC2012_val_00000293.JPEG, in 1,000 folders; or all images in one "
+    "folder, with a file of labels in it or beside it",
     "imagenet_v2": "LABEL/IMAGE, such as 0/1.jpeg, in folders 0 to 999",
     "imagenet_a": "SYNSET/IMAGE, such as n01498041/1.jpg, in 200 folders",
     "imagenet_r": "SYNSET/IMAGE, such as n01443537/art_0.jpg, in 200 folders",
@@ -36,6 +37,8 @@ PUBLISHED_SIZES = {
     **{"imagenet": 50_000, "imagenet_v2": 10_000, "imagenet_a": 7_500, "imagenet_r": 30_000},
     **{"imagenet_sketch": 50_889, "imagenet_real": 46_837},
 }
+# Looked for in this order, in the folder of the images and in the one above.
+LABELS_FILES = ("imagenet_2012_validation_synset_labels.txt", "synset_labels.txt", "LOC_val_solution.csv", "val.txt")
 # The 15 of the benchmark, in the paper's order; the 4 further ones of its download do not count into the mean.
 CORRUPTIONS = (
     "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
@@ -43,7 +46,7 @@ CORRUPTIONS = (
 )  # fmt: skip
 EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 SEVERITIES = (1, 2, 3, 4, 5)
-_VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.jpe?g", re.IGNORECASE)
+_VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})(\.jpe?g)?", re.IGNORECASE)
 
 
 @functools.cache
@@ -89,8 +92,9 @@ class _ImageNetFiles(ImageFiles):
 class ImageNet(_ImageNetFiles):
     """ImageNet-1k's validation set; ImageNet-V2 (1902.10811), -A (1907.07174), -R (2006.16241), -Sketch (1905.13549).
 
-    A folder per class: named by label in V2, else by synset. -A and -R have 200 of the classes, by timm's tables, and
-    labels 0 to 199; a classifier of 1,000 classes is judged by its outputs for the 200, as in the papers.
+    A folder per class: named by label in V2, else by synset. The validation set may also be in one folder, with a file
+    of labels. -A and -R have 200 of the classes, by timm's tables, and labels 0 to 199; a classifier of 1,000 classes
+    is judged by its outputs for the 200, as in the papers.
     """
 
     def __init__(self, source: SourceConfig) -> None:
@@ -101,7 +105,13 @@ class ImageNet(_ImageNetFiles):
             allowed = ("README.txt",)  # in both downloads
         named = kind != "imagenet_v2"
         folders = [imagenet_synsets()[column] if named else str(column) for column in columns]
-        _, names, labels = TreeReader(path, LAYOUTS[kind]).class_tree(folders, allowed)
+        tree = TreeReader(path, LAYOUTS[kind])
+        if kind == "imagenet" and any(val_number(name) for name in tree.entries()[1]):
+            names, labels = flat_images(tree, source.labels_file)
+        elif source.labels_file is not None:
+            raise ValueError(f"labels_file {source.labels_file}: the folders of {path} are the labels; leave it out")
+        else:
+            _, names, labels = tree.class_tree(folders, allowed)
         super().__init__(path, names, labels, kind, columns)
 
 
@@ -117,9 +127,8 @@ class ImageNetReal(_ImageNetFiles):
         tree = TreeReader(path, LAYOUTS["imagenet"])
         names = tree.class_tree(imagenet_synsets())[1] if tree.entries()[0] else tree.images()
         tree.warn_of_junk()
-        matches = [_VAL_NAME.fullmatch(name.rpartition("/")[2]) for name in names]
-        numbers = [int(match[1]) if match else 0 for match in matches]
-        if strange := [name for name, number in zip(names, numbers) if not 1 <= number <= len(real)]:
+        numbers = [val_number(name) for name in names]
+        if strange := [name for name, number in zip(names, numbers) if number not in range(1, len(real) + 1)]:
             raise ValueError(
                 f"{Path(path) / strange[0]}: ReaL knows images by their official names, ILSVRC2012_val_00000001.JPEG "
                 f"to {len(real):08d}; rename it or remove it"
@@ -169,6 +178,55 @@ class ImageNetC(_ImageNetFiles):
         condition, position = divmod(index, len(self.names))
         name = f"{self.conditions[condition]}/{self.names[position]}"
         return name, self.root / name
+
+
+def val_number(name: str) -> int | None:
+    """The number in an image's official name (ILSVRC2012_val_00000001.JPEG: 1), or None for another name."""
+    match = _VAL_NAME.fullmatch(name.rpartition("/")[2])
+    return int(match[1]) if match else None
+
+
+def flat_images(tree: TreeReader, labels_file: str | None) -> tuple[list[str], list[int]]:
+    """(names, labels) of the validation images in one folder; without `labels_file`, the first of LABELS_FILES."""
+    names = tree.images(allowed=[*LABELS_FILES, Path(labels_file or "").name])
+    tree.warn_of_junk()
+    if labels_file is None:
+        candidates = [folder / name for folder in (tree.root, tree.root.resolve().parent) for name in LABELS_FILES]
+        labels_file = next((file for file in candidates if file.is_file()), None)
+        if labels_file is None:
+            raise tree.error(f"has no file of labels: set labels_file, or put one of {', '.join(LABELS_FILES)} there")
+    label_of = read_val_labels(labels_file)
+    if missing := [name for name in names if val_number(name) not in label_of]:
+        raise ValueError(f"labels_file {labels_file}: has no label for {len(missing)} images, as {missing[0]}")
+    labels = [label_of[val_number(name)] for name in names]
+    if missing := set(range(1000)).difference(labels):
+        raise ValueError(f"{tree.root}: {len(missing)} classes have no image, as {imagenet_synsets()[min(missing)]}")
+    return names, labels
+
+
+def read_val_labels(file: str | Path) -> dict[int, int]:
+    """{number of the image: label} from one of the files in which the labels are published; ValueError: it is none.
+
+    They have a synset per line, in the order of the images (TensorFlow's imagenet_2012_validation_synset_labels.txt),
+    or lines `NAME LABEL` with a synset or a label 0..999 (Caffe's val.txt, and Kaggle's LOC_val_solution.csv).
+    """
+    with file_errors(f"labels_file {file}"):
+        lines = read_text(file).splitlines()
+    synsets = {synset: label for label, synset in enumerate(imagenet_synsets())}
+    numbered = synsets | {str(label): label for label in range(1000)}
+    labels: dict[int, int] = {}
+    for line, text in enumerate(lines, start=1):
+        first, *others = re.split(r"[,\s]+", text.strip())
+        if first in ("", "ImageId"):  # Kaggle's header
+            continue
+        number, label = (val_number(first), numbered.get(others[0])) if others else (line, synsets.get(first))
+        if number is None or label is None or number in labels:
+            raise ValueError(
+                f"labels_file {file} line {line}: must be a synset as n01440764, or the name of a validation image "
+                f"with a synset or a label 0..999, each image once; got {text!r}"
+            )
+        labels[number] = label
+    return labels
 
 
 def read_real_labels(file: str | None) -> list[list[int]]:
