@@ -35,20 +35,20 @@ def photo(folder):
 
 
 def start(file, model, extra=None):
-    """Saves the model and starts the demo on it; (subject, app, address)."""
+    """Saves the model and starts the demo on it; (loaded, app, address)."""
     pytest.importorskip("gradio", reason="needs Gradio (pip install -e '.[demo]')")
     save_pretrained(model, file, extra)
-    subject = load_model(str(file), "cpu")
-    app = demo.build_app(subject)
-    return subject, app, demo.launch(app)
+    loaded = load_model(str(file), "cpu")
+    app = demo.build_app(loaded)
+    return loaded, app, demo.launch(app)
 
 
 @pytest.fixture(scope="module")
 def limoe(folder, browser):
     torch.manual_seed(0)
     model = vmoe.create_model("limoe_tiny_patch8_48", width=32, embed_dim=16, **TINY)
-    subject, app, address = start(folder / "limoe.safetensors", model)
-    yield subject, address
+    loaded, app, address = start(folder / "limoe.safetensors", model)
+    yield loaded, address
     app.close(verbose=False)
 
 
@@ -57,8 +57,8 @@ def classifier(folder, browser):
     torch.manual_seed(0)
     settings = {"num_classes": 3, "embed_dim": 32, "num_selected_experts": 2, "eval_capacity_factor": 0.4, **TINY}
     model = vmoe.create_model("vmoe_tiny_patch8_48", **settings)
-    subject, app, address = start(folder / "vmoe.safetensors", model, {"class_names": CLASSES})
-    yield subject, address
+    loaded, app, address = start(folder / "vmoe.safetensors", model, {"class_names": CLASSES})
+    yield loaded, address
     app.close(verbose=False)
 
 
@@ -120,34 +120,34 @@ def click_patch(page, row, column, grid=6):
     routing_map(page, other_than=source)
 
 
-def recorded(subject, layer, photo):
+def recorded(loaded, layer, photo):
     """(experts, weights, kept) of the patches in a layer, each (rows, columns, K), by the record itself."""
-    image = subject.transform(Image.open(photo))[None]
-    with torch.no_grad(), vmoe.record_routing(subject.model) as record:
-        subject.model(image) if subject.tokenizer is None else subject.model.encode_image(image)
+    image = loaded.transform(Image.open(photo))[None]
+    with torch.no_grad(), vmoe.record_routing(loaded.model) as record:
+        loaded.model(image) if loaded.tokenizer is None else loaded.model.encode_image(image)
     own = record.layers[layer]
     found = (own.tokens(tensor)[0][-36:] for tensor in (own.expert_index, own.combine_weights, own.kept))
     return [tensor.reshape(6, 6, -1) for tensor in found]
 
 
-def expected_patch(subject, layer, photo, row, column):
-    experts, weights, kept = (tensor[row, column].tolist() for tensor in recorded(subject, layer, photo))
+def expected_patch(loaded, layer, photo, row, column):
+    experts, weights, kept = (tensor[row, column].tolist() for tensor in recorded(loaded, layer, photo))
     shown = zip(experts, weights, kept, strict=True)
     return {str(expert): [f"{weight:.4f}", "yes" if room else "no"] for expert, weight, room in shown}
 
 
 def test_probabilities_are_those_of_zero_shot_classify(limoe, open_demo, photo):
-    subject, address = limoe
+    loaded, address = limoe
     page = open_demo(address)
     classify(page, photo, LABELS)
-    [expected] = vmoe.zero_shot_classify(subject.model, subject.tokenizer, photo, LABELS)
+    [expected] = vmoe.zero_shot_classify(loaded.model, loaded.tokenizer, photo, LABELS)
     assert rows(page, "Probabilities") == {
         label: [f"{value:.2%}"] for label, value in zip(LABELS, expected.tolist(), strict=True)
     }
 
 
 def test_another_layer_and_another_patch(limoe, open_demo, photo):
-    subject, address = limoe
+    loaded, address = limoe
     page = open_demo(address)
     classify(page, photo, LABELS)
     source, last = routing_map(page)
@@ -159,27 +159,27 @@ def test_another_layer_and_another_patch(limoe, open_demo, photo):
     for row, column in ((0, 1), (2, 3), (5, 5)):
         click_patch(page, row, column)
         found = rows(page, f"Experts of the patch in row {row}, column {column}")
-        assert found == expected_patch(subject, "blocks.1.mlp", photo, row, column)
+        assert found == expected_patch(loaded, "blocks.1.mlp", photo, row, column)
         assert page.get_by_label("Row", exact=True).input_value() == str(row)
     page.get_by_label("Row", exact=True).press("ArrowDown")  # without a mouse
     page.get_by_text("Experts of the patch in row 4, column 5").wait_for()
 
-    experts, _, kept = recorded(subject, "blocks.1.mlp", photo)
+    experts, _, kept = recorded(loaded, "blocks.1.mlp", photo)
     load = np.bincount(experts[kept].numpy(), minlength=4)
     table = rows(page, "Load of the experts")
     assert [table[str(expert)][0] for expert in range(4)] == [str(number) for number in load]
 
 
 def test_text_tokens_of_a_label(limoe, open_demo, photo):
-    subject, address = limoe
+    loaded, address = limoe
     page = open_demo(address)
     classify(page, photo, LABELS)
     page.get_by_label("Label", exact=True).click()
     page.get_by_role("option", name="a red car").click()
     words = page.get_by_test_id("highlighted-text")
     words.get_by_text("red").wait_for()
-    with torch.no_grad(), vmoe.record_routing(subject.model) as record:
-        subject.model.encode_text(subject.tokenizer(["a red car"]))
+    with torch.no_grad(), vmoe.record_routing(loaded.model) as record:
+        loaded.model.encode_text(loaded.tokenizer(["a red car"]))
     own = record.layers["blocks.3.mlp"]
     experts, weights = (own.tokens(tensor)[0, :5, 0].tolist() for tensor in (own.expert_index, own.combine_weights))
     expected = zip(["<start_of_text>", "a", "red", "car", "<end_of_text>"], experts, weights, strict=True)
@@ -218,20 +218,20 @@ def test_mistakes_are_told_and_the_server_lives_on(limoe, open_demo, photo, fold
 
 
 def test_classifier(classifier, open_demo, photo):
-    subject, address = classifier
+    loaded, address = classifier
     page = open_demo(address)
     assert page.get_by_label("Labels, one per line").count() == 0
     classify(page, photo)
     with torch.no_grad():
-        [expected] = subject.model(subject.transform(Image.open(photo))[None]).softmax(dim=1)
+        [expected] = loaded.model(loaded.transform(Image.open(photo))[None]).softmax(dim=1)
     assert rows(page, "Probabilities") == {
         name: [f"{value:.2%}"] for name, value in zip(CLASSES, expected.tolist(), strict=True)
     }
-    kept = recorded(subject, "blocks.3.mlp", photo)[2]
+    kept = recorded(loaded, "blocks.3.mlp", photo)[2]
     row, column = np.argwhere(~kept.numpy().all(-1))[-1].tolist()
     click_patch(page, row, column)
     found = rows(page, f"Experts of the patch in row {row}, column {column}")
-    assert found == expected_patch(subject, "blocks.3.mlp", photo, row, column)
+    assert found == expected_patch(loaded, "blocks.3.mlp", photo, row, column)
     assert not page.get_by_test_id("highlighted-text").is_visible()
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import vmoe
 from vmoe.cli import inspect_routing as command
-from vmoe.cli.inspect_routing import describe, expand_data, main, summary_table, validation_data
+from vmoe.cli.inspect_routing import describe, main, summary_table, validation_data
 from vmoe.data import BadSample
 from vmoe.data.config import SourceConfig
 from vmoe.inspection import style
@@ -23,6 +23,10 @@ from vmoe.utils.config import ConfigError
 
 LIMOE = {"img_size": 16, "patch_size": 8, "width": 32, "depth": 2, "num_heads": 2, "embed_dim": 16, "num_experts": 4}
 QUICK = ["--loader.num_workers", "0", "--num_images", "3", "--num_patches", "2"]
+
+
+def folder_arguments(folder):
+    return ["--data.type", "image_folder", "--data.path", str(folder)]
 
 
 @pytest.fixture(autouse=True)
@@ -90,8 +94,8 @@ def test_all_that_it_writes(run, data, capsys):
     assert arrays["blocks.1.mlp/expert_token"].sum() == sum(first["modalities"]["text"]["kept"])
 
 
-def test_labelled_images_by_a_plain_word(run, data, tmp_path):
-    assert main(["--checkpoint", str(run), "--data", str(data / "folder"), f"--output_dir={tmp_path}", *QUICK]) == 0
+def test_labelled_images_of_a_folder(run, data, tmp_path):
+    assert main(["--checkpoint", str(run), *folder_arguments(data / "folder"), f"--output_dir={tmp_path}", *QUICK]) == 0
     found = json.loads((tmp_path / "statistics.json").read_text())
     assert found["data"]["texts_from"] == "class names"
     arrays = np.load(tmp_path / "statistics.npz")
@@ -100,23 +104,6 @@ def test_labelled_images_by_a_plain_word(run, data, tmp_path):
     assert arrays["blocks.1.mlp/expert_class"].sum() == 6 * 4
     classes = [entry["name"] for expert in found["layers"][0]["experts"] for entry in expert["classes"]]
     assert set(classes) <= {"cat", "dog"}
-
-
-def test_what_a_plain_word_stands_for(data, tmp_path):
-    (tmp_path / "cat.png").touch()
-    (tmp_path / "cat.txt").touch()
-    assert expand_data(["--data", "emoji_groups", "--x"]) == ["--data.type", "emoji_groups", "--x"]
-    assert expand_data([f"--data={tmp_path}"]) == ["--data.type", "pairs", "--data.path", str(tmp_path)]
-    folder, pairs = str(data / "folder"), str(data / "pairs.csv")
-    assert expand_data(["--data", folder]) == ["--data.type", "image_folder", "--data.path", folder]
-    assert expand_data(["--data", pairs]) == ["--data.type", "pairs", "--data.path", pairs]
-    assert expand_data(["--data.type", "emoji"]) == ["--data.type", "emoji"]
-    with pytest.raises(
-        ConfigError, match="--data nowhere: neither a folder of images, nor a file of pairs, nor a type of data"
-    ):
-        expand_data(["--data", "nowhere"])
-    with pytest.raises(ConfigError, match="--data : neither a folder"):
-        expand_data(["--data"])
 
 
 def test_the_data_of_a_run_are_found_from_any_of_its_folders(run, tmp_path):
@@ -148,7 +135,9 @@ def error(capsys, *arguments):
 def test_mistakes_are_one_sentence_with_an_exit_code(run, data, tmp_path, capsys):
     dense = vmoe.create_model("limoe_tiny_patch8_48", context_length=8, **{**LIMOE, "num_experts": 0})
     save_pretrained(dense, tmp_path / "dense.safetensors")
-    code, message = error(capsys, "--checkpoint", str(tmp_path / "dense.safetensors"), "--data", str(data / "folder"))
+    code, message = error(
+        capsys, "--checkpoint", str(tmp_path / "dense.safetensors"), *folder_arguments(data / "folder")
+    )
     assert code == 2
     assert "dense.safetensors holds a dense model, which has no experts to look at" in message
     code, message = error(capsys, "--checkpoint", str(run), "--eval_capacity_factor", "0")
@@ -157,13 +146,13 @@ def test_mistakes_are_one_sentence_with_an_exit_code(run, data, tmp_path, capsys
     assert (code, "on_bad must be 'fail' or 'skip' in an inspection" in message) == (2, True)
     code, message = error(capsys, "--checkpoint", str(run), "--num_image", "3")
     assert (code, "the nearest known key is 'num_images'" in message) == (2, True)
-    code, message = error(capsys, "--checkpoint", str(tmp_path / "missing"), "--data", "emoji")
+    code, message = error(capsys, "--checkpoint", str(tmp_path / "missing"), "--data.type", "emoji")
     assert code == 1
     assert "missing" in message
     broken = tmp_path / "photos" / "a"
     broken.mkdir(parents=True)
     (broken / "1.jpg").write_bytes(b"no image")
-    code, message = error(capsys, "--checkpoint", str(run), "--data", str(tmp_path / "photos"))
+    code, message = error(capsys, "--checkpoint", str(run), *folder_arguments(tmp_path / "photos"))
     assert code == 1
     assert "1.jpg" in message
 
@@ -180,7 +169,7 @@ def test_fields_of_the_data_without_a_type_change_those_of_the_run(run, tmp_path
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "build_dataset", stop)
-        for extra in ([], ["--data.split", "train"], ["--data.image_size=24"], ["--data", "emoji"]):
+        for extra in ([], ["--data.split", "train"], ["--data.image_size=24"], ["--data.type", "emoji"]):
             assert main(["--checkpoint", str(folder), *extra, *QUICK]) == 1
     assert given == [
         SourceConfig("emoji_groups", split="val", image_size=16),
@@ -200,11 +189,11 @@ def test_what_cannot_work_is_told_before_the_data_are_read(run, data, tmp_path, 
         raise AssertionError("the data were read")
 
     monkeypatch.setattr(command, "gather_statistics", read)
-    pairs, folders = ["--checkpoint", str(run)], ["--checkpoint", str(run), "--data", str(data / "folder")]
+    pairs, folders = ["--checkpoint", str(run)], ["--checkpoint", str(run), *folder_arguments(data / "folder")]
     (tmp_path / "file").touch()
     classifier = vmoe.create_model("vmoe_tiny_patch8_48", img_size=16, embed_dim=16, depth=2, num_heads=2)
     save_pretrained(classifier, tmp_path / "classifier.safetensors")
-    of_classifier = ["--checkpoint", str(tmp_path / "classifier.safetensors"), "--data", str(data / "folder")]
+    of_classifier = ["--checkpoint", str(tmp_path / "classifier.safetensors"), *folder_arguments(data / "folder")]
     wrong = [
         (
             folders,
@@ -214,7 +203,6 @@ def test_what_cannot_work_is_told_before_the_data_are_read(run, data, tmp_path, 
         (folders, ["--templates", "a photo"], "templates 'a photo': no such file"),
         (pairs, ["--templates", "a {}"], "templates are prompts of class names, and the data have none"),
         (of_classifier, ["--templates", "a {}"], "templates are for image-text models"),
-        (pairs, ["--data", str(data / "folder/cat/0.png")], "0.png: neither a folder of images"),
     ]
     for start, arguments, match in wrong:
         code, message = error(capsys, *start, *arguments)

@@ -131,13 +131,12 @@ def test_the_command_copies_files_as_they_are(tmp_path, monkeypatch, capsys):
     Image.new("RGB", (9, 8), "red").save("a.jpg")
     Image.new("RGB", (9, 8), "blue").save("b.bmp")
     (tmp_path / "pairs.csv").write_text("image,caption\na.jpg,red\nb.bmp,blue\n")
-    command = ["write_shards", "--source.type", "pairs", "--source.path", "pairs.csv", "--output", "out"]
-    monkeypatch.setattr("sys.argv", command)
-    assert main() == 0
+    command = ["--source.type", "pairs", "--source.path", "pairs.csv", "--output", "out"]
+    assert main(command) == 0
     assert capsys.readouterr().out == "2 samples in 1 shards in out\n"
     assert (tmp_path / "a.jpg").read_bytes() in (tmp_path / "out" / "00000.tar").read_bytes()
     dataset = build_dataset(SourceConfig("shards", "out"))
     assert dataset.captions[:] == ["red", "blue"]
     assert dataset[1].image.getpixel((0, 0)) == (0, 0, 255)
-    assert main() == 1
-    assert capsys.readouterr().err.startswith("write_shards: error: output out holds files already")
+    assert main(command) == 1
+    assert capsys.readouterr().err.startswith("vmoe-write-shards: error: output out holds files already")

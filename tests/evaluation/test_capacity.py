@@ -269,10 +269,10 @@ def test_table_and_figure_show_the_points(model, tmp_path):
     assert "…" not in text.getvalue()
     for row, point in zip(rows, result.points):
         assert f"{point.top1:.3f} ± {point.top1_error:.3f}" in row
-        median, lower, upper = point.images_per_second
+        median, lower, upper = point.images_per_second.values()
         assert 0 < lower <= median <= upper
         assert f"{median:.0f} ({lower:.0f}-{upper:.0f})" in row
-    assert points[0]["images_per_second"] == result.points[0].images_per_second._asdict()
+    assert points[0]["images_per_second"] == result.points[0].images_per_second
     untimed = sweep_details(sweep(model))["points"]
     assert all(point["images_per_second"] is None for point in untimed)
     widths = []

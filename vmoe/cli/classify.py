@@ -1,4 +1,4 @@
-"""Classifies images from the command line: `vmoe-classify IMAGE... --labels "cat,dog" --checkpoint RUN`."""
+"""Classify images from the command line: `vmoe-classify IMAGE... --labels "cat,dog" --checkpoint RUN`."""
 
 from __future__ import annotations
 
@@ -74,9 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(arguments: argparse.Namespace, console: Console | None = None) -> list[dict]:
-    """Prints and returns, for each image, {"image": path, "predictions": [{"label", "probability"}, ...]}, the most
-    probable first. ValueError: what cannot be read or used; of an image, once all others are printed."""
+def run(arguments: argparse.Namespace) -> None:
+    """Prints the most probable labels of each image. ValueError: what cannot be read or used, images after all others.
+
+    The JSON is a list of {"image": path, "predictions": [{"label", "probability"}, ...]}, the most probable first.
+    """
     for name in ("top", "batch_size", "max_pixels"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name} must be >= 1, got {getattr(arguments, name)}")
@@ -90,39 +92,39 @@ def run(arguments: argparse.Namespace, console: Console | None = None) -> list[d
     turned = loaded.exif_orientation if arguments.exif_orientation is None else arguments.exif_orientation
     read: list[Path] = []
     bad: list[BadSample] = []
-    images = _images(files, Reading(turned, arguments.max_pixels), arguments.batch_size, read, bad)
+    images = _images(files, Reading(turned, arguments.max_pixels), read, bad)
+    found = []
     with evaluating(loaded.model, loaded.device, loaded.precision):
         score = loaded.scorer(names, templates)
-        batches = image_batches(loaded.model, images, arguments.batch_size)
-        probabilities_NC = [row for images_B3HW in batches for row in score(images_B3HW).softmax(dim=1).cpu()]
-    found = []
-    for file, probabilities_C in zip(read, probabilities_NC, strict=True):
-        top = zip(*(part[: arguments.top].tolist() for part in probabilities_C.sort(descending=True, stable=True)))
-        rows = [{"label": names[index], "probability": value} for value, index in top]
-        found.append({"image": str(file), "predictions": rows})
+        for images_B3HW in image_batches(loaded.model, images, arguments.batch_size):
+            for probabilities_C in score(images_B3HW).softmax(dim=1).cpu():
+                best = probabilities_C.sort(descending=True, stable=True)
+                pairs = zip(best.indices[: arguments.top].tolist(), best.values.tolist())
+                rows = [{"label": names[index], "probability": value} for index, value in pairs]
+                found.append({"image": str(read[len(found)]), "predictions": rows})
     if arguments.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
-    elif found:
-        console = console or make_console()
-        for one in found:
-            table = MetricTable("", ["label", "probability"], left=["label"])
-            for prediction in one["predictions"]:
-                table.add_row(prediction["label"], f"{prediction['probability']:.4f}")
-            console.print(one["image"], style="bold", markup=False, highlight=False, soft_wrap=True)
-            console.print(table)
+    else:
+        _print_tables(found)
     if bad:
         several = f"{len(bad)} of {len(files)} images cannot be read: " if len(files) > 1 else ""
         raise ValueError(several + "; ".join(map(str, bad)))
-    return found
 
 
-def _images(
-    files: Sequence[Path], reading: Reading, batch_size: int, read: list[Path], bad: list[BadSample]
-) -> Iterator[Image.Image]:
+def _print_tables(found: list[dict]) -> None:
+    console = make_console()
+    for one in found:
+        table = MetricTable("", ["label", "probability"], left=["label"])
+        for prediction in one["predictions"]:
+            table.add_row(prediction["label"], f"{prediction['probability']:.4f}")
+        console.print(one["image"], style="bold", markup=False, highlight=False, soft_wrap=True)
+        console.print(table)
+
+
+def _images(files: Sequence[Path], reading: Reading, read: list[Path], bad: list[BadSample]) -> Iterator[Image.Image]:
     """The images in files, each read when it is needed; `read` and `bad` collect what could and could not be read."""
     console = Console(stderr=True)
-    hidden = len(files) <= batch_size or not console.is_terminal
-    for file in track(files, "images", console=console, transient=True, disable=hidden):
+    for file in track(files, "images", console=console, transient=True, disable=not console.is_terminal):
         try:
             image = load_image(file, reading=reading)
         except BadSample as error:
@@ -153,22 +155,19 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
         images = [one for one in matches if one.suffix.lower() in IMAGE_SUFFIXES]
         others = Counter(one.suffix.lower() or "none" for one in matches if one.suffix.lower() not in IMAGE_SUFFIXES)
         counts = ", ".join(f"{count} {printable(ending)}" for ending, count in others.most_common(5))
-        skipped = f"{others.total()} other file{'s' if others.total() > 1 else ''} ({counts})"
         if not images:
-            but = f", but {skipped}" if others else ""
+            but = f", but other files: {counts}" if others else ""
             raise ValueError(f"{pattern}: no image there (endings looked for: {', '.join(IMAGE_SUFFIXES)}){but}")
         if others:
-            logger.warning("%s: skipped %s", printable(pattern), skipped)
+            logger.warning("%s: skipped other files: %s", printable(pattern), counts)
         files.extend(images)
     return list(dict.fromkeys(files))
 
 
 def _read_labels(arguments: argparse.Namespace) -> tuple[list[str] | None, list | None]:
     """(names, resolved templates); names are None without labels."""
-    templates = arguments.templates
-    if templates is not None and len(templates) == 1:
-        [templates] = templates
-    option, names = "--labels", None
+    given, option, names = arguments.templates, "--labels", None
+    templates = given[0] if given and len(given) == 1 else given  # one may be a file or a set
     try:
         if arguments.labels is not None:
             if arguments.labels.strip().startswith("["):
@@ -189,8 +188,10 @@ def _own_classes(loaded: LoadedModel, arguments: argparse.Namespace) -> list[str
     """The class names in a classifier's file; raises ConfigError if it has none, or if labels were given too."""
     for name in ("labels", "labels_file", "templates"):
         if getattr(arguments, name) is not None:
-            classifier = f"{loaded.checkpoint} holds a classifier, which knows only its own classes"
-            raise ConfigError(f"{classifier}: leave --{name} out, or take an image-text model")
+            raise ConfigError(
+                f"{loaded.checkpoint} holds a classifier, which knows only its own classes: leave --{name} out, or "
+                "take an image-text model"
+            )
     if not loaded.class_names:
         raise ConfigError(
             f"{loaded.weights} holds a classifier without class names; save it again with "

@@ -6,31 +6,43 @@ import os
 import sys
 from collections.abc import Callable
 
-from vmoe.data import BadSample
+from vmoe.data import BadSample, TooManyBadSamples
+from vmoe.distributed.heartbeat import speaker
 from vmoe.distributed.process_group import LostProcessError, must_report
+from vmoe.training.diagnosis import NonFiniteError
 from vmoe.utils.config import ConfigError
 from vmoe.utils.printable import escaped
 
+# What users can cause; anything else is a fault of the program.
+EXPECTED = (ValueError, OSError, ModuleNotFoundError, BadSample, TooManyBadSamples, NonFiniteError, LostProcessError)
 
-def exit_code(prog: str, run: Callable[[], object]) -> int:
-    """Runs a command; returns its exit code: 0, 1 for an error, 2 for a wrong setting, 130 for Ctrl-C.
 
-    An error is one sentence on standard error; with VMOE_TRACEBACK=1 it is raised. The sentence says so if it is not an
-    error that users can cause.
+def exit_code(prog: str, run: Callable[[], object], raise_unexpected: bool = False) -> int:
+    """Runs a command; returns its exit code: 0, 1 for an error, 2 for a wrong setting, 130 for Ctrl-C or SIGTERM.
+
+    A stop that was planned (SIGUSR1, train.max_minutes) gives 0. An error is one sentence on standard error, which says
+    so if users cannot cause it; with VMOE_TRACEBACK=1 it is raised, with `raise_unexpected` if users cannot cause it.
+    Of several processes, each prints its own errors, with its number; what all find alike is printed once.
     """
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         run()
-    except KeyboardInterrupt:
-        print(f"\n{prog}: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stopped:
+        if rank == 0:
+            print(f"\n{prog}: {str(stopped) or 'interrupted'}", file=sys.stderr)
+        return 0 if getattr(stopped, "planned", False) else 130
     except Exception as error:
-        if os.environ.get("VMOE_TRACEBACK"):
+        expected, lost = isinstance(error, EXPECTED), isinstance(error, LostProcessError)
+        if os.environ.get("VMOE_TRACEBACK") or (raise_unexpected and not expected):
             raise
         wrong_setting = isinstance(error, ConfigError)
-        # One process reports what all of them find, and none reports again what it reported when it stopped the others.
-        if must_report(error, int(os.environ.get("RANK", 0))) and not getattr(error, "reported", False):
-            plain = isinstance(error, (ValueError, BadSample, ModuleNotFoundError, LostProcessError))
-            hint = "" if plain else " (VMOE_TRACEBACK=1 shows where)"
-            print(f"{prog}: error: {escaped(error) or type(error).__name__}{hint}", file=sys.stderr)
+        if not error.reported if lost else must_report(error, rank):
+            who = "" if wrong_setting else speaker(rank, processes)
+            hint = "" if expected else " (VMOE_TRACEBACK=1 shows where)"
+            print(f"{prog}: {who}error: {escaped(error) or type(error).__name__}{hint}", file=sys.stderr)
+        if lost:  # threads that wait for it (a checkpoint being written, NCCL) would hold up an exit
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
         return 2 if wrong_setting else 1
     return 0

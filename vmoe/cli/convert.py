@@ -12,7 +12,7 @@ from vmoe.utils.printable import safe_output
 
 @safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
+    """Runs the command; returns its exit code, see `exit_code`."""
     parser = argparse.ArgumentParser(
         prog="vmoe-convert",
         description="Write a checkpoint of the reference (google-research/vmoe) as a safetensors file of this package.",

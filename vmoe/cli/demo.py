@@ -1,7 +1,7 @@
 """A page to try a model on: `vmoe-demo --checkpoint X` (pip install -e '.[demo]').
 
 Drop an image and type labels: the page shows their probabilities and, for each sparse layer, the experts of the
-image's patches and of a label's text tokens. What it shows is computed in `vmoe.inspection.explain`.
+image's patches and of a label's text tokens, computed in `vmoe.inspection.explain`.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def serve() -> None:
         _gradio()  # before the model is loaded, which takes longer
-        subject = load_model(config.checkpoint, config.device)
+        loaded = load_model(config.checkpoint, config.device)
         if config.exif_orientation is not None:
-            subject = subject._replace(exif_orientation=config.exif_orientation)
-        if subject.tokenizer is None and config.templates is not None:
+            loaded = loaded._replace(exif_orientation=config.exif_orientation)
+        if loaded.tokenizer is None and config.templates is not None:
             raise ConfigError(f"templates are for image-text models, and {config.checkpoint} holds a classifier")
-        app = build_app(subject, config.templates)
+        app = build_app(loaded, config.templates)
         launch(app, config.host, config.port, config.share)
         app.block_thread()
 
@@ -116,126 +116,133 @@ def launch(app: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None,
     return address
 
 
-def build_app(subject: LoadedModel, templates: Sequence[Template] | str | None = None) -> gradio.Blocks:
+def build_app(loaded: LoadedModel, templates: Sequence[Template] | str | None = None) -> gradio.Blocks:
     """The page for an image-text model, which gets labels (and templates, see `resolve_templates`), or a classifier.
 
     ModuleNotFoundError: Gradio is not installed.
     """
     gr = _gradio()
-    templates = resolve_templates(templates)
-    has_text = subject.tokenizer is not None
-    layers = logic.list_layers(subject)
-    answering = _answering(gr)
-
-    @answering
-    def classify(image: Image.Image | None, labels: str, layer: int, row: int, column: int) -> tuple:
-        if image is None:
-            raise ValueError("Choose an image first: drop or paste one.")
-        found = logic.explain(subject, image, logic.parse_labels(labels) if has_text else None, templates)
-        likeliest, _ = max(found.probabilities, key=lambda pair: pair[1])
-        names = gr.Dropdown(choices=[name for name, _ in found.probabilities], value=likeliest)
-        bars = logic.bars_html(found.probabilities)
-        return found, bars, gr.Column(visible=bool(layers)), names, *view(found, layer, row, column, likeliest)
-
-    @answering
-    def show_clicked(found: logic.Explanation | None, layer: int, label: str | None, event: Any) -> tuple:
-        row, column = 0, 0
-        if found is not None:
-            grid = found.sample.patches[layer].expert.shape[:2]
-            row, column = logic.patch_at(*event.index, grid, logic.map_size(found.sample.image))
-        return row, column, *view(found, layer, row, column, label)
-
-    show_clicked.__annotations__ = {"event": gr.SelectData}  # Gradio hands the event to an argument of this type
-
-    def view(
-        found: logic.Explanation | None, layer: int, row: int | None, column: int | None, label: str | None
-    ) -> tuple:
-        """Map, experts of the patch, text tokens, loads."""
-        if found is None:
-            raise ValueError("There is nothing to show, or it is no longer kept: press Classify.")
-        if not layers:
-            return None, None, None, None
-        loads, drawn, patch, tokens = {}, None, "<p>This layer sees text only.</p>", ([], {})
-        patches = found.sample.patches[layer]
-        if patches is not None:
-            if row is None or column is None:
-                raise ValueError("Give both a row and a column.")
-            patch = logic.patch_html(row, column, logic.patch_experts(patches, row, column))
-            drawn = logic.draw_map(found.sample.image, patches, layers[layer].num_experts, (row, column))
-            loads["patches"] = logic.expert_loads(layers[layer], patches)
-        if has_text and label is not None:
-            texts, by_layer = logic.route_text(subject, label, templates)
-            if text := by_layer.get(layers[layer].name):
-                tokens = logic.colour_tokens(texts, text)
-                loads["text tokens"] = logic.expert_loads(layers[layer], text)
-        return drawn, patch, gr.HighlightedText(value=tokens[0], color_map=tokens[1]), logic.loads_html(loads)
-
+    answers = _Answers(gr, loaded, templates)
+    layers, has_text = answers.layers, answers.has_text
     with gr.Blocks(title="vmoe: what the experts do", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)) as app:
-        gr.Markdown(f"# What the experts of `{Path(subject.checkpoint).name}` do" + ("" if layers else ": it has none"))
+        gr.Markdown(f"# What the experts of `{Path(loaded.checkpoint).name}` do" + ("" if layers else ": it has none"))
         found = gr.State(None, time_to_live=KEPT_SECONDS)
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 image = gr.Image(label="Image", type="pil", sources=["upload", "clipboard"], height=280, buttons=[])
                 # Not by a subclass, for which Gradio would write a file beside this one.
-                image.preprocess = functools.partial(_read_upload, gr, Reading(subject.exif_orientation))
+                image.preprocess = functools.partial(_read_upload, gr, Reading(loaded.exif_orientation))
                 typing = "Labels, one per line or separated by commas"
                 labels = gr.Textbox(label=typing, lines=4, max_lines=12, visible=has_text)
                 button = gr.Button("Classify", variant="primary")
             with gr.Column(scale=4, min_width=320):
                 probabilities = gr.HTML("<p>The answer appears here.</p>", padding=False)
                 with gr.Column(visible=False) as routing:  # shown with the first answer
-                    choices = [(one.title, index) for index, one in enumerate(layers)]
-                    layer = gr.Radio(choices, value=len(layers) - 1 if layers else None, label="Sparse layer")
-                    with gr.Row():
-                        with gr.Column(scale=3):
-                            alt = "The image under the numbers and colours of its patches' experts"
-                            # A label would lie over the first patches.
-                            routing_map = gr.Image(
-                                show_label=False, alt_text=alt, interactive=False, buttons=[], format="png"
-                            )
-                        with gr.Column(scale=2):
-                            gr.Markdown("Click a patch, or choose its row and column; both count from 0.")
-                            with gr.Row():
-                                row = gr.Number(0, label="Row", precision=0, minimum=0, min_width=80)
-                                column = gr.Number(0, label="Column", precision=0, minimum=0, min_width=80)
-                            patch = gr.HTML(padding=False)
-                    with gr.Row(visible=has_text):
-                        name = gr.Dropdown(label="Label", scale=2, min_width=200)
-                        of_tokens = "Experts of the label's text tokens"
-                        text_tokens = gr.HighlightedText(label=of_tokens, scale=3, min_width=320)
-                    loads = gr.HTML(padding=False)
-
-        seen = [routing_map, patch, text_tokens, loads]
+                    (layer, row, column, name), seen = _routing_column(gr, layers, has_text)
         private = {"api_visibility": "private", "trigger_mode": "always_last"}
         quick = {**private, "show_progress": "hidden"}
         inputs = [image, labels, layer, row, column]
         outputs = [found, probabilities, routing, name, *seen]
+        classify, view, show_clicked = (
+            _answer(gr, method) for method in (answers.classify, answers.view, answers.show_clicked)
+        )
         gr.on([button.click, labels.submit], classify, inputs, outputs, **private, show_progress_on=probabilities)
         changes = [layer.input, row.input, column.input, name.input]
-        gr.on(changes, answering(view), [found, layer, row, column, name], seen, **quick)
-        routing_map.select(show_clicked, [found, layer, name], [row, column, *seen], **quick)
+        gr.on(changes, view, [found, layer, row, column, name], seen, **quick)
+        show_clicked.__annotations__ = {"event": gr.SelectData}  # Gradio gives the event to an argument of this type
+        seen[0].select(show_clicked, [found, layer, name], [row, column, *seen], **quick)
     return app
 
 
-def _answering(gr: Any) -> Callable[[Callable], Callable]:
-    """A decorator for what answers an event: one at a time, and a failure is a message on the page."""
-    one_at_a_time = threading.Lock()  # what is recorded of a model holds all that runs meanwhile
+def _routing_column(gr: Any, layers: list, has_text: bool) -> tuple[list, list]:
+    """The inputs (layer, row, column, label) and the outputs (map, patch, text tokens, loads) on a model's routing."""
+    choices = [(one.title, index) for index, one in enumerate(layers)]
+    layer = gr.Radio(choices, value=len(layers) - 1 if layers else None, label="Sparse layer")
+    with gr.Row():
+        with gr.Column(scale=3):
+            alt = "The image under the numbers and colours of its patches' experts"
+            # A label would lie over the first patches.
+            routing_map = gr.Image(show_label=False, alt_text=alt, interactive=False, buttons=[], format="png")
+        with gr.Column(scale=2):
+            gr.Markdown("Click a patch, or choose its row and column; both count from 0.")
+            with gr.Row():
+                row = gr.Number(0, label="Row", precision=0, minimum=0, min_width=80)
+                column = gr.Number(0, label="Column", precision=0, minimum=0, min_width=80)
+            patch = gr.HTML(padding=False)
+    with gr.Row(visible=has_text):
+        name = gr.Dropdown(label="Label", scale=2, min_width=200)
+        text_tokens = gr.HighlightedText(label="Experts of the label's text tokens", scale=3, min_width=320)
+    return [layer, row, column, name], [routing_map, patch, text_tokens, gr.HTML(padding=False)]
 
-    def decorate(function: Callable) -> Callable:
-        @functools.wraps(function)
-        def answer(*arguments: Any) -> Any:
-            try:
-                with one_at_a_time:
-                    return function(*arguments)
-            except Exception as error:
-                if os.environ.get("VMOE_TRACEBACK"):
-                    traceback.print_exc()
-                start = "" if isinstance(error, (ValueError, BadSample)) else "This could not be computed: "
-                raise _message(gr, f"{start}{str(error) or type(error).__name__}") from None
 
-        return answer
+class _Answers:
+    """What the page shows, as values of its components."""
 
-    return decorate
+    def __init__(self, gr: Any, loaded: LoadedModel, templates: Sequence[Template] | str | None) -> None:
+        self.gr, self.loaded, self.templates = gr, loaded, resolve_templates(templates)
+        self.has_text, self.layers = loaded.tokenizer is not None, logic.list_layers(loaded)
+
+    def classify(self, image: Image.Image | None, labels: str, layer: int, row: int, column: int) -> tuple:
+        """The explanation, probabilities, the routing made visible, the labels to choose from, and `view`."""
+        if image is None:
+            raise ValueError("Choose an image first: drop or paste one.")
+        names = logic.parse_labels(labels) if self.has_text else None
+        found = logic.explain(self.loaded, image, names, self.templates)
+        likeliest, _ = max(found.probabilities, key=lambda pair: pair[1])
+        choice = self.gr.Dropdown(choices=[name for name, _ in found.probabilities], value=likeliest)
+        bars, routing = logic.bars_html(found.probabilities), self.gr.Column(visible=bool(self.layers))
+        return found, bars, routing, choice, *self.view(found, layer, row, column, likeliest)
+
+    def show_clicked(self, found: logic.Explanation | None, layer: int, label: str | None, event: Any) -> tuple:
+        """Row and column of the clicked patch, and `view`."""
+        row, column = 0, 0
+        if found is not None:
+            grid = found.sample.patches[layer].expert.shape[:2]
+            row, column = logic.patch_at(*event.index, grid, logic.map_size(found.sample.image))
+        return row, column, *self.view(found, layer, row, column, label)
+
+    def view(
+        self, found: logic.Explanation | None, layer: int, row: int | None, column: int | None, label: str | None
+    ) -> tuple:
+        """Map, experts of the patch, text tokens, loads."""
+        if found is None:
+            raise ValueError("There is nothing to show, or it is no longer kept: press Classify.")
+        if not self.layers:
+            return None, None, None, None
+        loads, drawn, patch, tokens = {}, None, "<p>This layer sees text only.</p>", ([], {})
+        patches, spec = found.sample.patches[layer], self.layers[layer]
+        if patches is not None:
+            if row is None or column is None:
+                raise ValueError("Give both a row and a column.")
+            patch = logic.patch_html(row, column, logic.patch_experts(patches, row, column))
+            drawn = logic.draw_map(found.sample.image, patches, spec.num_experts, (row, column))
+            loads["patches"] = logic.expert_loads(spec, patches)
+        if self.has_text and label is not None:
+            texts, by_layer = logic.route_text(self.loaded, label, self.templates)
+            if text := by_layer.get(spec.name):
+                tokens = logic.colour_tokens(texts, text)
+                loads["text tokens"] = logic.expert_loads(spec, text)
+        return drawn, patch, self.gr.HighlightedText(value=tokens[0], color_map=tokens[1]), logic.loads_html(loads)
+
+
+ONE_AT_A_TIME = threading.Lock()  # a record of a model's routing holds all that runs meanwhile
+
+
+def _answer(gr: Any, function: Callable) -> Callable:
+    """The function as the answer to an event: one at a time, and a failure is a message on the page."""
+
+    @functools.wraps(function)
+    def answer(*arguments: Any) -> Any:
+        try:
+            with ONE_AT_A_TIME:
+                return function(*arguments)
+        except Exception as error:
+            if os.environ.get("VMOE_TRACEBACK"):
+                traceback.print_exc()
+            start = "" if isinstance(error, (ValueError, BadSample)) else "This could not be computed: "
+            raise _message(gr, f"{start}{str(error) or type(error).__name__}") from None
+
+    return answer
 
 
 def _message(gr: Any, text: str) -> Exception:

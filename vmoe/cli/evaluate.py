@@ -1,7 +1,4 @@
-"""The evaluation command (`eval.py`, `vmoe-eval`): evaluates checkpoints, prints a table, writes JSON.
-
-Read `run`, then the task in `vmoe/evaluation/tasks.py`.
-"""
+"""The evaluation command (`eval.py`, `vmoe-eval`): evaluates checkpoints, prints a table, writes JSON."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -70,46 +68,48 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
     if rank == 0 and (target.is_dir() or not make_writable(target.parent)):
         raise ConfigError(f"output {target} cannot be written: give another file, as in --output result.json")
     dataset = build_dataset(config.data)
-    for checkpoint in config.checkpoints[1:]:
+    for checkpoint in config.checkpoints[1:]:  # a wrong one is found before the first is evaluated
         loaded = load_model(checkpoint, "cpu", weights=weights[checkpoint], experts=config.experts)
         check_task(config, loaded, dataset)
     start = time.perf_counter()
-    entries = []
-    for checkpoint, file in weights.items():
-        loaded = load_model(checkpoint, config.device, config.precision, dataset.crop_pct, file, config.experts)
-        check_task(config, loaded, dataset)
-        outcome = TASKS[config.task](config, loaded, dataset, console)
-        facts = {"checkpoint": checkpoint, "weights": str(file), "sha256": weights_fingerprint(file)}
-        facts |= {"model": model_spec(loaded.model), "expert_bytes": expert_bytes(loaded.model)}
-        entries.append({**facts, "results": outcome.results, "details": outcome.details})
+    entries = [evaluate_checkpoint(config, *one, dataset, console) for one in weights.items()]
     results, spread = mean_and_spread([entry["results"] for entry in entries])
     # First: the metrics are shown even if the file cannot be written.
     print_table(f"{config.task} of {', '.join(config.checkpoints)}", results, spread, console)
-    data = None
+    report = {"task": config.task, "results": results, **({"spread": spread} if spread else {}), "checkpoints": entries}
     if rank == 0:
         with console.status("fingerprint of the data"):  # reads the ends of every file
             data = {"fingerprint": dataset.fingerprint(), "num_samples": len(dataset)}
-        data |= {"left_out": dataset.left_out} if dataset.left_out else {}
-    report = {
-        "task": config.task,
-        "results": results,
-        **({"spread": spread} if spread else {}),
-        "checkpoints": entries,
-        "data": data,
-        "config": dataclasses.asdict(config),
-        "versions": library_versions(),
-        "processes": num_processes,
-        "seconds": round(time.perf_counter() - start, 3),
-    }
+        report["data"] = data | ({"left_out": dataset.left_out} if dataset.left_out else {})
+    report |= {"config": dataclasses.asdict(config), "versions": library_versions(), "processes": num_processes}
+    report["seconds"] = round(time.perf_counter() - start, 3)
     if rank == 0:
-        file = output_file(config)  # now, since another evaluation may have written its file meanwhile
-        write_json(report, file)
-        written = str(file)
+        files = [output_file(config)]  # now, since another evaluation may have written its file meanwhile
+        write_json(report, files[0])
         if config.task == "capacity":
-            draw_sweep([entry["details"]["points"] for entry in entries], file.with_suffix(".png"))
-            written += f", {file.with_suffix('.png')}"
-        console.print(f"results saved to {written}", style="dim", highlight=False, markup=False, soft_wrap=True)
+            files.append(files[0].with_suffix(".png"))
+            draw_sweep([entry["details"]["points"] for entry in entries], files[1])
+        saved = f"results saved to {', '.join(map(str, files))}"
+        console.print(saved, style="dim", highlight=False, markup=False, soft_wrap=True)
     return report
+
+
+def evaluate_checkpoint(
+    config: EvaluationConfig, checkpoint: str, file: Path, dataset: ImageDataset, console: Console
+) -> dict[str, Any]:
+    """What the report says of one checkpoint, whose weights are in `file`."""
+    loaded = load_model(checkpoint, config.device, config.precision, dataset.crop_pct, file, config.experts)
+    check_task(config, loaded, dataset)
+    outcome = TASKS[config.task](config, loaded, dataset, console)
+    return {
+        "checkpoint": checkpoint,
+        "weights": str(file),
+        "sha256": weights_fingerprint(file),
+        "model": model_spec(loaded.model),
+        "expert_bytes": expert_bytes(loaded.model),
+        "results": outcome.results,
+        "details": outcome.details,
+    }
 
 
 def as_trained(config: EvaluationConfig, turned: list[bool]) -> EvaluationConfig:

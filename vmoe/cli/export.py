@@ -1,7 +1,5 @@
 """The export command: a checkpoint of any run, sharded or not, as one safetensors file with all that it needs.
 
-    vmoe-export RUN_OR_CHECKPOINT --output FILE.safetensors [--raw]
-
 It exports what `eval.py` measures: the moving average of the weights, if the run kept one. The tensors pass from mapped
 files to a mapped file, so the memory need not hold the model.
 """
@@ -32,13 +30,9 @@ from vmoe.utils.printable import safe_output
 def export(source: str | Path, output: str | Path, raw: bool = False) -> Path:
     """Writes a checkpoint's weights as one safetensors file, atomically; returns the file or folder that was read.
 
-    Args:
-        source: a run's folder (its newest undamaged checkpoint), or a checkpoint's.
-        output: the file; replaced if it exists.
-        raw: the weights as they were trained, even if the run kept a moving average of them.
-
-    Raises:
-        WeightsError: no such weights, they are damaged, or the file cannot be written there.
+    `source` is a run's folder (its newest undamaged checkpoint), or a checkpoint's; `output` is replaced if it exists;
+    `raw` takes the trained weights, even if the run kept a moving average of them. WeightsError: no such weights, they
+    are damaged, or the file cannot be written there.
     """
     output = Path(output)
     if output.suffix != ".safetensors":
@@ -70,7 +64,7 @@ def export(source: str | Path, output: str | Path, raw: bool = False) -> Path:
 
 @safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 0, or 1 for an error, which is one sentence."""
+    """Runs the command; returns its exit code, see `exit_code`."""
     parser = argparse.ArgumentParser(
         prog="vmoe-export", description="Write the weights of a training run as one safetensors file."
     )

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args, get_type_hints
+from typing import Literal
 
 import yaml
 from rich.console import Console
@@ -17,7 +17,6 @@ from rich.console import Console
 from vmoe.cli.command import exit_code
 from vmoe.data import ImageDataset, build_dataset, with_orientation
 from vmoe.data.config import LoaderConfig, SourceConfig
-from vmoe.data.images import IMAGE_SUFFIXES
 from vmoe.evaluation.loaded_model import LoadedModel, load_model
 from vmoe.evaluation.results_file import NAMED_BY_SPLIT, make_writable
 from vmoe.evaluation.zero_shot import resolve_templates
@@ -40,8 +39,7 @@ class InspectConfig:
         output_dir: Folder for statistics.json, statistics.npz, figures/ and report.html; null: "inspection" beside the
             checkpoint.
         data: The data to run the model on; without a type, what the run of the checkpoint validated on, with single
-            fields replaced (--data.split train). A single value is the type, or the path of a folder of images or a
-            file of pairs: --data emoji_groups, --data photos/.
+            fields replaced (--data.split train).
         loader: Batches and worker processes. The result does not depend on them where nothing is dropped. on_bad "skip"
             skips and counts unreadable images.
         num_images: Images whose routing the report shows one by one, evenly spaced in the data.
@@ -81,7 +79,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def settings(argv: list[str]) -> InspectConfig:
     """The settings of a command line, on top of what the checkpoint's run validated on if it names no type of data."""
-    argv = expand_data(argv)
     description = "Inspect a sparse model: which patches and text tokens go to which expert."
     read = functools.partial(parse_config, InspectConfig, prog="vmoe-inspect", description=description)
     config = read(argv)
@@ -97,17 +94,16 @@ def settings(argv: list[str]) -> InspectConfig:
 def run(config: InspectConfig, console: Console | None = None) -> RoutingStatistics:
     """Gathers the statistics, writes files, figures and report, and prints a table and their paths.
 
-    What cannot work (a dense model, no data, an output_dir that cannot be written to, ...) is a ConfigError before the
-    data are read, which may take hours.
+    ConfigError, before the data are read, which may take hours: a dense model, no data, wrong settings.
     """
     console = console or make_console()
-    subject = load_model(config.checkpoint, config.device, config.precision)
-    sparse_layers(subject)
+    loaded = load_model(config.checkpoint, config.device, config.precision)
+    sparse_layers(loaded)
     if config.data.type is None:
         raise ConfigError("data has no type: set data.type")
-    source = with_orientation(config.data) if subject.exif_orientation else config.data
+    source = with_orientation(config.data) if loaded.exif_orientation else config.data
     dataset = build_dataset(source)
-    check_templates(config, subject, dataset)
+    check_templates(config, loaded, dataset)
     checkpoint = Path(config.checkpoint)
     beside = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "inspection"
     folder = beside if config.output_dir is None else Path(config.output_dir)
@@ -115,7 +111,7 @@ def run(config: InspectConfig, console: Console | None = None) -> RoutingStatist
         raise ConfigError(f"output_dir {folder} cannot be written to: choose another")
     same = ("num_images", "num_patches", "templates", "eval_capacity_factor", "batch_priority")
     statistics = gather_statistics(
-        subject,
+        loaded,
         dataset,
         batch_size=config.loader.batch_size,
         num_workers=config.loader.num_workers,
@@ -134,36 +130,8 @@ def run(config: InspectConfig, console: Console | None = None) -> RoutingStatist
     return statistics
 
 
-def expand_data(argv: list[str]) -> list[str]:
-    """`--data NAME` as the settings that it stands for: a type, a folder of images or a file of pairs."""
-    expanded: list[str] = []
-    arguments = iter(argv)
-    for argument in arguments:
-        option, equals, name = argument.partition("=")
-        if option != "--data":
-            expanded.append(argument)
-            continue
-        name = name if equals else next(arguments, "")
-        known = get_args(get_args(get_type_hints(SourceConfig)["type"])[0])
-        path = Path(name)
-        if name in known:
-            expanded += ["--data.type", name]
-        elif name and path.is_dir():
-            captions = (text.with_suffix(end) for text in path.rglob("*.txt") for end in IMAGE_SUFFIXES)
-            kind = "pairs" if any(image.is_file() for image in captions) else "image_folder"
-            expanded += ["--data.type", kind, "--data.path", name]
-        elif path.is_file() and path.suffix.lower() not in IMAGE_SUFFIXES:
-            expanded += ["--data.type", "pairs", "--data.path", name]
-        else:
-            raise ConfigError(
-                f"--data {name}: neither a folder of images, nor a file of pairs, nor a type of data; types: "
-                f"{', '.join(known)} (with --data.path PATH where they need one)"
-            )
-    return expanded
-
-
 def validation_data(checkpoint: str) -> SourceConfig:
-    """What the run that a checkpoint belongs to validated on, by its config.yaml; ConfigError if there is none."""
+    """The validation data of the run that a checkpoint belongs to, by its config.yaml; ConfigError if there is none."""
     path = Path(checkpoint).absolute()
     for folder in [path, *path.parents][:4]:  # RUN/checkpoints/step_000100/model.safetensors
         file = folder / "config.yaml"
@@ -174,11 +142,11 @@ def validation_data(checkpoint: str) -> SourceConfig:
                 if val.get("type") is not None:
                     return SourceConfig(**val)
             except (TypeError, AttributeError) as error:  # it holds something else than settings of data
-                raise ConfigError(f"{file}: data.val cannot be read ({error}); say which --data to use") from error
+                raise ConfigError(f"{file}: data.val cannot be read ({error}); set data.type") from error
             break
     raise ConfigError(
         f"data.type is missing, and {checkpoint} is in no run folder whose config.yaml names validation data: say what "
-        "to inspect, as in --data emoji_groups or --data FOLDER"
+        "to inspect, as in --data.type image_folder --data.path FOLDER"
     )
 
 
@@ -188,11 +156,11 @@ def describe(source: SourceConfig) -> str:
     return " · ".join(part for part in (source.type, source.name, source.path, split) if part)
 
 
-def check_templates(config: InspectConfig, subject: LoadedModel, dataset: ImageDataset) -> None:
-    """Raises ConfigError for templates that cannot be read, or that nothing would be done with."""
+def check_templates(config: InspectConfig, loaded: LoadedModel, dataset: ImageDataset) -> None:
+    """Raises ConfigError for templates that cannot be read, or that have no use."""
     if config.templates is None:
         return
-    if subject.tokenizer is None:
+    if loaded.tokenizer is None:
         raise ConfigError(f"templates are for image-text models, and {config.checkpoint} holds a classifier")
     if dataset.classes is None:
         raise ConfigError("templates are prompts of class names, and the data have none: leave them out")

@@ -50,19 +50,12 @@ class PlanConfig(Config):
 
 @safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 0, 1 for an error, 2 for a wrong setting, 130 for Ctrl-C.
-
-    An error is one sentence; set VMOE_TRACEBACK=1 to see where it comes from.
-    """
+    """Runs the command; returns its exit code, see `exit_code`."""
     return exit_code("vmoe-plan", lambda: run(argv))
 
 
 def run(argv: Sequence[str] | None = None) -> None:
-    """Plans a config and prints the result.
-
-    Raises:
-        ConfigError: a setting is out of range or does not suit another one.
-    """
+    """Plans a config and prints the result. ConfigError: a setting is out of range or does not suit another one."""
     description = "Memory and time of a training config for each mesh of processes, best first."
     config = parse_config(PlanConfig, argv, prog="vmoe-plan", description=description)
     config.check()

@@ -1,7 +1,4 @@
-"""Writes any data set as shards, which `vmoe.data.sources.webdataset` reads, as do WebDataset and open_clip.
-
-`vmoe-write-shards --source.type pairs --source.path my.csv --output DIR`
-"""
+"""Writes any data set as shards, which `vmoe.data.sources.webdataset` reads, as do WebDataset and open_clip."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ import os
 import shutil
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +28,7 @@ from vmoe.utils.printable import printable, safe_output
 
 logger = logging.getLogger("vmoe.data")
 
-# As img2dataset. With a window of 100,000 samples about a dozen shards are open at a time.
-PER_SHARD = 10_000
+PER_SHARD = 10_000  # as img2dataset; shuffling 100,000 samples then keeps about a dozen shards open
 
 
 @dataclass
@@ -43,7 +39,7 @@ class WriteConfig:
         output: folder of the shards; it must be empty or not there.
         source: the data set.
         per_shard: samples in a shard.
-        on_bad: what happens to an unreadable image or an empty caption: "fail" or "skip" (left out and counted).
+        on_bad: what happens to an unreadable image or an empty caption: "fail" or "skip" (it is counted).
     """
 
     output: str
@@ -61,11 +57,10 @@ def write_shards(
 ) -> tuple[int, int, int]:
     """Writes 00000.tar, 00001.tar, ... with .jpg (or .png, .webp), .txt and .cls members, in the data set's order.
 
-    Returns (shards, samples in them, bad samples that were skipped).
-
-    An image's file is copied as it is if shards may hold it and the data set takes the whole image; else the data set's
-    image is saved as PNG. `sizes.json` tells how many samples each shard has, `classes.txt` the names of the classes,
-    where there are any. While it is being written the folder has ".unfinished" behind its name.
+    Returns (shards, samples in them, bad samples that were skipped). An image's file is copied if shards may hold it
+    and the data set takes the whole image; else the data set's image is saved as PNG. `sizes.json` has the number of
+    samples of each shard, `classes.txt` the names of the classes. Until all is written, the folder's name ends in
+    ".unfinished".
 
     Raises:
         BadSample: at the first sample that cannot be read or is too long for a shard, unless it is to be skipped.
@@ -106,9 +101,7 @@ def _atomic_folder(folder: Path) -> Iterator[Path]:
     if target.exists():
         if not target.is_dir() or any(target.iterdir()):
             raise ValueError(f"output {folder} holds files already; choose an empty folder")
-        if target == Path.cwd():
-            raise ValueError(f"output {folder} is the folder that this runs in; choose another")
-        target.rmdir()  # now, since a folder that cannot be replaced (a disk's root) must not be found out at the end
+        target.rmdir()  # now: one that cannot be replaced, such as a disk's root, must not fail at the end
     draft = target.with_name(f"{target.name}.unfinished")
     try:
         draft.mkdir(parents=True)
@@ -166,19 +159,19 @@ def _parts(dataset: ImageDataset, index: int) -> dict[str, bytes]:
 
 
 @safe_output()
-def main() -> int:
-    """The command."""
-    config = parse_config(WriteConfig, None, "write_shards", "Writes a data set as shards.")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code, see `exit_code`."""
+    config = parse_config(WriteConfig, argv, "vmoe-write-shards", "Write a data set as shards.")
 
     def run() -> None:
         if config.source.type is None:
             raise ConfigError("source.type is missing: say which data set to write")
         dataset = build_dataset(config.source)
         shards, samples, skipped = write_shards(dataset, config.output, config.per_shard, config.on_bad)
-        more = f", {skipped} bad ones left out" if skipped else ""
+        more = f", {skipped} bad ones skipped" if skipped else ""
         print(f"{samples} samples in {shards} shards in {config.output}{more}")
 
-    return exit_code("write_shards", run)
+    return exit_code("vmoe-write-shards", run)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ After V-MoE (arXiv 2106.05974, section 4). Batch-prioritized routing (BPR) keeps
 vanilla routing those that come first. Which tokens are dropped depends on who is routed together, so the routing group
 is part of the measurement: `capacity.images_per_group` images, consecutive in the data, are one call and one group.
 
-Shapes, by suffix: B images of a group, N samples, S settings, C classes, D width, R rows, E experts.
+Shapes, by suffix: B images of a group, N samples, S settings, L layers, C classes, D width, R rows, E experts.
 """
 
 from __future__ import annotations
@@ -49,14 +49,6 @@ class Setting(NamedTuple):
         return {True: "bpr", False: "vanilla", None: "both"}[self.batch_priority]
 
 
-class Speed(NamedTuple):
-    """Images per second over the rounds of timing."""
-
-    median: float
-    lower_quartile: float
-    upper_quartile: float
-
-
 class Point(NamedTuple):
     """The results of one setting."""
 
@@ -66,7 +58,7 @@ class Point(NamedTuple):
     top5: float | None  # None with five classes or fewer
     share_dropped: float  # of the choices of an expert, over all layers; for expert choice, tokens that no expert took
     gflops_per_image: float  # 10^9 operations of the forward pass, counting the rows that the experts kept
-    images_per_second: Speed | None  # None: not timed
+    images_per_second: dict[str, float] | None  # "median", "lower_quartile", "upper_quartile"; None: not timed
 
 
 class Gain(NamedTuple):
@@ -175,23 +167,22 @@ def sweep_capacity(
     """Every setting on every batch, each a routing group; the layers are as they were afterwards, also after an error.
 
     `loader` gives "image", "label" and "index"; where torch.distributed runs, each process gives batches of its own.
-    Each setting is timed `timing_rounds` times on the first batch. For `label_sets` see `predict`.
+    Each setting is timed `timing_rounds` times on the first batch. For `label_sets` see `right_classes`.
 
     Raises:
         ValueError: a label is out of range, or there are no samples.
     """
-    counts_S3 = {name: torch.zeros(len(settings), 3, dtype=torch.long) for name in layers}  # see `_count`
+    counts_SL3 = torch.zeros(len(settings), len(layers), 3, dtype=torch.long)  # see `_count`
     rows, num_classes, flops, first, speeds = Rows(), 0, None, None, [None] * len(settings)
     with evaluating(model, device, precision):
         for batch in loader:
             images, rank_S = batch["image"].to(device), []
-            first = images if first is None else first
-            flops = flops or _flops(score, layers, images[:1])
+            if first is None:
+                first, flops = images, _flops(score, layers, images[:1])
             for number, setting in enumerate(settings):
                 with limited(layers.values(), setting), record_routing(model) as record:
                     scores_BC = score(images)
-                for name, call in record.layers.items():
-                    counts_S3[name][number] += torch.tensor(_count(call))
+                counts_SL3[number] += torch.tensor([_count(record.layers[name]) for name in layers])
                 num_classes = scores_BC.shape[1]
                 right_BC = right_classes(batch["label"].to(device), batch["index"], num_classes, label_sets)
                 rank_S.append(ranks(scores_BC, right_BC).cpu())
@@ -201,13 +192,13 @@ def sweep_capacity(
     index_N, columns = rows.gather()
     skipped = num_skipped(loader, len(index_N))
     # Processes without a batch know nothing of these; the first has one.
-    (fixed_flops, row_flops), num_classes, speeds = gather_lists([(flops, num_classes, speeds)])[0]
-    counts_S3 = {name: sum(gather_lists([count_S3])) for name, count_S3 in counts_S3.items()}
+    (fixed_flops, row_flops_L), num_classes, speeds = gather_lists([(flops, num_classes, speeds)])[0]
     points = []
-    for number, (setting, rank_N, speed) in enumerate(zip(settings, columns["rank_NS"].T, speeds)):
-        counts = {name: count_S3[number].tolist() for name, count_S3 in counts_S3.items()}
-        asked, dropped, _ = map(sum, zip(*counts.values()))
-        flops = fixed_flops + sum(count[2] * row_flops[name] for name, count in counts.items()) / len(rank_N)
+    for setting, rank_N, count_L3, speed in zip(
+        settings, columns["rank_NS"].T, sum(gather_lists([counts_SL3])), speeds, strict=True
+    ):
+        asked, dropped, _ = count_L3.sum(0).tolist()
+        flops = fixed_flops + int(count_L3[:, 2] @ row_flops_L) / len(rank_N)
         shares = top_shares(rank_N, num_classes)
         error = (shares["top1"] * (1 - shares["top1"]) / len(rank_N)) ** 0.5
         points.append(Point(setting, shares["top1"], error, shares.get("top5"), dropped / asked, flops / 1e9, speed))
@@ -224,7 +215,7 @@ def _count(call: LayerRouting) -> tuple[int, int, int]:
 
 
 class _NoExperts(nn.Module):
-    """Takes the place of experts and computes nothing."""
+    """Stands for experts and computes nothing."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -234,24 +225,24 @@ class _NoExperts(nn.Module):
         return x_RD.new_zeros(len(x_RD), self.width)
 
 
-def _flops(score: Score, layers: Mapping[str, SparseMoE], image_1CHW: Tensor) -> tuple[int, dict[str, int]]:
-    """Operations of one image outside the experts, and {layer: operations of one row of its experts}.
+def _flops(score: Score, layers: Mapping[str, SparseMoE], image_1CHW: Tensor) -> tuple[int, Tensor]:
+    """Operations of one image outside the experts, and (L,) those of one row of each layer's experts.
 
     Separately, since the number of rows depends on the images, and on some devices more are computed than were kept.
     """
-    row_flops = {}
+    row_flops = []
     with ExitStack() as stack:
-        for name, layer in layers.items():
+        for layer in layers.values():
             x_1D = image_1CHW.new_zeros(1, layer.in_features)
             count_E = torch.eye(1, layer.num_experts, dtype=torch.long, device=x_1D.device)[0]
-            row_flops[name] = forward_flops(partial(layer.experts, x_1D, count_E))
+            row_flops.append(forward_flops(partial(layer.experts, x_1D, count_E)))
             stack.enter_context(changed([layer], experts=_NoExperts(layer.out_features)))
-        return forward_flops(partial(score, image_1CHW)), row_flops
+        return forward_flops(partial(score, image_1CHW)), torch.tensor(row_flops)
 
 
 def _time(
     score: Score, layers: Mapping[str, SparseMoE], settings: Sequence[Setting], images: Tensor, rounds: int
-) -> list[Speed]:
+) -> list[dict[str, float]]:
     """The speed of each setting; rounds of all in new orders, so that other load on the machine affects them alike."""
     seconds_RS = torch.zeros(rounds + 1, len(settings), dtype=torch.float64)
     orders = random.Random(0)
@@ -261,26 +252,21 @@ def _time(
                 start = time.perf_counter()
                 score(images).cpu()  # waits for the device
                 seconds_S[number] = time.perf_counter() - start
-    quantiles = torch.tensor([0.5, 0.25, 0.75], dtype=torch.float64)
-    return [Speed(*speeds) for speeds in (len(images) / seconds_RS[1:]).quantile(quantiles, dim=0).T.tolist()]
+    quantiles = {"median": 0.5, "lower_quartile": 0.25, "upper_quartile": 0.75}
+    speeds_QS = (len(images) / seconds_RS[1:]).quantile(seconds_RS.new_tensor(list(quantiles.values())), dim=0)
+    return [dict(zip(quantiles, speeds)) for speeds in speeds_QS.T.tolist()]
 
 
 def _gains(settings: Sequence[Setting], hit_NS: Tensor) -> list[Gain]:
     """See `Sweep.gains`."""
-
-    def gain(num_selected_experts: int, factor: float | None, better_N: Tensor) -> Gain:
-        error = float(better_N.std(correction=0) / len(better_N) ** 0.5)
-        return Gain(num_selected_experts, factor, float(better_N.mean()), error)
-
-    hit_of = dict(zip(settings, hit_NS.double().T))
-    better = {
-        setting: hit_N - hit_of[setting._replace(batch_priority=False)]
-        for setting, hit_N in hit_of.items()
-        if setting.batch_priority
-    }
-    gains = [gain(setting.num_selected_experts, setting.factor, better_N) for setting, better_N in better.items()]
-    for K in dict.fromkeys(setting.num_selected_experts for setting in better):
-        below = [each for setting, each in better.items() if setting.num_selected_experts == K and setting.factor < 1]
+    hit_of, gains = dict(zip(settings, hit_NS.double().T)), []
+    for K in dict.fromkeys(setting.num_selected_experts for setting in settings):
+        both = {one: one._replace(batch_priority=False) for one in settings if one[:2] == (K, True)}
+        better = {bpr.factor: hit_of[bpr] - hit_of[vanilla] for bpr, vanilla in both.items()}
+        below = [better_N for factor, better_N in better.items() if factor < 1]
         if below:
-            gains.append(gain(K, None, torch.stack(below).mean(0)))
+            better[None] = torch.stack(below).mean(0)
+        for factor, better_N in better.items():
+            error = float(better_N.std(correction=0) / len(better_N) ** 0.5)
+            gains.append(Gain(K, factor, float(better_N.mean()), error))
     return gains

@@ -1,4 +1,4 @@
-"""The output of a capacity sweep: flat metrics, a table and a figure."""
+"""The output of a capacity sweep: flat metrics, a table and a plot."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vmoe.evaluation.capacity import Sweep
 from vmoe.utils.config import ConfigError
 from vmoe.utils.tables import MetricTable
 
-# Okabe and Ito's colours, told apart with any colour vision; shapes and dashes tell them apart in print.
+# Okabe and Ito's colours, distinct for any colour vision; shapes and dashes are distinct in print.
 CURVES = {
     "bpr": {"label": "BPR", "color": "#0072B2", "marker": "o", "linestyle": "-"},
     "vanilla": {"label": "vanilla", "color": "#D55E00", "marker": "s", "linestyle": "--"},
@@ -26,8 +26,9 @@ def flat_results(sweep: Sweep) -> dict[str, float | int]:
     several = len({point.setting.num_selected_experts for point in sweep.points}) > 1
     results: dict[str, float | int] = {}
     for setting, top1, *_ in sweep.points:
-        name = "no_limit" if setting.factor is None else f"{setting.curve}_{setting.factor:g}"
-        results[f"k{setting.num_selected_experts}_top1_{name}" if several else f"top1_{name}"] = top1
+        prefix = f"k{setting.num_selected_experts}_" if several else ""
+        limit = "no_limit" if setting.factor is None else f"{setting.curve}_{setting.factor:g}"
+        results[f"{prefix}top1_{limit}"] = top1
     for gain in sweep.gains:
         if gain.factor is None:
             results[f"k{gain.num_selected_experts}_bpr_gain_below_1" if several else "bpr_gain_below_1"] = gain.gain
@@ -39,7 +40,6 @@ def sweep_details(sweep: Sweep) -> dict[str, Any]:
     points = [{"curve": point.setting.curve, **point.setting._asdict(), **point._asdict()} for point in sweep.points]
     for point in points:
         del point["setting"]
-        point["images_per_second"] = point["images_per_second"] and point["images_per_second"]._asdict()
     return {"points": points, "bpr_gain": [gain._asdict() for gain in sweep.gains]}
 
 
@@ -58,7 +58,7 @@ def print_sweep(sweep: Sweep, checkpoint: str, console: Console) -> None:
             f"{point.top1:.3f} ± {point.top1_error:.3f}",
             f"{point.share_dropped:.1%}",
             f"{point.gflops_per_image:.4g}",
-            "" if speed is None else f"{speed.median:.0f} ({speed.lower_quartile:.0f}-{speed.upper_quartile:.0f})",
+            "" if speed is None else "{median:.0f} ({lower_quartile:.0f}-{upper_quartile:.0f})".format(**speed),
         )
     console.print(table)
     for gain in sweep.gains:
@@ -75,11 +75,10 @@ def verdict(num_selected_experts: int, gain: float, error: float) -> str:
 
 
 def draw_sweep(sweeps: list[list[dict[str, Any]]], file: Path) -> None:
-    """Accuracy against capacity, cost and speed, as in the V-MoE paper's figures on batch-prioritized routing.
+    """Plots accuracy against capacity, cost and speed, as in the V-MoE paper; speed only if all settings were timed.
 
-    `sweeps` are the points of each checkpoint, as in `sweep_details`. Error bars are standard errors: binomial for one
-    checkpoint, between the checkpoints for several. The speed, if all settings were timed, has its quartiles. Without a
-    limit both orders give the same, a dotted line or a star.
+    `sweeps` are the points of each checkpoint, as in `sweep_details`. Error bars are standard errors (binomial for one
+    checkpoint, between the checkpoints for several) and quartiles of the speed.
 
     Raises:
         ConfigError: the checkpoints were swept with different settings, because their models differ.
@@ -91,7 +90,7 @@ def draw_sweep(sweeps: list[list[dict[str, Any]]], file: Path) -> None:
     settings = [[(point["curve"], point["num_selected_experts"], point["factor"]) for point in own] for own in sweeps]
     if any(own != settings[0] for own in settings):
         raise ConfigError(
-            "no figure of checkpoints with different routers or num_selected_experts: evaluate them one by one, or set "
+            "no plot of checkpoints with different routers or num_selected_experts: evaluate them one by one, or set "
             "capacity.num_selected_experts"
         )
     points = [_mean_point(same) for same in zip(*sweeps)]
