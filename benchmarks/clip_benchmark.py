@@ -32,7 +32,7 @@ from vmoe.cli.evaluate import check_task
 from vmoe.data import BadSample, ImageDataset, build_dataset
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.loaded_model import LoadedModel, load_model
-from vmoe.evaluation.tasks import TASKS, zero_shot_names, zero_shot_templates
+from vmoe.evaluation.tasks import TASKS, zero_shot_prompts
 from vmoe.evaluation.zero_shot import resolve_templates
 from vmoe.utils.config import ConfigError, parse_config
 
@@ -101,7 +101,7 @@ def compare(config: EvaluationConfig, console: Console) -> list[tuple[str, float
     check_task(config, loaded, dataset)
     ours = TASKS[config.task](config, loaded, dataset, console).results
     if config.task == "zero_shot":
-        names, templates = zero_shot_names(config, dataset), zero_shot_templates(config, dataset)
+        names, templates = zero_shot_prompts(config, dataset)
         theirs = their_zero_shot(loaded, dataset, names, resolve_templates(templates), config.loader.batch_size)
         if "top5" not in ours:
             del theirs["acc5"]  # not a number for fewer than five classes, and 1 for five

@@ -87,14 +87,13 @@ def test_images_are_found(files, monkeypatch):
     photos = files / "photos"
     every = [photos / "a.png", photos / "b.JPG", photos / "below" / "c.png"]
     assert find_images([str(photos)]) == every
-    assert find_images([str(photos / "*.png")]) == every[:1]
-    assert find_images([str(photos / "**" / "*.png")]) == [every[0], every[2]]
     assert find_images([str(every[2]), str(photos)]) == [every[2], *every[:2]]
     odd = files / "odd [1].png"
     shutil.copy(every[0], odd)
     assert find_images([str(odd)]) == [odd]
-    with pytest.raises(ValueError, match=r"\*\.gif: no image there"):
-        find_images([str(photos / "*.gif")])
+    (files / "none").mkdir()
+    with pytest.raises(ValueError, match=r"none: no image there"):
+        find_images([str(files / "none")])
 
 
 def test_a_broken_file_stops_no_other(files, capsys, tmp_path):
@@ -121,9 +120,6 @@ def test_skipped_files_are_counted(files, tmp_path, caplog):
         (tmp_path / name).touch()
     with pytest.raises(ValueError, match=r"no image there .*, but other files: 2 \.heic, 1 \.mov"):
         find_images([str(tmp_path)])
-    caplog.clear()
-    find_images([str(files / "photos" / "*.png")])
-    assert not caplog.text
 
 
 def test_exif_orientation_is_that_of_the_training(files, capsys, tmp_path):

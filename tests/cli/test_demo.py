@@ -250,7 +250,7 @@ def test_errors_of_the_command(tmp_path, capsys, monkeypatch):
     assert "templates are for image-text models" in capsys.readouterr().err
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert demo.main(["--checkpoint", file, "--port", str(taken.getsockname()[1])]) == 1
-    assert "Address already in use): choose another --port" in capsys.readouterr().err
+    assert "Cannot find empty port in range" in capsys.readouterr().err  # Gradio's own
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert demo.main(["--checkpoint", file]) == 1
     assert "the demo needs the package gradio: pip install -e '.[demo]'" in capsys.readouterr().err

@@ -181,16 +181,14 @@ def test_imagenets_names_follow_the_classes():
 
 def test_any_other_thousand_classes_are_refused_as_imagenet():
     """A V2 tree read as image_folder has the folders 0, 1, 10, 100, ...: the published order would be wrong."""
-    with pytest.raises(
-        ValueError, match="class 0 of the data, '0', is none of .*imagenet_v2.*give the names as a file"
-    ):
+    with pytest.raises(ValueError, match="'0', '1', .* are none of .*imagenet_v2.*give the names as a file"):
         prompt_names("imagenet", sorted(map(str, range(1000))))
     words = [*imagenet_words()[:-1], "a gnome"]
-    with pytest.raises(ValueError, match="class 999 of the data, 'a gnome', is none of ImageNet's synsets"):
+    with pytest.raises(ValueError, match="'a gnome' are none of ImageNet's synsets"):
         prompt_names("imagenet", words)
-    with pytest.raises(ValueError, match="or repeat some"):
+    with pytest.raises(ValueError, match="the classes of the data repeat some or mix"):
         prompt_names("imagenet", [imagenet_synsets()[0], *imagenet_synsets()[:-1]])
-    with pytest.raises(ValueError, match="mix ImageNet's synsets"):
+    with pytest.raises(ValueError, match="or mix ImageNet's synsets"):
         prompt_names("imagenet", [imagenet_words()[0], *imagenet_synsets()[1:]])
 
 

@@ -235,7 +235,7 @@ def test_a_cache_that_cannot_be_written_to(classifier, tmp_path, monkeypatch, ca
     with pytest.raises(ConfigError, match=r"features.cache .*taken cannot be written to: give another folder, or null"):
         extract_features(classifier, RandomImages(), LOADER, cache=tmp_path / "taken")
     full = Mock(side_effect=OSError("No space left on device"))
-    monkeypatch.setattr("vmoe.evaluation.cache.save_file", full)
+    monkeypatch.setattr("vmoe.evaluation.features.save_file", full)
     assert len(extract_features(classifier, RandomImages(), LOADER, cache=tmp_path).labels_N) == 10
     assert "No space left on device): the features will be computed again" in caplog.text
 

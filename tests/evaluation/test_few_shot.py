@@ -1,4 +1,3 @@
-import math
 import statistics
 from types import SimpleNamespace
 
@@ -10,7 +9,7 @@ from vmoe.data import SourceConfig
 from vmoe.evaluation import few_shot as module
 from vmoe.evaluation.config import EvaluationConfig, FeatureConfig
 from vmoe.evaluation.features import Features
-from vmoe.evaluation.few_shot import L2_PENALTIES, best_penalty, few_shot, few_shot_accuracy
+from vmoe.evaluation.few_shot import best_penalty, few_shot, few_shot_accuracy
 from vmoe.utils.config import ConfigError
 
 
@@ -23,7 +22,7 @@ def blobs():
 
 
 def test_separable_classes_are_found(blobs):
-    accuracy = few_shot_accuracy(*blobs, shots=[1, 10], l2_penalties=[1.0, 100.0])
+    accuracy = few_shot_accuracy(*blobs, shots=[1, 10], l2_penalties=[1.0, 100.0], num_classes=4)
     assert set(accuracy) == {(1, 1.0), (1, 100.0), (10, 1.0), (10, 100.0)}
     assert accuracy[10, 100.0] > 0.85
     assert accuracy[10, 100.0] > accuracy[1, 100.0]
@@ -39,12 +38,14 @@ def test_it_is_the_regularised_least_squares_solution(blobs, shot):
     y = 2 * torch.nn.functional.one_hot(labels[rows], 4).double() - 1
     weight = torch.linalg.solve(x.T @ x + 2.0 * torch.eye(x.shape[1]), x.T @ y)
     expected = ((t @ weight).argmax(1) == test_labels).double().mean().item()
-    assert few_shot_accuracy(*blobs, shots=[shot], l2_penalties=[2.0])[shot, 2.0] == pytest.approx(expected)
+    assert few_shot_accuracy(*blobs, shots=[shot], l2_penalties=[2.0], num_classes=4)[shot, 2.0] == pytest.approx(
+        expected
+    )
 
 
 def test_generator_chooses_the_examples(blobs):
     def run(generator):
-        return few_shot_accuracy(*blobs, shots=[1], l2_penalties=[1.0], generator=generator)[1, 1.0]
+        return few_shot_accuracy(*blobs, [1], [1.0], 4, generator)[1, 1.0]
 
     drawn = {run(torch.Generator().manual_seed(seed)) for seed in range(8)}
     assert len(drawn) > 1
@@ -56,25 +57,10 @@ def test_best_penalty_ranks_over_all_data_sets():
     assert best_penalty(results, 1) == 2.0
 
 
-def test_input_that_does_not_fit(blobs):
-    train, labels, test, test_labels = blobs
-    torn = torch.where(torch.arange(16) == 3, math.nan, train)
-    for rows, message in (
-        ((torn, labels, test, test_labels), "features must be finite"),
-        ((train, labels, -test / 0, test_labels), "features must be finite"),
-        ((train, labels, test[:0], test_labels[:0]), r"one image or more, got shape \(0, 16\)"),
-        ((train, labels - 1, test, test_labels), r"labels must be in 0\.\.3, got -1\.\.2"),
-        ((train, labels, test, test_labels + 1), r"labels must be in 0\.\.3, got 1\.\.4"),
-        ((train, labels, test[:, :4], test_labels), "size of tensor a"),  # PyTorch's own
-    ):
-        with pytest.raises((ValueError, RuntimeError), match=message):
-            few_shot_accuracy(*rows, shots=[1], l2_penalties=[1.0], num_classes=4)
-
-
 # --- the task ---
 
 CLASSES = ["ant", "bee", "cat", "dog"]
-PENALTIES = list(L2_PENALTIES)
+PENALTIES = FeatureConfig().l2_penalties
 FOLDERS = [SourceConfig("image_folder", name) for name in ("train", "test")]
 
 
@@ -157,7 +143,7 @@ def test_several_right_labels_per_image(made_up):
         ({"shots": [5, 5]}, "shots must be >= 1, each once"),
         ({"seeds": []}, r"seeds must be >= 0, each once, got \[\]"),
         ({"l2": 0.0}, r"l2 must be > 0 and finite, got 0.0"),
-        ({"l2_penalties": [1.0, math.inf]}, "l2_penalties must be > 0 and finite"),
+        ({"l2_penalties": [1.0, float("inf")]}, "l2_penalties must be > 0 and finite"),
         ({"l2_range": (10.0, 1.0)}, "l2_range must be the least and the greatest"),
         ({"val_share": 1.0}, "val_share must be between 0 and 1"),
         ({"temperature": 0.0}, "temperature must be > 0"),

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import json
 import logging
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -52,8 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="known sets of class names: " + ", ".join(known_sets()),
     )
     add = parser.add_argument
-    images = "an image, a folder (all images in and below it, but hidden ones) or a quoted pattern like 'photos/*.jpg'"
-    add("images", nargs="+", metavar="IMAGE", help=images)
+    add("images", nargs="+", metavar="IMAGE", help="an image, or a folder: all images in and below it, but hidden ones")
     add("--checkpoint", required=True, help="folder of a run or of a checkpoint, or a .safetensors file")
     labels = parser.add_mutually_exclusive_group()
     labels.add_argument("--labels", metavar="TEXT,TEXT", help="what an image may show, separated by commas")
@@ -134,32 +131,28 @@ def _images(files: Sequence[Path], reading: Reading, read: list[Path], bad: list
             yield image
 
 
-def find_images(patterns: Sequence[str]) -> list[Path]:
-    """The image files of files (with any ending), folders and patterns, each once, in their order; sorted in a folder.
+def find_images(paths: Sequence[str]) -> list[Path]:
+    """The image files of files (with any ending) and folders, each once, in their order; sorted in a folder.
 
-    Other files of a folder or pattern are counted in a warning. ValueError: a path that does not exist or has no image.
+    Other files of a folder are counted in a warning. ValueError: a path that does not exist or has no image.
     """
     files: list[Path] = []
-    for pattern in patterns:
-        path = Path(pattern)
+    for path in map(Path, paths):
         if path.is_file():
             files.append(path)
             continue
-        if path.is_dir():
-            matches = [one for one in path.rglob("*") if not any(p[0] == "." for p in one.relative_to(path).parts)]
-        elif glob.has_magic(pattern):
-            matches = [Path(one) for one in glob.glob(pattern, recursive=True)]
-        else:
-            raise ValueError(f"{pattern}: no such file or folder")
-        matches = sorted(one for one in matches if one.is_file())
-        images = [one for one in matches if one.suffix.lower() in IMAGE_SUFFIXES]
-        others = Counter(one.suffix.lower() or "none" for one in matches if one.suffix.lower() not in IMAGE_SUFFIXES)
+        if not path.is_dir():
+            raise ValueError(f"{path}: no such file or folder")
+        inside = (one for one in path.rglob("*") if not any(p[0] == "." for p in one.relative_to(path).parts))
+        by_ending = {one: one.suffix.lower() for one in sorted(inside) if one.is_file()}
+        images = [one for one, ending in by_ending.items() if ending in IMAGE_SUFFIXES]
+        others = Counter(ending or "none" for ending in by_ending.values() if ending not in IMAGE_SUFFIXES)
         counts = ", ".join(f"{count} {printable(ending)}" for ending, count in others.most_common(5))
         if not images:
             but = f", but other files: {counts}" if others else ""
-            raise ValueError(f"{pattern}: no image there (endings looked for: {', '.join(IMAGE_SUFFIXES)}){but}")
+            raise ValueError(f"{path}: no image there (endings looked for: {', '.join(IMAGE_SUFFIXES)}){but}")
         if others:
-            logger.warning("%s: skipped other files: %s", printable(pattern), counts)
+            logger.warning("%s: skipped other files: %s", printable(str(path)), counts)
         files.extend(images)
     return list(dict.fromkeys(files))
 
@@ -198,7 +191,3 @@ def _own_classes(loaded: LoadedModel, arguments: argparse.Namespace) -> list[str
             "vmoe.models.factory.save_pretrained(model, file, extra={'class_names': [...]})"
         )
     return [escaped(name) for name in loaded.class_names]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

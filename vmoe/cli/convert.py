@@ -1,7 +1,6 @@
 """The converting command: `vmoe-convert --from PREFIX_OR_DIR --config NAME_OR_JSON --to FILE.safetensors`."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from vmoe.cli.command import exit_code
@@ -36,7 +35,3 @@ def run(file: str, **settings) -> None:
     print(f"read     {done.arrays} arrays, {done.nbytes:,} bytes, from {done.source} ({done.format}){skipped}")
     print(f"wrote    {file}: {done.name}, {done.parameters:,} parameters")
     print(f'use it   model, _, transform = vmoe.create_model_and_transforms(pretrained="{file}")')
-
-
-if __name__ == "__main__":
-    sys.exit(main())

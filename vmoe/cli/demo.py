@@ -10,8 +10,6 @@ import functools
 import html
 import importlib
 import os
-import socket
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -91,22 +89,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def launch(app: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None, share: bool = False) -> str:
-    """Starts the server in a thread; it serves the page, its own temporary files, nothing else.
+    """Starts the server in a thread, which serves the page and its own temporary files; `app.close()` ends it.
 
-    `app.close()` ends it. The arguments are those of `DemoConfig`. Returns the page's address, which is printed too.
-    OSError: the port is taken, or the address is not this machine's.
+    Returns the page's address, which is printed too. OSError: the port is taken, or the address is not this machine's.
     """
     gr = _gradio()
     # Fonts of the reader's system: the page asks no other server for anything.
     theme = gr.themes.Default(
         primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     ).set(button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800")
-    try:  # Gradio would try a hundred ports at an address that is not this machine's
-        socket.create_server((host, port or 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:
-        reason = str(error.strerror).partition(" (while")[0]
-        where = f"{host}, port {port or 'any'}"
-        raise OSError(f"cannot listen on {where} ({reason}): choose another --port or --host") from error
     off = dict.fromkeys(("inbrowser", "run_history", "ssr_mode", "mcp_server", "enable_monitoring"), False)
     files = {"allowed_paths": [], "max_file_size": MAX_UPLOAD}
     look = {"theme": theme, "css": CSS + logic.CSS, "footer_links": []}
@@ -262,7 +253,3 @@ def _gradio() -> Any:
     except ModuleNotFoundError as error:
         missing = f"the demo needs the package {error.name}: pip install -e '.[demo]' in a checkout"
         raise ModuleNotFoundError(missing) from None
-
-
-if __name__ == "__main__":
-    sys.exit(main())

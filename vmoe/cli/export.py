@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -86,7 +85,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"wrote    {args.output}: {name}, {len(shapes)} tensors, {sum(map(math.prod, shapes)):,} numbers")
 
     return exit_code("vmoe-export", run)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

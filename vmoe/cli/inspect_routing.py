@@ -74,10 +74,10 @@ class InspectConfig:
 @safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see `exit_code`."""
-    return exit_code("vmoe-inspect", lambda: run(settings(list(sys.argv[1:] if argv is None else argv))))
+    return exit_code("vmoe-inspect", lambda: run(settings(sys.argv[1:] if argv is None else argv)))
 
 
-def settings(argv: list[str]) -> InspectConfig:
+def settings(argv: Sequence[str]) -> InspectConfig:
     """The settings of a command line, on top of what the checkpoint's run validated on if it names no type of data."""
     description = "Inspect a sparse model: which patches and text tokens go to which expert."
     read = functools.partial(parse_config, InspectConfig, prog="vmoe-inspect", description=description)
@@ -187,7 +187,3 @@ def summary_table(statistics: RoutingStatistics) -> MetricTable:
                 f"{layer.entropy[modality]:.3f}",
             )
     return table
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,7 +6,6 @@ Models are built on the meta device, so that the largest cost no memory.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -49,7 +48,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in arguments.names or list_models():
         print(table_row(name))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

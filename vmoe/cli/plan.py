@@ -6,7 +6,6 @@ It reads neither data nor weights and starts no processes; the model is built on
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +73,3 @@ def run(argv: Sequence[str] | None = None) -> None:
         with atomic_file(output) as draft:
             draft.write_text(json.dumps(as_json(planner, ranked, impossible), indent=2) + "\n", encoding="utf-8")
         print(f"the whole plan is in {output}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

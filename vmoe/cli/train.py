@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
 
@@ -33,7 +32,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler = RichHandler(console=console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     return exit_code("vmoe-train", lambda: train(config, console), raise_unexpected=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -172,7 +171,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{samples} samples in {shards} shards in {config.output}{more}")
 
     return exit_code("vmoe-write-shards", run)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,7 @@
-"""One sparse model at several expert capacities: accuracy, cost and speed.
+"""One sparse model at several expert capacities: accuracy, cost and speed, after V-MoE (arXiv 2106.05974, section 4).
 
-After V-MoE (arXiv 2106.05974, section 4). Batch-prioritized routing (BPR) keeps the tokens with the largest gates,
-vanilla routing those that come first. Which tokens are dropped depends on who is routed together, so the routing group
-is part of the measurement: `capacity.images_per_group` images, consecutive in the data, are one call and one group.
+Batch-prioritized routing (BPR) keeps the tokens with the largest gates, vanilla routing those that come first. Which
+tokens are dropped depends on the routing group: `capacity.images_per_group` images, consecutive in the data.
 
 Shapes, by suffix: B images of a group, N samples, S settings, L layers, C classes, D width, R rows, E experts.
 """
@@ -11,8 +10,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import NamedTuple
 
@@ -37,16 +36,8 @@ Score = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> scores of the class
 class Setting(NamedTuple):
     """What is set on every sparse layer."""
 
-    num_selected_experts: int | None  # K; None for expert choice, which has none
-    batch_priority: bool | None  # BPR; None where it changes nothing: without a limit, and for expert choice
+    curve: str  # order of dispatch: "bpr", "vanilla"; "both" without a limit, which gives the same; "experts" choose
     factor: float | None  # eval_capacity_factor; None: no limit
-
-    @property
-    def curve(self) -> str:
-        """Name of its order of dispatch: "bpr", "vanilla" or "experts" (expert choice); "both" without a limit."""
-        if self.num_selected_experts is None:
-            return "experts"
-        return {True: "bpr", False: "vanilla", None: "both"}[self.batch_priority]
 
 
 class Point(NamedTuple):
@@ -64,7 +55,6 @@ class Point(NamedTuple):
 class Gain(NamedTuple):
     """Top-1 of BPR less that of vanilla routing, on the same images."""
 
-    num_selected_experts: int
     factor: float | None  # None: the mean over all factors below 1
     gain: float
     error: float  # standard error, from the differences of the single images
@@ -74,7 +64,7 @@ class Sweep(NamedTuple):
     """The result of :func:`sweep_capacity`."""
 
     points: list[Point]  # in the order of the settings
-    gains: list[Gain]  # for each K and factor, and for each K in the mean below 1
+    gains: list[Gain]  # for each factor, and in the mean below 1
     num_samples: int
     num_skipped: int
 
@@ -82,74 +72,49 @@ class Sweep(NamedTuple):
 def sparse_image_layers(model: nn.Module, score: Score, images: Tensor, source: str) -> dict[str, SparseMoE]:
     """{name: layer} of the sparse layers that images (any, for example zeros) go through; call it inside `evaluating`.
 
-    Raises:
-        ConfigError: there are none, or they cannot be swept together; `source` names the model.
+    ConfigError: there are none, or they cannot be swept together; `source` names the model.
     """
     with record_routing(model) as record:
         score(images)
     modules = dict(model.named_modules())
     layers = {name: modules[name] for name in record.layers}
-    kinds = {(layer.router_type, layer.num_selected_experts) for layer in layers.values()}
+    routers = {layer.router_type for layer in layers.values()}
     problem = None
     if not layers:
         problem = f"needs experts that images go through, and {source} has none (a dense model)"
-    elif "soft" in {router for router, _ in kinds}:
+    elif "soft" in routers:
         problem = f"has no meaning for {source}: soft routing drops nothing"
-    elif len(kinds) > 1:
-        problem = f"needs layers of one router and num_selected_experts, and {source} has {sorted(kinds)}"
+    elif len(routers) > 1:
+        problem = f"needs layers of one router, and {source} has {sorted(routers)}"
     if problem:
         raise ConfigError(f"task 'capacity' {problem}: evaluate a model with router='top_k' or 'expert_choice'")
     return layers
 
 
 def sweep_settings(config: CapacityConfig, layers: Mapping[str, SparseMoE]) -> list[Setting]:
-    """The settings of a sweep, without repetition.
-
-    Raises:
-        ConfigError: a setting that the model's router has no use for, or K beyond the number of experts.
-    """
-    layer = next(iter(layers.values()))
-    if layer.router_type == "expert_choice":
-        if config.num_selected_experts is not None:
-            raise ConfigError(
-                f"capacity.num_selected_experts {config.num_selected_experts} is for router='top_k', and the model has "
-                "'expert_choice', where the capacity says how many experts a token gets; leave it out"
-            )
-        if None in config.factors:
-            raise ConfigError(
-                "capacity.factors holds null (no limit), and the model has router='expert_choice', which always has a "
-                "capacity: give numbers alone, such as --capacity.factors '[0.25, 0.5, 1, 2]'"
-            )
-        return [Setting(None, None, factor) for factor in config.factors]
-    choices = config.num_selected_experts or [layer.num_selected_experts]
-    if max(choices) > layer.num_experts:
+    """The settings of a sweep; ConfigError: no limit for expert choice."""
+    if next(iter(layers.values())).router_type != "expert_choice":
+        curves = {factor: ("both",) if factor is None else ("bpr", "vanilla") for factor in config.factors}
+        return [Setting(curve, factor) for factor, own in curves.items() for curve in own]
+    if None in config.factors:
         raise ConfigError(
-            f"capacity.num_selected_experts must be 1..num_experts ({layer.num_experts}), got {max(choices)}"
+            "capacity.factors holds null (no limit), and the model has router='expert_choice', which always has a "
+            "capacity: give numbers alone, such as --capacity.factors '[0.25, 0.5, 1, 2]'"
         )
-    return [
-        Setting(K, priority, factor)
-        for K in choices
-        for factor in config.factors
-        for priority in ([True, False] if factor is not None else [None])
-    ]
+    return [Setting("experts", factor) for factor in config.factors]
 
 
-@contextmanager
-def limited(layers: Iterable[SparseMoE], setting: Setting) -> Iterator[None]:
-    """The layers under a setting inside the block, as they were after it.
+def limited(layers: Iterable[SparseMoE], setting: Setting) -> AbstractContextManager[None]:
+    """The layers under a setting inside the block.
 
     All tokens of a call are one group, but expert choice keeps the model's groups (usually a group for each image).
     """
-    layers, K = list(layers), setting.num_selected_experts
     values = {"capacity": None, "eval_capacity_factor": setting.factor}
-    if setting.batch_priority is not None:
-        values["batch_priority"] = setting.batch_priority
-    with ExitStack() as stack:
-        if K is not None:
-            values |= {"group_size": None, "num_selected_experts": K}
-            stack.enter_context(changed([layer.router for layer in layers], num_selected_experts=K))
-        stack.enter_context(changed(layers, **values))
-        yield
+    if setting.curve != "experts":
+        values["group_size"] = None
+    if setting.curve in ("bpr", "vanilla"):
+        values["batch_priority"] = setting.curve == "bpr"
+    return changed(layers, **values)
 
 
 def sweep_capacity(
@@ -167,10 +132,8 @@ def sweep_capacity(
     """Every setting on every batch, each a routing group; the layers are as they were afterwards, also after an error.
 
     `loader` gives "image", "label" and "index"; where torch.distributed runs, each process gives batches of its own.
-    Each setting is timed `timing_rounds` times on the first batch. For `label_sets` see `right_classes`.
-
-    Raises:
-        ValueError: a label is out of range, or there are no samples.
+    Each setting is timed `timing_rounds` times on the first batch. For `label_sets` see `right_classes`. ValueError: a
+    label is out of range, or there are no samples.
     """
     counts_SL3 = torch.zeros(len(settings), len(layers), 3, dtype=torch.long)  # see `_count`
     rows, num_classes, flops, first, speeds = Rows(), 0, None, None, [None] * len(settings)
@@ -259,14 +222,16 @@ def _time(
 
 def _gains(settings: Sequence[Setting], hit_NS: Tensor) -> list[Gain]:
     """See `Sweep.gains`."""
-    hit_of, gains = dict(zip(settings, hit_NS.double().T)), []
-    for K in dict.fromkeys(setting.num_selected_experts for setting in settings):
-        both = {one: one._replace(batch_priority=False) for one in settings if one[:2] == (K, True)}
-        better = {bpr.factor: hit_of[bpr] - hit_of[vanilla] for bpr, vanilla in both.items()}
-        below = [better_N for factor, better_N in better.items() if factor < 1]
-        if below:
-            better[None] = torch.stack(below).mean(0)
-        for factor, better_N in better.items():
-            error = float(better_N.std(correction=0) / len(better_N) ** 0.5)
-            gains.append(Gain(K, factor, float(better_N.mean()), error))
-    return gains
+    hit_of = dict(zip(settings, hit_NS.double().T))
+    better_of = {
+        setting.factor: hit_N - hit_of[Setting("vanilla", setting.factor)]
+        for setting, hit_N in hit_of.items()
+        if setting.curve == "bpr"
+    }
+    below = [better_N for factor, better_N in better_of.items() if factor < 1]
+    if below:
+        better_of[None] = torch.stack(below).mean(0)
+    return [
+        Gain(factor, float(better_N.mean()), float(better_N.std(correction=0) / len(better_N) ** 0.5))
+        for factor, better_N in better_of.items()
+    ]

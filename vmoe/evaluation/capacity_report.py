@@ -23,21 +23,18 @@ NO_LIMIT = "#5B6570"
 
 def flat_results(sweep: Sweep) -> dict[str, float | int]:
     """{name: metric} of a sweep for the table of results, such as "top1_bpr_0.4" and "top1_no_limit"."""
-    several = len({point.setting.num_selected_experts for point in sweep.points}) > 1
     results: dict[str, float | int] = {}
-    for setting, top1, *_ in sweep.points:
-        prefix = f"k{setting.num_selected_experts}_" if several else ""
-        limit = "no_limit" if setting.factor is None else f"{setting.curve}_{setting.factor:g}"
-        results[f"{prefix}top1_{limit}"] = top1
+    for (curve, factor), top1, *_ in sweep.points:
+        results["top1_no_limit" if factor is None else f"top1_{curve}_{factor:g}"] = top1
     for gain in sweep.gains:
         if gain.factor is None:
-            results[f"k{gain.num_selected_experts}_bpr_gain_below_1" if several else "bpr_gain_below_1"] = gain.gain
+            results["bpr_gain_below_1"] = gain.gain
     return {**results, "num_samples": sweep.num_samples, "num_skipped": sweep.num_skipped}
 
 
 def sweep_details(sweep: Sweep) -> dict[str, Any]:
     """All of a sweep, as JSON can hold it."""
-    points = [{"curve": point.setting.curve, **point.setting._asdict(), **point._asdict()} for point in sweep.points]
+    points = [{**point.setting._asdict(), **point._asdict()} for point in sweep.points]
     for point in points:
         del point["setting"]
     return {"points": points, "bpr_gain": [gain._asdict() for gain in sweep.gains]}
@@ -45,16 +42,14 @@ def sweep_details(sweep: Sweep) -> dict[str, Any]:
 
 def print_sweep(sweep: Sweep, checkpoint: str, console: Console) -> None:
     """Prints a row per setting, with standard errors and the quartiles of the speed, and what BPR gained."""
-    several = len({point.setting.num_selected_experts for point in sweep.points}) > 1
     console.print(f"accuracy, cost and speed of {checkpoint}", highlight=False, markup=False, soft_wrap=True)
-    header = [*(["K"] if several else []), "factor", "order", "top-1", "dropped", "GFLOPs", "images/s"]
-    table = MetricTable("", header, keys=len(header) - 4, left=["order"])
+    header = ["factor", "order", "top-1", "dropped", "GFLOPs", "images/s"]
+    table = MetricTable("", header, keys=2, left=["order"])
     for point in sweep.points:
-        setting, speed = point.setting, point.images_per_second
+        (curve, factor), speed = point.setting, point.images_per_second
         table.add_row(
-            *([str(setting.num_selected_experts)] if several else []),
-            "none" if setting.factor is None else f"{setting.factor:g}",
-            CURVES[setting.curve]["label"] if setting.curve in CURVES else "",
+            "none" if factor is None else f"{factor:g}",
+            CURVES[curve]["label"] if curve in CURVES else "",
             f"{point.top1:.3f} ± {point.top1_error:.3f}",
             f"{point.share_dropped:.1%}",
             f"{point.gflops_per_image:.4g}",
@@ -63,15 +58,15 @@ def print_sweep(sweep: Sweep, checkpoint: str, console: Console) -> None:
     console.print(table)
     for gain in sweep.gains:
         if gain.factor is None:
-            console.print(verdict(gain.num_selected_experts, gain.gain, gain.error), highlight=False, soft_wrap=True)
+            console.print(verdict(gain.gain, gain.error), highlight=False, soft_wrap=True)
 
 
-def verdict(num_selected_experts: int, gain: float, error: float) -> str:
+def verdict(gain: float, error: float) -> str:
     """One sentence on whether BPR is the better curve below capacity 1; two standard errors are taken as noise."""
     outcome = "BPR and vanilla routing cannot be told apart"
     if abs(gain) > 2 * error:
         outcome = "BPR is the better curve" if gain > 0 else "BPR is the WORSE curve"
-    return f"K = {num_selected_experts}, below capacity 1: {outcome}, top-1 {gain:+.4f} ± {error:.4f} in the mean"
+    return f"below capacity 1: {outcome}, top-1 {gain:+.4f} ± {error:.4f} in the mean"
 
 
 def draw_sweep(sweeps: list[list[dict[str, Any]]], file: Path) -> None:
@@ -87,14 +82,10 @@ def draw_sweep(sweeps: list[list[dict[str, Any]]], file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    settings = [[(point["curve"], point["num_selected_experts"], point["factor"]) for point in own] for own in sweeps]
+    settings = [[(point["curve"], point["factor"]) for point in own] for own in sweeps]
     if any(own != settings[0] for own in settings):
-        raise ConfigError(
-            "no plot of checkpoints with different routers or num_selected_experts: evaluate them one by one, or set "
-            "capacity.num_selected_experts"
-        )
+        raise ConfigError("no plot of checkpoints with different routers: evaluate them one by one")
     points = [_mean_point(same) for same in zip(*sweeps)]
-    choices = list(dict.fromkeys(point["num_selected_experts"] for point in points))
     labels = {"factor": "capacity factor", "gflops_per_image": "GFLOPs per image"}
     if all(point["images_per_second"] for point in points):
         labels["images_per_second"] = "images per second"
@@ -102,9 +93,7 @@ def draw_sweep(sweeps: list[list[dict[str, Any]]], file: Path) -> None:
         figure = Figure(figsize=(4.6 * len(labels), 3.9), layout="constrained")
         FigureCanvasAgg(figure)
         for axes, (name, label) in zip(figure.subplots(1, len(labels), sharey=True), labels.items()):
-            for number, K in enumerate(choices):
-                own = [point for point in points if point["num_selected_experts"] == K]
-                _draw_curves(axes, own, name, f", K = {K}" if len(choices) > 1 else "", number)
+            _draw_curves(axes, points, name)
             axes.set_xlabel(label)
             axes.grid(alpha=0.25)
         figure.axes[0].set_ylabel("top-1")
@@ -126,16 +115,16 @@ def _mean_point(same: tuple[dict[str, Any], ...]) -> dict[str, Any]:
     return {**mean, "images_per_second": median, "speed_error": (median - lower, upper - median)}
 
 
-def _draw_curves(axes, points: list[dict[str, Any]], name: str, suffix: str, number: int) -> None:
-    """The curves of one K against `name`; a later K is paler and hollow."""
+def _draw_curves(axes, points: list[dict[str, Any]], name: str) -> None:
+    """The curves against `name`; without a limit both are one point."""
     for point in points:
         if point["curve"] != "both":
             continue
-        x, y, look = point[name], point["top1"], {"color": NO_LIMIT, "alpha": 1 / (1 + number)}
+        x, y = point[name], point["top1"]
         if name == "factor":
-            axes.axhline(y, linestyle=":", label=f"no limit{suffix}", **look)
+            axes.axhline(y, linestyle=":", label="no limit", color=NO_LIMIT)
         else:
-            axes.plot(x, y, "*", markersize=11, zorder=5, **look)
+            axes.plot(x, y, "*", markersize=11, zorder=5, color=NO_LIMIT)
             axes.annotate("no limit", (x, y), (0, 7), textcoords="offset points", ha="center", fontsize=8)
     for curve, style in CURVES.items():
         own = [point for point in points if point["curve"] == curve]
@@ -148,7 +137,5 @@ def _draw_curves(axes, points: list[dict[str, Any]], name: str, suffix: str, num
                 markersize=5,
                 linewidth=1.6,
                 elinewidth=0.8,
-                alpha=1 / (1 + 0.6 * number),
-                markerfacecolor="white" if number else style["color"],
-                **{**style, "label": style["label"] + suffix},
+                **style,
             )

@@ -1,7 +1,4 @@
-"""Class names and prompt templates of published zero-shot evaluations, by the name of the data set.
-
-The lists are in `names/`, one JSON file per set, with their sources; ImageNet's are open_clip's own.
-"""
+"""Class names and prompt templates of published zero-shot evaluations: `names/*.json`, ImageNet's are open_clip's."""
 
 from __future__ import annotations
 
@@ -60,9 +57,9 @@ def prompt_names(name: str, classes: Sequence[str] | None = None) -> list[str]:
     """Published class names of a data set ("imagenet", "cifar10", ...; see :func:`known_sets`), for prompts.
 
     `classes` are those of the data, in the order of its labels, which is that of the result; None: the published order.
-    Each must be one of the set's own labels, names or aliases. Case, spaces, punctuation and leading zeros do not
-    matter, and "three" is 3. Where none is, the numbers from 0 or (with a warning) from 1 are the set's labels.
-    ImageNet's classes must be its synsets, WordNet's words for them or open_clip's names. Others are a ValueError.
+    Each must be one of the set's labels, names or aliases (of ImageNet: all synsets, all WordNet's words or all names).
+    Case, spaces, punctuation and leading zeros do not matter, and "three" is 3. Where none is, the numbers from 0 or
+    (with a warning) from 1 are the set's labels. Others are a ValueError.
     """
     published = published_set(name)
     if classes is None:
@@ -124,14 +121,11 @@ def _imagenet_names(classes: Sequence[str]) -> list[str]:
         if Counter(keys) == Counter(known_keys):  # the two pairs that are equal in open_clip's list have equal names
             name_of = dict(zip(known_keys, names))
             return [name_of[key] for key in keys]
+    strange = [repr(one) for one, key in zip(classes, keys) if not any(key in known_keys for known_keys in known)]
     lists = "ImageNet's synsets, WordNet's words for them and open_clip's names"
-    problem = f"the classes of the data mix {lists}, or repeat some"
-    for index, key in enumerate(keys):
-        if not any(key in known_keys for known_keys in known):
-            problem = f"class {index} of the data, {classes[index]!r}, is none of {lists}"
-            break
+    problem = f"{_listed(strange)} are none of" if strange else "the classes of the data repeat some or mix"
     raise ValueError(
-        f"class names 'imagenet': {problem}: use the data set's own type (as imagenet or imagenet_v2), or {AS_FILE}"
+        f"class names 'imagenet': {problem} {lists}: use the data set's own type (as imagenet_v2), or {AS_FILE}"
     )
 
 

@@ -21,7 +21,7 @@ logger = logging.getLogger("vmoe.evaluation")
 
 
 class Predictions(NamedTuple):
-    """Predictions for all samples of all processes, in the order of the data, on the CPU."""
+    """Predictions for the samples of all processes, in the order of the data, on the CPU."""
 
     index_N: Tensor  # position in the data set
     label_N: Tensor  # the right class
@@ -60,17 +60,17 @@ def evaluate_classification(
     Args:
         model: images (B, 3, H, W) -> logits (B, C); must be on `device`.
         loader: batches with "image" (B, 3, H, W) float and "label" (B,) long; `vmoe.data.eval_loader` gives one. Where
-            torch.distributed runs, each process gives its own samples, told apart by "index" (B,).
+            torch.distributed runs, each process gives its own samples, with their "index" (B,) in the data.
         device, precision: where the model runs, in "float32", "bf16" or "fp16" (autocast).
         num_classes: of the data set, checked against the model's; None: not checked.
 
     Returns:
-        "top1", "top5" (shares in 0..1, ties count as misses; no "top5" with five classes or fewer), "mean_per_class"
-        (mean of the classes' accuracies), "ece" (expected calibration error, 15 bins), "num_samples", "num_skipped".
+        "top1", "top5" (shares in 0..1, ties are misses; no "top5" with five classes or fewer), "mean_per_class" (mean
+        of the classes' accuracies), "ece" (expected calibration error, 15 bins), "num_samples", "num_skipped".
 
     Raises:
-        ValueError: the model has another number of classes, a label is out of range, or there are no samples.
-        SharedError: one of several processes could not read its samples.
+        ValueError: the model has another number of classes, a label is out of range, there are no samples, or
+            (SharedError) one of several processes could not read its own.
     """
     with evaluating(model, device, precision):
         batches = SynchronizedBatches(loader, model)
@@ -78,7 +78,7 @@ def evaluate_classification(
 
 
 def checked_logits(model: nn.Module, images: Tensor, num_classes: int | None) -> Tensor:
-    """`model(images)`, (B, C) float32; raises ValueError if C is not `num_classes`."""
+    """`model(images)`, (B, C) float32; ValueError if C is not `num_classes`."""
     logits_BC = model(images).float()
     if num_classes is not None and logits_BC.shape[1] != num_classes:
         raise ValueError(
@@ -97,9 +97,9 @@ def predict(
 ) -> Predictions:
     """Scores all images of a loader; call it inside `evaluating`.
 
-    `score` makes scores (B, C) float32, whose softmax is the confidence, of images (B, 3, H, W) on `device`. A batch
-    without "label" is scored, and does not count. For `label_sets` see `right_classes`. Raises ValueError for a label
-    out of range, or no samples.
+    `score` maps images (B, 3, H, W) on `device` to (B, C) float32, whose softmax is the confidence. A batch without
+    "label" is scored, and does not count. For `label_sets` see `right_classes`. ValueError: a label out of range, or no
+    samples.
     """
     rows, num_classes, num_rows = Rows(), 0, 0
     for batch in loader:
@@ -127,10 +127,7 @@ def num_skipped(loader: Iterable, num_read: int) -> int:
 
 
 def select_columns(logits_BC: Tensor, class_columns: Sequence[Sequence[int]] | None) -> Tensor:
-    """Scores of the data's classes: for each the largest of the `class_columns` of a classifier that stand for it.
-
-    None: the logits are the scores. Raises ValueError for a column that the classifier does not have.
-    """
+    """Scores of the data's classes: for each the largest of the classifier's columns that stand for it; None: as is."""
     if class_columns is None:
         return logits_BC
     last = max(map(max, class_columns))

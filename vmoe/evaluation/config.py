@@ -12,15 +12,18 @@ from vmoe.utils.config import ConfigError, check_types
 FEATURE_TASKS = ("few_shot", "linear_probe", "knn")
 
 
-def check_numbers(name: str, value: Any, least: int | None = None) -> None:
-    """ConfigError unless a number (or None), or each of a list of different ones, is >= `least` (None: > 0, finite)."""
-    if value is None:
-        return
-    values = value if isinstance(value, (list, tuple)) else [value]
-    fitting = [0 < one < math.inf if least is None else one >= least for one in values]
-    if not all(fitting) or not values or len(set(values)) < len(values):
-        bound = "> 0 and finite" if least is None else f">= {least}"
-        raise ConfigError(f"{name} must be {bound}{'' if values is not value else ', each once'}, got {value}")
+def check_numbers(settings: Any, prefix: str, least: dict[str, int | None]) -> None:
+    """ConfigError unless each number is >= its least (None: > 0 and finite), and a list has some, each once.
+
+    None is no number, and is not checked.
+    """
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        values = value if isinstance(value, (list, tuple)) else [value]
+        fits = [one is None or (0 < one < math.inf if bound is None else one >= bound) for one in values]
+        if not all(fits) or not values or len(set(values)) < len(values):
+            wanted = "> 0 and finite" if bound is None else f">= {bound}"
+            raise ConfigError(f"{prefix}{name} must be {wanted}{', each once' if values is value else ''}, got {value}")
 
 
 @dataclass
@@ -52,10 +55,8 @@ class FeatureConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "features.")
-        for name, least in {"shots": 1, "seeds": 0, "k": 1}.items():
-            check_numbers(f"features.{name}", getattr(self, name), least)
-        for name in ("l2", "l2_penalties", "l2_range", "temperature"):
-            check_numbers(f"features.{name}", getattr(self, name))
+        positive = dict.fromkeys(("l2", "l2_penalties", "l2_range", "temperature"))
+        check_numbers(self, "features.", {"shots": 1, "seeds": 0, "k": 1, **positive})
         if self.l2_range[0] > self.l2_range[1]:
             raise ConfigError(f"features.l2_range must be the least and the greatest penalty, got {self.l2_range}")
         if not 0 < self.val_share < 1:
@@ -70,28 +71,18 @@ class CapacityConfig:
 
     Attributes:
         factors: Values of eval_capacity_factor; null is no limit.
-        num_selected_experts: Values of K (router top_k only); null: the model's own.
         images_per_group: Images that are routed together and share the capacity, consecutive in the data; they are
-            also the batch (loader.batch_size is not used). Fewer make the limit coarser, since an expert's capacity is
-            rounded up, and leave BPR less to choose from; expert_choice keeps the model's own groups.
+            also the batch (loader.batch_size is not used). expert_choice keeps the model's own groups.
         timing_rounds: How often each setting is timed, in turn with the others; 0: not at all.
     """
 
     factors: list[float | None] = field(default_factory=lambda: [*(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.5, 2), None])
-    num_selected_experts: list[int] | None = None
     images_per_group: int = 64
     timing_rounds: int = 20
 
     def __post_init__(self) -> None:
         check_types(self, "capacity.")
-        fitting = [factor is None or 0 < factor < math.inf for factor in self.factors]
-        if not self.factors or not all(fitting) or len(set(self.factors)) < len(self.factors):
-            raise ConfigError(
-                f"capacity.factors must be > 0 and finite (null: no limit), each once, got {self.factors}"
-            )
-        for name in ("num_selected_experts", "images_per_group"):
-            check_numbers(f"capacity.{name}", getattr(self, name), 1)
-        check_numbers("capacity.timing_rounds", self.timing_rounds, 0)
+        check_numbers(self, "capacity.", {"factors": None, "images_per_group": 1, "timing_rounds": 0})
 
 
 @dataclass
@@ -144,16 +135,13 @@ class EvaluationConfig:
             raise ConfigError("loader.on_bad must be 'fail' or 'skip' in an evaluation, got 'replace'")
         if not self.checkpoints or len(set(self.checkpoints)) < len(self.checkpoints):
             raise ConfigError(f"checkpoint must name at least one checkpoint and none twice, got {self.checkpoint}")
-        named = ("zero_shot", "capacity")
-        for name, is_set, tasks in (
-            ("class_names", self.class_names is not None, named),
-            ("templates", self.templates is not None, named),
-            ("capacity", self.capacity != CapacityConfig(), ("capacity",)),
-            ("features", self.features != FeatureConfig(), FEATURE_TASKS),
-            ("train_data", self.train_data.type is not None, FEATURE_TASKS),
-        ):
-            if is_set and self.task not in tasks:
+        named, defaults = ("zero_shot", "capacity"), {"features": FeatureConfig(), "capacity": CapacityConfig()}
+        tasks_of = {"class_names": named, "templates": named, "capacity": ("capacity",), "features": FEATURE_TASKS}
+        for name, tasks in tasks_of.items():
+            if getattr(self, name) != defaults.get(name) and self.task not in tasks:
                 raise ConfigError(f"{name} is for task {', '.join(tasks)}, and task is {self.task!r}; leave it out")
+        if self.task not in FEATURE_TASKS and self.train_data.type is not None:
+            raise ConfigError(f"train_data is for task {', '.join(FEATURE_TASKS)}, and task is {self.task!r}")
         if self.task in FEATURE_TASKS and self.train_data.type is None:
             raise ConfigError(f"task {self.task!r} needs train_data: say what the classifier on features learns from")
         if self.task in FEATURE_TASKS and self.train_data == self.data:

@@ -1,32 +1,39 @@
 """Frozen features of images, for few-shot regression, the linear probe and nearest neighbours.
 
-A classifier gives what its last linear layer reads (the pre-logits), as in the reference's few-shot evaluation; an
-image-text model its image embedding, not normalised, as CLIP's linear probe takes it.
-
 Shapes, by suffix: N images, B batch, D features.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from vmoe.data import ImageDataset, LoaderConfig, build_dataset, eval_loader
 from vmoe.data.sources.emoji import cache_folder
 from vmoe.distributed.process_group import gather_lists
-from vmoe.evaluation.cache import cache_file, feature_key, read_cache, write_cache
 from vmoe.evaluation.classification import num_skipped
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.inference import evaluating
-from vmoe.evaluation.loaded_model import LoadedModel
-from vmoe.evaluation.results_file import Outcome, Progress, make_writable
+from vmoe.evaluation.loaded_model import LoadedModel, weights_fingerprint
+from vmoe.evaluation.results_file import Outcome, Progress, library_versions, make_writable
 from vmoe.evaluation.synchronized import Rows
 from vmoe.models.factory import is_contrastive
+from vmoe.models.spec import model_spec
+from vmoe.moe import SparseMoE
 from vmoe.utils.config import ConfigError
+from vmoe.utils.files import atomic_file
 from vmoe.utils.world import world
+
+logger = logging.getLogger("vmoe.evaluation")
 
 
 class Features(NamedTuple):
@@ -45,12 +52,10 @@ def extract_features(
     *,
     cache: Path | None = None,
     console: Console | None = None,
-    description: str = "features",
 ) -> Features:
     """Features of all images of a data set; all processes of `torchrun` share the work and get the same rows.
 
-    They do not depend on the batch size, unless experts have a capacity in evaluation. `cache` is the folder where the
-    first process looks for a file of the same key, or writes it; None: no cache.
+    `cache` is the folder where the first process looks for features of the same key, or writes them; None: no cache.
 
     Raises:
         ValueError: the data set has no classes or gave no image, or the features are no vectors or not finite.
@@ -59,20 +64,19 @@ def extract_features(
     """
     if dataset.classes is None:
         raise ValueError("features are taken of images with labels, and this data set has no classes")
-    file, cached = None, []
+    key, cached = None, []
     if cache is not None and world()[0] == 0:
         if not make_writable(cache):
             raise ConfigError(f"features.cache {cache} cannot be written to: give another folder, or null for no cache")
-        key = feature_key(loaded, dataset, loader_config)
-        file = cache_file(cache, key)
-        cached = [read_cache(file, key)]
-    [stored] = gather_lists(cached) or [None]
-    if stored is not None:
-        return Features(**stored)
+        key = _key(loaded, dataset, loader_config)
+        cached = [_read(cache, key)]
+    for stored in gather_lists(cached):
+        if stored is not None:
+            return Features(**stored)
     loader = eval_loader(dataset, loaded.transform, None, loader_config)
     rows = Rows()
     with evaluating(loaded.model, loaded.device, loaded.precision):
-        for batch in Progress(loader, description, console or Console(quiet=True)):
+        for batch in Progress(loader, "features", console or Console(quiet=True)):
             features_BD = image_features(loaded.model, batch["image"].to(loaded.device)).float()
             rows.add(batch["index"], features_ND=features_BD, labels_N=batch["label"])
     index_N, columns = rows.gather()
@@ -83,13 +87,17 @@ def extract_features(
             f"precision is {loaded.precision!r}, and float32 has the widest range"
         )
     tensors, skipped_paths = {**columns, "index_N": index_N}, sorted(gather_lists(list(loader.skipped_paths)))
-    if file is not None:
-        write_cache(file, key, tensors, skipped_paths)
+    if key is not None:
+        _write(cache, key, tensors, skipped_paths)
     return Features(**tensors, skipped_paths=skipped_paths)
 
 
 def image_features(model: nn.Module, images_B3HW: Tensor) -> Tensor:
-    """(B, D): pre-logits of a classifier, or the image embedding (not normalised) of an image-text model."""
+    """(B, D) features.
+
+    A classifier gives what its last linear layer reads (the pre-logits), as in the reference's few-shot evaluation; an
+    image-text model its image embedding, not normalised, as CLIP's linear probe takes it.
+    """
     if is_contrastive(model):
         features_BD = model.encode_image(images_B3HW, normalize=False)
     elif hasattr(model, "forward_features") and hasattr(model, "forward_head"):
@@ -112,9 +120,7 @@ def fit_and_test_features(
 ) -> tuple[Features, Features]:
     """Features of `train_data`, that a classifier is fitted on, and of the data that it is tested on.
 
-    Raises:
-        ConfigError: the two have other classes.
-        ValueError: a class that is tested has no training example.
+    ConfigError: the two have other classes. ValueError: a class that is tested has no training example.
     """
     train_dataset = build_dataset(config.train_data)
     trained, tested = train_dataset.classes, test_dataset.classes
@@ -128,10 +134,9 @@ def fit_and_test_features(
         )
     folder = config.features.cache
     cache = cache_folder() / "features" if folder == "auto" else Path(folder) if folder else None
-    options = {"cache": cache, "console": console}
     train, test = (
-        extract_features(loaded, dataset, config.loader, description=f"{part} features", **options)
-        for part, dataset in (("train", train_dataset), ("test", test_dataset))
+        extract_features(loaded, dataset, config.loader, cache=cache, console=console)
+        for dataset in (train_dataset, test_dataset)
     )
     absent = sorted(set(test.labels_N.tolist()) - set(train.labels_N.tolist()))
     if absent:
@@ -148,3 +153,67 @@ def feature_outcome(results: dict[str, float | int], details: dict, train: Featu
     counts = {"num_samples": len(test.labels_N), "num_skipped": len(test.skipped_paths)}
     skipped = {"num_train_samples": len(train.labels_N), "skipped": train.skipped_paths + test.skipped_paths}
     return Outcome(results | counts, details | skipped)
+
+
+# --- the cache: a file for each key, which is the JSON of all that the features depend on ---
+
+
+def _key(loaded: LoadedModel, dataset: ImageDataset, loader_config: LoaderConfig) -> str:
+    """All that the features of a data set depend on; equal texts mean equal features."""
+    layers = [module for module in loaded.model.modules() if isinstance(module, SparseMoE)]
+    # With one of these an image's features may depend on the rest of its batch.
+    limited = any(layer.capacity or layer.eval_capacity_factor or layer.group_size for layer in layers)
+    package = Path(__file__).parents[1]
+    code = sorted(file for name in ("data", "models", "moe") for file in (package / name).rglob("*.py"))
+    code.append(package / "evaluation" / "features.py")
+    facts = {
+        "weights": weights_fingerprint(loaded.weights),
+        "model": model_spec(loaded.model),
+        "routing": [asdict(layer.settings) for layer in layers],
+        "precision": loaded.precision,
+        "device": loaded.device.type,
+        "transform": " ".join(repr(loaded.transform).split()),
+        "data": dataset.fingerprint(),
+        "reading": dataset.reading._asdict(),
+        "on_bad": loader_config.on_bad or "fail",
+        "batch_size": loader_config.batch_size if limited else None,
+        "versions": library_versions(),
+        "code": hashlib.sha256(b"".join(file.read_bytes() for file in code)).hexdigest(),
+    }
+    return json.dumps(facts, indent=1, sort_keys=True)
+
+
+def _file(folder: Path, key: str) -> Path:
+    return folder / f"features_{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+
+
+def _read(folder: Path, key: str) -> dict[str, Any] | None:
+    """What `_write` got; None if there is no file, or (with a warning) a damaged one."""
+    file = _file(folder, key)
+    if not file.exists():
+        return None
+    try:
+        with safe_open(file, "pt") as stream:
+            metadata = stream.metadata() or {}
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118  (no mapping)
+        if metadata["sha256"] != _checksum(key, tensors, metadata["skipped_paths"]):
+            raise ValueError("its checksum is wrong")
+        return {**tensors, "skipped_paths": json.loads(metadata["skipped_paths"])}
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+        logger.warning("%s cannot be used (%s) and is made again", file, error)
+        return None
+
+
+def _write(folder: Path, key: str, tensors: dict[str, Tensor], skipped_paths: list[str]) -> None:
+    """Writes a file atomically, with the key as metadata; a warning says if it cannot be written."""
+    file, skipped = _file(folder, key), json.dumps(skipped_paths)
+    metadata = {"key": key, "skipped_paths": skipped, "sha256": _checksum(key, tensors, skipped)}
+    try:
+        with atomic_file(file) as temporary:
+            save_file(tensors, temporary, metadata)
+    except (OSError, SafetensorError) as error:
+        logger.warning("%s cannot be written (%s): the features will be computed again", file, error)
+
+
+def _checksum(key: str, tensors: dict[str, Tensor], skipped: str) -> str:
+    return hashlib.sha256(f"{key}{skipped}".encode() + save(tensors)).hexdigest()

@@ -1,7 +1,6 @@
-"""Few-shot linear regression on frozen features, as the reference evaluates its models while they train.
+"""Few-shot linear regression on frozen features: least squares with an L2 penalty on a few images per class.
 
-A least-squares classifier with an L2 penalty, fitted in closed form to a few images per class. One eigendecomposition
-serves all penalties. Protocol: Big Transfer (arXiv 1912.11370) and V-MoE (arXiv 2106.05974), section 3.
+The protocol is the reference's: Big Transfer (arXiv 1912.11370) and V-MoE (arXiv 2106.05974), section 3.
 
 Shapes, by suffix: N rows, D features (plus one for the bias), C classes.
 """
@@ -25,24 +24,16 @@ from vmoe.evaluation.results_file import Outcome
 from vmoe.models.factory import is_contrastive
 from vmoe.utils.config import ConfigError
 
-# As large a constant feature makes the bias almost free of the penalty.
-BIAS_FEATURE = 100.0
-SHOTS = (1, 5, 10, 25)
-L2_PENALTIES = tuple(2.0**power for power in range(-10, 20))
+BIAS_FEATURE = 100.0  # a constant feature as large as this makes the bias almost free of the penalty
 
 Curve = dict[tuple[int, float], float]  # {(shots, penalty): accuracy}
 
 
 def few_shot(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset, console: Console) -> Outcome:
-    """Task "few_shot": the reference's protocol on one data set.
+    """Task "few_shot": the examples are drawn again for every seed, and share one penalty (`best_penalty`).
 
-    For every seed the examples are drawn again. For each number of examples one penalty is taken, the best over all
-    seeds together (`best_penalty`). Embeddings of an image-text model are normalised first, as the reference's
-    two-tower model gives them.
-
-    Raises:
-        ConfigError: training and test data have other classes, or several right labels per image.
-        ValueError: a class that is tested has no training example.
+    Embeddings of an image-text model are normalised first, as the reference's two-tower model gives them. ConfigError:
+    several right labels per image. For other errors see `fit_and_test_features`.
     """
     settings, num_classes = config.features, len(dataset.classes)
     if dataset.label_sets is not None:
@@ -57,7 +48,7 @@ def few_shot(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDatase
             style="yellow",
         )
     penalties = settings.l2_penalties if settings.l2 is None else [settings.l2]
-    rows = [part for each in (train, test) for part in _rows(each, is_contrastive(loaded.model), loaded.device)]
+    rows = [part for each in (train, test) for part in _rows(each, loaded)]
     curves = {
         seed: few_shot_accuracy(*rows, settings.shots, penalties, num_classes, torch.Generator().manual_seed(seed))
         for seed in settings.seeds
@@ -78,10 +69,10 @@ def few_shot(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDatase
     return feature_outcome(results, {"accuracy": accuracy, "short_classes": short}, train, test)
 
 
-def _rows(features: Features, normalize: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+def _rows(features: Features, loaded: LoadedModel) -> tuple[Tensor, Tensor]:
     """Features and labels where the regression is computed."""
-    features_ND, labels_N = (tensor.to(float64_device(device)) for tensor in (features.features_ND, features.labels_N))
-    if normalize:
+    features_ND, labels_N, *_ = (tensor.to(float64_device(loaded.device)) for tensor in features[:2])
+    if is_contrastive(loaded.model):
         features_ND = features_ND / (torch.linalg.vector_norm(features_ND, dim=1, keepdim=True) + 1e-8)
     return features_ND, labels_N
 
@@ -91,31 +82,16 @@ def few_shot_accuracy(
     train_labels_N: Tensor,
     test_features_ND: Tensor,
     test_labels_N: Tensor,
-    shots: Sequence[int] = SHOTS,
-    l2_penalties: Sequence[float] = L2_PENALTIES,
-    num_classes: int | None = None,
+    shots: Sequence[int],
+    l2_penalties: Sequence[float],
+    num_classes: int,
     generator: torch.Generator | None = None,
 ) -> Curve:
     """Accuracy on the test rows for each number of examples per class and each penalty.
 
-    Args:
-        train_features_ND, train_labels_N: features to take the examples from, and their classes, 0..C-1.
-        test_features_ND, test_labels_N: what is classified.
-        shots: examples per class; a class with fewer gives all that it has.
-        l2_penalties: weights of the squared norm of the coefficients, > 0.
-        num_classes: C; None: the largest training label + 1.
-        generator: chooses the examples; None: the first rows of each class.
-
-    Raises:
-        ValueError: features that are not finite, or none, or labels out of range.
+    The examples are training rows, drawn by the generator; None: the first of each class. A class with fewer gives all
+    that it has. A penalty is the weight of the squared norm of the coefficients, > 0. Labels are 0..num_classes - 1.
     """
-    if num_classes is None:
-        num_classes = int(train_labels_N.max()) + 1
-    for features_ND, labels_N in ((train_features_ND, train_labels_N), (test_features_ND, test_labels_N)):
-        if not len(features_ND) or not features_ND.isfinite().all():
-            raise ValueError(f"features must be finite, and of one image or more, got shape {tuple(features_ND.shape)}")
-        if labels_N.min() < 0 or labels_N.max() >= num_classes:
-            raise ValueError(f"labels must be in 0..{num_classes - 1}, got {labels_N.min()}..{labels_N.max()}")
     rows_of_class = [torch.nonzero(train_labels_N == label).flatten() for label in range(num_classes)]
     if generator is not None:
         rows_of_class = [rows[torch.randperm(len(rows), generator=generator)] for rows in rows_of_class]
@@ -131,10 +107,7 @@ def few_shot_accuracy(
 
 
 def best_penalty(results: Sequence[Curve], shot: int) -> float:
-    """The penalty that ranks best on average over several draws or data sets, as in the reference.
-
-    All results must have the same penalties for this number of examples.
-    """
+    """The penalty that ranks best on average over several draws or data sets, as in the reference."""
     penalties = [penalty for shots, penalty in results[0] if shots == shot]
     accuracy_SP = torch.tensor([[accuracy[shot, penalty] for penalty in penalties] for accuracy in results])
     rank_SP = accuracy_SP.argsort(dim=1, stable=True).argsort(dim=1, stable=True)

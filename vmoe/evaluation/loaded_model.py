@@ -33,14 +33,13 @@ class LoadedModel(NamedTuple):
 
     @property
     def class_names(self) -> list[str] | None:
-        """Names of a classifier's classes, where its file holds them; raises ValueError unless they are as many."""
+        """Names of a classifier's classes, if its file holds them; ValueError: not as many as its outputs."""
         names = read_pretrained_metadata(self.weights)["extra"].get("class_names")
         if names is None:
             return None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"the class names in {self.weights} must be a list of texts, got {printable(names)}")
-        if len(names) != self.model.num_classes:
-            outputs = self.model.num_classes
+        if len(names) != (outputs := self.model.num_classes):
             raise ValueError(f"{self.weights} names {len(names)} classes, but the model has {outputs} outputs")
         return names
 
@@ -60,11 +59,11 @@ def load_model(
     weights: Path | None = None,
     experts: str | None = None,
 ) -> LoadedModel:
-    """Loads a checkpoint (folder of a run, whose last one it is, or of a checkpoint, or a .safetensors file).
+    """Loads a checkpoint: the folder of a run (its newest) or of a checkpoint, or a .safetensors file.
 
     `crop_pct` is the share of the image's side that the transform keeps, `weights` what `find_weights` finds for the
-    checkpoint, `experts` how their weights are kept (see `vmoe.quantize_experts`); None: as the checkpoint has them.
-    Raises ValueError for no such checkpoint or device, or a file that cannot be used or has no experts to keep so.
+    checkpoint, `experts` the type of `vmoe.quantize_experts`; None: as the checkpoint has them. ValueError: no such
+    checkpoint or device, or a file that cannot be used or has no experts to quantize.
     """
     torch_device = pick_device(device)
     weights = find_weights(checkpoint) if weights is None else weights
@@ -74,8 +73,7 @@ def load_model(
     model = model.to(torch_device).eval()
     tokenizer = get_tokenizer(model) if is_contrastive(model) else None
     own_crop = {} if crop_pct is None else {"crop_pct": crop_pct}
-    transform = build_transform(preprocess_config(model) | own_crop, None)
-    turned = trained_on_turned(weights)
+    transform, turned = build_transform(preprocess_config(model) | own_crop, None), trained_on_turned(weights)
     return LoadedModel(model, tokenizer, transform, torch_device, precision, checkpoint, weights, turned)
 
 

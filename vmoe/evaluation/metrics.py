@@ -1,9 +1,8 @@
 """Ranks and the metrics made from them: top-k accuracy and retrieval recall; calibration.
 
-A rank is the number of wrong answers that score at least as high as the right one: 0 is best. Ties count against the
-model, so one that scores everything equally gets top-1 = 0. Scores closer than `TIE_TOLERANCE` of the row's largest
-magnitude are tied: the last bits of a float32 product, and with them the batch size, do not decide between equal
-inputs. A score that is NaN is never a hit.
+A rank is the number of wrong answers that score at least as high as the right one: 0 is best, and ties are misses.
+Scores closer than `TIE_TOLERANCE` of the row's largest magnitude are tied: rounding, and with it the batch size, does
+not decide between equal inputs. A score that is NaN is never a hit.
 """
 
 from __future__ import annotations
@@ -58,8 +57,7 @@ def top_shares(ranks_N: Tensor, num_classes: int, prefix: str = "") -> dict[str,
 def expected_calibration_error(confidences_N: Tensor, hits_N: Tensor, num_bins: int = 15) -> float:
     """Mean distance of the confidence in the best class from the accuracy (Guo et al., arXiv 1706.04599, eq. 3).
 
-    The distance between mean confidence and accuracy of each of `num_bins` bins of equal width is weighted with the
-    bin's share of the predictions. Rounded to 1e-6: what is beyond that is rounding of the forward pass.
+    The bins have equal width. Rounded to 1e-6: what is beyond that is rounding of the forward pass.
     """
     confidences_N = confidences_N.double()
     bins_N = (confidences_N * num_bins).ceil().long().clamp(1, num_bins) - 1  # each bin holds its upper end

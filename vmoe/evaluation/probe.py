@@ -31,7 +31,7 @@ GRADIENT_TOLERANCE = 1e-6  # of the logarithm of the loss
 STEPS_PER_DECADE = 8  # the finest penalties that are compared; the first ones are two decades apart
 PROBE_BLOCK = 1 << 16  # rows of features whose scores are held at once
 QUERY_BLOCK = 64  # rows of cosines that are held at once
-COSINE_STEPS = 1 << 20  # cosines are rounded to this part, so that the last bits of a product decide nothing
+COSINE_STEPS = 1 << 20  # cosines are rounded to this part, so that the last bits decide nothing
 
 
 def linear_probe(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset, console: Console) -> Outcome:
@@ -73,13 +73,13 @@ def knn(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset, co
 
 
 def _ranks(blocks: Iterator[Tensor], classes_C: Tensor, test: Features, dataset: ImageDataset) -> Tensor:
-    """Ranks (N,) of the right classes, from blocks of scores (B, C) of some classes."""
-    found, start = [], 0
+    """Ranks (N,) of the right classes, from blocks of scores (B, C) of the classes `classes_C`."""
+    found, done = [], 0
     for scores_BC in blocks:
-        rows = slice(start, start + len(scores_BC))
-        right_BC = right_classes(test.labels_N[rows], test.index_N[rows], len(dataset.classes), dataset.label_sets)
+        label_B, index_B = (tensor[done : done + len(scores_BC)] for tensor in (test.labels_N, test.index_N))
+        right_BC = right_classes(label_B, index_B, len(dataset.classes), dataset.label_sets)
         found.append(ranks(scores_BC.cpu(), right_BC[:, classes_C.cpu()]))
-        start = rows.stop
+        done += len(scores_BC)
     return torch.cat(found)
 
 
@@ -105,9 +105,8 @@ def fit_linear_probe(
 ) -> LinearProbe:
     """Minimises sum of cross entropies + penalty / 2 · |W|², without penalty on the bias, in float64.
 
-    This is scikit-learn's LogisticRegression with C = 1 / penalty. Features (N, D), with labels (N,), are centred and
-    whitened for the minimisation, which changes its path and not the minimum. The probe has converged when no entry of
-    the gradient in those axes is above 1e-6 of the loss. It starts from the probe `start` of the same classes, or zero.
+    This is scikit-learn's LogisticRegression with C = 1 / penalty. It starts from the probe `start` of the same
+    classes, or zero, and has converged when no entry of the gradient, of whitened features, is above 1e-6 of the loss.
     """
     if not penalty > 0:
         raise ValueError(f"the penalty must be > 0, got {penalty}")
@@ -135,7 +134,7 @@ def fit_linear_probe(
 def _minimise(
     x_ND: Tensor, target_N: Tensor, penalty: float, scale_D: Tensor, weight_DC: Tensor, bias_C: Tensor
 ) -> tuple[int, bool]:
-    """(iterations, converged) of L-BFGS, which changes weight and bias in place; see `fit_linear_probe`."""
+    """(iterations, converged) of L-BFGS, which changes weight and bias in place."""
     N = len(x_ND)
     optimizer = torch.optim.LBFGS(
         [weight_DC.requires_grad_(), bias_C.requires_grad_()],
@@ -171,9 +170,8 @@ def choose_penalty(
 ) -> tuple[float, dict[float, float]]:
     """The penalty with the best accuracy on a held-out part of the training data, and {penalty: accuracy} of all tried.
 
-    CLIP's search (appendix A.3) between the least and the greatest of `penalties`: values two decades apart, then
-    around the best one of them the distance is halved until it is an eighth of a decade. Of equally good penalties the
-    greatest is taken. `val_share` of each class is held out, the same in each call; every class keeps an example.
+    CLIP's search (appendix A.3) between the ends `penalties`: values two decades apart, then around the best of them
+    the distance is halved until it is an eighth of a decade. Of equally good penalties the greatest is taken.
     """
     held_N = _held_out(labels_N, val_share)
     if not held_N.any():
@@ -181,14 +179,12 @@ def choose_penalty(
             f"val_share {val_share} of the training data leaves nothing to choose a penalty on, as no class has "
             "enough examples: set features.l2 to a penalty"
         )
-    # A grid of eighths of a decade, both ends as given; what is tried is known by its position in it.
     low, high = penalties
     last = math.ceil(STEPS_PER_DECADE * (math.log10(high) - math.log10(low)) - 1e-6)
     inner = (10 ** (math.log10(low) + position / STEPS_PER_DECADE) for position in range(1, last))
     grid = [low, *inner, high][: last + 1]
-    accuracy: dict[int, float] = {}
-    probe: LinearProbe | None = None
-    step = 2 * STEPS_PER_DECADE
+    accuracy: dict[int, float] = {}  # by the position in the grid
+    probe, step = None, 2 * STEPS_PER_DECADE
     positions = sorted({*range(0, last, step), last}, reverse=True)  # from the easiest fit to the hardest
     while step:
         for position in positions:
@@ -204,8 +200,7 @@ def choose_penalty(
 
 def _held_out(labels_N: Tensor, share: float) -> Tensor:
     """(N,) bool: `share` of each class, drawn with a fixed seed, and never all of a class."""
-    generator = torch.Generator().manual_seed(0)
-    held_N = torch.zeros_like(labels_N, dtype=torch.bool)
+    generator, held_N = torch.Generator().manual_seed(0), torch.zeros_like(labels_N, dtype=torch.bool)
     for label in labels_N.unique().tolist():
         rows = (labels_N == label).nonzero().flatten()
         count = min(round(share * len(rows)), len(rows) - 1)
@@ -217,10 +212,7 @@ def _held_out(labels_N: Tensor, share: float) -> Tensor:
 
 
 def nearest_neighbours(queries_BD: Tensor, rows_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k rows with the greatest cosine to each query, the greatest first; the earlier row where two are equal.
-
-    Returns (B, K) float64 cosines, rounded to 2^-20, and (B, K) long, the rows.
-    """
+    """Cosines (B, K) float64, rounded to 2^-20, and rows (B, K) of the k nearest, the earlier of equal ones first."""
     N = len(rows_ND)
     if not 1 <= k <= N:
         raise ConfigError(f"features.k must be in 1..{N}, the number of training images, got {k}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import logging
 import os
 import platform
 import statistics
@@ -30,7 +29,6 @@ LIBRARIES = ("torchvision", "timm", "open_clip_torch", "numpy", "pillow")
 # Kinds of data whose path holds several splits: the split is part of the file's name.
 NAMED_BY_SPLIT = ("emoji", "emoji_groups", "torchvision", "karpathy")
 MAX_RESULT_BYTES = 2**28
-logger = logging.getLogger("vmoe.evaluation")
 
 
 class Outcome(NamedTuple):
@@ -56,17 +54,16 @@ class Progress:
 
 
 def mean_and_spread(results: list[dict[str, float | int]]) -> tuple[dict[str, float | int], dict[str, float]]:
-    """({name: mean}, {name: standard deviation, n - 1}) of the metrics of several checkpoints.
+    """({name: mean}, {name: standard deviation, n - 1}) of the metrics of several checkpoints; one has no deviations.
 
-    What is equal for all, such as the number of samples, keeps its value and type. One checkpoint has no deviations.
+    What is equal for all, such as the number of samples, keeps its value and type.
     """
     if len(results) == 1:
         return results[0], {}
     mean, spread = {}, {}
-    for name in dict.fromkeys(name for result in results for name in result):
+    for name in results[0]:
         values = [result[name] for result in results if name in result]
-        if len(values) < len(results):
-            logger.warning("%s has no mean: only %d of %d checkpoints have it", name, len(values), len(results))
+        if len(values) < len(results):  # there is no ece if scores are NaN
             continue
         mean[name] = values[0] if len(set(values)) == 1 else statistics.fmean(values)
         if isinstance(values[0], float):
@@ -85,7 +82,7 @@ def library_versions() -> dict[str, str]:
 def output_file(config: EvaluationConfig) -> Path:
     """The file of the result: `output`, or a name of task and data beside the (first) checkpoint.
 
-    If a file of that name holds the result of other settings, the name gets a number: NAME_2.json and so on.
+    If that file holds the result of other settings, the name gets a number: NAME_2.json and so on.
     """
     if config.output is not None:
         return Path(config.output)

@@ -25,9 +25,8 @@ def retrieval_recall(
 ) -> dict[str, float]:
     """Recall@1/5/10 both ways, {"image_to_text_recall@k", "text_to_image_recall@k"} as shares in 0..1.
 
-    An image is found by its best caption, as usual with several captions per image; ties count as misses. Equal
-    captions of different images therefore cost recall: they cannot be told apart. Features are unit vectors;
-    `image_of_text_T` is the image of each text, and every image must have one.
+    An image is found by its best caption; ties, such as equal captions of different images, are misses. Features are
+    unit vectors; `image_of_text_T` is the image of each text, and every image must have one.
     """
     image_I = torch.arange(len(image_features_ID), device=image_features_ID.device)
     images, texts = (image_features_ID, image_I), (text_features_TD, image_of_text_T)
@@ -49,9 +48,7 @@ def evaluate_retrieval(
     device: torch.device | str,
     precision: str = "float32",
 ) -> dict[str, float | int]:
-    """Retrieval among images and their captions; every image and every caption is encoded once.
-
-    Captions that are longer than the model's context are cut, with a warning that counts them.
+    """Retrieval among images and their captions; those longer than the model's context are cut, with a warning.
 
     Args:
         model, tokenizer, device, precision: see `vmoe.evaluation.evaluate_zero_shot`, also for the errors.

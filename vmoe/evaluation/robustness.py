@@ -19,9 +19,8 @@ ALEXNET_ERRORS = {
 def corruption_errors(errors: Mapping[str, float]) -> dict[str, float]:
     """Corruption errors: a model's mean error over the five severities, divided by AlexNet's. 1 is as bad as AlexNet.
 
-    `errors` are {"CORRUPTION/SEVERITY": top-1 error in 0..1}; the download's four other corruptions do not count.
-    Returns {corruption: its error} for those of the 15 that have all five severities, and "mce", their mean, where all
-    15 have. Papers give them in percent.
+    `errors` are {"CORRUPTION/SEVERITY": top-1 error in 0..1}. Returns {corruption: its error} for those of the 15 that
+    have all five severities, and "mce", their mean, if all 15 have. Papers give them in percent.
     """
     missing = {condition.partition("/")[0] for condition in missing_conditions(errors)}
     result = {}

@@ -1,5 +1,6 @@
-"""Evaluation in several processes: each reads every n-th batch of one list, and all get the rows of all, in the order
-of the data. The batches do not depend on the number of processes, and so neither do the results.
+"""Evaluation in several processes: each reads every n-th batch, and all get the rows of all, in the data's order.
+
+The batches do not depend on the number of processes, and so neither do the results.
 """
 
 from __future__ import annotations
@@ -61,18 +62,18 @@ class SynchronizedBatches:
                 batch = next(batches, None)
             except Exception as error:  # raised in all processes, which would wait for this one otherwise
                 failure = error
-            like = None if batch is None else (batch["image"].shape, batch["image"].dtype)
-            facts = gather_lists([(failure and str(failure), like)])
-            message = next((message for message, _ in facts if message is not None), None)
-            if message is not None:
-                raise SharedError(message) from failure
-            like = next((like for _, like in facts if like is not None), None)
-            if like is None:
+            blank = None if batch is None else torch.zeros_like(batch["image"][:1], device="meta")
+            facts = gather_lists([(failure and str(failure), blank)])
+            for message, _ in facts:
+                if message is not None:
+                    raise SharedError(message) from failure
+            blanks = [blank for _, blank in facts if blank is not None]
+            if not blanks:
                 return
             if batch is not None:
                 yield batch
             elif self.blanks:
-                yield {"image": torch.zeros(1, *like[0][1:], dtype=like[1])}
+                yield {"image": torch.zeros_like(blanks[0], device="cpu")}
 
 
 def equal_shares(parts: list[Any], model: nn.Module) -> list[tuple[Any, bool]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,7 +12,7 @@ from vmoe.data import ImageDataset, eval_loader
 from vmoe.distributed.process_group import gather_lists
 from vmoe.evaluation.capacity import Score, sparse_image_layers, sweep_capacity, sweep_settings
 from vmoe.evaluation.capacity_report import flat_results, print_sweep, sweep_details
-from vmoe.evaluation.class_names import known_sets
+from vmoe.evaluation.class_names import IMAGENET
 from vmoe.evaluation.classification import Predictions, checked_logits, predict, select_columns
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.few_shot import few_shot
@@ -23,7 +23,7 @@ from vmoe.evaluation.probe import knn, linear_probe
 from vmoe.evaluation.results_file import Outcome, Progress
 from vmoe.evaluation.retrieval import evaluate_retrieval, retrieval_loader
 from vmoe.evaluation.robustness import corruption_errors, missing_conditions
-from vmoe.evaluation.zero_shot import resolve_class_names
+from vmoe.evaluation.zero_shot import Template, resolve_prompts
 from vmoe.models.factory import preprocess_config
 from vmoe.utils.config import ConfigError
 
@@ -40,29 +40,26 @@ def classify(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDatase
 def class_scores(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset) -> Score:
     """images -> scores of the data's classes; call it inside `evaluating`."""
     if loaded.tokenizer is not None:
-        return loaded.scorer(zero_shot_names(config, dataset), zero_shot_templates(config, dataset))
-    if dataset.class_columns is not None:
-        return lambda images: select_columns(loaded.model(images).float(), dataset.class_columns)
-    return lambda images: checked_logits(loaded.model, images, len(dataset.classes))
+        return loaded.scorer(*zero_shot_prompts(config, dataset))
+    num_classes = len(dataset.classes) if dataset.class_columns is None else None
+    return lambda images: select_columns(checked_logits(loaded.model, images, num_classes), dataset.class_columns)
 
 
-def zero_shot_names(config: EvaluationConfig, dataset: ImageDataset) -> list[str]:
-    """The names that images are compared with, one for each class of the data."""
+def zero_shot_prompts(
+    config: EvaluationConfig, dataset: ImageDataset
+) -> tuple[list[str], Sequence[Template] | str | None]:
+    """The names that images are compared with, one for each class of the data, and their templates.
+
+    Unless the config has templates, they are those published with the names.
+    """
     if config.class_names is None:
-        return dataset.prompt_names or dataset.classes
+        published = None if dataset.prompt_names is None else IMAGENET
+        templates = published if config.templates is None else config.templates
+        return dataset.prompt_names or dataset.classes, templates
     try:
-        return resolve_class_names(config.class_names, dataset.classes)
+        return resolve_prompts(config.class_names, config.templates, dataset.classes)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-
-
-def zero_shot_templates(config: EvaluationConfig, dataset: ImageDataset) -> list[str] | str | None:
-    """The templates of a config: unless it names some, those published with its class names."""
-    if config.templates is not None:
-        return config.templates
-    if config.class_names in known_sets():
-        return config.class_names
-    return "imagenet" if config.class_names is None and dataset.prompt_names is not None else None
 
 
 def classification_outcome(predictions: Predictions, dataset: ImageDataset, skipped_paths: list[str]) -> Outcome:

@@ -49,7 +49,7 @@ def resolve_templates(templates: Sequence[Template] | str | Path | None) -> list
 
     The setting is a list of strings with `{}` for the class name (or functions, as in open_clip), or one such string;
     "openai_imagenet" or "simple_imagenet" (open_clip's); a set of `known_sets`; a text file with one per line; None for
-    the bare class name. Raises ValueError for an unreadable file, an empty list, or a template without `{}`.
+    the bare class name. ValueError: an unreadable file, an empty list, or a template without `{}`.
     """
     if templates is None:
         templates = ["{}"]
@@ -90,27 +90,26 @@ def resolve_class_names(class_names: Sequence[str] | str | Path, classes: Sequen
             f"or one of {', '.join(known_sets())}, or a list of names"
         )
     names = check_class_names(read_lines(class_names) if is_file else class_names)
-    if classes is None:
-        return names
-    if len(names) != len(classes):
+    if classes is not None and len(names) != len(classes):
         raise ValueError(f"class_names {class_names} has {len(names)} names, and the data {len(classes)} classes")
-    warn_of_order(names, classes)
+    if classes is not None:
+        warn_of_order(names, classes)
     return names
 
 
 def resolve_prompts(
-    class_names: Sequence[str] | str, templates: Sequence[Template] | str | None
+    class_names: Sequence[str] | str, templates: Sequence[Template] | str | None, classes: Sequence[str] | None = None
 ) -> tuple[list[str], Sequence[Template] | str | None]:
-    """Names from a setting, and the templates published with them unless others are given."""
+    """Names from a setting, see `resolve_class_names`, and unless given the templates published with them."""
     if templates is None and isinstance(class_names, str) and class_names in known_sets():
         templates = class_names
-    return resolve_class_names(class_names), templates
+    return resolve_class_names(class_names, classes), templates
 
 
 def check_class_names(class_names: Sequence[str]) -> list[str]:
-    """The names as a list; raises ValueError for no list of texts, no names, an empty one, or duplicates.
+    """The names as a list; ValueError: no list of texts, no names, an empty one, or duplicates.
 
-    Duplicates cannot be told apart. Only a published list may have them: ImageNet's, two "missile", two "sunglasses".
+    Only a published list may have duplicates: ImageNet's, two "missile" and two "sunglasses".
     """
     names = _listed("class_names", class_names)
     for index, name in enumerate(names):
@@ -125,7 +124,7 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
 
 
 def _listed(name: str, values: Sequence) -> list:
-    """The values as a list; raises ValueError for none, for a bare value and for what has no order."""
+    """The values as a list; ValueError: none, a bare value, or a collection without order."""
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
         raise ValueError(f"{name} must be a list of texts, got {values!r}; write a list")
     values = list(values)
@@ -134,34 +133,7 @@ def _listed(name: str, values: Sequence) -> list:
     return values
 
 
-# --- class embeddings ---
-
-
-def encode_classes(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    class_names: Sequence[str],
-    templates: Sequence[Template] | str | None,
-    device: torch.device | str,
-) -> Tensor:
-    """Class embeddings (D, C) float32, unit columns: the mean over the templates, by open_clip's own function.
-
-    Equal names of a published list have the same column. Prompts longer than the context are cut, with a warning.
-    Raises ValueError for bad names or templates, a template that does not fit the model's context, or two names whose
-    prompts are the same tokens.
-    """
-    from open_clip import build_zero_shot_classifier
-
-    names, texts = check_class_names(class_names), resolve_templates(templates)
-    check_templates(tokenizer, texts)
-    if not is_published(names):
-        _check_tokens_differ(tokenizer, names, texts)
-    counting = CutTexts(tokenizer)
-    column = {name: index for index, name in enumerate(dict.fromkeys(names))}
-    names_per_call = max(1, TEXTS_PER_CALL // len(texts))
-    weights_DC = build_zero_shot_classifier(model, counting, list(column), texts, names_per_call, device)
-    warn_once(counting.message("prompts"))
-    return weights_DC.float()[:, [column[name] for name in names]]
+# --- scores ---
 
 
 def check_templates(tokenizer: Tokenizer, templates: Sequence[Template] | str | None) -> None:
@@ -191,9 +163,6 @@ def _check_tokens_differ(tokenizer: Tokenizer, names: Sequence[str], templates: 
             )
 
 
-# --- scores ---
-
-
 def feature_scorer(
     model: nn.Module,
     tokenizer: Tokenizer,
@@ -201,22 +170,32 @@ def feature_scorer(
     templates: Sequence[Template] | str | None,
     device: torch.device | str,
 ) -> Callable[[Tensor], Tensor]:
-    """unit features (B, D) of images -> logit_scale · cosine (B, C) float32; for the arguments see `encode_classes`.
+    """unit features (B, D) of images -> logit_scale · cosine (B, C) float32, with open_clip's class embeddings.
 
     Equal names, as ImageNet's published list has, would tie, and a tie is a miss for both classes. The later one
-    therefore scores a little lower: the first of them is the answer, as with an argmax.
+    therefore scores a little lower: the first of them is the answer, as with an argmax. Prompts longer than the context
+    are cut, with a warning. ValueError: bad names or templates, a template that does not fit the model's context, or
+    two names whose prompts are the same tokens.
     """
-    weights_DC = encode_classes(model, tokenizer, class_names, templates, device)
+    from open_clip import build_zero_shot_classifier
+
+    names, texts = check_class_names(class_names), resolve_templates(templates)
+    check_templates(tokenizer, texts)
+    if not is_published(names):
+        _check_tokens_differ(tokenizer, names, texts)
+    counting, different = CutTexts(tokenizer), list(dict.fromkeys(names))
+    names_per_call = max(1, TEXTS_PER_CALL // len(texts))
+    weights_DC = build_zero_shot_classifier(model, counting, different, texts, names_per_call, device).float()
+    warn_once(counting.message("prompts"))
+    weights_DC = weights_DC[:, [different.index(name) for name in names]]
     scale = model.logit_scale.detach().float().exp()
-    repeats = [list(class_names[:index]).count(name) for index, name in enumerate(class_names)]
-    repeats_C = torch.tensor(repeats, device=weights_DC.device) if any(repeats) else None
+    repeats = [names[:index].count(name) for index, name in enumerate(names)]
+    penalty_C = 4 * TIE_TOLERANCE * torch.tensor(repeats, device=weights_DC.device)
 
     def score(features_BD: Tensor) -> Tensor:
         with torch.autocast(features_BD.device.type, enabled=False):  # similarities need more than 8 bits
             scores_BC = scale * (features_BD.float() @ weights_DC)
-            if repeats_C is not None:
-                scores_BC = scores_BC - 4 * TIE_TOLERANCE * scores_BC.abs().amax(dim=1, keepdim=True) * repeats_C
-            return scores_BC
+            return scores_BC - scores_BC.abs().amax(dim=1, keepdim=True) * penalty_C
 
     return score
 
@@ -258,8 +237,7 @@ def zero_shot_classify(
         model: contrastive model (LIMoE, two-tower, or one of open_clip's); runs where its parameters are.
         tokenizer: list of texts -> tokens, as `vmoe.get_tokenizer` gives.
         images: a PIL image, a file's path, or a preprocessed tensor (3, H, W) or (B, 3, H, W); or a list or iterator
-            of such images, also mixed. PIL images and files are preprocessed as the model expects; files are read as
-            they are needed.
+            of such images, also mixed. Images and files are preprocessed as the model expects, when they are needed.
         class_names: C unique names; or a published set or a file, see :func:`resolve_class_names`.
         templates: see :func:`resolve_templates`; None: those published with `class_names`, else the bare names.
         batch_size: images per forward pass; does not change the result.
@@ -269,8 +247,7 @@ def zero_shot_classify(
         Float32 (B, C) on the CPU, rows sum to 1. A single image gives B = 1, an empty list B = 0.
 
     Raises:
-        ValueError: bad names or templates, a tensor of another shape, or an image that cannot be read.
-        TypeError: something that is no image.
+        ValueError, TypeError: bad names or templates, or an image that has another shape or cannot be read.
     """
     names, templates = resolve_prompts(class_names, templates)
     device = next(model.parameters()).device
