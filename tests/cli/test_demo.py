@@ -136,7 +136,7 @@ def expected_patch(loaded, layer, photo, row, column):
     return {str(expert): [f"{weight:.4f}", "yes" if room else "no"] for expert, weight, room in shown}
 
 
-def test_probabilities_are_those_of_zero_shot_classify(limoe, open_demo, photo):
+def test_probabilities_and_experts_of_text_tokens(limoe, open_demo, photo):
     loaded, address = limoe
     page = open_demo(address)
     classify(page, photo, LABELS)
@@ -144,6 +144,18 @@ def test_probabilities_are_those_of_zero_shot_classify(limoe, open_demo, photo):
     assert rows(page, "Probabilities") == {
         label: [f"{value:.2%}"] for label, value in zip(LABELS, expected.tolist(), strict=True)
     }
+
+    page.get_by_label("Label", exact=True).click()
+    page.get_by_role("option", name="a red car").click()
+    words = page.get_by_test_id("highlighted-text")
+    words.get_by_text("red").wait_for()
+    with torch.no_grad(), vmoe.record_routing(loaded.model) as record:
+        loaded.model.encode_text(loaded.tokenizer(["a red car"]))
+    own = record.layers["blocks.3.mlp"]
+    experts, weights = (own.tokens(tensor)[0, :5, 0].tolist() for tensor in (own.expert_index, own.combine_weights))
+    expected = zip(["<start_of_text>", "a", "red", "car", "<end_of_text>"], experts, weights, strict=True)
+    shown = [" ".join(text.split()) for text in words.locator(".token").all_inner_texts()]
+    assert shown == [f"{word} {expert} ({weight:.2f})" for word, expert, weight in expected]
 
 
 def test_another_layer_and_another_patch(limoe, open_demo, photo):
@@ -168,23 +180,6 @@ def test_another_layer_and_another_patch(limoe, open_demo, photo):
     load = np.bincount(experts[kept].numpy(), minlength=4)
     table = rows(page, "Load of the experts")
     assert [table[str(expert)][0] for expert in range(4)] == [str(number) for number in load]
-
-
-def test_text_tokens_of_a_label(limoe, open_demo, photo):
-    loaded, address = limoe
-    page = open_demo(address)
-    classify(page, photo, LABELS)
-    page.get_by_label("Label", exact=True).click()
-    page.get_by_role("option", name="a red car").click()
-    words = page.get_by_test_id("highlighted-text")
-    words.get_by_text("red").wait_for()
-    with torch.no_grad(), vmoe.record_routing(loaded.model) as record:
-        loaded.model.encode_text(loaded.tokenizer(["a red car"]))
-    own = record.layers["blocks.3.mlp"]
-    experts, weights = (own.tokens(tensor)[0, :5, 0].tolist() for tensor in (own.expert_index, own.combine_weights))
-    expected = zip(["<start_of_text>", "a", "red", "car", "<end_of_text>"], experts, weights, strict=True)
-    shown = [" ".join(text.split()) for text in words.locator(".token").all_inner_texts()]
-    assert shown == [f"{word} {expert} ({weight:.2f})" for word, expert, weight in expected]
 
 
 def test_mistakes_are_told_and_the_server_lives_on(limoe, open_demo, photo, folder):

@@ -201,8 +201,8 @@ def test_what_cannot_work_is_told_before_the_data_are_read(run, data, tmp_path, 
             r"output_dir .*file/x cannot be written to: choose",
         ),
         (folders, ["--templates", "a photo"], "templates 'a photo': no such file"),
-        (pairs, ["--templates", "a {}"], "templates are prompts of class names, and the data have none"),
-        (of_classifier, ["--templates", "a {}"], "templates are for image-text models"),
+        (pairs, ["--templates", "a {}"], "templates are for image-text models and data with class names"),
+        (of_classifier, ["--templates", "a {}"], "templates are for image-text models and data"),
     ]
     for start, arguments, match in wrong:
         code, message = error(capsys, *start, *arguments)

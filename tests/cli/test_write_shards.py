@@ -62,7 +62,7 @@ def test_a_write_that_is_cut_short_leaves_no_shards(tmp_path):
         write_shards(Stopped(7), tmp_path / "out", 2)
     assert not list(tmp_path.iterdir())
     (tmp_path / "out.unfinished").mkdir()  # as a process that is killed leaves it
-    with pytest.raises(ValueError, match=r"out.unfinished is there already: .*; remove it"):
+    with pytest.raises(ValueError, match=r"out.unfinished is there already, .*; remove it"):
         write_shards(Images(7), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

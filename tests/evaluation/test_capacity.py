@@ -15,6 +15,7 @@ from vmoe.evaluation.capacity import Setting, limited, sparse_image_layers, swee
 from vmoe.evaluation.capacity_report import draw_sweep, flat_results, print_sweep, sweep_details, verdict
 from vmoe.evaluation.classification import evaluate_classification
 from vmoe.evaluation.config import CapacityConfig, EvaluationConfig
+from vmoe.evaluation.inference import evaluating
 from vmoe.models.factory import save_pretrained
 from vmoe.models.flops import forward_flops, model_profile
 from vmoe.moe.dispatch import expert_capacity
@@ -61,7 +62,15 @@ def layers_of(model):
 def sweep(model, config=None, **kwargs):
     layers = layers_of(model)
     settings = sweep_settings(config or CapacityConfig(factors=[0.2, 0.5, 1.0, None]), layers)
-    return sweep_capacity(model, model, Groups(model), layers, settings, device="cpu", **kwargs)
+    with evaluating(model, "cpu"):
+        return sweep_capacity(model, model, Groups(model), layers, settings, "cpu", **kwargs)
+
+
+@pytest.fixture(scope="module")
+def swept():
+    """A model and its sweep."""
+    model = classifier(num_selected_experts=2)
+    return model, sweep(model, timing_rounds=3)
 
 
 @torch.no_grad()
@@ -98,8 +107,8 @@ def test_bpr_keeps_the_surest_tokens_and_vanilla_the_first():
                     assert rank_N[kept_N].max() <= rank_N[asked_N & ~kept_N].min()
 
 
-def test_without_a_limit_it_is_the_plain_evaluation(model):
-    result = sweep(model)
+def test_without_a_limit_it_is_the_plain_evaluation(swept):
+    model, result = swept
     plain = evaluate_classification(model, Groups(model), device="cpu")
     assert result.points[-1].setting == Setting("both", None)
     assert (result.points[-1].top1, result.points[-1].top5) == (plain["top1"], plain["top5"])
@@ -110,8 +119,9 @@ def test_without_a_limit_it_is_the_plain_evaluation(model):
     assert all(point.top1 < 1 for point in result.points if point.setting.factor == 0.2)
 
 
-def test_metrics_equal_a_run_with_that_setting(model):
-    point = next(point for point in sweep(model).points if point.setting == Setting("bpr", 0.2))
+def test_metrics_equal_a_run_with_that_setting(swept):
+    model, result = swept
+    point = next(point for point in result.points if point.setting == Setting("bpr", 0.2))
     groups = Groups(model)
     with limited(layers_of(model).values(), point.setting):
         plain = evaluate_classification(model, groups, device="cpu")
@@ -119,8 +129,8 @@ def test_metrics_equal_a_run_with_that_setting(model):
     assert point.top1_error == pytest.approx((plain["top1"] * (1 - plain["top1"]) / NUM_IMAGES) ** 0.5)
 
 
-def test_cost_is_that_of_the_rows_kept(model):
-    result = sweep(model)
+def test_cost_is_that_of_the_rows_kept(swept):
+    model, result = swept
     layers = layers_of(model)
     for point in result.points:
         with limited(layers.values(), point.setting), torch.no_grad():
@@ -131,8 +141,8 @@ def test_cost_is_that_of_the_rows_kept(model):
     assert by_factor == sorted(by_factor)
 
 
-def test_share_dropped_is_of_all_choices_in_all_layers(model):
-    result = sweep(model)
+def test_share_dropped_is_of_all_choices_in_all_layers(swept):
+    model, result = swept
     for point in result.points:
         asked = dropped = 0
         for batch in Groups(model):
@@ -142,15 +152,18 @@ def test_share_dropped_is_of_all_choices_in_all_layers(model):
         assert point.share_dropped == pytest.approx(dropped / asked)
 
 
-def test_results_are_named_by_order_and_factor(model):
-    results = flat_results(sweep(model, CapacityConfig(factors=[0.5, None])))
-    names = ["top1_bpr_0.5", "top1_vanilla_0.5", "top1_no_limit", "bpr_gain_below_1", "num_samples", "num_skipped"]
-    assert list(results) == names
-    assert results["bpr_gain_below_1"] == pytest.approx(results["top1_bpr_0.5"] - results["top1_vanilla_0.5"])
+def test_results_are_named_by_order_and_factor(swept):
+    results = flat_results(swept[1])
+    assert list(results) == [
+        *(f"top1_{curve}_{factor}" for factor in ("0.2", "0.5", "1") for curve in ("bpr", "vanilla")),
+        *("top1_no_limit", "bpr_gain_below_1", "num_samples", "num_skipped"),
+    ]
+    gains = [results[f"top1_bpr_{factor}"] - results[f"top1_vanilla_{factor}"] for factor in ("0.2", "0.5")]
+    assert results["bpr_gain_below_1"] == pytest.approx(sum(gains) / 2)
 
 
-def test_gain_and_its_error_come_from_pairs_of_the_same_image(model):
-    result = sweep(model)
+def test_gain_and_its_error_come_from_pairs_of_the_same_image(swept):
+    _, result = swept
     by_setting = {point.setting: point.top1 for point in result.points}
     gains = {gain.factor: gain for gain in result.gains}
     assert set(gains) == {0.2, 0.5, 1.0, None}
@@ -183,8 +196,8 @@ def test_layers_are_as_before_also_after_an_error(model):
         return model(images)
 
     layers = layers_of(model)
-    with pytest.raises(RuntimeError, match="stop"):
-        sweep_capacity(model, fail, Groups(model), layers, sweep_settings(config, layers), device="cpu")
+    with pytest.raises(RuntimeError, match="stop"), evaluating(model, "cpu"):
+        sweep_capacity(model, fail, Groups(model), layers, sweep_settings(config, layers), "cpu")
     assert state() == before
 
 
@@ -248,8 +261,8 @@ def test_verdict(gain, error, words):
     assert words in verdict(gain, error)
 
 
-def test_table_and_figure_show_the_points(model, tmp_path):
-    result = sweep(model, timing_rounds=3)
+def test_table_and_figure_show_the_points(swept, tmp_path):
+    _, result = swept
     points = json.loads(json.dumps(sweep_details(result)))["points"]  # plain JSON
     assert [point["top1"] for point in points] == [point.top1 for point in result.points]
     text = io.StringIO()
@@ -263,17 +276,14 @@ def test_table_and_figure_show_the_points(model, tmp_path):
         assert 0 < lower <= median <= upper
         assert f"{median:.0f} ({lower:.0f}-{upper:.0f})" in row
     assert points[0]["images_per_second"] == result.points[0].images_per_second
-    untimed = sweep_details(sweep(model))["points"]
-    assert all(point["images_per_second"] is None for point in untimed)
+    untimed = [{**point, "images_per_second": None} for point in points]
     widths = []
     for name, drawn in (("timed", points), ("untimed", untimed)):
-        draw_sweep([drawn, drawn], tmp_path / f"{name}.png")
+        draw_sweep(drawn, tmp_path / f"{name}.png")
         with Image.open(tmp_path / f"{name}.png") as figure:
             assert len(figure.convert("RGB").getcolors(1 << 24)) > 3
             widths.append(figure.width)
     assert widths[0] > widths[1]  # no speed, no panel for it
-    with pytest.raises(ConfigError, match="evaluate them one by one"):
-        draw_sweep([points, [{**point, "curve": "experts"} for point in points]], tmp_path / "mixed.png")
 
 
 # --- as a user runs it, with an unreadable image in the middle; test_distributed.py has several processes
@@ -310,7 +320,8 @@ def test_no_limit_equals_the_task_itself(folder, tmp_path, checkpoint, task):
     swept = run(config, Console(quiet=True))
     assert swept["results"]["top1_no_limit"] == plain["top1"]
     assert "top5" not in plain  # of three classes
-    assert swept["checkpoints"][0]["details"]["points"][0]["top5"] is None
+    [point] = swept["checkpoints"][0]["details"]["points"]
+    assert (point["top5"], point["images_per_second"]) == (None, None)
     assert all((tmp_path / f"capacity.{kind}").stat().st_size > 0 for kind in ("json", "png"))
 
 
@@ -327,4 +338,4 @@ def test_a_classifier_of_other_classes_is_an_error(folder, tmp_path, capsys):
     Image.new("RGB", (48, 48)).save(tmp_path / "ant" / "0.png")
     arguments = ["--task", "capacity", "--checkpoint", str(folder / "classifier"), "--data.type", "image_folder"]
     assert main([*arguments, "--data.path", str(tmp_path)]) == 2
-    assert "trained on 3 classes" in capsys.readouterr().err
+    assert "has 3 classes and the data 1" in capsys.readouterr().err

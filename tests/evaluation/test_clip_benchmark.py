@@ -66,7 +66,7 @@ def images(tmp_path_factory):
 
 
 def _compare(benchmark, **settings):
-    config = EvaluationConfig(**settings, device="cpu", loader=LoaderConfig(batch_size=7))
+    config = EvaluationConfig(**settings, device="cpu", loader=LoaderConfig(batch_size=7, num_workers=0))
     rows = benchmark.compare(config, Console(quiet=True))
     for name, ours, theirs in rows:
         assert ours == pytest.approx(theirs, abs=TOLERANCE), name
@@ -134,12 +134,8 @@ def test_what_cannot_be_compared_is_refused(benchmark, checkpoint, images, monke
 
 @pytest.mark.parametrize("checkpoint", ["limoe"], indirect=True)
 def test_the_data_sets_crop_is_kept(benchmark, checkpoint, images, monkeypatch):
-    config = EvaluationConfig(
-        checkpoint=checkpoint,
-        task="zero_shot",
-        data=SourceConfig(type="image_folder", path=str(images / "classes")),
-        device="cpu",
-    )
+    data, loader = SourceConfig(type="image_folder", path=str(images / "classes")), LoaderConfig(num_workers=0)
+    config = EvaluationConfig(checkpoint=checkpoint, task="zero_shot", data=data, device="cpu", loader=loader)
     plain = benchmark.compare(config, Console(quiet=True))
     dataset = build_dataset(config.data)
     dataset.crop_pct = 0.3
@@ -171,8 +167,7 @@ def test_errors_are_one_sentence(benchmark, checkpoint, two_classes, monkeypatch
 def test_clip_benchmarks_own_command_knows_our_checkpoints(benchmark, checkpoint, images, tmp_path):
     pytest.importorskip("requests", reason="CLIP_benchmark's command needs requests (pip install -e '.[benchmark]')")
     data = SourceConfig(type="image_folder", path=str(images / "classes"))
-    config = EvaluationConfig(checkpoint=checkpoint, task="zero_shot", data=data, device="cpu")
-    ours = {name: figure for name, figure, _ in benchmark.compare(config, Console(quiet=True))}
+    ours = _compare(benchmark, checkpoint=checkpoint, task="zero_shot", data=data)
     folders = sorted((images / "classes").iterdir())
     (tmp_path / "test").mkdir()
     with tarfile.open(tmp_path / "test" / "0.tar", "w") as tar:

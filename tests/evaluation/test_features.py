@@ -310,7 +310,7 @@ def test_more_neighbours_than_images(classifier, sources, tmp_path):
 @pytest.mark.parametrize("task", ["few_shot", "linear_probe", "knn"])
 def test_classes_that_do_not_belong_together(task, classifier, sources, tmp_path):
     train = write_tree(tmp_path / "train", ("cat", "eel", "fox"), count=2)
-    with pytest.raises(ConfigError, match=r"train_data has 3 classes and data 2, .* only one of them has 'dog', 'eel'"):
+    with pytest.raises(ConfigError, match="data has 2 classes and train_data 3; .* only one of them has 'dog', 'eel'"):
         evaluate(task, classifier, (train, sources[1]), tmp_path)
     pairs = tmp_path / "pairs.csv"
     pairs.write_text("image,caption\na.png,a\n")

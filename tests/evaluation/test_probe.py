@@ -58,9 +58,7 @@ def test_a_probe_that_ends_early_has_not_converged(limit, monkeypatch):
     else:  # L-BFGS has other reasons to end than its number of iterations
         own = torch.optim.LBFGS
         monkeypatch.setattr(torch.optim, "LBFGS", lambda *args, **kwargs: own(*args, **kwargs | {"max_eval": 5}))
-    probe = fit_linear_probe(features, labels, 1e-3)
-    assert probe.iterations < 6
-    assert not probe.converged
+    assert not fit_linear_probe(features, labels, 1e-3).converged
 
 
 def test_features_that_depend_on_each_other_are_fitted():
@@ -287,7 +285,7 @@ def test_a_probe_that_does_not_converge_is_reported(made_up, monkeypatch, capsys
     monkeypatch.setattr(module, "MAX_ITERATIONS", 2)
     outcome = run_task(linear_probe, l2=1e-3, console=Console(width=200))
     assert not outcome.details["converged"]
-    assert "did not converge: with features.l2 0.001 it ended after 2 iterations" in capsys.readouterr().out
+    assert "the linear probe did not converge with features.l2 0.001" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("task", "metric"), [(linear_probe, "top1"), (knn, "k5_top1")])

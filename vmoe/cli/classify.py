@@ -19,12 +19,11 @@ from vmoe.data.images import IMAGE_SUFFIXES, MAX_PIXELS, BadSample, Reading, loa
 from vmoe.evaluation.class_names import known_sets
 from vmoe.evaluation.inference import PRECISIONS, evaluating
 from vmoe.evaluation.loaded_model import LoadedModel, load_model
-from vmoe.evaluation.zero_shot import check_class_names, image_batches, resolve_prompts, resolve_templates
+from vmoe.evaluation.zero_shot import image_batches, resolve_prompts, resolve_templates
 from vmoe.utils.config import ConfigError
 from vmoe.utils.printable import escaped, printable, safe_output
 from vmoe.utils.tables import MetricTable, make_console
 
-PROG = "vmoe-classify"
 logger = logging.getLogger("vmoe.cli.classify")
 
 
@@ -32,7 +31,7 @@ logger = logging.getLogger("vmoe.cli.classify")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see `exit_code`."""
     arguments = _parser().parse_args(argv)
-    return exit_code(PROG, lambda: run(arguments))
+    return exit_code("vmoe-classify", lambda: run(arguments))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,7 +43,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog=PROG,
+        prog="vmoe-classify",
         description="Print the most probable labels of images, by an image-text model that compares them with texts, "
         "or by a classifier that knows its own classes.",
         epilog="known sets of class names: " + ", ".join(known_sets()),
@@ -56,8 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     labels.add_argument("--labels", metavar="TEXT,TEXT", help="what an image may show, separated by commas")
     labels.add_argument("--labels_file", metavar="FILE", help="the same, one per line; or a known set, as imagenet")
     templates = (
-        "text with {} for the label; may be given several times (the embeddings are averaged). Or a file with one per "
-        "line, openai_imagenet, simple_imagenet or a known set. Without it: the set's own, or {}"
+        "text with {} for the label, also several times (the embeddings are averaged); a file with one per line, "
+        "openai_imagenet, simple_imagenet or a known set. Default: the set's own, or {}"
     )
     add("--templates", action="append", metavar="TEXT", help=templates)
     add("--top", type=int, default=5, metavar="K", help="how many labels to show (default 5)")
@@ -159,18 +158,19 @@ def find_images(paths: Sequence[str]) -> list[Path]:
 
 def _read_labels(arguments: argparse.Namespace) -> tuple[list[str] | None, list | None]:
     """(names, resolved templates); names are None without labels."""
-    given, option, names = arguments.templates, "--labels", None
-    templates = given[0] if given and len(given) == 1 else given  # one may be a file or a set
+    given, names, option = arguments.labels_file, None, "--labels_file"
+    templates = arguments.templates
+    if templates is not None and len(templates) == 1:
+        [templates] = templates  # it may be a file or a known set
     try:
         if arguments.labels is not None:
-            if arguments.labels.strip().startswith("["):
+            option, given = "--labels", [label.strip() for label in arguments.labels.split(",")]
+            if given[0].startswith("["):
                 raise ValueError(f"must be one text with commas, as in 'cat,hot dog', got {arguments.labels}")
-            names = check_class_names([label.strip() for label in arguments.labels.split(",")])
-        elif arguments.labels_file is not None:
-            option = "--labels_file"
-            names, templates = resolve_prompts(arguments.labels_file, templates)
-        if names is not None and len(names) == 1:
-            raise ValueError(f"{names[0]!r} alone would always get the probability 1; give at least two labels")
+        if given is not None:
+            names, templates = resolve_prompts(given, templates)
+            if len(names) == 1:
+                raise ValueError(f"{names[0]!r} alone would always get the probability 1; give at least two labels")
         option = "--templates"
         return names, None if templates is None else resolve_templates(templates)
     except ValueError as error:
@@ -178,16 +178,12 @@ def _read_labels(arguments: argparse.Namespace) -> tuple[list[str] | None, list 
 
 
 def _own_classes(loaded: LoadedModel, arguments: argparse.Namespace) -> list[str]:
-    """The class names in a classifier's file; raises ConfigError if it has none, or if labels were given too."""
+    """The class names in a classifier's file; ConfigError if it has none, or if labels were given too."""
     for name in ("labels", "labels_file", "templates"):
         if getattr(arguments, name) is not None:
-            raise ConfigError(
-                f"{loaded.checkpoint} holds a classifier, which knows only its own classes: leave --{name} out, or "
-                "take an image-text model"
-            )
+            what = f"{loaded.checkpoint} holds a classifier, which knows only its own classes"
+            raise ConfigError(f"{what}: leave --{name} out, or take an image-text model")
     if not loaded.class_names:
-        raise ConfigError(
-            f"{loaded.weights} holds a classifier without class names; save it again with "
-            "vmoe.models.factory.save_pretrained(model, file, extra={'class_names': [...]})"
-        )
+        remedy = "vmoe.models.factory.save_pretrained(model, file, extra={'class_names': [...]})"
+        raise ConfigError(f"{loaded.weights} holds a classifier without class names; save it again with {remedy}")
     return [escaped(name) for name in loaded.class_names]

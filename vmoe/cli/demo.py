@@ -30,7 +30,6 @@ from vmoe.utils.printable import safe_output
 if TYPE_CHECKING:
     import gradio
 
-MAX_UPLOAD = "100mb"
 KEPT_SECONDS = 3600  # images in Gradio's temporary folder, and what was computed from them
 CSS = """
 .gradio-container {width: 100%; max-width: 1400px !important; margin: 0 auto !important}
@@ -45,8 +44,8 @@ class DemoConfig:
 
     Attributes:
         checkpoint: The model: folder of a run (its last checkpoint) or of a checkpoint, or a .safetensors file.
-        templates: Image-text models: texts with {} where the label goes (their embeddings are averaged), a file
-            with one per line, "openai_imagenet" (the 80 of CLIP) or "simple_imagenet" (7 of them); null: the label.
+        templates: Image-text models: texts with {} where the label goes (their embeddings are averaged), a file with
+            one per line, "openai_imagenet" or "simple_imagenet"; null: the label.
         host: Address to listen on; "0.0.0.0" lets other machines in.
         port: Port to listen on; null takes the first free one from 7860.
         share: Also open a public link through Gradio's servers. Images are then sent through them.
@@ -70,22 +69,23 @@ class DemoConfig:
 
 @safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command until Ctrl-C, which ends the server; returns its exit code, see `exit_code`."""
+    """Runs the command; returns its exit code, see `exit_code`."""
     description = "A page in the browser to try a model and see its routing."
     config = parse_config(DemoConfig, argv, prog="vmoe-demo", description=description)
+    return exit_code("vmoe-demo", lambda: serve(config))
 
-    def serve() -> None:
-        _gradio()  # before the model is loaded, which takes longer
-        loaded = load_model(config.checkpoint, config.device)
-        if config.exif_orientation is not None:
-            loaded = loaded._replace(exif_orientation=config.exif_orientation)
-        if loaded.tokenizer is None and config.templates is not None:
-            raise ConfigError(f"templates are for image-text models, and {config.checkpoint} holds a classifier")
-        app = build_app(loaded, config.templates)
-        launch(app, config.host, config.port, config.share)
-        app.block_thread()
 
-    return exit_code("vmoe-demo", serve)
+def serve(config: DemoConfig) -> None:
+    """Loads the model and serves the page until Ctrl-C."""
+    _gradio()  # before the model is loaded, which takes longer
+    loaded = load_model(config.checkpoint, config.device)
+    if config.exif_orientation is not None:
+        loaded = loaded._replace(exif_orientation=config.exif_orientation)
+    if loaded.tokenizer is None and config.templates is not None:
+        raise ConfigError(f"templates are for image-text models, and {config.checkpoint} holds a classifier")
+    app = build_app(loaded, config.templates)
+    launch(app, config.host, config.port, config.share)
+    app.block_thread()
 
 
 def launch(app: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None, share: bool = False) -> str:
@@ -99,7 +99,7 @@ def launch(app: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None,
         primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     ).set(button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800")
     off = dict.fromkeys(("inbrowser", "run_history", "ssr_mode", "mcp_server", "enable_monitoring"), False)
-    files = {"allowed_paths": [], "max_file_size": MAX_UPLOAD}
+    files = {"allowed_paths": [], "max_file_size": "100mb"}
     look = {"theme": theme, "css": CSS + logic.CSS, "footer_links": []}
     server = {"server_name": host, "server_port": port, "share": share, "prevent_thread_lock": True, "quiet": True}
     _, address, public_address = app.launch(**server, **files, **look, **off)
@@ -108,10 +108,7 @@ def launch(app: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None,
 
 
 def build_app(loaded: LoadedModel, templates: Sequence[Template] | str | None = None) -> gradio.Blocks:
-    """The page for an image-text model, which gets labels (and templates, see `resolve_templates`), or a classifier.
-
-    ModuleNotFoundError: Gradio is not installed.
-    """
+    """The page for an image-text model, which gets labels (and templates, see `resolve_templates`), or a classifier."""
     gr = _gradio()
     answers = _Answers(gr, loaded, templates)
     layers, has_text = answers.layers, answers.has_text
@@ -134,9 +131,8 @@ def build_app(loaded: LoadedModel, templates: Sequence[Template] | str | None = 
         quick = {**private, "show_progress": "hidden"}
         inputs = [image, labels, layer, row, column]
         outputs = [found, probabilities, routing, name, *seen]
-        classify, view, show_clicked = (
-            _answer(gr, method) for method in (answers.classify, answers.view, answers.show_clicked)
-        )
+        methods = answers.classify, answers.view, answers.show_clicked
+        classify, view, show_clicked = (_answer(gr, method) for method in methods)
         gr.on([button.click, labels.submit], classify, inputs, outputs, **private, show_progress_on=probabilities)
         changes = [layer.input, row.input, column.input, name.input]
         gr.on(changes, view, [found, layer, row, column, name], seen, **quick)
@@ -202,9 +198,9 @@ class _Answers:
             return None, None, None, None
         loads, drawn, patch, tokens = {}, None, "<p>This layer sees text only.</p>", ([], {})
         patches, spec = found.sample.patches[layer], self.layers[layer]
+        if patches is not None and None in (row, column):
+            raise ValueError("Give both a row and a column.")
         if patches is not None:
-            if row is None or column is None:
-                raise ValueError("Give both a row and a column.")
             patch = logic.patch_html(row, column, logic.patch_experts(patches, row, column))
             drawn = logic.draw_map(found.sample.image, patches, spec.num_experts, (row, column))
             loads["patches"] = logic.expert_loads(spec, patches)

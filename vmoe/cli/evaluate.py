@@ -17,6 +17,7 @@ from vmoe.data.sources.folder import warn_of_text_order
 from vmoe.data.sources.imagenet import imagenet_words
 from vmoe.distributed.process_group import joined
 from vmoe.evaluation.capacity_report import draw_sweep
+from vmoe.evaluation.class_names import check_same_classes
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.loaded_model import LoadedModel, load_model, trained_on_turned, weights_fingerprint
 from vmoe.evaluation.results_file import (
@@ -86,9 +87,9 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
     if rank == 0:
         files = [output_file(config)]  # now, since another evaluation may have written its file meanwhile
         write_json(report, files[0])
-        if config.task == "capacity":
+        if config.task == "capacity" and len(entries) == 1:
             files.append(files[0].with_suffix(".png"))
-            draw_sweep([entry["details"]["points"] for entry in entries], files[1])
+            draw_sweep(entries[0]["details"]["points"], files[1])
         saved = f"results saved to {', '.join(map(str, files))}"
         console.print(saved, style="dim", highlight=False, markup=False, soft_wrap=True)
     return report
@@ -113,7 +114,7 @@ def evaluate_checkpoint(
 
 
 def as_trained(config: EvaluationConfig, turned: list[bool]) -> EvaluationConfig:
-    """The settings, with EXIF orientation applied to images if the checkpoints' trainings did so."""
+    """The settings, with EXIF orientation applied if the checkpoints' trainings did so."""
     if not any(turned):
         return config
     if not all(turned) and config.data.exif_orientation is None:
@@ -141,20 +142,7 @@ def check_task(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageData
                 f"data of type {kind!r} is judged by the outputs of an ImageNet-1k classifier, and "
                 f"{loaded.checkpoint} has {num_outputs} instead of {len(classes):,}: evaluate a model of these classes"
             )
-        check_same_classes(loaded.class_names, classes, loaded.checkpoint)
-
-
-def check_same_classes(trained: list[str] | None, data: list[str], checkpoint: str) -> None:
-    """Raises ConfigError unless a classifier and its data have the same list of classes: labels are positions in it."""
-    if trained is None:
-        warn_of_text_order(data, f"{checkpoint}, which holds no class names,")
-        return
-    if len(trained) != len(data):
-        only = [name for name in data if name not in trained] or [name for name in trained if name not in data]
-        raise ConfigError(
-            f"{checkpoint} was trained on {len(trained)} classes, and the data has {len(data)}"
-            + (f"; only one of them has {', '.join(map(repr, only[:5]))}" if only else "")
-        )
-    for index, (ours, theirs) in enumerate(zip(trained, data)):
-        if ours != theirs:
-            raise ConfigError(f"class {index} is {ours!r} in {checkpoint} and {theirs!r} in the data; they must agree")
+        if loaded.class_names is None:
+            warn_of_text_order(classes, f"{loaded.checkpoint}, which holds no class names,")
+        else:
+            check_same_classes(loaded.checkpoint, loaded.class_names, "the data", classes)

@@ -42,11 +42,10 @@ def export(source: str | Path, output: str | Path, raw: bool = False) -> Path:
         raise WeightsError(
             f"{source} is one part of a checkpoint; give the checkpoint's folder, and --raw for its model"
         )
-    inside = next((folder for folder in output.resolve().parents if is_checkpoint(folder)), None)
-    if inside is not None:
-        raise WeightsError(
-            f"--output {output} lies in the checkpoint {inside}, which another file would damage; give another folder"
-        )
+    for folder in output.resolve().parents:
+        if is_checkpoint(folder):
+            problem = f"lies in the checkpoint {folder}, which another file would damage"
+            raise WeightsError(f"--output {output} {problem}; give another folder")
     weights = find_weights(source)  # compares the checkpoint with its checksums
     if raw:
         weights = checkpoint_weights(weights.parent)
@@ -55,18 +54,16 @@ def export(source: str | Path, output: str | Path, raw: bool = False) -> Path:
         with mapped_safetensors(output, stored.shapes, stored.dtypes, safetensors_metadata(weights)) as (tensors, _):
             stored.read_into(tensors)
     except OSError as error:
-        raise WeightsError(
-            f"{output} cannot be written ({error.strerror or error}); free some space or choose another folder"
-        ) from error
+        reason = f"({error.strerror or error}); free some space or choose another folder"
+        raise WeightsError(f"{output} cannot be written {reason}") from error
     return weights
 
 
 @safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see `exit_code`."""
-    parser = argparse.ArgumentParser(
-        prog="vmoe-export", description="Write the weights of a training run as one safetensors file."
-    )
+    description = "Write the weights of a training run as one safetensors file."
+    parser = argparse.ArgumentParser(prog="vmoe-export", description=description)
     parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="folder of a run (its newest), or of a checkpoint")
     parser.add_argument("--output", required=True, metavar="FILE.safetensors", help="the file to write")
     parser.add_argument("--raw", action="store_true", help="the trained weights, instead of their moving average")

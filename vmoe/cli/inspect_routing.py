@@ -15,9 +15,9 @@ import yaml
 from rich.console import Console
 
 from vmoe.cli.command import exit_code
-from vmoe.data import ImageDataset, build_dataset, with_orientation
+from vmoe.data import build_dataset, with_orientation
 from vmoe.data.config import LoaderConfig, SourceConfig
-from vmoe.evaluation.loaded_model import LoadedModel, load_model
+from vmoe.evaluation.loaded_model import load_model
 from vmoe.evaluation.results_file import NAMED_BY_SPLIT, make_writable
 from vmoe.evaluation.zero_shot import resolve_templates
 from vmoe.inspection.forward import sparse_layers
@@ -36,18 +36,15 @@ class InspectConfig:
 
     Attributes:
         checkpoint: The model: folder of a run (its last checkpoint) or of a checkpoint, or a .safetensors file.
-        output_dir: Folder for statistics.json, statistics.npz, figures/ and report.html; null: "inspection" beside the
-            checkpoint.
-        data: The data to run the model on; without a type, what the run of the checkpoint validated on, with single
-            fields replaced (--data.split train).
-        loader: Batches and worker processes. The result does not depend on them where nothing is dropped. on_bad "skip"
-            skips and counts unreadable images.
+        output_dir: Folder for the results; null: "inspection" beside the checkpoint.
+        data: The data to run the model on; without a type, the validation data of the checkpoint's run, where single
+            settings may be replaced (--data.split train).
+        loader: Batches and worker processes; on_bad "skip" skips and counts unreadable images.
         num_images: Images whose routing the report shows one by one, evenly spaced in the data.
         num_patches: Typical patches to keep for each expert.
         templates: Prompts of the class names, for an image-text model: texts with {} where the name goes, a file with
             one per line, "openai_imagenet" or "simple_imagenet"; null: the bare name.
-        eval_capacity_factor: Capacity of the experts, to see what is dropped in training; null: as the model is set,
-            which by default means that nothing is dropped.
+        eval_capacity_factor: Capacity of the experts, to see what is dropped in training; null: as the model is set.
         batch_priority: Whether important tokens go first where capacity is limited; null: as the model is set.
         precision: Arithmetic of the forward pass: float32, or autocast to bf16 or fp16.
         device: "auto" (CUDA, then MPS, then CPU) or a torch device such as "cuda:1".
@@ -69,6 +66,7 @@ class InspectConfig:
         check_types(self)
         if self.loader.on_bad == "replace":
             raise ConfigError("loader.on_bad must be 'fail' or 'skip' in an inspection, got 'replace'")
+        resolve_templates(self.templates)  # raises ValueError if they cannot be read
 
 
 @safe_output()
@@ -103,10 +101,11 @@ def run(config: InspectConfig, console: Console | None = None) -> RoutingStatist
         raise ConfigError("data has no type: set data.type")
     source = with_orientation(config.data) if loaded.exif_orientation else config.data
     dataset = build_dataset(source)
-    check_templates(config, loaded, dataset)
+    if config.templates is not None and (loaded.tokenizer is None or dataset.classes is None):
+        raise ConfigError("templates are for image-text models and data with class names: leave them out")
     checkpoint = Path(config.checkpoint)
     beside = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "inspection"
-    folder = beside if config.output_dir is None else Path(config.output_dir)
+    folder = Path(config.output_dir or beside)
     if not make_writable(folder):
         raise ConfigError(f"output_dir {folder} cannot be written to: choose another")
     same = ("num_images", "num_patches", "templates", "eval_capacity_factor", "batch_priority")
@@ -134,11 +133,9 @@ def validation_data(checkpoint: str) -> SourceConfig:
     """The validation data of the run that a checkpoint belongs to, by its config.yaml; ConfigError if there is none."""
     path = Path(checkpoint).absolute()
     for folder in [path, *path.parents][:4]:  # RUN/checkpoints/step_000100/model.safetensors
-        file = folder / "config.yaml"
-        if file.is_file():
-            settings = read_settings_file(file)
+        if (file := folder / "config.yaml").is_file():
             try:
-                val = (settings.get("data") or {}).get("val") or {}
+                val = (read_settings_file(file).get("data") or {}).get("val") or {}
                 if val.get("type") is not None:
                     return SourceConfig(**val)
             except (TypeError, AttributeError) as error:  # it holds something else than settings of data
@@ -154,20 +151,6 @@ def describe(source: SourceConfig) -> str:
     """The data in a few words, for titles."""
     split = source.split if source.type in NAMED_BY_SPLIT else None
     return " · ".join(part for part in (source.type, source.name, source.path, split) if part)
-
-
-def check_templates(config: InspectConfig, loaded: LoadedModel, dataset: ImageDataset) -> None:
-    """Raises ConfigError for templates that cannot be read, or that have no use."""
-    if config.templates is None:
-        return
-    if loaded.tokenizer is None:
-        raise ConfigError(f"templates are for image-text models, and {config.checkpoint} holds a classifier")
-    if dataset.classes is None:
-        raise ConfigError("templates are prompts of class names, and the data have none: leave them out")
-    try:
-        resolve_templates(config.templates)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def summary_table(statistics: RoutingStatistics) -> MetricTable:

@@ -1,7 +1,4 @@
-"""The table of docs/models.md: `vmoe-list-models [NAME ...]`.
-
-Models are built on the meta device, so that the largest cost no memory.
-"""
+"""The table of docs/models.md: `vmoe-list-models [NAME ...]`."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ HEAD = """\
 
 def table_row(name: str) -> str:
     """A line of the table, for the name of one of this package's models."""
-    with torch.device("meta"):
+    with torch.device("meta"):  # the largest cost no memory
         model = create_model(name)
     profile = model_profile(model)
     source = next((source for prefix, source in SOURCES.items() if name.startswith(prefix)), "")

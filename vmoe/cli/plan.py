@@ -1,7 +1,4 @@
-"""The planning command (`vmoe-plan`): which mesh of processes suits a training config.
-
-It reads neither data nor weights and starts no processes; the model is built on the meta device.
-"""
+"""The planning command (`vmoe-plan`): which mesh of processes suits a training config, whose model stays on meta."""
 
 from __future__ import annotations
 
@@ -26,8 +23,7 @@ from vmoe.utils.tables import make_console
 class PlanConfig(Config):
     """A training config, and the machines to plan it for.
 
-    All settings of `vmoe-train` are accepted. `parallel` and `train.grad_checkpointing` are what the plan finds, so
-    their values do not matter.
+    All settings of `vmoe-train` are accepted; the values of `parallel` and `train.grad_checkpointing` do not matter.
 
     Attributes:
         nodes: Machines.

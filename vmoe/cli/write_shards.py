@@ -67,8 +67,7 @@ def write_shards(
     """
     for name in ("label_sets", "class_columns", "conditions"):
         if getattr(dataset, name) is not None:
-            what = f"{type(dataset).__name__} has {name}, which shards cannot hold"
-            raise ValueError(f"{what}; evaluate it from its own files")
+            raise ValueError(f"{type(dataset).__name__} has {name}, which shards cannot hold")
     if dataset.prompt_names is not None:
         logger.warning("shards do not hold the names of the classes for zero-shot prompts, only those that are shown")
     with _atomic_folder(Path(folder)) as draft:
@@ -102,11 +101,9 @@ def _atomic_folder(folder: Path) -> Iterator[Path]:
             raise ValueError(f"output {folder} holds files already; choose an empty folder")
         target.rmdir()  # now: one that cannot be replaced, such as a disk's root, must not fail at the end
     draft = target.with_name(f"{target.name}.unfinished")
-    try:
-        draft.mkdir(parents=True)
-    except FileExistsError:
-        why = "another process writes it, or was interrupted and left it"
-        raise ValueError(f"output {draft} is there already: {why}; remove it") from None
+    if draft.exists():
+        raise ValueError(f"output {draft} is there already, being written or left by a run that was killed; remove it")
+    draft.mkdir(parents=True)
     try:
         yield draft
         draft.rename(target)
@@ -161,13 +158,14 @@ def _parts(dataset: ImageDataset, index: int) -> dict[str, bytes]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see `exit_code`."""
     config = parse_config(WriteConfig, argv, "vmoe-write-shards", "Write a data set as shards.")
+    return exit_code("vmoe-write-shards", lambda: run(config))
 
-    def run() -> None:
-        if config.source.type is None:
-            raise ConfigError("source.type is missing: say which data set to write")
-        dataset = build_dataset(config.source)
-        shards, samples, skipped = write_shards(dataset, config.output, config.per_shard, config.on_bad)
-        more = f", {skipped} bad ones skipped" if skipped else ""
-        print(f"{samples} samples in {shards} shards in {config.output}{more}")
 
-    return exit_code("vmoe-write-shards", run)
+def run(config: WriteConfig) -> None:
+    """Writes the shards, and says how many. ConfigError: no data set."""
+    if config.source.type is None:
+        raise ConfigError("source.type is missing: say which data set to write")
+    dataset = build_dataset(config.source)
+    shards, samples, skipped = write_shards(dataset, config.output, config.per_shard, config.on_bad)
+    more = f", {skipped} bad ones skipped" if skipped else ""
+    print(f"{samples} samples in {shards} shards in {config.output}{more}")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vmoe.distributed.process_group import gather_lists
 from vmoe.evaluation.classification import num_skipped, right_classes
 from vmoe.evaluation.config import CapacityConfig
-from vmoe.evaluation.inference import changed, evaluating
+from vmoe.evaluation.inference import changed
 from vmoe.evaluation.metrics import ranks, top_shares
 from vmoe.evaluation.synchronized import Rows
 from vmoe.models.flops import forward_flops
@@ -123,13 +123,11 @@ def sweep_capacity(
     loader: Iterable[dict[str, Tensor]],
     layers: Mapping[str, SparseMoE],
     settings: Sequence[Setting],
-    *,
     device: torch.device | str,
-    precision: str = "float32",
     label_sets: Sequence[Sequence[int]] | None = None,
     timing_rounds: int = 0,
 ) -> Sweep:
-    """Every setting on every batch, each a routing group; the layers are as they were afterwards, also after an error.
+    """Every setting on every batch, each a routing group; call it inside `evaluating`.
 
     `loader` gives "image", "label" and "index"; where torch.distributed runs, each process gives batches of its own.
     Each setting is timed `timing_rounds` times on the first batch. For `label_sets` see `right_classes`. ValueError: a
@@ -137,21 +135,20 @@ def sweep_capacity(
     """
     counts_SL3 = torch.zeros(len(settings), len(layers), 3, dtype=torch.long)  # see `_count`
     rows, num_classes, flops, first, speeds = Rows(), 0, None, None, [None] * len(settings)
-    with evaluating(model, device, precision):
-        for batch in loader:
-            images, rank_S = batch["image"].to(device), []
-            if first is None:
-                first, flops = images, _flops(score, layers, images[:1])
-            for number, setting in enumerate(settings):
-                with limited(layers.values(), setting), record_routing(model) as record:
-                    scores_BC = score(images)
-                counts_SL3[number] += torch.tensor([_count(record.layers[name]) for name in layers])
-                num_classes = scores_BC.shape[1]
-                right_BC = right_classes(batch["label"].to(device), batch["index"], num_classes, label_sets)
-                rank_S.append(ranks(scores_BC, right_BC).cpu())
-            rows.add(batch["index"], rank_NS=torch.stack(rank_S, dim=1))
-        if timing_rounds and first is not None and world()[0] == 0:  # the others wait below
-            speeds = _time(score, layers, settings, first, timing_rounds)
+    for batch in loader:
+        images, rank_S = batch["image"].to(device), []
+        if first is None:
+            first, flops = images, _flops(score, layers, images[:1])
+        for number, setting in enumerate(settings):
+            with limited(layers.values(), setting), record_routing(model) as record:
+                scores_BC = score(images)
+            counts_SL3[number] += torch.tensor([_count(record.layers[name]) for name in layers])
+            num_classes = scores_BC.shape[1]
+            right_BC = right_classes(batch["label"].to(device), batch["index"], num_classes, label_sets)
+            rank_S.append(ranks(scores_BC, right_BC).cpu())
+        rows.add(batch["index"], rank_NS=torch.stack(rank_S, dim=1))
+    if timing_rounds and first is not None and world()[0] == 0:  # the others wait below
+        speeds = _time(score, layers, settings, first, timing_rounds)
     index_N, columns = rows.gather()
     skipped = num_skipped(loader, len(index_N))
     # Processes without a batch know nothing of these; the first has one.

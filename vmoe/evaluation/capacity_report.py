@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from vmoe.evaluation.capacity import Sweep
-from vmoe.utils.config import ConfigError
 from vmoe.utils.tables import MetricTable
 
 # Okabe and Ito's colours, distinct for any colour vision; shapes and dashes are distinct in print.
@@ -69,26 +67,19 @@ def verdict(gain: float, error: float) -> str:
     return f"below capacity 1: {outcome}, top-1 {gain:+.4f} ± {error:.4f} in the mean"
 
 
-def draw_sweep(sweeps: list[list[dict[str, Any]]], file: Path) -> None:
-    """Plots accuracy against capacity, cost and speed, as in the V-MoE paper; speed only if all settings were timed.
+def draw_sweep(points: list[dict[str, Any]], file: Path) -> None:
+    """Plots accuracy against capacity, cost and, if all settings were timed, speed, as in the V-MoE paper.
 
-    `sweeps` are the points of each checkpoint, as in `sweep_details`. Error bars are standard errors (binomial for one
-    checkpoint, between the checkpoints for several) and quartiles of the speed.
-
-    Raises:
-        ConfigError: the checkpoints were swept with different settings, because their models differ.
+    `points` are those of `sweep_details`. Error bars are binomial standard errors, and quartiles of the speed.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    settings = [[(point["curve"], point["factor"]) for point in own] for own in sweeps]
-    if any(own != settings[0] for own in settings):
-        raise ConfigError("no plot of checkpoints with different routers: evaluate them one by one")
-    points = [_mean_point(same) for same in zip(*sweeps)]
     labels = {"factor": "capacity factor", "gflops_per_image": "GFLOPs per image"}
     if all(point["images_per_second"] for point in points):
-        labels["images_per_second"] = "images per second"
+        labels["median"] = "images per second"
+        points = [{**point, **point["images_per_second"]} for point in points]
     with rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(4.6 * len(labels), 3.9), layout="constrained")
         FigureCanvasAgg(figure)
@@ -99,20 +90,6 @@ def draw_sweep(sweeps: list[list[dict[str, Any]]], file: Path) -> None:
         figure.axes[0].set_ylabel("top-1")
         figure.axes[0].legend(frameon=False, loc="lower right")
         figure.savefig(file, dpi=150)
-
-
-def _mean_point(same: tuple[dict[str, Any], ...]) -> dict[str, Any]:
-    """One setting over the checkpoints; the speed as a number, with the distances of its quartiles."""
-    top1 = [point["top1"] for point in same]
-    error = statistics.stdev(top1) / len(top1) ** 0.5 if len(top1) > 1 else same[0]["top1_error"]
-    flops = statistics.fmean(point["gflops_per_image"] for point in same)
-    mean = {**same[0], "top1": statistics.fmean(top1), "top1_error": error, "gflops_per_image": flops}
-    speeds = [point["images_per_second"] for point in same]
-    if not all(speeds):
-        return {**mean, "images_per_second": None}
-    parts = ("median", "lower_quartile", "upper_quartile")
-    median, lower, upper = (statistics.fmean(speed[part] for speed in speeds) for part in parts)
-    return {**mean, "images_per_second": median, "speed_error": (median - lower, upper - median)}
 
 
 def _draw_curves(axes, points: list[dict[str, Any]], name: str) -> None:
@@ -133,9 +110,14 @@ def _draw_curves(axes, points: list[dict[str, Any]], name: str) -> None:
                 [point[name] for point in own],
                 [point["top1"] for point in own],
                 yerr=[point["top1_error"] for point in own],
-                xerr=list(zip(*(point["speed_error"] for point in own))) if name == "images_per_second" else None,
+                xerr=_quartile_errors(own) if name == "median" else None,
                 markersize=5,
                 linewidth=1.6,
                 elinewidth=0.8,
                 **style,
             )
+
+
+def _quartile_errors(points: list[dict[str, Any]]) -> list[list[float]]:
+    below = [point["median"] - point["lower_quartile"] for point in points]
+    return [below, [point["upper_quartile"] - point["median"] for point in points]]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vmoe.data.sources.folder import warn_of_text_order
+from vmoe.utils.config import ConfigError
 
 FOLDER = Path(__file__).with_name("names")
 IMAGENET = "imagenet"
@@ -103,6 +104,17 @@ def warn_of_order(names: Sequence[str], classes: Sequence[str]) -> None:
         pairs = [f"{one!r} is called {name!r}" for one, name in zip(classes, names) if one != name]
         logger.warning("class_names are in another order than the data's classes: %s", _listed(pairs))
     warn_of_text_order(classes, "class_names")
+
+
+def check_same_classes(first: str, ours: Sequence[str], second: str, theirs: Sequence[str]) -> None:
+    """ConfigError unless `first` and `second` have the same list of classes: labels are positions in it."""
+    if len(ours) != len(theirs):
+        only = [repr(name) for name in [*ours, *theirs] if (name in ours) != (name in theirs)]
+        named = f"; only one of them has {_listed(only)}" if only else ""
+        raise ConfigError(f"{first} has {len(ours)} classes and {second} {len(theirs)}; they must agree{named}")
+    for index, (one, other) in enumerate(zip(ours, theirs)):
+        if one != other:
+            raise ConfigError(f"class {index} is {one!r} in {first} and {other!r} in {second}; they must agree")
 
 
 def is_published(names: Sequence[str]) -> bool:

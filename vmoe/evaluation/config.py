@@ -92,14 +92,12 @@ class EvaluationConfig:
     Attributes:
         checkpoint: What to evaluate: folder of a run (its last checkpoint) or of a checkpoint, or a .safetensors file.
             A list, such as the runs of several seeds, gives the mean and the standard deviation of each metric.
-        task: "classification": top-1 and top-5 of a classifier. "zero_shot": the same of an image-text model, by its
-            similarity to class names. "retrieval": recall@1/5/10 of an image-text model, images to captions and back.
-            "few_shot", "linear_probe" and "knn": classifiers on frozen features. "capacity": accuracy, cost and speed
-            of a sparse model at several expert capacities.
+        task: "classification": top-1 and top-5 of a classifier. "zero_shot": the same of an image-text model, by class
+            names. "retrieval": its recall@1/5/10, images to captions and back. "few_shot", "linear_probe" and "knn":
+            classifiers on frozen features. "capacity": accuracy, cost and speed at several expert capacities.
         data: The data to evaluate on.
         train_data: few_shot, linear_probe and knn: the data that the classifier on the features learns from.
-        loader: Batches and worker processes. The result does not depend on them. on_bad "skip" skips and counts
-            unreadable images.
+        loader: Batches and worker processes; on_bad "skip" skips and counts unreadable images.
         class_names: zero_shot and capacity only: a shipped list ("imagenet", "cifar10", ...) or a UTF-8 file with one
             class name per line, in the order of the labels; null takes the names of the data.
         templates: zero_shot and capacity only: texts with {} for the class name (their embeddings are averaged), a
@@ -108,8 +106,7 @@ class EvaluationConfig:
         features: Tasks on frozen features.
         capacity: Task "capacity".
         precision: Precision of the forward pass: float32, or autocast to bf16 or fp16.
-        experts: How the weights of a sparse model's experts are stored in memory, see docs/inference.md: "int8" with a
-            scale for each expert and output, or "bfloat16"; null: as in the checkpoint.
+        experts: Type of the experts' weights in memory, see docs/inference.md; null: as in the checkpoint.
         device: "auto" (CUDA, then MPS, then CPU) or a torch device such as "cuda:1".
         output: JSON file for the result; null: evaluation_TASK_DATA.json beside the (first) checkpoint,
             with a number behind the name if that file holds the result of other settings.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vmoe.data import ImageDataset, LoaderConfig, build_dataset, eval_loader
 from vmoe.data.sources.emoji import cache_folder
 from vmoe.distributed.process_group import gather_lists
+from vmoe.evaluation.class_names import check_same_classes
 from vmoe.evaluation.classification import num_skipped
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.inference import evaluating
@@ -126,12 +127,7 @@ def fit_and_test_features(
     trained, tested = train_dataset.classes, test_dataset.classes
     if trained is None:
         raise ConfigError("train_data has no classes: give data with labels")
-    if trained != tested:
-        only = [name for name in tested if name not in trained] + [name for name in trained if name not in tested]
-        named = f"only one of them has {', '.join(map(repr, only[:5]))}" if only else "the order differs"
-        raise ConfigError(
-            f"train_data has {len(trained)} classes and data {len(tested)}, and they must be the same: {named}"
-        )
+    check_same_classes("data", tested, "train_data", trained)
     folder = config.features.cache
     cache = cache_folder() / "features" if folder == "auto" else Path(folder) if folder else None
     train, test = (

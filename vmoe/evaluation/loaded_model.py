@@ -84,9 +84,8 @@ def trained_on_turned(weights: str | Path) -> bool:
 
 def weights_fingerprint(weights: str | Path) -> str:
     """SHA-256 (hex) of a weights file, or of a folder's files together."""
-    weights = Path(weights)
-    if weights.is_dir():  # the shards of a sharded run
-        parts = [f"{file.name} {weights_fingerprint(file)}\n" for file in sorted(weights.iterdir())]
+    if Path(weights).is_dir():  # the shards of a sharded run
+        parts = [f"{file.name} {weights_fingerprint(file)}\n" for file in sorted(Path(weights).iterdir())]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
     with open(weights, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

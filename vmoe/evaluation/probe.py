@@ -45,8 +45,7 @@ def linear_probe(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDa
         penalty, tried = choose_penalty(features_ND, labels_N, settings.l2_range, settings.val_share)
     probe = fit_linear_probe(features_ND, labels_N, penalty)
     if not probe.converged:
-        ended = f"it ended after {probe.iterations} iterations short of the minimum"
-        console.print(f"the linear probe did not converge: with features.l2 {penalty:g} {ended}", style="yellow")
+        console.print(f"the linear probe did not converge with features.l2 {penalty:g}", style="yellow")
     blocks = (probe.scores(block_BD.to(device)) for block_BD in test.features_ND.split(PROBE_BLOCK))
     rank_N = _ranks(blocks, probe.classes_C, test, dataset)
     results = {**accuracies(rank_N, test.labels_N, len(dataset.classes)), "l2": penalty}
@@ -92,8 +91,7 @@ class LinearProbe(NamedTuple):
     weight_DC: Tensor
     bias_C: Tensor
     classes_C: Tensor  # long, the labels of the columns: those that were fitted on
-    iterations: int  # of L-BFGS
-    converged: bool  # the gradient at its end is within the tolerance; see `fit_linear_probe`
+    converged: bool  # the gradient at the end is within the tolerance; see `fit_linear_probe`
 
     def scores(self, features_ND: Tensor) -> Tensor:
         """(N, C) float64 logits."""
@@ -125,16 +123,16 @@ def fit_linear_probe(
     if start is not None:
         weight_DC = scale_D[:, None] * (axes_DD.T @ start.weight_DC)
         bias_C = start.bias_C + mean_D @ start.weight_DC
-    iterations, converged = _minimise(x_ND, target_N, penalty, scale_D, weight_DC, bias_C)
+    converged = _minimise(x_ND, target_N, penalty, scale_D, weight_DC, bias_C)
     weight_DC = axes_DD @ (weight_DC.detach() / scale_D[:, None])
-    return LinearProbe(weight_DC, bias_C.detach() - mean_D @ weight_DC, classes_C, iterations, converged)
+    return LinearProbe(weight_DC, bias_C.detach() - mean_D @ weight_DC, classes_C, converged)
 
 
 @torch.enable_grad()
 def _minimise(
     x_ND: Tensor, target_N: Tensor, penalty: float, scale_D: Tensor, weight_DC: Tensor, bias_C: Tensor
-) -> tuple[int, bool]:
-    """(iterations, converged) of L-BFGS, which changes weight and bias in place."""
+) -> bool:
+    """L-BFGS, which changes weight and bias in place; returns whether it converged."""
     N = len(x_ND)
     optimizer = torch.optim.LBFGS(
         [weight_DC.requires_grad_(), bias_C.requires_grad_()],
@@ -161,8 +159,7 @@ def _minimise(
 
     optimizer.step(log_loss)
     log_loss()  # the line search may have left the gradient of another point
-    converged = all(bool(one.grad.abs().max() <= GRADIENT_TOLERANCE) for one in (weight_DC, bias_C))
-    return optimizer.state[weight_DC]["n_iter"], converged
+    return all(bool(one.grad.abs().max() <= GRADIENT_TOLERANCE) for one in (weight_DC, bias_C))
 
 
 def choose_penalty(

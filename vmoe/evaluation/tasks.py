@@ -84,15 +84,8 @@ def classification_outcome(predictions: Predictions, dataset: ImageDataset, skip
 def retrieval(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset, console: Console) -> Outcome:
     """Task "retrieval": images to captions and back."""
     loader, image_of_caption = retrieval_loader(dataset, loaded.transform, config.loader)
-    results = evaluate_retrieval(
-        loaded.model,
-        loaded.tokenizer,
-        Progress(loader, config.task, console),
-        dataset.captions,
-        image_of_caption,
-        device=loaded.device,
-        precision=loaded.precision,
-    )
+    batches, where = Progress(loader, config.task, console), {"device": loaded.device, "precision": loaded.precision}
+    results = evaluate_retrieval(loaded.model, loaded.tokenizer, batches, dataset.captions, image_of_caption, **where)
     return Outcome(results, {"skipped": sorted(gather_lists(list(loader.skipped_paths)))})
 
 
@@ -104,17 +97,9 @@ def capacity(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDatase
         score = class_scores(config, loaded, dataset)
         image = torch.zeros(1, *preprocess_config(loaded.model)["input_size"], device=loaded.device)
         layers = sparse_image_layers(loaded.model, score, image, loaded.checkpoint)
-    sweep = sweep_capacity(
-        loaded.model,
-        score,
-        Progress(loader, config.task, console),
-        layers,
-        sweep_settings(config.capacity, layers),
-        device=loaded.device,
-        precision=loaded.precision,
-        label_sets=dataset.label_sets,
-        timing_rounds=config.capacity.timing_rounds,
-    )
+        settings, rounds = sweep_settings(config.capacity, layers), config.capacity.timing_rounds
+        batches, label_sets = Progress(loader, config.task, console), dataset.label_sets
+        sweep = sweep_capacity(loaded.model, score, batches, layers, settings, loaded.device, label_sets, rounds)
     print_sweep(sweep, loaded.checkpoint, console)
     details = {**sweep_details(sweep), "skipped": gather_lists(list(loader.skipped_paths))}
     return Outcome(flat_results(sweep), details)
