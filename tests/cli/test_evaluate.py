@@ -283,7 +283,7 @@ def test_outputs_of_another_classifier_do_not_stand_for_imagenet(tree, tmp_path,
     for synset in [synsets[int(position)] for position in A_INDICES.read_text().split()]:
         (tmp_path / "tree" / synset).mkdir(parents=True)
         (tmp_path / "tree" / synset / "0.png").write_bytes((tree / "folder" / "cat" / "0.png").read_bytes())
-    for number, message in ((1500, "has 1500 instead of 1,000"), (1000, "class 0 is 'bird 0'")):
+    for number, message in ((1500, "has 1500 classes and ImageNet-1k, "), (1000, "class 0 is 'bird 0'")):
         model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=number, embed_dim=32, **TINY)
         names = [f"bird {position}" for position in range(number)]
         save_pretrained(model, tmp_path / "model.safetensors", extra={"class_names": names})

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 import vmoe
 from vmoe.cli.evaluate import run
@@ -98,14 +97,9 @@ def test_the_batch_size_does_not_matter(classifier, size):
     assert whole.labels_N.equal(parts.labels_N)
 
 
-def test_a_model_without_features():
-    with pytest.raises(ValueError, match=r"Linear gives no features: it needs forward_features and forward_head"):
-        image_features(nn.Linear(2, 2), torch.zeros(1, 2))
-
-
 def test_a_model_without_pooling():
     model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=0, embed_dim=32, global_pool="", **TINY)
-    with pytest.raises(ValueError, match=r"features of shape \(1, 37, 32\), expected \(batch, features\)"):
+    with pytest.raises(ValueError, match=r"features must be \(batch, features\), got \(1, 37, 32\)"):
         image_features(model, torch.zeros(1, 3, 48, 48))
 
 

@@ -44,8 +44,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="vmoe-classify",
-        description="Print the most probable labels of images, by an image-text model that compares them with texts, "
-        "or by a classifier that knows its own classes.",
+        description="Print the most probable labels of images, by an image-text model or a classifier.",
         epilog="known sets of class names: " + ", ".join(known_sets()),
     )
     add = parser.add_argument

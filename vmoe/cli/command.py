@@ -20,9 +20,9 @@ EXPECTED = (ValueError, OSError, ModuleNotFoundError, BadSample, TooManyBadSampl
 def exit_code(prog: str, run: Callable[[], object], raise_unexpected: bool = False) -> int:
     """Runs a command; returns its exit code: 0, 1 for an error, 2 for a wrong setting, 130 for Ctrl-C or SIGTERM.
 
-    A stop that was planned (SIGUSR1, train.max_minutes) gives 0. An error is one sentence on standard error, which says
-    so if users cannot cause it; with VMOE_TRACEBACK=1 it is raised, with `raise_unexpected` if users cannot cause it.
-    Of several processes, each prints its own errors, with its number; what all find alike is printed once.
+    A planned stop (SIGUSR1, train.max_minutes) gives 0. An error is one sentence on standard error; it is raised with
+    VMOE_TRACEBACK=1, and with `raise_unexpected` if users cannot cause it. Of several processes, each prints its own
+    errors, with its number; what all find alike is printed once.
     """
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:

@@ -45,14 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     description = "Evaluate checkpoints: classification, zero-shot, retrieval, few-shot, probes, capacity."
     config = parse_config(EvaluationConfig, argv, prog="vmoe-eval", description=description, folder="eval")
-
-    def evaluate() -> None:
-        with joined():
-            run(config)
-
-    return exit_code("vmoe-eval", evaluate)
+    return exit_code("vmoe-eval", lambda: run(config))
 
 
+@joined()
 def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, Any]:
     """Evaluates as the config says, prints a table and writes the JSON file, whose content it returns.
 
@@ -123,9 +119,8 @@ def as_trained(config: EvaluationConfig, turned: list[bool]) -> EvaluationConfig
 
 
 def check_task(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset) -> None:
-    """Raises ConfigError unless task, model and data go together."""
-    task, kind = config.task, config.data.type
-    contrastive = loaded.tokenizer is not None
+    """ConfigError unless task, model and data go together."""
+    task, kind, contrastive = config.task, config.data.type, loaded.tokenizer is not None
     needed = {"classification": False, "zero_shot": True, "retrieval": True}.get(task, contrastive)
     if contrastive != needed:
         holds = "an image-text model: use zero_shot or retrieval" if contrastive else "a classifier: use classification"
@@ -135,14 +130,12 @@ def check_task(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageData
     if task != "retrieval" and dataset.classes is None:
         raise ConfigError(f"task {task!r} needs labels, and data of type {kind!r} has none")
     if task in ("classification", "capacity") and not contrastive:
-        classes = dataset.classes if dataset.class_columns is None else list(imagenet_words())
-        num_outputs = loaded.model.num_classes
-        if dataset.class_columns is not None and num_outputs != len(classes):
-            raise ConfigError(
-                f"data of type {kind!r} is judged by the outputs of an ImageNet-1k classifier, and "
-                f"{loaded.checkpoint} has {num_outputs} instead of {len(classes):,}: evaluate a model of these classes"
-            )
-        if loaded.class_names is None:
-            warn_of_text_order(classes, f"{loaded.checkpoint}, which holds no class names,")
+        data, classes, ours = "the data", dataset.classes, loaded.class_names
+        if dataset.class_columns is not None:  # several outputs may stand for a class
+            data, classes = f"ImageNet-1k, whose outputs data of type {kind!r} needs,", list(imagenet_words())
+        if ours is not None:
+            check_same_classes(loaded.checkpoint, ours, data, classes)
+        elif dataset.class_columns is not None and loaded.model.num_classes != len(classes):
+            raise ConfigError(f"{loaded.checkpoint} has {loaded.model.num_classes} classes and {data} {len(classes)}")
         else:
-            check_same_classes(loaded.checkpoint, loaded.class_names, "the data", classes)
+            warn_of_text_order(classes, f"{loaded.checkpoint}, which holds no class names,")

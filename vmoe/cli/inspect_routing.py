@@ -42,8 +42,8 @@ class InspectConfig:
         loader: Batches and worker processes; on_bad "skip" skips and counts unreadable images.
         num_images: Images whose routing the report shows one by one, evenly spaced in the data.
         num_patches: Typical patches to keep for each expert.
-        templates: Prompts of the class names, for an image-text model: texts with {} where the name goes, a file with
-            one per line, "openai_imagenet" or "simple_imagenet"; null: the bare name.
+        templates: Prompts of the class names, for an image-text model: texts with {} for the name, a file with one per
+            line, "openai_imagenet" or "simple_imagenet"; null: the bare name.
         eval_capacity_factor: Capacity of the experts, to see what is dropped in training; null: as the model is set.
         batch_priority: Whether important tokens go first where capacity is limited; null: as the model is set.
         precision: Arithmetic of the forward pass: float32, or autocast to bf16 or fp16.

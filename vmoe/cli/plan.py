@@ -57,15 +57,12 @@ def run(argv: Sequence[str] | None = None) -> None:
     for name in ("nodes", "gpus_per_node", "top"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} must be >= 1, got {getattr(config, name)}")
-    output = None if config.output is None else Path(config.output)
-    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
-        raise ConfigError(f"output {output} is a folder, or lies in none; give the path of a file")
     hardware = pick_hardware(config.gpu, config.hardware)
     planner = Planner(config, hardware, config.nodes, config.gpus_per_node)
     meshes, impossible = planner.meshes()
     ranked = rank([planner.candidate(mesh, checkpointing) for checkpointing in (False, True) for mesh in meshes])
     show(make_console(), planner, ranked, impossible, config.top)
-    if output is not None:
-        with atomic_file(output) as draft:
+    if config.output is not None:
+        with atomic_file(Path(config.output)) as draft:
             draft.write_text(json.dumps(as_json(planner, ranked, impossible), indent=2) + "\n", encoding="utf-8")
-        print(f"the whole plan is in {output}")
+        print(f"the whole plan is in {config.output}")

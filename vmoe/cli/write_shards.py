@@ -115,11 +115,10 @@ def _atomic_folder(folder: Path) -> Iterator[Path]:
 def _write_classes(names: list[str], file: Path) -> None:
     try:
         file.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-        same = read_class_names(file) == names
+        if read_class_names(file) != names:
+            raise ValueError("one of them has more than one line")
     except ValueError as error:
         raise ValueError(f"the names of the classes cannot be written ({error})") from None
-    if not same:
-        raise ValueError("the names of the classes cannot be written: one of them has more than one line")
 
 
 def _samples(dataset: ImageDataset, on_bad: str) -> Iterator[tuple[int, dict[str, bytes]]]:

@@ -41,9 +41,10 @@ class Setting(NamedTuple):
 
 
 class Point(NamedTuple):
-    """The results of one setting."""
+    """The results of one setting, whose curve and factor come first."""
 
-    setting: Setting
+    curve: str
+    factor: float | None
     top1: float  # share of the images, 0..1
     top1_error: float  # its binomial standard error, sqrt(p (1 - p) / N)
     top5: float | None  # None with five classes or fewer
@@ -79,15 +80,10 @@ def sparse_image_layers(model: nn.Module, score: Score, images: Tensor, source: 
     modules = dict(model.named_modules())
     layers = {name: modules[name] for name in record.layers}
     routers = {layer.router_type for layer in layers.values()}
-    problem = None
-    if not layers:
-        problem = f"needs experts that images go through, and {source} has none (a dense model)"
-    elif "soft" in routers:
-        problem = f"has no meaning for {source}: soft routing drops nothing"
-    elif len(routers) > 1:
-        problem = f"needs layers of one router, and {source} has {sorted(routers)}"
-    if problem:
-        raise ConfigError(f"task 'capacity' {problem}: evaluate a model with router='top_k' or 'expert_choice'")
+    if routers not in ({"top_k"}, {"expert_choice"}):  # soft routing drops nothing
+        found = f"router {' and '.join(sorted(routers))}" if routers else "none (a dense model)"
+        needed = "task 'capacity' needs experts that images go through, with router='top_k' or 'expert_choice'"
+        raise ConfigError(f"{needed}, and {source} has {found}")
     return layers
 
 
@@ -97,10 +93,8 @@ def sweep_settings(config: CapacityConfig, layers: Mapping[str, SparseMoE]) -> l
         curves = {factor: ("both",) if factor is None else ("bpr", "vanilla") for factor in config.factors}
         return [Setting(curve, factor) for factor, own in curves.items() for curve in own]
     if None in config.factors:
-        raise ConfigError(
-            "capacity.factors holds null (no limit), and the model has router='expert_choice', which always has a "
-            "capacity: give numbers alone, such as --capacity.factors '[0.25, 0.5, 1, 2]'"
-        )
+        problem = "holds null (no limit), and the model has router='expert_choice', which always has a capacity"
+        raise ConfigError(f"capacity.factors {problem}: give numbers alone, as in '[0.25, 0.5, 1, 2]'")
     return [Setting("experts", factor) for factor in config.factors]
 
 
@@ -161,7 +155,7 @@ def sweep_capacity(
         flops = fixed_flops + int(count_L3[:, 2] @ row_flops_L) / len(rank_N)
         shares = top_shares(rank_N, num_classes)
         error = (shares["top1"] * (1 - shares["top1"]) / len(rank_N)) ** 0.5
-        points.append(Point(setting, shares["top1"], error, shares.get("top5"), dropped / asked, flops / 1e9, speed))
+        points.append(Point(*setting, shares["top1"], error, shares.get("top5"), dropped / asked, flops / 1e9, speed))
     return Sweep(points, _gains(settings, columns["rank_NS"] == 0), len(index_N), skipped)
 
 

@@ -22,8 +22,9 @@ NO_LIMIT = "#5B6570"
 def flat_results(sweep: Sweep) -> dict[str, float | int]:
     """{name: metric} of a sweep for the table of results, such as "top1_bpr_0.4" and "top1_no_limit"."""
     results: dict[str, float | int] = {}
-    for (curve, factor), top1, *_ in sweep.points:
-        results["top1_no_limit" if factor is None else f"top1_{curve}_{factor:g}"] = top1
+    for point in sweep.points:
+        limit = "no_limit" if point.factor is None else f"{point.curve}_{point.factor:g}"
+        results[f"top1_{limit}"] = point.top1
     for gain in sweep.gains:
         if gain.factor is None:
             results["bpr_gain_below_1"] = gain.gain
@@ -32,10 +33,7 @@ def flat_results(sweep: Sweep) -> dict[str, float | int]:
 
 def sweep_details(sweep: Sweep) -> dict[str, Any]:
     """All of a sweep, as JSON can hold it."""
-    points = [{**point.setting._asdict(), **point._asdict()} for point in sweep.points]
-    for point in points:
-        del point["setting"]
-    return {"points": points, "bpr_gain": [gain._asdict() for gain in sweep.gains]}
+    return {"points": [point._asdict() for point in sweep.points], "bpr_gain": [gain._asdict() for gain in sweep.gains]}
 
 
 def print_sweep(sweep: Sweep, checkpoint: str, console: Console) -> None:
@@ -44,10 +42,10 @@ def print_sweep(sweep: Sweep, checkpoint: str, console: Console) -> None:
     header = ["factor", "order", "top-1", "dropped", "GFLOPs", "images/s"]
     table = MetricTable("", header, keys=2, left=["order"])
     for point in sweep.points:
-        (curve, factor), speed = point.setting, point.images_per_second
+        speed = point.images_per_second
         table.add_row(
-            "none" if factor is None else f"{factor:g}",
-            CURVES[curve]["label"] if curve in CURVES else "",
+            "none" if point.factor is None else f"{point.factor:g}",
+            CURVES[point.curve]["label"] if point.curve in CURVES else "",
             f"{point.top1:.3f} ± {point.top1_error:.3f}",
             f"{point.share_dropped:.1%}",
             f"{point.gflops_per_image:.4g}",

@@ -85,15 +85,13 @@ def prompt_names(name: str, classes: Sequence[str] | None = None) -> list[str]:
     left = [repr(one) for index, one in enumerate(published.names) if index not in found]
     if unknown or left:
         problem = f"of which {_listed(unknown)} are none of the set's" if unknown else "of which two are the same"
-        raise ValueError(
-            f"class names {name!r} do not fit the classes of the data, {problem}, and the set's {_listed(left)} are "
-            f"left: {AS_FILE}"
-        )
+        unused = f"and the set's {_listed(left)} are left"
+        raise ValueError(f"class names {name!r} do not fit the classes of the data, {problem}, {unused}: {AS_FILE}")
     return [published.names[index] for index in found]
 
 
-def _listed(texts: Sequence[str], most: int = 5) -> str:
-    return ", ".join([*texts[:most], *([f"... ({len(texts)} in all)"] if len(texts) > most else [])])
+def _listed(texts: Sequence[str]) -> str:
+    return ", ".join([*texts[:5], *([f"... ({len(texts)} in all)"] if len(texts) > 5 else [])])
 
 
 def warn_of_order(names: Sequence[str], classes: Sequence[str]) -> None:
@@ -136,9 +134,8 @@ def _imagenet_names(classes: Sequence[str]) -> list[str]:
     strange = [repr(one) for one, key in zip(classes, keys) if not any(key in known_keys for known_keys in known)]
     lists = "ImageNet's synsets, WordNet's words for them and open_clip's names"
     problem = f"{_listed(strange)} are none of" if strange else "the classes of the data repeat some or mix"
-    raise ValueError(
-        f"class names 'imagenet': {problem} {lists}: use the data set's own type (as imagenet_v2), or {AS_FILE}"
-    )
+    remedy = f"use the data set's own type (as imagenet_v2), or {AS_FILE}"
+    raise ValueError(f"class names 'imagenet': {problem} {lists}: {remedy}")
 
 
 def _key(label: str) -> str:

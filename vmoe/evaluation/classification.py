@@ -81,10 +81,8 @@ def checked_logits(model: nn.Module, images: Tensor, num_classes: int | None) ->
     """`model(images)`, (B, C) float32; ValueError if C is not `num_classes`."""
     logits_BC = model(images).float()
     if num_classes is not None and logits_BC.shape[1] != num_classes:
-        raise ValueError(
-            f"the model has {logits_BC.shape[1]} classes and the data set {num_classes}: "
-            "evaluate on the classes that it was trained on, or fine-tune with a new head"
-        )
+        remedy = "evaluate on the classes that it was trained on, or fine-tune with a new head"
+        raise ValueError(f"the model has {logits_BC.shape[1]} classes and the data set {num_classes}: {remedy}")
     return logits_BC
 
 
@@ -132,8 +130,6 @@ def select_columns(logits_BC: Tensor, class_columns: Sequence[Sequence[int]] | N
         return logits_BC
     last = max(map(max, class_columns))
     if last >= logits_BC.shape[1]:
-        raise ValueError(
-            f"the data is judged by outputs 0..{last} of an ImageNet-1k classifier, and the model has "
-            f"{logits_BC.shape[1]} classes: evaluate a model with 1,000 classes"
-        )
+        needed = f"the data is judged by outputs 0..{last} of an ImageNet-1k classifier"
+        raise ValueError(f"{needed}, and the model has {logits_BC.shape[1]}: evaluate a model with 1,000 classes")
     return torch.stack([logits_BC[:, list(columns)].amax(dim=1) for columns in class_columns], dim=1)

@@ -67,8 +67,6 @@ class FeatureConfig:
 class CapacityConfig:
     """Task "capacity": one sparse model at several expert capacities, with and without batch-prioritized routing (BPR).
 
-    Of an image-text model only the images are limited; no token of a class name is dropped.
-
     Attributes:
         factors: Values of eval_capacity_factor; null is no limit.
         images_per_group: Images that are routed together and share the capacity, consecutive in the data; they are
@@ -101,8 +99,8 @@ class EvaluationConfig:
         class_names: zero_shot and capacity only: a shipped list ("imagenet", "cifar10", ...) or a UTF-8 file with one
             class name per line, in the order of the labels; null takes the names of the data.
         templates: zero_shot and capacity only: texts with {} for the class name (their embeddings are averaged), a
-            file with one per line, "openai_imagenet" (the 80 of CLIP), "simple_imagenet" (7 of them) or a shipped
-            list's name; null: those published with the shipped list or with ImageNet, else the bare names.
+            file with one per line, "openai_imagenet", "simple_imagenet" or a shipped list's name; null: those
+            published with the shipped list or with ImageNet, else the bare names.
         features: Tasks on frozen features.
         capacity: Task "capacity".
         precision: Precision of the forward pass: float32, or autocast to bf16 or fp16.

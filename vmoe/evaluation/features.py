@@ -65,12 +65,13 @@ def extract_features(
     """
     if dataset.classes is None:
         raise ValueError("features are taken of images with labels, and this data set has no classes")
-    key, cached = None, []
+    file, cached = None, []
     if cache is not None and world()[0] == 0:
         if not make_writable(cache):
             raise ConfigError(f"features.cache {cache} cannot be written to: give another folder, or null for no cache")
         key = _key(loaded, dataset, loader_config)
-        cached = [_read(cache, key)]
+        file = cache / f"features_{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+        cached = [_read(file, key)]
     for stored in gather_lists(cached):
         if stored is not None:
             return Features(**stored)
@@ -83,13 +84,11 @@ def extract_features(
     index_N, columns = rows.gather()
     num_skipped(loader, len(index_N))
     if unusable := int((~columns["features_ND"].isfinite()).any(1).sum()):
-        raise ValueError(
-            f"features must be finite, and those of {unusable} of {len(index_N)} images hold NaN or infinity; "
-            f"precision is {loaded.precision!r}, and float32 has the widest range"
-        )
+        problem = f"those of {unusable} of {len(index_N)} images hold NaN or infinity"
+        raise ValueError(f"features must be finite, and {problem}; precision is {loaded.precision!r}: try float32")
     tensors, skipped_paths = {**columns, "index_N": index_N}, sorted(gather_lists(list(loader.skipped_paths)))
-    if key is not None:
-        _write(cache, key, tensors, skipped_paths)
+    if file is not None:
+        _write(file, key, tensors, skipped_paths)
     return Features(**tensors, skipped_paths=skipped_paths)
 
 
@@ -101,18 +100,11 @@ def image_features(model: nn.Module, images_B3HW: Tensor) -> Tensor:
     """
     if is_contrastive(model):
         features_BD = model.encode_image(images_B3HW, normalize=False)
-    elif hasattr(model, "forward_features") and hasattr(model, "forward_head"):
-        features_BD = model.forward_head(model.forward_features(images_B3HW), pre_logits=True)
     else:
-        raise ValueError(
-            f"{type(model).__name__} gives no features: it needs forward_features and forward_head, as timm's models "
-            "have them, or encode_image and encode_text, as open_clip's"
-        )
+        features_BD = model.forward_head(model.forward_features(images_B3HW), pre_logits=True)
     if features_BD.ndim != 2:
-        raise ValueError(
-            f"{type(model).__name__} gives features of shape {tuple(features_BD.shape)}, expected (batch, features): "
-            "build it with a pooling layer"
-        )
+        shape = tuple(features_BD.shape)
+        raise ValueError(f"features must be (batch, features), got {shape}: build the model with a pooling layer")
     return features_BD
 
 
@@ -121,7 +113,7 @@ def fit_and_test_features(
 ) -> tuple[Features, Features]:
     """Features of `train_data`, that a classifier is fitted on, and of the data that it is tested on.
 
-    ConfigError: the two have other classes. ValueError: a class that is tested has no training example.
+    ConfigError: their classes differ. ValueError: a class that is tested has no training example.
     """
     train_dataset = build_dataset(config.train_data)
     trained, tested = train_dataset.classes, test_dataset.classes
@@ -137,10 +129,8 @@ def fit_and_test_features(
     absent = sorted(set(test.labels_N.tolist()) - set(train.labels_N.tolist()))
     if absent:
         names = ", ".join(repr(tested[label]) for label in absent[:5])
-        raise ValueError(
-            f"{len(absent)} of the classes that are tested have no training example, among them {names}: "
-            "add some, or remove these classes from both data sets"
-        )
+        problem = f"{len(absent)} of the classes that are tested have no training example, among them {names}"
+        raise ValueError(f"{problem}: add some, or remove these classes from both data sets")
     return train, test
 
 
@@ -179,13 +169,8 @@ def _key(loaded: LoadedModel, dataset: ImageDataset, loader_config: LoaderConfig
     return json.dumps(facts, indent=1, sort_keys=True)
 
 
-def _file(folder: Path, key: str) -> Path:
-    return folder / f"features_{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-
-
-def _read(folder: Path, key: str) -> dict[str, Any] | None:
+def _read(file: Path, key: str) -> dict[str, Any] | None:
     """What `_write` got; None if there is no file, or (with a warning) a damaged one."""
-    file = _file(folder, key)
     if not file.exists():
         return None
     try:
@@ -200,9 +185,9 @@ def _read(folder: Path, key: str) -> dict[str, Any] | None:
         return None
 
 
-def _write(folder: Path, key: str, tensors: dict[str, Tensor], skipped_paths: list[str]) -> None:
+def _write(file: Path, key: str, tensors: dict[str, Tensor], skipped_paths: list[str]) -> None:
     """Writes a file atomically, with the key as metadata; a warning says if it cannot be written."""
-    file, skipped = _file(folder, key), json.dumps(skipped_paths)
+    skipped = json.dumps(skipped_paths)
     metadata = {"key": key, "skipped_paths": skipped, "sha256": _checksum(key, tensors, skipped)}
     try:
         with atomic_file(file) as temporary:

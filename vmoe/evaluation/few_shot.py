@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vmoe.data import ImageDataset
 from vmoe.evaluation.config import EvaluationConfig
-from vmoe.evaluation.features import Features, feature_outcome, fit_and_test_features
+from vmoe.evaluation.features import feature_outcome, fit_and_test_features
 from vmoe.evaluation.inference import float64_device
 from vmoe.evaluation.loaded_model import LoadedModel
 from vmoe.evaluation.results_file import Outcome
@@ -42,13 +42,15 @@ def few_shot(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDatase
     counts = dict(zip(dataset.classes, train.labels_N.bincount(minlength=num_classes).tolist(), strict=True))
     short = {name: count for name, count in counts.items() if count < max(settings.shots)}
     if short:
-        console.print(
-            f"train_data: {len(short)} of {num_classes} classes have fewer than {max(settings.shots)} examples, and "
-            "give all that they have",
-            style="yellow",
-        )
+        few = f"{len(short)} of {num_classes} classes have fewer than {max(settings.shots)} examples"
+        console.print(f"train_data: {few}, and give all that they have", style="yellow")
     penalties = settings.l2_penalties if settings.l2 is None else [settings.l2]
-    rows = [part for each in (train, test) for part in _rows(each, loaded)]
+    rows = []
+    for part in (train, test):
+        features_ND, labels_N = (tensor.to(float64_device(loaded.device)) for tensor in part[:2])
+        if is_contrastive(loaded.model):
+            features_ND = features_ND / (torch.linalg.vector_norm(features_ND, dim=1, keepdim=True) + 1e-8)
+        rows += [features_ND, labels_N]
     curves = {
         seed: few_shot_accuracy(*rows, settings.shots, penalties, num_classes, torch.Generator().manual_seed(seed))
         for seed in settings.seeds
@@ -67,14 +69,6 @@ def few_shot(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDatase
         for (shot, penalty), value in curve.items()
     ]
     return feature_outcome(results, {"accuracy": accuracy, "short_classes": short}, train, test)
-
-
-def _rows(features: Features, loaded: LoadedModel) -> tuple[Tensor, Tensor]:
-    """Features and labels where the regression is computed."""
-    features_ND, labels_N, *_ = (tensor.to(float64_device(loaded.device)) for tensor in features[:2])
-    if is_contrastive(loaded.model):
-        features_ND = features_ND / (torch.linalg.vector_norm(features_ND, dim=1, keepdim=True) + 1e-8)
-    return features_ND, labels_N
 
 
 def few_shot_accuracy(

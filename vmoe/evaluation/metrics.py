@@ -35,9 +35,8 @@ def right_classes(
         sets = [label_sets[index] for index in index_B.tolist()]
     labels = [label for row in sets for label in row]
     if labels and (min(labels) < 0 or max(labels) >= num_classes):
-        raise ValueError(
-            f"labels must be in 0..{num_classes - 1} for {num_classes} classes, got {min(labels)}..{max(labels)}"
-        )
+        found = f"{min(labels)}..{max(labels)}"
+        raise ValueError(f"labels must be in 0..{num_classes - 1} for {num_classes} classes, got {found}")
     rows = torch.tensor([row for row, own in enumerate(sets) for _ in own], dtype=torch.long)
     right_BC = torch.zeros(len(sets), num_classes, dtype=torch.bool)
     right_BC[rows, torch.tensor(labels, dtype=torch.long)] = True

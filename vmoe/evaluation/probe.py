@@ -172,10 +172,8 @@ def choose_penalty(
     """
     held_N = _held_out(labels_N, val_share)
     if not held_N.any():
-        raise ValueError(
-            f"val_share {val_share} of the training data leaves nothing to choose a penalty on, as no class has "
-            "enough examples: set features.l2 to a penalty"
-        )
+        problem = f"val_share {val_share} of the training data leaves nothing to choose a penalty on"
+        raise ValueError(f"{problem}, as no class has enough examples: set features.l2 to a penalty")
     low, high = penalties
     last = math.ceil(STEPS_PER_DECADE * (math.log10(high) - math.log10(low)) - 1e-6)
     inner = (10 ** (math.log10(low) + position / STEPS_PER_DECADE) for position in range(1, last))

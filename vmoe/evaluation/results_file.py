@@ -28,7 +28,6 @@ from vmoe.utils.world import world
 LIBRARIES = ("torchvision", "timm", "open_clip_torch", "numpy", "pillow")
 # Kinds of data whose path holds several splits: the split is part of the file's name.
 NAMED_BY_SPLIT = ("emoji", "emoji_groups", "torchvision", "karpathy")
-MAX_RESULT_BYTES = 2**28
 
 
 class Outcome(NamedTuple):
@@ -99,7 +98,7 @@ def output_file(config: EvaluationConfig) -> Path:
     for number in itertools.count(1):
         file = folder / f"{'_'.join(parts)}{f'_{number}' if number > 1 else ''}.json"
         try:
-            if _settings(read_json(file, MAX_RESULT_BYTES)["config"]) == settings:
+            if _settings(read_json(file, max_bytes=2**28)["config"]) == settings:
                 return file
         except OSError:  # there is none, or it could not be written to either
             return file

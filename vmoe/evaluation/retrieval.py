@@ -16,7 +16,6 @@ from vmoe.evaluation.synchronized import Rows, SynchronizedBatches, equal_shares
 
 logger = logging.getLogger("vmoe.evaluation")
 
-CUTOFFS = (1, 5, 10)
 TEXTS_PER_CALL = 256
 
 
@@ -34,7 +33,7 @@ def retrieval_recall(
     for direction, queries, answers in (("image_to_text", images, texts), ("text_to_image", texts, images)):
         blocks = zip(*(each.split(rows_per_block) for each in queries), strict=True)
         rank_N = torch.cat([ranks(rows @ answers[0].T, image_B[:, None] == answers[1]) for rows, image_B in blocks])
-        result |= {f"{direction}_recall@{k}": share_within(rank_N, k) for k in CUTOFFS}
+        result |= {f"{direction}_recall@{k}": share_within(rank_N, k) for k in (1, 5, 10)}
     return result
 
 

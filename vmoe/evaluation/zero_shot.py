@@ -35,9 +35,12 @@ TEXTS_PER_CALL = 512
 # --- class names and templates from settings ---
 
 
-def read_lines(file: str | Path) -> list[str]:
-    """The non-empty lines of a UTF-8 text file, stripped; raises ValueError if there are none or it cannot be read."""
-    with file_errors(str(file)):
+def _read_lines(setting: str, file: str, known: Sequence[str]) -> list[str]:
+    """The non-empty lines of a UTF-8 text file, stripped; ValueError: there are none or it cannot be read."""
+    if not Path(file).is_file():
+        others = f"a list of texts, or one of {', '.join(known)}"
+        raise ValueError(f"{setting} {file!r}: no such file; give a file with one per line, {others}")
+    with file_errors(file):
         lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{file}: holds no line; expected one entry per line")
@@ -69,10 +72,7 @@ def _named_templates(name: str) -> Sequence[Template]:
         return SIMPLE_IMAGENET_TEMPLATES
     if name in ("openai_imagenet", *known_sets()):
         return published_set(IMAGENET if name == "openai_imagenet" else name).templates
-    if not Path(name).is_file():
-        known = ", ".join(("openai_imagenet", "simple_imagenet", *known_sets()))
-        raise ValueError(f"templates {name!r}: no such file; give a file, a list of texts with {{}}, or one of {known}")
-    return read_lines(name)
+    return _read_lines("templates", name, ["openai_imagenet", "simple_imagenet", *known_sets()])
 
 
 def resolve_class_names(class_names: Sequence[str] | str | Path, classes: Sequence[str] | None = None) -> list[str]:
@@ -84,12 +84,7 @@ def resolve_class_names(class_names: Sequence[str] | str | Path, classes: Sequen
     if isinstance(class_names, str) and class_names in known_sets():
         return prompt_names(class_names, classes)
     is_file = isinstance(class_names, (str, Path))
-    if is_file and not Path(class_names).is_file():
-        raise ValueError(
-            f"class_names {class_names!r}: no such file; give a file with one name per line, "
-            f"or one of {', '.join(known_sets())}, or a list of names"
-        )
-    names = check_class_names(read_lines(class_names) if is_file else class_names)
+    names = check_class_names(_read_lines("class_names", str(class_names), known_sets()) if is_file else class_names)
     if classes is not None and len(names) != len(classes):
         raise ValueError(f"class_names {class_names} has {len(names)} names, and the data {len(classes)} classes")
     if classes is not None:
@@ -144,10 +139,8 @@ def check_templates(tokenizer: Tokenizer, templates: Sequence[Template] | str | 
     shortest = [template("a") for template in templates]
     tokens_TL = tokenizer(shortest)
     for row in cut_rows(tokenizer, shortest, tokens_TL):
-        raise ValueError(
-            f"template {templates[row]('{}')!r} does not fit: with a class name it has more than the "
-            f"{tokens_TL.shape[1]} tokens that the model takes; shorten it"
-        )
+        problem = f"with a class name it has more than the {tokens_TL.shape[1]} tokens that the model takes"
+        raise ValueError(f"template {templates[row]('{}')!r} does not fit: {problem}; shorten it")
 
 
 def _check_tokens_differ(tokenizer: Tokenizer, names: Sequence[str], templates: Sequence[Callable[[str], str]]) -> None:
