@@ -36,7 +36,7 @@ def test_success_is_silent(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_of_several_processes_one_tells_a_wrong_setting_and_each_its_own_error(capsys, monkeypatch):
+def test_of_several_processes_one_reports_a_wrong_setting_and_each_its_own_error(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert exit_code("vmoe-x", raising(ConfigError("wrong"))) == 2
     assert capsys.readouterr().err == ""

@@ -182,7 +182,7 @@ def test_another_layer_and_another_patch(limoe, open_demo, photo):
     assert [table[str(expert)][0] for expert in range(4)] == [str(number) for number in load]
 
 
-def test_mistakes_are_told_and_the_server_lives_on(limoe, open_demo, photo, folder):
+def test_mistakes_are_shown_and_the_server_goes_on(limoe, open_demo, photo, folder):
     page = open_demo(limoe[1])
     labels, button = page.get_by_label("Labels, one per line"), page.get_by_role("button", name="Classify")
 

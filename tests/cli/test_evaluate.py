@@ -1,5 +1,4 @@
 import csv
-import io
 import json
 import runpy
 import shutil
@@ -11,14 +10,13 @@ import pytest
 import timm.data
 import torch
 from PIL import Image
-from rich.console import Console
 
 import vmoe
 from vmoe.cli.evaluate import main
 from vmoe.data.config import SourceConfig
 from vmoe.data.sources.imagenet import imagenet_synsets
 from vmoe.evaluation.config import CapacityConfig, EvaluationConfig, FeatureConfig
-from vmoe.evaluation.results_file import output_file, print_table
+from vmoe.evaluation.results_file import output_file
 from vmoe.models.factory import find_weights, save_pretrained
 from vmoe.models.manifest import describe_files, write_manifest
 from vmoe.utils.config import find_config, read_config, shipped_config_dirs
@@ -145,13 +143,6 @@ def test_settings_made_in_python_are_checked():
         CapacityConfig(factors=0.5)
 
 
-def test_a_list_of_checkpoints_on_the_command_line():
-    options = ["--task", "knn", "--data.type", "emoji", "--train_data.type", "emoji", "--train_data.split", "all"]
-    config = read_config(EvaluationConfig, ["--checkpoint", '["a", "b"]', *options])
-    assert config.checkpoints == ["a", "b"]
-    assert read_config(EvaluationConfig, ["--checkpoint", "a", *options]).checkpoints == ["a"]
-
-
 def test_several_checkpoints_give_mean_and_spread(tree, classifier, tmp_path, capsys):
     torch.manual_seed(1)
     other = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=2, embed_dim=32, **TINY)
@@ -234,12 +225,6 @@ def test_other_classes_than_trained_on(tree, classifier, tmp_path, capsys):
     assert "class 1 is 'dog'" in capsys.readouterr().err
 
 
-def test_missing_checkpoint(tree, tmp_path, capsys):
-    argv = ["--task", "classification", *folder_arguments(tree)]
-    assert main(arguments(tmp_path / "nowhere", tmp_path / "out.json", *argv)) == 1
-    assert "nowhere" in capsys.readouterr().err
-
-
 def test_a_folder_stands_for_its_moving_average(tmp_path):
     for step in (9, 10):
         folder = tmp_path / "checkpoints" / f"step_{step:06d}"
@@ -292,16 +277,6 @@ def test_outputs_of_another_classifier_do_not_stand_for_imagenet(tree, tmp_path,
         assert message in capsys.readouterr().err
 
 
-def test_a_narrow_terminal_shows_every_metric():
-    console = Console(file=io.StringIO(), width=36)
-    results = {"image_to_text_recall@10": 0.12345, "corrupted/brightness/5/top1": 0.5, "num_samples": 123456}
-    print_table("retrieval of runs/a", results, {"image_to_text_recall@10": 0.05}, console)
-    text = console.file.getvalue()
-    for figure in ("0.1235 ± 0.0500", "0.5000", "123456"):
-        assert f" {figure} │" in text
-    assert "…" not in text
-
-
 def test_names_that_are_not_utf8_are_written(tree, classifier, tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "tree" / name).mkdir(parents=True)
@@ -314,7 +289,7 @@ def test_names_that_are_not_utf8_are_written(tree, classifier, tmp_path):
     assert skipped.endswith("f\udcff.png")
 
 
-def test_default_output_names_what_tells_results_apart(tmp_path):
+def test_default_output_differs_with_data_and_checkpoint(tmp_path):
     (tmp_path / "a").mkdir()
     sources = [
         SourceConfig("karpathy", "coco.json", split="test"),

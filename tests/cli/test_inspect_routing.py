@@ -95,7 +95,10 @@ def test_all_that_it_writes(run, data, capsys):
 
 
 def test_labelled_images_of_a_folder(run, data, tmp_path):
-    assert main(["--checkpoint", str(run), *folder_arguments(data / "folder"), f"--output_dir={tmp_path}", *QUICK]) == 0
+    options = [*folder_arguments(data / "folder"), f"--output_dir={tmp_path}", *QUICK, "--num_patches", "0"]
+    assert main(["--checkpoint", str(run), *options]) == 0
+    assert not list((tmp_path / "figures").glob("patches_*"))  # none is asked for
+    assert (tmp_path / "report.html").exists()
     found = json.loads((tmp_path / "statistics.json").read_text())
     assert found["data"]["texts_from"] == "class names"
     arrays = np.load(tmp_path / "statistics.npz")
@@ -184,7 +187,7 @@ def test_fields_of_the_data_without_a_type_change_those_of_the_run(run, tmp_path
         command.run(command.InspectConfig(str(folder), data=SourceConfig(split="val")))
 
 
-def test_what_cannot_work_is_told_before_the_data_are_read(run, data, tmp_path, capsys, monkeypatch):
+def test_what_cannot_work_is_an_error_before_the_data_are_read(run, data, tmp_path, capsys, monkeypatch):
     def read(*_, **__):
         raise AssertionError("the data were read")
 
@@ -208,13 +211,6 @@ def test_what_cannot_work_is_told_before_the_data_are_read(run, data, tmp_path, 
         code, message = error(capsys, *start, *arguments)
         assert code == 2, message
         assert re.search(match, message), message
-
-
-def test_no_typical_patches_at_all(run, data, tmp_path):
-    arguments = ["--checkpoint", str(run), "--output_dir", str(tmp_path), "--loader.num_workers", "0"]
-    assert main([*arguments, "--num_images", "2", "--num_patches", "0"]) == 0
-    assert not list((tmp_path / "figures").glob("patches_*"))
-    assert (tmp_path / "report.html").exists()
 
 
 def test_the_table_counts_what_experts_took(example_statistics):

@@ -119,7 +119,7 @@ def test_what_shards_cannot_hold_is_refused(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
-def test_names_for_prompts_are_said_to_be_left_out(tmp_path, caplog):
+def test_names_for_prompts_are_not_written_with_a_warning(tmp_path, caplog):
     dataset = Images(3)
     dataset.prompt_names = ["an even one", "an odd one"]
     write_shards(dataset, tmp_path / "out")

@@ -30,13 +30,9 @@ def test_duplicate_and_empty_names_are_errors(word_model, tokenize):
     [
         ("cat", "class_names must be a list of texts, got 'cat'; write a list"),
         ([["cat", "dog"]], r"class_names must be a list of texts, one for each class, got the entry \['cat', 'dog'\]"),
-        ([0, 1], "got the entry 0"),
         (["cat", None], "got the entry None"),
-        (["cat", b"dog"], "got the entry b'dog'"),
         ({"cat", "dog"}, "class_names must be a list of texts, got {.*}; write a list"),
-        ({"cat": 0, "dog": 1}, "class_names must be a list of texts, got {.*}; write a list"),
         (None, "class_names must be a list of texts, got None; write a list"),
-        (3, "class_names must be a list of texts, got 3; write a list"),
     ],
 )
 def test_class_names_that_are_no_list_of_texts(word_model, tokenize, names, message):
@@ -54,7 +50,6 @@ def test_class_names_that_are_no_list_of_texts(word_model, tokenize, names, mess
     ("templates", "message"),
     [
         (3, "templates must be a list of texts, got 3; write a list"),
-        ({"{}"}, "templates must be a list of texts, got {'{}'}; write a list"),
         (str.upper, "templates must be a list of texts, got .*; write a list"),
         ([["{}"]], r"template \['{}'\] must be a text with {} for the class name, or a function"),
         ([None], "template None must be a text with {}"),

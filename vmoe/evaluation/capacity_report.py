@@ -59,7 +59,7 @@ def print_sweep(sweep: Sweep, checkpoint: str, console: Console) -> None:
 
 def verdict(gain: float, error: float) -> str:
     """One sentence on whether BPR is the better curve below capacity 1; two standard errors are taken as noise."""
-    outcome = "BPR and vanilla routing cannot be told apart"
+    outcome = "no clear difference between BPR and vanilla routing"
     if abs(gain) > 2 * error:
         outcome = "BPR is the better curve" if gain > 0 else "BPR is the WORSE curve"
     return f"below capacity 1: {outcome}, top-1 {gain:+.4f} ± {error:.4f} in the mean"
