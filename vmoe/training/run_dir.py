@@ -20,10 +20,7 @@ from vmoe.utils.world import world
 
 
 def check_same_settings(config: Config) -> None:
-    """Raises ConfigError in all processes, which call it together, if more than their `device` differs.
-
-    Or if they cannot share a batch evenly.
-    """
+    """Raises ConfigError in all processes if more than their `device` differs, or they cannot share a batch evenly."""
     _, processes = world()
     if processes == 1:
         return
