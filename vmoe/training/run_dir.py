@@ -57,6 +57,8 @@ def find_checkpoint(run: Path, config: Config) -> Path | None:
         )
     if not checkpoints and (run / "summary.json").exists():
         raise ConfigError(f"output_dir {run} holds a finished run without its checkpoints; choose another output_dir")
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"output_dir {run} holds other files, and no config.yaml of a run; choose another output_dir")
     try:
         changed = changed_settings(run / "config.yaml", config)
     except ConfigError as error:
