@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vmoe
 from vmoe.cli.evaluate import run as evaluate
@@ -163,6 +164,9 @@ def test_a_run_learns_and_leaves_its_records(make_config):
     assert summary["images_per_second"] > 0
     lines = read_metrics(folder / "metrics.jsonl")
     assert [line["step"] for line in lines] == [10, 15, 20]
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert [image.step for image in events.Images("examples")] == [15]
     assert lines[-1]["evaluation/top1"] == summary["evaluation"]["top1"]
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert 0 <= lines[-1]["data_wait_share"] <= 1

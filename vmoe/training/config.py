@@ -170,7 +170,7 @@ class EvaluateConfig:
         batch_size: Images per forward pass.
         templates: Texts around a class name for zero-shot, such as "a photo of a {}".
         on_bad: An unreadable image or empty caption: "fail" stops and names it, "skip" skips and counts it.
-        examples: Images in examples.png, which is drawn at the end of a run; 0 draws none.
+        examples: Images in examples.png, drawn at the end of a run, and for TensorBoard at each evaluation; 0: none.
     """
 
     task: Literal["zero_shot", "retrieval"] | None = None

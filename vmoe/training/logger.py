@@ -14,7 +14,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
@@ -64,6 +66,12 @@ class MetricsLog:
         if self._writer is not None:
             for name, value in metrics.items():
                 self._writer.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, file: Path) -> None:
+        """Shows an image file in TensorBoard."""
+        if self._writer is not None:
+            pixels = np.asarray(Image.open(file).convert("RGB"))
+            self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         for stream in (self._file, self._writer):

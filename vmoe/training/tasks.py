@@ -102,10 +102,11 @@ class Task:
 
         return from_first(read)
 
-    def draw_examples(self, model: nn.Module, file: Path) -> None:
-        """Draws examples, their most probable names, and the expert of each patch, into a file of process 0.
+    def draw_examples(self, model: nn.Module, file: Path) -> bool:
+        """Draws examples, their most probable names, and the expert of each patch; returns whether it did.
 
-        All processes call it: they draw together if the model is sharded. If it fails, a warning says why.
+        All processes call it, and the first one writes the file: they draw together if the model is sharded. If it
+        fails, a warning says why.
         """
         first, evaluate = world()[0] == 0, self.config.evaluate
         try:
@@ -116,8 +117,10 @@ class Task:
                 with TemporaryDirectory() as unwanted:
                     output = file if first else Path(unwanted, file.name)
                     example_figure(model, samples, names, self.tokenizer, output, templates=templates)
+            return bool(samples)
         except Exception as error:
             logger.warning("no %s: %s", file.name, error or type(error).__name__)
+            return False
 
     def _val_reading(self, model: nn.Module) -> tuple[Transform, LoaderConfig]:
         evaluate = self.config.evaluate

@@ -54,9 +54,11 @@ MAX_SKIPPED_STEPS = 30
 def train(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Trains a model, or continues a run that was stopped; returns the content of summary.json.
 
-    ConfigError: the settings do not fit each other, the data, or the run in output_dir. NonFiniteError: the loss or
-    gradient of a step, whose number and layer it names. Stopped: by a signal or `train.max_minutes`, after a checkpoint
-    if a step was made. LostProcessError: another process is gone.
+    Raises:
+        ConfigError: settings that do not fit each other, the data, or the run in output_dir.
+        NonFiniteError: the loss or gradient of a step is not finite; the message names the step and the layer.
+        Stopped: a signal or the end of `train.max_minutes`; after a checkpoint, if a step was made.
+        LostProcessError: another process of the job is gone.
     """
     minutes = config.train.max_minutes
     end = math.inf if minutes is None else time.monotonic() + 60 * minutes
@@ -83,7 +85,10 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
 
 
 class Trainer:
-    """A run, in one process of the job. `forward` is what training calls: `model` or DDP around it, maybe compiled."""
+    """A run, in one process of the job.
+
+    `model` holds the weights; training calls `forward`: the model or DDP around it, compiled if the config says so.
+    """
 
     def __init__(self, config: Config, device: torch.device, console: Console, checkpoint: Path | None) -> None:
         self.config, self.device, self.console = config, device, console
@@ -194,6 +199,8 @@ class Trainer:
             stopping = (interrupted or planned) and not last
             if last or stopping or self.step % train.checkpoint_every == 0:
                 self.save()
+            if self.config.train.tensorboard and self.progress["evaluated"] == self.step and not (last or stopping):
+                self._draw_examples()
             if stopping:
                 self.checkpointer.wait()
                 message = f"stopped after step {self.step} of {train.steps}; the same command continues the run"
@@ -316,6 +323,13 @@ class Trainer:
         with self.display.timing("checkpoint"):
             self.checkpointer.save(self.step, self.model, self.ema and self.ema.module, self.optimizer, state, extra)
 
+    def _draw_examples(self) -> None:
+        """Draws examples.png; TensorBoard shows those before the last, for which its files are closed."""
+        if self.config.evaluate.examples:
+            file = self.run / "examples.png"
+            if self.task.draw_examples(self._evaluated_model(), file) and self.step < self.config.train.steps:
+                self.metrics.image(self.step, "examples", file)
+
     def _evaluated_model(self) -> nn.Module:
         return self.model if self.ema is None else self.ema.module
 
@@ -345,8 +359,7 @@ class Trainer:
             with atomic_file(self.run / "summary.json") as draft:
                 draft.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         self.console.print(final_table(summary))
-        if config.evaluate.examples:
-            self.task.draw_examples(self._evaluated_model(), self.run / "examples.png")
+        self._draw_examples()
         say(self.console, f"results saved to {self.run}")
         return summary
 
