@@ -61,7 +61,7 @@ def test_expert_choice():
             N, E, capacity = case["num_items"], case["num_experts"], case["capacity"]
             assert expert_capacity(N, E, 1, case["capacity_factor"]) == capacity
             gates_1NE = gates_NE[None]
-            routing = Routing(gates_1NE, gates_1NE, gates_1NE, gates_1NE, 0.0)
+            routing = Routing(gates_1NE, gates_1NE, gates_1NE, gates_1NE)
             chosen = choose_tokens(routing, capacity, capacity)
             assert torch.equal(chosen.token_R.view(E, capacity), items_EC.long()), case
             assert torch.equal(chosen.weight_R.view(E, capacity), weights_EC), case

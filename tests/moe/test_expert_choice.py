@@ -18,7 +18,7 @@ CASES = json.loads((GOLDEN / "routing_expert_choice.json").read_text())
 
 
 def routing_of(gates):
-    return Routing(gates, gates, gates, gates, 0.0)
+    return Routing(gates, gates, gates, gates)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["case"])

@@ -249,7 +249,7 @@ def test_modalities_have_their_own_losses_and_statistics():
         ({"importance_loss": -1.0}, "importance_loss must be >= 0"),
         ({"auxiliary_loss": "yes"}, "auxiliary_loss must be one of .'record', 'attach'., got 'yes'"),
         ({"local_entropy_loss": {"sound": 1.0}}, "names \\['sound'\\], but the modalities are \\['image'\\]"),
-        ({"global_entropy_min_experts": 99}, "must be 1..8"),
+        ({"global_entropy_min_experts": 99}, "global_entropy_min_experts must be 1..num_experts .8., got 99"),
     ],
 )
 def test_settings_out_of_range_are_named(kwargs, message):

@@ -100,42 +100,19 @@ class RoutingSettings:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a setting out of range, or one that its router has no use for."""
-        for name in ("capacity_factor", "eval_capacity_factor"):
-            if getattr(self, name) == math.inf:
-                object.__setattr__(self, name, None)
-        if self.random_threshold == 0:
-            object.__setattr__(self, "random_threshold", None)
         for field in fields(self):
             kinds = get_args(field.type) or (field.type,)
-            if Mapping[str, float] not in kinds:  # these are checked where the modalities are known
-                self._check(field.name, getattr(self, field.name), *kinds)
-        if self.router == "top_k" and self.num_selected_experts > self.num_experts:
-            raise ValueError(
-                f"num_selected_experts must be 1..num_experts ({self.num_experts}), got {self.num_selected_experts}"
-            )
+            object.__setattr__(self, field.name, _checked(field.name, getattr(self, field.name), kinds))
+        name, least = "global_entropy_min_experts", self.global_entropy_min_experts
+        numbers = (
+            {f"{name} of {own}": value for own, value in least.items()} if isinstance(least, dict) else {name: least}
+        )
+        if self.router == "top_k":
+            numbers["num_selected_experts"] = self.num_selected_experts
+        for name, value in numbers.items():
+            if value is not None and not 1 <= value <= self.num_experts:
+                raise ValueError(f"{name} must be 1..num_experts ({self.num_experts}), got {value}")
         self._check_router()
-
-    def _check(self, name: str, value: object, kind: type, none: type | None = None) -> None:
-        """The value's type, which the annotation says, and its range."""
-        if value is None and none is not None:
-            return
-        or_none = "" if none is None else ", or None"
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if kind is str and value not in CHOICES[name]:
-            raise ValueError(f"{name} must be one of {CHOICES[name]}, got {value!r}")
-        if kind is bool and not isinstance(value, bool):
-            raise ValueError(f"{name} must be true or false, got {value!r}")
-        if kind is int:
-            least = 0 if name == "num_shared_experts" else 1
-            if not (number and math.isfinite(value) and value >= least and value == int(value)):
-                raise ValueError(f"{name} must be a whole number >= {least}{or_none}, got {value!r}")
-            object.__setattr__(self, name, int(value))
-        if kind is float:
-            if not number:
-                raise ValueError(f"{name} must be a number{or_none}, got {value!r}")
-            is_inside, what = _RANGES.get(name, (lambda x: 0 <= x < math.inf, ">= 0 and finite"))
-            if not is_inside(value):
-                raise ValueError(f"{name} must be {what}, got {value}")
 
     def _check_router(self) -> None:
         """Settings that a router would silently ignore are errors, and so is one that lacks what it needs."""
@@ -152,6 +129,37 @@ class RoutingSettings:
             raise ValueError("learned_noise needs gate='softmax'")
 
 
+def _checked(name: str, value: object, kinds: tuple[type, ...]) -> object:
+    """The value of a setting, if it has the annotated type and is in its range."""
+    kind, optional = kinds[0], type(None) in kinds
+    if (name, value) in _NONE:
+        value = None
+    if value is None and optional:
+        return None
+    if isinstance(value, Mapping) and Mapping[str, float] in kinds:
+        return {modality: _checked(name, own, kinds) for modality, own in value.items()}
+    or_none = ", or None" if optional else ""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is str and value not in CHOICES[name]:
+        raise ValueError(f"{name} must be one of {CHOICES[name]}, got {value!r}")
+    if kind is bool and not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}")
+    if kind is float:
+        if not number:
+            raise ValueError(f"{name} must be a number{or_none}, got {value!r}")
+        is_inside, what = _RANGES.get(name, (lambda x: 0 <= x < math.inf, ">= 0 and finite"))
+        if not is_inside(value):
+            raise ValueError(f"{name} must be {what}, got {value}")
+    if kind is int:
+        least = 0 if name == "num_shared_experts" else 1
+        if not (number and math.isfinite(value) and value >= least and value == int(value)):
+            raise ValueError(f"{name} must be a whole number >= {least}{or_none}, got {value!r}")
+        return int(value)
+    return value
+
+
+# What stands for None, which timm.create_model cannot pass on.
+_NONE = (("capacity_factor", math.inf), ("eval_capacity_factor", math.inf), ("random_threshold", 0))
 # {setting: (whether a number is in its range, how the range is called)}; that of the others is >= 0 and finite.
 _RANGES = {
     **dict.fromkeys(

@@ -31,21 +31,12 @@ class ExpertChoiceAssignment(Assignment):
         real_GN: bool, the token is real; None: all are.
     """
 
-    routing: Routing
     token_R: Tensor
     weight_R: Tensor
     filled_R: Tensor | None
     taken_GNE: Tensor
     weights_GNE: Tensor
     real_GN: Tensor | None
-
-    @property
-    def max_count(self) -> int:
-        return self.token_R.numel() // self.taken_GNE.shape[2]
-
-    @property
-    def count_E(self) -> Tensor:
-        return torch.full((self.taken_GNE.shape[2],), self.max_count, dtype=torch.long, device=self.token_R.device)
 
     def dispatch(self, x_GND: Tensor) -> Tensor:
         # A row without a token is a copy of another, without a gradient: the experts are as finite for it as for that.
@@ -57,8 +48,7 @@ class ExpertChoiceAssignment(Assignment):
         y_RD = y_RD * self.weight_R.to(y_RD.dtype)[:, None]
         if self.filled_R is not None:
             y_RD = torch.where(self.filled_R[:, None], y_RD, 0)
-        y_SD = y_RD.new_zeros(G * N, y_RD.shape[1]).index_add(0, self.token_R, y_RD)
-        return y_SD.view(G, N, y_RD.shape[1])
+        return y_RD.new_zeros(G * N, y_RD.shape[1]).index_add(0, self.token_R, y_RD).unflatten(0, (G, N))
 
     def listed(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.list_all(self.weights_GNE, self.taken_GNE)
@@ -78,13 +68,15 @@ class ExpertChoiceRouter(Gate):
         super().__init__(dim, config, device, dtype)
         self.reset_parameters()
 
-    def forward(self, tokens: TokenGroups, capacity: Capacity, batch_priority: bool = False) -> ExpertChoiceAssignment:
+    def forward(
+        self, x_GND: Tensor, groups: TokenGroups, capacity: Capacity, batch_priority: bool = False
+    ) -> ExpertChoiceAssignment:
         """Each expert takes its best tokens; see `choose_tokens`."""
-        G, N, _ = tokens.x_GND.shape
-        members_GMN = tokens.members_GMN
+        G, N, _ = x_GND.shape
+        members_GMN = groups.members_GMN
         rows, max_rows = capacity.rows(N if G else 0, self.num_experts, 1, members_GMN)
-        with without_autocast(tokens.x_GND.device):
-            routing, _ = self.gates(tokens.x_GND)
+        with without_autocast(x_GND.device):
+            routing, _ = self.gates(x_GND)
         return choose_tokens(routing, rows, max_rows, members_GMN, self.normalize_weights)
 
 
@@ -104,33 +96,30 @@ def choose_tokens(
         normalize_weights: the weights of a token sum to one.
     """
     gates_GNE = routing.noisy_gates_GNE
-    G, N, E = gates_GNE.shape
-    device = gates_GNE.device
+    (G, N, E), device = gates_GNE.shape, gates_GNE.device
     C = min(max_capacity, N)
     score_GMNE = gates_GNE.detach()[:, None]
     if members_GMN is not None:
         score_GMNE = score_GMNE.masked_fill(~members_GMN[..., None], -1.0)
     # torch.topk leaves the order of equal values open, a stable sort does not.
     token_GMCE = score_GMNE.argsort(dim=2, descending=True, stable=True)[:, :, :C]
-    group_G111 = torch.arange(G, device=device).view(G, 1, 1, 1)
-    token_EGMC = (group_G111 * N + token_GMCE).permute(3, 0, 1, 2)
-    expert_EGMC = torch.arange(E, device=device).view(E, 1, 1, 1).expand_as(token_EGMC)
-    token_R, expert_R, filled_R = token_EGMC.flatten(), expert_EGMC.flatten(), None
-    if members_GMN is not None:
-        filled_GMCE = score_GMNE.gather(2, token_GMCE) >= 0
-        if isinstance(capacity, Tensor):
-            filled_GMCE = filled_GMCE & (torch.arange(C, device=device)[:, None] < capacity[:, :, None, None])
-        filled_R = filled_GMCE.permute(3, 0, 1, 2).flatten()
-
-    taken = torch.zeros(G * N, E, dtype=torch.int32, device=device)
-    ones_R = torch.ones_like(token_R, dtype=torch.int32) if filled_R is None else filled_R.int()
-    taken_GNE = (taken.index_put((token_R, expert_R), ones_R, accumulate=True) > 0).view(G, N, E)
+    filled_GMCE = score_GMNE.gather(2, token_GMCE) != -1.0
+    if isinstance(capacity, Tensor):
+        filled_GMCE = filled_GMCE & (torch.arange(C, device=device)[:, None] < capacity[:, :, None, None])
+    taken_GNE = torch.zeros_like(score_GMNE, dtype=torch.bool).scatter(2, token_GMCE, filled_GMCE).any(1)
     weights_GNE = torch.where(taken_GNE, gates_GNE, 0)
     if normalize_weights:
         weights_GNE = normalized(weights_GNE)
-    weight_R = weights_GNE.reshape(-1)[token_R * E + expert_R]
-    if filled_R is not None:
-        first_real = members_GMN.any(1).flatten().int().argmax() if members_GMN.numel() else 0
+    weight_GMCE = weights_GNE[:, None].expand_as(score_GMNE).gather(2, token_GMCE)
+
+    first_G111 = torch.arange(0, G * N, N, device=device).view(G, 1, 1, 1)
+    by_row = (first_G111 + token_GMCE, weight_GMCE, filled_GMCE)
+    token_R, weight_R, filled_R = (each_GMCE.permute(3, 0, 1, 2).flatten() for each_GMCE in by_row)
+    max_count, real_GN = token_R.numel() // E, None
+    if members_GMN is None:
+        filled_R = None
+    else:
+        real_GN = members_GMN.any(1)
+        first_real = real_GN.flatten().int().argmax() if real_GN.numel() else 0
         weight_R, token_R = torch.where(filled_R, weight_R, 0), torch.where(filled_R, token_R, first_real)
-    real_GN = None if members_GMN is None else members_GMN.any(1)
-    return ExpertChoiceAssignment(routing, token_R, weight_R, filled_R, taken_GNE, weights_GNE, real_GN)
+    return ExpertChoiceAssignment(routing, max_count, token_R, weight_R, filled_R, taken_GNE, weights_GNE, real_GN)

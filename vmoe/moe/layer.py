@@ -3,6 +3,7 @@
 Shapes, by suffix: B batch, T length, D width, G groups, N tokens in a group, E experts, K choices, R rows.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from vmoe.moe.backends import backend_name
 from vmoe.moe.config import RoutingSettings, with_preset
-from vmoe.moe.dispatch import Capacity
+from vmoe.moe.dispatch import Capacity, expert_capacity
 from vmoe.moe.expert_choice import ExpertChoiceRouter
 from vmoe.moe.experts import Experts, Mlp
 from vmoe.moe.groups import TokenGroups
@@ -89,7 +90,7 @@ class SparseMoE(nn.Module):
         self.num_selected_experts = config.num_selected_experts
         self.in_features, self.out_features = in_features, out_features or in_features
         self.modalities = tuple(modalities)
-        self.losses = AuxiliaryLosses.from_settings(config, modalities)
+        self.losses = AuxiliaryLosses.from_settings(config, self.modalities)
         self.router = ROUTERS[config.router](in_features, config, **factory)
         hidden_features = config.expert_width or hidden_features or in_features
         drop = drop if config.expert_drop is None else config.expert_drop
@@ -120,18 +121,18 @@ class SparseMoE(nn.Module):
 
         Raises ValueError if the tokens have another width, or mask or modality do not fit them.
         """
-        tokens = self._group(x_BTD, mask_BT, modality_BT)
-        assignment = self.router(tokens, self._capacity(), self.batch_priority)
-        x_RD = assignment.dispatch(tokens.x_GND)
+        x_GND, groups = self._group(x_BTD, mask_BT, modality_BT)
+        assignment = self.router(x_GND, groups, self._capacity(), self.batch_priority)
+        x_RD = assignment.dispatch(x_GND)
         # Unknown in evaluation, where batches differ between processes.
         max_count = assignment.max_count if self.training else None
         y_RD = self.experts(x_RD, assignment.count_E, max_count)
         y_GND = assignment.combine(y_RD)
         if self.shared is not None:
-            y_GND = y_GND + tokens.real(self.shared(tokens.x_GND))
-        return tokens.ungroup(self._report(y_GND, assignment, tokens))
+            y_GND = y_GND + groups.real(self.shared(x_GND))
+        return groups.ungroup(self._report(y_GND, assignment, groups))
 
-    def _group(self, x_BTD: Tensor, mask_BT: Tensor | None, modality_BT: Tensor | None) -> TokenGroups:
+    def _group(self, x_BTD: Tensor, mask_BT: Tensor | None, modality_BT: Tensor | None) -> tuple[Tensor, TokenGroups]:
         """The tokens in groups of `group_size`; without one all are one group, or where tokens are chosen each sequence
         is, so that an image's result never depends on the rest of the batch."""
         if torch.jit.is_tracing():
@@ -143,7 +144,7 @@ class SparseMoE(nn.Module):
         leading = x_BTD.shape[:-1]
         by_sequence = self.router_type != "top_k" and len(leading) > 1
         size = self.group_size or (leading[1:] if by_sequence else leading).numel()
-        return TokenGroups.of(x_BTD, mask_BT, modality_BT, size, len(self.modalities))
+        return TokenGroups.cut(x_BTD, mask_BT, modality_BT, size, self.modalities)
 
     def _capacity(self) -> Capacity:
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
@@ -151,33 +152,34 @@ class SparseMoE(nn.Module):
             factor = self.capacity_factor
         return Capacity(self.capacity, factor, self.capacity_rounding, self.capacity_multiple_of)
 
-    def _report(self, y_GND: Tensor, assignment: Assignment, tokens: TokenGroups) -> Tensor:
+    def _report(self, y_GND: Tensor, assignment: Assignment, groups: TokenGroups) -> Tensor:
         """Hands the routing to the active records. Returns the output, with the losses attached if that is set."""
         attached = self.auxiliary_loss == "attach" and self.training and torch.is_grad_enabled()
         if attached:
-            losses = self.losses.compute(assignment.routing, tokens.mask_GN, tokens.modality_GN)
+            losses = self.losses.compute(assignment.routing, groups)
             y_GND = attach_loss(y_GND, losses["auxiliary_loss"])
         for record in active_records(self):
-            record.add(self, self._routing_of(assignment, tokens, attached))
+            record.add(self, self._routing_of(y_GND, assignment, groups, attached))
         return y_GND
 
-    def _routing_of(self, assignment: Assignment, tokens: TokenGroups, attached: bool) -> LayerRouting:
+    def _routing_of(self, y_GND: Tensor, assignment: Assignment, groups: TokenGroups, attached: bool) -> LayerRouting:
         index_GNK, weights_GNK, kept_GNK = assignment.listed()
-        leading = tokens.leading
+        *batch, length = groups.leading or (1,)
         return LayerRouting(
             routing=assignment.routing,
             expert_index=index_GNK,
             combine_weights=weights_GNK,
             kept=kept_GNK,
-            mask=torch.ones_like(kept_GNK[..., 0]) if tokens.mask_GN is None else tokens.mask_GN,
-            modality=tokens.modality_GN,
-            batch_shape=(leading[:-1].numel(), leading[-1] if leading else 1),
+            mask=torch.ones_like(kept_GNK[..., 0]) if groups.mask_GN is None else groups.mask_GN,
+            modality=groups.modality_GN,
+            batch_shape=(math.prod(batch), length),
+            groups=groups,
             loss_function=self.losses,
             learns=self.training and any(parameter.requires_grad for parameter in self.router.parameters()),
             attached=attached,
             assignment=assignment,
             router=self.router_type,
-            backend=backend_name(self.experts, tokens.x_GND),
+            backend=backend_name(self.experts, y_GND),
         )
 
 
@@ -190,5 +192,7 @@ def _with_slots(config: RoutingSettings, num_tokens: int | None) -> RoutingSetti
         raise ValueError(
             "router='soft' needs num_slots, or the number of tokens to compute it from (group_size, num_tokens)"
         )
-    capacity = Capacity(None, config.capacity_factor, config.capacity_rounding, config.capacity_multiple_of)
-    return replace(config, num_slots=capacity.rows(tokens, config.num_experts, 1, None)[0])
+    capacity = expert_capacity(
+        tokens, config.num_experts, 1, config.capacity_factor, config.capacity_rounding, config.capacity_multiple_of
+    )
+    return replace(config, num_slots=capacity)

@@ -9,7 +9,7 @@ Shapes, by suffix: G groups, N tokens in a group, E experts.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vmoe.moe.config import RoutingSettings
+from vmoe.moe.groups import TokenGroups
 from vmoe.moe.router import Routing, top_k_experts
 
 
@@ -82,7 +83,8 @@ def z_loss(logits_GNE: Tensor, mask_GN: Tensor | None = None, over_batch: bool =
 
     Source: ST-MoE (arXiv 2202.08906), eq. 5.
     """
-    return _by_group(_only, torch.logsumexp(logits_GNE, dim=-1, keepdim=True).square(), mask_GN, over_batch)
+    squared_GN1 = torch.logsumexp(logits_GNE, dim=-1, keepdim=True).square()
+    return _by_group(lambda mean_G1: mean_G1[:, 0], squared_GN1, mask_GN, over_batch)
 
 
 def local_entropy_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None, over_batch: bool = False) -> Tensor:
@@ -90,7 +92,7 @@ def local_entropy_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None, over_ba
 
     Source: LIMoE (arXiv 2206.02770), section 2.2.
     """
-    return _by_group(_only, entropy_of(gates_GNE)[..., None], mask_GN, over_batch)
+    return _by_group(lambda mean_G1: mean_G1[:, 0], entropy_of(gates_GNE)[..., None], mask_GN, over_batch)
 
 
 def global_entropy_loss(
@@ -119,52 +121,44 @@ class AuxiliaryLosses:
     Attributes:
         weights: {name of the loss: weight}; with several modalities also by names such as "text/local_entropy_loss".
         min_experts: {modality: threshold of its global entropy loss, or None}.
-        modalities: names, in the order of their indices.
         over_batch: computed once for all tokens of a batch, not for each routing group.
     """
 
     weights: dict[str, float]
     min_experts: dict[str, float | None]
-    modalities: tuple[str, ...]
     over_batch: bool = False
 
     @classmethod
-    def from_settings(cls, settings: RoutingSettings, modalities: Sequence[str]) -> "AuxiliaryLosses":
-        """The losses that the settings ask for. ValueError: names the setting that is out of range."""
-        modalities, E = tuple(modalities), settings.num_experts
+    def from_settings(cls, settings: RoutingSettings, modalities: tuple[str, ...]) -> "AuxiliaryLosses":
+        """The losses that the settings ask for. ValueError: a setting names a modality that there is not."""
         weights = {name: getattr(settings, name) for name in ("importance_loss", "load_loss", "gshard_loss", "z_loss")}
         for loss in ("local_entropy_loss", "global_entropy_loss"):
-            for modality, weight in _per_modality(loss, getattr(settings, loss), modalities, 0.0).items():
+            for modality, weight in _per_modality(settings, loss, modalities, 0.0).items():
                 weights[_own_name(loss, modality, modalities)] = weight
-        for name, weight in weights.items():
-            if not 0 <= weight < math.inf:
-                raise ValueError(f"the weight {name} must be >= 0 and finite, got {weight}")
-        name = "global_entropy_min_experts"
-        min_experts = _per_modality(name, settings.global_entropy_min_experts, modalities, None)
-        for modality, least in min_experts.items():
-            if least is not None and not 1 <= least <= E:
-                raise ValueError(f"{name} of {modality} must be 1..{E}, got {least}")
-        return cls(weights, min_experts, modalities, settings.auxiliary_loss_scope == "batch")
+        min_experts = _per_modality(settings, "global_entropy_min_experts", modalities, None)
+        return cls(weights, min_experts, settings.auxiliary_loss_scope == "batch")
 
-    def compute(
-        self, routing: Routing, mask_GN: Tensor | None, modality_GN: Tensor | None, weighted: bool = True
-    ) -> dict[str, Tensor]:
+    def compute(self, routing: Routing, groups: TokenGroups, weighted: bool = True) -> dict[str, Tensor]:
         """{name: unweighted loss} of those with a weight and their weighted sum, "auxiliary_loss"; or of the others,
         without a gradient."""
-        r, over_batch = routing, self.over_batch
+        r, over = routing, (groups.mask_GN, self.over_batch)
         losses = {
-            "importance_loss": lambda: importance_loss(r.importance_GNE, mask_GN, over_batch),
-            "gshard_loss": lambda: gshard_loss(r.noisy_gates_GNE, mask_GN, over_batch),
-            "z_loss": lambda: z_loss(r.logits_GNE, mask_GN, over_batch),
+            "importance_loss": lambda: importance_loss(r.importance_GNE, *over),
+            "gshard_loss": lambda: gshard_loss(r.noisy_gates_GNE, *over),
+            "z_loss": lambda: z_loss(r.logits_GNE, *over),
         }
-        if r.has_noise and r.per_token:  # without noise the load has no gradient, and the reference no such loss
+        if (
+            r.noise_std is not None and r.per_token
+        ):  # without noise the load has no gradient, and the reference no such loss
             logits, K = (r.logits_GNE, r.noisy_logits_GNE), r.expert_index_GNK.shape[-1]
-            losses["load_loss"] = lambda: load_loss(*logits, r.noise_std, K, mask_GN, over_batch)
-        for name, own_GN in members(self.modalities, mask_GN, modality_GN).items():
+            losses["load_loss"] = lambda: load_loss(*logits, r.noise_std, K, *over)
+        for name, own_GN in groups.members.items():
             of_gates, least = (r.gates_GNE, own_GN), self.min_experts[name]
-            local, overall = (_own_name(f"{kind}_entropy_loss", name, self.modalities) for kind in ("local", "global"))
-            losses[local] = partial(local_entropy_loss, *of_gates, over_batch)
-            losses[overall] = partial(global_entropy_loss, *of_gates, least, over_batch)
+            local, overall = (
+                _own_name(f"{kind}_entropy_loss", name, groups.modalities) for kind in ("local", "global")
+            )
+            losses[local] = partial(local_entropy_loss, *of_gates, self.over_batch)
+            losses[overall] = partial(global_entropy_loss, *of_gates, least, self.over_batch)
         with torch.set_grad_enabled(torch.is_grad_enabled() and weighted):
             found = {name: loss() for name, loss in losses.items() if (self.weights[name] > 0) == weighted}
             if weighted:
@@ -173,23 +167,14 @@ class AuxiliaryLosses:
         return found
 
 
-def members(
-    modalities: tuple[str, ...], mask_GN: Tensor | None, modality_GN: Tensor | None
-) -> dict[str, Tensor | None]:
-    """{modality: (G, N) its real tokens}; None for all tokens."""
-    if modality_GN is None:
-        return {modalities[0]: mask_GN}
-    own = {name: modality_GN == index for index, name in enumerate(modalities)}
-    return own if mask_GN is None else {name: member_GN & mask_GN for name, member_GN in own.items()}
-
-
 def _own_name(loss: str, modality: str, modalities: tuple[str, ...]) -> str:
     """The loss's own name where there is a single modality."""
     return f"{modality}/{loss}" if len(modalities) > 1 else loss
 
 
-def _per_modality(name: str, value, modalities: tuple[str, ...], default) -> dict:
-    """{modality: value} from one value for all, or from a mapping that may leave some out."""
+def _per_modality(settings: RoutingSettings, name: str, modalities: tuple[str, ...], default: float | None) -> dict:
+    """{modality: value} of a setting with one value for all, or with a mapping that may leave some out."""
+    value = getattr(settings, name)
     if not isinstance(value, Mapping):
         return dict.fromkeys(modalities, value)
     unknown = set(value) - set(modalities)
@@ -208,10 +193,6 @@ def _squared_variation(x_GE: Tensor) -> Tensor:
     mean_G1 = x_GE.mean(-1, keepdim=True)
     variance_G = (x_GE - mean_G1).square().mean(-1)
     return variance_G / mean_G1[:, 0].square().clamp(min=torch.finfo(x_GE.dtype).tiny)
-
-
-def _only(mean_G1: Tensor) -> Tensor:
-    return mean_G1[..., 0]
 
 
 def _by_group(loss_of: Callable[[Tensor], Tensor], x_GNE: Tensor, mask_GN: Tensor | None, over_batch: bool) -> Tensor:

@@ -15,7 +15,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from vmoe.moe.losses import AuxiliaryLosses, entropy_of, members
+from vmoe.moe.groups import TokenGroups
+from vmoe.moe.losses import AuxiliaryLosses, entropy_of
 from vmoe.moe.router import Assignment, Routing, is_recomputation
 
 
@@ -35,6 +36,7 @@ class LayerRouting:
         mask: (G, N) bool, False for padding.
         modality: (G, N) index into `modalities`, or None where there is only the first of them.
         batch_shape: (B, T) of the layer's input; its tokens lie row by row in (G, N), padding last; see `tokens`.
+        groups: the mask and the modalities as the layer has them.
         loss_function: the layer's weighted losses.
         learns: the layer is in training and its gate is not frozen.
         attached: the layer adds the gradients of its losses itself (`auxiliary_loss="attach"`).
@@ -50,6 +52,7 @@ class LayerRouting:
     mask: Tensor
     modality: Tensor | None
     batch_shape: tuple[int, int]
+    groups: TokenGroups
     loss_function: AuxiliaryLosses
     learns: bool
     attached: bool
@@ -65,13 +68,23 @@ class LayerRouting:
     @property
     def modalities(self) -> tuple[str, ...]:
         """Names of the modalities, such as ("image", "text")."""
-        return self.loss_function.modalities
+        return self.groups.modalities
+
+    @property
+    def members(self) -> dict[str, Tensor]:
+        """{modality: (G, N) bool, its real tokens}."""
+        return {name: self.mask if own_GN is None else own_GN for name, own_GN in self.groups.members.items()}
+
+    def tokens(self, grouped: Tensor) -> Tensor:
+        """A (G, N, ...) tensor of this record in the call's own order, (B, T, ...)."""
+        B, T = self.batch_shape
+        return grouped.flatten(0, 1)[: B * T].view(B, T, *grouped.shape[2:])
 
     def _compute(self, weighted: bool) -> dict[str, Tensor]:
         # With a graph wherever the forward pass had one, also if the first who asks does so without gradients.
         leave = torch.is_inference_mode_enabled() and not self.gates.is_inference()
         with torch.inference_mode(False) if leave else nullcontext(), torch.set_grad_enabled(self.gates.requires_grad):
-            return self.loss_function.compute(self.routing, self.mask, self.modality, weighted)
+            return self.loss_function.compute(self.routing, self.groups, weighted)
 
     @cached_property
     def _weighted(self) -> dict[str, Tensor]:
@@ -88,15 +101,15 @@ class LayerRouting:
         found = self._weighted | self._compute(weighted=False)
         return {name: loss for name, loss in found.items() if name != "auxiliary_loss"}
 
-    @cached_property
-    def load_by_modality(self) -> dict[str, Tensor]:
-        """{modality: (E,) kept rows of each expert}."""
-        return {name: self._load(own_GN) for name, own_GN in self._members.items()}
-
-    @cached_property
+    @property
     def load(self) -> Tensor:
         """(E,) kept rows of each expert."""
         return self._load(self.mask)
+
+    @property
+    def load_by_modality(self) -> dict[str, Tensor]:
+        """{modality: (E,) kept rows of each expert}."""
+        return {name: self._load(own_GN) for name, own_GN in self.members.items()}
 
     @cached_property
     def metrics(self) -> dict[str, Tensor]:
@@ -120,7 +133,7 @@ class LayerRouting:
         """
         masks = {"": self.mask}
         if self.modality is not None:
-            masks |= {f"{name}/": own_GN for name, own_GN in self._members.items()}
+            masks |= {f"{name}/": own_GN for name, own_GN in self.members.items()}
         return {f"{of}{name}": value for of, own in masks.items() for name, value in self._counts(own).items()}
 
     @property
@@ -128,15 +141,6 @@ class LayerRouting:
         """The rest of the metrics, without gradient: the losses, and those of this kind of router."""
         losses = {**self.losses, "auxiliary_loss": self.auxiliary_loss}
         return {**self.assignment.statistics(), **{name: loss.detach() for name, loss in losses.items()}}
-
-    def tokens(self, grouped: Tensor) -> Tensor:
-        """A (G, N, ...) tensor of this record in the call's own order, (B, T, ...)."""
-        B, T = self.batch_shape
-        return grouped.flatten(0, 1)[: B * T].view(B, T, *grouped.shape[2:])
-
-    @property
-    def _members(self) -> dict[str, Tensor]:
-        return members(self.modalities, self.mask, self.modality)
 
     def _load(self, own_GN: Tensor) -> Tensor:
         kept_GNK = self.kept & own_GN[..., None]

@@ -29,7 +29,7 @@ class Routing:
         noisy_logits_GNE: what the choice was made from; the same tensor where there is no noise.
         gates_GNE: softmax of `logits_GNE` (for a sigmoid gate, its values divided by their sum).
         noisy_gates_GNE: the same of `noisy_logits_GNE`.
-        noise_std: standard deviation of the noise, a number or (G, N, E) where it is learned; 0 for none.
+        noise_std: standard deviation of the noise, a number or (G, N, E) where it is learned; None: no noise.
         expert_index_GNK: the K chosen experts, best first; None where experts or slots choose.
         combine_weights_GNK: their weights; None likewise.
         chosen_GNK: bool, False where the router itself dropped a choice; None: none.
@@ -40,7 +40,7 @@ class Routing:
     noisy_logits_GNE: Tensor
     gates_GNE: Tensor
     noisy_gates_GNE: Tensor
-    noise_std: float | Tensor
+    noise_std: float | Tensor | None = None
     expert_index_GNK: Tensor | None = None
     combine_weights_GNK: Tensor | None = None
     chosen_GNK: Tensor | None = None
@@ -50,11 +50,6 @@ class Routing:
     def per_token(self) -> bool:
         """Each token chooses its experts. False: the experts or slots choose."""
         return self.expert_index_GNK is not None
-
-    @property
-    def has_noise(self) -> bool:
-        """The choice was made from noisy logits."""
-        return isinstance(self.noise_std, Tensor) or self.noise_std > 0
 
     @property
     def priority_GN(self) -> Tensor:
@@ -69,12 +64,18 @@ class Routing:
         return torch.zeros_like(self.gates_GNE).scatter(-1, self.expert_index_GNK, self.combine_weights_GNK)
 
 
+@dataclass(frozen=True)
 class Assignment(ABC):
     """Which rows the experts compute, and what becomes of the results: what a router returns."""
 
     routing: Routing
-    count_E: Tensor  # rows of each expert; rows are sorted by expert
     max_count: int | None  # the most rows that an expert can have; None: unknown
+
+    @property
+    def count_E(self) -> Tensor:
+        """Rows of each expert; rows are sorted by expert. Where experts or slots choose, all have the most."""
+        gates_GNE = self.routing.gates_GNE
+        return torch.full((gates_GNE.shape[-1],), self.max_count, dtype=torch.long, device=gates_GNE.device)
 
     @abstractmethod
     def dispatch(self, x_GND: Tensor) -> Tensor:
@@ -88,26 +89,22 @@ class Assignment(ABC):
     def listed(self) -> tuple[Tensor, Tensor, Tensor]:
         """For records: the K experts of each token, their combine weights, and whether each was kept; (G, N, K)."""
 
+    def list_all(self, weights_GNE: Tensor, kept_GNE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`listed` of routers whose experts or slots choose: K = E, all experts of each token, best first."""
+        index_GNE = self.routing.noisy_gates_GNE.detach().argsort(dim=-1, descending=True, stable=True)
+        # Without a gradient: under activation checkpointing a layer must save the same, recorded or not.
+        return index_GNE, weights_GNE.detach().gather(-1, index_GNE), kept_GNE.gather(-1, index_GNE)
+
     def statistics(self) -> dict[str, Tensor]:
         """{name: scalar} further metrics of this kind of router, computed when they are read."""
         return {}
-
-    def list_all(self, weights_GNE: Tensor, kept_GNE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`listed` of routers whose experts or slots choose: K = E, all experts of each token, best first.
-
-        The weights have no gradient: under activation checkpointing a layer must save the same, recorded or not.
-        """
-        index_GNE = self.routing.noisy_gates_GNE.detach().argsort(dim=-1, descending=True, stable=True)
-        return index_GNE, weights_GNE.detach().gather(-1, index_GNE), kept_GNE.gather(-1, index_GNE)
 
 
 @dataclass(frozen=True)
 class TopKAssignment(Assignment):
     """Each token goes to its K experts, as far as their capacity allows."""
 
-    routing: Routing
     plan: DispatchPlan
-    max_count: int | None
 
     @property
     def count_E(self) -> Tensor:
@@ -212,13 +209,13 @@ class Gate(nn.Module):
             x_GND = x_GND.to(torch.promote_types(x_GND.dtype, torch.float32))
             x_GND = x_GND * torch.empty_like(x_GND).uniform_(1 - self.input_jitter, 1 + self.input_jitter)
         logits_GNE = noisy_logits_GNE = _GateProduct.apply(x_GND, self.weight)
-        noise_std = self.noise_std / self.num_experts if self.training else 0.0
+        noise_std = self.noise_std / self.num_experts if self.training and self.noise_std > 0 else None
         if self.training and self.learned_noise:  # arXiv 1701.06538, eq. 4
             noise_std = F.softplus(_GateProduct.apply(x_GND, self.noise_weight))
-        if isinstance(noise_std, Tensor) or noise_std > 0:
+        if noise_std is not None:
             noisy_logits_GNE = logits_GNE + noise_std * torch.randn_like(logits_GNE)
         scores_GNE, noisy_gates_GNE = self._distribution(noisy_logits_GNE)
-        gates_GNE = noisy_gates_GNE if noisy_logits_GNE is logits_GNE else self._distribution(logits_GNE)[1]
+        gates_GNE = noisy_gates_GNE if noise_std is None else self._distribution(logits_GNE)[1]
         return Routing(logits_GNE, noisy_logits_GNE, gates_GNE, noisy_gates_GNE, noise_std), scores_GNE
 
     def _distribution(self, logits_GNE: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,19 +256,19 @@ class TopKRouter(Gate):
             self.expert_load.zero_()
             self.calls_without_update = 0
 
-    def forward(self, tokens: TokenGroups, capacity: Capacity, batch_priority: bool = False) -> TopKAssignment:
+    def forward(
+        self, x_GND: Tensor, groups: TokenGroups, capacity: Capacity, batch_priority: bool = False
+    ) -> TopKAssignment:
         """Routes the tokens and queues them before their experts, with `batch_priority` the surest tokens first."""
-        routing = self.route(tokens.x_GND)
+        routing, mask_GN = self.route(x_GND), groups.mask_GN
         if self.bias_update_rate > 0 and self.training:
-            self._count(routing, tokens.mask_GN)
+            self._count(routing, mask_GN)
         index_GNK = routing.expert_index_GNK
         G, N, K = index_GNK.shape
-        rows, max_rows = capacity.rows(N if G else 0, self.num_experts, K, tokens.mask_GN)
+        rows, max_rows = capacity.rows(N if G else 0, self.num_experts, K, mask_GN)
         priority_GN = routing.priority_GN if batch_priority else None
-        plan = plan_dispatch(
-            index_GNK, self.num_experts, rows, priority_GN, tokens.mask_GN, max_rows, routing.chosen_GNK
-        )
-        return TopKAssignment(routing, plan, None if max_rows is None else G * max_rows)
+        plan = plan_dispatch(index_GNK, self.num_experts, rows, priority_GN, mask_GN, max_rows, routing.chosen_GNK)
+        return TopKAssignment(routing, None if max_rows is None else G * max_rows, plan)
 
     def route(self, x_GND: Tensor) -> Routing:
         """The learned part: (G, N, D) -> `Routing`. In float32 (float64 for float64 input), under autocast too."""
@@ -288,13 +285,8 @@ class TopKRouter(Gate):
             if self.random_threshold is not None and self.training:
                 chosen_GNK = torch.rand_like(weights_GNK) * self.random_threshold < weights_GNK
                 chosen_GNK = chosen_GNK | (torch.arange(self.num_selected_experts, device=x_GND.device) == 0)
-        return replace(
-            routing,
-            expert_index_GNK=index_GNK,
-            combine_weights_GNK=weights_GNK,
-            chosen_GNK=chosen_GNK,
-            sparse_importance=self.learned_noise,
-        )
+        choice = {"expert_index_GNK": index_GNK, "combine_weights_GNK": weights_GNK, "chosen_GNK": chosen_GNK}
+        return replace(routing, **choice, sparse_importance=self.learned_noise)
 
     # --- the balancing bias ---
 

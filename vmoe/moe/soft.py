@@ -26,32 +26,18 @@ class SoftAssignment(Assignment):
     """Weights between tokens and slots.
 
     Attributes:
-        routing: the weights per expert, for losses and records: its gates are the combine weights summed over slots.
+        routing: for losses and records: its gates are the combine weights summed over an expert's slots.
         dispatch_GMNS: share of each token in each slot's input: sums to 1 over the tokens of its modality.
         combine_GNS: share of each slot's output in each token's: sums to 1 over the slots.
         members_GMN: True for the real tokens of each modality; None: all tokens, one modality.
     """
 
-    routing: Routing
     dispatch_GMNS: Tensor
     combine_GNS: Tensor
     members_GMN: Tensor | None
 
-    @property
-    def num_experts(self) -> int:
-        return self.routing.gates_GNE.shape[2]
-
-    @property
-    def max_count(self) -> int:
-        G, M, _, S = self.dispatch_GMNS.shape
-        return G * M * (S // self.num_experts)
-
-    @property
-    def count_E(self) -> Tensor:
-        return torch.full((self.num_experts,), self.max_count, dtype=torch.long, device=self.combine_GNS.device)
-
     def dispatch(self, x_GND: Tensor) -> Tensor:
-        (G, M, _, S), E, D = self.dispatch_GMNS.shape, self.num_experts, x_GND.shape[2]
+        (G, M, _, S), E, D = self.dispatch_GMNS.shape, self.routing.gates_GNE.shape[2], x_GND.shape[2]
         # A batched matrix multiplication of (G, S, N) and (G, N, D), once per modality.
         z_GMSD = self.dispatch_GMNS.to(x_GND.dtype).transpose(2, 3) @ x_GND[:, None]
         if self.members_GMN is not None:  # slots of a modality without tokens: the experts are as finite for a mean
@@ -60,7 +46,7 @@ class SoftAssignment(Assignment):
         return z_GMSD.view(G, M, E, S // E, D).permute(2, 0, 1, 3, 4).flatten(0, 3)
 
     def combine(self, y_RD: Tensor) -> Tensor:
-        (G, M, _, S), E, D = self.dispatch_GMNS.shape, self.num_experts, y_RD.shape[1]
+        (G, M, _, S), E, D = self.dispatch_GMNS.shape, self.routing.gates_GNE.shape[2], y_RD.shape[1]
         y_GMSD = y_RD.view(E, G, M, S // E, D).permute(1, 2, 0, 3, 4).flatten(2, 3)
         y_GMND = self.combine_GNS.to(y_RD.dtype)[:, None] @ y_GMSD
         if self.members_GMN is None:
@@ -111,17 +97,19 @@ class SoftRouter(nn.Module):
         lecun_normal_(self.slots, fan_in=self.slots.shape[0] * self.slots.shape[2])
         nn.init.ones_(self.scale)
 
-    def forward(self, tokens: TokenGroups, capacity: Capacity, batch_priority: bool = False) -> SoftAssignment:
+    def forward(
+        self, x_GND: Tensor, groups: TokenGroups, capacity: Capacity, batch_priority: bool = False
+    ) -> SoftAssignment:
         """Weights of all tokens and slots. In float32 (float64 for float64 input), under autocast too."""
-        x_GND, members_GMN = tokens.x_GND, tokens.members_GMN
+        members_GMN = groups.members_GMN
         E, P, _ = self.slots.shape
         dtype = torch.promote_types(x_GND.dtype, torch.float32)
         with without_autocast(x_GND.device):
             slots_SD = unit_norm(self.slots.to(dtype)).flatten(0, 1) * self.scale.to(dtype)
             logits_GNS = unit_norm(x_GND.to(dtype)) @ slots_SD.T
             clean_GNE = noisy_GNE = logits_GNS.unflatten(-1, (E, P)).logsumexp(-1)
-            noise_std = self.noise_std if self.training else 0.0
-            if noise_std > 0:
+            noise_std = self.noise_std if self.training and self.noise_std > 0 else None
+            if noise_std is not None:
                 logits_GNS = logits_GNS + noise_std * torch.randn_like(logits_GNS)
                 noisy_GNE = logits_GNS.unflatten(-1, (E, P)).logsumexp(-1)
             combine_GNS = logits_GNS.softmax(-1)
@@ -133,6 +121,7 @@ class SoftRouter(nn.Module):
                 dispatch_GMNS = logits_GNS[:, None].masked_fill(outside, torch.finfo(dtype).min).softmax(2)
                 dispatch_GMNS = dispatch_GMNS.masked_fill(outside, 0)
             noisy_gates_GNE = noisy_GNE.softmax(-1)
-            gates_GNE = noisy_gates_GNE if noisy_GNE is clean_GNE else clean_GNE.softmax(-1)
+            gates_GNE = noisy_gates_GNE if noise_std is None else clean_GNE.softmax(-1)
         routing = Routing(clean_GNE, noisy_GNE, gates_GNE, noisy_gates_GNE, noise_std)
-        return SoftAssignment(routing, dispatch_GMNS, combine_GNS, members_GMN)
+        G, M, _, _ = dispatch_GMNS.shape
+        return SoftAssignment(routing, G * M * P, dispatch_GMNS, combine_GNS, members_GMN)

@@ -129,6 +129,26 @@ def over_processes(metrics: dict[str, float]) -> dict[str, float]:
     return {name: reduce.get(name.rpartition("_")[2], fmean)([own[name] for own in every]) for name in metrics}
 
 
+def expert_metrics(record: RoutingRecord) -> dict[str, float]:
+    """For each expert "experts/LAYER/MODALITY/load_E", its share of the kept assignments (soft routing has none), and
+    "experts/LAYER/MODALITY/importance_E", the mean of its gate values."""
+    metrics = {}
+    for name, routing in record.layers.items():
+        for modality, own_GN in routing.members.items():
+            sums = {"importance": routing.gates.detach()[own_GN].sum(0), "tokens": own_GN.sum()}
+            if routing.router != "soft":
+                sums["load"] = routing.load_by_modality[modality]
+            sums = sum_over_processes(sums)
+            totals = {"importance": sums.pop("tokens"), "load": sums.get("load", torch.zeros(1)).sum()}
+            for kind, sum_E in sums.items():
+                for expert, value in enumerate((sum_E / totals[kind].clamp(min=1)).tolist()):
+                    metrics[f"experts/{name}/{modality}/{kind}_{expert:02d}"] = value
+    return metrics
+
+
+# --- warnings ---
+
+
 class CollapseWatch:
     """Warns when the routing of a layer stays collapsed for `after` steps (0 never warns).
 

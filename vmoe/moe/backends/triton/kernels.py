@@ -50,10 +50,16 @@ def tile_table(count_E: Tensor, num_rows: int, block_m: int) -> Tensor:
 
 
 @triton.jit
+def _load(ptr, row_M, column_N, row_stride, column_stride, rows_M, columns_N):
+    """The block of a matrix at these rows and columns, zero where either is outside."""
+    at_MN = row_M[:, None] * row_stride + column_N[None, :] * column_stride
+    return tl.load(ptr + at_MN, mask=rows_M[:, None] & columns_N[None, :], other=0.0)
+
+
+@triton.jit
 def _dot(x_MK, w_KN, acc_MN, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     if UPCAST:  # the interpreter has no bfloat16; in float32 the products are the same
-        x_MK = x_MK.to(tl.float32)
-        w_KN = w_KN.to(tl.float32)
+        x_MK, w_KN = x_MK.to(tl.float32), w_KN.to(tl.float32)
     return tl.dot(x_MK, w_KN, acc_MN, input_precision=PRECISION)
 
 
@@ -77,43 +83,30 @@ def _activate(h, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _tile(tile_ptr, num_tiles, E, O, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """The program's tile: expert, rows, which of them it writes, which of those are used, and its block of columns."""
-    columns = tl.cdiv(O, BLOCK_N)
-    program = tl.program_id(0)
-    first = program // (GROUP_M * columns) * GROUP_M
-    group = tl.minimum(num_tiles - first, GROUP_M)
-    within = program % (GROUP_M * columns)
-    tile = first + within % group
-    expert = tl.load(tile_ptr + 3 * tile)
-    r_M = tl.load(tile_ptr + 3 * tile + 1) + tl.arange(0, BLOCK_M)
-    end = tl.load(tile_ptr + 3 * tile + 2)
-    return expert, r_M, r_M < end, r_M < tl.where(expert < E, end, 0), within // group
-
-
-@triton.jit
 def _linear_kernel(
     x_ptr, w_ptr, b_ptr, slope_of_ptr, tile_ptr, y_ptr, h_ptr,
     num_tiles, E, I, O, x_r, x_i, w_e, w_o, w_i,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    expert, r_M, real_M, used_M, column = _tile(tile_ptr, num_tiles, E, O, BLOCK_M, BLOCK_N, GROUP_M)
+    # The program's tile: the expert, the rows that it writes, which of them are used, and its block of columns.
+    blocks = tl.cdiv(O, BLOCK_N)
+    first = tl.program_id(0) // (GROUP_M * blocks) * GROUP_M
+    group, within = tl.minimum(num_tiles - first, GROUP_M), tl.program_id(0) % (GROUP_M * blocks)
+    tile_ptr += 3 * (first + within % group)
+    expert, end = tl.load(tile_ptr), tl.load(tile_ptr + 2)
+    r_M = (tl.load(tile_ptr + 1) + tl.arange(0, BLOCK_M)).to(tl.int64)
+    real_M, used_M = r_M < end, r_M < tl.where(expert < E, end, 0)
     if tl.max(real_M.to(tl.int32), 0) == 0:
         return
-    o_N = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    i_K = tl.arange(0, BLOCK_K)
-    x_at_MK = x_ptr + r_M[:, None].to(tl.int64) * x_r + i_K[None, :] * x_i
-    w_at_KN = w_ptr + expert.to(tl.int64) * w_e + o_N[None, :] * w_o + i_K[:, None] * w_i
+    o_N = within // group * BLOCK_N + tl.arange(0, BLOCK_N)
     y_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, tl.where(expert < E, I, 0), BLOCK_K):  # unused rows: no multiplication
-        inside_K = first + i_K < I
-        x_MK = tl.load(x_at_MK, mask=used_M[:, None] & inside_K[None, :], other=0.0)
-        w_KN = tl.load(w_at_KN, mask=(o_N < O)[None, :] & inside_K[:, None], other=0.0)
+    for first_i in range(0, tl.where(expert < E, I, 0), BLOCK_K):  # unused rows: no multiplication
+        i_K = first_i + tl.arange(0, BLOCK_K)
+        x_MK = _load(x_ptr, r_M, i_K, x_r, x_i, used_M, i_K < I)
+        w_KN = _load(w_ptr + expert.to(tl.int64) * w_e, i_K, o_N, w_i, w_o, i_K < I, o_N < O)
         y_MN = _dot(x_MK, w_KN, y_MN, PRECISION, UPCAST)
-        x_at_MK += BLOCK_K * x_i
-        w_at_KN += BLOCK_K * w_i
-    at_MN = r_M[:, None].to(tl.int64) * O + o_N[None, :]
+    at_MN = r_M[:, None] * O + o_N[None, :]
     inside_MN = real_M[:, None] & (o_N < O)[None, :]
     if slope_of_ptr is not None:
         h_MN = tl.load(slope_of_ptr + at_MN, mask=inside_MN, other=0.0).to(tl.float32)
@@ -138,23 +131,17 @@ def _weight_gradient_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    expert = tl.program_id(1)
-    rows = tl.cdiv(O, BLOCK_M)
-    block_o, block_i = tl.program_id(0) % rows, tl.program_id(0) // rows
-    o_M = block_o * BLOCK_M + tl.arange(0, BLOCK_M)
+    expert, blocks = tl.program_id(1), tl.cdiv(O, BLOCK_M)
+    block_i = tl.program_id(0) // blocks
+    o_M = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     i_N = block_i * BLOCK_N + tl.arange(0, BLOCK_N)
     start = tl.load(end_ptr + expert - 1, mask=expert > 0, other=0)
     end = tl.load(end_ptr + expert)
     acc_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(start, end, BLOCK_K):
-        r_K = first + tl.arange(0, BLOCK_K)
-        at_K = r_K.to(tl.int64)
-        g_MK = tl.load(
-            g_ptr + at_K[None, :] * g_r + o_M[:, None] * g_o, mask=(r_K < end)[None, :] & (o_M < O)[:, None], other=0.0
-        )
-        x_KN = tl.load(
-            x_ptr + at_K[:, None] * x_r + i_N[None, :] * x_i, mask=(r_K < end)[:, None] & (i_N < I)[None, :], other=0.0
-        )
+        r_K = (first + tl.arange(0, BLOCK_K)).to(tl.int64)
+        g_MK = _load(g_ptr, o_M, r_K, g_o, g_r, o_M < O, r_K < end)
+        x_KN = _load(x_ptr, r_K, i_N, x_r, x_i, r_K < end, i_N < I)
         acc_MN = _dot(g_MK, x_KN, acc_MN, PRECISION, UPCAST)
     at_MN = (expert.to(tl.int64) * O + o_M[:, None]) * I + i_N[None, :]
     inside_MN = (o_M < O)[:, None] & (i_N < I)[None, :]
@@ -164,10 +151,8 @@ def _weight_gradient_kernel(
         if block_i == 0:
             acc_M = tl.zeros((BLOCK_M,), tl.float32)
             for first in range(start, end, BLOCK_K):
-                r_K = first + tl.arange(0, BLOCK_K)
-                g_at_MK = g_ptr + r_K[None, :].to(tl.int64) * g_r + o_M[:, None] * g_o
-                g_MK = tl.load(g_at_MK, mask=(r_K < end)[None, :] & (o_M < O)[:, None], other=0.0)
-                acc_M += tl.sum(g_MK.to(tl.float32), 1)
+                r_K = (first + tl.arange(0, BLOCK_K)).to(tl.int64)
+                acc_M += tl.sum(_load(g_ptr, o_M, r_K, g_o, g_r, o_M < O, r_K < end).to(tl.float32), 1)
             tl.store(grad_b_ptr + expert * O + o_M, acc_M.to(grad_b_ptr.dtype.element_ty), mask=o_M < O)
 
 
