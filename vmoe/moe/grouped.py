@@ -37,6 +37,12 @@ class _ScaleGradient(torch.autograd.Function):
         return grad * ctx.scale, None
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type of matrix multiplications with `x`: its own, or autocast's (the meta device knows no autocast)."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else x.dtype
+
+
 class GroupedLinear(nn.Module):
     """E linear layers, each applied to its own run of rows: `weight` (E, O, I), `bias` (E, O) or None."""
 
@@ -57,13 +63,9 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x_RI: Tensor, count_E: Tensor) -> Tensor:
         """(R, I) rows sorted by expert, (E,) rows of each -> (R, O); rows beyond the counts are unused."""
-        weight_EOI, bias_EO = local_experts(self.weight), local_experts(self.bias)
-        device_type = x_RI.device.type
-        if device_type != "meta" and torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-            x_RI, weight_EOI = x_RI.to(dtype), weight_EOI.to(dtype)
-            bias_EO = None if bias_EO is None else bias_EO.to(dtype)
-        return grouped_linear(x_RI, weight_EOI, bias_EO, count_E)
+        dtype = compute_dtype(x_RI)
+        bias_EO = None if self.bias is None else local_experts(self.bias).to(dtype)
+        return grouped_linear(x_RI.to(dtype), local_experts(self.weight).to(dtype), bias_EO, count_E)
 
 
 class GroupedLayerNorm(nn.Module):

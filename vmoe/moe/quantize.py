@@ -1,7 +1,4 @@
-"""Experts whose weights are kept in int8 or bfloat16: less memory for inference.
-
-Weight-only: matrix multiplications run in the type of their input. Only the stacked weights change, which hold most of
-a sparse model's memory.
+"""Experts whose weights are kept in int8 or bfloat16, for inference; matrix multiplications keep their input's type.
 
 Shapes, by suffix: E experts, R rows sorted by expert, M rows of one expert, I and O a linear layer's widths.
 """
@@ -11,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vmoe.moe.experts import Experts
-from vmoe.moe.grouped import GroupedLinear
+from vmoe.moe.grouped import GroupedLinear, compute_dtype
 from vmoe.moe.grouped_mm import grouped_linear
 
 STORED = {"int8": torch.int8, "bfloat16": torch.bfloat16}
@@ -22,8 +19,7 @@ class WeightOnlyLinear(nn.Module):
 
     Int8 weights have a scale for each expert and output, its largest magnitude / 127 (symmetric). On a CPU, outside
     compiled code, one expert's weights at a time are converted, into one buffer, and the results are scaled instead of
-    the weights; docs/inference.md compares that with the alternatives. Elsewhere nothing may depend on the number of
-    rows, so all weights of the layer are converted in each call, for one grouped matrix multiplication.
+    the weights (docs/inference.md has measurements). Elsewhere all weights of the layer are converted in each call.
 
     Attributes:
         stored: (E, O, I) in the stored type, a buffer.
@@ -65,12 +61,9 @@ class WeightOnlyLinear(nn.Module):
                 f"experts kept as {self.kind} cannot be trained and have no gradients: call model.eval() and compute "
                 "under torch.no_grad(), or load the model without that"
             )
-        device_type = x_RI.device.type
-        if device_type != "meta" and torch.is_autocast_enabled(device_type):
-            x_RI = x_RI.to(torch.get_autocast_dtype(device_type))
-        dtype = x_RI.dtype
-        bias_EO = None if self.bias is None else self.bias.to(dtype)
-        if device_type == "cpu" and not torch.compiler.is_compiling():
+        dtype = compute_dtype(x_RI)
+        x_RI, bias_EO = x_RI.to(dtype), None if self.bias is None else self.bias.to(dtype)
+        if x_RI.device.type == "cpu" and not torch.compiler.is_compiling():
             return self._forward_segments(x_RI, bias_EO, count_E.tolist())
         weight_EOI = self.stored.to(dtype) if self.scale is None else self.stored * self.scale.to(dtype)[..., None]
         return grouped_linear(x_RI, weight_EOI, bias_EO, count_E)
@@ -103,19 +96,16 @@ class WeightOnlyLinear(nn.Module):
 def quantize_experts(model: nn.Module, kind: str) -> nn.Module:
     """Keeps the weights of a model's experts in "int8" or "bfloat16", for inference.
 
-    The model is changed in place, put into eval(), without gradients, and returned. Do it before `torch.compile`. The
-    `state_dict` fits a model that was changed in the same way; files of `save_pretrained` say how it was changed, and
-    `create_model` gives it back.
+    The model is changed in place, put into eval(), without gradients, and returned. Do it before `torch.compile`. Its
+    `state_dict` fits a model that was changed in the same way; `create_model` reads files of `save_pretrained`.
 
-    Raises:
-        ValueError: unknown kind; no experts; experts that are sharded over processes, of the other kind already, or not
-            finite. Nothing is changed then.
+    ValueError: unknown kind; no experts; experts that are sharded over processes, of the other kind already, or not
+    finite. Nothing is changed then.
     """
     if kind not in STORED:
         raise ValueError(f"experts can be kept as {' or '.join(map(repr, STORED))}, got {kind!r}")
-    linears = {
-        name: module for name, module in model.named_modules() if isinstance(module, (GroupedLinear, WeightOnlyLinear))
-    }
+    kinds = (GroupedLinear, WeightOnlyLinear)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     if not linears:
         raise ValueError(f"the model has no experts to keep as {kind}: leave it out for a dense model")
     for name, linear in linears.items():
@@ -139,6 +129,6 @@ def experts_kept_as(model: nn.Module) -> str | None:
 
 
 def expert_bytes(model: nn.Module) -> int:
-    """Memory of all experts of a model: weights, scales and biases, in bytes."""
+    """Memory of all experts of a model, in bytes."""
     experts = [module for module in model.modules() if isinstance(module, Experts)]
     return sum(tensor.nbytes for each in experts for tensor in (*each.parameters(), *each.buffers()))

@@ -18,12 +18,7 @@ LOADED_BY_IMPORT = "vmoe.moe.backends.triton.kernels" in sys.modules
 
 from vmoe.moe.backends.triton import kernels  # noqa: E402  (what `import vmoe` loads comes first)
 
-ACTIVATIONS = {
-    "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU("tanh"),
-    "silu": nn.SiLU,
-    "relu": nn.ReLU,
-}
+ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU("tanh")}
 D, H, O, E = 20, 36, 18, 4
 
 

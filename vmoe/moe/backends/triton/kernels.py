@@ -1,18 +1,23 @@
-"""Triton kernels for linear layers whose rows are sorted by expert, with bias and activation.
+"""The experts on Triton kernels, for CUDA. Never measured on a GPU: only where the backend "triton" is asked for.
 
 A tile is a run of at most BLOCK_M rows of one expert; which rows and whose is looked up in a table on the device
 (`tile_table`), so that the grid depends on shapes alone and the host never waits for a count. No kernel adds with
 atomics: equal inputs give equal results. Each kernel has an operator `vmoe::...` around it, so that `torch.compile`
 takes it as it is. The order of the tiles is that of Triton's tutorial on matrix multiplication.
 
-Shapes, by suffix: R rows sorted by expert, E experts, T tiles, I and O widths of a layer's input and output. Inside
-kernels M, N and K are the blocks of a matrix multiplication.
+Shapes, by suffix: R rows sorted by expert, E experts, T tiles, I and O widths of a layer's input and output; D, F, O
+those of the experts. Inside kernels M, N and K are the blocks of a matrix multiplication.
 """
+
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
+
+from vmoe.moe.backends.triton import activation_name
+from vmoe.moe.grouped import compute_dtype, local_experts
 
 # Whether Triton interprets its kernels on the CPU (TRITON_INTERPRET=1 when this module was imported).
 INTERPRETED = triton.knobs.runtime.interpret
@@ -73,11 +78,6 @@ def _activate(h, ACTIVATION: tl.constexpr):
         # 0.5 (1 + tanh u) = sigmoid(2u)
         s = tl.sigmoid(h * (1.5957691216057308 + 0.07135481282553983 * h * h))
         return h * s, s + h * s * (1.0 - s) * (1.5957691216057308 + 0.21406443847661949 * h * h)
-    elif ACTIVATION == "silu":
-        s = tl.sigmoid(h)
-        return h * s, s * (1.0 + h * (1.0 - s))
-    elif ACTIVATION == "relu":
-        return tl.where(h < 0.0, 0.0, h), tl.where(h > 0.0, 1.0, 0.0)  # as PyTorch's: NaN stays, no slope at zero
     else:
         return h, tl.full(h.shape, 1.0, tl.float32)
 
@@ -177,15 +177,11 @@ def grouped_linear(
 ) -> tuple[Tensor, Tensor]:
     """y_r = activation(x_r · w_eᵀ + b_e), e the expert of row r; or back through an activation and the layer after it.
 
-    Args:
-        x_RI: rows; they and `w_EOI` may have any strides, all else is contiguous.
-        w_EOI: weights; on the way back those of the layer after the activation, transposed.
-        slope_of_RO: on the way back, what the activation saw: y_r = x_r · w_eᵀ times the activation's slope there.
-        tile_T3: from `tile_table`, of the rows in tiles of `block_m`.
-        activation: "none" or one of those of `_activate`.
-        keep_hidden: give the values before the activation as well (else (0, O)); on the way back activation(slope_of).
+    On the way back `w_EOI` is that layer's, transposed, and `slope_of_RO` what the activation saw: y_r = x_r · w_eᵀ
+    times its slope there. Rows and weights may have any strides, all else is contiguous.
 
-    Returns two (R, O); rows beyond the counts are zero.
+    Returns two (R, O), zero in rows beyond the counts: y, and with `keep_hidden` (else (0, O)) the values before the
+    activation; on the way back activation(slope_of).
     """
     (E, O, I), R, T = w_EOI.shape, x_RI.shape[0], tile_T3.shape[0]
     y_RO, h_RO = x_RI.new_empty(R, O), x_RI.new_empty(R if keep_hidden else 0, O)
@@ -224,3 +220,50 @@ def grouped_weight_gradient(g_RO: Tensor, x_RI: Tensor, end_E: Tensor, bias: boo
 def _(g_RO, x_RI, end_E, bias):
     E, O, I = end_E.shape[0], g_RO.shape[1], x_RI.shape[1]
     return g_RO.new_empty(E, O, I), g_RO.new_empty(E if bias else 0, O)
+
+
+class _Experts(torch.autograd.Function):
+    """Two layers with an activation between. For the backward pass only the hidden layer before it is kept."""
+
+    @staticmethod
+    def forward(ctx, x_RD, w1_EFD, b1_EF, w2_EOF, b2_EO, tile_T3, end_E, block_m, activation):
+        a_RF, h_RF = grouped_linear(x_RD, w1_EFD, b1_EF, None, tile_T3, block_m, activation, ctx is not None)
+        if ctx is not None:
+            ctx.save_for_backward(x_RD, w1_EFD, w2_EOF, tile_T3, end_E, h_RF)
+            ctx.block_m, ctx.activation = block_m, activation
+        return grouped_linear(a_RF, w2_EOF, b2_EO, None, tile_T3, block_m, "none", False)[0]
+
+    @staticmethod
+    def backward(ctx, g_RO):
+        if torch.is_grad_enabled():
+            raise RuntimeError("the Triton kernels have no second derivatives: take the backend 'reference'")
+        x_RD, w1_EFD, w2_EOF, tile_T3, end_E, h_RF = ctx.saved_tensors
+        needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = ctx.needs_input_grad[:5]
+        grad_x = grad_w1 = grad_b1 = grad_w2 = grad_b2 = None
+        w2_EFO = w2_EOF.transpose(1, 2)
+        grad_h_RF, a_RF = grouped_linear(g_RO, w2_EFO, None, h_RF, tile_T3, ctx.block_m, ctx.activation, True)
+        if needs_w2 or needs_b2:
+            grad_w2, grad_b2 = grouped_weight_gradient(g_RO, a_RF, end_E, needs_b2)
+        del a_RF
+        if needs_w1 or needs_b1:
+            grad_w1, grad_b1 = grouped_weight_gradient(grad_h_RF, x_RD, end_E, needs_b1)
+        if needs_x:
+            w1_EDF = w1_EFD.transpose(1, 2)
+            grad_x, _ = grouped_linear(grad_h_RF, w1_EDF, None, None, tile_T3, ctx.block_m, "none", False)
+        gradients = (grad_x, grad_w1, grad_b1, grad_w2, grad_b2)
+        return *(g if need else None for g, need in zip(gradients, ctx.needs_input_grad[:5])), *[None] * 4
+
+
+def run(experts: nn.Module, x_RD: Tensor, count_E: Tensor) -> Tensor:
+    """`Experts` over (R, D) rows sorted by expert, (E,) rows of each -> (R, O), zero in unused rows."""
+    dtype = compute_dtype(x_RD)
+    parameters = [local_experts(p) for fc in (experts.fc1, experts.fc2) for p in (fc.weight, fc.bias)]
+    parameters = [None if p is None else p.to(dtype) for p in parameters]
+    # The kernels take the strides of rows and matrices as they are, but not of biases.
+    parameters[1::2] = [None if p is None else p.contiguous() for p in parameters[1::2]]
+    block_m = block_rows(x_RD.shape[0], count_E.shape[0])
+    tile_T3 = tile_table(count_E, x_RD.shape[0], block_m)
+    x_RD = x_RD.to(dtype)
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_RD, *parameters))
+    layers = _Experts.apply if differentiated else partial(_Experts.forward, None)
+    return layers(x_RD, *parameters, tile_T3, count_E.cumsum(0).int(), block_m, activation_name(experts.act))
