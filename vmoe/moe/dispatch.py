@@ -27,7 +27,7 @@ def expert_capacity(
     """Rows that each expert takes from one group: S·K·C/E, raised to a multiple (V-MoE, arXiv 2106.05974, eq. 4).
 
     Args:
-        num_tokens: S, tokens in the group; 0 for an empty batch, whose capacity is 0. A tensor of numbers: of each.
+        num_tokens: S, tokens in the group, or a tensor of such numbers; an empty group has a capacity of 0.
         capacity_factor: C; 1.0 is just enough if the tokens are distributed evenly.
         rounding: "ceil" or "round", before it is raised to the multiple.
 
@@ -38,11 +38,11 @@ def expert_capacity(
         raise ValueError(f"capacity_factor must be > 0 (or None for no limit), got {capacity_factor}")
     if rounding not in ("ceil", "round"):
         raise ValueError(f"rounding must be 'ceil' or 'round', got {rounding!r}")
-    if isinstance(num_tokens, Tensor):
-        exact_G = num_tokens.double() * num_selected_experts * capacity_factor / num_experts
-        capacity_G = exact_G.ceil() if rounding == "ceil" else exact_G.round()
+    several = isinstance(num_tokens, Tensor)
+    exact = (num_tokens.double() if several else num_tokens) * num_selected_experts * capacity_factor / num_experts
+    if several:
+        capacity_G = exact.ceil() if rounding == "ceil" else exact.round()
         return (torch.ceil(capacity_G / multiple_of) * multiple_of).long()
-    exact = num_tokens * num_selected_experts * capacity_factor / num_experts
     capacity = math.ceil(exact) if rounding == "ceil" else round(exact)
     if capacity < 1 and num_tokens > 0:
         raise ValueError(
@@ -84,10 +84,9 @@ class DispatchPlan:
             come last, and only where the number of rows must not depend on the data (compiled code, GPUs).
         row_A: row of each assignment, -1 if it was dropped or its token is padding.
         count_E: kept rows of each expert.
-        position_GNK: index of each assignment in its expert's queue (0 first), whether it is kept or not; meaningless
-            for padding.
-        may_drop: an assignment may have no row: it was dropped, or its token is padding.
-        may_pad: a row may be unused.
+        position_GNK: index of each assignment in its expert's queue (0 first), kept or not; meaningless for padding.
+        may_drop: `row_A` may hold a -1.
+        may_pad: `assignment_R` may hold a -1.
         shape: (G, N, K).
     """
 
@@ -127,57 +126,48 @@ def plan_dispatch(
 
     Args:
         expert_index_GNK: chosen experts, best first.
-        num_experts: E.
         capacity: rows that an expert takes from each group: a number, a (G,) tensor, or None for no limit.
         priority_GN: for batch-prioritized routing, each token's: the gate of its first choice. None: token order.
         mask_GN: True where the token is real; padding takes no capacity.
         max_capacity: upper bound of `capacity` where that is a tensor; bounds the number of rows.
         chosen_GNK: False for a choice that the router itself dropped; it takes no capacity.
     """
-    G, N, K = expert_index_GNK.shape
-    E, A, device = num_experts, expert_index_GNK.numel(), expert_index_GNK.device
+    (G, N, K), E, device = expert_index_GNK.shape, num_experts, expert_index_GNK.device
+    A = expert_index_GNK.numel()
     order_A, queue_A = _queues(expert_index_GNK, E, priority_GN, mask_GN, chosen_GNK)
-    length_Q = torch.zeros(E * G + 1, dtype=torch.long, device=device).scatter_add_(
-        0, queue_A, torch.ones_like(queue_A)
-    )
-    start_Q = length_Q.cumsum(0) - length_Q
-    served_A = torch.arange(A, device=device) - start_Q[queue_A]
+    length_Q = torch.zeros(E * G + 1, dtype=torch.long, device=device)
+    length_Q = length_Q.scatter_add_(0, queue_A, torch.ones_like(queue_A))
+    served_A = torch.arange(A, device=device) - (length_Q.cumsum(0) - length_Q)[queue_A]
     position_GNK = torch.empty_like(served_A).scatter_(0, order_A, served_A).view(G, N, K)
-
     length_EG = length_Q[: E * G].view(E, G)
     may_drop = capacity is not None or mask_GN is not None or chosen_GNK is not None
+    may_pad = may_drop and (device.type != "cpu" or torch.compiler.is_compiling())
     if not may_drop:
-        row_A = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(A, device=device))
-        return DispatchPlan(order_A, row_A, length_EG.sum(1), position_GNK, False, False, (G, N, K))
+        assignment_R, row_A = order_A, torch.empty_like(order_A).scatter_(0, order_A, torch.arange(A, device=device))
+    else:
+        kept_A = queue_A < E * G
+        if capacity is not None:
+            kept_A = kept_A & (served_A < (capacity[queue_A % G] if isinstance(capacity, Tensor) else capacity))
+            length_EG = length_EG.clamp(max=capacity)
+        bound = max_capacity if isinstance(capacity, Tensor) else capacity
+        max_rows = A if bound is None else min(A, G * E * bound)
+        assignment_R, row_A = _close_gaps(order_A, kept_A, max_rows if may_pad else None)
+    return DispatchPlan(assignment_R, row_A, length_EG.sum(1), position_GNK, may_drop, may_pad, (G, N, K))
 
-    kept_A = queue_A < E * G
-    if isinstance(capacity, Tensor):
-        kept_A = kept_A & (served_A < capacity[queue_A % G])
-        length_EG = length_EG.minimum(capacity)
-    elif capacity is not None:
-        kept_A = kept_A & (served_A < capacity)
-        length_EG = length_EG.clamp(max=capacity)
-    # Close the gaps that the dropped leave. Kept assignments are already sorted by expert, so a running count does.
+
+def _close_gaps(order_A: Tensor, kept_A: Tensor, num_rows: int | None) -> tuple[Tensor, Tensor]:
+    """The assignment of each row, and the row of each assignment or -1. `num_rows`: R; None: ask the device for it."""
+    # Kept assignments are already sorted by expert, so a running count does.
     row_of_kept_A = torch.where(kept_A, kept_A.cumsum(0) - 1, -1)
     row_A = torch.empty_like(row_of_kept_A).scatter_(0, order_A, row_of_kept_A)
-    may_pad = device.type != "cpu" or torch.compiler.is_compiling()
-    if not may_pad:
-        assignment_R = order_A[kept_A]
-    else:
-        # The number of rows must be known without asking the device: the most there can be.
-        bound = max_capacity if isinstance(capacity, Tensor) else capacity
-        R = A if bound is None else min(A, G * E * bound)
-        buffer = torch.full((R + 1,), -1, dtype=torch.long, device=device)
-        assignment_R = buffer.scatter_(0, torch.where(kept_A, row_of_kept_A, R), order_A)[:R]
-    return DispatchPlan(assignment_R, row_A, length_EG.sum(1), position_GNK, True, may_pad, (G, N, K))
+    if num_rows is None:
+        return order_A[kept_A], row_A
+    buffer = torch.full((num_rows + 1,), -1, dtype=torch.long, device=order_A.device)
+    return buffer.scatter_(0, torch.where(kept_A, row_of_kept_A, num_rows), order_A)[:num_rows], row_A
 
 
 def _queues(
-    expert_index_GNK: Tensor,
-    E: int,
-    priority_GN: Tensor | None,
-    mask_GN: Tensor | None,
-    chosen_GNK: Tensor | None,
+    expert_index_GNK: Tensor, E: int, priority_GN: Tensor | None, mask_GN: Tensor | None, chosen_GNK: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The assignments in the order in which they are served, and the queue of each: expert * G + group, or E * G."""
     (G, _, K), device = expert_index_GNK.shape, expert_index_GNK.device
@@ -215,9 +205,8 @@ class _GatherRows(torch.autograd.Function):
     """Rows of `x` by index: (R, D), zero where the index is -1.
 
     `inverse_MK` is the index seen from `x`: its rows in the result. `index_holes`, `inverse_holes`: there may be a -1.
-
-    The plain backward pass of indexing adds rows with atomics on a GPU, so its result depends on their order. Here the
-    inverse index is known: the backward pass gathers too, and each gradient row is a sum in a fixed order.
+    With it the backward pass gathers too, and each gradient row is a sum in a fixed order. That of plain indexing adds
+    rows with atomics on a GPU, in any order.
     """
 
     @staticmethod

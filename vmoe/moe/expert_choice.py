@@ -1,8 +1,7 @@
 """Expert choice: each expert takes its best tokens (Zhou et al., arXiv 2202.09368; the reference's TopItemsPerExpert).
 
-Tokens of different modalities never compete: each expert takes its best patches and, separately, its best text tokens.
-In a contrastive model a shared choice would let an image's features depend on its own caption, which is what the model
-is asked to guess.
+Each expert takes its best patches and, separately, its best text tokens. In a contrastive model a shared choice would
+let an image's features depend on its own caption, which is what the model is asked to guess.
 
 Shapes, by suffix: G groups, N tokens in a group, D width, E experts, M modalities, C capacity, R rows = E*G*M*C.
 """
@@ -28,7 +27,6 @@ class ExpertChoiceAssignment(Assignment):
         filled_R: bool, the row has a token; None: every row has.
         taken_GNE: bool, the expert took the token.
         weights_GNE: the combine weights, zero where it did not.
-        real_GN: bool, the token is real; None: all are.
     """
 
     token_R: Tensor
@@ -36,7 +34,6 @@ class ExpertChoiceAssignment(Assignment):
     filled_R: Tensor | None
     taken_GNE: Tensor
     weights_GNE: Tensor
-    real_GN: Tensor | None
 
     def dispatch(self, x_GND: Tensor) -> Tensor:
         # A row without a token is a copy of another, without a gradient: the experts are as finite for it as for that.
@@ -52,13 +49,6 @@ class ExpertChoiceAssignment(Assignment):
 
     def listed(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.list_all(self.weights_GNE, self.taken_GNE)
-
-    def statistics(self) -> dict[str, Tensor]:
-        number_GN = self.taken_GNE.sum(-1)
-        real_S = number_GN.flatten() if self.real_GN is None else number_GN[self.real_GN]
-        if real_S.numel() == 0:
-            return {}
-        return {"experts_per_token_min": real_S.min(), "experts_per_token_max": real_S.max()}
 
 
 class ExpertChoiceRouter(Gate):
@@ -115,11 +105,9 @@ def choose_tokens(
     first_G111 = torch.arange(0, G * N, N, device=device).view(G, 1, 1, 1)
     by_row = (first_G111 + token_GMCE, weight_GMCE, filled_GMCE)
     token_R, weight_R, filled_R = (each_GMCE.permute(3, 0, 1, 2).flatten() for each_GMCE in by_row)
-    max_count, real_GN = token_R.numel() // E, None
     if members_GMN is None:
         filled_R = None
     else:
-        real_GN = members_GMN.any(1)
-        first_real = real_GN.flatten().int().argmax() if real_GN.numel() else 0
+        first_real = members_GMN.any(1).flatten().int().argmax() if members_GMN.numel() else 0
         weight_R, token_R = torch.where(filled_R, weight_R, 0), torch.where(filled_R, token_R, first_real)
-    return ExpertChoiceAssignment(routing, max_count, token_R, weight_R, filled_R, taken_GNE, weights_GNE, real_GN)
+    return ExpertChoiceAssignment(routing, len(token_R) // E, token_R, weight_R, filled_R, taken_GNE, weights_GNE)

@@ -25,8 +25,6 @@ class Mlp(nn.Module):
     value v, and the hidden activations are act(g) * v. This is the layout of `timm.layers.GluMlp(gate_last=False)`.
 
     Args:
-        in_features: D.
-        hidden_features: F.
         act_layer: makes the activation of a plain MLP.
         kind: "mlp", "swiglu" (SiLU) or "geglu" (GELU).
         linear: makes the layers.
@@ -67,12 +65,9 @@ class Experts(Mlp):
         norm_layer: makes a norm of the hidden activations, given their width; None: no norm.
         backend: what computes them, see `vmoe.moe.backends.select_backend`.
         **kwargs: those of `Mlp`.
-
-    Attributes:
-        exchange: where the experts are sharded over processes: brings each row to the process of its expert and back
-            (`vmoe.distributed.expert_parallel.ExpertExchange`); else None.
     """
 
+    # Where the experts are sharded over processes: an `ExpertExchange`, which brings each row to its expert and back.
     exchange: Callable[[RunExperts, Tensor, Tensor, int | None], Tensor] | None = None
 
     def __init__(
@@ -93,19 +88,16 @@ class Experts(Mlp):
             self.norm = GroupedLayerNorm(num_experts, norm_layer(hidden_features), **factory)
 
     def forward(self, x_RD: Tensor, count_E: Tensor, max_count: int | None = None) -> Tensor:
-        """Rows through their experts: (R, D) -> (R, O).
+        """Rows sorted by expert, (R, D) -> (R, O); rows beyond the sum of `count_E` are unused.
 
-        Args:
-            x_RD: rows sorted by expert.
-            count_E: rows of each expert; rows beyond their sum are unused.
-            max_count: the most rows that an expert can have; None: unknown, in all processes.
+        `max_count`: the most rows that an expert can have; None: unknown, in all processes.
         """
         if self.exchange is not None:
             return self.exchange(self.run, x_RD, count_E, max_count)
         return self.run(x_RD, count_E)
 
     def run(self, x_RD: Tensor, count_E: Tensor) -> Tensor:
-        """The experts that this process holds: (R, D) rows sorted by expert, (E,) rows of each -> (R, O)."""
+        """The experts that this process holds."""
         return select_backend(self, x_RD)(self, x_RD, count_E)
 
     def extra_repr(self) -> str:

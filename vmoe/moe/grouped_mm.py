@@ -14,17 +14,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 
 def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, count_E: Tensor) -> Tensor:
-    """y[r] = W[e] x[r] + b[e], where e is the expert of row r.
+    """(R, O): y[r] = W[e] x[r] + b[e], where e is the expert of row r. Rows beyond the sum of `count_E` are unused.
 
-    Args:
-        x_RI: rows sorted by expert.
-        weight_EOI: a matrix for each expert, laid out as `nn.Linear.weight`.
-        bias_EO: a bias for each expert, or None.
-        count_E: int64, rows of each expert. Rows beyond their sum are unused.
-
-    Returns:
-        (R, O); unused rows are copies of the first, so whatever follows is as finite for them as for the others (zero
-        where all are unused). Differentiable, any number of times; what unused rows hold reaches no gradient.
+    Unused rows of the result are copies of the first, so whatever follows is as finite for them as for the others (zero
+    where all are unused). Differentiable, any number of times; what unused rows hold reaches no gradient.
     """
     end_E = count_E.cumsum(0)
     on_cpu = x_RI.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -27,21 +27,19 @@ CAPACITY = ("capacity", "capacity_factor", "eval_capacity_factor", "capacity_rou
 CHANGEABLE = (*CAPACITY, "batch_priority", "group_size", "auxiliary_loss")
 
 
-class _Factor:
+def _changeable_number(name: str) -> property:
     """A number on a layer that may be changed at any time, also after `torch.compile`.
 
     Kept as text: the compiler would make a symbol of a float that changes, and it cannot compute a capacity from that.
     """
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = f"_{name}"
+    def get(layer: nn.Module) -> float | None:
+        return None if vars(layer)[name] is None else float(vars(layer)[name])
 
-    def __get__(self, layer: nn.Module, owner: type) -> float | None:
-        text = getattr(layer, self.name)
-        return None if text is None else float(text)
+    def set(layer: nn.Module, value: float | None) -> None:
+        vars(layer)[name] = None if value is None else repr(float(value))
 
-    def __set__(self, layer: nn.Module, value: float | None) -> None:
-        setattr(layer, self.name, None if value is None else repr(float(value)))
+    return property(get, set)
 
 
 class SparseMoE(nn.Module):
@@ -58,7 +56,8 @@ class SparseMoE(nn.Module):
     Raises ValueError for a setting out of range, TypeError for one that does not exist.
     """
 
-    capacity_factor, eval_capacity_factor = _Factor(), _Factor()
+    capacity_factor = _changeable_number("_capacity_factor")
+    eval_capacity_factor = _changeable_number("_eval_capacity_factor")
 
     def __init__(
         self,
@@ -116,10 +115,8 @@ class SparseMoE(nn.Module):
             mask_BT: True where the token is real. Padding takes no capacity, counts in no loss, and comes out as zero.
             modality_BT: index of each token's modality; None: all of the first.
 
-        Returns:
-            (..., O), zero for a token that every chosen expert dropped (with shared experts, what they give).
-
-        Raises ValueError if the tokens have another width, or mask or modality do not fit them.
+        Returns (..., O), zero for a token that every chosen expert dropped (with shared experts, what they give).
+        ValueError: the tokens have another width, or mask or modality do not fit them.
         """
         x_GND, groups = self._group(x_BTD, mask_BT, modality_BT)
         assignment = self.router(x_GND, groups, self._capacity(), self.batch_priority)
@@ -177,7 +174,6 @@ class SparseMoE(nn.Module):
             loss_function=self.losses,
             learns=self.training and any(parameter.requires_grad for parameter in self.router.parameters()),
             attached=attached,
-            assignment=assignment,
             router=self.router_type,
             backend=backend_name(self.experts, y_GND),
         )

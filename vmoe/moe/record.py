@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vmoe.moe.groups import TokenGroups
 from vmoe.moe.losses import AuxiliaryLosses, entropy_of
-from vmoe.moe.router import Assignment, Routing, is_recomputation
+from vmoe.moe.router import Routing, is_recomputation
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,6 @@ class LayerRouting:
         loss_function: the layer's weighted losses.
         learns: the layer is in training and its gate is not frozen.
         attached: the layer adds the gradients of its losses itself (`auxiliary_loss="attach"`).
-        assignment: what the router returned, for the metrics of its kind.
         router: "top_k", "expert_choice" or "soft".
         backend: what computed the experts: "reference" or "triton".
     """
@@ -56,7 +55,6 @@ class LayerRouting:
     loss_function: AuxiliaryLosses
     learns: bool
     attached: bool
-    assignment: Assignment
     router: str
     backend: str
 
@@ -117,19 +115,17 @@ class LayerRouting:
 
         The statistics are "share_dropped" (of the assignments; where experts choose, of the tokens that none took),
         "load_max_over_mean" (1 is perfect balance), "experts_without_tokens" and "gate_entropy" (nats); with several
-        modalities each also as "image/share_dropped" and so on. Expert choice adds "experts_per_token_min" and "_max",
-        soft routing the means of its weights' extremes.
+        modalities each also as "image/share_dropped" and so on.
         """
         return {**statistics_of(self.counts), **self.means}
 
     @property
     @torch.no_grad()
     def counts(self) -> dict[str, Tensor]:
-        """Sums over tokens from which `statistics_of` makes statistics, also those of several calls, added up.
+        """Sums over tokens, from which `statistics_of` makes statistics, also those of several calls, added up.
 
-        Over all tokens, and by modality where there are several ("text/load"): "load" (E,) kept rows of each expert,
-        "assignments" requested, how many of these were "kept" (where experts choose: tokens, and those that some expert
-        took), "tokens", and their summed "gate_entropy".
+        By modality too, where there are several ("text/load"): "load" (E,), "assignments" requested, how many of these
+        were "kept" (where experts choose: tokens, and those that some expert took), "tokens" and "gate_entropy".
         """
         masks = {"": self.mask}
         if self.modality is not None:
@@ -138,9 +134,9 @@ class LayerRouting:
 
     @property
     def means(self) -> dict[str, Tensor]:
-        """The rest of the metrics, without gradient: the losses, and those of this kind of router."""
+        """The rest of the metrics: the losses, without gradient."""
         losses = {**self.losses, "auxiliary_loss": self.auxiliary_loss}
-        return {**self.assignment.statistics(), **{name: loss.detach() for name, loss in losses.items()}}
+        return {name: loss.detach() for name, loss in losses.items()}
 
     def _load(self, own_GN: Tensor) -> Tensor:
         kept_GNK = self.kept & own_GN[..., None]
@@ -198,9 +194,8 @@ class RoutingRecord:
     def auxiliary_loss(self) -> Tensor:
         """Weighted auxiliary losses, summed over all calls of the layers; a differentiable scalar, zero without layers.
 
-        Layers with `auxiliary_loss="attach"` count without a gradient, since they add it themselves. RuntimeError: a
-        gradient is expected and cannot be had, because no sparse layer of the model ran inside the block, or one whose
-        gate learns ran without gradients.
+        Layers with `auxiliary_loss="attach"` count without a gradient, since they add it themselves. RuntimeError: no
+        sparse layer of the model ran inside the block, or one whose gate learns ran without gradients.
         """
         expected = torch.is_grad_enabled()
         if not self.calls:
@@ -247,8 +242,8 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
             loss = criterion(model(images), labels) + record.auxiliary_loss()
         record.layers["blocks.1.mlp"].load
 
-    The model may be wrapped by `torch.compile` or DDP; layer names are those of the inner module. The record stays
-    readable after the block, and holds the graph of the losses until it is dropped.
+    The model may be wrapped by `torch.compile` or DDP; layer names are those of the inner module. The record holds the
+    graph of the losses until it is dropped.
     """
     record = RoutingRecord(model)
     _ACTIVE.append(record)
@@ -273,11 +268,10 @@ _ATTACHED_SCALE = torch.ones(())
 
 
 def set_auxiliary_loss_scale(scale: float) -> None:
-    """Scale of the gradients that layers with `auxiliary_loss="attach"` add, from now on; 1 at the start.
+    """Scale of the gradients that layers with `auxiliary_loss="attach"` add, from the next forward pass on; 1 at first.
 
-    Set it, before the forward pass, to whatever the training loop will multiply its own loss with: 1 / accumulation
-    steps if it divides, times `scaler.get_scale()` under a gradient scaler. A loop that calls `loss.backward()` on the
-    plain loss, once or several times before a step, needs no call. ValueError: `scale` is not a finite number.
+    It is whatever the training loop multiplies its own loss with: 1 / accumulation steps if it divides, times
+    `scaler.get_scale()` under a gradient scaler. ValueError: `scale` is not a finite number.
     """
     if not math.isfinite(scale):
         raise ValueError(f"the auxiliary loss scale must be finite, got {scale}")

@@ -95,10 +95,6 @@ class Assignment(ABC):
         # Without a gradient: under activation checkpointing a layer must save the same, recorded or not.
         return index_GNE, weights_GNE.detach().gather(-1, index_GNE), kept_GNE.gather(-1, index_GNE)
 
-    def statistics(self) -> dict[str, Tensor]:
-        """{name: scalar} further metrics of this kind of router, computed when they are read."""
-        return {}
-
 
 @dataclass(frozen=True)
 class TopKAssignment(Assignment):

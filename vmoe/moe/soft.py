@@ -26,7 +26,7 @@ class SoftAssignment(Assignment):
     """Weights between tokens and slots.
 
     Attributes:
-        routing: for losses and records: its gates are the combine weights summed over an expert's slots.
+        routing: for losses and records; its gates are the combine weights summed over an expert's slots.
         dispatch_GMNS: share of each token in each slot's input: sums to 1 over the tokens of its modality.
         combine_GNS: share of each slot's output in each token's: sums to 1 over the slots.
         members_GMN: True for the real tokens of each modality; None: all tokens, one modality.
@@ -59,24 +59,6 @@ class SoftAssignment(Assignment):
         if self.members_GMN is not None:
             kept_GNE = kept_GNE & self.members_GMN.any(1)[..., None]
         return self.list_all(gates_GNE, kept_GNE)
-
-    def statistics(self) -> dict[str, Tensor]:
-        """How sharp the weights are: means over tokens (combine) and slots (dispatch) of their extremes."""
-        combine_GNS, dispatch_GMNS = self.combine_GNS.detach(), self.dispatch_GMNS.detach()
-        largest_GMS, smallest_GMS = dispatch_GMNS.amax(2), dispatch_GMNS.amin(2)
-        if self.members_GMN is not None:
-            combine_GNS = combine_GNS[self.members_GMN.any(1)]
-            used_GM = self.members_GMN.any(-1)
-            least_GMNS = dispatch_GMNS.masked_fill(~self.members_GMN[..., None], 1.0)
-            largest_GMS, smallest_GMS = largest_GMS[used_GM], least_GMNS.amin(2)[used_GM]
-        if combine_GNS.numel() == 0:  # no tokens
-            return {}
-        return {
-            "combine_weights_max_mean": combine_GNS.amax(-1).mean(),
-            "combine_weights_min_mean": combine_GNS.amin(-1).mean(),
-            "dispatch_weights_max_mean": largest_GMS.mean(),
-            "dispatch_weights_min_mean": smallest_GMS.mean(),
-        }
 
 
 class SoftRouter(nn.Module):
