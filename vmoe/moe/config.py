@@ -29,7 +29,7 @@ class RoutingSettings:
         capacity_factor: C, rows per expert in training over those of an even distribution. None or infinity (which
             timm.create_model passes on): nothing is dropped (top_k only).
         eval_capacity_factor: the same in `eval()`. None: nothing is dropped, so that an output never depends on the
-            rest of the batch; for expert_choice: as in training.
+            rest of the batch (expert_choice: as in training).
         capacity: rows per expert and group, instead of both factors.
         capacity_rounding: "ceil" or "round", of the capacity that a factor gives.
         capacity_multiple_of: a capacity that a factor gives is raised to a multiple of this.
@@ -195,63 +195,38 @@ _ROUTER_DEFAULTS = {
 }
 
 
-def _top_k(**settings) -> dict:
+def _top_k(num_selected_experts: int, **settings) -> dict:
     """A top-K layer without noise, losses, priority and limit, but for what the preset adds to it."""
     plain = {"router": "top_k", "noise_std": 0.0, "batch_priority": False, "capacity_factor": None}
-    return {**_NO_LOSSES, **plain, **settings}
+    return {**_NO_LOSSES, **plain, "num_selected_experts": num_selected_experts, **settings}
 
 
+# V-MoE's and LIMoE's.
+_BALANCE = {"noise_std": 1.0, "capacity_factor": 1.05, "importance_loss": 0.005, "load_loss": 0.005}
+# GShard's capacity is 2 S / E for two choices, our factor counts both. The loss's weight is GLaM's; it gives none.
+_GSHARD = _top_k(2, normalize_weights=True, random_threshold=0.5, capacity_factor=1.0, gshard_loss=0.01)
 # Numbers that a paper does not give are marked; docs/routers.md has the formulas.
 PRESETS: dict[str, dict] = {
-    "vmoe": _top_k(num_selected_experts=2, noise_std=1.0, capacity_factor=1.05, importance_loss=0.005, load_loss=0.005),
+    "vmoe": _top_k(2, **_BALANCE),
     # The losses of Switch and GShard are the same formula.
-    "switch": _top_k(num_selected_experts=1, input_jitter=0.01, capacity_factor=1.25, gshard_loss=0.01),
-    # GShard's capacity is 2 S / E for two choices, our factor counts both. The loss's weight is GLaM's; it gives none.
-    "gshard": _top_k(
-        num_selected_experts=2, normalize_weights=True, random_threshold=0.5, capacity_factor=1.0, gshard_loss=0.01
-    ),
-    "noisy_topk": _top_k(
-        num_selected_experts=4, learned_noise=True, normalize_weights=True, importance_loss=0.1, load_loss=0.1
-    ),
+    "switch": _top_k(1, input_jitter=0.01, capacity_factor=1.25, gshard_loss=0.01),
+    "gshard": _GSHARD,
+    "glam": _GSHARD,
+    "noisy_topk": _top_k(4, learned_noise=True, normalize_weights=True, importance_loss=0.1, load_loss=0.1),
     # The loss is ours: the paper (arXiv 2401.04088) does not describe its training.
-    "mixtral": _top_k(num_selected_experts=2, normalize_weights=True, expert_mlp="swiglu", gshard_loss=0.01),
+    "mixtral": _top_k(2, normalize_weights=True, expert_mlp="swiglu", gshard_loss=0.01),
     # The loss is that of its released config.
-    "dbrx": _top_k(
-        num_experts=16, num_selected_experts=4, normalize_weights=True, expert_mlp="swiglu", gshard_loss=0.05
-    ),
+    "dbrx": _top_k(4, num_experts=16, normalize_weights=True, expert_mlp="swiglu", gshard_loss=0.05),
     # Two choices are ours: the paper has 8 of 256.
     "deepseek": _top_k(
-        num_selected_experts=2,
-        gate="sigmoid",
-        normalize_weights=True,
-        num_shared_experts=1,
-        bias_update_rate=0.001,
-        expert_mlp="swiglu",
+        2, gate="sigmoid", normalize_weights=True, num_shared_experts=1, bias_update_rate=0.001, expert_mlp="swiglu"
     ),
-    # The paper (arXiv 2202.08906) counts the capacity 1.25 per token, not per choice.
-    "st_moe": _top_k(
-        num_selected_experts=2,
-        normalize_weights=True,
-        random_threshold=0.2,
-        capacity_factor=0.625,
-        gshard_loss=0.01,
-        z_loss=0.001,
-        expert_mlp="geglu",
-    ),
-    "limoe": _top_k(
-        num_selected_experts=1,
-        noise_std=1.0,
-        batch_priority=True,
-        capacity_factor=1.05,
-        importance_loss=0.005,
-        load_loss=0.005,
-        z_loss=0.001,
-        global_entropy_loss=0.01,
-    ),
+    # ST-MoE (arXiv 2202.08906) is GShard with other numbers. It counts the capacity 1.25 per token, not per choice.
+    "st_moe": {**_GSHARD, "random_threshold": 0.2, "capacity_factor": 0.625, "z_loss": 0.001, "expert_mlp": "geglu"},
+    "limoe": _top_k(1, **_BALANCE, batch_priority=True, z_loss=0.001, global_entropy_loss=0.01),
     "expert_choice": {**_CHOOSES_TOKENS, "router": "expert_choice", "capacity_factor": 2.0, "noise_std": 0.0},
     "soft": {**_ROUTER_DEFAULTS["soft"], "router": "soft"},
 }
-PRESETS["glam"] = dict(PRESETS["gshard"])
 
 
 def preset_settings(given: Mapping) -> dict:
@@ -267,12 +242,7 @@ def preset_settings(given: Mapping) -> dict:
 def with_preset(defaults: Mapping, given: Mapping) -> dict:
     """Settings from a model's defaults, its router's needs, the preset, and what the user gave; later ones win.
 
-    Args:
-        defaults: of the model.
-        given: by the user; `given["router_preset"]`, if any, names the preset.
-
-    Raises:
-        ValueError: for an unknown preset or router.
+    `given["router_preset"]`, if any, names the preset. ValueError for an unknown preset or router.
     """
     preset = preset_settings(given)
     router = {**defaults, **preset, **given}.get("router", "top_k")

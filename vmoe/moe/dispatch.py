@@ -1,10 +1,7 @@
-"""Which token goes to which expert, in what order, and which are dropped: pure tensor functions.
+"""Which token goes to which expert, in what order, and which are dropped: one stable sort of the assignments.
 
 Shapes, by suffix: G groups, N tokens in a group, E experts, K choices per token, A = G*N*K assignments (a token and one
 of its choices), R rows handed to the experts, M any number of rows, D width.
-
-Everything rests on one stable sort of the assignments by expert, choice and priority; no tensor of the size
-tokens x experts x capacity is ever made.
 """
 
 import math
@@ -26,13 +23,10 @@ def expert_capacity(
 ) -> int | Tensor:
     """Rows that each expert takes from one group: S·K·C/E, raised to a multiple (V-MoE, arXiv 2106.05974, eq. 4).
 
-    Args:
-        num_tokens: S, tokens in the group, or a tensor of such numbers; an empty group has a capacity of 0.
-        capacity_factor: C; 1.0 is just enough if the tokens are distributed evenly.
-        rounding: "ceil" or "round", before it is raised to the multiple.
+    `num_tokens`: S, tokens in the group, or a tensor of such numbers. `capacity_factor`: C; 1.0 is just enough if the
+    tokens are distributed evenly. `rounding`: "ceil" or "round", before it is raised to the multiple.
 
-    Raises:
-        ValueError: `capacity_factor` is not positive or rounds to a capacity of 0, or `rounding` is unknown.
+    ValueError: `capacity_factor` is not positive or rounds to a capacity of 0, or `rounding` is unknown.
     """
     if not capacity_factor > 0:
         raise ValueError(f"capacity_factor must be > 0 (or None for no limit), got {capacity_factor}")
@@ -65,8 +59,7 @@ class Capacity(NamedTuple):
     ) -> tuple[int | Tensor | None, int | None]:
         """(a number, or one per group of the mask (its leading axes); the most it can be). None: no limit.
 
-        Padding adds no capacity: otherwise the length of other captions in the batch would change what is kept of this
-        one.
+        Padding adds no capacity: else the length of other captions in the batch would change what is kept of this one.
         """
         if self.fixed is not None or self.factor is None:
             return self.fixed, self.fixed
@@ -250,10 +243,7 @@ def dispatch(x_GND: Tensor, plan: DispatchPlan) -> Tensor:
 
 
 def combine(y_RD: Tensor, combine_weights_GNK: Tensor, plan: DispatchPlan) -> Tensor:
-    """The experts' rows brought back to their tokens: y_n = sum_k w_nk · expert_k(x_n), zero where nothing was kept.
-
-    Returns (G, N, D) in the rows' dtype.
-    """
+    """The rows brought back to their tokens, in their type: y_n = sum_k w_nk · expert_k(x_n), (G, N, D)."""
     G, N, K = plan.shape
     y_AD = gather_rows(y_RD, plan.row_A, plan.assignment_R[:, None], plan.may_drop, plan.may_pad)
     y_GNKD = y_AD.view(G, N, K, y_RD.shape[1]) * combine_weights_GNK.to(y_RD.dtype)[..., None]

@@ -77,13 +77,10 @@ def choose_tokens(
     members_GMN: Tensor | None = None,
     normalize_weights: bool = False,
 ) -> ExpertChoiceAssignment:
-    """Each expert takes the `capacity` tokens with its largest gates; equal gates: the earlier token first.
+    """Each expert takes the tokens with its largest gates (the noisy ones); equal gates: the earlier token first.
 
-    Args:
-        routing: the choice is made from its noisy gates; the combine weights are their entries.
-        capacity: tokens per expert, group and modality: a number, or (G, M), at most `max_capacity`.
-        members_GMN: True for the real tokens of each modality; None: all tokens, one modality.
-        normalize_weights: the weights of a token sum to one.
+    `capacity`: tokens per expert, group and modality: a number, or (G, M), at most `max_capacity`. `members_GMN`: True
+    for the real tokens of each modality; None: all tokens, one modality.
     """
     gates_GNE = routing.noisy_gates_GNE
     (G, N, E), device = gates_GNE.shape, gates_GNE.device

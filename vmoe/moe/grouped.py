@@ -12,11 +12,10 @@ from vmoe.moe.grouped_mm import expert_of_rows, grouped_linear
 
 
 def local_experts(parameter: Tensor | None) -> Tensor | None:
-    """The rows of a stacked parameter that belong to this process: all of them, unless the experts are sharded.
+    """The rows of a stacked parameter that belong to this process: all of them, unless it is a DTensor.
 
-    Where they are (`vmoe.distributed`), the parameter is a DTensor sharded by expert over P processes. Rows of all of
-    these pass through an expert, so its gradient is the sum of theirs; divided by P it is their mean, as with all other
-    parameters.
+    Rows of all P processes pass through an expert, so its gradient is the sum of theirs; divided by P it is their mean,
+    as with all other parameters.
     """
     if not isinstance(parameter, DTensor):
         return parameter

@@ -1,8 +1,8 @@
 """Linear layers of rows that are sorted by expert, each row with the matrix and bias of its expert.
 
-`torch.nn.functional.grouped_mm` multiplies so, but on meta and compiled tensors only in bfloat16 (up to PyTorch 2.13;
-since 2.14 float16 too, on some GPUs). All other types, and a CPU, have operators of their own here: a loop over the
-experts that compilers, FLOP counters and the meta device see as one operation.
+`torch.nn.functional.grouped_mm` takes meta and compiled tensors only in bfloat16 (since PyTorch 2.14 also in float16,
+on some GPUs). All other types, and a CPU, have operators here: a loop over the experts that compilers, FLOP counters
+and the meta device see as one operation.
 
 Shapes, by suffix: R rows sorted by expert, E experts, I and O widths.
 """
@@ -68,8 +68,7 @@ def _rows_by_matrices(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, 
 @torch.library.custom_op("vmoe::rows_by_rows", mutates_args=())
 def _rows_by_rows(a_RO: Tensor, b_RI: Tensor, end_E: Tensor, sums: bool) -> tuple[Tensor, Tensor]:
     """Over the rows r of expert e: W[e] = the sum of a[r] b[r]ᵀ, and s[e] = that of a[r]; (0, O) without `sums`."""
-    E, O = end_E.shape[0], a_RO.shape[1]
-    weight_EOI, sum_EO = a_RO.new_empty(E, O, b_RI.shape[1]), a_RO.new_empty(E if sums else 0, O)
+    weight_EOI, sum_EO = _empty_sums(a_RO, b_RI, end_E, sums)
     start = 0
     for e, end in enumerate(end_E.tolist()):
         torch.mm(a_RO[start:end].t(), b_RI[start:end], out=weight_EOI[e])
@@ -79,15 +78,17 @@ def _rows_by_rows(a_RO: Tensor, b_RI: Tensor, end_E: Tensor, sums: bool) -> tupl
     return weight_EOI, sum_EO
 
 
+def _empty_sums(a_RO: Tensor, b_RI: Tensor, end_E: Tensor, sums: bool) -> tuple[Tensor, Tensor]:
+    E, O = end_E.shape[0], a_RO.shape[1]
+    return a_RO.new_empty(E, O, b_RI.shape[1]), a_RO.new_empty(E if sums else 0, O)
+
+
+_rows_by_rows.register_fake(_empty_sums)
+
+
 @_rows_by_matrices.register_fake
 def _(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, end_E: Tensor) -> Tensor:
     return x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
-
-
-@_rows_by_rows.register_fake
-def _(a_RO: Tensor, b_RI: Tensor, end_E: Tensor, sums: bool) -> tuple[Tensor, Tensor]:
-    E, O = end_E.shape[0], a_RO.shape[1]
-    return a_RO.new_empty(E, O, b_RI.shape[1]), a_RO.new_empty(E if sums else 0, O)
 
 
 # Autograd functions on top, not `register_autograd`, which torch.func cannot differentiate. The gradients are made of

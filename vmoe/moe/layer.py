@@ -46,7 +46,7 @@ class SparseMoE(nn.Module):
     """A sparse mixture of MLPs, a drop-in for `timm.layers.Mlp`, whose arguments come first.
 
     Args:
-        hidden_features: hidden width of each expert, by default D; the setting `expert_width` wins.
+        hidden_features: of each expert, by default D; the setting `expert_width` wins.
         norm_layer: makes a norm of each expert's hidden activations; None: no norm.
         router_preset: a router that a paper uses, by name (`vmoe.moe.config.PRESETS`); settings given beside it win.
         num_tokens: length of the model's sequences; for router="soft" without `num_slots` or `group_size`.
@@ -95,12 +95,10 @@ class SparseMoE(nn.Module):
         drop = drop if config.expert_drop is None else config.expert_drop
         mlp = {"out_features": out_features, "act_layer": act_layer, "bias": bias, "drop": drop, **factory}
         mlp["kind"] = config.expert_mlp
-        self.experts = Experts(
-            self.num_experts, in_features, hidden_features, norm_layer=norm_layer, backend=config.backend, **mlp
-        )
-        self.shared = None
-        if config.num_shared_experts:
-            self.shared = Mlp(in_features, config.num_shared_experts * hidden_features, **mlp)
+        own = {"norm_layer": norm_layer, "backend": config.backend}
+        self.experts = Experts(self.num_experts, in_features, hidden_features, **own, **mlp)
+        shared_features = config.num_shared_experts * hidden_features
+        self.shared = Mlp(in_features, shared_features, **mlp) if shared_features else None
 
     @property
     def settings(self) -> RoutingSettings:
@@ -130,8 +128,7 @@ class SparseMoE(nn.Module):
         return groups.ungroup(self._report(y_GND, assignment, groups))
 
     def _group(self, x_BTD: Tensor, mask_BT: Tensor | None, modality_BT: Tensor | None) -> tuple[Tensor, TokenGroups]:
-        """The tokens in groups of `group_size`; without one all are one group, or where tokens are chosen each sequence
-        is, so that an image's result never depends on the rest of the batch."""
+        """Groups of `group_size`; without one all tokens are one group, or where tokens are chosen each sequence is."""
         if torch.jit.is_tracing():
             raise RuntimeError(
                 "torch.jit.trace would fix the routing of its example for all inputs: use torch.export or torch.compile"
@@ -156,27 +153,25 @@ class SparseMoE(nn.Module):
             losses = self.losses.compute(assignment.routing, groups)
             y_GND = attach_loss(y_GND, losses["auxiliary_loss"])
         for record in active_records(self):
-            record.add(self, self._routing_of(y_GND, assignment, groups, attached))
+            index_GNK, weights_GNK, kept_GNK = assignment.listed()
+            *batch, length = groups.leading or (1,)
+            routing = LayerRouting(
+                routing=assignment.routing,
+                expert_index=index_GNK,
+                combine_weights=weights_GNK,
+                kept=kept_GNK,
+                mask=torch.ones_like(kept_GNK[..., 0]) if groups.mask_GN is None else groups.mask_GN,
+                modality=groups.modality_GN,
+                batch_shape=(math.prod(batch), length),
+                groups=groups,
+                loss_function=self.losses,
+                learns=self.training and any(parameter.requires_grad for parameter in self.router.parameters()),
+                attached=attached,
+                router=self.router_type,
+                backend=backend_name(self.experts, y_GND),
+            )
+            record.add(self, routing)
         return y_GND
-
-    def _routing_of(self, y_GND: Tensor, assignment: Assignment, groups: TokenGroups, attached: bool) -> LayerRouting:
-        index_GNK, weights_GNK, kept_GNK = assignment.listed()
-        *batch, length = groups.leading or (1,)
-        return LayerRouting(
-            routing=assignment.routing,
-            expert_index=index_GNK,
-            combine_weights=weights_GNK,
-            kept=kept_GNK,
-            mask=torch.ones_like(kept_GNK[..., 0]) if groups.mask_GN is None else groups.mask_GN,
-            modality=groups.modality_GN,
-            batch_shape=(math.prod(batch), length),
-            groups=groups,
-            loss_function=self.losses,
-            learns=self.training and any(parameter.requires_grad for parameter in self.router.parameters()),
-            attached=attached,
-            router=self.router_type,
-            backend=backend_name(self.experts, y_GND),
-        )
 
 
 def _with_slots(config: RoutingSettings, num_tokens: int | None) -> RoutingSettings:

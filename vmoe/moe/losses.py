@@ -1,9 +1,8 @@
 """Auxiliary losses of routing: pure functions of the gates, and their weighted sum.
 
-Each function takes (G, N, E) tensors and an optional mask (G, N), True where a token counts (for the entropy losses the
-tokens of one modality). It is computed for each group by itself; the result is the mean over the groups that have a
-token at all: a scalar, zero if none has. With `over_batch` it is computed once for the tokens of all groups, in
-training those of all processes. Variances are those of a population.
+Each takes (G, N, E) tensors and an optional mask (G, N), True where a token counts. It is computed for each group; the
+result is the mean over the groups that have a token: a scalar, zero if none has. With `over_batch` it is computed once
+for the tokens of all groups, in training those of all processes. Variances are those of a population.
 
 Shapes, by suffix: G groups, N tokens in a group, E experts.
 """
@@ -11,7 +10,6 @@ Shapes, by suffix: G groups, N tokens in a group, E experts.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -39,13 +37,11 @@ def load_loss(
     mask_GN: Tensor | None = None,
     over_batch: bool = False,
 ) -> Tensor:
-    """Squared coefficient of variation of the experts' expected load.
+    """Squared coefficient of variation of the experts' expected load (V-MoE, A.2; Shazeer et al., eq. 8 to 11).
 
     The load is the probability that a token would choose the expert if the noise, of standard deviation `noise_std`
     (a (G, N, E) tensor where it is learned), were drawn again: the chance to get above the K-th largest noisy logit.
     With learned noise it is Shazeer's: the K-th largest of the *other* experts.
-
-    Source: V-MoE (arXiv 2106.05974), appendix A.2; Shazeer et al. (arXiv 1701.06538), eq. 8 to 11.
     """
     K = num_selected_experts
     learned = isinstance(noise_std, Tensor)
@@ -79,19 +75,13 @@ def gshard_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None, over_batch: bo
 
 
 def z_loss(logits_GNE: Tensor, mask_GN: Tensor | None = None, over_batch: bool = False) -> Tensor:
-    """Mean squared log-partition of the logits: keeps them small, so that they stay exact.
-
-    Source: ST-MoE (arXiv 2202.08906), eq. 5.
-    """
+    """Mean squared log-partition of the logits: keeps them small, so that they stay exact (ST-MoE, eq. 5)."""
     squared_GN1 = torch.logsumexp(logits_GNE, dim=-1, keepdim=True).square()
     return _by_group(lambda mean_G1: mean_G1[:, 0], squared_GN1, mask_GN, over_batch)
 
 
 def local_entropy_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None, over_batch: bool = False) -> Tensor:
-    """Mean entropy of the tokens' gates, in nats: low when each token is sure of its expert.
-
-    Source: LIMoE (arXiv 2206.02770), section 2.2.
-    """
+    """Mean entropy of the tokens' gates, in nats: low when each token is sure of its expert (LIMoE, section 2.2)."""
     return _by_group(lambda mean_G1: mean_G1[:, 0], entropy_of(gates_GNE)[..., None], mask_GN, over_batch)
 
 
@@ -133,43 +123,40 @@ class AuxiliaryLosses:
         """The losses that the settings ask for. ValueError: a setting names a modality that there is not."""
         weights = {name: getattr(settings, name) for name in ("importance_loss", "load_loss", "gshard_loss", "z_loss")}
         for loss in ("local_entropy_loss", "global_entropy_loss"):
-            for modality, weight in _per_modality(settings, loss, modalities, 0.0).items():
-                weights[_own_name(loss, modality, modalities)] = weight
+            own = _per_modality(settings, loss, modalities, 0.0)
+            weights |= {f"{prefix}{loss}": own[name] for name, prefix in _prefixes(modalities).items()}
         min_experts = _per_modality(settings, "global_entropy_min_experts", modalities, None)
         return cls(weights, min_experts, settings.auxiliary_loss_scope == "batch")
 
     def compute(self, routing: Routing, groups: TokenGroups, weighted: bool = True) -> dict[str, Tensor]:
         """{name: unweighted loss} of those with a weight and their weighted sum, "auxiliary_loss"; or of the others,
         without a gradient."""
-        r, over = routing, (groups.mask_GN, self.over_batch)
-        losses = {
-            "importance_loss": lambda: importance_loss(r.importance_GNE, *over),
-            "gshard_loss": lambda: gshard_loss(r.noisy_gates_GNE, *over),
-            "z_loss": lambda: z_loss(r.logits_GNE, *over),
+        r, over_batch, every = routing, self.over_batch, (groups.mask_GN, self.over_batch)
+        calls = {
+            "importance_loss": (importance_loss, r.importance_GNE, *every),
+            "gshard_loss": (gshard_loss, r.noisy_gates_GNE, *every),
+            "z_loss": (z_loss, r.logits_GNE, *every),
         }
-        if (
-            r.noise_std is not None and r.per_token
-        ):  # without noise the load has no gradient, and the reference no such loss
-            logits, K = (r.logits_GNE, r.noisy_logits_GNE), r.expert_index_GNK.shape[-1]
-            losses["load_loss"] = lambda: load_loss(*logits, r.noise_std, K, *over)
+        # Without noise the load has no gradient, and the reference no such loss.
+        if r.noise_std is not None and r.per_token:
+            K = r.expert_index_GNK.shape[-1]
+            calls["load_loss"] = (load_loss, r.logits_GNE, r.noisy_logits_GNE, r.noise_std, K, *every)
+        prefixes = _prefixes(groups.modalities)
         for name, own_GN in groups.members.items():
-            of_gates, least = (r.gates_GNE, own_GN), self.min_experts[name]
-            local, overall = (
-                _own_name(f"{kind}_entropy_loss", name, groups.modalities) for kind in ("local", "global")
-            )
-            losses[local] = partial(local_entropy_loss, *of_gates, self.over_batch)
-            losses[overall] = partial(global_entropy_loss, *of_gates, least, self.over_batch)
+            local, overall = (f"{prefixes[name]}{kind}_entropy_loss" for kind in ("local", "global"))
+            calls[local] = (local_entropy_loss, r.gates_GNE, own_GN, over_batch)
+            calls[overall] = (global_entropy_loss, r.gates_GNE, own_GN, self.min_experts[name], over_batch)
         with torch.set_grad_enabled(torch.is_grad_enabled() and weighted):
-            found = {name: loss() for name, loss in losses.items() if (self.weights[name] > 0) == weighted}
+            found = {name: loss(*of) for name, (loss, *of) in calls.items() if (self.weights[name] > 0) == weighted}
             if weighted:
                 terms = [self.weights[name] * loss for name, loss in found.items()]
                 found["auxiliary_loss"] = torch.stack(terms).sum() if terms else r.gates_GNE.new_zeros(())
         return found
 
 
-def _own_name(loss: str, modality: str, modalities: tuple[str, ...]) -> str:
-    """The loss's own name where there is a single modality."""
-    return f"{modality}/{loss}" if len(modalities) > 1 else loss
+def _prefixes(modalities: tuple[str, ...]) -> dict[str, str]:
+    """{modality: what is before the names of its losses}, nothing where there is a single one."""
+    return {name: f"{name}/" if len(modalities) > 1 else "" for name in modalities}
 
 
 def _per_modality(settings: RoutingSettings, name: str, modalities: tuple[str, ...], default: float | None) -> dict:

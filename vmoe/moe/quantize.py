@@ -20,11 +20,7 @@ class WeightOnlyLinear(nn.Module):
     Int8 weights have a scale for each expert and output, its largest magnitude / 127 (symmetric). On a CPU, outside
     compiled code, one expert's weights at a time are converted, into one buffer, and the results are scaled instead of
     the weights (docs/inference.md has measurements). Elsewhere all weights of the layer are converted in each call.
-
-    Attributes:
-        stored: (E, O, I) in the stored type, a buffer.
-        scale: (E, O) float32, a buffer; None for bfloat16.
-        bias: (E, O) or None.
+    Buffers: `stored`, (E, O, I) in the stored type, and `scale`, (E, O) float32, or None for bfloat16.
     """
 
     def __init__(self, linear: GroupedLinear, kind: str) -> None:
@@ -86,10 +82,6 @@ class WeightOnlyLinear(nn.Module):
             if bias_EO is not None:
                 y_MO.add_(bias_EO[e])
         return y_RO
-
-    def extra_repr(self) -> str:
-        E, O, I = self.stored.shape
-        return f"experts={E}, in_features={I}, out_features={O}, bias={self.bias is not None}, kind={self.kind!r}"
 
 
 @torch.no_grad()

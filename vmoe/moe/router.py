@@ -1,7 +1,5 @@
 """What every router returns, the gate, and the router whose tokens choose their experts.
 
-In `expert_choice.py` the experts choose, by the same gate; `soft.py` chooses nothing and has slots instead.
-
 Shapes, by suffix: G groups, N tokens in a group, D width, E experts, K choices, R rows handed to the experts.
 """
 
@@ -172,11 +170,8 @@ def lecun_normal_(weight: Tensor, fan_in: int) -> None:
 class Gate(nn.Module):
     """A linear layer without bias from tokens to experts, computed in float32 (float64 for float64 input).
 
-    In training, normal noise of standard deviation `noise_std / E` is added to the logits.
-
-    Attributes:
-        weight: (E, D).
-        noise_weight: (E, D), with `learned_noise`.
+    In training, normal noise of standard deviation `noise_std / E` is added to the logits. `weight` is (E, D), and so
+    is `noise_weight`, which there is with `learned_noise`.
     """
 
     def __init__(self, dim: int, config: RoutingSettings, device=None, dtype=None) -> None:
@@ -255,7 +250,7 @@ class TopKRouter(Gate):
     def forward(
         self, x_GND: Tensor, groups: TokenGroups, capacity: Capacity, batch_priority: bool = False
     ) -> TopKAssignment:
-        """Routes the tokens and queues them before their experts, with `batch_priority` the surest tokens first."""
+        """Routes the tokens and queues them, with `batch_priority` the surest first."""
         routing, mask_GN = self.route(x_GND), groups.mask_GN
         if self.bias_update_rate > 0 and self.training:
             self._count(routing, mask_GN)
@@ -324,10 +319,7 @@ class TopKRouter(Gate):
 
     @torch.no_grad()
     def update_bias(self) -> None:
-        """b_e += rate · sign(mean load - load_e), over the choices since the last call in all processes.
-
-        Source: arXiv 2408.15664, algorithm 1. A frozen router's bias stays.
-        """
+        """b_e += rate · sign(mean load - load_e), of all processes (arXiv 2408.15664, algorithm 1), unless frozen."""
         load_E = self.expert_load
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(load_E)

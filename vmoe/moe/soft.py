@@ -62,10 +62,7 @@ class SoftAssignment(Assignment):
 
 
 class SoftRouter(nn.Module):
-    """Cosine similarity between tokens and learned `slots`, (E, P, D), times one learned `scale`.
-
-    In training with normal noise of standard deviation `config.noise_std`.
-    """
+    """Cosine similarity of tokens and learned `slots`, (E, P, D), times a learned `scale`; in training with noise."""
 
     def __init__(self, dim: int, config: RoutingSettings, device=None, dtype=None) -> None:
         super().__init__()

@@ -31,7 +31,6 @@ def use_backend(name: str) -> Iterator[None]:
     """Computes all experts by "reference" or "triton" inside the block, whatever their own setting; "auto": by that.
 
     With "reference" attention is PyTorch's plain one too, so derivatives of any order exist on every device.
-    ValueError: unknown backend; inside the block, experts that it cannot compute.
     """
     global _forced
     before, _forced = _forced, check_backend(name)

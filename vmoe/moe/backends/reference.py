@@ -1,7 +1,4 @@
-"""The experts in plain PyTorch: the code to read, and what all other backends are tested against.
-
-It supports everything: any device, activation, norm and dropout, quantized experts, compiled code, hooks, FLOP
-counters, torch.func and derivatives of any order.
+"""The experts in plain PyTorch: the code to read, what other backends are tested against, and what supports everything.
 
 Shapes, by suffix: E experts, R rows sorted by expert, D model width, F hidden width, O output width.
 """

@@ -30,11 +30,6 @@ MAX_BLOCK_M = 128
 GROUP_M = 8
 
 
-def block_rows(num_rows: int, num_experts: int) -> int:
-    """BLOCK_M: rows of a tile, about as many as an expert has, between 16 and `MAX_BLOCK_M`."""
-    return min(MAX_BLOCK_M, max(16, triton.next_power_of_2(triton.cdiv(num_rows, num_experts))))
-
-
 def tile_table(count_E: Tensor, num_rows: int, block_m: int) -> Tensor:
     """Tiles that cover all rows: (T, 3) int32, the expert of each, its first row and the end of its expert's rows.
 
@@ -261,7 +256,9 @@ def run(experts: nn.Module, x_RD: Tensor, count_E: Tensor) -> Tensor:
     parameters = [None if p is None else p.to(dtype) for p in parameters]
     # The kernels take the strides of rows and matrices as they are, but not of biases.
     parameters[1::2] = [None if p is None else p.contiguous() for p in parameters[1::2]]
-    block_m = block_rows(x_RD.shape[0], count_E.shape[0])
+    # About as many rows in a tile as an expert has.
+    rows = triton.next_power_of_2(triton.cdiv(x_RD.shape[0], count_E.shape[0]))
+    block_m = min(MAX_BLOCK_M, max(16, rows))
     tile_T3 = tile_table(count_E, x_RD.shape[0], block_m)
     x_RD = x_RD.to(dtype)
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_RD, *parameters))
