@@ -276,7 +276,7 @@ SLOW = [HealthCheck.too_slow, HealthCheck.filter_too_much]
 
 
 @given(cases())
-@settings(max_examples=80, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=50, deadline=None, suppress_health_check=SLOW)
 def test_a_loop_gives_the_same(case):
     check(case)
 

@@ -14,23 +14,6 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "routing_topk.json").read_text())
 
 
-@st.composite
-def routings(draw):
-    """Gates (G, N, E), K, capacity or None, batch priority, mask or None."""
-    G, N = draw(st.integers(1, 3)), draw(st.integers(1, 24))
-    E = draw(st.integers(1, 6))
-    K = draw(st.integers(1, E))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    logits = torch.randn(G, N, E, generator=generator, dtype=torch.float64) * 2
-    if draw(st.booleans()):
-        logits = logits.round()
-    capacity = draw(st.none() | st.integers(1, N))
-    mask = None
-    if draw(st.booleans()):
-        mask = torch.rand(G, N, generator=generator) < draw(st.sampled_from([0.0, 0.5, 0.9]))
-    return logits.softmax(-1), K, capacity, draw(st.booleans()), mask
-
-
 def plan_of(gates, K, capacity, priority, mask):
     index = top_k_experts(gates, K)
     weights = gates.gather(-1, index)
@@ -58,7 +41,7 @@ PRIORITIES = [-math.inf, -2.5, -1.0, -1e-40, -0.0, 0.0, 1e-40, 0.25, 1.0, 1.0 + 
 
 
 @given(st.data())
-@settings(max_examples=150)
+@settings(max_examples=80, deadline=None)
 def test_one_sort_is_the_plain_order(data):
     G, N, E = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 12)), data.draw(st.integers(1, 5))
     K = data.draw(st.integers(1, E))
@@ -94,20 +77,6 @@ def test_one_sort_is_the_plain_order(data):
     kept[rows] = True
     assert torch.equal(plan.kept_GNK.flatten(), kept)
     assert torch.equal(plan.row_A[plan.assignment_R], torch.arange(len(rows)))
-
-
-@given(routings())
-@settings(max_examples=60, deadline=None)
-def test_dispatch_and_combine_are_the_weighted_sum(routing):
-    gates, *_ = routing
-    index, weights, plan = plan_of(*routing)
-    G, N, E = gates.shape
-    x = torch.randn(G, N, 5, dtype=torch.float64)
-    scale = torch.arange(1, E + 1, dtype=torch.float64)  # expert e multiplies by e + 1
-    rows = dispatch(x, plan)
-    rows = rows * scale.repeat_interleave(plan.count_E)[:, None]
-    expected = ((weights * plan.kept_GNK * scale[index]).sum(-1))[..., None] * x
-    torch.testing.assert_close(combine(rows, weights, plan), expected)
 
 
 def test_gradients_of_dispatch_and_combine():

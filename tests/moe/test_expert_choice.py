@@ -34,7 +34,7 @@ def test_golden_choices(case):
 
 
 @given(st.integers(1, 3), st.integers(1, 12), st.integers(1, 5), st.integers(1, 14), st.booleans(), st.integers(0, 999))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_rows_are_the_best_real_tokens_of_each_modality(G, N, E, capacity, normalize, seed):
     generator = torch.Generator().manual_seed(seed)
     gates = torch.randn(G, N, E, generator=generator, dtype=torch.float64).round(decimals=1).softmax(-1)
@@ -111,10 +111,3 @@ def test_the_record_has_the_weights_that_were_used(normalize):
         torch.testing.assert_close(sums, torch.ones_like(sums))
     else:
         assert (sums < 1).all()
-
-
-def test_a_capacity_above_the_tokens_takes_them_all():
-    layer = SparseMoE(8, 8, router="expert_choice", num_experts=2, capacity_factor=50.0, normalize_weights=True)
-    with vmoe.record_routing(layer) as record:
-        layer(torch.randn(2, 5, 8))
-    assert record.layers[""].kept.all()

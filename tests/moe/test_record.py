@@ -88,21 +88,6 @@ def test_a_dropped_record_frees_its_memory_at_once(settings):
         gc.enable()
 
 
-@pytest.mark.parametrize("router", ["top_k", "expert_choice", "soft"])
-def test_a_recorded_layer_can_be_checkpointed(router):
-    layer = SparseMoE(6, 8, num_experts=4, num_tokens=5, router=router, importance_loss=0.1)
-    x = torch.randn(2, 5, 6)
-    gradients = []
-    for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=False)):
-        layer.zero_grad()
-        torch.manual_seed(0)
-        with vmoe.record_routing(layer) as record:
-            loss = run(x).square().sum() + record.auxiliary_loss()
-        loss.backward()
-        gradients.append([parameter.grad.clone() for parameter in layer.parameters()])
-    torch.testing.assert_close(*gradients)
-
-
 def test_an_error_inside_ends_the_recording():
     model = two_layers()
     with pytest.raises(ValueError, match="7 channels"), vmoe.record_routing(model) as record:
@@ -141,7 +126,7 @@ def test_each_layer_without_a_gradient_is_named():
     x = torch.randn(1, 5, 6, requires_grad=True)
     with vmoe.record_routing(model) as record:
         model[2](checkpoint(model[0], x, use_reentrant=True))
-    with pytest.raises(RuntimeError, match="auxiliary loss of 0 has no gradient"):
+    with pytest.raises(RuntimeError, match=r"auxiliary loss of 0 has no gradient.*use_reentrant=False"):
         record.auxiliary_loss()
 
 
@@ -170,7 +155,7 @@ def test_metrics_read_in_inference_mode_leave_the_loss_its_gradient():
 def test_regionally_compiled_layers_keep_their_names():
     torch._dynamo.reset()
     model = two_layers()
-    model[2] = torch.compile(model[2], fullgraph=True, backend="aot_eager")
+    model[2] = torch.compile(model[2], fullgraph=True, backend="eager")
     with vmoe.record_routing(model) as record:
         model(torch.randn(2, 5, 6))
     assert list(record.layers) == ["0", "2"]

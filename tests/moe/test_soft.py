@@ -19,7 +19,7 @@ def test_weights_are_distributions_and_nothing_is_dropped():
     layer = SparseMoE(8, 8, router="soft", num_experts=4, num_slots=3).eval()
     x = torch.randn(2, 10, 8)
     mask = torch.rand(2, 10) < 0.7
-    soft = layer.router(*layer._group(x, mask, None), layer._capacity())
+    soft = layer.router(*layer._group(x, mask, None), layer._capacity(), False)
     assert soft.combine_GNS.sum(-1).allclose(torch.ones(2, 10))
     assert soft.dispatch_GMNS.sum(2).allclose(torch.ones(2, 1, 12))
     assert (soft.dispatch_GMNS.squeeze(1)[~mask] == 0).all()

@@ -17,7 +17,7 @@ from torch.distributed._functional_collectives import all_to_all_single, wait_te
 
 from vmoe.moe.dispatch import gather_rows
 from vmoe.moe.experts import RunExperts
-from vmoe.moe.grouped_mm import expert_of_rows
+from vmoe.moe.grouped import expert_of_rows
 
 
 class ExpertExchange:

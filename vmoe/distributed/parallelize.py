@@ -2,7 +2,7 @@
 
 Every process has its own part of the batch, so the gradient of the mean loss is the mean of the processes' gradients.
 An expert that is in one of P processes gets the gradients of all P through the exchange;
-`vmoe.moe.experts.local_experts` divides them by P, and FSDP2 averages over the expert's replicas.
+`vmoe.moe.grouped.local_experts` divides them by P, and FSDP2 averages over the expert's replicas.
 """
 
 from __future__ import annotations

@@ -26,43 +26,40 @@ class RoutingSettings:
         num_selected_experts: K, experts per token; only for router="top_k".
         router: "top_k": each token takes its K best experts (V-MoE, arXiv 2106.05974); "expert_choice": each expert
             takes its best tokens (arXiv 2202.09368); "soft": experts see averages of tokens (arXiv 2308.00951).
-        capacity_factor: C, rows per expert in training over those of an even distribution. None or infinity (which
-            timm.create_model passes on): nothing is dropped (top_k only).
+        capacity_factor: C, rows per expert in training over those of an even distribution. None or infinity: nothing is
+            dropped (top_k only).
         eval_capacity_factor: the same in `eval()`. None: nothing is dropped, so that an output never depends on the
             rest of the batch (expert_choice: as in training).
         capacity: rows per expert and group, instead of both factors.
         capacity_rounding: "ceil" or "round", of the capacity that a factor gives.
         capacity_multiple_of: a capacity that a factor gives is raised to a multiple of this.
         batch_priority: where capacity is short, the most important tokens go first (V-MoE, section 2.3).
-        group_size: tokens routed together. None: for top_k all of the call's; for expert_choice and soft each sequence
-            by itself, so that an image's result never depends on the others of its batch. The last group is padded.
+        group_size: tokens routed together; the last group is padded. None: for top_k all of the call's; for the others
+            each sequence by itself, so that an image's result never depends on the others of its batch.
         noise_std: of the gate's normal noise in training: times 1/E for top_k and expert_choice, as it is for soft.
-        learned_noise: the noise has a learned standard deviation per token and expert instead of noise_std, and the
-            importance and load losses are those of its paper (arXiv 1701.06538).
-        input_jitter: in training the gate sees its input times a uniform number in 1 - jitter .. 1 + jitter
-            (Switch, arXiv 2101.03961).
+        learned_noise: the noise has a learned deviation per token and expert instead of noise_std, and the importance
+            and load losses are those of its paper (arXiv 1701.06538).
+        input_jitter: in training the gate sees its input times 1 - jitter .. 1 + jitter (Switch, arXiv 2101.03961).
         gate: "softmax" over all experts, or "sigmoid" of each (DeepSeek-V3, arXiv 2412.19437).
         normalize_weights: the combine weights of a token's chosen experts are divided by their sum.
         random_threshold: in training each choice after the first is kept with probability
-            min(1, its weight / random_threshold) (GShard, arXiv 2006.16668: 0.5). None or 0: always.
+            min(1, weight / random_threshold) (GShard, arXiv 2006.16668: 0.5). None or 0: always.
         num_slots: slots per expert, only for soft; None: by capacity_factor from the number of tokens.
         expert_mlp: "mlp" with the model's activation, or gated: "swiglu" or "geglu" (arXiv 2002.05202).
         expert_width: hidden width F of each expert; None: the model's MLP width.
-        num_shared_experts: a dense MLP of this many times an expert's width sees every token beside the experts
-            (DeepSeekMoE, arXiv 2401.06066).
+        num_shared_experts: a dense MLP of this many times an expert's width sees every token (arXiv 2401.06066).
         bias_update_rate: balance by a bias on the gate that only the choice sees; `vmoe.update_expert_bias` moves it by
             this much after each step (arXiv 2408.15664).
         expert_drop: dropout inside the experts; None: the block's own.
         importance_loss: weight; so are load_loss, gshard_loss and z_loss.
-        local_entropy_loss: weight for every modality, or {modality: weight}; so is global_entropy_loss (LIMoE,
-            arXiv 2206.02770).
+        local_entropy_loss: weight for every modality, or {modality: weight}; so is global_entropy_loss (2206.02770).
         global_entropy_min_experts: threshold S of the global entropy loss, for every modality or {modality: S}.
-        auxiliary_loss: "record": the losses leave through `record_routing`; "attach": their gradients are added in the
-            backward pass of the output, for training loops that do not add them.
+        auxiliary_loss: "record": the losses leave through `record_routing`; "attach": the backward pass of the output
+            adds their gradients, for training loops that do not.
         auxiliary_loss_scope: "group": of each routing group by itself, then their mean, as in the reference; "batch":
             once over the tokens of the whole batch, in training that of all processes.
-        backend: what computes the experts: "auto", "reference" or "triton", see `vmoe.moe.backends`. With "reference"
-            models take no fused attention either, so all of their derivatives exist.
+        backend: what computes the experts: "auto", "reference" (no fused attention either: all derivatives exist) or
+            "triton", see `vmoe.moe.backends`.
     """
 
     num_experts: int = 8
@@ -103,13 +100,12 @@ class RoutingSettings:
         for field in fields(self):
             kinds = get_args(field.type) or (field.type,)
             object.__setattr__(self, field.name, _checked(field.name, getattr(self, field.name), kinds))
-        name, least = "global_entropy_min_experts", self.global_entropy_min_experts
-        numbers = (
-            {f"{name} of {own}": value for own, value in least.items()} if isinstance(least, dict) else {name: least}
-        )
-        if self.router == "top_k":
-            numbers["num_selected_experts"] = self.num_selected_experts
-        for name, value in numbers.items():
+        least = self.global_entropy_min_experts
+        numbers = [("num_selected_experts", self.num_selected_experts if self.router == "top_k" else 1)]
+        numbers += [
+            ("global_entropy_min_experts", own) for own in (least.values() if isinstance(least, dict) else [least])
+        ]
+        for name, value in numbers:
             if value is not None and not 1 <= value <= self.num_experts:
                 raise ValueError(f"{name} must be 1..num_experts ({self.num_experts}), got {value}")
         self._check_router()
@@ -161,13 +157,11 @@ def _checked(name: str, value: object, kinds: tuple[type, ...]) -> object:
 # What stands for None, which timm.create_model cannot pass on.
 _NONE = (("capacity_factor", math.inf), ("eval_capacity_factor", math.inf), ("random_threshold", 0))
 # {setting: (whether a number is in its range, how the range is called)}; that of the others is >= 0 and finite.
-_RANGES = {
-    **dict.fromkeys(
-        ("capacity_factor", "eval_capacity_factor"), (lambda x: x > 0, "> 0, or None (or infinity) for no limit")
-    ),
-    **dict.fromkeys(("input_jitter", "expert_drop"), (lambda x: 0 <= x < 1, ">= 0 and < 1")),
-    "random_threshold": (lambda x: 0 < x <= 1, "in (0, 1], or None"),
-}
+_FACTOR = (lambda x: x > 0, "> 0, or None (or infinity) for no limit")
+_SHARE = (lambda x: 0 <= x < 1, ">= 0 and < 1")
+_THRESHOLD = (lambda x: 0 < x <= 1, "in (0, 1], or None")
+_RANGES = {"capacity_factor": _FACTOR, "eval_capacity_factor": _FACTOR, "random_threshold": _THRESHOLD}
+_RANGES |= {"input_jitter": _SHARE, "expert_drop": _SHARE}
 # {setting: (the value that switches it off, the routers that use it)}
 _USED_BY = {
     "batch_priority": (False, ("top_k",)),

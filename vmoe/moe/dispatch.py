@@ -24,9 +24,8 @@ def expert_capacity(
     """Rows that each expert takes from one group: S·K·C/E, raised to a multiple (V-MoE, arXiv 2106.05974, eq. 4).
 
     `num_tokens`: S, tokens in the group, or a tensor of such numbers. `capacity_factor`: C; 1.0 is just enough if the
-    tokens are distributed evenly. `rounding`: "ceil" or "round", before it is raised to the multiple.
-
-    ValueError: `capacity_factor` is not positive or rounds to a capacity of 0, or `rounding` is unknown.
+    tokens are distributed evenly. `rounding`: "ceil" or "round". ValueError: the factor is not positive or rounds to a
+    capacity of 0, or `rounding` is unknown.
     """
     if not capacity_factor > 0:
         raise ValueError(f"capacity_factor must be > 0 (or None for no limit), got {capacity_factor}")
@@ -120,7 +119,7 @@ def plan_dispatch(
     Args:
         expert_index_GNK: chosen experts, best first.
         capacity: rows that an expert takes from each group: a number, a (G,) tensor, or None for no limit.
-        priority_GN: for batch-prioritized routing, each token's: the gate of its first choice. None: token order.
+        priority_GN: for batch-prioritized routing, the gate of each token's first choice. None: token order.
         mask_GN: True where the token is real; padding takes no capacity.
         max_capacity: upper bound of `capacity` where that is a tensor; bounds the number of rows.
         chosen_GNK: False for a choice that the router itself dropped; it takes no capacity.
@@ -198,8 +197,7 @@ class _GatherRows(torch.autograd.Function):
     """Rows of `x` by index: (R, D), zero where the index is -1.
 
     `inverse_MK` is the index seen from `x`: its rows in the result. `index_holes`, `inverse_holes`: there may be a -1.
-    With it the backward pass gathers too, and each gradient row is a sum in a fixed order. That of plain indexing adds
-    rows with atomics on a GPU, in any order.
+    So the backward pass gathers too, in a fixed order. That of plain indexing adds rows with atomics on a GPU.
     """
 
     @staticmethod

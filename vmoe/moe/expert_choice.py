@@ -23,7 +23,7 @@ class ExpertChoiceAssignment(Assignment):
 
     Attributes:
         token_R: flat index into (G, N) of each row's token; for a row without one, that of the first real token.
-        weight_R: combine weight of each row, differentiable; zero for a row without a token.
+        weight_R: combine weight of each row; zero for a row without a token.
         filled_R: bool, the row has a token; None: every row has.
         taken_GNE: bool, the expert took the token.
         weights_GNE: the combine weights, zero where it did not.
@@ -58,9 +58,7 @@ class ExpertChoiceRouter(Gate):
         super().__init__(dim, config, device, dtype)
         self.reset_parameters()
 
-    def forward(
-        self, x_GND: Tensor, groups: TokenGroups, capacity: Capacity, batch_priority: bool = False
-    ) -> ExpertChoiceAssignment:
+    def forward(self, x_GND: Tensor, groups: TokenGroups, capacity: Capacity, batch_priority: bool) -> Assignment:
         """Each expert takes its best tokens; see `choose_tokens`."""
         G, N, _ = x_GND.shape
         members_GMN = groups.members_GMN

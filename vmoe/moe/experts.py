@@ -14,20 +14,15 @@ from vmoe.moe.grouped import GroupedLayerNorm, GroupedLinear
 
 GATED_ACTIVATIONS = {"swiglu": nn.SiLU, "geglu": nn.GELU}
 
-# (rows, rows of each expert) -> rows
-RunExperts = Callable[[Tensor, Tensor], Tensor]
+RunExperts = Callable[[Tensor, Tensor], Tensor]  # (rows, rows of each expert) -> rows
 
 
 class Mlp(nn.Module):
     """x -> fc2(drop(act(fc1(x)))), a dense MLP: the shared expert. `Experts` has the same parts, stacked.
 
-    A gated one (GLU variants, arXiv 2002.05202) has 2F outputs in `fc1`: the first F are the gate g, the second the
-    value v, and the hidden activations are act(g) * v. This is the layout of `timm.layers.GluMlp(gate_last=False)`.
-
-    Args:
-        act_layer: makes the activation of a plain MLP.
-        kind: "mlp", "swiglu" (SiLU) or "geglu" (GELU).
-        linear: makes the layers.
+    `kind`: "mlp", or gated: "swiglu" (SiLU) or "geglu" (GELU; arXiv 2002.05202). Then the first F of the 2F outputs of
+    `fc1` are the gate g, the others the value v, and the hidden activations are act(g) * v. This is the layout of
+    `timm.layers.GluMlp(gate_last=False)`. `act_layer` makes the activation of a plain MLP, `linear` the layers.
     """
 
     def __init__(
@@ -61,13 +56,11 @@ class Mlp(nn.Module):
 class Experts(Mlp):
     """E MLPs: x -> fc2(norm(drop(act(fc1(x))))), the stacked form of `timm.layers.Mlp`, or gated ones.
 
-    Args:
-        norm_layer: makes a norm of the hidden activations, given their width; None: no norm.
-        backend: what computes them, see `vmoe.moe.backends.select_backend`.
-        **kwargs: those of `Mlp`.
+    `norm_layer` makes a norm of the hidden activations, given their width. `backend`: see `vmoe.moe.backends`. `kwargs`
+    are those of `Mlp`.
     """
 
-    # Where the experts are sharded over processes: an `ExpertExchange`, which brings each row to its expert and back.
+    # Of experts that are sharded over processes, it brings each row to its expert and back: an `ExpertExchange`.
     exchange: Callable[[RunExperts, Tensor, Tensor, int | None], Tensor] | None = None
 
     def __init__(
@@ -88,17 +81,9 @@ class Experts(Mlp):
             self.norm = GroupedLayerNorm(num_experts, norm_layer(hidden_features), **factory)
 
     def forward(self, x_RD: Tensor, count_E: Tensor, max_count: int | None = None) -> Tensor:
-        """Rows sorted by expert, (R, D) -> (R, O); rows beyond the sum of `count_E` are unused.
-
-        `max_count`: the most rows that an expert can have; None: unknown, in all processes.
-        """
-        if self.exchange is not None:
-            return self.exchange(self.run, x_RD, count_E, max_count)
-        return self.run(x_RD, count_E)
+        """Rows sorted by expert, (R, D) -> (R, O). `max_count`: the most of an expert; None: unknown."""
+        return self.run(x_RD, count_E) if self.exchange is None else self.exchange(self.run, x_RD, count_E, max_count)
 
     def run(self, x_RD: Tensor, count_E: Tensor) -> Tensor:
         """The experts that this process holds."""
         return select_backend(self, x_RD)(self, x_RD, count_E)
-
-    def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}"

@@ -22,9 +22,9 @@ from vmoe.moe.router import Assignment, TopKRouter
 from vmoe.moe.soft import SoftRouter
 
 ROUTERS = {"top_k": TopKRouter, "expert_choice": ExpertChoiceRouter, "soft": SoftRouter}
-CAPACITY = ("capacity", "capacity_factor", "eval_capacity_factor", "capacity_rounding", "capacity_multiple_of")
 # Settings that may be changed on a layer at any time; the others are built into its parts.
-CHANGEABLE = (*CAPACITY, "batch_priority", "group_size", "auxiliary_loss")
+CHANGEABLE = ("capacity", "capacity_factor", "eval_capacity_factor", "capacity_rounding", "capacity_multiple_of")
+CHANGEABLE += ("batch_priority", "group_size", "auxiliary_loss")
 
 
 def _changeable_number(name: str) -> property:
@@ -51,9 +51,7 @@ class SparseMoE(nn.Module):
         router_preset: a router that a paper uses, by name (`vmoe.moe.config.PRESETS`); settings given beside it win.
         num_tokens: length of the model's sequences; for router="soft" without `num_slots` or `group_size`.
         modalities: names of the modalities of the input's tokens.
-        **settings: see `vmoe.moe.config.RoutingSettings`.
-
-    Raises ValueError for a setting out of range, TypeError for one that does not exist.
+        **settings: see `vmoe.moe.config.RoutingSettings`. ValueError: one is out of range; TypeError: there is none.
     """
 
     capacity_factor = _changeable_number("_capacity_factor")
@@ -113,8 +111,7 @@ class SparseMoE(nn.Module):
             mask_BT: True where the token is real. Padding takes no capacity, counts in no loss, and comes out as zero.
             modality_BT: index of each token's modality; None: all of the first.
 
-        Returns (..., O), zero for a token that every chosen expert dropped (with shared experts, what they give).
-        ValueError: the tokens have another width, or mask or modality do not fit them.
+        Returns (..., O): zero, or what shared experts give, for a token that all chosen experts dropped.
         """
         x_GND, groups = self._group(x_BTD, mask_BT, modality_BT)
         assignment = self.router(x_GND, groups, self._capacity(), self.batch_priority)
@@ -170,7 +167,7 @@ class SparseMoE(nn.Module):
                 router=self.router_type,
                 backend=backend_name(self.experts, y_GND),
             )
-            record.add(self, routing)
+            record.calls.append((record.names[self], routing))
         return y_GND
 
 
@@ -180,9 +177,7 @@ def _with_slots(config: RoutingSettings, num_tokens: int | None) -> RoutingSetti
         return config
     tokens = config.group_size or num_tokens
     if tokens is None:
-        raise ValueError(
-            "router='soft' needs num_slots, or the number of tokens to compute it from (group_size, num_tokens)"
-        )
+        raise ValueError("router='soft' needs num_slots, or the number of tokens for it (group_size or num_tokens)")
     capacity = expert_capacity(
         tokens, config.num_experts, 1, config.capacity_factor, config.capacity_rounding, config.capacity_multiple_of
     )

@@ -4,6 +4,8 @@ Each takes (G, N, E) tensors and an optional mask (G, N), True where a token cou
 result is the mean over the groups that have a token: a scalar, zero if none has. With `over_batch` it is computed once
 for the tokens of all groups, in training those of all processes. Variances are those of a population.
 
+V-MoE: arXiv 2106.05974. Shazeer et al.: 1701.06538. GShard: 2006.16668. ST-MoE: 2202.08906. LIMoE: 2206.02770.
+
 Shapes, by suffix: G groups, N tokens in a group, E experts.
 """
 
@@ -21,10 +23,7 @@ from vmoe.moe.router import Routing, top_k_experts
 
 
 def importance_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None, over_batch: bool = False) -> Tensor:
-    """Squared coefficient of variation of the experts' importance, the sum of their gates (without noise).
-
-    Source: V-MoE (arXiv 2106.05974), appendix A.2; Shazeer et al. (arXiv 1701.06538), eq. 6 and 7.
-    """
+    """Squared coefficient of variation of the sums of the experts' gates (V-MoE, A.2; Shazeer, eq. 6)."""
     # Of the mean instead of the sum: the coefficient of variation is the same.
     return _by_group(_squared_variation, gates_GNE, mask_GN, over_batch)
 
@@ -37,7 +36,7 @@ def load_loss(
     mask_GN: Tensor | None = None,
     over_batch: bool = False,
 ) -> Tensor:
-    """Squared coefficient of variation of the experts' expected load (V-MoE, A.2; Shazeer et al., eq. 8 to 11).
+    """Squared coefficient of variation of the experts' expected load (V-MoE, A.2; Shazeer, eq. 8 to 11).
 
     The load is the probability that a token would choose the expert if the noise, of standard deviation `noise_std`
     (a (G, N, E) tensor where it is learned), were drawn again: the chance to get above the K-th largest noisy logit.
@@ -59,10 +58,7 @@ def load_loss(
 
 
 def gshard_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None, over_batch: bool = False) -> Tensor:
-    """mean_e(share of tokens whose first choice is e · mean gate of e) · E², of the gates with noise; 1 when balanced.
-
-    Source: GShard (arXiv 2006.16668), algorithm 1.
-    """
+    """mean_e(share of tokens whose first choice is e · mean gate of e) · E², with noise (GShard, algorithm 1)."""
     E = gates_GNE.shape[-1]
     # A comparison, not a one-hot: the same thing without a check of the indices, which would ask the device.
     first_GNE = (gates_GNE.argmax(dim=-1, keepdim=True) == torch.arange(E, device=gates_GNE.device)).to(gates_GNE.dtype)
@@ -88,11 +84,9 @@ def local_entropy_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None, over_ba
 def global_entropy_loss(
     gates_GNE: Tensor, mask_GN: Tensor | None = None, min_experts: float | None = None, over_batch: bool = False
 ) -> Tensor:
-    """Negative entropy -H of the mean gate, in nats: low when the modality uses many experts.
+    """Negative entropy -H of the mean gate, in nats: low when the modality uses many experts (LIMoE, section 2.2).
 
     With `min_experts`, the soft minimum S that the modality should use, it is max(0, log S - H).
-
-    Source: LIMoE (arXiv 2206.02770), section 2.2.
     """
 
     def loss_of(mean_GE: Tensor) -> Tensor:
@@ -109,7 +103,7 @@ class AuxiliaryLosses:
     """All auxiliary losses of a layer, with their weights.
 
     Attributes:
-        weights: {name of the loss: weight}; with several modalities also by names such as "text/local_entropy_loss".
+        weights: {name of the loss: weight}; with several modalities by names such as "text/local_entropy_loss".
         min_experts: {modality: threshold of its global entropy loss, or None}.
         over_batch: computed once for all tokens of a batch, not for each routing group.
     """
@@ -129,11 +123,10 @@ class AuxiliaryLosses:
         return cls(weights, min_experts, settings.auxiliary_loss_scope == "batch")
 
     def compute(self, routing: Routing, groups: TokenGroups, weighted: bool = True) -> dict[str, Tensor]:
-        """{name: unweighted loss} of those with a weight and their weighted sum, "auxiliary_loss"; or of the others,
-        without a gradient."""
+        """{name: loss} of those with a weight, and their sum "auxiliary_loss"; or of the others, without a gradient."""
         r, over_batch, every = routing, self.over_batch, (groups.mask_GN, self.over_batch)
         calls = {
-            "importance_loss": (importance_loss, r.importance_GNE, *every),
+            "importance_loss": (importance_loss, r.gates_GNE if r.importance_GNE is None else r.importance_GNE, *every),
             "gshard_loss": (gshard_loss, r.noisy_gates_GNE, *every),
             "z_loss": (z_loss, r.logits_GNE, *every),
         }

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vmoe.moe.experts import Experts
-from vmoe.moe.grouped import GroupedLinear, compute_dtype
-from vmoe.moe.grouped_mm import grouped_linear
+from vmoe.moe.grouped import GroupedLinear, compute_dtype, grouped_linear
 
 STORED = {"int8": torch.int8, "bfloat16": torch.bfloat16}
 
@@ -26,17 +25,14 @@ class WeightOnlyLinear(nn.Module):
     def __init__(self, linear: GroupedLinear, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        weight_EOI = linear.weight.detach()
-        scale_EO = None
+        weight_EOI, scale_EO = linear.weight.detach(), None
         if kind == "int8":
-            E, O, _ = weight_EOI.shape
-            scale_EO = torch.empty(E, O, device=weight_EOI.device, dtype=torch.float32)
-            stored_EOI = torch.empty_like(weight_EOI, dtype=torch.int8)
-            for weight_OI, scale_O, stored_OI in zip(weight_EOI, scale_EO, stored_EOI, strict=True):
-                weight_OI = weight_OI.float()
-                scale_O.copy_(weight_OI.abs().amax(-1) / 127)
-                scale_O.masked_fill_(scale_O == 0, 1.0)  # an output without weights
-                stored_OI.copy_((weight_OI / scale_O[:, None]).round())
+            scale_EO = torch.linalg.vector_norm(weight_EOI, torch.inf, dim=-1).float() / 127
+            scale_EO = scale_EO.masked_fill(scale_EO == 0, 1.0)  # an output without weights
+            pairs = zip(weight_EOI, scale_EO, strict=True)  # one expert at a time takes less memory
+            stored_EOI = torch.stack(
+                [(each_OI / scale_O[:, None]).round().to(torch.int8) for each_OI, scale_O in pairs]
+            )
         else:
             stored_EOI = weight_EOI.to(STORED[kind])
         self.register_buffer("stored", stored_EOI)
@@ -90,9 +86,7 @@ def quantize_experts(model: nn.Module, kind: str) -> nn.Module:
 
     The model is changed in place, put into eval(), without gradients, and returned. Do it before `torch.compile`. Its
     `state_dict` fits a model that was changed in the same way; `create_model` reads files of `save_pretrained`.
-
-    ValueError: unknown kind; no experts; experts that are sharded over processes, of the other kind already, or not
-    finite. Nothing is changed then.
+    ValueError: unknown kind; no experts; experts that are sharded, of the other kind or not finite. Nothing is changed.
     """
     if kind not in STORED:
         raise ValueError(f"experts can be kept as {' or '.join(map(repr, STORED))}, got {kind!r}")

@@ -1,6 +1,4 @@
-"""Records what the sparse layers of a model did: the routing and its auxiliary losses.
-
-Nothing is kept on the modules. A layer that runs inside `record_routing` hands its `LayerRouting` to the active record.
+"""Records of what the sparse layers of a model did inside `record_routing`. Nothing is kept on the modules.
 
 Shapes, by suffix: G groups, N tokens in a group, E experts, K choices, B and T batch and length of the input.
 """
@@ -24,8 +22,8 @@ from vmoe.moe.router import Routing, is_recomputation
 class LayerRouting:
     """The routing of one call of one sparse layer.
 
-    Losses and statistics are computed when they are first read. So the layer itself does the same whether or not
-    it is recorded, which activation checkpointing relies on: it runs the layer again when the record is long closed.
+    Losses and statistics are computed when they are first read, so that the layer does the same whether or not it is
+    recorded: activation checkpointing runs it again when the record is long closed.
 
     Attributes:
         routing: the gate's decisions.
@@ -35,8 +33,8 @@ class LayerRouting:
         kept: (G, N, K) bool, the expert had capacity for the token.
         mask: (G, N) bool, False for padding.
         modality: (G, N) index into `modalities`, or None where there is only the first of them.
-        batch_shape: (B, T) of the layer's input; its tokens lie row by row in (G, N), padding last; see `tokens`.
-        groups: the mask and the modalities as the layer has them.
+        batch_shape: (B, T) of the layer's input; see `tokens`.
+        groups: how its tokens lie in (G, N).
         loss_function: the layer's weighted losses.
         learns: the layer is in training and its gate is not frozen.
         attached: the layer adds the gradients of its losses itself (`auxiliary_loss="attach"`).
@@ -75,8 +73,7 @@ class LayerRouting:
 
     def tokens(self, grouped: Tensor) -> Tensor:
         """A (G, N, ...) tensor of this record in the call's own order, (B, T, ...)."""
-        B, T = self.batch_shape
-        return grouped.flatten(0, 1)[: B * T].view(B, T, *grouped.shape[2:])
+        return self.groups.ungroup(grouped).view(*self.batch_shape, *grouped.shape[2:])
 
     def _compute(self, weighted: bool) -> dict[str, Tensor]:
         # With a graph wherever the forward pass had one, also if the first who asks does so without gradients.
@@ -102,24 +99,23 @@ class LayerRouting:
     @property
     def load(self) -> Tensor:
         """(E,) kept rows of each expert."""
-        return self._load(self.mask)
+        return self.counts["load"]
 
     @property
     def load_by_modality(self) -> dict[str, Tensor]:
         """{modality: (E,) kept rows of each expert}."""
-        return {name: self._load(own_GN) for name, own_GN in self.members.items()}
+        return {name: self.counts["load" if self.modality is None else f"{name}/load"] for name in self.members}
 
     @cached_property
     def metrics(self) -> dict[str, Tensor]:
-        """{name: scalar} without gradient: the losses, their weighted sum "auxiliary_loss", and statistics.
+        """{name: scalar} without gradient: the losses, their weighted sum "auxiliary_loss", and statistics:
 
-        The statistics are "share_dropped" (of the assignments; where experts choose, of the tokens that none took),
-        "load_max_over_mean" (1 is perfect balance), "experts_without_tokens" and "gate_entropy" (nats); with several
-        modalities each also as "image/share_dropped" and so on.
+        "share_dropped" (of the assignments; where experts choose, of the tokens that none took), "load_max_over_mean",
+        "experts_without_tokens" and "gate_entropy" (nats); with several modalities also "image/share_dropped"...
         """
         return {**statistics_of(self.counts), **self.means}
 
-    @property
+    @cached_property
     @torch.no_grad()
     def counts(self) -> dict[str, Tensor]:
         """Sums over tokens, from which `statistics_of` makes statistics, also those of several calls, added up.
@@ -135,21 +131,17 @@ class LayerRouting:
     @property
     def means(self) -> dict[str, Tensor]:
         """The rest of the metrics: the losses, without gradient."""
-        losses = {**self.losses, "auxiliary_loss": self.auxiliary_loss}
-        return {name: loss.detach() for name, loss in losses.items()}
-
-    def _load(self, own_GN: Tensor) -> Tensor:
-        kept_GNK = self.kept & own_GN[..., None]
-        zeros_E = torch.zeros(self.gates.shape[-1], dtype=torch.long, device=kept_GNK.device)
-        return zeros_E.scatter_add(0, self.expert_index.flatten(), kept_GNK.flatten().long())
+        return {name: loss.detach() for name, loss in (self.losses | self._weighted).items()}
 
     def _counts(self, own_GN: Tensor) -> dict[str, Tensor]:
-        load_E, tokens = self._load(own_GN), own_GN.sum()
+        kept_GNK, tokens = self.kept & own_GN[..., None], own_GN.sum()
+        load_E = torch.zeros(self.gates.shape[-1], dtype=torch.long, device=own_GN.device)
+        load_E = load_E.scatter_add(0, self.expert_index.flatten(), kept_GNK.flatten().long())
         asked, kept = tokens * self.kept.shape[-1], load_E.sum()
         if self.routing.chosen_GNK is not None:  # what the router itself gave up is not dropped
             asked = (self.routing.chosen_GNK & own_GN[..., None]).sum()
         if not self.routing.per_token:
-            asked, kept = tokens, (self.kept.any(-1) & own_GN).sum()
+            asked, kept = tokens, kept_GNK.any(-1).sum()
         entropy = torch.where(own_GN, entropy_of(self.gates), 0).sum()
         return {"load": load_E, "assignments": asked, "kept": kept, "tokens": tokens, "gate_entropy": entropy}
 
@@ -173,33 +165,29 @@ class RoutingRecord:
 
     def __init__(self, model: nn.Module) -> None:
         model = unwrap(model)
-        self._names = {
+        self.names = {
             module: ".".join(part for part in name.split(".") if part not in WRAPPERS)
             for name, module in model.named_modules()
             if isinstance(vars(module).get("losses"), AuxiliaryLosses)  # the sparse layers themselves
         }
         self.calls: list[tuple[str, LayerRouting]] = []
-        self._thread = threading.get_ident()
-
-    def add(self, layer: nn.Module, call: LayerRouting) -> None:
-        """Called by a sparse layer of the model for each of its calls."""
-        self.calls.append((self._names[layer], call))
+        self.thread = threading.get_ident()
 
     @property
     def layers(self) -> dict[str, LayerRouting]:
         """{layer name: its last call} in the order of the model."""
         last = dict(self.calls)
-        return {name: last[name] for name in self._names.values() if name in last}
+        return {name: last[name] for name in self.names.values() if name in last}
 
     def auxiliary_loss(self) -> Tensor:
         """Weighted auxiliary losses, summed over all calls of the layers; a differentiable scalar, zero without layers.
 
-        Layers with `auxiliary_loss="attach"` count without a gradient, since they add it themselves. RuntimeError: no
-        sparse layer of the model ran inside the block, or one whose gate learns ran without gradients.
+        Layers that attach their losses count without a gradient. RuntimeError: no sparse layer of the model ran inside
+        the block, or one whose gate learns ran without gradients.
         """
         expected = torch.is_grad_enabled()
         if not self.calls:
-            if expected and any(layer.training for layer in self._names):
+            if expected and any(layer.training for layer in self.names):
                 raise RuntimeError(
                     "no sparse layer of the recorded model ran inside the block: call the model itself there "
                     "(replicas of torch.nn.DataParallel are not heard, use DistributedDataParallel)"
@@ -257,10 +245,8 @@ def active_records(layer: nn.Module) -> list[RoutingRecord]:
     """The records that this call of `layer` belongs to: those of this thread (compiled code does not know its own)."""
     if not _ACTIVE or is_recomputation():
         return []
-    records = [record for record in _ACTIVE if layer in record._names]
-    if torch.compiler.is_compiling():
-        return records
-    return [record for record in records if record._thread == threading.get_ident()]
+    own = [record for record in _ACTIVE if layer in record.names]
+    return own if torch.compiler.is_compiling() else [one for one in own if one.thread == threading.get_ident()]
 
 
 # In a tensor, so that compiled code reads its present value.
@@ -270,8 +256,7 @@ _ATTACHED_SCALE = torch.ones(())
 def set_auxiliary_loss_scale(scale: float) -> None:
     """Scale of the gradients that layers with `auxiliary_loss="attach"` add, from the next forward pass on; 1 at first.
 
-    It is whatever the training loop multiplies its own loss with: 1 / accumulation steps if it divides, times
-    `scaler.get_scale()` under a gradient scaler. ValueError: `scale` is not a finite number.
+    It is whatever the training loop multiplies its own loss with: 1 / accumulation steps, `scaler.get_scale()`...
     """
     if not math.isfinite(scale):
         raise ValueError(f"the auxiliary loss scale must be finite, got {scale}")
@@ -285,17 +270,15 @@ class _AttachLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        _, loss, scale = inputs
-        ctx.save_for_backward(scale)
-        ctx.loss_dtype, ctx.loss_device = loss.dtype, loss.device
+        ctx.save_for_backward(inputs[2])
 
     @staticmethod
     def backward(ctx, grad_y: Tensor):
         (scale,) = ctx.saved_tensors
-        return grad_y, scale.to(ctx.loss_device, ctx.loss_dtype), None
+        return grad_y, scale, None
 
 
 def attach_loss(y: Tensor, loss: Tensor) -> Tensor:
     """`y` itself, whose backward pass also starts that of `loss`, with the gradient of `set_auxiliary_loss_scale`."""
     # A copy, so that the scale may be changed for the next forward pass before this one's backward.
-    return _AttachLoss.apply(y, loss, _ATTACHED_SCALE.clone())
+    return _AttachLoss.apply(y, loss, _ATTACHED_SCALE.to(loss.device, loss.dtype, copy=True))

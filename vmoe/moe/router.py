@@ -31,7 +31,7 @@ class Routing:
         expert_index_GNK: the K chosen experts, best first; None where experts or slots choose.
         combine_weights_GNK: their weights; None likewise.
         chosen_GNK: bool, False where the router itself dropped a choice; None: none.
-        sparse_importance: importance is the sum of the combine weights (Shazeer et al.), not of the gates.
+        importance_GNE: what the importance loss sums over the tokens, if not the gates (Shazeer et al.: the weights).
     """
 
     logits_GNE: Tensor
@@ -42,7 +42,7 @@ class Routing:
     expert_index_GNK: Tensor | None = None
     combine_weights_GNK: Tensor | None = None
     chosen_GNK: Tensor | None = None
-    sparse_importance: bool = False
+    importance_GNE: Tensor | None = None
 
     @property
     def per_token(self) -> bool:
@@ -53,13 +53,6 @@ class Routing:
     def priority_GN(self) -> Tensor:
         """How sure each token is of its first choice: its gate, before any normalisation."""
         return self.noisy_gates_GNE.gather(-1, self.expert_index_GNK[..., :1]).squeeze(-1)
-
-    @property
-    def importance_GNE(self) -> Tensor:
-        """What the importance loss sums over the tokens."""
-        if not self.sparse_importance:
-            return self.gates_GNE
-        return torch.zeros_like(self.gates_GNE).scatter(-1, self.expert_index_GNK, self.combine_weights_GNK)
 
 
 @dataclass(frozen=True)
@@ -147,12 +140,10 @@ def top_k_experts(gates_GNE: Tensor, num_selected_experts: int) -> Tensor:
     """Indices (..., K) of the K largest gates, best first; equal gates: the lower index first."""
     # torch.topk leaves the order of equal values open; the maximum is the first of equal ones. K passes over the
     # experts are much cheaper than sorting them.
-    index_GN1 = gates_GNE.max(dim=-1, keepdim=True).indices
-    indices = [index_GN1]
+    indices = [gates_GNE.max(dim=-1, keepdim=True).indices]
     for _ in range(num_selected_experts - 1):
-        gates_GNE = gates_GNE.scatter(-1, index_GN1, -math.inf)
-        index_GN1 = gates_GNE.max(dim=-1, keepdim=True).indices
-        indices.append(index_GN1)
+        gates_GNE = gates_GNE.scatter(-1, indices[-1], -math.inf)
+        indices.append(gates_GNE.max(dim=-1, keepdim=True).indices)
     return torch.cat(indices, dim=-1)
 
 
@@ -170,8 +161,8 @@ def lecun_normal_(weight: Tensor, fan_in: int) -> None:
 class Gate(nn.Module):
     """A linear layer without bias from tokens to experts, computed in float32 (float64 for float64 input).
 
-    In training, normal noise of standard deviation `noise_std / E` is added to the logits. `weight` is (E, D), and so
-    is `noise_weight`, which there is with `learned_noise`.
+    In training, noise of standard deviation `noise_std / E` is added to the logits. `weight` is (E, D), and so is
+    `noise_weight`, which there is with `learned_noise`.
     """
 
     def __init__(self, dim: int, config: RoutingSettings, device=None, dtype=None) -> None:
@@ -221,10 +212,8 @@ class Gate(nn.Module):
 class TopKRouter(Gate):
     """Each token takes its K best experts; V-MoE's router (arXiv 2106.05974, section 2.2) and its relatives.
 
-    Attributes:
-        expert_bias: (E,) float32 buffer, with `bias_update_rate`, whatever the type of the model.
-        expert_load: (E,) how often each expert was chosen since the last update of the bias. Not a buffer:
-            DistributedDataParallel would overwrite each process's own counts with those of the first.
+    With `bias_update_rate` it has `expert_bias`, (E,) float32 whatever the type of the model, and `expert_load`, (E,)
+    how often each expert was chosen since the last update.
     """
 
     # A user who forgets `update_expert_bias` gets an unbalanced model and no error; so this is said once.
@@ -237,6 +226,7 @@ class TopKRouter(Gate):
         self.bias_update_rate = config.bias_update_rate
         if self.bias_update_rate > 0:
             self.register_buffer("expert_bias", torch.empty(self.num_experts, device=device, dtype=torch.float32))
+            # Not a buffer: DistributedDataParallel would overwrite each process's own counts with those of the first.
             self.expert_load = torch.empty(self.num_experts, dtype=torch.long, device=device)
         self.reset_parameters()
 
@@ -247,9 +237,7 @@ class TopKRouter(Gate):
             self.expert_load.zero_()
             self.calls_without_update = 0
 
-    def forward(
-        self, x_GND: Tensor, groups: TokenGroups, capacity: Capacity, batch_priority: bool = False
-    ) -> TopKAssignment:
+    def forward(self, x_GND: Tensor, groups: TokenGroups, capacity: Capacity, batch_priority: bool) -> Assignment:
         """Routes the tokens and queues them, with `batch_priority` the surest first."""
         routing, mask_GN = self.route(x_GND), groups.mask_GN
         if self.bias_update_rate > 0 and self.training:
@@ -277,7 +265,9 @@ class TopKRouter(Gate):
                 chosen_GNK = torch.rand_like(weights_GNK) * self.random_threshold < weights_GNK
                 chosen_GNK = chosen_GNK | (torch.arange(self.num_selected_experts, device=x_GND.device) == 0)
         choice = {"expert_index_GNK": index_GNK, "combine_weights_GNK": weights_GNK, "chosen_GNK": chosen_GNK}
-        return replace(routing, **choice, sparse_importance=self.learned_noise)
+        if self.learned_noise:
+            choice["importance_GNE"] = torch.zeros_like(scores_GNE).scatter(-1, index_GNK, weights_GNK)
+        return replace(routing, **choice)
 
     # --- the balancing bias ---
 
@@ -301,13 +291,12 @@ class TopKRouter(Gate):
         """Adds the choices of real tokens to `expert_load`, and warns those who never update the bias."""
         if is_recomputation():
             return
-        device = routing.expert_index_GNK.device
-        if self.expert_load.device != device:  # load_state_dict(assign=True) replaces parameters and buffers only
-            self.expert_load = torch.zeros(self.num_experts, dtype=torch.long, device=device)
-        ones_GNK = torch.ones_like(routing.expert_index_GNK)
-        if mask_GN is not None:
-            ones_GNK = ones_GNK * mask_GN[..., None]
-        self.expert_load.scatter_add_(0, routing.expert_index_GNK.flatten(), ones_GNK.flatten())
+        index_GNK = routing.expert_index_GNK
+        # load_state_dict(assign=True) and pruning replace parameters and buffers only.
+        if self.expert_load.device != index_GNK.device or len(self.expert_load) != self.num_experts:
+            self.expert_load = torch.zeros(self.num_experts, dtype=torch.long, device=index_GNK.device)
+        ones_GNK = torch.ones_like(index_GNK) if mask_GN is None else mask_GN[..., None].long().expand_as(index_GNK)
+        self.expert_load.scatter_add_(0, index_GNK.flatten(), ones_GNK.flatten())
         if not torch.compiler.is_compiling() and routing.gates_GNE.requires_grad:
             self.calls_without_update += 1
             if self.calls_without_update == self.CALLS_BEFORE_WARNING:

@@ -76,9 +76,7 @@ class SoftRouter(nn.Module):
         lecun_normal_(self.slots, fan_in=self.slots.shape[0] * self.slots.shape[2])
         nn.init.ones_(self.scale)
 
-    def forward(
-        self, x_GND: Tensor, groups: TokenGroups, capacity: Capacity, batch_priority: bool = False
-    ) -> SoftAssignment:
+    def forward(self, x_GND: Tensor, groups: TokenGroups, capacity: Capacity, batch_priority: bool) -> Assignment:
         """Weights of all tokens and slots. In float32 (float64 for float64 input), under autocast too."""
         members_GMN = groups.members_GMN
         E, P, _ = self.slots.shape
@@ -102,5 +100,4 @@ class SoftRouter(nn.Module):
             noisy_gates_GNE = noisy_GNE.softmax(-1)
             gates_GNE = noisy_gates_GNE if noise_std is None else clean_GNE.softmax(-1)
         routing = Routing(clean_GNE, noisy_GNE, gates_GNE, noisy_gates_GNE, noise_std)
-        G, M, _, _ = dispatch_GMNS.shape
-        return SoftAssignment(routing, G * M * P, dispatch_GMNS, combine_GNS, members_GMN)
+        return SoftAssignment(routing, P * dispatch_GMNS.shape[:2].numel(), dispatch_GMNS, combine_GNS, members_GMN)

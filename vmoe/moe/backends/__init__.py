@@ -1,7 +1,6 @@
 """How the experts are computed: `select_backend` chooses, once per call and nowhere else.
 
-- "reference": PyTorch, see `reference.py`. It supports everything, and other backends are tested against it.
-- "triton": Triton kernels on CUDA; never measured on a GPU, so only where it is asked for (docs/kernels.md).
+"triton" (docs/kernels.md) was never measured on a GPU, so it is taken only where it is asked for.
 """
 
 import os
@@ -28,10 +27,7 @@ _forced = check_backend(os.environ.get("VMOE_BACKEND") or "auto", "VMOE_BACKEND"
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Computes all experts by "reference" or "triton" inside the block, whatever their own setting; "auto": by that.
-
-    With "reference" attention is PyTorch's plain one too, so derivatives of any order exist on every device.
-    """
+    """Computes all experts by "reference" (then attention is plain too) or "triton", whatever their own setting."""
     global _forced
     before, _forced = _forced, check_backend(name)
     try:

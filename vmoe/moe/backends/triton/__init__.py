@@ -26,7 +26,7 @@ def activation_name(act: nn.Module) -> str | None:
 def reason_against(experts: nn.Module, x_RD: Tensor) -> str | None:
     """Why the kernels cannot compute these experts; None if they can."""
     dtype = compute_dtype(x_RD)
-    hooked = any(_has_hooks(part) for part in (experts.fc1, experts.act, experts.drop, experts.fc2))
+    parts = (experts.fc1, experts.act, experts.drop, experts.fc2)
     reasons = {
         "the package triton is not installed; it comes with PyTorch for CUDA on Linux": not _INSTALLED,
         f"their rows are on {x_RD.device.type}": x_RD.device.type not in DEVICES,
@@ -36,7 +36,7 @@ def reason_against(experts: nn.Module, x_RD: Tensor) -> str | None:
         "they have dropout": experts.training and experts.drop.p > 0,
         f"it has no {type(experts.act).__name__}": activation_name(experts.act) is None,
         "they are quantized": not isinstance(getattr(experts.fc1, "_parameters", {}).get("weight"), Tensor),
-        "their parts have hooks": hooked,
+        "their parts have hooks": any(map(_has_hooks, parts)),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 

@@ -2,8 +2,8 @@
 
 A tile is a run of at most BLOCK_M rows of one expert; which rows and whose is looked up in a table on the device
 (`tile_table`), so that the grid depends on shapes alone and the host never waits for a count. No kernel adds with
-atomics: equal inputs give equal results. Each kernel has an operator `vmoe::...` around it, so that `torch.compile`
-takes it as it is. The order of the tiles is that of Triton's tutorial on matrix multiplication.
+atomics. Each kernel has an operator `vmoe::...` around it, so that `torch.compile` takes it as it is. The order of the
+tiles is that of Triton's tutorial on matrix multiplication.
 
 Shapes, by suffix: R rows sorted by expert, E experts, T tiles, I and O widths of a layer's input and output; D, F, O
 those of the experts. Inside kernels M, N and K are the blocks of a matrix multiplication.
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from vmoe.moe.backends.triton import activation_name
-from vmoe.moe.grouped import compute_dtype, local_experts
+from vmoe.moe.grouped import compute_dtype, empty_sums, local_experts
 
 # Whether Triton interprets its kernels on the CPU (TRITON_INTERPRET=1 when this module was imported).
 INTERPRETED = triton.knobs.runtime.interpret
@@ -33,8 +33,8 @@ GROUP_M = 8
 def tile_table(count_E: Tensor, num_rows: int, block_m: int) -> Tensor:
     """Tiles that cover all rows: (T, 3) int32, the expert of each, its first row and the end of its expert's rows.
 
-    T is the most there can be; a tile that is not needed starts at the end of the rows or behind it. Rows beyond the
-    counts belong to an expert E, which gives zeros.
+    T is the most there can be; a tile that is not needed starts at or behind the end. Rows beyond the counts belong to
+    an expert E, which gives zeros.
     """
     E = count_E.shape[0]
     count_E1 = torch.cat([count_E, (num_rows - count_E.sum()).view(1)])
@@ -173,10 +173,9 @@ def grouped_linear(
     """y_r = activation(x_r · w_eᵀ + b_e), e the expert of row r; or back through an activation and the layer after it.
 
     On the way back `w_EOI` is that layer's, transposed, and `slope_of_RO` what the activation saw: y_r = x_r · w_eᵀ
-    times its slope there. Rows and weights may have any strides, all else is contiguous.
-
-    Returns two (R, O), zero in rows beyond the counts: y, and with `keep_hidden` (else (0, O)) the values before the
-    activation; on the way back activation(slope_of).
+    times its slope there. Rows and weights may have any strides, all else is contiguous. Returns two (R, O), zero in
+    rows beyond the counts: y, and with `keep_hidden` (else (0, O)) the values before the activation; on the way back
+    activation(slope_of).
     """
     (E, O, I), R, T = w_EOI.shape, x_RI.shape[0], tile_T3.shape[0]
     y_RO, h_RO = x_RI.new_empty(R, O), x_RI.new_empty(R if keep_hidden else 0, O)
@@ -199,8 +198,8 @@ def _(x_RI, w_EOI, b_EO, slope_of_RO, tile_T3, block_m, activation, keep_hidden)
 @torch.library.custom_op("vmoe::grouped_weight_gradient", mutates_args=())
 def grouped_weight_gradient(g_RO: Tensor, x_RI: Tensor, end_E: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
     """Sums over each expert's rows, which end at `end_E` (int32): of g_r ⊗ x_r, and of g_r, (0, O) without `bias`."""
-    E, O, I = end_E.shape[0], g_RO.shape[1], x_RI.shape[1]
-    grad_w_EOI, grad_b_EO = g_RO.new_empty(E, O, I), g_RO.new_empty(E if bias else 0, O)
+    grad_w_EOI, grad_b_EO = empty_sums(g_RO, x_RI, end_E, bias)
+    E, O, I = grad_w_EOI.shape
     launch = options(g_RO.dtype)
     block = launch["BLOCK_N"]
     with torch.cuda.device_of(g_RO):
@@ -211,10 +210,7 @@ def grouped_weight_gradient(g_RO: Tensor, x_RI: Tensor, end_E: Tensor, bias: boo
     return grad_w_EOI, grad_b_EO
 
 
-@grouped_weight_gradient.register_fake
-def _(g_RO, x_RI, end_E, bias):
-    E, O, I = end_E.shape[0], g_RO.shape[1], x_RI.shape[1]
-    return g_RO.new_empty(E, O, I), g_RO.new_empty(E if bias else 0, O)
+grouped_weight_gradient.register_fake(empty_sums)
 
 
 class _Experts(torch.autograd.Function):
@@ -245,8 +241,7 @@ class _Experts(torch.autograd.Function):
         if needs_x:
             w1_EDF = w1_EFD.transpose(1, 2)
             grad_x, _ = grouped_linear(grad_h_RF, w1_EDF, None, None, tile_T3, ctx.block_m, "none", False)
-        gradients = (grad_x, grad_w1, grad_b1, grad_w2, grad_b2)
-        return *(g if need else None for g, need in zip(gradients, ctx.needs_input_grad[:5])), *[None] * 4
+        return grad_x, grad_w1, grad_b1 if needs_b1 else None, grad_w2, grad_b2 if needs_b2 else None, *[None] * 4
 
 
 def run(experts: nn.Module, x_RD: Tensor, count_E: Tensor) -> Tensor:
@@ -257,8 +252,8 @@ def run(experts: nn.Module, x_RD: Tensor, count_E: Tensor) -> Tensor:
     # The kernels take the strides of rows and matrices as they are, but not of biases.
     parameters[1::2] = [None if p is None else p.contiguous() for p in parameters[1::2]]
     # About as many rows in a tile as an expert has.
-    rows = triton.next_power_of_2(triton.cdiv(x_RD.shape[0], count_E.shape[0]))
-    block_m = min(MAX_BLOCK_M, max(16, rows))
+    block_m = triton.next_power_of_2(triton.cdiv(x_RD.shape[0], count_E.shape[0]))
+    block_m = min(MAX_BLOCK_M, max(16, block_m))
     tile_T3 = tile_table(count_E, x_RD.shape[0], block_m)
     x_RD = x_RD.to(dtype)
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_RD, *parameters))
