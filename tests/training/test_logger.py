@@ -17,6 +17,7 @@ from vmoe.training.logger import (
     MetricsLog,
     ProgressBar,
     TimeLeft,
+    expert_metrics,
     final_table,
     over_processes,
     read_metrics,
@@ -61,15 +62,15 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path):
     assert [json.loads(line) for line in lines] == [{"step": 1, "loss": 2.0}, {"step": 6, "loss": None}]
 
 
-def test_every_metric_goes_to_tensorboard_too(tmp_path):
+def test_every_metric_goes_to_tensorboard_and_those_of_experts_only_there(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = MetricsLog(tmp_path, 0, tensorboard=True)
-    log.write(3, METRICS)
+    log.write(3, {**METRICS, "experts/blocks.1.mlp/image/load_00": 0.5})
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == set(METRICS)
+    assert set(events.Tags()["scalars"]) == {*METRICS, "experts/blocks.1.mlp/image/load_00"}
     assert events.Scalars("loss")[0].step == 3
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 3, **METRICS}]
 
@@ -214,6 +215,30 @@ def test_the_final_table_loses_no_metric(width):
     shown = ("123456789", "5600.00 M", "675.00 M", "1234.567", "54321 images/s", "987654 s", "1.2346", "0.9877")
     for metric in shown:
         assert metric in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("router", "settings"), [("top_k", {}), ("expert_choice", {"capacity_factor": 8.0}), ("soft", {})]
+)
+def test_metrics_of_experts_are_those_of_the_record_and_soft_routing_has_no_load(router, settings):
+    model = vmoe.create_model(
+        "vmoe_tiny_patch8_48",
+        **{"img_size": 16, "embed_dim": 16, "num_heads": 2, "depth": 2, "num_experts": 4},
+        **({} if router == "top_k" else {"router": router}),
+        **settings,
+    )
+    with vmoe.record_routing(model.eval()) as record:
+        model(torch.randn(3, 3, 16, 16))
+    layer, measured = record.layers["blocks.1.mlp"], expert_metrics(record)
+    assert layer.router == router
+    for expert in range(4):
+        name = f"experts/blocks.1.mlp/image/{{}}_{expert:02d}"
+        assert measured[name.format("importance")] == pytest.approx(layer.gates[..., expert].mean().item())
+        if router == "soft":
+            assert name.format("load") not in measured
+        else:
+            share = layer.load[expert].item() / layer.load.sum().item()
+            assert measured[name.format("load")] == pytest.approx(share)
 
 
 def test_a_minimum_stays_one_over_processes(monkeypatch):

@@ -104,7 +104,7 @@ class TrainConfig:
             the longest so far, would not fit any more (leave time for the first ones); null sets no limit.
         collapse_after: Warn of a layer whose routing stays collapsed (one expert is asked for by most tokens, or some
             by none) for this many steps; 0 never warns.
-        tensorboard: Also write every metric to OUTPUT_DIR/tensorboard.
+        tensorboard: Also write OUTPUT_DIR/tensorboard: every metric, and the load and importance of each expert.
     """
 
     steps: int = 1000

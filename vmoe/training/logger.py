@@ -57,10 +57,11 @@ class MetricsLog:
             self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes a line; metrics that are not finite become null (JSON has no NaN)."""
+        """Writes a line without "experts/...", too many for it; what is not finite becomes null (JSON has no NaN)."""
         if self._file is None:
             return
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        line = {name: value for name, value in metrics.items() if not name.startswith("experts/")}
+        finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
         if self._writer is not None:
@@ -144,9 +145,6 @@ def expert_metrics(record: RoutingRecord) -> dict[str, float]:
                 for expert, value in enumerate((sum_E / totals[kind].clamp(min=1)).tolist()):
                     metrics[f"experts/{name}/{modality}/{kind}_{expert:02d}"] = value
     return metrics
-
-
-# --- warnings ---
 
 
 class CollapseWatch:

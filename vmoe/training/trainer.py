@@ -38,7 +38,16 @@ from vmoe.moe import RoutingRecord
 from vmoe.training.checkpoint import Checkpointer, CheckpointError, load_checkpoint
 from vmoe.training.config import Config, to_yaml
 from vmoe.training.diagnosis import NonFiniteError, find_non_finite
-from vmoe.training.logger import CollapseWatch, DataWatch, MetricsLog, ProgressBar, final_table, routing_metrics, say
+from vmoe.training.logger import (
+    CollapseWatch,
+    DataWatch,
+    MetricsLog,
+    ProgressBar,
+    expert_metrics,
+    final_table,
+    routing_metrics,
+    say,
+)
 from vmoe.training.optim import carry_over_optimizer, create_ema, create_optimizer, create_schedule, freeze
 from vmoe.training.run_dir import check_same_settings, find_checkpoint, finished_summary, locked_folder
 from vmoe.training.signals import Stopped, StopRequest, interruptible
@@ -295,6 +304,8 @@ class Trainer:
             metrics["grad_scale"] = self.scaler.get_scale()
         metrics["bad_samples"] = self._position()["num_bad"]
         metrics |= {**self.task.metrics(self.model), **routing_metrics(record)}
+        if self.config.train.tensorboard:
+            metrics |= expert_metrics(record)
         self.collapse_watch.update(self.step, record.layers)
         self.display.show(self.step, metrics)
         return metrics
