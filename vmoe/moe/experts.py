@@ -56,8 +56,7 @@ class Mlp(nn.Module):
 class Experts(Mlp):
     """E MLPs: x -> fc2(norm(drop(act(fc1(x))))), the stacked form of `timm.layers.Mlp`, or gated ones.
 
-    `norm_layer` makes a norm of the hidden activations, given their width. `backend`: see `vmoe.moe.backends`. `kwargs`
-    are those of `Mlp`.
+    `norm_layer` makes a norm of the hidden activations, given their width; `backend`: see `vmoe.moe.backends`.
     """
 
     # Of experts that are sharded over processes, it brings each row to its expert and back: an `ExpertExchange`.

@@ -77,9 +77,8 @@ class SparseMoE(nn.Module):
         super().__init__()
         resolved = with_preset({}, {**settings, "router_preset": router_preset})
         del resolved["router_preset"]
-        config = _with_slots(RoutingSettings(**resolved), num_tokens)
+        self._built_with = config = _with_slots(RoutingSettings(**resolved), num_tokens)
         factory = {"device": device, "dtype": dtype}
-        self._built_with = config
         for name in CHANGEABLE:
             setattr(self, name, getattr(config, name))
         self.router_type = config.router

@@ -14,12 +14,11 @@ STORED = {"int8": torch.int8, "bfloat16": torch.bfloat16}
 
 
 class WeightOnlyLinear(nn.Module):
-    """A `GroupedLinear` for inference that keeps its weights in fewer bytes.
+    """A `GroupedLinear` for inference that keeps `stored`, (E, O, I), in fewer bytes, and for int8 `scale`, (E, O).
 
-    Int8 weights have a scale for each expert and output, its largest magnitude / 127 (symmetric). On a CPU, outside
-    compiled code, one expert's weights at a time are converted, into one buffer, and the results are scaled instead of
-    the weights (docs/inference.md has measurements). Elsewhere all weights of the layer are converted in each call.
-    Buffers: `stored`, (E, O, I) in the stored type, and `scale`, (E, O) float32, or None for bfloat16.
+    The scale of an expert's output is its largest magnitude / 127 (symmetric). On a CPU, outside compiled code, one
+    expert's weights at a time are converted, into one buffer, and the results are scaled instead of the weights
+    (docs/inference.md has measurements). Elsewhere all weights of the layer are converted in each call.
     """
 
     def __init__(self, linear: GroupedLinear, kind: str) -> None:

@@ -108,21 +108,19 @@ class LayerRouting:
 
     @cached_property
     def metrics(self) -> dict[str, Tensor]:
-        """{name: scalar} without gradient: the losses, their weighted sum "auxiliary_loss", and statistics:
+        """{name: scalar} without gradient: the losses, their weighted sum "auxiliary_loss", and statistics.
 
-        "share_dropped" (of the assignments; where experts choose, of the tokens that none took), "load_max_over_mean",
-        "experts_without_tokens" and "gate_entropy" (nats); with several modalities also "image/share_dropped"...
+        The latter are "share_dropped" (of the assignments; where experts choose, of the tokens that none took),
+        "load_max_over_mean", "experts_without_tokens" and "gate_entropy" (nats); by modality too, if there are several.
         """
         return {**statistics_of(self.counts), **self.means}
 
     @cached_property
     @torch.no_grad()
     def counts(self) -> dict[str, Tensor]:
-        """Sums over tokens, from which `statistics_of` makes statistics, also those of several calls, added up.
-
-        By modality too, where there are several ("text/load"): "load" (E,), "assignments" requested, how many of these
-        were "kept" (where experts choose: tokens, and those that some expert took), "tokens" and "gate_entropy".
-        """
+        """Sums over tokens for `statistics_of`, by modality too, where there are several ("text/load"): "load" (E,),
+        "assignments" requested, how many of these were "kept" (where experts choose: tokens, and those that some expert
+        took), "tokens" and "gate_entropy"."""
         masks = {"": self.mask}
         if self.modality is not None:
             masks |= {f"{name}/": own_GN for name, own_GN in self.members.items()}
