@@ -15,7 +15,7 @@ def test_kernels_in_the_interpreter():
     """All of `interpreted_kernels.py`, where the interpreter is on before Triton is imported."""
     file = Path(__file__).with_name("interpreted_kernels.py")
     # No plugins and no conftest.py: the file needs none, and importing them takes seconds.
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--noconftest", str(file)]
     # Not the project's options: those name the plugin for several processes.
     command += ["-o", "addopts=--import-mode=importlib"]
