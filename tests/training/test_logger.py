@@ -19,7 +19,6 @@ from vmoe.training.logger import (
     TimeLeft,
     expert_metrics,
     final_table,
-    over_processes,
     read_metrics,
     requested_shares,
     routing_metrics,
@@ -239,11 +238,3 @@ def test_metrics_of_experts_are_those_of_the_record_and_soft_routing_has_no_load
         else:
             share = layer.load[expert].item() / layer.load.sum().item()
             assert measured[name.format("load")] == pytest.approx(share)
-
-
-def test_a_minimum_stays_one_over_processes(monkeypatch):
-    other = {"experts_per_token_min": 0.0, "experts_per_token_max": 4.0, "z_loss": 1.0}
-    monkeypatch.setattr(logger, "gather_lists", lambda own: [*own, other])
-    mine = {"experts_per_token_min": 1.0, "experts_per_token_max": 3.0, "z_loss": 2.0}
-    mean = pytest.approx(1.5)
-    assert over_processes(mine) == {"experts_per_token_min": 0.0, "experts_per_token_max": 4.0, "z_loss": mean}

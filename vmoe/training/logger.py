@@ -23,7 +23,7 @@ from rich.table import Column
 from torch import Tensor
 
 from vmoe.data.loader import own_cores
-from vmoe.distributed.process_group import gather_lists, sum_over_processes
+from vmoe.distributed.process_group import mean_over_processes, sum_over_processes
 from vmoe.moe import LayerRouting, RoutingRecord
 from vmoe.moe.record import statistics_of
 from vmoe.utils.files import atomic_file
@@ -107,9 +107,9 @@ def routing_metrics(record: RoutingRecord) -> dict[str, float]:
     """The metrics of a step's routing (docs/training.md); empty for a dense model."""
     layers = {}
     for name, routing in record.layers.items():
-        means = over_processes({key: float(value) for key, value in routing.means.items()})
+        means = mean_over_processes([float(value) for value in routing.means.values()])
         counted = statistics_of(sum_over_processes(routing.counts))
-        layers[name] = {key: float(value) for key, value in counted.items()} | means
+        layers[name] = {key: float(value) for key, value in counted.items()} | dict(zip(routing.means, means))
     if not layers:
         return {}
     metrics = {
@@ -121,13 +121,6 @@ def routing_metrics(record: RoutingRecord) -> dict[str, float]:
         layers[name]["largest_share"] = share_E.max().item()
         metrics.update({f"routing/{name}/{key}": value for key, value in layers[name].items()})
     return metrics
-
-
-def over_processes(metrics: dict[str, float]) -> dict[str, float]:
-    """The mean of each metric over all processes; the minimum or maximum of those that are named so."""
-    every = gather_lists([metrics])
-    reduce = {"min": min, "max": max}
-    return {name: reduce.get(name.rpartition("_")[2], fmean)([own[name] for own in every]) for name in metrics}
 
 
 def expert_metrics(record: RoutingRecord) -> dict[str, float]:
