@@ -1,4 +1,4 @@
-"""Two training steps of many small models, in one process and in several; started by test_equivalence.py.
+"""Three training steps of many small models, in one process and in several; started by test_equivalence.py.
 
 Each case is trained on a mesh, and its losses, first and last gradients and final weights are saved whole. Every
 process takes its part of each batch, and the routing groups are such that they lie within a part.
@@ -28,7 +28,7 @@ from vmoe.distributed.parallelize import (
 from vmoe.evaluation.inference import arithmetic
 from vmoe.training.optim import create_ema
 
-STEPS, BATCH = 2, 8
+STEPS, BATCH = 3, 8
 TINY = {"num_experts": 4, "noise_std": 0.0}
 VMOE = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3, **TINY}
 # A group is a image with its class token, so that it lies in one process whatever their number.

@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import vmoe
-from vmoe.distributed.expert_parallel import ExpertExchange
 from vmoe.distributed.mesh import MeshSize, make_meshes
 from vmoe.distributed.parallelize import parallelize, synchronize_scalars
 from vmoe.moe import SparseMoE
@@ -72,16 +71,11 @@ def process(rank: int, folder: str) -> None:
 
 def compiled_experts_say_what_is_wrong(rank: int) -> None:
     """Compiled code exchanges buffers of one size; other sizes are an error in all processes before they do."""
-    exchange = ExpertExchange(dist.group.WORLD)
-
-    @torch.compile(backend="aot_eager", fullgraph=True)
-    def experts(x_RD: torch.Tensor, count_E: torch.Tensor, capacity: int) -> torch.Tensor:
-        return exchange(lambda rows, _counts: 2 * rows, x_RD, count_E, capacity)
-
-    x_RD, count_E = torch.randn(4, 8), torch.tensor([3, 1])
-    torch.testing.assert_close(experts(x_RD, count_E, 3), 2 * x_RD)
+    module = parallelize(make_model("top_1").train(), make_meshes(MeshSize(1, 1, 2), CPU), CPU)
+    compiled = torch.compile(module, backend="aot_eager")
+    compiled(batch("top_1")[0].split((3, 3))[rank])
     with pytest.raises(RuntimeError, match="give all processes batches of the same size"):
-        experts(x_RD, count_E, 3 + rank)
+        compiled(batch("top_1")[0].split(SIZES["uneven"])[rank])
 
 
 if __name__ == "__main__":

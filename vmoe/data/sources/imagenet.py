@@ -58,7 +58,7 @@ def imagenet_synsets() -> tuple[str, ...]:
 @functools.cache
 def imagenet_words() -> tuple[str, ...]:
     """WordNet's words for the 1,000 classes, in the order of the labels; no two are equal."""
-    return tuple(synset_words(imagenet_synsets()))
+    return tuple(synset_words(ImageNetInfo("imagenet-1k").label_names()))
 
 
 @functools.cache
@@ -197,7 +197,10 @@ def flat_images(tree: TreeReader, labels_file: str | None) -> tuple[list[str], l
             raise tree.error(f"has no file of labels: set labels_file, or put one of {', '.join(LABELS_FILES)} there")
     label_of = read_val_labels(labels_file)
     if missing := [name for name in names if val_number(name) not in label_of]:
-        raise ValueError(f"labels_file {labels_file}: has no label for {len(missing)} images, as {missing[0]}")
+        raise ValueError(
+            f"labels_file {labels_file}: has no label for {len(missing)} images, as {missing[0]}; "
+            "take the file that belongs to them, or move other images away"
+        )
     labels = [label_of[val_number(name)] for name in names]
     if missing := set(range(1000)).difference(labels):
         raise ValueError(f"{tree.root}: {len(missing)} classes have no image, as {imagenet_synsets()[min(missing)]}")
