@@ -247,6 +247,23 @@ def test_a_strange_manifest_is_one_sentence(tmp_path, model, optimizer, content,
         latest_checkpoint(tmp_path)
 
 
+def test_a_manifest_that_names_files_elsewhere_reads_none(tmp_path, model, optimizer):
+    folder = save(tmp_path, 1, model, optimizer)
+    (tmp_path / "secret").write_text("x")
+    names = [file.name for file in folder.iterdir() if file.name != "manifest.json"]
+    manifest.write_manifest(folder, {}, manifest.describe_files(folder, [*names, "../../secret"]))
+    assert find_problems(folder) == ["../../secret is missing"]
+
+
+def test_a_manifest_that_the_disk_cannot_read_is_damaged(tmp_path, model, optimizer, monkeypatch, caplog):
+    save(tmp_path, 1, model, optimizer)
+    damaged, read = save(tmp_path, 2, model, optimizer) / "manifest.json", type(tmp_path).read_bytes
+    error = _raiser(OSError(errno.EIO, os.strerror(errno.EIO)))  # an error of reading names no file
+    monkeypatch.setattr(type(tmp_path), "read_bytes", lambda file: (error if file == damaged else read)(file))
+    assert latest_checkpoint(tmp_path).name == "step_000001"
+    assert "manifest.json cannot be read" in caplog.text
+
+
 # --- writing that fails ----------------------------------------------------------------------------------------------
 
 

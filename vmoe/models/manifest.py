@@ -89,7 +89,7 @@ def find_problems(folder: Path, share: tuple[int, int] = (0, 1), only: str = "")
         files = [each for each in folder.rglob("*") if each.is_symlink() or not each.is_dir()]
         found = {each.relative_to(folder).as_posix(): each.lstat() for each in files}
     except OSError as error:  # also files that the run that wrote them removed meanwhile
-        return [f"{Path(error.filename).name} cannot be read ({error.strerror})"]
+        return [f"{Path(error.filename or MANIFEST).name} cannot be read ({error.strerror})"]
     except ValueError as error:
         return [f"{MANIFEST} is damaged: {error}"]
     problems, to_hash = [], []
