@@ -101,6 +101,11 @@ class Heartbeat:
             self._ending.set()
             self._thread.join(GRACE_SECONDS)  # the store may be gone
 
+    def first_says(self, text: str) -> bool:
+        """Whether process 0 ends with the same error as this one; to be asked before `leave`."""
+        seconds = self.silent - self.interval
+        return self.rank > 0 and self._wait_until(lambda: self._peers.get(0, {}).get("text") == text, seconds)
+
     def explain(self, waiting: bool) -> LostProcessError | None:
         """Why other processes do not answer; None if all seem alive. `waiting`: until a heartbeat can be missing."""
         self._wait_until(lambda: self._lost(self.silent), self.silent + 2 * self.interval if waiting else 0.0)

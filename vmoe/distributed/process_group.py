@@ -60,6 +60,7 @@ def joined(device: torch.device | None = None, timeout: float = 600.0) -> Iterat
         except Exception as error:
             lost = _lost_process(error, heartbeat)
             if lost is None:
+                error.reported = heartbeat.first_says(sentence(error))
                 heartbeat.leave(ERROR, sentence(error), reported=must_report(error, rank))
                 raise
             heartbeat.leave(LOST, str(lost))
@@ -97,7 +98,8 @@ def _lost_process(error: Exception, heartbeat: Heartbeat) -> LostProcessError | 
 
 def must_report(error: BaseException, rank: int) -> bool:
     """Whether process `rank` prints its error: process 0 prints those that all of them have."""
-    return rank == 0 or not (isinstance(error, ConfigError) or getattr(error, "shared", False))
+    shared = isinstance(error, ConfigError) or getattr(error, "shared", False)
+    return rank == 0 or not (shared or getattr(error, "reported", False))
 
 
 def first_line(error: BaseException) -> str:
