@@ -245,7 +245,9 @@ def test_errors_of_the_command(tmp_path, capsys, monkeypatch):
     assert "templates are for image-text models" in capsys.readouterr().err
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert demo.main(["--checkpoint", file, "--port", str(taken.getsockname()[1])]) == 1
-    assert "Cannot find empty port in range" in capsys.readouterr().err  # Gradio's own
+    assert "Address already in use): choose another --port" in capsys.readouterr().err
+    assert demo.main(["--checkpoint", file, "--host", "203.0.113.1"]) == 1  # another machine's
+    assert "cannot listen on 203.0.113.1, port any (Cannot assign" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert demo.main(["--checkpoint", file]) == 1
     assert "the demo needs the package gradio: pip install -e '.[demo]'" in capsys.readouterr().err

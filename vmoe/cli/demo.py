@@ -10,6 +10,7 @@ import functools
 import html
 import importlib
 import os
+import socket
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -98,6 +99,12 @@ def launch(app: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None,
     theme = gr.themes.Default(
         primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     ).set(button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800")
+    try:  # Gradio would try a hundred ports at an address that is not this machine's
+        socket.create_server((host, port or 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        reason = str(error.strerror).partition(" (while")[0]
+        where = f"{host}, port {port or 'any'}"
+        raise OSError(f"cannot listen on {where} ({reason}): choose another --port or --host") from error
     off = dict.fromkeys(("inbrowser", "run_history", "ssr_mode", "mcp_server", "enable_monitoring"), False)
     files = {"allowed_paths": [], "max_file_size": "100mb"}
     look = {"theme": theme, "css": CSS + logic.CSS, "footer_links": []}
