@@ -344,11 +344,11 @@ def test_layers_may_be_any_whole_numbers(tmp_path):
 # --- the optimizer ---------------------------------------------------------------------------------------------------
 
 
-def adam(model):
+def adam(model, **kwargs):
     decay = [p for p in model.parameters() if p.ndim > 1 and p.requires_grad]
     rest = [p for p in model.parameters() if p.ndim <= 1 and p.requires_grad]
     groups = [{"params": rest, "weight_decay": 0.0}, {"params": decay}]
-    return torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1)
+    return torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1, **kwargs)
 
 
 def step(model, optimizer):
@@ -397,6 +397,8 @@ def test_optimizers_that_cannot_go_on_say_so():
     step(dense, factored)
     with pytest.raises(UpcycleError, match="not one number per weight"):
         vmoe.upcycle_optimizer(factored, dense, sparse, torch.optim.Adafactor(sparse.parameters()))
+    with pytest.raises(UpcycleError, match="AdamW with amsgrad needs state that the dense model's AdamW does not"):
+        vmoe.upcycle_optimizer(optimizer, dense, sparse, adam(sparse, amsgrad=True))
     sgd = torch.optim.SGD(dense.parameters(), lr=0.1)
     step(dense, sgd)
     with pytest.raises(UpcycleError, match="keeps none"):

@@ -25,6 +25,10 @@ def upcycle_optimizer(
     dense = {name: p for name, p in dense_model.named_parameters() if states.get(p)}
     if not dense:
         raise UpcycleError("the dense optimizer has no state: it made no step yet, or keeps none; leave it out")
+    for key in ("amsgrad", "centered"):  # they need state of their own
+        old, new = (any(g.get(key) for g in each.param_groups) for each in (dense_optimizer, sparse_optimizer))
+        if new and not old:
+            raise UpcycleError(f"{kind} with {key} needs state that the dense model's {kind} does not keep")
     carried = {}
     for name, parameter in sparse_model.named_parameters():
         if name in dense and dense[name].shape == parameter.shape:
