@@ -155,6 +155,17 @@ def test_compiles_as_one_graph():
     torch.testing.assert_close(compiled(x), model(x))
 
 
+def test_fix_init_scales_the_experts_too():
+    kwargs = {"embed_dim": 32, "num_heads": 2, "depth": 2}
+    torch.manual_seed(0)
+    plain = timm.create_model("vmoe_tiny_patch8_48", **kwargs)
+    torch.manual_seed(0)
+    fixed = timm.create_model("vmoe_tiny_patch8_48", fix_init=True, **kwargs)
+    torch.testing.assert_close(fixed.blocks[1].mlp.experts.fc2.weight, plain.blocks[1].mlp.experts.fc2.weight / 2)
+    with pytest.raises(ValueError, match="block_fn cannot be set"):
+        timm.create_model("vmoe_tiny_patch8_48", block_fn=torch.nn.Identity, **kwargs)
+
+
 def test_sincos2d_positions():
     positions = sincos2d_positions(2, 3, 16, 100.0)
     assert positions.shape == (1, 6, 16)

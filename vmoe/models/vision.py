@@ -156,6 +156,8 @@ class VisionMoE(VisionTransformer):
             raise ValueError(f"pos_embed must be 'learn', 'sincos2d' or 'none', got {pos_embed!r}")
         if first_patch and kwargs.get("reg_tokens"):
             raise ValueError("global_pool='token' without a class token pools the first patch; leave reg_tokens out")
+        if "block_fn" in kwargs:
+            raise ValueError("block_fn cannot be set: experts replace the MLPs of timm's Block; leave it out")
         routing = take_routing(kwargs, ROUTING_DEFAULTS)
         chosen = sparse_blocks(moe_layers, depth) if routing["num_experts"] else ()
 
@@ -241,3 +243,12 @@ class VisionMoE(VisionTransformer):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() | without_decay(self)
+
+    def fix_init_weight(self) -> None:
+        """timm's `fix_init`, for experts too."""
+        for index, block in enumerate(self.blocks):
+            scale = (2.0 * (index + 1)) ** 0.5
+            block.attn.proj.weight.data.div_(scale)
+            for name, parameter in block.mlp.named_parameters():  # of the MLP, or of experts and the shared expert
+                if name.endswith("fc2.weight"):
+                    parameter.data.div_(scale)
