@@ -55,6 +55,7 @@ def test_the_dense_baselines_differ_in_their_experts_only():
         (["--optim.betas", "0.9,0.95"], ["optim.betas", "write a list of 2 values"]),
         (["--config", "no_such_config"], ["no_such_config", "limoe_tiny_emoji"]),
         (["--optim.warmup_steps", "1000"], ["optim.warmup_steps", "train.steps (1000)"]),
+        (["--optim.betas", "[0.9, 2]"], ["optim.betas must be in [0, 1), got"]),
         (["--optim.betas", "[0.9]"], ["optim.betas must be tuple[float, float]", "got [0.9]"]),
         (["--model.kwargs.auxiliary_loss", "attach"], ["auxiliary_loss", "record"]),
         (["--data.augmentation.mixup", "0.2", "--data.loader.batch_size", "7"], ["batch_size", "even", "7"]),

@@ -243,6 +243,11 @@ class Config:
         model, train, augmentation, task = self.model, self.train, self.data.augmentation, self.evaluate.task
         warmup, batch, contrastive = self.optim.warmup_steps, self.data.loader.batch_size, self.task == "contrastive"
         sharded, mixes = max(self.parallel.dp_shard, self.parallel.ep) > 1, augmentation.mixup or augmentation.cutmix
+        betas = self.optim.betas
+        yield (
+            f"optim.betas must be in [0, 1), got {betas}",
+            betas is not None and not all(0 <= beta < 1 for beta in betas),
+        )
         yield f"optim.warmup_steps must be < train.steps ({train.steps}), got {warmup}", warmup >= train.steps
         yield (
             "train.precision fp16 needs parallel.dp_shard = parallel.ep = 1; use bf16, which needs no scaler",
