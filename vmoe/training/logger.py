@@ -78,6 +78,7 @@ class MetricsLog:
         for stream in (self._file, self._writer):
             if stream is not None:
                 stream.close()
+        self._file = self._writer = None
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -208,8 +208,6 @@ class Trainer:
             stopping = (interrupted or planned) and not last
             if last or stopping or self.step % train.checkpoint_every == 0:
                 self.save()
-            if self.config.train.tensorboard and self.progress["evaluated"] == self.step and not (last or stopping):
-                self._draw_examples()
             if stopping:
                 self.checkpointer.wait()
                 message = f"stopped after step {self.step} of {train.steps}; the same command continues the run"
@@ -315,6 +313,8 @@ class Trainer:
         try:
             with self.display.timing("evaluation"):
                 results = self.task.evaluate(self._evaluated_model(), self.device)
+                if self.config.train.tensorboard and self.step < self.config.train.steps:  # at the end `finish` does
+                    self._draw_examples()
         except Exception as error:  # bad validation data must not cost the training up to here
             if self.processes == 1 or isinstance(error, SharedError):  # else the others cannot take part
                 self.save()
@@ -335,11 +335,10 @@ class Trainer:
             self.checkpointer.save(self.step, self.model, self.ema and self.ema.module, self.optimizer, state, extra)
 
     def _draw_examples(self) -> None:
-        """Draws examples.png; TensorBoard shows those before the last, for which its files are closed."""
-        if self.config.evaluate.examples:
-            file = self.run / "examples.png"
-            if self.task.draw_examples(self._evaluated_model(), file) and self.step < self.config.train.steps:
-                self.metrics.image(self.step, "examples", file)
+        """Draws examples.png, which TensorBoard shows too until its files are closed."""
+        file = self.run / "examples.png"
+        if self.config.evaluate.examples and self.task.draw_examples(self._evaluated_model(), file):
+            self.metrics.image(self.step, "examples", file)
 
     def _evaluated_model(self) -> nn.Module:
         return self.model if self.ema is None else self.ema.module
