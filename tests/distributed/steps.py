@@ -31,7 +31,7 @@ from vmoe.training.optim import create_ema
 STEPS, BATCH = 3, 8
 TINY = {"num_experts": 4, "noise_std": 0.0}
 VMOE = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3, **TINY}
-# A group is a image with its class token, so that it lies in one process whatever their number.
+# A group is an image with its class token, so that it lies in one process whatever their number.
 GROUP = {"group_size": 5}
 LIMOE = {
     "img_size": 16,

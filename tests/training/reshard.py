@@ -39,6 +39,7 @@ SETTINGS = {
     "num_experts": 4,
 }
 MESHES = {
+    "2 copies, ep 2": MeshSize(2, 1, 2),
     "ep 4": MeshSize(1, 1, 4),
     "fsdp 2, ep 2": MeshSize(1, 2, 2),
     "ddp": MeshSize(4, 1, 1),

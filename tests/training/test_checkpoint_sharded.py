@@ -13,7 +13,7 @@ from vmoe.cli.export import export
 from vmoe.evaluation.loaded_model import weights_fingerprint
 from vmoe.models.serialization import StoredTensors, WeightsError, find_weights
 
-MESHES = ["ep 4", "fsdp 2, ep 2", "ddp"]
+MESHES = ["2 copies, ep 2", "ep 4", "fsdp 2, ep 2", "ddp"]
 
 
 @pytest.fixture(scope="module")
