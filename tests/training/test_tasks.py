@@ -131,7 +131,7 @@ def test_other_classes_in_the_validation_data_are_named(make_config, tmp_path):
         create_task(config)
     shutil.rmtree(tmp_path / "val" / "violet")
     (tmp_path / "val" / "red").rename(tmp_path / "val" / "green")
-    with pytest.raises(ConfigError, match=r"class 2 is 'red' in data\.train and None in data\.val"):
+    with pytest.raises(ConfigError, match=r"data\.train has 3 classes and data\.val 2; .* only one of them has 'red'"):
         create_task(config)
 
 

@@ -54,7 +54,7 @@ def _construct(name: str, kwargs: dict) -> nn.Module:
     if timm.is_model(name):
         return timm.create_model(name, **kwargs)
     near = difflib.get_close_matches(name, [*list_models(), *timm.list_models()], n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; this package has {list_models()}"
+    hint = f"; did you mean {near[0]!r}?" if near else "; vmoe-list-models and timm.list_models() list the names"
     raise ValueError(f"unknown model {name!r}{hint}")
 
 

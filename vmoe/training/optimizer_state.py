@@ -95,14 +95,14 @@ def import_state(optimizer: Optimizer, model: nn.Module, stored: StoredTensors |
         if differing := sorted(before.keys() ^ set(names)):
             raise ValueError(
                 f"the optimizer {'lacks' if differing[0] in before else 'has'} {differing[0]!r} (one of "
-                f"{len(differing)}), unlike the checkpoint's; train the same parameters (train.freeze)"
+                f"{len(differing)}), and that of the checkpoint does not; train the same parameters (train.freeze)"
             )
         indices = {name: index for index, name in enumerate(names)}
         full["state"] = {indices[name]: decode(values, name) for name, values in rest["state"].items()}
         for group in full["param_groups"]:
             settings = [before[names[index]] for index in group["params"]]
             if any(each != settings[0] for each in settings):
-                raise ValueError("parameters that are one group now had different settings then")
+                raise ValueError("parameters of one group have different settings in the checkpoint; use its groups")
             group |= decode(settings[0], GROUPS) if settings else {}
         full |= decode(rest["other"], "")
         unread = sorted(shapes.keys() - targets.keys())
@@ -135,7 +135,7 @@ def _decode(value: Any, name: str, target: Callable[[str, str], Tensor], key: st
 
 def _dtype(name: str) -> torch.dtype:
     if not isinstance(getattr(torch, name, None), torch.dtype):
-        raise ValueError(f"{name!r} is no type of numbers")
+        raise ValueError(f"{name!r} is not a dtype of PyTorch")
     return getattr(torch, name)
 
 

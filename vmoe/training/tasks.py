@@ -8,7 +8,6 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +21,7 @@ from vmoe.data.build import applies_orientation, build_dataset, with_orientation
 from vmoe.distributed.parallelize import is_sharded
 from vmoe.distributed.process_group import from_first
 from vmoe.evaluation import evaluate_classification, evaluate_retrieval, evaluate_zero_shot
+from vmoe.evaluation.class_names import check_same_classes
 from vmoe.evaluation.retrieval import retrieval_loader
 from vmoe.evaluation.zero_shot import check_class_names, check_templates, resolve_templates
 from vmoe.inspection.maps import example_figure
@@ -140,7 +140,9 @@ class Classification(Task):
         if self.class_names is None:
             raise ConfigError(f"task 'classification' needs labels, and data.train ({config.data.train.type}) has none")
         if self.val_data is not None:
-            _check_same_classes(self.class_names, self.val_data.classes)
+            if self.val_data.classes is None:
+                raise ConfigError("data.val has no labels; task 'classification' evaluates on labelled images")
+            check_same_classes("data.train", self.class_names, "data.val", self.val_data.classes)
         self.mixup = build_mixup(config.data.augmentation, len(self.class_names), config.seed)
 
     def create_model(self, pretrained: str | None, continued: bool = False) -> nn.Module:
@@ -251,12 +253,3 @@ class Contrastive(Task):
             return data.classes
         captions = [sample.caption for sample in samples] + data.read_captions(range(min(1000, len(data))))
         return [caption for caption in dict.fromkeys(captions) if caption.strip()]
-
-
-def _check_same_classes(train: list[str], val: list[str] | None) -> None:
-    """Labels are indices: both data sets must list the same classes in the same order."""
-    if val is None:
-        raise ConfigError("data.val has no labels; task 'classification' evaluates on labelled images")
-    for index, (ours, theirs) in enumerate(zip_longest(train, val)):
-        if ours != theirs:
-            raise ConfigError(f"class {index} is {ours!r} in data.train and {theirs!r} in data.val; they must agree")

@@ -125,7 +125,7 @@ class Trainer:
             self.schedule.step_update(self.step)
             say(console, f"{self.run}: continuing after step {self.step}")
         self.batches = Prefetch(loader, config.train.accumulate_steps)
-        self.skipped = 0  # steps in a row, that the fp16 gradient scaler skipped
+        self.skipped = 0  # consecutive steps that the fp16 gradient scaler skipped
         self.images, self.seconds = 0, 0.0  # since the last logged step
 
     def _create_model(self, checkpoint: Path | None) -> nn.Module:
