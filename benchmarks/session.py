@@ -158,13 +158,13 @@ class Session:
     def add(self, row: dict[str, Any]) -> None:
         """Keep a row and print it: "ms" are milliseconds, "ratios" compare with others of the same rounds."""
         self.rows.append(row)
-        told = [str(row[name]) for name in ("comparison", row["comparison"], "dtype", "pass", "name") if name in row]
+        texts = [str(row[name]) for name in ("comparison", row["comparison"], "dtype", "pass", "name") if name in row]
         if "kept" in row:
-            told.append(f"{row['kept']:.1%} kept")
-        told += [f"{to} {one['median']:.3g}" for to, one in row.items() if isinstance(one, dict) and "median" in one]
+            texts.append(f"{row['kept']:.1%} kept")
+        texts += [f"{to} {one['median']:.3g}" for to, one in row.items() if isinstance(one, dict) and "median" in one]
         for to, one in row.get("ratios", {}).items():
-            told.append(f"ratio to {to} {one['median']:.3f} ({one['min']:.3f}-{one['max']:.3f})")
-        print(", ".join(told), flush=True)
+            texts.append(f"ratio to {to} {one['median']:.3f} ({one['min']:.3f}-{one['max']:.3f})")
+        print(", ".join(texts), flush=True)
 
     def note(self, sentence: str) -> None:
         """Keep a sentence and print it."""
