@@ -9,7 +9,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from tests.convert.figures import GOLDEN, load, part
+from tests.convert.golden import GOLDEN, load, part
 from tests.convert.write_sharded import MAGIC, pack_array, write_arrays
 from vmoe.convert.arrays import CheckpointError
 from vmoe.convert.messagepack import read_tree

@@ -16,7 +16,7 @@ from timm.data import resolve_model_data_config
 
 import vmoe
 from benchmarks import convert as benchmark
-from tests.convert.figures import GOLDEN, close, load, part
+from tests.convert.golden import GOLDEN, close, load, part
 from tests.convert.write_sharded import write_arrays
 from vmoe.cli.convert import main
 from vmoe.convert import RELEASED, CheckpointError, convert_checkpoint, from_reference, pretrained_cfg, to_reference

@@ -1,4 +1,4 @@
-"""Golden figures: a config, weights, inputs, and what the reference computes from them."""
+"""Golden values: a config, weights, inputs, and what the reference computes from them."""
 
 import json
 from pathlib import Path
