@@ -1,25 +1,21 @@
-"""The reference's figures: whole models, expert choice, few-shot accuracies.
+"""The reference's golden values: whole models, expert choice, few-shot accuracies.
 
 Top-K routing and the auxiliary losses have theirs in tests/moe.
 """
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.convert.golden import GOLDEN, check_two_tower, check_vision
 from vmoe.evaluation.few_shot import few_shot_accuracy
 from vmoe.moe import expert_capacity
 from vmoe.moe.expert_choice import choose_tokens
 from vmoe.moe.router import Routing
 
-_spec = importlib.util.spec_from_file_location("figures", Path(__file__).parents[1] / "convert" / "figures.py")
-figures = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(figures)
-GOLDEN, MORE = figures.GOLDEN, figures.GOLDEN / "more"
+MORE = GOLDEN / "more"
 
 
 @pytest.mark.parametrize(
@@ -35,7 +31,7 @@ GOLDEN, MORE = figures.GOLDEN, figures.GOLDEN / "more"
     ],
 )
 def test_vision(name):
-    figures.check_vision(name)
+    check_vision(name)
 
 
 @pytest.mark.parametrize(
@@ -43,12 +39,12 @@ def test_vision(name):
     ["e7_k1_capacity_first", "width24_e3_k2_c06", "choice_e3_small_group_token", "dense_defaults_nonsquare"],
 )
 def test_other_vision_configs(name):
-    figures.check_vision(name, MORE)
+    check_vision(name, MORE)
 
 
 def test_two_towers():
-    figures.check_two_tower("two_tower_bias")
-    figures.check_two_tower("tower_gmp", MORE)
+    check_two_tower("two_tower_bias")
+    check_two_tower("tower_gmp", MORE)
 
 
 def test_expert_choice():
