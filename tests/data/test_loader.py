@@ -1,4 +1,6 @@
+import gc
 import logging
+import multiprocessing
 import os
 import random
 import warnings
@@ -144,6 +146,20 @@ def test_loading_a_position_in_the_middle_drops_what_was_read_ahead():
     loader.load_state_dict(state)
     assert_same(take(loader, 3), batches)
     loader.close()
+
+
+def test_a_dropped_loader_stops_its_workers_at_once():
+    """Not in a later garbage collection, where PyTorch waits ten seconds for each."""
+    before = set(multiprocessing.active_children())
+    loader = train(num_workers=1)
+    next(loader)
+    (worker,) = set(multiprocessing.active_children()) - before
+    gc.disable()
+    try:
+        del loader
+        assert not worker.is_alive()
+    finally:
+        gc.enable()
 
 
 def test_seeds_and_epochs_differ():

@@ -239,9 +239,10 @@ class TrainLoader(_Loader):
 
     def _keys(self) -> Iterator[BatchKey]:
         """Keys of this process's part of the coming batches, without end."""
-        for number in itertools.count(self.step):
-            indices, epochs = self.batches.batch(number)
-            yield BatchKey(indices[self.rows], epochs[self.rows])
+        # Without `self`: a cycle would leave the workers to the garbage collector, which cannot stop them at once.
+        batches, rows, first = self.batches, self.rows, self.step
+        coming = (batches.batch(number) for number in itertools.count(first))
+        return (BatchKey(indices[rows], epochs[rows]) for indices, epochs in coming)
 
     def _count(self, batch: Batch) -> None:
         self.num_read += batch.num_read
