@@ -81,7 +81,7 @@ def test_a_process_that_hangs_does_not_outlive_the_job(killed, forks, config, tm
     if not killed:
         assert f"process 0 of 2 (host {socket.gethostname()}, pid {waits.pid}) gave up" in error
         (error,) = errors(printed(tmp_path / "out.0"))
-        assert "but all processes live" in error
+        assert "but all processes answer" in error
 
 
 def test_an_error_in_one_process_alone_is_told_once_and_ends_the_others(forks, config, tmp_path):

@@ -92,7 +92,7 @@ def _lost_process(error: Exception, heartbeat: Heartbeat) -> LostProcessError | 
     collective = isinstance(error, dist.DistError) or COLLECTIVE.match(str(error).strip()) is not None
     lost = heartbeat.explain(waiting=collective)
     if lost is None and collective:
-        lost = LostProcessError(f"a collective failed ({first_line(error)}), but all processes live; {REMEDY}")
+        lost = LostProcessError(f"a collective failed ({first_line(error)}), but all processes answer; {REMEDY}")
     return lost
 
 
