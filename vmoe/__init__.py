@@ -69,12 +69,12 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name == "convert":
-        return import_module("vmoe.convert")
+    if name in ("convert", "open_clip"):
+        return import_module(f"vmoe.{name}")
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'vmoe' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY, "convert"])
+    return sorted([*globals(), *_LAZY, "convert", "open_clip"])

@@ -260,7 +260,9 @@ def image_batches(
     parameter, channels = next(model.parameters()), in_chans(model)
     single = images.ndim != 4 if isinstance(images, Tensor) else isinstance(images, (Image.Image, str, Path))
     images = iter([images] if single else images)
-    transform = cache(lambda: _evaluation_transform(model))  # not needed for tensors, which any model takes
+    transform = cache(
+        lambda: build_transform(preprocess_config(model), None)
+    )  # not needed for tensors, which any model takes
 
     def prepared(image: ImageLike) -> Tensor:
         if isinstance(image, Tensor):
@@ -279,13 +281,3 @@ def image_batches(
 
     while batch := [prepared(image).to(parameter) for image in islice(images, batch_size)]:
         yield torch.stack(batch)
-
-
-def _evaluation_transform(model: nn.Module) -> Callable[[Image.Image], Tensor]:
-    """PIL image -> (3, H, W), as the model expects it."""
-    own = getattr(getattr(model, "visual", None), "preprocess_cfg", None)
-    if own is None:
-        return build_transform(preprocess_config(model), None)
-    from open_clip.transform import PreprocessCfg, image_transform_v2
-
-    return image_transform_v2(PreprocessCfg(**own), is_train=False)

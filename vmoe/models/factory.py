@@ -8,11 +8,12 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD, create_transform, resolve_model_data_config
+from timm.data import create_transform
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE
+from vmoe.models.limoe import LIMOE_CONFIGS
+from vmoe.models.preprocess import in_chans, preprocess_config, set_preprocess
 from vmoe.models.serialization import (
     METADATA_KEY,
     StoredTensors,
@@ -24,7 +25,7 @@ from vmoe.models.serialization import (
 )
 from vmoe.models.spec import IMAGE_TEXT_NAMES, build_dense, difference, model_spec, named_tensors, on_meta
 from vmoe.models.text import CONTEXT_LENGTH, clean_beginning
-from vmoe.models.two_tower import TWO_TOWER_CONFIGS, TwoTower, merge_settings
+from vmoe.models.two_tower import TWO_TOWER_CONFIGS, merge_settings
 from vmoe.models.upcycle import upcycle
 from vmoe.models.validation import bounded_model, check_metadata
 from vmoe.moe.config import SETTING_NAMES
@@ -62,6 +63,9 @@ def create_model(name: str | None = None, pretrained: str | Path | None = None, 
         reason = f"{type(error).__name__}: {printable(error)[:300]}"
         raise WeightsError(f"no model can be built by the settings in {file} ({reason})") from error
     load_weights(model, stored, new_head="num_classes" in kwargs, new_size=True)
+    metadata = read_pretrained_metadata(file)
+    if name in (None, metadata["name"]) and "pretrained_cfg_overlay" not in kwargs:
+        set_preprocess(model, metadata["preprocess"])
     return model
 
 
@@ -154,29 +158,6 @@ def file_metadata(model: nn.Module, extra: dict | None = None) -> dict[str, str]
             "only by settings, reset_classifier and set_input_size, or save the state_dict with torch.save"
         )
     return {"format": "pt", METADATA_KEY: text}  # "pt": other libraries ask for it before they load into PyTorch
-
-
-def in_chans(model: nn.Module) -> int:
-    """Channels of a model's images."""
-    return getattr(unwrap_model(model), "in_chans", 3)
-
-
-def preprocess_config(model: nn.Module) -> dict:
-    """How images reach the model: "input_size" (C, H, W), "mean", "std", "interpolation", "crop_pct", "crop_mode"; for
-    other than 3 channels mean and std are averages over red, green and blue."""
-    channels = in_chans(model)
-    if isinstance(model, TwoTower):
-        model = model.visual
-    config = {"mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD}
-    config |= {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"}
-    if not isinstance(model, LIMoE):
-        config = dict(resolve_model_data_config(model))
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)  # the size it was built with, not its name's
-    config["input_size"] = (channels, *(size or config["input_size"][1:]))
-    for key in ("mean", "std"):
-        values = tuple(config[key])
-        config[key] = values if len(values) == channels else (sum(values) / len(values),) * channels
-    return {key: config[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
 
 
 def create_model_and_transforms(

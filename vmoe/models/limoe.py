@@ -214,6 +214,12 @@ class LIMoE(BlocksMixin, ImageTextModel):
             text_BC = self.text_projection(pooled_BD)
         return image_BC, text_BC
 
+    def lock_image_tower(self, *args, **kwargs) -> None:
+        """open_clip's; a ValueError, since images and texts share the tower."""
+        raise ValueError("a LIMoE has one tower for images and texts, so neither can be locked: take a two_tower model")
+
+    lock_text_tower = lock_image_tower
+
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Change the image size; position embeddings are interpolated."""
         old, old_size = self.image_pos_embed, self.patch_embed.grid_size

@@ -177,6 +177,7 @@ def difference(model: nn.Module, again: nn.Module) -> str | None:
 
 # Attributes that do not decide what a model computes, or that a classifier's shape says.
 _NO_DIFFERENCE = {"training", "grad_checkpointing", "fused_attn", "num_classes", "calls_without_update", "backend"}
+_NO_DIFFERENCE |= {"auxiliary_loss", "output_dict"}  # the form in which they give it
 
 
 def _facts(model: nn.Module) -> dict[str, dict]:

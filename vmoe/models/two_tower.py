@@ -91,7 +91,10 @@ class TwoTower(ImageTextModel):
     def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
         """Freeze the text tower but for its last layer groups (blocks; the head counts as one)."""
         if not freeze_layer_norm:
-            raise ValueError("freeze_layer_norm=False is not supported: norms are frozen with their blocks")
+            raise ValueError(
+                "freeze_layer_norm=False is not supported: norms are frozen with their blocks "
+                "(open_clip's trainer: --lock-text-freeze-layer-norm)"
+            )
         _lock(self.text, unlocked_layers)
         self.train(self.training)
 
