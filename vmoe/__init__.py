@@ -30,7 +30,8 @@ from vmoe.moe import (
 if TYPE_CHECKING:
     from vmoe.evaluation.zero_shot import zero_shot_classify
     from vmoe.models.densify import densify, measure_usage, prune_experts
-    from vmoe.models.factory import create_model, create_model_and_transforms, get_tokenizer
+    from vmoe.models.factory import create_model, create_model_and_transforms, get_tokenizer, save_pretrained
+    from vmoe.models.hub import push_to_hub, save_hub_folder
     from vmoe.models.upcycle import upcycle
     from vmoe.models.upcycle_optimizer import upcycle_optimizer
 
@@ -43,6 +44,9 @@ _LAZY = {
     "get_tokenizer": "vmoe.models.factory",
     "measure_usage": "vmoe.models.densify",
     "prune_experts": "vmoe.models.densify",
+    "push_to_hub": "vmoe.models.hub",
+    "save_hub_folder": "vmoe.models.hub",
+    "save_pretrained": "vmoe.models.factory",
     "upcycle": "vmoe.models.upcycle",
     "upcycle_optimizer": "vmoe.models.upcycle_optimizer",
     "zero_shot_classify": "vmoe.evaluation.zero_shot",
@@ -58,8 +62,11 @@ __all__ = [
     "get_tokenizer",
     "measure_usage",
     "prune_experts",
+    "push_to_hub",
     "quantize_experts",
     "record_routing",
+    "save_hub_folder",
+    "save_pretrained",
     "set_auxiliary_loss_scale",
     "upcycle",
     "upcycle_optimizer",

@@ -18,7 +18,9 @@ from open_clip import factory
 from torch import nn
 
 from vmoe.models.factory import build
+from vmoe.models.hub_layout import KEY
 from vmoe.models.limoe import LIMOE_CONFIGS
+from vmoe.models.open_clip_models import model_config
 from vmoe.models.preprocess import open_clip_preprocess, preprocess_config
 from vmoe.models.serialization import (
     METADATA_KEY,
@@ -33,7 +35,6 @@ from vmoe.models.two_tower import TWO_TOWER_CONFIGS, merge_settings
 from vmoe.models.validation import check_metadata
 from vmoe.moe import SparseMoE
 
-KEY = "vmoe"  # of our settings in open_clip's configs
 MODEL_CLASS = open_clip.CustomTextCLIP
 
 
@@ -45,14 +46,6 @@ def register() -> None:
     if factory.CustomTextCLIP is MODEL_CLASS:
         factory.CustomTextCLIP = CustomTextCLIP
         factory.create_model = open_clip.create_model = _with_our_preprocessing(factory.create_model)
-
-
-def model_config(spec: dict, embed_dim: int, image_size: int | list[int], context_length: int) -> dict:
-    """open_clip's config of a model by its `model_spec`. With "timm_model_name" open_clip changes precision and image
-    size as it does for models of timm."""
-    vision = {"timm_model_name": spec["name"], "image_size": image_size}
-    text = {"context_length": context_length}
-    return {"embed_dim": embed_dim, "vision_cfg": vision, "text_cfg": text, "custom_text": True, KEY: spec}
 
 
 def _sizes(name: str) -> dict[str, int]:
@@ -71,8 +64,8 @@ def _sizes(name: str) -> dict[str, int]:
 
 
 def CustomTextCLIP(embed_dim: int, vision_cfg: dict, text_cfg: dict, **settings: Any) -> nn.Module:
-    """open_clip's class of that name or, where a config holds our settings, the model of these. Further settings go over
-    them, such as `num_experts` or `init_logit_bias`."""
+    """open_clip's class of that name or, where a config holds our settings, the model of these. Further settings go
+    over them, such as `num_experts` or `init_logit_bias`."""
     spec = settings.pop(KEY, None)
     if spec is None:
         return MODEL_CLASS(embed_dim, vision_cfg, text_cfg, **settings)
@@ -87,7 +80,7 @@ def CustomTextCLIP(embed_dim: int, vision_cfg: dict, text_cfg: dict, **settings:
         raise ValueError(f"{spec['name']} has no patch dropout; leave force_patch_dropout out")
     output_dict = settings.pop("output_dict", False)
     settings.pop("cast_dtype", None)
-    model = build(_merged(spec, text_cfg, settings))
+    model = build(_merged(spec, vision_cfg, text_cfg, settings))
     model.output_dict = output_dict
     if not hasattr(model.visual, "image_size"):
         model.visual.image_size = preprocess_config(model)["input_size"][1:]
@@ -97,15 +90,16 @@ def CustomTextCLIP(embed_dim: int, vision_cfg: dict, text_cfg: dict, **settings:
     return model
 
 
-def _merged(spec: dict, text_cfg: dict, settings: dict) -> dict:
-    """A specification with the caller's settings over it; open_clip keeps the length of texts beside them."""
+def _merged(spec: dict, vision_cfg: dict, text_cfg: dict, settings: dict) -> dict:
+    """A specification with the caller's settings over it; open_clip keeps the length of texts beside them, and changes
+    the image size of ours later."""
     name, context = spec["name"], {"context_length": text_cfg["context_length"]}
     if name in LIMOE_CONFIGS:
         return {**spec, "kwargs": spec["kwargs"] | context | settings}
     if name in TWO_TOWER_CONFIGS:
         kwargs = merge_settings(spec["kwargs"], settings)
         return {**spec, "kwargs": {**kwargs, "text": {**kwargs["text"], **context}}}
-    return {**spec, "kwargs": spec["kwargs"] | settings}
+    return {**spec, "kwargs": {**spec["kwargs"], "vision_cfg": vision_cfg, "text_cfg": text_cfg, **settings}}
 
 
 def _with_our_preprocessing(create_model):

@@ -287,6 +287,9 @@ def test_timm_models_by_timm_are_saved_if_their_name_says_all(tmp_path):
     save_pretrained(vmoe.upcycle(plain, num_experts=2, layers=[1]), tmp_path / "m.safetensors")
     assert create_model(pretrained=tmp_path / "m.safetensors").blocks[1].mlp.num_experts == 2
     other = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3, act_layer="relu")  # the same shapes
+    save_pretrained(vmoe.upcycle(other, layers=[1]), tmp_path / "m.safetensors")
+    assert isinstance(create_model(pretrained=tmp_path / "m.safetensors").blocks[1].mlp.experts.act, nn.ReLU)
+    other.blocks[0].mlp.act = nn.SiLU()
     with pytest.raises(ValueError, match="not made by vmoe.create_model"):
         save_pretrained(vmoe.upcycle(other, layers=[1]), tmp_path / "m.safetensors")
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from vmoe.models.dense_mlp import UpcycledFrom, UpcycleError, from_experts, mlp_layout, stacked_parameters
 from vmoe.models.flops import evaluation_mode
-from vmoe.models.two_tower import TwoTower
+from vmoe.models.spec import known_spec, remember
+from vmoe.models.upcycle import upcycle_steps
 from vmoe.moe import SparseMoE, record_routing
 from vmoe.moe.config import SETTING_NAMES, RoutingSettings
 
@@ -47,7 +48,7 @@ def densify(model: nn.Module, how: str | int = "average", usage: Usage | None = 
     `how` is "average" of the experts, "weighted" by `usage` (see `measure_usage`), or the index of the one to keep. An
     UpcycleError or ValueError for layers with shared experts, usage that does not fit, or an unknown `how`.
     """
-    dense, spec = copy.deepcopy(model), getattr(model, "vmoe_spec", None)
+    dense, spec = copy.deepcopy(model), known_spec(model)
     for name, layer in _layers(model).items():
         if layer.shared is not None:
             raise UpcycleError(f"{name} has a shared expert, which one MLP of the others' width cannot hold")
@@ -66,8 +67,7 @@ def densify(model: nn.Module, how: str | int = "average", usage: Usage | None = 
         spec = _with_settings(spec, _tower(model, name), {"num_experts": 0, **ratio}, SETTING_NAMES)
     for attribute in ("no_weight_decay", "group_matcher"):  # by which `upcycle` replaced the class's own
         vars(dense).pop(attribute, None)
-    dense.vmoe_spec = spec and {"name": spec["name"], "kwargs": spec["kwargs"]}
-    return dense
+    return remember(dense, spec and {"name": spec["name"], "kwargs": spec["kwargs"]})
 
 
 def prune_experts(model: nn.Module, keep: int | float, usage: Usage) -> nn.Module:
@@ -77,7 +77,7 @@ def prune_experts(model: nn.Module, keep: int | float, usage: Usage) -> nn.Modul
     whole virtual groups. Of equally used experts in `usage` (see `measure_usage`) the lower index stays. A ValueError
     for usage that does not fit, or a `keep` out of range.
     """
-    pruned, spec = copy.deepcopy(model), getattr(model, "vmoe_spec", None)
+    pruned, spec = copy.deepcopy(model), known_spec(model)
     for name, layer in _layers(model).items():
         G = layer.upcycled_from.granularity if hasattr(layer, "upcycled_from") else 1
         number = _number_to_keep(layer, keep, G, name)
@@ -86,8 +86,7 @@ def prune_experts(model: nn.Module, keep: int | float, usage: Usage) -> nn.Modul
         settings = _pruned_settings(layer.settings, number)
         pruned.set_submodule(name, _pruned_layer(layer, (groups[:, None] * G + torch.arange(G)).flatten(), settings))
         spec = _with_settings(spec, _tower(model, name), settings)
-    pruned.vmoe_spec = spec
-    return pruned
+    return remember(pruned, spec)
 
 
 def _layers(model: nn.Module) -> dict[str, SparseMoE]:
@@ -190,7 +189,7 @@ def _pruned_layer(layer: SparseMoE, kept: Tensor, new: dict[str, Any]) -> Sparse
 
 def _tower(model: nn.Module, layer: str) -> str:
     """The tower that holds a layer, as a two-tower model's settings call it; "" for a model that is one tower."""
-    if not isinstance(model, TwoTower):
+    if getattr(model, "visual", model) is model:
         return ""
     return "image" if layer.startswith("visual.") else "text"
 
@@ -199,8 +198,10 @@ def _with_settings(spec: dict | None, tower: str, settings: dict, without: Colle
     """A specification with other settings of a tower; saving a model finds out if they do not describe it."""
     if spec is None:
         return None
-    if "upcycle" in spec and (not tower or spec["upcycle"]["tower"] in (tower, "both")):
-        return {**spec, "upcycle": spec["upcycle"] | settings}
+    steps = upcycle_steps(spec)
+    if any(not tower or step["tower"] in (tower, "both") for step in steps):
+        changed = [step | settings if not tower or step["tower"] in (tower, "both") else step for step in steps]
+        return {**spec, "upcycle": changed if len(changed) > 1 else changed[0]}
     own = (spec["kwargs"].get(tower) or {}) if tower else spec["kwargs"]
     own = {key: value for key, value in own.items() if key not in without} | settings
     return {**spec, "kwargs": {**spec["kwargs"], tower: own} if tower else own}

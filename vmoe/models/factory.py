@@ -12,7 +12,9 @@ from timm.data import create_transform
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from vmoe.models.hub_layout import SOURCES, cannot_download
 from vmoe.models.limoe import LIMOE_CONFIGS
+from vmoe.models.open_clip_models import is_open_clip, is_open_clip_tag, load_open_clip, open_clip_settings
 from vmoe.models.preprocess import in_chans, preprocess_config, set_preprocess
 from vmoe.models.serialization import (
     METADATA_KEY,
@@ -26,7 +28,7 @@ from vmoe.models.serialization import (
 from vmoe.models.spec import IMAGE_TEXT_NAMES, build_dense, difference, model_spec, named_tensors, on_meta
 from vmoe.models.text import CONTEXT_LENGTH, clean_beginning
 from vmoe.models.two_tower import TWO_TOWER_CONFIGS, merge_settings
-from vmoe.models.upcycle import upcycle
+from vmoe.models.upcycle import upcycle, upcycle_steps
 from vmoe.models.validation import bounded_model, check_metadata
 from vmoe.moe.config import SETTING_NAMES
 from vmoe.moe.quantize import quantize_experts
@@ -39,8 +41,11 @@ def create_model(name: str | None = None, pretrained: str | Path | None = None, 
 
     Args:
         name: "limoe_...", "two_tower_..." or a timm name such as "vmoe_base_patch16_224"; None: that in `pretrained`.
-        pretrained: a file of `save_pretrained`, or the folder of a run or checkpoint. Position embeddings are
-            interpolated for another image size; a classifier starts from scratch if `num_classes` is given and differs.
+        pretrained: a file of `save_pretrained`; the folder of a run or checkpoint, or in the layout of timm's or
+            open_clip's hub (also as "local-dir:FOLDER"); what is downloaded: "hf-hub:ORG/NAME", timm's
+            "vit_base_patch16_224.augreg_in21k", and a tag of open_clip's model `name`, or both as "ViT-B-32:openai".
+            Position embeddings are interpolated for another image size; a classifier starts from scratch if
+            `num_classes` is given and differs.
         **kwargs: of the model, over the file's; `image` and `text` of a two-tower model setting by setting.
             `image={"pretrained": FILE}` gives the image tower that file's architecture and weights.
 
@@ -52,6 +57,8 @@ def create_model(name: str | None = None, pretrained: str | Path | None = None, 
         if name is None:
             raise ValueError("create_model needs a name, or pretrained=FILE with one in it")
         return _new_model(name, kwargs)
+    if (model := _downloaded(name, str(pretrained), kwargs)) is not None:
+        return model
     file = find_weights(pretrained)
     stored = StoredTensors(file)
     try:
@@ -64,7 +71,8 @@ def create_model(name: str | None = None, pretrained: str | Path | None = None, 
         raise WeightsError(f"no model can be built by the settings in {file} ({reason})") from error
     load_weights(model, stored, new_head="num_classes" in kwargs, new_size=True)
     metadata = read_pretrained_metadata(file)
-    if name in (None, metadata["name"]) and "pretrained_cfg_overlay" not in kwargs:
+    same = name is None or name.partition(".")[0] == metadata["name"].partition(".")[0]  # but for timm's tag
+    if same and "pretrained_cfg_overlay" not in kwargs:
         set_preprocess(model, metadata["preprocess"])
     return model
 
@@ -72,8 +80,8 @@ def create_model(name: str | None = None, pretrained: str | Path | None = None, 
 def build(spec: dict) -> nn.Module:
     """A new model by its `model_spec`, which it remembers."""
     model = build_dense(spec)
-    if "upcycle" in spec:
-        model = upcycle(model, **spec["upcycle"])
+    for step in upcycle_steps(spec):
+        model = upcycle(model, **step)
     if "experts" in spec:
         quantize_experts(model, spec["experts"])
     return model
@@ -96,6 +104,33 @@ def _new_model(name: str, kwargs: dict) -> nn.Module:
     return model
 
 
+def _downloaded(name: str | None, source: str, kwargs: dict) -> nn.Module | None:
+    """A model with weights that timm or open_clip download by a name of theirs; None for other sources."""
+    if source.startswith(SOURCES) or Path(source).exists():
+        return None
+    own = name in IMAGE_TEXT_NAMES or (name is not None and timm.is_model(name))
+    architecture, tag = (name, source) if name is not None and ":" not in source else source.partition(":")[::2]
+    if timm.is_model(source):
+        architecture, library = source, "timm"
+    elif not own and architecture and tag and is_open_clip_tag(architecture, tag):
+        library = "open_clip"
+    else:
+        return None
+    if name is not None and name.partition(".")[0] != architecture.partition(".")[0]:
+        raise WeightsError(f"{source} names weights of {architecture}, not of {name}: leave the model's name out")
+    load = torch.get_default_device().type != "meta"  # else another process holds the weights
+    try:
+        if library == "open_clip":
+            kwargs = {**open_clip_settings(architecture, tag), **kwargs}
+            model = build({"name": architecture, "kwargs": kwargs})
+            return load_open_clip(model, architecture, tag) if load else model
+        return build({"name": source, "kwargs": {**kwargs, "pretrained": load}})
+    except ValueError:
+        raise
+    except Exception as error:  # whatever the libraries raise without a network
+        raise WeightsError(cannot_download(source, error)) from error
+
+
 def _spec_for_file(file: Path, name: str | None, kwargs: dict) -> dict:
     """The specification of a model that takes a file's weights: the file's, with the user's settings over it."""
     metadata, kwargs = read_pretrained_metadata(file), _without_image_weights(kwargs)
@@ -106,7 +141,8 @@ def _spec_for_file(file: Path, name: str | None, kwargs: dict) -> dict:
     if "upcycle" in spec:  # routing settings are those of `upcycle`
         for key in {"layers", "moe_layers"} & kwargs.keys():
             raise ValueError(f"{file} holds an upcycled model, whose sparse layers are fixed: leave {key} out")
-        spec["upcycle"] = spec["upcycle"] | {key: kwargs[key] for key in SETTING_NAMES & kwargs.keys()}
+        own = {key: kwargs[key] for key in SETTING_NAMES & kwargs.keys()}
+        spec["upcycle"] = [step | own for step in upcycle_steps(spec)]
         kwargs = {key: value for key, value in kwargs.items() if key not in SETTING_NAMES}
     merge = merge_settings if name in TWO_TOWER_CONFIGS else dict.__or__
     return {**spec, "name": name, "kwargs": merge(metadata["kwargs"], kwargs)}
@@ -132,6 +168,11 @@ def save_pretrained(model: nn.Module, file: str | Path, extra: dict | None = Non
     tensors share their memory.
     """
     model = unwrap_model(model)
+    if hasattr(model, "merge_and_unload"):
+        raise ValueError(
+            f"{type(model).__name__} holds adapters: save what its merge_and_unload() returns, or the adapters alone "
+            "with its save_pretrained(FOLDER)"
+        )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named_tensors(model).items()}
     try:
         write_tensors(tensors, file_metadata(model, extra), Path(file))
@@ -177,8 +218,12 @@ def create_model_and_transforms(
 def get_tokenizer(model: str | nn.Module, context_length: int | None = None) -> Callable[[list[str] | str], Tensor]:
     """open_clip's CLIP tokenizer for a model or its name: texts -> (B, context_length) token ids, zero after their end.
     Only the beginning of a very long text is read, since the time for a word of n letters grows with n²."""
+    import open_clip
     from open_clip.tokenizer import SimpleTokenizer
 
+    name = model if isinstance(model, str) else (getattr(model, "vmoe_spec", None) or {}).get("name", "")
+    if name not in IMAGE_TEXT_NAMES and is_open_clip(name):
+        return open_clip.get_tokenizer(name, context_length or getattr(model, "context_length", None))
     if isinstance(model, str):
         if model not in IMAGE_TEXT_NAMES:
             raise ValueError(f"no tokenizer for {model!r}: models with text are {list(IMAGE_TEXT_NAMES)}")

@@ -5,8 +5,14 @@ from functools import partial
 
 import timm
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
-from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    load_pretrained,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from vmoe.models.vision import VisionMoE
@@ -49,6 +55,7 @@ MODELS: dict[str, dict] = {
 _CFG = {"mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD, "interpolation": "bilinear"}
 _CFG |= {"fixed_input_size": True, "first_conv": "patch_embed.proj", "classifier": "head", "license": "apache-2.0"}
 _TINY_CFG = {**_CFG, "input_size": (3, 48, 48), "crop_pct": 1.0, "interpolation": "bicubic"}
+_ABOUT_WEIGHTS = ("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir", "device", "dtype")
 # `register_model` looks for this name.
 default_cfgs = generate_default_cfgs({name: _TINY_CFG if "tiny" in name else _CFG for name in MODELS})
 
@@ -67,7 +74,9 @@ def _create(name: str, pretrained: bool = False, **kwargs) -> VisionMoE:
     model_args = {**style, **own, **kwargs}
     feature_cfg = {"out_indices": model_args.pop("out_indices", 3), "feature_cls": "getter"}
     options = {"pretrained_filter_fn": _filter, "feature_cfg": feature_cfg}
-    return build_model_with_cfg(VisionMoE, name, pretrained, **options, **model_args)
+    model = build_model_with_cfg(VisionMoE, name, pretrained, **options, **model_args)
+    model._model_args = {key: value for key, value in kwargs.items() if key not in _ABOUT_WEIGHTS}  # as timm's factory
+    return model
 
 
 def _filter(state_dict: dict[str, Tensor], model: VisionMoE) -> dict[str, Tensor]:
@@ -99,6 +108,30 @@ def _with_settings_of_file(name: str, pretrained: bool, kwargs: dict) -> tuple[s
     return stored_name, {**own, **kwargs, "pretrained_cfg_overlay": {**about, **overlay}}
 
 
+def upcycled_moe(pretrained: bool = False, spec: dict | None = None, **kwargs) -> nn.Module:
+    """A model by its `vmoe.models.spec.model_spec`, such as an upcycled one: what `save_hub_folder` names."""
+    from vmoe.models.factory import build
+    from vmoe.models.validation import check_metadata
+
+    if spec is None:
+        raise ValueError(
+            "upcycled_moe is made from a folder, timm.create_model('local-dir:FOLDER'), or by vmoe.upcycle"
+        )
+    about = {key: kwargs.pop(key, None) for key in _ABOUT_WEIGHTS}
+    check_metadata({**spec, "preprocess": {}, "extra": {}})
+    model = build({**spec, "kwargs": {**spec["kwargs"], **kwargs}})
+    overlay = about["pretrained_cfg_overlay"]
+    config = resolve_pretrained_cfg("upcycled_moe", about["pretrained_cfg"], overlay).to_dict()
+    model.pretrained_cfg = model.default_cfg = config
+    if pretrained:
+        filter_fn = checkpoint_filter_fn if isinstance(model, VisionTransformer) else None
+        sizes = {"num_classes": model.num_classes, "in_chans": model.in_chans}
+        load_pretrained(model, config, filter_fn=filter_fn, cache_dir=about["cache_dir"], **sizes)
+    return model
+
+
+default_cfgs |= generate_default_cfgs({"upcycled_moe": {}})
+register_model(upcycled_moe)
 for _name in MODELS:
     _build = partial(_create, _name)
     _build.__name__, _build.__module__ = _name, __name__

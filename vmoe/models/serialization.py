@@ -28,6 +28,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, HuggingFaceStorageR
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata
 
+from vmoe.models.hub_layout import OPEN_CLIP, SOURCES, folder_settings, hub_folder
 from vmoe.models.manifest import MANIFEST, find_problems, list_checkpoints, newest_complete
 from vmoe.models.validation import check_metadata
 from vmoe.utils.files import atomic_file, parse_json, read_json
@@ -46,12 +47,20 @@ class WeightsError(ValueError):
 
 
 def find_weights(path: str | Path) -> Path:
-    """The file or folder of weights for a `.safetensors` path, a checkpoint, or a run (its newest checkpoint).
+    """The file or folder of weights for a `.safetensors` path, a checkpoint, a run (its newest checkpoint), a folder of
+    timm or open_clip, or "local-dir:FOLDER" or "hf-hub:ORG/NAME", which is downloaded.
 
     Of a checkpoint it is the moving average, if the run kept one. Files are compared with their checksums; damaged
     checkpoints of a run are skipped with a warning. A WeightsError if nothing is left.
     """
+    if str(path).startswith(SOURCES):
+        try:
+            path = hub_folder(str(path))
+        except ValueError as error:
+            raise WeightsError(str(error)) from error
     path = Path(path)
+    if (path / OPEN_CLIP[1]).is_file():
+        return path / OPEN_CLIP[1]
     if path.is_file() or (path / SETTINGS_NAME).is_file():
         if (path.parent / MANIFEST).exists():
             _refuse_damage(path.parent, only=path.name)
@@ -85,16 +94,31 @@ def _refuse_damage(checkpoint: Path, only: str = "") -> None:
 
 
 def read_pretrained_metadata(source: str | Path) -> dict:
-    """{"name", "kwargs", "preprocess", "extra"} of weights that `save_pretrained` or a checkpoint wrote, checked."""
+    """{"name", "kwargs", "preprocess", "extra"} of weights that `save_pretrained` or a checkpoint wrote, or of a folder
+    of timm or open_clip, checked."""
     text = safetensors_metadata(source).get(METADATA_KEY)
-    if text is None:
-        raise WeightsError(f"{source} holds no settings of a vmoe model: it was not written by this package")
     try:
-        metadata = parse_json(text)
+        metadata = folder_settings(Path(source)) if text is None else parse_json(text)
+        if metadata is None:
+            raise WeightsError(
+                f"{source} holds no settings of a vmoe model: it was not written by this package, and no config of "
+                "timm or open_clip is beside it"
+            )
         check_metadata(metadata)
+    except WeightsError:
+        raise
     except ValueError as error:
         raise WeightsError(f"the settings in {source} are refused: {error}") from error
     return metadata
+
+
+def stored_name(source: str | Path) -> str | None:
+    """The name of the model in weights that `find_weights` finds, for a message; None if it cannot be read."""
+    try:
+        metadata = read_pretrained_metadata(find_weights(source))
+    except WeightsError:
+        return None
+    return "an upcycled " * ("upcycle" in metadata) + printable(metadata["name"])
 
 
 def safetensors_metadata(source: str | Path) -> dict[str, str]:

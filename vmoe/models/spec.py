@@ -4,6 +4,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -14,13 +15,14 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE
+from vmoe.models.open_clip_models import build_open_clip, is_open_clip, open_clip_spec
 from vmoe.models.text import TextTransformer
 from vmoe.models.two_tower import TOWERS, TWO_TOWER_CONFIGS, TwoTower, merge_settings
 from vmoe.models.validation import without_loading
 from vmoe.models.vision import VisionMoE
 from vmoe.moe import SparseMoE
 from vmoe.moe.config import SETTING_NAMES, preset_settings
-from vmoe.moe.quantize import experts_kept_as
+from vmoe.moe.quantize import experts_kept_as, quantize_experts
 
 IMAGE_TEXT_NAMES = (*LIMOE_CONFIGS, *TWO_TOWER_CONFIGS)
 
@@ -40,9 +42,20 @@ def build_dense(spec: dict) -> nn.Module:
         if unknown is None:
             raise ValueError(f"model {name!r} does not take these settings ({sorted(kwargs)}): {error}") from error
         raise ValueError(f"model {name!r} has no setting {unknown[1]!r}{_advice(name, kwargs, unknown[1])}") from error
-    model.vmoe_spec = {"name": name, "kwargs": with_slots(model, without_loading(kwargs))}
-    model.vmoe_built = live_settings(model)
+    return remember(model, {"name": name, "kwargs": with_slots(model, without_loading(kwargs))})
+
+
+def remember(model: nn.Module, spec: dict | None) -> nn.Module:
+    """The model, with how to build it as it is now."""
+    model.vmoe_spec, model.vmoe_built = spec, live_settings(model)
     return model
+
+
+def known_spec(model: nn.Module) -> dict | None:
+    """`model_spec`, or None if it is not known."""
+    with suppress(ValueError):
+        return model_spec(model)
+    return None
 
 
 def _construct(name: str, kwargs: dict) -> nn.Module:
@@ -53,6 +66,8 @@ def _construct(name: str, kwargs: dict) -> nn.Module:
         return TwoTower(**merge_settings(TWO_TOWER_CONFIGS[name], kwargs))
     if timm.is_model(name):
         return timm.create_model(name, **kwargs)
+    if "vision_cfg" in kwargs or is_open_clip(name):
+        return build_open_clip(name, kwargs)
     near = difflib.get_close_matches(name, [*list_models(), *timm.list_models()], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "; vmoe-list-models and timm.list_models() list the names"
     raise ValueError(f"unknown model {name!r}{hint}")
@@ -68,6 +83,8 @@ def _advice(name: str, kwargs: dict, unknown: str) -> str:
             return "; it is one of a tower: " + " or ".join(f"{tower}={{{unknown!r}: ...}}" for tower in owners)
     elif name in LIMOE_CONFIGS:
         known = _parameters(LIMoE)
+    elif not timm.is_model(name):
+        return ""
     elif unknown in SETTING_NAMES:  # which V-MoEs have
         return "; it is one of sparse models, which vmoe.upcycle makes of dense ones"
     else:
@@ -108,30 +125,51 @@ def model_spec(model: nn.Module) -> dict:
     """{"name", "kwargs"} for `create_model`, with a head or image size that was changed since, and "upcycle", the
     arguments of `upcycle`, or "experts", that of `quantize_experts`; a ValueError if that is not known."""
     spec = getattr(model, "vmoe_spec", None)
-    if spec is None and (spec := _timm_spec(model)) is not None:
-        return spec
+    kept_as = experts_kept_as(model)
+    kept = {"experts": kept_as} if kept_as else {}
+    for find in (_timm_spec, _open_clip_spec) if spec is None else ():
+        if (found := find(model)) is not None:
+            return {**found, **kept}
     if spec is None:
         raise ValueError(
-            "how to build this model again is not known: it was not made by vmoe.create_model (make the dense model "
-            "with that, and upcycle it in one call)"
+            "how to build this model again is not known: it was not made by vmoe.create_model, nor by timm or "
+            "open_clip under a name of theirs (make the dense model with one of these, and upcycle it in one call)"
         )
     changed = _changed(model.vmoe_built, live_settings(model))
     if isinstance(model, TwoTower) and changed:
         changed = {"image": {**(spec["kwargs"].get("image") or {}), **changed}}
-    kept_as = experts_kept_as(model)
-    return {**spec, "kwargs": {**spec["kwargs"], **changed}, **({"experts": kept_as} if kept_as else {})}
+    return {**spec, "kwargs": {**spec["kwargs"], **changed}, **kept}
 
 
 def _timm_spec(model: nn.Module) -> dict | None:
-    """The specification of a dense model that timm.create_model made; None if its name does not say it all."""
+    """The specification of a model that timm.create_model made; None if its name and arguments do not say it all."""
     config = getattr(model, "pretrained_cfg", None) or {}
-    name = ".".join(config[key] for key in ("architecture", "tag") if config.get(key))
-    if not timm.is_model(name) or any(isinstance(module, SparseMoE) for module in model.modules()):
+    if not timm.is_model(name := config.get("architecture") or ""):
         return None
-    spec = {"name": name, "kwargs": {"num_experts": 0} if isinstance(model, VisionMoE) else {}}
+    tagged = f"{name}.{config.get('tag')}"
+    # Newer versions of timm keep the arguments, ours do in any version.
+    kwargs = with_slots(model, without_loading(getattr(model, "_model_args", {})))
+    if isinstance(model, VisionMoE) and not any(isinstance(module, SparseMoE) for module in model.modules()):
+        kwargs["num_experts"] = 0
+    return _if_same({"name": tagged if tagged in timm.list_pretrained() else name, "kwargs": kwargs}, model)
+
+
+def _open_clip_spec(model: nn.Module) -> dict | None:
+    """The specification of a dense model of open_clip, whose config is in open_clip's registry."""
+    return next(filter(None, (_if_same(spec, model) for spec in open_clip_spec(model))), None)
+
+
+def _if_same(spec: dict, model: nn.Module) -> dict | None:
+    """The specification with what was changed on the model since, or None if it gives another model."""
+    kept_as = experts_kept_as(model)
+
+    def again(spec: dict) -> nn.Module:
+        return quantize_experts(build_dense(spec), kept_as) if kept_as else build_dense(spec)
+
     try:
-        spec["kwargs"] |= _changed(live_settings(on_meta(build_dense, spec)), live_settings(model))
-        return None if difference(model, on_meta(build_dense, spec)) else spec
+        changed = _changed(live_settings(on_meta(again, spec)), live_settings(model))
+        spec = {**spec, "kwargs": {**spec["kwargs"], **changed}}
+        return None if difference(model, on_meta(again, spec)) else spec
     except (TypeError, ValueError, RuntimeError):
         return None
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vmoe.models.dense_mlp import MlpLayout, UpcycledFrom, UpcycleError, mlp_layout, stacked_parameters, to_experts
 from vmoe.models.limoe import LIMoE
-from vmoe.models.spec import build_dense, live_settings, model_spec, with_slots
+from vmoe.models.spec import build_dense, known_spec, remember, with_slots
 from vmoe.models.two_tower import TwoTower
 from vmoe.models.vision import VisionMoE, sparse_blocks, without_decay
 from vmoe.moe import SparseMoE
@@ -68,9 +68,7 @@ def upcycle(
     given = {"num_experts": num_experts, "num_selected_experts": num_selected_experts}
     user = {name: value for name, value in given.items() if value is not None} | settings
     settings = _routing_settings(user, granularity)
-    spec = None
-    with suppress(ValueError):  # it is not known how to build the model again
-        spec = model_spec(model)
+    spec = known_spec(model)
     family_spec, layer_settings = _family(model, spec, {**settings, "moe_layers": layers}, tower)
     sparse = copy.deepcopy(model)
     for name, is_text in mlps.items():
@@ -80,9 +78,8 @@ def upcycle(
         _add_noise(layer.experts, expert_noise)
         sparse.set_submodule(name, layer)
     _keep_parameter_groups(model, sparse)
-    options = {"layers": layers, "tower": tower, "granularity": granularity}
-    _set_spec(sparse, spec, family_spec, {**options, **settings})
-    return sparse
+    settings |= {"layers": layers, "tower": tower, "granularity": granularity}
+    return remember(sparse, _new_spec(sparse, mlps, spec, family_spec, settings))
 
 
 def _check(tower: str, granularity: int, expert_noise: float, reinit: float, settings: dict) -> None:
@@ -310,18 +307,36 @@ def _group_matcher(layer_of: dict[str, int], coarse: bool = False) -> Callable[[
     return lambda name: layer_of.get(name, max(layer_of.values()))
 
 
-def _set_spec(sparse: nn.Module, dense_spec: dict | None, family_spec: dict | None, settings: dict) -> None:
+def _new_spec(
+    sparse: nn.Module, mlps: dict[str, bool], dense_spec: dict | None, family_spec: dict | None, settings: dict
+) -> dict | None:
     """How to build the model again: by its family's own settings, or by upcycling the dense model as `settings` say."""
-    sparse.vmoe_spec, sparse.vmoe_built = None, live_settings(sparse)
-    if dense_spec is None or "upcycle" in dense_spec:  # towers upcycled one after the other have no settings
-        return
-    if family_spec is not None and settings["granularity"] == 1:
-        sparse.vmoe_spec = {**family_spec, "kwargs": with_slots(sparse, family_spec["kwargs"])}
-    else:
-        # Soft routers' slots would else follow from an image size that may change; if the towers differ they do.
-        slots = {layer.settings.num_slots for layer in sparse.modules() if isinstance(layer, SparseMoE)}
+    if dense_spec is None:
+        return None
+    if family_spec is not None and settings["granularity"] == 1 and "upcycle" not in dense_spec:
+        return {**family_spec, "kwargs": with_slots(sparse, family_spec["kwargs"])}
+    steps = [*upcycle_steps(dense_spec), *_steps(sparse, mlps, settings)]
+    return {**dense_spec, "upcycle": steps[0] if len(steps) == 1 else steps}
+
+
+def _steps(sparse: nn.Module, mlps: dict[str, bool], settings: dict) -> list[dict]:
+    """The arguments of `upcycle` that make the same layers: one step, or one for each tower if they differ."""
+    steps = {}
+    for is_text in sorted(set(mlps.values())):
+        layers = [sparse.get_submodule(name).settings for name, text in mlps.items() if text == is_text]
+        # Soft routers' slots would else follow from an image size that may change; if they differ they do.
+        slots = {layer.num_slots for layer in layers}
         own = {"num_slots": slots.pop()} if len(slots) == 1 and None not in slots else {}
-        sparse.vmoe_spec = {**dense_spec, "upcycle": {**settings, **own}}
+        steps["text" if is_text else "image"] = {**settings, "capacity_factor": layers[0].capacity_factor, **own}
+    if len(steps) == 2 and steps["image"] != steps["text"]:
+        return [{**step, "tower": tower} for tower, step in steps.items()]
+    return list(steps.values())[:1]
+
+
+def upcycle_steps(spec: dict) -> list[dict]:
+    """The calls of `upcycle` that a specification holds, one after the other."""
+    steps = spec.get("upcycle") or []
+    return [steps] if isinstance(steps, dict) else steps
 
 
 def _family(model: nn.Module, spec: dict | None, settings: dict, tower: str) -> tuple[dict | None, dict[str, dict]]:

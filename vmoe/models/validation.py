@@ -16,6 +16,8 @@ from vmoe.moe.quantize import STORED
 
 # Arguments of timm.create_model that load or fetch something.
 LOADING = frozenset({"pretrained", "pretrained_cfg", "checkpoint_path", "cache_dir", "pretrained_model_args"})
+# The same of open_clip's models.
+LOADING |= {"hf_model_name", "hf_model_pretrained", "hf_tokenizer_name", "timm_model_pretrained"}
 PREPROCESSING = frozenset({"input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"})
 # The largest value of a setting: blocks, and pixels of an image's side.
 LIMITS = {"depth": 1000, "img_size": 2**13, "image_size": 2**13, "input_size": 2**13}
@@ -27,12 +29,15 @@ def check_metadata(metadata: Any) -> None:
     """Raises ValueError, which names the setting, unless `metadata` is as `save_pretrained` writes it."""
     if not isinstance(metadata, dict):
         raise ValueError(f"they must be a dictionary, not {type(metadata).__name__}")
-    metadata = {"upcycle": {}, **metadata}
-    for key, kind in (("name", str), ("kwargs", dict), ("preprocess", dict), ("extra", dict), ("upcycle", dict)):
+    steps = metadata.get("upcycle", [])
+    metadata = {**metadata, "upcycle": steps if isinstance(steps, list) else [steps]}
+    for key, kind in (("name", str), ("kwargs", dict), ("preprocess", dict), ("extra", dict)):
         if not isinstance(metadata.get(key), kind):
             raise ValueError(f"{key} is missing or no {kind.__name__}")
     if "experts" in metadata and metadata["experts"] not in tuple(STORED):
         raise ValueError(f"experts is none of {', '.join(STORED)}")
+    if not all(isinstance(step, dict) for step in metadata["upcycle"]) or len(metadata["upcycle"]) > 2:
+        raise ValueError("upcycle is no dict, nor a list of one for each tower")
     for key in ("name", "kwargs", "upcycle"):
         _check_setting(key, metadata[key], key)
     _check_preprocessing(metadata["preprocess"], "preprocess")
@@ -52,7 +57,9 @@ def without_loading(settings: dict[str, Any]) -> dict[str, Any]:
 def _check_setting(key: str, value: Any, where: str) -> None:
     if key in LOADING:
         raise ValueError(f"{where} would load something else; a file's settings must not")
-    if key == "name" and (not isinstance(value, str) or ":" in value):  # "hf-hub:NAME" and "local-dir:PATH" load
+    if key in ("name", "timm_model_name") and (
+        not isinstance(value, str) or ":" in value
+    ):  # "hf-hub:NAME" and "local-dir:PATH" load
         raise ValueError(f"{where} is no name of a model")
     if key == "pretrained_cfg_overlay":
         _check_preprocessing(value, where)

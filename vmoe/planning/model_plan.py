@@ -9,7 +9,7 @@ from torch import nn
 from vmoe.distributed.mesh import MeshSize
 from vmoe.models.factory import create_model, is_contrastive
 from vmoe.models.serialization import find_weights, read_pretrained_metadata
-from vmoe.models.upcycle import block_mlps, upcycle
+from vmoe.models.upcycle import block_mlps, upcycle, upcycle_steps
 from vmoe.moe.experts import Experts
 from vmoe.training.config import Config
 from vmoe.training.optim import freeze
@@ -46,18 +46,18 @@ class Unit:
 def make_model(config: Config) -> tuple[nn.Module, list[str]]:
     """(the model of a config on the meta device in training mode, what the config leaves open); reads no weights."""
     notes: list[str] = []
-    name, kwargs, upcycled = config.model.name, dict(config.model.kwargs), config.model.upcycle
+    name, kwargs, upcycled = config.model.name, dict(config.model.kwargs), [config.model.upcycle]
     if name is None:  # the file says which model it holds
         metadata = read_pretrained_metadata(find_weights(config.model.pretrained))
         name, kwargs = metadata["name"], {**metadata["kwargs"], **kwargs}
-        upcycled = upcycled or metadata.get("upcycle") or {}
+        upcycled = upcycled if any(upcycled) else upcycle_steps(metadata)
     if isinstance(kwargs.get("image"), dict):  # weights do not change the size
         kwargs["image"] = {key: value for key, value in kwargs["image"].items() if key != "pretrained"}
     try:
         with torch.device("meta"):
             model = create_model(name, **kwargs)
-            if upcycled:
-                model = upcycle(model, **upcycled)
+            for step in filter(None, upcycled):
+                model = upcycle(model, **step)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"model: {error}") from error
     if is_contrastive(model) != (config.task == "contrastive"):

@@ -45,10 +45,13 @@ class ModelConfig:
     """The model.
 
     Attributes:
-        name: A LIMoE ("limoe_tiny_patch8_48"), a two-tower model ("two_tower_tiny_patch8_48") or any timm name
-            ("vmoe_tiny_patch8_48", "vit_small_patch16_224"); null takes name and kwargs from `pretrained`.
-        pretrained: Weights to start from: a .safetensors file of vmoe, or the folder of a run or a checkpoint. The head
-            is new if the number of classes differs; position embeddings are resized to the new image size.
+        name: A LIMoE ("limoe_tiny_patch8_48"), a two-tower model ("two_tower_tiny_patch8_48") or any name of timm
+            ("vmoe_tiny_patch8_48", "vit_small_patch16_224") or open_clip ("ViT-B-32"); null takes name and kwargs from
+            `pretrained`.
+        pretrained: Weights to start from: a .safetensors file of vmoe; the folder of a run, of a checkpoint, or of
+            timm's or open_clip's hub; or what is downloaded: "hf-hub:ORG/NAME", "vit_base_patch16_224.augreg_in21k",
+            a tag of open_clip's model `name`, "ViT-B-32:openai". The head is new if the number of classes differs;
+            position embeddings are resized to the new image size.
         kwargs: Arguments of the model: routing settings (num_experts, moe_layers, capacity_factor, ...), img_size,
             drop_path_rate, ... A two-tower model has those of its towers below image and text; image.pretrained names
             a file, or a run's folder, with the image tower.

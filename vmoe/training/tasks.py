@@ -26,6 +26,7 @@ from vmoe.evaluation.retrieval import retrieval_loader
 from vmoe.evaluation.zero_shot import check_class_names, check_templates, resolve_templates
 from vmoe.inspection.maps import example_figure
 from vmoe.models.factory import create_model, get_tokenizer, is_contrastive, preprocess_config
+from vmoe.models.serialization import WeightsError, stored_name
 from vmoe.models.spec import IMAGE_TEXT_NAMES
 from vmoe.models.upcycle import upcycle
 from vmoe.moe.quantize import experts_kept_as
@@ -72,7 +73,15 @@ class Task:
         config = self.config.model
         if continued and config.upcycle:
             return create_model(pretrained=pretrained)  # the file's model is upcycled already
-        model = create_model(config.name, pretrained=pretrained, **kwargs)
+        try:
+            model = create_model(config.name, pretrained=pretrained, **kwargs)
+        except WeightsError as error:
+            if continued or (stored := stored_name(pretrained)) in (None, config.name):
+                raise
+            raise ConfigError(
+                f"model.pretrained {pretrained} holds {stored}, which does not fit model.name {config.name}: "
+                "pass --model.name null to take the architecture of the file"
+            ) from error
         if kept_as := experts_kept_as(model):
             raise ConfigError(
                 f"model.pretrained {pretrained} keeps its experts as {kept_as}, for inference alone: "
