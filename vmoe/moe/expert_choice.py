@@ -58,13 +58,15 @@ class ExpertChoiceRouter(Gate):
         super().__init__(dim, config, device, dtype)
         self.reset_parameters()
 
-    def forward(self, x_GND: Tensor, groups: TokenGroups, capacity: Capacity, batch_priority: bool) -> Assignment:
+    def assign(
+        self, logits: Tensor | tuple[Tensor, Tensor], groups: TokenGroups, capacity: Capacity, batch_priority: bool
+    ) -> Assignment:
         """Each expert takes its best tokens; see `choose_tokens`."""
-        G, N, _ = x_GND.shape
+        with without_autocast(self.weight.device):
+            routing, _ = self.gates(logits)
+        G, N, _ = routing.logits_GNE.shape
         members_GMN = groups.members_GMN
         rows, max_rows = capacity.rows(N if G else 0, self.num_experts, 1, members_GMN)
-        with without_autocast(x_GND.device):
-            routing, _ = self.gates(x_GND)
         return choose_tokens(routing, rows, max_rows, members_GMN, self.normalize_weights)
 
 

@@ -50,6 +50,11 @@ class Routing:
         return self.expert_index_GNK is not None
 
     @property
+    def has_load(self) -> bool:
+        """There is a load loss. Without noise the load has no gradient, and the reference no such loss."""
+        return self.noise_std is not None and self.per_token
+
+    @property
     def priority_GN(self) -> Tensor:
         """How sure each token is of its first choice: its gate, before any normalisation."""
         return self.noisy_gates_GNE.gather(-1, self.expert_index_GNK[..., :1]).squeeze(-1)
@@ -158,7 +163,24 @@ def lecun_normal_(weight: Tensor, fan_in: int) -> None:
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
-class Gate(nn.Module):
+class Router(nn.Module, ABC):
+    """Tokens to logits, which is `forward`: hooks and tools see tensors only. A call of the router assigns them too."""
+
+    def __call__(self, x_GND: Tensor, groups: TokenGroups, capacity: Capacity, batch_priority: bool) -> Assignment:
+        return self.assign(super().__call__(x_GND), groups, capacity, batch_priority)
+
+    @abstractmethod
+    def forward(self, x_GND: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """(G, N, D) -> logits. In float32 (float64 for float64 input), under autocast too."""
+
+    @abstractmethod
+    def assign(
+        self, logits: Tensor | tuple[Tensor, ...], groups: TokenGroups, capacity: Capacity, batch_priority: bool
+    ) -> Assignment:
+        """What follows from the result of `forward`."""
+
+
+class Gate(Router):
     """A linear layer without bias from tokens to experts, computed in float32 (float64 for float64 input).
 
     In training, noise of standard deviation `noise_std / E` is added to the logits. `weight` is (E, D), and so is
@@ -185,15 +207,23 @@ class Gate(nn.Module):
         else:
             lecun_normal_(self.weight, fan_in=self.weight.shape[1])
 
-    def gates(self, x_GND: Tensor) -> tuple[Routing, Tensor]:
-        """The routing of (G, N, D) tokens without a choice, and what is chosen by and weighted with, (G, N, E)."""
-        if self.training and self.input_jitter > 0:  # in the precision of the gate
-            x_GND = x_GND.to(torch.promote_types(x_GND.dtype, torch.float32))
-            x_GND = x_GND * torch.empty_like(x_GND).uniform_(1 - self.input_jitter, 1 + self.input_jitter)
-        logits_GNE = noisy_logits_GNE = _GateProduct.apply(x_GND, self.weight)
-        noise_std = self.noise_std / self.num_experts if self.training and self.noise_std > 0 else None
-        if self.training and self.learned_noise:  # arXiv 1701.06538, eq. 4
-            noise_std = F.softplus(_GateProduct.apply(x_GND, self.noise_weight))
+    def forward(self, x_GND: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """(G, N, D) -> (G, N, E) logits without noise; in training with learned noise, also its standard deviation."""
+        with without_autocast(x_GND.device):
+            if self.training and self.input_jitter > 0:  # in the precision of the gate
+                x_GND = x_GND.to(torch.promote_types(x_GND.dtype, torch.float32))
+                x_GND = x_GND * torch.empty_like(x_GND).uniform_(1 - self.input_jitter, 1 + self.input_jitter)
+            logits_GNE = _GateProduct.apply(x_GND, self.weight)
+            if self.training and self.learned_noise:  # arXiv 1701.06538, eq. 4
+                return logits_GNE, F.softplus(_GateProduct.apply(x_GND, self.noise_weight))
+            return logits_GNE
+
+    def gates(self, logits: Tensor | tuple[Tensor, Tensor]) -> tuple[Routing, Tensor]:
+        """The routing without a choice, and what is chosen by and weighted with, (G, N, E)."""
+        logits_GNE, noise_std = logits if isinstance(logits, tuple) else (logits, None)
+        noisy_logits_GNE = logits_GNE
+        if self.training and self.noise_std > 0:
+            noise_std = self.noise_std / self.num_experts
         if noise_std is not None:
             noisy_logits_GNE = logits_GNE + noise_std * torch.randn_like(logits_GNE)
         scores_GNE, noisy_gates_GNE = self._distribution(noisy_logits_GNE)
@@ -237,9 +267,11 @@ class TopKRouter(Gate):
             self.expert_load.zero_()
             self.calls_without_update = 0
 
-    def forward(self, x_GND: Tensor, groups: TokenGroups, capacity: Capacity, batch_priority: bool) -> Assignment:
-        """Routes the tokens and queues them, with `batch_priority` the surest first."""
-        routing, mask_GN = self.route(x_GND), groups.mask_GN
+    def assign(
+        self, logits: Tensor | tuple[Tensor, Tensor], groups: TokenGroups, capacity: Capacity, batch_priority: bool
+    ) -> Assignment:
+        """Chooses the experts and queues the tokens, with `batch_priority` the surest first."""
+        routing, mask_GN = self.choose(logits), groups.mask_GN
         if self.bias_update_rate > 0 and self.training:
             self._count(routing, mask_GN)
         index_GNK = routing.expert_index_GNK
@@ -250,9 +282,14 @@ class TopKRouter(Gate):
         return TopKAssignment(routing, None if max_rows is None else G * max_rows, plan)
 
     def route(self, x_GND: Tensor) -> Routing:
-        """The learned part: (G, N, D) -> `Routing`. In float32 (float64 for float64 input), under autocast too."""
-        with without_autocast(x_GND.device):
-            routing, scores_GNE = self.gates(x_GND)
+        """(G, N, D) -> `Routing`, without a queue."""
+        return self.choose(self.forward(x_GND))
+
+    def choose(self, logits: Tensor | tuple[Tensor, Tensor]) -> Routing:
+        """The K experts of each token and their weights."""
+        device = self.weight.device
+        with without_autocast(device):
+            routing, scores_GNE = self.gates(logits)
             choice_GNE = scores_GNE.detach()
             if self.bias_update_rate > 0:
                 choice_GNE = choice_GNE + self.expert_bias
@@ -263,7 +300,7 @@ class TopKRouter(Gate):
             chosen_GNK = None
             if self.random_threshold is not None and self.training:
                 chosen_GNK = torch.rand_like(weights_GNK) * self.random_threshold < weights_GNK
-                chosen_GNK = chosen_GNK | (torch.arange(self.num_selected_experts, device=x_GND.device) == 0)
+                chosen_GNK = chosen_GNK | (torch.arange(self.num_selected_experts, device=device) == 0)
         choice = {"expert_index_GNK": index_GNK, "combine_weights_GNK": weights_GNK, "chosen_GNK": chosen_GNK}
         if self.learned_noise:
             choice["importance_GNE"] = torch.zeros_like(scores_GNE).scatter(-1, index_GNK, weights_GNK)
@@ -303,7 +340,7 @@ class TopKRouter(Gate):
                 warnings.warn(
                     f"the expert bias of this router was not updated in {self.CALLS_BEFORE_WARNING} training steps: "
                     "call vmoe.update_expert_bias(model) after each optimizer.step()",
-                    stacklevel=5,
+                    stacklevel=4,
                 )
 
     @torch.no_grad()

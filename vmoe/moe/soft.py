@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vmoe.moe.config import RoutingSettings
 from vmoe.moe.dispatch import Capacity
 from vmoe.moe.groups import TokenGroups
-from vmoe.moe.router import Assignment, Routing, lecun_normal_, without_autocast
+from vmoe.moe.router import Assignment, Router, Routing, lecun_normal_, without_autocast
 
 
 def unit_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -61,7 +61,7 @@ class SoftAssignment(Assignment):
         return self.list_all(gates_GNE, kept_GNE)
 
 
-class SoftRouter(nn.Module):
+class SoftRouter(Router):
     """Cosine similarity of tokens and learned `slots`, (E, P, D), times a learned `scale`; in training with noise."""
 
     def __init__(self, dim: int, config: RoutingSettings, device=None, dtype=None) -> None:
@@ -76,14 +76,18 @@ class SoftRouter(nn.Module):
         lecun_normal_(self.slots, fan_in=self.slots.shape[0] * self.slots.shape[2])
         nn.init.ones_(self.scale)
 
-    def forward(self, x_GND: Tensor, groups: TokenGroups, capacity: Capacity, batch_priority: bool) -> Assignment:
-        """Weights of all tokens and slots. In float32 (float64 for float64 input), under autocast too."""
-        members_GMN = groups.members_GMN
-        E, P, _ = self.slots.shape
+    def forward(self, x_GND: Tensor) -> Tensor:
+        """(G, N, D) -> (G, N, S) logits without noise."""
         dtype = torch.promote_types(x_GND.dtype, torch.float32)
         with without_autocast(x_GND.device):
             slots_SD = unit_norm(self.slots.to(dtype)).flatten(0, 1) * self.scale.to(dtype)
-            logits_GNS = unit_norm(x_GND.to(dtype)) @ slots_SD.T
+            return unit_norm(x_GND.to(dtype)) @ slots_SD.T
+
+    def assign(self, logits_GNS: Tensor, groups: TokenGroups, capacity: Capacity, batch_priority: bool) -> Assignment:
+        """Weights of all tokens and slots."""
+        members_GMN = groups.members_GMN
+        E, P, _ = self.slots.shape
+        with without_autocast(logits_GNS.device):
             clean_GNE = noisy_GNE = logits_GNS.unflatten(-1, (E, P)).logsumexp(-1)
             noise_std = self.noise_std if self.training and self.noise_std > 0 else None
             if noise_std is not None:
@@ -95,7 +99,7 @@ class SoftRouter(nn.Module):
             else:
                 # A finite minimum, and zero afterwards: a modality without a token must not give NaN.
                 outside = ~members_GMN[..., None]
-                dispatch_GMNS = logits_GNS[:, None].masked_fill(outside, torch.finfo(dtype).min).softmax(2)
+                dispatch_GMNS = logits_GNS[:, None].masked_fill(outside, torch.finfo(logits_GNS.dtype).min).softmax(2)
                 dispatch_GMNS = dispatch_GMNS.masked_fill(outside, 0)
             noisy_gates_GNE = noisy_GNE.softmax(-1)
             gates_GNE = noisy_gates_GNE if noise_std is None else clean_GNE.softmax(-1)
