@@ -17,7 +17,7 @@ from vmoe.moe.expert_choice import ExpertChoiceRouter
 from vmoe.moe.experts import Experts, Mlp
 from vmoe.moe.groups import TokenGroups
 from vmoe.moe.losses import AuxiliaryLosses
-from vmoe.moe.record import LayerRouting, active_records, attach_loss
+from vmoe.moe.record import LayerRouting, active_records, attach_loss, warn_of_lost_losses
 from vmoe.moe.router import Assignment, TopKRouter
 from vmoe.moe.soft import SoftRouter
 
@@ -142,13 +142,21 @@ class SparseMoE(nn.Module):
             factor = self.capacity_factor
         return Capacity(self.capacity, factor, self.capacity_rounding, self.capacity_multiple_of)
 
+    @property
+    def _learns(self) -> bool:
+        """In training, and the gate is not frozen."""
+        return self.training and any(parameter.requires_grad for parameter in self.router.parameters())
+
     def _report(self, y_GND: Tensor, assignment: Assignment, groups: TokenGroups) -> Tensor:
         """Hands the routing to the active records. Returns the output, with the losses attached if that is set."""
-        attached = self.auxiliary_loss == "attach" and self.training and torch.is_grad_enabled()
+        trains, records = self.training and torch.is_grad_enabled(), active_records(self)
+        attached = self.auxiliary_loss == "attach" and trains
         if attached:
             losses = self.losses.compute(assignment.routing, groups)
             y_GND = attach_loss(y_GND, losses["auxiliary_loss"])
-        for record in active_records(self):
+        elif trains and not records and self.losses.any_for(assignment.routing) and self._learns:
+            warn_of_lost_losses()
+        for record in records:
             index_GNK, weights_GNK, kept_GNK = assignment.listed()
             *batch, length = groups.leading or (1,)
             routing = LayerRouting(
@@ -161,7 +169,7 @@ class SparseMoE(nn.Module):
                 batch_shape=(math.prod(batch), length),
                 groups=groups,
                 loss_function=self.losses,
-                learns=self.training and any(parameter.requires_grad for parameter in self.router.parameters()),
+                learns=self._learns,
                 attached=attached,
                 router=self.router_type,
                 backend=backend_name(self.experts, y_GND),

@@ -122,6 +122,10 @@ class AuxiliaryLosses:
         min_experts = _per_modality(settings, "global_entropy_min_experts", modalities, None)
         return cls(weights, min_experts, settings.auxiliary_loss_scope == "batch")
 
+    def any_for(self, routing: Routing) -> bool:
+        """One with a weight applies to this routing."""
+        return any(weight > 0 and (name != "load_loss" or routing.has_load) for name, weight in self.weights.items())
+
     def compute(self, routing: Routing, groups: TokenGroups, weighted: bool = True) -> dict[str, Tensor]:
         """{name: loss} of those with a weight, and their sum "auxiliary_loss"; or of the others, without a gradient."""
         r, over_batch, every = routing, self.over_batch, (groups.mask_GN, self.over_batch)
@@ -130,8 +134,7 @@ class AuxiliaryLosses:
             "gshard_loss": (gshard_loss, r.noisy_gates_GNE, *every),
             "z_loss": (z_loss, r.logits_GNE, *every),
         }
-        # Without noise the load has no gradient, and the reference no such loss.
-        if r.noise_std is not None and r.per_token:
+        if r.has_load:
             K = r.expert_index_GNK.shape[-1]
             calls["load_loss"] = (load_loss, r.logits_GNE, r.noisy_logits_GNE, r.noise_std, K, *every)
         prefixes = _prefixes(groups.modalities)

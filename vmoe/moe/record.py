@@ -5,6 +5,7 @@ Shapes, by suffix: G groups, N tokens in a group, E experts, K choices, B and T 
 
 import math
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -245,6 +246,32 @@ def active_records(layer: nn.Module) -> list[RoutingRecord]:
         return []
     own = [record for record in _ACTIVE if layer in record.names]
     return own if torch.compiler.is_compiling() else [one for one in own if one.thread == threading.get_ident()]
+
+
+_WARNED = False
+
+
+def warn_of_lost_losses() -> None:
+    """Says once per process that the losses of a layer reach no gradient."""
+    if torch.compiler.is_dynamo_compiling():  # said while compiling: neither in the graph nor in its guards
+        from torch._dynamo.comptime import comptime
+
+        comptime(_warn_once)
+    elif not torch.compiler.is_compiling():  # an export does not train
+        _warn_once()
+
+
+def _warn_once(_context: object = None) -> None:
+    global _WARNED
+    if _WARNED or torch._C._current_graph_task_id() != -1:  # in a backward pass layers run again, maybe compiled
+        return
+    _WARNED = True
+    warnings.warn(
+        "a sparse layer trains without its auxiliary losses: add record.auxiliary_loss() of "
+        "`with vmoe.record_routing(model) as record` to the loss, or build the model with auxiliary_loss='attach', "
+        "which needs nothing else (docs/integrations.md); to train without them, set their weights to 0",
+        stacklevel=4,
+    )
 
 
 # In a tensor, so that compiled code reads its present value.
