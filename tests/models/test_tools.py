@@ -15,7 +15,8 @@ TINY = {"depth": 2, "embed_dim": 32, "num_heads": 2, "num_classes": 5, "num_expe
 def make(preset=None, **kwargs):
     torch.manual_seed(0)
     model = timm.create_model("vmoe_tiny_patch8_48", router_preset=preset, **{**TINY, **kwargs})
-    torch.nn.init.normal_(model.head.weight)
+    if not kwargs.get("features_only"):
+        torch.nn.init.normal_(model.head.weight)
     return model
 
 
@@ -89,3 +90,38 @@ def test_which_counters_count_right():
     thop = pytest.importorskip("thop", reason="needs thop")  # docs/integrations.md names it as one that counts wrong
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert thop.profile(model, (x,), verbose=False)[1] < parameters
+
+
+def test_graph_tracers_keep_the_layer_whole():
+    feature_extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    model, x, name = make().eval(), torch.randn(2, 3, 48, 48), "blocks.1.mlp"
+    with vmoe.record_routing(model) as record:
+        y = model(x)
+    seen = {}
+    model.get_submodule(name).register_forward_hook(lambda _module, _inputs, output: seen.update(mlp=output))
+    model(x)
+    train_nodes, eval_nodes = feature_extraction.get_graph_node_names(model)
+    assert name in train_nodes
+    assert name in eval_nodes
+    for create in (timm.models.create_feature_extractor, feature_extraction.create_feature_extractor):
+        extractor = create(model, [name, "head"])
+        with vmoe.record_routing(extractor) as traced:
+            features = extractor(x)
+        assert torch.equal(features[name], seen["mlp"])
+        assert torch.equal(features["head"], y)
+        assert torch.equal(traced.layers[name].expert_index, record.layers[name].expert_index)
+        extractor.train()
+        with vmoe.record_routing(extractor) as traced:
+            extractor(x)
+        assert traced.auxiliary_loss() > 0
+
+
+def test_features_of_timm():
+    model, x = make().eval(), torch.randn(2, 3, 48, 48)
+    last, between = model.forward_intermediates(x, norm=True)
+    assert torch.equal(last, model.forward_features(x))
+    maps = make(features_only=True, out_indices=(0, 1)).eval()(x)
+    assert [each.shape for each in maps] == [each.shape for each in between] == [(2, 32, 6, 6)] * 2
+    layers = model.get_intermediate_layers(x, n=2, reshape=True, norm=True)
+    for ours, theirs in zip(layers, between):
+        assert torch.equal(ours, theirs)

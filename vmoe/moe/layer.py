@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from vmoe.moe.backends import backend_name
 from vmoe.moe.config import RoutingSettings, with_preset
@@ -112,6 +113,9 @@ class SparseMoE(nn.Module):
 
         Returns (..., O): zero, or what shared experts give, for a token that all chosen experts dropped.
         """
+        if isinstance(x_BTD, Proxy):  # torch.fx's tracers, of torchvision and timm too, keep the layer whole
+            args = (x_BTD, mask_BT, modality_BT)
+            return x_BTD.tracer.create_proxy("call_module", x_BTD.tracer.path_of_module(self), args, {})
         x_GND, groups = self._group(x_BTD, mask_BT, modality_BT)
         assignment = self.router(x_GND, groups, self._capacity(), self.batch_priority)
         x_RD = assignment.dispatch(x_GND)
