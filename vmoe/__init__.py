@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vmoe.models.hub import push_to_hub, save_hub_folder
     from vmoe.models.upcycle import upcycle
     from vmoe.models.upcycle_optimizer import upcycle_optimizer
+    from vmoe.training.optim import param_groups
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ _LAZY = {
     "densify": "vmoe.models.densify",
     "get_tokenizer": "vmoe.models.factory",
     "measure_usage": "vmoe.models.densify",
+    "param_groups": "vmoe.training.optim",
     "prune_experts": "vmoe.models.densify",
     "push_to_hub": "vmoe.models.hub",
     "save_hub_folder": "vmoe.models.hub",
@@ -61,6 +63,7 @@ __all__ = [
     "densify",
     "get_tokenizer",
     "measure_usage",
+    "param_groups",
     "prune_experts",
     "push_to_hub",
     "quantize_experts",

@@ -1,4 +1,4 @@
-"""timm's Muon on models with experts: who is orthogonalised, and each expert by itself."""
+"""timm's and PyTorch's Muon on models with experts: who is orthogonalised, and each expert by itself."""
 
 import copy
 import re
@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 import vmoe
+from vmoe.moe import GroupedLinear
 from vmoe.training.config import OptimConfig
-from vmoe.training.muon import Muon
-from vmoe.training.optim import create_optimizer, parameter_groups
+from vmoe.training.muon import Muon, TorchMuon
+from vmoe.training.optim import create_optimizer
 
 NAMES = ["muon", "nmuon", "adamuon", "nadamuon"]
 TINY = {"depth": 2, "num_heads": 2, "num_experts": 4, "img_size": 16, "patch_size": 8}
@@ -110,6 +111,85 @@ def test_each_experts_matrix_takes_the_step_of_a_matrix(name):
     assert len(optimizer.state) == len(list(model.parameters()))
 
 
+def loop_over_experts(model, optimizers, make_alone):
+    """Three steps of the optimizers, and of those of single matrices that `make_alone` makes; the worst difference."""
+    stacks = [module.weight for module in model.modules() if isinstance(module, GroupedLinear)]
+    alone = [[nn.Parameter(matrix.clone()) for matrix in stack.detach()] for stack in stacks]
+    loop = [make_alone([matrix]) for matrices in alone for matrix in matrices]
+    for step in range(3):
+        gradients(model, step)
+        for stack, matrices in zip(stacks, alone):
+            for matrix, grad in zip(matrices, stack.grad):
+                matrix.grad = grad.clone()
+        for optimizer in (*optimizers, *loop):
+            optimizer.step()
+    assert len(stacks) >= 2
+    return max(
+        (part - matrix).abs().max() for stack, matrices in zip(stacks, alone) for part, matrix in zip(stack, matrices)
+    )
+
+
+SPARSE = ["vmoe", "limoe", "two towers", "upcycled CLIP"]
+
+
+@pytest.mark.parametrize("case", SPARSE)
+def test_timms_muon_is_a_loop_over_experts(case):
+    model = CASES[case][0]()
+    optimizer = Muon(vmoe.param_groups(model, weight_decay=0.1, optimizer="muon"), lr=0.1)
+    assert loop_over_experts(model, [optimizer], lambda p: timm.optim.Muon(p, lr=0.1, weight_decay=0.1)) <= 1e-6
+
+
+@pytest.mark.parametrize("case", SPARSE)
+def test_pytorchs_muon_is_a_loop_over_experts(case):
+    model = CASES[case][0]()
+    groups = vmoe.param_groups(model, weight_decay=0.1, optimizer="muon")
+    hidden = [group for group in groups if not group.get("use_fallback")]
+    rest = [group for group in groups if group.get("use_fallback")]
+    optimizers = [TorchMuon(hidden, lr=0.1, adjust_lr_fn="match_rms_adamw"), torch.optim.AdamW(rest, lr=0.1)]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    muons = {names[id(p)] for group in optimizers[0].param_groups for p in group["params"]}
+    assert muons == {name for name in names.values() if re.fullmatch(CASES[case][1], name)}
+
+    def alone(parameters):
+        return torch.optim.Muon(parameters, lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+
+    before = copy.deepcopy(model)
+    assert loop_over_experts(model, optimizers, alone) <= 1e-6
+    # A copy continues alike from the saved state.
+    state = copy.deepcopy(optimizers[0].state_dict())
+    again = vmoe.param_groups(before, weight_decay=0.1, optimizer="muon")
+    second = TorchMuon([group for group in again if not group.get("use_fallback")])
+    second.load_state_dict(state)
+    before.load_state_dict(model.state_dict())
+    for each, optimizer in ((model, optimizers[0]), (before, second)):
+        gradients(each, 3)
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
+    with pytest.raises(ValueError, match="give them to AdamW"):
+        TorchMuon(groups)
+
+
+def test_timms_own_muon_leaves_experts_in_such_groups_to_adamw():
+    model = vision()
+    groups = vmoe.param_groups(model, optimizer="muon")
+    optimizer = timm.optim.Muon(groups, lr=0.1)
+    gradients(model)
+    optimizer.step()
+    assert by_muon(optimizer, model) == {
+        name for name, _ in model.named_parameters() if re.fullmatch(BLOCKS, name) and "experts" not in name
+    }
+
+
+def test_groups_of_other_optimizers_are_timms():
+    model = vision()
+    groups = vmoe.param_groups(model, weight_decay=0.1, layer_decay=0.5, optimizer="lion")
+    expected = timm.optim.param_groups_layer_decay(model, 0.1, model.no_weight_decay(), layer_decay=0.5)
+    assert [[*map(id, group.pop("params"))] for group in groups] == [[*map(id, g.pop("params"))] for g in expected]
+    assert groups == expected
+    with pytest.raises(ValueError, match="moun"):
+        vmoe.param_groups(model, optimizer="moun")
+
+
 @pytest.mark.parametrize("name", ["muon", "adamuon", "lookahead_muon"])
 def test_a_state_that_was_saved_goes_on_alike(name):
     models = [vision(), vision()]
@@ -129,7 +209,7 @@ def test_a_state_that_was_saved_goes_on_alike(name):
 
 def test_a_loop_of_ones_own():
     model = vision(auxiliary_loss="attach")
-    optimizer = Muon(parameter_groups(model, weight_decay=0.05, muon=True), lr=0.02)
+    optimizer = Muon(vmoe.param_groups(model, weight_decay=0.05, optimizer="muon"), lr=0.02)
     for parameter in model.blocks[1].mlp.experts.fc2.parameters():
         parameter.requires_grad_(False)  # after the groups were made: it gets no gradient
     before = copy.deepcopy(model.state_dict())

@@ -1,14 +1,15 @@
-"""timm's Muon (https://kellerjordan.github.io/posts/muon/) that orthogonalises each expert's matrix by itself.
+"""timm's and PyTorch's Muon (https://kellerjordan.github.io/posts/muon/), for each expert's matrix by itself.
 
-    optimizer = Muon(parameter_groups(model, weight_decay=0.05, muon=True), lr=1e-3)  # of vmoe.training.optim
+    optimizer = Muon(vmoe.param_groups(model, weight_decay=0.05, optimizer="muon"), lr=1e-3)
 
 timm's own takes stacked experts, (E, F, D) with E experts and a layer's widths F and D, for a convolution's kernel.
+PyTorch's refuses them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 from vmoe.moe import GroupedLinear, SparseMoE
 
 PER_EXPERT = "per_expert"  # in a group: its tensors are matrices stacked over experts
+STACKS = {PER_EXPERT: True, "use_muon": False}  # the second is for timm's own Muon: leave them to AdamW
 
 
-class Muon(timm.optim.Muon):
-    """timm's Muon that takes the tensors of groups with "per_expert": True for stacks of matrices."""
+class _PerExpert(torch.optim.Optimizer):
+    """An optimizer of matrices that takes the tensors of groups with "per_expert": True for stacks of them."""
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         loss = None if closure is None else torch.enable_grad()(closure)()
@@ -33,22 +35,44 @@ class Muon(timm.optim.Muon):
     @contextmanager
     def _unstacked(self) -> Iterator[None]:
         """Replaces stacks by their matrices in the groups and the state."""
-        stacks = [(group, group["params"]) for group in self.param_groups if group.get(PER_EXPERT)]
-        matrices = {p: list(p.detach().unbind()) for _, params in stacks for p in params if p.grad is not None}
+        stacks = [(group, dict(group)) for group in self.param_groups if group.get(PER_EXPERT)]
+        matrices = {p: list(p.detach().unbind()) for _, old in stacks for p in old["params"] if p.grad is not None}
         for stack, parts in matrices.items():
             state = self.state.pop(stack, {})
             for e, part in enumerate(parts):
                 part.grad = stack.grad[e]
                 self.state[part] = {key: _of_expert(value, e, stack) for key, value in state.items()}
-        for group, params in stacks:
-            group["params"] = [part for stack in params for part in matrices.get(stack, ())]
+        for group, old in stacks:
+            group["params"] = [part for stack in old["params"] for part in matrices.get(stack, ())]
+            group.pop("use_muon", None)
         try:
             yield
         finally:
-            for group, params in stacks:
-                group["params"] = params
+            for group, old in stacks:
+                group |= old
         for stack, parts in matrices.items():
             self.state[stack] = _of_stack([self.state.pop(part) for part in parts])
+
+
+class Muon(_PerExpert, timm.optim.Muon):
+    """timm's Muon, with its arguments; AdamW updates the groups with "use_fallback": True."""
+
+
+class TorchMuon(_PerExpert, torch.optim.Muon):
+    """PyTorch's Muon, with its arguments; the groups with "use_fallback": True need an optimizer of their own."""
+
+    def __init__(self, params: Iterable[dict[str, Any]], *args, **kwargs) -> None:
+        groups = [{**group, "params": list(group["params"])} for group in params]
+        if any(group.get("use_fallback") for group in groups):
+            raise ValueError('groups with "use_fallback": True are not for torch.optim.Muon: give them to AdamW')
+        super().__init__([{**group, "params": _matrices(group)} for group in groups], *args, **kwargs)
+        for own, group in zip(self.param_groups, groups):  # it looked at their shapes
+            own["params"] = group["params"]
+
+
+def _matrices(group: dict[str, Any]) -> list[Tensor]:
+    """The parameters of a group, stacks as their matrices."""
+    return [m for p in group["params"] for m in (p.detach().unbind() if group.get(PER_EXPERT) else (p,))]
 
 
 def _of_expert(value: Any, expert: int, stack_EFD: Tensor) -> Any:
@@ -71,7 +95,7 @@ def divide_stacks(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[s
     stacks = {module.weight for module in model.modules() if isinstance(module, GroupedLinear)}
     divided = []
     for group in groups:
-        for extra, stacked in (({}, False), ({PER_EXPERT: True}, True)):
+        for extra, stacked in (({}, False), (STACKS, True)):
             if params := [parameter for parameter in group["params"] if (parameter in stacks) == stacked]:
                 divided.append({**group, "params": params, **extra})
     return divided

@@ -55,15 +55,21 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     return frozen
 
 
-def parameter_groups(
-    model: nn.Module, weight_decay: float = 0.0, layer_decay: float | None = None, muon: bool = False
+def param_groups(
+    model: nn.Module, weight_decay: float = 0.05, layer_decay: float | None = None, optimizer: str = "adamw"
 ) -> list[dict[str, Any]]:
-    """timm's groups of the trainable parameters; with `muon`, for `vmoe.training.muon.Muon`.
+    """Groups of a model's trainable parameters for an optimizer of timm or PyTorch.
 
-    Biases, norms and `model.no_weight_decay()` have no weight decay. `layer_decay` is a factor on the learning rate
-    from each layer to the one below it.
+    Args:
+        weight_decay: for all but biases, norms and `model.no_weight_decay()`.
+        layer_decay: factor on the learning rate ("lr_scale", which timm's schedulers apply) from each layer to the one
+            below it.
+        optimizer: timm's name of it. "muon" and its relatives (also for `torch.optim.Muon`) leave hidden matrices to
+            Muon, those of experts in groups with "per_expert": True, which `vmoe.training.muon.Muon` and `TorchMuon`
+            take; groups with "use_fallback": True are for AdamW.
     """
     settings = {"weight_decay": weight_decay, "no_weight_decay_list": getattr(model, "no_weight_decay", set)()}
+    muon = is_muon(optimizer)
     if muon:
         settings["fallback_list"] = not_for_muon(model)
     if layer_decay is None:
@@ -71,6 +77,11 @@ def parameter_groups(
     else:
         groups = timm.optim.param_groups_layer_decay(model, layer_decay=layer_decay, **settings)
     return divide_stacks(model, groups) if muon else groups
+
+
+def is_muon(optimizer: str) -> bool:
+    """Whether a name of timm's, without "lookahead_", is one of Muon's; a ValueError if timm does not have it."""
+    return timm.optim.get_optimizer_info(optimizer).opt_class is timm.optim.Muon
 
 
 def create_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
@@ -87,12 +98,12 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     optional = {"betas": config.betas and tuple(config.betas), "eps": config.eps}
     kwargs = {name: value for name, value in optional.items() if value is not None} | config.kwargs
     create, info = timm.optim.create_optimizer_v2, timm.optim.get_optimizer_info(base_name)
-    muon = info.opt_class is timm.optim.Muon
-    if muon:  # made by timm, with our class
+    if is_muon(base_name):  # made by timm, with our class
         registry = timm.optim.OptimizerRegistry()
         registry.register(dataclasses.replace(info, opt_class=Muon))
         create = registry.create_optimizer
-    groups = partial(parameter_groups, weight_decay=config.weight_decay, layer_decay=config.layer_decay, muon=muon)
+    decay = {"weight_decay": config.weight_decay, "layer_decay": config.layer_decay}
+    groups = partial(param_groups, **decay, optimizer=base_name)
     rates = {"lr": config.lr, "momentum": config.momentum}
     try:
         optimizer = create(model, opt=config.name, param_group_fn=groups, **rates, **kwargs)
