@@ -26,6 +26,7 @@ from vmoe.distributed.parallelize import (
     synchronize_scalars,
 )
 from vmoe.evaluation.inference import arithmetic
+from vmoe.training.large_batch import LargeBatch
 from vmoe.training.optim import create_ema
 
 STEPS, BATCH = 3, 8
@@ -92,14 +93,16 @@ def batches(kind: str) -> list[dict[str, torch.Tensor]]:
     return result
 
 
-def loss_of(module: nn.Module, batch: dict[str, torch.Tensor], sigmoid: bool, rank: int, world: int) -> torch.Tensor:
+def loss_of(module: nn.Module, batch: dict[str, torch.Tensor], criterion: nn.Module) -> torch.Tensor:
     """The loss of the process's part of a batch, as `vmoe.training.tasks` computes it."""
     if "label" in batch:
         return nn.functional.cross_entropy(module(batch["image"]), batch["label"])
-    output = module(batch["image"], batch["text"])
-    if sigmoid:
-        return SigLipLoss(rank=rank, world_size=world)(*output)
-    return ClipLoss(local_loss=world > 1, gather_with_grad=True, rank=rank, world_size=world)(*output)
+    return criterion(*module(batch["image"], batch["text"]))
+
+
+def outputs_of(module: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a contrastive loss compares, by name."""
+    return dict(zip(("image_features", "text_features", "logit_scale", "logit_bias"), module(**batch)))
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -116,7 +119,7 @@ def train(case: str, size: MeshSize | None, options: list[str]) -> dict[str, tor
     if "checkpointing" in options:
         model.set_grad_checkpointing()
     precision = "bf16" if "bf16" in options else "float32"
-    accumulate = 2 if "accumulate" in options else 1
+    accumulate = 2 if {"accumulate", "features"} & {*options} else 1
     spread, ema = None, None
     if size:
         spread = partial(parallelize, meshes=make_meshes(size, torch.device("cpu")), device=torch.device("cpu"))
@@ -128,16 +131,25 @@ def train(case: str, size: MeshSize | None, options: list[str]) -> dict[str, tor
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, eps=1e-3, fused="fused" in options)
     split_groups(optimizer)
-    kind, sigmoid = MODELS[case][0], case.endswith("sigmoid")
-    result, losses, data = {}, [], batches(kind)
+    criterion = ClipLoss(local_loss=world > 1, gather_with_grad=True, rank=rank, world_size=world)
+    if case.endswith("sigmoid"):
+        criterion = SigLipLoss(rank=rank, world_size=world)
+    result, losses, data = {}, [], batches(MODELS[case][0])
     for step in range(STEPS):
-        total = 0.0
-        for part in range(accumulate):
-            batch = data[step * accumulate + part]
-            batch = {name: tensor.tensor_split(world)[rank] for name, tensor in batch.items()}
+        total, together = 0.0, None
+        parts = data[step * accumulate : (step + 1) * accumulate]
+        parts = [{name: tensor.tensor_split(world)[rank] for name, tensor in batch.items()} for batch in parts]
+        if "features" in options:
+            with torch.no_grad():
+                outputs = [outputs_of(module, batch) for batch in parts]
+            together = LargeBatch(outputs, lambda whole: criterion(**whole))
+        for part, batch in enumerate(parts):
             set_gradient_sync(module, part == accumulate - 1)
             with vmoe.record_routing(model) as record, arithmetic(precision, torch.device("cpu")):
-                loss = loss_of(module, batch, sigmoid, rank, world)
+                if together is None:
+                    loss = loss_of(module, batch, criterion)
+                else:
+                    loss = together.loss(part, outputs_of(module, batch))
             loss = (loss + record.auxiliary_loss()) / accumulate
             loss.backward()
             total += loss.detach()

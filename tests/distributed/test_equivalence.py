@@ -29,6 +29,7 @@ RUNS = {
         *([case, FSDP, []] for case in ("top_1", "dropless", "expert_choice", "deepseek", "limoe")),
         *([["limoe_dropless", mesh, ALL] for mesh in (DDP, FSDP, EP)]),
         *(["dropless", mesh, ["bf16"]] for mesh in (FSDP, EP)),
+        *([case, mesh, ["features"]] for case, mesh in (("limoe", DDP), ("limoe", EP), ("limoe_sigmoid", FSDP))),
     ],
     # A fused optimizer: one operation on sharded weights, each of which has to be planned first in every process.
     4: [
@@ -50,7 +51,8 @@ EXHAUSTIVE = {
         for case in CASES
         for mesh in ([4, 1, 1], [1, 4, 1], [1, 1, 4], [2, 2, 1], [2, 1, 2], [1, 2, 2])
         for options in ([], ALL)
-    ],
+    ]
+    + [["limoe_sigmoid", [2, 2, 1], ["features"]]],
 }
 
 

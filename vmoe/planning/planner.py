@@ -155,7 +155,8 @@ class Planner:
 
         A roofline: matrix multiplications at the peak of their type, all other operations at the memory's bandwidth.
         """
-        repeats, hardware, low = self.config.train.accumulate_steps, self.hardware, self.precision != "float32"
+        train, hardware, low = self.config.train, self.hardware, self.precision != "float32"
+        repeats = train.accumulate_steps * (4 / 3 if train.accumulate_features else 1)  # another forward pass
         peak = 1e12 * MATMUL_EFFICIENCY * (hardware.half_tflops if low else hardware.float32_tflops)
         bandwidth = 1e9 * MEMORY_EFFICIENCY * hardware.memory_bandwidth
         matmul = repeats * step.flops / peak

@@ -90,7 +90,9 @@ class TrainConfig:
         steps: Optimizer steps of the whole run.
         precision: float32, or autocast to bf16 or fp16 (with a gradient scaler); routers are always float32. "auto" is
             bf16 where it is faster (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), else float32.
-        accumulate_steps: Batches per optimizer step. They add no negatives: a contrastive loss compares within one.
+        accumulate_steps: Batches per optimizer step. A contrastive loss compares within one of them.
+        accumulate_features: Compare the images and captions of all accumulated batches with each other, for the memory
+            of one batch and a second forward pass (GradCache; open_clip's accum_freq).
         clip_grad_norm: Largest norm of the whole gradient; null does not clip.
         loss: Contrastive loss, open_clip's softmax (CLIP) or sigmoid (SigLIP); classification uses cross-entropy.
         freeze: Patterns (`*`, `?`) of parameter names to freeze, such as "patch_embed.*" or "*.router.*". A tower that
@@ -113,6 +115,7 @@ class TrainConfig:
     steps: int = 1000
     precision: Literal["auto", "float32", "bf16", "fp16"] = "float32"
     accumulate_steps: int = 1
+    accumulate_features: bool = False
     clip_grad_norm: float | None = 1.0
     loss: Literal["softmax", "sigmoid"] = "softmax"
     freeze: list[str] = field(default_factory=list)
@@ -274,6 +277,10 @@ class Config:
                 f"data.augmentation.{key} mixes labels, and a contrastive run has none; set it to 0",
                 contrastive and getattr(augmentation, key),
             )
+        yield (
+            "train.accumulate_features needs task 'contrastive' and train.accumulate_steps above 1; set it to false",
+            train.accumulate_features and (not contrastive or train.accumulate_steps == 1),
+        )
         yield f"evaluate.task {task!r} needs task 'contrastive'", not contrastive and task is not None
         yield f"data.loader.batch_size must be even for mixup and cutmix, got {batch}", mixes and batch % 2
 

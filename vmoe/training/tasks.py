@@ -225,11 +225,19 @@ class Contrastive(Task):
         return model
 
     def loss(self, model: nn.Module, batch: Batch, number: int) -> Tensor:
+        return self.compare(self.outputs(model, batch))
+
+    def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """What the loss compares, in float32: features of images and text (B, C), logit scale and bias."""
         output = model(batch["image"], batch["text"])
         if not isinstance(output, dict):
             output = dict(zip(("image_features", "text_features", "logit_scale", "logit_bias"), output))
-        with torch.autocast(batch["image"].device.type, enabled=False):  # similarities need more than 8 bits
-            return self.criterion(**{name: value.float() for name, value in output.items() if value is not None})
+        return {name: value.float() for name, value in output.items() if value is not None}
+
+    def compare(self, outputs: dict[str, Tensor]) -> Tensor:
+        """The loss of `outputs`, together with those of all processes."""
+        with torch.autocast(outputs["image_features"].device.type, enabled=False):  # they need more than 8 bits
+            return self.criterion(**outputs)
 
     @torch.no_grad()
     def after_step(self, model: nn.Module) -> None:

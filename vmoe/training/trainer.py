@@ -38,6 +38,7 @@ from vmoe.moe import RoutingRecord
 from vmoe.training.checkpoint import Checkpointer, CheckpointError, load_checkpoint
 from vmoe.training.config import Config, to_yaml
 from vmoe.training.diagnosis import NonFiniteError, find_non_finite
+from vmoe.training.large_batch import LargeBatch
 from vmoe.training.logger import (
     CollapseWatch,
     DataWatch,
@@ -217,9 +218,10 @@ class Trainer:
         """Makes an optimizer step; its metrics, and the routing of its last batch. Weights stay finite."""
         train, started = self.config.train, time.perf_counter()
         batches, losses = self.batches.take(), []
+        together = self._contrast_all(batches) if train.accumulate_features else None
         for part, batch in enumerate(batches):  # each gives its share of the gradient
             set_gradient_sync(self.forward, part == len(batches) - 1)
-            total, loss, record = self._loss(batch, part, self.forward)
+            total, loss, record = self._loss(batch, part, self.forward, together)
             with attention_kernel(self.precision, self.device):
                 self.scaler.scale(total / len(batches)).backward()
             losses.append(torch.stack([total.detach(), loss.detach()]))
@@ -244,14 +246,34 @@ class Trainer:
         self.display.step_done(self.step, seconds)
         return {"loss": total, "task_loss": loss, "lr": lr, "grad_norm": norm}, record
 
-    def _loss(self, batch: dict[str, Tensor], part: int, module: nn.Module) -> tuple[Tensor, Tensor, RoutingRecord]:
+    def _loss(
+        self, batch: dict[str, Tensor], part: int, module: nn.Module, together: LargeBatch | None = None
+    ) -> tuple[Tensor, Tensor, RoutingRecord]:
         """(loss with the auxiliary losses, loss of the task, routing record) of a batch of the present step."""
+        number = self._seed(part)
+        with vmoe.record_routing(self.model) as record, arithmetic(self.precision, self.device):
+            if together is None:
+                loss = self.task.loss(module, batch, number)
+            else:
+                loss = together.loss(part, self.task.outputs(module, batch))
+        return loss + record.auxiliary_loss().to(self.device), loss, record
+
+    def _seed(self, part: int) -> int:
+        """Seeds what is random in a batch of the present step; returns its number among those of all steps."""
         number = part * self.processes + self.rank  # among the parts of a step that all processes compute
         seed_everything(self.config.seed, self.step, number)
-        number += self.step * self.config.train.accumulate_steps * self.processes
-        with vmoe.record_routing(self.model) as record, arithmetic(self.precision, self.device):
-            loss = self.task.loss(module, batch, number)
-        return loss + record.auxiliary_loss().to(self.device), loss, record
+        return number + self.step * self.config.train.accumulate_steps * self.processes
+
+    def _contrast_all(self, batches: list[dict[str, Tensor]]) -> LargeBatch:
+        """Compares the features of all batches of the step. It leaves no trace: running statistics move once a step."""
+        outputs, buffers = [], [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        for part, batch in enumerate(batches):
+            self._seed(part)
+            with torch.no_grad(), vmoe.record_routing(self.model), arithmetic(self.precision, self.device):
+                outputs.append(self.task.outputs(self.forward, batch))
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        return LargeBatch(outputs, self.task.compare)
 
     def _update_weights(self) -> None:
         self.scaler.step(self.optimizer)
