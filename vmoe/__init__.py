@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vmoe.models.hub import push_to_hub, save_hub_folder
     from vmoe.models.upcycle import upcycle
     from vmoe.models.upcycle_optimizer import upcycle_optimizer
+    from vmoe.training.lora import lora_config
     from vmoe.training.optim import param_groups
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ _LAZY = {
     "create_model_and_transforms": "vmoe.models.factory",
     "densify": "vmoe.models.densify",
     "get_tokenizer": "vmoe.models.factory",
+    "lora_config": "vmoe.training.lora",
     "measure_usage": "vmoe.models.densify",
     "param_groups": "vmoe.training.optim",
     "prune_experts": "vmoe.models.densify",
@@ -62,6 +64,7 @@ __all__ = [
     "create_model_and_transforms",
     "densify",
     "get_tokenizer",
+    "lora_config",
     "measure_usage",
     "param_groups",
     "prune_experts",

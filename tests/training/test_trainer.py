@@ -86,6 +86,7 @@ def same_weights(first, second):
         ),
         ("contrastive", {"train.accumulate_steps": 2, "train.eval_every": 4}),
         ("classification", {"optim.name": "muon"}),
+        ("contrastive", {"lora.targets": '["attention", "experts"]', "train.ema_decay": 0.9}),
     ],
 )
 def test_a_stopped_run_continues_bit_by_bit(make_config, tmp_path, monkeypatch, kind, overrides):

@@ -196,7 +196,8 @@ def file_metadata(model: nn.Module, extra: dict | None = None) -> dict[str, str]
     if other is not None:
         raise ValueError(
             f"{type(model).__name__} cannot be saved, because its settings give another model ({other}): change models "
-            "only by settings, reset_classifier and set_input_size, or save the state_dict with torch.save"
+            "only by settings, reset_classifier and set_input_size, merge PEFT's adapters (merge_and_unload), or save "
+            "the state_dict with torch.save"
         )
     return {"format": "pt", METADATA_KEY: text}  # "pt": other libraries ask for it before they load into PyTorch
 

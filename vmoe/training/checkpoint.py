@@ -26,17 +26,19 @@ from vmoe.models import manifest
 from vmoe.models.factory import file_metadata
 from vmoe.models.manifest import TRAINER, UNFINISHED, find_problems, list_checkpoints, newest_complete, step_of
 from vmoe.models.serialization import SETTINGS_NAME, StoredTensors, checkpoint_weights, load_weights, write_tensors
+from vmoe.training.lora import has_lora, merge_lora
 from vmoe.training.optimizer_state import export_state, import_state
 
 logger = logging.getLogger("vmoe.training")
 
 MODEL, EMA, OPTIMIZER = "model", "ema", "optimizer"
+ADAPTED = "adapted_"  # before the first two: the weights with adapters apart, which training continues from
 FORMAT = 2
 
 
 @dataclass
 class _Contents:
-    tensors: dict[str, dict[str, Tensor]]  # {"model" | "ema" | "optimizer": {name: tensor}}
+    tensors: dict[str, dict[str, Tensor]]  # {"model", "ema", "optimizer", "adapted_model", ...: {name: tensor}}
     metadata: dict[str, dict[str, str]]  # of their safetensors files
     trainer: str  # the text of trainer.json
     sharded: bool  # the weights are DTensors
@@ -93,10 +95,14 @@ class Checkpointer:
         self, weights: dict[str, nn.Module], optimizer: Optimizer, trainer: dict[str, Any], extra: dict[str, Any]
     ) -> _Contents:
         """The state to write: the tensors themselves, or if asynchronous, copies."""
-        tensors = {part: module.state_dict() for part, module in weights.items()}
-        metadata = {part: file_metadata(module, extra) for part, module in weights.items()}
+        tensors, metadata = {}, {}
         tensors[OPTIMIZER], rest = export_state(optimizer, weights[MODEL])
-        metadata[OPTIMIZER] = {"format": "pt"}
+        for part, module in weights.items():
+            if has_lora(module):
+                tensors[ADAPTED + part] = module.state_dict()
+                module = merge_lora(module)
+            tensors[part], metadata[part] = module.state_dict(), file_metadata(module, extra)
+        metadata = {part: metadata.get(part, {"format": "pt"}) for part in tensors}
         sharded = any(isinstance(tensor, DTensor) for tensor in tensors[MODEL].values())
         text = json.dumps({"format": FORMAT, "trainer": trainer, "optimizer": rest})  # as it is now
         if not sharded and self._team.rank > 0:  # process 0 writes all of it
@@ -221,6 +227,8 @@ def load_checkpoint(
 def _load(checkpoint: Path, model: nn.Module, ema: nn.Module | None, optimizer: Optimizer | None) -> dict[str, Any]:
     for module, average in ((model, False), (ema, True)):
         weights = None if module is None else checkpoint_weights(checkpoint, average)
+        if weights is not None and has_lora(module):
+            weights = weights.with_name(ADAPTED + weights.name)
         if weights is not None:
             load_weights(module, weights)
         elif module is not None:

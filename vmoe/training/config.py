@@ -32,6 +32,8 @@ RANGES = {
     **{f"train.{key}": (1, None, "") for key in ("steps", "accumulate_steps", "log_every", "checkpoint_every")},
     **dict.fromkeys(("train.keep_last", "evaluate.batch_size"), (1, None, "")),
     "optim.lr": (None, None, ""),
+    "lora.r": (1, None, ""),
+    "lora.alpha": (None, None, ""),
     "optim.layer_decay": (None, 1, "; null gives all layers the same learning rate"),
     "train.clip_grad_norm": (None, None, "; null does not clip"),
     "train.ema_decay": (None, 1, "; null keeps no moving average"),
@@ -133,6 +135,22 @@ class TrainConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Adapters of low rank beside frozen weights (LoRA), by PEFT, the extra `lora`.
+
+    Attributes:
+        targets: What to adapt: attention, mlp (dense MLPs), experts (each its own), router. Empty: train all weights.
+            A classifier, and the scale and bias of a contrastive loss are trained whole.
+        r: Rank of the adapters.
+        alpha: They are multiplied by alpha / r.
+    """
+
+    targets: list[str] = field(default_factory=list)
+    r: int = 8
+    alpha: float = 16.0
+
+
+@dataclass
 class OptimConfig:
     """Optimizer and schedule, of timm.
 
@@ -224,6 +242,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -263,6 +282,15 @@ class Config:
             "model.pretrained_optimizer needs model.pretrained, the folder of a run, and parallel.dp_shard = "
             "parallel.ep = 1; set it to false",
             model.pretrained_optimizer and (model.pretrained is None or sharded),
+        )
+        yield (
+            "lora.targets needs parallel.dp_shard = parallel.ep = 1 and model.pretrained_optimizer false",
+            self.lora.targets and (sharded or model.pretrained_optimizer),
+        )
+        yield (
+            f"optim.name {self.optim.name!r} would orthogonalise the adapters of all experts as one matrix; with "
+            "lora.targets take adamw",
+            self.lora.targets and "muon" in self.optim.name.lower(),
         )
         sections = {"kwargs": model.kwargs, "upcycle": model.upcycle}
         sections |= {f"kwargs.{tower}": model.kwargs.get(tower) for tower in ("image", "text")}

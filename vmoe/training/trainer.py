@@ -49,10 +49,12 @@ from vmoe.training.logger import (
     routing_metrics,
     say,
 )
+from vmoe.training.lora import add_lora
 from vmoe.training.optim import carry_over_optimizer, create_ema, create_optimizer, create_schedule, freeze
 from vmoe.training.run_dir import check_same_settings, find_checkpoint, finished_summary, locked_folder
 from vmoe.training.signals import Stopped, StopRequest, interruptible
 from vmoe.training.tasks import create_task
+from vmoe.utils.config import ConfigError
 from vmoe.utils.files import atomic_file
 from vmoe.utils.tables import make_console
 from vmoe.utils.world import world
@@ -112,6 +114,7 @@ class Trainer:
         self.task = create_task(config)
         self.model = self._create_model(checkpoint)
         self.profile = model_profile(self.model)
+        self._choose_trained()
         self._parallelize()
         self._create_optimizer(new=checkpoint is None)
         transform = build_transform(preprocess_config(self.model), config.data.augmentation)
@@ -144,8 +147,16 @@ class Trainer:
             model.to(self.device)
         if self.config.train.grad_checkpointing:
             model.set_grad_checkpointing()
-        freeze(model, self.config.train.freeze)
-        return model.train()  # again: a locked tower stays in evaluation mode
+        return model
+
+    def _choose_trained(self) -> None:
+        if (lora := self.config.lora).targets:
+            try:
+                add_lora(self.model, lora.targets, lora.r, lora.alpha)
+            except ValueError as error:
+                raise ConfigError(f"lora.targets: {error}") from error
+        freeze(self.model, self.config.train.freeze)
+        self.model.train()  # again: a locked tower stays in evaluation mode
 
     def _parallelize(self) -> None:
         shard = None

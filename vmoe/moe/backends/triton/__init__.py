@@ -27,6 +27,7 @@ def reason_against(experts: nn.Module, x_RD: Tensor) -> str | None:
     """Why the kernels cannot compute these experts; None if they can."""
     dtype = compute_dtype(x_RD)
     parts = (experts.fc1, experts.act, experts.drop, experts.fc2)
+    weight = getattr(experts.fc1, "_parameters", {}).get("weight")
     reasons = {
         "the package triton is not installed; it comes with PyTorch for CUDA on Linux": not _INSTALLED,
         f"their rows are on {x_RD.device.type}": x_RD.device.type not in DEVICES,
@@ -35,7 +36,7 @@ def reason_against(experts: nn.Module, x_RD: Tensor) -> str | None:
         "they have a norm between their layers": experts.norm is not None,
         "they have dropout": experts.training and experts.drop.p > 0,
         f"it has no {type(experts.act).__name__}": activation_name(experts.act) is None,
-        "they are quantized": not isinstance(getattr(experts.fc1, "_parameters", {}).get("weight"), Tensor),
+        "they are quantized or have adapters": not isinstance(weight, Tensor),
         "their parts have hooks": any(map(_has_hooks, parts)),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
