@@ -3,6 +3,7 @@
 import copy
 import re
 import sys
+from functools import partial
 
 import open_clip
 import pytest
@@ -150,6 +151,11 @@ def test_what_cannot_be_adapted_is_named(monkeypatch):
         vmoe.lora_config(vision(), [])
     model = vision()
     model = peft.get_peft_model(model, vmoe.lora_config(model))
+    for change in (vmoe.densify, vmoe.upcycle, partial(vmoe.quantize_experts, kind="int8")):
+        with pytest.raises(ValueError, match="the model has adapters beside its weights: merge them first"):
+            change(model)
+    with pytest.raises(ValueError, match="merge them first"):
+        vmoe.prune_experts(model, 2, vmoe.measure_usage(model, [inputs(model)]))
     with use_backend("triton"), pytest.raises(ValueError, match="triton"):  # it would not see them
         model(*inputs(model))
     monkeypatch.setitem(sys.modules, "peft", None)

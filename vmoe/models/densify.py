@@ -16,6 +16,7 @@ from vmoe.models.spec import known_spec, remember
 from vmoe.models.upcycle import upcycle_steps
 from vmoe.moe import SparseMoE, record_routing
 from vmoe.moe.config import SETTING_NAMES, RoutingSettings
+from vmoe.moe.experts import refuse_adapters
 
 Usage = Mapping[str, Tensor | Sequence[float]]  # or numpy's arrays
 
@@ -90,6 +91,7 @@ def prune_experts(model: nn.Module, keep: int | float, usage: Usage) -> nn.Modul
 
 
 def _layers(model: nn.Module) -> dict[str, SparseMoE]:
+    refuse_adapters(model)
     if layers := {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseMoE)}:
         return layers
     raise UpcycleError(f"{type(model).__name__} has no sparse layer")

@@ -31,6 +31,7 @@ from vmoe.models.two_tower import TWO_TOWER_CONFIGS, merge_settings
 from vmoe.models.upcycle import upcycle, upcycle_steps
 from vmoe.models.validation import bounded_model, check_metadata
 from vmoe.moe.config import SETTING_NAMES
+from vmoe.moe.experts import refuse_adapters
 from vmoe.moe.quantize import quantize_experts
 from vmoe.utils.channels import to_channels
 from vmoe.utils.printable import printable
@@ -182,6 +183,7 @@ def save_pretrained(model: nn.Module, file: str | Path, extra: dict | None = Non
 
 def file_metadata(model: nn.Module, extra: dict | None = None) -> dict[str, str]:
     """The metadata of a model's safetensors file; a ValueError if it would give another model."""
+    refuse_adapters(model)
     settings = {**model_spec(model), "preprocess": preprocess_config(model), "extra": extra or {}}
     try:
         text = json.dumps(settings)
@@ -196,8 +198,7 @@ def file_metadata(model: nn.Module, extra: dict | None = None) -> dict[str, str]
     if other is not None:
         raise ValueError(
             f"{type(model).__name__} cannot be saved, because its settings give another model ({other}): change models "
-            "only by settings, reset_classifier and set_input_size, merge PEFT's adapters (merge_and_unload), or save "
-            "the state_dict with torch.save"
+            "only by settings, reset_classifier and set_input_size, or save the state_dict with torch.save"
         )
     return {"format": "pt", METADATA_KEY: text}  # "pt": other libraries ask for it before they load into PyTorch
 

@@ -23,7 +23,7 @@ from vmoe.models.two_tower import TwoTower
 from vmoe.models.vision import VisionMoE, sparse_blocks, without_decay
 from vmoe.moe import SparseMoE
 from vmoe.moe.config import SETTING_NAMES, with_preset
-from vmoe.moe.experts import Experts
+from vmoe.moe.experts import Experts, refuse_adapters
 
 TOWERS = ("image", "text", "both")
 ROUTER_STD = 0.02  # section A.1.1 of the paper; small, so that at first all experts are nearly as probable
@@ -61,6 +61,7 @@ def upcycle(
 
     An UpcycleError for a model without known MLPs or with experts, a ValueError for a setting out of range.
     """
+    refuse_adapters(model)
     _check(tower, granularity, expert_noise, reinit, settings)
     with suppress(TypeError):  # `sparse_blocks` says what is wrong with them
         layers = layers if isinstance(layers, str) else [operator.index(block) for block in layers]

@@ -17,6 +17,17 @@ GATED_ACTIVATIONS = {"swiglu": nn.SiLU, "geglu": nn.GELU}
 RunExperts = Callable[[Tensor, Tensor], Tensor]  # (rows, rows of each expert) -> rows
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether a library such as PEFT put adapters beside some weights."""
+    return any(".base_layer." in name for name, _ in model.named_parameters())
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """ValueError if there are adapters, for those who read weights, which would not see them."""
+    if has_adapters(model):
+        raise ValueError("the model has adapters beside its weights: merge them first (merge_and_unload of PEFT)")
+
+
 class Mlp(nn.Module):
     """x -> fc2(drop(act(fc1(x)))), a dense MLP: the shared expert. `Experts` has the same parts, stacked.
 

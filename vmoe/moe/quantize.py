@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vmoe.moe.experts import Experts
+from vmoe.moe.experts import Experts, refuse_adapters
 from vmoe.moe.grouped import GroupedLinear, compute_dtype, grouped_linear
 
 STORED = {"int8": torch.int8, "bfloat16": torch.bfloat16}
@@ -89,6 +89,7 @@ def quantize_experts(model: nn.Module, kind: str) -> nn.Module:
     """
     if kind not in STORED:
         raise ValueError(f"experts can be kept as {' or '.join(map(repr, STORED))}, got {kind!r}")
+    refuse_adapters(model)
     kinds = (GroupedLinear, WeightOnlyLinear)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     if not linears:

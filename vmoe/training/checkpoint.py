@@ -26,7 +26,8 @@ from vmoe.models import manifest
 from vmoe.models.factory import file_metadata
 from vmoe.models.manifest import TRAINER, UNFINISHED, find_problems, list_checkpoints, newest_complete, step_of
 from vmoe.models.serialization import SETTINGS_NAME, StoredTensors, checkpoint_weights, load_weights, write_tensors
-from vmoe.training.lora import has_lora, merge_lora
+from vmoe.moe.experts import has_adapters
+from vmoe.training.lora import merge_lora
 from vmoe.training.optimizer_state import export_state, import_state
 
 logger = logging.getLogger("vmoe.training")
@@ -98,7 +99,7 @@ class Checkpointer:
         tensors, metadata = {}, {}
         tensors[OPTIMIZER], rest = export_state(optimizer, weights[MODEL])
         for part, module in weights.items():
-            if has_lora(module):
+            if has_adapters(module):
                 tensors[ADAPTED + part] = module.state_dict()
                 module = merge_lora(module)
             tensors[part], metadata[part] = module.state_dict(), file_metadata(module, extra)
@@ -227,7 +228,7 @@ def load_checkpoint(
 def _load(checkpoint: Path, model: nn.Module, ema: nn.Module | None, optimizer: Optimizer | None) -> dict[str, Any]:
     for module, average in ((model, False), (ema, True)):
         weights = None if module is None else checkpoint_weights(checkpoint, average)
-        if weights is not None and has_lora(module):
+        if weights is not None and has_adapters(module):
             weights = weights.with_name(ADAPTED + weights.name)
         if weights is not None:
             load_weights(module, weights)

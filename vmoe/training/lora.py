@@ -67,11 +67,6 @@ def add_lora(model: nn.Module, targets: Sequence[str], r: int, alpha: float) -> 
         parameters[wrapper.parameter_name] = parameters.pop(wrapper.parameter_name)
 
 
-def has_lora(model: nn.Module) -> bool:
-    """Whether `add_lora` or PEFT added adapters that are not merged."""
-    return any(".lora_A." in name for name, _ in model.named_parameters())
-
-
 def merge_lora(model: nn.Module) -> nn.Module:
     """A copy without adapters, which are added to its weights: the same model as before `add_lora`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
