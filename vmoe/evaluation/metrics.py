@@ -53,6 +53,11 @@ def top_shares(ranks_N: Tensor, num_classes: int, prefix: str = "") -> dict[str,
     return {f"{prefix}top{k}": share_within(ranks_N, k) for k in ((1, 5) if num_classes > 5 else (1,))}
 
 
+def accuracy_names(num_classes: int) -> list[str]:
+    """The names of `accuracies` and of the calibration error."""
+    return [*top_shares(torch.empty(0), num_classes), "mean_per_class", "ece"]
+
+
 def expected_calibration_error(confidences_N: Tensor, hits_N: Tensor, num_bins: int = 15) -> float:
     """Mean distance of the confidence in the best class from the accuracy (Guo et al., arXiv 1706.04599, eq. 3).
 

@@ -17,6 +17,7 @@ from vmoe.evaluation.synchronized import Rows, SynchronizedBatches, equal_shares
 logger = logging.getLogger("vmoe.evaluation")
 
 TEXTS_PER_CALL = 256
+RECALL_NAMES = [f"{way}_recall@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
 
 
 def retrieval_recall(

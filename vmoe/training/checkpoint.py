@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ logger = logging.getLogger("vmoe.training")
 
 MODEL, EMA, OPTIMIZER = "model", "ema", "optimizer"
 ADAPTED = "adapted_"  # before the first two: the weights with adapters apart, which training continues from
+BEST = "best"  # RUN/best is a link to the best checkpoint, see `link_best`
 FORMAT = 2
 
 
@@ -59,22 +61,30 @@ class Checkpointer:
         self._complete: set[Path] = set()  # known to be undamaged without reading them again
 
     def save(
-        self, step: int, model: nn.Module, ema: nn.Module | None, optimizer: Optimizer, trainer: dict, extra: dict
+        self,
+        step: int,
+        model: nn.Module,
+        ema: nn.Module | None,
+        optimizer: Optimizer,
+        trainer: dict,
+        extra: dict,
+        best: int | None = None,
     ) -> Path:
         """Writes a checkpoint, then removes those that are not to be kept; returns its folder.
 
         The folder exists when this returns, or if asynchronous, after `wait`. `trainer` is stored as JSON (that of
-        process 0), `extra` beside the weights (class names). A CheckpointError in all processes says that it, or
-        asynchronously the one before, cannot be written; nothing is left of that one.
+        process 0), `extra` beside the weights (class names); `best` is the step whose checkpoint is the best. A
+        CheckpointError in all processes says that it, or asynchronously the one before, cannot be written; nothing is
+        left of that one.
         """
         self.wait()
         final = self.parent / f"step_{step:06d}"
         weights = {MODEL: model} | ({} if ema is None else {EMA: ema})
         (contents,) = self._team.run(lambda: self._collect(weights, optimizer, trainer, extra), final, collect=False)
         if self._thread is not None:
-            self._writing = self._thread.submit(self._write, contents, final)
+            self._writing = self._thread.submit(self._write, contents, final, best)
         else:
-            self._write(contents, final)
+            self._write(contents, final, best)
         return final
 
     def wait(self) -> None:
@@ -116,11 +126,20 @@ class Checkpointer:
         tensors = {part: {name: ready(tensor) for name, tensor in each.items()} for part, each in tensors.items()}
         return _Contents(tensors, metadata, text, sharded)
 
-    def _write(self, contents: _Contents, final: Path) -> None:
-        team = self._team
+    def _write(self, contents: _Contents, final: Path, best: int | None) -> None:
         unfinished = final.with_name(final.name + UNFINISHED)
-        if team.run_first(lambda: self._begin(unfinished, final), final):
-            return  # stopped right after it was saved
+        if not self._team.run_first(lambda: self._begin(unfinished, final), final):
+            self._write_files(contents, unfinished, final)
+        if self._team.rank == 0:
+            if best is not None:
+                link_best(self.run, best)
+            try:
+                self._remove_old(step_of(final))
+            except OSError as error:
+                logger.warning("an old checkpoint in %s could not be removed: %s", self.parent, error)
+
+    def _write_files(self, contents: _Contents, unfinished: Path, final: Path) -> None:
+        team = self._team
         try:
             if contents.sharded:
                 for part, tensors in contents.tensors.items():
@@ -133,13 +152,9 @@ class Checkpointer:
             raise
         if team.rank == 0:
             self._complete.add(final)
-            try:
-                self._remove_old(step_of(final))
-            except OSError as error:
-                logger.warning("an old checkpoint in %s could not be removed: %s", self.parent, error)
 
     def _begin(self, unfinished: Path, final: Path) -> bool:
-        """Makes the folder; True if there is such a checkpoint already."""
+        """Makes the folder; True if there is such a checkpoint already: the run stopped right after it was saved."""
         self.parent.mkdir(parents=True, exist_ok=True)
         for folder in self.parent.glob(f"step_*{UNFINISHED}"):  # of a process that died while saving
             shutil.rmtree(folder)
@@ -187,14 +202,29 @@ class Checkpointer:
         _sync(self.parent)
 
     def _remove_old(self, step: int) -> None:
-        """Removes what is older than the last undamaged ones to keep; newer ones were found damaged, and stay."""
-        kept = 0
+        """Removes what is older than the last undamaged ones to keep, but the best one; newer ones were found damaged,
+        and stay."""
+        kept, best = 0, (self.run / BEST).resolve().name
         for folder in reversed([each for each in list_checkpoints(self.run) if step_of(each) <= step]):
             if kept == self.keep_last:
-                _remove(folder)
+                if folder.name != best:
+                    _remove(folder)
             elif folder in self._complete or not find_problems(folder):
                 self._complete.add(folder)
                 kept += 1
+
+
+def link_best(run: Path, step: int) -> None:
+    """Makes RUN/best a link to the checkpoint of a step, in one move; nothing if there is no such checkpoint."""
+    link, target = run / BEST, Path("checkpoints", f"step_{step:06d}")
+    draft = link.with_name(f".{BEST}.{secrets.token_hex(6)}")
+    try:
+        if (run / target).is_dir() and not (link.is_symlink() and link.readlink() == target):
+            draft.symlink_to(target)
+            os.replace(draft, link)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        logger.warning("%s cannot be made (%s); the best checkpoint is %s", link, error.strerror, run / target)
 
 
 def latest_checkpoint(run: Path) -> Path | None:

@@ -22,6 +22,7 @@ CHANGEABLE = (
     *("output_dir", "resume", "device", "data.val", "evaluate", "parallel"),
     *(f"data.loader.{key}" for key in ("num_workers", "pin_memory", "max_bad_share")),
     *(f"train.{key}" for key in ("steps", "log_every", "eval_every", "checkpoint_every", "keep_last", "max_minutes")),
+    *(f"train.{key}" for key in ("keep_best", "patience")),
     *(f"train.{key}" for key in ("async_checkpoints", "collapse_after", "compile", "tensorboard")),
 )
 
@@ -31,6 +32,7 @@ RANGES = {
     **dict.fromkeys(("seed", "train.eval_every", "train.collapse_after", "evaluate.examples"), (0, None, "")),
     **{f"train.{key}": (1, None, "") for key in ("steps", "accumulate_steps", "log_every", "checkpoint_every")},
     **dict.fromkeys(("train.keep_last", "evaluate.batch_size"), (1, None, "")),
+    "train.patience": (1, None, "; null never stops early"),
     "optim.lr": (None, None, ""),
     "lora.r": (1, None, ""),
     "lora.alpha": (None, None, ""),
@@ -106,6 +108,9 @@ class TrainConfig:
         eval_every: Steps between two evaluations on data.val; the last step always has one. 0 never evaluates.
         checkpoint_every: Steps between two checkpoints; the last step always has one.
         keep_last: Checkpoints to keep.
+        keep_best: Also keep the checkpoint of the best evaluation, which OUTPUT_DIR/best names: a metric of the
+            evaluation, such as top1. Higher is better, but for ece and other errors; "NAME:min" and "NAME:max" say so.
+        patience: Stop after so many evaluations in a row without a better keep_best; null never stops early.
         async_checkpoints: Copy the state to CPU memory, and write it while training goes on.
         max_minutes: Time for this start of the command: training stops when another step and a checkpoint, as long as
             the longest so far, would not fit any more (leave time for the first ones); null sets no limit.
@@ -128,6 +133,8 @@ class TrainConfig:
     eval_every: int = 0
     checkpoint_every: int = 100
     keep_last: int = 2
+    keep_best: str | None = None
+    patience: int | None = None
     async_checkpoints: bool = False
     max_minutes: float | None = None
     collapse_after: int = 100
@@ -300,6 +307,14 @@ class Config:
                 "'attach' would add them twice",
                 isinstance(kwargs, dict) and kwargs.get("auxiliary_loss", "record") != "record",
             )
+        yield (
+            "train.keep_best needs evaluations; set train.eval_every",
+            train.keep_best is not None and not train.eval_every,
+        )
+        yield (
+            "train.patience needs train.keep_best, the metric that must get better, such as top1",
+            train.patience is not None and train.keep_best is None,
+        )
         for key in ("mixup", "cutmix", "label_smoothing"):
             yield (
                 f"data.augmentation.{key} mixes labels, and a contrastive run has none; set it to 0",

@@ -290,6 +290,9 @@ def final_table(summary: dict[str, Any]) -> MetricTable:
     table.add_row("training throughput", f"{summary['images_per_second']:.0f} images/s")
     table.add_row("training time", f"{summary['train_seconds']:.0f} s")
     table.add_row("final loss", f"{summary['loss']:.4f}")
+    if "best" in summary:
+        best = summary["best"]
+        table.add_row(f"best {best['metric']} (step {best['step']})", f"{best['value']:.4f}")
     for name, value in summary["evaluation"].items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     return table

@@ -13,7 +13,7 @@ from typing import Any
 from vmoe.distributed.process_group import gather_lists
 from vmoe.models.manifest import list_checkpoints
 from vmoe.training.checkpoint import latest_checkpoint
-from vmoe.training.config import Config, changed_settings, flat_settings
+from vmoe.training.config import Config, TrainConfig, changed_settings, flat_settings
 from vmoe.training.signals import closed_in_fork
 from vmoe.utils.config import ConfigError
 from vmoe.utils.world import world
@@ -72,13 +72,19 @@ def find_checkpoint(run: Path, config: Config) -> Path | None:
     return latest_checkpoint(run)  # None: it stopped before its first checkpoint
 
 
-def finished_summary(run: Path, step: int, steps: int) -> dict[str, Any] | None:
-    """summary.json of a run that has done all `steps`, else None."""
+def finished_summary(run: Path, step: int, train: TrainConfig) -> dict[str, Any] | None:
+    """summary.json of a run that has done all steps, or has stopped early by the same settings, else None."""
     file = run / "summary.json"
-    if step < steps or not file.is_file():
+    if not file.is_file():
         return None
     summary = json.loads(file.read_text(encoding="utf-8"))
-    return summary if summary["steps"] >= steps else None
+    stopped_early = step == summary["steps"] and summary.get("stopped_early") == early_stopping(train)
+    return summary if stopped_early or min(step, summary["steps"]) >= train.steps else None
+
+
+def early_stopping(train: TrainConfig) -> dict[str, Any]:
+    """The settings that decide when a run stops early."""
+    return {"keep_best": train.keep_best, "patience": train.patience}
 
 
 @contextmanager

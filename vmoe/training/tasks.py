@@ -22,7 +22,8 @@ from vmoe.distributed.parallelize import is_sharded
 from vmoe.distributed.process_group import from_first
 from vmoe.evaluation import evaluate_classification, evaluate_retrieval, evaluate_zero_shot
 from vmoe.evaluation.class_names import check_same_classes
-from vmoe.evaluation.retrieval import retrieval_loader
+from vmoe.evaluation.metrics import accuracy_names
+from vmoe.evaluation.retrieval import RECALL_NAMES, retrieval_loader
 from vmoe.evaluation.zero_shot import check_class_names, check_templates, resolve_templates
 from vmoe.inspection.maps import example_figure
 from vmoe.models.factory import create_model, get_tokenizer, is_contrastive, preprocess_config
@@ -52,6 +53,7 @@ class Task:
     - `loss(model, batch, number)`: the float32 loss of a batch, without the auxiliary losses; `number` seeds what is
       random in it. It is averaged over the processes that share a batch;
     - `evaluate(model, device)`: metrics on the validation data, in float32 as by `eval.py`;
+    - `metric_names()`: which metrics `evaluate` gives;
     - `example_names(samples)`: the names among which `draw_examples` ranks images.
     """
 
@@ -178,6 +180,9 @@ class Classification(Task):
         loader = self._val_loader(model, device)
         return evaluate_classification(model, loader, device=device, num_classes=len(self.class_names))
 
+    def metric_names(self) -> list[str]:
+        return accuracy_names(len(self.class_names))
+
     def example_names(self, samples: list[Any]) -> list[str]:
         return self.class_names
 
@@ -263,6 +268,9 @@ class Contrastive(Task):
         names, templates = self.val_data.prompt_names or self.val_data.classes, self.config.evaluate.templates
         loader = self._val_loader(model, device)
         return evaluate_zero_shot(model, self.tokenizer, loader, names, templates, device=device)
+
+    def metric_names(self) -> list[str]:
+        return RECALL_NAMES if self.evaluation == "retrieval" else accuracy_names(len(self.val_data.classes))
 
     def example_names(self, samples: list[Any]) -> list[str]:
         data = self.val_data or self.train_data

@@ -35,7 +35,8 @@ from vmoe.models.flops import model_profile
 from vmoe.models.manifest import list_checkpoints, step_of
 from vmoe.models.serialization import WeightsError, checkpoint_weights
 from vmoe.moe import RoutingRecord
-from vmoe.training.checkpoint import Checkpointer, CheckpointError, load_checkpoint
+from vmoe.training.best import BestWatch
+from vmoe.training.checkpoint import Checkpointer, CheckpointError, link_best, load_checkpoint
 from vmoe.training.config import Config, to_yaml
 from vmoe.training.diagnosis import NonFiniteError, find_non_finite
 from vmoe.training.large_batch import LargeBatch
@@ -51,7 +52,13 @@ from vmoe.training.logger import (
 )
 from vmoe.training.lora import add_lora
 from vmoe.training.optim import carry_over_optimizer, create_ema, create_optimizer, create_schedule, freeze
-from vmoe.training.run_dir import check_same_settings, find_checkpoint, finished_summary, locked_folder
+from vmoe.training.run_dir import (
+    check_same_settings,
+    early_stopping,
+    find_checkpoint,
+    finished_summary,
+    locked_folder,
+)
 from vmoe.training.signals import Stopped, StopRequest, interruptible
 from vmoe.training.tasks import create_task
 from vmoe.utils.config import ConfigError
@@ -84,8 +91,9 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
             run = Path(config.output_dir)
             checkpoint = find_checkpoint(run, config)
             step = 0 if checkpoint is None else step_of(checkpoint)
-            if summary := finished_summary(run, step, config.train.steps):
-                remedy = "a larger train.steps continues it, another output_dir starts a new one"
+            if summary := finished_summary(run, step, config.train):
+                larger = "train.patience" if "stopped_early" in summary else "train.steps"
+                remedy = f"a larger {larger} continues it, another output_dir starts a new one"
                 say(console, f"{run}: this run is finished ({summary['steps']} steps); {remedy}")
                 return summary
             trainer = Trainer(config, device, console, checkpoint)
@@ -112,6 +120,7 @@ class Trainer:
         self.precision = pick_precision(config.train.precision, device)
         seed_everything(config.seed)
         self.task = create_task(config)
+        self.best = BestWatch(config.train.keep_best, config.train.patience, self.task.metric_names)
         self.model = self._create_model(checkpoint)
         self.profile = model_profile(self.model)
         self._choose_trained()
@@ -126,6 +135,7 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
             loader.load_state_dict(state["loader"])
             self.step, self.progress = state["step"], state["progress"]
+            self.best.load(self.progress.get("best"))
             self.schedule.step_update(self.step)
             say(console, f"{self.run}: continuing after step {self.step}")
         self.batches = Prefetch(loader, config.train.accumulate_steps)
@@ -190,6 +200,8 @@ class Trainer:
         self.collapse_watch = CollapseWatch(train.collapse_after)
         self.data_watch = DataWatch(self.config.data.loader.num_workers)
         self.checkpointer = Checkpointer(self.run, train.keep_last, train.async_checkpoints)
+        if self.first and self.best.step is not None:  # the run may have stopped before it was named
+            link_best(self.run, self.best.step)
         every = {"evaluation": train.eval_every, "checkpoint": train.checkpoint_every}
         self.display = ProgressBar(self.console, self.step, train.steps, **every)
         try:
@@ -198,13 +210,15 @@ class Trainer:
             self.checkpointer.wait()
             if train.eval_every and self.progress["evaluated"] != self.step:  # it failed when this step was made
                 self.metrics.write(self.step, self.evaluate())
+                self.save()  # names it the best, if it is
+                self.checkpointer.wait()
         finally:
             self.metrics.close()
             self.checkpointer.close()
 
     def _loop(self) -> None:
         train = self.config.train
-        while self.step < train.steps:
+        while self.step < train.steps and not self.best.exhausted:
             metrics, record = self.train_step()
             last, logged = self.step == train.steps, {}
             if last or self.step % train.log_every == 0:
@@ -212,13 +226,14 @@ class Trainer:
             del record  # it holds the graph of the auxiliary losses
             if train.eval_every and (last or self.step % train.eval_every == 0):
                 logged |= self.evaluate()
+                last |= self.best.exhausted
             if self.processes == 1 or self.progress["evaluated"] == self.step:  # an evaluation takes long: ask again
                 self.stopping = mean_over_processes(self._stop_asked())
             if logged:
                 self.metrics.write(self.step, logged)
             interrupted, planned = self.stopping
             stopping = (interrupted or planned) and not last
-            if last or stopping or self.step % train.checkpoint_every == 0:
+            if last or stopping or self.step == self.best.step or self.step % train.checkpoint_every == 0:
                 self.save()
             if stopping:
                 self.checkpointer.wait()
@@ -352,7 +367,8 @@ class Trainer:
             if self.processes == 1 or isinstance(error, SharedError):  # else the others cannot take part
                 self.save()
             raise
-        self.progress |= {"evaluation": results, "evaluated": self.step}
+        self.best.update(self.step, results)
+        self.progress |= {"evaluation": results, "evaluated": self.step, "best": self.best.state}
         values = (f"{name} {value:.4f}" for name, value in results.items() if isinstance(value, float))
         say(self.console, f"step {self.step}: evaluation {', '.join(values)}")
         return {f"evaluation/{name}": value for name, value in results.items()}
@@ -365,7 +381,8 @@ class Trainer:
         if self.task.exif_orientation:
             extra["exif_orientation"] = True
         with self.display.timing("checkpoint"):
-            self.checkpointer.save(self.step, self.model, self.ema and self.ema.module, self.optimizer, state, extra)
+            average = self.ema and self.ema.module
+            self.checkpointer.save(self.step, self.model, average, self.optimizer, state, extra, self.best.step)
 
     def _draw_examples(self) -> None:
         """Draws examples.png, which TensorBoard shows too until its files are closed."""
@@ -398,6 +415,15 @@ class Trainer:
             "loss": progress["loss"],
             "evaluation": progress["evaluation"],
         }
+        if self.best.state is not None:
+            summary["best"] = self.best.state
+        if self.best.exhausted and self.step < config.train.steps:
+            summary["stopped_early"] = early_stopping(config.train)
+            best = f"the best {self.best.metric} is that of step {self.best.step}"
+            say(
+                self.console,
+                f"stopped early, after {self.best.state['since']} evaluations without a better one: {best}",
+            )
         if self.first:
             with atomic_file(self.run / "summary.json") as draft:
                 draft.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
