@@ -5,6 +5,7 @@ import copy
 import pytest
 
 from tests.chaos.tiny import make_images
+from vmoe.training import trainer
 from vmoe.training.config import Config
 from vmoe.utils.config import read_config
 
@@ -29,6 +30,13 @@ def images_dir(tmp_path_factory):
     lines = [f"folders/{f.parent.name}/{f.name},a {f.parent.name} square number {f.stem}" for f in files]
     (root / "pairs.csv").write_text("\n".join(["image,caption", *lines]) + "\n")
     return root
+
+
+@pytest.fixture(autouse=True)
+def _no_curves(request, monkeypatch):
+    """Only a test of curves draws them: that takes longer than a run of a few steps."""
+    if "curves" not in request.node.name:
+        monkeypatch.setattr(trainer, "draw_curves", lambda *_: None)
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ def test_a_mistake_is_one_sentence_that_names_it(arguments, words, capsys):
     ("change", "message"),
     [
         ({"train": TrainConfig(freeze="head.*")}, r'train\.freeze must be .* write a list, as in \["head\.\*"\]'),
-        ({"train": TrainConfig(steps=10.0)}, r"train\.steps must be int, got 10\.0"),
+        ({"train": TrainConfig(steps=10.0)}, r"train\.steps must be int \| None, got 10\.0"),
         ({"model": ModelConfig(pretrained=["a"])}, r"model\.pretrained must be .* give one value, not a list"),
         ({"output_dir": ["x"]}, r"output_dir must be str, got \['x'\]; give one value"),
     ],

@@ -1,18 +1,23 @@
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
 
 from vmoe.data import build_transform, train_loader
 from vmoe.models.factory import create_model, preprocess_config, save_pretrained
+from vmoe.models.manifest import list_checkpoints
 from vmoe.moe import quantize_experts
+from vmoe.training.config import Config, to_yaml
 from vmoe.training.optim import freeze
-from vmoe.training.tasks import create_task
+from vmoe.training.tasks import create_task, with_steps
 from vmoe.training.trainer import train
-from vmoe.utils.config import ConfigError
+from vmoe.utils.config import ConfigError, read_config
 
 CPU = torch.device("cpu")
 
@@ -179,3 +184,46 @@ def test_example_names_hold_the_captions_of_the_examples(make_config):
     assert len(samples) == 5
     assert len(set(names)) == len(names)
     assert {sample.caption for sample in samples} <= set(names)
+
+
+def test_steps_follow_from_epochs(make_config, tmp_path):
+    """24 images in batches of 8, two batches in a step."""
+    for epochs, accumulate, steps in ((2, 1, 6), (0.1, 1, 1), (2.5, 1, 8), (3, 2, 5), (1, 7, 1)):
+        overrides = {"train.epochs": epochs, "train.accumulate_steps": accumulate, "train.steps": None}
+        resolved = with_steps(make_config(**overrides))
+        assert (resolved.train.steps, resolved.train.epochs) == (steps, epochs)
+        file = tmp_path / "config.yaml"  # is read back, with both
+        file.write_text(to_yaml(resolved), encoding="utf-8")
+        assert with_steps(read_config(Config, ["--config", str(file)])) == resolved
+    assert with_steps(make_config(**{"train.steps": None})).train.steps == 1000
+    assert with_steps(make_config(**{"train.steps": 5})).train.steps == 5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"train.epochs": 2, "train.steps": 7},
+            r"train.steps is 7, and train.epochs 2 makes 6 steps; give one of them",
+        ),
+        ({"train.epochs": 0, "train.steps": None}, "train.epochs must be > 0, got 0"),
+        ({"train.epochs": 2, "optim.warmup_steps": 6, "train.steps": None}, r"must be < train.steps \(6\), got 6"),
+        ({"train.epochs": 2, "data.train.type": None, "train.steps": None}, "data.train.type is missing"),
+    ],
+)
+def test_epochs_that_do_not_fit(make_config, overrides, message):
+    config = make_config(**overrides)
+    with pytest.raises(ConfigError, match=message):
+        train(config)
+    assert not Path(config.output_dir).exists()
+
+
+def test_more_epochs_continue_a_run(make_config, tmp_path):
+    straight = make_config(output_dir=tmp_path / "straight", **{"train.steps": 6, "optim.schedule": "constant"})
+    train(straight, Console(quiet=True))
+    for epochs, steps in ((1, 3), (2, 6)):
+        more = {"train.steps": None, "train.epochs": epochs, "optim.schedule": "constant"}
+        assert train(make_config(**more), Console(quiet=True))["steps"] == steps
+    runs = [tmp_path / "run", tmp_path / "straight"]
+    ours, theirs = (load_file(list_checkpoints(folder)[-1] / "model.safetensors") for folder in runs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,9 +23,11 @@ CHANGEABLE = (
     *("output_dir", "resume", "device", "data.val", "evaluate", "parallel"),
     *(f"data.loader.{key}" for key in ("num_workers", "pin_memory", "max_bad_share")),
     *(f"train.{key}" for key in ("steps", "log_every", "eval_every", "checkpoint_every", "keep_last", "max_minutes")),
-    *(f"train.{key}" for key in ("keep_best", "patience")),
+    *(f"train.{key}" for key in ("epochs", "keep_best", "patience")),
     *(f"train.{key}" for key in ("async_checkpoints", "collapse_after", "compile", "tensorboard")),
 )
+
+STEPS = 1000  # of a run with neither train.steps nor train.epochs
 
 # {setting: (least value, largest value or None, what null does)}; above 0 where the least value is None
 RANGES = {
@@ -32,6 +35,7 @@ RANGES = {
     **dict.fromkeys(("seed", "train.eval_every", "train.collapse_after", "evaluate.examples"), (0, None, "")),
     **{f"train.{key}": (1, None, "") for key in ("steps", "accumulate_steps", "log_every", "checkpoint_every")},
     **dict.fromkeys(("train.keep_last", "evaluate.batch_size"), (1, None, "")),
+    "train.epochs": (None, None, ""),
     "train.patience": (1, None, "; null never stops early"),
     "optim.lr": (None, None, ""),
     "lora.r": (1, None, ""),
@@ -91,7 +95,8 @@ class TrainConfig:
     """The training loop.
 
     Attributes:
-        steps: Optimizer steps of the whole run.
+        steps: Optimizer steps of the whole run; null: those of `epochs`, or 1000.
+        epochs: Length of the run in passes over data.train instead of steps, also 0.5. The run's config.yaml has both.
         precision: float32, or autocast to bf16 or fp16 (with a gradient scaler); routers are always float32. "auto" is
             bf16 where it is faster (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), else float32.
         accumulate_steps: Batches per optimizer step. A contrastive loss compares within one of them.
@@ -119,7 +124,8 @@ class TrainConfig:
         tensorboard: Also write OUTPUT_DIR/tensorboard: every metric, and the load and importance of each expert.
     """
 
-    steps: int = 1000
+    steps: int | None = None
+    epochs: float | None = None
     precision: Literal["auto", "float32", "bf16", "fp16"] = "float32"
     accumulate_steps: int = 1
     accumulate_features: bool = False
@@ -234,7 +240,7 @@ class Config:
 
     Attributes:
         output_dir: Folder of the run: config.yaml, metrics.jsonl, checkpoints/, tensorboard/, summary.json,
-            examples.png.
+            curves.png, examples.png, best (with train.keep_best).
         task: "contrastive" trains image-text models on images with captions, "classification" on labelled images.
         resume: If output_dir holds a run: "auto" continues it, "never" is an error.
         seed: Seed of weights, data order, augmentation and router noise. A run is reproducible bit by bit on a CPU.
@@ -280,7 +286,8 @@ class Config:
             f"optim.betas must be in [0, 1), got {betas}",
             betas is not None and not all(0 <= beta < 1 for beta in betas),
         )
-        yield f"optim.warmup_steps must be < train.steps ({train.steps}), got {warmup}", warmup >= train.steps
+        steps = train.steps or (math.inf if train.epochs else STEPS)  # those of epochs follow from the data
+        yield f"optim.warmup_steps must be < train.steps ({steps}), got {warmup}", warmup >= steps
         yield (
             "train.precision fp16 needs parallel.dp_shard = parallel.ep = 1; use bf16, which needs no scaler",
             train.precision == "fp16" and sharded,

@@ -31,7 +31,7 @@ from vmoe.models.serialization import WeightsError, stored_name
 from vmoe.models.spec import IMAGE_TEXT_NAMES
 from vmoe.models.upcycle import upcycle
 from vmoe.moe.quantize import experts_kept_as
-from vmoe.training.config import Config
+from vmoe.training.config import STEPS, Config
 from vmoe.utils.config import ConfigError
 from vmoe.utils.world import world
 
@@ -44,6 +44,35 @@ MAX_LOGIT_SCALE = math.log(100)  # with CLIP's loss (arXiv 2103.00020, section 2
 def create_task(config: Config) -> Classification | Contrastive:
     """The task of a config, with its data sets opened, or a ConfigError."""
     return Classification(config) if config.task == "classification" else Contrastive(config)
+
+
+def with_steps(config: Config) -> Config:
+    """The config with its train.steps, which follow from train.epochs if it has those: all processes call it.
+
+    ConfigError: it has other steps too.
+    """
+    train, size = config.train, config.data.loader.batch_size
+    steps = train.steps or STEPS
+    if train.epochs is not None:
+        check_source(config)
+
+        def count() -> int:
+            """Batches of an epoch; the last, incomplete one is dropped."""
+            return build_dataset(config.data.train).batches(config.seed, size).steps_per_epoch
+
+        steps = max(1, math.ceil(train.epochs * from_first(count) / train.accumulate_steps))
+        if train.steps not in (None, steps):
+            both = f"train.steps is {train.steps}, and train.epochs {train.epochs:g} makes {steps} steps"
+            raise ConfigError(f"{both}; give one of them, and null for the other (--train.steps null)")
+    config = dataclasses.replace(config, train=dataclasses.replace(train, steps=steps))
+    config.check()  # the warm-up against the steps
+    return config
+
+
+def check_source(config: Config) -> None:
+    """ConfigError: there is no data to train on."""
+    if config.data.train.type is None:
+        raise ConfigError("data.train.type is missing: say what to train on")
 
 
 class Task:
@@ -61,8 +90,7 @@ class Task:
 
     def __init__(self, config: Config) -> None:
         self.config, self.name = config, config.model.name or config.model.pretrained
-        if config.data.train.type is None:
-            raise ConfigError("data.train.type is missing: say what to train on")
+        check_source(config)
         if config.train.eval_every and config.data.val.type is None:
             raise ConfigError("data.val.type is missing: say what to evaluate on, or set train.eval_every to 0")
         self.train_data = build_dataset(config.data.train)

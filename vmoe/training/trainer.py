@@ -38,6 +38,7 @@ from vmoe.moe import RoutingRecord
 from vmoe.training.best import BestWatch
 from vmoe.training.checkpoint import Checkpointer, CheckpointError, link_best, load_checkpoint
 from vmoe.training.config import Config, to_yaml
+from vmoe.training.curves import draw_curves
 from vmoe.training.diagnosis import NonFiniteError, find_non_finite
 from vmoe.training.large_batch import LargeBatch
 from vmoe.training.logger import (
@@ -60,7 +61,7 @@ from vmoe.training.run_dir import (
     locked_folder,
 )
 from vmoe.training.signals import Stopped, StopRequest, interruptible
-from vmoe.training.tasks import create_task
+from vmoe.training.tasks import create_task, with_steps
 from vmoe.utils.config import ConfigError
 from vmoe.utils.files import atomic_file
 from vmoe.utils.tables import make_console
@@ -86,6 +87,7 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
         device = pick_device(config.device)
         with process_group.joined(device, config.parallel.timeout):
             check_same_settings(config)
+            config = with_steps(config)
             # The first process prints and writes for all.
             console = console or make_console() if world()[0] == 0 else Console(quiet=True)
             run = Path(config.output_dir)
@@ -400,7 +402,7 @@ class Trainer:
         return state | {name: int(count) for name, count in counts.items()}
 
     def finish(self) -> dict[str, Any]:
-        """Writes summary.json and examples.png, and prints the final table; returns the summary."""
+        """Writes summary.json, curves.png and examples.png, and prints the final table; returns the summary."""
         config, progress = self.config, self.progress
         images = self.step * config.data.loader.batch_size * config.train.accumulate_steps
         summary = {
@@ -427,6 +429,7 @@ class Trainer:
         if self.first:
             with atomic_file(self.run / "summary.json") as draft:
                 draft.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+            draw_curves(self.run, self.best.state)
         self.console.print(final_table(summary))
         self._draw_examples()
         say(self.console, f"results saved to {self.run}")
