@@ -1,3 +1,4 @@
+import csv
 import json
 import shutil
 
@@ -193,3 +194,56 @@ def test_bad_input_is_one_sentence(files, capsys, tmp_path):
         ),
     ):
         assert error in _error(capsys, arguments, code)
+
+
+def test_predictions_in_files(files, capsys, tmp_path, caplog, monkeypatch):
+    """A row per image, in batches, as --json gives them; broken files and HEIC are named, and have no row."""
+    for name in ("a.png", "b.JPG", "below/c.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(files / "photos" / name, tmp_path / "in" / name)
+    for module in ("vmoe.cli.classify", "vmoe.data.images"):
+        monkeypatch.setattr(f"{module}.reads_heif", lambda: False)
+    model = ["--checkpoint", str(files / "vit.safetensors"), "--top", "2"]
+    assert main([str(tmp_path / "in"), *model, "--json"]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    (tmp_path / "in" / "aa.png").write_bytes(b"broken")
+    (tmp_path / "in" / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(8))
+    csv_file, jsonl_file = tmp_path / "new" / "out.csv", tmp_path / "out.jsonl"
+    jsonl_file.write_text("old")
+    for file, batch_size in ((csv_file, "2"), (jsonl_file, "1")):
+        assert main([str(tmp_path / "in"), *model, "--output", str(file), "--batch_size", batch_size]) == 1
+        printed = capsys.readouterr()
+        assert printed.out == f"3 images: {file}\n"
+        assert "error: 2 of 5 images cannot be read, each named above" in printed.err
+    assert [json.loads(line) for line in jsonl_file.read_text(encoding="utf-8").splitlines()] == [
+        {
+            **one,
+            "predictions": [{**each, "probability": pytest.approx(each["probability"])} for each in one["predictions"]],
+        }
+        for one in expected
+    ]
+    assert "IMG_1.HEIC: not an image file" in caplog.text
+    assert "install pillow-heif (pip install pillow-heif)" in caplog.text
+    with csv_file.open(newline="", encoding="utf-8") as stream:
+        header, *rows = csv.reader(stream)
+    assert header == ["image", "label_1", "probability_1", "label_2", "probability_2"]
+    for row, one in zip(rows, expected, strict=True):
+        assert row[:1] + row[1::2] == [one["image"], *(each["label"] for each in one["predictions"])]
+        assert [float(value) for value in row[2::2]] == pytest.approx([e["probability"] for e in one["predictions"]])
+    assert [file.name for file in csv_file.parent.iterdir()] == ["out.csv"]
+
+
+def test_output_that_cannot_be_written(files, capsys, tmp_path):
+    image, model = str(files / "photos" / "a.png"), ["--checkpoint", str(files / "vit.safetensors")]
+    (tmp_path / "file").touch()
+    (tmp_path / "dir.csv").mkdir()
+    for output, code, error in (
+        ("out.txt", 2, "--output must end in .csv or .jsonl, got "),
+        ("dir.csv", 2, "dir.csv cannot be written: give a file in a folder that can be"),
+        ("file/out.csv", 2, "file/out.csv cannot be written"),
+    ):
+        assert error in _error(capsys, [image, *model, "--output", str(tmp_path / output)], code)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"broken")
+    assert main([str(broken), *model, "--output", str(tmp_path / "none.csv")]) == 1
+    assert not (tmp_path / "none.csv").exists()

@@ -216,3 +216,11 @@ def test_a_png_file_with_long_texts(photo, compressed, after):
 def test_formats_of_phones_are_named(brand, name):
     with pytest.raises(BadSample, match=rf"not an image file \(JPEG, .*\); it is {name}, save it as one of these"):
         load_image("IMG_1.HEIC", b"\0\0\0\x18ftyp" + brand + bytes(8))
+
+
+def test_heic_is_read_by_pillow_heif(photo, tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif", reason="needs pillow-heif (pip install pillow-heif)")
+    pillow_heif.from_pillow(photo).save(tmp_path / "a.heic", quality=-1)
+    read = load_image(tmp_path / "a.heic")
+    assert read.size == photo.size
+    assert np.abs(np.asarray(read).astype(int) - np.asarray(photo)).mean() < 4

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NoReturn
 
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
 from vmoe.cli.command import exit_code
-from vmoe.data.images import IMAGE_SUFFIXES, MAX_PIXELS, BadSample, Reading, load_image
+from vmoe.data.images import (
+    IMAGE_SUFFIXES,
+    MAX_PIXELS,
+    PHONE_SUFFIXES,
+    BadSample,
+    Reading,
+    load_image,
+    reads_heif,
+)
 from vmoe.evaluation.class_names import known_sets
 from vmoe.evaluation.inference import PRECISIONS, evaluating
 from vmoe.evaluation.loaded_model import LoadedModel, load_model
+from vmoe.evaluation.results_file import make_writable
 from vmoe.evaluation.zero_shot import image_batches, resolve_prompts, resolve_templates
 from vmoe.utils.config import ConfigError
+from vmoe.utils.files import atomic_file
 from vmoe.utils.printable import escaped, printable, safe_output
 from vmoe.utils.tables import MetricTable, make_console
 
@@ -45,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="vmoe-classify",
         description="Print the most probable labels of images, by an image-text model or a classifier.",
-        epilog="known sets of class names: " + ", ".join(known_sets()),
+        epilog="exit code: 0; 1 if an image cannot be read (all others are classified); 2: wrong arguments. "
+        "Known sets of class names: " + ", ".join(known_sets()),
     )
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help="an image, or a folder: all images in and below it, but hidden ones")
@@ -59,7 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--templates", action="append", metavar="TEXT", help=templates)
     add("--top", type=int, default=5, metavar="K", help="how many labels to show (default 5)")
-    add("--json", action="store_true", help="print JSON instead of tables")
+    outputs = parser.add_mutually_exclusive_group()
+    outputs.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    file = "write a row per image to this .csv or .jsonl file instead, in place of a file that is there"
+    outputs.add_argument("--output", metavar="FILE", type=Path, help=file)
     add("--batch_size", type=int, default=64, help="images per forward pass (default 64)")
     add("--precision", choices=list(PRECISIONS), default="float32", help="of the forward pass")
     add("--device", default="auto", help="auto (default), cpu, cuda, mps")
@@ -70,10 +87,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints the most probable labels of each image. ValueError: what cannot be read or used, images after all others.
+    """Prints or writes the most probable labels of each image. ValueError: what cannot be read or used, images after
+    all others.
 
     The JSON is a list of {"image": path, "predictions": [{"label", "probability"}, ...]}, the most probable first.
     """
+    if arguments.output is not None:
+        _check_output(arguments.output)
     for name in ("top", "batch_size", "max_pixels"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name} must be >= 1, got {getattr(arguments, name)}")
@@ -85,25 +105,75 @@ def run(arguments: argparse.Namespace) -> None:
     elif names is None:
         raise ConfigError(f"{arguments.checkpoint} compares images with texts: give some, as --labels 'cat,dog'")
     turned = loaded.exif_orientation if arguments.exif_orientation is None else arguments.exif_orientation
-    read: list[Path] = []
     bad: list[BadSample] = []
-    images = _images(files, Reading(turned, arguments.max_pixels), read, bad)
-    found = []
+    reading = Reading(turned, arguments.max_pixels)
     with evaluating(loaded.model, loaded.device, loaded.precision):
         score = loaded.scorer(names, templates)
-        for images_B3HW in image_batches(loaded.model, images, arguments.batch_size):
-            for probabilities_C in score(images_B3HW).softmax(dim=1).cpu():
-                best = probabilities_C.sort(descending=True, stable=True)
-                pairs = zip(best.indices[: arguments.top].tolist(), best.values.tolist())
-                rows = [{"label": names[index], "probability": value} for index, value in pairs]
-                found.append({"image": str(read[len(found)]), "predictions": rows})
-    if arguments.json:
-        print(json.dumps(found, indent=2, ensure_ascii=False))
-    else:
-        _print_tables(found)
+        found = _predictions(loaded, score, names, _readable(files, reading, bad), arguments)
+        if arguments.output is not None:
+            _write(found, arguments.output, min(arguments.top, len(names)))
+        elif arguments.json:
+            print(json.dumps(list(found), indent=2, ensure_ascii=False))
+        else:
+            _print_tables(list(found))
+    if bad and arguments.output is not None:
+        for error in bad:
+            logger.warning("%s", printable(str(error)))
+        raise ValueError(f"{len(bad)} of {len(files)} images cannot be read, each named above")
     if bad:
         several = f"{len(bad)} of {len(files)} images cannot be read: " if len(files) > 1 else ""
         raise ValueError(several + "; ".join(map(str, bad)))
+
+
+def _predictions(
+    loaded: LoadedModel,
+    score: Callable[[Tensor], Tensor],
+    names: list[str],
+    images: Iterator[tuple[Path, Image.Image]],
+    arguments: argparse.Namespace,
+) -> Iterator[dict]:
+    """What the JSON lists, batch after batch."""
+    paths: list[Path] = []
+
+    def of_batch() -> Iterator[Image.Image]:
+        for path, image in images:
+            paths.append(path)
+            yield image
+
+    for images_B3HW in image_batches(loaded.model, of_batch(), arguments.batch_size):
+        for path, probabilities_C in zip(paths, score(images_B3HW).softmax(dim=1).cpu(), strict=True):
+            best = probabilities_C.sort(descending=True, stable=True)
+            pairs = zip(best.indices[: arguments.top].tolist(), best.values.tolist())
+            rows = [{"label": names[index], "probability": value} for index, value in pairs]
+            yield {"image": str(path), "predictions": rows}
+        paths.clear()
+
+
+def _check_output(file: Path) -> None:
+    """ConfigError: the predictions cannot be written there."""
+    if file.suffix not in (".csv", ".jsonl"):
+        raise ConfigError(f"--output must end in .csv or .jsonl, got {file}")
+    if file.is_dir() or not make_writable(file.parent):
+        raise ConfigError(f"--output {file} cannot be written: give a file in a folder that can be")
+
+
+def _write(found: Iterator[dict], file: Path, top: int) -> None:
+    """Writes the predictions atomically, a row per image; nothing if there are none."""
+    first = next(found, None)
+    if first is None:
+        return
+    number = 0
+    # Names of files need not be UTF-8; what is not becomes an escape.
+    with atomic_file(file) as draft, draft.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
+        if file.suffix == ".csv":
+            write = csv.writer(stream).writerow
+            write(["image", *(f"{name}_{rank}" for rank in range(1, top + 1) for name in ("label", "probability"))])
+        for number, one in enumerate(chain([first], found), start=1):  # noqa: B007
+            if file.suffix == ".csv":
+                write([one["image"], *(value for each in one["predictions"] for value in each.values())])
+            else:
+                stream.write(json.dumps(one, ensure_ascii=False) + "\n")
+    make_console().print(f"{number} images: {file}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_tables(found: list[dict]) -> None:
@@ -116,8 +186,8 @@ def _print_tables(found: list[dict]) -> None:
         console.print(table)
 
 
-def _images(files: Sequence[Path], reading: Reading, read: list[Path], bad: list[BadSample]) -> Iterator[Image.Image]:
-    """The images in files, each read when it is needed; `read` and `bad` collect what could and could not be read."""
+def _readable(files: Sequence[Path], reading: Reading, bad: list[BadSample]) -> Iterator[tuple[Path, Image.Image]]:
+    """(file, image), each read when it is needed; `bad` collects what cannot be read."""
     console = Console(stderr=True)
     for file in track(files, "images", console=console, transient=True, disable=not console.is_terminal):
         try:
@@ -125,14 +195,14 @@ def _images(files: Sequence[Path], reading: Reading, read: list[Path], bad: list
         except BadSample as error:
             bad.append(error)
         else:
-            read.append(file)
-            yield image
+            yield file, image
 
 
 def find_images(paths: Sequence[str]) -> list[Path]:
     """The image files of files (with any ending) and folders, each once, in their order; sorted in a folder.
 
-    Other files of a folder are counted in a warning. ValueError: a path that does not exist or has no image.
+    HEIC and AVIF count among them, so that they are named where they cannot be read. Other files of a folder are
+    counted in a warning. ValueError: a path that does not exist or has no image.
     """
     files: list[Path] = []
     for path in map(Path, paths):
@@ -143,11 +213,15 @@ def find_images(paths: Sequence[str]) -> list[Path]:
             raise ValueError(f"{path}: no such file or folder")
         inside = (one for one in path.rglob("*") if not any(p[0] == "." for p in one.relative_to(path).parts))
         by_ending = {one: one.suffix.lower() for one in sorted(inside) if one.is_file()}
-        images = [one for one, ending in by_ending.items() if ending in IMAGE_SUFFIXES]
-        others = Counter(ending or "none" for ending in by_ending.values() if ending not in IMAGE_SUFFIXES)
+        known = IMAGE_SUFFIXES + PHONE_SUFFIXES
+        if not reads_heif() and not set(IMAGE_SUFFIXES).intersection(by_ending.values()):
+            known = IMAGE_SUFFIXES
+        images = [one for one, ending in by_ending.items() if ending in known]
+        others = Counter(ending or "none" for ending in by_ending.values() if ending not in known)
         counts = ", ".join(f"{count} {printable(ending)}" for ending, count in others.most_common(5))
         if not images:
             but = f", but other files: {counts}" if others else ""
+            but += "; pip install pillow-heif reads HEIC" if {".heic", ".heif"} & others.keys() else ""
             raise ValueError(f"{path}: no image there (endings looked for: {', '.join(IMAGE_SUFFIXES)}){but}")
         if others:
             logger.warning("%s: skipped other files: %s", printable(str(path)), counts)

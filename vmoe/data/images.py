@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -26,9 +27,10 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 # What Pillow may take a file for. It reads more, some by calling other programs (Ghostscript), some by rare decoders.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "PPM", "TIFF")
 
-# What follows "ftyp" in files of formats that phones write and that are not read.
+# What follows "ftyp" in files of formats that phones write. pillow-heif reads HEIC and HEIF, if it is installed.
 OTHER_FORMATS = {b"heic": "HEIC", b"heix": "HEIC", b"hevc": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF", b"avif": "AVIF"}
 
+PHONE_SUFFIXES = (".heic", ".heif", ".avif")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 
 
@@ -105,11 +107,13 @@ def _read(file: BinaryIO, path: str | Path, reading: Reading) -> Image.Image:
     else:
         if reading.max_pixels > MAX_PIXELS and Image.MAX_IMAGE_PIXELS is not None:
             Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, reading.max_pixels)
+        other = OTHER_FORMATS.get(start[8:12]) if start[4:8] == b"ftyp" else None
+        with_heif = other in ("HEIC", "HEIF") and reads_heif()
         try:
-            image = Image.open(file, formats=FORMATS)
+            image = Image.open(file, formats=(*FORMATS, "HEIF") if with_heif else FORMATS)
         except Image.UnidentifiedImageError:
-            other = OTHER_FORMATS.get(start[8:12]) if start[4:8] == b"ftyp" else None
             hint = f"; it is {other}, save it as one of these" if other else ""
+            hint += " or install pillow-heif (pip install pillow-heif)" if other in ("HEIC", "HEIF") else ""
             raise BadSample(str(path), f"not an image file ({', '.join(FORMATS)}){hint}") from None
     with image:
         check_size(image.size, reading.max_pixels)  # the header alone is read so far
@@ -120,6 +124,17 @@ def _read(file: BinaryIO, path: str | Path, reading: Reading) -> Image.Image:
         elif "exif" in image.info and not _warned:
             _warn_of_orientation(image, str(path))
         return to_rgb(image)
+
+
+@cache
+def reads_heif() -> bool:
+    """Whether pillow-heif is there, which is optional; Pillow then reads HEIC, upright whatever the EXIF data say."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
 
 
 _warned = False
