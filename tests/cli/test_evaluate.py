@@ -18,7 +18,7 @@ from vmoe.data.sources.imagenet import imagenet_synsets
 from vmoe.evaluation.config import CapacityConfig, EvaluationConfig, FeatureConfig
 from vmoe.evaluation.results_file import output_file
 from vmoe.models.factory import find_weights, save_pretrained
-from vmoe.models.manifest import describe_files, write_manifest
+from vmoe.models.manifest import describe_files, find_problems, write_manifest
 from vmoe.utils.config import find_config, read_config, shipped_config_dirs
 
 A_INDICES = Path(timm.data.__file__).parent / "_info" / "imagenet_a_indices.txt"
@@ -389,3 +389,42 @@ def test_a_classifier_without_class_names_on_numbered_folders(tmp_path, caplog):
     assert main(arguments(tmp_path, tmp_path / "out.json", *data)) == 0
     assert "label 0 is '0', 1 is '1', 2 is '10', 3 is '11', 4 is '2', ...; check that " in caplog.text
     assert "which holds no class names, has the same order" in caplog.text
+
+
+def test_tables_of_the_classes_are_beside_a_given_output(tree, classifier, limoe, tmp_path):
+    for checkpoint, config in ((classifier, "classification_folder"), (limoe, "zero_shot_folder")):
+        output = tmp_path / f"{config}.json"
+        assert main(arguments(checkpoint, output, "--config", config, *folder_arguments(tree))) == 0
+        per_class = json.loads(output.read_text())["checkpoints"][0]["details"]["per_class"]
+        lines = (tmp_path / f"{config}_per_class.csv").read_text().splitlines()
+        assert [line.split(",")[0] for line in lines[1:]] == [entry["class"] for entry in per_class]
+        matrix = [line.split(",")[1:] for line in (tmp_path / f"{config}_confusion.csv").read_text().splitlines()[1:]]
+        assert [sum(map(int, row)) for row in matrix] == [entry["num_samples"] for entry in per_class]
+        assert (tmp_path / f"{config}_confusion.png").is_file()
+    shutil.copytree(classifier, tmp_path / "other")
+    both = ["--checkpoint", f"[{classifier}, {tmp_path / 'other'}]", "--output", str(tmp_path / "two.json")]
+    assert main([*both, "--config", "classification_folder", *folder_arguments(tree)]) == 0
+    first, second = (tmp_path / f"two_{number}_confusion.csv" for number in (1, 2))
+    assert first.read_text() == second.read_text()
+
+
+def test_results_do_not_damage_a_checkpoint(tree, classifier, tmp_path, capsys):
+    folder = tmp_path / "run" / "checkpoints" / "step_000001"
+    folder.mkdir(parents=True)
+    shutil.copy(Path(classifier) / "model.safetensors", folder)
+    write_manifest(folder, {}, describe_files(folder, ["model.safetensors"]))
+    (tmp_path / "run" / "best").symlink_to(Path("checkpoints", folder.name))
+    argv = ["--config", "classification_folder", *folder_arguments(tree), "--checkpoint"]
+    name = "evaluation_classification_image_folder_folder"
+    for checkpoint, suffix in (
+        (folder, "_step_000001"),
+        (tmp_path / "run" / "best", "_best"),
+        (folder / "model.safetensors", "_step_000001"),
+    ):
+        assert main([*argv, str(checkpoint)]) == 0
+        assert (tmp_path / "run" / f"{name}{suffix}.json").is_file()
+        assert find_problems(folder) == []
+    for output in (folder / "out.json", tmp_path / "run" / "best" / "below" / "out.json"):
+        assert main([*argv, str(folder), "--output", str(output)]) == 2
+        assert "lies in a checkpoint, which another file would damage" in capsys.readouterr().err
+    assert find_problems(folder) == []

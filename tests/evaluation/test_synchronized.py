@@ -143,6 +143,11 @@ def test_processes_and_batch_sizes_do_not_matter(forks, folder, sizes_of_world, 
             assert report["results"] == expected["results"]
             assert report["checkpoints"] == expected["checkpoints"]
             assert report["data"] == expected["data"]
+        for ending in ("per_class.csv", "confusion.csv", "confusion.png"):
+            files = [folder / f"{task}_{checkpoint}_{world}_{size}_{ending}" for world, size in runs]
+            there = task in ("classification", "zero_shot")
+            assert [file.exists() for file in files] == [there] * len(files)
+            assert len({file.read_bytes() for file in files if file.exists()}) == there
 
 
 def test_rows_come_in_the_order_of_the_data():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
 from vmoe.cli.command import exit_code
 from vmoe.data import ImageDataset, build_dataset, with_orientation
@@ -19,8 +20,10 @@ from vmoe.distributed.process_group import joined
 from vmoe.evaluation.capacity_report import draw_sweep
 from vmoe.evaluation.class_names import check_same_classes
 from vmoe.evaluation.config import EvaluationConfig
+from vmoe.evaluation.confusion import write_class_files
 from vmoe.evaluation.loaded_model import LoadedModel, load_model, trained_on_turned, weights_fingerprint
 from vmoe.evaluation.results_file import (
+    checkpoint_around,
     library_versions,
     make_writable,
     mean_and_spread,
@@ -62,6 +65,8 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
     weights = {checkpoint: find_weights(checkpoint) for checkpoint in config.checkpoints}
     config = as_trained(config, [trained_on_turned(file) for file in weights.values()])
     target = output_file(config)
+    if checkpoint_around(target.parent) is not None:
+        raise ConfigError(f"output {target} lies in a checkpoint, which another file would damage: give another file")
     if rank == 0 and (target.is_dir() or not make_writable(target.parent)):
         raise ConfigError(f"output {target} cannot be written: give another file, as in --output result.json")
     dataset = build_dataset(config.data)
@@ -69,11 +74,16 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
         loaded = load_model(checkpoint, "cpu", weights=weights[checkpoint], experts=config.experts)
         check_task(config, loaded, dataset)
     start = time.perf_counter()
-    entries = [evaluate_checkpoint(config, *one, dataset, console) for one in weights.items()]
+    entries, confusions = zip(*(evaluate_checkpoint(config, *one, dataset, console) for one in weights.items()))
     results, spread = mean_and_spread([entry["results"] for entry in entries])
     # First: the metrics are shown even if the file cannot be written.
     print_table(f"{config.task} of {', '.join(config.checkpoints)}", results, spread, console)
-    report = {"task": config.task, "results": results, **({"spread": spread} if spread else {}), "checkpoints": entries}
+    report = {
+        "task": config.task,
+        "results": results,
+        **({"spread": spread} if spread else {}),
+        "checkpoints": [*entries],
+    }
     if rank == 0:
         with console.status("fingerprint of the data"):  # reads the ends of every file
             data = {"fingerprint": dataset.fingerprint(), "num_samples": len(dataset)}
@@ -83,9 +93,11 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
     if rank == 0:
         files = [output_file(config)]  # now, since another evaluation may have written its file meanwhile
         write_json(report, files[0])
+        if config.output is not None:
+            files += _write_classes(files[0].with_suffix(""), entries, confusions)
         if config.task == "capacity" and len(entries) == 1:
             files.append(files[0].with_suffix(".png"))
-            draw_sweep(entries[0]["details"]["points"], files[1])
+            draw_sweep(entries[0]["details"]["points"], files[-1])
         saved = f"results saved to {', '.join(map(str, files))}"
         console.print(saved, style="dim", highlight=False, markup=False, soft_wrap=True)
     return report
@@ -93,12 +105,12 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
 
 def evaluate_checkpoint(
     config: EvaluationConfig, checkpoint: str, file: Path, dataset: ImageDataset, console: Console
-) -> dict[str, Any]:
-    """What the report says of one checkpoint, whose weights are in `file`."""
+) -> tuple[dict[str, Any], Tensor | None]:
+    """What the report says of one checkpoint, whose weights are in `file`, and its confusion matrix, if it has one."""
     loaded = load_model(checkpoint, config.device, config.precision, dataset.crop_pct, file, config.experts)
     check_task(config, loaded, dataset)
     outcome = TASKS[config.task](config, loaded, dataset, console)
-    return {
+    entry = {
         "checkpoint": checkpoint,
         "weights": str(file),
         "sha256": weights_fingerprint(file),
@@ -107,6 +119,17 @@ def evaluate_checkpoint(
         "results": outcome.results,
         "details": outcome.details,
     }
+    return entry, outcome.confusion_CC
+
+
+def _write_classes(stem: Path, entries: Sequence[dict[str, Any]], confusions: Sequence[Tensor | None]) -> list[Path]:
+    """Writes the tables of the classes; those of several checkpoints have numbers."""
+    files = []
+    for number, (entry, confusion_CC) in enumerate(zip(entries, confusions, strict=True), start=1):
+        if confusion_CC is not None:
+            name = f"{stem.name}_{number}" if len(entries) > 1 else stem.name
+            files += write_class_files(stem.with_name(name), entry["details"]["per_class"], confusion_CC)
+    return files
 
 
 def as_trained(config: EvaluationConfig, turned: list[bool]) -> EvaluationConfig:

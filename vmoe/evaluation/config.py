@@ -107,7 +107,8 @@ class EvaluationConfig:
         experts: Type of the experts' weights in memory, see docs/inference.md; null: as in the checkpoint.
         device: "auto" (CUDA, then MPS, then CPU) or a torch device such as "cuda:1".
         output: JSON file for the result; null: evaluation_TASK_DATA.json beside the (first) checkpoint,
-            with a number behind the name if that file holds the result of other settings.
+            with a number behind the name if that file holds the result of other settings. A given file also gets
+            tables of the classes beside it: FILE_per_class.csv, FILE_confusion.csv, FILE_confusion.png.
     """
 
     checkpoint: list[str] | str

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vmoe.data import EvalLoader
 from vmoe.evaluation.config import EvaluationConfig
+from vmoe.models.manifest import is_checkpoint
 from vmoe.utils.files import atomic_file, read_json
 from vmoe.utils.tables import MetricTable
 from vmoe.utils.world import world
@@ -35,6 +36,7 @@ class Outcome(NamedTuple):
 
     results: dict[str, float | int]  # flat metrics, shown as a table; the mean is taken of several checkpoints
     details: dict[str, Any]  # more metrics, as JSON can hold them; they are only in the file
+    confusion_CC: Tensor | None = None  # (right class, predicted class), where samples have one class
 
 
 class Progress:
@@ -94,6 +96,9 @@ def output_file(config: EvaluationConfig) -> Path:
     elif not checkpoint.is_dir() and checkpoint.stem != "model":  # a file of its own among others, such as ema
         parts.append(checkpoint.stem)
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    if (inside := checkpoint_around(folder)) is not None:  # beside it, or in the run's folder
+        parts.append(inside.name)
+        folder = inside.parent.parent if inside.parent.name == "checkpoints" else inside.parent
     settings = _settings(json.loads(json.dumps(dataclasses.asdict(config))))
     for number in itertools.count(1):
         file = folder / f"{'_'.join(parts)}{f'_{number}' if number > 1 else ''}.json"
@@ -104,6 +109,11 @@ def output_file(config: EvaluationConfig) -> Path:
             return file
         except (ValueError, KeyError, TypeError):  # no result of an evaluation
             continue
+
+
+def checkpoint_around(folder: Path) -> Path | None:
+    """The checkpoint that a folder is or lies in, which another file would damage."""
+    return next((each for each in (folder, *folder.absolute().parents) if is_checkpoint(each)), None)
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from vmoe.evaluation.capacity_report import flat_results, print_sweep, sweep_det
 from vmoe.evaluation.class_names import IMAGENET
 from vmoe.evaluation.classification import Predictions, checked_logits, predict, select_columns
 from vmoe.evaluation.config import EvaluationConfig
+from vmoe.evaluation.confusion import confusion_matrix
 from vmoe.evaluation.few_shot import few_shot
 from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.loaded_model import LoadedModel
@@ -64,8 +65,9 @@ def zero_shot_prompts(
 
 def classification_outcome(predictions: Predictions, dataset: ImageDataset, skipped_paths: list[str]) -> Outcome:
     """The metrics of all predictions, and of each class and condition."""
-    results, details = predictions.results(), {}
+    results, details, confusion_CC = predictions.results(), {}, None
     if dataset.label_sets is None:
+        confusion_CC = confusion_matrix(predictions.label_N, predictions.predicted_N, predictions.num_classes)
         details["per_class"] = predictions.per_class(dataset.classes)
     else:
         del results["mean_per_class"]  # an image of several classes is of none alone
@@ -78,7 +80,7 @@ def classification_outcome(predictions: Predictions, dataset: ImageDataset, skip
         corrupted, missing = corruption_errors(errors), missing_conditions(errors)
         details |= {"conditions": found, "corruption_errors": corrupted, "missing_conditions": missing}
         results |= {name: value for name, value in corrupted.items() if name == "mce"}
-    return Outcome(results, {**details, "skipped": sorted(gather_lists(list(skipped_paths)))})
+    return Outcome(results, {**details, "skipped": sorted(gather_lists(list(skipped_paths)))}, confusion_CC)
 
 
 def retrieval(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset, console: Console) -> Outcome:
