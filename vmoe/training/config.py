@@ -23,7 +23,7 @@ CHANGEABLE = (
     *("output_dir", "resume", "device", "data.val", "evaluate", "parallel"),
     *(f"data.loader.{key}" for key in ("num_workers", "pin_memory", "max_bad_share")),
     *(f"train.{key}" for key in ("steps", "log_every", "eval_every", "checkpoint_every", "keep_last", "max_minutes")),
-    *(f"train.{key}" for key in ("epochs", "keep_best", "patience")),
+    *(f"train.{key}" for key in ("epochs", "keep_best", "patience", "wandb")),
     *(f"train.{key}" for key in ("async_checkpoints", "collapse_after", "compile", "tensorboard")),
 )
 
@@ -121,6 +121,7 @@ class TrainConfig:
             the longest so far, would not fit any more (leave time for the first ones); null sets no limit.
         collapse_after: Warn of a layer whose routing stays collapsed (one expert is asked for by most tokens, or some
             by none) for this many steps; 0 never warns.
+        wandb: Also log to this project of Weights & Biases (extra `wandb`); WANDB_MODE=offline needs no account.
         tensorboard: Also write OUTPUT_DIR/tensorboard: every metric, and the load and importance of each expert.
     """
 
@@ -145,6 +146,7 @@ class TrainConfig:
     max_minutes: float | None = None
     collapse_after: int = 100
     tensorboard: bool = True
+    wandb: str | None = None
 
 
 @dataclass

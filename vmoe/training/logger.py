@@ -26,6 +26,7 @@ from vmoe.data.loader import own_cores
 from vmoe.distributed.process_group import mean_over_processes, sum_over_processes
 from vmoe.moe import LayerRouting, RoutingRecord
 from vmoe.moe.record import statistics_of
+from vmoe.training.wandb_logger import WandbLog
 from vmoe.utils.files import atomic_file
 from vmoe.utils.tables import MetricTable
 from vmoe.utils.world import world
@@ -37,13 +38,15 @@ LATEST = 200  # durations that the estimate of the time left is made from
 
 
 class MetricsLog:
-    """Writes each logged step as a line of metrics.jsonl, and to TensorBoard; nothing if `run` is None.
+    """Writes each logged step as a line of metrics.jsonl, to TensorBoard, and to another log if there is one, as W&B;
+    nothing if `run` is None.
 
     Lines after `step`, from which a run continues, are dropped, so that no step appears twice.
     """
 
-    def __init__(self, run: Path | None, step: int, tensorboard: bool) -> None:
+    def __init__(self, run: Path | None, step: int, tensorboard: bool, other: WandbLog | None = None) -> None:
         self._file = self._writer = None
+        self._other = other
         if run is None:
             return
         file = run / "metrics.jsonl"
@@ -67,6 +70,8 @@ class MetricsLog:
         if self._writer is not None:
             for name, value in metrics.items():
                 self._writer.add_scalar(name, value, step)
+        if self._other is not None:
+            self._other.write(step, metrics)
 
     def image(self, step: int, name: str, file: Path) -> None:
         """Shows an image file in TensorBoard."""
@@ -75,10 +80,10 @@ class MetricsLog:
             self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
-        for stream in (self._file, self._writer):
+        for stream in (self._file, self._writer, self._other):
             if stream is not None:
                 stream.close()
-        self._file = self._writer = None
+        self._file = self._writer = self._other = None
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ from vmoe.models.serialization import WeightsError, checkpoint_weights
 from vmoe.moe import RoutingRecord
 from vmoe.training.best import BestWatch
 from vmoe.training.checkpoint import Checkpointer, CheckpointError, link_best, load_checkpoint
-from vmoe.training.config import Config, to_yaml
+from vmoe.training.config import Config, flat_settings, to_yaml
 from vmoe.training.curves import draw_curves
 from vmoe.training.diagnosis import NonFiniteError, find_non_finite
 from vmoe.training.large_batch import LargeBatch
@@ -62,6 +62,7 @@ from vmoe.training.run_dir import (
 )
 from vmoe.training.signals import Stopped, StopRequest, interruptible
 from vmoe.training.tasks import create_task, with_steps
+from vmoe.training.wandb_logger import WandbLog, check_wandb
 from vmoe.utils.config import ConfigError
 from vmoe.utils.files import atomic_file
 from vmoe.utils.tables import make_console
@@ -87,6 +88,7 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
         device = pick_device(config.device)
         with process_group.joined(device, config.parallel.timeout):
             check_same_settings(config)
+            check_wandb(config.train.wandb)
             config = with_steps(config)
             # The first process prints and writes for all.
             console = console or make_console() if world()[0] == 0 else Console(quiet=True)
@@ -198,7 +200,10 @@ class Trainer:
         if self.first:
             with atomic_file(self.run / "config.yaml") as draft:
                 draft.write_text(to_yaml(self.config), encoding="utf-8")
-        self.metrics = MetricsLog(self.run if self.first else None, self.step, train.tensorboard)
+        wandb = None
+        if self.first and train.wandb is not None:
+            wandb = WandbLog(train.wandb, self.run, flat_settings(self.config))
+        self.metrics = MetricsLog(self.run if self.first else None, self.step, train.tensorboard, wandb)
         self.collapse_watch = CollapseWatch(train.collapse_after)
         self.data_watch = DataWatch(self.config.data.loader.num_workers)
         self.checkpointer = Checkpointer(self.run, train.keep_last, train.async_checkpoints)

@@ -1,0 +1,57 @@
+"""Weights & Biases, with `train.wandb`: a continued run goes on in the same one there."""
+
+from __future__ import annotations
+
+import importlib.util
+import secrets
+from pathlib import Path
+from typing import Any
+
+from vmoe.utils.config import ConfigError
+from vmoe.utils.files import atomic_file
+
+ID_FILE = "wandb_id.txt"  # in the run's folder
+
+
+def check_wandb(project: str | None) -> None:
+    """ConfigError: wandb is wanted, and not installed."""
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        remedy = "from a checkout `pip install -e '.[wandb]'`, else `pip install wandb`"
+        raise ConfigError(f"train.wandb needs the package wandb ({remedy}); null logs nothing there")
+
+
+class WandbLog:
+    """A run of the project, as which the metrics of each logged step are written; WANDB_MODE=offline needs no account.
+
+    wandb drops steps that it has already: a continued run computes the same metrics again.
+    """
+
+    def __init__(self, project: str, run: Path, settings: dict[str, Any]) -> None:
+        import wandb
+
+        file = run / ID_FILE
+        if not file.is_file():
+            with atomic_file(file) as draft:
+                draft.write_text(secrets.token_hex(4), encoding="utf-8")
+        number = file.read_text(encoding="utf-8")
+        try:
+            self._run = wandb.init(
+                project=project,
+                id=number,
+                name=run.resolve().name,
+                dir=run,
+                config=settings,
+                resume="allow",
+                settings=wandb.Settings(console="off", silent=True),
+            )
+        except Exception as error:  # no account, no network, a name that it refuses
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(
+                f"train.wandb {project}: {reason}; run `wandb login`, or set WANDB_MODE=offline"
+            ) from error
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        self._run.log(metrics, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
