@@ -89,6 +89,11 @@ class ImageDataset(ABC):
         """An image's file: its name within the data set (with `/`), and its path; None where it has no file."""
         return None
 
+    def name_of(self, index: int) -> str:
+        """What `Sample.path` is, found without reading the image: its file, or another name of the sample."""
+        file = self.file_of(index)
+        return f"sample {index}" if file is None else str(file[1])
+
     def load(self, path: str | Path, content: bytes | None = None) -> Image.Image:
         """The image in a file, read as this data set's `reading` says; see `load_image`."""
         return load_image(path, content, self.reading)

@@ -69,7 +69,7 @@ def extract_features(
     if cache is not None and world()[0] == 0:
         if not make_writable(cache):
             raise ConfigError(f"features.cache {cache} cannot be written to: give another folder, or null for no cache")
-        key = _key(loaded, dataset, loader_config)
+        key = features_key(loaded, dataset, loader_config)
         file = cache / f"features_{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         cached = [_read(file, key)]
     for stored in gather_lists(cached):
@@ -144,7 +144,7 @@ def feature_outcome(results: dict[str, float | int], details: dict, train: Featu
 # --- the cache: a file for each key, which is the JSON of all that the features depend on ---
 
 
-def _key(loaded: LoadedModel, dataset: ImageDataset, loader_config: LoaderConfig) -> str:
+def features_key(loaded: LoadedModel, dataset: ImageDataset, loader_config: LoaderConfig) -> str:
     """All that the features of a data set depend on; equal texts mean equal features."""
     layers = [module for module in loaded.model.modules() if isinstance(module, SparseMoE)]
     # With one of these an image's features may depend on the rest of its batch.

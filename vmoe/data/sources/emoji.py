@@ -116,7 +116,10 @@ class EmojiImages(ImageDataset):
         image = Image.fromarray(self.pixels[self.indices[index]])
         label = index if self.labels is None else self.labels[index]
         caption = self.caption(index) if self.has_captions else None
-        return Sample(image, label, caption, f"emoji {self.emoji[index].code}")
+        return Sample(image, label, caption, self.name_of(index))
+
+    def name_of(self, index: int) -> str:
+        return f"emoji {self.emoji[index].code}"
 
     def caption(self, index: int) -> str:
         return self.classes[index]

@@ -37,6 +37,10 @@ class Mixture(ConcatenatedDataset):
         source, number = self.locate(index)
         return self.datasets[source].caption(number)
 
+    def name_of(self, index: int) -> str:
+        source, number = self.locate(index)
+        return self.datasets[source].name_of(number)
+
     def file_of(self, index: int) -> tuple[str, Path] | None:
         source, number = self.locate(index)
         return self.datasets[source].file_of(number)

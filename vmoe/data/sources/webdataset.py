@@ -94,6 +94,9 @@ class Shards(ConcatenatedDataset):
         label = self._label(members) if self.classes is not None else None
         return Sample(self.load(members.name, members.read("image")), label, caption, members.name)
 
+    def name_of(self, index: int) -> str:
+        return self._find(index).name
+
     def caption(self, index: int) -> str:
         return self._caption(self._find(index))
 

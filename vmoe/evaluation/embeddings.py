@@ -1,0 +1,238 @@
+"""Embeddings of a data set's images in one file, for search; made in parts, so that a stopped command continues.
+
+Shapes, by suffix: N images, B batch, D features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+from zipfile import BadZipFile
+
+import numpy as np
+import torch.nn.functional as F
+from rich.console import Console
+
+from vmoe.data import ImageDataset, LoaderConfig, eval_loader
+from vmoe.evaluation.features import features_key, image_features
+from vmoe.evaluation.inference import evaluating
+from vmoe.evaluation.loaded_model import LoadedModel, weights_fingerprint
+from vmoe.evaluation.results_file import Progress, library_versions, make_writable
+from vmoe.models.spec import model_spec
+from vmoe.utils.config import ConfigError
+from vmoe.utils.files import atomic_file, read_text
+
+logger = logging.getLogger("vmoe.evaluation")
+
+PART_IMAGES = 1024  # what a stopped command does again at most
+ENDINGS = (".parquet", ".npz")
+FORMAT = "vmoe embeddings 1"
+
+
+class Embeddings(NamedTuple):
+    """Embeddings of images, in the data set's order."""
+
+    embeddings_ND: np.ndarray  # float16; of length 1 if about["normalized"]
+    paths: list[str]  # the image files, or other names of the samples
+    captions: list[str] | None
+    labels: list[str] | None  # names of the classes
+    about: dict[str, Any]  # the model (name, weights, sha256, ...), the data's fingerprint, the skipped images
+
+
+def embed_images(
+    loaded: LoadedModel,
+    dataset: ImageDataset,
+    output: str | Path,
+    loader_config: LoaderConfig,
+    normalize: bool = True,
+    console: Console | None = None,
+) -> Embeddings:
+    """Writes the embeddings of all images of a data set as .parquet or .npz, atomically; returns them.
+
+    They are those of `image_features`, divided by their length with `normalize`. Until all are done, finished parts lie
+    in `OUTPUT.parts`; the same call continues there, with the same result. Images that cannot be read are skipped.
+
+    Raises:
+        ConfigError: `output` has another ending, exists, or cannot be written to; pyarrow is missing.
+        ValueError: no image can be read, or embeddings are not finite in float16.
+    """
+    output = check_output(output)
+    parts = output.with_name(f"{output.name}.parts")
+    batch = loader_config.batch_size
+    size = math.ceil(PART_IMAGES / batch) * batch
+    key = hashlib.sha256(f"{features_key(loaded, dataset, loader_config)}{size}{normalize}".encode()).hexdigest()
+    _prepare(parts, key)
+    _make_parts(loaded, dataset, loader_config, parts, size, normalize, console or Console(quiet=True))
+    found = [_load(file) for file in sorted(parts.glob("*.npz"))]
+    skipped = list(dict.fromkeys(path for part in found for path in json.loads(str(part["skipped"]))))
+    found = [part for part in found if len(part["index"])]
+    if not found:
+        raise ValueError(f"none of the {len(dataset)} images can be read; the first is {skipped[0]}")
+    columns = {name: np.concatenate([part[name] for part in found]) for name in ("embeddings", "index", "label")}
+    index_N = columns["index"].tolist()
+    about = {
+        "format": FORMAT,
+        "model": model_spec(loaded.model)["name"],
+        "weights": str(loaded.weights.absolute()),
+        "sha256": weights_fingerprint(loaded.weights),
+        "normalized": normalize,
+        "precision": loaded.precision,
+        "data": dataset.fingerprint(),
+        "skipped": skipped,
+        "versions": library_versions(),
+    }
+    result = Embeddings(
+        columns["embeddings"],
+        [_utf8(dataset.name_of(index)) for index in index_N],
+        [_utf8(caption) for caption in dataset.read_captions(index_N)] if dataset.has_captions else None,
+        [_utf8(dataset.classes[label]) for label in columns["label"]] if dataset.classes is not None else None,
+        about,
+    )
+    write_embeddings(result, output)
+    shutil.rmtree(parts)
+    return result
+
+
+def check_output(output: str | Path) -> Path:
+    """The file to write; ConfigError: it has another ending, exists, or cannot be written to; pyarrow is missing."""
+    output = Path(output)
+    if output.suffix not in ENDINGS:
+        raise ConfigError(f"output {output} must end with {' or '.join(ENDINGS)}")
+    if output.exists():
+        raise ConfigError(f"output {output} exists already: remove it, or give another name")
+    if not make_writable(output.absolute().parent):
+        raise ConfigError(f"output {output} cannot be written to: give another folder")
+    if output.suffix == ".parquet":
+        _pyarrow()
+    return output
+
+
+def _prepare(parts: Path, key: str) -> None:
+    """Makes the folder of parts; parts of another model, other data or settings are removed, with a warning."""
+    note = parts / "key.txt"
+    if parts.exists() and not (note.is_file() and read_text(note) == key):
+        logger.warning("%s holds parts of another model, other data or other settings: they are removed", parts)
+        shutil.rmtree(parts)
+    parts.mkdir(exist_ok=True)
+    with atomic_file(note) as draft:
+        draft.write_text(key, encoding="utf-8")
+
+
+def _make_parts(
+    loaded: LoadedModel,
+    dataset: ImageDataset,
+    loader_config: LoaderConfig,
+    parts: Path,
+    size: int,
+    normalize: bool,
+    console: Console,
+) -> None:
+    """Writes the parts that are missing; part p has the images p · size to (p + 1) · size."""
+    total, part = math.ceil(len(dataset) / size), 0
+    while (parts / f"{part:08}.npz").is_file():
+        part += 1
+    if part == total:
+        return
+    if part:
+        console.print(f"continues after {part * size} of {len(dataset)} images", style="dim", highlight=False)
+    loader = eval_loader(dataset, loaded.transform, None, loader_config, indices=range(part * size, len(dataset)))
+    rows: list[tuple] = []
+    with evaluating(loaded.model, loaded.device, loaded.precision):
+        for batch in Progress(loader, "embeddings", console):
+            while batch["index"][0] >= (part + 1) * size:
+                _write_part(parts / f"{part:08}.npz", rows, loader.skipped_paths)
+                rows, part = [], part + 1
+            features_BD = image_features(loaded.model, batch["image"].to(loaded.device)).float()
+            features_BD = (F.normalize(features_BD, dim=1) if normalize else features_BD).half().cpu()
+            if not features_BD.isfinite().all():
+                remedy = "try precision float32" if normalize else "try normalize true, or precision float32"
+                raise ValueError(f"embeddings of a batch are not finite in float16: {remedy}")
+            rows.append((features_BD.numpy(), batch["index"].numpy(), batch.get("label", batch["index"]).numpy()))
+    for last in range(part, total):
+        _write_part(parts / f"{last:08}.npz", rows, loader.skipped_paths)
+        rows = []
+
+
+def _write_part(file: Path, rows: list[tuple], skipped: list[str]) -> None:
+    empty = (np.empty((0, 0), np.float16), np.empty(0, np.int64), np.empty(0, np.int64))
+    embeddings, index, label = map(np.concatenate, zip(*rows)) if rows else empty
+    with atomic_file(file) as draft, open(draft, "wb") as stream:
+        np.savez(stream, embeddings=embeddings, index=index, label=label, skipped=json.dumps(skipped))
+
+
+# --- the file ---
+
+
+def write_embeddings(found: Embeddings, file: Path) -> None:
+    """Writes a .parquet or .npz file, atomically: columns path, caption, label, embedding; the rest as metadata."""
+    columns = {"path": found.paths, "caption": found.captions, "label": found.labels}
+    columns = {name: values for name, values in columns.items() if values is not None}
+    about = json.dumps(found.about)
+    with atomic_file(file) as draft:
+        if file.suffix == ".npz":
+            with open(draft, "wb") as stream:
+                np.savez(stream, embedding=found.embeddings_ND, about=about, **columns)
+            return
+        pa = _pyarrow()
+        embeddings = pa.FixedSizeListArray.from_arrays(found.embeddings_ND.ravel(), found.embeddings_ND.shape[1])
+        table = pa.table({**columns, "embedding": embeddings}, metadata={"vmoe": about})
+        pa.parquet.write_table(table, draft)
+
+
+def read_embeddings(file: str | Path) -> Embeddings:
+    """Reads what `embed_images` wrote; ValueError: it did not write this file, or the file cannot be read."""
+    file = Path(file)
+    if not file.is_file():
+        raise ValueError(f"no index at {file}: make one with vmoe-embed")
+    if file.suffix not in ENDINGS:
+        raise ValueError(f"index {file} must end with {' or '.join(ENDINGS)}")
+    try:
+        found = _read_npz(file) if file.suffix == ".npz" else _read_parquet(file)
+        if found.about["format"] != FORMAT or found.embeddings_ND.shape[:1] != (len(found.paths),):
+            raise ValueError
+    except ConfigError:
+        raise
+    except (OSError, EOFError, KeyError, ValueError, TypeError, BadZipFile):  # pyarrow's errors are among them
+        raise ValueError(f"{file} holds no embeddings of vmoe-embed, or is damaged: make it again") from None
+    return found
+
+
+def _read_npz(file: Path) -> Embeddings:
+    columns = _load(file)
+    texts = [columns[name].tolist() if name in columns else None for name in ("path", "caption", "label")]
+    return Embeddings(columns["embedding"], *texts, json.loads(str(columns["about"])))
+
+
+def _read_parquet(file: Path) -> Embeddings:
+    table = _pyarrow().parquet.read_table(file)
+    about = json.loads(table.schema.metadata[b"vmoe"])
+    embeddings = table["embedding"].combine_chunks()
+    embeddings_ND = embeddings.flatten().to_numpy().reshape(len(embeddings), -1)
+    texts = [table[name].to_pylist() if name in table.column_names else None for name in ("path", "caption", "label")]
+    return Embeddings(embeddings_ND, *texts, about)
+
+
+def _load(file: Path) -> dict[str, np.ndarray]:
+    with np.load(file, allow_pickle=False) as content:
+        return dict(content)
+
+
+def _pyarrow() -> ModuleType:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        remedy = "pip install -e '.[search]' in a checkout, or take a file that ends with .npz"
+        raise ConfigError(f"Parquet files need the package {error.name}: {remedy}") from None
+    return pyarrow
+
+
+def _utf8(text: str) -> str:
+    """Names of files need not be UTF-8; what is not becomes an escape."""
+    return text.encode("utf-8", "backslashreplace").decode()
