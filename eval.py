@@ -2,7 +2,7 @@
 
 import sys
 
-from vmoe.cli.evaluate import main
+from vmoe_command import evaluate as main
 
 if __name__ == "__main__":
     sys.exit(main())

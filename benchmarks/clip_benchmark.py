@@ -28,11 +28,10 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vmoe.cli.evaluate import check_task
 from vmoe.data import BadSample, ImageDataset, build_dataset
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.loaded_model import LoadedModel, load_model
-from vmoe.evaluation.tasks import TASKS, zero_shot_prompts
+from vmoe.evaluation.tasks import TASKS, check_task, zero_shot_prompts
 from vmoe.evaluation.zero_shot import resolve_templates
 from vmoe.utils.config import ConfigError, parse_config
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import vmoe
-from vmoe.cli import demo
+from vmoe.cli import demo, demo_page
 from vmoe.evaluation.loaded_model import load_model
 from vmoe.models.factory import save_pretrained
 
@@ -39,8 +39,8 @@ def start(file, model, extra=None):
     pytest.importorskip("gradio", reason="needs Gradio (pip install -e '.[demo]')")
     save_pretrained(model, file, extra)
     loaded = load_model(str(file), "cpu")
-    app = demo.build_app(loaded)
-    return loaded, app, demo.launch(app)
+    app = demo_page.build_app(loaded)
+    return loaded, app, demo_page.launch(app)
 
 
 @pytest.fixture(scope="module")

@@ -368,7 +368,7 @@ def test_shipped_configs_are_read(path):
 
 def test_the_script_lists_every_setting(monkeypatch, capsys):
     script = str(shipped_config_dirs()[-1].parent / "eval.py")
-    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    monkeypatch.setattr(sys, "argv", [script, "--help", "all"])
     with pytest.raises(SystemExit) as done:
         runpy.run_path(script, run_name="__main__")
     assert done.value.code == 0

@@ -16,7 +16,7 @@ from vmoe.cli import inspect_routing as command
 from vmoe.cli.inspect_routing import describe, main, summary_table, validation_data
 from vmoe.data import BadSample
 from vmoe.data.config import SourceConfig
-from vmoe.inspection import style
+from vmoe.inspection import routing_statistics, style
 from vmoe.models.factory import save_pretrained
 from vmoe.models.manifest import describe_files, write_manifest
 from vmoe.utils.config import ConfigError
@@ -171,7 +171,7 @@ def test_fields_of_the_data_without_a_type_change_those_of_the_run(run, tmp_path
         raise BadSample("x", "is not read here")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "build_dataset", stop)
+        patch.setattr("vmoe.data.build.build_dataset", stop)
         for extra in ([], ["--data.split", "train"], ["--data.image_size=24"], ["--data.type", "emoji"]):
             assert main(["--checkpoint", str(folder), *extra, *QUICK]) == 1
     assert given == [
@@ -191,7 +191,7 @@ def test_what_cannot_work_is_an_error_before_the_data_are_read(run, data, tmp_pa
     def read(*_, **__):
         raise AssertionError("the data were read")
 
-    monkeypatch.setattr(command, "gather_statistics", read)
+    monkeypatch.setattr(routing_statistics, "gather_statistics", read)
     pairs, folders = ["--checkpoint", str(run)], ["--checkpoint", str(run), *folder_arguments(data / "folder")]
     (tmp_path / "file").touch()
     classifier = vmoe.create_model("vmoe_tiny_patch8_48", img_size=16, embed_dim=16, depth=2, num_heads=2)

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+import vmoe
 from vmoe.cli.list_models import HEAD, main, table_row
 from vmoe.models.spec import list_models
 
@@ -29,5 +30,8 @@ def test_the_docs_hold_what_the_command_prints(name):
 def test_the_command(capsys):
     main(["vmoe_tiny_patch8_48"])
     assert capsys.readouterr().out == f"{HEAD}\n{table_row('vmoe_tiny_patch8_48')}\n"
+    main(["limoe_tiny_*"])
+    listed = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split("`")[1] for line in listed] == vmoe.list_models("limoe_tiny_*") != []
     with pytest.raises(ValueError, match="unknown model 'vmoe_tiny_patch8_84'; did you mean"):
         main(["vmoe_tiny_patch8_84"])

@@ -9,10 +9,10 @@ from PIL import Image
 from timm.data import ImageNetInfo
 
 import vmoe
-from vmoe.cli import evaluate as run_module
 from vmoe.cli.evaluate import main
 from vmoe.data.sources import imagenet as imagenet_module
 from vmoe.data.sources.imagenet import ImageNetC, imagenet_words
+from vmoe.evaluation import loaded_model
 from vmoe.evaluation.loaded_model import load_model
 from vmoe.models.factory import save_pretrained
 
@@ -98,7 +98,7 @@ def test_corruptions_have_their_errors_and_missing_ones_are_named(classifier, tm
             make_image(tmp_path / "c" / "fog" / str(severity) / synset / "1.JPEG", size=(224, 224))
     shares = []
     monkeypatch.setattr(
-        run_module, "load_model", lambda *arguments: shares.append(arguments[3]) or load_model(*arguments)
+        loaded_model, "load_model", lambda *arguments: shares.append(arguments[3]) or load_model(*arguments)
     )
     report = evaluate(classifier, "classification", "imagenet_c", tmp_path / "c")
     assert shares == [1]

@@ -13,7 +13,7 @@ REQUIRED = ["--output_dir=x", "--task=classification", "--model.name=vmoe_tiny_p
 
 def test_help_lists_every_setting_with_its_type_and_words(capsys):
     with pytest.raises(SystemExit) as exit_:
-        load_config(["--help"])
+        load_config(["--help", "all"])
     assert exit_.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for key in flatten(dataclasses.asdict(Config(output_dir="x", task="contrastive"))):

@@ -213,15 +213,38 @@ def test_what_is_written_is_read_back(tmp_path_factory, lr, task, kwargs):
     assert read_config(Settings, ["--config", str(file)]) == config
 
 
-def test_help_lists_settings_with_type_default_and_meaning(capsys):
+def shown_help(capsys, *topic):
     with pytest.raises(SystemExit) as stopped:
-        parse_config(Settings, ["--help"], prog="tool", description="A tool.")
+        parse_config(Settings, ["--names", "x", "--help", *topic], prog="tool", description="A tool.")
     assert stopped.value.code == 0
-    shown = " ".join(capsys.readouterr().out.split())
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_lists_settings_with_type_default_and_meaning(capsys):
+    shown = shown_help(capsys, "all")
     assert "--optim.lr LR Learning rate. (type: float, default: 0.1)" in shown
-    assert "--names NAMES Texts, or a file." in shown
-    assert "names+" not in shown  # forms of jsonargparse that are not read
-    assert "--optim CONFIG" not in shown
+    assert "--second.lr" in shown
+    assert "--names NAMES Texts, or a file. (type: list[str] | str | None, default: null)" in shown
+    assert "--output_dir OUTPUT_DIR Folder. (type: str, required)" in shown
+
+
+def test_help_is_a_page_and_names_the_sections(capsys):
+    shown = shown_help(capsys)
+    assert "--output_dir OUTPUT_DIR Folder (required) --task {a,b} What to do --names NAMES Texts, or a file" in shown
+    assert "optim, second lr, betas, kwargs" in shown
+    assert "Learning rate" not in shown
+    assert shown == shown_help(capsys, "--task", "a")
+
+
+def test_help_of_a_section(capsys):
+    shown = shown_help(capsys, "optim")
+    assert "--optim.lr LR Learning rate. (type: float, default: 0.1)" in shown
+    assert not {"--output_dir", "--second.lr"} & set(shown.split())
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(Settings, ["--help", "lr"], prog="tool", description="A tool.")
+    assert stopped.value.code == 2
+    message = "tool: error: no section is called 'lr': --help takes all, optim, second\n"
+    assert capsys.readouterr().err == message
 
 
 def test_bare_names_of_shipped_configs():

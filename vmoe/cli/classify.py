@@ -10,12 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 
 from vmoe.cli.command import exit_code
 from vmoe.data.images import (
@@ -28,14 +27,15 @@ from vmoe.data.images import (
     reads_heif,
 )
 from vmoe.evaluation.class_names import known_sets
-from vmoe.evaluation.inference import PRECISIONS, evaluating
-from vmoe.evaluation.loaded_model import LoadedModel, load_model
-from vmoe.evaluation.results_file import make_writable
-from vmoe.evaluation.zero_shot import image_batches, resolve_prompts, resolve_templates
 from vmoe.utils.config import ConfigError
 from vmoe.utils.files import atomic_file
 from vmoe.utils.printable import escaped, printable, safe_output
 from vmoe.utils.tables import MetricTable, make_console
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vmoe.evaluation.loaded_model import LoadedModel
 
 logger = logging.getLogger("vmoe.cli.classify")
 
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     file = "write a row per image to this .csv or .jsonl file instead, in place of a file that is there"
     outputs.add_argument("--output", metavar="FILE", type=Path, help=file)
     add("--batch_size", type=int, default=64, help="images per forward pass (default 64)")
-    add("--precision", choices=list(PRECISIONS), default="float32", help="of the forward pass")
+    add("--precision", choices=["float32", "bf16", "fp16"], default="float32", help="of the forward pass")
     add("--device", default="auto", help="auto (default), cpu, cuda, mps")
     exif = "apply the orientation in images' EXIF data (default: as the model was trained, else not)"
     add("--exif_orientation", action=argparse.BooleanOptionalAction, help=exif)
@@ -97,6 +97,10 @@ def run(arguments: argparse.Namespace) -> None:
     for name in ("top", "batch_size", "max_pixels"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name} must be >= 1, got {getattr(arguments, name)}")
+    from vmoe.evaluation.inference import evaluating
+    from vmoe.evaluation.loaded_model import load_model
+    from vmoe.evaluation.zero_shot import image_batches
+
     names, templates = _read_labels(arguments)
     files = find_images(arguments.images)
     loaded = load_model(arguments.checkpoint, arguments.device, arguments.precision)
@@ -151,6 +155,8 @@ def _predictions(
 
 def _check_output(file: Path) -> None:
     """ConfigError: the predictions cannot be written there."""
+    from vmoe.evaluation.results_file import make_writable
+
     if file.suffix not in (".csv", ".jsonl"):
         raise ConfigError(f"--output must end in .csv or .jsonl, got {file}")
     if file.is_dir() or not make_writable(file.parent):
@@ -231,6 +237,8 @@ def find_images(paths: Sequence[str]) -> list[Path]:
 
 def _read_labels(arguments: argparse.Namespace) -> tuple[list[str] | None, list | None]:
     """(names, resolved templates); names are None without labels."""
+    from vmoe.evaluation.zero_shot import resolve_prompts, resolve_templates
+
     given, names, option = arguments.labels_file, None, "--labels_file"
     templates = arguments.templates
     if templates is not None and len(templates) == 1:

@@ -6,15 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 
-from vmoe.data import BadSample, TooManyBadSamples
-from vmoe.distributed.heartbeat import speaker
-from vmoe.distributed.process_group import LostProcessError, must_report
-from vmoe.training.diagnosis import NonFiniteError
 from vmoe.utils.config import ConfigError
 from vmoe.utils.printable import escaped
-
-# What users can cause; anything else is a fault of the program.
-EXPECTED = (ValueError, OSError, ModuleNotFoundError, BadSample, TooManyBadSamples, NonFiniteError, LostProcessError)
 
 
 def exit_code(prog: str, run: Callable[[], object], raise_unexpected: bool = False) -> int:
@@ -32,12 +25,13 @@ def exit_code(prog: str, run: Callable[[], object], raise_unexpected: bool = Fal
             print(f"\n{prog}: {str(stopped) or 'interrupted'}", file=sys.stderr)
         return 0 if getattr(stopped, "planned", False) else 130
     except Exception as error:
-        expected, lost = isinstance(error, EXPECTED), isinstance(error, LostProcessError)
+        wrong_setting = isinstance(error, ConfigError)
+        # All processes find a wrong setting alike, maybe before PyTorch is imported.
+        expected, lost, reports = (True, False, rank == 0) if wrong_setting else _judged(error, rank)
         if os.environ.get("VMOE_TRACEBACK") or (raise_unexpected and not expected):
             raise
-        wrong_setting = isinstance(error, ConfigError)
-        if not error.reported if lost else must_report(error, rank):
-            who = "" if wrong_setting else speaker(rank, processes)
+        if reports:
+            who = "" if wrong_setting or processes < 2 else f"process {rank} of {processes}: "
             hint = "" if expected else " (VMOE_TRACEBACK=1 shows where)"
             print(f"{prog}: {who}error: {escaped(error) or type(error).__name__}{hint}", file=sys.stderr)
         if lost:  # threads that wait for it (a checkpoint being written, NCCL) would hold up an exit
@@ -46,3 +40,15 @@ def exit_code(prog: str, run: Callable[[], object], raise_unexpected: bool = Fal
             os._exit(1)
         return 2 if wrong_setting else 1
     return 0
+
+
+def _judged(error: Exception, rank: int) -> tuple[bool, bool, bool]:
+    """Whether users can cause an error (anything else is a fault of the program), whether another process is lost, and
+    whether this process reports it."""
+    from vmoe.data import BadSample, TooManyBadSamples
+    from vmoe.distributed.process_group import LostProcessError, must_report
+    from vmoe.training.diagnosis import NonFiniteError
+
+    lost = isinstance(error, LostProcessError)
+    known = (ValueError, OSError, ModuleNotFoundError, BadSample, TooManyBadSamples, NonFiniteError)
+    return lost or isinstance(error, known), lost, not error.reported if lost else must_report(error, rank)

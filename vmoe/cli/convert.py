@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from vmoe.cli.command import exit_code
 from vmoe.convert.released import RELEASED
-from vmoe.convert.to_safetensors import convert_checkpoint
 from vmoe.utils.printable import safe_output
 
 
@@ -30,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(file: str, **settings) -> None:
     """Converts, and says what was done; arguments as of `convert_checkpoint`."""
+    from vmoe.convert.to_safetensors import convert_checkpoint
+
     done = convert_checkpoint(file=file, **settings)
     skipped = f"; {done.skipped} others skipped (optimizer, step, ...)" if done.skipped else ""
     print(f"read     {done.arrays} arrays, {done.nbytes:,} bytes, from {done.source} ({done.format}){skipped}")

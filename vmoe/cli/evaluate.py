@@ -7,39 +7,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from torch import Tensor
 
 from vmoe.cli.command import exit_code
-from vmoe.data import ImageDataset, build_dataset, with_orientation
-from vmoe.data.sources.folder import warn_of_text_order
-from vmoe.data.sources.imagenet import imagenet_words
-from vmoe.distributed.process_group import joined
-from vmoe.evaluation.capacity_report import draw_sweep
-from vmoe.evaluation.class_names import check_same_classes
 from vmoe.evaluation.config import EvaluationConfig
-from vmoe.evaluation.confusion import write_class_files
-from vmoe.evaluation.loaded_model import LoadedModel, load_model, trained_on_turned, weights_fingerprint
-from vmoe.evaluation.results_file import (
-    checkpoint_around,
-    library_versions,
-    make_writable,
-    mean_and_spread,
-    output_file,
-    print_table,
-    write_json,
-)
-from vmoe.evaluation.tasks import TASKS
-from vmoe.models.factory import find_weights
-from vmoe.models.spec import model_spec
-from vmoe.moe.quantize import expert_bytes
 from vmoe.utils.allocator import keep_freed_memory
 from vmoe.utils.config import ConfigError, parse_config
 from vmoe.utils.printable import safe_output
 from vmoe.utils.tables import make_console
-from vmoe.utils.world import world
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vmoe.data import ImageDataset
 
 
 @safe_output()
@@ -51,12 +33,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code("vmoe-eval", lambda: run(config))
 
 
-@joined()
 def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, Any]:
     """Evaluates as the config says, prints a table and writes the JSON file, whose content it returns.
 
     ConfigError: the model, the task and the data do not go together. ValueError or BadSample: unreadable files.
     """
+    from vmoe.distributed.process_group import joined
+
+    with joined():
+        return _run(config, console)
+
+
+def _run(config: EvaluationConfig, console: Console | None) -> dict[str, Any]:
+    from vmoe.data import build_dataset
+    from vmoe.evaluation.capacity_report import draw_sweep
+    from vmoe.evaluation.loaded_model import load_model, trained_on_turned
+    from vmoe.evaluation.results_file import (
+        checkpoint_around,
+        library_versions,
+        make_writable,
+        mean_and_spread,
+        output_file,
+        print_table,
+        write_json,
+    )
+    from vmoe.evaluation.tasks import check_task
+    from vmoe.models.factory import find_weights
+    from vmoe.utils.world import world
+
     rank, num_processes = world()
     console = console or make_console(quiet=rank > 0)
     if config.data.type is None:
@@ -107,6 +111,11 @@ def evaluate_checkpoint(
     config: EvaluationConfig, checkpoint: str, file: Path, dataset: ImageDataset, console: Console
 ) -> tuple[dict[str, Any], Tensor | None]:
     """What the report says of one checkpoint, whose weights are in `file`, and its confusion matrix, if it has one."""
+    from vmoe.evaluation.loaded_model import load_model, weights_fingerprint
+    from vmoe.evaluation.tasks import TASKS, check_task
+    from vmoe.models.spec import model_spec
+    from vmoe.moe.quantize import expert_bytes
+
     loaded = load_model(checkpoint, config.device, config.precision, dataset.crop_pct, file, config.experts)
     check_task(config, loaded, dataset)
     outcome = TASKS[config.task](config, loaded, dataset, console)
@@ -124,6 +133,8 @@ def evaluate_checkpoint(
 
 def _write_classes(stem: Path, entries: Sequence[dict[str, Any]], confusions: Sequence[Tensor | None]) -> list[Path]:
     """Writes the tables of the classes; those of several checkpoints have numbers."""
+    from vmoe.evaluation.confusion import write_class_files
+
     files = []
     for number, (entry, confusion_CC) in enumerate(zip(entries, confusions, strict=True), start=1):
         if confusion_CC is not None:
@@ -136,29 +147,8 @@ def as_trained(config: EvaluationConfig, turned: list[bool]) -> EvaluationConfig
     """The settings, with EXIF orientation applied if the checkpoints' trainings did so."""
     if not any(turned):
         return config
+    from vmoe.data import with_orientation
+
     if not all(turned) and config.data.exif_orientation is None:
         raise ConfigError("some of the checkpoints were trained with exif_orientation: set data.exif_orientation")
     return replace(config, data=with_orientation(config.data), train_data=with_orientation(config.train_data))
-
-
-def check_task(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset) -> None:
-    """ConfigError unless task, model and data go together."""
-    task, kind, contrastive = config.task, config.data.type, loaded.tokenizer is not None
-    needed = {"classification": False, "zero_shot": True, "retrieval": True}.get(task, contrastive)
-    if contrastive != needed:
-        holds = "an image-text model: use zero_shot or retrieval" if contrastive else "a classifier: use classification"
-        raise ConfigError(f"task {task!r} does not fit {loaded.checkpoint}, which holds {holds}")
-    if task == "retrieval" and not dataset.has_captions:
-        raise ConfigError(f"task 'retrieval' needs captions, and data of type {kind!r} has none")
-    if task != "retrieval" and dataset.classes is None:
-        raise ConfigError(f"task {task!r} needs labels, and data of type {kind!r} has none")
-    if task in ("classification", "capacity") and not contrastive:
-        data, classes, ours = "the data", dataset.classes, loaded.class_names
-        if dataset.class_columns is not None:  # several outputs may stand for a class
-            data, classes = f"ImageNet-1k, whose outputs data of type {kind!r} needs,", list(imagenet_words())
-        if ours is not None:
-            check_same_classes(loaded.checkpoint, ours, data, classes)
-        elif dataset.class_columns is not None and loaded.model.num_classes != len(classes):
-            raise ConfigError(f"{loaded.checkpoint} has {loaded.model.num_classes} classes and {data} {len(classes)}")
-        else:
-            warn_of_text_order(classes, f"{loaded.checkpoint}, which holds no class names,")

@@ -12,17 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vmoe.cli.command import exit_code
-from vmoe.models.manifest import is_checkpoint
-from vmoe.models.serialization import (
-    SETTINGS_NAME,
-    StoredTensors,
-    WeightsError,
-    checkpoint_weights,
-    find_weights,
-    mapped_safetensors,
-    read_pretrained_metadata,
-    safetensors_metadata,
-)
 from vmoe.utils.printable import safe_output
 
 
@@ -33,6 +22,17 @@ def export(source: str | Path, output: str | Path, raw: bool = False) -> Path:
     `raw` takes the trained weights, even if the run kept a moving average of them. WeightsError: no such weights, they
     are damaged, or the file cannot be written there.
     """
+    from vmoe.models.manifest import is_checkpoint
+    from vmoe.models.serialization import (
+        SETTINGS_NAME,
+        StoredTensors,
+        WeightsError,
+        checkpoint_weights,
+        find_weights,
+        mapped_safetensors,
+        safetensors_metadata,
+    )
+
     output = Path(output)
     if output.suffix != ".safetensors":
         raise WeightsError(f"--output {output}: give a name that ends with .safetensors")
@@ -70,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def run() -> None:
+        from vmoe.models.serialization import StoredTensors, checkpoint_weights, read_pretrained_metadata
+
         weights = export(args.source, args.output, args.raw)
         shapes, name = StoredTensors(args.output).shapes.values(), read_pretrained_metadata(args.output)["name"]
         if checkpoint_weights(weights.parent, average=True) is None:

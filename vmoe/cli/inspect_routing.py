@@ -9,25 +9,19 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import yaml
 from rich.console import Console
 
 from vmoe.cli.command import exit_code
-from vmoe.data import build_dataset, with_orientation
 from vmoe.data.config import LoaderConfig, SourceConfig
-from vmoe.evaluation.loaded_model import load_model
-from vmoe.evaluation.results_file import NAMED_BY_SPLIT, make_writable
-from vmoe.evaluation.zero_shot import resolve_templates
-from vmoe.inspection.forward import sparse_layers
-from vmoe.inspection.plots import write_figures
-from vmoe.inspection.report import write_report
-from vmoe.inspection.results import write_statistics
-from vmoe.inspection.routing_statistics import RoutingStatistics, gather_statistics
 from vmoe.utils.config import ConfigError, check_types, parse_config, read_settings_file
 from vmoe.utils.printable import safe_output
 from vmoe.utils.tables import MetricTable, make_console
+
+if TYPE_CHECKING:
+    from vmoe.inspection.routing_statistics import RoutingStatistics
 
 
 @dataclass
@@ -66,7 +60,10 @@ class InspectConfig:
         check_types(self)
         if self.loader.on_bad == "replace":
             raise ConfigError("loader.on_bad must be 'fail' or 'skip' in an inspection, got 'replace'")
-        resolve_templates(self.templates)  # raises ValueError if they cannot be read
+        if self.templates is not None:
+            from vmoe.evaluation.zero_shot import resolve_templates
+
+            resolve_templates(self.templates)  # raises ValueError if they cannot be read
 
 
 @safe_output()
@@ -94,6 +91,15 @@ def run(config: InspectConfig, console: Console | None = None) -> RoutingStatist
 
     ConfigError, before the data are read, which may take hours: a dense model, no data, wrong settings.
     """
+    from vmoe.data import build_dataset, with_orientation
+    from vmoe.evaluation.loaded_model import load_model
+    from vmoe.evaluation.results_file import make_writable
+    from vmoe.inspection.forward import sparse_layers
+    from vmoe.inspection.plots import write_figures
+    from vmoe.inspection.report import write_report
+    from vmoe.inspection.results import write_statistics
+    from vmoe.inspection.routing_statistics import gather_statistics
+
     console = console or make_console()
     loaded = load_model(config.checkpoint, config.device, config.precision)
     sparse_layers(loaded)
@@ -149,6 +155,8 @@ def validation_data(checkpoint: str) -> SourceConfig:
 
 def describe(source: SourceConfig) -> str:
     """The data in a few words, for titles."""
+    from vmoe.evaluation.results_file import NAMED_BY_SPLIT
+
     split = source.split if source.type in NAMED_BY_SPLIT else None
     return " · ".join(part for part in (source.type, source.name, source.path, split) if part)
 

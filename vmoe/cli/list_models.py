@@ -5,11 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-import torch
-
-from vmoe.models.factory import create_model
-from vmoe.models.flops import model_profile
-from vmoe.models.spec import list_models
 from vmoe.utils.printable import safe_output
 
 SOURCES = {
@@ -26,6 +21,11 @@ HEAD = """\
 
 def table_row(name: str) -> str:
     """A line of the table, for the name of one of this package's models."""
+    import torch
+
+    from vmoe.models.factory import create_model
+    from vmoe.models.flops import model_profile
+
     with torch.device("meta"):  # the largest cost no memory
         model = create_model(name)
     profile = model_profile(model)
@@ -39,9 +39,12 @@ def table_row(name: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table of the named models, or of all."""
     parser = argparse.ArgumentParser(prog="vmoe-list-models", description="A table of models: parameters and FLOPs.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="models; all of this package's by default")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="models, also with wildcards; by default all")
     arguments = parser.parse_args(argv)
+    from vmoe.models.spec import list_models
+
     print(HEAD)
-    for name in arguments.names or list_models():
-        print(table_row(name))
+    for pattern in arguments.names or [""]:
+        for name in list_models(pattern) or [pattern]:
+            print(table_row(name))
     return 0

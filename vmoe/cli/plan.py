@@ -10,8 +10,6 @@ from typing import Any
 
 from vmoe.cli.command import exit_code
 from vmoe.planning.hardware import pick_hardware
-from vmoe.planning.plan_report import as_json, show
-from vmoe.planning.planner import Planner, rank
 from vmoe.training.config import Config
 from vmoe.utils.config import ConfigError, parse_config
 from vmoe.utils.files import atomic_file
@@ -58,6 +56,9 @@ def run(argv: Sequence[str] | None = None) -> None:
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} must be >= 1, got {getattr(config, name)}")
     hardware = pick_hardware(config.gpu, config.hardware)
+    from vmoe.planning.plan_report import as_json, show
+    from vmoe.planning.planner import Planner, rank
+
     planner = Planner(config, hardware, config.nodes, config.gpus_per_node)
     meshes, impossible = planner.meshes()
     ranked = rank([planner.candidate(mesh, checkpointing) for checkpointing in (False, True) for mesh in meshes])

@@ -13,17 +13,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from vmoe.cli.command import exit_code
-from vmoe.data.build import build_dataset
 from vmoe.data.config import SourceConfig
-from vmoe.data.dataset import ImageDataset
 from vmoe.data.images import BadSample, load_image
-from vmoe.data.shards import IMAGE_ENDINGS, MAX_MEMBER_BYTES
-from vmoe.data.sources.folder import read_class_names
 from vmoe.utils.config import ConfigError, parse_config
 from vmoe.utils.printable import printable, safe_output
+
+if TYPE_CHECKING:
+    from vmoe.data.dataset import ImageDataset
 
 logger = logging.getLogger("vmoe.data")
 
@@ -113,6 +112,8 @@ def _atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def _write_classes(names: list[str], file: Path) -> None:
+    from vmoe.data.sources.folder import read_class_names
+
     try:
         file.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
         if read_class_names(file) != names:
@@ -133,6 +134,8 @@ def _samples(dataset: ImageDataset, on_bad: str) -> Iterator[tuple[int, dict[str
 
 
 def _parts(dataset: ImageDataset, index: int) -> dict[str, bytes]:
+    from vmoe.data.shards import IMAGE_ENDINGS, MAX_MEMBER_BYTES
+
     sample, (_, file) = dataset[index], dataset.file_of(index) or ("", Path())
     ending = file.suffix.lower()[1:]
     content = file.read_bytes() if ending in IMAGE_ENDINGS else None
@@ -164,6 +167,8 @@ def run(config: WriteConfig) -> None:
     """Writes the shards, and says how many. ConfigError: no data set."""
     if config.source.type is None:
         raise ConfigError("source.type is missing: say which data set to write")
+    from vmoe.data.build import build_dataset
+
     dataset = build_dataset(config.source)
     shards, samples, skipped = write_shards(dataset, config.output, config.per_shard, config.on_bad)
     more = f", {skipped} bad ones skipped" if skipped else ""

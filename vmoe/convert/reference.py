@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vmoe.convert.arrays import CheckpointError, StoredArray, flatten, in_memory, select_params, to_numpy
 from vmoe.convert.layout import Entry, reference_layout, zoom_positions
-from vmoe.convert.reference_config import reference_config
+from vmoe.convert.reference_settings import reference_config
 from vmoe.convert.section import ConfigError
 from vmoe.convert.settings import model_settings, stored_grid
 from vmoe.models.factory import create_model

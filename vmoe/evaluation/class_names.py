@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from vmoe.data.sources.folder import warn_of_text_order
 from vmoe.utils.config import ConfigError
 
 FOLDER = Path(__file__).with_name("names")
@@ -96,6 +95,8 @@ def _listed(texts: Sequence[str]) -> str:
 
 def warn_of_order(names: Sequence[str], classes: Sequence[str]) -> None:
     """Warns if a class of the data has the name of another (numbers may mean other things), or is sorted as text."""
+    from vmoe.data.sources.folder import warn_of_text_order
+
     given_to = {_key(name): index for index, name in enumerate(names)}
     keys = [_key(one) for one in classes]
     if any(given_to.get(key, index) != index and not key.isdecimal() for index, key in enumerate(keys)):

@@ -90,9 +90,10 @@ class EvaluationConfig:
     Attributes:
         checkpoint: What to evaluate: folder of a run (its last checkpoint) or of a checkpoint, or a .safetensors file.
             A list, such as the runs of several seeds, gives the mean and the standard deviation of each metric.
-        task: "classification": top-1 and top-5 of a classifier. "zero_shot": the same of an image-text model, by class
-            names. "retrieval": its recall@1/5/10, images to captions and back. "few_shot", "linear_probe" and "knn":
-            classifiers on frozen features. "capacity": accuracy, cost and speed at several expert capacities.
+        task: What is measured. "classification": top-1 and top-5 of a classifier. "zero_shot": the same of an
+            image-text model, by class names. "retrieval": its recall@1/5/10, images to captions and back. "few_shot",
+            "linear_probe" and "knn": classifiers on frozen features. "capacity": accuracy, cost and speed at several
+            expert capacities.
         data: The data to evaluate on.
         train_data: few_shot, linear_probe and knn: the data that the classifier on the features learns from.
         loader: Batches and worker processes; on_bad "skip" skips and counts unreadable images.

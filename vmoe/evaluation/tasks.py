@@ -9,10 +9,12 @@ import torch
 from rich.console import Console
 
 from vmoe.data import ImageDataset, eval_loader
+from vmoe.data.sources.folder import warn_of_text_order
+from vmoe.data.sources.imagenet import imagenet_words
 from vmoe.distributed.process_group import gather_lists
 from vmoe.evaluation.capacity import Score, sparse_image_layers, sweep_capacity, sweep_settings
 from vmoe.evaluation.capacity_report import flat_results, print_sweep, sweep_details
-from vmoe.evaluation.class_names import IMAGENET
+from vmoe.evaluation.class_names import IMAGENET, check_same_classes
 from vmoe.evaluation.classification import Predictions, checked_logits, predict, select_columns
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.confusion import confusion_matrix
@@ -116,3 +118,26 @@ TASKS: dict[str, Callable[[EvaluationConfig, LoadedModel, ImageDataset, Console]
     "knn": knn,
     "capacity": capacity,
 }
+
+
+def check_task(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset) -> None:
+    """ConfigError unless task, model and data go together."""
+    task, kind, contrastive = config.task, config.data.type, loaded.tokenizer is not None
+    needed = {"classification": False, "zero_shot": True, "retrieval": True}.get(task, contrastive)
+    if contrastive != needed:
+        holds = "an image-text model: use zero_shot or retrieval" if contrastive else "a classifier: use classification"
+        raise ConfigError(f"task {task!r} does not fit {loaded.checkpoint}, which holds {holds}")
+    if task == "retrieval" and not dataset.has_captions:
+        raise ConfigError(f"task 'retrieval' needs captions, and data of type {kind!r} has none")
+    if task != "retrieval" and dataset.classes is None:
+        raise ConfigError(f"task {task!r} needs labels, and data of type {kind!r} has none")
+    if task in ("classification", "capacity") and not contrastive:
+        data, classes, ours = "the data", dataset.classes, loaded.class_names
+        if dataset.class_columns is not None:  # several outputs may stand for a class
+            data, classes = f"ImageNet-1k, whose outputs data of type {kind!r} needs,", list(imagenet_words())
+        if ours is not None:
+            check_same_classes(loaded.checkpoint, ours, data, classes)
+        elif dataset.class_columns is not None and loaded.model.num_classes != len(classes):
+            raise ConfigError(f"{loaded.checkpoint} has {loaded.model.num_classes} classes and {data} {len(classes)}")
+        else:
+            warn_of_text_order(classes, f"{loaded.checkpoint}, which holds no class names,")

@@ -1,6 +1,7 @@
 """How to build a model again: its name and settings, also those that were changed since."""
 
 import difflib
+import fnmatch
 import inspect
 import re
 from collections.abc import Callable
@@ -27,9 +28,10 @@ from vmoe.moe.quantize import experts_kept_as, quantize_experts
 IMAGE_TEXT_NAMES = (*LIMOE_CONFIGS, *TWO_TOWER_CONFIGS)
 
 
-def list_models() -> list[str]:
-    """This package's models."""
-    return [*IMAGE_TEXT_NAMES, *timm.list_models("vmoe_*"), *timm.list_models("softmoe_*")]
+def list_models(filter: str = "") -> list[str]:
+    """Names of this package's models that match a filter with wildcards, as timm's: "limoe_*"; "": all."""
+    names = [*IMAGE_TEXT_NAMES, *timm.list_models("vmoe_*"), *timm.list_models("softmoe_*")]
+    return fnmatch.filter(names, filter or "*")
 
 
 def build_dense(spec: dict) -> nn.Module:

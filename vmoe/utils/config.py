@@ -1,11 +1,10 @@
 """Reads a command's configuration: YAML files, then `--key.sub value` overrides, into a dataclass.
 
-A mistake is one sentence with what to write instead. jsonargparse writes `--help`.
+A mistake is one sentence with what to write instead. `config_help.py` writes `--help`.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import functools
@@ -20,13 +19,13 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from jsonargparse import ArgumentParser
 from yaml import YAMLError
 
 from vmoe.utils.files import UnsafeYaml, parse_yaml, read_yaml
 from vmoe.utils.printable import printable
 
 ConfigT = TypeVar("ConfigT")
+HELP = frozenset(("--help", "-h"))
 
 
 class ConfigError(ValueError):
@@ -56,11 +55,14 @@ def find_config(name: str, folder: str = "") -> Path:
 def parse_config(
     config_class: type[ConfigT], argv: Sequence[str] | None, prog: str, description: str, folder: str = ""
 ) -> ConfigT:
-    """As :func:`read_config`, but knows `--help`, and prints a mistake as one sentence and exits with code 2."""
+    """As :func:`read_config`, but knows `--help`, and prints a mistake as one sentence and exits with code 2.
+
+    `--help` takes the name of a section, or "all".
+    """
     argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:
-        _print_help(config_class, prog, description)
     try:
+        if not HELP.isdisjoint(argv):
+            _print_help(config_class, argv, prog, description)
         return read_config(config_class, argv, folder)
     except ConfigError as error:
         print(f"{prog}: error: {printable(error)}", file=sys.stderr)
@@ -106,15 +108,16 @@ def check_types(settings: Any, prefix: str = "") -> None:
     _converted_section(settings, type(settings), prefix)
 
 
-def _print_help(config_class: type, prog: str, description: str) -> NoReturn:
-    parser = ArgumentParser(prog=prog, description=description)
-    parser.add_argument("--config", help="YAML file with settings, or the bare name of a shipped config.")
-    parser.add_class_arguments(config_class)
-    for action in parser._actions:  # files of sections and lists by --key+ are jsonargparse's forms, not read here
-        action.option_strings = [option for option in action.option_strings if not option.endswith("+")]
-        if type(action).__name__.startswith("_Action"):
-            action.help = argparse.SUPPRESS
-    parser.parse_args(["--help"])
+def _print_help(config_class: type, argv: Sequence[str], prog: str, description: str) -> NoReturn:
+    from vmoe.utils.config_help import format_help
+
+    words = [*argv, ""]
+    topic = words[next(index for index, word in enumerate(words) if word in HELP) + 1]
+    try:
+        print(format_help(config_class, prog, description, "" if topic.startswith("--") else topic), end="")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    raise SystemExit(0)
 
 
 def _key_values(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -155,7 +158,7 @@ def _tree_of(key: str, text: str, config_class: type) -> dict[str, Any]:
 def _merge(settings: dict[str, Any], update: dict[str, Any], config_class: type | None, depth: int) -> None:
     """Puts `update` over the settings: sections, and dictionaries of the first levels, by key; other values whole."""
     for name, value in update.items():
-        section = _section(_inside(config_class, name))
+        section = section_of(_inside(config_class, name))
         if isinstance(value, dict) and isinstance(settings.get(name), dict) and (section or depth > 1):
             _merge(settings[name], value, section, depth - 1)
         else:
@@ -169,9 +172,9 @@ def _build(config_class: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
         remedy = f"give it in the config file or as --{missing[0]} VALUE"
         raise ConfigError(f"missing setting {', '.join(missing)}: {remedy}")
     values = dict(settings)
-    for name, annotation in _fields(config_class).items():
-        if _section(annotation) and isinstance(values.get(name), dict):
-            values[name] = _build(_section(annotation), values[name])
+    for name, annotation in fields_of(config_class).items():
+        if section_of(annotation) and isinstance(values.get(name), dict):
+            values[name] = _build(section_of(annotation), values[name])
     return config_class(**values)
 
 
@@ -186,9 +189,9 @@ def _unknown(key: str, config_class: type, prefix: str = "") -> str:
 
 def _known_keys(config_class: type, prefix: str) -> Iterator[str]:
     """All dotted keys, those of sections too."""
-    for name, annotation in _fields(config_class).items():
+    for name, annotation in fields_of(config_class).items():
         yield prefix + name
-        if section := _section(annotation):
+        if section := section_of(annotation):
             yield from _known_keys(section, f"{prefix}{name}.")
 
 
@@ -196,7 +199,7 @@ _INSTANCES = {int: Integral, float: Real, str: (str, os.PathLike), dict: Mapping
 
 
 @functools.cache
-def _fields(config_class: type) -> dict[str, Any]:
+def fields_of(config_class: type) -> dict[str, Any]:
     """{name: type} of the settings of a dataclass."""
     hints = typing.get_type_hints(config_class)
     return {field.name: hints[field.name] for field in dataclasses.fields(config_class) if field.init}
@@ -208,21 +211,21 @@ def _members(annotation: Any) -> tuple[Any, ...]:
     return typing.get_args(annotation) if is_union else (annotation,)
 
 
-def _section(annotation: Any) -> type | None:
+def section_of(annotation: Any) -> type | None:
     """The dataclass behind a field's type (`Sub`, `Sub | None`), else None."""
     return next((member for member in _members(annotation) if dataclasses.is_dataclass(member)), None)
 
 
 def _inside(annotation: Any, name: str) -> Any:
     """The type of a key in a setting: of a section's field, Any in a free-form setting; None: there is no such key."""
-    if section := _section(annotation):
-        return _fields(section).get(name)
+    if section := section_of(annotation):
+        return fields_of(section).get(name)
     return Any if annotation is Any or dict in map(typing.get_origin, _members(annotation)) else None
 
 
 def _converted_section(settings: Any, config_class: type, prefix: str = "") -> dict[str, Any]:
     """Settings (a dictionary, or the dataclass itself) with values as their types have them; raises ConfigError."""
-    fields = _fields(config_class)
+    fields = fields_of(config_class)
     if not isinstance(settings, dict):
         settings = {name: getattr(settings, name) for name in fields}
     for name in settings:
@@ -247,15 +250,15 @@ def _converted(name: str, value: Any, annotation: Any) -> Any:
                 return value
         elif isinstance(value, _INSTANCES.get(kind, kind)) and (kind is bool or not isinstance(value, bool)):
             return float(value) if kind is float and isinstance(value, int) else value
-    shown = f"{name} must be {_type_name(annotation)}, got {printable(repr(value))}"
+    shown = f"{name} must be {type_name(annotation)}, got {printable(repr(value))}"
     remedy = _remedy(name, _members(annotation), value)
     raise ConfigError(f"{shown}; {printable(remedy)}" if remedy else shown)
 
 
-def _type_name(annotation: Any) -> str:
+def type_name(annotation: Any) -> str:
     """A setting's type as written in its dataclass."""
-    if section := _section(annotation):
-        return f"a section with the keys {', '.join(_fields(section))}"
+    if section := section_of(annotation):
+        return f"a section with the keys {', '.join(fields_of(section))}"
     return annotation.__name__ if type(annotation) is type else str(annotation).replace("typing.", "")
 
 
@@ -272,7 +275,7 @@ def _remedy(name: str, members: tuple[Any, ...], value: Any) -> str:
         return several if name.endswith("path") else "give one value, not a list"
     if list in kinds and not is_list:
         entry = json.dumps(str(value)) if kinds[list][0] is str else value
-        return "write a list of sections" if _section(kinds[list][0]) else f"write a list, as in [{entry}]"
+        return "write a list of sections" if section_of(kinds[list][0]) else f"write a list, as in [{entry}]"
     if dict in kinds:
         return "write settings, as in {key: value}"
     if type(None) in kinds and str(value).lower() in ("none", "off", "no", "false", "never", ""):

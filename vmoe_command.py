@@ -1,0 +1,14 @@
+"""Starts the commands: `vmoe-train` calls `vmoe_command.train`, which is `main` of `vmoe/cli/train.py`.
+
+It is a module of its own because `import vmoe` imports PyTorch and timm to register the models, which takes seconds.
+If this module is loaded first, that waits until a command has read its arguments: `--help` and mistakes need neither.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+
+
+def __getattr__(name: str) -> Callable[..., int]:
+    if name.startswith("_"):
+        raise AttributeError(f"module 'vmoe_command' has no attribute {name!r}")
+    return import_module(f"vmoe.cli.{name}").main
