@@ -1,18 +1,18 @@
 """Our metrics against the metrics code of LAION's CLIP_benchmark (pip install clip-benchmark), on the same data."""
 
-import importlib.util
 import json
 import shutil
 import sys
 import tarfile
-from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
 import vmoe
+from vmoe.cli import clip_benchmark as command
 from vmoe.data import LoaderConfig, SourceConfig, build_dataset
+from vmoe.evaluation import clip_benchmark as benchmark
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.models.factory import save_pretrained
 
@@ -21,16 +21,6 @@ pytest.importorskip("clip_benchmark", reason="needs CLIP_benchmark (pip install 
 TOLERANCE = 1e-6
 NUM_IMAGES = 60
 TEMPLATES = ["{}", "an image of {}.", "{} in {{braces}}"]
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    """The script, by its path: the folder of benchmarks need not be importable."""
-    file = Path(__file__).parents[2] / "benchmarks" / "clip_benchmark.py"
-    spec = importlib.util.spec_from_file_location("clip_benchmark_script", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module", params=["limoe", "two_tower"])
@@ -65,7 +55,7 @@ def images(tmp_path_factory):
     return folder
 
 
-def _compare(benchmark, **settings):
+def _compare(**settings):
     config = EvaluationConfig(**settings, device="cpu", loader=LoaderConfig(batch_size=7, num_workers=0))
     rows = benchmark.compare(config, Console(quiet=True))
     for name, ours, theirs in rows:
@@ -74,16 +64,16 @@ def _compare(benchmark, **settings):
 
 
 @pytest.mark.parametrize("templates", [None, TEMPLATES], ids=["bare names", "templates"])
-def test_zero_shot_equals_clip_benchmark(benchmark, checkpoint, images, templates):
+def test_zero_shot_equals_clip_benchmark(checkpoint, images, templates):
     data = SourceConfig(type="image_folder", path=str(images / "classes"))
-    metrics = _compare(benchmark, checkpoint=checkpoint, task="zero_shot", data=data, templates=templates)
+    metrics = _compare(checkpoint=checkpoint, task="zero_shot", data=data, templates=templates)
     assert set(metrics) == {"top1", "top5", "mean_per_class"}
     assert 0 < metrics["top5"] < 1
 
 
-def test_retrieval_with_several_captions_equals_clip_benchmark(benchmark, checkpoint, images):
+def test_retrieval_with_several_captions_equals_clip_benchmark(checkpoint, images):
     data = SourceConfig(type="pairs", path=str(images / "pairs.tsv"))
-    metrics = _compare(benchmark, checkpoint=checkpoint, task="retrieval", data=data)
+    metrics = _compare(checkpoint=checkpoint, task="retrieval", data=data)
     assert len(metrics) == 6
     assert 0 < metrics["text_to_image_recall@10"] < 1
     assert 0 < metrics["image_to_text_recall@10"] < 1
@@ -96,44 +86,44 @@ def two_classes(tmp_path, images):
     return tmp_path / "two"
 
 
-def _run(benchmark, checkpoint, path, *more):
+def _run(checkpoint, path, *more):
     arguments = ["--config", "zero_shot_folder", "--checkpoint", str(checkpoint), "--data.path", str(path)]
-    return benchmark.main([*arguments, "--device", "cpu", "--loader.num_workers", "0", *more])
+    return command.main([*arguments, "--device", "cpu", "--loader.num_workers", "0", *more])
 
 
 @pytest.mark.parametrize("checkpoint", ["limoe"], indirect=True)
-def test_with_two_classes_there_is_no_top5(benchmark, checkpoint, two_classes, capsys):
+def test_with_two_classes_there_is_no_top5(checkpoint, two_classes, capsys):
     data = SourceConfig(type="image_folder", path=str(two_classes))
-    metrics = _compare(benchmark, checkpoint=checkpoint, task="zero_shot", data=data)
+    metrics = _compare(checkpoint=checkpoint, task="zero_shot", data=data)
     assert set(metrics) == {"top1", "mean_per_class"}
-    assert _run(benchmark, checkpoint, two_classes) == 0
+    assert _run(checkpoint, two_classes) == 0
     assert "top5 is left out: CLIP_benchmark has none for 2 classes" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(("theirs", "code"), [(0.5 + 5e-7, 0), (0.5 + 2e-6, 3), (float("nan"), 3), (None, 3)], ids=str)
-def test_the_exit_code_says_whether_metrics_agree(benchmark, monkeypatch, theirs, code):
+def test_the_exit_code_says_whether_metrics_agree(monkeypatch, theirs, code):
     rows = [] if theirs is None else [("top1", 0.25, 0.25), ("top5", 0.5, theirs)]
     monkeypatch.setattr(benchmark, "compare", lambda *_: rows)
-    assert _run(benchmark, "none", "none") == code
+    assert _run("none", "none") == code
 
 
 @pytest.mark.parametrize("checkpoint", ["limoe"], indirect=True)
-def test_what_cannot_be_compared_is_refused(benchmark, checkpoint, images, monkeypatch, capsys):
+def test_what_cannot_be_compared_is_refused(checkpoint, images, monkeypatch, capsys):
     folder = images / "classes"
-    assert _run(benchmark, checkpoint, folder, "--loader.on_bad", "skip") == 2
+    assert _run(checkpoint, folder, "--loader.on_bad", "skip") == 2
     assert "loader.on_bad 'skip' cannot be compared" in capsys.readouterr().err
-    assert _run(benchmark, checkpoint, folder, "--task", "retrieval", "--templates", "null") == 2
+    assert _run(checkpoint, folder, "--task", "retrieval", "--templates", "null") == 2
     assert "needs captions" in capsys.readouterr().err
     for name, what in (("label_sets", "several right labels"), ("conditions", "several conditions")):
         dataset = build_dataset(SourceConfig(type="image_folder", path=str(folder)))
         setattr(dataset, name, [(0,)] * NUM_IMAGES)
         monkeypatch.setattr(benchmark, "build_dataset", lambda _, dataset=dataset: dataset)
-        assert _run(benchmark, checkpoint, folder) == 2
+        assert _run(checkpoint, folder) == 2
         assert f"data of type 'image_folder' has {what}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("checkpoint", ["limoe"], indirect=True)
-def test_the_data_sets_crop_is_kept(benchmark, checkpoint, images, monkeypatch):
+def test_the_data_sets_crop_is_kept(checkpoint, images, monkeypatch):
     data, loader = SourceConfig(type="image_folder", path=str(images / "classes")), LoaderConfig(num_workers=0)
     config = EvaluationConfig(checkpoint=checkpoint, task="zero_shot", data=data, device="cpu", loader=loader)
     plain = benchmark.compare(config, Console(quiet=True))
@@ -146,28 +136,28 @@ def test_the_data_sets_crop_is_kept(benchmark, checkpoint, images, monkeypatch):
 
 
 @pytest.mark.parametrize("checkpoint", ["limoe"], indirect=True)
-def test_errors_are_one_sentence(benchmark, checkpoint, two_classes, monkeypatch, capsys):
+def test_errors_are_one_sentence(checkpoint, two_classes, monkeypatch, capsys):
     torn = next((two_classes / "kind 1").iterdir())
     torn.write_bytes(torn.read_bytes()[:100])
-    assert _run(benchmark, checkpoint, two_classes) == 1
+    assert _run(checkpoint, two_classes) == 1
     error = capsys.readouterr().err
     assert torn.name in error
     assert "Traceback" not in error
-    assert _run(benchmark, two_classes / "none", two_classes) == 1
+    assert _run(two_classes / "none", two_classes) == 1
     assert "Traceback" not in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "clip_benchmark", None)
     monkeypatch.setitem(sys.modules, "clip_benchmark.metrics", None)
     for arguments in (["cli", "eval"], None):
-        code = benchmark.main(arguments) if arguments else _run(benchmark, checkpoint, two_classes)
+        code = command.main(arguments) if arguments else _run(checkpoint, two_classes)
         assert code == 1
         assert "pip install -e '.[benchmark]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("checkpoint", ["limoe"], indirect=True)
-def test_clip_benchmarks_own_command_knows_our_checkpoints(benchmark, checkpoint, images, tmp_path):
+def test_clip_benchmarks_own_command_knows_our_checkpoints(checkpoint, images, tmp_path):
     pytest.importorskip("requests", reason="CLIP_benchmark's command needs requests (pip install -e '.[benchmark]')")
     data = SourceConfig(type="image_folder", path=str(images / "classes"))
-    ours = _compare(benchmark, checkpoint=checkpoint, task="zero_shot", data=data)
+    ours = _compare(checkpoint=checkpoint, task="zero_shot", data=data)
     folders = sorted((images / "classes").iterdir())
     (tmp_path / "test").mkdir()
     with tarfile.open(tmp_path / "test" / "0.tar", "w") as tar:

@@ -1,39 +1,23 @@
-"""Our zero-shot and retrieval metrics beside those of LAION's CLIP_benchmark, by its own code, on the same data.
-
-    python -m benchmarks.clip_benchmark --config configs/eval/emoji_zero_shot.yaml --checkpoint RUN
-
-Takes the settings of eval.py for the tasks zero_shot and retrieval; needs `pip install -e '.[benchmark]'`. Data whose
-images have several right labels or stand under several conditions, and `loader.on_bad: skip`, are refused, since
-CLIP_benchmark counts these otherwise. Exit codes:
-
-    0  all metrics agree
-    1  an error: an image or checkpoint cannot be read, CLIP_benchmark is not installed
-    2  a wrong setting, or one that cannot be compared
-    3  a metric differs by more than 1e-6, or is NaN
-
-    python -m benchmarks.clip_benchmark cli eval --model_type vmoe --model vmoe --pretrained RUN --dataset cifar10 \\
-        --no_amp --output result.json
-
-is CLIP_benchmark's own command (without `cli`), which then also knows this package's checkpoints.
-"""
+"""Zero-shot and retrieval metrics by the code of LAION's CLIP_benchmark (extra `benchmark`), beside ours."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
 from unittest.mock import patch
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vmoe.data import BadSample, ImageDataset, build_dataset
+from vmoe.data import ImageDataset, build_dataset
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.loaded_model import LoadedModel, load_model
 from vmoe.evaluation.tasks import TASKS, check_task, zero_shot_prompts
 from vmoe.evaluation.zero_shot import resolve_templates
-from vmoe.utils.config import ConfigError, parse_config
+from vmoe.utils.config import ConfigError
 
 TOLERANCE = 1e-6
 CUTOFFS = [1, 5, 10]
@@ -45,29 +29,6 @@ THEIR_NAMES = {
     **{f"text_to_image_recall@{k}": f"image_retrieval_recall@{k}" for k in CUTOFFS},
     **{f"image_to_text_recall@{k}": f"text_retrieval_recall@{k}" for k in CUTOFFS},
 }
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the comparison; returns the exit code, see above."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    console = Console()
-    try:
-        if argv[:1] == ["cli"]:
-            return their_command(argv[1:])
-        config = parse_config(EvaluationConfig, argv, "benchmarks.clip_benchmark", __doc__, folder="eval")
-        rows = compare(config, console)
-    except (ValueError, BadSample, ModuleNotFoundError) as error:
-        missing = isinstance(error, ModuleNotFoundError)
-        hint = ": CLIP_benchmark and what it needs come with pip install -e '.[benchmark]'" if missing else ""
-        print(f"benchmarks.clip_benchmark: error: {error}{hint}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    table = Table(title=f"{config.task} of {config.checkpoint}")
-    for heading in ("measure", "vmoe", "CLIP_benchmark", "difference"):
-        table.add_column(heading, justify="left" if heading == "measure" else "right")
-    for name, ours, theirs in rows:
-        table.add_row(name, f"{ours:.6f}", f"{theirs:.6f}", f"{abs(ours - theirs):.1e}")
-    console.print(table)
-    return 0 if agree(rows) else 3
 
 
 def agree(rows: Sequence[tuple[str, float, float]]) -> bool:
@@ -84,8 +45,7 @@ def compare(config: EvaluationConfig, console: Console) -> list[tuple[str, float
         BadSample: an unreadable image.
         ModuleNotFoundError: CLIP_benchmark is not installed.
     """
-    import clip_benchmark.metrics  # noqa: F401 - if it is missing, this is said before the work is done
-
+    _import("clip_benchmark.metrics")  # if it is missing, this is said before the work is done
     if config.task not in ("zero_shot", "retrieval") or not isinstance(config.checkpoint, str):
         raise ConfigError("the comparison is for one checkpoint and the tasks zero_shot and retrieval")
     if config.data.type is None:
@@ -162,7 +122,7 @@ def their_retrieval(loaded: LoadedModel, dataset: ImageDataset, batch_size: int)
 
 def their_command(argv: Sequence[str]) -> int:
     """Runs `clip_benchmark` with these arguments; `--model_type vmoe --pretrained RUN` stands for a checkpoint."""
-    from clip_benchmark import cli, models
+    cli, models = _import("clip_benchmark.cli"), _import("clip_benchmark.models")
 
     def load(model_name: str, pretrained: str, cache_dir: str | None, device: str) -> tuple:
         loaded = load_model(pretrained, device)
@@ -194,6 +154,14 @@ def _accuracy_for_new_numpy() -> Iterator[None]:
         yield
 
 
+def _import(name: str) -> ModuleType:
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        remedy = "CLIP_benchmark and what it needs come with pip install -e '.[benchmark]' in a checkout"
+        raise ModuleNotFoundError(f"{error}: {remedy}") from None
+
+
 class _Samples(Dataset):
     def __init__(self, length: int, get: Callable[[int], tuple]) -> None:
         self.length, self.get = length, get
@@ -218,7 +186,3 @@ def _collate(samples: list[tuple[Tensor, list[str]]]) -> tuple[Tensor, list[list
 def _their_template(template: Callable[[str], str]) -> str:
     """Theirs are for str.format, with {c} for the name."""
     return template("\0").replace("{", "{{").replace("}", "}}").replace("\0", "{c}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
