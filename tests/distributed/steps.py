@@ -27,6 +27,7 @@ from vmoe.distributed.parallelize import (
 )
 from vmoe.evaluation.inference import arithmetic
 from vmoe.training.large_batch import LargeBatch
+from vmoe.training.lora import add_lora
 from vmoe.training.optim import create_ema
 
 STEPS, BATCH = 3, 8
@@ -116,6 +117,8 @@ def train(case: str, size: MeshSize | None, options: list[str]) -> dict[str, tor
     # The weights are those of the first process.
     with nullcontext() if rank == 0 or size.is_plain else torch.device("meta"):
         model = make_model(case).train()
+    if "lora" in options:
+        add_lora(model, ["attention", "experts", "router"], r=2, alpha=4)
     if "checkpointing" in options:
         model.set_grad_checkpointing()
     precision = "bf16" if "bf16" in options else "float32"
@@ -159,7 +162,8 @@ def train(case: str, size: MeshSize | None, options: list[str]) -> dict[str, tor
             dist.all_reduce(total)
         losses.append(torch.stack([total / world, norm]))
         if step in (0, STEPS - 1):
-            result |= {f"gradient {step} of {name}": whole(p.grad) for name, p in model.named_parameters()}
+            trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+            result |= {f"gradient {step} of {name}": whole(p.grad) for name, p in trained}
         optimizer.step()
         optimizer.zero_grad()
         vmoe.update_expert_bias(model)

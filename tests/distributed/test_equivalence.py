@@ -1,6 +1,7 @@
 """Training in several processes is training in one: same losses, gradients and weights, whatever lies where."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ RUNS = {
         *([case, FSDP, []] for case in ("top_1", "dropless", "expert_choice", "deepseek", "limoe")),
         *([["limoe_dropless", mesh, ALL] for mesh in (DDP, FSDP, EP)]),
         *(["dropless", mesh, ["bf16"]] for mesh in (FSDP, EP)),
+        *([["limoe", DDP, ["lora", "accumulate"]]] if find_spec("peft") else []),
         *([case, mesh, ["features"]] for case, mesh in (("limoe", DDP), ("limoe", EP), ("limoe_sigmoid", FSDP))),
     ],
     # A fused optimizer: one operation on sharded weights, each of which has to be planned first in every process.
