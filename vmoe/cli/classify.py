@@ -99,7 +99,6 @@ def run(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} must be >= 1, got {getattr(arguments, name)}")
     from vmoe.evaluation.inference import evaluating
     from vmoe.evaluation.loaded_model import load_model
-    from vmoe.evaluation.zero_shot import image_batches
 
     names, templates = _read_labels(arguments)
     files = find_images(arguments.images)
@@ -137,6 +136,8 @@ def _predictions(
     arguments: argparse.Namespace,
 ) -> Iterator[dict]:
     """What the JSON lists, batch after batch."""
+    from vmoe.evaluation.zero_shot import image_batches
+
     paths: list[Path] = []
 
     def of_batch() -> Iterator[Image.Image]:
