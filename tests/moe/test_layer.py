@@ -6,6 +6,7 @@ import torch
 from timm.layers import Mlp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.tensorboard import SummaryWriter
 
 import vmoe
 from vmoe.moe import SparseMoE
@@ -360,10 +361,34 @@ def test_a_group_size_above_the_call_costs_nothing():
     assert record.layers[""].gates.shape[:2] == (1, 10)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_tensorboard_draws_no_wrong_graph(tmp_path, frozen):
+    layer = SparseMoE(8, 16).requires_grad_(not frozen)
+    with SummaryWriter(tmp_path) as writer, pytest.raises(RuntimeError, match=r"use torch\.export or torch\.compile"):
+        writer.add_graph(layer, torch.randn(2, 5, 8))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"group_size": 7, "eval_capacity_factor": 1.1}, {"router": "soft", "num_slots": 2}]
+)
+def test_an_exported_layer_takes_any_batch(settings):
+    torch.manual_seed(0)
+    layer, batch = SparseMoE(8, 16, num_experts=2, num_tokens=5, **settings).eval(), torch.export.Dim("batch", min=1)
+    deferred = {"prefer_deferred_runtime_asserts_over_guards": True}
+    with torch.no_grad():
+        program = torch.export.export(layer, (torch.randn(2, 5, 8),), dynamic_shapes=({0: batch},), **deferred)
+        for size in (1, 3, 7):
+            x = torch.randn(size, 5, 8)
+            torch.testing.assert_close(program.module()(x), layer(x))
+    assert not [node for node in program.graph.nodes if "vmoe" in str(node.target)]  # it needs no vmoe
+
+
 def test_calls_that_cannot_be_right_are_named():
     layer, x = SparseMoE(8, 16).eval().requires_grad_(False), torch.randn(2, 5, 8)
     with pytest.raises(RuntimeError, match=r"use torch\.export or torch\.compile"):
         torch.jit.trace(layer, x)  # it would take the example's routing for all inputs
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.script cannot .* use torch\.export or torch\.compile"):
+        torch.jit.script(torch.nn.Sequential(layer))
     with pytest.raises(ValueError, match="the tokens have 7 channels, and the layer takes 8"):
         layer(x[..., :7])
     with pytest.raises(ValueError, match=r"mask must have the tokens' shape \(2, 5\), got \(5, 2\)"):

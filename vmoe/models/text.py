@@ -187,7 +187,7 @@ class TextTransformer(BlocksMixin, nn.Module):
         if self.pool == "first":
             pooled_BD = x_BLD[:, 0]
         elif self.pool == "last":
-            pooled_BD = x_BLD[torch.arange(len(x_BLD), device=x_BLD.device), mask_BL.sum(dim=1) - 1]
+            pooled_BD = x_BLD[torch.arange(x_BLD.shape[0], device=x_BLD.device), mask_BL.sum(dim=1) - 1]
         elif self.pool == "gap":
             pooled_BD = masked_mean(x_BLD, mask_BL)
         elif self.pool == "gmp":

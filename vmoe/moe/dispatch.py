@@ -63,7 +63,7 @@ class Capacity(NamedTuple):
         if self.fixed is not None or self.factor is None:
             return self.fixed, self.fixed
         given = (num_experts, num_selected_experts, self.factor, self.rounding, self.multiple_of)
-        most = expert_capacity(num_tokens, *given)
+        most = expert_capacity(num_tokens, *given) if isinstance(num_tokens, int) else None  # of a symbol, unknown
         return most if mask is None else expert_capacity(mask.sum(dim=-1), *given), most
 
 
@@ -125,7 +125,7 @@ def plan_dispatch(
         chosen_GNK: False for a choice that the router itself dropped; it takes no capacity.
     """
     (G, N, K), E, device = expert_index_GNK.shape, num_experts, expert_index_GNK.device
-    A = expert_index_GNK.numel()
+    A = G * N * K
     order_A, queue_A = _queues(expert_index_GNK, E, priority_GN, mask_GN, chosen_GNK)
     length_Q = torch.zeros(E * G + 1, dtype=torch.long, device=device)
     length_Q = length_Q.scatter_add_(0, queue_A, torch.ones_like(queue_A))
@@ -139,10 +139,11 @@ def plan_dispatch(
     else:
         kept_A = queue_A < E * G
         if capacity is not None:
-            kept_A = kept_A & (served_A < (capacity[queue_A % G] if isinstance(capacity, Tensor) else capacity))
+            limit_A = capacity.repeat(E + 1)[queue_A] if isinstance(capacity, Tensor) else capacity
+            kept_A = kept_A & (served_A < limit_A)
             length_EG = length_EG.clamp(max=capacity)
         bound = max_capacity if isinstance(capacity, Tensor) else capacity
-        max_rows = A if bound is None else min(A, G * E * bound)
+        max_rows = A if bound is None or not isinstance(A, int) else min(A, G * E * bound)
         assignment_R, row_A = _close_gaps(order_A, kept_A, max_rows if may_pad else None)
     return DispatchPlan(assignment_R, row_A, length_EG.sum(1), position_GNK, may_drop, may_pad, (G, N, K))
 
@@ -165,7 +166,7 @@ def _queues(
     (G, _, K), device = expert_index_GNK.shape, expert_index_GNK.device
     # One queue per expert and group; experts outermost, so that an expert's rows lie together. Padding queues last.
     queue_GNK = expert_index_GNK
-    if G > 1:
+    if not isinstance(G, int) or G > 1:
         queue_GNK = queue_GNK * G + torch.arange(G, device=device)[:, None, None]
     if mask_GN is not None:
         queue_GNK = queue_GNK.masked_fill(~mask_GN[..., None], E * G)
@@ -176,14 +177,15 @@ def _queues(
     if K > 1:
         key_GNK = key_GNK * K + torch.arange(K, device=device)
     if priority_GN is not None:
-        key_GNK = (key_GNK << 32) | _descending(priority_GN.detach())[..., None]
+        key_GNK = key_GNK * 2**32 + _descending(priority_GN.detach())[..., None]
     order_A = key_GNK.flatten().sort(stable=True).indices
     return order_A, queue_GNK.flatten()[order_A]
 
 
 def _descending(priority_GN: Tensor) -> Tensor:
     """A sort key: integers from 0 to 2^32 - 1, the smaller the larger the priority, equal where it is equal."""
-    if priority_GN.dtype == torch.float64:  # more than 32 bits: the ranks do
+    # More than 32 bits, or an export (ONNX has no bits of floats): the ranks do.
+    if priority_GN.dtype == torch.float64 or torch.compiler.is_exporting():
         sorted_GN, order_GN = priority_GN.sort(dim=1, descending=True, stable=True)
         is_new_GN = F.pad(sorted_GN[:, 1:] != sorted_GN[:, :-1], (1, 0))
         return torch.empty_like(order_GN).scatter_(1, order_GN, is_new_GN.long().cumsum(1))

@@ -107,4 +107,4 @@ def choose_tokens(
     else:
         first_real = members_GMN.any(1).flatten().int().argmax() if members_GMN.numel() else 0
         weight_R, token_R = torch.where(filled_R, weight_R, 0), torch.where(filled_R, token_R, first_real)
-    return ExpertChoiceAssignment(routing, len(token_R) // E, token_R, weight_R, filled_R, taken_GNE, weights_GNE)
+    return ExpertChoiceAssignment(routing, token_R.shape[0] // E, token_R, weight_R, filled_R, taken_GNE, weights_GNE)

@@ -108,7 +108,9 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, cou
     if on_cpu and int(end_E[-1]) == x_RI.shape[0]:
         return _GroupedLinear.apply(x_RI, weight_EOI, bias_EO, end_E)
     used_R1 = torch.arange(x_RI.shape[0], device=x_RI.device)[:, None] < end_E[-1]
-    if x_RI.dtype == torch.bfloat16 and not on_cpu:
+    if torch.compiler.is_exporting():
+        y_RO = _by_segments(x_RI, weight_EOI, bias_EO, end_E)
+    elif x_RI.dtype == torch.bfloat16 and not on_cpu:
         y_RO = _by_torch(x_RI, weight_EOI, bias_EO, end_E, used_R1)
     else:
         y_RO = _GroupedLinear.apply(x_RI, weight_EOI, bias_EO, end_E)
@@ -119,7 +121,10 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, cou
 
 def expert_of_rows(end_E: Tensor, num_rows: int) -> Tensor:
     """(R,) the expert of each row, given the end of each expert's rows; E for unused rows."""
-    return torch.searchsorted(end_E, torch.arange(num_rows, device=end_E.device), right=True)
+    row_R = torch.arange(num_rows, device=end_E.device)
+    if torch.compiler.is_exporting():  # ONNX has no such search
+        return (row_R[:, None] >= end_E).sum(1)
+    return torch.searchsorted(end_E, row_R, right=True)
 
 
 def _by_torch(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, end_E: Tensor, used_R1: Tensor) -> Tensor:
@@ -131,6 +136,21 @@ def _by_torch(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, end_E: T
         x_RI, weight_EOI = F.pad(x_RI, (0, -I % 8)), F.pad(weight_EOI, (0, -I % 8, 0, -O % 8))
     y_RO = F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=end_E.to(torch.int32))[:, :O]
     return y_RO if bias_EO is None else y_RO + bias_EO[expert_of_rows(end_E, x_RI.shape[0]).clamp(max=E - 1)]
+
+
+def _by_segments(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, end_E: Tensor) -> Tensor:
+    """By operators that PyTorch and ONNX have, one linear layer per expert: an exported program needs no vmoe."""
+    R, start, sizes = x_RI.shape[0], 0, []
+    for end in end_E.tolist():
+        torch._check(end >= start)
+        sizes.append(end - start)
+        start = end
+    torch._check(start <= R)
+    *segments, unused_MI = x_RI.split_with_sizes([*sizes, R - start])
+    y_RO = [F.linear(x_MI, weight_EOI[e], None if bias_EO is None else bias_EO[e]) for e, x_MI in enumerate(segments)]
+    y_RO = torch.cat([*y_RO, unused_MI.new_zeros(R - start, weight_EOI.shape[1])])
+    torch._check(y_RO.shape[0] == R)
+    return y_RO
 
 
 @torch.library.custom_op("vmoe::rows_by_matrices", mutates_args=())

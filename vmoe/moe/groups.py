@@ -3,11 +3,21 @@
 Shapes, by suffix: G groups, N tokens in a group, M modalities, D width.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def _is_any(missing: int) -> bool:
+    """Whether tokens are missing in the last group; of an exported program, whether they ever can be."""
+    if isinstance(missing, int):
+        return missing > 0
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return not statically_known_true(missing == 0)
 
 
 @dataclass(frozen=True)
@@ -39,11 +49,13 @@ class TokenGroups:
                 raise ValueError(f"the {name} must have the tokens' shape {tuple(leading)}, got {tuple(tensor.shape)}")
             if tensor is not None and (tensor.dtype == torch.bool) != is_bool:
                 raise ValueError(f"the {name} must be a tensor of {'bool' if is_bool else 'int'}, got {tensor.dtype}")
-        S, D = leading.numel(), x.shape[-1]
-        N = max(1, min(size, S))  # an empty batch is no group
-        G, missing = -(-S // N), -S % N
+        S, D = math.prod(leading), x.shape[-1]
+        # An empty batch is no group. In a batch of any size (torch.export) a group is all tokens, or of the full size.
+        N = max(1, min(size, S)) if isinstance(S, int) else size
+        G = (S + N - 1) // N if isinstance(N, int) else 1  # ONNX would round a negative quotient up
+        missing = G * N - S
         x_SD = x.reshape(S, D)
-        if missing:
+        if _is_any(missing):
             x_SD = F.pad(x_SD, (0, 0, 0, missing))
             mask = torch.ones(S, dtype=torch.bool, device=x.device) if mask is None else mask
         mask_GN, modality_GN = (
@@ -73,4 +85,4 @@ class TokenGroups:
 
     def ungroup(self, y_GND: Tensor) -> Tensor:
         """(G, N, ...) -> (..., ...), the leading shape of the layer's input."""
-        return y_GND.flatten(0, 1)[: self.leading.numel()].view(*self.leading, *y_GND.shape[2:])
+        return y_GND.flatten(0, 1)[: math.prod(self.leading)].view(*self.leading, *y_GND.shape[2:])

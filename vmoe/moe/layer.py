@@ -137,8 +137,12 @@ class SparseMoE(nn.Module):
             raise ValueError(f"the tokens have {x_BTD.shape[-1]} channels, and the layer takes {self.in_features}")
         leading = x_BTD.shape[:-1]
         by_sequence = self.router_type != "top_k" and len(leading) > 1
-        size = self.group_size or (leading[1:] if by_sequence else leading).numel()
+        size = self.group_size or math.prod(leading[1:] if by_sequence else leading)
         return TokenGroups.cut(x_BTD, mask_BT, modality_BT, size, self.modalities)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script calls first. RuntimeError."""
+        raise RuntimeError("torch.jit.script cannot compile sparse layers: use torch.export or torch.compile")
 
     def _capacity(self) -> Capacity:
         factor = self.capacity_factor if self.training else self.eval_capacity_factor

@@ -71,7 +71,10 @@ class Assignment(ABC):
     def count_E(self) -> Tensor:
         """Rows of each expert; rows are sorted by expert. Where experts or slots choose, all have the most."""
         gates_GNE = self.routing.gates_GNE
-        return torch.full((gates_GNE.shape[-1],), self.max_count, dtype=torch.long, device=gates_GNE.device)
+        E, device = gates_GNE.shape[-1], gates_GNE.device
+        if not isinstance(self.max_count, int):  # of a batch of any size; Inductor has no cumulative sum of a constant
+            return (torch.arange(E + 1, device=device) * self.max_count).diff()
+        return torch.full((E,), self.max_count, dtype=torch.long, device=device)
 
     @abstractmethod
     def dispatch(self, x_GND: Tensor) -> Tensor:
@@ -276,7 +279,9 @@ class TopKRouter(Gate):
             self._count(routing, mask_GN)
         index_GNK = routing.expert_index_GNK
         G, N, K = index_GNK.shape
-        rows, max_rows = capacity.rows(N if G else 0, self.num_experts, K, mask_GN)
+        # A number of tokens that an export leaves open is counted by the graph.
+        counted_GN = mask_GN if mask_GN is not None or isinstance(N, int) else torch.ones_like(index_GNK[..., 0])
+        rows, max_rows = capacity.rows(N if G else 0, self.num_experts, K, counted_GN)
         priority_GN = routing.priority_GN if batch_priority else None
         plan = plan_dispatch(index_GNK, self.num_experts, rows, priority_GN, mask_GN, max_rows, routing.chosen_GNK)
         return TopKAssignment(routing, None if max_rows is None else G * max_rows, plan)

@@ -5,6 +5,7 @@ Puigcerver et al., arXiv 2308.00951. Nothing is dropped. Tokens of different mod
 Shapes, by suffix: G groups, N tokens in a group, D width, E experts, P slots per expert, S = E*P slots, M modalities.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -104,4 +105,4 @@ class SoftRouter(Router):
             noisy_gates_GNE = noisy_GNE.softmax(-1)
             gates_GNE = noisy_gates_GNE if noise_std is None else clean_GNE.softmax(-1)
         routing = Routing(clean_GNE, noisy_GNE, gates_GNE, noisy_gates_GNE, noise_std)
-        return SoftAssignment(routing, P * dispatch_GMNS.shape[:2].numel(), dispatch_GMNS, combine_GNS, members_GMN)
+        return SoftAssignment(routing, P * math.prod(dispatch_GMNS.shape[:2]), dispatch_GMNS, combine_GNS, members_GMN)
