@@ -23,6 +23,7 @@ if "vmoe_command" not in sys.modules:
 
 if TYPE_CHECKING:
     from vmoe.evaluation.zero_shot import zero_shot_classify
+    from vmoe.export import export_model
     from vmoe.models.densify import densify, measure_usage, prune_experts
     from vmoe.models.factory import create_model, create_model_and_transforms, get_tokenizer, save_pretrained
     from vmoe.models.hub import push_to_hub, save_hub_folder
@@ -49,6 +50,7 @@ _LAZY = {
     "create_model": "vmoe.models.factory",
     "create_model_and_transforms": "vmoe.models.factory",
     "densify": "vmoe.models.densify",
+    "export_model": "vmoe.export",
     "get_tokenizer": "vmoe.models.factory",
     "list_models": "vmoe.models.spec",
     "lora_config": "vmoe.training.lora",
@@ -70,6 +72,7 @@ __all__ = [
     "create_model",
     "create_model_and_transforms",
     "densify",
+    "export_model",
     "get_tokenizer",
     "list_models",
     "lora_config",

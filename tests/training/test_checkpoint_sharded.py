@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 import vmoe
-from vmoe.cli.export import export
 from vmoe.evaluation.loaded_model import weights_fingerprint
+from vmoe.export.weights import export
 from vmoe.models.serialization import StoredTensors, WeightsError, find_weights
 
 MESHES = ["2 copies, ep 2", "ep 4", "fsdp 2, ep 2", "ddp"]

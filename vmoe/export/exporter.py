@@ -1,0 +1,138 @@
+"""`export_model`: a model or the weights of a run as a file of any format, compared with the model after writing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+from torch import nn
+
+from vmoe.export.check import TOLERANCE, Difference, differences, exceeds
+from vmoe.export.onnx import check_onnx, write_onnx
+from vmoe.export.part import take_part
+from vmoe.export.program import trace, write_package, write_program
+from vmoe.export.weights import cannot_write, check_output, describe, export, source_weights
+from vmoe.models.factory import create_model, save_pretrained
+from vmoe.models.serialization import WeightsError, read_pretrained_metadata
+from vmoe.models.spec import IMAGE_TEXT_NAMES
+from vmoe.utils.files import atomic_file
+
+
+class Options(NamedTuple):
+    """What a format may be asked for."""
+
+    part: str | None = None
+    compile: bool = False
+    extra: dict | None = None  # facts of the weights' file, such as class names
+
+
+class Exported(NamedTuple):
+    """What was written."""
+
+    read: str  # where the weights are from, and which they are
+    differences: list[Difference]  # from the model; empty for a format that holds only weights
+
+
+def _write_safetensors(model: nn.Module, output: Path, options: Options) -> list[Difference]:
+    save_pretrained(model, output, options.extra)
+    return []
+
+
+def _write_pt2(model: nn.Module, output: Path, options: Options) -> list[Difference]:
+    return _write_graph(model, output, options, write_package if options.compile else write_program)
+
+
+def _write_onnx(model: nn.Module, output: Path, options: Options) -> list[Difference]:
+    return _write_graph(model, output, options, write_onnx)
+
+
+def _write_graph(model: nn.Module, output: Path, options: Options, write: Callable) -> list[Difference]:
+    """Writes a program beside `output`, compares it with the model, and gives it its name if they agree."""
+    part = take_part(model, options.part)
+    if write is write_onnx:
+        check_onnx(part)
+    metadata = {"inputs": part.inputs, "outputs": part.outputs, "preprocess": part.preprocess}
+    metadata["extra"] = options.extra or {}
+    if part.contrastive:
+        metadata["logit_scale"] = model.logit_scale.exp().item()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(output) as draft:
+        rows = differences(part, write(part, trace(part), metadata, draft))
+        if (worst := exceeds(rows)) is not None:
+            raise ValueError(
+                f"{output} is not written: for a batch of {worst.batch} its {worst.output} would differ from the "
+                f"model's by {worst.relative:.1e} of the largest, more than {TOLERANCE:.0e}; please report this model"
+            )
+    return rows
+
+
+class Format(NamedTuple):
+    suffix: str  # of the file; "": a folder
+    write: Callable[[nn.Module, Path, Options], list[Difference]]
+
+
+FORMATS = {
+    "safetensors": Format(".safetensors", _write_safetensors),
+    "pt2": Format(".pt2", _write_pt2),
+    "onnx": Format(".onnx", _write_onnx),
+}
+
+
+def export_model(
+    source: nn.Module | str | Path,
+    output: str | Path,
+    format: str = "safetensors",
+    *,
+    raw: bool = False,
+    part: str | None = None,
+    compile: bool = False,
+) -> Exported:
+    """Writes a model as a file, atomically: it is loaded again and compared with the model before it takes its name.
+
+    Args:
+        source: a model, the folder of a run or checkpoint, a safetensors file, or a model's name (new weights). The
+            moving average of a run's weights is taken, which `eval.py` measures.
+        output: the file, with the format's suffix; it is replaced if it exists.
+        format: "safetensors" (weights and settings), "pt2" (`torch.export`) or "onnx".
+        raw: the trained weights of a run, instead of their moving average.
+        part: "image", "text" or "both" of an image-text model, for "pt2" and "onnx"; None: all.
+        compile: "pt2" as a package of AOTInductor, compiled for this machine.
+
+    ValueError: no such source or format, a model that the format cannot hold, or a file that cannot be written or
+    differs from the model by more than 1e-5 of the largest output. ModuleNotFoundError: a package is missing.
+    """
+    output = Path(output)
+    if format not in FORMATS:
+        raise ValueError(f"--format {format}: choose one of {', '.join(FORMATS)}")
+    if compile and format != "pt2":
+        raise ValueError(f"--compile makes a package of the format pt2, not {format}; leave it out or choose pt2")
+    if part is not None and format not in ("pt2", "onnx"):
+        raise ValueError(f"--part is for the formats pt2 and onnx, {format} holds the whole model; leave it out")
+    if format == "safetensors" and not isinstance(source, nn.Module) and not _is_name(source):
+        weights = export(source, output, raw)  # without building the model
+        return Exported(f"{weights}: {describe(weights)}", [])
+    check_output(output, FORMATS[format].suffix)
+    model, read, extra = _load(source, raw)
+    try:
+        return Exported(read, FORMATS[format].write(model, output, Options(part, compile, extra)))
+    except OSError as error:
+        raise cannot_write(output, error) from error
+
+
+def _is_name(source: str | Path) -> bool:
+    return not Path(source).exists() and (str(source) in IMAGE_TEXT_NAMES or timm.is_model(str(source)))
+
+
+def _load(source: nn.Module | str | Path, raw: bool) -> tuple[nn.Module, str, dict]:
+    """(the model, where its weights are from, further facts of their file)."""
+    if isinstance(source, nn.Module) or _is_name(source):
+        if raw:
+            raise WeightsError(f"--raw takes the weights of a run, and {source} is none; leave it out")
+        if isinstance(source, nn.Module):
+            return source, f"{type(source).__name__}: the weights that it has now", {}
+        return create_model(str(source)), f"{source}: new weights, since this is a model's name", {}
+    weights = source_weights(source, raw)
+    model, extra = create_model(pretrained=weights), read_pretrained_metadata(weights)["extra"]
+    return model, f"{weights}: {describe(weights)}", extra

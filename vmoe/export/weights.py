@@ -1,0 +1,80 @@
+"""A checkpoint of any run, sharded or not, as one safetensors file. The tensors pass from mapped files to a mapped
+file, so the memory need not hold the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vmoe.models.manifest import is_checkpoint
+from vmoe.models.serialization import (
+    SETTINGS_NAME,
+    StoredTensors,
+    WeightsError,
+    checkpoint_weights,
+    find_weights,
+    mapped_safetensors,
+    safetensors_metadata,
+)
+
+
+def check_output(output: Path, suffix: str) -> None:
+    """WeightsError: the name has another suffix, is a folder's, or lies in a checkpoint."""
+    if output.suffix != suffix:
+        raise WeightsError(f"--output {output}: give a name that ends with {suffix}")
+    if output.is_dir():
+        raise WeightsError(f"--output {output} is a folder; give the name of a new file")
+    for folder in output.resolve().parents:
+        if is_checkpoint(folder):
+            problem = f"lies in the checkpoint {folder}, which another file would damage"
+            raise WeightsError(f"--output {output} {problem}; give another folder")
+
+
+def cannot_write(output: Path, error: OSError) -> WeightsError:
+    """What to tell the user about an error of the disk."""
+    reason = f"({error.strerror or error}); free some space or choose another folder"
+    return WeightsError(f"{output} cannot be written {reason}")
+
+
+def source_weights(source: str | Path, raw: bool) -> Path:
+    """The weights that `eval.py` reads for a run or checkpoint; with `raw` those without a moving average."""
+    if raw and Path(source).is_file():
+        raise WeightsError(f"{source} is one file, so --raw has no other weights to take; leave it out")
+    weights = find_weights(source)  # compares the checkpoint with its checksums
+    return checkpoint_weights(weights.parent) if raw else weights
+
+
+def describe(weights: Path) -> str:
+    """Which weights these are, for the user."""
+    if not is_checkpoint(weights.parent):
+        return "the weights of that file"
+    average = checkpoint_weights(weights.parent, average=True)
+    if average is None:
+        return "the weights, which eval.py measures too; the run kept no moving average of them"
+    if weights != average:
+        return "the weights as they were trained, not their moving average, which eval.py measures"
+    return "the moving average of the weights, which eval.py measures too; --raw exports the weights themselves"
+
+
+def export(source: str | Path, output: str | Path, raw: bool = False) -> Path:
+    """Writes a checkpoint's weights as one safetensors file, atomically; returns the file or folder that was read.
+
+    `source` is a run's folder (its newest undamaged checkpoint), or a checkpoint's; `output` is replaced if it exists;
+    `raw` takes the trained weights, even if the run kept a moving average of them. WeightsError: no such weights, they
+    are damaged, or the file cannot be written there.
+    """
+    output = Path(output)
+    check_output(output, ".safetensors")
+    if Path(source).is_file():
+        raise WeightsError(f"{source} is one file already; give the folder of a run or of a checkpoint")
+    if (Path(source) / SETTINGS_NAME).is_file():
+        raise WeightsError(
+            f"{source} is one part of a checkpoint; give the checkpoint's folder, and --raw for its model"
+        )
+    weights = source_weights(source, raw)
+    stored = StoredTensors(weights)
+    try:
+        with mapped_safetensors(output, stored.shapes, stored.dtypes, safetensors_metadata(weights)) as (tensors, _):
+            stored.read_into(tensors)
+    except OSError as error:
+        raise cannot_write(output, error) from error
+    return weights
