@@ -59,6 +59,7 @@ def test_nothing_fits(capsys):
         (["--gpus_per_node", "3"], "cannot share it evenly; set it to 255"),
         (["--model.name", "limoe_tinny_patch8_48"], "did you mean 'limoe_tiny_patch8_48'"),
         (["--task", "classification"], "needs a classifier"),
+        (["--lora.targets", '["experts"]'], "lora.targets cannot be planned; leave it out"),
         (["--hardware.speed", "3"], "unknown key 'hardware.speed'"),
     ],
 )

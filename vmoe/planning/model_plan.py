@@ -45,6 +45,8 @@ class Unit:
 
 def make_model(config: Config) -> tuple[nn.Module, list[str]]:
     """(the model of a config on the meta device in training mode, what the config leaves open); reads no weights."""
+    if config.lora.targets:
+        raise ConfigError("lora.targets cannot be planned; leave it out to plan the training of all weights")
     notes: list[str] = []
     name, kwargs, upcycled = config.model.name, dict(config.model.kwargs), [config.model.upcycle]
     if name is None:  # the file says which model it holds

@@ -24,6 +24,7 @@ from vmoe.models.serialization import checkpoint_weights
 from vmoe.models.upcycle_optimizer import upcycle_optimizer
 from vmoe.training.checkpoint import load_checkpoint
 from vmoe.training.config import Config, OptimConfig
+from vmoe.training.lora import add_lora
 from vmoe.training.muon import Muon, divide_stacks, not_for_muon
 from vmoe.utils.config import ConfigError, read_config
 
@@ -53,6 +54,16 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(f"train.freeze {list(patterns)} leaves nothing to train")
     return frozen
+
+
+def choose_trained(model: nn.Module, config: Config) -> None:
+    """Adds the adapters of a config, and freezes what it freezes; a ConfigError if the model has no such part."""
+    if (lora := config.lora).targets:
+        try:
+            add_lora(model, lora.targets, lora.r, lora.alpha)
+        except ValueError as error:
+            raise ConfigError(f"lora.targets: {error}") from error
+    freeze(model, config.train.freeze)
 
 
 def param_groups(

@@ -51,8 +51,7 @@ from vmoe.training.logger import (
     routing_metrics,
     say,
 )
-from vmoe.training.lora import add_lora
-from vmoe.training.optim import carry_over_optimizer, create_ema, create_optimizer, create_schedule, freeze
+from vmoe.training.optim import carry_over_optimizer, choose_trained, create_ema, create_optimizer, create_schedule
 from vmoe.training.run_dir import (
     check_same_settings,
     early_stopping,
@@ -63,7 +62,6 @@ from vmoe.training.run_dir import (
 from vmoe.training.signals import Stopped, StopRequest, interruptible
 from vmoe.training.tasks import create_task, with_steps
 from vmoe.training.wandb_logger import WandbLog, check_wandb
-from vmoe.utils.config import ConfigError
 from vmoe.utils.files import atomic_file
 from vmoe.utils.tables import make_console
 from vmoe.utils.world import world
@@ -127,7 +125,8 @@ class Trainer:
         self.best = BestWatch(config.train.keep_best, config.train.patience, self.task.metric_names)
         self.model = self._create_model(checkpoint)
         self.profile = model_profile(self.model)
-        self._choose_trained()
+        choose_trained(self.model, config)
+        self.model.train()  # again: a locked tower stays in evaluation mode
         self._parallelize()
         self._create_optimizer(new=checkpoint is None)
         transform = build_transform(preprocess_config(self.model), config.data.augmentation)
@@ -162,15 +161,6 @@ class Trainer:
         if self.config.train.grad_checkpointing:
             model.set_grad_checkpointing()
         return model
-
-    def _choose_trained(self) -> None:
-        if (lora := self.config.lora).targets:
-            try:
-                add_lora(self.model, lora.targets, lora.r, lora.alpha)
-            except ValueError as error:
-                raise ConfigError(f"lora.targets: {error}") from error
-        freeze(self.model, self.config.train.freeze)
-        self.model.train()  # again: a locked tower stays in evaluation mode
 
     def _parallelize(self) -> None:
         shard = None
