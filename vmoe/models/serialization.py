@@ -225,10 +225,10 @@ def load_weights(
     stored = source if isinstance(source, StoredTensors) else StoredTensors(source)
     metadata = parse_json(safetensors_metadata(stored.source).get(METADATA_KEY, "{}"))
     own, shapes = model.state_dict(), dict(stored.shapes)
-    if new_head:
-        for name in _new_head(model, own, stored):
-            shapes.pop(name, None)
-            own.pop(name, None)
+    new = _new_head(model, own, stored) if new_head else []
+    for name in new:
+        shapes.pop(name, None)
+        own.pop(name, None)
     resized = _resized_positions(model, own, stored, metadata) if new_size else {}
     shapes |= {name: tensor.shape for name, tensor in resized.items()}
     misfits = {
@@ -244,6 +244,8 @@ def load_weights(
         raise WeightsError(_misfit(model, stored.source, metadata, misfits))
     if any(tensor.is_meta for tensor in own.values()):
         return  # another process holds the weights; here they only had to fit
+    # For what a training run says of its weights.
+    model.vmoe_loaded = {"source": str(stored.source), "tensors": len(own), "new": new, "resized": sorted(resized)}
     stored.read_into({name: own[name] for name in own if name not in resized})
     for name, tensor in resized.items():
         own[name].copy_(tensor)

@@ -60,6 +60,7 @@ from vmoe.training.run_dir import (
     locked_folder,
 )
 from vmoe.training.signals import Stopped, StopRequest, interruptible
+from vmoe.training.start import start_lines
 from vmoe.training.tasks import create_task, with_steps
 from vmoe.training.wandb_logger import WandbLog, check_wandb
 from vmoe.utils.files import atomic_file
@@ -141,6 +142,9 @@ class Trainer:
             self.best.load(self.progress.get("best"))
             self.schedule.step_update(self.step)
             say(console, f"{self.run}: continuing after step {self.step}")
+        if self.first:
+            for line in start_lines(config, self.task, self.model, self.profile, device, self.precision):
+                say(console, line)
         self.batches = Prefetch(loader, config.train.accumulate_steps)
         self.skipped = 0  # consecutive steps that the fp16 gradient scaler skipped
         self.images, self.seconds = 0, 0.0  # since the last logged step

@@ -1,0 +1,47 @@
+"""What a run says of itself before its first step: device, data, length, model, and which weights were loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from vmoe.training.config import Config
+from vmoe.training.tasks import Task
+from vmoe.utils.world import world
+
+
+def start_lines(
+    config: Config, task: Task, model: nn.Module, profile: dict[str, Any], device: torch.device, precision: str
+) -> Iterator[str]:
+    """The lines; `config` has its train.steps, and `profile` is that of `model_profile`."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    processes = f", {world()[1]} processes" if world()[1] > 1 else ""
+    yield f"device: {device}{f' ({name})' if name else ''}, {precision}{processes}"
+    sets = {"train": (config.data.train, task.train_data), "val": (config.data.val, task.val_data)}
+    parts = [f"{len(data):,} to {key} ({source.type})" for key, (source, data) in sets.items() if data is not None]
+    classes = task.class_names or (task.val_data and task.val_data.classes)
+    yield f"data: {', '.join(parts)}{f', {len(classes)} classes' if classes else ''}"
+    train, size = config.train, config.data.loader.batch_size
+    images = f"{size}" if train.accumulate_steps == 1 else f"{train.accumulate_steps} x {size}"
+    yield f"steps: {train.steps:,}{f' ({train.epochs:g} epochs)' if train.epochs else ''} of {images} images"
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    frozen = "" if trainable == profile["parameters_total"] else f", {trainable / 1e6:.2f} M trained"
+    total, active = (profile[f"parameters_{kind}"] / 1e6 for kind in ("total", "active"))
+    yield f"model: {task.name}, {total:.2f} M parameters, {active:.2f} M active per token{frozen}"
+    yield f"weights: {'; '.join(_weights(model)) or config.model.pretrained or 'new'}"
+
+
+def _weights(model: nn.Module) -> Iterator[str]:
+    """What `load_weights` noted on a model or on its parts."""
+    for name, module in model.named_modules():
+        loaded = getattr(module, "vmoe_loaded", None)
+        if loaded is None:
+            continue
+        number = f"{loaded['tensors']} tensors" if loaded["new"] else f"all {loaded['tensors']} tensors"
+        text = f"{f'{name}: ' if name else ''}{number} of {loaded['source']}"
+        for key, what in (("new", "new"), ("resized", "resized to the new image size")):
+            text += f", {what}: {', '.join(loaded[key])}" if loaded[key] else ""
+        yield text
