@@ -329,6 +329,25 @@ def test_images_are_found_and_turned_over(page):
     assert page.locator("#page").inner_text() == "page 1 of 2, 30 images"
 
 
+def test_the_worst_mistakes_come_first(browser_page, example_statistics, tmp_path):
+    statistics = example_statistics(num_images=5, num_classes=8)
+    for index, other in ((1, 1), (3, 5)):  # the second of its likeliest names is right, none of them is
+        sample = statistics.samples[index]
+        sample.label = (sample.label + other) % 8
+    page = open_report(browser_page, statistics, tmp_path)
+    shown = "all => all.map(path => Number(path.textContent.slice(7, 11)))"
+    assert page.eval_on_selector_all("#cards .card div > p", shown) == [0, 1, 2, 3, 4]
+    page.select_option("#order", "worst")
+    assert page.eval_on_selector_all("#cards .card div > p", shown) == [3, 1, 0, 2, 4]
+    page.fill("#find", "000")
+    assert page.eval_on_selector_all("#cards .card div > p", shown) == [3, 1, 0, 2, 4]
+    for sample in statistics.samples:
+        sample.label = None
+    page = open_report(browser_page, statistics, tmp_path)
+    assert not page.locator("#order").is_visible()
+    assert page.problems == []
+
+
 def test_text_of_the_data_is_never_html(browser_page, example_statistics, tmp_path):
     statistics = example_statistics(num_images=3, num_classes=3)
     statistics.checkpoint = statistics.data = NASTY

@@ -116,8 +116,19 @@ def _sample_data(statistics: RoutingStatistics, sample: SampleRouting) -> dict[s
         "top": [[name, float(probability)] for name, probability in sample.top_classes],
         # Index of the right name in "top", or null. Names may be alike, or longer than the class's.
         "right": sample.top_labels.index(label) if label in sample.top_labels else None,
+        "mistake": _mistake(sample),
         "source": _image_source(sample.image),
     }
+
+
+def _mistake(sample: SampleRouting) -> float | None:
+    """How wrong the model is, -1..1: the probability of the likeliest wrong class less that of the right one (0 where
+    it is not among the likeliest); above 0 is a mistake. None: it is not known."""
+    if sample.label is None or not sample.top_labels:
+        return None
+    shares = {label: float(share) for label, (_, share) in zip(sample.top_labels, sample.top_classes)}
+    right = shares.pop(sample.label, 0.0)
+    return max(shares.values(), default=0.0) - right
 
 
 def _layer_data(layer: LayerStatistics, num_typical: int) -> dict[str, Any]:

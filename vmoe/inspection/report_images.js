@@ -219,7 +219,10 @@ function makeCard(sample) {
 function findImages() {
   const wanted = byId("find").value.trim().toLowerCase();
   const text = ({ path, class: label, caption, top }) => [path, label, caption, top[0]?.[0]].filter(Boolean).join("\n");
-  return range(DATA.samples.length).filter((index) => text(DATA.samples[index]).toLowerCase().includes(wanted));
+  const found = range(DATA.samples.length).filter((index) => text(DATA.samples[index]).toLowerCase().includes(wanted));
+  if (byId("order").value !== "worst") return found;
+  const mistake = (index) => DATA.samples[index].mistake ?? -Infinity;
+  return found.sort((a, b) => (mistake(a) === mistake(b) ? a - b : mistake(b) - mistake(a)));
 }
 
 function drawImages() {
@@ -239,10 +242,13 @@ function drawImages() {
 }
 
 function startImages() {
-  byId("find").addEventListener("input", () => {
-    page = 0;
-    drawImages();
-  });
+  for (const id of ["find", "order"]) {
+    byId(id).addEventListener("input", () => {
+      page = 0;
+      drawImages();
+    });
+  }
+  byId("order-label").hidden = DATA.samples.every(({ mistake }) => mistake === null);
   for (const [id, step] of [["previous", -1], ["next", 1]]) {
     byId(id).addEventListener("click", () => {
       page += step;

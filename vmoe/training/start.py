@@ -20,9 +20,10 @@ def start_lines(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     processes = f", {world()[1]} processes" if world()[1] > 1 else ""
     yield f"device: {device}{f' ({name})' if name else ''}, {precision}{processes}"
-    sets = {"train": (config.data.train, task.train_data), "val": (config.data.val, task.val_data)}
-    parts = [f"{len(data):,} to {key} ({source.type})" for key, (source, data) in sets.items() if data is not None]
-    classes = task.class_names or (task.val_data and task.val_data.classes)
+    sets = {"images to train on": (config.data.train, task.train_data)}
+    sets |= {"to evaluate on": (config.data.val, task.val_data)}
+    parts = [f"{len(data):,} {key} ({source.type})" for key, (source, data) in sets.items() if data is not None]
+    classes = task.class_names if config.task == "classification" else task.val_data and task.val_data.classes
     yield f"data: {', '.join(parts)}{f', {len(classes)} classes' if classes else ''}"
     train, size = config.train, config.data.loader.batch_size
     images = f"{size}" if train.accumulate_steps == 1 else f"{train.accumulate_steps} x {size}"
