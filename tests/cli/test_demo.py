@@ -14,7 +14,11 @@ from PIL import Image
 
 import vmoe
 from vmoe.cli import demo, demo_page
+from vmoe.data import LoaderConfig
+from vmoe.data.dataset import ImageFiles
+from vmoe.evaluation.embeddings import embed_images
 from vmoe.evaluation.loaded_model import load_model
+from vmoe.evaluation.search import SearchIndex
 from vmoe.models.factory import save_pretrained
 
 CLASSES = ["animal", "<i>plant</i>", "thing"]
@@ -251,3 +255,27 @@ def test_errors_of_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert demo.main(["--checkpoint", file]) == 1
     assert "the demo needs the package gradio: pip install -e '.[demo]'" in capsys.readouterr().err
+
+
+def test_search_in_an_index(folder, open_demo, browser, photo):
+    pytest.importorskip("gradio", reason="needs Gradio (pip install -e '.[demo]')")
+    torch.manual_seed(0)
+    model = vmoe.create_model("limoe_tiny_patch8_48", width=32, embed_dim=16, **TINY)
+    save_pretrained(model, folder / "searched.safetensors")
+    loaded = load_model(str(folder / "searched.safetensors"), "cpu")
+    Image.new("RGB", (60, 40), "red").save(folder / "red.png")
+    images = ImageFiles(folder, ["photo.png", "red.png"])
+    embed_images(loaded, images, folder / "index.npz", LoaderConfig(num_workers=0))
+    index = SearchIndex(folder / "index.npz", device="cpu")
+    app = demo_page.build_app(loaded, index=index)
+    page = open_demo(demo_page.launch(app))
+    page.get_by_role("tab", name="Search").click()
+    page.get_by_label("What the images show").fill("a red apple")
+    page.get_by_role("button", name="Search").click()
+    page.get_by_role("table", name="Found images").wait_for()
+    assert rows(page, "Found images") == {f"{hit.score:.4f}": [hit.path] for hit in index.by_text("a red apple")}
+    assert page.get_by_role("button", name="Thumbnail").count() == 2
+    page.get_by_label("What the images show").fill(" ")
+    page.get_by_role("button", name="Search").click()
+    page.get_by_text("Give either a text or an image.").wait_for()
+    app.close(verbose=False)

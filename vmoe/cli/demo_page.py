@@ -120,14 +120,20 @@ def _search_tab(gr: Any, index: SearchIndex) -> None:
             button = gr.Button("Search", variant="primary")
         with gr.Column(scale=4, min_width=320):
             gallery = gr.Gallery(label=f"Among {len(index.embeddings.paths):,} images", columns=4, format="png")
-            table = gr.Dataframe(headers=["score", "path", "caption", "label"], interactive=False)
+            table = gr.HTML(padding=False)
 
-    def search(text: str, image: Image.Image | None, top: int) -> tuple[list, list]:
+    def search(text: str, image: Image.Image | None, top: int) -> tuple[list, str]:
         if (image is None) == (not text.strip()):
             raise ValueError("Give either a text or an image.")
         hits = index.by_text(text, top) if image is None else index.by_image(image, top)
-        rows = [[round(hit.score, 4), hit.path, hit.caption or "", hit.label or ""] for hit in hits]
-        return [(shown, f"{hit.score:.3f}") for hit in hits if (shown := _thumbnail(hit.path))], rows
+        rows = "".join(
+            f"<tr><td>{hit.score:.4f}</td>"
+            + "".join(f'<td class="name">{html.escape(text or "")}</td>' for text in (hit.path, hit.caption, hit.label))
+            + "</tr>"
+            for hit in hits
+        )
+        shown = [(image, f"{hit.score:.3f}") for hit in hits if (image := _thumbnail(hit.path))]
+        return shown, f'<div class="experts"><table aria-label="Found images"><tbody>{rows}</tbody></table></div>'
 
     private = {"api_visibility": "private", "trigger_mode": "always_last"}
     gr.on([button.click, text.submit], _answer(gr, search), [text, image, top], [gallery, table], **private)
