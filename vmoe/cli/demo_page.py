@@ -111,7 +111,7 @@ def _image_input(gr: Any, label: str, loaded: LoadedModel) -> gradio.Image:
 
 
 def _search_tab(gr: Any, index: SearchIndex) -> None:
-    has_text = index.model.tokenizer is not None
+    has_text, reading = index.model.tokenizer is not None, Reading(index.model.exif_orientation)
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             text = gr.Textbox(label="What the images show", lines=1, visible=has_text)
@@ -132,17 +132,17 @@ def _search_tab(gr: Any, index: SearchIndex) -> None:
             + "</tr>"
             for hit in hits
         )
-        shown = [(image, f"{hit.score:.3f}") for hit in hits if (image := _thumbnail(hit.path))]
+        shown = [(image, f"{hit.score:.3f}") for hit in hits if (image := _thumbnail(hit.path, reading))]
         return shown, f'<div class="experts"><table aria-label="Found images"><tbody>{rows}</tbody></table></div>'
 
     private = {"api_visibility": "private", "trigger_mode": "always_last"}
     gr.on([button.click, text.submit], _answer(gr, search), [text, image, top], [gallery, table], **private)
 
 
-def _thumbnail(path: str) -> Image.Image | None:
+def _thumbnail(path: str, reading: Reading) -> Image.Image | None:
     """An image of the index; None if it is in no file of its own (a shard), or no longer there."""
     try:
-        image = load_image(path)
+        image = load_image(path, reading=reading)
     except BadSample:
         return None
     image.thumbnail((320, 320))
