@@ -17,9 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-import vmoe
-import vmoe.models.flops  # completes flop_registry
 from vmoe.models.factory import is_contrastive, preprocess_config
+from vmoe.moe import record_routing
 from vmoe.moe.experts import Experts
 from vmoe.moe.router import is_recomputation
 from vmoe.training.config import OptimConfig
@@ -123,7 +122,7 @@ def simulate_step(model: nn.Module, batch_size: int, loss: str = "softmax", num_
             batch = [torch.empty(batch_size, *preprocess_config(model)["input_size"], device="meta")]
             if is_contrastive(model):
                 batch.append(torch.empty(batch_size, model.context_length, dtype=torch.long, device="meta"))
-            with vmoe.record_routing(model) as record:
+            with record_routing(model) as record:
                 output = model(*batch)
             total = task_loss(output, loss, num_processes) + record.auxiliary_loss()
             del output, record

@@ -22,7 +22,6 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor, nn
 
-import vmoe
 from vmoe.data import TrainLoader, build_transform, train_loader
 from vmoe.data.seeding import derive_seed
 from vmoe.distributed import process_group
@@ -34,7 +33,7 @@ from vmoe.models.factory import preprocess_config
 from vmoe.models.flops import model_profile
 from vmoe.models.manifest import list_checkpoints, step_of
 from vmoe.models.serialization import WeightsError, checkpoint_weights
-from vmoe.moe import RoutingRecord
+from vmoe.moe import RoutingRecord, record_routing, update_expert_bias
 from vmoe.training.best import BestWatch
 from vmoe.training.checkpoint import Checkpointer, CheckpointError, link_best, load_checkpoint
 from vmoe.training.config import Config, flat_settings, to_yaml
@@ -278,7 +277,7 @@ class Trainer:
     ) -> tuple[Tensor, Tensor, RoutingRecord]:
         """(loss with the auxiliary losses, loss of the task, routing record) of a batch of the present step."""
         number = self._seed(part)
-        with vmoe.record_routing(self.model) as record, arithmetic(self.precision, self.device):
+        with record_routing(self.model) as record, arithmetic(self.precision, self.device):
             if together is None:
                 loss = self.task.loss(module, batch, number)
             else:
@@ -296,7 +295,7 @@ class Trainer:
         outputs, buffers = [], [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         for part, batch in enumerate(batches):
             self._seed(part)
-            with torch.no_grad(), vmoe.record_routing(self.model), arithmetic(self.precision, self.device):
+            with torch.no_grad(), record_routing(self.model), arithmetic(self.precision, self.device):
                 outputs.append(self.task.outputs(self.forward, batch))
         for buffer, before in buffers:
             buffer.copy_(before)
@@ -308,7 +307,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
         self.schedule.step_update(self.step)
-        vmoe.update_expert_bias(self.model)
+        update_expert_bias(self.model)
         self.task.after_step(self.model)
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)

@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import sys
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral, Real
@@ -21,6 +20,8 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from yaml import YAMLError
 
+from vmoe.utils.config_help import format_help
+from vmoe.utils.config_types import fields_of, inside, members_of, section_of, type_name
 from vmoe.utils.files import UnsafeYaml, parse_yaml, read_yaml
 from vmoe.utils.printable import printable
 
@@ -109,8 +110,6 @@ def check_types(settings: Any, prefix: str = "") -> None:
 
 
 def _print_help(config_class: type, argv: Sequence[str], prog: str, description: str) -> NoReturn:
-    from vmoe.utils.config_help import format_help
-
     words = [*argv, ""]
     topic = words[next(index for index, word in enumerate(words) if word in HELP) + 1]
     try:
@@ -140,7 +139,7 @@ def _tree_of(key: str, text: str, config_class: type) -> dict[str, Any]:
     if any("\ud800" <= character <= "\udfff" for character in key + text):  # what a byte that is no UTF-8 comes as
         raise ConfigError(f"{shown}: not UTF-8; use characters that are")
     names = key.split(".")
-    annotation = functools.reduce(_inside, names, config_class)
+    annotation = functools.reduce(inside, names, config_class)
     if annotation is None:
         raise ConfigError(f"command line: {_unknown(key, config_class)}")
     try:
@@ -149,7 +148,7 @@ def _tree_of(key: str, text: str, config_class: type) -> dict[str, Any]:
         raise ConfigError(f"{shown}: {error.problem}") from None
     except (YAMLError, ValueError):
         value = text
-    kinds = {typing.get_origin(member) or member for member in _members(annotation)}
+    kinds = {typing.get_origin(member) or member for member in members_of(annotation)}
     if str in kinds and type(value) not in kinds - {str}:
         value = text  # as the shell gives it
     return functools.reduce(lambda tree, name: {name: tree}, reversed(names), value)
@@ -158,7 +157,7 @@ def _tree_of(key: str, text: str, config_class: type) -> dict[str, Any]:
 def _merge(settings: dict[str, Any], update: dict[str, Any], config_class: type | None, depth: int) -> None:
     """Puts `update` over the settings: sections, and dictionaries of the first levels, by key; other values whole."""
     for name, value in update.items():
-        section = section_of(_inside(config_class, name))
+        section = section_of(inside(config_class, name))
         if isinstance(value, dict) and isinstance(settings.get(name), dict) and (section or depth > 1):
             _merge(settings[name], value, section, depth - 1)
         else:
@@ -198,31 +197,6 @@ def _known_keys(config_class: type, prefix: str) -> Iterator[str]:
 _INSTANCES = {int: Integral, float: Real, str: (str, os.PathLike), dict: Mapping}
 
 
-@functools.cache
-def fields_of(config_class: type) -> dict[str, Any]:
-    """{name: type} of the settings of a dataclass."""
-    hints = typing.get_type_hints(config_class)
-    return {field.name: hints[field.name] for field in dataclasses.fields(config_class) if field.init}
-
-
-def _members(annotation: Any) -> tuple[Any, ...]:
-    """The types of a union; of another type itself."""
-    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    return typing.get_args(annotation) if is_union else (annotation,)
-
-
-def section_of(annotation: Any) -> type | None:
-    """The dataclass behind a field's type (`Sub`, `Sub | None`), else None."""
-    return next((member for member in _members(annotation) if dataclasses.is_dataclass(member)), None)
-
-
-def _inside(annotation: Any, name: str) -> Any:
-    """The type of a key in a setting: of a section's field, Any in a free-form setting; None: there is no such key."""
-    if section := section_of(annotation):
-        return fields_of(section).get(name)
-    return Any if annotation is Any or dict in map(typing.get_origin, _members(annotation)) else None
-
-
 def _converted_section(settings: Any, config_class: type, prefix: str = "") -> dict[str, Any]:
     """Settings (a dictionary, or the dataclass itself) with values as their types have them; raises ConfigError."""
     fields = fields_of(config_class)
@@ -236,7 +210,7 @@ def _converted_section(settings: Any, config_class: type, prefix: str = "") -> d
 
 def _converted(name: str, value: Any, annotation: Any) -> Any:
     """A value as its type has it: sections with converted values, a list as tuple, an integer as float."""
-    for member in _members(annotation):
+    for member in members_of(annotation):
         kind, entries = typing.get_origin(member) or member, typing.get_args(member)
         if dataclasses.is_dataclass(kind):
             if isinstance(value, (dict, kind)):
@@ -251,15 +225,8 @@ def _converted(name: str, value: Any, annotation: Any) -> Any:
         elif isinstance(value, _INSTANCES.get(kind, kind)) and (kind is bool or not isinstance(value, bool)):
             return float(value) if kind is float and isinstance(value, int) else value
     shown = f"{name} must be {type_name(annotation)}, got {printable(repr(value))}"
-    remedy = _remedy(name, _members(annotation), value)
+    remedy = _remedy(name, members_of(annotation), value)
     raise ConfigError(f"{shown}; {printable(remedy)}" if remedy else shown)
-
-
-def type_name(annotation: Any) -> str:
-    """A setting's type as written in its dataclass."""
-    if section := section_of(annotation):
-        return f"a section with the keys {', '.join(fields_of(section))}"
-    return annotation.__name__ if type(annotation) is type else str(annotation).replace("typing.", "")
 
 
 def _remedy(name: str, members: tuple[Any, ...], value: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from docstring_parser import parse
 
-from vmoe.utils.config import fields_of, section_of, type_name
+from vmoe.utils.config_types import fields_of, section_of, type_name
 
 
 class Setting(NamedTuple):
