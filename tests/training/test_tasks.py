@@ -2,16 +2,20 @@ import math
 import shutil
 from pathlib import Path
 
+import open_clip
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from timm.models._hub import save_for_hf
 
 from vmoe.data import build_transform, train_loader
 from vmoe.models.factory import create_model, preprocess_config, save_pretrained
 from vmoe.models.manifest import list_checkpoints
+from vmoe.models.serialization import WeightsError
 from vmoe.moe import quantize_experts
 from vmoe.training.config import Config, to_yaml
 from vmoe.training.optim import freeze
@@ -67,6 +71,68 @@ def test_weights_for_inference_alone_are_refused(make_config, tmp_path):
 
 SIGLIP = 4.77  # log of the logit scale of Google's SigLIP B/16, about 118
 TOP = math.log(100)
+
+
+def test_weights_of_another_architecture_name_the_remedy(make_config, tmp_path):
+    file = tmp_path / "m.safetensors"
+    save_pretrained(create_task(make_config("contrastive")).create_model(None), file)
+    task = create_task(make_config("classification", **{"model.pretrained": file}))
+    with pytest.raises(ConfigError) as error:
+        task.create_model(str(file))
+    assert str(error.value) == (
+        f"model.pretrained {file} holds limoe_tiny_patch8_48, which does not fit model.name vmoe_tiny_patch8_48: "
+        "pass --model.name null to take the architecture of the file"
+    )
+
+
+def test_weights_that_cannot_be_downloaded_are_one_sentence(make_config, monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no network\nat all")
+
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", offline)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
+    for name in ("vit_tiny_patch16_224.augreg_in21k", "hf-hub:timm/vit_tiny_patch16_224.augreg_in21k"):
+        task = create_task(make_config("classification", **{"model.name": None, "model.pretrained": name}))
+        task.config.model.kwargs.clear()
+        with pytest.raises(
+            WeightsError, match=rf"^weights of {name} cannot be downloaded \(no network\): check .* file$"
+        ):
+            task.create_model(name)
+
+
+def test_a_vit_of_timm_by_its_name_is_upcycled_and_trained(make_config, tmp_path, monkeypatch):
+    name, small = "vit_tiny_patch16_224.augreg_in21k", {"depth": 2, "embed_dim": 32, "num_heads": 2}
+    torch.manual_seed(0)
+    dense = timm.create_model(name, num_classes=7, **small)
+    save_for_hf(dense, tmp_path / "hub", safe_serialization=True)
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", lambda *repo, filename, **kw: tmp_path / "hub" / filename)
+    upcycle = {"model.upcycle.num_experts": 4, "model.upcycle.layers": "[1]", "train.steps": 1, "optim.lr": 1e-9}
+    config = make_config("classification", **{"model.name": None, "model.pretrained": name, **upcycle})
+    config.model.kwargs = {**small, "img_size": 32}
+    train(config)
+    model = create_model(pretrained=str(tmp_path / "run"))
+    assert model.head.out_features == len(create_task(config).class_names)
+    torch.testing.assert_close(model.blocks[0].attn.qkv.weight, dense.blocks[0].attn.qkv.weight)
+    torch.testing.assert_close(model.blocks[1].mlp.experts.fc1.weight[2], dense.blocks[1].mlp.fc1.weight)
+
+
+def test_a_clip_of_open_clip_by_its_name_and_tag_is_upcycled_and_trained(make_config, tmp_path, monkeypatch):
+    vision = {"image_size": 16, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16}
+    text = {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-clip-to-train", config)
+    dense = open_clip.create_model("tiny-clip-to-train")
+    save_file(dense.state_dict(), tmp_path / "clip.safetensors")
+    tags = {"mine": {"file": str(tmp_path / "clip.safetensors")}}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-clip-to-train", tags)
+    upcycle = {"model.upcycle.num_experts": 4, "model.upcycle.layers": "[1]", "train.steps": 1, "optim.lr": 1e-9}
+    config = make_config("contrastive", **{"model.pretrained": "mine", **upcycle})
+    config.model.name, config.model.kwargs = "tiny-clip-to-train", {}
+    train(config)
+    model = create_model(pretrained=str(tmp_path / "run"))
+    torch.testing.assert_close(model.token_embedding.weight, dense.token_embedding.weight)
+    config.train.steps = 2
+    train(config)  # continues from the checkpoint
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vmoe.models.hub_layout import SOURCES, cannot_download
 from vmoe.models.limoe import LIMOE_CONFIGS
-from vmoe.models.open_clip_models import is_open_clip, is_open_clip_tag, load_open_clip, open_clip_settings
+from vmoe.models.open_clip_models import is_open_clip, load_tag, tag_settings
 from vmoe.models.preprocess import in_chans, preprocess_config, set_preprocess
 from vmoe.models.serialization import (
     METADATA_KEY,
@@ -105,26 +105,29 @@ def _new_model(name: str, kwargs: dict) -> nn.Module:
     return model
 
 
-def _downloaded(name: str | None, source: str, kwargs: dict) -> nn.Module | None:
-    """A model with weights that timm or open_clip download by a name of theirs; None for other sources."""
+def named_weights(name: str | None, source: str) -> tuple[str, str] | None:
+    """(architecture, open_clip's tag or "") of weights that timm or open_clip download by a name of theirs, or None."""
     if source.startswith(SOURCES) or Path(source).exists():
         return None
-    own = name in IMAGE_TEXT_NAMES or (name is not None and timm.is_model(name))
-    architecture, tag = (name, source) if name is not None and ":" not in source else source.partition(":")[::2]
     if timm.is_model(source):
-        architecture, library = source, "timm"
-    elif not own and architecture and tag and is_open_clip_tag(architecture, tag):
-        library = "open_clip"
-    else:
+        return source, ""
+    known = name in IMAGE_TEXT_NAMES or (name is not None and timm.is_model(name))
+    architecture, tag = (name, source) if name is not None and ":" not in source else source.partition(":")[::2]
+    return (architecture, tag) if tag and not known and is_open_clip(architecture, tag) else None
+
+
+def _downloaded(name: str | None, source: str, kwargs: dict) -> nn.Module | None:
+    """A model with weights of `named_weights`; None for other sources."""
+    if (found := named_weights(name, source)) is None:
         return None
+    architecture, tag = found
     if name is not None and name.partition(".")[0] != architecture.partition(".")[0]:
         raise WeightsError(f"{source} names weights of {architecture}, not of {name}: leave the model's name out")
     load = torch.get_default_device().type != "meta"  # else another process holds the weights
     try:
-        if library == "open_clip":
-            kwargs = {**open_clip_settings(architecture, tag), **kwargs}
-            model = build({"name": architecture, "kwargs": kwargs})
-            return load_open_clip(model, architecture, tag) if load else model
+        if tag:
+            model = build({"name": architecture, "kwargs": {**tag_settings(architecture, tag), **kwargs}})
+            return load_tag(model, architecture, tag) if load else model
         return build({"name": source, "kwargs": {**kwargs, "pretrained": load}})
     except ValueError:
         raise

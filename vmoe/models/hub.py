@@ -45,7 +45,7 @@ def save_hub_folder(
     replaced, any other one refused. A ValueError for a model that cannot be saved, or whose images open_clip cannot
     preprocess; a WeightsError if the folder cannot be written. Nothing is half-written.
     """
-    model, folder, extra = unwrap_model(model), Path(folder), dict(extra or {})
+    model, folder, extra = unwrap_model(model), Path(folder).resolve(), dict(extra or {})
     image_text = is_contrastive(model)
     config, weights = OPEN_CLIP if image_text else TIMM
     spec = model_spec(model)

@@ -45,7 +45,7 @@ def _download(source: str, repo: str, revision: str) -> Path:
 
 def cannot_download(source: str, error: Exception) -> str:
     """One sentence about weights that could not be downloaded."""
-    reason = printable((str(error).strip() or type(error).__name__).splitlines()[0])[:200]
+    reason = printable((str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0])[:300]
     return f"weights of {source} cannot be downloaded ({reason}): check the name and the network, or give a file"
 
 

@@ -10,28 +10,21 @@ from vmoe.models.hub_layout import KEY
 from vmoe.models.validation import without_loading
 
 
-def is_open_clip(name: str) -> bool:
-    """A name in open_clip's registry of configs."""
+def is_open_clip(name: str, tag: str = "") -> bool:
+    """A name in open_clip's registry of configs, or a name and the tag of its weights."""
     import open_clip
 
-    return name in open_clip.list_models()
+    return name in open_clip.list_models() and (not tag or open_clip.is_pretrained_cfg(name, tag))
 
 
-def is_open_clip_tag(name: str, tag: str) -> bool:
-    """A tag of open_clip's weights for a name in its registry."""
-    import open_clip
-
-    return is_open_clip(name) and open_clip.is_pretrained_cfg(name, tag)
-
-
-def open_clip_settings(name: str, tag: str) -> dict[str, Any]:
+def tag_settings(name: str, tag: str) -> dict[str, Any]:
     """The settings that the weights of a tag need, beside the config of their name."""
     import open_clip
 
     return {"quick_gelu": True} if open_clip.get_pretrained_cfg(name, tag).get("quick_gelu") else {}
 
 
-def load_open_clip(model: nn.Module, name: str, tag: str) -> nn.Module:
+def load_tag(model: nn.Module, name: str, tag: str) -> nn.Module:
     """A model with open_clip's weights of a tag, which are downloaded, and their preprocessing."""
     import open_clip
     from open_clip.transform import merge_preprocess_dict

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from vmoe.distributed.mesh import MeshSize
-from vmoe.models.factory import create_model, is_contrastive
+from vmoe.models.factory import create_model, is_contrastive, named_weights
 from vmoe.models.serialization import find_weights, read_pretrained_metadata
 from vmoe.models.upcycle import block_mlps, upcycle, upcycle_steps
 from vmoe.moe.experts import Experts
@@ -49,7 +49,9 @@ def make_model(config: Config) -> tuple[nn.Module, list[str]]:
         raise ConfigError("lora.targets cannot be planned; leave it out to plan the training of all weights")
     notes: list[str] = []
     name, kwargs, upcycled = config.model.name, dict(config.model.kwargs), [config.model.upcycle]
-    if name is None:  # the file says which model it holds
+    if name is None and (named := named_weights(None, config.model.pretrained)):
+        name = named[0]
+    elif name is None:  # the file says which model it holds
         metadata = read_pretrained_metadata(find_weights(config.model.pretrained))
         name, kwargs = metadata["name"], {**metadata["kwargs"], **kwargs}
         upcycled = upcycled if any(upcycled) else upcycle_steps(metadata)
