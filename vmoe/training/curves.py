@@ -36,10 +36,10 @@ def draw_curves(run: Path, best: dict[str, Any] | None = None) -> None:
 
 def _draw_panels(panels: dict[str, Curves], file: Path, best: dict[str, Any] | None) -> None:
     width, height = 3.4 * len(panels), 2.6
-    edges = {"left": 0.4 / width, "right": 1 - 0.1 / width, "bottom": 0.45 / height, "top": 1 - 0.25 / height}
+    edges = {"left": 0.5 / width, "right": 1 - 0.1 / width, "bottom": 0.45 / height, "top": 1 - 0.25 / height}
     with look(constrained=False):  # a layout by hand takes half the time
         figure = new_figure(width, height)
-        axes = figure.subplots(1, len(panels), squeeze=False, gridspec_kw={**edges, "wspace": 0.2})[0]
+        axes = figure.subplots(1, len(panels), squeeze=False, gridspec_kw={**edges, "wspace": 0.22})[0]
         for ax, (title, curves) in zip(axes, panels.items(), strict=True):
             _draw(ax, title, curves)
             if best is not None and title == "evaluation":
@@ -75,6 +75,8 @@ def _draw(ax: Axes, title: str, curves: Curves) -> None:
         ax.plot(steps, values, color=colour, linewidth=1.2, label=label, marker="." if len(steps) < 30 else None)
     ax.set_title(title, loc="left")
     ax.set_xlabel("step")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.ticklabel_format(axis="y", useOffset=False)  # it would push the title up
     ax.grid(axis="y", color="#E3E7EB", linewidth=0.6)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
