@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import open_clip
 import pytest
 import timm
 import torch
@@ -40,6 +41,12 @@ def two_tower(**settings):
 def upcycled(**settings):
     size = {key: IMAGE[key] for key in ("img_size", "embed_dim", "depth", "num_heads")}
     return vmoe.upcycle(timm.create_model("vit_tiny_patch16_224", **size, num_classes=3), layers=[0], **settings)
+
+
+def upcycled_clip(**settings):
+    vision = {"image_size": 16, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32}
+    text = {"context_length": 8, "vocab_size": 60, "width": 32, "heads": 2, "layers": 2}
+    return vmoe.upcycle(open_clip.CLIP(32, vision, text), **settings)
 
 
 def trained(make, **settings):
@@ -104,6 +111,7 @@ MODELS = {
     **{name: (image_model, settings) for name, settings in ROUTERS.items()},
     "norm": (image_model, {"scale_mlp_norm": True}),
     "map": (image_model, {"global_pool": "map", "qk_norm": True, "class_token": False, "pos_embed": "sincos2d"}),
+    "upcycled CLIP": (upcycled_clip, {"num_experts": 2, "layers": "every2"}),
     "dense": (image_model, {"num_experts": 0}),
     "limoe": (limoe, {}),
     "limoe map": (limoe, {"pool": "map", "init_logit_bias": -10.0}),

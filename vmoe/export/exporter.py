@@ -56,7 +56,7 @@ def _write_graph(model: nn.Module, output: Path, options: Options, write: Callab
     metadata = {"inputs": part.inputs, "outputs": part.outputs, "preprocess": part.preprocess}
     metadata["extra"] = options.extra or {}
     if part.contrastive:
-        metadata["logit_scale"] = model.logit_scale.exp().item()
+        metadata["logit_scale"] = part.model.logit_scale.exp().item()
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(output) as draft:
         rows = differences(part, write(part, trace(part), metadata, draft))
@@ -128,11 +128,12 @@ def _is_name(source: str | Path) -> bool:
 def _load(source: nn.Module | str | Path, raw: bool) -> tuple[nn.Module, str, dict]:
     """(the model, where its weights are from, further facts of their file)."""
     if isinstance(source, nn.Module) or _is_name(source):
+        name = type(source).__name__ if isinstance(source, nn.Module) else str(source)
         if raw:
-            raise WeightsError(f"--raw takes the weights of a run, and {source} is none; leave it out")
+            raise WeightsError(f"--raw takes the weights of a run, and {name} is a model; leave it out")
         if isinstance(source, nn.Module):
-            return source, f"{type(source).__name__}: the weights that it has now", {}
-        return create_model(str(source)), f"{source}: new weights, since this is a model's name", {}
+            return source, f"{name}: the weights that it has now", {}
+        return create_model(name), f"{name}: new weights, since this is a model's name", {}
     weights = source_weights(source, raw)
     model, extra = create_model(pretrained=weights), read_pretrained_metadata(weights)["extra"]
     return model, f"{weights}: {describe(weights)}", extra

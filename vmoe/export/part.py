@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from timm.layers import to_2tuple
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -36,6 +37,8 @@ class Part(nn.Module):
         if part == "both":
             self.outputs += ("logit_scale",) + ("logit_bias",) * self.has_bias
         self.preprocess = preprocess_config(model)
+        if (size := getattr(getattr(model, "visual", None), "image_size", None)) is not None:  # of open_clip's too
+            self.preprocess["input_size"] = (*self.preprocess["input_size"][:1], *to_2tuple(size))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         if not self.contrastive:
@@ -55,11 +58,13 @@ class Part(nn.Module):
         return torch.randn(batch, *self.preprocess["input_size"], generator=generator)
 
     def _texts(self, batch: int, generator: torch.Generator) -> Tensor:
-        text = getattr(self.model, "text", self.model)
-        L, end = self.model.context_length, text.eot_token_id
-        text_BL = torch.randint(1, (end or text.vocab_size) - 1, (batch, L), generator=generator)
+        text, L = getattr(self.model, "text", self.model), self.model.context_length
+        vocabulary = self.model.vocab_size
+        end = getattr(text, "eot_token_id", vocabulary - 1)  # of open_clip's models: CLIP's
+        text_BL = torch.randint(vocabulary, (batch, L), generator=generator)
         if end is None:
             return text_BL
+        text_BL = torch.where(text_BL == end, (end + 1) % vocabulary, text_BL)
         length_B1 = torch.randint(1, L, (batch, 1), generator=generator)  # without the end of text
         position_L = torch.arange(L)
         return text_BL.masked_fill(position_L > length_B1, 0).masked_fill(position_L == length_B1, end)

@@ -18,10 +18,10 @@ from vmoe.models.serialization import (
 
 
 def check_output(output: Path, suffix: str) -> None:
-    """WeightsError: the name has another suffix, is a folder's, or lies in a checkpoint."""
-    if output.suffix != suffix:
+    """WeightsError: the file ("": the folder) has another suffix, is a folder, or lies in a checkpoint."""
+    if suffix and output.suffix != suffix:
         raise WeightsError(f"--output {output}: give a name that ends with {suffix}")
-    if output.is_dir():
+    if suffix and output.is_dir():
         raise WeightsError(f"--output {output} is a folder; give the name of a new file")
     for folder in output.resolve().parents:
         if is_checkpoint(folder):
