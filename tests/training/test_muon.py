@@ -182,7 +182,7 @@ def test_timms_own_muon_leaves_experts_in_such_groups_to_adamw():
 
 def test_groups_of_other_optimizers_are_timms():
     model = vision()
-    groups = vmoe.param_groups(model, weight_decay=0.1, layer_decay=0.5, optimizer="lion")
+    groups = vmoe.param_groups(nn.DataParallel(model), weight_decay=0.1, layer_decay=0.5, optimizer="lion")
     expected = timm.optim.param_groups_layer_decay(model, 0.1, model.no_weight_decay(), layer_decay=0.5)
     assert [[*map(id, group.pop("params"))] for group in groups] == [[*map(id, g.pop("params"))] for g in expected]
     assert groups == expected

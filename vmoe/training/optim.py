@@ -22,6 +22,7 @@ from vmoe.models.dense_mlp import UpcycleError
 from vmoe.models.factory import create_model, find_weights
 from vmoe.models.serialization import checkpoint_weights
 from vmoe.models.upcycle_optimizer import upcycle_optimizer
+from vmoe.moe.record import unwrap
 from vmoe.training.checkpoint import load_checkpoint
 from vmoe.training.config import Config, OptimConfig
 from vmoe.training.lora import add_lora
@@ -79,6 +80,7 @@ def param_groups(
             Muon, those of experts in groups with "per_expert": True, which `vmoe.training.muon.Muon` and `TorchMuon`
             take; groups with "use_fallback": True are for AdamW.
     """
+    model = unwrap(model)  # the names are those of the model itself
     settings = {"weight_decay": weight_decay, "no_weight_decay_list": getattr(model, "no_weight_decay", set)()}
     muon = is_muon(optimizer)
     if muon:
