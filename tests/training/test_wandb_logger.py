@@ -67,3 +67,18 @@ def test_a_missing_package_is_named(make_config, monkeypatch):
     with pytest.raises(ConfigError, match=r"train.wandb needs the package wandb \(from a checkout `pip install -e '"):
         run(config)
     assert not _path(config).exists()
+
+
+def test_a_refusal_of_wandb_is_one_sentence(make_config, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="needs wandb (pip install -e '.[wandb]')")
+
+    def init(**_):
+        raise wandb.errors.UsageError("No API key configured.\nMore lines")
+
+    monkeypatch.setattr(wandb, "init", init)
+    config = make_config(**{"train.wandb": "project"})
+    with pytest.raises(
+        ConfigError, match=r"^train.wandb project: No API key configured; run `wandb login`, or set WAN"
+    ):
+        run(config)
+    assert list(_path(config).iterdir()) == []

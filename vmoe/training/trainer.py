@@ -27,7 +27,13 @@ from vmoe.data.seeding import derive_seed
 from vmoe.distributed import process_group
 from vmoe.distributed.mesh import make_meshes, mesh_size
 from vmoe.distributed.parallelize import clip_grad_norm, parallelize, set_gradient_sync, synchronize_scalars
-from vmoe.distributed.process_group import SharedError, gather_lists, mean_over_processes, sum_over_processes
+from vmoe.distributed.process_group import (
+    SharedError,
+    from_first,
+    gather_lists,
+    mean_over_processes,
+    sum_over_processes,
+)
 from vmoe.evaluation.inference import arithmetic, attention_kernel, pick_device, pick_precision
 from vmoe.models.factory import preprocess_config
 from vmoe.models.flops import model_profile
@@ -190,13 +196,13 @@ class Trainer:
         """Makes the remaining steps, until time.monotonic() is `end`; logs, evaluates and saves in between."""
         train = self.config.train
         self.stop, self.end = stop, end
+        logs: list[WandbLog] = []
+        if train.wandb is not None:  # all processes learn of an error
+            from_first(lambda: logs.append(WandbLog(train.wandb, self.run, flat_settings(self.config))))
         if self.first:
             with atomic_file(self.run / "config.yaml") as draft:
                 draft.write_text(to_yaml(self.config), encoding="utf-8")
-        wandb = None
-        if self.first and train.wandb is not None:
-            wandb = WandbLog(train.wandb, self.run, flat_settings(self.config))
-        self.metrics = MetricsLog(self.run if self.first else None, self.step, train.tensorboard, wandb)
+        self.metrics = MetricsLog(self.run if self.first else None, self.step, train.tensorboard, *logs)
         self.collapse_watch = CollapseWatch(train.collapse_after)
         self.data_watch = DataWatch(self.config.data.loader.num_workers)
         self.checkpointer = Checkpointer(self.run, train.keep_last, train.async_checkpoints)

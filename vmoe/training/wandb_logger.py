@@ -30,10 +30,7 @@ class WandbLog:
         import wandb
 
         file = run / ID_FILE
-        if not file.is_file():
-            with atomic_file(file) as draft:
-                draft.write_text(secrets.token_hex(4), encoding="utf-8")
-        number = file.read_text(encoding="utf-8")
+        number = file.read_text(encoding="utf-8") if file.is_file() else secrets.token_hex(4)
         try:
             self._run = wandb.init(
                 project=project,
@@ -45,10 +42,11 @@ class WandbLog:
                 settings=wandb.Settings(console="off", silent=True),
             )
         except Exception as error:  # no account, no network, a name that it refuses
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ConfigError(
-                f"train.wandb {project}: {reason}; run `wandb login`, or set WANDB_MODE=offline"
-            ) from error
+            reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+            remedy = "run `wandb login`, or set WANDB_MODE=offline"
+            raise ConfigError(f"train.wandb {project}: {reason}; {remedy}") from error
+        with atomic_file(file) as draft:
+            draft.write_text(number, encoding="utf-8")
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         self._run.log(metrics, step=step)
