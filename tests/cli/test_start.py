@@ -52,6 +52,7 @@ def test_help_and_mistakes_import_no_pytorch(results, command):
     assert shown[3] == wrong[3] == []
 
 
+@pytest.mark.slow
 def test_the_models_are_registered_once_a_command_needs_them():
     code = "import vmoe_command, vmoe, timm; import vmoe.models.manifest; assert timm.is_model('vmoe_base_patch16_224')"
     subprocess.run([sys.executable, "-c", code], check=True)

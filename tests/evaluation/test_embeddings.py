@@ -85,6 +85,7 @@ def test_a_stopped_command_continues_with_the_same_result(loaded, dataset, index
     with pytest.raises(KeyboardInterrupt):
         embed_images(loaded, dataset, file, LOADER)
     assert not file.exists()
+    (tmp_path / "stopped.npz.parts" / ".00000001.f00.npz").write_text("left by a kill")
     embed_images(loaded, dataset, file, LOADER)
     assert len(calls) == on + 1 + 10 - on // 3 * 3  # 10 batches in all; finished parts are not made again
     once, again = read_embeddings(index_file), read_embeddings(file)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from vmoe.data.images import BadSample, Reading, load_image
 from vmoe.evaluation.loaded_model import LoadedModel
-from vmoe.evaluation.search import SearchIndex
+from vmoe.evaluation.search import Hit, SearchIndex
 from vmoe.evaluation.zero_shot import Template, resolve_templates
 from vmoe.inspection import explain as logic
 
@@ -126,17 +126,18 @@ def _search_tab(gr: Any, index: SearchIndex) -> None:
         if (image is None) == (not text.strip()):
             raise ValueError("Give either a text or an image.")
         hits = index.by_text(text, top) if image is None else index.by_image(image, top)
-        rows = "".join(
-            f"<tr><td>{hit.score:.4f}</td>"
-            + "".join(f'<td class="name">{html.escape(text or "")}</td>' for text in (hit.path, hit.caption, hit.label))
-            + "</tr>"
-            for hit in hits
-        )
         shown = [(image, f"{hit.score:.3f}") for hit in hits if (image := _thumbnail(hit.path, reading))]
+        rows = "".join(map(_hit_row, hits))
         return shown, f'<div class="experts"><table aria-label="Found images"><tbody>{rows}</tbody></table></div>'
 
     private = {"api_visibility": "private", "trigger_mode": "always_last"}
     gr.on([button.click, text.submit], _answer(gr, search), [text, image, top], [gallery, table], **private)
+
+
+def _hit_row(hit: Hit) -> str:
+    texts = [text for text in (hit.path, hit.caption, hit.label) if text is not None]
+    cells = "".join(f'<td><span class="name">{html.escape(text)}</span></td>' for text in texts)
+    return f"<tr><td>{hit.score:.4f}</td>{cells}</tr>"
 
 
 def _thumbnail(path: str, reading: Reading) -> Image.Image | None:

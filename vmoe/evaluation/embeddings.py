@@ -68,8 +68,9 @@ def embed_images(
     size = math.ceil(PART_IMAGES / batch) * batch
     key = hashlib.sha256(f"{features_key(loaded, dataset, loader_config)}{size}{normalize}".encode()).hexdigest()
     _prepare(parts, key)
-    _make_parts(loaded, dataset, loader_config, parts, size, normalize, console or Console(quiet=True))
-    found = [_load(file) for file in sorted(parts.glob("*.npz"))]
+    files = [parts / f"{part:08}.npz" for part in range(math.ceil(len(dataset) / size))]
+    _make_parts(loaded, dataset, loader_config, files, size, normalize, console or Console(quiet=True))
+    found = [_load(file) for file in files]
     skipped = list(dict.fromkeys(path for part in found for path in json.loads(str(part["skipped"]))))
     found = [part for part in found if len(part["index"])]
     if not found:
@@ -128,16 +129,14 @@ def _make_parts(
     loaded: LoadedModel,
     dataset: ImageDataset,
     loader_config: LoaderConfig,
-    parts: Path,
+    files: list[Path],
     size: int,
     normalize: bool,
     console: Console,
 ) -> None:
     """Writes the parts that are missing; part p has the images p · size to (p + 1) · size."""
-    total, part = math.ceil(len(dataset) / size), 0
-    while (parts / f"{part:08}.npz").is_file():
-        part += 1
-    if part == total:
+    part = next((number for number, file in enumerate(files) if not file.is_file()), len(files))
+    if part == len(files):
         return
     if part:
         console.print(f"continues after {part * size} of {len(dataset)} images", style="dim", highlight=False)
@@ -146,7 +145,7 @@ def _make_parts(
     with evaluating(loaded.model, loaded.device, loaded.precision):
         for batch in Progress(loader, "embeddings", console):
             while batch["index"][0] >= (part + 1) * size:
-                _write_part(parts / f"{part:08}.npz", rows, loader.skipped_paths)
+                _write_part(files[part], rows, loader.skipped_paths)
                 rows, part = [], part + 1
             features_BD = image_features(loaded.model, batch["image"].to(loaded.device)).float()
             features_BD = (F.normalize(features_BD, dim=1) if normalize else features_BD).half().cpu()
@@ -154,8 +153,8 @@ def _make_parts(
                 remedy = "try precision float32" if normalize else "try normalize true, or precision float32"
                 raise ValueError(f"embeddings of a batch are not finite in float16: {remedy}")
             rows.append((features_BD.numpy(), batch["index"].numpy(), batch.get("label", batch["index"]).numpy()))
-    for last in range(part, total):
-        _write_part(parts / f"{last:08}.npz", rows, loader.skipped_paths)
+    for file in files[part:]:
+        _write_part(file, rows, loader.skipped_paths)
         rows = []
 
 

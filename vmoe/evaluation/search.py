@@ -47,9 +47,10 @@ class SearchIndex:
     def __init__(self, file: str | Path, checkpoint: str | None = None, device: str = "auto") -> None:
         self.embeddings: Embeddings = read_embeddings(file)
         about = self.embeddings.about
-        if checkpoint is None and not Path(about["weights"]).exists():
-            raise ConfigError(f"the model of {file} is no longer at {about['weights']}: say where, with --checkpoint")
-        self.model = load_model(checkpoint or about["weights"], device, about["precision"])
+        weights = Path(about["weights"]) if checkpoint is None else None
+        if weights is not None and not weights.exists():
+            raise ConfigError(f"the model of {file} is no longer at {weights}: say where, with --checkpoint")
+        self.model = load_model(checkpoint or str(weights), device, about["precision"], weights=weights)
         check_same_model(self.embeddings, self.model, file)
         self._embeddings_ND = self.embeddings.embeddings_ND.astype(np.float32)
         # Also normalised ones, whose lengths float16 rounds.
