@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.func import functional_call, grad, jvp, vmap
 
 import vmoe
 from vmoe.models.factory import save_pretrained
@@ -91,3 +92,26 @@ def test_gradient_checkpointing_changes_no_gradient(name):
         loss.backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("training", [True, False])
+def test_per_sample_gradients_and_forward_mode_with_the_reference_backend(name, training):
+    model, given = make(name, backend="reference").double().train(training), inputs(name)
+    parameters = {key: parameter.detach() for key, parameter in model.named_parameters()}
+
+    def loss(parameters, *one):
+        return outputs_of(lambda *x: functional_call(model, parameters, x), *one).square().sum()
+
+    alone = [each[:, None] for each in given]
+    gradients = vmap(grad(loss), in_dims=(None, *[0] * len(given)))(parameters, *alone)
+    for index in range(2):
+        one = [each[index] for each in alone]
+        _, slope = jvp(lambda p, one=one: loss(p, *one), (parameters,), (parameters,))
+        total = sum((gradients[key][index] * parameters[key]).sum() for key in parameters)
+        torch.testing.assert_close(slope, total)
+        model.zero_grad()
+        loss(dict(model.named_parameters()), *one).backward()
+        for key, parameter in model.named_parameters():
+            theirs = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            torch.testing.assert_close(gradients[key][index], theirs, msg=key)

@@ -24,6 +24,7 @@ from vmoe.models.text import SIZES, STYLE, attention_bias, embed_text, make_bloc
 from vmoe.models.vision import BlocksMixin, without_fused_attention
 from vmoe.moe import SparseMoE
 from vmoe.moe.config import PRESETS
+from vmoe.moe.transforms import may_ask
 
 MODALITIES = ("image", "text")
 ROUTING_DEFAULTS = {**PRESETS["limoe"], "num_experts": 32, "local_entropy_loss": {"text": 0.01}}
@@ -189,7 +190,7 @@ class LIMoE(BlocksMixin, ImageTextModel):
 
     def packs(self, x: Tensor) -> bool:
         """In training on a CPU blocks skip padding, a tenth of a step. Stochastic depth needs rows."""
-        if not self.training or x.device.type != "cpu" or torch.compiler.is_compiling():
+        if not self.training or not may_ask(x.device):
             return False
         return not any(isinstance(module, DropPath) for module in self.blocks.modules())
 

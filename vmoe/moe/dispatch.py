@@ -6,11 +6,14 @@ of its choices), R rows handed to the experts, M any number of rows, D width.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from vmoe.moe.transforms import apply, may_ask, transformable
 
 
 def expert_capacity(
@@ -73,7 +76,7 @@ class DispatchPlan:
 
     Attributes:
         assignment_R: flat index into (G, N, K) of the assignment that fills each row; -1 for an unused row. Unused rows
-            come last, and only where the number of rows must not depend on the data (compiled code, GPUs).
+            come last, and only where the number of rows must not depend on the data (not `may_ask`).
         row_A: row of each assignment, -1 if it was dropped or its token is padding.
         count_E: kept rows of each expert.
         position_GNK: index of each assignment in its expert's queue (0 first), kept or not; meaningless for padding.
@@ -128,12 +131,12 @@ def plan_dispatch(
     A = G * N * K
     order_A, queue_A = _queues(expert_index_GNK, E, priority_GN, mask_GN, chosen_GNK)
     length_Q = torch.zeros(E * G + 1, dtype=torch.long, device=device)
-    length_Q = length_Q.scatter_add_(0, queue_A, torch.ones_like(queue_A))
+    length_Q = length_Q.scatter_add(0, queue_A, torch.ones_like(queue_A))
     served_A = torch.arange(A, device=device) - (length_Q.cumsum(0) - length_Q)[queue_A]
     position_GNK = torch.empty_like(served_A).scatter_(0, order_A, served_A).view(G, N, K)
     length_EG = length_Q[: E * G].view(E, G)
     may_drop = capacity is not None or mask_GN is not None or chosen_GNK is not None
-    may_pad = may_drop and (device.type != "cpu" or torch.compiler.is_compiling())
+    may_pad = may_drop and not may_ask(device)
     if not may_drop:
         assignment_R, row_A = order_A, torch.empty_like(order_A).scatter_(0, order_A, torch.arange(A, device=device))
     else:
@@ -156,7 +159,7 @@ def _close_gaps(order_A: Tensor, kept_A: Tensor, num_rows: int | None) -> tuple[
     if num_rows is None:
         return order_A[kept_A], row_A
     buffer = torch.full((num_rows + 1,), -1, dtype=torch.long, device=order_A.device)
-    return buffer.scatter_(0, torch.where(kept_A, row_of_kept_A, num_rows), order_A)[:num_rows], row_A
+    return buffer.scatter(0, torch.where(kept_A, row_of_kept_A, num_rows), order_A)[:num_rows], row_A
 
 
 def _queues(
@@ -195,6 +198,7 @@ def _descending(priority_GN: Tensor) -> Tensor:
     return 0x7FFFFFFF - rising_GN.long()
 
 
+@transformable
 class _GatherRows(torch.autograd.Function):
     """Rows of `x` by index: (R, D), zero where the index is -1.
 
@@ -208,7 +212,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        _, _, inverse_MK, _, ctx.inverse_holes = inputs
+        _, _, inverse_MK, ctx.index_holes, ctx.inverse_holes = inputs
         ctx.save_for_backward(inverse_MK)
 
     @staticmethod
@@ -218,8 +222,13 @@ class _GatherRows(torch.autograd.Function):
         grad_MKD = _take(grad_RD, inverse_MK.flatten(), ctx.inverse_holes).view(M, K, grad_RD.shape[-1])
         return grad_MKD[:, 0] if K == 1 else grad_MKD.sum(1), None, None, None, None
 
+    @staticmethod
+    def tangent(ctx, x: Tensor, *_: None) -> Tensor:
+        _, index_R, _ = ctx.saved_tensors
+        return _take(x, index_R, ctx.index_holes)
 
-gather_rows = _GatherRows.apply
+
+gather_rows = partial(apply, _GatherRows)
 
 
 def _take(x_MD: Tensor, index_R: Tensor, holes: bool) -> Tensor:
@@ -228,7 +237,7 @@ def _take(x_MD: Tensor, index_R: Tensor, holes: bool) -> Tensor:
         return x_MD.index_select(0, index_R)
     if x_MD.shape[0] == 0:
         return x_MD.new_zeros(index_R.shape[0], x_MD.shape[1])
-    if x_MD.device.type == "cpu" and not torch.compiler.is_compiling():
+    if may_ask(x_MD.device):
         # A row of zeros at the end: on a CPU, filling rows of the result by a mask takes ten times as long.
         M, D = x_MD.shape
         return torch.cat([x_MD, x_MD.new_zeros(1, D)]).index_select(0, torch.where(index_R < 0, M, index_R))

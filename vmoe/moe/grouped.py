@@ -7,11 +7,16 @@ and the meta device see as one operation.
 Shapes, by suffix: E experts, R rows sorted by expert, F width of a norm, I and O a linear layer's widths.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import register_flop_formula
+
+from vmoe.moe.transforms import apply, may_ask, transformable, transforms_active, zeros_if_none
 
 
 def local_experts(parameter: Tensor | None) -> Tensor | None:
@@ -104,16 +109,16 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, cou
     that whatever follows is as finite for them as for the others (zero where all are unused).
     """
     end_E = count_E.cumsum(0)
-    on_cpu = x_RI.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_cpu and int(end_E[-1]) == x_RI.shape[0]:
-        return _GroupedLinear.apply(x_RI, weight_EOI, bias_EO, end_E)
+    if may_ask(x_RI.device) and int(end_E[-1]) == x_RI.shape[0]:
+        return apply(_GroupedLinear, x_RI, weight_EOI, bias_EO, end_E)
     used_R1 = torch.arange(x_RI.shape[0], device=x_RI.device)[:, None] < end_E[-1]
+    by_torch = x_RI.dtype == torch.bfloat16 and not transforms_active()
     if torch.compiler.is_exporting():
         y_RO = _by_segments(x_RI, weight_EOI, bias_EO, end_E)
-    elif x_RI.dtype == torch.bfloat16 and not on_cpu:
+    elif by_torch and not may_ask(x_RI.device):
         y_RO = _by_torch(x_RI, weight_EOI, bias_EO, end_E, used_R1)
     else:
-        y_RO = _GroupedLinear.apply(x_RI, weight_EOI, bias_EO, end_E)
+        y_RO = apply(_GroupedLinear, x_RI, weight_EOI, bias_EO, end_E)
     if not y_RO.shape[0]:
         return y_RO
     return torch.where(used_R1, y_RO, torch.where(used_R1[:1], y_RO[:1], 0).detach())
@@ -191,6 +196,25 @@ def empty_sums(a_RO: Tensor, b_RI: Tensor, end_E: Tensor, sums: bool) -> tuple[T
 _rows_by_rows.register_fake(empty_sums)
 
 
+@_rows_by_matrices.register_vmap
+def _(info, in_dims: tuple, *args):
+    return _one_by_one(_rows_by_matrices, info, in_dims, args), 0
+
+
+@_rows_by_rows.register_vmap
+def _(info, in_dims: tuple, *args):
+    return _one_by_one(_rows_by_rows, info, in_dims, args), (0, 0)
+
+
+def _one_by_one(operator: Callable, info, in_dims: tuple, args: tuple) -> Tensor | tuple[Tensor, ...]:
+    """vmap of an operator: every entry of the batch has another number of rows per expert, so each is a call."""
+    calls = [
+        operator(*(arg if dim is None else arg.select(dim, index) for arg, dim in zip(args, in_dims)))
+        for index in range(info.batch_size)
+    ]
+    return tree_map(lambda *results: torch.stack(results), *calls)
+
+
 @_rows_by_matrices.register_fake
 def _(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, end_E: Tensor) -> Tensor:
     return x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
@@ -198,6 +222,7 @@ def _(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, end_E: Tensor) -
 
 # Autograd functions on top, not `register_autograd`, which torch.func cannot differentiate. The gradients are made of
 # the same functions, so they can be differentiated again.
+@transformable
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, end_E: Tensor) -> Tensor:
@@ -214,12 +239,20 @@ class _GroupedLinear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
         if needs_x:
-            grad_x = _GroupedLinear.apply(grad_RO, weight_EOI.transpose(1, 2), None, end_E)
+            grad_x = apply(_GroupedLinear, grad_RO, weight_EOI.transpose(1, 2), None, end_E)
         if needs_weight or needs_bias:
-            grad_weight, grad_bias = _RowsByRows.apply(grad_RO, x_RI, end_E, needs_bias)
+            grad_weight, grad_bias = apply(_RowsByRows, grad_RO, x_RI, end_E, needs_bias)
         return grad_x, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None
 
+    @staticmethod
+    def tangent(ctx, x: Tensor | None, weight: Tensor | None, bias: Tensor | None, _: None) -> Tensor:
+        x_RI, weight_EOI, *bias_EO, end_E = ctx.saved_tensors
+        x, weight = (zeros_if_none(*pair) for pair in ((x, x_RI), (weight, weight_EOI)))
+        tangent_RO = apply(_GroupedLinear, x, weight_EOI, bias if bias_EO else None, end_E)
+        return tangent_RO + apply(_GroupedLinear, x_RI, weight, None, end_E)
 
+
+@transformable
 class _RowsByRows(torch.autograd.Function):
     @staticmethod
     def forward(a_RO: Tensor, b_RI: Tensor, end_E: Tensor, sums: bool) -> tuple[Tensor, Tensor]:
@@ -235,10 +268,17 @@ class _RowsByRows(torch.autograd.Function):
         a_RO, b_RI, end_E = ctx.saved_tensors
         grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            grad_a = _GroupedLinear.apply(b_RI, grad_EOI, grad_EO if ctx.sums else None, end_E)
+            grad_a = apply(_GroupedLinear, b_RI, grad_EOI, grad_EO if ctx.sums else None, end_E)
         if ctx.needs_input_grad[1]:
-            grad_b = _GroupedLinear.apply(a_RO, grad_EOI.transpose(1, 2), None, end_E)
+            grad_b = apply(_GroupedLinear, a_RO, grad_EOI.transpose(1, 2), None, end_E)
         return grad_a, grad_b, None, None
+
+    @staticmethod
+    def tangent(ctx, a: Tensor | None, b: Tensor | None, *_: None) -> tuple[Tensor, Tensor]:
+        a_RO, b_RI, end_E = ctx.saved_tensors
+        a, b = (zeros_if_none(*pair) for pair in ((a, a_RO), (b, b_RI)))
+        weight_EOI, sum_EO = apply(_RowsByRows, a, b_RI, end_E, ctx.sums)
+        return weight_EOI + apply(_RowsByRows, a_RO, b, end_E, False)[0], sum_EO
 
 
 @register_flop_formula([torch.ops.vmoe.rows_by_matrices, torch.ops.vmoe.rows_by_rows])

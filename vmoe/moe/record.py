@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vmoe.moe.groups import TokenGroups
 from vmoe.moe.losses import AuxiliaryLosses, entropy_of
 from vmoe.moe.router import Routing, is_recomputation
+from vmoe.moe.transforms import apply, transformable
 
 
 @dataclass(frozen=True)
@@ -288,6 +289,7 @@ def set_auxiliary_loss_scale(scale: float) -> None:
     _ATTACHED_SCALE.fill_(scale)
 
 
+@transformable
 class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def forward(y: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
@@ -302,8 +304,12 @@ class _AttachLoss(torch.autograd.Function):
         (scale,) = ctx.saved_tensors
         return grad_y, scale, None
 
+    @staticmethod
+    def tangent(ctx, y: Tensor, *_: Tensor) -> Tensor:
+        return y.view_as(y)
+
 
 def attach_loss(y: Tensor, loss: Tensor) -> Tensor:
     """`y` itself, whose backward pass also starts that of `loss`, with the gradient of `set_auxiliary_loss_scale`."""
     # A copy, so that the scale may be changed for the next forward pass before this one's backward.
-    return _AttachLoss.apply(y, loss, _ATTACHED_SCALE.to(loss.device, loss.dtype, copy=True))
+    return apply(_AttachLoss, y, loss, _ATTACHED_SCALE.to(loss.device, loss.dtype, copy=True))

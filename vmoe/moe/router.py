@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vmoe.moe.config import RoutingSettings
 from vmoe.moe.dispatch import Capacity, DispatchPlan, combine, dispatch, plan_dispatch
 from vmoe.moe.groups import TokenGroups
+from vmoe.moe.transforms import apply, transformable, transforms_active, zeros_if_none
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
+@transformable
 class _GateProduct(torch.autograd.Function):
     """x Wᵀ in at least float32. Kept for the backward pass is x in its own type, not the copy that is multiplied."""
 
@@ -142,6 +144,12 @@ class _GateProduct(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = (grad_GNE.flatten(0, 1).T @ x_GND.flatten(0, 1).to(dtype)).to(weight_ED.dtype)
         return grad_x, grad_weight
+
+    @staticmethod
+    def tangent(ctx, x: Tensor | None, weight: Tensor | None) -> Tensor:
+        x_GND, weight_ED = ctx.saved_tensors
+        x, weight = (zeros_if_none(*pair) for pair in ((x, x_GND), (weight, weight_ED)))
+        return apply(_GateProduct, x, weight_ED) + apply(_GateProduct, x_GND, weight)
 
 
 def top_k_experts(gates_GNE: Tensor, num_selected_experts: int) -> Tensor:
@@ -216,9 +224,9 @@ class Gate(Router):
             if self.training and self.input_jitter > 0:  # in the precision of the gate
                 x_GND = x_GND.to(torch.promote_types(x_GND.dtype, torch.float32))
                 x_GND = x_GND * torch.empty_like(x_GND).uniform_(1 - self.input_jitter, 1 + self.input_jitter)
-            logits_GNE = _GateProduct.apply(x_GND, self.weight)
+            logits_GNE = apply(_GateProduct, x_GND, self.weight)
             if self.training and self.learned_noise:  # arXiv 1701.06538, eq. 4
-                return logits_GNE, F.softplus(_GateProduct.apply(x_GND, self.noise_weight))
+                return logits_GNE, F.softplus(apply(_GateProduct, x_GND, self.noise_weight))
             return logits_GNE
 
     def gates(self, logits: Tensor | tuple[Tensor, Tensor]) -> tuple[Routing, Tensor]:
@@ -333,6 +341,11 @@ class TopKRouter(Gate):
         """Adds the choices of real tokens to `expert_load`, and warns those who never update the bias."""
         if is_recomputation():
             return
+        if transforms_active():
+            raise RuntimeError(
+                "torch.func cannot count the loads of a balancing bias in training: call model.eval(), or build the "
+                "model with bias_update_rate=0"
+            )
         index_GNK = routing.expert_index_GNK
         # load_state_dict(assign=True) and pruning replace parameters and buffers only.
         if self.expert_load.device != index_GNK.device or len(self.expert_load) != self.num_experts:
