@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, random_split
 from torchvision.datasets import ImageFolder
 
 import vmoe
-from vmoe.models.factory import save_pretrained
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--photos", help="folder with a folder for each class")
@@ -60,7 +59,7 @@ for index in range(3):
     print(f"{photos.samples[val.indices[index]][0]}: {classes[best]} ({probability:.1%})")
 
 # 5. Export: one file with weights, settings and class names.
-save_pretrained(model, args.output, extra={"class_names": classes})
+vmoe.save_pretrained(model, args.output, extra={"class_names": classes})
 again = vmoe.create_model(pretrained=args.output).eval()
 image = val[0][0][None]
 with torch.no_grad():

@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, random_split
 from torchvision.datasets import ImageFolder
 
 import vmoe
-from vmoe.models.factory import save_pretrained
 from vmoe.models.flops import model_profile
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,5 +65,5 @@ for name, model in (("dense", dense), ("sparse", sparse)):
     print(f"{name}: {profile['parameters_total']:,} parameters, {profile['parameters_active']:,} active")
 print(f"dense, trained on: {fit(copy.deepcopy(dense), args.epochs):.1%}")
 print(f"sparse, trained on: {fit(sparse, args.epochs):.1%}")
-save_pretrained(sparse, args.output, extra={"class_names": classes})
+vmoe.save_pretrained(sparse, args.output, extra={"class_names": classes})
 print(f"saved to {args.output}")

@@ -300,3 +300,25 @@ def test_a_model_in_memory_as_safetensors(tmp_path):
     assert "the weights that it has now" in vmoe.export_model(model, file).read
     made = vmoe.create_model(pretrained=file)
     assert all(torch.equal(tensor, made.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_hub_folder_has_the_metrics_of_the_runs_evaluation(tmp_path, capsys):
+    """Of these weights alone: not of the trained ones beside their moving average, nor of an earlier step."""
+    model = trained(image_model)
+    for step, evaluated in ((1, 1), (2, 1)):
+        state = {"step": step, "progress": {"evaluated": evaluated, "evaluation": {"top1": 0.875}}}
+        Checkpointer(tmp_path, 2).save(step, model, model, torch.optim.SGD(model.parameters()), state, {})
+    first, second = sorted((tmp_path / "checkpoints").iterdir())
+    cards = []
+    for source, options in ((first, []), (first, ["--raw"]), (second, [])):
+        hub = tmp_path / "hub"
+        assert main([str(source), "--format", "hub", "--output", str(hub), "--license", "mit", *options]) == 0
+        assert "wrote" in capsys.readouterr().out
+        cards.append((hub / "README.md").read_text())
+        assert all("license: mit" in card for card in cards)
+    assert ["0.875" in card for card in cards] == [True, False, False]
+    images = torch.randn(2, 3, 16, 16)
+    made = timm.create_model(f"local-dir:{hub}", pretrained=True).eval()
+    assert torch.equal(made(images), model.eval()(images))
+    assert main([str(first), "--output", str(tmp_path / "a.safetensors"), "--license", "mit"]) == 1
+    assert "--license is for the model card of the format hub" in capsys.readouterr().err

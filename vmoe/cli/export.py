@@ -25,17 +25,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vmoe-export", description=description)
     source = "folder of a run (its newest), or of a checkpoint; or a safetensors file or a model's name"
     parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help=source)
-    parser.add_argument("--output", required=True, metavar="FILE", help="the file to write, named by its format")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the file (hub: a folder), named by its format")
     parser.add_argument("--format", default="safetensors", help="safetensors (default), hub, pt2 or onnx")
     parser.add_argument("--raw", action="store_true", help="the trained weights, instead of their moving average")
     parser.add_argument("--part", help="of an image-text model: image, text or both (default: both)")
     parser.add_argument("--compile", action="store_true", help="pt2: a package of AOTInductor, for this machine")
+    parser.add_argument("--license", help="hub: of the model card, such as apache-2.0")
     args = parser.parse_args(argv)
 
     def run() -> None:
         from vmoe.export.exporter import export_model
 
-        options = {"raw": args.raw, "part": args.part, "compile": args.compile}
+        options = {"raw": args.raw, "part": args.part, "compile": args.compile, "license": args.license}
         exported = export_model(args.source, args.output, args.format, **options)
         print(f"read     {exported.read}")
         if exported.differences:

@@ -13,8 +13,9 @@ from vmoe.export.check import TOLERANCE, Difference, differences, exceeds
 from vmoe.export.onnx import check_onnx, write_onnx
 from vmoe.export.part import take_part
 from vmoe.export.program import trace, write_package, write_program
-from vmoe.export.weights import cannot_write, check_output, describe, export, source_weights
+from vmoe.export.weights import cannot_write, check_output, describe, export, metrics_of, source_weights
 from vmoe.models.factory import create_model, save_pretrained
+from vmoe.models.hub import save_hub_folder
 from vmoe.models.serialization import WeightsError, read_pretrained_metadata
 from vmoe.models.spec import IMAGE_TEXT_NAMES
 from vmoe.utils.files import atomic_file
@@ -25,7 +26,9 @@ class Options(NamedTuple):
 
     part: str | None = None
     compile: bool = False
+    license: str | None = None
     extra: dict | None = None  # facts of the weights' file, such as class names
+    metrics: dict | None = None  # of the run's evaluation of these weights
 
 
 class Exported(NamedTuple):
@@ -38,6 +41,13 @@ class Exported(NamedTuple):
 def _write_safetensors(model: nn.Module, output: Path, options: Options) -> list[Difference]:
     save_pretrained(model, output, options.extra)
     return []
+
+
+def _write_hub(model: nn.Module, output: Path, options: Options) -> list[Difference]:
+    save_hub_folder(model, output, options.metrics, options.license, options.extra)
+    rows = differences(take_part(model, None), take_part(create_model(pretrained=output), None))
+    _refuse_difference(f"{output} cannot be used", rows)
+    return rows
 
 
 def _write_pt2(model: nn.Module, output: Path, options: Options) -> list[Difference]:
@@ -60,12 +70,16 @@ def _write_graph(model: nn.Module, output: Path, options: Options, write: Callab
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(output) as draft:
         rows = differences(part, write(part, trace(part), metadata, draft))
-        if (worst := exceeds(rows)) is not None:
-            raise ValueError(
-                f"{output} is not written: for a batch of {worst.batch} its {worst.output} would differ from the "
-                f"model's by {worst.relative:.1e} of the largest, more than {TOLERANCE:.0e}; please report this model"
-            )
+        _refuse_difference(f"{output} is not written", rows)
     return rows
+
+
+def _refuse_difference(fate: str, rows: list[Difference]) -> None:
+    if (worst := exceeds(rows)) is not None:
+        raise ValueError(
+            f"{fate}: for a batch of {worst.batch} its {worst.output} would differ from the model's by "
+            f"{worst.relative:.1e} of the largest, more than {TOLERANCE:.0e}; please report this model"
+        )
 
 
 class Format(NamedTuple):
@@ -75,6 +89,7 @@ class Format(NamedTuple):
 
 FORMATS = {
     "safetensors": Format(".safetensors", _write_safetensors),
+    "hub": Format("", _write_hub),
     "pt2": Format(".pt2", _write_pt2),
     "onnx": Format(".onnx", _write_onnx),
 }
@@ -88,17 +103,19 @@ def export_model(
     raw: bool = False,
     part: str | None = None,
     compile: bool = False,
+    license: str | None = None,
 ) -> Exported:
     """Writes a model as a file, atomically: it is loaded again and compared with the model before it takes its name.
 
     Args:
         source: a model, the folder of a run or checkpoint, a safetensors file, or a model's name (new weights). The
             moving average of a run's weights is taken, which `eval.py` measures.
-        output: the file, with the format's suffix; it is replaced if it exists.
-        format: "safetensors" (weights and settings), "pt2" (`torch.export`) or "onnx".
+        output: the file, with the format's suffix, or the folder of a "hub"; it is replaced if it exists.
+        format: "safetensors" (weights and settings), "hub" (`vmoe.save_hub_folder`), "pt2" (`torch.export`) or "onnx".
         raw: the trained weights of a run, instead of their moving average.
         part: "image", "text" or "both" of an image-text model, for "pt2" and "onnx"; None: all.
         compile: "pt2" as a package of AOTInductor, compiled for this machine.
+        license: for the model card of a "hub", such as "apache-2.0". Its metrics are those of the run's evaluation.
 
     ValueError: no such source or format, a model that the format cannot hold, or a file that cannot be written or
     differs from the model by more than 1e-5 of the largest output. ModuleNotFoundError: a package is missing.
@@ -110,13 +127,15 @@ def export_model(
         raise ValueError(f"--compile makes a package of the format pt2, not {format}; leave it out or choose pt2")
     if part is not None and format not in ("pt2", "onnx"):
         raise ValueError(f"--part is for the formats pt2 and onnx, {format} holds the whole model; leave it out")
+    if license is not None and format != "hub":
+        raise ValueError(f"--license is for the model card of the format hub, {format} has none; leave it out")
     if format == "safetensors" and not isinstance(source, nn.Module) and not _is_name(source):
         weights = export(source, output, raw)  # without building the model
         return Exported(f"{weights}: {describe(weights)}", [])
     check_output(output, FORMATS[format].suffix)
-    model, read, extra = _load(source, raw)
+    model, read, facts = _load(source, raw)
     try:
-        return Exported(read, FORMATS[format].write(model, output, Options(part, compile, extra)))
+        return Exported(read, FORMATS[format].write(model, output, Options(part, compile, license, **facts)))
     except OSError as error:
         raise cannot_write(output, error) from error
 
@@ -126,7 +145,7 @@ def _is_name(source: str | Path) -> bool:
 
 
 def _load(source: nn.Module | str | Path, raw: bool) -> tuple[nn.Module, str, dict]:
-    """(the model, where its weights are from, further facts of their file)."""
+    """(the model, where its weights are from, what is known of them)."""
     if isinstance(source, nn.Module) or _is_name(source):
         name = type(source).__name__ if isinstance(source, nn.Module) else str(source)
         if raw:
@@ -135,5 +154,5 @@ def _load(source: nn.Module | str | Path, raw: bool) -> tuple[nn.Module, str, di
             return source, f"{name}: the weights that it has now", {}
         return create_model(name), f"{name}: new weights, since this is a model's name", {}
     weights = source_weights(source, raw)
-    model, extra = create_model(pretrained=weights), read_pretrained_metadata(weights)["extra"]
-    return model, f"{weights}: {describe(weights)}", extra
+    facts = {"extra": read_pretrained_metadata(weights)["extra"], "metrics": metrics_of(weights)}
+    return create_model(pretrained=weights), f"{weights}: {describe(weights)}", facts

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vmoe.models.manifest import is_checkpoint
+from vmoe.models.manifest import TRAINER, is_checkpoint
 from vmoe.models.serialization import (
     SETTINGS_NAME,
     StoredTensors,
@@ -15,6 +15,9 @@ from vmoe.models.serialization import (
     mapped_safetensors,
     safetensors_metadata,
 )
+from vmoe.utils.files import read_json
+
+MAX_TRAINER_BYTES = 2**28  # of trainer.json, with the state of the optimizer's groups
 
 
 def check_output(output: Path, suffix: str) -> None:
@@ -53,6 +56,17 @@ def describe(weights: Path) -> str:
     if weights != average:
         return "the weights as they were trained, not their moving average, which eval.py measures"
     return "the moving average of the weights, which eval.py measures too; --raw exports the weights themselves"
+
+
+def metrics_of(weights: Path) -> dict[str, float]:
+    """The metrics of a checkpoint's weights, if the run evaluated them when it wrote the checkpoint."""
+    checkpoint = weights.parent
+    measured = checkpoint_weights(checkpoint, average=True) or checkpoint_weights(checkpoint)
+    if weights != measured or not (checkpoint / TRAINER).is_file():
+        return {}
+    trainer = read_json(checkpoint / TRAINER, MAX_TRAINER_BYTES)["trainer"]
+    progress = trainer.get("progress", {})
+    return progress["evaluation"] if progress and progress["evaluated"] == trainer["step"] else {}
 
 
 def export(source: str | Path, output: str | Path, raw: bool = False) -> Path:
