@@ -195,7 +195,7 @@ def test_the_card_says_what_the_model_is(tmp_path):
         f"| parameters | {total:,} |",
         "num_experts | `8`",
         "top1 | 0.8125",
-        "timm.create_model(",
+        'timm.create_model("local-dir:mine"',
     ):
         assert text in card.text
 
@@ -343,10 +343,10 @@ def test_pushing_uploads_the_folder_and_keeps_a_card(tmp_path, monkeypatch):
     assert vmoe.push_to_hub(model, "mine", token="secret", revision="v1", license="mit") == "done"
     assert (calls["repo"], calls["revision"], calls["token"], calls["ignored"]) == ("me/mine", "v1", "secret", None)
     assert_equal(model, timm.create_model(f"local-dir:{calls['files']}", pretrained=True))
-    assert "# mine" in (calls["files"] / "README.md").read_text()
+    assert 'timm.create_model("hf-hub:me/mine", pretrained=True)' in (calls["files"] / "README.md").read_text()
     shutil.rmtree(tmp_path / "up")
     calls["card"] = True
     vmoe.push_to_hub(model, "mine")
     assert calls["ignored"] == ["README.md"]
-    with pytest.raises(ValueError, match="org/forbidden cannot be uploaded to the hub: 403 Forbidden$"):
+    with pytest.raises(ValueError, match="'org/forbidden' cannot be uploaded to the hub: 403 Forbidden$"):
         vmoe.push_to_hub(model, "org/forbidden")

@@ -108,6 +108,15 @@ def test_open_clips_models_come_back(name, steps, tmp_path):
     assert read_pretrained_metadata(tmp_path / "m.safetensors")["name"] == name
 
 
+def test_the_tokenizer_of_open_clips_models(monkeypatch):
+    model = vmoe.create_model("tiny-clip")
+    tokenizer = vmoe.get_tokenizer(model)
+    assert torch.equal(tokenizer(["a cat"]), open_clip.get_tokenizer("tiny-clip")(["a cat"]))
+    monkeypatch.setattr("open_clip.factory.HFTokenizer", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ValueError, match=r"the tokenizer of ViT-B-16-SigLIP cannot be downloaded \(division by zero\)"):
+        vmoe.get_tokenizer("ViT-B-16-SigLIP")
+
+
 def test_the_routing_of_both_towers_can_be_set_when_a_file_is_loaded(tmp_path):
     model = vmoe.upcycle(open_clip.create_model("tiny-clip"), num_experts=4, layers=[1])
     vmoe.save_pretrained(model, tmp_path / "m.safetensors")

@@ -1,9 +1,10 @@
 import os
+from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
 
-from vmoe.utils.files import atomic_file
+from vmoe.utils.files import atomic_file, local_path
 
 
 def test_writers_of_one_file_do_not_meet(tmp_path):
@@ -43,3 +44,11 @@ def test_the_permissions_are_those_that_the_user_asks_for(tmp_path, umask, mode)
     finally:
         os.umask(before)
     assert (tmp_path / "empty.safetensors").stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "path"),
+    [("runs/a", "runs/a"), ("local-dir:runs/a", "runs/a"), ("hf-hub:org/name", "name"), ("hf-hub:name@v1", "name@v1")],
+)
+def test_results_of_a_checkpoint_belong_beside_it_or_in_the_current_folder(checkpoint, path):
+    assert local_path(checkpoint) == Path(path)

@@ -17,6 +17,7 @@ from rich.console import Console
 from vmoe.cli.command import exit_code
 from vmoe.data.config import LoaderConfig, SourceConfig
 from vmoe.utils.config import ConfigError, check_types, parse_config, read_settings_file
+from vmoe.utils.files import local_path
 from vmoe.utils.printable import safe_output
 from vmoe.utils.tables import MetricTable, make_console
 
@@ -109,7 +110,7 @@ def run(config: InspectConfig, console: Console | None = None) -> RoutingStatist
     dataset = build_dataset(source)
     if config.templates is not None and (loaded.tokenizer is None or dataset.classes is None):
         raise ConfigError("templates are for image-text models and data with class names: leave them out")
-    checkpoint = Path(config.checkpoint)
+    checkpoint = local_path(config.checkpoint)
     beside = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "inspection"
     folder = Path(config.output_dir or beside)
     if not make_writable(folder):

@@ -22,7 +22,7 @@ from torch import Tensor
 from vmoe.data import EvalLoader
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.models.manifest import is_checkpoint
-from vmoe.utils.files import atomic_file, read_json
+from vmoe.utils.files import atomic_file, local_path, read_json
 from vmoe.utils.tables import MetricTable
 from vmoe.utils.world import world
 
@@ -87,7 +87,7 @@ def output_file(config: EvaluationConfig) -> Path:
     """
     if config.output is not None:
         return Path(config.output)
-    checkpoint, data = Path(config.checkpoints[0]), config.data
+    checkpoint, data = local_path(config.checkpoints[0]), config.data
     parts = ["evaluation", config.task, data.type]
     parts += [data.name or Path(data.path).resolve().stem] if data.name or data.path else []
     parts += [data.split] if data.type in NAMED_BY_SPLIT else []

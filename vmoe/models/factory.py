@@ -12,7 +12,7 @@ from timm.data import create_transform
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from vmoe.models.hub_layout import SOURCES, cannot_download
+from vmoe.models.hub_layout import cannot_download
 from vmoe.models.limoe import LIMOE_CONFIGS
 from vmoe.models.open_clip_models import is_open_clip, load_tag, tag_settings
 from vmoe.models.preprocess import in_chans, preprocess_config, set_preprocess
@@ -34,6 +34,7 @@ from vmoe.moe.config import SETTING_NAMES
 from vmoe.moe.experts import refuse_adapters
 from vmoe.moe.quantize import quantize_experts
 from vmoe.utils.channels import to_channels
+from vmoe.utils.files import HUB_SOURCES
 from vmoe.utils.printable import printable
 
 
@@ -107,7 +108,7 @@ def _new_model(name: str, kwargs: dict) -> nn.Module:
 
 def named_weights(name: str | None, source: str) -> tuple[str, str] | None:
     """(architecture, open_clip's tag or "") of weights that timm or open_clip download by a name of theirs, or None."""
-    if source.startswith(SOURCES) or Path(source).exists():
+    if source.startswith(HUB_SOURCES) or Path(source).exists():
         return None
     if timm.is_model(source):
         return source, ""
@@ -132,7 +133,7 @@ def _downloaded(name: str | None, source: str, kwargs: dict) -> nn.Module | None
     except ValueError:
         raise
     except Exception as error:  # whatever the libraries raise without a network
-        raise WeightsError(cannot_download(source, error)) from error
+        raise WeightsError(cannot_download(f"weights of {source}", error)) from error
 
 
 def _spec_for_file(file: Path, name: str | None, kwargs: dict) -> dict:
@@ -221,21 +222,32 @@ def create_model_and_transforms(
 
 
 def get_tokenizer(model: str | nn.Module, context_length: int | None = None) -> Callable[[list[str] | str], Tensor]:
-    """open_clip's CLIP tokenizer for a model or its name: texts -> (B, context_length) token ids, zero after their end.
-    Only the beginning of a very long text is read, since the time for a word of n letters grows with n²."""
-    import open_clip
+    """open_clip's tokenizer of a model or name, CLIP's for ours: texts -> (B, context_length) token ids, zero after
+    their end. Only the beginning of a very long text is read, since the time for a word of n letters grows with n²."""
     from open_clip.tokenizer import SimpleTokenizer
 
     name = model if isinstance(model, str) else (getattr(model, "vmoe_spec", None) or {}).get("name", "")
+    length = context_length or getattr(model, "context_length", None)
     if name not in IMAGE_TEXT_NAMES and is_open_clip(name):
-        return open_clip.get_tokenizer(name, context_length or getattr(model, "context_length", None))
-    if isinstance(model, str):
+        tokenizer = _open_clip_tokenizer(name, length)
+    elif isinstance(model, str):
         if model not in IMAGE_TEXT_NAMES:
             raise ValueError(f"no tokenizer for {model!r}: models with text are {list(IMAGE_TEXT_NAMES)}")
         settings = LIMOE_CONFIGS.get(model) or TWO_TOWER_CONFIGS[model]["text"]
-        context_length = context_length or settings.get("context_length", CONTEXT_LENGTH)
-    elif not is_contrastive(model):
+        tokenizer = SimpleTokenizer(context_length=length or settings.get("context_length", CONTEXT_LENGTH))
+    elif is_contrastive(model):
+        tokenizer = SimpleTokenizer(context_length=length)
+    else:
         raise ValueError(f"{type(model).__name__} has no text side, so it has no tokenizer")
-    tokenizer = SimpleTokenizer(context_length=context_length or model.context_length)
-    tokenizer.clean_fn = partial(clean_beginning, tokenizer.clean_fn, tokenizer.context_length)
+    if isinstance(tokenizer, SimpleTokenizer):
+        tokenizer.clean_fn = partial(clean_beginning, tokenizer.clean_fn, tokenizer.context_length)
     return tokenizer
+
+
+def _open_clip_tokenizer(name: str, context_length: int | None) -> Callable[[list[str] | str], Tensor]:
+    import open_clip
+
+    try:
+        return open_clip.get_tokenizer(name, context_length)
+    except Exception as error:  # SigLIP's are transformers', from the hub
+        raise ValueError(cannot_download(f"the tokenizer of {name}", error)) from error

@@ -90,12 +90,14 @@ def push_to_hub(
         try:
             api = HfApi(token=token, library_name="vmoe")
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            text = (folder / CARD).read_text(encoding="utf-8").replace(f"local-dir:{folder.name}", f"hf-hub:{repo_id}")
+            (folder / CARD).write_text(text, encoding="utf-8")
             kept = [CARD] if api.file_exists(repo_id, CARD, revision=revision) else None
             about = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
             return api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=kept, **about)
-        except (OSError, ValueError) as error:  # errors of HTTP are OSErrors
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{repo_id} cannot be uploaded to the hub: {reason}") from error
+        except Exception as error:  # no network, no token, no right to write, a name that is none
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{repo_id!r} cannot be uploaded to the hub: {reason}") from error
 
 
 @contextmanager
@@ -169,8 +171,9 @@ def _card(model: nn.Module, name: str, spec: dict, metrics: Mapping[str, float],
     if layers := [layer for layer in model.modules() if isinstance(layer, SparseMoE)]:
         parts.append(_table(f"\n## Routing\n\nSparse layers: {len(layers)}\n\n", _routing(layers[0])))
     if metrics:
-        parts.append(_table("\n## Metrics\n\n", {key: f"{value:.6g}" for key, value in metrics.items()}))
-    parts.append(LOADING.format(library=OPEN_CLIP_CODE if image_text else TIMM_CODE))
+        parts.append(_table("\n## Metrics\n\n", {key: _text(value) for key, value in metrics.items()}))
+    library = OPEN_CLIP_CODE if image_text else TIMM_CODE
+    parts.append(LOADING.replace("{library}", library).replace("{source}", f"local-dir:{name}"))
     return str(ModelCard("".join(parts)))
 
 
@@ -180,7 +183,7 @@ LOADING = """
 ```python
 import vmoe
 
-model, _, transform = vmoe.create_model_and_transforms(pretrained="hf-hub:ORG/NAME")  # or local-dir:FOLDER
+model, _, transform = vmoe.create_model_and_transforms(pretrained="{source}")
 ```
 
 or
@@ -189,12 +192,12 @@ or
 {library}
 ```
 """
-TIMM_CODE = 'import timm, vmoe\n\nmodel = timm.create_model("hf-hub:ORG/NAME", pretrained=True)'
+TIMM_CODE = 'import timm, vmoe\n\nmodel = timm.create_model("{source}", pretrained=True)'
 OPEN_CLIP_CODE = """import open_clip, vmoe.open_clip
 
 vmoe.open_clip.register()
-model, _, transform = open_clip.create_model_and_transforms("hf-hub:ORG/NAME")
-tokenizer = open_clip.get_tokenizer("hf-hub:ORG/NAME")"""
+model, _, transform = open_clip.create_model_and_transforms("{source}")
+tokenizer = open_clip.get_tokenizer("{source}")"""
 
 
 def _routing(layer: SparseMoE) -> dict[str, str]:
@@ -205,6 +208,10 @@ def _routing(layer: SparseMoE) -> dict[str, str]:
         for field in fields(layer.settings)
         if (value := getattr(layer.settings, field.name)) != field.default or field.name in always
     }
+
+
+def _text(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _size(model: nn.Module) -> str:

@@ -11,8 +11,6 @@ TIMM = ("config.json", "model.safetensors")
 OPEN_CLIP = ("open_clip_config.json", "open_clip_model.safetensors")
 KEY = "vmoe"  # of our settings in open_clip's config
 ARCHITECTURE = "upcycled_moe"  # in timm's config, of models that no other name of timm's builds
-MAX_CONFIG_BYTES = 2**24  # ImageNet-21k's labels with their descriptions take 2 MB
-SOURCES = ("hf-hub:", "local-dir:")
 
 
 def hub_folder(source: str) -> Path:
@@ -36,17 +34,17 @@ def _download(source: str, repo: str, revision: str) -> Path:
             return Path(huggingface_hub.hf_hub_download(repo, weights, revision=revision or None)).parent
         except EntryNotFoundError as error:
             if isinstance(error, LocalEntryNotFoundError):
-                raise ValueError(cannot_download(source, error)) from error
+                raise ValueError(cannot_download(f"weights of {source}", error)) from error
         except Exception as error:  # no network, no such repository, no right to read it, a name that is none
-            raise ValueError(cannot_download(source, error)) from error
+            raise ValueError(cannot_download(f"weights of {source}", error)) from error
     wanted = " nor ".join(" and ".join(files) for files in (TIMM, OPEN_CLIP))
     raise ValueError(f"{source} holds neither {wanted}: only safetensors files are read")
 
 
-def cannot_download(source: str, error: Exception) -> str:
-    """One sentence about weights that could not be downloaded."""
+def cannot_download(what: str, error: Exception) -> str:
+    """One sentence about something that could not be downloaded."""
     reason = printable((str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0])[:300]
-    return f"weights of {source} cannot be downloaded ({reason}): check the name and the network, or give a file"
+    return f"{what} cannot be downloaded ({reason}): check the name and the network, or give a file"
 
 
 def folder_settings(weights: Path) -> dict | None:
@@ -58,7 +56,7 @@ def folder_settings(weights: Path) -> dict | None:
     if settings is None or not file.is_file():
         return None
     try:
-        return settings(read_json(file, MAX_CONFIG_BYTES, dict))
+        return settings(read_json(file, kind=dict))
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else printable(error)
         raise ValueError(f"{file} cannot be used: {reason}") from error

@@ -28,10 +28,10 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, HuggingFaceStorageR
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata
 
-from vmoe.models.hub_layout import OPEN_CLIP, SOURCES, folder_settings, hub_folder
+from vmoe.models.hub_layout import OPEN_CLIP, folder_settings, hub_folder
 from vmoe.models.manifest import MANIFEST, find_problems, list_checkpoints, newest_complete
 from vmoe.models.validation import check_metadata
-from vmoe.utils.files import atomic_file, parse_json, read_json
+from vmoe.utils.files import HUB_SOURCES, atomic_file, parse_json, read_json
 from vmoe.utils.printable import printable
 
 logger = logging.getLogger("vmoe.models")
@@ -53,7 +53,7 @@ def find_weights(path: str | Path) -> Path:
     Of a checkpoint it is the moving average, if the run kept one. Files are compared with their checksums; damaged
     checkpoints of a run are skipped with a warning. A WeightsError if nothing is left.
     """
-    if str(path).startswith(SOURCES):
+    if str(path).startswith(HUB_SOURCES):
         try:
             path = hub_folder(str(path))
         except ValueError as error:

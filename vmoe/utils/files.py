@@ -19,6 +19,14 @@ from vmoe.utils.printable import is_unprintable, printable
 # Far above any real config (which has some hundred values, six deep).
 MAX_YAML_BYTES, MAX_VALUES, MAX_DEPTH, MAX_TEXT, MAX_DIGITS = 2**20, 10_000, 32, 20_000, 300
 
+HUB_SOURCES = ("hf-hub:", "local-dir:")  # as timm and open_clip spell them
+
+
+def local_path(checkpoint: str) -> Path:
+    """A checkpoint's path, beside which its results belong; of a repository its name in the current folder."""
+    kind, _, name = checkpoint.partition(":") if checkpoint.startswith(HUB_SOURCES) else ("", "", checkpoint)
+    return Path(name.rpartition("/")[2] if kind == "hf-hub" else name)
+
 
 @contextmanager
 def atomic_file(file: Path) -> Iterator[Path]:
