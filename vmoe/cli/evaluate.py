@@ -46,17 +46,8 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
 
 def _run(config: EvaluationConfig, console: Console | None) -> dict[str, Any]:
     from vmoe.data import build_dataset
-    from vmoe.evaluation.capacity_report import draw_sweep
     from vmoe.evaluation.loaded_model import load_model, trained_on_turned
-    from vmoe.evaluation.results_file import (
-        checkpoint_around,
-        library_versions,
-        make_writable,
-        mean_and_spread,
-        output_file,
-        print_table,
-        write_json,
-    )
+    from vmoe.evaluation.results_file import library_versions, mean_and_spread, print_table
     from vmoe.evaluation.tasks import check_task
     from vmoe.models.factory import find_weights
     from vmoe.utils.world import world
@@ -68,11 +59,7 @@ def _run(config: EvaluationConfig, console: Console | None) -> dict[str, Any]:
     # Finds wrong names before anything is read, and warns of damaged checkpoints once.
     weights = {checkpoint: find_weights(checkpoint) for checkpoint in config.checkpoints}
     config = as_trained(config, [trained_on_turned(file) for file in weights.values()])
-    target = output_file(config)
-    if checkpoint_around(target.parent) is not None:
-        raise ConfigError(f"output {target} lies in a checkpoint, which another file would damage: give another file")
-    if rank == 0 and (target.is_dir() or not make_writable(target.parent)):
-        raise ConfigError(f"output {target} cannot be written: give another file, as in --output result.json")
+    _check_output(config, rank)
     dataset = build_dataset(config.data)
     for checkpoint in config.checkpoints[1:]:  # a wrong one is found before the first is evaluated
         loaded = load_model(checkpoint, "cpu", weights=weights[checkpoint], experts=config.experts)
@@ -82,12 +69,8 @@ def _run(config: EvaluationConfig, console: Console | None) -> dict[str, Any]:
     results, spread = mean_and_spread([entry["results"] for entry in entries])
     # First: the metrics are shown even if the file cannot be written.
     print_table(f"{config.task} of {', '.join(config.checkpoints)}", results, spread, console)
-    report = {
-        "task": config.task,
-        "results": results,
-        **({"spread": spread} if spread else {}),
-        "checkpoints": [*entries],
-    }
+    report = {"task": config.task, "results": results, **({"spread": spread} if spread else {})}
+    report["checkpoints"] = [*entries]
     if rank == 0:
         with console.status("fingerprint of the data"):  # reads the ends of every file
             data = {"fingerprint": dataset.fingerprint(), "num_samples": len(dataset)}
@@ -95,16 +78,35 @@ def _run(config: EvaluationConfig, console: Console | None) -> dict[str, Any]:
     report |= {"config": dataclasses.asdict(config), "versions": library_versions(), "processes": num_processes}
     report["seconds"] = round(time.perf_counter() - start, 3)
     if rank == 0:
-        files = [output_file(config)]  # now, since another evaluation may have written its file meanwhile
-        write_json(report, files[0])
-        if config.output is not None:
-            files += _write_classes(files[0].with_suffix(""), entries, confusions)
-        if config.task == "capacity" and len(entries) == 1:
-            files.append(files[0].with_suffix(".png"))
-            draw_sweep(entries[0]["details"]["points"], files[-1])
-        saved = f"results saved to {', '.join(map(str, files))}"
+        saved = f"results saved to {', '.join(map(str, _write(config, report, confusions)))}"
         console.print(saved, style="dim", highlight=False, markup=False, soft_wrap=True)
     return report
+
+
+def _check_output(config: EvaluationConfig, rank: int) -> None:
+    """ConfigError: the results cannot be written."""
+    from vmoe.evaluation.results_file import checkpoint_around, make_writable, output_file
+
+    target = output_file(config)
+    if checkpoint_around(target.parent) is not None:
+        raise ConfigError(f"output {target} lies in a checkpoint, which another file would damage: give another file")
+    if rank == 0 and (target.is_dir() or not make_writable(target.parent)):
+        raise ConfigError(f"output {target} cannot be written: give another file, as in --output result.json")
+
+
+def _write(config: EvaluationConfig, report: dict[str, Any], confusions: Sequence[Tensor | None]) -> list[Path]:
+    """Writes the JSON file and what belongs to it; returns the files."""
+    from vmoe.evaluation.capacity_report import draw_sweep
+    from vmoe.evaluation.results_file import output_file, write_json
+
+    files, entries = [output_file(config)], report["checkpoints"]  # another evaluation may have written meanwhile
+    write_json(report, files[0])
+    if config.output is not None:
+        files += _write_classes(files[0].with_suffix(""), entries, confusions)
+    if config.task == "capacity" and len(entries) == 1:
+        files.append(files[0].with_suffix(".png"))
+        draw_sweep(entries[0]["details"]["points"], files[-1])
+    return files
 
 
 def evaluate_checkpoint(

@@ -77,7 +77,20 @@ def embed_images(
         raise ValueError(f"none of the {len(dataset)} images can be read; the first is {skipped[0]}")
     columns = {name: np.concatenate([part[name] for part in found]) for name in ("embeddings", "index", "label")}
     index_N = columns["index"].tolist()
-    about = {
+    result = Embeddings(
+        columns["embeddings"],
+        [_utf8(dataset.name_of(index)) for index in index_N],
+        [_utf8(caption) for caption in dataset.read_captions(index_N)] if dataset.has_captions else None,
+        [_utf8(dataset.classes[label]) for label in columns["label"]] if dataset.classes is not None else None,
+        _about(loaded, dataset, normalize, skipped),
+    )
+    write_embeddings(result, output)
+    shutil.rmtree(parts)
+    return result
+
+
+def _about(loaded: LoadedModel, dataset: ImageDataset, normalize: bool, skipped: list[str]) -> dict[str, Any]:
+    return {
         "format": FORMAT,
         "model": model_spec(loaded.model)["name"],
         "weights": str(loaded.weights.absolute()),
@@ -88,16 +101,6 @@ def embed_images(
         "skipped": skipped,
         "versions": library_versions(),
     }
-    result = Embeddings(
-        columns["embeddings"],
-        [_utf8(dataset.name_of(index)) for index in index_N],
-        [_utf8(caption) for caption in dataset.read_captions(index_N)] if dataset.has_captions else None,
-        [_utf8(dataset.classes[label]) for label in columns["label"]] if dataset.classes is not None else None,
-        about,
-    )
-    write_embeddings(result, output)
-    shutil.rmtree(parts)
-    return result
 
 
 def check_output(output: str | Path) -> Path:

@@ -280,7 +280,7 @@ class Config:
 
     def _conflicts(self) -> Iterator[tuple[str, Any]]:
         """(what is wrong and the remedy, whether it is so) of settings that do not go together."""
-        model, train, augmentation, task = self.model, self.train, self.data.augmentation, self.evaluate.task
+        model, train, augmentation = self.model, self.train, self.data.augmentation
         warmup, batch, contrastive = self.optim.warmup_steps, self.data.loader.batch_size, self.task == "contrastive"
         sharded, mixes = max(self.parallel.dp_shard, self.parallel.ep) > 1, augmentation.mixup or augmentation.cutmix
         betas = self.optim.betas
@@ -299,15 +299,8 @@ class Config:
             "parallel.ep = 1; set it to false",
             model.pretrained_optimizer and (model.pretrained is None or sharded),
         )
-        yield (
-            "lora.targets needs parallel.dp_shard = parallel.ep = 1 and model.pretrained_optimizer false",
-            self.lora.targets and (sharded or model.pretrained_optimizer),
-        )
-        yield (
-            f"optim.name {self.optim.name!r} would orthogonalise the adapters of all experts as one matrix; with "
-            "lora.targets take adamw",
-            self.lora.targets and "muon" in self.optim.name.lower(),
-        )
+        yield from self._lora_conflicts(sharded)
+        yield from self._evaluation_conflicts()
         sections = {"kwargs": model.kwargs, "upcycle": model.upcycle}
         sections |= {f"kwargs.{tower}": model.kwargs.get(tower) for tower in ("image", "text")}
         for key, kwargs in sections.items():
@@ -316,14 +309,6 @@ class Config:
                 "'attach' would add them twice",
                 isinstance(kwargs, dict) and kwargs.get("auxiliary_loss", "record") != "record",
             )
-        yield (
-            "train.keep_best needs evaluations; set train.eval_every",
-            train.keep_best is not None and not train.eval_every,
-        )
-        yield (
-            "train.patience needs train.keep_best, the metric that must get better, such as top1",
-            train.patience is not None and train.keep_best is None,
-        )
         for key in ("mixup", "cutmix", "label_smoothing"):
             yield (
                 f"data.augmentation.{key} mixes labels, and a contrastive run has none; set it to 0",
@@ -333,8 +318,31 @@ class Config:
             "train.accumulate_features needs task 'contrastive' and train.accumulate_steps above 1; set it to false",
             train.accumulate_features and (not contrastive or train.accumulate_steps == 1),
         )
-        yield f"evaluate.task {task!r} needs task 'contrastive'", not contrastive and task is not None
         yield f"data.loader.batch_size must be even for mixup and cutmix, got {batch}", mixes and batch % 2
+
+    def _lora_conflicts(self, sharded: bool) -> Iterator[tuple[str, Any]]:
+        yield (
+            "lora.targets needs parallel.dp_shard = parallel.ep = 1 and model.pretrained_optimizer false",
+            self.lora.targets and (sharded or self.model.pretrained_optimizer),
+        )
+        yield (
+            f"optim.name {self.optim.name!r} would orthogonalise the adapters of all experts as one matrix; with "
+            "lora.targets take adamw",
+            self.lora.targets and "muon" in self.optim.name.lower(),
+        )
+
+    def _evaluation_conflicts(self) -> Iterator[tuple[str, Any]]:
+        train, task = self.train, self.evaluate.task
+        yield (
+            "train.keep_best needs evaluations; set train.eval_every",
+            train.keep_best is not None and not train.eval_every,
+        )
+        yield (
+            "train.patience needs train.keep_best, the metric that must get better, such as top1",
+            train.patience is not None and train.keep_best is None,
+        )
+        needs_text = task is not None and self.task != "contrastive"
+        yield f"evaluate.task {task!r} needs task 'contrastive'", needs_text
 
 
 def load_config(argv: Sequence[str] | None = None) -> Config:
