@@ -143,3 +143,14 @@ def test_a_run_killed_before_the_best_is_named_names_it(make_config, tmp_path):
     assert best.resolve().name == "step_000002"
     moved = shutil.move(_path(config), tmp_path / "moved")
     assert find_weights(tmp_path / "moved" / "best").exists(), moved
+
+
+@pytest.mark.usefixtures("scripted")
+def test_the_best_is_kept_where_there_are_no_links(make_config, monkeypatch):
+    def no_link(*_):
+        raise OSError("Operation not permitted")
+
+    monkeypatch.setattr("pathlib.Path.symlink_to", no_link)
+    config = make_config(**{**KEEP, "train.steps": 8})
+    assert run(config)[0]["best"]["step"] == 5
+    assert [step_of(folder) for folder in list_checkpoints(_path(config))] == [5, 8]

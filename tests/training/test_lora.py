@@ -192,7 +192,6 @@ def test_train_py_with_lora(make_config, tmp_path):
     given = EvaluationConfig(task="classification", checkpoint=tuned.output_dir, data=tuned.data.val, device="cpu")
     results = evaluate(given)["results"]
     assert results["top1"] == summary["evaluation"]["top1"]
-    assert results["loss"] == pytest.approx(summary["evaluation"]["loss"], rel=1e-5) if "loss" in results else True
     assert summary["parameters_total"] == sum(p.numel() for p in after.parameters())
 
 
@@ -200,7 +199,10 @@ def test_train_py_with_lora(make_config, tmp_path):
     ("settings", "message"),
     [
         ({"lora.targets": '["expert"]'}, r"lora\.targets: the model has no 'expert' to adapt; its targets are"),
-        ({"lora.targets": '["experts"]', "optim.name": "muon"}, "adapters of all experts as one matrix; .* take adamw"),
+        (
+            {"lora.targets": '["experts"]', "optim.name": "muon"},
+            "hold all experts in one matrix: use adamw",
+        ),
         (
             {"lora.targets": '["experts"]', "parallel.ep": 2},
             r"lora\.targets needs parallel\.dp_shard = parallel\.ep = 1",

@@ -134,7 +134,7 @@ class Checkpointer:
             if best is not None:
                 link_best(self.run, best)
             try:
-                self._remove_old(step_of(final))
+                self._remove_old(step_of(final), best)
             except OSError as error:
                 logger.warning("an old checkpoint in %s could not be removed: %s", self.parent, error)
 
@@ -201,13 +201,13 @@ class Checkpointer:
         os.replace(unfinished, final)
         _sync(self.parent)
 
-    def _remove_old(self, step: int) -> None:
+    def _remove_old(self, step: int, best: int | None) -> None:
         """Removes what is older than the last undamaged ones to keep, but the best one; newer ones were found damaged,
         and stay."""
-        kept, best = 0, (self.run / BEST).resolve().name
+        kept, linked = 0, (self.run / BEST).resolve().name  # there is no link on some file systems
         for folder in reversed([each for each in list_checkpoints(self.run) if step_of(each) <= step]):
             if kept == self.keep_last:
-                if folder.name != best:
+                if folder.name != linked and step_of(folder) != best:
                     _remove(folder)
             elif folder in self._complete or not find_problems(folder):
                 self._complete.add(folder)

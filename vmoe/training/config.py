@@ -325,11 +325,6 @@ class Config:
             "lora.targets needs parallel.dp_shard = parallel.ep = 1 and model.pretrained_optimizer false",
             self.lora.targets and (sharded or self.model.pretrained_optimizer),
         )
-        yield (
-            f"optim.name {self.optim.name!r} would orthogonalise the adapters of all experts as one matrix; with "
-            "lora.targets take adamw",
-            self.lora.targets and "muon" in self.optim.name.lower(),
-        )
 
     def _evaluation_conflicts(self) -> Iterator[tuple[str, Any]]:
         train, task = self.train, self.evaluate.task

@@ -22,6 +22,7 @@ from vmoe.models.dense_mlp import UpcycleError
 from vmoe.models.factory import create_model, find_weights
 from vmoe.models.serialization import checkpoint_weights
 from vmoe.models.upcycle_optimizer import upcycle_optimizer
+from vmoe.moe.experts import has_adapters
 from vmoe.moe.record import unwrap
 from vmoe.training.checkpoint import load_checkpoint
 from vmoe.training.config import Config, OptimConfig
@@ -79,11 +80,16 @@ def param_groups(
         optimizer: timm's name of it. "muon" and its relatives (also for `torch.optim.Muon`) leave hidden matrices to
             Muon, those of experts in groups with "per_expert": True, which `vmoe.training.muon.Muon` and `TorchMuon`
             take; groups with "use_fallback": True are for AdamW.
+
+    A ConfigError: Muon for weights that are sharded, or for adapters, whose experts lie in one matrix.
     """
     model = unwrap(model)  # the names are those of the model itself
     settings = {"weight_decay": weight_decay, "no_weight_decay_list": getattr(model, "no_weight_decay", set)()}
     muon = is_muon(optimizer)
     if muon:
+        if is_sharded(model) or has_adapters(model):
+            kind = "sharded weights" if is_sharded(model) else "adapters, which hold all experts in one matrix"
+            raise ConfigError(f"{optimizer} orthogonalises whole matrices and cannot take {kind}: use adamw")
         settings["fallback_list"] = not_for_muon(model)
     if layer_decay is None:
         groups = timm.optim.param_groups_weight_decay(model, **settings)

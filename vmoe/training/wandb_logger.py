@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import secrets
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,9 @@ class WandbLog:
             )
         except Exception as error:  # no account, no network, a name that it refuses
             reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-            remedy = "run `wandb login`, or set WANDB_MODE=offline"
-            raise ConfigError(f"train.wandb {project}: {reason}; {remedy}") from error
+            account = "api key" in reason.lower() or "log in" in reason.lower()
+            remedy = "; run `wandb login`, or set WANDB_MODE=offline" if account else ""
+            raise ConfigError(f"train.wandb {project}: {reason}{remedy}") from error
         with atomic_file(file) as draft:
             draft.write_text(number, encoding="utf-8")
 
@@ -52,4 +54,5 @@ class WandbLog:
         self._run.log(metrics, step=step)
 
     def close(self) -> None:
-        self._run.finish()
+        error = sys.exc_info()[1]  # that ends the run
+        self._run.finish(exit_code=int(error is not None and not getattr(error, "planned", False)))
