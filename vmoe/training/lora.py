@@ -2,7 +2,7 @@
 
     model = peft.get_peft_model(model, vmoe.lora_config(model, ("attention", "experts")))
     ...                                                   # any loop
-    vmoe.models.factory.save_pretrained(model.merge_and_unload(), "tuned.safetensors")
+    vmoe.save_pretrained(model.merge_and_unload(), "tuned.safetensors")
 
 PEFT alone finds no experts ("all-linear" leaves them out), since they are stacked parameters and no linear layers.
 """
