@@ -101,10 +101,14 @@ ROUTERS = {
     "rounded": {"eval_capacity_factor": 1.1, "capacity_rounding": "round", "capacity_multiple_of": 1},
     "fixed": {"capacity": 3, "num_selected_experts": 2},
     "groups": {**LIMITED, "group_size": 7},
+    "groups of several images": {**LIMITED, "group_size": 37},
+    "a group larger than a batch": {**LIMITED, "group_size": 1000},
     "expert choice": {"router": "expert_choice"},
     "expert choice in groups": {"router": "expert_choice", "group_size": 7},
     "soft": {"router": "soft"},
     "soft in groups": {"router": "soft", "group_size": 7},
+    "soft in groups of several images": {"router": "soft", "group_size": 40},
+    "expert choice in groups of several images": {"router": "expert_choice", "group_size": 37},
     **{f"preset {name}": {"router_preset": name} for name in PRESETS},
 }
 MODELS = {

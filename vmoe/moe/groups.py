@@ -7,17 +7,31 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
-def _is_any(missing: int) -> bool:
-    """Whether tokens are missing in the last group; of an exported program, whether they ever can be."""
-    if isinstance(missing, int):
-        return missing > 0
+def _sizes(S: int, size: int) -> tuple[int, int, int]:
+    """(groups, tokens in a group, tokens missing in the last) of S tokens in groups of at most `size`."""
+    if isinstance(S, int):
+        N = max(1, min(size, S))  # an empty batch is no group
+        G = (S + N - 1) // N
+        return G, N, G * N - S
+    # An exported program: S is a symbol for any number, and so is `size` if all tokens are one group.
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return not statically_known_true(missing == 0)
+    if not isinstance(size, int):
+        return 1, size, 0
+    if statically_known_true(S % size == 0):
+        return S // size, size, 0
+    G = (S + size - 1) // size + 1  # the last one is all padding: a single group would be a case of its own
+    return G, size, G * size - S
+
+
+def _pad(tensor_S: Tensor, missing: int) -> Tensor:
+    """Zeros behind the tokens. Not by `F.pad`, which fixes the size of an exported batch."""
+    if isinstance(missing, int) and missing == 0:
+        return tensor_S
+    return torch.cat([tensor_S, tensor_S.new_zeros(missing, *tensor_S.shape[1:])])
 
 
 @dataclass(frozen=True)
@@ -50,16 +64,12 @@ class TokenGroups:
             if tensor is not None and (tensor.dtype == torch.bool) != is_bool:
                 raise ValueError(f"the {name} must be a tensor of {'bool' if is_bool else 'int'}, got {tensor.dtype}")
         S, D = math.prod(leading), x.shape[-1]
-        # An empty batch is no group. In a batch of any size (torch.export) a group is all tokens, or of the full size.
-        N = max(1, min(size, S)) if isinstance(S, int) else size
-        G = (S + N - 1) // N if isinstance(N, int) else 1  # ONNX would round a negative quotient up
-        missing = G * N - S
-        x_SD = x.reshape(S, D)
-        if _is_any(missing):
-            x_SD = F.pad(x_SD, (0, 0, 0, missing))
+        G, N, missing = _sizes(S, size)
+        x_SD = _pad(x.reshape(S, D), missing)
+        if not isinstance(missing, int) or missing:
             mask = torch.ones(S, dtype=torch.bool, device=x.device) if mask is None else mask
         mask_GN, modality_GN = (
-            None if tensor is None else F.pad(tensor.reshape(S), (0, missing)).view(G, N) for tensor in (mask, modality)
+            None if tensor is None else _pad(tensor.reshape(S), missing).view(G, N) for tensor in (mask, modality)
         )
         groups = cls(mask_GN, modality_GN, modalities, leading)
         # Padding may hold anything, NaN too; as zeros it reaches neither the gate's gradient nor the output.
@@ -85,4 +95,7 @@ class TokenGroups:
 
     def ungroup(self, y_GND: Tensor) -> Tensor:
         """(G, N, ...) -> (..., ...), the leading shape of the layer's input."""
-        return y_GND.flatten(0, 1)[: math.prod(self.leading)].view(*self.leading, *y_GND.shape[2:])
+        y_SD, S = y_GND.flatten(0, 1), math.prod(self.leading)
+        # A slice would fix the size of an exported batch.
+        y_SD = y_SD[:S] if isinstance(S, int) else y_SD.index_select(0, torch.arange(S, device=y_SD.device))
+        return y_SD.view(*self.leading, *y_GND.shape[2:])
