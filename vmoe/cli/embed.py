@@ -23,7 +23,6 @@ class EmbedConfig:
         images: An image, or a folder: all images in and below it; or a list of these. Instead of data.
         data: The images as a data set, such as shards.
         loader: Batches and worker processes; on_bad "skip" skips and reports unreadable images.
-        normalize: Whether embeddings are divided by their length (L2).
         precision: Arithmetic of the forward pass: float32, or autocast to bf16 or fp16.
         device: "auto" (CUDA, then MPS, then CPU) or a torch device such as "cuda:1".
     """
@@ -33,7 +32,6 @@ class EmbedConfig:
     images: list[str] | str | None = None
     data: SourceConfig = field(default_factory=SourceConfig)
     loader: LoaderConfig = field(default_factory=lambda: LoaderConfig(on_bad="skip"))
-    normalize: bool = True
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     device: str = "auto"
 
@@ -75,7 +73,7 @@ def run(config: EmbedConfig) -> None:
         paths = [config.images] if isinstance(config.images, str) else config.images
         dataset = ImageFiles(".", [str(file) for file in find_images(paths)])
         dataset.reading = Reading(loaded.exif_orientation)
-    found = embed_images(loaded, dataset, config.output, config.loader, config.normalize, console)
+    found = embed_images(loaded, dataset, config.output, config.loader, console)
     rows, width = found.embeddings_ND.shape
     skipped = len(found.about["skipped"])
     more = f", {skipped} bad ones skipped" if skipped else ""

@@ -32,13 +32,13 @@ logger = logging.getLogger("vmoe.evaluation")
 
 PART_IMAGES = 1024  # what a stopped command does again at most
 ENDINGS = (".parquet", ".npz")
-FORMAT = "vmoe embeddings 1"
+FORMAT = "vmoe embeddings 2"
 
 
 class Embeddings(NamedTuple):
     """Embeddings of images, in the data set's order."""
 
-    embeddings_ND: np.ndarray  # float16; of length 1 if about["normalized"]
+    embeddings_ND: np.ndarray  # float16, of length 1
     paths: list[str]  # the image files, or other names of the samples
     captions: list[str] | None
     labels: list[str] | None  # names of the classes
@@ -50,13 +50,12 @@ def embed_images(
     dataset: ImageDataset,
     output: str | Path,
     loader_config: LoaderConfig,
-    normalize: bool = True,
     console: Console | None = None,
 ) -> Embeddings:
     """Writes the embeddings of all images of a data set as .parquet or .npz, atomically; returns them.
 
-    They are those of `image_features`, divided by their length with `normalize`. Until all are done, finished parts lie
-    in `OUTPUT.parts`; the same call continues there, with the same result. Images that cannot be read are skipped.
+    They are those of `image_features`, divided by their length. Until all are done, finished parts lie in
+    `OUTPUT.parts`; the same call continues there, with the same result. Images that cannot be read are skipped.
 
     Raises:
         ConfigError: `output` has another ending, exists, or cannot be written to; pyarrow is missing.
@@ -66,10 +65,10 @@ def embed_images(
     parts = output.with_name(f"{output.name}.parts")
     batch = loader_config.batch_size
     size = math.ceil(PART_IMAGES / batch) * batch
-    key = hashlib.sha256(f"{features_key(loaded, dataset, loader_config)}{size}{normalize}".encode()).hexdigest()
+    key = hashlib.sha256(f"{features_key(loaded, dataset, loader_config)}{size}{FORMAT}".encode()).hexdigest()
     _prepare(parts, key)
     files = [parts / f"{part:08}.npz" for part in range(math.ceil(len(dataset) / size))]
-    _make_parts(loaded, dataset, loader_config, files, size, normalize, console or Console(quiet=True))
+    _make_parts(loaded, dataset, loader_config, files, size, console or Console(quiet=True))
     found = [_load(file) for file in files]
     skipped = list(dict.fromkeys(path for part in found for path in json.loads(str(part["skipped"]))))
     found = [part for part in found if len(part["index"])]
@@ -82,20 +81,19 @@ def embed_images(
         [_utf8(dataset.name_of(index)) for index in index_N],
         [_utf8(caption) for caption in dataset.read_captions(index_N)] if dataset.has_captions else None,
         [_utf8(dataset.classes[label]) for label in columns["label"]] if dataset.classes is not None else None,
-        _about(loaded, dataset, normalize, skipped),
+        _about(loaded, dataset, skipped),
     )
     write_embeddings(result, output)
     shutil.rmtree(parts)
     return result
 
 
-def _about(loaded: LoadedModel, dataset: ImageDataset, normalize: bool, skipped: list[str]) -> dict[str, Any]:
+def _about(loaded: LoadedModel, dataset: ImageDataset, skipped: list[str]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "model": model_spec(loaded.model)["name"],
         "weights": str(loaded.weights.absolute()),
         "sha256": weights_fingerprint(loaded.weights),
-        "normalized": normalize,
         "precision": loaded.precision,
         "data": dataset.fingerprint(),
         "skipped": skipped,
@@ -134,7 +132,6 @@ def _make_parts(
     loader_config: LoaderConfig,
     files: list[Path],
     size: int,
-    normalize: bool,
     console: Console,
 ) -> None:
     """Writes the parts that are missing; part p has the images p · size to (p + 1) · size."""
@@ -151,10 +148,9 @@ def _make_parts(
                 _write_part(files[part], rows, loader.skipped_paths)
                 rows, part = [], part + 1
             features_BD = image_features(loaded.model, batch["image"].to(loaded.device)).float()
-            features_BD = (F.normalize(features_BD, dim=1) if normalize else features_BD).half().cpu()
+            features_BD = F.normalize(features_BD, dim=1).half().cpu()
             if not features_BD.isfinite().all():
-                remedy = "try precision float32" if normalize else "try normalize true, or precision float32"
-                raise ValueError(f"embeddings of a batch are not finite in float16: {remedy}")
+                raise ValueError("embeddings of a batch are not finite in float16: try precision float32")
             rows.append((features_BD.numpy(), batch["index"].numpy(), batch.get("label", batch["index"]).numpy()))
     for file in files[part:]:
         _write_part(file, rows, loader.skipped_paths)

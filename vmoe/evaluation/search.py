@@ -20,8 +20,6 @@ from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.loaded_model import LoadedModel, load_model, weights_fingerprint
 from vmoe.utils.config import ConfigError
 
-TIE = 1e-5  # cosines closer than float32 products are exact are compared in float64
-
 
 class Hit(NamedTuple):
     """A found image."""
@@ -53,7 +51,7 @@ class SearchIndex:
         self.model = load_model(checkpoint or str(weights), device, about["precision"], weights=weights)
         check_same_model(self.embeddings, self.model, file)
         self._embeddings_ND = self.embeddings.embeddings_ND.astype(np.float32)
-        # Also normalised ones, whose lengths float16 rounds.
+        # Once more, since float16 rounds the lengths.
         self._embeddings_ND /= np.linalg.norm(self._embeddings_ND, axis=1, keepdims=True).clip(1e-12)
         self._faiss = _faiss_index(self._embeddings_ND)
 
@@ -81,25 +79,18 @@ class SearchIndex:
         return self.nearest(F.normalize(features_1D.float(), dim=1)[0].cpu().numpy(), top)
 
     def nearest(self, query_D: np.ndarray, top: int) -> list[Hit]:
-        """The images whose embeddings have the largest cosine with a query of length 1; equal ones in file order.
+        """The images whose embeddings have the largest cosine with a query of length 1.
 
-        faiss finds them if it is installed, else a matrix product. The order is the same: close ones are compared in
-        float64.
+        faiss finds them if it is installed, else a matrix product: with the same scores but for rounding (float32).
         """
-        top = min(top, len(self._embeddings_ND))
-        candidates = self._candidates(query_D.astype(np.float32), top)
-        exact = self._embeddings_ND[candidates].astype(np.float64) @ query_D.astype(np.float64)
-        best = np.lexsort((candidates, -exact))[:top]
-        return [self._hit(int(candidates[one]), float(exact[one])) for one in best]
-
-    def _candidates(self, query_D: np.ndarray, top: int) -> np.ndarray:
-        """Indices of the `top` best and of all that are as good as the last of them."""
+        top, query_D = min(top, len(self._embeddings_ND)), query_D.astype(np.float32)
         if self._faiss is not None:
-            scores, _ = self._faiss.search(query_D[None], top)
-            return self._faiss.range_search(query_D[None], float(scores[0, -1]) - TIE)[2]
-        scores_N = self._embeddings_ND @ query_D
-        least = np.partition(scores_N, len(scores_N) - top)[len(scores_N) - top]
-        return np.flatnonzero(scores_N > least - TIE)
+            scores, best = (rows[0] for rows in self._faiss.search(query_D[None], top))
+        else:
+            products_N = self._embeddings_ND @ query_D
+            best = np.argsort(-products_N, kind="stable")[:top]
+            scores = products_N[best]
+        return [self._hit(index, score) for score, index in zip(scores.tolist(), best.tolist())]
 
     def _hit(self, index: int, score: float) -> Hit:
         found = self.embeddings
