@@ -9,7 +9,7 @@ import vmoe
 from vmoe.cli import embed, search
 from vmoe.data import LoaderConfig, SourceConfig, build_dataset
 from vmoe.evaluation import embeddings as module
-from vmoe.evaluation.embeddings import embed_images, read_embeddings
+from vmoe.evaluation.embeddings import Embeddings, embed_images, read_embeddings, write_embeddings
 from vmoe.evaluation.loaded_model import load_model
 from vmoe.evaluation.search import SearchIndex
 from vmoe.models.factory import save_pretrained
@@ -103,6 +103,14 @@ def test_parts_of_another_model_are_not_used(loaded, dataset, index_file, tmp_pa
     np.testing.assert_array_equal(
         read_embeddings(index_file).embeddings_ND, read_embeddings(tmp_path / "again.npz").embeddings_ND
     )
+
+
+def test_a_long_caption_does_not_swell_the_file(loaded, tmp_path):
+    captions = ["x" * 20_000, *["short"] * 2000, "ends with \0"]
+    found = Embeddings(np.ones((2002, 4), np.float16), captions, captions, None, {"format": module.FORMAT})
+    write_embeddings(found, tmp_path / "x.npz")
+    assert (tmp_path / "x.npz").stat().st_size < 500_000
+    assert read_embeddings(tmp_path / "x.npz")[1:] == found[1:]
 
 
 def test_bad_images_are_reported_and_skipped(checkpoint, photos, tmp_path, capsys, caplog, monkeypatch):

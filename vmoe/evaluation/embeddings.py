@@ -168,14 +168,18 @@ def _write_part(file: Path, rows: list[tuple], skipped: list[str]) -> None:
 
 
 def write_embeddings(found: Embeddings, file: Path) -> None:
-    """Writes a .parquet or .npz file, atomically: columns path, caption, label, embedding; the rest as metadata."""
+    """Writes a .parquet or .npz file, atomically: columns path, caption, label, embedding; the rest as metadata.
+
+    In .npz the texts of a column are one JSON list: an array of texts gives each the length of the longest.
+    """
     columns = {"path": found.paths, "caption": found.captions, "label": found.labels}
     columns = {name: values for name, values in columns.items() if values is not None}
     about = json.dumps(found.about)
     with atomic_file(file) as draft:
         if file.suffix == ".npz":
             with open(draft, "wb") as stream:
-                np.savez(stream, embedding=found.embeddings_ND, about=about, **columns)
+                texts = {name: json.dumps(values) for name, values in columns.items()}
+                np.savez(stream, embedding=found.embeddings_ND, about=about, **texts)
             return
         pa = _pyarrow()
         embeddings = pa.FixedSizeListArray.from_arrays(found.embeddings_ND.ravel(), found.embeddings_ND.shape[1])
@@ -203,7 +207,7 @@ def read_embeddings(file: str | Path) -> Embeddings:
 
 def _read_npz(file: Path) -> Embeddings:
     columns = _load(file)
-    texts = [columns[name].tolist() if name in columns else None for name in ("path", "caption", "label")]
+    texts = [json.loads(str(columns[name])) if name in columns else None for name in ("path", "caption", "label")]
     return Embeddings(columns["embedding"], *texts, json.loads(str(columns["about"])))
 
 
