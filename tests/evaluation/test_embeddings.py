@@ -105,6 +105,24 @@ def test_parts_of_another_model_are_not_used(loaded, dataset, index_file, tmp_pa
     )
 
 
+def test_an_image_with_several_captions_is_one_row(loaded, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PART_IMAGES", 1)
+    rows = [f"{image}.png,{caption}" for image in "012" for caption in ("", f"first of {image}", "second")]
+    (tmp_path / "x.csv").write_text("\n".join(["image,caption", *rows]))
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes((photos / "kind 0" / f"0{number}.png").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    pairs = SourceConfig("pairs", "x.csv")
+    mixture = SourceConfig("mixture", sources=[pairs, SourceConfig("pairs", str(tmp_path / "x.csv"))])
+    for number, source in enumerate((pairs, mixture)):
+        dataset = build_dataset(source)
+        assert len(dataset) == 9 * (number + 1)
+        found = embed_images(loaded, dataset, f"{number}.npz", LoaderConfig(batch_size=1, num_workers=0, on_bad="skip"))
+        assert found.captions == [f"first of {number}" for number in range(3)]
+        assert found.paths == [str(tmp_path / f"{number}.png") for number in range(3)]
+        assert found.about["skipped"] == []
+
+
 def test_a_long_caption_does_not_swell_the_file(loaded, tmp_path):
     captions = ["x" * 20_000, *["short"] * 2000, "ends with \0"]
     found = Embeddings(np.ones((2002, 4), np.float16), captions, captions, None, {"format": module.FORMAT})

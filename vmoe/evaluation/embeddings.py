@@ -39,8 +39,8 @@ class Embeddings(NamedTuple):
     """Embeddings of images, in the data set's order."""
 
     embeddings_ND: np.ndarray  # float16, of length 1
-    paths: list[str]  # the image files, or other names of the samples
-    captions: list[str] | None
+    paths: list[str]  # the image files, absolute, or other names of the samples
+    captions: list[str] | None  # an image's first
     labels: list[str] | None  # names of the classes
     about: dict[str, Any]  # the model (name, weights, sha256, ...), the data's fingerprint, the skipped images
 
@@ -54,8 +54,8 @@ def embed_images(
 ) -> Embeddings:
     """Writes the embeddings of all images of a data set as .parquet or .npz, atomically; returns them.
 
-    They are those of `image_features`, divided by their length. Until all are done, finished parts lie in
-    `OUTPUT.parts`; the same call continues there, with the same result. Images that cannot be read are skipped.
+    They are those of `image_features`, divided by their length, one for each image. Until all are done, finished parts
+    lie in `OUTPUT.parts`; the same call continues there, with the same result. Images that cannot be read are skipped.
 
     Raises:
         ConfigError: `output` has another ending, exists, or cannot be written to; pyarrow is missing.
@@ -67,21 +67,21 @@ def embed_images(
     size = math.ceil(PART_IMAGES / batch) * batch
     key = hashlib.sha256(f"{features_key(loaded, dataset, loader_config)}{size}{FORMAT}".encode()).hexdigest()
     _prepare(parts, key)
-    files = [parts / f"{part:08}.npz" for part in range(math.ceil(len(dataset) / size))]
-    _make_parts(loaded, dataset, loader_config, files, size, console or Console(quiet=True))
-    found = [_load(file) for file in files]
-    skipped = list(dict.fromkeys(path for part in found for path in json.loads(str(part["skipped"]))))
-    found = [part for part in found if len(part["index"])]
+    indices = _one_per_image(dataset)
+    files = [parts / f"{part:08}.npz" for part in range(math.ceil(len(indices) / size))]
+    _make_parts(loaded, dataset, loader_config, indices, files, size, console or Console(quiet=True))
+    found = [part for part in map(_load, files) if len(part["index"])]
     if not found:
-        raise ValueError(f"none of the {len(dataset)} images can be read; the first is {skipped[0]}")
+        raise ValueError(f"none of the {len(indices)} images can be read; the first is {_name(dataset, indices[0])}")
     columns = {name: np.concatenate([part[name] for part in found]) for name in ("embeddings", "index", "label")}
     index_N = columns["index"].tolist()
+    skipped = sorted(set(indices).difference(index_N))
     result = Embeddings(
         columns["embeddings"],
-        [_utf8(dataset.name_of(index)) for index in index_N],
+        [_name(dataset, index) for index in index_N],
         [_utf8(caption) for caption in dataset.read_captions(index_N)] if dataset.has_captions else None,
         [_utf8(dataset.classes[label]) for label in columns["label"]] if dataset.classes is not None else None,
-        _about(loaded, dataset, skipped),
+        _about(loaded, dataset, [_name(dataset, index) for index in skipped]),
     )
     write_embeddings(result, output)
     shutil.rmtree(parts)
@@ -99,6 +99,23 @@ def _about(loaded: LoadedModel, dataset: ImageDataset, skipped: list[str]) -> di
         "skipped": skipped,
         "versions": library_versions(),
     }
+
+
+def _name(dataset: ImageDataset, index: int) -> str:
+    file = dataset.file_of(index)
+    return _utf8(dataset.name_of(index) if file is None else str(file[1].absolute()))
+
+
+def _one_per_image(dataset: ImageDataset) -> list[int]:
+    """For each image the index of its first sample; of several captions of an image, the first that can be used."""
+    samples: dict[Path | int, list[int]] = {}
+    for index in range(len(dataset)):
+        file = dataset.file_of(index)
+        samples.setdefault(index if file is None else file[1].absolute(), []).append(index)
+    for of_image in samples.values():
+        while len(of_image) > 1 and dataset.has_captions and dataset.read_captions(of_image[:1]) == [""]:
+            del of_image[0]
+    return sorted(of_image[0] for of_image in samples.values())
 
 
 def check_output(output: str | Path) -> Path:
@@ -130,22 +147,24 @@ def _make_parts(
     loaded: LoadedModel,
     dataset: ImageDataset,
     loader_config: LoaderConfig,
+    indices: list[int],
     files: list[Path],
     size: int,
     console: Console,
 ) -> None:
-    """Writes the parts that are missing; part p has the images p · size to (p + 1) · size."""
+    """Writes the parts that are missing; all have `size` of the indices, but for the last."""
     part = next((number for number, file in enumerate(files) if not file.is_file()), len(files))
     if part == len(files):
         return
     if part:
-        console.print(f"continues after {part * size} of {len(dataset)} images", style="dim", highlight=False)
-    loader = eval_loader(dataset, loaded.transform, None, loader_config, indices=range(part * size, len(dataset)))
+        console.print(f"continues after {part * size} of {len(indices)} images", style="dim", highlight=False)
+    loader = eval_loader(dataset, loaded.transform, None, loader_config, indices=indices[part * size :])
+    next_starts = indices[size::size]
     rows: list[tuple] = []
     with evaluating(loaded.model, loaded.device, loaded.precision):
         for batch in Progress(loader, "embeddings", console):
-            while batch["index"][0] >= (part + 1) * size:
-                _write_part(files[part], rows, loader.skipped_paths)
+            while part < len(next_starts) and batch["index"][0] >= next_starts[part]:
+                _write_part(files[part], rows)
                 rows, part = [], part + 1
             features_BD = image_features(loaded.model, batch["image"].to(loaded.device)).float()
             features_BD = F.normalize(features_BD, dim=1).half().cpu()
@@ -153,15 +172,15 @@ def _make_parts(
                 raise ValueError("embeddings of a batch are not finite in float16: try precision float32")
             rows.append((features_BD.numpy(), batch["index"].numpy(), batch.get("label", batch["index"]).numpy()))
     for file in files[part:]:
-        _write_part(file, rows, loader.skipped_paths)
+        _write_part(file, rows)
         rows = []
 
 
-def _write_part(file: Path, rows: list[tuple], skipped: list[str]) -> None:
+def _write_part(file: Path, rows: list[tuple]) -> None:
     empty = (np.empty((0, 0), np.float16), np.empty(0, np.int64), np.empty(0, np.int64))
     embeddings, index, label = map(np.concatenate, zip(*rows)) if rows else empty
     with atomic_file(file) as draft, open(draft, "wb") as stream:
-        np.savez(stream, embeddings=embeddings, index=index, label=label, skipped=json.dumps(skipped))
+        np.savez(stream, embeddings=embeddings, index=index, label=label)
 
 
 # --- the file ---
