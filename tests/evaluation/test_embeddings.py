@@ -85,9 +85,13 @@ def test_a_stopped_command_continues_with_the_same_result(loaded, dataset, index
     with pytest.raises(KeyboardInterrupt):
         embed_images(loaded, dataset, file, LOADER)
     assert not file.exists()
-    (tmp_path / "stopped.npz.parts" / ".00000001.f00.npz").write_text("left by a kill")
+    parts = tmp_path / "stopped.npz.parts"
+    assert parts.exists() == (on > 3)
+    if parts.exists():
+        (parts / ".00000001.f00.npz").write_text("left by a kill")
     embed_images(loaded, dataset, file, LOADER)
     assert len(calls) == on + 1 + 10 - on // 3 * 3  # 10 batches in all; finished parts are not made again
+    assert not parts.exists()
     once, again = read_embeddings(index_file), read_embeddings(file)
     np.testing.assert_array_equal(once.embeddings_ND, again.embeddings_ND)
     assert once[1:] == again[1:]
@@ -96,13 +100,45 @@ def test_a_stopped_command_continues_with_the_same_result(loaded, dataset, index
 def test_parts_of_another_model_are_not_used(loaded, dataset, index_file, tmp_path, caplog):
     parts = tmp_path / "again.npz.parts"
     parts.mkdir()
-    (parts / "key.txt").write_text("of another model")
+    (parts / "key.txt").write_text("vmoe embeddings 2 of another model")
     (parts / "00000000.npz").write_text("")
     embed_images(loaded, dataset, tmp_path / "again.npz", LOADER)
     assert "holds parts of another model" in caplog.text
     np.testing.assert_array_equal(
         read_embeddings(index_file).embeddings_ND, read_embeddings(tmp_path / "again.npz").embeddings_ND
     )
+
+
+@pytest.mark.parametrize(
+    ("key", "other"),
+    [(None, "thesis.doc"), (None, "00000000.npz"), ("my passwords", None), ("vmoe embeddings 2 x", "thesis.doc")],
+)
+def test_other_files_where_parts_would_be_are_kept(loaded, dataset, tmp_path, key, other):
+    parts = tmp_path / "x.npz.parts"
+    parts.mkdir()
+    content = {name: text for name, text in (("key.txt", key), (other, "mine")) if name and text}
+    for name, text in content.items():
+        (parts / name).write_text(text)
+    with pytest.raises(ConfigError, match="holds something else: move it away, or give another output"):
+        embed_images(loaded, dataset, tmp_path / "x.npz", LOADER)
+    assert {file.name: file.read_text() for file in parts.iterdir()} == content
+
+
+def test_a_file_where_parts_would_be_is_kept(checkpoint, photos, tmp_path, capsys):
+    (tmp_path / "x.npz.parts").write_text("mine")
+    more = ["--checkpoint", checkpoint, "--images", str(photos)]
+    assert embed.main([*more, "--output", str(tmp_path / "x.npz")]) == 2
+    assert "holds something else: move it away" in capsys.readouterr().err
+    assert (tmp_path / "x.npz.parts").read_text() == "mine"
+
+
+@pytest.mark.parametrize("more", [["--device", "foo"], ["--loader.num_workers", "0"]])
+def test_an_error_leaves_no_folder(checkpoint, tmp_path, capsys, more):
+    (tmp_path / "bad.png").write_text("no image")
+    output = ["--output", str(tmp_path / "sub" / "deep" / "x.npz")]
+    assert embed.main(["--checkpoint", checkpoint, "--images", str(tmp_path), *output, *more]) > 0
+    assert "foo" in (error := capsys.readouterr().err) or "none of the 1 images can be read" in error
+    assert [file.name for file in tmp_path.iterdir()] == ["bad.png"]
 
 
 def test_an_image_with_several_captions_is_one_row(loaded, photos, tmp_path, monkeypatch):

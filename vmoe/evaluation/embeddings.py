@@ -9,7 +9,9 @@ import hashlib
 import json
 import logging
 import math
-import shutil
+import os
+import re
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -23,7 +25,7 @@ from vmoe.data import ImageDataset, LoaderConfig, eval_loader
 from vmoe.evaluation.features import features_key, image_features
 from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.loaded_model import LoadedModel, weights_fingerprint
-from vmoe.evaluation.results_file import Progress, library_versions, make_writable
+from vmoe.evaluation.results_file import Progress, library_versions
 from vmoe.models.spec import model_spec
 from vmoe.utils.config import ConfigError
 from vmoe.utils.files import atomic_file, read_text
@@ -33,6 +35,8 @@ logger = logging.getLogger("vmoe.evaluation")
 PART_IMAGES = 1024  # what a stopped command does again at most
 ENDINGS = (".parquet", ".npz")
 FORMAT = "vmoe embeddings 2"
+# Those that start with a dot are left by a kill.
+NAMES_OF_PARTS = re.compile(r"key\.txt|\d{8}\.npz|\.(key\.\w+\.txt|\d{8}\.\w+\.npz)")
 
 
 class Embeddings(NamedTuple):
@@ -62,16 +66,21 @@ def embed_images(
         ValueError: no image can be read, or embeddings are not finite in float16.
     """
     output = check_output(output)
-    parts = output.with_name(f"{output.name}.parts")
-    batch = loader_config.batch_size
-    size = math.ceil(PART_IMAGES / batch) * batch
-    key = hashlib.sha256(f"{features_key(loaded, dataset, loader_config)}{size}{FORMAT}".encode()).hexdigest()
-    _prepare(parts, key)
+    parts = _parts_of(output)
+    new_folders = [folder for folder in output.absolute().parents if not folder.exists()]
+    size = _part_size(loader_config)
+    key = f"{features_key(loaded, dataset, loader_config)}{size}"
+    note = f"{FORMAT} {hashlib.sha256(key.encode()).hexdigest()}"
+    _remove_parts_of_others(parts, note)
     indices = _one_per_image(dataset)
     files = [parts / f"{part:08}.npz" for part in range(math.ceil(len(indices) / size))]
-    _make_parts(loaded, dataset, loader_config, indices, files, size, console or Console(quiet=True))
+    _make_parts(loaded, dataset, loader_config, indices, files, note, console or Console(quiet=True))
     found = [part for part in map(_load, files) if len(part["index"])]
     if not found:
+        _remove(parts)
+        with suppress(OSError):
+            for folder in new_folders:
+                folder.rmdir()
         raise ValueError(f"none of the {len(indices)} images can be read; the first is {_name(dataset, indices[0])}")
     columns = {name: np.concatenate([part[name] for part in found]) for name in ("embeddings", "index", "label")}
     index_N = columns["index"].tolist()
@@ -84,7 +93,7 @@ def embed_images(
         _about(loaded, dataset, [_name(dataset, index) for index in skipped]),
     )
     write_embeddings(result, output)
-    shutil.rmtree(parts)
+    _remove(parts)
     return result
 
 
@@ -119,28 +128,63 @@ def _one_per_image(dataset: ImageDataset) -> list[int]:
 
 
 def check_output(output: str | Path) -> Path:
-    """The file to write; ConfigError: it has another ending, exists, or cannot be written to; pyarrow is missing."""
+    """The file to write, nothing is made; ConfigError: it has another ending, exists, or cannot be written to; its
+    folder of parts holds something else; pyarrow is missing."""
     output = Path(output)
     if output.suffix not in ENDINGS:
         raise ConfigError(f"output {output} must end with {' or '.join(ENDINGS)}")
     if output.exists():
         raise ConfigError(f"output {output} exists already: remove it, or give another name")
-    if not make_writable(output.absolute().parent):
+    folder = next(each for each in output.absolute().parents if os.path.lexists(each))
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
         raise ConfigError(f"output {output} cannot be written to: give another folder")
+    if os.path.lexists(parts := _parts_of(output)) and not _holds_only_parts(parts):
+        problem = "is where unfinished embeddings are kept, and holds something else"
+        raise ConfigError(f"{parts} {problem}: move it away, or give another output than {output}")
     if output.suffix == ".parquet":
         _pyarrow()
     return output
 
 
-def _prepare(parts: Path, key: str) -> None:
-    """Makes the folder of parts; parts of another model, other data or settings are removed, with a warning."""
-    note = parts / "key.txt"
-    if parts.exists() and not (note.is_file() and read_text(note) == key):
+# --- the parts ---
+
+
+def _part_size(loader_config: LoaderConfig) -> int:
+    """Images in a part: whole batches."""
+    return math.ceil(PART_IMAGES / loader_config.batch_size) * loader_config.batch_size
+
+
+def _parts_of(output: Path) -> Path:
+    return output.with_name(f"{output.name}.parts")
+
+
+def _holds_only_parts(parts: Path) -> bool:
+    """Whether this module made all that a folder holds."""
+    if not parts.is_dir():
+        return False
+    files, note = list(parts.iterdir()), parts / "key.txt"
+    if not all(file.is_file() and NAMES_OF_PARTS.fullmatch(file.name) for file in files):
+        return False
+    if note not in files:  # a kill came before it
+        return all(file.name.startswith(".key.") for file in files)
+    with suppress(OSError, ValueError):
+        return read_text(note).startswith("vmoe embeddings ")
+    return False
+
+
+def _remove_parts_of_others(parts: Path, note: str) -> None:
+    """Removes parts of another model, other data or settings, with a warning; `note` says which are expected."""
+    if (parts / "key.txt").exists() and read_text(parts / "key.txt") != note:
         logger.warning("%s holds parts of another model, other data or other settings: they are removed", parts)
-        shutil.rmtree(parts)
-    parts.mkdir(exist_ok=True)
-    with atomic_file(note) as draft:
-        draft.write_text(key, encoding="utf-8")
+        _remove(parts)
+
+
+def _remove(parts: Path) -> None:
+    """Removes the parts, and their folder unless something else came into it."""
+    for file in [file for file in parts.iterdir() if NAMES_OF_PARTS.fullmatch(file.name)]:
+        file.unlink()
+    with suppress(OSError):
+        parts.rmdir()
 
 
 def _make_parts(
@@ -149,13 +193,14 @@ def _make_parts(
     loader_config: LoaderConfig,
     indices: list[int],
     files: list[Path],
-    size: int,
+    note: str,
     console: Console,
 ) -> None:
-    """Writes the parts that are missing; all have `size` of the indices, but for the last."""
+    """Writes the parts that are missing; all have equally many of the indices, but for the last."""
     part = next((number for number, file in enumerate(files) if not file.is_file()), len(files))
     if part == len(files):
         return
+    size = _part_size(loader_config)
     if part:
         console.print(f"continues after {part * size} of {len(indices)} images", style="dim", highlight=False)
     loader = eval_loader(dataset, loaded.transform, None, loader_config, indices=indices[part * size :])
@@ -164,7 +209,7 @@ def _make_parts(
     with evaluating(loaded.model, loaded.device, loaded.precision):
         for batch in Progress(loader, "embeddings", console):
             while part < len(next_starts) and batch["index"][0] >= next_starts[part]:
-                _write_part(files[part], rows)
+                _write_part(files[part], rows, note)
                 rows, part = [], part + 1
             features_BD = image_features(loaded.model, batch["image"].to(loaded.device)).float()
             features_BD = F.normalize(features_BD, dim=1).half().cpu()
@@ -172,13 +217,18 @@ def _make_parts(
                 raise ValueError("embeddings of a batch are not finite in float16: try precision float32")
             rows.append((features_BD.numpy(), batch["index"].numpy(), batch.get("label", batch["index"]).numpy()))
     for file in files[part:]:
-        _write_part(file, rows)
+        _write_part(file, rows, note)
         rows = []
 
 
-def _write_part(file: Path, rows: list[tuple]) -> None:
+def _write_part(file: Path, rows: list[tuple], note: str) -> None:
     empty = (np.empty((0, 0), np.float16), np.empty(0, np.int64), np.empty(0, np.int64))
     embeddings, index, label = map(np.concatenate, zip(*rows)) if rows else empty
+    key_file = file.with_name("key.txt")
+    if not key_file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(key_file) as draft:
+            draft.write_text(note, encoding="utf-8")
     with atomic_file(file) as draft, open(draft, "wb") as stream:
         np.savez(stream, embeddings=embeddings, index=index, label=label)
 
