@@ -22,6 +22,8 @@ parser.add_argument("--epochs", type=int, default=5)
 parser.add_argument("--per_class", type=int, default=60, help="emoji of each class")
 parser.add_argument("--output", default="photos.safetensors")
 args = parser.parse_args()
+if args.epochs < 1:
+    parser.error(f"--epochs must be >= 1, got {args.epochs}")
 torch.manual_seed(0)
 
 # 1. Data: any PyTorch data set will do.
@@ -30,13 +32,16 @@ classes = ImageFolder(folder).classes
 model = vmoe.create_model(args.model, num_classes=len(classes))  # or timm.create_model, which knows the names too
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 photos = ImageFolder(folder, transform)
-train, val = random_split(photos, [0.8, 0.2])
+if len(photos) < 2:
+    raise SystemExit(f"{folder} must hold at least 2 photos, one to train on and one to test with, got {len(photos)}")
+num_val = max(1, len(photos) // 5)
+train, val = random_split(photos, [len(photos) - num_val, num_val])
 
 # 2. Fine-tune: the auxiliary losses, which balance the experts, are the only difference to a dense model.
 optimizer = timm.optim.create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05)
 for epoch in range(args.epochs):
     model.train()
-    for images, labels in DataLoader(train, batch_size=32, shuffle=True, drop_last=True):
+    for images, labels in DataLoader(train, batch_size=32, shuffle=True):
         with vmoe.record_routing(model) as record:
             loss = torch.nn.functional.cross_entropy(model(images), labels) + record.auxiliary_loss()
         optimizer.zero_grad()
@@ -54,7 +59,7 @@ with torch.no_grad():
     batches = [(model(images).softmax(1), labels) for images, labels in DataLoader(val, batch_size=32)]
 probabilities, labels = (torch.cat(parts) for parts in zip(*batches))
 print(f"accuracy on {len(val)} other photos: {(probabilities.argmax(1) == labels).float().mean():.1%}")
-for index in range(3):
+for index in range(min(3, len(val))):
     probability, best = probabilities[index].max(0)
     print(f"{photos.samples[val.indices[index]][0]}: {classes[best]} ({probability:.1%})")
 

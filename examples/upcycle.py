@@ -34,7 +34,11 @@ classes = ImageFolder(folder).classes
 settings = {"num_classes": len(classes), "img_size": args.image_size, "pretrained": args.pretrained}
 dense = timm.create_model(args.model, **settings)
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(dense))
-train, val = random_split(ImageFolder(folder, transform), [0.8, 0.2], torch.Generator().manual_seed(0))
+photos = ImageFolder(folder, transform)
+if len(photos) < 2:
+    raise SystemExit(f"{folder} must hold at least 2 photos, one to train on and one to test with, got {len(photos)}")
+num_val = max(1, len(photos) // 5)
+train, val = random_split(photos, [len(photos) - num_val, num_val], torch.Generator().manual_seed(0))
 
 
 def fit(model: torch.nn.Module, epochs: int) -> float:
@@ -42,7 +46,7 @@ def fit(model: torch.nn.Module, epochs: int) -> float:
     optimizer = timm.optim.create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05)
     for _ in range(epochs):
         model.train()
-        for images, labels in DataLoader(train, batch_size=32, shuffle=True, drop_last=True):
+        for images, labels in DataLoader(train, batch_size=32, shuffle=True):
             with vmoe.record_routing(model) as record:  # of a dense model the auxiliary loss is 0
                 loss = torch.nn.functional.cross_entropy(model(images), labels) + record.auxiliary_loss()
             optimizer.zero_grad()
