@@ -3,20 +3,25 @@
 from pathlib import Path
 
 from vmoe.data import SourceConfig, build_dataset
+from vmoe.utils.files import atomic_file
 
 
 def emoji_photos(folder: str | Path, per_class: int = 60) -> Path:
-    """Writes up to `per_class` emoji of each of Unicode's groups to FOLDER/GROUP/NAME.png, once; returns the folder."""
+    """Makes FOLDER/GROUP/NAME.png of the first `per_class` emoji of each of Unicode's groups; returns the folder.
+
+    Those that are there stay as they are; emoji beyond the first, of an earlier call with more, are removed.
+    """
     folder = Path(folder)
-    if folder.is_dir():
-        return folder
     emoji = build_dataset(SourceConfig("emoji_groups", split="train", image_size=64))
     written = dict.fromkeys(emoji.classes, 0)
     for index, label in enumerate(emoji.labels):
         group = emoji.classes[label]
-        if written[group] < per_class:
-            written[group] += 1
-            file = folder / group.replace(" ", "_") / f"{emoji.emoji[index].code}.png"
+        file = folder / group.replace(" ", "_") / f"{emoji.emoji[index].code}.png"
+        written[group] += 1
+        if written[group] > per_class:
+            file.unlink(missing_ok=True)
+        elif not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            emoji[index].image.save(file)
+            with atomic_file(file) as draft:
+                emoji[index].image.save(draft)
     return folder
