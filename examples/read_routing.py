@@ -17,7 +17,7 @@ from vmoe.evaluation.loaded_model import load_model
 from vmoe.inspection.maps import example_figure
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--checkpoint", help="folder of a run, or a .safetensors file: a sparse classifier")
+parser.add_argument("--checkpoint", help="folder of a run, or a .safetensors file: a sparse model")
 parser.add_argument("--photos", help="folder with a folder for each class; without it: emoji")
 parser.add_argument("--per_class", type=int, default=60, help="emoji of each class")
 parser.add_argument("--steps", type=int, default=100, help="of the training")
@@ -38,7 +38,10 @@ chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)
 images = torch.stack([loaded.transform(dataset[index].image) for index in chosen])
 labels = torch.tensor([dataset[index].label for index in chosen])
 with torch.no_grad(), vmoe.record_routing(loaded.model) as record:
-    loaded.model(images)
+    encode = loaded.model if loaded.tokenizer is None else loaded.model.encode_image  # of an image-text model
+    encode(images)
+if not record.layers:
+    raise SystemExit(f"{loaded.checkpoint} has no sparse layer whose routing could be read: give a sparse model")
 for name, layer in record.layers.items():
     batch, tokens = layer.batch_shape
     first_BT = layer.expert_index[..., 0].reshape(batch, tokens)  # the best expert of each token
@@ -53,6 +56,10 @@ for name, layer in record.layers.items():
 
 # The expert of each patch, drawn.
 samples = [dataset[index] for index in chosen[:6]]
-names = loaded.class_names or [str(index) for index in range(loaded.model.num_classes)]
-file = example_figure(loaded.model, [one._replace(label=None) for one in samples], names, None, "routing.png")
-print(f"\nthe experts of the patches of six images: {file}")
+if loaded.tokenizer is None:
+    names = loaded.class_names or [str(index) for index in range(loaded.model.num_classes)]
+else:
+    names = dataset.classes
+samples = [one._replace(label=None) for one in samples]
+file = example_figure(loaded.model, samples, names, loaded.tokenizer, "routing.png")
+print(f"\nthe experts of the patches of {len(samples)} images: {file}")
