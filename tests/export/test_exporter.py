@@ -8,6 +8,7 @@ import open_clip
 import pytest
 import timm
 import torch
+from timm.models._hub import save_for_hf
 from torch import nn
 
 import vmoe
@@ -85,11 +86,20 @@ def check(model, file, format, **options):
         assert (ours - theirs).abs().max() <= TOLERANCE * ours.abs().max()
 
 
-def test_an_exported_file_gives_what_the_model_gives(tmp_path):  # all of them below
+def test_an_exported_file_gives_what_the_model_gives(tmp_path):
     model = trained(image_model, **LIMITED)
     check(model, tmp_path / "model.onnx", "onnx")
     assert model.training  # it was left as it was
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+SHORT = ["groups of several images", "soft in groups of several images", "expert choice", "two towers", "upcycled"]
+
+
+@pytest.mark.parametrize(("name", "format"), [("limoe", "onnx"), *((name, "pt2") for name in SHORT)])
+def test_others_too(tmp_path, name, format):  # all in both formats: test_every_model_in_every_format
+    make, settings = MODELS[name]
+    check(trained(make, **settings), tmp_path / f"model.{format}", format)
 
 
 ROUTERS = {
@@ -200,7 +210,6 @@ def test_which_weights_are_taken_is_said(run, raw):
     assert ("as they were trained, not their moving average" if raw else "ema.safetensors: the moving") in read
     file = run / "checkpoints" / "step_000001" / "model.safetensors"
     assert _load(file, False)[1].startswith(str(file))
-    assert "new weights" in _load("vmoe_tiny_patch8_48", False)[1]
 
 
 @pytest.mark.parametrize(
@@ -326,3 +335,23 @@ def test_a_hub_folder_has_the_metrics_of_the_runs_evaluation(tmp_path, capsys):
     assert torch.equal(made(images), model.eval()(images))
     assert main([str(first), "--output", str(tmp_path / "a.safetensors"), "--license", "mit"]) == 1
     assert "--license is for the model card of the format hub" in capsys.readouterr().err
+
+
+def test_a_folder_that_timm_wrote_becomes_one_file(tmp_path):
+    sizes = {key: IMAGE[key] for key in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
+    model = timm.create_model("vit_tiny_patch16_224", **sizes)
+    save_for_hf(model, tmp_path / "timm", model_args=sizes, safe_serialization=True)
+    file = tmp_path / "one.safetensors"
+    vmoe.export_model(tmp_path / "timm", file)
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(vmoe.create_model(pretrained=file).eval()(images), model.eval()(images))
+    with pytest.raises(ValueError, match="timm is no run, so --raw has no other weights to take"):
+        vmoe.export_model(tmp_path / "timm", file, raw=True)
+
+
+def test_a_model_that_gives_nan_is_named(tmp_path):
+    model = trained(image_model)
+    nn.init.constant_(model.head.bias, torch.nan)
+    with pytest.raises(ValueError, match="the model itself gives NaN"):
+        vmoe.export_model(model, tmp_path / "x.pt2", "pt2")
+    assert not list(tmp_path.iterdir())

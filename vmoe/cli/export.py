@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see `exit_code`."""
     description = "Write a model as a file for other programs, and compare the file with the model."
     parser = argparse.ArgumentParser(prog="vmoe-export", description=description)
-    source = "folder of a run (its newest), or of a checkpoint; or a safetensors file or a model's name"
+    source = "folder of a run (its newest) or of a checkpoint, a safetensors file, local-dir:FOLDER or hf-hub:ORG/NAME"
     parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help=source)
     parser.add_argument("--output", required=True, metavar="FILE", help="the file (hub: a folder), named by its format")
     parser.add_argument("--format", default="safetensors", help="safetensors (default), hub, pt2 or onnx")

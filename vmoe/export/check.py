@@ -40,6 +40,8 @@ def differences(part: Part, run: Run, seed: int = 0) -> list[Difference]:
             inputs = part.example(batch, generator)
             with torch.no_grad():
                 expected = part(*inputs)
+            if not all(output.isfinite().all() for output in expected):
+                raise ValueError("the model itself gives NaN or infinite outputs for random inputs; check its weights")
             found = run(*inputs)
             own = [Difference(batch, *each, redrawn) for each in _compare(part, expected, found)]
             worst = max(row.relative for row in own)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import timm
 from torch import nn
 
 from vmoe.export.check import TOLERANCE, Difference, differences, exceeds
@@ -17,7 +16,6 @@ from vmoe.export.weights import cannot_write, check_output, describe, export, me
 from vmoe.models.factory import create_model, save_pretrained
 from vmoe.models.hub import save_hub_folder
 from vmoe.models.serialization import WeightsError, read_pretrained_metadata
-from vmoe.models.spec import IMAGE_TEXT_NAMES
 from vmoe.utils.files import atomic_file
 
 
@@ -108,8 +106,8 @@ def export_model(
     """Writes a model as a file, atomically: it is loaded again and compared with the model before it takes its name.
 
     Args:
-        source: a model, the folder of a run or checkpoint, a safetensors file, or a model's name (new weights). The
-            moving average of a run's weights is taken, which `eval.py` measures.
+        source: a model, or what `vmoe.create_model(pretrained=...)` reads: the folder of a run or checkpoint, a
+            safetensors file, a hub's folder. Of a run the moving average is taken, which `eval.py` measures.
         output: the file, with the format's suffix, or the folder of a "hub"; it is replaced if it exists.
         format: "safetensors" (weights and settings), "hub" (`vmoe.save_hub_folder`), "pt2" (`torch.export`) or "onnx".
         raw: the trained weights of a run, instead of their moving average.
@@ -129,7 +127,7 @@ def export_model(
         raise ValueError(f"--part is for the formats pt2 and onnx, {format} holds the whole model; leave it out")
     if license is not None and format != "hub":
         raise ValueError(f"--license is for the model card of the format hub, {format} has none; leave it out")
-    if format == "safetensors" and not isinstance(source, nn.Module) and not _is_name(source):
+    if format == "safetensors" and not isinstance(source, nn.Module):
         weights = export(source, output, raw)  # without building the model
         return Exported(f"{weights}: {describe(weights)}", [])
     check_output(output, FORMATS[format].suffix)
@@ -140,19 +138,12 @@ def export_model(
         raise cannot_write(output, error) from error
 
 
-def _is_name(source: str | Path) -> bool:
-    return not Path(source).exists() and (str(source) in IMAGE_TEXT_NAMES or timm.is_model(str(source)))
-
-
 def _load(source: nn.Module | str | Path, raw: bool) -> tuple[nn.Module, str, dict]:
     """(the model, where its weights are from, what is known of them)."""
-    if isinstance(source, nn.Module) or _is_name(source):
-        name = type(source).__name__ if isinstance(source, nn.Module) else str(source)
+    if isinstance(source, nn.Module):
         if raw:
-            raise WeightsError(f"--raw takes the weights of a run, and {name} is a model; leave it out")
-        if isinstance(source, nn.Module):
-            return source, f"{name}: the weights that it has now", {}
-        return create_model(name), f"{name}: new weights, since this is a model's name", {}
+            raise WeightsError("--raw takes the weights of a run, and a model has one kind of weights; leave it out")
+        return source, f"{type(source).__name__}: the weights that it has now", {}
     weights = source_weights(source, raw)
     facts = {"extra": read_pretrained_metadata(weights)["extra"], "metrics": metrics_of(weights)}
     return create_model(pretrained=weights), f"{weights}: {describe(weights)}", facts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -34,7 +35,9 @@ def trace(part: Part) -> ExportedProgram:
 
 def write_program(part: Part, program: ExportedProgram, metadata: dict, draft: Path) -> Run:
     """Writes a program of `torch.export`; returns what runs the file."""
-    torch.export.save(program, draft, extra_files={METADATA_FILE: json.dumps(metadata)})
+    content = io.BytesIO()  # on a full disk PyTorch's own writer ends the process
+    torch.export.save(program, content, extra_files={METADATA_FILE: json.dumps(metadata)})
+    draft.write_bytes(content.getbuffer())
     module = torch.export.load(draft).module()
     return lambda *inputs: _without_gradient(module, inputs)
 

@@ -3,16 +3,19 @@ file, so the memory need not hold the model."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from vmoe.models.manifest import TRAINER, is_checkpoint
 from vmoe.models.serialization import (
+    METADATA_KEY,
     SETTINGS_NAME,
     StoredTensors,
     WeightsError,
     checkpoint_weights,
     find_weights,
     mapped_safetensors,
+    read_pretrained_metadata,
     safetensors_metadata,
 )
 from vmoe.utils.files import read_json
@@ -40,9 +43,9 @@ def cannot_write(output: Path, error: OSError) -> WeightsError:
 
 def source_weights(source: str | Path, raw: bool) -> Path:
     """The weights that `eval.py` reads for a run or checkpoint; with `raw` those without a moving average."""
-    if raw and Path(source).is_file():
-        raise WeightsError(f"{source} is one file, so --raw has no other weights to take; leave it out")
     weights = find_weights(source)  # compares the checkpoint with its checksums
+    if raw and (Path(source).is_file() or not is_checkpoint(weights.parent)):
+        raise WeightsError(f"{source} is no run, so --raw has no other weights to take; leave it out")
     return checkpoint_weights(weights.parent) if raw else weights
 
 
@@ -85,9 +88,12 @@ def export(source: str | Path, output: str | Path, raw: bool = False) -> Path:
             f"{source} is one part of a checkpoint; give the checkpoint's folder, and --raw for its model"
         )
     weights = source_weights(source, raw)
+    metadata = safetensors_metadata(weights)
+    if METADATA_KEY not in metadata:  # of a folder that timm or open_clip wrote, which has its settings in a config
+        metadata = {"format": "pt", METADATA_KEY: json.dumps(read_pretrained_metadata(weights))}
     stored = StoredTensors(weights)
     try:
-        with mapped_safetensors(output, stored.shapes, stored.dtypes, safetensors_metadata(weights)) as (tensors, _):
+        with mapped_safetensors(output, stored.shapes, stored.dtypes, metadata) as (tensors, _):
             stored.read_into(tensors)
     except OSError as error:
         raise cannot_write(output, error) from error

@@ -114,8 +114,11 @@ class SparseMoE(nn.Module):
         Returns (..., O): zero, or what shared experts give, for a token that all chosen experts dropped.
         """
         if isinstance(x_BTD, Proxy):  # torch.fx's tracers, of torchvision and timm too, keep the layer whole
-            args = (x_BTD, mask_BT, modality_BT)
-            return x_BTD.tracer.create_proxy("call_module", x_BTD.tracer.path_of_module(self), args, {})
+            if (path := x_BTD.tracer.path_of_module(self)) == "":
+                raise RuntimeError(
+                    "torch.fx cannot trace a sparse layer itself, only a model that holds it as one node"
+                )
+            return x_BTD.tracer.create_proxy("call_module", path, (x_BTD, mask_BT, modality_BT), {})
         x_GND, groups = self._group(x_BTD, mask_BT, modality_BT)
         assignment = self.router(x_GND, groups, self._capacity(), self.batch_priority)
         x_RD = assignment.dispatch(x_GND)
