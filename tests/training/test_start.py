@@ -20,7 +20,7 @@ def test_a_new_run(make_config):
     total = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     assert found["device"] == "cpu, float32"
     assert found["data"] == "24 images to train on (image_folder), 24 to evaluate on (image_folder), 3 classes"
-    assert found["steps"] == "3 (1 epochs) of 8 images"
+    assert found["steps"] == "3 (1 epoch) of 8 images"
     assert found["model"].startswith(f"vmoe_tiny_patch8_48, {total:.2f} M parameters, ")
     assert found["weights"] == "new"
 

@@ -27,7 +27,8 @@ def start_lines(
     yield f"data: {', '.join(parts)}{f', {len(classes)} classes' if classes else ''}"
     train, size = config.train, config.data.loader.batch_size
     images = f"{size}" if train.accumulate_steps == 1 else f"{train.accumulate_steps} x {size}"
-    yield f"steps: {train.steps:,}{f' ({train.epochs:g} epochs)' if train.epochs else ''} of {images} images"
+    epochs = f" ({train.epochs:g} {'epoch' if train.epochs == 1 else 'epochs'})" if train.epochs else ""
+    yield f"steps: {train.steps:,}{epochs} of {images} images"
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     frozen = "" if trainable == profile["parameters_total"] else f", {trainable / 1e6:.2f} M trained"
     total, active = (profile[f"parameters_{kind}"] / 1e6 for kind in ("total", "active"))
