@@ -226,6 +226,11 @@ def test_help_lists_settings_with_type_default_and_meaning(capsys):
     assert "--second.lr" in shown
     assert "--names NAMES Texts, or a file. (type: list[str] | str | None, default: null)" in shown
     assert "--output_dir OUTPUT_DIR Folder. (type: str, required)" in shown
+    for topic in ("all", "optim"):
+        with pytest.raises(SystemExit) as stopped:
+            parse_config(Settings, [f"--help={topic}"], prog="tool", description="A tool.")
+        assert stopped.value.code == 0
+        assert " ".join(capsys.readouterr().out.split()) == shown_help(capsys, topic)
 
 
 def test_help_is_a_page_and_names_the_sections(capsys):

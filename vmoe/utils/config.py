@@ -58,9 +58,10 @@ def parse_config(
 ) -> ConfigT:
     """As :func:`read_config`, but knows `--help`, and prints a mistake as one sentence and exits with code 2.
 
-    `--help` takes the name of a section, or "all".
+    `--help` takes the name of a section, or "all"; `--help=all` is the same.
     """
     argv = sys.argv[1:] if argv is None else argv
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--help=") else [word])]
     try:
         if not HELP.isdisjoint(argv):
             _print_help(config_class, argv, prog, description)
