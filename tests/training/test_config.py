@@ -63,6 +63,8 @@ def test_the_dense_baselines_differ_in_their_experts_only():
         (["--task", "contrastive", "--evaluate.task", "classification"], ["evaluate.task", "zero_shot"]),
         (["--evaluate.task", "retrieval"], ["evaluate.task", "contrastive"]),
         (["--model.name", "null"], ["model.name"]),
+        (["--train.epochs", ".inf"], ["train.epochs", "finite"]),
+        (["--optim.lr", ".inf"], ["optim.lr", "finite"]),
         (["--parallel.timeout", ".inf"], ["parallel.timeout", "2592000", "inf"]),
         (["--parallel.timeout", ".nan"], ["parallel.timeout", "nan"]),
         (["--parallel.timeout", "0.001"], ["parallel.timeout", "1", "0.001"]),

@@ -269,6 +269,8 @@ class Config:
             raise ConfigError("model.name is missing: give a model's name, or model.pretrained to take it from a file")
         for key, (least, largest, null) in RANGES.items():
             value = attrgetter(key)(self)
+            if value == math.inf and largest is None and not null:
+                raise ConfigError(f"{key} must be finite, got {value}")
             above = value is None or (value > 0 if least is None else value >= least)
             if not above or (value is not None and largest is not None and value > largest):
                 low = "> 0" if least is None else f">= {least}"
