@@ -130,3 +130,19 @@ def test_only_settings_that_matter_count_as_changed(tmp_path):
         "optim.lr": (0.001, 0.5),
         "seed": (0, 3),
     }
+
+
+def test_a_length_on_the_command_line_replaces_both_of_a_file(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("train: {steps: 6, epochs: 2}")
+    for arguments, length in (
+        ([], (6, 2)),
+        (["--train.epochs", "3"], (None, 3)),
+        (["--train.epochs=3"], (None, 3)),
+        (["--train.steps", "9"], (9, None)),
+        (["--train.steps", "null"], (None, 2)),
+        (["--train.epochs=null"], (6, None)),
+        (["--train.steps", "9", "--train.epochs", "3"], (9, 3)),
+    ):
+        train = load_config(["--config", str(file), *REQUIRED, *arguments]).train
+        assert (train.steps, train.epochs) == length

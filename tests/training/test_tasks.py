@@ -23,6 +23,8 @@ from vmoe.training.tasks import create_task, with_steps
 from vmoe.training.trainer import train
 from vmoe.utils.config import ConfigError, read_config
 
+from .test_trainer import run
+
 CPU = torch.device("cpu")
 
 
@@ -290,6 +292,7 @@ def test_more_epochs_continue_a_run(make_config, tmp_path):
     for epochs, steps in ((1, 3), (2, 6)):
         more = {"train.steps": None, "train.epochs": epochs, "optim.schedule": "constant"}
         assert train(make_config(**more), Console(quiet=True))["steps"] == steps
+    assert "a larger train.epochs continues it" in run(make_config(**more))[1]
     runs = [tmp_path / "run", tmp_path / "straight"]
     ours, theirs = (load_file(list_checkpoints(folder)[-1] / "model.safetensors") for folder in runs)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -345,6 +345,7 @@ class Config:
 def load_config(argv: Sequence[str] | None = None) -> Config:
     """The configuration of a command line (None: that of this process); exits with a sentence about a mistake."""
     description = "Train a model; the same command again continues a stopped run."
+    argv = with_one_length(sys.argv[1:] if argv is None else argv)
     config = parse_config(Config, argv, prog="vmoe-train", description=description)
     try:
         config.check()
@@ -352,6 +353,18 @@ def load_config(argv: Sequence[str] | None = None) -> Config:
         print(f"vmoe-train: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     return config
+
+
+def with_one_length(argv: Sequence[str]) -> list[str]:
+    """A command line whose train.steps or train.epochs replaces both of a file: the config.yaml of a run has both."""
+    words, argv = {}, list(argv)
+    for word, following in zip(argv, [*argv[1:], ""]):
+        key, equals, value = word.partition("=")
+        words[key] = value if equals else following
+    for given, other in (("--train.steps", "--train.epochs"), ("--train.epochs", "--train.steps")):
+        if other not in words and words.get(given, "null").lower() not in ("null", "~", ""):
+            return [*argv, other, "null"]
+    return argv
 
 
 def to_yaml(config: Config) -> str:

@@ -100,7 +100,8 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
             checkpoint = find_checkpoint(run, config)
             step = 0 if checkpoint is None else step_of(checkpoint)
             if summary := finished_summary(run, step, config.train):
-                larger = "train.patience" if "stopped_early" in summary else "train.steps"
+                length = "train.steps" if config.train.epochs is None else "train.epochs"
+                larger = "train.patience" if "stopped_early" in summary else length
                 remedy = f"a larger {larger} continues it, another output_dir starts a new one"
                 say(console, f"{run}: this run is finished ({summary['steps']} steps); {remedy}")
                 return summary
