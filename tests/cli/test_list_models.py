@@ -33,5 +33,18 @@ def test_the_command(capsys):
     main(["limoe_tiny_*"])
     listed = capsys.readouterr().out.splitlines()[2:]
     assert [line.split("`")[1] for line in listed] == vmoe.list_models("limoe_tiny_*") != []
-    with pytest.raises(ValueError, match="unknown model 'vmoe_tiny_patch8_84'; did you mean"):
-        main(["vmoe_tiny_patch8_84"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vmoe_tiny_patch8_84", "unknown model 'vmoe_tiny_patch8_84'; did you mean 'vmoe_tiny_patch8_48'?"),
+        ("nope*", "unknown model 'nope*'"),
+    ],
+)
+def test_an_unknown_name_is_one_sentence_without_a_table(capsys, name, message):
+    assert main(["vmoe_tiny_patch8_48", name]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(f"vmoe-list-models: error: {message}")
+    assert shown.err.count("\n") == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from vmoe.cli.command import exit_code
 from vmoe.utils.printable import safe_output
 
 SOURCES = {
@@ -37,14 +38,20 @@ def table_row(name: str) -> str:
 
 @safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table of the named models, or of all."""
+    """Prints the table of the named models, or of all; returns the exit code, see `exit_code`."""
     parser = argparse.ArgumentParser(prog="vmoe-list-models", description="A table of models: parameters and FLOPs.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="models, also with wildcards; by default all")
     arguments = parser.parse_args(argv)
+    return exit_code("vmoe-list-models", lambda: run(arguments.names or [""]))
+
+
+def run(patterns: Sequence[str]) -> None:
+    """Prints the table of the models that match; ValueError, before it: a name is unknown."""
     from vmoe.models.spec import list_models
 
+    rows: dict[str, str | None] = {}
+    for pattern in patterns:
+        rows |= dict.fromkeys(list_models(pattern)) or {pattern: table_row(pattern)}  # one of timm's or open_clip's
     print(HEAD)
-    for pattern in arguments.names or [""]:
-        for name in list_models(pattern) or [pattern]:
-            print(table_row(name))
-    return 0
+    for name, row in rows.items():
+        print(row or table_row(name))
