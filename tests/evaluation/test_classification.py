@@ -92,3 +92,12 @@ def test_nan_scores_are_misses_with_a_warning(make_batches, caplog):
     assert result["top1"] == 0
     assert "ece" not in result
     assert "scores of 2 samples are NaN" in caplog.text
+
+
+def test_a_tie_is_a_miss_also_in_the_confusion_matrix():
+    scores = torch.tensor([[2.0, 2, 0], [2.0, 2, 0], [2.0, 2, 0], [0.0, 1, 2], [0.0, 1, 1]])
+    batches = [{"image": torch.zeros(5, 1), "label": torch.tensor([0, 1, 2, 2, 1])}]
+    predictions = predict(lambda images: scores, batches, device="cpu")
+    assert predictions.predicted_N.tolist() == [1, 0, 0, 2, 2]
+    hits = (predictions.predicted_N == predictions.label_N).double().mean().item()
+    assert predictions.results()["top1"] == hits == 0.2

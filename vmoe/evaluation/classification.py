@@ -26,7 +26,7 @@ class Predictions(NamedTuple):
     index_N: Tensor  # position in the data set
     label_N: Tensor  # the right class
     rank_N: Tensor  # rank of the (best) right class among the scores, see `ranks`
-    predicted_N: Tensor  # the class with the highest score
+    predicted_N: Tensor  # the class with the highest score; of a tie a wrong one, since it is a miss
     confidence_N: Tensor  # its softmax probability
     num_classes: int
     num_skipped: int  # samples that could not be read
@@ -108,8 +108,11 @@ def predict(
         label_B = batch["label"].to(device)
         index_B = batch.get("index", torch.arange(num_rows, num_rows + len(label_B)))
         num_rows += len(label_B)
-        rank_B = ranks(scores_BC, right_classes(label_B, index_B, num_classes, label_sets))
-        confidence_B, predicted_B = scores_BC.softmax(dim=1).max(dim=1)
+        right_BC = right_classes(label_B, index_B, num_classes, label_sets)
+        rank_B, probabilities_BC = ranks(scores_BC, right_BC), scores_BC.softmax(dim=1)
+        confidence_B = probabilities_BC.amax(dim=1)
+        tied_BC = right_BC & (rank_B > 0)[:, None]  # a tie is a miss: it counts for the other class
+        predicted_B = probabilities_BC.masked_fill(tied_BC, -1).argmax(dim=1)
         rows.add(index_B, label_N=label_B, rank_N=rank_B, predicted_N=predicted_B, confidence_N=confidence_B)
     index_N, columns = rows.gather()
     skipped = num_skipped(loader, len(index_N))
