@@ -32,6 +32,16 @@ def predictions(number):
     return Predictions(torch.arange(number), label, label, zeros, torch.full((number,), 0.5), 2, 0)
 
 
+def test_the_confusion_matrix_is_made_where_it_is_wanted_and_fits(monkeypatch, caplog):
+    dataset = Conditions(["fog"])
+    assert classification_outcome(predictions(4), dataset, []).confusion_CC is None
+    assert classification_outcome(predictions(4), dataset, [], True).confusion_CC.tolist() == [[2, 0], [2, 0]]
+    monkeypatch.setattr("vmoe.evaluation.tasks.MOST_CLASSES", 1)
+    outcome = classification_outcome(predictions(4), dataset, [], True)
+    assert (outcome.confusion_CC, len(outcome.details["per_class"])) == (None, 2)
+    assert "2 classes, more than 1: no tables of the classes and no confusion matrix are written" in caplog.text
+
+
 def test_mean_corruption_error_of_all_conditions():
     dataset = Conditions(CORRUPTIONS)
     outcome = classification_outcome(predictions(len(dataset)), dataset, [])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vmoe.utils.files import atomic_file
 
+MOST_CLASSES = 5_000  # of a matrix, which then has 25 million counts: 200 MB
 MOST_NUMBERS, MOST_NAMES = 15, 40  # classes up to which the image has the counts in its cells, and the names
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from vmoe.evaluation.capacity_report import flat_results, print_sweep, sweep_det
 from vmoe.evaluation.class_names import IMAGENET, check_same_classes
 from vmoe.evaluation.classification import Predictions, checked_logits, predict, select_columns
 from vmoe.evaluation.config import EvaluationConfig
-from vmoe.evaluation.confusion import confusion_matrix
+from vmoe.evaluation.confusion import MOST_CLASSES, confusion_matrix
 from vmoe.evaluation.few_shot import few_shot
 from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.loaded_model import LoadedModel
@@ -30,6 +31,8 @@ from vmoe.evaluation.zero_shot import Template, resolve_prompts
 from vmoe.models.factory import preprocess_config
 from vmoe.utils.config import ConfigError
 
+logger = logging.getLogger("vmoe.evaluation")
+
 
 def classify(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset, console: Console) -> Outcome:
     """Tasks "classification" and "zero_shot": accuracy and calibration, also of each class and condition."""
@@ -37,7 +40,7 @@ def classify(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDatase
     with evaluating(loaded.model, loaded.device, loaded.precision):
         score, batches = class_scores(config, loaded, dataset), Progress(loader, config.task, console)
         predictions = predict(score, batches, device=loaded.device, label_sets=dataset.label_sets)
-    return classification_outcome(predictions, dataset, loader.skipped_paths)
+    return classification_outcome(predictions, dataset, loader.skipped_paths, config.output is not None)
 
 
 def class_scores(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset) -> Score:
@@ -65,11 +68,17 @@ def zero_shot_prompts(
         raise ConfigError(str(error)) from None
 
 
-def classification_outcome(predictions: Predictions, dataset: ImageDataset, skipped_paths: list[str]) -> Outcome:
-    """The metrics of all predictions, and of each class and condition."""
+def classification_outcome(
+    predictions: Predictions, dataset: ImageDataset, skipped_paths: list[str], confusions: bool = False
+) -> Outcome:
+    """The metrics of all predictions, and of each class and condition; with the confusion matrix if it is wanted."""
     results, details, confusion_CC = predictions.results(), {}, None
     if dataset.label_sets is None:
-        confusion_CC = confusion_matrix(predictions.label_N, predictions.predicted_N, predictions.num_classes)
+        if confusions and predictions.num_classes > MOST_CLASSES:
+            count = f"{predictions.num_classes:,} classes, more than {MOST_CLASSES:,}"
+            logger.warning("%s: no tables of the classes and no confusion matrix are written", count)
+        elif confusions:
+            confusion_CC = confusion_matrix(predictions.label_N, predictions.predicted_N, predictions.num_classes)
         details["per_class"] = predictions.per_class(dataset.classes)
     else:
         del results["mean_per_class"]  # an image of several classes is of none alone
