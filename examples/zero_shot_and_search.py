@@ -10,10 +10,10 @@ import argparse
 from pathlib import Path
 
 import vmoe
-from vmoe.cli.classify import find_images
 from vmoe.cli.train import main as train
 from vmoe.data import LoaderConfig, SourceConfig, build_dataset
 from vmoe.data.dataset import ImageFiles
+from vmoe.data.images import find_images
 from vmoe.evaluation.embeddings import embed_images
 from vmoe.evaluation.loaded_model import load_model
 from vmoe.evaluation.search import SearchIndex

@@ -201,8 +201,7 @@ def test_predictions_in_files(files, capsys, tmp_path, caplog, monkeypatch):
     for name in ("a.png", "b.JPG", "below/c.png"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(files / "photos" / name, tmp_path / "in" / name)
-    for module in ("vmoe.cli.classify", "vmoe.data.images"):
-        monkeypatch.setattr(f"{module}.reads_heif", lambda: False)
+    monkeypatch.setattr("vmoe.data.images.reads_heif", lambda: False)
     model = ["--checkpoint", str(files / "vit.safetensors"), "--top", "2"]
     assert main([str(tmp_path / "in"), *model, "--json"]) == 0
     expected = json.loads(capsys.readouterr().out)
@@ -243,7 +242,14 @@ def test_output_that_cannot_be_written(files, capsys, tmp_path):
         ("file/out.csv", 2, "file/out.csv cannot be written"),
     ):
         assert error in _error(capsys, [image, *model, "--output", str(tmp_path / output)], code)
-    broken = tmp_path / "broken.png"
+    broken, new = tmp_path / "broken.png", tmp_path / "new" / "dir"
     broken.write_bytes(b"broken")
-    assert main([str(broken), *model, "--output", str(tmp_path / "none.csv")]) == 1
-    assert not (tmp_path / "none.csv").exists()
+    for arguments in (
+        [str(broken), *model],
+        ["no.png", *model],
+        [image, "--checkpoint", "nowhere"],
+        [image, *model, "--top", "0"],
+        [image, *model, "--labels", "cat,dog"],
+    ):
+        assert main([*arguments, "--output", str(new / "none.csv")]) != 0
+        assert not new.parent.exists()

@@ -11,6 +11,7 @@ from vmoe.data import LoaderConfig, SourceConfig, build_dataset
 from vmoe.evaluation import embeddings as module
 from vmoe.evaluation.embeddings import Embeddings, embed_images, read_embeddings, write_embeddings
 from vmoe.evaluation.loaded_model import load_model
+from vmoe.evaluation.paths import INDEX_ENDINGS
 from vmoe.evaluation.search import SearchIndex
 from vmoe.models.factory import save_pretrained
 from vmoe.utils.config import ConfigError
@@ -187,7 +188,7 @@ def test_parquet_holds_the_same(loaded, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow (pip install -e '.[search]')")
     emoji = build_dataset(SourceConfig("emoji", split="held_out", image_size=48))
     emoji.emoji, emoji.indices, emoji.classes = emoji.emoji[:9], emoji.indices[:9], emoji.classes[:9]
-    first, second = (embed_images(loaded, emoji, tmp_path / f"x{end}", LOADER) for end in module.ENDINGS)
+    first, second = (embed_images(loaded, emoji, tmp_path / f"x{end}", LOADER) for end in INDEX_ENDINGS)
     for written, end in ((first, ".parquet"), (second, ".npz")):
         read = read_embeddings(tmp_path / f"x{end}")
         np.testing.assert_array_equal(read.embeddings_ND, first.embeddings_ND)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from vmoe.utils.files import atomic_file, local_path
+from vmoe.utils.files import atomic_file, can_write, local_path
 
 
 def test_writers_of_one_file_do_not_meet(tmp_path):
@@ -52,3 +52,20 @@ def test_the_permissions_are_those_that_the_user_asks_for(tmp_path, umask, mode)
 )
 def test_results_of_a_checkpoint_belong_beside_it_or_in_the_current_folder(checkpoint, path):
     assert local_path(checkpoint) == Path(path)
+
+
+def test_what_can_be_written_is_known_without_making_anything(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "nothing").symlink_to(tmp_path / "gone")
+    for name, expected in (
+        ("file", True),
+        ("new/dir/x.csv", True),
+        (".", False),
+        ("file/x.csv", False),
+        ("nothing/x.csv", False),
+        (f"{'x' * 300}/x.csv", False),
+        (f"{'x' * 300}.csv", False),
+        ("a\0b/x.csv", False),
+    ):
+        assert can_write(tmp_path / name) is expected, name
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "nothing"]

@@ -6,7 +6,6 @@ import argparse
 import csv
 import json
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -17,18 +16,11 @@ from rich.console import Console
 from rich.progress import track
 
 from vmoe.cli.command import exit_code
-from vmoe.data.images import (
-    IMAGE_SUFFIXES,
-    MAX_PIXELS,
-    PHONE_SUFFIXES,
-    BadSample,
-    Reading,
-    load_image,
-    reads_heif,
-)
+from vmoe.data.images import MAX_PIXELS, BadSample, Reading, find_images, load_image
 from vmoe.evaluation.class_names import known_sets
+from vmoe.evaluation.paths import check_checkpoint
 from vmoe.utils.config import ConfigError
-from vmoe.utils.files import atomic_file
+from vmoe.utils.files import atomic_file, can_write
 from vmoe.utils.printable import escaped, printable, safe_output
 from vmoe.utils.tables import MetricTable, make_console
 
@@ -97,11 +89,12 @@ def run(arguments: argparse.Namespace) -> None:
     for name in ("top", "batch_size", "max_pixels"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name} must be >= 1, got {getattr(arguments, name)}")
+    files = find_images(arguments.images)
+    check_checkpoint(arguments.checkpoint)
     from vmoe.evaluation.inference import evaluating
     from vmoe.evaluation.loaded_model import load_model
 
     names, templates = _read_labels(arguments)
-    files = find_images(arguments.images)
     loaded = load_model(arguments.checkpoint, arguments.device, arguments.precision)
     if loaded.tokenizer is None:
         names = _own_classes(loaded, arguments)
@@ -156,11 +149,9 @@ def _predictions(
 
 def _check_output(file: Path) -> None:
     """ConfigError: the predictions cannot be written there."""
-    from vmoe.evaluation.results_file import make_writable
-
     if file.suffix not in (".csv", ".jsonl"):
         raise ConfigError(f"--output must end in .csv or .jsonl, got {file}")
-    if file.is_dir() or not make_writable(file.parent):
+    if not can_write(file):
         raise ConfigError(f"--output {file} cannot be written: give a file in a folder that can be")
 
 
@@ -170,6 +161,7 @@ def _write(found: Iterator[dict], file: Path, top: int) -> None:
     if first is None:
         return
     number = 0
+    file.parent.mkdir(parents=True, exist_ok=True)
     # Names of files need not be UTF-8; what is not becomes an escape.
     with atomic_file(file) as draft, draft.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
         if file.suffix == ".csv":
@@ -203,37 +195,6 @@ def _readable(files: Sequence[Path], reading: Reading, bad: list[BadSample]) -> 
             bad.append(error)
         else:
             yield file, image
-
-
-def find_images(paths: Sequence[str]) -> list[Path]:
-    """The image files of files (with any ending) and folders, each once, in their order; sorted in a folder.
-
-    HEIC and AVIF count among them, so that they are named where they cannot be read. Other files of a folder are
-    counted in a warning. ValueError: a path that does not exist or has no image.
-    """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_file():
-            files.append(path)
-            continue
-        if not path.is_dir():
-            raise ValueError(f"{path}: no such file or folder")
-        inside = (one for one in path.rglob("*") if not any(p[0] == "." for p in one.relative_to(path).parts))
-        by_ending = {one: one.suffix.lower() for one in sorted(inside) if one.is_file()}
-        known = IMAGE_SUFFIXES + PHONE_SUFFIXES
-        if not reads_heif() and not set(IMAGE_SUFFIXES).intersection(by_ending.values()):
-            known = IMAGE_SUFFIXES
-        images = [one for one, ending in by_ending.items() if ending in known]
-        others = Counter(ending or "none" for ending in by_ending.values() if ending not in known)
-        counts = ", ".join(f"{count} {printable(ending)}" for ending, count in others.most_common(5))
-        if not images:
-            but = f", but other files: {counts}" if others else ""
-            but += "; pip install pillow-heif reads HEIC" if {".heic", ".heif"} & others.keys() else ""
-            raise ValueError(f"{path}: no image there (endings looked for: {', '.join(IMAGE_SUFFIXES)}){but}")
-        if others:
-            logger.warning("%s: skipped other files: %s", printable(str(path)), counts)
-        files.extend(images)
-    return list(dict.fromkeys(files))
 
 
 def _read_labels(arguments: argparse.Namespace) -> tuple[list[str] | None, list | None]:

@@ -45,10 +45,15 @@ def exit_code(prog: str, run: Callable[[], object], raise_unexpected: bool = Fal
 def _judged(error: Exception, rank: int) -> tuple[bool, bool, bool]:
     """Whether users can cause an error (anything else is a fault of the program), whether another process is lost, and
     whether this process reports it."""
-    from vmoe.data import BadSample, TooManyBadSamples
+    from vmoe.data.images import BadSample
+
+    known = (ValueError, OSError, ModuleNotFoundError, BadSample)
+    if "torch" not in sys.modules:  # it would take seconds to import; the other errors come from modules that need it
+        return isinstance(error, known), False, True
+    from vmoe.data import TooManyBadSamples
     from vmoe.distributed.process_group import LostProcessError, must_report
     from vmoe.training.diagnosis import NonFiniteError
 
     lost = isinstance(error, LostProcessError)
-    known = (ValueError, OSError, ModuleNotFoundError, BadSample, TooManyBadSamples, NonFiniteError)
+    known += (TooManyBadSamples, NonFiniteError)
     return lost or isinstance(error, known), lost, not error.reported if lost else must_report(error, rank)

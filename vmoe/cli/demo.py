@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vmoe.cli.command import exit_code
+from vmoe.evaluation.paths import check_checkpoint, check_index
 from vmoe.utils.config import ConfigError, check_types, parse_config
 from vmoe.utils.printable import safe_output
 
@@ -55,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def serve(config: DemoConfig) -> None:
     """Loads the model and serves the page until Ctrl-C."""
+    if config.index is not None:
+        check_index(config.index)
+    check_checkpoint(config.checkpoint)
     from vmoe.cli.demo_page import build_app, import_gradio, launch
     from vmoe.evaluation.loaded_model import load_model
     from vmoe.evaluation.search import SearchIndex

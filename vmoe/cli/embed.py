@@ -8,6 +8,8 @@ from typing import Literal
 
 from vmoe.cli.command import exit_code
 from vmoe.data.config import LoaderConfig, SourceConfig
+from vmoe.data.images import Reading, find_images
+from vmoe.evaluation.paths import check_checkpoint, check_new_index
 from vmoe.utils.config import ConfigError, check_types, parse_config
 from vmoe.utils.printable import safe_output
 from vmoe.utils.tables import make_console
@@ -54,15 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: EmbedConfig) -> None:
     """Writes the file, and says how many images are in it."""
-    from vmoe.cli.classify import find_images
+    check_new_index(config.output)
+    check_checkpoint(config.checkpoint)
+    paths = [config.images] if isinstance(config.images, str) else config.images
+    files = [] if paths is None else find_images(paths)
     from vmoe.data import build_dataset, with_orientation
     from vmoe.data.dataset import ImageFiles
-    from vmoe.data.images import Reading
-    from vmoe.evaluation.embeddings import check_output, embed_images
+    from vmoe.evaluation.embeddings import embed_images
     from vmoe.evaluation.loaded_model import load_model
     from vmoe.utils.world import world
 
-    check_output(config.output)
     if world()[1] > 1:
         raise ConfigError("vmoe-embed runs in one process: start it without torchrun, once for each part of the data")
     console = make_console()
@@ -70,8 +73,7 @@ def run(config: EmbedConfig) -> None:
     if config.images is None:
         dataset = build_dataset(with_orientation(config.data) if loaded.exif_orientation else config.data)
     else:
-        paths = [config.images] if isinstance(config.images, str) else config.images
-        dataset = ImageFiles(".", [str(file) for file in find_images(paths)])
+        dataset = ImageFiles(".", [str(file) for file in files])
         dataset.reading = Reading(loaded.exif_orientation)
     found = embed_images(loaded, dataset, config.output, config.loader, console)
     rows, width = found.embeddings_ND.shape

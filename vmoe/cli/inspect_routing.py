@@ -17,7 +17,7 @@ from rich.console import Console
 from vmoe.cli.command import exit_code
 from vmoe.data.config import LoaderConfig, SourceConfig
 from vmoe.utils.config import ConfigError, check_types, parse_config, read_settings_file
-from vmoe.utils.files import local_path
+from vmoe.utils.files import is_writable, local_path
 from vmoe.utils.printable import safe_output
 from vmoe.utils.tables import MetricTable, make_console
 
@@ -94,7 +94,6 @@ def run(config: InspectConfig, console: Console | None = None) -> RoutingStatist
     """
     from vmoe.data import build_dataset, with_orientation
     from vmoe.evaluation.loaded_model import load_model
-    from vmoe.evaluation.results_file import make_writable
     from vmoe.inspection.forward import sparse_layers
     from vmoe.inspection.plots import write_figures
     from vmoe.inspection.report import write_report
@@ -113,7 +112,7 @@ def run(config: InspectConfig, console: Console | None = None) -> RoutingStatist
     checkpoint = local_path(config.checkpoint)
     beside = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "inspection"
     folder = Path(config.output_dir or beside)
-    if not make_writable(folder):
+    if not is_writable(folder):
         raise ConfigError(f"output_dir {folder} cannot be written to: choose another")
     same = ("num_images", "num_patches", "templates", "eval_capacity_factor", "batch_priority")
     statistics = gather_statistics(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 
 from vmoe.cli.command import exit_code
+from vmoe.data.images import BadSample
+from vmoe.evaluation.paths import check_checkpoint, check_index
 from vmoe.utils.config import ConfigError
 from vmoe.utils.printable import printable, safe_output
 from vmoe.utils.tables import MetricTable, make_console
@@ -35,6 +38,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Prints the images: a table, or a JSON list of {"score", "path", "caption", "label"}, the most similar first."""
     if arguments.top < 1:
         raise ConfigError(f"--top must be >= 1, got {arguments.top}")
+    check_index(arguments.index)
+    if arguments.checkpoint is not None:
+        check_checkpoint(arguments.checkpoint)
+    if arguments.image is not None and not os.path.exists(arguments.image):
+        raise BadSample(arguments.image, "no such file")
     from vmoe.evaluation.search import SearchIndex
 
     index = SearchIndex(arguments.index, arguments.checkpoint, arguments.device)

@@ -5,7 +5,8 @@ import logging
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -135,6 +136,37 @@ def reads_heif() -> bool:
         return False
     pillow_heif.register_heif_opener()
     return True
+
+
+def find_images(paths: Sequence[str]) -> list[Path]:
+    """The image files of files (with any ending) and folders, each once, in their order; sorted in a folder.
+
+    HEIC and AVIF count among them, so that they are named where they cannot be read. Other files of a folder are
+    counted in a warning. ValueError: a path that does not exist or has no image.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_file():
+            files.append(path)
+            continue
+        if not path.is_dir():
+            raise ValueError(f"{path}: no such file or folder")
+        inside = (one for one in path.rglob("*") if not any(p[0] == "." for p in one.relative_to(path).parts))
+        by_ending = {one: one.suffix.lower() for one in sorted(inside) if one.is_file()}
+        known = IMAGE_SUFFIXES + PHONE_SUFFIXES
+        if not reads_heif() and not set(IMAGE_SUFFIXES).intersection(by_ending.values()):
+            known = IMAGE_SUFFIXES
+        images = [one for one, ending in by_ending.items() if ending in known]
+        others = Counter(ending or "none" for ending in by_ending.values() if ending not in known)
+        counts = ", ".join(f"{count} {printable(ending)}" for ending, count in others.most_common(5))
+        if not images:
+            but = f", but other files: {counts}" if others else ""
+            but += "; pip install pillow-heif reads HEIC" if {".heic", ".heif"} & others.keys() else ""
+            raise ValueError(f"{path}: no image there (endings looked for: {', '.join(IMAGE_SUFFIXES)}){but}")
+        if others:
+            logger.warning("%s: skipped other files: %s", printable(str(path)), counts)
+        files.extend(images)
+    return list(dict.fromkeys(files))
 
 
 _warned = False

@@ -13,7 +13,6 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
@@ -25,6 +24,7 @@ from vmoe.data import ImageDataset, LoaderConfig, eval_loader
 from vmoe.evaluation.features import features_key, image_features
 from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.loaded_model import LoadedModel, weights_fingerprint
+from vmoe.evaluation.paths import check_index, check_new_index, import_pyarrow
 from vmoe.evaluation.results_file import Progress, library_versions
 from vmoe.models.spec import model_spec
 from vmoe.utils.config import ConfigError
@@ -33,7 +33,6 @@ from vmoe.utils.files import atomic_file, read_text
 logger = logging.getLogger("vmoe.evaluation")
 
 PART_IMAGES = 1024  # what a stopped command does again at most
-ENDINGS = (".parquet", ".npz")
 FORMAT = "vmoe embeddings 2"
 # Those that start with a dot are left by a kill.
 NAMES_OF_PARTS = re.compile(r"key\.txt|\d{8}\.npz|\.(key\.\w+\.txt|\d{8}\.\w+\.npz)")
@@ -131,18 +130,10 @@ def check_output(output: str | Path) -> Path:
     """The file to write, nothing is made; ConfigError: it has another ending, exists, or cannot be written to; its
     folder of parts holds something else; pyarrow is missing."""
     output = Path(output)
-    if output.suffix not in ENDINGS:
-        raise ConfigError(f"output {output} must end with {' or '.join(ENDINGS)}")
-    if output.exists():
-        raise ConfigError(f"output {output} exists already: remove it, or give another name")
-    folder = next(each for each in output.absolute().parents if os.path.lexists(each))
-    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
-        raise ConfigError(f"output {output} cannot be written to: give another folder")
+    check_new_index(output)
     if os.path.lexists(parts := _parts_of(output)) and not _holds_only_parts(parts):
         problem = "is where unfinished embeddings are kept, and holds something else"
         raise ConfigError(f"{parts} {problem}: move it away, or give another output than {output}")
-    if output.suffix == ".parquet":
-        _pyarrow()
     return output
 
 
@@ -250,7 +241,7 @@ def write_embeddings(found: Embeddings, file: Path) -> None:
                 texts = {name: json.dumps(values) for name, values in columns.items()}
                 np.savez(stream, embedding=found.embeddings_ND, about=about, **texts)
             return
-        pa = _pyarrow()
+        pa = import_pyarrow()
         embeddings = pa.FixedSizeListArray.from_arrays(found.embeddings_ND.ravel(), found.embeddings_ND.shape[1])
         table = pa.table({**columns, "embedding": embeddings}, metadata={"vmoe": about})
         pa.parquet.write_table(table, draft)
@@ -259,10 +250,7 @@ def write_embeddings(found: Embeddings, file: Path) -> None:
 def read_embeddings(file: str | Path) -> Embeddings:
     """Reads what `embed_images` wrote; ValueError: it did not write this file, or the file cannot be read."""
     file = Path(file)
-    if not file.is_file():
-        raise ValueError(f"no index at {file}: make one with vmoe-embed")
-    if file.suffix not in ENDINGS:
-        raise ValueError(f"index {file} must end with {' or '.join(ENDINGS)}")
+    check_index(file)
     try:
         found = _read_npz(file) if file.suffix == ".npz" else _read_parquet(file)
         if found.about["format"] != FORMAT or found.embeddings_ND.shape[:1] != (len(found.paths),):
@@ -281,7 +269,7 @@ def _read_npz(file: Path) -> Embeddings:
 
 
 def _read_parquet(file: Path) -> Embeddings:
-    table = _pyarrow().parquet.read_table(file)
+    table = import_pyarrow().parquet.read_table(file)
     about = json.loads(table.schema.metadata[b"vmoe"])
     embeddings = table["embedding"].combine_chunks()
     embeddings_ND = embeddings.flatten().to_numpy().reshape(len(embeddings), -1)
@@ -292,16 +280,6 @@ def _read_parquet(file: Path) -> Embeddings:
 def _load(file: Path) -> dict[str, np.ndarray]:
     with np.load(file, allow_pickle=False) as content:
         return dict(content)
-
-
-def _pyarrow() -> ModuleType:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        remedy = "pip install -e '.[search]' in a checkout, or take a file that ends with .npz"
-        raise ConfigError(f"Parquet files need the package {error.name}: {remedy}") from None
-    return pyarrow
 
 
 def _utf8(text: str) -> str:

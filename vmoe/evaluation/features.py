@@ -25,13 +25,13 @@ from vmoe.evaluation.classification import num_skipped
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.loaded_model import LoadedModel, weights_fingerprint
-from vmoe.evaluation.results_file import Outcome, Progress, library_versions, make_writable
+from vmoe.evaluation.results_file import Outcome, Progress, library_versions
 from vmoe.evaluation.synchronized import Rows
 from vmoe.models.factory import is_contrastive
 from vmoe.models.spec import model_spec
 from vmoe.moe import SparseMoE
 from vmoe.utils.config import ConfigError
-from vmoe.utils.files import atomic_file
+from vmoe.utils.files import atomic_file, is_writable
 from vmoe.utils.world import world
 
 logger = logging.getLogger("vmoe.evaluation")
@@ -67,7 +67,7 @@ def extract_features(
         raise ValueError("features are taken of images with labels, and this data set has no classes")
     file, cached = None, []
     if cache is not None and world()[0] == 0:
-        if not make_writable(cache):
+        if not is_writable(cache):
             raise ConfigError(f"features.cache {cache} cannot be written to: give another folder, or null for no cache")
         key = features_key(loaded, dataset, loader_config)
         file = cache / f"features_{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
@@ -190,6 +190,7 @@ def _write(file: Path, key: str, tensors: dict[str, Tensor], skipped_paths: list
     skipped = json.dumps(skipped_paths)
     metadata = {"key": key, "skipped_paths": skipped, "sha256": _checksum(key, tensors, skipped)}
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(file) as temporary:
             save_file(tensors, temporary, metadata)
     except (OSError, SafetensorError) as error:

@@ -28,6 +28,29 @@ def local_path(checkpoint: str) -> Path:
     return Path(name.rpartition("/")[2] if kind == "hf-hub" else name)
 
 
+def is_writable(folder: Path) -> bool:
+    """Whether files can be written in a folder, or it can be made; makes nothing."""
+    for each in (folder.absolute(), *folder.absolute().parents):
+        try:
+            return stat.S_ISDIR(each.stat().st_mode) and os.access(each, os.W_OK | os.X_OK)
+        except FileNotFoundError:
+            if each.is_symlink():  # to nothing
+                return False
+        except (OSError, ValueError):  # below a file, or a name that no file can have
+            return False
+    return False
+
+
+def can_write(file: Path) -> bool:
+    """Whether a file can be written, or written over; missing folders above it count as made."""
+    try:
+        return not stat.S_ISDIR(file.stat().st_mode) and is_writable(file.absolute().parent)
+    except FileNotFoundError:
+        return is_writable(file.absolute().parent)
+    except (OSError, ValueError):
+        return False
+
+
 @contextmanager
 def atomic_file(file: Path) -> Iterator[Path]:
     """A temporary file, which replaces `file` when the block ends without an error. Several processes may write the

@@ -1,0 +1,49 @@
+"""Checks of the paths that a command is given, before it imports PyTorch, which takes seconds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import ModuleType
+
+from vmoe.utils.config import ConfigError
+from vmoe.utils.files import can_write, local_path
+
+INDEX_ENDINGS = (".parquet", ".npz")
+
+
+def check_checkpoint(checkpoint: str) -> None:
+    """ValueError unless a checkpoint is there, or is to be downloaded."""
+    if not checkpoint.startswith("hf-hub:") and not os.path.exists(path := local_path(checkpoint)):
+        raise ValueError(f"no weights at {path}: it does not exist; give a .safetensors file, a checkpoint or a run")
+
+
+def check_index(file: str | Path) -> None:
+    """ValueError unless there is such a file of embeddings."""
+    if not os.path.isfile(file):
+        raise ValueError(f"no index at {file}: make one with vmoe-embed")
+    if Path(file).suffix not in INDEX_ENDINGS:
+        raise ValueError(f"index {file} must end with {' or '.join(INDEX_ENDINGS)}")
+
+
+def check_new_index(output: str | Path) -> None:
+    """ConfigError: a file of embeddings has another ending, exists, or cannot be written; pyarrow is missing."""
+    if Path(output).suffix not in INDEX_ENDINGS:
+        raise ConfigError(f"output {output} must end with {' or '.join(INDEX_ENDINGS)}")
+    if os.path.exists(output):
+        raise ConfigError(f"output {output} exists already: remove it, or give another name")
+    if not can_write(Path(output)):
+        raise ConfigError(f"output {output} cannot be written to: give another folder")
+    if Path(output).suffix == ".parquet":
+        import_pyarrow()
+
+
+def import_pyarrow() -> ModuleType:
+    """pyarrow, which is optional; ConfigError: it is missing."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        remedy = "pip install -e '.[search]' in a checkout, or take a file that ends with .npz"
+        raise ConfigError(f"Parquet files need the package {error.name}: {remedy}") from None
+    return pyarrow
