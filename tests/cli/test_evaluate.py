@@ -408,6 +408,28 @@ def test_tables_of_the_classes_are_beside_a_given_output(tree, classifier, limoe
     assert first.read_text() == second.read_text()
 
 
+def test_files_that_cannot_be_written_are_found_first(tree, classifier, tmp_path, capsys):
+    (tmp_path / "dd_confusion.csv").mkdir()
+    argv = ["--config", "classification_folder", *folder_arguments(tree)]
+    assert main(arguments(classifier, tmp_path / "dd.json", *argv)) == 2
+    shown = capsys.readouterr()
+    assert "dd_confusion.csv, which belongs to it, cannot be written: give another file" in shown.err
+    assert (shown.out, shown.err.count("\n")) == ("", 1)
+    sweep = arguments(classifier, tmp_path / "cc.json", "--task", "capacity", *folder_arguments(tree))
+    (tmp_path / "cc.png").mkdir()
+    assert main(sweep) == 2
+    assert "cc.png, which belongs to it, cannot be written" in capsys.readouterr().err
+    assert main(arguments("nowhere", tmp_path / "new" / "out.json", *argv)) == 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["cc.png", "dd_confusion.csv"]
+
+
+def test_files_of_outputs_with_other_endings_do_not_meet(tree, classifier, tmp_path):
+    argv = ["--config", "classification_folder", *folder_arguments(tree)]
+    assert main(arguments(classifier, tmp_path / "new" / "res.v2", *argv)) == 0
+    ours = {f"res.v2{ending}" for ending in ("", "_per_class.csv", "_confusion.csv", "_confusion.png")}
+    assert {file.name for file in (tmp_path / "new").iterdir()} == ours
+
+
 def test_results_do_not_damage_a_checkpoint(tree, classifier, tmp_path, capsys):
     folder = tmp_path / "run" / "checkpoints" / "step_000001"
     folder.mkdir(parents=True)

@@ -29,8 +29,8 @@ def test_the_files_by_hand(tmp_path):
     ranks = (label_N != predicted_N).long()
     predictions = Predictions(torch.arange(6), label_N, ranks, predicted_N, torch.full((6,), 0.5), 4, 0)
     confusion = confusion_matrix(label_N, predicted_N, 4)
-    files = write_class_files(tmp_path / "out.v1", predictions.per_class(names), confusion)
-    assert [file.name for file in files] == ["out.v1_per_class.csv", "out.v1_confusion.csv", "out.v1_confusion.png"]
+    files = [tmp_path / name for name in ("per_class.csv", "confusion.csv", "confusion.png")]
+    assert write_class_files(files, predictions.per_class(names), confusion) == files
     header, *table = rows(files[0])
     assert header == ["class", "top1", "num_samples", "most_confused_with", "num_confused"]
     assert table[0] == ["cat", "0.3333333333333333", "3", names[1], "2"]
@@ -51,6 +51,7 @@ def test_the_files_by_hand(tmp_path):
 def test_many_classes_fit_on_the_image(tmp_path):
     names = [f"class {index}" for index in range(200)]
     per_class = [{"class": name, "top1": 1.0, "num_samples": 2} for name in names]
-    *_, file = write_class_files(tmp_path / "out", per_class, 2 * torch.eye(200).long())
+    files = [tmp_path / name for name in ("per_class.csv", "confusion.csv", "confusion.png")]
+    *_, file = write_class_files(files, per_class, 2 * torch.eye(200).long())
     with Image.open(file) as image:
         assert max(image.size) < 2000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,8 +14,10 @@ from rich.console import Console
 
 from vmoe.cli.command import exit_code
 from vmoe.evaluation.config import EvaluationConfig
+from vmoe.evaluation.paths import check_checkpoint
 from vmoe.utils.allocator import keep_freed_memory
 from vmoe.utils.config import ConfigError, parse_config
+from vmoe.utils.files import can_write
 from vmoe.utils.printable import safe_output
 from vmoe.utils.tables import make_console
 
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vmoe.data import ImageDataset
+
+CLASS_FILES = ("_per_class.csv", "_confusion.csv", "_confusion.png")
 
 
 @safe_output()
@@ -38,6 +43,13 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
 
     ConfigError: the model, the task and the data do not go together. ValueError or BadSample: unreadable files.
     """
+    if config.data.type is None:
+        raise ConfigError("data.type is missing: say what to evaluate on")
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # of several processes, the others would wait for one that fails here
+        for checkpoint in config.checkpoints:
+            check_checkpoint(checkpoint)
+        if config.output is not None:
+            _check_files(config, Path(config.output))
     from vmoe.distributed.process_group import joined
 
     with joined():
@@ -54,8 +66,6 @@ def _run(config: EvaluationConfig, console: Console | None) -> dict[str, Any]:
 
     rank, num_processes = world()
     console = console or make_console(quiet=rank > 0)
-    if config.data.type is None:
-        raise ConfigError("data.type is missing: say what to evaluate on")
     # Finds wrong names before anything is read, and warns of damaged checkpoints once.
     weights = {checkpoint: find_weights(checkpoint) for checkpoint in config.checkpoints}
     config = as_trained(config, [trained_on_turned(file) for file in weights.values()])
@@ -84,28 +94,57 @@ def _run(config: EvaluationConfig, console: Console | None) -> dict[str, Any]:
 
 
 def _check_output(config: EvaluationConfig, rank: int) -> None:
-    """ConfigError: the results cannot be written."""
-    from vmoe.evaluation.results_file import checkpoint_around, make_writable, output_file
+    """ConfigError: the results cannot be written, or would damage a checkpoint."""
+    from vmoe.evaluation.results_file import checkpoint_around, output_file
 
     target = output_file(config)
     if checkpoint_around(target.parent) is not None:
         raise ConfigError(f"output {target} lies in a checkpoint, which another file would damage: give another file")
-    if rank == 0 and (target.is_dir() or not make_writable(target.parent)):
-        raise ConfigError(f"output {target} cannot be written: give another file, as in --output result.json")
+    if rank == 0:
+        _check_files(config, target)
+
+
+def _check_files(config: EvaluationConfig, target: Path) -> None:
+    """ConfigError: the JSON file, or one that belongs to it, cannot be written."""
+    for file in (target, *_class_files(config, target), *_figures(config, target)):
+        if not can_write(file):
+            of = "" if file == target else f": {file}, which belongs to it,"
+            raise ConfigError(f"output {target}{of} cannot be written: give another file, as in --output result.json")
+
+
+def _class_files(config: EvaluationConfig, target: Path) -> list[Path]:
+    """The tables of the classes that belong to a given output; those of several checkpoints have numbers."""
+    if config.output is None or config.task not in ("classification", "zero_shot"):
+        return []
+    count = len(config.checkpoints)
+    numbers = [f"_{number}" for number in range(1, count + 1)] if count > 1 else [""]
+    return [_beside(target, number + ending) for number in numbers for ending in CLASS_FILES]
+
+
+def _figures(config: EvaluationConfig, target: Path) -> list[Path]:
+    return [_beside(target, ".png")] if config.task == "capacity" and len(config.checkpoints) == 1 else []
+
+
+def _beside(target: Path, ending: str) -> Path:
+    """A file that belongs to a JSON file, whose name begins with its name, but for ".json"."""
+    return target.parent / (target.name.removesuffix(".json") + ending)
 
 
 def _write(config: EvaluationConfig, report: dict[str, Any], confusions: Sequence[Tensor | None]) -> list[Path]:
     """Writes the JSON file and what belongs to it; returns the files."""
     from vmoe.evaluation.capacity_report import draw_sweep
+    from vmoe.evaluation.confusion import write_class_files
     from vmoe.evaluation.results_file import output_file, write_json
 
-    files, entries = [output_file(config)], report["checkpoints"]  # another evaluation may have written meanwhile
-    write_json(report, files[0])
-    if config.output is not None:
-        files += _write_classes(files[0].with_suffix(""), entries, confusions)
-    if config.task == "capacity" and len(entries) == 1:
-        files.append(files[0].with_suffix(".png"))
-        draw_sweep(entries[0]["details"]["points"], files[-1])
+    target, entries = output_file(config), report["checkpoints"]  # another evaluation may have written meanwhile
+    write_json(report, target)
+    files, tables = [target], iter(_class_files(config, target))
+    for entry, confusion_CC, three in zip(entries, confusions, zip(tables, tables, tables)):
+        if confusion_CC is not None:
+            files += write_class_files(three, entry["details"]["per_class"], confusion_CC)
+    for figure in _figures(config, target):
+        files.append(figure)
+        draw_sweep(entries[0]["details"]["points"], figure)
     return files
 
 
@@ -131,18 +170,6 @@ def evaluate_checkpoint(
         "details": outcome.details,
     }
     return entry, outcome.confusion_CC
-
-
-def _write_classes(stem: Path, entries: Sequence[dict[str, Any]], confusions: Sequence[Tensor | None]) -> list[Path]:
-    """Writes the tables of the classes; those of several checkpoints have numbers."""
-    from vmoe.evaluation.confusion import write_class_files
-
-    files = []
-    for number, (entry, confusion_CC) in enumerate(zip(entries, confusions, strict=True), start=1):
-        if confusion_CC is not None:
-            name = f"{stem.name}_{number}" if len(entries) > 1 else stem.name
-            files += write_class_files(stem.with_name(name), entry["details"]["per_class"], confusion_CC)
-    return files
 
 
 def as_trained(config: EvaluationConfig, turned: list[bool]) -> EvaluationConfig:

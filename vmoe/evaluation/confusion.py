@@ -27,8 +27,8 @@ def confusion_matrix(label_N: Tensor, predicted_N: Tensor, num_classes: int) -> 
     return counts.view(num_classes, num_classes)
 
 
-def write_class_files(stem: Path, per_class: list[dict[str, Any]], confusion_CC: Tensor) -> list[Path]:
-    """Writes STEM_per_class.csv, STEM_confusion.csv and STEM_confusion.png; returns the files.
+def write_class_files(files: Sequence[Path], per_class: list[dict[str, Any]], confusion_CC: Tensor) -> Sequence[Path]:
+    """Writes and returns three files: the table of the classes, and the matrix as a table and as an image.
 
     `per_class` is `Predictions.per_class`. The table says which other class most images are taken for: the first one of
     several.
@@ -39,12 +39,11 @@ def write_class_files(stem: Path, per_class: list[dict[str, Any]], confusion_CC:
     rows = [["class", "top1", "num_samples", "most_confused_with", "num_confused"]]
     for row, most, other in zip(per_class, most_C.tolist(), with_C.tolist(), strict=True):
         rows.append([*row.values(), names[other] if most else "", most])
-    endings = ("_per_class.csv", "_confusion.csv", "_confusion.png")
-    table, matrix, image = (stem.with_name(stem.name + ending) for ending in endings)
+    table, matrix, image = files
     _write_csv(table, rows)
     _write_csv(matrix, [["class", *names], *([name, *row] for name, row in zip(names, confusion_CC.tolist()))])
     draw_confusion(names, confusion_CC, image)
-    return [table, matrix, image]
+    return files
 
 
 def _write_csv(file: Path, rows: Iterable[Sequence[Any]]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import platform
 import statistics
 from collections.abc import Iterator
@@ -122,18 +121,10 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "loader": loader, "device": None, "output": None}
 
 
-def make_writable(folder: Path) -> bool:
-    """Makes a folder if there is none; returns whether it can be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return os.access(folder, os.W_OK)
-    except OSError:
-        return False
-
-
 def write_json(report: dict[str, Any], file: Path) -> None:
-    """Writes the file atomically; raises ValueError if a metric is NaN, which JSON cannot hold."""
+    """Writes the file atomically, and makes its folder; ValueError: a metric is NaN, which JSON cannot hold."""
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as temporary:
         # Names of files need not be UTF-8; what is not becomes an escape of JSON's own.
         temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
