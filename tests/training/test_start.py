@@ -38,6 +38,7 @@ def test_loaded_weights_are_named(make_config, tmp_path):
     )
     assert found["steps"] == "1 of 2 x 8 images"
     assert found["model"].endswith(" M trained")
+    assert "this run is finished (1 step); a larger train.steps continues it" in run(config)[1]
     config.train.steps = 2
     assert start(config)["weights"].startswith(f"all {number} tensors of {config.output_dir}/checkpoints/step_000001/")
 

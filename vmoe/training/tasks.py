@@ -62,7 +62,8 @@ def with_steps(config: Config) -> Config:
 
         steps = max(1, math.ceil(train.epochs * from_first(count) / train.accumulate_steps))
         if train.steps not in (None, steps):
-            both = f"train.steps is {train.steps}, and train.epochs {train.epochs:g} makes {steps} steps"
+            found = f"{steps} {'step' if steps == 1 else 'steps'}"
+            both = f"train.steps is {train.steps}, and train.epochs {train.epochs:g} makes {found}"
             raise ConfigError(f"{both}; give one of them, and null for the other (--train.steps null)")
     config = dataclasses.replace(config, train=dataclasses.replace(train, steps=steps))
     config.check()  # the warm-up against the steps

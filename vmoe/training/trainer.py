@@ -103,7 +103,8 @@ def train(config: Config, console: Console | None = None) -> dict[str, Any]:
                 length = "train.steps" if config.train.epochs is None else "train.epochs"
                 larger = "train.patience" if "stopped_early" in summary else length
                 remedy = f"a larger {larger} continues it, another output_dir starts a new one"
-                say(console, f"{run}: this run is finished ({summary['steps']} steps); {remedy}")
+                steps = f"{summary['steps']} {'step' if summary['steps'] == 1 else 'steps'}"
+                say(console, f"{run}: this run is finished ({steps}); {remedy}")
                 return summary
             trainer = Trainer(config, device, console, checkpoint)
             if trainer.processes > 1:
