@@ -36,8 +36,9 @@ def photos(tmp_path_factory):
 def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     model = vmoe.create_model("limoe_tiny_patch12_48", depth=2, width=32, num_heads=2, embed_dim=16)
-    save_pretrained(model, tmp_path_factory.mktemp("limoe") / "model.safetensors")
-    return str(tmp_path_factory.getbasetemp() / "limoe0" / "model.safetensors")
+    file = tmp_path_factory.mktemp("limoe") / "model.safetensors"
+    save_pretrained(model, file)
+    return str(file)
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +243,7 @@ def test_the_command_prints_a_table_or_json(index_file, capsys):
 
 
 def test_another_model_is_refused(index_file, tmp_path, capsys):
+    torch.manual_seed(1)
     model = vmoe.create_model("limoe_tiny_patch12_48", depth=2, width=32, num_heads=2, embed_dim=16)
     save_pretrained(model, tmp_path / "other.safetensors")
     more = ["--index", str(index_file), "--checkpoint", str(tmp_path / "other.safetensors")]
