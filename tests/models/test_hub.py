@@ -222,6 +222,27 @@ def test_only_its_own_folders_are_replaced_and_nothing_is_left_of_a_failure(tmp_
     assert torch.equal(load_file(folder / TIMM[1])["pos_embed"], before["pos_embed"])
 
 
+@pytest.mark.parametrize("theirs", ["no config", "card", "config", "both layouts", "card is a folder"])
+def test_a_folder_with_a_file_of_the_user_stays(theirs, tmp_path):
+    model, folder = vmoe_tiny(), tmp_path / "mine"
+    vmoe.save_hub_folder(model, folder)
+    if theirs == "no config":
+        (folder / TIMM[0]).unlink()
+    elif theirs == "card":
+        (folder / "README.md").write_text("my notes")
+    elif theirs == "config":
+        (folder / TIMM[0]).write_text('{"lr": 0.1}')
+    elif theirs == "both layouts":
+        (folder / OPEN_CLIP[0]).write_text("{}")
+    else:
+        (folder / "README.md").unlink()
+        (folder / "README.md").mkdir()
+    before = {file.name: file.is_file() and file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(WeightsError, match="mine exists and holds something else .*: give a new folder"):
+        vmoe.save_hub_folder(model, folder)
+    assert {file.name: file.is_file() and file.read_bytes() for file in folder.iterdir()} == before
+
+
 def test_models_that_a_layout_cannot_hold(tmp_path):
     gray = vmoe.create_model("limoe_tiny_patch12_48", in_chans=1, **TEXT)
     with pytest.raises(ValueError, match="open_clip reads images with 3 channels, and the model takes 1"):

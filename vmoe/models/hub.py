@@ -20,7 +20,7 @@ from torch import nn
 
 from vmoe.models.factory import is_contrastive, save_pretrained
 from vmoe.models.flops import count_parameters
-from vmoe.models.hub_layout import ARCHITECTURE, OPEN_CLIP, TIMM
+from vmoe.models.hub_layout import ARCHITECTURE, OPEN_CLIP, TIMM, folder_settings
 from vmoe.models.open_clip_models import model_config
 from vmoe.models.preprocess import open_clip_preprocess, preprocess_config
 from vmoe.models.serialization import METADATA_KEY, WeightsError, safetensors_metadata
@@ -29,6 +29,7 @@ from vmoe.models.validation import without_loading
 from vmoe.moe import SparseMoE
 
 CARD = "README.md"
+ABOUT = "A model of the Python package vmoe."  # by which the card is known as ours
 
 
 def save_hub_folder(
@@ -129,10 +130,15 @@ def _is_ours(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     names = {file.name for file in folder.iterdir()}
-    weights = names & {TIMM[1], OPEN_CLIP[1]}
-    if not names <= {*TIMM, *OPEN_CLIP, CARD}:
+    weights = next((weights for config, weights in (TIMM, OPEN_CLIP) if names == {config, weights, CARD}), None)
+    if weights is None:
+        return not names
+    try:
+        card = (folder / CARD).read_text(encoding="utf-8")
+        settings = folder_settings(folder / weights)
+        return ABOUT in card and settings is not None and METADATA_KEY in safetensors_metadata(folder / weights)
+    except (OSError, ValueError):  # a file that cannot be read is not ours either
         return False
-    return not names or any(METADATA_KEY in safetensors_metadata(folder / name) for name in weights)
 
 
 def _plain(kwargs: dict) -> dict:
@@ -167,7 +173,7 @@ def _card(model: nn.Module, name: str, spec: dict, metrics: Mapping[str, float],
         "active parameters of a token": f"{active:,}",
         "license": license or "not given",
     }
-    parts = [f"---\n{data.to_yaml()}\n---\n\n# {name}\n\nA model of the Python package vmoe.\n\n", _table("", rows)]
+    parts = [f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{ABOUT}\n\n", _table("", rows)]
     if layers := [layer for layer in model.modules() if isinstance(layer, SparseMoE)]:
         parts.append(_table(f"\n## Routing\n\nSparse layers: {len(layers)}\n\n", _routing(layers[0])))
     if metrics:
