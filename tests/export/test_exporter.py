@@ -355,3 +355,19 @@ def test_a_model_that_gives_nan_is_named(tmp_path):
     with pytest.raises(ValueError, match="the model itself gives NaN"):
         vmoe.export_model(model, tmp_path / "x.pt2", "pt2")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_hub_folder_that_differs_is_not_written(tmp_path, monkeypatch):
+    model = trained(image_model)
+    vmoe.export_model(model, tmp_path / "old", "hub")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()}
+    broken = trained(image_model)
+    nn.init.constant_(broken.head.bias, float("nan"))
+    for name in ("new", "old"):
+        with pytest.raises(ValueError, match="the model itself gives NaN"):
+            vmoe.export_model(broken, tmp_path / name, "hub")
+    monkeypatch.setattr("vmoe.export.exporter.create_model", lambda pretrained: trained(image_model, num_experts=0))
+    with pytest.raises(ValueError, match="old is not written: .* would differ from the model's"):
+        vmoe.export_model(model, tmp_path / "old", "hub")
+    assert [folder.name for folder in tmp_path.iterdir()] == ["old"]
+    assert {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()} == before

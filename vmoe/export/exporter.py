@@ -42,9 +42,13 @@ def _write_safetensors(model: nn.Module, output: Path, options: Options) -> list
 
 
 def _write_hub(model: nn.Module, output: Path, options: Options) -> list[Difference]:
-    save_hub_folder(model, output, options.metrics, options.license, options.extra)
-    rows = differences(take_part(model, None), take_part(create_model(pretrained=output), None))
-    _refuse_difference(f"{output} cannot be used", rows)
+    rows = []
+
+    def check(draft: Path) -> None:
+        rows.extend(differences(take_part(model, None), take_part(create_model(pretrained=draft), None)))
+        _refuse_difference(f"{output} is not written", rows)
+
+    save_hub_folder(model, output, options.metrics, options.license, options.extra, check)
     return rows
 
 

@@ -7,7 +7,7 @@
 import json
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -38,13 +38,15 @@ def save_hub_folder(
     metrics: Mapping[str, float] | None = None,
     license: str | None = None,
     extra: Mapping[str, Any] | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Writes weights, config and a model card as a folder that vmoe, timm or open_clip read; returns it.
 
     `metrics` and `license` (as the hub spells it, such as "apache-2.0") are for the card; `extra` are the JSON-able
     facts of `save_pretrained`, of which "class_names" are also timm's label names. A folder that holds such a model is
-    replaced, any other one refused. A ValueError for a model that cannot be saved, or whose images open_clip cannot
-    preprocess; a WeightsError if the folder cannot be written. Nothing is half-written.
+    replaced, any other one refused; before that `check` gets the finished folder, and may raise. A ValueError for a
+    model that cannot be saved, or whose images open_clip cannot preprocess; a WeightsError if the folder cannot be
+    written. Nothing is half-written.
     """
     model, folder, extra = unwrap_model(model), Path(folder).resolve(), dict(extra or {})
     image_text = is_contrastive(model)
@@ -66,6 +68,8 @@ def save_hub_folder(
         (draft / config).write_text(json.dumps(content, indent=2) + "\n")
         card = _card(model, folder.name, spec, metrics or {}, license)
         (draft / CARD).write_text(card, encoding="utf-8")
+        if check is not None:
+            check(draft)
     return folder
 
 
