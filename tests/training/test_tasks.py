@@ -87,6 +87,17 @@ def test_weights_of_another_architecture_name_the_remedy(make_config, tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", ["limoe_huge_patch14", "two_tower_base_patch16"])
+def test_so_do_those_of_an_architecture_that_is_much_larger(name, make_config, tmp_path):
+    file = tmp_path / "m.safetensors"
+    task = create_task(make_config("contrastive"))
+    save_pretrained(task.create_model(None), file)
+    task.config.model.kwargs.clear()
+    task.config.model.name = name
+    with pytest.raises(ConfigError, match=f"holds limoe_tiny_patch8_48, which does not fit model.name {name}: pass"):
+        task.create_model(str(file))
+
+
 def test_weights_that_cannot_be_downloaded_are_one_sentence(make_config, monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no network\nat all")

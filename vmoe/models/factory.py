@@ -62,17 +62,14 @@ def create_model(name: str | None = None, pretrained: str | Path | None = None, 
     if (model := _downloaded(name, str(pretrained), kwargs)) is not None:
         return model
     file = find_weights(pretrained)
-    stored = StoredTensors(file)
-    try:
-        with bounded_model(file, sum(map(math.prod, stored.shapes.values())), len(stored.shapes)):
-            model = build(_spec_for_file(file, name, kwargs))
-    except ValueError:
-        raise
-    except Exception as error:  # whatever a constructor raises for strange settings
-        reason = f"{type(error).__name__}: {printable(error)[:300]}"
-        raise WeightsError(f"no model can be built by the settings in {file} ({reason})") from error
-    load_weights(model, stored, new_head="num_classes" in kwargs, new_size=True)
-    metadata = read_pretrained_metadata(file)
+    stored, metadata = StoredTensors(file), read_pretrained_metadata(file)
+    spec, changes = _spec_for_file(file, name, kwargs), {"new_head": "num_classes" in kwargs, "new_size": True}
+    if name in (None, metadata["name"]):
+        model = _build_for_file(stored, spec, kwargs)
+    else:  # the architecture is the caller's, of any size: whether the weights fit it is known without memory
+        load_weights(on_meta(build, spec), stored, **changes)
+        model = build(spec)
+    load_weights(model, stored, **changes)
     same = name is None or name.partition(".")[0] == metadata["name"].partition(".")[0]  # but for timm's tag
     if same and "pretrained_cfg_overlay" not in kwargs:
         set_preprocess(model, metadata["preprocess"])
@@ -87,6 +84,19 @@ def build(spec: dict) -> nn.Module:
     if "experts" in spec:
         quantize_experts(model, spec["experts"])
     return model
+
+
+def _build_for_file(stored: StoredTensors, spec: dict, kwargs: dict) -> nn.Module:
+    """A new model by the settings of a file, with the user's over them: no larger than the file makes plausible."""
+    source = f"{stored.source}, with your {', '.join(kwargs)}" if kwargs else stored.source
+    try:
+        with bounded_model(source, sum(map(math.prod, stored.shapes.values())), len(stored.shapes)):
+            return build(spec)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a constructor raises for strange settings
+        reason = f"{type(error).__name__}: {printable(error)[:300]}"
+        raise WeightsError(f"no model can be built by the settings in {stored.source} ({reason})") from error
 
 
 def _new_model(name: str, kwargs: dict) -> nn.Module:
