@@ -243,6 +243,13 @@ def test_a_folder_with_a_file_of_the_user_stays(theirs, tmp_path):
     assert {file.name: file.is_file() and file.read_bytes() for file in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize(("names", "got"), [(["a"], 1), (list("abcd"), 4), ([], 0), ("abc", "'abc'"), ({0: "a"}, "{")])
+def test_label_names_are_one_for_each_class(names, got, tmp_path):
+    with pytest.raises(ValueError, match=f"a name for each of the model's 3 classes, got {got}"):
+        vmoe.save_hub_folder(vmoe_tiny(), tmp_path / "mine", extra={"class_names": names})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_models_that_a_layout_cannot_hold(tmp_path):
     gray = vmoe.create_model("limoe_tiny_patch12_48", in_chans=1, **TEXT)
     with pytest.raises(ValueError, match="open_clip reads images with 3 channels, and the model takes 1"):

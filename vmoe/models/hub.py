@@ -52,9 +52,8 @@ def save_hub_folder(
     image_text = is_contrastive(model)
     config, weights = OPEN_CLIP if image_text else TIMM
     spec = model_spec(model)
-    labels = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
-    if labels and len(labels) == model.num_classes and not isinstance(labels, Mapping):
-        extra.setdefault("class_names", list(labels))
+    if not image_text:
+        extra |= _label_names(model, extra.get("class_names"))
     with _new_folder(folder) as draft:
         save_pretrained(model, draft / weights, extra)
         if image_text:
@@ -143,6 +142,21 @@ def _is_ours(folder: Path) -> bool:
         return ABOUT in card and settings is not None and METADATA_KEY in safetensors_metadata(folder / weights)
     except (OSError, ValueError):  # a file that cannot be read is not ours either
         return False
+
+
+def _label_names(model: nn.Module, names: Any) -> dict[str, list[str]]:
+    """The names of a classifier's classes, else those that timm gave it, as "class_names" if there are any."""
+    if names is None:
+        names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+        fits = names and len(names) == model.num_classes and not isinstance(names, Mapping)
+        return {"class_names": list(names)} if fits else {}
+    if not isinstance(names, (list, tuple)) or len(names) != model.num_classes:
+        given = len(names) if isinstance(names, (list, tuple)) else repr(names)
+        raise ValueError(
+            f"class_names in extra must be a list of a name for each of the model's {model.num_classes} classes, got "
+            f"{given}; correct it or leave it out"
+        )
+    return {"class_names": list(names)}
 
 
 def _plain(kwargs: dict) -> dict:
