@@ -100,6 +100,18 @@ def test_a_file_brings_its_settings_and_preprocessing(name, tmp_path):
         open_clip.create_model(other, pretrained=str(tmp_path / "m.safetensors"))
 
 
+@pytest.mark.parametrize("settings", [{"num_experts": 4}, {"depth": 3}, {"force_context_length": 20}])
+def test_settings_that_do_not_fit_a_file_are_one_sentence(settings, tmp_path):
+    file = tmp_path / "m.safetensors"
+    save_pretrained(vmoe.create_model(NAMES[0], num_experts=2, depth=2), file)
+    with pytest.raises(
+        WeightsError, match=r"m.safetensors does not fit limoe_tiny.* settings given \(.*\): leave out"
+    ) as e:
+        open_clip.create_model(NAMES[0], pretrained=str(file), **settings)
+    assert "\n" not in str(e.value)
+    assert len(str(e.value)) < 500
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

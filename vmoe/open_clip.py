@@ -34,6 +34,7 @@ from vmoe.models.text import CONTEXT_LENGTH
 from vmoe.models.two_tower import TWO_TOWER_CONFIGS, merge_settings
 from vmoe.models.validation import check_metadata
 from vmoe.moe import SparseMoE
+from vmoe.utils.printable import printable
 
 MODEL_CLASS = open_clip.CustomTextCLIP
 
@@ -123,6 +124,15 @@ def _with_our_preprocessing(create_model):
             preprocess = spec.get("preprocess") or preprocess_config(on_meta(build, spec))
             forced = call.arguments.get("force_preprocess_cfg") or {}
             call.arguments["force_preprocess_cfg"] = {**open_clip_preprocess(preprocess), **forced}
-        return create_model(*call.args, **call.kwargs)
+        try:
+            return create_model(*call.args, **call.kwargs)
+        except RuntimeError as error:
+            if name not in IMAGE_TEXT_NAMES or not pretrained or not str(error).startswith("Error(s) in loading"):
+                raise
+            reason = printable(" ".join(str(error).splitlines()[1].split()))[:200]
+            raise WeightsError(
+                f"{file} does not fit {name} with the settings given ({reason}): leave out those that differ from the "
+                "settings of the file's model"
+            ) from error
 
     return create
