@@ -200,6 +200,14 @@ def test_the_card_says_what_the_model_is(tmp_path):
         assert text in card.text
 
 
+def test_the_cards_tables_hold_any_text(tmp_path):
+    vmoe.save_hub_folder(vmoe_tiny(), tmp_path / "mine", {"a|b": 0.5, "c\nd\\|": 1, "e": "f\r\n| g"}, "my\nlic: x | y")
+    card = ModelCard.load(tmp_path / "mine" / "README.md")
+    assert card.data.license == "my\nlic: x | y"
+    assert r"| license | my lic: x \| y |" in card.text
+    assert "\n".join([r"| a\|b | 0.5 |", r"| c d\\\| | 1 |", r"| e | f \| g |", ""]) in card.text
+
+
 def test_only_its_own_folders_are_replaced_and_nothing_is_left_of_a_failure(tmp_path, monkeypatch):
     model, folder = vmoe_tiny(), tmp_path / "mine"
     folder.mkdir()

@@ -243,4 +243,10 @@ def _size(model: nn.Module) -> str:
 
 
 def _table(head: str, rows: Mapping[str, str]) -> str:
-    return head + "| | |\n| --- | --- |\n" + "".join(f"| {key} | {value} |\n" for key, value in rows.items())
+    cells = ((_cell(key), _cell(value)) for key, value in rows.items())
+    return head + "| | |\n| --- | --- |\n" + "".join(f"| {key} | {value} |\n" for key, value in cells)
+
+
+def _cell(text: str) -> str:
+    """One cell's text, whatever it holds: a line break or a bar would begin another row or cell."""
+    return " ".join(str(text).split()).replace("\\", "\\\\").replace("|", "\\|")
