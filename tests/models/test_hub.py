@@ -334,8 +334,15 @@ def test_names_of_timm_and_open_clip_download_their_weights(tmp_path, hub, monke
         vmoe.create_model("resnet10t", pretrained=name)
     with pytest.raises(WeightsError, match="weights of vit_small_patch16_224.augreg_in21k cannot be downloaded"):
         vmoe.create_model(pretrained="vit_small_patch16_224.augreg_in21k")
-    with pytest.raises(WeightsError, match="weights of vmoe_tiny_patch8_48 cannot be downloaded .*No pretrained"):
-        vmoe.create_model(pretrained="vmoe_tiny_patch8_48")
+    tags = "take one of vit_tiny_patch16_224.augreg_in21k, vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    none = "it has none of this architecture; give a file"
+    for source, remedy in (
+        ("vit_tiny_patch16_224.no", tags),
+        ("vmoe_tiny_patch8_48", none),
+        ("resnet10t.a", "c3_in1k"),
+    ):
+        with pytest.raises(WeightsError, match=f"timm has no weights {source} to download: .*{remedy}"):
+            vmoe.create_model(pretrained=source)
 
     (tmp_path / "clip").mkdir()
     clip = trained(open_clip.create_model("tiny-hub-clip", quick_gelu=True))

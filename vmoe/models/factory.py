@@ -143,6 +143,10 @@ def _downloaded(name: str | None, source: str, kwargs: dict) -> nn.Module | None
     except ValueError:
         raise
     except Exception as error:  # whatever the libraries raise without a network
+        if not tag and not timm.models.is_model_pretrained(source):
+            known = ", ".join(timm.list_models(f"{architecture.partition('.')[0]}.*", pretrained=True))
+            remedy = f"take one of {known}" if known else "it has none of this architecture; give a file"
+            raise WeightsError(f"timm has no weights {source} to download: {remedy}") from error
         raise WeightsError(cannot_download(f"weights of {source}", error)) from error
 
 
