@@ -510,3 +510,10 @@ def test_channels_that_no_image_file_has(tmp_path):
         assert factory.in_chans(create_model(pretrained=tmp_path / "m.safetensors")) == model.in_chans
         with pytest.raises(ValueError, match=f"in_chans={model.in_chans}: image files are read as 3 channels"):
             vmoe.create_model_and_transforms(pretrained=tmp_path / "m.safetensors")
+
+
+def test_a_setting_of_the_caller_is_named_if_it_makes_the_model_too_large(tmp_path):
+    file = tmp_path / "m.safetensors"
+    save_pretrained(create_model("vmoe_tiny_patch8_48", depth=2, num_experts=2), file)
+    with pytest.raises(ValueError, match="m.safetensors, with your num_experts: its settings .* much larger"):
+        create_model(pretrained=file, num_experts=2000)
