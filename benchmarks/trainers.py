@@ -1,0 +1,172 @@
+"""CPU time of an image in train.py, timm's train.py and open_clip's trainer: `python -m benchmarks.trainers --help`.
+
+Both of a pair train the same model on the same JPEG files, with the same crops, batches, optimizer and number of
+workers. A run of few steps and one of many are timed, and their difference is divided by the images between them, so
+imports, the first batch, the evaluation and the last checkpoint do not count. CPU time is that of all processes of a
+run; other work on the machine changes it little. timm's scripts are not in its package: --timm_scripts names a checkout
+of https://github.com/huggingface/pytorch-image-models; without it those pairs are skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import yaml
+
+from benchmarks.loader import photograph
+from benchmarks.measure import ratios, spread
+from benchmarks.session import ROOT, Session, make_parser
+
+CLASSES = 8
+RATE, DECAY = 1e-3, 0.05
+# name -> (timm's name of the model, what timm's script needs beside it: there the layers add their losses themselves)
+CLASSIFIERS = {
+    "ViT": ("vit_tiny_patch16_224", []),
+    "V-MoE": ("vmoe_tiny_patch8_48", ["--device-modules", "vmoe", "--model-kwargs", "auxiliary_loss=attach"]),
+}
+LIMOE = "limoe_tiny_patch12_48"
+OPEN_CLIP = "import sys, vmoe.open_clip; vmoe.open_clip.register()"  # docs/integrations.md
+OPEN_CLIP += "; from open_clip_train.main import main; main(sys.argv[1:])"
+
+
+def cpu_seconds(command: Sequence[str], threads: int) -> float:
+    """CPU seconds of a command and of the processes that it started; RuntimeError with what it printed if it failed."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            output.seek(0)
+            raise RuntimeError(f"{' '.join(command)} failed:\n{output.read().decode(errors='replace')[-3000:]}")
+    return usage.ru_utime + usage.ru_stime
+
+
+def write_images(folder: Path, number: int) -> None:
+    """`number` images in class folders, and a table of them with captions."""
+    with open(folder / "pairs.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(("image", "caption"))
+        for index in range(number):
+            path = folder / "train" / f"class{index % CLASSES}" / f"{index:06}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(photograph(index))
+            table.writerow((path, f"photo number {index} of class {index % CLASSES}"))
+
+
+def ours(folder: Path, number: int, args: argparse.Namespace, task: str, name: str) -> list[str]:
+    """train.py on `number` images."""
+    contrastive = task == "contrastive"
+    source = {"type": "pairs", "path": str(folder / "pairs.csv")}
+    source = source if contrastive else {"type": "image_folder", "path": str(folder / "train")}
+    crop = {"scale": [0.9, 1.0], "hflip": 0.0} if contrastive else {"scale": [0.08, 1.0], "hflip": 0.5}
+    steps = number // args.batch
+    config = {
+        "task": task,
+        "device": "cpu",
+        "model": {"name": name},
+        "data": {
+            "train": source,
+            "loader": {"batch_size": args.batch, "num_workers": args.workers},
+            "augmentation": {**crop, "ratio": [0.75, 4 / 3]},
+        },
+        "train": {"steps": steps, "precision": "float32", "log_every": 50, "checkpoint_every": steps},
+        "optim": {"name": "adamw", "lr": RATE, "weight_decay": DECAY, "schedule": "cosine", "warmup_steps": 0},
+    }
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    run = tempfile.mkdtemp(dir=folder)
+    return [sys.executable, str(ROOT / "train.py"), "--config", str(file), "--output_dir", run]
+
+
+def timm_script(folder: Path, number: int, args: argparse.Namespace, name: str, more: list[str]) -> list[str]:
+    """timm's train.py on `number` images: an epoch of a folder that holds so many."""
+    part = folder / f"part{number}"
+    for index in range(number):
+        link = part / "train" / f"class{index % CLASSES}" / f"{index:06}.jpg"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.symlink_to(folder / "train" / link.parent.name / link.name)
+    if not (part / "validation").exists():  # it wants some
+        (part / "validation").symlink_to(folder / "few", target_is_directory=True)
+    words = f"--model {name} --num-classes {CLASSES} --device cpu -b {args.batch} -j {args.workers} --epochs 1"
+    words += f" --opt adamw --lr {RATE} --weight-decay {DECAY} --sched cosine --warmup-epochs 0 --color-jitter 0"
+    words += f" --log-interval 50 --data-dir {part} --output {tempfile.mkdtemp(dir=folder)}"
+    return [sys.executable, str(args.timm_scripts / "train.py"), *words.split(), *more]
+
+
+def open_clip_trainer(folder: Path, number: int, args: argparse.Namespace) -> list[str]:
+    """open_clip's trainer on `number` images: an epoch of the table's first rows."""
+    table = folder / f"pairs{number}.csv"
+    lines = (folder / "pairs.csv").read_text().splitlines()
+    table.write_text("\n".join(lines[: number + 1]) + "\n")
+    words = f"--dataset-type csv --csv-separator , --csv-img-key image --csv-caption-key caption --model {LIMOE}"
+    words += f" --batch-size {args.batch} --workers {args.workers} --epochs 1 --warmup 0 --precision fp32 --device cpu"
+    words += f" --lr {RATE} --wd {DECAY} --log-every-n-steps 50 --logs {tempfile.mkdtemp(dir=folder)}"
+    return [sys.executable, "-c", OPEN_CLIP, "--train-data", str(table), *words.split()]
+
+
+def measure_pair(session: Session, pair: str, commands: dict[str, Callable[[int], list[str]]]) -> None:
+    """Rows of one pair: CPU milliseconds of an image, and images per CPU second relative to the other trainer."""
+    args = session.args
+    few, many = (steps * args.batch for steps in (args.few, args.many))
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(args.rounds):
+        for name, command in commands.items():
+            used = [cpu_seconds(command(number), args.threads or 1) for number in (few, many)]
+            seconds[name].append((used[1] - used[0]) / (many - few))
+    own, other = commands
+    for name in commands:
+        row = {"comparison": pair, "name": name, "cpu_ms_per_image": spread([1e3 * one for one in seconds[name]])}
+        if name == own:
+            row["speed"] = spread([a / b for a, b in zip(seconds[other], seconds[own])])
+        session.add({**row, "ratios": {} if name == other else {other: ratios(seconds[own], seconds[other])}})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser("trainers", __doc__.splitlines()[0], rounds=5)
+    parser.set_defaults(dtype=["float32"], device="cpu", threads=1)
+    parser.add_argument("--timm_scripts", type=Path, metavar="DIR", help="a checkout with timm's train.py")
+    parser.add_argument("--pairs", nargs="+", choices=[*CLASSIFIERS, "LIMoE"], default=[*CLASSIFIERS, "LIMoE"])
+    parser.add_argument("--batch", type=int, default=32, help="images of a step (%(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that read images (%(default)s)")
+    parser.add_argument("--few", type=int, default=4, help="steps of the short run (%(default)s)")
+    parser.add_argument("--many", type=int, default=24, help="steps of the long run (%(default)s)")
+    session = Session("trainers", parser, argv, compiles=False)
+    args = session.args
+    if not 0 < args.few < args.many:
+        parser.error(f"--many must be more than --few, got {args.many} and {args.few}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_images(folder, args.many * args.batch)
+        for index in range(CLASSES):  # an image of each class
+            (folder / "few" / f"class{index}").mkdir(parents=True)
+            (folder / "few" / f"class{index}" / "0.jpg").write_bytes(photograph(index))
+        for pair in args.pairs:
+            if pair == "LIMoE":
+                commands = {
+                    "train.py": lambda number: ours(folder, number, args, "contrastive", LIMOE),
+                    "open_clip's trainer": lambda number: open_clip_trainer(folder, number, args),
+                }
+            elif args.timm_scripts is None:
+                session.note(f"{pair}: skipped, since --timm_scripts was not given.")
+                continue
+            else:
+                model, more = CLASSIFIERS[pair]
+                commands = {
+                    "train.py": lambda number: ours(folder, number, args, "classification", model),  # noqa: B023
+                    "timm's train.py": lambda number: timm_script(folder, number, args, model, more),  # noqa: B023
+                }
+            measure_pair(session, pair, commands)
+    session.finish()
+
+
+if __name__ == "__main__":
+    main()
