@@ -9,6 +9,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from vmoe.utils.lazy import lazy_names
+
 MIN_TORCH = (2, 10)  # as in pyproject.toml; older versions lack torch.nn.functional.grouped_mm
 _torch_version = sys.modules["torch"].__version__ if "torch" in sys.modules else version("torch")
 if tuple(map(int, _torch_version.split(".")[:2])) < MIN_TORCH:
@@ -44,61 +46,29 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_LAZY = {
-    **dict.fromkeys(("LayerRouting", "RoutingRecord", "SparseMoE", "quantize_experts", "record_routing"), "vmoe.moe"),
-    **dict.fromkeys(("set_auxiliary_loss_scale", "update_expert_bias"), "vmoe.moe"),
-    "create_model": "vmoe.models.factory",
-    "create_model_and_transforms": "vmoe.models.factory",
-    "densify": "vmoe.models.densify",
-    "export_model": "vmoe.export",
-    "get_tokenizer": "vmoe.models.factory",
-    "list_models": "vmoe.models.spec",
-    "lora_config": "vmoe.training.lora",
-    "measure_usage": "vmoe.models.densify",
-    "param_groups": "vmoe.training.optim",
-    "prune_experts": "vmoe.models.densify",
-    "push_to_hub": "vmoe.models.hub",
-    "save_hub_folder": "vmoe.models.hub",
-    "save_pretrained": "vmoe.models.factory",
-    "upcycle": "vmoe.models.upcycle",
-    "upcycle_optimizer": "vmoe.models.upcycle_optimizer",
-    "zero_shot_classify": "vmoe.evaluation.zero_shot",
-}
-
-__all__ = [
-    "LayerRouting",
-    "RoutingRecord",
-    "SparseMoE",
-    "create_model",
-    "create_model_and_transforms",
-    "densify",
-    "export_model",
-    "get_tokenizer",
-    "list_models",
-    "lora_config",
-    "measure_usage",
-    "param_groups",
-    "prune_experts",
-    "push_to_hub",
-    "quantize_experts",
-    "record_routing",
-    "save_hub_folder",
-    "save_pretrained",
-    "set_auxiliary_loss_scale",
-    "upcycle",
-    "upcycle_optimizer",
-    "update_expert_bias",
-    "zero_shot_classify",
-]
+_get, __all__ = lazy_names(
+    __name__,
+    {
+        "vmoe.evaluation.zero_shot": "zero_shot_classify",
+        "vmoe.export": "export_model",
+        "vmoe.models.densify": "densify measure_usage prune_experts",
+        "vmoe.models.factory": "create_model create_model_and_transforms get_tokenizer save_pretrained",
+        "vmoe.models.hub": "push_to_hub save_hub_folder",
+        "vmoe.models.spec": "list_models",
+        "vmoe.models.upcycle": "upcycle",
+        "vmoe.models.upcycle_optimizer": "upcycle_optimizer",
+        "vmoe.moe": "LayerRouting RoutingRecord SparseMoE quantize_experts record_routing set_auxiliary_loss_scale "
+        "update_expert_bias",
+        "vmoe.training.lora": "lora_config",
+        "vmoe.training.optim": "param_groups",
+    },
+)
+_MODULES = ("convert", "open_clip")
 
 
 def __getattr__(name: str):
-    if name in ("convert", "open_clip"):
-        return import_module(f"vmoe.{name}")
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'vmoe' has no attribute {name!r}")
+    return import_module(f"vmoe.{name}") if name in _MODULES else _get(name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY, "convert", "open_clip"])
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -12,27 +12,14 @@ if TYPE_CHECKING:
     from vmoe.convert.section import ConfigError
     from vmoe.convert.to_safetensors import convert_checkpoint, pretrained_cfg
 
-__all__ = [
-    "RELEASED",
-    "CheckpointError",
-    "ConfigError",
-    "convert_checkpoint",
-    "from_reference",
-    "pretrained_cfg",
-    "reference_config",
-    "to_reference",
-]
-
-__getattr__ = lazy_names(
+__getattr__, __all__ = lazy_names(
     __name__,
     {
-        "CheckpointError": "vmoe.convert.arrays",
-        "from_reference": "vmoe.convert.reference",
-        "to_reference": "vmoe.convert.reference",
-        "reference_config": "vmoe.convert.reference_settings",
-        "RELEASED": "vmoe.convert.released",
-        "ConfigError": "vmoe.convert.section",
-        "convert_checkpoint": "vmoe.convert.to_safetensors",
-        "pretrained_cfg": "vmoe.convert.to_safetensors",
+        "vmoe.convert.arrays": "CheckpointError",
+        "vmoe.convert.reference": "from_reference to_reference",
+        "vmoe.convert.reference_settings": "reference_config",
+        "vmoe.convert.released": "RELEASED",
+        "vmoe.convert.section": "ConfigError",
+        "vmoe.convert.to_safetensors": "convert_checkpoint pretrained_cfg",
     },
 )

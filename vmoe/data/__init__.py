@@ -12,36 +12,14 @@ if TYPE_CHECKING:
     from vmoe.data.loader import EvalLoader, TooManyBadSamples, TrainLoader, eval_loader, train_loader
     from vmoe.data.transforms import Transform, build_mixup, build_transform
 
-__all__ = [
-    "AugmentationConfig",
-    "BadSample",
-    "EvalLoader",
-    "ImageDataset",
-    "LoaderConfig",
-    "Sample",
-    "SourceConfig",
-    "TooManyBadSamples",
-    "TrainLoader",
-    "Transform",
-    "applies_orientation",
-    "build_dataset",
-    "build_mixup",
-    "build_transform",
-    "eval_loader",
-    "load_image",
-    "train_loader",
-    "with_orientation",
-]
-
-__getattr__ = lazy_names(
+__getattr__, __all__ = lazy_names(
     __name__,
     {
-        **dict.fromkeys(("applies_orientation", "build_dataset", "with_orientation"), "vmoe.data.build"),
-        **dict.fromkeys(("AugmentationConfig", "LoaderConfig", "SourceConfig"), "vmoe.data.config"),
-        **dict.fromkeys(("ImageDataset", "Sample"), "vmoe.data.dataset"),
-        **dict.fromkeys(("BadSample", "load_image"), "vmoe.data.images"),
-        **dict.fromkeys(("EvalLoader", "TrainLoader", "eval_loader", "train_loader"), "vmoe.data.loader"),
-        "TooManyBadSamples": "vmoe.data.loader",
-        **dict.fromkeys(("Transform", "build_mixup", "build_transform"), "vmoe.data.transforms"),
+        "vmoe.data.build": "applies_orientation build_dataset with_orientation",
+        "vmoe.data.config": "AugmentationConfig LoaderConfig SourceConfig",
+        "vmoe.data.dataset": "ImageDataset Sample",
+        "vmoe.data.images": "BadSample load_image",
+        "vmoe.data.loader": "EvalLoader TooManyBadSamples TrainLoader eval_loader train_loader",
+        "vmoe.data.transforms": "Transform build_mixup build_transform",
     },
 )

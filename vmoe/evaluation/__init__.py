@@ -9,14 +9,11 @@ if TYPE_CHECKING:
     from vmoe.evaluation.retrieval import evaluate_retrieval
     from vmoe.evaluation.zero_shot import evaluate_zero_shot, zero_shot_classify
 
-__all__ = ["evaluate_classification", "evaluate_retrieval", "evaluate_zero_shot", "zero_shot_classify"]
-
-__getattr__ = lazy_names(
+__getattr__, __all__ = lazy_names(
     __name__,
     {
-        "evaluate_classification": "vmoe.evaluation.classification",
-        "evaluate_retrieval": "vmoe.evaluation.retrieval",
-        "evaluate_zero_shot": "vmoe.evaluation.zero_shot",
-        "zero_shot_classify": "vmoe.evaluation.zero_shot",
+        "vmoe.evaluation.classification": "evaluate_classification",
+        "vmoe.evaluation.retrieval": "evaluate_retrieval",
+        "vmoe.evaluation.zero_shot": "evaluate_zero_shot zero_shot_classify",
     },
 )

@@ -31,7 +31,7 @@ def differences(part: Part, run: Run, seed: int = 0) -> list[Difference]:
     """Compares `run`, which takes the inputs and gives the outputs of a file, with the model.
 
     Rounding differs between programs, and where two gates are equal up to rounding, a token may go to another expert: a
-    correct file then differs much. So an input for which the two differ is drawn anew, up to three times, if the model
+    correct file then differs much. So an input for which the two differ is drawn again, up to three times, if the model
     itself differs as much once its weights are changed in their last digits. `redrawn` counts them.
     """
     generator, rows = torch.Generator().manual_seed(seed), []

@@ -14,7 +14,7 @@ from vmoe.export.part import Part
 from vmoe.export.program import first_line
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-MAX_BYTES = 2**31 - 2**24  # of an ONNX file, with room for the graph
+MAX_BYTES = 2**31 - 2**24  # of an ONNX file, with space for the graph
 
 
 def check_onnx(part: Part) -> None:

@@ -5,12 +5,13 @@ from importlib import import_module
 from typing import Any
 
 
-def lazy_names(package: str, modules: dict[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of a package (PEP 562), for {name: the module that defines it}."""
+def lazy_names(package: str, modules: dict[str, str]) -> tuple[Callable[[str], Any], list[str]]:
+    """The `__getattr__` (PEP 562) and `__all__` of a package, for {module: the names in it, with spaces between}."""
+    where = {name: module for module, names in modules.items() for name in names.split()}
 
     def get(name: str) -> Any:
-        if name not in modules:
+        if name not in where:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(modules[name]), name)
+        return getattr(import_module(where[name]), name)
 
-    return get
+    return get, sorted(where)
