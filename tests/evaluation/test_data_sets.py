@@ -79,6 +79,38 @@ def test_a_subset_zero_shot(limoe, tmp_path):
     assert len(report["checkpoints"][0]["details"]["per_class"]) == 200
 
 
+def make_tiny_imagenet(root):
+    """Two validation images each of classes 6 and 11 of ImageNet-1k, of which Tiny-ImageNet has just these here."""
+    for number in range(4):
+        make_image(root / "val" / "images" / f"val_{number}.JPEG")
+    lines = [f"val_{number}.JPEG\t{SYNSETS[(6, 11)[number % 2]]}\t0\t0\t9\t9\n" for number in range(4)]
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    (root / "wnids.txt").write_text(f"{SYNSETS[11]}\n{SYNSETS[6]}\n")
+    (root / "words.txt").write_text("".join(map("{}\t{}\n".format, SYNSETS, imagenet_words())))
+    return root
+
+
+def test_tiny_imagenet_is_judged_by_the_outputs_of_its_classes(classifier, limoe, tmp_path):
+    root = make_tiny_imagenet(tmp_path / "tiny")
+    of_val = ["--data.split", "val"]
+    report = evaluate(classifier, "classification", "tiny_imagenet", root, *of_val)
+    assert report["results"]["top1"] == 0.5
+    assert [entry["top1"] for entry in report["checkpoints"][0]["details"]["per_class"]] == [1, 0]  # it answers 6
+    report = evaluate(limoe, "zero_shot", "tiny_imagenet", root, *of_val, "--templates", "[a {}]")
+    assert report["results"]["num_samples"] == 4
+
+
+def test_a_classifier_of_tiny_imagenet_itself(tmp_path):
+    root = make_tiny_imagenet(tmp_path / "tiny")
+    model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=2, embed_dim=32, depth=2, num_heads=2)
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data = torch.tensor([0.0, 1.0])
+    names = [imagenet_words()[column] for column in (6, 11)]
+    save_pretrained(model, tmp_path / "model.safetensors", extra={"class_names": names})
+    report = evaluate(tmp_path, "classification", "tiny_imagenet", root, "--data.split", "val")
+    assert [entry["top1"] for entry in report["checkpoints"][0]["details"]["per_class"]] == [0, 1]
+
+
 def test_real_counts_any_of_its_labels_and_reports_what_it_leaves_out(classifier, tmp_path):
     """The classifier answers 6, 11, 0, 1, 2: the first image is right, the third within five, the second neither."""
     for number in (1, 2, 3, 4):

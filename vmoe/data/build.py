@@ -15,6 +15,7 @@ from vmoe.data.sources.imagenet import ImageNet, ImageNetC, ImageNetReal
 from vmoe.data.sources.karpathy import KarpathyCaptions
 from vmoe.data.sources.mixture import Mixture
 from vmoe.data.sources.objectnet import ObjectNet
+from vmoe.data.sources.tiny_imagenet import TinyImageNet
 from vmoe.data.sources.torchvision import TorchvisionDataset
 from vmoe.data.sources.webdataset import Shards
 
@@ -30,6 +31,7 @@ SOURCES: dict[str, Callable[[SourceConfig], ImageDataset]] = {
     "imagenet_real": ImageNetReal,
     "imagenet_c": ImageNetC,
     "objectnet": ObjectNet,
+    "tiny_imagenet": TinyImageNet,
     "karpathy": KarpathyCaptions,
 }
 

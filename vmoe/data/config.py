@@ -21,7 +21,10 @@ NOT_FROM_FILES = ("emoji", "emoji_groups", "torchvision", "mixture")
 
 General = Literal["emoji", "emoji_groups", "pairs", "shards", "hf", "mixture", "image_folder", "torchvision"]
 ImageNetSets = Literal["imagenet", "imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch", "imagenet_real"]
-SPLITS = {"emoji": ("train", "held_out", "all"), "emoji_groups": ("train", "val"), "karpathy": ("train", "val", "test")}
+SPLITS = {
+    **{"emoji": ("train", "held_out", "all"), "karpathy": ("train", "val", "test")},
+    **dict.fromkeys(("emoji_groups", "tiny_imagenet"), ("train", "val")),
+}
 
 
 @dataclass
@@ -32,13 +35,15 @@ class SourceConfig:
         type: "emoji" (images with their names), "emoji_groups" (emoji with their Unicode group as class), "pairs"
             (images with captions), "shards" (tar files in the layout of WebDataset and img2dataset), "hf" (Hugging Face
             datasets), "mixture" (several of these), "image_folder" (one folder per class), "torchvision" (a data set of
-            torchvision), "karpathy" (COCO or Flickr30k with captions), or a published test set, as it is downloaded.
+            torchvision), "tiny_imagenet" (Tiny-ImageNet-200), "karpathy" (COCO or Flickr30k with captions), or a
+            published test set, as it is downloaded.
         path: "pairs": a .csv, .tsv or .jsonl file, or a folder of images with .txt files beside them. "shards": a .tar
             file, a folder, a glob or a brace pattern such as data/{00000..00099}.tar, or several with "::" between
             them. "hf": a folder of Parquet or Arrow files, or one that save_to_disk wrote. "torchvision": its `root`.
             "karpathy": dataset_coco.json or dataset_flickr30k.json. Others: the folder that docs/evaluation.md draws.
-        split: "emoji": "train", "held_out" (400 compositions never seen in training) or "all". "emoji_groups": "train"
-            or "val". "karpathy": "train" (with "restval"), "val" or "test". "torchvision", "hf": what the data set has.
+        split: "emoji": "train", "held_out" (400 compositions never seen in training) or "all". "emoji_groups",
+            "tiny_imagenet": "train" or "val". "karpathy": "train" (with "restval"), "val" or "test". "torchvision",
+            "hf": what the data set has.
         name: "torchvision": the class name in torchvision.datasets, for example "FashionMNIST".
         image_size: emoji types: side in pixels at which the images are drawn, once.
         image_root: "pairs" file, "karpathy": the folder that relative image paths start from (default: the file's).
@@ -65,7 +70,7 @@ class SourceConfig:
             samples are equally frequent).
     """
 
-    type: Literal[General, ImageNetSets, "imagenet_c", "objectnet", "karpathy"] | None = None
+    type: Literal[General, ImageNetSets, "imagenet_c", "objectnet", "tiny_imagenet", "karpathy"] | None = None
     path: str | None = None
     split: str = "train"
     name: str | None = None

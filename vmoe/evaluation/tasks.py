@@ -47,8 +47,22 @@ def class_scores(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDa
     """images -> scores of the data's classes; call it inside `evaluating`."""
     if loaded.tokenizer is not None:
         return loaded.scorer(*zero_shot_prompts(config, dataset))
-    num_classes = len(dataset.classes) if dataset.class_columns is None else None
-    return lambda images: select_columns(checked_logits(loaded.model, images, num_classes), dataset.class_columns)
+    columns = class_columns(loaded, dataset)
+    num_classes = len(dataset.classes) if columns is None else None
+    return lambda images: select_columns(checked_logits(loaded.model, images, num_classes), columns)
+
+
+def class_columns(loaded: LoadedModel, dataset: ImageDataset) -> list[list[int]] | None:
+    """The classifier's outputs that stand for each class of the data; None: it has the classes of the data.
+
+    An ImageNet-1k classifier is judged by its outputs for the data's classes, if these are some of its own, as those of
+    Tiny-ImageNet.
+    """
+    if dataset.class_columns is None and loaded.model.num_classes == 1000 > len(dataset.classes):
+        words = imagenet_words()
+        if set(dataset.classes).issubset(words) and loaded.class_names in (None, list(words)):
+            return [[words.index(name)] for name in dataset.classes]
+    return dataset.class_columns
 
 
 def zero_shot_prompts(
@@ -142,11 +156,12 @@ def check_task(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageData
         raise ConfigError(f"task {task!r} needs labels, and data of type {kind!r} has none")
     if task in ("classification", "capacity") and not contrastive:
         data, classes, ours = "the data", dataset.classes, loaded.class_names
-        if dataset.class_columns is not None:  # several outputs may stand for a class
+        columns = class_columns(loaded, dataset)
+        if columns is not None:  # several outputs may stand for a class
             data, classes = f"ImageNet-1k, whose outputs data of type {kind!r} needs,", list(imagenet_words())
         if ours is not None:
             check_same_classes(loaded.checkpoint, ours, data, classes)
-        elif dataset.class_columns is not None and loaded.model.num_classes != len(classes):
+        elif columns is not None and loaded.model.num_classes != len(classes):
             raise ConfigError(f"{loaded.checkpoint} has {loaded.model.num_classes} classes and {data} {len(classes)}")
         else:
             warn_of_text_order(classes, f"{loaded.checkpoint}, which holds no class names,")
