@@ -135,6 +135,28 @@ def test_the_number_of_workers_changes_nothing(make_config, tmp_path):
     assert metrics_of(alone) == metrics_of(helped)
 
 
+def test_a_cache_of_the_images_changes_nothing_but_the_speed(make_config, tmp_path, monkeypatch):
+    settings = {"train.eval_every": 3, "data.augmentation.hflip": 0.5}
+    plain = make_config(**settings)
+    run(plain)
+    memory = make_config(**settings, output_dir=tmp_path / "memory", **{"data.cache": "memory"})
+    with monkeypatch.context() as context:
+        interrupt_after(context, 3, ctrl_c)
+        with pytest.raises(Stopped):
+            run(memory)
+    memory.data.loader.num_workers = 1
+    _, printed = run(memory)
+    assert "cache: 48 decoded images, " in printed
+    assert metrics_of(memory) == metrics_of(plain)
+
+
+def test_a_cache_larger_than_its_bound_is_refused_before_anything_is_written(make_config):
+    config = make_config(**{"data.cache": "memory", "data.cache_gb": 1e-6})
+    with pytest.raises(ConfigError, match="data.cache_gb is 1e-06, and the decoded images need about .*: raise it, or"):
+        run(config)
+    assert not Path(config.output_dir).exists()
+
+
 def test_a_run_learns_and_leaves_its_records(make_config):
     config = make_config(
         **{
@@ -328,7 +350,7 @@ def test_a_run_of_another_architecture_is_refused_with_both_names(make_config, t
 @pytest.mark.parametrize(("task", "precision"), [("classification", "float32"), ("contrastive", "bf16")])
 def test_gradient_checkpointing_gives_the_same_step(make_config, tmp_path, task, precision):
     settings = {"train.steps": 2, "train.precision": precision}
-    plain = make_config(task, **settings)
+    plain = make_config(**settings)
     saving = make_config(task, output_dir=tmp_path / "saving", **settings, **{"train.grad_checkpointing": True})
     run(plain)
     run(saving)

@@ -63,6 +63,7 @@ class BatchReader(Dataset):
         replace_bad: bool,
     ) -> None:
         self.dataset, self.transform, self.tokenizer = dataset, transform, tokenizer
+        self.samples = dataset if dataset.cache is None else dataset.cache
         self.seed, self.replace_bad = seed, replace_bad
         # Images stay bytes until the main process has the batch.
         self.normalize_later = isinstance(transform, Transform) and transform.erase is None
@@ -86,7 +87,7 @@ class BatchReader(Dataset):
         for attempt in range(MAX_REPLACEMENTS if self.replace_bad else 1):
             candidate = derive_seed(self.seed, epoch, index, attempt) % len(self.dataset) if attempt else index
             try:
-                image, label, caption, _ = self.dataset[candidate]
+                image, label, caption, _ = self.samples[candidate]
             except BadSample as error:
                 bad.append((error.path, error.reason))
                 continue
@@ -144,7 +145,7 @@ class _Loader:
                 batch_size=None,  # a key is a batch
                 num_workers=self.config.num_workers,
                 pin_memory=self.config.pin_memory and torch.cuda.is_available(),
-                worker_init_fn=_leave_signals_to_the_main_process,
+                worker_init_fn=leave_signals_to_the_main_process,
                 generator=torch.Generator(),  # else every start would draw a number from the global generator
             )
             return iter(loader)
@@ -345,7 +346,7 @@ def own_cores() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def _leave_signals_to_the_main_process(_worker: int) -> None:
+def leave_signals_to_the_main_process(_worker: int) -> None:
     """A signal to the process group must not end the step in progress: a worker outlives SIGTERM by GRACE_SECONDS."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGALRM"):  # not on Windows

@@ -20,7 +20,8 @@ from vmoe.utils.config import ConfigError, check_types, parse_config, read_confi
 
 # Settings that may change when a run continues: they do not change what a step computes.
 CHANGEABLE = (
-    *("output_dir", "resume", "device", "data.val", "evaluate", "parallel"),
+    *("output_dir", "resume", "device", "data.val", "data.cache", "data.cache_gb"),
+    *("evaluate", "parallel"),
     *(f"data.loader.{key}" for key in ("num_workers", "pin_memory", "max_bad_share")),
     *(f"train.{key}" for key in ("steps", "log_every", "eval_every", "checkpoint_every", "keep_last", "max_minutes")),
     *(f"train.{key}" for key in ("epochs", "keep_best", "patience", "wandb")),
@@ -44,6 +45,7 @@ RANGES = {
     "train.clip_grad_norm": (None, None, "; null does not clip"),
     "train.ema_decay": (None, 1, "; null keeps no moving average"),
     "train.max_minutes": (None, None, "; null sets no limit"),
+    "data.cache_gb": (None, None, ""),
     "parallel.timeout": (1, 30 * 24 * 3600, ""),
 }
 
@@ -82,10 +84,15 @@ class DataConfig:
     Attributes:
         train: Data to train on.
         val: Data for the periodic and the final evaluation; unused if train.eval_every is 0.
+        cache: "memory" keeps all images of both decoded in memory, 3 bytes for a pixel: they are read once, before the
+            first step, and batches are the same. null: images are read from their files in each epoch.
+        cache_gb: Most memory of the cache in GB, in each process; data that need more are an error.
     """
 
     train: SourceConfig = field(default_factory=SourceConfig)
     val: SourceConfig = field(default_factory=SourceConfig)
+    cache: Literal["memory"] | None = None
+    cache_gb: float = 4.0
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
 

@@ -5,19 +5,25 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 
 from vmoe.data import BadSample, EvalLoader, LoaderConfig, Transform, build_mixup, build_transform, eval_loader
 from vmoe.data.build import applies_orientation, build_dataset, with_orientation
+from vmoe.data.cache import cache_images
+from vmoe.data.loader import own_cores
 from vmoe.distributed.parallelize import is_sharded
 from vmoe.distributed.process_group import from_first
 from vmoe.evaluation import evaluate_classification, evaluate_retrieval, evaluate_zero_shot
@@ -32,6 +38,7 @@ from vmoe.models.spec import IMAGE_TEXT_NAMES
 from vmoe.models.upcycle import upcycle
 from vmoe.moe.quantize import experts_kept_as
 from vmoe.training.config import STEPS, Config
+from vmoe.training.logger import say
 from vmoe.utils.config import ConfigError
 from vmoe.utils.world import world
 
@@ -99,6 +106,16 @@ class Task:
         val = with_orientation(config.data.val) if self.exif_orientation else config.data.val
         self.val_data = build_dataset(val) if config.train.eval_every else None
         self.class_names: list[str] | None = self.train_data.classes
+
+    def cache_images(self, console: Console) -> None:
+        """Reads all images into memory, if the config says so."""
+        sets = {"data.train": self.train_data, "data.val": self.val_data}
+        sets = {name: data for name, data in sets.items() if data is not None}
+        if self.config.data.cache is not None:
+            began, shown = time.monotonic(), partial(track, description="images", console=console, transient=True)
+            used = cache_images(sets, 1e9 * self.config.data.cache_gb, own_cores(), shown) / 1e9
+            seconds, number = time.monotonic() - began, sum(map(len, sets.values()))
+            say(console, f"cache: {number:,} decoded images, {used:.3g} GB, read in {seconds:.0f} s")
 
     def _build(self, pretrained: str | None, continued: bool, kwargs: dict[str, Any]) -> nn.Module:
         config = self.config.model

@@ -130,6 +130,7 @@ class Trainer:
         self.precision = pick_precision(config.train.precision, device)
         seed_everything(config.seed)
         self.task = create_task(config)
+        self.task.cache_images(console)
         self.best = BestWatch(config.train.keep_best, config.train.patience, self.task.metric_names)
         self.model = self._create_model(checkpoint)
         self.profile = model_profile(self.model)

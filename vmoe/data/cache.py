@@ -1,0 +1,138 @@
+"""Decoded images in memory: read once, before the first batch, and from then on instead of their files."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from vmoe.data.dataset import ImageDataset, Sample
+from vmoe.data.images import BadSample, DataError
+from vmoe.data.loader import leave_signals_to_the_main_process
+from vmoe.utils.config import ConfigError
+
+BLOCK = 32  # images that a worker hands over together
+SAMPLED = 64  # images from which the size of all is estimated
+SLACK = 1.2  # memory that is allocated beyond the estimate; the system provides it when it is used
+
+
+class ImageCache:
+    """The samples of a data set with the bytes of their images, for loaders; bad samples stay bad."""
+
+    def __init__(self, num_bytes: float) -> None:
+        """`num_bytes`: an estimate of their size."""
+        # One tensor: forked workers share its memory, and PyTorch shares it with others.
+        self._pixels = torch.empty(int(SLACK * num_bytes), dtype=torch.uint8)
+        self._starts = [0]
+        self._samples: list[Sample | BadSample] = []  # with the image's (width, height) as its image
+
+    @property
+    def num_bytes(self) -> int:
+        """What the images take."""
+        return self._starts[-1]
+
+    def add(self, pixels: torch.Tensor, samples: Sequence[Sample | BadSample]) -> None:
+        """Adds the next samples, whose images are one after the other in `pixels`."""
+        start, end = self.num_bytes, self.num_bytes + len(pixels)
+        if end > len(self._pixels):
+            self._pixels.resize_(int(SLACK * end))
+        self._pixels[start:end] = pixels
+        for sample in samples:
+            size = 0 if isinstance(sample, BadSample) else 3 * math.prod(sample.image)
+            self._starts.append(self._starts[-1] + size)
+            self._samples.append(sample)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self._samples[index]
+        if isinstance(sample, BadSample):
+            raise BadSample(sample.path, sample.reason)
+        pixels = self._pixels.numpy()[self._starts[index] : self._starts[index + 1]]
+        return sample._replace(image=Image.frombuffer("RGB", sample.image, pixels, "raw", "RGB", 0, 1))
+
+
+class _Blocks(Dataset):
+    """Maps indices to the pixels and samples there, or to the reason why the data set cannot be read on."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, indices: range) -> tuple[torch.Tensor, list[Sample | BadSample]] | str:
+        images, samples = [np.empty(0, np.uint8)], []
+        for index in indices:
+            try:
+                sample = self.dataset[index]
+            except BadSample as error:
+                samples.append(error)
+            except DataError as error:  # as an exception it would arrive with a traceback
+                return str(error)
+            else:
+                images.append(np.asarray(sample.image).reshape(-1))
+                samples.append(sample._replace(image=sample.image.size))
+        return torch.from_numpy(np.concatenate(images)), samples
+
+
+def cache_images(
+    datasets: dict[str, ImageDataset],
+    max_bytes: float,
+    num_workers: int = 0,
+    progress: Callable[..., Iterable] = lambda blocks, total: blocks,
+) -> int:
+    """Reads the images of data sets, by the names of their settings, into memory, where loaders then take them from.
+
+    Returns their bytes. `progress` shows how much of an iterable is done, as rich's `track`. ConfigError: the images
+    take more than `max_bytes`; those of one size are not read then. DataError: a data set cannot be read.
+    """
+    needed = {name: _estimate(dataset) for name, dataset in datasets.items()}
+    if sum(needed.values()) > max_bytes:
+        raise _too_large(needed, max_bytes)
+    for name, dataset in datasets.items():
+        cache = ImageCache(needed[name])
+        indices = [range(len(dataset))[start : start + BLOCK] for start in range(0, len(dataset), BLOCK)]
+        for done, block in enumerate(progress(_read(dataset, indices, num_workers), total=len(indices)), start=1):
+            cache.add(*block)
+            sizes = needed | {name: max(needed[name], cache.num_bytes)}
+            if sum(sizes.values()) > max_bytes:  # the images are larger than those of the estimate
+                raise _too_large(needed | {name: cache.num_bytes * len(indices) / done}, max_bytes)
+        dataset.cache, needed[name] = cache, cache.num_bytes
+    return sum(needed.values())
+
+
+def _read(
+    dataset: ImageDataset, indices: list[range], num_workers: int
+) -> Iterator[tuple[torch.Tensor, list[Sample | BadSample]]]:
+    loader = DataLoader(
+        _Blocks(dataset),
+        sampler=indices,
+        batch_size=None,
+        num_workers=min(num_workers, len(indices) // 16),  # a few images are read before processes have started
+        collate_fn=_unchanged,
+        worker_init_fn=leave_signals_to_the_main_process,
+        generator=torch.Generator(),  # else it would draw a number from the global generator
+    )
+    for block in loader:
+        if isinstance(block, str):
+            raise DataError(block)
+        yield block
+
+
+def _unchanged(block: Any) -> Any:
+    return block
+
+
+def _estimate(dataset: ImageDataset) -> float:
+    """Bytes of all images, from those of some at equal distances."""
+    total, chosen = 0, np.linspace(0, len(dataset) - 1, min(SAMPLED, len(dataset))).round().astype(int).tolist()
+    for index in chosen:
+        with suppress(BadSample):
+            total += 3 * math.prod(dataset[index].image.size)
+    return total / len(chosen) * len(dataset)
+
+
+def _too_large(needed: dict[str, float], max_bytes: float) -> ConfigError:
+    sizes = " and ".join(f"{size / 1e9:.3g} GB ({name})" for name, size in needed.items())
+    problem = f"data.cache_gb is {max_bytes / 1e9:g}, and the decoded images need about {sizes}"
+    return ConfigError(f"{problem}: raise it, or leave data.cache out, and images are read from their files")
