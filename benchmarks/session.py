@@ -300,7 +300,8 @@ def revision() -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     try:
-        ours = (":!benchmarks/results", ":!docs/performance.md")
+        ours = (":!benchmarks/results", ":!docs/performance.md", ":!experiments/results", ":!docs/results.md")
+        ours += (":!docs/images/results_*",)
         return {
             "commit": git("rev-parse", "HEAD"),
             "changed": bool(git("diff", "HEAD", "--name-only", "--", ".", *ours)),

@@ -1,0 +1,57 @@
+"""Means, and differences between runs that share seeds and images."""
+
+from __future__ import annotations
+
+import base64
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds, and its standard error, None with one seed."""
+
+    mean: float
+    error: float | None
+    seeds: int
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether it is more than two standard errors from 0."""
+        return self.error is not None and abs(self.mean) > 2 * self.error
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """The mean of values, one for each seed, and their standard deviation (n - 1) divided by the root of n."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return Estimate(statistics.fmean(values), error, len(values))
+
+
+def difference(own: Mapping[int, float], base: Mapping[int, float]) -> Estimate | None:
+    """Of {seed: value} of two runs, paired by seed; None if they share no seed."""
+    shared = sorted(own.keys() & base.keys())
+    return estimate([own[seed] - base[seed] for seed in shared]) if shared else None
+
+
+def unpacked(correct: str) -> np.ndarray:
+    """One integer for each image, 1 if it was right; the last bits may be padding, which is always 0."""
+    return np.unpackbits(np.frombuffer(base64.b64decode(correct), dtype=np.uint8)).astype(np.int64)
+
+
+def image_test(own: Mapping[int, str], base: Mapping[int, str]) -> float | None:
+    """Probability that two runs which are equally good differ so much by the choice of the images, two-sided.
+
+    With one seed it is McNemar's test (1947, without correction): of n images that only one of the two gets right, the
+    difference has the variance n. With several, an image counts with its sum over the seeds, since the same images
+    are in all: z = sum(d) / sqrt(sum(d²)), d the difference of an image. None if no seed is shared or no
+    image differs.
+    """
+    shared = sorted(own.keys() & base.keys())
+    differences = sum(unpacked(own[seed]) - unpacked(base[seed]) for seed in shared)
+    if not shared or not np.any(differences):
+        return None
+    z = differences.sum() / math.sqrt((differences**2).sum())
+    return math.erfc(abs(z) / math.sqrt(2))

@@ -1,0 +1,269 @@
+"""What an experiment is: the settings of its YAML, and the training runs that follow from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import vmoe_command  # noqa: F401  before vmoe, which then waits with importing PyTorch
+from vmoe.evaluation.config import EvaluationConfig
+from vmoe.training.config import CHANGEABLE, Config, flat_settings, with_one_length
+from vmoe.utils.config import ConfigError, find_config, read_config
+from vmoe.utils.files import parse_yaml
+
+ROOT = Path(__file__).parents[1]
+OUTPUT = ROOT / "runs" / "experiments"
+RESULTS = ROOT / "experiments" / "results"
+
+# Settings that a result does not depend on: of a continued run, and where the data lie.
+RESULTS_DEPEND = ("train.steps", "train.epochs", "train.keep_best", "train.patience", "data.val", "evaluate")
+FREE = (*(key for key in CHANGEABLE if key not in RESULTS_DEPEND), "seed", "evaluate.examples")
+PATHS = ("path", "image_root", "class_names", "labels_file")
+DEFAULTS = flat_settings(Config(output_dir="", task="classification"))
+
+
+Evaluation = dict[str, Any]  # "arguments" of eval.py, but for the checkpoint, and the "digest" of what they say
+
+
+@dataclass
+class PlotConfig:
+    """The figure of an experiment.
+
+    Attributes:
+        x: A metric. Not used if y has a "*".
+        y: A metric; null: the first of `metrics`. With one "*", as in "capacity/top1_bpr_*", a line through all such
+            metrics of a run, whose x is the number that "*" stands for.
+        log: Whether x is logarithmic.
+    """
+
+    x: str = "gflops_per_image"
+    y: str | None = None
+    log: bool = False
+
+
+@dataclass
+class Experiment:
+    """An experiment, which compares training runs.
+
+    Attributes:
+        question: What it asks.
+        base: Config of train.py, by its path in the checkout or its name; what all runs share.
+        source: Papers that the question is from.
+        settings: Settings of train.py for all runs, over those of base: `optim.lr: 1e-3`.
+        runs: {name: settings of train.py for this run}. `{run: NAME}` as a value is the folder of another run with the
+            same seed, which is made before. A run's own `grid` replaces the common one.
+        grid: {setting: values}: each run is made with all combinations, and has them in its name.
+        seeds: Each run is made with each of them.
+        baseline: The run that others are compared with.
+        evaluate: {name: config of eval.py, or {config: NAME, runs: [NAMES], setting: value}}, for every finished run,
+            or some (`runs` may have * and ?). Its metrics are called name/metric. Accuracy on data.val is always there.
+        metrics: Metrics of the table, the first one for the verdict; NAME:min if lower is better.
+        plot: The figure.
+        draft: The records stay with the runs, and the report leaves the experiment out.
+    """
+
+    question: str
+    base: str
+    source: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    runs: dict[str, Any] = field(default_factory=dict)
+    grid: dict[str, Any] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    baseline: str | None = None
+    evaluate: dict[str, Any] = field(default_factory=dict)
+    metrics: list[str] = field(default_factory=lambda: ["top1"])
+    plot: PlotConfig = field(default_factory=PlotConfig)
+    draft: bool = False
+
+
+@dataclass(eq=False)
+class Cell:
+    """One training run of an experiment."""
+
+    experiment: str
+    run: str
+    seed: int
+    base: str
+    overrides: dict[str, Any]  # settings of train.py over the base; {"run": NAME} for another run's folder
+    evaluations: dict[str, Evaluation]
+    settings: dict[str, Any] = field(default_factory=dict)  # what its result depends on, but for the seed
+    needs: list[Cell] = field(default_factory=list)  # runs that are made before
+
+    @property
+    def name(self) -> str:
+        return f"{re.sub(r'[^a-zA-Z0-9.=+-]+', '_', self.run)}-seed{self.seed}"
+
+    @property
+    def references(self) -> dict[str, str]:
+        """{setting: the run whose folder it is}."""
+        return {
+            key: value["run"]
+            for key, value in self.overrides.items()
+            if isinstance(value, dict) and value.keys() == {"run"}
+        }
+
+    def folder(self, output: Path) -> Path:
+        return output / self.experiment / self.name
+
+    def arguments(self, output: Path) -> list[str]:
+        """The command line of train.py."""
+        words, folders = ["--config", self.base], {one.run: str(one.folder(output)) for one in self.needs}
+        folders = {key: folders[run] for key, run in self.references.items()}
+        for key, value in {**self.overrides, **folders, "seed": self.seed}.items():
+            words += [f"--{key}", as_text(value)]
+        return [*words, "--output_dir", str(self.folder(output))]
+
+    def command(self) -> str:
+        """The command line as a user types it in the checkout."""
+        return shlex.join(["python", "train.py", *self.arguments(OUTPUT.relative_to(ROOT))])
+
+
+def as_text(value: Any) -> str:
+    """A setting on the command line, which reads back as the same value."""
+    return value if isinstance(value, str) and parse_yaml(value) == value else json.dumps(value)
+
+
+def load(file: Path) -> tuple[Experiment, list[Cell]]:
+    """An experiment and its runs, each after those that it needs; a ConfigError names the file and the mistake."""
+    if not file.is_file():
+        raise ConfigError(f"{file}: no such experiment; experiments/*.yaml are there to choose from")
+    experiment = read_config(Experiment, ["--config", str(file)])
+    try:
+        return experiment, _plan(experiment, file.stem)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+
+
+def _plan(experiment: Experiment, name: str) -> list[Cell]:
+    if not experiment.seeds or len(set(experiment.seeds)) < len(experiment.seeds):
+        raise ConfigError(f"seeds must be numbers, none twice, got {experiment.seeds}")
+    if not experiment.metrics:
+        raise ConfigError("metrics must name at least one metric")
+    base = str(_relative(find_config(experiment.base)))
+    runs = dict(_runs(experiment))
+    evaluations = _evaluations(experiment, runs)
+    if experiment.baseline is not None and experiment.baseline not in runs:
+        raise ConfigError(f"baseline {experiment.baseline!r} is none of the runs: {', '.join(runs)}")
+    cells = []
+    for seed in experiment.seeds:
+        made: dict[str, Cell] = {}
+        for run in runs:
+            _add(run, runs, made, (), lambda run, seed=seed: Cell(name, run, seed, base, runs[run], evaluations[run]))
+        cells += made.values()
+    folders = {cell.name: cell for cell in cells}
+    if len(folders) < len(cells):
+        [first, *_] = [cell for cell in cells if folders[cell.name] is not cell]
+        raise ConfigError(f"runs {first.run!r} and {folders[first.name].run!r} would share a folder; rename one")
+    return cells
+
+
+def _relative(file: Path) -> Path:
+    """A file's path in the checkout; elsewhere the whole path."""
+    file = file.resolve()
+    return file.relative_to(ROOT) if file.is_relative_to(ROOT) else file
+
+
+def _evaluations(experiment: Experiment, runs: Iterable[str]) -> dict[str, dict[str, Evaluation]]:
+    """{run: {name: evaluation}}; a ConfigError says which setting is wrong."""
+    of_run: dict[str, dict[str, Evaluation]] = {run: {} for run in runs}
+    for name, given in experiment.evaluate.items():
+        given = {"config": given} if isinstance(given, str) else given
+        try:
+            if name == "val" or "/" in name:
+                raise ConfigError("choose another name, without '/'; 'val' is the evaluation on data.val")
+            if not isinstance(given, dict) or not isinstance(given.get("config"), str):
+                raise ConfigError(f"write a config of eval.py, or {{config: NAME, setting: value}}, got {given!r}")
+            patterns = given.get("runs", ["*"])
+            chosen = [run for run in of_run if any(fnmatchcase(run, pattern) for pattern in patterns)]
+            if not isinstance(patterns, list) or not chosen:
+                raise ConfigError(
+                    f"runs must be a list of names, with * and ?, among {', '.join(of_run)}; got {patterns}"
+                )
+            words = [word for key, value in given.items() if key != "runs" for word in (f"--{key}", as_text(value))]
+            settings = dataclasses.asdict(read_config(EvaluationConfig, [*words, "--checkpoint", "RUN"], "eval"))
+        except ConfigError as error:
+            raise ConfigError(f"evaluate.{name}: {error}") from None
+        for key in ("checkpoint", "output", "device", "loader"):
+            settings.pop(key)
+        for key in ("data", "train_data"):
+            settings[key].pop("path")
+        for run in chosen:
+            of_run[run][name] = {"arguments": words, "digest": digest(settings)}
+    return of_run
+
+
+def digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _runs(experiment: Experiment) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, settings) of each run, with the grid in its name."""
+    names = set()
+    for run, own in (experiment.runs or {"": {}}).items():
+        own = dict(own or {}) if isinstance(own, dict | None) else own
+        if not isinstance(own, dict):
+            raise ConfigError(f"runs.{run} must be settings of train.py, as in {{model.name: NAME}}, got {own!r}")
+        grid = own.pop("grid", experiment.grid)
+        for key, values in grid.items() if isinstance(grid, dict) else [("", None)]:
+            if not isinstance(values, list) or not values:
+                raise ConfigError(f"grid must be {{setting: [values]}}, got {values!r} for {key or run!r}")
+        for point in itertools.product(*grid.values()):
+            settings = dict(zip(grid, point))
+            parts = [f"{key.rpartition('.')[2]}={as_text(value)}" for key, value in settings.items()]
+            name = ", ".join(part for part in (run, *parts) if part) or "base"
+            if name in names:
+                raise ConfigError(f"two runs are called {name!r}; rename one")
+            names.add(name)
+            yield name, {**experiment.settings, **own, **settings}
+
+
+def _add(run: str, runs: dict, made: dict[str, Cell], below: tuple[str, ...], make: Callable[[str], Cell]) -> Cell:
+    """Puts the cell of a run into `made`, after those that it needs."""
+    if run in made:
+        return made[run]
+    if run in below:
+        raise ConfigError(f"the runs {' -> '.join((*below, run))} need each other; break the circle")
+    cell = make(run)
+    for key, other in cell.references.items():
+        if other not in runs:
+            raise ConfigError(f"runs.{run}: {key} is of run {other!r}, which is none of: {', '.join(runs)}")
+        cell.needs.append(_add(other, runs, made, (*below, run), make))
+    cell.settings = _settings_of(cell)
+    made[run] = cell
+    return cell
+
+
+def _settings_of(cell: Cell) -> dict[str, Any]:
+    """What the result of a cell depends on, but for the seed, and that its settings are right (else a ConfigError)."""
+    try:
+        config = read_config(Config, with_one_length(cell.arguments(OUTPUT)))
+        config.check()
+    except ConfigError as error:
+        raise ConfigError(f"run {cell.run!r}: {error}") from None
+    settings = result_settings(config)
+    digests = {parent.run: digest(parent.settings) for parent in cell.needs}
+    settings |= {key: f"run {run} ({digests[run]})" for key, run in cell.references.items()}
+    return settings
+
+
+def result_settings(config: Config) -> dict[str, Any]:
+    """{setting: value} of a config that a result depends on, without defaults, the seed and the place of the data."""
+    settings = flat_settings(config)
+    if config.train.epochs is not None:  # the config.yaml of a run has both
+        settings.pop("train.steps")
+    return {
+        key: value
+        for key, value in settings.items()
+        if not any(key == free or key.startswith(f"{free}.") for free in FREE)
+        and not (key.startswith("data.") and key.rpartition(".")[2] in PATHS)
+        and (key not in DEFAULTS or DEFAULTS[key] != value or key == "task")
+    }

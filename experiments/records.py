@@ -1,0 +1,117 @@
+"""The records of finished runs: one line of JSON each in experiments/results, from which the report is made."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from experiments.plan import RESULTS, Cell, Experiment
+from vmoe.utils.config import ConfigError
+from vmoe.utils.files import atomic_file, parse_json, read_json, read_text
+
+JOB, MEASURED = "job.json", "measured.json"  # in a run's folder: what the worker is to do, and what it found
+Record = dict[str, Any]
+Records = dict[tuple[str, int], Record]  # by run and seed
+DIGITS = 6
+MAX_BYTES = 2**28
+
+
+def records_file(experiment: Experiment, name: str, output: Path) -> Path:
+    """The file of an experiment's records."""
+    return (output if experiment.draft else RESULTS) / f"{name}.jsonl"
+
+
+def read_records(file: Path) -> Records:
+    """All records; ValueError: the file is damaged."""
+    records: Records = {}
+    for number, line in enumerate(read_text(file, MAX_BYTES).splitlines() if file.is_file() else [], start=1):
+        try:
+            record = parse_json(line)
+            key = (record["run"], record["seed"])
+            if not isinstance(record["metrics"], dict) or not isinstance(record["settings"], dict) or key in records:
+                raise TypeError
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{file} line {number}: not the record of a run, or the second one of it") from None
+        records[key] = record
+    return records
+
+
+def write_record(file: Path, record: Record) -> None:
+    """Puts a record into the file, in place of one of the same run and seed; several processes may do so at once."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(file.parent):
+        records = {**read_records(file), (record["run"], record["seed"]): record}
+        lines = [json.dumps(records[key], ensure_ascii=False, allow_nan=False) + "\n" for key in sorted(records)]
+        with atomic_file(file) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def check_settings(cell: Cell, before: dict[str, Any], where: str, file: Path) -> None:
+    """ConfigError: a run was made, or begun, with other settings than its experiment has now."""
+    for key in {**before, **cell.settings}:
+        old, new = before.get(key, "the default"), cell.settings.get(key, "the default")
+        if old != new:
+            raise ConfigError(
+                f"{cell.name}: {key} was {old!r} and is {new!r} now, since {file} or {cell.base} changed; nothing was "
+                f"touched. Undo the change, copy the experiment to another name, or remove {where}"
+            )
+
+
+def make_record(cell: Cell, folder: Path) -> Record:
+    """The record of a finished run, from the files in its folder."""
+    summary, measured = read_json(folder / "summary.json", kind=dict), read_json(folder / MEASURED, MAX_BYTES, dict)
+    metrics = {key: value for key, value in summary.items() if isinstance(value, int | float) and key != "seed"}
+    metrics |= summary["evaluation"] | last_routing(folder / "metrics.jsonl")
+    for name, found in measured["evaluations"].items():
+        prefix = "" if name == "val" else f"{name}/"
+        metrics |= {f"{prefix}{key}": value for key, value in found["results"].items()}
+    metrics = {key: _rounded(value) for key, value in metrics.items() if math.isfinite(value)}
+    images = {key: measured["evaluations"].get("val", {}).get(key) for key in ("data", "correct")}
+    return {
+        "run": cell.run,
+        "seed": cell.seed,
+        "settings": cell.settings,
+        "metrics": metrics,
+        "evaluations": {name: found["digest"] for name, found in measured["evaluations"].items()},
+        **({"images": images} if images["correct"] else {}),
+        **{key: measured[key] for key in ("device", "threads", "torch", "commit", "changed")},
+        "date": datetime.fromtimestamp((folder / "summary.json").stat().st_mtime, UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def _rounded(value: float) -> float:
+    return value if isinstance(value, int) else float(f"{value:.{DIGITS}g}")
+
+
+def last_routing(file: Path) -> dict[str, float]:
+    """The routing metrics of a run's last logged step; of those of a layer the mean over the layers."""
+    last: dict[str, float] = {}
+    layers = defaultdict(list)
+    for line in read_text(file, MAX_BYTES).splitlines() if file.is_file() else []:
+        with_routing = {key: value for key, value in parse_json(line).items() if key.startswith("routing/")}
+        last = with_routing or last
+    for key, value in last.items():
+        _, _layer, *rest = key.split("/")
+        if rest and value is not None:
+            layers["/".join(("routing", *rest))].append(value)
+    totals = {key: value for key, value in last.items() if key.count("/") == 1 and value is not None}
+    return {key: statistics.fmean(values) for key, values in layers.items()} | totals

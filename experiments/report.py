@@ -1,0 +1,282 @@
+"""Writes docs/results.md from the records of all experiments: `python -m experiments.report`.
+
+With --check nothing is written; the exit code is 1 if the page is out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from experiments.compare import Estimate, difference, estimate, image_test
+from experiments.plan import OUTPUT, ROOT, Cell, load
+from experiments.records import Record, check_settings, read_records, records_file
+from vmoe.training.best import LOWER_IS_BETTER
+from vmoe.utils.config import ConfigError
+from vmoe.utils.files import atomic_file
+
+PAGE = ROOT / "docs" / "results.md"
+MADE = (
+    "`python -m experiments.report` generates this page from `experiments/*.yaml` and the records in "
+    "`experiments/results`; do not edit it by hand. [experiments/README.md](../experiments/README.md) says how to run "
+    "an experiment."
+)
+METHOD = (
+    "Values are means over seeds ± their standard error. A difference is taken seed by seed, since runs of one seed "
+    "share the order of the data, and then averaged: it is called clear if it is more than two standard errors from 0. "
+    'With three seeds that is weak evidence for a single row, and of many rows some are clear by chance. "p, images" '
+    "is the probability that two equally good runs differ so much by the choice of the validation images: McNemar's "
+    "test, with an image's differences summed over the seeds. Accuracies, and differences of them, are in percent. "
+    "GFLOPs are of the forward pass of one image, two for a multiply-add. images/s and minutes are of training, as "
+    "measured in the run."
+)
+# Metrics that are shares: shown in percent.
+SHARES = re.compile(r"top\d|mean_per_class|ece$|recall@|\dshot(_std)?$|share|gain|robust|accuracy")
+COSTS = {
+    "parameters": ("parameters_total", 1e-6, ".2f", " M"),
+    "active": ("parameters_active", 1e-6, ".2f", " M"),
+    "GFLOPs": ("gflops_per_image", 1, ".4g", ""),
+    "images/s": ("images_per_second", 1, ".0f", ""),
+    "minutes": ("train_seconds", 1 / 60, ".1f", ""),
+}
+
+
+class Results:
+    """An experiment with its records."""
+
+    def __init__(self, file: Path, output: Path) -> None:
+        self.file, self.name = file, file.stem
+        self.experiment, cells = load(file)
+        self.cells = {(cell.run, cell.seed): cell for cell in cells}
+        source = records_file(self.experiment, self.name, output)
+        self.records = read_records(source)
+        for key, record in self.records.items():
+            if key not in self.cells:
+                raise ConfigError(f"{source}: run {key[0]!r}, seed {key[1]} is not in {file}; remove its line")
+            check_settings(self.cells[key], record["settings"], f"its line in {source}", file)
+        self.runs = [run for run in dict.fromkeys(cell.run for cell in cells) if self.of(run)]
+        self.metrics = [setting.partition(":")[0] for setting in self.experiment.metrics]
+        main, _, direction = self.experiment.metrics[0].partition(":")
+        self.higher = direction == "max" if direction else not main.endswith(LOWER_IS_BETTER)
+
+    def of(self, run: str) -> dict[int, Record]:
+        """{seed: record} of a run."""
+        return {seed: record for (name, seed), record in self.records.items() if name == run}
+
+    def values(self, run: str, metric: str) -> dict[int, float]:
+        """{seed: value} of a metric, of the seeds that have it."""
+        return {seed: one["metrics"][metric] for seed, one in self.of(run).items() if metric in one["metrics"]}
+
+    def difference(self, run: str) -> Estimate | None:
+        """Of the first metric to the baseline; None for the baseline itself."""
+        base = self.experiment.baseline
+        if base is None or run == base:
+            return None
+        return difference(self.values(run, self.metrics[0]), self.values(base, self.metrics[0]))
+
+    def image_test(self, run: str) -> float | None:
+        """p of the images, if the run and the baseline were evaluated on the same ones."""
+        base = self.experiment.baseline
+        if base is None or run == base or self.metrics[0] != "top1":
+            return None
+        own, other = ({seed: one.get("images") for seed, one in self.of(name).items()} for name in (run, base))
+        if len({images and images["data"] for images in (*own.values(), *other.values())}) != 1 or None in own.values():
+            return None
+        return image_test(*({seed: images["correct"] for seed, images in one.items()} for one in (own, other)))
+
+
+def page(results: Sequence[Results]) -> str:
+    """The whole page."""
+    shown = [one for one in results if one.runs]
+    parts = ["# Results", prose(MADE), prose(METHOD)]
+    if not shown:
+        parts.append("There is no record of a run in `experiments/results` yet.")
+    else:
+        lines = [f"- [{one.experiment.question}](#{anchor(one.experiment.question)}) {verdict(one)}" for one in shown]
+        parts += ["## Verdicts", "\n".join(prose(line, "  ") for line in lines)]
+    for one in shown:
+        parts += section(one)
+    return "\n\n".join(parts) + "\n"
+
+
+def section(results: Results) -> Iterator[str]:
+    experiment, name = results.experiment, results.name
+    yield f"## {experiment.question}"
+    yield prose(f"**{verdict(results)}**")
+    if experiment.source:
+        yield prose(f"Source: {experiment.source}.")
+    yield prose(f"Set-up: {', '.join(f'`{key} {value}`' for key, value in common_settings(results).items())}.")
+    missing = [cell.name for key, cell in results.cells.items() if key not in results.records]
+    if missing:
+        yield prose(f"Not made yet: {', '.join(missing)}.")
+    yield table(results)
+    yield prose(f"Measured on {'; '.join(devices(results))}.")
+    yield f"![{experiment.question}](images/{figure_name(name)})"
+    yield "\n".join(["```", f"python -m experiments.launch {shown_path(results.file)}", "```"])
+    commands = [f"{cell.command()}" for cell in first_cells(results)]
+    yield "\n".join(["<details><summary>Command of each row</summary>", "", "```", *commands, "```", "", "</details>"])
+
+
+def table(results: Results) -> str:
+    """A row for each run."""
+    base, main = results.experiment.baseline, results.metrics[0]
+    head = ["run", "seeds", *results.metrics]
+    head += [f"difference to {base}", "p, images"] if base is not None else []
+    head += COSTS
+    lines = []
+    for run in results.runs:
+        cells = [run, str(len(results.of(run)))]
+        for metric in results.metrics:
+            values = list(results.values(run, metric).values())
+            cells.append(show(estimate(values), metric) if values else "")
+        if base is not None:
+            found, p = results.difference(run), results.image_test(run)
+            cells += ["" if found is None else show(found, main, signed=True), "" if p is None else show_p(p)]
+        cells += [cost(results, run, *one) for one in COSTS.values()]
+        lines.append(cells)
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
+
+
+def cost(results: Results, run: str, metric: str, factor: float, form: str, unit: str) -> str:
+    values = results.values(run, metric).values()
+    return f"{factor * fmean(values):{form}}{unit}" if values else ""
+
+
+def show(found: Estimate, metric: str, signed: bool = False) -> str:
+    """ "71.2 ± 0.3"; shares in percent."""
+    percent = SHARES.search(metric) is not None
+    factor, form = (100, ".2f") if percent else (1, ".4g")
+    text = f"{factor * found.mean:{'+' if signed else ''}{form}}"
+    return text if found.error is None else f"{text} ± {factor * found.error:{'.2f' if percent else '.2g'}}"
+
+
+def show_p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def verdict(results: Results) -> str:
+    """What the numbers say, in one sentence."""
+    base, metric = results.experiment.baseline, results.metrics[0]
+    means = {run: estimate([*values.values()]) for run in results.runs if (values := results.values(run, metric))}
+    if not means:
+        return f"No run has the metric {metric} yet."
+    best = (max if results.higher else min)(means, key=lambda run: means[run].mean)
+    leader = f"{best} has the best {metric}, {show(means[best], metric)}"
+    found = {run: one for run in means if (one := results.difference(run)) is not None}
+    if not found:
+        return f"{leader} ({count(means[best].seeds)})."
+    sign = 1 if results.higher else -1
+    groups: dict[str, list[str]] = {"better": [], "worse": [], "open": []}
+    for run, one in found.items():
+        kind = "open" if not one.is_clear else "better" if sign * one.mean > 0 else "worse"
+        groups[kind].append(f"{run} ({show(one, metric, signed=True)}, {count(one.seeds)})")
+    said = {
+        "better": "clearly better than {base}: {runs}",
+        "worse": "clearly worse than {base}: {runs}",
+        "open": "within two standard errors of {base}, or with one seed: {runs}",
+    }
+    parts = [said[kind].format(base=base, runs=", ".join(runs)) for kind, runs in groups.items() if runs]
+    if not groups["better"]:
+        parts.insert(0, f"no run is clearly better than {base}")
+    return f"{'; '.join([leader, *parts])}."
+
+
+def count(seeds: int) -> str:
+    return f"{seeds} seed{'s' if seeds > 1 else ''}"
+
+
+def common_settings(results: Results) -> dict[str, Any]:
+    """The settings that all runs share."""
+    first, *others = first_cells(results)
+    return {
+        key: value for key, value in first.settings.items() if all(one.settings.get(key) == value for one in others)
+    }
+
+
+def first_cells(results: Results) -> list[Cell]:
+    """The cell of each row's first seed."""
+    return [results.cells[run, min(results.of(run))] for run in results.runs]
+
+
+def devices(results: Results) -> list[str]:
+    """The machines, and which rows are from them if there are several."""
+    rows: dict[str, dict[str, None]] = {}
+    for (run, _), record in sorted(results.records.items()):
+        where = f"{record['device']}, {count_threads(record['threads'])}, torch {record['torch']}"
+        rows.setdefault(where, {})[run] = None
+    return list(rows) if len(rows) == 1 else [f"{where}: {', '.join(runs)}" for where, runs in rows.items()]
+
+
+def count_threads(threads: int) -> str:
+    return f"{threads} thread{'s' if threads > 1 else ''}"
+
+
+def anchor(heading: str) -> str:
+    """GitHub's anchor of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def figure_name(name: str) -> str:
+    return f"results_{name}.png"
+
+
+def shown_path(file: Path) -> str:
+    file = file.resolve()
+    return str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else str(file)
+
+
+def prose(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__.splitlines()[0])
+    parser.add_argument("experiments", nargs="*", type=Path, help="YAMLs; default: all in experiments/ but drafts")
+    parser.add_argument("--output", type=Path, default=PAGE, help="the page; figures are in images/ beside it")
+    parser.add_argument("--output_dir", type=Path, default=OUTPUT, help="folder of the runs, for drafts")
+    parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
+    args = parser.parse_args(argv)
+    try:
+        files = args.experiments or sorted((ROOT / "experiments").glob("*.yaml"))
+        results = [Results(file, args.output_dir.resolve()) for file in files]
+        results = [one for one in results if args.experiments or not one.experiment.draft]
+        return check(args.output, results) if args.check else write(args.output, results)
+    except (ValueError, OSError) as error:
+        print(f"experiments.report: error: {error}", file=sys.stderr)
+        return 1
+
+
+def check(output: Path, results: list[Results]) -> int:
+    """1 unless the page is what the records give, and has its figures."""
+    there = output.read_text(encoding="utf-8") if output.is_file() else None
+    figures = [output.parent / "images" / figure_name(one.name) for one in results if one.runs]
+    if there == page(results) and all(figure.is_file() for figure in figures):
+        return 0
+    print(f"{output} is not what the records give; run python -m experiments.report", file=sys.stderr)
+    return 1
+
+
+def write(output: Path, results: list[Results]) -> int:
+    """Writes the page and the figures."""
+    from experiments.figure import draw
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for one in results:
+        if one.runs:
+            draw(one, output.parent / "images" / figure_name(one.name))
+            print(f"{one.name}: {verdict(one)}")
+    with atomic_file(output) as temporary:
+        temporary.write_text(page(results), encoding="utf-8")
+    print(f"wrote {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Makes one run, in a process of its own: `python -m experiments.worker FOLDER`, as its job.json says.
+
+Trains as `train.py` does, which continues a run that was stopped, then evaluates as `eval.py` does, and writes what
+the record needs to measured.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.plan import as_text
+from experiments.records import JOB, MAX_BYTES, MEASURED
+from vmoe.data.config import SourceConfig
+from vmoe.training.config import Config, with_one_length
+from vmoe.utils.config import read_config
+from vmoe.utils.files import atomic_file, read_json
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code of train.py, or of eval.py."""
+    from vmoe.cli import train
+    from vmoe.cli.command import exit_code
+
+    [folder] = map(Path, sys.argv[1:] if argv is None else argv)
+    job = read_json(folder / JOB, kind=dict)
+    measured = about_here(read_config(Config, with_one_length(job["train"])).device)
+    code = train.main(job["train"])
+    if code or not (folder / "summary.json").is_file():  # 0 without a summary: a planned stop
+        return code
+    return exit_code("experiments", lambda: evaluate(folder, job["evaluate"], measured))
+
+
+def evaluate(folder: Path, wanted: dict[str, dict[str, Any]], measured: dict[str, Any]) -> None:
+    """Makes the evaluations that measured.json lacks."""
+    from vmoe.cli import evaluate as command
+    from vmoe.evaluation.config import EvaluationConfig
+
+    file = folder / MEASURED
+    before = read_json(file, MAX_BYTES, dict) if file.is_file() else {}
+    measured = {**measured, "evaluations": {}, **before}
+    wanted = {"val": {"arguments": val_arguments(folder), "digest": "val"}, **wanted}
+    for name, one in wanted.items():
+        if not one["arguments"] or measured["evaluations"].get(name, {}).get("digest") == one["digest"]:
+            continue
+        print(f"evaluation {name}", flush=True)
+        report = command.run(
+            read_config(EvaluationConfig, [*one["arguments"], "--checkpoint", str(folder)], folder="eval")
+        )
+        found = {"digest": one["digest"], "results": report["results"], "data": report["data"]["fingerprint"]}
+        found["correct"] = report["checkpoints"][0]["details"].get("correct")
+        measured["evaluations"][name] = found
+        write(file, measured)
+    write(file, measured)
+
+
+def val_arguments(folder: Path) -> list[str]:
+    """The command line of eval.py for the accuracy on data.val; empty if the run has none."""
+    config = read_config(Config, ["--config", str(folder / "config.yaml")])
+    if "top1" not in read_json(folder / "summary.json", kind=dict)["evaluation"]:
+        return []
+    plain = dataclasses.asdict(SourceConfig())
+    data = {key: value for key, value in dataclasses.asdict(config.data.val).items() if value != plain[key]}
+    settings = {"data": data, "loader.batch_size": config.evaluate.batch_size, "device": config.device}
+    settings |= {"loader.on_bad": config.evaluate.on_bad, "loader.num_workers": config.data.loader.num_workers}
+    settings["task"] = "classification"
+    if config.task == "contrastive":
+        settings |= {"task": "zero_shot", "templates": config.evaluate.templates}
+    return [word for key, value in settings.items() for word in (f"--{key}", as_text(value))]
+
+
+def about_here(device: str) -> dict[str, Any]:
+    """The machine and the code: device, threads, torch, commit."""
+    import torch
+
+    from benchmarks.session import device_name, revision
+    from vmoe.evaluation.inference import pick_device
+
+    name = device_name(pick_device(device))
+    return {"device": name, "threads": torch.get_num_threads(), "torch": str(torch.__version__), **revision()}
+
+
+def write(file: Path, content: dict[str, Any]) -> None:
+    with atomic_file(file) as temporary:
+        temporary.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

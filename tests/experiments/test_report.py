@@ -1,0 +1,135 @@
+"""docs/results.md: what the records give, its verdicts, and that it is up to date."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+
+from experiments import report
+from experiments.records import read_records, write_record
+
+
+def edit(lab, run, seed, **metrics):
+    record = read_records(lab.records)[run, seed]
+    record["metrics"] |= metrics
+    write_record(lab.records, record)
+
+
+def row(lab, run):
+    [line] = [line for line in lab.page.read_text().splitlines() if line.startswith(f"| {run} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_page_is_made_from_the_records_alone(lab, capsys):
+    lab.write(metrics=["top1", "ece:min", "loss"])
+    assert lab.launch() == 0
+    shutil.rmtree(lab.runs)
+    edit(lab, "sparse", 1, top1=0.63)
+    assert lab.report() == 0
+    text = lab.page.read_text()
+    costs = ["0.00 M", "0.00 M", "0.5", "100", "1.0"]
+    assert row(lab, "dense") == ["dense", "2", "50.50 ± 0.50", "10.00 ± 0.00", "1 ± 0", "", "", *costs]
+    difference, p = "+11.00 ± 1.00", "< 0.001"  # 10 bytes of 8 images, twice the same
+    assert row(lab, "sparse") == ["sparse", "2", "61.50 ± 1.50", "10.00 ± 0.00", "1 ± 0", difference, p, *costs]
+    assert (
+        "**sparse has the best top1, 61.50 ± 1.50; clearly better than dense: sparse (+11.00 ± 1.00, 2 seeds).**"
+        in text
+    )
+    assert "Source: arXiv 2106.05974." in text
+    assert "`optim.warmup_steps 0.1`" in text
+    assert "optim.lr 0.002" not in text.replace("--optim.lr 0.002", "")  # a setting of one row alone
+    assert "Measured on Some CPU, 2 cores, 2 threads, torch 2.10." in text
+    assert "python train.py --config configs/vmoe_tiny_emoji_groups.yaml --optim.lr 0.002 --seed 0" in text
+    assert (lab.page.parent / "images" / "results_lab.png").stat().st_size > 5000
+    assert max(map(len, text.split("```")[0].splitlines())) <= 120 or "|" in text
+
+
+@pytest.mark.parametrize(
+    ("top1", "sentence"),
+    [
+        ((0.40, 0.41), "no run is clearly better than dense; clearly worse than dense: sparse"),
+        ((0.70, 0.45), "within two standard errors of dense, or with one seed: sparse"),
+    ],
+)
+def test_the_verdict_follows_the_numbers(lab, capsys, top1, sentence):
+    lab.launch()
+    for seed, value in enumerate(top1):
+        edit(lab, "sparse", seed, top1=value)
+    assert lab.report() == 0
+    assert sentence in " ".join(capsys.readouterr().out.split())
+
+
+def test_lower_may_be_better(lab, capsys):
+    lab.write(metrics=["loss"])
+    lab.launch()
+    for seed in (0, 1):
+        edit(lab, "sparse", seed, loss=0.5 + 0.01 * seed)
+    assert lab.report() == 0
+    assert "sparse has the best loss, 0.505 ± 0.005; clearly better than dense: sparse" in capsys.readouterr().out
+
+
+def test_check_finds_a_page_that_is_out_of_date(lab, capsys):
+    lab.launch("--only", "seed0")
+    assert lab.report("--check") == 1
+    assert not lab.page.exists()
+    lab.report()
+    assert lab.report("--check") == 0
+    assert "Not made yet: dense-seed1, sparse-seed1." in lab.page.read_text()
+    lab.page.write_text(lab.page.read_text().replace("50.00", "51.00"))
+    assert lab.report("--check") == 1
+    lab.report()
+    lab.launch()
+    assert lab.report("--check") == 1
+    assert "results.md is not what the records give; run python -m experiments.report" in capsys.readouterr().err
+
+
+def test_other_images_are_not_compared(lab):
+    lab.launch()
+    record = read_records(lab.records)["sparse", 0]
+    record["images"]["data"] = "of other images"
+    write_record(lab.records, record)
+    lab.report()
+    assert row(lab, "sparse")[4] == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"runs": {"dense": {"model.kwargs.num_experts": 0}}}, "run 'sparse', seed 0 is not in"),
+        ({"settings": {"optim.weight_decay": 0.5}}, "dense-seed0: optim.weight_decay was 'the default' and is 0.5 now"),
+    ],
+)
+def test_records_of_other_settings_are_not_shown(lab, capsys, changes, sentence):
+    lab.launch("--only", "seed0")
+    lab.write(**changes)
+    assert lab.report() == 1
+    assert sentence in capsys.readouterr().err
+    assert not lab.page.exists()
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"run": "dense", "seed": 0}'])
+def test_a_damaged_record_is_named(lab, capsys, line):
+    lab.launch("--only", "dense-seed0")
+    with open(lab.records, "a") as file:
+        file.write(line + "\n")
+    assert lab.report() == 1
+    assert re.search(r"lab\.jsonl line 2: not the record of a run", capsys.readouterr().err)
+    assert lab.launch() == 2
+
+
+def test_a_line_through_the_points_of_a_sweep(lab):
+    from experiments.figure import line
+
+    lab.write(seeds=[0, 1], plot={"y": "capacity/top1_bpr_*"})
+    lab.launch()
+    for seed in (0, 1):
+        edit(lab, "sparse", seed, **{"capacity/top1_bpr_1": 0.5 + seed, "capacity/top1_bpr_0.5": 0.25, "capacity/n": 3})
+    assert lab.report() == 0
+    points = line(report.Results(lab.file, lab.runs), "sparse", "capacity/top1_bpr_*")
+    assert [(x, y.mean, y.seeds) for x, y in points] == [(0.5, 0.25, 2), (1.0, 1.0, 2)]
+
+
+def test_the_committed_page_is_what_the_committed_records_give():
+    assert report.main(["--check"]) == 0
