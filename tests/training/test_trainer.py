@@ -350,7 +350,7 @@ def test_a_run_of_another_architecture_is_refused_with_both_names(make_config, t
 @pytest.mark.parametrize(("task", "precision"), [("classification", "float32"), ("contrastive", "bf16")])
 def test_gradient_checkpointing_gives_the_same_step(make_config, tmp_path, task, precision):
     settings = {"train.steps": 2, "train.precision": precision}
-    plain = make_config(**settings)
+    plain = make_config(task, **settings)
     saving = make_config(task, output_dir=tmp_path / "saving", **settings, **{"train.grad_checkpointing": True})
     run(plain)
     run(saving)
