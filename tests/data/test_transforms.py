@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
+from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip
 
 from vmoe.data import AugmentationConfig, build_mixup, build_transform
 from vmoe.data.seeding import isolated_randomness, seed_process
@@ -41,6 +42,41 @@ def test_training_is_timms(photo, settings):
     ours = build_transform(PREPROCESS, augmentation)
     for seed in range(5):
         assert torch.equal(seeded(ours, photo, seed), seeded(timms, photo, seed))
+
+
+@pytest.mark.parametrize("padding", [0, 2, 9])
+def test_a_crop_with_padding_is_torchvisions(padding):
+    """Also of an array, for which no image is made."""
+    torchvisions = Compose([RandomCrop(8, padding), RandomHorizontalFlip(0.5)])
+    ours = build_transform(PREPROCESS, AugmentationConfig(crop_padding=padding, hflip=0.5))
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    crops = set()
+    for seed in range(30):
+        crop = seeded(torchvisions, image, seed).tobytes()
+        assert seeded(ours.geometry, image, seed).tobytes() == crop
+        with isolated_randomness():
+            assert ours.quick(pixels, seed).tobytes() == crop
+        crops.add(crop)
+    assert len(crops) > (20 if padding else 1)
+
+
+def test_a_crop_with_padding_of_a_larger_image_is_of_its_shorter_side(photo):
+    image = seeded(build_transform(PREPROCESS, AugmentationConfig(crop_padding=0)).geometry, photo)
+    assert image.size == (8, 8)  # of 16 x 8
+    assert np.abs(np.diff(np.asarray(image)[0, :, 0].astype(int))).mean() == pytest.approx(255 / 16, abs=2)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"vflip": 0.5}, {"color_jitter": 0.4}, {"grayscale_prob": 0.5}, {"auto_augment": "rand-m9-mstd0.5-inc1"}],
+)
+def test_what_else_is_random_is_left_to_timm(other):
+    assert build_transform(PREPROCESS, AugmentationConfig(crop_padding=1)).quick is not None
+    assert build_transform(PREPROCESS, AugmentationConfig(crop_padding=1, **other)).quick is None
+    assert build_transform(PREPROCESS, AugmentationConfig()).quick is None
+    assert build_transform(PREPROCESS | {"input_size": (1, 8, 8)}, AugmentationConfig(crop_padding=1)).quick is None
+    assert build_transform(PREPROCESS | {"crop_pct": 0.9}, None).quick is None
 
 
 def test_bytes_normalised_as_a_batch_equal_images_normalised_alone(photo):

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from vmoe.data.dataset import ImageDataset, Sample
@@ -47,11 +46,13 @@ class ImageCache:
             self._samples.append(sample)
 
     def __getitem__(self, index: int) -> Sample:
+        """As the data set's, but the image is an array (H, W, 3) uint8 that must not be changed."""
         sample = self._samples[index]
         if isinstance(sample, BadSample):
             raise BadSample(sample.path, sample.reason)
         pixels = self._pixels.numpy()[self._starts[index] : self._starts[index + 1]]
-        return sample._replace(image=Image.frombuffer("RGB", sample.image, pixels, "raw", "RGB", 0, 1))
+        width, height = sample.image
+        return sample._replace(image=pixels.reshape(height, width, 3))
 
 
 class _Blocks(Dataset):

@@ -136,6 +136,8 @@ class AugmentationConfig:
     Args:
         scale: share of the image's area that a random crop takes, smallest and largest.
         ratio: width / height of that crop, smallest and largest.
+        crop_padding: crop the input's size out of the image with so many black pixels around it (4: the usual crop of
+            CIFAR), instead of a crop by scale and ratio.
         hflip: probability of a left-right flip.
         vflip: probability of an upside-down flip.
         color_jitter: strength of random brightness, contrast and saturation (0: none; unused with auto_augment).
@@ -154,6 +156,7 @@ class AugmentationConfig:
 
     scale: tuple[float, float] = (0.8, 1.0)
     ratio: tuple[float, float] = (0.9, 1.1)
+    crop_padding: int | None = None
     hflip: float = 0.0
     vflip: float = 0.0
     color_jitter: float = 0.0
@@ -174,6 +177,7 @@ class AugmentationConfig:
         _check_range(self, ("hflip", "vflip", "grayscale_prob", "re_prob", "mixup_prob", "mixup_switch_prob"), 0, 1)
         _check_range(self, ("color_jitter", "mixup", "cutmix"), 0)
         _check_range(self, ("re_count",), 1)
+        _check_range(self, ("crop_padding",), 0)
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
         for name, largest in (("scale", 1), ("ratio", math.inf)):
@@ -181,6 +185,8 @@ class AugmentationConfig:
             if not 0 < low <= high <= largest:
                 bound = " <= 1" if largest == 1 else ""
                 raise ValueError(f"{name} must be 0 < smallest <= largest{bound}, got {getattr(self, name)}")
+        if self.crop_padding is not None and (self.scale, self.ratio) != (type(self).scale, type(self).ratio):
+            raise ValueError("crop_padding takes the place of scale and ratio: leave these out, or crop_padding")
 
 
 @dataclass

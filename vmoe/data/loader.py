@@ -91,11 +91,18 @@ class BatchReader(Dataset):
             except BadSample as error:
                 bad.append((error.path, error.reason))
                 continue
-            seed_process(derive_seed(self.seed, epoch, index))
-            # (H, W, 3) uint8 is copied once, into the batch
-            pixels = np.asarray(self.transform.geometry(image)) if self.normalize_later else self.transform(image)
+            pixels = self._augment(image, derive_seed(self.seed, epoch, index))
             return index, pixels, label, caption
         return None
+
+    def _augment(self, image: Image.Image | np.ndarray, seed: int) -> np.ndarray | torch.Tensor:
+        """(H, W, 3) uint8, which is copied once, into the batch; or a tensor, if it is not normalised later."""
+        if isinstance(image, np.ndarray):  # from memory
+            if self.normalize_later and self.transform.quick and image.shape == self.transform.quick.shape:
+                return self.transform.quick(image, seed)
+            image = Image.fromarray(image)
+        seed_process(seed)
+        return np.asarray(self.transform.geometry(image)) if self.normalize_later else self.transform(image)
 
     def _stack(self, samples: list[tuple]) -> Batch:
         """The batch of (index, image, label, caption) tuples."""

@@ -9,10 +9,32 @@ import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import ResizeKeepRatio
+from torchvision.transforms import RandomCrop
 
 from vmoe.data.config import AugmentationConfig
 from vmoe.data.seeding import derive_seed, isolated_randomness, seed_process
 from vmoe.utils.channels import to_channels
+
+
+class CropAndFlip(NamedTuple):
+    """torchvision's RandomCrop with padding and RandomHorizontalFlip of an array, by the same random numbers."""
+
+    shape: tuple[int, ...]  # (H, W, 3)
+    padding: int
+    hflip: float
+
+    def __call__(self, pixels: np.ndarray, seed: int) -> np.ndarray:
+        """(H, W, 3) uint8 of the same size, or the array itself if there is nothing to do."""
+        (height, width, _), padding = self.shape, self.padding
+        if padding or self.hflip:
+            torch.default_generator.manual_seed(seed)
+        if padding:
+            padded = np.zeros((height + 2 * padding, width + 2 * padding, 3), np.uint8)
+            padded[padding : padding + height, padding : padding + width] = pixels
+            top, left = (int(torch.randint(2 * padding + 1, (1,))) for _ in range(2))
+            pixels = padded[top : top + height, left : left + width]
+        return pixels[:, ::-1] if self.hflip and torch.rand(1) < self.hflip else pixels
 
 
 @dataclass(eq=False, repr=False)
@@ -28,6 +50,7 @@ class Transform:
     mean: torch.Tensor  # (C, 1, 1)
     std: torch.Tensor
     erase: Callable[[torch.Tensor], torch.Tensor] | None = None
+    quick: CropAndFlip | None = None  # the same as `geometry`, for arrays of its shape
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         normalized = self.normalize(torch.from_numpy(np.array(self.geometry(image))))
@@ -54,7 +77,8 @@ def build_transform(preprocess: dict[str, Any], augmentation: AugmentationConfig
     """
     mean, std = tuple(preprocess["mean"]), tuple(preprocess["std"])
     settings = {"input_size": tuple(preprocess["input_size"]), "interpolation": preprocess["interpolation"]}
-    erase = None
+    erase, padding, hflip = None, 0, 0.0
+    is_quick = augmentation is None and preprocess.get("crop_pct") == 1
     if augmentation is None:
         settings |= {"crop_pct": preprocess.get("crop_pct"), "crop_mode": preprocess.get("crop_mode")}
     else:
@@ -69,9 +93,17 @@ def build_transform(preprocess: dict[str, Any], augmentation: AugmentationConfig
         composed = create_transform(mean=mean, std=std, use_prefetcher=True, **settings)
     except AssertionError as error:  # timm checks its policy strings by assertions
         raise ValueError(f"auto_augment {settings.get('auto_augment')!r} is no policy of timm: {error}") from error
+    channels, *size = preprocess["input_size"]
+    if augmentation is not None and augmentation.crop_padding is not None:
+        padding, hflip = augmentation.crop_padding, augmentation.hflip
+        crop = [ResizeKeepRatio(size, interpolation=settings["interpolation"]), RandomCrop(size, padding)]
+        composed.transforms[:1] = crop
+        others = [augmentation.vflip, augmentation.color_jitter, augmentation.grayscale_prob]
+        is_quick = not any(others) and augmentation.auto_augment is None
+    quick = CropAndFlip((*size, 3), padding, hflip) if is_quick and channels == 3 else None
     # timm's last step makes a tensor; Transform does that itself, which is several times quicker
-    composed.transforms = composed.transforms[:-1] + to_channels(preprocess["input_size"][0])
-    return Transform(composed, torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1), erase)
+    composed.transforms = composed.transforms[:-1] + to_channels(channels)
+    return Transform(composed, torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1), erase, quick)
 
 
 class SeededMixup(NamedTuple):
