@@ -131,6 +131,15 @@ def test_waiting_for_data_is_reported_once_with_a_remedy(workers, cores, words, 
     (message,) = caplog.messages
     assert "waits for data 50% of the time: each process could take 600 images/s" in message
     assert words in message
+    assert message.endswith(", or set data.cache memory if the decoded images fit into it")
+
+
+def test_a_cache_is_no_remedy_where_there_is_one(caplog):
+    watch = DataWatch(0, cached=True)
+    for _ in range(5):
+        watch.update({"images_per_second": 300.0, "data_wait_share": 0.5}, 200.0)
+    (message,) = caplog.messages
+    assert "data.cache" not in message
 
 
 def test_a_layer_that_recovers_or_shares_evenly_is_not_reported(caplog):

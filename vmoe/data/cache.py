@@ -130,10 +130,10 @@ def _estimate(dataset: ImageDataset) -> float:
     for index in chosen:
         with suppress(BadSample):
             total += 3 * math.prod(dataset[index].image.size)
-    return total / len(chosen) * len(dataset)
+    return total * len(dataset) / len(chosen)
 
 
 def _too_large(needed: dict[str, float], max_bytes: float) -> ConfigError:
-    sizes = " and ".join(f"{size / 1e9:.3g} GB ({name})" for name, size in needed.items())
+    sizes = " and ".join(f"{math.ceil(size / 1e7) / 100:g} GB ({name})" for name, size in needed.items())
     problem = f"data.cache_gb is {max_bytes / 1e9:g}, and the decoded images need about {sizes}"
     return ConfigError(f"{problem}: raise it, or leave data.cache out, and images are read from their files")

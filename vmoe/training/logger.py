@@ -182,8 +182,8 @@ class CollapseWatch:
 class DataWatch:
     """Warns once, with a remedy, when the model waits for data in several logged steps in a row."""
 
-    def __init__(self, num_workers: int) -> None:
-        self.num_workers, self.in_a_row, self.warned = num_workers, 0, False
+    def __init__(self, num_workers: int, cached: bool = False) -> None:
+        self.num_workers, self.cached, self.in_a_row, self.warned = num_workers, cached, 0, False
 
     def update(self, metrics: dict[str, float], readable: float) -> None:
         """Takes the metrics of a logged step; `readable`: images per second that this process's workers can read."""
@@ -198,6 +198,8 @@ class DataWatch:
         remedy = f"raise it to {min(workers, own_cores())}"
         if self.num_workers >= own_cores():
             remedy = f"all {own_cores()} CPU cores read already: store smaller images, or take more cores"
+        if not self.cached:
+            remedy += ", or set data.cache memory if the decoded images fit into it"
         logger.warning(
             f"the model waits for data {waiting:.0%} of the time: each process could take {needed:.0f} images/s, and "
             f"data.loader.num_workers {self.num_workers} reads {readable:.0f}; {remedy}"

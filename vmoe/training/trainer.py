@@ -207,7 +207,7 @@ class Trainer:
                 draft.write_text(to_yaml(self.config), encoding="utf-8")
         self.metrics = MetricsLog(self.run if self.first else None, self.step, train.tensorboard, *logs)
         self.collapse_watch = CollapseWatch(train.collapse_after)
-        self.data_watch = DataWatch(self.config.data.loader.num_workers)
+        self.data_watch = DataWatch(self.config.data.loader.num_workers, self.config.data.cache is not None)
         self.checkpointer = Checkpointer(self.run, train.keep_last, train.async_checkpoints)
         if self.first and self.best.step is not None:  # the run may have stopped before it was named
             link_best(self.run, self.best.step)
