@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any
 
 import numpy as np
 import torch
@@ -56,12 +55,12 @@ class ImageCache:
 
 
 class _Blocks(Dataset):
-    """Maps indices to the pixels and samples there, or to the reason why the data set cannot be read on."""
+    """Maps indices to (pixels, samples) there, or to (None, why the data set cannot be read on)."""
 
     def __init__(self, dataset: ImageDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, indices: range) -> tuple[torch.Tensor, list[Sample | BadSample]] | str:
+    def __getitem__(self, indices: range) -> tuple[torch.Tensor | None, list[Sample | BadSample] | str]:
         images, samples = [np.empty(0, np.uint8)], []
         for index in indices:
             try:
@@ -69,7 +68,7 @@ class _Blocks(Dataset):
             except BadSample as error:
                 samples.append(error)
             except DataError as error:  # as an exception it would arrive with a traceback
-                return str(error)
+                return None, str(error)
             else:
                 images.append(np.asarray(sample.image).reshape(-1))
                 samples.append(sample._replace(image=sample.image.size))
@@ -110,18 +109,14 @@ def _read(
         sampler=indices,
         batch_size=None,
         num_workers=min(num_workers, len(indices) // 16),  # a few images are read before processes have started
-        collate_fn=_unchanged,
+        collate_fn=tuple,  # leaves it as it is
         worker_init_fn=leave_signals_to_the_main_process,
         generator=torch.Generator(),  # else it would draw a number from the global generator
     )
-    for block in loader:
-        if isinstance(block, str):
-            raise DataError(block)
-        yield block
-
-
-def _unchanged(block: Any) -> Any:
-    return block
+    for pixels, samples in loader:
+        if pixels is None:
+            raise DataError(samples)
+        yield pixels, samples
 
 
 def _estimate(dataset: ImageDataset) -> float:
