@@ -10,32 +10,54 @@ from experiments.compare import Estimate, estimate
 from vmoe.inspection.style import PALETTE, look, new_figure, save_figure
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from experiments.report import Results
 
-MARKERS = "osD^vP*X"
+MARKERS = "osD^vP"
+LABELS = {
+    "gflops_per_image": "GFLOPs per image",
+    "images_per_second": "images/s in training",
+    "parameters_total": "parameters",
+    "parameters_active": "active parameters",
+    "train_seconds": "seconds of training",
+}
+# Metrics that are shares: shown in percent.
+SHARES = re.compile(r"top\d|mean_per_class|ece$|recall@|\dshot(_std)?$|share|gain|robust|accuracy")
 
 
-def draw(results: Results, file: Path) -> None:
+def is_share(metric: str) -> bool:
+    return SHARES.search(metric) is not None
+
+
+def draw(results: Results, file: Path) -> Figure:
     """Means over seeds, with their standard errors."""
     plot, y = results.experiment.plot, results.experiment.plot.y or results.metrics[0]
+    factor = 100 if is_share(y) else 1
     with look():
         figure = new_figure(6.4, 3.6)
         axes = figure.subplots()
         for number, run in enumerate(results.runs):
             points = line(results, run, y) if "*" in y else point(results, run, plot.x, y)
-            style = {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number % len(MARKERS)]}
-            if points:
-                xs, ys = zip(*points)
-                errors = [one.error or 0 for one in ys]
-                axes.errorbar(xs, [one.mean for one in ys], errors, label=run, markersize=5, capsize=2, **style)
+            if not points:
+                continue
+            xs, means, errors = zip(*((x, factor * one.mean, factor * (one.error or 0)) for x, one in points))
+            style = {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number // len(PALETTE)]}
+            axes.errorbar(xs, means, errors, label=run, markersize=5, capsize=2, linewidth=1, **style)
         if plot.log:
             axes.set_xscale("log")
-        axes.set_xlabel("value of *" if "*" in y else plot.x)
-        axes.set_ylabel(y)
+        elif "*" not in y:
+            low, high = axes.get_xlim()
+            if high - low < 0.2 * high:  # costs that hardly differ look as they are
+                axes.set_xlim(0.9 * low, 1.1 * high)
+            axes.locator_params(axis="x", nbins=6)
+        axes.set_xlabel("*" if "*" in y else LABELS.get(plot.x, plot.x))
+        axes.set_ylabel(f"{y}, %" if is_share(y) else y)
         axes.grid(alpha=0.25)
         if axes.has_data():
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         save_figure(figure, file)
+    return figure
 
 
 def point(results: Results, run: str, x: str, y: str) -> list[tuple[float, Estimate]]:

@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from experiments.compare import Estimate, difference, estimate, image_test
+from experiments.figure import draw, is_share
 from experiments.plan import OUTPUT, ROOT, Cell, load
 from experiments.records import Record, check_settings, read_records, records_file
 from vmoe.training.best import LOWER_IS_BETTER
@@ -36,8 +37,6 @@ METHOD = (
     "GFLOPs are of the forward pass of one image, two for a multiply-add. images/s and minutes are of training, as "
     "measured in the run."
 )
-# Metrics that are shares: shown in percent.
-SHARES = re.compile(r"top\d|mean_per_class|ece$|recall@|\dshot(_std)?$|share|gain|robust|accuracy")
 COSTS = {
     "parameters": ("parameters_total", 1e-6, ".2f", " M"),
     "active": ("parameters_active", 1e-6, ".2f", " M"),
@@ -151,7 +150,7 @@ def cost(results: Results, run: str, metric: str, factor: float, form: str, unit
 
 def show(found: Estimate, metric: str, signed: bool = False) -> str:
     """ "71.2 ± 0.3"; shares in percent."""
-    percent = SHARES.search(metric) is not None
+    percent = is_share(metric)
     factor, form = (100, ".2f") if percent else (1, ".4g")
     text = f"{factor * found.mean:{'+' if signed else ''}{form}}"
     return text if found.error is None else f"{text} ± {factor * found.error:{'.2f' if percent else '.2g'}}"
@@ -265,8 +264,6 @@ def check(output: Path, results: list[Results]) -> int:
 
 def write(output: Path, results: list[Results]) -> int:
     """Writes the page and the figures."""
-    from experiments.figure import draw
-
     output.parent.mkdir(parents=True, exist_ok=True)
     for one in results:
         if one.runs:

@@ -49,6 +49,7 @@ CONTENT = {
 def lab(tmp_path, monkeypatch):
     """`write(**changes)` makes lab.yaml; `launch(*words)` and `report(*words)` are the commands on it."""
     monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(report, "draw", lambda _, file: (file.parent.mkdir(exist_ok=True), file.touch()))  # takes long
     output, file, page = tmp_path / "runs", tmp_path / "lab.yaml", tmp_path / "docs" / "results.md"
 
     def write(**changes):
@@ -57,7 +58,9 @@ def lab(tmp_path, monkeypatch):
 
     def act(code="pass"):
         script = f"ACT = {code!r}\n{WORKER}"
-        monkeypatch.setattr(launch.Sweep, "worker", staticmethod(lambda folder: [sys.executable, "-c", script, folder]))
+        monkeypatch.setattr(
+            launch.Sweep, "worker", staticmethod(lambda folder: [sys.executable, "-IS", "-c", script, folder])
+        )
 
     def calls():
         made = output / "lab" / "calls.txt"

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from experiments import report
+from experiments import figure, report
 from experiments.records import read_records, write_record
 
 
@@ -42,7 +42,6 @@ def test_the_page_is_made_from_the_records_alone(lab, capsys):
     assert "optim.lr 0.002" not in text.replace("--optim.lr 0.002", "")  # a setting of one row alone
     assert "Measured on Some CPU, 2 cores, 2 threads, torch 2.10." in text
     assert "python train.py --config configs/vmoe_tiny_emoji_groups.yaml --optim.lr 0.002 --seed 0" in text
-    assert (lab.page.parent / "images" / "results_lab.png").stat().st_size > 5000
     assert max(map(len, text.split("```")[0].splitlines())) <= 120 or "|" in text
 
 
@@ -119,16 +118,18 @@ def test_a_damaged_record_is_named(lab, capsys, line):
     assert lab.launch() == 2
 
 
-def test_a_line_through_the_points_of_a_sweep(lab):
-    from experiments.figure import line
-
-    lab.write(seeds=[0, 1], plot={"y": "capacity/top1_bpr_*"})
+def test_the_figure_has_a_point_for_each_run_or_a_line_through_a_sweep(lab, tmp_path):
     lab.launch()
+    drawn = figure.draw(report.Results(lab.file, lab.runs), tmp_path / "points.png").axes[0]
+    assert [text.get_text() for text in drawn.get_legend().get_texts()] == ["dense", "sparse"]
+    assert (drawn.get_xlabel(), drawn.get_ylabel()) == ("GFLOPs per image", "top1, %")
+    lab.write(plot={"y": "capacity/top1_bpr_*"})
     for seed in (0, 1):
         edit(lab, "sparse", seed, **{"capacity/top1_bpr_1": 0.5 + seed, "capacity/top1_bpr_0.5": 0.25, "capacity/n": 3})
-    assert lab.report() == 0
-    points = line(report.Results(lab.file, lab.runs), "sparse", "capacity/top1_bpr_*")
-    assert [(x, y.mean, y.seeds) for x, y in points] == [(0.5, 0.25, 2), (1.0, 1.0, 2)]
+    drawn = figure.draw(report.Results(lab.file, lab.runs), tmp_path / "line.png").axes[0]
+    assert [text.get_text() for text in drawn.get_legend().get_texts()] == ["sparse"]
+    assert drawn.lines[0].get_xydata().tolist() == [[0.5, 25], [1, 100]]
+    assert (tmp_path / "line.png").stat().st_size > 5000
 
 
 def test_the_committed_page_is_what_the_committed_records_give():
