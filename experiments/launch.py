@@ -225,18 +225,15 @@ class Sweep:
         if code == 0 and (folder / "summary.json").is_file():
             record = make_record(cell, folder)
             write_record(self.records_file, record)
-            metric = self.experiment.metrics[0].partition(":")[0]
-            print(
-                f"    {cell.name}: {metric} {record['metrics'].get(metric, 'not measured')}, {seconds:.0f} s",
-                flush=True,
-            )
+            found, names = record["metrics"], self.experiment.metric_names
+            shown = ", ".join(f"{name} {found[name]:g}" for name in names if name in found)
+            print(f"{cell.name}: finished, {shown}, {seconds:.0f} s", flush=True)
         elif not self.signals:
             self.failed.append(cell)
             lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
             ended = f"failed with exit code {code}" if code else "stopped before its last step; launch it again"
-            print(
-                "\n".join([f"{cell.name}: {ended}", *(f"    | {line}" for line in lines)]), file=sys.stderr, flush=True
-            )
+            text = "\n".join([f"{cell.name}: {ended}", *(f"    | {line}" for line in lines)])
+            print(text, file=sys.stderr, flush=True)
 
     def submit(self) -> int:
         """Submits the runs to SLURM by submitit: each job is this command for one run."""

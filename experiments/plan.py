@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -59,8 +59,9 @@ class Experiment:
         base: Config of train.py, by its path in the checkout or its name; what all runs share.
         source: Papers that the question is from.
         settings: Settings of train.py for all runs, over those of base: `optim.lr: 1e-3`.
-        runs: {name: settings of train.py for this run}. `{run: NAME}` as a value is the folder of another run with the
-            same seed, which is made before. A run's own `grid` replaces the common one.
+        runs: {name: settings of train.py for this run}. `{run: NAME}` as a value is the folder of another run, which is
+            made before, with the same seed, and if it has the same grid, the same point of it. A run's own `grid`
+            replaces the common one.
         grid: {setting: values}: each run is made with all combinations, and has them in its name.
         seeds: Each run is made with each of them.
         baseline: The run that others are compared with.
@@ -84,6 +85,11 @@ class Experiment:
     plot: PlotConfig = field(default_factory=PlotConfig)
     draft: bool = False
 
+    @property
+    def metric_names(self) -> list[str]:
+        """The metrics of the table without their direction."""
+        return [metric.partition(":")[0] for metric in self.metrics]
+
 
 @dataclass(eq=False)
 class Cell:
@@ -105,11 +111,7 @@ class Cell:
     @property
     def references(self) -> dict[str, str]:
         """{setting: the run whose folder it is}."""
-        return {
-            key: value["run"]
-            for key, value in self.overrides.items()
-            if isinstance(value, dict) and value.keys() == {"run"}
-        }
+        return {key: value["run"] for key, value in self.overrides.items() if _is_reference(value)}
 
     def folder(self, output: Path) -> Path:
         return output / self.experiment / self.name
@@ -149,7 +151,7 @@ def _plan(experiment: Experiment, name: str) -> list[Cell]:
     if not experiment.metrics:
         raise ConfigError("metrics must name at least one metric")
     base = str(_relative(find_config(experiment.base)))
-    runs = dict(_runs(experiment))
+    runs = _runs(experiment)
     evaluations = _evaluations(experiment, runs)
     if experiment.baseline is not None and experiment.baseline not in runs:
         raise ConfigError(f"baseline {experiment.baseline!r} is none of the runs: {', '.join(runs)}")
@@ -205,25 +207,37 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _runs(experiment: Experiment) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, settings) of each run, with the grid in its name."""
-    names = set()
+def _runs(experiment: Experiment) -> dict[str, dict[str, Any]]:
+    """{name: settings} of each run, with the grid in its name."""
+    runs, suffixes = {}, {}
     for run, own in (experiment.runs or {"": {}}).items():
-        own = dict(own or {}) if isinstance(own, dict | None) else own
+        own = {} if own is None else own
         if not isinstance(own, dict):
             raise ConfigError(f"runs.{run} must be settings of train.py, as in {{model.name: NAME}}, got {own!r}")
-        grid = own.pop("grid", experiment.grid)
-        for key, values in grid.items() if isinstance(grid, dict) else [("", None)]:
+        grid = own.get("grid", experiment.grid)
+        for key, values in grid.items() if isinstance(grid, dict) else [("", grid)]:
             if not isinstance(values, list) or not values:
                 raise ConfigError(f"grid must be {{setting: [values]}}, got {values!r} for {key or run!r}")
         for point in itertools.product(*grid.values()):
             settings = dict(zip(grid, point))
-            parts = [f"{key.rpartition('.')[2]}={as_text(value)}" for key, value in settings.items()]
-            name = ", ".join(part for part in (run, *parts) if part) or "base"
-            if name in names:
+            suffix = ", ".join(f"{key.rpartition('.')[2]}={as_text(value)}" for key, value in settings.items())
+            name = ", ".join(filter(None, (run, suffix))) or "base"
+            if name in runs:
                 raise ConfigError(f"two runs are called {name!r}; rename one")
-            names.add(name)
-            yield name, {**experiment.settings, **own, **settings}
+            runs[name] = {**experiment.settings, **own, **settings}
+            runs[name].pop("grid", None)
+            suffixes[name] = suffix
+    for name, settings in runs.items():
+        for key, value in settings.items():
+            if _is_reference(value) and value["run"] not in runs:
+                same = f"{value['run']}, {suffixes[name]}"  # the same point of the grid
+                settings[key] = {"run": same if same in runs else value["run"]}
+    return runs
+
+
+def _is_reference(value: Any) -> bool:
+    """Whether a value is {"run": NAME}."""
+    return isinstance(value, dict) and value.keys() == {"run"}
 
 
 def _add(run: str, runs: dict, made: dict[str, Cell], below: tuple[str, ...], make: Callable[[str], Cell]) -> Cell:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -80,7 +81,7 @@ def make_record(cell: Cell, folder: Path) -> Record:
     """The record of a finished run, from the files in its folder."""
     summary, measured = read_json(folder / "summary.json", kind=dict), read_json(folder / MEASURED, MAX_BYTES, dict)
     metrics = {key: value for key, value in summary.items() if isinstance(value, int | float) and key != "seed"}
-    metrics |= summary["evaluation"] | last_routing(folder / "metrics.jsonl")
+    metrics |= summary["evaluation"] | training_metrics(folder / "metrics.jsonl")
     for name, found in measured["evaluations"].items():
         prefix = "" if name == "val" else f"{name}/"
         metrics |= {f"{prefix}{key}": value for key, value in found["results"].items()}
@@ -102,16 +103,30 @@ def _rounded(value: float) -> float:
     return value if isinstance(value, int) else float(f"{value:.{DIGITS}g}")
 
 
-def last_routing(file: Path) -> dict[str, float]:
-    """The routing metrics of a run's last logged step; of those of a layer the mean over the layers."""
-    last: dict[str, float] = {}
-    layers = defaultdict(list)
-    for line in read_text(file, MAX_BYTES).splitlines() if file.is_file() else []:
-        with_routing = {key: value for key, value in parse_json(line).items() if key.startswith("routing/")}
-        last = with_routing or last
-    for key, value in last.items():
-        _, _layer, *rest = key.split("/")
-        if rest and value is not None:
-            layers["/".join(("routing", *rest))].append(value)
-    totals = {key: value for key, value in last.items() if key.count("/") == 1 and value is not None}
-    return {key: statistics.fmean(values) for key, values in layers.items()} | totals
+def training_metrics(file: Path) -> dict[str, float]:
+    """Metrics from a run's metrics.jsonl.
+
+    "train_loss" is the mean loss of the task over the last tenth of the logged steps. The metrics of the routing are
+    those of the last one, with the mean over the layers of those that each layer has, and "routing/collapsed_layers":
+    an expert gets no token, or more than half of all.
+    """
+    lines = [parse_json(line) for line in read_text(file, MAX_BYTES).splitlines()] if file.is_file() else []
+    steps = [{key: value for key, value in line.items() if value is not None} for line in lines if "task_loss" in line]
+    if not steps:
+        return {}
+    losses = [step["task_loss"] for step in steps[-math.ceil(len(steps) / 10) :] if "task_loss" in step]
+    found = {"train_loss": statistics.fmean(losses)} if losses else {}
+    layers: dict[str, dict[str, float]] = defaultdict(dict)
+    for key, value in steps[-1].items():
+        first, layer, *rest = key.split("/") if key.startswith("routing/") else [""] * 2
+        if rest:
+            layers[layer]["/".join((first, *rest))] = value
+        elif first:
+            found[key] = value
+    for key in dict.fromkeys(itertools.chain(*layers.values())):
+        found.setdefault(key, statistics.fmean(layer[key] for layer in layers.values() if key in layer))
+    if layers:
+        idle, largest = "routing/experts_without_tokens", "routing/largest_share"
+        collapsed = [layer.get(idle, 0) > 0 or layer.get(largest, 0) > 0.5 for layer in layers.values()]
+        found["routing/collapsed_layers"] = sum(collapsed)
+    return found

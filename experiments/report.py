@@ -60,7 +60,11 @@ class Results:
                 raise ConfigError(f"{source}: run {key[0]!r}, seed {key[1]} is not in {file}; remove its line")
             check_settings(self.cells[key], record["settings"], f"its line in {source}", file)
         self.runs = [run for run in dict.fromkeys(cell.run for cell in cells) if self.of(run)]
-        self.metrics = [setting.partition(":")[0] for setting in self.experiment.metrics]
+        self.metrics = self.experiment.metric_names
+        known = {name for record in self.records.values() for name in record["metrics"]}
+        for metric in self.metrics if known else []:
+            if metric not in known and metric.partition("/")[0] not in self.experiment.evaluate:
+                raise ConfigError(f"{file}: no record has the metric {metric!r}; there are {', '.join(sorted(known))}")
         main, _, direction = self.experiment.metrics[0].partition(":")
         self.higher = direction == "max" if direction else not main.endswith(LOWER_IS_BETTER)
 

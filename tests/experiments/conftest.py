@@ -23,8 +23,9 @@ top1 = round(0.5 + 0.01 * int(seed) + (0.1 if "sparse" in run else 0), 4)
 summary = {"model": "m", "seed": int(seed), "steps": 20, "parameters_total": 4, "parameters_active": 2,
            "gflops_per_image": 0.5, "images_per_second": 100.0, "train_seconds": 60.0, "loss": 1.0,
            "evaluation": {"top1": top1, "ece": 0.1}}
-lines = [{"step": 10, "routing/share_dropped": 0.5, "routing/a/text/share_dropped": 0.1,
-          "routing/b/text/share_dropped": 0.3}, {"step": 20, "evaluation/top1": top1}]
+routing = {"routing/share_dropped": 0.5, "routing/a/text/share_dropped": 0.1, "routing/b/text/share_dropped": 0.3,
+           "routing/a/largest_share": 0.9, "routing/b/largest_share": 0.2}
+lines = [{"step": 10, "task_loss": 3.0}, {"step": 20, "task_loss": 2.0, **routing}, {"step": 20, "evaluation/top1": 1}]
 correct = base64.b64encode(bytes([255] * (20 if "sparse" in run else 10) + [0] * 20)[:30]).decode()
 val = {"digest": "val", "results": {"top1": top1, "num_samples": 240}, "data": "abc", "correct": correct}
 others = {key: {"digest": one["digest"], "results": {"top1_bpr_0.5": 0.25}, "data": "abc", "correct": None}

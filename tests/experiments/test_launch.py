@@ -47,6 +47,14 @@ def test_a_run_that_needs_another_comes_after_it_and_changes_with_it(lab):
     assert before != later[1].settings["model.pretrained"]
 
 
+def test_a_run_needs_the_same_point_of_the_grid(lab):
+    runs = {**UPCYCLED, "longer": {"model.pretrained": {"run": "dense, lr=0.5"}, "grid": {}}}
+    cells = load(lab.write(runs=runs, seeds=[0], grid={"optim.lr": [0.25, 0.5]}, baseline=None))[1]
+    needs = {cell.run: [parent.run for parent in cell.needs] for cell in cells}
+    assert needs["upcycled, lr=0.25"] == ["dense, lr=0.25"]
+    assert needs["upcycled, lr=0.5"] == needs["longer"] == ["dense, lr=0.5"]
+
+
 def test_values_come_back_from_the_command_line_as_they_are(lab):
     odd = {"model.kwargs.router": "12", "optim.betas": [0.9, 0.98], "train.ema_decay": None, "optim.lr": 1e-05}
     [cell] = load(lab.write(runs={"dense": odd}, seeds=[0]))[1]
@@ -103,6 +111,8 @@ def test_what_is_finished_is_not_made_again_also_elsewhere(lab, capsys):
     assert record["metrics"]["top1"] == 0.61
     assert record["metrics"]["routing/share_dropped"] == 0.5
     assert record["metrics"]["routing/text/share_dropped"] == 0.2
+    assert record["metrics"]["routing/collapsed_layers"] == 1
+    assert record["metrics"]["train_loss"] == 2.0
     assert record["settings"]["optim.lr"] == 0.002
     assert str(lab.runs) not in lab.records.read_text()
 

@@ -97,6 +97,7 @@ def test_other_images_are_not_compared(lab):
     ("changes", "sentence"),
     [
         ({"runs": {"dense": {"model.kwargs.num_experts": 0}}}, "run 'sparse', seed 0 is not in"),
+        ({"metrics": ["top1", "nll"]}, "no record has the metric 'nll'; there are"),
         ({"settings": {"optim.weight_decay": 0.5}}, "dense-seed0: optim.weight_decay was 'the default' and is 0.5 now"),
     ],
 )
