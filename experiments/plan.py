@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import vmoe_command  # noqa: F401  before vmoe, which then waits with importing PyTorch
+from vmoe.cli.inspect_routing import InspectConfig
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.training.config import CHANGEABLE, Config, flat_settings, with_one_length
 from vmoe.utils.config import ConfigError, find_config, read_config
@@ -31,7 +32,8 @@ PATHS = ("path", "image_root", "class_names", "labels_file")
 DEFAULTS = flat_settings(Config(output_dir="", task="classification"))
 
 
-Evaluation = dict[str, Any]  # "arguments" of eval.py, but for the checkpoint, and the "digest" of what they say
+# "command" (eval or inspect), its "arguments" but for the checkpoint, and the "digest" of what they say
+Evaluation = dict[str, Any]
 
 
 @dataclass
@@ -67,6 +69,7 @@ class Experiment:
         baseline: The run that others are compared with.
         evaluate: {name: config of eval.py, or {config: NAME, runs: [NAMES], setting: value}}, for every finished run,
             or some (`runs` may have * and ?). Its metrics are called name/metric. Accuracy on data.val is always there.
+            {config: inspect} is vmoe-inspect: the mean over the layers of what statistics.json has of each.
         metrics: Metrics of the table, the first one for the verdict; NAME:min if lower is better.
         plot: The figure.
         draft: The records stay with the runs, and the report leaves the experiment out.
@@ -190,16 +193,19 @@ def _evaluations(experiment: Experiment, runs: Iterable[str]) -> dict[str, dict[
                 raise ConfigError(
                     f"runs must be a list of names, with * and ?, among {', '.join(of_run)}; got {patterns}"
                 )
-            words = [word for key, value in given.items() if key != "runs" for word in (f"--{key}", as_text(value))]
-            settings = dataclasses.asdict(read_config(EvaluationConfig, [*words, "--checkpoint", "RUN"], "eval"))
+            command = "inspect" if given["config"] == "inspect" else "eval"
+            left_out = ("runs", "config") if command == "inspect" else ("runs",)
+            pairs = ((f"--{key}", as_text(value)) for key, value in given.items() if key not in left_out)
+            words, kind = list(itertools.chain(*pairs)), InspectConfig if command == "inspect" else EvaluationConfig
+            settings = dataclasses.asdict(read_config(kind, [*words, "--checkpoint", "RUN"], "eval"))
         except ConfigError as error:
             raise ConfigError(f"evaluate.{name}: {error}") from None
-        for key in ("checkpoint", "output", "device", "loader"):
-            settings.pop(key)
+        for key in ("checkpoint", "output", "output_dir", "device", "loader"):
+            settings.pop(key, None)
         for key in ("data", "train_data"):
-            settings[key].pop("path")
+            settings.get(key, {}).pop("path", None)
         for run in chosen:
-            of_run[run][name] = {"arguments": words, "digest": digest(settings)}
+            of_run[run][name] = {"command": command, "arguments": words, "digest": digest(settings)}
     return of_run
 
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from experiments.plan import as_text
 from experiments.records import JOB, MAX_BYTES, MEASURED
 from vmoe.data.config import SourceConfig
-from vmoe.training.config import Config, with_one_length
+from vmoe.training.config import Config, flatten, with_one_length
 from vmoe.utils.config import read_config
 from vmoe.utils.files import atomic_file, read_json
 
@@ -32,30 +34,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = train.main(job["train"])
     if code or not (folder / "summary.json").is_file():  # 0 without a summary: a planned stop
         return code
-    return exit_code("experiments", lambda: evaluate(folder, job["evaluate"], measured))
+    return exit_code("experiments", lambda: make_evaluations(folder, job["evaluate"], measured))
 
 
-def evaluate(folder: Path, wanted: dict[str, dict[str, Any]], measured: dict[str, Any]) -> None:
+def make_evaluations(folder: Path, wanted: dict[str, dict[str, Any]], measured: dict[str, Any]) -> None:
     """Makes the evaluations that measured.json lacks."""
-    from vmoe.cli import evaluate as command
-    from vmoe.evaluation.config import EvaluationConfig
-
     file = folder / MEASURED
     before = read_json(file, MAX_BYTES, dict) if file.is_file() else {}
     measured = {**measured, "evaluations": {}, **before}
-    wanted = {"val": {"arguments": val_arguments(folder), "digest": "val"}, **wanted}
+    own = val_arguments(folder)
+    wanted = {**({"val": {"command": "eval", "arguments": own, "digest": "val"}} if own else {}), **wanted}
     for name, one in wanted.items():
-        if not one["arguments"] or measured["evaluations"].get(name, {}).get("digest") == one["digest"]:
+        if measured["evaluations"].get(name, {}).get("digest") == one["digest"]:
             continue
         print(f"evaluation {name}", flush=True)
-        report = command.run(
-            read_config(EvaluationConfig, [*one["arguments"], "--checkpoint", str(folder)], folder="eval")
-        )
-        found = {"digest": one["digest"], "results": report["results"], "data": report["data"]["fingerprint"]}
-        found["correct"] = report["checkpoints"][0]["details"].get("correct")
-        measured["evaluations"][name] = found
+        words = [*one["arguments"], "--checkpoint", str(folder)]
+        found = inspect(folder, name, words) if one["command"] == "inspect" else run_eval(words)
+        measured["evaluations"][name] = {"digest": one["digest"], **found}
         write(file, measured)
     write(file, measured)
+
+
+def run_eval(words: list[str]) -> dict[str, Any]:
+    """The results of eval.py, which images were right, and the fingerprint of the data."""
+    from vmoe.cli import evaluate
+    from vmoe.evaluation.config import EvaluationConfig
+
+    report = evaluate.run(read_config(EvaluationConfig, words, folder="eval"))
+    correct = report["checkpoints"][0]["details"].get("correct")
+    return {"results": report["results"], "data": report["data"]["fingerprint"], "correct": correct}
+
+
+def inspect(folder: Path, name: str, words: list[str]) -> dict[str, Any]:
+    """The mean over the layers of the numbers that vmoe-inspect has of each layer."""
+    from vmoe.cli import inspect_routing
+
+    output, values = folder / f"inspection_{name}", defaultdict(list)
+    inspect_routing.run(inspect_routing.settings([*words, "--output_dir", str(output)]))
+    for layer in read_json(output / "statistics.json", MAX_BYTES, dict)["layers"]:
+        found = flatten({**layer["modalities"], "class_information": layer.get("class_information") or {}})
+        for key, value in found.items():
+            if isinstance(value, int | float):
+                values[key.replace(".", "/")].append(value)
+    return {"results": {key: fmean(numbers) for key, numbers in values.items()}}
 
 
 def val_arguments(folder: Path) -> list[str]:

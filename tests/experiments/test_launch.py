@@ -83,6 +83,7 @@ def test_values_come_back_from_the_command_line_as_they_are(lab):
         ({"grid": {"optim.lr": 1}}, "grid must be {setting: [values]}, got 1 for 'optim.lr'"),
         ({"evaluate": {"x": "nowhere"}}, "evaluate.x: --config nowhere: no such file"),
         ({"evaluate": {"x": {"config": "emoji_knn", "features.kk": 1}}}, "evaluate.x: command line: unknown key"),
+        ({"evaluate": {"x": {"config": "inspect", "num_imges": 1}}}, "the nearest known key is 'num_images'"),
         ({"evaluate": {"x": {"config": "emoji_knn", "runs": ["ghost"]}}}, "evaluate.x: runs must be a list of names"),
         ({"evaluate": {"val": "emoji_knn"}}, "evaluate.val: choose another name"),
         ({"metrics": []}, "metrics must name at least one"),
@@ -237,7 +238,8 @@ def test_a_real_run_leaves_a_record_with_the_right_images(lab, tmp_path, monkeyp
     settings |= {"evaluate.examples": 0}
     capacity = {"config": "classification_folder", "task": "capacity", "data.path": data["path"]}
     capacity |= {"loader.num_workers": 0, "capacity.factors": [0.5], "capacity.timing_rounds": 0}
-    lab.write(runs={"dense": settings}, seeds=[0], evaluate={"capacity": capacity})
+    inspect = {"config": "inspect", "num_images": 1, "num_patches": 1}
+    lab.write(runs={"dense": settings}, seeds=[0], evaluate={"capacity": capacity, "experts": inspect})
 
     def start(sweep, cell):  # in this process, which has PyTorch already
         sweep.write_job(cell, cell.folder(sweep.output))
@@ -250,6 +252,8 @@ def test_a_real_run_leaves_a_record_with_the_right_images(lab, tmp_path, monkeyp
     summary = json.loads((lab.runs / "dense-seed0" / "summary.json").read_text())
     assert record["metrics"]["top1"] == summary["evaluation"]["top1"]
     assert unpacked(record["images"]["correct"]).sum() == record["metrics"]["top1"] * 8
-    assert {"capacity/top1_bpr_0.5", "ece", "gflops_per_image", "parameters_active"} <= record["metrics"].keys()
+    assert {"capacity/top1_bpr_0.5", "experts/image/entropy", "ece", "gflops_per_image", "parameters_active"} <= record[
+        "metrics"
+    ].keys()
     assert record["metrics"]["routing/share_dropped"] >= 0
     assert str(tmp_path) not in lab.records.read_text()
