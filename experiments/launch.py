@@ -57,7 +57,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", type=re.compile, metavar="REGEX", help="runs whose NAME-seedN matches")
     parser.add_argument("--list", action="store_true", help="only show the runs, their state and command")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side (%(default)s)")
-    parser.add_argument("--threads", type=int, help="PyTorch's threads of each run; default: its own choice")
+    parser.add_argument("--threads", type=int, help="PyTorch's threads of each run; default: the cores over --jobs")
     parser.add_argument(
         "--slurm",
         nargs="*",
@@ -92,18 +92,16 @@ class Sweep:
 
     def check_unchanged(self) -> None:
         """ConfigError: a run was made, or begun, with other settings."""
-        records = self.records
-        for cell in self.cells:
-            begun = cell.folder(self.output) / "config.yaml"
+        records, file = self.records, self.args.experiment
+        cells = list(self.cells)
+        for cell in cells:
+            cells += [parent for parent in cell.needs if parent not in cells]
             if (record := records.get((cell.run, cell.seed))) is not None:
-                before, where = record["settings"], f"its line in {self.records_file}"
-            elif begun.is_file():
+                check_settings(cell, record["settings"], f"its line in {self.records_file}", file)
+            if (begun := cell.folder(self.output) / "config.yaml").is_file():
                 before = result_settings(read_config(Config, ["--config", str(begun)]))
                 before |= {key: cell.settings[key] for key in cell.references}  # there it is a path
-                where = f"its folder {begun.parent}"
-            else:
-                continue
-            check_settings(cell, before, where, self.args.experiment)
+                check_settings(cell, before, f"its folder {begun.parent}", file)
 
     def pending(self) -> list[Cell]:
         """The runs to make, each after those that it needs."""
@@ -193,7 +191,9 @@ class Sweep:
         """Starts a run in a process of its own, which gets no Ctrl-C from the terminal, but a signal from here."""
         folder = cell.folder(self.output)
         self.write_job(cell, folder)
-        threads = {} if self.args.threads is None else {"OMP_NUM_THREADS": str(self.args.threads)}
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        count = self.args.threads or (max(1, cores // self.args.jobs) if self.args.jobs > 1 else None)
+        threads = {} if count is None else {"OMP_NUM_THREADS": str(count)}
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, **threads, "PYTHONPATH": path}
         with open(folder / "log.txt", "ab") as log:

@@ -17,7 +17,7 @@ from typing import Any
 import vmoe_command  # noqa: F401  before vmoe, which then waits with importing PyTorch
 from vmoe.cli.inspect_routing import InspectConfig
 from vmoe.evaluation.config import EvaluationConfig
-from vmoe.training.config import CHANGEABLE, Config, flat_settings, with_one_length
+from vmoe.training.config import CHANGEABLE, STEPS, Config, flat_settings, with_one_length
 from vmoe.utils.config import ConfigError, find_config, read_config
 from vmoe.utils.files import parse_yaml
 
@@ -278,7 +278,7 @@ def _settings_of(cell: Cell) -> dict[str, Any]:
 def result_settings(config: Config) -> dict[str, Any]:
     """{setting: value} of a config that a result depends on, without defaults, the seed and the place of the data."""
     settings = flat_settings(config)
-    if config.train.epochs is not None:  # the config.yaml of a run has both
+    if config.train.epochs is not None or config.train.steps == STEPS:  # the config.yaml of a run always has steps
         settings.pop("train.steps")
     return {
         key: value

@@ -16,7 +16,7 @@ from typing import Any
 
 from experiments.compare import Estimate, difference, estimate, image_test
 from experiments.figure import draw, is_share
-from experiments.plan import OUTPUT, ROOT, Cell, load
+from experiments.plan import OUTPUT, ROOT, Cell, as_text, load
 from experiments.records import Record, check_settings, read_records, records_file
 from vmoe.training.best import LOWER_IS_BETTER
 from vmoe.utils.config import ConfigError
@@ -114,7 +114,7 @@ def section(results: Results) -> Iterator[str]:
     yield prose(f"**{verdict(results)}**")
     if experiment.source:
         yield prose(f"Source: {experiment.source}.")
-    yield prose(f"Set-up: {', '.join(f'`{key} {value}`' for key, value in common_settings(results).items())}.")
+    yield prose(f"Set-up: {', '.join(f'`{key} {as_text(value)}`' for key, value in common_settings(results).items())}.")
     missing = [cell.name for key, cell in results.cells.items() if key not in results.records]
     if missing:
         yield prose(f"Not made yet: {', '.join(missing)}.")
@@ -144,7 +144,9 @@ def table(results: Results) -> str:
         cells += [cost(results, run, *one) for one in COSTS.values()]
         lines.append(cells)
     rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in (head, rule, *lines)
+    )
 
 
 def cost(results: Results, run: str, metric: str, factor: float, form: str, unit: str) -> str:
@@ -171,21 +173,23 @@ def verdict(results: Results) -> str:
     if not means:
         return f"No run has the metric {metric} yet."
     best = (max if results.higher else min)(means, key=lambda run: means[run].mean)
-    leader = f"{best} has the best {metric}, {show(means[best], metric)}"
+    leader = f"{best} has the best {metric}, {show(means[best], metric)} ({count(means[best].seeds)})"
     found = {run: one for run in means if (one := results.difference(run)) is not None}
     if not found:
-        return f"{leader} ({count(means[best].seeds)})."
+        return f"{leader}."
     sign = 1 if results.higher else -1
-    groups: dict[str, list[str]] = {"better": [], "worse": [], "open": []}
+    groups: dict[str, list[str]] = {"better": [], "worse": [], "open": [], "single": []}
     for run, one in found.items():
-        kind = "open" if not one.is_clear else "better" if sign * one.mean > 0 else "worse"
-        groups[kind].append(f"{run} ({show(one, metric, signed=True)}, {count(one.seeds)})")
+        clear = "better" if sign * one.mean > 0 else "worse"
+        kind = "single" if one.error is None else clear if one.is_clear else "open"
+        groups[kind].append(f"{run} ({show(one, metric, signed=True)})")
     said = {
-        "better": "clearly better than {base}: {runs}",
-        "worse": "clearly worse than {base}: {runs}",
-        "open": "within two standard errors of {base}, or with one seed: {runs}",
+        "better": "clearly better than {base}",
+        "worse": "clearly worse than {base}",
+        "open": "not clearly different from {base}",
+        "single": "against {base} with one seed",
     }
-    parts = [said[kind].format(base=base, runs=", ".join(runs)) for kind, runs in groups.items() if runs]
+    parts = [f"{said[kind].format(base=base)}: {', '.join(runs)}" for kind, runs in groups.items() if runs]
     if not groups["better"]:
         parts.insert(0, f"no run is clearly better than {base}")
     return f"{'; '.join([leader, *parts])}."

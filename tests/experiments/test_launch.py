@@ -174,6 +174,14 @@ def test_a_base_that_changed_meanwhile_names_the_run_and_the_setting(lab, capsys
     assert lab.launch() == 0
 
 
+def test_the_runs_that_a_chosen_run_needs_are_checked_too(lab, capsys):
+    lab.write(runs=UPCYCLED, seeds=[0])
+    assert lab.launch("--only", "dense") == 0
+    lab.write(runs={**UPCYCLED, "dense": {"optim.lr": 0.5}}, seeds=[0])
+    assert lab.launch("--only", "upcycled") == 2
+    assert "dense-seed0: optim.lr was 'the default' and is 0.5 now" in capsys.readouterr().err
+
+
 def test_an_evaluation_that_is_added_later_is_made_up_for(lab, capsys):
     assert lab.launch("--only", "seed0") == 0
     lab.calls()
