@@ -17,7 +17,7 @@ from typing import Any
 import vmoe_command  # noqa: F401  before vmoe, which then waits with importing PyTorch
 from vmoe.cli.inspect_routing import InspectConfig
 from vmoe.evaluation.config import EvaluationConfig
-from vmoe.training.config import CHANGEABLE, STEPS, Config, flat_settings, with_one_length
+from vmoe.training.config import CHANGEABLE, STEPS, Config, flat_settings, flatten, with_one_length
 from vmoe.utils.config import ConfigError, find_config, read_config
 from vmoe.utils.files import parse_yaml
 
@@ -188,25 +188,31 @@ def _evaluations(experiment: Experiment, runs: Iterable[str]) -> dict[str, dict[
             if not isinstance(given, dict) or not isinstance(given.get("config"), str):
                 raise ConfigError(f"write a config of eval.py, or {{config: NAME, setting: value}}, got {given!r}")
             patterns = given.get("runs", ["*"])
-            chosen = [run for run in of_run if any(fnmatchcase(run, pattern) for pattern in patterns)]
-            if not isinstance(patterns, list) or not chosen:
-                raise ConfigError(
-                    f"runs must be a list of names, with * and ?, among {', '.join(of_run)}; got {patterns}"
-                )
-            command = "inspect" if given["config"] == "inspect" else "eval"
-            left_out = ("runs", "config") if command == "inspect" else ("runs",)
-            pairs = ((f"--{key}", as_text(value)) for key, value in given.items() if key not in left_out)
-            words, kind = list(itertools.chain(*pairs)), InspectConfig if command == "inspect" else EvaluationConfig
-            settings = dataclasses.asdict(read_config(kind, [*words, "--checkpoint", "RUN"], "eval"))
+            listed = patterns if isinstance(patterns, list) else []
+            chosen = [run for run in of_run if any(fnmatchcase(run, str(pattern)) for pattern in listed)]
+            if not chosen:
+                known = ", ".join(of_run)
+                raise ConfigError(f"runs must be a list of names, with * and ?, among {known}; got {patterns}")
+            evaluation = _evaluation({key: value for key, value in given.items() if key != "runs"})
         except ConfigError as error:
             raise ConfigError(f"evaluate.{name}: {error}") from None
-        for key in ("checkpoint", "output", "output_dir", "device", "loader"):
-            settings.pop(key, None)
-        for key in ("data", "train_data"):
-            settings.get(key, {}).pop("path", None)
         for run in chosen:
-            of_run[run][name] = {"command": command, "arguments": words, "digest": digest(settings)}
+            of_run[run][name] = evaluation
     return of_run
+
+
+def _evaluation(given: dict[str, Any]) -> Evaluation:
+    """An evaluation from its settings; ConfigError: one of them is wrong."""
+    command, kind, plain = "eval", EvaluationConfig, EvaluationConfig(checkpoint="", task="classification")
+    if given["config"] == "inspect":
+        command, kind, plain = "inspect", InspectConfig, InspectConfig(checkpoint="")
+        given = {key: value for key, value in given.items() if key != "config"}
+    words = [word for key, value in given.items() for word in (f"--{key}", as_text(value))]
+    settings = flatten(dataclasses.asdict(read_config(kind, [*words, "--checkpoint", "RUN"], "eval")))
+    defaults = flatten(dataclasses.asdict(plain))  # a setting that a later version adds changes nothing
+    free = ("checkpoint", "output", "output_dir", "device", "loader.num_workers", "data.path", "train_data.path")
+    matters = {key: value for key, value in settings.items() if defaults.get(key) != value and key not in free}
+    return {"command": command, "arguments": words, "digest": digest(matters)}
 
 
 def digest(content: Any) -> str:

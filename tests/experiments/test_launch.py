@@ -85,6 +85,8 @@ def test_values_come_back_from_the_command_line_as_they_are(lab):
         ({"evaluate": {"x": {"config": "emoji_knn", "features.kk": 1}}}, "evaluate.x: command line: unknown key"),
         ({"evaluate": {"x": {"config": "inspect", "num_imges": 1}}}, "the nearest known key is 'num_images'"),
         ({"evaluate": {"x": {"config": "emoji_knn", "runs": ["ghost"]}}}, "evaluate.x: runs must be a list of names"),
+        ({"evaluate": {"x": {"config": "emoji_knn", "runs": 5}}}, "evaluate.x: runs must be a list of names"),
+        ({"evaluate": {"x": 5}}, "evaluate.x: write a config of eval.py"),
         ({"evaluate": {"val": "emoji_knn"}}, "evaluate.val: choose another name"),
         ({"metrics": []}, "metrics must name at least one"),
     ],
@@ -201,6 +203,16 @@ def test_a_record_elsewhere_does_not_replace_the_run_that_another_starts_from(la
     shutil.rmtree(lab.runs)
     assert lab.launch() == 0
     assert lab.calls() == ["dense-seed0", "upcycled-seed0"]
+
+
+def test_only_what_changes_its_metrics_makes_an_evaluation_anew(lab):
+    def digest(**settings):
+        given = {"config": "few_shot_folder", "train_data.path": "a", "data.path": "b", **settings}
+        return load(lab.write(evaluate={"x": given}))[1][0].evaluations["x"]["digest"]
+
+    same = digest()
+    assert digest(**{"data.path": "c", "loader.num_workers": 3, "device": "cpu", "features.temperature": 0.07}) == same
+    assert digest(**{"features.shots": [3]}) != same
 
 
 def test_slurm_gets_a_job_for_each_run_after_those_that_it_needs(lab, monkeypatch, capsys):
