@@ -226,7 +226,7 @@ class Sweep:
             record = make_record(cell, folder)
             write_record(self.records_file, record)
             found, names = record["metrics"], self.experiment.metric_names
-            shown = ", ".join(f"{name} {found[name]:g}" for name in names if name in found)
+            shown = ", ".join(f"{name} {found[name]:g}" if name in found else f"no {name}" for name in names)
             print(f"{cell.name}: finished, {shown}, {seconds:.0f} s", flush=True)
         elif not self.signals:
             self.failed.append(cell)
@@ -240,22 +240,21 @@ class Sweep:
         try:
             import submitit
         except ModuleNotFoundError:
-            raise ConfigError("--slurm needs submitit: pip install submitit") from None
+            raise ConfigError("--slurm needs submitit: from a checkout pip install -e '.[slurm]'") from None
         parameters = {key: parse_yaml(value) for key, _, value in (word.partition("=") for word in self.args.slurm)}
-        cluster = parameters.pop("cluster", "slurm")
-        jobs: dict[str, str] = {}
+        cluster, jobs = parameters.pop("cluster", "slurm"), {}
         for cell in self.pending():
-            executor = submitit.AutoExecutor(folder=self.output / "slurm", cluster=cluster)
             after = [jobs[parent.name] for parent in cell.needs if parent.name in jobs]
-            if after:
-                parameters["slurm_additional_parameters"] = {"dependency": f"afterok:{':'.join(after)}"}
-            executor.update_parameters(name=cell.name, **parameters)
+            needs = {"slurm_additional_parameters": {"dependency": f"afterok:{':'.join(after)}"}} if after else {}
             words = ["--output_dir", str(self.output), "--only", f"^{re.escape(cell.name)}$"]
             command = [sys.executable, "-m", "experiments.launch", str(self.args.experiment.resolve()), *words]
-            job = executor.submit(subprocess.run, command, check=True, cwd=ROOT)
-            jobs[cell.name] = job.job_id
-            print(f"{cell.name}: job {job.job_id}")
-            parameters.pop("slurm_additional_parameters", None)
+            try:
+                executor = submitit.AutoExecutor(folder=self.output / "slurm", cluster=cluster)
+                executor.update_parameters(name=cell.name, **parameters, **needs)
+                jobs[cell.name] = executor.submit(subprocess.run, command, check=True, cwd=ROOT).job_id
+            except (RuntimeError, NameError, TypeError) as error:  # no SLURM here, or no such parameter
+                raise ConfigError(f"--slurm: {error}") from None
+            print(f"{cell.name}: job {jobs[cell.name]}")
         return 0
 
 

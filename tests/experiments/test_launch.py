@@ -218,11 +218,13 @@ def test_only_what_changes_its_metrics_makes_an_evaluation_anew(lab):
 def test_slurm_gets_a_job_for_each_run_after_those_that_it_needs(lab, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "submitit", None)
     assert lab.launch("--slurm") == 2
-    assert "--slurm needs submitit: pip install submitit" in capsys.readouterr().err
+    assert "--slurm needs submitit: from a checkout pip install -e '.[slurm]'" in capsys.readouterr().err
     jobs = []
 
     class Executor:
         def __init__(self, folder, cluster):
+            if cluster == "none":
+                raise RuntimeError('Could not detect "srun"')
             self.parameters = {"cluster": cluster}
 
         def update_parameters(self, **parameters):
@@ -233,6 +235,8 @@ def test_slurm_gets_a_job_for_each_run_after_those_that_it_needs(lab, monkeypatc
             return SimpleNamespace(job_id=str(100 + len(jobs)))
 
     monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=Executor))
+    assert lab.launch("--slurm", "cluster=none") == 2
+    assert '--slurm: Could not detect "srun"' in capsys.readouterr().err
     lab.write(runs=UPCYCLED, seeds=[0])
     assert lab.launch("--slurm", "slurm_partition=gpu", "timeout_min=60") == 0
     (first, one), (second, two) = jobs
