@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.compare import Estimate, estimate
+from experiments.plan import PlotConfig
 from vmoe.inspection.style import PALETTE, look, new_figure, save_figure
 
 if TYPE_CHECKING:
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
     from experiments.report import Results
 
-MARKERS = "osD^vP"
+MARKERS, DASHES = "osD^vP", ("-", "--", ":", "-.")
 LABELS = {
     "gflops_per_image": "GFLOPs per image",
     "images_per_second": "images/s in training",
@@ -32,27 +34,29 @@ def is_share(metric: str) -> bool:
 
 def draw(results: Results, file: Path) -> Figure:
     """Means over seeds, with their standard errors."""
-    plot, y = results.experiment.plot, results.experiment.plot.y or results.metrics[0]
-    factor = 100 if is_share(y) else 1
+    plot, ys = results.experiment.plot, results.experiment.plot.y or results.metrics[0]
+    ys = [ys] if isinstance(ys, str) else ys
+    lines, factor = any("*" in y for y in ys), 100 if is_share(ys[0]) else 1
     with look():
         figure = new_figure(6.4, 3.6)
         axes = figure.subplots()
-        for number, run in enumerate(results.runs):
+        for (number, run), (kind, y) in itertools.product(enumerate(results.runs), enumerate(ys)):
             points = line(results, run, y) if "*" in y else point(results, run, plot.x, y)
             if not points:
                 continue
             xs, means, errors = zip(*((x, factor * one.mean, factor * (one.error or 0)) for x, one in points))
-            style = {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number // len(PALETTE)]}
-            axes.errorbar(xs, means, errors, label=run, markersize=5, capsize=2, linewidth=1, **style)
+            style = {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[kind % len(MARKERS)]}
+            style |= {"linestyle": DASHES[kind % len(DASHES)], "label": run if len(ys) == 1 else f"{run}: {y}"}
+            axes.errorbar(xs, means, errors, markersize=5, capsize=2, linewidth=1, **style)
+        low, high = axes.get_xlim()
         if plot.log:
             axes.set_xscale("log")
-        elif "*" not in y:
-            low, high = axes.get_xlim()
-            if high - low < 0.2 * high:  # costs that hardly differ look as they are
-                axes.set_xlim(0.9 * low, 1.1 * high)
+        elif not lines and low > 0 and high - low < 0.2 * high:  # costs that hardly differ look as they are
+            axes.set_xlim(0.9 * low, 1.1 * high)
+        if not plot.log:
             axes.locator_params(axis="x", nbins=6)
-        axes.set_xlabel("*" if "*" in y else LABELS.get(plot.x, plot.x))
-        axes.set_ylabel(f"{y}, %" if is_share(y) else y)
+        axes.set_xlabel("*" if lines and plot.x == PlotConfig.x else LABELS.get(plot.x, plot.x))
+        axes.set_ylabel(ys[0] if factor == 1 else f"{ys[0]}, %")
         axes.grid(alpha=0.25)
         if axes.has_data():
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)

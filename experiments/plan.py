@@ -41,14 +41,14 @@ class PlotConfig:
     """The figure of an experiment.
 
     Attributes:
-        x: A metric. Not used if y has a "*".
-        y: A metric; null: the first of `metrics`. With one "*", as in "capacity/top1_bpr_*", a line through all such
-            metrics of a run, whose x is the number that "*" stands for.
+        x: A metric; if y has a "*", the name of what that stands for.
+        y: A metric, or several; null: the first of `metrics`. With one "*", as in "capacity/top1_bpr_*", a line through
+            all such metrics of a run, whose x is the number that "*" stands for.
         log: Whether x is logarithmic.
     """
 
     x: str = "gflops_per_image"
-    y: str | None = None
+    y: list[str] | str | None = None
     log: bool = False
 
 

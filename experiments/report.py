@@ -37,6 +37,7 @@ METHOD = (
     "GFLOPs are of the forward pass of one image, two for a multiply-add. images/s and minutes are of training, as "
     "measured in the run."
 )
+MOST_NAMES = 5  # of a group in a verdict; the table has all
 COSTS = {
     "parameters": ("parameters_total", 1e-6, ".2f", " M"),
     "active": ("parameters_active", 1e-6, ".2f", " M"),
@@ -179,7 +180,7 @@ def verdict(results: Results) -> str:
         return f"{leader}."
     sign = 1 if results.higher else -1
     groups: dict[str, list[str]] = {"better": [], "worse": [], "open": [], "single": []}
-    for run, one in found.items():
+    for run, one in sorted(found.items(), key=lambda item: -sign * item[1].mean):
         clear = "better" if sign * one.mean > 0 else "worse"
         kind = "single" if one.error is None else clear if one.is_clear else "open"
         groups[kind].append(f"{run} ({show(one, metric, signed=True)})")
@@ -189,10 +190,16 @@ def verdict(results: Results) -> str:
         "open": "not clearly different from {base}",
         "single": "against {base} with one seed",
     }
-    parts = [f"{said[kind].format(base=base)}: {', '.join(runs)}" for kind, runs in groups.items() if runs]
-    if not groups["better"]:
+    parts = [f"{said[kind].format(base=base)}: {some(runs)}" for kind, runs in groups.items() if runs]
+    if not groups["better"] and (groups["worse"] or groups["open"]):
         parts.insert(0, f"no run is clearly better than {base}")
     return f"{'; '.join([leader, *parts])}."
+
+
+def some(runs: list[str]) -> str:
+    """The first names, and how many others there are."""
+    others = f" and {len(runs) - MOST_NAMES} others" if len(runs) > MOST_NAMES + 1 else ""
+    return ", ".join(runs[:MOST_NAMES] if others else runs) + others
 
 
 def count(seeds: int) -> str:

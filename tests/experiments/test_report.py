@@ -72,6 +72,16 @@ def test_lower_may_be_better(lab, capsys):
     )
 
 
+def test_many_runs_are_counted_and_one_seed_is_not_clear(lab, capsys):
+    lab.write(grid={"optim.lr": [0.1, 0.2, 0.3, 0.4]}, seeds=[0], baseline="dense, lr=0.1")
+    lab.launch()
+    assert lab.report() == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "against dense, lr=0.1 with one seed: sparse, lr=0.1 (+10.00)," in said
+    assert "and 2 others." in said
+    assert "clearly" not in said
+
+
 def test_check_finds_a_page_that_is_out_of_date(lab, capsys):
     lab.launch("--only", "seed0")
     assert lab.report("--check") == 1
@@ -127,11 +137,14 @@ def test_the_figure_has_a_point_for_each_run_or_a_line_through_a_sweep(lab, tmp_
     drawn = figure.draw(report.Results(lab.file, lab.runs), tmp_path / "points.png").axes[0]
     assert [text.get_text() for text in drawn.get_legend().get_texts()] == ["dense", "sparse"]
     assert (drawn.get_xlabel(), drawn.get_ylabel()) == ("GFLOPs per image", "top1, %")
-    lab.write(plot={"y": "capacity/top1_bpr_*"})
+    lab.write(plot={"x": "capacity", "y": ["capacity/top1_bpr_*", "capacity/top1_vanilla_*"]})
     for seed in (0, 1):
         edit(lab, "sparse", seed, **{"capacity/top1_bpr_1": 0.5 + seed, "capacity/top1_bpr_0.5": 0.25, "capacity/n": 3})
+        edit(lab, "sparse", seed, **{"capacity/top1_vanilla_0.5": 0.125})
     drawn = figure.draw(report.Results(lab.file, lab.runs), tmp_path / "line.png").axes[0]
-    assert [text.get_text() for text in drawn.get_legend().get_texts()] == ["sparse"]
+    labels = ["sparse: capacity/top1_bpr_*", "sparse: capacity/top1_vanilla_*"]
+    assert [text.get_text() for text in drawn.get_legend().get_texts()] == labels
+    assert (drawn.get_xlabel(), drawn.get_ylabel()) == ("capacity", "capacity/top1_bpr_*, %")
     assert drawn.lines[0].get_xydata().tolist() == [[0.5, 25], [1, 100]]
     assert (tmp_path / "line.png").stat().st_size > 5000
 
