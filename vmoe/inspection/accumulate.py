@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from vmoe.inspection.information import normalized_mutual_information
+from vmoe.inspection.information import class_information, normalized_mutual_information
 from vmoe.inspection.results import MEASURES, LayerStatistics, TokenRouting, TypicalPatch
 from vmoe.moe import LayerRouting, SparseMoE
 
@@ -76,6 +76,7 @@ class LayerSums:
             typical_patches=[[] for _ in range(E)],
         )
         self.num_patches, self.decode = num_patches, decode
+        self.images: list[tuple[np.ndarray, np.ndarray]] = []  # of each batch, assignments (B, E) and labels (B,)
 
     def add(
         self, modality: str, tokens: ModalityTokens, label_B: np.ndarray | None = None, ids_BT: np.ndarray | None = None
@@ -103,6 +104,7 @@ class LayerSums:
             table[modality] = table.get(modality, 0) + value
         if label_B is not None and sums.expert_class is not None:
             np.add.at(sums.expert_class.T, label_B, done_BTE.sum(1))
+            self.images.append((done_BTE.sum(1).astype(np.float32), label_B))
         if ids_BT is not None:
             ids_U, index_S = np.unique(ids_BT[real_BT], return_inverse=True)
             done_UE = np.zeros((len(ids_U), sums.num_experts))
@@ -144,6 +146,9 @@ class LayerSums:
                 sums.share_dropped[modality] = float(1 - kept / max(1, asked))
         if "image" not in sums.tokens:
             sums.expert_class = None
+        if self.images:
+            count_NE, label_N = (np.concatenate(parts) for parts in zip(*self.images))
+            sums.class_information = class_information(count_NE, label_N, sums.expert_class.shape[1])
         if sums.router != "soft":  # counts
             for table in (sums.asked, sums.kept, sums.expert_token):
                 table.update({key: counts.round().astype(np.int64) for key, counts in table.items()})

@@ -1,11 +1,13 @@
 """The mutual information of two groupings, such as experts and classes.
 
-Shapes, by suffix: E experts, C classes (or text tokens); A and B two groupings.
+Shapes, by suffix: E experts, C classes (or text tokens), N images; A and B two groupings.
 """
 
 from typing import Any
 
 import numpy as np
+
+SHUFFLES = 20  # of the labels, for the noise level of a mutual information
 
 
 def normalized_mutual_information(table_AB: np.ndarray) -> float:
@@ -27,6 +29,21 @@ def contributions(table_EC: np.ndarray) -> np.ndarray:
     even_EC = p_EC.sum(1, keepdims=True) * p_EC.sum(0, keepdims=True)
     ratio_EC = np.divide(p_EC, even_EC, out=np.ones_like(p_EC), where=p_EC > 0)
     return p_EC * np.log(ratio_EC)
+
+
+def class_information(count_NE: np.ndarray, label_N: np.ndarray, num_classes: int) -> dict[str, float | int]:
+    """Mutual information of experts and classes in nats, and its noise level.
+
+    `count_NE` are each image's assignments. The noise level is the mean, and the standard deviation, of the same with
+    the labels shuffled among the images: an image's patches are alike, so they are no independent samples.
+    """
+    found, generator = [], np.random.default_rng(0)
+    for shuffled in range(SHUFFLES + 1):
+        table_CE = np.zeros((num_classes, count_NE.shape[1]))
+        np.add.at(table_CE, generator.permutation(label_N) if shuffled else label_N, count_NE)
+        found.append(float(contributions(table_CE.T).sum()))
+    noise = {"shuffled_mean": float(np.mean(found[1:])), "shuffled_std": float(np.std(found[1:], ddof=1))}
+    return {"nats": found[0], **noise, "shuffles": SHUFFLES}
 
 
 def most_informative(table_EC: np.ndarray, names: list[str], expert: int, count: int) -> list[dict[str, Any]]:

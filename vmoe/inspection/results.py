@@ -57,6 +57,7 @@ class LayerStatistics:
     entropy: dict[str, float]  # {modality: mean entropy of a token's gate, in nats; 0..log E}
     share_dropped: dict[str, float]  # {modality: share of the assignments (expert choice: of the tokens) dropped, 0..1}
     expert_class: np.ndarray | None = None  # (E, C) kept assignments of image tokens by the class of their image
+    class_information: dict[str, float | int] | None = None  # see `vmoe.inspection.information.class_information`
     expert_token: dict[str, np.ndarray] = field(default_factory=dict)  # {text token: (E,) kept assignments of it}
     typical_patches: list[list[TypicalPatch]] = field(default_factory=list)  # of each expert, largest gate value first
     capacity: int | None = None  # a fixed number of rows that each expert takes from a group; overrides the factor
@@ -184,4 +185,5 @@ def _layer_json(layer: LayerStatistics, class_names: list[str] | None) -> dict[s
         informative = {kind: most_informative(*table, e, MAX_INFORMATIVE) for kind, table in tables.items()}
         where = [{key: getattr(patch, key) for key in ("sample", "row", "column", "weight")} for patch in patches]
         experts.append({**informative, "typical_patches": where})
-    return {**layer.settings, "modalities": modalities, "experts": experts}
+    information = {"class_information": layer.class_information}
+    return {**layer.settings, "modalities": modalities, **information, "experts": experts}

@@ -41,7 +41,7 @@ def gather_statistics(
     data: str | None = None,
     console: Console | None = None,
 ) -> RoutingStatistics:
-    """Runs a model over a data set and sums up its routing; memory does not grow with the data.
+    """Runs a model over a data set and sums up its routing; of each labelled image E numbers are kept for each layer.
 
     Images go through the model with their captions, as in training; without captions an image-text model sees the
     images alone, and then the prompts of the class names, each once. The loader's settings are those of `LoaderConfig`.
