@@ -426,7 +426,8 @@ def test_files_that_cannot_be_written_are_found_first(tree, classifier, tmp_path
 def test_files_of_outputs_with_other_endings_do_not_meet(tree, classifier, tmp_path):
     argv = ["--config", "classification_folder", *folder_arguments(tree)]
     assert main(arguments(classifier, tmp_path / "new" / "res.v2", *argv)) == 0
-    ours = {f"res.v2{ending}" for ending in ("", "_per_class.csv", "_confusion.csv", "_confusion.png")}
+    endings = ("", "_per_class.csv", "_confusion.csv", "_confusion.png", "_samples.csv")
+    ours = {f"res.v2{ending}" for ending in endings}
     assert {file.name for file in (tmp_path / "new").iterdir()} == ours
 
 

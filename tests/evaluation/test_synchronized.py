@@ -143,7 +143,7 @@ def test_processes_and_batch_sizes_do_not_matter(forks, folder, sizes_of_world, 
             assert report["results"] == expected["results"]
             assert report["checkpoints"] == expected["checkpoints"]
             assert report["data"] == expected["data"]
-        for ending in ("per_class.csv", "confusion.csv", "confusion.png"):
+        for ending in ("per_class.csv", "confusion.csv", "confusion.png", "samples.csv"):
             files = [folder / f"{task}_{checkpoint}_{world}_{size}_{ending}" for world, size in runs]
             there = task in ("classification", "zero_shot")
             assert [file.exists() for file in files] == [there] * len(files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import time
 from collections.abc import Sequence
@@ -22,11 +23,11 @@ from vmoe.utils.printable import safe_output
 from vmoe.utils.tables import make_console
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from vmoe.data import ImageDataset
+    from vmoe.evaluation.results_file import Outcome
 
 CLASS_FILES = ("_per_class.csv", "_confusion.csv", "_confusion.png")
+TABLES = dict.fromkeys(("classification", "zero_shot"), (*CLASS_FILES, "_samples.csv"))
 
 
 @safe_output()
@@ -75,7 +76,7 @@ def _run(config: EvaluationConfig, console: Console | None) -> dict[str, Any]:
         loaded = load_model(checkpoint, "cpu", weights=weights[checkpoint], experts=config.experts)
         check_task(config, loaded, dataset)
     start = time.perf_counter()
-    entries, confusions = zip(*(evaluate_checkpoint(config, *one, dataset, console) for one in weights.items()))
+    entries, outcomes = zip(*(evaluate_checkpoint(config, *one, dataset, console) for one in weights.items()))
     results, spread = mean_and_spread([entry["results"] for entry in entries])
     # First: the metrics are shown even if the file cannot be written.
     print_table(f"{config.task} of {', '.join(config.checkpoints)}", results, spread, console)
@@ -88,7 +89,7 @@ def _run(config: EvaluationConfig, console: Console | None) -> dict[str, Any]:
     report |= {"config": dataclasses.asdict(config), "versions": library_versions(), "processes": num_processes}
     report["seconds"] = round(time.perf_counter() - start, 3)
     if rank == 0:
-        saved = f"results saved to {', '.join(map(str, _write(config, report, confusions)))}"
+        saved = f"results saved to {', '.join(map(str, _write(config, report, outcomes, dataset)))}"
         console.print(saved, style="dim", highlight=False, markup=False, soft_wrap=True)
     return report
 
@@ -106,19 +107,17 @@ def _check_output(config: EvaluationConfig, rank: int) -> None:
 
 def _check_files(config: EvaluationConfig, target: Path) -> None:
     """ConfigError: the JSON file, or one that belongs to it, cannot be written."""
-    for file in (target, *_class_files(config, target), *_figures(config, target)):
+    for file in (target, *itertools.chain(*_tables(config, target)), *_figures(config, target)):
         if not can_write(file):
             of = "" if file == target else f": {file}, which belongs to it,"
             raise ConfigError(f"output {target}{of} cannot be written: give another file, as in --output result.json")
 
 
-def _class_files(config: EvaluationConfig, target: Path) -> list[Path]:
-    """The tables of the classes that belong to a given output; those of several checkpoints have numbers."""
-    if config.output is None or config.task not in ("classification", "zero_shot"):
-        return []
-    count = len(config.checkpoints)
+def _tables(config: EvaluationConfig, target: Path) -> list[list[Path]]:
+    """The tables that belong to a given output, of each checkpoint; those of several have numbers."""
+    count, endings = len(config.checkpoints), TABLES.get(config.task, ()) if config.output is not None else ()
     numbers = [f"_{number}" for number in range(1, count + 1)] if count > 1 else [""]
-    return [_beside(target, number + ending) for number in numbers for ending in CLASS_FILES]
+    return [[_beside(target, number + ending) for ending in endings] for number in numbers if endings]
 
 
 def _figures(config: EvaluationConfig, target: Path) -> list[Path]:
@@ -130,18 +129,21 @@ def _beside(target: Path, ending: str) -> Path:
     return target.parent / (target.name.removesuffix(".json") + ending)
 
 
-def _write(config: EvaluationConfig, report: dict[str, Any], confusions: Sequence[Tensor | None]) -> list[Path]:
+def _write(
+    config: EvaluationConfig, report: dict[str, Any], outcomes: Sequence[Outcome], dataset: ImageDataset
+) -> list[Path]:
     """Writes the JSON file and what belongs to it; returns the files."""
     from vmoe.evaluation.capacity_report import draw_sweep
-    from vmoe.evaluation.confusion import write_class_files
+    from vmoe.evaluation.confusion import write_class_files, write_samples
     from vmoe.evaluation.results_file import output_file, write_json
 
     target, entries = output_file(config), report["checkpoints"]  # another evaluation may have written meanwhile
     write_json(report, target)
-    files, tables = [target], iter(_class_files(config, target))
-    for entry, confusion_CC, three in zip(entries, confusions, zip(tables, tables, tables)):
-        if confusion_CC is not None:
-            files += write_class_files(three, entry["details"]["per_class"], confusion_CC)
+    files = [target]
+    for entry, outcome, (*of_classes, of_samples) in zip(entries, outcomes, _tables(config, target)):
+        if outcome.confusion_CC is not None:
+            files += write_class_files(of_classes, entry["details"]["per_class"], outcome.confusion_CC)
+        files.append(write_samples(of_samples, outcome.samples, dataset.name_of))
     for figure in _figures(config, target):
         files.append(figure)
         draw_sweep(entries[0]["details"]["points"], figure)
@@ -150,8 +152,8 @@ def _write(config: EvaluationConfig, report: dict[str, Any], confusions: Sequenc
 
 def evaluate_checkpoint(
     config: EvaluationConfig, checkpoint: str, file: Path, dataset: ImageDataset, console: Console
-) -> tuple[dict[str, Any], Tensor | None]:
-    """What the report says of one checkpoint, whose weights are in `file`, and its confusion matrix, if it has one."""
+) -> tuple[dict[str, Any], Outcome]:
+    """What the report says of one checkpoint, whose weights are in `file`, and the outcome of its task."""
     from vmoe.evaluation.loaded_model import load_model, weights_fingerprint
     from vmoe.evaluation.tasks import TASKS, check_task
     from vmoe.models.spec import model_spec
@@ -169,7 +171,7 @@ def evaluate_checkpoint(
         "results": outcome.results,
         "details": outcome.details,
     }
-    return entry, outcome.confusion_CC
+    return entry, outcome
 
 
 def as_trained(config: EvaluationConfig, turned: list[bool]) -> EvaluationConfig:

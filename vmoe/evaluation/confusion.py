@@ -1,4 +1,4 @@
-"""What an evaluation writes of each class: a table, and the confusion matrix as numbers and as an image.
+"""What an evaluation writes of each class (a table, and the confusion matrix as numbers and as an image) and sample.
 
 Shapes, by suffix: N samples, C classes; of a confusion matrix (right class, predicted class).
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -40,15 +40,24 @@ def write_class_files(files: Sequence[Path], per_class: list[dict[str, Any]], co
     for row, most, other in zip(per_class, most_C.tolist(), with_C.tolist(), strict=True):
         rows.append([*row.values(), names[other] if most else "", most])
     table, matrix, image = files
-    _write_csv(table, rows)
-    _write_csv(matrix, [["class", *names], *([name, *row] for name, row in zip(names, confusion_CC.tolist()))])
+    write_csv(table, rows)
+    write_csv(matrix, [["class", *names], *([name, *row] for name, row in zip(names, confusion_CC.tolist()))])
     draw_confusion(names, confusion_CC, image)
     return files
 
 
-def _write_csv(file: Path, rows: Iterable[Sequence[Any]]) -> None:
+def write_csv(file: Path, rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a table atomically, in UTF-8."""
     with atomic_file(file) as draft, draft.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
         csv.writer(stream).writerows(rows)
+
+
+def write_samples(file: Path, samples: dict[str, Tensor], name_of: Callable[[int], str]) -> Path:
+    """Writes and returns the table of samples: "index" and "sample", its name, then the other columns (N,)."""
+    index, *columns = (column_N.tolist() for column_N in samples.values())
+    header = ["index", "sample", *list(samples)[1:]]
+    write_csv(file, [header, *zip(index, map(name_of, index), *columns, strict=True)])
+    return file
 
 
 def draw_confusion(names: Sequence[str], confusion_CC: Tensor, file: Path) -> None:

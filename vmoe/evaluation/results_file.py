@@ -36,6 +36,7 @@ class Outcome(NamedTuple):
     results: dict[str, float | int]  # flat metrics, shown as a table; the mean is taken of several checkpoints
     details: dict[str, Any]  # more metrics, as JSON can hold them; they are only in the file
     confusion_CC: Tensor | None = None  # (right class, predicted class), where samples have one class
+    samples: dict[str, Tensor] | None = None  # columns (N,) of the table of samples, "index" (in the data) first
 
 
 class Progress:

@@ -106,7 +106,9 @@ def classification_outcome(
         corrupted, missing = corruption_errors(errors), missing_conditions(errors)
         details |= {"conditions": found, "corruption_errors": corrupted, "missing_conditions": missing}
         results |= {name: value for name, value in corrupted.items() if name == "mce"}
-    return Outcome(results, {**details, "skipped": sorted(gather_lists(list(skipped_paths)))}, confusion_CC)
+    details["skipped"] = sorted(gather_lists(list(skipped_paths)))
+    samples = {"index": predictions.index_N, "label": predictions.label_N, "predicted": predictions.predicted_N}
+    return Outcome(results, details, confusion_CC, {**samples, "top1": (predictions.rank_N == 0).int()})
 
 
 def retrieval(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset, console: Console) -> Outcome:
