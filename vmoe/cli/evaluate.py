@@ -28,13 +28,14 @@ if TYPE_CHECKING:
 
 CLASS_FILES = ("_per_class.csv", "_confusion.csv", "_confusion.png")
 TABLES = dict.fromkeys(("classification", "zero_shot"), (*CLASS_FILES, "_samples.csv"))
+TABLES["adversarial"] = ("_samples.csv",)
 
 
 @safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see `exit_code`."""
     keep_freed_memory()
-    description = "Evaluate checkpoints: classification, zero-shot, retrieval, few-shot, probes, capacity."
+    description = "Evaluate checkpoints: classification, zero-shot, retrieval, few-shot, probes, capacity, attacks."
     config = parse_config(EvaluationConfig, argv, prog="vmoe-eval", description=description, folder="eval")
     return exit_code("vmoe-eval", lambda: run(config))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal
 
 from vmoe.data.config import LoaderConfig, SourceConfig
@@ -84,6 +85,49 @@ class CapacityConfig:
 
 
 @dataclass
+class AdversarialConfig:
+    """Task "adversarial": accuracy under white-box attacks that change each value of an image by at most epsilon.
+
+    Attributes:
+        attacks: "pgd", and AutoAttack's "apgd_ce" (cross-entropy) and "apgd_t" (targeted; four classes or more).
+        epsilons: Bounds of the change, as shares of the range of a pixel: a fraction such as 8/255, or a number.
+        steps: Steps of each attack, of "apgd_t" for each of its targets (nine, or all other classes).
+        step_size: Of "pgd", as a share of epsilon; null: 2.5 / steps.
+        max_samples: How many images are attacked, drawn at random by the seed; null: all.
+        seed: Of the random starts, which depend on it and on the image's position in the data alone.
+    """
+
+    attacks: list[Literal["pgd", "apgd_ce", "apgd_t"]] = field(default_factory=lambda: ["pgd", "apgd_ce"])
+    epsilons: list[str | float] = field(default_factory=lambda: ["1/255", "2/255", "4/255", "8/255"])
+    steps: int = 40
+    step_size: float | None = None
+    max_samples: int | None = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self, "adversarial.")
+        check_numbers(self, "adversarial.", {"steps": 1, "step_size": None, "max_samples": 1, "seed": 0})
+        if not self.attacks or len(set(self.attacks)) < len(self.attacks):
+            raise ConfigError(f"adversarial.attacks must name at least one attack and none twice, got {self.attacks}")
+        values = list(self.values.values())
+        if not all(0 < value <= 1 for value in values) or not 0 < len(self.epsilons) == len(set(values)):
+            wanted = "must be > 0 and <= 1, shares of the range of a pixel (8 of 255 is '8/255'), each once"
+            raise ConfigError(f"adversarial.epsilons {wanted}, got {self.epsilons}")
+
+    @property
+    def values(self) -> dict[str, float]:
+        """{an epsilon as it is written: its value}; NaN if it is no number."""
+        return {str(epsilon): _number(str(epsilon)) for epsilon in self.epsilons}
+
+
+def _number(text: str) -> float:
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        return math.nan
+
+
+@dataclass
 class EvaluationConfig:
     """An evaluation.
 
@@ -93,27 +137,30 @@ class EvaluationConfig:
         task: What is measured. "classification": top-1 and top-5 of a classifier. "zero_shot": the same of an
             image-text model, by class names. "retrieval": its recall@1/5/10, images to captions and back. "few_shot",
             "linear_probe" and "knn": classifiers on frozen features. "capacity": accuracy, cost and speed at several
-            expert capacities.
+            expert capacities. "adversarial": accuracy under attack.
         data: The data to evaluate on.
         train_data: few_shot, linear_probe and knn: the data that the classifier on the features learns from.
         loader: Batches and worker processes; on_bad "skip" skips and counts unreadable images.
-        class_names: zero_shot and capacity only: a shipped list ("imagenet", "cifar10", ...) or a UTF-8 file with one
-            class name per line, in the order of the labels; null takes the names of the data.
-        templates: zero_shot and capacity only: texts with {} for the class name (their embeddings are averaged), a
-            file with one per line, "openai_imagenet", "simple_imagenet" or a shipped list's name; null: those
-            published with the shipped list or with ImageNet, else the bare names.
+        class_names: zero_shot, capacity and adversarial only: a shipped list ("imagenet", "cifar10", ...) or a UTF-8
+            file with one class name per line, in the order of the labels; null takes the names of the data.
+        templates: zero_shot, capacity and adversarial only: texts with {} for the class name (their embeddings are
+            averaged), a file with one per line, "openai_imagenet", "simple_imagenet" or a shipped list's name; null:
+            those published with the shipped list or with ImageNet, else the bare names.
         features: Tasks on frozen features.
         capacity: Task "capacity".
+        adversarial: Task "adversarial".
         precision: Precision of the forward pass: float32, or autocast to bf16 or fp16.
         experts: Type of the experts' weights in memory, see docs/inference.md; null: as in the checkpoint.
         device: "auto" (CUDA, then MPS, then CPU) or a torch device such as "cuda:1".
         output: JSON file for the result; null: evaluation_TASK_DATA.json beside the (first) checkpoint,
             with a number behind the name if that file holds the result of other settings. A given file also gets
-            tables of the classes beside it: FILE_per_class.csv, FILE_confusion.csv, FILE_confusion.png.
+            tables beside it: FILE_per_class.csv, FILE_confusion.csv, FILE_confusion.png, FILE_samples.csv.
     """
 
     checkpoint: list[str] | str
-    task: Literal["classification", "zero_shot", "retrieval", "few_shot", "linear_probe", "knn", "capacity"]
+    task: Literal[
+        "classification", "zero_shot", "retrieval", "few_shot", "linear_probe", "knn", "capacity", "adversarial"
+    ]
     data: SourceConfig = field(default_factory=SourceConfig)
     train_data: SourceConfig = field(default_factory=SourceConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -121,6 +168,7 @@ class EvaluationConfig:
     templates: list[str] | str | None = None
     features: FeatureConfig = field(default_factory=FeatureConfig)
     capacity: CapacityConfig = field(default_factory=CapacityConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     experts: Literal["int8", "bfloat16"] | None = None
     device: str = "auto"
@@ -132,8 +180,10 @@ class EvaluationConfig:
             raise ConfigError("loader.on_bad must be 'fail' or 'skip' in an evaluation, got 'replace'")
         if not self.checkpoints or len(set(self.checkpoints)) < len(self.checkpoints):
             raise ConfigError(f"checkpoint must name at least one checkpoint and none twice, got {self.checkpoint}")
-        named, defaults = ("zero_shot", "capacity"), {"features": FeatureConfig(), "capacity": CapacityConfig()}
-        tasks_of = {"class_names": named, "templates": named, "capacity": ("capacity",), "features": FEATURE_TASKS}
+        named, defaults = ("zero_shot", "capacity", "adversarial"), {"features": FeatureConfig()}
+        defaults |= {"capacity": CapacityConfig(), "adversarial": AdversarialConfig()}
+        tasks_of = {"class_names": named, "templates": named, "features": FEATURE_TASKS}
+        tasks_of |= {name: (name,) for name in ("capacity", "adversarial")}
         for name, tasks in tasks_of.items():
             if getattr(self, name) != defaults.get(name) and self.task not in tasks:
                 raise ConfigError(f"{name} is for task {', '.join(tasks)}, and task is {self.task!r}; leave it out")
@@ -143,6 +193,9 @@ class EvaluationConfig:
             raise ConfigError(f"task {self.task!r} needs train_data: say what the classifier on features learns from")
         if self.task in FEATURE_TASKS and self.train_data == self.data:
             raise ConfigError("train_data and data are the same: test a classifier on data that it did not learn from")
+
+        if self.task == "adversarial" and self.precision == "fp16":
+            raise ConfigError("precision must be float32 or bf16 for task 'adversarial': in fp16 gradients vanish")
 
     @property
     def checkpoints(self) -> list[str]:

@@ -13,6 +13,7 @@ from vmoe.data import ImageDataset, eval_loader
 from vmoe.data.sources.folder import warn_of_text_order
 from vmoe.data.sources.imagenet import imagenet_words
 from vmoe.distributed.process_group import gather_lists
+from vmoe.evaluation.adversarial import evaluate_attacks
 from vmoe.evaluation.capacity import Score, sparse_image_layers, sweep_capacity, sweep_settings
 from vmoe.evaluation.capacity_report import flat_results, print_sweep, sweep_details
 from vmoe.evaluation.class_names import IMAGENET, check_same_classes
@@ -29,6 +30,7 @@ from vmoe.evaluation.retrieval import evaluate_retrieval, retrieval_loader
 from vmoe.evaluation.robustness import corruption_errors, missing_conditions
 from vmoe.evaluation.zero_shot import Template, resolve_prompts
 from vmoe.models.factory import preprocess_config
+from vmoe.moe.quantize import experts_kept_as
 from vmoe.utils.config import ConfigError
 
 logger = logging.getLogger("vmoe.evaluation")
@@ -135,6 +137,22 @@ def capacity(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDatase
     return Outcome(flat_results(sweep), details)
 
 
+def adversarial(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset, console: Console) -> Outcome:
+    """Task "adversarial": the accuracy of "classification" or "zero_shot" under attacks on the pixels."""
+    settings, transform = config.adversarial, loaded.transform
+    mean, std = transform.mean.to(loaded.device), transform.std.to(loaded.device)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(settings.seed))
+    chosen = order[: settings.max_samples].sort().values.tolist()
+    in_pixels = replace(transform, mean=torch.zeros_like(transform.mean), std=torch.ones_like(transform.std))
+    loader = eval_loader(dataset, in_pixels, None, config.loader, indices=chosen)
+    with evaluating(loaded.model, loaded.device, loaded.precision):
+        score, batches = class_scores(config, loaded, dataset), Progress(loader, config.task, console)
+        outcome = evaluate_attacks(
+            loaded.model, lambda pixels: score((pixels - mean) / std), batches, settings, loaded.device
+        )
+    return outcome._replace(details=outcome.details | {"skipped": sorted(gather_lists(list(loader.skipped_paths)))})
+
+
 TASKS: dict[str, Callable[[EvaluationConfig, LoadedModel, ImageDataset, Console], Outcome]] = {
     "classification": classify,
     "zero_shot": classify,
@@ -143,6 +161,7 @@ TASKS: dict[str, Callable[[EvaluationConfig, LoadedModel, ImageDataset, Console]
     "linear_probe": linear_probe,
     "knn": knn,
     "capacity": capacity,
+    "adversarial": adversarial,
 }
 
 
@@ -157,7 +176,9 @@ def check_task(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageData
         raise ConfigError(f"task 'retrieval' needs captions, and data of type {kind!r} has none")
     if task != "retrieval" and dataset.classes is None:
         raise ConfigError(f"task {task!r} needs labels, and data of type {kind!r} has none")
-    if task in ("classification", "capacity") and not contrastive:
+    if task == "adversarial":
+        _check_attacks(config, loaded, dataset)
+    if task in ("classification", "capacity", "adversarial") and not contrastive:
         data, classes, ours = "the data", dataset.classes, loaded.class_names
         columns = class_columns(loaded, dataset)
         if columns is not None:  # several outputs may stand for a class
@@ -168,3 +189,16 @@ def check_task(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageData
             raise ConfigError(f"{loaded.checkpoint} has {loaded.model.num_classes} classes and {data} {len(classes)}")
         else:
             warn_of_text_order(classes, f"{loaded.checkpoint}, which holds no class names,")
+
+
+def _check_attacks(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset) -> None:
+    """ConfigError unless model and data have what task "adversarial" needs."""
+    if (kind := experts_kept_as(loaded.model)) is not None:
+        raise ConfigError(f"task 'adversarial' needs gradients, and experts kept as {kind} have none: use another file")
+    if dataset.label_sets is not None:
+        raise ConfigError(
+            f"task 'adversarial' needs one class per image, and data of type {config.data.type!r} has more"
+        )
+    if "apgd_t" in config.adversarial.attacks and len(dataset.classes) < 4:
+        problem = f"needs four classes, and the data has {len(dataset.classes)}"
+        raise ConfigError(f"attack 'apgd_t' {problem}: leave it out of adversarial.attacks")
