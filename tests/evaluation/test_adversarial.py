@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -121,6 +122,18 @@ def test_results_repeat_whatever_the_batches_and_the_other_images(report, checkp
         assert row == {name: rows[int(row["index"])][name] for name in row}
 
 
+def test_a_dense_model_has_no_routing_to_change(tree, tmp_path):
+    torch.manual_seed(0)
+    model = vmoe.create_model("vit_tiny_patch16_224", num_classes=4, img_size=16, depth=1, embed_dim=24)
+    torch.nn.init.normal_(model.head.weight)
+    save_pretrained(model, tmp_path / "model.safetensors", extra={"class_names": CLASSES})
+    few = ["--adversarial.attacks", "[pgd]", "--adversarial.epsilons", "[0.1]"]
+    assert main(arguments(tmp_path, tree, tmp_path / "out.json", *few)) == 0
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["results"]["top1_pgd_0.1"] < report["results"]["top1"]
+    assert report["checkpoints"][0]["details"]["points"][0]["routing_changed"] == {}
+
+
 def test_an_image_text_model_is_attacked_by_the_names(tree, tmp_path):
     torch.manual_seed(0)
     model = vmoe.create_model("limoe_tiny_patch8_48", width=32, embed_dim=16, **SMALL)
@@ -144,6 +157,9 @@ def test_what_cannot_be_attacked(checkpoint, tree, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "experts kept as int8 have none" in problem("--experts", "int8")
+    for name in CLASSES[:2]:
+        shutil.copytree(tree / name, tmp_path / "two" / name)
+    assert "'apgd_t' needs four classes, and the data has 2: leave it out" in problem(data=tmp_path / "two")
     with pytest.raises(SystemExit):
         main(arguments(checkpoint, tree, tmp_path / "out.json", "--precision", "fp16"))
     assert "precision must be float32 or bf16 for task 'adversarial'" in capsys.readouterr().err
