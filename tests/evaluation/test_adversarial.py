@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from PIL import Image
 
 import vmoe
 from vmoe.cli.evaluate import main
-from vmoe.evaluation.config import AdversarialConfig
+from vmoe.data.config import SourceConfig
+from vmoe.evaluation.config import AdversarialConfig, EvaluationConfig
+from vmoe.evaluation.tasks import check_task
 from vmoe.models.factory import save_pretrained
 from vmoe.utils.config import ConfigError
 
@@ -167,3 +170,11 @@ def test_what_cannot_be_attacked(checkpoint, tree, tmp_path, capsys):
         main(arguments(checkpoint, tree, tmp_path / "out.json", "--adversarial.attacks", "[pgd, pgd]"))
     assert "adversarial.attacks must name at least one attack and none twice" in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
+
+
+def test_images_of_several_classes_have_no_class_to_leave():
+    config = EvaluationConfig("a run", "adversarial", data=SourceConfig("imagenet_real", "val"))
+    loaded = SimpleNamespace(model=torch.nn.Identity(), tokenizer=None, checkpoint="a run")
+    dataset = SimpleNamespace(classes=CLASSES, label_sets=[(0, 1)], has_captions=False)
+    with pytest.raises(ConfigError, match="needs one class per image, and data of type 'imagenet_real' has more"):
+        check_task(config, loaded, dataset)
