@@ -13,6 +13,7 @@ import platform
 import re
 import shlex
 import subprocess
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -81,6 +82,7 @@ class Session:
     def __init__(
         self, benchmark: str, parser: argparse.ArgumentParser, argv: Sequence[str] | None, compiles: bool = True
     ) -> None:
+        warnings.filterwarnings("ignore", "a sparse layer trains without")  # layers are measured by themselves
         self.benchmark = benchmark
         self.parser = parser
         self.args = parser.parse_args(argv)

@@ -4,6 +4,7 @@ Shapes, by suffix: G groups, N tokens in a group, E experts, K choices, B and T 
 """
 
 import math
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -250,6 +251,7 @@ def active_records(layer: nn.Module) -> list[RoutingRecord]:
 
 
 _WARNED = False
+LIBRARIES = ("vmoe", "timm", "open_clip", "torch")  # the warning points at the call of a model from outside of them
 
 
 def warn_of_lost_losses() -> None:
@@ -267,11 +269,14 @@ def _warn_once(_context: object = None) -> None:
     if _WARNED or torch._C._current_graph_task_id() != -1:  # in a backward pass layers run again, maybe compiled
         return
     _WARNED = True
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "torch").partition(".")[0] in LIBRARIES:
+        level, frame = level + 1, frame.f_back
     warnings.warn(
         "a sparse layer trains without its auxiliary losses: add record.auxiliary_loss() of "
         "`with vmoe.record_routing(model) as record` to the loss, or build the model with auxiliary_loss='attach', "
         "which needs nothing else (docs/integrations.md); to train without them, set their weights to 0",
-        stacklevel=4,
+        stacklevel=level,
     )
 
 
