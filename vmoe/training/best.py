@@ -9,23 +9,26 @@ from typing import Any
 from vmoe.distributed.process_group import from_first
 from vmoe.utils.config import ConfigError
 
-LOWER_IS_BETTER = ("loss", "error", "ece", "mce", "num_skipped")  # names, or their ends
+LOWER_IS_BETTER = ("ece", "loss")  # ends of names
 
 
 class BestWatch:
     """Takes every evaluation of a run; without a metric it does nothing.
 
-    `state` is what a checkpoint keeps: {"metric", "higher" (is better), "value", "step", "since" (evaluations after
-    it)}; None before the first value. All processes decide by the value of the first one.
+    `state` is what a checkpoint keeps: {"metric", "value", "step", "since" (evaluations after it)}; None before the
+    first value. All processes decide by the value of the first one.
     """
 
-    def __init__(self, setting: str | None, patience: int | None, metrics: Callable[[], Sequence[str]]) -> None:
-        self.metric, self.higher = (None, True) if setting is None else read_metric(setting, metrics())
-        self.patience, self.state = patience, None
+    def __init__(self, metric: str | None, patience: int | None, metrics: Callable[[], Sequence[str]]) -> None:
+        if metric is not None and metric not in (known := metrics()):
+            raise ConfigError(
+                f"train.keep_best must be a metric of the evaluation ({', '.join(known)}), got {metric!r}"
+            )
+        self.metric, self.patience, self.state = metric, patience, None
 
     def load(self, state: dict[str, Any] | None) -> None:
         """Continues from a checkpoint's state, if it is of the same metric."""
-        if state is not None and (state["metric"], state["higher"]) == (self.metric, self.higher):
+        if state is not None and state["metric"] == self.metric:
             self.state = state
 
     def update(self, step: int, results: dict[str, float]) -> None:
@@ -34,8 +37,9 @@ class BestWatch:
             return
         value = from_first(lambda: results.get(self.metric, math.nan))
         best = math.nan if self.state is None else self.state["value"]
-        if math.isfinite(value) and not (value <= best if self.higher else value >= best):
-            self.state = {"metric": self.metric, "higher": self.higher, "value": value, "step": step, "since": 0}
+        lower = self.metric.endswith(LOWER_IS_BETTER)
+        if math.isfinite(value) and not (value >= best if lower else value <= best):
+            self.state = {"metric": self.metric, "value": value, "step": step, "since": 0}
         elif self.state is not None:
             self.state = {**self.state, "since": self.state["since"] + 1}
 
@@ -48,14 +52,3 @@ class BestWatch:
     def exhausted(self) -> bool:
         """The last `patience` evaluations were not better."""
         return self.patience is not None and self.state is not None and self.state["since"] >= self.patience
-
-
-def read_metric(setting: str, metrics: Sequence[str]) -> tuple[str, bool]:
-    """(metric, whether higher is better) of "top1", "ece" or "NAME:min"; ConfigError unless it is one of `metrics`."""
-    name, colon, direction = setting.removeprefix("evaluation/").partition(":")
-    if name not in metrics or (colon and direction not in ("min", "max")):
-        raise ConfigError(
-            f"train.keep_best must be a metric of the evaluation ({', '.join(metrics)}), if need be with its direction "
-            f"as in {metrics[0]}:max or {metrics[0]}:min, got {setting!r}"
-        )
-    return name, direction == "max" if colon else not name.endswith(LOWER_IS_BETTER)
