@@ -356,8 +356,16 @@ def test_names_of_timm_and_open_clip_download_their_weights(tmp_path, hub, monke
         assert_equal(clip, vmoe.create_model(own, pretrained=tag))
     with pytest.raises(WeightsError, match="weights of gone cannot be downloaded"):
         vmoe.create_model("tiny-hub-clip", pretrained="gone")
-    with pytest.raises(WeightsError, match="no weights at other: it does not exist"):
-        vmoe.create_model("tiny-hub-clip", pretrained="other")
+    for own, tag in (("tiny-hub-clip", "other"), (None, "tiny-hub-clip:other")):
+        with pytest.raises(
+            WeightsError, match=f"no weights at {tag}: it is no file, .* 'other' .*; it has mine, gone$"
+        ):
+            vmoe.create_model(own, pretrained=tag)
+    for own, tag in (("ViT-B-31", "openai"), (None, "ViT-B-31:openai")):
+        with pytest.raises(WeightsError, match="open_clip has no model 'ViT-B-31'; did you mean 'ViT-B-32'"):
+            vmoe.create_model(own, pretrained=tag)
+    with pytest.raises(ValueError, match="unknown model 'ViT-B-31'; did you mean 'ViT-B-32'"):
+        vmoe.create_model("ViT-B-31")
 
 
 def test_pushing_uploads_the_folder_and_keeps_a_card(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vmoe.models.hub_layout import cannot_download
 from vmoe.models.limoe import LIMOE_CONFIGS
-from vmoe.models.open_clip_models import is_open_clip, load_tag, tag_settings
+from vmoe.models.open_clip_models import is_open_clip, load_tag, tag_problem, tag_settings
 from vmoe.models.preprocess import in_chans, preprocess_config, set_preprocess
 from vmoe.models.serialization import (
     METADATA_KEY,
@@ -117,14 +117,21 @@ def _new_model(name: str, kwargs: dict) -> nn.Module:
 
 
 def named_weights(name: str | None, source: str) -> tuple[str, str] | None:
-    """(architecture, open_clip's tag or "") of weights that timm or open_clip download by a name of theirs, or None."""
+    """(architecture, open_clip's tag or "") of weights that timm or open_clip download by a name of theirs, or None.
+    A WeightsError for what looks like a name of open_clip's, and is none."""
     if source.startswith(HUB_SOURCES) or Path(source).exists():
         return None
     if timm.is_model(source):
         return source, ""
     known = name in IMAGE_TEXT_NAMES or (name is not None and timm.is_model(name))
     architecture, tag = (name, source) if name is not None and ":" not in source else source.partition(":")[::2]
-    return (architecture, tag) if tag and not known and is_open_clip(architecture, tag) else None
+    if known or not tag:
+        return None
+    if is_open_clip(architecture, tag):
+        return architecture, tag
+    if problem := tag_problem(architecture, tag):
+        raise WeightsError(f"no weights at {source}: it is no file, and {problem}")
+    return None
 
 
 def _downloaded(name: str | None, source: str, kwargs: dict) -> nn.Module | None:

@@ -1,5 +1,6 @@
 """open_clip's own models: built by name or config, and the name and config of one that open_clip built."""
 
+import difflib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,11 +11,29 @@ from vmoe.models.hub_layout import KEY
 from vmoe.models.validation import without_loading
 
 
+def open_clip_names() -> list[str]:
+    """The names in open_clip's registry of configs."""
+    import open_clip
+
+    return open_clip.list_models()
+
+
 def is_open_clip(name: str, tag: str = "") -> bool:
     """A name in open_clip's registry of configs, or a name and the tag of its weights."""
     import open_clip
 
-    return name in open_clip.list_models() and (not tag or open_clip.is_pretrained_cfg(name, tag))
+    return name in open_clip_names() and (not tag or open_clip.is_pretrained_cfg(name, tag))
+
+
+def tag_problem(name: str, tag: str) -> str:
+    """Why open_clip has no weights of a name and tag, or "" if the name is far from all of its models'."""
+    import open_clip
+
+    if not is_open_clip(name):
+        near = difflib.get_close_matches(name, open_clip_names(), n=1)
+        return f"open_clip has no model {name!r}; did you mean {near[0]!r}?" if near else ""
+    tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+    return f"open_clip has no weights {tag!r} of {name}; it has {tags}"
 
 
 def tag_settings(name: str, tag: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE
-from vmoe.models.open_clip_models import build_open_clip, is_open_clip, open_clip_spec
+from vmoe.models.open_clip_models import build_open_clip, is_open_clip, open_clip_names, open_clip_spec
 from vmoe.models.text import TextTransformer
 from vmoe.models.two_tower import TOWERS, TWO_TOWER_CONFIGS, TwoTower, merge_settings
 from vmoe.models.validation import without_loading
@@ -70,7 +70,7 @@ def _construct(name: str, kwargs: dict) -> nn.Module:
         return timm.create_model(name, **kwargs)
     if "vision_cfg" in kwargs or is_open_clip(name):
         return build_open_clip(name, kwargs)
-    near = difflib.get_close_matches(name, [*list_models(), *timm.list_models()], n=1)
+    near = difflib.get_close_matches(name, [*list_models(), *timm.list_models(), *open_clip_names()], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "; vmoe-list-models and timm.list_models() list the names"
     raise ValueError(f"unknown model {name!r}{hint}")
 
