@@ -13,13 +13,15 @@ import torch
 from PIL import Image
 
 import vmoe
-from vmoe.cli import demo, demo_page
+from vmoe.cli import demo
 from vmoe.data import LoaderConfig
 from vmoe.data.dataset import ImageFiles
 from vmoe.evaluation.embeddings import embed_images
 from vmoe.evaluation.loaded_model import load_model
 from vmoe.evaluation.search import SearchIndex
 from vmoe.models.factory import save_pretrained
+
+demo_page = pytest.importorskip("vmoe.cli.demo_page", reason="needs Gradio (pip install -e '.[demo]')")
 
 CLASSES = ["animal", "<i>plant</i>", "thing"]
 LABELS = ["cat", "guide dog", "a red car"]
@@ -40,7 +42,6 @@ def photo(folder):
 
 def start(file, model, extra=None):
     """Saves the model and starts the demo on it; (loaded, app, address)."""
-    pytest.importorskip("gradio", reason="needs Gradio (pip install -e '.[demo]')")
     save_pretrained(model, file, extra)
     loaded = load_model(str(file), "cpu")
     app = demo_page.build_app(loaded)
@@ -258,7 +259,6 @@ def test_errors_of_the_command(tmp_path, capsys, monkeypatch):
 
 
 def test_search_in_an_index(folder, open_demo, browser, photo):
-    pytest.importorskip("gradio", reason="needs Gradio (pip install -e '.[demo]')")
     torch.manual_seed(0)
     model = vmoe.create_model("limoe_tiny_patch8_48", width=32, embed_dim=16, **TINY)
     save_pretrained(model, folder / "searched.safetensors")

@@ -159,7 +159,7 @@ def test_what_cannot_be_adapted_is_named(monkeypatch):
     with use_backend("triton"), pytest.raises(ValueError, match="triton"):  # it would not see them
         model(*inputs(model))
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ValueError, match=r"LoRA needs PEFT: from a checkout, pip install -e '\.\[lora\]'"):
+    with pytest.raises(ValueError, match=r"LoRA needs the package peft: pip install -e '\.\[lora\]' in a checkout"):
         vmoe.lora_config(vision())
 
 

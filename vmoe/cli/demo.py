@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from vmoe.cli.command import exit_code
 from vmoe.evaluation.paths import check_checkpoint, check_index
 from vmoe.utils.config import ConfigError, check_types, parse_config
+from vmoe.utils.optional import import_optional
 from vmoe.utils.printable import safe_output
 
 
@@ -59,11 +60,11 @@ def serve(config: DemoConfig) -> None:
     if config.index is not None:
         check_index(config.index)
     check_checkpoint(config.checkpoint)
-    from vmoe.cli.demo_page import build_app, import_gradio, launch
+    import_optional("gradio", "demo", "the demo needs")
+    from vmoe.cli.demo_page import build_app, launch
     from vmoe.evaluation.loaded_model import load_model
     from vmoe.evaluation.search import SearchIndex
 
-    import_gradio()  # before the model is loaded, which takes longer
     index = None if config.index is None else SearchIndex(config.index, config.checkpoint, config.device)
     loaded = load_model(config.checkpoint, config.device) if index is None else index.model
     if config.exif_orientation is not None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import html
-import importlib
 import os
 import socket
 import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import gradio as gr
 from PIL import Image
 
 from vmoe.data.images import BadSample, Reading, load_image
@@ -21,9 +21,6 @@ from vmoe.evaluation.loaded_model import LoadedModel
 from vmoe.evaluation.search import Hit, SearchIndex
 from vmoe.evaluation.zero_shot import Template, resolve_templates
 from vmoe.inspection import explain as logic
-
-if TYPE_CHECKING:
-    import gradio
 
 KEPT_SECONDS = 3600  # images in Gradio's temporary folder, and what was computed from them
 CSS = """
@@ -33,12 +30,11 @@ CSS = """
 """
 
 
-def launch(app: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None, share: bool = False) -> str:
+def launch(app: gr.Blocks, host: str = "127.0.0.1", port: int | None = None, share: bool = False) -> str:
     """Starts the server in a thread, which serves the page and its own temporary files; `app.close()` ends it.
 
     Returns the page's address, which is printed too. OSError: the port is taken, or the address is not this machine's.
     """
-    gr = import_gradio()
     # Fonts of the reader's system: the page asks no other server for anything.
     theme = gr.themes.Default(
         primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
@@ -60,62 +56,60 @@ def launch(app: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None,
 
 def build_app(
     loaded: LoadedModel, templates: Sequence[Template] | str | None = None, index: SearchIndex | None = None
-) -> gradio.Blocks:
+) -> gr.Blocks:
     """The page for an image-text model, which gets labels (and templates, see `resolve_templates`), or a classifier.
 
     With an index there is a second tab, which searches in it.
     """
-    gr = import_gradio()
-    answers = _Answers(gr, loaded, templates)
+    answers = _Answers(loaded, templates)
     with gr.Blocks(title="vmoe: what the experts do", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)) as app:
         with gr.Tab("Classify") if index is not None else contextlib.nullcontext():
-            _classify_tab(gr, loaded, answers)
+            _classify_tab(loaded, answers)
         if index is not None:
             with gr.Tab("Search"):
-                _search_tab(gr, index)
+                _search_tab(index)
     return app
 
 
-def _classify_tab(gr: Any, loaded: LoadedModel, answers: _Answers) -> None:
+def _classify_tab(loaded: LoadedModel, answers: _Answers) -> None:
     layers, has_text = answers.layers, answers.has_text
     gr.Markdown(f"# What the experts of `{Path(loaded.checkpoint).name}` do" + ("" if layers else ": it has none"))
     found = gr.State(None, time_to_live=KEPT_SECONDS)
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
-            image = _image_input(gr, "Image", loaded)
+            image = _image_input("Image", loaded)
             typing = "Labels, one per line or separated by commas"
             labels = gr.Textbox(label=typing, lines=4, max_lines=12, visible=has_text)
             button = gr.Button("Classify", variant="primary")
         with gr.Column(scale=4, min_width=320):
             probabilities = gr.HTML("<p>The answer appears here.</p>", padding=False)
             with gr.Column(visible=False) as routing:  # shown with the first answer
-                (layer, row, column, name), seen = _routing_column(gr, layers, has_text)
+                (layer, row, column, name), seen = _routing_column(layers, has_text)
     private = {"api_visibility": "private", "trigger_mode": "always_last"}
     quick = {**private, "show_progress": "hidden"}
     inputs = [image, labels, layer, row, column]
     outputs = [found, probabilities, routing, name, *seen]
     methods = answers.classify, answers.view, answers.show_clicked
-    classify, view, show_clicked = (_answer(gr, method) for method in methods)
+    classify, view, show_clicked = (_answer(method) for method in methods)
     gr.on([button.click, labels.submit], classify, inputs, outputs, **private, show_progress_on=probabilities)
     changes = [layer.input, row.input, column.input, name.input]
     gr.on(changes, view, [found, layer, row, column, name], seen, **quick)
-    show_clicked.__annotations__ = {"event": gr.SelectData}  # Gradio gives the event to an argument of this type
     seen[0].select(show_clicked, [found, layer, name], [row, column, *seen], **quick)
 
 
-def _image_input(gr: Any, label: str, loaded: LoadedModel) -> gradio.Image:
+def _image_input(label: str, loaded: LoadedModel) -> gr.Image:
     image = gr.Image(label=label, type="pil", sources=["upload", "clipboard"], height=280, buttons=[])
     # Not by a subclass, for which Gradio would write a file beside this one.
-    image.preprocess = functools.partial(_read_upload, gr, Reading(loaded.exif_orientation))
+    image.preprocess = functools.partial(_read_upload, Reading(loaded.exif_orientation))
     return image
 
 
-def _search_tab(gr: Any, index: SearchIndex) -> None:
+def _search_tab(index: SearchIndex) -> None:
     has_text, reading = index.model.tokenizer is not None, Reading(index.model.exif_orientation)
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             text = gr.Textbox(label="What the images show", lines=1, visible=has_text)
-            image = _image_input(gr, "or an image like them" if has_text else "Image", index.model)
+            image = _image_input("or an image like them" if has_text else "Image", index.model)
             top = gr.Number(12, label="Images", precision=0, minimum=1, maximum=100)
             button = gr.Button("Search", variant="primary")
         with gr.Column(scale=4, min_width=320):
@@ -131,7 +125,7 @@ def _search_tab(gr: Any, index: SearchIndex) -> None:
         return shown, f'<div class="experts"><table aria-label="Found images"><tbody>{rows}</tbody></table></div>'
 
     private = {"api_visibility": "private", "trigger_mode": "always_last"}
-    gr.on([button.click, text.submit], _answer(gr, search), [text, image, top], [gallery, table], **private)
+    gr.on([button.click, text.submit], _answer(search), [text, image, top], [gallery, table], **private)
 
 
 def _hit_row(hit: Hit) -> str:
@@ -150,7 +144,7 @@ def _thumbnail(path: str, reading: Reading) -> Image.Image | None:
     return image
 
 
-def _routing_column(gr: Any, layers: list, has_text: bool) -> tuple[list, list]:
+def _routing_column(layers: list, has_text: bool) -> tuple[list, list]:
     """The inputs (layer, row, column, label) and the outputs (map, patch, text tokens, loads) on a model's routing."""
     choices = [(one.title, index) for index, one in enumerate(layers)]
     layer = gr.Radio(choices, value=len(layers) - 1 if layers else None, label="Sparse layer")
@@ -174,8 +168,8 @@ def _routing_column(gr: Any, layers: list, has_text: bool) -> tuple[list, list]:
 class _Answers:
     """What the page shows, as values of its components."""
 
-    def __init__(self, gr: Any, loaded: LoadedModel, templates: Sequence[Template] | str | None) -> None:
-        self.gr, self.loaded, self.templates = gr, loaded, resolve_templates(templates)
+    def __init__(self, loaded: LoadedModel, templates: Sequence[Template] | str | None) -> None:
+        self.loaded, self.templates = loaded, resolve_templates(templates)
         self.has_text, self.layers = loaded.tokenizer is not None, logic.list_layers(loaded)
 
     def classify(self, image: Image.Image | None, labels: str, layer: int, row: int, column: int) -> tuple:
@@ -185,12 +179,14 @@ class _Answers:
         names = logic.parse_labels(labels) if self.has_text else None
         found = logic.explain(self.loaded, image, names, self.templates)
         likeliest, _ = max(found.probabilities, key=lambda pair: pair[1])
-        choice = self.gr.Dropdown(choices=[name for name, _ in found.probabilities], value=likeliest)
-        bars, routing = logic.bars_html(found.probabilities), self.gr.Column(visible=bool(self.layers))
+        choice = gr.Dropdown(choices=[name for name, _ in found.probabilities], value=likeliest)
+        bars, routing = logic.bars_html(found.probabilities), gr.Column(visible=bool(self.layers))
         return found, bars, routing, choice, *self.view(found, layer, row, column, likeliest)
 
-    def show_clicked(self, found: logic.Explanation | None, layer: int, label: str | None, event: Any) -> tuple:
-        """Row and column of the clicked patch, and `view`."""
+    def show_clicked(
+        self, found: logic.Explanation | None, layer: int, label: str | None, event: gr.SelectData
+    ) -> tuple:
+        """Row and column of the clicked patch, and `view`. Gradio finds the event by its type."""
         row, column = 0, 0
         if found is not None:
             grid = found.sample.patches[layer].expert.shape[:2]
@@ -218,13 +214,13 @@ class _Answers:
             if text := by_layer.get(spec.name):
                 tokens = logic.colour_tokens(texts, text)
                 loads["text tokens"] = logic.expert_loads(spec, text)
-        return drawn, patch, self.gr.HighlightedText(value=tokens[0], color_map=tokens[1]), logic.loads_html(loads)
+        return drawn, patch, gr.HighlightedText(value=tokens[0], color_map=tokens[1]), logic.loads_html(loads)
 
 
 ONE_AT_A_TIME = threading.Lock()  # a record of a model's routing holds all that runs meanwhile
 
 
-def _answer(gr: Any, function: Callable) -> Callable:
+def _answer(function: Callable) -> Callable:
     """The function as the answer to an event: one at a time, and a failure is a message on the page."""
 
     @functools.wraps(function)
@@ -236,25 +232,17 @@ def _answer(gr: Any, function: Callable) -> Callable:
             if os.environ.get("VMOE_TRACEBACK"):
                 traceback.print_exc()
             start = "" if isinstance(error, (ValueError, BadSample)) else "This could not be computed: "
-            raise _message(gr, f"{start}{str(error) or type(error).__name__}") from None
+            raise _message(f"{start}{str(error) or type(error).__name__}") from None
 
     return answer
 
 
-def _message(gr: Any, text: str) -> Exception:
+def _message(text: str) -> Exception:
     return gr.Error(html.escape(text), duration=None, print_exception=False)
 
 
-def _read_upload(gr: Any, reading: Reading, upload: Any) -> Image.Image | None:
+def _read_upload(reading: Reading, upload: Any) -> Image.Image | None:
     try:
         return None if upload is None else load_image(upload.path, reading=reading)
     except BadSample as error:
-        raise _message(gr, f"{upload.orig_name or 'The image'}: {error.reason}.") from None
-
-
-def import_gradio() -> Any:
-    try:
-        return importlib.import_module("gradio")
-    except ModuleNotFoundError as error:
-        missing = f"the demo needs the package {error.name}: pip install -e '.[demo]' in a checkout"
-        raise ModuleNotFoundError(missing) from None
+        raise _message(f"{upload.orig_name or 'The image'}: {error.reason}.") from None

@@ -2,9 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -80,12 +78,3 @@ def list_names(names: Sequence[str]) -> str:
     """The first five names, for errors."""
     more = f" and {len(names) - 5} more" * (len(names) > 5)
     return printable(", ".join(names[:5])) + more if names else "nothing"
-
-
-def optional_package(name: str) -> ModuleType:
-    """A package that reads checkpoints; if it is not installed, a ModuleNotFoundError says how to get it."""
-    try:
-        return import_module(name)
-    except ModuleNotFoundError as error:
-        hint = "pip install -e '.[convert]' in a checkout"
-        raise ModuleNotFoundError(f"this checkpoint is read with the package {name}: {hint}", name=name) from error

@@ -9,10 +9,11 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 
-from vmoe.convert.arrays import CheckpointError, optional_package
+from vmoe.convert.arrays import CheckpointError
+from vmoe.utils.optional import import_optional
 from vmoe.utils.printable import printable
 
-msgpack = optional_package("msgpack")
+msgpack = import_optional("msgpack", "convert", "MessagePack files need")
 
 # More than any real checkpoint has; a hostile file of a few bytes must not fill the memory.
 MAX_ITEMS, MAX_CHUNKS, MAX_STRING, MAX_NAME = 2**18, 2**17, 2**16, 500

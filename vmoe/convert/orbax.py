@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from vmoe.convert.arrays import CheckpointError, StoredArray, list_names, optional_package
+from vmoe.convert.arrays import CheckpointError, StoredArray, list_names
+from vmoe.utils.optional import import_optional
 from vmoe.utils.printable import printable
 
 logger = logging.getLogger("vmoe.convert")
@@ -85,7 +86,7 @@ def _stored(store: Any, source: str) -> StoredArray:
 
 def open_orbax(folder: str | Path) -> dict[str, StoredArray]:
     """The arrays of an Orbax checkpoint by name, "params/Encoder/encoder_norm/scale"."""
-    ts = optional_package("tensorstore")
+    ts = import_optional("tensorstore", "convert", "Orbax checkpoints need")
     folder = Path(folder).resolve()
     plain = {"driver": "file", "path": f"{folder}/"}
     base = {"driver": "ocdbt", "base": plain} if (folder / "manifest.ocdbt").is_file() else plain

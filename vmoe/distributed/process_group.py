@@ -18,6 +18,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from vmoe.distributed.heartbeat import DONE, ERROR, LOST, REMEDY, Heartbeat, LostProcessError, generation_of, sentence
 from vmoe.utils.config import ConfigError
+from vmoe.utils.printable import first_line
 from vmoe.utils.world import world
 
 Result = TypeVar("Result")
@@ -100,11 +101,6 @@ def must_report(error: BaseException, rank: int) -> bool:
     """Whether process `rank` prints its error: process 0 prints those that all of them have."""
     shared = isinstance(error, ConfigError) or getattr(error, "shared", False)
     return rank == 0 or not (shared or getattr(error, "reported", False))
-
-
-def first_line(error: BaseException) -> str:
-    """An error of PyTorch without the C++ stack below."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def set_timeout(meshes: list[DeviceMesh], timeout: float) -> None:

@@ -3,8 +3,6 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
-from types import ModuleType
 from unittest.mock import patch
 
 import torch
@@ -18,9 +16,11 @@ from vmoe.evaluation.loaded_model import LoadedModel, load_model
 from vmoe.evaluation.tasks import TASKS, check_task, zero_shot_prompts
 from vmoe.evaluation.zero_shot import resolve_templates
 from vmoe.utils.config import ConfigError
+from vmoe.utils.optional import import_optional
 
 TOLERANCE = 1e-6
 CUTOFFS = [1, 5, 10]
+NEEDED = ("benchmark", "CLIP_benchmark's metrics need")  # the extra, for `import_optional`
 # Theirs name the direction by what is found, ours by from what to what.
 THEIR_NAMES = {
     "top1": "acc1",
@@ -45,7 +45,7 @@ def compare(config: EvaluationConfig, console: Console) -> list[tuple[str, float
         BadSample: an unreadable image.
         ModuleNotFoundError: CLIP_benchmark is not installed.
     """
-    _import("clip_benchmark.metrics")  # if it is missing, this is said before the work is done
+    import_optional("clip_benchmark.metrics", *NEEDED)  # if it is missing, this is said before the work is done
     if config.task not in ("zero_shot", "retrieval") or not isinstance(config.checkpoint, str):
         raise ConfigError("the comparison is for one checkpoint and the tasks zero_shot and retrieval")
     if config.data.type is None:
@@ -122,7 +122,7 @@ def their_retrieval(loaded: LoadedModel, dataset: ImageDataset, batch_size: int)
 
 def their_command(argv: Sequence[str]) -> int:
     """Runs `clip_benchmark` with these arguments; `--model_type vmoe --pretrained RUN` stands for a checkpoint."""
-    cli, models = _import("clip_benchmark.cli"), _import("clip_benchmark.models")
+    cli, models = (import_optional(f"clip_benchmark.{name}", *NEEDED) for name in ("cli", "models"))
 
     def load(model_name: str, pretrained: str, cache_dir: str | None, device: str) -> tuple:
         loaded = load_model(pretrained, device)
@@ -152,14 +152,6 @@ def _accuracy_for_new_numpy() -> Iterator[None]:
 
     with patch.object(zeroshot_classification, "accuracy", accuracy):
         yield
-
-
-def _import(name: str) -> ModuleType:
-    try:
-        return import_module(name)
-    except ModuleNotFoundError as error:
-        remedy = "CLIP_benchmark and what it needs come with pip install -e '.[benchmark]' in a checkout"
-        raise ModuleNotFoundError(f"{error}: {remedy}") from None
 
 
 class _Samples(Dataset):

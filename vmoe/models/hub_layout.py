@@ -5,7 +5,7 @@ from pathlib import Path
 from vmoe.models.preprocess import CROP_MODES
 from vmoe.models.validation import without_loading
 from vmoe.utils.files import read_json
-from vmoe.utils.printable import printable
+from vmoe.utils.printable import first_line, printable
 
 TIMM = ("config.json", "model.safetensors")
 OPEN_CLIP = ("open_clip_config.json", "open_clip_model.safetensors")
@@ -23,11 +23,9 @@ def hub_folder(source: str) -> Path:
 
 
 def _download(source: str, repo: str, revision: str) -> Path:
-    try:
-        import huggingface_hub
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-    except ImportError:
-        raise ValueError(f"{source} needs huggingface_hub (pip install huggingface_hub)") from None
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
     for config, weights in (OPEN_CLIP, TIMM):
         try:
             huggingface_hub.hf_hub_download(repo, config, revision=revision or None)
@@ -43,7 +41,7 @@ def _download(source: str, repo: str, revision: str) -> Path:
 
 def cannot_download(what: str, error: Exception) -> str:
     """One sentence about something that could not be downloaded."""
-    reason = printable((str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0])[:300]
+    reason = first_line(error).partition(". ")[0]
     return f"{what} cannot be downloaded ({reason}): check the name and the network, or give a file"
 
 

@@ -277,11 +277,16 @@ def _misfit(model: nn.Module, source: Path, stored: dict, misfits: dict[str, lis
     return message
 
 
+def classifiers(model: nn.Module) -> Sequence[str]:
+    """The names of a timm model's classifiers."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    return (names,) if isinstance(names, str) else names
+
+
 def _new_head(model: nn.Module, own: dict[str, Tensor], stored: StoredTensors) -> list[str]:
     """The tensors of classifiers whose number of classes is not the stored one."""
     names = []
-    classifiers = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-    for classifier in (classifiers,) if isinstance(classifiers, str) else classifiers:
+    for classifier in classifiers(model):
         weight = f"{classifier}.weight"
         new, old = own[weight].shape if weight in own else (), stored.shapes.get(weight, ())
         if new[:1] != old[:1]:

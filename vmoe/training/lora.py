@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from vmoe.models.serialization import classifiers
 from vmoe.moe import GroupedLinear, SparseMoE
 from vmoe.moe.router import Gate
+from vmoe.utils.optional import import_optional
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -37,7 +39,8 @@ def lora_config(
         **kwargs: further arguments of LoraConfig. PEFT takes no `lora_dropout` and no variants for "experts" and
             "router".
     """
-    peft, found = _peft(), {target: ([], []) for target in TARGETS}
+    peft = import_optional("peft", "lora", "LoRA needs", error=ValueError)
+    found = {target: ([], []) for target in TARGETS}
     for name, target, parameter in _parts(model):
         found[target][parameter].append(name)
     for target in targets:
@@ -47,7 +50,7 @@ def lora_config(
     if not targets:
         raise ValueError(f"targets must name some of {', '.join(TARGETS)}")
     modules, parameters = ([name for target in targets for name in found[target][kind]] for kind in (False, True))
-    heads = [name for name in _classifiers(model) if isinstance(model.get_submodule(name), nn.Linear)]
+    heads = [name for name in classifiers(model) if isinstance(model.get_submodule(name), nn.Linear)]
     settings = {"target_modules": modules or None, "target_parameters": parameters or None, "modules_to_save": heads}
     return peft.LoraConfig(r=r, lora_alpha=alpha, **settings | kwargs)
 
@@ -55,10 +58,11 @@ def lora_config(
 def add_lora(model: nn.Module, targets: Sequence[str], r: int, alpha: float) -> None:
     """Adds adapters in place. They and what `_whole` lists are trained as before, all else is frozen."""
     config = lora_config(model, targets, r, alpha, modules_to_save=None)
+    from peft import inject_adapter_in_model
     from peft.tuners.lora.layer import ParamWrapper
 
     trained = [parameter for parameter in _whole(model) if parameter.requires_grad]
-    _peft().inject_adapter_in_model(config, model)
+    inject_adapter_in_model(config, model)
     for parameter in trained:
         parameter.requires_grad_(True)
     # PEFT puts them last in each forward pass. A moving average needs one order (timm's goes through both models).
@@ -87,14 +91,6 @@ def merge_lora(model: nn.Module) -> nn.Module:
     return plain
 
 
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise ValueError("LoRA needs PEFT: from a checkout, pip install -e '.[lora]'") from None
-    return peft
-
-
 def _parts(model: nn.Module) -> list[tuple[str, str, bool]]:
     """(name, its target, whether it is a parameter instead of a module) of all that can be adapted."""
     parts, inside = [], {}  # {name of a module: the target of all linear layers in it, or None}
@@ -114,13 +110,8 @@ def _parts(model: nn.Module) -> list[tuple[str, str, bool]]:
     return parts
 
 
-def _classifiers(model: nn.Module) -> Sequence[str]:
-    classifiers = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-    return (classifiers,) if isinstance(classifiers, str) else classifiers
-
-
 def _whole(model: nn.Module) -> list[nn.Parameter]:
     """What is trained whole beside adapters: classifiers, and the scale and bias of a contrastive loss."""
-    heads = [parameter for name in _classifiers(model) for parameter in model.get_submodule(name).parameters()]
+    heads = [parameter for name in classifiers(model) for parameter in model.get_submodule(name).parameters()]
     scales = (getattr(model, name, None) for name in ("logit_scale", "logit_bias"))
     return heads + [scale for scale in scales if isinstance(scale, nn.Parameter)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import secrets
 import sys
 from pathlib import Path
@@ -10,15 +9,16 @@ from typing import Any
 
 from vmoe.utils.config import ConfigError
 from vmoe.utils.files import atomic_file
+from vmoe.utils.optional import import_optional
+from vmoe.utils.printable import first_line
 
 ID_FILE = "wandb_id.txt"  # in the run's folder
 
 
 def check_wandb(project: str | None) -> None:
     """ConfigError: wandb is wanted, and not installed."""
-    if project is not None and importlib.util.find_spec("wandb") is None:
-        remedy = "from a checkout `pip install -e '.[wandb]'`, else `pip install wandb`"
-        raise ConfigError(f"train.wandb needs the package wandb ({remedy}); null logs nothing there")
+    if project is not None:
+        import_optional("wandb", "wandb", "train.wandb needs", "; null logs nothing there", ConfigError)
 
 
 class WandbLog:
@@ -43,7 +43,7 @@ class WandbLog:
                 settings=wandb.Settings(console="off", silent=True),
             )
         except Exception as error:  # no account, no network, a name that it refuses
-            reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+            reason = first_line(error).rstrip(".")
             account = "api key" in reason.lower() or "log in" in reason.lower()
             remedy = "; run `wandb login`, or set WANDB_MODE=offline" if account else ""
             raise ConfigError(f"train.wandb {project}: {reason}{remedy}") from error

