@@ -2,10 +2,14 @@ import errno
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import vmoe
 from vmoe.cli.export import main
@@ -14,11 +18,15 @@ from vmoe.models.manifest import find_problems
 from vmoe.training.checkpoint import Checkpointer
 
 SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 2, "num_experts": 2}
+FACTS = {"class_names": list("abc")}
 
 
 def build(seed):
     torch.manual_seed(seed)
-    return vmoe.create_model("vmoe_tiny_patch8_48", num_classes=3, moe_layers="every1", **SMALL)
+    model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=3, moe_layers="every1", **SMALL)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)  # as trained: no classifier of zeros
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +34,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     model = build(0)
     for step, ema in ((1, None), (2, build(1))):
-        Checkpointer(folder, 2).save(step, model, ema, torch.optim.SGD(model.parameters()), {}, {"class_names": ["a"]})
+        Checkpointer(folder, 2).save(step, model, ema, torch.optim.SGD(model.parameters()), {}, FACTS)
     return folder
 
 
@@ -58,24 +66,86 @@ def test_a_runs_newest_checkpoint_becomes_one_file(run, tmp_path, capsys):
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
+LOAD = """
+import json, sys, torch
+facts = {"vmoe.json": ""}
+program = torch.export.load("model.pt2", extra_files=facts)
+assert json.loads(facts["vmoe.json"])["extra"]["class_names"] == list("abc")
+images = torch.ones(3, *json.loads(facts["vmoe.json"])["preprocess"]["input_size"])
+torch.save(program.module()(images)[0], "logits.pt")
+assert not any(name.startswith(("vmoe", "timm")) for name in sys.modules)
+"""
+
+
+def test_a_program_of_a_run_needs_no_vmoe(run, tmp_path, capsys):
+    file = tmp_path / "new" / "model.pt2"
+    assert main([str(run), "--output", str(file), "--format", "pt2"]) == 0
+    shown = capsys.readouterr()
+    steps = ["tracing the model ...", f"writing {file} ...", "comparing the file with the model ..."]
+    assert shown.err.splitlines() == steps
+    assert "step_000002/ema.safetensors: the moving average of the weights, which eval.py measures too" in shown.out
+    assert re.search(r"7 .*logits .*0\.0e\+00 .*0\.0e\+00 .*0 ", shown.out)
+    subprocess.run([sys.executable, "-c", LOAD], cwd=file.parent, check=True)
+    model = vmoe.create_model(pretrained=run).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.load(file.parent / "logits.pt"), model(torch.ones(3, 3, 16, 16)))
+
+
+def test_a_hub_folder_has_the_metrics_of_the_runs_evaluation(tmp_path, capsys):
+    """Of these weights alone: not of the trained ones beside their moving average, nor of an earlier step."""
+    model, average = build(0).eval(), build(1).eval()
+    for step, evaluated in ((1, 1), (2, 1)):
+        state = {"step": step, "progress": {"evaluated": evaluated, "evaluation": {"top1": 0.875}}}
+        Checkpointer(tmp_path, 2).save(step, model, average, torch.optim.SGD(model.parameters()), state, {})
+    first, second = sorted((tmp_path / "checkpoints").iterdir())
+    hub, images = tmp_path / "hub", torch.randn(2, 3, 16, 16)
+    for source, options, weights, measured in (
+        (first, [], average, True),
+        (first, ["--raw"], model, False),
+        (first / "model.safetensors", [], model, False),
+        (second, [], average, False),
+    ):
+        assert main([str(source), "--format", "hub", "--output", str(hub), "--license", "mit", *options]) == 0
+        assert ("as they were trained" in capsys.readouterr().out) == (weights is model)
+        card = (hub / "README.md").read_text()
+        assert ("license: mit" in card, "0.875" in card) == (True, measured)
+        made = timm.create_model(f"local-dir:{hub}", pretrained=True).eval()
+        assert torch.equal(made(images), weights(images))
+
+
+INSIDE = "lies in the checkpoint .*step_000002, which another file would damage"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([".", "--output", "out.pt"], "ends with .safetensors"),
-        (["nowhere", "--output", "out.safetensors"], "nowhere: it does not exist"),
-        (["checkpoints/step_000001/model.safetensors", "--output", "out.safetensors"], "is one file already"),
-        ([".", "--output", "checkpoints/step_000002/out.safetensors"], "lies in the checkpoint .*step_000002, which"),
-        ([".", "--output", "checkpoints/step_000002/model.safetensors"], "lies in the checkpoint .*step_000002, which"),
-        ([".", "--output", "checkpoints/step_000002/new/out.safetensors"], "lies in the checkpoint .*step_000002, wh"),
+        (["nowhere", "--output", "x.safetensors"], "nowhere: it does not exist"),
+        (["checkpoints/step_000001/model.safetensors", "--output", "x.safetensors"], "is one file already"),
+        ([".", "--output", "checkpoints/step_000002/x.safetensors"], INSIDE),
+        ([".", "--output", "checkpoints/step_000002/model.safetensors"], INSIDE),
+        ([".", "--output", "checkpoints/step_000002/new/x.safetensors"], INSIDE),
+        ([".", "--output", "checkpoints/step_000002/x.pt2", "--format", "pt2"], INSIDE),
+        ([".", "--output", "x.onnx"], "x.onnx: give a name that ends with .safetensors"),
+        ([".", "--output", "x.onnx", "--format", "pt2"], "x.onnx: give a name that ends with .pt2"),
+        ([".", "--output", "x.pt2", "--format", "pth"], "--format pth: choose one of safetensors, "),
+        ([".", "--output", "folder.onnx", "--format", "onnx"], "folder.onnx is a folder; give"),
+        ([".", "--output", "file/x.pt2", "--format", "pt2"], "x.pt2 cannot be written .*; free some space or"),
+        ([".", "--output", "x.onnx", "--format", "onnx", "--compile"], "--compile is for pt2, not for onnx; leave it"),
+        ([".", "--output", "x.safetensors", "--part", "text"], "--part is for pt2 and onnx, not for safetensors"),
+        ([".", "--output", "x.pt2", "--format", "pt2", "--license", "mit"], "--license is for hub, not for pt2"),
+        ([".", "--output", "x.pt2", "--format", "pt2", "--part", "text"], "takes images alone, so it has no part 'te"),
     ],
 )
 def test_mistakes_are_one_sentence_and_write_nothing(run, monkeypatch, capsys, argv, message):
     monkeypatch.chdir(run)
+    (run / "folder.onnx").mkdir(exist_ok=True)
+    (run / "file").touch()
+    before = sorted(run.rglob("*"))
     assert main(argv) == 1
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1
     assert re.search(message, shown)
-    assert [path.name for path in run.iterdir()] == ["checkpoints"]
+    assert sorted(run.rglob("*")) == before
     assert not any(find_problems(folder) for folder in (run / "checkpoints").iterdir())
 
 

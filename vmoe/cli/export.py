@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vmoe.cli.command import exit_code
+from vmoe.evaluation.paths import check_checkpoint
 from vmoe.utils.printable import safe_output
 from vmoe.utils.tables import MetricTable, make_console
 
@@ -34,9 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def run() -> None:
+        check_checkpoint(args.source)
         from vmoe.export.exporter import export_model
 
         options = {"raw": args.raw, "part": args.part, "compile": args.compile, "license": args.license}
+        options["progress"] = lambda step: print(f"{step} ...", file=sys.stderr, flush=True)
         exported = export_model(args.source, args.output, args.format, **options)
         print(f"read     {exported.read}")
         if exported.differences:

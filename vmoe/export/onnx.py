@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -11,19 +10,16 @@ from torch.export import ExportedProgram
 
 from vmoe.export.check import Run
 from vmoe.export.part import Part
-from vmoe.export.program import first_line
+from vmoe.export.program import root_cause
+from vmoe.utils.optional import import_optional
 
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 MAX_BYTES = 2**31 - 2**24  # of an ONNX file, with space for the graph
 
 
 def check_onnx(part: Part) -> None:
     """ModuleNotFoundError: a package is missing; ValueError: the weights are too large for the format."""
-    missing = [name for name in PACKAGES if find_spec(name) is None]
-    if missing:
-        raise ModuleNotFoundError(
-            f"ONNX files need the packages {', '.join(missing)}: pip install -e '.[export]' in a checkout"
-        )
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        import_optional(package, "export", "ONNX files need")
     size = sum(tensor.nbytes for tensor in part.state_dict().values())
     if size > MAX_BYTES:
         raise ValueError(
@@ -54,7 +50,7 @@ def write_onnx(part: Part, program: ExportedProgram, metadata: dict, draft: Path
         raise
     except Exception as error:  # the exporter and the runtime raise many kinds
         raise ValueError(
-            f"{type(part.model).__name__} cannot be written as ONNX ({first_line(error)}); choose the format pt2"
+            f"{type(part.model).__name__} cannot be written as ONNX ({root_cause(error)}); choose the format pt2"
         ) from error
 
     def run(*inputs):

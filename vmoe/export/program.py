@@ -12,7 +12,7 @@ from torch.export import Dim, ExportedProgram
 
 from vmoe.export.check import Run
 from vmoe.export.part import Part
-from vmoe.utils.printable import printable
+from vmoe.utils.printable import first_line
 
 METADATA_FILE = "vmoe.json"  # in the file; `torch.export.load(file, extra_files={"vmoe.json": ""})` reads it
 
@@ -28,7 +28,7 @@ def trace(part: Part) -> ExportedProgram:
             return torch.export.export(part, inputs, dynamic_shapes=(shapes,), **deferred)
     except Exception as error:  # torch.export raises many kinds
         raise ValueError(
-            f"{type(part.model).__name__} cannot be exported for batches of any size ({first_line(error)}); "
+            f"{type(part.model).__name__} cannot be exported for batches of any size ({root_cause(error)}); "
             "the format safetensors holds every model"
         ) from error
 
@@ -49,7 +49,7 @@ def write_package(part: Part, program: ExportedProgram, metadata: dict, draft: P
     except OSError:
         raise
     except Exception as error:  # whatever the compilers raise
-        reason = f"AOTInductor cannot compile {type(part.model).__name__} ({first_line(error)})"
+        reason = f"AOTInductor cannot compile {type(part.model).__name__} ({root_cause(error)})"
         raise ValueError(f"{reason}; is there a C++ compiler (g++)? leave --compile out for a program") from error
     run = torch._inductor.aoti_load_package(str(draft))
     return lambda *inputs: _without_gradient(run, inputs)
@@ -60,9 +60,8 @@ def _without_gradient(run, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         return list(run(*inputs))
 
 
-def first_line(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """What failed in a library: the first line of the error that led to the others."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return printable(f"{type(error).__name__}: {lines[0] if lines else ''}")[:300]
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -12,6 +12,7 @@ from vmoe.models.serialization import (
     SETTINGS_NAME,
     StoredTensors,
     WeightsError,
+    cannot_write,
     checkpoint_weights,
     find_weights,
     mapped_safetensors,
@@ -35,12 +36,6 @@ def check_output(output: Path, suffix: str) -> None:
             raise WeightsError(f"--output {output} {problem}; give another folder")
 
 
-def cannot_write(output: Path, error: OSError) -> WeightsError:
-    """What to tell the user about an error of the disk."""
-    reason = f"({error.strerror or error}); free some space or choose another folder"
-    return WeightsError(f"{output} cannot be written {reason}")
-
-
 def source_weights(source: str | Path, raw: bool) -> Path:
     """The weights that `eval.py` reads for a run or checkpoint; with `raw` those without a moving average."""
     weights = find_weights(source)  # compares the checkpoint with its checksums
@@ -50,15 +45,17 @@ def source_weights(source: str | Path, raw: bool) -> Path:
 
 
 def describe(weights: Path) -> str:
-    """Which weights these are, for the user."""
-    if not is_checkpoint(weights.parent):
-        return "the weights of that file"
+    """Where weights are, and which they are, for the user."""
     average = checkpoint_weights(weights.parent, average=True)
-    if average is None:
-        return "the weights, which eval.py measures too; the run kept no moving average of them"
-    if weights != average:
-        return "the weights as they were trained, not their moving average, which eval.py measures"
-    return "the moving average of the weights, which eval.py measures too; --raw exports the weights themselves"
+    if not is_checkpoint(weights.parent):
+        which = "the weights of that file"
+    elif average is None:
+        which = "the weights, which eval.py measures too; the run kept no moving average of them"
+    elif weights != average:
+        which = "the weights as they were trained, not their moving average, which eval.py measures"
+    else:
+        which = "the moving average of the weights, which eval.py measures too; --raw exports the weights themselves"
+    return f"{weights}: {which}"
 
 
 def metrics_of(weights: Path) -> dict[str, float]:

@@ -23,10 +23,10 @@ from vmoe.models.flops import count_parameters
 from vmoe.models.hub_layout import ARCHITECTURE, OPEN_CLIP, TIMM, folder_settings
 from vmoe.models.open_clip_models import model_config
 from vmoe.models.preprocess import open_clip_preprocess, preprocess_config
-from vmoe.models.serialization import METADATA_KEY, WeightsError, safetensors_metadata
+from vmoe.models.serialization import METADATA_KEY, WeightsError, cannot_write, safetensors_metadata
 from vmoe.models.spec import model_spec
-from vmoe.models.validation import without_loading
 from vmoe.moe import SparseMoE
+from vmoe.utils.printable import first_line
 
 CARD = "README.md"
 ABOUT = "A model of the Python package vmoe."  # by which the card is known as ours
@@ -59,7 +59,9 @@ def save_hub_folder(
         if image_text:
             content = _open_clip_config(model, spec)
         else:
-            save_config_for_hf(model, draft / config, {"label_names": extra.get("class_names")}, _plain(spec["kwargs"]))
+            # Preprocessing is beside them. Unlike timm.create_model's, None among them is not the default.
+            args = {k: v for k, v in spec["kwargs"].items() if k != "pretrained_cfg_overlay" and v is not None}
+            save_config_for_hf(model, draft / config, {"label_names": extra.get("class_names")}, args)
             content = json.loads((draft / config).read_text())
             content["pretrained_cfg"] |= {"license": license}
             if spec.keys() & {"upcycle", "experts"}:
@@ -85,10 +87,8 @@ def push_to_hub(
 ) -> Any:
     """Uploads `save_hub_folder(model, ..., **card)` to a repository, which is made if it does not exist, and returns
     what huggingface_hub does. A model card that is there stays. A ValueError says why it could not be uploaded."""
-    try:
-        from huggingface_hub import HfApi
-    except ImportError:
-        raise ValueError("push_to_hub needs huggingface_hub (pip install huggingface_hub)") from None
+    from huggingface_hub import HfApi
+
     with TemporaryDirectory() as parent:
         folder = save_hub_folder(model, Path(parent, repo_id.rpartition("/")[2]), **card)
         try:
@@ -100,8 +100,7 @@ def push_to_hub(
             about = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
             return api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=kept, **about)
         except Exception as error:  # no network, no token, no right to write, a name that is none
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{repo_id!r} cannot be uploaded to the hub: {reason}") from error
+            raise ValueError(f"{repo_id!r} cannot be uploaded to the hub: {first_line(error)}") from error
 
 
 @contextmanager
@@ -117,10 +116,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
             folder.rename(old)
         draft.rename(folder)
     except OSError as error:
-        reason = error.strerror or error
-        raise WeightsError(
-            f"{folder} cannot be written ({reason}): free some space or choose another folder"
-        ) from error
+        raise cannot_write(folder, error) from error
     finally:
         if old.exists() and not folder.exists():
             old.rename(folder)
@@ -157,11 +153,6 @@ def _label_names(model: nn.Module, names: Any) -> dict[str, list[str]]:
             f"{given}; correct it or leave it out"
         )
     return {"class_names": list(names)}
-
-
-def _plain(kwargs: dict) -> dict:
-    """A model's settings as timm's `model_args`: what they load and their preprocessing are elsewhere."""
-    return {k: v for k, v in without_loading(kwargs).items() if k != "pretrained_cfg_overlay" and v is not None}
 
 
 def _open_clip_config(model: nn.Module, spec: dict) -> dict:

@@ -46,6 +46,12 @@ class WeightsError(ValueError):
     """Weights that cannot be read or do not fit the model."""
 
 
+def cannot_write(target: Path, error: OSError) -> WeightsError:
+    """What to tell the user about an error of the disk."""
+    reason = error.strerror or error
+    return WeightsError(f"{target} cannot be written ({reason}); free some space or choose another folder")
+
+
 def find_weights(path: str | Path) -> Path:
     """The file or folder of weights for a `.safetensors` path, a checkpoint, a run (its newest checkpoint), a folder of
     timm or open_clip, or "local-dir:FOLDER" or "hf-hub:ORG/NAME", which is downloaded.
