@@ -39,6 +39,9 @@ WRONG_PATHS = {
         (["--checkpoint", "{here}", "--index", "nope.npz"], "no index at nope.npz"),
         (["--checkpoint", "nope"], "no weights at nope"),
     ],
+    "vmoe-inspect": [(["--checkpoint", "nope"], "no weights at nope")],
+    "vmoe-export": [(["nope", "--output", "x.safetensors"], "no weights at nope")],
+    "vmoe-clip-benchmark": [(["--task=retrieval", "--data.type=emoji", "--checkpoint=nope"], "no weights at nope")],
 }
 COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 # Each runs as its console script does; a process of its own for each would take longer.

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from vmoe.cli.command import exit_code
 from vmoe.evaluation.config import EvaluationConfig
+from vmoe.evaluation.paths import check_checkpoint
 from vmoe.utils.config import parse_config
 from vmoe.utils.printable import safe_output
 from vmoe.utils.tables import MetricTable, make_console
@@ -43,6 +44,8 @@ def run_theirs(argv: Sequence[str]) -> None:
 
 def run(config: EvaluationConfig) -> bool:
     """Prints the metrics of both; returns whether all agree."""
+    for checkpoint in config.checkpoints:
+        check_checkpoint(checkpoint)
     from vmoe.evaluation import clip_benchmark
 
     console = make_console()

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from vmoe.cli.command import exit_code
 from vmoe.data.config import LoaderConfig, SourceConfig
+from vmoe.evaluation.paths import check_checkpoint
 from vmoe.utils.config import ConfigError, check_types, parse_config, read_settings_file
 from vmoe.utils.files import is_writable, local_path
 from vmoe.utils.printable import safe_output
@@ -92,6 +93,7 @@ def run(config: InspectConfig, console: Console | None = None) -> RoutingStatist
 
     ConfigError, before the data are read, which may take hours: a dense model, no data, wrong settings.
     """
+    check_checkpoint(config.checkpoint)
     from vmoe.data import build_dataset, with_orientation
     from vmoe.evaluation.loaded_model import load_model
     from vmoe.inspection.forward import sparse_layers
