@@ -237,7 +237,7 @@ def test_output_that_cannot_be_written(files, capsys, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "dir.csv").mkdir()
     for output, code, error in (
-        ("out.txt", 2, "--output must end in .csv or .jsonl, got "),
+        ("out.txt", 2, "out.txt must end with .csv or .jsonl"),
         ("dir.csv", 2, "dir.csv cannot be written: give a file in a folder that can be"),
         ("file/out.csv", 2, "file/out.csv cannot be written"),
     ):

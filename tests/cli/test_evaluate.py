@@ -423,12 +423,15 @@ def test_files_that_cannot_be_written_are_found_first(tree, classifier, tmp_path
     assert sorted(file.name for file in tmp_path.iterdir()) == ["cc.png", "dd_confusion.csv"]
 
 
-def test_files_of_outputs_with_other_endings_do_not_meet(tree, classifier, tmp_path):
+def test_files_of_outputs_with_other_endings_do_not_meet(tree, classifier, tmp_path, capsys):
     argv = ["--config", "classification_folder", *folder_arguments(tree)]
     assert main(arguments(classifier, tmp_path / "new" / "res.v2", *argv)) == 0
     endings = ("", "_per_class.csv", "_confusion.csv", "_confusion.png", "_samples.csv")
     ours = {f"res.v2{ending}" for ending in endings}
     assert {file.name for file in (tmp_path / "new").iterdir()} == ours
+    (tmp_path / "thesis.doc").touch()
+    assert main(arguments(classifier, tmp_path / "thesis.doc", *argv)) == 2
+    assert "thesis.doc is there and no .json file: give another file" in capsys.readouterr().err
 
 
 def test_results_do_not_damage_a_checkpoint(tree, classifier, tmp_path, capsys):

@@ -24,7 +24,7 @@ WRONG_PATHS = {
         (["--checkpoint", "{here}", "--images", "nope.jpg", "--output", "x.npz"], "nope.jpg: no such file or folder"),
     ],
     "vmoe-classify": [
-        (["{here}", "--checkpoint", "{here}", "--output", "x.txt"], "--output must end in .csv or .jsonl"),
+        (["{here}", "--checkpoint", "{here}", "--output", "x.txt"], "output x.txt must end with .csv or .jsonl"),
         (["{here}", "--checkpoint", "local-dir:nope"], "no weights at nope"),
         (["nope.jpg", "--checkpoint", "{here}"], "nope.jpg: no such file or folder"),
     ],

@@ -18,9 +18,9 @@ from rich.progress import track
 from vmoe.cli.command import exit_code
 from vmoe.data.images import MAX_PIXELS, BadSample, Reading, find_images, load_image
 from vmoe.evaluation.class_names import known_sets
-from vmoe.evaluation.paths import check_checkpoint
+from vmoe.evaluation.paths import check_checkpoint, check_output
 from vmoe.utils.config import ConfigError
-from vmoe.utils.files import atomic_file, can_write
+from vmoe.utils.files import atomic_file
 from vmoe.utils.printable import escaped, printable, safe_output
 from vmoe.utils.tables import MetricTable, make_console
 
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     The JSON is a list of {"image": path, "predictions": [{"label", "probability"}, ...]}, the most probable first.
     """
     if arguments.output is not None:
-        _check_output(arguments.output)
+        check_output(arguments.output, ".csv", ".jsonl")
     for name in ("top", "batch_size", "max_pixels"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name} must be >= 1, got {getattr(arguments, name)}")
@@ -145,14 +145,6 @@ def _predictions(
             rows = [{"label": names[index], "probability": value} for index, value in pairs]
             yield {"image": str(path), "predictions": rows}
         paths.clear()
-
-
-def _check_output(file: Path) -> None:
-    """ConfigError: the predictions cannot be written there."""
-    if file.suffix not in (".csv", ".jsonl"):
-        raise ConfigError(f"--output must end in .csv or .jsonl, got {file}")
-    if not can_write(file):
-        raise ConfigError(f"--output {file} cannot be written: give a file in a folder that can be")
 
 
 def _write(found: Iterator[dict], file: Path, top: int) -> None:

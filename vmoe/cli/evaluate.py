@@ -107,7 +107,9 @@ def _check_output(config: EvaluationConfig, rank: int) -> None:
 
 
 def _check_files(config: EvaluationConfig, target: Path) -> None:
-    """ConfigError: the JSON file, or one that belongs to it, cannot be written."""
+    """ConfigError: the JSON file, or one that belongs to it, cannot be written, or a file of another kind is there."""
+    if target.suffix != ".json" and target.is_file():
+        raise ConfigError(f"output {target} is there and no .json file: give another file, as in --output result.json")
     for file in (target, *itertools.chain(*_tables(config, target)), *_figures(config, target)):
         if not can_write(file):
             of = "" if file == target else f": {file}, which belongs to it,"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vmoe.cli.command import exit_code
+from vmoe.evaluation.paths import check_output
 from vmoe.planning.hardware import pick_hardware
 from vmoe.training.config import Config
 from vmoe.utils.config import ConfigError, parse_config
@@ -30,7 +31,7 @@ class PlanConfig(Config):
         hardware: Numbers instead of those of gpu. GiB: memory; 10^12 operations per second: half_tflops,
             float32_tflops; GB/s in one direction: memory_bandwidth, node_bandwidth, network_bandwidth.
         top: Candidates to show.
-        output: File for the whole plan as JSON; null: none.
+        output: .json file for the whole plan; null: none.
     """
 
     nodes: int = 1
@@ -55,6 +56,8 @@ def run(argv: Sequence[str] | None = None) -> None:
     for name in ("nodes", "gpus_per_node", "top"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} must be >= 1, got {getattr(config, name)}")
+    if config.output is not None:
+        check_output(config.output, ".json")
     hardware = pick_hardware(config.gpu, config.hardware)
     from vmoe.planning.plan_report import as_json, show
     from vmoe.planning.planner import Planner, rank
@@ -64,6 +67,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     ranked = rank([planner.candidate(mesh, checkpointing) for checkpointing in (False, True) for mesh in meshes])
     show(make_console(), planner, ranked, impossible, config.top)
     if config.output is not None:
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(Path(config.output)) as draft:
             draft.write_text(json.dumps(as_json(planner, ranked, impossible), indent=2) + "\n", encoding="utf-8")
         print(f"the whole plan is in {config.output}")

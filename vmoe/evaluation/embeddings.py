@@ -61,7 +61,7 @@ def embed_images(
     lie in `OUTPUT.parts`; the same call continues there, with the same result. Images that cannot be read are skipped.
 
     Raises:
-        ConfigError: `output` has another ending, exists, or cannot be written to; pyarrow is missing.
+        ConfigError: `output` has another ending or cannot be written; pyarrow is missing.
         ValueError: no image can be read, or embeddings are not finite in float16.
     """
     output = check_output(output)
@@ -127,8 +127,8 @@ def _one_per_image(dataset: ImageDataset) -> list[int]:
 
 
 def check_output(output: str | Path) -> Path:
-    """The file to write, nothing is made; ConfigError: it has another ending, exists, or cannot be written to; its
-    folder of parts holds something else; pyarrow is missing."""
+    """The file to write, nothing is made; ConfigError: it has another ending or cannot be written; its folder of parts
+    holds something else; pyarrow is missing."""
     output = Path(output)
     check_new_index(output)
     if os.path.lexists(parts := _parts_of(output)) and not _holds_only_parts(parts):

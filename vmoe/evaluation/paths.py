@@ -8,6 +8,7 @@ from types import ModuleType
 
 from vmoe.utils.config import ConfigError
 from vmoe.utils.files import can_write, local_path
+from vmoe.utils.optional import import_optional
 
 INDEX_ENDINGS = (".parquet", ".npz")
 
@@ -26,24 +27,26 @@ def check_index(file: str | Path) -> None:
         raise ValueError(f"index {file} must end with {' or '.join(INDEX_ENDINGS)}")
 
 
-def check_new_index(output: str | Path) -> None:
-    """ConfigError: a file of embeddings has another ending, exists, or cannot be written; pyarrow is missing."""
-    if Path(output).suffix not in INDEX_ENDINGS:
-        raise ConfigError(f"output {output} must end with {' or '.join(INDEX_ENDINGS)}")
-    if os.path.exists(output):
-        raise ConfigError(f"output {output} exists already: remove it, or give another name")
+def check_output(output: str | Path, *endings: str) -> None:
+    """ConfigError: a file of results has none of the endings, by which files of another kind are kept, or cannot be
+    written."""
+    if Path(output).suffix not in endings:
+        raise ConfigError(f"output {output} must end with {' or '.join(endings)}")
     if not can_write(Path(output)):
-        raise ConfigError(f"output {output} cannot be written to: give another folder")
+        raise ConfigError(f"output {output} cannot be written: give a file in a folder that can be")
+
+
+def check_new_index(output: str | Path) -> None:
+    """ConfigError: a file of embeddings has another ending or cannot be written; pyarrow is missing."""
+    check_output(output, *INDEX_ENDINGS)
     if Path(output).suffix == ".parquet":
         import_pyarrow()
 
 
 def import_pyarrow() -> ModuleType:
     """pyarrow, which is optional; ConfigError: it is missing."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        remedy = "pip install -e '.[search]' in a checkout, or take a file that ends with .npz"
-        raise ConfigError(f"Parquet files need the package {error.name}: {remedy}") from None
+    instead = ", or take a file that ends with .npz"
+    import_optional("pyarrow", "search", "Parquet files need", instead, ConfigError)
+    import pyarrow.parquet
+
     return pyarrow
