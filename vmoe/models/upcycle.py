@@ -61,8 +61,7 @@ def upcycle(
 
     An UpcycleError for a model without known MLPs or with experts, a ValueError for a setting out of range.
     """
-    refuse_adapters(model)
-    _check(tower, granularity, expert_noise, reinit, settings)
+    _check(model, tower, granularity, expert_noise, reinit, settings)
     with suppress(TypeError):  # `sparse_blocks` says what is wrong with them
         layers = layers if isinstance(layers, str) else [operator.index(block) for block in layers]
     mlps = _chosen_mlps(model, tower, layers)
@@ -83,7 +82,8 @@ def upcycle(
     return remember(sparse, _new_spec(sparse, mlps, spec, family_spec, settings))
 
 
-def _check(tower: str, granularity: int, expert_noise: float, reinit: float, settings: dict) -> None:
+def _check(model: nn.Module, tower: str, granularity: int, expert_noise: float, reinit: float, settings: dict) -> None:
+    refuse_adapters(model)
     if tower not in TOWERS:
         raise ValueError(f"tower must be one of {TOWERS}, got {tower!r}")
     if type(granularity) is not int or granularity < 1:

@@ -8,6 +8,7 @@ Shapes, by suffix: B batch, P patches, D width.
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -161,13 +162,11 @@ class VisionMoE(VisionTransformer):
         routing = take_routing(kwargs, ROUTING_DEFAULTS)
         chosen = sparse_blocks(moe_layers, depth) if routing["num_experts"] else ()
 
-        def sparse_mlp(*mlp_args, **mlp_kwargs) -> SparseMoE:
-            # timm builds the blocks after the patch embedding.
-            num_tokens = self.patch_embed.num_patches + self.num_prefix_tokens
-            return SparseMoE(*mlp_args, num_tokens=num_tokens, **mlp_kwargs, **routing)
-
         def make_block(*, depth: int, mlp_layer=Mlp, **block_kwargs) -> nn.Module:
-            return Block(depth=depth, mlp_layer=sparse_mlp if depth in chosen else mlp_layer, **block_kwargs)
+            if depth in chosen:  # timm builds the blocks after the patch embedding
+                num_tokens = self.patch_embed.num_patches + self.num_prefix_tokens
+                mlp_layer = partial(SparseMoE, num_tokens=num_tokens, **routing)
+            return Block(depth=depth, mlp_layer=mlp_layer, **block_kwargs)
 
         super().__init__(
             *args,
