@@ -104,7 +104,7 @@ def test_with_two_classes_there_is_no_top5(checkpoint, two_classes, capsys):
 def test_the_exit_code_says_whether_metrics_agree(monkeypatch, theirs, code):
     rows = [] if theirs is None else [("top1", 0.25, 0.25), ("top5", 0.5, theirs)]
     monkeypatch.setattr(benchmark, "compare", lambda *_: rows)
-    assert _run("none", "none") == code
+    assert _run(__file__, "none") == code
 
 
 @pytest.mark.parametrize("checkpoint", ["limoe"], indirect=True)

@@ -8,15 +8,11 @@ import timm
 import torch
 
 import vmoe
+from tests.models.test_hub import CLIP
 from vmoe.models.preprocess import preprocess_config
 from vmoe.models.serialization import read_pretrained_metadata
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 16, "patch_size": 8, "num_classes": 5}
-CLIP = {
-    "embed_dim": 32,
-    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16, "head_width": 32},
-    "text_cfg": {"context_length": 16, "vocab_size": 512, "width": 48, "heads": 4, "layers": 2},
-}
 VARIANTS = {
     "tiny-clip": {},
     "tiny-clip-quickgelu": {"quick_gelu": True},

@@ -5,7 +5,6 @@ import re
 import sys
 from functools import partial
 
-import open_clip
 import pytest
 import torch
 from torch import nn
@@ -18,6 +17,8 @@ from vmoe.models.manifest import list_checkpoints
 from vmoe.moe import use_backend
 from vmoe.training.trainer import train
 from vmoe.utils.config import ConfigError
+
+from .test_muon import clip
 
 peft = pytest.importorskip("peft", reason="needs PEFT (pip install -e '.[test]')")
 
@@ -33,12 +34,6 @@ def vision(**kwargs):
     model = create_model("vmoe_tiny_patch8_48", num_classes=3, **{**IMAGE, **kwargs})
     nn.init.normal_(model.head.weight, std=0.1)
     return model
-
-
-def clip():
-    text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2}
-    image = {"image_size": 16, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16}
-    return vmoe.upcycle(open_clip.CLIP(32, image, text), num_experts=4, layers=[1])
 
 
 CASES = {

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vmoe.models.flops import evaluation_mode
+
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -71,14 +73,8 @@ def attention_kernel(precision: str, device: torch.device | str) -> AbstractCont
 @contextmanager
 def evaluating(model: nn.Module, device: torch.device | str, precision: str = "float32") -> Iterator[None]:
     """The model in eval() without gradients inside the block, under `arithmetic`; its mode is restored after."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad(), arithmetic(precision, device):
-            yield
-    finally:
-        for module in training:  # module by module: frozen parts may have been in eval mode
-            module.training = True
+    with evaluation_mode(model), arithmetic(precision, device):
+        yield
 
 
 @contextmanager
