@@ -149,7 +149,7 @@ def from_first(make: Callable[[], Result]) -> Result:
 
 def sum_over_processes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Each tensor's sum over all processes, in float64 on the CPU."""
-    if world()[1] == 1:
+    if world()[1] == 1 or not tensors:  # a dense model has none
         return tensors
     flat = [tensor.detach().double().cpu() for tensor in tensors.values()]
     sums = torch.cat([tensor.flatten() for tensor in flat])
