@@ -31,9 +31,7 @@ def preprocess_config(model: nn.Module) -> dict:
     if isinstance(given := getattr(visual, "preprocess_cfg", None), Mapping):
         config |= {key: given[key] for key in ("mean", "std", "interpolation") if key in given}
         config |= {"crop_pct": 1.0, "crop_mode": CROP_MODES[given.get("resize_mode", "shortest")]}
-    size = getattr(getattr(visual, "patch_embed", None), "img_size", None)  # the size it was built with, not its name's
-    size = size or getattr(visual, "image_size", None)
-    config["input_size"] = (channels, *(size or config["input_size"][1:]))
+    config["input_size"] = (channels, *(_built_size(visual) or config["input_size"][1:]))
     for key in ("mean", "std"):
         values = tuple(config[key])
         config[key] = values if len(values) == channels else (sum(values) / len(values),) * channels
@@ -41,16 +39,23 @@ def preprocess_config(model: nn.Module) -> dict:
 
 
 def set_preprocess(model: nn.Module, config: Mapping[str, Any]) -> None:
-    """Gives a model the preprocessing of its file; the image size is the model's own."""
+    """Gives a model the preprocessing of its file; the image size is the model's own if it is built for one."""
     config = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
-    own = preprocess_config(model)
-    if all(config.get(key, own[key]) == own[key] for key in KEYS[1:]):
+    own, visual = preprocess_config(model), getattr(model, "visual", model)
+    if _built_size(visual) or "input_size" not in config:
+        config["input_size"] = own["input_size"]
+    config["input_size"] = (own["input_size"][0], *config["input_size"][1:])
+    if all(config.get(key, own[key]) == own[key] for key in KEYS):
         return
-    visual = getattr(model, "visual", model)
     if getattr(visual, "pretrained_cfg", None) and not hasattr(visual, "preprocess_cfg"):
-        visual.pretrained_cfg = {**visual.pretrained_cfg, **{key: config[key] for key in KEYS[1:] if key in config}}
+        visual.pretrained_cfg = {**visual.pretrained_cfg, **{key: config[key] for key in KEYS if key in config}}
     else:
         visual.preprocess_cfg = {"mode": "RGB", "fill_color": 0, **open_clip_preprocess({**own, **config})}
+
+
+def _built_size(visual: nn.Module) -> Any:
+    """The image size that an image tower is built with, not its name's; None if it takes any, as convolutions do."""
+    return getattr(getattr(visual, "patch_embed", None), "img_size", None) or getattr(visual, "image_size", None)
 
 
 def open_clip_preprocess(config: Mapping[str, Any]) -> dict[str, Any]:
