@@ -54,12 +54,15 @@ def parallelize(model: nn.Module, meshes: Meshes, device: torch.device) -> nn.Mo
             _shard_experts(name, module, meshes.whole["ep"])
         mesh = meshes.dense if ep == 1 else meshes.whole["dp_replicate", "dp_shard"]
         fully_shard(module, mesh=mesh, shard_placement_fn=partial(_placement, dp_shard, ep))
-    # FSDP2 cannot shard a scalar; those (the logit scale) are replicated, see `synchronize_scalars`.
-    scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
+    # FSDP2 cannot shard a scalar; those (the logit scale) are replicated, see `synchronize_scalars`, and so are
+    # modules that say so.
+    whole_everywhere = {parameter for parameter in model.parameters() if parameter.ndim == 0}
+    for module in model.modules():
+        whole_everywhere.update(module.parameters() if getattr(module, "replicate", False) else ())
     for name in block_mlps(model):
-        fully_shard(model.get_submodule(name.removesuffix(".mlp")), mesh=meshes.dense, ignored_params=scalars)
+        fully_shard(model.get_submodule(name.removesuffix(".mlp")), mesh=meshes.dense, ignored_params=whole_everywhere)
     # The root is resharded too, so that a parameter is a DTensor whenever it is read.
-    fully_shard(model, mesh=meshes.dense, ignored_params=scalars, reshard_after_forward=True)
+    fully_shard(model, mesh=meshes.dense, ignored_params=whole_everywhere, reshard_after_forward=True)
     for name in FORWARD_METHODS:
         if hasattr(model, name):
             register_fsdp_forward_method(model, name)
@@ -124,15 +127,15 @@ def set_gradient_sync(module: nn.Module, sync: bool) -> None:
 
 
 def synchronize_scalars(model: nn.Module) -> None:
-    """Averages the gradients of scalars, which FSDP2 does not, after the backward pass of a sharded model."""
+    """Averages the gradients of what is not sharded, which FSDP2 does not, after a sharded model's backward pass."""
     if not is_sharded(model):
         return
     grads = [p.grad for p in model.parameters() if not isinstance(p, DTensor) and p.grad is not None]
     if grads:
-        mean = torch.stack(grads)
+        mean = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(mean)
-        for grad, value in zip(grads, mean / dist.get_world_size()):
-            grad.copy_(value)
+        for grad, value in zip(grads, (mean / dist.get_world_size()).split([grad.numel() for grad in grads])):
+            grad.copy_(value.view_as(grad))
 
 
 def split_groups(optimizer: Optimizer) -> None:

@@ -28,6 +28,7 @@ from vmoe.models.factory import file_metadata
 from vmoe.models.manifest import TRAINER, UNFINISHED, find_problems, list_checkpoints, newest_complete, step_of
 from vmoe.models.serialization import SETTINGS_NAME, StoredTensors, checkpoint_weights, load_weights, write_tensors
 from vmoe.moe.experts import has_adapters
+from vmoe.training.distill import PROJECTION, without_projection
 from vmoe.training.lora import merge_lora
 from vmoe.training.optimizer_state import export_state, import_state
 
@@ -109,10 +110,13 @@ class Checkpointer:
         tensors, metadata = {}, {}
         tensors[OPTIMIZER], rest = export_state(optimizer, weights[MODEL])
         for part, module in weights.items():
-            if has_adapters(module):
-                tensors[ADAPTED + part] = module.state_dict()
-                module = merge_lora(module)
-            tensors[part], metadata[part] = module.state_dict(), file_metadata(module, extra)
+            with without_projection(module) as projection:
+                if projection is not None:
+                    tensors[PROJECTION] = projection.state_dict()
+                if has_adapters(module):
+                    tensors[ADAPTED + part] = module.state_dict()
+                    module = merge_lora(module)
+                tensors[part], metadata[part] = module.state_dict(), file_metadata(module, extra)
         metadata = {part: metadata.get(part, {"format": "pt"}) for part in tensors}
         sharded = any(isinstance(tensor, DTensor) for tensor in tensors[MODEL].values())
         text = json.dumps({"format": FORMAT, "trainer": trainer, "optimizer": rest})  # as it is now
@@ -261,7 +265,10 @@ def _load(checkpoint: Path, model: nn.Module, ema: nn.Module | None, optimizer: 
         if weights is not None and has_adapters(module):
             weights = weights.with_name(ADAPTED + weights.name)
         if weights is not None:
-            load_weights(module, weights)
+            with without_projection(module) as projection:
+                load_weights(module, weights)
+            if projection is not None:
+                StoredTensors(_stored(checkpoint, PROJECTION)).read_into(projection.state_dict())
         elif module is not None:
             raise CheckpointError(f"{checkpoint} holds no {'moving average' if average else 'weights'}")
     file = checkpoint / TRAINER
@@ -276,12 +283,18 @@ def _load(checkpoint: Path, model: nn.Module, ema: nn.Module | None, optimizer: 
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
     if optimizer is not None:
-        files = [path for path in (checkpoint / f"{OPTIMIZER}.safetensors", checkpoint / OPTIMIZER) if path.exists()]
+        file = _stored(checkpoint, OPTIMIZER)
         try:
-            import_state(optimizer, model, StoredTensors(files[0]) if files else None, rest)
+            import_state(optimizer, model, StoredTensors(file) if file.exists() else None, rest)
         except ValueError as error:
             raise CheckpointError(f"{checkpoint}: {error}") from error
     return trainer
+
+
+def _stored(checkpoint: Path, part: str) -> Path:
+    """The file with the tensors of a part, or the folder with its shards."""
+    file = checkpoint / f"{part}.safetensors"
+    return file if file.exists() else checkpoint / part
 
 
 def _write_text(file: Path, content: str) -> None:

@@ -46,6 +46,10 @@ RANGES = {
     "train.ema_decay": (None, 1, "; null keeps no moving average"),
     "train.max_minutes": (None, None, "; null sets no limit"),
     "data.cache_gb": (None, None, ""),
+    "train.distill.weight": (0, 1, ""),
+    "train.distill.temperature": (None, None, ""),
+    "train.distill.features": (0, None, ""),
+    "train.distill.image_size": (1, None, "; null takes the teacher's own"),
     "parallel.timeout": (1, 30 * 24 * 3600, ""),
 }
 
@@ -95,6 +99,27 @@ class DataConfig:
     cache_gb: float = 4.0
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+
+
+@dataclass
+class DistillConfig:
+    """Learning from a teacher as well as from the data (docs/training.md#distillation).
+
+    Attributes:
+        teacher: A model with weights, as model.pretrained takes it: a saved run, a file, "hf-hub:ORG/NAME",
+            "local-dir:FOLDER", a name of timm's weights, or for contrastive runs "ViT-B-32:openai". null: no teacher.
+        weight: Share of the teacher in the loss; the labels or captions have the rest. 1: the teacher alone.
+        temperature: Both models' logits are divided by it; above 1, unlikely classes count more (often 1 to 4).
+        features: Weight of a loss that a learned projection of the student's pooled features has the direction of the
+            teacher's; classification alone. Needs no common classes where weight is 0.
+        image_size: Size of the teacher's images, instead of its own; smaller is faster. Classification alone.
+    """
+
+    teacher: str | None = None
+    weight: float = 0.5
+    temperature: float = 1.0
+    features: float = 0.0
+    image_size: int | None = None
 
 
 @dataclass
@@ -154,6 +179,7 @@ class TrainConfig:
     collapse_after: int = 100
     tensorboard: bool = True
     wandb: str | None = None
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
 
 @dataclass
@@ -309,6 +335,7 @@ class Config:
             model.pretrained_optimizer and (model.pretrained is None or sharded),
         )
         yield from self._lora_conflicts(sharded)
+        yield from self._distill_conflicts(contrastive)
         yield from self._evaluation_conflicts()
         sections = {"kwargs": model.kwargs, "upcycle": model.upcycle}
         sections |= {f"kwargs.{tower}": model.kwargs.get(tower) for tower in ("image", "text")}
@@ -334,6 +361,19 @@ class Config:
             "lora.targets needs parallel.dp_shard = parallel.ep = 1 and model.pretrained_optimizer false",
             self.lora.targets and (sharded or self.model.pretrained_optimizer),
         )
+
+    def _distill_conflicts(self, contrastive: bool) -> Iterator[tuple[str, Any]]:
+        distill = self.train.distill
+        yield (
+            "train.distill.teacher is missing: give a model with weights, or leave the other settings of train.distill",
+            distill.teacher is None and distill != DistillConfig(),
+        )
+        yield (
+            "train.distill compares within a batch, and train.accumulate_features over several; set that to false",
+            distill.teacher is not None and self.train.accumulate_features,
+        )
+        for key in ("features", "image_size"):
+            yield f"train.distill.{key} needs task 'classification'", contrastive and getattr(distill, key)
 
     def _evaluation_conflicts(self) -> Iterator[tuple[str, Any]]:
         train, task = self.train, self.evaluate.task

@@ -278,6 +278,8 @@ def short_texts(metrics: dict[str, float]) -> list[str]:
     texts = [f"loss {metrics['loss']:.4g}", f"{metrics['images_per_second']:.0f} img/s"]
     if metrics["data_wait_share"] >= 0.05:
         texts.append(f"waiting for data {metrics['data_wait_share']:.0%}")
+    if "teacher_share" in metrics:
+        texts.append(f"teacher {metrics['teacher_share']:.0%} of the time")
     if "routing/share_dropped" in metrics:
         texts.append(f"dropped {metrics['routing/share_dropped']:.1%}")
         texts.append(f"max/mean load {metrics['routing/load_max_over_mean']:.2f}")
@@ -296,6 +298,8 @@ def final_table(summary: dict[str, Any]) -> MetricTable:
         table.add_row("GFLOPs per caption", f"{summary['gflops_per_text']:.3f}")
     table.add_row("training throughput", f"{summary['images_per_second']:.0f} images/s")
     table.add_row("training time", f"{summary['train_seconds']:.0f} s")
+    if "teacher_share" in summary:
+        table.add_row("  of which the teacher", f"{summary['teacher_share']:.0%}")
     table.add_row("final loss", f"{summary['loss']:.4f}")
     if "best" in summary:
         best = summary["best"]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vmoe.training.config import Config
+from vmoe.training.distill import without_projection
 from vmoe.training.tasks import Task
 from vmoe.utils.world import world
 
@@ -29,7 +30,8 @@ def start_lines(
     images = f"{size}" if train.accumulate_steps == 1 else f"{train.accumulate_steps} x {size}"
     epochs = f" ({train.epochs:g} {'epoch' if train.epochs == 1 else 'epochs'})" if train.epochs else ""
     yield f"steps: {train.steps:,}{epochs} of {images} images"
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    with without_projection(model):
+        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     frozen = "" if trainable == profile["parameters_total"] else f", {trainable / 1e6:.2f} M trained"
     total, active = (profile[f"parameters_{kind}"] / 1e6 for kind in ("total", "active"))
     yield f"model: {task.name}, {total:.2f} M parameters, {active:.2f} M active per token{frozen}"

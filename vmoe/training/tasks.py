@@ -38,6 +38,7 @@ from vmoe.models.spec import IMAGE_TEXT_NAMES
 from vmoe.models.upcycle import upcycle
 from vmoe.moe.quantize import experts_kept_as
 from vmoe.training.config import STEPS, Config
+from vmoe.training.distill import Distiller
 from vmoe.training.logger import say
 from vmoe.utils.config import ConfigError
 from vmoe.utils.world import world
@@ -95,6 +96,7 @@ class Task:
     """
 
     tokenizer: Callable[[list[str]], Tensor] | None = None
+    distiller: Distiller | None = None  # with a teacher; the trainer sets it
 
     def __init__(self, config: Config) -> None:
         self.config, self.name = config, config.model.name or config.model.pretrained
@@ -215,12 +217,12 @@ class Classification(Task):
         return self._build(pretrained, continued, kwargs)
 
     def loss(self, model: nn.Module, batch: Batch, number: int) -> Tensor:
-        images, target = batch["image"], batch["label"]
-        if self.mixup is None:
-            logits = model(images).float()
-            return F.cross_entropy(logits, target, label_smoothing=self.config.data.augmentation.label_smoothing)
-        images, target = self.mixup(images, target, number)
-        return F.cross_entropy(model(images).float(), target)
+        images, target, smoothing = batch["image"], batch["label"], self.config.data.augmentation.label_smoothing
+        if self.mixup is not None:
+            (images, target), smoothing = self.mixup(images, target, number), 0.0  # its targets are smoothed already
+        logits = model(images).float()
+        loss = F.cross_entropy(logits, target, label_smoothing=smoothing)
+        return loss if self.distiller is None else self.distiller.classification(loss, images, logits)
 
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         loader = self._val_loader(model, device)
@@ -276,7 +278,12 @@ class Contrastive(Task):
         return model
 
     def loss(self, model: nn.Module, batch: Batch, number: int) -> Tensor:
-        return self.compare(self.outputs(model, batch))
+        if self.distiller is None:
+            return self.compare(self.outputs(model, batch))
+        own, theirs = self.distiller.tokenizers.divide(batch["text"])
+        outputs, images = self.outputs(model, batch | {"text": own}), self.distiller.adapt(batch["image"])
+        ask = partial(self.outputs, batch={"image": images, "text": theirs})
+        return self.distiller.contrastive(self.compare(outputs), outputs, ask)
 
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """What the loss compares, in float32: features of images and text (B, C), logit scale and bias."""

@@ -45,6 +45,7 @@ from vmoe.training.checkpoint import Checkpointer, CheckpointError, link_best, l
 from vmoe.training.config import Config, flat_settings, to_yaml
 from vmoe.training.curves import draw_curves
 from vmoe.training.diagnosis import NonFiniteError, find_non_finite
+from vmoe.training.distill import Distiller
 from vmoe.training.large_batch import LargeBatch
 from vmoe.training.logger import (
     CollapseWatch,
@@ -136,10 +137,12 @@ class Trainer:
         self.profile = model_profile(self.model)
         choose_trained(self.model, config)
         self.model.train()  # again: a locked tower stays in evaluation mode
+        self.task.distiller = self._create_distiller()
         self._parallelize()
         self._create_optimizer(new=checkpoint is None)
         transform = build_transform(preprocess_config(self.model), config.data.augmentation)
-        data, tokenizer = self.task.train_data, self.task.tokenizer
+        data, distiller = self.task.train_data, self.task.distiller
+        tokenizer = getattr(distiller, "tokenizers", self.task.tokenizer)
         loader = train_loader(data, transform, tokenizer, config.data.loader, config.seed, device)
         self.step, self.progress = 0, {"seconds": 0.0, "loss": math.nan, "evaluation": {}, "evaluated": 0}
         if checkpoint is not None:
@@ -153,9 +156,11 @@ class Trainer:
         if self.first:
             for line in start_lines(config, self.task, self.model, self.profile, device, self.precision):
                 say(console, line)
+            if distiller is not None:
+                say(console, distiller.describe(self.task.val_data if checkpoint is None else None))
         self.batches = Prefetch(loader, config.train.accumulate_steps)
         self.skipped = 0  # consecutive steps that the fp16 gradient scaler skipped
-        self.images, self.seconds = 0, 0.0  # since the last logged step
+        self.images, self.seconds, self.taught = 0, 0.0, 0.0  # since the last logged step; the last is the teacher's
 
     def _create_model(self, checkpoint: Path | None) -> nn.Module:
         # A continued run has its model in the checkpoint; the file it started from may be gone.
@@ -174,6 +179,11 @@ class Trainer:
             model.set_grad_checkpointing()
         return model
 
+    def _create_distiller(self) -> Distiller | None:
+        if (settings := self.config.train.distill).teacher is None:
+            return None
+        return Distiller(settings, self.model, self.task.train_data, self.task.tokenizer, self.device)
+
     def _parallelize(self) -> None:
         shard = None
         if self.processes > 1:
@@ -183,6 +193,8 @@ class Trainer:
         self.ema = None
         if self.config.train.ema_decay is not None:
             self.ema = create_ema(self.model, self.config.train.ema_decay, None if self.size.is_plain else shard)
+        if self.task.distiller is not None:
+            self.task.distiller.attach(self.model)
         self.forward = self.model if shard is None else shard(self.model)
         if self.config.train.compile:
             self.forward = torch.compile(self.forward)
@@ -256,10 +268,10 @@ class Trainer:
         together = self._contrast_all(batches) if train.accumulate_features else None
         for part, batch in enumerate(batches):  # each gives its share of the gradient
             set_gradient_sync(self.forward, part == len(batches) - 1)
-            total, loss, record = self._loss(batch, part, self.forward, together)
+            total, parts, record = self._loss(batch, part, self.forward, together)
             with attention_kernel(self.precision, self.device):
                 self.scaler.scale(total / len(batches)).backward()
-            losses.append(torch.stack([total.detach(), loss.detach()]))
+            losses.append(torch.stack([total.detach(), *parts.values()]))
         synchronize_scalars(self.model)
         self.scaler.unscale_(self.optimizer)
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -269,29 +281,34 @@ class Trainer:
 
         # The one host synchronisation; the processes agree.
         own = [*torch.stack(losses).mean(0).tolist(), *self._stop_asked()]
-        total, loss, *self.stopping = mean_over_processes(own)
-        norm = grad_norm.item()
+        total, *values, interrupted, planned = mean_over_processes(own)
+        self.stopping, parts, norm = [interrupted, planned], dict(zip(parts, values)), grad_norm.item()
         self._check_finite(total, norm, batches)
         lr = max(group["lr"] for group in self.optimizer.param_groups)  # that this step uses
         self._update_weights()
         seconds = time.perf_counter() - started
-        self.progress |= {"seconds": self.progress["seconds"] + seconds, "loss": loss}
+        self.progress |= {"seconds": self.progress["seconds"] + seconds, "loss": parts["task_loss"]}
+        if self.task.distiller is not None:
+            taught = self.task.distiller.take_seconds()
+            self.progress["teacher_seconds"] = self.progress.get("teacher_seconds", 0.0) + taught
+            self.taught += taught
         self.images += self.processes * sum(len(batch["image"]) for batch in batches)
         self.seconds += seconds
         self.display.step_done(self.step, seconds)
-        return {"loss": total, "task_loss": loss, "lr": lr, "grad_norm": norm}, record
+        return {"loss": total, **parts, "lr": lr, "grad_norm": norm}, record
 
     def _loss(
         self, batch: dict[str, Tensor], part: int, module: nn.Module, together: LargeBatch | None = None
-    ) -> tuple[Tensor, Tensor, RoutingRecord]:
-        """(loss with the auxiliary losses, loss of the task, routing record) of a batch of the present step."""
+    ) -> tuple[Tensor, dict[str, Tensor], RoutingRecord]:
+        """(loss with the auxiliary losses, the losses of task and teacher, routing record) of a batch of this step."""
         number = self._seed(part)
         with record_routing(self.model) as record, arithmetic(self.precision, self.device):
             if together is None:
                 loss = self.task.loss(module, batch, number)
             else:
                 loss = together.loss(part, self.task.outputs(module, batch))
-        return loss + record.auxiliary_loss().to(self.device), loss, record
+        parts = {"task_loss": loss.detach()} if self.task.distiller is None else self.task.distiller.parts
+        return loss + record.auxiliary_loss().to(self.device), parts, record
 
     def _seed(self, part: int) -> int:
         """Seeds what is random in a batch of the present step; returns its number among those of all steps."""
@@ -353,7 +370,9 @@ class Trainer:
         """Shows the metrics of a step, and warns about the data and the routing; returns all metrics to log."""
         metrics["images_per_second"] = self.images / self.seconds
         metrics["data_wait_share"] = self.batches.waited / self.seconds
-        self.images, self.seconds, self.batches.waited = 0, 0.0, 0.0
+        if self.task.distiller is not None:
+            metrics["teacher_share"] = self.taught / self.seconds
+        self.images, self.seconds, self.taught, self.batches.waited = 0, 0.0, 0.0, 0.0
         self.data_watch.update(metrics, self.batches.loader.samples_per_second)
         if self.scaler.is_enabled():
             metrics["grad_scale"] = self.scaler.get_scale()
@@ -424,6 +443,9 @@ class Trainer:
             "loss": progress["loss"],
             "evaluation": progress["evaluation"],
         }
+        if config.train.distill.teacher is not None:
+            share = progress.get("teacher_seconds", 0.0) / progress["seconds"]
+            summary |= {"teacher": config.train.distill.teacher, "teacher_share": share}
         if self.best.state is not None:
             summary["best"] = self.best.state
         if self.best.exhausted and self.step < config.train.steps:

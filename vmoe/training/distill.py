@@ -1,0 +1,303 @@
+"""Distillation (`train.distill`): a frozen teacher, and the losses by which the student learns from it.
+
+The teacher sees the student's own images, after augmentation and mixup, resized and normalised as its preprocessing
+says ("consistent teaching", arXiv 2106.05237). It is in every process, whole and in evaluation mode.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vmoe.data import BadSample, build_transform
+from vmoe.data.dataset import ImageDataset
+from vmoe.data.seeding import isolated_randomness
+from vmoe.data.sources.imagenet import imagenet_synsets, imagenet_words
+from vmoe.evaluation.class_names import check_same_classes
+from vmoe.models.factory import create_model, get_tokenizer, is_contrastive, named_weights, preprocess_config
+from vmoe.models.serialization import find_weights, read_pretrained_metadata
+from vmoe.training.config import DistillConfig
+from vmoe.utils.config import ConfigError
+from vmoe.utils.world import world
+
+PROJECTION = "distill_projection"  # a child of the student while it trains: its optimizer state lies with the others'
+PREVIEW = 200  # images of the validation data by which the teacher is judged at the start
+
+
+def soft_loss(student_BC: Tensor, teacher_BC: Tensor, temperature: float) -> Tensor:
+    """T² KL(teacher, student) between softmax(logits / T), mean over the rows (arXiv 1503.02531, 2012.12877)."""
+    own, theirs = (F.log_softmax(logits / temperature, dim=1) for logits in (student_BC, teacher_BC))
+    return temperature**2 * F.kl_div(own, theirs, reduction="batchmean", log_target=True)
+
+
+def feature_loss(projected_BD: Tensor, teacher_BD: Tensor) -> Tensor:
+    """1 - cosine, half the squared distance of normalised features; a projection as in FitNets (arXiv 1412.6550)."""
+    return 1 - F.cosine_similarity(projected_BD.float(), teacher_BD.float(), dim=1).mean()
+
+
+class Distiller:
+    """The teacher of a run with what it is asked, and its cost.
+
+    Attributes:
+        parts: the losses of the latest batch without a graph: "task_loss" of the labels or captions, "distill_loss"
+            and, with features, "feature_loss".
+    """
+
+    def __init__(
+        self,
+        settings: DistillConfig,
+        student: nn.Module,
+        data: ImageDataset,
+        tokenizer: Callable[[list[str]], Tensor] | None,
+        device: torch.device,
+    ) -> None:
+        self.settings, self.device, self.parts = settings, device, {}
+        self.own, self._features, self._events, self._seconds = preprocess_config(student), {}, [], 0.0
+        self.teacher = _create_teacher(settings, image_text=tokenizer is not None).to(device)
+        self.theirs = _preprocessing(self.teacher, settings)
+        channels = self.own["input_size"][0], self.theirs["input_size"][0]
+        if channels[0] not in (1, channels[1]):
+            raise ConfigError(
+                f"train.distill.teacher {settings.teacher} takes images of {channels[1]} channel, and the student of "
+                f"{channels[0]}; they must agree"
+            )
+        self.columns, self.known = None, slice(None)
+        if tokenizer is None:
+            outputs = self._try_out()
+            if settings.weight:
+                self.columns = class_columns(settings.teacher, outputs, data)
+            if settings.features:
+                self._project = self._create_projection(student)
+        else:
+            from open_clip.loss import ClipLoss
+
+            rank, processes = world()  # as in the contrastive task: a process compares its own part with all
+            local = {"local_loss": processes > 1, "gather_with_grad": True}
+            self._similarities = ClipLoss(**local, rank=rank, world_size=processes).get_logits
+            self.tokenizers = TwoTokenizers(tokenizer, get_tokenizer(self.teacher))
+        if self.columns is not None:  # classes that the teacher lacks take no part
+            self.known = [index for index, columns in enumerate(self.columns) if columns]
+
+    def _try_out(self) -> int:
+        """The number of the teacher's classes, after it has seen an image of its size."""
+        if self.settings.features:
+            _keep_features(self.teacher, self._features, "teacher")
+        size = self.theirs["input_size"]
+        try:
+            with torch.no_grad():
+                return self.teacher(torch.zeros(1, *size, device=self.device)).shape[1]
+        except (RuntimeError, AssertionError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ConfigError(
+                f"train.distill.teacher {self.settings.teacher} cannot take images of {size[1]} x {size[2]} pixels "
+                f"({reason}); change train.distill.image_size"
+            ) from error
+
+    def _create_projection(self, student: nn.Module) -> nn.Module:
+        width = getattr(student.get_classifier(), "in_features", None) or student.head_hidden_size
+        with isolated_randomness():
+            projection = nn.Linear(width, self._features["teacher"].shape[1])
+        projection.replicate = True  # it is called outside of the model, where FSDP2 would have it in parts
+        return projection
+
+    def attach(self, student: nn.Module) -> None:
+        """Gives the student the projection of its features, if they are taught: after its average is made, and before
+        it is made parallel."""
+        if self.settings.features:
+            _keep_features(student, self._features, "student")
+            student.add_module(PROJECTION, self._project.to(next(student.parameters()).device))
+
+    def adapt(self, images: Tensor) -> Tensor:
+        """The student's images as the teacher takes them."""
+        own, theirs = self.own, self.theirs
+        if all(own[key] == theirs[key] for key in ("input_size", "mean", "std")):
+            return images
+        values = [images.new_tensor(each[key]).view(-1, 1, 1) for each in (own, theirs) for key in ("mean", "std")]
+        pixels, size = images * values[1] + values[0], theirs["input_size"][1:]
+        if tuple(pixels.shape[2:]) != tuple(size):
+            mode = "bilinear" if theirs["interpolation"] == "bilinear" else "bicubic"
+            pixels = F.interpolate(pixels, size, mode=mode, antialias=True).clamp(0, 1)  # bicubic overshoots
+        return (pixels - values[2]) / values[3]
+
+    def classification(self, loss: Tensor, images: Tensor, logits_BC: Tensor) -> Tensor:
+        """The loss of the labels together with the teacher's, of the student's images and logits."""
+        settings, parts = self.settings, {}
+        if settings.weight or settings.features:
+            with self._timed():
+                taught_BC = self.teacher(self.adapt(images)).float()
+        if settings.weight:
+            taught_BC = select(taught_BC, self.columns)
+            parts["distill_loss"] = soft_loss(logits_BC[:, self.known], taught_BC, settings.temperature)
+        if settings.features:
+            projected = self._project(self._features.pop("student"))
+            parts["feature_loss"] = feature_loss(projected, self._features["teacher"])
+        return self._together(loss, parts)
+
+    def contrastive(self, loss: Tensor, outputs: dict[str, Tensor], ask: Callable[[nn.Module], dict]) -> Tensor:
+        """The contrastive loss together with that of the teacher's similarities of images and captions, over all
+        images and over all captions (TinyCLIP, arXiv 2309.12314; CLIP-KD, 2307.12732; open_clip's DistillClipLoss).
+
+        `outputs` are the student's, and `ask` gives the teacher's.
+        """
+        if not self.settings.weight:
+            return self._together(loss, {})
+        with self._timed():
+            taught = ask(self.teacher)
+        with torch.autocast(loss.device.type, enabled=False):
+            names = ("image_features", "text_features", "logit_scale")
+            own, theirs = (self._similarities(*(each[name] for name in names)) for each in (outputs, taught))
+            losses = [soft_loss(*pair, self.settings.temperature) for pair in zip(own, theirs)]
+        return self._together(loss, {"distill_loss": sum(losses) / 2})
+
+    def _together(self, loss: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        weights = {"distill_loss": self.settings.weight, "feature_loss": self.settings.features}
+        self.parts = {name: part.detach() for name, part in {"task_loss": loss, **parts}.items()}
+        return (1 - self.settings.weight) * loss + sum(weights[name] * part for name, part in parts.items())
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """No gradients, and the time of the device counts as the teacher's."""
+        with torch.no_grad():
+            if self.device.type == "cuda":
+                events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+                events[0].record()
+                yield
+                events[1].record()
+                self._events.append(events)
+            else:
+                began = time.perf_counter()
+                yield
+                self._seconds += time.perf_counter() - began
+
+    def take_seconds(self) -> float:
+        """The teacher's time since this was asked last, once the device has done that work."""
+        seconds = self._seconds + sum(first.elapsed_time(last) for first, last in self._events) / 1000
+        self._seconds, self._events = 0.0, []
+        return seconds
+
+    @torch.no_grad()
+    def describe(self, data: ImageDataset | None) -> str:
+        """A line about the teacher, with its accuracy on some images of `data`, read by its own transform."""
+        _, height, width = self.theirs["input_size"]
+        mean, std = ([round(value, 3) for value in self.theirs[key]] for key in ("mean", "std"))
+        millions = sum(parameter.numel() for parameter in self.teacher.parameters()) / 1e6
+        text = f"teacher: {self.settings.teacher}, {millions:.2f} M parameters, sees {height} x {width} pixels, "
+        text += f"mean {mean}, std {std}"
+        if self.columns is not None:
+            text += f", knows {len(self.known)} of {len(self.columns)} classes"
+        if data is None or data.classes is None or not self.settings.weight or hasattr(self, "tokenizers"):
+            return text
+        transform, right = build_transform(self.theirs, None), []
+        for index in torch.linspace(0, len(data) - 1, min(PREVIEW, len(data))).round().long().tolist():
+            with suppress(BadSample):
+                image, label, *_ = data[index]
+                scores_BC = select(self.teacher(transform(image)[None].to(self.device)), self.columns)
+                best = scores_BC.argmax().item()
+                right.append(label == (best if self.columns is None else self.known[best]))
+        return f"{text}, top1 {sum(right) / max(1, len(right)):.3f} on {len(right)} images of data.val"
+
+
+class TwoTokenizers(NamedTuple):
+    """The student's token ids (B, L) and the teacher's side by side, as a batch carries them."""
+
+    own: Callable[[list[str]], Tensor]
+    theirs: Callable[[list[str]], Tensor]
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        return torch.cat([self.own(texts), self.theirs(texts)], dim=1)
+
+    def divide(self, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """(the student's, the teacher's) token ids."""
+        length = self.own([""]).shape[1]
+        return tokens_BL[:, :length], tokens_BL[:, length:]
+
+
+def class_columns(teacher: str, outputs: int, data: ImageDataset) -> list[list[int]] | None:
+    """For each class of the data the teacher's outputs that stand for it, none where the teacher lacks it; None if its
+    outputs are these classes. A ConfigError: it has other classes.
+
+    A teacher of 1,000 classes is one of ImageNet-1k if the data has other classes, and says which of those are its own.
+    """
+    classes, columns, synsets = data.classes, data.class_columns, imagenet_synsets()
+    if outputs == len(synsets):
+        if columns is None and not {*classes}.isdisjoint(synsets):
+            columns = [[synsets.index(name)] if name in synsets else [] for name in classes]
+        if columns is not None and any(columns):
+            return columns
+        if tuple(classes) == imagenet_words():
+            return None
+    if outputs != len(classes):
+        raise ConfigError(
+            f"train.distill.teacher {teacher} has {outputs} classes and data.train {len(classes)}: give a teacher of "
+            "these classes, or teach train.distill.features alone, with train.distill.weight 0"
+        )
+    if named_weights(None, teacher) is None:
+        names = read_pretrained_metadata(find_weights(teacher))["extra"].get("class_names")
+        if names is not None:
+            check_same_classes(f"train.distill.teacher {teacher}", names, "data.train", classes)
+    return None
+
+
+def select(logits_BC: Tensor, columns: Sequence[Sequence[int]] | None) -> Tensor:
+    """The largest logit of each class that has columns; all logits if `columns` is None."""
+    if columns is None:
+        return logits_BC
+    return torch.stack([logits_BC[:, list(each)].amax(dim=1) for each in columns if each], dim=1)
+
+
+@contextmanager
+def without_projection(model: nn.Module) -> Iterator[nn.Module | None]:
+    """The model alone inside the block, as its files hold it; gives the projection of its features, or None."""
+    projection = model._modules.pop(PROJECTION, None)
+    try:
+        yield projection
+    finally:
+        if projection is not None:
+            model.add_module(PROJECTION, projection)
+
+
+def _create_teacher(settings: DistillConfig, image_text: bool) -> nn.Module:
+    try:
+        with isolated_randomness():
+            teacher = create_model(pretrained=settings.teacher)
+    except ValueError as error:
+        raise ConfigError(f"train.distill.teacher: {error}") from error
+    if is_contrastive(teacher) != image_text:
+        kinds = ("an image-text model", "a classifier")
+        (needed, found), task = (kinds, "contrastive") if image_text else (kinds[::-1], "classification")
+        raise ConfigError(f"train.distill.teacher {settings.teacher} is {found}, and task {task!r} needs {needed}")
+    return teacher.requires_grad_(False).eval()
+
+
+def _preprocessing(teacher: nn.Module, settings: DistillConfig) -> dict[str, Any]:
+    """How images reach the teacher, with the size of the settings, for which the teacher is changed."""
+    if (size := settings.image_size) is None:
+        return preprocess_config(teacher)
+    if hasattr(teacher, "set_input_size"):
+        try:
+            teacher.set_input_size(img_size=(size, size))
+        except (ValueError, AssertionError, RuntimeError) as error:
+            raise ConfigError(f"train.distill.image_size {size} does not suit {settings.teacher}: {error}") from error
+    config = preprocess_config(teacher)
+    return {**config, "input_size": (config["input_size"][0], size, size)}
+
+
+def _keep_features(model: nn.Module, kept: dict[str, Tensor], name: str) -> nn.Module:
+    """Keeps what the classifier gets, the pooled features (B, D), at each call; returns the classifier."""
+    classifier = model.get_classifier()
+    if not isinstance(classifier, nn.Module):
+        raise ConfigError(
+            f"train.distill.features needs one classifier, and the {name} has {type(classifier).__name__}"
+        )
+
+    def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        kept[name] = inputs[0].flatten(1)
+
+    classifier.register_forward_pre_hook(keep)
+    return classifier
