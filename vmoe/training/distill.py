@@ -7,7 +7,7 @@ says ("consistent teaching", arXiv 2106.05237). It is in every process, whole an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -83,6 +83,14 @@ class Distiller:
             self.tokenizers = TwoTokenizers(tokenizer, get_tokenizer(self.teacher))
         if self.columns is not None:  # classes that the teacher lacks take no part
             self.known = [index for index, columns in enumerate(self.columns) if columns]
+            most = max(map(len, self.columns))
+            padded = [self.columns[index] + self.columns[index][:1] * most for index in self.known]
+            self._columns_CK = torch.tensor([columns[:most] for columns in padded], device=device)
+
+    def _scores(self, images: Tensor) -> Tensor:
+        """The teacher's logits of the classes that it knows; of several columns for a class, the largest."""
+        logits = self.teacher(images).float()
+        return logits if self.columns is None else logits[:, self._columns_CK].amax(dim=2)
 
     def _try_out(self) -> int:
         """The number of the teacher's classes, after it has seen an image of its size."""
@@ -130,9 +138,8 @@ class Distiller:
         settings, parts = self.settings, {}
         if settings.weight or settings.features:
             with self._timed():
-                taught_BC = self.teacher(self.adapt(images)).float()
+                taught_BC = self._scores(self.adapt(images))
         if settings.weight:
-            taught_BC = select(taught_BC, self.columns)
             parts["distill_loss"] = soft_loss(logits_BC[:, self.known], taught_BC, settings.temperature)
         if settings.features:
             projected = self._project(self._features.pop("student"))
@@ -197,8 +204,7 @@ class Distiller:
         for index in torch.linspace(0, len(data) - 1, min(PREVIEW, len(data))).round().long().tolist():
             with suppress(BadSample):
                 image, label, *_ = data[index]
-                scores_BC = select(self.teacher(transform(image)[None].to(self.device)), self.columns)
-                best = scores_BC.argmax().item()
+                best = self._scores(transform(image)[None].to(self.device)).argmax().item()
                 right.append(label == (best if self.columns is None else self.known[best]))
         return f"{text}, top1 {sum(right) / max(1, len(right)):.3f} on {len(right)} images of data.val"
 
@@ -222,16 +228,18 @@ def class_columns(teacher: str, outputs: int, data: ImageDataset) -> list[list[i
     """For each class of the data the teacher's outputs that stand for it, none where the teacher lacks it; None if its
     outputs are these classes. A ConfigError: it has other classes.
 
-    A teacher of 1,000 classes is one of ImageNet-1k if the data has other classes, and says which of those are its own.
+    A teacher of 1,000 classes is one of ImageNet-1k if the data set says which of those its own are, or if they all
+    have names of ImageNet's: synsets, or WordNet's words for them.
     """
-    classes, columns, synsets = data.classes, data.class_columns, imagenet_synsets()
-    if outputs == len(synsets):
-        if columns is None and not {*classes}.isdisjoint(synsets):
-            columns = [[synsets.index(name)] if name in synsets else [] for name in classes]
+    classes, columns = data.classes, data.class_columns
+    if outputs == len(imagenet_synsets()):
+        column_of = {
+            name: column for names in (imagenet_synsets(), imagenet_words()) for column, name in enumerate(names)
+        }
+        if columns is None and column_of.keys() >= {*classes}:
+            columns = [[column_of[name]] for name in classes]
         if columns is not None and any(columns):
             return columns
-        if tuple(classes) == imagenet_words():
-            return None
     if outputs != len(classes):
         raise ConfigError(
             f"train.distill.teacher {teacher} has {outputs} classes and data.train {len(classes)}: give a teacher of "
@@ -242,13 +250,6 @@ def class_columns(teacher: str, outputs: int, data: ImageDataset) -> list[list[i
         if names is not None:
             check_same_classes(f"train.distill.teacher {teacher}", names, "data.train", classes)
     return None
-
-
-def select(logits_BC: Tensor, columns: Sequence[Sequence[int]] | None) -> Tensor:
-    """The largest logit of each class that has columns; all logits if `columns` is None."""
-    if columns is None:
-        return logits_BC
-    return torch.stack([logits_BC[:, list(each)].amax(dim=1) for each in columns if each], dim=1)
 
 
 @contextmanager
