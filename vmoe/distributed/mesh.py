@@ -59,11 +59,18 @@ class Meshes:
 
     size: MeshSize
     whole: DeviceMesh  # (dp_replicate, dp_shard, ep); without the last: processes that hold the same experts
-    dense: DeviceMesh  # (replicas, shards) of all but the experts; replicas are dp_replicate x ep
+    dense: DeviceMesh  # (replicas, shards) of all but the experts; replicas are dp_replicate x ep, left out if 1
+
+    @property
+    def copies_of_experts(self) -> DeviceMesh:
+        """(dp_replicate, dp_shard) of the experts in one process of `ep`; the first is left out if 1."""
+        # Planning an operation on a DTensor takes time exponential in the number of the mesh's dimensions.
+        return self.whole["dp_shard"] if self.size.dp_replicate == 1 else self.whole["dp_replicate", "dp_shard"]
 
 
 def make_meshes(size: MeshSize, device: torch.device) -> Meshes:
     """The meshes of the default group. Neighbours in rank are neighbours in `ep`, which communicates most."""
     whole = init_device_mesh(device.type, (size.dp_replicate, size.dp_shard, size.ep), mesh_dim_names=NAMES)
     ranks = whole.mesh.permute(0, 2, 1).reshape(size.dp_replicate * size.ep, size.dp_shard)
-    return Meshes(size, whole, DeviceMesh(device.type, ranks, mesh_dim_names=("replicas", "shards")))
+    dense = DeviceMesh(device.type, ranks, mesh_dim_names=("replicas", "shards"))
+    return Meshes(size, whole, dense["shards"] if len(ranks) == 1 else dense)

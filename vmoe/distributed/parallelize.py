@@ -52,7 +52,7 @@ def parallelize(model: nn.Module, meshes: Meshes, device: torch.device) -> nn.Mo
     for name, module in experts.items():
         if ep > 1:
             _shard_experts(name, module, meshes.whole["ep"])
-        mesh = meshes.dense if ep == 1 else meshes.whole["dp_replicate", "dp_shard"]
+        mesh = meshes.dense if ep == 1 else meshes.copies_of_experts
         fully_shard(module, mesh=mesh, shard_placement_fn=partial(_placement, dp_shard, ep))
     # FSDP2 cannot shard a scalar; those (the logit scale) are replicated, see `synchronize_scalars`, and so are
     # modules that say so.
