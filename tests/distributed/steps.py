@@ -199,6 +199,8 @@ def process(rank: int, world: int, runs: list, file: str) -> None:
 def main() -> None:
     """Arguments: a folder, and JSON {number of processes: [[case, mesh sizes or null, options], ...]}."""
     folder, jobs = sys.argv[1], json.loads(sys.argv[2])
+    if any("lora" in options for runs in jobs.values() for _, _, options in runs):
+        import peft  # noqa: F401
     for world, runs in jobs.items():  # forked, so that the libraries are imported once
         arguments = (int(world), runs, f"{folder}/{world}.pt")
         mp.start_processes(process, arguments, nprocs=int(world), start_method="fork")
