@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from yaml import YAMLError
+
 from experiments.plan import OUTPUT, ROOT, Cell, Experiment, load, result_settings
 from experiments.records import (
     JOB,
@@ -54,7 +56,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m experiments.launch", description=__doc__.splitlines()[0])
     parser.add_argument("experiment", type=Path, help="a YAML of experiments/, see experiments/README.md")
     parser.add_argument("--output_dir", type=Path, default=OUTPUT, help="folder of the runs (runs/experiments)")
-    parser.add_argument("--only", type=re.compile, metavar="REGEX", help="runs whose NAME-seedN matches")
+    parser.add_argument("--only", type=pattern, metavar="REGEX", help="runs whose NAME-seedN matches")
     parser.add_argument("--list", action="store_true", help="only show the runs, their state and command")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side (%(default)s)")
     parser.add_argument("--threads", type=int, help="PyTorch's threads of each run; default: the cores over --jobs")
@@ -69,6 +71,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
     return args
+
+
+def pattern(text: str) -> re.Pattern:
+    """A regular expression of the command line."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression ({error})") from None
 
 
 class Sweep:
@@ -157,6 +167,8 @@ class Sweep:
                         os.killpg(process.pid, signal.SIGKILL)
                 time.sleep(0.05)
         finally:
+            for process in self.running:  # after an error here, such as a full disk
+                process.terminate()
             for number, handler in previous.items():
                 signal.signal(number, handler)
         if self.signals:
@@ -241,7 +253,10 @@ class Sweep:
             import submitit
         except ModuleNotFoundError:
             raise ConfigError("--slurm needs submitit: from a checkout pip install -e '.[slurm]'") from None
-        parameters = {key: parse_yaml(value) for key, _, value in (word.partition("=") for word in self.args.slurm)}
+        try:
+            parameters = {key: parse_yaml(value) for key, value in (word.split("=", 1) for word in self.args.slurm)}
+        except (ValueError, YAMLError):
+            raise ConfigError(f"--slurm: write KEY=VALUE, got {' '.join(self.args.slurm)}") from None
         cluster, jobs = parameters.pop("cluster", "slurm"), {}
         for cell in self.pending():
             after = [jobs[parent.name] for parent in cell.needs if parent.name in jobs]

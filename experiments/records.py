@@ -79,7 +79,7 @@ def check_settings(cell: Cell, before: dict[str, Any], where: str, file: Path) -
 
 def make_record(cell: Cell, folder: Path) -> Record:
     """The record of a finished run, from the files in its folder."""
-    summary, measured = read_json(folder / "summary.json", kind=dict), read_json(folder / MEASURED, MAX_BYTES, dict)
+    summary, measured = _read(folder / "summary.json"), _read(folder / MEASURED)
     metrics = {key: value for key, value in summary.items() if isinstance(value, int | float) and key != "seed"}
     metrics |= summary["evaluation"] | training_metrics(folder / "metrics.jsonl")
     for name, found in measured["evaluations"].items():
@@ -97,6 +97,13 @@ def make_record(cell: Cell, folder: Path) -> Record:
         **{key: measured[key] for key in ("device", "threads", "torch", "commit", "changed")},
         "date": datetime.fromtimestamp((folder / "summary.json").stat().st_mtime, UTC).strftime("%Y-%m-%d"),
     }
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return read_json(file, MAX_BYTES, dict)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}; remove the folder to make the run again") from None
 
 
 def _rounded(value: float) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
+from contextlib import suppress
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -134,6 +136,39 @@ def test_a_failed_run_shows_its_log_and_the_others_go_on(lab, capsys):
     assert lab.calls() == ["dense-seed0", "upcycled-seed0"]
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--only", "("], "'(' is no regular expression"),
+        (["--only", "ghost"], "--only ghost: matches none of dense-seed0, sparse-seed0"),
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(lab, capsys, words, sentence):
+    with suppress(SystemExit):
+        assert lab.launch(*words) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_an_error_of_the_launcher_stops_its_runs(lab, capsys):
+    lab.act(
+        "ready, ended = folder.parent / 'ready', folder.parent / 'ended'\n"
+        "if run == 'sparse':\n"
+        "    signal.signal(signal.SIGTERM, lambda *_: (ended.touch(), sys.exit(130)))\n"
+        "    ready.touch(), time.sleep(60)\n"
+        "while not ready.exists():\n"
+        "    time.sleep(0.01)\n"
+        "(folder / 'summary.json').write_text('{'), sys.exit(0)\n"
+    )
+    assert lab.launch("--jobs", "2", "--only", "seed0") == 2
+    assert "dense-seed0/summary.json: not valid JSON" in capsys.readouterr().err
+    for _ in range(500):
+        if (lab.runs / "ended").exists():
+            return
+        time.sleep(0.02)
+    pytest.fail("the other run goes on")
+
+
 def test_a_planned_stop_is_not_finished(lab, capsys):
     lab.act("sys.exit(0)")
     assert lab.launch("--only", "dense-seed0") == 1
@@ -235,6 +270,8 @@ def test_slurm_gets_a_job_for_each_run_after_those_that_it_needs(lab, monkeypatc
             return SimpleNamespace(job_id=str(100 + len(jobs)))
 
     monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=Executor))
+    assert lab.launch("--slurm", "gpu") == 2
+    assert "--slurm: write KEY=VALUE, got gpu" in capsys.readouterr().err
     assert lab.launch("--slurm", "cluster=none") == 2
     assert '--slurm: Could not detect "srun"' in capsys.readouterr().err
     lab.write(runs=UPCYCLED, seeds=[0])
