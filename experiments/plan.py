@@ -153,7 +153,10 @@ def _plan(experiment: Experiment, name: str) -> list[Cell]:
         raise ConfigError(f"seeds must be numbers, none twice, got {experiment.seeds}")
     if not experiment.metrics:
         raise ConfigError("metrics must name at least one metric")
-    base = str(_relative(find_config(experiment.base)))
+    try:
+        base = str(_relative(find_config(experiment.base)))
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--config", "base", 1)) from None
     runs = _runs(experiment)
     evaluations = _evaluations(experiment, runs)
     if experiment.baseline is not None and experiment.baseline not in runs:

@@ -69,7 +69,7 @@ def test_values_come_back_from_the_command_line_as_they_are(lab):
     ("changes", "sentence"),
     [
         ({"sedes": [0]}, "unknown key 'sedes'; the nearest known key is 'seeds'"),
-        ({"base": "nowhere.yaml"}, "nowhere.yaml: no such file"),
+        ({"base": "nowhere.yaml"}, "lab.yaml: base nowhere.yaml: no such file"),
         ({"seeds": []}, "seeds must be numbers, none twice, got []"),
         ({"seeds": ["a"]}, "seeds[0] must be"),
         ({"baseline": "ghost"}, "baseline 'ghost' is none of the runs: dense, sparse"),
