@@ -47,9 +47,8 @@ probabilities = vmoe.zero_shot_classify(loaded.model, loaded.tokenizer, images, 
 for index, row in enumerate(probabilities):
     print(f"{dataset.name_of(index)}: {labels[row.argmax()]} ({row.max():.1%})")
 
-# 4. Search: embed all images, then ask. The index of an earlier call may be of other photos.
+# 4. Search: embed all images, then ask. The index of an earlier call, maybe of other photos, is replaced.
 index_file = Path(args.output) / "index.npz"
-index_file.unlink(missing_ok=True)
 embed_images(loaded, dataset, index_file, LoaderConfig(batch_size=64, num_workers=0, on_bad="skip"))
 index = SearchIndex(index_file)
 print(f"\nimages most similar to {args.search!r}:")

@@ -28,8 +28,7 @@ def check_index(file: str | Path) -> None:
 
 
 def check_output(output: str | Path, *endings: str) -> None:
-    """ConfigError: a file of results has none of the endings, by which files of another kind are kept, or cannot be
-    written."""
+    """ConfigError: a file to write, or to replace, has another ending than its content's, or cannot be written."""
     if Path(output).suffix not in endings:
         raise ConfigError(f"output {output} must end with {' or '.join(endings)}")
     if not can_write(Path(output)):
