@@ -40,10 +40,7 @@ CASES = {
     "vmoe": (lambda: vision(num_shared_experts=1), rf"({BLOCKS}|blocks\.1\.mlp\.shared\.fc[12])|head"),
     "learned noise": (lambda: vision(router_preset="noisy_topk"), rf"({BLOCKS})|head"),
     "expert choice": (lambda: vision(router="expert_choice"), rf"({BLOCKS})|head"),
-    "limoe": (
-        lambda: create_model("limoe_tiny_patch8_48", img_size=16, patch_size=8, embed_dim=16, **TEXT),
-        BLOCKS,
-    ),
+    "limoe": (lambda: create_model("limoe_tiny_patch8_48", img_size=16, patch_size=8, embed_dim=16, **TEXT), BLOCKS),
     "two towers": (
         lambda: create_model("two_tower_tiny_patch8_48", image=IMAGE, text=TEXT, embed_dim=16),
         rf"(visual|text)\.({BLOCKS})",
@@ -194,10 +191,7 @@ def test_train_py_with_lora(make_config, tmp_path):
     ("settings", "message"),
     [
         ({"lora.targets": '["expert"]'}, r"lora\.targets: the model has no 'expert' to adapt; its targets are"),
-        (
-            {"lora.targets": '["experts"]', "optim.name": "muon"},
-            "hold all experts in one matrix: use adamw",
-        ),
+        ({"lora.targets": '["experts"]', "optim.name": "muon"}, "hold all experts in one matrix: use adamw"),
         (
             {"lora.targets": '["experts"]', "parallel.ep": 2},
             r"lora\.targets needs parallel\.dp_shard = parallel\.ep = 1",

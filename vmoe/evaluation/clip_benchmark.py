@@ -107,8 +107,7 @@ def their_retrieval(loaded: LoadedModel, dataset: ImageDataset, batch_size: int)
         first.setdefault(identity, index)
     images = list(first)
     samples = _Samples(
-        len(images),
-        lambda index: (loaded.transform(dataset[first[images[index]]].image), captions[images[index]]),
+        len(images), lambda index: (loaded.transform(dataset[first[images[index]]].image), captions[images[index]])
     )
     return zeroshot_retrieval.evaluate(
         loaded.model,
