@@ -14,6 +14,8 @@ from tests.forked import Forks
 # The tests' tensors are so small that a second thread costs more than it brings, many times more on a busy machine.
 # Before PyTorch is imported; OMP_NUM_THREADS=4 pytest runs them with four, but for the scripts of tests/forked.py.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Inductor compiles few kernels here: processes of its own, which import PyTorch, take longer than they save.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 # No test asserts a time: machines are shared.
 hypothesis.settings.register_profile("untimed", deadline=None)
