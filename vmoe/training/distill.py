@@ -63,11 +63,11 @@ class Distiller:
         self.theirs = _preprocessing(self.teacher, settings)
         channels = self.own["input_size"][0], self.theirs["input_size"][0]
         if channels[0] not in (1, channels[1]):
-            raise ConfigError(
-                f"train.distill.teacher {settings.teacher} takes images of {channels[1]} channel, and the student of "
-                f"{channels[0]}; they must agree"
+            numbers = (
+                f"{channels[1]} channel{'s' * (channels[1] > 1)}, and the student's {channels[0]}; they must agree"
             )
-        self.columns, self.known = None, slice(None)
+            raise ConfigError(f"images of train.distill.teacher {settings.teacher} have {numbers}")
+        self.columns = None
         if tokenizer is None:
             outputs = self._try_out()
             if settings.weight:
@@ -84,8 +84,8 @@ class Distiller:
         if self.columns is not None:  # classes that the teacher lacks take no part
             self.known = [index for index, columns in enumerate(self.columns) if columns]
             most = max(map(len, self.columns))
-            padded = [self.columns[index] + self.columns[index][:1] * most for index in self.known]
-            self._columns_CK = torch.tensor([columns[:most] for columns in padded], device=device)
+            padded = [(self.columns[index] + self.columns[index][:1] * most)[:most] for index in self.known]
+            self._columns_CK, self._known_C = (torch.tensor(each, device=device) for each in (padded, self.known))
 
     def _scores(self, images: Tensor) -> Tensor:
         """The teacher's logits of the classes that it knows; of several columns for a class, the largest."""
@@ -140,7 +140,8 @@ class Distiller:
             with self._timed():
                 taught_BC = self._scores(self.adapt(images))
         if settings.weight:
-            parts["distill_loss"] = soft_loss(logits_BC[:, self.known], taught_BC, settings.temperature)
+            own_BC = logits_BC if self.columns is None else logits_BC[:, self._known_C]
+            parts["distill_loss"] = soft_loss(own_BC, taught_BC, settings.temperature)
         if settings.features:
             projected = self._project(self._features.pop("student"))
             parts["feature_loss"] = feature_loss(projected, self._features["teacher"])

@@ -281,8 +281,11 @@ class Contrastive(Task):
         if self.distiller is None:
             return self.compare(self.outputs(model, batch))
         own, theirs = self.distiller.tokenizers.divide(batch["text"])
-        outputs, images = self.outputs(model, batch | {"text": own}), self.distiller.adapt(batch["image"])
-        ask = partial(self.outputs, batch={"image": images, "text": theirs})
+        outputs = self.outputs(model, batch | {"text": own})
+
+        def ask(teacher: nn.Module) -> dict[str, Tensor]:
+            return self.outputs(teacher, {"image": self.distiller.adapt(batch["image"]), "text": theirs})
+
         return self.distiller.contrastive(self.compare(outputs), outputs, ask)
 
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
