@@ -6,6 +6,8 @@ the record needs to measured.json.
 
 from __future__ import annotations
 
+import base64
+import csv
 import dataclasses
 import json
 import sys
@@ -14,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 from experiments.plan import as_text
 from experiments.records import JOB, MAX_BYTES, MEASURED
@@ -49,20 +53,30 @@ def make_evaluations(folder: Path, wanted: dict[str, dict[str, Any]], measured: 
             continue
         print(f"evaluation {name}", flush=True)
         words = [*one["arguments"], "--checkpoint", str(folder)]
-        found = inspect(folder, name, words) if one["command"] == "inspect" else run_eval(words)
+        found = inspect(folder, name, words) if one["command"] == "inspect" else run_eval(folder, name, words)
         measured["evaluations"][name] = {"digest": one["digest"], **found}
         write(file, measured)
     write(file, measured)
 
 
-def run_eval(words: list[str]) -> dict[str, Any]:
+def run_eval(folder: Path, name: str, words: list[str]) -> dict[str, Any]:
     """The results of eval.py, which images were right, and the fingerprint of the data."""
     from vmoe.cli import evaluate
     from vmoe.evaluation.config import EvaluationConfig
 
-    report = evaluate.run(read_config(EvaluationConfig, words, folder="eval"))
-    correct = report["checkpoints"][0]["details"].get("correct")
+    output = folder / f"evaluation_{name}.json"
+    report = evaluate.run(read_config(EvaluationConfig, [*words, "--output", str(output)], folder="eval"))
+    samples = output.with_name(f"evaluation_{name}_samples.csv")
+    correct = packed_correct(samples) if samples.is_file() else None
     return {"results": report["results"], "data": report["data"]["fingerprint"], "correct": correct}
+
+
+def packed_correct(samples: Path) -> str:
+    """Which images of a table of samples are right: a bit for each index (`numpy.packbits`), as base64."""
+    with open(samples, encoding="utf-8", newline="") as file:
+        right = {int(row["index"]): row.get("top1") == "1" for row in csv.DictReader(file)}
+    bits = [right.get(index, False) for index in range(max(right, default=-1) + 1)]
+    return base64.b64encode(np.packbits(bits)).decode()
 
 
 def inspect(folder: Path, name: str, words: list[str]) -> dict[str, Any]:

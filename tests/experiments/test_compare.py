@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.compare import difference, estimate, image_test, unpacked
+from experiments.worker import packed_correct
 
 
 def packed(right):
@@ -47,3 +48,11 @@ def test_seeds_that_repeat_the_same_images_are_no_further_evidence():
     thrice = image_test(dict.fromkeys(range(3), packed(own)), dict.fromkeys(range(3), packed(base)))
     assert thrice == pytest.approx(once)
     assert unpacked(packed(own))[:999].tolist() == own.astype(int).tolist()
+
+
+def test_the_right_images_are_a_bit_each_in_the_order_of_the_data(tmp_path):
+    table = tmp_path / "samples.csv"
+    table.write_text(
+        "index,sample,label,predicted,top1\n9,c.png,1,1,1\n0,a.png,0,1,0\n1,b.png,1,1,1\n", encoding="utf-8"
+    )
+    assert unpacked(packed_correct(table)).nonzero()[0].tolist() == [1, 9]  # the others were skipped

@@ -5,12 +5,10 @@ Shapes, by suffix: B batch, N samples, C classes.
 
 from __future__ import annotations
 
-import base64
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -47,12 +45,6 @@ class Predictions(NamedTuple):
         per_class_C, counts_C = accuracy_per_class(self.rank_N == 0, self.label_N, self.num_classes)
         rows = zip(class_names, per_class_C.tolist(), counts_C.tolist(), strict=True)
         return [{"class": name, "top1": top1 if count else None, "num_samples": count} for name, top1, count in rows]
-
-    def packed(self, num_samples: int) -> str:
-        """Which of the data's samples are right: a bit each (`numpy.packbits`), 0 if it was skipped, as base64."""
-        correct_N = np.zeros(num_samples, dtype=bool)
-        correct_N[self.index_N.numpy()] = self.rank_N.numpy() == 0
-        return base64.b64encode(np.packbits(correct_N)).decode()
 
 
 def evaluate_classification(

@@ -98,7 +98,6 @@ def classification_outcome(
         details["per_class"] = predictions.per_class(dataset.classes)
     else:
         del results["mean_per_class"]  # an image of several classes is of none alone
-    details["correct"] = predictions.packed(len(dataset))
     if dataset.conditions is not None:
         condition_N = torch.tensor(dataset.condition_of)[predictions.index_N]
         accuracy_C, counts_C = accuracy_per_class(predictions.rank_N == 0, condition_N, len(dataset.conditions))
