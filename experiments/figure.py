@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from experiments.compare import Estimate, estimate
 from experiments.plan import PlotConfig
+from experiments.results import Results
 from vmoe.inspection.style import PALETTE, look, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from experiments.report import Results
 
 MARKERS, DASHES = "osD^vP", ("-", "--", ":", "-.")
 LABELS = {

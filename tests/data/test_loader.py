@@ -20,8 +20,8 @@ from vmoe.data import (
     eval_loader,
     train_loader,
 )
-from vmoe.data.loader import own_cores
 from vmoe.data.texts import warn_once
+from vmoe.data.workers import own_cores
 
 from .conftest import PREPROCESS, Images, tokenize
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vmoe.data.dataset import ImageDataset, Sample
 from vmoe.data.images import BadSample, DataError
-from vmoe.data.loader import leave_signals_to_the_main_process
+from vmoe.data.workers import leave_signals_to_the_main_process
 from vmoe.utils.config import ConfigError
 
 BLOCK = 32  # images that a worker hands over together
@@ -18,7 +18,7 @@ SAMPLED = 64  # images from which the size of all is estimated
 SLACK = 1.2  # memory that is allocated beyond the estimate; the system provides it when it is used
 
 
-class ImageCache:
+class ImageCache(Sequence[Sample]):
     """The samples of a data set with the bytes of their images, for loaders; bad samples stay bad."""
 
     def __init__(self, num_bytes: float) -> None:
@@ -43,6 +43,9 @@ class ImageCache:
             size = 0 if isinstance(sample, BadSample) else 3 * math.prod(sample.image)
             self._starts.append(self._starts[-1] + size)
             self._samples.append(sample)
+
+    def __len__(self) -> int:
+        return len(self._samples)
 
     def __getitem__(self, index: int) -> Sample:
         """As the data set's, but the image is an array (H, W, 3) uint8 that must not be changed."""

@@ -4,7 +4,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -12,9 +12,6 @@ from PIL import Image
 from vmoe.data.fingerprint import Fingerprint
 from vmoe.data.images import BadSample, Reading, load_image
 from vmoe.data.sampler import EpochBatches, MixedBatches, Shuffle, ShuffledSamples
-
-if TYPE_CHECKING:
-    from vmoe.data.cache import ImageCache
 
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")
 
@@ -59,7 +56,7 @@ class ImageDataset(ABC):
     # Share of the image's side that an evaluation keeps, where the data set says so (ImageNet-C is cropped already).
     crop_pct: float | None = None
     reading: Reading = Reading()  # how image files are read
-    cache: "ImageCache | None" = None  # all samples, where loaders find them; see `vmoe.data.cache.cache_images`
+    cache: Sequence[Sample] | None = None  # all samples, where loaders find them; see vmoe/data/cache.py
     _fingerprint: str | None = None
 
     @abstractmethod

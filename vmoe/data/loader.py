@@ -3,8 +3,6 @@
 import itertools
 import logging
 import math
-import os
-import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +20,7 @@ from vmoe.data.sampler import BatchKey
 from vmoe.data.seeding import derive_seed, isolated_randomness, seed_process
 from vmoe.data.texts import Tokenizer, cut_message, cut_rows, warn_once
 from vmoe.data.transforms import Transform
+from vmoe.data.workers import leave_signals_to_the_main_process, own_cores
 from vmoe.utils.printable import printable
 from vmoe.utils.world import world
 
@@ -30,7 +29,6 @@ logger = logging.getLogger("vmoe.data")
 MIN_READ_FOR_SHARE = 1000  # before, a share of bad samples means little (or all of them, where there are fewer)
 MAX_REPLACEMENTS = 100  # with a bad share of 0.9 all of these fail once in 37,000 samples
 MAX_CACHED_CAPTIONS = 100_000
-GRACE_SECONDS = 5
 
 
 class TooManyBadSamples(RuntimeError):
@@ -345,18 +343,3 @@ class EvalLoader(_Loader):
 
 
 train_loader, eval_loader = TrainLoader, EvalLoader
-
-
-def own_cores() -> int:
-    """CPU cores for each of the job's processes on this machine, at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def leave_signals_to_the_main_process(_worker: int) -> None:
-    """A signal to the process group must not end the step in progress: a worker outlives SIGTERM by GRACE_SECONDS."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGALRM"):  # not on Windows
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))

@@ -22,7 +22,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 from torch import Tensor
 
-from vmoe.data.loader import own_cores
+from vmoe.data.workers import own_cores
 from vmoe.distributed.process_group import mean_over_processes, sum_over_processes
 from vmoe.moe import LayerRouting, RoutingRecord
 from vmoe.moe.record import statistics_of

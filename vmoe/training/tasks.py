@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vmoe.data import BadSample, EvalLoader, LoaderConfig, Transform, build_mixup, build_transform, eval_loader
 from vmoe.data.build import applies_orientation, build_dataset, with_orientation
 from vmoe.data.cache import cache_images
-from vmoe.data.loader import own_cores
+from vmoe.data.workers import own_cores
 from vmoe.distributed.parallelize import is_sharded
 from vmoe.distributed.process_group import from_first
 from vmoe.evaluation import evaluate_classification, evaluate_retrieval, evaluate_zero_shot

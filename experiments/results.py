@@ -1,0 +1,59 @@
+"""An experiment together with its records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from experiments.compare import Estimate, difference, image_test
+from experiments.plan import load
+from experiments.records import Record, check_settings, read_records, records_file
+from vmoe.training.best import LOWER_IS_BETTER
+from vmoe.utils.config import ConfigError
+
+
+class Results:
+    """An experiment with its records."""
+
+    def __init__(self, file: Path, output: Path) -> None:
+        self.file, self.name = file, file.stem
+        self.experiment, cells = load(file)
+        self.cells = {(cell.run, cell.seed): cell for cell in cells}
+        source = records_file(self.experiment, self.name, output)
+        self.records = read_records(source)
+        for key, record in self.records.items():
+            if key not in self.cells:
+                raise ConfigError(f"{source}: run {key[0]!r}, seed {key[1]} is not in {file}; remove its line")
+            check_settings(self.cells[key], record["settings"], f"its line in {source}", file)
+        self.runs = [run for run in dict.fromkeys(cell.run for cell in cells) if self.of(run)]
+        self.metrics = self.experiment.metric_names
+        known = {name for record in self.records.values() for name in record["metrics"]}
+        for metric in self.metrics if known else []:
+            if metric not in known and metric.partition("/")[0] not in self.experiment.evaluate:
+                raise ConfigError(f"{file}: no record has the metric {metric!r}; there are {', '.join(sorted(known))}")
+        main, _, direction = self.experiment.metrics[0].partition(":")
+        self.higher = direction == "max" if direction else not main.endswith(LOWER_IS_BETTER)
+
+    def of(self, run: str) -> dict[int, Record]:
+        """{seed: record} of a run."""
+        return {seed: record for (name, seed), record in self.records.items() if name == run}
+
+    def values(self, run: str, metric: str) -> dict[int, float]:
+        """{seed: value} of a metric, of the seeds that have it."""
+        return {seed: one["metrics"][metric] for seed, one in self.of(run).items() if metric in one["metrics"]}
+
+    def difference(self, run: str) -> Estimate | None:
+        """Of the first metric to the baseline; None for the baseline itself."""
+        base = self.experiment.baseline
+        if base is None or run == base:
+            return None
+        return difference(self.values(run, self.metrics[0]), self.values(base, self.metrics[0]))
+
+    def image_test(self, run: str) -> float | None:
+        """p of the images, if the run and the baseline were evaluated on the same ones."""
+        base = self.experiment.baseline
+        if base is None or run == base or self.metrics[0] != "top1":
+            return None
+        own, other = ({seed: one.get("images") for seed, one in self.of(name).items()} for name in (run, base))
+        if len({images and images["data"] for images in (*own.values(), *other.values())}) != 1 or None in own.values():
+            return None
+        return image_test(*({seed: images["correct"] for seed, images in one.items()} for one in (own, other)))
