@@ -9,6 +9,12 @@ from importlib import import_module
 
 
 def __getattr__(name: str) -> Callable[..., int]:
+    missing = AttributeError(f"module 'vmoe_command' has no attribute {name!r}")
     if name.startswith("_"):
-        raise AttributeError(f"module 'vmoe_command' has no attribute {name!r}")
-    return import_module(f"vmoe.cli.{name}").main
+        raise missing
+    try:
+        return import_module(f"vmoe.cli.{name}").main
+    except ModuleNotFoundError as error:
+        if error.name == f"vmoe.cli.{name}":  # pickle asks every loaded module for a name, such as "torch"
+            raise missing from None
+        raise
