@@ -123,7 +123,7 @@ ROUTERS = {
     "soft in groups": {"router": "soft", "group_size": 7},
     "soft in groups of several images": {"router": "soft", "group_size": 40},
     "expert choice in groups of several images": {"router": "expert_choice", "group_size": 37},
-    **{f"preset {name}": {"router_preset": name} for name in PRESETS},
+    **{f"preset {name}": {"router_preset": name, "num_experts": 4} for name in PRESETS},
 }
 MODELS = {
     **{name: (image_model, settings) for name, settings in ROUTERS.items()},
