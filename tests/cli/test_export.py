@@ -117,31 +117,35 @@ INSIDE = "lies in the checkpoint .*step_000002, which another file would damage"
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("argv", "code", "message"),
     [
-        (["nowhere", "--output", "x.safetensors"], "nowhere: it does not exist"),
-        (["checkpoints/step_000001/model.safetensors", "--output", "x.safetensors"], "is one file already"),
-        ([".", "--output", "checkpoints/step_000002/x.safetensors"], INSIDE),
-        ([".", "--output", "checkpoints/step_000002/model.safetensors"], INSIDE),
-        ([".", "--output", "checkpoints/step_000002/new/x.safetensors"], INSIDE),
-        ([".", "--output", "checkpoints/step_000002/x.pt2", "--format", "pt2"], INSIDE),
-        ([".", "--output", "x.onnx"], "x.onnx: give a name that ends with .safetensors"),
-        ([".", "--output", "x.onnx", "--format", "pt2"], "x.onnx: give a name that ends with .pt2"),
-        ([".", "--output", "x.pt2", "--format", "pth"], "--format pth: choose one of safetensors, "),
-        ([".", "--output", "folder.onnx", "--format", "onnx"], "folder.onnx is a folder; give"),
-        ([".", "--output", "file/x.pt2", "--format", "pt2"], "x.pt2 cannot be written .*; free some space or"),
-        ([".", "--output", "x.onnx", "--format", "onnx", "--compile"], "--compile is for pt2, not for onnx; leave it"),
-        ([".", "--output", "x.safetensors", "--part", "text"], "--part is for pt2 and onnx, not for safetensors"),
-        ([".", "--output", "x.pt2", "--format", "pt2", "--license", "mit"], "--license is for hub, not for pt2"),
-        ([".", "--output", "x.pt2", "--format", "pt2", "--part", "text"], "takes images alone, so it has no part 'te"),
+        (["nowhere", "--output", "x.safetensors"], 1, "nowhere: it does not exist"),
+        (["checkpoints/step_000001/model.safetensors", "--output", "x.safetensors"], 1, "is one file already"),
+        ([".", "--output", "checkpoints/step_000002/x.safetensors"], 2, INSIDE),
+        ([".", "--output", "checkpoints/step_000002/model.safetensors"], 2, INSIDE),
+        ([".", "--output", "checkpoints/step_000002/new/x.safetensors"], 2, INSIDE),
+        ([".", "--output", "checkpoints/step_000002/x.pt2", "--format", "pt2"], 2, INSIDE),
+        ([".", "--output", "x.onnx"], 2, "x.onnx must end with .safetensors"),
+        ([".", "--output", "x.onnx", "--format", "pt2"], 2, "x.onnx must end with .pt2"),
+        ([".", "--output", "x.pt2", "--format", "pth"], 2, "format must be one of safetensors, .* got .pth."),
+        ([".", "--output", "folder.onnx", "--format", "onnx"], 2, "folder.onnx cannot be written: give"),
+        ([".", "--output", "file/x.pt2", "--format", "pt2"], 2, "x.pt2 cannot be written: give a file"),
+        ([".", "--output", "x.onnx", "--format", "onnx", "--compile"], 2, "compile is for pt2, not for onnx; leave it"),
+        ([".", "--output", "x.safetensors", "--part", "text"], 2, "part is for pt2 and onnx, not for safetensors"),
+        ([".", "--output", "x.pt2", "--format", "pt2", "--license", "mit"], 2, "license is for hub, not for pt2"),
+        (
+            [".", "--output", "x.pt2", "--format", "pt2", "--part", "text"],
+            1,
+            "takes images alone, so it has no part",
+        ),
     ],
 )
-def test_mistakes_are_one_sentence_and_write_nothing(run, monkeypatch, capsys, argv, message):
+def test_mistakes_are_one_sentence_and_write_nothing(run, monkeypatch, capsys, argv, code, message):
     monkeypatch.chdir(run)
     (run / "folder.onnx").mkdir(exist_ok=True)
     (run / "file").touch()
     before = sorted(run.rglob("*"))
-    assert main(argv) == 1
+    assert main(argv) == code
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1
     assert re.search(message, shown)
@@ -151,7 +155,7 @@ def test_mistakes_are_one_sentence_and_write_nothing(run, monkeypatch, capsys, a
 
 def test_a_copy_of_a_checkpoint_and_a_part_of_one_are_known(run, tmp_path, capsys):
     copy = shutil.copytree(run / "checkpoints" / "step_000002", tmp_path / "copy")
-    assert main([str(run), "--output", str(copy / "out.safetensors")]) == 1
+    assert main([str(run), "--output", str(copy / "out.safetensors")]) == 2
     assert "lies in the checkpoint" in capsys.readouterr().err
     assert not find_problems(copy)
     (tmp_path / "ema").mkdir()

@@ -40,7 +40,11 @@ WRONG_PATHS = {
         (["--checkpoint", "nope"], "no weights at nope"),
     ],
     "vmoe-inspect": [(["--checkpoint", "nope"], "no weights at nope")],
-    "vmoe-export": [(["nope", "--output", "x.safetensors"], "no weights at nope")],
+    "vmoe-export": [
+        (["nope", "--output", "x.safetensors"], "no weights at nope"),
+        (["{here}", "--output", "x.pt2", "--format", "pth"], "format must be one of"),
+    ],
+    "vmoe-convert": [(["--from", "nope", "--config", "x", "--to", "x.csv"], "x.csv must end with .safetensors")],
     "vmoe-clip-benchmark": [(["--task=retrieval", "--data.type=emoji", "--checkpoint=nope"], "no weights at nope")],
 }
 COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]

@@ -202,7 +202,7 @@ def test_a_file_that_shrinks_while_it_is_read_leaves_nothing(tiny, checkpoint, m
             file.write_bytes(file.read_bytes()[:200])
         return result
 
-    with pytest.raises(ValueError, match=r"--to must be a \.safetensors file"):
+    with pytest.raises(ValueError, match=r"out.bin must end with \.safetensors"):
         convert_checkpoint(checkpoint / "c", tiny[1], checkpoint / "out.bin")
     monkeypatch.setattr(files, "open_checkpoint", open_then_cut)
     before = sorted(path.name for path in checkpoint.iterdir())

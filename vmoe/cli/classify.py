@@ -18,9 +18,9 @@ from rich.progress import track
 from vmoe.cli.command import exit_code
 from vmoe.data.images import MAX_PIXELS, BadSample, Reading, find_images, load_image
 from vmoe.evaluation.class_names import known_sets
-from vmoe.evaluation.paths import check_checkpoint, check_output
 from vmoe.utils.config import ConfigError
 from vmoe.utils.files import atomic_file
+from vmoe.utils.paths import check_checkpoint, check_output
 from vmoe.utils.printable import escaped, printable, safe_output
 from vmoe.utils.tables import MetricTable, make_console
 

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 
 from vmoe.cli.command import exit_code
 from vmoe.evaluation.config import EvaluationConfig
-from vmoe.evaluation.paths import check_checkpoint
 from vmoe.utils.config import parse_config
+from vmoe.utils.paths import check_checkpoint
 from vmoe.utils.printable import safe_output
 from vmoe.utils.tables import MetricTable, make_console
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from vmoe.cli.command import exit_code
 from vmoe.convert.released import RELEASED
+from vmoe.utils.paths import check_output
 from vmoe.utils.printable import safe_output
 
 
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(file: str, **settings) -> None:
     """Converts, and says what was done; arguments as of `convert_checkpoint`."""
+    check_output(file, ".safetensors")
     from vmoe.convert.to_safetensors import convert_checkpoint
 
     done = convert_checkpoint(file=file, **settings)

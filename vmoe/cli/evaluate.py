@@ -15,10 +15,10 @@ from rich.console import Console
 
 from vmoe.cli.command import exit_code
 from vmoe.evaluation.config import EvaluationConfig
-from vmoe.evaluation.paths import check_checkpoint
 from vmoe.utils.allocator import keep_freed_memory
 from vmoe.utils.config import ConfigError, parse_config
 from vmoe.utils.files import can_write
+from vmoe.utils.paths import check_checkpoint
 from vmoe.utils.printable import safe_output
 from vmoe.utils.tables import make_console
 

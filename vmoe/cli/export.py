@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vmoe.cli.command import exit_code
-from vmoe.evaluation.paths import check_checkpoint
+from vmoe.export.formats import check_export
+from vmoe.utils.paths import check_checkpoint
 from vmoe.utils.printable import safe_output
 from vmoe.utils.tables import MetricTable, make_console
 
@@ -36,12 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def run() -> None:
+        options = {"part": args.part, "compile": args.compile, "license": args.license}
         check_checkpoint(args.source)
+        check_export(args.output, args.format, **options)
         from vmoe.export.exporter import export_model
 
-        options = {"raw": args.raw, "part": args.part, "compile": args.compile, "license": args.license}
-        options["progress"] = lambda step: print(f"{step} ...", file=sys.stderr, flush=True)
-        exported = export_model(args.source, args.output, args.format, **options)
+        def progress(step: str) -> None:
+            print(f"{step} ...", file=sys.stderr, flush=True)
+
+        exported = export_model(args.source, args.output, args.format, raw=args.raw, progress=progress, **options)
         print(f"read     {exported.read}")
         if exported.differences:
             make_console().print(_table(exported.differences))

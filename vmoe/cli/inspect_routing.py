@@ -16,9 +16,9 @@ from rich.console import Console
 
 from vmoe.cli.command import exit_code
 from vmoe.data.config import LoaderConfig, SourceConfig
-from vmoe.evaluation.paths import check_checkpoint
 from vmoe.utils.config import ConfigError, check_types, parse_config, read_settings_file
 from vmoe.utils.files import is_writable, local_path
+from vmoe.utils.paths import check_checkpoint
 from vmoe.utils.printable import safe_output
 from vmoe.utils.tables import MetricTable, make_console
 

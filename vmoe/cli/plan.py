@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from vmoe.cli.command import exit_code
-from vmoe.evaluation.paths import check_output
 from vmoe.planning.hardware import pick_hardware
 from vmoe.training.config import Config
 from vmoe.utils.config import ConfigError, parse_config
 from vmoe.utils.files import atomic_file
+from vmoe.utils.paths import check_output
 from vmoe.utils.printable import safe_output
 from vmoe.utils.tables import make_console
 

@@ -16,6 +16,7 @@ from vmoe.convert.section import Section
 from vmoe.models.factory import file_metadata
 from vmoe.models.serialization import mapped_safetensors, read_pretrained_metadata
 from vmoe.utils.files import read_json
+from vmoe.utils.paths import check_output
 
 
 class Converted(NamedTuple):
@@ -82,8 +83,7 @@ def convert_checkpoint(
         image_size, context_length: see `from_reference`, also for the errors.
     """
     file = Path(file)
-    if file.suffix != ".safetensors":
-        raise ValueError(f"--to must be a .safetensors file, got {str(file)!r}")
+    check_output(file, ".safetensors")
     model_config, preprocess = resolve_config(config)
     path, kind, arrays = open_checkpoint(source, step)
     stored, skipped = select_params(arrays, path)

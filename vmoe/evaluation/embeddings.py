@@ -64,7 +64,7 @@ def embed_images(
         ConfigError: `output` has another ending or cannot be written; pyarrow is missing.
         ValueError: no image can be read, or embeddings are not finite in float16.
     """
-    output = check_output(output)
+    output = check_target(output)
     parts = _parts_of(output)
     new_folders = [folder for folder in output.absolute().parents if not folder.exists()]
     size = _part_size(loader_config)
@@ -126,7 +126,7 @@ def _one_per_image(dataset: ImageDataset) -> list[int]:
     return sorted(of_image[0] for of_image in samples.values())
 
 
-def check_output(output: str | Path) -> Path:
+def check_target(output: str | Path) -> Path:
     """The file to write, nothing is made; ConfigError: it has another ending or cannot be written; its folder of parts
     holds something else; pyarrow is missing."""
     output = Path(output)

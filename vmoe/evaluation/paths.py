@@ -1,4 +1,4 @@
-"""Checks of the paths that a command is given, before it imports PyTorch, which takes seconds."""
+"""Checks of files of embeddings, before a command imports PyTorch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,10 @@ from pathlib import Path
 from types import ModuleType
 
 from vmoe.utils.config import ConfigError
-from vmoe.utils.files import can_write, local_path
 from vmoe.utils.optional import import_optional
+from vmoe.utils.paths import check_output
 
 INDEX_ENDINGS = (".parquet", ".npz")
-
-
-def check_checkpoint(checkpoint: str) -> None:
-    """ValueError unless a checkpoint is there, or is to be downloaded."""
-    if not checkpoint.startswith("hf-hub:") and not os.path.exists(path := local_path(checkpoint)):
-        raise ValueError(f"no weights at {path}: it does not exist; give a .safetensors file, a checkpoint or a run")
 
 
 def check_index(file: str | Path) -> None:
@@ -25,14 +19,6 @@ def check_index(file: str | Path) -> None:
         raise ValueError(f"no index at {file}: make one with vmoe-embed")
     if Path(file).suffix not in INDEX_ENDINGS:
         raise ValueError(f"index {file} must end with {' or '.join(INDEX_ENDINGS)}")
-
-
-def check_output(output: str | Path, *endings: str) -> None:
-    """ConfigError: a file to write, or to replace, has another ending than its content's, or cannot be written."""
-    if Path(output).suffix not in endings:
-        raise ConfigError(f"output {output} must end with {' or '.join(endings)}")
-    if not can_write(Path(output)):
-        raise ConfigError(f"output {output} cannot be written: give a file in a folder that can be")
 
 
 def check_new_index(output: str | Path) -> None:

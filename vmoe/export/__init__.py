@@ -1,5 +1,13 @@
 """Models as files for other programs: safetensors, `torch.export` programs, AOTInductor packages and ONNX."""
 
-from vmoe.export.exporter import FORMATS, Exported, export_model
+from typing import TYPE_CHECKING
 
-__all__ = ["FORMATS", "Exported", "export_model"]
+from vmoe.utils.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from vmoe.export.exporter import Exported, export_model
+    from vmoe.export.formats import FORMATS
+
+__getattr__, __all__ = lazy_names(
+    __name__, {"vmoe.export.exporter": "Exported export_model", "vmoe.export.formats": "FORMATS"}
+)

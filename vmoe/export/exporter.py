@@ -9,17 +9,15 @@ from typing import NamedTuple
 from torch import nn
 
 from vmoe.export.check import TOLERANCE, Difference, Run, differences, exceeds
+from vmoe.export.formats import check_export
 from vmoe.export.onnx import check_onnx, write_onnx
 from vmoe.export.part import Part, take_part
 from vmoe.export.program import trace, write_package, write_program
-from vmoe.export.weights import check_output, describe, export, metrics_of, source_weights
+from vmoe.export.weights import describe, export, metrics_of, source_weights
 from vmoe.models.factory import create_model, save_pretrained
 from vmoe.models.hub import save_hub_folder
 from vmoe.models.serialization import WeightsError, cannot_write, read_pretrained_metadata
 from vmoe.utils.files import atomic_file
-
-FORMATS = {"safetensors": ".safetensors", "hub": "", "pt2": ".pt2", "onnx": ".onnx"}  # suffix of the file; "": a folder
-OPTIONS = {"part": ("pt2", "onnx"), "compile": ("pt2",), "license": ("hub",)}  # the formats that take them
 
 
 class Exported(NamedTuple):
@@ -57,12 +55,7 @@ def export_model(
     differs from the model by more than 1e-5 of the largest output. ModuleNotFoundError: a package is missing.
     """
     output = Path(output)
-    if format not in FORMATS:
-        raise ValueError(f"--format {format}: choose one of {', '.join(FORMATS)}")
-    for option, value in {"part": part, "compile": compile, "license": license}.items():
-        if value and format not in OPTIONS[option]:
-            raise ValueError(f"--{option} is for {' and '.join(OPTIONS[option])}, not for {format}; leave it out")
-    check_output(output, FORMATS[format])
+    check_export(output, format, part=part, compile=compile, license=license)
     if format == "safetensors" and not isinstance(source, nn.Module):
         return Exported(describe(export(source, output, raw)), [])  # without building the model
     model, read, facts = _load(source, raw)

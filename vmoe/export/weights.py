@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from vmoe.export.formats import check_export
 from vmoe.models.manifest import TRAINER, is_checkpoint
 from vmoe.models.serialization import (
     METADATA_KEY,
@@ -22,18 +23,6 @@ from vmoe.models.serialization import (
 from vmoe.utils.files import read_json
 
 MAX_TRAINER_BYTES = 2**28  # of trainer.json, with the state of the optimizer's groups
-
-
-def check_output(output: Path, suffix: str) -> None:
-    """WeightsError: the file ("": the folder) has another suffix, is a folder, or lies in a checkpoint."""
-    if suffix and output.suffix != suffix:
-        raise WeightsError(f"--output {output}: give a name that ends with {suffix}")
-    if suffix and output.is_dir():
-        raise WeightsError(f"--output {output} is a folder; give the name of a new file")
-    for folder in output.resolve().parents:
-        if is_checkpoint(folder):
-            problem = f"lies in the checkpoint {folder}, which another file would damage"
-            raise WeightsError(f"--output {output} {problem}; give another folder")
 
 
 def source_weights(source: str | Path, raw: bool) -> Path:
@@ -77,7 +66,7 @@ def export(source: str | Path, output: str | Path, raw: bool = False) -> Path:
     are damaged, or the file cannot be written there.
     """
     output = Path(output)
-    check_output(output, ".safetensors")
+    check_export(output, "safetensors")
     if Path(source).is_file():
         raise WeightsError(f"{source} is one file already; give the folder of a run or of a checkpoint")
     if (Path(source) / SETTINGS_NAME).is_file():
