@@ -72,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=64, help="images per forward pass (default 64)")
     add("--precision", choices=["float32", "bf16", "fp16"], default="float32", help="of the forward pass")
     add("--device", default="auto", help="auto (default), cpu, cuda, mps")
-    exif = "apply the orientation in images' EXIF data (default: as the model was trained, else not)"
-    add("--exif_orientation", action=argparse.BooleanOptionalAction, help=exif)
+    exif = "turn images upright as their EXIF data say (the default)"
+    add("--exif_orientation", action=argparse.BooleanOptionalAction, default=True, help=exif)
     add("--max_pixels", type=int, default=MAX_PIXELS, help=f"the largest image, in pixels (default {MAX_PIXELS})")
     return parser
 
@@ -100,9 +100,8 @@ def run(arguments: argparse.Namespace) -> None:
         names = _own_classes(loaded, arguments)
     elif names is None:
         raise ConfigError(f"{arguments.checkpoint} compares images with texts: give some, as --labels 'cat,dog'")
-    turned = loaded.exif_orientation if arguments.exif_orientation is None else arguments.exif_orientation
     bad: list[BadSample] = []
-    reading = Reading(turned, arguments.max_pixels)
+    reading = Reading(arguments.exif_orientation, arguments.max_pixels)
     with evaluating(loaded.model, loaded.device, loaded.precision):
         score = loaded.scorer(names, templates)
         found = _predictions(loaded, score, names, _readable(files, reading, bad), arguments)
