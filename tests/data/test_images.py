@@ -219,7 +219,7 @@ def test_formats_of_phones_are_named(brand, name):
 
 
 def test_heic_is_read_by_pillow_heif(photo, tmp_path):
-    pillow_heif = pytest.importorskip("pillow_heif", reason="needs pillow-heif (pip install pillow-heif)")
+    pillow_heif = pytest.importorskip("pillow_heif", reason="needs pillow-heif (pip install -e '.[test]')")
     pillow_heif.from_pillow(photo).save(tmp_path / "a.heic", quality=-1)
     read = load_image(tmp_path / "a.heic")
     assert read.size == photo.size

@@ -28,6 +28,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 # What Pillow may take a file for. It reads more, some by calling other programs (Ghostscript), some by rare decoders.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "PPM", "TIFF")
 
+HEIC_REMEDY = "install pillow-heif (pip install -e '.[heic]' in a checkout)"
 # What follows "ftyp" in files of formats that phones write. pillow-heif reads HEIC and HEIF, if it is installed.
 OTHER_FORMATS = {b"heic": "HEIC", b"heix": "HEIC", b"hevc": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF", b"avif": "AVIF"}
 
@@ -114,7 +115,7 @@ def _read(file: BinaryIO, path: str | Path, reading: Reading) -> Image.Image:
             image = Image.open(file, formats=(*FORMATS, "HEIF") if with_heif else FORMATS)
         except Image.UnidentifiedImageError:
             hint = f"; it is {other}, save it as one of these" if other else ""
-            hint += " or install pillow-heif (pip install pillow-heif)" if other in ("HEIC", "HEIF") else ""
+            hint += f" or {HEIC_REMEDY}" if other in ("HEIC", "HEIF") else ""
             raise BadSample(str(path), f"not an image file ({', '.join(FORMATS)}){hint}") from None
     with image:
         check_size(image.size, reading.max_pixels)  # the header alone is read so far
@@ -161,7 +162,7 @@ def find_images(paths: Sequence[str]) -> list[Path]:
         counts = ", ".join(f"{count} {printable(ending)}" for ending, count in others.most_common(5))
         if not images:
             but = f", but other files: {counts}" if others else ""
-            but += "; pip install pillow-heif reads HEIC" if {".heic", ".heif"} & others.keys() else ""
+            but += f"; for HEIC {HEIC_REMEDY}" if {".heic", ".heif"} & others.keys() else ""
             raise ValueError(f"{path}: no image there (endings looked for: {', '.join(IMAGE_SUFFIXES)}){but}")
         if others:
             logger.warning("%s: skipped other files: %s", printable(str(path)), counts)
