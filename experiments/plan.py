@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,6 +28,8 @@ RESULTS = ROOT / "experiments" / "results"
 # Settings that a result does not depend on: of a continued run, and where the data lie.
 RESULTS_DEPEND = ("train.steps", "train.epochs", "train.keep_best", "train.patience", "data.val", "evaluate")
 FREE = (*(key for key in CHANGEABLE if key not in RESULTS_DEPEND), "seed", "evaluate.examples")
+# Settings that the launcher gives itself.
+OURS = {"train": ("seed", "output_dir"), "evaluate": ("checkpoint", "output", "output_dir"), "nested": ()}
 PATHS = ("path", "image_root", "class_names", "labels_file")
 DEFAULTS = flat_settings(Config(output_dir="", task="classification"))
 
@@ -61,8 +63,8 @@ class Experiment:
         base: Config of train.py, by its path in the checkout or its name; what all runs share.
         source: Papers that the question is from.
         settings: Settings of train.py for all runs, over those of base: `optim.lr: 1e-3`.
-        runs: {name: settings of train.py for this run}. `{run: NAME}` as a value is the folder of another run, which is
-            made before, with the same seed, and if it has the same grid, the same point of it. A run's own `grid`
+        runs: {name: settings of train.py for this run}, over the common ones. `{run: NAME}` as a value is the folder of
+            a run above it, with the same seed, and if it has the same grid, the same point of it. A run's own `grid`
             replaces the common one.
         grid: {setting: values}: each run is made with all combinations, and has them in its name.
         seeds: Each run is made with each of them.
@@ -164,8 +166,13 @@ def _plan(experiment: Experiment, name: str) -> list[Cell]:
     cells = []
     for seed in experiment.seeds:
         made: dict[str, Cell] = {}
-        for run in runs:
-            _add(run, runs, made, (), lambda run, seed=seed: Cell(name, run, seed, base, runs[run], evaluations[run]))
+        for run, overrides in runs.items():
+            made[run] = cell = Cell(name, run, seed, base, overrides, evaluations[run])
+            for key, other in cell.references.items():
+                if other == run or other not in made:
+                    raise ConfigError(f"runs.{run}: {key} is of run {other!r}, which is none of those above it")
+                cell.needs.append(made[other])
+            cell.settings = _settings_of(cell)
         cells += made.values()
     folders = {cell.name: cell for cell in cells}
     if len(folders) < len(cells):
@@ -196,7 +203,7 @@ def _evaluations(experiment: Experiment, runs: Iterable[str]) -> dict[str, dict[
             if not chosen:
                 known = ", ".join(of_run)
                 raise ConfigError(f"runs must be a list of names, with * and ?, among {known}; got {patterns}")
-            evaluation = _evaluation({key: value for key, value in given.items() if key != "runs"})
+            evaluation = _evaluation(_flat({key: value for key, value in given.items() if key != "runs"}, "evaluate"))
         except ConfigError as error:
             raise ConfigError(f"evaluate.{name}: {error}") from None
         for run in chosen:
@@ -239,8 +246,7 @@ def _runs(experiment: Experiment) -> dict[str, dict[str, Any]]:
             name = ", ".join(filter(None, (run, suffix))) or "base"
             if name in runs:
                 raise ConfigError(f"two runs are called {name!r}; rename one")
-            runs[name] = {**experiment.settings, **own, **settings}
-            runs[name].pop("grid", None)
+            runs[name] = _merged(experiment.settings, {key: own[key] for key in own if key != "grid"}, settings)
             suffixes[name] = suffix
     for name, settings in runs.items():
         for key, value in settings.items():
@@ -255,20 +261,26 @@ def _is_reference(value: Any) -> bool:
     return isinstance(value, dict) and value.keys() == {"run"}
 
 
-def _add(run: str, runs: dict, made: dict[str, Cell], below: tuple[str, ...], make: Callable[[str], Cell]) -> Cell:
-    """Puts the cell of a run into `made`, after those that it needs."""
-    if run in made:
-        return made[run]
-    if run in below:
-        raise ConfigError(f"the runs {' -> '.join((*below, run))} need each other; break the circle")
-    cell = make(run)
-    for key, other in cell.references.items():
-        if other not in runs:
-            raise ConfigError(f"runs.{run}: {key} is of run {other!r}, which is none of: {', '.join(runs)}")
-        cell.needs.append(_add(other, runs, made, (*below, run), make))
-    cell.settings = _settings_of(cell)
-    made[run] = cell
-    return cell
+def _merged(*parts: dict[str, Any]) -> dict[str, Any]:
+    """One mapping of dotted names, in which a mapping of a later part leaves what it does not name."""
+    merged: dict[str, Any] = {}
+    for key, value in (pair for part in parts for pair in _flat(part).items()):
+        merged.pop(key, None)  # on the command line the later word counts
+        merged[key] = value
+    return merged
+
+
+def _flat(settings: dict[str, Any], kind: str = "train") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; an empty mapping stays, which clears what the base has there."""
+    flat = {}
+    for key, value in settings.items():
+        if key in OURS[kind]:
+            raise ConfigError(f"{key} is set by the launcher; leave it out{' (seeds has the seeds)' * (key == 'seed')}")
+        if isinstance(value, dict) and value and not _is_reference(value):
+            flat |= {f"{key}.{name}": one for name, one in _flat(value, "nested").items()}
+        else:
+            flat[key] = value
+    return flat
 
 
 def _settings_of(cell: Cell) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from experiments.launch import Sweep
 from experiments.plan import ROOT, load
 from experiments.records import read_records
 
-UPCYCLED = {"upcycled": {"model.pretrained": {"run": "dense"}, "model.upcycle.num_experts": 4}, "dense": {}}
+UPCYCLED = {"dense": {}, "upcycled": {"model.pretrained": {"run": "dense"}, "model.upcycle.num_experts": 4}}
 
 
 def names(file):
@@ -57,6 +57,15 @@ def test_a_run_needs_the_same_point_of_the_grid(lab):
     assert needs["upcycled, lr=0.5"] == needs["longer"] == ["dense, lr=0.5"]
 
 
+def test_a_mapping_of_a_run_keeps_what_it_does_not_name(lab):
+    settings = {"model.kwargs.depth": 2, "optim": {"lr": 0.5}}
+    runs = {"dense": {"model": {"kwargs": {"num_experts": 0}}}, "bare": {"model.kwargs": {}, "model.kwargs.depth": 3}}
+    dense, bare = load(lab.write(settings=settings, runs=runs, seeds=[0]))[1]
+    assert (dense.settings["model.kwargs.depth"], dense.settings["model.kwargs.num_experts"]) == (2, 0)
+    assert dense.settings["optim.lr"] == bare.settings["optim.lr"] == 0.5
+    assert [key for key in bare.settings if key.startswith("model.kwargs")] == ["model.kwargs.depth"]
+
+
 def test_values_come_back_from_the_command_line_as_they_are(lab):
     odd = {"model.kwargs.router": "12", "optim.betas": [0.9, 0.98], "train.ema_decay": None, "optim.lr": 1e-05}
     [cell] = load(lab.write(runs={"dense": odd}, seeds=[0]))[1]
@@ -80,7 +89,7 @@ def test_values_come_back_from_the_command_line_as_they_are(lab):
             {"runs": {"dense": {"model.pretrained": {"run": "ghost"}}}},
             "model.pretrained is of run 'ghost', which is none",
         ),
-        ({"runs": {"dense": {"model.pretrained": {"run": "dense"}}}}, "dense -> dense need each other"),
+        ({"runs": {"dense": {"model.pretrained": {"run": "dense"}}}}, "run 'dense', which is none of those above it"),
         ({"runs": {"dense": {}, "a b": {}, "a_b": {}}}, "runs 'a b' and 'a_b' would share a folder"),
         ({"grid": {"optim.lr": 1}}, "grid must be {setting: [values]}, got 1 for 'optim.lr'"),
         ({"evaluate": {"x": "nowhere"}}, "evaluate.x: --config nowhere: no such file"),
@@ -91,6 +100,14 @@ def test_values_come_back_from_the_command_line_as_they_are(lab):
         ({"evaluate": {"x": 5}}, "evaluate.x: write a config of eval.py"),
         ({"evaluate": {"val": "emoji_knn"}}, "evaluate.val: choose another name"),
         ({"metrics": []}, "metrics must name at least one"),
+        ({"settings": {"seed": 5}}, "seed is set by the launcher; leave it out (seeds has the seeds)"),
+        ({"runs": {"dense": {"output_dir": "x"}}}, "output_dir is set by the launcher; leave it out"),
+        ({"grid": {"seed": [1, 2]}}, "seed is set by the launcher"),
+        (
+            {"evaluate": {"x": {"config": "emoji_knn", "checkpoint": "y"}}},
+            "evaluate.x: checkpoint is set by the launcher",
+        ),
+        ({"evaluate": {"x": {"config": "emoji_knn", "output": "y.json"}}}, "evaluate.x: output is set by the launcher"),
     ],
 )
 def test_a_mistake_is_one_sentence_before_anything_is_made(lab, capsys, changes, sentence):
