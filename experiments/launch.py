@@ -24,6 +24,8 @@ from experiments.plan import OUTPUT, ROOT, Cell, Experiment, load, result_settin
 from experiments.records import (
     JOB,
     Records,
+    check_evaluations,
+    check_inputs,
     check_settings,
     make_record,
     read_records,
@@ -32,7 +34,7 @@ from experiments.records import (
 )
 from vmoe.training.config import Config
 from vmoe.utils.config import ConfigError, read_config
-from vmoe.utils.files import atomic_file, parse_yaml
+from vmoe.utils.files import atomic_file, parse_yaml, read_json
 
 LAST_LINES = 12  # of a failed run's log
 
@@ -87,6 +89,7 @@ class Sweep:
     def __init__(self, experiment: Experiment, name: str, cells: list[Cell], args: argparse.Namespace) -> None:
         self.experiment, self.args, self.output = experiment, args, args.output_dir.resolve()
         self.records_file = records_file(experiment, name, self.output)
+        self.all_cells = cells
         self.cells = [cell for cell in cells if args.only is None or args.only.search(cell.name)]
         if not self.cells:
             names = ", ".join(cell.name for cell in cells)
@@ -101,17 +104,28 @@ class Sweep:
         return read_records(self.records_file)
 
     def check_unchanged(self) -> None:
-        """ConfigError: a run was made, or begun, with other settings."""
+        """ConfigError: a run was made, or begun, with other settings, or from other data."""
         records, file = self.records, self.args.experiment
         cells = list(self.cells)
         for cell in cells:
             cells += [parent for parent in cell.needs if parent not in cells]
+            folder, line = cell.folder(self.output), f"its line in {self.records_file}"
             if (record := records.get((cell.run, cell.seed))) is not None:
-                check_settings(cell, record["settings"], f"its line in {self.records_file}", file)
-            if (begun := cell.folder(self.output) / "config.yaml").is_file():
-                before = result_settings(read_config(Config, ["--config", str(begun)]))
-                before |= {key: cell.settings[key] for key in cell.references}  # there it is a path
-                check_settings(cell, before, f"its folder {begun.parent}", file)
+                check_settings(cell, record["settings"], line, file)
+                if not (folder / "summary.json").is_file():
+                    check_evaluations(cell, record, line, file)
+            if (folder / "config.yaml").is_file():
+                check_settings(cell, self.begun_settings(cell, folder), f"its folder {folder}", file)
+        check_inputs(self.all_cells, records, self.records_file)
+
+    @staticmethod
+    def begun_settings(cell: Cell, folder: Path) -> dict[str, Any]:
+        """The settings with which the run in a folder began."""
+        job = read_json(folder / JOB, kind=dict) if (folder / JOB).is_file() else {}
+        if "settings" in job:
+            return job["settings"]
+        before = result_settings(read_config(Config, ["--config", str(folder / "config.yaml")]))  # of an older version
+        return before | {key: cell.settings[key] for key in cell.references}  # there it is a path
 
     def pending(self) -> list[Cell]:
         """The runs to make, each after those that it needs."""
@@ -217,7 +231,7 @@ class Sweep:
         """Makes a run's folder, with what its worker is to do."""
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(folder / JOB) as temporary:
-            job = {"train": cell.arguments(self.output), "evaluate": cell.evaluations}
+            job = {"train": cell.arguments(self.output), "evaluate": cell.evaluations, "settings": cell.settings}
             temporary.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
 
     @staticmethod

@@ -31,6 +31,7 @@ FREE = (*(key for key in CHANGEABLE if key not in RESULTS_DEPEND), "seed", "eval
 # Settings that the launcher gives itself.
 OURS = {"train": ("seed", "output_dir"), "evaluate": ("checkpoint", "output", "output_dir"), "nested": ()}
 PATHS = ("path", "image_root", "class_names", "labels_file")
+WEIGHTS = ("model.pretrained", "train.distill.teacher")
 DEFAULTS = flat_settings(Config(output_dir="", task="classification"))
 
 
@@ -296,9 +297,20 @@ def _settings_of(cell: Cell) -> dict[str, Any]:
     return settings
 
 
+def weights_files(settings: dict[str, Any]) -> dict[str, str]:
+    """{setting: file or folder} of the weights that are not given by a public name."""
+    given = {key: settings[key] for key in WEIGHTS if settings.get(key)}
+    return {
+        key: value
+        for key, value in given.items()
+        if value.startswith("local-dir:") or (value[:7] != "hf-hub:" and ("/" in value or (ROOT / value).exists()))
+    }
+
+
 def result_settings(config: Config) -> dict[str, Any]:
-    """{setting: value} of a config that a result depends on, without defaults, the seed and the place of the data."""
+    """{setting: value} of a config that a result depends on, without defaults, seed, and place of data and weights."""
     settings = flat_settings(config)
+    settings |= dict.fromkeys(weights_files(settings), "weights of a file")
     if config.train.epochs is not None or config.train.steps == STEPS:  # the config.yaml of a run always has steps
         settings.pop("train.steps")
     return {

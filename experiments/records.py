@@ -6,18 +6,16 @@ import fcntl
 import itertools
 import json
 import math
-import os
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from experiments.plan import RESULTS, Cell, Experiment
+from experiments.plan import RESULTS, Cell, Experiment, digest
 from vmoe.utils.config import ConfigError
-from vmoe.utils.files import atomic_file, parse_json, read_json, read_text
+from vmoe.utils.files import parse_json, read_json, read_text
 
 JOB, MEASURED = "job.json", "measured.json"  # in a run's folder: what the worker is to do, and what it found
 Record = dict[str, Any]
@@ -32,38 +30,30 @@ def records_file(experiment: Experiment, name: str, output: Path) -> Path:
 
 
 def read_records(file: Path) -> Records:
-    """All records; ValueError: the file is damaged."""
+    """The last record of each run and seed; ValueError: the file is damaged."""
     records: Records = {}
     for number, line in enumerate(read_text(file, MAX_BYTES).splitlines() if file.is_file() else [], start=1):
         try:
             record = parse_json(line)
-            key = (record["run"], record["seed"])
-            if not isinstance(record["metrics"], dict) or not isinstance(record["settings"], dict) or key in records:
+            if not all(isinstance(record[key], dict) for key in ("metrics", "settings", "evaluations")):
                 raise TypeError
+            records[record["run"], record["seed"]] = record
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{file} line {number}: not the record of a run, or the second one of it") from None
-        records[key] = record
+            raise ValueError(f"{file} line {number}: not the record of a run") from None
     return records
 
 
 def write_record(file: Path, record: Record) -> None:
-    """Puts a record into the file, in place of one of the same run and seed; several processes may do so at once."""
+    """Adds a record, which takes the place of an earlier one; several processes may do so at once."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(file.parent):
-        records = {**read_records(file), (record["run"], record["seed"]): record}
-        lines = [json.dumps(records[key], ensure_ascii=False, allow_nan=False) + "\n" for key in sorted(records)]
-        with atomic_file(file) as temporary:
-            temporary.write_text("".join(lines), encoding="utf-8")
+    with open(file, "a", encoding="utf-8") as lines:
+        fcntl.flock(lines, fcntl.LOCK_EX)
+        lines.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+def inputs(record: Record) -> dict[str, str]:
+    """{setting: fingerprint} of the data and weights that a record was made from; older ones lack data.train."""
+    return {**({"data.val": record["images"]["data"]} if "images" in record else {}), **record.get("inputs", {})}
 
 
 def check_settings(cell: Cell, before: dict[str, Any], where: str, file: Path) -> None:
@@ -77,6 +67,33 @@ def check_settings(cell: Cell, before: dict[str, Any], where: str, file: Path) -
             )
 
 
+def check_evaluations(cell: Cell, record: Record, where: str, file: Path) -> None:
+    """ConfigError: an evaluation in a record was made with other settings."""
+    for name, one in cell.evaluations.items():
+        if record["evaluations"].get(name, one["digest"]) != one["digest"]:
+            raise ConfigError(
+                f"{cell.name}: evaluate.{name} was made with other settings than it has in {file} now; launch it where "
+                f"the run's folder is to make it again, undo the change, or remove {where}"
+            )
+
+
+def check_inputs(cells: Iterable[Cell], records: Records, where: Path) -> None:
+    """ConfigError: runs with the same settings of their data or weights were made from different ones."""
+    first: dict[str, tuple[str, str]] = {}
+    for cell in cells:
+        record = records.get((cell.run, cell.seed))
+        for key, found in inputs(record).items() if record else ():
+            if key in cell.references:  # each seed has its own
+                continue
+            own = {name: value for name, value in cell.overrides.items() if f"{name}.".startswith(f"{key}.")}
+            other, before = first.setdefault(digest([key, own]), (cell.name, found))
+            if found != before:
+                raise ConfigError(
+                    f"{cell.name}: {key} is not what {other} had (fingerprints {found[:8]} and {before[:8]}), so they "
+                    f"cannot be compared; remove the line of one of them in {where} and make it again"
+                )
+
+
 def make_record(cell: Cell, folder: Path) -> Record:
     """The record of a finished run, from the files in its folder."""
     summary, measured = _read(folder / "summary.json"), _read(folder / MEASURED)
@@ -87,12 +104,15 @@ def make_record(cell: Cell, folder: Path) -> Record:
         metrics |= {f"{prefix}{key}": value for key, value in found["results"].items()}
     metrics = {key: _rounded(value) for key, value in metrics.items() if math.isfinite(value)}
     images = {key: measured["evaluations"].get("val", {}).get(key) for key in ("data", "correct")}
+    others = {name: found for name, found in measured["evaluations"].items() if name != "val"}
+    evaluated = {f"evaluate.{name}": found.get("data") for name, found in others.items()}
     return {
         "run": cell.run,
         "seed": cell.seed,
         "settings": cell.settings,
         "metrics": metrics,
         "evaluations": {name: found["digest"] for name, found in measured["evaluations"].items()},
+        "inputs": {**measured["inputs"], **{key: data for key, data in evaluated.items() if data is not None}},
         **({"images": images} if images["correct"] else {}),
         **{key: measured[key] for key in ("device", "threads", "torch", "commit", "changed")},
         "date": datetime.fromtimestamp((folder / "summary.json").stat().st_mtime, UTC).strftime("%Y-%m-%d"),

@@ -71,6 +71,8 @@ def section(results: Results) -> Iterator[str]:
         yield prose(f"Not made yet: {', '.join(missing)}.")
     yield table(results)
     yield prose(f"Measured on {'; '.join(devices(results))}.")
+    if results.unknown:
+        yield prose(f"The records of {', '.join(results.unknown)} do not say on which images they were trained.")
     yield f"![{experiment.question}](images/{figure_name(name)})"
     yield "\n".join(["```", f"python -m experiments.launch {shown_path(results.file)}", "```"])
     commands = [f"{cell.command()}" for cell in first_cells(results)]

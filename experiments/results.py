@@ -6,7 +6,15 @@ from pathlib import Path
 
 from experiments.compare import Estimate, difference, image_test
 from experiments.plan import load
-from experiments.records import Record, check_settings, read_records, records_file
+from experiments.records import (
+    Record,
+    check_evaluations,
+    check_inputs,
+    check_settings,
+    inputs,
+    read_records,
+    records_file,
+)
 from vmoe.training.best import LOWER_IS_BETTER
 from vmoe.utils.config import ConfigError
 
@@ -24,6 +32,11 @@ class Results:
             if key not in self.cells:
                 raise ConfigError(f"{source}: run {key[0]!r}, seed {key[1]} is not in {file}; remove its line")
             check_settings(self.cells[key], record["settings"], f"its line in {source}", file)
+            check_evaluations(self.cells[key], record, f"its line in {source}", file)
+        check_inputs(cells, self.records, source)
+        self.unknown = [
+            self.cells[key].name for key, record in self.records.items() if "data.train" not in inputs(record)
+        ]
         self.runs = [run for run in dict.fromkeys(cell.run for cell in cells) if self.of(run)]
         self.metrics = self.experiment.metric_names
         known = {name for record in self.records.values() for name in record["metrics"]}

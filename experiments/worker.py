@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from experiments.plan import as_text
+from experiments.plan import as_text, weights_files
 from experiments.records import JOB, MAX_BYTES, MEASURED
 from vmoe.data.config import SourceConfig
-from vmoe.training.config import Config, flatten, with_one_length
-from vmoe.utils.config import read_config
+from vmoe.training.config import Config, flat_settings, flatten, with_one_length
+from vmoe.utils.config import ConfigError, read_config
 from vmoe.utils.files import atomic_file, read_json
 
 
@@ -34,18 +34,49 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     [folder] = map(Path, sys.argv[1:] if argv is None else argv)
     job = read_json(folder / JOB, kind=dict)
-    measured = about_here(read_config(Config, with_one_length(job["train"])).device)
+    if code := exit_code("experiments", lambda: prepare(folder, read_config(Config, with_one_length(job["train"])))):
+        return code
     code = train.main(job["train"])
     if code or not (folder / "summary.json").is_file():  # 0 without a summary: a planned stop
         return code
-    return exit_code("experiments", lambda: make_evaluations(folder, job["evaluate"], measured))
+    return exit_code("experiments", lambda: make_evaluations(folder, job["evaluate"]))
 
 
-def make_evaluations(folder: Path, wanted: dict[str, dict[str, Any]], measured: dict[str, Any]) -> None:
-    """Makes the evaluations that measured.json lacks."""
+def prepare(folder: Path, config: Config) -> None:
+    """Writes what is known before the run; ConfigError: it has begun with other data or weights."""
     file = folder / MEASURED
     before = read_json(file, MAX_BYTES, dict) if file.is_file() else {}
-    measured = {**measured, "evaluations": {}, **before}
+    finished = (folder / "summary.json").is_file()  # without inputs: by an older version
+    found = before.get("inputs", {}) if finished else inputs_of(config)
+    for key, fingerprint in before.get("inputs", found).items():
+        if found.get(key) != fingerprint:
+            raise ConfigError(f"{key} is not what it was when the run began; restore it, or remove {folder}")
+    about = {} if finished and before else about_here(config.device)
+    write(file, {"evaluations": {}, "inputs": found, **before, **about})
+
+
+def inputs_of(config: Config) -> dict[str, str]:
+    """{setting: fingerprint} of the data and the weights that a run reads."""
+    from vmoe.data import build_dataset
+    from vmoe.evaluation.loaded_model import weights_fingerprint
+    from vmoe.models.serialization import find_weights
+
+    found = {}
+    for key, source in (("data.train", config.data.train), ("data.val", config.data.val)):
+        try:
+            if source.type is not None:
+                found[key] = build_dataset(source).fingerprint()
+        except ValueError as error:
+            raise ConfigError(f"{key}: {error}") from None
+    for key, place in weights_files(flat_settings(config)).items():
+        found[key] = weights_fingerprint(find_weights(place))
+    return found
+
+
+def make_evaluations(folder: Path, wanted: dict[str, dict[str, Any]]) -> None:
+    """Makes the evaluations that measured.json lacks."""
+    file = folder / MEASURED
+    measured = read_json(file, MAX_BYTES, dict)
     own = val_arguments(folder)
     wanted = {**({"val": {"command": "eval", "arguments": own, "digest": "val"}} if own else {}), **wanted}
     for name, one in wanted.items():
@@ -56,7 +87,6 @@ def make_evaluations(folder: Path, wanted: dict[str, dict[str, Any]], measured: 
         found = inspect(folder, name, words) if one["command"] == "inspect" else run_eval(folder, name, words)
         measured["evaluations"][name] = {"digest": one["digest"], **found}
         write(file, measured)
-    write(file, measured)
 
 
 def run_eval(folder: Path, name: str, words: list[str]) -> dict[str, Any]:

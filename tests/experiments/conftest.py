@@ -30,8 +30,9 @@ correct = base64.b64encode(bytes([255] * (20 if "sparse" in run else 10) + [0] *
 val = {"digest": "val", "results": {"top1": top1, "num_samples": 240}, "data": "abc", "correct": correct}
 others = {key: {"digest": one["digest"], "results": {"top1_bpr_0.5": 0.25}, "data": "abc", "correct": None}
           for key, one in job["evaluate"].items()}
+data = {"data.train": "abcd" * 16, "data.val": "abc"}
 measured = {"device": "Some CPU, 2 cores", "threads": 2, "torch": "2.10", "commit": "c0ffee", "changed": False,
-            "evaluations": {"val": val, **others}}
+            "inputs": data, "evaluations": {"val": val, **others}}
 (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
 (folder / "measured.json").write_text(json.dumps(measured))
 (folder / "summary.json").write_text(json.dumps(summary))

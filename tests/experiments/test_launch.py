@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -19,6 +20,8 @@ from experiments.compare import unpacked
 from experiments.launch import Sweep
 from experiments.plan import ROOT, load
 from experiments.records import read_records
+from vmoe.training.config import Config
+from vmoe.utils.config import ConfigError, read_config
 
 UPCYCLED = {"dense": {}, "upcycled": {"model.pretrained": {"run": "dense"}, "model.upcycle.num_experts": 4}}
 
@@ -257,6 +260,41 @@ def test_a_record_elsewhere_does_not_replace_the_run_that_another_starts_from(la
     assert lab.calls() == ["dense-seed0", "upcycled-seed0"]
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_old_weights_do_not_get_the_name_of_a_new_parent(lab, capsys, finished):
+    lab.write(runs=UPCYCLED, seeds=[0])
+    assert lab.launch("--only", "" if finished else "dense") == 0
+    folder, parent = lab.runs / "upcycled-seed0", load(lab.file)[1]
+    base = yaml.safe_load((ROOT / "configs" / "vmoe_tiny_emoji_groups.yaml").read_text())
+    if not finished:
+        folder.mkdir()
+        (folder / "job.json").write_text(json.dumps({"settings": parent[1].settings}))
+    model = {**base["model"], "pretrained": str(lab.runs / "dense-seed0"), "upcycle": {"num_experts": 4}}
+    (folder / "config.yaml").write_text(yaml.safe_dump({**base, "output_dir": "x", "model": model}))
+    lab.records.unlink()
+    shutil.rmtree(lab.runs / "dense-seed0")
+    assert lab.launch("--list") == 0
+    lab.write(runs={**UPCYCLED, "dense": {"optim.warmup_steps": 7}}, seeds=[0])
+    assert lab.launch() == 2
+    assert "upcycled-seed0: model.pretrained was 'run dense (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["data.train", "data.val", "train.distill.teacher"])
+def test_runs_from_other_data_or_weights_are_not_compared(lab, capsys, key):
+    assert lab.launch() == 0
+    lines = [json.loads(line) for line in lab.records.read_text().splitlines()]
+    for line in lines:
+        line["inputs"][key] = "two" if line["run"] == "sparse" else "one"
+    lab.records.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for command in (lab.launch, lab.report):
+        assert command() != 0
+        sentence = f"sparse-seed0: {key} is not what dense-seed0 had (fingerprints two and one)"
+        assert sentence in capsys.readouterr().err
+    if key.startswith("data"):  # on purpose, in the file
+        lab.write(runs={"dense": {"model.kwargs.num_experts": 0}, "sparse": {"optim.lr": 0.002, f"{key}.path": "x"}})
+        assert lab.report() == 0
+
+
 def test_only_what_changes_its_metrics_makes_an_evaluation_anew(lab):
     def digest(**settings):
         given = {"config": "few_shot_folder", "train_data.path": "a", "data.path": "b", **settings}
@@ -335,3 +373,27 @@ def test_a_real_run_leaves_a_record_with_the_right_images(lab, tmp_path, monkeyp
     ].keys()
     assert record["metrics"]["routing/share_dropped"] >= 0
     assert str(tmp_path) not in lab.records.read_text()
+    assert record["inputs"].keys() == {"data.train", "data.val", "evaluate.capacity"}
+    assert record["inputs"]["data.train"] == record["inputs"]["data.val"] == record["images"]["data"]
+    Image.new("RGB", (16, 16)).save(tmp_path / "photos" / "a" / "more.png")
+    config = read_config(Config, ["--config", str(lab.runs / "dense-seed0" / "config.yaml")])
+    worker.prepare(lab.runs / "dense-seed0", config)  # finished: what is there does not matter
+    (lab.runs / "dense-seed0" / "summary.json").unlink()
+    with pytest.raises(ConfigError, match="data.train is not what it was when the run began"):
+        worker.prepare(lab.runs / "dense-seed0", config)
+
+
+def test_weights_are_known_by_their_content_and_not_by_their_place(lab, tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"one")
+    (tmp_path / "b.safetensors").write_bytes(b"one")
+    one, two = ({"train.distill.teacher": str(tmp_path / name)} for name in ("a.safetensors", "b.safetensors"))
+    runs = {"one": one, "two": two, "hub": {"train.distill.teacher": "resnet18.a1_in1k"}}
+    cells = load(lab.write(runs=runs, seeds=[0], baseline=None))[1]
+    assert cells[0].settings == cells[1].settings
+    assert cells[0].settings["train.distill.teacher"] == "weights of a file"
+    assert cells[2].settings["train.distill.teacher"] == "resnet18.a1_in1k"
+    assert str(tmp_path) in cells[0].command()
+    config = read_config(Config, ["--config", str(ROOT / cells[0].base), "--output_dir", "x"])
+    config.data.train.type = config.data.val.type = None
+    config.train.distill.teacher = str(tmp_path / "a.safetensors")
+    assert worker.inputs_of(config) == {"train.distill.teacher": hashlib.sha256(b"one").hexdigest()}

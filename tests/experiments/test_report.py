@@ -99,10 +99,13 @@ def test_check_finds_a_page_that_is_out_of_date(lab, capsys):
 
 def test_other_images_are_not_compared(lab):
     lab.launch()
-    record = read_records(lab.records)["sparse", 0]
-    record["images"]["data"] = "of other images"
-    write_record(lab.records, record)
-    lab.report()
+    own = {"optim.lr": 0.002, "data.val.path": "elsewhere"}
+    lab.write(runs={"dense": {"model.kwargs.num_experts": 0}, "sparse": own})
+    for seed in (0, 1):
+        record = read_records(lab.records)["sparse", seed]
+        record["images"]["data"] = record["inputs"]["data.val"] = "of other images"
+        write_record(lab.records, record)
+    assert lab.report() == 0
     assert row(lab, "sparse")[4] == ""
 
 
@@ -120,6 +123,28 @@ def test_records_of_other_settings_are_not_shown(lab, capsys, changes, sentence)
     assert lab.report() == 1
     assert sentence in capsys.readouterr().err
     assert not lab.page.exists()
+
+
+def test_an_evaluation_with_other_settings_is_not_shown(lab, capsys):
+    evaluate = {"config": "emoji_capacity", "runs": ["sparse"]}
+    lab.write(evaluate={"capacity": evaluate})
+    assert lab.launch() == 0
+    lab.write(evaluate={"capacity": {**evaluate, "capacity.factors": [2.0]}})
+    assert lab.report() == 1
+    sentence = "sparse-seed0: evaluate.capacity was made with other settings than it has in"
+    assert sentence in capsys.readouterr().err
+    shutil.rmtree(lab.runs)
+    assert lab.launch() == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_record_without_the_training_data_is_said_to_be(lab):
+    lab.launch()
+    record = read_records(lab.records)["sparse", 0]
+    del record["inputs"]
+    write_record(lab.records, record)
+    assert lab.report() == 0
+    assert "The records of sparse-seed0 do not say on which images they were trained." in lab.page.read_text()
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"run": "dense", "seed": 0}'])
