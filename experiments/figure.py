@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from experiments.compare import Estimate, estimate
 from experiments.plan import PlotConfig
-from experiments.results import Results
+from experiments.results import Results, pattern
 from vmoe.inspection.style import PALETTE, look, new_figure, save_figure
 
 if TYPE_CHECKING:
@@ -34,14 +34,13 @@ def is_share(metric: str) -> bool:
 
 def draw(results: Results, file: Path) -> Figure:
     """Means over seeds, with their standard errors."""
-    plot, ys = results.experiment.plot, results.experiment.plot.y or results.metrics[0]
-    ys = [ys] if isinstance(ys, str) else ys
-    lines, factor = any("*" in y for y in ys), 100 if is_share(ys[0]) else 1
+    plot, ys = results.experiment.plot, results.experiment.plotted
+    lines, factor = "*" in ys[0], 100 if is_share(ys[0]) else 1
     with look():
         figure = new_figure(6.4, 3.6)
         axes = figure.subplots()
         for (number, run), (kind, y) in itertools.product(enumerate(results.runs), enumerate(ys)):
-            points = line(results, run, y) if "*" in y else point(results, run, plot.x, y)
+            points = line(results, run, y) if lines else point(results, run, plot.x, y)
             if not points:
                 continue
             xs, means, errors = zip(*((x, factor * one.mean, factor * (one.error or 0)) for x, one in points))
@@ -58,8 +57,7 @@ def draw(results: Results, file: Path) -> Figure:
         axes.set_xlabel("*" if lines and plot.x == PlotConfig.x else LABELS.get(plot.x, plot.x))
         axes.set_ylabel(ys[0] if factor == 1 else f"{ys[0]}, %")
         axes.grid(alpha=0.25)
-        if axes.has_data():
-            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         save_figure(figure, file)
     return figure
 
@@ -70,9 +68,8 @@ def point(results: Results, run: str, x: str, y: str) -> list[tuple[float, Estim
     return [(estimate([*xs.values()]).mean, estimate([*ys.values()]))] if xs and ys else []
 
 
-def line(results: Results, run: str, pattern: str) -> list[tuple[float, Estimate]]:
+def line(results: Results, run: str, y: str) -> list[tuple[float, Estimate]]:
     """A point for each metric that the pattern fits, at the number that its "*" stands for."""
-    form = re.compile(re.escape(pattern).replace(r"\*", r"(\d+(?:\.\d+)?)"))
     names = {name for record in results.of(run).values() for name in record["metrics"]}
-    numbers = {float(found[1]): name for name in names if (found := form.fullmatch(name))}
+    numbers = {float(found[1]): name for name in names if (found := pattern(y).fullmatch(name))}
     return [(x, estimate([*results.values(run, name).values()])) for x, name in sorted(numbers.items())]

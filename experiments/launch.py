@@ -251,8 +251,7 @@ class Sweep:
         if code == 0 and (folder / "summary.json").is_file():
             record = make_record(cell, folder)
             write_record(self.records_file, record)
-            found, names = record["metrics"], self.experiment.metric_names
-            shown = ", ".join(f"{name} {found[name]:g}" if name in found else f"no {name}" for name in names)
+            shown = ", ".join(f"{name} {record['metrics'].get(name, 'missing')}" for name in self.experiment.metrics)
             print(f"{cell.name}: finished, {shown}, {seconds:.0f} s", flush=True)
         elif not self.signals:
             self.failed.append(cell)

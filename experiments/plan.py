@@ -45,8 +45,8 @@ class PlotConfig:
 
     Attributes:
         x: A metric; if y has a "*", the name of what that stands for.
-        y: A metric, or several; null: the first of `metrics`. With one "*", as in "capacity/top1_bpr_*", a line through
-            all such metrics of a run, whose x is the number that "*" stands for.
+        y: A metric, or several; null: the first of `metrics`. With one "*", as in "capacity/top1_bpr_*" or
+            "adv/top1_pgd_*/255", a line through all such metrics of a run, whose x is the number that "*" stands for.
         log: Whether x is logarithmic.
     """
 
@@ -73,7 +73,7 @@ class Experiment:
         evaluate: {name: config of eval.py, or {config: NAME, runs: [NAMES], setting: value}}, for every finished run,
             or some (`runs` may have * and ?). Its metrics are called name/metric. Accuracy on data.val is always there.
             {config: inspect} is vmoe-inspect: the mean over the layers of what statistics.json has of each.
-        metrics: Metrics of the table, the first one for the verdict; NAME:min if lower is better.
+        metrics: Metrics of the table, the first one for the verdict. Higher is better, but for losses and errors.
         plot: The figure.
         draft: The records stay with the runs, and the report leaves the experiment out.
     """
@@ -92,9 +92,10 @@ class Experiment:
     draft: bool = False
 
     @property
-    def metric_names(self) -> list[str]:
-        """The metrics of the table without their direction."""
-        return [metric.partition(":")[0] for metric in self.metrics]
+    def plotted(self) -> list[str]:
+        """What the figure shows."""
+        y = self.plot.y or self.metrics[0]
+        return [y] if isinstance(y, str) else y
 
 
 @dataclass(eq=False)
@@ -156,6 +157,12 @@ def _plan(experiment: Experiment, name: str) -> list[Cell]:
         raise ConfigError(f"seeds must be numbers, none twice, got {experiment.seeds}")
     if not experiment.metrics:
         raise ConfigError("metrics must name at least one metric")
+    if wrong := [metric for metric in experiment.metrics if ":" in metric]:
+        raise ConfigError(
+            f"metrics: {wrong[0]!r} is no metric; lower is better for losses and errors alone, leave ':' out"
+        )
+    if {y.count("*") for y in experiment.plotted} not in ({0}, {1}):
+        raise ConfigError(f"plot.y: all or none of {', '.join(experiment.plotted)} must have one '*'")
     try:
         base = str(_relative(find_config(experiment.base)))
     except ConfigError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from experiments.compare import Estimate, difference, image_test
@@ -17,6 +18,11 @@ from experiments.records import (
 )
 from vmoe.training.best import LOWER_IS_BETTER
 from vmoe.utils.config import ConfigError
+
+
+def pattern(metric: str) -> re.Pattern:
+    """What fits a metric's name, in which "*" stands for a number."""
+    return re.compile(re.escape(metric).replace(r"\*", r"(\d+(?:\.\d+)?)"))
 
 
 class Results:
@@ -38,13 +44,22 @@ class Results:
             self.cells[key].name for key, record in self.records.items() if "data.train" not in inputs(record)
         ]
         self.runs = [run for run in dict.fromkeys(cell.run for cell in cells) if self.of(run)]
-        self.metrics = self.experiment.metric_names
-        known = {name for record in self.records.values() for name in record["metrics"]}
-        for metric in self.metrics if known else []:
-            if metric not in known and metric.partition("/")[0] not in self.experiment.evaluate:
-                raise ConfigError(f"{file}: no record has the metric {metric!r}; there are {', '.join(sorted(known))}")
-        main, _, direction = self.experiment.metrics[0].partition(":")
-        self.higher = direction == "max" if direction else not main.endswith(LOWER_IS_BETTER)
+        self.metrics = self.experiment.metrics
+        self.higher = not self.metrics[0].endswith(LOWER_IS_BETTER)
+        if self.records:
+            self._check_metrics()
+
+    def _check_metrics(self) -> None:
+        """ConfigError: the table or the figure has a metric of no record."""
+        experiment, records = self.experiment, self.records.values()
+        known = {name for record in records for name in record["metrics"]}
+        awaited = experiment.evaluate.keys() - {name for record in records for name in record["evaluations"]}
+        wanted = [metric for metric in self.metrics if metric.partition("/")[0] not in awaited]
+        wanted += experiment.plotted if "*" in experiment.plotted[0] else [experiment.plot.x, *experiment.plotted]
+        for metric in wanted:
+            if not any(pattern(metric).fullmatch(name) for name in known):
+                there = ", ".join(sorted(known))
+                raise ConfigError(f"{self.file}: no record has the metric {metric!r}; there are {there}")
 
     def of(self, run: str) -> dict[int, Record]:
         """{seed: record} of a run."""

@@ -103,6 +103,8 @@ def test_values_come_back_from_the_command_line_as_they_are(lab):
         ({"evaluate": {"x": 5}}, "evaluate.x: write a config of eval.py"),
         ({"evaluate": {"val": "emoji_knn"}}, "evaluate.val: choose another name"),
         ({"metrics": []}, "metrics must name at least one"),
+        ({"metrics": ["top1:maximum"]}, "metrics: 'top1:maximum' is no metric"),
+        ({"plot": {"y": ["a_*", "b"]}}, "plot.y: all or none of a_*, b must have one '*'"),
         ({"settings": {"seed": 5}}, "seed is set by the launcher; leave it out (seeds has the seeds)"),
         ({"runs": {"dense": {"output_dir": "x"}}}, "output_dir is set by the launcher; leave it out"),
         ({"grid": {"seed": [1, 2]}}, "seed is set by the launcher"),

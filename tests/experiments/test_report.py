@@ -23,7 +23,7 @@ def row(lab, run):
 
 
 def test_the_page_is_made_from_the_records_alone(lab, capsys):
-    lab.write(metrics=["top1", "ece:min", "loss"])
+    lab.write(metrics=["top1", "ece", "loss"])
     assert lab.launch() == 0
     shutil.rmtree(lab.runs)
     edit(lab, "sparse", 1, top1=0.63)
@@ -114,12 +114,21 @@ def test_other_images_are_not_compared(lab):
     [
         ({"runs": {"dense": {"model.kwargs.num_experts": 0}}}, "run 'sparse', seed 0 is not in"),
         ({"metrics": ["top1", "nll"]}, "no record has the metric 'nll'; there are"),
+        ({"plot": {"x": "gflops"}}, "no record has the metric 'gflops'; there are"),
+        ({"plot": {"y": "top2"}}, "no record has the metric 'top2'; there are"),
+        (
+            {"plot": {"y": ["capacity/top1_bpr_*", "capacity/top1_brp_*"]}},
+            "the metric 'capacity/top1_brp_*'; there are",
+        ),
+        ({"metrics": ["top1", "capacity/top1_brp_0.5"]}, "no record has the metric 'capacity/top1_brp_0.5'; there are"),
         ({"settings": {"optim.weight_decay": 0.5}}, "dense-seed0: optim.weight_decay was 'the default' and is 0.5 now"),
     ],
 )
 def test_records_of_other_settings_are_not_shown(lab, capsys, changes, sentence):
+    evaluate = {"capacity": "emoji_capacity"}
+    lab.write(evaluate=evaluate)
     lab.launch("--only", "seed0")
-    lab.write(**changes)
+    lab.write(**{"evaluate": evaluate, **changes})
     assert lab.report() == 1
     assert sentence in capsys.readouterr().err
     assert not lab.page.exists()
