@@ -7,6 +7,7 @@ What is finished is not made again. Each finished run leaves a record in experim
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import re
@@ -196,8 +197,14 @@ class Sweep:
     def _fill(self, waiting: list[Cell]) -> None:
         """Starts runs that have what they need, until `jobs` are running."""
         while not self.signals and len(self.running) < self.args.jobs and (cell := self._next(waiting)):
+            try:
+                process = self.start(cell)
+            except BlockingIOError:
+                print(f"{cell.name}: is being made by another launcher", file=sys.stderr, flush=True)
+                self.failed.append(cell)
+                continue
             print(f"{cell.name}: started, see {cell.folder(self.output) / 'log.txt'}", flush=True)
-            self.running[self.start(cell)] = (cell, time.monotonic())
+            self.running[process] = (cell, time.monotonic())
 
     def _next(self, waiting: list[Cell]) -> Cell | None:
         """Takes the next run that has what it needs; those whose needs failed are left out."""
@@ -214,15 +221,20 @@ class Sweep:
         return None
 
     def start(self, cell: Cell) -> subprocess.Popen:
-        """Starts a run in a process of its own, which gets no Ctrl-C from the terminal, but a signal from here."""
+        """Starts a run in a process of its own, which gets no Ctrl-C from the terminal, but a signal from here.
+
+        BlockingIOError: one goes on in the folder already; it holds the lock of the log, as its output.
+        """
         folder = cell.folder(self.output)
-        self.write_job(cell, folder)
+        folder.mkdir(parents=True, exist_ok=True)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         count = self.args.threads or (max(1, cores // self.args.jobs) if self.args.jobs > 1 else None)
         threads = {} if count is None else {"OMP_NUM_THREADS": str(count)}
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, **threads, "PYTHONPATH": path}
         with open(folder / "log.txt", "ab") as log:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.write_job(cell, folder)
             return subprocess.Popen(
                 self.worker(folder), cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
             )

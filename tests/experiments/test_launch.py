@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import shutil
+import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -189,6 +191,27 @@ def test_an_error_of_the_launcher_stops_its_runs(lab, capsys):
             return
         time.sleep(0.02)
     pytest.fail("the other run goes on")
+
+
+def test_a_run_of_another_launcher_is_left_to_it(lab, capsys):
+    folder = lab.runs / "dense-seed0"
+    folder.mkdir(parents=True)
+    (folder / "job.json").write_text("{}")
+    with open(folder / "log.txt", "ab") as log:  # as the first launcher starts it, which may be gone by now
+        fcntl.flock(log, fcntl.LOCK_EX)
+        other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=log, stderr=log)
+    try:
+        assert lab.launch("--only", "seed0") == 1
+    finally:
+        other.communicate(b"\n")
+    error = capsys.readouterr().err
+    assert "dense-seed0: is being made by another launcher\n1 runs are not finished: dense-seed0" in error
+    assert "|" not in error
+    assert (folder / "job.json").read_text() == "{}"
+    assert lab.calls() == ["sparse-seed0"]
+    lab.act()
+    assert lab.launch("--only", "seed0") == 0
+    assert lab.calls() == ["dense-seed0"]
 
 
 def test_a_planned_stop_is_not_finished(lab, capsys):
