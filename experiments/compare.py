@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+EXACT_BELOW = 25  # images of which only one run is right
+
 
 class Estimate(NamedTuple):
     """A mean over seeds, and its standard error, None with one seed."""
@@ -45,13 +47,19 @@ def image_test(own: Mapping[int, str], base: Mapping[int, str]) -> float | None:
     """Probability that two runs which are equally good differ so much by the choice of the images, two-sided.
 
     With one seed it is McNemar's test (1947, without correction): of n images that only one of the two gets right, the
-    difference has the variance n. With several, an image counts with its sum over the seeds, since the same images
-    are in all: z = sum(d) / sqrt(sum(d²)), d the difference of an image. None if no seed is shared or no
-    image differs.
+    difference has the variance n; below 25 of them it is exact, by the binomial distribution. With several, an image
+    counts with its sum over the seeds, since the same images are in all: z = sum(d) / sqrt(sum(d²)), d the difference
+    of an image. None if no seed is shared or no image differs. ValueError: a run has other images.
     """
     shared = sorted(own.keys() & base.keys())
-    differences = sum(unpacked(own[seed]) - unpacked(base[seed]) for seed in shared)
+    pairs = [(unpacked(own[seed]), unpacked(base[seed])) for seed in shared]
+    if len({len(right) for pair in pairs for right in pair}) > 1:
+        raise ValueError("the numbers of images differ")
+    differences = sum(first - second for first, second in pairs)
     if not shared or not np.any(differences):
         return None
+    if len(shared) == 1 and (n := np.count_nonzero(differences)) < EXACT_BELOW:
+        fewer = min(np.count_nonzero(differences > 0), np.count_nonzero(differences < 0))
+        return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
     z = differences.sum() / math.sqrt((differences**2).sum())
     return math.erfc(abs(z) / math.sqrt(2))

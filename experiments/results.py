@@ -84,4 +84,7 @@ class Results:
         own, other = ({seed: one.get("images") for seed, one in self.of(name).items()} for name in (run, base))
         if len({images and images["data"] for images in (*own.values(), *other.values())}) != 1 or None in own.values():
             return None
-        return image_test(*({seed: images["correct"] for seed, images in one.items()} for one in (own, other)))
+        try:
+            return image_test(*({seed: images["correct"] for seed, images in one.items()} for one in (own, other)))
+        except ValueError as error:
+            raise ConfigError(f"{self.file}: runs {run!r} and {base!r} cannot be compared: {error}") from None

@@ -34,11 +34,25 @@ def test_a_difference_is_paired_by_seed():
 def test_with_one_seed_it_is_mcnemars_test():
     special = pytest.importorskip("scipy.special", reason="needs SciPy")
     own, base = np.zeros(100), np.zeros(100)
-    own[:30], base[20:32] = 1, 1  # 20 images that only the first gets right, 2 that only the second does
-    expected = special.chdtrc(1, (20 - 2) ** 2 / 22)  # the tail of chi-squared
+    own[:40], base[30:42] = 1, 1  # 30 images that only the first gets right, 2 that only the second does
+    expected = special.chdtrc(1, (30 - 2) ** 2 / 32)  # the tail of chi-squared
     assert image_test({0: packed(own)}, {0: packed(base)}) == pytest.approx(expected)
     assert image_test({0: packed(base)}, {0: packed(own)}) == pytest.approx(expected)
     assert image_test({0: packed(own)}, {0: packed(own)}) is None
+
+
+def test_few_images_are_counted_exactly():
+    stats = pytest.importorskip("scipy.stats", reason="needs SciPy")
+    for first, second in ((5, 0), (7, 2), (3, 3), (1, 0)):
+        own, base = np.zeros(40), np.zeros(40)
+        own[:first], base[first : first + second] = 1, 1
+        expected = stats.binomtest(first, first + second).pvalue
+        assert image_test({0: packed(own)}, {0: packed(base)}) == pytest.approx(expected)
+
+
+def test_other_numbers_of_images_are_one_sentence():
+    with pytest.raises(ValueError, match="the numbers of images differ"):
+        image_test({0: packed([1] * 16)}, {0: packed([1] * 8)})
 
 
 def test_seeds_that_repeat_the_same_images_are_no_further_evidence():

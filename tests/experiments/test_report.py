@@ -147,6 +147,15 @@ def test_an_evaluation_with_other_settings_is_not_shown(lab, capsys):
     assert sentence in capsys.readouterr().err
 
 
+def test_runs_with_other_numbers_of_images_are_named(lab, capsys):
+    lab.launch()
+    record = read_records(lab.records)["sparse", 0]
+    record["images"]["correct"] = "/w=="
+    write_record(lab.records, record)
+    assert lab.report() == 1
+    assert "runs 'sparse' and 'dense' cannot be compared: the numbers of images differ" in capsys.readouterr().err
+
+
 def test_a_record_without_the_training_data_is_said_to_be(lab):
     lab.launch()
     record = read_records(lab.records)["sparse", 0]
