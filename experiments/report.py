@@ -70,7 +70,7 @@ def section(results: Results) -> Iterator[str]:
     if missing:
         yield prose(f"Not made yet: {', '.join(missing)}.")
     yield table(results)
-    yield prose(f"Measured on {'; '.join(devices(results))}.")
+    yield prose(f"Measured on {'; '.join(devices(results))}; {commits(results)}.")
     if results.unknown:
         yield prose(f"The records of {', '.join(results.unknown)} do not say on which images they were trained.")
     yield f"![{experiment.question}](images/{figure_name(name)})"
@@ -178,6 +178,15 @@ def devices(results: Results) -> list[str]:
         where = f"{record['device']}, {count_threads(record['threads'])}, torch {record['torch']}"
         rows.setdefault(where, {})[run] = None
     return list(rows) if len(rows) == 1 else [f"{where}: {', '.join(runs)}" for where, runs in rows.items()]
+
+
+def commits(results: Results) -> str:
+    """The commits of the code, and which had changes."""
+    names = {
+        f"{(record['commit'] or 'unknown')[:10]}{' with uncommitted changes' if record['changed'] else ''}"
+        for record in results.records.values()
+    }
+    return f"commit{'s' * (len(names) > 1)} {', '.join(sorted(names))}"
 
 
 def count_threads(threads: int) -> str:

@@ -40,7 +40,7 @@ def test_the_page_is_made_from_the_records_alone(lab, capsys):
     assert "Source: arXiv 2106.05974." in text
     assert "`optim.warmup_steps 0.1`" in text
     assert "optim.lr 0.002" not in text.replace("--optim.lr 0.002", "")  # a setting of one row alone
-    assert "Measured on Some CPU, 2 cores, 2 threads, torch 2.10." in text
+    assert "Measured on Some CPU, 2 cores, 2 threads, torch 2.10; commit c0ffee." in text
     assert "python train.py --config configs/vmoe_tiny_emoji_groups.yaml --optim.lr 0.002 --seed 0" in text
     assert max(map(len, text.split("```")[0].splitlines())) <= 120 or "|" in text
 
@@ -154,6 +154,14 @@ def test_runs_with_other_numbers_of_images_are_named(lab, capsys):
     write_record(lab.records, record)
     assert lab.report() == 1
     assert "runs 'sparse' and 'dense' cannot be compared: the numbers of images differ" in capsys.readouterr().err
+
+
+def test_the_page_names_the_commits_and_uncommitted_changes(lab):
+    lab.launch()
+    record = {**read_records(lab.records)["sparse", 0], "commit": "1234567890abcdef", "changed": True}
+    write_record(lab.records, record)
+    assert lab.report() == 0
+    assert "commits 1234567890 with uncommitted changes, c0ffee." in " ".join(lab.page.read_text().split())
 
 
 def test_a_record_without_the_training_data_is_said_to_be(lab):
