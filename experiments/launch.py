@@ -10,7 +10,6 @@ import argparse
 import fcntl
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 
 from yaml import YAMLError
 
-from experiments.plan import OUTPUT, ROOT, Cell, Experiment, load, result_settings
+from experiments.plan import OUTPUT, ROOT, Cell, Experiment, load, matches, result_settings
 from experiments.records import (
     JOB,
     Records,
@@ -59,7 +58,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m experiments.launch", description=__doc__.splitlines()[0])
     parser.add_argument("experiment", type=Path, help="a YAML of experiments/, see experiments/README.md")
     parser.add_argument("--output_dir", type=Path, default=OUTPUT, help="folder of the runs (runs/experiments)")
-    parser.add_argument("--only", type=pattern, metavar="REGEX", help="runs whose NAME-seedN matches")
+    parser.add_argument("--only", metavar="GLOB", help="runs whose NAME or NAME-seedN matches, with * and ?")
     parser.add_argument("--list", action="store_true", help="only show the runs, their state and command")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side (%(default)s)")
     parser.add_argument("--threads", type=int, help="PyTorch's threads of each run; default: the cores over --jobs")
@@ -76,14 +75,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def pattern(text: str) -> re.Pattern:
-    """A regular expression of the command line."""
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression ({error})") from None
-
-
 class Sweep:
     """The runs of an experiment, which of them are to be made, and making them."""
 
@@ -91,10 +82,10 @@ class Sweep:
         self.experiment, self.args, self.output = experiment, args, args.output_dir.resolve()
         self.records_file = records_file(experiment, name, self.output)
         self.all_cells = cells
-        self.cells = [cell for cell in cells if args.only is None or args.only.search(cell.name)]
+        self.cells = [cell for cell in cells if args.only is None or matches(args.only, cell.run, cell.name)]
         if not self.cells:
             names = ", ".join(cell.name for cell in cells)
-            raise ConfigError(f"--only {args.only.pattern}: matches none of {names}")
+            raise ConfigError(f"--only {args.only}: matches none of {names}")
         self.running: dict[subprocess.Popen, tuple[Cell, float]] = {}  # and when it began
         self.failed: list[Cell] = []
         self.told: list[subprocess.Popen] = []  # to stop
@@ -286,7 +277,7 @@ class Sweep:
         for cell in self.pending():
             after = [jobs[parent.name] for parent in cell.needs if parent.name in jobs]
             needs = {"slurm_additional_parameters": {"dependency": f"afterok:{':'.join(after)}"}} if after else {}
-            words = ["--output_dir", str(self.output), "--only", f"^{re.escape(cell.name)}$"]
+            words = ["--output_dir", str(self.output), "--only", cell.name]
             command = [sys.executable, "-m", "experiments.launch", str(self.args.experiment.resolve()), *words]
             try:
                 executor = submitit.AutoExecutor(folder=self.output / "slurm", cluster=cluster)

@@ -141,6 +141,11 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) and parse_yaml(value) == value else json.dumps(value)
 
 
+def matches(pattern: str, *names: str) -> bool:
+    """Whether a pattern with * and ? fits one of the names."""
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
 def load(file: Path) -> tuple[Experiment, list[Cell]]:
     """An experiment and its runs, each after those that it needs; a ConfigError names the file and the mistake."""
     if not file.is_file():
@@ -207,7 +212,7 @@ def _evaluations(experiment: Experiment, runs: Iterable[str]) -> dict[str, dict[
                 raise ConfigError(f"write a config of eval.py, or {{config: NAME, setting: value}}, got {given!r}")
             patterns = given.get("runs", ["*"])
             listed = patterns if isinstance(patterns, list) else []
-            chosen = [run for run in of_run if any(fnmatchcase(run, str(pattern)) for pattern in listed)]
+            chosen = [run for run in of_run if any(matches(str(pattern), run) for pattern in listed)]
             if not chosen:
                 known = ", ".join(of_run)
                 raise ConfigError(f"runs must be a list of names, with * and ?, among {known}; got {patterns}")

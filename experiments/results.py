@@ -71,15 +71,13 @@ class Results:
 
     def difference(self, run: str) -> Estimate | None:
         """Of the first metric to the baseline; None for the baseline itself."""
-        base = self.experiment.baseline
-        if base is None or run == base:
-            return None
-        return difference(self.values(run, self.metrics[0]), self.values(base, self.metrics[0]))
+        metric, base = self.metrics[0], self.experiment.baseline
+        return None if run == base else difference(self.values(run, metric), self.values(base, metric))
 
     def image_test(self, run: str) -> float | None:
         """p of the images, if the run and the baseline were evaluated on the same ones."""
         base = self.experiment.baseline
-        if base is None or run == base or self.metrics[0] != "top1":
+        if run == base or self.metrics[0] != "top1":
             return None
         own, other = ({seed: one.get("images") for seed, one in self.of(name).items()} for name in (run, base))
         if len({images and images["data"] for images in (*own.values(), *other.values())}) != 1 or None in own.values():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import csv
 import dataclasses
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from experiments.records import JOB, MAX_BYTES, MEASURED
 from vmoe.data.config import SourceConfig
 from vmoe.training.config import Config, flat_settings, flatten, with_one_length
 from vmoe.utils.config import ConfigError, read_config
-from vmoe.utils.files import atomic_file, read_json
+from vmoe.utils.files import read_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def prepare(folder: Path, config: Config) -> None:
     """Writes what is known before the run; ConfigError: it has begun with other data or weights."""
+    from vmoe.evaluation.results_file import write_json
+
     file = folder / MEASURED
     before = read_json(file, MAX_BYTES, dict) if file.is_file() else {}
     finished = (folder / "summary.json").is_file()  # without inputs: by an older version
@@ -52,7 +53,7 @@ def prepare(folder: Path, config: Config) -> None:
         if found.get(key) != fingerprint:
             raise ConfigError(f"{key} is not what it was when the run began; restore it, or remove {folder}")
     about = {} if finished and before else about_here(config.device)
-    write(file, {"evaluations": {}, "inputs": found, **before, **about})
+    write_json({"evaluations": {}, "inputs": found, **before, **about}, file)
 
 
 def inputs_of(config: Config) -> dict[str, str]:
@@ -75,6 +76,8 @@ def inputs_of(config: Config) -> dict[str, str]:
 
 def make_evaluations(folder: Path, wanted: dict[str, dict[str, Any]]) -> None:
     """Makes the evaluations that measured.json lacks."""
+    from vmoe.evaluation.results_file import write_json
+
     file = folder / MEASURED
     measured = read_json(file, MAX_BYTES, dict)
     own = val_arguments(folder)
@@ -86,7 +89,7 @@ def make_evaluations(folder: Path, wanted: dict[str, dict[str, Any]]) -> None:
         words = [*one["arguments"], "--checkpoint", str(folder)]
         found = inspect(folder, name, words) if one["command"] == "inspect" else run_eval(folder, name, words)
         measured["evaluations"][name] = {"digest": one["digest"], **found}
-        write(file, measured)
+        write_json(measured, file)
 
 
 def run_eval(folder: Path, name: str, words: list[str]) -> dict[str, Any]:
@@ -147,11 +150,6 @@ def about_here(device: str) -> dict[str, Any]:
 
     name = device_name(pick_device(device))
     return {"device": name, "threads": torch.get_num_threads(), "torch": str(torch.__version__), **revision()}
-
-
-def write(file: Path, content: dict[str, Any]) -> None:
-    with atomic_file(file) as temporary:
-        temporary.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

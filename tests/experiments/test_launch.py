@@ -128,7 +128,7 @@ def test_a_mistake_is_one_sentence_before_anything_is_made(lab, capsys, changes,
 
 
 def test_what_is_finished_is_not_made_again_also_elsewhere(lab, capsys):
-    assert lab.launch("--only", "seed0") == 0
+    assert lab.launch("--only", "*seed0") == 0
     assert lab.calls() == ["dense-seed0", "sparse-seed0"]
     assert lab.launch("--jobs", "2") == 0
     assert sorted(lab.calls()) == ["dense-seed1", "sparse-seed1"]
@@ -163,7 +163,6 @@ def test_a_failed_run_shows_its_log_and_the_others_go_on(lab, capsys):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--only", "("], "'(' is no regular expression"),
         (["--only", "ghost"], "--only ghost: matches none of dense-seed0, sparse-seed0"),
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),
     ],
@@ -184,7 +183,7 @@ def test_an_error_of_the_launcher_stops_its_runs(lab, capsys):
         "    time.sleep(0.01)\n"
         "(folder / 'summary.json').write_text('{'), sys.exit(0)\n"
     )
-    assert lab.launch("--jobs", "2", "--only", "seed0") == 2
+    assert lab.launch("--jobs", "2", "--only", "*seed0") == 2
     assert "dense-seed0/summary.json: not valid JSON" in capsys.readouterr().err
     for _ in range(500):
         if (lab.runs / "ended").exists():
@@ -201,7 +200,7 @@ def test_a_run_of_another_launcher_is_left_to_it(lab, capsys):
         fcntl.flock(log, fcntl.LOCK_EX)
         other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=log, stderr=log)
     try:
-        assert lab.launch("--only", "seed0") == 1
+        assert lab.launch("--only", "*seed0") == 1
     finally:
         other.communicate(b"\n")
     error = capsys.readouterr().err
@@ -210,7 +209,7 @@ def test_a_run_of_another_launcher_is_left_to_it(lab, capsys):
     assert (folder / "job.json").read_text() == "{}"
     assert lab.calls() == ["sparse-seed0"]
     lab.act()
-    assert lab.launch("--only", "seed0") == 0
+    assert lab.launch("--only", "*seed0") == 0
     assert lab.calls() == ["dense-seed0"]
 
 
@@ -265,15 +264,15 @@ def test_the_runs_that_a_chosen_run_needs_are_checked_too(lab, capsys):
 
 
 def test_an_evaluation_that_is_added_later_is_made_up_for(lab, capsys):
-    assert lab.launch("--only", "seed0") == 0
+    assert lab.launch("--only", "*seed0") == 0
     lab.calls()
     lab.write(evaluate={"capacity": {"config": "emoji_capacity", "runs": ["spa*"]}})
-    assert lab.launch("--only", "seed0") == 0
+    assert lab.launch("--only", "*seed0") == 0
     assert lab.calls() == ["sparse-seed0"]
     assert read_records(lab.records)["sparse", 0]["metrics"]["capacity/top1_bpr_0.5"] == 0.25
     lab.write(evaluate={"knn": {"config": "emoji_knn", "runs": ["spa*"]}})
     shutil.rmtree(lab.runs)
-    assert lab.launch("--only", "seed0") == 0
+    assert lab.launch("--only", "*seed0") == 0
     assert "sparse-seed0: its record lacks the evaluation knn, and its folder is not here" in capsys.readouterr().out
 
 
@@ -288,7 +287,7 @@ def test_a_record_elsewhere_does_not_replace_the_run_that_another_starts_from(la
 @pytest.mark.parametrize("finished", [True, False])
 def test_old_weights_do_not_get_the_name_of_a_new_parent(lab, capsys, finished):
     lab.write(runs=UPCYCLED, seeds=[0])
-    assert lab.launch("--only", "" if finished else "dense") == 0
+    assert lab.launch("--only", "*" if finished else "dense") == 0
     folder, parent = lab.runs / "upcycled-seed0", load(lab.file)[1]
     base = yaml.safe_load((ROOT / "configs" / "vmoe_tiny_emoji_groups.yaml").read_text())
     if not finished:
@@ -357,8 +356,8 @@ def test_slurm_gets_a_job_for_each_run_after_those_that_it_needs(lab, monkeypatc
     lab.write(runs=UPCYCLED, seeds=[0])
     assert lab.launch("--slurm", "slurm_partition=gpu", "timeout_min=60") == 0
     (first, one), (second, two) = jobs
-    assert first[-2:] == ["--only", r"^dense\-seed0$"]
-    assert second[-2:] == ["--only", r"^upcycled\-seed0$"]
+    assert first[-2:] == ["--only", "dense-seed0"]
+    assert second[-2:] == ["--only", "upcycled-seed0"]
     assert one == {"cluster": "slurm", "name": "dense-seed0", "slurm_partition": "gpu", "timeout_min": 60}
     assert two["slurm_additional_parameters"] == {"dependency": "afterok:101"}
 

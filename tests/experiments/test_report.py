@@ -83,7 +83,7 @@ def test_many_runs_are_counted_and_one_seed_is_not_clear(lab, capsys):
 
 
 def test_check_finds_a_page_that_is_out_of_date(lab, capsys):
-    lab.launch("--only", "seed0")
+    lab.launch("--only", "*seed0")
     assert lab.report("--check") == 1
     assert not lab.page.exists()
     lab.report()
@@ -127,7 +127,7 @@ def test_other_images_are_not_compared(lab):
 def test_records_of_other_settings_are_not_shown(lab, capsys, changes, sentence):
     evaluate = {"capacity": "emoji_capacity"}
     lab.write(evaluate=evaluate)
-    lab.launch("--only", "seed0")
+    lab.launch("--only", "*seed0")
     lab.write(**{"evaluate": evaluate, **changes})
     assert lab.report() == 1
     assert sentence in capsys.readouterr().err
