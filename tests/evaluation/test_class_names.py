@@ -3,6 +3,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from torchvision import datasets
 
 from vmoe.data.sources.imagenet import imagenet_synsets, imagenet_words
-from vmoe.evaluation.class_names import FOLDER, is_published, known_sets, prompt_names, published_set
+from vmoe.evaluation.class_names import FOLDER, class_columns, is_published, known_sets, prompt_names, published_set
+from vmoe.utils.config import ConfigError
 
 DOCS = Path(__file__).parents[2] / "docs" / "evaluation.md"
 TABLE = DOCS.read_text(encoding="utf-8").partition("### Names and templates")[2].partition("ImageNet's names are")[0]
@@ -197,3 +199,28 @@ def test_files_hold_what_the_folder_says():
         content = json.loads(file.read_text(encoding="utf-8"))
         assert set(content) <= {"source", "names", "labels", "aliases", "templates"}
         assert set(content.get("aliases", ())) <= set(content["names"])
+
+
+def test_outputs_of_imagenet_are_found_by_synsets_before_names():
+    words = list(imagenet_words())
+    data = SimpleNamespace(classes=["crane", "tench"], synsets=["n03126707", "n01440764"], class_columns=None)
+    for names in (None, words, list(imagenet_synsets())):
+        assert class_columns("m", 1000, names, "d", data) == [[517], [0]]  # the machine; the bird is 134
+    named = SimpleNamespace(classes=["n01443537", "tench, Tinca tinca"], synsets=None, class_columns=None)
+    assert class_columns("m", 1000, None, "d", named) == [[1], [0]]
+    named.classes[0] = "crane"  # one of two
+    with pytest.raises(ConfigError, match="^m has 1000 classes and d 2; they must agree$"):
+        class_columns("m", 1000, None, "d", named)
+
+
+def test_a_thousand_classes_of_its_own_are_not_imagenets():
+    own = [f"bird {number}" for number in range(1000)]
+    tiny = SimpleNamespace(classes=["crane"], synsets=["n03126707"], class_columns=None)
+    with pytest.raises(ConfigError, match="m has 1000 classes and d 1; they must agree"):
+        class_columns("m", 1000, own, "d", tiny)
+    tiny.class_columns = [[517]]
+    with pytest.raises(ConfigError, match="class 0 is 'bird 0' in m and 'tench, Tinca tinca' in ImageNet-1k, whose"):
+        class_columns("m", 1000, own, "d", tiny)
+    assert class_columns("m", 1, ["crane"], "d", tiny) is None  # the data's own classes
+    with pytest.raises(ConfigError, match="m has 1 classes and ImageNet-1k, whose outputs d needs, 1000"):
+        class_columns("m", 1, None, "d", tiny)

@@ -100,6 +100,24 @@ def test_tiny_imagenet_is_judged_by_the_outputs_of_its_classes(classifier, limoe
     assert report["results"]["num_samples"] == 4
 
 
+@pytest.mark.parametrize("kind", ["tiny_imagenet", "image_folder"])
+def test_one_of_two_cranes_is_known_by_its_synset(classifier, tmp_path, kind):
+    """As in Tiny-ImageNet, whose "crane" has the name of a bird and of a machine."""
+    machine, root = SYNSETS[517], tmp_path / "data"
+    if kind == "tiny_imagenet":
+        make_tiny_imagenet(root)
+        for file in (root / "wnids.txt", root / "val" / "val_annotations.txt"):
+            file.write_text(file.read_text().replace(SYNSETS[11], machine))
+        (root / "words.txt").write_text(f"{SYNSETS[6]}\tstingray\n{machine}\tcrane\n")
+    else:
+        for synset in (SYNSETS[6], machine):
+            make_image(root / synset / "1.jpg")
+    split = ["--data.split", "val"] if kind == "tiny_imagenet" else []
+    (entry,) = evaluate(classifier, "classification", kind, root, *split)["checkpoints"]
+    found = [(one["class"], one["top1"]) for one in entry["details"]["per_class"]]
+    assert found == [("stingray", 1), ("crane", 0)]  # it answers 6
+
+
 def test_a_classifier_of_tiny_imagenet_itself(tmp_path):
     root = make_tiny_imagenet(tmp_path / "tiny")
     model = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=2, embed_dim=32, depth=2, num_heads=2)

@@ -45,6 +45,7 @@ class ImageDataset(ABC):
     classes: list[str] | None = None  # class names as they are shown, where samples have labels
     has_captions: bool = False
     labels: Sequence[int] | None = None  # each sample's label, where it is known without reading the images
+    synsets: list[str] | None = None  # of the classes, where each is one of WordNet's, as ImageNet's are
     prompt_names: list[str] | None = None  # of the classes for zero-shot prompts, where they differ from `classes`
     # For each class the outputs of an ImageNet-1k classifier that stand for it, the largest of which is its score.
     class_columns: list[list[int]] | None = None

@@ -11,7 +11,10 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from vmoe.data.dataset import ImageDataset
+from vmoe.models.serialization import read_pretrained_metadata
 from vmoe.utils.config import ConfigError
+from vmoe.utils.printable import printable
 
 FOLDER = Path(__file__).with_name("names")
 IMAGENET = "imagenet"
@@ -114,6 +117,48 @@ def check_same_classes(first: str, ours: Sequence[str], second: str, theirs: Seq
     for index, (one, other) in enumerate(zip(ours, theirs)):
         if one != other:
             raise ConfigError(f"class {index} is {one!r} in {first} and {other!r} in {second}; they must agree")
+
+
+def stored_class_names(weights: str | Path, outputs: int) -> list[str] | None:
+    """Names of the classes that a weights file holds, or None; ValueError: they are no list of `outputs` texts."""
+    names = read_pretrained_metadata(weights)["extra"].get("class_names")
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"the class names in {weights} must be a list of texts, got {printable(names)}")
+    if len(names) != outputs:
+        raise ValueError(f"{weights} names {len(names)} classes, but the model has {outputs} outputs")
+    return names
+
+
+def class_columns(
+    model: str, outputs: int, names: list[str] | None, data: str, dataset: ImageDataset
+) -> list[list[int]] | None:
+    """For each class of a data set the outputs of a classifier that stand for it; None: they are its classes.
+
+    `model` and `data` are for messages, `names` those of the classifier's classes, if its file holds them. A classifier
+    of 1,000 classes with ImageNet's names, or with none, is asked for the outputs that the data set says, or for those
+    of its classes if all are ImageNet's: by their synsets, or else by names that are synsets or WordNet's words for
+    them. ConfigError: the classifier has other classes than the data.
+    """
+    from vmoe.data.sources.imagenet import imagenet_synsets, imagenet_words
+
+    classes, columns, lists = dataset.classes, dataset.class_columns, (imagenet_synsets(), imagenet_words())
+    if names == classes:
+        return None
+    if outputs == len(lists[0]) and (names is None or tuple(names) in lists):
+        column_of = {name: column for each in lists for column, name in enumerate(each)}
+        if columns is None and column_of.keys() >= {*(known := dataset.synsets or classes)}:
+            columns = [[column_of[name]] for name in known]
+        if columns is not None:
+            return columns
+    if columns is not None:
+        data, classes = f"ImageNet-1k, whose outputs {data} needs,", list(lists[1])
+    if names is not None:
+        check_same_classes(model, names, data, classes)
+    elif outputs != len(classes):
+        raise ConfigError(f"{model} has {outputs} classes and {data} {len(classes)}; they must agree")
+    return None
 
 
 def is_published(names: Sequence[str]) -> bool:

@@ -135,4 +135,6 @@ def select_columns(logits_BC: Tensor, class_columns: Sequence[Sequence[int]] | N
     if last >= logits_BC.shape[1]:
         needed = f"the data is judged by outputs 0..{last} of an ImageNet-1k classifier"
         raise ValueError(f"{needed}, and the model has {logits_BC.shape[1]}: evaluate a model with 1,000 classes")
-    return torch.stack([logits_BC[:, list(columns)].amax(dim=1) for columns in class_columns], dim=1)
+    most = max(map(len, class_columns))
+    columns_CK = torch.tensor([[*columns, *[columns[0]] * most][:most] for columns in class_columns])
+    return logits_BC[:, columns_CK].amax(dim=2)

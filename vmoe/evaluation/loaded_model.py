@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from vmoe.data import Transform, build_transform
+from vmoe.evaluation.class_names import stored_class_names
 from vmoe.evaluation.inference import pick_device
 from vmoe.evaluation.zero_shot import Template, feature_scorer
 from vmoe.models.factory import create_model, find_weights, get_tokenizer, is_contrastive, preprocess_config
 from vmoe.models.serialization import read_pretrained_metadata
 from vmoe.moe import quantize_experts
-from vmoe.utils.printable import printable
 
 
 class LoadedModel(NamedTuple):
@@ -34,14 +34,7 @@ class LoadedModel(NamedTuple):
     @property
     def class_names(self) -> list[str] | None:
         """Names of a classifier's classes, if its file holds them; ValueError: not as many as its outputs."""
-        names = read_pretrained_metadata(self.weights)["extra"].get("class_names")
-        if names is None:
-            return None
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"the class names in {self.weights} must be a list of texts, got {printable(names)}")
-        if len(names) != (outputs := self.model.num_classes):
-            raise ValueError(f"{self.weights} names {len(names)} classes, but the model has {outputs} outputs")
-        return names
+        return stored_class_names(self.weights, self.model.num_classes)
 
     def scorer(self, names: Sequence[str], templates: Sequence[Template] | str | None) -> Callable[[Tensor], Tensor]:
         """images (B, 3, H, W) -> scores (B, C) of its classes or of `names`; call it inside `evaluating`."""

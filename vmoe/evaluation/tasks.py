@@ -11,12 +11,11 @@ from rich.console import Console
 
 from vmoe.data import ImageDataset, eval_loader
 from vmoe.data.sources.folder import warn_of_text_order
-from vmoe.data.sources.imagenet import imagenet_words
 from vmoe.distributed.process_group import gather_lists
 from vmoe.evaluation.adversarial import evaluate_attacks
 from vmoe.evaluation.capacity import Score, sparse_image_layers, sweep_capacity, sweep_settings
 from vmoe.evaluation.capacity_report import flat_results, print_sweep, sweep_details
-from vmoe.evaluation.class_names import IMAGENET, check_same_classes
+from vmoe.evaluation.class_names import IMAGENET, class_columns
 from vmoe.evaluation.classification import Predictions, checked_logits, predict, select_columns
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.confusion import MOST_CLASSES, confusion_matrix
@@ -49,22 +48,15 @@ def class_scores(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDa
     """images -> scores of the data's classes; call it inside `evaluating`."""
     if loaded.tokenizer is not None:
         return loaded.scorer(*zero_shot_prompts(config, dataset))
-    columns = class_columns(loaded, dataset)
+    columns = columns_of(config, loaded, dataset)
     num_classes = len(dataset.classes) if columns is None else None
     return lambda images: select_columns(checked_logits(loaded.model, images, num_classes), columns)
 
 
-def class_columns(loaded: LoadedModel, dataset: ImageDataset) -> list[list[int]] | None:
-    """The classifier's outputs that stand for each class of the data; None: it has the classes of the data.
-
-    An ImageNet-1k classifier is judged by its outputs for the data's classes, if these are some of its own, as those of
-    Tiny-ImageNet.
-    """
-    if dataset.class_columns is None and loaded.model.num_classes == 1000 > len(dataset.classes):
-        words = imagenet_words()
-        if set(dataset.classes).issubset(words) and loaded.class_names in (None, list(words)):
-            return [[words.index(name)] for name in dataset.classes]
-    return dataset.class_columns
+def columns_of(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset) -> list[list[int]] | None:
+    """`class_columns` of a classifier and the data of the config."""
+    data = f"data of type {config.data.type!r}"
+    return class_columns(loaded.checkpoint, loaded.model.num_classes, loaded.class_names, data, dataset)
 
 
 def zero_shot_prompts(
@@ -178,16 +170,9 @@ def check_task(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageData
     if task == "adversarial":
         _check_attacks(config, loaded, dataset)
     if task in ("classification", "capacity", "adversarial") and not contrastive:
-        data, classes, ours = "the data", dataset.classes, loaded.class_names
-        columns = class_columns(loaded, dataset)
-        if columns is not None:  # several outputs may stand for a class
-            data, classes = f"ImageNet-1k, whose outputs data of type {kind!r} needs,", list(imagenet_words())
-        if ours is not None:
-            check_same_classes(loaded.checkpoint, ours, data, classes)
-        elif columns is not None and loaded.model.num_classes != len(classes):
-            raise ConfigError(f"{loaded.checkpoint} has {loaded.model.num_classes} classes and {data} {len(classes)}")
-        else:
-            warn_of_text_order(classes, f"{loaded.checkpoint}, which holds no class names,")
+        columns = columns_of(config, loaded, dataset)
+        if columns is None and loaded.class_names is None:
+            warn_of_text_order(dataset.classes, f"{loaded.checkpoint}, which holds no class names,")
 
 
 def _check_attacks(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset) -> None:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from vmoe.data import BadSample, build_transform
 from vmoe.data.dataset import ImageDataset
 from vmoe.data.seeding import isolated_randomness
-from vmoe.data.sources.imagenet import imagenet_synsets, imagenet_words
-from vmoe.evaluation.class_names import check_same_classes
+from vmoe.evaluation.class_names import class_columns, stored_class_names
+from vmoe.evaluation.classification import select_columns
 from vmoe.models.factory import create_model, get_tokenizer, is_contrastive, named_weights, preprocess_config
-from vmoe.models.serialization import find_weights, read_pretrained_metadata
+from vmoe.models.serialization import find_weights
 from vmoe.training.config import DistillConfig
 from vmoe.utils.config import ConfigError
 from vmoe.utils.world import world
@@ -71,7 +71,7 @@ class Distiller:
         if tokenizer is None:
             outputs = self._try_out()
             if settings.weight:
-                self.columns = class_columns(settings.teacher, outputs, data)
+                self.columns = _class_columns(settings.teacher, outputs, data)
             if settings.features:
                 self._project = self._create_projection(student)
         else:
@@ -81,16 +81,10 @@ class Distiller:
             local = {"local_loss": processes > 1, "gather_with_grad": True}
             self._similarities = ClipLoss(**local, rank=rank, world_size=processes).get_logits
             self.tokenizers = TwoTokenizers(tokenizer, get_tokenizer(self.teacher))
-        if self.columns is not None:  # classes that the teacher lacks take no part
-            self.known = [index for index, columns in enumerate(self.columns) if columns]
-            most = max(map(len, self.columns))
-            padded = [(self.columns[index] + self.columns[index][:1] * most)[:most] for index in self.known]
-            self._columns_CK, self._known_C = (torch.tensor(each, device=device) for each in (padded, self.known))
 
     def _scores(self, images: Tensor) -> Tensor:
-        """The teacher's logits of the classes that it knows; of several columns for a class, the largest."""
-        logits = self.teacher(images).float()
-        return logits if self.columns is None else logits[:, self._columns_CK].amax(dim=2)
+        """The teacher's logits of the data's classes."""
+        return select_columns(self.teacher(images).float(), self.columns)
 
     def _try_out(self) -> int:
         """The number of the teacher's classes, after it has seen an image of its size."""
@@ -140,8 +134,7 @@ class Distiller:
             with self._timed():
                 taught_BC = self._scores(self.adapt(images))
         if settings.weight:
-            own_BC = logits_BC if self.columns is None else logits_BC[:, self._known_C]
-            parts["distill_loss"] = soft_loss(own_BC, taught_BC, settings.temperature)
+            parts["distill_loss"] = soft_loss(logits_BC, taught_BC, settings.temperature)
         if settings.features:
             projected = self._project(self._features.pop("student"))
             parts["feature_loss"] = feature_loss(projected, self._features["teacher"])
@@ -198,15 +191,14 @@ class Distiller:
         text = f"teacher: {self.settings.teacher}, {millions:.2f} M parameters, sees {height} x {width} pixels, "
         text += f"mean {mean}, std {std}"
         if self.columns is not None:
-            text += f", knows {len(self.known)} of {len(self.columns)} classes"
+            text += f", asked for {len(self.columns)} of ImageNet's classes"
         if data is None or data.classes is None or not self.settings.weight or hasattr(self, "tokenizers"):
             return text
         transform, right = build_transform(self.theirs, None), []
         for index in torch.linspace(0, len(data) - 1, min(PREVIEW, len(data))).round().long().tolist():
             with suppress(BadSample):
                 image, label, *_ = data[index]
-                best = self._scores(transform(image)[None].to(self.device)).argmax().item()
-                right.append(label == (best if self.columns is None else self.known[best]))
+                right.append(label == self._scores(transform(image)[None].to(self.device)).argmax().item())
         return f"{text}, top1 {sum(right) / max(1, len(right)):.3f} on {len(right)} images of data.val"
 
 
@@ -225,32 +217,14 @@ class TwoTokenizers(NamedTuple):
         return tokens_BL[:, :length], tokens_BL[:, length:]
 
 
-def class_columns(teacher: str, outputs: int, data: ImageDataset) -> list[list[int]] | None:
-    """For each class of the data the teacher's outputs that stand for it, none where the teacher lacks it; None if its
-    outputs are these classes. A ConfigError: it has other classes.
-
-    A teacher of 1,000 classes is one of ImageNet-1k if the data set says which of those its own are, or if they all
-    have names of ImageNet's: synsets, or WordNet's words for them.
-    """
-    classes, columns = data.classes, data.class_columns
-    if outputs == len(imagenet_synsets()):
-        column_of = {
-            name: column for names in (imagenet_synsets(), imagenet_words()) for column, name in enumerate(names)
-        }
-        if columns is None and column_of.keys() >= {*classes}:
-            columns = [[column_of[name]] for name in classes]
-        if columns is not None and any(columns):
-            return columns
-    if outputs != len(classes):
-        raise ConfigError(
-            f"train.distill.teacher {teacher} has {outputs} classes and data.train {len(classes)}: give a teacher of "
-            "these classes, or teach train.distill.features alone, with train.distill.weight 0"
-        )
-    if named_weights(None, teacher) is None:
-        names = read_pretrained_metadata(find_weights(teacher))["extra"].get("class_names")
-        if names is not None:
-            check_same_classes(f"train.distill.teacher {teacher}", names, "data.train", classes)
-    return None
+def _class_columns(teacher: str, outputs: int, data: ImageDataset) -> list[list[int]] | None:
+    """`class_columns` of the teacher and the training data."""
+    names = None if named_weights(None, teacher) else stored_class_names(find_weights(teacher), outputs)
+    try:
+        return class_columns(f"train.distill.teacher {teacher}", outputs, names, "data.train", data)
+    except ConfigError as error:
+        remedy = "give a teacher of these classes, or teach train.distill.features alone, with train.distill.weight 0"
+        raise ConfigError(f"{error}: {remedy}") from error
 
 
 @contextmanager

@@ -32,8 +32,10 @@ class ImageFolder(ImageFiles):
         tree = TreeReader(source.path, "CLASS/IMAGE, such as cat/1.jpg")
         self.folders, names, labels = tree.class_tree(allowed=beside)
         super().__init__(source.path, names, labels)
+        words = synset_words(self.folders)
+        self.synsets = self.folders if words else None
         if class_names is None:
-            self.classes = synset_words(self.folders) or list(map(escaped, self.folders))
+            self.classes = words or list(map(escaped, self.folders))
         else:
             self.classes = read_class_names(class_names, self.folders)
 

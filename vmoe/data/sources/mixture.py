@@ -22,6 +22,8 @@ class Mixture(ConcatenatedDataset):
         self.has_captions = all(dataset.has_captions for dataset in datasets)
         same = all(dataset.classes == datasets[0].classes for dataset in datasets)
         self.classes = datasets[0].classes if same else None
+        if all(dataset.synsets == datasets[0].synsets for dataset in datasets):
+            self.synsets = datasets[0].synsets
         if not self.has_captions and self.classes is None:
             raise ValueError("sources of a mixture must all have captions, or all the same classes in the same order")
 
