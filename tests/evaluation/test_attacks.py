@@ -1,5 +1,7 @@
 """Attacks on classifiers whose weakest images are known, and against torchattacks."""
 
+from itertools import combinations
+
 import pytest
 import torch
 from torch import nn
@@ -85,7 +87,7 @@ def test_apgd_stops_at_the_first_mistake_or_keeps_the_highest_loss(network):
         seen.append(len(x))
         return network(x)
 
-    noise = random_starts(pixels, torch.arange(len(pixels)), 0)
+    noise = random_starts(pixels, torch.arange(len(pixels)), 0)[0]
     found, fooled = apgd(score, cross_entropy, pixels, label, label, noise, 0.02, 40)
     with torch.no_grad():
         assert (hits(network(found), label) == ~fooled).all()
@@ -100,8 +102,9 @@ def test_apgd_stops_at_the_first_mistake_or_keeps_the_highest_loss(network):
 def test_each_seed_and_image_has_its_own_start():
     pixels = torch.zeros(3, 3, 5, 5)
     one = random_starts(pixels, torch.tensor([4, 5, 6]), 0)
-    assert torch.equal(random_starts(pixels[:2], torch.tensor([6, 4]), 0), one[[2, 0]])
+    assert torch.equal(random_starts(pixels[:2], torch.tensor([6, 4]), 0), one[:, [2, 0]])
     assert not torch.equal(random_starts(pixels, torch.tensor([4, 5, 6]), 1), one)
+    assert not torch.equal(one[0], one[1])  # apgd_t has one for each target
     assert -1 <= one.min() < -0.8 < 0.8 < one.max() <= 1
 
 
@@ -123,7 +126,7 @@ def test_it_is_what_torchattacks_does(name, network):
             with torch.enable_grad():
                 expected = torchattacks.PGD(network, alpha=0.002, **common)(pixels, label)
             config = AdversarialConfig(steps=40, step_size=0.1)
-            found = attacked_images("pgd", network, pixels, label, noise, 0.02, config)
+            found = attacked_images("pgd", network, pixels, label, noise[None], 0.02, config)
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
             return
         loss, target, theirs = cross_entropy, label, torchattacks.APGD(network, **common)
@@ -144,10 +147,10 @@ def test_it_is_what_torchattacks_does(name, network):
 
 def test_apgd_t_tries_the_nine_best_targets(linear):
     pixels, label = images(linear)
-    asked = []
+    asked, seen = [], []
 
     def score(x):
-        asked.append(len(x))
+        asked.append(len(x)), seen.append(x)
         return linear(x)
 
     with torch.no_grad():
@@ -155,3 +158,5 @@ def test_apgd_t_tries_the_nine_best_targets(linear):
         found = apgd_t(score, pixels, label, noise, 1e-6, 3)  # too small for a mistake
     assert hits(linear(found), label).all()
     assert asked == [40] * (1 + 5 * 4)  # the order of the classes, then each other class with its start and steps
+    starts = [(each - pixels).flatten() for each in seen[1::4]]
+    assert not any(torch.equal(one, other) for one, other in combinations(starts, 2))

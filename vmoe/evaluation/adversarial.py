@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vmoe.data.seeding import derive_seed
 from vmoe.distributed.process_group import gather_lists
-from vmoe.evaluation.attacks import Logits, apgd, apgd_t, cross_entropy, hits, pgd
+from vmoe.evaluation.attacks import MOST_TARGETS, Logits, apgd, apgd_t, cross_entropy, hits, pgd
 from vmoe.evaluation.classification import num_skipped
 from vmoe.evaluation.config import AdversarialConfig
 from vmoe.evaluation.inference import changed
@@ -23,23 +23,27 @@ from vmoe.evaluation.synchronized import Rows
 from vmoe.moe.record import LayerRouting, record_routing
 
 
-def random_starts(pixels: Tensor, index_B: Tensor, seed: int) -> Tensor:
-    """Noise like `pixels`, uniform in -1..1, of each image by its index in the data and the seed."""
+def random_starts(pixels: Tensor, index_B: Tensor, seed: int, count: int = MOST_TARGETS) -> Tensor:
+    """(count, *pixels.shape), noise uniform in -1..1 of each image by its index in the data and the seed."""
     seeds = [derive_seed(seed, index) for index in index_B.tolist()]
-    draws = [torch.rand(pixels.shape[1:], generator=torch.Generator().manual_seed(one)) for one in seeds]
-    return torch.stack(draws).to(pixels) * 2 - 1
+    shape = (count, *pixels.shape[1:])
+    draws = [torch.rand(shape, generator=torch.Generator().manual_seed(one)) for one in seeds]
+    return torch.stack(draws, dim=1).to(pixels) * 2 - 1
 
 
 def attacked_images(
     name: str, score: Logits, pixels: Tensor, label_B: Tensor, noise: Tensor, epsilon: float, config: AdversarialConfig
 ) -> Tensor:
-    """Images, which are classified rightly, after an attack of `config.attacks`; call it inside `evaluating`."""
-    start = (noise, epsilon, config.steps)
+    """Images, which are classified rightly, after an attack of `config.attacks`; call it inside `evaluating`.
+
+    `noise` is that of `random_starts`: "apgd_t" begins with another one for each target.
+    """
+    start = (noise[0], epsilon, config.steps)
     if name == "pgd":
         step = epsilon * (2.5 / config.steps if config.step_size is None else config.step_size)
         return pgd(score, pixels, label_B, *start, step)
     if name == "apgd_t":
-        return apgd_t(score, pixels, label_B, *start)
+        return apgd_t(score, pixels, label_B, noise, epsilon, config.steps)
     return apgd(score, cross_entropy, pixels, label_B, label_B, *start)[0]
 
 
@@ -63,7 +67,7 @@ def evaluate_attacks(
         pixels, label, index = pixels[hit_B], label_B[hit_B], batch["index"].to(device)[hit_B]
         for number, (name, text) in enumerate(settings if len(index) else ()):
             with changed(model.parameters(), requires_grad=False):  # spares their gradients
-                noise = random_starts(pixels, index, config.seed)
+                noise = random_starts(pixels, index, config.seed, MOST_TARGETS if name == "apgd_t" else 1)
                 images = attacked_images(name, score, pixels, label, noise, config.values[text], config)
             with record_routing(model) as record:
                 hit_BS[hit_B, number + 1] = hits(score(images), label)

@@ -69,11 +69,14 @@ def pgd(
 
 
 def apgd_t(score: Logits, pixels: Tensor, label_B: Tensor, noise: Tensor, epsilon: float, steps: int) -> Tensor:
-    """:func:`apgd` with each of the best wrong classes as target, while an image is classified rightly."""
+    """:func:`apgd` with each of the best wrong classes as target, while an image is classified rightly.
+
+    `noise` has a start for each target in its first dimension.
+    """
     attacked, order_BC = pixels.clone(), score(pixels).argsort(dim=1, descending=True)
     row = torch.arange(len(pixels), device=pixels.device)  # images without a mistake so far
-    for target_B in order_BC.T[1 : MOST_TARGETS + 1]:
-        where = (pixels[row], label_B[row], target_B[row], noise[row])
+    for target_B, start in zip(order_BC.T[1 : MOST_TARGETS + 1], noise):
+        where = (pixels[row], label_B[row], target_B[row], start[row])
         attacked[row], fooled_B = apgd(score, targeted_dlr, *where, epsilon, steps)
         row = row[~fooled_B]
     return attacked
