@@ -172,6 +172,36 @@ def test_what_cannot_be_attacked(checkpoint, tree, tmp_path, capsys):
     assert not (tmp_path / "out.json").exists()
 
 
+LIMIT = {"eval_capacity_factor": 1.0}
+FREE = {"eval_capacity_factor": None, "capacity": None, "group_size": None}
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        (LIMIT, True),
+        ({"capacity": 4}, True),
+        (LIMIT | {"group_size": 10}, True),  # two images
+        (LIMIT | {"group_size": 5}, False),  # an image
+        ({"group_size": 10}, False),  # no limit
+        ({"router": "expert_choice"}, False),
+        ({"router": "expert_choice", "group_size": 10}, True),
+    ],
+)
+def test_images_must_not_share_a_capacity(checkpoint, tree, tmp_path, capsys, settings, refused):
+    few = ["--adversarial.attacks", "[pgd]", "--adversarial.epsilons", "[0.1]", "--adversarial.max_samples", "2"]
+    names = {"class_names": CLASSES}
+    save_pretrained(vmoe.create_model(pretrained=checkpoint, **settings), tmp_path / "m.safetensors", extra=names)
+    code = main(arguments(tmp_path / "m.safetensors", tree, tmp_path / "out.json", *few))
+    error = capsys.readouterr().err
+    assert (code != 0) == refused == ("layer blocks.0.mlp of" in error), error
+    if refused:
+        assert "limited capacity for the images of a batch: save the model of vmoe.create_model(" in error
+        free = vmoe.create_model(pretrained=tmp_path / "m.safetensors", **FREE)  # the remedy
+        save_pretrained(free, tmp_path / "free.safetensors", extra=names)
+        assert main(arguments(tmp_path / "free.safetensors", tree, tmp_path / "out.json", *few)) == 0
+
+
 def test_images_of_several_classes_have_no_class_to_leave():
     config = EvaluationConfig("a run", "adversarial", data=SourceConfig("imagenet_real", "val"))
     loaded = SimpleNamespace(model=torch.nn.Identity(), tokenizer=None, checkpoint="a run")

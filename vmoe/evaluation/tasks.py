@@ -30,6 +30,7 @@ from vmoe.evaluation.robustness import corruption_errors, missing_conditions
 from vmoe.evaluation.zero_shot import Template, resolve_prompts
 from vmoe.models.factory import preprocess_config
 from vmoe.moe.quantize import experts_kept_as
+from vmoe.moe.record import record_routing
 from vmoe.utils.config import ConfigError
 
 logger = logging.getLogger("vmoe.evaluation")
@@ -138,6 +139,7 @@ def adversarial(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDat
     loader = eval_loader(dataset, in_pixels, None, config.loader, indices=chosen)
     with evaluating(loaded.model, loaded.device, loaded.precision):
         score, batches = class_scores(config, loaded, dataset), Progress(loader, config.task, console)
+        _check_independence(loaded, score)
         outcome = evaluate_attacks(
             loaded.model, lambda pixels: score((pixels - mean) / std), batches, settings, loaded.device
         )
@@ -173,6 +175,23 @@ def check_task(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageData
         columns = columns_of(config, loaded, dataset)
         if columns is None and loaded.class_names is None:
             warn_of_text_order(dataset.classes, f"{loaded.checkpoint}, which holds no class names,")
+
+
+@torch.no_grad()
+def _check_independence(loaded: LoadedModel, score: Score) -> None:
+    """ConfigError: tokens of several images compete for an expert, so the attack on one changes the others."""
+    with record_routing(loaded.model) as record:
+        score(torch.zeros(1, *preprocess_config(loaded.model)["input_size"], device=loaded.device))
+    for name, call in record.layers.items():
+        layer, tokens = loaded.model.get_submodule(name), call.tokens(call.expert_index).shape[1]
+        limited = layer.router_type != "top_k" or layer.capacity or layer.eval_capacity_factor
+        shared = tokens % layer.group_size if layer.group_size else layer.router_type == "top_k"
+        if limited and shared:
+            remedy = "create_model(pretrained=..., eval_capacity_factor=None, capacity=None, group_size=None)"
+            raise ConfigError(
+                f"task 'adversarial' attacks each image by itself, and layer {name} of {loaded.checkpoint} has one "
+                f"limited capacity for the images of a batch: save the model of vmoe.{remedy} and attack that"
+            )
 
 
 def _check_attacks(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset) -> None:
