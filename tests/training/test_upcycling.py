@@ -14,6 +14,7 @@ from vmoe.data import SourceConfig, build_dataset
 from vmoe.models.factory import create_model, save_pretrained
 from vmoe.models.upcycle import upcycle
 from vmoe.training.config import Config, ModelConfig, OptimConfig
+from vmoe.training.distill import PROJECTION
 from vmoe.training.optim import create_optimizer
 from vmoe.training.trainer import train
 from vmoe.utils.config import ConfigError, read_config, shipped_config_dirs
@@ -85,6 +86,21 @@ def test_an_upcycled_run_that_was_stopped_goes_on(make_second, dense_run, tmp_pa
     train(parts)
     torch.testing.assert_close(weights(parts), weights(whole), rtol=0, atol=0)
     assert metrics(parts, "loss") == metrics(whole, "loss")
+
+
+def test_the_optimizer_of_a_run_taught_by_features_is_carried_over(make_config, tmp_path):
+    teacher = create_model("test_efficientnet", num_classes=3)
+    save_pretrained(teacher, tmp_path / "t.safetensors")
+    taught = {"train.distill.teacher": str(tmp_path / "t.safetensors"), "train.distill.features": 0.5}
+    first = make_config(**taught, **{"train.steps": 2})
+    train(first)
+    start = {"model.pretrained": first.output_dir, "model.pretrained_optimizer": True, "train.steps": 1}
+    for name, settings in (("labels", {}), ("taught", taught)):
+        train(make_config(**start, **settings, output_dir=str(tmp_path / name)))
+        state = load_file(tmp_path / name / "checkpoints/step_000001/optimizer.safetensors")
+        steps = {key.removeprefix("step/"): int(value) for key, value in state.items() if key.startswith("step/")}
+        assert {value for key, value in steps.items() if not key.startswith(PROJECTION)} == {3}
+        assert {value for key, value in steps.items() if key.startswith(PROJECTION)} == ({1} if settings else set())
 
 
 def test_bad_settings_are_config_errors(make_second, make_config, dense_run, tmp_path):

@@ -291,6 +291,13 @@ def _load(checkpoint: Path, model: nn.Module, ema: nn.Module | None, optimizer: 
     return trainer
 
 
+def add_stored_projection(checkpoint: Path, model: nn.Module) -> None:
+    """Gives a new model the projection of the run's student, if it was taught with features: its optimizer has it."""
+    if (file := _stored(checkpoint, PROJECTION)).exists():
+        outputs, inputs = StoredTensors(file).shapes["weight"]
+        model.add_module(PROJECTION, nn.Linear(inputs, outputs))
+
+
 def _stored(checkpoint: Path, part: str) -> Path:
     """The file with the tensors of a part, or the folder with its shards."""
     file = checkpoint / f"{part}.safetensors"

@@ -24,8 +24,9 @@ from vmoe.models.serialization import checkpoint_weights
 from vmoe.models.upcycle_optimizer import upcycle_optimizer
 from vmoe.moe.experts import has_adapters
 from vmoe.moe.record import unwrap
-from vmoe.training.checkpoint import load_checkpoint
+from vmoe.training.checkpoint import add_stored_projection, load_checkpoint
 from vmoe.training.config import Config, OptimConfig
+from vmoe.training.distill import PROJECTION
 from vmoe.training.lora import add_lora
 from vmoe.training.muon import Muon, divide_stacks, not_for_muon
 from vmoe.utils.config import ConfigError, read_config
@@ -145,8 +146,10 @@ def carry_over_optimizer(pretrained: str, model: nn.Module, optimizer: Optimizer
     before = read_config(Config, ["--config", str(run_config)])
     old_model = create_model(pretrained=checkpoint_weights(checkpoint))
     freeze(old_model, before.train.freeze)
+    add_stored_projection(checkpoint, old_model)
     old_optimizer = create_optimizer(old_model, before.optim)
     load_checkpoint(checkpoint, old_model, None, old_optimizer)
+    old_model._modules.pop(PROJECTION, None)  # the new model's, if it has one, starts afresh
     try:
         upcycle_optimizer(old_optimizer, old_model, model, optimizer)
     except UpcycleError as error:
