@@ -104,17 +104,17 @@ def edit(file, change):
         (
             "val",
             lambda root: (root / "val" / "images" / "val_2.JPEG").unlink(),
-            "val_annotations.txt lists 1 images that are not there, as val_2.JPEG",
+            "val_annotations.txt lists an image that is not there, as val_2.JPEG",
         ),
         (
             "val",
             lambda root: (root / "val" / "images" / "val_2.JPEG").rename(root / "val" / "images" / "val_8.JPEG"),
-            "lists 1 images that are not there, as val_2.JPEG",
+            "lists an image that is not there, as val_2.JPEG",
         ),
         (
             "val",
             lambda root: edit(root / ANNOTATIONS, lambda text: text.split("\n", 1)[1]),
-            "holds 1 images that are not in val_annotations.txt, as val_0.JPEG",
+            "holds an image that is not in val_annotations.txt, as val_0.JPEG",
         ),
         (
             "val",

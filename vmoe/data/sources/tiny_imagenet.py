@@ -92,10 +92,12 @@ class TinyImageNet(ImageFiles):
         label_of, images = self._read_annotations(), set(self.tree.images("val/images"))
         folder, file = self.tree.root / "val" / "images", "val_annotations.txt"
         if missing := sorted(label_of.keys() - images):
-            lists = f"{file} lists {len(missing)} images that are not there"
+            number = "an image that is" if len(missing) == 1 else f"{len(missing)} images that are"
+            lists = f"{file} lists {number} not there"
             raise ValueError(f"{folder}: {lists}, as {missing[0]}; unpack the download again")
         if unlisted := sorted(images - label_of.keys()):
-            lists = f"holds {len(unlisted)} images that are not in {file}"
+            number = "an image that is" if len(unlisted) == 1 else f"{len(unlisted)} images that are"
+            lists = f"holds {number} not in {file}"
             raise ValueError(f"{folder}: {lists}, as {unlisted[0]}; remove them or add their lines")
         if absent := sorted(set(range(len(self.synsets))).difference(label_of.values())):
             missing = f"{len(absent)} classes of wnids.txt have no image, as {self.synsets[absent[0]]}"
