@@ -372,6 +372,10 @@ class Config:
             "train.distill compares within a batch, and train.accumulate_features over several; set that to false",
             distill.teacher is not None and self.train.accumulate_features,
         )
+        yield (
+            "train.distill.weight and train.distill.features are 0, so the teacher teaches nothing; raise one of them",
+            distill.teacher is not None and not (distill.weight or distill.features),
+        )
         for key in ("features", "image_size"):
             yield f"train.distill.{key} needs task 'classification'", contrastive and getattr(distill, key)
 

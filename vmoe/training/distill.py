@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmoe.data import BadSample, build_transform
+from vmoe.data import LoaderConfig, build_transform, eval_loader
 from vmoe.data.dataset import ImageDataset
 from vmoe.data.seeding import isolated_randomness
 from vmoe.evaluation.class_names import class_columns, stored_class_names
-from vmoe.evaluation.classification import select_columns
+from vmoe.evaluation.classification import predict, select_columns
+from vmoe.evaluation.synchronized import SynchronizedBatches
 from vmoe.models.factory import create_model, get_tokenizer, is_contrastive, named_weights, preprocess_config
 from vmoe.models.serialization import find_weights
 from vmoe.training.config import DistillConfig
@@ -58,48 +59,26 @@ class Distiller:
         device: torch.device,
     ) -> None:
         self.settings, self.device, self.parts = settings, device, {}
-        self.own, self._features, self._events, self._seconds = preprocess_config(student), {}, [], 0.0
+        self.own, self.columns, self._features, self._spans = preprocess_config(student), None, {}, []
         self.teacher = _create_teacher(settings, image_text=tokenizer is not None).to(device)
-        self.theirs = _preprocessing(self.teacher, settings)
-        channels = self.own["input_size"][0], self.theirs["input_size"][0]
-        if channels[0] not in (1, channels[1]):
-            numbers = (
-                f"{channels[1]} channel{'s' * (channels[1] > 1)}, and the student's {channels[0]}; they must agree"
-            )
-            raise ConfigError(f"images of train.distill.teacher {settings.teacher} have {numbers}")
-        self.columns = None
-        if tokenizer is None:
-            outputs = self._try_out()
-            if settings.weight:
-                self.columns = _class_columns(settings.teacher, outputs, data)
-            if settings.features:
-                self._project = self._create_projection(student)
-        else:
+        if settings.features:
+            _keep_features(self.teacher, self._features, "teacher")
+        self.theirs, outputs = _try_out(self.teacher, settings, self.own["input_size"][0], device)
+        if tokenizer is not None:
             from open_clip.loss import ClipLoss
 
             rank, processes = world()  # as in the contrastive task: a process compares its own part with all
             local = {"local_loss": processes > 1, "gather_with_grad": True}
             self._similarities = ClipLoss(**local, rank=rank, world_size=processes).get_logits
             self.tokenizers = TwoTokenizers(tokenizer, get_tokenizer(self.teacher))
+        elif settings.weight:
+            self.columns = _class_columns(settings.teacher, outputs, data)
+        if settings.features:
+            self._project = self._create_projection(student)
 
     def _scores(self, images: Tensor) -> Tensor:
-        """The teacher's logits of the data's classes."""
+        """The teacher's logits (B, C), of the data's classes where it has a share in the loss."""
         return select_columns(self.teacher(images).float(), self.columns)
-
-    def _try_out(self) -> int:
-        """The number of the teacher's classes, after it has seen an image of its size."""
-        if self.settings.features:
-            _keep_features(self.teacher, self._features, "teacher")
-        size = self.theirs["input_size"]
-        try:
-            with torch.no_grad():
-                return self.teacher(torch.zeros(1, *size, device=self.device)).shape[1]
-        except (RuntimeError, AssertionError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ConfigError(
-                f"train.distill.teacher {self.settings.teacher} cannot take images of {size[1]} x {size[2]} pixels "
-                f"({reason}); change train.distill.image_size"
-            ) from error
 
     def _create_projection(self, student: nn.Module) -> nn.Module:
         width = getattr(student.get_classifier(), "in_features", None) or student.head_hidden_size
@@ -130,9 +109,8 @@ class Distiller:
     def classification(self, loss: Tensor, images: Tensor, logits_BC: Tensor) -> Tensor:
         """The loss of the labels together with the teacher's, of the student's images and logits."""
         settings, parts = self.settings, {}
-        if settings.weight or settings.features:
-            with self._timed():
-                taught_BC = self._scores(self.adapt(images))
+        with self._timed():
+            taught_BC = self._scores(self.adapt(images))
         if settings.weight:
             parts["distill_loss"] = soft_loss(logits_BC, taught_BC, settings.temperature)
         if settings.features:
@@ -146,8 +124,6 @@ class Distiller:
 
         `outputs` are the student's, and `ask` gives the teacher's.
         """
-        if not self.settings.weight:
-            return self._together(loss, {})
         with self._timed():
             taught = ask(self.teacher)
         with torch.autocast(loss.device.type, enabled=False):
@@ -165,26 +141,30 @@ class Distiller:
     def _timed(self) -> Iterator[None]:
         """No gradients, and the time of the device counts as the teacher's."""
         with torch.no_grad():
-            if self.device.type == "cuda":
-                events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-                events[0].record()
-                yield
-                events[1].record()
-                self._events.append(events)
-            else:
-                began = time.perf_counter()
-                yield
-                self._seconds += time.perf_counter() - began
+            began = self._now()
+            yield
+            self._spans.append((began, self._now()))
+
+    def _now(self) -> float | torch.cuda.Event:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def take_seconds(self) -> float:
         """The teacher's time since this was asked last, once the device has done that work."""
-        seconds = self._seconds + sum(first.elapsed_time(last) for first, last in self._events) / 1000
-        self._seconds, self._events = 0.0, []
-        return seconds
+        spans, self._spans = self._spans, []
+        if self.device.type != "cuda":
+            return sum(end - began for began, end in spans)
+        return sum(began.elapsed_time(end) for began, end in spans) / 1000
 
     @torch.no_grad()
     def describe(self, data: ImageDataset | None) -> str:
-        """A line about the teacher, with its accuracy on some images of `data`, read by its own transform."""
+        """A line about the teacher, with its accuracy on some images of `data`, read by its own transform.
+
+        All processes call it.
+        """
         _, height, width = self.theirs["input_size"]
         mean, std = ([round(value, 3) for value in self.theirs[key]] for key in ("mean", "std"))
         millions = sum(parameter.numel() for parameter in self.teacher.parameters()) / 1e6
@@ -194,12 +174,11 @@ class Distiller:
             text += f", asked for {len(self.columns)} of ImageNet's classes"
         if data is None or data.classes is None or not self.settings.weight or hasattr(self, "tokenizers"):
             return text
-        transform, right = build_transform(self.theirs, None), []
-        for index in torch.linspace(0, len(data) - 1, min(PREVIEW, len(data))).round().long().tolist():
-            with suppress(BadSample):
-                image, label, *_ = data[index]
-                right.append(label == self._scores(transform(image)[None].to(self.device)).argmax().item())
-        return f"{text}, top1 {sum(right) / max(1, len(right)):.3f} on {len(right)} images of data.val"
+        indices = torch.linspace(0, len(data) - 1, min(PREVIEW, len(data))).round().long().tolist()
+        reading = LoaderConfig(batch_size=20, num_workers=0, on_bad="skip")
+        loader = eval_loader(data, build_transform(self.theirs, None), None, reading, indices=indices)
+        found = predict(self._scores, SynchronizedBatches(loader, self.teacher), device=self.device)
+        return f"{text}, top1 {found.results()['top1']:.3f} on {len(found.index_N)} images of data.val"
 
 
 class TwoTokenizers(NamedTuple):
@@ -251,17 +230,25 @@ def _create_teacher(settings: DistillConfig, image_text: bool) -> nn.Module:
     return teacher.requires_grad_(False).eval()
 
 
-def _preprocessing(teacher: nn.Module, settings: DistillConfig) -> dict[str, Any]:
-    """How images reach the teacher, with the size of the settings, for which the teacher is changed."""
-    if (size := settings.image_size) is None:
-        return preprocess_config(teacher)
-    if hasattr(teacher, "set_input_size"):
-        try:
+def _try_out(
+    teacher: nn.Module, settings: DistillConfig, channels: int, device: torch.device
+) -> tuple[dict[str, Any], int]:
+    """(how images reach the teacher, its number of outputs), after it is changed for the size of the settings."""
+    config, size = preprocess_config(teacher), settings.image_size
+    own, *sizes = config["input_size"] if size is None else (config["input_size"][0], size, size)
+    if channels not in (1, own):
+        numbers = f"{own} channel{'s' * (own > 1)}, and the student's {channels}; they must agree"
+        raise ConfigError(f"images of train.distill.teacher {settings.teacher} have {numbers}")
+    try:
+        if size is not None and hasattr(teacher, "set_input_size"):
             teacher.set_input_size(img_size=(size, size))
-        except (ValueError, AssertionError, RuntimeError) as error:
-            raise ConfigError(f"train.distill.image_size {size} does not suit {settings.teacher}: {error}") from error
-    config = preprocess_config(teacher)
-    return {**config, "input_size": (config["input_size"][0], size, size)}
+        with torch.no_grad():
+            outputs = getattr(teacher, "encode_image", teacher)(torch.zeros(1, own, *sizes, device=device)).shape[1]
+    except (ValueError, AssertionError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        pixels = f"cannot take images of {sizes[0]} x {sizes[1]} pixels ({reason}); change train.distill.image_size"
+        raise ConfigError(f"train.distill.teacher {settings.teacher} {pixels}") from error
+    return {**config, "input_size": (own, *sizes)}, outputs
 
 
 def _keep_features(model: nn.Module, kept: dict[str, Tensor], name: str) -> nn.Module:

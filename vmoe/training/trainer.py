@@ -156,8 +156,8 @@ class Trainer:
         if self.first:
             for line in start_lines(config, self.task, self.model, self.profile, device, self.precision):
                 say(console, line)
-            if distiller is not None:
-                say(console, distiller.describe(self.task.val_data if checkpoint is None else None))
+        if distiller is not None:  # in all processes; the console of the first one alone prints
+            say(console, distiller.describe(self.task.val_data if checkpoint is None else None))
         self.batches = Prefetch(loader, config.train.accumulate_steps)
         self.skipped = 0  # consecutive steps that the fp16 gradient scaler skipped
         self.images, self.seconds, self.taught = 0, 0.0, 0.0  # since the last logged step; the last is the teacher's
