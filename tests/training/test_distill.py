@@ -224,6 +224,18 @@ def test_a_stopped_run_continues_bit_by_bit(make_config, tmp_path, monkeypatch, 
         assert same_weights(*(load_file(end / file) for end in ends)), file
 
 
+def test_a_run_is_not_continued_with_another_teacher(make_config, tmp_path):
+    source, model = save_teacher(tmp_path / "t", num_classes=3)
+    run(make_config(**{"train.distill.teacher": source, "train.steps": 1}))
+    model.get_classifier().bias.data += 1
+    save_for_hf(model, tmp_path / "t", safe_serialization=True)
+    longer = make_config(**{"train.distill.teacher": source, "train.steps": 2})
+    with pytest.raises(ConfigError, match="t has other weights than when .*run began; give those back, or choose"):
+        run(longer)
+    save_teacher(tmp_path / "t", num_classes=3)
+    run(longer)
+
+
 @pytest.fixture(scope="module")
 def pairs_teacher(tmp_path_factory):
     """A run's file of an image-text model with another size, context and width than the student's."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from vmoe.data.dataset import ImageDataset
 from vmoe.data.seeding import isolated_randomness
 from vmoe.evaluation.class_names import class_columns, stored_class_names
 from vmoe.evaluation.classification import predict, select_columns
+from vmoe.evaluation.loaded_model import weights_fingerprint
 from vmoe.evaluation.synchronized import SynchronizedBatches
 from vmoe.models.factory import create_model, get_tokenizer, is_contrastive, named_weights, preprocess_config
 from vmoe.models.serialization import find_weights
@@ -46,6 +48,7 @@ class Distiller:
     """The teacher of a run with what it is asked, and its cost.
 
     Attributes:
+        fingerprint: SHA-256 of the teacher's weights, or None for weights that timm or open_clip download by a name.
         parts: the losses of the latest batch without a graph: "task_loss" of the labels or captions, "distill_loss"
             and, with features, "feature_loss".
     """
@@ -61,6 +64,8 @@ class Distiller:
         self.settings, self.device, self.parts = settings, device, {}
         self.own, self.columns, self._features, self._spans = preprocess_config(student), None, {}, []
         self.teacher = _create_teacher(settings, image_text=tokenizer is not None).to(device)
+        weights = None if named_weights(None, settings.teacher) else find_weights(settings.teacher)
+        self.fingerprint = weights and weights_fingerprint(weights)
         if settings.features:
             _keep_features(self.teacher, self._features, "teacher")
         self.theirs, outputs = _try_out(self.teacher, settings, self.own["input_size"][0], device)
@@ -72,7 +77,7 @@ class Distiller:
             self._similarities = ClipLoss(**local, rank=rank, world_size=processes).get_logits
             self.tokenizers = TwoTokenizers(tokenizer, get_tokenizer(self.teacher))
         elif settings.weight:
-            self.columns = _class_columns(settings.teacher, outputs, data)
+            self.columns = _class_columns(settings.teacher, weights, outputs, data)
         if settings.features:
             self._project = self._create_projection(student)
 
@@ -196,9 +201,9 @@ class TwoTokenizers(NamedTuple):
         return tokens_BL[:, :length], tokens_BL[:, length:]
 
 
-def _class_columns(teacher: str, outputs: int, data: ImageDataset) -> list[list[int]] | None:
+def _class_columns(teacher: str, weights: Path | None, outputs: int, data: ImageDataset) -> list[list[int]] | None:
     """`class_columns` of the teacher and the training data."""
-    names = None if named_weights(None, teacher) else stored_class_names(find_weights(teacher), outputs)
+    names = weights and stored_class_names(weights, outputs)
     try:
         return class_columns(f"train.distill.teacher {teacher}", outputs, names, "data.train", data)
     except ConfigError as error:

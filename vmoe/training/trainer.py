@@ -69,6 +69,7 @@ from vmoe.training.signals import Stopped, StopRequest, interruptible
 from vmoe.training.start import start_lines
 from vmoe.training.tasks import create_task, with_steps
 from vmoe.training.wandb_logger import WandbLog, check_wandb
+from vmoe.utils.config import ConfigError
 from vmoe.utils.files import atomic_file
 from vmoe.utils.tables import make_console
 from vmoe.utils.world import world
@@ -153,6 +154,12 @@ class Trainer:
             self.best.load(self.progress.get("best"))
             self.schedule.step_update(self.step)
             say(console, f"{self.run}: continuing after step {self.step}")
+        teacher = distiller and distiller.fingerprint
+        if self.progress.setdefault("teacher", teacher) != teacher:
+            raise ConfigError(
+                f"train.distill.teacher {config.train.distill.teacher} has other weights than when {self.run} began; "
+                "give those back, or choose another output_dir"
+            )
         if self.first:
             for line in start_lines(config, self.task, self.model, self.profile, device, self.precision):
                 say(console, line)
