@@ -184,6 +184,7 @@ FREE = {"eval_capacity_factor": None, "capacity": None, "group_size": None}
         (LIMIT | {"group_size": 10}, True),  # two images
         (LIMIT | {"group_size": 5}, False),  # an image
         ({"group_size": 10}, False),  # no limit
+        ({"eval_capacity_factor": float("inf")}, False),
         ({"router": "expert_choice"}, False),
         ({"router": "expert_choice", "group_size": 10}, True),
     ],

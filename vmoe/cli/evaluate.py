@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -165,11 +166,12 @@ def evaluate_checkpoint(
     loaded = load_model(checkpoint, config.device, config.precision, dataset.crop_pct, file, config.experts)
     check_task(config, loaded, dataset)
     outcome = TASKS[config.task](config, loaded, dataset, console)
+    spec = json.dumps(model_spec(loaded.model))  # an infinite factor is None, no limit: JSON has no infinity
     entry = {
         "checkpoint": checkpoint,
         "weights": str(file),
         "sha256": weights_fingerprint(file),
-        "model": model_spec(loaded.model),
+        "model": json.loads(spec, parse_constant=lambda _: None),
         "expert_bytes": expert_bytes(loaded.model),
         "results": outcome.results,
         "details": outcome.details,
