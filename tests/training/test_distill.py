@@ -284,7 +284,7 @@ def test_open_clips_models_teach_with_their_own_tokenizer(make_config, tmp_path)
 def test_two_processes_are_one(make_config, tmp_path, forks, teacher, pairs_teacher, kind, mesh):
     settings = {"train.distill.teacher": teacher[0] if kind == "classification" else pairs_teacher}
     settings |= TEACHING if kind == "classification" else {}
-    settings |= {"model.kwargs.num_experts": 0, "optim.lr": 1e-4, "train.steps": 2}
+    settings |= {"model.kwargs.num_experts": 0, "model.kwargs.depth": 1, "optim.lr": 1e-4, "train.steps": 2}
     alone = make_config(kind, **settings)
     both = make_config(kind, output_dir=tmp_path / "both", **settings, **mesh)
     run(alone)
