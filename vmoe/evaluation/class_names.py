@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from vmoe.data.dataset import ImageDataset
-from vmoe.models.serialization import read_pretrained_metadata
 from vmoe.utils.config import ConfigError
-from vmoe.utils.printable import printable
+
+if TYPE_CHECKING:
+    from vmoe.data import ImageDataset
 
 FOLDER = Path(__file__).with_name("names")
 IMAGENET = "imagenet"
@@ -117,18 +117,6 @@ def check_same_classes(first: str, ours: Sequence[str], second: str, theirs: Seq
     for index, (one, other) in enumerate(zip(ours, theirs)):
         if one != other:
             raise ConfigError(f"class {index} is {one!r} in {first} and {other!r} in {second}; they must agree")
-
-
-def stored_class_names(weights: str | Path, outputs: int) -> list[str] | None:
-    """Names of the classes that a weights file holds, or None; ValueError: they are no list of `outputs` texts."""
-    names = read_pretrained_metadata(weights)["extra"].get("class_names")
-    if names is None:
-        return None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"the class names in {weights} must be a list of texts, got {printable(names)}")
-    if len(names) != outputs:
-        raise ValueError(f"{weights} names {len(names)} classes, but the model has {outputs} outputs")
-    return names
 
 
 def class_columns(

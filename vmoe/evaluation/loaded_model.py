@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from vmoe.data import Transform, build_transform
-from vmoe.evaluation.class_names import stored_class_names
 from vmoe.evaluation.inference import pick_device
 from vmoe.evaluation.zero_shot import Template, feature_scorer
 from vmoe.models.factory import create_model, find_weights, get_tokenizer, is_contrastive, preprocess_config
 from vmoe.models.serialization import read_pretrained_metadata
 from vmoe.moe import quantize_experts
+from vmoe.utils.printable import printable
 
 
 class LoadedModel(NamedTuple):
@@ -82,3 +82,15 @@ def weights_fingerprint(weights: str | Path) -> str:
         return hashlib.sha256("".join(parts).encode()).hexdigest()
     with open(weights, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def stored_class_names(weights: str | Path, outputs: int) -> list[str] | None:
+    """Names of the classes that a weights file holds, or None; ValueError: they are no list of `outputs` texts."""
+    names = read_pretrained_metadata(weights)["extra"].get("class_names")
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"the class names in {weights} must be a list of texts, got {printable(names)}")
+    if len(names) != outputs:
+        raise ValueError(f"{weights} names {len(names)} classes, but the model has {outputs} outputs")
+    return names

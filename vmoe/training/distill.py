@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from vmoe.data import LoaderConfig, build_transform, eval_loader
 from vmoe.data.dataset import ImageDataset
 from vmoe.data.seeding import isolated_randomness
-from vmoe.evaluation.class_names import class_columns, stored_class_names
+from vmoe.evaluation.class_names import class_columns
 from vmoe.evaluation.classification import predict, select_columns
-from vmoe.evaluation.loaded_model import weights_fingerprint
+from vmoe.evaluation.loaded_model import stored_class_names, weights_fingerprint
 from vmoe.evaluation.synchronized import SynchronizedBatches
 from vmoe.models.factory import create_model, get_tokenizer, is_contrastive, named_weights, preprocess_config
 from vmoe.models.serialization import find_weights
