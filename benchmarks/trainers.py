@@ -126,7 +126,7 @@ def measure_pair(session: Session, pair: str, commands: dict[str, Callable[[int]
     for name in commands:
         row = {"comparison": pair, "name": name, "cpu_ms_per_image": spread([1e3 * one for one in seconds[name]])}
         if name == own:
-            row["speed"] = spread([a / b for a, b in zip(seconds[other], seconds[own])])
+            row["speed_ratio"] = spread([a / b for a, b in zip(seconds[other], seconds[own])])
         session.add({**row, "ratios": {} if name == other else {other: ratios(seconds[own], seconds[other])}})
 
 

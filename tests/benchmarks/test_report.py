@@ -173,3 +173,17 @@ def test_an_empty_folder_says_that_nothing_was_measured(tmp_path):
 def test_goals_say_how_much_was_computed():
     (bar,) = [bar for bar in bars([layer_section(1.0)]) if bar.found]
     assert bar.what == "layer / dense MLP, float32, forward (98.0% kept)"
+
+
+def test_trainers_have_their_cpu_time_and_speed(tmp_path):
+    rows = [
+        {"comparison": "V-MoE", "name": "train.py", "cpu_ms_per_image": figure(50.0), "speed_ratio": figure(1.5)},
+        {"comparison": "V-MoE", "name": "timm's train.py", "cpu_ms_per_image": figure(75.0)},
+    ]
+    rows = [{**row, "ratios": {}} for row in rows]
+    section = {**layer_section(1.0), "benchmark": "trainers", "rows": rows}
+    write(tmp_path, section, key="python -m benchmarks.trainers")
+    text = report.page(tmp_path)
+    assert "| V-MoE | CPU ms an image | speed |" in text
+    assert "| train.py | 50.00 (49.99-50.02) | 1.500 (1.490-1.520) |" in text
+    assert "| timm's train.py | 75.00 (74.99-75.02) |  |" in text
