@@ -88,7 +88,7 @@ class Sweep:
             raise ConfigError(f"--only {args.only}: matches none of {names}")
         self.running: dict[subprocess.Popen, tuple[Cell, float]] = {}  # and when it began
         self.failed: list[Cell] = []
-        self.told: list[subprocess.Popen] = []  # to stop
+        self.stopping: list[subprocess.Popen] = []  # to stop
         self.signals = 0  # Ctrl-C and SIGTERM so far
 
     @property
@@ -166,9 +166,9 @@ class Sweep:
                     if (code := process.poll()) is not None:
                         del self.running[process]
                         self._finish(cell, code, time.monotonic() - began)
-                    elif self.signals and process not in self.told:
+                    elif self.signals and process not in self.stopping:
                         process.terminate()
-                        self.told.append(process)
+                        self.stopping.append(process)
                     elif self.signals > 1:
                         os.killpg(process.pid, signal.SIGKILL)
                 time.sleep(0.05)

@@ -320,7 +320,7 @@ def weights_files(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def result_settings(config: Config) -> dict[str, Any]:
-    """{setting: value} of a config that a result depends on, without defaults, seed, and place of data and weights."""
+    """{setting: value} of a config that a result depends on, without defaults, seed, and paths of data and weights."""
     settings = flat_settings(config)
     settings |= dict.fromkeys(weights_files(settings), "weights of a file")
     if config.train.epochs is not None or config.train.steps == STEPS:  # the config.yaml of a run always has steps

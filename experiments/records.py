@@ -44,7 +44,7 @@ def read_records(file: Path) -> Records:
 
 
 def write_record(file: Path, record: Record) -> None:
-    """Adds a record, which takes the place of an earlier one; several processes may do so at once."""
+    """Adds a record, which replaces an earlier one; several processes may do so at once."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a", encoding="utf-8") as lines:
         fcntl.flock(lines, fcntl.LOCK_EX)

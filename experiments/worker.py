@@ -69,8 +69,8 @@ def inputs_of(config: Config) -> dict[str, str]:
                 found[key] = build_dataset(source).fingerprint()
         except ValueError as error:
             raise ConfigError(f"{key}: {error}") from None
-    for key, place in weights_files(flat_settings(config)).items():
-        found[key] = weights_fingerprint(find_weights(place))
+    for key, path in weights_files(flat_settings(config)).items():
+        found[key] = weights_fingerprint(find_weights(path))
     return found
 
 

@@ -26,7 +26,7 @@ from vmoe.data import AugmentationConfig, LoaderConfig, SourceConfig
         (SourceConfig, {"type": "mixture", "sources": [{"type": "emoji", "wieght": 1}]}, "key 'sources.0..wieght'"),
         (LoaderConfig, {"num_workers": 1.5}, "num_workers must be int"),
         (AugmentationConfig, {"crop_padding": -1}, "crop_padding must be >= 0, got -1"),
-        (AugmentationConfig, {"crop_padding": 4, "scale": (0.5, 1.0)}, "takes the place of scale and ratio: leave"),
+        (AugmentationConfig, {"crop_padding": 4, "scale": (0.5, 1.0)}, "replaces scale and ratio: leave"),
         (AugmentationConfig, {"scale": 0.5}, "scale must be .* write a list of 2 values"),
         (LoaderConfig, {"batch_size": 0}, "batch_size"),
         (LoaderConfig, {"num_workers": -1}, "num_workers"),

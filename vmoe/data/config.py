@@ -186,7 +186,7 @@ class AugmentationConfig:
                 bound = " <= 1" if largest == 1 else ""
                 raise ValueError(f"{name} must be 0 < smallest <= largest{bound}, got {getattr(self, name)}")
         if self.crop_padding is not None and (self.scale, self.ratio) != (type(self).scale, type(self).ratio):
-            raise ValueError("crop_padding takes the place of scale and ratio: leave these out, or crop_padding")
+            raise ValueError("crop_padding replaces scale and ratio: leave these out, or crop_padding")
 
 
 @dataclass
