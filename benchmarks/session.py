@@ -12,7 +12,6 @@ import os
 import platform
 import re
 import shlex
-import subprocess
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -26,6 +25,7 @@ from torch import nn
 from benchmarks.measure import DTYPES, WARM_UP, Ceiling, alternate, milliseconds, ratios, synchronizer
 from vmoe.utils.allocator import keep_freed_memory
 from vmoe.utils.files import atomic_file
+from vmoe.utils.provenance import describe, device_name, revision
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -230,43 +230,10 @@ def read_results(file: Path) -> dict[str, Any]:
     raise ValueError(f"{file} is not a file of benchmark results (format {FORMAT}); delete it and measure again")
 
 
-def describe(device: torch.device) -> dict[str, Any]:
-    """{"kind", "name", "cores", "instructions"} of a CPU, {"kind", "name", "memory_gib", "cpu"} of a GPU."""
-    name, instructions = cpu()
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        memory = round(properties.total_memory / 2**30, 1)
-        return {"kind": "cuda", "name": properties.name, "memory_gib": memory, "cpu": name}
-    return {"kind": "cpu", "name": name, "cores": cpu_cores(), "instructions": instructions}
-
-
-def device_name(device: torch.device) -> str:
-    about = describe(device)
-    return f"{about['name']}, {about['cores']} cores" if about["kind"] == "cpu" else about["name"]
-
-
 def slug(device: dict[str, Any]) -> str:
     """A device as the beginning of a file's name."""
     words = f"{device['kind']} {device['name']}" + (f" {device['cores']} cores" if device["kind"] == "cpu" else "")
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
-
-
-def cpu() -> tuple[str, list[str]]:
-    """The CPU's model, and those of its instruction sets that decide its speed."""
-    name, flags = platform.processor() or platform.machine(), set()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        text = info.read_text(encoding="utf-8")
-        found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-        name = found[1].strip() if found else name
-        found = re.search(r"^flags\s*:\s*(.+)$", text, re.MULTILINE)
-        flags = set(found[1].split()) if found else flags
-    return name, [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-
-
-def cpu_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def allocator(device: torch.device, keeps_memory: bool) -> str:
@@ -292,21 +259,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def revision() -> dict[str, Any]:
-    """{"commit", "changed"}: the checkout, and whether tracked files other than results differ from the commit."""
-
-    def git(*words: str) -> str | None:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    try:
-        ours = (":!benchmarks/results", ":!docs/performance.md", ":!experiments/results", ":!docs/results.md")
-        ours += (":!docs/images/results_*",)
-        return {
-            "commit": git("rev-parse", "HEAD"),
-            "changed": bool(git("diff", "HEAD", "--name-only", "--", ".", *ours)),
-        }
-    except FileNotFoundError:  # no git here
-        return {"commit": None, "changed": None}

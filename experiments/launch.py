@@ -35,6 +35,7 @@ from experiments.records import (
 from vmoe.training.config import Config
 from vmoe.utils.config import ConfigError, read_config
 from vmoe.utils.files import atomic_file, parse_yaml, read_json
+from vmoe.utils.provenance import cpu_cores
 
 LAST_LINES = 12  # of a failed run's log
 
@@ -218,8 +219,7 @@ class Sweep:
         """
         folder = cell.folder(self.output)
         folder.mkdir(parents=True, exist_ok=True)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        count = self.args.threads or (max(1, cores // self.args.jobs) if self.args.jobs > 1 else None)
+        count = self.args.threads or (max(1, cpu_cores() // self.args.jobs) if self.args.jobs > 1 else None)
         threads = {} if count is None else {"OMP_NUM_THREADS": str(count)}
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, **threads, "PYTHONPATH": path}

@@ -3,13 +3,14 @@
 import os
 import signal
 
+from vmoe.utils.provenance import cpu_cores
+
 GRACE_SECONDS = 5
 
 
 def own_cores() -> int:
     """CPU cores for each of the job's processes on this machine, at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def leave_signals_to_the_main_process(_worker: int) -> None:
