@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         experiment, cells = load(args.experiment)
-        sweep = Sweep(experiment, args.experiment.stem, cells, args)
+        sweep = Sweep(experiment, cells, args)
         sweep.check_unchanged()
         if args.list:
             return sweep.show()
@@ -79,9 +79,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 class Sweep:
     """The runs of an experiment, which of them are to be made, and making them."""
 
-    def __init__(self, experiment: Experiment, name: str, cells: list[Cell], args: argparse.Namespace) -> None:
+    def __init__(self, experiment: Experiment, cells: list[Cell], args: argparse.Namespace) -> None:
         self.experiment, self.args, self.output = experiment, args, args.output_dir.resolve()
-        self.records_file = records_file(experiment, name, self.output)
+        self.records_file = records_file(experiment, cells[0].experiment, self.output)
         self.all_cells = cells
         self.cells = [cell for cell in cells if args.only is None or matches(args.only, cell.run, cell.name)]
         if not self.cells:

@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -31,6 +31,8 @@ FREE = (*(key for key in CHANGEABLE if key not in RESULTS_DEPEND), "seed", "eval
 # Settings that the launcher gives itself.
 OURS = {"train": ("seed", "output_dir"), "evaluate": ("checkpoint", "output", "output_dir"), "nested": ()}
 PATHS = ("path", "image_root", "class_names", "labels_file")
+NOT_OF = ("base", "settings", "runs", "grid", "seeds", "evaluate", "draft")  # what an experiment with `of` lacks
+MINUS = " - "  # in a metric that is the difference of two
 WEIGHTS = ("model.pretrained", "train.distill.teacher")
 DEFAULTS = flat_settings(Config(output_dir="", task="classification"))
 
@@ -62,6 +64,9 @@ class Experiment:
     Attributes:
         question: What it asks.
         base: Config of train.py, by its path in the checkout or its name; what all runs share.
+        of: Instead of a base: another experiment, whose runs answer this question too, by its name. Everything but
+            question, source, metrics, plot and baseline is there, also the evaluations and the records.
+        only: With `of`: the runs to show, by their names, which may have * and ?.
         source: Papers that the question is from.
         settings: Settings of train.py for all runs, over those of base: `optim.lr: 1e-3`.
         runs: {name: settings of train.py for this run}, over the common ones. `{run: NAME}` as a value is the folder of
@@ -69,17 +74,20 @@ class Experiment:
             replaces the common one.
         grid: {setting: values}: each run is made with all combinations, and has them in its name.
         seeds: Each run is made with each of them.
-        baseline: The run that others are compared with.
+        baseline: The run that others are compared with; of one with a grid, that at the same point of it.
         evaluate: {name: config of eval.py, or {config: NAME, runs: [NAMES], setting: value}}, for every finished run,
             or some (`runs` may have * and ?). Its metrics are called name/metric. Accuracy on data.val is always there.
             {config: inspect} is vmoe-inspect: the mean over the layers of what statistics.json has of each.
         metrics: Metrics of the table, the first one for the verdict. Higher is better, but for losses and errors.
+            "A - B" is the difference of two; as the first one, the verdict is whether it differs from 0.
         plot: The figure.
         draft: The records stay with the runs, and the report leaves the experiment out.
     """
 
     question: str
-    base: str
+    base: str = ""
+    of: str = ""
+    only: list[str] = field(default_factory=lambda: ["*"])
     source: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     runs: dict[str, Any] = field(default_factory=dict)
@@ -90,6 +98,10 @@ class Experiment:
     metrics: list[str] = field(default_factory=lambda: ["top1"])
     plot: PlotConfig = field(default_factory=PlotConfig)
     draft: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.base and not self.of:
+            raise ConfigError("base: name a config of train.py, or with `of` another experiment")
 
     @property
     def plotted(self) -> list[str]:
@@ -146,36 +158,73 @@ def matches(pattern: str, *names: str) -> bool:
     return any(fnmatchcase(name, pattern) for name in names)
 
 
-def load(file: Path) -> tuple[Experiment, list[Cell]]:
-    """An experiment and its runs, each after those that it needs; a ConfigError names the file and the mistake."""
+def load(file: Path, has_runs: bool = False) -> tuple[Experiment, list[Cell]]:
+    """An experiment and its runs, each after those that it needs; a ConfigError names the file and the mistake.
+
+    With `has_runs` it must not have the runs of another one.
+    """
     if not file.is_file():
         raise ConfigError(f"{file}: no such experiment; experiments/*.yaml are there to choose from")
     experiment = read_config(Experiment, ["--config", str(file)])
     try:
-        return experiment, _plan(experiment, file.stem)
+        if has_runs and experiment.of:
+            raise ConfigError(f"it has the runs of {experiment.of}; write of: {experiment.of}")
+        return _part(experiment, file) if experiment.of else (experiment, _plan(experiment, file.stem))
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
 
 
-def _plan(experiment: Experiment, name: str) -> list[Cell]:
-    if not experiment.seeds or len(set(experiment.seeds)) < len(experiment.seeds):
-        raise ConfigError(f"seeds must be numbers, none twice, got {experiment.seeds}")
+def _part(experiment: Experiment, file: Path) -> tuple[Experiment, list[Cell]]:
+    """Another question to the runs of an experiment."""
+    _check_shown(experiment)
+    plain = Experiment(experiment.question, of=experiment.of)
+    if given := [key for key in NOT_OF if getattr(experiment, key) != getattr(plain, key)]:
+        raise ConfigError(f"{given[0]}: it belongs in {experiment.of}.yaml, whose runs these are; leave it out here")
+    whole, cells = load(file.with_name(f"{experiment.of}.yaml"), has_runs=True)
+    runs = list(dict.fromkeys(cell.run for cell in cells))
+    if unknown := [pattern for pattern in experiment.only if not any(matches(pattern, run) for run in runs)]:
+        raise ConfigError(f"only: {unknown[0]!r} is none of the runs of {experiment.of}: {', '.join(runs)}")
+    cells = [cell for cell in cells if any(matches(pattern, cell.run) for pattern in experiment.only)]
+    _check_baseline(experiment, list(dict.fromkeys(cell.run for cell in cells)))
+    return dataclasses.replace(experiment, draft=whole.draft), cells
+
+
+def _check_baseline(experiment: Experiment, runs: Collection[str]) -> None:
+    if experiment.baseline is not None and not any(baseline_of(run, experiment.baseline, runs) for run in runs):
+        raise ConfigError(f"baseline {experiment.baseline!r} is none of the runs: {', '.join(runs)}")
+
+
+def baseline_of(run: str, baseline: str | None, runs: Iterable[str]) -> str | None:
+    """The run that another is compared with: the baseline, or that at the same point of the baseline's grid."""
+    points = [name for name in runs if name.startswith(f"{baseline}, ") and run.endswith(name[len(f"{baseline}") :])]
+    return baseline if baseline in runs else points[0] if points else None
+
+
+def _check_shown(experiment: Experiment) -> None:
+    """ConfigError: the table or the figure cannot be made so."""
     if not experiment.metrics:
         raise ConfigError("metrics must name at least one metric")
     if wrong := [metric for metric in experiment.metrics if ":" in metric]:
         raise ConfigError(
             f"metrics: {wrong[0]!r} is no metric; lower is better for losses and errors alone, leave ':' out"
         )
+    if experiment.baseline is not None and MINUS in experiment.metrics[0]:
+        raise ConfigError(f"baseline: {experiment.metrics[0]!r} is compared with 0; leave the baseline out")
     if {y.count("*") for y in experiment.plotted} not in ({0}, {1}):
         raise ConfigError(f"plot.y: all or none of {', '.join(experiment.plotted)} must have one '*'")
+
+
+def _plan(experiment: Experiment, name: str) -> list[Cell]:
+    _check_shown(experiment)
+    if not experiment.seeds or len(set(experiment.seeds)) < len(experiment.seeds):
+        raise ConfigError(f"seeds must be numbers, none twice, got {experiment.seeds}")
     try:
         base = str(_relative(find_config(experiment.base)))
     except ConfigError as error:
         raise ConfigError(str(error).replace("--config", "base", 1)) from None
     runs = _runs(experiment)
     evaluations = _evaluations(experiment, runs)
-    if experiment.baseline is not None and experiment.baseline not in runs:
-        raise ConfigError(f"baseline {experiment.baseline!r} is none of the runs: {', '.join(runs)}")
+    _check_baseline(experiment, runs)
     cells = []
     for seed in experiment.seeds:
         made: dict[str, Cell] = {}

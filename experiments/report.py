@@ -16,7 +16,7 @@ from typing import Any
 
 from experiments.compare import Estimate, estimate
 from experiments.figure import draw, is_share
-from experiments.plan import OUTPUT, ROOT, Cell, as_text
+from experiments.plan import MINUS, OUTPUT, ROOT, Cell, as_text
 from experiments.results import Results
 from vmoe.utils.files import atomic_file
 
@@ -47,7 +47,7 @@ COSTS = {
 
 def page(results: Sequence[Results]) -> str:
     """The whole page."""
-    shown = [one for one in results if one.runs]
+    shown = [one for one in results if one.shown]
     parts = ["# Results", prose(MADE), prose(METHOD)]
     if not shown:
         parts.append("There is no record of a run in `experiments/results` yet.")
@@ -121,12 +121,13 @@ def show_p(p: float) -> str:
 
 def verdict(results: Results) -> str:
     """What the numbers say, in one sentence."""
-    base, metric = results.experiment.baseline, results.metrics[0]
+    base, metric, words = results.experiment.baseline, results.metrics[0], ("better", "worse")
     means = {run: estimate([*values.values()]) for run in results.runs if (values := results.values(run, metric))}
-    if not means:
-        return f"No run has the metric {metric} yet."
     best = (max if results.higher else min)(means, key=lambda run: means[run].mean)
     leader = f"{best} has the best {metric}, {show(means[best], metric)} ({count(means[best].seeds)})"
+    if MINUS in metric:
+        leader, base = metric.split(MINUS)
+        words = ("higher", "lower")
     found = {run: one for run in means if (one := results.difference(run)) is not None}
     if not found:
         return f"{leader}."
@@ -137,14 +138,14 @@ def verdict(results: Results) -> str:
         kind = "single" if one.error is None else clear if one.is_clear else "open"
         groups[kind].append(f"{run} ({show(one, metric, signed=True)})")
     said = {
-        "better": "clearly better than {base}",
-        "worse": "clearly worse than {base}",
-        "open": "not clearly different from {base}",
-        "single": "against {base} with one seed",
+        "better": f"clearly {words[0]} than {base}",
+        "worse": f"clearly {words[1]} than {base}",
+        "open": f"not clearly different from {base}",
+        "single": f"against {base} with one seed",
     }
-    parts = [f"{said[kind].format(base=base)}: {some(runs)}" for kind, runs in groups.items() if runs]
+    parts = [f"{said[kind]}: {some(runs)}" for kind, runs in groups.items() if runs]
     if not groups["better"] and (groups["worse"] or groups["open"]):
-        parts.insert(0, f"no run is clearly better than {base}")
+        parts.insert(0, f"no run is clearly {words[0]} than {base}")
     return f"{'; '.join([leader, *parts])}."
 
 
@@ -231,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check(output: Path, results: list[Results]) -> int:
     """1 unless the page is what the records give, and has its figures."""
     there = output.read_text(encoding="utf-8") if output.is_file() else None
-    figures = [output.parent / "images" / figure_name(one.name) for one in results if one.runs]
+    figures = [output.parent / "images" / figure_name(one.name) for one in results if one.shown]
     if there == page(results) and all(figure.is_file() for figure in figures):
         return 0
     print(f"{output} is not what the records give; run python -m experiments.report", file=sys.stderr)
@@ -242,7 +243,7 @@ def write(output: Path, results: list[Results]) -> int:
     """Writes the page and the figures."""
     output.parent.mkdir(parents=True, exist_ok=True)
     for one in results:
-        if one.runs:
+        if one.shown:
             draw(one, output.parent / "images" / figure_name(one.name))
             print(f"{one.name}: {verdict(one)}")
     with atomic_file(output) as temporary:

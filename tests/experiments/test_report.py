@@ -6,8 +6,9 @@ import re
 import shutil
 
 import pytest
+import yaml
 
-from experiments import figure, report
+from experiments import figure, launch, report
 from experiments.records import read_records, write_record
 
 
@@ -80,6 +81,63 @@ def test_many_runs_are_counted_and_one_seed_is_not_clear(lab, capsys):
     assert "against dense, lr=0.1 with one seed: sparse, lr=0.1 (+10.00)," in said
     assert "and 2 others." in said
     assert "clearly" not in said
+
+
+def test_another_question_has_the_runs_and_records_of_an_experiment(lab, capsys):
+    sweep = {"config": "emoji_capacity", "data.type": "emoji_groups", "data.split": "val"}
+    lab.write(evaluate={"capacity": sweep}, runs={"dense": {}, "sparse": {}, "other": {}})
+    assert lab.launch() == 0
+    part = {"question": "Does priority help?", "of": "lab", "only": ["spar*"]}
+    metrics = ["capacity/top1_bpr_0.5 - top1", "capacity/top1_bpr_0.5"]
+    file = lab.file.with_name("part.yaml")
+    file.write_text(yaml.safe_dump({**part, "metrics": metrics}))
+    lab.calls()
+    assert launch.main([str(file), "--output_dir", str(lab.runs.parent)]) == 0
+    assert lab.calls() == []
+    assert report.main([str(file), "--output", str(lab.page)]) == 0
+    text = " ".join(lab.page.read_text().split())
+    assert "**capacity/top1_bpr_0.5; no run is clearly higher than top1; clearly lower than top1: sparse (-35.5" in text
+    assert row(lab, "sparse")[2:4] == ["-35.50 ± 0.50", "25.00 ± 0.00"]
+    assert "| dense |" not in text
+    assert "| other |" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"seeds": [0]}, "part.yaml: seeds: it belongs in lab.yaml, whose runs these are; leave it out here"),
+        ({"only": ["nothing"]}, "part.yaml: only: 'nothing' is none of the runs of lab: dense, sparse"),
+        ({"only": ["sparse"], "baseline": "dense"}, "part.yaml: baseline 'dense' is none of the runs: sparse"),
+        ({"of": "missing"}, "missing.yaml: no such experiment"),
+        ({"of": "part"}, "part.yaml: it has the runs of part; write of: part"),
+        ({"baseline": "dense", "metrics": ["top1 - ece"]}, "'top1 - ece' is compared with 0; leave the baseline out"),
+        ({"of": ""}, "base: name a config of train.py, or with `of` another experiment"),
+    ],
+)
+def test_a_mistake_in_another_question_is_one_sentence(lab, capsys, changes, sentence):
+    file = lab.file.with_name("part.yaml")
+    file.write_text(yaml.safe_dump({"question": "Why?", "of": "lab", **changes}))
+    assert report.main([str(file), "--output", str(lab.page)]) == 1
+    assert sentence in capsys.readouterr().err
+    assert not lab.page.exists()
+
+
+def test_a_question_whose_evaluation_is_still_to_come_is_left_out(lab):
+    assert lab.launch() == 0
+    lab.write(evaluate={"sweep": {"config": "emoji_capacity"}}, metrics=["sweep/top1_bpr_0.5"])
+    assert lab.report() == 0
+    assert "There is no record" in lab.page.read_text()
+
+
+def test_runs_are_compared_at_the_same_point_of_the_grid(lab):
+    lab.write(grid={"optim.lr": [0.001, 0.002]}, runs={"dense": {}, "sparse": {}, "start": {"grid": {}}})
+    assert lab.launch() == 0
+    edit(lab, "dense, lr=0.002", 0, top1=0.4)
+    edit(lab, "dense, lr=0.002", 1, top1=0.4)
+    assert lab.report() == 0
+    assert row(lab, "sparse, lr=0.001")[3] == "+10.00 ± 0.00"
+    assert row(lab, "sparse, lr=0.002")[3] == "+20.50 ± 0.50"
+    assert row(lab, "dense, lr=0.002")[3] == row(lab, "start")[3] == ""
 
 
 def test_check_finds_a_page_that_is_out_of_date(lab, capsys):
