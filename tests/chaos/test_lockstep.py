@@ -21,7 +21,6 @@ COMMON = {
     "evaluate__on_bad": "skip",
     "parallel__timeout": 60,
     "optim__lr": 1e-12,  # routing groups differ: the weights must not
-    "optim__kwargs": "{fused: true}",  # one operation on sharded weights, each of which has to be planned first
 }
 # Both draw images with the model; once is enough, it takes the time
 IMAGES = {"evaluate__examples": 2, "train__tensorboard": True}

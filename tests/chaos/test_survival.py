@@ -119,7 +119,7 @@ def test_an_error_in_one_process_alone_is_told_once_and_ends_the_others(forks, c
 @pytest.mark.parametrize(
     "mesh",
     [
-        {"parallel__ep": 2, "optim__kwargs": "{fused: true}"},  # as in test_lockstep.py
+        {"parallel__ep": 2},
         pytest.param({}, marks=pytest.mark.exhaustive),
         pytest.param({"parallel__dp_shard": 2}, marks=pytest.mark.exhaustive),
     ],

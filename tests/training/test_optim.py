@@ -59,6 +59,23 @@ def test_biases_and_norms_have_no_weight_decay(model):
     assert decay[id(model.head.weight)] == 0.1
 
 
+@pytest.mark.parametrize(
+    ("name", "kwargs", "fused"),
+    [
+        ("adamw", {}, True),
+        ("adam", {}, True),
+        ("lookahead_adamw", {}, True),
+        ("adamw", {"fused": False}, False),
+        ("adamw", {"foreach": True}, False),
+        ("sgd", {}, False),
+        ("lion", {}, None),  # it has no such argument
+    ],
+)
+def test_adam_is_fused_unless_told_otherwise(model, name, kwargs, fused):
+    optimizer = create_optimizer(model, OptimConfig(name=name, kwargs=kwargs))
+    assert {bool(group["fused"]) if "fused" in group else None for group in optimizer.param_groups} == {fused}
+
+
 def test_an_unknown_optimizer_or_argument_is_named(model):
     with pytest.raises(ConfigError, match=r"adamx.*adam"):
         create_optimizer(model, OptimConfig(name="adamx"))

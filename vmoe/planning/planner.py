@@ -11,7 +11,7 @@ from vmoe.planning.hardware import MATMUL_EFFICIENCY, MEMORY_EFFICIENCY, Hardwar
 from vmoe.planning.model_plan import make_model, model_units
 from vmoe.planning.simulate import Step, optimizer_state, simulate_step
 from vmoe.training.config import Config
-from vmoe.training.optim import SHARDABLE
+from vmoe.training.optim import SHARDABLE, is_fused
 from vmoe.utils.config import ConfigError
 
 BUFFERS = 3  # of one all-to-all, at a time: rows to send, rows received, and their results
@@ -125,7 +125,7 @@ class Planner:
         # An optimizer's step: all tensors at once, or one after the other (two copies, and one of the tensor before).
         *_, second, largest = sorted([0, 0, *(p.nbytes for p in self.model.parameters() if p.requires_grad)])
         temporary = gradients if self.hardware.foreach else 2 * largest + second
-        temporary *= not self.config.optim.kwargs.get("fused")
+        temporary *= not is_fused(self.config.optim)
         always_in_backward = {
             **always,
             "all-to-all": BUFFERS * max(step.exchanges, default=0) if mesh.ep > 1 else 0,

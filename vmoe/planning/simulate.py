@@ -22,7 +22,7 @@ from vmoe.moe import record_routing
 from vmoe.moe.experts import Experts
 from vmoe.moe.router import is_recomputation
 from vmoe.training.config import OptimConfig
-from vmoe.training.optim import create_optimizer
+from vmoe.training.optim import create_optimizer, is_fused
 from vmoe.utils.config import ConfigError
 
 
@@ -39,9 +39,9 @@ class Tracker(TorchDispatchMode):
         self.moved = 0  # bytes that all other operations read and write
         self._known, self._stacks = {tensor.untyped_storage()._cdata for tensor in known}, frozenset(stacks)
 
-    def cut(self) -> int:
-        """`live` when it was largest since the last cut."""
-        peak, self._peak = self._peak, self.live
+    def cut(self, freed: int = 0) -> int:
+        """`live` when it was largest since the last cut; `freed` bytes of it are freed before the next operation."""
+        peak, self._peak = self._peak, self.live - freed
         return peak
 
     def _free(self, key: int, size: int) -> None:
@@ -105,8 +105,10 @@ def simulate_step(model: nn.Module, batch_size: int, loss: str = "softmax", num_
     tracker, ready, peaks, exchanges = Tracker(known, experts.values()), {True: 0, False: 0}, [], []
 
     def gradient_ready(parameter: nn.Parameter) -> None:
-        ready[id(parameter) in experts] += parameter.nbytes
-        peaks.append((tracker.cut(), ready[True], ready[False]))
+        expert = id(parameter) in experts
+        # Until now this gradient was one of the activations, where experts' gradients are not counted.
+        peaks.append((tracker.cut(freed=0 if expert else parameter.nbytes), ready[True], ready[False]))
+        ready[expert] += parameter.nbytes
 
     def note(layer: Experts, args: tuple, out: Tensor) -> None:
         rows, count_E, max_count = (*args, None)[:3]
@@ -133,6 +135,7 @@ def simulate_step(model: nn.Module, batch_size: int, loss: str = "softmax", num_
         for hook in hooks:
             hook.remove()
         model.zero_grad(set_to_none=True)
+    peaks.append((0, ready[True], ready[False]))
     return Step(peaks, tracker.flops, tracker.moved, exchanges)
 
 
@@ -154,8 +157,9 @@ def task_loss(output: Tensor | tuple | dict, loss: str, num_processes: int = 1) 
 
 def optimizer_state(model: nn.Module, config: OptimConfig) -> dict[int, int]:
     """{id of a parameter of a meta model: bytes that the optimizer of a config keeps for it}, found by taking steps."""
-    kwargs = {key: value for key, value in config.kwargs.items() if key != "fused"}  # it needs a real device
-    optimizer = create_optimizer(model, replace(config, kwargs=kwargs))
+    if is_fused(config):  # which needs a real device
+        config = replace(config, kwargs={**config.kwargs, "fused": False})
+    optimizer = create_optimizer(model, config)
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
     try:

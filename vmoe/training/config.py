@@ -210,7 +210,7 @@ class OptimConfig:
         eps: Epsilon of Adam-like optimizers; null takes the optimizer's own.
         momentum: Momentum, for optimizers that have one.
         layer_decay: Factor on the learning rate from each layer to the one below, as in BEiT; null: all the same.
-        kwargs: Further arguments of the optimizer.
+        kwargs: Further arguments of the optimizer. adam and adamw are fused, unless there is {fused: false}.
         schedule: One of timm's schedulers; "constant" stays at lr after the warm-up.
         warmup_steps: Steps of linear warm-up, part of train.steps; below 1 a share of train.steps.
         warmup_lr: Learning rate of the first warm-up step.

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import timm.optim
+import torch
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -104,11 +105,22 @@ def is_muon(optimizer: str) -> bool:
     return timm.optim.get_optimizer_info(optimizer).opt_class is timm.optim.Muon
 
 
+def is_fused(config: OptimConfig) -> bool:
+    """Whether a step is one kernel instead of ten passes over the weights: Adam's and AdamW's, unless kwargs forbid."""
+    has_kernel = timm.optim.get_optimizer_info(base_name(config)).opt_class in (torch.optim.Adam, torch.optim.AdamW)
+    return bool(config.kwargs.get("fused", has_kernel and not config.kwargs.get("foreach")))
+
+
+def base_name(config: OptimConfig) -> str:
+    """timm's name of an optimizer, without Lookahead."""
+    return config.name.lower().removeprefix("lookahead_")
+
+
 def create_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """The optimizer of a config for the trainable parameters, or a ConfigError."""
-    base_name = config.name.lower().removeprefix("lookahead_")
-    if base_name not in timm.optim.list_optimizers():
-        nearest = difflib.get_close_matches(base_name, timm.optim.list_optimizers(), n=1, cutoff=0.0)
+    name = base_name(config)
+    if name not in timm.optim.list_optimizers():
+        nearest = difflib.get_close_matches(name, timm.optim.list_optimizers(), n=1, cutoff=0.0)
         raise ConfigError(f"optim.name: timm has no optimizer {config.name!r}; the nearest is {nearest[0]!r}")
     if is_sharded(model) and config.name.lower() not in SHARDABLE:
         raise ConfigError(
@@ -117,13 +129,15 @@ def create_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         )
     optional = {"betas": config.betas and tuple(config.betas), "eps": config.eps}
     kwargs = {name: value for name, value in optional.items() if value is not None} | config.kwargs
-    create, info = timm.optim.create_optimizer_v2, timm.optim.get_optimizer_info(base_name)
-    if is_muon(base_name):  # made by timm, with our class
+    create, info = timm.optim.create_optimizer_v2, timm.optim.get_optimizer_info(name)
+    if is_fused(config):
+        kwargs["fused"] = True
+    if is_muon(name):  # made by timm, with our class
         registry = timm.optim.OptimizerRegistry()
         registry.register(dataclasses.replace(info, opt_class=Muon))
         create = registry.create_optimizer
     decay = {"weight_decay": config.weight_decay, "layer_decay": config.layer_decay}
-    groups = partial(param_groups, **decay, optimizer=base_name)
+    groups = partial(param_groups, **decay, optimizer=name)
     rates = {"lr": config.lr, "momentum": config.momentum}
     try:
         optimizer = create(model, opt=config.name, param_group_fn=groups, **rates, **kwargs)
