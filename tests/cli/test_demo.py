@@ -6,6 +6,7 @@ import io
 import re
 import socket
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from vmoe.evaluation.loaded_model import load_model
 from vmoe.evaluation.search import SearchIndex
 from vmoe.models.factory import save_pretrained
 
-demo_page = pytest.importorskip("vmoe.cli.demo_page", reason="needs Gradio (pip install -e '.[demo]')")
+pytestmark = pytest.mark.skipif(find_spec("gradio") is None, reason="needs Gradio (pip install -e '.[demo]')")
 
 CLASSES = ["animal", "<i>plant</i>", "thing"]
 LABELS = ["cat", "guide dog", "a red car"]
@@ -40,12 +41,20 @@ def photo(folder):
     return folder / "photo.png"
 
 
+def launch(loaded, **options):
+    """(app, address) of the page of a model."""
+    from vmoe.cli import demo_page  # here, since importing Gradio takes 4 s in every process that collects the tests
+
+    app = demo_page.build_app(loaded, **options)
+    return app, demo_page.launch(app)
+
+
 def start(file, model, extra=None):
     """Saves the model and starts the demo on it; (loaded, app, address)."""
     save_pretrained(model, file, extra)
     loaded = load_model(str(file), "cpu")
-    app = demo_page.build_app(loaded)
-    return loaded, app, demo_page.launch(app)
+    app, address = launch(loaded)
+    return loaded, app, address
 
 
 @pytest.fixture(scope="module")
@@ -267,8 +276,8 @@ def test_search_in_an_index(folder, open_demo, browser, photo):
     images = ImageFiles(folder, ["photo.png", "red.png"])
     embed_images(loaded, images, folder / "index.npz", LoaderConfig(num_workers=0))
     index = SearchIndex(folder / "index.npz", device="cpu")
-    app = demo_page.build_app(loaded, index=index)
-    page = open_demo(demo_page.launch(app))
+    app, address = launch(loaded, index=index)
+    page = open_demo(address)
     page.get_by_role("tab", name="Search").click()
     page.get_by_label("What the images show").fill("a red apple")
     page.get_by_role("button", name="Search").click()
