@@ -193,7 +193,7 @@ def cases(draw):
         "capacity_rounding": draw(st.sampled_from(["ceil", "round"])),
         "capacity_multiple_of": draw(st.sampled_from([1, 4])),
         "group_size": draw(st.sampled_from([None, None, 3, 5, 100])),
-        "expert_mlp": draw(st.sampled_from(["mlp", "swiglu", "geglu"])),
+        "expert_mlp": draw(st.sampled_from(["mlp", "swiglu", "geglu", "relu2glu"])),
         "num_shared_experts": draw(st.sampled_from([0, 0, 1])),
         "auxiliary_loss": draw(st.sampled_from(["record", "attach"])),
         "auxiliary_loss_scope": draw(st.sampled_from(["group", "batch"])),

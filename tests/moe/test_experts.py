@@ -13,6 +13,10 @@ def rows(count: list[int], D: int = 6) -> torch.Tensor:
     return torch.randn(sum(count), D)
 
 
+def twice_relu2(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x.clamp(min=0) ** 2
+
+
 def copy_of(experts: Experts, dense: nn.Module, e: int) -> None:
     """Give expert e the weights of a dense MLP of timm."""
     with torch.no_grad():
@@ -26,6 +30,7 @@ def copy_of(experts: Experts, dense: nn.Module, e: int) -> None:
         ("mlp", lambda norm: Mlp(6, 10, norm_layer=norm)),
         ("swiglu", lambda norm: GluMlp(6, 20, act_layer=nn.SiLU, gate_last=False, norm_layer=norm)),
         ("geglu", lambda norm: GluMlp(6, 20, act_layer=nn.GELU, gate_last=False, norm_layer=norm)),
+        ("relu2glu", lambda norm: GluMlp(6, 20, act_layer=lambda: twice_relu2, gate_last=False, norm_layer=norm)),
     ],
 )
 @pytest.mark.parametrize("norm", [None, nn.LayerNorm])

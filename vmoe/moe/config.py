@@ -9,7 +9,7 @@ CHOICES = {
     "router": ("top_k", "expert_choice", "soft"),
     "capacity_rounding": ("ceil", "round"),
     "gate": ("softmax", "sigmoid"),
-    "expert_mlp": ("mlp", "swiglu", "geglu"),
+    "expert_mlp": ("mlp", "swiglu", "geglu", "relu2glu"),
     "auxiliary_loss": ("record", "attach"),
     "auxiliary_loss_scope": ("group", "batch"),
     "backend": ("auto", "reference", "triton"),
@@ -45,7 +45,8 @@ class RoutingSettings:
         random_threshold: in training each choice after the first is kept with probability
             min(1, weight / random_threshold) (GShard, arXiv 2006.16668: 0.5). None or 0: always.
         num_slots: slots per expert, only for soft; None: by capacity_factor from the number of tokens.
-        expert_mlp: "mlp" with the model's activation, or gated: "swiglu" or "geglu" (arXiv 2002.05202).
+        expert_mlp: "mlp" with the model's activation, or gated: "swiglu", "geglu" (arXiv 2002.05202) or "relu2glu"
+            (2 relu², as in SigLino, arXiv 2512.20157).
         expert_width: hidden width F of each expert; None: the model's MLP width.
         num_shared_experts: a dense MLP of this many times an expert's width sees every token (arXiv 2401.06066).
         bias_update_rate: balance by a bias on the gate that only the choice sees; `vmoe.update_expert_bias` moves it by

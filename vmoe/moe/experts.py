@@ -6,13 +6,22 @@ Shapes, by suffix: E experts, R rows sorted by expert, D model width, F hidden w
 from collections.abc import Callable
 from functools import partial
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmoe.moe.backends import check_backend, select_backend
 from vmoe.moe.backends.reference import activate
 from vmoe.moe.grouped import GroupedLayerNorm, GroupedLinear
 
-GATED_ACTIVATIONS = {"swiglu": nn.SiLU, "geglu": nn.GELU}
+
+class TwiceSquaredReLU(nn.Module):
+    """2 relu(x)²: the squared ReLU (Primer, arXiv 2109.08668), doubled as in SigLino (arXiv 2512.20157)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * F.relu(x).square()
+
+
+GATED_ACTIVATIONS = {"swiglu": nn.SiLU, "geglu": nn.GELU, "relu2glu": TwiceSquaredReLU}
 
 RunExperts = Callable[[Tensor, Tensor], Tensor]  # (rows, rows of each expert) -> rows
 
@@ -31,9 +40,10 @@ def refuse_adapters(model: nn.Module) -> None:
 class Mlp(nn.Module):
     """x -> fc2(drop(act(fc1(x)))), a dense MLP: the shared expert. `Experts` has the same parts, stacked.
 
-    `kind`: "mlp", or gated: "swiglu" (SiLU) or "geglu" (GELU; arXiv 2002.05202). Then the first F of the 2F outputs of
-    `fc1` are the gate g, the others the value v, and the hidden activations are act(g) * v. This is the layout of
-    `timm.layers.GluMlp(gate_last=False)`. `act_layer` makes the activation of a plain MLP, `linear` the layers.
+    `kind`: "mlp", or gated: "swiglu" (SiLU), "geglu" (GELU; arXiv 2002.05202) or "relu2glu" (2 relu²). Then the first F
+    of the 2F outputs of `fc1` are the gate g, the others the value v, and the hidden activations are act(g) * v. This
+    is the layout of `timm.layers.GluMlp(gate_last=False)`. `act_layer` makes the activation of a plain MLP, `linear`
+    the layers.
     """
 
     def __init__(
