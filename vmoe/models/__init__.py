@@ -1,3 +1,3 @@
-"""The models and their files; importing it registers the `vmoe_*` and `softmoe_*` models with timm."""
+"""The models and their files; importing it registers the `vmoe_*`, `softmoe_*` and `siglino_*` models with timm."""
 
-from vmoe.models import registry
+from vmoe.models import registry, siglino

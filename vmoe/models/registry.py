@@ -55,14 +55,14 @@ MODELS: dict[str, dict] = {
 _CFG = {"mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD, "interpolation": "bilinear"}
 _CFG |= {"fixed_input_size": True, "first_conv": "patch_embed.proj", "classifier": "head", "license": "apache-2.0"}
 _TINY_CFG = {**_CFG, "input_size": (3, 48, 48), "crop_pct": 1.0, "interpolation": "bicubic"}
-_ABOUT_WEIGHTS = ("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir", "device", "dtype")
+ABOUT_WEIGHTS = ("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir", "device", "dtype")
 # `register_model` looks for this name.
 default_cfgs = generate_default_cfgs({name: _TINY_CFG if "tiny" in name else _CFG for name in MODELS})
 
 
 def _create(name: str, pretrained: bool = False, **kwargs) -> VisionMoE:
     """The model of a name; the user's settings go over its preset, and that over what the name stands for."""
-    stored_name, kwargs = _with_settings_of_file(name, pretrained, kwargs)
+    stored_name, kwargs = with_settings_of_file(name, pretrained, kwargs)
     if stored_name != name:
         return timm.model_entrypoint(stored_name)(pretrained, **kwargs)
     preset = preset_settings(kwargs)
@@ -75,7 +75,7 @@ def _create(name: str, pretrained: bool = False, **kwargs) -> VisionMoE:
     feature_cfg = {"out_indices": model_args.pop("out_indices", 3), "feature_cls": "getter"}
     options = {"pretrained_filter_fn": _filter, "feature_cfg": feature_cfg}
     model = build_model_with_cfg(VisionMoE, name, pretrained, **options, **model_args)
-    model._model_args = {key: value for key, value in kwargs.items() if key not in _ABOUT_WEIGHTS}  # as timm's factory
+    model._model_args = {key: value for key, value in kwargs.items() if key not in ABOUT_WEIGHTS}  # as timm's factory
     return model
 
 
@@ -86,7 +86,7 @@ def _filter(state_dict: dict[str, Tensor], model: VisionMoE) -> dict[str, Tensor
     return {**filtered, **kept} if isinstance(model.pre_logits, nn.Linear) else filtered
 
 
-def _with_settings_of_file(name: str, pretrained: bool, kwargs: dict) -> tuple[str, dict]:
+def with_settings_of_file(name: str, pretrained: bool, kwargs: dict) -> tuple[str, dict]:
     """The name and settings in a file of this package to which `pretrained_cfg` or its overlay points."""
     from vmoe.models.serialization import METADATA_KEY, read_pretrained_metadata, safetensors_metadata  # slow to import
 
@@ -117,7 +117,7 @@ def upcycled_moe(pretrained: bool = False, spec: dict | None = None, **kwargs) -
         raise ValueError(
             "upcycled_moe is made from a folder, timm.create_model('local-dir:FOLDER'), or by vmoe.upcycle"
         )
-    about = {key: kwargs.pop(key, None) for key in _ABOUT_WEIGHTS}
+    about = {key: kwargs.pop(key, None) for key in ABOUT_WEIGHTS}
     check_metadata({**spec, "preprocess": {}, "extra": {}})
     model = build({**spec, "kwargs": {**spec["kwargs"], **kwargs}})
     overlay = about["pretrained_cfg_overlay"]

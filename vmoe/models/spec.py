@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE
 from vmoe.models.open_clip_models import build_open_clip, is_open_clip, open_clip_names, open_clip_spec
+from vmoe.models.siglino import SIGLINO_CONFIGS, SigLino
 from vmoe.models.text import TextTransformer
 from vmoe.models.two_tower import TOWERS, TWO_TOWER_CONFIGS, TwoTower, merge_settings
 from vmoe.models.validation import without_loading
@@ -30,7 +31,7 @@ IMAGE_TEXT_NAMES = (*LIMOE_CONFIGS, *TWO_TOWER_CONFIGS)
 
 def list_models(filter: str = "") -> list[str]:
     """Names of this package's models that match a filter with wildcards, as timm's: "limoe_*"; "": all."""
-    names = [*IMAGE_TEXT_NAMES, *timm.list_models("vmoe_*"), *timm.list_models("softmoe_*")]
+    names = [*IMAGE_TEXT_NAMES, *timm.list_models("vmoe_*"), *timm.list_models("softmoe_*"), *SIGLINO_CONFIGS]
     return fnmatch.filter(names, filter or "*")
 
 
@@ -97,7 +98,7 @@ def _advice(name: str, kwargs: dict, unknown: str) -> str:
 
 def _parameters(owner: type) -> set[str]:
     """The arguments of a class, of its base classes and experts."""
-    routing = SETTING_NAMES if issubclass(owner, (VisionMoE, TextTransformer, LIMoE)) else set()
+    routing = SETTING_NAMES if issubclass(owner, (VisionMoE, SigLino, TextTransformer, LIMoE)) else set()
     return routing.union(*(inspect.signature(one).parameters for one in owner.__mro__[:-1]))
 
 

@@ -117,12 +117,13 @@ class BlocksMixin:
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return {"pos_embed", "image_pos_embed", "text_pos_embed", "logit_scale", "logit_bias"} | without_decay(self)
+        tokens = {"cls_token", "reg_token", "pos_embed", "image_pos_embed", "text_pos_embed"}
+        return tokens | {"logit_scale", "logit_bias"} | without_decay(self)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         """Parameter groups by depth, for layer decay."""
-        stem = r"^patch_embed|^token_embedding|^(?:image_|text_)?pos_embed"
+        stem = r"^patch_embed|^cls_token|^reg_token|^token_embedding|^(?:image_|text_)?pos_embed"
         return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
 
