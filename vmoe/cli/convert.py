@@ -1,4 +1,4 @@
-"""The converting command: `vmoe-convert --from PREFIX_OR_DIR --config NAME_OR_JSON --to FILE.safetensors`."""
+"""The converting command: `vmoe-convert --from PATH --to FILE.safetensors`."""
 
 import argparse
 from collections.abc import Sequence
@@ -14,12 +14,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see `exit_code`."""
     parser = argparse.ArgumentParser(
         prog="vmoe-convert",
-        description="Write a checkpoint of the reference (google-research/vmoe) as a safetensors file of this package.",
-        epilog="released checkpoints, known by name: " + ", ".join(RELEASED),
+        description="Write a checkpoint of the reference (google-research/vmoe), or SigLino's, as a safetensors file.",
+        epilog="released checkpoints of the reference, known by name: " + ", ".join(RELEASED),
     )
-    source_help = "prefix of PREFIX.index and PREFIX.data-i-of-n, or an Orbax folder"
-    parser.add_argument("--from", dest="source", required=True, metavar="PREFIX_OR_DIR", help=source_help)
-    parser.add_argument("--config", required=True, metavar="NAME_OR_JSON", help="a released name, or a JSON file")
+    source_help = "prefix of PREFIX.index and PREFIX.data-i-of-n, an Orbax folder, or a file of PyTorch (.pt)"
+    parser.add_argument("--from", dest="source", required=True, metavar="PATH", help=source_help)
+    config_help = "of the reference: a released name, or a JSON file; of other models: a JSON file if not released"
+    parser.add_argument("--config", metavar="NAME_OR_JSON", help=config_help)
+    parser.add_argument("--model", metavar="NAME", help="such as siglino_moe_0_3b, where a .pt fits several models")
     parser.add_argument("--to", dest="file", required=True, metavar="FILE.safetensors", help="the file to write")
     parser.add_argument("--step", type=int, help="of a training run's checkpoints; by default the last")
     parser.add_argument("--image_size", type=int, help="in pixels, if not the checkpoint's: positions are resized")

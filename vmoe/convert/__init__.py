@@ -1,4 +1,5 @@
-"""Models and weights of other programs, brought here and back: the reference's checkpoints (google-research/vmoe)."""
+"""Models and weights of other programs, brought here and back: the reference's checkpoints (google-research/vmoe),
+and those of other projects, brought here."""
 
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from vmoe.convert.reference_settings import reference_config
     from vmoe.convert.released import RELEASED
     from vmoe.convert.section import ConfigError
+    from vmoe.convert.siglino import from_siglino
     from vmoe.convert.to_safetensors import convert_checkpoint, pretrained_cfg
 
 __getattr__, __all__ = lazy_names(
@@ -20,6 +22,7 @@ __getattr__, __all__ = lazy_names(
         "vmoe.convert.reference_settings": "reference_config",
         "vmoe.convert.released": "RELEASED",
         "vmoe.convert.section": "ConfigError",
+        "vmoe.convert.siglino": "from_siglino",
         "vmoe.convert.to_safetensors": "convert_checkpoint pretrained_cfg",
     },
 )

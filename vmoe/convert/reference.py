@@ -22,7 +22,7 @@ from vmoe.utils.printable import printable
 
 Rows = list[tuple[Entry, Callable[[np.ndarray], None]]]  # a tensor's entry, and what fills its view
 _IMAGE_POSITIONS = tuple(f"{tower}Encoder/posembed_input/pos_embedding" for tower in ("", "img/"))
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def from_reference(
@@ -116,7 +116,7 @@ def _reader(
     if name not in stored:
         raise ValueError("is missing")
     array = stored[name]
-    if array.dtype not in _FLOATS:
+    if array.dtype not in FLOATS:
         raise ValueError(f"is of type {array.dtype}")
     if name in _IMAGE_POSITIONS and len(array.shape) == 3 and array.shape[::2] == shape[::2]:
         grid = tuple(getattr(model, "visual", model).patch_embed.grid_size)

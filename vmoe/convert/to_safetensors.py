@@ -12,7 +12,10 @@ from vmoe.convert.arrays import CheckpointError, StoredArray, list_names, select
 from vmoe.convert.orbax import find_orbax, open_orbax
 from vmoe.convert.reference import plan
 from vmoe.convert.released import RELEASED
-from vmoe.convert.section import Section
+from vmoe.convert.section import ConfigError, Section
+from vmoe.convert.siglino import UNUSED as SIGLINO_UNUSED
+from vmoe.convert.siglino import is_siglino, plan_siglino
+from vmoe.convert.torch_file import is_torch_file, open_torch
 from vmoe.models.factory import file_metadata
 from vmoe.models.serialization import mapped_safetensors, read_pretrained_metadata
 from vmoe.utils.files import read_json
@@ -45,7 +48,9 @@ def open_checkpoint(source: str | Path, step: int | None = None) -> tuple[str, s
     if path.is_dir():
         found = f"the folder holds {list_names(sorted(each.name for each in path.iterdir()))}"
     at = "" if step is None else f" of step {step}"
-    raise CheckpointError(f"no checkpoint{at} at {source}: {found}; give the PREFIX of PREFIX.index or an Orbax folder")
+    raise CheckpointError(
+        f"no checkpoint{at} at {source}: {found}; give the PREFIX of PREFIX.index, an Orbax folder or a .pt"
+    )
 
 
 def resolve_config(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -66,29 +71,62 @@ def resolve_config(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, An
 
 def convert_checkpoint(
     source: str | Path,
-    config: str | Path | Mapping[str, Any],
+    config: str | Path | Mapping[str, Any] | None,
     file: str | Path,
     step: int | None = None,
     image_size: int | None = None,
     context_length: int | None = None,
+    model: str | None = None,
 ) -> Converted:
-    """Writes a reference checkpoint as one of our files; the arrays pass through memory one by one.
+    """Writes a checkpoint of another program as one of our files; the arrays pass through memory one by one.
 
     Args:
-        source, step: the prefix of a sharded checkpoint, or the folder of an Orbax checkpoint; of a training run's
-            checkpoints that of `step`, by default the last, is taken.
+        source, step: the prefix of a sharded checkpoint of the reference, or the folder of an Orbax checkpoint; of a
+            training run's checkpoints that of `step`, by default the last, is taken. Or a file of PyTorch, such as
+            SigLino's `.pt`, which is recognised by its content.
         config: the name of a released checkpoint (`vmoe.convert.RELEASED`), a JSON file, or the dictionary itself; or
-            an experiment's config with it as "model".
+            an experiment's config with it as "model". Of other projects' models that were not released: the arguments
+            of its constructor.
         file: a `.safetensors` file; replaced if it exists, untouched if anything fails.
         image_size, context_length: see `from_reference`, also for the errors.
+        model: the name of a model, where the content of a file of PyTorch fits several.
     """
     file = Path(file)
     check_output(file, ".safetensors")
+    if is_torch_file(source):
+        if (step, image_size, context_length) != (None, None, None):
+            raise ConfigError("step, image_size and context_length are of the reference's checkpoints: leave them out")
+        return _write(file, *_plan_torch(source, config, model))
+    if config is None or model is not None:
+        raise ConfigError(
+            f"{source} is no file of PyTorch: a checkpoint of the reference takes --config and no --model, a released "
+            f"name ({', '.join(RELEASED)}) or a JSON file"
+        )
     model_config, preprocess = resolve_config(config)
     path, kind, arrays = open_checkpoint(source, step)
     stored, skipped = select_params(arrays, path)
     overlay = {"pretrained_cfg_overlay": preprocess} if preprocess else {}
-    name, _, model, rows = plan(model_config, stored, path, image_size, context_length, **overlay)
+    planned = plan(model_config, stored, path, image_size, context_length, **overlay)
+    return _write(file, path, kind, stored, skipped, planned)
+
+
+def _plan_torch(source: str | Path, config: Any, model: str | None) -> tuple:
+    """What `_write` takes, for a file of PyTorch, recognised by its content."""
+    arrays = open_torch(source)
+    if not is_siglino(arrays):
+        raise CheckpointError(f"{source} is of no model that can be converted; it holds {list_names(sorted(arrays))}")
+    args = None if config is None else resolve_config(config)[0]
+    planned = plan_siglino(arrays, source, args, model)
+    skipped = len(SIGLINO_UNUSED & arrays.keys())
+    stored = {name: array for name, array in arrays.items() if name not in SIGLINO_UNUSED}
+    return str(source), "SigLino", stored, skipped, planned
+
+
+def _write(
+    file: Path, path: str, kind: str, stored: Mapping[str, StoredArray], skipped: int, planned: tuple
+) -> Converted:
+    """Writes the model of a plan; each tensor leaves the memory once it is filled."""
+    name, _, model, rows = planned
     sizes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     metadata = file_metadata(model, {"converted_from": Path(path).name})
     with mapped_safetensors(file, sizes, dict.fromkeys(sizes, torch.float32), metadata) as (tensors, release):
