@@ -52,7 +52,9 @@ def capacity_of(s, num_tokens, num_choices, training):
     if factor is None:
         return num_tokens
     exact = num_tokens * num_choices * factor / s.num_experts
-    number = math.ceil(exact) if s.capacity_rounding == "ceil" else round(exact)
+    if s.capacity_rounding == "tutel":
+        exact = num_choices * math.floor(factor * math.ceil(num_tokens / s.num_experts))
+    number = round(exact) if s.capacity_rounding == "round" else math.ceil(exact)
     return math.ceil(number / s.capacity_multiple_of) * s.capacity_multiple_of
 
 
@@ -77,7 +79,12 @@ def route_group(layer, s, tokens, real, modality):
                 kept |= {(n, e) for e in range(E)}
         logits = torch.stack([score[:, e * P : (e + 1) * P].logsumexp(1) for e in range(E)], 1)
         return y, kept, logits.softmax(1), logits
-    logits = tokens @ layer.router.weight.T
+    if s.gate == "cosine":
+        z = F.normalize(tokens @ layer.router.projection.T + layer.router.projection_bias, dim=1)
+        scale = layer.router.temperature.clamp(max=math.log(100)).exp()
+        logits = z @ F.normalize(layer.router.weight, dim=1).T * scale
+    else:
+        logits = tokens @ layer.router.weight.T
     scores = logits.sigmoid() if s.gate == "sigmoid" else logits.softmax(1)
     gates = scores / scores.sum(1, keepdim=True)
     if s.router == "expert_choice":
@@ -190,7 +197,7 @@ def cases(draw):
         "noise_std": 0.0,
         "load_loss": 0.0,
         "capacity_factor": draw(st.sampled_from([0.3, 0.6, 1.0, 1.5] + [None] * (router == "top_k"))),
-        "capacity_rounding": draw(st.sampled_from(["ceil", "round"])),
+        "capacity_rounding": draw(st.sampled_from(["ceil", "round", "tutel"])),
         "capacity_multiple_of": draw(st.sampled_from([1, 4])),
         "group_size": draw(st.sampled_from([None, None, 3, 5, 100])),
         "expert_mlp": draw(st.sampled_from(["mlp", "swiglu", "geglu", "relu2glu"])),
@@ -203,11 +210,13 @@ def cases(draw):
         kwargs |= {
             "batch_priority": draw(st.booleans()),
             "normalize_weights": draw(st.booleans()),
-            "gate": draw(st.sampled_from(["softmax", "sigmoid"])),
+            "gate": draw(st.sampled_from(["softmax", "sigmoid", "cosine"])),
             "bias_update_rate": draw(st.sampled_from([0.0, 0.1])),
             "eval_capacity_factor": draw(st.sampled_from([None, 0.5])),
             "capacity": draw(st.sampled_from([None, None, 1, 3])),
         }
+        if kwargs["gate"] == "cosine":
+            kwargs["cosine_dim"] = 3
     elif router == "expert_choice":
         kwargs |= {"normalize_weights": draw(st.booleans()), "capacity": draw(st.sampled_from([None, None, 2]))}
     else:

@@ -35,12 +35,23 @@ def test_golden_losses_and_gradients(case):
         assert (ours - golden[name]).abs().max() <= 1e-4 * golden[name].abs().max()
 
 
+def test_tutels_loss_by_its_formula():
+    torch.manual_seed(0)
+    logits = torch.randn(40, 6, dtype=torch.float64)
+    noisy = logits + torch.randn_like(logits) / 6
+    gates, threshold = logits.softmax(1), noisy.topk(2).values[:, 1:]
+    load = torch.distributions.Normal(0.0, 1 / 6).cdf(gates - threshold).sum(0)
+    expected = sum(x.var() / x.mean() ** 2 for x in (gates.sum(0), load)) / 2
+    torch.testing.assert_close(losses.load_importance_loss(logits[None], noisy[None], 1 / 6, 2), expected)
+
+
 def all_losses(logits, noisy, mask):
     gates, noisy_gates = logits.softmax(-1), noisy.softmax(-1)
     return {
         "importance": losses.importance_loss(gates, mask),
         "load": losses.load_loss(logits, noisy, 0.1, 2, mask),
         "gshard": losses.gshard_loss(noisy_gates, mask),
+        "load and importance": losses.load_importance_loss(logits, noisy, 0.1, 2, mask),
         "z": losses.z_loss(logits, mask),
         "local": losses.local_entropy_loss(gates, mask),
         "global": losses.global_entropy_loss(gates, mask),

@@ -335,6 +335,8 @@ def test_settings_beside_a_preset_win():
         ({"num_slots": 4}, "num_slots=4 needs router='soft'"),
         ({"gate": "tanh"}, "gate must be one of"),
         ({"gate": "sigmoid", "learned_noise": True}, "learned_noise needs gate='softmax'"),
+        ({"cosine_dim": 8}, "cosine_dim=8 needs gate='cosine', not 'softmax'; leave it out"),
+        ({"load_importance_loss": 0.1, "noise_std": 0.0}, "load_importance_loss needs noise_std > 0"),
         ({"expert_mlp": "relu"}, "expert_mlp must be one of"),
         ({"random_threshold": 1.5}, "random_threshold must be in"),
         ({"expert_drop": 1.0}, "expert_drop must be >= 0 and < 1"),

@@ -18,6 +18,7 @@ _CLASSIFIERS = {ours: theirs for theirs, ours in CLASSIFIERS.items()}
 # Settings that the reference does not have; their defaults mean "off".
 _FOREIGN = ("learned_noise", "input_jitter", "gate", "normalize_weights", "random_threshold", "expert_mlp")
 _FOREIGN += ("num_shared_experts", "bias_update_rate", "z_loss", "local_entropy_loss", "global_entropy_loss")
+_FOREIGN += ("load_importance_loss",)
 
 
 def reference_config(model: nn.Module, group_size: int | None = None) -> dict[str, Any]:
@@ -171,6 +172,7 @@ def _capacity(s: RoutingSettings, size: int | None) -> dict[str, Any]:
         )
     if s.capacity is not None:
         return {"capacity": s.capacity}
+    _need(s.capacity_rounding != "tutel", "capacity_rounding='tutel'")
     return {  # without a limit, K choices of at most all tokens for each expert
         "capacity_factor": s.num_experts / s.num_selected_experts if factor is None else factor,
         "capacity_ceil_or_round": s.capacity_rounding,

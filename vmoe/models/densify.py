@@ -17,6 +17,7 @@ from vmoe.models.upcycle import upcycle_steps
 from vmoe.moe import SparseMoE, record_routing
 from vmoe.moe.config import SETTING_NAMES, RoutingSettings
 from vmoe.moe.experts import refuse_adapters
+from vmoe.moe.router import Gate
 
 Usage = Mapping[str, Tensor | Sequence[float]]  # or numpy's arrays
 
@@ -182,7 +183,7 @@ def _pruned_layer(layer: SparseMoE, kept: Tensor, new: dict[str, Any]) -> Sparse
             part.num_experts = number
         for module in part.modules():
             for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-                if tensor.ndim and tensor.shape[0] == E:
+                if tensor.ndim and tensor.shape[0] == E and key not in Gate.SHARED:
                     rows = tensor.detach()[kept.to(tensor.device)]
                     is_parameter = isinstance(tensor, nn.Parameter)
                     setattr(module, key, nn.Parameter(rows, tensor.requires_grad) if is_parameter else rows)

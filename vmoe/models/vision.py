@@ -76,12 +76,14 @@ def _like(tensor: Tensor) -> dict:
 
 
 def without_decay(model: nn.Module) -> set[str]:
-    """Names of the experts' biases, norms and activations, and of slots of soft routing, whose length means nothing."""
+    """Names of the experts' biases, norms and activations, and of what is normalised, whose length means nothing: slots
+    of soft routing, and the matrices of a cosine gate."""
     names = set()
     for name, layer in model.named_modules():
         if isinstance(layer, SparseMoE):
             own = {f"experts.{key}" for key, parameter in layer.experts.named_parameters() if parameter.ndim <= 2}
             own |= {"router.slots"} if layer.router_type == "soft" else set()
+            own |= {"router.weight", "router.projection"} if layer.settings.gate == "cosine" else set()
             names |= {f"{name}.{key}".lstrip(".") for key in own}
     return names
 

@@ -7,8 +7,8 @@ from typing import get_args
 
 CHOICES = {
     "router": ("top_k", "expert_choice", "soft"),
-    "capacity_rounding": ("ceil", "round"),
-    "gate": ("softmax", "sigmoid"),
+    "capacity_rounding": ("ceil", "round", "tutel"),
+    "gate": ("softmax", "sigmoid", "cosine"),
     "expert_mlp": ("mlp", "swiglu", "geglu", "relu2glu"),
     "auxiliary_loss": ("record", "attach"),
     "auxiliary_loss_scope": ("group", "batch"),
@@ -31,7 +31,8 @@ class RoutingSettings:
         eval_capacity_factor: the same in `eval()`. None: nothing is dropped, so that an output never depends on the
             rest of the batch (expert_choice: as in training).
         capacity: rows per expert and group, instead of both factors.
-        capacity_rounding: "ceil" or "round", of the capacity that a factor gives.
+        capacity_rounding: of the capacity S·K·C/E that a factor gives, "ceil" or "round"; "tutel" is Tutel's capacity
+            K·floor(C·ceil(S/E)) (arXiv 2206.03382).
         capacity_multiple_of: a capacity that a factor gives is raised to a multiple of this.
         batch_priority: where capacity is short, the most important tokens go first (V-MoE, section 2.3).
         group_size: tokens routed together; the last group is padded. None: for top_k all of the call's; for the others
@@ -40,7 +41,8 @@ class RoutingSettings:
         learned_noise: the noise has a learned deviation per token and expert instead of noise_std, and the importance
             and load losses are those of its paper (arXiv 1701.06538).
         input_jitter: in training the gate sees its input times 1 - jitter .. 1 + jitter (Switch, arXiv 2101.03961).
-        gate: "softmax" over all experts, or "sigmoid" of each (DeepSeek-V3, arXiv 2412.19437).
+        gate: "softmax" over all experts; "sigmoid" of each (DeepSeek-V3, arXiv 2412.19437); or "cosine": a softmax of
+            scaled cosines of tokens, projected to `cosine_dim`, and experts (arXiv 2204.09636, as in Tutel).
         normalize_weights: the combine weights of a token's chosen experts are divided by their sum.
         random_threshold: in training each choice after the first is kept with probability
             min(1, weight / random_threshold) (GShard, arXiv 2006.16668: 0.5). None or 0: always.
@@ -53,6 +55,7 @@ class RoutingSettings:
             this much after each step (arXiv 2408.15664).
         expert_drop: dropout inside the experts; None: the block's own.
         importance_loss: weight; so are load_loss, gshard_loss and z_loss.
+        load_importance_loss: weight of the mean of both as Tutel computes it, in `eval()` too.
         local_entropy_loss: weight for every modality, or {modality: weight}; so is global_entropy_loss (2206.02770).
         global_entropy_min_experts: threshold S of the global entropy loss, for every modality or {modality: S}.
         auxiliary_loss: "record": the losses leave through `record_routing`; "attach": the backward pass of the output
@@ -77,6 +80,7 @@ class RoutingSettings:
     learned_noise: bool = False
     input_jitter: float = 0.0
     gate: str = "softmax"
+    cosine_dim: int = 256
     normalize_weights: bool = False
     random_threshold: float | None = None
     num_slots: int | None = None
@@ -87,6 +91,7 @@ class RoutingSettings:
     expert_drop: float | None = None
     importance_loss: float = 0.005
     load_loss: float = 0.005
+    load_importance_loss: float = 0.0
     gshard_loss: float = 0.0
     z_loss: float = 0.0
     local_entropy_loss: PerModality = 0.0
@@ -124,6 +129,10 @@ class RoutingSettings:
             raise ValueError(f"router={self.router!r} needs a finite capacity_factor: it says how many tokens it takes")
         if self.learned_noise and self.gate != "softmax":
             raise ValueError("learned_noise needs gate='softmax'")
+        if self.cosine_dim != 256 and self.gate != "cosine":
+            raise ValueError(f"cosine_dim={self.cosine_dim} needs gate='cosine', not {self.gate!r}; leave it out")
+        if self.load_importance_loss > 0 and (self.noise_std == 0 or self.learned_noise):
+            raise ValueError("load_importance_loss needs noise_std > 0, of which it computes the load; set it to 0")
 
 
 def _checked(name: str, value: object, kinds: tuple[type, ...]) -> object:
@@ -171,6 +180,7 @@ _USED_BY = {
     "bias_update_rate": (0.0, ("top_k",)),
     "gate": ("softmax", ("top_k",)),
     "load_loss": (0.0, ("top_k",)),
+    "load_importance_loss": (0.0, ("top_k",)),
     "normalize_weights": (False, ("top_k", "expert_choice")),
     "eval_capacity_factor": (None, ("top_k", "expert_choice")),
     "input_jitter": (0.0, ("top_k", "expert_choice")),
@@ -181,7 +191,8 @@ _USED_BY = {
 SETTING_NAMES = frozenset(field.name for field in fields(RoutingSettings)) | {"router_preset"}
 
 # What a router other than top_k does without, whatever the model's own defaults say.
-_NO_LOSSES = {f"{loss}_loss": 0.0 for loss in ("importance", "load", "gshard", "z", "local_entropy", "global_entropy")}
+_LOSSES = ("importance", "load", "load_importance", "gshard", "z", "local_entropy", "global_entropy")
+_NO_LOSSES = {f"{loss}_loss": 0.0 for loss in _LOSSES}
 _CHOOSES_TOKENS = {**_NO_LOSSES, "batch_priority": False, "capacity_factor": 1.0}
 _ROUTER_DEFAULTS = {
     "top_k": {},

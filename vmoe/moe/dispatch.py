@@ -27,19 +27,24 @@ def expert_capacity(
     """Rows that each expert takes from one group: S·K·C/E, raised to a multiple (V-MoE, arXiv 2106.05974, eq. 4).
 
     `num_tokens`: S, tokens in the group, or a tensor of such numbers. `capacity_factor`: C; 1.0 is just enough if the
-    tokens are distributed evenly. `rounding`: "ceil" or "round". ValueError: the factor is not positive or rounds to a
-    capacity of 0, or `rounding` is unknown.
+    tokens are distributed evenly. `rounding`: "ceil", "round", or "tutel" for K·floor(C·ceil(S/E)) (arXiv
+    2206.03382). ValueError: the factor is not positive or rounds to a capacity of 0, or `rounding` is unknown.
     """
     if not capacity_factor > 0:
         raise ValueError(f"capacity_factor must be > 0 (or None for no limit), got {capacity_factor}")
-    if rounding not in ("ceil", "round"):
-        raise ValueError(f"rounding must be 'ceil' or 'round', got {rounding!r}")
+    if rounding not in ("ceil", "round", "tutel"):
+        raise ValueError(f"rounding must be 'ceil', 'round' or 'tutel', got {rounding!r}")
     several = isinstance(num_tokens, Tensor)
-    exact = (num_tokens.double() if several else num_tokens) * num_selected_experts * capacity_factor / num_experts
+    S = num_tokens.double() if several else num_tokens
+    ceil, floor = (torch.ceil, torch.floor) if several else (math.ceil, math.floor)
+    if rounding == "tutel":
+        exact = num_selected_experts * floor(capacity_factor * ceil(S / num_experts))
+    else:
+        exact = S * num_selected_experts * capacity_factor / num_experts
     if several:
-        capacity_G = exact.ceil() if rounding == "ceil" else exact.round()
+        capacity_G = exact.round() if rounding == "round" else exact.ceil()
         return (torch.ceil(capacity_G / multiple_of) * multiple_of).long()
-    capacity = math.ceil(exact) if rounding == "ceil" else round(exact)
+    capacity = round(exact) if rounding == "round" else math.ceil(exact)
     if capacity < 1 and num_tokens > 0:
         raise ValueError(
             f"capacity_factor={capacity_factor} gives no capacity: {num_tokens} tokens for {num_experts} experts round "

@@ -57,6 +57,33 @@ def load_loss(
     return _by_group(_squared_variation, chosen_GNE, mask_GN, over_batch)
 
 
+def load_importance_loss(
+    logits_GNE: Tensor,
+    noisy_logits_GNE: Tensor,
+    noise_std: float,
+    num_selected_experts: int,
+    mask_GN: Tensor | None = None,
+    over_batch: bool = False,
+) -> Tensor:
+    """Mean of importance and load loss as Tutel computes them (github.com/microsoft/tutel, arXiv 2206.03382).
+
+    Variances are those of a sample, and what is compared with the K-th largest noisy logit is the gate, not the logit.
+    """
+    K, E = num_selected_experts, logits_GNE.shape[-1]
+    best_GNK = top_k_experts(noisy_logits_GNE.detach(), K)
+    threshold_GN1 = noisy_logits_GNE.gather(-1, best_GNK)[..., K - 1 :]
+    gates_GNE = logits_GNE.softmax(-1)
+    chosen_GNE = torch.special.ndtr((gates_GNE - threshold_GN1) / noise_std)
+
+    def loss_of(mean_GE: Tensor) -> Tensor:
+        sums_GE = mean_GE * logits_GNE.shape[1]
+        return sum(x.var(-1) / (x.mean(-1).square() + 1e-10) for x in sums_GE.chunk(2, dim=-1)) / 2
+
+    if E == 1:  # nothing to balance, and a sample of one has no variance
+        return logits_GNE.sum() * 0
+    return _by_group(loss_of, torch.cat([gates_GNE, chosen_GNE], dim=-1), mask_GN, over_batch)
+
+
 def gshard_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None, over_batch: bool = False) -> Tensor:
     """mean_e(share of tokens whose first choice is e · mean gate of e) · E², with noise (GShard, algorithm 1)."""
     E = gates_GNE.shape[-1]
@@ -105,22 +132,26 @@ class AuxiliaryLosses:
     Attributes:
         weights: {name of the loss: weight}; with several modalities by names such as "text/local_entropy_loss".
         min_experts: {modality: threshold of its global entropy loss, or None}.
+        noise_std: of the gate's noise in training, for the `load_importance_loss`.
         over_batch: computed once for all tokens of a batch, not for each routing group.
     """
 
     weights: dict[str, float]
     min_experts: dict[str, float | None]
+    noise_std: float
     over_batch: bool = False
 
     @classmethod
     def from_settings(cls, settings: RoutingSettings, modalities: tuple[str, ...]) -> "AuxiliaryLosses":
         """The losses that the settings ask for. ValueError: a setting names a modality that there is not."""
-        weights = {name: getattr(settings, name) for name in ("importance_loss", "load_loss", "gshard_loss", "z_loss")}
+        plain = ("importance_loss", "load_loss", "load_importance_loss", "gshard_loss", "z_loss")
+        weights = {name: getattr(settings, name) for name in plain}
         for loss in ("local_entropy_loss", "global_entropy_loss"):
             own = _per_modality(settings, loss, modalities, 0.0)
             weights |= {f"{prefix}{loss}": own[name] for name, prefix in _prefixes(modalities).items()}
         min_experts = _per_modality(settings, "global_entropy_min_experts", modalities, None)
-        return cls(weights, min_experts, settings.auxiliary_loss_scope == "batch")
+        noise_std = settings.noise_std / settings.num_experts
+        return cls(weights, min_experts, noise_std, settings.auxiliary_loss_scope == "batch")
 
     def any_for(self, routing: Routing) -> bool:
         """One with a weight applies to this routing."""
@@ -134,9 +165,12 @@ class AuxiliaryLosses:
             "gshard_loss": (gshard_loss, r.noisy_gates_GNE, *every),
             "z_loss": (z_loss, r.logits_GNE, *every),
         }
+        K = r.expert_index_GNK.shape[-1] if r.per_token else 0
         if r.has_load:
-            K = r.expert_index_GNK.shape[-1]
             calls["load_loss"] = (load_loss, r.logits_GNE, r.noisy_logits_GNE, r.noise_std, K, *every)
+        if self.weights["load_importance_loss"] > 0:
+            both = (load_importance_loss, r.logits_GNE, r.noisy_logits_GNE, self.noise_std, K)
+            calls["load_importance_loss"] = (*both, *every)
         prefixes = _prefixes(groups.modalities)
         for name, own_GN in groups.members.items():
             local, overall = (f"{prefixes[name]}{kind}_entropy_loss" for kind in ("local", "global"))

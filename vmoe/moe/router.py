@@ -195,8 +195,11 @@ class Gate(Router):
     """A linear layer without bias from tokens to experts, computed in float32 (float64 for float64 input).
 
     In training, noise of standard deviation `noise_std / E` is added to the logits. `weight` is (E, D), and so is
-    `noise_weight`, which there is with `learned_noise`.
+    `noise_weight`, which there is with `learned_noise`. With gate="cosine" `weight` is (E, P), `projection` (P, D),
+    `projection_bias` (P,), and `temperature` (1,) the logarithm of the scale, as in Tutel.
     """
+
+    SHARED = ("projection", "projection_bias", "temperature")  # parameters that belong to no single expert
 
     def __init__(self, dim: int, config: RoutingSettings, device=None, dtype=None) -> None:
         super().__init__()
@@ -206,15 +209,26 @@ class Gate(Router):
         self.noise_std = 0.0 if config.learned_noise else config.noise_std
         self.input_jitter = config.input_jitter
         self.normalize_weights = config.normalize_weights
-        self.weight = nn.Parameter(torch.empty(config.num_experts, dim, device=device, dtype=dtype))
+        factory, cosine = {"device": device, "dtype": dtype}, config.gate == "cosine"
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.cosine_dim if cosine else dim, **factory))
         if self.learned_noise:
             self.noise_weight = nn.Parameter(torch.empty_like(self.weight))
+        if cosine:
+            self.projection = nn.Parameter(torch.empty(config.cosine_dim, dim, **factory))
+            self.projection_bias = nn.Parameter(torch.empty(config.cosine_dim, **factory))
+            self.temperature = nn.Parameter(torch.empty(1, **factory))
 
     def reset_parameters(self) -> None:
-        """LeCun normal; zeros with learned noise (arXiv 1701.06538, appendix A: no signal and some noise)."""
+        """LeCun normal; zeros with learned noise (arXiv 1701.06538, appendix A: no signal and some noise); a cosine
+        gate as Tutel's, with a scale of 2."""
         if self.learned_noise:
             nn.init.zeros_(self.weight)
             nn.init.zeros_(self.noise_weight)
+        elif self.gate == "cosine":
+            nn.init.normal_(self.weight, std=0.01)
+            lecun_normal_(self.projection, fan_in=self.projection.shape[1])
+            nn.init.zeros_(self.projection_bias)
+            nn.init.constant_(self.temperature, math.log(2))
         else:
             lecun_normal_(self.weight, fan_in=self.weight.shape[1])
 
@@ -224,10 +238,18 @@ class Gate(Router):
             if self.training and self.input_jitter > 0:  # in the precision of the gate
                 x_GND = x_GND.to(torch.promote_types(x_GND.dtype, torch.float32))
                 x_GND = x_GND * torch.empty_like(x_GND).uniform_(1 - self.input_jitter, 1 + self.input_jitter)
-            logits_GNE = apply(_GateProduct, x_GND, self.weight)
+            logits_GNE = self._cosines(x_GND) if self.gate == "cosine" else apply(_GateProduct, x_GND, self.weight)
             if self.training and self.learned_noise:  # arXiv 1701.06538, eq. 4
                 return logits_GNE, F.softplus(apply(_GateProduct, x_GND, self.noise_weight))
             return logits_GNE
+
+    def _cosines(self, x_GND: Tensor) -> Tensor:
+        """(G, N, E) cosines of the projected tokens and the experts' vectors, scaled (arXiv 2204.09636, eq. 4)."""
+        z_GNP = apply(_GateProduct, x_GND, self.projection)
+        z_GNP = F.normalize(z_GNP + self.projection_bias.to(z_GNP.dtype), dim=-1)
+        weight_EP = F.normalize(self.weight.to(z_GNP.dtype), dim=-1)
+        scale = self.temperature.to(z_GNP.dtype).clamp(max=math.log(100)).exp()
+        return apply(_GateProduct, z_GNP, weight_EP) * scale
 
     def gates(self, logits: Tensor | tuple[Tensor, Tensor]) -> tuple[Routing, Tensor]:
         """The routing without a choice, and what is chosen by and weighted with, (G, N, E)."""

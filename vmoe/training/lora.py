@@ -101,7 +101,8 @@ def _parts(model: nn.Module) -> list[tuple[str, str, bool]]:
         if isinstance(module, GroupedLinear):
             parts.append((f"{name}.weight", "experts", True))
         elif isinstance(module, Gate):
-            parts += [(f"{name}.{key}", "router", True) for key, _ in module.named_parameters(recurse=False)]
+            own = module.named_parameters(recurse=False)
+            parts += [(f"{name}.{key}", "router", True) for key, parameter in own if parameter.ndim == 2]
         elif kind == "attention" and isinstance(module, nn.MultiheadAttention):
             parts.append((name, kind, False))
             inside[name] = ""  # PEFT adapts its output projection with it
