@@ -1,7 +1,7 @@
 """vmoe: sparse mixture-of-experts vision and image-text models in PyTorch.
 
-Importing it registers the `vmoe_*`, `softmoe_*` and `siglino_*` models with timm. What needs open_clip is imported when
-it is first asked for.
+Importing it registers the `vmoe_*`, `softmoe_*`, `swin_moe_*` and `siglino_*` models with timm. What needs open_clip is
+imported when it is first asked for.
 """
 
 import sys

@@ -26,6 +26,10 @@ def image_model(**settings):
     return vmoe.create_model("vmoe_tiny_patch8_48", **{**IMAGE, "num_classes": 5, **settings})
 
 
+def swin_moe(**settings):
+    return vmoe.create_model("swin_moe_tiny_patch4_window4_32", embed_dim=16, num_classes=5, **settings)
+
+
 def limoe(**settings):
     return vmoe.create_model("limoe_tiny_patch8_48", **{**SIZE, **TEXT, "embed_dim": 8, **settings})
 
@@ -131,6 +135,8 @@ MODELS = {
     "map": (image_model, {"global_pool": "map", "qk_norm": True, "class_token": False, "pos_embed": "sincos2d"}),
     "upcycled CLIP": (upcycled_clip, {"num_experts": 2, "layers": "every2"}),
     "dense": (image_model, {"num_experts": 0}),
+    "swin_moe": (swin_moe, {}),
+    "swin_moe with a cosine gate": (swin_moe, {"gate": "cosine", "cosine_dim": 6}),
     "limoe": (limoe, {}),
     "limoe map": (limoe, {"pool": "map", "init_logit_bias": -10.0}),
     "limoe limited": (limoe, LIMITED),

@@ -15,6 +15,15 @@ VOCABULARY = {"vocab_size": 64, "eot_token_id": 63}
 
 def small(name):
     """Settings that leave two narrow blocks of a model, one of them with two experts."""
+    if name.startswith("swin_moe"):
+        return {
+            "img_size": 32,
+            "window_size": 4,
+            "embed_dim": 64,
+            "depths": (1, 1),
+            "num_heads": (4, 4),
+            "moe_layers": [1],
+        }
     blocks = {"depth": 2, "num_experts": 2, "num_selected_experts": 1, "moe_layers": [1], "num_heads": 4}
     image, text = {**blocks, "embed_dim": 64}, {**blocks, "width": 64, **VOCABULARY}
     if "soft" in name:

@@ -12,6 +12,7 @@ SOURCES = {
     "vmoe_": "[V-MoE](https://arxiv.org/abs/2106.05974)",
     "softmoe_": "[Soft MoE](https://arxiv.org/abs/2308.00951)",
     "siglino_": "[SigLino](https://arxiv.org/abs/2512.20157)",
+    "swin_moe_": "[Swin-MoE](https://arxiv.org/abs/2206.03382)",
     "limoe_": "[LIMoE](https://arxiv.org/abs/2206.02770)",
     "two_tower_soft_": "[Soft MoE](https://arxiv.org/abs/2308.00951)",
     "two_tower_": "ours, after [CLIP-UP](https://arxiv.org/abs/2502.00965)",

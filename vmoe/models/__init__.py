@@ -1,3 +1,3 @@
-"""The models and their files; importing it registers the `vmoe_*`, `softmoe_*` and `siglino_*` models with timm."""
+"""The models and their files; importing it registers `vmoe_*`, `softmoe_*`, `swin_moe_*` and `siglino_*` with timm."""
 
-from vmoe.models import registry, siglino
+from vmoe.models import registry, siglino, swin_moe

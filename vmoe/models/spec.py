@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE
 from vmoe.models.open_clip_models import build_open_clip, is_open_clip, open_clip_names, open_clip_spec
-from vmoe.models.siglino import SIGLINO_CONFIGS, SigLino
+from vmoe.models.siglino import SigLino
+from vmoe.models.swin_moe import SwinMoE
 from vmoe.models.text import TextTransformer
 from vmoe.models.two_tower import TOWERS, TWO_TOWER_CONFIGS, TwoTower, merge_settings
 from vmoe.models.validation import without_loading
@@ -31,7 +32,8 @@ IMAGE_TEXT_NAMES = (*LIMOE_CONFIGS, *TWO_TOWER_CONFIGS)
 
 def list_models(filter: str = "") -> list[str]:
     """Names of this package's models that match a filter with wildcards, as timm's: "limoe_*"; "": all."""
-    names = [*IMAGE_TEXT_NAMES, *timm.list_models("vmoe_*"), *timm.list_models("softmoe_*"), *SIGLINO_CONFIGS]
+    own = ("vmoe_*", "softmoe_*", "swin_moe_*", "siglino_*")
+    names = [*IMAGE_TEXT_NAMES, *(name for pattern in own for name in timm.list_models(pattern))]
     return fnmatch.filter(names, filter or "*")
 
 
@@ -98,7 +100,8 @@ def _advice(name: str, kwargs: dict, unknown: str) -> str:
 
 def _parameters(owner: type) -> set[str]:
     """The arguments of a class, of its base classes and experts."""
-    routing = SETTING_NAMES if issubclass(owner, (VisionMoE, SigLino, TextTransformer, LIMoE)) else set()
+    routed = (VisionMoE, SwinMoE, SigLino, TextTransformer, LIMoE)
+    routing = SETTING_NAMES if issubclass(owner, routed) else set()
     return routing.union(*(inspect.signature(one).parameters for one in owner.__mro__[:-1]))
 
 
@@ -152,7 +155,7 @@ def _timm_spec(model: nn.Module) -> dict | None:
     tagged = f"{name}.{config.get('tag')}"
     # Newer versions of timm keep the arguments, ours do in any version.
     kwargs = with_slots(model, without_loading(getattr(model, "_model_args", {})))
-    if isinstance(model, VisionMoE) and not any(isinstance(module, SparseMoE) for module in model.modules()):
+    if isinstance(model, (VisionMoE, SwinMoE)) and not any(isinstance(module, SparseMoE) for module in model.modules()):
         kwargs["num_experts"] = 0
     return _if_same({"name": tagged if tagged in timm.list_pretrained() else name, "kwargs": kwargs}, model)
 
