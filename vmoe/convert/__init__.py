@@ -1,5 +1,5 @@
 """Models and weights of other programs, brought here and back: the reference's checkpoints (google-research/vmoe),
-and those of other projects, brought here."""
+and those of other projects."""
 
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vmoe.convert.released import RELEASED
     from vmoe.convert.section import ConfigError
     from vmoe.convert.siglino import from_siglino
+    from vmoe.convert.swin_moe import from_swin_moe, save_ranks
     from vmoe.convert.to_safetensors import convert_checkpoint, pretrained_cfg
 
 __getattr__, __all__ = lazy_names(
@@ -23,6 +24,7 @@ __getattr__, __all__ = lazy_names(
         "vmoe.convert.released": "RELEASED",
         "vmoe.convert.section": "ConfigError",
         "vmoe.convert.siglino": "from_siglino",
+        "vmoe.convert.swin_moe": "from_swin_moe save_ranks",
         "vmoe.convert.to_safetensors": "convert_checkpoint pretrained_cfg",
     },
 )

@@ -26,39 +26,39 @@ class Entry(NamedTuple):
     view: View
 
 
-def _same(array: np.ndarray) -> np.ndarray:
+def same(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _transposed(array: np.ndarray) -> np.ndarray:
+def transposed(array: np.ndarray) -> np.ndarray:
     return array.swapaxes(-1, -2)
 
 
-_NORM = {"weight": ("scale", _same), "bias": ("bias", _same)}
-_LINEAR = {"weight": ("kernel", _transposed), "bias": ("bias", _same)}
-_PATCHES = {"weight": ("kernel", lambda array: array.transpose(2, 3, 1, 0)), "bias": ("bias", _same)}
-_SOFT = {"slots": ("mu", lambda array: array.transpose(2, 0, 1)), "scale": ("scale", _same)}
+_NORM = {"weight": ("scale", same), "bias": ("bias", same)}
+_LINEAR = {"weight": ("kernel", transposed), "bias": ("bias", same)}
+_PATCHES = {"weight": ("kernel", lambda array: array.transpose(2, 3, 1, 0)), "bias": ("bias", same)}
+_SOFT = {"slots": ("mu", lambda array: array.transpose(2, 0, 1)), "scale": ("scale", same)}
 _BLOCK, _THEIR_BLOCK = r"blocks\.(\d+)\.", r"Encoder/encoderblock_\1/"
 _POOL = "MapHead/MultiHeadDotProductAttention"
 
 # Our module -> its path there, and {our tensor: (the array there, its view)}.
 _MODULES = [
     (r"patch_embed\.proj", "embedding", _PATCHES),
-    (r"token_embedding", "Embed_0", {"weight": ("embedding", _same)}),
+    (r"token_embedding", "Embed_0", {"weight": ("embedding", same)}),
     (_BLOCK + r"norm1", _THEIR_BLOCK + "LayerNorm_0", _NORM),
     (_BLOCK + r"norm2", _THEIR_BLOCK + "LayerNorm_1", _NORM),
-    (_BLOCK + r"attn\.q_norm", _THEIR_BLOCK + "SelfAttention/query_ln", {"weight": ("scale", _same)}),
-    (_BLOCK + r"attn\.k_norm", _THEIR_BLOCK + "SelfAttention/key_ln", {"weight": ("scale", _same)}),
+    (_BLOCK + r"attn\.q_norm", _THEIR_BLOCK + "SelfAttention/query_ln", {"weight": ("scale", same)}),
+    (_BLOCK + r"attn\.k_norm", _THEIR_BLOCK + "SelfAttention/key_ln", {"weight": ("scale", same)}),
     (_BLOCK + r"mlp\.fc1", _THEIR_BLOCK + "Mlp/Dense_0", _LINEAR),
     (_BLOCK + r"mlp\.fc2", _THEIR_BLOCK + "Mlp/Dense_1", _LINEAR),
     (_BLOCK + r"mlp\.experts\.fc1", _THEIR_BLOCK + "Moe/Mlp/Dense_0", _LINEAR),
     (_BLOCK + r"mlp\.experts\.fc2", _THEIR_BLOCK + "Moe/Mlp/Dense_1", _LINEAR),
-    (_BLOCK + r"mlp\.router", _THEIR_BLOCK + "Moe/Router/dense", {"weight": ("kernel", _transposed)}),
+    (_BLOCK + r"mlp\.router", _THEIR_BLOCK + "Moe/Router/dense", {"weight": ("kernel", transposed)}),
     (_BLOCK + r"mlp\.router", _THEIR_BLOCK + "Moe/Router", _SOFT),
     (r"norm", "Encoder/encoder_norm", _NORM),
-    (r"attn_pool", "MapHead", {"latent": ("probe", _same)}),
-    (r"attn_pool\.q_norm", _POOL + "/query_ln", {"weight": ("scale", _same)}),
-    (r"attn_pool\.k_norm", _POOL + "/key_ln", {"weight": ("scale", _same)}),
+    (r"attn_pool", "MapHead", {"latent": ("probe", same)}),
+    (r"attn_pool\.q_norm", _POOL + "/query_ln", {"weight": ("scale", same)}),
+    (r"attn_pool\.k_norm", _POOL + "/key_ln", {"weight": ("scale", same)}),
     (r"attn_pool\.norm", "MapHead/LayerNorm", _NORM),
     (r"attn_pool\.mlp\.fc1", "MapHead/Mlp/Dense_0", _LINEAR),
     (r"attn_pool\.mlp\.fc2", "MapHead/Mlp/Dense_1", _LINEAR),
@@ -82,9 +82,9 @@ def reference_layout(model: nn.Module) -> dict[str, Entry]:
     layout = {}
     for tower, ours, theirs in ((require_vision(model.visual), "visual.", "img/"), (model.text, "text.", "txt/")):
         layout |= {theirs + name: Entry(ours + entry.tensor, entry.view) for name, entry in _tower(tower).items()}
-    layout["s"] = Entry("logit_scale", _same)
+    layout["s"] = Entry("logit_scale", same)
     if model.logit_bias is not None:
-        layout["b"] = Entry("logit_bias", _same)
+        layout["b"] = Entry("logit_bias", same)
     return layout
 
 
@@ -99,7 +99,7 @@ def require_vision(model: nn.Module) -> VisionTransformer:
 def _tower(model: nn.Module) -> dict[str, Entry]:
     tensors = model.state_dict()
     own = {"cls_token": "cls", "pos_embed": "Encoder/posembed_input/pos_embedding"}
-    layout = {array: Entry(tensor, _same) for tensor, array in own.items() if tensor in tensors}
+    layout = {array: Entry(tensor, same) for tensor, array in own.items() if tensor in tensors}
     for module in dict.fromkeys(name.rpartition(".")[0] for name in tensors):
         for pattern, theirs, arrays in _MODULES:
             match = re.fullmatch(pattern, module)
@@ -118,7 +118,7 @@ def _projection(module: str, parts: tuple[str, ...], heads: int) -> Iterator[tup
     weight, bias = f"{module}.weight", f"{module}.bias"
     if parts == ("out",):
         yield "out/kernel", Entry(weight, lambda array: array.reshape(len(array), heads, -1).transpose(1, 2, 0))
-        yield "out/bias", Entry(bias, _same)
+        yield "out/bias", Entry(bias, same)
         return
 
     def rows(index: int, array: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from vmoe.convert.released import RELEASED
 from vmoe.convert.section import ConfigError, Section
 from vmoe.convert.siglino import UNUSED as SIGLINO_UNUSED
 from vmoe.convert.siglino import is_siglino, plan_siglino
+from vmoe.convert.swin_moe import find_swin_moe, plan_swin_moe
 from vmoe.convert.torch_file import is_torch_file, open_torch
 from vmoe.models.factory import file_metadata
 from vmoe.models.serialization import mapped_safetensors, read_pretrained_metadata
@@ -61,12 +62,17 @@ def resolve_config(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, An
         file = Path(config)
         if not file.is_file():
             raise ValueError(f"--config must be a JSON file or one of {sorted(RELEASED)}, got {str(config)!r}")
-        try:
-            config = read_json(file)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{file} is not a readable JSON file: {error}") from error
+        config = read_config(file)
     values = Section(config).values
     return (Section(values["model"], "model").values if "model" in values else values), {}
+
+
+def read_config(file: Path) -> Any:
+    """The content of a JSON file, or a ValueError that names it."""
+    try:
+        return read_json(file)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file} is not a readable JSON file: {error}") from error
 
 
 def convert_checkpoint(
@@ -78,12 +84,12 @@ def convert_checkpoint(
     context_length: int | None = None,
     model: str | None = None,
 ) -> Converted:
-    """Writes a checkpoint of another program as one of our files; the arrays pass through memory one by one.
+    """Writes a checkpoint of another project as one of our files; the arrays pass through memory one by one.
 
     Args:
         source, step: the prefix of a sharded checkpoint of the reference, or the folder of an Orbax checkpoint; of a
             training run's checkpoints that of `step`, by default the last, is taken. Or a file of PyTorch, such as
-            SigLino's `.pt`, which is recognised by its content.
+            SigLino's `.pt`, or the ranks of a Swin-MoE (see `find_swin_moe`), which are recognised by their content.
         config: the name of a released checkpoint (`vmoe.convert.RELEASED`), a JSON file, or the dictionary itself; or
             an experiment's config with it as "model". Of other projects' models that were not released: the arguments
             of its constructor.
@@ -93,10 +99,12 @@ def convert_checkpoint(
     """
     file = Path(file)
     check_output(file, ".safetensors")
-    if is_torch_file(source):
+    files = find_swin_moe(source)
+    if files or is_torch_file(source):
         if (step, image_size, context_length) != (None, None, None):
             raise ConfigError("step, image_size and context_length are of the reference's checkpoints: leave them out")
-        return _write(file, *_plan_torch(source, config, model))
+        args = None if config is None else resolve_config(config)[0]
+        return _write(file, *(plan_swin_moe(files, args, model) if files else _plan_torch(source, args, model)))
     if config is None or model is not None:
         raise ConfigError(
             f"{source} is no file of PyTorch: a checkpoint of the reference takes --config and no --model, a released "
@@ -110,12 +118,11 @@ def convert_checkpoint(
     return _write(file, path, kind, stored, skipped, planned)
 
 
-def _plan_torch(source: str | Path, config: Any, model: str | None) -> tuple:
+def _plan_torch(source: str | Path, args: Mapping[str, Any] | None, model: str | None) -> tuple:
     """What `_write` takes, for a file of PyTorch, recognised by its content."""
     arrays = open_torch(source)
     if not is_siglino(arrays):
         raise CheckpointError(f"{source} is of no model that can be converted; it holds {list_names(sorted(arrays))}")
-    args = None if config is None else resolve_config(config)[0]
     planned = plan_siglino(arrays, source, args, model)
     skipped = len(SIGLINO_UNUSED & arrays.keys())
     stored = {name: array for name, array in arrays.items() if name not in SIGLINO_UNUSED}
