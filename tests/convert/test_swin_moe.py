@@ -183,6 +183,7 @@ def test_names_and_arguments_that_contradict_the_file(golden, ranks, tmp_path):
         ({**args, "window_size": 2}, "relative_coords_table is that of another window"),
         ({**args, "cosine_router": False}, "gates.0.wg.weight is missing"),
         ({**args, "capacity_factor": "x"}, "capacity_factor = 'x' cannot be converted"),
+        ({**args, "capacity_factor": 0}, "capacity_factor = 0.0 cannot be converted: it must be > 0 with use_bpr"),
     ):
         with pytest.raises((CheckpointError, ConfigError), match=re.compile(message)):
             given = {"model": config} if isinstance(config, str) else {"config": config}

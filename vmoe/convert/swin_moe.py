@@ -202,6 +202,9 @@ def _settings(top: Section, E: int, blocks: int) -> dict[str, Any]:
     kwargs |= {"num_experts": E, "num_selected_experts": min(E, kwargs["num_selected_experts"])}
     kwargs["normalize_weights"] &= kwargs["num_selected_experts"] > 1
     # In Tutel 0 means no limit, and -f a limit of f that adapts to less.
+    if (factor := kwargs["capacity_factor"]) <= 0 and kwargs["batch_priority"]:
+        needed = "> 0 with use_bpr, with which Tutel would take another from the place of the last token"
+        raise top.wrong("capacity_factor", factor, needed)
     kwargs["capacity_factor"] = kwargs["eval_capacity_factor"] = abs(kwargs["capacity_factor"]) or math.inf
     if top.get("cosine_router", FLAG, False):
         kwargs |= {"gate": "cosine", "cosine_dim": top.get("cosine_router_dim", SIZE, 256)}
