@@ -9,6 +9,7 @@ import torch
 import vmoe
 from vmoe.evaluation.capacity import limited, sparse_image_layers, sweep_settings
 from vmoe.evaluation.config import CapacityConfig
+from vmoe.inspection.forward import patch_grid
 from vmoe.models.factory import create_model, save_pretrained
 from vmoe.models.swin_moe import SWIN_MOE_MODELS
 from vmoe.moe import SparseMoE
@@ -76,6 +77,7 @@ def test_the_tools_of_other_models_work(settings, tmp_path):
     with torch.no_grad():
         logits = model(IMAGES)
         assert torch.equal(again(IMAGES), logits)
+        assert [patch_grid(model, tokens) for tokens in (64, 16)] == [(0, 8, 8), (0, 4, 4)]  # of the two stages
         layers = sparse_image_layers(model, model, IMAGES, "the model")
         for setting in sweep_settings(CapacityConfig(factors=[0.5, None]), layers):
             with limited(layers.values(), setting), vmoe.record_routing(model) as record:

@@ -138,6 +138,9 @@ def patch_grid(model: nn.Module, num_tokens: int) -> tuple[int, int, int]:
         if embed is None and hasattr(tower, "class_embedding"):  # open_clip's own vision transformer
             embed, expected = tower, 1
         rows, columns = getattr(embed, "grid_size", None) or (0, 0)
+        if not hasattr(tower, "num_prefix_tokens"):  # a later stage of Swin sees a coarser grid
+            while rows * columns > max(1, num_tokens):
+                rows, columns = (rows + 1) // 2, (columns + 1) // 2
         if embed is not None and num_tokens - rows * columns == expected:
             return expected, rows, columns
     raise ValueError(f"cannot arrange {num_tokens} tokens on a grid of patches of {type(model).__name__}")
