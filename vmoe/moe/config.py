@@ -24,6 +24,8 @@ class RoutingSettings:
     Attributes:
         num_experts: E.
         num_selected_experts: K, experts per token; only for router="top_k".
+        ensemble_size: M, members of an efficient ensemble (E3, arXiv 2110.03360). The batch holds M copies of each
+            image, next to each other, the experts fall into M sets, and copy m goes to set m by its own gate.
         router: "top_k": each token takes its K best experts (V-MoE, arXiv 2106.05974); "expert_choice": each expert
             takes its best tokens (arXiv 2202.09368); "soft": experts see averages of tokens (arXiv 2308.00951).
         capacity_factor: C, rows per expert in training over those of an even distribution. None or infinity: nothing is
@@ -36,7 +38,8 @@ class RoutingSettings:
         capacity_multiple_of: a capacity that a factor gives is raised to a multiple of this.
         batch_priority: where capacity is short, the most important tokens go first (V-MoE, section 2.3).
         group_size: tokens routed together; the last group is padded. None: for top_k all of the call's; for the others
-            each sequence by itself, so that an image's result never depends on the others of its batch.
+            each sequence by itself, so that an image's result never depends on the others of its batch. All copies of
+            an ensemble count.
         noise_std: of the gate's normal noise in training: times 1/E for top_k and expert_choice, as it is for soft.
         learned_noise: the noise has a learned deviation per token and expert instead of noise_std, and the importance
             and load losses are those of its paper (arXiv 1701.06538).
@@ -68,6 +71,7 @@ class RoutingSettings:
 
     num_experts: int = 8
     num_selected_experts: int = 1
+    ensemble_size: int = 1
     router: str = "top_k"
     capacity_factor: float | None = 1.05
     eval_capacity_factor: float | None = None
@@ -111,10 +115,20 @@ class RoutingSettings:
         numbers += [
             ("global_entropy_min_experts", own) for own in (least.values() if isinstance(least, dict) else [least])
         ]
+        self._check_ensemble()
+        most, each = self.num_experts // self.ensemble_size, " / ensemble_size" if self.ensemble_size > 1 else ""
         for name, value in numbers:
-            if value is not None and not 1 <= value <= self.num_experts:
-                raise ValueError(f"{name} must be 1..num_experts ({self.num_experts}), got {value}")
+            if value is not None and not 1 <= value <= most:
+                raise ValueError(f"{name} must be 1..num_experts{each} ({most}), got {value}")
         self._check_router()
+
+    def _check_ensemble(self) -> None:
+        M = self.ensemble_size
+        for name, value in (("num_experts", self.num_experts), ("group_size", self.group_size)):
+            if value is not None and value % M:
+                raise ValueError(f"ensemble_size must divide {name} ({value}), got {M}")
+        if M > 1 and self.auxiliary_loss_scope == "batch":
+            raise ValueError(f"ensemble_size={M} needs auxiliary_loss_scope='group': each member has its own losses")
 
     def _check_router(self) -> None:
         """Settings that a router would silently ignore are errors, and so is one that lacks what it needs."""
@@ -179,6 +193,7 @@ _USED_BY = {
     "random_threshold": (None, ("top_k",)),
     "bias_update_rate": (0.0, ("top_k",)),
     "gate": ("softmax", ("top_k",)),
+    "ensemble_size": (1, ("top_k", "expert_choice")),
     "load_loss": (0.0, ("top_k",)),
     "load_importance_loss": (0.0, ("top_k",)),
     "normalize_weights": (False, ("top_k", "expert_choice")),
@@ -188,7 +203,8 @@ _USED_BY = {
     "num_slots": (None, ("soft",)),
 }
 
-SETTING_NAMES = frozenset(field.name for field in fields(RoutingSettings)) | {"router_preset"}
+# Without `ensemble_size`: the layer alone does not make the copies, so that only models that do take it.
+SETTING_NAMES = frozenset(field.name for field in fields(RoutingSettings)) - {"ensemble_size"} | {"router_preset"}
 
 # What a router other than top_k does without, whatever the model's own defaults say.
 _LOSSES = ("importance", "load", "load_importance", "gshard", "z", "local_entropy", "global_entropy")

@@ -66,7 +66,7 @@ class ExpertChoiceRouter(Gate):
             routing, _ = self.gates(logits)
         G, N, _ = routing.logits_GNE.shape
         members_GMN = groups.members_GMN
-        rows, max_rows = capacity.rows(N if G else 0, self.num_experts, 1, members_GMN)
+        rows, max_rows = capacity.rows(N if G else 0, self.num_experts, 1, members_GMN, self.ensemble_size)
         return choose_tokens(routing, rows, max_rows, members_GMN, self.normalize_weights)
 
 
@@ -101,10 +101,14 @@ def choose_tokens(
 
     first_G111 = torch.arange(0, G * N, N, device=device).view(G, 1, 1, 1)
     by_row = (first_G111 + token_GMCE, weight_GMCE, filled_GMCE)
-    token_R, weight_R, filled_R = (each_GMCE.permute(3, 0, 1, 2).flatten() for each_GMCE in by_row)
+    sets = routing.ensemble_size
+    token_R, weight_R, filled_R = (
+        each_GMCE.unflatten(0, (sets, -1)).permute(0, 4, 1, 2, 3).flatten() for each_GMCE in by_row
+    )
     if members_GMN is None:
         filled_R = None
     else:
         first_real = members_GMN.any(1).flatten().int().argmax() if members_GMN.numel() else 0
         weight_R, token_R = torch.where(filled_R, weight_R, 0), torch.where(filled_R, token_R, first_real)
-    return ExpertChoiceAssignment(routing, token_R.shape[0] // E, token_R, weight_R, filled_R, taken_GNE, weights_GNE)
+    most = token_R.shape[0] // (sets * E)
+    return ExpertChoiceAssignment(routing, most, token_R, weight_R, filled_R, taken_GNE, weights_GNE)

@@ -1,6 +1,6 @@
 """How the tokens of a call lie in groups that are routed together, and which of them are real.
 
-Shapes, by suffix: G groups, N tokens in a group, M modalities, D width.
+Shapes, by suffix: G groups, N tokens in a group, M modalities, D width, C copies of each image, S tokens of a copy.
 """
 
 import math
@@ -27,11 +27,11 @@ def _sizes(S: int, size: int) -> tuple[int, int, int]:
     return G, size, G * size - S
 
 
-def _pad(tensor_S: Tensor, missing: int) -> Tensor:
+def _pad(tensor_CS: Tensor, missing: int) -> Tensor:
     """Zeros behind the tokens. Not by `F.pad`, which fixes the size of an exported batch."""
     if isinstance(missing, int) and missing == 0:
-        return tensor_S
-    return torch.cat([tensor_S, tensor_S.new_zeros(missing, *tensor_S.shape[1:])])
+        return tensor_CS
+    return torch.cat([tensor_CS, tensor_CS.new_zeros(len(tensor_CS), missing, *tensor_CS.shape[2:])], dim=1)
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,30 @@ class TokenGroups:
         mask_GN: True where the token is real; None: all are.
         modality_GN: index of each token's modality in `modalities`; None: all are of the first.
         leading: shape of the layer's input without its last axis; its tokens lie row by row in (G, N), padding last.
+        copies: C of each image, next to each other in the input. The groups of the first copies come first.
     """
 
     mask_GN: Tensor | None
     modality_GN: Tensor | None
     modalities: tuple[str, ...]
     leading: torch.Size
+    copies: int = 1
 
     @classmethod
     def cut(
-        cls, x: Tensor, mask: Tensor | None, modality: Tensor | None, size: int, modalities: tuple[str, ...]
+        cls,
+        x: Tensor,
+        mask: Tensor | None,
+        modality: Tensor | None,
+        size: int | None,
+        modalities: tuple[str, ...],
+        copies: int = 1,
     ) -> tuple[Tensor, "TokenGroups"]:
-        """Cuts (..., D) tokens into groups of at most `size`: (G, N, D), zero where there is padding, and their groups.
+        """Cuts (..., D) tokens into groups of at most `size` of a copy (None: one group): (G, N, D), zero where there
+        is padding, and their groups.
 
-        ValueError: mask (bool) or modality (integers) have another shape than the tokens, or another type.
+        ValueError: mask (bool) or modality (integers) have another shape than the tokens, or another type, or the batch
+        is no multiple of the copies.
         """
         leading = x.shape[:-1]
         for name, tensor, is_bool in (("mask", mask, True), ("modality", modality, False)):
@@ -63,17 +73,23 @@ class TokenGroups:
                 raise ValueError(f"the {name} must have the tokens' shape {tuple(leading)}, got {tuple(tensor.shape)}")
             if tensor is not None and (tensor.dtype == torch.bool) != is_bool:
                 raise ValueError(f"the {name} must be a tensor of {'bool' if is_bool else 'int'}, got {tensor.dtype}")
-        S, D = math.prod(leading), x.shape[-1]
-        G, N, missing = _sizes(S, size)
-        x_SD = _pad(x.reshape(S, D), missing)
+        if copies > 1 and (not leading or leading[0] % copies):
+            raise ValueError(f"the batch must hold ensemble_size={copies} copies of each image, got {tuple(leading)}")
+        S = math.prod(leading) // copies
+        G, N, missing = _sizes(S, S if size is None else size)
+
+        def grouped(tensor: Tensor) -> Tensor:
+            width = tensor.shape[len(leading) :]
+            if copies > 1:
+                tensor = tensor.unflatten(0, (-1, copies)).transpose(0, 1)
+            return _pad(tensor.reshape(copies, S, *width), missing).view(copies * G, N, *width)
+
         if not isinstance(missing, int) or missing:
-            mask = torch.ones(S, dtype=torch.bool, device=x.device) if mask is None else mask
-        mask_GN, modality_GN = (
-            None if tensor is None else _pad(tensor.reshape(S), missing).view(G, N) for tensor in (mask, modality)
-        )
-        groups = cls(mask_GN, modality_GN, modalities, leading)
+            mask = torch.ones(leading, dtype=torch.bool, device=x.device) if mask is None else mask
+        mask_GN, modality_GN = (None if tensor is None else grouped(tensor) for tensor in (mask, modality))
+        groups = cls(mask_GN, modality_GN, modalities, leading, copies)
         # Padding may hold anything, NaN too; as zeros it reaches neither the gate's gradient nor the output.
-        return groups.real(x_SD.view(G, N, D)), groups
+        return groups.real(grouped(x)), groups
 
     @property
     def members(self) -> dict[str, Tensor | None]:
@@ -95,7 +111,11 @@ class TokenGroups:
 
     def ungroup(self, y_GND: Tensor) -> Tensor:
         """(G, N, ...) -> (..., ...), the leading shape of the layer's input."""
-        y_SD, S = y_GND.flatten(0, 1), math.prod(self.leading)
+        C, width, S = self.copies, y_GND.shape[2:], math.prod(self.leading) // self.copies
+        y_CSD = y_GND.unflatten(0, (C, -1)).flatten(1, 2)
         # A slice would fix the size of an exported batch.
-        y_SD = y_SD[:S] if isinstance(S, int) else y_SD.index_select(0, torch.arange(S, device=y_SD.device))
-        return y_SD.view(*self.leading, *y_GND.shape[2:])
+        y_CSD = y_CSD[:, :S] if isinstance(S, int) else y_CSD.index_select(1, torch.arange(S, device=y_CSD.device))
+        if C == 1:
+            return y_CSD.view(*self.leading, *width)
+        images, *length = self.leading[0] // C, *self.leading[1:]
+        return y_CSD.reshape(C, images, *length, *width).transpose(0, 1).flatten(0, 1)

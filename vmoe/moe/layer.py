@@ -85,6 +85,7 @@ class SparseMoE(nn.Module):
         self.router_type = config.router
         self.num_experts = config.num_experts
         self.num_selected_experts = config.num_selected_experts
+        self.ensemble_size = config.ensemble_size
         self.in_features, self.out_features = in_features, out_features or in_features
         self.modalities = tuple(modalities)
         self.losses = AuxiliaryLosses.from_settings(config, self.modalities)
@@ -107,7 +108,7 @@ class SparseMoE(nn.Module):
         """Each token through its experts.
 
         Args:
-            x_BTD: tokens; (..., D) with any leading shape.
+            x_BTD: (..., D) tokens, any leading shape. In an ensemble the first axis holds the copies of each image.
             mask_BT: True where the token is real. Padding takes no capacity, counts in no loss, and comes out as zero.
             modality_BT: index of each token's modality; None: all of the first.
 
@@ -140,8 +141,10 @@ class SparseMoE(nn.Module):
             raise ValueError(f"the tokens have {x_BTD.shape[-1]} channels, and the layer takes {self.in_features}")
         leading = x_BTD.shape[:-1]
         by_sequence = self.router_type != "top_k" and len(leading) > 1
-        size = self.group_size or math.prod(leading[1:] if by_sequence else leading)
-        return TokenGroups.cut(x_BTD, mask_BT, modality_BT, size, self.modalities)
+        size = math.prod(leading[1:]) if by_sequence else None
+        if self.group_size:
+            size = self.group_size // self.ensemble_size
+        return TokenGroups.cut(x_BTD, mask_BT, modality_BT, size, self.modalities, self.ensemble_size)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script calls first. RuntimeError."""

@@ -61,8 +61,8 @@ class LayerRouting:
 
     @property
     def gates(self) -> Tensor:
-        """(G, N, E) softmax of the gate's logits, without noise."""
-        return self.routing.gates_GNE
+        """(G, N, E) softmax of the gate's logits, without noise; zero for experts of an ensemble's other members."""
+        return self.routing.spread(self.routing.gates_GNE)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -78,10 +78,15 @@ class LayerRouting:
         """A (G, N, ...) tensor of this record in the call's own order, (B, T, ...)."""
         return self.groups.ungroup(grouped).view(*self.batch_shape, *grouped.shape[2:])
 
+    def by_image(self, grouped_GNK: Tensor) -> Tensor:
+        """A (G, N, K) tensor in the order of the images, (B, T, K); of an ensemble's M copies together, (B, T, M·K)."""
+        return self.tokens(grouped_GNK).unflatten(0, (-1, self.groups.copies)).transpose(1, 2).flatten(2)
+
     def _compute(self, weighted: bool) -> dict[str, Tensor]:
         # With a graph wherever the forward pass had one, also if the first who asks does so without gradients.
-        leave = torch.is_inference_mode_enabled() and not self.gates.is_inference()
-        with torch.inference_mode(False) if leave else nullcontext(), torch.set_grad_enabled(self.gates.requires_grad):
+        gates = self.routing.gates_GNE
+        leave = torch.is_inference_mode_enabled() and not gates.is_inference()
+        with torch.inference_mode(False) if leave else nullcontext(), torch.set_grad_enabled(gates.requires_grad):
             return self.loss_function.compute(self.routing, self.groups, weighted)
 
     @cached_property

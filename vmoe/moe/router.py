@@ -33,6 +33,8 @@ class Routing:
         combine_weights_GNK: their weights; None likewise.
         chosen_GNK: bool, False where the router itself dropped a choice; None: none.
         importance_GNE: what the importance loss sums over the tokens, if not the gates (Shazeer et al.: the weights).
+        ensemble_size: M. The groups of the first member come first, and E of all tensors is the number of experts of
+            one member; `expert_index_GNK` counts all experts, member by member.
     """
 
     logits_GNE: Tensor
@@ -44,6 +46,7 @@ class Routing:
     combine_weights_GNK: Tensor | None = None
     chosen_GNK: Tensor | None = None
     importance_GNE: Tensor | None = None
+    ensemble_size: int = 1
 
     @property
     def per_token(self) -> bool:
@@ -58,7 +61,29 @@ class Routing:
     @property
     def priority_GN(self) -> Tensor:
         """How sure each token is of its first choice: its gate, before any normalisation."""
-        return self.noisy_gates_GNE.gather(-1, self.expert_index_GNK[..., :1]).squeeze(-1)
+        first_GN1 = self.expert_index_GNK[..., :1] % self.noisy_gates_GNE.shape[-1]  # among the experts of a member
+        return self.noisy_gates_GNE.gather(-1, first_GN1).squeeze(-1)
+
+    def in_all(self, index_GNK: Tensor) -> Tensor:
+        """Indices among the experts of each group's member as indices among all experts."""
+        if (M := self.ensemble_size) == 1:
+            return index_GNK
+        own = self.gates_GNE.shape[-1]
+        return add_by_member(index_GNK, torch.arange(0, M * own, own, device=index_GNK.device), M)
+
+    def spread(self, x_GNE: Tensor) -> Tensor:
+        """Values for the experts of each group's member as values for all experts, zero for those of other members."""
+        if (M := self.ensemble_size) == 1:
+            return x_GNE
+        is_own = torch.eye(M, dtype=x_GNE.dtype, device=x_GNE.device).view(M, 1, 1, M, 1)
+        return (x_GNE.unflatten(0, (M, -1))[..., None, :] * is_own).flatten(-2).flatten(0, 1)
+
+
+def add_by_member(x_GNX: Tensor, own: Tensor, ensemble_size: int) -> Tensor:
+    """Adds to each group what is its member's own: `own` holds as many numbers for each member, or all for one."""
+    if ensemble_size == 1:
+        return x_GNX + own
+    return (x_GNX.unflatten(0, (ensemble_size, -1)) + own.view(ensemble_size, 1, 1, -1)).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -72,7 +97,7 @@ class Assignment(ABC):
     def count_E(self) -> Tensor:
         """Rows of each expert; rows are sorted by expert. Where experts or slots choose, all have the most."""
         gates_GNE = self.routing.gates_GNE
-        E, device = gates_GNE.shape[-1], gates_GNE.device
+        E, device = self.routing.ensemble_size * gates_GNE.shape[-1], gates_GNE.device
         if not isinstance(self.max_count, int):  # of a batch of any size; Inductor has no cumulative sum of a constant
             return (torch.arange(E + 1, device=device) * self.max_count).diff()
         return torch.full((E,), self.max_count, dtype=torch.long, device=device)
@@ -93,7 +118,8 @@ class Assignment(ABC):
         """`listed` of routers whose experts or slots choose: K = E, all experts of each token, best first."""
         index_GNE = self.routing.noisy_gates_GNE.detach().argsort(dim=-1, descending=True, stable=True)
         # Without a gradient: under activation checkpointing a layer must save the same, recorded or not.
-        return index_GNE, weights_GNE.detach().gather(-1, index_GNE), kept_GNE.gather(-1, index_GNE)
+        weights_GNE, kept_GNE = weights_GNE.detach().gather(-1, index_GNE), kept_GNE.gather(-1, index_GNE)
+        return self.routing.in_all(index_GNE), weights_GNE, kept_GNE
 
 
 @dataclass(frozen=True)
@@ -197,6 +223,8 @@ class Gate(Router):
     In training, noise of standard deviation `noise_std / E` is added to the logits. `weight` is (E, D), and so is
     `noise_weight`, which there is with `learned_noise`. With gate="cosine" `weight` is (E, P), `projection` (P, D),
     `projection_bias` (P,), and `temperature` (1,) the logarithm of the scale, as in Tutel.
+    `noise_weight`, which there is with `learned_noise`. In an ensemble E of all else is the experts of one member, and
+    the rows of `weight` are the gates of the members, one after the other.
     """
 
     SHARED = ("projection", "projection_bias", "temperature")  # parameters that belong to no single expert
@@ -204,6 +232,7 @@ class Gate(Router):
     def __init__(self, dim: int, config: RoutingSettings, device=None, dtype=None) -> None:
         super().__init__()
         self.num_experts = config.num_experts
+        self.ensemble_size = config.ensemble_size
         self.gate = config.gate
         self.learned_noise = config.learned_noise
         self.noise_std = 0.0 if config.learned_noise else config.noise_std
@@ -238,9 +267,9 @@ class Gate(Router):
             if self.training and self.input_jitter > 0:  # in the precision of the gate
                 x_GND = x_GND.to(torch.promote_types(x_GND.dtype, torch.float32))
                 x_GND = x_GND * torch.empty_like(x_GND).uniform_(1 - self.input_jitter, 1 + self.input_jitter)
-            logits_GNE = self._cosines(x_GND) if self.gate == "cosine" else apply(_GateProduct, x_GND, self.weight)
+            logits_GNE = self._cosines(x_GND) if self.gate == "cosine" else self._product(x_GND, self.weight)
             if self.training and self.learned_noise:  # arXiv 1701.06538, eq. 4
-                return logits_GNE, F.softplus(apply(_GateProduct, x_GND, self.noise_weight))
+                return logits_GNE, F.softplus(self._product(x_GND, self.noise_weight))
             return logits_GNE
 
     def _cosines(self, x_GND: Tensor) -> Tensor:
@@ -249,19 +278,26 @@ class Gate(Router):
         z_GNP = F.normalize(z_GNP + self.projection_bias.to(z_GNP.dtype), dim=-1)
         weight_EP = F.normalize(self.weight.to(z_GNP.dtype), dim=-1)
         scale = self.temperature.to(z_GNP.dtype).clamp(max=math.log(100)).exp()
-        return apply(_GateProduct, z_GNP, weight_EP) * scale
+        return self._product(z_GNP, weight_EP) * scale
+
+    def _product(self, x_GND: Tensor, weight_ED: Tensor) -> Tensor:
+        if (M := self.ensemble_size) == 1:
+            return apply(_GateProduct, x_GND, weight_ED)
+        members = zip(x_GND.unflatten(0, (M, -1)), weight_ED.unflatten(0, (M, -1)), strict=True)
+        return torch.cat([apply(_GateProduct, *member) for member in members])
 
     def gates(self, logits: Tensor | tuple[Tensor, Tensor]) -> tuple[Routing, Tensor]:
         """The routing without a choice, and what is chosen by and weighted with, (G, N, E)."""
         logits_GNE, noise_std = logits if isinstance(logits, tuple) else (logits, None)
         noisy_logits_GNE = logits_GNE
         if self.training and self.noise_std > 0:
-            noise_std = self.noise_std / self.num_experts
+            noise_std = self.noise_std / (self.num_experts // self.ensemble_size)
         if noise_std is not None:
             noisy_logits_GNE = logits_GNE + noise_std * torch.randn_like(logits_GNE)
         scores_GNE, noisy_gates_GNE = self._distribution(noisy_logits_GNE)
         gates_GNE = noisy_gates_GNE if noise_std is None else self._distribution(logits_GNE)[1]
-        return Routing(logits_GNE, noisy_logits_GNE, gates_GNE, noisy_gates_GNE, noise_std), scores_GNE
+        routing = Routing(logits_GNE, noisy_logits_GNE, gates_GNE, noisy_gates_GNE, noise_std)
+        return replace(routing, ensemble_size=self.ensemble_size), scores_GNE
 
     def _distribution(self, logits_GNE: Tensor) -> tuple[Tensor, Tensor]:
         """(what is chosen by and weighted with, the distribution over the experts)."""
@@ -311,10 +347,11 @@ class TopKRouter(Gate):
         G, N, K = index_GNK.shape
         # A number of tokens that an export leaves open is counted by the graph.
         counted_GN = mask_GN if mask_GN is not None or isinstance(N, int) else torch.ones_like(index_GNK[..., 0])
-        rows, max_rows = capacity.rows(N if G else 0, self.num_experts, K, counted_GN)
+        M = self.ensemble_size
+        rows, max_rows = capacity.rows(N if G else 0, self.num_experts, K, counted_GN, M)
         priority_GN = routing.priority_GN if batch_priority else None
-        plan = plan_dispatch(index_GNK, self.num_experts, rows, priority_GN, mask_GN, max_rows, routing.chosen_GNK)
-        return TopKAssignment(routing, None if max_rows is None else G * max_rows, plan)
+        plan = plan_dispatch(index_GNK, self.num_experts, rows, priority_GN, mask_GN, max_rows, routing.chosen_GNK, M)
+        return TopKAssignment(routing, None if max_rows is None else G // M * max_rows, plan)
 
     def route(self, x_GND: Tensor) -> Routing:
         """(G, N, D) -> `Routing`, without a queue."""
@@ -327,7 +364,7 @@ class TopKRouter(Gate):
             routing, scores_GNE = self.gates(logits)
             choice_GNE = scores_GNE.detach()
             if self.bias_update_rate > 0:
-                choice_GNE = choice_GNE + self.expert_bias
+                choice_GNE = add_by_member(choice_GNE, self.expert_bias, self.ensemble_size)
             index_GNK = top_k_experts(choice_GNE, self.num_selected_experts)
             weights_GNK = scores_GNE.gather(-1, index_GNK)
             if self.normalize_weights:
@@ -336,7 +373,8 @@ class TopKRouter(Gate):
             if self.random_threshold is not None and self.training:
                 chosen_GNK = torch.rand_like(weights_GNK) * self.random_threshold < weights_GNK
                 chosen_GNK = chosen_GNK | (torch.arange(self.num_selected_experts, device=device) == 0)
-        choice = {"expert_index_GNK": index_GNK, "combine_weights_GNK": weights_GNK, "chosen_GNK": chosen_GNK}
+        choice = {"combine_weights_GNK": weights_GNK, "chosen_GNK": chosen_GNK}
+        choice["expert_index_GNK"] = routing.in_all(index_GNK)
         if self.learned_noise:
             choice["importance_GNE"] = torch.zeros_like(scores_GNE).scatter(-1, index_GNK, weights_GNK)
         return replace(routing, **choice)
