@@ -93,9 +93,12 @@ def prune_experts(model: nn.Module, keep: int | float, usage: Usage) -> nn.Modul
 
 def _layers(model: nn.Module) -> dict[str, SparseMoE]:
     refuse_adapters(model)
-    if layers := {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseMoE)}:
-        return layers
-    raise UpcycleError(f"{type(model).__name__} has no sparse layer")
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseMoE)}
+    if not layers:
+        raise UpcycleError(f"{type(model).__name__} has no sparse layer")
+    if (members := getattr(model, "ensemble_size", 1)) > 1:
+        raise UpcycleError(f"the model is an ensemble of {members} members, whose sets of experts stay as they are")
+    return layers
 
 
 def _usage(usage: Usage | None, name: str, numbers: Iterable[int]) -> Tensor:

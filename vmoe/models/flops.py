@@ -29,14 +29,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(all parameters, those that a token goes through in evaluation): of E experts K for top_k, E for soft, and for
-    expert_choice the mean, which is the capacity factor (E with a fixed capacity, where it depends on the tokens)."""
+    """(all parameters, those that a token goes through in evaluation): of E experts K for top_k (in an
+    ensemble K of each member), E for soft, and for expert_choice the mean, which is the capacity factor (E with a fixed
+    capacity, where it depends on the tokens)."""
     total = active = _numbers(model)
     for layer in model.modules():
         if isinstance(layer, SparseMoE):
             used = E = layer.num_experts
             if layer.router_type == "top_k":
-                used = layer.num_selected_experts
+                used = layer.ensemble_size * layer.num_selected_experts
             elif layer.router_type == "expert_choice" and layer.capacity is None:
                 used = min(E, layer.eval_capacity_factor or layer.capacity_factor)
             active -= round(_numbers(layer.experts) * (1 - used / E))

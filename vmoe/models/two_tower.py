@@ -41,6 +41,8 @@ class TwoTower(ImageTextModel):
         image = {"name": IMAGE_TOWER, "num_classes": embed_dim, **(image or {})}
         self.visual = timm.create_model(image.pop("name"), **image)
         self.text = TextTransformer(**{"num_classes": embed_dim, **(text or {})})
+        if (copies := getattr(self.visual, "ensemble_size", 1)) > 1:
+            raise ValueError(f"image.ensemble_size must be left out, got {copies}: two towers compare single features")
         self.in_chans = getattr(self.visual, "in_chans", 3)
         self.context_length, self.vocab_size = self.text.context_length, self.text.vocab_size
         for name, tower in zip(TOWERS, (self.visual, self.text), strict=True):

@@ -3,9 +3,10 @@
 Pooling variants, `features_only`, `reset_classifier`, `set_input_size`, `dynamic_img_size`, layer decay and drop path
 work as in timm. `vmoe.models.registry` gives the sizes their names.
 
-Shapes, by suffix: B batch, P patches, D width.
+Shapes, by suffix: B batch, P patches, D width, M members of an ensemble, C classes.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from vmoe.moe import SparseMoE
 from vmoe.moe.config import SETTING_NAMES, with_preset
+from vmoe.moe.record import attach_loss
 
 ROUTING_DEFAULTS = {"num_experts": 8, "num_selected_experts": 2}
 
@@ -101,6 +103,24 @@ def take_routing(kwargs: dict, defaults: dict) -> dict:
     return with_preset(defaults, given)
 
 
+class CopyingBlock(Block):
+    """timm's block on `copies` copies of each image, next to each other: where an ensemble begins."""
+
+    def __init__(self, copies: int, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.copies = copies
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """(B, ...) -> (B · copies, ...)."""
+        copies = x[:, None].expand(-1, self.copies, *[-1] * (x.ndim - 1)).flatten(0, 1)
+        return super().forward(copies, *args, **kwargs)
+
+
+def log_mean_probability(logits_BMC: Tensor) -> Tensor:
+    """(B, C) log of the mean of the probabilities that M members give."""
+    return logits_BMC.log_softmax(-1).logsumexp(1) - math.log(logits_BMC.shape[1])
+
+
 class BlocksMixin:
     """timm's interface for a model with `blocks` and a final `norm`."""
 
@@ -138,6 +158,7 @@ class VisionMoE(VisionTransformer):
         pos_embed: "learn", "sincos2d" (fixed, for patches only, not in the state dict) or "none".
         qk_norm: a LayerNorm without bias on queries and keys, in the blocks and in `global_pool="map"`.
         representation_size: width of a linear layer with tanh before the classifier, `pre_logits`, or None.
+        ensemble_size: M, members of an efficient ensemble (E3, arXiv 2110.03360): see `forward`.
         **kwargs: of `timm.models.VisionTransformer` and of `vmoe.moe.config.RoutingSettings`, and `router_preset`;
             `num_experts=0` makes the dense baseline.
     """
@@ -153,6 +174,7 @@ class VisionMoE(VisionTransformer):
         pos_temperature: float = 10_000.0,
         qk_norm: bool = False,
         representation_size: int | None = None,
+        ensemble_size: int = 1,
         **kwargs,
     ) -> None:
         first_patch = global_pool == "token" and not class_token
@@ -164,12 +186,17 @@ class VisionMoE(VisionTransformer):
             raise ValueError("block_fn cannot be set: experts replace the MLPs of timm's Block; leave it out")
         routing = take_routing(kwargs, ROUTING_DEFAULTS)
         chosen = sparse_blocks(moe_layers, depth) if routing["num_experts"] else ()
+        if ensemble_size != 1 and not chosen:
+            raise ValueError(f"ensemble_size={ensemble_size} needs blocks with experts; leave it out of a dense model")
+        routing["ensemble_size"] = ensemble_size
 
         def make_block(*, depth: int, mlp_layer=Mlp, **block_kwargs) -> nn.Module:
             if depth in chosen:  # timm builds the blocks after the patch embedding
                 num_tokens = self.patch_embed.num_patches + self.num_prefix_tokens
                 mlp_layer = partial(SparseMoE, num_tokens=num_tokens, **routing)
-            return Block(depth=depth, mlp_layer=mlp_layer, **block_kwargs)
+            is_first = ensemble_size != 1 and depth == chosen[0]
+            make = partial(CopyingBlock, ensemble_size) if is_first else Block
+            return make(depth=depth, mlp_layer=mlp_layer, **block_kwargs)
 
         super().__init__(
             *args,
@@ -181,6 +208,7 @@ class VisionMoE(VisionTransformer):
             **kwargs,
         )
         self.global_pool = global_pool
+        self.ensemble_size = ensemble_size
         self.sincos2d_temperature = pos_temperature if pos_embed == "sincos2d" else None
         if pos_embed == "sincos2d":
             sincos2d_positions(1, 1, self.embed_dim, pos_temperature)  # checks its arguments
@@ -217,6 +245,33 @@ class VisionMoE(VisionTransformer):
             x = x + positions_1PD.view(1, *x.shape[1:]).to(x.dtype)
         return self.pos_drop(super()._pos_embed(x))
 
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """Images (B, 3, H, W) -> logits (B, classes).
+
+        An ensemble of M members gives in `eval()` the log of the members' mean probability, (B, classes). In training
+        it gives the logits of all copies, (B · M, classes), those of an image next to each other: its loss is the mean
+        over them, with `labels.repeat_interleave(M, dim=0)`. Loops that cannot be changed set auxiliary_loss="attach":
+        then it is (B, classes), the members' mean log probability, and cross-entropy, which divides these by their sum,
+        has the gradient of that mean loss together with what is attached.
+        """
+        logits = super().forward(x, *args, **kwargs)
+        if self.ensemble_size == 1:
+            return logits
+        attached = any(getattr(block.mlp, "auxiliary_loss", None) == "attach" for block in self.blocks)
+        if self.training and not attached:
+            return logits
+        logits_BMC = logits.unflatten(0, (-1, self.ensemble_size))
+        if isinstance(self.head, nn.Identity):
+            return logits_BMC.mean(1)
+        if not self.training:
+            return log_mean_probability(logits_BMC)
+        mean_BC = logits_BMC.log_softmax(-1).mean(1)
+        return attach_loss(mean_BC, -mean_BC.logsumexp(-1).mean())
+
+    def member_logits(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> the logits of all copies, (B · M, classes), those of an image next to each other."""
+        return super().forward(x)
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.fc_norm(self.pool(x))
         if isinstance(self.pre_logits, nn.Linear):
@@ -229,6 +284,11 @@ class VisionMoE(VisionTransformer):
         super().reset_classifier(num_classes, "" if first_patch else global_pool)
         self.global_pool = global_pool if first_patch else self.global_pool
         self._resize_head()
+
+    def forward_intermediates(self, *args, **kwargs):
+        if self.ensemble_size > 1:
+            raise ValueError("an ensemble has no features of single blocks, which see several copies of an image")
+        return super().forward_intermediates(*args, **kwargs)
 
     def prune_intermediate_layers(self, indices=1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
         if prune_head:

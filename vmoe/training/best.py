@@ -9,7 +9,7 @@ from typing import Any
 from vmoe.distributed.process_group import from_first
 from vmoe.utils.config import ConfigError
 
-LOWER_IS_BETTER = ("ece", "error", "loss", "mce")  # ends of names
+LOWER_IS_BETTER = ("ece", "error", "loss", "mce", "nll")  # ends of names
 
 
 class BestWatch:

@@ -221,6 +221,7 @@ class Classification(Task):
         if self.mixup is not None:
             (images, target), smoothing = self.mixup(images, target, number), 0.0  # its targets are smoothed already
         logits = model(images).float()
+        target = target.repeat_interleave(len(logits) // len(target), dim=0)  # an ensemble's copies of each image
         loss = F.cross_entropy(logits, target, label_smoothing=smoothing)
         return loss if self.distiller is None else self.distiller.classification(loss, images, logits)
 
