@@ -79,7 +79,8 @@ def test_classification_of_a_folder(tree, classifier, tmp_path, capsys):
         results.append(report["results"])
     assert results[0] == results[1]
     assert results[0]["num_samples"] == 6
-    assert set(results[0]) == {"top1", "mean_per_class", "ece", "num_samples", "num_skipped"}  # no top5 of two classes
+    # no top5 of two classes
+    assert set(results[0]) == {"top1", "mean_per_class", "nll", "ece", "num_samples", "num_skipped"}
     assert report["config"]["loader"]["batch_size"] == 6
     assert report["checkpoints"][0]["model"]["name"] == "vmoe_tiny_patch8_48"
     assert report["versions"]["torch"] == torch.__version__

@@ -1,6 +1,7 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 
 import vmoe  # noqa: F401  (registers the models)
 from vmoe.evaluation import evaluate_classification
@@ -30,6 +31,8 @@ def test_known_accuracy_whatever_the_batch_size(batch_size, make_batches):
     logits = torch.cat([Shifted()(batch["image"]) for batch in loader])
     confidence, predicted = logits.softmax(1).max(1)
     assert result["ece"] == expected_calibration_error(confidence, predicted == torch.arange(10))
+    assert result["nll"] == pytest.approx(float(F.cross_entropy(logits, torch.arange(10))), abs=1e-5)
+    assert "diversity" not in result
 
 
 def test_wrong_number_of_classes_names_both(make_batches):
@@ -101,3 +104,31 @@ def test_a_tie_is_a_miss_also_in_the_confusion_matrix():
     assert predictions.predicted_N.tolist() == [1, 0, 0, 2, 2]
     hits = (predictions.predicted_N == predictions.label_N).double().mean().item()
     assert predictions.results()["top1"] == hits == 0.2
+
+
+def test_an_ensemble_is_judged_by_its_mean_probability_and_how_far_its_members_differ():
+    torch.manual_seed(0)
+    tiny = {"num_classes": 5, "depth": 2, "embed_dim": 32, "num_heads": 2, "ensemble_size": 2}
+    model = timm.create_model("vmoe_tiny_patch8_48", **tiny).eval()
+    torch.nn.init.normal_(model.head.weight)
+    images, labels = torch.randn(12, 3, 48, 48), torch.arange(12) % 5
+    batches = [{"image": image, "label": label} for image, label in zip(images.split(5), labels.split(5))]
+    result = evaluate_classification(model, batches, device="cpu", num_classes=5)
+    with torch.no_grad():
+        p, q = model.member_logits(images).softmax(-1).unflatten(0, (-1, 2)).unbind(1)
+    mean = (p + q) / 2
+    assert result["top1"] == (mean.argmax(1) == labels).double().mean()
+    assert result["nll"] == pytest.approx(float(F.nll_loss(mean.log(), labels)), abs=2e-5)
+    assert result["ece"] == pytest.approx(expected_calibration_error(mean.amax(1), mean.argmax(1) == labels), abs=2e-6)
+    divergence = ((p - q) * (p.log() - q.log())).sum(1).mean() / 2  # KL(p, q) and KL(q, p)
+    assert result["diversity"] == pytest.approx(float(divergence), abs=2e-5)
+    assert result["diversity"] > 1e-3
+    model.load_state_dict({name: both_halves(name, tensor) for name, tensor in model.state_dict().items()})
+    assert evaluate_classification(model, batches, device="cpu")["diversity"] == 0
+
+
+def both_halves(name, tensor):
+    """The first member's experts and gate for both."""
+    if ".experts." not in name and ".router." not in name:
+        return tensor
+    return torch.cat([tensor.chunk(2)[0]] * 2)

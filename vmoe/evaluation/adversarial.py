@@ -84,8 +84,9 @@ def evaluate_attacks(
 
 
 def _first_choices(call: LayerRouting) -> Tensor:
-    """(B, T), the first expert of each token; for other routers than top_k the one with the largest gate."""
-    return call.tokens(call.expert_index)[..., 0]
+    """(B, T), the first expert of each token; for other routers than top_k the one with the largest gate. Of an
+    ensemble, those of all copies."""
+    return call.by_image(call.expert_index[..., :1]).flatten(1)
 
 
 def _results(

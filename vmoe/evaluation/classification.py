@@ -6,6 +6,7 @@ Shapes, by suffix: B batch, N samples, C classes.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,8 +15,17 @@ from torch import Tensor, nn
 
 from vmoe.distributed.process_group import gather_lists
 from vmoe.evaluation.inference import evaluating
-from vmoe.evaluation.metrics import accuracies, accuracy_per_class, expected_calibration_error, ranks, right_classes
+from vmoe.evaluation.metrics import (
+    accuracies,
+    accuracy_per_class,
+    expected_calibration_error,
+    members_divergence,
+    ranks,
+    right_classes,
+    rounded_mean,
+)
 from vmoe.evaluation.synchronized import Rows, SynchronizedBatches
+from vmoe.models.vision import log_mean_probability
 
 logger = logging.getLogger("vmoe.evaluation")
 
@@ -28,8 +38,10 @@ class Predictions(NamedTuple):
     rank_N: Tensor  # rank of the (best) right class among the scores, see `ranks`
     predicted_N: Tensor  # the class with the highest score; of a tie a wrong one, since it is a miss
     confidence_N: Tensor  # its softmax probability
+    nll_N: Tensor  # -log of the probability of the (best) right class
     num_classes: int
     num_skipped: int  # samples that could not be read
+    diversity_N: Tensor | None = None  # of an ensemble, see `members_divergence`
 
     def results(self) -> dict[str, float | int]:
         """The metrics that `evaluate_classification` returns."""
@@ -37,7 +49,10 @@ class Predictions(NamedTuple):
         if undefined := int(self.confidence_N.isnan().sum()):
             logger.warning("the scores of %d samples are NaN: they count as misses, and there is no ece", undefined)
         else:
+            results["nll"] = rounded_mean(self.nll_N)
             results["ece"] = expected_calibration_error(self.confidence_N, self.rank_N == 0)
+            if self.diversity_N is not None:
+                results["diversity"] = rounded_mean(self.diversity_N)
         return {**results, "num_samples": len(self.rank_N), "num_skipped": self.num_skipped}
 
     def per_class(self, class_names: Sequence[str]) -> list[dict[str, Any]]:
@@ -66,7 +81,8 @@ def evaluate_classification(
 
     Returns:
         "top1", "top5" (shares in 0..1, ties are misses; no "top5" with five classes or fewer), "mean_per_class" (mean
-        of the classes' accuracies), "ece" (expected calibration error, 15 bins), "num_samples", "num_skipped".
+        of the classes' accuracies), "nll" (mean negative log-likelihood in nats), "ece" (expected calibration error, 15
+        bins), of an ensemble "diversity" (`members_divergence`), "num_samples", "num_skipped".
 
     Raises:
         ValueError: the model has another number of classes, a label is out of range, there are no samples, or
@@ -78,12 +94,21 @@ def evaluate_classification(
 
 
 def checked_logits(model: nn.Module, images: Tensor, num_classes: int | None) -> Tensor:
-    """`model(images)`, (B, C) float32; ValueError if C is not `num_classes`."""
-    logits_BC = model(images).float()
-    if num_classes is not None and logits_BC.shape[1] != num_classes:
+    """`model(images)`, (B, C) float32, or those of an ensemble's members, (B, M, C); ValueError if C is not
+    `num_classes`."""
+    if (members := getattr(model, "ensemble_size", 1)) > 1:
+        logits = model.member_logits(images).float().unflatten(0, (-1, members))
+    else:
+        logits = model(images).float()
+    if num_classes is not None and logits.shape[-1] != num_classes:
         remedy = "evaluate on the classes that it was trained on, or fine-tune with a new head"
-        raise ValueError(f"the model has {logits_BC.shape[1]} classes and the data set {num_classes}: {remedy}")
-    return logits_BC
+        raise ValueError(f"the model has {logits.shape[-1]} classes and the data set {num_classes}: {remedy}")
+    return logits
+
+
+def together(scores: Tensor) -> Tensor:
+    """Scores (B, C) of one model, as they are, or of M members, (B, M, C): the log of their mean probability."""
+    return log_mean_probability(scores) if scores.ndim == 3 else scores
 
 
 def predict(
@@ -95,13 +120,14 @@ def predict(
 ) -> Predictions:
     """Scores all images of a loader; call it inside `evaluating`.
 
-    `score` maps images (B, 3, H, W) on `device` to (B, C) float32, whose softmax is the confidence. A batch without
-    "label" is scored, and does not count. For `label_sets` see `right_classes`. ValueError: a label out of range, or no
-    samples.
+    `score` maps images (B, 3, H, W) on `device` to (B, C) float32, whose softmax is the confidence, or to those of the
+    members of an ensemble, (B, M, C). A batch without "label" is scored, and does not count.
+    For `label_sets` see `right_classes`. ValueError: a label out of range, or no samples.
     """
     rows, num_classes, num_rows = Rows(), 0, 0
     for batch in loader:
-        scores_BC = score(batch["image"].to(device))
+        scores = score(batch["image"].to(device))
+        scores_BC = together(scores)
         num_classes = scores_BC.shape[1]
         if "label" not in batch:
             continue
@@ -113,7 +139,10 @@ def predict(
         confidence_B = probabilities_BC.amax(dim=1)
         tied_BC = right_BC & (rank_B > 0)[:, None]  # a tie is a miss: it counts for the other class
         predicted_B = probabilities_BC.masked_fill(tied_BC, -1).argmax(dim=1)
-        rows.add(index_B, label_N=label_B, rank_N=rank_B, predicted_N=predicted_B, confidence_N=confidence_B)
+        nll_B = -scores_BC.log_softmax(dim=1).masked_fill(~right_BC, -math.inf).amax(dim=1)
+        found = {"label_N": label_B, "rank_N": rank_B, "predicted_N": predicted_B}
+        found |= {"confidence_N": confidence_B, "nll_N": nll_B}
+        rows.add(index_B, **found, **({"diversity_N": members_divergence(scores)} if scores.ndim == 3 else {}))
     index_N, columns = rows.gather()
     skipped = num_skipped(loader, len(index_N))
     return Predictions(index_N, **columns, num_classes=max(gather_lists([num_classes])), num_skipped=skipped)
@@ -127,14 +156,14 @@ def num_skipped(loader: Iterable, num_read: int) -> int:
     return skipped
 
 
-def select_columns(logits_BC: Tensor, class_columns: Sequence[Sequence[int]] | None) -> Tensor:
-    """Scores of the data's classes: for each the largest of the classifier's columns that stand for it; None: as is."""
+def select_columns(logits: Tensor, class_columns: Sequence[Sequence[int]] | None) -> Tensor:
+    """Scores (..., C) of the data's classes: for each the largest of the columns that stand for it; None: unchanged."""
     if class_columns is None:
-        return logits_BC
+        return logits
     last = max(map(max, class_columns))
-    if last >= logits_BC.shape[1]:
+    if last >= logits.shape[-1]:
         needed = f"the data is judged by outputs 0..{last} of an ImageNet-1k classifier"
-        raise ValueError(f"{needed}, and the model has {logits_BC.shape[1]}: evaluate a model with 1,000 classes")
+        raise ValueError(f"{needed}, and the model has {logits.shape[-1]}: evaluate a model with 1,000 classes")
     most = max(map(len, class_columns))
     columns_CK = torch.tensor([[*columns, *[columns[0]] * most][:most] for columns in class_columns])
-    return logits_BC[:, columns_CK].amax(dim=2)
+    return logits[..., columns_CK].amax(dim=-1)

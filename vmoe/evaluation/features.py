@@ -95,13 +95,16 @@ def extract_features(
 def image_features(model: nn.Module, images_B3HW: Tensor) -> Tensor:
     """(B, D) features.
 
-    A classifier gives what its last linear layer reads (the pre-logits), as in the reference's few-shot evaluation; an
-    image-text model its image embedding, not normalised, as CLIP's linear probe takes it.
+    A classifier gives what its last linear layer reads (the pre-logits), as in the reference's few-shot evaluation, an
+    ensemble the mean of its members'; an image-text model its image embedding, not normalised, as CLIP's linear probe
+    takes it.
     """
     if is_contrastive(model):
         features_BD = model.encode_image(images_B3HW, normalize=False)
     else:
         features_BD = model.forward_head(model.forward_features(images_B3HW), pre_logits=True)
+        if (copies := getattr(model, "ensemble_size", 1)) > 1:
+            features_BD = features_BD.unflatten(0, (-1, copies)).mean(1)
     if features_BD.ndim != 2:
         shape = tuple(features_BD.shape)
         raise ValueError(f"features must be (batch, features), got {shape}: build the model with a pooling layer")

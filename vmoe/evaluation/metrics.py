@@ -54,8 +54,8 @@ def top_shares(ranks_N: Tensor, num_classes: int, prefix: str = "") -> dict[str,
 
 
 def accuracy_names(num_classes: int) -> list[str]:
-    """The names of `accuracies` and of the calibration error."""
-    return [*top_shares(torch.empty(0), num_classes), "mean_per_class", "ece"]
+    """The names of `accuracies`, of the negative log-likelihood and of the calibration error."""
+    return [*top_shares(torch.empty(0), num_classes), "mean_per_class", "nll", "ece"]
 
 
 def expected_calibration_error(confidences_N: Tensor, hits_N: Tensor, num_bins: int = 15) -> float:
@@ -79,3 +79,17 @@ def accuracies(ranks_N: Tensor, labels_N: Tensor, num_classes: int) -> dict[str,
     """`top_shares`, and "mean_per_class": the mean of the accuracies of the classes that have samples."""
     per_class_C, counts_C = accuracy_per_class(ranks_N == 0, labels_N, num_classes)
     return {**top_shares(ranks_N, num_classes), "mean_per_class": float(per_class_C[counts_C > 0].mean())}
+
+
+def rounded_mean(values_N: Tensor) -> float:
+    """The mean, rounded to 1e-5: what is beyond that is rounding of the forward pass."""
+    return round(float(values_N.double().mean()), 5)
+
+
+def members_divergence(logits_BMC: Tensor) -> Tensor:
+    """(B,) mean KL divergence in nats between the predictions of two members of an ensemble, over all ordered pairs: 0
+    where all agree (the diversity of arXiv 2110.03360)."""
+    M, logs_BMC = logits_BMC.shape[1], logits_BMC.log_softmax(-1)
+    own_B = (logs_BMC.exp() * logs_BMC).sum((1, 2))
+    every_B = (logs_BMC.exp().sum(1) * logs_BMC.sum(1)).sum(1)  # of a member with itself too, which cancels
+    return (M * own_B - every_B) / (M * (M - 1))

@@ -16,7 +16,7 @@ from vmoe.evaluation.adversarial import evaluate_attacks
 from vmoe.evaluation.capacity import Score, sparse_image_layers, sweep_capacity, sweep_settings
 from vmoe.evaluation.capacity_report import flat_results, print_sweep, sweep_details
 from vmoe.evaluation.class_names import IMAGENET, class_columns
-from vmoe.evaluation.classification import Predictions, checked_logits, predict, select_columns
+from vmoe.evaluation.classification import Predictions, checked_logits, predict, select_columns, together
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.confusion import MOST_CLASSES, confusion_matrix
 from vmoe.evaluation.few_shot import few_shot
@@ -40,18 +40,20 @@ def classify(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDatase
     """Tasks "classification" and "zero_shot": accuracy and calibration, also of each class and condition."""
     loader = eval_loader(dataset, loaded.transform, None, config.loader)
     with evaluating(loaded.model, loaded.device, loaded.precision):
-        score, batches = class_scores(config, loaded, dataset), Progress(loader, config.task, console)
+        score, batches = class_scores(config, loaded, dataset, members=True), Progress(loader, config.task, console)
         predictions = predict(score, batches, device=loaded.device, label_sets=dataset.label_sets)
     return classification_outcome(predictions, dataset, loader.skipped_paths, config.output is not None)
 
 
-def class_scores(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset) -> Score:
-    """images -> scores of the data's classes; call it inside `evaluating`."""
+def class_scores(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset, members: bool = False) -> Score:
+    """images -> scores of the data's classes, with `members` those of each member of an ensemble, as `predict` takes
+    them; call it inside `evaluating`."""
     if loaded.tokenizer is not None:
         return loaded.scorer(*zero_shot_prompts(config, dataset))
     columns = columns_of(config, loaded, dataset)
     num_classes = len(dataset.classes) if columns is None else None
-    return lambda images: select_columns(checked_logits(loaded.model, images, num_classes), columns)
+    combine = (lambda scores: scores) if members else together
+    return lambda images: combine(select_columns(checked_logits(loaded.model, images, num_classes), columns))
 
 
 def columns_of(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset) -> list[list[int]] | None:
@@ -183,7 +185,7 @@ def _check_independence(loaded: LoadedModel, score: Score) -> None:
     with record_routing(loaded.model) as record:
         score(torch.zeros(1, *preprocess_config(loaded.model)["input_size"], device=loaded.device))
     for name, call in record.layers.items():
-        layer, tokens = loaded.model.get_submodule(name), call.tokens(call.expert_index).shape[1]
+        layer, tokens = loaded.model.get_submodule(name), call.batch_shape[1] * call.groups.copies
         limited = layer.router_type != "top_k" or layer.capacity or layer.eval_capacity_factor
         shared = tokens % layer.group_size if layer.group_size else layer.router_type == "top_k"
         if limited and shared:

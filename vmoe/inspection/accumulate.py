@@ -36,10 +36,15 @@ class ModalityTokens:
 
 
 def split_modalities(call: LayerRouting) -> dict[str, ModalityTokens]:
-    """{modality: its tokens} of a call; ValueError: they do not have the same positions in every row."""
+    """{modality: its tokens} of a call; ValueError: they do not have the same positions in every row.
+
+    A token of an ensemble has the choices of all its copies, and the mean of their gates.
+    """
+    copies = call.groups.copies
 
     def array(tensor: Tensor) -> np.ndarray:
-        tensor = call.tokens(tensor).detach().cpu()
+        tensor = call.tokens(tensor) if tensor.ndim < 3 else call.by_image(tensor)
+        tensor = tensor[::copies].detach().cpu() if tensor.ndim < 3 else tensor.detach().cpu()
         return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
     chosen_GNK = call.routing.chosen_GNK
