@@ -230,6 +230,8 @@ PARAMETERS = {
     "vmoe_s32_last2_ilsvrc2012_randaug_medium": count(512, 8, 2, 32, 224, 1000, 1),
     "vmoe_b16_imagenet21k_randaug_strong": count(768, 12, 6, 16, 224, 21843, 0),
     "vmoe_b16_imagenet21k_randaug_strong_ft_ilsvrc2012": count(768, 12, 6, 16, 384, 1000, 0),
+    "eee_s32_last2_ilsvrc2012": count(512, 8, 2, 32, 224, 1000, 1),
+    "eee_s32_last2_ilsvrc2012_ft_cifar100": count(512, 8, 2, 32, 128, 100, 1),
 }
 
 
@@ -237,7 +239,8 @@ PARAMETERS = {
 def test_released_structure(name):
     released = RELEASED[name]
     size = released.preprocess["input_size"][1]
-    assert size == released.config["image_size"] == (384 if "_ft_" in name else 224)
+    sizes = {"cifar100": 128, "ilsvrc2012": 384}
+    assert size == released.config["image_size"] == (sizes[name.rpartition("_")[2]] if "_ft_" in name else 224)
     model_name, kwargs = model_settings(released.config, {})
     with torch.device("meta"):
         model = create_model(model_name, **kwargs, pretrained_cfg_overlay=released.preprocess)
@@ -250,7 +253,7 @@ def test_released_structure(name):
     width, last = (512, 7) if "s32" in name else (768, 11)
     block = f"Encoder/encoderblock_{last}"
     assert shapes[f"{block}/Moe/Mlp/Dense_0/kernel"] == (8, width, 4 * width)
-    assert shapes[f"{block}/Moe/Router/dense/kernel"] == (width, 8)
+    assert shapes[f"{block}/Moe/Router/dense/kernel"] == ((width, 2, 4) if name.startswith("eee") else (width, 8))
     assert shapes[f"{block}/SelfAttention/query/kernel"] == (width, width // 64, 64)
     assert f"Encoder/encoderblock_{last - 1}/Mlp/Dense_0/kernel" in shapes
     patch = released.config["patch_size"][0]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.convert.golden import GOLDEN, check_two_tower, check_vision
+from tests.convert.golden import GOLDEN, check_ensemble, check_two_tower, check_vision
 from vmoe.evaluation.few_shot import few_shot_accuracy
 from vmoe.moe import expert_capacity
 from vmoe.moe.expert_choice import choose_tokens
@@ -40,6 +40,11 @@ def test_vision(name):
 )
 def test_other_vision_configs(name):
     check_vision(name, MORE)
+
+
+@pytest.mark.parametrize("name", ["vmoe_ensemble_m2_k1", "vmoe_ensemble_m2_k2_bpr"])
+def test_ensembles(name):
+    check_ensemble(name)
 
 
 def test_two_towers():

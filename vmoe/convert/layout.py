@@ -34,6 +34,11 @@ def transposed(array: np.ndarray) -> np.ndarray:
     return array.swapaxes(-1, -2)
 
 
+def _gates(members: int, array: np.ndarray) -> np.ndarray:
+    """The gates of an ensemble's members: (E, D) -> (D, M, E / M)."""
+    return array.reshape(members, -1, array.shape[-1]).transpose(2, 0, 1)
+
+
 _NORM = {"weight": ("scale", same), "bias": ("bias", same)}
 _LINEAR = {"weight": ("kernel", transposed), "bias": ("bias", same)}
 _PATCHES = {"weight": ("kernel", lambda array: array.transpose(2, 3, 1, 0)), "bias": ("bias", same)}
@@ -105,6 +110,8 @@ def _tower(model: nn.Module) -> dict[str, Entry]:
             match = re.fullmatch(pattern, module)
             if match and any(f"{module}.{tensor}" in tensors for tensor in arrays):
                 for tensor, (array, view) in arrays.items():  # also those that it lacks, which are missed then
+                    if module.endswith(".router") and (members := getattr(model, "ensemble_size", 1)) > 1:
+                        view = partial(_gates, members)
                     layout[f"{match.expand(theirs)}/{array}"] = Entry(f"{module}.{tensor}", view)
         for pattern, theirs, parts in _ATTENTION:
             if match := re.fullmatch(pattern, module):

@@ -8,7 +8,7 @@ from timm.layers.activations import GELUTanh
 from torch import nn
 
 from vmoe.convert.layout import reference_layout, require_vision
-from vmoe.convert.settings import CLASSIFIERS, ROUTERS
+from vmoe.convert.settings import CLASSIFIERS, ENSEMBLE, ROUTERS
 from vmoe.models.text import TextTransformer
 from vmoe.moe import SparseMoE
 from vmoe.moe.config import RoutingSettings
@@ -72,8 +72,11 @@ def _image(model: nn.Module, group_size: int | None, prefix: str = "") -> dict[s
     _need(isinstance(model.norm, nn.LayerNorm), "no norm before the pooling")
     _need(patches.proj.in_channels == 3, f"in_chans={patches.proj.in_channels}")
     representation = getattr(model, "pre_logits", None)
+    if is_ensemble := getattr(model, "ensemble_size", 1) > 1:
+        plain = model.pos_embed is not None and isinstance(model.blocks[0].attn.q_norm, nn.Identity)
+        _need(plain, "an ensemble without learned positions or with qk_norm")
     config = {
-        "name": "VisionTransformerMoe",
+        "name": ENSEMBLE if is_ensemble else "VisionTransformerMoe",
         "num_classes": model.num_classes or None,
         "patch_size": list(patches.patch_size),
         "hidden_size": model.embed_dim,
@@ -159,7 +162,10 @@ def _moe(layers: list[SparseMoE], tokens: int, group_size: int | None) -> dict[s
         router["num_selected_experts"] = s.num_selected_experts
         router["dispatcher"]["batch_priority"] = s.batch_priority
         router |= {f"{name}_loss_weight": getattr(s, f"{name}_loss") for name in ("importance", "load", "gshard")}
-    sizes = {"num_experts": s.num_experts, "group_size": size or tokens}
+    sizes = {"num_experts": s.num_experts, "group_size": size or tokens * s.ensemble_size}
+    if s.ensemble_size > 1:
+        _need(s.router == "top_k", f"an ensemble with router={s.router!r}")
+        sizes["ensemble_size"] = s.ensemble_size
     return {**sizes, "dropout_rate": layers[0].experts.drop.p, "router": router}
 
 

@@ -20,6 +20,7 @@ _NAMES = {
 }
 # The reference's words and ours, read the other way by `reference_config`. A classifier is (global_pool, class_token).
 CLASSIFIERS = {"token": ("token", True), "0": ("token", False), "gap": ("avg", False), "map": ("map", False)}
+ENSEMBLE = "VisionTransformerMoeEnsemble"
 TOP_K, EXPERT_CHOICE, SOFT = "NoisyTopExpertsPerItemRouter", "NoisyTopItemsPerExpertRouter", "SoftRouter"
 ROUTERS = {TOP_K: "top_k", EXPERT_CHOICE: "expert_choice", SOFT: "soft"}
 _ROUTING, _SOFT, _TWO_TOWER = "vmoe.nn.routing", "vmoe.projects.soft_moe.router", "vmoe.projects.contrastive.models"
@@ -84,7 +85,8 @@ def _two_tower(top: Section, shapes: Shapes, context_length: int | None) -> dict
 
 
 def _image(config: Section, shapes: Shapes, tower: str = "") -> dict[str, Any]:
-    config.class_name("VisionTransformerMoe", {"VisionTransformerMoe": "vmoe.nn.vit_moe"})
+    classes = {"VisionTransformerMoe": "vmoe.nn.vit_moe", ENSEMBLE: "vmoe.nn.vit_moe_ensemble"}
+    config.class_name("VisionTransformerMoe", classes)
     patch, representation = config.get("patch_size", PAIR), config.get("representation_size", SIZE, None)
     pool, class_token = config.choice("classifier", "token", CLASSIFIERS)
     width, encoder, settings = _tower(config, {"learned": "learn", "none": "none", "sincos2d": "sincos2d"})
@@ -199,20 +201,27 @@ def _experts(moe: Section, depth: int, mlp_dim: int, dropout: float) -> dict[str
     if not layers:  # and all other keys
         return {"num_experts": 0}
     E, size = moe.get("num_experts", SIZE), moe.get("group_size", SIZE)
+    members = moe.get("ensemble_size", SIZE, 1)
+    for name, number in (("num_experts", E), ("group_size", size)):
+        if number % members:
+            raise moe.wrong("ensemble_size", members, f"a divisor of {name} = {number}")
     expert_width = moe.get("mlp_dim", SIZE, mlp_dim)
     settings = {
         "moe_layers": layers,
         "num_experts": E,
         "group_size": size,
         "expert_drop": moe.get("dropout_rate", RATE, dropout),
-        **_router(moe.section("router"), E, size),
+        **_router(moe.section("router"), E, size, members),
     }
+    if members > 1:
+        settings["ensemble_size"] = members
     moe.finish("split_rngs")
     return settings if expert_width == mlp_dim else {**settings, "expert_width": expert_width}
 
 
-def _router(router: Section, E: int, size: int) -> dict[str, Any]:
-    kind = ROUTERS[router.class_name(TOP_K, {TOP_K: _ROUTING, EXPERT_CHOICE: _ROUTING, SOFT: _SOFT})]
+def _router(router: Section, E: int, size: int, members: int) -> dict[str, Any]:
+    classes = {TOP_K: _ROUTING, EXPERT_CHOICE: _ROUTING, SOFT: _SOFT}
+    kind = ROUTERS[router.class_name(TOP_K, classes if members == 1 else {TOP_K: _ROUTING})]
     std = router.get("noise_std", NOT_NEGATIVE, 0.0 if kind == "soft" else 1.0)
     deterministic = router.get("deterministic", FLAG, None)
     if deterministic is False and std > 0:
@@ -228,8 +237,9 @@ def _router(router: Section, E: int, size: int) -> dict[str, Any]:
         settings |= _capacity(dispatcher, E, size, ("einsum",))
     else:
         K = router.get("num_selected_experts", SIZE, 1)
-        if K > E:
-            raise router.wrong("num_selected_experts", K, f"1..num_experts, {E}")
+        if E // members < K:
+            of_member = " / ensemble_size" if members > 1 else ""
+            raise router.wrong("num_selected_experts", K, f"1..num_experts{of_member}, {E // members}")
         settings |= {"num_selected_experts": K, "batch_priority": dispatcher.get("batch_priority", FLAG)}
         settings |= _capacity(dispatcher, E, size * K, ("einsum", "indices"))
         if "capacity_factor" in settings:
