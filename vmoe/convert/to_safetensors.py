@@ -9,6 +9,8 @@ import timm
 import torch
 
 from vmoe.convert.arrays import CheckpointError, StoredArray, list_names, select_params
+from vmoe.convert.clip_moe import UNUSED as CLIP_MOE_UNUSED
+from vmoe.convert.clip_moe import is_clip_moe, plan_clip_moe
 from vmoe.convert.orbax import find_orbax, open_orbax
 from vmoe.convert.reference import plan
 from vmoe.convert.released import RELEASED
@@ -21,6 +23,12 @@ from vmoe.models.factory import file_metadata
 from vmoe.models.serialization import mapped_safetensors, read_pretrained_metadata
 from vmoe.utils.files import read_json
 from vmoe.utils.paths import check_output
+
+# Files of PyTorch: name -> (whether arrays are of its model, what plans the model, arrays that the model does not need).
+PROJECTS = {
+    "SigLino": (is_siglino, plan_siglino, SIGLINO_UNUSED),
+    "CLIP-MoE": (is_clip_moe, plan_clip_moe, CLIP_MOE_UNUSED),
+}
 
 
 class Converted(NamedTuple):
@@ -89,7 +97,8 @@ def convert_checkpoint(
     Args:
         source, step: the prefix of a sharded checkpoint of the reference, or the folder of an Orbax checkpoint; of a
             training run's checkpoints that of `step`, by default the last, is taken. Or a file of PyTorch, such as
-            SigLino's `.pt`, or the ranks of a Swin-MoE (see `find_swin_moe`), which are recognised by their content.
+            SigLino's and CLIP-MoE's `.pt`, or the ranks of a Swin-MoE (see `find_swin_moe`), recognised by their
+            content.
         config: the name of a released checkpoint (`vmoe.convert.RELEASED`), a JSON file, or the dictionary itself; or
             an experiment's config with it as "model". Of other projects' models that were not released: the arguments
             of its constructor.
@@ -121,12 +130,11 @@ def convert_checkpoint(
 def _plan_torch(source: str | Path, args: Mapping[str, Any] | None, model: str | None) -> tuple:
     """What `_write` takes, for a file of PyTorch, recognised by its content."""
     arrays = open_torch(source)
-    if not is_siglino(arrays):
-        raise CheckpointError(f"{source} is of no model that can be converted; it holds {list_names(sorted(arrays))}")
-    planned = plan_siglino(arrays, source, args, model)
-    skipped = len(SIGLINO_UNUSED & arrays.keys())
-    stored = {name: array for name, array in arrays.items() if name not in SIGLINO_UNUSED}
-    return str(source), "SigLino", stored, skipped, planned
+    for kind, (fits, plan_model, unused) in PROJECTS.items():
+        if fits(arrays):
+            stored = {name: array for name, array in arrays.items() if name not in unused}
+            return str(source), kind, stored, len(arrays) - len(stored), plan_model(arrays, source, args, model)
+    raise CheckpointError(f"{source} is of no model that can be converted; it holds {list_names(sorted(arrays))}")
 
 
 def _write(
