@@ -158,9 +158,14 @@ class VisionMoE(VisionTransformer):
         pos_embed: "learn", "sincos2d" (fixed, for patches only, not in the state dict) or "none".
         qk_norm: a LayerNorm without bias on queries and keys, in the blocks and in `global_pool="map"`.
         representation_size: width of a linear layer with tanh before the classifier, `pre_logits`, or None.
-        ensemble_size: M, members of an efficient ensemble (E3, arXiv 2110.03360): see `forward`.
+        ensemble_size: M, members of an efficient ensemble (E3, arXiv 2110.03360), see below.
         **kwargs: of `timm.models.VisionTransformer` and of `vmoe.moe.config.RoutingSettings`, and `router_preset`;
             `num_experts=0` makes the dense baseline.
+
+    An ensemble of M members gives in `eval()` the log of their mean probability, (B, classes). In training it gives the
+    logits of all copies, (B · M, classes), those of an image next to each other: its loss is the mean over them, with
+    `labels.repeat_interleave(M, dim=0)`. Loops that cannot be changed set auxiliary_loss="attach": then it is (B,
+    classes), the members' mean log probability, of which cross-entropy has the gradient of that mean loss.
     """
 
     def __init__(
@@ -245,16 +250,12 @@ class VisionMoE(VisionTransformer):
             x = x + positions_1PD.view(1, *x.shape[1:]).to(x.dtype)
         return self.pos_drop(super()._pos_embed(x))
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """Images (B, 3, H, W) -> logits (B, classes).
+    def member_logits(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> the logits of all copies, (B · M, classes), those of an image next to each other."""
+        return self.head(self.forward_head(self.forward_features(x), pre_logits=True))
 
-        An ensemble of M members gives in `eval()` the log of the members' mean probability, (B, classes). In training
-        it gives the logits of all copies, (B · M, classes), those of an image next to each other: its loss is the mean
-        over them, with `labels.repeat_interleave(M, dim=0)`. Loops that cannot be changed set auxiliary_loss="attach":
-        then it is (B, classes), the members' mean log probability, and cross-entropy, which divides these by their sum,
-        has the gradient of that mean loss together with what is attached.
-        """
-        logits = super().forward(x, *args, **kwargs)
+    def _together(self, logits: Tensor) -> Tensor:
+        """What the model gives for the logits of all copies, see the class."""
         if self.ensemble_size == 1:
             return logits
         attached = any(getattr(block.mlp, "auxiliary_loss", None) == "attach" for block in self.blocks)
@@ -265,19 +266,16 @@ class VisionMoE(VisionTransformer):
             return logits_BMC.mean(1)
         if not self.training:
             return log_mean_probability(logits_BMC)
+        # Cross-entropy of this subtracts its logsumexp; the attached gradient takes that back.
         mean_BC = logits_BMC.log_softmax(-1).mean(1)
         return attach_loss(mean_BC, -mean_BC.logsumexp(-1).mean())
-
-    def member_logits(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> the logits of all copies, (B · M, classes), those of an image next to each other."""
-        return super().forward(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.fc_norm(self.pool(x))
         if isinstance(self.pre_logits, nn.Linear):
             x = self.pre_logits(x).tanh()
         x = self.head_drop(x)
-        return x if pre_logits else self.head(x)
+        return x if pre_logits else self._together(self.head(x))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         first_patch = global_pool == "token" and not self.has_class_token  # see `__init__`
