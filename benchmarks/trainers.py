@@ -98,7 +98,8 @@ def timm_script(folder: Path, number: int, args: argparse.Namespace, name: str, 
     if not (part / "validation").exists():  # it wants some
         (part / "validation").symlink_to(folder / "few", target_is_directory=True)
     words = f"--model {name} --num-classes {CLASSES} --device cpu -b {args.batch} -j {args.workers} --epochs 1"
-    words += f" --opt adamw --lr {RATE} --weight-decay {DECAY} --sched cosine --warmup-epochs 0 --color-jitter 0 --train-interpolation bicubic"
+    words += f" --opt adamw --lr {RATE} --weight-decay {DECAY} --sched cosine --warmup-epochs 0 --color-jitter 0"
+    words += " --train-interpolation bicubic"
     words += f" --log-interval 50 --data-dir {part} --output {tempfile.mkdtemp(dir=folder)}"
     return [sys.executable, str(args.timm_scripts / "train.py"), *words.split(), *more]
 

@@ -185,9 +185,9 @@ def test_names_and_arguments_that_contradict_the_file(golden, ranks, tmp_path):
         ({**args, "capacity_factor": "x"}, "capacity_factor = 'x' cannot be converted"),
         ({**args, "capacity_factor": 0}, "capacity_factor = 0.0 cannot be converted: it must be > 0 with use_bpr"),
     ):
+        given = {"config": None, "model": config} if isinstance(config, str) else {"config": config}
         with pytest.raises((CheckpointError, ConfigError), match=re.compile(message)):
-            given = {"model": config} if isinstance(config, str) else {"config": config}
-            convert_checkpoint(ranks, **{"config": None, **given}, file=out)
+            convert_checkpoint(ranks, **given, file=out)
     with pytest.raises(CheckpointError, match="norm.weight is missing"):
         vmoe.convert.from_swin_moe(args, {name: each for name, each in state.items() if name != "norm.weight"})
     assert not out.exists()

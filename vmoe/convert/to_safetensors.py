@@ -24,7 +24,7 @@ from vmoe.models.serialization import mapped_safetensors, read_pretrained_metada
 from vmoe.utils.files import read_json
 from vmoe.utils.paths import check_output
 
-# Files of PyTorch: name -> (whether arrays are of its model, what plans the model, arrays that the model does not need).
+# Files of PyTorch: name -> (whether arrays are of its model, what plans the model, arrays that it does not need).
 PROJECTS = {
     "SigLino": (is_siglino, plan_siglino, SIGLINO_UNUSED),
     "CLIP-MoE": (is_clip_moe, plan_clip_moe, CLIP_MOE_UNUSED),
