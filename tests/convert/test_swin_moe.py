@@ -211,6 +211,8 @@ def test_the_command_there_and_back(golden, ranks, tmp_path, capsys):
     assert "(Swin-MoE)" in capsys.readouterr().out
     assert main(["--from", one, "--to", target, "--ranks", "2"]) == 0
     assert f"wrote    {target}.master and 2 files from {target}.rank0 on" in capsys.readouterr().out
+    assert main(["--from", str(tmp_path / "none"), "--to", one]) == 1
+    assert "none: there is nothing of that name" in capsys.readouterr().err
     assert main(["--from", one, "--to", str(tmp_path / "c.pth"), "--ranks", "3"]) == 1
     assert "of 4 experts cannot be shared by 3 ranks" in capsys.readouterr().err
     assert not list(tmp_path.glob("c.pth*"))

@@ -115,9 +115,10 @@ def convert_checkpoint(
         args = None if config is None else resolve_config(config)[0]
         return _write(file, *(plan_swin_moe(files, args, model) if files else _plan_torch(source, args, model)))
     if config is None or model is not None:
+        open_checkpoint(source, step)  # raises for what is none
         raise ConfigError(
-            f"{source} is no file of PyTorch: a checkpoint of the reference takes --config and no --model, a released "
-            f"name ({', '.join(RELEASED)}) or a JSON file"
+            f"{source} is a checkpoint of the reference, which takes --config and no --model: a released name "
+            f"({', '.join(RELEASED)}) or a JSON file"
         )
     model_config, preprocess = resolve_config(config)
     path, kind, arrays = open_checkpoint(source, step)
