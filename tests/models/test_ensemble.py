@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import vmoe
 from vmoe.models.dense_mlp import UpcycleError
@@ -38,6 +39,9 @@ def test_each_member_is_a_vmoe():
     assert ensemble.forward_features(images).shape == (10, 5, 16)
     with pytest.raises(ValueError, match="an ensemble has no features of single blocks"):
         ensemble.forward_intermediates(images, indices=1)
+    traced = create_feature_extractor(ensemble, ["blocks.1.mlp", "head"])(images)  # by torch.fx
+    torch.testing.assert_close(traced["head"], logits)
+    assert traced["blocks.1.mlp"].shape == (10, 5, 16)
     ensemble.reset_classifier(0)
     assert ensemble(images).shape == (5, 16)
 

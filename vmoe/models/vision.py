@@ -112,8 +112,7 @@ class CopyingBlock(Block):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """(B, ...) -> (B · copies, ...)."""
-        copies = x[:, None].expand(-1, self.copies, *[-1] * (x.ndim - 1)).flatten(0, 1)
-        return super().forward(copies, *args, **kwargs)
+        return super().forward(torch.stack([x] * self.copies, dim=1).flatten(0, 1), *args, **kwargs)
 
 
 def log_mean_probability(logits_BMC: Tensor) -> Tensor:
