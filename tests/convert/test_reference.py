@@ -232,6 +232,9 @@ def changed(key, value, config=VISION):
         ("encoder.position_emb", 3, "encoder.position_emb must be a dictionary"),
         ("encoder.moe.mlp_dim", "24", "encoder.moe.mlp_dim = '24' .* a whole number"),
         ("encoder.moe.layers", "last2", "encoder.moe.layers = 'last2'"),
+        ("encoder.moe.ensemble_size", 2, "ensemble_size = 2 .* a divisor of num_experts = 3"),
+        ("encoder.moe.ensemble_size", 3, "ensemble_size = 3 .* a divisor of group_size = 4"),
+        ("encoder.moe.ensemble_size", 0, "ensemble_size = 0 .* a whole number >= 1"),
         (f"{ROUTER}.name", "kl.KLRouter", "encoder.moe.router.name = 'kl.KLRouter'"),
         (f"{ROUTER}.name", "other.module.SoftRouter", "cannot be converted: it must be one of"),
         (f"{ROUTER}.name", "SoftRouter(num_slots=3)", "with its arguments as keys beside it"),
@@ -267,6 +270,27 @@ def changed(key, value, config=VISION):
 def test_what_cannot_be_converted_names_the_key_and_the_value(key, value, message):
     with pytest.raises(ConfigError, match=message):
         from_reference(changed(key, value), random_params({**VISION, "image_size": 8}))
+
+
+def test_an_ensemble_there_and_back():
+    config = {**VISION, "image_size": 8, "name": "VisionTransformerMoeEnsemble"}
+    config = changed("encoder.moe", {**VISION["encoder"]["moe"], "num_experts": 4, "ensemble_size": 2}, config)
+    params = random_params(config)
+    with pytest.raises(CheckpointError, match=r"Router/dense/kernel has shape \(8, 4\), the model's is \(8, 2, 2\)"):
+        from_reference(config, params)
+    gate = "Encoder/encoderblock_1/Moe/Router/dense/kernel"
+    params[gate] = params[gate].reshape(8, 2, 2)  # as the reference makes an ensemble of a V-MoE
+    model = from_reference(config, params)
+    back = to_reference(model)
+    assert back.keys() == params.keys()
+    assert all(np.array_equal(back[name], params[name]) for name in params)
+    again = from_reference(json.loads(json.dumps(reference_config(model))), back)
+    images = torch.randn(3, 3, 8, 8)
+    assert torch.equal(again(images), model(images))
+    with pytest.raises(ConfigError, match=r"num_selected_experts = 3 .* 1\.\.num_experts / ensemble_size, 2"):
+        from_reference(changed(f"{ROUTER}.num_selected_experts", 3, config), params)
+    with pytest.raises(ConfigError, match=r"encoder.moe.router.name = 'SoftRouter'"):
+        from_reference(changed(f"{ROUTER}.name", "SoftRouter", config), params)
 
 
 def test_wrong_arguments_name_themselves():

@@ -1,5 +1,6 @@
 """Efficient ensembles of experts (E3, arXiv 2110.03360): whole models, their losses, files and what refuses them."""
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import vmoe
+from vmoe.inspection.accumulate import split_modalities
 from vmoe.models.dense_mlp import UpcycleError
 from vmoe.models.flops import model_profile
 from vmoe.models.vision import log_mean_probability
@@ -120,3 +122,18 @@ def test_an_ensemble_keeps_its_experts():
     for change in (vmoe.densify, lambda model: vmoe.prune_experts(model, 2, {})):
         with pytest.raises(UpcycleError, match="an ensemble of 2 members"):
             change(make())
+
+
+def test_statistics_take_the_choices_of_all_copies():
+    model = make(num_selected_experts=2, eval_capacity_factor=0.5, capacity_multiple_of=1).eval()
+    with torch.no_grad(), vmoe.record_routing(model) as record:
+        model(torch.randn(3, 3, 16, 16))
+    call = record.layers["blocks.1.mlp"]
+    tokens = split_modalities(call)["image"]
+    assert tokens.expert_BTK.shape == tokens.kept_BTK.shape == (3, 5, 4)  # two of each set of two experts
+    assert (np.sort(tokens.expert_BTK) == np.arange(4)).all()
+    assert tokens.real_BT.shape == (3, 5)
+    np.testing.assert_allclose(tokens.gate_BTE.sum(-1), 1, rtol=1e-6)
+    kept = tokens.expert_BTK[tokens.kept_BTK]
+    assert (np.bincount(kept, minlength=4) == call.load.numpy()).all()
+    assert len(kept) < tokens.kept_BTK.size

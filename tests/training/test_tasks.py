@@ -1,6 +1,8 @@
 import math
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import open_clip
 import pytest
@@ -18,6 +20,7 @@ from vmoe.models.manifest import list_checkpoints
 from vmoe.models.serialization import WeightsError
 from vmoe.moe import quantize_experts
 from vmoe.training.config import Config, to_yaml
+from vmoe.training.distill import Distiller
 from vmoe.training.optim import freeze
 from vmoe.training.tasks import create_task, with_steps
 from vmoe.training.trainer import train
@@ -307,3 +310,25 @@ def test_more_epochs_continue_a_run(make_config, tmp_path):
     runs = [tmp_path / "run", tmp_path / "straight"]
     ours, theirs = (load_file(list_checkpoints(folder)[-1] / "model.safetensors") for folder in runs)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_labels_are_repeated_for_the_copies_of_an_ensemble(make_config):
+    config = make_config(**{"model.kwargs.ensemble_size": 2, "model.kwargs.noise_std": 0.0})
+    task = create_task(config)
+    model, taught = task.create_model(None).train(), torch.randn(8, 3)
+    batch = first_batch(task, model, config)
+    losses = F.cross_entropy(model(batch["image"]), batch["label"].repeat_interleave(2), reduction="none")
+    loss = task.loss(model, batch, 0)
+    torch.testing.assert_close(loss, losses.view(8, 2).mean(1).mean())
+    task.distiller = SimpleNamespace(classification=Distiller.classification.__get__(teacher(taught)))
+    own = model(batch["image"]).log_softmax(1)
+    expected = F.kl_div(own, taught.repeat_interleave(2, 0).log_softmax(1), reduction="batchmean", log_target=True)
+    torch.testing.assert_close(task.loss(model, batch, 0), loss / 2 + expected / 2)
+
+
+def teacher(logits):
+    """What the loss of a distiller needs of it, with a teacher of known logits."""
+    known = {"settings": SimpleNamespace(weight=0.5, features=0.0, temperature=1.0), "adapt": lambda images: images}
+    found = SimpleNamespace(**known, _scores=lambda _images: logits, _timed=nullcontext)
+    found._together = Distiller._together.__get__(found)
+    return found

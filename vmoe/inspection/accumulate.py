@@ -40,20 +40,20 @@ def split_modalities(call: LayerRouting) -> dict[str, ModalityTokens]:
 
     A token of an ensemble has the choices of all its copies, and the mean of their gates.
     """
-    copies = call.groups.copies
 
     def array(tensor: Tensor) -> np.ndarray:
-        tensor = call.tokens(tensor) if tensor.ndim < 3 else call.by_image(tensor)
-        tensor = tensor[::copies].detach().cpu() if tensor.ndim < 3 else tensor.detach().cpu()
+        tensor = tensor.detach().cpu()
         return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
     chosen_GNK = call.routing.chosen_GNK
     asked_GNK = call.kept | True if chosen_GNK is None else chosen_GNK
-    grouped = (call.mask, call.gates, call.expert_index, call.combine_weights, asked_GNK, call.kept)
-    arrays = [array(tensor) for tensor in grouped]
+    copies, choices = call.groups.copies, (call.expert_index, call.combine_weights, asked_GNK, call.kept)
+    gate_BTE = call.by_image(call.gates).unflatten(-1, (copies, -1)).mean(2)
+    tensors = (call.tokens(call.mask)[::copies], gate_BTE, *map(call.by_image, choices))
+    arrays = [array(tensor) for tensor in tensors]
     if call.modality is None:
         return {call.modalities[0]: ModalityTokens(*arrays)}
-    modality_BT = array(call.modality)
+    modality_BT = array(call.tokens(call.modality))
     if (modality_BT != modality_BT[:1]).any():
         raise ValueError("the tokens of a modality must have the same positions in every row of the batch")
     positions = {name: np.flatnonzero(modality_BT[0] == m) for m, name in enumerate(call.modalities)}
