@@ -150,7 +150,7 @@ class AuxiliaryLosses:
             own = _per_modality(settings, loss, modalities, 0.0)
             weights |= {f"{prefix}{loss}": own[name] for name, prefix in _prefixes(modalities).items()}
         min_experts = _per_modality(settings, "global_entropy_min_experts", modalities, None)
-        noise_std = settings.noise_std / settings.num_experts
+        noise_std = settings.noise_std * settings.ensemble_size / settings.num_experts  # over the experts of a member
         return cls(weights, min_experts, noise_std, settings.auxiliary_loss_scope == "batch")
 
     def any_for(self, routing: Routing) -> bool:
