@@ -57,6 +57,7 @@ def test_golden(case):
 
 
 OTHERS = {
+    "default_head_dim": {"head_dim": None, "n_kv_heads": None},
     "grouped_shared": {"n_kv_heads": 2, "num_shared_experts": 2, "activation": "relu2"},
     "normalized_scaled": {"route_norm": True, "route_scale": 0.8633, "top_k": 5},
     "softmax_no_registers": {"score_func": "softmax", "n_storage_tokens": 0, "use_qk_norm": False, "top_k": 1},

@@ -179,6 +179,7 @@ def siglino_settings(args: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
         "num_experts": num_experts,
     }
     kwargs["img_size"] = 16 * kwargs["patch_size"]
+    kwargs["head_dim"] = kwargs["head_dim"] or kwargs["embed_dim"] // kwargs["num_heads"]  # timm would drop a None
     scale = moe.get("route_scale", POSITIVE, 1.0)
     kwargs |= _expert_settings(moe, expert_width) if num_experts else {"expert_width": expert_width or None}
     section.choice("temporal_patch_size", 1, {1: 1})

@@ -49,7 +49,9 @@ def open_torch(file: str | Path) -> dict[str, StoredArray]:
     ):
         raise CheckpointError(f"{file} holds no state dict, names with a tensor each: {type(content).__name__}")
     if any(getattr(each.untyped_storage(), "_checkpoint_offset", None) is None for each in content.values()):
-        raise CheckpointError(f"{file} is of PyTorch's older format: load it and save it again with torch.save")
+        raise CheckpointError(
+            f"{file} is of PyTorch's older format, or lacks numbers: load it and save it with torch.save"
+        )
     return {str(name): _stored(file, tensor) for name, tensor in content.items()}
 
 

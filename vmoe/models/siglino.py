@@ -468,6 +468,8 @@ class SigLinoTransform:
 
     def __call__(self, image: Image.Image | Sequence[Image.Image]) -> dict[str, Tensor]:
         if not isinstance(image, Image.Image):
+            if not image:
+                raise ValueError("there must be at least one image, got an empty list")
             samples = [self(each) for each in image]
             return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
         height, width = self.size(image.height, image.width)

@@ -222,9 +222,8 @@ class Gate(Router):
 
     In training, noise of standard deviation `noise_std / E` is added to the logits. `weight` is (E, D), and so is
     `noise_weight`, which there is with `learned_noise`. With gate="cosine" `weight` is (E, P), `projection` (P, D),
-    `projection_bias` (P,), and `temperature` (1,) the logarithm of the scale, as in Tutel.
-    `noise_weight`, which there is with `learned_noise`. In an ensemble E of all else is the experts of one member, and
-    the rows of `weight` are the gates of the members, one after the other.
+    `projection_bias` (P,), and `temperature` (1,) the logarithm of the scale, as in Tutel. In an ensemble E of all else
+    is the experts of one member, and the rows of `weight` are the gates of the members, one after the other.
     """
 
     SHARED = ("projection", "projection_bias", "temperature")  # parameters that belong to no single expert
