@@ -48,8 +48,8 @@ def test_each_member_is_a_vmoe():
     assert ensemble(images).shape == (5, 16)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_attached_losses_train_like_repeated_labels(smoothing):
+@pytest.mark.parametrize(("smoothing", "scale"), [(0.0, 1.0), (0.1, 1.0), (0.0, 0.25)])
+def test_attached_losses_train_like_repeated_labels(smoothing, scale):
     images, labels = torch.randn(4, 3, 16, 16).double(), torch.arange(4) % 3
     model = make().double().train()
     with vmoe.record_routing(model) as record:
@@ -57,14 +57,23 @@ def test_attached_losses_train_like_repeated_labels(smoothing):
         assert logits.shape == (8, 3)
         repeated = labels.repeat_interleave(2)
         loss = F.cross_entropy(logits, repeated, label_smoothing=smoothing) + record.auxiliary_loss()
-    loss.backward()
+    (scale * loss).backward()
     attached = make(auxiliary_loss="attach").double().train()
-    output = attached(images)
-    assert output.shape == (4, 3)
-    F.cross_entropy(output, labels, label_smoothing=smoothing).backward()
+    vmoe.set_auxiliary_loss_scale(scale)
+    try:
+        output = attached(images)
+        assert output.shape == (4, 3)
+        (scale * F.cross_entropy(output, labels, label_smoothing=smoothing)).backward()
+    finally:
+        vmoe.set_auxiliary_loss_scale(1.0)
     grads = dict(attached.named_parameters())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, grads[name].grad, msg=name)
+
+
+def test_a_number_of_members_that_is_not_whole_is_refused():
+    with pytest.raises(ValueError, match="ensemble_size must be a whole number, got 2.0"):
+        make(M=2.0)
 
 
 def test_a_vmoe_becomes_an_ensemble_with_its_weights(tmp_path):

@@ -115,11 +115,12 @@ def clip_moe_spec(args: Mapping[str, Any]) -> dict[str, Any]:
     if K > E:
         raise moe.wrong("top_k", K, f"1..num_experts, {E}")
     for key, width, number in (
-        ("vision_width", widths["image"], HEAD_WIDTH),
+        ("vision_width", widths["image"], widths["image"] // HEAD_WIDTH),  # as OpenAI's CLIP and open_clip count them
         ("transformer_width", widths["text"], heads),
     ):
-        if width % number:
-            raise section.wrong(key, width, f"a multiple of {number}")
+        if not number or width % number:
+            wanted = f"a multiple of its {number} heads" if number else f"at least {HEAD_WIDTH}, the width of a head"
+            raise section.wrong(key, width, wanted)
     if sparse > layers["image"]:
         raise moe.wrong("moe_layers", sparse, f"at most vision_layers, {layers['image']}")
     if get("context_length", SIZE, CONTEXT_LENGTH) != CONTEXT_LENGTH:

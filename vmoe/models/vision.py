@@ -190,6 +190,8 @@ class VisionMoE(VisionTransformer):
             raise ValueError("block_fn cannot be set: experts replace the MLPs of timm's Block; leave it out")
         routing = take_routing(kwargs, ROUTING_DEFAULTS)
         chosen = sparse_blocks(moe_layers, depth) if routing["num_experts"] else ()
+        if type(ensemble_size) is not int:
+            raise ValueError(f"ensemble_size must be a whole number, got {ensemble_size!r}")
         if ensemble_size != 1 and not chosen:
             raise ValueError(f"ensemble_size={ensemble_size} needs blocks with experts; leave it out of a dense model")
         routing["ensemble_size"] = ensemble_size

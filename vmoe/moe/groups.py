@@ -34,6 +34,11 @@ def _pad(tensor_CS: Tensor, missing: int) -> Tensor:
     return torch.cat([tensor_CS, tensor_CS.new_zeros(len(tensor_CS), missing, *tensor_CS.shape[2:])], dim=1)
 
 
+def _first(y: Tensor, S: int, dim: int) -> Tensor:
+    """The first S along a dimension; of an exported batch S is a symbol, which a slice would fix."""
+    return y.narrow(dim, 0, S) if isinstance(S, int) else y.index_select(dim, torch.arange(S, device=y.device))
+
+
 @dataclass(frozen=True)
 class TokenGroups:
     """The groups of one call of a sparse layer.
@@ -112,10 +117,8 @@ class TokenGroups:
     def ungroup(self, y_GND: Tensor) -> Tensor:
         """(G, N, ...) -> (..., ...), the leading shape of the layer's input."""
         C, width, S = self.copies, y_GND.shape[2:], math.prod(self.leading) // self.copies
-        y_CSD = y_GND.unflatten(0, (C, -1)).flatten(1, 2)
-        # A slice would fix the size of an exported batch.
-        y_CSD = y_CSD[:, :S] if isinstance(S, int) else y_CSD.index_select(1, torch.arange(S, device=y_CSD.device))
         if C == 1:
-            return y_CSD.view(*self.leading, *width)
+            return _first(y_GND.flatten(0, 1), S, 0).view(*self.leading, *width)
+        y_CSD = _first(y_GND.unflatten(0, (C, -1)).flatten(1, 2), S, 1)
         images, *length = self.leading[0] // C, *self.leading[1:]
         return y_CSD.reshape(C, images, *length, *width).transpose(0, 1).flatten(0, 1)

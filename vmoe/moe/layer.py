@@ -143,6 +143,8 @@ class SparseMoE(nn.Module):
         by_sequence = self.router_type != "top_k" and len(leading) > 1
         size = math.prod(leading[1:]) if by_sequence else None
         if self.group_size:
+            if self.group_size % self.ensemble_size:
+                raise ValueError(f"ensemble_size must divide group_size ({self.group_size}), got {self.ensemble_size}")
             size = self.group_size // self.ensemble_size
         return TokenGroups.cut(x_BTD, mask_BT, modality_BT, size, self.modalities, self.ensemble_size)
 

@@ -116,14 +116,14 @@ class Distiller:
         settings, parts = self.settings, {}
         with self._timed():
             taught_BC = self._scores(self.adapt(images))
-            copies = len(logits_BC) // len(images)  # of each image, in an ensemble
+            copies = len(logits_BC) // len(images)  # of each image, if the student is an ensemble
             taught_BC = taught_BC.repeat_interleave(copies, dim=0)
         if settings.weight:
             parts["distill_loss"] = soft_loss(logits_BC, taught_BC, settings.temperature)
         if settings.features:
             projected = self._project(self._features.pop("student"))
-            taught_BD = self._features["teacher"]
-            taught_BD = taught_BD.repeat_interleave(len(projected) // len(taught_BD), dim=0)
+            taught_BD = self._features["teacher"].unflatten(0, (len(images), -1)).mean(1)
+            taught_BD = taught_BD.repeat_interleave(len(projected) // len(images), dim=0)
             parts["feature_loss"] = feature_loss(projected, taught_BD)
         return self._together(loss, parts)
 
