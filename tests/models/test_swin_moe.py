@@ -47,6 +47,29 @@ def test_attention_is_timms_with_the_table_that_the_mlp_makes():
         assert ours(images[..., :32, :48]).isfinite().all()
 
 
+def test_windows_of_images_that_are_not_square_follow_the_shorter_side():
+    def windows(model):
+        blocks = [block for stage in model.layers for block in stage.blocks]
+        assert all(block.attn.window_size == block.window_size for block in blocks)
+        assert all((block.attn_mask is not None) == any(block.shift_size) for block in blocks)
+        return [(*block.window_size, *block.shift_size) for block in blocks]
+
+    for window, side in ((4, 4), (12, 8)):
+        # Stages of 8 x 16 and 4 x 8 positions.
+        shift = 2 if window == 4 else 0
+        wanted = [(side, side, 0, 0), (side, side, shift, shift), (4, 4, 0, 0), (4, 4, 0, 0)]
+        model = create_model(NAME, **TINY, img_size=[32, 64], window_size=window).eval()
+        assert windows(model) == wanted
+        assert model(torch.zeros(1, 3, 32, 64)).shape == (1, 5)
+        again = create_model(NAME, **TINY, img_size=64, window_size=window)
+        again.set_input_size(img_size=(32, 64), window_size=window)
+        assert windows(again) == wanted
+    again.set_input_size(img_size=(32, 48), window_size=(4, 2))  # asked for with two sides: timm's
+    assert windows(again) == [(4, 2, 0, 0), (4, 2, 2, 1), (4, 2, 0, 0), (4, 2, 0, 1)]
+    square = create_model(NAME, **TINY, img_size=64)
+    assert windows(square) == [(4, 4, 0, 0), (4, 4, 2, 2)] * 2
+
+
 def test_names_stand_for_the_released_sizes():
     with torch.device("meta"):
         model = timm.create_model("swin_moe_small_patch4_window12_192_cosine_router_32expert_32gpu_22k")

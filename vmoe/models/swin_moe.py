@@ -13,6 +13,7 @@ from timm.layers import Mlp
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.swin_transformer import (
     SwinTransformer,
+    SwinTransformerBlock,
     WindowAttention,
     checkpoint_filter_fn,
     get_relative_position_index,
@@ -120,6 +121,7 @@ class SwinMoE(SwinTransformer):
         chosen = sparse_blocks(moe_layers, len(blocks)) if routing["num_experts"] else ()
         for index, (block, window) in enumerate(blocks):
             block.attn = PositionMlpAttention(block.attn, window)
+            _fit_window(block)
             if index in chosen:
                 block.mlp = _sparse(block.mlp, block.input_resolution, routing)
                 block.mlp.experts.fc2.bias.requires_grad_(mlp_fc2_bias)
@@ -138,9 +140,27 @@ class SwinMoE(SwinTransformer):
             if isinstance(layer, SparseMoE) and not layer.experts.fc2.bias.requires_grad:
                 nn.init.zeros_(layer.experts.fc2.bias)
 
+    def set_input_size(self, *args, **kwargs) -> None:
+        """timm's; windows of images that are not square are the project's."""
+        super().set_input_size(*args, **kwargs)
+        for stage in self.layers:
+            for block in stage.blocks:
+                _fit_window(block)
+
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return without_decay(self) | {name for name, _ in self.named_parameters() if ".cpb_mlp." in name}
+
+
+def _fit_window(block: SwinTransformerBlock) -> None:
+    """The project's rule: a window no smaller than the shorter side is a square of that side, and is not shifted. timm
+    fits each side alone. Windows that were asked for with two sides are left to timm."""
+    side, largest = min(block.input_resolution), max(block.window_size)
+    square = block.window_size == tuple(min(length, largest) for length in block.input_resolution)
+    if side <= largest and square and not block.always_partition:
+        block.window_size, block.shift_size, block.window_area = (side, side), (0, 0), side * side
+        block.register_buffer("attn_mask", None, persistent=False)
+        block.attn.set_window_size((side, side))
 
 
 def _sparse(mlp: Mlp, resolution: tuple[int, int], routing: dict) -> SparseMoE:
