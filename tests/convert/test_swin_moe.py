@@ -204,6 +204,13 @@ def test_a_released_model_is_known_by_its_sizes():
     assert len(plan_rows(model, files)) == len(own)
 
 
+def test_more_heads_and_sparse_blocks_than_stages(golden):
+    args, state = golden
+    more = {**args, "num_heads": [*args["num_heads"], 12, 24], "moe_blocks": [*args["moe_blocks"], [0, 1], [0]]}
+    model = vmoe.convert.from_swin_moe(more, state)
+    equal(model.state_dict(), vmoe.convert.from_swin_moe(args, state).state_dict())
+
+
 def test_the_command_there_and_back(golden, ranks, tmp_path, capsys):
     (tmp_path / "args.json").write_text(json.dumps(golden[0]))
     one, target = str(tmp_path / "one.safetensors"), str(tmp_path / "b.pth")

@@ -191,10 +191,11 @@ def _settings(top: Section, E: int, blocks: int) -> dict[str, Any]:
             raise top.wrong(key, top.values[key], f"{needed}, as in all released models")
     kwargs = {_OURS.get(key, key): top.get(key, *own) for key, own in _ARGS.items()}
     depths = kwargs["depths"]
+    kwargs["num_heads"] = kwargs["num_heads"][: len(depths)]  # the project takes the first of more
     if sum(depths) != blocks or len(kwargs["num_heads"]) != len(depths):
         raise top.wrong("depths", depths, f"{blocks} blocks as in the weights, in as many stages as num_heads has")
     kwargs["pretrained_window_sizes"] = [*kwargs["pretrained_window_sizes"], *[0] * len(depths)][: len(depths)]
-    sparse = top.get("moe_blocks", _BLOCKS, ())
+    sparse = top.get("moe_blocks", _BLOCKS, ())[: len(depths)]
     kwargs["moe_layers"] = [sum(depths[:i]) + j for i, own in enumerate(sparse) for j in own if 0 <= j < depths[i]]
     if not kwargs["moe_layers"]:
         return {**kwargs, "num_experts": 0}
