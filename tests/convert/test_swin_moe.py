@@ -204,6 +204,29 @@ def test_a_released_model_is_known_by_its_sizes():
     assert len(plan_rows(model, files)) == len(own)
 
 
+@pytest.mark.parametrize(
+    ("args", "state", "message"),
+    [
+        ({}, [1], "state must be a dictionary of arrays, got list"),
+        ({}, None, "state must be a dictionary of arrays, got NoneType"),
+        ({}, {7: torch.ones(1)}, "7 is not part of the model"),
+        ([1], {}, "the config must be a dictionary"),
+        ({}, {f"{MOE}gates.0.sim_matrix": torch.tensor(1.0)}, "the state does not fit the model"),
+        ({}, {f"{MOE}gates.0.wg.weight": torch.tensor(1.0)}, "wg.weight is not part of the model"),
+        ({}, {"head.weight": torch.tensor(1.0)}, r"head.weight has shape \(\)"),
+        ({}, {"patch_embed.proj.weight": torch.tensor(1.0)}, r"patch_embed.proj.weight has shape \(\)"),
+        ({"num_heads": [0, 4]}, {}, "the model of these arguments cannot be built"),
+        ({"embed_dim": 2**31 - 1}, {}, "the model of these arguments cannot be built"),
+    ],
+)
+def test_bad_arguments_and_states_are_one_sentence(golden, args, state, message):
+    args = {**golden[0], **args} if isinstance(args, dict) else args
+    state = {**golden[1], **state} if isinstance(state, dict) else state
+    with pytest.raises((CheckpointError, ConfigError), match=message) as raised:
+        vmoe.convert.from_swin_moe(args, state)
+    assert "\n" not in str(raised.value)
+
+
 def test_more_heads_and_sparse_blocks_than_stages(golden):
     args, state = golden
     more = {**args, "num_heads": [*args["num_heads"], 12, 24], "moe_blocks": [*args["moe_blocks"], [0, 1], [0]]}

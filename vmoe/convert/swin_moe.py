@@ -135,9 +135,11 @@ def from_swin_moe(args: Mapping[str, Any], state: Mapping[str, Any]) -> nn.Modul
 
     ConfigError: a setting cannot be converted. CheckpointError: the weights do not fit.
     """
-    files = [Tensors({name: in_memory(array) for name, array in state.items()})]
-    spec = swin_moe_spec(files, args)
-    rows = plan_rows(on_meta(build, spec), files)
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"state must be a dictionary of arrays, got {type(state).__name__}")
+    files = [Tensors({str(name): in_memory(array) for name, array in state.items()})]
+    spec = swin_moe_spec(files, Section(args).values)
+    rows = plan_rows(_planned(spec), files)
     model = build(spec)
     tensors = model.state_dict()
     for entry, fill in rows:
@@ -150,9 +152,18 @@ def plan_swin_moe(files: list[Tensors], args: Mapping[str, Any] | None, name: st
     if args is not None and name is not None:
         raise ConfigError("give either the arguments or the name of a model, not both")
     spec = swin_moe_spec(files, name if args is None else args)
-    model = on_meta(build, spec)
+    model = _planned(spec)
     stored = {f"{file.name}:{array}": file[array] for file in files for array in file}
     return files[0].name, "Swin-MoE", stored, 0, (spec["name"], spec["kwargs"], model, plan_rows(model, files))
+
+
+def _planned(spec: dict[str, Any]) -> nn.Module:
+    """The model of a `swin_moe_spec`, without memory for its weights. ConfigError."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return build(spec)
+    except (RuntimeError, OverflowError, MemoryError, ZeroDivisionError) as error:  # sizes beyond what PyTorch counts
+        raise ConfigError(f"the model of these arguments cannot be built: {printable(error)[:200]}") from error
 
 
 def swin_moe_spec(files: Sequence[Tensors], config: str | Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -160,13 +171,10 @@ def swin_moe_spec(files: Sequence[Tensors], config: str | Mapping[str, Any] | No
     ConfigError."""
     state = files[0]
     width, classes = (
-        state[name].shape[0] if name in state else 0 for name in ("patch_embed.proj.weight", "head.weight")
+        next(iter(state[name].shape), 0) if name in state else 0 for name in ("patch_embed.proj.weight", "head.weight")
     )
     blocks = sum(name.endswith(".norm1.weight") for name in state)
-    gates = {name: array for name, array in state.items() if re.search(r"(wg\.weight|sim_matrix)$", name)}
-    first = next(iter(gates), "")
-    gate = "cosine" if first.endswith("sim_matrix") else "softmax"
-    E = gates[first].shape[-1 if gate == "cosine" else 0] if gates else 0
+    gate, E = _gate(state)
     released = {
         (args["embed_dim"], sum(args["depths"]), args["num_experts"], args.get("gate", "softmax")): name
         for name, args in SWIN_MOE_MODELS.items()
@@ -182,6 +190,16 @@ def swin_moe_spec(files: Sequence[Tensors], config: str | Mapping[str, Any] | No
         )
         raise ConfigError(f"--model is {what} ({', '.join(released.values())}): give one, or the JSON of its arguments")
     return {"name": name, "kwargs": {} if classes == 21841 else {"num_classes": classes}}
+
+
+def _gate(state: Tensors) -> tuple[str, int]:
+    """The kind of the first gate, and its number of experts."""
+    for name, array in state.items():
+        if name.endswith("wg.weight"):
+            return "softmax", next(iter(array.shape), 0)
+        if name.endswith("sim_matrix"):
+            return "cosine", next(reversed(array.shape), 0)
+    return "softmax", 0
 
 
 def _settings(top: Section, E: int, blocks: int) -> dict[str, Any]:
