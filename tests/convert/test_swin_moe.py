@@ -151,7 +151,7 @@ def damage(kind, ranks, state):
     ("kind", "message"),
     [
         ("gap", "a.pth.rank1 is missing: 3 of 4 ranks are there"),
-        ("last", "of 4 experts cannot be shared by 3 ranks"),
+        ("last", "ranks are missing after .*a.pth.rank2: 3 of them do not hold all of the router's 4 experts"),
         ("master", "a.pth.master is missing"),
         ("doubled", r"a.pth.rank3 is doubled: it holds the experts of .*a.pth.rank1"),
         ("number", "a.pth has two files of one rank: .*a.pth.rank03, .*a.pth.rank3"),
@@ -169,6 +169,14 @@ def test_bad_files_are_one_sentence_and_nothing_is_written(golden, ranks, tmp_pa
         convert_checkpoint(ranks, golden[0], tmp_path / "out.safetensors")
     assert "\n" not in str(raised.value)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_a_last_rank_that_is_missing(golden, tmp_path, ranks):
+    split(golden[1], tmp_path / "a.pth", ranks)
+    (tmp_path / f"a.pth.rank{ranks - 1}").unlink()
+    with pytest.raises(CheckpointError, match=rf"ranks are missing after .*a.pth.rank{ranks - 2}: "):
+        convert_checkpoint(tmp_path / "a.pth", golden[0], tmp_path / "out.safetensors")
 
 
 def test_names_and_arguments_that_contradict_the_file(golden, ranks, tmp_path):

@@ -104,6 +104,7 @@ def find_swin_moe(source: str | Path) -> list[Tensors]:
     if not any(".cpb_mlp." in name for name in files[0]):
         raise CheckpointError(f"{files[0].name} holds no Swin-MoE: no tensor is one of a position MLP (cpb_mlp)")
     _check_ranks(files[1:])
+    _check_count(files, _gate(files[0])[1])
     return files
 
 
@@ -122,6 +123,18 @@ def _check_ranks(files: list[Tensors]) -> None:
                 raise CheckpointError(
                     f"{file.name} is doubled: it holds the experts of {other.name}; get the right file"
                 )
+
+
+def _check_count(files: list[Tensors], E: int) -> None:
+    """CheckpointError: the ranks after the last are not there, of the E experts that the router has."""
+    shapes = [array.shape for name, array in files[1].items() if name.endswith("batched_fc1_w")]
+    if not E or not shapes or len(shapes[0]) != 3:
+        return
+    own, count = shapes[0][0], len(files) - 1
+    if own * count < E or (count > E and count % E):
+        raise CheckpointError(
+            f"ranks are missing after {files[-1].name}: {count} of them do not hold all of the router's {E} experts"
+        )
 
 
 def from_swin_moe(args: Mapping[str, Any], state: Mapping[str, Any]) -> nn.Module:
