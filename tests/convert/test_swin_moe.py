@@ -235,6 +235,21 @@ def test_bad_arguments_and_states_are_one_sentence(golden, args, state, message)
     assert "\n" not in str(raised.value)
 
 
+def test_older_files_beside_new_ranks_are_refused_and_a_folder_is_made(golden, ranks, tmp_path):
+    one, target = tmp_path / "one.safetensors", tmp_path / "new" / "b.pth"
+    convert_checkpoint(ranks, golden[0], one)
+    save_ranks(one, target, 4)
+    save_ranks(one, target, 4)  # replaces all
+    before = {file.name: file.read_bytes() for file in target.parent.iterdir()}
+    for older, count in (("global", 4), ("rank07", 4), ("rank2", 2)):
+        file = target.with_name(f"b.pth.{older}")
+        file.touch()
+        with pytest.raises(ValueError, match=f"b.pth.{older} is there already .*: remove it, or give another name"):
+            save_ranks(one, target, count)
+        assert all(target.with_name(name).read_bytes() == content for name, content in before.items())
+        file.unlink()
+
+
 def test_more_heads_and_sparse_blocks_than_stages(golden):
     args, state = golden
     more = {**args, "num_heads": [*args["num_heads"], 12, 24], "moe_blocks": [*args["moe_blocks"], [0, 1], [0]]}
@@ -254,4 +269,6 @@ def test_the_command_there_and_back(golden, ranks, tmp_path, capsys):
     assert main(["--from", one, "--to", str(tmp_path / "c.pth"), "--ranks", "3"]) == 1
     assert "of 4 experts cannot be shared by 3 ranks" in capsys.readouterr().err
     assert not list(tmp_path.glob("c.pth*"))
+    assert main(["--from", one, "--to", target, "--ranks", "1"]) == 1
+    assert "b.pth.rank1 is there already" in capsys.readouterr().err
     assert not list(tmp_path.glob(".*"))

@@ -328,7 +328,7 @@ def _part(rank: int, ranks: int, shape: Sequence[int]) -> tuple[slice, ...]:
 
 def save_ranks(file: str | Path, target: str | Path, ranks: int) -> list[str]:
     """Writes a Swin-MoE of this package as TARGET.master and TARGET.rankN, for Tutel on that many GPUs; returns their
-    names. ValueError: the ranks cannot share the experts, or the model is another."""
+    names. ValueError: the ranks cannot share the experts, the model is another, or older files would be read too."""
     spec = read_pretrained_metadata(file)
     model = on_meta(build, spec)
     if (
@@ -339,7 +339,9 @@ def save_ranks(file: str | Path, target: str | Path, ranks: int) -> list[str]:
         raise ValueError(
             f"{file} holds no Swin-MoE with experts in full precision, which alone can be split into ranks"
         )
+    _check_target(str(target), ranks)
     layout, written = swin_moe_layout(model), []
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         for rank in (None, *range(ranks)):
             state = _buffers(model) if rank is None else {}
@@ -356,6 +358,18 @@ def save_ranks(file: str | Path, target: str | Path, ranks: int) -> list[str]:
             written.append(f"{target}.{'master' if rank is None else f'rank{rank}'}")
             torch.save({"model": state}, stack.enter_context(atomic_file(Path(written[-1]))))
     return written
+
+
+def _check_target(target: str, ranks: int) -> None:
+    """ValueError: a file of an older checkpoint would be read with the new files, or in their place."""
+    own = {f"{target}.rank{rank}" for rank in range(ranks)}
+    others = [name for name in glob.glob(f"{glob.escape(target)}.rank*") if re.search(r"\.rank\d+$", name)]
+    for name in [target, f"{target}.global", *sorted(set(others) - own)]:
+        if Path(name).is_file():
+            raise ValueError(
+                f"{name} is there already and would be read with the new ranks or in their place: remove it, or give "
+                "another name"
+            )
 
 
 def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
