@@ -153,7 +153,7 @@ def damage(kind, ranks, state):
         ("gap", "a.pth.rank1 is missing: 3 of 4 ranks are there"),
         ("last", "ranks are missing after .*a.pth.rank2: 3 of them do not hold all of the router's 4 experts"),
         ("master", "a.pth.master is missing"),
-        ("doubled", r"a.pth.rank3 is doubled: it holds the experts of .*a.pth.rank1"),
+        ("doubled", r"a.pth.rank3 is doubled: it holds the experts of .*a.pth.rank1: .* give one file \(.global\)"),
         ("number", "a.pth has two files of one rank: .*a.pth.rank03, .*a.pth.rank3"),
         ("other", r"rank3 and .*rank0 are of different models: .*batched_fc1_bias is \[1, 7\], not \[1, 64\]"),
         ("short", "rank3 cannot be read by torch.load .*; is it complete"),
@@ -169,6 +169,14 @@ def test_bad_files_are_one_sentence_and_nothing_is_written(golden, ranks, tmp_pa
         convert_checkpoint(ranks, golden[0], tmp_path / "out.safetensors")
     assert "\n" not in str(raised.value)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_experts_that_differ_in_one_bias_alone_are_not_doubled(golden, tmp_path):
+    state = {name: torch.zeros_like(t) if ".experts." in name else t for name, t in golden[1].items()}
+    state[f"{MOE}experts.batched_fc2_bias"] = torch.arange(4.0)[:, None].expand(4, 32).clone()
+    split(state, tmp_path / "a.pth", 4)
+    convert_checkpoint(tmp_path / "a.pth", golden[0], tmp_path / "one.safetensors")
+    equal(load_file(tmp_path / "one.safetensors"), vmoe.convert.from_swin_moe(golden[0], state).state_dict())
 
 
 @pytest.mark.parametrize("ranks", [2, 8])

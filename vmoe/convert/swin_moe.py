@@ -111,18 +111,19 @@ def find_swin_moe(source: str | Path) -> list[Tensors]:
 def _check_ranks(files: list[Tensors]) -> None:
     """CheckpointError: ranks are of different models, or one is another's copy."""
     first, seen = files[0], {}
-    weight = next((name for name in first if name.endswith("batched_fc1_w")), None)
     for file in files:
         for name in sorted(first.keys() | file.keys()):
             a, b = ([*each[name].shape] if name in each else "missing" for each in (file, first))
             if a != b:
                 raise CheckpointError(f"{file.name} and {first.name} are of different models: {name} is {a}, not {b}")
-        if weight is not None:
-            digest = hashlib.blake2b(np.ascontiguousarray(file.read(weight))).digest()
-            if (other := seen.setdefault(digest, file)) is not file:
-                raise CheckpointError(
-                    f"{file.name} is doubled: it holds the experts of {other.name}; get the right file"
-                )
+        digest = hashlib.blake2b()
+        for name in sorted(file):  # copies of one MLP, that training starts from, may differ in a bias alone
+            digest.update(np.ascontiguousarray(file[name].read()))
+        if file and (other := seen.setdefault(digest.digest(), file)) is not file:
+            raise CheckpointError(
+                f"{file.name} is doubled: it holds the experts of {other.name}: get the right file, or all experts are "
+                "equal: then give one file (.global)"
+            )
 
 
 def _check_count(files: list[Tensors], E: int) -> None:
