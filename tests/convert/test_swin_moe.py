@@ -265,6 +265,17 @@ def test_more_heads_and_sparse_blocks_than_stages(golden):
     equal(model.state_dict(), vmoe.convert.from_swin_moe(args, state).state_dict())
 
 
+def test_the_arguments_gate_counts_for_a_file_of_a_released_size():
+    args = {"embed_dim": 96, "depths": [2, 2, 18, 2], "window_size": 12, "moe_blocks": [[], [], [1], [1]]}
+    sizes = {f"layers.2.blocks.{i}.norm1.weight": (96,) for i in range(24)}
+    sizes |= {"patch_embed.proj.weight": (96, 3, 4, 4), f"{MOE}gates.0.sim_matrix": (256, 32)}
+    file = Tensors({name: StoredArray(shape, "float32", 0, []) for name, shape in sizes.items()})
+    for cosine, gate in ((False, "softmax"), (True, "cosine")):
+        spec = swin_moe_spec([file], {**args, "cosine_router": cosine})
+        assert "cosine_router" in spec["name"]
+        assert spec["kwargs"]["gate"] == gate
+
+
 def test_the_command_there_and_back(golden, ranks, tmp_path, capsys):
     (tmp_path / "args.json").write_text(json.dumps(golden[0]))
     one, target = str(tmp_path / "one.safetensors"), str(tmp_path / "b.pth")

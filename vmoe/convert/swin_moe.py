@@ -239,6 +239,7 @@ def _settings(top: Section, E: int, blocks: int) -> dict[str, Any]:
         needed = "> 0 with use_bpr, with which Tutel would take another from the place of the last token"
         raise top.wrong("capacity_factor", factor, needed)
     kwargs["capacity_factor"] = kwargs["eval_capacity_factor"] = abs(kwargs["capacity_factor"]) or math.inf
+    kwargs["gate"] = "softmax"  # a released name may bring the other
     if top.get("cosine_router", FLAG, False):
         kwargs |= {"gate": "cosine", "cosine_dim": top.get("cosine_router_dim", SIZE, 256)}
     losses = ["load_importance_loss", "gshard_loss"]
