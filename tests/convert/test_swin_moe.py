@@ -191,8 +191,8 @@ def test_names_and_arguments_that_contradict_the_file(golden, ranks, tmp_path):
     args, state = golden
     out = tmp_path / "out.safetensors"
     for config, message in (
-        (None, "--model is missing, and none of them has these sizes"),
-        ("vit_base", "--model is 'vit_base', which is none of the released Swin-MoEs"),
+        (None, r"a\.pth\.master is a Swin-MoE of no released size: give --config FILE\.json$"),
+        ("vit_base", r"is a Swin-MoE: --model must be one of swin_moe_small_(?!.*tiny).*, got 'vit_base'$"),
         ("swin_moe_small_patch4_window12_192_densebaseline_22k", "does not fit the model: patch_embed.proj.weight has"),
         ({**args, "depths": [2, 4]}, r"depths = \[2, 4\] cannot be converted: it must be 4 blocks"),
         ({**args, "ape": True}, "ape = True cannot be converted"),

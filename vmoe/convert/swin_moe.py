@@ -197,12 +197,10 @@ def swin_moe_spec(files: Sequence[Tensors], config: str | Mapping[str, Any] | No
     if isinstance(config, Mapping):
         return {"name": name or _GENERIC, "kwargs": _settings(Section(config), E, blocks)}
     if (name := config or name) not in SWIN_MOE_MODELS:
-        what = (
-            f"{name!r}, which is none of the released Swin-MoEs"
-            if name
-            else "missing, and none of them has these sizes"
-        )
-        raise ConfigError(f"--model is {what} ({', '.join(released.values())}): give one, or the JSON of its arguments")
+        if name is None:
+            raise ConfigError(f"{state.name} is a Swin-MoE of no released size: give --config FILE.json")
+        known = ", ".join(each for each in released.values() if each != _GENERIC)
+        raise ConfigError(f"{state.name} is a Swin-MoE: --model must be one of {known}, got {name!r}")
     return {"name": name, "kwargs": {} if classes == 21841 else {"num_classes": classes}}
 
 
