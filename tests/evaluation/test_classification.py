@@ -31,7 +31,7 @@ def test_known_accuracy_whatever_the_batch_size(batch_size, make_batches):
     logits = torch.cat([Shifted()(batch["image"]) for batch in loader])
     confidence, predicted = logits.softmax(1).max(1)
     assert result["ece"] == expected_calibration_error(confidence, predicted == torch.arange(10))
-    assert result["nll"] == pytest.approx(float(F.cross_entropy(logits, torch.arange(10))), abs=1e-5)
+    assert result["nll"] == pytest.approx(float(F.cross_entropy(logits, torch.arange(10))), abs=6e-5)  # it is rounded
     assert "diversity" not in result
 
 
@@ -118,7 +118,7 @@ def test_an_ensemble_is_judged_by_its_mean_probability_and_how_far_its_members_d
         p, q = model.member_logits(images).softmax(-1).unflatten(0, (-1, 2)).unbind(1)
     mean = (p + q) / 2
     assert result["top1"] == (mean.argmax(1) == labels).double().mean()
-    assert result["nll"] == pytest.approx(float(F.nll_loss(mean.log(), labels)), abs=2e-5)
+    assert result["nll"] == pytest.approx(float(F.nll_loss(mean.log(), labels)), abs=6e-5)
     assert result["ece"] == pytest.approx(expected_calibration_error(mean.amax(1), mean.argmax(1) == labels), abs=2e-6)
     divergence = ((p - q) * (p.log() - q.log())).sum(1).mean() / 2  # KL(p, q) and KL(q, p)
     assert result["diversity"] == pytest.approx(float(divergence), abs=2e-5)

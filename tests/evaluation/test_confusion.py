@@ -27,7 +27,7 @@ def test_the_files_by_hand(tmp_path):
     names = ["cat", 'a "quoted", name', "$x$ 狐", "none"]
     label_N, predicted_N = torch.tensor([0, 0, 0, 1, 2, 2]), torch.tensor([0, 1, 1, 1, 0, 1])
     ranks = (label_N != predicted_N).long()
-    predictions = Predictions(torch.arange(6), label_N, ranks, predicted_N, torch.full((6,), 0.5), 4, 0)
+    predictions = Predictions(torch.arange(6), label_N, ranks, predicted_N, torch.full((6,), 0.5), torch.ones(6), 4, 0)
     confusion = confusion_matrix(label_N, predicted_N, 4)
     files = [tmp_path / name for name in ("per_class.csv", "confusion.csv", "confusion.png")]
     assert write_class_files(files, predictions.per_class(names), confusion) == files

@@ -29,7 +29,7 @@ class Conditions(ImageDataset):
 def predictions(number):
     label = torch.arange(number) % 2
     zeros = torch.zeros(number).long()
-    return Predictions(torch.arange(number), label, label, zeros, torch.full((number,), 0.5), 2, 0)
+    return Predictions(torch.arange(number), label, label, zeros, torch.full((number,), 0.5), torch.ones(number), 2, 0)
 
 
 def test_the_confusion_matrix_is_made_where_it_is_wanted_and_fits(monkeypatch, caplog):

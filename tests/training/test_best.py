@@ -63,7 +63,7 @@ def test_names_are_those_of_the_evaluations():
         ({"train.keep_best": "top1"}, "train.keep_best needs evaluations; set train.eval_every"),
         ({"train.eval_every": 1, "train.patience": 2}, "train.patience needs train.keep_best"),
         ({"train.patience": 0}, "train.patience must be >= 1, got 0; null never stops early"),
-        ({"train.eval_every": 1, "train.keep_best": "recall"}, r"\(top1, mean_per_class, ece\), got 'recall'"),
+        ({"train.eval_every": 1, "train.keep_best": "recall"}, r"\(top1, mean_per_class, nll, ece\), got 'recall'"),
     ],
 )
 def test_settings_that_do_not_go_together(make_config, overrides, message):

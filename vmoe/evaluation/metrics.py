@@ -82,8 +82,8 @@ def accuracies(ranks_N: Tensor, labels_N: Tensor, num_classes: int) -> dict[str,
 
 
 def rounded_mean(values_N: Tensor) -> float:
-    """The mean, rounded to 1e-5: what is beyond that is rounding of the forward pass."""
-    return round(float(values_N.double().mean()), 5)
+    """The mean, rounded to 1e-4: what is beyond that is rounding of the forward pass."""
+    return round(float(values_N.double().mean()), 4)
 
 
 def members_divergence(logits_BMC: Tensor) -> Tensor:
