@@ -331,11 +331,8 @@ def save_ranks(file: str | Path, target: str | Path, ranks: int) -> list[str]:
     names. ValueError: the ranks cannot share the experts, the model is another, or older files would be read too."""
     spec = read_pretrained_metadata(file)
     model = on_meta(build, spec)
-    if (
-        not isinstance(model, SwinMoE)
-        or "experts" in spec
-        or not any(isinstance(m, SparseMoE) for m in model.modules())
-    ):
+    sparse = any(isinstance(module, SparseMoE) for module in model.modules())
+    if not isinstance(model, SwinMoE) or "experts" in spec or not sparse:
         raise ValueError(
             f"{file} holds no Swin-MoE with experts in full precision, which alone can be split into ranks"
         )
@@ -347,17 +344,18 @@ def save_ranks(file: str | Path, target: str | Path, ranks: int) -> list[str]:
             state = _buffers(model) if rank is None else {}
             for name, entry in layout.items():
                 if (_EXPERTS in name) == (rank is not None):
-                    with safe_open(
-                        str(file),
-                        framework="pt",
-                        # Each time, since all that was read of a map counts as memory until it is closed.
-                    ) as opened:
-                        tensor = entry.view(opened.get_tensor(entry.tensor))
+                    tensor = entry.view(_read_tensor(file, entry.tensor))
                     where = () if rank is None else _part(rank, ranks, tensor.shape)
                     state[name] = tensor[where].clone(memory_format=torch.contiguous_format)
             written.append(f"{target}.{'master' if rank is None else f'rank{rank}'}")
             torch.save({"model": state}, stack.enter_context(atomic_file(Path(written[-1]))))
     return written
+
+
+# The file is opened for each tensor, since all that was read of a map counts as memory until it is closed.
+def _read_tensor(file: str | Path, name: str) -> torch.Tensor:
+    with safe_open(str(file), framework="pt") as opened:
+        return opened.get_tensor(name)
 
 
 def _check_target(target: str, ranks: int) -> None:
