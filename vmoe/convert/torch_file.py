@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vmoe.convert.arrays import CheckpointError, StoredArray, to_numpy
 from vmoe.utils.printable import first_line
@@ -30,13 +29,21 @@ def open_torch(file: str | Path) -> dict[str, StoredArray]:
 
     CheckpointError: the file cannot be read, holds more than tensors, or no state dict.
     """
+    return {name: _stored(file, name, tensor) for name, tensor in _state_dict(file).items()}
+
+
+def _state_dict(file: str | Path) -> dict[str, Tensor]:
+    """The tensors of a file, mapped. CheckpointError."""
     try:
-        with FakeTensorMode():  # tensors without numbers, which know where these lie in the file
-            content = torch.load(file, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         reason = f"it holds more than tensors, which could run code ({first_line(error)[:120]})"
         raise CheckpointError(f"{file} is not read: {reason}; save its state_dict alone with torch.save") from error
     except Exception as error:  # whatever PyTorch raises for a damaged file
+        if "_use_new_zipfile_serialization" in str(error):
+            raise CheckpointError(
+                f"{file} is of PyTorch's older format: load it and save it again with torch.save"
+            ) from error
         reason = f"{type(error).__name__}: {first_line(error)[:120]}"
         raise CheckpointError(f"{file} cannot be read by torch.load ({reason}); is it complete?") from error
     for key in _INSIDE:
@@ -48,23 +55,15 @@ def open_torch(file: str | Path) -> dict[str, StoredArray]:
         or not all(isinstance(each, Tensor) for each in content.values())
     ):
         raise CheckpointError(f"{file} holds no state dict, names with a tensor each: {type(content).__name__}")
-    if any(getattr(each.untyped_storage(), "_checkpoint_offset", None) is None for each in content.values()):
-        raise CheckpointError(
-            f"{file} is of PyTorch's older format, or lacks numbers: load it and save it with torch.save"
-        )
-    return {str(name): _stored(file, tensor) for name, tensor in content.items()}
+    return {str(name): tensor for name, tensor in content.items()}
 
 
-def _stored(file: str | Path, tensor: Tensor) -> StoredArray:
+def _stored(file: str | Path, name: str, tensor: Tensor) -> StoredArray:
     dtype = str(tensor.dtype).removeprefix("torch.")
-    parts = [(..., partial(_read, file, tensor))] if tensor.numel() else []
+    parts = [(..., partial(_read, file, name))] if tensor.numel() else []
     return StoredArray(tuple(tensor.shape), dtype, tensor.nbytes, parts)
 
 
-def _read(file: str | Path, tensor: Tensor) -> np.ndarray:
-    storage = tensor.untyped_storage()
-    raw = np.fromfile(file, np.uint8, storage.nbytes(), offset=storage._checkpoint_offset)
-    if len(raw) < storage.nbytes():
-        raise CheckpointError(f"{file} ends before the numbers of a tensor {tuple(tensor.shape)}; is it complete?")
-    numbers = torch.from_numpy(raw).view(tensor.dtype)
-    return to_numpy(numbers.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()))
+def _read(file: str | Path, name: str) -> np.ndarray:
+    # By a map of its own, since all that was read of a map counts as memory until it is closed.
+    return to_numpy(_state_dict(file)[name])

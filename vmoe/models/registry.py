@@ -1,6 +1,5 @@
 """V-MoE and Soft MoE by name, in timm's registry; importing this file registers them."""
 
-import logging
 from functools import partial
 
 import timm
@@ -15,10 +14,9 @@ from timm.models import (
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from vmoe.models.stored_settings import ABOUT_WEIGHTS, with_settings_of_file
 from vmoe.models.vision import VisionMoE
 from vmoe.moe.config import preset_settings
-
-logger = logging.getLogger("vmoe.models")
 
 _TINY = {"img_size": 48, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
 _SMALL = {"embed_dim": 512, "depth": 8, "num_heads": 8, "moe_layers": "last2"}
@@ -55,7 +53,6 @@ MODELS: dict[str, dict] = {
 _CFG = {"mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD, "interpolation": "bilinear"}
 _CFG |= {"fixed_input_size": True, "first_conv": "patch_embed.proj", "classifier": "head", "license": "apache-2.0"}
 _TINY_CFG = {**_CFG, "input_size": (3, 48, 48), "crop_pct": 1.0, "interpolation": "bicubic"}
-ABOUT_WEIGHTS = ("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir", "device", "dtype")
 # `register_model` looks for this name.
 default_cfgs = generate_default_cfgs({name: _TINY_CFG if "tiny" in name else _CFG for name in MODELS})
 
@@ -84,28 +81,6 @@ def _filter(state_dict: dict[str, Tensor], model: VisionMoE) -> dict[str, Tensor
     kept = {name: tensor for name, tensor in state_dict.items() if name.startswith("pre_logits.")}
     filtered = checkpoint_filter_fn(state_dict, model)
     return {**filtered, **kept} if isinstance(model.pre_logits, nn.Linear) else filtered
-
-
-def with_settings_of_file(name: str, pretrained: bool, kwargs: dict) -> tuple[str, dict]:
-    """The name and settings in a file of this package to which `pretrained_cfg` or its overlay points."""
-    from vmoe.models.serialization import METADATA_KEY, read_pretrained_metadata, safetensors_metadata  # slow to import
-
-    overlay = kwargs.get("pretrained_cfg_overlay") or {}
-    file = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), overlay).file
-    if not pretrained or not str(file).endswith(".safetensors") or METADATA_KEY not in safetensors_metadata(file):
-        return name, kwargs
-    metadata = read_pretrained_metadata(file)
-    stored_name, own = metadata["name"], dict(metadata["kwargs"])
-    if not timm.is_model(stored_name) or metadata.keys() & {"upcycle", "experts"}:
-        raise ValueError(f"{file} holds a {stored_name} that timm cannot make; use vmoe.create_model(pretrained=FILE)")
-    if stored_name != name:
-        logger.warning("%s holds a %s: that is made, not %s", file, stored_name, name)
-    # What timm compares with the user's settings to know whether the classifier must start from scratch.
-    about = {**metadata["preprocess"], **own.pop("pretrained_cfg_overlay", {}), "file": str(file)}
-    about = {key: tuple(value) if isinstance(value, list) else value for key, value in about.items()}
-    if "num_classes" in own:
-        about["num_classes"] = own["num_classes"]
-    return stored_name, {**own, **kwargs, "pretrained_cfg_overlay": {**about, **overlay}}
 
 
 def upcycled_moe(pretrained: bool = False, spec: dict | None = None, **kwargs) -> nn.Module:

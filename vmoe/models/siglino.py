@@ -25,8 +25,8 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vmoe.models.registry import ABOUT_WEIGHTS, with_settings_of_file
 from vmoe.models.siglino_attention import SinkAttention, golden_frequencies, patch_positions, rotation
+from vmoe.models.stored_settings import ABOUT_WEIGHTS, with_settings_of_file
 from vmoe.models.text import attention_bias, masked_mean, text_routing
 from vmoe.models.vision import BlocksMixin, sparse_blocks, without_fused_attention
 from vmoe.moe import SparseMoE

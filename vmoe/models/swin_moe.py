@@ -20,7 +20,7 @@ from timm.models.swin_transformer import (
 )
 from torch import Tensor, nn
 
-from vmoe.models.registry import ABOUT_WEIGHTS, with_settings_of_file
+from vmoe.models.stored_settings import ABOUT_WEIGHTS, with_settings_of_file
 from vmoe.models.vision import sparse_blocks, take_routing, without_decay, without_fused_attention
 from vmoe.moe import SparseMoE
 from vmoe.moe.config import preset_settings
