@@ -9,7 +9,9 @@ import pytest
 import yaml
 
 from experiments import figure, launch, report
+from experiments.plan import OUTPUT, ROOT
 from experiments.records import read_records, write_record
+from experiments.results import Results
 
 
 def edit(lab, run, seed, **metrics):
@@ -260,3 +262,10 @@ def test_the_figure_has_a_point_for_each_run_or_a_line_through_a_sweep(lab, tmp_
 
 def test_the_committed_page_is_what_the_committed_records_give():
     assert report.main(["--check"]) == 0
+
+
+def test_the_readme_says_what_the_records_give():
+    results = Results(ROOT / "experiments" / "sparsity_cifar10.yaml", OUTPUT)
+    found = results.difference("V-MoE K=1 every2")
+    assert found.is_clear
+    assert f"by {report.show(found, 'top1', signed=True)} points" in " ".join((ROOT / "README.md").read_text().split())
