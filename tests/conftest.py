@@ -24,12 +24,6 @@ hypothesis.settings.load_profile("untimed")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers():
-    """One more than there are cores: tests of lost and of stopped processes wait for a ninth of the suite's time."""
-    return len(os.sched_getaffinity(0)) + 1
-
-
 def pytest_collection_finish():
     gc.collect()
     gc.freeze()  # the libraries stay: looking through them takes a twentieth of the suite's time
