@@ -13,19 +13,16 @@ import numpy as np
 from torch import nn
 
 from vmoe.convert.arrays import CheckpointError, StoredArray, in_memory
+from vmoe.convert.fit import FLOATS, Rows, does_not_fit, filled, shape_in_checkpoint, without_memory
 from vmoe.convert.layout import Entry
-from vmoe.convert.reference import Rows
 from vmoe.convert.section import RATE, SIZE, ConfigError, Section
 from vmoe.models.factory import build
-from vmoe.models.spec import on_meta
-from vmoe.utils.printable import printable
 
 NAME = "clip_moe"
 CONTEXT_LENGTH, KEPT_POSITIONS = 248, 20  # of Long-CLIP (arXiv 2403.15378), which it starts from
 HEAD_WIDTH = 64
 RELEASED_CHOICES = 2  # experts of a token in the released files, which do not say it
 UNUSED = frozenset({"input_resolution", "context_length", "vocab_size"})  # numbers beside the weights of CLIP's files
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
 _PARTS = {"fc1": "c_fc", "fc2": "c_proj"}
 
 
@@ -51,11 +48,7 @@ def from_clip_moe(args: Mapping[str, Any], state: Mapping[str, Any]) -> nn.Modul
         raise CheckpointError(f"state must be a dictionary of arrays, got {type(state).__name__}")
     stored = {name: in_memory(array) for name, array in state.items() if name not in UNUSED}
     _, spec, _, rows = plan_clip_moe(stored, "state", args)
-    model = build(spec)
-    tensors = model.state_dict()
-    for entry, fill in rows:
-        fill(entry.view(tensors[entry.tensor].numpy()))
-    return model.eval()
+    return filled(build(spec), rows)
 
 
 def is_clip_moe(arrays: Mapping[str, StoredArray]) -> bool:
@@ -82,24 +75,20 @@ def plan_clip_moe(
             raise CheckpointError(
                 f"{source} lacks tensors of a CLIP-MoE, or they have other shapes: {error}"
             ) from error
-    try:
-        spec = clip_moe_spec(args)
-        model = on_meta(build, spec)
-    except (RuntimeError, OverflowError, MemoryError, ZeroDivisionError) as error:  # sizes beyond what PyTorch counts
-        raise ConfigError(f"the model of these arguments cannot be built: {printable(error)[:200]}") from error
+    spec = clip_moe_spec(args)
+    model = without_memory(lambda: build(spec))
     rows, used, problems = [], set(), []
     for tensor, mine in model.state_dict().items():
         for part in _parts(tensor, len(mine) if mine.ndim else 0):
             used.add(part.array)
-            shape = part.entry.view(np.broadcast_to(np.float32(0), mine.shape)).shape  # takes no memory
+            shape = shape_in_checkpoint(part.entry, mine)
             if (problem := _problem(stored.get(part.array), part, shape)) is None:
                 rows.append((part.entry, partial(_fill, stored[part.array], part.rows)))
             else:
                 problems.append(f"{part.array} {problem}")
     problems += [f"{array} is not part of the model" for array in sorted(stored.keys() - used)]
     if problems:
-        others = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise CheckpointError(f"{source} does not fit the arguments: {'; '.join(problems[:6])}{others}")
+        does_not_fit(source, "the arguments", problems)
     return NAME, spec, model, rows
 
 
@@ -187,7 +176,7 @@ def _parts(tensor: str, size: int) -> Iterator[_Part]:
 def _problem(array: StoredArray | None, part: _Part, shape: tuple[int, ...]) -> str | None:
     if array is None:
         return "is missing"
-    if array.dtype not in _FLOATS:
+    if array.dtype not in FLOATS:
         return f"is of type {array.dtype}"
     if array.shape and part.array.startswith("positional_embedding"):
         shape = (CONTEXT_LENGTH, *shape[1:])

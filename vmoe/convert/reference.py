@@ -9,20 +9,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from vmoe.convert.arrays import CheckpointError, StoredArray, flatten, in_memory, select_params, to_numpy
-from vmoe.convert.layout import Entry, reference_layout, zoom_positions
+from vmoe.convert.fit import FLOATS, Rows, does_not_fit, filled, shape_in_checkpoint, without_memory
+from vmoe.convert.layout import reference_layout, zoom_positions
 from vmoe.convert.reference_settings import reference_config
-from vmoe.convert.section import ConfigError
 from vmoe.convert.settings import model_settings, stored_grid
 from vmoe.models.factory import create_model
-from vmoe.utils.printable import printable
 
-Rows = list[tuple[Entry, Callable[[np.ndarray], None]]]  # a tensor's entry, and what fills its view
 _IMAGE_POSITIONS = tuple(f"{tower}Encoder/posembed_input/pos_embedding" for tower in ("", "img/"))
-FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def from_reference(
@@ -49,11 +45,7 @@ def from_reference(
         raise CheckpointError(f"params must be a dictionary of arrays, got {type(params).__name__}")
     stored, _ = select_params({name: in_memory(array) for name, array in flatten(params)}, "params")
     name, kwargs, _, rows = plan(config, stored, "params", image_size, context_length)
-    model = create_model(name, **kwargs)
-    tensors = model.state_dict()
-    for entry, fill in rows:
-        fill(entry.view(tensors[entry.tensor].numpy()))
-    return model.eval()
+    return filled(create_model(name, **kwargs), rows)
 
 
 def to_reference(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> dict[str, np.ndarray]:
@@ -90,22 +82,17 @@ def plan(
     shapes = {name: array.shape for name, array in stored.items()}
     name, kwargs = model_settings(config, shapes, image_size, context_length)
     kwargs |= more
-    try:
-        with torch.device("meta"):  # takes no memory however large the config says that the model is
-            model = create_model(name, **kwargs)
-    except (RuntimeError, OverflowError, MemoryError, ZeroDivisionError) as error:  # sizes beyond what PyTorch counts
-        raise ConfigError(f"the model of the config cannot be built: {printable(error)[:200]}") from error
+    model = without_memory(lambda: create_model(name, **kwargs), "the config")
     layout, own, rows, problems = reference_layout(model), model.state_dict(), [], []
     for array, entry in layout.items():
-        shape = entry.view(np.broadcast_to(np.float32(0), own[entry.tensor].shape)).shape  # takes no memory
+        shape = shape_in_checkpoint(entry, own[entry.tensor])
         try:
             rows.append((entry, _reader(model, array, shape, stored, config)))
         except ValueError as error:
             problems.append(f"{array} {error}")
     problems += [f"{array} is not part of the model" for array in sorted(stored.keys() - layout.keys())]
     if problems:
-        others = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise CheckpointError(f"{source} does not fit the config: {'; '.join(problems[:6])}{others}")
+        does_not_fit(source, "the config", problems)
     return name, kwargs, model, rows
 
 

@@ -2,19 +2,18 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import nn
 
 from vmoe.convert.arrays import CheckpointError, StoredArray, in_memory
+from vmoe.convert.fit import FLOATS, Rows, does_not_fit, filled, shape_in_checkpoint, without_memory
 from vmoe.convert.layout import Entry, View
-from vmoe.convert.reference import FLOATS, Rows
 from vmoe.convert.section import COUNT, FLAG, POSITIVE, SIZE, ConfigError, Section
 from vmoe.models.factory import create_model
 from vmoe.models.siglino import SIGLINO_CONFIGS, SigLino
-from vmoe.utils.printable import printable
 
 _ACTIVATIONS = {"silu": "swiglu", "relu2": "relu2glu"}
 # What its constructor takes where it is not given.
@@ -80,11 +79,7 @@ def from_siglino(args: Mapping[str, Any], state: Mapping[str, Any]) -> SigLino:
         raise CheckpointError(f"state must be a dictionary of arrays, got {type(state).__name__}")
     stored = {name: in_memory(array) for name, array in state.items()}
     name, kwargs, _, rows = plan_siglino(stored, "state", args)
-    model = create_model(name, **kwargs)
-    tensors = model.state_dict()
-    for entry, fill in rows:
-        fill(entry.view(tensors[entry.tensor].numpy()))
-    return model.eval()
+    return filled(create_model(name, **kwargs), rows)
 
 
 def is_siglino(arrays: Mapping[str, StoredArray]) -> bool:
@@ -107,15 +102,10 @@ def plan_siglino(
         name = "siglino_moe_0_3b" if kwargs["num_experts"] else "siglino_0_6b"
     else:
         kwargs, scale, name = {}, 1.0, _checked_name(stored, source, name)
-    try:
-        model = _on_meta(name, kwargs)
-    except (RuntimeError, OverflowError, MemoryError, ZeroDivisionError) as error:  # sizes beyond what PyTorch counts
-        raise ConfigError(f"the model of these arguments cannot be built: {printable(error)[:200]}") from error
+    model = without_memory(lambda: create_model(name, **kwargs))
     rows, problems = _fit(model, stored, scale)
     if problems:
-        others = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
-        wanted = "the arguments" if args is not None else name
-        raise CheckpointError(f"{source} does not fit {wanted}: {'; '.join(problems[:6])}{others}")
+        does_not_fit(source, "the arguments" if args is not None else name, problems)
     return name, kwargs, model, rows
 
 
@@ -129,7 +119,7 @@ def _checked_name(stored: Mapping[str, StoredArray], source: object, name: str |
         return name
     width = stored["cls_token"].shape[-1:]
     alike = [each for each, config in SIGLINO_CONFIGS.items() if width == (config["embed_dim"],)]
-    fitting = [each for each in alike if not _fit(_on_meta(each, {}), stored)[1]]
+    fitting = [each for each in alike if not _fit(without_memory(partial(create_model, each)), stored)[1]]
     if not fitting:
         known = ", ".join(SIGLINO_CONFIGS)
         raise CheckpointError(
@@ -141,11 +131,6 @@ def _checked_name(stored: Mapping[str, StoredArray], source: object, name: str |
             f"{source} fits {' and '.join(fitting)}, whose difference no tensor shows: choose one with --model"
         )
     return fitting[0]
-
-
-def _on_meta(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
-    with torch.device("meta"):  # takes no memory however large the arguments say that the model is
-        return create_model(name, **kwargs)
 
 
 def siglino_settings(args: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
@@ -247,7 +232,7 @@ def _fit(model: nn.Module, stored: Mapping[str, StoredArray], scale: float = 1.0
     own, rows, problems, used = model.state_dict(), [], [], set(UNUSED)
     for source in siglino_layout(model):
         used.add(source.array)
-        shape = source.entry.view(np.broadcast_to(np.float32(0), own[source.entry.tensor].shape)).shape  # no memory
+        shape = shape_in_checkpoint(source.entry, own[source.entry.tensor])
         if source.array not in stored:
             problems.append(f"{source.array} is missing")
             continue

@@ -20,8 +20,8 @@ from safetensors import safe_open
 from torch import nn
 
 from vmoe.convert.arrays import CheckpointError, StoredArray, in_memory
+from vmoe.convert.fit import Rows, does_not_fit, filled, shape_in_checkpoint, without_memory
 from vmoe.convert.layout import Entry, same, transposed
-from vmoe.convert.reference import Rows
 from vmoe.convert.section import COUNT, FLAG, NOT_NEGATIVE, NUMBER, PAIR, SIZE, ConfigError, Kind, Section
 from vmoe.convert.torch_file import is_torch_file, open_torch
 from vmoe.models.factory import build
@@ -30,7 +30,6 @@ from vmoe.models.spec import on_meta
 from vmoe.models.swin_moe import SWIN_MOE_MODELS, PositionMlpAttention, SwinMoE, log_offsets
 from vmoe.moe import SparseMoE
 from vmoe.utils.files import atomic_file
-from vmoe.utils.printable import printable
 
 _EXPERTS = "._moe_layer.experts."
 _BUFFERS = re.compile(r".*\.(relative_position_index|relative_coords_table|attn_mask|_num_global_experts)")
@@ -153,12 +152,8 @@ def from_swin_moe(args: Mapping[str, Any], state: Mapping[str, Any]) -> nn.Modul
         raise CheckpointError(f"state must be a dictionary of arrays, got {type(state).__name__}")
     files = [Tensors({str(name): in_memory(array) for name, array in state.items()})]
     spec = swin_moe_spec(files, Section(args).values)
-    rows = plan_rows(_planned(spec), files)
-    model = build(spec)
-    tensors = model.state_dict()
-    for entry, fill in rows:
-        fill(entry.view(tensors[entry.tensor].numpy()))
-    return model.eval()
+    rows = plan_rows(without_memory(lambda: build(spec)), files)
+    return filled(build(spec), rows)
 
 
 def plan_swin_moe(files: list[Tensors], args: Mapping[str, Any] | None, name: str | None) -> tuple:
@@ -166,18 +161,9 @@ def plan_swin_moe(files: list[Tensors], args: Mapping[str, Any] | None, name: st
     if args is not None and name is not None:
         raise ConfigError("give either the arguments or the name of a model, not both")
     spec = swin_moe_spec(files, name if args is None else args)
-    model = _planned(spec)
+    model = without_memory(lambda: build(spec))
     stored = {f"{file.name}:{array}": file[array] for file in files for array in file}
     return files[0].name, "Swin-MoE", stored, 0, (spec["name"], spec["kwargs"], model, plan_rows(model, files))
-
-
-def _planned(spec: dict[str, Any]) -> nn.Module:
-    """The model of a `swin_moe_spec`, without memory for its weights. ConfigError."""
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            return build(spec)
-    except (RuntimeError, OverflowError, MemoryError, ZeroDivisionError) as error:  # sizes beyond what PyTorch counts
-        raise ConfigError(f"the model of these arguments cannot be built: {printable(error)[:200]}") from error
 
 
 def swin_moe_spec(files: Sequence[Tensors], config: str | Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -234,7 +220,7 @@ def _settings(top: Section, E: int, blocks: int) -> dict[str, Any]:
     kwargs["normalize_weights"] &= kwargs["num_selected_experts"] > 1
     # In Tutel 0 means no limit, and -f a limit of f that adapts to less.
     if (factor := kwargs["capacity_factor"]) <= 0 and kwargs["batch_priority"]:
-        needed = "> 0 with use_bpr, with which Tutel would take another from the place of the last token"
+        needed = "> 0 with use_bpr, where Tutel takes the capacity from the queue position of the last token"
         raise top.wrong("capacity_factor", factor, needed)
     kwargs["capacity_factor"] = kwargs["eval_capacity_factor"] = abs(kwargs["capacity_factor"]) or math.inf
     kwargs["gate"] = "softmax"  # a released name may bring the other
@@ -268,7 +254,7 @@ def plan_rows(model: nn.Module, files: Sequence[Tensors]) -> Rows:
     """For each tensor of a model, what reads it from the files; a CheckpointError for those that do not fit it."""
     layout, own, rows, problems = swin_moe_layout(model), model.state_dict(), [], []
     for name, entry in layout.items():
-        shape = entry.view(np.broadcast_to(np.float32(0), own[entry.tensor].shape)).shape  # takes no memory
+        shape = shape_in_checkpoint(entry, own[entry.tensor])
         try:
             rows.append((entry, _array(name, shape, files).read_into))
         except ValueError as error:
@@ -281,8 +267,7 @@ def plan_rows(model: nn.Module, files: Sequence[Tensors]) -> Rows:
     unknown = {name for file in files for name in file if not _BUFFERS.fullmatch(name)} - layout.keys()
     problems += [f"{name} is not part of the model" for name in sorted(unknown)]
     if problems:
-        others = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise CheckpointError(f"{files[0].name} does not fit the model: {printable('; '.join(problems[:6]))}{others}")
+        does_not_fit(files[0].name, "the model", problems)
     return rows
 
 
@@ -359,13 +344,13 @@ def _read_tensor(file: str | Path, name: str) -> torch.Tensor:
 
 
 def _check_target(target: str, ranks: int) -> None:
-    """ValueError: a file of an older checkpoint would be read with the new files, or in their place."""
+    """ValueError: a file of an older checkpoint would be read with the new files, or instead of them."""
     own = {f"{target}.rank{rank}" for rank in range(ranks)}
     others = [name for name in glob.glob(f"{glob.escape(target)}.rank*") if re.search(r"\.rank\d+$", name)]
     for name in [target, f"{target}.global", *sorted(set(others) - own)]:
         if Path(name).is_file():
             raise ValueError(
-                f"{name} is there already and would be read with the new ranks or in their place: remove it, or give "
+                f"{name} is there already and would be read with the new ranks or instead: remove it, or give "
                 "another name"
             )
 

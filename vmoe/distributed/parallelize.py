@@ -27,8 +27,9 @@ from vmoe.moe.experts import Experts
 from vmoe.utils.config import ConfigError
 
 # Methods by which models are called, beside forward().
-FORWARD_METHODS = ("encode_image", "encode_text", "forward_features", "forward_head", "forward_intermediates")
-FORWARD_METHODS += ("member_logits",)
+FORWARD_METHODS = (
+    *("encode_image", "encode_text", "forward_features", "forward_head", "forward_intermediates", "member_logits"),
+)
 
 
 def parallelize(model: nn.Module, meshes: Meshes, device: torch.device) -> nn.Module:

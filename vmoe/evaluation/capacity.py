@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vmoe.distributed.process_group import gather_lists
-from vmoe.evaluation.classification import num_skipped, right_classes
+from vmoe.evaluation.classification import num_skipped, right_classes, together
 from vmoe.evaluation.config import CapacityConfig
 from vmoe.evaluation.inference import changed
 from vmoe.evaluation.metrics import ranks, top_shares
@@ -135,7 +135,7 @@ def sweep_capacity(
             first, flops = images, _flops(score, layers, images[:1])
         for number, setting in enumerate(settings):
             with limited(layers.values(), setting), record_routing(model) as record:
-                scores_BC = score(images)
+                scores_BC = together(score(images))
             counts_SL3[number] += torch.tensor([_count(record.layers[name]) for name in layers])
             num_classes = scores_BC.shape[1]
             right_BC = right_classes(batch["label"].to(device), batch["index"], num_classes, label_sets)

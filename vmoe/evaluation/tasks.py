@@ -40,20 +40,18 @@ def classify(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDatase
     """Tasks "classification" and "zero_shot": accuracy and calibration, also of each class and condition."""
     loader = eval_loader(dataset, loaded.transform, None, config.loader)
     with evaluating(loaded.model, loaded.device, loaded.precision):
-        score, batches = class_scores(config, loaded, dataset, members=True), Progress(loader, config.task, console)
+        score, batches = class_scores(config, loaded, dataset), Progress(loader, config.task, console)
         predictions = predict(score, batches, device=loaded.device, label_sets=dataset.label_sets)
     return classification_outcome(predictions, dataset, loader.skipped_paths, config.output is not None)
 
 
-def class_scores(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset, members: bool = False) -> Score:
-    """images -> scores of the data's classes, with `members` those of each member of an ensemble, as `predict` takes
-    them; call it inside `evaluating`."""
+def class_scores(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset) -> Score:
+    """images -> scores of the data's classes, of an ensemble those of each member; call it inside `evaluating`."""
     if loaded.tokenizer is not None:
         return loaded.scorer(*zero_shot_prompts(config, dataset))
     columns = columns_of(config, loaded, dataset)
     num_classes = len(dataset.classes) if columns is None else None
-    combine = (lambda scores: scores) if members else together
-    return lambda images: combine(select_columns(checked_logits(loaded.model, images, num_classes), columns))
+    return lambda images: select_columns(checked_logits(loaded.model, images, num_classes), columns)
 
 
 def columns_of(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset) -> list[list[int]] | None:
@@ -143,7 +141,7 @@ def adversarial(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDat
         score, batches = class_scores(config, loaded, dataset), Progress(loader, config.task, console)
         _check_independence(loaded, score)
         outcome = evaluate_attacks(
-            loaded.model, lambda pixels: score((pixels - mean) / std), batches, settings, loaded.device
+            loaded.model, lambda pixels: together(score((pixels - mean) / std)), batches, settings, loaded.device
         )
     return outcome._replace(details=outcome.details | {"skipped": sorted(gather_lists(list(loader.skipped_paths)))})
 

@@ -14,7 +14,7 @@ from timm.models import (
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from vmoe.models.stored_settings import ABOUT_WEIGHTS, with_settings_of_file
+from vmoe.models.registration import ABOUT_WEIGHTS, register_names, with_settings_of_file
 from vmoe.models.vision import VisionMoE
 from vmoe.moe.config import preset_settings
 
@@ -107,7 +107,4 @@ def upcycled_moe(pretrained: bool = False, spec: dict | None = None, **kwargs) -
 
 default_cfgs |= generate_default_cfgs({"upcycled_moe": {}})
 register_model(upcycled_moe)
-for _name in MODELS:
-    _build = partial(_create, _name)
-    _build.__name__, _build.__module__ = _name, __name__
-    globals()[_name] = register_model(_build)
+register_names(__name__, MODELS, _create)

@@ -21,12 +21,12 @@ from PIL import Image
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import AttentionPoolLatent, DropPath, GluMlp, to_2tuple
 from timm.layers.activations import GELUTanh
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from vmoe.models.registration import ABOUT_WEIGHTS, register_names, with_settings_of_file
 from vmoe.models.siglino_attention import SinkAttention, golden_frequencies, patch_positions, rotation
-from vmoe.models.stored_settings import ABOUT_WEIGHTS, with_settings_of_file
 from vmoe.models.text import attention_bias, masked_mean, text_routing
 from vmoe.models.vision import BlocksMixin, sparse_blocks, without_fused_attention
 from vmoe.moe import SparseMoE
@@ -518,7 +518,4 @@ def _create(name: str, pretrained: bool = False, **kwargs) -> SigLino:
     return model
 
 
-for _name in SIGLINO_CONFIGS:
-    _build = partial(_create, _name)
-    _build.__name__, _build.__module__ = _name, __name__
-    globals()[_name] = register_model(_build)
+register_names(__name__, SIGLINO_CONFIGS, _create)

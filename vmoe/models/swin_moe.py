@@ -4,13 +4,12 @@ The sizes are those of the configs of github.com/microsoft/Swin-Transformer, who
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Mlp
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models.swin_transformer import (
     SwinTransformer,
     SwinTransformerBlock,
@@ -20,7 +19,7 @@ from timm.models.swin_transformer import (
 )
 from torch import Tensor, nn
 
-from vmoe.models.stored_settings import ABOUT_WEIGHTS, with_settings_of_file
+from vmoe.models.registration import ABOUT_WEIGHTS, register_names, with_settings_of_file
 from vmoe.models.vision import sparse_blocks, take_routing, without_decay, without_fused_attention
 from vmoe.moe import SparseMoE
 from vmoe.moe.config import preset_settings
@@ -210,7 +209,4 @@ def _create(name: str, pretrained: bool = False, **kwargs) -> SwinMoE:
     return model
 
 
-for _name in SWIN_MOE_MODELS:
-    _build = partial(_create, _name)
-    _build.__name__, _build.__module__ = _name, __name__
-    globals()[_name] = register_model(_build)
+register_names(__name__, SWIN_MOE_MODELS, _create)

@@ -1,13 +1,25 @@
-"""Models of timm's registry with the settings of a file of this package."""
+"""What the files of models share to be in timm's registry, also with the settings of a file of this package."""
 
 import logging
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import timm
-from timm.models import resolve_pretrained_cfg
+from timm.models import register_model, resolve_pretrained_cfg
+from torch import nn
 
 logger = logging.getLogger("vmoe.models")
 
 ABOUT_WEIGHTS = ("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir", "device", "dtype")
+
+
+def register_names(module: str, names: Iterable[str], create: Callable[..., nn.Module]) -> None:
+    """Registers `create(name, pretrained, **kwargs)` under each name, as a function of a module, where timm looks."""
+    for name in names:
+        build = partial(create, name)
+        build.__name__, build.__module__ = name, module
+        setattr(sys.modules[module], name, register_model(build))
 
 
 def with_settings_of_file(name: str, pretrained: bool, kwargs: dict) -> tuple[str, dict]:
