@@ -24,12 +24,11 @@ HEAD = """\
 
 def table_row(name: str) -> str:
     """A line of the table, for the name of one of this package's models."""
-    import torch
-
     from vmoe.models.factory import create_model
     from vmoe.models.flops import model_profile
+    from vmoe.utils.meta import meta_device
 
-    with torch.device("meta"):  # the largest cost no memory
+    with meta_device():  # the largest cost no memory
         model = create_model(name)
     profile = model_profile(model)
     source = next((source for prefix, source in SOURCES.items() if name.startswith(prefix)), "")

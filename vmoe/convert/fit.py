@@ -10,6 +10,7 @@ from torch import nn
 from vmoe.convert.arrays import CheckpointError
 from vmoe.convert.layout import Entry
 from vmoe.convert.section import ConfigError
+from vmoe.utils.meta import meta_device
 from vmoe.utils.printable import printable
 
 Rows = list[tuple[Entry, Callable[[np.ndarray], None]]]  # a tensor's entry, and what fills its view
@@ -20,7 +21,7 @@ MOST_PROBLEMS = 6  # in an error
 def without_memory(build: Callable[[], nn.Module], what: str = "these arguments") -> nn.Module:
     """The model on the meta device, however large it is; a ConfigError if it cannot be built."""
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        with meta_device():
             return build()
     except (RuntimeError, OverflowError, MemoryError, ZeroDivisionError) as error:  # sizes beyond what PyTorch counts
         raise ConfigError(f"the model of {what} cannot be built: {printable(error)[:200]}") from error

@@ -26,6 +26,7 @@ from vmoe.models.vision import VisionMoE
 from vmoe.moe import SparseMoE
 from vmoe.moe.config import SETTING_NAMES, preset_settings
 from vmoe.moe.quantize import experts_kept_as, quantize_experts
+from vmoe.utils.meta import meta_device
 
 IMAGE_TEXT_NAMES = (*LIMOE_CONFIGS, *TWO_TOWER_CONFIGS)
 
@@ -109,7 +110,7 @@ def on_meta(build: Callable[[Any], nn.Module], spec: Any) -> nn.Module:
     """A model on the meta device, without memory for its weights."""
     with torch.random.fork_rng(devices=[]):
         try:
-            with torch.device("meta"):
+            with meta_device():
                 return build(spec)
         except RuntimeError:  # a few constructors of timm read the numbers that they make
             return build(spec)

@@ -24,6 +24,7 @@ from vmoe.models.vision import VisionMoE, sparse_blocks, without_decay
 from vmoe.moe import SparseMoE
 from vmoe.moe.config import SETTING_NAMES, with_preset
 from vmoe.moe.experts import Experts, refuse_adapters
+from vmoe.utils.meta import meta_device
 
 TOWERS = ("image", "text", "both")
 ROUTER_STD = 0.02  # section A.1.1 of the paper; small, so that at first all experts are nearly as probable
@@ -351,7 +352,7 @@ def _family(model: nn.Module, spec: dict | None, settings: dict, tower: str) -> 
     if is_two_tower:
         settings = {each: {**(spec["kwargs"].get(each) or {}), **settings} for each in towers}
     spec = {"name": spec["name"], "kwargs": {**spec["kwargs"], **settings}}
-    with torch.device("meta"):
+    with meta_device():
         model = build_dense(spec)
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, SparseMoE)]
     return spec, {name: {**asdict(layer.settings), "modalities": layer.modalities} for name, layer in layers}

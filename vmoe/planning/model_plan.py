@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from vmoe.distributed.mesh import MeshSize
@@ -14,6 +13,7 @@ from vmoe.moe.experts import Experts
 from vmoe.training.config import Config
 from vmoe.training.optim import freeze
 from vmoe.utils.config import ConfigError
+from vmoe.utils.meta import meta_device
 
 FLOAT32 = 4  # bytes; weights and gradients are stored and sent so, whatever the precision of autocast
 
@@ -58,7 +58,7 @@ def make_model(config: Config) -> tuple[nn.Module, list[str]]:
     if isinstance(kwargs.get("image"), dict):  # weights do not change the size
         kwargs["image"] = {key: value for key, value in kwargs["image"].items() if key != "pretrained"}
     try:
-        with torch.device("meta"):
+        with meta_device():
             model = create_model(name, **kwargs)
             for step in filter(None, upcycled):
                 model = upcycle(model, **step)

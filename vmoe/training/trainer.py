@@ -71,6 +71,7 @@ from vmoe.training.tasks import create_task, with_steps
 from vmoe.training.wandb_logger import WandbLog, check_wandb
 from vmoe.utils.config import ConfigError
 from vmoe.utils.files import atomic_file
+from vmoe.utils.meta import meta_device
 from vmoe.utils.tables import make_console
 from vmoe.utils.world import world
 
@@ -174,7 +175,7 @@ class Trainer:
         pretrained = self.config.model.pretrained if checkpoint is None else str(checkpoint_weights(checkpoint))
         try:
             # Where the weights are sharded, the other processes get their part from the first one.
-            with nullcontext() if self.first or self.size.is_plain else torch.device("meta"):
+            with nullcontext() if self.first or self.size.is_plain else meta_device():
                 model = self.task.create_model(pretrained, continued=checkpoint is not None).train()
         except WeightsError as error:
             if checkpoint is None:
