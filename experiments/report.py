@@ -1,6 +1,6 @@
-"""Writes docs/results.md from the records of all experiments: `python -m experiments.report`.
+"""Writes docs/results.md and the README's table from the records of all experiments: `python -m experiments.report`.
 
-With --check nothing is written; the exit code is 1 if the page is out of date.
+With --check nothing is written; the exit code is 1 if they are out of date.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from experiments.results import Results
 from vmoe.utils.files import atomic_file
 
 PAGE = ROOT / "docs" / "results.md"
+README = ROOT / "README.md"
+README_TABLE = re.compile(r"(<!-- results of (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 MADE = (
     "`python -m experiments.report` generates this page from `experiments/*.yaml` and the records in "
     "`experiments/results`; do not edit it by hand. [experiments/README.md](../experiments/README.md) says how to run "
@@ -79,23 +81,33 @@ def section(results: Results) -> Iterator[str]:
     yield "\n".join(["<details><summary>Command of each row</summary>", "", "```", *commands, "```", "", "</details>"])
 
 
-def table(results: Results) -> str:
-    """A row for each run."""
-    base, main = results.experiment.baseline, results.metrics[0]
-    head = ["run", "seeds", *results.metrics]
-    head += [f"difference to {base}", "p, images"] if base is not None else []
-    head += COSTS
-    lines = []
-    for run in results.runs:
-        cells = [run, str(len(results.of(run)))]
-        for metric in results.metrics:
-            values = list(results.values(run, metric).values())
-            cells.append(show(estimate(values), metric) if values else "")
-        if base is not None:
-            found, p = results.difference(run), results.image_test(run)
-            cells += ["" if found is None else show(found, main, signed=True), "" if p is None else show_p(p)]
-        cells += [cost(results, run, *one) for one in COSTS.values()]
-        lines.append(cells)
+def readme_with_tables(text: str, results: Sequence[Results]) -> str:
+    """The README with what the records say, between its marks "results of EXPERIMENT"."""
+    known = {one.name: one for one in results}
+
+    def between(found: re.Match) -> str:
+        one = known[found[2]]
+        said = prose(f"{one.experiment.question} {verdict(one)}")
+        return f"{found[1]}{said}\n\n{table(one, short=True)}\n\n{found[3]}"
+
+    return README_TABLE.sub(between, text)
+
+
+def table(results: Results, short: bool = False) -> str:
+    """A row for each run; a short table has the first metric and what a model costs."""
+    columns = [["run", *results.runs], ["seeds", *(str(len(results.of(run))) for run in results.runs)]]
+    for metric in results.metrics[:1] if short else results.metrics:
+        values = [list(results.values(run, metric).values()) for run in results.runs]
+        columns.append([metric, *(show(estimate(each), metric) if each else "" for each in values)])
+    if (base := results.experiment.baseline) is not None:
+        found = [results.difference(run) for run in results.runs]
+        shown = ("" if each is None else show(each, results.metrics[0], signed=True) for each in found)
+        columns.append([f"difference to {base}", *shown])
+        tests = [results.image_test(run) for run in results.runs]
+        columns += [] if short else [["p, images", *("" if p is None else show_p(p) for p in tests)]]
+    for name in list(COSTS)[: 3 if short else None]:
+        columns.append([name, *(cost(results, run, *COSTS[name]) for run in results.runs)])
+    head, *lines = zip(*columns, strict=True)
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(
         "| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in (head, rule, *lines)
@@ -223,32 +235,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         files = args.experiments or sorted((ROOT / "experiments").glob("*.yaml"))
         results = [Results(file, args.output_dir.resolve()) for file in files]
         results = [one for one in results if args.experiments or not one.experiment.draft]
-        return check(args.output, results) if args.check else write(args.output, results)
+        pages = {args.output: page(results)}
+        if args.output == PAGE and not args.experiments:
+            pages[README] = readme_with_tables(README.read_text(encoding="utf-8"), results)
+        return check(pages, args.output, results) if args.check else write(pages, args.output, results)
     except (ValueError, OSError) as error:
         print(f"experiments.report: error: {error}", file=sys.stderr)
         return 1
 
 
-def check(output: Path, results: list[Results]) -> int:
-    """1 unless the page is what the records give, and has its figures."""
-    there = output.read_text(encoding="utf-8") if output.is_file() else None
+def check(pages: dict[Path, str], output: Path, results: list[Results]) -> int:
+    """1 unless the pages are what the records give, and the figures are there."""
+    wrong = [file for file, text in pages.items() if not file.is_file() or file.read_text(encoding="utf-8") != text]
     figures = [output.parent / "images" / figure_name(one.name) for one in results if one.shown]
-    if there == page(results) and all(figure.is_file() for figure in figures):
-        return 0
-    print(f"{output} is not what the records give; run python -m experiments.report", file=sys.stderr)
-    return 1
+    wrong += [figure for figure in figures if not figure.is_file()]
+    for file in wrong:
+        print(f"{file} is not what the records give; run python -m experiments.report", file=sys.stderr)
+    return 1 if wrong else 0
 
 
-def write(output: Path, results: list[Results]) -> int:
-    """Writes the page and the figures."""
+def write(pages: dict[Path, str], output: Path, results: list[Results]) -> int:
+    """Writes the pages and the figures."""
     output.parent.mkdir(parents=True, exist_ok=True)
     for one in results:
         if one.shown:
             draw(one, output.parent / "images" / figure_name(one.name))
             print(f"{one.name}: {verdict(one)}")
-    with atomic_file(output) as temporary:
-        temporary.write_text(page(results), encoding="utf-8")
-    print(f"wrote {output}")
+    for file, text in pages.items():
+        with atomic_file(file) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        print(f"wrote {file}")
     return 0
 
 

@@ -9,9 +9,7 @@ import pytest
 import yaml
 
 from experiments import figure, launch, report
-from experiments.plan import OUTPUT, ROOT
 from experiments.records import read_records, write_record
-from experiments.results import Results
 
 
 def edit(lab, run, seed, **metrics):
@@ -264,8 +262,16 @@ def test_the_committed_page_is_what_the_committed_records_give():
     assert report.main(["--check"]) == 0
 
 
-def test_the_readme_says_what_the_records_give():
-    results = Results(ROOT / "experiments" / "sparsity_cifar10.yaml", OUTPUT)
-    found = results.difference("V-MoE K=1 every2")
-    assert found.is_clear
-    assert f"by {report.show(found, 'top1', signed=True)} points" in " ".join((ROOT / "README.md").read_text().split())
+def test_the_readme_gets_a_short_table_between_its_marks(lab, tmp_path):
+    lab.launch()
+    results = [report.Results(lab.file, lab.runs)]
+    text = report.readme_with_tables("Before.\n<!-- results of lab -->\nold\n<!-- end of results -->\nAfter.", results)
+    assert results[0].experiment.question in text
+    assert "old" not in text
+    assert "| run | seeds | top1 | difference to dense | parameters | active | GFLOPs |" in text
+    assert text.endswith("\n<!-- end of results -->\nAfter.")
+    assert report.readme_with_tables(text, results) == text  # a second time changes nothing
+    file = tmp_path / "README.md"
+    file.write_text(text)
+    assert report.check({file: text}, lab.page, []) == 0
+    assert report.check({file: text + " "}, lab.page, []) == 1
