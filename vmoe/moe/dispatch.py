@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmoe.moe.transforms import apply, may_ask, transformable
+from vmoe.moe.transforms import apply, may_ask, transformable, zeros_if_none
 
 
 def expert_capacity(
@@ -264,5 +264,33 @@ def combine(y_RD: Tensor, combine_weights_GNK: Tensor, plan: DispatchPlan) -> Te
     """The rows brought back to their tokens, in their type: y_n = sum_k w_nk · expert_k(x_n), (G, N, D)."""
     G, N, K = plan.shape
     y_AD = gather_rows(y_RD, plan.row_A, plan.assignment_R[:, None], plan.may_drop, plan.may_pad)
-    y_GNKD = y_AD.view(G, N, K, y_RD.shape[1]) * combine_weights_GNK.to(y_RD.dtype)[..., None]
-    return y_GNKD[:, :, 0] if K == 1 else y_GNKD.sum(2)
+    weight_SK = combine_weights_GNK.reshape(G * N, K).to(y_RD.dtype)
+    return apply(_WeightedSum, y_AD.view(G * N, K, y_RD.shape[1]), weight_SK).view(G, N, y_RD.shape[1])
+
+
+@transformable
+class _WeightedSum(torch.autograd.Function):
+    """y_s = sum_k w_sk · y_sk: (S, K, D), (S, K) -> (S, D), without memory for the products."""
+
+    @staticmethod
+    def forward(y_SKD: Tensor, weight_SK: Tensor) -> Tensor:
+        sum_SD = y_SKD[:, 0] * weight_SK[:, :1]
+        for k in range(1, y_SKD.shape[1]):
+            sum_SD.addcmul_(y_SKD[:, k], weight_SK[:, k, None])
+        return sum_SD
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad_SD: Tensor):
+        y_SKD, weight_SK = ctx.saved_tensors
+        grad_S1D = grad_SD[:, None]
+        return grad_S1D * weight_SK[..., None], (grad_S1D * y_SKD).sum(-1)
+
+    @staticmethod
+    def tangent(ctx, y: Tensor | None, weight: Tensor | None) -> Tensor:
+        y_SKD, weight_SK = ctx.saved_tensors
+        y, weight = zeros_if_none(y, y_SKD), zeros_if_none(weight, weight_SK)
+        return apply(_WeightedSum, y, weight_SK) + apply(_WeightedSum, y_SKD, weight)
