@@ -10,8 +10,8 @@ import torch
 from timm.layers import GluMlp, Mlp
 from torch import Tensor, nn
 
+from vmoe.models.calls import call, evaluation_mode
 from vmoe.models.dense_mlp import UpcycledFrom, UpcycleError, from_experts, mlp_layout, stacked_parameters
-from vmoe.models.flops import evaluation_mode
 from vmoe.models.spec import known_spec, remember
 from vmoe.models.upcycle import upcycle_steps
 from vmoe.moe import SparseMoE, record_routing
@@ -28,12 +28,10 @@ def measure_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]
     usage: dict[str, Tensor] = {}
     with evaluation_mode(model):
         for batch in batches:
-            if isinstance(batch, Mapping):
-                batch = tuple(batch[key] for key in ("image", "text") if key in batch)
             with record_routing(model) as record:
-                model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-            for name, call in record.calls:
-                rows_E = call.gates[call.mask].sum(0) if call.router == "soft" else call.load
+                call(model, batch)
+            for name, layer in record.calls:
+                rows_E = layer.gates[layer.mask].sum(0) if layer.router == "soft" else layer.load
                 usage[name] = usage.get(name, 0) + rows_E.double().cpu()
     if not usage:
         raise ValueError("no usage to measure: there was no batch, or the model has no sparse layer")

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapper
 
+from vmoe.models.calls import evaluation_mode
 from vmoe.models.factory import is_contrastive, preprocess_config
 from vmoe.moe import SparseMoE
 from vmoe.moe.quantize import WeightOnlyLinear
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; each module's own mode is restored, as frozen parts may be in eval."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
