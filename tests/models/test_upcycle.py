@@ -529,3 +529,56 @@ def test_activations_with_a_number_for_each_channel_are_named():
     native = create_model("vmoe_tiny_patch8_48", depth=2, act_layer=lambda: nn.PReLU(512))
     with pytest.raises(UpcycleError, match=message):
         vmoe.densify(native)
+
+
+def siblings(dense, number=3):
+    """Models that differ from a dense one in their MLPs alone, and it."""
+    models = [dense, *(copy.deepcopy(dense) for _ in range(number - 1))]
+    for model in models[1:]:
+        for name, parameter in model.named_parameters():
+            if ".mlp." in name and ".act." not in name:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+    return models
+
+
+@pytest.mark.parametrize(
+    ("name", "granularity"),
+    [("vit_tiny_patch16_224", 1), ("vit_tiny_patch16_224", 2), ("eva02_base_patch14_224", 1), ("CLIP", 1)],
+)
+@torch.no_grad()
+def test_each_of_several_models_gives_experts(name, granularity, tmp_path):
+    dense = IMAGE_TEXT[name]() if name in IMAGE_TEXT else timm.create_model(name, **TIMM[name])
+    models = siblings(trained(dense))
+    before = [copy.deepcopy(model.state_dict()) for model in models]
+    sparse = vmoe.upcycle(models=models, num_experts=6 * granularity, granularity=granularity)
+    for expert in range(6):
+        again = vmoe.densify(sparse, expert).state_dict()
+        torch.testing.assert_close(again, before[expert // 2], rtol=0, atol=0)
+    assert len(routers(sparse)) == (4 if name == "CLIP" else 2)
+    assert vmoe.upcycle(models).get_submodule(routers(sparse)[0]).num_experts == 3
+    if name == "vit_tiny_patch16_224":
+        save_pretrained(sparse, tmp_path / "m.safetensors")
+        again = create_model(pretrained=tmp_path / "m.safetensors").eval()
+        assert torch.equal(again(images()), sparse(images()))
+
+
+def test_several_models_that_differ_elsewhere_are_refused():
+    a, b, c = siblings(tiny_vit(act_layer="prelu"))
+    with torch.no_grad():
+        c.blocks[0].mlp.act.weight.add_(1)
+    for models, settings, message in [
+        ([a, b, c], {}, r"models\[2\] differs from models\[0\] in blocks.0.mlp.act.weight, but may"),
+        ([a, b], {"layers": [1]}, r"models\[1\] differs from models\[0\] in blocks.0.mlp.fc1.weight, but may"),
+        ([a, copy.deepcopy(b).double()], {}, r"models\[1\] differs from models\[0\] in cls_token"),
+        (
+            [a, tiny_vit(num_heads=2, act_layer="prelu")],
+            {},
+            r"models\[1\] is not .*: num_heads of .* is 2 instead of 4",
+        ),
+        ([a, tiny_vit(depth=1)], {}, r"models\[1\] is not built like models\[0\]: it lacks blocks"),
+        ([a, b], {"num_experts": 3}, r"num_experts must be a multiple of the number of models \(2\), got 3"),
+        ([a, b], {"num_experts": 6, "granularity": 2}, r"number of models times granularity \(2 x 2\), got 6"),
+        ([], {}, r"models must be a model, or a list of some, got \[\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            vmoe.upcycle(models, **settings)

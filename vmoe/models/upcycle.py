@@ -7,7 +7,7 @@ import copy
 import math
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -17,13 +17,14 @@ from timm.optim import auto_group_layers
 from torch import Tensor, nn
 
 from vmoe.models.dense_mlp import MlpLayout, UpcycledFrom, UpcycleError, mlp_layout, stacked_parameters, to_experts
+from vmoe.models.expert_init import add_noise, redraw_units
 from vmoe.models.limoe import LIMoE
-from vmoe.models.spec import build_dense, known_spec, remember, with_slots
+from vmoe.models.spec import build_dense, difference, known_spec, named_tensors, remember, with_slots
 from vmoe.models.two_tower import TwoTower
 from vmoe.models.vision import VisionMoE, sparse_blocks, without_decay
 from vmoe.moe import SparseMoE
 from vmoe.moe.config import SETTING_NAMES, with_preset
-from vmoe.moe.experts import Experts, refuse_adapters
+from vmoe.moe.experts import refuse_adapters
 from vmoe.utils.meta import meta_device
 
 TOWERS = ("image", "text", "both")
@@ -32,9 +33,9 @@ CAPACITY_FACTOR = 2.0  # a fresh router is far from balanced, and with less the 
 
 
 def upcycle(
-    model: nn.Module,
+    models: nn.Module | Sequence[nn.Module],
     num_experts: int | None = None,
-    layers: str | Sequence[int] = "last2",
+    layers: str | Sequence[int] | None = None,
     num_selected_experts: int | None = None,
     *,
     tower: str = "both",
@@ -48,9 +49,13 @@ def upcycle(
     With router="top_k" and the defaults, its outputs in eval mode are those of the dense model up to rounding.
 
     Args:
-        model: any timm or open_clip model of blocks with an `.mlp`, or a dense model of this package; not changed.
-        num_experts, num_selected_experts: E and K, by default the preset's, or 8 and 2 (times `granularity`).
-        layers: see `sparse_blocks`; the same in both towers of a model, or in one `tower`, "image" or "text".
+        models: any timm or open_clip model of blocks with an `.mlp`, or a dense model of this package; not changed. Or
+            several that share all but the MLPs of `layers`, each of which gives as many experts, in this order
+            (Diversified Multiplet Upcycling, arXiv 2409.19291).
+        num_experts, num_selected_experts: E and K, by default the preset's, or 8 (with several models their number) and
+            2 (both times `granularity`).
+        layers: see `sparse_blocks`; the same in both towers of a model, or in one `tower`, "image" or "text". None:
+            "last2", with several models "every1".
         granularity: G, each MLP is split into G experts of F/G hidden units; at first all G of a copy are chosen
             together (virtual groups, arXiv 2410.07524), so `noise_std` is 0 by default. It must divide E and K.
         expert_noise: standard deviation of normal noise on the experts' weights, in standard deviations of each weight.
@@ -60,31 +65,48 @@ def upcycle(
             normalize_weights=True and capacity_factor=2.0 (no limit in open_clip's text towers, where padding would
             take the tokens' capacity); a dense LIMoE or V-MoE has its class's own for the rest.
 
-    An UpcycleError for a model without known MLPs or with experts, a ValueError for a setting out of range.
+    An UpcycleError for a model without known MLPs or with experts, or for models that differ elsewhere; a ValueError
+    for a setting out of range.
     """
-    _check(model, tower, granularity, expert_noise, reinit, settings)
+    models = [models] if isinstance(models, nn.Module) else list(models)
+    _check(models, tower, granularity, expert_noise, reinit, settings)
+    model, several = models[0], len(models) > 1
+    layers = ("every1" if several else "last2") if layers is None else layers
     with suppress(TypeError):  # `sparse_blocks` says what is wrong with them
         layers = layers if isinstance(layers, str) else [operator.index(block) for block in layers]
     mlps = _chosen_mlps(model, tower, layers)
+    _check_shared(models, mlps)
+    if several and num_experts is None:
+        num_experts = len(models) * granularity
     given = {"num_experts": num_experts, "num_selected_experts": num_selected_experts}
     user = {name: value for name, value in given.items() if value is not None} | settings
-    settings = _routing_settings(user, granularity)
+    settings = _routing_settings(user, granularity, len(models))
     spec = known_spec(model)
     family_spec, layer_settings = _family(model, spec, {**settings, "moe_layers": layers}, tower)
     sparse = copy.deepcopy(model)
     for name, is_text in mlps.items():
         own = layer_settings.get(name) or _outside_settings(sparse.get_submodule(name), is_text, settings, user)
-        layer = _sparse_layer(own, granularity, sparse, name)
-        _redraw_units(layer.experts, reinit)
-        _add_noise(layer.experts, expert_noise)
+        layer = _sparse_layer(own, granularity, models, name)
+        redraw_units(layer.experts, reinit)
+        add_noise(layer.experts, expert_noise)
         sparse.set_submodule(name, layer)
     _keep_parameter_groups(model, sparse)
     settings |= {"layers": layers, "tower": tower, "granularity": granularity}
     return remember(sparse, _new_spec(sparse, mlps, spec, family_spec, settings))
 
 
-def _check(model: nn.Module, tower: str, granularity: int, expert_noise: float, reinit: float, settings: dict) -> None:
-    refuse_adapters(model)
+def _check(
+    models: Sequence[nn.Module],
+    tower: str,
+    granularity: int,
+    expert_noise: float,
+    reinit: float,
+    settings: dict,
+) -> None:
+    if not models or not all(isinstance(model, nn.Module) for model in models):
+        raise ValueError(f"models must be a model, or a list of some, got {models!r:.100}")
+    for model in models:
+        refuse_adapters(model)
     if tower not in TOWERS:
         raise ValueError(f"tower must be one of {TOWERS}, got {tower!r}")
     if type(granularity) is not int or granularity < 1:
@@ -99,7 +121,30 @@ def _check(model: nn.Module, tower: str, granularity: int, expert_noise: float, 
         raise ValueError(f"upcycle has no setting {name!r}; the routing settings are {sorted(SETTING_NAMES)}")
 
 
-def _routing_settings(user: dict, G: int) -> dict:
+def _check_shared(models: Sequence[nn.Module], mlps: Iterable[str]) -> None:
+    """UpcycleError: several models differ in more than what each expert has of its own."""
+    own = [f"{name}.{part}." for name in mlps for part in _own_parts(models[0], name)]
+    first = named_tensors(models[0])
+    for number, other in enumerate(models[1:], start=1):
+        if (problem := difference(models[0], other)) is not None:
+            raise UpcycleError(f"models[{number}] is not built like models[0]: {problem}")
+        for name, tensor in named_tensors(other).items():
+            mine = first[name]
+            same = tensor.dtype == mine.dtype and torch.equal(tensor.to(mine.device), mine)
+            if not (same or name.startswith(tuple(own))):
+                raise UpcycleError(
+                    f"models[{number}] differs from models[0] in {name}, but may differ in the MLPs of the chosen "
+                    "layers alone: train only these (train.freeze), or choose more layers"
+                )
+
+
+def _own_parts(model: nn.Module, name: str) -> Iterable[str]:
+    """The parts of an MLP of which each expert has its own: not a learned activation."""
+    layout = _layout(model, name)
+    return filter(None, (*layout.fc1, layout.norm, layout.fc2))
+
+
+def _routing_settings(user: dict, G: int, num_models: int) -> dict:
     """The settings of `upcycle`: its defaults, then the preset's, then the user's."""
     defaults = {"router": "top_k", "num_experts": 8 * G, "num_selected_experts": 2 * G}
     defaults |= {"normalize_weights": True, "capacity_factor": CAPACITY_FACTOR, **({"noise_std": 0.0} if G > 1 else {})}
@@ -114,6 +159,12 @@ def _routing_settings(user: dict, G: int) -> dict:
     for name in ("num_experts", "num_selected_experts") if G > 1 else ():
         if not isinstance(settings[name], int) or settings[name] % G:
             raise ValueError(f"{name} must be a multiple of granularity ({G}), got {settings[name]!r}")
+    if num_models > 1 and (not isinstance(settings["num_experts"], int) or settings["num_experts"] % (num_models * G)):
+        each = f" times granularity ({num_models} x {G})" if G > 1 else ""
+        raise ValueError(
+            f"num_experts must be a multiple of the number of models{each or f' ({num_models})'}, "
+            f"got {settings['num_experts']!r}"
+        )
     if settings["router"] == "top_k" and settings["num_selected_experts"] == 1 and settings.get("normalize_weights"):
         warnings.warn(
             "upcycle: with num_selected_experts=1 and normalised weights only the auxiliary losses train the router; "
@@ -183,13 +234,17 @@ class OpenClipMoE(SparseMoE):
         return self.experts.fc1
 
 
-def _sparse_layer(settings: dict, G: int, model: nn.Module, name: str) -> SparseMoE:
-    """The sparse layer that replaces an MLP, split into G experts."""
-    mlp = model.get_submodule(name)
+def _layout(model: nn.Module, name: str) -> MlpLayout:
     try:
-        layout = mlp_layout(mlp)
+        return mlp_layout(model.get_submodule(name))
     except UpcycleError as error:
         raise UpcycleError(f"{type(model).__name__}.{name}: {error}") from None
+
+
+def _sparse_layer(settings: dict, G: int, models: Sequence[nn.Module], name: str) -> SparseMoE:
+    """The sparse layer that replaces the MLPs of a name, each split into G experts."""
+    model = models[0]
+    mlp, layout = model.get_submodule(name), _layout(model, name)
     act, fc2 = mlp.get_submodule(layout.act), mlp.get_submodule(layout.fc2)
     norm = mlp.get_submodule(layout.norm) if layout.norm else None
     if fc2.in_features % G:
@@ -216,7 +271,7 @@ def _sparse_layer(settings: dict, G: int, model: nn.Module, name: str) -> Sparse
         **settings,
     )
     layer.experts.act = copy.deepcopy(act)  # of gated MLPs too
-    _load_experts(layer, mlp, layout, G)
+    _load_experts(layer, [each.get_submodule(name) for each in models], layout, G)
     with torch.no_grad():
         if hasattr(layer.router, "weight"):
             nn.init.normal_(layer.router.weight, std=ROUTER_STD)
@@ -230,10 +285,11 @@ def _sparse_layer(settings: dict, G: int, model: nn.Module, name: str) -> Sparse
 
 
 @torch.no_grad()
-def _load_experts(layer: SparseMoE, mlp: nn.Module, layout: MlpLayout, G: int) -> None:
-    """Copies an MLP's weights into all experts; biases that it lacks are removed."""
-    dense = dict(mlp.named_parameters())
-    experts = to_experts(layout, dense, layer.num_experts, G, float(G))
+def _load_experts(layer: SparseMoE, mlps: Sequence[nn.Module], layout: MlpLayout, G: int) -> None:
+    """Copies the weights of each MLP into as many experts; biases that it lacks are removed."""
+    number, dense = layer.num_experts // len(mlps), dict(mlps[0].named_parameters())
+    parts = [to_experts(layout, dict(mlp.named_parameters()), number, G, float(G)) for mlp in mlps]
+    experts = {name: torch.cat([part[name].to(each.device) for part in parts]) for name, each in parts[0].items()}
     for name, parameter in stacked_parameters(layer.experts).items():
         if name in experts:
             parameter.copy_(experts[name])
@@ -254,35 +310,6 @@ def _num_tokens(model: nn.Module, name: str) -> int | None:
         return patches + tower.num_prefix_tokens
     positions = getattr(tower, "positional_embedding", None)
     return positions.shape[0] if isinstance(positions, Tensor) else None
-
-
-@torch.no_grad()
-def _redraw_units(experts: Experts, share: float) -> None:
-    """Draws a share of the hidden units again, different ones for each expert."""
-    fc1, fc2 = experts.fc1, experts.fc2
-    F = fc2.weight.shape[2]
-    for expert in range(len(fc2.weight) if share > 0 else 0):
-        units = torch.randperm(F, device=fc2.weight.device)[: round(share * F)]
-        for rows in (units, units + F) if experts.gated else (units,):
-            _redraw(fc1.weight[expert], rows, 0)
-            if fc1.bias is not None:
-                _redraw(fc1.bias[expert], rows, 0)
-        _redraw(fc2.weight[expert], units, 1)
-
-
-@torch.no_grad()
-def _add_noise(experts: Experts, share: float) -> None:
-    """Adds normal noise, with this share of the standard deviation of each expert's weights."""
-    for weight in (experts.fc1.weight, experts.fc2.weight) if share > 0 else ():
-        std_E11 = weight.float().flatten(1).std(dim=1)[:, None, None].to(weight.dtype)
-        weight.add_(torch.randn_like(weight) * std_E11 * share)
-
-
-def _redraw(tensor: Tensor, index: Tensor, dim: int) -> None:
-    """Replaces some rows (dim 0) or columns (dim 1) by normal numbers of the same mean and standard deviation."""
-    old = tensor.index_select(dim, index).float()
-    if old.numel() > 1:
-        tensor.index_copy_(dim, index, (torch.randn_like(old) * old.std() + old.mean()).to(tensor.dtype))
 
 
 def _keep_parameter_groups(dense: nn.Module, sparse: nn.Module) -> None:
