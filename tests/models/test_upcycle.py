@@ -578,6 +578,7 @@ def test_several_models_that_differ_elsewhere_are_refused():
         ([a, tiny_vit(depth=1)], {}, r"models\[1\] is not built like models\[0\]: it lacks blocks"),
         ([a, b], {"num_experts": 3}, r"num_experts must be a multiple of the number of models \(2\), got 3"),
         ([a, b], {"num_experts": 6, "granularity": 2}, r"number of models times granularity \(2 x 2\), got 6"),
+        ([a, b], {"calibration": images()}, "calibration clusters what one model sees, and there are 2"),
         ([], {}, r"models must be a model, or a list of some, got \[\]"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -1,9 +1,24 @@
-"""How the experts of an upcycled layer come to differ: noise, and hidden units drawn again."""
+"""How the experts of an upcycled layer come to differ: noise, units drawn again, clusters of a calibration set.
+
+Shapes, by suffix: E experts, C clusters, N tokens, D model width, F hidden width, I inputs and O outputs of a matrix.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from vmoe.models.calls import call, evaluation_mode
+from vmoe.models.dense_mlp import UpcycleError
+from vmoe.moe import SparseMoE
+from vmoe.moe.backends.reference import activate
 from vmoe.moe.experts import Experts
+
+STEPS = 100  # of k-means at most; it mostly ends by itself before
+TOKENS = 16384  # compared at a time
 
 
 @torch.no_grad()
@@ -33,3 +48,134 @@ def _redraw(tensor: Tensor, index: Tensor, dim: int) -> None:
     old = tensor.index_select(dim, index).float()
     if old.numel() > 1:
         tensor.index_copy_(dim, index, (torch.randn_like(old) * old.std() + old.mean()).to(tensor.dtype))
+
+
+class Clusters:
+    """Cluster-aware upcycling (arXiv 2604.13508): each expert starts from a cluster of what its dense MLP sees.
+
+    The inputs of each MLP over a calibration set are clustered by spherical k-means. The unit centroids become the rows
+    of the router, so that a token's largest logit is that of its cluster. Each matrix of the cluster's expert becomes
+    the matrix of lowest rank whose outputs on the cluster's tokens keep `energy` of their squared length: its
+    projection on their first principal directions, the data-aware truncated SVD.
+
+    The paper leaves open how the rank is chosen, whether rows are scaled, and which inputs the second matrix sees. Here
+    the rank follows from `energy`, rows have length 1, and the second matrix sees what the truncated first one gives.
+    Its loss by self-distillation during training is not part of this.
+    """
+
+    def __init__(self, model: nn.Module, mlps: Iterable[str], batches: Any, energy: float) -> None:
+        if isinstance(batches, (Tensor, tuple, Mapping)):
+            batches = [batches]
+        self.model, self.energy, self.batches = model, energy, list(batches)
+        found: dict[str, list[Tensor]] = {name: [] for name in mlps}
+
+        def keep(name: str, _: nn.Module, args: tuple) -> None:
+            found[name].append(args[0].flatten(0, -2))
+
+        hooks = [model.get_submodule(name).register_forward_pre_hook(partial(keep, name)) for name in found]
+        try:
+            self.outputs = self._outputs(model)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not self.batches:
+            raise ValueError("calibration is empty; give a batch of images, or a loader of some")
+        if unused := [name for name, parts in found.items() if not parts]:
+            raise UpcycleError(f"the calibration set does not reach {unused[0]}; give images and texts as tuples")
+        self.inputs = {name: torch.cat(parts) for name, parts in found.items()}
+
+    def _outputs(self, model: nn.Module) -> list[list[Tensor]]:
+        with evaluation_mode(model):
+            return [_tensors(call(model, batch)) for batch in self.batches]
+
+    @torch.no_grad()
+    def specialise(self, layer: SparseMoE, name: str, granularity: int) -> None:
+        """Gives a layer of copies the router and the experts of its clusters."""
+        if layer.router_type != "top_k" or layer.settings.gate == "cosine":
+            raise ValueError("calibration needs router='top_k' and a linear gate: its rows are the clusters' centroids")
+        x_ND = self.inputs[name].float()
+        try:
+            centroid_CD = spherical_k_means(x_ND, layer.num_experts // granularity)
+        except ValueError as error:
+            raise ValueError(f"calibration: {name} {error}; give more images, or set fewer experts") from None
+        layer.router.weight.copy_(centroid_CD.repeat_interleave(granularity, dim=0))
+        cluster_N = (x_ND @ centroid_CD.T).argmax(1)
+        for expert in range(layer.num_experts if self.energy < 1 else 0):
+            self._truncate(layer.experts, expert, x_ND[cluster_N == expert // granularity])
+
+    def _truncate(self, experts: Experts, expert: int, x_ND: Tensor) -> None:
+        fc1, fc2 = experts.fc1, experts.fc2
+        fc1.weight[expert] = _truncated(fc1.weight[expert].float(), x_ND, self.energy)
+        bias = None if fc1.bias is None else fc1.bias[expert].float()
+        hidden_NF = activate(experts.act, experts.gated, F.linear(x_ND, fc1.weight[expert].float(), bias))
+        if experts.norm is not None:
+            count_E = torch.zeros(experts.num_experts, dtype=torch.long, device=x_ND.device)
+            count_E[expert] = len(x_ND)
+            hidden_NF = experts.norm(hidden_NF, count_E)
+        fc2.weight[expert] = _truncated(fc2.weight[expert].float(), hidden_NF, self.energy)
+
+    def differences(self, sparse: nn.Module) -> dict[str, float]:
+        """How far the sparse model is from the dense one on the calibration set, |difference| / |dense|: of each
+        layer's output for the dense model's tokens, {its name: number}, and of the whole model's, {"output": number}"""
+        found = {}
+        with evaluation_mode(self.model), evaluation_mode(sparse):
+            for name, x_ND in self.inputs.items():
+                layers = [model.get_submodule(name) for model in (sparse, self.model)]
+                found[name] = _relative([[layer(part) for layer in layers] for part in x_ND.split(TOKENS)])
+        pairs = zip(self._outputs(sparse), self.outputs, strict=True)
+        return {**found, "output": _relative([pair for batch in pairs for pair in zip(*batch, strict=True)])}
+
+
+def spherical_k_means(x_ND: Tensor, C: int) -> Tensor:
+    """(C, D) unit centroids of the directions of N vectors, by Lloyd's steps from a k-means++ start (Arthur and
+    Vassilvitskii, 2007), random by torch's generator. ValueError: there are fewer directions than clusters."""
+    x_ND = F.normalize(x_ND, dim=1)
+    chosen = torch.randint(len(x_ND), (1,), device=x_ND.device)
+    nearest_N = 1 - x_ND @ x_ND[chosen[0]]
+    for _ in range(C - 1):
+        nearest_N = nearest_N.clamp(min=0).where(nearest_N > 1e-6, 0)
+        if not nearest_N.any():
+            raise ValueError(f"sees fewer than {C} different tokens")
+        chosen = torch.cat([chosen, torch.multinomial(nearest_N, 1)])
+        nearest_N = torch.minimum(nearest_N, 1 - x_ND @ x_ND[chosen[-1]])
+    centroid_CD, previous_N = x_ND[chosen], None
+    for _ in range(STEPS):
+        similarity_N, cluster_N = (x_ND @ centroid_CD.T).max(1)
+        if previous_N is not None and torch.equal(cluster_N, previous_N):
+            break
+        member_NC = F.one_hot(cluster_N, C).to(x_ND.dtype)
+        centroid_CD = F.normalize(member_NC.T @ x_ND, dim=1)
+        empty = (member_NC.sum(0) == 0).nonzero()[:, 0]
+        centroid_CD[empty] = x_ND[similarity_N.argsort()[: len(empty)]]  # those that fit their cluster least
+        previous_N = cluster_N
+    return centroid_CD
+
+
+def _truncated(weight_OI: Tensor, x_NI: Tensor, energy: float) -> Tensor:
+    """The matrix of lowest rank whose outputs for some inputs keep a share of their squared length."""
+    if wide := weight_OI.shape[0] > weight_OI.shape[1]:  # find the outputs' directions in the smaller of two spaces
+        values_I, vectors_II = torch.linalg.eigh(x_NI.T @ x_NI)
+        outputs = weight_OI @ (vectors_II * values_I.clamp(min=0).sqrt())  # of vectors with the same second moments
+    else:
+        outputs = x_NI @ weight_OI.T
+    energies, directions = (each.flip(-1) for each in torch.linalg.eigh(outputs.T @ outputs))  # largest first
+    energies = energies.clamp(min=0)
+    rank = int((energies.cumsum(0) < energy * energies.sum()).sum()) + 1
+    if wide:
+        directions = F.normalize(outputs @ directions[:, :rank], dim=0)
+    directions_OR = directions[:, :rank]
+    return directions_OR @ (directions_OR.T @ weight_OI)
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    """The tensors of a model's outputs that hold a result for each input, not numbers such as the logit scale."""
+    if isinstance(outputs, Tensor):
+        return [outputs] if outputs.ndim > 1 else []
+    parts = outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def _relative(pairs: Sequence[Sequence[Tensor]]) -> float:
+    """|ours - theirs| / |theirs|"""
+    ours, theirs = (torch.cat([pair[side].flatten().float() for pair in pairs]) for side in (0, 1))
+    return ((ours - theirs).norm() / theirs.norm()).item()
