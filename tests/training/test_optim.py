@@ -32,6 +32,15 @@ def test_frozen_parameters_stay_as_they_are_and_the_others_move(model):
     assert not torch.equal(model.head.weight, before["head.weight"])
 
 
+def test_a_pattern_with_an_exclamation_mark_is_trained_all_the_same(model):
+    frozen = freeze(model, ["*", "!*.mlp.*", "blocks.1.*"])
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {f"blocks.0.mlp.{layer}.{kind}" for layer in ("fc1", "fc2") for kind in ("weight", "bias")}
+    assert trained.isdisjoint(frozen)
+    with pytest.raises(ConfigError, match=r"'!\*.router.\*' matches no parameter"):
+        freeze(model, ["*", "!*.router.*"])
+
+
 def test_a_pattern_without_a_match_is_an_error_that_helps(model):
     with pytest.raises(ConfigError, match=r"'patch_embedding\.\*' matches no parameter.*patch_embed"):
         freeze(model, ["blocks.*", "patch_embedding.*"])

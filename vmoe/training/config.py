@@ -137,7 +137,8 @@ class TrainConfig:
         clip_grad_norm: Largest norm of the whole gradient; null does not clip.
         loss: Contrastive loss, open_clip's softmax (CLIP) or sigmoid (SigLIP); classification uses cross-entropy.
         freeze: Patterns (`*`, `?`) of parameter names to freeze, such as "patch_embed.*" or "*.router.*". A tower that
-            is frozen as a whole ("visual.*") is locked, as in LiT: its outputs do not change.
+            is frozen as a whole ("visual.*") is locked, as in LiT: its outputs do not change. A pattern after "!" is
+            trained all the same: ["*", "!*.router.*"] trains the routers alone.
         ema_decay: Decay of a moving average of the weights (timm's ModelEmaV3), which is evaluated; null keeps none.
         compile: Use torch.compile.
         grad_checkpointing: Recompute activations in the backward pass to save memory.

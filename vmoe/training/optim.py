@@ -41,18 +41,19 @@ SHARDABLE = (
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Freezes the parameters whose names match a shell pattern; returns their names.
+    """Freezes the parameters whose names match a shell pattern, but for those of later ones that begin with "!";
+    returns their names.
 
     Running statistics of normalisations still update. A ConfigError: a pattern that matches no parameter, or nothing
     left to train.
     """
     names, frozen = [name for name, _ in model.named_parameters()], []
     for pattern in patterns:
-        matching = [name for name in names if fnmatchcase(name, pattern)]
+        matching = [name for name in names if fnmatchcase(name, pattern.removeprefix("!"))]
         if not matching:
             nearest = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)[0]
             raise ConfigError(f"train.freeze: {pattern!r} matches no parameter; the nearest name is {nearest!r}")
-        frozen += matching
+        frozen = [name for name in frozen if name not in matching] if pattern.startswith("!") else frozen + matching
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
