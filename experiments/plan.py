@@ -69,9 +69,9 @@ class Experiment:
         only: With `of`: the runs to show, by their names, which may have * and ?.
         source: Papers that the question is from.
         settings: Settings of train.py for all runs, over those of base: `optim.lr: 1e-3`.
-        runs: {name: settings of train.py for this run}, over the common ones. `{run: NAME}` as a value is the folder of
-            a run above it, with the same seed, and if it has the same grid, the same point of it. A run's own `grid`
-            replaces the common one.
+        runs: {name: settings of train.py for this run}, over the common ones. `{run: NAME}` as a value (or in a
+            list) is the folder of a run above it, with the same seed, and if it has the same grid, the same point of
+            it. A run's own `grid` replaces the common one.
         grid: {setting: values}: each run is made with all combinations, and has them in its name.
         seeds: Each run is made with each of them.
         baseline: The run that others are compared with; of one with a grid, that at the same point of it.
@@ -118,7 +118,7 @@ class Cell:
     run: str
     seed: int
     base: str
-    overrides: dict[str, Any]  # settings of train.py over the base; {"run": NAME} for another run's folder
+    overrides: dict[str, Any]  # settings of train.py over the base; {"run": NAME}, or a list of them, for runs' folders
     evaluations: dict[str, Evaluation]
     settings: dict[str, Any] = field(default_factory=dict)  # what its result depends on, but for the seed
     needs: list[Cell] = field(default_factory=list)  # runs that are made before
@@ -128,9 +128,9 @@ class Cell:
         return f"{re.sub(r'[^a-zA-Z0-9.=+-]+', '_', self.run)}-seed{self.seed}"
 
     @property
-    def references(self) -> dict[str, str]:
-        """{setting: the run whose folder it is}."""
-        return {key: value["run"] for key, value in self.overrides.items() if _is_reference(value)}
+    def references(self) -> dict[str, list[str]]:
+        """{setting: the runs whose folders it is}."""
+        return {key: runs for key, value in self.overrides.items() if (runs := _referred(value))}
 
     def folder(self, output: Path) -> Path:
         return output / self.experiment / self.name
@@ -138,7 +138,8 @@ class Cell:
     def arguments(self, output: Path) -> list[str]:
         """The command line of train.py."""
         words, folders = ["--config", self.base], {one.run: str(one.folder(output)) for one in self.needs}
-        folders = {key: folders[run] for key, run in self.references.items()}
+        folders = {key: [folders[run] for run in runs] for key, runs in self.references.items()}
+        folders = {key: each if isinstance(self.overrides[key], list) else each[0] for key, each in folders.items()}
         for key, value in {**self.overrides, **folders, "seed": self.seed}.items():
             words += [f"--{key}", as_text(value)]
         return [*words, "--output_dir", str(self.folder(output))]
@@ -230,7 +231,7 @@ def _plan(experiment: Experiment, name: str) -> list[Cell]:
         made: dict[str, Cell] = {}
         for run, overrides in runs.items():
             made[run] = cell = Cell(name, run, seed, base, overrides, evaluations[run])
-            for key, other in cell.references.items():
+            for key, other in ((key, other) for key, runs in cell.references.items() for other in runs):
                 if other == run or other not in made:
                     raise ConfigError(f"runs.{run}: {key} is of run {other!r}, which is none of those above it")
                 cell.needs.append(made[other])
@@ -312,15 +313,25 @@ def _runs(experiment: Experiment) -> dict[str, dict[str, Any]]:
             suffixes[name] = suffix
     for name, settings in runs.items():
         for key, value in settings.items():
-            if _is_reference(value) and value["run"] not in runs:
-                same = f"{value['run']}, {suffixes[name]}"  # the same point of the grid
-                settings[key] = {"run": same if same in runs else value["run"]}
+            if same := [{"run": _at_point(run, suffixes[name], runs)} for run in _referred(value)]:
+                settings[key] = same if isinstance(value, list) else same[0]
     return runs
+
+
+def _at_point(run: str, suffix: str, runs: Collection[str]) -> str:
+    """The run's name at a point of the grid, if it has none without."""
+    return run if run in runs or f"{run}, {suffix}" not in runs else f"{run}, {suffix}"
 
 
 def _is_reference(value: Any) -> bool:
     """Whether a value is {"run": NAME}."""
     return isinstance(value, dict) and value.keys() == {"run"}
+
+
+def _referred(value: Any) -> list[str]:
+    """The runs of {"run": NAME}, or of a list of such values."""
+    values = value if isinstance(value, list) else [value]
+    return [each["run"] for each in values] if all(map(_is_reference, values)) else []
 
 
 def _merged(*parts: dict[str, Any]) -> dict[str, Any]:
@@ -354,7 +365,7 @@ def _settings_of(cell: Cell) -> dict[str, Any]:
         raise ConfigError(f"run {cell.run!r}: {error}") from None
     settings = result_settings(config)
     digests = {parent.run: digest(parent.settings) for parent in cell.needs}
-    settings |= {key: f"run {run} ({digests[run]})" for key, run in cell.references.items()}
+    settings |= {key: ", ".join(f"run {run} ({digests[run]})" for run in runs) for key, runs in cell.references.items()}
     return settings
 
 

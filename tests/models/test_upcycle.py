@@ -551,7 +551,7 @@ def test_each_of_several_models_gives_experts(name, granularity, tmp_path):
     models = siblings(trained(dense))
     before = [copy.deepcopy(model.state_dict()) for model in models]
     sparse = vmoe.upcycle(models=models, num_experts=6 * granularity, granularity=granularity)
-    for expert in range(6):
+    for expert in (0, 3, 5):
         again = vmoe.densify(sparse, expert).state_dict()
         torch.testing.assert_close(again, before[expert // 2], rtol=0, atol=0)
     assert len(routers(sparse)) == (4 if name == "CLIP" else 2)

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from vmoe.data import SourceConfig, build_dataset
 from vmoe.models.factory import create_model, save_pretrained
 from vmoe.models.upcycle import upcycle
+from vmoe.planning.model_plan import make_model
 from vmoe.training.config import Config, ModelConfig, OptimConfig
 from vmoe.training.distill import PROJECTION
 from vmoe.training.optim import create_optimizer
@@ -125,6 +127,45 @@ def test_bad_settings_are_config_errors(make_second, make_config, dense_run, tmp
         train(config)
     with pytest.raises(ConfigError, match="state of AdamW is of no use to Lion"):
         train(make_second("bad", ALL, **{"optim.name": "lion"}))
+
+
+def test_experts_of_several_runs_whose_routers_alone_are_trained(make_second, dense_run, tmp_path):
+    train(make_second("other", pretrained_optimizer=False, **{"train.freeze": '["*", "!*.mlp.*"]', "optim.lr": 0.1}))
+    settings = {"others": [str(tmp_path / "other")]}
+    with pytest.raises(ConfigError, match="pretrained_optimizer has the state of one model"):
+        train(make_second("both", settings))
+    routers = {"train.freeze": '["*", "!*.router.*"]', "optim.lr": 0.1}
+    train(both := make_second("both", settings, pretrained_optimizer=False, **routers))
+    dense, other, new = (
+        weights(Config(str(run), "contrastive")) for run in (dense_run, tmp_path / "other", tmp_path / "both")
+    )
+    name = "blocks.1.mlp.fc1.weight"
+    assert not torch.equal(dense[name], other[name])
+    assert torch.equal(new["blocks.1.mlp.experts.fc1.weight"], torch.stack([dense[name], other[name]]))
+    assert all(torch.equal(tensor, dense[key]) for key, tensor in new.items() if ".mlp." not in key)
+    assert new["blocks.1.mlp.router.weight"].std() > 0.05  # 0.02 when it is new
+    config = make_second("planned", settings, pretrained_optimizer=False)
+    planned = {key: tensor.shape for key, tensor in make_model(config)[0].state_dict().items()}
+    assert planned == {key: tensor.shape for key, tensor in new.items()}
+    assert both.train.freeze == ["*", "!*.router.*"]
+
+
+def test_a_run_starts_from_clusters_of_its_training_data(make_second):
+    one, console = {"train.steps": 1, "optim.lr": 1e-12}, Console(width=200, record=True)
+    train(dense := make_second("longer", **one))
+    settings = {**ALL, "clusters": 12, "cluster_energy": 1}
+    train(sparse := make_second("sparse", settings, **one), console)
+    assert metrics(sparse, "task_loss")[0] == pytest.approx(metrics(dense, "task_loss")[0], abs=1e-4)
+    assert "clusters: outputs differ by 0.0% from the dense model's on their examples" in console.export_text()
+    torch.testing.assert_close(weights(sparse)["blocks.1.mlp.router.weight"].norm(dim=1), torch.ones(4))
+    train(make_second("sparse", settings, **one | {"train.steps": 2}))  # continues without them
+    for value in (1.5, -1, True):
+        with pytest.raises(
+            ConfigError, match=f"model.upcycle.clusters must be a whole number of examples, got {value}"
+        ):
+            train(make_second("bad", {"clusters": value}))
+    with pytest.raises(ConfigError, match="model.upcycle.others must be a list .*, got 'run'"):
+        train(make_second("bad", {"others": "run"}, pretrained_optimizer=False))
 
 
 # --- fine-tuning recipes ---------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from vmoe.models.upcycle import block_mlps, upcycle, upcycle_steps
 from vmoe.moe.experts import Experts
 from vmoe.training.config import Config
 from vmoe.training.optim import freeze
+from vmoe.training.upcycling import layer_settings
 from vmoe.utils.config import ConfigError
 from vmoe.utils.meta import meta_device
 
@@ -48,7 +49,7 @@ def make_model(config: Config) -> tuple[nn.Module, list[str]]:
     if config.lora.targets:
         raise ConfigError("lora.targets cannot be planned; leave it out to plan the training of all weights")
     notes: list[str] = []
-    name, kwargs, upcycled = config.model.name, dict(config.model.kwargs), [config.model.upcycle]
+    name, kwargs, upcycled = config.model.name, dict(config.model.kwargs), [layer_settings(config.model.upcycle)]
     if name is None and (named := named_weights(None, config.model.pretrained)):
         name = named[0]
     elif name is None:  # the file says which model it holds

@@ -70,7 +70,9 @@ class ModelConfig:
             drop_path_rate, ... A two-tower model has those of its towers below image and text; image.pretrained names
             a file, or a run's folder, with the image tower.
         upcycle: Make the dense model sparse before training: arguments of vmoe.upcycle (num_experts, layers, tower,
-            num_selected_experts, granularity, expert_noise, reinit, routing settings); empty leaves it dense.
+            num_selected_experts, granularity, expert_noise, reinit, cluster_energy, routing settings); empty leaves it
+            dense. `others`: more dense models, as `pretrained` takes them, which differ in the MLPs alone and give
+            experts too. `clusters`: examples of data.train whose clusters give routers and experts their start.
         pretrained_optimizer: Also take the optimizer's state of the run `pretrained`; experts get that of their MLP.
     """
 
@@ -334,6 +336,10 @@ class Config:
             "model.pretrained_optimizer needs model.pretrained, the folder of a run, and parallel.dp_shard = "
             "parallel.ep = 1; set it to false",
             model.pretrained_optimizer and (model.pretrained is None or sharded),
+        )
+        yield (
+            "model.pretrained_optimizer has the state of one model, and model.upcycle.others are more; set it to false",
+            model.pretrained_optimizer and model.upcycle.get("others"),
         )
         yield from self._lora_conflicts(sharded)
         yield from self._distill_conflicts(contrastive)

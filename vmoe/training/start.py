@@ -36,6 +36,9 @@ def start_lines(
     total, active = (profile[f"parameters_{kind}"] / 1e6 for kind in ("total", "active"))
     yield f"model: {task.name}, {total:.2f} M parameters, {active:.2f} M active per token{frozen}"
     yield f"weights: {'; '.join(_weights(model)) or config.model.pretrained or 'new'}"
+    if far := dict(getattr(model, "upcycle_differences", {})):
+        whole, layers = far.pop("output"), f"{min(far.values()):.1%} to {max(far.values()):.1%}"
+        yield f"clusters: outputs differ by {whole:.1%} from the dense model's on their examples, of layers by {layers}"
 
 
 def _weights(model: nn.Module) -> Iterator[str]:

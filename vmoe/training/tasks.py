@@ -35,11 +35,11 @@ from vmoe.inspection.maps import example_figure
 from vmoe.models.factory import create_model, get_tokenizer, is_contrastive, preprocess_config
 from vmoe.models.serialization import WeightsError, stored_name
 from vmoe.models.spec import IMAGE_TEXT_NAMES
-from vmoe.models.upcycle import upcycle
 from vmoe.moe.quantize import experts_kept_as
 from vmoe.training.config import STEPS, Config
 from vmoe.training.distill import Distiller
 from vmoe.training.logger import say
+from vmoe.training.upcycling import make_sparse
 from vmoe.utils.config import ConfigError
 from vmoe.utils.world import world
 
@@ -137,10 +137,7 @@ class Task:
                 f"model.pretrained {pretrained} keeps its experts as {kept_as}, for inference alone: "
                 "give the file that was not quantized"
             )
-        try:
-            return upcycle(model, **config.upcycle) if config.upcycle else model
-        except ValueError as error:
-            raise ConfigError(f"model.upcycle: {error}") from error
+        return make_sparse(model, config, self.train_data, kwargs) if config.upcycle else model
 
     def after_step(self, model: nn.Module) -> None:
         """Changes weights after an optimizer step."""

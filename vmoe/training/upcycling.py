@@ -1,0 +1,71 @@
+"""`model.upcycle` of a config: vmoe.upcycle, also from several checkpoints or from clusters of the training data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vmoe.data import BadSample, build_transform
+from vmoe.data.dataset import ImageDataset
+from vmoe.models.factory import create_model, get_tokenizer, is_contrastive, preprocess_config
+from vmoe.models.upcycle import upcycle
+from vmoe.training.config import ModelConfig
+from vmoe.utils.config import ConfigError
+
+BATCH = 64  # examples of the calibration set in a forward pass
+
+
+def make_sparse(model: nn.Module, config: ModelConfig, data: ImageDataset, kwargs: dict[str, Any]) -> nn.Module:
+    """The dense model upcycled as the config says; `kwargs` are those of the model. A ConfigError names a mistake."""
+    settings = dict(config.upcycle)
+    others, clusters = settings.pop("others", []), settings.pop("clusters", 0)
+    if not isinstance(others, list) or not all(isinstance(source, str) for source in others):
+        raise ConfigError(f"model.upcycle.others must be a list of dense models' files or folders, got {others!r}")
+    if type(clusters) is not int or clusters < 0:
+        raise ConfigError(f"model.upcycle.clusters must be a whole number of examples, got {clusters!r}")
+    try:
+        if torch.get_default_device().type == "meta":  # another process has the weights
+            return upcycle(model, **layer_settings(config.upcycle))
+        models = [model, *(_like(model, create_model(config.name, source, **kwargs)) for source in others)]
+        calibration = examples(model, data, clusters) if clusters else None
+        return upcycle(models, calibration=calibration, **settings)
+    except ValueError as error:
+        raise ConfigError(f"model.upcycle: {error}") from error
+
+
+def layer_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of vmoe.upcycle that make the same layers of one model, without other weights or data."""
+    settings = {key: value for key, value in given.items() if key not in ("others", "clusters")}
+    if others := given.get("others"):
+        settings = {"num_experts": (1 + len(others)) * given.get("granularity", 1), "layers": "every1"} | settings
+    return settings
+
+
+def _like(first: nn.Module, other: nn.Module) -> nn.Module:
+    """The other model, whose new tensors, such as a classifier for other classes, are those of the first."""
+    new = getattr(other, "vmoe_loaded", {}).get("new", ())
+    own = first.state_dict()
+    other.load_state_dict({name: own[name] for name in new}, strict=False)
+    return other
+
+
+def examples(model: nn.Module, data: ImageDataset, number: int) -> list[Any]:
+    """Batches of readable examples from everywhere in a data set, as the model evaluates them: (B, C, H, W) images,
+    for image-text models with the tokens of their captions."""
+    transform, captions, images = build_transform(preprocess_config(model), None), [], []
+    for index in torch.linspace(0, len(data) - 1, min(number, len(data))).round().long().tolist():
+        try:
+            sample = data[index]
+        except BadSample:
+            continue
+        images.append(transform(sample.image))
+        captions.append(sample.caption)
+    if not images:
+        raise ValueError(f"none of {number} examples for the clusters can be read")
+    tokens: list[Tensor] = []
+    if is_contrastive(model):
+        tokens = list(get_tokenizer(model)(captions).split(BATCH))
+    batches = torch.stack(images).split(BATCH)
+    return list(zip(batches, tokens, strict=True)) if tokens else list(batches)
