@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,25 @@ def test_each_tower_must_leave_its_losses_to_the_loop(make_config):
         config = make_config("contrastive", **only({tower: {"auxiliary_loss": "attach"}}))
         with pytest.raises(ConfigError, match=f"model.kwargs.{tower}.auxiliary_loss must be 'record'"):
             config.check()
+
+
+def test_clip_up_goes_on_from_a_dense_run_with_experts_in_both_towers(make_config, tmp_path):
+    dense, clip_up = (read_config(Config, ["--config", f"{name}_tiny_emoji"]) for name in ("two_tower", "clip_up"))
+    assert clip_up.optim.lr == pytest.approx(dense.optim.lr / 10)
+    assert clip_up.model.pretrained == f"{dense.output_dir}_dense"
+    kwargs = {"image": {**IMAGE, "num_experts": 0}, "text": {**TEXT, "num_experts": 0}, "embed_dim": 16}
+    run(first := make_config("contrastive", **only(kwargs, output_dir=str(tmp_path / "first"), **{"train.steps": 2})))
+    config = make_config("contrastive", **{"train.steps": 2})
+    run(replace(config, model=replace(clip_up.model, pretrained=first.output_dir), optim=clip_up.optim))
+    model, start = vmoe.create_model(pretrained=config.output_dir), vmoe.create_model(pretrained=first.output_dir)
+    for tower, before in ((model.visual, start.visual), (model.text, start.text)):
+        layer = tower.blocks[1].mlp
+        assert (layer.num_experts, layer.num_selected_experts, layer.capacity_factor) == (8, 2, 2.0)
+        torch.testing.assert_close(layer.experts.fc1.weight[7], before.blocks[1].mlp.fc1.weight, rtol=0, atol=1e-3)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    weighted = {"gshard_loss": 0.01, "z_loss": 0.001}
+    routed = [weighted.get(key.rpartition("/")[2], 0) * lines[0][key] for key in lines[0] if ".mlp/" in key]
+    assert lines[0]["loss"] - lines[0]["task_loss"] == pytest.approx(sum(routed), rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["two_tower_tiny_emoji", "lit_tiny_emoji"])
