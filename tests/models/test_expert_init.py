@@ -96,6 +96,12 @@ def test_both_towers_and_virtual_groups():
     assert weight_ED[::2].unique(dim=0).shape[0] == 4
 
 
+def test_a_new_classifier_without_weights_is_no_difference():
+    dense = vmoe.create_model("vmoe_tiny_patch8_48", num_experts=0, depth=2, num_classes=3)  # its head is zero
+    far = vmoe.upcycle(dense, 4, [1], calibration=torch.randn(8, 3, 48, 48)).upcycle_differences
+    assert far["output"] == 0 < far["blocks.1.mlp"]
+
+
 def test_what_cannot_be_clustered_is_refused():
     dense, labels = make(), torch.zeros(2, dtype=torch.long)
     for settings, message in [

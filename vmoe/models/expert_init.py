@@ -58,9 +58,9 @@ class Clusters:
     the matrix of lowest rank whose outputs on the cluster's tokens keep `energy` of their squared length: its
     projection on their first principal directions, the data-aware truncated SVD.
 
-    The paper leaves open how the rank is chosen, whether rows are scaled, and which inputs the second matrix sees. Here
-    the rank follows from `energy`, rows have length 1, and the second matrix sees what the truncated first one gives.
-    Its loss by self-distillation during training is not part of this.
+    Our reading where the paper's abstract does not say: the rank follows from `energy`, rows have length 1, the second
+    matrix sees what the truncated first one gives, and biases stay. The paper's self-distillation loss is not part of
+    this.
     """
 
     def __init__(self, model: nn.Module, mlps: Iterable[str], batches: Any, energy: float) -> None:
@@ -158,6 +158,8 @@ def _truncated(weight_OI: Tensor, x_NI: Tensor, energy: float) -> Tensor:
         outputs = weight_OI @ (vectors_II * values_I.clamp(min=0).sqrt())  # of vectors with the same second moments
     else:
         outputs = x_NI @ weight_OI.T
+    if not outputs.any():  # nothing to say of them
+        return weight_OI
     energies, directions = (each.flip(-1) for each in torch.linalg.eigh(outputs.T @ outputs))  # largest first
     energies = energies.clamp(min=0)
     rank = int((energies.cumsum(0) < energy * energies.sum()).sum()) + 1
@@ -176,6 +178,6 @@ def _tensors(outputs: Any) -> list[Tensor]:
 
 
 def _relative(pairs: Sequence[Sequence[Tensor]]) -> float:
-    """|ours - theirs| / |theirs|"""
+    """|ours - theirs| / |theirs|; 0 if both are 0, as outputs of a new classifier may be."""
     ours, theirs = (torch.cat([pair[side].flatten().float() for pair in pairs]) for side in (0, 1))
-    return ((ours - theirs).norm() / theirs.norm()).item()
+    return ((ours - theirs).norm() / theirs.norm().clamp(min=torch.finfo(theirs.dtype).tiny)).item()
