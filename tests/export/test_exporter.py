@@ -123,6 +123,7 @@ ROUTERS = {
     "a group larger than a batch": {**LIMITED, "group_size": 1000},
     "expert choice": {"router": "expert_choice"},
     "expert choice in groups": {"router": "expert_choice", "group_size": 7},
+    "whole images": {**LIMITED, "per_image": True},
     "soft": {"router": "soft"},
     "soft in groups": {"router": "soft", "group_size": 7},
     "soft in groups of several images": {"router": "soft", "group_size": 40},

@@ -58,7 +58,7 @@ def capacity_of(s, num_tokens, num_choices, training):
     return math.ceil(number / s.capacity_multiple_of) * s.capacity_multiple_of
 
 
-def route_group(layer, s, tokens, real, modality):
+def route_group(layer, s, tokens, real, modality, T):
     """(outputs, {(token, expert)} kept, gates, logits) of one group; tokens (N, D), lists of bool and int."""
     N, E = len(tokens), s.num_experts
     y = [torch.zeros(layer.out_features, dtype=tokens.dtype) for _ in range(N)]
@@ -79,12 +79,17 @@ def route_group(layer, s, tokens, real, modality):
                 kept |= {(n, e) for e in range(E)}
         logits = torch.stack([score[:, e * P : (e + 1) * P].logsumexp(1) for e in range(E)], 1)
         return y, kept, logits.softmax(1), logits
+    seen, units = tokens, [[n] for n in everyone]  # what the gate sees, and what goes to an expert together
+    if s.per_image:
+        images = [[n for n in range(first, first + T) if real[n]] for first in range(0, N, T)]
+        seen = torch.stack([tokens[own].mean(0) if own else 0 * tokens[0] for own in images for _ in range(T)])
+        units = [own for own in images if own]
     if s.gate == "cosine":
-        z = F.normalize(tokens @ layer.router.projection.T + layer.router.projection_bias, dim=1)
+        z = F.normalize(seen @ layer.router.projection.T + layer.router.projection_bias, dim=1)
         scale = layer.router.temperature.clamp(max=math.log(100)).exp()
         logits = z @ F.normalize(layer.router.weight, dim=1).T * scale
     else:
-        logits = tokens @ layer.router.weight.T
+        logits = seen @ layer.router.weight.T
     scores = logits.sigmoid() if s.gate == "sigmoid" else logits.softmax(1)
     gates = scores / scores.sum(1, keepdim=True)
     if s.router == "expert_choice":
@@ -100,20 +105,19 @@ def route_group(layer, s, tokens, real, modality):
         return y, kept, gates, logits
     choice = scores + (layer.router.expert_bias if s.bias_update_rate > 0 else 0)
     chosen = [sorted(range(E), key=lambda e: (-choice[n, e].item(), e))[: s.num_selected_experts] for n in range(N)]
-    turn = everyone
+    turn = units
     if s.batch_priority:
-        turn = sorted(everyone, key=lambda n: (-gates[n, chosen[n][0]].item(), n))
-    C = capacity_of(s, len(everyone), s.num_selected_experts, layer.training)
+        turn = sorted(units, key=lambda own: (-gates[own[0], chosen[own[0]][0]].item(), own[0]))
+    C = capacity_of(s, len(units), s.num_selected_experts, layer.training)
     rows = [0] * E
     for k in range(s.num_selected_experts):
-        for n in turn:
-            e = chosen[n][k]
+        for own in turn:
+            e = chosen[own[0]][k]
             rows[e] += 1
-            if rows[e] > C:
-                continue
-            kept.add((n, e))
-            total = sum(scores[n, other] for other in chosen[n]) if s.normalize_weights else 1
-            y[n] = y[n] + scores[n, e] / total * expert(layer, e, tokens[n])
+            for n in own if rows[e] <= C else ():
+                kept.add((n, e))
+                total = sum(scores[n, other] for other in chosen[n]) if s.normalize_weights else 1
+                y[n] = y[n] + scores[n, e] / total * expert(layer, e, tokens[n])
     return y, kept, gates, logits
 
 
@@ -154,7 +158,7 @@ def loop(layer, x_BTD, mask_BT, modality_BT):
         group_real = real[start : start + size] + [False] * missing
         group_modality = modality[start : start + size] + [0] * missing
         group = torch.stack([token if is_real else token * 0 for token, is_real in zip(group, group_real)])
-        y, kept, group_gates, group_logits = route_group(layer, s, group, group_real, group_modality)
+        y, kept, group_gates, group_logits = route_group(layer, s, group, group_real, group_modality, T)
         if layer.shared is not None:
             shared = layer.shared
             first, second = ((linear.weight, linear.bias) for linear in (shared.fc1, shared.fc2))
@@ -190,6 +194,8 @@ def cases(draw):
     """(settings of a layer, what its call is like)."""
     router = draw(st.sampled_from(["top_k", "top_k", "expert_choice", "soft"]))
     E = draw(st.integers(1, 5))
+    B, T = draw(st.integers(1, 3)), draw(st.integers(1, 6))
+    per_image = router == "top_k" and draw(st.booleans())
     kwargs = {
         "router": router,
         "num_experts": E,
@@ -199,7 +205,8 @@ def cases(draw):
         "capacity_factor": draw(st.sampled_from([0.3, 0.6, 1.0, 1.5] + [None] * (router == "top_k"))),
         "capacity_rounding": draw(st.sampled_from(["ceil", "round", "tutel"])),
         "capacity_multiple_of": draw(st.sampled_from([1, 4])),
-        "group_size": draw(st.sampled_from([None, None, 3, 5, 100])),
+        "per_image": per_image,
+        "group_size": draw(st.sampled_from([None, None, 2 * T] if per_image else [None, None, 3, 5, 100])),
         "expert_mlp": draw(st.sampled_from(["mlp", "swiglu", "geglu", "relu2glu"])),
         "num_shared_experts": draw(st.sampled_from([0, 0, 1])),
         "auxiliary_loss": draw(st.sampled_from(["record", "attach"])),
@@ -225,7 +232,7 @@ def cases(draw):
         "act_layer": draw(st.sampled_from([nn.GELU, lambda: nn.GELU("tanh"), nn.SiLU])),
         "norm_layer": draw(st.sampled_from([None, None, nn.LayerNorm])),
         "train": draw(st.booleans()),
-        "shape": (draw(st.integers(1, 3)), draw(st.integers(1, 6))),
+        "shape": (B, T),
         "masked": draw(st.booleans()),
         "modalities": draw(st.booleans()),
         "checkpointing": draw(st.booleans()),

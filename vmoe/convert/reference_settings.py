@@ -18,7 +18,7 @@ _CLASSIFIERS = {ours: theirs for theirs, ours in CLASSIFIERS.items()}
 # Settings that the reference does not have; their defaults mean "off".
 _FOREIGN = ("learned_noise", "input_jitter", "gate", "normalize_weights", "random_threshold", "expert_mlp")
 _FOREIGN += ("num_shared_experts", "bias_update_rate", "z_loss", "local_entropy_loss", "global_entropy_loss")
-_FOREIGN += ("load_importance_loss",)
+_FOREIGN += ("load_importance_loss", "per_image")
 
 
 def reference_config(model: nn.Module, group_size: int | None = None) -> dict[str, Any]:

@@ -238,8 +238,8 @@ def swin_moe_layout(model: nn.Module) -> dict[str, Entry]:
         block, _, own = tensor.partition(".mlp.")
         theirs, view = tensor, same
         if isinstance(layer := modules.get(f"{block}.mlp"), SparseMoE):
-            known = _COSINE if layer.settings.gate == "cosine" else _LINEAR
-            if own not in known or layer.router_type != "top_k" or layer.settings.gate == "sigmoid":
+            settings, known = layer.settings, _COSINE if layer.settings.gate == "cosine" else _LINEAR
+            if own not in known or settings.router != "top_k" or settings.gate == "sigmoid" or settings.per_image:
                 raise ValueError(
                     f"Tutel's checkpoints have nothing like {tensor}: write a model with its routers alone"
                 )

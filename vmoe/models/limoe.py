@@ -89,6 +89,8 @@ def _routing(kwargs: dict) -> dict:
     if kwargs.get("router_preset") == "limoe":  # the preset knows no modalities, so the loss of text is the model's own
         kwargs.setdefault("local_entropy_loss", ROUTING_DEFAULTS["local_entropy_loss"])
     settings = text_routing(kwargs, ROUTING_DEFAULTS)
+    if settings.get("per_image"):
+        raise ValueError("per_image=True must be left out of a LIMoE, whose sequences hold an image and its caption")
     if settings.get("global_entropy_loss") and settings.get("global_entropy_min_experts") is None:
         E = settings["num_experts"]
         settings["global_entropy_min_experts"] = {"image": max(1, E / 2), "text": max(1, E / 4)}

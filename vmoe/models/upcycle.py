@@ -272,8 +272,10 @@ def _sparse_layer(settings: dict, G: int, models: Sequence[nn.Module], name: str
     if G > 1 and norm is not None:
         raise UpcycleError(f"granularity={G} cannot split an MLP that normalises its hidden units; use 1")
     owners = [model.get_submodule(name.rsplit(".", n)[0]) for n in range(1, name.count(".") + 1)]
-    if settings["router"] != "top_k" and not all(getattr(owner, "batch_first", True) for owner in owners):
-        raise ValueError(f"router={settings['router']!r} needs sequences first: this tower has batch_first=False")
+    by_sequence = settings["router"] != "top_k" or settings.get("per_image")
+    if by_sequence and not all(getattr(owner, "batch_first", True) for owner in owners):
+        own = "per_image=True" if settings["router"] == "top_k" else f"router={settings['router']!r}"
+        raise ValueError(f"{own} needs sequences first: this tower has batch_first=False")
     own_mlp = "mlp" if not layout.gated else "geglu" if isinstance(act, nn.GELU) else "swiglu"
     settings = {"expert_mlp": own_mlp, **settings}
     if settings["expert_mlp"] != own_mlp:

@@ -26,6 +26,9 @@ class RoutingSettings:
         num_selected_experts: K, experts per token; only for router="top_k".
         ensemble_size: M, members of an efficient ensemble (E3, arXiv 2110.03360). The batch holds M copies of each
             image, next to each other, the experts fall into M sets, and copy m goes to set m by its own gate.
+        per_image: only for router="top_k": the gate sees the mean of an image's tokens, and all of them go to the same
+            experts with the same weights (Mobile V-MoEs, arXiv 2309.04354). A capacity counts images, and drops whole
+            ones. An image is whatever the first axis of the input counts; `group_size` must hold whole ones.
         router: "top_k": each token takes its K best experts (V-MoE, arXiv 2106.05974); "expert_choice": each expert
             takes its best tokens (arXiv 2202.09368); "soft": experts see averages of tokens (arXiv 2308.00951).
         capacity_factor: C, rows per expert in training over those of an even distribution. None or infinity: nothing is
@@ -73,6 +76,7 @@ class RoutingSettings:
     num_selected_experts: int = 1
     ensemble_size: int = 1
     router: str = "top_k"
+    per_image: bool = False
     capacity_factor: float | None = 1.05
     eval_capacity_factor: float | None = None
     capacity: int | None = None
@@ -189,6 +193,7 @@ _RANGES |= {"input_jitter": _SHARE, "expert_drop": _SHARE}
 # {setting: (the value that switches it off, the routers that use it)}
 _USED_BY = {
     "batch_priority": (False, ("top_k",)),
+    "per_image": (False, ("top_k",)),
     "learned_noise": (False, ("top_k",)),
     "random_threshold": (None, ("top_k",)),
     "bias_update_rate": (0.0, ("top_k",)),

@@ -10,7 +10,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vmoe.moe.transforms import apply, may_ask, transformable, zeros_if_none
@@ -199,7 +198,9 @@ def _descending(priority_GN: Tensor) -> Tensor:
     # More than 32 bits, or an export (ONNX has no bits of floats): the ranks do.
     if priority_GN.dtype == torch.float64 or torch.compiler.is_exporting():
         sorted_GN, order_GN = priority_GN.sort(dim=1, descending=True, stable=True)
-        is_new_GN = F.pad(sorted_GN[:, 1:] != sorted_GN[:, :-1], (1, 0))
+        # Not by slices, which an export would fix to a size: there may be a single item.
+        before_N = (torch.arange(sorted_GN.shape[1], device=sorted_GN.device) - 1).clamp(min=0)
+        is_new_GN = sorted_GN != sorted_GN.index_select(1, before_N)
         return torch.empty_like(order_GN).scatter_(1, order_GN, is_new_GN.long().cumsum(1))
     # The bits of a float32 are in the order of its value, but for the sign. Adding zero makes one of the two zeros.
     bits_GN = (priority_GN.float() + 0.0).view(torch.int32)

@@ -1,6 +1,7 @@
 """How the tokens of a call lie in groups that are routed together, and which of them are real.
 
-Shapes, by suffix: G groups, N tokens in a group, M modalities, D width, C copies of each image, S tokens of a copy.
+Shapes, by suffix: G groups, N tokens in a group, I images in a group, T tokens of an image, M modalities, D width,
+C copies of each image, S tokens of a copy.
 """
 
 import math
@@ -109,6 +110,40 @@ class TokenGroups:
         """Bool, the real tokens of each modality; None: all tokens, and of one modality."""
         own = list(self.members.values())
         return None if own[0] is None else torch.stack(own, dim=1)
+
+    # --- images, for routers that route them whole ---
+
+    @property
+    def tokens_per_image(self) -> int:
+        """T, the tokens of an image (of any sequence), padding too: of all axes of the input but the first."""
+        return max(1, math.prod(self.leading[1:] if len(self.leading) > 1 else self.leading))
+
+    @property
+    def image_mask_GI(self) -> Tensor | None:
+        """True where the image has a real token; None: all have."""
+        return None if self.mask_GN is None else self._by_image(self.mask_GN).any(2)
+
+    def image_means(self, x_GND: Tensor) -> Tensor:
+        """(G, N, D), zero where there is padding -> (G, I, D), the means of each image's real tokens, in at least
+        float32; zero for an image without one. ValueError: a group ends inside an image."""
+        sum_GID = self._by_image(x_GND).sum(2, dtype=torch.promote_types(x_GND.dtype, torch.float32))
+        if self.mask_GN is None:
+            return sum_GID / self.tokens_per_image
+        return sum_GID / self._by_image(self.mask_GN).sum(2).clamp(min=1)[..., None]
+
+    def to_tokens(self, x_GIE: Tensor) -> Tensor:
+        """(G, I, E) -> (G, N, E): each token has what its image has."""
+        return x_GIE[:, :, None].expand(-1, -1, self.tokens_per_image, -1).flatten(1, 2)
+
+    def _by_image(self, x_GN: Tensor) -> Tensor:
+        """(G, N, ...) -> (G, I, T, ...)"""
+        (G, N, *width), T = x_GN.shape, self.tokens_per_image
+        if G and N % T:
+            size, copies = N * self.copies, f" times ensemble_size={self.copies}" if self.copies > 1 else ""
+            raise ValueError(
+                f"per_image=True needs group_size to be a multiple of the {T} tokens of an image{copies}, got {size}"
+            )
+        return x_GN.reshape(G, N // T, T, *width)
 
     def real(self, y_GND: Tensor) -> Tensor:
         """(G, N, D) with padding set to zero."""

@@ -1,13 +1,15 @@
 """What every router returns, the gate, and the router whose tokens choose their experts.
 
-Shapes, by suffix: G groups, N tokens in a group, D width, E experts, K choices, R rows handed to the experts.
+Shapes, by suffix: G groups, N tokens in a group, I images in a group, D width, E experts, K choices, R rows handed to
+the experts.
 """
 
 import math
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +65,11 @@ class Routing:
         """How sure each token is of its first choice: its gate, before any normalisation."""
         first_GN1 = self.expert_index_GNK[..., :1] % self.noisy_gates_GNE.shape[-1]  # among the experts of a member
         return self.noisy_gates_GNE.gather(-1, first_GN1).squeeze(-1)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Routing":
+        """The same with a function of all its tensors."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: function(of) for name, of in values.items() if isinstance(of, Tensor)})
 
     def in_all(self, index_GNK: Tensor) -> Tensor:
         """Indices among the experts of each group's member as indices among all experts."""
@@ -310,6 +317,8 @@ class Gate(Router):
 class TopKRouter(Gate):
     """Each token takes its K best experts; V-MoE's router (arXiv 2106.05974, section 2.2) and its relatives.
 
+    With `per_image` each image does so by its mean token, and all its tokens follow (arXiv 2309.04354).
+
     With `bias_update_rate` it has `expert_bias`, (E,) float32 whatever the type of the model, and `expert_load`, (E,)
     how often each expert was chosen since the last update.
     """
@@ -320,6 +329,7 @@ class TopKRouter(Gate):
     def __init__(self, dim: int, config: RoutingSettings, device=None, dtype=None) -> None:
         super().__init__(dim, config, device, dtype)
         self.num_selected_experts = config.num_selected_experts
+        self.per_image = config.per_image
         self.random_threshold = config.random_threshold
         self.bias_update_rate = config.bias_update_rate
         if self.bias_update_rate > 0:
@@ -335,22 +345,33 @@ class TopKRouter(Gate):
             self.expert_load.zero_()
             self.calls_without_update = 0
 
+    def __call__(self, x_GND: Tensor, groups: TokenGroups, capacity: Capacity, batch_priority: bool) -> Assignment:
+        seen = groups.image_means(x_GND) if self.per_image else x_GND
+        return super().__call__(seen, groups, capacity, batch_priority)
+
     def assign(
         self, logits: Tensor | tuple[Tensor, Tensor], groups: TokenGroups, capacity: Capacity, batch_priority: bool
     ) -> Assignment:
-        """Chooses the experts and queues the tokens, with `batch_priority` the surest first."""
-        routing, mask_GN = self.choose(logits), groups.mask_GN
-        if self.bias_update_rate > 0 and self.training:
-            self._count(routing, mask_GN)
-        index_GNK = routing.expert_index_GNK
-        G, N, K = index_GNK.shape
+        """Chooses the experts and queues the tokens, or the images, with `batch_priority` the surest first."""
+        routing, mask = self.choose(logits), groups.image_mask_GI if self.per_image else groups.mask_GN
+        G, N, K = routing.expert_index_GNK.shape
         # A number of tokens that an export leaves open is counted by the graph.
-        counted_GN = mask_GN if mask_GN is not None or isinstance(N, int) else torch.ones_like(index_GNK[..., 0])
-        M = self.ensemble_size
-        rows, max_rows = capacity.rows(N if G else 0, self.num_experts, K, counted_GN, M)
-        priority_GN = routing.priority_GN if batch_priority else None
-        plan = plan_dispatch(index_GNK, self.num_experts, rows, priority_GN, mask_GN, max_rows, routing.chosen_GNK, M)
-        return TopKAssignment(routing, None if max_rows is None else G // M * max_rows, plan)
+        counted = mask
+        if mask is None and not isinstance(N, int):
+            counted = torch.ones_like(routing.expert_index_GNK[..., 0])
+        M, E = self.ensemble_size, self.num_experts
+        rows, most = capacity.rows(N if G else 0, E, K, counted, M)
+        priority = routing.priority_GN if batch_priority else None
+        plan = plan_dispatch(routing.expert_index_GNK, E, rows, priority, mask, most, routing.chosen_GNK, M)
+        if self.per_image:
+            kept_GNK = groups.to_tokens(plan.kept_GNK) if plan.may_drop else None
+            routing, most = routing.map(groups.to_tokens), None if most is None else most * groups.tokens_per_image
+            # The images that were kept have capacity for all their tokens: the limit only bounds the number of rows.
+            index_GNK = routing.expert_index_GNK
+            plan = plan_dispatch(index_GNK, E, most, mask_GN=groups.mask_GN, chosen_GNK=kept_GNK, sets=M)
+        if self.bias_update_rate > 0 and self.training:
+            self._count(routing, groups.mask_GN)
+        return TopKAssignment(routing, None if most is None else G // M * most, plan)
 
     def route(self, x_GND: Tensor) -> Routing:
         """(G, N, D) -> `Routing`, without a queue."""
