@@ -49,6 +49,7 @@ RANGES = {
     "train.distill.weight": (0, 1, ""),
     "train.distill.temperature": (None, None, ""),
     "train.distill.features": (0, None, ""),
+    "train.superclasses.weight": (None, None, ""),
     "train.distill.image_size": (1, None, "; null takes the teacher's own"),
     "parallel.timeout": (1, 30 * 24 * 3600, ""),
 }
@@ -125,6 +126,20 @@ class DistillConfig:
 
 
 @dataclass
+class SuperclassConfig:
+    """Teaching the gates to send each class to the expert of its super-class (docs/training.md#super-classes).
+
+    Attributes:
+        source: A confusion matrix that eval.py wrote (FILE_confusion.csv): classes that are confused get the same
+            expert. Or a JSON file {class: number of its expert}. null: gates are not taught so.
+        weight: Of the cross-entropy of the gates, mean over the sparse layers, beside the loss of the labels.
+    """
+
+    source: str | None = None
+    weight: float = 0.3
+
+
+@dataclass
 class TrainConfig:
     """The training loop.
 
@@ -183,6 +198,7 @@ class TrainConfig:
     tensorboard: bool = True
     wandb: str | None = None
     distill: DistillConfig = field(default_factory=DistillConfig)
+    superclasses: SuperclassConfig = field(default_factory=SuperclassConfig)
 
 
 @dataclass
@@ -344,6 +360,11 @@ class Config:
         yield from self._lora_conflicts(sharded)
         yield from self._distill_conflicts(contrastive)
         yield from self._evaluation_conflicts()
+        yield (
+            "train.superclasses.weight needs train.superclasses.source, which says what the super-classes are",
+            train.superclasses.source is None and train.superclasses != SuperclassConfig(),
+        )
+        yield "train.superclasses needs task 'classification'", contrastive and train.superclasses.source
         sections = {"kwargs": model.kwargs, "upcycle": model.upcycle}
         sections |= {f"kwargs.{tower}": model.kwargs.get(tower) for tower in ("image", "text")}
         for key, kwargs in sections.items():

@@ -39,6 +39,7 @@ from vmoe.moe.quantize import experts_kept_as
 from vmoe.training.config import STEPS, Config
 from vmoe.training.distill import Distiller
 from vmoe.training.logger import say
+from vmoe.training.superclasses import SuperclassGuide
 from vmoe.training.upcycling import make_sparse
 from vmoe.utils.config import ConfigError
 from vmoe.utils.world import world
@@ -97,6 +98,8 @@ class Task:
 
     tokenizer: Callable[[list[str]], Tensor] | None = None
     distiller: Distiller | None = None  # with a teacher; the trainer sets it
+    guide: SuperclassGuide | None = None  # with super-classes
+    target: Tensor  # of the latest batch: labels (B,), or the classes' shares in mixed images (B, C)
 
     def __init__(self, config: Config) -> None:
         self.config, self.name = config, config.model.name or config.model.pretrained
@@ -211,12 +214,16 @@ class Classification(Task):
             )
         if self.config.model.name in IMAGE_TEXT_NAMES:
             raise ConfigError(f"task 'classification' needs a classifier, and {self.name} is an image-text model")
-        return self._build(pretrained, continued, kwargs)
+        model = self._build(pretrained, continued, kwargs)
+        if self.config.train.superclasses.source is not None:
+            self.guide = SuperclassGuide(self.config.train.superclasses, model, self.class_names)
+        return model
 
     def loss(self, model: nn.Module, batch: Batch, number: int) -> Tensor:
         images, target, smoothing = batch["image"], batch["label"], self.config.data.augmentation.label_smoothing
         if self.mixup is not None:
             (images, target), smoothing = self.mixup(images, target, number), 0.0  # its targets are smoothed already
+        self.target = target
         logits = model(images).float()
         target = target.repeat_interleave(len(logits) // len(target), dim=0)  # an ensemble's copies of each image
         loss = F.cross_entropy(logits, target, label_smoothing=smoothing)

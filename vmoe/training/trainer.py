@@ -155,12 +155,7 @@ class Trainer:
             self.best.load(self.progress.get("best"))
             self.schedule.step_update(self.step)
             say(console, f"{self.run}: continuing after step {self.step}")
-        teacher = distiller and distiller.fingerprint
-        if self.progress.setdefault("teacher", teacher) != teacher:
-            raise ConfigError(
-                f"train.distill.teacher {config.train.distill.teacher} has other weights than when {self.run} began; "
-                "give those back, or choose another output_dir"
-            )
+        self._check_same_teaching()
         if self.first:
             for line in start_lines(config, self.task, self.model, self.profile, device, self.precision):
                 say(console, line)
@@ -169,6 +164,19 @@ class Trainer:
         self.batches = Prefetch(loader, config.train.accumulate_steps)
         self.skipped = 0  # consecutive steps that the fp16 gradient scaler skipped
         self.images, self.seconds, self.taught = 0, 0.0, 0.0  # since the last logged step; the last is the teacher's
+
+    def _check_same_teaching(self) -> None:
+        """ConfigError: what teaches the model is not what it was when the run began."""
+        train, distiller, guide = self.config.train, self.task.distiller, self.task.guide
+        for name, key, now, what in (
+            ("teacher", f"distill.teacher {train.distill.teacher}", distiller and distiller.fingerprint, "weights"),
+            ("superclasses", f"superclasses.source {train.superclasses.source}", guide and guide.of_class, "groups"),
+        ):
+            if self.progress.setdefault(name, now) != now:
+                raise ConfigError(
+                    f"train.{key} has other {what} than when {self.run} began; give those back, or choose another "
+                    "output_dir"
+                )
 
     def _create_model(self, checkpoint: Path | None) -> nn.Module:
         # A continued run has its model in the checkpoint; the file it started from may be gone.
@@ -316,6 +324,10 @@ class Trainer:
             else:
                 loss = together.loss(part, self.task.outputs(module, batch))
         parts = {"task_loss": loss.detach()} if self.task.distiller is None else self.task.distiller.parts
+        if (guide := self.task.guide) is not None:
+            guided = guide(record, self.task.target)
+            loss = loss + guide.weight * guided["superclass_loss"]
+            parts = parts | {name: value.detach() for name, value in guided.items()}
         return loss + record.auxiliary_loss().to(self.device), parts, record
 
     def _seed(self, part: int) -> int:
