@@ -71,7 +71,7 @@ class Experiment:
         settings: Settings of train.py for all runs, over those of base: `optim.lr: 1e-3`.
         runs: {name: settings of train.py for this run}, over the common ones. `{run: NAME}` as a value (or in a
             list) is the folder of a run above it, with the same seed, and if it has the same grid, the same point of
-            it. A run's own `grid` replaces the common one.
+            it; `{run: NAME, file: FILE}` is a file in that. A run's own `grid` replaces the common one.
         grid: {setting: values}: each run is made with all combinations, and has them in its name.
         seeds: Each run is made with each of them.
         baseline: The run that others are compared with; of one with a grid, that at the same point of it.
@@ -128,19 +128,23 @@ class Cell:
         return f"{re.sub(r'[^a-zA-Z0-9.=+-]+', '_', self.run)}-seed{self.seed}"
 
     @property
-    def references(self) -> dict[str, list[str]]:
-        """{setting: the runs whose folders it is}."""
-        return {key: runs for key, value in self.overrides.items() if (runs := _referred(value))}
+    def references(self) -> dict[str, list[dict[str, str]]]:
+        """{setting: the runs whose folders it is, or whose files}."""
+        return {key: found for key, value in self.overrides.items() if (found := _referred(value))}
 
     def folder(self, output: Path) -> Path:
         return output / self.experiment / self.name
 
     def arguments(self, output: Path) -> list[str]:
         """The command line of train.py."""
-        words, folders = ["--config", self.base], {one.run: str(one.folder(output)) for one in self.needs}
-        folders = {key: [folders[run] for run in runs] for key, runs in self.references.items()}
-        folders = {key: each if isinstance(self.overrides[key], list) else each[0] for key, each in folders.items()}
-        for key, value in {**self.overrides, **folders, "seed": self.seed}.items():
+        words = ["--config", self.base]
+        folders = {one.run: one.folder(output) for one in self.needs}
+        paths = {
+            key: [str(Path(folders[one["run"]], one.get("file", ""))) for one in each]
+            for key, each in self.references.items()
+        }
+        paths = {key: each if isinstance(self.overrides[key], list) else each[0] for key, each in paths.items()}
+        for key, value in {**self.overrides, **paths, "seed": self.seed}.items():
             words += [f"--{key}", as_text(value)]
         return [*words, "--output_dir", str(self.folder(output))]
 
@@ -231,7 +235,7 @@ def _plan(experiment: Experiment, name: str) -> list[Cell]:
         made: dict[str, Cell] = {}
         for run, overrides in runs.items():
             made[run] = cell = Cell(name, run, seed, base, overrides, evaluations[run])
-            for key, other in ((key, other) for key, runs in cell.references.items() for other in runs):
+            for key, other in ((key, one["run"]) for key, each in cell.references.items() for one in each):
                 if other == run or other not in made:
                     raise ConfigError(f"runs.{run}: {key} is of run {other!r}, which is none of those above it")
                 cell.needs.append(made[other])
@@ -313,7 +317,8 @@ def _runs(experiment: Experiment) -> dict[str, dict[str, Any]]:
             suffixes[name] = suffix
     for name, settings in runs.items():
         for key, value in settings.items():
-            if same := [{"run": _at_point(run, suffixes[name], runs)} for run in _referred(value)]:
+            if found := _referred(value):
+                same = [{**one, "run": _at_point(one["run"], suffixes[name], runs)} for one in found]
                 settings[key] = same if isinstance(value, list) else same[0]
     return runs
 
@@ -324,14 +329,14 @@ def _at_point(run: str, suffix: str, runs: Collection[str]) -> str:
 
 
 def _is_reference(value: Any) -> bool:
-    """Whether a value is {"run": NAME}."""
-    return isinstance(value, dict) and value.keys() == {"run"}
+    """Whether a value is {"run": NAME}, or {"run": NAME, "file": FILE}."""
+    return isinstance(value, dict) and value.keys() in ({"run"}, {"run", "file"})
 
 
-def _referred(value: Any) -> list[str]:
-    """The runs of {"run": NAME}, or of a list of such values."""
+def _referred(value: Any) -> list[dict[str, str]]:
+    """The value in a list, or the list, if it is made of {"run": NAME} and {"run": NAME, "file": FILE}."""
     values = value if isinstance(value, list) else [value]
-    return [each["run"] for each in values] if all(map(_is_reference, values)) else []
+    return values if all(map(_is_reference, values)) else []
 
 
 def _merged(*parts: dict[str, Any]) -> dict[str, Any]:
@@ -365,7 +370,9 @@ def _settings_of(cell: Cell) -> dict[str, Any]:
         raise ConfigError(f"run {cell.run!r}: {error}") from None
     settings = result_settings(config)
     digests = {parent.run: digest(parent.settings) for parent in cell.needs}
-    settings |= {key: ", ".join(f"run {run} ({digests[run]})" for run in runs) for key, runs in cell.references.items()}
+    for key, each in cell.references.items():
+        named = (f"run {one['run']} ({digests[one['run']]}) {one.get('file', '')}".rstrip() for one in each)
+        settings[key] = ", ".join(named)
     return settings
 
 

@@ -52,6 +52,10 @@ def test_a_run_that_needs_another_comes_after_it_and_changes_with_it(lab):
     before = cells[1].settings["model.pretrained"]
     later = load(lab.write(runs={**UPCYCLED, "dense": {"optim.lr": 0.5}}))[1]
     assert before != later[1].settings["model.pretrained"]
+    guided = {"train.superclasses.source": {"run": "dense", "file": "m.csv"}}
+    cells = load(lab.write(runs={"dense": {}, "guided": guided}, seeds=[7]))[1]
+    assert "--train.superclasses.source runs/experiments/lab/dense-seed7/m.csv" in cells[1].command()
+    assert cells[1].settings["train.superclasses.source"].endswith(") m.csv")
 
 
 def test_a_list_of_runs_is_that_of_their_folders(lab):
