@@ -183,7 +183,7 @@ def _check_independence(loaded: LoadedModel, score: Score) -> None:
     with record_routing(loaded.model) as record:
         score(torch.zeros(1, *preprocess_config(loaded.model)["input_size"], device=loaded.device))
     for name, call in record.layers.items():
-        layer, tokens = loaded.model.get_submodule(name), call.batch_shape[1] * call.groups.copies
+        layer, tokens = loaded.model.get_submodule(name), call.batch_shape[1] * call.groups.ensemble_size
         limited = layer.router_type != "top_k" or layer.capacity or layer.eval_capacity_factor
         shared = tokens % layer.group_size if layer.group_size else layer.router_type == "top_k"
         if limited and shared:

@@ -47,7 +47,7 @@ def split_modalities(call: LayerRouting) -> dict[str, ModalityTokens]:
 
     chosen_GNK = call.routing.chosen_GNK
     asked_GNK = call.kept | True if chosen_GNK is None else chosen_GNK
-    copies, choices = call.groups.copies, (call.expert_index, call.combine_weights, asked_GNK, call.kept)
+    copies, choices = call.groups.ensemble_size, (call.expert_index, call.combine_weights, asked_GNK, call.kept)
     gate_BTE = call.by_image(call.gates).unflatten(-1, (copies, -1)).mean(2)
     tensors = (call.tokens(call.mask)[::copies], gate_BTE, *map(call.by_image, choices))
     arrays = [array(tensor) for tensor in tensors]

@@ -25,7 +25,7 @@ class RoutingSettings:
         num_experts: E.
         num_selected_experts: K, experts per token; only for router="top_k".
         ensemble_size: M, members of an efficient ensemble (E3, arXiv 2110.03360). The batch holds M copies of each
-            image, next to each other, the experts fall into M sets, and copy m goes to set m by its own gate.
+            image, next to each other; each member has E / M of the experts and its own gate, and takes one copy.
         per_image: only for router="top_k": the gate sees the mean of an image's tokens, and all of them go to the same
             experts with the same weights (Mobile V-MoEs, arXiv 2309.04354). A capacity counts images, and drops whole
             ones. An image is whatever the first axis of the input counts; `group_size` must hold whole ones.

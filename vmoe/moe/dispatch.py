@@ -61,10 +61,10 @@ class Capacity(NamedTuple):
     multiple_of: int = 4
 
     def rows(
-        self, num_tokens: int, num_experts: int, num_selected_experts: int, mask: Tensor | None, copies: int = 1
+        self, num_tokens: int, num_experts: int, num_selected_experts: int, mask: Tensor | None, ensemble_size: int = 1
     ) -> tuple[int | Tensor | None, int | None]:
-        """(a number, or one per group of the mask (its leading axes); the most it can be). None: no limit. There are
-        `copies` groups, one for each of as many sets of experts.
+        """(a number, or one per group of the mask (its leading axes); the most it can be). None: no limit. In
+        an ensemble E counts the experts of all members, and a group the tokens of one.
 
         Padding adds no capacity: else the length of other captions in the batch would change what is kept of this one.
         """
@@ -72,8 +72,8 @@ class Capacity(NamedTuple):
             return self.fixed, self.fixed
         given = (num_experts, num_selected_experts, self.factor, self.rounding, self.multiple_of)
         # Of a symbol it is unknown.
-        most = expert_capacity(copies * num_tokens, *given) if isinstance(num_tokens, int) else None
-        return most if mask is None else expert_capacity(copies * mask.sum(dim=-1), *given), most
+        most = expert_capacity(ensemble_size * num_tokens, *given) if isinstance(num_tokens, int) else None
+        return most if mask is None else expert_capacity(ensemble_size * mask.sum(dim=-1), *given), most
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def plan_dispatch(
     mask_GN: Tensor | None = None,
     max_capacity: int | None = None,
     chosen_GNK: Tensor | None = None,
-    sets: int = 1,
+    ensemble_size: int = 1,
 ) -> DispatchPlan:
     """Queue the assignments before their experts and cut each queue at its capacity.
 
@@ -133,7 +133,8 @@ def plan_dispatch(
         mask_GN: True where the token is real; padding takes no capacity.
         max_capacity: upper bound of `capacity` where that is a tensor; bounds the number of rows.
         chosen_GNK: False for a choice that the router itself dropped; it takes no capacity.
-        sets: the experts fall into as many sets, and each group chooses in one; bounds the number of rows.
+        ensemble_size: members, each with its own experts; a group chooses among those of one. It bounds the number of
+            rows.
     """
     (G, N, K), E, device = expert_index_GNK.shape, num_experts, expert_index_GNK.device
     A = G * N * K
@@ -154,7 +155,7 @@ def plan_dispatch(
             kept_A = kept_A & (served_A < limit_A)
             length_EG = length_EG.clamp(max=capacity)
         bound = max_capacity if isinstance(capacity, Tensor) else capacity
-        max_rows = A if bound is None or not isinstance(A, int) else min(A, G // sets * E * bound)
+        max_rows = A if bound is None or not isinstance(A, int) else min(A, G // ensemble_size * E * bound)
         assignment_R, row_A = _close_gaps(order_A, kept_A, max_rows if may_pad else None)
     return DispatchPlan(assignment_R, row_A, length_EG.sum(1), position_GNK, may_drop, may_pad, (G, N, K))
 

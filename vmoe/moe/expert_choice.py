@@ -65,29 +65,29 @@ class ExpertChoiceRouter(Gate):
         with without_autocast(self.weight.device):
             routing, _ = self.gates(logits)
         G, N, _ = routing.logits_GNE.shape
-        members_GMN = groups.members_GMN
-        rows, max_rows = capacity.rows(N if G else 0, self.num_experts, 1, members_GMN, self.ensemble_size)
-        return choose_tokens(routing, rows, max_rows, members_GMN, self.normalize_weights)
+        mask_GMN = groups.mask_GMN
+        rows, max_rows = capacity.rows(N if G else 0, self.num_experts, 1, mask_GMN, self.ensemble_size)
+        return choose_tokens(routing, rows, max_rows, mask_GMN, self.normalize_weights)
 
 
 def choose_tokens(
     routing: Routing,
     capacity: int | Tensor,
     max_capacity: int,
-    members_GMN: Tensor | None = None,
+    mask_GMN: Tensor | None = None,
     normalize_weights: bool = False,
 ) -> ExpertChoiceAssignment:
     """Each expert takes the tokens with its largest gates (the noisy ones); equal gates: the earlier token first.
 
-    `capacity`: tokens per expert, group and modality: a number, or (G, M), at most `max_capacity`. `members_GMN`: True
+    `capacity`: tokens per expert, group and modality: a number, or (G, M), at most `max_capacity`. `mask_GMN`: True
     for the real tokens of each modality; None: all tokens, one modality.
     """
     gates_GNE = routing.noisy_gates_GNE
     (G, N, E), device = gates_GNE.shape, gates_GNE.device
     C = min(max_capacity, N)
     score_GMNE = gates_GNE.detach()[:, None]
-    if members_GMN is not None:
-        score_GMNE = score_GMNE.masked_fill(~members_GMN[..., None], -1.0)
+    if mask_GMN is not None:
+        score_GMNE = score_GMNE.masked_fill(~mask_GMN[..., None], -1.0)
     # torch.topk leaves the order of equal values open, a stable sort does not.
     token_GMCE = score_GMNE.argsort(dim=2, descending=True, stable=True)[:, :, :C]
     filled_GMCE = score_GMNE.gather(2, token_GMCE) != -1.0
@@ -101,14 +101,14 @@ def choose_tokens(
 
     first_G111 = torch.arange(0, G * N, N, device=device).view(G, 1, 1, 1)
     by_row = (first_G111 + token_GMCE, weight_GMCE, filled_GMCE)
-    sets = routing.ensemble_size
+    members = routing.ensemble_size
     token_R, weight_R, filled_R = (
-        each_GMCE.unflatten(0, (sets, -1)).permute(0, 4, 1, 2, 3).flatten() for each_GMCE in by_row
+        each_GMCE.unflatten(0, (members, -1)).permute(0, 4, 1, 2, 3).flatten() for each_GMCE in by_row
     )
-    if members_GMN is None:
+    if mask_GMN is None:
         filled_R = None
     else:
-        first_real = members_GMN.any(1).flatten().int().argmax() if members_GMN.numel() else 0
+        first_real = mask_GMN.any(1).flatten().int().argmax() if mask_GMN.numel() else 0
         weight_R, token_R = torch.where(filled_R, weight_R, 0), torch.where(filled_R, token_R, first_real)
-    most = token_R.shape[0] // (sets * E)
+    most = token_R.shape[0] // (members * E)
     return ExpertChoiceAssignment(routing, most, token_R, weight_R, filled_R, taken_GNE, weights_GNE)

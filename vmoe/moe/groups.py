@@ -1,7 +1,10 @@
 """How the tokens of a call lie in groups that are routed together, and which of them are real.
 
+An ensemble (E3, arXiv 2110.03360) has `ensemble_size` members, each with experts of its own. The batch holds as many
+copies of each image, one for each member, and a group holds tokens of one member.
+
 Shapes, by suffix: G groups, N tokens in a group, I images in a group, T tokens of an image, M modalities, D width,
-C copies of each image, S tokens of a copy.
+C members of an ensemble, S tokens of a member.
 """
 
 import math
@@ -48,14 +51,15 @@ class TokenGroups:
         mask_GN: True where the token is real; None: all are.
         modality_GN: index of each token's modality in `modalities`; None: all are of the first.
         leading: shape of the layer's input without its last axis; its tokens lie row by row in (G, N), padding last.
-        copies: C of each image, next to each other in the input. The groups of the first copies come first.
+        ensemble_size: C. The copies of an image lie next to each other in the input, and the groups of the first member
+            come first.
     """
 
     mask_GN: Tensor | None
     modality_GN: Tensor | None
     modalities: tuple[str, ...]
     leading: torch.Size
-    copies: int = 1
+    ensemble_size: int = 1
 
     @classmethod
     def cut(
@@ -65,13 +69,13 @@ class TokenGroups:
         modality: Tensor | None,
         size: int | None,
         modalities: tuple[str, ...],
-        copies: int = 1,
+        ensemble_size: int = 1,
     ) -> tuple[Tensor, "TokenGroups"]:
-        """Cuts (..., D) tokens into groups of at most `size` of a copy (None: one group): (G, N, D), zero where there
+        """Cuts (..., D) tokens into groups of at most `size` of a member (None: one group): (G, N, D), zero where there
         is padding, and their groups.
 
         ValueError: mask (bool) or modality (integers) have another shape than the tokens, or another type, or the batch
-        is no multiple of the copies.
+        is no multiple of `ensemble_size`.
         """
         leading = x.shape[:-1]
         for name, tensor, is_bool in (("mask", mask, True), ("modality", modality, False)):
@@ -79,26 +83,27 @@ class TokenGroups:
                 raise ValueError(f"the {name} must have the tokens' shape {tuple(leading)}, got {tuple(tensor.shape)}")
             if tensor is not None and (tensor.dtype == torch.bool) != is_bool:
                 raise ValueError(f"the {name} must be a tensor of {'bool' if is_bool else 'int'}, got {tensor.dtype}")
-        if copies > 1 and (not leading or leading[0] % copies):
-            raise ValueError(f"the batch must hold ensemble_size={copies} copies of each image, got {tuple(leading)}")
-        S = math.prod(leading) // copies
+        C = ensemble_size
+        if C > 1 and (not leading or leading[0] % C):
+            raise ValueError(f"the batch must hold ensemble_size={C} copies of each image, got {tuple(leading)}")
+        S = math.prod(leading) // C
         G, N, missing = _sizes(S, S if size is None else size)
 
         def grouped(tensor: Tensor) -> Tensor:
             width = tensor.shape[len(leading) :]
-            if copies > 1:
-                tensor = tensor.unflatten(0, (-1, copies)).transpose(0, 1)
-            return _pad(tensor.reshape(copies, S, *width), missing).view(copies * G, N, *width)
+            if C > 1:
+                tensor = tensor.unflatten(0, (-1, C)).transpose(0, 1)
+            return _pad(tensor.reshape(C, S, *width), missing).view(C * G, N, *width)
 
         if not isinstance(missing, int) or missing:
             mask = torch.ones(leading, dtype=torch.bool, device=x.device) if mask is None else mask
         mask_GN, modality_GN = (None if tensor is None else grouped(tensor) for tensor in (mask, modality))
-        groups = cls(mask_GN, modality_GN, modalities, leading, copies)
+        groups = cls(mask_GN, modality_GN, modalities, leading, C)
         # Padding may hold anything, NaN too; as zeros it reaches neither the gate's gradient nor the output.
         return groups.real(grouped(x)), groups
 
     @property
-    def members(self) -> dict[str, Tensor | None]:
+    def mask_by_modality(self) -> dict[str, Tensor | None]:
         """{modality: (G, N) its real tokens}; None for all tokens."""
         if self.modality_GN is None:
             return {self.modalities[0]: self.mask_GN}
@@ -106,9 +111,9 @@ class TokenGroups:
         return own if self.mask_GN is None else {name: own_GN & self.mask_GN for name, own_GN in own.items()}
 
     @property
-    def members_GMN(self) -> Tensor | None:
+    def mask_GMN(self) -> Tensor | None:
         """Bool, the real tokens of each modality; None: all tokens, and of one modality."""
-        own = list(self.members.values())
+        own = list(self.mask_by_modality.values())
         return None if own[0] is None else torch.stack(own, dim=1)
 
     # --- images, for routers that route them whole ---
@@ -139,9 +144,10 @@ class TokenGroups:
         """(G, N, ...) -> (G, I, T, ...)"""
         (G, N, *width), T = x_GN.shape, self.tokens_per_image
         if G and N % T:
-            size, copies = N * self.copies, f" times ensemble_size={self.copies}" if self.copies > 1 else ""
+            C = self.ensemble_size
+            times = f" times ensemble_size={C}" if C > 1 else ""
             raise ValueError(
-                f"per_image=True needs group_size to be a multiple of the {T} tokens of an image{copies}, got {size}"
+                f"per_image=True needs group_size to be a multiple of the {T} tokens of an image{times}, got {N * C}"
             )
         return x_GN.reshape(G, N // T, T, *width)
 
@@ -151,7 +157,7 @@ class TokenGroups:
 
     def ungroup(self, y_GND: Tensor) -> Tensor:
         """(G, N, ...) -> (..., ...), the leading shape of the layer's input."""
-        C, width, S = self.copies, y_GND.shape[2:], math.prod(self.leading) // self.copies
+        C, width, S = self.ensemble_size, y_GND.shape[2:], math.prod(self.leading) // self.ensemble_size
         if C == 1:
             return _first(y_GND.flatten(0, 1), S, 0).view(*self.leading, *width)
         y_CSD = _first(y_GND.unflatten(0, (C, -1)).flatten(1, 2), S, 1)

@@ -172,7 +172,7 @@ class AuxiliaryLosses:
             both = (load_importance_loss, r.logits_GNE, r.noisy_logits_GNE, self.noise_std, K)
             calls["load_importance_loss"] = (*both, *every)
         prefixes = _prefixes(groups.modalities)
-        for name, own_GN in groups.members.items():
+        for name, own_GN in groups.mask_by_modality.items():
             local, overall = (f"{prefixes[name]}{kind}_entropy_loss" for kind in ("local", "global"))
             calls[local] = (local_entropy_loss, r.gates_GNE, own_GN, over_batch)
             calls[overall] = (global_entropy_loss, r.gates_GNE, own_GN, self.min_experts[name], over_batch)

@@ -70,9 +70,9 @@ class LayerRouting:
         return self.groups.modalities
 
     @property
-    def members(self) -> dict[str, Tensor]:
+    def mask_by_modality(self) -> dict[str, Tensor]:
         """{modality: (G, N) bool, its real tokens}."""
-        return {name: self.mask if own_GN is None else own_GN for name, own_GN in self.groups.members.items()}
+        return {name: self.mask if own_GN is None else own_GN for name, own_GN in self.groups.mask_by_modality.items()}
 
     def tokens(self, grouped: Tensor) -> Tensor:
         """A (G, N, ...) tensor of this record in the call's own order, (B, T, ...)."""
@@ -80,7 +80,7 @@ class LayerRouting:
 
     def by_image(self, grouped_GNK: Tensor) -> Tensor:
         """A (G, N, K) tensor in the order of the images, (B, T, K); of an ensemble's M copies together, (B, T, M·K)."""
-        return self.tokens(grouped_GNK).unflatten(0, (-1, self.groups.copies)).transpose(1, 2).flatten(2)
+        return self.tokens(grouped_GNK).unflatten(0, (-1, self.groups.ensemble_size)).transpose(1, 2).flatten(2)
 
     def _compute(self, weighted: bool) -> dict[str, Tensor]:
         # With a graph wherever the forward pass had one, also if the first who asks does so without gradients.
@@ -112,7 +112,9 @@ class LayerRouting:
     @property
     def load_by_modality(self) -> dict[str, Tensor]:
         """{modality: (E,) kept rows of each expert}."""
-        return {name: self.counts["load" if self.modality is None else f"{name}/load"] for name in self.members}
+        return {
+            name: self.counts["load" if self.modality is None else f"{name}/load"] for name in self.mask_by_modality
+        }
 
     @cached_property
     def metrics(self) -> dict[str, Tensor]:
@@ -131,7 +133,7 @@ class LayerRouting:
         took), "tokens" and "gate_entropy"."""
         masks = {"": self.mask}
         if self.modality is not None:
-            masks |= {f"{name}/": own_GN for name, own_GN in self.members.items()}
+            masks |= {f"{name}/": own_GN for name, own_GN in self.mask_by_modality.items()}
         return {f"{of}{name}": value for of, own in masks.items() for name, value in self._counts(own).items()}
 
     @property

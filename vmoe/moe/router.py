@@ -368,7 +368,7 @@ class TopKRouter(Gate):
             routing, most = routing.map(groups.to_tokens), None if most is None else most * groups.tokens_per_image
             # The images that were kept have capacity for all their tokens: the limit only bounds the number of rows.
             index_GNK = routing.expert_index_GNK
-            plan = plan_dispatch(index_GNK, E, most, mask_GN=groups.mask_GN, chosen_GNK=kept_GNK, sets=M)
+            plan = plan_dispatch(index_GNK, E, most, mask_GN=groups.mask_GN, chosen_GNK=kept_GNK, ensemble_size=M)
         if self.bias_update_rate > 0 and self.training:
             self._count(routing, groups.mask_GN)
         return TopKAssignment(routing, None if most is None else G // M * most, plan)

@@ -30,19 +30,19 @@ class SoftAssignment(Assignment):
         routing: for losses and records; its gates are the combine weights summed over an expert's slots.
         dispatch_GMNS: share of each token in each slot's input: sums to 1 over the tokens of its modality.
         combine_GNS: share of each slot's output in each token's: sums to 1 over the slots.
-        members_GMN: True for the real tokens of each modality; None: all tokens, one modality.
+        mask_GMN: True for the real tokens of each modality; None: all tokens, one modality.
     """
 
     dispatch_GMNS: Tensor
     combine_GNS: Tensor
-    members_GMN: Tensor | None
+    mask_GMN: Tensor | None
 
     def dispatch(self, x_GND: Tensor) -> Tensor:
         (G, M, _, S), E, D = self.dispatch_GMNS.shape, self.routing.gates_GNE.shape[2], x_GND.shape[2]
         # A batched matrix multiplication of (G, S, N) and (G, N, D), once per modality.
         z_GMSD = self.dispatch_GMNS.to(x_GND.dtype).transpose(2, 3) @ x_GND[:, None]
-        if self.members_GMN is not None:  # slots of a modality without tokens: the experts are as finite for a mean
-            used_GM11 = self.members_GMN.any(-1)[..., None, None]
+        if self.mask_GMN is not None:  # slots of a modality without tokens: the experts are as finite for a mean
+            used_GM11 = self.mask_GMN.any(-1)[..., None, None]
             z_GMSD = torch.where(used_GM11, z_GMSD, x_GND.mean(1)[:, None, None].detach())
         return z_GMSD.view(G, M, E, S // E, D).permute(2, 0, 1, 3, 4).flatten(0, 3)
 
@@ -50,15 +50,15 @@ class SoftAssignment(Assignment):
         (G, M, _, S), E, D = self.dispatch_GMNS.shape, self.routing.gates_GNE.shape[2], y_RD.shape[1]
         y_GMSD = y_RD.view(E, G, M, S // E, D).permute(1, 2, 0, 3, 4).flatten(2, 3)
         y_GMND = self.combine_GNS.to(y_RD.dtype)[:, None] @ y_GMSD
-        if self.members_GMN is None:
+        if self.mask_GMN is None:
             return y_GMND.squeeze(1)
-        return torch.where(self.members_GMN[..., None], y_GMND, 0).sum(1)
+        return torch.where(self.mask_GMN[..., None], y_GMND, 0).sum(1)
 
     def listed(self) -> tuple[Tensor, Tensor, Tensor]:
         gates_GNE = self.routing.noisy_gates_GNE
         kept_GNE = torch.ones_like(gates_GNE, dtype=torch.bool)
-        if self.members_GMN is not None:
-            kept_GNE = kept_GNE & self.members_GMN.any(1)[..., None]
+        if self.mask_GMN is not None:
+            kept_GNE = kept_GNE & self.mask_GMN.any(1)[..., None]
         return self.list_all(gates_GNE, kept_GNE)
 
 
@@ -86,7 +86,7 @@ class SoftRouter(Router):
 
     def assign(self, logits_GNS: Tensor, groups: TokenGroups, capacity: Capacity, batch_priority: bool) -> Assignment:
         """Weights of all tokens and slots."""
-        members_GMN = groups.members_GMN
+        mask_GMN = groups.mask_GMN
         E, P, _ = self.slots.shape
         with without_autocast(logits_GNS.device):
             clean_GNE = noisy_GNE = logits_GNS.unflatten(-1, (E, P)).logsumexp(-1)
@@ -95,14 +95,14 @@ class SoftRouter(Router):
                 logits_GNS = logits_GNS + noise_std * torch.randn_like(logits_GNS)
                 noisy_GNE = logits_GNS.unflatten(-1, (E, P)).logsumexp(-1)
             combine_GNS = logits_GNS.softmax(-1)
-            if members_GMN is None:
+            if mask_GMN is None:
                 dispatch_GMNS = logits_GNS[:, None].softmax(2)
             else:
                 # A finite minimum, and zero afterwards: a modality without a token must not give NaN.
-                outside = ~members_GMN[..., None]
+                outside = ~mask_GMN[..., None]
                 dispatch_GMNS = logits_GNS[:, None].masked_fill(outside, torch.finfo(logits_GNS.dtype).min).softmax(2)
                 dispatch_GMNS = dispatch_GMNS.masked_fill(outside, 0)
             noisy_gates_GNE = noisy_GNE.softmax(-1)
             gates_GNE = noisy_gates_GNE if noise_std is None else clean_GNE.softmax(-1)
         routing = Routing(clean_GNE, noisy_GNE, gates_GNE, noisy_gates_GNE, noise_std)
-        return SoftAssignment(routing, P * math.prod(dispatch_GMNS.shape[:2]), dispatch_GMNS, combine_GNS, members_GMN)
+        return SoftAssignment(routing, P * math.prod(dispatch_GMNS.shape[:2]), dispatch_GMNS, combine_GNS, mask_GMN)

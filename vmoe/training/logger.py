@@ -134,7 +134,7 @@ def expert_metrics(record: RoutingRecord) -> dict[str, float]:
     "experts/LAYER/MODALITY/importance_E", the mean of its gate values."""
     metrics = {}
     for name, routing in record.layers.items():
-        for modality, own_GN in routing.members.items():
+        for modality, own_GN in routing.mask_by_modality.items():
             sums = {"importance": routing.gates.detach()[own_GN].sum(0), "tokens": own_GN.sum()}
             if routing.router != "soft":
                 sums["load"] = routing.load_by_modality[modality]
