@@ -293,6 +293,26 @@ def test_an_ensemble_there_and_back():
         from_reference(changed(f"{ROUTER}.name", "SoftRouter", config), params)
 
 
+def test_an_ensemble_of_one_and_what_ensembles_overlook():
+    """The reference's encoder of ensembles has learned positions and no QK norm, whatever its config says."""
+    plain = {**VISION, "image_size": 8}
+    params = random_params(plain)
+    expected = from_reference(plain, params)(images := torch.randn(3, 3, 8, 8))
+    named = {**plain, "name": "VisionTransformerMoeEnsemble"}
+    config = changed("encoder.moe.ensemble_size", 1, named)
+    gate = "Encoder/encoderblock_1/Moe/Router/dense/kernel"
+    model = from_reference(config, {**params, gate: params[gate][:, None]})
+    assert torch.equal(model(images), expected)
+    config = changed("encoder.position_emb", {"name": "sincos2d"}, changed("encoder.attention_qk_norm", True, config))
+    assert torch.equal(from_reference(config, params)(images), expected)
+    with pytest.raises(ConfigError, match=r"attention_qk_norm = True cannot be converted: it must be false"):
+        from_reference({**config, "classifier": "map"}, params)
+    with pytest.raises(ConfigError, match=r"the config has no encoder.moe.ensemble_size, which the reference needs"):
+        from_reference(named, params)
+    with pytest.raises(ConfigError, match=r"encoder.moe.ensemble_size = None .* a whole number >= 1"):
+        from_reference(changed("encoder.moe.ensemble_size", None, named), params)
+
+
 def test_wrong_arguments_name_themselves():
     params = random_params(VISION)
     with pytest.raises(ConfigError, match="image_size = 0 cannot be converted"):

@@ -86,11 +86,17 @@ def _two_tower(top: Section, shapes: Shapes, context_length: int | None) -> dict
 
 def _image(config: Section, shapes: Shapes, tower: str = "") -> dict[str, Any]:
     classes = {"VisionTransformerMoe": "vmoe.nn.vit_moe", ENSEMBLE: "vmoe.nn.vit_moe_ensemble"}
-    config.class_name("VisionTransformerMoe", classes)
+    kind = config.class_name("VisionTransformerMoe", classes)
     patch, representation = config.get("patch_size", PAIR), config.get("representation_size", SIZE, None)
     pool, class_token = config.choice("classifier", "token", CLASSIFIERS)
     width, encoder, settings = _tower(config, {"learned": "learn", "none": "none", "sincos2d": "sincos2d"})
-    dropout = encoder.get("dropout_rate", RATE, 0.0)
+    dropout, moe = encoder.get("dropout_rate", RATE, 0.0), encoder.section("moe")
+    if kind == ENSEMBLE or "ensemble_size" in moe.values:
+        moe.get("ensemble_size", SIZE)
+        if settings["qk_norm"] and pool == "map":
+            raise encoder.wrong("attention_qk_norm", True, "false: an ensemble norms queries in its pooling alone")
+        # The reference's encoder of ensembles overlooks both settings.
+        settings |= {"pos_embed": "learn", "qk_norm": False}
     learned = settings["pos_embed"] == "learn"
     size = _image_size(config, patch, _stored_positions(shapes, tower) - class_token if learned else None)
     settings |= {
