@@ -145,6 +145,34 @@ def test_what_timm_does_with_a_vit_works():
         assert timm.create_model("vmoe_tiny_patch8_48", global_pool=pool, num_classes=4)(x).shape == (2, 4)
 
 
+def test_rotary_positions_fit_any_image_size():
+    rope = {**SMALL, "patch_size": 7, "pos_embed": "rope"}
+    model, fixed = (timm.create_model("vmoe_tiny_patch8_48", **rope, dynamic_img_size=any_size) for any_size in (1, 0))
+    torch.nn.init.normal_(model.head.weight)
+    assert not [name for name in model.state_dict() if "pos_embed" in name or "rope" in name]
+    fixed.load_state_dict(model.state_dict())
+    fixed.set_input_size((21, 42))
+    images = torch.randn(2, 3, 21, 42)
+    torch.testing.assert_close(model.eval()(images), fixed.eval()(images))
+    features, maps = model.forward_intermediates(images)
+    assert torch.equal(features, model.forward_features(images))
+    assert maps[-1].shape == (2, 32, 3, 6)
+    assert not torch.allclose(model(images.transpose(2, 3)), model(images.flip(3).transpose(2, 3)))
+    outputs = []
+    for recompute in (False, True):
+        model.train().set_grad_checkpointing(recompute)
+        model.zero_grad()
+        torch.manual_seed(0)
+        with vmoe.record_routing(model):
+            model(images).square().sum().backward()
+        outputs.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))
+    with pytest.raises(ValueError, match="needs heads of a multiple of 4 channels, got 6"):
+        timm.create_model("vmoe_tiny_patch8_48", **rope | {"embed_dim": 12})
+    with pytest.raises(ValueError, match="no patch_drop_rate"):
+        timm.create_model("vmoe_tiny_patch8_48", **rope, patch_drop_rate=0.5)
+
+
 @pytest.mark.slow
 def test_compiles_as_one_graph():
     torch._dynamo.reset()
@@ -203,7 +231,7 @@ def test_sincos2d_follows_the_image(class_token):
     with pytest.raises(ValueError, match="multiple of 4 and at least 8, got 30"):
         timm.create_model("vmoe_tiny_patch8_48", **{**kwargs, "embed_dim": 30})
     with pytest.raises(ValueError, match="pos_embed must be"):
-        timm.create_model("vmoe_tiny_patch8_48", pos_embed="rope")
+        timm.create_model("vmoe_tiny_patch8_48", pos_embed="alibi")
 
 
 def test_first_patch_without_a_class_token():
@@ -281,6 +309,7 @@ def test_slots_of_a_soft_name_follow_the_capacity_that_is_asked_for():
     [
         ({"representation_size": 0}, "representation_size must be a whole number >= 1"),
         ({"representation_size": 2.5}, "representation_size must be a whole number >= 1"),
+        ({"pos_embed": "rope", "pos_temperature": 0}, "pos_temperature must be > 0, got 0"),
         ({"pos_embed": "sincos2d", "pos_temperature": 0}, "pos_temperature must be > 0, got 0"),
         ({"class_token": False, "global_pool": "token", "reg_tokens": 2}, "leave reg_tokens out"),
     ],

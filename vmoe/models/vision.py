@@ -10,10 +10,10 @@ import math
 import re
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from timm.layers import Mlp
+from timm.layers import AttentionRope, Mlp, create_rope_embed
 from timm.models import checkpoint
 from timm.models.vision_transformer import Block, VisionTransformer, get_init_weights_vit
 from torch import Tensor, nn
@@ -97,10 +97,43 @@ def without_fused_attention(model: nn.Module) -> None:
             module.fused_attn = False
 
 
+def scale_depth(blocks: nn.Module) -> None:
+    """timm's `fix_init` of blocks: what later ones add is smaller."""
+    for index, block in enumerate(blocks):
+        scale = (2.0 * (index + 1)) ** 0.5
+        block.attn.proj.weight.data.div_(scale)
+        for name, parameter in block.mlp.named_parameters():  # of the MLP, or of experts and the shared expert
+            if name.endswith("fc2.weight"):
+                parameter.data.div_(scale)
+
+
 def take_routing(kwargs: dict, defaults: dict) -> dict:
     """Move the routing settings out of a model's arguments, completed by its preset and defaults."""
     given = {name: kwargs.pop(name) for name in SETTING_NAMES & kwargs.keys()}
     return with_preset(defaults, given)
+
+
+def check_rotation(head_dim: int, temperature: float) -> None:
+    """ValueError: heads of so many channels cannot be rotated by row and column with this temperature."""
+    if head_dim % 4:
+        raise ValueError(f"pos_embed='rope' needs heads of a multiple of 4 channels, got {head_dim}")
+    if not temperature > 0:
+        raise ValueError(f"pos_temperature must be > 0, got {temperature}")
+
+
+class Rotated(NamedTuple):
+    """What timm's blocks hand on to `RotaryAttention` as their `attn_mask`."""
+
+    rope_P2d: Tensor  # sines and cosines of the patches, for heads of width d
+    mask: Tensor | None
+
+
+class RotaryAttention(AttentionRope):
+    """timm's attention with rotary positions (RoPE, arXiv 2403.13298), where its blocks hand on a mask alone."""
+
+    def forward(self, x: Tensor, attn_mask: Rotated, is_causal: bool = False) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        return super().forward(x, attn_mask.rope_P2d, attn_mask.mask, is_causal)
 
 
 class CopyingBlock(Block):
@@ -154,7 +187,9 @@ class VisionMoE(VisionTransformer):
     Args:
         moe_layers: see `sparse_blocks`.
         global_pool: as timm's; "token" without a class token takes the first patch.
-        pos_embed: "learn", "sincos2d" (fixed, for patches only, not in the state dict) or "none".
+        pos_embed: "learn"; "sincos2d" (fixed, for patches only, not in the state dict); "rope" (queries and keys of
+            patches are rotated by row and column, timm's axial RoPE); or "none". The last three take any image size.
+        pos_temperature: of "sincos2d" and "rope".
         qk_norm: a LayerNorm without bias on queries and keys, in the blocks and in `global_pool="map"`.
         representation_size: width of a linear layer with tanh before the classifier, `pre_logits`, or None.
         ensemble_size: M, members of an efficient ensemble (E3, arXiv 2110.03360), see below.
@@ -182,8 +217,10 @@ class VisionMoE(VisionTransformer):
         **kwargs,
     ) -> None:
         first_patch = global_pool == "token" and not class_token
-        if pos_embed not in ("learn", "sincos2d", "none", ""):
-            raise ValueError(f"pos_embed must be 'learn', 'sincos2d' or 'none', got {pos_embed!r}")
+        if pos_embed not in ("learn", "sincos2d", "rope", "none", ""):
+            raise ValueError(f"pos_embed must be 'learn', 'sincos2d', 'rope' or 'none', got {pos_embed!r}")
+        if pos_embed == "rope" and (kwargs.get("patch_drop_rate") or "attn_layer" in kwargs):
+            raise ValueError("pos_embed='rope' rotates all patches in timm's attention: no patch_drop_rate, attn_layer")
         if first_patch and kwargs.get("reg_tokens"):
             raise ValueError("global_pool='token' without a class token pools the first patch; leave reg_tokens out")
         if "block_fn" in kwargs:
@@ -202,14 +239,18 @@ class VisionMoE(VisionTransformer):
                 mlp_layer = partial(SparseMoE, num_tokens=num_tokens, **routing)
             is_first = ensemble_size != 1 and depth == chosen[0]
             make = partial(CopyingBlock, ensemble_size) if is_first else Block
-            return make(depth=depth, mlp_layer=mlp_layer, **block_kwargs)
+            if pos_embed != "rope":
+                return make(depth=depth, mlp_layer=mlp_layer, **block_kwargs)
+            block = make(depth=depth, mlp_layer=mlp_layer, **{**block_kwargs, "attn_layer": RotaryAttention})
+            block.attn.num_prefix_tokens = self.num_prefix_tokens
+            return block
 
         super().__init__(
             *args,
             depth=depth,
             global_pool="" if first_patch else global_pool,  # timm asks for a class token there
             class_token=class_token,
-            pos_embed="none" if pos_embed == "sincos2d" else pos_embed,
+            pos_embed="none" if pos_embed in ("sincos2d", "rope") else pos_embed,
             block_fn=make_block,
             **kwargs,
         )
@@ -218,6 +259,7 @@ class VisionMoE(VisionTransformer):
         self.sincos2d_temperature = pos_temperature if pos_embed == "sincos2d" else None
         if pos_embed == "sincos2d":
             sincos2d_positions(1, 1, self.embed_dim, pos_temperature)  # checks its arguments
+        self.rope = self._rotary_positions(pos_temperature) if pos_embed == "rope" else None
         if qk_norm:
             norm_queries_and_keys(self)
         if routing.get("backend") == "reference":
@@ -225,6 +267,12 @@ class VisionMoE(VisionTransformer):
         self.pre_logits = nn.Identity()
         if representation_size is not None:
             self._add_representation(representation_size)
+
+    def _rotary_positions(self, temperature: float) -> nn.Module:
+        attention = self.blocks[0].attn
+        check_rotation(attention.head_dim, temperature)
+        sizes = {"dim": self.embed_dim, "num_heads": attention.num_heads, "device": attention.proj.weight.device}
+        return create_rope_embed("cat", temperature=temperature, in_pixels=False, **sizes)
 
     def _add_representation(self, size: int) -> None:
         if not (isinstance(size, int) and size > 0):
@@ -250,6 +298,21 @@ class VisionMoE(VisionTransformer):
             positions_1PD = sincos2d_positions(height, width, self.embed_dim, self.sincos2d_temperature, **kind)
             x = x + positions_1PD.view(1, *x.shape[1:]).to(x.dtype)
         return self.pos_drop(super()._pos_embed(x))
+
+    def _rotated(self, x: Tensor, mask: Tensor | None) -> Tensor | Rotated | None:
+        """What the blocks get as mask for images x (B, 3, H, W)."""
+        if self.rope is None:
+            return mask
+        return Rotated(self.rope.get_embed(self.patch_embed.dynamic_feat_size(x.shape[-2:])), mask)
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        about = self._rotated(x, attn_mask)
+        if self.rope is None or not self.grad_checkpointing:
+            return super().forward_features(x, about, is_causal)
+        x = self.norm_pre(self._pos_embed(self.patch_embed(x)))
+        for block in self.blocks:  # timm recomputes none that gets a mask
+            x = checkpoint(block, x, attn_mask=about, is_causal=is_causal)
+        return self.norm(x)
 
     def member_logits(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> the logits of all copies, (B · M, classes), those of an image next to each other."""
@@ -284,10 +347,10 @@ class VisionMoE(VisionTransformer):
         self.global_pool = global_pool if first_patch else self.global_pool
         self._resize_head()
 
-    def forward_intermediates(self, *args, **kwargs):
+    def forward_intermediates(self, x: Tensor, *args, attn_mask: Tensor | None = None, **kwargs):
         if self.ensemble_size > 1:
             raise ValueError("an ensemble has no features of single blocks, which see several copies of an image")
-        return super().forward_intermediates(*args, **kwargs)
+        return super().forward_intermediates(x, *args, attn_mask=self._rotated(x, attn_mask), **kwargs)
 
     def prune_intermediate_layers(self, indices=1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
         if prune_head:
@@ -307,9 +370,4 @@ class VisionMoE(VisionTransformer):
 
     def fix_init_weight(self) -> None:
         """timm's `fix_init`, for experts too."""
-        for index, block in enumerate(self.blocks):
-            scale = (2.0 * (index + 1)) ** 0.5
-            block.attn.proj.weight.data.div_(scale)
-            for name, parameter in block.mlp.named_parameters():  # of the MLP, or of experts and the shared expert
-                if name.endswith("fc2.weight"):
-                    parameter.data.div_(scale)
+        scale_depth(self.blocks)
